@@ -1,0 +1,205 @@
+"""The comparison of arms: from the results of runs to differences with intervals and verdicts.
+
+Every arm is compared with one baseline over the seeds both have finished; Holm corrects for the number of
+arms. Nothing is left out: failed and missing cells, dropped seeds and mismatches are part of the value.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from math import isfinite
+from statistics import fmean, median
+
+from moebench.analysis import statistics as st
+from moebench.analysis.matching import matched_or_refuse
+from moebench.analysis.sorting import Expected, Sorted, sort_results
+from moebench.analysis.values import (
+    BEST,
+    NON_CAUSAL,
+    ArmSummary,
+    Comparison,
+    Difference,
+    LostCell,
+    Verdict,
+)
+from moebench.training.result import RunResult
+
+__all__ = ["ArmSummary", "Comparison", "Difference", "LostCell", "compare"]
+
+
+def compare(
+    results: Sequence[RunResult],
+    *,
+    expected: Expected,
+    baseline: str,
+    metric: str = "bits_per_byte",
+    lower_is_better: bool = True,
+    allow_mismatch: bool = False,
+) -> Comparison:
+    """Compare the arms of a grid with its baseline; `expected` holds (arm, seed, cell id) of every cell.
+
+    Raises UsageError for an unknown baseline or metric, a cell named twice, and arms that are not matched
+    (2 % of FLOPs per token, equal training tokens, data and evaluation) unless `allow_mismatch` is set.
+    """
+    grid = sort_results(results, expected, baseline=baseline, metric=metric, lower_is_better=lower_is_better)
+    runs = {arm: list(grid.done[arm].values()) for arm in grid.arms}
+    mismatched = matched_or_refuse(runs, baseline, allow=allow_mismatch)
+    differences = compare_pairs(grid, unmatched=[arm for arm, found in mismatched.items() if found])
+    arms = tuple(
+        _summary(arm, grid, [mismatch.mark for mismatch in mismatched.get(arm, ())]) for arm in grid.arms
+    )
+    best, remarks = _best(arms, differences, lower_is_better)
+    return Comparison(
+        metric=metric,
+        lower_is_better=lower_is_better,
+        baseline=baseline,
+        arms=tuple(replace(arm, marks=(BEST, *arm.marks)) if arm.arm == best else arm for arm in arms),
+        differences=differences,
+        failed=grid.failed,
+        missing=grid.missing,
+        notes=(
+            *(f"{arm}: {mismatch.reason}" for arm, found in mismatched.items() for mismatch in found),
+            *_notes(grid, differences, len(expected)),
+            *remarks,
+        ),
+    )
+
+
+def compare_pairs(grid: Sorted, *, unmatched: Collection[str] = ()) -> tuple[Difference, ...]:
+    """Compare every other arm with the baseline; all the p values shown are one family for Holm."""
+    others = [arm for arm in grid.arms if arm != grid.baseline]
+    pairs = {
+        arm: st.paired_difference(grid.quality(arm, seeds), grid.quality(grid.baseline, seeds))
+        for arm in others
+        if (seeds := grid.common_seeds(arm))
+    }
+    tested = {arm: pair.p for arm, pair in pairs.items() if pair.p is not None}
+    p_holm = dict(zip(tested, st.holm(list(tested.values())), strict=True))
+    return tuple(
+        _difference(arm, grid, pairs.get(arm), p_holm.get(arm), len(tested), matched=arm not in unmatched)
+        for arm in others
+    )
+
+
+def _difference(
+    arm: str,
+    grid: Sorted,
+    pair: st.PairedDifference | None,
+    p_holm: float | None,
+    num_comparisons: int,
+    *,
+    matched: bool,
+) -> Difference:
+    return Difference(
+        arm=arm,
+        baseline=grid.baseline,
+        seeds=grid.common_seeds(arm),
+        mean=pair.mean if pair else None,
+        interval=pair.interval if pair else None,
+        p=pair.p if pair else None,
+        p_holm=p_holm,
+        p_exact=pair.p_exact if pair else None,
+        effect_sd=pair.effect_sd if pair else None,
+        smallest_detectable=(
+            st.smallest_detectable(pair.sd, pair.num_seeds, num_comparisons) if pair else None
+        ),
+        verdict=_verdict(pair, p_holm, grid.lower_is_better) if matched else "not matched",
+    )
+
+
+def _verdict(pair: st.PairedDifference | None, p_holm: float | None, lower_is_better: bool) -> Verdict:
+    if pair is None or pair.num_seeds < st.MIN_SEEDS:
+        return "too few seeds"
+    if p_holm is None or p_holm > st.ALPHA:
+        return "no difference shown"
+    return "better" if (pair.mean < 0) == lower_is_better else "worse"
+
+
+def _summary(arm: str, grid: Sorted, mismatch_marks: Iterable[str]) -> ArmSummary:
+    runs, seeds = list(grid.done[arm].values()), tuple(grid.done[arm])
+    quality = grid.quality(arm, seeds)
+    speeds = _finite(run.throughput.get("tokens_per_s") for run in runs)
+    return ArmSummary(
+        arm=arm,
+        seeds=seeds,
+        num_failed=sum(cell.arm == arm for cell in grid.failed),
+        num_missing=sum(cell.arm == arm for cell in grid.missing),
+        mean=fmean(quality) if quality else None,
+        interval=st.mean_interval(quality) if quality else None,
+        values=dict(zip(seeds, quality, strict=True)),
+        domains=_means([run.metrics for run in runs], f"{grid.metric}/"),
+        load=_means([run.metrics for run in runs], "load/"),
+        tokens_per_s=fmean(speeds) if speeds else None,
+        throughput_share=_throughput_share(arm, grid),
+        cost=_means([run.cost for run in runs], ""),
+        marks=tuple(dict.fromkeys([*(mark for run in runs for mark in run.marks), *mismatch_marks])),
+    )
+
+
+def _throughput_share(arm: str, grid: Sorted) -> float | None:
+    """Median speed over the common seeds as a share of the baseline's: one slow run does not decide."""
+    seeds = grid.common_seeds(arm)
+    ours, theirs = (
+        _finite(grid.done[name][seed].throughput.get("tokens_per_s") for seed in seeds)
+        for name in (arm, grid.baseline)
+    )
+    if not seeds or len(ours) < len(seeds) or len(theirs) < len(seeds) or median(theirs) <= 0:
+        return None
+    return median(ours) / median(theirs)
+
+
+def _means(values: Sequence[Mapping[str, float]], prefix: str) -> dict[str, float]:
+    """Average over runs every value whose name begins with the prefix, which is cut off."""
+    names = dict.fromkeys(name for run in values for name in run if name.startswith(prefix))
+    found = {name: _finite(run.get(name) for run in values) for name in names}
+    return {name.removeprefix(prefix): fmean(numbers) for name, numbers in found.items() if numbers}
+
+
+def _finite(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None and isfinite(value)]
+
+
+def _best(
+    arms: Sequence[ArmSummary], differences: Sequence[Difference], lower_is_better: bool
+) -> tuple[str | None, list[str]]:
+    """Name the one arm that may be called best, and say why none may where several come near.
+
+    It alone is better than the baseline after Holm, no matched arm has a better mean, and it is causal.
+    """
+    better = [difference.arm for difference in differences if difference.verdict == "better"]
+    if not better:
+        return None, []
+    if len(better) > 1:
+        return None, [
+            f"{', '.join(better)} are better than the baseline; they were not compared with one another: "
+            "name one of them as the baseline to see which is best"
+        ]
+    unmatched = {difference.arm for difference in differences if difference.verdict == "not matched"}
+    means = {arm.arm: arm.mean for arm in arms if arm.mean is not None and arm.arm not in unmatched}
+    leader = (min if lower_is_better else max)(means, key=lambda arm: means[arm])
+    if leader != better[0]:
+        return None, [f"{leader} has the best mean, but it is not shown to differ from the baseline"]
+    if NON_CAUSAL in next(arm.marks for arm in arms if arm.arm == leader):
+        return None, [f"{leader} is not called best: its routing sees later tokens"]
+    return leader, []
+
+
+def _notes(grid: Sorted, differences: Sequence[Difference], num_expected: int) -> list[str]:
+    notes = []
+    if grid.missing:
+        notes.append(f"{len(grid.missing)} of {num_expected} cells have no result yet: this is an early look")
+    if not grid.done[grid.baseline]:
+        notes.append(
+            f"{grid.baseline}, the baseline, has no finished run: no differences, matching not checked"
+        )
+    if grid.foreign:
+        notes.append(f"{len(grid.foreign)} results belong to no cell of this grid: {', '.join(grid.foreign)}")
+    for difference in differences:
+        ours, theirs = set(grid.done[difference.arm]), set(grid.done[grid.baseline])
+        if ours and theirs and ours != theirs:
+            left_out = ", ".join(str(seed) for seed in sorted(ours ^ theirs))
+            notes.append(f"{difference.arm}: difference over common seeds only, without seed {left_out}")
+        if len(difference.seeds) >= st.MIN_SEEDS and difference.p is None:
+            notes.append(
+                f"{difference.arm}: the same difference for every seed; nothing tells chance from effect"
+            )
+    return notes

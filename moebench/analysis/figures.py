@@ -1,0 +1,89 @@
+"""The figures of runs and experiments, drawn where the tracker and the user find them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moebench.analysis.comparison import compare
+from moebench.analysis.curves import draw_curves
+from moebench.analysis.load_figure import draw_load
+from moebench.analysis.values import Comparison
+from moebench.errors import UsageError
+from moebench.experiment.grid import Experiment
+from moebench.tasks.task import TASKS
+from moebench.tracking.journal import read_journal
+from moebench.training.result import RunResult
+from moebench.training.run_folder import RunFolder
+
+
+class Figures:
+    """Draws the load of each run and the curves of an experiment."""
+
+    def of_run(self, folder: RunFolder, title: str) -> None:
+        """Draw the last evaluation's load of every expert as load.png; nothing for a dense or failed run."""
+        if not folder.loads.exists() or not folder.result.exists():
+            return
+        last = json.loads(folder.loads.read_text().splitlines()[-1])
+        draw_load(last["layers"], path=folder.path / "load.png", title=f"Load of the experts: {title}")
+
+    def of_experiment(self, experiment: Experiment, results: Path) -> None:
+        """Draw the curves of all arms, with the paired differences where they can be compared."""
+        try:
+            comparison = compare_experiment(experiment, results)
+        except UsageError:
+            comparison = None  # unmatched or without a baseline: the curves alone
+        draw_experiment(experiment, results, curves_file(experiment, results), comparison)
+
+
+def curves_file(experiment: Experiment, results: Path) -> Path:
+    """Return where the figure of an experiment lies."""
+    return results / "experiments" / f"{experiment.name}-curves.png"
+
+
+def results_of(experiment: Experiment, results: Path) -> list[RunResult]:
+    """Return the results of the cells that have one, under the names of this experiment's arms."""
+    found = []
+    for cell in experiment.cells:
+        result = RunFolder.of(results, cell.id).read_result()
+        if result is not None:
+            found.append(RunResult.from_dict(result.to_dict() | {"arm": cell.arm}))
+    return found
+
+
+def compare_experiment(experiment: Experiment, results: Path, *, allow_mismatch: bool = False) -> Comparison:
+    """Compare the arms of an experiment by its task's metric; raise UsageError when there is nothing to compare."""
+    facts = TASKS.get(experiment.cells[0].config.task.name).facts
+    return compare(
+        results_of(experiment, results),
+        expected=[(cell.arm, cell.seed, cell.id) for cell in experiment.cells],
+        baseline=experiment.baseline,
+        metric=facts.metric,
+        lower_is_better=facts.lower_is_better,
+        allow_mismatch=allow_mismatch,
+    )
+
+
+def draw_experiment(
+    experiment: Experiment, results: Path, file: Path, comparison: Comparison | None
+) -> Path | None:
+    """Draw the validation curves of every arm that has any; return the file, or None without a single point."""
+    journals: dict[str, dict[int, Any]] = {}
+    for cell in experiment.cells:
+        points, _ = read_journal(RunFolder.of(results, cell.id).journal)
+        if points:
+            journals.setdefault(cell.arm, {})[cell.seed] = points
+    metric = TASKS.get(experiment.cells[0].config.task.name).facts.metric
+    if not any(
+        f"eval/{metric}" in point.metrics
+        for seeds in journals.values()
+        for run in seeds.values()
+        for point in run
+    ):
+        return None
+    return draw_curves(
+        journals,
+        metric=f"eval/{metric}",
+        path=file,
+        title=experiment.question or experiment.name,
+        comparison=comparison,
+    )

@@ -1,0 +1,234 @@
+"""The comparison as a reader sees it: two small tables, a legend in plain words, and all that went wrong."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Group, JustifyMethod, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from moebench.analysis import statistics as st
+from moebench.analysis.formatting import NOTHING, count, human, number, p_value, signed
+from moebench.analysis.values import NON_CAUSAL, ArmSummary, Comparison, Difference, LostCell
+
+STYLES = {"better": "bold green", "worse": "red", "not matched": "yellow"}
+LOAD_COLUMNS = {
+    "max_violation": "MaxVio",
+    "cv": "CV",
+    "entropy": "entropy",
+    "dead_experts": "dead",
+    "drop_rate": "dropped",
+    "unserved": "unserved",
+}
+MARK_MEANINGS = {
+    "≠FLOPs": "active FLOPs per token differ from the baseline's by more than 2 %",
+    "≠tokens": "trained on another number of tokens",
+    "≠data": "trained on other data",
+    "≠eval": "evaluated on another set or by another definition",
+    NON_CAUSAL: "its routing sees later tokens, so its quality here is out of reach when generating",
+    "best": "alone better than the baseline after correction, and no arm has a better mean",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """One table as text: a title, a header, and a row of cells per arm; the first column is left-aligned."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def to_rich(comparison: Comparison) -> RenderableType:
+    """Return the comparison for a terminal of 80 columns or more."""
+    parts: list[RenderableType] = []
+    for grid in grids(comparison):
+        parts += [_rich_grid(grid), Text()]
+    parts += [
+        Text(line, style="red" if line.startswith("FAILED") else "yellow") for line in losses(comparison)
+    ]
+    parts += [Text(line, style="dim") for line in legend(comparison)]
+    return Group(*parts)
+
+
+def to_markdown(comparison: Comparison) -> str:
+    """Return the comparison as Markdown, ending in a newline."""
+    parts = [_markdown_grid(grid) for grid in grids(comparison)]
+    parts += ["\n".join(f"- {line}" for line in lines) for lines in (losses(comparison), legend(comparison))]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def to_json(comparison: Comparison) -> str:
+    """Return the comparison as one JSON object, numbers unrounded."""
+    return json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def grids(comparison: Comparison) -> tuple[Grid, ...]:
+    """Return the tables that have something to show: quality, how sure, expert load, cost."""
+    found = (
+        _quality_grid(comparison),
+        _certainty_grid(comparison),
+        _load_grid(comparison),
+        _cost_grid(comparison),
+    )
+    return tuple(grid for grid in found if grid.rows)
+
+
+def _quality_grid(comparison: Comparison) -> Grid:
+    direction = "lower" if comparison.lower_is_better else "higher"
+    return Grid(
+        title=f"Quality: {comparison.metric.replace('_', ' ')}, {direction} is better",
+        header=("arm", "seeds", "mean", f"minus {comparison.baseline}", "p Holm", "verdict"),
+        rows=tuple(_quality_row(comparison, arm) for arm in comparison.arms),
+    )
+
+
+def _quality_row(comparison: Comparison, arm: ArmSummary) -> tuple[str, ...]:
+    planned = arm.num_done + arm.num_failed + arm.num_missing
+    seeds = str(arm.num_done) if arm.num_done == planned else f"{arm.num_done} of {planned}"
+    mean = NOTHING if arm.mean is None else number(arm.mean) + _half(arm.interval)
+    difference = comparison.difference_of(arm.arm)
+    if difference is None:
+        return (_name(arm), seeds, mean, NOTHING, NOTHING, "baseline")
+    delta = NOTHING if difference.mean is None else signed(difference.mean) + _half(difference.interval)
+    return (_name(arm), seeds, mean, delta, p_value(difference.p_holm), difference.verdict)
+
+
+def _certainty_grid(comparison: Comparison) -> Grid:
+    tested = [difference for difference in comparison.differences if difference.p is not None]
+    return Grid(
+        title=f"How sure: {comparison.baseline} subtracted seed by seed",
+        header=("arm", "pairs", "p", "p Holm", "exact p", "seed SD", "detectable", "power"),
+        rows=tuple(_certainty_row(difference) for difference in tested),
+    )
+
+
+def _certainty_row(difference: Difference) -> tuple[str, ...]:
+    return (
+        difference.arm,
+        str(len(difference.seeds)),
+        p_value(difference.p),
+        p_value(difference.p_holm),
+        p_value(difference.p_exact),
+        NOTHING if difference.effect_sd is None else signed(difference.effect_sd, 1),
+        NOTHING if difference.smallest_detectable is None else number(difference.smallest_detectable),
+        "low" if difference.low_power else NOTHING,
+    )
+
+
+def _load_grid(comparison: Comparison) -> Grid:
+    arms = [arm for arm in comparison.arms if arm.load]
+    shown = [key for key in LOAD_COLUMNS if any(key in arm.load for arm in arms)]
+    return Grid(
+        title="Expert load on the evaluation set, mean over expert layers",
+        header=("arm", *(LOAD_COLUMNS[key] for key in shown)),
+        rows=tuple((_name(arm), *(_load(key, arm.load.get(key)) for key in shown)) for arm in arms),
+    )
+
+
+def _cost_grid(comparison: Comparison) -> Grid:
+    return Grid(
+        title="Cost: speed, forward FLOPs, parameters",
+        header=("arm", "tokens/s", "of baseline", "FLOPs/token", "active", "total"),
+        rows=tuple(_cost_row(arm) for arm in comparison.arms if arm.num_done),
+    )
+
+
+def _cost_row(arm: ArmSummary) -> tuple[str, ...]:
+    return (
+        _name(arm),
+        human(arm.tokens_per_s),
+        NOTHING if arm.throughput_share is None else f"{100 * arm.throughput_share:.0f} %",
+        *(human(arm.cost.get(key)) for key in ("flops_per_token", "active_params", "total_params")),
+    )
+
+
+def legend(comparison: Comparison) -> tuple[str, ...]:
+    """Explain every sign in the tables in plain words, with the power of the comparison."""
+    marks = dict.fromkeys(mark for arm in comparison.arms for mark in arm.marks)
+    return (
+        *_statistics_legend(comparison),
+        *(f"{mark}: {MARK_MEANINGS[mark]}." for mark in marks if mark in MARK_MEANINGS),
+        *(f"Note: {note}." for note in comparison.notes),
+    )
+
+
+def _statistics_legend(comparison: Comparison) -> list[str]:
+    lines = []
+    if any(arm.interval for arm in comparison.arms):
+        lines.append("± half of the 95 % t interval over seeds.")
+    if comparison.num_comparisons:
+        lines.append(
+            "p Holm: p of the paired t-test, corrected for "
+            f"{count(comparison.num_comparisons, 'comparison')}; better or worse means p Holm ≤ {st.ALPHA}. "
+            "exact p: sign flips, 6 seeds or more, not corrected. seed SD: the difference over the SD "
+            "between seeds. detectable: the smallest true difference that 4 of 5 repeats would show."
+        )
+    if any(difference.low_power for difference in comparison.differences):
+        lines.append("low power: 3 to 5 seeds can miss any difference smaller than the detectable one.")
+    if any(difference.verdict == "too few seeds" for difference in comparison.differences):
+        lines.append(f"too few seeds: fewer than {st.MIN_SEEDS} describe and decide nothing.")
+    return lines
+
+
+def losses(comparison: Comparison) -> tuple[str, ...]:
+    """Return one line per failed cell with its reason, and one per arm with missing cells."""
+    missing: dict[str, list[LostCell]] = {}
+    for cell in comparison.missing:
+        missing.setdefault(cell.arm, []).append(cell)
+    return (
+        *(f"FAILED {cell.arm}, seed {cell.seed} ({cell.id}): {cell.reason}" for cell in comparison.failed),
+        *(
+            f"MISSING {arm}: {cells[0].reason} for seed {', '.join(str(cell.seed) for cell in cells)}"
+            for arm, cells in missing.items()
+        ),
+    )
+
+
+def _name(arm: ArmSummary) -> str:
+    return f"{arm.arm} ({', '.join(arm.marks)})" if arm.marks else arm.arm
+
+
+def _half(interval: st.Interval | None) -> str:
+    return f" ± {number((interval[1] - interval[0]) / 2)}" if interval else ""
+
+
+def _load(key: str, value: float | None) -> str:
+    if value is None:
+        return NOTHING
+    return (
+        f"{100 * value:.1f} %"
+        if key in ("drop_rate", "unserved")
+        else f"{value:.1f}"
+        if key == "dead_experts"
+        else f"{value:.2f}"
+    )
+
+
+def _rich_grid(grid: Grid) -> Table:
+    table = Table(
+        title=grid.title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
+    for index, name in enumerate(grid.header):
+        justify: JustifyMethod = "left" if index == 0 or name == "verdict" else "right"
+        table.add_column(name, justify=justify, no_wrap=index in (1, 2, 3), overflow="fold")
+    for row in grid.rows:
+        table.add_row(*map(Text, row[:-1]), Text(row[-1], style=STYLES.get(row[-1], "")))
+    return table
+
+
+def _markdown_grid(grid: Grid) -> str:
+    aligned = [":--" if index == 0 or name == "verdict" else "--:" for index, name in enumerate(grid.header)]
+    lines = [grid.header, aligned, *grid.rows]
+    return "\n".join([f"**{grid.title}**", "", *(_markdown_line(line) for line in lines)])
+
+
+def _markdown_line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

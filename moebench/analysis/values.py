@@ -1,0 +1,130 @@
+"""The values of a comparison: what each arm did, how it differs from the baseline, and what is missing."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from moebench.analysis import statistics as st
+
+BEST = "best"
+NON_CAUSAL = "non-causal"
+Verdict = Literal["better", "worse", "no difference shown", "too few seeds", "not matched"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LostCell:
+    """An expected cell without a usable result, and why."""
+
+    arm: str
+    seed: int
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmSummary:
+    """One arm over its finished seeds: quality, load, speed, cost; None before the first finished run."""
+
+    arm: str
+    seeds: tuple[int, ...]
+    num_failed: int
+    num_missing: int
+    mean: float | None
+    interval: st.Interval | None
+    values: dict[int, float]  # seed -> final metric
+    domains: dict[str, float]
+    load: dict[str, float]
+    tokens_per_s: float | None
+    throughput_share: float | None  # ratio of the medians over common seeds, baseline = 1
+    cost: dict[str, float]
+    marks: tuple[str, ...]
+
+    @property
+    def num_done(self) -> int:
+        """Number of finished runs with a finite metric."""
+        return len(self.seeds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """An arm minus the baseline over common seeds, in the unit of the metric; `verdict` follows `p_holm`."""
+
+    arm: str
+    baseline: str
+    seeds: tuple[int, ...]
+    mean: float | None
+    interval: st.Interval | None
+    p: float | None
+    p_holm: float | None
+    p_exact: float | None
+    effect_sd: float | None
+    smallest_detectable: float | None
+    verdict: Verdict
+
+    @property
+    def low_power(self) -> bool:
+        """Three to five seeds: enough for an interval, too few to see small effects."""
+        return st.MIN_SEEDS <= len(self.seeds) < st.EXACT_SEEDS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What a grid of runs says about its arms; works on a half-finished grid."""
+
+    metric: str
+    lower_is_better: bool
+    baseline: str
+    arms: tuple[ArmSummary, ...]
+    differences: tuple[Difference, ...]
+    failed: tuple[LostCell, ...]
+    missing: tuple[LostCell, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def num_comparisons(self) -> int:
+        """Size of the family that Holm corrects for."""
+        return sum(difference.p is not None for difference in self.differences)
+
+    def difference_of(self, arm: str) -> Difference | None:
+        """Return the difference of an arm to the baseline, None for the baseline itself."""
+        return next((difference for difference in self.differences if difference.arm == arm), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready values; the quality of an arm stands under the name of the metric."""
+        return {
+            "metric": self.metric,
+            "lower_is_better": self.lower_is_better,
+            "baseline": self.baseline,
+            "num_comparisons": self.num_comparisons,
+            "arms": {arm.arm: self._arm_dict(arm) for arm in self.arms},
+            "failed": [asdict(cell) for cell in self.failed],
+            "missing": [asdict(cell) for cell in self.missing],
+            "notes": list(self.notes),
+        }
+
+    def _arm_dict(self, arm: ArmSummary) -> dict[str, Any]:
+        difference = self.difference_of(arm.arm)
+        return {
+            self.metric: {
+                "mean": arm.mean,
+                "interval": list(arm.interval) if arm.interval else None,
+                "seeds": {str(seed): value for seed, value in arm.values.items()},
+            },
+            "difference": _difference_dict(difference) if difference else None,
+            "load": arm.load,
+            "throughput": {"tokens_per_s": arm.tokens_per_s, "share_of_baseline": arm.throughput_share},
+            "cost": arm.cost,
+            "marks": list(arm.marks),
+            "domains": arm.domains,
+            "runs": {"done": arm.num_done, "failed": arm.num_failed, "missing": arm.num_missing},
+        }
+
+
+def _difference_dict(difference: Difference) -> dict[str, Any]:
+    values = asdict(difference)
+    del values["arm"]
+    interval = list(difference.interval) if difference.interval else None
+    return values | {
+        "seeds": list(difference.seeds),
+        "interval": interval,
+        "low_power": difference.low_power,
+    }

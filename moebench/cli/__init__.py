@@ -1,0 +1,33 @@
+"""The command line: one short file per command; nothing here computes, heavy imports only inside commands."""
+
+import typer
+
+from moebench import __version__
+from moebench.cli import compare, listing, plan, run, show, sync, ui
+
+app = typer.Typer(
+    help="Which router? Trains the same sparse-expert model with different routing algorithms, under matched"
+    " conditions, and says which is better, by how much, and how sure one can be.",
+    epilog="Start with: moebench run quickstart, then moebench compare quickstart, then moebench ui.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command("run")(run.run)
+app.command("compare")(compare.compare)
+app.command("plan")(plan.plan)
+app.command("list")(listing.list_)
+app.command("show")(show.show)
+app.command("ui")(ui.ui)
+app.command("sync")(sync.sync)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"moebench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show it.")) -> None:
+    pass

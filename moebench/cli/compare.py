@@ -1,0 +1,91 @@
+"""`moebench compare`: which arm is better, by how much, and how sure one can be."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moebench.cli.options import (
+    DEFAULT_RESULTS,
+    Json,
+    Plugins,
+    Results,
+    complete_experiment_or_router,
+    experiment_file,
+    experiment_names,
+)
+from moebench.errors import UsageError
+
+if TYPE_CHECKING:
+    from moebench.experiment.grid import Experiment
+
+
+def compare(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="EXPERIMENT | ROUTER...  [KEY=VALUE]...",
+            help="An experiment, or routers to compare with the dense model.",
+            autocompletion=complete_experiment_or_router,
+        ),
+    ],
+    task: Annotated[str, typer.Option(help="Task of a comparison of routers.")] = "language",
+    results: Results = DEFAULT_RESULTS,
+    plugin: Plugins = None,
+    allow_mismatch: Annotated[
+        bool, typer.Option("--allow-mismatch", help="Show arms of unequal cost or data, marked.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write the loss curves and differences to this PNG file.")] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="Cells at a time, where routers must be trained first.")] = 0,
+    json: Json = False,
+) -> None:
+    """Compare the arms of an experiment: quality with intervals, load balance, throughput, cost.
+
+    Seeds are paired, differences to the baseline have a 95 % t interval and a p value corrected for many
+    comparisons (Holm). Arms whose FLOPs per token differ by more than 2 % are refused. Works on a grid that is
+    still running. Given routers instead of an experiment, trains what is missing first.
+    """
+    from rich.console import Console
+
+    from moebench.analysis.figures import compare_experiment, draw_experiment
+    from moebench.analysis.table import to_json, to_markdown, to_rich
+    from moebench.experiment.grid import expand, expand_routers
+
+    overrides = [name for name in names if "=" in name]
+    subjects = [name for name in names if "=" not in name]
+    if is_experiment(subjects):
+        grid = expand(experiment_file(subjects[0]), overrides, plugin or ())
+    else:
+        grid = expand_routers(subjects, task, overrides, plugin or ())
+        train_missing(grid, results, jobs)
+    comparison = compare_experiment(grid, results, allow_mismatch=allow_mismatch)
+    if plot:
+        draw_experiment(grid, results, plot, comparison)
+    if json:
+        print(to_json(comparison))
+    elif markdown:
+        print(to_markdown(comparison))
+    else:
+        Console().print(to_rich(comparison))
+
+
+def is_experiment(subjects: list[str]) -> bool:
+    """Tell an experiment (a file, or a name in experiments/) from a list of routers."""
+    experiments = [name for name in subjects if name.endswith((".yaml", ".yml")) or "/" in name]
+    experiments += [name for name in subjects if name in experiment_names()]
+    if not subjects or (experiments and len(subjects) > 1):
+        raise UsageError(f"compare: give one experiment, or routers only; got {', '.join(subjects) or 'neither'}")
+    return bool(experiments)
+
+
+def train_missing(grid: "Experiment", results: Path, jobs: int) -> None:
+    """Train the cells that are not done; UsageError when none of an arm could be."""
+    from rich.console import Console
+
+    from moebench.analysis.figures import Figures
+    from moebench.experiment.runner import run_experiment
+
+    report = run_experiment(grid, results, jobs=jobs, tracker=None, console=Console(stderr=True), figures=Figures())
+    if report.interrupted:
+        raise typer.Exit(128 + report.interrupted)

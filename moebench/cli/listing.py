@@ -1,0 +1,116 @@
+"""`moebench list`: what there is."""
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from moebench.cli.options import DEFAULT_RESULTS, Json, Plugins, Results
+
+
+class Kind(StrEnum):
+    """What can be listed."""
+
+    ROUTERS = "routers"
+    LAYOUTS = "layouts"
+    TASKS = "tasks"
+    LOSSES = "losses"
+    EXPERIMENTS = "experiments"
+    RUNS = "runs"
+
+
+def list_(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")] = Kind.ROUTERS,
+    results: Results = DEFAULT_RESULTS,
+    plugin: Plugins = None,
+    json: Json = False,
+) -> None:
+    """List routers (with their family, causality and source), layouts, tasks, losses, experiments or runs."""
+    from moebench.registry import load_plugin
+
+    for path in plugin or ():
+        load_plugin(path)
+    rows = _rows(kind, results)
+    if json:
+        import json as json_module
+
+        print(json_module.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    _print(rows, kind)
+
+
+def _rows(kind: Kind, results: Any) -> list[dict[str, Any]]:
+    if kind is Kind.EXPERIMENTS:
+        return _experiments()
+    if kind is Kind.RUNS:
+        return _runs(results)
+    from dataclasses import asdict
+
+    from moebench.registry import registry_of
+
+    singular = {"routers": "router", "layouts": "layout", "tasks": "task", "losses": "loss"}[kind.value]
+    return [
+        {"name": entry.name, **asdict(entry.facts), "summary": entry.doc.split("\n")[0]}
+        for entry in registry_of(singular).entries()
+    ]
+
+
+def _experiments() -> list[dict[str, Any]]:
+    from moebench.cli.options import experiment_file, experiment_names
+    from moebench.config import load_experiment
+
+    rows = []
+    for name in experiment_names():
+        file = experiment_file(name)
+        rows.append({"name": name, "file": str(file), "question": load_experiment(file)[0].question})
+    return rows
+
+
+def _runs(results: Any) -> list[dict[str, Any]]:
+    from moebench.training.run_folder import RunFolder
+
+    rows = []
+    for path in sorted((results / "runs").glob("*/cell.json")):
+        folder = RunFolder(path.parent)
+        cell = folder.read_cell()
+        result = folder.read_result()
+        rows.append(
+            {
+                "id": cell["id"],
+                "experiment": cell["experiment"],
+                "arm": cell["arm"],
+                "seed": cell["seed"],
+                "state": folder.state(),
+                "error": result.error if result else None,
+                "folder": str(path.parent),
+            }
+        )
+    return rows
+
+
+COLUMNS = {
+    Kind.ROUTERS: ("name", "family", "causal", "batch_dependent", "learned", "paper"),
+    Kind.LAYOUTS: ("name", "placement", "paper"),
+    Kind.TASKS: ("name", "causal", "metric", "data"),
+    Kind.LOSSES: ("name", "equation", "uniform", "collapsed", "paper"),
+    Kind.EXPERIMENTS: ("name", "question"),
+    Kind.RUNS: ("id", "experiment", "arm", "seed", "state", "error"),
+}
+
+
+def _print(rows: list[dict[str, Any]], kind: Kind) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in COLUMNS[kind]:
+        table.add_column(column.replace("_", " "))
+    for row in rows:
+        table.add_row(*(_text(row[column]) for column in COLUMNS[kind]))
+    Console().print(table if rows else f"no {kind.value} here", markup=False)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else str(value)

@@ -1,0 +1,67 @@
+"""`moebench plan`: every cell before it runs."""
+
+from typing import Any
+
+from moebench.cli.options import (
+    DEFAULT_RESULTS,
+    ExperimentName,
+    Json,
+    Overrides,
+    Plugins,
+    Results,
+    experiment_file,
+)
+
+
+def plan(
+    experiment: ExperimentName,
+    overrides: Overrides = None,
+    results: Results = DEFAULT_RESULTS,
+    plugin: Plugins = None,
+    json: Json = False,
+) -> None:
+    """Show every cell with its state, parameters and FLOPs per token, and train nothing.
+
+    FLOPs are of the forward pass, 2 for a multiplication and an addition; training costs three times as much.
+    """
+    from moebench.experiment.grid import expand
+    from moebench.experiment.plan import plan_cells
+
+    grid = expand(experiment_file(experiment), overrides or (), plugin or ())
+    rows = plan_cells(grid, results)
+    if json:
+        import json as json_module
+
+        print(json_module.dumps({"experiment": grid.name, "question": grid.question, "cells": rows}, indent=1))
+        return
+    _print(grid, rows)
+
+
+def _print(grid: Any, rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from moebench.analysis.formatting import human
+
+    console = Console()
+    console.print(f"{grid.name}: {grid.question}", highlight=False, markup=False)
+    for note in grid.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+    console.print(f"each cell trains on {human(rows[0]['train_tokens'])} tokens", highlight=False)
+    table = Table()
+    for column in ("cell", "arm", "seed", "state"):
+        table.add_column(column, no_wrap=True)
+    for column in ("active", "params", "FLOPs/token", "vs base"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["id"],
+            row["arm"] + "".join(f" ({mark})" for mark in row["marks"]),
+            str(row["seed"]),
+            row["state"],
+            human(row["active_params"]),
+            human(row["total_params"]),
+            human(row["flops_per_token"]),
+            f"{row['flops_vs_baseline']:+.2%}",
+        )
+    console.print(table)

@@ -1,0 +1,39 @@
+"""`moebench sync`: send what the journals hold and the tracker does not."""
+
+from typing import Annotated
+
+import typer
+
+from moebench.cli.options import DEFAULT_RESULTS, Json, Results
+
+EXIT_DEGRADED = 3
+
+
+def sync(
+    results: Results = DEFAULT_RESULTS,
+    tracker: Annotated[
+        str | None, typer.Option(envvar="MOEBENCH_TRACKER", help="MLflow URI. Default: SQLite in results.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Send everything in the run folders that the tracker does not have; nothing is sent twice."""
+    import json as json_module
+    import sys
+    from dataclasses import asdict
+
+    from moebench.tracking.mlflow_store import TrackerError, default_uri, shown
+    from moebench.tracking.replay import replay
+
+    try:
+        report = replay(results, tracker or default_uri(results))
+    except TrackerError as error:
+        print(f"tracker: {error}", file=sys.stderr)
+        raise typer.Exit(EXIT_DEGRADED) from error
+    if json:
+        print(json_module.dumps(asdict(report)))
+    else:
+        print(f"{report.values} values of {report.runs} runs sent to {shown(tracker or default_uri(results))}")
+        for problem in report.problems:
+            print(f"not sent: {problem}", file=sys.stderr)
+    if report.problems:
+        raise typer.Exit(EXIT_DEGRADED)

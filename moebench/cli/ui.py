@@ -1,0 +1,31 @@
+"""`moebench ui`: MLflow's user interface on the results."""
+
+from typing import Annotated
+
+import typer
+
+from moebench.cli.options import DEFAULT_RESULTS, Json, Results
+
+
+def ui(
+    results: Results = DEFAULT_RESULTS,
+    tracker: Annotated[str | None, typer.Option(envvar="MOEBENCH_TRACKER", help="MLflow database URI.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is reachable from this machine only.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 5000,
+    json: Json = False,
+) -> None:
+    """Open the MLflow UI on the results, until Ctrl-C.
+
+    One worker, reachable from this machine only, no telemetry.
+    """
+    import json as json_module
+
+    from moebench.tracking.mlflow_store import default_uri
+    from moebench.tracking.ui import serve
+
+    def say(url: str) -> None:
+        print(json_module.dumps({"url": url}) if json else f"MLflow UI at {url}  (Ctrl-C stops it)", flush=True)
+
+    raise typer.Exit(serve(results, tracker or default_uri(results), host=host, port=port, on_ready=say))

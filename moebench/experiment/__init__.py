@@ -1,0 +1,1 @@
+"""Experiments: the grid, its cells on disk, and the scheduler that runs each cell in its own process."""

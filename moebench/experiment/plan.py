@@ -1,0 +1,55 @@
+"""What each cell will be: state, parameters and FLOPs, counted on a model without memory."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moebench.experiment.grid import Cell, Experiment
+from moebench.models.build import Cost
+from moebench.training.model import build_model, marks_of, model_cost, prepare_task
+from moebench.training.run_folder import RunFolder
+
+BACKWARD = 2
+"""FLOPs of the backward pass over those of the forward pass."""
+
+
+def plan_cells(experiment: Experiment, results: Path) -> list[dict[str, Any]]:
+    """Return one row per cell, ready for JSON; prepares the data (its vocabulary is part of the model)."""
+    costs = {cell.arm: cell_cost(cell, results) for cell in experiment.cells}
+    baseline = costs[experiment.baseline].flops_per_token
+    return [
+        {
+            "id": cell.id,
+            "arm": cell.arm,
+            "seed": cell.seed,
+            "state": state_of(results, cell),
+            "marks": list(marks_of(cell.config)),
+            "active_params": costs[cell.arm].active_params,
+            "total_params": costs[cell.arm].total_params,
+            "flops_per_token": costs[cell.arm].flops_per_token,
+            "flops_vs_baseline": costs[cell.arm].flops_per_token / baseline - 1,
+            "train_tokens": train_tokens(cell),
+            "train_flops": (1 + BACKWARD) * costs[cell.arm].flops_per_token * train_tokens(cell),
+        }
+        for cell in experiment.cells
+    ]
+
+
+def state_of(results: Path, cell: Cell) -> str:
+    """Return done, failed, resumable or new."""
+    return RunFolder.of(results, cell.id).state()
+
+
+def cell_cost(cell: Cell, results: Path) -> Cost:
+    """Count a cell's model without allocating its weights."""
+    task = prepare_task(cell.config, results)
+    with torch.device("meta"):
+        model = build_model(cell.config, task)
+    return model_cost(model, task.sequence_length)
+
+
+def train_tokens(cell: Cell) -> int:
+    """Return the tokens that a cell is trained on."""
+    config = cell.config
+    return int(config.train.steps * config.train.batch_size * config.task.sequence_length)

@@ -1,0 +1,63 @@
+"""The results folder: opened and checked before anything is trained."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from moebench.errors import UsageError
+from moebench.experiment.grid import Cell, Experiment
+from moebench.experiment.plan import cell_cost, state_of
+from moebench.training.run_folder import write_json
+
+CHECKPOINT_BYTES_PER_PARAM = 12
+"""fp32 weight and two moments of AdamW."""
+SPARE_BYTES = 64 * 2**20
+"""Room for journals, logs and the tracker's database."""
+
+
+def open_results(results: Path) -> None:
+    """Make the results folder if needed; raise UsageError where nothing can be written."""
+    probe = results / ".writable"
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        probe.write_text("x")
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"results folder {results}: cannot be written ({error.strerror}); choose another with --results"
+        ) from error
+
+
+def require_room(results: Path, experiment: Experiment, cells: list[Cell]) -> None:
+    """Raise UsageError when the disk cannot hold the checkpoints of the cells that are to be trained."""
+    if not cells:
+        return
+    largest = max(cell_cost(cell, results).total_params for cell in {cell.arm: cell for cell in cells}.values())
+    # Each cell keeps two checkpoints, and writes a third before it drops the oldest.
+    needed = SPARE_BYTES + CHECKPOINT_BYTES_PER_PARAM * largest * (2 * len(cells) + 1)
+    free = shutil.disk_usage(results).free
+    if free < needed:
+        raise UsageError(
+            f"results folder {results}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB needed for the checkpoints"
+            f" of {len(cells)} cells; free some space or choose another folder with --results"
+        )
+
+
+def record_experiment(results: Path, experiment: Experiment) -> None:
+    """Write what the experiment asks and which cells answer it."""
+    record: dict[str, Any] = {
+        "name": experiment.name,
+        "question": experiment.question,
+        "file": experiment.file,
+        "baseline": experiment.baseline,
+        "cells": [{"id": cell.id, "arm": cell.arm, "seed": cell.seed} for cell in experiment.cells],
+        "time": time.time(),
+    }
+    write_json(results / "experiments" / f"{experiment.name}.json", record)
+
+
+def unfinished(results: Path, experiment: Experiment) -> list[Cell]:
+    """Return the cells that are not done, in order; the same cell is never listed twice."""
+    cells = {cell.id: cell for cell in experiment.cells}
+    return [cell for cell in cells.values() if state_of(results, cell) != "done"]

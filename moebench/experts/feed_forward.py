@@ -1,0 +1,107 @@
+"""Feed-forward networks: one dense, and a bank of experts computed by grouped matrix products."""
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional
+
+GATED = {"gelu": False, "swiglu": True}
+"""Activations by name; a gated one has a second input projection that multiplies the first."""
+
+
+def activate(hidden_RF: Tensor, activation: str) -> Tensor:
+    """Apply the activation; a gated one halves the last dimension: silu(first half) · second half."""
+    if not GATED[activation]:
+        return functional.gelu(hidden_RF)
+    gate_RF, value_RF = hidden_RF.chunk(2, dim=-1)
+    return functional.silu(gate_RF) * value_RF
+
+
+def ffn_flops(d_model: int, width: int, activation: str) -> int:
+    """Forward FLOPs of one token through a feed-forward network: 2 per weight; activations are not counted."""
+    return 2 * d_model * width * (2 + GATED[activation])
+
+
+class FeedForward(nn.Module):
+    """The dense network: two projections around an activation, without biases."""
+
+    def __init__(self, d_model: int, width: int, activation: str, out_scale: float = 1.0) -> None:
+        """`out_scale`: factor on the initial output projection (residual depth scaling)."""
+        super().__init__()
+        self.activation = activation
+        self.out_scale = out_scale
+        self.w_in_DF = nn.Parameter(torch.empty(d_model, width * (1 + GATED[activation])))
+        self.w_out_FD = nn.Parameter(torch.empty(width, d_model))
+
+    def init_weights(self, generator: Generator) -> None:
+        """Draw normal weights with variance 1 / fan-in."""
+        draw(self.w_in_DF, self.w_in_DF.shape[0] ** -0.5, generator)
+        draw(self.w_out_FD, self.out_scale * self.w_out_FD.shape[0] ** -0.5, generator)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Return y_TD."""
+        return activate(x_TD @ self.w_in_DF, self.activation) @ self.w_out_FD
+
+    def flops_per_token(self) -> int:
+        """Forward FLOPs of one token."""
+        return 2 * (self.w_in_DF.numel() + self.w_out_FD.numel())
+
+
+class ExpertBank(nn.Module):
+    """E feed-forward networks of one shape; rows come sorted by expert, with the number of rows of each."""
+
+    def __init__(
+        self, d_model: int, width: int, num_experts: int, activation: str, out_scale: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.out_scale = out_scale
+        self.w_in_EDF = nn.Parameter(torch.empty(num_experts, d_model, width * (1 + GATED[activation])))
+        self.w_out_EFD = nn.Parameter(torch.empty(num_experts, width, d_model))
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts in the bank."""
+        return self.w_in_EDF.shape[0]
+
+    def init_weights(self, generator: Generator) -> None:
+        """Draw each expert as a dense network of its size is drawn: all experts differ."""
+        draw(self.w_in_EDF, self.w_in_EDF.shape[1] ** -0.5, generator)
+        draw(self.w_out_EFD, self.out_scale * self.w_out_EFD.shape[1] ** -0.5, generator)
+
+    def forward(self, x_RD: Tensor, load_E: Tensor) -> Tensor:
+        """Return y_RD: the first load_E[0] rows through expert 0, the next through expert 1, and so on."""
+        hidden_RF = grouped_matmul(x_RD, self.w_in_EDF, load_E)
+        return grouped_matmul(activate(hidden_RF, self.activation), self.w_out_EFD, load_E)
+
+    def expert(self, x_RD: Tensor, index: int) -> Tensor:
+        """Return what one expert computes: the slow, obvious form that the oracle of the tests uses."""
+        return activate(x_RD @ self.w_in_EDF[index], self.activation) @ self.w_out_EFD[index]
+
+    def flops_per_row(self) -> int:
+        """Forward FLOPs of one row through one expert."""
+        return 2 * (self.w_in_EDF[0].numel() + self.w_out_EFD[0].numel())
+
+
+def grouped_matmul(x_RI: Tensor, weight_EIO: Tensor, load_E: Tensor) -> Tensor:
+    """Multiply each run of rows with its expert's matrix; load_E sums to R. Follows autocast like torch.mm."""
+    device = x_RI.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x_RI, weight_EIO = x_RI.to(dtype), weight_EIO.to(dtype)
+    if _fits_grouped_mm(x_RI, weight_EIO):
+        return functional.grouped_mm(x_RI, weight_EIO, offs=load_E.cumsum(0, dtype=torch.int32))
+    # unbind, not weight[e]: the backward of each select would fill a whole zero stack.
+    parts = zip(x_RI.split(load_E.tolist()), weight_EIO.unbind(0), strict=True)
+    return torch.cat([rows @ weight for rows, weight in parts])
+
+
+def _fits_grouped_mm(x_RI: Tensor, weight_EIO: Tensor) -> bool:
+    """grouped_mm wants rows, 16-, or 32-bit floats and strides that are multiples of 16 bytes."""
+    size = x_RI.element_size()
+    aligned = all(width * size % 16 == 0 for width in weight_EIO.shape[1:])
+    return x_RI.shape[0] > 0 and size <= 4 and aligned
+
+
+def draw(parameter: Tensor, std: float, generator: Generator) -> None:
+    """Fill a parameter in place from a normal distribution."""
+    nn.init.normal_(parameter, std=std, generator=generator)

@@ -1,0 +1,37 @@
+"""Every n-th block holds experts, the others stay dense."""
+
+from dataclasses import dataclass
+
+from moebench.errors import UsageError
+from moebench.experts.layout import LAYOUTS, Layout, LayoutConfig, LayoutFacts
+
+
+@LAYOUTS.register(
+    LayoutFacts(
+        placement="blocks n-1, 2n-1, ... counted from 0: the last of each n",
+        paper="arXiv:2006.16668 (every second), arXiv:2202.08906 (every fourth)",
+    )
+)
+class EveryN(Layout):
+    """Experts in every n-th block; n=1 puts them everywhere."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(LayoutConfig):
+        """Options of every_n."""
+
+        name: str = "every_n"
+        n: int = 2
+        """Distance between blocks with experts."""
+
+        def __post_init__(self) -> None:
+            """Refuse n below 1."""
+            super().__post_init__()
+            if self.n < 1:
+                raise UsageError(f"layout.n must be at least 1, got {self.n}")
+
+    @staticmethod
+    def places(config: Config, num_layers: int) -> tuple[bool, ...]:
+        """Return True for the last block of each group of n."""
+        if config.n > num_layers:
+            raise UsageError(f"layout.n={config.n} leaves no block with experts: model.num_layers={num_layers}")
+        return tuple(block % config.n == config.n - 1 for block in range(num_layers))

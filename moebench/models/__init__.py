@@ -1,0 +1,1 @@
+"""One transformer backbone, built from a configuration."""

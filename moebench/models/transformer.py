@@ -1,0 +1,94 @@
+"""The backbone: pre-norm transformer blocks whose feed-forward part is dense or a bank of experts."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moebench.experts.feed_forward import FeedForward
+from moebench.experts.layer import MoELayer
+from moebench.models.attention import Attention
+from moebench.routing.seeds import generator
+from moebench.routing.values import LayerRecord, RouteContext
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BatchContext:
+    """What a forward pass knows besides the vectors; each MoE layer gets its own RouteContext from it."""
+
+    training: bool
+    seed: int
+    step: int = 0
+    token_id_BL: Tensor | None = None
+    valid_BL: Tensor | None = None
+    domain_B: Tensor | None = None
+
+    def route(self, layer: int, length: int, device: torch.device) -> RouteContext:
+        """Return the context of one layer, with a generator that depends on the seed, the step and the layer."""
+        purpose = ("router", self.step) if self.training else ("router in evaluation",)
+        domain_T = None if self.domain_B is None else self.domain_B.repeat_interleave(length)
+        return RouteContext(
+            training=self.training,
+            generator=generator(self.seed, *purpose, layer, device=device),
+            sequence_length=length,
+            token_id_T=None if self.token_id_BL is None else self.token_id_BL.reshape(-1),
+            valid_T=None if self.valid_BL is None else self.valid_BL.reshape(-1),
+            domain_T=domain_T,
+            step=self.step,
+        )
+
+
+class Block(nn.Module):
+    """Attention and feed-forward part, each behind a norm and added to the residual stream."""
+
+    def __init__(self, d_model: int, attention: Attention, feed_forward: FeedForward | MoELayer) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(d_model)
+        self.attention = attention
+        self.feed_forward_norm = nn.RMSNorm(d_model)
+        self.feed_forward = feed_forward
+
+    def forward(self, x_BLD: Tensor, layer: int, ctx: BatchContext) -> tuple[Tensor, LayerRecord | None]:
+        """Return the new residual stream and, from a block with experts, its record."""
+        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD))
+        x_TD = self.feed_forward_norm(x_BLD).flatten(0, 1)
+        record = None
+        if isinstance(self.feed_forward, MoELayer):
+            y_TD, record = self.feed_forward(x_TD, ctx.route(layer, x_BLD.shape[1], x_BLD.device))
+        else:
+            y_TD = self.feed_forward(x_TD)
+        return x_BLD + y_TD.view_as(x_BLD), record
+
+
+class Transformer(nn.Module):
+    """Blocks and a final norm: x_BLD -> x_BLD and the records of its MoE layers."""
+
+    def __init__(self, d_model: int, blocks: list[Block]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.RMSNorm(d_model)
+
+    def forward(self, x_BLD: Tensor, ctx: BatchContext) -> tuple[Tensor, list[LayerRecord]]:
+        """Return the normed residual stream and one record per block with experts, from the bottom."""
+        records = []
+        for layer, block in enumerate(self.blocks):
+            x_BLD, record = block(x_BLD, layer, ctx)
+            if record is not None:
+                records.append(record)
+        return self.norm(x_BLD), records
+
+    def moe_layers(self) -> list[MoELayer]:
+        """Return the MoE layers from the bottom; none in a dense model."""
+        return [module for module in self.modules() if isinstance(module, MoELayer)]
+
+
+def init_weights(model: nn.Module, seed: int) -> None:
+    """Initialise every module from a generator seeded by the run's seed and the module's name.
+
+    So two arms with the same seed start with identical weights in everything they share, whatever else differs:
+    paired seeds pair.
+    """
+    for name, module in model.named_modules():
+        init = getattr(module, "init_weights", None)
+        if init is not None:
+            init(generator(seed, "init", name))

@@ -1,0 +1,190 @@
+"""Names to classes: routers, layouts, tasks and losses are found here, built-in, installed or from a plugin file.
+
+One file per component: whatever a file under the registry's package registers exists from then on in the command
+line, the configuration, the tables and the contract tests. Nothing else has to be edited.
+"""
+
+import ast
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from moebench.errors import UsageError, unknown
+
+T = TypeVar("T")
+F = TypeVar("F")
+
+HOMES = {
+    "router": "moebench.routing.router:ROUTERS",
+    "loss": "moebench.routing.losses:LOSSES",
+    "layout": "moebench.experts.layout:LAYOUTS",
+    "task": "moebench.tasks.task:TASKS",
+}
+"""Where each registry lives; `registry_of` imports it only when somebody asks."""
+
+FOLDERS = {"router": "routing/routers", "layout": "experts/layouts", "task": "tasks"}
+"""Where the built-in files of each kind lie."""
+
+
+@dataclass(frozen=True)
+class Entry(Generic[T, F]):
+    """One registered component: its name, the object, what is known about it, and the file it came from."""
+
+    name: str
+    item: T
+    facts: F
+    origin: str
+    """`file:line` of the definition."""
+
+    @property
+    def doc(self) -> str:
+        """The docstring of the component."""
+        return inspect.getdoc(self.item) or ""
+
+
+class Registry(Generic[T, F]):
+    """A table of components of one kind, filled on first use by importing every file of `package` (if it has one)."""
+
+    def __init__(self, kind: str, package: str | None) -> None:
+        self.kind = kind
+        self.package = package
+        self._entries: dict[str, Entry[T, F]] = {}
+        self._loaded = False
+
+    def register(self, facts: F, name: str | None = None) -> Callable[[T], T]:
+        """Return a decorator that enters a class or function under `name` (default: the name in its `Config`)."""
+
+        def enter(item: T) -> T:
+            key = name or getattr(getattr(item, "Config", None), "name", "")
+            origin = _origin(item)
+            if not key:
+                raise UsageError(f"{origin}: this {self.kind} has no name; give its Config a field name: str = '...'")
+            if key in self._entries:
+                raise UsageError(f"{origin}: {self.kind} '{key}' is already defined in {self._entries[key].origin}")
+            self._entries[key] = Entry(key, item, facts, origin)
+            return item
+
+        return enter
+
+    def get(self, name: str, where: str | None = None) -> Entry[T, F]:
+        """Return the entry called `name`; `where` is the configuration key to name in the error."""
+        self._load()
+        if name not in self._entries:
+            raise unknown(where or self.kind, name, self._entries)
+        return self._entries[name]
+
+    def entries(self) -> list[Entry[T, F]]:
+        """Return every entry, sorted by name."""
+        self._load()
+        return [self._entries[name] for name in sorted(self._entries)]
+
+    def names(self) -> list[str]:
+        """Return every registered name, sorted."""
+        return [entry.name for entry in self.entries()]
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        if self.package:
+            package = importlib.import_module(self.package)
+            for module in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{self.package}.{module.name}")
+        for point in entry_points(group=f"moebench.{self.kind}s"):
+            try:
+                point.load()
+            except Exception as error:  # somebody else's package: say which one, in one line
+                raise UsageError(f"installed {self.kind} '{point.name}' ({point.value}): {_one_line(error)}") from error
+
+
+def registry_of(kind: str) -> "Registry[Any, Any]":
+    """Return the registry of a kind ("router", "loss", "layout", "task"), importing its module if needed."""
+    module, _, attribute = HOMES[kind].partition(":")
+    registry: Registry[Any, Any] = getattr(importlib.import_module(module), attribute)
+    return registry
+
+
+def load_plugin(path: str) -> str:
+    """Import a plugin file, so that what it registers exists; return the SHA-256 of its text.
+
+    Raises UsageError when the file is missing or fails to import.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UsageError(f"--plugin {path}: no such file")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    # The content is part of the name: an edited plugin is another module, the same one is imported once.
+    name = f"moebench_plugin_{file.stem}_{digest[:12]}"
+    if name in sys.modules:
+        return digest
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"--plugin {path}: not a Python file (a name ending in .py)")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except UsageError:
+        del sys.modules[name]
+        raise
+    except BaseException as error:
+        del sys.modules[name]
+        raise UsageError(f"--plugin {path}: {_one_line(error)}") from error
+    return digest
+
+
+def names_without_import(kind: str) -> list[str]:
+    """Return the built-in names of a kind by reading the source files: for shell completion, which must not wait."""
+    folder = Path(__file__).parent / FOLDERS[kind]
+    return sorted(name for file in folder.glob("*.py") for name in _config_names(file))
+
+
+def _config_names(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and node.target.id == "name"
+            and isinstance(node.value, ast.Constant)
+        ):
+            yield str(node.value.value)
+
+
+def field_docs(config_class: type) -> dict[str, str]:
+    """Return the string below each field of a dataclass: Python does not keep them, so they are read from source."""
+    docs: dict[str, str] = {}
+    for cls in reversed(config_class.__mro__[:-1]):
+        tree = ast.parse(inspect.cleandoc("\n" + inspect.getsource(cls))).body[0]
+        body = getattr(tree, "body", [])
+        for field, text in zip(body, body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                value = getattr(text, "value", None)
+                if isinstance(text, ast.Expr) and isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    docs[field.target.id] = inspect.cleandoc(value.value)
+    return docs
+
+
+def _origin(item: object) -> str:
+    try:
+        file = inspect.getsourcefile(item)  # type: ignore[arg-type]
+        return f"{file}:{inspect.getsourcelines(item)[1]}"  # type: ignore[arg-type]
+    except (OSError, TypeError):
+        return f"{getattr(item, '__module__', '?')}"
+
+
+def _one_line(error: BaseException) -> str:
+    place = ""
+    for frame in inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []:
+        if "moebench_plugin_" in frame.frame.f_globals.get("__name__", ""):
+            place = f" (line {frame.lineno})"
+    if isinstance(error, SyntaxError):
+        place = f" (line {error.lineno})"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"

@@ -1,0 +1,91 @@
+"""How evenly a router loads its experts: counts that add up, and pure functions of them. Nothing here logs."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moebench.routing.values import LayerRecord
+
+DEAD_SHARE = 0.01
+"""An expert with less than this share of a uniform load counts as dead."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadCount:
+    """What one layer did with some tokens; counts of several batches add up, layers are never pooled."""
+
+    load_E: Tensor
+    """Assignments per expert before capacity, int64."""
+    num_dropped: int
+    num_unserved: int
+    """Tokens that no expert computed."""
+    num_tokens: int
+
+    def __add__(self, other: "LoadCount") -> "LoadCount":
+        """Add the counts of two batches of the same layer."""
+        return LoadCount(
+            load_E=self.load_E + other.load_E,
+            num_dropped=self.num_dropped + other.num_dropped,
+            num_unserved=self.num_unserved + other.num_unserved,
+            num_tokens=self.num_tokens + other.num_tokens,
+        )
+
+    @classmethod
+    def of(cls, record: LayerRecord) -> "LoadCount":
+        """Count one layer's record, padding left out."""
+        served_T = record.kept.experts_per_token_T > 0
+        unserved_T = ~served_T if record.valid_T is None else ~served_T & record.valid_T
+        num_tokens = record.routing.num_tokens if record.valid_T is None else int(record.valid_T.sum())
+        return cls(
+            load_E=record.routing.load_E.cpu(),
+            num_dropped=record.num_dropped,
+            num_unserved=int(unserved_T.sum()),
+            num_tokens=num_tokens,
+        )
+
+
+def max_violation(load_E: Tensor) -> float:
+    """Return max load / mean load - 1: 0 when even, E/k - 1 when k experts take all (arXiv:2408.15664)."""
+    load = load_E.double()
+    return float(load.max() / load.mean() - 1) if load.sum() > 0 else 0.0
+
+
+def variation(load_E: Tensor) -> float:
+    """Return the coefficient of variation of the load: standard deviation over mean, 0 when even."""
+    load = load_E.double()
+    return float(load.std(unbiased=False) / load.mean()) if load.sum() > 0 else 0.0
+
+
+def normalised_entropy(load_E: Tensor) -> float:
+    """Return the entropy of the load divided by ln E: 1 when even, 0 when one expert takes all."""
+    if load_E.numel() == 1 or load_E.sum() == 0:
+        return 1.0
+    share = load_E.double() / load_E.sum()
+    return float(-torch.special.xlogy(share, share).sum() / math.log(load_E.numel()))
+
+
+def dead_experts(load_E: Tensor) -> int:
+    """Return how many experts have less than 1 % of a uniform load."""
+    load = load_E.double()
+    return int((load < DEAD_SHARE * load.mean()).sum()) if load.sum() > 0 else load.numel()
+
+
+def summarise(counts: Sequence[LoadCount]) -> dict[str, float]:
+    """Return the load metrics of a model: each computed per layer, then averaged over its MoE layers."""
+    if not counts:
+        return {}
+    rows = [
+        {
+            "load/max_violation": max_violation(count.load_E),
+            "load/cv": variation(count.load_E),
+            "load/entropy": normalised_entropy(count.load_E),
+            "load/dead_experts": float(dead_experts(count.load_E)),
+            "load/drop_rate": count.num_dropped / max(int(count.load_E.sum()), 1),
+            "load/unserved": count.num_unserved / max(count.num_tokens, 1),
+        }
+        for count in counts
+    ]
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}

@@ -1,0 +1,115 @@
+"""What a router is: a small module that assigns tokens to experts, with a typed Config and facts about itself."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from moebench.errors import UsageError
+from moebench.registry import Registry
+from moebench.routing.values import LayerRecord, RouteContext, Routing
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """Options that every router has; each router's own Config adds its name and its options."""
+
+    name: str
+    losses: dict[str, float] = field(default_factory=dict)
+    """Coefficient of each auxiliary loss, by name; the raw loss is logged as balance/NAME, the product as loss/NAME."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known about a routing algorithm; shown by `list` and `show`, enforced by the contract tests."""
+
+    family: str
+    """The survey's families: token choice, expert choice, global assignment, static, stochastic, ... or baseline."""
+    equation: str
+    paper: str
+    """arXiv number or DOI, and the equation or section."""
+    causal: bool
+    """Dropless, the routing of a token depends on no later token: measured, not believed."""
+    causal_reason: str
+    batch_dependent: bool
+    """In evaluation, the routing of a sequence depends on what else is in the batch."""
+    causal_with_capacity: bool | None = None
+    """The same when a capacity drops by this router's priority; None: as `causal`."""
+    learned: bool = True
+    """The task loss reaches the router through the weights."""
+    own_losses: tuple[str, ...] = ()
+    """Names that `losses(record)` of this router brings."""
+
+    def is_causal(self, *, with_capacity: bool) -> bool:
+        """Whether no token's output depends on later tokens, with or without a capacity."""
+        return self.causal and (not with_capacity or self.causal_with_capacity in (None, True))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Site:
+    """Where a router is built: the sizes around it and what the data says before training."""
+
+    d_model: int
+    num_experts: int
+    layer: int = 0
+    vocab_size: int | None = None
+    token_count_V: Tensor | None = None
+    """int64: how often each token id occurs in the training split (language only)."""
+
+
+class Router(nn.Module):
+    """Assigns tokens to experts: owns its gate and its state, and answers four questions.
+
+    It never drops for capacity, never talks to other ranks, never touches experts: that is shared by all
+    routers, so that two arms of a comparison differ in the routing algorithm and in nothing else.
+    """
+
+    Config: ClassVar[type[RouterConfig]]
+    is_dense: ClassVar[bool] = False
+    """Needs one expert only: a model built with it holds plain feed-forward networks instead of banks."""
+
+    def __init__(self, config: Any, site: Site) -> None:
+        super().__init__()
+        self.config = config
+        self.num_experts = site.num_experts
+
+    @classmethod
+    def experts_per_token(cls, config: Any, num_experts: int) -> int:
+        """Experts that one token uses (on average, where it varies): sets the width of experts in matched arms."""
+        return 1
+
+    @classmethod
+    def check(cls, config: Any, num_experts: int) -> None:
+        """Raise UsageError when the options do not fit the number of experts."""
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
+        """Assign the tokens `x_TD` (fp32) to experts."""
+        raise NotImplementedError
+
+    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
+        """Raw losses that the algorithm brings itself, by the names in its `Facts.own_losses`."""
+        return {}
+
+    def objective(self, record: LayerRecord, token_loss_T: Tensor) -> Tensor | None:
+        """A loss that learns from the task loss of each token (reinforcement); None for all others."""
+        return None
+
+    def after_step(self, load_E: Tensor) -> None:
+        """Update state (bias, thresholds) from the assignments of one optimizer step, summed over micro-batches."""
+
+    def flops_per_token(self) -> int:
+        """Forward FLOPs of the router for one token: 2 per weight of each matrix."""
+        return sum(2 * parameter.numel() for parameter in self.parameters() if parameter.dim() == 2)
+
+
+def check_top_k(top_k: int, num_experts: int, smallest: int = 1, why: str = "") -> None:
+    """Raise UsageError unless smallest <= top_k <= num_experts."""
+    if not smallest <= top_k <= num_experts:
+        reason = f"; {why}" if why and top_k < smallest else ""
+        raise UsageError(
+            f"router.top_k={top_k} does not fit layout.num_experts={num_experts}"
+            f" (allowed: {smallest} to {num_experts}{reason})"
+        )
+
+
+ROUTERS: Registry[type[Router], Facts] = Registry("router", "moebench.routing.routers")

@@ -1,0 +1,52 @@
+"""All experts: the dense mixture from before sparsity, every expert on every token."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moebench.routing.gate import Gate
+from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.values import RouteContext, Routing
+
+
+@ROUTERS.register(
+    Facts(
+        family="baseline",
+        equation="y = Σ_e softmax(W x)_e E_e(x)",
+        paper="doi:10.1162/neco.1991.3.1.79 (Jacobs et al. 1991)",
+        causal=True,
+        causal_reason="each token is weighted by its own vector",
+        batch_dependent=False,
+    )
+)
+class AllExperts(Router):
+    """Every expert computes every token, weighted by the softmax (Jacobs et al. 1991).
+
+    In a matched arm each expert has 1/E of the width. Any softmax top-k without renormalisation must equal it at
+    k=E, which makes it the differential test of the dispatch.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        """The mixture of all experts has no options of its own."""
+
+        name: str = "all_experts"
+
+    def __init__(self, config: Config, site: Site) -> None:
+        super().__init__(config, site)
+        self.gate = Gate(site.d_model, site.num_experts)
+
+    @classmethod
+    def experts_per_token(cls, config: Config, num_experts: int) -> int:
+        """Return E."""
+        return num_experts
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
+        """Send each token to all experts."""
+        logits_TE = self.gate(x_TD)
+        scores_TE = logits_TE.softmax(-1)
+        expert_TK = torch.arange(self.num_experts, device=x_TD.device).expand(x_TD.shape[0], -1)
+        return Routing.from_top_k(
+            expert_TK, scores_TE, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
+        )

@@ -1,0 +1,86 @@
+"""Expert choice: each expert picks the tokens it scores highest."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moebench.errors import UsageError
+from moebench.routing.gate import Gate
+from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.values import RouteContext, Routing
+
+
+@ROUTERS.register(
+    Facts(
+        family="expert choice",
+        equation="S = softmax(X W) over experts;  expert e takes its C = T·c/E best tokens;  y_t = Σ_{e: t ∈ I_e} S_te E_e(x_t)",
+        paper="arXiv:2202.09368, section 3.2",
+        causal=False,
+        causal_reason="whether an expert takes a token depends on later tokens of the same sequence",
+        batch_dependent=True,
+    )
+)
+class ExpertChoice(Router):
+    """Each expert takes the same number of tokens; a token gets none, one or several experts (Zhou et al. 2022).
+
+    Perfectly balanced by construction and without any loss, but not causal: in a decoder it sees the future, so a
+    causal task refuses it unless allow_noncausal is set, and then every table marks it. Padding is never taken.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        """Options of expert choice."""
+
+        name: str = "expert_choice"
+        average_experts: int = 2
+        """c: experts per token on average; each expert takes T·c/E tokens (at least 1)."""
+        group: Literal["batch", "sequence"] = "batch"
+        """Among which tokens an expert chooses: the whole batch (the paper) or each sequence on its own."""
+
+    def __init__(self, config: Config, site: Site) -> None:
+        super().__init__(config, site)
+        self.gate = Gate(site.d_model, site.num_experts)
+        self.average_experts = config.average_experts
+        self.group = config.group
+
+    @classmethod
+    def experts_per_token(cls, config: Config, num_experts: int) -> int:
+        """Return c, the average."""
+        return config.average_experts
+
+    @classmethod
+    def check(cls, config: Config, num_experts: int) -> None:
+        """Refuse c outside 1 ... E."""
+        if not 1 <= config.average_experts <= num_experts:
+            raise UsageError(
+                f"router.average_experts={config.average_experts} does not fit layout.num_experts={num_experts}"
+                f" (allowed: 1 to {num_experts})"
+            )
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
+        """Let each expert take its best tokens within each group."""
+        num_tokens = x_TD.shape[0]
+        logits_TE = self.gate(x_TD)
+        scores_TE = logits_TE.softmax(-1)
+        group_size = max(ctx.sequence_length if self.group == "sequence" else num_tokens, 1)
+        ranked_TE = scores_TE if ctx.valid_T is None else scores_TE.masked_fill(~ctx.valid_T[:, None], -1.0)
+        ranked_GTE = ranked_TE.view(-1, group_size, self.num_experts)
+        capacity = min(group_size, max(1, group_size * self.average_experts // self.num_experts))
+        if num_tokens == 0:
+            capacity = 0
+        taken_GCE = ranked_GTE.topk(capacity, dim=1).indices
+        start_G11 = torch.arange(len(ranked_GTE), device=x_TD.device).view(-1, 1, 1) * group_size
+        token_N = (taken_GCE + start_G11).reshape(-1)
+        expert_N = torch.arange(self.num_experts, device=x_TD.device).expand(taken_GCE.shape).reshape(-1)
+        routing = Routing(
+            token_N=token_N,
+            expert_N=expert_N,
+            weight_N=scores_TE[token_N, expert_N],
+            num_tokens=num_tokens,
+            num_experts=self.num_experts,
+            logits_TE=logits_TE,
+            scores_TE=scores_TE,
+        )
+        return routing if ctx.valid_T is None else routing.keep(ctx.valid_T[token_N])

@@ -1,0 +1,57 @@
+"""Random: the floor under every learned router."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.values import RouteContext, Routing
+
+
+@ROUTERS.register(
+    Facts(
+        family="baseline",
+        equation="k experts drawn uniformly without replacement,  w = 1/k",
+        paper="arXiv:2209.01667, section 4.1; control of arXiv:2202.01169",
+        causal=True,
+        causal_reason="the draw does not look at any token",
+        batch_dependent=True,  # the draw belongs to the place in the batch
+        learned=False,
+    )
+)
+class Random(Router):
+    """Uniform draws, new in every step; in evaluation from a fixed seed, so that results repeat.
+
+    What it loses against a learned router is what learning to route is worth; what it gains over the dense
+    model is what mere parameters are worth.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        """Options of random routing."""
+
+        name: str = "random"
+        top_k: int = 1
+        """Experts per token."""
+
+    def __init__(self, config: Config, site: Site) -> None:
+        super().__init__(config, site)
+        self.top_k = config.top_k
+
+    @classmethod
+    def experts_per_token(cls, config: Config, num_experts: int) -> int:
+        """Return k."""
+        return config.top_k
+
+    @classmethod
+    def check(cls, config: Config, num_experts: int) -> None:
+        """Refuse k outside 1 ... E."""
+        check_top_k(config.top_k, num_experts)
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
+        """Draw k different experts for each token."""
+        draw_TE = torch.rand(x_TD.shape[0], self.num_experts, generator=ctx.generator, device=x_TD.device)
+        expert_TK = draw_TE.topk(self.top_k, dim=-1).indices
+        weight_TK = torch.full(expert_TK.shape, 1 / self.top_k, dtype=torch.float32, device=x_TD.device)
+        return Routing.from_top_k(expert_TK, weight_TK, num_experts=self.num_experts)

@@ -1,0 +1,51 @@
+"""Switch: each token goes to its one best expert, scaled by the router's confidence."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from moebench.routing.gate import Gate, jitter
+from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.values import RouteContext, Routing
+
+
+@ROUTERS.register(
+    Facts(
+        family="token choice",
+        equation="p = softmax(W x),  i = argmax_e p_e,  y = p_i · E_i(x)",
+        paper="arXiv:2101.03961, section 2.1",
+        causal=True,
+        causal_reason="each token is routed by its own vector; over capacity, the earlier token stays",
+        batch_dependent=False,
+    )
+)
+class Switch(Router):
+    """Top-1 token choice (Fedus, Zoph and Shazeer 2021).
+
+    The weight is the raw probability p_i: renormalised over one expert it would be 1, and the task loss could
+    not reach the router. The paper's capacity factors are 1.25 in training and 2.0 in evaluation; here the
+    layout sets them, dropless by default.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        """Options of Switch."""
+
+        name: str = "switch"
+        jitter: float = 0.01
+        """In training the router's input is multiplied by U(1 - jitter, 1 + jitter), the experts' input is not."""
+        losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
+
+    def __init__(self, config: Config, site: Site) -> None:
+        super().__init__(config, site)
+        self.gate = Gate(site.d_model, site.num_experts)
+        self.jitter = config.jitter
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
+        """Send each token to the expert with the highest probability."""
+        logits_TE = self.gate(jitter(x_TD, self.jitter, ctx.generator) if ctx.training else x_TD)
+        scores_TE = logits_TE.softmax(-1)
+        weight_TK, expert_TK = scores_TE.max(-1, keepdim=True)
+        return Routing.from_top_k(
+            expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
+        )

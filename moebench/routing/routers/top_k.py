@@ -1,0 +1,76 @@
+"""Top-k token choice: softmax before or after the selection, renormalised or not."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from moebench.routing.gate import Gate
+from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.values import RouteContext, Routing
+
+
+@ROUTERS.register(
+    Facts(
+        family="token choice",
+        equation="before: p = softmax(W x), w = p_top-k (/ Σ);   after: w = softmax((W x)_top-k);   y = Σ_i w_i E_i(x)",
+        paper="arXiv:2401.04088 (Mixtral, section 2.1), arXiv:2409.02060 (OLMoE, section 2)",
+        causal=True,
+        causal_reason="each token is routed by its own vector; over capacity, the earlier token stays",
+        batch_dependent=False,
+    )
+)
+class TopK(Router):
+    """Each token goes to its k best experts.
+
+    softmax=after is Mixtral's form and equals softmax=before with renormalise=true. softmax=before without
+    renormalisation is OLMoE's: the weights sum to less than 1, so the output scales with the confidence.
+    At k=1 a renormalised weight is always 1 and the task loss cannot reach the router: refused.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        """Options of top-k."""
+
+        name: str = "top_k"
+        top_k: int = 2
+        """Experts per token."""
+        softmax: Literal["before", "after"] = "before"
+        """Softmax over all experts before the selection, or over the selected ones after it."""
+        renormalise: bool = True
+        """Divide the k weights by their sum (softmax=before; with softmax=after they already sum to 1)."""
+        losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
+
+    def __init__(self, config: Config, site: Site) -> None:
+        super().__init__(config, site)
+        self.gate = Gate(site.d_model, site.num_experts)
+        self.top_k = config.top_k
+        self.softmax = config.softmax
+        self.renormalise = config.renormalise
+
+    @classmethod
+    def experts_per_token(cls, config: Config, num_experts: int) -> int:
+        """Return k."""
+        return config.top_k
+
+    @classmethod
+    def check(cls, config: Config, num_experts: int) -> None:
+        """Refuse k outside 1 ... E, and k=1 with weights that are always 1."""
+        always_one = config.softmax == "after" or config.renormalise
+        why = "at 1 a renormalised weight is always 1; use softmax=before renormalise=false, or switch"
+        check_top_k(config.top_k, num_experts, smallest=2 if always_one and num_experts > 1 else 1, why=why)
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
+        """Send each token to its k experts with the highest logits."""
+        logits_TE = self.gate(x_TD)
+        scores_TE = logits_TE.softmax(-1)
+        if self.softmax == "after":
+            top_TK, expert_TK = logits_TE.topk(self.top_k, dim=-1)
+            weight_TK = top_TK.softmax(-1)
+        else:
+            weight_TK, expert_TK = scores_TE.topk(self.top_k, dim=-1)
+            if self.renormalise:
+                weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+        return Routing.from_top_k(
+            expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
+        )

@@ -1,0 +1,1 @@
+"""Tasks: data, input embedding, head, loss and metrics; nothing about routing."""

@@ -1,0 +1,1 @@
+"""Tracking: what a run measured goes to a local journal first, and to MLflow from there."""

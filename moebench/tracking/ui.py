@@ -1,0 +1,144 @@
+"""MLflow's own pages on a results folder: on this machine only, and gone without a trace when stopped."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from moebench.errors import UsageError
+from moebench.tracking.mlflow_store import damage, default_uri, shown, sqlite_path
+
+_START_LIMIT_S = 120.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_ENVIRONMENT = {
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def serve(
+    results: Path,
+    uri: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 5000,
+    on_ready: Callable[[str], None] = print,
+) -> int:
+    """Serve the pages until a signal arrives; ``on_ready`` gets their address once they answer.
+
+    Returns 130 after Ctrl-C, 143 after a termination, 1 when the server fails by itself. Raises UsageError
+    for a database that is missing or damaged, a tracker that is a server itself, and a port in use.
+    """
+    uri = uri or default_uri(results)
+    _check_database(uri)
+    _check_port(host, port)
+    log = results / "ui.log"
+    url = f"http://{host}:{port}"
+    with _signals() as received, log.open("w") as output:
+        server = _launch(uri, results, host, port, output)
+        try:
+            if _wait_until_ready(server, url, log, received):
+                on_ready(url)
+            while not received and server.poll() is None:
+                time.sleep(0.1)
+        finally:
+            _end_group(server)
+    return 128 + received[0] if received else 1
+
+
+def _launch(uri: str, results: Path, host: str, port: int, output: IO[str]) -> subprocess.Popen[bytes]:
+    address = ["--host", host, "--port", str(port), "--workers", "1"]
+    artifacts = (results / "mlartifacts").absolute()
+    stores = ["--backend-store-uri", uri, "--artifacts-destination", str(artifacts)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", *address, *stores],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        # A group of its own: MLflow's children outlive their parent when only the parent is stopped.
+        start_new_session=True,
+        env={**os.environ, **_ENVIRONMENT},
+    )
+
+
+def _wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path, received: list[int]) -> bool:
+    deadline = time.monotonic() + _START_LIMIT_S
+    while not received:
+        if server.poll() is not None or time.monotonic() > deadline:
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            raise UsageError(f"MLflow's server did not start: {lines[-1] if lines else 'no message'} ({log})")
+        # OSError holds refused connections, timeouts and HTTP errors.
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+            if answer.status == 200:
+                return True
+        time.sleep(0.2)
+    return False
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in _SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_group(server: subprocess.Popen[bytes]) -> None:
+    for number, patience_s in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+        deadline = time.monotonic() + patience_s
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, number)
+            while time.monotonic() < deadline:
+                # Signal 0 asks only whether anybody of the group is left; poll() buries its leader.
+                server.poll()
+                os.killpg(server.pid, 0)
+                time.sleep(0.05)
+    server.wait()
+
+
+def _check_database(uri: str) -> None:
+    path = sqlite_path(uri)
+    if path is None:
+        raise UsageError(f"tracker {shown(uri)} is a server with pages of its own: open it in a browser")
+    if not path.exists():
+        raise UsageError(f"{path} does not exist: run an experiment first (`moebench run`)")
+    reason = damage(path)
+    if reason:
+        raise UsageError(f"{path} {reason}: move it away and run `moebench sync` to fill a new one")
+
+
+def _check_port(host: str, port: int) -> None:
+    if host not in ("127.0.0.1", "localhost"):
+        raise UsageError(f"--host {host}: the pages have no password; allowed are 127.0.0.1 and localhost")
+    if not 1 <= port <= 65535:
+        raise UsageError(f"--port {port}: allowed are 1 to 65535")
+    try:
+        _bind(host, port)
+    except OSError as error:
+        raise UsageError(f"--port {port}: {error.strerror or error}; free is {_bind(host, 0)}") from error
+
+
+def _bind(host: str, port: int) -> int:
+    with socket.socket(socket.AF_INET) as probe:
+        # As the server does: a port in the wait after a close is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,1 @@
+"""Training one cell: model, step, evaluation, checkpoints, the worker process."""

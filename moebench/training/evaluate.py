@@ -1,0 +1,67 @@
+"""Evaluation on a fixed set: quality and load, deterministic, without gradients."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moebench.models.transformer import BatchContext
+from moebench.routing.metrics import LoadCount, summarise
+from moebench.tasks.task import Batch, Task
+from moebench.training.model import Model
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluation:
+    """What an evaluation found."""
+
+    quality: dict[str, float]
+    load: dict[str, float]
+    """Load metrics, mean over MoE layers; empty for a dense model."""
+    load_by_layer: dict[str, list[int]]
+    """Block index -> assignments of each expert over the whole set."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Quality and load together."""
+        return self.quality | self.load
+
+
+@torch.no_grad()
+def evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, device: Any) -> Evaluation:
+    """Run the model over the batches in evaluation mode, then put it back into the mode it was in."""
+    was_training = model.training
+    model.eval()
+    nats = torch.zeros(len(task.domains), dtype=torch.float64)
+    weights = torch.zeros(len(task.domains), dtype=torch.float64)
+    counts: dict[int, LoadCount] = {}
+    for batch in batches:
+        on_device = batch.to(device)
+        output, records = model(on_device, batch_context(on_device, training=False, seed=seed))
+        loss_BL = task.token_loss(output, on_device).double()
+        if batch.valid_BL is not None:
+            loss_BL = loss_BL * on_device.valid_BL
+        nats.index_add_(0, batch.domain_B, loss_BL.sum(-1).cpu())
+        weights.index_add_(0, batch.domain_B, batch.weight_BL.sum(-1).double())
+        for record in records:
+            count = LoadCount.of(record)
+            counts[record.layer] = counts[record.layer] + count if record.layer in counts else count
+    model.train(was_training)
+    return Evaluation(
+        quality=task.quality(nats.tolist(), weights.tolist()),
+        load=summarise(list(counts.values())),
+        load_by_layer={str(layer): count.load_E.tolist() for layer, count in counts.items()},
+    )
+
+
+def batch_context(batch: Batch, *, training: bool, seed: int, step: int = 0) -> BatchContext:
+    """Return what the model may know about a batch besides its vectors."""
+    return BatchContext(
+        training=training,
+        seed=seed,
+        step=step,
+        token_id_BL=batch.input_BL,
+        valid_BL=batch.valid_BL,
+        domain_B=batch.domain_B,
+    )

@@ -1,0 +1,128 @@
+"""Training one cell from its configuration to its result, in this process; resumes at the newest good checkpoint."""
+
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from moebench.config import CellConfig, to_plain
+from moebench.errors import UsageError
+from moebench.tasks.task import Batch, Task
+from moebench.training.callback import CellCallback, Hooks, Meter, record_evaluation
+from moebench.training.checkpoint import VerifiedCheckpointIO, newest_good, step_of
+from moebench.training.evaluate import evaluate
+from moebench.training.model import initialised_model, marks_of, model_cost
+from moebench.training.module import CellModule
+from moebench.training.result import RunResult
+
+
+class StepBatches(IterableDataset[Batch]):
+    """The training batches from one step on: batch n is a function of n, so a resumed run goes on exactly."""
+
+    def __init__(self, config: CellConfig, task: Task, first_step: int) -> None:
+        self.config = config
+        self.task = task
+        self.first_step = first_step
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches of the remaining steps."""
+        train = self.config.train
+        for step in range(self.first_step, train.steps):
+            yield self.task.train_batch(train.batch_size, self.config.seed, step)
+
+
+def train_cell(
+    config: CellConfig, task: Task, checkpoints: Path, hooks: Hooks, *, cell_id: str, arm: str
+) -> RunResult | None:
+    """Train (or go on training) one cell and evaluate it on the test split.
+
+    Returns None when it was asked to stop; what was done lies in the checkpoint. Raises NonFiniteError before an
+    update with a loss or gradient that is not a number.
+    """
+    started = time.perf_counter()
+    resume, damaged = newest_good(checkpoints)
+    for line in damaged:
+        print(line, flush=True)
+    first_step = step_of(resume) if resume else 0
+    hooks.recorder.truncate_after(first_step)
+    model = initialised_model(config, task)
+    meter = Meter(tokens_per_step=config.train.batch_size * task.sequence_length)
+    module = CellModule(config, model, task)
+    callback = CellCallback(hooks, checkpoints, meter)
+    _fit(config, task, module, callback, resume, first_step)
+    if callback.stopped:
+        return None
+    final = _final_evaluation(config, task, module, hooks)
+    cost = asdict(model_cost(model, task.sequence_length))
+    cost["train_tokens"] = config.train.steps * meter.tokens_per_step
+    return RunResult(
+        id=cell_id,
+        arm=arm,
+        seed=config.seed,
+        status="done",
+        error=None,
+        step=config.train.steps,
+        metrics=final,
+        cost={name: float(value) for name, value in cost.items()},
+        throughput={
+            "tokens_per_s": meter.tokens_per_s,
+            "step_s": meter.step_s,
+            "train_s": sum(meter.seconds),
+            "total_s": time.perf_counter() - started,
+        },
+        data_digest=task.digest,
+        eval_digest=task.eval_digest,
+        marks=marks_of(config),
+        config=to_plain(config),
+    )
+
+
+def _fit(
+    config: CellConfig, task: Task, module: CellModule, callback: CellCallback, resume: Path | None, first_step: int
+) -> None:
+    trainer = lightning.Trainer(
+        accelerator=_accelerator(config.train.device),
+        devices=1,
+        precision="bf16-mixed" if config.train.precision == "bf16" else "32-true",
+        max_steps=config.train.steps,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        callbacks=[callback],
+        plugins=[VerifiedCheckpointIO()],
+    )
+    batches = DataLoader(StepBatches(config, task, first_step), batch_size=None)
+    with warnings.catch_warnings():
+        # The loader is cheap and its order is a function of the step: workers would only add processes.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        # The batches begin at the resumed step by themselves: nothing is replayed, the state needs no loader.
+        warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")
+        trainer.fit(module, batches, ckpt_path=resume)
+
+
+def _final_evaluation(config: CellConfig, task: Task, module: CellModule, hooks: Hooks) -> dict[str, float]:
+    """Record the validation split once more and return the metrics of the test split, the run's quality."""
+    size, device = config.train.batch_size, module.device
+    model = module.model
+    validation = evaluate(model, task, task.eval_batches("validation", size), config.seed, device)
+    record_evaluation(hooks, config.train.steps, validation)
+    test = evaluate(model, task, task.eval_batches("test", size), config.seed, device)
+    hooks.recorder.append(config.train.steps, {f"test/{name}": value for name, value in test.metrics.items()})
+    hooks.recorder.flush()
+    return test.metrics
+
+
+def _accelerator(device: str) -> Any:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("train.device: 'cuda' was asked for, but torch finds no CUDA device (allowed: auto, cpu)")
+    return "gpu" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"

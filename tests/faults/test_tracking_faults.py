@@ -1,0 +1,246 @@
+"""What a broken tracker does to a run: nothing but a line that says so."""
+
+import json
+import math
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from moebench.errors import UsageError
+from moebench.tracking.journal import Journal, read_journal
+from moebench.tracking.mlflow_store import TrackerError, default_uri, shown
+from moebench.tracking.replay import replay
+from moebench.tracking.tracker import Tracker
+from moebench.tracking.ui import serve
+
+CELL = "0123456789ab"
+
+
+def build(results: Path, steps: int = 20, cell: str = CELL) -> Path:
+    folder = results / "runs" / cell
+    folder.mkdir(parents=True)
+    content = {"id": cell, "arm": "switch", "seed": 0, "config": {}, "experiment": "quickstart"}
+    content |= {"data": {"name": "shakespeare", "digest": "9f"}, "varies": {"router.name": "switch"}}
+    (folder / "cell.json").write_text(json.dumps(content))
+    with Journal(folder / "journal.jsonl") as journal:
+        for step in range(1, steps + 1):
+            journal.append(step, {"loss/task": math.exp(-step)})
+    result = {"status": "done", "error": None, "step": steps, "metrics": {}, "cost": {}, "throughput": {}}
+    (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def metric_steps(database: Path) -> list[int]:
+    connection = sqlite3.connect(database)
+    rows = connection.execute("select step from metrics where key = 'loss/task' order by step").fetchall()
+    connection.close()
+    return [row[0] for row in rows]
+
+
+def until(condition: object, limit_s: float = 30) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_dead_server_degrades_and_loses_nothing(tmp_path: Path) -> None:
+    folder = build(tmp_path)
+    before = (folder / "journal.jsonl").read_bytes()
+    uri = f"http://user:secret@127.0.0.1:{free_port()}"
+    tracker = Tracker(tmp_path, uri, interval_s=0.1)
+    began = time.monotonic()
+    tracker.start()
+    until(tracker.poll, 20)
+    status = tracker.stop(10)
+    assert time.monotonic() - began < 20
+    assert not status.ok
+    assert status.reason is not None
+    assert "\n" not in status.reason
+    assert shown(uri) in status.reason
+    assert "moebench sync" in status.reason
+    assert "secret" not in status.reason + (tmp_path / "tracking.log").read_text()
+    assert (folder / "journal.jsonl").read_bytes() == before
+    assert len(read_journal(folder / "journal.jsonl")[0]) == 20
+    assert replay(tmp_path, default_uri(tmp_path)).values == 20
+    assert metric_steps(tmp_path / "mlflow.db") == [*range(1, 21)]
+
+
+def test_a_server_that_never_answers_is_bounded(tmp_path: Path) -> None:
+    build(tmp_path)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        tracker = Tracker(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}", interval_s=0.1)
+        tracker.start()
+        time.sleep(3)
+        began = time.monotonic()
+        status = tracker.stop(1)
+        assert time.monotonic() - began < 4
+    assert str(status.reason).startswith("the tracker did not take everything in 1 s; nothing is lost")
+
+
+@pytest.mark.parametrize(
+    "content", [b"not a database" * 100, b"SQLite format 3\0" + b"\xff" * 5000], ids=["text", "broken pages"]
+)
+def test_a_damaged_database_is_named_and_never_touched(tmp_path: Path, content: bytes) -> None:
+    build(tmp_path)
+    database = tmp_path / "mlflow.db"
+    database.write_bytes(content)
+    tracker = Tracker(tmp_path, default_uri(tmp_path), interval_s=0.1)
+    tracker.start()
+    status = tracker.stop(20)
+    assert not status.ok
+    assert str(database) in str(status.reason)
+    with pytest.raises(TrackerError, match=r"mlflow\.db"):
+        replay(tmp_path, default_uri(tmp_path))
+    with pytest.raises(UsageError, match=r"mlflow\.db .*moebench sync"):
+        serve(tmp_path)
+    assert database.read_bytes() == content
+
+
+def test_a_place_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    build(tmp_path)
+    with pytest.raises(TrackerError, match=r"nowhere/mlflow\.db cannot be created"):
+        replay(tmp_path, f"sqlite:///{tmp_path}/nowhere/mlflow.db")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_an_unknown_kind_of_tracker_is_one_line(tmp_path: Path) -> None:
+    build(tmp_path)
+    with pytest.raises(TrackerError, match=r"^tracker ftp://nobody cannot be used \([^\n]*$"):
+        replay(tmp_path, "ftp://nobody")
+
+
+def test_four_processes_open_one_fresh_database_at_once(tmp_path: Path) -> None:
+    uri = default_uri(tmp_path)
+    program = "import sys; from pathlib import Path; from moebench.tracking.replay import replay\n"
+    program += "print(replay(Path(sys.argv[1]), sys.argv[2]).values)"
+    for number in range(4):
+        build(tmp_path / str(number), cell=f"{number:012x}")
+    racers = [
+        subprocess.Popen([sys.executable, "-c", program, str(tmp_path / str(n)), uri], stdout=subprocess.PIPE)
+        for n in range(4)
+    ]
+    answers = [racer.communicate()[0] for racer in racers]
+    assert [racer.returncode for racer in racers] == [0] * 4
+    assert answers == [b"20\n"] * 4
+    assert metric_steps(tmp_path / "mlflow.db") == sorted([*range(1, 21)] * 4)
+
+
+def test_two_processes_that_send_the_same_runs_double_nothing(tmp_path: Path) -> None:
+    build(tmp_path, steps=2500)
+    program = "import sys; from pathlib import Path; from moebench.tracking.replay import replay\n"
+    program += "replay(Path(sys.argv[1]), sys.argv[2])"
+    command = [sys.executable, "-c", program, str(tmp_path), default_uri(tmp_path)]
+    racers = [subprocess.Popen(command) for _ in range(2)]
+    assert [racer.wait() for racer in racers] == [0, 0]
+    assert metric_steps(tmp_path / "mlflow.db") == [*range(1, 2501)]
+
+
+def test_a_sender_killed_at_any_time_leaves_nothing_doubled(tmp_path: Path) -> None:
+    build(tmp_path, steps=5000)
+    program = "import sys; from pathlib import Path; from moebench.tracking.replay import replay\n"
+    program += "print('go', flush=True); replay(Path(sys.argv[1]), sys.argv[2])"
+    command = [sys.executable, "-c", program, str(tmp_path), default_uri(tmp_path)]
+    for delay_s in (2.0, 2.4, 2.8):
+        victim = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert victim.stdout
+        victim.stdout.readline()
+        time.sleep(delay_s)
+        victim.kill()
+        victim.communicate()
+    replay(tmp_path, default_uri(tmp_path))
+    assert metric_steps(tmp_path / "mlflow.db") == [*range(1, 5001)]
+
+
+def test_the_tracker_dies_with_its_runner(tmp_path: Path) -> None:
+    build(tmp_path)
+    program = (
+        "import sys, time; from pathlib import Path; from moebench.tracking.tracker import Tracker\n"
+        "tracker = Tracker(Path(sys.argv[1]), sys.argv[2], interval_s=0.1)\n"
+        "tracker.start(); print(tracker.pid, flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path), default_uri(tmp_path)]
+    runner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert runner.stdout
+    pid = int(runner.stdout.readline())
+    until((tmp_path / "runs" / CELL / "tracking.json").exists)
+    runner.send_signal(signal.SIGKILL)
+    runner.communicate()
+    until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, 15)
+
+
+def test_a_killed_tracker_is_reported(tmp_path: Path) -> None:
+    build(tmp_path)
+    tracker = Tracker(tmp_path, default_uri(tmp_path), interval_s=60)
+    tracker.start()
+    assert tracker.pid
+    os.kill(tracker.pid, signal.SIGKILL)
+    until(tracker.poll)
+    status = tracker.stop(1)
+    assert not status.ok
+    assert "ended early" in str(status.reason)
+
+
+def start_ui(results: Path, port: int) -> "subprocess.Popen[str]":
+    program = (
+        "import sys; from pathlib import Path; from moebench.tracking.ui import serve\n"
+        "say = lambda url: print(url, flush=True)\n"
+        "sys.exit(serve(Path(sys.argv[1]), port=int(sys.argv[2]), on_ready=say))"
+    )
+    command = [sys.executable, "-c", program, str(results), str(port)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
+def test_the_pages_are_local_and_leave_nothing_behind(tmp_path: Path, number: int, code: int) -> None:
+    build(tmp_path)
+    replay(tmp_path, default_uri(tmp_path))
+    port = free_port()
+    ui = start_ui(tmp_path, port)
+    assert ui.stdout
+    url = ui.stdout.readline().strip()
+    assert url == f"http://127.0.0.1:{port}", (tmp_path / "ui.log").read_text()
+    with urllib.request.urlopen(f"{url}/health") as answer:
+        assert answer.status == 200
+    foreign = urllib.request.Request(f"{url}/api/2.0/mlflow/experiments/get?experiment_id=0")
+    foreign.add_header("Host", "evil.example")
+    with pytest.raises(urllib.error.HTTPError, match="403") as refused:
+        urllib.request.urlopen(foreign)
+    refused.value.close()
+    with pytest.raises(UsageError, match=rf"--port {port}: Address already in use; free is \d+"):
+        serve(tmp_path, port=port)
+    family = psutil.Process(ui.pid).children(recursive=True)
+    assert 1 <= len(family) <= 3
+    listening = {c.laddr.ip for p in family for c in p.net_connections("tcp") if c.status == "LISTEN"}
+    assert listening == {"127.0.0.1"}
+    ui.send_signal(number)
+    assert ui.wait(15) == code
+    ui.communicate()
+    until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family), 5)
+
+
+def test_pages_without_a_database_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="run an experiment first"):
+        serve(tmp_path)
+    with pytest.raises(UsageError, match="server with pages of its own"):
+        serve(tmp_path, uri="http://tracker:5000")

@@ -1,0 +1,262 @@
+"""From results to verdicts: pairing, refusals, marks, and nothing left out."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from moebench.analysis.comparison import compare
+from moebench.errors import UsageError
+from moebench.training.result import RunResult
+
+# Dense over five seeds, and what the arms add to it seed by seed.
+DENSE = (2.00, 2.02, 1.98, 2.01, 1.99)
+JITTER = (0.001, -0.001, 0.002, -0.002, 0.0)  # mean 0, SD 0.0015811
+
+
+def run(arm: str, seed: int, value: float, **changes: object) -> RunResult:
+    result = RunResult(
+        id=f"{arm}-{seed}",
+        arm=arm,
+        seed=seed,
+        status="done",
+        error=None,
+        step=100,
+        metrics={"bits_per_byte": value, "bits_per_byte/code": value - 0.5, "bits_per_byte/law": value + 0.5},
+        cost={"active_params": 1e6, "total_params": 4e6, "flops_per_token": 2e6, "train_tokens": 8e5},
+        throughput={"tokens_per_s": 1000.0 + seed, "step_s": 0.1, "train_s": 10.0, "total_s": 12.0},
+        data_digest="data",
+        eval_digest="eval",
+        marks=(),
+        config={},
+    )
+    return replace(result, **changes)  # type: ignore[arg-type]
+
+
+def grid(offsets: dict[str, float], num_seeds: int = 5) -> list[RunResult]:
+    """Seeds outermost, as the runner does; the arm with offset 0 gets no jitter: the baseline."""
+    return [
+        run(arm, seed, DENSE[seed] + offset + (JITTER[seed] if offset else 0))
+        for seed in range(num_seeds)
+        for arm, offset in offsets.items()
+    ]
+
+
+def cells(results: list[RunResult]) -> list[tuple[str, int, str]]:
+    return [(result.arm, result.seed, result.id) for result in results]
+
+
+def of(comparison, arm):
+    return next(summary for summary in comparison.arms if summary.arm == arm)
+
+
+def test_difference_by_hand():
+    results = grid({"dense": 0, "switch": -0.01})
+    found = compare(results, expected=cells(results), baseline="dense")
+    # dense: mean 2.0, SD 0.0158114, t(.975, 4) = 2.776445 -> half 2.776445 * 0.0158114 / sqrt 5 = 0.019632
+    dense = of(found, "dense")
+    assert dense.mean == pytest.approx(2.0)
+    assert dense.interval == pytest.approx((2 - 0.019632, 2 + 0.019632), abs=1e-6)
+    # difference: -0.01 + jitter: mean -0.01, SD 0.00158114 -> half 0.0019632; t = -14.142 -> p = .000145
+    (difference,) = found.differences
+    assert difference.mean == pytest.approx(-0.01)
+    assert difference.interval == pytest.approx((-0.0119632, -0.0080368), abs=1e-6)
+    assert difference.p == pytest.approx(0.000145, abs=1e-6)
+    assert difference.p_holm == difference.p  # a family of one
+    assert difference.verdict == "better"
+    assert difference.low_power
+    # detectable: dz 1.68199 for n = 5 (table), times the SD of the differences
+    assert difference.smallest_detectable == pytest.approx(1.68199 * 0.00158114, rel=1e-3)
+    assert of(found, "switch").marks == ("best",)
+    assert of(found, "dense").domains == pytest.approx({"code": 1.5, "law": 2.5})
+
+
+def test_higher_is_better_turns_the_verdict():
+    results = grid({"dense": 0, "switch": -0.01})
+    found = compare(results, expected=cells(results), baseline="dense", lower_is_better=False)
+    assert found.differences[0].verdict == "worse"
+    assert all("best" not in arm.marks for arm in found.arms)
+
+
+def test_holm_corrects_over_the_arms():
+    results = grid({"dense": 0, "a": -0.01, "b": 0.01, "c": 0.0005})
+    found = compare(results, expected=cells(results), baseline="dense")
+    by_arm = {difference.arm: difference for difference in found.differences}
+    # two p of .000145 share the front: 3 * p for both; c: mean .0005, t = 0.7071, 4 df -> p = .5185, times 1
+    assert by_arm["a"].p_holm == pytest.approx(3 * 0.000145, abs=3e-6)
+    assert by_arm["c"].p_holm == pytest.approx(0.5185, abs=1e-4)
+    assert [by_arm[arm].verdict for arm in "abc"] == ["better", "worse", "no difference shown"]
+    assert found.num_comparisons == 3
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_fewer_than_three_seeds_decide_nothing(num_seeds):
+    results = grid({"dense": 0, "switch": -1.0}, num_seeds)
+    found = compare(results, expected=cells(results), baseline="dense")
+    (difference,) = found.differences
+    assert difference.verdict == "too few seeds"
+    assert (difference.p, difference.interval, difference.smallest_detectable) == (None, None, None)
+    assert difference.mean == pytest.approx(-1, abs=0.002)
+    assert all(arm.marks == () and arm.interval is None for arm in found.arms)
+
+
+def test_several_better_arms_have_no_best():
+    results = grid({"dense": 0, "a": -0.01, "b": -0.02})
+    found = compare(results, expected=cells(results), baseline="dense")
+    assert [difference.verdict for difference in found.differences] == ["better", "better"]
+    assert all(arm.marks == () for arm in found.arms)
+    assert any("not compared with one another" in note for note in found.notes)
+
+
+def test_a_better_arm_is_not_best_while_another_has_a_better_mean():
+    results = grid({"dense": 0, "a": -0.01}) + [
+        run("b", seed, DENSE[seed] + d) for seed, d in enumerate((-0.5, 0.4, -0.3, 0.2, -0.1))
+    ]
+    found = compare(results, expected=cells(results), baseline="dense")
+    assert [difference.verdict for difference in found.differences] == ["better", "no difference shown"]
+    assert all(arm.marks == () for arm in found.arms)
+    assert any("b has the best mean, but it is not shown" in note for note in found.notes)
+
+
+def test_a_non_causal_arm_is_marked_and_not_best():
+    results = grid({"dense": 0, "expert_choice": -0.01})
+    results = [replace(r, marks=("non-causal",)) if r.arm == "expert_choice" else r for r in results]
+    found = compare(results, expected=cells(results), baseline="dense")
+    assert of(found, "expert_choice").marks == ("non-causal",)
+    assert found.differences[0].verdict == "better"
+
+
+def test_failed_stopped_and_diverged_cells_keep_their_reasons():
+    results = grid({"dense": 0, "switch": -0.01})
+    expected = cells(results)
+    results[1] = replace(results[1], status="failed", error="out of memory", metrics={})
+    results[3] = replace(results[3], status="stopped", step=7, metrics={})
+    results[5] = replace(results[5], metrics={"bits_per_byte": float("nan")})
+    results[7] = replace(results[7], metrics={"loss": 1.0})
+    found = compare(results, expected=expected, baseline="dense")
+    assert [(cell.arm, cell.seed, cell.reason) for cell in found.failed] == [
+        ("switch", 0, "out of memory"),
+        ("switch", 1, "stopped at step 7"),
+        ("switch", 2, "bits_per_byte is nan after 100 steps"),
+        ("switch", 3, "reports no bits_per_byte"),
+    ]
+    assert (of(found, "switch").num_done, of(found, "switch").num_failed) == (1, 4)
+    assert "switch: difference over common seeds only, without seed 0, 1, 2, 3" in found.notes
+
+
+def test_a_half_finished_grid_is_compared_over_common_seeds():
+    results = grid({"dense": 0, "switch": -0.01, "top_p": 0.01})
+    found = compare(results[:-2], expected=cells(results), baseline="dense")
+    assert [(cell.arm, cell.seed) for cell in found.missing] == [("switch", 4), ("top_p", 4)]
+    assert [difference.seeds for difference in found.differences] == [(0, 1, 2, 3)] * 2
+    assert of(found, "dense").seeds == (0, 1, 2, 3, 4)
+    assert found.notes[0] == "2 of 15 cells have no result yet: this is an early look"
+
+
+def test_before_the_first_result_everything_is_missing():
+    results = grid({"dense": 0, "switch": -0.01})
+    found = compare([], expected=cells(results), baseline="dense")
+    assert len(found.missing) == 10
+    assert [arm.mean for arm in found.arms] == [None, None]
+    assert found.differences[0].verdict == "too few seeds"
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_results_of_another_grid_are_named_not_used():
+    results = grid({"dense": 0, "switch": -0.01})
+    stranger = run("switch", 9, 0.1, id="stranger")
+    found = compare([*results, stranger], expected=cells(results), baseline="dense")
+    assert of(found, "switch").seeds == (0, 1, 2, 3, 4)
+    assert any("stranger" in note for note in found.notes)
+
+
+def test_unknown_baseline_metric_and_double_cells_are_refused():
+    results = grid({"dense": 0, "switch": -0.01})
+    with pytest.raises(UsageError, match=r"baseline: 'swich' .*Did you mean 'switch'.*dense, switch"):
+        compare(results, expected=cells(results), baseline="swich")
+    with pytest.raises(UsageError, match=r"metric: 'bits' .*bits_per_byte"):
+        compare(results, expected=cells(results), baseline="dense", metric="bits")
+    with pytest.raises(UsageError, match="same seed twice"):
+        compare(results, expected=[*cells(results), ("dense", 0, "other")], baseline="dense")
+
+
+COST = {"active_params": 1e6, "total_params": 4e6, "flops_per_token": 2e6, "train_tokens": 8e5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "mark"),
+    [
+        ({"cost": COST | {"flops_per_token": 2.05e6}}, r"2,050,000.*2,000,000 \(\+2\.50 %", "≠FLOPs"),
+        ({"cost": COST | {"flops_per_token": 1.95e6}}, r"1,950,000.*2,000,000 \(-2\.50 %", "≠FLOPs"),
+        ({"cost": {"train_tokens": 8e5}}, "flops_per_token is not known", "≠FLOPs"),
+        (
+            {"cost": COST | {"train_tokens": 9e5}},
+            "train_tokens is 900,000, the baseline's 800,000",
+            "≠tokens",
+        ),
+        ({"data_digest": "other"}, "data_digest is other, the baseline's data", "≠data"),
+        ({"eval_digest": "other"}, "eval_digest is other, the baseline's eval", "≠eval"),
+    ],
+)
+def test_arms_that_are_not_matched_are_refused_or_marked(changes, words, mark):
+    results = grid({"dense": 0, "switch": -0.01, "top_p": -0.005})
+    results = [replace(r, **changes) if r.arm == "switch" else r for r in results]
+    with pytest.raises(UsageError, match=f"arm 'switch': .*{words}.*--allow-mismatch"):
+        compare(results, expected=cells(results), baseline="dense")
+    found = compare(results, expected=cells(results), baseline="dense", allow_mismatch=True)
+    assert of(found, "switch").marks == (mark,)
+    assert [difference.verdict for difference in found.differences] == ["not matched", "better"]
+    assert found.differences[0].mean == pytest.approx(-0.01)  # numbers stay, the claim goes
+    assert of(found, "top_p").marks == ("best",)  # an arm outside the match does not compete
+    assert found.notes[0].startswith("switch: ")
+
+
+def test_two_percent_of_flops_are_allowed():
+    results = grid({"dense": 0, "switch": -0.01})
+    results = [
+        replace(r, cost=COST | {"flops_per_token": 2.04e6}) if r.arm == "switch" else r for r in results
+    ]
+    assert compare(results, expected=cells(results), baseline="dense").differences[0].verdict == "better"
+
+
+def test_load_speed_and_cost_are_averaged_over_seeds():
+    results = grid({"dense": 0, "switch": -0.01})
+    results = [
+        replace(
+            r,
+            metrics=r.metrics | {"load/cv": 0.1 * (1 + r.seed)},
+            throughput={"tokens_per_s": 1.0 if r.seed == 0 else 500.0 + r.seed},
+        )
+        if r.arm == "switch"
+        else r
+        for r in results
+    ]
+    switch = of(compare(results, expected=cells(results), baseline="dense"), "switch")
+    assert switch.load == pytest.approx({"cv": 0.3})
+    # medians: switch of {1, 501, 502, 503, 504} = 502; dense of {1000 ... 1004} = 1002
+    assert switch.throughput_share == pytest.approx(502 / 1002)
+    assert switch.cost == COST
+
+
+def test_equal_differences_for_every_seed_are_called_out():
+    results = grid({"dense": 0}) + [run("copy", seed, value - 0.25) for seed, value in enumerate(DENSE)]
+    found = compare(results, expected=cells(results), baseline="dense")
+    assert found.differences[0].verdict == "no difference shown"
+    assert any("the same difference for every seed" in note for note in found.notes)
+
+
+def test_to_dict_is_json_with_the_promised_keys():
+    results = grid({"dense": 0, "switch": -0.01})
+    found = json.loads(json.dumps(compare(results, expected=cells(results), baseline="dense").to_dict()))
+    assert found["arms"]["dense"]["difference"] is None
+    switch = found["arms"]["switch"]
+    assert set(switch) == {
+        "bits_per_byte", "cost", "difference", "domains", "load", "marks", "runs", "throughput"
+    }  # fmt: skip
+    assert set(switch["bits_per_byte"]["seeds"]) == {"0", "1", "2", "3", "4"}
+    assert switch["difference"]["verdict"] == "better"
+    assert set(switch["difference"]) == {
+        "baseline", "effect_sd", "interval", "low_power", "mean", "p", "p_exact", "p_holm", "seeds",
+        "smallest_detectable", "verdict",
+    }  # fmt: skip
+    assert switch["runs"] == {"done": 5, "failed": 0, "missing": 0}

@@ -1,0 +1,198 @@
+"""The tables as they are read: golden text, widths, every mark and failure in words."""
+
+import json
+from dataclasses import replace
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from moebench.analysis.comparison import compare
+from moebench.analysis.formatting import human, number, p_value, signed
+from moebench.analysis.table import to_json, to_markdown, to_rich
+from moebench.training.result import RunResult
+
+DENSE = (2.00, 2.02, 1.98, 2.01, 1.99)
+JITTER = (0.001, -0.001, 0.002, -0.002, 0.0)
+LOAD = {
+    "max_violation": 0.8,
+    "cv": 0.4,
+    "entropy": 0.97,
+    "dead_experts": 0.5,
+    "drop_rate": 0.012,
+    "unserved": 0.0,
+}
+
+
+def run(arm: str, seed: int, value: float) -> RunResult:
+    load = {} if arm == "dense" else {f"load/{name}": amount for name, amount in LOAD.items()}
+    return RunResult(
+        id=f"{arm[:3]}{seed}",
+        arm=arm,
+        seed=seed,
+        status="done",
+        error=None,
+        step=600,
+        metrics={"bits_per_byte": value, **load},
+        cost={
+            "active_params": 1.234e6,
+            "total_params": 4.567e6 if load else 1.234e6,
+            "flops_per_token": 2.469e6,
+            "train_tokens": 4.9e6,
+        },
+        throughput={"tokens_per_s": 14_000.0 if load else 20_000.0},
+        data_digest="data",
+        eval_digest="eval",
+        marks=("non-causal",) if arm == "expert_choice" else (),
+        config={},
+    )
+
+
+def grid(num_seeds=5):
+    return [
+        run(arm, seed, DENSE[seed] + offset + (JITTER[seed] if offset else 0))
+        for seed in range(num_seeds)
+        for arm, offset in {
+            "dense": 0,
+            "switch": -0.01,
+            "sigmoid_bias_free": 0.0005,
+            "expert_choice": -0.02,
+        }.items()
+    ]
+
+
+def cells(results):
+    return [(result.arm, result.seed, result.id) for result in results]
+
+
+def half_finished():
+    """Fifteen cells done, one failed, two missing."""
+    results = [result for result in grid() if result.arm != "expert_choice"]
+    expected = cells(results)
+    failed = replace(results[4], status="failed", error="loss is nan at step 212", metrics={})
+    return compare([*results[:4], failed, *results[5:-1]], expected=expected, baseline="dense")
+
+
+def rendered(comparison, width):
+    out = StringIO()
+    Console(file=out, width=width, color_system=None).print(to_rich(comparison))
+    return out.getvalue()
+
+
+GOLDEN = """\
+Quality: bits per byte, lower is better
+arm                 seeds             mean       minus dense  p Holm  verdict
+──────────────────────────────────────────────────────────────────────────────────────────
+dense                   5  2.0000 ± 0.0196                 –       –  baseline
+switch (best)      4 of 5  1.9852 ± 0.0183  −0.0098 ± 0.0027   0.003  better
+sigmoid_bias_free  4 of 5  2.0030 ± 0.0247  +0.0005 ± 0.0029   0.622  no difference shown
+
+How sure: dense subtracted seed by seed
+arm                pairs      p  p Holm  exact p  seed SD  detectable  power
+─────────────────────────────────────────────────────────────────────────────
+switch                 4  0.001   0.003        –     −0.8      0.0046    low
+sigmoid_bias_free      4  0.622   0.622        –     +0.0      0.0050    low
+
+Expert load on the evaluation set, mean over expert layers
+arm                MaxVio    CV  entropy  dead  dropped  unserved
+──────────────────────────────────────────────────────────────────
+switch (best)        0.80  0.40     0.97   0.5    1.2 %     0.0 %
+sigmoid_bias_free    0.80  0.40     0.97   0.5    1.2 %     0.0 %
+
+Cost: speed, forward FLOPs, parameters
+arm                tokens/s  of baseline  FLOPs/token  active  total
+─────────────────────────────────────────────────────────────────────
+dense                 20.0k        100 %        2.47M   1.23M  1.23M
+switch (best)         14.0k         70 %        2.47M   1.23M  4.57M
+sigmoid_bias_free     14.0k         70 %        2.47M   1.23M  4.57M
+
+FAILED switch, seed 1 (swi1): loss is nan at step 212
+MISSING sigmoid_bias_free: no result yet for seed 4
+± half of the 95 % t interval over seeds.
+p Holm: p of the paired t-test, corrected for 2 comparisons; better or worse means p Holm ≤ 0.05.
+exact p: sign flips, 6 seeds or more, not corrected. seed SD: the difference over the SD between
+seeds. detectable: the smallest true difference that 4 of 5 repeats would show.
+low power: 3 to 5 seeds can miss any difference smaller than the detectable one.
+best: alone better than the baseline after correction, and no arm has a better mean.
+Note: 1 of 15 cells have no result yet: this is an early look.
+Note: switch: difference over common seeds only, without seed 1.
+Note: sigmoid_bias_free: difference over common seeds only, without seed 4."""
+
+
+def test_golden_table():
+    text = "\n".join(line.rstrip() for line in rendered(half_finished(), 100).splitlines())
+    assert text == GOLDEN
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_every_figure_is_whole_at_this_width(width):
+    results = grid()
+    text = rendered(compare(results, expected=cells(results), baseline="dense"), width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    for figure in (
+        "1.9900 ± 0.0181",
+        "−0.0100 ± 0.0020",
+        "<0.001",
+        "better",
+        "no difference",
+        "sigmoid_bias_free",
+    ):
+        assert figure in text
+    for figure in ("(non-causal)", "2.47M", "1.23M", "4.57M", "70 %", "1.2 %", "14.0k"):
+        assert figure in text
+    assert "…" not in text
+
+
+def test_legend_explains_marks_power_and_correction():
+    results = grid()
+    text = to_markdown(compare(results, expected=cells(results), baseline="dense"))
+    assert "corrected for 3 comparisons" in text
+    assert "low power: 3 to 5 seeds" in text
+    assert "non-causal: its routing sees later tokens" in text
+    assert "| expert_choice (non-causal) | 5 |" in text
+
+
+def test_one_seed_shows_no_p_no_interval_no_best():
+    results = grid(num_seeds=1)
+    text = to_markdown(compare(results, expected=cells(results), baseline="dense"))
+    assert "| switch | 1 | 1.9910 | −0.0090 | – | too few seeds |" in text
+    assert "best" not in text
+    assert "±" not in text
+    assert "How sure" not in text
+
+
+def test_mismatch_is_marked_and_explained():
+    results = [replace(r, data_digest="other") if r.arm == "switch" else r for r in grid()]
+    text = to_markdown(compare(results, expected=cells(results), baseline="dense", allow_mismatch=True))
+    assert "| switch (≠data) | 5 |" in text
+    assert "| not matched |" in text
+    assert "- ≠data: trained on other data." in text
+    assert "- Note: switch: data_digest is other, the baseline's data." in text
+
+
+def test_names_with_signs_of_the_markup_survive():
+    results = [replace(r, arm="top[bold]|k") if r.arm == "switch" else r for r in grid()]
+    comparison = compare(results, expected=cells(results), baseline="dense")
+    assert "top[bold]|k" in rendered(comparison, 100)
+    assert "| top[bold]\\|k |" in to_markdown(comparison)
+
+
+def test_json_is_the_comparison():
+    comparison = half_finished()
+    assert json.loads(to_json(comparison)) == comparison.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "–"), (7, "7"), (999.6, "1.00k"), (14_650, "14.7k"), (1.234e6, "1.23M"), (2.5e11, "250B")],
+)
+def test_human(value, text):
+    assert human(value) == text
+
+
+def test_numbers():
+    assert [number(x) for x in (1.23456, -0.5, 12.346, 123456.7, 0.0, 0.00003)] == [
+        "1.2346", "−0.5000", "12.35", "123,457", "0.0000", "3e−05"
+    ]  # fmt: skip
+    assert [signed(x) for x in (0.01, -0.01)] == ["+0.0100", "−0.0100"]
+    assert [p_value(p) for p in (None, 0.0004, 0.0496)] == ["–", "<0.001", "0.050"]

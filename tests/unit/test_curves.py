@@ -1,0 +1,124 @@
+"""The figures: what the lines average, where the labels go, and that a picture comes out."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from moebench.analysis.curves import _limits, draw_curves, draw_load, spread
+from moebench.analysis.learning_curve import arm_curve
+from moebench.analysis.values import Comparison, Difference
+
+METRIC = "eval/bits_per_byte"
+
+
+def difference(arm, mean, interval, verdict):
+    return Difference(
+        arm=arm, baseline="dense", seeds=(0, 1, 2), mean=mean, interval=interval, p=None, p_holm=None,
+        p_exact=None, effect_sd=None, smallest_detectable=None, verdict=verdict,
+    )  # fmt: skip
+
+
+COMPARISON = Comparison(
+    metric="bits_per_byte",
+    lower_is_better=True,
+    baseline="dense",
+    arms=(),
+    differences=(
+        difference("switch", -0.01, (-0.02, -0.005), "better"),
+        difference("sigmoid_bias_free", 0.001, None, "too few seeds"),
+        difference("unborn", None, None, "too few seeds"),
+    ),
+    failed=(),
+    missing=(),
+    notes=(),
+)
+
+
+def points(values, every=10):
+    return [{"step": every * i, "time": 0.0, "metrics": {METRIC: value}} for i, value in enumerate(values)]
+
+
+def test_mean_and_t_band_by_hand():
+    curve = arm_curve("a", {0: points([4, 1]), 1: points([4, 2]), 2: points([4, 3])}, METRIC)
+    assert curve.steps.tolist() == [0, 10]
+    assert curve.means.tolist() == [4, 2]
+    # [1, 2, 3]: half 2.484138 as in the statistics; [4, 4, 4] has no width
+    assert curve.lows == pytest.approx([4, 2 - 2.484138], abs=1e-6)
+    assert curve.highs == pytest.approx([4, 2 + 2.484138], abs=1e-6)
+    assert (curve.band, curve.num_seeds, curve.num_started) == ("t", 3, 3)
+
+
+def test_below_three_seeds_the_band_is_the_range():
+    two = arm_curve("a", {0: points([4, 1]), 1: points([5, 2])}, METRIC)
+    assert (two.lows.tolist(), two.highs.tolist(), two.band) == ([4, 1], [5, 2], "range")
+    assert arm_curve("a", {0: points([4, 1])}, METRIC).band == "none"
+
+
+def test_seeds_behind_the_furthest_do_not_bend_the_mean():
+    curve = arm_curve("a", {0: points([4, 2, 1]), 1: points([9, 9]), 2: points([4, 2, float("nan")])}, METRIC)
+    assert curve.means.tolist() == [4, 2, 1]
+    assert (curve.num_seeds, curve.num_started) == (1, 3)
+
+
+def test_points_written_again_after_a_resume_count_once():
+    again = [*points([4, 3]), {"step": 10, "time": 1.0, "metrics": {METRIC: 2.0, "other": 0.0}}]
+    again.append({"step": 20, "time": 2.0, "metrics": {"loss/task": 9.0}})
+    assert arm_curve("a", {0: again}, METRIC).means.tolist() == [4, 2]
+    assert arm_curve("a", {0: points([])}, METRIC) is None
+
+
+def test_limits_leave_the_steep_start_out():
+    curve = arm_curve("a", {0: points([9, 5, 2.2, 2.1, 2.0])}, METRIC)
+    bottom, top = _limits([curve], last=40)
+    assert 1.9 < bottom < 2.0
+    assert 2.2 < top < 2.3
+
+
+def test_labels_are_spread_in_order_and_in_bounds():
+    places = spread([0.1, 0.11, 0.12, 0.9, 3.0], gap=0.05)
+    assert places[:3] == pytest.approx([0.06, 0.11, 0.16])  # a stack around the mean of its wishes
+    assert all(high - low >= 0.05 - 1e-9 for low, high in pairwise(places))
+    assert places[0] >= 0
+    assert places[-1] <= 0.97
+
+
+def test_draw_curves_with_the_differences(tmp_path):
+    rng = np.random.default_rng(0)
+    journals = {
+        arm: {seed: points(1.8 + 5 / np.arange(1, 21) + rng.normal(0, 0.01, 20)) for seed in range(3)}
+        for arm in ("dense", "switch", "sigmoid_bias_free")
+    }
+    journals["switch"][2] = journals["switch"][2][:3]
+    path = draw_curves(
+        journals, path=tmp_path / "new" / "curves.png", title="which?", comparison=COMPARISON,
+        tokens_per_step=8192,
+    )  # fmt: skip
+    assert path == tmp_path / "new" / "curves.png"
+    image_HWC = imread(path)
+    assert image_HWC.shape[:2] == (660, 1800)  # 12 x 4.4 inches of 150 dots
+    assert image_HWC.std() > 0.05  # not an empty sheet
+
+
+def test_draw_curves_of_many_arms_one_of_them_dead_early(tmp_path):
+    journals = {f"arm_{i}": {0: points(2 + 0.01 * i + 5 / np.arange(1, 21))} for i in range(9)}
+    journals["dead"] = {0: points([7.0, 6.0])}
+    assert draw_curves(journals, path=tmp_path / "many.png", title="ten arms").stat().st_size > 10_000
+
+
+def test_draw_curves_refuses_to_draw_nothing(tmp_path):
+    with pytest.raises(ValueError, match="no point of eval/bits_per_byte in the journals of dense"):
+        draw_curves({"dense": {0: []}}, path=tmp_path / "none.png", title="nothing")
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_draw_load(tmp_path, layers):
+    load = {str(2 * layer + 1): [100, 0, 30, 10 * layer] for layer in range(layers)} | {"99": [0, 0, 0, 0]}
+    path = draw_load(load, path=tmp_path / "load.png", title="switch, seed 0")
+    assert path.stat().st_size > 5_000
+
+
+def test_draw_load_refuses_to_draw_nothing(tmp_path):
+    with pytest.raises(ValueError, match="no expert layer"):
+        draw_load({}, path=tmp_path / "load.png", title="dense")

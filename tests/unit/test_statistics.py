@@ -1,0 +1,118 @@
+"""Numbers of the statistics, worked by hand or against a simulation."""
+
+from math import inf, nan, sqrt
+
+import numpy as np
+import pytest
+
+from moebench.analysis import statistics as st
+
+
+def test_mean_interval_by_hand():
+    # x = [1, 2, 3]: mean 2, SD 1, t(.975, 2) = 4.302653 -> half = 4.302653 / sqrt(3) = 2.484138
+    assert st.mean_interval([1, 2, 3]) == pytest.approx((2 - 2.484138, 2 + 2.484138), abs=1e-6)
+
+
+def test_paired_difference_by_hand():
+    # a - b = [-1, -2, -3]: mean -2, SD 1, t = -2 / (1 / sqrt 3) = -3.4641, two-sided p with 2 df = 0.074180
+    found = st.paired_difference([9, 8, 7], [10, 10, 10])
+    assert found.mean == -2
+    assert found.sd == pytest.approx(1)
+    assert found.p == pytest.approx(0.074180, abs=1e-6)
+    assert found.interval == pytest.approx((-2 - 2.484138, -2 + 2.484138), abs=1e-6)
+    assert found.p_exact is None  # three seeds
+
+
+def test_pairing_removes_what_the_seeds_share():
+    # The seeds move both arms by tens; the differences are -1.1, -0.9, -1.0 all the same: mean -1, SD 0.1.
+    found = st.paired_difference([18.9, 29.1, 39.0], [20, 30, 40])
+    assert found.mean == pytest.approx(-1)
+    assert found.p is not None
+    assert found.p < 0.01
+    # pooled SD: both near 10 -> the effect is a tenth of what a seed does
+    assert found.effect_sd == pytest.approx(-0.1, abs=2e-3)
+
+
+def test_exact_sign_flip_by_hand():
+    # Six differences of one sign: 2 of the 2**6 = 64 sign patterns are as extreme -> 2 / 64 = 0.03125.
+    assert st.sign_flip_p([1, 2, 3, 4, 5, 7]) == pytest.approx(2 / 64)
+    # One small difference against: patterns with |sum| >= 20: all +, only 1 flipped, and mirrors -> 4 / 64.
+    assert st.sign_flip_p([-1, 2, 3, 4, 5, 7]) == pytest.approx(4 / 64)
+    assert st.sign_flip_p([1, 2, 3, 4, 5]) is None  # the floor 2 / 32 = .0625 shows nothing
+    assert st.sign_flip_p(np.arange(1.0, 18.0)) is None
+
+
+def test_holm_by_hand():
+    # sorted .01 .02 .04 -> 3 * .01, 2 * .02, 1 * .04, each at least the one before
+    assert st.holm([0.04, 0.01, 0.02]) == pytest.approx((0.04, 0.03, 0.04))
+    assert st.holm([]) == ()
+
+
+def test_effect_in_seed_sd_by_hand():
+    # a = [1, 2, 3] SD 1; b = [2, 5, 8] SD 3; pooled sqrt((1 + 9) / 2) = 2.236068; mean difference -3
+    assert st.effect_in_seed_sd([1, 2, 3], [2, 5, 8]) == pytest.approx(-3 / sqrt(5))
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_below_three_seeds_only_describes(num_seeds):
+    found = st.paired_difference([1.0, 1.5][:num_seeds], [2.0, 2.1][:num_seeds])
+    assert found.mean < 0
+    assert (found.interval, found.p, found.p_exact, found.effect_sd, found.sd) == (None,) * 5
+    assert st.mean_interval([1.0, 1.5][:num_seeds]) is None
+
+
+def test_copies_are_certainly_not_different():
+    found = st.paired_difference([1.8, 1.9, 1.7], [1.8, 1.9, 1.7])
+    assert (found.mean, found.interval, found.p, found.effect_sd) == (0, (0, 0), 1, 0)
+    six = st.paired_difference([1.8] * 6, [1.8] * 6)
+    assert (six.p, six.p_exact, six.effect_sd) == (1, 1, 0)
+    assert st.mean_interval([1.8, 1.8, 1.8]) == (1.8, 1.8)
+
+
+def test_seeds_that_change_nothing_prove_nothing():
+    # 0.1 + 0.2 style rounding must not be taken for a spread: t would be 1e15 and p 0.
+    found = st.paired_difference([1.5 + 0.1, 2.5 + 0.1, 3.6 + 0.1], [1.5, 2.5, 3.6])
+    assert found.mean == pytest.approx(0.1)
+    assert (found.interval, found.p) == (None, None)
+    flat = st.paired_difference([1.0] * 4, [2.0] * 4)
+    assert (flat.mean, flat.p, flat.effect_sd) == (-1, None, None)
+    assert st.smallest_detectable(flat.sd, 4, 1) is None
+
+
+@pytest.mark.parametrize("bad", [nan, inf, -inf])
+def test_values_that_are_not_finite_are_an_error(bad):
+    with pytest.raises(ValueError, match="diverged"):
+        st.paired_difference([1, 2, bad], [1, 2, 3])
+    with pytest.raises(ValueError, match="diverged"):
+        st.mean_interval([1, bad, 3])
+    with pytest.raises(ValueError, match="diverged"):
+        st.sign_flip_p([bad] * 6)
+
+
+def test_shapes_that_are_not_pairs_are_an_error():
+    with pytest.raises(ValueError, match="given 2 and 3"):
+        st.paired_difference([1, 2], [1, 2, 3])
+    with pytest.raises(ValueError, match="shape"):
+        st.mean_interval([])
+
+
+def test_smallest_detectable_against_tables():
+    # Paired t at alpha .05, power .8 (G*Power, Cohen's dz): n = 8 -> 1.1560, n = 16 -> 0.7495.
+    assert st.smallest_detectable(1.0, 8, 1) == pytest.approx(1.1560, abs=1e-3)
+    assert st.smallest_detectable(0.01, 16, 1) == pytest.approx(0.007495, abs=1e-5)
+    assert st.smallest_detectable(1.0, 2, 1) is None
+    assert st.smallest_detectable(None, 8, 1) is None
+
+
+@pytest.mark.parametrize(("num_seeds", "num_comparisons"), [(3, 5), (3, 20), (4, 20), (5, 60)])
+def test_smallest_detectable_where_library_routines_give_nan(num_seeds, num_comparisons):
+    effect = st.smallest_detectable(1.0, num_seeds, num_comparisons)
+    assert effect is not None
+    x_RS = np.random.default_rng(0).normal(effect, 1, (100_000, num_seeds))
+    t_R = x_RS.mean(axis=1) / x_RS.std(axis=1, ddof=1) * sqrt(num_seeds)
+    critical = st.stats.t.isf(0.025 / num_comparisons, num_seeds - 1)
+    assert np.mean(np.abs(t_R) > critical) == pytest.approx(0.8, abs=0.005)
+
+
+def test_power_of_no_effect_is_alpha():
+    assert st.t_power(0, 5, 0.01) == pytest.approx(0.01, abs=1e-5)

@@ -1,0 +1,237 @@
+import gzip
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from omegaconf import OmegaConf
+
+from moebench.errors import UsageError
+from moebench.tasks.text.documents import (
+    Document,
+    TextDataConfig,
+    load_documents,
+    pack_group,
+    source_digest,
+)
+
+ROWS = [{"text": f"text {i}", "domain": "ab"[i % 2], "author": f"author {i // 2}"} for i in range(6)]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, object]]) -> str:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def texts(documents: list[Document]) -> list[str]:
+    return [document.text for document in documents]
+
+
+def test_pack_has_seven_domains_and_groups_that_span_code_and_docs():
+    documents = load_documents(TextDataConfig())
+    assert len(documents) == 627
+    bytes_of = Counter()
+    for document in documents:
+        bytes_of[document.domain] += len(document.text.encode())
+    assert sorted(bytes_of) == ["code", "dictionary", "docs", "drama", "novels", "scripture", "speeches"]
+    assert all(1_800_000 < size <= 2_000_000 for size in bytes_of.values())
+    shared = {d.group for d in documents if d.domain == "code"} & {
+        d.group for d in documents if d.domain == "docs"
+    }
+    assert {"python/asyncio", "python/logging", "python/email"} <= shared
+
+
+@pytest.mark.parametrize(
+    ("domain", "doc_id", "group"),
+    [
+        ("speeches", "1995_william_j_clinton_d", "speeches/william_j_clinton"),
+        ("speeches", "1808_thomas_jefferson_dr", "speeches/thomas_jefferson"),
+        ("novels", "moby-chapter_36", "novels/moby"),
+        ("novels", "austen-Sense And Sensibility-006", "novels/austen-Sense And Sensibility"),
+        ("scripture", "kjv-2Chronicles", "scripture/Samuel+Kings+Chronicles+Isaiah"),
+        ("scripture", "kjv-Isaiah", "scripture/Samuel+Kings+Chronicles+Isaiah"),
+        ("scripture", "kjv-Luke", "scripture/Matthew+Mark+Luke"),
+        ("scripture", "kjv-Nehemiah", "scripture/Ezra+Nehemiah"),
+        ("scripture", "kjv-John", "scripture/John"),
+        ("code", "asyncio/timeouts.py", "python/asyncio"),
+        ("docs", "library/asyncio-sync.rst.txt", "python/asyncio"),
+        ("code", "enum.py", "python/enum"),
+        ("docs", "howto/enum.rst.txt", "python/enum"),
+        ("docs", "whatsnew/3.7.rst.txt", "python/3.7.rst.txt"),
+        ("drama", "othello", "drama/othello"),
+        ("dictionary", "jargon-076", "dictionary/jargon-076"),
+    ],
+)
+def test_pack_group(domain, doc_id, group):
+    assert pack_group(domain, doc_id) == group
+
+
+def test_every_format_gives_the_same_documents(tmp_path):
+    columns = {key: [row[key] for row in ROWS] for key in ROWS[0]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "a.json").write_text(json.dumps(ROWS))
+    lines = ["text,domain,author", *(",".join(row.values()) for row in ROWS)]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    expected = [Document(text=r["text"], domain=r["domain"], group=r["author"]) for r in ROWS]
+    for name in ("a.parquet", "a.jsonl", "a.json", "a.csv", "a.jsonl.gz"):
+        assert load_documents(TextDataConfig(path=str(tmp_path / name), group_column="author")) == expected
+
+
+def test_without_groups_and_domains_each_document_stands_alone(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "one"}, {"text": ""}, {"text": "two"}])
+    documents = load_documents(TextDataConfig(path=path))
+    assert texts(documents) == ["one", "two"]
+    assert {d.domain for d in documents} == {"all"}
+    assert len({d.group for d in documents}) == 2
+
+
+def test_folder_of_text_files_takes_domains_from_names(tmp_path):
+    (tmp_path / "news.txt").write_text("news")
+    (tmp_path / "law.txt.gz").write_bytes(gzip.compress("Gesetz – ü".encode()))
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "x.txt").write_text("dear")
+    (tmp_path / "letters" / "y.txt").write_text("friend")
+    found = {(d.domain, d.text) for d in load_documents(TextDataConfig(path=str(tmp_path)))}
+    assert found == {("news", "news"), ("law", "Gesetz – ü"), ("letters", "dear"), ("letters", "friend")}
+    assert {d.domain for d in load_documents(TextDataConfig(path=str(tmp_path), domain_column=None))} == {
+        "all"
+    }
+    assert load_documents(TextDataConfig(path=str(tmp_path / "news.txt")))[0].domain == "all"
+
+
+def test_budget_is_shared_by_domains_and_never_cuts_a_character(tmp_path):
+    rows = [
+        {"text": "é" * 5, "domain": "a"},
+        {"text": "b" * 4, "domain": "b"},
+        {"text": "c" * 9, "domain": "b"},
+    ]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    # 14 bytes: 7 each; 7 bytes of "é" are 3 whole ones (6 bytes).
+    assert texts(load_documents(TextDataConfig(path=path, max_bytes=14))) == ["ééé", "bbbb", "ccc"]
+    # Streaming takes 12 bytes as they come: 10 of "é", then 2 of "b".
+    streamed = load_documents(TextDataConfig(path=path, max_bytes=12, streaming=True))
+    assert texts(streamed) == ["é" * 5, "bb"]
+    pack = load_documents(TextDataConfig(max_bytes=70_000))
+    assert len({d.domain for d in pack}) == 7
+    assert 69_900 < sum(len(d.text.encode()) for d in pack) <= 70_000
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"path": "a", "dataset": "b"}, ["task.data.path", "task.data.dataset"]),
+        ({"streaming": True}, ["task.data.max_bytes"]),
+        ({"max_bytes": 0}, ["task.data.max_bytes", "0"]),
+        ({"split": "test"}, ["task.data.split", "test", "task.data.dataset"]),
+        ({"text_column": ""}, ["task.data.text_column"]),
+    ],
+)
+def test_meaningless_configurations_are_refused(options, words):
+    with pytest.raises(UsageError) as caught:
+        TextDataConfig(**options)
+    assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "words"),
+    [
+        ('{"txt": "x", "b": 1}', {}, ["task.data.text_column", "'text'", "'txt'", "columns: txt, b"]),
+        ('{"text": "x"}', {"domain_column": "topic"}, ["task.data.domain_column", "topic", "columns: text"]),
+        ('{"text": "x"}\n{"text": null}', {}, ["task.data.text_column", "row 1", "null"]),
+        ('{"text": 3}', {}, ["task.data.text_column", "row 0", "int"]),
+        ('{"text": "x", "domain": null}', {}, ["task.data.domain_column", "row 0"]),
+        ('{"text": "x", "te', {}, ["task.data.path", "a.jsonl"]),
+        ("", {}, ["task.data.path", "a.jsonl"]),
+        ('{"text": ""}', {}, ["task.data.path", "no text"]),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, content, options, words):
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(UsageError) as caught:
+        load_documents(TextDataConfig(path=str(tmp_path / "a.jsonl"), **options))
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_files_are_named(tmp_path):
+    for name, content in (
+        ("bad.parquet", b"PAR1 no"),
+        ("bad.txt", b"\xff\xfe\x00"),
+        ("bad.json.gz", b"no gzip"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(
+            UsageError, match=f"task.data.path: .*{name}.* cannot be read .*give task.data.path"
+        ):
+            load_documents(TextDataConfig(path=str(tmp_path / name)))
+    with pytest.raises(UsageError, match=r"bad\.tx' does not exist\. Did you mean 'bad\.txt'"):
+        load_documents(TextDataConfig(path=str(tmp_path / "bad.tx")))
+    with pytest.raises(UsageError, match="mixes json, parquet, text files"):
+        load_documents(TextDataConfig(path=str(tmp_path)))
+    (tmp_path / "bad.doc").write_text("x")
+    with pytest.raises(UsageError, match=r"bad\.doc' must end in \.parquet"):
+        load_documents(TextDataConfig(path=str(tmp_path / "bad.doc")))
+
+
+def test_hub_that_cannot_be_reached_says_how_to_give_local_files():
+    # In a process of its own: `datasets` reads HF_HUB_OFFLINE when it is imported.
+    program = (
+        "import os; os.environ['HF_HUB_OFFLINE'] = '1'\n"
+        "from moebench.tasks.text.documents import *\n"
+        "try: load_documents(TextDataConfig(dataset='nobody/nothing'))\n"
+        "except UsageError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "task.data.dataset: 'nobody/nothing' cannot be read" in done.stdout
+    assert "task.data.path=..." in done.stdout
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_named_data_set_is_read_like_a_file(tmp_path, monkeypatch, streaming):
+    # `datasets` takes a folder where it takes a name on the hub, so this is the real path without a network.
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    write_jsonl(tmp_path / "set" / "held.jsonl", ROWS[:2])
+    write_jsonl(tmp_path / "set" / "test.jsonl", ROWS)
+    name = str(tmp_path / "set")
+    config = TextDataConfig(dataset=name, split="test", streaming=streaming, max_bytes=1000)
+    assert sorted(texts(load_documents(config))) == [row["text"] for row in ROWS]
+    with pytest.raises(UsageError, match=r"task\.data\.dataset: .* cannot be read .*task\.data\.path=\.\.\."):
+        load_documents(TextDataConfig(dataset=name, split="tset"))
+
+
+def test_digest_is_of_the_content_and_not_of_the_place(tmp_path):
+    first = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    second = write_jsonl(tmp_path / "b.jsonl", ROWS)
+    digest = source_digest(TextDataConfig(path=first))
+    assert digest == source_digest(TextDataConfig(path=second))
+    assert digest != source_digest(TextDataConfig(path=first, group_column="author"))
+    assert digest != source_digest(TextDataConfig(path=first, max_bytes=9))
+    write_jsonl(tmp_path / "b.jsonl", ROWS[:-1])
+    assert digest != source_digest(TextDataConfig(path=second))
+    assert source_digest(TextDataConfig(dataset="x/y")) != source_digest(
+        TextDataConfig(dataset="x/y", revision="z")
+    )
+
+
+def test_digest_sees_the_tokenizer_file(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    digest = source_digest(TextDataConfig(tokenizer=str(tmp_path)))
+    assert digest == source_digest(TextDataConfig(tokenizer=str(tmp_path / "tokenizer.json")))
+    (tmp_path / "tokenizer.json").write_text('{"a": 1}')
+    assert digest != source_digest(TextDataConfig(tokenizer=str(tmp_path)))
+
+
+def test_config_is_a_structured_configuration():
+    merged = OmegaConf.merge(OmegaConf.structured(TextDataConfig), {"max_bytes": 5, "domain_column": None})
+    assert OmegaConf.to_object(merged) == TextDataConfig(max_bytes=5, domain_column=None)

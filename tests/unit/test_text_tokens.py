@@ -1,0 +1,131 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from moebench.errors import UsageError
+from moebench.tasks.text.tokens import ByteTokenizer, SubwordTokenizer, load_tokenizer
+
+HARD = [
+    "",
+    "plain words, and more.",
+    "  leading and trailing   ",
+    "tabs\tand\n\nnew lines\r\n",
+    "emoji 👩‍👩‍👧 🇩🇪 👍🏽 end",
+    "combining e\u0301 a\u030a\u0323 ﬁ Å",
+    "日本語 and עברית \u00a0\u2003 spaces",
+    "unknown \U0001f9ff\U00010348 characters",
+]
+
+
+def byte_level() -> Tokenizer:
+    """A byte-level BPE, as GPT-2 and Llama 3 have; one emoji is several tokens with the same offsets."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the words and the more words of the text " * 5], trainer)
+    return tokenizer
+
+
+def word_piece() -> Tokenizer:
+    """A tokenizer that normalises, drops white space, has an unknown token and no end token."""
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "and": 3, "words": 7}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+@pytest.fixture(scope="module", params=["bytes", "byte_level", "word_piece"])
+def tokenizer(request):
+    if request.param == "bytes":
+        return ByteTokenizer()
+    return SubwordTokenizer(byte_level() if request.param == "byte_level" else word_piece())
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_byte_counts_add_up_to_the_text(tokenizer, text):
+    token_N, count_N = tokenizer.encode(text)
+    assert len(token_N) == len(count_N)
+    assert count_N.sum() == len(text.encode())
+    assert (count_N >= 0).all()
+    assert ((token_N >= 0) & (token_N < tokenizer.vocab_size)).all()
+
+
+@given(st.text(max_size=60))
+@settings(max_examples=150, deadline=None)
+def test_byte_counts_add_up_for_any_text(text):
+    for tokenizer in (ByteTokenizer(), SUBWORD, WORDS):
+        token_N, count_N = tokenizer.encode(text)
+        # A text of white space alone has no tokens in the tokenizer that drops it.
+        assert count_N.sum() == (len(text.encode()) if len(token_N) else 0)
+        assert len(token_N) or tokenizer is WORDS or not text
+
+
+def test_bytes_by_hand():
+    token_N, count_N = ByteTokenizer().encode("aé")
+    assert token_N.tolist() == [97, 0xC3, 0xA9]
+    assert count_N.tolist() == [1, 1, 1]
+    assert (ByteTokenizer.vocab_size, ByteTokenizer.separator) == (257, 256)
+
+
+def test_gaps_count_for_the_next_token_and_the_end_for_the_last():
+    # " and" is 4 bytes with its space; "  é" 2 spaces + 2 bytes; the last space falls to the last token.
+    token_N, count_N = WORDS.encode("words and  é ")
+    assert token_N.tolist() == [7, 3, 0]
+    assert count_N.tolist() == [5, 4, 5]
+
+
+def test_pieces_of_an_emoji_count_it_once():
+    token_N, count_N = SUBWORD.encode("👍")
+    assert len(token_N) > 1
+    assert count_N.tolist() == [4] + [0] * (len(token_N) - 1)
+
+
+def test_separator_is_found_or_added():
+    assert SUBWORD.separator == byte_level().token_to_id("<|endoftext|>")
+    assert SUBWORD.vocab_size == byte_level().get_vocab_size()
+    # Ids 0, 3 and 7: the vocabulary has holes, 8 is the first free id.
+    assert (WORDS.separator, WORDS.vocab_size) == (8, 9)
+
+
+def test_truncation_of_the_file_is_ignored():
+    trained = byte_level()
+    trained.enable_truncation(4)
+    trained.enable_padding(length=50)
+    token_N, count_N = SubwordTokenizer(trained).encode("the words " * 30)
+    assert len(token_N) > 4
+    assert count_N.sum() == 300
+
+
+def test_load_by_name_file_and_folder(tmp_path):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    from_file, from_folder = load_tokenizer(str(tmp_path / "tokenizer.json")), load_tokenizer(str(tmp_path))
+    assert np.array_equal(from_file.encode(HARD[4])[0], from_folder.encode(HARD[4])[0])
+    assert load_tokenizer("bytes").vocab_size == 257
+
+
+def test_bad_tokenizers_are_named(tmp_path: Path):
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "empty").mkdir()
+    for name, words in (
+        ("bad.json", "cannot be read"),
+        ("empty", "no tokenizer.json"),
+        ("gone.json", "does not exist"),
+    ):
+        with pytest.raises(UsageError, match=f"task.data.tokenizer: .*{words}"):
+            load_tokenizer(str(tmp_path / name))
+
+
+SUBWORD = SubwordTokenizer(byte_level())
+WORDS = SubwordTokenizer(word_piece())

@@ -1,0 +1,195 @@
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moebench.errors import UsageError
+from moebench.tasks.text.documents import TextDataConfig
+from moebench.tasks.text.windows import (
+    PreparedText,
+    TextSplit,
+    evaluation_windows,
+    prepare,
+    train_window_indices,
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> TextDataConfig:
+    """Two domains of ten documents; each text repeats its name, so that tokens tell where they are from."""
+    path = tmp_path_factory.mktemp("source") / "a.jsonl"
+    rows = [{"text": f"{domain}{i} " * (40 + i), "domain": domain} for i in range(10) for domain in "xyz"[:2]]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return TextDataConfig(path=str(path))
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory) -> tuple[PreparedText, Path]:
+    cache_dir = tmp_path_factory.mktemp("cache")
+    return prepare(TextDataConfig(), cache_dir, 128), cache_dir
+
+
+def test_pack_numbers(pack):
+    prepared, _ = pack
+    assert prepared.domains == ("code", "dictionary", "docs", "drama", "novels", "scripture", "speeches")
+    assert prepared.vocab_size == 257
+    assert prepared.train.tokens_N.dtype == np.uint16
+    assert prepared.train.bytes_N.dtype == np.uint8
+    assert isinstance(prepared.train.tokens_N, np.memmap)
+    assert prepared.token_count_V.sum() == len(prepared.train.tokens_N)
+    splits = (prepared.train, prepared.validation, prepared.test)
+    assert sum(int(split.bytes_N.sum()) for split in splits) == 13_718_667
+    assert sum(int((split.tokens_N == 256).sum()) for split in splits) == 627
+
+
+def test_second_call_is_fast_and_does_not_import_datasets(pack):
+    first, cache_dir = pack
+    program = (
+        "import sys, time; from pathlib import Path\n"
+        "from moebench.tasks.text.windows import TextDataConfig, prepare\n"
+        "start = time.perf_counter(); prepared = prepare(TextDataConfig(), Path(sys.argv[1]), 64)\n"
+        "print(time.perf_counter() - start, 'datasets' in sys.modules, prepared.digest)"
+    )
+    command = [sys.executable, "-c", program, str(cache_dir)]
+    answers = [
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(3)
+    ]
+    assert min(float(seconds) for seconds, _, _ in answers) < 0.1
+    assert {tuple(rest) for _, *rest in answers} == {("False", first.digest)}
+
+
+def test_windows_tile_each_domain(source, tmp_path):
+    prepared = prepare(source, tmp_path, 16)
+    for split in (prepared.train, prepared.validation, prepared.test):
+        tokens_BL1, bytes_BL1 = split.window(np.arange(split.num_windows))
+        assert tokens_BL1.shape == bytes_BL1.shape == (split.num_windows, 17)
+        assert tokens_BL1.dtype == bytes_BL1.dtype == np.int64
+        # No token is predicted twice.
+        predicted = (split.start_W[:, None] + 1 + np.arange(16)).ravel()
+        assert len(np.unique(predicted)) == len(predicted)
+        for domain in range(2):
+            of_W = split.domain_W == domain
+            # Within a domain each window begins with the last token of the one before.
+            assert (np.diff(split.start_W[of_W]) == 16).all()
+            letters = {chr(token) for token in tokens_BL1[of_W].ravel() if token < 256}
+            assert "xy"[domain] in letters
+            assert "yx"[domain] not in letters
+        assert (bytes_BL1[tokens_BL1 == 256] == 0).all()
+        assert (bytes_BL1[tokens_BL1 != 256] == 1).all()
+
+
+def test_digest_is_of_the_tokens(source, tmp_path):
+    digest = prepare(source, tmp_path / "a", 16).digest
+    assert digest == prepare(source, tmp_path / "b", 8).digest
+    other = TextDataConfig(path=source.path, max_bytes=2400)
+    assert digest != prepare(other, tmp_path / "a", 16).digest
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "meta", "lengths", "gone", "file"])
+def test_damaged_cache_is_rebuilt(source, tmp_path, damage):
+    digest = prepare(source, tmp_path, 16).digest
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    tokens, meta = folder / "train-tokens.npy", folder / "meta.json"
+    if damage == "cut":
+        tokens.write_bytes(tokens.read_bytes()[:-100])
+    elif damage == "flip":
+        tokens.write_bytes(tokens.read_bytes()[:-1] + b"\x7f")
+    elif damage == "meta":
+        meta.write_text("[]")
+    elif damage == "lengths":
+        meta.write_text(meta.read_text().replace('"vocab_size": 257', '"vocab_size": 258'))
+    elif damage == "gone":
+        tokens.unlink()
+    else:
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+        folder.write_text("not a folder")
+    again = prepare(source, tmp_path, 16)
+    assert again.digest == digest
+    assert again.vocab_size == 257
+    assert int(again.train.bytes_N.sum()) == int(again.token_count_V[:256].sum())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name, f"{folder.name}.lock"]
+
+
+def _digest_of(config: TextDataConfig, cache_dir: Path) -> str:
+    return prepare(config, cache_dir, 16).digest
+
+
+def test_parallel_processes_do_not_race(source, tmp_path):
+    with ProcessPoolExecutor(3, mp_context=get_context("spawn")) as pool:
+        digests = set(pool.map(_digest_of, [source] * 3, [tmp_path / "new"] * 3))
+    assert digests == {prepare(source, tmp_path / "new", 16).digest}
+    assert len(list((tmp_path / "new").iterdir())) == 2  # the folder and its lock
+
+
+def test_a_domain_shorter_than_a_window_is_named(source, tmp_path):
+    with pytest.raises(UsageError, match=r"domain 'x' has \d+ tokens of (train|validation) text.* 5001"):
+        prepare(source, tmp_path, 5000)
+
+
+@given(st.integers(1, 50), st.integers(1, 20), st.integers(0, 2**31), st.integers(0, 3))
+@settings(max_examples=100, deadline=None)
+def test_one_epoch_visits_each_window_once(num_windows, batch_size, seed, epoch):
+    steps = -(-num_windows * (epoch + 1) // batch_size)
+    samples = np.concatenate([train_window_indices(num_windows, batch_size, seed, s) for s in range(steps)])
+    visited = samples[epoch * num_windows : (epoch + 1) * num_windows]
+    assert sorted(visited) == list(range(num_windows))
+
+
+@given(st.integers(1, 50), st.integers(1, 20), st.integers(0, 2**31), st.integers(0, 10**6))
+@settings(max_examples=100, deadline=None)
+def test_any_step_is_made_without_the_steps_before(num_windows, batch_size, seed, step):
+    alone = train_window_indices(num_windows, batch_size, seed, step)
+    # The same samples in batches of one: the counter alone decides.
+    singles = [
+        train_window_indices(num_windows, 1, seed, step * batch_size + j)[0] for j in range(batch_size)
+    ]
+    assert alone.tolist() == singles
+
+
+def test_epochs_and_seeds_have_their_own_order():
+    orders = [train_window_indices(1000, 1000, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def made_split(counts: list[int]) -> TextSplit:
+    domain_W = np.repeat(np.arange(len(counts)), counts)
+    zeros_N = np.zeros(1)
+    start_W = np.arange(len(domain_W))
+    return TextSplit(tokens_N=zeros_N, bytes_N=zeros_N, start_W=start_W, domain_W=domain_W, sequence_length=1)
+
+
+def test_evaluation_windows_by_hand():
+    split = made_split([8, 3])
+    assert evaluation_windows(split, 4).tolist() == [0, 2, 4, 6, 8, 9, 10]  # the second domain has only 3
+    assert evaluation_windows(split, 2).tolist() == [0, 4, 8, 9]
+    assert evaluation_windows(split, None).tolist() == list(range(11))
+    with pytest.raises(UsageError, match="0 was given"):
+        evaluation_windows(split, 0)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(1, 50))
+def test_evaluation_windows_are_distinct_and_balanced(counts, per_domain):
+    split = made_split(counts)
+    index = evaluation_windows(split, per_domain)
+    assert len(np.unique(index)) == len(index)
+    assert np.bincount(split.domain_W[index]).tolist() == [min(per_domain, count) for count in counts]
+
+
+def test_window_reads_are_fast(pack):
+    prepared, _ = pack
+    index_B = train_window_indices(prepared.train.num_windows, 64, 0, 0)
+    prepared.train.window(index_B)
+    start = time.perf_counter()
+    for step in range(20):
+        prepared.train.window(train_window_indices(prepared.train.num_windows, 64, 0, step))
+    assert (time.perf_counter() - start) / 20 < 0.02
