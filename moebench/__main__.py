@@ -5,28 +5,14 @@ import sys
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    sys.exit(_run())
-
-
-def _run() -> int:
-    import click
-
     from moebench.cli import app
     from moebench.errors import UsageError
 
     try:
-        return int(app(prog_name="moebench", standalone_mode=False) or 0)
+        app(prog_name="moebench")
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
-    except click.ClickException as error:  # an unknown option or command, a missing argument
-        error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        return 130
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone (`moebench list routers | head -1`)
-        return 0
-    return 2
+        sys.exit(2)
 
 
 if __name__ == "__main__":

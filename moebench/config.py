@@ -164,7 +164,8 @@ def with_overrides(
 ) -> tuple[ExperimentConfig, dict[str, Any]]:
     """Apply the overrides that change the experiment itself (grid, seeds, baseline, question); return the rest."""
     own = {entry.name for entry in dataclasses.fields(ExperimentConfig)} - {"base"}
-    experiment_level, cell_level = [], []
+    experiment_level: list[str] = []
+    cell_level: list[str] = []
     for override in overrides:
         key, separator, _ = override.partition("=")
         if not separator or not key:

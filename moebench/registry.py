@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator
@@ -164,7 +165,7 @@ def field_docs(config_class: type) -> dict[str, str]:
     for cls in reversed(config_class.__mro__[:-1]):
         tree = ast.parse(inspect.cleandoc("\n" + inspect.getsource(cls))).body[0]
         body = getattr(tree, "body", [])
-        for field, text in zip(body, body[1:], strict=False):
+        for field, text in itertools.pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                 value = getattr(text, "value", None)
                 if isinstance(text, ast.Expr) and isinstance(value, ast.Constant) and isinstance(value.value, str):

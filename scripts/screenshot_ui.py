@@ -148,8 +148,8 @@ def main(results: Path, target: Path, experiment: str | None = None) -> None:
         runs = client.search_runs([chosen.experiment_id])
     children = [run for run in runs if "moebench.arm" in run.data.tags]
     names = tuple(run.info.run_name for run in children[:2])
-    files = {run.info.run_id: {file.path for file in client.list_artifacts(run.info.run_id)} for run in children}
-    pictured = next(run_id for run_id, names_of_files in files.items() if "load.png" in names_of_files)
+    ids = [run.info.run_id for run in children]
+    pictured = next(i for i in ids if "load.png" in {file.path for file in client.list_artifacts(i)})
     with pages(results) as url, browser() as driver:
         show_charts(driver, url, chosen.experiment_id, chosen.name, names)
         driver.save_screenshot(str(target))

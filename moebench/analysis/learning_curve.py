@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
 
 import numpy as np
 
 from moebench.analysis import statistics as st
+from moebench.tracking.journal import Point
 
-Points = Sequence[Mapping[str, Any]]  # of a journal: {"step": int, "metrics": {name: value}}
+Points = Sequence[Point]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +55,9 @@ def arm_curve(arm: str, seeds: Mapping[int, Points], metric: str) -> Curve | Non
 def _series(points: Points, metric: str) -> dict[int, float]:
     """Return step -> value of the finite points; a step written again after a resume counts once."""
     return {
-        int(point["step"]): float(point["metrics"][metric])
+        point.step: float(point.metrics[metric])
         for point in points
-        if metric in point["metrics"] and isfinite(point["metrics"][metric])
+        if metric in point.metrics and isfinite(point.metrics[metric])
     }
 
 

@@ -76,8 +76,9 @@ def _options(config: Any) -> list[dict[str, Any]]:
 def own_first(config: Any) -> list[Any]:
     """Return the fields of a Config without its name: its own before those that all of its kind have."""
     import dataclasses
+    import inspect
 
-    own = config.__dict__["__annotations__"]
+    own = inspect.get_annotations(config)
     fields = [field for field in dataclasses.fields(config) if field.name != "name"]
     return sorted(fields, key=lambda field: field.name not in own)
 

@@ -25,7 +25,6 @@ from moebench.registry import load_plugin
 from moebench.tasks.task import TASKS
 from moebench.training.model import check_cell
 
-
 BASELINE = "dense"
 """What routers are compared with when no experiment says otherwise."""
 
@@ -103,7 +102,12 @@ def expand_routers(
 
 
 def _build(
-    path: Path, config: ExperimentConfig, cell_overrides: Mapping[str, Any], plugins: Mapping[str, str], *, regridded: bool
+    path: Path,
+    config: ExperimentConfig,
+    cell_overrides: Mapping[str, Any],
+    plugins: Mapping[str, str],
+    *,
+    regridded: bool,
 ) -> Experiment:
     arms = _resolved_arms(config, cell_overrides, str(path))
     baseline, note = _baseline(config.baseline, [arm.label for arm in arms], regridded=regridded)

@@ -39,7 +39,7 @@ def require_room(results: Path, experiment: Experiment, cells: list[Cell]) -> No
     free = shutil.disk_usage(results).free
     if free < needed:
         raise UsageError(
-            f"results folder {results}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB needed for the checkpoints"
+            f"results folder {results}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB needed for checkpoints"
             f" of {len(cells)} cells; free some space or choose another folder with --results"
         )
 

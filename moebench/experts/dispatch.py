@@ -42,7 +42,7 @@ def dispatch(x_TD: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
     """Return x_RD: each token's vector once per assignment, sorted by expert."""
     if routing.top_k is None:
         return x_TD.index_select(0, plan.token_R)
-    rows_RD: Tensor = _Spread.apply(x_TD, plan.token_R, plan.row_N, routing.top_k)
+    rows_RD: Tensor = _Spread.apply(x_TD, plan.token_R, plan.row_N, routing.top_k)  # type: ignore[no-untyped-call]
     return rows_RD
 
 
@@ -53,7 +53,7 @@ def combine(y_RD: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
         weighted_RD = y_RD * routing.weight_N[plan.assignment_R].unsqueeze(-1).to(y_RD.dtype)
         zeros_TD = y_RD.new_zeros(routing.num_tokens, width)
         return zeros_TD.index_add(0, plan.token_R, weighted_RD)
-    y_ND: Tensor = _Permute.apply(y_RD, plan.row_N, plan.assignment_R)
+    y_ND: Tensor = _Permute.apply(y_RD, plan.row_N, plan.assignment_R)  # type: ignore[no-untyped-call]
     weight_TK = routing.weight_N.view(-1, routing.top_k).to(y_RD.dtype)
     if routing.top_k == 1:
         return y_ND * weight_TK
@@ -70,7 +70,7 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return grad.index_select(0, inverse), None, None
 
@@ -86,7 +86,7 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
         (row_N,) = ctx.saved_tensors
         grad_ND = grad_RD.index_select(0, row_N)
         if ctx.top_k == 1:

@@ -91,7 +91,7 @@ def grouped_matmul(x_RI: Tensor, weight_EIO: Tensor, load_E: Tensor) -> Tensor:
     if _fits_grouped_mm(x_RI, weight_EIO):
         return functional.grouped_mm(x_RI, weight_EIO, offs=load_E.cumsum(0, dtype=torch.int32))
     # unbind, not weight[e]: the backward of each select would fill a whole zero stack.
-    parts = zip(x_RI.split(load_E.tolist()), weight_EIO.unbind(0), strict=True)
+    parts = zip(torch.split(x_RI, load_E.tolist()), weight_EIO.unbind(0), strict=True)
     return torch.cat([rows @ weight for rows, weight in parts])
 
 

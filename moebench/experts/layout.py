@@ -7,7 +7,6 @@ from moebench.errors import UsageError
 from moebench.experts.capacity import Capacity
 from moebench.registry import Registry
 
-
 MATCH_TOLERANCE = 0.02
 """Arms whose active FLOPs differ by more than this are not matched."""
 

@@ -1,7 +1,6 @@
 """From a cell's configuration to its backbone: the place where names become modules."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -92,7 +91,8 @@ def cost_of(backbone: Transformer, extra: list[nn.Module], sequence_length: int)
     idle = 0
     flops = sum(2 * module.weight.numel() for module in extra if isinstance(module, nn.Linear))
     for block in backbone.blocks:
-        part: Any = block.feed_forward
+        assert isinstance(block, Block)
+        part = block.feed_forward
         flops += block.attention.flops_per_token(sequence_length)
         flops += part.flops_per_token()
         if isinstance(part, MoELayer):

@@ -234,11 +234,22 @@ def _client(uri: str) -> Any:
         reason = damage(path)
         if reason:
             raise unavailable(uri, reason)
+        if not path.exists() or path.stat().st_size == 0:
+            _create(path)
         from mlflow import MlflowClient
 
-        client = MlflowClient(uri)
-        client.search_experiments(max_results=1)
-        return client
+        return MlflowClient(uri)
+
+
+def _create(path: Path) -> None:
+    from mlflow import MlflowClient
+
+    # A process that is killed amid the migrations leaves tables that nobody can use: they are made aside.
+    aside = path.with_name(path.name + ".new")
+    for leftover in (aside, aside.with_name(aside.name + "-journal")):
+        leftover.unlink(missing_ok=True)
+    MlflowClient(f"{_SQLITE}{aside}").search_experiments(max_results=1)
+    aside.replace(path)
 
 
 def _experiment_id(client: Any, name: str, artifact_root: Path | None) -> str:

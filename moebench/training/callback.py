@@ -89,9 +89,10 @@ class CellCallback(lightning.Callback):
         self.meter.start()
 
     def on_train_batch_end(
-        self, trainer: Any, pl_module: CellModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Any, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop the clock, then log, evaluate and save as the configuration says."""
+        assert isinstance(pl_module, CellModule)
         self.meter.stop(pl_module.device)
         train, step = pl_module.config.train, trainer.global_step
         last = step == train.steps

@@ -48,7 +48,7 @@ def step_of(file: Path) -> int:
 
 def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint whose checksum is right, and one line for each damaged one passed over."""
-    damaged = []
+    damaged: list[str] = []
     for manifest in reversed(_manifests(folder)):
         file = manifest.with_suffix(".ckpt")
         try:

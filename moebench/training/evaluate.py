@@ -40,7 +40,7 @@ def evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, devi
         on_device = batch.to(device)
         output, records = model(on_device, batch_context(on_device, training=False, seed=seed))
         loss_BL = task.token_loss(output, on_device).double()
-        if batch.valid_BL is not None:
+        if on_device.valid_BL is not None:
             loss_BL = loss_BL * on_device.valid_BL
         nats.index_add_(0, batch.domain_B, loss_BL.sum(-1).cpu())
         weights.index_add_(0, batch.domain_B, batch.weight_BL.sum(-1).double())

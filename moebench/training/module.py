@@ -47,7 +47,7 @@ class CellModule(lightning.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        """Clip the whole gradient to train.clip_norm; raise NonFiniteError before the update if its norm is not finite."""
+        """Clip the whole gradient; raise NonFiniteError before the update if its norm is not finite."""
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.config.train.clip_norm).item()
         if not math.isfinite(norm):
             raise NonFiniteError(f"gradient norm is {norm} at step {self.global_step + 1}; no update was made")
@@ -63,8 +63,9 @@ class CellModule(lightning.LightningModule):
         train = self.config.train
         matrices = [p for p in self.parameters() if p.dim() >= 2]
         vectors = [p for p in self.parameters() if p.dim() < 2]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(
-            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+            groups,
             lr=train.learning_rate,
             betas=(train.beta1, train.beta2),
             weight_decay=train.weight_decay,

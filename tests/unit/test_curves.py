@@ -9,6 +9,7 @@ from matplotlib.image import imread
 from moebench.analysis.curves import _limits, draw_curves, draw_load, spread
 from moebench.analysis.learning_curve import arm_curve
 from moebench.analysis.values import Comparison, Difference
+from moebench.tracking.journal import Point
 
 METRIC = "eval/bits_per_byte"
 
@@ -36,8 +37,12 @@ COMPARISON = Comparison(
 )
 
 
+def point(step, metrics):
+    return Point(step=step, time=0.0, metrics=metrics, end=0)
+
+
 def points(values, every=10):
-    return [{"step": every * i, "time": 0.0, "metrics": {METRIC: value}} for i, value in enumerate(values)]
+    return [point(every * i, {METRIC: value}) for i, value in enumerate(values)]
 
 
 def test_mean_and_t_band_by_hand():
@@ -63,8 +68,8 @@ def test_seeds_behind_the_furthest_do_not_bend_the_mean():
 
 
 def test_points_written_again_after_a_resume_count_once():
-    again = [*points([4, 3]), {"step": 10, "time": 1.0, "metrics": {METRIC: 2.0, "other": 0.0}}]
-    again.append({"step": 20, "time": 2.0, "metrics": {"loss/task": 9.0}})
+    again = [*points([4, 3]), point(10, {METRIC: 2.0, "other": 0.0})]
+    again.append(point(20, {"loss/task": 9.0}))
     assert arm_curve("a", {0: again}, METRIC).means.tolist() == [4, 2]
     assert arm_curve("a", {0: points([])}, METRIC) is None
 

@@ -91,4 +91,5 @@ class GShard(Router):
         assert scores_TE is not None
         first_TE = torch.nn.functional.one_hot(routing.extras["first_T"], self.num_experts).to(scores_TE.dtype)
         share_E = mean_over_tokens(first_TE, record.valid_T)
-        return {"first_choice_balance": self.num_experts * torch.dot(share_E, mean_over_tokens(scores_TE, record.valid_T))}
+        score_E = mean_over_tokens(scores_TE, record.valid_T)
+        return {"first_choice_balance": self.num_experts * torch.dot(share_E, score_E)}

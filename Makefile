@@ -1,0 +1,49 @@
+# Two commands set everything up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest
+
+.PHONY: demo test test-all lint format clean help
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/  -/'
+
+demo: $(VENV)/installed  ## install, run the quickstart experiment, print the comparison
+	$(BIN)/moebench run experiments/quickstart.yaml
+	$(BIN)/moebench compare experiments/quickstart.yaml
+	@echo
+	@echo "Where to look next (source $(BIN)/activate first):"
+	@echo "  moebench ui                          curves and expert loads in the browser"
+	@echo "  moebench list routers                what can be compared; moebench show switch says what one is"
+	@echo "  moebench compare switch gshard       any routers against the dense model"
+	@echo "  results/experiments/quickstart-curves.png"
+
+test: $(VENV)/installed-dev  ## the tests, in a few minutes on two cores
+	$(PYTEST) -n 2 -m "not slow and not gpu"
+
+test-all: $(VENV)/installed-dev  ## the tests and the long proofs
+	$(PYTEST) -n 2
+
+lint: $(VENV)/installed-dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed-dev  ## let ruff lay the code out
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the virtual environment and caches; results stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
