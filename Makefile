@@ -17,7 +17,7 @@ demo: $(VENV)/installed  ## install, run the quickstart experiment, print the co
 	@echo "  moebench ui                          curves and expert loads in the browser"
 	@echo "  moebench list routers                what can be compared; moebench show switch says what one is"
 	@echo "  moebench compare switch gshard       any routers against the dense model"
-	@echo "  results/experiments/quickstart-curves.png"
+	@echo "  results/experiments/quickstart/curves.png"
 
 test: $(VENV)/installed-dev  ## the tests, in a few minutes on two cores
 	$(PYTEST) -n 2 -m "not slow and not gpu"

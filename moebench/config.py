@@ -159,9 +159,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> tuple[Experime
     return with_overrides(_to_object(merged, str(path)), overrides)
 
 
-def with_overrides(
-    experiment: ExperimentConfig, overrides: Sequence[str]
-) -> tuple[ExperimentConfig, dict[str, Any]]:
+def with_overrides(experiment: ExperimentConfig, overrides: Sequence[str]) -> tuple[ExperimentConfig, dict[str, Any]]:
     """Apply the overrides that change the experiment itself (grid, seeds, baseline, question); return the rest."""
     own = {entry.name for entry in dataclasses.fields(ExperimentConfig)} - {"base"}
     experiment_level: list[str] = []

@@ -239,9 +239,7 @@ def compare(made: Rows, candidates: Rows, pack: Path) -> None:
 
 def main() -> None:
     """Fetch, choose, write and compare."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="parquet file to write")
     parser.add_argument("--compare", type=Path, help="pack to compare with")
     parser.add_argument("--work", type=Path, help="folder for the downloads (kept); default: a temporary one")

@@ -44,9 +44,7 @@ def compare(
     runs = {arm: list(grid.done[arm].values()) for arm in grid.arms}
     mismatched = matched_or_refuse(runs, baseline, allow=allow_mismatch)
     differences = compare_pairs(grid, unmatched=[arm for arm, found in mismatched.items() if found])
-    arms = tuple(
-        _summary(arm, grid, [mismatch.mark for mismatch in mismatched.get(arm, ())]) for arm in grid.arms
-    )
+    arms = tuple(_summary(arm, grid, [mismatch.mark for mismatch in mismatched.get(arm, ())]) for arm in grid.arms)
     best, remarks = _best(arms, differences, lower_is_better)
     return Comparison(
         metric=metric,
@@ -99,9 +97,7 @@ def _difference(
         p_holm=p_holm,
         p_exact=pair.p_exact if pair else None,
         effect_sd=pair.effect_sd if pair else None,
-        smallest_detectable=(
-            st.smallest_detectable(pair.sd, pair.num_seeds, num_comparisons) if pair else None
-        ),
+        smallest_detectable=(st.smallest_detectable(pair.sd, pair.num_seeds, num_comparisons) if pair else None),
         verdict=_verdict(pair, p_holm, grid.lower_is_better) if matched else "not matched",
     )
 
@@ -139,8 +135,7 @@ def _throughput_share(arm: str, grid: Sorted) -> float | None:
     """Median speed over the common seeds as a share of the baseline's: one slow run does not decide."""
     seeds = grid.common_seeds(arm)
     ours, theirs = (
-        _finite(grid.done[name][seed].throughput.get("tokens_per_s") for seed in seeds)
-        for name in (arm, grid.baseline)
+        _finite(grid.done[name][seed].throughput.get("tokens_per_s") for seed in seeds) for name in (arm, grid.baseline)
     )
     if not seeds or len(ours) < len(seeds) or len(theirs) < len(seeds) or median(theirs) <= 0:
         return None
@@ -188,9 +183,7 @@ def _notes(grid: Sorted, differences: Sequence[Difference], num_expected: int) -
     if grid.missing:
         notes.append(f"{len(grid.missing)} of {num_expected} cells have no result yet: this is an early look")
     if not grid.done[grid.baseline]:
-        notes.append(
-            f"{grid.baseline}, the baseline, has no finished run: no differences, matching not checked"
-        )
+        notes.append(f"{grid.baseline}, the baseline, has no finished run: no differences, matching not checked")
     if grid.foreign:
         notes.append(f"{len(grid.foreign)} results belong to no cell of this grid: {', '.join(grid.foreign)}")
     for difference in differences:
@@ -199,7 +192,5 @@ def _notes(grid: Sorted, differences: Sequence[Difference], num_expected: int) -
             left_out = ", ".join(str(seed) for seed in sorted(ours ^ theirs))
             notes.append(f"{difference.arm}: difference over common seeds only, without seed {left_out}")
         if len(difference.seeds) >= st.MIN_SEEDS and difference.p is None:
-            notes.append(
-                f"{difference.arm}: the same difference for every seed; nothing tells chance from effect"
-            )
+            notes.append(f"{difference.arm}: the same difference for every seed; nothing tells chance from effect")
     return notes

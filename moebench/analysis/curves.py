@@ -114,9 +114,7 @@ def _label_ends(ax: Axes, curves: Sequence[Curve], looks: Mapping[str, dict[str,
 
 
 def _end_label(curve: Curve, *, seen: bool) -> str:
-    seeds = (
-        "" if curve.num_seeds == curve.num_started else f" ({curve.num_seeds} of {curve.num_started} seeds)"
-    )
+    seeds = "" if curve.num_seeds == curve.num_started else f" ({curve.num_seeds} of {curve.num_started} seeds)"
     return curve.arm + seeds + ("" if seen else f": {curve.means[-1]:.3g} at step {curve.steps[-1]:.0f}")
 
 
@@ -163,9 +161,7 @@ def _draw_forest(ax: Axes, comparison: Comparison, looks: Mapping[str, dict[str,
     ax.spines["left"].set_visible(False)
     ax.xaxis.set_major_locator(MaxNLocator(4))
     side = "left" if comparison.lower_is_better else "right"
-    ax.set_xlabel(
-        f"{comparison.metric.replace('_', ' ')} minus {comparison.baseline}\n(better to the {side})"
-    )
+    ax.set_xlabel(f"{comparison.metric.replace('_', ' ')} minus {comparison.baseline}\n(better to the {side})")
     ax.set_title("paired difference, 95 % interval; verdict by p Holm", loc="left", color=GREY, fontsize=8)
     if not shown:
         ax.text(0.5, 0.5, "no seed in common yet", transform=ax.transAxes, ha="center", color=GREY)
@@ -176,9 +172,7 @@ def _draw_difference(ax: Axes, row: int, difference: Difference, color: str) -> 
     if difference.interval:
         ax.plot(difference.interval, [row, row], color=color, linewidth=2.2, solid_capstyle="round")
     filled = difference.verdict in ("better", "worse")
-    ax.plot(
-        [difference.mean], [row], "o", markersize=6, color=color, markerfacecolor=color if filled else "white"
-    )
+    ax.plot([difference.mean], [row], "o", markersize=6, color=color, markerfacecolor=color if filled else "white")
     ax.annotate(
         f"{difference.verdict}, {count(len(difference.seeds), 'seed')}",
         xy=(1.03, row),

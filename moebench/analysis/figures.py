@@ -37,7 +37,7 @@ class Figures:
 
 def curves_file(experiment: Experiment, results: Path) -> Path:
     """Return where the figure of an experiment lies."""
-    return results / "experiments" / f"{experiment.name}-curves.png"
+    return results / "experiments" / experiment.name / "curves.png"
 
 
 def results_of(experiment: Experiment, results: Path) -> list[RunResult]:
@@ -63,9 +63,7 @@ def compare_experiment(experiment: Experiment, results: Path, *, allow_mismatch:
     )
 
 
-def draw_experiment(
-    experiment: Experiment, results: Path, file: Path, comparison: Comparison | None
-) -> Path | None:
+def draw_experiment(experiment: Experiment, results: Path, file: Path, comparison: Comparison | None) -> Path | None:
     """Draw the validation curves of every arm that has any; return the file, or None without a single point."""
     journals: dict[str, dict[int, Any]] = {}
     for cell in experiment.cells:
@@ -74,10 +72,7 @@ def draw_experiment(
             journals.setdefault(cell.arm, {})[cell.seed] = points
     metric = TASKS.get(experiment.cells[0].config.task.name).facts.metric
     if not any(
-        f"eval/{metric}" in point.metrics
-        for seeds in journals.values()
-        for run in seeds.values()
-        for point in run
+        f"eval/{metric}" in point.metrics for seeds in journals.values() for run in seeds.values() for point in run
     ):
         return None
     return draw_curves(

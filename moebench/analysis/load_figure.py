@@ -30,9 +30,7 @@ def draw_load(load_by_layer: Mapping[str, Sequence[int]], *, path: Path, title: 
         for ax in axes[len(load_by_layer) :]:
             ax.remove()
         figure.supylabel("share of assignments", fontsize=9)
-        figure.supxlabel(
-            "expert (dashed: even load 1/E; orange: more than twice that; ×: no token)", fontsize=9
-        )
+        figure.supxlabel("expert (dashed: even load 1/E; orange: more than twice that; ×: no token)", fontsize=9)
     return path
 
 

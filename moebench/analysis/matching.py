@@ -57,9 +57,7 @@ def _flops(runs: Sequence[RunResult], baseline_runs: Sequence[RunResult]) -> Mis
     if abs(excess) <= FLOPS_TOLERANCE + 1e-9:  # 2 % sharp is allowed, however it is rounded
         return None
     figures = f"flops_per_token is {ours:,.0f}, the baseline's {theirs:,.0f}"
-    return Mismatch(
-        mark="≠FLOPs", reason=f"{figures} ({100 * excess:+.2f} %, allowed ±{100 * FLOPS_TOLERANCE:.0f} %)"
-    )
+    return Mismatch(mark="≠FLOPs", reason=f"{figures} ({100 * excess:+.2f} %, allowed ±{100 * FLOPS_TOLERANCE:.0f} %)")
 
 
 def _flops_per_token(runs: Sequence[RunResult]) -> list[float]:

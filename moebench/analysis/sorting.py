@@ -46,9 +46,7 @@ def sort_results(
     if baseline not in done:
         raise unknown("baseline", baseline, done)
     if len({(arm, seed) for arm, seed, _ in expected}) < len(expected):
-        raise UsageError(
-            "an arm has the same seed twice in this grid; give each configuration its own arm name"
-        )
+        raise UsageError("an arm has the same seed twice in this grid; give each configuration its own arm name")
     _require_metric(results, metric)
     failed, missing = [], []
     for arm, seed, cell_id in sorted(expected, key=lambda cell: cell[1]):

@@ -46,9 +46,7 @@ def to_rich(comparison: Comparison) -> RenderableType:
     parts: list[RenderableType] = []
     for grid in grids(comparison):
         parts += [_rich_grid(grid), Text()]
-    parts += [
-        Text(line, style="red" if line.startswith("FAILED") else "yellow") for line in losses(comparison)
-    ]
+    parts += [Text(line, style="red" if line.startswith("FAILED") else "yellow") for line in losses(comparison)]
     parts += [Text(line, style="dim") for line in legend(comparison)]
     return Group(*parts)
 

@@ -10,9 +10,7 @@ from moebench.cli.options import DEFAULT_RESULTS, Json, Results
 def ui(
     results: Results = DEFAULT_RESULTS,
     tracker: Annotated[str | None, typer.Option(envvar="MOEBENCH_TRACKER", help="MLflow database URI.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; by default this machine only.")] = (
-        "127.0.0.1"
-    ),
+    host: Annotated[str, typer.Option(help="Address to listen on; by default this machine only.")] = ("127.0.0.1"),
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 5000,
     json: Json = False,
 ) -> None:

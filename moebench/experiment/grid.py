@@ -190,9 +190,7 @@ def _without_label(key: str, value: Any, values: Sequence[Any]) -> tuple[Any, st
     return rest, " ".join([name, *options]) if same_name > 1 else name
 
 
-def _refuse_unknown(
-    overrides: Mapping[str, Any], raws: Sequence[Mapping[str, Any]], grid: Mapping[str, Any]
-) -> None:
+def _refuse_unknown(overrides: Mapping[str, Any], raws: Sequence[Mapping[str, Any]], grid: Mapping[str, Any]) -> None:
     """Refuse an override of a varied component that no arm knows."""
     for kind in _varied(overrides, grid):
         options = overrides[kind]

@@ -33,9 +33,7 @@ class DispatchPlan:
         assignment_R = routing.expert_N.argsort(stable=True)
         row_N = torch.empty_like(assignment_R)
         row_N[assignment_R] = torch.arange(assignment_R.numel(), device=assignment_R.device)
-        return cls(
-            assignment_R=assignment_R, row_N=row_N, token_R=routing.token_N[assignment_R], load_E=routing.load_E
-        )
+        return cls(assignment_R=assignment_R, row_N=row_N, token_R=routing.token_N[assignment_R], load_E=routing.load_E)
 
 
 def dispatch(x_TD: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:

@@ -49,9 +49,7 @@ class FeedForward(nn.Module):
 class ExpertBank(nn.Module):
     """E feed-forward networks of one shape; rows come sorted by expert, with the number of rows of each."""
 
-    def __init__(
-        self, d_model: int, width: int, num_experts: int, activation: str, out_scale: float = 1.0
-    ) -> None:
+    def __init__(self, d_model: int, width: int, num_experts: int, activation: str, out_scale: float = 1.0) -> None:
         super().__init__()
         self.activation = activation
         self.out_scale = out_scale

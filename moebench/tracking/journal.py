@@ -1,4 +1,4 @@
-"""The local record: a journal with a line for every point a run measures, and the folder it is in."""
+"""The local record: a journal with a line for every point a run measures."""
 
 import errno
 import json
@@ -7,13 +7,11 @@ import os
 import posixpath
 import re
 import time as clock
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from moebench.errors import UsageError
 
@@ -111,84 +109,6 @@ def read_journal(path: Path, offset: int = 0) -> tuple[list[Point], int]:
         content = file.read()
     points = list(_points(path, content, offset))
     return points, points[-1].end if points else offset
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """The folder of one run and what its files say."""
-
-    path: Path
-
-    @cached_property
-    def cell(self) -> dict[str, Any]:
-        """What was to be run; raises UsageError when the file is missing or damaged."""
-        return read_json(self.path / "cell.json")
-
-    @cached_property
-    def result(self) -> dict[str, Any] | None:
-        """How the run ended, or None while it has not."""
-        path = self.path / "result.json"
-        return read_json(path) if path.exists() else None
-
-    @property
-    def started(self) -> bool:
-        """Whether anything has happened yet."""
-        return self.journal.exists() or (self.path / "result.json").exists()
-
-    @property
-    def journal(self) -> Path:
-        """The file of points."""
-        return self.path / "journal.jsonl"
-
-    @property
-    def checkpointed(self) -> int:
-        """The last step with a checkpoint, -1 without one: a resumed run repeats only what comes after."""
-        names = [re.match(r"step_(\d+)", path.name) for path in self.path.glob("checkpoints/step_*.json")]
-        return max((int(name[1]) for name in names if name), default=-1)
-
-    @property
-    def attachments(self) -> list[Path]:
-        """The files that are sent as they are, figures included."""
-        files = [self.path / name for name in ("environment.json", "result.json", "log.txt")]
-        return [path for path in files if path.exists()] + sorted(self.path.glob("*.png"))
-
-    @cached_property
-    def digest(self) -> str:
-        """A checksum of the result and its files: they are sent once, and again when they change."""
-        files = [path for path in [*self.attachments, self.path / "load.jsonl"] if path.exists()]
-        return f"{zlib.crc32(b''.join(path.name.encode() + path.read_bytes() for path in files)):08x}"
-
-
-def recorded_experiments(results: Path) -> dict[str, dict[str, Any]]:
-    """Return every experiment of a results folder with its cells (``{"id", "arm", "seed"}``), by name.
-
-    Runs whose experiment has no record of its own are gathered under the name in their cell file.
-    """
-    if not results.is_dir():
-        raise UsageError(f"results folder {results} does not exist (--results, MOEBENCH_RESULTS)")
-    records = [read_json(path) for path in sorted((results / "experiments").glob("*.json"))]
-    named = {str(record["name"]): record for record in records}
-    listed = {cell["id"] for record in records for cell in record["cells"]}
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted((results / "runs").glob("*/cell.json")):
-        if path.parent.name not in listed:
-            name = str(read_json(path).get("experiment", "unnamed"))
-            found.setdefault(name, {"name": name, "cells": []})["cells"].append({"id": path.parent.name})
-    for name in found.keys() & named.keys():
-        # A cell of an earlier version of the experiment still belongs to it.
-        named[name]["cells"] = [*named[name]["cells"], *found[name]["cells"]]
-    return {**found, **named}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raises UsageError naming the file when it is missing or damaged."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: holds a {type(content).__name__}, expected an object")
-    return content
 
 
 def _points(path: Path, content: bytes, offset: int) -> Iterator[Point]:

@@ -4,15 +4,17 @@ import json
 import platform
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from moebench.errors import UsageError, unknown
-from moebench.tracking.journal import Point, RunFolder, read_journal, read_json, recorded_experiments
+from moebench.tracking.journal import Point, read_journal
+from moebench.tracking.messages import batches, final_values, send_load, values_of
 from moebench.tracking.mlflow_store import MAX_BATCH, MlflowStore, StoredRun, TrackerError, Value, shown
+from moebench.tracking.source import RunSource, recorded_experiments
+from moebench.training.run_folder import read_json
 
 _STATUS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
@@ -80,10 +82,10 @@ def sendable(results: Path, experiment_name: str | None = None) -> tuple[tuple[s
     seen = []
     for name, grid in recorded_experiments(results).items():
         for cell in grid["cells"] if experiment_name in (None, name) else ():
-            folder = RunFolder(results / "runs" / cell["id"])
-            if folder.started:
-                ends = [path.stat().st_mtime_ns for path in folder.attachments]
-                seen.append((cell["id"], folder.checkpointed, max(ends, default=0)))
+            source = RunSource.of(results, cell["id"])
+            if source.started:
+                ends = [path.stat().st_mtime_ns for path in source.attachments]
+                seen.append((cell["id"], source.folder.checkpointed_step, max(ends, default=0)))
     return tuple(seen)
 
 
@@ -100,11 +102,11 @@ class _Sender:
         parent = self._parent(grid)
         report, statuses = ReplayReport(experiments=1), []
         for cell in grid["cells"]:
-            folder = RunFolder(self.results / "runs" / cell["id"])
-            if not folder.started:
+            source = RunSource.of(self.results, cell["id"])
+            if not source.started:
                 continue
             try:
-                sent, status = self._run(folder, parent)
+                sent, status = self._run(source, parent)
             except UsageError as error:
                 sent, status = ReplayReport(runs=1, problems=(str(error),)), "FAILED"
             report += sent
@@ -133,30 +135,28 @@ class _Sender:
         if status != parent.status:
             self.store.set_status(parent.id, status)
 
-    def _run(self, folder: RunFolder, parent: StoredRun) -> tuple[ReplayReport, str]:
-        run = self.known.get(folder.path.name) or self._create(folder, parent)
+    def _run(self, source: RunSource, parent: StoredRun) -> tuple[ReplayReport, str]:
+        run = self.known.get(source.id) or self._create(source, parent)
         report = ReplayReport(runs=1)
         cursor = Cursor(**json.loads(run.tags.get("moebench.cursor", "{}")))
-        points, sent = self._unsent(folder, run, cursor)
-        for batch in _batches(points):
+        points, sent = self._unsent(source, run, cursor)
+        for batch in batches(points):
             end = batch[-1].end
-            cursor = Cursor(offset=end, step=batch[-1].step, tail=_tail(folder.journal, end))
-            values, bad = _values(batch, sent)
+            cursor = Cursor(offset=end, step=batch[-1].step, tail=_tail(source.folder.journal, end))
+            values, bad = values_of(batch, sent)
             tags = {"moebench.cursor": json.dumps(asdict(cursor))}
             if bad and not report.non_finite and "moebench.non_finite" not in run.tags:
                 tags["moebench.non_finite"] = f"first: {bad[0].name} at step {bad[0].step}"
             self._log(run.id, values, tags)
             report += ReplayReport(values=len(values), non_finite=len(bad))
-            self._remember(folder, run.id, cursor)
-        return report, self._finish(folder, run, cursor)
+            self._remember(source, run.id, cursor)
+        return report, self._finish(source, run, cursor)
 
-    def _unsent(
-        self, folder: RunFolder, run: StoredRun, cursor: Cursor
-    ) -> tuple[list[Point], set[tuple[str, int]]]:
-        same = _tail(folder.journal, cursor.offset) == cursor.tail
-        points, _ = read_journal(folder.journal, cursor.offset if same else 0)
-        if folder.result is None:
-            limit = folder.checkpointed
+    def _unsent(self, source: RunSource, run: StoredRun, cursor: Cursor) -> tuple[list[Point], set[tuple[str, int]]]:
+        same = _tail(source.folder.journal, cursor.offset) == cursor.tail
+        points, _ = read_journal(source.folder.journal, cursor.offset if same else 0)
+        if source.result is None:
+            limit = source.folder.checkpointed_step
             points = [point for point in points if point.step <= limit]
         if points and run.id in self.found and not (same and cursor.offset):
             # The journal was cut behind the cursor (an older checkpoint was resumed) or the cursor was lost:
@@ -171,11 +171,11 @@ class _Sender:
             values = values[MAX_BATCH:]
         self.store.log(run_id, values, tags)
 
-    def _create(self, folder: RunFolder, parent: StoredRun) -> StoredRun:
-        path = folder.path / "environment.json"
-        cell, environment = folder.cell, read_json(path) if path.exists() else {}
+    def _create(self, source: RunSource, parent: StoredRun) -> StoredRun:
+        path = source.folder.environment
+        cell, environment = source.cell, read_json(path) if path.exists() else {}
         tags = {
-            "moebench.cell": folder.path.name,
+            "moebench.cell": source.id,
             "moebench.arm": cell["arm"],
             "moebench.seed": cell["seed"],
             "moebench.git_commit": environment.get("git_commit"),
@@ -184,38 +184,38 @@ class _Sender:
             "moebench.data_digest": cell["data"]["digest"],
             "moebench.status": "running",
         }
-        start_ms = int(1000 * (folder.path / "cell.json").stat().st_mtime)
+        start_ms = int(1000 * source.folder.cell.stat().st_mtime)
         named = {key: str(value) for key, value in tags.items() if value is not None}
         return self.store.create(f"{cell['arm']} seed {cell['seed']}", named, start_ms, parent.id)
 
-    def _finish(self, folder: RunFolder, run: StoredRun, cursor: Cursor) -> str:
+    def _finish(self, source: RunSource, run: StoredRun, cursor: Cursor) -> str:
         if run.tags.get("moebench.described") is None:
-            self._describe(folder, run)
-        if folder.result is None:
-            return self._unfinished(folder, run)
-        status = _STATUS.get(str(folder.result["status"]), "FAILED")
-        if run.tags.get("moebench.sent") != folder.digest:
-            for path in folder.attachments:
+            self._describe(source, run)
+        if source.result is None:
+            return self._unfinished(source, run)
+        status = _STATUS.get(source.result.status, "FAILED")
+        if run.tags.get("moebench.sent") != source.digest:
+            for path in source.attachments:
                 self.store.log_file(run.id, path)
-            _send_load(self.store, run.id, folder.path / "load.jsonl")
-            end_ms = int(1000 * _last_time(folder))
-            error = {"moebench.error": str(folder.result["error"])} if folder.result.get("error") else {}
-            marks = {"moebench.status": str(folder.result["status"]), "moebench.sent": folder.digest, **error}
+            send_load(self.store, run.id, source.folder.loads)
+            end_ms = int(1000 * _last_time(source))
+            error = {"moebench.error": source.result.error} if source.result.error else {}
+            marks = {"moebench.status": source.result.status, "moebench.sent": source.digest, **error}
             self.store.set_status(run.id, status, end_ms)
-            self.store.log(run.id, _final_values(folder.result, end_ms), marks)
-            self._remember(folder, run.id, cursor, finished=True)
+            self.store.log(run.id, final_values(source.result, end_ms), marks)
+            self._remember(source, run.id, cursor, finished=True)
         return status
 
-    def _describe(self, folder: RunFolder, run: StoredRun) -> None:
-        cell = folder.cell
+    def _describe(self, source: RunSource, run: StoredRun) -> None:
+        cell = source.cell
         varies = {str(key): str(value) for key, value in cell.get("varies", {}).items()}
         self.store.log(run.id, params={k: v for k, v in varies.items() if k not in run.params})
         self.store.log_dataset(run.id, str(cell["data"]["name"]), str(cell["data"]["digest"]))
         self.store.log_yaml(run.id, cell["config"], "config.yaml")
         self.store.log(run.id, tags={"moebench.described": "yes"})
 
-    def _unfinished(self, folder: RunFolder, run: StoredRun) -> str:
-        changed_ms = folder.journal.stat().st_mtime * 1000 if folder.journal.exists() else 0
+    def _unfinished(self, source: RunSource, run: StoredRun) -> str:
+        changed_ms = source.folder.journal.stat().st_mtime * 1000 if source.folder.journal.exists() else 0
         # A run that was stopped earlier is running again as soon as its journal moves.
         at_work = self.live and (run.status == "RUNNING" or changed_ms > run.end_ms)
         status = "RUNNING" if at_work else "KILLED"
@@ -224,9 +224,9 @@ class _Sender:
             self.store.log(run.id, tags={"moebench.status": "running" if at_work else "stopped"})
         return status
 
-    def _remember(self, folder: RunFolder, run_id: str, cursor: Cursor, finished: bool = False) -> None:
+    def _remember(self, source: RunSource, run_id: str, cursor: Cursor, finished: bool = False) -> None:
         # For people and other commands: what was sent can be seen without asking the tracker.
-        path = folder.path / "tracking.json"
+        path = source.folder.path / "tracking.json"
         try:
             entries = read_json(path) if path.exists() else {}
         except UsageError:
@@ -247,57 +247,6 @@ def _tail(path: Path, offset: int) -> int:
         return zlib.crc32(file.read(min(offset, 4096)))
 
 
-def _batches(points: list[Point]) -> Iterator[list[Point]]:
-    batch: list[Point] = []
-    size = 0
-    for point in points:
-        if batch and size + len(point.metrics) > MAX_BATCH:
-            yield batch
-            batch, size = [], 0
-        batch.append(point)
-        size += len(point.metrics)
-    if batch:
-        yield batch
-
-
-def _values(points: list[Point], sent: set[tuple[str, int]]) -> tuple[list[Value], list[Value]]:
-    values = [
-        Value(name=name, value=number, time_ms=round(1000 * point.time), step=point.step)
-        for point in points
-        for name, number in point.metrics.items()
-        if (name, point.step) not in sent
-    ]
-    # MLflow draws NaN as nothing and infinity as 1.8e308, which flattens the chart.
-    return [v for v in values if isfinite(v.value)], [v for v in values if not isfinite(v.value)]
-
-
-def _final_values(result: Mapping[str, Any], end_ms: int) -> list[Value]:
-    if result["status"] != "done":
-        return []
-    # One group: MLflow opens a section of charts for each prefix.
-    ends = {**result["cost"], **result["throughput"], **result["metrics"]}
-    named = {f"final/{key}": float(x) for key, x in ends.items()}
-    step = int(result["step"])
-    return [Value(name=k, value=x, time_ms=end_ms, step=step) for k, x in named.items() if isfinite(x)]
-
-
-def _last_time(folder: RunFolder) -> float:
-    points, _ = read_journal(folder.journal)
-    return points[-1].time if points else (folder.path / "result.json").stat().st_mtime
-
-
-def _send_load(store: MlflowStore, run_id: str, path: Path) -> None:
-    if not path.exists():
-        return
-    try:
-        # A resumed run may evaluate a step again: the later line counts.
-        lines = {line["step"]: line["layers"] for line in map(json.loads, path.read_text().splitlines())}
-        rows = [
-            [step, int(layer), sum(load), round(max(load) * len(load) / max(sum(load), 1), 4), load]
-            for step, layers in sorted(lines.items())
-            for layer, load in sorted(layers.items(), key=lambda item: int(item[0]))
-        ]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UsageError(f"{path}: not a record of load ({error})") from error
-    columns = ["step", "layer", "assignments", "max over mean", "load"]
-    store.log_table(run_id, {"columns": columns, "data": rows}, "load.json")
+def _last_time(source: RunSource) -> float:
+    points, _ = read_journal(source.folder.journal)
+    return points[-1].time if points else source.folder.result.stat().st_mtime

@@ -34,9 +34,7 @@ class Tracker:
     the journals stay for ``moebench sync``.
     """
 
-    def __init__(
-        self, results: Path, uri: str, experiment_name: str | None = None, interval_s: float = 2.0
-    ) -> None:
+    def __init__(self, results: Path, uri: str, experiment_name: str | None = None, interval_s: float = 2.0) -> None:
         self._task = {
             "results": str(results.absolute()),
             "uri": uri,

@@ -59,11 +59,7 @@ class RunFolder:
 
     def read_cell(self) -> dict[str, Any]:
         """Return what was to be run; raise UsageError when the file is missing or damaged."""
-        try:
-            cell: dict[str, Any] = json.loads(self.cell.read_text())
-            return cell
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{self.cell}: cannot be read ({error}); delete the folder to start anew") from error
+        return read_json(self.cell)
 
     def read_result(self) -> RunResult | None:
         """Return the result, or None when there is none yet; raise UsageError when the file is damaged."""
@@ -81,7 +77,23 @@ class RunFolder:
         result = self.read_result()
         if result is not None:
             return result.status
-        return "resumable" if any(self.checkpoints.glob("step_*.json")) else "new"
+        return "resumable" if self.checkpointed_step >= 0 else "new"
+
+    @property
+    def checkpointed_step(self) -> int:
+        """The last step with a checkpoint, -1 without one: a resumed run repeats only what comes after."""
+        return max((int(path.stem.removeprefix("step_")) for path in self.checkpoints.glob("step_*.json")), default=-1)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raises UsageError naming the file when it is missing or damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: holds a {type(content).__name__}, expected an object")
+    return content
 
 
 def write_atomically(file: Path, text: str) -> None:

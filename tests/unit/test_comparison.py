@@ -213,9 +213,7 @@ def test_arms_that_are_not_matched_are_refused_or_marked(changes, words, mark):
 
 def test_two_percent_of_flops_are_allowed():
     results = grid({"dense": 0, "switch": -0.01})
-    results = [
-        replace(r, cost=COST | {"flops_per_token": 2.04e6}) if r.arm == "switch" else r for r in results
-    ]
+    results = [replace(r, cost=COST | {"flops_per_token": 2.04e6}) if r.arm == "switch" else r for r in results]
     assert compare(results, expected=cells(results), baseline="dense").differences[0].verdict == "better"
 
 

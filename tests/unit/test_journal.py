@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moebench.errors import UsageError
-from moebench.tracking.journal import Journal, read_journal, recorded_experiments
+from moebench.tracking.journal import Journal, read_journal
+from moebench.tracking.source import recorded_experiments
 
 
 @pytest.fixture

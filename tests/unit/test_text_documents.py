@@ -39,9 +39,7 @@ def test_pack_has_seven_domains_and_groups_that_span_code_and_docs():
         bytes_of[document.domain] += len(document.text.encode())
     assert sorted(bytes_of) == ["code", "dictionary", "docs", "drama", "novels", "scripture", "speeches"]
     assert all(1_800_000 < size <= 2_000_000 for size in bytes_of.values())
-    shared = {d.group for d in documents if d.domain == "code"} & {
-        d.group for d in documents if d.domain == "docs"
-    }
+    shared = {d.group for d in documents if d.domain == "code"} & {d.group for d in documents if d.domain == "docs"}
     assert {"python/asyncio", "python/logging", "python/email"} <= shared
 
 
@@ -99,9 +97,7 @@ def test_folder_of_text_files_takes_domains_from_names(tmp_path):
     (tmp_path / "letters" / "y.txt").write_text("friend")
     found = {(d.domain, d.text) for d in load_documents(TextDataConfig(path=str(tmp_path)))}
     assert found == {("news", "news"), ("law", "Gesetz – ü"), ("letters", "dear"), ("letters", "friend")}
-    assert {d.domain for d in load_documents(TextDataConfig(path=str(tmp_path), domain_column=None))} == {
-        "all"
-    }
+    assert {d.domain for d in load_documents(TextDataConfig(path=str(tmp_path), domain_column=None))} == {"all"}
     assert load_documents(TextDataConfig(path=str(tmp_path / "news.txt")))[0].domain == "all"
 
 
@@ -166,9 +162,7 @@ def test_bad_files_are_named(tmp_path):
         ("bad.json.gz", b"no gzip"),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(
-            UsageError, match=f"task.data.path: .*{name}.* cannot be read .*give task.data.path"
-        ):
+        with pytest.raises(UsageError, match=f"task.data.path: .*{name}.* cannot be read .*give task.data.path"):
             load_documents(TextDataConfig(path=str(tmp_path / name)))
     with pytest.raises(UsageError, match=r"bad\.tx' does not exist\. Did you mean 'bad\.txt'"):
         load_documents(TextDataConfig(path=str(tmp_path / "bad.tx")))
@@ -219,9 +213,7 @@ def test_digest_is_of_the_content_and_not_of_the_place(tmp_path):
     assert digest != source_digest(TextDataConfig(path=first, max_bytes=9))
     write_jsonl(tmp_path / "b.jsonl", ROWS[:-1])
     assert digest != source_digest(TextDataConfig(path=second))
-    assert source_digest(TextDataConfig(dataset="x/y")) != source_digest(
-        TextDataConfig(dataset="x/y", revision="z")
-    )
+    assert source_digest(TextDataConfig(dataset="x/y")) != source_digest(TextDataConfig(dataset="x/y", revision="z"))
 
 
 def test_digest_sees_the_tokenizer_file(tmp_path):

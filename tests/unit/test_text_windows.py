@@ -59,9 +59,7 @@ def test_second_call_is_fast_and_does_not_import_datasets(pack):
         "print(time.perf_counter() - start, 'datasets' in sys.modules, prepared.digest)"
     )
     command = [sys.executable, "-c", program, str(cache_dir)]
-    answers = [
-        subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(3)
-    ]
+    answers = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(3)]
     assert min(float(seconds) for seconds, _, _ in answers) < 0.1
     assert {tuple(rest) for _, *rest in answers} == {("False", first.digest)}
 
@@ -150,9 +148,7 @@ def test_one_epoch_visits_each_window_once(num_windows, batch_size, seed, epoch)
 def test_any_step_is_made_without_the_steps_before(num_windows, batch_size, seed, step):
     alone = train_window_indices(num_windows, batch_size, seed, step)
     # The same samples in batches of one: the counter alone decides.
-    singles = [
-        train_window_indices(num_windows, 1, seed, step * batch_size + j)[0] for j in range(batch_size)
-    ]
+    singles = [train_window_indices(num_windows, 1, seed, step * batch_size + j)[0] for j in range(batch_size)]
     assert alone.tolist() == singles
 
 

@@ -15,7 +15,7 @@ from moebench.routing.values import RouteContext, Routing
 @ROUTERS.register(
     Facts(
         family="expert choice",
-        equation="S = softmax(X W) over experts;  I_e = the C = T·c/E best tokens of e;  y_t = Σ_{e: t ∈ I_e} S_te E_e(x_t)",
+        equation="S = softmax(X W) over experts;  I_e = the T·c/E best tokens of e;  y_t = Σ_{e: t∈I_e} S_te E_e(x_t)",
         paper="arXiv:2202.09368, section 3.2",
         causal=False,
         causal_reason="whether an expert takes a token depends on later tokens of the same sequence",

@@ -170,9 +170,7 @@ def _from_rows(rows: Iterable[Mapping[str, Any]], config: TextDataConfig) -> Ite
         text = _value(row, "text_column", config.text_column, number)
         if not isinstance(text, str):
             kind = type(text).__name__
-            raise UsageError(
-                f"task.data.text_column: row {number} of '{config.text_column}' is {kind}, not text"
-            )
+            raise UsageError(f"task.data.text_column: row {number} of '{config.text_column}' is {kind}, not text")
         if config.domain_column is None or (config.domain_column == "domain" and "domain" not in row):
             domain = "all"
         else:

@@ -120,13 +120,9 @@ def _order(num_windows: int, seed: int, epoch: int) -> np.ndarray:
     return order_W
 
 
-def _prepared(
-    meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray], sequence_length: int
-) -> PreparedText:
+def _prepared(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray], sequence_length: int) -> PreparedText:
     domains = tuple(meta["domains"])
-    splits = {
-        name: _windows(name, domains, meta["lengths"][name], arrays, sequence_length) for name in SPLITS
-    }
+    splits = {name: _windows(name, domains, meta["lengths"][name], arrays, sequence_length) for name in SPLITS}
     return PreparedText(
         **splits,
         vocab_size=meta["vocab_size"],
