@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_folders import write_result
 
 from moebench.errors import UsageError
 from moebench.tracking.journal import Journal
@@ -86,9 +87,8 @@ def finish(folder: Path, status: str = "done", error: str | None = None) -> None
     draw(folder / "load.png")
     (folder / "log.txt").write_text("step 30\n")
     final = {"bits_per_byte": 2.03, "load/dead_experts": math.nan} if status == "done" else {}
-    result = {"status": status, "error": error, "step": STEPS, "metrics": final}
     rest = {"cost": {"active_params": 1e6}, "throughput": {"tokens_per_s": 1e4}}
-    (folder / "result.json").write_text(json.dumps({**result, **rest}))
+    write_result(folder, status=status, error=error, step=STEPS, metrics=final, **rest)
 
 
 def draw(path: Path) -> None:

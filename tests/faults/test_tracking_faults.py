@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from run_folders import write_result
 
 from moebench.errors import UsageError
 from moebench.tracking.journal import Journal, read_journal
@@ -36,7 +37,7 @@ def build(results: Path, steps: int = 20, cell: str = CELL) -> Path:
         for step in range(1, steps + 1):
             journal.append(step, {"loss/task": math.exp(-step)})
     result = {"status": "done", "error": None, "step": steps, "metrics": {}, "cost": {}, "throughput": {}}
-    (folder / "result.json").write_text(json.dumps(result))
+    write_result(folder, **result)
     return folder
 
 

@@ -1,0 +1,215 @@
+"""`moebench run` as real processes: what it leaves on disk, what it says, and that the same call gives the same bits."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from command_line import ARMS, ROOT, CommandLine, Ended, Results, journal, on_terminal, repeatable
+
+RESULT_KEYS = {"id", "arm", "seed", "status", "error", "step", "metrics", "cost", "throughput", "data_digest"}
+RESULT_KEYS |= {"eval_digest", "marks", "config"}
+LOAD_KEYS = {f"load/{name}" for name in ("max_violation", "cv", "entropy", "dead_experts", "drop_rate", "unserved")}
+
+
+def test_a_finished_run_reports_json_on_stdout_and_progress_on_stderr(finished: CommandLine) -> None:
+    report = json.loads((finished.folder / "run.json").read_text())
+    assert report["experiment"] == "tiny"
+    assert [(cell["arm"], cell["seed"]) for cell in report["cells"]] == [(arm, s) for s in (0, 1, 2) for arm in ARMS]
+    assert {cell["state"] for cell in report["cells"]} == {"done"}
+    assert sorted(report["trained"]) == sorted(cell["id"] for cell in report["cells"])
+    assert (report["failed"], report["tracker"], report["interrupted"]) == ([], None, 0)
+    said = (finished.folder / "run.err").read_text()
+    assert "\x1b" not in said  # a pipe gets plain lines
+    starts = re.findall(r"^start    (\w+) · seed (\d)  [0-9a-f]{12}$", said, re.M)
+    assert starts == [(arm, str(seed)) for seed in (0, 1, 2) for arm in ARMS]  # seeds outermost
+    ends = re.findall(r"^done     (\w+) · seed (\d) +\d+\.\d{4} bits per byte  \(\d+ s\)  \[(\d)/9\]$", said, re.M)
+    assert len(ends) == 9
+    assert [number for _, _, number in ends] == [str(n) for n in range(1, 10)]
+
+
+def test_the_run_folder_keeps_its_contract(finished: CommandLine) -> None:
+    results = Results(finished.folder / "results")
+    assert len(results.folders()) == 9
+    for folder in results.folders():
+        cell = json.loads((folder / "cell.json").read_text())
+        assert re.fullmatch("[0-9a-f]{12}", cell["id"])
+        assert (cell["id"], cell["experiment"]) == (folder.name, "tiny")
+        assert cell["varies"] == {"router.name": cell["arm"], "seed": cell["seed"]}
+        assert cell["data"]["name"] == "language"
+        result = json.loads((folder / "result.json").read_text())
+        assert set(result) >= RESULT_KEYS
+        assert [result[key] for key in ("id", "arm", "seed")] == [cell[key] for key in ("id", "arm", "seed")]
+        assert (result["status"], result["error"], result["step"]) == ("done", None, 12)
+        assert result["config"] == cell["config"]
+        assert result["config"]["train"]["steps"] == 12
+        check_numbers(result, dense=cell["arm"] == "dense")
+        environment = json.loads((folder / "environment.json").read_text())
+        assert {"python", "torch", "platform", "processor", "cores", "threads", "packages"} <= set(environment)
+        assert {"git_commit", "git_dirty"} <= set(environment)
+        assert (folder / "log.txt").exists()
+        assert not [file for file in folder.rglob("*") if file.name.endswith(".tmp")]
+    assert len({json.loads((f / "result.json").read_text())["eval_digest"] for f in results.folders()}) == 1
+
+
+def check_numbers(result: dict, *, dense: bool) -> None:
+    metrics, cost, speed = result["metrics"], result["cost"], result["throughput"]
+    assert {"bits_per_byte", "bits_per_byte/a", "bits_per_byte/b"} <= set(metrics)
+    assert all(math.isfinite(value) for value in [*metrics.values(), *cost.values(), *speed.values()])
+    assert 0 < metrics["bits_per_byte"] < 9  # 8 bits per byte is knowing nothing
+    assert {key for key in metrics if key.startswith("load/")} == (set() if dense else LOAD_KEYS)
+    assert cost["train_tokens"] == 12 * 2 * 32  # steps · sequences · tokens
+    assert 0 < cost["active_params"] <= cost["total_params"]
+    assert cost["flops_per_token"] > 0
+    assert all(speed[key] > 0 for key in ("tokens_per_s", "step_s", "train_s", "total_s"))
+
+
+def test_the_journal_has_every_step_once_under_the_agreed_names(finished: CommandLine) -> None:
+    for folder in Results(finished.folder / "results").folders():
+        points = journal(folder)
+        assert [p["step"] for p in points if "loss/task" in p["metrics"]] == [*range(1, 13)]
+        assert [p["step"] for p in points if "eval/bits_per_byte" in p["metrics"]] == [6, 12]
+        times = [point["time"] for point in points]
+        assert times == sorted(times)
+        arm = json.loads((folder / "cell.json").read_text())["arm"]
+        names = {name for point in points for name in point["metrics"]}
+        assert {"loss/total", "train/learning_rate", "train/grad_norm", "train/tokens_per_s"} <= names
+        assert {"eval/bits_per_byte/a", "eval/bits_per_byte/b"} <= names
+        if arm == "dense":
+            assert not [name for name in names if "load" in name]
+            assert not (folder / "load.jsonl").exists()
+            continue
+        assert {"loss/load_balance", "balance/load_balance", "eval/load/max_violation"} <= names
+        first = next(point["metrics"] for point in points if "loss/task" in point["metrics"])
+        coefficient = json.loads((folder / "cell.json").read_text())["config"]["router"]["losses"]["load_balance"]
+        assert math.isclose(first["loss/load_balance"], coefficient * first["balance/load_balance"], rel_tol=1e-5)
+        loads = [json.loads(line) for line in (folder / "load.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in loads] == [6, 12]
+        # n=2 of 2 blocks: block 1 holds the experts; every one of 4 is counted, and all assignments are there.
+        per_token = 2 if arm == "top_k" else 1
+        sums = {sum(load) for line in loads for load in line["layers"].values()}
+        assert [list(line["layers"]) for line in loads] == [["1"], ["1"]]
+        assert all(len(line["layers"]["1"]) == 4 for line in loads)
+        assert sums == {2 * 4 * 32 * per_token}  # domains · windows · tokens
+
+
+def test_the_record_of_the_experiment_names_its_cells(finished: CommandLine) -> None:
+    record = json.loads((finished.folder / "results/experiments/tiny.json").read_text())
+    assert (record["name"], record["question"], record["baseline"]) == ("tiny", "Does it run?", "dense")
+    assert record["file"].endswith("tiny.yaml")
+    assert {cell["id"] for cell in record["cells"]} == {
+        folder.name for folder in Results(finished.folder / "results").folders()
+    }
+
+
+def test_the_figures_are_drawn(finished: CommandLine) -> None:
+    results = finished.folder / "results"
+    assert (results / "experiments/tiny-curves.png").read_bytes().startswith(b"\x89PNG")
+    drawn = {json.loads((file.parent / "cell.json").read_text())["arm"] for file in results.glob("runs/*/load.png")}
+    assert drawn == {"switch", "top_k"}
+
+
+def test_a_second_call_trains_nothing_and_the_same_cells_elsewhere_are_bit_equal(cli: CommandLine) -> None:
+    first = cli.train()
+    assert first.code == 0, first.err
+    assert first.out == ""
+    results, elsewhere = Results(cli.folder / "results"), Results(cli.folder / "elsewhere")
+    before = results.written_at()
+    second = cli.train("--json")
+    assert (second.code, second.json["trained"], second.json["failed"]) == (0, [], [])
+    assert results.written_at() == before
+    assert len(before) == 6
+    assert cli.train("--jobs", "1", results="elsewhere").code == 0  # another folder, another number at a time
+    for folder in results.folders():
+        twin = elsewhere.path / "runs" / folder.name
+        ours, theirs = (json.loads((path / "result.json").read_text()) for path in (folder, twin))
+        assert ours.pop("throughput") != theirs.pop("throughput")
+        assert ours == theirs
+        assert repeatable(folder) == repeatable(twin)
+        if (folder / "load.jsonl").exists():
+            assert (folder / "load.jsonl").read_text() == (twin / "load.jsonl").read_text()
+
+
+def test_a_changed_grid_trains_only_what_is_new(cli: CommandLine) -> None:
+    assert cli.train("seeds=[0]", "grid.router=[dense]").code == 0
+    before = Results(cli.folder / "results").written_at()
+    ended = cli.train("seeds=[0]", "grid.router=[dense,switch]", "--json")
+    assert ended.code == 0, ended.err
+    (new,) = ended.json["trained"]
+    after = Results(cli.folder / "results").written_at()
+    assert before.items() <= after.items()
+    assert [name for name in after if name not in before] == [
+        str(cli.folder / "results/runs" / new / "result.json"),
+    ]
+
+
+def test_keys_that_change_no_number_keep_the_cell(cli: CommandLine) -> None:
+    assert cli.train("seeds=[0]", "grid.router=[dense]").code == 0
+    (cli.folder / "text").rename(cli.folder / "moved")
+    same = cli.train("seeds=[0]", "grid.router=[dense]", "train.log_every=5", "task.data.path=moved", "--json")
+    assert (same.code, same.json["trained"]) == (0, []), same.err
+    other = cli.train("seeds=[0]", "grid.router=[dense]", "train.beta2=0.9", "task.data.path=moved", "--json")
+    assert (other.code, len(other.json["trained"])) == (0, 1), other.err
+
+
+def test_changed_data_is_another_cell(cli: CommandLine) -> None:
+    assert cli.train("seeds=[0]", "grid.router=[dense]").code == 0
+    file = cli.folder / "text/a/document0.txt"
+    file.write_text(file.read_text() + " and more")
+    ended = cli.train("seeds=[0]", "grid.router=[dense]", "--json")
+    assert (ended.code, len(ended.json["trained"])) == (0, 1), ended.err
+
+
+def test_an_override_that_only_some_arms_know_is_said(cli: CommandLine) -> None:
+    ended = cli.train("seeds=[0]", "router.jitter=0.0", "train.steps=2")
+    assert ended.code == 0, ended.err
+    assert "note: router.jitter applies to switch" in ended.err
+    assert Results(cli.folder / "results").result("switch", 0)["config"]["router"]["jitter"] == 0.0
+
+
+def test_a_terminal_shows_the_grid_and_the_cells(cli: CommandLine) -> None:
+    arguments = ["run", "./tiny.yaml", "--tracker", "none", "seeds=[0]", "train.steps=150", "train.log_every=50"]
+    code, screen = on_terminal(cli, arguments)
+    assert code == 0, screen
+    assert "Traceback" not in screen
+    assert "\x1b[" in screen  # it is drawn, not printed
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen)
+    assert re.search(r"grid .*/450 cell \d/3", plain)
+    for arm in ARMS:
+        assert re.search(rf"{arm} · seed 0 .*/150", plain), plain[-3000:]
+        assert re.search(rf"done     {arm} · seed 0", plain)
+    assert re.search(r"loss \d\.\d{3}  [\d,]+ tokens/s", plain)
+    assert "3 of 3 cells done, 3 of them trained now" in plain
+
+
+def test_results_may_come_from_the_environment(cli: CommandLine) -> None:
+    environment = cli.environment | {"MOEBENCH_RESULTS": "there", "MOEBENCH_TRACKER": "none"}
+    ended = call(["run", "./tiny.yaml", "seeds=[0]", "grid.router=[dense]", "train.steps=2"], cli.folder, environment)
+    assert ended.code == 0, ended.err
+    assert len(Results(cli.folder / "there").folders()) == 1
+    assert not (cli.folder / "results").exists()
+
+
+def call(arguments: list[str], folder: Path, environment: dict[str, str]) -> Ended:
+    command = [sys.executable, "-m", "moebench", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=90)
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def test_one_seed_outside_the_list_of_experiments_runs_by_name(cli: CommandLine) -> None:
+    """A name is looked up in the folder `experiments`, a path is taken as it is."""
+    cli.write("experiments.yaml")
+    (cli.folder / "experiments").mkdir()
+    (cli.folder / "tiny.yaml").rename(cli.folder / "experiments/mine.yaml")
+    ended = cli.train("seeds=[3]", "grid.router=[dense]", "train.steps=2", "--json", name="mine")
+    assert (ended.code, ended.json["experiment"]) == (0, "mine"), ended.err
+    assert Results(cli.folder / "results").result("dense", 3)["status"] == "done"
+
+
+def test_the_shipped_experiments_are_valid(cli: CommandLine) -> None:
+    for file in sorted((ROOT / "experiments").glob("*.yaml")):
+        ended = cli("plan", str(file), "--json", "--results", "plans")
+        assert ended.code == 0, ended.err
+        assert {cell["state"] for cell in ended.json["cells"]} == {"new"}

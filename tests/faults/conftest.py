@@ -1,0 +1,19 @@
+"""A command line in a folder of its own, whose processes are found and ended."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from command_line import CommandLine
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Iterator[CommandLine]:
+    """A fresh folder with the tiny experiment; nothing that was started outlives the test."""
+    command_line = CommandLine(tmp_path)
+    command_line.write()
+    yield command_line
+    command_line.kill_leftovers()
