@@ -18,3 +18,9 @@ def unknown(kind: str, given: str, allowed: Iterable[str]) -> UsageError:
     """Build the error for a name that is not in a list: what was given, the nearest, all that are allowed."""
     names = sorted(allowed)
     return UsageError(f"{kind}: '{given}' is unknown.{nearest(given, names)} Allowed: {', '.join(names)}")
+
+
+def require(condition: bool, key: str, given: object, allowed: str) -> None:
+    """Raise UsageError naming the key, what was given and what is allowed, unless the condition holds."""
+    if not condition:
+        raise UsageError(f"{key} must be {allowed}, got {given}")

@@ -7,21 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moebench.config import (
-    COMPONENTS,
-    DEFAULT_NAMES,
-    CellConfig,
-    ExperimentConfig,
-    cell_id,
-    component_fields,
-    layer_over,
-    load_experiment,
-    resolve,
-    to_plain,
-    with_overrides,
-)
+from moebench.config import cell_id, component_fields, layer_over, load_experiment, resolve, to_plain, with_overrides
 from moebench.errors import UsageError, nearest, unknown
 from moebench.registry import load_plugin
+from moebench.schema import COMPONENTS, DEFAULT_NAMES, CellConfig, ExperimentConfig
 from moebench.tasks.task import TASKS
 from moebench.training.model import check_cell
 

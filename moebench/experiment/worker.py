@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from moebench.config import CellConfig, resolve, to_yaml
+from moebench.config import resolve, to_yaml
 from moebench.errors import UsageError
 from moebench.registry import load_plugin
+from moebench.schema import CellConfig
 from moebench.tracking.journal import Journal
 from moebench.training.callback import Hooks
 from moebench.training.environment import environment

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from moebench.config import CellConfig
 from moebench.errors import UsageError, unknown
 from moebench.experts.feed_forward import ExpertBank, FeedForward, ffn_flops
 from moebench.experts.layer import MoELayer
@@ -13,6 +12,7 @@ from moebench.models.attention import Attention
 from moebench.models.transformer import Block, Transformer
 from moebench.routing.losses import LOSSES
 from moebench.routing.router import ROUTERS, Site
+from moebench.schema import CellConfig
 
 
 def check_router(config: CellConfig) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from moebench.config import require
+from moebench.errors import require
 from moebench.tasks.task import TASKS, Batch, Task, TaskFacts
 from moebench.tasks.text.documents import TextDataConfig, source_digest
 from moebench.tasks.text.windows import (

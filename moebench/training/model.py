@@ -4,12 +4,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from moebench.config import CellConfig
 from moebench.errors import UsageError
 from moebench.models.build import Cost, build_backbone, check_router, cost_of
 from moebench.models.transformer import BatchContext, Transformer, init_weights
 from moebench.routing.router import ROUTERS, Facts
 from moebench.routing.values import LayerRecord
+from moebench.schema import CellConfig
 from moebench.tasks.task import TASKS, Batch, Task
 
 

@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from moebench.config import CellConfig, TrainConfig
 from moebench.routing.values import LayerRecord
+from moebench.schema import CellConfig, TrainConfig
 from moebench.tasks.task import Batch, Task
 from moebench.training.evaluate import batch_context
 from moebench.training.model import Model

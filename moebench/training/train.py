@@ -11,8 +11,9 @@ import lightning
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from moebench.config import CellConfig, to_plain
+from moebench.config import to_plain
 from moebench.errors import UsageError
+from moebench.schema import CellConfig
 from moebench.tasks.task import Batch, Task
 from moebench.training.callback import CellCallback, Hooks, Meter, record_evaluation
 from moebench.training.checkpoint import VerifiedCheckpointIO, newest_good, step_of

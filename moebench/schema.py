@@ -1,0 +1,130 @@
+"""The schema of a configuration: what a cell and an experiment are, every key with its default and its meaning."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from moebench.errors import require
+
+COMPONENTS = ("task", "layout", "router")
+"""The sections of a cell that a `name` picks from a registry."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The transformer around the experts."""
+
+    d_model: int = 128
+    """Width of the residual stream."""
+    num_layers: int = 4
+    """Transformer blocks."""
+    num_heads: int = 4
+    """Attention heads; d_model / num_heads must be even."""
+    ffn_width: int = 512
+    """Hidden width that one token uses: of the dense network, and of its active experts together."""
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    """Of dense networks and experts alike."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position angles."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that make no model."""
+        for key in ("d_model", "num_layers", "num_heads", "ffn_width"):
+            require(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "at least 1")
+        fits = self.d_model % self.num_heads == 0 and self.d_model // self.num_heads % 2 == 0
+        require(fits, "model.num_heads", self.num_heads, f"a divisor of d_model={self.d_model} with an even quotient")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How every arm is trained: the same for all of them."""
+
+    steps: int = 300
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Sequences per step."""
+    learning_rate: float = 3e-3
+    """Peak of the schedule: linear warm-up, then a cosine down to final_rate of it."""
+    warmup_steps: int = 20
+    """Steps of the linear warm-up."""
+    final_rate: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
+    weight_decay: float = 0.1
+    """AdamW's decay, on matrices only."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
+    beta2: float = 0.95
+    """AdamW's decay of the squared gradient."""
+    clip_norm: float = 1.0
+    """Largest norm of the whole gradient."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 is autocast; parameters, optimizer and routing stay fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a CUDA device where there is one."""
+    threads: int = 1
+    """CPU threads of one cell; part of the cell, because sums change with it in the last bit."""
+    eval_every: int = 100
+    """Steps between evaluations on the validation split."""
+    log_every: int = 10
+    """Steps between points in the journal."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        for key in ("steps", "batch_size", "threads", "eval_every", "log_every", "checkpoint_every"):
+            require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
+        for key in ("learning_rate", "clip_norm"):
+            require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "greater than 0")
+        for key in ("weight_decay", "warmup_steps"):
+            require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "at least 0")
+        for key in ("beta1", "beta2"):
+            require(0 <= getattr(self, key) < 1, f"train.{key}", getattr(self, key), "at least 0 and below 1")
+        require(0 <= self.final_rate <= 1, "train.final_rate", self.final_rate, "between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellConfig:
+    """One training run, complete: together with the data it decides every number."""
+
+    task: Any
+    """Data, input, head and metrics: the Config of a registered task."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    layout: Any
+    """Which blocks hold experts, and what they are: the Config of a registered layout."""
+    router: Any
+    """The routing algorithm: the Config of a registered router."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    seed: int = 0
+    """Initial weights, data order and routing noise."""
+    allow_noncausal: bool = False
+    """Let a router that sees the future run on a causal task; every table marks the arm."""
+
+    def __post_init__(self) -> None:
+        """Refuse seeds that no generator takes."""
+        require(0 <= self.seed < 2**31, "seed", self.seed, "at least 0 and below 2^31")
+
+
+DEFAULT_NAMES = {"task": "language", "layout": "every_n", "router": "switch"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """An experiment file: a question, a base configuration and a grid."""
+
+    question: str = ""
+    """What the experiment answers, in a sentence."""
+    base: Any = field(default_factory=dict)
+    """The keys of a cell that are the same everywhere."""
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    """Key -> values: one arm for each combination."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """One run of every arm for each seed; the same seed means the same data order and shared initial weights."""
+    baseline: str | None = None
+    """The arm that the others are compared with; null takes the first."""
+
+    def __post_init__(self) -> None:
+        """Refuse grids and seeds that make no cells."""
+        require(len(self.seeds) > 0, "seeds", self.seeds, "at least one seed")
+        require(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "each seed once")
+        for key, values in self.grid.items():
+            require(len(values) > 0, f"grid.{key}", values, "at least one value")
