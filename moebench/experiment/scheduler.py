@@ -12,8 +12,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
+from moebench.experiment.failure import failed_result
 from moebench.experiment.grid import Cell
-from moebench.training.result import RunResult
 from moebench.training.run_folder import RunFolder, write_json
 
 STOP_GRACE_S = 60.0
@@ -166,7 +166,8 @@ class Scheduler:
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
         reason = f"the process was {cause}{hint}" if code < 0 else f"the process {cause}"
         folder = RunFolder.of(self.results, worker.cell.id)
-        write_json(folder.result, _failed(worker.cell, self.experiment, reason).to_dict())
+        cell = json.loads(json.dumps(worker.cell.to_dict(self.experiment)))
+        write_json(folder.result, failed_result(cell, reason).to_dict())
         return {"status": "failed", "error": reason}
 
     def _stop_all(self) -> list[Outcome]:
@@ -204,9 +205,3 @@ def _enter(path: str, results: str, pipe: Connection) -> None:
     from moebench.experiment.worker import run_cell
 
     run_cell(path, results, pipe)
-
-
-def _failed(cell: Cell, experiment: str, reason: str) -> RunResult:
-    from moebench.experiment.worker import failed_result
-
-    return failed_result(json.loads(json.dumps(cell.to_dict(experiment))), reason)

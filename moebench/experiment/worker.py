@@ -19,12 +19,13 @@ from filelock import FileLock, Timeout
 
 from moebench.config import resolve, to_yaml
 from moebench.errors import UsageError
+from moebench.experiment.failure import failed_result
 from moebench.registry import load_plugin
 from moebench.schema import CellConfig
 from moebench.tracking.journal import Journal
 from moebench.training.callback import Hooks
 from moebench.training.environment import environment
-from moebench.training.model import marks_of, prepare_task
+from moebench.training.model import prepare_task
 from moebench.training.module import NonFiniteError
 from moebench.training.result import RunResult
 from moebench.training.run_folder import RunFolder, write_atomically, write_json
@@ -134,28 +135,6 @@ def explain(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return f"out of memory: {' '.join(str(error).split())[:200]}"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def failed_result(cell: dict[str, Any], reason: str, total_s: float = 0.0) -> RunResult:
-    """Return the result of a cell that failed: nothing is left out of a table, not even this."""
-    marks: tuple[str, ...] = ()
-    with contextlib.suppress(UsageError):
-        marks = marks_of(resolve(cell["config"]))
-    return RunResult(
-        id=cell["id"],
-        arm=cell["arm"],
-        seed=cell["seed"],
-        status="failed",
-        error=reason,
-        step=0,
-        metrics={},
-        cost={},
-        throughput={"total_s": total_s},
-        data_digest=cell["data"]["digest"],
-        eval_digest="",
-        marks=marks,
-        config=cell["config"],
-    )
 
 
 def _append(file: Path, line: dict[str, Any]) -> None:
