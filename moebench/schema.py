@@ -124,7 +124,7 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         """Refuse grids and seeds that make no cells."""
-        require(len(self.seeds) > 0, "seeds", self.seeds, "at least one seed")
-        require(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "each seed once")
+        require(len(self.seeds) > 0, "seeds", self.seeds, "a list with at least one seed")
+        require(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "a list that names each seed once")
         for key, values in self.grid.items():
-            require(len(values) > 0, f"grid.{key}", values, "at least one value")
+            require(len(values) > 0, f"grid.{key}", values, "a list with at least one value")

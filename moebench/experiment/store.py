@@ -34,8 +34,8 @@ def require_room(results: Path, experiment: Experiment, cells: list[Cell]) -> No
     if not cells:
         return
     largest = max(cell_cost(cell, results).total_params for cell in {cell.arm: cell for cell in cells}.values())
-    # Each cell keeps two checkpoints, and writes a third before it drops the oldest.
-    needed = SPARE_BYTES + CHECKPOINT_BYTES_PER_PARAM * largest * (2 * len(cells) + 1)
+    # A finished cell keeps one checkpoint; one that trains keeps two and writes a third before it drops the oldest.
+    needed = SPARE_BYTES + CHECKPOINT_BYTES_PER_PARAM * largest * (len(cells) + 2)
     free = shutil.disk_usage(results).free
     if free < needed:
         raise UsageError(

@@ -26,8 +26,10 @@ class Capacity:
         `num_assignments` is T·k. (Switch and GShard leave k out of the formula: their factor over k is ours.)
         """
         factor = self.train if training else self.eval
+        if factor is None or math.isinf(factor):
+            return None
         # The small subtraction keeps 1.1 · 10 / 1 from rounding up to 12.
-        return None if factor is None else math.ceil(factor * num_assignments / num_experts - 1e-9)
+        return math.ceil(factor * num_assignments / num_experts - 1e-9)
 
 
 def kept_within(routing: Routing, slots: int, order: DropOrder, generator: Generator) -> Tensor:

@@ -38,9 +38,10 @@ class MoELayer(nn.Module):
         return y_TD, LayerRecord(layer=self.layer, routing=routing, kept=kept, valid_T=ctx.valid_T)
 
     def _within_capacity(self, routing: Routing, ctx: RouteContext) -> Routing:
+        num_tokens = routing.num_tokens if ctx.valid_T is None else int(ctx.valid_T.sum())
         slots = self.capacity.slots(
             training=ctx.training,
-            num_assignments=routing.num_tokens * self.experts_per_token,
+            num_assignments=num_tokens * self.experts_per_token,
             num_experts=self.bank.num_experts,
         )
         if slots is None:

@@ -23,17 +23,21 @@ class VerifiedCheckpointIO(CheckpointIO):
         _replace(file, lambda handle: torch.save(checkpoint, handle))
         manifest = {"step": step_of(file), "sha256": _digest(file), "bytes": file.stat().st_size}
         _replace(file.with_suffix(".json"), lambda handle: handle.write(json.dumps(manifest).encode()))
-        for old in _manifests(file.parent)[:-KEEP]:
-            self.remove_checkpoint(old.with_suffix(".ckpt"))
+        drop_all_but(KEEP, file.parent)
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
         """Read a checkpoint; only tensors and plain values are ever unpickled."""
         return torch.load(path, map_location=map_location or "cpu", weights_only=True)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Delete a checkpoint, its manifest first."""
-        Path(path).with_suffix(".json").unlink(missing_ok=True)
-        Path(path).unlink(missing_ok=True)
+        """Delete a checkpoint and its manifest."""
+        _remove(Path(path))
+
+
+def drop_all_but(count: int, folder: Path) -> None:
+    """Remove all but the newest checkpoints of a folder."""
+    for manifest in _manifests(folder)[:-count]:
+        _remove(manifest.with_suffix(".ckpt"))
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -59,6 +63,11 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
         except (OSError, ValueError, KeyError) as error:
             damaged.append(f"{file.name}: not readable ({error}); the one before is used")
     return None, damaged
+
+
+def _remove(file: Path) -> None:
+    file.with_suffix(".json").unlink(missing_ok=True)  # first: without its manifest a checkpoint does not count
+    file.unlink(missing_ok=True)
 
 
 def _manifests(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from moebench.errors import UsageError
 from moebench.schema import CellConfig
 from moebench.tasks.task import Batch, Task
 from moebench.training.callback import CellCallback, Hooks, Meter, record_evaluation
-from moebench.training.checkpoint import VerifiedCheckpointIO, newest_good, step_of
+from moebench.training.checkpoint import VerifiedCheckpointIO, drop_all_but, newest_good, step_of
 from moebench.training.evaluate import evaluate
 from moebench.training.model import initialised_model, marks_of, model_cost
 from moebench.training.module import CellModule
@@ -60,6 +60,7 @@ def train_cell(
     if callback.stopped:
         return None
     final = _final_evaluation(config, task, module, hooks)
+    drop_all_but(1, checkpoints)  # there is nothing left to fall back from
     cost = asdict(model_cost(model, task.sequence_length))
     cost["train_tokens"] = config.train.steps * meter.tokens_per_step
     return RunResult(

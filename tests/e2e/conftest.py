@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from command_line import CommandLine
+from command_line import CommandLine, WarmCommandLine
 
 
 @pytest.fixture
@@ -30,3 +30,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
     (command_line.folder / "run.err").write_text(ended.err)
     yield command_line
     command_line.kill_leftovers()
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmCommandLine]:
+    """Calls that need no start-up: for the many that only look or are refused."""
+    scratch = tmp_path_factory.mktemp("warm")
+    command_line = WarmCommandLine(CommandLine(scratch).environment, scratch)
+    yield command_line
+    command_line.close()

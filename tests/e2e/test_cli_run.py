@@ -3,11 +3,12 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from command_line import ARMS, ROOT, CommandLine, Ended, Results, journal, on_terminal, repeatable
+from command_line import ARMS, ROOT, CommandLine, Ended, Results, WarmCommandLine, journal, on_terminal, repeatable
 
 RESULT_KEYS = {"id", "arm", "seed", "status", "error", "step", "metrics", "cost", "throughput", "data_digest"}
 RESULT_KEYS |= {"eval_digest", "marks", "config"}
@@ -106,21 +107,25 @@ def test_the_record_of_the_experiment_names_its_cells(finished: CommandLine) -> 
 
 def test_the_figures_are_drawn(finished: CommandLine) -> None:
     results = finished.folder / "results"
-    assert (results / "experiments/tiny-curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (results / "experiments/tiny/curves.png").read_bytes().startswith(b"\x89PNG")
     drawn = {json.loads((file.parent / "cell.json").read_text())["arm"] for file in results.glob("runs/*/load.png")}
     assert drawn == {"switch", "top_k"}
 
 
-def test_a_second_call_trains_nothing_and_the_same_cells_elsewhere_are_bit_equal(cli: CommandLine) -> None:
+def test_only_what_is_missing_is_trained_and_the_same_cells_elsewhere_are_bit_equal(cli: CommandLine) -> None:
+    results, elsewhere = Results(cli.folder / "results"), Results(cli.folder / "elsewhere")
+    assert cli.train("seeds=[0]", "grid.router=[dense,switch]").code == 0
+    before = results.written_at()
     first = cli.train()
     assert first.code == 0, first.err
     assert first.out == ""
-    results, elsewhere = Results(cli.folder / "results"), Results(cli.folder / "elsewhere")
-    before = results.written_at()
+    assert "6 of 6 cells done, 4 of them trained now" in first.err
+    after = results.written_at()
+    assert before.items() <= after.items()
     second = cli.train("--json")
     assert (second.code, second.json["trained"], second.json["failed"]) == (0, [], [])
-    assert results.written_at() == before
-    assert len(before) == 6
+    assert results.written_at() == after
+    assert len(after) == 6
     assert cli.train("--jobs", "1", results="elsewhere").code == 0  # another folder, another number at a time
     for folder in results.folders():
         twin = elsewhere.path / "runs" / folder.name
@@ -132,34 +137,23 @@ def test_a_second_call_trains_nothing_and_the_same_cells_elsewhere_are_bit_equal
             assert (folder / "load.jsonl").read_text() == (twin / "load.jsonl").read_text()
 
 
-def test_a_changed_grid_trains_only_what_is_new(cli: CommandLine) -> None:
-    assert cli.train("seeds=[0]", "grid.router=[dense]").code == 0
-    before = Results(cli.folder / "results").written_at()
-    ended = cli.train("seeds=[0]", "grid.router=[dense,switch]", "--json")
-    assert ended.code == 0, ended.err
-    (new,) = ended.json["trained"]
-    after = Results(cli.folder / "results").written_at()
-    assert before.items() <= after.items()
-    assert [name for name in after if name not in before] == [
-        str(cli.folder / "results/runs" / new / "result.json"),
-    ]
+def test_a_cell_is_its_configuration_and_its_data_and_nothing_else(
+    finished: CommandLine, warm: WarmCommandLine, tmp_path: Path
+) -> None:
+    def states(*changes: str) -> set[str]:
+        ended = warm(finished, "plan", "./tiny.yaml", "--json", *changes)
+        assert ended.code == 0, ended.err
+        return {cell["state"] for cell in ended.json["cells"]}
 
-
-def test_keys_that_change_no_number_keep_the_cell(cli: CommandLine) -> None:
-    assert cli.train("seeds=[0]", "grid.router=[dense]").code == 0
-    (cli.folder / "text").rename(cli.folder / "moved")
-    same = cli.train("seeds=[0]", "grid.router=[dense]", "train.log_every=5", "task.data.path=moved", "--json")
-    assert (same.code, same.json["trained"]) == (0, []), same.err
-    other = cli.train("seeds=[0]", "grid.router=[dense]", "train.beta2=0.9", "task.data.path=moved", "--json")
-    assert (other.code, len(other.json["trained"])) == (0, 1), other.err
-
-
-def test_changed_data_is_another_cell(cli: CommandLine) -> None:
-    assert cli.train("seeds=[0]", "grid.router=[dense]").code == 0
-    file = cli.folder / "text/a/document0.txt"
-    file.write_text(file.read_text() + " and more")
-    ended = cli.train("seeds=[0]", "grid.router=[dense]", "--json")
-    assert (ended.code, len(ended.json["trained"])) == (0, 1), ended.err
+    text = tmp_path / "moved"
+    shutil.copytree(finished.folder / "text", text)
+    moved = f"task.data.path={text}"
+    assert states() == {"done"}
+    assert states("train.log_every=5", "train.checkpoint_every=7", moved) == {"done"}
+    assert states("train.beta2=0.9") == {"new"}
+    assert states("grid.router=[switch,dense,{name: top_k, top_k: 2, label: other}]") == {"done"}
+    (text / "a/document0.txt").write_text("something else " * 200)
+    assert states(moved) == {"new"}
 
 
 def test_an_override_that_only_some_arms_know_is_said(cli: CommandLine) -> None:
@@ -198,9 +192,7 @@ def call(arguments: list[str], folder: Path, environment: dict[str, str]) -> End
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
-def test_one_seed_outside_the_list_of_experiments_runs_by_name(cli: CommandLine) -> None:
-    """A name is looked up in the folder `experiments`, a path is taken as it is."""
-    cli.write("experiments.yaml")
+def test_an_experiment_in_the_folder_experiments_runs_by_its_name(cli: CommandLine) -> None:
     (cli.folder / "experiments").mkdir()
     (cli.folder / "tiny.yaml").rename(cli.folder / "experiments/mine.yaml")
     ended = cli.train("seeds=[3]", "grid.router=[dense]", "train.steps=2", "--json", name="mine")
@@ -208,8 +200,8 @@ def test_one_seed_outside_the_list_of_experiments_runs_by_name(cli: CommandLine)
     assert Results(cli.folder / "results").result("dense", 3)["status"] == "done"
 
 
-def test_the_shipped_experiments_are_valid(cli: CommandLine) -> None:
+def test_the_shipped_experiments_are_valid(cli: CommandLine, warm: WarmCommandLine) -> None:
     for file in sorted((ROOT / "experiments").glob("*.yaml")):
-        ended = cli("plan", str(file), "--json", "--results", "plans")
+        ended = warm(cli, "plan", str(file), "--json", "--results", "plans")
         assert ended.code == 0, ended.err
         assert {cell["state"] for cell in ended.json["cells"]} == {"new"}

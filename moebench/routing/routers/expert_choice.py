@@ -67,10 +67,8 @@ class ExpertChoice(Router):
         group_size = max(ctx.sequence_length if self.group == "sequence" else num_tokens, 1)
         ranked_TE = scores_TE if ctx.valid_T is None else scores_TE.masked_fill(~ctx.valid_T[:, None], -1.0)
         ranked_GTE = ranked_TE.view(-1, group_size, self.num_experts)
-        capacity = min(group_size, max(1, group_size * self.average_experts // self.num_experts))
-        if num_tokens == 0:
-            capacity = 0
-        taken_GCE = ranked_GTE.topk(capacity, dim=1).indices
+        capacity = self._capacity(group_size) if num_tokens else 0
+        taken_GCE = ranked_GTE.topk(capacity, dim=1).indices  # from the best to the worst
         start_G11 = torch.arange(len(ranked_GTE), device=x_TD.device).view(-1, 1, 1) * group_size
         token_N = (taken_GCE + start_G11).reshape(-1)
         expert_N = torch.arange(self.num_experts, device=x_TD.device).expand(taken_GCE.shape).reshape(-1)
@@ -83,4 +81,15 @@ class ExpertChoice(Router):
             logits_TE=logits_TE,
             scores_TE=scores_TE,
         )
-        return routing if ctx.valid_T is None else routing.keep(ctx.valid_T[token_N])
+        return routing if ctx.valid_T is None else routing.keep(self._within_valid(taken_GCE, ctx.valid_T, token_N))
+
+    def _capacity(self, num_tokens: int) -> int:
+        return min(num_tokens, max(1, num_tokens * self.average_experts // self.num_experts))
+
+    def _within_valid(self, taken_GCE: Tensor, valid_T: Tensor, token_N: Tensor) -> Tensor:
+        """Return which choices stand when an expert's share is one of a group's valid tokens, not of its places."""
+        num_valid_G = valid_T.view(taken_GCE.shape[0], -1).sum(1)
+        capacity_G = torch.tensor([self._capacity(n) for n in num_valid_G.tolist()], device=valid_T.device)
+        place_C = torch.arange(taken_GCE.shape[1], device=valid_T.device)
+        within_GC = place_C < capacity_G.unsqueeze(1)
+        return within_GC.unsqueeze(-1).expand(taken_GCE.shape).reshape(-1) & valid_T[token_N]

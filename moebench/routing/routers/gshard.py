@@ -1,11 +1,13 @@
 """GShard top-2: the best expert always, the second in proportion to its weight."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from moebench.errors import require
 from moebench.routing.gate import Gate
 from moebench.routing.losses import mean_over_tokens
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
@@ -56,8 +58,9 @@ class GShard(Router):
 
     @classmethod
     def check(cls, config: Config, num_experts: int) -> None:
-        """Refuse fewer than two experts."""
+        """Refuse fewer than two experts and a threshold that keeps or drops all."""
         check_top_k(2, num_experts, smallest=2)
+        require(0 < config.threshold < math.inf, "router.threshold", config.threshold, "greater than 0 and finite")
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Send each token to its best expert and, by the policy, to its second best."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from moebench.errors import require
 from moebench.routing.gate import Gate, jitter
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
 from moebench.routing.values import RouteContext, Routing
@@ -40,6 +41,11 @@ class Switch(Router):
         super().__init__(config, site)
         self.gate = Gate(site.d_model, site.num_experts)
         self.jitter = config.jitter
+
+    @classmethod
+    def check(cls, config: Config, num_experts: int) -> None:
+        """Refuse a jitter that can turn signs."""
+        require(0 <= config.jitter < 1, "router.jitter", config.jitter, "at least 0 and below 1")
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Send each token to the expert with the highest probability."""

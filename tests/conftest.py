@@ -1,0 +1,69 @@
+"""Options of the test run: plugin files whose routers the contract tests cover too, and one router alone."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from moebench.errors import UsageError
+from moebench.registry import load_plugin
+from moebench.routing.router import ROUTERS
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--plugin", action="append", default=[], metavar="PATH", help="cover the routers of this plugin file too"
+    )
+    parser.addoption("--router", metavar="NAME", help="of the contract tests, run those of this router alone")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Lightning 2.6 on torch 2.13, in its own code; every other warning is an error.
+    config.addinivalue_line("filterwarnings", "ignore:.*LeafSpec.* is deprecated:FutureWarning")
+    # The same examples in every run, and no time limit for one: a busy machine is not a failure.
+    settings.register_profile("moebench", deadline=None, derandomize=True)
+    settings.load_profile("moebench")
+    torch.set_num_threads(1)  # sums change with the number of threads in the last bit
+    try:
+        for path in config.getoption("--plugin"):
+            load_plugin(path)
+        if config.getoption("--router"):
+            ROUTERS.get(config.getoption("--router"), where="--router")
+    except UsageError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--router")
+    if not wanted:
+        return
+    kept, left = [], []
+    for item in items:
+        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+        (left if case is not None and case.name != wanted else kept).append(item)
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Iterator["PluginFolder"]:
+    """Write plugin files; what they register is taken back after the test."""
+    before = dict(ROUTERS._entries)
+    yield PluginFolder(tmp_path)
+    ROUTERS._entries.clear()
+    ROUTERS._entries.update(before)
+
+
+class PluginFolder:
+    """Where a test writes its plugin files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, text: str, name: str = "plugin.py") -> str:
+        """Write one file and return its path."""
+        file = self.folder / name
+        file.write_text(text)
+        return str(file)

@@ -1,0 +1,211 @@
+"""What the contract tests run on: every registered router in every configuration that makes sense."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moebench.errors import UsageError
+from moebench.experts.capacity import Capacity
+from moebench.experts.feed_forward import ExpertBank
+from moebench.experts.layer import MoELayer
+from moebench.models.transformer import init_weights
+from moebench.routing.losses import LOSSES
+from moebench.routing.router import ROUTERS, Facts, Router, Site
+from moebench.routing.values import LayerRecord, RouteContext, Routing
+
+D_MODEL = 8
+VOCAB = 50
+NUM_EXPERTS = (1, 2, 8, 9)
+NUM_TOKENS = (0, 1, 7, 64)
+
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "top_k": [
+        {"softmax": "after"},
+        {"renormalise": False},
+        {"top_k": 1, "renormalise": False},
+        {"top_k": 8, "renormalise": False},
+    ],
+    "switch": [{"jitter": 0.0}],
+    "gshard": [{"second_expert": "all"}],
+    "noisy_top_k": [{"top_k": 3}],
+    "expert_choice": [{"group": "sequence"}, {"average_experts": 1}],
+    "random": [{"top_k": 2}],
+}
+"""Options beside the defaults. A router that is not here (a plugin's) is tested with its defaults."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A router, its options and the number of experts."""
+
+    name: str
+    num_experts: int = 8
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Return the name of the case in test reports."""
+        return "-".join([self.name, f"E{self.num_experts}", *(f"{k}={v}" for k, v in self.options.items())])
+
+    @property
+    def router_class(self) -> type[Router]:
+        return ROUTERS.get(self.name).item
+
+    @property
+    def facts(self) -> Facts:
+        return ROUTERS.get(self.name).facts
+
+    @property
+    def config(self) -> Any:
+        return self.router_class.Config(**self.options)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the router accepts these options with so many experts."""
+        try:
+            self.router_class.check(self.config, self.num_experts)
+        except UsageError:
+            return False
+        return True
+
+    @property
+    def experts_per_token(self) -> int:
+        return self.router_class.experts_per_token(self.config, self.num_experts)
+
+    def router(self, seed: int = 0) -> Router:
+        """Build the router with every parameter drawn from N(0, 1/2): no ties, whatever its own initialisation."""
+        router = self.router_class(self.config, site(self.num_experts))
+        return stirred(router, seed)
+
+    def fresh_router(self, seed: int = 0) -> Router:
+        """Build the router with its own initialisation."""
+        router = self.router_class(self.config, site(self.num_experts))
+        init_weights(router, seed)
+        return router
+
+    def layer(self, *, seed: int = 0, capacity: Capacity | None = None, activation: str = "gelu") -> MoELayer:
+        """Build a whole MoE layer around the router."""
+        bank = ExpertBank(D_MODEL, 8, self.num_experts, activation)
+        init_weights(bank, seed)
+        return MoELayer(
+            self.router(seed),
+            bank,
+            experts_per_token=self.experts_per_token,
+            capacity=capacity or Capacity(),
+            layer=0,
+        )
+
+
+def all_cases() -> list[Case]:
+    """Return every router with its defaults and its other options, for each number of experts that it accepts."""
+    cases = []
+    for entry in ROUTERS.entries():
+        choices = [{}, *OPTIONS.get(entry.name, [])]
+        cases += [Case(entry.name, e, options) for options in choices for e in NUM_EXPERTS]
+    # One expert: the defaults of routers with k=2 do not fit, k=1 does.
+    cases += [Case("top_k", 1, {"top_k": 1}), Case("expert_choice", 1, {"average_experts": 1})]
+    return list({str(case): case for case in cases if case.fits}.values())
+
+
+def cases_of(num_experts: int = 8) -> list[Case]:
+    """Return the cases with one number of experts."""
+    return [case for case in all_cases() if case.num_experts == num_experts]
+
+
+def default_cases() -> list[Case]:
+    """Return every router once, with its defaults and 8 experts."""
+    return [Case(entry.name) for entry in ROUTERS.entries()]
+
+
+def site(num_experts: int) -> Site:
+    """Return the place of a router in a small language model: frequent and rare ids."""
+    count_V = (1000 / torch.arange(1, VOCAB + 1)).long()
+    return Site(d_model=D_MODEL, num_experts=num_experts, vocab_size=VOCAB, token_count_V=count_V)
+
+
+def stirred(module: nn.Module, seed: int = 0) -> Any:
+    """Draw every parameter from N(0, 1/2), the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5**0.5, generator=generator)
+    return module
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Some tokens: vectors, ids, and which are padding."""
+
+    x_TD: Tensor
+    token_id_T: Tensor
+    length: int
+    valid_T: Tensor | None = None
+
+    @classmethod
+    def draw(cls, num_tokens: int, *, seed: int = 0, length: int | None = None, dtype: Any = torch.float32) -> "Tokens":
+        """Draw tokens of unit variance."""
+        generator = torch.Generator().manual_seed(1000 + seed)
+        x_TD = torch.randn(num_tokens, D_MODEL, generator=generator).to(dtype)
+        token_id_T = torch.randint(VOCAB, (num_tokens,), generator=generator)
+        return cls(x_TD=x_TD, token_id_T=token_id_T, length=length or max(num_tokens, 1))
+
+    def context(self, *, training: bool, seed: int = 0) -> RouteContext:
+        """Return a context with a new generator."""
+        return RouteContext(
+            training=training,
+            generator=torch.Generator().manual_seed(seed),
+            sequence_length=self.length,
+            token_id_T=self.token_id_T,
+            valid_T=self.valid_T,
+            domain_T=torch.zeros_like(self.token_id_T),
+        )
+
+    def take(self, index_T: Tensor, length: int | None = None) -> "Tokens":
+        """Return some of the tokens, in the order of the index."""
+        return replace(
+            self,
+            x_TD=self.x_TD[index_T],
+            token_id_T=self.token_id_T[index_T],
+            valid_T=None if self.valid_T is None else self.valid_T[index_T],
+            length=length or self.length,
+        )
+
+    def with_other(self, index_T: Tensor, seed: int) -> "Tokens":
+        """Return the tokens with those at `index_T` replaced by others."""
+        other = Tokens.draw(len(self.x_TD), seed=seed)
+        x_TD, token_id_T = self.x_TD.clone(), self.token_id_T.clone()
+        x_TD[index_T], token_id_T[index_T] = other.x_TD[index_T], other.token_id_T[index_T]
+        return replace(self, x_TD=x_TD, token_id_T=token_id_T)
+
+
+def route(router: nn.Module, tokens: Tokens, *, training: bool, seed: int = 0) -> Routing:
+    """Run a router alone."""
+    router.train(training)
+    routing: Routing = router(tokens.x_TD, tokens.context(training=training, seed=seed))
+    return routing
+
+
+def run(layer: MoELayer, tokens: Tokens, *, training: bool, seed: int = 0) -> tuple[Tensor, LayerRecord]:
+    """Run a whole layer."""
+    layer.train(training)
+    return layer(tokens.x_TD, tokens.context(training=training, seed=seed))
+
+
+def raw_losses(router: Router, record: LayerRecord) -> dict[str, Tensor]:
+    """Return every loss that the router has a coefficient for or brings itself."""
+    own = router.losses(record)
+    return own | {name: LOSSES.get(name).item(record) for name in router.config.losses if name not in own}
+
+
+def dense_weights_TE(routing: Routing) -> Tensor:
+    """Return the weights as a table, 0 where a token does not go: two routings with equal tables are the same."""
+    table_TE = torch.zeros(routing.num_tokens, routing.num_experts, dtype=routing.weight_N.dtype)
+    return table_TE.index_put((routing.token_N, routing.expert_N), routing.weight_N)
+
+
+def assigned_TE(routing: Routing) -> Tensor:
+    """Return who goes where as a table of bools."""
+    table_TE = torch.zeros(routing.num_tokens, routing.num_experts, dtype=torch.bool)
+    table_TE[routing.token_N, routing.expert_N] = True
+    return table_TE

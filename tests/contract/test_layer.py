@@ -1,0 +1,307 @@
+"""The fast MoE layer against a slow double loop, and the identities that tie routers to each other."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from contract.cases import D_MODEL, Case, Tokens, cases_of, run, stirred
+from torch import Tensor
+
+from moebench.config import resolve
+from moebench.experts.capacity import Capacity
+from moebench.experts.dispatch import DispatchPlan, combine, dispatch
+from moebench.experts.feed_forward import ExpertBank, FeedForward, grouped_matmul
+from moebench.experts.layer import MoELayer, double_loop
+from moebench.experts.layout import LAYOUTS
+from moebench.models.build import build_backbone
+from moebench.models.transformer import init_weights
+from moebench.routing.router import Router, RouterConfig, Site
+from moebench.routing.values import RouteContext, Routing
+
+FACTORS = (None, 0.25, 1.0, 1.25, 10.0)
+ACTIVATIONS = ("gelu", "swiglu")
+
+
+class Replayed(Router):
+    """Returns a given routing, so that the experts can be checked in fp64 apart from the fp32 of the routers."""
+
+    def __init__(self, routing: Routing) -> None:
+        super().__init__(RouterConfig(name="replayed"), Site(d_model=D_MODEL, num_experts=routing.num_experts))
+        self.routing = routing
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
+        return self.routing
+
+
+def layers_of(case: Case, layout: str, factor: float | None, activation: str) -> list[MoELayer]:
+    """Build a model with a layout and return its MoE layers; the dense router gets a layer of its own."""
+    capacity = Capacity(train=factor, eval=factor)
+    if case.router_class.is_dense:
+        return [case.layer(capacity=capacity, activation=activation)]
+    config = resolve(
+        {
+            "router": {"name": case.name, **case.options},
+            "layout": {
+                "name": layout,
+                "num_experts": case.num_experts,
+                "expert_width": 8,
+                "capacity_factor_train": factor,
+                "capacity_factor_eval": factor,
+            },
+            "model": {"d_model": D_MODEL, "num_heads": 2, "num_layers": 4, "ffn_width": 16, "activation": activation},
+        }
+    )
+    place = case.router()
+    token_count_V = torch.arange(50, 0, -1)
+    backbone = build_backbone(config, causal=True, vocab_size=50, token_count_V=token_count_V)
+    layers = backbone.moe_layers()
+    assert layers
+    for layer in layers:
+        init_weights(layer.bank, layer.layer)
+        stirred(layer.router)
+        assert type(layer.router) is type(place)
+    return layers
+
+
+def assert_same_gradients(
+    fast: Tensor, slow: Tensor, leaves: Sequence[Tensor], *, rtol: float, atol: float
+) -> None:
+    torch.testing.assert_close(fast, slow, rtol=rtol, atol=atol)
+    pull = torch.randn(fast.shape, generator=torch.Generator().manual_seed(9)).to(fast.dtype)
+    options = {"retain_graph": True, "allow_unused": True}
+    if not fast.requires_grad or not slow.requires_grad:  # nothing was routed: the loop made no product at all
+        assert not fast.any()
+        return
+    for leaf, ours, theirs in zip(
+        leaves,
+        torch.autograd.grad((fast * pull).sum(), leaves, **options),
+        torch.autograd.grad((slow * pull).sum(), leaves, **options),
+        strict=True,
+    ):
+        zeros = torch.zeros_like(leaf)
+        torch.testing.assert_close(
+            zeros if ours is None else ours, zeros if theirs is None else theirs, rtol=rtol, atol=atol
+        )
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("factor", FACTORS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS.names())
+@pytest.mark.parametrize("case", cases_of(8), ids=str)
+def test_fast_layer_equals_the_double_loop(case: Case, layout: str, factor: float | None, activation: str) -> None:
+    layer = layers_of(case, layout, factor, activation)[0]
+    tokens = Tokens.draw(24)
+    tokens.x_TD.requires_grad_()
+    y_TD, record = run(layer, tokens, training=True)
+    leaves = [tokens.x_TD, *layer.parameters()]
+    slow_TD = double_loop(layer, tokens.x_TD, record.kept)
+    assert_same_gradients(y_TD, slow_TD, leaves, rtol=1e-5, atol=1e-5)
+    assert_same_in_fp64(layer, tokens, record.kept)
+
+
+def assert_same_in_fp64(layer: MoELayer, tokens: Tokens, kept: Routing) -> None:
+    """Replay who goes where with fp64 weights: what is left to differ is the order of the sums."""
+    weight_N = kept.weight_N.detach().double().requires_grad_()
+    replay = Routing(
+        token_N=kept.token_N,
+        expert_N=kept.expert_N,
+        weight_N=weight_N,
+        num_tokens=kept.num_tokens,
+        num_experts=kept.num_experts,
+        top_k=kept.top_k,
+    )
+    bank = ExpertBank(D_MODEL, layer.bank.w_out_EFD.shape[1], kept.num_experts, layer.bank.activation).double()
+    bank.load_state_dict(layer.bank.state_dict())
+    exact = MoELayer(Replayed(replay), bank, experts_per_token=1, capacity=Capacity(), layer=0)
+    x_TD = tokens.x_TD.detach().double().requires_grad_()
+    y_TD, _ = exact(x_TD, tokens.context(training=True))
+    assert y_TD.dtype == torch.float64
+    leaves = [x_TD, weight_N, *bank.parameters()]
+    assert_same_gradients(y_TD, double_loop(exact, x_TD, replay), leaves, rtol=1e-10, atol=1e-10)
+
+
+def routed_to(expert_N: list[int], *, num_tokens: int, num_experts: int) -> Routing:
+    """Send token i to expert_N[i] with weight i + 1, as a list rather than a rectangle."""
+    return Routing(
+        token_N=torch.arange(len(expert_N)),
+        expert_N=torch.tensor(expert_N, dtype=torch.int64),
+        weight_N=torch.arange(1.0, len(expert_N) + 1),
+        num_tokens=num_tokens,
+        num_experts=num_experts,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("expert_N", "num_tokens", "num_experts"),
+    [
+        ([], 0, 4),  # no tokens
+        ([], 5, 4),  # tokens, none of them served
+        ([2] * 6, 6, 4),  # one hot expert
+        ([3, 0, 3], 3, 4),  # empty experts between used ones, fewer tokens than experts
+        ([1], 1, 9),  # a single row
+        ([0, 1, 2], 7, 3),  # the last tokens unserved
+    ],
+)
+def test_uneven_loads(expert_N: list[int], num_tokens: int, num_experts: int, dtype: torch.dtype) -> None:
+    routing = routed_to(expert_N, num_tokens=num_tokens, num_experts=num_experts)
+    bank = ExpertBank(D_MODEL, 8, num_experts, "gelu").to(dtype)
+    init_weights(bank, 0)
+    layer = MoELayer(Replayed(routing), bank, experts_per_token=1, capacity=Capacity(), layer=0)
+    tokens = Tokens.draw(num_tokens, dtype=dtype)
+    tokens.x_TD.requires_grad_()
+    y_TD, _ = run(layer, tokens, training=True)
+    assert y_TD.shape == tokens.x_TD.shape
+    leaves = [tokens.x_TD, *bank.parameters()]
+    assert_same_gradients(y_TD, double_loop(layer, tokens.x_TD, routing), leaves, rtol=1e-5, atol=1e-5)
+    assert not y_TD[len(expert_N) :].any()
+    y_TD.sum().backward()  # every expert has a gradient tensor, zero where no row came: ranks stay in step
+    assert all(parameter.grad is not None for parameter in bank.parameters())
+
+
+@pytest.mark.parametrize("width", [8, 6])  # 6 floats are not a multiple of 16 bytes: the loop over experts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_grouped_product_equals_one_product_for_each_expert(width: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_RI = torch.randn(10, 8, generator=generator).to(dtype)
+    weight_EIO = torch.randn(4, 8, width, generator=generator).to(dtype)
+    y_RO = grouped_matmul(x_RI, weight_EIO, torch.tensor([3, 0, 6, 1]))
+    expected = torch.cat([x_RI[:3] @ weight_EIO[0], x_RI[3:9] @ weight_EIO[2], x_RI[9:] @ weight_EIO[3]])
+    torch.testing.assert_close(y_RO, expected)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("case", [case for case in cases_of(1) if case.num_experts == 1], ids=str)
+def test_one_expert_is_the_dense_network(case: Case, activation: str) -> None:
+    layer, dense = case.layer(activation=activation), FeedForward(D_MODEL, 8, activation)
+    with torch.no_grad():
+        dense.w_in_DF.copy_(layer.bank.w_in_EDF[0])
+        dense.w_out_FD.copy_(layer.bank.w_out_EFD[0])
+    tokens = Tokens.draw(24)
+    y_TD, record = run(layer, tokens, training=True)
+    assert record.kept.load_E.tolist() == [24]
+    torch.testing.assert_close(y_TD, dense(tokens.x_TD))
+
+
+def pair_of_layers(first: Case, second: Case, **options: Capacity) -> tuple[MoELayer, MoELayer]:
+    """Build two layers with the same gate and experts."""
+    layers = first.layer(**options), second.layer()
+    layers[1].bank.load_state_dict(layers[0].bank.state_dict())
+    for ours, theirs in zip(layers[0].router.parameters(), layers[1].router.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    return layers
+
+
+def assert_layers_agree(first: MoELayer, second: MoELayer, *, exactly: bool, training: bool = True) -> None:
+    """Compare outputs and every gradient."""
+    tokens = Tokens.draw(24)
+    results = []
+    for layer in (first, second):
+        layer.zero_grad()
+        y_TD, _ = run(layer, tokens, training=training)
+        y_TD.square().sum().backward()
+        results.append([y_TD, *(p.grad for p in layer.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        tolerance = {"rtol": 0.0, "atol": 0.0} if exactly else {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+def test_top_k_of_all_equals_all_experts() -> None:
+    # The k = E experts come in another order, so the sums may differ in the last bit and no more.
+    case = Case("top_k", options={"top_k": 8, "renormalise": False})
+    assert_layers_agree(*pair_of_layers(case, Case("all_experts")), exactly=False)
+
+
+def test_switch_without_jitter_is_top_1() -> None:
+    top_1 = Case("top_k", options={"top_k": 1, "softmax": "before", "renormalise": False})
+    assert_layers_agree(*pair_of_layers(Case("switch", options={"jitter": 0.0}), top_1), exactly=True)
+
+
+@pytest.mark.parametrize("top_k", [2, 3, 8])
+def test_softmax_after_is_before_and_renormalised(top_k: int) -> None:
+    after = Case("top_k", options={"top_k": top_k, "softmax": "after"})
+    before = Case("top_k", options={"top_k": top_k, "softmax": "before", "renormalise": True})
+    assert_layers_agree(*pair_of_layers(after, before), exactly=False)
+
+
+def test_gshard_that_keeps_both_is_top_2() -> None:
+    gshard, top_2 = Case("gshard", options={"second_expert": "all"}), Case("top_k", options={"top_k": 2})
+    assert_layers_agree(*pair_of_layers(gshard, top_2), exactly=False)
+
+
+def test_expert_choice_of_everything_equals_all_experts() -> None:
+    everything = Case("expert_choice", options={"average_experts": 8})
+    assert_layers_agree(*pair_of_layers(everything, Case("all_experts")), exactly=False)
+
+
+@pytest.mark.parametrize("case", cases_of(8), ids=str)
+@pytest.mark.parametrize("factor", [8.0, 1e9, float("inf")])
+def test_boundless_capacity_is_dropless(case: Case, factor: float) -> None:
+    layer = case.layer(capacity=Capacity(train=factor))
+    _, record = run(layer, Tokens.draw(24), training=True)
+    assert record.num_dropped == 0
+    assert_layers_agree(*pair_of_layers(case, case, capacity=Capacity(train=factor)), exactly=False)
+
+
+@pytest.mark.parametrize("case", cases_of(8), ids=str)
+def test_capacity_binds_each_mode_alone(case: Case) -> None:
+    layer = case.layer(capacity=Capacity(train=0.25))
+    _, training = run(layer, Tokens.draw(64), training=True)
+    _, evaluating = run(layer, Tokens.draw(64), training=False)
+    assert training.num_dropped > 0
+    assert evaluating.num_dropped == 0
+    assert training.kept.load_E.max() <= 64 * layer.experts_per_token / 4 / 8
+
+
+def test_a_dropped_token_keeps_only_its_residual() -> None:
+    layer = Case("switch").layer(capacity=Capacity(train=0.25))
+    y_TD, record = run(layer, Tokens.draw(64), training=True)
+    unserved_T = record.kept.experts_per_token_T == 0
+    assert unserved_T.sum() == record.num_dropped
+    assert not y_TD[unserved_T].any()
+    assert (y_TD[~unserved_T].abs().sum(-1) > 0).all()
+
+
+def test_scaling_the_experts_scales_the_output() -> None:
+    layer, tokens = Case("switch").layer(), Tokens.draw(24)
+    before_TD, _ = run(layer, tokens, training=False)
+    with torch.no_grad():
+        layer.bank.w_out_EFD *= 4
+    after_TD, _ = run(layer, tokens, training=False)
+    assert torch.equal(after_TD, 4 * before_TD)
+
+
+def test_jitter_never_reaches_the_experts() -> None:
+    # The same routing with another expert input would differ from the loop over the clean input.
+    layer, tokens = Case("switch", options={"jitter": 0.3}).layer(), Tokens.draw(24)
+    y_TD, record = run(layer, tokens, training=True)
+    torch.testing.assert_close(y_TD, double_loop(layer, tokens.x_TD, record.kept))
+
+
+@pytest.mark.parametrize("rectangle", [True, False], ids=["rectangle", "list"])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_gradcheck_of_dispatch_and_combine(rectangle: bool, top_k: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    expert_TK = torch.rand(5, 3, generator=generator).topk(top_k, dim=-1).indices
+    x_TD = torch.randn(5, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight_TK = torch.rand(5, top_k, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    def there_and_back(x_TD: Tensor, weight_TK: Tensor) -> Tensor:
+        routing = Routing.from_top_k(expert_TK, weight_TK, num_experts=3)
+        if not rectangle:
+            routing = routing.keep(torch.arange(5 * top_k) != 3)
+        plan = DispatchPlan.of(routing)
+        return combine(dispatch(x_TD, routing, plan).sin(), routing, plan)
+
+    assert torch.autograd.gradcheck(there_and_back, (x_TD, weight_TK))
+
+
+@pytest.mark.parametrize("case", cases_of(8), ids=str)
+def test_autocast_routes_as_fp32_does(case: Case) -> None:
+    layer, tokens = case.layer(), Tokens.draw(24)
+    y_TD, record = run(layer, tokens, training=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half_TD, half = run(layer, tokens, training=False)
+    assert torch.equal(half.routing.expert_N, record.routing.expert_N)
+    assert torch.equal(half.routing.weight_N, record.routing.weight_N)
+    torch.testing.assert_close(half_TD.float(), y_TD, rtol=0.1, atol=0.1)

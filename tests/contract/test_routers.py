@@ -1,0 +1,282 @@
+"""The contract that every registered router keeps, its declared facts measured."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from contract.cases import (
+    NUM_TOKENS,
+    Case,
+    Tokens,
+    all_cases,
+    cases_of,
+    default_cases,
+    dense_weights_TE,
+    raw_losses,
+    route,
+    run,
+)
+
+from moebench.config import resolve, to_plain, to_yaml
+from moebench.routing.losses import LOSSES
+from moebench.routing.router import ROUTERS
+from moebench.routing.values import LayerRecord, Routing
+
+every_case = pytest.mark.parametrize("case", all_cases(), ids=str)
+every_case_of_8 = pytest.mark.parametrize("case", cases_of(8), ids=str)
+every_router = pytest.mark.parametrize("case", default_cases(), ids=str)
+both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+
+
+def test_no_router_is_left_out() -> None:
+    for entry in ROUTERS.entries():
+        sizes = {case.num_experts for case in all_cases() if case.name == entry.name}
+        assert {8, 9} <= sizes, f"{entry.name} is covered for E in {sizes} only"
+
+
+def assert_well_formed(routing: Routing) -> None:
+    num_assignments = routing.token_N.numel()
+    assert routing.token_N.dtype == routing.expert_N.dtype == torch.int64
+    assert routing.weight_N.dtype == torch.float32
+    assert routing.expert_N.shape == routing.weight_N.shape == (num_assignments,)
+    if num_assignments:
+        assert 0 <= int(routing.token_N.min()) <= int(routing.token_N.max()) < routing.num_tokens
+        assert 0 <= int(routing.expert_N.min()) <= int(routing.expert_N.max()) < routing.num_experts
+    pair_N = routing.token_N * routing.num_experts + routing.expert_N
+    assert pair_N.unique().numel() == num_assignments, "a token goes to the same expert twice"
+    assert torch.isfinite(routing.weight_N).all()
+    assert (routing.weight_N >= 0).all()
+    for table_TE in (routing.logits_TE, routing.scores_TE):
+        if table_TE is not None:
+            assert table_TE.dtype == torch.float32
+            assert table_TE.shape == (routing.num_tokens, routing.num_experts)
+            assert torch.isfinite(table_TE).all()
+    if routing.top_k is not None:
+        rectangle_N = torch.arange(routing.num_tokens).repeat_interleave(routing.top_k)
+        assert torch.equal(routing.token_N, rectangle_N)
+    if routing.priority_N is not None:
+        assert routing.priority_N.shape == (num_assignments,)
+
+
+@every_case
+@both_modes
+@pytest.mark.parametrize("num_tokens", NUM_TOKENS)
+def test_routing_is_well_formed(case: Case, training: bool, num_tokens: int) -> None:
+    routing = route(case.router(), Tokens.draw(num_tokens), training=training)
+    assert routing.num_tokens == num_tokens
+    assert routing.num_experts == case.num_experts
+    assert_well_formed(routing)
+
+
+@every_case_of_8
+@both_modes
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_routing_is_fp32_for_half_inputs(case: Case, training: bool, dtype: torch.dtype) -> None:
+    assert_well_formed(route(case.router(), Tokens.draw(7, dtype=dtype), training=training))
+
+
+@every_case_of_8
+@both_modes
+def test_input_and_global_random_state_stay_untouched(case: Case, training: bool) -> None:
+    layer, tokens = case.layer(), Tokens.draw(64, length=16)
+    before, state = tokens.x_TD.clone(), torch.get_rng_state()
+    run(layer, tokens, training=training)
+    assert torch.equal(tokens.x_TD, before)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@every_case_of_8
+def test_randomness_comes_from_the_generator_alone(case: Case) -> None:
+    router, tokens = case.router(), Tokens.draw(64)
+    first = route(router, tokens, training=True, seed=3)
+    torch.manual_seed(999)
+    second = route(router, tokens, training=True, seed=3)
+    assert torch.equal(first.token_N, second.token_N)
+    assert torch.equal(first.expert_N, second.expert_N)
+    assert torch.equal(first.weight_N, second.weight_N)
+
+
+@every_case_of_8
+def test_evaluation_repeats_and_changes_no_state(case: Case) -> None:
+    layer, tokens = case.layer(), Tokens.draw(64, length=16)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    first, _ = run(layer, tokens, training=False)
+    second, _ = run(layer, tokens, training=False)
+    assert torch.equal(first, second)
+    after = layer.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@every_case_of_8
+def test_task_loss_reaches_the_router_if_it_learns(case: Case) -> None:
+    layer, tokens = case.layer(), Tokens.draw(64)
+    y_TD, _ = run(layer, tokens, training=True)
+    (y_TD * torch.randn(y_TD.shape, generator=torch.Generator().manual_seed(5))).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in layer.router.named_parameters()}
+    if case.facts.learned:
+        assert gradients
+        for name, gradient in gradients.items():
+            assert gradient is not None, name
+            assert gradient.norm() > 1e-4, name
+    else:
+        assert all(gradient is None or not gradient.any() for gradient in gradients.values())
+
+
+@every_case_of_8
+def test_an_expert_without_tokens_gets_no_gradient(case: Case) -> None:
+    layer, tokens = case.layer(), Tokens.draw(1)
+    y_TD, record = run(layer, tokens, training=True)
+    y_TD.square().sum().backward()
+    idle_E = record.kept.load_E == 0
+    for parameter in layer.bank.parameters():
+        assert parameter.grad is not None
+        per_expert_E = parameter.grad.flatten(1).abs().sum(1)
+        assert (per_expert_E[idle_E] == 0).all()
+        assert (per_expert_E[~idle_E] > 0).all()
+
+
+@every_case
+def test_configuration_round_trip(case: Case) -> None:
+    plain = to_plain(case.config)
+    given = {"router": plain, "layout": {"num_experts": case.num_experts}}
+    config = resolve(given)
+    assert config.router == case.config
+    assert to_plain(config)["router"] == plain
+    assert re.search(rf"^  name: {case.name}$", to_yaml(config), re.MULTILINE)
+
+
+@every_router
+def test_facts_are_complete(case: Case) -> None:
+    facts = case.facts
+    for key in ("family", "equation", "paper", "causal_reason"):
+        assert getattr(facts, key).strip(), key
+    assert re.search(r"arXiv:\d{4}\.\d{4,5}|doi:10\.", facts.paper), facts.paper
+    assert case.router_class.__doc__
+    assert case.config.name == case.name
+    assert dataclasses.is_dataclass(case.config)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        case.config.name = "other"
+
+
+@every_case
+@both_modes
+@pytest.mark.parametrize("num_tokens", NUM_TOKENS)
+def test_losses_exist_and_are_finite(case: Case, training: bool, num_tokens: int) -> None:
+    layer = case.layer()
+    _, record = run(layer, Tokens.draw(num_tokens), training=training)
+    assert set(layer.router.losses(record)) == set(case.facts.own_losses)
+    losses = raw_losses(layer.router, record)
+    assert set(losses) == {*case.config.losses, *case.facts.own_losses}
+    for name, loss in losses.items():
+        assert loss.shape == (), name
+        assert torch.isfinite(loss), name
+        assert loss >= 0, name
+
+
+@every_router
+def test_default_losses_push_the_router(case: Case) -> None:
+    layer = case.layer()
+    _, record = run(layer, Tokens.draw(64), training=True)
+    for name, loss in raw_losses(layer.router, record).items():
+        gradients = torch.autograd.grad(
+            loss, list(layer.router.parameters()), allow_unused=True, retain_graph=True
+        )
+        assert any(gradient is not None and gradient.norm() > 1e-6 for gradient in gradients), name
+
+
+@every_case_of_8
+@both_modes
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e4, 1e6])
+def test_extreme_logits_stay_finite(case: Case, training: bool, scale: float) -> None:
+    layer = case.layer()
+    with torch.no_grad():
+        for parameter in layer.router.parameters():
+            parameter *= scale
+    tokens = Tokens.draw(64)
+    y_TD, record = run(layer, tokens, training=training)
+    assert_well_formed(record.routing)
+    total = y_TD.square().mean() + sum(raw_losses(layer.router, record).values())
+    assert torch.isfinite(total)
+    total.backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
+
+
+@every_case_of_8
+@both_modes
+def test_equal_tokens_are_routed(case: Case, training: bool) -> None:
+    tokens = Tokens.draw(64)
+    same = dataclasses.replace(
+        tokens, x_TD=tokens.x_TD[:1].expand(64, -1).clone(), token_id_T=tokens.token_id_T[:1].expand(64).clone()
+    )
+    assert_well_formed(route(case.router(), same, training=training))
+
+
+def test_noise_alone_spreads_the_first_step_of_noisy_top_k() -> None:
+    # Both projections start at zero: without the noise all 512 tokens would tie and go to the same two experts.
+    router = Case("noisy_top_k").fresh_router()
+    load_E = route(router, Tokens.draw(512), training=True).load_E
+    assert load_E.min() > 64  # 512 · 2 / 8 = 128 expected, standard deviation below 10
+
+
+@every_case_of_8
+@both_modes
+def test_padding_changes_nothing(case: Case, training: bool) -> None:
+    layer = case.layer()
+    tokens = Tokens.draw(16)
+    padded = Tokens.draw(24)
+    padded = dataclasses.replace(
+        padded,
+        x_TD=torch.cat([tokens.x_TD, 30 * padded.x_TD[16:]]),
+        token_id_T=torch.cat([tokens.token_id_T, padded.token_id_T[16:]]),
+        valid_T=torch.arange(24) < 16,
+    )
+    y_TD, record = run(layer, tokens, training=training)
+    padded_TD, padded_record = run(layer, padded, training=training)
+    torch.testing.assert_close(padded_TD[:16], y_TD)
+    assert not padded_TD[16:].any()
+    assert torch.equal(padded_record.routing.load_E, record.routing.load_E)
+    torch.testing.assert_close(dense_weights_TE(padded_record.kept)[:16], dense_weights_TE(record.kept))
+    torch.testing.assert_close(raw_losses(layer.router, padded_record), raw_losses(layer.router, record))
+
+
+@every_case_of_8
+def test_a_batch_of_padding_alone(case: Case) -> None:
+    layer = case.layer()
+    tokens = dataclasses.replace(Tokens.draw(8), valid_T=torch.zeros(8, dtype=torch.bool))
+    y_TD, record = run(layer, tokens, training=True)
+    assert not y_TD.any()
+    assert record.routing.load_E.sum() == 0
+    assert all(torch.isfinite(loss) for loss in raw_losses(layer.router, record).values())
+
+
+@every_router
+def test_state_dict_brings_everything_back(case: Case) -> None:
+    tokens = Tokens.draw(64)
+    first, second = case.router(seed=0), case.router(seed=1)
+    second.load_state_dict(first.state_dict())
+    ours, theirs = (route(router, tokens, training=False) for router in (first, second))
+    assert torch.equal(dense_weights_TE(ours), dense_weights_TE(theirs))
+
+
+def test_every_loss_says_what_it_is() -> None:
+    for entry in LOSSES.entries():
+        for key in ("equation", "paper", "uniform", "collapsed"):
+            assert getattr(entry.facts, key).strip(), (entry.name, key)
+        assert entry.doc
+
+
+@every_router
+def test_named_losses_refuse_a_router_that_cannot_give_them(case: Case) -> None:
+    _, record = run(case.layer(), Tokens.draw(8), training=True)
+    assert isinstance(record, LayerRecord)
+    for entry in LOSSES.entries():
+        try:
+            value = entry.item(record)
+        except Exception as error:
+            assert type(error).__name__ == "UsageError"
+            assert f"router.losses.{entry.name}" in str(error)
+        else:
+            assert torch.isfinite(value)

@@ -1,0 +1,135 @@
+"""A task and a model so small that a test can train them, through the same code as any run."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moebench.config import layer_over, resolve
+from moebench.schema import CellConfig
+from moebench.tasks.language import Language
+from moebench.tasks.task import Batch
+from moebench.tracking.journal import Journal, read_journal
+from moebench.training.callback import Hooks
+from moebench.training.model import prepare_task
+from moebench.training.result import RunResult
+from moebench.training.train import train_cell
+
+TINY: dict[str, Any] = {
+    "task": {"sequence_length": 8, "eval_windows": 2},
+    "model": {"d_model": 8, "num_layers": 2, "num_heads": 2, "ffn_width": 16},
+    "layout": {"n": 1, "num_experts": 4, "expert_width": 8},
+    "train": {
+        "steps": 12,
+        "batch_size": 4,
+        "warmup_steps": 2,
+        "log_every": 1,
+        "eval_every": 5,
+        "checkpoint_every": 100,
+        "device": "cpu",
+    },
+}
+
+
+def write_text(folder: Path) -> Path:
+    """Write two domains of ten short documents."""
+    rows = [{"text": f"{name} {i} " * 20, "domain": name} for i in range(10) for name in ("ab", "xyz")]
+    file = folder / "text.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    return file
+
+
+def tiny_config(text: Path, **overrides: Any) -> CellConfig:
+    """Return the configuration of a tiny cell; a section given as a keyword is merged in."""
+    with_text = layer_over(TINY, {"task": {"data": {"path": str(text)}}})
+    return resolve(layer_over(with_text, overrides))
+
+
+@dataclass
+class Run:
+    """One training of a cell in a folder; call it again to resume."""
+
+    config: CellConfig
+    folder: Path
+    task: Any = None
+    progress: Callable[[dict[str, Any]], None] = lambda message: None
+    loads: list[tuple[int, dict[str, list[int]]]] = field(default_factory=list)
+    step: int = 0
+
+    def __call__(self, stop_at: int | None = None) -> RunResult | None:
+        """Train to the end, or ask to stop after a step."""
+        task = self.task or prepare_task(self.config, self.folder)
+        with Journal(self.folder / "journal.jsonl") as journal:
+            hooks = Hooks(
+                recorder=journal,
+                record_load=lambda step, layers: self.loads.append((step, layers)),
+                progress=self._follow,
+                should_stop=lambda: self.step == stop_at,
+            )
+            return train_cell(self.config, task, self.checkpoints, hooks, cell_id="0" * 12, arm="arm")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def _follow(self, message: dict[str, Any]) -> None:
+        self.step = message["step"] + 1  # asked before the progress of a step is told
+        self.progress(message)
+
+    def points(self) -> list[tuple[int, dict[str, float]]]:
+        """Return the journal without what the clock decides."""
+        points, _ = read_journal(self.folder / "journal.jsonl")
+        return [
+            (point.step, {name: value for name, value in point.metrics.items() if name != "train/tokens_per_s"})
+            for point in points
+        ]
+
+    def checkpoint(self, step: int) -> dict[str, Any]:
+        """Read the checkpoint of a step."""
+        file = self.checkpoints / f"step_{step:07d}.ckpt"
+        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        return content
+
+
+class Watched(Language):
+    """The language task, remembering which batches it gave and spoiling the loss of one step (from 1)."""
+
+    def __init__(self, task: Language, spoil: Callable[[torch.Tensor], torch.Tensor] | None = None, at: int = 4):
+        super().__init__(task.config, task.text)
+        self.seen: list[torch.Tensor] = []
+        self.spoil = spoil
+        self.at = at
+        self.trained = 0
+
+    def train_batch(self, batch_size: int, seed: int, step: int) -> Batch:
+        batch = super().train_batch(batch_size, seed, step)
+        self.seen.append(batch.input_BL)
+        return batch
+
+    def token_loss(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
+        loss_BL = super().token_loss(output, batch)
+        if output.requires_grad:
+            self.trained += 1
+            if self.spoil is not None and self.trained == self.at:
+                return self.spoil(loss_BL)
+        return loss_BL
+
+
+def assert_same_tree(ours: Any, theirs: Any, path: str = "") -> None:
+    """Compare nested mappings and lists bit for bit."""
+    assert type(ours) is type(theirs), path
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), path
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), path
+        for key in ours:
+            assert_same_tree(ours[key], theirs[key], f"{path}.{key}")
+    elif isinstance(ours, Sequence) and not isinstance(ours, str):
+        assert len(ours) == len(theirs), path
+        for index, (left, right) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same_tree(left, right, f"{path}[{index}]")
+    else:
+        assert ours == theirs, path

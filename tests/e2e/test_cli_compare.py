@@ -1,0 +1,134 @@
+"""`moebench compare` on real runs: JSON, Markdown, terminal, figure; half-done, unmatched, single-seed grids."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from command_line import ARMS, CommandLine, Results, WarmCommandLine
+
+
+def test_json_says_what_an_engineer_needs(finished: CommandLine, warm: WarmCommandLine) -> None:
+    ended = warm(finished, "compare", "./tiny.yaml", "--json")
+    assert (ended.code, ended.err) == (0, "")
+    found, results = ended.json, Results(finished.folder / "results")
+    assert (found["metric"], found["lower_is_better"], found["baseline"]) == ("bits_per_byte", True, "dense")
+    assert [*found["arms"]] == [*ARMS]
+    assert (found["failed"], found["missing"], found["num_comparisons"]) == ([], [], 2)
+    for name, arm in found["arms"].items():
+        finals = {str(seed): results.result(name, seed)["metrics"]["bits_per_byte"] for seed in (0, 1, 2)}
+        quality = arm["bits_per_byte"]
+        assert quality["seeds"] == finals
+        assert quality["mean"] == pytest.approx(sum(finals.values()) / 3, rel=1e-12)
+        low, high = quality["interval"]
+        assert low < quality["mean"] < high
+        assert arm["throughput"]["tokens_per_s"] > 0
+        assert {"flops_per_token", "active_params", "total_params", "train_tokens"} <= set(arm["cost"])
+        assert {"a", "b"} == set(arm["domains"])
+        assert arm["runs"] == {"done": 3, "failed": 0, "missing": 0}
+    assert found["arms"]["dense"]["difference"] is None
+    assert found["arms"]["dense"]["load"] == {}
+    assert found["arms"]["dense"]["throughput"]["share_of_baseline"] == 1
+    base = found["arms"]["dense"]["bits_per_byte"]["seeds"]
+    for name in ("switch", "top_k"):
+        arm = found["arms"][name]
+        assert {"max_violation", "cv", "entropy", "dead_experts", "drop_rate", "unserved"} == set(arm["load"])
+        difference = arm["difference"]
+        by_hand = sum(arm["bits_per_byte"]["seeds"][seed] - base[seed] for seed in base) / 3
+        assert difference["mean"] == pytest.approx(by_hand, rel=1e-9)
+        low, high = difference["interval"]
+        assert low < difference["mean"] < high
+        assert difference["p"] <= difference["p_holm"] <= 1
+        assert difference["baseline"] == "dense"
+        assert difference["verdict"] in ("better", "worse", "no difference shown")
+        assert abs(arm["cost"]["flops_per_token"] / found["arms"]["dense"]["cost"]["flops_per_token"] - 1) <= 0.02
+
+
+def test_tables_for_people(finished: CommandLine, warm: WarmCommandLine) -> None:
+    markdown = warm(finished, "compare", "./tiny.yaml", "--markdown")
+    assert (markdown.code, markdown.err) == (0, "")
+    assert "| arm | seeds | mean |" in markdown.out
+    assert all(f"| {arm} | 3 |" in markdown.out for arm in ARMS)
+    table = warm(finished, "compare", "./tiny.yaml")
+    assert (table.code, table.err) == (0, "")
+    assert "\x1b" not in table.out
+    assert all(word in table.out for word in ("p Holm", "MaxVio", "FLOPs/token", "tokens/s", "baseline"))
+
+
+def test_the_plot_is_a_figure(finished: CommandLine, warm: WarmCommandLine, tmp_path: Path) -> None:
+    file = tmp_path / "figure.png"
+    ended = warm(finished, "compare", "./tiny.yaml", "--plot", str(file), "--json")
+    assert ended.code == 0, ended.err
+    assert ended.json["metric"] == "bits_per_byte"
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert file.stat().st_size > 10_000
+
+
+def test_a_half_done_grid_is_an_early_look(finished: CommandLine, warm: WarmCommandLine, tmp_path: Path) -> None:
+    shutil.copytree(finished.folder / "results", tmp_path / "results")
+    results = Results(tmp_path / "results")
+    for arm, seed in (("top_k", 2), ("switch", 2), ("dense", 2), ("top_k", 1)):
+        shutil.rmtree(results.folder(arm, seed))
+    ended = warm(finished, "compare", "./tiny.yaml", "--json", "--results", str(results.path))
+    assert ended.code == 0, ended.err
+    assert {(cell["arm"], cell["seed"]) for cell in ended.json["missing"]} == {
+        ("dense", 2), ("switch", 2), ("top_k", 2), ("top_k", 1),
+    }  # fmt: skip
+    assert ended.json["arms"]["top_k"]["runs"] == {"done": 1, "failed": 0, "missing": 2}
+    assert any("early look" in note for note in ended.json["notes"])
+    nothing = warm(finished, "compare", "./tiny.yaml", "--results", str(tmp_path / "nothing"))
+    assert nothing.code == 0, nothing.err
+    assert "MISSING dense" in nothing.out
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("seeds", ["[0]", "[0,1]"])
+def test_few_seeds_decide_nothing(finished: CommandLine, warm: WarmCommandLine, seeds: str) -> None:
+    found = warm(finished, "compare", "./tiny.yaml", f"seeds={seeds}", "--json").json
+    for arm in ARMS[1:]:
+        assert found["arms"][arm]["difference"]["verdict"] == "too few seeds"
+        assert "best" not in found["arms"][arm]["marks"]
+    table = warm(finished, "compare", "./tiny.yaml", f"seeds={seeds}").out
+    assert "too few seeds" in table
+    assert "best" not in table
+
+
+def test_unmatched_arms_are_refused_or_marked(cli: CommandLine, warm: WarmCommandLine) -> None:
+    wide = "grid.router=[dense,switch]", "layout.expert_width=8", "seeds=[0]", "train.steps=3"
+    assert warm(cli, "run", "./tiny.yaml", *wide, "--tracker", "none").code == 0
+    refused = warm(cli, "compare", "./tiny.yaml", *wide)
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err.count("\n") == 1
+    assert all(word in refused.err for word in ("error: ", "'switch'", "flops_per_token", "--allow-mismatch"))
+    marked = warm(cli, "compare", "./tiny.yaml", *wide, "--allow-mismatch", "--json")
+    assert marked.code == 0, marked.err
+    assert marked.json["arms"]["switch"]["marks"] == ["≠FLOPs"]
+    assert marked.json["arms"]["switch"]["difference"]["verdict"] == "not matched"
+    assert "switch (≠FLOPs)" in warm(cli, "compare", "./tiny.yaml", *wide, "--allow-mismatch").out
+
+
+def test_a_non_causal_router_runs_when_allowed_and_is_marked(cli: CommandLine, warm: WarmCommandLine) -> None:
+    grid = "grid.router=[dense,expert_choice]", "allow_noncausal=true", "seeds=[0]", "train.steps=3"
+    ended = warm(cli, "run", "./tiny.yaml", *grid, "--tracker", "none")
+    assert ended.code == 0, ended.err
+    assert Results(cli.folder / "results").result("expert_choice", 0)["marks"] == ["non-causal"]
+    found = warm(cli, "compare", "./tiny.yaml", *grid, "--json").json
+    assert found["arms"]["expert_choice"]["marks"] == ["non-causal"]
+    assert found["arms"]["dense"]["marks"] == []
+    assert "expert_choice (non-causal)" in warm(cli, "compare", "./tiny.yaml", *grid).out
+    plan = warm(cli, "plan", "./tiny.yaml", *grid, "--json").json
+    assert {cell["arm"]: cell["marks"] for cell in plan["cells"]} == {"dense": [], "expert_choice": ["non-causal"]}
+
+
+def test_given_routers_it_trains_what_is_missing(cli: CommandLine, warm: WarmCommandLine) -> None:
+    small = ["seeds=[0]", "train.steps=2", "train.batch_size=1", "model.d_model=16", "model.num_layers=1"]
+    small += ["model.num_heads=2", "layout.n=1", "layout.num_experts=4", "task.sequence_length=32"]
+    small += ["task.eval_windows=1", "task.data.path=text"]
+    ended = warm(cli, "compare", "switch", "top_k", *small, "--json")
+    assert ended.code == 0, ended.err
+    assert [*ended.json["arms"]] == ["dense", "switch", "top_k"]
+    assert all(arm["runs"] == {"done": 1, "failed": 0, "missing": 0} for arm in ended.json["arms"].values())
+    assert "start    switch · seed 0" in ended.err
+    before = Results(cli.folder / "results").written_at()
+    again = warm(cli, "compare", "switch", "top_k", *small, "--json")
+    assert again.json == ended.json
+    assert Results(cli.folder / "results").written_at() == before

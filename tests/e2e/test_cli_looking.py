@@ -1,0 +1,158 @@
+"""`plan`, `list`, `show` and plugins: what there is, what it is, what would happen."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from command_line import ARMS, CommandLine, Results, WarmCommandLine
+
+PLUGIN = '''
+"""Round robin over the experts by token id, weighted by a learned gate: not part of moebench."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from moebench.routing.gate import Gate
+from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.values import RouteContext, Routing
+
+
+@ROUTERS.register(
+    Facts(
+        family="static",
+        equation="i = (token id + shift) mod E,  y = softmax(W x)_i · E_i(x)",
+        paper="none: written for a test",
+        causal=True,
+        causal_reason="each token is routed by its own id",
+        batch_dependent=False,
+    )
+)
+class MyRouter(Router):
+    """A token goes to the expert that its id names."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        """Options of my_router."""
+
+        name: str = "my_router"
+        shift: int = 0
+        """Added to the token id."""
+        losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
+
+    def __init__(self, config: Config, site: Site) -> None:
+        super().__init__(config, site)
+        self.gate = Gate(site.d_model, site.num_experts)
+        self.shift = config.shift
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
+        """Send each token to the expert of its id."""
+        logits_TE = self.gate(x_TD)
+        scores_TE = logits_TE.softmax(-1)
+        expert_TK = ((ctx.token_id_T + self.shift) % self.num_experts)[:, None]
+        return Routing.from_top_k(
+            expert_TK,
+            scores_TE.gather(-1, expert_TK),
+            num_experts=self.num_experts,
+            logits_TE=logits_TE,
+            scores_TE=scores_TE,
+        )
+'''
+
+
+def names() -> list[str]:
+    """Every registered name, asked of the registry itself in a process of its own."""
+    code = (
+        "from moebench.registry import HOMES, registry_of\n"
+        "print(*(name for kind in HOMES for name in registry_of(kind).names()))"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_plan_shows_every_cell_and_trains_nothing(cli: CommandLine, warm: WarmCommandLine) -> None:
+    ended = warm(cli, "plan", "./tiny.yaml", "--json")
+    assert (ended.code, ended.err) == (0, "")
+    cells = ended.json["cells"]
+    assert [(cell["arm"], cell["seed"], cell["state"]) for cell in cells] == [
+        (arm, seed, "new") for seed in (0, 1) for arm in ARMS
+    ]
+    for cell in cells:
+        assert re.fullmatch("[0-9a-f]{12}", cell["id"])
+        assert cell["train_tokens"] == 12 * 2 * 32
+        assert cell["train_flops"] == 3 * cell["flops_per_token"] * cell["train_tokens"]
+        assert abs(cell["flops_vs_baseline"]) <= 0.02
+    left = {path.name for path in (cli.folder / "results").iterdir()} if (cli.folder / "results").exists() else set()
+    assert left <= {"cache"}  # no tracker, no run, no record of an experiment
+    table = warm(cli, "plan", "./tiny.yaml")
+    assert (table.code, table.err) == (0, "")
+    assert all(cell["id"] in table.out for cell in cells)
+
+
+def test_plan_counts_what_training_then_measures(finished: CommandLine, warm: WarmCommandLine) -> None:
+    results = Results(finished.folder / "results")
+    for cell in warm(finished, "plan", "./tiny.yaml", "--json").json["cells"]:
+        cost = results.result(cell["arm"], cell["seed"])["cost"]
+        assert cell["state"] == "done"
+        assert {key: cell[key] for key in cost} == cost
+
+
+@pytest.mark.parametrize("kind", ["routers", "layouts", "tasks", "losses", "experiments", "runs"])
+def test_list_every_kind(finished: CommandLine, warm: WarmCommandLine, kind: str) -> None:
+    listed = warm(finished, "list", kind, "--json")
+    assert (listed.code, listed.err) == (0, "")
+    table = warm(finished, "list", kind)
+    assert (table.code, table.err) == (0, "")
+    assert "\x1b" not in table.out
+    for row in listed.json:
+        assert str(row.get("name", row.get("id"))) in table.out
+    if kind == "runs":
+        assert {(row["arm"], row["seed"], row["state"]) for row in listed.json} == {
+            (arm, seed, "done") for arm in ARMS for seed in (0, 1, 2)
+        }
+    elif kind == "experiments":
+        assert listed.json == []  # there is no folder `experiments` here
+    else:
+        assert {row["name"] for row in listed.json} <= set(names())
+
+
+def test_list_of_a_folder_without_runs(cli: CommandLine, warm: WarmCommandLine) -> None:
+    ended = warm(cli, "list", "runs", "--json")
+    assert (ended.code, ended.json, ended.err) == (0, [], "")
+
+
+def test_show_every_registered_name(finished: CommandLine, warm: WarmCommandLine) -> None:
+    for name in names():
+        found = warm(finished, "show", name, "--json")
+        assert (found.code, found.err) == (0, ""), name
+        assert found.json["name"] == name
+        assert found.json["about"]
+        assert re.search(r"\.py:\d+$", found.json["source"])
+        for option in found.json["options"]:
+            assert option["about"] or option["name"] == "name", f"{name}: {option['name']} is not explained"
+        text = warm(finished, "show", name)
+        assert (text.code, text.err) == (0, ""), name
+        assert name in text.out
+        assert all(option["name"] in text.out for option in found.json["options"])
+
+
+def test_a_router_in_a_file_of_ones_own(cli: CommandLine, warm: WarmCommandLine) -> None:
+    (cli.folder / "my_router.py").write_text(PLUGIN)
+    grid = ["grid.router=[my_router]", "seeds=[0]", "router.shift=1"]
+    ended = cli.train("--plugin", "my_router.py", *grid, "--json")
+    assert ended.code == 0, ended.err
+    results = Results(cli.folder / "results")
+    result = results.result("my_router", 0)
+    assert (result["status"], result["config"]["router"]["shift"]) == ("done", 1)
+    assert "load/max_violation" in result["metrics"]
+    found = warm(cli, "compare", "./tiny.yaml", "--plugin", "my_router.py", *grid, "--json")
+    assert [*found.json["arms"]] == ["my_router"]
+    shown = warm(cli, "show", "my_router", "--plugin", "my_router.py", "--json").json
+    assert (shown["family"], shown["options"][0]["about"]) == ("static", "Added to the token id.")
+    assert "my_router" in warm(cli, "list", "routers", "--plugin", "my_router.py").out
+    before = results.written_at()
+    # The content of the file is part of the cell: the same file is the same cell, a changed one is another.
+    assert cli.train("--plugin", "./my_router.py", *grid, "--json").json["trained"] == []
+    (cli.folder / "my_router.py").write_text(PLUGIN.replace("num_experts)[:, None]", "num_experts)[:, None].clone()"))
+    assert len(cli.train("--plugin", "my_router.py", *grid, "--json").json["trained"]) == 1
+    assert before.items() <= results.written_at().items()

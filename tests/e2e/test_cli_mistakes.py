@@ -1,0 +1,241 @@
+"""A user's mistake costs one line and exit code 2: no traceback, nothing trained, finished runs as they were."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import ROOT, CommandLine, Ended, Results, WarmCommandLine, tiny
+
+FILES: dict[str, str | bytes] = {
+    "unknown_key.yaml": json.dumps(tiny(train={"stepps": 5})),
+    "unknown_top.yaml": json.dumps(tiny(sedes=[0])),
+    "unknown_axis.yaml": json.dumps(tiny(grid={"router": ["dense"], "train.stepps": [1, 2]})),
+    "malformed.yaml": "base: {task: [\nfoo: : :",
+    "tabs.yaml": "base:\n\t- a",
+    "list.yaml": "- dense\n- switch",
+    "empty.yaml": "",
+    "binary.yaml": b"\xff\xfe\x00\x01" * 50,
+    "tag.yaml": "base: !!python/object/apply:os.system ['touch hacked']\n",
+    "twice.yaml": json.dumps(tiny(grid={"router": ["dense", "switch", "switch"]})),
+    "duplicate_key.yaml": "seeds: [0]\nseeds: [1]\ngrid: {router: [dense]}\n",
+    "no_baseline.yaml": json.dumps(tiny(baseline="dens")),
+    "base_null.yaml": json.dumps(tiny() | {"base": None}),
+    "base_number.yaml": json.dumps(tiny() | {"base": 5}),
+    "arm_null.yaml": json.dumps(tiny(grid={"router": ["dense", None]})),
+    "arm_number.yaml": json.dumps(tiny(grid={"router": ["dense", 5]})),
+    "noncausal.yaml": json.dumps(tiny(grid={"router": ["dense", "expert_choice"]})),
+    "bad.parquet": b"PAR1" + b"x" * 100,
+    "empty.txt": b"",
+    "columns.csv": "texts,dom\nhello,a\n" * 3,
+    "short.txt": "hello world",
+    "latin.txt": "é".encode("latin-1") * 500,
+    "a_file": "x",
+    "syntax.py": "def f(:\n",
+    "raises.py": "raise RuntimeError('boom\\nsecond line')\n",
+    "exits.py": "import sys\nsys.exit(3)\n",
+    "imports.py": "import nosuchmodule\n",
+    "again.py": (ROOT / "moebench/routing/routers/switch.py").read_text(),
+}
+
+FILE_MISTAKES = {
+    "unknown_key": ["train.stepps", "Did you mean 'steps'?"],
+    "unknown_top": ["sedes", "Did you mean 'seeds'?"],
+    "unknown_axis": ["train.stepps", "Did you mean 'steps'?"],
+    "malformed": ["malformed.yaml", "line 2"],
+    "tabs": ["tabs.yaml", "line 2"],
+    "list": ["list.yaml", "mapping"],
+    "empty": ["empty.yaml"],
+    "binary": ["binary.yaml"],
+    "tag": ["tag.yaml", "python/object"],
+    "twice": ["twice.yaml", "'switch'", "label"],
+    "duplicate_key": ["duplicate_key.yaml", "seeds"],
+    "no_baseline": ["baseline", "'dens'", "Did you mean 'dense'?"],
+    "base_null": ["base"],
+    "base_number": ["base", "5"],
+    "arm_null": ["router"],
+    "arm_number": ["router", "5"],
+    "noncausal": ["router", "'expert_choice' is not causal", "allow_noncausal=true"],
+    "missing": ["missing.yaml", "no such"],
+}
+
+OVERRIDE_MISTAKES = {
+    "router.top_kk=2": ["router.top_kk", "Did you mean 'top_k'?"],
+    "grid.router=[dense,swich]": ["router", "'swich'", "Did you mean 'switch'?"],
+    "grid.router=[]": ["grid.router", "at least one"],
+    "router.name=switch": ["router", "grid.router"],
+    "router.losses.load_balanc=1": ["router.losses", "Did you mean 'load_balance'?"],
+    "layout=every_m": ["layout", "'every_m'", "Did you mean 'every_n'?"],
+    "task.name=langage": ["task", "'langage'", "Did you mean 'language'?"],
+    "train.steps=abc": ["train.steps", "abc"],
+    "train.steps=1.5": ["train.steps", "1.5"],
+    "train.steps=": ["train.steps"],
+    "train.steps=0": ["train.steps", "at least 1", "0"],
+    "train.steps=[1": ["train.steps"],
+    "train.steps=${nothing}": ["train.steps", "nothing"],
+    "train.learning_rate=-1": ["train.learning_rate", "greater than 0", "-1"],
+    "train.learning_rate=nan": ["train.learning_rate", "nan"],
+    "train.learning_rate=inf": ["train.learning_rate", "inf"],
+    "train.precision=fp16": ["train.precision", "fp16", "bf16"],
+    "train=5": ["train", "5"],
+    "foo=5": ["foo", "Allowed"],
+    "seeds=abc": ["seeds"],
+    "seeds=[]": ["seeds", "at least one"],
+    "seeds=[0,0]": ["seeds", "once"],
+    "seeds=[-1]": ["seed", "-1"],
+    "seed=7": ["seed", "seeds"],
+    "layout.num_experts=0": ["layout.num_experts", "at least 1", "0"],
+    "layout.n=5": ["layout.n", "num_layers=2"],
+    "model.num_heads=3": ["model.num_heads", "d_model=16", "3"],
+    "model.ffn_width=5": ["model.ffn_width=5", "not divisible"],
+    "router.top_k=5": ["router.top_k=5", "layout.num_experts=4"],
+    "router.top_k=1": ["router.top_k=1", "renormalise"],
+    "task.data.path=nosuch": ["task.data.path", "'nosuch'", "does not exist"],
+    "task.data.path=bad.parquet": ["task.data.path", "'bad.parquet'", "cannot be read"],
+    "task.data.path=empty.txt": ["task.data.path", "'empty.txt'", "no text"],
+    "task.data.path=short.txt": ["task.data", "less than one window"],
+    "task.data.path=latin.txt": ["task.data.path", "'latin.txt'", "cannot be read"],
+    "task.data.path=columns.csv": ["task.data.text_column", "'text'", "Did you mean 'texts'?"],
+    "task.sequence_length=100000": ["sequence", "less than one window"],
+    "train": ["'train'", "key=value"],
+    "=5": ["'=5'", "key=value"],
+}
+
+PLUGIN_MISTAKES = {
+    "nowhere.py": ["nowhere.py", "no such file"],
+    "syntax.py": ["syntax.py", "SyntaxError", "line 1"],
+    "raises.py": ["raises.py", "RuntimeError", "boom"],
+    "exits.py": ["exits.py", "SystemExit"],
+    "imports.py": ["imports.py", "nosuchmodule"],
+    "again.py": ["again.py", "router 'switch' is already defined"],
+    "a_file": ["a_file", "not a Python file"],
+}
+
+OTHER_MISTAKES = {
+    "run ./tiny.yaml --nope": ["--nope"],
+    "run ./tiny.yaml --jobs -1": ["--jobs"],
+    "run ./tiny.yaml --jobs two": ["--jobs", "two"],
+    "run": ["EXPERIMENT"],
+    "rum": ["rum", "run"],
+    "run nowhere": ["experiment 'nowhere' is unknown"],
+    "list routrs": ["routrs", "routers"],
+    "show swich": ["'swich'", "Did you mean 'switch'?"],
+    "compare swich": ["'swich'", "Did you mean 'switch'?"],
+    "compare ./tiny.yaml switch": ["one experiment, or routers only"],
+    "compare train.steps=5": ["neither"],
+    "compare switch --task langage": ["'langage'", "Did you mean 'language'?"],
+    "compare ./tiny.yaml --plot a_file/figure.png": ["a_file/figure.png"],
+    "run ./tiny.yaml --results a_file": ["a_file", "cannot be written"],
+    "run ./tiny.yaml --results a_file/below": ["a_file/below", "cannot be written"],
+    "plan ./tiny.yaml --results a_file": ["a_file"],
+    "compare ./tiny.yaml --results a_file": ["a_file"],
+    "list runs --results a_file": ["a_file"],
+    "sync --results nowhere": ["nowhere", "does not exist"],
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, finished: CommandLine) -> CommandLine:
+    """A folder with every broken file, and finished runs that must stay as they are."""
+    cli = CommandLine(tmp_path_factory.mktemp("mistakes"))
+    cli.write()
+    for name, content in FILES.items():
+        (cli.folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    shutil.copytree(finished.folder / "results", cli.folder / "results")
+    return cli
+
+
+@pytest.fixture
+def refused(work: CommandLine, warm: WarmCommandLine) -> Callable[..., None]:
+    """Call, and check that it was refused in one line that names all of `words`."""
+
+    def check(words: list[str], *arguments: str) -> None:
+        before, present = contents(work.folder / "results"), sorted(os.listdir(work.folder))
+        assert_refused(warm(work, *arguments, timeout=60), words)
+        assert contents(work.folder / "results") == before
+        assert sorted(os.listdir(work.folder)) == present
+
+    return check
+
+
+def contents(results: Path) -> dict[str, Any]:
+    """Every file of the runs with its time: a run that was touched or added differs."""
+    return {str(file): file.stat().st_mtime_ns for file in sorted((results / "runs").rglob("*"))}
+
+
+def assert_refused(ended: Ended, words: list[str]) -> None:
+    assert ended.code == 2, f"exit code {ended.code}: {ended.err[-1500:]}"
+    assert ended.out == ""
+    assert ended.err.startswith("error: "), ended.err
+    assert ended.err.count("\n") == 1, ended.err
+    assert ended.err.endswith("\n")
+    for word in words:
+        assert word in ended.err
+
+
+@pytest.mark.parametrize(("name", "words"), FILE_MISTAKES.items(), ids=FILE_MISTAKES)
+def test_a_mistake_in_an_experiment_file(refused: Callable[..., None], name: str, words: list[str]) -> None:
+    refused(words, "run", f"./{name}.yaml", "--tracker", "none", "train.steps=1", "task.data.path=text")
+
+
+@pytest.mark.parametrize(("override", "words"), OVERRIDE_MISTAKES.items(), ids=OVERRIDE_MISTAKES)
+def test_a_mistake_in_an_override(refused: Callable[..., None], override: str, words: list[str]) -> None:
+    refused(words, "run", "./tiny.yaml", override, "--tracker", "none")
+
+
+@pytest.mark.parametrize(("plugin", "words"), PLUGIN_MISTAKES.items(), ids=PLUGIN_MISTAKES)
+def test_a_mistake_in_a_plugin(refused: Callable[..., None], plugin: str, words: list[str]) -> None:
+    refused(words, "run", "./tiny.yaml", "--plugin", plugin, "--tracker", "none")
+
+
+@pytest.mark.parametrize(("line", "words"), OTHER_MISTAKES.items(), ids=OTHER_MISTAKES)
+def test_a_mistake_in_the_command(refused: Callable[..., None], line: str, words: list[str]) -> None:
+    refused(words, *line.split())
+
+
+def test_an_unknown_key_of_the_shipped_experiment(finished: CommandLine) -> None:
+    """Once without the warm process: exactly what a user types."""
+    quickstart = str(ROOT / "experiments/quickstart.yaml")
+    ended = finished("run", quickstart, "router.top_kk=2", "--results", "nothing_here")
+    assert_refused(ended, ["router.top_kk", "Did you mean 'top_k'?"])
+    assert not (finished.folder / "nothing_here").exists()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_device_that_is_not_there(refused: Callable[..., None], device: str) -> None:
+    import torch
+
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    refused(["train.device", "cuda", "cpu"], "run", "./tiny.yaml", f"train.device={device}", "train.steps=1")
+
+
+@pytest.mark.parametrize(
+    ("command", "damage"),
+    [("run ./tiny.yaml --tracker none", damage) for damage in ("{", "[]", "{}", "\x00\x01", "")]
+    + [("compare ./tiny.yaml", "{"), ("list runs", "{"), ("plan ./tiny.yaml", "{")],
+)
+def test_a_damaged_result(
+    finished: CommandLine, warm: WarmCommandLine, tmp_path: Path, command: str, damage: str
+) -> None:
+    shutil.copytree(finished.folder / "results", tmp_path / "results")
+    results = Results(tmp_path / "results")
+    (results.folder("switch", 1) / "result.json").write_text(damage)
+    before = contents(results.path)
+    ended = warm(finished, *command.split(), "--results", str(results.path))
+    assert_refused(ended, ["result.json", "damaged", "delete it"])
+    assert contents(results.path) == before
+
+
+def test_a_damaged_cell_file(finished: CommandLine, warm: WarmCommandLine, tmp_path: Path) -> None:
+    shutil.copytree(finished.folder / "results", tmp_path / "results")
+    (Results(tmp_path / "results").folder("switch", 1) / "cell.json").write_text("{")
+    assert_refused(warm(finished, "list", "runs", "--results", str(tmp_path / "results")), ["cell.json"])
+
+
+def test_a_forbidden_tag_runs_nothing(work: CommandLine) -> None:
+    """After the malformed files above: the YAML tag that would have run a command has not."""
+    assert not (work.folder / "hacked").exists()

@@ -1,0 +1,130 @@
+"""The house: imports go one way, light parts stay light, files and functions stay short."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import moebench
+
+PACKAGE = Path(moebench.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+ORDER = (
+    ("errors",),
+    ("registry",),
+    ("schema",),
+    ("config",),
+    ("routing",),
+    ("experts",),
+    ("parallel",),
+    ("models",),
+    ("tasks",),
+    ("training",),
+    ("tracking",),
+    ("experiment",),
+    ("analysis",),
+    ("cli",),
+)
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+LONGEST_FILE, LONGEST_FUNCTION = 300, 50
+every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+
+
+def part_of(file: Path) -> str:
+    """Return the part of the house that a file belongs to."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_modules(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Yield the modules that the code imports, functions included, blocks for type checkers left out."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative imports hide the direction"
+            yield node.module or "", node.lineno
+            if node.module == "moebench":
+                yield from ((f"moebench.{alias.name}", node.lineno) for alias in node.names)
+        yield from imported_modules(node)
+
+
+@every_file
+def test_imports_go_one_way(file: Path) -> None:
+    own = part_of(file)
+    if own in ("__init__", "__main__"):
+        return
+    assert own in RANK, f"{own} has no place in the order of imports"
+    for module, line in imported_modules(ast.parse(file.read_text())):
+        parts = module.split(".")
+        if parts[0] == "moebench" and len(parts) > 1 and parts[1] in RANK:
+            assert RANK[parts[1]] <= RANK[own], f"{file}:{line} imports {module}"
+
+
+@every_file
+def test_only_config_knows_omegaconf(file: Path) -> None:
+    modules = {module.split(".")[0] for module, _ in imported_modules(ast.parse(file.read_text()))}
+    assert "omegaconf" not in modules or file == PACKAGE / "config.py"
+
+
+@every_file
+def test_files_are_short(file: Path) -> None:
+    lines = file.read_text().splitlines()
+    assert len(lines) <= LONGEST_FILE, f"{file} has {len(lines)} lines"
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            length = node.end_lineno - node.lineno + 1
+            assert length <= LONGEST_FUNCTION, f"{file}:{node.lineno} {node.name} has {length} lines"
+
+
+@every_file
+def test_no_file_is_a_drawer(file: Path) -> None:
+    for word in ("utils", "util", "helper", "helpers", "manager", "misc", "common", "base"):
+        assert word not in file.stem.split("_")
+
+
+def loaded_by(program: str) -> set[str]:
+    """Run a program in a fresh interpreter and return the top-level packages that it loaded."""
+    report = "\nimport sys; print('LOADED', *sorted({name.split('.')[0] for name in sys.modules}))"
+    done = subprocess.run(
+        [sys.executable, "-c", program + report],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=PACKAGE.parent,
+        timeout=120,
+    )
+    return set(done.stdout.rsplit("LOADED", 1)[1].split())
+
+
+def modules_of(*parts: str) -> list[str]:
+    """Return the dotted names of all modules of some parts."""
+    files = [file for file in FILES if part_of(file) in parts]
+    return [".".join(("moebench", *file.relative_to(PACKAGE).with_suffix("").parts)) for file in files]
+
+
+def test_routing_and_experts_need_torch_alone() -> None:
+    modules = modules_of("routing", "experts")
+    assert len(modules) > 15
+    loaded = loaded_by(f"import importlib\nfor name in {modules!r}: importlib.import_module(name)")
+    assert "torch" in loaded
+    assert not loaded & {"lightning", "mlflow", "omegaconf", "yaml", "datasets", "matplotlib", "scipy", "pandas"}
+
+
+def test_help_loads_nothing_heavy() -> None:
+    program = """
+import contextlib, io, sys
+sys.argv = ["moebench", "--help"]
+from moebench.__main__ import main
+out = io.StringIO()
+with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+    main()
+assert "Usage" in out.getvalue()
+"""
+    loaded = loaded_by(program)
+    assert not loaded & {"torch", "mlflow", "lightning", "datasets", "matplotlib", "scipy", "statsmodels", "pandas"}

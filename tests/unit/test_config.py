@@ -1,0 +1,325 @@
+import dataclasses
+import json
+import random
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from moebench.config import (
+    COMPONENTS,
+    cell_id,
+    component_fields,
+    layer_over,
+    load_experiment,
+    read_yaml,
+    resolve,
+    to_plain,
+    to_yaml,
+    with_overrides,
+)
+from moebench.errors import UsageError
+from moebench.experts.layout import LAYOUTS
+from moebench.models.build import check_router
+from moebench.routing.router import ROUTERS
+
+
+def message_of(raw: Mapping[str, Any]) -> str:
+    """Resolve what cannot be resolved; the error is one line."""
+    with pytest.raises(UsageError) as caught:
+        config = resolve(raw)
+        check_router(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "parts"),
+    [
+        ({"trian": {}}, ["trian: the top level has no key 'trian'.", "Did you mean 'train'?", "Allowed: ", "seed"]),
+        (
+            {"train": {"stpes": 3}},
+            ["train.stpes: train has no key 'stpes'.", "Did you mean 'steps'?", "Allowed: ", "learning_rate"],
+        ),
+        (
+            {"router": {"name": "switch", "top_k": 2}},
+            ["router.top_k: router 'switch' has no key 'top_k'.", "Allowed: jitter, losses, name"],
+        ),
+        (
+            {"layout": {"num_exprts": 4}},
+            ["layout.num_exprts: layout 'every_n' has no key", "Did you mean 'num_experts'?"],
+        ),
+        ({"task": {"data": {"pth": "x"}}}, ["task.data.pth: ", "Did you mean 'path'?", "Allowed: "]),
+        ({"router": "swich"}, ["router.name: 'swich' is unknown.", "Did you mean 'switch'?", "Allowed: all_experts"]),
+        ({"router": {"name": 3}}, ["router.name: '3' is unknown."]),
+        ({"router": 3}, ["router: must be a name or a mapping with a name, got 3"]),
+        ({"train": {"steps": "many"}}, ["train.steps: ", "many", "Int"]),
+        ({"train": {"steps": 1.5}}, ["train.steps: ", "1.5", "Int"]),
+        ({"train": {"steps": [3]}}, ["train.steps: "]),
+        ({"train": {"steps": None}}, ["train.steps: "]),
+        ({"train": 7}, ["train"]),
+        ({"train": {"precision": "fp8"}}, ["train.precision: ", "fp8", "fp32", "bf16"]),
+        ({"model": {"activation": "relu"}}, ["model.activation: ", "relu", "gelu", "swiglu"]),
+        ({"router": {"losses": {"z": "big"}}}, ["router.losses.z: ", "big", "Float"]),
+        ({"train": {"steps": 0}}, ["train.steps must be at least 1, got 0"]),
+        ({"train": {"learning_rate": 0}}, ["train.learning_rate must be greater than 0, got 0"]),
+        ({"train": {"learning_rate": float("nan")}}, ["train.learning_rate must be greater than 0, got nan"]),
+        ({"train": {"beta2": 1}}, ["train.beta2 must be at least 0 and below 1, got 1"]),
+        ({"train": {"warmup_steps": -1}}, ["train.warmup_steps must be at least 0, got -1"]),
+        ({"train": {"final_rate": 2}}, ["train.final_rate must be between 0 and 1, got 2"]),
+        ({"model": {"num_heads": 5}}, ["model.num_heads must be a divisor of d_model=128", "got 5"]),
+        ({"model": {"d_model": 12, "num_heads": 4}}, ["model.num_heads must be", "even quotient, got 4"]),
+        ({"seed": -1}, ["seed must be at least 0 and below 2^31, got -1"]),
+        ({"layout": {"num_experts": 0}}, ["layout.num_experts must be at least 1, got 0"]),
+        ({"layout": {"capacity_factor_train": 0}}, ["layout.capacity_factor_train must be greater than 0", "got 0"]),
+        (
+            {"layout": {"capacity_factor_eval": float("nan")}},
+            ["layout.capacity_factor_eval must be greater than 0", "got nan"],
+        ),
+        ({"layout": {"drop_order": "scores"}}, ["layout.drop_order: ", "scores", "position"]),
+        ({"layout": {"n": 0}}, ["layout.n must be at least 1, got 0"]),
+        ({"task": {"sequence_length": 1}}, ["task.sequence_length must be at least 2, got 1"]),
+        (
+            {"router": {"name": "top_k", "top_k": 9}},
+            ["router.top_k=9 does not fit layout.num_experts=8 (allowed: 2 to 8)"],
+        ),
+        ({"router": {"name": "top_k", "top_k": 1}}, ["router.top_k=1 does not fit", "allowed: 2 to 8", "switch"]),
+        ({"router": {"name": "noisy_top_k", "top_k": 1}}, ["router.top_k=1 does not fit", "nothing is learned"]),
+        ({"router": {"name": "expert_choice", "average_experts": 0}}, ["router.average_experts=0", "1 to 8"]),
+        (
+            {"router": {"losses": {"load_balanc": 1}}},
+            ["router.losses: 'load_balanc' is unknown.", "Did you mean 'load_balance'?", "Allowed: "],
+        ),
+        ({"router": {"losses": {"z": -1}}}, ["router.losses.z must be at least 0, got -1"]),
+        ({"router": {"losses": {"z": float("nan")}}}, ["router.losses.z must be at least 0, got nan"]),
+        ({"router": {"name": "switch", "jitter": -0.1}}, ["router.jitter", "-0.1"]),
+        ({"router": {"name": "switch", "jitter": 1.5}}, ["router.jitter", "1.5"]),
+        ({"router": {"name": "gshard", "threshold": 0}}, ["router.threshold", "0"]),
+        ({"model": {"rope_theta": 0}}, ["model.rope_theta", "0"]),
+        ({"train": {"learning_rate": float("inf")}}, ["train.learning_rate", "inf"]),
+    ],
+    ids=lambda value: re.sub(r"[^a-z0-9_.-]+", " ", json.dumps(value)) if isinstance(value, dict) else "",
+)
+def test_mistakes_are_answered_in_one_line(raw: Mapping[str, Any], parts: list[str]) -> None:
+    message = message_of(raw)
+    for part in parts:
+        assert part in message
+
+
+def test_defaults_make_a_cell() -> None:
+    config = resolve({})
+    assert (config.task.name, config.layout.name, config.router.name) == ("language", "every_n", "switch")
+    assert config == resolve({"router": "switch"}) == resolve({"router": {"name": "switch"}})
+
+
+def test_configuration_is_frozen() -> None:
+    config = resolve({})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.train.steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("router", ROUTERS.names())
+@pytest.mark.parametrize("layout", LAYOUTS.names())
+def test_yaml_round_trip(router: str, layout: str) -> None:
+    config = resolve({"router": router, "layout": layout, "train": {"learning_rate": 1e-4}, "seed": 7})
+    text = to_yaml(config)
+    again = resolve(OmegaConf.to_container(OmegaConf.create(text)))
+    assert again == config
+    assert to_yaml(again) == text
+    assert resolve(to_plain(config)) == config
+    json.dumps(to_plain(config))
+
+
+def test_component_fields_are_the_options() -> None:
+    assert component_fields("router", "switch") == {"name", "jitter", "losses"}
+
+
+def test_layer_over_drops_the_options_of_a_renamed_component() -> None:
+    lower = {"router": {"name": "top_k", "top_k": 4}, "layout": {"num_experts": 4}, "train": {"steps": 3}}
+    assert layer_over(lower, {"router": "switch"}) == {**lower, "router": {"name": "switch"}}
+    assert layer_over(lower, {"router": {"name": "switch", "jitter": 0.0}})["router"] == {
+        "name": "switch",
+        "jitter": 0.0,
+    }
+
+
+def test_layer_over_keeps_the_options_of_the_same_component() -> None:
+    lower = {"router": {"name": "top_k", "top_k": 4}, "train": {"steps": 3, "seed": 1}}
+    for upper in ({"router": "top_k"}, {"router": {"name": "top_k"}}, {}):
+        assert layer_over(lower, upper)["router"] == {"name": "top_k", "top_k": 4}
+    merged = layer_over(lower, {"router": {"top_k": 8}, "train": {"steps": 5}})
+    assert merged == {"router": {"name": "top_k", "top_k": 8}, "train": {"steps": 5, "seed": 1}}
+    assert lower == {"router": {"name": "top_k", "top_k": 4}, "train": {"steps": 3, "seed": 1}}
+
+
+# What the id of a cell depends on.
+
+CHANGES: dict[str, tuple[Any, ...]] = {
+    "seed": (1, 2),
+    "allow_noncausal": (True,),
+    "task.sequence_length": (64, 256),
+    "task.eval_windows": (4, None),
+    "task.data.max_bytes": (1000,),
+    "task.data.tokenizer": ("other",),
+    "model.d_model": (64,),
+    "model.num_layers": (2,),
+    "model.num_heads": (8,),
+    "model.ffn_width": (256,),
+    "model.activation": ("swiglu",),
+    "model.rope_theta": (500.0,),
+    "layout.num_experts": (4,),
+    "layout.expert_width": (64,),
+    "layout.capacity_factor_train": (1.25,),
+    "layout.capacity_factor_eval": (2.0,),
+    "layout.drop_order": ("position",),
+    "layout.n": (1,),
+    "router.jitter": (0.0,),
+    "router.losses.z": (0.001,),
+    "router.losses.load_balance": (0.1,),
+    "train.steps": (10,),
+    "train.batch_size": (4,),
+    "train.learning_rate": (1e-3,),
+    "train.warmup_steps": (0,),
+    "train.final_rate": (0.0,),
+    "train.weight_decay": (0.0,),
+    "train.beta1": (0.8,),
+    "train.beta2": (0.99,),
+    "train.clip_norm": (2.0,),
+    "train.precision": ("bf16",),
+    "train.threads": (2,),
+}
+NO_CHANGES: dict[str, tuple[Any, ...]] = {
+    "train.log_every": (1, 50),
+    "train.checkpoint_every": (7,),
+    "train.device": ("cpu", "cuda"),
+    "task.data.path": ("/somewhere/else.txt",),
+}
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn dotted keys into nested mappings."""
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, leaf = key.split(".")
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[leaf] = value
+    return tree
+
+
+def shuffled(tree: Any, order: random.Random) -> Any:
+    """Return the same mapping with its keys in another order."""
+    if not isinstance(tree, dict):
+        return tree
+    keys = list(tree)
+    order.shuffle(keys)
+    return {key: shuffled(tree[key], order) for key in keys}
+
+
+def identity(raw: Mapping[str, Any]) -> str:
+    return cell_id(resolve(raw), "data")
+
+
+def choices_of(table: Mapping[str, tuple[Any, ...]]) -> st.SearchStrategy[dict[str, Any]]:
+    """Draw some of the keys with one of their values each."""
+    return st.fixed_dictionaries({}, optional={key: st.sampled_from(values) for key, values in table.items()})
+
+
+@given(choices_of(CHANGES), choices_of(NO_CHANGES), st.randoms(use_true_random=False))
+def test_cell_id_ignores_order_and_cadence(chosen, cadence, order) -> None:
+    assert identity(nested(chosen)) == identity(shuffled(nested({**chosen, **cadence}), order))
+    assert re.fullmatch(r"[0-9a-f]{12}", identity(nested(chosen)))
+
+
+@given(choices_of(CHANGES), st.sampled_from(sorted(CHANGES)))
+def test_cell_id_follows_every_other_key(chosen, key) -> None:
+    without = {name: value for name, value in chosen.items() if name != key}
+    for value in CHANGES[key]:
+        assert identity(nested(without)) != identity(nested({**without, key: value}))
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> set[str]:
+    """Return the dotted keys of a nested mapping."""
+    found = set()
+    for key, value in tree.items():
+        inner = isinstance(value, dict) and value and key != "losses"
+        found |= leaves(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}"}
+    return found
+
+
+def test_the_tables_above_leave_no_key_out() -> None:
+    # What joins the configuration later must be put on one side or the other.
+    named = {f"{kind}.name" for kind in COMPONENTS}
+    source = {f"task.data.{key}" for key in component_data_fields() if f"task.data.{key}" not in NO_CHANGES}
+    covered = {*CHANGES, *NO_CHANGES, *named, *source, "router.losses", "train.eval_every"}
+    assert leaves(to_plain(resolve({}))) <= covered
+
+
+def component_data_fields() -> list[str]:
+    return list(to_plain(resolve({}))["task"]["data"])
+
+
+def test_cell_id_follows_data_plugins_and_names() -> None:
+    config = resolve({})
+    assert cell_id(config, "a") != cell_id(config, "b")
+    assert cell_id(config, "a") != cell_id(config, "a", ["p"])
+    assert cell_id(config, "a", ["p", "q"]) == cell_id(config, "a", ["q", "p"])
+    assert identity({"router": "hash"}) != identity({"router": "random"})
+
+
+def test_experiment_file_and_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "e.yaml"
+    file.write_text("question: Which?\nbase: {train: {steps: 5}}\ngrid: {router: [switch, hash]}\nseeds: [0, 1]\n")
+    experiment, cell = load_experiment(file, ["seeds=[4]", "router.top_k=2", "base.seed=3"])
+    assert experiment.seeds == [4]
+    assert experiment.grid == {"router": ["switch", "hash"]}
+    assert cell == {"router": {"top_k": 2}, "seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("gird: {}\n", ["gird: the top level has no key 'gird'.", "Did you mean 'grid'?", "baseline"]),
+        ("seeds: []\n", ["seeds must be a list with at least one seed, got []"]),
+        ("seeds: [1, 1]\n", ["seeds must be a list that names each seed once, got [1, 1]"]),
+        ("seeds: [one]\n", ["seeds[0]: ", "one"]),
+        ("grid: {router: []}\n", ["grid.router must be a list with at least one value, got []"]),
+        ("grid: {router: switch}\n", ["grid.router: "]),
+        ("seeds: [1\n", ["not readable as YAML: "]),
+        ("seeds: [1]\nseeds: [2]\n", ["not readable as YAML: ", "seeds"]),
+        ("- a\n", ["must be a mapping of keys to values"]),
+    ],
+)
+def test_mistakes_in_a_file_are_answered_in_one_line(tmp_path: Path, text: str, parts: list[str]) -> None:
+    file = tmp_path / "e.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        load_experiment(file)
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such file"):
+        read_yaml(tmp_path / "missing.yaml")
+    with pytest.raises(UsageError, match="is a folder"):
+        read_yaml(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="not readable as YAML"):
+        read_yaml(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize("override", ["steps", "=3", "train.steps 3"])
+def test_override_without_a_value_is_refused(tmp_path: Path, override: str) -> None:
+    file = tmp_path / "e.yaml"
+    file.write_text("question: Which?\n")
+    experiment, _ = load_experiment(file)
+    with pytest.raises(UsageError, match="is not of the form key=value"):
+        with_overrides(experiment, [override])

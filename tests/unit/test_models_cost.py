@@ -1,0 +1,126 @@
+"""What a model costs: counted by formula, checked against torch's own counter on a real forward pass."""
+
+import pytest
+import torch
+from contract.training_cases import tiny_config, write_text
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from moebench.config import resolve
+from moebench.errors import UsageError
+from moebench.experts.feed_forward import ffn_flops
+from moebench.experts.layout import MATCH_TOLERANCE, matched_width
+from moebench.models.build import build_backbone, cost_of
+from moebench.routing.router import ROUTERS
+from moebench.training.evaluate import batch_context
+from moebench.training.model import initialised_model, model_cost, prepare_task
+
+ROUTERS_COUNTED = ["dense", "switch", "top_k", "all_experts", "noisy_top_k", "random", "hash"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("router", ROUTERS_COUNTED)
+def test_flops_are_those_of_a_real_forward(text, tmp_path, router: str, activation: str) -> None:
+    config = tiny_config(text, router=router, model={"activation": activation})
+    task = prepare_task(config, tmp_path)
+    model = initialised_model(config, task).double()  # in fp64 every expert is a plain product, which is counted
+    batch = task.train_batch(4, 0, 0)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(batch, batch_context(batch, training=True, seed=0))
+    num_tokens, layers = 4 * 8, 2
+    top_k = 0
+    if router != "dense":
+        top_k = ROUTERS.get(router).item.experts_per_token(config.router, 4)
+    # The weighted sum over a token's k experts is a product too for k > 1. Like norms and activations it is left
+    # out of the formula: 2 k D of about 24 D² for each token and block.
+    weighted_sum = 2 * top_k * 8 * layers if top_k > 1 else 0
+    counted = counter.get_total_flops() / num_tokens
+    assert model_cost(model, 8).flops_per_token == counted - weighted_sum
+
+
+def test_cost_by_hand() -> None:
+    # D = 8, 2 blocks, the second with E = 4 experts of width 6 behind a switch; length 10.
+    config = resolve(
+        {
+            "model": {"d_model": 8, "num_heads": 2, "num_layers": 2, "ffn_width": 16},
+            "layout": {"n": 2, "num_experts": 4, "expert_width": 6},
+        }
+    )
+    embedding, head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
+    cost = cost_of(build_backbone(config, causal=True), [embedding, head], 10)
+    attention, norms, dense = 4 * 64, 2 * 8, 2 * 8 * 16
+    expert, gate, outer = 2 * 8 * 6, 4 * 8, 2 * 20 * 8 + 8
+    assert cost.total_params == 2 * (attention + norms) + dense + 4 * expert + gate + outer
+    assert cost.active_params == cost.total_params - 3 * expert
+    scores = 4 * 10 * 8  # queries times keys, and weights times values, over 10 positions
+    assert cost.flops_per_token == 2 * (2 * attention + scores) + 2 * dense + 2 * (gate + expert) + 2 * 20 * 8
+
+
+def test_parameters_are_those_of_the_modules(text, tmp_path) -> None:
+    for router in ROUTERS.names():
+        config = tiny_config(text, router=router)
+        model = initialised_model(config, prepare_task(config, tmp_path))
+        cost = model_cost(model, 8)
+        assert cost.total_params == sum(parameter.numel() for parameter in model.parameters())
+        if router in ("dense", "all_experts"):
+            assert cost.active_params == cost.total_params
+
+
+@pytest.mark.parametrize("router", ROUTERS.names())
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_arms_are_matched_by_default(router: str, activation: str) -> None:
+    token_count_V = torch.ones(20, dtype=torch.int64)
+
+    def flops(name: str) -> int:
+        config = resolve({"router": name, "model": {"activation": activation}, "layout": {"n": 1}})
+        return cost_of(build_backbone(config, causal=True, token_count_V=token_count_V), [], 128).flops_per_token
+
+    assert flops(router) == pytest.approx(flops("dense"), rel=MATCH_TOLERANCE)
+
+
+@given(st.integers(1, 2000), st.integers(1, 16), st.floats(0, 40))
+def test_matched_width_keeps_its_promise_or_refuses(ffn_width: int, top_k: int, router: float) -> None:
+    try:
+        width = matched_width(ffn_width, top_k, router)
+    except UsageError as error:
+        assert f"model.ffn_width={ffn_width}" in str(error)
+        exact = (ffn_width - router) / top_k
+        nearest = max(round(exact), 1) if exact > 0 else 1
+        assert abs(nearest * top_k + router - ffn_width) > 0.0199 * ffn_width
+        return
+    assert width >= 1
+    assert abs(width * top_k + router - ffn_width) <= 0.02001 * ffn_width
+
+
+@pytest.mark.parametrize(
+    ("ffn_width", "top_k", "router", "width"),
+    [
+        (512, 1, 0.0, 512),
+        (512, 2, 0.0, 256),
+        (512, 1, 4.0, 508),
+        (512, 1, 5.0, 508),  # 507 to the nearest multiple of 4
+        (100, 3, 0.0, 33),  # 32 would be 4 % short, 33 is 1 %
+    ],
+)
+def test_matched_width_by_hand(ffn_width: int, top_k: int, router: float, width: int) -> None:
+    assert matched_width(ffn_width, top_k, router) == width
+
+
+def test_the_larger_width_that_a_refusal_names_works() -> None:
+    with pytest.raises(UsageError, match=r"model\.ffn_width=10 .* 3 experts per token") as caught:
+        matched_width(10, 3, 0.0)
+    named = int(str(caught.value).split("for example ")[1].split(",")[0])
+    assert matched_width(named, 3, 0.0) >= 1
+
+
+def test_ffn_flops_by_hand() -> None:
+    assert ffn_flops(8, 16, "gelu") == 2 * (8 * 16 + 16 * 8)
+    assert ffn_flops(8, 16, "swiglu") == 2 * (8 * 32 + 16 * 8)

@@ -1,0 +1,197 @@
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+
+from moebench.errors import UsageError, nearest
+from moebench.registry import (
+    FOLDERS,
+    HOMES,
+    Registry,
+    field_docs,
+    load_plugin,
+    names_without_import,
+    registry_of,
+)
+from moebench.routing.router import ROUTERS
+from moebench.schema import ExperimentConfig, ModelConfig, TrainConfig
+
+ROUTER = '''
+"""A plugin."""
+
+from dataclasses import dataclass
+
+from moebench.routing.router import ROUTERS, Facts
+from moebench.routing.routers.switch import Switch
+
+
+@ROUTERS.register(
+    Facts(
+        family="token choice", equation="y = x", paper="arXiv:0000.00000", causal=True,
+        causal_reason="as switch", batch_dependent=False,
+    )
+)
+class Mine(Switch):
+    """A router from a file."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Switch.Config):
+        """Options."""
+
+        name: str = "NAME"
+        depth: int = 3
+        """How deep it goes."""
+'''
+
+
+def refused(path: str) -> str:
+    """Load a plugin that cannot be loaded and return the error's one line."""
+    with pytest.raises(UsageError) as caught:
+        load_plugin(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_wrong_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UsageError) as caught:
+        ROUTERS.get("swich", where="router.name")
+    message = str(caught.value)
+    assert message.startswith("router.name: 'swich' is unknown. Did you mean 'switch'?")
+    assert message.endswith(f"Allowed: {', '.join(ROUTERS.names())}")
+    with pytest.raises(UsageError, match=r"^router: 'zzz' is unknown\. Allowed: "):
+        ROUTERS.get("zzz")
+
+
+def test_nearest_says_nothing_when_nothing_is_near() -> None:
+    assert nearest("zzzzz", ["switch", "hash"]) == ""
+    assert nearest("hsah", ["switch", "hash"]) == " Did you mean 'hash'?"
+
+
+def test_second_component_of_a_name_is_refused() -> None:
+    registry: Registry[type, str] = Registry("thing", None)
+
+    @registry.register("facts", name="one")
+    class First:
+        """The first."""
+
+    with pytest.raises(UsageError, match=r"test_registry\.py:\d+: thing 'one' is already defined in .*\.py:\d+"):
+
+        @registry.register("facts", name="one")
+        class Second:
+            """The second."""
+
+    assert registry.get("one").item is First
+    assert registry.get("one").doc == "The first."
+    assert registry.names() == ["one"]
+
+
+def test_component_without_a_name_is_refused() -> None:
+    registry: Registry[type, str] = Registry("thing", None)
+    with pytest.raises(UsageError, match="this thing has no name"):
+
+        @registry.register("facts")
+        class Nameless:
+            pass
+
+
+def test_plugin_joins_the_registry_once(plugin) -> None:
+    path = plugin.write(ROUTER.replace("NAME", "mine"))
+    digest = load_plugin(path)
+    entry = ROUTERS.get("mine")
+    assert re.fullmatch(r"[0-9a-f]{64}", digest)
+    assert entry.origin.startswith(path)
+    assert load_plugin(path) == digest
+    assert field_docs(entry.item.Config)["depth"] == "How deep it goes."
+    assert field_docs(entry.item.Config)["jitter"].startswith("In training")
+
+
+def test_plugin_that_takes_a_name_is_refused(plugin) -> None:
+    message = refused(plugin.write(ROUTER.replace("NAME", "switch")))
+    assert "plugin.py:" in message
+    assert "router 'switch' is already defined in" in message
+    assert ROUTERS.get("switch").item.__name__ == "Switch"
+
+
+@pytest.mark.parametrize("name", ["missing.py", "."])
+def test_missing_plugin(plugin, name: str) -> None:
+    path = str(plugin.folder / name)
+    assert refused(path) == f"--plugin {path}: no such file"
+
+
+def test_plugin_with_a_syntax_error(plugin) -> None:
+    path = plugin.write("x = 1\ndef broken(:\n    pass\n")
+    message = refused(path)
+    assert message.startswith(f"--plugin {path}: SyntaxError: ")
+    assert "line 2" in message
+
+
+def test_plugin_that_raises(plugin) -> None:
+    path = plugin.write("def f():\n    return 1 / 0\n\n\nf()\n")
+    assert refused(path) == f"--plugin {path}: ZeroDivisionError: division by zero (line 2)"
+
+
+def test_plugin_that_imports_what_is_not_there(plugin) -> None:
+    path = plugin.write("import torch\nimport no_such_package\n")
+    message = refused(path)
+    assert message == f"--plugin {path}: ModuleNotFoundError: No module named 'no_such_package' (line 2)"
+
+
+def test_plugin_that_is_not_python(plugin) -> None:
+    path = plugin.write("name: switch\n", name="plugin.yaml")
+    assert refused(path) == f"--plugin {path}: not a Python file (a name ending in .py)"
+
+
+def test_repaired_plugin_loads(plugin) -> None:
+    refused(plugin.write("raise ValueError('not yet')\n"))
+    load_plugin(plugin.write(ROUTER.replace("NAME", "repaired")))
+    assert "repaired" in ROUTERS.names()
+
+
+@pytest.mark.parametrize("kind", list(FOLDERS))
+def test_names_read_from_source_are_the_real_ones(kind: str) -> None:
+    built_in = [entry.name for entry in registry_of(kind).entries() if "moebench/" in entry.origin]
+    assert names_without_import(kind) == built_in
+
+
+def test_every_kind_has_a_home() -> None:
+    for kind in HOMES:
+        assert registry_of(kind).kind == kind
+        assert registry_of(kind).names()
+
+
+def config_classes() -> list[type]:
+    found: list[type] = [ModelConfig, TrainConfig, ExperimentConfig]
+    pending = [entry.item.Config for kind in FOLDERS for entry in registry_of(kind).entries()]
+    while pending:
+        config_class = pending.pop()
+        found.append(config_class)
+        for field in dataclasses.fields(config_class):
+            if dataclasses.is_dataclass(field.type):
+                pending.append(field.type)
+    return found
+
+
+@pytest.mark.parametrize("config_class", config_classes(), ids=lambda cls: cls.__qualname__)
+def test_every_option_has_a_doc(config_class: type) -> None:
+    docs = field_docs(config_class)
+    for field in dataclasses.fields(config_class):
+        if field.name != "name":
+            assert docs[field.name].endswith((".", ")")), field.name
+            assert docs[field.name][0].isupper() or docs[field.name].startswith(("'", "c:", "all:", "auto ", "bf16 "))
+
+
+def test_docs_of_fields_that_follow_each_other() -> None:
+    docs = field_docs(TrainConfig)
+    assert docs["clip_norm"] == "Largest norm of the whole gradient."
+    assert docs["device"] == "auto takes a CUDA device where there is one."
+
+
+def test_every_component_says_where_it_is() -> None:
+    for kind in HOMES:
+        for entry in registry_of(kind).entries():
+            file, _, line = entry.origin.rpartition(":")
+            source = Path(file).read_text().splitlines()[int(line) - 1 :]
+            assert source[0].lstrip().startswith(("@", "class ", "def ")), entry.origin
+            assert entry.doc, entry.name
