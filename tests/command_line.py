@@ -148,6 +148,9 @@ class CommandLine:
 SERVER = """
 import json, os, sys
 import moebench.cli, moebench.experiment.runner, moebench.analysis.figures, moebench.analysis.table
+from moebench.registry import HOMES, registry_of
+for kind in HOMES:
+    registry_of(kind).names()
 for line in sys.stdin:
     call = json.loads(line)
     child = os.fork()

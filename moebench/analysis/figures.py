@@ -53,8 +53,11 @@ def results_of(experiment: Experiment, results: Path) -> list[RunResult]:
 def compare_experiment(experiment: Experiment, results: Path, *, allow_mismatch: bool = False) -> Comparison:
     """Compare the arms of an experiment by its task's metric; raise UsageError when there is nothing to compare."""
     facts = TASKS.get(experiment.cells[0].config.task.name).facts
+    found = results_of(experiment, results)
+    if not found:
+        raise UsageError(f"{results}: no cell of '{experiment.name}' has a result there yet (moebench run makes them)")
     return compare(
-        results_of(experiment, results),
+        found,
         expected=[(cell.arm, cell.seed, cell.id) for cell in experiment.cells],
         baseline=experiment.baseline,
         metric=facts.metric,

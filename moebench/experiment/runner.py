@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from rich.console import Console
 
 from moebench.experiment.display import LineDisplay, LiveDisplay
@@ -123,8 +124,6 @@ def _train(
     if not todo:
         return [], 0
     metric = TASKS.get(todo[0].config.task.name).facts.metric
-    threads = max(cell.config.train.threads for cell in todo)
-    jobs = jobs or max(1, (os.cpu_count() or 1) // threads)
     warned: list[str] = []
     with (LiveDisplay if console.is_terminal else LineDisplay)(console, todo, metric) as display:
 
@@ -132,9 +131,9 @@ def _train(
             problem = tracking.poll() if tracking else None
             if problem and not warned:
                 warned.append(problem)
-                display.note(f"tracker: {problem}; training goes on, nothing is lost")
+                display.note(f"tracker: {problem}; training goes on")
 
-        scheduler = Scheduler(results, experiment.name, jobs, display)
+        scheduler = Scheduler(results, experiment.name, jobs or default_jobs(todo), display)
         try:
             outcomes = scheduler.run(
                 todo,
@@ -144,6 +143,14 @@ def _train(
         except Interrupted as interrupted:
             return list(interrupted.outcomes), interrupted.signal_number
     return outcomes, 0
+
+
+def default_jobs(cells: Sequence[Cell]) -> int:
+    """Return how many cells fit this machine: cores by threads, or one where a GPU does the work."""
+    configs = [cell.config.train for cell in cells]
+    if torch.cuda.is_available() and any(config.device != "cpu" for config in configs):
+        return 1
+    return max(1, (os.cpu_count() or 1) // max(config.threads for config in configs))
 
 
 def _title(cell: Cell) -> str:

@@ -1,4 +1,4 @@
-"""`moebench run` as real processes: what it leaves on disk, what it says, and that the same call gives the same bits."""
+"""`moebench run` as real processes: what it leaves on disk, what it says, and that the same cell is the same bits."""
 
 import json
 import math

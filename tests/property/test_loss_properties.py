@@ -39,9 +39,7 @@ def softmax_routing(num_tokens: int, num_experts: int, top_k: int, seed: int) ->
     logits_TE = torch.randn(num_tokens, num_experts, generator=torch.Generator().manual_seed(seed))
     scores_TE = logits_TE.softmax(-1)
     weight_TK, expert_TK = scores_TE.topk(top_k, dim=-1)
-    return Routing.from_top_k(
-        expert_TK, weight_TK, num_experts=num_experts, logits_TE=logits_TE, scores_TE=scores_TE
-    )
+    return Routing.from_top_k(expert_TK, weight_TK, num_experts=num_experts, logits_TE=logits_TE, scores_TE=scores_TE)
 
 
 @given(st.integers(1, 12), st.data())
@@ -80,9 +78,11 @@ def test_load_balance_by_hand() -> None:
 
 
 def test_load_balance_counts_before_capacity() -> None:
-    routing = routed([[0], [0]], [[0.6, 0.4], [0.6, 0.4]])
-    dropped = routing.keep(torch.tensor([True, False]))
-    assert torch.equal(load_balance(record_of(routing, dropped)), load_balance(record_of(routing)))
+    # f = [2/3, 1/3] before the drop and [1/2, 1/2] after it; P = [.6, .4]: 2 · (2/3 · .6 + 1/3 · .4) = 16/15.
+    routing = routed([[0], [0], [1]], [[0.6, 0.4]] * 3)
+    dropped = routing.keep(torch.tensor([True, False, True]))
+    assert load_balance(record_of(routing, dropped)).item() == pytest.approx(16 / 15)
+    assert importance(record_of(routing, dropped)) == importance(record_of(routing))
 
 
 def test_load_balance_has_no_gradient_through_the_counts() -> None:
@@ -192,9 +192,7 @@ def test_load_metrics_by_hand(load, violation, cv, entropy, dead) -> None:
 
 
 def count(load: list[int], *, dropped: int = 0, unserved: int = 0, tokens: int = 8) -> LoadCount:
-    return LoadCount(
-        load_E=torch.tensor(load), num_dropped=dropped, num_unserved=unserved, num_tokens=tokens
-    )
+    return LoadCount(load_E=torch.tensor(load), num_dropped=dropped, num_unserved=unserved, num_tokens=tokens)
 
 
 def test_layers_are_averaged_and_never_pooled() -> None:

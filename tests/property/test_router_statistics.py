@@ -158,9 +158,7 @@ def test_hash_follows_the_id_alone() -> None:
     )
     token_id_T = torch.tensor([3, 7, 3, 29, 7])
     x_TD = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
-    ctx = RouteContext(
-        training=True, generator=torch.Generator(), sequence_length=5, token_id_T=token_id_T
-    )
+    ctx = RouteContext(training=True, generator=torch.Generator(), sequence_length=5, token_id_T=token_id_T)
     routing: Routing = router(x_TD, ctx)
     assert torch.equal(routing.expert_N, balanced_table(count_V, 4)[token_id_T])
     assert torch.equal(router(2 * x_TD, ctx).expert_N, routing.expert_N)

@@ -1,19 +1,14 @@
 import dataclasses
 import json
-import random
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from moebench.config import (
-    COMPONENTS,
-    cell_id,
     component_fields,
     layer_over,
     load_experiment,
@@ -32,8 +27,7 @@ from moebench.routing.router import ROUTERS
 def message_of(raw: Mapping[str, Any]) -> str:
     """Resolve what cannot be resolved; the error is one line."""
     with pytest.raises(UsageError) as caught:
-        config = resolve(raw)
-        check_router(config)
+        check_router(resolve(raw))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -155,122 +149,6 @@ def test_layer_over_keeps_the_options_of_the_same_component() -> None:
     merged = layer_over(lower, {"router": {"top_k": 8}, "train": {"steps": 5}})
     assert merged == {"router": {"name": "top_k", "top_k": 8}, "train": {"steps": 5, "seed": 1}}
     assert lower == {"router": {"name": "top_k", "top_k": 4}, "train": {"steps": 3, "seed": 1}}
-
-
-# What the id of a cell depends on.
-
-CHANGES: dict[str, tuple[Any, ...]] = {
-    "seed": (1, 2),
-    "allow_noncausal": (True,),
-    "task.sequence_length": (64, 256),
-    "task.eval_windows": (4, None),
-    "task.data.max_bytes": (1000,),
-    "task.data.tokenizer": ("other",),
-    "model.d_model": (64,),
-    "model.num_layers": (2,),
-    "model.num_heads": (8,),
-    "model.ffn_width": (256,),
-    "model.activation": ("swiglu",),
-    "model.rope_theta": (500.0,),
-    "layout.num_experts": (4,),
-    "layout.expert_width": (64,),
-    "layout.capacity_factor_train": (1.25,),
-    "layout.capacity_factor_eval": (2.0,),
-    "layout.drop_order": ("position",),
-    "layout.n": (1,),
-    "router.jitter": (0.0,),
-    "router.losses.z": (0.001,),
-    "router.losses.load_balance": (0.1,),
-    "train.steps": (10,),
-    "train.batch_size": (4,),
-    "train.learning_rate": (1e-3,),
-    "train.warmup_steps": (0,),
-    "train.final_rate": (0.0,),
-    "train.weight_decay": (0.0,),
-    "train.beta1": (0.8,),
-    "train.beta2": (0.99,),
-    "train.clip_norm": (2.0,),
-    "train.precision": ("bf16",),
-    "train.threads": (2,),
-}
-NO_CHANGES: dict[str, tuple[Any, ...]] = {
-    "train.log_every": (1, 50),
-    "train.checkpoint_every": (7,),
-    "train.device": ("cpu", "cuda"),
-    "task.data.path": ("/somewhere/else.txt",),
-}
-
-
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn dotted keys into nested mappings."""
-    tree: dict[str, Any] = {}
-    for key, value in flat.items():
-        *parents, leaf = key.split(".")
-        branch = tree
-        for parent in parents:
-            branch = branch.setdefault(parent, {})
-        branch[leaf] = value
-    return tree
-
-
-def shuffled(tree: Any, order: random.Random) -> Any:
-    """Return the same mapping with its keys in another order."""
-    if not isinstance(tree, dict):
-        return tree
-    keys = list(tree)
-    order.shuffle(keys)
-    return {key: shuffled(tree[key], order) for key in keys}
-
-
-def identity(raw: Mapping[str, Any]) -> str:
-    return cell_id(resolve(raw), "data")
-
-
-def choices_of(table: Mapping[str, tuple[Any, ...]]) -> st.SearchStrategy[dict[str, Any]]:
-    """Draw some of the keys with one of their values each."""
-    return st.fixed_dictionaries({}, optional={key: st.sampled_from(values) for key, values in table.items()})
-
-
-@given(choices_of(CHANGES), choices_of(NO_CHANGES), st.randoms(use_true_random=False))
-def test_cell_id_ignores_order_and_cadence(chosen, cadence, order) -> None:
-    assert identity(nested(chosen)) == identity(shuffled(nested({**chosen, **cadence}), order))
-    assert re.fullmatch(r"[0-9a-f]{12}", identity(nested(chosen)))
-
-
-@given(choices_of(CHANGES), st.sampled_from(sorted(CHANGES)))
-def test_cell_id_follows_every_other_key(chosen, key) -> None:
-    without = {name: value for name, value in chosen.items() if name != key}
-    for value in CHANGES[key]:
-        assert identity(nested(without)) != identity(nested({**without, key: value}))
-
-
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> set[str]:
-    """Return the dotted keys of a nested mapping."""
-    found = set()
-    for key, value in tree.items():
-        inner = isinstance(value, dict) and value and key != "losses"
-        found |= leaves(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}"}
-    return found
-
-
-def test_the_tables_above_leave_no_key_out() -> None:
-    # What joins the configuration later must be put on one side or the other.
-    named = {f"{kind}.name" for kind in COMPONENTS}
-    source = {f"task.data.{key}" for key in component_data_fields() if f"task.data.{key}" not in NO_CHANGES}
-    covered = {*CHANGES, *NO_CHANGES, *named, *source, "router.losses", "train.eval_every"}
-    assert leaves(to_plain(resolve({}))) <= covered
-
-
-def component_data_fields() -> list[str]:
-    return list(to_plain(resolve({}))["task"]["data"])
-
-
-def test_cell_id_follows_data_plugins_and_names() -> None:
-    config = resolve({})
-    assert cell_id(config, "a") != cell_id(config, "b")
-    assert cell_id(config, "a") != cell_id(config, "a", ["p"])
-    assert cell_id(config, "a", ["p", "q"]) == cell_id(config, "a", ["q", "p"])
-    assert identity({"router": "hash"}) != identity({"router": "random"})
 
 
 def test_experiment_file_and_overrides(tmp_path: Path) -> None:

@@ -88,16 +88,15 @@ def test_arms_are_matched_by_default(router: str, activation: str) -> None:
 
 @given(st.integers(1, 2000), st.integers(1, 16), st.floats(0, 40))
 def test_matched_width_keeps_its_promise_or_refuses(ffn_width: int, top_k: int, router: float) -> None:
-    try:
+    nearest = max(round((ffn_width - router) / top_k), 1)
+    best = abs(nearest * top_k + router - ffn_width) / ffn_width
+    if best > MATCH_TOLERANCE + 1e-9:
+        with pytest.raises(UsageError, match=rf"^model\.ffn_width={ffn_width} "):
+            matched_width(ffn_width, top_k, router)
+    elif best < MATCH_TOLERANCE - 1e-9:
         width = matched_width(ffn_width, top_k, router)
-    except UsageError as error:
-        assert f"model.ffn_width={ffn_width}" in str(error)
-        exact = (ffn_width - router) / top_k
-        nearest = max(round(exact), 1) if exact > 0 else 1
-        assert abs(nearest * top_k + router - ffn_width) > 0.0199 * ffn_width
-        return
-    assert width >= 1
-    assert abs(width * top_k + router - ffn_width) <= 0.02001 * ffn_width
+        assert width >= 1
+        assert abs(width * top_k + router - ffn_width) <= (MATCH_TOLERANCE + 1e-9) * ffn_width
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-
 from moebench.errors import UsageError, nearest
 from moebench.registry import (
     FOLDERS,
@@ -167,9 +166,8 @@ def config_classes() -> list[type]:
     while pending:
         config_class = pending.pop()
         found.append(config_class)
-        for field in dataclasses.fields(config_class):
-            if dataclasses.is_dataclass(field.type):
-                pending.append(field.type)
+        types = [field.type for field in dataclasses.fields(config_class)]
+        pending += [found_type for found_type in types if dataclasses.is_dataclass(found_type)]
     return found
 
 

@@ -83,9 +83,7 @@ class Bystander(torch.nn.Module):
 
 def batch_of(token_loss_BL: torch.Tensor, valid_BL: torch.Tensor | None = None) -> Batch:
     zeros_BL = torch.zeros(token_loss_BL.shape, dtype=torch.int64)
-    return Batch(
-        input_BL=zeros_BL, target_BL=zeros_BL, weight_BL=zeros_BL, domain_B=zeros_BL[:, 0], valid_BL=valid_BL
-    )
+    return Batch(input_BL=zeros_BL, target_BL=zeros_BL, weight_BL=zeros_BL, domain_B=zeros_BL[:, 0], valid_BL=valid_BL)
 
 
 def collapsed(layer: int, expert: int) -> LayerRecord:
@@ -101,9 +99,7 @@ def test_layers_are_averaged_and_never_pooled() -> None:
     records = [collapsed(layer, expert=layer) for layer in range(3)]
     loss_BL = torch.ones(2, 3)
     for count in (1, 3):
-        result = objective(
-            loss_BL, batch_of(loss_BL), [Bystander()] * count, records[:count], {"load_balance": 1.0}
-        )
+        result = objective(loss_BL, batch_of(loss_BL), [Bystander()] * count, records[:count], {"load_balance": 1.0})
         assert result.raw["load_balance"].item() == pytest.approx(3.0)  # E / k, whatever the number of layers
         assert result.total.item() == pytest.approx(1.0 + 3.0)
 

@@ -75,17 +75,17 @@ def test_stopped_and_resumed_is_never_stopped(text: Path, tmp_path: Path, router
 
 def test_points_behind_the_checkpoint_are_repeated_not_doubled(text: Path, tmp_path: Path) -> None:
     # A process killed at step 8 leaves points behind its checkpoint of step 4.
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     def kill(message) -> None:
         if message["step"] == 8:
-            raise Killed
+            raise KilledError
 
     config = tiny_config(text, train={"checkpoint_every": 4, "eval_every": 3})
     whole, parts = Run(config, tmp_path / "whole"), Run(config, tmp_path / "parts", progress=kill)
     whole()
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         parts()
     (parts.checkpoints / "step_0000008.json").unlink()  # died before its manifest was written
     parts.progress = lambda message: None

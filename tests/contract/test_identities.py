@@ -1,0 +1,68 @@
+"""The identities that tie routers to each other."""
+
+import pytest
+import torch
+from contract.cases import Case, Tokens, cases_of, run
+
+from moebench.experts.capacity import Capacity
+from moebench.experts.layer import MoELayer
+
+
+def pair_of_layers(first: Case, second: Case, **options: Capacity) -> tuple[MoELayer, MoELayer]:
+    """Build two layers with the same gate and experts."""
+    layers = first.layer(**options), second.layer()
+    layers[1].bank.load_state_dict(layers[0].bank.state_dict())
+    for ours, theirs in zip(layers[0].router.parameters(), layers[1].router.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    return layers
+
+
+def assert_layers_agree(first: MoELayer, second: MoELayer, *, exactly: bool, training: bool = True) -> None:
+    """Compare outputs and every gradient."""
+    tokens = Tokens.draw(24)
+    results = []
+    for layer in (first, second):
+        layer.zero_grad()
+        y_TD, _ = run(layer, tokens, training=training)
+        y_TD.square().sum().backward()
+        results.append([y_TD, *(p.grad for p in layer.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        tolerance = {"rtol": 0.0, "atol": 0.0} if exactly else {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+def test_top_k_of_all_equals_all_experts() -> None:
+    # The k = E experts come in another order, so the sums may differ in the last bit and no more.
+    case = Case("top_k", options={"top_k": 8, "renormalise": False})
+    assert_layers_agree(*pair_of_layers(case, Case("all_experts")), exactly=False)
+
+
+def test_switch_without_jitter_is_top_1() -> None:
+    top_1 = Case("top_k", options={"top_k": 1, "softmax": "before", "renormalise": False})
+    assert_layers_agree(*pair_of_layers(Case("switch", options={"jitter": 0.0}), top_1), exactly=True)
+
+
+@pytest.mark.parametrize("top_k", [2, 3, 8])
+def test_softmax_after_is_before_and_renormalised(top_k: int) -> None:
+    after = Case("top_k", options={"top_k": top_k, "softmax": "after"})
+    before = Case("top_k", options={"top_k": top_k, "softmax": "before", "renormalise": True})
+    assert_layers_agree(*pair_of_layers(after, before), exactly=False)
+
+
+def test_gshard_that_keeps_both_is_top_2() -> None:
+    gshard, top_2 = Case("gshard", options={"second_expert": "all"}), Case("top_k", options={"top_k": 2})
+    assert_layers_agree(*pair_of_layers(gshard, top_2), exactly=False)
+
+
+def test_expert_choice_of_everything_equals_all_experts() -> None:
+    everything = Case("expert_choice", options={"average_experts": 8})
+    assert_layers_agree(*pair_of_layers(everything, Case("all_experts")), exactly=False)
+
+
+@pytest.mark.parametrize("case", cases_of(8), ids=str)
+@pytest.mark.parametrize("factor", [8.0, 1e9, float("inf")])
+def test_boundless_capacity_is_dropless(case: Case, factor: float) -> None:
+    layer = case.layer(capacity=Capacity(train=factor))
+    _, record = run(layer, Tokens.draw(24), training=True)
+    assert record.num_dropped == 0
+    assert_layers_agree(*pair_of_layers(case, case, capacity=Capacity(train=factor)), exactly=False)
