@@ -94,7 +94,6 @@ class Registry(Generic[T, F]):
     def _load(self) -> None:
         if self._loaded:
             return
-        self._loaded = True
         if self.package:
             package = importlib.import_module(self.package)
             for module in pkgutil.iter_modules(package.__path__):
@@ -104,6 +103,7 @@ class Registry(Generic[T, F]):
                 point.load()
             except Exception as error:  # somebody else's package: say which one, in one line
                 raise UsageError(f"installed {self.kind} '{point.name}' ({point.value}): {_one_line(error)}") from error
+        self._loaded = True
 
 
 def registry_of(kind: str) -> "Registry[Any, Any]":
@@ -136,7 +136,7 @@ def load_plugin(path: str) -> str:
     except UsageError:
         del sys.modules[name]
         raise
-    except BaseException as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UsageError(f"--plugin {path}: {_one_line(error)}") from error
     return digest

@@ -1,5 +1,6 @@
 """The schema of a configuration: what a cell and an experiment are, every key with its default and its meaning."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ class ModelConfig:
         for key in ("d_model", "num_layers", "num_heads", "ffn_width"):
             require(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "at least 1")
         fits = self.d_model % self.num_heads == 0 and self.d_model // self.num_heads % 2 == 0
+        require(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "greater than 0")
         require(fits, "model.num_heads", self.num_heads, f"a divisor of d_model={self.d_model} with an even quotient")
 
 
@@ -74,7 +76,7 @@ class TrainConfig:
         for key in ("steps", "batch_size", "threads", "eval_every", "log_every", "checkpoint_every"):
             require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
         for key in ("learning_rate", "clip_norm"):
-            require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "greater than 0")
+            require(0 < getattr(self, key) < math.inf, f"train.{key}", getattr(self, key), "greater than 0 and finite")
         for key in ("weight_decay", "warmup_steps"):
             require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "at least 0")
         for key in ("beta1", "beta2"):

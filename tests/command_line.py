@@ -146,11 +146,12 @@ class CommandLine:
 
 
 SERVER = """
-import json, os, sys
+import gc, json, os, sys, traceback
 import moebench.cli, moebench.experiment.runner, moebench.analysis.figures, moebench.analysis.table
 from moebench.registry import HOMES, registry_of
 for kind in HOMES:
     registry_of(kind).names()
+gc.freeze()
 for line in sys.stdin:
     call = json.loads(line)
     child = os.fork()
@@ -163,8 +164,17 @@ for line in sys.stdin:
     os.environ[call["key"]] = call["mark"]
     sys.argv = ["moebench", *call["arguments"]]
     from moebench.__main__ import main
-    main()
-    sys.exit(0)
+    code = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # taking torch down again costs a second
 """
 
 

@@ -93,6 +93,7 @@ class CellCallback(lightning.Callback):
     ) -> None:
         """Stop the clock, then log, evaluate and save as the configuration says."""
         assert isinstance(pl_module, CellModule)
+        pl_module.update_routers()
         self.meter.stop(pl_module.device)
         train, step = pl_module.config.train, trainer.global_step
         last = step == train.steps
@@ -112,9 +113,8 @@ class CellCallback(lightning.Callback):
 
     def _log(self, module: CellModule, step: int) -> None:
         assert module.last is not None
-        rate = module.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         metrics = module.last.to_log() | {
-            "train/learning_rate": rate,
+            "train/learning_rate": module.last_rate,
             "train/grad_norm": module.last_grad_norm,
             "train/tokens_per_s": self.meter.tokens_per_step / self.meter.seconds[-1],
         }

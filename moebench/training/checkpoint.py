@@ -34,6 +34,18 @@ class VerifiedCheckpointIO(CheckpointIO):
         _remove(Path(path))
 
 
+def clear_after(step: int, folder: Path) -> None:
+    """Remove the checkpoints beyond a step and what a killed process left half-written.
+
+    They are damaged (or the run would go on from them), and being newer they would push out good ones.
+    """
+    for manifest in _manifests(folder):
+        if step_of(manifest) > step:
+            _remove(manifest.with_suffix(".ckpt"))
+    for half in folder.glob(".step_*.tmp"):
+        half.unlink(missing_ok=True)
+
+
 def drop_all_but(count: int, folder: Path) -> None:
     """Remove all but the newest checkpoints of a folder."""
     for manifest in _manifests(folder)[:-count]:

@@ -28,26 +28,32 @@ class Evaluation:
         return self.quality | self.load
 
 
-@torch.no_grad()
 def evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, device: Any) -> Evaluation:
     """Run the model over the batches in evaluation mode, then put it back into the mode it was in."""
     was_training = model.training
     model.eval()
+    try:
+        with torch.no_grad():
+            return _evaluate(model, task, batches, seed, device)
+    finally:
+        model.train(was_training)
+
+
+def _evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, device: Any) -> Evaluation:
     nats = torch.zeros(len(task.domains), dtype=torch.float64)
     weights = torch.zeros(len(task.domains), dtype=torch.float64)
     counts: dict[int, LoadCount] = {}
     for batch in batches:
         on_device = batch.to(device)
         output, records = model(on_device, batch_context(on_device, training=False, seed=seed))
-        loss_BL = task.token_loss(output, on_device).double()
+        loss_BL, weight_BL = task.token_loss(output, on_device).double(), on_device.weight_BL.double()
         if on_device.valid_BL is not None:
-            loss_BL = loss_BL * on_device.valid_BL
+            loss_BL, weight_BL = loss_BL * on_device.valid_BL, weight_BL * on_device.valid_BL
         nats.index_add_(0, batch.domain_B, loss_BL.sum(-1).cpu())
-        weights.index_add_(0, batch.domain_B, batch.weight_BL.sum(-1).double())
+        weights.index_add_(0, batch.domain_B, weight_BL.sum(-1).cpu())
         for record in records:
             count = LoadCount.of(record)
             counts[record.layer] = counts[record.layer] + count if record.layer in counts else count
-    model.train(was_training)
     return Evaluation(
         quality=task.quality(nats.tolist(), weights.tolist()),
         load=summarise(list(counts.values())),

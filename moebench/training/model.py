@@ -33,21 +33,18 @@ def check_cell(config: CellConfig) -> None:
     check_router(config)
     facts = ROUTERS.get(config.router.name).facts
     task = TASKS.get(config.task.name, where="task.name")
-    if task.facts.causal and not config.allow_noncausal and not _is_causal(config, facts):
-        capacity = "" if not facts.causal else " with a capacity (causal when dropless)"
+    leak = _leak(config, facts)
+    if task.facts.causal and not config.allow_noncausal and leak:
         raise UsageError(
-            f"router.name: '{config.router.name}' is not causal{capacity}: {facts.causal_reason}; task"
-            f" '{config.task.name}' predicts from the past. Allowed: a causal router, or allow_noncausal=true, which"
-            " marks the arm in every table"
+            f"{leak}; task '{config.task.name}' predicts from the past. Allowed: a causal choice, or"
+            " allow_noncausal=true, which marks the arm in every table"
         )
 
 
 def marks_of(config: CellConfig) -> tuple[str, ...]:
     """Return the warnings that every table must show beside this cell's numbers."""
-    noncausal = TASKS.get(config.task.name).facts.causal and not _is_causal(
-        config, ROUTERS.get(config.router.name).facts
-    )
-    return ("non-causal",) if noncausal else ()
+    causal_task = TASKS.get(config.task.name).facts.causal
+    return ("non-causal",) if causal_task and _leak(config, ROUTERS.get(config.router.name).facts) else ()
 
 
 def build_model(config: CellConfig, task: Task) -> Model:
@@ -78,10 +75,20 @@ def prepare_task(config: CellConfig, results: Path) -> Task:
     return TASKS.get(config.task.name).item.prepare(config.task, results / "cache")
 
 
-def _is_causal(config: CellConfig, facts: Facts) -> bool:
+def _leak(config: CellConfig, facts: Facts) -> str | None:
+    """Return how a token's output comes to depend on later tokens, None when it does not."""
     capacity = config.layout.capacity
-    queue_by_score = capacity.drop_order == "score"  # a later token with a larger weight takes the slot
-    with_capacity = capacity.train is not None or capacity.eval is not None
-    if with_capacity and queue_by_score:
-        return False
-    return facts.is_causal(with_capacity=with_capacity and capacity.drop_order == "router")
+    router = f"router.name: '{config.router.name}' is not causal"
+    if not facts.causal:
+        return f"{router}: {facts.causal_reason}"
+    if capacity.train is None and capacity.eval is None:
+        return None
+    if capacity.drop_order in ("score", "random"):
+        return (
+            f"layout.drop_order: '{capacity.drop_order}' lets later tokens push out earlier ones (try position)"
+        )
+    if capacity.drop_order == "router" and not facts.is_causal(with_capacity=True):
+        return (
+            f"{router} with a capacity and its own order of dropping (try layout.drop_order=position)"
+        )
+    return None

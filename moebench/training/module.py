@@ -32,6 +32,7 @@ class CellModule(lightning.LightningModule):
         self.last: Objective | None = None
         self.last_records: list[LayerRecord] = []
         self.last_grad_norm = 0.0
+        self.last_rate = 0.0
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the loss of one batch; raise NonFiniteError if it is not a number."""
@@ -52,9 +53,10 @@ class CellModule(lightning.LightningModule):
         if not math.isfinite(norm):
             raise NonFiniteError(f"gradient norm is {norm} at step {self.global_step + 1}; no update was made")
         self.last_grad_norm = norm
+        self.last_rate = optimizer.param_groups[0]["lr"]  # of this update: the schedule moves on right after it
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Let routers with state see the loads of the step."""
+    def update_routers(self) -> None:
+        """Let routers with state see the loads of the step: after the update, before anything is saved."""
         for layer, record in zip(self.layers, self.last_records, strict=True):
             layer.router.after_step(record.routing.load_E)
 

@@ -16,7 +16,7 @@ from moebench.errors import UsageError
 from moebench.schema import CellConfig
 from moebench.tasks.task import Batch, Task
 from moebench.training.callback import CellCallback, Hooks, Meter, record_evaluation
-from moebench.training.checkpoint import VerifiedCheckpointIO, drop_all_but, newest_good, step_of
+from moebench.training.checkpoint import VerifiedCheckpointIO, clear_after, drop_all_but, newest_good, step_of
 from moebench.training.evaluate import evaluate
 from moebench.training.model import initialised_model, marks_of, model_cost
 from moebench.training.module import CellModule
@@ -51,6 +51,7 @@ def train_cell(
     for line in damaged:
         print(line, flush=True)
     first_step = step_of(resume) if resume else 0
+    clear_after(first_step, checkpoints)
     hooks.recorder.truncate_after(first_step)
     model = initialised_model(config, task)
     meter = Meter(tokens_per_step=config.train.batch_size * task.sequence_length)

@@ -76,8 +76,9 @@ def test_a_half_done_grid_is_an_early_look(finished: CommandLine, warm: WarmComm
     assert ended.json["arms"]["top_k"]["runs"] == {"done": 1, "failed": 0, "missing": 2}
     assert any("early look" in note for note in ended.json["notes"])
     nothing = warm(finished, "compare", "./tiny.yaml", "--results", str(tmp_path / "nothing"))
-    assert nothing.code == 0, nothing.err
-    assert "MISSING dense" in nothing.out
+    assert (nothing.code, nothing.out) == (2, "")
+    assert nothing.err.startswith("error: ")
+    assert nothing.err.count("\n") == 1
     assert not (tmp_path / "nothing").exists()
 
 

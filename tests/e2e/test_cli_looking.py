@@ -130,10 +130,15 @@ def test_show_every_registered_name(finished: CommandLine, warm: WarmCommandLine
         assert re.search(r"\.py:\d+$", found.json["source"])
         for option in found.json["options"]:
             assert option["about"] or option["name"] == "name", f"{name}: {option['name']} is not explained"
-        text = warm(finished, "show", name)
-        assert (text.code, text.err) == (0, ""), name
-        assert name in text.out
-        assert all(option["name"] in text.out for option in found.json["options"])
+
+
+@pytest.mark.parametrize("name", ["switch", "every_n", "language", "load_balance"])
+def test_show_reads_well(finished: CommandLine, warm: WarmCommandLine, name: str) -> None:
+    found, text = warm(finished, "show", name, "--json").json, warm(finished, "show", name)
+    assert (text.code, text.err) == (0, "")
+    assert text.out.startswith(f"{name}  ({found['kind']})\n")
+    assert found["about"].split("\n")[0] in text.out
+    assert all(option["name"] in text.out for option in found["options"])
 
 
 def test_a_router_in_a_file_of_ones_own(cli: CommandLine, warm: WarmCommandLine) -> None:
@@ -151,9 +156,8 @@ def test_a_router_in_a_file_of_ones_own(cli: CommandLine, warm: WarmCommandLine)
     assert shown["family"] == "static"
     assert {"name": "shift", "type": "int", "default": 0, "about": "Added to the token id."} in shown["options"]
     assert "my_router" in warm(cli, "list", "routers", "--plugin", "my_router.py").out
-    before = results.written_at()
     # The content of the file is part of the cell: the same file is the same cell, a changed one is another.
-    assert cli.train("--plugin", "./my_router.py", *grid, "--json").json["trained"] == []
+    plan = ["plan", "./tiny.yaml", *grid, "--json", "--plugin"]
+    assert [cell["state"] for cell in warm(cli, *plan, "./my_router.py").json["cells"]] == ["done"]
     (cli.folder / "my_router.py").write_text(PLUGIN.replace("num_experts)[:, None]", "num_experts)[:, None].clone()"))
-    assert len(cli.train("--plugin", "my_router.py", *grid, "--json").json["trained"]) == 1
-    assert before.items() <= results.written_at().items()
+    assert [cell["state"] for cell in warm(cli, *plan, "my_router.py").json["cells"]] == ["new"]

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from command_line import ARMS, ROOT, CommandLine, Ended, Results, WarmCommandLine, journal, on_terminal, repeatable
+from command_line import ARMS, ROOT, CommandLine, Results, WarmCommandLine, journal, on_terminal, repeatable
 
 RESULT_KEYS = {"id", "arm", "seed", "status", "error", "step", "metrics", "cost", "throughput", "data_digest"}
 RESULT_KEYS |= {"eval_digest", "marks", "config"}
@@ -112,9 +112,12 @@ def test_the_figures_are_drawn(finished: CommandLine) -> None:
     assert drawn == {"switch", "top_k"}
 
 
-def test_only_what_is_missing_is_trained_and_the_same_cells_elsewhere_are_bit_equal(cli: CommandLine) -> None:
+def test_only_what_is_missing_is_trained_and_the_same_cells_elsewhere_are_bit_equal(
+    cli: CommandLine, warm: WarmCommandLine
+) -> None:
+    run = ("run", "./tiny.yaml", "--tracker", "none")
     results, elsewhere = Results(cli.folder / "results"), Results(cli.folder / "elsewhere")
-    assert cli.train("seeds=[0]", "grid.router=[dense,switch]").code == 0
+    assert warm(cli, *run, "seeds=[0]", "grid.router=[dense,switch]").code == 0
     before = results.written_at()
     first = cli.train()
     assert first.code == 0, first.err
@@ -122,11 +125,13 @@ def test_only_what_is_missing_is_trained_and_the_same_cells_elsewhere_are_bit_eq
     assert "6 of 6 cells done, 4 of them trained now" in first.err
     after = results.written_at()
     assert before.items() <= after.items()
-    second = cli.train("--json")
+    second = warm(cli, *run, "--json")
     assert (second.code, second.json["trained"], second.json["failed"]) == (0, [], [])
     assert results.written_at() == after
     assert len(after) == 6
-    assert cli.train("--jobs", "1", results="elsewhere").code == 0  # another folder, another number at a time
+    assert (
+        warm(cli, *run, "--jobs", "1", "--results", "elsewhere").code == 0
+    )  # another folder, another number at a time
     for folder in results.folders():
         twin = elsewhere.path / "runs" / folder.name
         ours, theirs = (json.loads((path / "result.json").read_text()) for path in (folder, twin))
@@ -156,8 +161,9 @@ def test_a_cell_is_its_configuration_and_its_data_and_nothing_else(
     assert states(moved) == {"new"}
 
 
-def test_an_override_that_only_some_arms_know_is_said(cli: CommandLine) -> None:
-    ended = cli.train("seeds=[0]", "router.jitter=0.0", "train.steps=2")
+def test_an_override_that_only_some_arms_know_is_said(cli: CommandLine, warm: WarmCommandLine) -> None:
+    changes = ("seeds=[0]", "router.jitter=0.0", "train.steps=2", "grid.router=[dense,switch]")
+    ended = warm(cli, "run", "./tiny.yaml", "--tracker", "none", *changes)
     assert ended.code == 0, ended.err
     assert "note: router.jitter applies to switch" in ended.err
     assert Results(cli.folder / "results").result("switch", 0)["config"]["router"]["jitter"] == 0.0
@@ -179,25 +185,20 @@ def test_a_terminal_shows_the_grid_and_the_cells(cli: CommandLine) -> None:
 
 
 def test_results_may_come_from_the_environment(cli: CommandLine) -> None:
-    environment = cli.environment | {"MOEBENCH_RESULTS": "there", "MOEBENCH_TRACKER": "none"}
-    ended = call(["run", "./tiny.yaml", "seeds=[0]", "grid.router=[dense]", "train.steps=2"], cli.folder, environment)
-    assert ended.code == 0, ended.err
-    assert len(Results(cli.folder / "there").folders()) == 1
+    environment = cli.environment | {"MOEBENCH_RESULTS": "there"}
+    command = [sys.executable, "-m", "moebench", "plan", "./tiny.yaml"]
+    done = subprocess.run(command, cwd=cli.folder, env=environment, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    assert (cli.folder / "there").exists()
     assert not (cli.folder / "results").exists()
 
 
-def call(arguments: list[str], folder: Path, environment: dict[str, str]) -> Ended:
-    command = [sys.executable, "-m", "moebench", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=90)
-    return Ended(done.returncode, done.stdout, done.stderr)
-
-
-def test_an_experiment_in_the_folder_experiments_runs_by_its_name(cli: CommandLine) -> None:
+def test_an_experiment_in_the_folder_experiments_is_known_by_its_name(cli: CommandLine, warm: WarmCommandLine) -> None:
     (cli.folder / "experiments").mkdir()
     (cli.folder / "tiny.yaml").rename(cli.folder / "experiments/mine.yaml")
-    ended = cli.train("seeds=[3]", "grid.router=[dense]", "train.steps=2", "--json", name="mine")
+    ended = warm(cli, "plan", "mine", "--json")
     assert (ended.code, ended.json["experiment"]) == (0, "mine"), ended.err
-    assert Results(cli.folder / "results").result("dense", 3)["status"] == "done"
+    assert [row["name"] for row in warm(cli, "list", "experiments", "--json").json] == ["mine"]
 
 
 def test_the_shipped_experiments_are_valid(cli: CommandLine, warm: WarmCommandLine) -> None:

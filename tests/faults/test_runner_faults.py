@@ -138,7 +138,7 @@ def test_kill_of_one_worker(cli: CommandLine, results: Results, whole: CommandLi
         pytest.param(signal.SIGINT, True, 130, id="ctrl-c in a terminal"),
         pytest.param(signal.SIGINT, False, 130, id="int to the runner", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, False, 143, id="term to the runner", marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, True, 143, id="term to the whole group"),
+        pytest.param(signal.SIGTERM, True, 143, id="term to the whole group", marks=pytest.mark.slow),
     ],
 )
 def test_a_stop_saves_and_the_next_call_goes_on(
@@ -172,6 +172,17 @@ def test_a_stop_saves_and_the_next_call_goes_on(
     now = times(folder)
     assert {step: now[step] for step in range(1, saved + 1)} == {step: begun[step] for step in range(1, saved + 1)}
     assert_equal_to(whole, cli, warm)
+
+
+def test_sigterm_saves_and_says_143(cli: CommandLine, results: Results, warm: WarmCommandLine) -> None:
+    process = cli.start_training()
+    folder = wait_for_step(results, step=EVERY + 3)
+    send(process, signal.SIGTERM)
+    ended = cli.wait(process, timeout=STOP_WITHIN_S)
+    assert ended.code == 143, ended.err
+    cli.assert_no_process_is_left()
+    plan = {cell["id"]: cell["state"] for cell in warm(cli, "plan", "./tiny.yaml", "--json").json["cells"]}
+    assert plan[folder.name] == "resumable"
 
 
 STUCK = """
@@ -226,7 +237,9 @@ def test_a_ctrl_c_while_the_workers_load_leaves_nothing_behind(cli: CommandLine,
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("after_s", [0.3, 1.0, 1.6])
+@pytest.mark.parametrize(
+    "after_s", [pytest.param(0.3, marks=pytest.mark.slow), 1.0, pytest.param(1.6, marks=pytest.mark.slow)]
+)
 def test_a_stop_during_start_up_is_not_a_crash(
     cli: CommandLine, results: Results, after_s: float, number: signal.Signals
 ) -> None:
@@ -284,6 +297,7 @@ def training_in(cli: CommandLine, folder: Path) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damaged",
     ["newest", pytest.param("all", marks=pytest.mark.slow), pytest.param("truncated", marks=pytest.mark.slow)],
