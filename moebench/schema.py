@@ -14,13 +14,13 @@ COMPONENTS = ("task", "layout", "router")
 class ModelConfig:
     """The transformer around the experts."""
 
-    d_model: int = 128
+    d_model: int = 64
     """Width of the residual stream."""
-    num_layers: int = 4
+    num_layers: int = 2
     """Transformer blocks."""
-    num_heads: int = 4
+    num_heads: int = 2
     """Attention heads; d_model / num_heads must be even."""
-    ffn_width: int = 512
+    ffn_width: int = 128
     """Hidden width that one token uses: of the dense network, and of its active experts together."""
     activation: Literal["gelu", "swiglu"] = "gelu"
     """Of dense networks and experts alike."""
@@ -40,15 +40,15 @@ class ModelConfig:
 class TrainConfig:
     """How every arm is trained: the same for all of them."""
 
-    steps: int = 300
+    steps: int = 1800
     """Optimizer steps."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Sequences per step."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     """Peak of the schedule: linear warm-up, then a cosine down to final_rate of it."""
-    warmup_steps: int = 20
+    warmup_steps: int = 100
     """Steps of the linear warm-up."""
-    final_rate: float = 0.1
+    final_rate: float = 0.0
     """Learning rate at the end, as a share of the peak."""
     weight_decay: float = 0.1
     """AdamW's decay, on matrices only."""
@@ -64,11 +64,11 @@ class TrainConfig:
     """auto takes a CUDA device where there is one."""
     threads: int = 1
     """CPU threads of one cell; part of the cell, because sums change with it in the last bit."""
-    eval_every: int = 100
+    eval_every: int = 300
     """Steps between evaluations on the validation split."""
-    log_every: int = 10
+    log_every: int = 20
     """Steps between points in the journal."""
-    checkpoint_every: int = 100
+    checkpoint_every: int = 300
     """Steps between checkpoints."""
 
     def __post_init__(self) -> None:

@@ -1,5 +1,6 @@
 """What an expert layout is: which blocks hold experts, and what each bank of experts is."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +17,7 @@ class LayoutConfig:
     """Options that every layout has; each layout's own Config adds its name and its options."""
 
     name: str
-    num_experts: int = 8
+    num_experts: int = 16
     """Experts in each bank."""
     expert_width: int | None = None
     """Hidden width of one expert; null matches the arms: router and active experts cost what ffn_width costs."""
@@ -71,22 +72,26 @@ def matched_width(ffn_width: int, experts_per_token: int, router_in_widths: floa
     (rows of 16 bytes, which grouped kernels want) where that stays within 2 % of the dense cost, else to a unit.
     Raises UsageError when no width does.
     """
+    width = _nearest_width(ffn_width, experts_per_token, router_in_widths)
+    if width is not None:
+        return width
+    wider = itertools.count(ffn_width + 1)
+    fits = next(other for other in wider if _nearest_width(other, experts_per_token, router_in_widths))
+    raise UsageError(
+        f"model.ffn_width={ffn_width} is not divisible among {experts_per_token} experts per token and their router:"
+        f" the arm cannot match the dense one within {MATCH_TOLERANCE:.0%}"
+        f" (the next that can: model.ffn_width={fits}; or set layout.expert_width)"
+    )
+
+
+def _nearest_width(ffn_width: int, experts_per_token: int, router_in_widths: float) -> int | None:
     exact = (ffn_width - router_in_widths) / experts_per_token
     for unit in (4, 1):
         width = round(exact / unit) * unit
         excess = (width * experts_per_token + router_in_widths) / ffn_width - 1
         if width >= 1 and abs(excess) <= MATCH_TOLERANCE:
             return width
-    raise UsageError(
-        f"model.ffn_width={ffn_width} is not divisible among {experts_per_token} experts per token and their router:"
-        f" the arm cannot match the dense one within {MATCH_TOLERANCE:.0%}"
-        f" (allowed: wider, for example {_roomier(ffn_width, experts_per_token)}, or set layout.expert_width)"
-    )
-
-
-def _roomier(ffn_width: int, experts_per_token: int) -> int:
-    """Return a larger width at which rounding an expert to a unit is no more than 1 % of it."""
-    return max(50 * experts_per_token, -(-2 * ffn_width // experts_per_token) * experts_per_token)
+    return None
 
 
 LAYOUTS: Registry[type[Layout], LayoutFacts] = Registry("layout", "moebench.experts.layouts")

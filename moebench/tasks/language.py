@@ -58,9 +58,9 @@ class Language(Task):
         NOT_IN_ID: ClassVar[tuple[str, ...]] = ("data.path",)
 
         name: str = "language"
-        sequence_length: int = 128
+        sequence_length: int = 64
         """Tokens per sequence."""
-        eval_windows: int | None = 16
+        eval_windows: int | None = 128
         """Sequences of each domain in an evaluation, evenly spaced over the split; null takes all."""
         data: TextDataConfig = field(default_factory=TextDataConfig)
         """Where the text comes from."""

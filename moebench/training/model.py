@@ -84,11 +84,7 @@ def _leak(config: CellConfig, facts: Facts) -> str | None:
     if capacity.train is None and capacity.eval is None:
         return None
     if capacity.drop_order in ("score", "random"):
-        return (
-            f"layout.drop_order: '{capacity.drop_order}' lets later tokens push out earlier ones (try position)"
-        )
+        return f"layout.drop_order: '{capacity.drop_order}' lets later tokens push out earlier ones (try position)"
     if capacity.drop_order == "router" and not facts.is_causal(with_capacity=True):
-        return (
-            f"{router} with a capacity and its own order of dropping (try layout.drop_order=position)"
-        )
+        return f"{router} with a capacity and its own order of dropping (try layout.drop_order=position)"
     return None

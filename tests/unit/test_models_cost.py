@@ -80,7 +80,7 @@ def test_arms_are_matched_by_default(router: str, activation: str) -> None:
     token_count_V = torch.ones(20, dtype=torch.int64)
 
     def flops(name: str) -> int:
-        config = resolve({"router": name, "model": {"activation": activation}, "layout": {"n": 1}})
+        config = resolve({"router": name, "model": {"activation": activation, "ffn_width": 136}})
         return cost_of(build_backbone(config, causal=True, token_count_V=token_count_V), [], 128).flops_per_token
 
     assert flops(router) == pytest.approx(flops("dense"), rel=MATCH_TOLERANCE)
@@ -116,7 +116,7 @@ def test_matched_width_by_hand(ffn_width: int, top_k: int, router: float, width:
 def test_the_larger_width_that_a_refusal_names_works() -> None:
     with pytest.raises(UsageError, match=r"model\.ffn_width=10 .* 3 experts per token") as caught:
         matched_width(10, 3, 0.0)
-    named = int(str(caught.value).split("for example ")[1].split(",")[0])
+    named = int(str(caught.value).split("next that can: model.ffn_width=")[1].split(";")[0])
     assert matched_width(named, 3, 0.0) >= 1
 
 

@@ -20,7 +20,7 @@ class EveryN(Layout):
         """Options of every_n."""
 
         name: str = "every_n"
-        n: int = 2
+        n: int = 1
         """Distance between blocks with experts."""
 
         def __post_init__(self) -> None:
