@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -50,18 +49,16 @@ def test_pack_numbers(pack):
     assert sum(int((split.tokens_N == 256).sum()) for split in splits) == 627
 
 
-def test_second_call_is_fast_and_does_not_import_datasets(pack):
+def test_second_call_takes_the_cache_and_does_not_import_datasets(pack):
     first, cache_dir = pack
     program = (
-        "import sys, time; from pathlib import Path\n"
+        "import sys; from pathlib import Path\n"
         "from moebench.tasks.text.windows import TextDataConfig, prepare\n"
-        "start = time.perf_counter(); prepared = prepare(TextDataConfig(), Path(sys.argv[1]), 64)\n"
-        "print(time.perf_counter() - start, 'datasets' in sys.modules, prepared.digest)"
+        "print('datasets' in sys.modules, prepare(TextDataConfig(), Path(sys.argv[1]), 64).digest)"
     )
     command = [sys.executable, "-c", program, str(cache_dir)]
-    answers = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(3)]
-    assert min(float(seconds) for seconds, _, _ in answers) < 0.1
-    assert {tuple(rest) for _, *rest in answers} == {("False", first.digest)}
+    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert answer == ["False", first.digest]
 
 
 def test_windows_tile_each_domain(source, tmp_path):
@@ -179,13 +176,3 @@ def test_evaluation_windows_are_distinct_and_balanced(counts, per_domain):
     index = evaluation_windows(split, per_domain)
     assert len(np.unique(index)) == len(index)
     assert np.bincount(split.domain_W[index]).tolist() == [min(per_domain, count) for count in counts]
-
-
-def test_window_reads_are_fast(pack):
-    prepared, _ = pack
-    index_B = train_window_indices(prepared.train.num_windows, 64, 0, 0)
-    prepared.train.window(index_B)
-    start = time.perf_counter()
-    for step in range(20):
-        prepared.train.window(train_window_indices(prepared.train.num_windows, 64, 0, step))
-    assert (time.perf_counter() - start) / 20 < 0.02
