@@ -5,14 +5,31 @@ import sys
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    try:
+        sys.exit(_run())
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _run() -> int:
+    import typer
+
     from moebench.cli import app
     from moebench.errors import UsageError
 
     try:
-        app(prog_name="moebench")
+        return int(app(prog_name="moebench", standalone_mode=False) or 0)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    except typer.Abort:
+        return 130
+    except Exception as error:
+        # An unknown command or option, a missing argument: the command-line library exports no class for them.
+        if not hasattr(error, "format_message"):
+            raise
+        print(f"error: {' '.join(error.format_message().split())} (moebench --help)", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

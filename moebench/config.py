@@ -36,7 +36,7 @@ def with_overrides(experiment: ExperimentConfig, overrides: Sequence[str]) -> tu
     cell_level: list[str] = []
     for override in overrides:
         key, separator, _ = override.partition("=")
-        if not separator or not key:
+        if not separator or not all(key.split(".")):
             raise UsageError(f"'{override}' is not of the form key=value (for example train.steps=500)")
         (experiment_level if re.split(r"[.\[]", key)[0] in own else cell_level).append(override)
     merged = _merge(experiment, _dotlist(experiment_level), "command line")
@@ -53,8 +53,8 @@ def read_yaml(path: Path) -> DictConfig:
         raise UsageError(f"{path}: is a folder, not an experiment file") from error
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise UsageError(f"{path}: not readable as YAML: {_first_line(error)}") from error
-    if not isinstance(loaded, DictConfig):
-        raise UsageError(f"{path}: must be a mapping of keys to values")
+    if not isinstance(loaded, DictConfig) or not loaded:
+        raise UsageError(f"{path}: must be a mapping with keys such as base, grid and seeds")
     return loaded
 
 
@@ -84,7 +84,7 @@ def resolve(raw: Mapping[str, Any], where: str = "configuration") -> CellConfig:
             raise UsageError(f"{section}: must be a mapping of keys to values, got {raw[section]!r}")
     for kind in COMPONENTS:
         given = raw.get(kind)
-        if given is not None and not isinstance(given, Mapping | str):
+        if not isinstance(raw.get(kind, ""), Mapping | str):
             raise UsageError(f"{kind}: must be a name or a mapping with a name, got {given!r}")
         name = given if isinstance(given, str) else (given or {}).get("name", DEFAULT_NAMES[kind])
         sections[kind] = _defaults(kind, str(name))

@@ -126,6 +126,8 @@ def load_plugin(path: str) -> str:
     name = f"moebench_plugin_{file.stem}_{digest[:12]}"
     if name in sys.modules:
         return digest
+    for kind in HOMES:
+        registry_of(kind).names()  # what is built in comes first: a name taken twice is then the plugin's mistake
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise UsageError(f"--plugin {path}: not a Python file (a name ending in .py)")

@@ -1,5 +1,6 @@
 """The figures of runs and experiments, drawn where the tracker and the user find them."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ class Figures:
         if not folder.loads.exists() or not folder.result.exists():
             return
         last = json.loads(folder.loads.read_text().splitlines()[-1])
-        draw_load(last["layers"], path=folder.path / "load.png", title=f"Load of the experts: {title}")
+        with contextlib.suppress(OSError):  # a full disk: a figure is no reason to stop the others
+            draw_load(last["layers"], path=folder.path / "load.png", title=f"Load of the experts: {title}")
 
     def of_experiment(self, experiment: Experiment, results: Path) -> None:
         """Draw the curves of all arms, with the paired differences where they can be compared."""
@@ -32,7 +34,8 @@ class Figures:
             comparison = compare_experiment(experiment, results)
         except UsageError:
             comparison = None  # unmatched or without a baseline: the curves alone
-        draw_experiment(experiment, results, curves_file(experiment, results), comparison)
+        with contextlib.suppress(OSError):
+            draw_experiment(experiment, results, curves_file(experiment, results), comparison)
 
 
 def curves_file(experiment: Experiment, results: Path) -> Path:

@@ -9,7 +9,7 @@ app = typer.Typer(
     help="Which router? Trains the same sparse-expert model with different routing algorithms, under matched"
     " conditions, and says which is better, by how much, and how sure one can be.",
     epilog="Start with: moebench run quickstart, then moebench compare quickstart, then moebench ui.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -29,5 +29,9 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def _root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show it.")) -> None:
-    pass
+def _root(
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show it."),
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())

@@ -54,6 +54,8 @@ def compare(
 
     overrides = [name for name in names if "=" in name]
     subjects = [name for name in names if "=" not in name]
+    if plot and (plot.is_dir() or not plot.parent.is_dir()):
+        raise UsageError(f"--plot {plot}: must be a file in a folder that exists")
     if is_experiment(subjects):
         grid = expand(experiment_file(subjects[0]), overrides, plugin or ())
     else:

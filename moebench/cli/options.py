@@ -38,7 +38,10 @@ def complete_experiment_or_router(incomplete: str) -> list[str]:
 
 
 Results = Annotated[
-    Path, typer.Option("--results", envvar="MOEBENCH_RESULTS", help="Folder of runs, tracker database and cache.")
+    Path,
+    typer.Option(
+        "--results", envvar="MOEBENCH_RESULTS", file_okay=False, help="Folder of runs, tracker database and cache."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
 Plugins = Annotated[

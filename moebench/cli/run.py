@@ -44,7 +44,10 @@ def run(
 
     from moebench.experiment.grid import expand
     from moebench.experiment.runner import run_experiment
+    from moebench.tracking.mlflow_store import check_uri
 
+    if tracker not in (None, "none"):
+        check_uri(tracker)
     grid = expand(experiment_file(experiment), overrides or (), plugin or ())
     console = Console(stderr=True)
     report = run_experiment(grid, results, jobs=jobs, tracker=tracker, console=console, figures=_figures())

@@ -1,6 +1,7 @@
 """The result of a cell that failed: in every table, with its reason."""
 
 import contextlib
+import errno
 from typing import Any
 
 from moebench.config import resolve
@@ -9,8 +10,16 @@ from moebench.training.model import marks_of
 from moebench.training.result import RunResult
 
 
-def failed_result(cell: dict[str, Any], reason: str, total_s: float = 0.0) -> RunResult:
-    """Return the result of a cell that failed: nothing is left out of a table, not even this."""
+def disk_reason(error: OSError) -> str:
+    """Return why a file could not be written, in one line."""
+    what = error.filename or "a file"
+    return (
+        f"disk full while writing {what}" if error.errno == errno.ENOSPC else f"cannot write {what}: {error.strerror}"
+    )
+
+
+def failed_result(cell: dict[str, Any], reason: str, *, step: int = 0, total_s: float = 0.0) -> RunResult:
+    """Return the result of a cell that failed after `step` steps: nothing is left out of a table, not even this."""
     marks: tuple[str, ...] = ()
     with contextlib.suppress(UsageError):
         marks = marks_of(resolve(cell["config"]))
@@ -20,7 +29,7 @@ def failed_result(cell: dict[str, Any], reason: str, total_s: float = 0.0) -> Ru
         seed=cell["seed"],
         status="failed",
         error=reason,
-        step=0,
+        step=step,
         metrics={},
         cost={},
         throughput={"total_s": total_s},

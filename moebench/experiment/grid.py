@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moebench.config import cell_id, component_fields, layer_over, load_experiment, resolve, to_plain, with_overrides
-from moebench.errors import UsageError, nearest, unknown
+from moebench.errors import UsageError, nearest, require, unknown
 from moebench.registry import load_plugin
 from moebench.schema import COMPONENTS, DEFAULT_NAMES, CellConfig, ExperimentConfig
 from moebench.tasks.task import TASKS
@@ -122,6 +122,9 @@ class _Arm:
 
 def _resolved_arms(config: ExperimentConfig, overrides: Mapping[str, Any], where: str) -> list[_Arm]:
     """Check every arm, before anything is trained."""
+    require(isinstance(config.base, Mapping), "base", str(config.base), "a mapping of keys to values")
+    if "seed" in config.base or "seed" in overrides:
+        raise UsageError("seed: the experiment sets it; choose with seeds=[...] instead")
     combinations = list(_arms(config.grid, layer_over({}, config.base), overrides))
     for label, count in Counter(label for label, _, _ in combinations).items():
         if count > 1:

@@ -6,13 +6,13 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
-from moebench.experiment.failure import failed_result
+from moebench.experiment.failure import disk_reason, failed_result
 from moebench.experiment.grid import Cell
 from moebench.training.run_folder import RunFolder, write_json
 
@@ -22,7 +22,7 @@ STOP_GRACE_S = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How one cell ended in this call: done, failed, stopped or busy."""
+    """How one cell ended in this call: done, failed, stopped, found (done by another runner) or busy (with it)."""
 
     cell: Cell
     status: str
@@ -95,11 +95,10 @@ class Scheduler:
         waiting = list(cells)
         outcomes: list[Outcome] = []
         with self._signals_noted():
+            self._start_server()
             try:
                 while (waiting and not self.signals) or self.workers:
-                    while waiting and not self.signals and len(self.workers) < self.jobs:
-                        self._start(waiting.pop(0))
-                    for outcome in self._gather():
+                    for outcome in (*self._fill(waiting), *self._gather()):
                         outcomes.append(outcome)
                         on_end(outcome)
                     on_tick()
@@ -112,6 +111,29 @@ class Scheduler:
             raise Interrupted(self.signals[0], outcomes)
         return outcomes
 
+    def _start_server(self) -> None:
+        """Start the process that the workers are forked from, deaf to Ctrl-C from its first moment on.
+
+        Ctrl-C reaches the whole group, and would otherwise interrupt its imports with a traceback.
+        """
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a program inherits what is ignored
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _fill(self, waiting: list[Cell]) -> Iterator[Outcome]:
+        """Start cells until every place is taken; yield the end of those that could not even be described on disk."""
+        while waiting and not self.signals and len(self.workers) < self.jobs:
+            cell = waiting.pop(0)
+            self.display.started(cell)
+            try:
+                self._start(cell)
+            except OSError as error:
+                outcome = Outcome(cell=cell, status="failed", error=disk_reason(error))
+                self.display.ended(outcome)
+                yield outcome
+
     def _start(self, cell: Cell) -> None:
         folder = RunFolder.of(self.results, cell.id)
         write_json(folder.cell, cell.to_dict(self.experiment))
@@ -122,7 +144,6 @@ class Scheduler:
         process.start()
         theirs.close()
         self.workers.append(_Worker(cell, process, ours, time.monotonic()))
-        self.display.started(cell)
 
     def _gather(self, timeout: float = 0.2) -> Iterator[Outcome]:
         """Read what the workers say, and let go of those that have ended."""
@@ -167,7 +188,8 @@ class Scheduler:
         reason = f"the process was {cause}{hint}" if code < 0 else f"the process {cause}"
         folder = RunFolder.of(self.results, worker.cell.id)
         cell = json.loads(json.dumps(worker.cell.to_dict(self.experiment)))
-        write_json(folder.result, failed_result(cell, reason).to_dict())
+        with contextlib.suppress(OSError):  # a full disk, perhaps the very reason
+            write_json(folder.result, failed_result(cell, reason).to_dict())
         return {"status": "failed", "error": reason}
 
     def _stop_all(self) -> list[Outcome]:

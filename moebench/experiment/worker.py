@@ -19,10 +19,11 @@ from filelock import FileLock, Timeout
 
 from moebench.config import resolve, to_yaml
 from moebench.errors import UsageError
-from moebench.experiment.failure import failed_result
+from moebench.experiment.failure import disk_reason, failed_result
 from moebench.registry import load_plugin
 from moebench.schema import CellConfig
-from moebench.tracking.journal import Journal
+from moebench.tracking.journal import read_journal
+from moebench.tracking.recorder import RunRecorder
 from moebench.training.callback import Hooks
 from moebench.training.environment import environment
 from moebench.training.model import prepare_task
@@ -77,11 +78,15 @@ def run_cell(path: str, results: str, pipe: Connection) -> None:
     link.watch()
     try:
         with FileLock(folder.path / ".lock", timeout=0):
-            link.send({"kind": "end", **_train(folder, Path(results), link)})
+            # Done by another runner since ours looked: not again.
+            found = folder.state() == "done"
+            end = {"status": "found", "error": None} if found else _train(folder, Path(results), link)
+            link.send({"kind": "end", **end})
     except Timeout:
         link.send({"kind": "end", "status": "busy", "error": "another process is training this cell"})
     finally:
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # a full disk has no room for the log either
+            sys.stdout.flush()
 
 
 def _train(folder: RunFolder, results: Path, link: RunnerLink) -> dict[str, Any]:
@@ -95,13 +100,12 @@ def _train(folder: RunFolder, results: Path, link: RunnerLink) -> dict[str, Any]
         config = resolve(cell["config"], str(folder.cell))
         result = _train_logged(config, cell, folder, results, link)
     except Exception as error:
-        traceback.print_exc()
         reason = explain(error)
-        failed = failed_result(cell, reason, total_s=time.time() - started)
-        try:
+        with contextlib.suppress(OSError):  # a full disk: the runner still gets the reason
+            traceback.print_exc()
+            last = last_step(folder.journal)
+            failed = failed_result(cell, reason, step=last, total_s=time.time() - started)
             write_json(folder.result, failed.to_dict())
-        except OSError:
-            traceback.print_exc()  # a full disk: the runner still gets the reason
         return {"status": "failed", "error": reason}
     if result is None:
         return {"status": "stopped", "error": None}
@@ -116,10 +120,9 @@ def _train_logged(
     write_json(folder.environment, environment(config.train.threads))
     write_atomically(folder.path / "config.yaml", to_yaml(config))
     task = prepare_task(config, results)
-    with Journal(folder.journal) as journal:
+    with RunRecorder(folder.journal, folder.loads) as recorder:
         hooks = Hooks(
-            recorder=journal,
-            record_load=lambda step, layers: _append(folder.loads, {"step": step, "layers": layers}),
+            recorder=recorder,
             progress=link.progress,
             should_stop=link.stop.is_set,
         )
@@ -131,15 +134,16 @@ def explain(error: Exception) -> str:
     if isinstance(error, NonFiniteError | UsageError):
         return str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"disk full while writing {error.filename or 'a file'}"
+        return disk_reason(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return f"out of memory: {' '.join(str(error).split())[:200]}"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _append(file: Path, line: dict[str, Any]) -> None:
-    with file.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(line) + "\n")
+def last_step(journal: Path) -> int:
+    """Return the last step that a journal knows of, 0 for none."""
+    points, _ = read_journal(journal)
+    return max((point.step for point in points), default=0)
 
 
 def _redirect_output(log: Path) -> None:

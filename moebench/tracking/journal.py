@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from moebench.errors import UsageError
 
@@ -87,7 +88,7 @@ class Journal:
             self.flush()
             self._file.close()
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

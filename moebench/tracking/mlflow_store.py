@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from moebench.errors import UsageError
 
 MAX_BATCH = 1000
+_SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 _SQLITE = "sqlite:///"
 # MLflow's pages show training runs first instead of traces of language model calls.
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
@@ -60,6 +61,15 @@ class StoredRun:
 def default_uri(results: Path) -> str:
     """Return the address of the SQLite database inside a results folder."""
     return f"{_SQLITE}{(results / 'mlflow.db').absolute()}"
+
+
+def check_uri(uri: str) -> None:
+    """Raise UsageError for an address of a kind that no tracker has."""
+    scheme = urlsplit(uri).scheme.partition("+")[0]
+    if scheme not in _SCHEMES:
+        raise UsageError(
+            f"--tracker {shown(uri)}: '{scheme}' is no kind of tracker; allowed: none, {', '.join(_SCHEMES)}"
+        )
 
 
 def sqlite_path(uri: str) -> Path | None:

@@ -12,7 +12,7 @@ import torch
 
 from moebench.routing.metrics import LoadCount, summarise
 from moebench.training.checkpoint import checkpoint_path
-from moebench.training.evaluate import Evaluation, evaluate
+from moebench.training.evaluate import Evaluation
 from moebench.training.module import CellModule
 
 WARM_UP_STEPS = 3
@@ -20,10 +20,13 @@ WARM_UP_STEPS = 3
 
 
 class Recorder(Protocol):
-    """Where points go: the journal of the run's folder."""
+    """Where points go: the journal of the run's folder, and the loads beside it."""
 
     def append(self, step: int, metrics: dict[str, float]) -> None:
         """Record one point."""
+
+    def record_load(self, step: int, layers: dict[str, list[int]]) -> None:
+        """Record the load of every expert of each MoE layer."""
 
     def flush(self) -> None:
         """Return when every point is on the disk."""
@@ -37,8 +40,6 @@ class Hooks:
     """How a cell talks to the world while it trains."""
 
     recorder: Recorder
-    record_load: Callable[[int, dict[str, list[int]]], None]
-    """Called with the step and, for each MoE layer, the load of every expert."""
     progress: Callable[[dict[str, Any]], None] = lambda message: None
     """Called after every step with step, loss and tokens_per_s."""
     should_stop: Callable[[], bool] = lambda: False
@@ -83,6 +84,16 @@ class CellCallback(lightning.Callback):
         self.checkpoints = checkpoints
         self.meter = meter
         self.stopped = False
+        self.final: Evaluation | None = None
+        """The test split, evaluated after the last step; None before."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the seconds of the steps in the checkpoint: a resumed run's speed is that of all its steps."""
+        return {"seconds": self.meter.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the seconds of the steps before the checkpoint."""
+        self.meter.seconds[:] = state_dict["seconds"]
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Start the clock of the step."""
@@ -100,8 +111,11 @@ class CellCallback(lightning.Callback):
         assert pl_module.last is not None
         if step % train.log_every == 0 or last or step == 1:
             self._log(pl_module, step)
-        if step % train.eval_every == 0 and not last:  # the final evaluation follows the last step
-            self._evaluate(pl_module, step)
+        if step % train.eval_every == 0 or last:
+            self._record(step, pl_module.evaluate("validation"))
+        if last:
+            self.final = pl_module.evaluate("test")
+            self.hooks.recorder.append(step, {f"test/{name}": value for name, value in self.final.metrics.items()})
         self.stopped = not last and self.hooks.should_stop()
         if step % train.checkpoint_every == 0 or last or self.stopped:
             self.hooks.recorder.flush()  # the journal is on disk before a checkpoint claims its steps
@@ -121,15 +135,7 @@ class CellCallback(lightning.Callback):
         load = summarise([LoadCount.of(record) for record in module.last_records])
         self.hooks.recorder.append(step, metrics | {f"train/{name}": value for name, value in load.items()})
 
-    def _evaluate(self, module: CellModule, step: int) -> None:
-        batches = module.task.eval_batches("validation", module.config.train.batch_size)
-        record_evaluation(
-            self.hooks, step, evaluate(module.model, module.task, batches, module.config.seed, module.device)
-        )
-
-
-def record_evaluation(hooks: Hooks, step: int, evaluation: Evaluation) -> None:
-    """Write an evaluation on the validation split into the journal, and the loads of all experts beside it."""
-    hooks.recorder.append(step, {f"eval/{name}": value for name, value in evaluation.metrics.items()})
-    if evaluation.load_by_layer:
-        hooks.record_load(step, evaluation.load_by_layer)
+    def _record(self, step: int, evaluation: Evaluation) -> None:
+        self.hooks.recorder.append(step, {f"eval/{name}": value for name, value in evaluation.metrics.items()})
+        if evaluation.load_by_layer:
+            self.hooks.recorder.record_load(step, evaluation.load_by_layer)

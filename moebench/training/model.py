@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from moebench.errors import UsageError
@@ -31,6 +32,8 @@ class Model(nn.Module):
 def check_cell(config: CellConfig) -> None:
     """Raise UsageError for what can be known before any data is read: options that do not fit, a refused router."""
     check_router(config)
+    if config.train.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("train.device: 'cuda' was asked for, but torch finds no CUDA device (allowed: auto, cpu)")
     facts = ROUTERS.get(config.router.name).facts
     task = TASKS.get(config.task.name, where="task.name")
     leak = _leak(config, facts)

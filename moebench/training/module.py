@@ -11,7 +11,7 @@ from torch import Tensor
 from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig, TrainConfig
 from moebench.tasks.task import Batch, Task
-from moebench.training.evaluate import batch_context
+from moebench.training.evaluate import Evaluation, batch_context, evaluate
 from moebench.training.model import Model
 from moebench.training.objective import Objective, objective
 
@@ -59,6 +59,11 @@ class CellModule(lightning.LightningModule):
         """Let routers with state see the loads of the step: after the update, before anything is saved."""
         for layer, record in zip(self.layers, self.last_records, strict=True):
             layer.router.after_step(record.routing.load_E)
+
+    def evaluate(self, split: str) -> Evaluation:
+        """Evaluate the model on a split of the task's fixed evaluation set."""
+        batches = self.task.eval_batches(split, self.config.train.batch_size)
+        return evaluate(self.model, self.task, batches, self.config.seed, self.device)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW (decay on matrices only) and the warm-up and cosine schedule."""

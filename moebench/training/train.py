@@ -12,12 +12,10 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from moebench.config import to_plain
-from moebench.errors import UsageError
 from moebench.schema import CellConfig
 from moebench.tasks.task import Batch, Task
-from moebench.training.callback import CellCallback, Hooks, Meter, record_evaluation
+from moebench.training.callback import CellCallback, Hooks, Meter
 from moebench.training.checkpoint import VerifiedCheckpointIO, clear_after, drop_all_but, newest_good, step_of
-from moebench.training.evaluate import evaluate
 from moebench.training.model import initialised_model, marks_of, model_cost
 from moebench.training.module import CellModule
 from moebench.training.result import RunResult
@@ -60,7 +58,8 @@ def train_cell(
     _fit(config, task, module, callback, resume, first_step)
     if callback.stopped:
         return None
-    final = _final_evaluation(config, task, module, hooks)
+    # Killed between the last checkpoint and the result: the journal has the evaluation, the result does not.
+    final = callback.final or module.evaluate("test")
     drop_all_but(1, checkpoints)  # there is nothing left to fall back from
     cost = asdict(model_cost(model, task.sequence_length))
     cost["train_tokens"] = config.train.steps * meter.tokens_per_step
@@ -71,7 +70,7 @@ def train_cell(
         status="done",
         error=None,
         step=config.train.steps,
-        metrics=final,
+        metrics=final.metrics,
         cost={name: float(value) for name, value in cost.items()},
         throughput={
             "tokens_per_s": meter.tokens_per_s,
@@ -113,19 +112,5 @@ def _fit(
         trainer.fit(module, batches, ckpt_path=resume)
 
 
-def _final_evaluation(config: CellConfig, task: Task, module: CellModule, hooks: Hooks) -> dict[str, float]:
-    """Record the validation split once more and return the metrics of the test split, the run's quality."""
-    size, device = config.train.batch_size, module.device
-    model = module.model
-    validation = evaluate(model, task, task.eval_batches("validation", size), config.seed, device)
-    record_evaluation(hooks, config.train.steps, validation)
-    test = evaluate(model, task, task.eval_batches("test", size), config.seed, device)
-    hooks.recorder.append(config.train.steps, {f"test/{name}": value for name, value in test.metrics.items()})
-    hooks.recorder.flush()
-    return test.metrics
-
-
 def _accelerator(device: str) -> Any:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("train.device: 'cuda' was asked for, but torch finds no CUDA device (allowed: auto, cpu)")
     return "gpu" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"

@@ -178,7 +178,11 @@ def test_one_expert_is_the_dense_network(case: Case, activation: str) -> None:
     tokens = Tokens.draw(24)
     y_TD, record = run(layer, tokens, training=True)
     assert record.kept.load_E.tolist() == [24]
-    torch.testing.assert_close(y_TD, dense(tokens.x_TD))
+    weight_T1 = record.kept.weight_N[record.kept.token_N.argsort()].unsqueeze(-1)
+    torch.testing.assert_close(y_TD, weight_T1 * dense(tokens.x_TD))
+    scores_TE = record.routing.scores_TE
+    if scores_TE is None or torch.allclose(scores_TE.sum(-1), torch.ones(24)):  # not where experts do not compete
+        torch.testing.assert_close(weight_T1, torch.ones(24, 1))
 
 
 @pytest.mark.parametrize("case", cases_of(8), ids=str)

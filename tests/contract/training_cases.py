@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from moebench.config import layer_over, resolve
 from moebench.schema import CellConfig
 from moebench.tasks.language import Language
 from moebench.tasks.task import Batch
-from moebench.tracking.journal import Journal, read_journal
+from moebench.tracking.journal import read_journal
+from moebench.tracking.recorder import RunRecorder
 from moebench.training.callback import Hooks
 from moebench.training.model import prepare_task
 from moebench.training.result import RunResult
@@ -56,16 +57,14 @@ class Run:
     folder: Path
     task: Any = None
     progress: Callable[[dict[str, Any]], None] = lambda message: None
-    loads: list[tuple[int, dict[str, list[int]]]] = field(default_factory=list)
     step: int = 0
 
     def __call__(self, stop_at: int | None = None) -> RunResult | None:
         """Train to the end, or ask to stop after a step."""
         task = self.task or prepare_task(self.config, self.folder)
-        with Journal(self.folder / "journal.jsonl") as journal:
+        with RunRecorder(self.folder / "journal.jsonl", self.folder / "load.jsonl") as recorder:
             hooks = Hooks(
-                recorder=journal,
-                record_load=lambda step, layers: self.loads.append((step, layers)),
+                recorder=recorder,
                 progress=self._follow,
                 should_stop=lambda: self.step == stop_at,
             )
@@ -74,6 +73,12 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+    @property
+    def loads(self) -> list[tuple[int, dict[str, list[int]]]]:
+        file = self.folder / "load.jsonl"
+        lines = map(json.loads, file.read_text().splitlines() if file.exists() else ())
+        return [(line["step"], line["layers"]) for line in lines]
 
     def _follow(self, message: dict[str, Any]) -> None:
         self.step = message["step"] + 1  # asked before the progress of a step is told

@@ -117,7 +117,7 @@ PLUGIN_MISTAKES = {
 OTHER_MISTAKES = {
     "run ./tiny.yaml --nope": ["--nope"],
     "run ./tiny.yaml --jobs -1": ["--jobs"],
-    "run ./tiny.yaml --jobs two": ["--jobs", "two"],
+    "run ./tiny.yaml --jobs two": ["--jobs", "integer"],
     "run": ["EXPERIMENT"],
     "rum": ["rum", "run"],
     "run nowhere": ["experiment 'nowhere' is unknown"],
@@ -128,7 +128,7 @@ OTHER_MISTAKES = {
     "compare train.steps=5": ["neither"],
     "compare switch --task langage": ["'langage'", "Did you mean 'language'?"],
     "compare ./tiny.yaml --plot a_file/figure.png": ["a_file/figure.png"],
-    "run ./tiny.yaml --results a_file": ["a_file", "cannot be written"],
+    "run ./tiny.yaml --results a_file": ["a_file"],
     "run ./tiny.yaml --results a_file/below": ["a_file/below", "cannot be written"],
     "plan ./tiny.yaml --results a_file": ["a_file"],
     "compare ./tiny.yaml --results a_file": ["a_file"],
