@@ -171,7 +171,7 @@ def test_experiment_file_and_overrides(tmp_path: Path) -> None:
         ("grid: {router: switch}\n", ["grid.router: "]),
         ("seeds: [1\n", ["not readable as YAML: "]),
         ("seeds: [1]\nseeds: [2]\n", ["not readable as YAML: ", "seeds"]),
-        ("- a\n", ["must be a mapping of keys to values"]),
+        ("- a\n", ["must be a mapping with keys such as base"]),
     ],
 )
 def test_mistakes_in_a_file_are_answered_in_one_line(tmp_path: Path, text: str, parts: list[str]) -> None:

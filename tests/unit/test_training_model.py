@@ -4,7 +4,7 @@ from contract.training_cases import Run, tiny_config, write_text
 
 from moebench.config import resolve
 from moebench.errors import UsageError
-from moebench.training.model import check_cell, marks_of, prepare_task
+from moebench.training.model import check_cell, marks_of
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +95,8 @@ def test_training_learns(text, tmp_path) -> None:
     assert losses[-1] < 0.6 * losses[0]
 
 
-def test_a_cuda_device_that_is_not_there_is_refused(text, tmp_path, monkeypatch) -> None:
+def test_a_cuda_device_that_is_not_there_is_refused(text, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = tiny_config(text, train={"device": "cuda"})
     with pytest.raises(UsageError, match=r"^train\.device: 'cuda' was asked for, but torch finds no CUDA device"):
-        Run(config, tmp_path, task=prepare_task(config, tmp_path))()
+        check_cell(config)
