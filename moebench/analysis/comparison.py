@@ -43,9 +43,10 @@ def compare(
     grid = sort_results(results, expected, baseline=baseline, metric=metric, lower_is_better=lower_is_better)
     runs = {arm: list(grid.done[arm].values()) for arm in grid.arms}
     mismatched = matched_or_refuse(runs, baseline, allow=allow_mismatch)
-    differences = compare_pairs(grid, unmatched=[arm for arm, found in mismatched.items() if found])
+    unmatched = [arm for arm, found in mismatched.items() if found]
+    differences = compare_pairs(grid, unmatched=unmatched)
     arms = tuple(_summary(arm, grid, [mismatch.mark for mismatch in mismatched.get(arm, ())]) for arm in grid.arms)
-    best, remarks = _best(arms, differences, lower_is_better)
+    best, remarks = _best(grid, arms, unmatched)
     return Comparison(
         metric=metric,
         lower_is_better=lower_is_better,
@@ -153,28 +154,25 @@ def _finite(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None and isfinite(value)]
 
 
-def _best(
-    arms: Sequence[ArmSummary], differences: Sequence[Difference], lower_is_better: bool
-) -> tuple[str | None, list[str]]:
-    """Name the one arm that may be called best, and say why none may where several come near.
+def _best(grid: Sorted, arms: Sequence[ArmSummary], unmatched: Collection[str]) -> tuple[str | None, list[str]]:
+    """Name the arm that may be called best, or say why the one with the best mean may not.
 
-    It alone is better than the baseline after Holm, no matched arm has a better mean, and it is causal.
+    Best is what is better than every other matched arm, each pair tested over its common seeds and the p values
+    corrected as one family; not what happens to have the best mean. An arm that sees later tokens never is.
     """
-    better = [difference.arm for difference in differences if difference.verdict == "better"]
-    if not better:
-        return None, []
-    if len(better) > 1:
-        return None, [
-            f"{', '.join(better)} are better than the baseline; they were not compared with one another: "
-            "name one of them as the baseline to see which is best"
-        ]
-    unmatched = {difference.arm for difference in differences if difference.verdict == "not matched"}
     means = {arm.arm: arm.mean for arm in arms if arm.mean is not None and arm.arm not in unmatched}
-    leader = (min if lower_is_better else max)(means, key=lambda arm: means[arm])
-    if leader != better[0]:
-        return None, [f"{leader} has the best mean, but it is not shown to differ from the baseline"]
+    if len(means) < 2:
+        return None, []
+    leader = (min if grid.lower_is_better else max)(means, key=lambda arm: means[arm])
+    against = compare_pairs(replace(grid, baseline=leader), unmatched=unmatched)
+    rivals = [difference for difference in against if difference.arm in means]
+    if any(rival.verdict == "too few seeds" for rival in rivals):
+        return None, []
     if NON_CAUSAL in next(arm.marks for arm in arms if arm.arm == leader):
-        return None, [f"{leader} is not called best: its routing sees later tokens"]
+        return None, [f"{leader} has the best mean and is not called best: its routing sees later tokens"]
+    near = [rival.arm for rival in rivals if rival.verdict != "worse"]
+    if near:
+        return None, [f"{leader} has the best mean, but is not shown to be better than {', '.join(near)}"]
     return leader, []
 
 

@@ -28,7 +28,7 @@ MARK_MEANINGS = {
     "≠data": "trained on other data",
     "≠eval": "evaluated on another set or by another definition",
     NON_CAUSAL: "its routing sees later tokens, so its quality here is out of reach when generating",
-    "best": "alone better than the baseline after correction, and no arm has a better mean",
+    "best": "better than every other matched arm, each pair tested, p corrected as one family",
 }
 
 

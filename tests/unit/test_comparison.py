@@ -75,7 +75,7 @@ def test_higher_is_better_turns_the_verdict():
     results = grid({"dense": 0, "switch": -0.01})
     found = compare(results, expected=cells(results), baseline="dense", lower_is_better=False)
     assert found.differences[0].verdict == "worse"
-    assert all("best" not in arm.marks for arm in found.arms)
+    assert {arm.arm: arm.marks for arm in found.arms} == {"dense": ("best",), "switch": ()}
 
 
 def test_holm_corrects_over_the_arms():
@@ -100,12 +100,22 @@ def test_fewer_than_three_seeds_decide_nothing(num_seeds):
     assert all(arm.marks == () and arm.interval is None for arm in found.arms)
 
 
-def test_several_better_arms_have_no_best():
-    results = grid({"dense": 0, "a": -0.01, "b": -0.02})
+def test_best_is_better_than_every_other_arm():
+    # b - a: -0.05 + (.001, -.001, .002, 0, -.002): t = -70.7, far below .05 even with the other pair corrected
+    b = [run("b", seed, DENSE[seed] - 0.06 + d) for seed, d in enumerate((0.001, -0.001, 0.002, 0, -0.002))]
+    results = grid({"dense": 0, "a": -0.01}) + b
+    found = compare(results, expected=cells(results), baseline="dense")
+    assert [difference.verdict for difference in found.differences] == ["better", "better"]
+    assert {arm.arm: arm.marks for arm in found.arms} == {"dense": (), "a": (), "b": ("best",)}
+
+
+def test_two_good_arms_that_are_near_have_no_best():
+    b = [run("b", seed, DENSE[seed] - 0.0105 + d) for seed, d in enumerate((0.002, -0.002, 0.003, 0, -0.003))]
+    results = grid({"dense": 0, "a": -0.01}) + b
     found = compare(results, expected=cells(results), baseline="dense")
     assert [difference.verdict for difference in found.differences] == ["better", "better"]
     assert all(arm.marks == () for arm in found.arms)
-    assert any("not compared with one another" in note for note in found.notes)
+    assert "b has the best mean, but is not shown to be better than a" in found.notes
 
 
 def test_a_better_arm_is_not_best_while_another_has_a_better_mean():
@@ -115,7 +125,7 @@ def test_a_better_arm_is_not_best_while_another_has_a_better_mean():
     found = compare(results, expected=cells(results), baseline="dense")
     assert [difference.verdict for difference in found.differences] == ["better", "no difference shown"]
     assert all(arm.marks == () for arm in found.arms)
-    assert any("b has the best mean, but it is not shown" in note for note in found.notes)
+    assert "b has the best mean, but is not shown to be better than dense, a" in found.notes
 
 
 def test_a_non_causal_arm_is_marked_and_not_best():
