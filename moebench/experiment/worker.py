@@ -99,6 +99,8 @@ def _train(folder: RunFolder, results: Path, link: RunnerLink) -> dict[str, Any]
             load_plugin(plugin)
         config = resolve(cell["config"], str(folder.cell))
         result = _train_logged(config, cell, folder, results, link)
+        if result is not None:
+            write_json(folder.result, result.to_dict())
     except Exception as error:
         reason = explain(error)
         with contextlib.suppress(OSError):  # a full disk: the runner still gets the reason
@@ -109,7 +111,6 @@ def _train(folder: RunFolder, results: Path, link: RunnerLink) -> dict[str, Any]
         return {"status": "failed", "error": reason}
     if result is None:
         return {"status": "stopped", "error": None}
-    write_json(folder.result, result.to_dict())
     return {"status": "done", "error": None, "metrics": result.metrics}
 
 
