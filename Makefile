@@ -22,7 +22,7 @@ demo: $(VENV)/installed  ## install, run the quickstart experiment, print the co
 test: $(VENV)/installed-dev  ## the tests, in a few minutes on two cores
 	$(PYTEST) -n 2 -m "not slow and not gpu"
 
-test-all: $(VENV)/installed-dev  ## the tests and the long proofs
+test-all: $(VENV)/installed-dev  ## the tests and the long proofs (the tracking UI is looked at with chromium, if there is one)
 	$(PYTEST) -n 2
 
 lint: $(VENV)/installed-dev  ## ruff and mypy

@@ -89,7 +89,7 @@ def _runs(results: Any) -> list[dict[str, Any]]:
 
 
 COLUMNS = {
-    Kind.ROUTERS: ("name", "family", "causal", "batch_dependent", "learned", "paper"),
+    Kind.ROUTERS: ("name", "family", "causal", "learned", "batch_dependent", "paper"),
     Kind.LAYOUTS: ("name", "placement", "paper"),
     Kind.TASKS: ("name", "causal", "metric", "data"),
     Kind.LOSSES: ("name", "equation", "uniform", "collapsed", "paper"),
@@ -99,15 +99,15 @@ COLUMNS = {
 
 
 def _print(rows: list[dict[str, Any]], kind: Kind) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from moebench.cli.table import print_table
 
-    table = Table()
-    for column in COLUMNS[kind]:
-        table.add_column(column.replace("_", " "))
-    for row in rows:
-        table.add_row(*(_text(row[column]) for column in COLUMNS[kind]))
-    Console().print(table if rows else f"no {kind.value} here", markup=False)
+    if not rows:
+        print(f"no {kind.value} here")
+        return
+    columns = COLUMNS[kind]
+    heads = {column: column.replace("_dependent", "-dep.") for column in columns}
+    lines = [[_text(row[column]) for column in columns] for row in rows]
+    print_table(list(heads.values()), lines, whole=("id", "name", "family"))
 
 
 def _text(value: Any) -> str:

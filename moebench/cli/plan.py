@@ -39,22 +39,19 @@ def plan(
 
 def _print(grid: Any, rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     from moebench.analysis.formatting import human
+    from moebench.cli.table import print_table
 
     console = Console()
     console.print(f"{grid.name}: {grid.question}", highlight=False, markup=False)
     for note in grid.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
     console.print(f"each cell trains on {human(rows[0]['train_tokens'])} tokens", highlight=False)
-    table = Table()
-    for column in ("cell", "arm", "seed", "state"):
-        table.add_column(column, no_wrap=True)
-    for column in ("active", "params", "FLOPs/token", "vs base"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
+    numbers = ("active", "params", "FLOPs/token", "vs base")
+    columns = ("cell", "arm", "seed", "state", *numbers)
+    lines = [
+        (
             row["id"],
             row["arm"] + "".join(f" ({mark})" for mark in row["marks"]),
             str(row["seed"]),
@@ -64,4 +61,6 @@ def _print(grid: Any, rows: list[dict[str, Any]]) -> None:
             human(row["flops_per_token"]),
             f"{row['flops_vs_baseline']:+.2%}",
         )
-    console.print(table)
+        for row in rows
+    ]
+    print_table(columns, lines, right=numbers, whole=(*columns[:1], *columns[2:]))

@@ -65,7 +65,7 @@ def _options(config: Any) -> list[dict[str, Any]]:
     return [
         {
             "name": field.name,
-            "type": getattr(field.type, "__name__", str(field.type)).replace("typing.", ""),
+            "type": type_name(field.type),
             "default": defaults[field.name],
             "about": docs.get(field.name, ""),
         }
@@ -76,16 +76,26 @@ def _options(config: Any) -> list[dict[str, Any]]:
 def own_first(config: Any) -> list[Any]:
     """Return the fields of a Config without its name: its own before those that all of its kind have."""
     import dataclasses
-    import inspect
 
-    own = inspect.get_annotations(config)
+    parent = config.__mro__[1]
+    shared = {field.name for field in dataclasses.fields(parent)} if dataclasses.is_dataclass(parent) else set()
     fields = [field for field in dataclasses.fields(config) if field.name != "name"]
-    return sorted(fields, key=lambda field: field.name not in own)
+    return sorted(fields, key=lambda field: field.name in shared)
+
+
+def type_name(annotation: Any) -> str:
+    """Return a type as a user writes its values: choices as they are, other types by name."""
+    from typing import Literal, get_args, get_origin
+
+    if get_origin(annotation) is Literal:
+        return " | ".join(str(choice) for choice in get_args(annotation))
+    return str(getattr(annotation, "__name__", annotation)) if not get_args(annotation) else str(annotation)
 
 
 def _print(found: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
+
+    from moebench.cli.table import print_table
 
     console = Console()
 
@@ -104,10 +114,7 @@ def _print(found: dict[str, Any]) -> None:
             say(f"{key.replace('_', ' '):<22}{text}")
     say(f"{'source':<22}{found['source']}")
     if found["options"]:
-        table = Table(title="options", title_justify="left")
-        for column in ("name", "default", "type", "about"):
-            table.add_column(column)
-        for option in found["options"]:
-            table.add_row(option["name"], str(option["default"]), option["type"], option["about"])
         say()
-        console.print(table, markup=False)
+        columns = ("name", "default", "type", "about")
+        lines = [[str(option[column]) for column in columns] for option in found["options"]]
+        print_table(["option", *columns[1:]], lines, whole=("option",))
