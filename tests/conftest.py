@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import CommandLine, WarmCommandLine
 from hypothesis import settings
 
 from moebench.errors import UsageError
@@ -67,3 +68,21 @@ class PluginFolder:
         file = self.folder / name
         file.write_text(text)
         return str(file)
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Iterator[CommandLine]:
+    """A fresh folder with the tiny experiment; nothing that was started outlives the test."""
+    command_line = CommandLine(tmp_path)
+    command_line.write()
+    yield command_line
+    command_line.kill_leftovers()
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmCommandLine]:
+    """Calls that need no start-up: for the many that only look or are refused."""
+    scratch = tmp_path_factory.mktemp("warm")
+    command_line = WarmCommandLine(CommandLine(scratch).environment, scratch)
+    yield command_line
+    command_line.close()
