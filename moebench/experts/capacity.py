@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Generator, Tensor
+from torch.nn import functional
 
 from moebench.routing.values import Routing
 
@@ -54,9 +55,12 @@ def _precedence(routing: Routing, order: DropOrder, generator: Generator) -> Ten
 
 
 def _rank_within_expert(routing: Routing, precedence_N: Tensor) -> Tensor:
-    """Return each assignment's place in the queue of its expert, from 0."""
-    expert_N, by_expert_N = routing.expert_N[precedence_N].sort(stable=True)
+    """Return each assignment's place in the queue of its expert, from 0; those that do not count queue nowhere."""
+    queue_N = routing.expert_N
+    if routing.kept_N is not None:
+        queue_N = queue_N.where(routing.kept_N, routing.num_experts)
+    queue_N, by_queue_N = queue_N[precedence_N].sort(stable=True)
     load_E = routing.load_E
-    start_E = load_E.cumsum(0) - load_E
-    place_N = torch.arange(expert_N.numel(), device=expert_N.device) - start_E[expert_N]
-    return torch.empty_like(place_N).scatter_(0, precedence_N[by_expert_N], place_N)
+    start_E = functional.pad(load_E.cumsum(0) - load_E, (0, 1))
+    place_N = torch.arange(queue_N.numel(), device=queue_N.device) - start_E[queue_N]
+    return torch.empty_like(place_N).scatter_(0, precedence_N[by_queue_N], place_N)

@@ -4,6 +4,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from moebench.experts.bank import Bank
+
 GATED = {"gelu": False, "swiglu": True}
 """Activations by name; a gated one has a second input projection that multiplies the first."""
 
@@ -46,38 +48,34 @@ class FeedForward(nn.Module):
         return 2 * (self.w_in_DF.numel() + self.w_out_FD.numel())
 
 
-class ExpertBank(nn.Module):
-    """E feed-forward networks of one shape; rows come sorted by expert, with the number of rows of each."""
+class ExpertBank(Bank):
+    """E feed-forward networks of one shape."""
 
     def __init__(self, d_model: int, width: int, num_experts: int, activation: str, out_scale: float = 1.0) -> None:
         super().__init__()
+        self.num_experts = num_experts
         self.activation = activation
         self.out_scale = out_scale
         self.w_in_EDF = nn.Parameter(torch.empty(num_experts, d_model, width * (1 + GATED[activation])))
         self.w_out_EFD = nn.Parameter(torch.empty(num_experts, width, d_model))
-
-    @property
-    def num_experts(self) -> int:
-        """Number of experts in the bank."""
-        return self.w_in_EDF.shape[0]
 
     def init_weights(self, generator: Generator) -> None:
         """Draw each expert as a dense network of its size is drawn: all experts differ."""
         draw(self.w_in_EDF, self.w_in_EDF.shape[1] ** -0.5, generator)
         draw(self.w_out_EFD, self.out_scale * self.w_out_EFD.shape[1] ** -0.5, generator)
 
-    def forward(self, x_RD: Tensor, load_E: Tensor) -> Tensor:
+    def rows(self, x_RD: Tensor, load_E: Tensor) -> Tensor:
         """Return y_RD: the first load_E[0] rows through expert 0, the next through expert 1, and so on."""
         hidden_RF = grouped_matmul(x_RD, self.w_in_EDF, load_E)
         return grouped_matmul(activate(hidden_RF, self.activation), self.w_out_EFD, load_E)
 
     def expert(self, x_RD: Tensor, index: int) -> Tensor:
-        """Return what one expert computes: the slow, obvious form that the oracle of the tests uses."""
+        """Return what one expert computes."""
         return activate(x_RD @ self.w_in_EDF[index], self.activation) @ self.w_out_EFD[index]
 
-    def flops_per_row(self) -> int:
-        """Forward FLOPs of one row through one expert."""
-        return 2 * (self.w_in_EDF[0].numel() + self.w_out_EFD[0].numel())
+    def flops_per_row_E(self) -> tuple[int, ...]:
+        """Forward FLOPs of one row through each expert."""
+        return (2 * (self.w_in_EDF[0].numel() + self.w_out_EFD[0].numel()),) * self.num_experts
 
 
 def grouped_matmul(x_RI: Tensor, weight_EIO: Tensor, load_E: Tensor) -> Tensor:

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from moebench.experts.bank import Bank
 from moebench.experts.capacity import Capacity, kept_within
-from moebench.experts.dispatch import DispatchPlan, combine, dispatch
-from moebench.experts.feed_forward import ExpertBank
 from moebench.routing.router import Router
 from moebench.routing.values import LayerRecord, RouteContext, Routing
 
@@ -13,9 +12,7 @@ from moebench.routing.values import LayerRecord, RouteContext, Routing
 class MoELayer(nn.Module):
     """A bank of experts behind a router; returns its output and the record of what was routed where."""
 
-    def __init__(
-        self, router: Router, bank: ExpertBank, *, experts_per_token: int, capacity: Capacity, layer: int
-    ) -> None:
+    def __init__(self, router: Router, bank: Bank, *, experts_per_token: int, capacity: Capacity, layer: int) -> None:
         """`experts_per_token`: the router's nominal k, which sets the capacity and the FLOPs."""
         super().__init__()
         self.router = router
@@ -31,10 +28,7 @@ class MoELayer(nn.Module):
         if ctx.valid_T is not None:
             routing = routing.keep(ctx.valid_T[routing.token_N])  # padding takes no slot and counts nowhere
         kept = self._within_capacity(routing, ctx)
-        plan = DispatchPlan.of(kept)
-        x_RD = dispatch(x_TD, kept, plan)
-        y_RD = self.bank(x_RD, plan.load_E)
-        y_TD = combine(y_RD, kept, plan)
+        y_TD = self.bank.mixture(x_TD, kept)
         return y_TD, LayerRecord(layer=self.layer, routing=routing, kept=kept, valid_T=ctx.valid_T)
 
     def _within_capacity(self, routing: Routing, ctx: RouteContext) -> Routing:
@@ -51,13 +45,5 @@ class MoELayer(nn.Module):
     def flops_per_token(self) -> int:
         """Forward FLOPs of one token: the router and the experts that a token uses, padding slots counted."""
         # A grouped product computes the rows that exist: without padding, capacity never costs more than dropless.
-        return self.router.flops_per_token() + self.experts_per_token * self.bank.flops_per_row()
-
-
-def double_loop(layer: MoELayer, x_TD: Tensor, routing: Routing) -> Tensor:
-    """Return Σ_e w_te E_e(x_t) by a loop over assignments: slow, obvious, the oracle beside the fast path."""
-    rows = [torch.zeros_like(x_TD[0]) for _ in range(routing.num_tokens)]
-    pairs = zip(routing.token_N.tolist(), routing.expert_N.tolist(), routing.weight_N, strict=True)
-    for token, expert, weight in pairs:
-        rows[token] = rows[token] + weight.to(x_TD.dtype) * layer.bank.expert(x_TD[token], expert)
-    return torch.stack(rows) if rows else torch.zeros_like(x_TD)
+        flops_E = self.bank.flops_per_row_E()
+        return self.router.flops_per_token() + self.experts_per_token * sum(flops_E) // len(flops_E)

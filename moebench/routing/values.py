@@ -36,6 +36,8 @@ class Routing:
     """Who keeps a slot when an expert is over capacity: the highest stays. None: the earlier token stays."""
     top_k: int | None = None
     """K when the list is a token-major T×K rectangle, so that the combine can gather instead of scatter."""
+    kept_N: Tensor | None = None
+    """bool: which assignments count; None: all. The others have weight 0 and are computed by nobody."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """What the router's own losses need and nothing else carries, by name."""
 
@@ -68,28 +70,42 @@ class Routing:
         )
 
     def keep(self, kept_N: Tensor) -> "Routing":
-        """Return the routing with only the assignments where `kept_N` (bool) is true."""
+        """Return the routing in which only the assignments where `kept_N` (bool) is true still count.
+
+        The list keeps its length: its shape never depends on data, so a GPU is not waited for, and a rectangle
+        stays one.
+        """
+        kept_N = kept_N if self.kept_N is None else kept_N & self.kept_N
+        return replace(self, weight_N=self.weight_N.where(kept_N, 0.0), kept_N=kept_N)
+
+    def compact(self) -> "Routing":
+        """Return the routing with the assignments that count and no others; waits for the device."""
+        if self.kept_N is None:
+            return self
         return replace(
             self,
-            token_N=self.token_N[kept_N],
-            expert_N=self.expert_N[kept_N],
-            weight_N=self.weight_N[kept_N],
-            priority_N=None if self.priority_N is None else self.priority_N[kept_N],
+            token_N=self.token_N[self.kept_N],
+            expert_N=self.expert_N[self.kept_N],
+            weight_N=self.weight_N[self.kept_N],
+            priority_N=None if self.priority_N is None else self.priority_N[self.kept_N],
             top_k=None,
+            kept_N=None,
         )
 
     @property
     def load_E(self) -> Tensor:
         """Assignments per expert, int64."""
-        # A scatter with a fixed output size: bincount would wait for the device to say how long its result is.
-        zeros_E = torch.zeros(self.num_experts, dtype=torch.int64, device=self.expert_N.device)
-        return zeros_E.scatter_add(0, self.expert_N, torch.ones_like(self.expert_N))
+        return self._count(self.expert_N, self.num_experts)
 
     @property
     def experts_per_token_T(self) -> Tensor:
         """Assignments per token, int64; 0 marks an unserved token."""
-        zeros_T = torch.zeros(self.num_tokens, dtype=torch.int64, device=self.token_N.device)
-        return zeros_T.scatter_add(0, self.token_N, torch.ones_like(self.token_N))
+        return self._count(self.token_N, self.num_tokens)
+
+    def _count(self, index_N: Tensor, size: int) -> Tensor:
+        # A scatter with a fixed output size: bincount would wait for the device to say how long its result is.
+        zeros = torch.zeros(size, dtype=torch.int64, device=index_N.device)
+        return zeros.scatter_add(0, index_N, torch.ones_like(index_N) if self.kept_N is None else self.kept_N.long())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -126,4 +142,4 @@ class LayerRecord:
     @property
     def num_dropped(self) -> int:
         """Assignments lost to capacity."""
-        return self.routing.token_N.numel() - self.kept.token_N.numel()
+        return int(self.routing.load_E.sum() - self.kept.load_E.sum())

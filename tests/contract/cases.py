@@ -207,5 +207,6 @@ def dense_weights_TE(routing: Routing) -> Tensor:
 def assigned_TE(routing: Routing) -> Tensor:
     """Return who goes where as a table of bools."""
     table_TE = torch.zeros(routing.num_tokens, routing.num_experts, dtype=torch.bool)
+    routing = routing.compact()
     table_TE[routing.token_N, routing.expert_N] = True
     return table_TE

@@ -150,7 +150,7 @@ def test_losses_leave_padding_out(num_tokens: int, num_padding: int, num_experts
     assert routing.logits_TE is not None
     assert routing.scores_TE is not None
     alone = replace(
-        routing.keep(valid_T[routing.token_N]),
+        routing.keep(valid_T[routing.token_N]).compact(),
         num_tokens=num_tokens,
         logits_TE=routing.logits_TE[:num_tokens],
         scores_TE=routing.scores_TE[:num_tokens],

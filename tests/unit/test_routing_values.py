@@ -33,18 +33,30 @@ def test_rectangle_becomes_a_list() -> None:
     assert routing.experts_per_token_T.tolist() == [2, 2]
 
 
-def test_what_is_kept_is_no_rectangle_any_more() -> None:
+def test_what_is_not_kept_counts_nowhere() -> None:
     routing = two_tokens()
     kept = routing.keep(torch.tensor([False, False, True, True]))
-    assert kept.token_N.tolist() == [1, 1]
-    assert kept.priority_N is not None
-    assert kept.priority_N.tolist() == [8, 6]
-    assert kept.top_k is None
-    assert kept.num_tokens == 2
+    assert kept.top_k == 2, "the list keeps its shape"
+    assert kept.weight_N[:2].tolist() == [0.0, 0.0]
+    assert kept.load_E.sum() == 2
     assert kept.experts_per_token_T.tolist() == [0, 2]
     assert kept.extras is routing.extras
-    assert routing.top_k == 2, "a change is a new value"
+    assert routing.kept_N is None, "a change is a new value"
     assert LayerRecord(layer=0, routing=routing, kept=kept).num_dropped == 2
+    fewer = kept.keep(torch.tensor([True, False, True, False]))
+    assert fewer.kept_N is not None
+    assert fewer.kept_N.tolist() == [False, False, True, False]
+
+
+def test_a_compact_routing_lists_what_counts() -> None:
+    routing = two_tokens()
+    assert routing.compact() is routing
+    compact = routing.keep(torch.tensor([False, False, True, True])).compact()
+    assert compact.token_N.tolist() == [1, 1]
+    assert compact.priority_N is not None
+    assert compact.priority_N.tolist() == [8, 6]
+    assert (compact.top_k, compact.kept_N, compact.num_tokens) == (None, None, 2)
+    assert compact.experts_per_token_T.tolist() == [0, 2]
 
 
 def test_values_are_frozen() -> None:
