@@ -34,10 +34,9 @@ class Bank(nn.Module):
 
     def mixture(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Return y_TD: for each token the sum of its experts' outputs times their weights (0 when unserved)."""
-        routing = routing.compact()
         plan = DispatchPlan.of(routing)
-        y_RD = self.rows(dispatch(x_TD, routing, plan), plan.load_E)
-        return combine(y_RD, routing, plan)
+        y_RD = self.rows(dispatch(x_TD, plan), plan.groups.load_E)
+        return combine(y_RD, routing.weight_N, plan)
 
 
 def double_loop(bank: Bank, x_TD: Tensor, routing: Routing) -> Tensor:

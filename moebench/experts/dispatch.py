@@ -1,7 +1,7 @@
 """Dispatch and combine: token vectors to rows sorted by expert, and rows back to weighted sums per token.
 
-For the token-major rectangle of dropless token choice both directions are gathers, forward and backward: no
-scatter, so the result is deterministic on every device. Other lists are summed by index_add.
+Everything is a gather, forward and backward: a token's rows are found by an index and summed in a fixed order, never
+scattered, so the result is the same in every run on every device.
 """
 
 from dataclasses import dataclass
@@ -10,83 +10,161 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
+from moebench.experts.grouped import Groups
 from moebench.routing.values import Routing
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DispatchPlan:
-    """Which assignment each row computes; rows are sorted by expert, within an expert by assignment."""
+    """Which assignment each row computes; rows are sorted by expert, within an expert by assignment.
+
+    Where loads are nearly equal there may be padding rows, the same number of rows for every expert. On a GPU the
+    number of rows is that of all assignments, so that nothing waits for a count: those that are not kept lie behind
+    the last expert's rows. On a CPU they have no row.
+    """
 
     assignment_R: Tensor
-    """Row -> assignment (a permutation of 0 ... N-1)."""
-    row_N: Tensor
-    """Assignment -> row."""
+    """Row -> assignment; N for a padding row."""
     token_R: Tensor
-    """Row -> token."""
-    load_E: Tensor
-    """Rows per expert."""
+    """Row -> token; 0 for a padding row."""
+    row_N: Tensor
+    """Assignment -> row; any row where it is not kept."""
+    kept_N: Tensor | None
+    """bool: which assignments have a row; None: all."""
+    groups: Groups
+    """The rows of each expert."""
+    bags: "Bags"
+    """The rows of each token."""
 
     @classmethod
-    def of(cls, routing: Routing) -> "DispatchPlan":
+    def of(cls, routing: Routing, *, may_pad: bool = False) -> "DispatchPlan":
         """Sort the assignments by expert."""
-        assignment_R = routing.expert_N.argsort(stable=True)
-        row_N = torch.empty_like(assignment_R)
-        row_N[assignment_R] = torch.arange(assignment_R.numel(), device=assignment_R.device)
-        return cls(assignment_R=assignment_R, row_N=row_N, token_R=routing.token_N[assignment_R], load_E=routing.load_E)
+        groups = Groups.of(routing.load_E, may_pad=may_pad)
+        order_N = _order(routing.expert_N, routing.kept_N, routing.num_experts)
+        if groups.num_rows is not None:
+            order_N = order_N[: sum(groups.loads or ())]
+        row_N, assignment_R = _rows(routing.expert_N, order_N, groups)
+        return cls(
+            assignment_R=assignment_R,
+            token_R=functional.pad(routing.token_N, (0, 1)).index_select(0, assignment_R),
+            row_N=row_N,
+            kept_N=routing.kept_N,
+            groups=groups,
+            bags=Bags.of(routing, row_N),
+        )
+
+    def weight_R(self, weight_N: Tensor) -> Tensor:
+        """Return the weight of each row as a column, 0 for a padding row."""
+        return functional.pad(weight_N, (0, 1)).index_select(0, self.assignment_R).unsqueeze(-1)
+
+    def to_assignments(self, value_R: Tensor) -> Tensor:
+        """Return a number per row as a number per assignment, 0 where it has no row."""
+        if value_R.numel() == 0:
+            return value_R.new_zeros(self.row_N.shape)
+        value_N = value_R.index_select(0, self.row_N)
+        return value_N if self.kept_N is None else value_N.where(self.kept_N, 0)
 
 
-def dispatch(x_TD: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
+def _rows(expert_N: Tensor, order_S: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+    """Return row_N and assignment_R for assignments that are sorted by expert."""
+    row_S = torch.arange(order_S.numel(), device=order_S.device)
+    assignment_R = order_S
+    if groups.capacity is not None:
+        expert_S = expert_N[order_S]
+        row_S = row_S - (groups.offset_E - groups.load_E)[expert_S] + expert_S * groups.capacity
+        assignment_R = expert_N.new_full((len(groups.load_E) * groups.capacity,), expert_N.numel())
+        assignment_R[row_S] = order_S
+    row_N = torch.zeros_like(expert_N)
+    row_N[order_S] = row_S
+    return row_N, assignment_R
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Bags:
+    """The rows of each token, as indices for a gather that sums (an embedding bag)."""
+
+    row_M: Tensor
+    """T×K for a rectangle; otherwise one list, token after token, what is not kept at the end."""
+    start_T: Tensor | None = None
+    """Where each token's rows begin in the list, and, one more, where those not kept begin."""
+    order_N: Tensor | None = None
+    """The assignments in the order of `row_M`."""
+
+    @classmethod
+    def of(cls, routing: Routing, row_N: Tensor) -> "Bags":
+        """Group the rows by token."""
+        if routing.top_k is not None and routing.kept_N is None:
+            return cls(row_M=row_N.view(routing.num_tokens, routing.top_k))
+        order_N = _order(routing.token_N, routing.kept_N, routing.num_tokens)
+        start_T = functional.pad(routing.experts_per_token_T.cumsum(0), (1, 0))
+        return cls(row_M=row_N[order_N], start_T=start_T, order_N=order_N)
+
+    def sum(self, value_RD: Tensor, weight_N: Tensor | None = None) -> Tensor:
+        """Return for each token the sum of its rows, each times its weight if weights are given."""
+        num_tokens = self.row_M.shape[0] if self.start_T is None else self.start_T.numel() - 1
+        if value_RD.numel() == 0 or self.row_M.numel() == 0:
+            return value_RD.new_zeros(num_tokens, value_RD.shape[1])
+        if weight_N is not None:
+            weight_N = weight_N.view_as(self.row_M) if self.order_N is None else weight_N[self.order_N]
+        summed = functional.embedding_bag(self.row_M, value_RD, self.start_T, mode="sum", per_sample_weights=weight_N)
+        return summed[:num_tokens]
+
+
+def _order(key_N: Tensor, kept_N: Tensor | None, num_keys: int) -> Tensor:
+    """Return the assignments sorted by a key in 0 ... num_keys - 1, equal keys in order, those not kept last."""
+    if kept_N is not None:
+        key_N = key_N.where(kept_N, num_keys)
+    narrow = torch.uint8 if num_keys < 2**8 else torch.int16 if num_keys < 2**15 else torch.int64
+    return key_N.to(narrow).argsort(stable=True)  # a narrow key sorts in fewer passes
+
+
+def dispatch(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
     """Return x_RD: each token's vector once per assignment, sorted by expert."""
-    if routing.top_k is None:
-        return x_TD.index_select(0, plan.token_R)
-    rows_RD: Tensor = _Spread.apply(x_TD, plan.token_R, plan.row_N, routing.top_k)  # type: ignore[no-untyped-call]
+    rows_RD: Tensor = _Dispatch.apply(x_TD, plan)  # type: ignore[no-untyped-call]
     return rows_RD
 
 
-def combine(y_RD: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
+def combine(y_RD: Tensor, weight_N: Tensor, plan: DispatchPlan) -> Tensor:
     """Return y_TD: for each token the sum of its experts' outputs times their weights (0 for an unserved token)."""
-    width = y_RD.shape[-1]
-    if routing.top_k is None:
-        weighted_RD = y_RD * routing.weight_N[plan.assignment_R].unsqueeze(-1).to(y_RD.dtype)
-        zeros_TD = y_RD.new_zeros(routing.num_tokens, width)
-        return zeros_TD.index_add(0, plan.token_R, weighted_RD)
-    y_ND: Tensor = _Permute.apply(y_RD, plan.row_N, plan.assignment_R)  # type: ignore[no-untyped-call]
-    weight_TK = routing.weight_N.view(-1, routing.top_k).to(y_RD.dtype)
-    if routing.top_k == 1:
-        return y_ND * weight_TK
-    return torch.bmm(weight_TK.unsqueeze(1), y_ND.view(-1, routing.top_k, width)).squeeze(1)
+    y_TD: Tensor = _Combine.apply(y_RD, weight_N.to(y_RD.dtype), plan)  # type: ignore[no-untyped-call]
+    return y_TD
 
 
-class _Permute(torch.autograd.Function):
-    """Rows in another order; the backward gathers by the inverse permutation."""
+class _Dispatch(torch.autograd.Function):
+    """Each token's vector to its rows; the backward sums the rows of each token."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return rows.index_select(0, order)
+    def forward(ctx: Any, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
+        ctx.plan = plan
+        return x_TD.index_select(0, plan.token_R)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return grad.index_select(0, inverse), None, None
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        return ctx.plan.bags.sum(grad_RD), None
 
 
-class _Spread(torch.autograd.Function):
-    """Each token's vector to its K rows; the backward gathers the K rows of each token and adds them."""
+class _Combine(torch.autograd.Function):
+    """The weighted rows of each token summed; the backward hands each row its token's gradient times its weight."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, token_R: Tensor, row_N: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(row_N)
-        ctx.top_k = top_k
-        return x_TD.index_select(0, token_R)
+    def forward(ctx: Any, y_RD: Tensor, weight_N: Tensor, plan: DispatchPlan) -> Tensor:
+        ctx.save_for_backward(y_RD, weight_N)
+        ctx.plan = plan
+        return plan.bags.sum(y_RD, weight_N)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
-        (row_N,) = ctx.saved_tensors
-        grad_ND = grad_RD.index_select(0, row_N)
-        if ctx.top_k == 1:
-            return grad_ND, None, None, None
-        return grad_ND.view(-1, ctx.top_k, grad_ND.shape[-1]).sum(1), None, None, None
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
+        y_RD, weight_N = ctx.saved_tensors
+        grad_RD, grad_weight_N = combine_backward(grad_TD, y_RD, weight_N, ctx.plan)
+        return grad_RD, grad_weight_N, None
+
+
+def combine_backward(grad_TD: Tensor, y_RD: Tensor, weight_N: Tensor, plan: DispatchPlan) -> tuple[Tensor, Tensor]:
+    """Return the gradients of y_RD and weight_N: w_r · g_t(r), and the inner product of y_r and g_t(r)."""
+    grad_RD = grad_TD.index_select(0, plan.token_R)
+    grad_weight_N = plan.to_assignments((y_RD * grad_RD).sum(-1))
+    return grad_RD.mul_(plan.weight_R(weight_N)), grad_weight_N

@@ -2,20 +2,12 @@
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional
 
+from moebench.experts.activation import GATED, activate
 from moebench.experts.bank import Bank
-
-GATED = {"gelu": False, "swiglu": True}
-"""Activations by name; a gated one has a second input projection that multiplies the first."""
-
-
-def activate(hidden_RF: Tensor, activation: str) -> Tensor:
-    """Apply the activation; a gated one halves the last dimension: silu(first half) · second half."""
-    if not GATED[activation]:
-        return functional.gelu(hidden_RF)
-    gate_RF, value_RF = hidden_RF.chunk(2, dim=-1)
-    return functional.silu(gate_RF) * value_RF
+from moebench.experts.grouped import grouped_matmul
+from moebench.experts.mixture import mixture
+from moebench.routing.values import Routing
 
 
 def ffn_flops(d_model: int, width: int, activation: str) -> int:
@@ -51,8 +43,19 @@ class FeedForward(nn.Module):
 class ExpertBank(Bank):
     """E feed-forward networks of one shape."""
 
-    def __init__(self, d_model: int, width: int, num_experts: int, activation: str, out_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        width: int,
+        num_experts: int,
+        activation: str,
+        out_scale: float = 1.0,
+        *,
+        recompute: bool = False,
+    ) -> None:
+        """`recompute`: compute the activation again in the backward pass instead of keeping it."""
         super().__init__()
+        self.recompute = recompute
         self.num_experts = num_experts
         self.activation = activation
         self.out_scale = out_scale
@@ -69,6 +72,12 @@ class ExpertBank(Bank):
         hidden_RF = grouped_matmul(x_RD, self.w_in_EDF, load_E)
         return grouped_matmul(activate(hidden_RF, self.activation), self.w_out_EFD, load_E)
 
+    def mixture(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """Return y_TD by the fused path."""
+        weights = (self.w_in_EDF, self.w_out_EFD)
+        y_TD: Tensor = mixture(x_TD, routing, *weights, self.activation, recompute=self.recompute)
+        return y_TD
+
     def expert(self, x_RD: Tensor, index: int) -> Tensor:
         """Return what one expert computes."""
         return activate(x_RD @ self.w_in_EDF[index], self.activation) @ self.w_out_EFD[index]
@@ -76,26 +85,6 @@ class ExpertBank(Bank):
     def flops_per_row_E(self) -> tuple[int, ...]:
         """Forward FLOPs of one row through each expert."""
         return (2 * (self.w_in_EDF[0].numel() + self.w_out_EFD[0].numel()),) * self.num_experts
-
-
-def grouped_matmul(x_RI: Tensor, weight_EIO: Tensor, load_E: Tensor) -> Tensor:
-    """Multiply each run of rows with its expert's matrix; load_E sums to R. Follows autocast like torch.mm."""
-    device = x_RI.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x_RI, weight_EIO = x_RI.to(dtype), weight_EIO.to(dtype)
-    if _fits_grouped_mm(x_RI, weight_EIO):
-        return functional.grouped_mm(x_RI, weight_EIO, offs=load_E.cumsum(0, dtype=torch.int32))
-    # unbind, not weight[e]: the backward of each select would fill a whole zero stack.
-    parts = zip(torch.split(x_RI, load_E.tolist()), weight_EIO.unbind(0), strict=True)
-    return torch.cat([rows @ weight for rows, weight in parts])
-
-
-def _fits_grouped_mm(x_RI: Tensor, weight_EIO: Tensor) -> bool:
-    """grouped_mm wants rows, 16-, or 32-bit floats and strides that are multiples of 16 bytes."""
-    size = x_RI.element_size()
-    aligned = all(width * size % 16 == 0 for width in weight_EIO.shape[1:])
-    return x_RI.shape[0] > 0 and size <= 4 and aligned
 
 
 def draw(parameter: Tensor, std: float, generator: Generator) -> None:

@@ -137,16 +137,28 @@ def test_random_order_belongs_to_its_generator(routing: Routing, slots: int, see
     assert torch.equal(first_N, kept_within(routing, slots, "random", seeded(seed)))
 
 
-@given(routings())
-def test_plan_is_a_permutation_sorted_by_expert(routing: Routing) -> None:
-    plan = DispatchPlan.of(routing)
-    num_assignments = routing.token_N.numel()
-    assert int(plan.load_E.sum()) == num_assignments
-    assert plan.assignment_R.sort().values.tolist() == list(range(num_assignments))
-    assert torch.equal(plan.row_N[plan.assignment_R], torch.arange(num_assignments))
-    expert_R = routing.expert_N[plan.assignment_R]
-    assert torch.equal(expert_R, torch.arange(routing.num_experts).repeat_interleave(plan.load_E))
-    assert torch.equal(plan.token_R, routing.token_N[plan.assignment_R])
+@given(routings(), st.booleans(), st.booleans(), st.data())
+def test_every_assignment_that_counts_has_a_row_of_its_expert(
+    routing: Routing, may_pad: bool, masked: bool, data: st.DataObject
+) -> None:
+    if masked:
+        size = routing.token_N.numel()
+        routing = routing.keep(torch.tensor(data.draw(st.lists(st.booleans(), min_size=size, max_size=size))).bool())
+    plan = DispatchPlan.of(routing, may_pad=may_pad)
+    groups = plan.groups
+    assert groups.loads == tuple(routing.load_E.tolist())
+    assert plan.assignment_R.numel() == groups.num_rows
+    size_E = groups.load_E if groups.capacity is None else torch.full_like(groups.load_E, groups.capacity)
+    expert_R = torch.arange(routing.num_experts).repeat_interleave(size_E)
+    real_R = plan.assignment_R < routing.token_N.numel()
+    counting = torch.arange(routing.token_N.numel()) if routing.kept_N is None else routing.kept_N.nonzero()[:, 0]
+    assert plan.assignment_R[real_R].sort().values.tolist() == counting.tolist()
+    assert torch.equal(routing.expert_N[plan.assignment_R[real_R]], expert_R[real_R])
+    assert torch.equal(plan.token_R[real_R], routing.token_N[plan.assignment_R[real_R]])
+    assert torch.equal(plan.assignment_R[plan.row_N[counting]], counting)
+    weight_R = plan.weight_R(routing.weight_N)[:, 0]
+    assert torch.equal(weight_R[real_R], routing.weight_N[plan.assignment_R[real_R]])
+    assert not weight_R[~real_R].any()
 
 
 @given(st.integers(0, 9), st.integers(1, 5), st.booleans(), st.data())
@@ -168,4 +180,4 @@ def test_identity_experts_give_the_tokens_back(num_tokens: int, num_experts: int
         )
     x_TD = torch.randn(num_tokens, 3, generator=generator, dtype=torch.float64)
     plan = DispatchPlan.of(routing)
-    torch.testing.assert_close(combine(dispatch(x_TD, routing, plan), routing, plan), x_TD)
+    torch.testing.assert_close(combine(dispatch(x_TD, plan), routing.weight_N, plan), x_TD)

@@ -4,7 +4,9 @@ import pytest
 import torch
 from contract.cases import Case, Tokens, run
 
-from moebench.experts.feed_forward import ExpertBank, FeedForward, activate, grouped_matmul
+from moebench.experts.activation import activate
+from moebench.experts.feed_forward import ExpertBank, FeedForward
+from moebench.experts.grouped import grouped_matmul
 from moebench.experts.layout import LAYOUTS, LayoutConfig
 from moebench.models.transformer import init_weights
 
