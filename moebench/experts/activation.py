@@ -1,4 +1,4 @@
-"""Activations of feed-forward networks, with the backward pass that the fast path of the experts writes in place."""
+"""Activations of feed-forward networks, and their backward pass as the fast path of the experts uses it."""
 
 import torch
 from torch import Tensor
@@ -10,13 +10,20 @@ GATED = {"gelu": False, "swiglu": True}
 
 def activate(hidden_RF: Tensor, activation: str) -> Tensor:
     """Apply the activation; a gated one halves the last dimension: silu(first half) · second half."""
-    if not GATED[activation]:
-        return functional.gelu(hidden_RF)
-    gate_RF, value_RF = hidden_RF.chunk(2, dim=-1)
-    return functional.silu(gate_RF) * value_RF
+    return product_with_value(nonlinear(hidden_RF, activation), hidden_RF, activation)
 
 
-def activation_backward(grad_RF: Tensor, hidden_RF: Tensor, activation: str) -> Tensor:
+def nonlinear(hidden_RF: Tensor, activation: str) -> Tensor:
+    """Return the costly half of `activate`: gelu of everything, or silu of the first half."""
+    return functional.silu(hidden_RF.chunk(2, dim=-1)[0]) if GATED[activation] else functional.gelu(hidden_RF)
+
+
+def product_with_value(nonlinear_RF: Tensor, hidden_RF: Tensor, activation: str) -> Tensor:
+    """Return the other half of `activate`: the product with the second half, where the activation is gated."""
+    return nonlinear_RF * hidden_RF.chunk(2, dim=-1)[1] if GATED[activation] else nonlinear_RF
+
+
+def activation_backward(grad_RF: Tensor, nonlinear_RF: Tensor, hidden_RF: Tensor, activation: str) -> Tensor:
     """Return the gradient of the pre-activations; overwrites `grad_RF`, so that no further buffer is needed."""
     aten = torch.ops.aten
     if not GATED[activation]:
@@ -25,6 +32,6 @@ def activation_backward(grad_RF: Tensor, hidden_RF: Tensor, activation: str) -> 
     gate_RF, value_RF = hidden_RF.chunk(2, dim=-1)
     grad_hidden_RF = torch.empty_like(hidden_RF)
     grad_gate_RF, grad_value_RF = grad_hidden_RF.chunk(2, dim=-1)
-    torch.mul(functional.silu(gate_RF), grad_RF, out=grad_value_RF)
+    torch.mul(nonlinear_RF, grad_RF, out=grad_value_RF)
     aten.silu_backward.grad_input(grad_RF.mul_(value_RF), gate_RF, grad_input=grad_gate_RF)
     return grad_hidden_RF

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from moebench.experts import gemm_batch
+
 CALL_IN_ROWS = {"one": 4, "many": 12}
 """How many padding rows per expert cost what the grouped kernel's extra call per expert costs, on one thread and on
 several. Measured for 4 to 256 rows per expert and matrices of 64 x 128 to 512 x 2048 (docs/experts.md)."""
@@ -49,6 +51,8 @@ class Groups:
         num_experts, _, width = weight_EIO.shape
         if self.capacity is not None:
             return torch.bmm(x_RI.view(num_experts, self.capacity, -1), weight_EIO).view(-1, width)
+        if self.loads and gemm_batch.fits(x_RI, weight_EIO):
+            return gemm_batch.product(x_RI, weight_EIO, self.loads)
         if self._fits_kernel(x_RI, *weight_EIO.shape[1:]):
             return functional.grouped_mm(x_RI, weight_EIO, offs=self.offset_E)
         out_RO = x_RI.new_empty(x_RI.shape[0], width)
@@ -63,6 +67,8 @@ class Groups:
         if self.capacity is not None:
             x_ECI = x_RI.view(num_experts, self.capacity, -1)
             return torch.bmm(x_ECI.transpose(1, 2), grad_RO.view(num_experts, self.capacity, -1))
+        if self.loads and gemm_batch.fits(x_RI, grad_RO):
+            return gemm_batch.weight_gradient(x_RI, grad_RO, self.loads)
         if self._fits_kernel(x_RI, x_RI.shape[1], grad_RO.shape[1]):
             return functional.grouped_mm(x_RI.t(), grad_RO, offs=self.offset_E)
         out_EIO = x_RI.new_empty(num_experts, x_RI.shape[1], grad_RO.shape[1])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moebench.experts.activation import activate, activation_backward
+from moebench.experts.activation import activation_backward, nonlinear, product_with_value
 from moebench.experts.dispatch import DispatchPlan, combine_backward
 from moebench.experts.grouped import as_autocast
 from moebench.routing.values import Routing
@@ -45,25 +45,26 @@ class _Mixture(torch.autograd.Function):
     ) -> Tensor:
         groups = plan.groups
         hidden_RF = groups.product(x_TD.index_select(0, plan.token_R), w_in_EDF)
-        active_RF = activate(hidden_RF, activation)
-        y_RD = groups.product(active_RF, w_out_EFD)
-        saved = None if recompute else active_RF
-        ctx.save_for_backward(x_TD, weight_N, w_in_EDF, w_out_EFD, hidden_RF, saved, y_RD)
+        nonlinear_RF = nonlinear(hidden_RF, activation)
+        y_RD = groups.product(product_with_value(nonlinear_RF, hidden_RF, activation), w_out_EFD)
+        kept_RF = None if recompute else nonlinear_RF
+        ctx.save_for_backward(x_TD, weight_N, w_in_EDF, w_out_EFD, hidden_RF, kept_RF, y_RD)
         ctx.plan, ctx.activation = plan, activation
         return plan.bags.sum(y_RD, weight_N)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, weight_N, w_in_EDF, w_out_EFD, hidden_RF, active_RF, y_RD = ctx.saved_tensors
+        x_TD, weight_N, w_in_EDF, w_out_EFD, hidden_RF, nonlinear_RF, y_RD = ctx.saved_tensors
         plan: DispatchPlan = ctx.plan
-        groups = plan.groups
+        groups, activation = plan.groups, ctx.activation
         grad_RD, grad_weight_N = combine_backward(grad_TD.contiguous(), y_RD, weight_N, plan)
-        if active_RF is None:
-            active_RF = activate(hidden_RF, ctx.activation)
+        if nonlinear_RF is None:
+            nonlinear_RF = nonlinear(hidden_RF, activation)
+        active_RF = product_with_value(nonlinear_RF, hidden_RF, activation)
         grad_w_out_EFD = groups.weight_gradient(active_RF, grad_RD)
         grad_active_RF = groups.product(grad_RD, w_out_EFD.transpose(1, 2))
-        grad_hidden_RF = activation_backward(grad_active_RF, hidden_RF, ctx.activation)
+        grad_hidden_RF = activation_backward(grad_active_RF, nonlinear_RF, hidden_RF, activation)
         grad_w_in_EDF = groups.weight_gradient(x_TD.index_select(0, plan.token_R), grad_hidden_RF)
         grad_x_TD = plan.bags.sum(groups.product(grad_hidden_RF, w_in_EDF.transpose(1, 2)))
         return grad_x_TD, grad_weight_N, grad_w_in_EDF, grad_w_out_EFD, None, None, None

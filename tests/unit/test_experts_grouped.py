@@ -1,0 +1,91 @@
+"""Grouped products: every kernel against a loop over experts."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moebench.experts import gemm_batch
+from moebench.experts.grouped import Groups, grouped_matmul
+
+KERNELS = ("padded", "batch", "grouped", "loop")
+
+
+def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def looped(x_RI: Tensor, weight_EIO: Tensor, loads: list[int]) -> Tensor:
+    return torch.cat([rows @ weight for rows, weight in zip(x_RI.split(loads), weight_EIO, strict=True)])
+
+
+def groups_for(kernel: str, loads: list[int], monkeypatch: pytest.MonkeyPatch) -> Groups:
+    """Return groups that leave one kernel to choose."""
+    if kernel != "batch":
+        monkeypatch.setattr(gemm_batch, "fits", lambda *tensors: False)
+    elif not gemm_batch.available():
+        pytest.skip("this torch carries no MKL with a batched product")
+    if kernel == "loop":
+        monkeypatch.setattr(Groups, "_fits_kernel", lambda self, x_RI, *widths: False)
+    return Groups.of(torch.tensor(loads), may_pad=kernel == "padded")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("loads", [[3, 3, 3], [5, 0, 1], [0, 0, 4], [0, 7, 0]], ids=str)
+def test_every_kernel_computes_the_same(kernel: str, transposed: bool, loads: list[int], monkeypatch) -> None:
+    if kernel == "padded":
+        loads = [max(loads)] * 3
+    groups = groups_for(kernel, loads, monkeypatch)
+    assert (groups.capacity is not None) == (kernel == "padded")
+    x_RI, grad_RO = drawn(sum(loads), 8), drawn(sum(loads), 12, seed=1)
+    weight_EIO = drawn(3, 12, 8, seed=2).transpose(1, 2) if transposed else drawn(3, 8, 12, seed=2)
+    torch.testing.assert_close(groups.product(x_RI, weight_EIO), looped(x_RI, weight_EIO, loads))
+    gradient_EIO = torch.stack([x.T @ g for x, g in zip(x_RI.split(loads), grad_RO.split(loads), strict=True)])
+    torch.testing.assert_close(groups.weight_gradient(x_RI, grad_RO), gradient_EIO)
+
+
+def test_rows_that_are_part_of_a_wider_matrix(monkeypatch) -> None:
+    groups = groups_for("batch", [2, 3], monkeypatch)
+    wide_RI, weight_EIO = drawn(5, 20), drawn(2, 8, 4, seed=1)
+    x_RI = wide_RI[:, 4:12]
+    torch.testing.assert_close(groups.product(x_RI, weight_EIO), looped(x_RI, weight_EIO, [2, 3]))
+
+
+def test_the_batched_routine_is_for_fp32_alone() -> None:
+    assert not gemm_batch.fits(drawn(2, 2, dtype=torch.float64))
+    assert not gemm_batch.fits(drawn(4, 4)[::2, ::2])
+    assert gemm_batch.fits(drawn(2, 2)) is gemm_batch.available()
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=9))
+def test_padding_is_bounded_and_only_for_nearly_even_loads(loads: list[int]) -> None:
+    groups = Groups.of(torch.tensor(loads), may_pad=True)
+    assert groups.num_rows is not None
+    if groups.capacity is None:
+        assert groups.num_rows == sum(loads)
+    else:
+        assert groups.capacity == max(loads)
+        assert groups.num_rows - sum(loads) <= 12 * len(loads)
+    if len(set(loads)) == 1 and loads[0]:
+        assert groups.num_rows == sum(loads)
+        assert groups.capacity == loads[0]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("loads", [[40, 3, 21, 0], [16, 16, 16, 16]], ids=str)
+def test_products_repeat_to_the_last_bit(threads: int, loads: list[int]) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x_RI, weight_EIO, load_E = drawn(64, 96), drawn(4, 96, 160, seed=1), torch.tensor(loads)
+        x_RI.requires_grad_()
+        weight_EIO.requires_grad_()
+        runs = []
+        for _ in range(5):
+            out_RO = grouped_matmul(x_RI, weight_EIO, load_E)
+            runs.append([out_RO, *torch.autograd.grad(out_RO.square().sum(), (x_RI, weight_EIO))])
+        assert all(torch.equal(first, other) for run in runs[1:] for first, other in zip(runs[0], run, strict=True))
+    finally:
+        torch.set_num_threads(before)
