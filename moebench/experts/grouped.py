@@ -15,9 +15,10 @@ from torch.nn import functional
 
 from moebench.experts import gemm_batch
 
-CALL_IN_ROWS = {"one": 4, "many": 12}
-"""How many padding rows per expert cost what the grouped kernel's extra call per expert costs, on one thread and on
-several. Measured for 4 to 256 rows per expert and matrices of 64 x 128 to 512 x 2048 (docs/experts.md)."""
+SPARE_ROWS, SPARE_ROWS_LOOPED = 5, 12
+"""How many padding rows per expert cost as much as a product of its own costs more than a share in one batched product:
+where products of unequal sizes go out in one call, and where several threads share each product in turn. Measured for
+8 to 256 rows per expert and matrices of 64 x 128 to 512 x 2048."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,6 +121,7 @@ class _GroupedMatmul(torch.autograd.Function):
 
 def _padded_capacity(loads: tuple[int, ...]) -> int | None:
     """Return the rows per expert at which padding costs no more than it saves, None when it costs more."""
-    spare = CALL_IN_ROWS["one" if torch.get_num_threads() == 1 else "many"]
+    looped = torch.get_num_threads() > 1 and not gemm_batch.available()
+    spare = SPARE_ROWS_LOOPED if looped else SPARE_ROWS
     fullest = max(loads)
     return fullest if 0 < fullest <= sum(loads) / len(loads) + spare else None
