@@ -5,6 +5,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from moebench.experts.bank import Bank
+from moebench.experts.dropout import Dropout
 
 GATED = {"gelu": False, "swiglu": True}
 """Activations by name; a gated one has a second input projection that multiplies the first."""
@@ -39,9 +40,10 @@ class FeedForward(nn.Module):
         draw(self.w_in_DF, self.w_in_DF.shape[0] ** -0.5, generator)
         draw(self.w_out_FD, self.out_scale * self.w_out_FD.shape[0] ** -0.5, generator)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, dropout: Dropout | None = None) -> Tensor:
         """Return y_TD."""
-        return activate(x_TD @ self.w_in_DF, self.activation) @ self.w_out_FD
+        hidden_TF = activate(x_TD @ self.w_in_DF, self.activation)
+        return (hidden_TF if dropout is None else dropout(hidden_TF)) @ self.w_out_FD
 
     def flops_per_token(self) -> int:
         """Forward FLOPs of one token."""
@@ -64,10 +66,10 @@ class ExpertBank(Bank):
         draw(self.w_in_EDF, self.w_in_EDF.shape[1] ** -0.5, generator)
         draw(self.w_out_EFD, self.out_scale * self.w_out_EFD.shape[1] ** -0.5, generator)
 
-    def rows(self, x_RD: Tensor, load_E: Tensor) -> Tensor:
+    def rows(self, x_RD: Tensor, load_E: Tensor, dropout: Dropout | None = None) -> Tensor:
         """Return y_RD: the first load_E[0] rows through expert 0, the next through expert 1, and so on."""
-        hidden_RF = grouped_matmul(x_RD, self.w_in_EDF, load_E)
-        return grouped_matmul(activate(hidden_RF, self.activation), self.w_out_EFD, load_E)
+        hidden_RF = activate(grouped_matmul(x_RD, self.w_in_EDF, load_E), self.activation)
+        return grouped_matmul(hidden_RF if dropout is None else dropout(hidden_RF), self.w_out_EFD, load_E)
 
     def expert(self, x_RD: Tensor, index: int) -> Tensor:
         """Return what one expert computes."""
