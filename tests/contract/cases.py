@@ -1,6 +1,6 @@
 """What the contract tests run on: every registered router in every configuration that makes sense."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from moebench.experts.layer import MoELayer
 from moebench.experts.soft import slot_loop
 from moebench.models.transformer import init_weights
 from moebench.routing.losses import LOSSES
-from moebench.routing.router import ROUTERS, Facts, Router, Site
+from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
 from moebench.routing.values import LayerRecord, RouteContext, Routing, SoftRouting
 
 D_MODEL = 8
@@ -107,6 +107,17 @@ class Case:
             layer=0,
             **options,
         )
+
+
+class Replayed(Router):
+    """Returns a given routing, so that the experts can be checked in fp64 apart from the fp32 of the routers."""
+
+    def __init__(self, routing: Routing | SoftRouting) -> None:
+        super().__init__(RouterConfig(name="replayed"), Site(d_model=D_MODEL, num_experts=routing.num_experts))
+        self.routing = routing
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing | SoftRouting:
+        return self.routing
 
 
 def all_cases() -> list[Case]:
@@ -241,3 +252,22 @@ def assigned_TE(routing: Routing | SoftRouting) -> Tensor:
     routing = routing.compact()
     table_TE[routing.token_N, routing.expert_N] = True
     return table_TE
+
+
+def assert_same_gradients(fast: Tensor, slow: Tensor, leaves: Sequence[Tensor], *, rtol: float, atol: float) -> None:
+    torch.testing.assert_close(fast, slow, rtol=rtol, atol=atol)
+    pull = torch.randn(fast.shape, generator=torch.Generator().manual_seed(9)).to(fast.dtype)
+    options = {"retain_graph": True, "allow_unused": True}
+    if not fast.requires_grad or not slow.requires_grad:  # nothing was routed: the loop made no product at all
+        assert not fast.any()
+        return
+    for leaf, ours, theirs in zip(
+        leaves,
+        torch.autograd.grad((fast * pull).sum(), leaves, **options),
+        torch.autograd.grad((slow * pull).sum(), leaves, **options),
+        strict=True,
+    ):
+        zeros = torch.zeros_like(leaf)
+        torch.testing.assert_close(
+            zeros if ours is None else ours, zeros if theirs is None else theirs, rtol=rtol, atol=atol
+        )

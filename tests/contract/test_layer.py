@@ -1,10 +1,20 @@
 """The fast MoE layer against a slow double loop."""
 
-from collections.abc import Sequence
-
 import pytest
 import torch
-from contract.cases import D_MODEL, Case, Tokens, cases_of, list_cases, run, slow_mixture, stirred, weight_table
+from contract.cases import (
+    D_MODEL,
+    Case,
+    Replayed,
+    Tokens,
+    assert_same_gradients,
+    cases_of,
+    list_cases,
+    run,
+    slow_mixture,
+    stirred,
+    weight_table,
+)
 from torch import Tensor
 
 from moebench.config import resolve
@@ -16,22 +26,10 @@ from moebench.experts.layer import MoELayer
 from moebench.experts.layout import LAYOUTS
 from moebench.models.build import build_backbone
 from moebench.models.transformer import init_weights
-from moebench.routing.router import Router, RouterConfig, Site
-from moebench.routing.values import RouteContext, Routing, SoftRouting
+from moebench.routing.values import Routing, SoftRouting
 
 FACTORS = (None, 0.25, 1.0, 1.25, 10.0)
 ACTIVATIONS = ("gelu", "swiglu")
-
-
-class Replayed(Router):
-    """Returns a given routing, so that the experts can be checked in fp64 apart from the fp32 of the routers."""
-
-    def __init__(self, routing: Routing | SoftRouting) -> None:
-        super().__init__(RouterConfig(name="replayed"), Site(d_model=D_MODEL, num_experts=routing.num_experts))
-        self.routing = routing
-
-    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing | SoftRouting:
-        return self.routing
 
 
 def layers_of(case: Case, layout: str, factor: float | None, activation: str) -> list[MoELayer]:
@@ -62,25 +60,6 @@ def layers_of(case: Case, layout: str, factor: float | None, activation: str) ->
         stirred(layer.router)
         assert type(layer.router) is type(place)
     return layers
-
-
-def assert_same_gradients(fast: Tensor, slow: Tensor, leaves: Sequence[Tensor], *, rtol: float, atol: float) -> None:
-    torch.testing.assert_close(fast, slow, rtol=rtol, atol=atol)
-    pull = torch.randn(fast.shape, generator=torch.Generator().manual_seed(9)).to(fast.dtype)
-    options = {"retain_graph": True, "allow_unused": True}
-    if not fast.requires_grad or not slow.requires_grad:  # nothing was routed: the loop made no product at all
-        assert not fast.any()
-        return
-    for leaf, ours, theirs in zip(
-        leaves,
-        torch.autograd.grad((fast * pull).sum(), leaves, **options),
-        torch.autograd.grad((slow * pull).sum(), leaves, **options),
-        strict=True,
-    ):
-        zeros = torch.zeros_like(leaf)
-        torch.testing.assert_close(
-            zeros if ours is None else ours, zeros if theirs is None else theirs, rtol=rtol, atol=atol
-        )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

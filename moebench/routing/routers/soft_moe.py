@@ -41,7 +41,7 @@ class SoftMoE(Router):
         average_experts: int = 1
         """c: the experts compute as many slots as top-c would compute tokens."""
         slots_per_expert: int | None = None
-        """p; null: sequence length · c / E to the nearest integer, at least 1. The paper finds p=1 best."""
+        """Slots of each expert; null: sequence length · c / E to the nearest integer, at least 1."""
 
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__(config, site)
