@@ -51,6 +51,24 @@ def rectangles(draw: st.DrawFn, holes: bool = False, scored: bool = False) -> Ro
     return _finished(draw, routing, holes, scored)
 
 
+def crowded(seed: int) -> Routing:
+    """Return a scored routing where many tokens want the same few experts, and two or more of a token's are full.
+
+    From a seed, since drawing number by number mostly finds routings in which nobody has to wait.
+    """
+    generator = seeded(seed)
+    num_tokens, num_experts = (int(torch.randint(*span, (), generator=generator)) for span in ((5, 10), (4, 6)))
+    top_k = int(torch.randint(1, 4, (), generator=generator))
+    common_E = torch.rand(num_experts, generator=generator)
+    score_TE = (common_E + torch.rand(num_tokens, num_experts, generator=generator) / 4) / 1.25
+    weight_TK, expert_TK = score_TE.topk(top_k, dim=-1)
+    routing = Routing.from_top_k(expert_TK, weight_TK, num_experts=num_experts, scores_TE=score_TE)
+    return routing.keep(torch.rand(num_tokens * top_k, generator=generator) < 0.9)
+
+
+crowds = st.integers(0, 9999).map(crowded)
+
+
 def _finished(draw: st.DrawFn, routing: Routing, holes: bool, scored: bool) -> Routing:
     if holes and draw(st.booleans()):
         size = routing.token_N.numel()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from contract.cases import D_MODEL, Replayed, Tokens, assert_same_gradients, stirred
-from contract.drawn import rectangles, routings, seeded
+from contract.drawn import crowds, rectangles, routings, seeded
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Generator, Tensor
@@ -18,7 +18,7 @@ from moebench.experts.feed_forward import ExpertBank, FeedForward
 from moebench.experts.layer import MoELayer
 from moebench.routing.values import LayerRecord, Routing
 
-any_routing = st.one_of(routings(holes=True, scored=True), rectangles(holes=True, scored=True))
+any_routing = st.one_of(crowds, routings(holes=True, scored=True), rectangles(holes=True, scored=True))
 capacities = st.builds(
     Capacity,
     train=st.sampled_from([None, 0.25, 0.5, 1.0, 2.0]),

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contract.drawn import rectangles, routings, seeded
+from contract.drawn import crowds, rectangles, routings, seeded
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +14,7 @@ from moebench.experts.capacity import Capacity, precedence
 from moebench.experts.overflow import passed_on, within_capacity
 from moebench.routing.values import LayerRecord, Routing
 
-any_routing = st.one_of(routings(holes=True, scored=True), rectangles(holes=True, scored=True))
+any_routing = st.one_of(crowds, routings(holes=True, scored=True), rectangles(holes=True, scored=True))
 orders = st.sampled_from(["router", "position", "score", "random"])
 
 
