@@ -109,6 +109,15 @@ def test_dropout_follows_its_generator_alone_and_leaves_the_routing_alone(case: 
     assert torch.equal(record.kept.load_E, plain.kept.load_E)
 
 
+def test_shared_experts_get_the_same_dropout() -> None:
+    layer, tokens = surrounded(Case("switch"), residual=False, rate=0.5), Tokens.draw(24)
+    with torch.no_grad():
+        layer.bank.w_out_EFD.zero_()  # what is left is the shared network
+    y_TD, _ = run(layer, tokens, training=True)
+    assert layer.shared is not None
+    assert ((y_TD - layer.shared(tokens.x_TD)).abs().amax(-1) > 0).all()
+
+
 def test_dropout_by_hand() -> None:
     hidden_RF = torch.ones(400, 500, requires_grad=True)
     dropped_RF = Dropout(rate=0.2, generator=torch.Generator().manual_seed(0))(hidden_RF)

@@ -57,6 +57,13 @@ def test_slots_go_through_their_experts() -> None:
 
 
 @every_soft_case
+def test_each_sequence_has_slots_of_its_own(case: Case) -> None:
+    layer, tokens = case.layer(), Tokens.draw(48, length=16)
+    y_TD, record = run(layer, tokens, training=False)
+    torch.testing.assert_close(y_TD, slot_loop(layer.bank, tokens.x_TD, record.kept))
+
+
+@every_soft_case
 def test_nothing_is_dropped_whatever_the_capacity(case: Case) -> None:
     tokens, results = Tokens.draw(32, length=16), []
     for capacity in (Capacity(), Capacity(train=0.1), Capacity(train=0.1, overflow="reroute")):
