@@ -4,6 +4,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from moebench.experts.dispatch import DispatchPlan, combine, dispatch
+from moebench.experts.dropout import Dropout
 from moebench.routing.values import Routing
 
 
@@ -20,8 +21,11 @@ class Bank(nn.Module):
         """Draw the weights of all experts."""
         raise NotImplementedError
 
-    def rows(self, x_RD: Tensor, load_E: Tensor) -> Tensor:
-        """Return y_RD: the first load_E[0] rows through expert 0, the next through expert 1, and so on."""
+    def rows(self, x_RD: Tensor, load_E: Tensor, dropout: Dropout | None = None) -> Tensor:
+        """Return y_RD: the first load_E[0] rows through expert 0, the next through expert 1, and so on.
+
+        `dropout` is for hidden activations inside the experts.
+        """
         raise NotImplementedError
 
     def expert(self, x_RD: Tensor, index: int) -> Tensor:
@@ -32,10 +36,10 @@ class Bank(nn.Module):
         """Forward FLOPs of one row through each expert."""
         raise NotImplementedError
 
-    def mixture(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def mixture(self, x_TD: Tensor, routing: Routing, dropout: Dropout | None = None) -> Tensor:
         """Return y_TD: for each token the sum of its experts' outputs times their weights (0 when unserved)."""
         plan = DispatchPlan.of(routing)
-        y_RD = self.rows(dispatch(x_TD, plan), plan.groups.load_E)
+        y_RD = self.rows(dispatch(x_TD, plan), plan.groups.load_E, dropout)
         return combine(y_RD, routing.weight_N, plan)
 
 

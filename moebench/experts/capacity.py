@@ -6,31 +6,57 @@ from typing import Literal
 
 import torch
 from torch import Generator, Tensor
-from torch.nn import functional
 
 from moebench.routing.values import Routing
 
 DropOrder = Literal["router", "position", "score", "random"]
+CapacityRule = Literal["megatron", "vmoe", "switch", "deepspeed"]
+Overflow = Literal["drop", "reroute", "pass"]
+
+MINIMUM = 4
+"""Slots that an expert has at least under the rules `switch` and `deepspeed`."""
+MULTIPLE = 4
+"""What the rule `vmoe` rounds slots up to."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """Capacity factors of a layer; None is dropless."""
+    """Capacity factors of a layer (None is dropless), the formula, and what happens to what is over."""
 
     train: float | None = None
     eval: float | None = None
     drop_order: DropOrder = "router"
+    rule: CapacityRule = "megatron"
+    overflow: Overflow = "drop"
 
-    def slots(self, *, training: bool, num_assignments: int, num_experts: int) -> int | None:
-        """Return C = ceil(factor · assignments / E), the form of V-MoE and Megatron; None when dropless.
+    @property
+    def is_dropless(self) -> bool:
+        """Whether no expert has a limit, in training or in evaluation."""
+        return all(factor is None or math.isinf(factor) for factor in (self.train, self.eval))
 
-        `num_assignments` is T·k. (Switch and GShard leave k out of the formula: their factor over k is ours.)
+    def slots(self, *, training: bool, num_tokens: int, experts_per_token: int, num_experts: int) -> int | None:
+        """Return C, the slots of one expert; None when dropless.
+
+        With T tokens, k experts per token, E experts and the factor f:
+        megatron: ceil(T·k·f / E), Megatron-LM's. vmoe: the same rounded up to a multiple of 4 (arXiv:2106.05974).
+        deepspeed: the same, at least 4. switch: max(int(T·f / E), 4), of mesh-TensorFlow (arXiv:2101.03961):
+        rounded down and without k, so with k experts per token its factor is k times the others'.
+        Never more than T under any rule: an expert can have a token only once.
         """
         factor = self.train if training else self.eval
         if factor is None or math.isinf(factor):
             return None
-        # The small subtraction keeps 1.1 · 10 / 1 from rounding up to 12.
-        return math.ceil(factor * num_assignments / num_experts - 1e-9)
+        share = factor * num_tokens / num_experts
+        # The small number keeps 1.1 · 10 / 1, a little more than 11, from rounding up, and 2.3 · 100 / 10 from down.
+        if self.rule == "switch":
+            slots = max(math.floor(share + 1e-9), MINIMUM)
+        else:
+            slots = math.ceil(share * experts_per_token - 1e-9)
+        if self.rule == "vmoe":
+            slots = math.ceil(slots / MULTIPLE) * MULTIPLE
+        elif self.rule == "deepspeed":
+            slots = max(slots, MINIMUM)
+        return min(slots, num_tokens)
 
 
 def kept_within(routing: Routing, slots: int, order: DropOrder, generator: Generator) -> Tensor:
@@ -39,11 +65,16 @@ def kept_within(routing: Routing, slots: int, order: DropOrder, generator: Gener
     router: by the router's own priority if it has one, else by position. position: earlier tokens first, a token's
     own choices in their order: causal. score: largest weight first (batch prioritized). random: drawn.
     """
-    rank_N = _rank_within_expert(routing, _precedence(routing, order, generator))
-    return rank_N < slots
+    return first_of_each_expert(routing, slots, precedence(routing, order, generator))
 
 
-def _precedence(routing: Routing, order: DropOrder, generator: Generator) -> Tensor:
+def first_of_each_expert(routing: Routing, slots: int, precedence_N: Tensor) -> Tensor:
+    """Return kept_N (bool): the `slots` first assignments of each expert, of those that count."""
+    queue_N = routing.expert_N.where(routing.counted_N, routing.num_experts)
+    return routing.counted_N & (place_in_queue(queue_N, routing.num_experts, precedence_N) < slots)
+
+
+def precedence(routing: Routing, order: DropOrder, generator: Generator) -> Tensor:
     """Return the assignments (indices into N) from the first to be kept to the last."""
     if order == "random":
         return torch.randperm(routing.token_N.numel(), generator=generator, device=routing.token_N.device)
@@ -54,13 +85,11 @@ def _precedence(routing: Routing, order: DropOrder, generator: Generator) -> Ten
     return routing.token_N.argsort(stable=True)
 
 
-def _rank_within_expert(routing: Routing, precedence_N: Tensor) -> Tensor:
-    """Return each assignment's place in the queue of its expert, from 0; those that do not count queue nowhere."""
-    queue_N = routing.expert_N
-    if routing.kept_N is not None:
-        queue_N = queue_N.where(routing.kept_N, routing.num_experts)
-    queue_N, by_queue_N = queue_N[precedence_N].sort(stable=True)
-    load_E = routing.load_E
-    start_E = functional.pad(load_E.cumsum(0) - load_E, (0, 1))
-    place_N = torch.arange(queue_N.numel(), device=queue_N.device) - start_E[queue_N]
+def place_in_queue(queue_N: Tensor, num_queues: int, precedence_N: Tensor) -> Tensor:
+    """Return each assignment's place in its queue, from 0; the queue `num_queues` is for those that wait nowhere."""
+    sorted_N, by_queue_N = queue_N[precedence_N].sort(stable=True)
+    length_Q = torch.zeros(num_queues + 1, dtype=torch.int64, device=queue_N.device)
+    length_Q = length_Q.scatter_add(0, queue_N, torch.ones_like(queue_N))
+    start_Q = length_Q.cumsum(0) - length_Q
+    place_N = torch.arange(queue_N.numel(), device=queue_N.device) - start_Q[sorted_N]
     return torch.empty_like(place_N).scatter_(0, precedence_N[by_queue_N], place_N)

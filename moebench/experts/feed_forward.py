@@ -5,6 +5,7 @@ from torch import Generator, Tensor, nn
 
 from moebench.experts.activation import GATED, activate
 from moebench.experts.bank import Bank
+from moebench.experts.dropout import Dropout
 from moebench.experts.grouped import grouped_matmul
 from moebench.experts.mixture import mixture
 from moebench.routing.values import Routing
@@ -31,9 +32,10 @@ class FeedForward(nn.Module):
         draw(self.w_in_DF, self.w_in_DF.shape[0] ** -0.5, generator)
         draw(self.w_out_FD, self.out_scale * self.w_out_FD.shape[0] ** -0.5, generator)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, dropout: Dropout | None = None) -> Tensor:
         """Return y_TD."""
-        return activate(x_TD @ self.w_in_DF, self.activation) @ self.w_out_FD
+        hidden_TF = activate(x_TD @ self.w_in_DF, self.activation)
+        return (hidden_TF if dropout is None else dropout(hidden_TF)) @ self.w_out_FD
 
     def flops_per_token(self) -> int:
         """Forward FLOPs of one token."""
@@ -67,13 +69,15 @@ class ExpertBank(Bank):
         draw(self.w_in_EDF, self.w_in_EDF.shape[1] ** -0.5, generator)
         draw(self.w_out_EFD, self.out_scale * self.w_out_EFD.shape[1] ** -0.5, generator)
 
-    def rows(self, x_RD: Tensor, load_E: Tensor) -> Tensor:
+    def rows(self, x_RD: Tensor, load_E: Tensor, dropout: Dropout | None = None) -> Tensor:
         """Return y_RD: the first load_E[0] rows through expert 0, the next through expert 1, and so on."""
-        hidden_RF = grouped_matmul(x_RD, self.w_in_EDF, load_E)
-        return grouped_matmul(activate(hidden_RF, self.activation), self.w_out_EFD, load_E)
+        hidden_RF = activate(grouped_matmul(x_RD, self.w_in_EDF, load_E), self.activation)
+        return grouped_matmul(hidden_RF if dropout is None else dropout(hidden_RF), self.w_out_EFD, load_E)
 
-    def mixture(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """Return y_TD by the fused path."""
+    def mixture(self, x_TD: Tensor, routing: Routing, dropout: Dropout | None = None) -> Tensor:
+        """Return y_TD by the fused path, which knows no dropout."""
+        if dropout is not None:
+            return super().mixture(x_TD, routing, dropout)
         weights = (self.w_in_EDF, self.w_out_EFD)
         y_TD: Tensor = mixture(x_TD, routing, *weights, self.activation, recompute=self.recompute)
         return y_TD

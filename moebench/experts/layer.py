@@ -4,46 +4,97 @@ import torch
 from torch import Tensor, nn
 
 from moebench.experts.bank import Bank
-from moebench.experts.capacity import Capacity, kept_within
+from moebench.experts.capacity import Capacity
+from moebench.experts.dropout import Dropout
+from moebench.experts.feed_forward import FeedForward
+from moebench.experts.overflow import passed_on, within_capacity
+from moebench.experts.soft import soft_mixture
+from moebench.routing.gate import Gate
 from moebench.routing.router import Router
-from moebench.routing.values import LayerRecord, RouteContext, Routing
+from moebench.routing.values import LayerRecord, RouteContext, Routing, SoftRouting
 
 
 class MoELayer(nn.Module):
     """A bank of experts behind a router; returns its output and the record of what was routed where."""
 
-    def __init__(self, router: Router, bank: Bank, *, experts_per_token: int, capacity: Capacity, layer: int) -> None:
-        """`experts_per_token`: the router's nominal k, which sets the capacity and the FLOPs."""
+    def __init__(
+        self,
+        router: Router,
+        bank: Bank,
+        *,
+        experts_per_token: int,
+        capacity: Capacity,
+        layer: int,
+        shared: FeedForward | None = None,
+        residual: bool = False,
+        expert_dropout: float = 0.0,
+    ) -> None:
+        """`experts_per_token`: the router's nominal k, which sets the capacity and the FLOPs.
+
+        `shared`: a network that every token uses (DeepSeekMoE's shared experts, arXiv:2401.06066, section 3.2, are
+        one network of their summed width), added to what the bank gives. `residual`: instead of adding, weigh the
+        two by c = softmax(x W_c) (PR-MoE, arXiv:2201.05596, section 4.1; the learned c is that of its
+        implementation, DeepSpeed). `expert_dropout`: rate for the hidden activations of experts, shared ones
+        included, in training. Raises ValueError for a residual without a shared network.
+        """
         super().__init__()
+        if residual and shared is None:
+            raise ValueError("residual=True weighs the experts against a shared network, and there is none")
         self.router = router
         self.bank = bank
         self.experts_per_token = experts_per_token
         self.capacity = capacity
         self.layer = layer
+        self.shared = shared
+        self.mix = Gate(shared.w_in_DF.shape[0], 2) if residual and shared is not None else None
+        self.expert_dropout = expert_dropout
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> tuple[Tensor, LayerRecord]:
-        """Return y_TD (without the residual) and the record."""
+        """Return y_TD (without the residual stream) and the record."""
         with torch.autocast(x_TD.device.type, enabled=False):  # routing is fp32 in every precision
-            routing = self.router(x_TD.float(), ctx)
-        if ctx.valid_T is not None:
-            routing = routing.keep(ctx.valid_T[routing.token_N])  # padding takes no slot and counts nowhere
-        kept = self._within_capacity(routing, ctx)
-        y_TD = self.bank.mixture(x_TD, kept)
+            routing: Routing | SoftRouting = self.router(x_TD.float(), ctx)
+        dropout = None
+        if ctx.training and self.expert_dropout > 0:
+            dropout = Dropout(rate=self.expert_dropout, generator=ctx.generator)
+        if isinstance(routing, SoftRouting):
+            kept: Routing | SoftRouting = routing
+            y_TD = soft_mixture(self.bank, x_TD, routing, dropout)
+        else:
+            if ctx.valid_T is not None:
+                routing = routing.keep(ctx.valid_T[routing.token_N])  # padding takes no slot and counts nowhere
+            kept = self._within_capacity(routing, ctx)
+            y_TD = self.bank.mixture(x_TD, kept, dropout)
+            if self.capacity.overflow == "pass" and kept is not routing:
+                y_TD = y_TD + passed_on(routing, kept, x_TD)
+        y_TD = self._with_shared(y_TD, x_TD, dropout)
         return y_TD, LayerRecord(layer=self.layer, routing=routing, kept=kept, valid_T=ctx.valid_T)
 
     def _within_capacity(self, routing: Routing, ctx: RouteContext) -> Routing:
-        num_tokens = routing.num_tokens if ctx.valid_T is None else int(ctx.valid_T.sum())
         slots = self.capacity.slots(
             training=ctx.training,
-            num_assignments=num_tokens * self.experts_per_token,
+            num_tokens=routing.num_tokens if ctx.valid_T is None else int(ctx.valid_T.sum()),
+            experts_per_token=self.experts_per_token,
             num_experts=self.bank.num_experts,
         )
-        if slots is None:
-            return routing
-        return routing.keep(kept_within(routing, slots, self.capacity.drop_order, ctx.generator))
+        return routing if slots is None else within_capacity(routing, slots, self.capacity, ctx.generator)
+
+    def _with_shared(self, y_TD: Tensor, x_TD: Tensor, dropout: Dropout | None) -> Tensor:
+        if self.shared is None:
+            return y_TD
+        shared_TD: Tensor = self.shared(x_TD, dropout)
+        if self.mix is None:
+            return y_TD + shared_TD
+        with torch.autocast(x_TD.device.type, enabled=False):
+            share_T2: Tensor = self.mix(x_TD.float()).softmax(-1)
+        return share_T2[:, :1].to(y_TD.dtype) * y_TD + share_T2[:, 1:].to(shared_TD.dtype) * shared_TD
 
     def flops_per_token(self) -> int:
-        """Forward FLOPs of one token: the router and the experts that a token uses, padding slots counted."""
-        # A grouped product computes the rows that exist: without padding, capacity never costs more than dropless.
+        """Forward FLOPs of one token: the router, the experts that a token uses, the shared network and its weighing.
+
+        Without padding, so capacity never costs more than dropless: a grouped product computes the rows that exist.
+        """
         flops_E = self.bank.flops_per_row_E()
-        return self.router.flops_per_token() + self.experts_per_token * sum(flops_E) // len(flops_E)
+        routed = int(self.router.rows_per_token(self.experts_per_token) * sum(flops_E) / len(flops_E))
+        shared = 0 if self.shared is None else self.shared.flops_per_token()
+        weighing = 0 if self.mix is None else 2 * self.mix.weight_ED.numel()
+        return self.router.flops_per_token() + routed + shared + weighing

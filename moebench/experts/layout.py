@@ -4,7 +4,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from moebench.errors import UsageError
+from moebench.errors import UsageError, require
 from moebench.experts.capacity import Capacity
 from moebench.registry import Registry
 
@@ -25,8 +25,14 @@ class LayoutConfig:
     """Slots of an expert as a multiple of the even load T·k/E; null is dropless."""
     capacity_factor_eval: float | None = None
     """The same in evaluation; null is dropless, the number to trust."""
+    capacity_rule: Literal["megatron", "vmoe", "switch", "deepspeed"] = "megatron"
+    """Slots: ceil(T·k·f/E); vmoe: up to a multiple of 4; deepspeed: at least 4; switch: int(T·f/E), at least 4."""
     drop_order: Literal["router", "position", "score", "random"] = "router"
     """Who keeps a slot: router (its own priority, else position), position, score (largest weight), random."""
+    overflow: Literal["drop", "reroute", "pass"] = "drop"
+    """Without a slot: drop (nothing), reroute (the next best expert with a free slot), pass (weight times input)."""
+    expert_dropout: float = 0.0
+    """Dropout on the hidden activations of experts, in training."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -38,11 +44,18 @@ class LayoutConfig:
             factor = getattr(self, key)
             if factor is not None and not factor > 0:
                 raise UsageError(f"layout.{key} must be greater than 0, or null for dropless; got {factor}")
+        require(0 <= self.expert_dropout < 1, "layout.expert_dropout", self.expert_dropout, "at least 0 and below 1")
 
     @property
     def capacity(self) -> Capacity:
         """The capacity rule of the layout's layers."""
-        return Capacity(train=self.capacity_factor_train, eval=self.capacity_factor_eval, drop_order=self.drop_order)
+        return Capacity(
+            train=self.capacity_factor_train,
+            eval=self.capacity_factor_eval,
+            drop_order=self.drop_order,
+            rule=self.capacity_rule,
+            overflow=self.overflow,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,12 @@ def check_router(config: CellConfig) -> None:
 
 
 def build_backbone(
-    config: CellConfig, *, causal: bool, vocab_size: int | None = None, token_count_V: Tensor | None = None
+    config: CellConfig,
+    *,
+    causal: bool,
+    vocab_size: int | None = None,
+    token_count_V: Tensor | None = None,
+    sequence_length: int | None = None,
 ) -> Transformer:
     """Build the transformer with the layout's banks of experts behind the router; weights are not drawn yet."""
     check_router(config)
@@ -46,6 +51,7 @@ def build_backbone(
             layer=layer,
             vocab_size=vocab_size,
             token_count_V=token_count_V,
+            sequence_length=sequence_length,
         )
         part = _moe_layer(config, site, out_scale) if holds_experts else None
         dense = FeedForward(sizes.d_model, sizes.ffn_width, sizes.activation, out_scale)
@@ -71,6 +77,7 @@ def _moe_layer(config: CellConfig, site: Site, out_scale: float) -> MoELayer | N
         experts_per_token=experts_per_token,
         capacity=config.layout.capacity,
         layer=site.layer,
+        expert_dropout=config.layout.expert_dropout,
     )
 
 

@@ -81,9 +81,7 @@ def z(record: LayerRecord) -> Tensor:
 )
 def importance(record: LayerRecord) -> Tensor:
     """Squared coefficient of variation of the summed weights of each expert (Shazeer et al. 2017)."""
-    routing = record.routing
-    zeros_E = torch.zeros(routing.num_experts, dtype=routing.weight_N.dtype, device=routing.weight_N.device)
-    return squared_variation(zeros_E.index_add(0, routing.expert_N, routing.weight_N))
+    return squared_variation(record.routing.importance_E)
 
 
 def squared_variation(value_E: Tensor) -> Tensor:

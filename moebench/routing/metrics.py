@@ -20,9 +20,12 @@ class LoadCount:
     load_E: Tensor
     """Assignments per expert before capacity, int64."""
     num_dropped: int
+    """Assignments lost to capacity; those that passed their token on unchanged are among them."""
     num_unserved: int
     """Tokens that no expert computed."""
     num_tokens: int
+    num_rerouted: int = 0
+    """Assignments that another expert computed than the router chose."""
 
     def __add__(self, other: "LoadCount") -> "LoadCount":
         """Add the counts of two batches of the same layer."""
@@ -31,19 +34,19 @@ class LoadCount:
             num_dropped=self.num_dropped + other.num_dropped,
             num_unserved=self.num_unserved + other.num_unserved,
             num_tokens=self.num_tokens + other.num_tokens,
+            num_rerouted=self.num_rerouted + other.num_rerouted,
         )
 
     @classmethod
     def of(cls, record: LayerRecord) -> "LoadCount":
         """Count one layer's record, padding left out."""
-        served_T = record.kept.experts_per_token_T > 0
-        unserved_T = ~served_T if record.valid_T is None else ~served_T & record.valid_T
         num_tokens = record.routing.num_tokens if record.valid_T is None else int(record.valid_T.sum())
         return cls(
             load_E=record.routing.load_E.cpu(),
             num_dropped=record.num_dropped,
-            num_unserved=int(unserved_T.sum()),
+            num_unserved=record.num_unserved,
             num_tokens=num_tokens,
+            num_rerouted=record.num_rerouted,
         )
 
 
@@ -84,6 +87,7 @@ def summarise(counts: Sequence[LoadCount]) -> dict[str, float]:
             "load/entropy": normalised_entropy(count.load_E),
             "load/dead_experts": float(dead_experts(count.load_E)),
             "load/drop_rate": count.num_dropped / max(int(count.load_E.sum()), 1),
+            "load/reroute_rate": count.num_rerouted / max(int(count.load_E.sum()), 1),
             "load/unserved": count.num_unserved / max(count.num_tokens, 1),
         }
         for count in counts

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moebench.errors import UsageError
 from moebench.registry import Registry
-from moebench.routing.values import LayerRecord, RouteContext, Routing
+from moebench.routing.values import LayerRecord, RouteContext, Routing, SoftRouting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,8 @@ class Facts:
     """The same when a capacity drops by this router's priority; None: as `causal`."""
     learned: bool = True
     """The task loss reaches the router through the weights."""
+    makes_scores: bool = True
+    """Scores every expert for every token: what some losses, and rerouting over capacity, need."""
     own_losses: tuple[str, ...] = ()
     """Names that `losses(record)` of this router brings."""
 
@@ -55,6 +57,8 @@ class Site:
     vocab_size: int | None = None
     token_count_V: Tensor | None = None
     """int64: how often each token id occurs in the training split (language only)."""
+    sequence_length: int | None = None
+    """Tokens of one sequence of the task, where it is known."""
 
 
 class Router(nn.Module):
@@ -67,6 +71,8 @@ class Router(nn.Module):
     Config: ClassVar[type[RouterConfig]]
     is_dense: ClassVar[bool] = False
     """Needs one expert only: a model built with it holds plain feed-forward networks instead of banks."""
+    is_soft: ClassVar[bool] = False
+    """Returns a SoftRouting: nothing is chosen, so capacity and overflow do not apply."""
 
     def __init__(self, config: Any, site: Site) -> None:
         super().__init__()
@@ -82,7 +88,7 @@ class Router(nn.Module):
     def check(cls, config: Any, num_experts: int) -> None:
         """Raise UsageError when the options do not fit the number of experts."""
 
-    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing | SoftRouting:
         """Assign the tokens `x_TD` (fp32) to experts."""
         raise NotImplementedError
 
@@ -96,6 +102,10 @@ class Router(nn.Module):
 
     def after_step(self, load_E: Tensor) -> None:
         """Update state (bias, thresholds) from the assignments of one optimizer step, summed over micro-batches."""
+
+    def rows_per_token(self, experts_per_token: int) -> float:
+        """Rows that the experts compute for one token, on average: its experts, unless rows are not tokens."""
+        return experts_per_token
 
     def flops_per_token(self) -> int:
         """Forward FLOPs of the router for one token: 2 per weight of each matrix."""

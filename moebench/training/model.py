@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from moebench.errors import UsageError
 from moebench.models.build import Cost, build_backbone, check_router, cost_of
 from moebench.models.transformer import BatchContext, Transformer, init_weights
-from moebench.routing.router import ROUTERS, Facts
+from moebench.routing.router import ROUTERS
 from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig
 from moebench.tasks.task import TASKS, Batch, Task
@@ -34,9 +34,9 @@ def check_cell(config: CellConfig) -> None:
     check_router(config)
     if config.train.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("train.device: 'cuda' was asked for, but torch finds no CUDA device (allowed: auto, cpu)")
-    facts = ROUTERS.get(config.router.name).facts
+    _check_overflow(config)
     task = TASKS.get(config.task.name, where="task.name")
-    leak = _leak(config, facts)
+    leak = _leak(config)
     if task.facts.causal and not config.allow_noncausal and leak:
         raise UsageError(
             f"{leak}; task '{config.task.name}' predicts from the past. Allowed: a causal choice, or"
@@ -47,7 +47,7 @@ def check_cell(config: CellConfig) -> None:
 def marks_of(config: CellConfig) -> tuple[str, ...]:
     """Return the warnings that every table must show beside this cell's numbers."""
     causal_task = TASKS.get(config.task.name).facts.causal
-    return ("non-causal",) if causal_task and _leak(config, ROUTERS.get(config.router.name).facts) else ()
+    return ("non-causal",) if causal_task and _leak(config) else ()
 
 
 def build_model(config: CellConfig, task: Task) -> Model:
@@ -57,6 +57,7 @@ def build_model(config: CellConfig, task: Task) -> Model:
         causal=TASKS.get(config.task.name).facts.causal,
         vocab_size=task.vocab_size,
         token_count_V=task.token_count_V,
+        sequence_length=task.sequence_length,
     )
     return Model(task.embedding(config.model.d_model), backbone, task.head(config.model.d_model))
 
@@ -78,16 +79,29 @@ def prepare_task(config: CellConfig, results: Path) -> Task:
     return TASKS.get(config.task.name).item.prepare(config.task, results / "cache")
 
 
-def _leak(config: CellConfig, facts: Facts) -> str | None:
+def _check_overflow(config: CellConfig) -> None:
+    """Refuse to send assignments on to the next best expert where nothing says which that is."""
+    router = ROUTERS.get(config.router.name)
+    nothing_over = router.item.is_dense or router.item.is_soft or config.layout.capacity.is_dropless
+    if config.layout.overflow == "reroute" and not router.facts.makes_scores and not nothing_over:
+        raise UsageError(
+            f"layout.overflow: 'reroute' needs scores, which router '{config.router.name}' does not make"
+            " (allowed: drop, pass)"
+        )
+
+
+def _leak(config: CellConfig) -> str | None:
     """Return how a token's output comes to depend on later tokens, None when it does not."""
-    capacity = config.layout.capacity
-    router = f"router.name: '{config.router.name}' is not causal"
-    if not facts.causal:
-        return f"{router}: {facts.causal_reason}"
-    if capacity.train is None and capacity.eval is None:
+    router, capacity = ROUTERS.get(config.router.name), config.layout.capacity
+    named = f"router.name: '{config.router.name}' is not causal"
+    if not router.facts.causal:
+        return f"{named}: {router.facts.causal_reason}"
+    if router.item.is_dense or capacity.is_dropless:
         return None
     if capacity.drop_order in ("score", "random"):
         return f"layout.drop_order: '{capacity.drop_order}' lets later tokens push out earlier ones (try position)"
-    if capacity.drop_order == "router" and not facts.is_causal(with_capacity=True):
-        return f"{router} with a capacity and its own order of dropping (try layout.drop_order=position)"
+    if capacity.overflow == "reroute":
+        return "layout.overflow: 'reroute' sends earlier tokens only where later ones leave a slot (try drop or pass)"
+    if capacity.drop_order == "router" and not router.facts.is_causal(with_capacity=True):
+        return f"{named} with a capacity and its own order of dropping (try layout.drop_order=position)"
     return None

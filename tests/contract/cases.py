@@ -1,6 +1,6 @@
 """What the contract tests run on: every registered router in every configuration that makes sense."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from moebench.errors import UsageError
+from moebench.experts.bank import Bank, double_loop
 from moebench.experts.capacity import Capacity
 from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.layer import MoELayer
+from moebench.experts.soft import slot_loop
 from moebench.models.transformer import init_weights
 from moebench.routing.losses import LOSSES
-from moebench.routing.router import ROUTERS, Facts, Router, Site
-from moebench.routing.values import LayerRecord, RouteContext, Routing
+from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.values import LayerRecord, RouteContext, Routing, SoftRouting
 
 D_MODEL = 8
 VOCAB = 50
@@ -33,6 +35,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "noisy_top_k": [{"top_k": 3}],
     "expert_choice": [{"group": "sequence"}, {"average_experts": 1}],
     "random": [{"top_k": 2}],
+    "soft_moe": [{"slots_per_expert": 1}, {"average_experts": 2}],
 }
 """Options beside the defaults. A router that is not here (a plugin's) is tested with its defaults."""
 
@@ -71,6 +74,11 @@ class Case:
         return True
 
     @property
+    def is_soft(self) -> bool:
+        """Whether the router mixes tokens into slots instead of listing assignments."""
+        return self.router_class.is_soft
+
+    @property
     def experts_per_token(self) -> int:
         return self.router_class.experts_per_token(self.config, self.num_experts)
 
@@ -85,7 +93,9 @@ class Case:
         init_weights(router, seed)
         return router
 
-    def layer(self, *, seed: int = 0, capacity: Capacity | None = None, activation: str = "gelu") -> MoELayer:
+    def layer(
+        self, *, seed: int = 0, capacity: Capacity | None = None, activation: str = "gelu", **options: Any
+    ) -> MoELayer:
         """Build a whole MoE layer around the router."""
         bank = ExpertBank(D_MODEL, 8, self.num_experts, activation)
         init_weights(bank, seed)
@@ -95,7 +105,19 @@ class Case:
             experts_per_token=self.experts_per_token,
             capacity=capacity or Capacity(),
             layer=0,
+            **options,
         )
+
+
+class Replayed(Router):
+    """Returns a given routing, so that the experts can be checked in fp64 apart from the fp32 of the routers."""
+
+    def __init__(self, routing: Routing | SoftRouting) -> None:
+        super().__init__(RouterConfig(name="replayed"), Site(d_model=D_MODEL, num_experts=routing.num_experts))
+        self.routing = routing
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing | SoftRouting:
+        return self.routing
 
 
 def all_cases() -> list[Case]:
@@ -114,6 +136,15 @@ def cases_of(num_experts: int = 8) -> list[Case]:
     return [case for case in all_cases() if case.num_experts == num_experts]
 
 
+def list_cases(num_experts: int = 8) -> list[Case]:
+    """Return the cases whose routing is a list of assignments: the one place where soft routing is left out.
+
+    It has no weight of a token for an expert, no assignment that capacity could take, and one soft expert is not the
+    dense network (it computes means of tokens). What it promises instead is tested in test_soft.py.
+    """
+    return [case for case in cases_of(num_experts) if not case.is_soft]
+
+
 def default_cases() -> list[Case]:
     """Return every router once, with its defaults and 8 experts."""
     return [Case(entry.name) for entry in ROUTERS.entries()]
@@ -122,7 +153,7 @@ def default_cases() -> list[Case]:
 def site(num_experts: int) -> Site:
     """Return the place of a router in a small language model: frequent and rare ids."""
     count_V = (1000 / torch.arange(1, VOCAB + 1)).long()
-    return Site(d_model=D_MODEL, num_experts=num_experts, vocab_size=VOCAB, token_count_V=count_V)
+    return Site(d_model=D_MODEL, num_experts=num_experts, vocab_size=VOCAB, token_count_V=count_V, sequence_length=16)
 
 
 def stirred(module: nn.Module, seed: int = 0) -> Any:
@@ -179,17 +210,21 @@ class Tokens:
         return replace(self, x_TD=x_TD, token_id_T=token_id_T)
 
 
-def route(router: nn.Module, tokens: Tokens, *, training: bool, seed: int = 0) -> Routing:
-    """Run a router alone."""
+def route(router: nn.Module, tokens: Tokens, *, training: bool, seed: int = 0) -> Any:
+    """Run a router alone; returns its Routing or SoftRouting."""
     router.train(training)
-    routing: Routing = router(tokens.x_TD, tokens.context(training=training, seed=seed))
-    return routing
+    return router(tokens.x_TD, tokens.context(training=training, seed=seed))
 
 
-def run(layer: MoELayer, tokens: Tokens, *, training: bool, seed: int = 0) -> tuple[Tensor, LayerRecord]:
-    """Run a whole layer."""
+def run(layer: MoELayer, tokens: Tokens, *, training: bool, seed: int = 0) -> tuple[Tensor, Any]:
+    """Run a whole layer; returns its output and its LayerRecord."""
     layer.train(training)
     return layer(tokens.x_TD, tokens.context(training=training, seed=seed))
+
+
+def slow_mixture(bank: Bank, x_TD: Tensor, routing: Routing | SoftRouting) -> Tensor:
+    """Return what the experts give by a plain loop."""
+    return (slot_loop if isinstance(routing, SoftRouting) else double_loop)(bank, x_TD, routing)
 
 
 def raw_losses(router: Router, record: LayerRecord) -> dict[str, Tensor]:
@@ -198,15 +233,41 @@ def raw_losses(router: Router, record: LayerRecord) -> dict[str, Tensor]:
     return own | {name: LOSSES.get(name).item(record) for name in router.config.losses if name not in own}
 
 
-def dense_weights_TE(routing: Routing) -> Tensor:
-    """Return the weights as a table, 0 where a token does not go: two routings with equal tables are the same."""
+def weight_table(routing: Routing | SoftRouting) -> Tensor:
+    """Return the weights as one row per token: two routings with equal tables are the same.
+
+    A column for each expert, 0 where a token does not go; of soft routing two columns for each slot, in and out.
+    """
+    if isinstance(routing, SoftRouting):
+        return torch.cat([routing.dispatch_BLS, routing.combine_BLS], dim=-1).flatten(0, 1)
     table_TE = torch.zeros(routing.num_tokens, routing.num_experts, dtype=routing.weight_N.dtype)
     return table_TE.index_put((routing.token_N, routing.expert_N), routing.weight_N)
 
 
-def assigned_TE(routing: Routing) -> Tensor:
+def assigned_TE(routing: Routing | SoftRouting) -> Tensor:
     """Return who goes where as a table of bools."""
+    if isinstance(routing, SoftRouting):
+        return routing.combine_BLS.flatten(0, 1).unflatten(-1, (routing.num_experts, -1)).sum(-1) > 0
     table_TE = torch.zeros(routing.num_tokens, routing.num_experts, dtype=torch.bool)
     routing = routing.compact()
     table_TE[routing.token_N, routing.expert_N] = True
     return table_TE
+
+
+def assert_same_gradients(fast: Tensor, slow: Tensor, leaves: Sequence[Tensor], *, rtol: float, atol: float) -> None:
+    torch.testing.assert_close(fast, slow, rtol=rtol, atol=atol)
+    pull = torch.randn(fast.shape, generator=torch.Generator().manual_seed(9)).to(fast.dtype)
+    options = {"retain_graph": True, "allow_unused": True}
+    if not fast.requires_grad or not slow.requires_grad:  # nothing was routed: the loop made no product at all
+        assert not fast.any()
+        return
+    for leaf, ours, theirs in zip(
+        leaves,
+        torch.autograd.grad((fast * pull).sum(), leaves, **options),
+        torch.autograd.grad((slow * pull).sum(), leaves, **options),
+        strict=True,
+    ):
+        zeros = torch.zeros_like(leaf)
+        torch.testing.assert_close(
+            zeros if ours is None else ours, zeros if theirs is None else theirs, rtol=rtol, atol=atol
+        )

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from contract.cases import Case, Tokens, assigned_TE, cases_of, default_cases, dense_weights_TE, route, run
+from contract.cases import Case, Tokens, assigned_TE, cases_of, default_cases, list_cases, route, run, weight_table
 
 from moebench.experts.capacity import Capacity
 from moebench.experts.layer import MoELayer
@@ -43,7 +43,7 @@ def test_router_sees_no_future_if_it_says_so(case: Case, training: bool) -> None
         tokens = Tokens.draw(LENGTH, seed=probe)
         other = tokens.with_other(past_T + LENGTH // 2, seed=100 + probe)
         ours, theirs = (route(router, each, training=training, seed=probe) for each in (tokens, other))
-        difference_TE = dense_weights_TE(ours)[past_T] - dense_weights_TE(theirs)[past_T]
+        difference_TE = weight_table(ours)[past_T] - weight_table(theirs)[past_T]
         leaked |= bool(difference_TE.abs().max() > 1e-5)
     assert leaked is not case.facts.causal, case.facts.causal_reason
 
@@ -72,6 +72,27 @@ def test_position_order_keeps_token_choice_causal(case: Case, training: bool) ->
     if case.facts.causal:
         layer = case.layer(capacity=Capacity(train=0.5, eval=0.5, drop_order="position"))
         assert not leaks(layer, training=training)
+
+
+@pytest.mark.parametrize("case", [case for case in list_cases() if case.facts.causal], ids=str)
+@both_modes
+def test_passing_keeps_token_choice_causal(case: Case, training: bool) -> None:
+    capacity = Capacity(train=0.5, eval=0.5, drop_order="position", overflow="pass")
+    assert not leaks(case.layer(capacity=capacity), training=training)
+
+
+def rerouted_cases() -> list[Case]:
+    """Return the causal routers that can say which expert is next best, where one is left (k < E)."""
+    cases = [case for case in list_cases() if case.facts.causal and case.facts.makes_scores]
+    return [case for case in cases if case.experts_per_token < case.num_experts]
+
+
+@pytest.mark.parametrize("case", rerouted_cases(), ids=str)
+@pytest.mark.parametrize("drop_order", ["router", "position"])
+def test_the_probe_finds_the_leak_of_rerouting(case: Case, drop_order) -> None:
+    # An early token without a slot goes where later tokens' own choices leave one.
+    layer = case.layer(capacity=Capacity(eval=0.75, drop_order=drop_order, overflow="reroute"))
+    assert leaks(layer, training=False)
 
 
 @pytest.mark.parametrize("drop_order", ["score", "random"])
@@ -149,7 +170,7 @@ def equivariant_cases() -> list[Case]:
 
 @pytest.mark.parametrize("case", equivariant_cases(), ids=str)
 def test_order_of_tokens_does_not_matter(case: Case) -> None:
-    if case.options.get("group") == "sequence":
+    if case.is_soft or case.options.get("group") == "sequence":
         order_T = torch.cat([LENGTH + torch.randperm(LENGTH), torch.randperm(LENGTH)])
     else:
         order_T = torch.randperm(2 * LENGTH, generator=torch.Generator().manual_seed(2))
@@ -172,9 +193,9 @@ def test_score_order_is_equivariant_and_position_order_is_not() -> None:
 
 
 def gated_cases() -> list[Case]:
-    """Return the learned routers whose parameters have one row for each expert."""
+    """Return the learned routers whose parameters are single numbers or have one row for each expert."""
     cases = [case for case in cases_of(8) if case.facts.learned]
-    return [case for case in cases if all(p.shape[0] == 8 for p in case.router().parameters())]
+    return [case for case in cases if all(p.shape[0] == 8 for p in case.router().parameters() if p.dim())]
 
 
 @pytest.mark.parametrize("case", gated_cases(), ids=str)
@@ -184,6 +205,7 @@ def test_order_of_experts_does_not_matter(case: Case) -> None:
     order_E = torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter.copy_(parameter[order_E].clone())
+            if parameter.dim():  # not the one scale of all slots
+                parameter.copy_(parameter[order_E].clone())
     after_TD, _ = run(layer, tokens, training=False)
     torch.testing.assert_close(after_TD, before_TD)

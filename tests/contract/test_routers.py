@@ -10,19 +10,20 @@ from contract.cases import (
     Case,
     Tokens,
     all_cases,
+    assigned_TE,
     cases_of,
     default_cases,
-    dense_weights_TE,
     raw_losses,
     route,
     run,
+    weight_table,
 )
 
 from moebench.config import resolve, to_plain, to_yaml
 from moebench.errors import UsageError
 from moebench.routing.losses import LOSSES
 from moebench.routing.router import ROUTERS
-from moebench.routing.values import Routing
+from moebench.routing.values import Routing, SoftRouting
 
 every_case = pytest.mark.parametrize("case", all_cases(), ids=str)
 every_case_of_8 = pytest.mark.parametrize("case", cases_of(8), ids=str)
@@ -36,7 +37,10 @@ def test_no_router_is_left_out() -> None:
         assert {8, 9} <= sizes, f"{entry.name} is covered for E in {sizes} only"
 
 
-def assert_well_formed(routing: Routing) -> None:
+def assert_well_formed(routing: Routing | SoftRouting) -> None:
+    if isinstance(routing, SoftRouting):
+        assert_well_formed_soft(routing)
+        return
     num_assignments = routing.token_N.numel()
     assert routing.token_N.dtype == routing.expert_N.dtype == torch.int64
     assert routing.weight_N.dtype == torch.float32
@@ -58,6 +62,16 @@ def assert_well_formed(routing: Routing) -> None:
         assert torch.equal(routing.token_N, rectangle_N)
     if routing.priority_N is not None:
         assert routing.priority_N.shape == (num_assignments,)
+
+
+def assert_well_formed_soft(routing: SoftRouting) -> None:
+    for weight_BLS, summed in ((routing.dispatch_BLS, 1), (routing.combine_BLS, 2)):
+        assert weight_BLS.dtype == torch.float32
+        assert weight_BLS.shape == routing.dispatch_BLS.shape
+        assert (weight_BLS >= 0).all()
+        sums = weight_BLS.sum(summed)
+        torch.testing.assert_close(sums, torch.ones_like(sums))
+    assert routing.dispatch_BLS.shape[2] == routing.num_experts * routing.slots_per_expert
 
 
 @every_case
@@ -93,9 +107,8 @@ def test_randomness_comes_from_the_generator_alone(case: Case) -> None:
     first = route(router, tokens, training=True, seed=3)
     torch.manual_seed(999)
     second = route(router, tokens, training=True, seed=3)
-    assert torch.equal(first.token_N, second.token_N)
-    assert torch.equal(first.expert_N, second.expert_N)
-    assert torch.equal(first.weight_N, second.weight_N)
+    assert torch.equal(assigned_TE(first), assigned_TE(second))
+    assert torch.equal(weight_table(first), weight_table(second))
 
 
 @every_case_of_8
@@ -237,7 +250,7 @@ def test_padding_changes_nothing(case: Case, training: bool) -> None:
     torch.testing.assert_close(padded_TD[:16], y_TD)
     assert not padded_TD[16:].any()
     assert torch.equal(padded_record.routing.load_E, record.routing.load_E)
-    torch.testing.assert_close(dense_weights_TE(padded_record.kept)[:16], dense_weights_TE(record.kept))
+    torch.testing.assert_close(weight_table(padded_record.kept)[:16], weight_table(record.kept))
     torch.testing.assert_close(raw_losses(layer.router, padded_record), raw_losses(layer.router, record))
 
 
@@ -257,7 +270,7 @@ def test_state_dict_brings_everything_back(case: Case) -> None:
     first, second = case.router(seed=0), case.router(seed=1)
     second.load_state_dict(first.state_dict())
     ours, theirs = (route(router, tokens, training=False) for router in (first, second))
-    assert torch.equal(dense_weights_TE(ours), dense_weights_TE(theirs))
+    assert torch.equal(weight_table(ours), weight_table(theirs))
 
 
 def test_every_loss_says_what_it_is() -> None:
@@ -265,6 +278,13 @@ def test_every_loss_says_what_it_is() -> None:
         for key in ("equation", "paper", "uniform", "collapsed"):
             assert getattr(entry.facts, key).strip(), (entry.name, key)
         assert entry.doc
+
+
+@every_router
+@both_modes
+def test_scores_exist_if_the_router_says_so(case: Case, training: bool) -> None:
+    routing = route(case.router(), Tokens.draw(8), training=training)
+    assert (routing.scores_TE is not None) is case.facts.makes_scores
 
 
 @every_router

@@ -12,7 +12,10 @@ from command_line import ARMS, ROOT, CommandLine, Results, WarmCommandLine, jour
 
 RESULT_KEYS = {"id", "arm", "seed", "status", "error", "step", "metrics", "cost", "throughput", "data_digest"}
 RESULT_KEYS |= {"eval_digest", "marks", "config"}
-LOAD_KEYS = {f"load/{name}" for name in ("max_violation", "cv", "entropy", "dead_experts", "drop_rate", "unserved")}
+LOAD_KEYS = {
+    f"load/{name}"
+    for name in ("max_violation", "cv", "entropy", "dead_experts", "drop_rate", "reroute_rate", "unserved")
+}
 
 
 def test_a_finished_run_reports_json_on_stdout_and_progress_on_stderr(finished: CommandLine) -> None:

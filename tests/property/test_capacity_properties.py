@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from contract.drawn import routings, seeded
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,30 +14,7 @@ from moebench.experts.capacity import Capacity, kept_within
 from moebench.experts.dispatch import DispatchPlan, combine, dispatch
 from moebench.routing.values import Routing
 
-
-@st.composite
-def routings(draw: st.DrawFn, with_priority: bool | None = None) -> Routing:
-    """Draw a list of assignments in any order, with many ties among weights and priorities."""
-    num_tokens, num_experts = draw(st.integers(0, 9)), draw(st.integers(1, 5))
-    pair = st.tuples(st.integers(0, max(num_tokens - 1, 0)), st.integers(0, num_experts - 1))
-    pairs = draw(st.lists(pair, unique=True, max_size=24)) if num_tokens else []
-    value = st.lists(st.sampled_from([0.0, 0.25, 0.5]), min_size=len(pairs), max_size=len(pairs))
-    has_priority = draw(st.booleans()) if with_priority is None else with_priority
-    return Routing(
-        token_N=torch.tensor([token for token, _ in pairs], dtype=torch.int64),
-        expert_N=torch.tensor([expert for _, expert in pairs], dtype=torch.int64),
-        weight_N=torch.tensor(draw(value)),
-        num_tokens=num_tokens,
-        num_experts=num_experts,
-        priority_N=torch.tensor(draw(value)) if has_priority else None,
-    )
-
-
 orders = st.sampled_from(["router", "position", "score", "random"])
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def queue(routing: Routing, order: str) -> list[int]:
@@ -76,38 +54,75 @@ def test_more_slots_keep_what_fewer_kept(routing: Routing, slots: int, order: st
     assert (more_N | ~fewer_N).all()
 
 
-@given(st.integers(0, 500), st.integers(1, 64), st.floats(1e-3, 64), st.floats(1, 4))
-def test_slots_grow_with_the_factor(num_assignments: int, num_experts: int, factor: float, more: float) -> None:
-    def slots(factor: float) -> int:
-        rule = Capacity(train=factor)
-        found = rule.slots(training=True, num_assignments=num_assignments, num_experts=num_experts)
-        assert found is not None
-        assert rule.slots(training=False, num_assignments=num_assignments, num_experts=num_experts) is None
-        return found
+rules = st.sampled_from(["megatron", "vmoe", "switch", "deepspeed"])
+sizes = st.tuples(st.integers(0, 500), st.integers(1, 8), st.integers(1, 64))
 
-    assert slots(factor) <= slots(factor * more)
-    assert slots(factor) >= factor * num_assignments / num_experts - 1e-6
-    assert slots(factor) <= math.ceil(factor * num_assignments / num_experts)
+
+def slots_of(rule: str, factor: float | None, num_tokens: int, top_k: int, num_experts: int) -> int | None:
+    """Return C in training; evaluation has its own factor, which is None here."""
+    capacity = Capacity(train=factor, rule=rule)
+    sizes = {"num_tokens": num_tokens, "experts_per_token": top_k, "num_experts": num_experts}
+    assert capacity.slots(training=False, **sizes) is None
+    assert Capacity(eval=factor, rule=rule).slots(training=False, **sizes) == capacity.slots(training=True, **sizes)
+    return capacity.slots(training=True, **sizes)
+
+
+@given(rules, sizes, st.floats(1e-3, 64), st.floats(1, 4))
+def test_slots_grow_with_the_factor_and_end_at_the_tokens(rule, sizes, factor: float, more: float) -> None:
+    fewer, many = slots_of(rule, factor, *sizes), slots_of(rule, factor * more, *sizes)
+    assert fewer is not None
+    assert many is not None
+    assert 0 <= fewer <= many <= sizes[0]
+    assert slots_of(rule, 1e9, *sizes) == sizes[0]
+    assert slots_of(rule, math.inf, *sizes) is slots_of(rule, None, *sizes) is None
+
+
+@given(sizes, st.floats(1e-3, 64))
+def test_rules_by_their_relations(sizes, factor: float) -> None:
+    num_tokens, top_k, num_experts = sizes
+    megatron, vmoe, switch, deepspeed = (
+        slots_of(rule, factor, *sizes) for rule in ("megatron", "vmoe", "switch", "deepspeed")
+    )
+    exact = factor * num_tokens * top_k / num_experts
+    assert min(exact, num_tokens) - 1e-6 <= megatron <= math.ceil(exact)
+    assert megatron <= vmoe < megatron + 4
+    assert vmoe % 4 == 0 or vmoe == num_tokens
+    assert deepspeed == min(max(megatron, 4), num_tokens)
+    assert min(exact / top_k - 1, num_tokens) <= switch <= max(exact / top_k + 1e-6, 4)
+    assert switch >= min(4, num_tokens)
 
 
 @pytest.mark.parametrize(
-    ("factor", "num_assignments", "num_experts", "slots"),
+    ("rule", "factor", "num_tokens", "top_k", "num_experts", "slots"),
     [
-        (1.0, 16, 4, 4),  # even
-        (1.0, 17, 4, 5),  # rounded up
-        (1.25, 16, 4, 5),
-        (1.1, 10, 1, 11),  # 1.1 · 10 is 11.000000000000002 in fp64: still 11
-        (0.25, 1, 8, 1),  # never rounded down to "no limit" or to nothing
-        (1.0, 0, 8, 0),
-        (math.inf, 16, 4, None),
-        (None, 16, 4, None),
+        ("megatron", 1.0, 16, 1, 4, 4),  # even
+        ("megatron", 1.0, 17, 1, 4, 5),  # rounded up
+        ("megatron", 1.25, 16, 2, 4, 10),
+        ("megatron", 1.1, 100, 1, 10, 11),  # 1.1 · 100 / 10 is 11.000000000000002 in fp64: still 11
+        ("megatron", 0.25, 1, 1, 8, 1),  # never rounded down to "no limit" or to nothing
+        ("megatron", 1.0, 0, 1, 8, 0),
+        ("megatron", 4.0, 16, 2, 4, 16),  # 32, but there are 16 tokens
+        ("megatron", math.inf, 16, 1, 4, None),
+        ("megatron", None, 16, 1, 4, None),
+        ("vmoe", 1.0, 16, 1, 4, 4),
+        ("vmoe", 1.0, 17, 1, 4, 8),  # 5, up to a multiple of 4
+        ("vmoe", 1.25, 16, 2, 4, 12),  # 10
+        ("vmoe", 0.25, 1, 1, 8, 1),  # 4, but there is one token
+        ("switch", 1.25, 64, 1, 8, 10),
+        ("switch", 1.25, 64, 2, 8, 10),  # without k
+        ("switch", 1.0, 63, 1, 8, 7),  # 7.875 rounded down
+        ("switch", 2.3, 100, 1, 10, 23),  # 22.999999999999996 in fp64: still 23
+        ("switch", 1.0, 16, 1, 8, 4),  # 2, at least 4
+        ("switch", 1.0, 3, 1, 8, 3),  # 4, but there are three tokens
+        ("deepspeed", 1.25, 64, 1, 8, 10),
+        ("deepspeed", 1.25, 64, 2, 8, 20),
+        ("deepspeed", 1.0, 63, 1, 8, 8),  # rounded up
+        ("deepspeed", 1.0, 16, 1, 8, 4),  # 2, at least 4
+        ("deepspeed", 1.0, 0, 1, 8, 0),
     ],
 )
-def test_slots_by_hand(factor: float | None, num_assignments: int, num_experts: int, slots: int | None) -> None:
-    rule = Capacity(train=factor, eval=factor)
-    for training in (True, False):
-        found = rule.slots(training=training, num_assignments=num_assignments, num_experts=num_experts)
-        assert found == slots
+def test_slots_by_hand(rule, factor, num_tokens: int, top_k: int, num_experts: int, slots: int | None) -> None:
+    assert slots_of(rule, factor, num_tokens, top_k, num_experts) == slots
 
 
 def test_each_order_by_hand() -> None:

@@ -191,8 +191,14 @@ def test_load_metrics_by_hand(load, violation, cv, entropy, dead) -> None:
         assert metrics.normalised_entropy(load_E) == pytest.approx(entropy)
 
 
-def count(load: list[int], *, dropped: int = 0, unserved: int = 0, tokens: int = 8) -> LoadCount:
-    return LoadCount(load_E=torch.tensor(load), num_dropped=dropped, num_unserved=unserved, num_tokens=tokens)
+def count(load: list[int], *, dropped: int = 0, unserved: int = 0, tokens: int = 8, rerouted: int = 0) -> LoadCount:
+    return LoadCount(
+        load_E=torch.tensor(load),
+        num_dropped=dropped,
+        num_unserved=unserved,
+        num_tokens=tokens,
+        num_rerouted=rerouted,
+    )
 
 
 def test_layers_are_averaged_and_never_pooled() -> None:
@@ -205,16 +211,18 @@ def test_layers_are_averaged_and_never_pooled() -> None:
 
 def test_rates_by_hand() -> None:
     # Layer 1: 2 of 8 assignments dropped, 1 of 8 tokens unserved; layer 2: none.
-    summary = metrics.summarise([count([4, 4], dropped=2, unserved=1), count([4, 4])])
+    summary = metrics.summarise([count([4, 4], dropped=2, unserved=1, rerouted=3), count([4, 4])])
     assert summary["load/drop_rate"] == pytest.approx((2 / 8 + 0) / 2)
+    assert summary["load/reroute_rate"] == pytest.approx((3 / 8 + 0) / 2)
     assert summary["load/unserved"] == pytest.approx((1 / 8 + 0) / 2)
     assert metrics.summarise([]) == {}
 
 
 def test_counts_of_batches_add_up() -> None:
-    total = count([1, 2], dropped=1, unserved=2, tokens=3) + count([3, 4], dropped=5, unserved=6, tokens=7)
+    first = count([1, 2], dropped=1, unserved=2, tokens=3, rerouted=4)
+    total = first + count([3, 4], dropped=5, unserved=6, tokens=7, rerouted=8)
     assert total.load_E.tolist() == [4, 6]
-    assert (total.num_dropped, total.num_unserved, total.num_tokens) == (6, 8, 10)
+    assert (total.num_dropped, total.num_unserved, total.num_tokens, total.num_rerouted) == (6, 8, 10, 12)
 
 
 @given(st.integers(0, 12), st.integers(1, 5), st.integers(0, 3))

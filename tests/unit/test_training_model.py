@@ -21,13 +21,20 @@ def text(tmp_path_factory):
         ("switch", {"capacity_factor_train": 1.0, "drop_order": "score"}, False),
         ("switch", {"capacity_factor_train": 1.0, "drop_order": "random"}, False),
         ("switch", {"drop_order": "score"}, True),  # dropless: the order decides nothing
+        ("switch", {"capacity_factor_train": float("inf"), "drop_order": "score"}, True),
+        ("switch", {"capacity_factor_train": 1.0, "overflow": "pass"}, True),
+        ("switch", {"capacity_factor_train": 1.0, "overflow": "reroute"}, False),
+        ("switch", {"capacity_factor_eval": 1.0, "overflow": "reroute", "drop_order": "position"}, False),
+        ("switch", {"overflow": "reroute"}, True),  # dropless: nothing to send on
         ("gshard", {}, True),
         ("gshard", {"capacity_factor_train": 1.0}, False),
         ("gshard", {"capacity_factor_eval": 1.0}, False),
         ("gshard", {"capacity_factor_eval": 1.0, "drop_order": "position"}, True),
         ("expert_choice", {}, False),
         ("expert_choice", {"capacity_factor_train": 1.0, "drop_order": "position"}, False),
+        ("soft_moe", {}, False),
         ("dense", {}, True),
+        ("dense", {"capacity_factor_train": 1.0, "overflow": "reroute", "drop_order": "score"}, True),
     ],
 )
 def test_router_that_sees_the_future_is_refused_or_marked(router: str, layout: dict, causal: bool) -> None:
@@ -36,7 +43,9 @@ def test_router_that_sees_the_future_is_refused_or_marked(router: str, layout: d
     if causal:
         check_cell(config)
         return
-    with pytest.raises(UsageError, match=r"^(router.name: .* is not causal|layout.drop_order: ).*allow_noncausal=true"):
+    with pytest.raises(
+        UsageError, match=r"^(router.name: .* is not causal|layout.(drop_order|overflow): ).*allow_noncausal=true"
+    ):
         check_cell(config)
     check_cell(resolve({"router": router, "layout": layout, "allow_noncausal": True}))
 
@@ -47,6 +56,46 @@ def test_refusal_names_what_is_not_causal() -> None:
         check_cell(config)
     # Not the router's fault: its own reason ("routed by its own vector") would contradict the refusal.
     assert "drop_order" in str(caught.value)
+
+
+@pytest.mark.parametrize("router", ["hash", "random"])
+def test_rerouting_without_scores_is_refused(router: str) -> None:
+    layout = {"overflow": "reroute", "capacity_factor_train": 1.0}
+    with pytest.raises(
+        UsageError, match=rf"^layout\.overflow: 'reroute' needs scores, which router '{router}' does not"
+    ):
+        check_cell(resolve({"router": router, "layout": layout, "allow_noncausal": True}))
+    check_cell(resolve({"router": router, "layout": layout | {"overflow": "pass"}}))
+    check_cell(resolve({"router": router, "layout": {"overflow": "reroute"}}))  # dropless: nothing to send on
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0])
+def test_expert_dropout_out_of_range_is_refused(rate: float) -> None:
+    with pytest.raises(UsageError, match=rf"layout\.expert_dropout must be at least 0 and below 1, got {rate}"):
+        resolve({"layout": {"expert_dropout": rate}})
+
+
+def test_soft_routing_is_trained_and_evaluated_like_the_others(text, tmp_path) -> None:
+    layout = {"capacity_factor_train": 0.5, "capacity_factor_eval": 0.5, "expert_dropout": 0.1}
+    run = Run(tiny_config(text, router="soft_moe", layout=layout, allow_noncausal=True), tmp_path)
+    result = run()
+    assert result is not None
+    assert result.marks == ("non-causal",)
+    for name in ("max_violation", "cv", "dead_experts", "drop_rate", "reroute_rate", "unserved"):
+        assert result.metrics[f"load/{name}"] == 0, name
+    assert result.metrics["load/entropy"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("overflow", ["drop", "reroute", "pass"])
+def test_every_overflow_is_trained_and_counted(text, tmp_path, overflow: str) -> None:
+    layout = {"capacity_factor_train": 0.75, "capacity_factor_eval": 0.75, "overflow": overflow}
+    run = Run(tiny_config(text, router="switch", layout=layout, allow_noncausal=True), tmp_path)
+    result = run()
+    assert result is not None
+    assert (result.metrics["load/reroute_rate"] > 0) is (overflow == "reroute")
+    # 32 tokens on 4 experts with 6 slots each: with every slot taken a quarter is left over, else more.
+    assert result.metrics["load/drop_rate"] >= 0.25
+    assert result.metrics["load/unserved"] == result.metrics["load/drop_rate"]  # k = 1
 
 
 def test_result_says_all_that_a_table_needs(text, tmp_path) -> None:
@@ -60,7 +109,7 @@ def test_result_says_all_that_a_table_needs(text, tmp_path) -> None:
     assert result.cost["train_tokens"] == 12 * 4 * 8
     assert set(result.metrics) == {
         "bits_per_byte", "bits_per_byte/ab", "bits_per_byte/xyz", "load/max_violation", "load/cv", "load/entropy",
-        "load/dead_experts", "load/drop_rate", "load/unserved",
+        "load/dead_experts", "load/drop_rate", "load/reroute_rate", "load/unserved",
     }  # fmt: skip
     # Expert choice is even by construction, whatever it has learned.
     assert result.metrics["load/max_violation"] == 0

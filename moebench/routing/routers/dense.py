@@ -18,6 +18,7 @@ from moebench.routing.values import RouteContext, Routing
         causal_reason="there is nothing to route",
         batch_dependent=False,
         learned=False,
+        makes_scores=False,
     )
 )
 class Dense(Router):

@@ -19,6 +19,7 @@ from moebench.routing.values import RouteContext, Routing
         causal_reason="the expert depends on the token's own id alone",
         batch_dependent=False,
         learned=False,
+        makes_scores=False,
     )
 )
 class Hash(Router):

@@ -18,6 +18,7 @@ from moebench.routing.values import RouteContext, Routing
         causal_reason="the draw does not look at any token",
         batch_dependent=True,  # the draw belongs to the place in the batch
         learned=False,
+        makes_scores=False,
     )
 )
 class Random(Router):

@@ -1,0 +1,96 @@
+"""Soft MoE: every expert computes slots, and every slot is a weighted mean of all tokens of a sequence."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional
+
+from moebench.errors import UsageError, require
+from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.values import RouteContext, SoftRouting
+
+
+@ROUTERS.register(
+    Facts(
+        family="soft",
+        equation="L = s · X̂ Φ̂,  D = softmax over tokens (L),  C = softmax over slots (L),  Y = C · Experts(Dᵀ X)",
+        paper="arXiv:2308.00951, eq. 1-3, normalised as in section 2.3",
+        causal=False,
+        causal_reason="every slot is a mean over the whole sequence",
+        batch_dependent=False,
+        makes_scores=False,
+    )
+)
+class SoftMoE(Router):
+    """Tokens are mixed into slots instead of being sent to experts (Puigcerver et al. 2023).
+
+    Balanced by construction, without any loss, nothing is dropped: capacity and overflow do not apply. Token
+    vectors and slot vectors have unit length before their product, times a learned scale (1 at the start). Each
+    sequence has its own E·p slots. The slot vectors do not depend on the length, so another length works too.
+    """
+
+    is_soft = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        """Options of Soft MoE."""
+
+        name: str = "soft_moe"
+        average_experts: int = 1
+        """c: the experts compute as many slots as top-c would compute tokens."""
+        slots_per_expert: int | None = None
+        """Slots of each expert; null: sequence length · c / E to the nearest integer, at least 1."""
+
+    def __init__(self, config: Config, site: Site) -> None:
+        super().__init__(config, site)
+        self.sequence_length = site.sequence_length
+        self.slots_per_expert = config.slots_per_expert or _even_slots(config.average_experts, site)
+        self.slot_EPD = nn.Parameter(torch.empty(site.num_experts, self.slots_per_expert, site.d_model))
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def init_weights(self, generator: Generator) -> None:
+        """Draw slot vectors of unit length on average; the scale starts at 1."""
+        nn.init.normal_(self.slot_EPD, std=self.slot_EPD.shape[-1] ** -0.5, generator=generator)
+        nn.init.ones_(self.scale)
+
+    @classmethod
+    def experts_per_token(cls, config: Config, num_experts: int) -> int:
+        """Return c: exact where E divides sequence length · c and p is not set (see `rows_per_token`)."""
+        return config.average_experts
+
+    @classmethod
+    def check(cls, config: Config, num_experts: int) -> None:
+        """Refuse c outside 1 ... E and experts without slots."""
+        if not 1 <= config.average_experts <= num_experts:
+            raise UsageError(
+                f"router.average_experts={config.average_experts} does not fit layout.num_experts={num_experts}"
+                f" (allowed: 1 to {num_experts})"
+            )
+        slots: Any = config.slots_per_expert
+        require(slots is None or slots >= 1, "router.slots_per_expert", slots, "at least 1, or null")
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> SoftRouting:
+        """Score every token for every slot of its sequence."""
+        x_BLD = functional.normalize(x_TD.float().view(-1, ctx.sequence_length, x_TD.shape[-1]), dim=-1, eps=1e-6)
+        slot_SD = functional.normalize(self.slot_EPD.float().flatten(0, 1), dim=-1, eps=1e-6)
+        logits_BLS = self.scale * (x_BLD @ slot_SD.T)
+        return SoftRouting.from_logits(logits_BLS, num_experts=self.num_experts, valid_T=ctx.valid_T)
+
+    def rows_per_token(self, experts_per_token: int) -> float:
+        """Return E·p / sequence length, slots per token; c where the task's length is not known."""
+        if self.sequence_length is None:
+            return experts_per_token
+        return self.num_experts * self.slots_per_expert / self.sequence_length
+
+    def flops_per_token(self) -> int:
+        """Return 3 · 2·E·p·D: the logits, the mixing into slots and the mixing back; not the normalisations."""
+        return 3 * 2 * self.slot_EPD.numel()
+
+
+def _even_slots(average_experts: int, site: Site) -> int:
+    """Return p with which E·p slots are closest to what c experts per token compute (V-MoE's code rounds too)."""
+    if site.sequence_length is None:
+        raise UsageError("router.slots_per_expert must be set where the task has no fixed sequence length")
+    return max(1, round(site.sequence_length * average_experts / site.num_experts))

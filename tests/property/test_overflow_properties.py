@@ -1,0 +1,143 @@
+"""Rerouting and passing on, against a slow and obvious way, on arbitrary routings."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from contract.drawn import crowds, rectangles, routings, seeded
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moebench.errors import UsageError
+from moebench.experts.capacity import Capacity, precedence
+from moebench.experts.overflow import passed_on, within_capacity
+from moebench.routing.values import LayerRecord, Routing
+
+any_routing = st.one_of(crowds, routings(holes=True, scored=True), rectangles(holes=True, scored=True))
+orders = st.sampled_from(["router", "position", "score", "random"])
+
+
+def limited(routing: Routing, slots: int, order: str, overflow: str = "reroute") -> Routing:
+    return within_capacity(routing, slots, Capacity(drop_order=order, overflow=overflow), seeded())
+
+
+def slow_reroute(routing: Routing, slots: int, queue: list[int]) -> dict[int, int]:
+    """Return which expert computes which assignment, by loops; assignments that nobody computes are missing."""
+    token, expert = routing.token_N.tolist(), routing.expert_N.tolist()
+    scores = routing.scores_TE.tolist()
+    taken = set(zip(token, expert, strict=True))
+    load: Counter[int] = Counter()
+    where: dict[int, int] = {}
+    bids = {n: expert[n] for n in queue if routing.counted_N[n]}
+    waiting = list(bids)
+    while bids:
+        for n in (n for n in queue if n in bids and load[bids[n]] < slots):
+            where[n] = bids[n]
+            load[bids[n]] += 1
+            taken.add((token[n], bids[n]))
+        waiting = [n for n in waiting if n not in where]
+        bids = {}
+        for n in waiting:
+            mine = {bids[other] for other in bids if token[other] == token[n]}
+            free = [e for e in range(routing.num_experts) if load[e] < slots and (token[n], e) not in taken]
+            best = sorted(set(free) - mine, key=lambda e: (-scores[token[n]][e], e))
+            if best:
+                bids[n] = best[0]
+    return where
+
+
+@given(any_routing, st.integers(0, 4), orders)
+def test_reroute_is_the_slow_reroute(routing: Routing, slots: int, order: str) -> None:
+    queue = precedence(routing, order, seeded()).tolist()
+    expected = slow_reroute(routing, slots, queue)
+    kept = limited(routing, slots, order)
+    assert {n: int(kept.expert_N[n]) for n in range(len(queue)) if kept.counted_N[n]} == expected
+    assert kept.top_k == routing.top_k
+    assert torch.equal(kept.token_N, routing.token_N)
+
+
+@given(any_routing, st.integers(0, 4), orders)
+def test_a_rerouted_routing_is_within_capacity_and_complete(routing: Routing, slots: int, order: str) -> None:
+    dropping, kept = limited(routing, slots, order, "drop"), limited(routing, slots, order)
+    record = LayerRecord(layer=0, routing=routing, kept=kept)
+    assert (kept.load_E <= slots).all()
+    assert (kept.counted_N | ~dropping.counted_N).all(), "what had a slot keeps it"
+    assert torch.equal(kept.expert_N[dropping.counted_N], routing.expert_N[dropping.counted_N])
+    assert int(kept.load_E.sum()) + record.num_dropped == int(routing.load_E.sum())
+    assert record.num_rerouted == int(kept.load_E.sum() - dropping.load_E.sum())
+    assert record.num_unserved == int((kept.experts_per_token_T == 0).sum())
+    pairs = list(zip(kept.token_N.tolist(), kept.expert_N.tolist(), strict=True))
+    assert len(set(pairs)) == len(pairs), "no pair occurs twice"
+    # Who is still without an expert has every expert with a free slot in its list already.
+    for n in torch.nonzero(routing.counted_N & ~kept.counted_N).flatten().tolist():
+        token = int(routing.token_N[n])
+        assert all((token, expert) in pairs for expert in torch.nonzero(kept.load_E < slots).flatten().tolist())
+
+
+@given(any_routing, st.integers(0, 4), orders)
+def test_weights_shrink_as_the_scores_do(routing: Routing, slots: int, order: str) -> None:
+    kept = limited(routing, slots, order)
+    for n in range(routing.token_N.numel()):
+        token, old, new = int(routing.token_N[n]), int(routing.expert_N[n]), int(kept.expert_N[n])
+        before, after = float(routing.scores_TE[token, old]), float(routing.scores_TE[token, new])
+        ratio = 1.0 if old == new or after >= before else after / before
+        expected = float(routing.weight_N[n]) * ratio if kept.counted_N[n] else 0.0
+        assert float(kept.weight_N[n]) == pytest.approx(expected)
+
+
+def test_reroute_by_hand() -> None:
+    # Three tokens want expert 0, which has one slot. Token 1 takes its second best, expert 1; token 2 wants that
+    # too and is sent on to expert 2, its third.
+    scores_TE = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.7, 0.2, 0.1]], requires_grad=True)
+    weight_TK, expert_TK = scores_TE.max(-1, keepdim=True)
+    routing = Routing.from_top_k(expert_TK, weight_TK, num_experts=3, scores_TE=scores_TE)
+    kept = limited(routing, 1, "position")
+    assert kept.expert_N.tolist() == [0, 1, 2]
+    assert kept.weight_N.tolist() == pytest.approx([0.6, 0.4, 0.1])  # Switch: the weight is the score of who computes
+    gradient_TE = torch.autograd.grad(kept.weight_N.sum(), scores_TE)[0]
+    assert gradient_TE.flatten().tolist() == pytest.approx([1, 0, 0, 0, 1, 0, 0, 0, 1])
+    record = LayerRecord(layer=0, routing=routing, kept=kept)
+    assert (record.num_dropped, record.num_rerouted, record.num_unserved) == (0, 2, 0)
+
+
+def test_renormalised_weights_keep_their_normaliser() -> None:
+    # Both tokens choose experts 0 and 1 with scores .5 .3, weights 5/8 3/8; one slot each. Token 1 is sent on to
+    # experts 2 (.15) and 3 (.05): .15 · (5/8) / .5 = .15 / .8 and .05 / .8.
+    scores_TE = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).expand(2, -1)
+    weight_TK = torch.tensor([[5 / 8, 3 / 8]]).expand(2, -1)
+    routing = Routing.from_top_k(torch.tensor([[0, 1], [0, 1]]), weight_TK, num_experts=4, scores_TE=scores_TE)
+    kept = limited(routing, 1, "position")
+    assert kept.expert_N.tolist() == [0, 1, 2, 3]
+    assert kept.weight_N.tolist() == pytest.approx([0.625, 0.375, 0.15 / 0.8, 0.05 / 0.8])
+
+
+@pytest.mark.parametrize("score", [0.0, 1e-38, 1e-30])
+def test_vanishing_scores_make_no_infinite_weight(score: float) -> None:
+    logits_TE = torch.tensor([[1.0, score, score / 2]]).expand(2, -1).clone().requires_grad_()
+    expert_TK, weight_TK = torch.tensor([[1], [1]]), torch.full((2, 1), 0.5)
+    routing = Routing.from_top_k(expert_TK, weight_TK, num_experts=3, scores_TE=logits_TE * 1)
+    blocked = replace(routing, scores_TE=(logits_TE * torch.tensor([0.0, 1.0, 1.0])))
+    for each in (routing, blocked):
+        kept = limited(each, 1, "position")
+        assert torch.isfinite(kept.weight_N).all()
+        assert (kept.weight_N <= 0.5).all()
+        (gradient_TE,) = torch.autograd.grad(kept.weight_N.sum(), logits_TE, allow_unused=True, retain_graph=True)
+        assert gradient_TE is None or torch.isfinite(gradient_TE).all()
+
+
+def test_reroute_without_scores_names_the_key() -> None:
+    routing = Routing.from_top_k(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), num_experts=2)
+    with pytest.raises(UsageError, match=r"^layout\.overflow: 'reroute' needs scores"):
+        limited(routing, 1, "position")
+
+
+@given(any_routing, st.integers(0, 4), orders)
+def test_what_is_passed_on_is_what_was_dropped(routing: Routing, slots: int, order: str) -> None:
+    kept = limited(routing, slots, order, "pass")
+    assert torch.equal(kept.counted_N, limited(routing, slots, order, "drop").counted_N)
+    x_TD = torch.randn(routing.num_tokens, 3, generator=seeded())
+    expected_TD = torch.zeros_like(x_TD)
+    for n in torch.nonzero(routing.counted_N & ~kept.counted_N).flatten().tolist():
+        expected_TD[routing.token_N[n]] += routing.weight_N[n] * x_TD[routing.token_N[n]]
+    torch.testing.assert_close(passed_on(routing, kept, x_TD), expected_TD)
