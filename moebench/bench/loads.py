@@ -62,7 +62,9 @@ def crafted_input(gate_ED: Tensor, expert_TK: Tensor, generator: Generator) -> T
     chosen_TK = (x_TD @ gate_ED.t()).topk(expert_TK.shape[1], dim=-1).indices
     if not torch.equal(chosen_TK.sort(-1).values, expert_TK.sort(-1).values):
         experts, width = gate_ED.shape
-        raise UsageError(f"--load: cannot force a load on E={experts} experts from d={width}; use --load router, or d >= E")
+        raise UsageError(
+            f"--load: cannot force a load on E={experts} experts from d={width}; use --load router, or d >= E"
+        )
     return x_TD.float()
 
 

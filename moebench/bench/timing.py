@@ -15,7 +15,7 @@ WARM_UP_CALLS = 2
 MAX_CONTENTION = 0.08
 """Share of the machine that others may use in a round that is kept."""
 MAX_TRIES = 3
-"""Rounds at most, as a multiple of those wanted; then the least contended ones are used."""
+"""Rounds at most, as a multiple of those wanted; then the least contended ones are kept."""
 SHORTEST_S = 0.02
 """A call shorter than this is repeated within its turn: clocks of contention tick every 10 ms."""
 MOST_REPEATS = 50
@@ -91,13 +91,15 @@ class Protocol:
 
     rounds: int = 7
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    warm_up: int = WARM_UP_CALLS
+    tries: int = MAX_TRIES
 
     def measure(self, variants: Mapping[str, Timed]) -> Timings:
         """Time every variant in rounds until enough of them were quiet."""
         with collector_off():
             repeats = {name: self._warm_up(variant) for name, variant in variants.items()}
             rounds: list[Round] = []
-            while len(rounds) < MAX_TRIES * self.rounds and sum(_excess(r) <= 0 for r in rounds) < self.rounds:
+            while len(rounds) < self.tries * self.rounds and sum(_excess(r) <= 0 for r in rounds) < self.rounds:
                 order = list(variants) if len(rounds) % 2 == 0 else list(reversed(variants))
                 rounds.append(self._round({name: variants[name] for name in order}, repeats))
                 gc.collect()
@@ -105,7 +107,7 @@ class Protocol:
 
     def _warm_up(self, variant: Timed) -> int:
         """Call a variant as often as it needs to be warm; return how often it is called in its turn."""
-        for _ in range(WARM_UP_CALLS):
+        for _ in range(self.warm_up):
             seconds = self._turn(variant, 1)
         return min(max(round(SHORTEST_S / max(seconds, 1e-6)), 1), MOST_REPEATS)
 

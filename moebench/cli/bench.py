@@ -1,0 +1,105 @@
+"""`moebench bench`: how fast the layer and the training step are, against a dense twin and against other libraries."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moebench.cli.options import Json
+from moebench.errors import UsageError
+
+if TYPE_CHECKING:
+    from moebench.bench.report import Report
+
+app = typer.Typer(
+    help="Measure speed: variants interleaved in one process, ratios to a dense twin, busy rounds thrown out.",
+    no_args_is_help=False,
+    invoke_without_command=True,
+)
+
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds that are kept.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of weights and inputs.")]
+Allocator = Annotated[
+    str, typer.Option(help="keep: glibc keeps freed memory, for all variants alike; default: as it is.")
+]
+Plot = Annotated[Path | None, typer.Option(help="Write a figure to this PNG file.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")]
+
+
+@app.callback()
+def _root(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command("layer")
+def layer(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="T,d,hidden,E,k,activation", help="A shape of one's own; hidden is one expert's width."),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A preset by name, or gpu. Repeatable.")
+    ] = None,
+    load: Annotated[
+        list[str] | None, typer.Option(metavar="LOAD", help="balanced, router or zipf. Default: each preset's own.")
+    ] = None,
+    rounds: Rounds = 7,
+    threads: Threads = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    allocator: Allocator = "keep",
+    plot: Plot = None,
+    markdown: Markdown = False,
+    json: Json = False,
+) -> None:
+    """Time one expert layer against a dense layer of equal FLOPs and against the libraries that are installed.
+
+    All get the same weights and the same inputs, crafted so that every gate makes the same load. Presets are
+    fp32 on a CPU, bf16 on CUDA. A round in which other processes used more than 8 % of the machine is thrown out.
+    """
+    check_plot(plot)
+    from moebench.bench.layer import LayerSettings, bench_layer
+    from moebench.bench.layer_report import layer_report
+
+    settings = LayerSettings(
+        shapes=shape or (),
+        only=only or (),
+        loads=load or (),
+        rounds=rounds,
+        threads=threads,
+        device=device,
+        seed=seed,
+        allocator=allocator,
+    )
+    bench = bench_layer(settings, say)
+    if plot:
+        from moebench.bench.layer_figure import draw_layer
+
+        draw_layer(bench, plot)
+    show(layer_report(bench), json=json, markdown=markdown)
+
+
+def check_plot(plot: Path | None) -> None:
+    """Refuse a figure file that cannot be written, before anything is measured."""
+    if plot and (plot.is_dir() or not plot.parent.is_dir()):
+        raise UsageError(f"--plot {plot}: must be a file in a folder that exists")
+
+
+def say(text: str) -> None:
+    """Print a line of progress on standard error."""
+    typer.echo(text, err=True)
+
+
+def show(report: "Report", *, json: bool, markdown: bool) -> None:
+    """Print a report in the wanted form."""
+    if json:
+        print(report.to_json())
+    elif markdown:
+        print(report.to_markdown())
+    else:
+        from rich.console import Console
+
+        Console().print(report.to_rich())
