@@ -63,9 +63,10 @@ def crafted_input(gate_ED: Tensor, expert_TK: Tensor, generator: Generator) -> T
     if not torch.equal(chosen_TK.sort(-1).values, expert_TK.sort(-1).values):
         experts, width = gate_ED.shape
         raise UsageError(
-            f"--load: cannot force a load on E={experts} experts from d={width}; use --load router, or d >= E"
+            f"--load: cannot be forced on E={experts} experts from inputs of d={width} (allowed: router, or d >= E)"
         )
-    return x_TD.float()
+    crafted_TD: Tensor = x_TD.float()
+    return crafted_TD
 
 
 def make_input(load: str, gate_ED: Tensor, num_tokens: int, top_k: int, generator: Generator) -> Tensor:

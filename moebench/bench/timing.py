@@ -100,7 +100,7 @@ class Protocol:
             repeats = {name: self._warm_up(variant) for name, variant in variants.items()}
             rounds: list[Round] = []
             while len(rounds) < self.tries * self.rounds and sum(_excess(r) <= 0 for r in rounds) < self.rounds:
-                order = list(variants) if len(rounds) % 2 == 0 else list(reversed(variants))
+                order = list(variants)[:: 1 if len(rounds) % 2 == 0 else -1]
                 rounds.append(self._round({name: variants[name] for name in order}, repeats))
                 gc.collect()
         return Timings.choose(rounds, self.rounds)
@@ -132,7 +132,7 @@ def _wall_seconds(call: Callable[[], object]) -> float:
 
 
 def _cuda_seconds(call: Callable[[], object]) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     call()
     end.record()

@@ -39,7 +39,12 @@ def own_variants(problem: Problem) -> list[Contestant | Skipped]:
 
 
 def _forward(problem: Problem, layer: MoELayer) -> Callable[[Tensor], Tensor]:
-    return lambda x_TD: layer(x_TD, route_context(problem, training=layer.training))[0]
+    def forward(x_TD: Tensor) -> Tensor:
+        y_TD: Tensor
+        y_TD, _ = layer(x_TD, route_context(problem, training=layer.training))
+        return y_TD
+
+    return forward
 
 
 def _with_capacity(problem: Problem) -> Contestant:
@@ -48,7 +53,7 @@ def _with_capacity(problem: Problem) -> Contestant:
     def dropped() -> float:
         with torch.no_grad():
             _, record = layer(problem.x_TD, route_context(problem))
-        return record.num_dropped / problem.shape.num_assignments
+        return int(record.num_dropped) / problem.shape.num_assignments
 
     return Contestant(
         name=CAPACITY,
@@ -93,7 +98,7 @@ def _in_bf16(problem: Problem) -> Contestant | Skipped:
 def has_bf16_units(device: torch.device) -> bool:
     """Whether bf16 products are faster than fp32 here; without such units they run about 100 times slower."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, name, bool)()) for name in questions)
 
@@ -104,7 +109,8 @@ def router_and_plan(problem: Problem) -> Callable[[Tensor], Tensor]:
     def forward(x_TD: Tensor) -> Tensor:
         routing = problem.layer.router(x_TD.float(), route_context(problem)).compact()
         DispatchPlan.of(routing)
-        return routing.weight_N
+        weight_N: Tensor = routing.weight_N
+        return weight_N
 
     return forward
 

@@ -40,9 +40,7 @@ def layer(
         list[str] | None,
         typer.Option(metavar="T,d,hidden,E,k,activation", help="A shape of one's own; hidden is one expert's width."),
     ] = None,
-    only: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="A preset by name, or gpu. Repeatable.")
-    ] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A preset; or gpu. Repeatable.")] = None,
     load: Annotated[
         list[str] | None, typer.Option(metavar="LOAD", help="balanced, router or zipf. Default: each preset's own.")
     ] = None,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig, SwitchTransformersConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
@@ -27,15 +27,13 @@ def contestants(problem: Problem) -> list[Contestant | Skipped]:
         return [] if problem.gated else [_switch(problem)]
     if not problem.gated:
         return []
-    blocks: dict[str, Callable[[Shape], nn.Module]] = {"Mixtral": _mixtral, "Qwen3-MoE": _qwen3}
+    blocks: dict[str, Callable[[Shape], Any]] = {"Mixtral": _mixtral, "Qwen3-MoE": _qwen3}
     if (problem.shape.num_experts, problem.shape.top_k) == (64, 8):
         blocks["OLMoE"] = _olmoe
     return [_block(problem, name, build, how) for name, build in blocks.items() for how in IMPLEMENTATIONS]
 
 
-def _block(
-    problem: Problem, name: str, build: Callable[[Shape], nn.Module], implementation: str
-) -> Contestant | Skipped:
+def _block(problem: Problem, name: str, build: Callable[[Shape], Any], implementation: str) -> Contestant | Skipped:
     name = f"{name} {implementation}"
     if implementation == "batched_mm" and problem.shape.num_assignments > BATCHED_UP_TO:
         return Skipped(name=name, reason=f"copies the weights for each assignment: only up to T·k = {BATCHED_UP_TO}")
@@ -53,7 +51,7 @@ def _output(result: Any) -> Tensor:
     return y_BLD.squeeze(0)
 
 
-def _mixtral(shape: Shape) -> nn.Module:
+def _mixtral(shape: Shape) -> Any:
     return MixtralSparseMoeBlock(
         MixtralConfig(
             hidden_size=shape.d_model,
@@ -64,7 +62,7 @@ def _mixtral(shape: Shape) -> nn.Module:
     )
 
 
-def _qwen3(shape: Shape) -> nn.Module:
+def _qwen3(shape: Shape) -> Any:
     return Qwen3MoeSparseMoeBlock(
         Qwen3MoeConfig(
             hidden_size=shape.d_model,
@@ -76,7 +74,7 @@ def _qwen3(shape: Shape) -> nn.Module:
     )
 
 
-def _olmoe(shape: Shape) -> nn.Module:
+def _olmoe(shape: Shape) -> Any:
     return OlmoeSparseMoeBlock(
         OlmoeConfig(
             hidden_size=shape.d_model,
