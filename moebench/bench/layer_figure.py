@@ -24,7 +24,7 @@ def draw_layer(bench: LayerBench, path: Path) -> Path:
     lines = ceil(len(rows) / columns)
     heights = [max(_num_dots(row) for row in rows[columns * i : columns * (i + 1)]) for i in range(lines)]
     height = 1.2 + sum(0.55 + 0.2 * number for number in heights)
-    with sheet(path, "Time over that of a dense layer of equal FLOPs", width=5.6 * columns, height=height) as figure:
+    with sheet(path, "Time over that of a dense layer of equal FLOPs", width=6.2 * columns, height=height) as figure:
         panels = figure.subplots(lines, columns, squeeze=False, height_ratios=[2.5 + n for n in heights]).ravel()
         for ax, row in zip(panels, rows, strict=False):
             _draw_row(ax, row)

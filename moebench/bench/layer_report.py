@@ -81,7 +81,7 @@ def _below(row: Row) -> tuple[str, ...]:
     lines = [
         f"dense fwd+bwd {dense_ms:.1f} ms, {row.dense_share:.0%} of a plain product's rate here{verdict}",
         f"router and sorting: {forward.median:.1%} of the layer forward, {train.median:.1%} with backward",
-        _rounds_in_words(row.train_rounds),
+        rounds_in_words(row.train_rounds),
     ]
     reasons: dict[str, list[str]] = defaultdict(list)
     for one in row.skipped:
@@ -89,7 +89,8 @@ def _below(row: Row) -> tuple[str, ...]:
     return (*lines, *(f"not measured: {', '.join(names)}: {reason}" for reason, names in reasons.items()))
 
 
-def _rounds_in_words(timings: Timings) -> str:
+def rounds_in_words(timings: Timings) -> str:
+    """Say how many rounds were kept and how busy the machine was."""
     kept = f"{count(len(timings.rounds), 'round')} kept, {timings.num_rejected} rejected"
     if not timings.num_contended:
         return kept
@@ -127,11 +128,12 @@ def _row_values(row: Row) -> dict[str, Any]:
         "certified": row.certified,
         "gemm_tflops": row.gemm_tflops,
         "least_saved_bytes": row.least_saved_bytes,
-        "rounds": {"forward": _rounds_values(row.forward_rounds), "train": _rounds_values(row.train_rounds)},
+        "rounds": {"forward": rounds_values(row.forward_rounds), "train": rounds_values(row.train_rounds)},
     }
 
 
-def _rounds_values(timings: Timings) -> dict[str, Any]:
+def rounds_values(timings: Timings) -> dict[str, Any]:
+    """Return the same for JSON, with the median times in milliseconds."""
     return {
         "kept": len(timings.rounds),
         "rejected": timings.num_rejected,

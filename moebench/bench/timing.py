@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -98,11 +99,16 @@ class Protocol:
         """Time every variant in rounds until enough of them were quiet."""
         with collector_off():
             repeats = {name: self._warm_up(variant) for name, variant in variants.items()}
-            rounds: list[Round] = []
-            while len(rounds) < self.tries * self.rounds and sum(_excess(r) <= 0 for r in rounds) < self.rounds:
-                order = list(variants)[:: 1 if len(rounds) % 2 == 0 else -1]
-                rounds.append(self._round({name: variants[name] for name in order}, repeats))
-                gc.collect()
+        turns = {name: partial(self._turn, variant, repeats[name]) for name, variant in variants.items()}
+        return self.repeat(turns)
+
+    def repeat(self, turns: Mapping[str, Callable[[], float]]) -> Timings:
+        """Take turns, each of which returns its own seconds, in rounds until enough of them were quiet."""
+        rounds: list[Round] = []
+        while len(rounds) < self.tries * self.rounds and sum(_excess(r) <= 0 for r in rounds) < self.rounds:
+            order = list(turns)[:: 1 if len(rounds) % 2 == 0 else -1]
+            with collector_off():
+                rounds.append(self._round({name: turns[name] for name in order}))
         return Timings.choose(rounds, self.rounds)
 
     def _warm_up(self, variant: Timed) -> int:
@@ -111,9 +117,9 @@ class Protocol:
             seconds = self._turn(variant, 1)
         return min(max(round(SHORTEST_S / max(seconds, 1e-6)), 1), MOST_REPEATS)
 
-    def _round(self, variants: Mapping[str, Timed], repeats: Mapping[str, int]) -> Round:
+    def _round(self, turns: Mapping[str, Callable[[], float]]) -> Round:
         start = usage() if self.device.type == "cpu" else None
-        seconds = {name: self._turn(variant, repeats[name]) for name, variant in variants.items()}
+        seconds = {name: turn() for name, turn in turns.items()}
         return Round(seconds=seconds, others=share_since(start))
 
     def _turn(self, variant: Timed, repeats: int) -> float:

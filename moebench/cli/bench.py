@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moebench.cli.options import Json
+from moebench.cli.options import (
+    DEFAULT_RESULTS,
+    Json,
+    Plugins,
+    Results,
+    complete_experiment,
+    experiment_file,
+)
 from moebench.errors import UsageError
 
 if TYPE_CHECKING:
@@ -78,6 +85,63 @@ def layer(
 
         draw_layer(bench, plot)
     show(layer_report(bench), json=json, markdown=markdown)
+
+
+@app.command("step")
+def step(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[EXPERIMENT] [KEY=VALUE]...",
+            help="An experiment whose arms are measured; default: a small language model. Changes to it.",
+            autocompletion=complete_experiment,
+        ),
+    ] = None,
+    router: Annotated[
+        list[str] | None, typer.Option(help="A router beside the dense model, without an experiment. Repeatable.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of a block.")] = 20,
+    rounds: Rounds = 7,
+    threads: Threads = None,
+    device: Device = "auto",
+    allocator: Allocator = "default",
+    results: Results = DEFAULT_RESULTS,
+    plugin: Plugins = None,
+    plot: Plot = None,
+    markdown: Markdown = False,
+    json: Json = False,
+) -> None:
+    """Time a whole training step: what the trainer adds to a plain loop, and where the time goes.
+
+    Blocks of the real trainer (journal, logging and metrics as configured, no tracker) and of a plain loop with
+    the same model, batches, optimizer and clipping take turns; both end at the same weights. Nothing is kept.
+    """
+    check_plot(plot)
+    from moebench.bench.step import StepSettings, bench_step
+    from moebench.bench.step_report import step_report
+
+    subjects = [name for name in names or () if "=" not in name]
+    if len(subjects) > 1 or (subjects and router):
+        given = ", ".join([*subjects, *(f"--router {name}" for name in router or ())])
+        raise UsageError(f"bench step: give one experiment, or --router; got {given}")
+    settings = StepSettings(
+        experiment=experiment_file(subjects[0]) if subjects else None,
+        routers=router or (),
+        overrides=[name for name in names or () if "=" in name],
+        plugins=plugin or (),
+        results=results,
+        steps=steps,
+        rounds=rounds,
+        threads=threads,
+        device=device,
+        allocator=allocator,
+    )
+    bench = bench_step(settings, say)
+    if plot:
+        from moebench.bench.step_figure import draw_step
+
+        draw_step(bench, plot)
+    show(step_report(bench), json=json, markdown=markdown)
 
 
 def check_plot(plot: Path | None) -> None:
