@@ -62,13 +62,13 @@ def _draw_row(ax: Axes, row: Row) -> None:
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     ax.grid(axis="x", color="#e6e6e6", linewidth=0.7)
     ax.tick_params(axis="y", length=0)
-    ax.set_title(_title(row), loc="left", fontsize=8.5)
+    ax.set_title(_title(row), loc="left", fontsize=8)
 
 
 def _label(line: Line) -> str:
-    return f"{line.name} (drops {100 * line.dropped:.0f} %)" if line.dropped > 0 else line.name
+    return f"{line.name} (drops {100 * line.dropped:.1f} %)" if line.dropped > 0 else line.name
 
 
 def _title(row: Row) -> str:
-    busy = not row.certified or row.train_rounds.num_contended > 0
-    return f"{row.problem.shape.sizes}, {row.problem.load} load" + (" (busy machine)" if busy else "")
+    busy = row.busy or not row.certified
+    return f"{row.problem.shape.sizes}, {row.problem.load}" + (" (BUSY MACHINE)" if busy else "")

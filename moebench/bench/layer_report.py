@@ -43,7 +43,7 @@ def _grid(row: Row) -> Grid:
         header=(*HEADER, "TFLOP/s") if tflops else HEADER,
         rows=tuple(_cells(row, line, tflops=tflops) for line in row.lines),
         below=_below(row),
-        marked=not row.certified or row.train_rounds.num_contended > 0,
+        marked=not row.certified or row.busy,
     )
 
 
@@ -56,7 +56,7 @@ def _cells(row: Row, line: Line, *, tflops: bool) -> tuple[str, ...]:
         NOTHING if line.approximate or line.name == DENSE else _quartiles(line.train),
         _share(line.saved_bytes, row.saved_reference),
         _share(line.saved_bytes, row.least_saved_bytes),
-        f"{100 * line.dropped:.0f} %" if line.dropped > 0 else "0",
+        f"{100 * line.dropped:.1f} %" if line.dropped > 0 else "0",
         NOTHING if line.agrees is None else "yes" if line.agrees else "NO",
     )
     return (*cells, f"{line.train_tflops:.0f}") if tflops else cells
@@ -81,7 +81,8 @@ def _below(row: Row) -> tuple[str, ...]:
     lines = [
         f"dense fwd+bwd {dense_ms:.1f} ms, {row.dense_share:.0%} of a plain product's rate here{verdict}",
         f"router and sorting: {forward.median:.1%} of the layer forward, {train.median:.1%} with backward",
-        rounds_in_words(row.train_rounds),
+        f"fwd: {rounds_in_words(row.forward_rounds)}",
+        f"fwd+bwd: {rounds_in_words(row.train_rounds)}",
     ]
     reasons: dict[str, list[str]] = defaultdict(list)
     for one in row.skipped:
@@ -94,9 +95,7 @@ def rounds_in_words(timings: Timings) -> str:
     kept = f"{count(len(timings.rounds), 'round')} kept, {timings.num_rejected} rejected"
     if not timings.num_contended:
         return kept
-    return (
-        f"{kept}; BUSY MACHINE: in {timings.num_contended} of the kept others used more than {MAX_CONTENTION:.0%} of it"
-    )
+    return f"{kept}; BUSY MACHINE: others used over {MAX_CONTENTION:.0%} of it in {timings.num_contended} of the kept"
 
 
 def _notes_of_lines(bench: LayerBench) -> tuple[str, ...]:

@@ -73,6 +73,11 @@ class Row:
         return work * self.train_rounds.ratio(GEMM, DENSE).median
 
     @property
+    def busy(self) -> bool:
+        """Whether others used the machine in rounds that had to be kept."""
+        return self.forward_rounds.num_contended > 0 or self.train_rounds.num_contended > 0
+
+    @property
     def certified(self) -> bool:
         """Whether the machine ran near its own speed."""
         return self.dense_share >= CERTIFIED_FROM

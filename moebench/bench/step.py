@@ -96,7 +96,9 @@ def bench_step(settings: StepSettings, say: Callable[[str], None] = lambda text:
     arms = []
     for number, cell in enumerate(cells, start=1):
         say(f"[{number}/{len(cells)}] {cell.arm}")
-        config = replace(cell.config, train=replace(cell.config.train, device=device.type))
+        config = replace(
+            cell.config, train=replace(cell.config.train, device="cuda" if device.type == "cuda" else "cpu")
+        )
         task = prepare_task(config, settings.results)
         arms.append(_measure_arm(cell.arm, endless(config), task, protocol, settings.steps))
     name = str(settings.experiment) if settings.experiment else "built-in language model"
@@ -106,9 +108,7 @@ def bench_step(settings: StepSettings, say: Callable[[str], None] = lambda text:
 def _measure_arm(arm: str, config: CellConfig, task: Task, protocol: Protocol, num_steps: int) -> ArmStep:
     modules = {way: new_module(config, task, protocol.device) for way in (TRAINER, PLAIN, PARTED, UNIFORM)}
     force_uniform_load(modules[UNIFORM].layers)
-    plain, parted, uniform = (
-        PlainLoop(module=modules[way], device=protocol.device) for way in (PLAIN, PARTED, UNIFORM)
-    )
+    plain, parted, uniform = (PlainLoop(module=modules[way]) for way in (PLAIN, PARTED, UNIFORM))
     watch, parts = Stopwatch(protocol.device), _Parts()
     with tempfile.TemporaryDirectory(prefix="moebench-") as folder:
         turns: dict[str, Callable[[], float]] = {

@@ -8,10 +8,17 @@ from moebench.analysis.canvas import GREY, PALETTE, sheet
 from moebench.bench.step import GOAL, StepBench
 from moebench.bench.step_parts import PARTS
 
-COLORS = dict(
-    zip(PARTS, ("#999999", PALETTE[6], PALETTE[4], PALETTE[2], PALETTE[1], PALETTE[5], "#dddddd"), strict=False)
-)
-COLORS |= {"backward": "#555555", "optimizer, clip": PALETTE[3]}
+COLORS = {
+    "data": "#999999",
+    "embedding, head, loss": PALETTE[6],
+    "attention": PALETTE[4],
+    "router": PALETTE[2],
+    "dispatch, experts": PALETTE[1],
+    "dense FFN": PALETTE[5],
+    "rest of forward": "#dddddd",
+    "backward": "#555555",
+    "optimizer, clip": PALETTE[3],
+}
 
 
 def draw_step(bench: StepBench, path: Path) -> Path:

@@ -12,7 +12,7 @@ from moebench.bench.step_parts import PARTS
 from moebench.bench.timing import Spread
 
 LEGEND = (
-    "trainer adds: wall time of a step in the real trainer (journal, logging and metrics at the configured cadence)"
+    "adds: wall time of a step in the real trainer (journal, logging and metrics at the configured cadence)"
     f" over that in a plain loop with the same updates, minus 1; quartiles over rounds. Goal: below {GOAL:.0%} of a"
     " step of 100 ms. Evaluations and checkpoints are not part of it.",
     "even load: speed of the plain loop when the experts are dealt round, over that with the router's own load.",
@@ -33,7 +33,7 @@ def step_report(bench: StepBench) -> Report:
 def _overhead_grid(bench: StepBench) -> Grid:
     return Grid(
         title=f"A training step: {bench.name}",
-        header=("arm", "plain ms", "trainer ms", "trainer adds", "quartiles", "tokens/s", "even load"),
+        header=("arm", "plain ms", "trainer", "adds", "quartiles", "tokens/s", "even load"),
         rows=tuple(_overhead_row(arm) for arm in bench.arms),
         marked=any(arm.timings.num_contended for arm in bench.arms),
     )
@@ -45,7 +45,7 @@ def _overhead_row(arm: ArmStep) -> tuple[str, ...]:
         f"{1e3 * arm.seconds[PLAIN]:.1f}",
         f"{1e3 * arm.seconds[TRAINER]:.1f}",
         _percent(arm.overhead.median),
-        f"{_percent(arm.overhead.low)} … {_percent(arm.overhead.high)}",
+        f"{signed(100 * arm.overhead.low, 1)} … {signed(100 * arm.overhead.high, 1)}",
         human(arm.tokens_per_step / arm.seconds[TRAINER]),
         NOTHING if arm.uniform is None else _percent(1 / arm.uniform.median - 1),
     )

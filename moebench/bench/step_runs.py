@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,12 +75,14 @@ def trainer_block(module: CellModule, num_steps: int, folder: Path) -> float:
 
 @contextlib.contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Keep lightning's hints about devices out of the terminal: a block is not a run."""
+    """Keep lightning's hints out of the terminal: a block is not a run, whose log would take them."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
+            yield
     finally:
         logger.setLevel(level)
 
@@ -89,7 +92,11 @@ class PlainLoop:
     """The same model, batches, optimizer, schedule and clipping in a bare loop."""
 
     module: CellModule
-    device: torch.device
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.module.device
 
     def block(self, num_steps: int, watch: Stopwatch | None = None) -> float:
         """Take the steps of a block; return seconds per step, data included."""
