@@ -1,5 +1,6 @@
 """`moebench bench`: how fast the layer and the training step are, against a dense twin and against other libraries."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -120,12 +121,8 @@ def step(
     from moebench.bench.step import StepSettings, bench_step
     from moebench.bench.step_report import step_report
 
-    subjects = [name for name in names or () if "=" not in name]
-    if len(subjects) > 1 or (subjects and router):
-        given = ", ".join([*subjects, *(f"--router {name}" for name in router or ())])
-        raise UsageError(f"bench step: give one experiment, or --router; got {given}")
     settings = StepSettings(
-        experiment=experiment_file(subjects[0]) if subjects else None,
+        experiment=chosen_experiment(names or (), router or ()),
         routers=router or (),
         overrides=[name for name in names or () if "=" in name],
         plugins=plugin or (),
@@ -142,6 +139,15 @@ def step(
 
         draw_step(bench, plot)
     show(step_report(bench), json=json, markdown=markdown)
+
+
+def chosen_experiment(names: Sequence[str], routers: Sequence[str]) -> Path | None:
+    """Return the file of the experiment among names and overrides, None without one; refuse two subjects."""
+    subjects = [name for name in names if "=" not in name]
+    if len(subjects) > 1 or (subjects and routers):
+        given = ", ".join([*subjects, *(f"--router {name}" for name in routers)])
+        raise UsageError(f"bench step: give one experiment, or --router; got {given}")
+    return experiment_file(subjects[0]) if subjects else None
 
 
 def check_plot(plot: Path | None) -> None:
