@@ -64,9 +64,19 @@ def _contestants(peer: Peer, problem: Problem) -> list[Contestant | Skipped]:
     try:
         adapter = importlib.import_module(f"moebench.bench.peers.{peer.adapter}")
         found: list[Contestant | Skipped] = adapter.contestants(problem)
-        for contestant in found:
-            if isinstance(contestant, Contestant):
-                contestant.forward(problem.x_TD).sum().backward()  # type: ignore[no-untyped-call]
     except Exception as error:  # another library's release may change anything; the row goes on without it
-        return [Skipped(name=peer.package, reason=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")]
-    return found
+        return [Skipped(name=peer.package, reason=_in_a_line(error))]
+    return [_tried(one, problem) if isinstance(one, Contestant) else one for one in found]
+
+
+def _tried(one: Contestant, problem: Problem) -> Contestant | Skipped:
+    """Return a layer that can go forward and back once, else the reason why it cannot."""
+    try:
+        one.forward(problem.x_TD).sum().backward()  # type: ignore[no-untyped-call]
+    except Exception as error:
+        return Skipped(name=one.name, reason=_in_a_line(error))
+    return one
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
