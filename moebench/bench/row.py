@@ -14,6 +14,7 @@ from moebench.bench.saved import least_bytes, saved_bytes
 from moebench.bench.timing import Protocol, Spread, Timed, Timings
 from moebench.bench.variants import (
     DENSE,
+    LOOP_ASSIGNMENTS,
     OURS,
     dense_twin,
     loop_forward,
@@ -252,7 +253,7 @@ def _loop_line(problem: Problem, protocol: Protocol, forward: Timings, train: Ti
     flops = problem.shape.flops
     return Line(
         name=LOOP,
-        note=f"measured on {tokens} tokens and scaled" if scale > 1 else "",
+        note=f"measured on {LOOP_ASSIGNMENTS} assignments and scaled" if scale > 1 else "",
         forward_ms=forward_ms,
         train_ms=train_ms,
         forward=Spread.of([forward_ms / forward.median_ms(DENSE)]),

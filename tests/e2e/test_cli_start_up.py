@@ -19,9 +19,7 @@ print([name for name in {heavy!r} if name in sys.modules], code or 0)
 """
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["run", "--help"], ["compare", "--help"], ["bench", "layer", "--help"], ["--version"]]
-)
+@pytest.mark.parametrize("arguments", ["--help", "run --help", "compare --help", "bench layer --help", "--version"])
 def test_help_imports_nothing_heavy(cli: CommandLine, arguments: str) -> None:
     code = ASK.format(arguments=arguments.split(), heavy=HEAVY)
     done = subprocess.run(

@@ -32,5 +32,5 @@ def contestants(problem: Problem) -> list[Contestant | Skipped]:
         y_BLD: Tensor = moe(by_sequence(problem, x_TD))
         return y_BLD.flatten(0, 1)
 
-    note = f"Soft MoE, {slots} slots per expert and sequence: no gate, so its own formula and no load"
+    note = "Soft MoE with as many slots as there are assignments: no gate, so its own formula and no load"
     return [Contestant(name=NAME, module=moe, forward=forward, note=note, agrees_with=None)]
