@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def train_cell(
     meter = Meter(tokens_per_step=config.train.batch_size * task.sequence_length)
     module = CellModule(config, model, task)
     callback = CellCallback(hooks, checkpoints, meter)
-    _fit(config, task, module, callback, resume, first_step)
+    fit(make_trainer(config, [callback]), module, resume, first_step)
     if callback.stopped:
         return None
     # Killed between the last checkpoint and the result: the journal has the evaluation, the result does not.
@@ -85,10 +85,9 @@ def train_cell(
     )
 
 
-def _fit(
-    config: CellConfig, task: Task, module: CellModule, callback: CellCallback, resume: Path | None, first_step: int
-) -> None:
-    trainer = lightning.Trainer(
+def make_trainer(config: CellConfig, callbacks: Sequence[lightning.Callback]) -> lightning.Trainer:
+    """Return the trainer of a cell; all that happens between steps is in the callbacks."""
+    return lightning.Trainer(
         accelerator=_accelerator(config.train.device),
         devices=1,
         precision="bf16-mixed" if config.train.precision == "bf16" else "32-true",
@@ -100,10 +99,14 @@ def _fit(
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        callbacks=[callback],
+        callbacks=list(callbacks),
         plugins=[VerifiedCheckpointIO()],
     )
-    batches = DataLoader(StepBatches(config, task, first_step), batch_size=None)
+
+
+def fit(trainer: lightning.Trainer, module: CellModule, resume: Path | None = None, first_step: int = 0) -> None:
+    """Train a cell's module from a step on, with the batches of its task."""
+    batches = DataLoader(StepBatches(module.config, module.task, first_step), batch_size=None)
     with warnings.catch_warnings():
         # The loader is cheap and its order is a function of the step: workers would only add processes.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")

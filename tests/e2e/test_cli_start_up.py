@@ -19,9 +19,9 @@ print([name for name in {heavy!r} if name in sys.modules], code or 0)
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["compare", "--help"], ["--version"]])
-def test_help_imports_nothing_heavy(cli: CommandLine, arguments: list[str]) -> None:
-    code = ASK.format(arguments=arguments, heavy=HEAVY)
+@pytest.mark.parametrize("arguments", ["--help", "run --help", "compare --help", "bench layer --help", "--version"])
+def test_help_imports_nothing_heavy(cli: CommandLine, arguments: str) -> None:
+    code = ASK.format(arguments=arguments.split(), heavy=HEAVY)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=cli.folder, env=cli.environment, capture_output=True, text=True, timeout=60
     )
@@ -29,7 +29,7 @@ def test_help_imports_nothing_heavy(cli: CommandLine, arguments: list[str]) -> N
     assert done.stdout.splitlines()[-1] == "[] 0"
 
 
-@pytest.mark.parametrize("command", ["run", "compare", "plan", "list", "show", "ui", "sync"])
+@pytest.mark.parametrize("command", ["run", "compare", "plan", "list", "show", "ui", "sync", "bench"])
 def test_every_command_has_help(cli: CommandLine, command: str) -> None:
     ended = cli(command, "--help")
     assert ended.code == 0, ended.err

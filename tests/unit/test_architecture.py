@@ -26,6 +26,7 @@ ORDER = (
     ("tracking",),
     ("experiment",),
     ("analysis",),
+    ("bench",),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

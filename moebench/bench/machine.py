@@ -1,0 +1,52 @@
+"""What a benchmark ran on, chosen and described."""
+
+import os
+from typing import Any
+
+import torch
+
+from moebench.bench.peers.register import versions
+from moebench.bench.variants import has_bf16_units
+from moebench.errors import UsageError, unknown
+from moebench.experts.allocator import keep_freed_memory
+from moebench.training.environment import environment
+
+DEVICES = ("auto", "cpu", "cuda")
+ALLOCATORS = ("keep", "default")
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of an option; raise UsageError when there is no such device."""
+    if name not in DEVICES:
+        raise unknown("--device", name, DEVICES)
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device: 'cuda' was asked for, but torch finds no CUDA device (allowed: auto, cpu)")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def all_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def prepare(*, threads: int | None, allocator: str, device: torch.device) -> dict[str, Any]:
+    """Set threads and allocator for this process; return the description of the machine, ready for JSON."""
+    if allocator not in ALLOCATORS:
+        raise unknown("--allocator", allocator, ALLOCATORS)
+    torch.set_num_threads(threads or all_cores())
+    kept = allocator == "keep" and keep_freed_memory()
+    return environment(torch.get_num_threads()) | {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "allocator": "keeps freed memory" if kept else "default",
+        "bf16_units": has_bf16_units(device),
+        "peers": versions(),
+    }
+
+
+def in_words(machine: dict[str, Any]) -> str:
+    """Return the description as a line."""
+    where = machine["device"] if machine["device"] != "cpu" else machine["processor"]
+    return (
+        f"{where}, {machine['threads']} threads on {machine['cores']} cores, torch {machine['torch']},"
+        f" allocator: {machine['allocator']}"
+    )

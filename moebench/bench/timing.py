@@ -1,0 +1,159 @@
+"""Timing that survives a shared machine: variants interleaved, order reversed each round, ratios within a round."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from moebench.bench.contention import share_since, usage
+
+WARM_UP_CALLS = 2
+MAX_CONTENTION = 0.08
+"""Share of the machine that others may use in a round that is kept."""
+MAX_TRIES = 3
+"""Rounds at most, as a multiple of those wanted; then the least contended ones are kept."""
+SHORTEST_S = 0.02
+"""A call shorter than this is repeated within its turn: clocks of contention tick every 10 ms."""
+MOST_REPEATS = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """What is timed: `prepare` (not timed) and then `call`."""
+
+    call: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One turn of every variant."""
+
+    seconds: Mapping[str, float]
+    others: float | None = None
+    """Share of the machine that other processes used meanwhile; None where unknown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """A median over rounds and its quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Summarise one value per round."""
+        if len(values) == 1:
+            return cls(median=values[0], low=values[0], high=values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median=median, low=low, high=high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """The rounds that count, and how many did not."""
+
+    rounds: tuple[Round, ...]
+    num_rejected: int
+    num_contended: int
+    """Kept rounds in which others used more than MAX_CONTENTION: all that could be had on a busy machine."""
+
+    @classmethod
+    def choose(cls, rounds: Sequence[Round], wanted: int) -> "Timings":
+        """Keep the wanted number of rounds, quiet ones first, then the least contended; time order is kept."""
+        ranked = sorted(range(len(rounds)), key=lambda index: (max(_excess(rounds[index]), 0.0), index))
+        kept = [rounds[index] for index in sorted(ranked[:wanted])]
+        contended = sum(_excess(one) > 0 for one in kept)
+        return cls(rounds=tuple(kept), num_rejected=len(rounds) - len(kept), num_contended=contended)
+
+    def median_ms(self, name: str) -> float:
+        """Return the median time of a variant in milliseconds."""
+        return 1e3 * statistics.median(one.seconds[name] for one in self.rounds)
+
+    def ratio(self, name: str, reference: str) -> Spread:
+        """Return the time of a variant over that of the reference, round by round."""
+        return Spread.of([one.seconds[name] / one.seconds[reference] for one in self.rounds])
+
+
+def _excess(one: Round) -> float:
+    return (one.others or 0.0) - MAX_CONTENTION
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How a measurement is made."""
+
+    rounds: int = 7
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    warm_up: int = WARM_UP_CALLS
+    tries: int = MAX_TRIES
+
+    def measure(self, variants: Mapping[str, Timed]) -> Timings:
+        """Time every variant in rounds until enough of them were quiet."""
+        with collector_off():
+            repeats = {name: self._warm_up(variant) for name, variant in variants.items()}
+        turns = {name: partial(self._turn, variant, repeats[name]) for name, variant in variants.items()}
+        return self.repeat(turns)
+
+    def repeat(self, turns: Mapping[str, Callable[[], float]]) -> Timings:
+        """Take turns, each of which returns its own seconds, in rounds until enough of them were quiet."""
+        rounds: list[Round] = []
+        while len(rounds) < self.tries * self.rounds and sum(_excess(r) <= 0 for r in rounds) < self.rounds:
+            order = list(turns)[:: 1 if len(rounds) % 2 == 0 else -1]
+            with collector_off():
+                rounds.append(self._round({name: turns[name] for name in order}))
+        return Timings.choose(rounds, self.rounds)
+
+    def _warm_up(self, variant: Timed) -> int:
+        """Call a variant as often as it needs to be warm; return how often it is called in its turn."""
+        for _ in range(self.warm_up):
+            seconds = self._turn(variant, 1)
+        return min(max(round(SHORTEST_S / max(seconds, 1e-6)), 1), MOST_REPEATS)
+
+    def _round(self, turns: Mapping[str, Callable[[], float]]) -> Round:
+        start = usage() if self.device.type == "cpu" else None
+        seconds = {name: turn() for name, turn in turns.items()}
+        return Round(seconds=seconds, others=share_since(start))
+
+    def _turn(self, variant: Timed, repeats: int) -> float:
+        clock = _cuda_seconds if self.device.type == "cuda" else _wall_seconds
+        total = 0.0
+        for _ in range(repeats):
+            variant.prepare()
+            total += clock(variant.call)
+        return total / repeats
+
+
+def _wall_seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _cuda_seconds(call: Callable[[], object]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return 1e-3 * float(begin.elapsed_time(end))
+
+
+@contextmanager
+def collector_off() -> Iterator[None]:
+    """Keep Python's garbage collector from running in the middle of a timed call."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

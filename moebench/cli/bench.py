@@ -1,0 +1,173 @@
+"""`moebench bench`: how fast the layer and the training step are, against a dense twin and against other libraries."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moebench.cli.options import (
+    DEFAULT_RESULTS,
+    Json,
+    Plugins,
+    Results,
+    complete_experiment,
+    experiment_file,
+)
+from moebench.errors import UsageError
+
+if TYPE_CHECKING:
+    from moebench.bench.report import Report
+
+app = typer.Typer(
+    help="Measure speed: variants interleaved in one process, ratios to a dense twin, busy rounds thrown out.",
+    no_args_is_help=False,
+    invoke_without_command=True,
+)
+
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds that are kept.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of weights and inputs.")]
+Allocator = Annotated[
+    str, typer.Option(help="keep: glibc keeps freed memory, for all variants alike; default: as it is.")
+]
+Plot = Annotated[Path | None, typer.Option(help="Write a figure to this PNG file.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")]
+
+
+@app.callback()
+def _root(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command("layer")
+def layer(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="T,d,hidden,E,k,activation", help="A shape of one's own; hidden is one expert's width."),
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A preset; or gpu. Repeatable.")] = None,
+    load: Annotated[
+        list[str] | None, typer.Option(metavar="LOAD", help="balanced, router or zipf. Default: each preset's own.")
+    ] = None,
+    rounds: Rounds = 7,
+    threads: Threads = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    allocator: Allocator = "keep",
+    plot: Plot = None,
+    markdown: Markdown = False,
+    json: Json = False,
+) -> None:
+    """Time one expert layer against a dense layer of equal FLOPs and against the libraries that are installed.
+
+    All get the same weights and the same inputs, crafted so that every gate makes the same load. Presets are
+    fp32 on a CPU, bf16 on CUDA. A round in which other processes used more than 8 % of the machine is thrown out.
+    """
+    check_plot(plot)
+    from moebench.bench.layer import LayerSettings, bench_layer
+    from moebench.bench.layer_report import layer_report
+
+    settings = LayerSettings(
+        shapes=shape or (),
+        only=only or (),
+        loads=load or (),
+        rounds=rounds,
+        threads=threads,
+        device=device,
+        seed=seed,
+        allocator=allocator,
+    )
+    bench = bench_layer(settings, say)
+    if plot:
+        from moebench.bench.layer_figure import draw_layer
+
+        draw_layer(bench, plot)
+    show(layer_report(bench), json=json, markdown=markdown)
+
+
+@app.command("step")
+def step(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[EXPERIMENT] [KEY=VALUE]...",
+            help="An experiment whose arms are measured; default: a small language model. Changes to it.",
+            autocompletion=complete_experiment,
+        ),
+    ] = None,
+    router: Annotated[
+        list[str] | None, typer.Option(help="A router beside the dense model, without an experiment. Repeatable.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of a block.")] = 20,
+    rounds: Rounds = 7,
+    threads: Threads = None,
+    device: Device = "auto",
+    allocator: Allocator = "default",
+    results: Results = DEFAULT_RESULTS,
+    plugin: Plugins = None,
+    plot: Plot = None,
+    markdown: Markdown = False,
+    json: Json = False,
+) -> None:
+    """Time a whole training step: what the trainer adds to a plain loop, and where the time goes.
+
+    Blocks of the real trainer (journal, logging and metrics as configured, no tracker) and of a plain loop with
+    the same model, batches, optimizer and clipping take turns; both end at the same weights. Nothing is kept.
+    """
+    check_plot(plot)
+    from moebench.bench.step import StepSettings, bench_step
+    from moebench.bench.step_report import step_report
+
+    settings = StepSettings(
+        experiment=chosen_experiment(names or (), router or ()),
+        routers=router or (),
+        overrides=[name for name in names or () if "=" in name],
+        plugins=plugin or (),
+        results=results,
+        steps=steps,
+        rounds=rounds,
+        threads=threads,
+        device=device,
+        allocator=allocator,
+    )
+    bench = bench_step(settings, say)
+    if plot:
+        from moebench.bench.step_figure import draw_step
+
+        draw_step(bench, plot)
+    show(step_report(bench), json=json, markdown=markdown)
+
+
+def chosen_experiment(names: Sequence[str], routers: Sequence[str]) -> Path | None:
+    """Return the file of the experiment among names and overrides, None without one; refuse two subjects."""
+    subjects = [name for name in names if "=" not in name]
+    if len(subjects) > 1 or (subjects and routers):
+        given = ", ".join([*subjects, *(f"--router {name}" for name in routers)])
+        raise UsageError(f"bench step: give one experiment, or --router; got {given}")
+    return experiment_file(subjects[0]) if subjects else None
+
+
+def check_plot(plot: Path | None) -> None:
+    """Refuse a figure file that cannot be written, before anything is measured."""
+    if plot and (plot.is_dir() or not plot.parent.is_dir()):
+        raise UsageError(f"--plot {plot}: must be a file in a folder that exists")
+
+
+def say(text: str) -> None:
+    """Print a line of progress on standard error."""
+    typer.echo(text, err=True)
+
+
+def show(report: "Report", *, json: bool, markdown: bool) -> None:
+    """Print a report in the wanted form."""
+    if json:
+        print(report.to_json())
+    elif markdown:
+        print(report.to_markdown())
+    else:
+        from rich.console import Console
+
+        Console().print(report.to_rich())

@@ -1,0 +1,165 @@
+"""`moebench bench`: structure and agreement of what is reported; no time is asserted."""
+
+import importlib.util
+from typing import Any
+
+import pytest
+from command_line import CommandLine, Results, WarmCommandLine
+
+PEERS = {
+    "transformers": "transformers",
+    "st-moe-pytorch": "st_moe_pytorch",
+    "mixture-of-experts": "mixture_of_experts",
+    "soft-moe-pytorch": "soft_moe_pytorch",
+    "deepspeed": "deepspeed",
+}
+TINY = ("--shape", "32,8,16,4,2,swiglu", "--rounds", "1", "--threads", "1")
+
+
+@pytest.fixture(scope="session")
+def layer(tmp_path_factory: pytest.TempPathFactory, warm: WarmCommandLine) -> Any:
+    folder = tmp_path_factory.mktemp("bench")
+    loads = ("--load", "zipf", "--load", "balanced")
+    ended = warm(CommandLine(folder), "bench", "layer", *TINY, *loads, "--plot", "layer.png", "--json")
+    assert ended.code == 0, ended.err
+    assert (folder / "layer.png").read_bytes().startswith(b"\x89PNG")
+    assert "[1/2] 32,8,16,4,2,swiglu: T32 d8 hidden16 E4 k2 swiglu, zipf load" in ended.err
+    return ended.json
+
+
+def test_layer_reports_every_variant_with_its_numbers(layer: Any) -> None:
+    zipf, balanced = layer["rows"]
+    assert (zipf["load_E"], balanced["load_E"]) == ([31, 15, 10, 8], [16] * 4)
+    for row in layer["rows"]:
+        lines = {line["name"]: line for line in row["lines"]}
+        assert {"dense", "moebench", "moebench capacity 1.25", "plain grouped_mm", "double loop"} <= set(lines)
+        assert lines["dense"]["train"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+        assert lines["double loop"]["approximate"] is False  # 32 tokens are few enough
+        for line in lines.values():
+            assert line["train"]["low"] <= line["train"]["median"] <= line["train"]["high"]
+            assert line["forward_ms"] > 0
+            assert line["saved_bytes"] is None or line["saved_bytes"] > 0
+        assert row["rounds"]["train"]["kept"] == 1
+        assert row["least_saved_bytes"] == 64 * (8 + 2 * 16) * 4
+
+
+def test_layers_of_one_formula_agree(layer: Any) -> None:
+    for row in layer["rows"]:
+        agrees = {line["name"]: line["agrees"] for line in row["lines"]}
+        assert agrees["moebench"] is True  # the double loop says the same
+        assert agrees["plain grouped_mm"] is True
+        assert False not in agrees.values()
+
+
+def test_capacity_says_what_it_drops(layer: Any) -> None:
+    dropped = [{line["name"]: line["dropped"] for line in row["lines"]} for row in layer["rows"]]
+    assert dropped[0]["moebench capacity 1.25"] == 11 / 64  # loads 31 15 10 8 over 20 slots
+    assert dropped[1]["moebench capacity 1.25"] == 0
+    assert dropped[0]["moebench"] == 0
+
+
+def test_libraries_are_measured_or_absent_with_a_reason(layer: Any) -> None:
+    for package, module in PEERS.items():
+        installed = importlib.util.find_spec(module) is not None
+        assert installed or "not installed" in layer["absent"][package]
+    assert "no adapter" in layer["absent"]["deepspeed"]
+    assert {one["name"] for one in layer["rows"][0]["skipped"]} >= {"moebench bf16"} or layer["machine"]["bf16_units"]
+
+
+def test_layer_as_tables(cli: CommandLine, warm: WarmCommandLine) -> None:
+    ended = warm(cli, "bench", "layer", *TINY, "--markdown")
+    assert ended.code == 0, ended.err
+    assert "**T32 d8 hidden16 E4 k2 swiglu, router load**" in ended.out
+    assert "| moebench |" in ended.out
+    assert "- Machine: " in ended.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shape", "1,2"], ["--shape 1,2", "six values", "T,d,hidden,E,k,activation"]),
+        (["--shape", "32,8,16,4,9,gelu"], ["k must be at most E=4", "9"]),
+        (["--shape", "32,8,x,4,2,gelu"], ["hidden", "whole number", "'x'"]),
+        (["--shape", "32,8,16,4,2,swiglo"], ["'swiglo'", "Did you mean 'swiglu'?"]),
+        (["--shape", "32,4,16,8,2,gelu", "--load", "zipf"], ["--load", "d >= E"]),
+        (["--only", "midle"], ["--only", "'midle'", "Did you mean 'middle'?"]),
+        (["--load", "zip"], ["--load", "'zip'", "Did you mean 'zipf'?"]),
+        (["--rounds", "0"], ["--rounds", "1"]),
+        (["--device", "tpu"], ["--device", "'tpu'", "auto, cpu, cuda"]),
+        (["--allocator", "kep"], ["--allocator", "'kep'", "Did you mean 'keep'?"]),
+        (["--plot", "nowhere/x.png"], ["--plot nowhere/x.png"]),
+    ],
+)
+def test_a_mistake_in_bench_layer(
+    cli: CommandLine, warm: WarmCommandLine, arguments: list[str], words: list[str]
+) -> None:
+    refused(warm(cli, "bench", "layer", *arguments), words)
+
+
+def refused(ended: Any, words: list[str]) -> None:
+    assert ended.code == 2, ended.err
+    assert ended.out == ""
+    last = ended.err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "Traceback" not in ended.err
+    for word in words:
+        assert word in last
+
+
+@pytest.fixture(scope="session")
+def step(tmp_path_factory: pytest.TempPathFactory, warm: WarmCommandLine) -> Any:
+    command_line = CommandLine(tmp_path_factory.mktemp("step"))
+    command_line.write(grid={"router": ["dense", "top_k"]})
+    ended = warm(
+        command_line, "bench", "step", "./tiny.yaml", "--rounds", "1", "--steps", "2", "--plot", "step.png", "--json"
+    )
+    assert ended.code == 0, ended.err
+    assert (command_line.folder / "step.png").read_bytes().startswith(b"\x89PNG")
+    assert Results(command_line.folder / "results").folders() == []  # a benchmark is no run
+    return ended.json
+
+
+def test_step_reports_every_arm(step: Any) -> None:
+    assert list(step["arms"]) == ["dense", "top_k"]
+    dense, top_k = step["arms"].values()
+    assert set(dense["seconds"]) == {"trainer", "plain", "parted"}  # no load to force
+    assert set(top_k["seconds"]) == {"trainer", "plain", "parted", "uniform"}
+    assert top_k["tokens_per_step"] == 2 * 32
+    assert set(top_k["tokens_per_s"]) == set(top_k["seconds"])
+    assert dense["uniform_over_own_load"] is None
+
+
+def test_step_compares_the_same_work(step: Any) -> None:
+    for arm in step["arms"].values():
+        assert arm["weights_differ_by"] == 0.0  # same batches, same updates, to the last bit
+
+
+def test_step_divides_a_step_into_its_parts(step: Any) -> None:
+    dense, top_k = (arm["parts_s"] for arm in step["arms"].values())
+    assert dense["router"] == dense["dispatch, experts"] == 0
+    assert all(seconds > 0 for name, seconds in top_k.items() if name != "rest of forward")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nosuch"], ["'nosuch'"]),
+        (["tiny.yaml", "other.yaml"], ["bench step", "tiny.yaml, other.yaml"]),
+        (["tiny.yaml", "--router", "switch"], ["bench step", "--router switch"]),
+        (["--router", "swich"], ["'swich'", "Did you mean 'switch'?"]),
+        (["tiny.yaml", "train.stepps=3"], ["train.stepps", "Did you mean 'steps'?"]),
+        (["tiny.yaml", "--steps", "0"], ["--steps", "1"]),
+        (["tiny.yaml", "--device", "cud"], ["--device", "Did you mean 'cuda'?"]),
+    ],
+)
+def test_a_mistake_in_bench_step(
+    cli: CommandLine, warm: WarmCommandLine, arguments: list[str], words: list[str]
+) -> None:
+    refused(warm(cli, "bench", "step", *arguments), words)
+
+
+def test_bench_alone_says_what_there_is(cli: CommandLine, warm: WarmCommandLine) -> None:
+    ended = warm(cli, "bench")
+    assert ended.code == 0
+    assert "layer" in ended.out
+    assert "step" in ended.out

@@ -1,0 +1,98 @@
+"""Tables of the benchmarks on given numbers."""
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from moebench.bench.layer import LayerBench, LayerSettings
+from moebench.bench.layer_report import layer_report, rounds_in_words
+from moebench.bench.problem import Skipped, make_problem
+from moebench.bench.row import GEMM, ROUTER, Line, Row
+from moebench.bench.shapes import parse
+from moebench.bench.timing import Round, Spread, Timings
+
+MACHINE = {"device": "cpu", "processor": "a CPU", "threads": 2, "cores": 2, "torch": "2.13", "allocator": "default"}
+
+
+def timings(*, others: float = 0.0, gemm_s: float = 0.5) -> Timings:
+    seconds = {"dense": 1.0, "moebench": 2.0, ROUTER: 0.1, GEMM: gemm_s}
+    return Timings.choose([Round(seconds=seconds, others=others)] * 3, wanted=3)
+
+
+def line(name: str, ratio: float, **changes: object) -> Line:
+    spread = Spread(median=ratio, low=ratio - 0.1, high=ratio + 0.1)
+    given = {"note": "", "forward_ms": 1.0, "train_ms": ratio, "forward": spread, "train": spread}
+    given |= {"forward_tflops": 0.1, "train_tflops": 0.1, "saved_bytes": 3000, "dropped": 0.0}
+    return Line(name=name, **given | {"difference": None, "agrees": None} | changes)  # type: ignore[arg-type]
+
+
+def row(**changes: object) -> Row:
+    problem = make_problem(parse("32,8,16,4,2,swiglu"), "router", seed=0, device=torch.device("cpu"))
+    lines = (
+        line("dense", 1.0),
+        line("moebench", 2.0, agrees=True, saved_bytes=1500),
+        line("plain grouped_mm", 1.5, agrees=False),
+        line("double loop", 321.0, approximate=True, saved_bytes=None),
+        line("Switch", 1.25, dropped=0.125),
+    )
+    given = {"lines": lines, "skipped": (Skipped(name="x", reason="why"), Skipped(name="y", reason="why"))}
+    given |= {"forward_rounds": timings(), "train_rounds": timings(), "load_E": (16,) * 4}
+    return Row(problem=problem, **given | {"gemm_tflops": 0.1, "least_saved_bytes": 1000} | changes)  # type: ignore[arg-type]
+
+
+def report(*rows: Row) -> LayerBench:
+    return LayerBench(rows=rows, absent={"peer": "not installed"}, machine=MACHINE, settings=LayerSettings())
+
+
+def test_cells() -> None:
+    (grid,) = layer_report(report(row())).grids
+    assert grid.rows[0] == ("dense", "1.00", "1.00", "–", "1.00", "3.00", "0", "–")
+    assert grid.rows[1] == ("moebench", "2.00", "2.00", "1.90–2.10", "0.50", "1.50", "0", "yes")
+    assert grid.rows[2][-1] == "NO"
+    assert grid.rows[3] == ("double loop", "≈321", "≈321", "–", "–", "–", "0", "–")
+    assert grid.rows[4][-2] == "12.5 %"
+    assert "not measured: x, y: why" in grid.below
+    assert any("router and sorting: 5.0% of the layer forward" in text for text in grid.below)
+
+
+def test_a_row_is_certified_by_the_rate_of_a_plain_product() -> None:
+    # swiglu: three products of 8 x 32 against a plain one of 8 x 64: dense does 3 · 1.5 = 4.5 times its work.
+    assert row(train_rounds=timings(gemm_s=0.2)).dense_share == pytest.approx(0.9)
+    slow = row(train_rounds=timings(gemm_s=0.1))
+    assert slow.dense_share == pytest.approx(0.45)
+    assert not slow.certified
+    (grid,) = layer_report(report(slow)).grids
+    assert grid.marked
+    assert any("45% of a plain product's rate here: NOT CERTIFIED, below 75%" in text for text in grid.below)
+
+
+def test_a_busy_machine_is_said() -> None:
+    (grid,) = layer_report(report(row(forward_rounds=timings(others=0.5)))).grids
+    assert grid.marked
+    text = "3 rounds kept, 0 rejected; BUSY MACHINE: others used over 8% of it in 3 of the kept"
+    assert rounds_in_words(timings(others=0.5)) == text
+    assert rounds_in_words(timings()) == "3 rounds kept, 0 rejected"
+
+
+def test_the_table_fits_80_columns() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(layer_report(report(row())).to_rich())
+    assert "…" not in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_markdown_and_json() -> None:
+    found = layer_report(report(row()))
+    assert "| moebench | 2.00 | 2.00 | 1.90–2.10 | 0.50 | 1.50 | 0 | yes |" in found.to_markdown()
+    values = json.loads(found.to_json())
+    assert values["absent"] == {"peer": "not installed"}
+    assert values["rows"][0]["lines"][1]["train"]["median"] == 2.0
+    assert values["rows"][0]["rounds"]["train"] == {
+        "kept": 3,
+        "rejected": 0,
+        "contended": 0,
+        "others": [0.0, 0.0, 0.0],
+        "ms": {"dense": 1000.0, "moebench": 2000.0, ROUTER: 100.0, GEMM: 500.0},
+    }
