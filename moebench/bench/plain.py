@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moebench.bench.problem import Contestant, Problem, Skipped
-from moebench.experts.feed_forward import activate
+from moebench.experts.activation import activate
 
 NAME = "plain grouped_mm"
 

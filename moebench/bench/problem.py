@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from moebench.bench.loads import make_input
 from moebench.bench.shapes import Shape
+from moebench.experts.activation import GATED
 from moebench.experts.capacity import Capacity
-from moebench.experts.feed_forward import GATED, ExpertBank, FeedForward
+from moebench.experts.feed_forward import ExpertBank, FeedForward
 from moebench.experts.layer import MoELayer
 from moebench.models.transformer import init_weights
 from moebench.routing.gate import Gate

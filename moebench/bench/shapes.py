@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from moebench.errors import UsageError, nearest, unknown
-from moebench.experts.feed_forward import GATED, ffn_flops
+from moebench.experts.activation import GATED
+from moebench.experts.feed_forward import ffn_flops
 
 Load = Literal["balanced", "router", "zipf"]
 LOADS: tuple[str, ...] = get_args(Load)

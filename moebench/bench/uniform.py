@@ -48,4 +48,5 @@ def force_uniform_load(layers: list[MoELayer]) -> None:
 
 def can_force(records: Sequence[LayerRecord]) -> bool:
     """Whether there is a load to force: some layer, and in each k experts for every token."""
-    return bool(records) and all(record.routing.top_k is not None for record in records)
+    routings = [record.routing for record in records]
+    return bool(routings) and all(isinstance(routing, Routing) and routing.top_k is not None for routing in routings)

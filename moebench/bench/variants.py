@@ -1,6 +1,5 @@
 """moebench's own layer in its variants, and the dense twin that all ratios refer to."""
 
-import inspect
 from collections.abc import Callable
 
 import torch
@@ -65,17 +64,12 @@ def _with_capacity(problem: Problem) -> Contestant:
     )
 
 
-def _with_recompute(problem: Problem) -> Contestant | Skipped:
-    name = "moebench recompute"
-    if "recompute" not in inspect.signature(ExpertBank).parameters:
-        return Skipped(name=name, reason="this version's experts have no such option")
+def _with_recompute(problem: Problem) -> Contestant:
     shape, weights = problem.shape, problem.bank
-    # Built by name: the option is newer than this file.
-    build: Callable[..., ExpertBank] = ExpertBank
-    bank = build(shape.d_model, shape.hidden, shape.num_experts, shape.activation, recompute=True)
+    bank = ExpertBank(shape.d_model, shape.hidden, shape.num_experts, shape.activation, recompute=True)
     bank.w_in_EDF, bank.w_out_EFD = weights.w_in_EDF, weights.w_out_EFD
     layer = make_layer(shape, bank, problem.layer.router)
-    return Contestant(name=name, module=layer, forward=_forward(problem, layer))
+    return Contestant(name="moebench recompute", module=layer, forward=_forward(problem, layer))
 
 
 def _in_bf16(problem: Problem) -> Contestant | Skipped:
@@ -107,7 +101,7 @@ def router_and_plan(problem: Problem) -> Callable[[Tensor], Tensor]:
     """Return the part of the layer before the experts: router, and sorting the assignments; gives the weights."""
 
     def forward(x_TD: Tensor) -> Tensor:
-        routing = problem.layer.router(x_TD.float(), route_context(problem)).compact()
+        routing = problem.layer.router(x_TD.float(), route_context(problem))
         DispatchPlan.of(routing)
         weight_N: Tensor = routing.weight_N
         return weight_N
