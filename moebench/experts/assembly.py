@@ -84,8 +84,8 @@ def scale_experts_per_token(router_class: type[Router], config: Any, factor: int
     k = router_class.experts_per_token(config, num_experts)
     raise UsageError(
         f"router.name: '{config.name}' is fixed at {k} experts per token, and layout.split={factor} asks for"
-        f" {factor * k} (allowed: layout.split=1, or a router with top_k; at top_k=1 router.renormalise=false is"
-        " softmax top-k with switch's weights)"
+        f" {factor * k} (allowed: layout.split=1, or a router with top_k; {{name: top_k, top_k: 1, renormalise: false}}"
+        " has switch's weights)"
     )
 
 

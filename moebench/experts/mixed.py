@@ -105,7 +105,7 @@ class MixedBank(Bank):
 
 
 class ZeroBank(Bank):
-    """Zero experts (MoE++, arXiv:2410.07348, eq. 3): y = 0; the token skips the layer."""
+    """Zero experts (MoE++, arXiv:2410.07348): y = 0; the token skips the layer."""
 
     def __init__(self, d_model: int, num_experts: int, out_scale: float = 1.0) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class ZeroBank(Bank):
 
 
 class CopyBank(ZeroBank):
-    """Copy experts (MoE++, eq. 4): y = x; what the network makes of the token is the router's weight."""
+    """Copy experts (MoE++): y = x; what the network makes of the token is the router's weight."""
 
     def rows(self, x_RD: Tensor, load_E: Tensor) -> Tensor:
         """Return x."""

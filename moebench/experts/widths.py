@@ -53,7 +53,9 @@ def matched_widths(
     first = max(ffn_width + 1, int((without_experts - dense) / per_width))
     fits = next((other for other in range(first, first + FURTHEST) if fitting(other)), None)
     hint = f"the next that can: model.ffn_width={fits}" if fits else f"none up to {first + FURTHEST} can"
+    left = dense + per_width * ffn_width > without_experts
+    problem = f"is not divisible among {what}" if left else f"leaves nothing for {what}, which cost as much without it"
     raise UsageError(
-        f"model.ffn_width={ffn_width} is not divisible among {what}:"
-        f" the arm cannot match the dense one within {MATCH_TOLERANCE:.0%} ({hint}; or {remedy})"
+        f"model.ffn_width={ffn_width} {problem}: the arm cannot match the dense one within {MATCH_TOLERANCE:.0%}"
+        f" ({hint}; or set {remedy})"
     )

@@ -1,7 +1,7 @@
 """From a cell's configuration to its backbone: the place where names and plans become modules."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -104,14 +104,7 @@ class Builder:
 
     def _router(self, experts: Experts, index: int) -> tuple[Routed, Router]:
         routed = Routed.of(self.config.router, experts)
-        site = Site(
-            d_model=self.site.d_model,
-            num_experts=len(experts.shapes),
-            layer=index,
-            vocab_size=self.site.vocab_size,
-            token_count_V=self.site.token_count_V,
-        )
-        return routed, routed.build(site)
+        return routed, routed.build(replace(self.site, layer=index))
 
     def _with_experts(self, index: int, plan: BlockPlan) -> Callable[[Widths], nn.Module]:
         """Return what builds the block for given widths: the routers and the attention are the same for all."""
@@ -173,11 +166,21 @@ class Builder:
 
         return build
 
-    def _widths(self, index: int, plan: BlockPlan, build: Callable[[Widths], nn.Module], num_blocks: int) -> Widths:
+    def _fixed_unit(self, plan: BlockPlan) -> int | None:
+        """Return the width that the configuration names, or None when it is to be solved."""
         layout, ffn_width = self.config.layout, self.config.model.ffn_width
-        fixed = plan.feed_forward.unit if plan.feed_forward and plan.feed_forward.unit else layout.expert_width
-        if fixed is not None or layout.match == "none":
-            return Widths(fixed or ffn_width)
+        if plan.feed_forward and plan.feed_forward.unit:
+            return plan.feed_forward.unit
+        if layout.expert_width is None:
+            return ffn_width if layout.match == "none" else None
+        # Beside experts in attention the feed-forward part can be dense: the width of an expert is not its.
+        return int(layout.expert_width) if plan.feed_forward or plan.stack else ffn_width
+
+    def _widths(self, index: int, plan: BlockPlan, build: Callable[[Widths], nn.Module], num_blocks: int) -> Widths:
+        fixed = self._fixed_unit(plan)
+        if fixed is not None:
+            return Widths(fixed)
+        layout, ffn_width = self.config.layout, self.config.model.ffn_width
         share = layout.total_params if layout.match == "params" else 1.0
 
         def cost(widths: Widths) -> float:
@@ -188,9 +191,10 @@ class Builder:
             with torch.device("meta"):
                 return share * num_blocks * self._cost(self.dense_block(width))
 
+        remedy = "layout.match=none" if plan.feed_forward is None and not plan.stack else "layout.expert_width"
         top_k = max(Routed.of(self.config.router, experts).experts_per_token for experts in plan.banks)
         what = f"{top_k} experts per token and their router" + (f" in block {index}" if plan.attention else "")
-        return matched_widths(cost, target, ffn_width, what=what, remedy="set layout.expert_width")
+        return matched_widths(cost, target, ffn_width, what=what, remedy=remedy)
 
     def _cost(self, block: nn.Module) -> float:
         if self.config.layout.match == "params":

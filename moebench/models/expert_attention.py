@@ -30,7 +30,8 @@ class ProjectionExperts(nn.Module):
         self.out = nn.Linear(d_model, d_model, bias=False)
 
     def init_weights(self, generator: Generator) -> None:
-        """Draw the output projection as dense attention does."""
+        """Draw the output projection as dense attention does: behind the numbers that its other projection takes."""
+        draw(torch.empty(3 * self.out.in_features, self.out.in_features), 1.0, generator)
         draw(self.out.weight, self.out_scale * self.out.in_features**-0.5, generator)
 
     def forward(self, x_BLD: Tensor, ctx: RouteContext) -> tuple[Tensor, LayerRecord]:
@@ -49,7 +50,7 @@ class ProjectionExperts(nn.Module):
 class HeadExperts(nn.Module):
     """Attention whose heads are experts: a token picks its heads; keys and values are the same for all experts.
 
-    Mixture of attention heads (arXiv:2210.05144, eq. 2-5): y = Σ_i w_i softmax(x W_q,i K^T) V W_o,i.
+    Mixture of attention heads (arXiv:2210.05144): y = Σ_i w_i softmax(x W_q,i K^T) V W_o,i.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ class GroupedRouter(Router):
     """G routers of one kind side by side, and with `pick_groups` one above them that picks groups for each token.
 
     Without: every token is routed in every group and the outputs add up - k top-1 prototypes of M6-T
-    (arXiv:2105.15082, section 3). With: w_ge = w_g · w_e|g, the two levels of Shazeer et al. 2017
+    (arXiv:2105.15082). With: w_ge = w_g · w_e|g, the two levels of Shazeer et al. 2017
     (arXiv:1701.06538, appendix B). For the router of a group, the tokens that went elsewhere are padding. Scores are
     products (joint probabilities where both levels are), logits sums. A loss that the algorithm brings itself is the
     mean over all routers, every other loss is one over the flat routing.

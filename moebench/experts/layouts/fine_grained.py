@@ -9,7 +9,7 @@ from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, E
 @LAYOUTS.register(
     LayoutFacts(
         placement="all blocks, or those in `blocks`",
-        paper="arXiv:2401.06066, eq. 9-11",
+        paper="arXiv:2401.06066, sections 3.1 and 3.2",
         experts="split times as many, each 1/split as wide, split times as many per token; and shared experts",
     )
 )

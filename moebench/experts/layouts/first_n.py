@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from moebench.experts.layout import LAYOUTS, BlockPlan, Experts, Layout, LayoutConfig, LayoutFacts, check_count, placed
 
 
-@LAYOUTS.register(LayoutFacts(placement="the first n blocks", paper="arXiv:2204.09636, table 4 (bottom)"))
+@LAYOUTS.register(LayoutFacts(placement="the first n blocks", paper="arXiv:2204.08396, table 4 (bottom)"))
 class FirstN(Layout):
     """Experts at the bottom, where tokens still look like their ids: the worst place in StableMoE's comparison."""
 

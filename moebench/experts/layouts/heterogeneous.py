@@ -9,7 +9,7 @@ from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, E
 @LAYOUTS.register(
     LayoutFacts(
         placement="all blocks, or those in `blocks`",
-        paper="arXiv:2408.10681 (HMoE), arXiv:2209.01667, section 5 (widths and depths: the survey's conjecture)",
+        paper="arXiv:2408.10681 (HMoE), arXiv:2209.01667 (the survey's conjecture)",
         experts="feed-forward networks of several widths and depths",
     )
 )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from moebench.experts.layout import LAYOUTS, BlockPlan, Experts, Layout, LayoutConfig, LayoutFacts, check_count, placed
 
 
-@LAYOUTS.register(LayoutFacts(placement="the last n blocks", paper="arXiv:2106.05974, section 2 and appendix (last-n)"))
+@LAYOUTS.register(LayoutFacts(placement="the last n blocks", paper="arXiv:2106.05974 (V-MoE, last-n)"))
 class LastN(Layout):
     """Experts at the top, V-MoE's last-n: the deepest blocks route by what a token means."""
 

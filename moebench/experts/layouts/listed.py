@@ -35,9 +35,7 @@ class ListedBlock:
             require(value is None or value >= 1, f"layout.blocks: {key}", value, "at least 1 or null")
 
 
-@LAYOUTS.register(
-    LayoutFacts(placement="the blocks that the configuration lists", paper="arXiv:2209.01667, section 3.2 (survey)")
-)
+@LAYOUTS.register(LayoutFacts(placement="the blocks that the configuration lists", paper="arXiv:2209.01667 (survey)"))
 class Listed(Layout):
     """An explicit list: blocks: [{block: 1, num_experts: 8, expert_width: 64, depth: 1}, ...]."""
 

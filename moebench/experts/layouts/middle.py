@@ -8,7 +8,7 @@ from moebench.experts.layout import LAYOUTS, BlockPlan, Experts, Layout, LayoutC
 @LAYOUTS.register(
     LayoutFacts(
         placement="the n blocks in the middle",
-        paper="arXiv:2103.16716, section 3 (BASE: one expert layer after the middle block); arXiv:2204.09636, table 4",
+        paper="arXiv:2103.16716 (BASE: after the middle block), arXiv:2204.08396, table 4",
     )
 )
 class Middle(Layout):

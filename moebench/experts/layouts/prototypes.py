@@ -8,7 +8,7 @@ from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, L
 @LAYOUTS.register(
     LayoutFacts(
         placement="all blocks, or those in `blocks`",
-        paper="arXiv:2105.15082, section 3.2",
+        paper="arXiv:2105.15082 (M6-T)",
         experts="feed-forward networks in groups, each with a router of its own; every group serves every token",
     )
 )

@@ -9,7 +9,7 @@ from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, E
 @LAYOUTS.register(
     LayoutFacts(
         placement="all blocks, or those in `blocks`",
-        paper="arXiv:2201.05596, section 4.1.2",
+        paper="arXiv:2201.05596, section 4.1",
         experts="num_experts below, factor times as many at the top",
     )
 )

@@ -8,7 +8,7 @@ from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, L
 @LAYOUTS.register(
     LayoutFacts(
         placement="all blocks, or those in `blocks`",
-        paper="arXiv:2201.05596, section 4.1.2",
+        paper="arXiv:2201.05596, section 4.1",
         experts="feed-forward networks beside a dense one of their width, mixed by a softmax",
     )
 )

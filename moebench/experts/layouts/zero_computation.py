@@ -9,7 +9,7 @@ from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, E
 @LAYOUTS.register(
     LayoutFacts(
         placement="all blocks, or those in `blocks`",
-        paper="arXiv:2410.07348, eq. 3-5",
+        paper="arXiv:2410.07348 (constant: eq. 5)",
         experts="num_experts networks, and zero, copy and constant experts",
     )
 )
