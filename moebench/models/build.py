@@ -47,14 +47,15 @@ def build_backbone(
     causal: bool,
     vocab_size: int | None = None,
     token_count_V: Tensor | None = None,
-    sequence_length: int = 0,
+    sequence_length: int | None = None,
 ) -> Transformer:
     """Build the transformer with the layout's banks of experts behind their routers; weights are not drawn yet.
 
-    `sequence_length`: for which arms are matched; it matters where experts change the cost of attention itself.
+    `sequence_length`: for which arms are matched; it matters where experts change the cost of attention itself. None
+    leaves the scores of attention out.
     """
     site = Site(d_model=config.model.d_model, num_experts=1, vocab_size=vocab_size, token_count_V=token_count_V)
-    builder = Builder(config=config, causal=causal, site=site, sequence_length=sequence_length)
+    builder = Builder(config=config, causal=causal, site=site, sequence_length=sequence_length or 0)
     blocks = [builder.block(index, plan) for index, plan in enumerate(plan_of(config))]
     return Transformer(config.model.d_model, blocks)
 
