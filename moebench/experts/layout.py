@@ -91,8 +91,6 @@ class LayoutConfig:
         require(width_fits, "layout.expert_width", self.expert_width, "at least 1 or null")
         require(self.depth >= 1, "layout.depth", self.depth, "at least 1")
         require(0 < self.total_params < float("inf"), "layout.total_params", self.total_params, "greater than 0")
-        if self.total_params != 1.0 and self.match != "params":
-            raise UsageError(f"layout.total_params={self.total_params:g} needs layout.match=params, got {self.match}")
         for key in ("capacity_factor_train", "capacity_factor_eval"):
             factor = getattr(self, key)
             if factor is not None and not factor > 0:

@@ -28,6 +28,9 @@ def plan_of(config: CellConfig) -> tuple[BlockPlan, ...]:
     Raises UsageError when layout, router and their options do not fit each other, or a loss is unknown.
     """
     plan: tuple[BlockPlan, ...] = LAYOUTS.get(config.layout.name).item.plan(config.layout, config.model.num_layers)
+    total, match = config.layout.total_params, config.layout.match
+    if total != 1.0 and match != "params":
+        raise UsageError(f"layout.total_params={total:g} needs layout.match=params, got {match}")
     for block in plan:
         for experts in block.banks:
             Routed.of(config.router, experts)
