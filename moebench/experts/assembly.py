@@ -6,10 +6,9 @@ from typing import Any
 
 from moebench.errors import UsageError
 from moebench.experts.bank import Bank
-from moebench.experts.capacity import Capacity
 from moebench.experts.feed_forward import FeedForward
 from moebench.experts.layer import MoELayer
-from moebench.experts.layout import Experts
+from moebench.experts.layout import Experts, LayoutConfig
 from moebench.experts.mixed import bank_of
 from moebench.experts.widths import Widths
 from moebench.routing.composite import GroupedRouter
@@ -94,7 +93,7 @@ def moe_layer(
     router: Router,
     bank: Bank,
     *,
-    capacity: Capacity,
+    layout: LayoutConfig,
     layer: int | str,
     shared: FeedForward | None = None,
 ) -> MoELayer:
@@ -103,7 +102,7 @@ def moe_layer(
         router,
         bank,
         experts_per_token=routed.experts_per_token,
-        capacity=capacity,
+        capacity=layout.capacity,
         layer=layer,
         shared=shared,
         residual=routed.experts.residual,
@@ -111,7 +110,7 @@ def moe_layer(
 
 
 def feed_forward_experts(
-    routed: Routed, router: Router, *, d_model: int, activation: str, out_scale: float, capacity: Capacity, layer: int
+    routed: Routed, router: Router, *, d_model: int, activation: str, out_scale: float, layout: LayoutConfig, layer: int
 ) -> Callable[[Widths], MoELayer]:
     """Return what builds the MoE layer of a block for given widths; the router is the same for all of them."""
     experts = routed.experts
@@ -121,6 +120,6 @@ def feed_forward_experts(
         if experts.shared:
             shared = FeedForward(d_model, widths.of(experts.shared), activation, out_scale)
         bank = bank_of(experts.shapes, widths, d_model, activation, out_scale)
-        return moe_layer(routed, router, bank, capacity=capacity, layer=layer, shared=shared)
+        return moe_layer(routed, router, bank, layout=layout, layer=layer, shared=shared)
 
     return build

@@ -37,7 +37,7 @@ class MoELayer(nn.Module):
         self.capacity = capacity
         self.layer = layer
         self.shared = shared
-        self.mix_gate = Gate(shared.w_in_DF.shape[0], 2) if residual and shared is not None else None
+        self.mix = Gate(shared.w_in_DF.shape[0], 2) if residual and shared is not None else None
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> tuple[Tensor, LayerRecord]:
         """Return y_TD (without the residual) and the record."""
@@ -45,9 +45,9 @@ class MoELayer(nn.Module):
         y_TD = self.bank.mixture(x_TD, record.kept)
         if self.shared is None:
             return y_TD, record
-        if self.mix_gate is None:
+        if self.mix is None:
             return y_TD + self.shared(x_TD), record
-        mix_T2 = self.mix_gate(x_TD).softmax(-1).to(y_TD.dtype)
+        mix_T2 = self.mix(x_TD).softmax(-1).to(y_TD.dtype)
         return mix_T2[:, :1] * y_TD + mix_T2[:, 1:] * self.shared(x_TD), record
 
     def route(self, x_TD: Tensor, ctx: RouteContext) -> LayerRecord:
@@ -76,4 +76,4 @@ class MoELayer(nn.Module):
         flops_E = self.bank.flops_per_row_E()
         routed = self.router.flops_per_token() + self.experts_per_token * sum(flops_E) // len(flops_E)
         shared = 0 if self.shared is None else self.shared.flops_per_token()
-        return routed + shared + (0 if self.mix_gate is None else 2 * self.mix_gate.weight_ED.numel())
+        return routed + shared + (0 if self.mix is None else 2 * self.mix.weight_ED.numel())

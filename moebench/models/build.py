@@ -127,7 +127,7 @@ class Builder:
             d_model=sizes.d_model,
             activation=self.activation,
             out_scale=self.out_scale,
-            capacity=self.config.layout.capacity,
+            layout=self.config.layout,
             layer=index,
         )
         return lambda widths: Block(sizes.d_model, attention, experts(widths))
@@ -135,7 +135,7 @@ class Builder:
     def _expert_attention(self, index: int, experts: Experts) -> ProjectionExperts | HeadExperts:
         sizes = self.config.model
         routed, router = self._router(experts, index)
-        layer = partial(moe_layer, routed, router, capacity=self.config.layout.capacity, layer=f"{index}.attention")
+        layer = partial(moe_layer, routed, router, layout=self.config.layout, layer=f"{index}.attention")
         number = len(experts.shapes)
         if experts.shapes[0].kind == "projection":
             bank = ProjectionBank(sizes.d_model, 3 * sizes.d_model, number)
@@ -165,7 +165,7 @@ class Builder:
 
         def build(widths: Widths) -> WholeModels:
             stacks = [[block(widths) for _ in range(sizes.num_layers)] for _ in experts.shapes]
-            layer = moe_layer(routed, router, StackBank(stacks), capacity=self.config.layout.capacity, layer=0)
+            layer = moe_layer(routed, router, StackBank(stacks), layout=self.config.layout, layer=0)
             return WholeModels(layer, sizes.d_model, sizes.num_layers)
 
         return build
