@@ -118,7 +118,7 @@ class ExperimentConfig:
     base: Any = field(default_factory=dict)
     """The keys of a cell that are the same everywhere."""
     grid: dict[str, list[Any]] = field(default_factory=dict)
-    """Key -> values: one arm for each combination."""
+    """Key -> values: one arm for each combination. The key `arm` takes labelled mappings of several keys."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """One run of every arm for each seed; the same seed means the same data order and shared initial weights."""
     baseline: str | None = None

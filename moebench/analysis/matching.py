@@ -1,4 +1,8 @@
-"""Are two arms matched? Equal compute per token, equal training tokens, the same data and evaluation."""
+"""Are two arms matched? Equal compute per token, equal training tokens, the same data and evaluation.
+
+Arms whose layout matches total parameters (layout.match=params) are compared by these instead of by FLOPs; a
+comparison has one quantity, and an arm solved for the other is not matched.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +11,8 @@ from itertools import product
 from moebench.errors import UsageError
 from moebench.training.result import RunResult
 
-FLOPS_TOLERANCE = 0.02  # of the baseline's active FLOPs per token, router and shared experts counted
+TOLERANCE = 0.02  # of the baseline's active FLOPs per token, router and shared experts counted, or of its parameters
+MARKS = {"flops_per_token": "≠FLOPs", "total_params": "≠params"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,10 +23,16 @@ class Mismatch:
     reason: str
 
 
-def mismatches(runs: Sequence[RunResult], baseline_runs: Sequence[RunResult]) -> tuple[Mismatch, ...]:
-    """Return every way in which the finished runs of an arm differ from those of the baseline."""
+def mismatches(
+    runs: Sequence[RunResult], baseline_runs: Sequence[RunResult], quantity: str = "flops_per_token"
+) -> tuple[Mismatch, ...]:
+    """Return every way in which the finished runs of an arm differ from those of the baseline.
+
+    `quantity`: of their cost, what all arms of the comparison must have equal.
+    """
+    others = sorted(solved_for(runs) - {quantity})
     found = [
-        _flops(runs, baseline_runs),
+        _other_match(others[0], quantity) if others else _unequal(quantity, runs, baseline_runs),
         _same("≠tokens", "train_tokens", map(_tokens, runs), map(_tokens, baseline_runs)),
         _same("≠data", "data_digest", [r.data_digest for r in runs], [r.data_digest for r in baseline_runs]),
         _same("≠eval", "eval_digest", [r.eval_digest for r in runs], [r.eval_digest for r in baseline_runs]),
@@ -38,7 +49,8 @@ def matched_or_refuse(
     """
     if not done.get(baseline):
         return {}
-    found = {arm: mismatches(runs, done[baseline]) for arm, runs in done.items() if runs}
+    quantity = _quantity([done[baseline], *done.values()])
+    found = {arm: mismatches(runs, done[baseline], quantity) for arm, runs in done.items() if runs}
     clauses = [f"arm '{arm}': {m.reason}" for arm, all_of_arm in found.items() for m in all_of_arm]
     if clauses and not allow:
         raise UsageError(
@@ -48,21 +60,44 @@ def matched_or_refuse(
     return found
 
 
-def _flops(runs: Sequence[RunResult], baseline_runs: Sequence[RunResult]) -> Mismatch | None:
-    given, wanted = _flops_per_token(runs), _flops_per_token(baseline_runs)
+def solved_for(runs: Iterable[RunResult]) -> set[str]:
+    """Return what the width of the experts was solved for; a dense arm has none and goes with either."""
+    found = set()
+    for run in runs:
+        layout, router = run.config.get("layout", {}), run.config.get("router", {})
+        if router.get("name") != "dense":
+            by_params = layout.get("match") == "params" and layout.get("expert_width") is None
+            found.add("total_params" if by_params else "flops_per_token")
+    return found
+
+
+def _quantity(arms: Iterable[Iterable[RunResult]]) -> str:
+    """Return what a comparison compares by: what the first arm that has experts was solved for."""
+    return next((sorted(found)[0] for runs in arms if (found := solved_for(runs))), "flops_per_token")
+
+
+def _other_match(ours: str, quantity: str) -> Mismatch:
+    words = {"flops_per_token": "FLOPs per token", "total_params": "total parameters"}
+    reason = f"its width was solved for {words[ours]}, the comparison is by {words[quantity]} (layout.match)"
+    return Mismatch(mark="≠match", reason=reason)
+
+
+def _unequal(quantity: str, runs: Sequence[RunResult], baseline_runs: Sequence[RunResult]) -> Mismatch | None:
+    mark = MARKS[quantity]
+    given, wanted = _cost(quantity, runs), _cost(quantity, baseline_runs)
     if not given or not wanted:
-        return Mismatch(mark="≠FLOPs", reason="flops_per_token is not known for every run")
+        return Mismatch(mark=mark, reason=f"{quantity} is not known for every run")
     ours, theirs = max(product(given, wanted), key=lambda pair: abs(pair[0] / pair[1] - 1))
     excess = ours / theirs - 1
-    if abs(excess) <= FLOPS_TOLERANCE + 1e-9:  # 2 % sharp is allowed, however it is rounded
+    if abs(excess) <= TOLERANCE + 1e-9:  # 2 % sharp is allowed, however it is rounded
         return None
-    figures = f"flops_per_token is {ours:,.0f}, the baseline's {theirs:,.0f}"
-    return Mismatch(mark="≠FLOPs", reason=f"{figures} ({100 * excess:+.2f} %, allowed ±{100 * FLOPS_TOLERANCE:.0f} %)")
+    figures = f"{quantity} is {ours:,.0f}, the baseline's {theirs:,.0f}"
+    return Mismatch(mark=mark, reason=f"{figures} ({100 * excess:+.2f} %, allowed ±{100 * TOLERANCE:.0f} %)")
 
 
-def _flops_per_token(runs: Sequence[RunResult]) -> list[float]:
-    found = [run.cost.get("flops_per_token", 0.0) for run in runs]
-    return found if all(flops > 0 for flops in found) else []
+def _cost(quantity: str, runs: Sequence[RunResult]) -> list[float]:
+    found = [run.cost.get(quantity, 0.0) for run in runs]
+    return found if all(value > 0 for value in found) else []
 
 
 def _tokens(run: RunResult) -> str:

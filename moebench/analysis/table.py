@@ -24,6 +24,8 @@ LOAD_COLUMNS = {
 }
 MARK_MEANINGS = {
     "≠FLOPs": "active FLOPs per token differ from the baseline's by more than 2 %",
+    "≠params": "total parameters differ from the baseline's by more than 2 %",
+    "≠match": "its width was solved for another quantity (layout.match) than the comparison is by",
     "≠tokens": "trained on another number of tokens",
     "≠data": "trained on other data",
     "≠eval": "evaluated on another set or by another definition",

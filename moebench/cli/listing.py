@@ -90,7 +90,7 @@ def _runs(results: Any) -> list[dict[str, Any]]:
 
 COLUMNS = {
     Kind.ROUTERS: ("name", "family", "causal", "learned", "batch_dependent", "paper"),
-    Kind.LAYOUTS: ("name", "placement", "paper"),
+    Kind.LAYOUTS: ("name", "experts", "placement", "paper"),
     Kind.TASKS: ("name", "causal", "metric", "data"),
     Kind.LOSSES: ("name", "equation", "uniform", "collapsed", "paper"),
     Kind.EXPERIMENTS: ("name", "question"),

@@ -22,7 +22,8 @@ def plan(
 ) -> None:
     """Show every cell with its state, parameters and FLOPs per token, and train nothing.
 
-    FLOPs are of the forward pass, 2 for a multiplication and an addition; training costs three times as much.
+    FLOPs are of the forward pass, 2 for a multiplication and an addition; training costs three times as much. Where
+    experts differ in size, FLOPs and active parameters are those of an even load.
     """
     from moebench.experiment.grid import expand
     from moebench.experiment.plan import plan_cells
@@ -59,8 +60,15 @@ def _print(grid: Any, rows: list[dict[str, Any]]) -> None:
             human(row["active_params"]),
             human(row["total_params"]),
             human(row["flops_per_token"]),
-            f"{row['flops_vs_baseline']:+.2%}",
+            _difference(row),
         )
         for row in rows
     ]
     print_table(columns, lines, right=numbers, whole=(*columns[:1], *columns[2:]))
+
+
+def _difference(row: dict[str, Any]) -> str:
+    """Return how far the arm is from the baseline in what its layout matches."""
+    if row["match"] == "params":
+        return f"{row['params_vs_baseline']:+.2%} params"
+    return f"{row['flops_vs_baseline']:+.2%}"

@@ -85,11 +85,17 @@ def own_first(config: Any) -> list[Any]:
 
 def type_name(annotation: Any) -> str:
     """Return a type as a user writes its values: choices as they are, other types by name."""
-    from typing import Literal, get_args, get_origin
+    from types import UnionType
+    from typing import Literal, Union, get_args, get_origin
 
     if get_origin(annotation) is Literal:
         return " | ".join(str(choice) for choice in get_args(annotation))
-    return str(getattr(annotation, "__name__", annotation)) if not get_args(annotation) else str(annotation)
+    choices = get_args(annotation)
+    if get_origin(annotation) in (Union, UnionType):
+        return " | ".join(type_name(choice) for choice in choices)
+    if choices:
+        return f"{get_origin(annotation).__name__}[{', '.join(type_name(choice) for choice in choices)}]"
+    return "None" if annotation is type(None) else str(getattr(annotation, "__name__", annotation))
 
 
 def _print(found: dict[str, Any]) -> None:

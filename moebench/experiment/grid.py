@@ -14,6 +14,9 @@ from moebench.schema import COMPONENTS, DEFAULT_NAMES, CellConfig, ExperimentCon
 from moebench.tasks.task import TASKS
 from moebench.training.model import check_cell
 
+ARM = "arm"
+"""The grid key whose values set several keys of a cell at once."""
+
 BASELINE = "dense"
 """What routers are compared with when no experiment says otherwise."""
 
@@ -164,13 +167,17 @@ def _arms(
         for key, value in combination:
             value, label = _without_label(key, value, grid[key])
             labels.append(label)
-            raw = layer_over(raw, _nested(key, value))
-            varies |= _flat(key, {"name": value} if key in COMPONENTS and isinstance(value, str) else value)
+            for part, setting in (value if key == ARM else {key: value}).items():
+                raw = layer_over(raw, _nested(part, setting))
+                named = {"name": setting} if part in COMPONENTS and isinstance(setting, str) else setting
+                varies |= _flat(part, named)
         yield ", ".join(labels) or _name_of(layer_over(raw, overrides), "router"), raw, varies
 
 
 def _without_label(key: str, value: Any, values: Sequence[Any]) -> tuple[Any, str]:
     """Return a grid value without its `label`, and the name of the arm that it makes."""
+    if key == ARM and not (isinstance(value, Mapping) and "label" in value):
+        raise UsageError(f"grid.{ARM}: each entry is a mapping of keys to values with a label, got {value}")
     if not isinstance(value, Mapping):
         return value, str(value) if key in COMPONENTS else f"{key.split('.')[-1]}={value}"
     rest = {name: item for name, item in value.items() if name != "label"}
@@ -218,7 +225,9 @@ def _unused_overrides(overrides: Mapping[str, Any], arms: Sequence[_Arm], grid: 
 
 
 def _varied(overrides: Mapping[str, Any], grid: Mapping[str, Any]) -> list[str]:
-    return [kind for kind in COMPONENTS if kind in grid and kind in overrides]
+    """Return the components that the grid varies and an override changes."""
+    keys = {*grid, *(part.split(".")[0] for entry in grid.get(ARM, ()) for part in entry)}
+    return [kind for kind in COMPONENTS if kind in keys and kind in overrides]
 
 
 def _baseline(wanted: str | None, arms: Sequence[str], *, regridded: bool) -> tuple[str, tuple[str, ...]]:

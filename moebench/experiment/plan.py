@@ -17,7 +17,7 @@ BACKWARD = 2
 def plan_cells(experiment: Experiment, results: Path) -> list[dict[str, Any]]:
     """Return one row per cell, ready for JSON; prepares the data (its vocabulary is part of the model)."""
     costs = {cell.arm: cell_cost(cell, results) for cell in experiment.cells}
-    baseline = costs[experiment.baseline].flops_per_token
+    baseline = costs[experiment.baseline]
     return [
         {
             "id": cell.id,
@@ -28,7 +28,9 @@ def plan_cells(experiment: Experiment, results: Path) -> list[dict[str, Any]]:
             "active_params": costs[cell.arm].active_params,
             "total_params": costs[cell.arm].total_params,
             "flops_per_token": costs[cell.arm].flops_per_token,
-            "flops_vs_baseline": costs[cell.arm].flops_per_token / baseline - 1,
+            "flops_vs_baseline": costs[cell.arm].flops_per_token / baseline.flops_per_token - 1,
+            "params_vs_baseline": costs[cell.arm].total_params / baseline.total_params - 1,
+            "match": cell.config.layout.match,
             "train_tokens": train_tokens(cell),
             "train_flops": (1 + BACKWARD) * costs[cell.arm].flops_per_token * train_tokens(cell),
         }

@@ -1,5 +1,7 @@
 """A bank: E experts that compute what a routing says. The kinds of banks differ in what an expert is."""
 
+from typing import ClassVar
+
 import torch
 from torch import Generator, Tensor, nn
 
@@ -16,6 +18,8 @@ class Bank(nn.Module):
     """
 
     num_experts: int
+    reads_loads: ClassVar[bool] = False
+    """Python must know each expert's number of rows: a GPU is waited for, and rows that nobody computes are left out."""
 
     def init_weights(self, generator: Generator) -> None:
         """Draw the weights of all experts."""
@@ -38,6 +42,7 @@ class Bank(nn.Module):
 
     def mixture(self, x_TD: Tensor, routing: Routing, dropout: Dropout | None = None) -> Tensor:
         """Return y_TD: for each token the sum of its experts' outputs times their weights (0 when unserved)."""
+        routing = routing.compact() if self.reads_loads else routing
         plan = DispatchPlan.of(routing)
         y_RD = self.rows(dispatch(x_TD, plan), plan.groups.load_E, dropout)
         return combine(y_RD, routing.weight_N, plan)

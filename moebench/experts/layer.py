@@ -24,7 +24,7 @@ class MoELayer(nn.Module):
         *,
         experts_per_token: int,
         capacity: Capacity,
-        layer: int,
+        layer: int | str,
         shared: FeedForward | None = None,
         residual: bool = False,
         expert_dropout: float = 0.0,
@@ -51,23 +51,30 @@ class MoELayer(nn.Module):
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> tuple[Tensor, LayerRecord]:
         """Return y_TD (without the residual stream) and the record."""
-        with torch.autocast(x_TD.device.type, enabled=False):  # routing is fp32 in every precision
-            routing: Routing | SoftRouting = self.router(x_TD.float(), ctx)
+        record = self.route(x_TD, ctx)
+        routing, kept = record.routing, record.kept
         dropout = None
         if ctx.training and self.expert_dropout > 0:
             dropout = Dropout(rate=self.expert_dropout, generator=ctx.generator)
-        if isinstance(routing, SoftRouting):
-            kept: Routing | SoftRouting = routing
-            y_TD = soft_mixture(self.bank, x_TD, routing, dropout)
+        if isinstance(routing, SoftRouting) or isinstance(kept, SoftRouting):
+            assert isinstance(kept, SoftRouting)
+            y_TD = soft_mixture(self.bank, x_TD, kept, dropout)
         else:
-            if ctx.valid_T is not None:
-                routing = routing.keep(ctx.valid_T[routing.token_N])  # padding takes no slot and counts nowhere
-            kept = self._within_capacity(routing, ctx)
             y_TD = self.bank.mixture(x_TD, kept, dropout)
             if self.capacity.overflow == "pass" and kept is not routing:
                 y_TD = y_TD + passed_on(routing, kept, x_TD)
-        y_TD = self._with_shared(y_TD, x_TD, dropout)
-        return y_TD, LayerRecord(layer=self.layer, routing=routing, kept=kept, valid_T=ctx.valid_T)
+        return self._with_shared(y_TD, x_TD, dropout), record
+
+    def route(self, x_TD: Tensor, ctx: RouteContext) -> LayerRecord:
+        """Return the record alone: who goes where, for banks whose experts need more than rows."""
+        with torch.autocast(x_TD.device.type, enabled=False):  # routing is fp32 in every precision
+            routing: Routing | SoftRouting = self.router(x_TD.float(), ctx)
+        kept = routing
+        if not isinstance(routing, SoftRouting):
+            if ctx.valid_T is not None:
+                routing = routing.keep(ctx.valid_T[routing.token_N])  # padding takes no slot and counts nowhere
+            kept = self._within_capacity(routing, ctx)
+        return LayerRecord(layer=self.layer, routing=routing, kept=kept, valid_T=ctx.valid_T)
 
     def _within_capacity(self, routing: Routing, ctx: RouteContext) -> Routing:
         slots = self.capacity.slots(

@@ -1,6 +1,6 @@
-"""What an expert layout is: which blocks hold experts, and what each bank of experts is."""
+"""What an expert layout is: which blocks hold experts, and what each bank of experts is. A plan of frozen values."""
 
-import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -8,8 +8,56 @@ from moebench.errors import UsageError, require
 from moebench.experts.capacity import Capacity
 from moebench.registry import Registry
 
-MATCH_TOLERANCE = 0.02
-"""Arms whose active FLOPs differ by more than this are not matched."""
+Kind = Literal["ffn", "zero", "copy", "constant", "projection", "head", "stack"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertShape:
+    """One expert: what it computes, how wide and how deep."""
+
+    kind: Kind = "ffn"
+    """ffn, or without a network: zero (y = 0), copy (y = x), constant (a mix of x and a vector). In attention:
+    projection (queries, keys and values), head (queries and output). stack: all blocks of a model."""
+    width: float = 1.0
+    """Hidden width in units; matching solves for the unit."""
+    depth: int = 1
+    """Networks one after another, each added to the stream inside the expert; the cost is linear in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """A bank of experts behind one router."""
+
+    shapes: tuple[ExpertShape, ...]
+    """One for each expert; equal ones side by side are computed together."""
+    shared: float = 0.0
+    """Width, in units, of a network that every token uses beside its routed experts; 0 for none."""
+    residual: bool = False
+    """The shared network and the experts are mixed by a softmax (PR-MoE) instead of added."""
+    top_k_factor: int = 1
+    """The router's experts per token are multiplied by this."""
+    groups: int = 1
+    """Groups of equal size, side by side, each with a router of its own."""
+    pick_groups: bool = False
+    """A router above picks groups for each token (two levels); otherwise every group serves every token."""
+    unit: int | None = None
+    """Width of one unit where the layout itself fixes it; None: the layout's expert_width, or solved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPlan:
+    """One block; None leaves the part dense."""
+
+    feed_forward: Experts | None = None
+    attention: Experts | None = None
+    """Experts of kind projection or head."""
+    stack: Experts | None = None
+    """Experts of kind stack: this entry stands for all blocks of the model."""
+
+    @property
+    def banks(self) -> tuple[Experts, ...]:
+        """The banks of the block, in the order in which a token meets them."""
+        return tuple(bank for bank in (self.stack, self.attention, self.feed_forward) if bank is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +68,15 @@ class LayoutConfig:
     num_experts: int = 16
     """Experts in each bank."""
     expert_width: int | None = None
-    """Hidden width of one expert; null matches the arms: router and active experts cost what ffn_width costs."""
+    """Hidden width of one expert, of one unit where widths differ; null: `match` decides."""
+    expert_activation: Literal["gelu", "swiglu"] | None = None
+    """Activation of routed and shared experts; null is the model's."""
+    match: Literal["flops", "params", "none"] = "flops"
+    """What the width of experts is solved for: FLOPs per token or total parameters; none takes ffn_width."""
+    total_params: float = 1.0
+    """With match=params: parameters of a block with experts, as a multiple of the dense block's."""
+    depth: int = 1
+    """Feed-forward networks in one expert, one after another."""
     capacity_factor_train: float | None = None
     """Slots of an expert as a multiple of the even load T·k/E; null is dropless."""
     capacity_factor_eval: float | None = None
@@ -36,10 +92,11 @@ class LayoutConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        if self.num_experts < 1:
-            raise UsageError(f"layout.num_experts must be at least 1, got {self.num_experts}")
-        if self.expert_width is not None and self.expert_width < 1:
-            raise UsageError(f"layout.expert_width must be at least 1 or null, got {self.expert_width}")
+        require(self.num_experts >= 1, "layout.num_experts", self.num_experts, "at least 1")
+        width_fits = self.expert_width is None or self.expert_width >= 1
+        require(width_fits, "layout.expert_width", self.expert_width, "at least 1 or null")
+        require(self.depth >= 1, "layout.depth", self.depth, "at least 1")
+        require(0 < self.total_params < float("inf"), "layout.total_params", self.total_params, "greater than 0")
         for key in ("capacity_factor_train", "capacity_factor_eval"):
             factor = getattr(self, key)
             if factor is not None and not factor > 0:
@@ -57,6 +114,29 @@ class LayoutConfig:
             overflow=self.overflow,
         )
 
+    @property
+    def shapes(self) -> tuple[ExpertShape, ...]:
+        """The plain bank: num_experts feed-forward experts of one width."""
+        return (ExpertShape(depth=self.depth),) * self.num_experts
+
+    def without_depth(self, reason: str) -> None:
+        """Raise UsageError when depth is set in a layout where it says nothing."""
+        require(self.depth == 1, "layout.depth", self.depth, f"1 in layout '{self.name}' ({reason})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlocksConfig(LayoutConfig):
+    """Options of layouts that say what experts are, and leave it open where."""
+
+    blocks: list[int] | None = None
+    """Blocks that hold experts, counted from 0; null is all of them."""
+
+    def chosen(self, num_layers: int) -> list[int]:
+        """Return the blocks with experts, ascending; raise UsageError for one that does not exist."""
+        blocks = list(range(num_layers)) if self.blocks is None else self.blocks
+        check_blocks(blocks, num_layers)
+        return sorted(blocks)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutFacts:
@@ -65,46 +145,50 @@ class LayoutFacts:
     placement: str
     """Which blocks hold experts, in words."""
     paper: str
+    experts: str = "feed-forward networks of one shape"
+    """What a bank is, in words."""
 
 
 class Layout:
-    """Says which blocks of a model hold experts."""
+    """Says which blocks of a model hold experts, and what they are."""
 
     Config: ClassVar[type[LayoutConfig]]
 
     @staticmethod
-    def places(config: Any, num_layers: int) -> tuple[bool, ...]:
-        """Return for each block, from the bottom, whether it holds experts."""
+    def plan(config: Any, num_layers: int) -> tuple[BlockPlan, ...]:
+        """Return one entry for each block from the bottom; raise UsageError for options that do not fit."""
         raise NotImplementedError
 
 
-def matched_width(ffn_width: int, experts_per_token: int, router_in_widths: float) -> int:
-    """Return the hidden width of one expert that makes router and active experts cost what the dense network costs.
-
-    `router_in_widths`: FLOPs of the router for one token, as a number of hidden units. Rounded to a multiple of 4
-    (rows of 16 bytes, which grouped kernels want) where that stays within 2 % of the dense cost, else to a unit.
-    Raises UsageError when no width does.
-    """
-    width = _nearest_width(ffn_width, experts_per_token, router_in_widths)
-    if width is not None:
-        return width
-    wider = itertools.count(ffn_width + 1)
-    fits = next(other for other in wider if _nearest_width(other, experts_per_token, router_in_widths))
-    raise UsageError(
-        f"model.ffn_width={ffn_width} is not divisible among {experts_per_token} experts per token and their router:"
-        f" the arm cannot match the dense one within {MATCH_TOLERANCE:.0%}"
-        f" (the next that can: model.ffn_width={fits}; or set layout.expert_width)"
-    )
+def placed(blocks: Iterable[int], num_layers: int, plan: BlockPlan | Experts) -> tuple[BlockPlan, ...]:
+    """Return the plan of a model: the same for each of `blocks`, the others dense; experts alone are feed-forward."""
+    plan = BlockPlan(feed_forward=plan) if isinstance(plan, Experts) else plan
+    chosen = set(blocks)
+    return tuple(plan if block in chosen else BlockPlan() for block in range(num_layers))
 
 
-def _nearest_width(ffn_width: int, experts_per_token: int, router_in_widths: float) -> int | None:
-    exact = (ffn_width - router_in_widths) / experts_per_token
-    for unit in (4, 1):
-        width = round(exact / unit) * unit
-        excess = (width * experts_per_token + router_in_widths) / ffn_width - 1
-        if width >= 1 and abs(excess) <= MATCH_TOLERANCE:
-            return width
-    return None
+def check_blocks(blocks: Sequence[int], num_layers: int) -> None:
+    """Raise UsageError unless the blocks exist, each is named once, and there is one."""
+    if not blocks or len(set(blocks)) != len(blocks) or not all(0 <= block < num_layers for block in blocks):
+        raise UsageError(
+            f"layout.blocks must name different blocks from 0 to {num_layers - 1} (model.num_layers={num_layers}),"
+            f" at least one; got {list(blocks)}"
+        )
+
+
+def check_count(key: str, count: int, num_layers: int) -> None:
+    """Raise UsageError unless a number of blocks is at least 1 and no more than there are."""
+    fits = 1 <= count <= num_layers
+    require(fits, f"layout.{key}", count, f"from 1 to {num_layers} (model.num_layers={num_layers})")
+
+
+def check_groups(groups: int, num_experts: int) -> None:
+    """Raise UsageError unless the experts can be divided into so many groups."""
+    if groups < 1 or num_experts % groups:
+        allowed = ", ".join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0)
+        raise UsageError(
+            f"layout.groups={groups} does not divide layout.num_experts={num_experts} (allowed: {allowed})"
+        )
 
 
 LAYOUTS: Registry[type[Layout], LayoutFacts] = Registry("layout", "moebench.experts.layouts")

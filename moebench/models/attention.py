@@ -1,10 +1,24 @@
 """Multi-head self-attention with rotary positions."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from moebench.experts.feed_forward import draw
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Places:
+    """Where the vectors of a batch stand when they are only some of their sequences, closed up to the left."""
+
+    position_BL: Tensor
+    """int64: place in the whole sequence."""
+    valid_BL: Tensor
+    """bool: False behind the last vector."""
+    length: int
+    """Of the whole sequences."""
 
 
 class Attention(nn.Module):
@@ -24,22 +38,48 @@ class Attention(nn.Module):
         draw(self.qkv.weight, self.qkv.in_features**-0.5, generator)
         draw(self.out.weight, self.out_scale * self.out.in_features**-0.5, generator)
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        """Return the attention output, without the residual."""
-        batch, length, width = x_BLD.shape
-        qkv = self.qkv(x_BLD).view(batch, length, 3, self.num_heads, width // self.num_heads)
-        query, key, value = qkv.transpose(1, 3).unbind(2)  # each batch, head, length, head width
-        cos, sin = rotation(length, width // self.num_heads, self.rope_theta, x_BLD.device)
-        mixed = functional.scaled_dot_product_attention(
-            rotate(query, cos, sin), rotate(key, cos, sin), value, is_causal=self.causal
-        )
-        out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+    def forward(self, x_BLD: Tensor, places: Places | None = None) -> Tensor:
+        """Return the attention output, without the residual; `places` where the batch holds parts of sequences."""
+        query, key, value = split_heads(self.qkv(x_BLD), self.num_heads)
+        mixed_BLD = attend(query, key, value, causal=self.causal, rope_theta=self.rope_theta, places=places)
+        out: Tensor = self.out(mixed_BLD)
         return out
 
     def flops_per_token(self, length: int) -> int:
         """Forward FLOPs of one token in a sequence of `length`; the masked half is counted, as kernels differ."""
-        width = self.out.in_features
-        return 2 * (self.qkv.weight.numel() + self.out.weight.numel()) + 4 * length * width
+        weights = self.qkv.weight.numel() + self.out.weight.numel()
+        return 2 * weights + score_flops(length, self.out.in_features)
+
+
+def score_flops(length: int, width: int) -> int:
+    """Forward FLOPs of one token: its query times `length` keys, its weights times as many values."""
+    return 4 * length * width
+
+
+def split_heads(qkv_BLO: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return query, key and value, each [batch, head, length, head width], from one projection of all three."""
+    batch, length, width = qkv_BLO.shape
+    qkv = qkv_BLO.view(batch, length, 3, num_heads, width // (3 * num_heads))
+    query, key, value = qkv.transpose(1, 3).unbind(2)
+    return query, key, value
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, rope_theta: float, places: Places | None = None
+) -> Tensor:
+    """Return what each position reads, the heads side by side: [batch, length, heads · head width]."""
+    batch, _, length, head_width = query.shape
+    longest = length if places is None else places.length
+    cos, sin = rotation(longest, head_width, rope_theta, query.device)
+    mask = None
+    if places is not None:
+        cos, sin = (table[places.position_BL].unsqueeze(1) for table in (cos, sin))
+        # In a causal model what is behind the last vector is the future of all; otherwise it must be hidden.
+        mask = None if causal else places.valid_BL[:, None, None, :]
+    mixed = functional.scaled_dot_product_attention(
+        rotate(query, cos, sin), rotate(key, cos, sin), value, attn_mask=mask, is_causal=causal
+    )
+    return mixed.transpose(1, 2).reshape(batch, length, -1)
 
 
 def rotation(length: int, head_width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:

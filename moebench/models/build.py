@@ -1,30 +1,65 @@
-"""From a cell's configuration to its backbone: the place where names become modules."""
+"""From a cell's configuration to its backbone: the place where names and plans become modules."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from moebench.errors import UsageError, unknown
-from moebench.experts.feed_forward import ExpertBank, FeedForward, ffn_flops
-from moebench.experts.layer import MoELayer
-from moebench.experts.layout import LAYOUTS, matched_width
+from moebench.experts.assembly import Routed, feed_forward_experts, moe_layer
+from moebench.experts.feed_forward import FeedForward
+from moebench.experts.layout import LAYOUTS, BlockPlan, Experts
+from moebench.experts.projection import HeadBank, ProjectionBank
+from moebench.experts.widths import Widths, matched_widths
 from moebench.models.attention import Attention
+from moebench.models.expert_attention import HeadExperts, ProjectionExperts
 from moebench.models.transformer import Block, Transformer
+from moebench.models.whole_model import StackBank, WholeModels
 from moebench.routing.losses import LOSSES
-from moebench.routing.router import ROUTERS, Site
+from moebench.routing.router import ROUTERS, Router, Site
 from moebench.schema import CellConfig
 
 
-def check_router(config: CellConfig) -> None:
-    """Raise UsageError when the router's options do not fit the layout or name an unknown loss."""
+def plan_of(config: CellConfig) -> tuple[BlockPlan, ...]:
+    """Return what each block is; all dense for a dense router.
+
+    Raises UsageError when layout, router and their options do not fit each other, or a loss is unknown.
+    """
+    plan: tuple[BlockPlan, ...] = LAYOUTS.get(config.layout.name).item.plan(config.layout, config.model.num_layers)
+    total, match = config.layout.total_params, config.layout.match
+    if total != 1.0 and match != "params":
+        raise UsageError(f"layout.total_params={total:g} needs layout.match=params, got {match}")
+    _check_kinds(config, plan)
+    for block in plan:
+        for experts in block.banks:
+            Routed.of(config.router, experts)
     entry = ROUTERS.get(config.router.name, where="router.name")
-    entry.item.check(config.router, config.layout.num_experts)
     known = {*LOSSES.names(), *entry.facts.own_losses}
     for loss, coefficient in config.router.losses.items():
         if loss not in known:
             raise unknown("router.losses", loss, known)
         if not coefficient >= 0:
             raise UsageError(f"router.losses.{loss} must be at least 0, got {coefficient}")
+    return (BlockPlan(),) * config.model.num_layers if entry.item.is_dense else plan
+
+
+def _check_kinds(config: CellConfig, plan: tuple[BlockPlan, ...]) -> None:
+    """Refuse what experts that are not feed-forward networks behind one router cannot do."""
+    router, layout = ROUTERS.get(config.router.name, where="router.name").item, config.layout
+    if router.is_dense:
+        return
+    special = any(block.attention or block.stack for block in plan)
+    if router.is_soft and (special or any(bank.groups > 1 for block in plan for bank in block.banks)):
+        raise UsageError(
+            f"router.name: '{config.router.name}' mixes tokens into slots, and layout '{layout.name}' needs to know"
+            " where each token goes (allowed: another router, or a layout of feed-forward experts in one group)"
+        )
+    if special and layout.overflow == "pass":
+        raise UsageError(f"layout.overflow: 'pass' has no meaning in layout '{layout.name}' (allowed: drop, reroute)")
+    if special and layout.expert_dropout > 0:
+        raise UsageError(f"layout.expert_dropout must be 0 in layout '{layout.name}', got {layout.expert_dropout:g}")
 
 
 def build_backbone(
@@ -35,50 +70,165 @@ def build_backbone(
     token_count_V: Tensor | None = None,
     sequence_length: int | None = None,
 ) -> Transformer:
-    """Build the transformer with the layout's banks of experts behind the router; weights are not drawn yet."""
-    check_router(config)
-    places = LAYOUTS.get(config.layout.name).item.places(config.layout, config.model.num_layers)
-    sizes = config.model
-    out_scale = (2 * sizes.num_layers) ** -0.5  # two additions per block keep the residual stream near unit variance
-    blocks = []
-    for layer, holds_experts in enumerate(places):
-        attention = Attention(
-            sizes.d_model, sizes.num_heads, causal=causal, rope_theta=sizes.rope_theta, out_scale=out_scale
-        )
-        site = Site(
-            d_model=sizes.d_model,
-            num_experts=config.layout.num_experts,
-            layer=layer,
-            vocab_size=vocab_size,
-            token_count_V=token_count_V,
-            sequence_length=sequence_length,
-        )
-        part = _moe_layer(config, site, out_scale) if holds_experts else None
-        dense = FeedForward(sizes.d_model, sizes.ffn_width, sizes.activation, out_scale)
-        blocks.append(Block(sizes.d_model, attention, part or dense))
-    return Transformer(sizes.d_model, blocks)
+    """Build the transformer with the layout's banks of experts behind their routers; weights are not drawn yet.
 
-
-def _moe_layer(config: CellConfig, site: Site, out_scale: float) -> MoELayer | None:
-    """Return the layer of one block; None for the dense baseline."""
-    router_class = ROUTERS.get(config.router.name).item
-    if router_class.is_dense:
-        return None
-    router = router_class(config.router, site)
-    experts_per_token = router_class.experts_per_token(config.router, site.num_experts)
-    sizes = config.model
-    width = config.layout.expert_width
-    if width is None:
-        unit_flops = ffn_flops(site.d_model, 1, sizes.activation)
-        width = matched_width(sizes.ffn_width, experts_per_token, router.flops_per_token() / unit_flops)
-    return MoELayer(
-        router,
-        ExpertBank(site.d_model, width, site.num_experts, sizes.activation, out_scale),
-        experts_per_token=experts_per_token,
-        capacity=config.layout.capacity,
-        layer=site.layer,
-        expert_dropout=config.layout.expert_dropout,
+    `sequence_length`: for which arms are matched; it matters where experts change the cost of attention itself. None
+    leaves the scores of attention out.
+    """
+    site = Site(
+        d_model=config.model.d_model,
+        num_experts=1,
+        vocab_size=vocab_size,
+        token_count_V=token_count_V,
+        sequence_length=sequence_length,
     )
+    builder = Builder(config=config, causal=causal, site=site, sequence_length=sequence_length or 0)
+    blocks = [builder.block(index, plan) for index, plan in enumerate(plan_of(config))]
+    return Transformer(config.model.d_model, blocks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Builder:
+    """What all blocks of a model have around them."""
+
+    config: CellConfig
+    causal: bool
+    site: Site
+    sequence_length: int
+
+    @property
+    def out_scale(self) -> float:
+        """Two additions per block keep the residual stream near unit variance."""
+        return float((2 * self.config.model.num_layers) ** -0.5)
+
+    @property
+    def activation(self) -> str:
+        """Of routed and shared experts."""
+        return str(self.config.layout.expert_activation or self.config.model.activation)
+
+    def block(self, index: int, plan: BlockPlan) -> nn.Module:
+        """Build one entry of a plan, experts as wide as the layout's `match` says."""
+        if not plan.banks:
+            return self.dense_block(self.config.model.ffn_width)
+        build = self._stacks(plan.stack) if plan.stack else self._with_experts(index, plan)
+        num_blocks = self.config.model.num_layers if plan.stack else 1
+        return build(self._widths(index, plan, build, num_blocks))
+
+    def dense_block(self, ffn_width: int) -> Block:
+        """Build a block without experts."""
+        sizes = self.config.model
+        dense = FeedForward(sizes.d_model, ffn_width, sizes.activation, self.out_scale)
+        return Block(sizes.d_model, self._attention(), dense)
+
+    def _attention(self) -> Attention:
+        sizes = self.config.model
+        return Attention(
+            sizes.d_model,
+            sizes.num_heads,
+            causal=self.causal,
+            rope_theta=sizes.rope_theta,
+            out_scale=self.out_scale,
+        )
+
+    def _router(self, experts: Experts, index: int) -> tuple[Routed, Router]:
+        routed = Routed.of(self.config.router, experts)
+        return routed, routed.build(replace(self.site, layer=index))
+
+    def _with_experts(self, index: int, plan: BlockPlan) -> Callable[[Widths], nn.Module]:
+        """Return what builds the block for given widths: the routers and the attention are the same for all."""
+        sizes = self.config.model
+        attention = self._expert_attention(index, plan.attention) if plan.attention else self._attention()
+        if plan.feed_forward is None:
+            return lambda widths: Block(
+                sizes.d_model,
+                attention,
+                FeedForward(sizes.d_model, widths.of(1.0), sizes.activation, self.out_scale),
+            )
+        routed, router = self._router(plan.feed_forward, index)
+        experts = feed_forward_experts(
+            routed,
+            router,
+            d_model=sizes.d_model,
+            activation=self.activation,
+            out_scale=self.out_scale,
+            layout=self.config.layout,
+            layer=index,
+        )
+        return lambda widths: Block(sizes.d_model, attention, experts(widths))
+
+    def _expert_attention(self, index: int, experts: Experts) -> ProjectionExperts | HeadExperts:
+        sizes = self.config.model
+        routed, router = self._router(experts, index)
+        layer = partial(moe_layer, routed, router, layout=self.config.layout, layer=f"{index}.attention")
+        number = len(experts.shapes)
+        if experts.shapes[0].kind == "projection":
+            bank = ProjectionBank(sizes.d_model, 3 * sizes.d_model, number)
+            return ProjectionExperts(
+                layer(bank),
+                sizes.d_model,
+                sizes.num_heads,
+                causal=self.causal,
+                rope_theta=sizes.rope_theta,
+                out_scale=self.out_scale,
+            )
+        # As many heads in use as dense attention has, where they can be dealt out evenly.
+        heads = max(sizes.num_heads // routed.experts_per_token, 1)
+        head_width = sizes.d_model // sizes.num_heads
+        heads_bank = HeadBank(sizes.d_model, heads * head_width, number, self.out_scale)
+        return HeadExperts(
+            layer(heads_bank), sizes.d_model, heads, head_width, causal=self.causal, rope_theta=sizes.rope_theta
+        )
+
+    def _stacks(self, experts: Experts) -> Callable[[Widths], nn.Module]:
+        sizes = self.config.model
+        routed, router = self._router(experts, 0)
+
+        def block(widths: Widths) -> Block:
+            network = FeedForward(sizes.d_model, widths.of(1.0), self.activation, self.out_scale)
+            return Block(sizes.d_model, self._attention(), network)
+
+        def build(widths: Widths) -> WholeModels:
+            stacks = [[block(widths) for _ in range(sizes.num_layers)] for _ in experts.shapes]
+            layer = moe_layer(routed, router, StackBank(stacks), layout=self.config.layout, layer=0)
+            return WholeModels(layer, sizes.d_model, sizes.num_layers)
+
+        return build
+
+    def _fixed_unit(self, plan: BlockPlan) -> int | None:
+        """Return the width that the configuration names, or None when it is to be solved."""
+        layout, ffn_width = self.config.layout, self.config.model.ffn_width
+        if plan.feed_forward and plan.feed_forward.unit:
+            return plan.feed_forward.unit
+        if layout.expert_width is None:
+            return ffn_width if layout.match == "none" else None
+        # Beside experts in attention the feed-forward part can be dense: the width of an expert is not its.
+        return int(layout.expert_width) if plan.feed_forward or plan.stack else ffn_width
+
+    def _widths(self, index: int, plan: BlockPlan, build: Callable[[Widths], nn.Module], num_blocks: int) -> Widths:
+        fixed = self._fixed_unit(plan)
+        if fixed is not None:
+            return Widths(fixed)
+        layout, ffn_width = self.config.layout, self.config.model.ffn_width
+        share = layout.total_params if layout.match == "params" else 1.0
+
+        def cost(widths: Widths) -> float:
+            with torch.device("meta"):
+                return self._cost(build(widths))
+
+        def target(width: int) -> float:
+            with torch.device("meta"):
+                return share * num_blocks * self._cost(self.dense_block(width))
+
+        remedy = "layout.match=none" if plan.feed_forward is None and not plan.stack else "layout.expert_width"
+        top_k = max(Routed.of(self.config.router, experts).experts_per_token for experts in plan.banks)
+        what = f"{top_k} experts per token and their router" + (f" in block {index}" if plan.attention else "")
+        return matched_widths(cost, target, ffn_width, what=what, remedy=remedy)
+
+    def _cost(self, block: nn.Module) -> float:
+        if self.config.layout.match == "params":
+            return sum(parameter.numel() for parameter in block.parameters())
+        assert isinstance(block, Block | WholeModels)
+        return block.flops_per_token(self.sequence_length)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,16 +243,17 @@ class Cost:
 
 
 def cost_of(backbone: Transformer, extra: list[nn.Module], sequence_length: int) -> Cost:
-    """Count a backbone and the modules around it (embedding: no FLOPs; head: 2 per weight)."""
+    """Count a backbone and the modules around it (embedding: no FLOPs; head: 2 per weight).
+
+    Where experts differ in size, what a token uses is the mean at an even load.
+    """
     total = sum(parameter.numel() for module in (backbone, *extra) for parameter in module.parameters())
     idle = 0
+    for layer in backbone.moe_layers():
+        of_bank = sum(parameter.numel() for parameter in layer.bank.parameters())
+        idle += of_bank * (layer.bank.num_experts - layer.experts_per_token) // layer.bank.num_experts
     flops = sum(2 * module.weight.numel() for module in extra if isinstance(module, nn.Linear))
     for block in backbone.blocks:
-        assert isinstance(block, Block)
-        part = block.feed_forward
-        flops += block.attention.flops_per_token(sequence_length)
-        flops += part.flops_per_token()
-        if isinstance(part, MoELayer):
-            per_expert = sum(parameter.numel() for parameter in part.bank.parameters()) // part.bank.num_experts
-            idle += per_expert * (part.bank.num_experts - part.experts_per_token)
+        assert isinstance(block, Block | WholeModels)
+        flops += block.flops_per_token(sequence_length)
     return Cost(total_params=total, active_params=total - idle, flops_per_token=flops)

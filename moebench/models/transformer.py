@@ -1,5 +1,6 @@
-"""The backbone: pre-norm transformer blocks whose feed-forward part is dense or a bank of experts."""
+"""The backbone: pre-norm transformer blocks whose parts are dense or hold banks of experts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,8 @@ from torch import Tensor, nn
 
 from moebench.experts.feed_forward import FeedForward
 from moebench.experts.layer import MoELayer
-from moebench.models.attention import Attention
+from moebench.models.attention import Attention, Places
+from moebench.models.expert_attention import HeadExperts, ProjectionExperts
 from moebench.routing.seeds import generator
 from moebench.routing.values import LayerRecord, RouteContext
 
@@ -23,7 +25,11 @@ class BatchContext:
     valid_BL: Tensor | None = None
     domain_B: Tensor | None = None
 
-    def route(self, layer: int, length: int, device: torch.device) -> RouteContext:
+    def route_in(self, layer: MoELayer, x_BLD: Tensor) -> RouteContext:
+        """Return the context of an MoE layer for a batch of vectors."""
+        return self.route(layer.layer, x_BLD.shape[1], x_BLD.device)
+
+    def route(self, layer: int | str, length: int, device: torch.device) -> RouteContext:
         """Return the context of one layer, with a generator that depends on the seed, the step and the layer."""
         purpose = ("router", self.step) if self.training else ("router in evaluation",)
         domain_T = None if self.domain_B is None else self.domain_B.repeat_interleave(length)
@@ -39,46 +45,67 @@ class BatchContext:
 
 
 class Block(nn.Module):
-    """Attention and feed-forward part, each behind a norm and added to the residual stream."""
+    """Attention and feed-forward part, each behind a norm and added to the residual stream; either can hold experts."""
 
-    def __init__(self, d_model: int, attention: Attention, feed_forward: FeedForward | MoELayer) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        attention: Attention | ProjectionExperts | HeadExperts,
+        feed_forward: FeedForward | MoELayer,
+    ) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(d_model)
         self.attention = attention
         self.feed_forward_norm = nn.RMSNorm(d_model)
         self.feed_forward = feed_forward
 
-    def forward(self, x_BLD: Tensor, layer: int, ctx: BatchContext) -> tuple[Tensor, LayerRecord | None]:
-        """Return the new residual stream and, from a block with experts, its record."""
-        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD))
+    def forward(
+        self, x_BLD: Tensor, ctx: BatchContext, places: Places | None = None
+    ) -> tuple[Tensor, list[LayerRecord]]:
+        """Return the new residual stream and the records of the block's MoE layers.
+
+        `places` says where the vectors stand in their sequences when a dense block sees only some of them.
+        """
+        records = []
+        x_normed_BLD = self.attention_norm(x_BLD)
+        if isinstance(self.attention, Attention):
+            y_BLD = self.attention(x_normed_BLD, places)
+        else:
+            y_BLD, record = self.attention(x_normed_BLD, ctx.route_in(self.attention.layer, x_BLD))
+            records.append(record)
+        x_BLD = x_BLD + y_BLD
         x_TD = self.feed_forward_norm(x_BLD).flatten(0, 1)
-        record = None
         if isinstance(self.feed_forward, MoELayer):
-            y_TD, record = self.feed_forward(x_TD, ctx.route(layer, x_BLD.shape[1], x_BLD.device))
+            y_TD, record = self.feed_forward(x_TD, ctx.route_in(self.feed_forward, x_BLD))
+            records.append(record)
         else:
             y_TD = self.feed_forward(x_TD)
-        return x_BLD + y_TD.view_as(x_BLD), record
+        return x_BLD + y_TD.view_as(x_BLD), records
+
+    def flops_per_token(self, length: int) -> int:
+        """Forward FLOPs of one token in a sequence of `length`."""
+        return self.attention.flops_per_token(length) + self.feed_forward.flops_per_token()
 
 
 class Transformer(nn.Module):
     """Blocks and a final norm: x_BLD -> x_BLD and the records of its MoE layers."""
 
-    def __init__(self, d_model: int, blocks: list[Block]) -> None:
+    def __init__(self, d_model: int, blocks: Sequence[nn.Module]) -> None:
+        """`blocks`: each maps (x_BLD, ctx) to x_BLD and its records."""
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(d_model)
 
     def forward(self, x_BLD: Tensor, ctx: BatchContext) -> tuple[Tensor, list[LayerRecord]]:
-        """Return the normed residual stream and one record per block with experts, from the bottom."""
-        records = []
-        for layer, block in enumerate(self.blocks):
-            x_BLD, record = block(x_BLD, layer, ctx)
-            if record is not None:
-                records.append(record)
+        """Return the normed residual stream and one record per MoE layer, from the bottom."""
+        records: list[LayerRecord] = []
+        for block in self.blocks:
+            x_BLD, found = block(x_BLD, ctx)
+            records += found
         return self.norm(x_BLD), records
 
     def moe_layers(self) -> list[MoELayer]:
-        """Return the MoE layers from the bottom; none in a dense model."""
+        """Return the MoE layers in the order of the records; none in a dense model."""
         return [module for module in self.modules() if isinstance(module, MoELayer)]
 
 

@@ -205,8 +205,8 @@ class RouteContext:
 class LayerRecord:
     """What happened in one MoE layer: losses and metrics are pure functions of it."""
 
-    layer: int
-    """Index of the block, from 0."""
+    layer: int | str
+    """Index of the block, from 0; of experts in its attention, "3.attention"."""
     routing: Routing | SoftRouting
     """Before capacity."""
     kept: Routing | SoftRouting

@@ -20,7 +20,7 @@ class Evaluation:
     load: dict[str, float]
     """Load metrics, mean over MoE layers; empty for a dense model."""
     load_by_layer: dict[str, list[int]]
-    """Block index -> assignments of each expert over the whole set."""
+    """MoE layer (index of its block) -> assignments of each expert over the whole set."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -42,7 +42,7 @@ def evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, devi
 def _evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, device: Any) -> Evaluation:
     nats = torch.zeros(len(task.domains), dtype=torch.float64)
     weights = torch.zeros(len(task.domains), dtype=torch.float64)
-    counts: dict[int, LoadCount] = {}
+    counts: dict[int | str, LoadCount] = {}
     for batch in batches:
         on_device = batch.to(device)
         output, records = model(on_device, batch_context(on_device, training=False, seed=seed))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moebench.errors import UsageError
-from moebench.models.build import Cost, build_backbone, check_router, cost_of
+from moebench.models.build import Cost, build_backbone, cost_of, plan_of
 from moebench.models.transformer import BatchContext, Transformer, init_weights
 from moebench.routing.router import ROUTERS
 from moebench.routing.values import LayerRecord
@@ -31,7 +31,7 @@ class Model(nn.Module):
 
 def check_cell(config: CellConfig) -> None:
     """Raise UsageError for what can be known before any data is read: options that do not fit, a refused router."""
-    check_router(config)
+    plan_of(config)
     if config.train.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("train.device: 'cuda' was asked for, but torch finds no CUDA device (allowed: auto, cpu)")
     _check_overflow(config)

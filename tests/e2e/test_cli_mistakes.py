@@ -27,6 +27,10 @@ FILES: dict[str, str | bytes] = {
     "base_number.yaml": json.dumps(tiny() | {"base": 5}),
     "arm_null.yaml": json.dumps(tiny(grid={"router": ["dense", None]})),
     "arm_number.yaml": json.dumps(tiny(grid={"router": ["dense", 5]})),
+    "arm_without_label.yaml": json.dumps(
+        tiny(grid={"arm": [{"label": "dense", "router": "dense"}, {"router": "hash"}]})
+    ),
+    "arm_unknown.yaml": json.dumps(tiny(grid={"arm": [{"label": "dense", "rooter": "dense"}]})),
     "noncausal.yaml": json.dumps(tiny(grid={"router": ["dense", "expert_choice"]})),
     "bad.parquet": b"PAR1" + b"x" * 100,
     "empty.txt": b"",
@@ -58,6 +62,8 @@ FILE_MISTAKES = {
     "base_number": ["base", "5"],
     "arm_null": ["router"],
     "arm_number": ["router", "5"],
+    "arm_without_label": ["grid.arm", "label", "hash"],
+    "arm_unknown": ["rooter", "Did you mean 'router'?"],
     "noncausal": ["router", "'expert_choice' is not causal", "allow_noncausal=true"],
     "missing": ["missing.yaml", "no such"],
 }

@@ -221,6 +221,54 @@ def test_arms_that_are_not_matched_are_refused_or_marked(changes, words, mark):
     assert found.notes[0].startswith("switch: ")
 
 
+def config(router: str, match: str, **layout: object) -> dict[str, object]:
+    return {"router": {"name": router}, "layout": {"match": match, "expert_width": None, **layout}}
+
+
+def solved(changes: dict[str, dict[str, object]]) -> list[RunResult]:
+    """Runs of a dense arm and others, each arm with its own cost and configuration."""
+    results = grid({"dense": 0} | dict.fromkeys(changes, -0.01))
+    results = [replace(r, config=config("dense", "params")) if r.arm == "dense" else r for r in results]
+    return [replace(r, **changes[r.arm]) if r.arm in changes else r for r in results]
+
+
+def test_arms_matched_by_parameters_are_compared_by_parameters():
+    fewer_flops = COST | {"flops_per_token": 1e6}
+    results = solved({"switch": {"cost": fewer_flops, "config": config("switch", "params")}})
+    assert compare(results, expected=cells(results), baseline="dense").differences[0].verdict == "better"
+    larger = fewer_flops | {"total_params": 4.2e6}
+    results = solved({"switch": {"cost": larger, "config": config("switch", "params")}})
+    words = r"arm 'switch': total_params is 4,200,000, the baseline's 4,000,000 \(\+5\.00 %"
+    with pytest.raises(UsageError, match=words):
+        compare(results, expected=cells(results), baseline="dense")
+    found = compare(results, expected=cells(results), baseline="dense", allow_mismatch=True)
+    assert of(found, "switch").marks == ("≠params",)
+
+
+def test_a_width_that_was_given_is_not_matched_by_parameters():
+    results = solved(
+        {"switch": {"cost": COST | {"flops_per_token": 1e6}, "config": config("switch", "params", expert_width=8)}}
+    )
+    with pytest.raises(UsageError, match="flops_per_token is 1,000,000"):
+        compare(results, expected=cells(results), baseline="dense")
+
+
+def test_one_comparison_has_one_quantity():
+    # Both cost what the dense arm costs in their own quantity, and nothing alike in the other's.
+    results = solved(
+        {
+            "switch": {"cost": COST | {"flops_per_token": 1e6}, "config": config("switch", "params")},
+            "top_k": {"cost": COST | {"total_params": 3e7}, "config": config("top_k", "flops")},
+        }
+    )
+    words = r"arm 'top_k': its width was solved for FLOPs per token, the comparison is by total parameters"
+    with pytest.raises(UsageError, match=words):
+        compare(results, expected=cells(results), baseline="dense")
+    found = compare(results, expected=cells(results), baseline="dense", allow_mismatch=True)
+    assert of(found, "switch").marks == ("best",)
+    assert of(found, "top_k").marks == ("≠match",)
+
+
 def test_two_percent_of_flops_are_allowed():
     results = grid({"dense": 0, "switch": -0.01})
     results = [replace(r, cost=COST | {"flops_per_token": 2.04e6}) if r.arm == "switch" else r for r in results]

@@ -20,14 +20,14 @@ from moebench.config import (
 )
 from moebench.errors import UsageError
 from moebench.experts.layout import LAYOUTS
-from moebench.models.build import check_router
+from moebench.models.build import plan_of
 from moebench.routing.router import ROUTERS
 
 
 def message_of(raw: Mapping[str, Any]) -> str:
     """Resolve what cannot be resolved; the error is one line."""
     with pytest.raises(UsageError) as caught:
-        check_router(resolve(raw))
+        plan_of(resolve(raw))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

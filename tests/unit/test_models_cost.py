@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moebench.config import resolve
 from moebench.errors import UsageError
 from moebench.experts.feed_forward import ffn_flops
-from moebench.experts.layout import MATCH_TOLERANCE, matched_width
+from moebench.experts.widths import MATCH_TOLERANCE, matched_widths
 from moebench.models.build import build_backbone, cost_of
 from moebench.routing.router import ROUTERS
 from moebench.training.evaluate import batch_context
@@ -81,15 +81,27 @@ def test_arms_are_matched_by_default(router: str, activation: str) -> None:
     assert flops(router) == pytest.approx(flops("dense"), rel=MATCH_TOLERANCE)
 
 
+def width_of(ffn_width: int, top_k: int, router: float) -> int:
+    """Match a bank of top_k experts of one width and a router that costs as many FLOPs as so many hidden units."""
+    widths = matched_widths(
+        lambda widths: widths.of(1.0) * top_k + router,
+        lambda ffn_width: ffn_width,
+        ffn_width,
+        what=f"{top_k} experts per token and their router",
+        remedy="layout.expert_width",
+    )
+    return widths.of(1.0)
+
+
 @given(st.integers(1, 2000), st.integers(1, 16), st.floats(0, 40))
 def test_matched_width_keeps_its_promise_or_refuses(ffn_width: int, top_k: int, router: float) -> None:
     nearest = max(round((ffn_width - router) / top_k), 1)
     best = abs(nearest * top_k + router - ffn_width) / ffn_width
     if best > MATCH_TOLERANCE + 1e-9:
         with pytest.raises(UsageError, match=rf"^model\.ffn_width={ffn_width} "):
-            matched_width(ffn_width, top_k, router)
+            width_of(ffn_width, top_k, router)
     elif best < MATCH_TOLERANCE - 1e-9:
-        width = matched_width(ffn_width, top_k, router)
+        width = width_of(ffn_width, top_k, router)
         assert width >= 1
         assert abs(width * top_k + router - ffn_width) <= (MATCH_TOLERANCE + 1e-9) * ffn_width
 
@@ -105,14 +117,15 @@ def test_matched_width_keeps_its_promise_or_refuses(ffn_width: int, top_k: int, 
     ],
 )
 def test_matched_width_by_hand(ffn_width: int, top_k: int, router: float, width: int) -> None:
-    assert matched_width(ffn_width, top_k, router) == width
+    assert width_of(ffn_width, top_k, router) == width
 
 
 def test_the_larger_width_that_a_refusal_names_works() -> None:
     with pytest.raises(UsageError, match=r"model\.ffn_width=10 .* 3 experts per token") as caught:
-        matched_width(10, 3, 0.0)
+        width_of(10, 3, 0.0)
     named = int(str(caught.value).split("next that can: model.ffn_width=")[1].split(";")[0])
-    assert matched_width(named, 3, 0.0) >= 1
+    assert width_of(named, 3, 0.0) >= 1
+    assert named == 12  # 4 each; with 11 it would be 3 or 4 for 3.67
 
 
 def test_ffn_flops_by_hand() -> None:

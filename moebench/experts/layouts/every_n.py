@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from moebench.errors import UsageError
-from moebench.experts.layout import LAYOUTS, Layout, LayoutConfig, LayoutFacts
+from moebench.errors import UsageError, require
+from moebench.experts.layout import LAYOUTS, BlockPlan, Experts, Layout, LayoutConfig, LayoutFacts, placed
 
 
 @LAYOUTS.register(
@@ -26,12 +26,11 @@ class EveryN(Layout):
         def __post_init__(self) -> None:
             """Refuse n below 1."""
             super().__post_init__()
-            if self.n < 1:
-                raise UsageError(f"layout.n must be at least 1, got {self.n}")
+            require(self.n >= 1, "layout.n", self.n, "at least 1")
 
     @staticmethod
-    def places(config: Config, num_layers: int) -> tuple[bool, ...]:
-        """Return True for the last block of each group of n."""
+    def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
+        """Put experts into the last block of each group of n."""
         if config.n > num_layers:
             raise UsageError(f"layout.n={config.n} leaves no block with experts: model.num_layers={num_layers}")
-        return tuple(block % config.n == config.n - 1 for block in range(num_layers))
+        return placed(range(config.n - 1, num_layers, config.n), num_layers, Experts(shapes=config.shapes))

@@ -1,0 +1,24 @@
+"""The first n blocks hold experts: the bottom of the model."""
+
+from dataclasses import dataclass
+
+from moebench.experts.layout import LAYOUTS, BlockPlan, Experts, Layout, LayoutConfig, LayoutFacts, check_count, placed
+
+
+@LAYOUTS.register(LayoutFacts(placement="the first n blocks", paper="arXiv:2204.08396, table 4 (bottom)"))
+class FirstN(Layout):
+    """Experts at the bottom, where tokens still look like their ids: the worst place in StableMoE's comparison."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(LayoutConfig):
+        """Options of first_n."""
+
+        name: str = "first_n"
+        n: int = 1
+        """Blocks with experts."""
+
+    @staticmethod
+    def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
+        """Put experts into blocks 0 ... n-1."""
+        check_count("n", config.n, num_layers)
+        return placed(range(config.n), num_layers, Experts(shapes=config.shapes))

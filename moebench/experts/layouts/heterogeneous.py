@@ -1,0 +1,55 @@
+"""Experts that differ in width and depth."""
+
+from dataclasses import dataclass, field
+
+from moebench.errors import UsageError
+from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, ExpertShape, Layout, LayoutFacts, placed
+
+
+@LAYOUTS.register(
+    LayoutFacts(
+        placement="all blocks, or those in `blocks`",
+        paper="arXiv:2408.10681 (HMoE), arXiv:2209.01667 (the survey's conjecture)",
+        experts="feed-forward networks of several widths and depths",
+    )
+)
+class Heterogeneous(Layout):
+    """Experts of several sizes: hard tokens can have a large one, easy tokens a small one.
+
+    `widths` and `depths` are dealt out in turn until every expert has one of each. Arms are matched at an even load:
+    a router that prefers large experts spends more, one that prefers small ones less.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(BlocksConfig):
+        """Options of heterogeneous."""
+
+        name: str = "heterogeneous"
+        widths: list[float] = field(default_factory=lambda: [0.5, 1.0, 1.5])
+        """Relative widths; the mean cost is matched."""
+        depths: list[int] = field(default_factory=lambda: [1])
+        """Networks one after another in an expert."""
+
+        def __post_init__(self) -> None:
+            """Refuse sizes that make no expert."""
+            super().__post_init__()
+            self.without_depth("depths says it")
+            for key, values in (("widths", self.widths), ("depths", self.depths)):
+                if not values or not all(0 < value < float("inf") for value in values):
+                    raise UsageError(f"layout.{key} must be a list of numbers greater than 0, got {values}")
+            for key, values in (("widths", self.widths), ("depths", self.depths)):
+                if len(values) > self.num_experts:
+                    raise UsageError(
+                        f"layout.{key} names {len(values)} sizes for layout.num_experts={self.num_experts}"
+                        f" (allowed: 1 to {self.num_experts})"
+                    )
+
+    @staticmethod
+    def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
+        """Deal out the sizes, equal ones side by side so that they are computed together."""
+        sizes = sorted(
+            (config.widths[expert % len(config.widths)], config.depths[expert % len(config.depths)])
+            for expert in range(config.num_experts)
+        )
+        shapes = tuple(ExpertShape(width=width, depth=depth) for width, depth in sizes)
+        return placed(config.chosen(num_layers), num_layers, Experts(shapes=shapes))

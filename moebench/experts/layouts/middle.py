@@ -1,0 +1,30 @@
+"""The middle blocks hold experts."""
+
+from dataclasses import dataclass
+
+from moebench.experts.layout import LAYOUTS, BlockPlan, Experts, Layout, LayoutConfig, LayoutFacts, check_count, placed
+
+
+@LAYOUTS.register(
+    LayoutFacts(
+        placement="the n blocks in the middle",
+        paper="arXiv:2103.16716 (BASE: after the middle block), arXiv:2204.08396, table 4",
+    )
+)
+class Middle(Layout):
+    """Experts half-way up, as in BASE and StableMoE; where n does not centre, one block further up."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(LayoutConfig):
+        """Options of middle."""
+
+        name: str = "middle"
+        n: int = 1
+        """Blocks with experts."""
+
+    @staticmethod
+    def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
+        """Put experts into n blocks around the middle."""
+        check_count("n", config.n, num_layers)
+        start = (num_layers - config.n + 1) // 2
+        return placed(range(start, start + config.n), num_layers, Experts(shapes=config.shapes))

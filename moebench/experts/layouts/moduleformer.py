@@ -1,0 +1,33 @@
+"""Experts that are attention heads, beside experts that are feed-forward networks."""
+
+from dataclasses import dataclass
+
+from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, ExpertShape, Layout, LayoutFacts, placed
+
+
+@LAYOUTS.register(
+    LayoutFacts(
+        placement="all blocks, or those in `blocks`",
+        paper="arXiv:2306.04640 (ModuleFormer), arXiv:2210.05144 (mixture of attention heads)",
+        experts="attention heads (query and output each, keys and values shared), and feed-forward networks",
+    )
+)
+class ModuleFormer(Layout):
+    """Both halves of a block are experts: num_experts attention heads and num_experts networks, a router each.
+
+    Keys and values are the same for all heads of a bank, so a token's choice changes what it asks, not what others
+    can read of it. An expert has model.num_heads / k heads: as many are in use as in dense attention.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(BlocksConfig):
+        """Options of moduleformer."""
+
+        name: str = "moduleformer"
+
+    @staticmethod
+    def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
+        """Put experts into both halves."""
+        heads = Experts(shapes=(ExpertShape(kind="head"),) * config.num_experts)
+        plan = BlockPlan(attention=heads, feed_forward=Experts(shapes=config.shapes))
+        return placed(config.chosen(num_layers), num_layers, plan)

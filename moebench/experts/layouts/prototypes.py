@@ -1,0 +1,38 @@
+"""k groups of experts, each routed on its own, the outputs added."""
+
+from dataclasses import dataclass
+
+from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, Layout, LayoutFacts, check_groups, placed
+
+
+@LAYOUTS.register(
+    LayoutFacts(
+        placement="all blocks, or those in `blocks`",
+        paper="arXiv:2105.15082 (M6-T)",
+        experts="feed-forward networks in groups, each with a router of its own; every group serves every token",
+    )
+)
+class Prototypes(Layout):
+    """M6-T's expert prototyping, k top-1: each token has one expert in every group, y = Σ_g w_g E_g(x).
+
+    As many experts per token as top-k, without the loop over choices and without a second choice that queues behind
+    other tokens' first ones: causal with a capacity. hash gives every group the same table.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(BlocksConfig):
+        """Options of prototypes."""
+
+        name: str = "prototypes"
+        groups: int = 2
+        """k: groups that num_experts is divided into."""
+
+        def __post_init__(self) -> None:
+            """Refuse groups that do not divide the experts."""
+            super().__post_init__()
+            check_groups(self.groups, self.num_experts)
+
+    @staticmethod
+    def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
+        """Give each group a router."""
+        return placed(config.chosen(num_layers), num_layers, Experts(shapes=config.shapes, groups=config.groups))

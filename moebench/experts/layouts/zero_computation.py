@@ -1,0 +1,49 @@
+"""Experts that compute nothing beside those that do."""
+
+from dataclasses import dataclass
+
+from moebench.errors import require
+from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, ExpertShape, Layout, LayoutFacts, placed
+
+
+@LAYOUTS.register(
+    LayoutFacts(
+        placement="all blocks, or those in `blocks`",
+        paper="arXiv:2410.07348 (constant: eq. 5)",
+        experts="num_experts networks, and zero, copy and constant experts",
+    )
+)
+class ZeroComputation(Layout):
+    """MoE++: a token that needs no network goes to an expert without one: y = 0, y = x, or y = a_1 x + a_2 v.
+
+    Arms are matched at an even load over all experts, so the networks are wider than without the free experts. The
+    paper's own balance loss, larger capacity for networks and gates that see the last block's logits are left out.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(BlocksConfig):
+        """Options of zero_computation; the numbers of experts without a network come on top of num_experts."""
+
+        name: str = "zero_computation"
+        zero: int = 1
+        """Zero experts: the token skips the layer."""
+        copy: int = 1
+        """Copy experts: the token, times the router's weight."""
+        constant: int = 2
+        """Constant experts: a mix of the token and a trained vector."""
+
+        def __post_init__(self) -> None:
+            """Refuse negative numbers."""
+            super().__post_init__()
+            for key in ("zero", "copy", "constant"):
+                require(getattr(self, key) >= 0, f"layout.{key}", getattr(self, key), "at least 0")
+
+    @staticmethod
+    def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
+        """Put the networks first, then the experts without one."""
+        free = (
+            *(ExpertShape(kind="zero"),) * config.zero,
+            *(ExpertShape(kind="copy"),) * config.copy,
+            *(ExpertShape(kind="constant"),) * config.constant,
+        )
+        return placed(config.chosen(num_layers), num_layers, Experts(shapes=(*config.shapes, *free)))

@@ -1,0 +1,67 @@
+"""Banks for attention: experts that are projections, and experts that are attention heads."""
+
+import torch
+from torch import Generator, Tensor, nn
+
+from moebench.experts.bank import Bank
+from moebench.experts.dropout import Dropout
+from moebench.experts.feed_forward import draw
+from moebench.experts.grouped import grouped_matmul
+
+
+class ProjectionBank(Bank):
+    """E matrices x_D -> y_O without an activation."""
+
+    def __init__(self, d_model: int, out_width: int, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.weight_EDO = nn.Parameter(torch.empty(num_experts, d_model, out_width))
+
+    def init_weights(self, generator: Generator) -> None:
+        """Draw each expert as a dense projection is drawn: variance 1 / fan-in."""
+        draw(self.weight_EDO, self.weight_EDO.shape[1] ** -0.5, generator)
+
+    def rows(self, x_RD: Tensor, load_E: Tensor, dropout: Dropout | None = None) -> Tensor:
+        """Return y_RO, rows sorted by expert; there is no hidden activation to drop."""
+        return grouped_matmul(x_RD, self.weight_EDO, load_E)
+
+    def expert(self, x_RD: Tensor, index: int) -> Tensor:
+        """Return what one expert computes."""
+        return x_RD @ self.weight_EDO[index]
+
+    def flops_per_row_E(self) -> tuple[int, ...]:
+        """Forward FLOPs of one row through each expert."""
+        return (2 * self.weight_EDO[0].numel(),) * self.num_experts
+
+
+class HeadBank(Bank):
+    """E experts that are attention heads: a query and an output projection each; keys and values are not theirs.
+
+    What an expert computes depends on the sequence, so there is no `rows`: `queries` come before the attention,
+    `outputs` after it (see `models.expert_attention`).
+    """
+
+    def __init__(self, d_model: int, head_width: int, num_experts: int, out_scale: float) -> None:
+        """`head_width`: of all heads of one expert together."""
+        super().__init__()
+        self.num_experts = num_experts
+        self.out_scale = out_scale
+        self.w_query_EDH = nn.Parameter(torch.empty(num_experts, d_model, head_width))
+        self.w_out_EHD = nn.Parameter(torch.empty(num_experts, head_width, d_model))
+
+    def init_weights(self, generator: Generator) -> None:
+        """Draw each expert as dense heads are drawn."""
+        draw(self.w_query_EDH, self.w_query_EDH.shape[1] ** -0.5, generator)
+        draw(self.w_out_EHD, self.out_scale * self.w_out_EHD.shape[2] ** -0.5, generator)
+
+    def queries(self, x_RD: Tensor, load_E: Tensor) -> Tensor:
+        """Return the queries of each row, rows sorted by expert."""
+        return grouped_matmul(x_RD, self.w_query_EDH, load_E)
+
+    def outputs(self, mixed_RH: Tensor, load_E: Tensor) -> Tensor:
+        """Return y_RD from what the heads have read, rows sorted by expert."""
+        return grouped_matmul(mixed_RH, self.w_out_EHD, load_E)
+
+    def flops_per_row_E(self) -> tuple[int, ...]:
+        """Forward FLOPs of one row through each expert's projections; attention itself depends on the length."""
+        return (2 * (self.w_query_EDH[0].numel() + self.w_out_EHD[0].numel()),) * self.num_experts

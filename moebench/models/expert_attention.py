@@ -1,0 +1,120 @@
+"""Attention with experts in it: as projections, or as heads."""
+
+import torch
+from torch import Generator, Tensor, nn
+
+from moebench.experts.dispatch import DispatchPlan, combine, dispatch
+from moebench.experts.feed_forward import draw
+from moebench.experts.layer import MoELayer
+from moebench.experts.projection import HeadBank, ProjectionBank
+from moebench.models.attention import attend, score_flops, split_heads
+from moebench.routing.values import LayerRecord, RouteContext, Routing
+
+
+class ProjectionExperts(nn.Module):
+    """Attention whose queries, keys and values come from experts: one choice of experts for each token.
+
+    The experts are linear, as in Switch (arXiv:2101.03961, appendix A); the output projection stays dense.
+    """
+
+    def __init__(
+        self, layer: MoELayer, d_model: int, num_heads: int, *, causal: bool, rope_theta: float, out_scale: float
+    ) -> None:
+        super().__init__()
+        assert isinstance(layer.bank, ProjectionBank)
+        self.layer = layer
+        self.num_heads = num_heads
+        self.causal = causal
+        self.rope_theta = rope_theta
+        self.out_scale = out_scale
+        self.out = nn.Linear(d_model, d_model, bias=False)
+
+    def init_weights(self, generator: Generator) -> None:
+        """Draw the output projection as dense attention does: behind the numbers that its other projection takes."""
+        draw(torch.empty(3 * self.out.in_features, self.out.in_features), 1.0, generator)
+        draw(self.out.weight, self.out_scale * self.out.in_features**-0.5, generator)
+
+    def forward(self, x_BLD: Tensor, ctx: RouteContext) -> tuple[Tensor, LayerRecord]:
+        """Return the attention output, without the residual, and the record."""
+        qkv_TO, record = self.layer(x_BLD.flatten(0, 1), ctx)
+        query, key, value = split_heads(qkv_TO.view(*x_BLD.shape[:2], -1), self.num_heads)
+        out: Tensor = self.out(attend(query, key, value, causal=self.causal, rope_theta=self.rope_theta))
+        return out, record
+
+    def flops_per_token(self, length: int) -> int:
+        """Forward FLOPs of one token in a sequence of `length`."""
+        width = self.out.in_features
+        return self.layer.flops_per_token() + 2 * self.out.weight.numel() + score_flops(length, width)
+
+
+class HeadExperts(nn.Module):
+    """Attention whose heads are experts: a token picks its heads; keys and values are the same for all experts.
+
+    Mixture of attention heads (arXiv:2210.05144): y = Σ_i w_i softmax(x W_q,i K^T) V W_o,i.
+    """
+
+    def __init__(
+        self, layer: MoELayer, d_model: int, heads_per_expert: int, head_width: int, *, causal: bool, rope_theta: float
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads_per_expert = heads_per_expert
+        self.head_width = head_width
+        self.causal = causal
+        self.rope_theta = rope_theta
+        self.key_value = nn.Linear(d_model, 2 * heads_per_expert * head_width, bias=False)
+
+    def init_weights(self, generator: Generator) -> None:
+        """Draw the keys and values as dense attention does."""
+        draw(self.key_value.weight, self.key_value.in_features**-0.5, generator)
+
+    def forward(self, x_BLD: Tensor, ctx: RouteContext) -> tuple[Tensor, LayerRecord]:
+        """Return the attention output, without the residual, and the record."""
+        x_TD = x_BLD.flatten(0, 1)
+        record = self.layer.route(x_TD, ctx)
+        assert isinstance(record.kept, Routing)  # soft routers are refused where the plan is made
+        kept = record.kept.compact()
+        plan = DispatchPlan.of(kept)
+        load_E = plan.groups.load_E
+        query_RH = self.bank.queries(dispatch(x_TD, plan), load_E)
+        slot_R = _slot_N(kept)[plan.assignment_R]
+        num_slots = kept.top_k or int(kept.experts_per_token_T.max()) or 1
+        mixed_TKH = self._read(x_BLD, _table(query_RH, plan.token_R, slot_R, kept.num_tokens, num_slots))
+        y_RD = self.bank.outputs(mixed_TKH[plan.token_R, slot_R], load_E)
+        return combine(y_RD, kept.weight_N, plan).view_as(x_BLD), record
+
+    @property
+    def bank(self) -> HeadBank:
+        """The experts."""
+        assert isinstance(self.layer.bank, HeadBank)
+        return self.layer.bank
+
+    def _read(self, x_BLD: Tensor, query_TKH: Tensor) -> Tensor:
+        """Let every query of a token read the past of its sequence; a slot without an expert has a query of 0."""
+        batch, length, _ = x_BLD.shape
+        slots, heads = query_TKH.shape[1], self.heads_per_expert
+        key_value = self.key_value(x_BLD).view(batch, length, 2, 1, heads, self.head_width)
+        key_value = key_value.expand(-1, -1, -1, slots, -1, -1).reshape(batch, length, 2, slots * heads, -1)
+        key, value = key_value.transpose(1, 3).unbind(2)
+        query = query_TKH.view(batch, length, slots * heads, self.head_width).transpose(1, 2)
+        mixed = attend(query, key, value, causal=self.causal, rope_theta=self.rope_theta)
+        return mixed.view(batch * length, slots, -1)
+
+    def flops_per_token(self, length: int) -> int:
+        """Forward FLOPs of one token in a sequence of `length`."""
+        width = self.layer.experts_per_token * self.heads_per_expert * self.head_width
+        return self.layer.flops_per_token() + 2 * self.key_value.weight.numel() + score_flops(length, width)
+
+
+def _slot_N(routing: Routing) -> Tensor:
+    """Return each assignment's place among those of its token, from 0."""
+    order_N = routing.token_N.argsort(stable=True)
+    count_T = routing.experts_per_token_T
+    start_T = count_T.cumsum(0) - count_T
+    place_N = torch.arange(order_N.numel(), device=order_N.device) - start_T[routing.token_N[order_N]]
+    return torch.empty_like(place_N).scatter_(0, order_N, place_N)
+
+
+def _table(query_RH: Tensor, token_R: Tensor, slot_R: Tensor, num_tokens: int, num_slots: int) -> Tensor:
+    zeros_TKH = query_RH.new_zeros(num_tokens, num_slots, query_RH.shape[-1])
+    return zeros_TKH.index_put((token_R, slot_R), query_RH)

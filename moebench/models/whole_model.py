@@ -1,0 +1,114 @@
+"""Experts that are whole models: a token lives in its expert from the first block to the last."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+
+from moebench.experts.bank import Bank
+from moebench.experts.layer import MoELayer
+from moebench.models.attention import Places, score_flops
+from moebench.models.transformer import BatchContext, Block
+from moebench.routing.values import LayerRecord, Routing
+
+
+class StackBank(Bank):
+    """E stacks of dense blocks. A token meets only the earlier tokens of its sequence that live in the same stack."""
+
+    def __init__(self, stacks: Sequence[Sequence[Block]]) -> None:
+        super().__init__()
+        self.num_experts = len(stacks)
+        self.stacks = nn.ModuleList(nn.ModuleList(stack) for stack in stacks)
+
+    def init_weights(self, generator: Generator) -> None:
+        """Nothing of its own: the blocks draw."""
+
+    def live(self, x_TD: Tensor, routing: Routing, length: int, ctx: BatchContext) -> Tensor:
+        """Return y_TD = Σ_e w_te (stack_e(x)_t - x_t): what its stacks add to each token."""
+        routing = routing.compact()
+        y_TD = torch.zeros_like(x_TD)
+        for index in range(self.num_experts):
+            # Each stack gets a batch of its own shape, so Python must know how many tokens it has: one wait each.
+            own_N = (routing.expert_N == index).nonzero().squeeze(-1)
+            own_N = own_N[routing.token_N[own_N].argsort()]
+            added_RD = self.expert_in_sequences(x_TD, routing.token_N[own_N], index, length, ctx)
+            weight_R1 = routing.weight_N[own_N].unsqueeze(-1).to(added_RD.dtype)
+            y_TD = y_TD.index_add(0, routing.token_N[own_N], (weight_R1 * added_RD).to(y_TD.dtype))
+        return y_TD
+
+    def expert_in_sequences(self, x_TD: Tensor, token_R: Tensor, index: int, length: int, ctx: BatchContext) -> Tensor:
+        """Return what one stack adds to the tokens `token_R` (ascending), which are all that live there."""
+        packed = Packed.of(token_R, x_TD.shape[0], length)
+        start_BCD = x_TD.new_zeros(*packed.places.valid_BL.shape, x_TD.shape[-1])
+        start_BCD = start_BCD.index_put((packed.sequence_R, packed.place_R), x_TD[token_R])
+        x_BCD = start_BCD
+        stack = self.stacks[index]
+        assert isinstance(stack, nn.ModuleList)
+        for block in stack:
+            x_BCD, _ = block(x_BCD, ctx, packed.places)
+        added_RD: Tensor = (x_BCD - start_BCD)[packed.sequence_R, packed.place_R]
+        return added_RD
+
+    def flops_per_row_E(self) -> tuple[int, ...]:
+        """Forward FLOPs of one row through each stack's weights; attention itself depends on the length."""
+        return tuple(
+            sum(block.flops_per_token(0) for block in stack.children() if isinstance(block, Block))
+            for stack in self.stacks
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Packed:
+    """The tokens of one stack, sequence by sequence, closed up to the left."""
+
+    sequence_R: Tensor
+    place_R: Tensor
+    places: Places
+
+    @classmethod
+    def of(cls, token_R: Tensor, num_tokens: int, length: int) -> "Packed":
+        """Pack ascending tokens; a stack without tokens gets one empty place, so that its gradient is 0, not absent."""
+        sequence_R, device = token_R // length, token_R.device
+        count_B = torch.zeros(num_tokens // length, dtype=torch.int64, device=device)
+        count_B = count_B.index_add(0, sequence_R, torch.ones_like(sequence_R))
+        place_R = torch.arange(token_R.numel(), device=device) - (count_B.cumsum(0) - count_B)[sequence_R]
+        longest = max(int(count_B.max()), 1)
+        position_BC = torch.zeros(len(count_B), longest, dtype=torch.int64, device=device)
+        position_BC = position_BC.index_put((sequence_R, place_R), token_R % length)
+        valid_BC = torch.arange(longest, device=device) < count_B.clamp(min=1)[:, None]  # attention needs one to read
+        return cls(
+            sequence_R=sequence_R,
+            place_R=place_R,
+            places=Places(position_BL=position_BC, valid_BL=valid_BC, length=length),
+        )
+
+
+class WholeModels(nn.Module):
+    """One router at the bottom, and behind it whole models."""
+
+    def __init__(self, layer: MoELayer, d_model: int, num_layers: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.d_model = d_model
+        self.num_layers = num_layers
+
+    @property
+    def bank(self) -> StackBank:
+        """The stacks."""
+        assert isinstance(self.layer.bank, StackBank)
+        return self.layer.bank
+
+    def forward(self, x_BLD: Tensor, ctx: BatchContext) -> tuple[Tensor, list[LayerRecord]]:
+        """Return the residual stream behind the last block, and the one record."""
+        length, x_TD = x_BLD.shape[1], x_BLD.flatten(0, 1)
+        record = self.layer.route(x_TD, ctx.route_in(self.layer, x_BLD))
+        assert isinstance(record.kept, Routing)  # soft routers are refused where the plan is made
+        y_TD = self.bank.live(x_TD, record.kept, length, ctx)
+        return x_BLD + y_TD.view_as(x_BLD), [record]
+
+    def flops_per_token(self, length: int) -> int:
+        """Forward FLOPs of one token in a sequence of `length`, spread evenly: each stack has its share of it."""
+        top_k = self.layer.experts_per_token
+        share = length * top_k // self.bank.num_experts
+        return self.layer.flops_per_token() + top_k * self.num_layers * score_flops(share, self.d_model)

@@ -1,0 +1,166 @@
+"""Routers made of routers: groups of experts, each with a router of its own, behind one flat routing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moebench.routing.router import Router, Site
+from moebench.routing.values import LayerRecord, RouteContext, Routing
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GroupedRouting(Routing):
+    """A flat routing that remembers what each router said: their own losses and objectives need it."""
+
+    parts: tuple[Routing, ...] = ()
+    """One for each group, over its own experts; of the tokens that were sent there."""
+    picked_TG: Tensor | None = None
+    """bool: which tokens were sent to which group; None: all tokens to every group."""
+    outer: Routing | None = None
+    """Over the groups, where a router picks them."""
+
+
+class GroupedRouter(Router):
+    """G routers of one kind side by side, and with `pick_groups` one above them that picks groups for each token.
+
+    Without: every token is routed in every group and the outputs add up - k top-1 prototypes of M6-T
+    (arXiv:2105.15082). With: w_ge = w_g · w_e|g, the two levels of Shazeer et al. 2017
+    (arXiv:1701.06538, appendix B). For the router of a group, the tokens that went elsewhere are padding. Scores are
+    products (joint probabilities where both levels are), logits sums. A loss that the algorithm brings itself is the
+    mean over all routers, every other loss is one over the flat routing.
+    """
+
+    def __init__(self, router_class: type[Router], config: Any, site: Site, groups: int, *, pick_groups: bool) -> None:
+        super().__init__(config, site)
+        self.group_size = site.num_experts // groups
+        self.inner_k = router_class.experts_per_token(config, self.group_size)
+        self.outer = router_class(config, replace(site, num_experts=groups)) if pick_groups else None
+        sites = [replace(site, num_experts=self.group_size) for _ in range(groups)]
+        if self.outer is not None:
+            sites = [_site_below(self.outer, below, group) for group, below in enumerate(sites)]
+        self.inner = nn.ModuleList(router_class(config, below) for below in sites)
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
+        """Ask the router above, then the router of each group, and put their answers side by side."""
+        if self.outer is None:
+            return joined([router(x_TD, ctx) for router in self._routers], self.group_size)
+        outer = self.outer(x_TD, ctx)
+        if ctx.valid_T is not None:
+            outer = outer.keep(ctx.valid_T[outer.token_N])
+        picked_TG, weight_TG = _table(outer)
+        parts = []
+        for group, router in enumerate(self._routers):
+            here_T = picked_TG[:, group]
+            part = router(x_TD, replace(ctx, valid_T=here_T))
+            parts.append(part.keep(here_T[part.token_N]))
+        flat = joined(parts, self.group_size)
+        flat = replace(flat, outer=outer, picked_TG=picked_TG)
+        weight_N = flat.weight_N * weight_TG[flat.token_N, flat.expert_N // self.group_size]
+        scores_TE, logits_TE = self._joint(outer, flat)
+        return replace(flat, weight_N=weight_N, scores_TE=scores_TE, logits_TE=logits_TE)
+
+    def _joint(self, outer: Routing, flat: Routing) -> tuple[Tensor | None, Tensor | None]:
+        def spread(value_TG: Tensor) -> Tensor:
+            return value_TG.repeat_interleave(self.group_size, dim=-1)
+
+        scores = logits = None
+        if flat.scores_TE is not None and outer.scores_TE is not None:
+            scores = spread(outer.scores_TE) * flat.scores_TE
+        if flat.logits_TE is not None and outer.logits_TE is not None:
+            logits = spread(outer.logits_TE) + flat.logits_TE
+        return scores, logits
+
+    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
+        """Return the mean over all routers of each loss that the algorithm brings itself."""
+        found = [router.losses(part) for router, part in self._records(record)]
+        return {name: torch.stack([losses[name] for losses in found]).mean() for name in found[0]}
+
+    def objective(self, record: LayerRecord, token_loss_T: Tensor) -> Tensor | None:
+        """Return the mean over all routers of what each learns from the task loss of its tokens."""
+        found = [router.objective(part, token_loss_T) for router, part in self._records(record)]
+        learned = [value for value in found if value is not None]
+        return torch.stack(learned).mean() if learned else None
+
+    def after_step(self, load_E: Tensor) -> None:
+        """Hand each router the loads of its own experts; a group's load is that of its experts over their k."""
+        load_GE = load_E.view(-1, self.group_size)
+        for router, load in zip(self._routers, load_GE, strict=True):
+            router.after_step(load)
+        if self.outer is not None:
+            self.outer.after_step(load_GE.sum(-1) // self.inner_k)
+
+    def flops_per_token(self) -> int:
+        """Forward FLOPs for one token: every group's router looks at every token."""
+        above = 0 if self.outer is None else self.outer.flops_per_token()
+        return above + sum(router.flops_per_token() for router in self._routers)
+
+    @property
+    def _routers(self) -> list[Router]:
+        return [router for router in self.inner if isinstance(router, Router)]
+
+    def _records(self, record: LayerRecord) -> list[tuple[Router, LayerRecord]]:
+        """Return each router with the record of its own part, padding left out."""
+        routing = record.routing
+        assert isinstance(routing, GroupedRouting)
+        found = []
+        for group, (router, part) in enumerate(zip(self._routers, routing.parts, strict=True)):
+            valid_T = record.valid_T if routing.picked_TG is None else routing.picked_TG[:, group]
+            found.append((router, _record(record, part, valid_T)))
+        if self.outer is not None and routing.outer is not None:
+            found.append((self.outer, _record(record, routing.outer, record.valid_T)))
+        return found
+
+
+def _record(record: LayerRecord, part: Routing, valid_T: Tensor | None) -> LayerRecord:
+    part = part if valid_T is None else part.keep(valid_T[part.token_N])
+    return replace(record, routing=part, kept=part, valid_T=valid_T)
+
+
+def joined(parts: Sequence[Routing], group_size: int) -> GroupedRouting:
+    """Put the routings of groups side by side: group g's experts come after those of the groups before it."""
+    num_tokens = parts[0].num_tokens
+    rectangle = all(part.top_k is not None for part in parts)
+
+    def side_by_side(values: Sequence[Tensor]) -> Tensor:
+        if not rectangle:
+            return torch.cat(list(values))
+        tables = [value.view(num_tokens, part.top_k or 0) for value, part in zip(values, parts, strict=True)]
+        return torch.cat(tables, dim=1).reshape(-1)
+
+    priorities = [part.priority_N for part in parts if part.priority_N is not None]
+    logits = [part.logits_TE for part in parts if part.logits_TE is not None]
+    scores = [part.scores_TE for part in parts if part.scores_TE is not None]
+    kept = [torch.ones_like(part.token_N, dtype=torch.bool) if part.kept_N is None else part.kept_N for part in parts]
+    return GroupedRouting(
+        token_N=side_by_side([part.token_N for part in parts]),
+        expert_N=side_by_side([part.expert_N + group * group_size for group, part in enumerate(parts)]),
+        weight_N=side_by_side([part.weight_N for part in parts]),
+        num_tokens=num_tokens,
+        num_experts=group_size * len(parts),
+        logits_TE=torch.cat(logits, dim=-1) if len(logits) == len(parts) else None,
+        scores_TE=torch.cat(scores, dim=-1) if len(scores) == len(parts) else None,
+        priority_N=side_by_side(priorities) if len(priorities) == len(parts) else None,
+        top_k=sum(part.top_k or 0 for part in parts) if rectangle else None,
+        kept_N=None if all(part.kept_N is None for part in parts) else side_by_side(kept),
+        parts=tuple(parts),
+    )
+
+
+def _table(outer: Routing) -> tuple[Tensor, Tensor]:
+    """Return picked_TG (bool) and weight_TG of a routing."""
+    shape = outer.num_tokens, outer.num_experts
+    kept_N = torch.ones_like(outer.token_N, dtype=torch.bool) if outer.kept_N is None else outer.kept_N
+    place = outer.token_N, outer.expert_N
+    picked_TG = torch.zeros(shape, dtype=torch.bool, device=kept_N.device).index_put(place, kept_N)
+    return picked_TG, outer.weight_N.new_zeros(shape).index_put(place, outer.weight_N)
+
+
+def _site_below(outer: Router, site: Site, group: int) -> Site:
+    """Return a group's site: a table of ids above leaves the group some ids only, and these it must spread evenly."""
+    table_V = getattr(outer, "table_V", None)
+    if table_V is None or table_V.is_meta or site.token_count_V is None:
+        return site
+    return replace(site, token_count_V=site.token_count_V.where(table_V == group, 0))

@@ -1,0 +1,221 @@
+"""Every layout with every router: it runs, costs what it says, is matched, and sees no future."""
+
+import pytest
+import torch
+from contract.cases import Tokens, stirred
+from contract.layout_models import BATCH, D_MODEL, LENGTH, SIZES, backbone_of, batch, config_of, may_refuse
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from moebench.errors import UsageError
+from moebench.experts.bank import double_loop
+from moebench.experts.layer import MoELayer
+from moebench.experts.layout import LAYOUTS
+from moebench.experts.projection import HeadBank, ProjectionBank
+from moebench.experts.widths import MATCH_TOLERANCE
+from moebench.models.build import build_backbone, cost_of
+from moebench.models.transformer import Block, Transformer
+from moebench.models.whole_model import StackBank, WholeModels
+from moebench.routing.router import ROUTERS
+from moebench.routing.values import LayerRecord
+
+NUM_TOKENS = BATCH * LENGTH
+every_layout = pytest.mark.parametrize("layout", LAYOUTS.names())
+every_router = pytest.mark.parametrize("router", ROUTERS.names())
+both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+
+
+def model_or_skip(layout: str, router: str) -> Transformer:
+    """Build the model, or check that it is refused for the reason that is allowed."""
+    reason = may_refuse(layout, router)
+    if reason:
+        with pytest.raises(UsageError, match=reason) as caught:
+            backbone_of(config_of(layout, router))
+        assert "\n" not in str(caught.value)
+        pytest.skip(f"refused: {reason}")
+    return backbone_of(config_of(layout, router))
+
+
+def counted_flops(backbone: Transformer, records: list[LayerRecord]) -> int:
+    """Count by formula what a forward pass over the batch did, with the loads that it really had."""
+    total, waiting = 0, {record.layer: record for record in records}
+    for block in backbone.blocks:
+        if isinstance(block, WholeModels):
+            total += stack_flops(block, waiting[block.layer.layer])
+            continue
+        assert isinstance(block, Block)
+        total += NUM_TOKENS * block.flops_per_token(LENGTH)
+        for layer in (module for module in block.modules() if isinstance(module, MoELayer)):
+            total += correction(layer, waiting[layer.layer])
+            if isinstance(layer.bank, HeadBank):  # attention itself runs over the most heads that any token has
+                width = block.attention.heads_per_expert * block.attention.head_width
+                slots = int(waiting[layer.layer].kept.experts_per_token_T.max())
+                total += 4 * NUM_TOKENS * LENGTH * width * (slots - layer.experts_per_token)
+    return total
+
+
+def correction(layer: MoELayer, record: LayerRecord) -> int:
+    """Experts at their real load instead of an even one, and the weighted sum, which the formula leaves out."""
+    flops_E = layer.bank.flops_per_row_E()
+    even = layer.experts_per_token * sum(flops_E) // len(flops_E)
+    real = sum(load * flops for load, flops in zip(record.kept.load_E.tolist(), flops_E, strict=True))
+    weighted_sum = 0
+    if record.kept.kept_N is None and (record.kept.top_k or 1) > 1:
+        width = 3 * D_MODEL if isinstance(layer.bank, ProjectionBank) else D_MODEL
+        weighted_sum = 2 * NUM_TOKENS * (record.kept.top_k or 1) * width
+    return real - NUM_TOKENS * even + weighted_sum
+
+
+def stack_flops(block: WholeModels, record: LayerRecord) -> int:
+    """Each stack runs on a rectangle: sequences times the most tokens that one of them has there."""
+    total = NUM_TOKENS * block.layer.router.flops_per_token()
+    kept = record.kept.compact()
+    for expert, flops in enumerate(block.layer.bank.flops_per_row_E()):
+        counts = (kept.token_N[kept.expert_N == expert] // LENGTH).bincount(minlength=BATCH)
+        longest = max(int(counts.max()), 1)
+        total += BATCH * longest * (flops + SIZES["num_layers"] * 4 * longest * D_MODEL)
+    return total
+
+
+@every_layout
+@every_router
+def test_runs_and_costs_what_it_says(layout: str, router: str) -> None:
+    backbone = model_or_skip(layout, router).double()  # in fp64 every expert is a plain product, which is counted
+    x_BLD, ctx = batch(training=True)
+    x_BLD = x_BLD.double().requires_grad_()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        y_BLD, records = backbone(x_BLD, ctx)
+    assert counter.get_total_flops() == counted_flops(backbone, records)
+    layers = backbone.moe_layers()
+    assert [record.layer for record in records] == [layer.layer for layer in layers]
+    assert len({record.layer for record in records}) == len(records)
+    y_BLD.square().sum().backward()
+    assert x_BLD.grad is not None
+    assert x_BLD.grad.isfinite().all()
+    assert all(parameter.grad is not None for layer in layers for parameter in layer.bank.parameters())
+    cost = cost_of(backbone, [], LENGTH)
+    assert cost.total_params == sum(parameter.numel() for parameter in backbone.parameters())
+    dense = cost_of(backbone_of(config_of(layout, "dense")), [], LENGTH)
+    assert cost.flops_per_token == pytest.approx(dense.flops_per_token, rel=MATCH_TOLERANCE)
+    assert cost.active_params <= cost.total_params
+
+
+@every_layout
+def test_banks_equal_a_double_loop(layout: str) -> None:
+    backbone = stirred(backbone_of(config_of(layout, "top_k", {"ffn_width": 64}, match="none", expert_width=None)))
+    x_BLD, ctx = batch(training=True)
+    _, records = backbone(x_BLD, ctx)
+    for layer, record in zip(backbone.moe_layers(), records, strict=True):
+        if isinstance(layer.bank, HeadBank | StackBank | ProjectionBank):
+            continue  # they need a sequence, or change the width: checked below and in test_layout_models.py
+        x_TD = Tokens.draw(NUM_TOKENS).x_TD.repeat(1, 2).requires_grad_()
+        leaves = [x_TD, *layer.bank.parameters()]
+        fast_TD, slow_TD = layer.bank.mixture(x_TD, record.kept), double_loop(layer.bank, x_TD, record.kept)
+        torch.testing.assert_close(fast_TD, slow_TD, rtol=1e-4, atol=1e-4)
+        pull_TD = torch.randn(fast_TD.shape, generator=torch.Generator().manual_seed(1))
+        for ours, theirs in zip(
+            torch.autograd.grad((fast_TD * pull_TD).sum(), leaves, retain_graph=True),
+            torch.autograd.grad((slow_TD * pull_TD).sum(), leaves, retain_graph=True, allow_unused=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs, rtol=1e-3, atol=1e-3)
+
+
+@every_layout
+@both_modes
+@pytest.mark.parametrize("router", ["switch", "top_k", "hash"])
+def test_sees_no_future(layout: str, router: str, training: bool) -> None:
+    backbone = stirred(model_or_skip(layout, router))
+    x_BLD, ctx = batch(training=training)
+    other_BLD = x_BLD.clone()
+    other_BLD[:, LENGTH // 2 :] = batch(training=training, seed=1)[0][:, LENGTH // 2 :]
+    y_BLD, _ = backbone(x_BLD, ctx)
+    other, _ = backbone(other_BLD, ctx)
+    past = slice(0, LENGTH // 2)
+    torch.testing.assert_close(other[:, past], y_BLD[:, past], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(other[:, LENGTH // 2 :], y_BLD[:, LENGTH // 2 :])
+
+
+@every_layout
+def test_does_not_mix_sequences(layout: str) -> None:
+    backbone = stirred(backbone_of(config_of(layout, "top_k")))
+    x_BLD, ctx = batch(training=False, size=3)
+    other_BLD = x_BLD.clone()
+    other_BLD[0] += 1
+    torch.testing.assert_close(backbone(other_BLD, ctx)[0][1:], backbone(x_BLD, ctx)[0][1:], rtol=1e-4, atol=1e-4)
+
+
+@every_layout
+def test_padding_goes_nowhere(layout: str) -> None:
+    backbone = stirred(backbone_of(config_of(layout, "top_k")))
+    x_BLD, ctx = batch(training=False)
+    valid_BL = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    valid_BL[1, 10:] = False
+    padded = type(ctx)(training=False, seed=0, token_id_BL=ctx.token_id_BL, valid_BL=valid_BL)
+    whole, _ = backbone(x_BLD, ctx)
+    y_BLD, records = backbone(x_BLD, padded)
+    torch.testing.assert_close(y_BLD[valid_BL], whole[valid_BL], rtol=1e-4, atol=1e-4)
+    for record in records:
+        assert not record.kept.experts_per_token_T[~valid_BL.flatten()].any()
+
+
+@every_layout
+def test_with_a_capacity_some_assignments_are_dropped(layout: str) -> None:
+    backbone = stirred(backbone_of(config_of(layout, "top_k", capacity_factor_train=0.25)))
+    x_BLD, ctx = batch(training=True)
+    y_BLD, records = backbone(x_BLD, ctx)
+    assert y_BLD.isfinite().all()
+    assert all(record.num_dropped > 0 for record in records)
+
+
+@every_layout
+def test_counts_without_allocating(layout: str) -> None:
+    real = cost_of(backbone_of(config_of(layout)), [], LENGTH)
+    with torch.device("meta"):
+        planned = build_backbone(config_of(layout), causal=True, sequence_length=LENGTH)
+    assert cost_of(planned, [], LENGTH) == real
+
+
+@every_layout
+def test_arms_share_the_weights_of_what_they_share(layout: str) -> None:
+    ours = backbone_of(config_of(layout, "top_k", expert_width=64)).state_dict()
+    plain = backbone_of(config_of("every_n", "top_k", expert_width=64)).state_dict()
+    dense = backbone_of(config_of("every_n", "dense")).state_dict()
+    shared = [name for name in ours if name in dense and ours[name].shape == dense[name].shape]
+    assert "norm.weight" in shared
+    assert all(torch.equal(ours[name], dense[name]) for name in shared)
+    same = [name for name in ours if name in plain and ours[name].shape == plain[name].shape]
+    assert all(torch.equal(ours[name], plain[name]) for name in same)
+    if layout != "whole_model":
+        assert sum("attention_norm" in name or "attention.out" in name for name in same) >= 2
+
+
+@pytest.mark.parametrize("layout", ["every_n", "fine_grained", "residual", "whole_model", "attention"])
+def test_activation_of_experts_is_an_option(layout: str) -> None:
+    feed_forward = {"feed_forward": "experts"} if layout == "attention" else {}
+    gelu, swiglu = (
+        cost_of(backbone_of(config_of(layout, "top_k", expert_activation=a, **feed_forward)), [], LENGTH)
+        for a in ("gelu", "swiglu")
+    )
+    dense = cost_of(backbone_of(config_of(layout, "dense")), [], LENGTH)
+    assert gelu.flops_per_token == pytest.approx(dense.flops_per_token, rel=MATCH_TOLERANCE)
+    assert swiglu.flops_per_token == pytest.approx(dense.flops_per_token, rel=MATCH_TOLERANCE)
+
+
+@every_layout
+@pytest.mark.parametrize("total", [1.0, 5.0])
+def test_parameters_are_matched_if_asked(layout: str, total: float) -> None:
+    config = config_of(layout, "top_k", {"ffn_width": 4096}, match="params", total_params=total)
+    if layout == "whole_model" and total == 1.0:
+        config = config_of(layout, "top_k", {"ffn_width": 4096}, match="params", total_params=total, num_experts=2)
+    backbone = backbone_of(config)
+    dense = backbone_of(config_of(layout, "dense", {"ffn_width": 4096}))
+    held = [
+        index for index, block in enumerate(backbone.blocks) if any(isinstance(m, MoELayer) for m in block.modules())
+    ]
+    for index in held:
+        ours = sum(p.numel() for p in backbone.blocks[index].parameters())
+        of_dense = dense.blocks if layout == "whole_model" else [dense.blocks[index]]
+        theirs = sum(p.numel() for block in of_dense for p in block.parameters())
+        assert ours == pytest.approx(total * theirs, rel=MATCH_TOLERANCE)
+    assert held
