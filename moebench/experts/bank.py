@@ -19,7 +19,7 @@ class Bank(nn.Module):
 
     num_experts: int
     reads_loads: ClassVar[bool] = False
-    """Python must know each expert's number of rows: a GPU is waited for, and rows that nobody computes are left out."""
+    """Python must know each expert's number of rows: a GPU is waited for, and no row is left to nobody."""
 
     def init_weights(self, generator: Generator) -> None:
         """Draw the weights of all experts."""

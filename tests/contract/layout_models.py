@@ -50,10 +50,13 @@ def may_refuse(layout: str, router: str) -> str:
     """Return why a layout may refuse a router with its default options, empty when it must not: the one list.
 
     fine_grained needs a number of experts per token that can be multiplied; two levels and prototypes divide the
-    experts, and some routers want more than a group has.
+    experts, and some routers want more than a group has; soft routing knows no place of a token, which attention
+    experts, whole models and groups need.
     """
     router_class = ROUTERS.get(router).item
     config = router_class.Config()
+    if router_class.is_soft and layout in ("attention", "moduleformer", "whole_model", "hierarchical", "prototypes"):
+        return "mixes tokens into slots"
     if layout == "fine_grained":
         grows = router_class.experts_per_token(config, 8) == 8 or {"top_k", "average_experts"} & set(vars(config))
         return "" if grows or router_class.is_dense else "fixed at"

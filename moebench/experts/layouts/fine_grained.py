@@ -26,7 +26,7 @@ class FineGrained(Layout):
 
         name: str = "fine_grained"
         split: int = 4
-        """m: small experts made of one; 1 leaves them whole."""
+        """Small experts made of one, m in the paper; 1 leaves them whole."""
         shared: int = 1
         """Small experts that every token uses besides."""
 

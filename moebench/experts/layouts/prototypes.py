@@ -25,7 +25,7 @@ class Prototypes(Layout):
 
         name: str = "prototypes"
         groups: int = 2
-        """k: groups that num_experts is divided into."""
+        """Groups that num_experts is divided into: experts per token, k in the paper."""
 
         def __post_init__(self) -> None:
             """Refuse groups that do not divide the experts."""
