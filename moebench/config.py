@@ -19,7 +19,7 @@ from moebench.schema import COMPONENTS, DEFAULT_NAMES, CellConfig, ExperimentCon
 SCHEMA = 1
 """Part of every cell's id: raised when a change makes old results incomparable."""
 
-NOT_IN_ID = {"train": ("log_every", "eval_every", "checkpoint_every", "device"), "task": ()}
+NOT_IN_ID = {"train": ("log_every", "eval_every", "checkpoint_every", "device"), "task": (), "layout": ("recompute",)}
 """Keys that do not change a result, by section; a task adds its own (paths) in `Config.NOT_IN_ID`."""
 
 

@@ -120,7 +120,7 @@ def feed_forward_experts(
         shared = None
         if experts.shared:
             shared = FeedForward(d_model, widths.of(experts.shared), activation, out_scale)
-        bank = bank_of(experts.shapes, widths, d_model, activation, out_scale)
+        bank = bank_of(experts.shapes, widths, d_model, activation, out_scale, recompute=layout.recompute)
         return moe_layer(routed, router, bank, layout=layout, layer=layer, shared=shared)
 
     return build

@@ -31,7 +31,10 @@ def available() -> bool:
 
 def fits(*tensors: Tensor) -> bool:
     """Whether the routine can be used: fp32 on a CPU, rows that lie whole in memory."""
-    return all(t.dtype == torch.float32 and not t.is_cuda and 1 in t.stride()[-2:] for t in tensors) and available()
+    return (
+        all(t.dtype == torch.float32 and t.device.type == "cpu" and 1 in t.stride()[-2:] for t in tensors)
+        and available()
+    )
 
 
 def product(x_RI: Tensor, weight_EIO: Tensor, loads: Loads) -> Tensor:

@@ -36,7 +36,7 @@ class Groups:
     @classmethod
     def of(cls, load_E: Tensor, *, may_pad: bool = False) -> "Groups":
         """Choose the form: on a CPU padded if the fullest expert is hardly above the mean, else packed."""
-        loads = None if load_E.is_cuda else tuple(load_E.tolist())
+        loads = tuple(load_E.tolist()) if load_E.device.type == "cpu" else None
         capacity = _padded_capacity(loads) if loads and may_pad else None
         return cls(load_E=load_E, offset_E=load_E.cumsum(0, dtype=torch.int32), loads=loads, capacity=capacity)
 

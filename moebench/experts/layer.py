@@ -77,6 +77,8 @@ class MoELayer(nn.Module):
         return LayerRecord(layer=self.layer, routing=routing, kept=kept, valid_T=ctx.valid_T)
 
     def _within_capacity(self, routing: Routing, ctx: RouteContext) -> Routing:
+        if self.capacity.is_dropless:
+            return routing  # before padding is counted, for which a GPU would be waited for
         slots = self.capacity.slots(
             training=ctx.training,
             num_tokens=routing.num_tokens if ctx.valid_T is None else int(ctx.valid_T.sum()),

@@ -89,6 +89,8 @@ class LayoutConfig:
     """Without a slot: drop (nothing), reroute (the next best expert with a free slot), pass (weight times input)."""
     expert_dropout: float = 0.0
     """Dropout on the hidden activations of experts, in training."""
+    recompute: bool = False
+    """Compute the activation inside experts again in the backward pass instead of keeping it: less memory."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""

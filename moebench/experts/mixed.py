@@ -14,7 +14,13 @@ from moebench.experts.widths import Widths
 
 
 def bank_of(
-    shapes: Sequence[ExpertShape], widths: Widths, d_model: int, activation: str, out_scale: float = 1.0
+    shapes: Sequence[ExpertShape],
+    widths: Widths,
+    d_model: int,
+    activation: str,
+    out_scale: float = 1.0,
+    *,
+    recompute: bool = False,
 ) -> Bank:
     """Return the bank of feed-forward and network-free experts of these shapes, in their order."""
     groups: list[Bank] = []
@@ -22,15 +28,14 @@ def bank_of(
         number = len(list(equal))
         if shape.kind == "ffn":
             width = widths.of(shape.width)
-            groups.append(_feed_forward(d_model, width, number, shape.depth, activation, out_scale))
+            banks = [
+                ExpertBank(d_model, width, number, activation, out_scale, recompute=recompute)
+                for _ in range(shape.depth)
+            ]
+            groups.append(banks[0] if shape.depth == 1 else DeepBank(banks))
         else:
             groups.append(WITHOUT_NETWORK[shape.kind](d_model, number, out_scale))
     return groups[0] if len(groups) == 1 else MixedBank(groups)
-
-
-def _feed_forward(d_model: int, width: int, number: int, depth: int, activation: str, out_scale: float) -> Bank:
-    banks = [ExpertBank(d_model, width, number, activation, out_scale) for _ in range(depth)]
-    return banks[0] if depth == 1 else DeepBank(banks)
 
 
 class DeepBank(Bank):

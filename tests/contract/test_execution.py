@@ -1,0 +1,208 @@
+"""How the layer is computed: bf16, the path of a GPU, compilation, recomputation, what is kept for backward."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from contract.cases import D_MODEL, Case, Tokens, assert_same_gradients, run, stirred
+from contract.drawn import crowds, rectangles, routings
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moebench.bench.saved import saved_bytes
+from moebench.experts.bank import double_loop
+from moebench.experts.capacity import Capacity
+from moebench.experts.feed_forward import ExpertBank
+from moebench.experts.grouped import Groups
+from moebench.experts.layer import MoELayer
+from moebench.experts.mixture import mixture
+from moebench.routing.router import ROUTERS, Site
+from moebench.routing.values import RouteContext, Routing
+
+any_routing = st.one_of(crowds, routings(holes=True), rectangles(holes=True))
+
+
+def bank_for(routing: Routing, dtype: torch.dtype = torch.float32, activation: str = "swiglu", **options) -> ExpertBank:
+    return stirred(ExpertBank(D_MODEL, 8, routing.num_experts, activation, **options)).to(dtype)
+
+
+@given(any_routing, st.sampled_from(["gelu", "swiglu"]))
+def test_bf16_is_the_loop_within_its_precision(routing: Routing, activation: str) -> None:
+    # Against the loop in fp32: the error of a whole tensor, as a share of its norm.
+    exact, half = bank_for(routing, activation=activation), bank_for(routing, torch.bfloat16, activation)
+    with torch.no_grad():
+        for ours, theirs in zip(half.parameters(), exact.parameters(), strict=True):
+            theirs.copy_(ours)
+    results = []
+    for bank, compute in ((half, half.mixture), (exact, lambda x_TD, r: double_loop(exact, x_TD, r))):
+        x_TD = Tokens.draw(routing.num_tokens, dtype=torch.bfloat16).x_TD.to(next(bank.parameters()).dtype)
+        x_TD.requires_grad_()
+        weight_N = (routing.weight_N.bfloat16().float() * routing.counted_N).requires_grad_()
+        y_TD = compute(x_TD, replace(routing, weight_N=weight_N))
+        leaves = [x_TD, weight_N, *bank.parameters()]
+        gradients = torch.autograd.grad(y_TD.float().square().sum(), leaves, allow_unused=True)
+        results.append([y_TD, *(torch.zeros(()) if g is None else g for g in gradients)])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours.float() - theirs).norm() <= 2e-2 * theirs.norm() + 1e-6
+
+
+@given(any_routing, st.sampled_from(["gelu", "swiglu"]), st.booleans())
+def test_recomputation_changes_no_bit(routing: Routing, activation: str, poisoned: bool) -> None:
+    results = []
+    for recompute in (False, True):
+        bank = bank_for(routing, activation=activation, recompute=recompute)
+        x_TD = Tokens.draw(routing.num_tokens).x_TD.requires_grad_()
+        y_TD = bank.mixture(x_TD, routing)
+        results.append([y_TD, *torch.autograd.grad(y_TD.square().sum(), [x_TD, *bank.parameters()])])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the path of a device that is not asked for its loads, on tensors that can be read; spoil what is unused."""
+
+    def of(cls, load_E: Tensor, *, may_pad: bool = False) -> Groups:
+        return Groups(load_E=load_E, offset_E=load_E.cumsum(0, dtype=torch.int32), loads=None, capacity=None)
+
+    def product(self, x_RI: Tensor, weight_EIO: Tensor) -> Tensor:
+        out_RO = x_RI.new_full((x_RI.shape[0], weight_EIO.shape[2]), torch.nan)  # rows of nobody stay as they are
+        parts = zip(x_RI.split(self.sizes(x_RI)), weight_EIO, out_RO.split(self.sizes(x_RI)), strict=False)
+        for rows, weight, out in parts:
+            out.copy_(rows @ weight)
+        return out_RO
+
+    def weight_gradient(self, x_RI: Tensor, grad_RO: Tensor) -> Tensor:
+        parts = zip(x_RI.split(self.sizes(x_RI)), grad_RO.split(self.sizes(x_RI)), strict=True)
+        return torch.stack([rows.T @ grad for rows, grad in list(parts)[:-1]])
+
+    def sizes(self, x_RI: Tensor) -> list[int]:
+        loads = self.load_E.tolist()
+        return [*loads, len(x_RI) - sum(loads)]
+
+    monkeypatch.setattr(Groups, "of", classmethod(of))
+    for method in (product, weight_gradient, sizes):
+        monkeypatch.setattr(Groups, method.__name__, method, raising=False)
+
+
+@given(any_routing)
+def test_rows_of_nobody_reach_nobody(routing: Routing) -> None:
+    # On a GPU every assignment has a row; the kernel leaves those behind the last expert's rows uninitialised.
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        as_on_a_gpu(monkeypatch)
+        bank = bank_for(routing)
+        x_TD = Tokens.draw(routing.num_tokens).x_TD.requires_grad_()
+        weight_N = routing.weight_N.clone().requires_grad_()
+        counted = replace(routing, weight_N=weight_N.where(routing.counted_N, 0.0))
+        leaves = [x_TD, weight_N, *bank.parameters()]
+        for compute in (bank.mixture, super(ExpertBank, bank).mixture):
+            slow_TD = double_loop(bank, x_TD, counted)
+            assert_same_gradients(compute(x_TD, counted), slow_TD, leaves, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [None, 1.25])
+@pytest.mark.parametrize("router", ["switch", "top_k", "expert_choice"])
+def test_nothing_waits_for_the_device(router: str, factor: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Meta tensors have shapes and no values: whatever asked for one would raise. They know no autocast.
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    with torch.device("meta"):
+        router_class = ROUTERS.get(router).item
+        config = router_class.Config(**({"jitter": 0.0} if router == "switch" else {}))
+        layer = MoELayer(
+            router_class(config, Site(d_model=64, num_experts=8)),
+            ExpertBank(64, 32, 8, "swiglu").bfloat16(),
+            experts_per_token=router_class.experts_per_token(config, 8),
+            capacity=Capacity(train=factor),
+            layer=0,
+        )
+        x_TD = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
+    ctx = RouteContext(training=True, generator=torch.Generator(), sequence_length=20)
+    y_TD, record = layer(x_TD, ctx)
+    y_TD.sum().backward()
+    assert y_TD.shape == (40, 64)
+    assert x_TD.grad is not None
+    assert layer.bank.w_in_EDF.grad.shape == (8, 64, 64)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        record.num_dropped.__index__()
+
+
+# The compiler looks at .grad of tensors between two graphs, and torch warns about that.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("case", [Case("switch"), Case("top_k"), Case("expert_choice")], ids=str)
+def test_compiled_layer_is_the_layer(case: Case) -> None:
+    results = []
+    for compiled in (False, True):
+        layer, tokens = case.layer(capacity=Capacity(train=1.0)), Tokens.draw(64)
+        tokens.x_TD.requires_grad_()
+        call = torch.compile(layer, backend="aot_eager") if compiled else layer
+        y_TD, record = call(tokens.x_TD, tokens.context(training=True))
+        y_TD.square().sum().backward()
+        results.append([y_TD, record.kept.load_E, tokens.x_TD.grad, *(p.grad for p in layer.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_memory_is_what_must_be_held(activation: str) -> None:
+    num_tokens, d_model, hidden, top_k = 128, 64, 64 if activation == "swiglu" else 256, 2
+    expert_TK = torch.arange(num_tokens * top_k).view(num_tokens, top_k) % 8  # even loads: no row is padding
+    routing = Routing.from_top_k(expert_TK, torch.rand(num_tokens, top_k), num_experts=8)
+    bank = stirred(ExpertBank(d_model, hidden, 8, activation))
+    x_TD = torch.randn(num_tokens, d_model)
+    kept = {}
+    for recompute in (False, True):
+        weights = bank.w_in_EDF, bank.w_out_EFD
+        kept[recompute] = saved_bytes(
+            lambda r=recompute, w=weights: mixture(x_TD, routing, *w, activation, recompute=r),
+            [x_TD, routing.weight_N, *bank.parameters()],
+        )
+    rows, pre = num_tokens * top_k, hidden * (2 if activation == "swiglu" else 1)
+    least = 4 * rows * (d_model + pre)  # inputs once per assignment and hidden values before the activation
+    assert kept[True] <= 1.01 * least
+    # What autograd keeps of gather, grouped_mm, activation, grouped_mm, weighted sum.
+    plain = 4 * rows * (2 * d_model + pre + hidden * (2 if activation == "swiglu" else 1))
+    assert kept[True] <= 0.55 * plain
+    assert kept[False] == kept[True] + 4 * rows * hidden
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("factor", [None, 1.0])
+def test_on_a_gpu_nothing_waits_and_the_loop_agrees(factor: float | None) -> None:
+    case = Case("top_k")
+    layer = case.layer(capacity=Capacity(train=factor), activation="swiglu").cuda()
+    tokens = Tokens.draw(64)
+    x_TD = tokens.x_TD.cuda().requires_grad_()
+    ctx = RouteContext(training=True, generator=torch.Generator("cuda").manual_seed(0), sequence_length=64)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            y_TD, record = layer(x_TD, ctx)
+        y_TD.float().square().sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    slow_TD = double_loop(layer.bank, x_TD, record.kept)
+    assert (y_TD.float() - slow_TD).norm() <= 2e-2 * slow_TD.norm()
+
+
+def test_padding_and_capacity_count_the_same_with_recomputation_of_a_block() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    case, results = Case("top_k"), []
+    for recompute in (False, True):
+        layer, tokens = case.layer(capacity=Capacity(train=0.5)), Tokens.draw(32)
+        tokens.x_TD.requires_grad_()
+        records = []
+
+        def forward(x_TD, layer=layer, tokens=tokens, records=records):
+            y_TD, record = layer(x_TD, tokens.context(training=True))
+            records.append(record)
+            return y_TD
+
+        y_TD = (
+            checkpoint(forward, tokens.x_TD, use_reentrant=False) if recompute else run(layer, tokens, training=True)[0]
+        )
+        y_TD.square().sum().backward()
+        results.append([y_TD, tokens.x_TD.grad, *(p.grad for p in layer.parameters())])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
