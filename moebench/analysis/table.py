@@ -21,6 +21,7 @@ LOAD_COLUMNS = {
     "dead_experts": "dead",
     "drop_rate": "dropped",
     "unserved": "unserved",
+    "flops": "FLOPs",
 }
 MARK_MEANINGS = {
     "≠FLOPs": "active FLOPs per token differ from the baseline's by more than 2 %",

@@ -1,13 +1,13 @@
 """Evaluation on a fixed set: quality and load, deterministic, without gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from moebench.models.transformer import BatchContext
-from moebench.routing.metrics import LoadCount, summarise
+from moebench.routing.metrics import LoadCount, relative_flops, summarise
 from moebench.tasks.task import Batch, Task
 from moebench.training.model import Model
 
@@ -56,9 +56,18 @@ def _evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, dev
             counts[record.layer] = counts[record.layer] + count if record.layer in counts else count
     return Evaluation(
         quality=task.quality(nats.tolist(), weights.tolist()),
-        load=summarise(list(counts.values())),
+        load=summarise(list(counts.values())) | _flops(model, counts),
         load_by_layer={str(layer): count.load_E.tolist() for layer, count in counts.items()},
     )
+
+
+def _flops(model: Model, counts: Mapping[int | str, LoadCount]) -> dict[str, float]:
+    """Return load/flops, mean over the layers whose experts differ in cost; nothing where all are alike."""
+    flops = {layer.layer: layer.bank.flops_per_row_E() for layer in model.backbone.moe_layers()}
+    found = [
+        relative_flops(count.load_E, flops[layer]) for layer, count in counts.items() if len(set(flops[layer])) > 1
+    ]
+    return {"load/flops": sum(found) / len(found)} if found else {}
 
 
 def batch_context(batch: Batch, *, training: bool, seed: int, step: int = 0) -> BatchContext:
