@@ -17,6 +17,8 @@ from torch import Tensor
 Loads = Sequence[int]
 FLOAT = 4
 """Bytes of an fp32 number."""
+SHARES = 5
+"""A product of more than a fifth of a thread's part of the rows is not left to one thread (measured on two threads)."""
 
 
 @functools.cache
@@ -30,27 +32,30 @@ def available() -> bool:
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Whether the routine can be used: fp32 on a CPU, rows that lie whole in memory."""
+    """Whether the routine can be used: fp32 on a CPU, rows of numbers side by side (of matrices, or their columns)."""
     return (
-        all(t.dtype == torch.float32 and t.device.type == "cpu" and 1 in t.stride()[-2:] for t in tensors)
-        and available()
+        all(t.dtype == torch.float32 and t.device.type == "cpu" and _side_by_side(t) for t in tensors) and available()
     )
+
+
+def _side_by_side(tensor: Tensor) -> bool:
+    return tensor.stride(-1) == 1 or (tensor.dim() == 3 and tensor.stride(-2) == 1)
 
 
 def product(x_RI: Tensor, weight_EIO: Tensor, loads: Loads) -> Tensor:
     """Return each run of `loads[e]` rows times weight e."""
     num_in, num_out = weight_EIO.shape[1:]
     out_RO = x_RI.new_empty(x_RI.shape[0], num_out)
-    jobs = [
-        ((num_out, load, num_in), weight, rows, out)
-        for load, weight, rows, out in zip(
-            loads, _matrices(weight_EIO), _runs(x_RI, loads), _runs(out_RO, loads), strict=True
-        )
-        if load
-    ]
+    alone = _alone(loads)
+    for expert, first in alone.items():
+        rows = slice(first, first + loads[expert])
+        torch.mm(x_RI[rows], weight_EIO[expert], out=out_RO[rows])
+    addresses = zip(_matrices(weight_EIO), _runs(x_RI, loads), _runs(out_RO, loads), strict=True)
+    jobs = [((num_out, loads[e], num_in), *abc) for e, abc in enumerate(addresses) if loads[e] and e not in alone]
     transposed = weight_EIO.stride(2) != 1
-    leading = (weight_EIO.stride(2 if transposed else 1), x_RI.stride(0), num_out)
-    _multiply(jobs, leading, first_transposed=transposed)
+    # The stride of a dimension of size 1 can be anything; the routine wants at least a row's length.
+    weight_stride = max(weight_EIO.stride(2), num_in) if transposed else max(weight_EIO.stride(1), num_out)
+    _multiply(jobs, (weight_stride, max(x_RI.stride(0), num_in), num_out), first_transposed=transposed)
     return out_RO
 
 
@@ -58,16 +63,33 @@ def weight_gradient(x_RI: Tensor, grad_RO: Tensor, loads: Loads) -> Tensor:
     """Return for each run of rows its x^T grad; zero for an empty one."""
     num_in, num_out = x_RI.shape[1], grad_RO.shape[1]
     out_EIO = x_RI.new_empty(len(loads), num_in, num_out)
-    jobs = []
-    for expert, (load, grad, rows, out) in enumerate(
-        zip(loads, _runs(grad_RO, loads), _runs(x_RI, loads), _matrices(out_EIO), strict=True)
-    ):
-        if load:
-            jobs.append(((num_out, num_in, load), grad, rows, out))
-        else:
+    alone = _alone(loads)
+    for expert, first in alone.items():
+        rows = slice(first, first + loads[expert])
+        torch.mm(x_RI[rows].T, grad_RO[rows], out=out_EIO[expert])
+    for expert, load in enumerate(loads):
+        if not load:
             out_EIO[expert].zero_()
-    _multiply(jobs, (grad_RO.stride(0), x_RI.stride(0), num_out), second_transposed=True)
+    addresses = zip(_runs(grad_RO, loads), _runs(x_RI, loads), _matrices(out_EIO), strict=True)
+    jobs = [((num_out, num_in, loads[e]), *abc) for e, abc in enumerate(addresses) if loads[e] and e not in alone]
+    leading = (max(grad_RO.stride(0), num_out), max(x_RI.stride(0), num_in), num_out)
+    _multiply(jobs, leading, second_transposed=True)
     return out_EIO
+
+
+def _alone(loads: Loads) -> dict[int, int]:
+    """Return the experts whose product all threads share, each with its first row.
+
+    In the batch a product belongs to one thread; one that is large beside a thread's part of the rows would keep the
+    other threads waiting.
+    """
+    limit = sum(loads) / (SHARES * torch.get_num_threads())
+    found, first = {}, 0
+    for expert, load in enumerate(loads):
+        if load > limit and torch.get_num_threads() > 1:
+            found[expert] = first
+        first += load
+    return found
 
 
 Job = tuple[tuple[int, int, int], int, int, int]

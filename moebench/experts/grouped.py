@@ -78,7 +78,8 @@ class Groups:
         return out_EIO
 
     def _split(self, x_RI: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(x_RI, list(self.loads or self.load_E.tolist()))
+        loads = list(self.loads or self.load_E.tolist())
+        return torch.split(x_RI, [*loads, x_RI.shape[0] - sum(loads)])[:-1]  # the rest is nobody's
 
     def _fits_kernel(self, x_RI: Tensor, *widths: int) -> bool:
         """grouped_mm wants rows, 16- or 32-bit floats and strides that are multiples of 16 bytes."""

@@ -56,7 +56,29 @@ def test_rows_that_are_part_of_a_wider_matrix(monkeypatch) -> None:
 def test_the_batched_routine_is_for_fp32_alone() -> None:
     assert not gemm_batch.fits(drawn(2, 2, dtype=torch.float64))
     assert not gemm_batch.fits(drawn(4, 4)[::2, ::2])
+    assert not gemm_batch.fits(drawn(4, 6).T)
     assert gemm_batch.fits(drawn(2, 2)) is gemm_batch.available()
+
+
+@pytest.mark.parametrize("kernel", ["batch", "loop"])
+@pytest.mark.parametrize(("num_in", "num_out"), [(1, 4), (4, 1), (1, 1), (3, 5)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_narrow_matrices(kernel: str, num_in: int, num_out: int, transposed: bool, monkeypatch) -> None:
+    # A dimension of size 1 has a stride that means nothing.
+    groups = groups_for(kernel, [1, 0, 2], monkeypatch)
+    x_RI = drawn(3, num_in)
+    weight_EIO = drawn(3, num_out, num_in, seed=1).transpose(1, 2) if transposed else drawn(3, num_in, num_out, seed=1)
+    torch.testing.assert_close(groups.product(x_RI, weight_EIO), looped(x_RI, weight_EIO, [1, 0, 2]))
+
+
+@pytest.mark.parametrize("kernel", ["grouped", "loop"])
+def test_rows_behind_the_last_expert_are_left_alone(kernel: str, monkeypatch) -> None:
+    groups = groups_for(kernel, [2, 1], monkeypatch)
+    x_RI, weight_EIO = drawn(5, 8), drawn(2, 8, 4, seed=1)
+    expected_RO = looped(x_RI[:3], weight_EIO, [2, 1])
+    torch.testing.assert_close(groups.product(x_RI, weight_EIO)[:3], expected_RO)
+    gradient_EIO = groups.weight_gradient(x_RI, drawn(5, 4, seed=2))
+    torch.testing.assert_close(gradient_EIO[1], x_RI[2:3].T @ drawn(5, 4, seed=2)[2:3])
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=9))
