@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: demo test test-all lint format clean help
+.PHONY: demo test test-all bench lint format clean help
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/  -/'
@@ -24,6 +24,10 @@ test: $(VENV)/installed-dev  ## the tests, in a few minutes on two cores
 
 test-all: $(VENV)/installed-dev  ## the tests and the long proofs (the tracking UI is looked at with chromium, if there is one)
 	$(PYTEST) -n 2
+
+bench: $(VENV)/installed  ## speed of the layer and of a training step, as ratios; with the libraries of the extra `peers` where installed
+	$(BIN)/moebench bench layer
+	$(BIN)/moebench bench step
 
 lint: $(VENV)/installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .
