@@ -58,6 +58,7 @@ NO_CHANGES: dict[str, tuple[Any, ...]] = {
     "train.checkpoint_every": (7,),
     "train.device": ("cpu", "cuda"),
     "task.data.path": ("/somewhere/else.txt",),
+    "layout.recompute": (True,),
 }
 
 
