@@ -59,15 +59,6 @@ class Capacity:
         return min(slots, num_tokens)
 
 
-def kept_within(routing: Routing, slots: int, order: DropOrder, generator: Generator) -> Tensor:
-    """Return kept_N (bool): each expert keeps its `slots` first assignments in the order that the layout names.
-
-    router: by the router's own priority if it has one, else by position. position: earlier tokens first, a token's
-    own choices in their order: causal. score: largest weight first (batch prioritized). random: drawn.
-    """
-    return first_of_each_expert(routing, slots, precedence(routing, order, generator))
-
-
 def first_of_each_expert(routing: Routing, slots: int, precedence_N: Tensor) -> Tensor:
     """Return kept_N (bool): the `slots` first assignments of each expert, of those that count."""
     queue_N = routing.expert_N.where(routing.counted_N, routing.num_experts)
@@ -75,7 +66,11 @@ def first_of_each_expert(routing: Routing, slots: int, precedence_N: Tensor) -> 
 
 
 def precedence(routing: Routing, order: DropOrder, generator: Generator) -> Tensor:
-    """Return the assignments (indices into N) from the first to be kept to the last."""
+    """Return the assignments (indices into N) from the first to be kept to the last.
+
+    router: by the router's own priority if it has one, else by position. position: earlier tokens first, a token's
+    own choices in their order: causal. score: largest weight first (batch prioritized). random: drawn.
+    """
     if order == "random":
         return torch.randperm(routing.token_N.numel(), generator=generator, device=routing.token_N.device)
     if order == "score":

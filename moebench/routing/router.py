@@ -112,12 +112,12 @@ class Router(nn.Module):
         return sum(2 * parameter.numel() for parameter in self.parameters() if parameter.dim() == 2)
 
 
-def check_top_k(top_k: int, num_experts: int, smallest: int = 1, why: str = "") -> None:
-    """Raise UsageError unless smallest <= top_k <= num_experts."""
+def check_top_k(top_k: int, num_experts: int, smallest: int = 1, why: str = "", *, key: str = "top_k") -> None:
+    """Raise UsageError unless smallest <= top_k <= num_experts; `key` is the option that says k."""
     if not smallest <= top_k <= num_experts:
         reason = f"; {why}" if why and top_k < smallest else ""
         raise UsageError(
-            f"router.top_k={top_k} does not fit layout.num_experts={num_experts}"
+            f"router.{key}={top_k} does not fit layout.num_experts={num_experts}"
             f" (allowed: {smallest} to {num_experts}{reason})"
         )
 

@@ -48,8 +48,8 @@ def test_bf16_is_the_loop_within_its_precision(routing: Routing, activation: str
         assert (ours.float() - theirs).norm() <= 2e-2 * theirs.norm() + 1e-6
 
 
-@given(any_routing, st.sampled_from(["gelu", "swiglu"]), st.booleans())
-def test_recomputation_changes_no_bit(routing: Routing, activation: str, poisoned: bool) -> None:
+@given(any_routing, st.sampled_from(["gelu", "swiglu"]))
+def test_recomputation_changes_no_bit(routing: Routing, activation: str) -> None:
     results = []
     for recompute in (False, True):
         bank = bank_for(routing, activation=activation, recompute=recompute)

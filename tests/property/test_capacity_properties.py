@@ -10,11 +10,16 @@ from contract.drawn import routings, seeded
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebench.experts.capacity import Capacity, kept_within
+from moebench.experts.capacity import Capacity, DropOrder, first_of_each_expert, precedence
 from moebench.experts.dispatch import DispatchPlan, combine, dispatch
 from moebench.routing.values import Routing
 
 orders = st.sampled_from(["router", "position", "score", "random"])
+
+
+def kept_within(routing: Routing, slots: int, order: DropOrder, generator: torch.Generator) -> torch.Tensor:
+    """Return which assignments each expert keeps in the order that the layout names."""
+    return first_of_each_expert(routing, slots, precedence(routing, order, generator))
 
 
 def queue(routing: Routing, order: str) -> list[int]:

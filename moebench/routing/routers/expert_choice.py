@@ -6,9 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moebench.errors import UsageError
 from moebench.routing.gate import Gate
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import RouteContext, Routing
 
 
@@ -53,11 +52,7 @@ class ExpertChoice(Router):
     @classmethod
     def check(cls, config: Config, num_experts: int) -> None:
         """Refuse c outside 1 ... E."""
-        if not 1 <= config.average_experts <= num_experts:
-            raise UsageError(
-                f"router.average_experts={config.average_experts} does not fit layout.num_experts={num_experts}"
-                f" (allowed: 1 to {num_experts})"
-            )
+        check_top_k(config.average_experts, num_experts, key="average_experts")
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Let each expert take its best tokens within each group."""

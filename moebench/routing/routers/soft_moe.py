@@ -8,7 +8,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from moebench.errors import UsageError, require
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import RouteContext, SoftRouting
 
 
@@ -63,11 +63,7 @@ class SoftMoE(Router):
     @classmethod
     def check(cls, config: Config, num_experts: int) -> None:
         """Refuse c outside 1 ... E and experts without slots."""
-        if not 1 <= config.average_experts <= num_experts:
-            raise UsageError(
-                f"router.average_experts={config.average_experts} does not fit layout.num_experts={num_experts}"
-                f" (allowed: 1 to {num_experts})"
-            )
+        check_top_k(config.average_experts, num_experts, key="average_experts")
         slots: Any = config.slots_per_expert
         require(slots is None or slots >= 1, "router.slots_per_expert", slots, "at least 1, or null")
 
