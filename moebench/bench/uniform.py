@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from moebench.experts.layer import MoELayer
+from moebench.routing.context import RouteContext
 from moebench.routing.router import Router
-from moebench.routing.values import LayerRecord, RouteContext, Routing
+from moebench.routing.values import LayerRecord, Routing
 
 
 class UniformLoad(Router):

@@ -11,7 +11,7 @@ from moebench.experts.dispatch import DispatchPlan
 from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.layer import MoELayer
 from moebench.models.transformer import BatchContext
-from moebench.routing.values import RouteContext
+from moebench.routing.context import RouteContext
 
 DENSE, OURS, CAPACITY = "dense", "moebench", "moebench capacity 1.25"
 CAPACITY_FACTOR = 1.25

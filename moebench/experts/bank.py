@@ -1,25 +1,69 @@
 """A bank: E experts that compute what a routing says. The kinds of banks differ in what an expert is."""
 
-from typing import ClassVar
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moebench.experts.dispatch import DispatchPlan, combine, dispatch
 from moebench.experts.dropout import Dropout
 from moebench.routing.values import Routing
+
+Compute = Callable[[Tensor, Tensor], Tensor]
+"""(x_RI, load_E) -> y_RO: experts on rows that are sorted by expert."""
+
+
+class Exchange(Protocol):
+    """The way of rows to experts on other processes and back; `parallel` brings it."""
+
+    def __call__(
+        self, compute: Compute, x_RI: Tensor, load_E: Tensor, meanwhile: Callable[[], None] | None = None
+    ) -> Tensor:
+        """Return y_RO for rows sorted by expert: each computed by `compute` where its expert lives.
+
+        `meanwhile` is called once while the rows are on their way.
+        """
 
 
 class Bank(nn.Module):
     """E experts x_D -> y_D behind one way of computing a routing: dispatch, the experts on sorted rows, combine.
 
     A kind of expert defines `rows`, `expert`, `init_weights` and `flops_per_row_E`; one that can do better than row
-    by row overrides `mixture`.
+    by row overrides `mixture`. Where the experts are spread over processes, `rows` computes those that are here.
     """
 
     num_experts: int
+    """Of all processes together."""
     reads_loads: ClassVar[bool] = False
     """Python must know each expert's number of rows: a GPU is waited for, and no row is left to nobody."""
+    stays: ClassVar[bool] = False
+    """Every process has all the experts, even where others are spread: computing is cheaper than sending."""
+    exchange: Exchange | None = None
+    """Brings rows to their experts where these are spread over processes; None: all are here."""
+
+    def forward(
+        self,
+        x_RD: Tensor,
+        load_E: Tensor,
+        dropout: Dropout | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """Return y_RD for rows sorted by expert, wherever their experts are; `meanwhile`: see `Exchange`."""
+        return self.through(partial(self.rows, dropout=dropout), x_RD, load_E, meanwhile)
+
+    def through(
+        self, compute: Compute, x_RI: Tensor, load_E: Tensor, meanwhile: Callable[[], None] | None = None
+    ) -> Tensor:
+        """Return what `compute` makes of the rows where their experts are."""
+        if self.exchange is not None:
+            return self.exchange(compute, x_RI, load_E, meanwhile)
+        y_RO = compute(x_RI, load_E)
+        if meanwhile is not None:
+            meanwhile()
+        return y_RO
 
     def init_weights(self, generator: Generator) -> None:
         """Draw the weights of all experts."""
@@ -40,12 +84,37 @@ class Bank(nn.Module):
         """Forward FLOPs of one row through each expert."""
         raise NotImplementedError
 
-    def mixture(self, x_TD: Tensor, routing: Routing, dropout: Dropout | None = None) -> Tensor:
+    def mixture(
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        dropout: Dropout | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Tensor:
         """Return y_TD: for each token the sum of its experts' outputs times their weights (0 when unserved)."""
         routing = routing.compact() if self.reads_loads else routing
         plan = DispatchPlan.of(routing)
-        y_RD = self.rows(dispatch(x_TD, plan), plan.groups.load_E, dropout)
+        y_RD = self(dispatch(x_TD, plan), plan.groups.load_E, dropout, meanwhile)
         return combine(y_RD, routing.weight_N, plan)
+
+
+def local(parameter: Tensor) -> Tensor:
+    """Return the part of a parameter that is on this process: all of it unless experts are spread."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def draw_experts(parameter: Tensor, std: float, generator: Generator) -> None:
+    """Fill a stack of experts from a normal distribution, in place, drawing each expert in turn.
+
+    A process that has only some of them draws the same numbers and keeps its own.
+    """
+    own_EX = local(parameter)
+    first = own_EX.shape[0] * parameter.device_mesh.get_local_rank("expert") if isinstance(parameter, DTensor) else 0
+    with torch.no_grad():
+        for expert in range(parameter.shape[0]):
+            drawn = torch.empty(own_EX.shape[1:], dtype=own_EX.dtype).normal_(std=std, generator=generator)
+            if first <= expert < first + own_EX.shape[0]:
+                own_EX[expert - first].copy_(drawn)
 
 
 def double_loop(bank: Bank, x_TD: Tensor, routing: Routing) -> Tensor:

@@ -1,10 +1,13 @@
 """Feed-forward networks: one dense, and a bank of experts computed by grouped matrix products."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moebench.experts.activation import GATED, activate
-from moebench.experts.bank import Bank
+from moebench.experts.bank import Bank, draw_experts, local
 from moebench.experts.dropout import Dropout
 from moebench.experts.grouped import grouped_matmul
 from moebench.experts.mixture import mixture
@@ -66,20 +69,34 @@ class ExpertBank(Bank):
 
     def init_weights(self, generator: Generator) -> None:
         """Draw each expert as a dense network of its size is drawn: all experts differ."""
-        draw(self.w_in_EDF, self.w_in_EDF.shape[1] ** -0.5, generator)
-        draw(self.w_out_EFD, self.out_scale * self.w_out_EFD.shape[1] ** -0.5, generator)
+        draw_experts(self.w_in_EDF, self.w_in_EDF.shape[1] ** -0.5, generator)
+        draw_experts(self.w_out_EFD, self.out_scale * self.w_out_EFD.shape[1] ** -0.5, generator)
 
     def rows(self, x_RD: Tensor, load_E: Tensor, dropout: Dropout | None = None) -> Tensor:
         """Return y_RD: the first load_E[0] rows through expert 0, the next through expert 1, and so on."""
-        hidden_RF = activate(grouped_matmul(x_RD, self.w_in_EDF, load_E), self.activation)
-        return grouped_matmul(hidden_RF if dropout is None else dropout(hidden_RF), self.w_out_EFD, load_E)
+        if self.recompute and dropout is None:
+            y_RD: Tensor = checkpoint(self._rows, x_RD, load_E, use_reentrant=False)
+            return y_RD
+        return self._rows(x_RD, load_E, dropout)
 
-    def mixture(self, x_TD: Tensor, routing: Routing, dropout: Dropout | None = None) -> Tensor:
-        """Return y_TD by the fused path, which knows no dropout."""
-        if dropout is not None:
-            return super().mixture(x_TD, routing, dropout)
+    def _rows(self, x_RD: Tensor, load_E: Tensor, dropout: Dropout | None = None) -> Tensor:
+        hidden_RF = activate(grouped_matmul(x_RD, local(self.w_in_EDF), load_E), self.activation)
+        return grouped_matmul(hidden_RF if dropout is None else dropout(hidden_RF), local(self.w_out_EFD), load_E)
+
+    def mixture(
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        dropout: Dropout | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """Return y_TD by the fused path, which knows neither dropout nor other processes."""
+        if dropout is not None or self.exchange is not None:
+            return super().mixture(x_TD, routing, dropout, meanwhile)
         weights = (self.w_in_EDF, self.w_out_EFD)
         y_TD: Tensor = mixture(x_TD, routing, *weights, self.activation, recompute=self.recompute)
+        if meanwhile is not None:
+            meanwhile()
         return y_TD
 
     def expert(self, x_RD: Tensor, index: int) -> Tensor:
@@ -88,7 +105,7 @@ class ExpertBank(Bank):
 
     def flops_per_row_E(self) -> tuple[int, ...]:
         """Forward FLOPs of one row through each expert."""
-        return (2 * (self.w_in_EDF[0].numel() + self.w_out_EFD[0].numel()),) * self.num_experts
+        return (2 * (self.w_in_EDF.numel() + self.w_out_EFD.numel()) // self.num_experts,) * self.num_experts
 
 
 def draw(parameter: Tensor, std: float, generator: Generator) -> None:

@@ -7,11 +7,13 @@ from moebench.experts.bank import Bank
 from moebench.experts.capacity import Capacity
 from moebench.experts.dropout import Dropout
 from moebench.experts.feed_forward import FeedForward
-from moebench.experts.overflow import passed_on, within_capacity
+from moebench.experts.overflow import Batch, passed_on, within_capacity
 from moebench.experts.soft import soft_mixture
+from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
+from moebench.routing.ranks import Scopes
 from moebench.routing.router import Router
-from moebench.routing.values import LayerRecord, RouteContext, Routing, SoftRouting
+from moebench.routing.values import LayerRecord, Routing, SoftRouting
 
 
 class MoELayer(nn.Module):
@@ -48,6 +50,8 @@ class MoELayer(nn.Module):
         self.shared = shared
         self.mix = Gate(shared.w_in_DF.shape[0], 2) if residual and shared is not None else None
         self.expert_dropout = expert_dropout
+        self.scopes = Scopes()
+        """Whose tokens count beside those of this process; `parallel` sets it when the model is built."""
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> tuple[Tensor, LayerRecord]:
         """Return y_TD (without the residual stream) and the record."""
@@ -68,24 +72,41 @@ class MoELayer(nn.Module):
     def route(self, x_TD: Tensor, ctx: RouteContext) -> LayerRecord:
         """Return the record alone: who goes where, for banks whose experts need more than rows."""
         with torch.autocast(x_TD.device.type, enabled=False):  # routing is fp32 in every precision
-            routing: Routing | SoftRouting = self.router(x_TD.float(), ctx)
+            routing = self._routed(x_TD.float(), ctx)
         kept = routing
         if not isinstance(routing, SoftRouting):
             if ctx.valid_T is not None:
                 routing = routing.keep(ctx.valid_T[routing.token_N])  # padding takes no slot and counts nowhere
             kept = self._within_capacity(routing, ctx)
-        return LayerRecord(layer=self.layer, routing=routing, kept=kept, valid_T=ctx.valid_T)
+        return LayerRecord(layer=self.layer, routing=routing, kept=kept, valid_T=ctx.valid_T, ranks=self.scopes.balance)
+
+    def _routed(self, x_TD: Tensor, ctx: RouteContext) -> Routing | SoftRouting:
+        ranks = self.scopes.batch
+        if ranks.size == 1 or not self.router.needs_whole_batch:
+            found: Routing | SoftRouting = self.router(x_TD, ctx)
+            return found
+        whole = self.router(ranks.gather(x_TD), ctx.of_whole_batch(ranks))
+        start = ctx.span.start if ctx.span else 0
+        own: Routing = whole.of_tokens(start, x_TD.shape[0])
+        return own
 
     def _within_capacity(self, routing: Routing, ctx: RouteContext) -> Routing:
         if self.capacity.is_dropless:
             return routing  # before padding is counted, for which a GPU would be waited for
+        ranks = self.scopes.batch
+        span = ctx.span if ctx.span and ranks.size > 1 else None
         slots = self.capacity.slots(
             training=ctx.training,
-            num_tokens=routing.num_tokens if ctx.valid_T is None else int(ctx.valid_T.sum()),
+            num_tokens=(span.total if span else routing.num_tokens)
+            if ctx.valid_T is None
+            else int(ranks.sum(ctx.valid_T.sum())),
             experts_per_token=self.experts_per_token,
             num_experts=self.bank.num_experts,
         )
-        return routing if slots is None else within_capacity(routing, slots, self.capacity, ctx.generator)
+        if slots is None:
+            return routing
+        batch = Batch.of(routing, span, ranks) if span else None
+        return within_capacity(routing, slots, self.capacity, ctx.generator, batch)
 
     def _with_shared(self, y_TD: Tensor, x_TD: Tensor, dropout: Dropout | None) -> Tensor:
         if self.shared is None:

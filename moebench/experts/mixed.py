@@ -92,7 +92,7 @@ class MixedBank(Bank):
         load_GE = torch.split(load_E, [group.num_experts for group in self._groups])
         size_G = torch.stack([load.sum() for load in load_GE]).tolist()
         parts = zip(self._groups, torch.split(x_RD, size_G), load_GE, strict=True)
-        return torch.cat([group.rows(rows, load, dropout) for group, rows, load in parts])
+        return torch.cat([group(rows, load, dropout) for group, rows, load in parts])
 
     def expert(self, x_RD: Tensor, index: int) -> Tensor:
         """Return what one expert computes."""
@@ -113,6 +113,8 @@ class MixedBank(Bank):
 
 class ZeroBank(Bank):
     """Zero experts (MoE++, arXiv:2410.07348): y = 0; the token skips the layer."""
+
+    stays = True
 
     def __init__(self, d_model: int, num_experts: int, out_scale: float = 1.0) -> None:
         super().__init__()
@@ -150,6 +152,7 @@ class ConstantBank(Bank):
     """Constant experts (MoE++, eq. 5): y = a_1 x + a_2 v with [a_1, a_2] = softmax(W_c x) and a trained vector v."""
 
     reads_loads = True
+    stays = True
 
     def __init__(self, d_model: int, num_experts: int, out_scale: float = 1.0) -> None:
         super().__init__()

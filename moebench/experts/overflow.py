@@ -1,20 +1,59 @@
 """Overflow: what becomes of the assignments that an expert has no slot for: dropped, sent on, or passed unchanged."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
 
 from moebench.errors import UsageError
 from moebench.experts.capacity import Capacity, first_of_each_expert, place_in_queue, precedence
+from moebench.routing.ranks import Ranks, Span
 from moebench.routing.values import Routing
 
 
-def within_capacity(routing: Routing, slots: int, capacity: Capacity, generator: Generator) -> Routing:
-    """Return the routing in which no expert has more than `slots` assignments."""
-    precedence_N = precedence(routing, capacity.drop_order, generator)
-    kept = routing.keep(first_of_each_expert(routing, slots, precedence_N))
-    return reroute(routing, kept, slots, precedence_N) if capacity.overflow == "reroute" else kept
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """The assignments of all processes, and where this one's begin."""
+
+    routing: Routing
+    start: int
+
+    @classmethod
+    def of(cls, routing: Routing, span: Span, ranks: Ranks) -> "Batch":
+        """Gather what decides who keeps a slot; on every process the same."""
+        scores_TE, priority_N = routing.scores_TE, routing.priority_N
+        length_W = ranks.gather(torch.tensor([routing.expert_N.numel()], device=routing.expert_N.device))
+        whole = Routing(
+            token_N=ranks.gather(routing.token_N + span.start),
+            expert_N=ranks.gather(routing.expert_N),
+            weight_N=ranks.gather(routing.weight_N.detach()),
+            num_tokens=span.total,
+            num_experts=routing.num_experts,
+            scores_TE=None if scores_TE is None else ranks.gather(scores_TE.detach()),
+            priority_N=None if priority_N is None else ranks.gather(priority_N),
+            kept_N=ranks.gather(routing.counted_N),
+        )
+        return cls(routing=whole, start=int(length_W[: ranks.rank].sum()))
+
+    def own(self, value_N: Tensor, routing: Routing) -> Tensor:
+        """Return what was decided about this process's assignments."""
+        return value_N[self.start : self.start + routing.expert_N.numel()]
+
+
+def within_capacity(
+    routing: Routing, slots: int, capacity: Capacity, generator: Generator, batch: Batch | None = None
+) -> Routing:
+    """Return the routing in which no expert has more than `slots` assignments.
+
+    `batch`: where other processes hold tokens too, all assignments of the batch, which fill the slots together.
+    """
+    batch = batch or Batch(routing=routing, start=0)
+    precedence_N = precedence(batch.routing, capacity.drop_order, generator)
+    kept_N = first_of_each_expert(batch.routing, slots, precedence_N)
+    if capacity.overflow != "reroute":
+        return routing.keep(batch.own(kept_N, routing))
+    expert_N, kept_N = reroute(batch.routing, kept_N, slots, precedence_N)
+    return _sent(routing, batch.own(expert_N, routing), batch.own(kept_N, routing))
 
 
 def passed_on(routing: Routing, kept: Routing, x_TD: Tensor) -> Tensor:
@@ -31,24 +70,20 @@ def passed_on(routing: Routing, kept: Routing, x_TD: Tensor) -> Tensor:
     return weight_T.to(x_TD.dtype).unsqueeze(-1) * x_TD
 
 
-def reroute(routing: Routing, kept: Routing, slots: int, precedence_N: Tensor) -> Routing:
-    """Send what is over capacity to the token's next best experts with free slots.
+def reroute(routing: Routing, kept_N: Tensor, slots: int, precedence_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Send what is over capacity to the token's next best experts with free slots; return expert_N and kept_N.
 
     In rounds, as mesh-TensorFlow's no-token-left-behind (arXiv:2101.03961, appendix B) does: each waiting assignment
     bids for the best-scored expert with a free slot that is not in its token's list (a token's second waiting
     assignment for the second best); each expert takes its first bids in the order of `precedence_N`; the others wait
-    for the next round. A round fills an expert or leaves nobody waiting, so E - 1 rounds are enough.
-
-    The weight shrinks as the score does: w · min(1, s_new / s_old). Where the weight is the score (Switch) this is
-    the new expert's score, as in mesh-TensorFlow; where it was renormalised it is the new score under the old
-    normaliser. The gradient reaches the new score and takes the rest as given. Raises UsageError without scores.
+    for the next round. A round fills an expert or leaves nobody waiting, so E - 1 rounds are enough. Raises
+    UsageError without scores.
     """
     if routing.scores_TE is None:
         raise UsageError("layout.overflow: 'reroute' needs scores, which this router does not make (try drop or pass)")
     scores_TE = routing.scores_TE.detach()
-    expert_N, waiting_N = routing.expert_N, routing.counted_N & ~kept.counted_N
-    moved_N = torch.zeros_like(waiting_N)
-    free_E = slots - kept.load_E
+    expert_N, waiting_N = routing.expert_N, routing.counted_N & ~kept_N
+    free_E = slots - routing.keep(kept_N).load_E
     taken_TE = torch.zeros(scores_TE.shape, dtype=torch.int32, device=scores_TE.device)
     taken_TE.index_put_((routing.token_N, routing.expert_N), torch.ones_like(expert_N, dtype=torch.int32))
     for _ in range(routing.num_experts - 1):
@@ -57,15 +92,24 @@ def reroute(routing: Routing, kept: Routing, slots: int, precedence_N: Tensor) -
             break
         place_N = place_in_queue(bid_N.where(bids_N, routing.num_experts), routing.num_experts, precedence_N)
         won_N = bids_N & (place_N < free_E[bid_N])
-        expert_N, waiting_N, moved_N = bid_N.where(won_N, expert_N), waiting_N & ~won_N, moved_N | won_N
+        expert_N, waiting_N, kept_N = bid_N.where(won_N, expert_N), waiting_N & ~won_N, kept_N | won_N
         taken_TE.index_put_((routing.token_N, bid_N), won_N.int(), accumulate=True)
         free_E = free_E.scatter_add(0, bid_N, -won_N.long())
-    return replace(
-        kept,
-        expert_N=expert_N,
-        weight_N=_weight_of_moved(routing, routing.scores_TE, expert_N).where(moved_N, kept.weight_N),
-        kept_N=kept.counted_N | moved_N,
-    )
+    return expert_N, kept_N
+
+
+def _sent(routing: Routing, expert_N: Tensor, kept_N: Tensor) -> Routing:
+    """Return the routing with the assignments where rerouting put them.
+
+    The weight shrinks as the score does: w · min(1, s_new / s_old). Where the weight is the score (Switch) this is
+    the new expert's score, as in mesh-TensorFlow; where it was renormalised it is the new score under the old
+    normaliser. The gradient reaches the new score and takes the rest as given.
+    """
+    assert routing.scores_TE is not None
+    kept = routing.keep(kept_N)
+    moved_N = kept_N & (expert_N != routing.expert_N)
+    weight_N = _weight_of_moved(routing, routing.scores_TE, expert_N).where(moved_N, kept.weight_N)
+    return replace(kept, expert_N=expert_N, weight_N=weight_N)
 
 
 def _bids(

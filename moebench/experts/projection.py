@@ -3,9 +3,8 @@
 import torch
 from torch import Generator, Tensor, nn
 
-from moebench.experts.bank import Bank
+from moebench.experts.bank import Bank, draw_experts, local
 from moebench.experts.dropout import Dropout
-from moebench.experts.feed_forward import draw
 from moebench.experts.grouped import grouped_matmul
 
 
@@ -19,11 +18,11 @@ class ProjectionBank(Bank):
 
     def init_weights(self, generator: Generator) -> None:
         """Draw each expert as a dense projection is drawn: variance 1 / fan-in."""
-        draw(self.weight_EDO, self.weight_EDO.shape[1] ** -0.5, generator)
+        draw_experts(self.weight_EDO, self.weight_EDO.shape[1] ** -0.5, generator)
 
     def rows(self, x_RD: Tensor, load_E: Tensor, dropout: Dropout | None = None) -> Tensor:
         """Return y_RO, rows sorted by expert; there is no hidden activation to drop."""
-        return grouped_matmul(x_RD, self.weight_EDO, load_E)
+        return grouped_matmul(x_RD, local(self.weight_EDO), load_E)
 
     def expert(self, x_RD: Tensor, index: int) -> Tensor:
         """Return what one expert computes."""
@@ -31,7 +30,7 @@ class ProjectionBank(Bank):
 
     def flops_per_row_E(self) -> tuple[int, ...]:
         """Forward FLOPs of one row through each expert."""
-        return (2 * self.weight_EDO[0].numel(),) * self.num_experts
+        return (2 * self.weight_EDO.numel() // self.num_experts,) * self.num_experts
 
 
 class HeadBank(Bank):
@@ -51,17 +50,17 @@ class HeadBank(Bank):
 
     def init_weights(self, generator: Generator) -> None:
         """Draw each expert as dense heads are drawn."""
-        draw(self.w_query_EDH, self.w_query_EDH.shape[1] ** -0.5, generator)
-        draw(self.w_out_EHD, self.out_scale * self.w_out_EHD.shape[2] ** -0.5, generator)
+        draw_experts(self.w_query_EDH, self.w_query_EDH.shape[1] ** -0.5, generator)
+        draw_experts(self.w_out_EHD, self.out_scale * self.w_out_EHD.shape[2] ** -0.5, generator)
 
     def queries(self, x_RD: Tensor, load_E: Tensor) -> Tensor:
         """Return the queries of each row, rows sorted by expert."""
-        return grouped_matmul(x_RD, self.w_query_EDH, load_E)
+        return self.through(lambda x, load: grouped_matmul(x, local(self.w_query_EDH), load), x_RD, load_E)
 
     def outputs(self, mixed_RH: Tensor, load_E: Tensor) -> Tensor:
         """Return y_RD from what the heads have read, rows sorted by expert."""
-        return grouped_matmul(mixed_RH, self.w_out_EHD, load_E)
+        return self.through(lambda x, load: grouped_matmul(x, local(self.w_out_EHD), load), mixed_RH, load_E)
 
     def flops_per_row_E(self) -> tuple[int, ...]:
         """Forward FLOPs of one row through each expert's projections; attention itself depends on the length."""
-        return (2 * (self.w_query_EDH[0].numel() + self.w_out_EHD[0].numel()),) * self.num_experts
+        return (2 * (self.w_query_EDH.numel() + self.w_out_EHD.numel()) // self.num_experts,) * self.num_experts

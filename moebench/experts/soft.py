@@ -16,9 +16,10 @@ def soft_mixture(bank: Bank, x_TD: Tensor, routing: SoftRouting, dropout: Dropou
     # The rows of an expert are its slots of all groups.
     x_EBPD = x_BSD.view(num_groups, num_experts, routing.slots_per_expert, width).transpose(0, 1)
     load_E = torch.full((num_experts,), num_groups * routing.slots_per_expert, device=x_TD.device)
-    y_EBPD = bank.rows(x_EBPD.flatten(0, 2), load_E, dropout).view_as(x_EBPD)
+    y_EBPD = bank(x_EBPD.flatten(0, 2), load_E, dropout).view_as(x_EBPD)
     y_BSD = y_EBPD.transpose(0, 1).reshape(num_groups, num_slots, width)
-    return (routing.combine_BLS.to(y_BSD.dtype) @ y_BSD).flatten(0, 1)
+    y_BLD: Tensor = routing.combine_BLS.to(y_BSD.dtype) @ y_BSD
+    return y_BLD.flatten(0, 1)
 
 
 def slot_loop(bank: Bank, x_TD: Tensor, routing: SoftRouting) -> Tensor:

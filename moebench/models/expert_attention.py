@@ -8,7 +8,8 @@ from moebench.experts.feed_forward import draw
 from moebench.experts.layer import MoELayer
 from moebench.experts.projection import HeadBank, ProjectionBank
 from moebench.models.attention import attend, score_flops, split_heads
-from moebench.routing.values import LayerRecord, RouteContext, Routing
+from moebench.routing.context import RouteContext
+from moebench.routing.values import LayerRecord, Routing
 
 
 class ProjectionExperts(nn.Module):

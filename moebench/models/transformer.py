@@ -10,8 +10,9 @@ from moebench.experts.feed_forward import FeedForward
 from moebench.experts.layer import MoELayer
 from moebench.models.attention import Attention, Places
 from moebench.models.expert_attention import HeadExperts, ProjectionExperts
+from moebench.routing.context import RouteContext
 from moebench.routing.seeds import generator
-from moebench.routing.values import LayerRecord, RouteContext
+from moebench.routing.values import LayerRecord
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moebench.routing.context import RouteContext
 from moebench.routing.router import Router, Site
-from moebench.routing.values import LayerRecord, RouteContext, Routing
+from moebench.routing.values import LayerRecord, Routing
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -21,6 +22,17 @@ class GroupedRouting(Routing):
     """bool: which tokens were sent to which group; None: all tokens to every group."""
     outer: Routing | None = None
     """Over the groups, where a router picks them."""
+
+    def of_tokens(self, start: int, num_tokens: int) -> "GroupedRouting":
+        """Return the part that concerns some tokens, with that of what each router said."""
+        own = super().of_tokens(start, num_tokens)
+        assert isinstance(own, GroupedRouting)
+        return replace(
+            own,
+            parts=tuple(part.of_tokens(start, num_tokens) for part in self.parts),
+            picked_TG=None if self.picked_TG is None else self.picked_TG[start : start + num_tokens],
+            outer=None if self.outer is None else self.outer.of_tokens(start, num_tokens),
+        )
 
 
 class GroupedRouter(Router):
@@ -72,6 +84,11 @@ class GroupedRouter(Router):
         if flat.logits_TE is not None and outer.logits_TE is not None:
             logits = spread(outer.logits_TE) + flat.logits_TE
         return scores, logits
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        """As the routers that it is made of."""
+        return any(router.needs_whole_batch for router in self._routers)
 
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
         """Return the mean over all routers of each loss that the algorithm brings itself."""

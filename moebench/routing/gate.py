@@ -4,6 +4,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from moebench.routing.context import RouteContext
+
 
 class Gate(nn.Module):
     """A linear projection x_TD -> logits_TE without bias, in fp32 whatever the precision around it."""
@@ -28,9 +30,8 @@ class Gate(nn.Module):
         return functional.linear(x_TD.float(), self.weight_ED.float())
 
 
-def jitter(x_TD: Tensor, amount: float, generator: Generator) -> Tensor:
+def jitter(x_TD: Tensor, amount: float, ctx: RouteContext) -> Tensor:
     """Return a copy of x times U(1 - amount, 1 + amount), each element on its own; the experts see the original."""
     if amount == 0:
         return x_TD
-    noise_TD = torch.rand(x_TD.shape, generator=generator, device=x_TD.device, dtype=x_TD.dtype)
-    return x_TD * (1 + amount * (2 * noise_TD - 1))
+    return x_TD * (1 + amount * (2 * ctx.uniform(*x_TD.shape) - 1))

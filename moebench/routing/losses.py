@@ -49,10 +49,10 @@ def load_balance(record: LayerRecord) -> Tensor:
     sums to k) their coefficient times k is ours. Not bounded below by 1: f and P may disagree.
     """
     scores_TE = _need(record.routing.scores_TE, "load_balance", "scores")
-    load_E = record.routing.load_E.to(scores_TE.dtype)
+    load_E = record.load_E.to(scores_TE.dtype)
     share_E = load_E / load_E.sum().clamp(min=1)
     score_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=1e-20)
-    return record.routing.num_experts * torch.dot(share_E, mean_over_tokens(score_TE, record.valid_T))
+    return record.routing.num_experts * torch.dot(share_E, record.mean(score_TE))
 
 
 @LOSSES.register(
@@ -67,7 +67,7 @@ def load_balance(record: LayerRecord) -> Tensor:
 def z(record: LayerRecord) -> Tensor:
     """Router z-loss: keeps logits small; it pulls the log-sum-exp, not each logit, to 0."""
     logits_TE = _need(record.routing.logits_TE, "z", "logits")
-    return mean_over_tokens(logits_TE.logsumexp(-1).square(), record.valid_T)
+    return record.mean(logits_TE.logsumexp(-1).square())
 
 
 @LOSSES.register(
@@ -81,20 +81,12 @@ def z(record: LayerRecord) -> Tensor:
 )
 def importance(record: LayerRecord) -> Tensor:
     """Squared coefficient of variation of the summed weights of each expert (Shazeer et al. 2017)."""
-    return squared_variation(record.routing.importance_E)
+    return squared_variation(record.importance_E)
 
 
 def squared_variation(value_E: Tensor) -> Tensor:
     """Return Var/Mean² with the population variance; 0 when all are equal (and for an empty batch)."""
     return value_E.var(unbiased=False) / (value_E.mean().square() + 1e-10)
-
-
-def mean_over_tokens(value_T: Tensor, valid_T: Tensor | None) -> Tensor:
-    """Return the mean over the first dimension, without padding; 0 for no tokens at all."""
-    if valid_T is None:
-        return value_T.sum(0) / max(value_T.shape[0], 1)
-    mask_T = valid_T.to(value_T.dtype).view(-1, *[1] * (value_T.dim() - 1))
-    return (value_T * mask_T).sum(0) / mask_T.sum().clamp(min=1)
 
 
 def _need(value: Tensor | None, loss: str, what: str) -> Tensor:

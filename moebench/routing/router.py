@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from moebench.errors import UsageError
 from moebench.registry import Registry
-from moebench.routing.values import LayerRecord, RouteContext, Routing, SoftRouting
+from moebench.routing.context import RouteContext
+from moebench.routing.values import LayerRecord, Routing, SoftRouting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +93,19 @@ class Router(nn.Module):
         """Assign the tokens `x_TD` (fp32) to experts."""
         raise NotImplementedError
 
+    @property
+    def needs_whole_batch(self) -> bool:
+        """Whether a token's routing depends on other sequences of the batch: many processes then gather it first.
+
+        Each of them routes all tokens and keeps what concerns its own.
+        """
+        return False
+
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
-        """Raw losses that the algorithm brings itself, by the names in its `Facts.own_losses`."""
+        """Raw losses that the algorithm brings itself, by the names in its `Facts.own_losses`.
+
+        Sums and means over tokens are taken by `record.total` and `record.mean`, which know the other processes.
+        """
         return {}
 
     def objective(self, record: LayerRecord, token_loss_T: Tensor) -> Tensor | None:

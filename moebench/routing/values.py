@@ -13,6 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from moebench.routing.ranks import ALONE, Ranks
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Routing:
@@ -91,6 +93,26 @@ class Routing:
             priority_N=None if self.priority_N is None else self.priority_N[self.kept_N],
             top_k=None,
             kept_N=None,
+        )
+
+    def of_tokens(self, start: int, num_tokens: int) -> "Routing":
+        """Return the part of a whole batch's routing that concerns tokens start ... start + num_tokens - 1.
+
+        Extras that have a number per token (names that end in _T) are cut; the others stay those of the batch.
+        """
+        end = start + num_tokens
+        own_N = (self.token_N >= start) & (self.token_N < end)
+        return replace(
+            self,
+            token_N=self.token_N[own_N] - start,
+            expert_N=self.expert_N[own_N],
+            weight_N=self.weight_N[own_N],
+            num_tokens=num_tokens,
+            logits_TE=None if self.logits_TE is None else self.logits_TE[start:end],
+            scores_TE=None if self.scores_TE is None else self.scores_TE[start:end],
+            priority_N=None if self.priority_N is None else self.priority_N[own_N],
+            kept_N=None if self.kept_N is None else self.kept_N[own_N],
+            extras={name: x[start:end] if name.endswith("_T") else x for name, x in self.extras.items()},
         )
 
     @property
@@ -184,24 +206,6 @@ class SoftRouting:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class RouteContext:
-    """All that a router may know besides the token vectors."""
-
-    training: bool
-    generator: torch.Generator
-    """The only source of randomness: made anew for each step and layer from the seed, so nothing has to be saved."""
-    sequence_length: int
-    """Tokens of one sequence; T is a multiple of it."""
-    token_id_T: Tensor | None = None
-    """int64 token ids (language only)."""
-    valid_T: Tensor | None = None
-    """bool, False at padding; None when nothing is padded."""
-    domain_T: Tensor | None = None
-    """int64 domain of each token."""
-    step: int = 0
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class LayerRecord:
     """What happened in one MoE layer: losses and metrics are pure functions of it."""
 
@@ -213,6 +217,33 @@ class LayerRecord:
     """After capacity: what the experts computed; the same assignments in the same order, some of them rerouted."""
     valid_T: Tensor | None = None
     """bool, False at padding; None when nothing is padded."""
+    ranks: Ranks = ALONE
+    """Over whose tokens losses take their sums and means: those of all processes, or ALONE."""
+
+    def total(self, value: Tensor) -> Tensor:
+        """Return a sum over this process's tokens as one over the tokens of all `ranks`."""
+        return self.ranks.sum(value)
+
+    def mean(self, value_T: Tensor) -> Tensor:
+        """Return the mean over tokens (the first dimension), without padding; 0 for no tokens at all."""
+        if self.valid_T is None:
+            num_tokens = torch.full((1,), value_T.shape[0], dtype=value_T.dtype, device=value_T.device)
+        else:
+            mask_T = self.valid_T.to(value_T.dtype).view(-1, *[1] * (value_T.dim() - 1))
+            value_T, num_tokens = value_T * mask_T, mask_T.sum().view(1)
+        summed = torch.cat([value_T.sum(0).reshape(-1), num_tokens])  # one exchange for both
+        summed = self.total(summed)
+        return (summed[:-1] / summed[-1].clamp(min=1)).view(value_T.shape[1:])
+
+    @property
+    def load_E(self) -> Tensor:
+        """Assignments per expert before capacity, of all `ranks`, int64."""
+        return self.total(self.routing.load_E)
+
+    @property
+    def importance_E(self) -> Tensor:
+        """Summed weights per expert before capacity, of all `ranks`."""
+        return self.total(self.routing.importance_E)
 
     @property
     def num_dropped(self) -> int:

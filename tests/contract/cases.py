@@ -14,9 +14,10 @@ from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.layer import MoELayer
 from moebench.experts.soft import slot_loop
 from moebench.models.transformer import init_weights
+from moebench.routing.context import RouteContext
 from moebench.routing.losses import LOSSES
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
-from moebench.routing.values import LayerRecord, RouteContext, Routing, SoftRouting
+from moebench.routing.values import LayerRecord, Routing, SoftRouting
 
 D_MODEL = 8
 VOCAB = 50

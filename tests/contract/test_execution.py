@@ -18,8 +18,9 @@ from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.grouped import Groups
 from moebench.experts.layer import MoELayer
 from moebench.experts.mixture import mixture
+from moebench.routing.context import RouteContext
 from moebench.routing.router import ROUTERS, Site
-from moebench.routing.values import RouteContext, Routing
+from moebench.routing.values import Routing
 
 any_routing = st.one_of(crowds, routings(holes=True), rectangles(holes=True))
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from moebench.routing.gate import Gate
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
-from moebench.routing.values import RouteContext, Routing
+from moebench.routing.context import RouteContext
+from moebench.routing.values import Routing
 
 
 @ROUTERS.register(

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate, jitter
 from moebench.routing.router import ROUTERS, Site
 from moebench.routing.routers.gshard import GShard
@@ -15,7 +16,7 @@ from moebench.routing.routers.noisy_top_k import smooth_load
 from moebench.routing.routers.random import Random
 from moebench.routing.seeds import derive_seed
 from moebench.routing.seeds import generator as seeded
-from moebench.routing.values import RouteContext, Routing
+from moebench.routing.values import Routing
 
 SIGMAS = 5
 
@@ -120,11 +121,11 @@ def test_random_draws_are_uniform(top_k: int) -> None:
 
 def test_jitter_stays_within_its_bounds_and_averages_out() -> None:
     x_TD = torch.ones(100, 100)
-    y_TD = jitter(x_TD, 0.25, torch.Generator().manual_seed(0))
+    y_TD = jitter(x_TD, 0.25, context())
     assert 0.75 <= y_TD.min() < 0.76
     assert 1.24 < y_TD.max() <= 1.25
     assert y_TD.mean().item() == pytest.approx(1, abs=SIGMAS * 0.25 / math.sqrt(3) / 100)
-    assert jitter(x_TD, 0.0, torch.Generator()) is x_TD
+    assert jitter(x_TD, 0.0, context()) is x_TD
 
 
 def test_gate_is_drawn_small_and_cut() -> None:

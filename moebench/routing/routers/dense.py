@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moebench.routing.context import RouteContext
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig
-from moebench.routing.values import RouteContext, Routing
+from moebench.routing.values import Routing
 
 
 @ROUTERS.register(

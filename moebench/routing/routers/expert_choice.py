@@ -6,9 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
-from moebench.routing.values import RouteContext, Routing
+from moebench.routing.values import Routing
 
 
 @ROUTERS.register(
@@ -53,6 +54,11 @@ class ExpertChoice(Router):
     def check(cls, config: Config, num_experts: int) -> None:
         """Refuse c outside 1 ... E."""
         check_top_k(config.average_experts, num_experts, key="average_experts")
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        """An expert chooses among the tokens of all sequences unless its group is the sequence."""
+        return self.group == "batch"
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Let each expert take its best tokens within each group."""

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from moebench.errors import require
+from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.losses import mean_over_tokens
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
-from moebench.routing.values import LayerRecord, RouteContext, Routing
+from moebench.routing.values import LayerRecord, Routing
 
 
 @ROUTERS.register(
@@ -69,9 +69,9 @@ class GShard(Router):
         best_TK, expert_TK = scores_TE.topk(2, dim=-1)
         weight_TK = best_TK / best_TK.sum(-1, keepdim=True)
         # All first choices before all second choices, each by position.
-        rank_TK = torch.tensor([0, -x_TD.shape[0]], device=x_TD.device) - torch.arange(
-            x_TD.shape[0], device=x_TD.device
-        ).unsqueeze(-1)
+        num_tokens = x_TD.shape[0]
+        behind_K = torch.tensor([0, ctx.batch_tokens(num_tokens)], device=x_TD.device)
+        rank_TK = -behind_K - ctx.position_T(num_tokens).unsqueeze(-1)
         routing = Routing.from_top_k(
             expert_TK,
             weight_TK,
@@ -83,8 +83,7 @@ class GShard(Router):
         )
         if not ctx.training or self.second_expert == "all":
             return routing
-        draw_T = torch.rand(x_TD.shape[0], generator=ctx.generator, device=x_TD.device)
-        second_T = weight_TK[:, 1] > draw_T * self.threshold
+        second_T = weight_TK[:, 1] > ctx.uniform(num_tokens) * self.threshold
         return routing.keep(torch.stack([torch.ones_like(second_T), second_T], dim=-1).reshape(-1))
 
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
@@ -93,6 +92,4 @@ class GShard(Router):
         scores_TE = routing.scores_TE
         assert scores_TE is not None
         first_TE = torch.nn.functional.one_hot(routing.extras["first_T"], self.num_experts).to(scores_TE.dtype)
-        share_E = mean_over_tokens(first_TE, record.valid_T)
-        score_E = mean_over_tokens(scores_TE, record.valid_T)
-        return {"first_choice_balance": self.num_experts * torch.dot(share_E, score_E)}
+        return {"first_choice_balance": self.num_experts * torch.dot(record.mean(first_TE), record.mean(scores_TE))}

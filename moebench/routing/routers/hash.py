@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from moebench.errors import UsageError
+from moebench.routing.context import RouteContext
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
-from moebench.routing.values import RouteContext, Routing
+from moebench.routing.values import Routing
 
 
 @ROUTERS.register(

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.losses import squared_variation
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
-from moebench.routing.values import LayerRecord, RouteContext, Routing
+from moebench.routing.values import LayerRecord, Routing
 
 MIN_NOISE = 0.01
 
@@ -63,8 +64,7 @@ class NoisyTopK(Router):
         noisy_TE, extras = clean_TE, {}
         if ctx.training:
             std_TE = functional.softplus(self.noise_gate(x_TD)) + MIN_NOISE
-            unit_TE = torch.randn(clean_TE.shape, generator=ctx.generator, device=clean_TE.device)
-            noisy_TE = clean_TE + unit_TE * std_TE
+            noisy_TE = clean_TE + ctx.normal(*clean_TE.shape) * std_TE
             extras = {"load_E": smooth_load(clean_TE, noisy_TE, std_TE, self.top_k, ctx.valid_T)}
         top_TK, expert_TK = noisy_TE.topk(self.top_k, dim=-1)
         return Routing.from_top_k(
@@ -78,8 +78,8 @@ class NoisyTopK(Router):
 
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
         """Return the load loss: squared variation of the smooth estimate of each expert's load (eq. 10-11)."""
-        load_E = record.routing.extras.get("load_E")
-        return {"load": squared_variation(record.routing.load_E.float() if load_E is None else load_E)}
+        smooth_E = record.routing.extras.get("load_E")
+        return {"load": squared_variation(record.load_E.float() if smooth_E is None else record.total(smooth_E))}
 
 
 def smooth_load(clean_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, top_k: int, valid_T: Tensor | None) -> Tensor:

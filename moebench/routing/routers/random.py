@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moebench.routing.context import RouteContext
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
-from moebench.routing.values import RouteContext, Routing
+from moebench.routing.values import Routing
 
 
 @ROUTERS.register(
@@ -52,7 +53,7 @@ class Random(Router):
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Draw k different experts for each token."""
-        draw_TE = torch.rand(x_TD.shape[0], self.num_experts, generator=ctx.generator, device=x_TD.device)
+        draw_TE = ctx.uniform(x_TD.shape[0], self.num_experts)
         expert_TK = draw_TE.topk(self.top_k, dim=-1).indices
         weight_TK = torch.full(expert_TK.shape, 1 / self.top_k, dtype=torch.float32, device=x_TD.device)
         return Routing.from_top_k(expert_TK, weight_TK, num_experts=self.num_experts)

@@ -8,8 +8,9 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from moebench.errors import UsageError, require
+from moebench.routing.context import RouteContext
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
-from moebench.routing.values import RouteContext, SoftRouting
+from moebench.routing.values import SoftRouting
 
 
 @ROUTERS.register(

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from moebench.errors import require
+from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate, jitter
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
-from moebench.routing.values import RouteContext, Routing
+from moebench.routing.values import Routing
 
 
 @ROUTERS.register(
@@ -49,7 +50,7 @@ class Switch(Router):
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Send each token to the expert with the highest probability."""
-        logits_TE = self.gate(jitter(x_TD, self.jitter, ctx.generator) if ctx.training else x_TD)
+        logits_TE = self.gate(jitter(x_TD, self.jitter, ctx) if ctx.training else x_TD)
         scores_TE = logits_TE.softmax(-1)
         weight_TK, expert_TK = scores_TE.max(-1, keepdim=True)
         return Routing.from_top_k(
