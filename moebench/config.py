@@ -14,12 +14,17 @@ from yaml import YAMLError
 
 from moebench.errors import UsageError, nearest
 from moebench.registry import registry_of
-from moebench.schema import COMPONENTS, DEFAULT_NAMES, CellConfig, ExperimentConfig
+from moebench.schema import COMPONENTS, DEFAULT_NAMES, SECTIONS, CellConfig, ExperimentConfig
 
 SCHEMA = 1
 """Part of every cell's id: raised when a change makes old results incomparable."""
 
-NOT_IN_ID = {"train": ("log_every", "eval_every", "checkpoint_every", "device"), "task": (), "layout": ("recompute",)}
+NOT_IN_ID = {
+    "train": ("log_every", "eval_every", "checkpoint_every", "device"),
+    "task": (),
+    "layout": ("recompute",),
+    "parallel": ("devices", "nodes", "timeout_s", "check_every", "overlap"),
+}
 """Keys that do not change a result, by section; a task adds its own (paths) in `Config.NOT_IN_ID`."""
 
 
@@ -79,7 +84,7 @@ def layer_over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, 
 def resolve(raw: Mapping[str, Any], where: str = "configuration") -> CellConfig:
     """Turn an untyped mapping into a CellConfig: defaults filled in, every key known, every type and range right."""
     sections: dict[str, Any] = {}
-    for section in ("model", "train"):
+    for section in SECTIONS:
         if not isinstance(raw.get(section, {}), Mapping):
             raise UsageError(f"{section}: must be a mapping of keys to values, got {raw[section]!r}")
     for kind in COMPONENTS:

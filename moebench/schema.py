@@ -8,6 +8,8 @@ from moebench.errors import require
 
 COMPONENTS = ("task", "layout", "router")
 """The sections of a cell that a `name` picks from a registry."""
+SECTIONS = ("model", "train", "balance", "parallel")
+"""The sections that are the same for every cell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,9 @@ class TrainConfig:
     steps: int = 1800
     """Optimizer steps."""
     batch_size: int = 8
-    """Sequences per step."""
+    """Sequences per step, of all processes together."""
+    accumulate: int = 1
+    """Micro-batches that a step's batch is cut into; capacity and balance losses then see one at a time."""
     learning_rate: float = 2e-3
     """Peak of the schedule: linear warm-up, then a cosine down to final_rate of it."""
     warmup_steps: int = 100
@@ -73,8 +77,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        for key in ("steps", "batch_size", "threads", "eval_every", "log_every", "checkpoint_every"):
+        for key in ("steps", "batch_size", "accumulate", "threads", "eval_every", "log_every", "checkpoint_every"):
             require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
+        divides = self.batch_size % self.accumulate == 0
+        require(divides, "train.accumulate", self.accumulate, f"a divisor of train.batch_size={self.batch_size}")
         for key in ("learning_rate", "clip_norm"):
             require(0 < getattr(self, key) < math.inf, f"train.{key}", getattr(self, key), "greater than 0 and finite")
         for key in ("weight_decay", "warmup_steps"):
@@ -82,6 +88,53 @@ class TrainConfig:
         for key in ("beta1", "beta2"):
             require(0 <= getattr(self, key) < 1, f"train.{key}", getattr(self, key), "at least 0 and below 1")
         require(0 <= self.final_rate <= 1, "train.final_rate", self.final_rate, "between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceConfig:
+    """Over what the auxiliary losses measure the balance of experts."""
+
+    scope: Literal["global", "local"] = "global"
+    """global: the batch of all processes, as one process would; local: each process's own part, then the mean."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """The processes of one run: data · expert of them, each with a part of the batch."""
+
+    data: int = 1
+    """Copies of the experts; everything else has a copy in every process (DDP)."""
+    expert: int = 1
+    """Processes that each copy of the experts is spread over."""
+    scope: Literal["global", "local"] = "global"
+    """Whether capacity and routers that choose from the whole batch see all processes' tokens, or their own."""
+    devices: int | None = None
+    """Processes on each node; null: all there are to be, divided by nodes."""
+    nodes: int = 1
+    """Machines; more than one are started by torchrun or SLURM."""
+    timeout_s: float = 600.0
+    """How long a process waits for another one before the run ends as failed."""
+    check_every: int = 100
+    """Steps between comparisons of the copies bit by bit; a difference ends the run."""
+    overlap: bool = True
+    """Compute shared experts while rows are on their way to routed ones."""
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run."""
+        return self.data * self.expert
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that make no mesh of processes."""
+        for key in ("data", "expert", "nodes", "check_every"):
+            require(getattr(self, key) >= 1, f"parallel.{key}", getattr(self, key), "at least 1")
+        require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "greater than 0")
+        product = f"parallel.data={self.data} times parallel.expert={self.expert}"
+        fits = self.world_size % self.nodes == 0
+        require(fits, "parallel.nodes", self.nodes, f"a divisor of {product} = {self.world_size}")
+        per_node = self.world_size // self.nodes
+        fits = self.devices is None or self.devices == per_node
+        require(fits, "parallel.devices", self.devices, f"{per_node}, or null: {product} on {self.nodes} nodes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +149,8 @@ class CellConfig:
     router: Any
     """The routing algorithm: the Config of a registered router."""
     train: TrainConfig = field(default_factory=TrainConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     seed: int = 0
     """Initial weights, data order and routing noise."""
     allow_noncausal: bool = False

@@ -12,6 +12,7 @@ import lightning
 import torch
 
 from moebench.bench.step_parts import Stopwatch
+from moebench.parallel.mesh import Mesh
 from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig
 from moebench.tasks.task import Batch, Task
@@ -36,7 +37,7 @@ def endless(config: CellConfig) -> CellConfig:
 
 def new_module(config: CellConfig, task: Task, device: torch.device) -> CellModule:
     """Return the cell's module with its initial weights."""
-    module = CellModule(config, initialised_model(config, task), task)
+    module = CellModule(config, initialised_model(config, task), task, Mesh(device=device))
     module.to(device)
     return module
 
@@ -69,7 +70,7 @@ def trainer_block(module: CellModule, num_steps: int, folder: Path) -> float:
     meter = Meter(tokens_per_step=module.config.train.batch_size * module.task.sequence_length)
     with RunRecorder(folder / "journal.jsonl", folder / "load.jsonl") as recorder, quiet_lightning():
         callback = CellCallback(Hooks(recorder=recorder), folder / "checkpoints", meter)
-        fit(make_trainer(module.config, [callback, clock]), module)
+        fit(make_trainer(module.config, [callback, clock], module.mesh), module)
     return clock.seconds_per_step
 
 

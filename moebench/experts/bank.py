@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from moebench.experts.dispatch import DispatchPlan, combine, dispatch
 from moebench.experts.dropout import Dropout
+from moebench.experts.grouped import as_autocast
 from moebench.routing.values import Routing
 
 Compute = Callable[[Tensor, Tensor], Tensor]
@@ -26,6 +27,12 @@ class Exchange(Protocol):
 
         `meanwhile` is called once while the rows are on their way.
         """
+
+    def num_sent(self, rows_E: Tensor) -> int:
+        """Return how many rows leave this process, of `rows_E` for each expert."""
+
+    def num_here(self, rows_E: Tensor) -> int:
+        """Return how many rows are for the experts of this process, of `rows_E` for each expert."""
 
 
 class Bank(nn.Module):
@@ -76,6 +83,18 @@ class Bank(nn.Module):
         """
         raise NotImplementedError
 
+    def numbers_per_row(self) -> int:
+        """Numbers that a row for another process carries, there and back; banks that stay carry none."""
+        return 0
+
+    def numbers_sent(self, rows_E: Tensor) -> int:
+        """Return how many numbers a forward pass sends to other processes, of `rows_E` for each expert."""
+        return 0 if self.exchange is None else self.exchange.num_sent(rows_E) * self.numbers_per_row()
+
+    def rows_here(self, own_E: Tensor, shared_E: Tensor) -> int:
+        """Return how many rows this process computes: of its own tokens' rows, or of all that share the experts."""
+        return int(own_E.sum()) if self.exchange is None else self.exchange.num_here(shared_E)
+
     def expert(self, x_RD: Tensor, index: int) -> Tensor:
         """Return what one expert computes: the slow, obvious form that the oracle of the tests uses."""
         raise NotImplementedError
@@ -94,6 +113,7 @@ class Bank(nn.Module):
         """Return y_TD: for each token the sum of its experts' outputs times their weights (0 when unserved)."""
         routing = routing.compact() if self.reads_loads else routing
         plan = DispatchPlan.of(routing)
+        (x_TD,) = as_autocast(x_TD)  # before it is sent anywhere
         y_RD = self(dispatch(x_TD, plan), plan.groups.load_E, dropout, meanwhile)
         return combine(y_RD, routing.weight_N, plan)
 

@@ -103,6 +103,10 @@ class ExpertBank(Bank):
         """Return what one expert computes."""
         return activate(x_RD @ self.w_in_EDF[index], self.activation) @ self.w_out_EFD[index]
 
+    def numbers_per_row(self) -> int:
+        """Numbers that a row for another process carries, there and back."""
+        return self.w_in_EDF.shape[1] + self.w_out_EFD.shape[2]
+
     def flops_per_row_E(self) -> tuple[int, ...]:
         """Forward FLOPs of one row through each expert."""
         return (2 * (self.w_in_EDF.numel() + self.w_out_EFD.numel()) // self.num_experts,) * self.num_experts

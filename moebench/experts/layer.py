@@ -1,7 +1,7 @@
 """The MoE layer: router, capacity, dispatch, experts, combine. A token's way through it is read top to bottom."""
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from moebench.experts.bank import Bank
 from moebench.experts.capacity import Capacity
@@ -13,6 +13,7 @@ from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.ranks import Scopes
 from moebench.routing.router import Router
+from moebench.routing.seeds import generator
 from moebench.routing.values import LayerRecord, Routing, SoftRouting
 
 
@@ -59,15 +60,27 @@ class MoELayer(nn.Module):
         routing, kept = record.routing, record.kept
         dropout = None
         if ctx.training and self.expert_dropout > 0:
-            dropout = Dropout(rate=self.expert_dropout, generator=ctx.generator)
+            dropout = Dropout(rate=self.expert_dropout, generator=self._own_generator(ctx))
+        shared: list[Tensor] = []
+
+        def compute_shared() -> None:  # when there is time: while rows are on their way to other processes
+            if self.shared is not None:
+                shared.append(self.shared(x_TD, dropout))
+
         if isinstance(routing, SoftRouting) or isinstance(kept, SoftRouting):
             assert isinstance(kept, SoftRouting)
-            y_TD = soft_mixture(self.bank, x_TD, kept, dropout)
+            y_TD = soft_mixture(self.bank, x_TD, kept, dropout, compute_shared)
         else:
-            y_TD = self.bank.mixture(x_TD, kept, dropout)
+            y_TD = self.bank.mixture(x_TD, kept, dropout, compute_shared)
             if self.capacity.overflow == "pass" and kept is not routing:
                 y_TD = y_TD + passed_on(routing, kept, x_TD)
-        return self._with_shared(y_TD, x_TD, dropout), record
+        return self._with_shared(y_TD, x_TD, *shared), record
+
+    def _own_generator(self, ctx: RouteContext) -> Generator:
+        """Return a generator for what is drawn per row: the rows of other processes must not draw the same."""
+        if self.scopes.rank == 0:
+            return ctx.generator
+        return generator(ctx.generator.initial_seed(), "rows", self.scopes.rank, device=ctx.generator.device)
 
     def route(self, x_TD: Tensor, ctx: RouteContext) -> LayerRecord:
         """Return the record alone: who goes where, for banks whose experts need more than rows."""
@@ -95,11 +108,10 @@ class MoELayer(nn.Module):
             return routing  # before padding is counted, for which a GPU would be waited for
         ranks = self.scopes.batch
         span = ctx.span if ctx.span and ranks.size > 1 else None
+        num_tokens = span.total if span else routing.num_tokens
         slots = self.capacity.slots(
             training=ctx.training,
-            num_tokens=(span.total if span else routing.num_tokens)
-            if ctx.valid_T is None
-            else int(ranks.sum(ctx.valid_T.sum())),
+            num_tokens=num_tokens if ctx.valid_T is None else int(ranks.sum(ctx.valid_T.sum())),
             experts_per_token=self.experts_per_token,
             num_experts=self.bank.num_experts,
         )
@@ -108,10 +120,9 @@ class MoELayer(nn.Module):
         batch = Batch.of(routing, span, ranks) if span else None
         return within_capacity(routing, slots, self.capacity, ctx.generator, batch)
 
-    def _with_shared(self, y_TD: Tensor, x_TD: Tensor, dropout: Dropout | None) -> Tensor:
-        if self.shared is None:
+    def _with_shared(self, y_TD: Tensor, x_TD: Tensor, shared_TD: Tensor | None = None) -> Tensor:
+        if shared_TD is None:
             return y_TD
-        shared_TD: Tensor = self.shared(x_TD, dropout)
         if self.mix is None:
             return y_TD + shared_TD
         with torch.autocast(x_TD.device.type, enabled=False):

@@ -65,6 +65,10 @@ class DeepBank(Bank):
             h_RD = h_RD + bank.expert(h_RD, index)
         return h_RD - x_RD
 
+    def numbers_per_row(self) -> int:
+        """Numbers that a row for another process carries, there and back: it stays there for all networks."""
+        return self._banks[0].numbers_per_row()
+
     def flops_per_row_E(self) -> tuple[int, ...]:
         """Forward FLOPs of one row through each expert: the sum over its networks."""
         return tuple(map(sum, zip(*(bank.flops_per_row_E() for bank in self._banks), strict=True)))
@@ -89,7 +93,7 @@ class MixedBank(Bank):
 
     def rows(self, x_RD: Tensor, load_E: Tensor, dropout: Dropout | None = None) -> Tensor:
         """Return y_RD, rows sorted by expert."""
-        load_GE = torch.split(load_E, [group.num_experts for group in self._groups])
+        load_GE = self._by_group(load_E)
         size_G = torch.stack([load.sum() for load in load_GE]).tolist()
         parts = zip(self._groups, torch.split(x_RD, size_G), load_GE, strict=True)
         return torch.cat([group(rows, load, dropout) for group, rows, load in parts])
@@ -101,6 +105,19 @@ class MixedBank(Bank):
                 return group.expert(x_RD, index)
             index -= group.num_experts
         raise IndexError(index)
+
+    def numbers_sent(self, rows_E: Tensor) -> int:
+        """Return how many numbers a forward pass sends to other processes: those of its groups."""
+        parts = zip(self._groups, self._by_group(rows_E), strict=True)
+        return sum(group.numbers_sent(rows) for group, rows in parts)
+
+    def rows_here(self, own_E: Tensor, shared_E: Tensor) -> int:
+        """Return how many rows this process computes: those of its groups."""
+        parts = zip(self._groups, self._by_group(own_E), self._by_group(shared_E), strict=True)
+        return sum(group.rows_here(own, shared) for group, own, shared in parts)
+
+    def _by_group(self, value_E: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(value_E, [group.num_experts for group in self._groups])
 
     def flops_per_row_E(self) -> tuple[int, ...]:
         """Forward FLOPs of one row through each expert."""

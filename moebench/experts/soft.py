@@ -1,5 +1,7 @@
 """Soft routing: experts compute slots, which are weighted means of tokens (arXiv:2308.00951)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,13 @@ from moebench.experts.dropout import Dropout
 from moebench.routing.values import SoftRouting
 
 
-def soft_mixture(bank: Bank, x_TD: Tensor, routing: SoftRouting, dropout: Dropout | None = None) -> Tensor:
+def soft_mixture(
+    bank: Bank,
+    x_TD: Tensor,
+    routing: SoftRouting,
+    dropout: Dropout | None = None,
+    meanwhile: Callable[[], None] | None = None,
+) -> Tensor:
     """Return y_TD: tokens to slots, each slot through its expert, slots back to tokens; group by group."""
     num_groups, length, num_slots = routing.dispatch_BLS.shape
     num_experts, width = routing.num_experts, x_TD.shape[-1]
@@ -16,7 +24,7 @@ def soft_mixture(bank: Bank, x_TD: Tensor, routing: SoftRouting, dropout: Dropou
     # The rows of an expert are its slots of all groups.
     x_EBPD = x_BSD.view(num_groups, num_experts, routing.slots_per_expert, width).transpose(0, 1)
     load_E = torch.full((num_experts,), num_groups * routing.slots_per_expert, device=x_TD.device)
-    y_EBPD = bank(x_EBPD.flatten(0, 2), load_E, dropout).view_as(x_EBPD)
+    y_EBPD = bank(x_EBPD.flatten(0, 2), load_E, dropout, meanwhile).view_as(x_EBPD)
     y_BSD = y_EBPD.transpose(0, 1).reshape(num_groups, num_slots, width)
     y_BLD: Tensor = routing.combine_BLS.to(y_BSD.dtype) @ y_BSD
     return y_BLD.flatten(0, 1)

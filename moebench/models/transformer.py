@@ -11,6 +11,7 @@ from moebench.experts.layer import MoELayer
 from moebench.models.attention import Attention, Places
 from moebench.models.expert_attention import HeadExperts, ProjectionExperts
 from moebench.routing.context import RouteContext
+from moebench.routing.ranks import Span
 from moebench.routing.seeds import generator
 from moebench.routing.values import LayerRecord
 
@@ -25,6 +26,8 @@ class BatchContext:
     token_id_BL: Tensor | None = None
     valid_BL: Tensor | None = None
     domain_B: Tensor | None = None
+    span: Span | None = None
+    """Which sequences of the batch these are; None: all."""
 
     def route_in(self, layer: MoELayer, x_BLD: Tensor) -> RouteContext:
         """Return the context of an MoE layer for a batch of vectors."""
@@ -42,6 +45,7 @@ class BatchContext:
             valid_T=None if self.valid_BL is None else self.valid_BL.reshape(-1),
             domain_T=domain_T,
             step=self.step,
+            span=None if self.span is None else self.span.times(length),
         )
 
 

@@ -16,6 +16,8 @@ from moebench.routing.values import LayerRecord, Routing
 class StackBank(Bank):
     """E stacks of dense blocks. A token meets only the earlier tokens of its sequence that live in the same stack."""
 
+    stays = True
+
     def __init__(self, stacks: Sequence[Sequence[Block]]) -> None:
         super().__init__()
         self.num_experts = len(stacks)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moebench.routing.ranks import Ranks
 from moebench.routing.values import LayerRecord
 
 DEAD_SHARE = 0.01
@@ -37,12 +38,21 @@ class LoadCount:
             num_rerouted=self.num_rerouted + other.num_rerouted,
         )
 
+    def over(self, ranks: Ranks) -> "LoadCount":
+        """Return the counts of all ranks together."""
+        others = (self.num_dropped, self.num_unserved, self.num_tokens, self.num_rerouted)
+        summed = ranks.sum(torch.cat([self.load_E, self.load_E.new_tensor(others)])).cpu()
+        dropped, unserved, tokens, rerouted = (int(number) for number in summed[-4:].tolist())
+        return LoadCount(
+            load_E=summed[:-4], num_dropped=dropped, num_unserved=unserved, num_tokens=tokens, num_rerouted=rerouted
+        )
+
     @classmethod
     def of(cls, record: LayerRecord) -> "LoadCount":
         """Count one layer's record, padding left out."""
         num_tokens = record.routing.num_tokens if record.valid_T is None else int(record.valid_T.sum())
         return cls(
-            load_E=record.routing.load_E.cpu(),
+            load_E=record.routing.load_E,
             num_dropped=record.num_dropped,
             num_unserved=record.num_unserved,
             num_tokens=num_tokens,

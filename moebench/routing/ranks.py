@@ -59,12 +59,23 @@ ALONE = Alone()
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Which tokens of the whole batch a process holds."""
+    """Which part of the whole batch a process holds, counted in tokens or in sequences."""
 
     start: int
-    """Index of its first token."""
+    """Index of the first one that is here."""
+    length: int
+    """How many are here."""
     total: int
-    """Tokens of the whole batch."""
+    """How many there are on all processes."""
+
+    @property
+    def part(self) -> slice:
+        """The same as a slice of the whole batch."""
+        return slice(self.start, self.start + self.length)
+
+    def times(self, factor: int) -> "Span":
+        """Return the span of tokens of a span of sequences of `factor` tokens."""
+        return Span(start=self.start * factor, length=self.length * factor, total=self.total * factor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,3 +86,5 @@ class Scopes:
     """Capacity, and routers that choose among the tokens of the whole batch."""
     balance: Ranks = ALONE
     """Losses."""
+    rank: int = 0
+    """Which process this is, whatever the scopes: what is drawn for each row must differ."""

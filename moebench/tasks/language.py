@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from moebench.errors import require
-from moebench.tasks.task import TASKS, Batch, Task, TaskFacts
+from moebench.tasks.task import ALL, TASKS, Batch, Task, TaskFacts
 from moebench.tasks.text.documents import TextDataConfig, source_digest
 from moebench.tasks.text.windows import (
     PreparedText,
@@ -96,10 +96,10 @@ class Language(Task):
         """Split and encode the text, or take it from the cache."""
         return cls(config, prepare(config.data, cache, config.sequence_length))
 
-    def train_batch(self, batch_size: int, seed: int, step: int) -> Batch:
+    def train_batch(self, batch_size: int, seed: int, step: int, part: slice = ALL) -> Batch:
         """Take the windows of this step in the epoch's shuffled order."""
         split = self.text.train
-        return self._batch(split, train_window_indices(split.num_windows, batch_size, seed, step))
+        return self._batch(split, train_window_indices(split.num_windows, batch_size, seed, step)[part])
 
     def eval_batches(self, split: str, batch_size: int) -> Sequence[Batch]:
         """Take evenly spaced windows, the same number of each domain."""

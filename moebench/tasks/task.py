@@ -1,14 +1,18 @@
 """What a task is: data, input embedding, head, loss and metric; it knows nothing about routing."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from moebench.registry import Registry
+from moebench.routing.ranks import Span
+
+ALL = slice(None)
+"""Every sequence of a batch."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,16 +29,23 @@ class Batch:
     """int64 index into the task's domains."""
     valid_BL: Tensor | None = None
     """bool, False at padding; None when nothing is padded."""
+    span: Span | None = None
+    """Which sequences of a batch that is divided among processes these are; None: all."""
+    valid_in_step: Tensor | None = None
+    """int64: valid positions of all micro-batches of the step that are here; None when nothing is padded."""
 
     def to(self, device: Any) -> "Batch":
         """Return the batch on another device."""
-        return Batch(
-            input_BL=self.input_BL.to(device),
-            target_BL=self.target_BL.to(device),
-            weight_BL=self.weight_BL.to(device),
-            domain_B=self.domain_B.to(device),
-            valid_BL=None if self.valid_BL is None else self.valid_BL.to(device),
-        )
+        return self._each(lambda tensor: tensor.to(device))
+
+    def part(self, span: Span) -> "Batch":
+        """Return the sequences of one process."""
+        return replace(self._each(lambda tensor: tensor[span.part] if tensor.dim() else tensor), span=span)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: Any = {name: change(x) for name, x in tensors.items() if isinstance(x, Tensor)}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +85,11 @@ class Task(ABC):
         """Read, split and encode the data (or take it from the cache) and return the task."""
 
     @abstractmethod
-    def train_batch(self, batch_size: int, seed: int, step: int) -> Batch:
-        """Return the training batch of one step: a function of its arguments, so that any step can be resumed."""
+    def train_batch(self, batch_size: int, seed: int, step: int, part: slice = ALL) -> Batch:
+        """Return a part of the training batch of one step: a function of its arguments, so any step can be resumed.
+
+        `part`: the sequences that this process needs, of `batch_size`.
+        """
 
     @abstractmethod
     def eval_batches(self, split: str, batch_size: int) -> Sequence[Batch]:

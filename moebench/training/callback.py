@@ -10,10 +10,13 @@ from typing import Any, Protocol
 import lightning
 import torch
 
-from moebench.routing.metrics import LoadCount, summarise
-from moebench.training.checkpoint import checkpoint_path
+from moebench.parallel.checkpoint import checkpoint_path
+from moebench.parallel.replicas import check_replicas
+from moebench.schema import TrainConfig
 from moebench.training.evaluate import Evaluation
 from moebench.training.module import CellModule
+from moebench.training.objective import mean_of
+from moebench.training.step_log import ParallelCosts, load_metrics, parallel_metrics
 
 WARM_UP_STEPS = 3
 """Steps of a process that throughput leaves out: first calls allocate and compile."""
@@ -84,56 +87,77 @@ class CellCallback(lightning.Callback):
         self.checkpoints = checkpoints
         self.meter = meter
         self.stopped = False
+        self.parallel = ParallelCosts()
         self.final: Evaluation | None = None
         """The test split, evaluated after the last step; None before."""
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the seconds of the steps in the checkpoint: a resumed run's speed is that of all its steps."""
-        return {"seconds": self.meter.seconds}
+        return {"seconds": self.meter.seconds, "parallel": self.parallel.sums, "num_timed": self.parallel.num_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the seconds of the steps before the checkpoint."""
         self.meter.seconds[:] = state_dict["seconds"]
+        self.parallel = ParallelCosts(sums=state_dict["parallel"], num_steps=state_dict["num_timed"])
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Start the clock of the step."""
-        self.meter.start()
+        """Start the clock of the step, with its first micro-batch."""
+        assert isinstance(pl_module, CellModule)
+        if batch_idx % pl_module.config.train.accumulate == 0:
+            pl_module.mesh.traffic.reset(timed=self._is_logged(pl_module.config.train, trainer.global_step + 1))
+            self.meter.start()
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop the clock, then log, evaluate and save as the configuration says."""
+        """Behind the last micro-batch: stop the clock, then log, evaluate and save as the configuration says."""
         assert isinstance(pl_module, CellModule)
-        pl_module.update_routers()
-        self.meter.stop(pl_module.device)
-        train, step = pl_module.config.train, trainer.global_step
+        if (batch_idx + 1) % pl_module.config.train.accumulate == 0:
+            self._end_of_step(trainer, pl_module)
+
+    def _end_of_step(self, trainer: Any, module: CellModule) -> None:
+        module.update_routers()
+        self.meter.stop(module.device)
+        train, step = module.config.train, trainer.global_step
         last = step == train.steps
-        assert pl_module.last is not None
-        if step % train.log_every == 0 or last or step == 1:
-            self._log(pl_module, step)
+        if self._is_logged(train, step):
+            self._log(module, step)
+        if step % module.config.parallel.check_every == 0 or last:
+            check_replicas(module, module.mesh)
         if step % train.eval_every == 0 or last:
-            self._record(step, pl_module.evaluate("validation"))
+            self._record(step, module.evaluate("validation"))
         if last:
-            self.final = pl_module.evaluate("test")
+            self.final = module.evaluate("test")
             self.hooks.recorder.append(step, {f"test/{name}": value for name, value in self.final.metrics.items()})
-        self.stopped = not last and self.hooks.should_stop()
+        self.stopped = not last and module.stop_agreed
         if step % train.checkpoint_every == 0 or last or self.stopped:
             self.hooks.recorder.flush()  # the journal is on disk before a checkpoint claims its steps
             trainer.save_checkpoint(checkpoint_path(self.checkpoints, step))
         trainer.should_stop = trainer.should_stop or self.stopped
-        self.hooks.progress(
-            {"step": step, "loss": float(pl_module.last.task.detach()), "tokens_per_s": self.meter.tokens_per_s}
-        )
+        self.hooks.progress({"step": step, "loss": module.last_loss, "tokens_per_s": self.meter.tokens_per_s})
+
+    @staticmethod
+    def _is_logged(train: TrainConfig, step: int) -> bool:
+        return step % train.log_every == 0 or step in (1, train.steps)
 
     def _log(self, module: CellModule, step: int) -> None:
-        assert module.last is not None
-        metrics = module.last.to_log() | {
+        metrics = mean_of(module.objectives, module.mesh.world) | {
             "train/learning_rate": module.last_rate,
             "train/grad_norm": module.last_grad_norm,
             "train/tokens_per_s": self.meter.tokens_per_step / self.meter.seconds[-1],
         }
-        load = summarise([LoadCount.of(record) for record in module.last_records])
-        self.hooks.recorder.append(step, metrics | {f"train/{name}": value for name, value in load.items()})
+        if module.records:
+            metrics |= {f"train/{name}": value for name, value in load_metrics(module.records, module.mesh).items()}
+        found = parallel_metrics(
+            module.layers,
+            module.records,
+            module.mesh,
+            step_s=self.meter.seconds[-1],
+            num_tokens=self.meter.tokens_per_step,
+            element_size=2 if module.config.train.precision == "bf16" else 4,
+        )
+        self.parallel.add(step, found)
+        self.hooks.recorder.append(step, metrics | found)
 
     def _record(self, step: int, evaluation: Evaluation) -> None:
         self.hooks.recorder.append(step, {f"eval/{name}": value for name, value in evaluation.metrics.items()})

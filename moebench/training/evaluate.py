@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from moebench.models.transformer import BatchContext
+from moebench.parallel.mesh import ALONE_MESH, Mesh
 from moebench.routing.metrics import LoadCount, relative_flops, summarise
 from moebench.tasks.task import Batch, Task
 from moebench.training.model import Model
@@ -28,22 +29,28 @@ class Evaluation:
         return self.quality | self.load
 
 
-def evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, device: Any) -> Evaluation:
-    """Run the model over the batches in evaluation mode, then put it back into the mode it was in."""
+def evaluate(
+    model: Model, task: Task, batches: Sequence[Batch], seed: int, device: Any, mesh: Mesh = ALONE_MESH
+) -> Evaluation:
+    """Run the model over the batches in evaluation mode, then put it back into the mode it was in.
+
+    Every process computes its part of each batch; all get the result of the whole.
+    """
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            return _evaluate(model, task, batches, seed, device)
+            return _evaluate(model, task, batches, seed, device, mesh)
     finally:
         model.train(was_training)
 
 
-def _evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, device: Any) -> Evaluation:
+def _evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, device: Any, mesh: Mesh) -> Evaluation:
     nats = torch.zeros(len(task.domains), dtype=torch.float64)
     weights = torch.zeros(len(task.domains), dtype=torch.float64)
     counts: dict[int | str, LoadCount] = {}
-    for batch in batches:
+    for whole in batches:
+        batch = whole if mesh.size == 1 else whole.part(mesh.share(len(whole.domain_B)))
         on_device = batch.to(device)
         output, records = model(on_device, batch_context(on_device, training=False, seed=seed))
         loss_BL, weight_BL = task.token_loss(output, on_device).double(), on_device.weight_BL.double()
@@ -54,6 +61,8 @@ def _evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, dev
         for record in records:
             count = LoadCount.of(record)
             counts[record.layer] = counts[record.layer] + count if record.layer in counts else count
+    nats, weights = mesh.world.sum(torch.stack([nats, weights]).to(device)).cpu()
+    counts = {layer: count.over(mesh.world) for layer, count in counts.items()}
     return Evaluation(
         quality=task.quality(nats.tolist(), weights.tolist()),
         load=summarise(list(counts.values())) | _flops(model, counts),
@@ -79,4 +88,5 @@ def batch_context(batch: Batch, *, training: bool, seed: int, step: int = 0) -> 
         token_id_BL=batch.input_BL,
         valid_BL=batch.valid_BL,
         domain_B=batch.domain_B,
+        span=batch.span,
     )

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from moebench.errors import UsageError
 from moebench.models.build import Cost, build_backbone, cost_of, plan_of
 from moebench.models.transformer import BatchContext, Transformer, init_weights
+from moebench.parallel.mesh import ALONE_MESH, Mesh
+from moebench.parallel.spread import check_spread, spread_experts
 from moebench.routing.router import ROUTERS
 from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig
@@ -35,6 +37,7 @@ def check_cell(config: CellConfig) -> None:
     if config.train.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("train.device: 'cuda' was asked for, but torch finds no CUDA device (allowed: auto, cpu)")
     _check_overflow(config)
+    _check_spread(config)
     task = TASKS.get(config.task.name, where="task.name")
     leak = _leak(config)
     if task.facts.causal and not config.allow_noncausal and leak:
@@ -62,9 +65,11 @@ def build_model(config: CellConfig, task: Task) -> Model:
     return Model(task.embedding(config.model.d_model), backbone, task.head(config.model.d_model))
 
 
-def initialised_model(config: CellConfig, task: Task) -> Model:
-    """Build the model and draw its weights from the cell's seed."""
+def initialised_model(config: CellConfig, task: Task, mesh: Mesh = ALONE_MESH) -> Model:
+    """Build the model, as one of the mesh's processes has it, and draw its weights from the cell's seed."""
     model = build_model(config, task)
+    if mesh.size > 1:
+        spread_experts(model, mesh, config.balance)
     init_weights(model, config.seed)
     return model
 
@@ -88,6 +93,15 @@ def _check_overflow(config: CellConfig) -> None:
             f"layout.overflow: 'reroute' needs scores, which router '{config.router.name}' does not make"
             " (allowed: drop, pass)"
         )
+
+
+def _check_spread(config: CellConfig) -> None:
+    """Refuse a mesh over which the experts of some layer cannot be dealt out evenly."""
+    if config.parallel.expert == 1 or ROUTERS.get(config.router.name).item.is_dense:
+        return
+    for block in plan_of(config):
+        for experts in block.banks:
+            check_spread(experts, config.parallel.expert, config.layout.name)
 
 
 def _leak(config: CellConfig) -> str | None:

@@ -1,6 +1,7 @@
 """The Lightning module of a cell: one training step, the optimizer, and the guard against non-finite numbers."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning
@@ -8,9 +9,13 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from moebench.parallel.gradients import clip_grad_norm
+from moebench.parallel.mesh import ALONE_MESH, Mesh
+from moebench.parallel.spread import spread_banks
 from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig, TrainConfig
 from moebench.tasks.task import Batch, Task
+from moebench.training.batches import share_of
 from moebench.training.evaluate import Evaluation, batch_context, evaluate
 from moebench.training.model import Model
 from moebench.training.objective import Objective, objective
@@ -21,56 +26,88 @@ class NonFiniteError(Exception):
 
 
 class CellModule(lightning.LightningModule):
-    """Trains one model; what a step found lies in `last` until the next step."""
+    """Trains one model; what a step found, in all its micro-batches, lies here until the next step."""
 
-    def __init__(self, config: CellConfig, model: Model, task: Task) -> None:
+    def __init__(
+        self,
+        config: CellConfig,
+        model: Model,
+        task: Task,
+        mesh: Mesh = ALONE_MESH,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`should_stop`: asked in every step; the processes stop together, when one of them is asked to."""
         super().__init__()
         self.config = config
         self.model = model
         self.task = task
+        self.mesh = mesh
+        self.should_stop = should_stop
         self.layers = model.backbone.moe_layers()
-        self.last: Objective | None = None
-        self.last_records: list[LayerRecord] = []
+        self.objectives: list[Objective] = []
+        self.records: list[list[LayerRecord]] = []
+        """Of each micro-batch, one record per MoE layer."""
+        self.last_loss = 0.0
+        """Mean task loss of the step, of all processes."""
         self.last_grad_norm = 0.0
         self.last_rate = 0.0
+        self.stop_agreed = False
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Return the loss of one batch; raise NonFiniteError if it is not a number."""
+        """Return the loss of one micro-batch."""
         step = self.global_step
+        if batch_index % self.config.train.accumulate == 0:
+            self.objectives, self.records = [], []
         output, records = self.model(batch, batch_context(batch, training=True, seed=self.config.seed, step=step))
         token_loss_BL = self.task.token_loss(output, batch)
-        self.last = objective(token_loss_BL, batch, self.layers, records, self.config.router.losses)
-        if not math.isfinite(self.last.total.item()):
-            raise NonFiniteError(f"loss is {self.last.total.item()} at step {step + 1}; no update was made")
-        self.last_records = records
-        return self.last.total
+        share = share_of(batch, self.config, self.mesh)
+        found = objective(token_loss_BL, batch, self.layers, records, self.config.router.losses, share)
+        self.objectives.append(found.detached())
+        self.records.append(records)
+        return found.total
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        """Clip the whole gradient; raise NonFiniteError before the update if its norm is not finite."""
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.config.train.clip_norm).item()
-        if not math.isfinite(norm):
-            raise NonFiniteError(f"gradient norm is {norm} at step {self.global_step + 1}; no update was made")
-        self.last_grad_norm = norm
+        """Clip the whole gradient; raise NonFiniteError before the update if it or the loss is not finite."""
+        found = torch.stack([torch.stack([part.total, part.task]) for part in self.objectives]).double().mean(0)
+        wish = found.new_tensor([float(self.should_stop())])
+        total, self.last_loss, wishes = self.mesh.world.sum(torch.cat([found / self.mesh.size, wish])).tolist()
+        self.stop_agreed = wishes > 0
+        self._require_finite(total, "loss")
+        self.last_grad_norm = clip_grad_norm(self.parameters(), self.config.train.clip_norm).item()
+        self._require_finite(self.last_grad_norm, "gradient norm")
         self.last_rate = optimizer.param_groups[0]["lr"]  # of this update: the schedule moves on right after it
+
+    def _require_finite(self, value: float, what: str) -> None:
+        if not math.isfinite(value):
+            raise NonFiniteError(f"{what} is {value} at step {self.global_step + 1}; no update was made")
 
     def update_routers(self) -> None:
         """Let routers with state see the loads of the step: after the update, before anything is saved."""
-        for layer, record in zip(self.layers, self.last_records, strict=True):
-            layer.router.after_step(record.routing.load_E)
+        if not self.layers:
+            return
+        by_layer = zip(*self.records, strict=True)
+        loads = [torch.stack([record.routing.load_E for record in records]).sum(0) for records in by_layer]
+        summed = torch.split(self.mesh.world.sum(torch.cat(loads)), [len(load_E) for load_E in loads])
+        for layer, load_E in zip(self.layers, summed, strict=True):
+            layer.router.after_step(load_E)
 
     def evaluate(self, split: str) -> Evaluation:
         """Evaluate the model on a split of the task's fixed evaluation set."""
         batches = self.task.eval_batches(split, self.config.train.batch_size)
-        return evaluate(self.model, self.task, batches, self.config.seed, self.device)
+        return evaluate(self.model, self.task, batches, self.config.seed, self.device, self.mesh)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW (decay on matrices only) and the warm-up and cosine schedule."""
         train = self.config.train
-        matrices = [p for p in self.parameters() if p.dim() >= 2]
-        vectors = [p for p in self.parameters() if p.dim() < 2]
+        # Apart, because the fused update takes one kind of tensor; the same groups whether experts are spread or not.
+        experts = {id(p) for layer in self.layers for bank in spread_banks(layer.bank) for p in bank.parameters()}
+        stacks = [p for p in self.parameters() if id(p) in experts]
+        matrices = [p for p in self.parameters() if id(p) not in experts and p.dim() >= 2]
+        vectors = [p for p in self.parameters() if id(p) not in experts and p.dim() < 2]
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        groups += [{"params": stacks}] if stacks else []
         optimizer = torch.optim.AdamW(
             groups,
             lr=train.learning_rate,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moebench.experts.layer import MoELayer
 from moebench.routing.losses import LOSSES
+from moebench.routing.ranks import Ranks
 from moebench.routing.values import LayerRecord
 from moebench.tasks.task import Batch
 
@@ -19,18 +20,38 @@ class Objective:
     total: Tensor
     """What is differentiated."""
     task: Tensor
-    """Mean loss per position in nats, without any auxiliary loss."""
+    """Loss per position in nats, without any auxiliary loss: the mean over a step's micro-batches and processes is
+    that over all its positions."""
     raw: Mapping[str, Tensor]
     """Auxiliary losses before their coefficient, mean over MoE layers."""
     weighted: Mapping[str, Tensor]
     """The same times their coefficient, as they enter the total."""
 
-    def to_log(self) -> dict[str, float]:
+    def detached(self) -> "Objective":
+        """Return the numbers without what is needed to differentiate them."""
+        return Objective(
+            total=self.total.detach(),
+            task=self.task.detach(),
+            raw={name: value.detach() for name, value in self.raw.items()},
+            weighted={name: value.detach() for name, value in self.weighted.items()},
+        )
+
+    def parts(self) -> dict[str, Tensor]:
         """Return the parts under the names of the journal."""
         parts = {"loss/task": self.task, "loss/total": self.total}
         parts |= {f"loss/{name}": value for name, value in self.weighted.items()}
         parts |= {f"balance/{name}": value for name, value in self.raw.items()}
-        return {name: float(value.detach()) for name, value in parts.items()}
+        return parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What makes the mean over micro-batches and processes of their losses the mean over a step's positions."""
+
+    num_positions: int | Tensor
+    """Positions of the whole step that count, padding left out, of all micro-batches and processes."""
+    factor: int = 1
+    """Micro-batches times processes."""
 
 
 def objective(
@@ -39,10 +60,16 @@ def objective(
     layers: Sequence[MoELayer],
     records: Sequence[LayerRecord],
     coefficients: Mapping[str, float],
+    share: Share | None = None,
 ) -> Objective:
-    """Add up the loss of a batch; a coefficient of 0 measures a loss without using it."""
+    """Add up the loss of a batch; a coefficient of 0 measures a loss without using it.
+
+    `share`: the batch's share of its step; None: it is the whole step.
+    """
     token_loss_T = token_loss_BL.reshape(-1)
-    task = token_loss_T.mean() if batch.valid_BL is None else token_loss_T[batch.valid_BL.reshape(-1)].mean()
+    counted_T = token_loss_T if batch.valid_BL is None else token_loss_T[batch.valid_BL.reshape(-1)]
+    share = share or Share(num_positions=max(counted_T.numel(), 1))
+    task = counted_T.sum() / share.num_positions * share.factor
     per_layer = [_raw_losses(layer, record, coefficients) for layer, record in zip(layers, records, strict=True)]
     names = per_layer[0] if per_layer else {}
     raw = {name: torch.stack([losses[name] for losses in per_layer]).mean() for name in names}
@@ -53,6 +80,14 @@ def objective(
         if learned is not None:
             total = total + learned
     return Objective(total=total, task=task, raw=raw, weighted=weighted)
+
+
+def mean_of(objectives: Sequence[Objective], ranks: Ranks) -> dict[str, float]:
+    """Return the parts of a step's loss under the names of the journal: mean over micro-batches and processes."""
+    names = list(objectives[0].parts())
+    values = torch.stack([torch.stack([part.parts()[name] for name in names]) for part in objectives]).mean(0)
+    summed: list[float] = (ranks.sum(values.double()) / ranks.size).tolist()
+    return dict(zip(names, summed, strict=True))
 
 
 def _raw_losses(layer: MoELayer, record: LayerRecord, coefficients: Mapping[str, float]) -> dict[str, Tensor]:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from moebench.config import layer_over, resolve
+from moebench.parallel.checkpoint import REST
 from moebench.schema import CellConfig
 from moebench.tasks.language import Language
-from moebench.tasks.task import Batch
+from moebench.tasks.task import ALL, Batch
 from moebench.tracking.journal import read_journal
 from moebench.tracking.recorder import RunRecorder
 from moebench.training.callback import Hooks
@@ -94,9 +96,16 @@ class Run:
 
     def checkpoint(self, step: int) -> dict[str, Any]:
         """Read the checkpoint of a step."""
-        file = self.checkpoints / f"step_{step:07d}.ckpt"
-        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        return content
+        return read_checkpoint(self.checkpoints / f"step_{step:07d}.ckpt")
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any]:
+    """Return all tensors of a checkpoint, whole, and what else is in it."""
+    whole = folder.parent / f"{folder.name}.whole"
+    dcp_to_torch_save(folder, whole)
+    content: dict[str, Any] = torch.load(whole, map_location="cpu", weights_only=False)
+    whole.unlink()
+    return content | torch.load(folder / REST, map_location="cpu", weights_only=True)
 
 
 class Watched(Language):
@@ -109,8 +118,8 @@ class Watched(Language):
         self.at = at
         self.trained = 0
 
-    def train_batch(self, batch_size: int, seed: int, step: int) -> Batch:
-        batch = super().train_batch(batch_size, seed, step)
+    def train_batch(self, batch_size: int, seed: int, step: int, part: slice = ALL) -> Batch:
+        batch = super().train_batch(batch_size, seed, step, part)
         self.seen.append(batch.input_BL)
         return batch
 

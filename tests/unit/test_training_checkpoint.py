@@ -4,7 +4,7 @@ import pytest
 import torch
 from contract.training_cases import Run, assert_same_tree, tiny_config, write_text
 
-from moebench.training.checkpoint import KEEP, VerifiedCheckpointIO, checkpoint_path, newest_good, step_of
+from moebench.parallel.checkpoint import KEEP, VerifiedCheckpointIO, checkpoint_path, newest_good, step_of
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def assert_same_runs(whole: Run, parts: Run) -> None:
     last = whole.config.train.steps
     ours, theirs = whole.checkpoint(last), parts.checkpoint(last)
-    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
+    for key in ("state_dict", "optimizer", "lr_schedulers", "global_step"):
         assert_same_tree(ours[key], theirs[key], key)
     assert whole.points() == parts.points()
 

@@ -1,0 +1,169 @@
+"""Checkpoints that any number of processes can load, and that cannot be half-written or silently damaged.
+
+A checkpoint is a folder of torch.distributed.checkpoint: every process writes the tensors that it holds, under their
+names and with their place in the whole tensor, and reads what it needs of them whoever wrote it. The folder gets its
+name when all is on the disk; the manifest beside it, with the SHA-256 of each of its files, comes last.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from moebench.parallel.mesh import ALONE_MESH, Mesh
+
+KEEP = 2
+"""Checkpoints kept; the older one is the way back when the newest is damaged."""
+REST = "rest.pt"
+"""Of a checkpoint's files the one with all that is no tensor of the model or the optimizer."""
+
+
+class VerifiedCheckpointIO(CheckpointIO):
+    """Lightning's way to disk: writes the folder step_N.ckpt and, last, its manifest step_N.json."""
+
+    def __init__(self, mesh: Mesh = ALONE_MESH) -> None:
+        self.mesh = mesh
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write the checkpoint and its manifest, then drop all but the newest ones; all processes call it."""
+        folder = Path(path)
+        half = folder.with_name(f".{folder.name}.tmp")  # in the same folder: the rename is atomic
+        rest = dict(checkpoint)
+        tensors = _tensors(rest.pop("state_dict"), rest.pop("optimizer_states"))
+        if self.mesh.is_first:
+            shutil.rmtree(half, ignore_errors=True)
+            half.mkdir(parents=True)
+            torch.save(rest, half / REST)
+        self.mesh.wait()
+        try:
+            with self._alone_or_together():
+                save(tensors, checkpoint_id=half, no_dist=not self.mesh.place.has_group)
+            self.mesh.wait()
+            if self.mesh.is_first:
+                _seal(half, folder)
+                drop_all_but(KEEP, folder.parent)
+        finally:
+            if self.mesh.is_first:
+                shutil.rmtree(half, ignore_errors=True)
+        self.mesh.wait()
+
+    def load_into(self, state: dict[str, Any], path: Path) -> None:
+        """Fill `state` (its state_dict and optimizer_states) from a checkpoint; each process what it holds."""
+        tensors = _tensors(state["state_dict"], state["optimizer_states"])
+        with self._alone_or_together():
+            load(tensors, checkpoint_id=path, no_dist=not self.mesh.place.has_group)
+        state.update(state_dict=tensors["state_dict"], optimizer_states=[tensors["optimizer"]])
+
+    def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
+        """Read what is no tensor of model or optimizer; only plain values are ever unpickled."""
+        return torch.load(Path(path) / REST, map_location=map_location or "cpu", weights_only=True)
+
+    @contextlib.contextmanager
+    def _alone_or_together(self) -> Iterator[None]:
+        with warnings.catch_warnings():
+            if not self.mesh.place.has_group:  # one process is what is meant
+                warnings.filterwarnings("ignore", message=".*torch.distributed is disabled, unavailable.*")
+            yield
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete a checkpoint and its manifest."""
+        _remove(Path(path))
+
+
+def _tensors(module: Any, optimizers: Any) -> dict[str, Any]:
+    (optimizer,) = optimizers
+    return {"state_dict": module, "optimizer": optimizer}
+
+
+def clear_after(step: int, folder: Path) -> None:
+    """Remove the checkpoints beyond a step and what a killed process left half-written.
+
+    They are damaged (or the run would go on from them), and being newer they would push out good ones.
+    """
+    for manifest in _manifests(folder):
+        if step_of(manifest) > step:
+            _remove(manifest.with_suffix(".ckpt"))
+    for half in folder.glob(".step_*.tmp"):
+        shutil.rmtree(half, ignore_errors=True) if half.is_dir() else half.unlink(missing_ok=True)
+
+
+def drop_all_but(count: int, folder: Path) -> None:
+    """Remove all but the newest checkpoints of a folder."""
+    for manifest in _manifests(folder)[:-count]:
+        _remove(manifest.with_suffix(".ckpt"))
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return where the checkpoint of a step lies."""
+    return folder / f"step_{step:07d}.ckpt"
+
+
+def step_of(file: Path) -> int:
+    """Return the step in a checkpoint's name."""
+    return int(file.stem.removeprefix("step_"))
+
+
+def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint whose checksums are right, and one line for each damaged one passed over."""
+    damaged: list[str] = []
+    for manifest in reversed(_manifests(folder)):
+        checkpoint = manifest.with_suffix(".ckpt")
+        try:
+            expected = json.loads(manifest.read_text())["sha256"]
+            wrong = [name for name, digest in expected.items() if _digest(checkpoint / name) != digest]
+            if not wrong and expected:
+                return checkpoint, damaged
+            what = f"checksum of {', '.join(wrong)}" if wrong else "the list of checksums"
+            damaged.append(f"{checkpoint.name}: {what} does not match its manifest; the one before is used")
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            damaged.append(f"{checkpoint.name}: not readable ({error}); the one before is used")
+    return None, damaged
+
+
+def _seal(half: Path, folder: Path) -> None:
+    """Bring a folder to the disk, give it its name, and write its manifest."""
+    files = sorted(half.iterdir())
+    for file in files:
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    sums = {file.name: _digest(file) for file in files}
+    manifest = {"step": step_of(folder), "sha256": sums, "bytes": sum(file.stat().st_size for file in files)}
+    _remove(folder)  # of an earlier attempt at this step
+    os.replace(half, folder)
+    _replace(folder.with_suffix(".json"), lambda handle: handle.write(json.dumps(manifest).encode()))
+
+
+def _remove(checkpoint: Path) -> None:
+    checkpoint.with_suffix(".json").unlink(missing_ok=True)  # first: without its manifest a checkpoint does not count
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _manifests(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step_*.json"), key=step_of)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _replace(file: Path, write: Callable[[Any], Any]) -> None:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as handle:
+            write(handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)

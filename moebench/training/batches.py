@@ -1,0 +1,54 @@
+"""The batches of a run: each process its part of each micro-batch, as a function of the step alone."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from moebench.parallel.mesh import Mesh
+from moebench.schema import CellConfig
+from moebench.tasks.task import Batch, Task
+from moebench.training.objective import Share
+
+
+class StepBatches(IterableDataset[Batch]):
+    """The training batches from one step on: batch n is a function of n, so a resumed run goes on exactly.
+
+    A step's sequences are cut into micro-batches, and each micro-batch into parts, one for each process.
+    """
+
+    def __init__(self, config: CellConfig, task: Task, first_step: int, mesh: Mesh) -> None:
+        self.config = config
+        self.task = task
+        self.first_step = first_step
+        self.mesh = mesh
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the micro-batches of the remaining steps."""
+        for step in range(self.first_step, self.config.train.steps):
+            yield from self._micro_batches(step)
+
+    def _micro_batches(self, step: int) -> list[Batch]:
+        train = self.config.train
+        size = train.batch_size // train.accumulate
+        span = self.mesh.share(size)
+        found = []
+        for start in range(0, train.batch_size, size):
+            part = slice(start + span.start, start + span.start + span.length)
+            batch = self.task.train_batch(train.batch_size, self.config.seed, step, part)
+            found.append(replace(batch, span=span if self.mesh.size > 1 else None))
+        masks = [batch.valid_BL for batch in found if batch.valid_BL is not None]
+        if not masks:
+            return found
+        valid = torch.stack([mask.sum() for mask in masks]).sum()
+        return [replace(batch, valid_in_step=valid) for batch in found]
+
+
+def share_of(batch: Batch, config: CellConfig, mesh: Mesh) -> Share:
+    """Return which share of its step's positions a micro-batch of this process is."""
+    num_positions: int | Tensor = config.train.batch_size * batch.input_BL.shape[1]
+    if batch.valid_in_step is not None:
+        num_positions = mesh.world.sum(batch.valid_in_step).clamp(min=1)
+    return Share(num_positions=num_positions, factor=config.train.accumulate * mesh.size)
