@@ -17,7 +17,7 @@ from moebench.parallel.mesh import ALONE_MESH, Mesh, open_mesh
 from moebench.parallel.place import Place
 from moebench.schema import ParallelConfig
 
-LIMIT_S = 90
+LIMIT_S = 280
 """How long a team may take; whoever is still there then is killed."""
 
 CONTEXT = get_context("forkserver")
