@@ -73,12 +73,11 @@ class _StateByName(Strategy):
         }
         files = self.checkpoint_io
         assert isinstance(files, VerifiedCheckpointIO)
-        files.load_into(state, Path(checkpoint_path))
+        rest = files.load_into(state, Path(checkpoint_path))
         set_model_state_dict(self.lightning_module, state["state_dict"], options=BY_NAME)
         set_optimizer_state_dict(
             self.lightning_module, optimizer, optim_state_dict=state["optimizer_states"][0], options=BY_NAME
         )
-        rest: dict[str, Any] = files.load_checkpoint(checkpoint_path)
         return rest
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
