@@ -106,6 +106,9 @@ class ManyProcesses(_StateByName, DDPStrategy):
             timeout=timedelta(seconds=mesh.config.timeout_s),
             # Buffers are router state: the same everywhere by construction, checked, and never overwritten.
             broadcast_buffers=False,
+            # Else DDP packs its buckets anew behind the first step: gradients would be summed in another order in a
+            # resumed run than in one that was never stopped, and differ in the last bit.
+            find_unused_parameters=True,
         )
         self.mesh = mesh
 

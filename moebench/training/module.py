@@ -55,10 +55,11 @@ class CellModule(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the loss of one micro-batch."""
-        step = self.global_step
-        if batch_index % self.config.train.accumulate == 0:
+        micro_batch = batch_index % self.config.train.accumulate
+        if micro_batch == 0:
             self.objectives, self.records = [], []
-        output, records = self.model(batch, batch_context(batch, training=True, seed=self.config.seed, step=step))
+        ctx = batch_context(batch, training=True, seed=self.config.seed, step=self.global_step, micro_batch=micro_batch)
+        output, records = self.model(batch, ctx)
         token_loss_BL = self.task.token_loss(output, batch)
         share = share_of(batch, self.config, self.mesh)
         found = objective(token_loss_BL, batch, self.layers, records, self.config.router.losses, share)
