@@ -79,7 +79,7 @@ def attend(
     mixed = functional.scaled_dot_product_attention(
         rotate(query, cos, sin), rotate(key, cos, sin), value, attn_mask=mask, is_causal=causal
     )
-    return mixed.transpose(1, 2).reshape(batch, length, -1)
+    return mixed.transpose(1, 2).flatten(2)
 
 
 def rotation(length: int, head_width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:

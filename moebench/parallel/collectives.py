@@ -95,6 +95,7 @@ class Travel:
         """`send` and `receive`: rows for and from each process."""
         self.send, self.receive, self.group, self.watch = send, receive, group, watch
         self.work: Any = None
+        self.gradient_RI: Tensor | None = None
 
     def start(self, x_RI: Tensor) -> Tensor:
         """Send the rows; what is returned may be read after `finish` alone."""
@@ -116,6 +117,13 @@ class Travel:
         out_RI = x_RI.new_empty(sum(to_receive), *x_RI.shape[1:])
         self.work = self.watch.all_to_all(out_RI, x_RI.contiguous(), to_receive, to_send, self.group)
         return out_RI
+
+    def returned(self) -> Tensor:
+        """Wait for the gradient that comes back and return it."""
+        assert self.gradient_RI is not None
+        self.wait()
+        gradient_RI, self.gradient_RI = self.gradient_RI, None
+        return gradient_RI
 
     def wait(self) -> None:
         """Wait for the all-to-all that was begun last."""
@@ -145,8 +153,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RI: Tensor) -> tuple[Tensor, None]:
-        ctx.travel.wait()
-        return grad_RI, None
+        return ctx.travel.returned(), None
 
 
 class _Finish(torch.autograd.Function):
@@ -161,4 +168,6 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RI: Tensor) -> tuple[Tensor, None]:
-        return ctx.travel.issue(grad_RI, back=True), None
+        ctx.travel.gradient_RI = ctx.travel.issue(grad_RI, back=True)
+        # What travels has another shape than what autograd expects here, so it goes round: see `returned`.
+        return grad_RI.new_zeros(()).expand(grad_RI.shape), None

@@ -1,0 +1,75 @@
+"""The same batch gives the same losses, gradients, norms and updates on one process and on any mesh of them."""
+
+import traceback
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from contract.training_cases import write_text
+from distributed.matrix import SHORT, fits, matrix
+from distributed.steps import assert_same_training, train_steps, trained_alike
+from distributed.team import ALONE, SHAPES, Mesh, Shape
+
+from moebench.registry import load_plugin
+from moebench.routing.router import ROUTERS
+
+PLUGIN = Path(__file__).with_name("collapsed.py")
+BF16_TOLERANCE = 3e-2
+"""bf16 has 8 bits; another split of a sum rounds differently, and a near tie is then routed differently."""
+
+
+def train_all(mesh: Mesh, text: Path, cases: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """Train one case after the other in the same processes: starting them costs more than training."""
+    if "collapsed" not in ROUTERS.names():
+        load_plugin(str(PLUGIN))
+    found: dict[str, Any] = {}
+    for name, overrides in cases.items():
+        own = folder / name.replace(" ", "_")
+        own.mkdir(exist_ok=True)
+        try:
+            found[name] = train_steps(mesh, text, overrides, own)
+        except Exception:
+            found[name] = traceback.format_exc()
+            if mesh.size > 1:
+                break  # the others may wait where nobody comes: what follows could not be believed
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Callable[[Shape], Any]:
+    """Return what trains all wanted cases on a mesh, once."""
+    folder = tmp_path_factory.mktemp("matrix")
+    text = write_text(folder)
+    wanted = {item.callspec.params["name"] for item in request.session.items if item.module is request.module}
+
+    @cache
+    def train(key: tuple[int, int]) -> list[dict[str, Any]]:
+        shape = Shape(*key)
+        cases = {name: shape.over(overrides) for name, overrides in matrix().items() if name in wanted}
+        cases = {name: overrides for name, overrides in cases.items() if fits(name, shape)}
+        return shape.run(train_all, text, cases, folder)
+
+    return lambda shape: train((shape.data, shape.expert))
+
+
+def the_case(results: Callable[[Shape], Any], shape: Shape, name: str) -> dict[str, Any]:
+    """Return what a case found on a mesh, the same on all ranks."""
+    found = [of_rank.get(name, "a case before it failed") for of_rank in results(shape)]
+    assert not any(isinstance(value, str) for value in found), "\n".join(map(str, found))
+    return trained_alike(found)
+
+
+CASES = [
+    pytest.param(shape, name, id=f"{shape}-{name}", marks=() if name in SHORT else pytest.mark.slow)
+    for shape in SHAPES
+    for name in matrix()
+    if fits(name, shape)
+]
+
+
+@pytest.mark.parametrize(("shape", "name"), CASES)
+def test_same_training(results: Callable[[Shape], Any], shape: Shape, name: str) -> None:
+    tolerance = {"tolerance": BF16_TOLERANCE} if name == "bf16" else {}
+    assert_same_training(the_case(results, shape, name), the_case(results, ALONE, name), **tolerance)
