@@ -119,7 +119,7 @@ def start_server() -> None:
 
     Ctrl-C reaches the whole group, and would otherwise interrupt its imports with a traceback.
     """
-    CONTEXT.set_forkserver_preload(["moebench.experiment.worker"])
+    CONTEXT.set_forkserver_preload(["moebench.experiment.fork_source"])
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}  # a program inherits what is ignored
     try:

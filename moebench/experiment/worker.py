@@ -155,7 +155,7 @@ def _train_logged(
         write_json(folder.environment, environment(config.train.threads))
         write_atomically(folder.path / "config.yaml", to_yaml(config))
     task = prepare_task(config, results)
-    if place.has_group and place.store_host == "127.0.0.1":
+    if place.has_group and place.num_nodes == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())  # whatever this machine's name leads to
     device = device_of(config.train, place)
     with _recorder(folder, place) as recorder, open_mesh(config.parallel, place, device) as mesh:
