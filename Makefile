@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: demo test test-all bench lint format clean help
+.PHONY: demo test test-all test-distributed bench lint format clean help
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/  -/'
@@ -24,6 +24,9 @@ test: $(VENV)/installed-dev  ## the tests, in a few minutes on two cores
 
 test-all: $(VENV)/installed-dev  ## the tests and the long proofs (the tracking UI is looked at with chromium, if there is one)
 	$(PYTEST) -n 2
+
+test-distributed: $(VENV)/installed-dev  ## the tests of many processes: meshes, torchrun, SLURM, processes that are killed or hang
+	$(PYTEST) -n 2 --timeout 600 tests/distributed
 
 bench: $(VENV)/installed  ## speed of the layer and of a training step, as ratios; with the libraries of the extra `peers` where installed
 	$(BIN)/moebench bench layer

@@ -86,8 +86,12 @@ def train_missing(grid: "Experiment", results: Path, jobs: int) -> None:
     from rich.console import Console
 
     from moebench.analysis.figures import Figures
-    from moebench.experiment.runner import run_experiment
+    from moebench.experiment.launch import OwnLaunch
+    from moebench.experiment.runner import RunOptions, run_experiment
 
-    report = run_experiment(grid, results, jobs=jobs, tracker=None, console=Console(stderr=True), figures=Figures())
+    console = Console(stderr=True)
+    report = run_experiment(
+        grid, results, RunOptions(jobs=jobs), launch=OwnLaunch(), console=console, figures=Figures()
+    )
     if report.interrupted:
         raise typer.Exit(128 + report.interrupted)

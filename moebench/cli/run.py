@@ -1,5 +1,6 @@
 """`moebench run`: train every cell of an experiment that is not done."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +16,10 @@ from moebench.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from moebench.experiment.runner import RunReport
+    from rich.console import Console
+
+    from moebench.experiment.launch import Launch
+    from moebench.experiment.runner import RunOptions, RunReport
 
 EXIT_FAILED, EXIT_TRACKER = 1, 3
 
@@ -30,36 +34,77 @@ def run(
         str | None,
         typer.Option(envvar="MOEBENCH_TRACKER", help="MLflow URI; 'none' for no tracker. Default: SQLite in results."),
     ] = None,
+    reshard: Annotated[
+        bool,
+        typer.Option(
+            "--reshard", help="Begin a new cell from the checkpoint of the same one on other processes, if it is there."
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Train every cell that is not done and resume those half done.
 
-    Each cell runs in a process of its own: when one fails, the others go on. Press Ctrl-C once to stop with
-    everything saved; the same command goes on from there.
+    Each cell runs in processes of its own: when one fails, the others go on. Press Ctrl-C once to stop with
+    everything saved; the same command goes on from there. Started by torchrun or SLURM, it trains over the processes
+    that are there.
 
     Exit codes: 0 all done, 1 some cells failed, 2 mistake in the command or configuration, 3 the tracker missed
     something (nothing is lost: `moebench sync`), 130 and 143 interrupted.
     """
     from rich.console import Console
 
+    from moebench.experiment.launch import OwnLaunch, given_processes
+    from moebench.experiment.runner import RunOptions
+
+    options = RunOptions(jobs=jobs, tracker=tracker, reshard=reshard)
+    console = Console(stderr=True)
+    given = given_processes()
+    if given is None:
+        code = _run(experiment, overrides, results, plugin, options, console, OwnLaunch(), json=json)
+    else:
+        from moebench.experiment.joining import follow, leading
+        from moebench.experiment.wire import AbandonedError
+
+        if given.place.rank > 0:
+            raise typer.Exit(follow(given))
+        try:
+            with leading(given) as launch:
+                code = _run(experiment, overrides, results, plugin, options, console, launch, json=json)
+                launch.exit_code = code
+        except AbandonedError as error:
+            console.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+            code = EXIT_FAILED
+    if code:
+        raise typer.Exit(code)
+
+
+def _run(
+    experiment: str,
+    overrides: list[str] | None,
+    results: Path,
+    plugins: list[str] | None,
+    options: "RunOptions",
+    console: "Console",
+    launch: "Launch",
+    *,
+    json: bool,
+) -> int:
+    """Run the grid, say what came of it, and return the exit code."""
     from moebench.experiment.grid import expand
     from moebench.experiment.runner import run_experiment
     from moebench.tracking.mlflow_store import check_uri
 
-    if tracker not in (None, "none"):
-        check_uri(tracker)
-    grid = expand(experiment_file(experiment), overrides or (), plugin or ())
-    console = Console(stderr=True)
-    report = run_experiment(grid, results, jobs=jobs, tracker=tracker, console=console, figures=_figures())
+    if options.tracker not in (None, "none"):
+        check_uri(options.tracker)
+    grid = expand(experiment_file(experiment), overrides or (), plugins or ())
+    report = run_experiment(grid, results, options, launch=launch, console=console, figures=_figures())
     if json:
         import json as json_module
 
-        print(json_module.dumps(report.to_dict(), indent=1))
+        print(json_module.dumps(report.to_dict(), indent=1), flush=True)
     else:
         _say(report, experiment, console)
-    code = _exit_code(report)
-    if code:
-        raise typer.Exit(code)
+    return _exit_code(report)
 
 
 def _figures() -> Any:

@@ -11,7 +11,9 @@ from rich.console import Console
 
 from moebench.experiment.display import LineDisplay, LiveDisplay
 from moebench.experiment.grid import Cell, Experiment
+from moebench.experiment.launch import Launch
 from moebench.experiment.plan import state_of
+from moebench.experiment.reshard import reshard
 from moebench.experiment.scheduler import Interrupted, Outcome, Scheduler
 from moebench.experiment.store import open_results, record_experiment, require_room, unfinished
 from moebench.tasks.task import TASKS
@@ -29,6 +31,18 @@ class Figures(Protocol):
 
     def of_experiment(self, experiment: Experiment, results: Path) -> None:
         """Draw the curves of all arms into the results folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a grid is run; none of it changes a result."""
+
+    jobs: int = 0
+    """Cells at a time, 0: as many as fit this machine."""
+    tracker: str | None = None
+    """MLflow URI, "none" for no tracker, None for the one in the results folder."""
+    reshard: bool = False
+    """Whether new cells begin from the checkpoints of the same cells on another mesh."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,21 +97,26 @@ class RunReport:
 
 
 def run_experiment(
-    experiment: Experiment, results: Path, *, jobs: int, tracker: str | None, console: Console, figures: Figures
+    experiment: Experiment, results: Path, options: RunOptions, *, launch: Launch, console: Console, figures: Figures
 ) -> RunReport:
     """Train the cells that are not done; raise UsageError before anything is trained when that cannot work."""
+    launch.check(experiment.cells)
     open_results(results)
     todo = unfinished(results, experiment)
     for note in experiment.notes:
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        _note(console, note)
     require_room(results, experiment, todo)
     record_experiment(results, experiment)
     for config in {cell.data_digest: cell.config for cell in todo}.values():
         prepare_task(config, results)  # once, here: the workers find it in the cache
-    tracking = None if tracker == "none" else Tracker(results, tracker or default_uri(results), experiment.name)
+    for note in reshard(results, todo) if options.reshard else ():
+        _note(console, note)
+    uri = options.tracker or default_uri(results)
+    tracking = None if uri == "none" else Tracker(results, uri, experiment.name)
     if tracking:
         tracking.start()
-    outcomes, interrupted = _train(experiment, results, todo, jobs, console, figures, tracking)
+    work = _Work(experiment, results, todo, launch, console, figures, tracking)
+    outcomes, interrupted = work.train(options.jobs or default_jobs(todo))
     if todo and not interrupted:
         figures.of_experiment(experiment, results)
     status = tracking.stop() if tracking else None
@@ -111,47 +130,49 @@ def run_experiment(
     )
 
 
-def _train(
-    experiment: Experiment,
-    results: Path,
-    todo: list[Cell],
-    jobs: int,
-    console: Console,
-    figures: Figures,
-    tracking: Tracker | None,
-) -> tuple[list[Outcome], int]:
-    """Return how the cells ended and the signal that cut it short (0: none)."""
-    if not todo:
-        return [], 0
-    metric = TASKS.get(todo[0].config.task.name).facts.metric
-    warned: list[str] = []
-    with (LiveDisplay if console.is_terminal else LineDisplay)(console, todo, metric) as display:
+@dataclass(frozen=True)
+class _Work:
+    experiment: Experiment
+    results: Path
+    todo: list[Cell]
+    launch: Launch
+    console: Console
+    figures: Figures
+    tracking: Tracker | None
 
-        def look_at_tracker() -> None:
-            problem = tracking.poll() if tracking else None
-            if problem and not warned:
-                warned.append(problem)
-                display.note(f"tracker: {problem}; training goes on")
+    def train(self, jobs: int) -> tuple[list[Outcome], int]:
+        """Return how the cells ended and the signal that cut it short (0: none)."""
+        if not self.todo:
+            return [], 0
+        metric = TASKS.get(self.todo[0].config.task.name).facts.metric
+        warned: list[str] = []
+        with (LiveDisplay if self.console.is_terminal else LineDisplay)(self.console, self.todo, metric) as display:
 
-        scheduler = Scheduler(results, experiment.name, jobs or default_jobs(todo), display)
-        try:
-            outcomes = scheduler.run(
-                todo,
-                on_tick=look_at_tracker,
-                on_end=lambda outcome: figures.of_run(RunFolder.of(results, outcome.cell.id), _title(outcome.cell)),
-            )
-        except Interrupted as interrupted:
-            return list(interrupted.outcomes), interrupted.signal_number
-    return outcomes, 0
+            def look_at_tracker() -> None:
+                problem = self.tracking.poll() if self.tracking else None
+                if problem and not warned:
+                    warned.append(problem)
+                    display.note(f"tracker: {problem}; training goes on")
+
+            scheduler = Scheduler(self.results, self.experiment.name, jobs, display, self.launch)
+            try:
+                return scheduler.run(self.todo, on_tick=look_at_tracker, on_end=self._draw), 0
+            except Interrupted as interrupted:
+                return list(interrupted.outcomes), interrupted.signal_number
+
+    def _draw(self, outcome: Outcome) -> None:
+        cell = outcome.cell
+        self.figures.of_run(RunFolder.of(self.results, cell.id), f"{cell.arm}, seed {cell.seed}")
+
+
+def _note(console: Console, text: str) -> None:
+    console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 def default_jobs(cells: Sequence[Cell]) -> int:
-    """Return how many cells fit this machine: cores by threads, or one where a GPU does the work."""
-    configs = [cell.config.train for cell in cells]
-    if torch.cuda.is_available() and any(config.device != "cpu" for config in configs):
+    """Return how many cells fit this machine: cores by processes and threads, or one where a GPU does the work."""
+    configs = [cell.config for cell in cells]
+    if not configs or (torch.cuda.is_available() and any(config.train.device != "cpu" for config in configs)):
         return 1
-    return max(1, (os.cpu_count() or 1) // max(config.threads for config in configs))
-
-
-def _title(cell: Cell) -> str:
-    return f"{cell.arm}, seed {cell.seed}"
+    cores = max(config.parallel.world_size * config.train.threads for config in configs)
+    return max(1, (os.cpu_count() or 1) // cores)

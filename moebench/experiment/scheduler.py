@@ -1,4 +1,4 @@
-"""Runs cells, each in a process of its own: a crash stays there, the others go on, and a stop leaves all resumable."""
+"""Runs cells, each in processes of its own: a crash stays there, the others go on, and a stop leaves all resumable."""
 
 import contextlib
 import json
@@ -6,18 +6,23 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import forkserver, get_context
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol
 
 from moebench.experiment.failure import disk_reason, failed_result
 from moebench.experiment.grid import Cell
+from moebench.experiment.judgement import COMMON, OWN, Verdict
+from moebench.experiment.launch import Launch
+from moebench.experiment.member import signals_noted, start_server
+from moebench.experiment.team import Team
+from moebench.tracking.journal import read_journal
 from moebench.training.run_folder import RunFolder, write_json
 
 STOP_GRACE_S = 60.0
-"""How long a worker may take to reach the end of its step and save, after the first Ctrl-C."""
+"""How long a cell may take to reach the end of its step and save, after the first Ctrl-C."""
+SAME_WISH_S = 3.0
+"""A terminal, torchrun and SLURM may each pass on the same Ctrl-C."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +40,7 @@ class Display(Protocol):
     """What shows the progress of a grid."""
 
     def started(self, cell: Cell) -> None:
-        """A cell has got its process."""
+        """A cell has got its processes."""
 
     def progress(self, cell: Cell, message: dict[str, Any]) -> None:
         """A cell has finished a step: step, loss, tokens_per_s."""
@@ -45,15 +50,6 @@ class Display(Protocol):
 
     def note(self, text: str) -> None:
         """Something else worth a line."""
-
-
-@dataclass
-class _Worker:
-    cell: Cell
-    process: BaseProcess
-    pipe: Connection
-    started: float
-    end: dict[str, Any] | None = None
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the user's wish
@@ -66,21 +62,17 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the user's wish
 
 
 class Scheduler:
-    """Runs cells with at most `jobs` processes at a time.
+    """Runs at most `jobs` cells at a time; `launch` starts their processes."""
 
-    The processes are forked from a server that has torch and lightning loaded, so that only the first waits for
-    the imports.
-    """
-
-    def __init__(self, results: Path, experiment: str, jobs: int, display: Display) -> None:
+    def __init__(self, results: Path, experiment: str, jobs: int, display: Display, launch: Launch) -> None:
         self.results = results
         self.experiment = experiment
-        self.jobs = jobs
+        self.jobs = min(jobs, launch.most_jobs) if launch.most_jobs else jobs
         self.display = display
-        self.context = get_context("forkserver")
-        self.context.set_forkserver_preload(["moebench.experiment.worker"])
-        self.workers: list[_Worker] = []
-        self.signals: list[int] = []
+        self.launch = launch
+        self.teams: list[Team] = []
+        self.signals: list[tuple[int, float]] = []
+        """Number and time of each."""
 
     def run(
         self,
@@ -94,10 +86,10 @@ class Scheduler:
         """
         waiting = list(cells)
         outcomes: list[Outcome] = []
-        with self._signals_noted():
-            self._start_server()
+        with signals_noted(self._note_signal):
+            start_server()
             try:
-                while (waiting and not self.signals) or self.workers:
+                while (waiting and not self.signals) or self.teams:
                     for outcome in (*self._fill(waiting), *self._gather()):
                         outcomes.append(outcome)
                         on_end(outcome)
@@ -106,124 +98,93 @@ class Scheduler:
                         outcomes += self._stop_all()
                         break
             finally:
-                self._kill_all()
+                for team in self.teams:
+                    team.kill()
         if self.signals:
-            raise Interrupted(self.signals[0], outcomes)
+            raise Interrupted(self.signals[0][0], outcomes)
         return outcomes
 
-    def _start_server(self) -> None:
-        """Start the process that the workers are forked from, deaf to Ctrl-C from its first moment on.
-
-        Ctrl-C reaches the whole group, and would otherwise interrupt its imports with a traceback.
-        """
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a program inherits what is ignored
-        try:
-            forkserver.ensure_running()
-        finally:
-            signal.signal(signal.SIGINT, before)
+    def _note_signal(self, number: int) -> None:
+        self.signals.append((number, time.monotonic()))
 
     def _fill(self, waiting: list[Cell]) -> Iterator[Outcome]:
         """Start cells until every place is taken; yield the end of those that could not even be described on disk."""
-        while waiting and not self.signals and len(self.workers) < self.jobs:
+        while waiting and not self.signals and len(self.teams) < self.jobs:
             cell = waiting.pop(0)
             self.display.started(cell)
             try:
-                self._start(cell)
+                write_json(RunFolder.of(self.results, cell.id).cell, cell.to_dict(self.experiment))
+                members = self.launch.members(cell, self.results)
+                self.teams.append(Team(cell, members, self.launch.patience_s))
             except OSError as error:
                 outcome = Outcome(cell=cell, status="failed", error=disk_reason(error))
                 self.display.ended(outcome)
                 yield outcome
 
-    def _start(self, cell: Cell) -> None:
-        folder = RunFolder.of(self.results, cell.id)
-        write_json(folder.cell, cell.to_dict(self.experiment))
-        ours, theirs = self.context.Pipe()
-        process = self.context.Process(
-            target=_enter, args=(str(folder.path), str(self.results), theirs), name=f"moebench {cell.id}", daemon=True
-        )
-        process.start()
-        theirs.close()
-        self.workers.append(_Worker(cell, process, ours, time.monotonic()))
-
     def _gather(self, timeout: float = 0.2) -> Iterator[Outcome]:
-        """Read what the workers say, and let go of those that have ended."""
-        ready = wait([worker.pipe for worker in self.workers if not worker.pipe.closed], timeout)
-        ended = []
-        for worker in self.workers:
-            if worker.pipe in ready:
-                self._read(worker)
-            if not worker.process.is_alive():
-                self._read(worker)
-                ended.append(worker)
-        for worker in ended:
-            self.workers.remove(worker)
-            yield self._conclude(worker)
+        """Hear what the cells say, and let go of those that have ended."""
+        waitables = [thing for team in self.teams for thing in team.waitables]
+        if waitables:
+            wait(waitables, timeout)
+        else:
+            time.sleep(timeout)
+        over = []
+        for team in self.teams:
+            news = team.look()
+            if news is not None:
+                self.display.progress(team.cell, news)
+            if team.is_over:
+                over.append(team)
+        wish = self.launch.stop_wish()
+        if wish is not None and not self.signals:
+            self._note_signal(wish)
+        for team in over:
+            self.teams.remove(team)
+            yield self._conclude(team)
 
-    def _read(self, worker: _Worker) -> None:
-        with contextlib.suppress(EOFError, OSError):
-            while worker.pipe.poll():
-                message = worker.pipe.recv()
-                if message.pop("kind") == "progress":
-                    self.display.progress(worker.cell, message)
-                else:
-                    worker.end = message
-            return
-        worker.process.join(timeout=10)  # the pipe is gone: so will the process be
-
-    def _conclude(self, worker: _Worker) -> Outcome:
-        worker.process.join()
-        worker.pipe.close()
-        end = worker.end or self._died(worker)
-        outcome = Outcome(cell=worker.cell, seconds=time.monotonic() - worker.started, **end)
+    def _conclude(self, team: Team) -> Outcome:
+        verdict = team.close()
+        if verdict.status == "failed" and self.signals and verdict.fault not in (OWN, COMMON):
+            verdict = Verdict(status="stopped")  # what asked us to end has ended some of the processes as well
+        if verdict.status == "failed":
+            self._write_failed(team, str(verdict.error))
+        outcome = Outcome(
+            cell=team.cell,
+            status=verdict.status,
+            error=verdict.error,
+            metrics=verdict.metrics,
+            seconds=team.seconds,
+        )
         self.display.ended(outcome)
         return outcome
 
-    def _died(self, worker: _Worker) -> dict[str, Any]:
-        """A worker without a last word was killed from outside: write the result that it could not."""
-        code = worker.process.exitcode or 0
-        if self.signals:
-            return {"status": "stopped", "error": None}
-        cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-        reason = f"the process was {cause}{hint}" if code < 0 else f"the process {cause}"
-        folder = RunFolder.of(self.results, worker.cell.id)
-        cell = json.loads(json.dumps(worker.cell.to_dict(self.experiment)))
+    def _write_failed(self, team: Team, reason: str) -> None:
+        """Write the result of a failure: only here all processes of the cell were heard."""
+        folder = RunFolder.of(self.results, team.cell.id)
+        cell = json.loads(json.dumps(team.cell.to_dict(self.experiment)))
         with contextlib.suppress(OSError):  # a full disk, perhaps the very reason
-            write_json(folder.result, failed_result(cell, reason).to_dict())
-        return {"status": "failed", "error": reason}
+            failed = failed_result(cell, reason, step=last_step(folder.journal), total_s=team.seconds)
+            write_json(folder.result, failed.to_dict())
 
     def _stop_all(self) -> list[Outcome]:
-        """Ask the workers to save and end; a second signal ends the wait."""
+        """Ask the cells to save and end; a second signal ends the wait."""
         self.display.note("stopping: saving checkpoints (once more: stop now, from the last checkpoint)")
-        for worker in self.workers:
-            with contextlib.suppress(OSError):
-                worker.pipe.send("stop")
+        for team in self.teams:
+            team.stop()
         deadline = time.monotonic() + STOP_GRACE_S
         outcomes: list[Outcome] = []
-        while self.workers and len(self.signals) < 2 and time.monotonic() < deadline:
+        while self.teams and not self._is_pressed and time.monotonic() < deadline:
             outcomes += self._gather()
         return outcomes
 
-    def _kill_all(self) -> None:
-        for worker in self.workers:
-            worker.process.kill()
-        for worker in self.workers:
-            worker.process.join(timeout=5)
-        self.workers.clear()
-
-    @contextlib.contextmanager
-    def _signals_noted(self) -> Iterator[None]:
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, lambda got, frame: self.signals.append(got)) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    @property
+    def _is_pressed(self) -> bool:
+        """Whether the wish to stop came twice; among processes started by others the same one arrives by many ways."""
+        first = self.signals[0][1] + (SAME_WISH_S if self.launch.most_jobs else 0.0)
+        return any(at > first for _, at in self.signals[1:])
 
 
-def _enter(path: str, results: str, pipe: Connection) -> None:
-    """Import the worker in its own process: the runner stays light."""
-    from moebench.experiment.worker import run_cell
-
-    run_cell(path, results, pipe)
+def last_step(journal: Path) -> int:
+    """Return the last step that a journal knows of, 0 for none."""
+    points, _ = read_journal(journal)
+    return max((point.step for point in points), default=0)

@@ -50,7 +50,11 @@ class RunFolder:
     @property
     def log(self) -> Path:
         """What the worker printed, with the traceback of a failure."""
-        return self.path / "log.txt"
+        return self.log_of(0)
+
+    def log_of(self, rank: int) -> Path:
+        """Return the log of one of the cell's processes."""
+        return self.path / (f"log.rank{rank}.txt" if rank else "log.txt")
 
     @property
     def checkpoints(self) -> Path:

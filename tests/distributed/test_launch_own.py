@@ -1,0 +1,153 @@
+"""Cells over several processes that the runner starts itself: they end as one run, and what fails is named."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+from command_line import CommandLine, Results, WarmCommandLine, journal, repeatable, send, wait_for_step, wait_until
+from distributed.starts import EXPERT_2, SIGNALS, TIMEOUT_S, ranks, write_faulty
+
+pytestmark = pytest.mark.timeout(400)
+RUN = ("run", "./tiny.yaml", "--tracker", "none", "--plugin", "faulty.py", "--json", *EXPERT_2)
+
+
+def assert_all_equal_the_undisturbed(results: Results, arms: tuple[str, ...]) -> None:
+    """The arms are one algorithm under several names: what was interrupted and resumed must not differ by a bit."""
+    whole = results.folder("none 0", 0)
+    for arm in arms:
+        folder = results.folder(arm, 0)
+        assert results.result(arm, 0)["metrics"] == results.result("none 0", 0)["metrics"]
+        assert repeatable_everywhere(folder) == repeatable_everywhere(whole)
+        assert (folder / "load.jsonl").read_text() == (whole / "load.jsonl").read_text()
+
+
+def repeatable_everywhere(folder: Path) -> list[tuple[int, dict[str, float]]]:
+    """The points of a run without what the machine decides, times of transfers included."""
+    return [(s, {k: v for k, v in m.items() if not k.startswith("parallel/")}) for s, m in repeatable(folder)]
+
+
+def test_one_process_that_fails_is_named_and_the_next_call_repairs(cli: CommandLine, warm: WarmCommandLine) -> None:
+    write_faulty(cli, "none 0", "raise 1", "kill 1")
+    started = time.monotonic()
+    ended = warm(cli, *RUN, timeout=TIMEOUT_S)
+    assert ended.code == 1, ended.err
+    assert time.monotonic() - started < 120
+    cli.assert_no_process_is_left()
+    results = Results(cli.folder / "results")
+    errors = {cell["id"]: cell["error"] for cell in ended.json["failed"]}
+    assert errors[results.folder("raise 1", 0).name] == "rank 1: ValueError: the router broke in two lines"
+    assert errors[results.folder("kill 1", 0).name] == "rank 1 was killed by SIGKILL (out of memory?)"
+    assert "Traceback" not in ended.err
+    for arm in ("raise 1", "kill 1"):
+        assert results.result(arm, 0)["error"] == errors[results.folder(arm, 0).name]
+        assert results.result(arm, 0)["step"] == 7
+    assert "in two lines" in (results.folder("raise 1", 0) / "log.rank1.txt").read_text()
+    (cli.folder / "repaired").touch()
+    again = warm(cli, *RUN, timeout=TIMEOUT_S)
+    assert (again.code, len(again.json["trained"])) == (0, 2), again.err
+    assert_all_equal_the_undisturbed(results, ("raise 1", "kill 1"))
+
+
+@pytest.mark.slow
+def test_other_ways_to_fail(cli: CommandLine, warm: WarmCommandLine) -> None:
+    arms = ("exit 1", "kill 0", "nan 1", "raise 0")
+    write_faulty(cli, "none 0", *arms)
+    ended = warm(cli, *RUN, timeout=TIMEOUT_S)
+    assert ended.code == 1, ended.err
+    cli.assert_no_process_is_left()
+    results = Results(cli.folder / "results")
+    errors = {arm: results.result(arm, 0)["error"] for arm in arms}
+    assert errors["exit 1"] == "rank 1 ended with exit code 7"
+    assert errors["kill 0"] == "rank 0 was killed by SIGKILL (out of memory?)"
+    assert errors["nan 1"].startswith("loss is nan at step 8; no update was made")  # once, though both found it
+    assert errors["raise 0"] == "rank 0: ValueError: the router broke in two lines"
+    (cli.folder / "repaired").touch()
+    again = warm(cli, *RUN, timeout=TIMEOUT_S)
+    assert (again.code, len(again.json["trained"])) == (0, 4), again.err
+    assert_all_equal_the_undisturbed(results, arms)
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_run_in_bounded_time(cli: CommandLine, warm: WarmCommandLine) -> None:
+    arms = ("stop 1", "stop 0", "sleep 1")
+    write_faulty(cli, "none 0", *arms)
+    ended = warm(cli, *RUN, "parallel.timeout_s=10", timeout=2 * TIMEOUT_S)
+    assert ended.code == 1, ended.err
+    cli.assert_no_process_is_left()
+    results = Results(cli.folder / "results")
+    for arm in arms:
+        result = results.result(arm, 0)
+        assert result["error"].startswith(f"rank {arm[-1]} hung: no word for "), result["error"]
+        assert result["error"].endswith("after step 7"), result["error"]
+        assert result["throughput"]["total_s"] < 60
+    (cli.folder / "repaired").touch()
+    again = warm(cli, *RUN, timeout=TIMEOUT_S)
+    assert (again.code, len(again.json["trained"])) == (0, 3), again.err
+    assert_all_equal_the_undisturbed(results, arms)
+
+
+@pytest.mark.slow
+def test_a_run_over_two_processes_is_one_run_for_the_tracker(cli: CommandLine) -> None:
+    cli.write(grid={"router": ["switch"]}, seeds=[0], baseline="switch")
+    ended = cli("run", "./tiny.yaml", *EXPERT_2, timeout=TIMEOUT_S)
+    assert ended.code == 0, ended.err
+    (folder,) = Results(cli.folder / "results").folders()
+    assert [p["step"] for p in journal(folder) if "loss/task" in p["metrics"]] == [*range(1, 13)]
+    mlflow.set_tracking_uri(f"sqlite:///{cli.folder / 'results/mlflow.db'}")
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None
+    runs = {run.data.tags["moebench.cell"]: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"experiment", folder.name}
+    assert runs[folder.name].info.status == "FINISHED"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_saves_on_all_processes_and_goes_on_bit_for_bit(
+    cli: CommandLine, warm: WarmCommandLine, number: signal.Signals
+) -> None:
+    train = {"steps": 60, "checkpoint_every": 25, "eval_every": 20}
+    cli.write(grid={"router": ["switch"]}, seeds=[0], baseline="switch", train=train)
+    process = cli.start_training(*EXPERT_2)
+    folder = wait_for_step(Results(cli.folder / "results"), step=5)
+    send(process, number, group=True)
+    ended = cli.wait(process, timeout=90)
+    assert ended.code == SIGNALS[number], ended.err
+    cli.assert_no_process_is_left()
+    saved = max(int(file.stem.removeprefix("step_")) for file in folder.glob("checkpoints/step_*.json"))
+    assert saved == journal(folder)[-1]["step"]
+    assert saved < 60
+    assert not (folder / "result.json").exists()
+    for name in ("results", "whole"):
+        again = warm(cli, "run", "./tiny.yaml", "--tracker", "none", "--results", name, *EXPERT_2, timeout=TIMEOUT_S)
+        assert again.code == 0, again.err
+    whole = Results(cli.folder / "whole").folder("switch", 0)
+    assert (
+        json.loads((folder / "result.json").read_text())["metrics"]
+        == json.loads((whole / "result.json").read_text())["metrics"]
+    )
+    assert repeatable_everywhere(folder) == repeatable_everywhere(whole)
+
+
+@pytest.mark.slow
+def test_kill_of_the_runner_leaves_no_process_even_if_one_is_stopped(cli: CommandLine) -> None:
+    write_faulty(cli, "stop 1")
+    process = cli.start_training("--plugin", "faulty.py", *EXPERT_2)
+    wait_until((cli.folder / "pid_stop").exists, "rank 1 has not stopped itself", TIMEOUT_S)
+    assert set(ranks(cli)) == {0, 1}
+    send(process, signal.SIGKILL)
+    process.communicate(timeout=20)
+    cli.assert_no_process_is_left()
+
+
+def test_what_cannot_be_started_here_is_refused_in_one_line(cli: CommandLine, warm: WarmCommandLine) -> None:
+    run = ("run", "./tiny.yaml", "--tracker", "none")
+    several = warm(cli, *run, "parallel.expert=2", "parallel.nodes=2")
+    assert (several.code, several.err.count("\n")) == (2, 1)
+    assert several.err.startswith("error: parallel.nodes=2: ")
+    assert "torchrun or SLURM" in several.err
+    assert not (cli.folder / "results").exists()
