@@ -201,11 +201,16 @@ def thinned_sizes() -> pytest.MarkDecorator:
     return _parametrised(("case",), cases, kept)
 
 
-def thinned_pairs(refused: Callable[[str, str], Any] = lambda layout, router: False) -> pytest.MarkDecorator:
-    """Parametrise a test by `layout` and `router`; pairs that are refused stand in for a family only if all are."""
+def thinned_pairs(
+    refused: Callable[[str, str], Any] = lambda layout, router: False, *, each_family: bool = True
+) -> pytest.MarkDecorator:
+    """Parametrise a test by `layout` and `router`; pairs that are refused stand in for a family only if all are.
+
+    Without `each_family` all routers take turns: for what treats a router as a name and its options.
+    """
     families: dict[str, list[str]] = {}
     for entry in ROUTERS.entries():
-        families.setdefault(entry.facts.family, []).append(entry.name)
+        families.setdefault(entry.facts.family if each_family else "", []).append(entry.name)
     kept = {(PLAIN_LAYOUT, router) for router in ROUTERS.names()}
     for turn, layout in enumerate(LAYOUTS.names()):
         for routers in families.values():

@@ -116,7 +116,7 @@ def test_configuration_is_frozen() -> None:
         config.train.steps = 3  # type: ignore[misc]
 
 
-@thinned_pairs()
+@thinned_pairs(each_family=False)
 def test_yaml_round_trip(router: str, layout: str) -> None:
     config = resolve({"router": router, "layout": layout, "train": {"learning_rate": 1e-4}, "seed": 7})
     text = to_yaml(config)
