@@ -1,9 +1,24 @@
-"""What the contract tests run on: every registered router in every configuration that makes sense."""
+"""What the contract tests run on: every registered router in every configuration that makes sense.
 
-from collections.abc import Mapping, Sequence
+All products are run by `make test-all`. `make test` has to stay a few minutes while routers are added, so it runs a
+part of each product, and the rest is marked slow. What is in that part is decided here and nowhere else:
+
+- `thinned`, cases and values: a router with its defaults meets every value of every axis, and over the routers every
+  pair of values meets; its other options meet one combination each, taking turns through all of them.
+- `thinned_sizes`, cases with all numbers of experts: the defaults at each number, other options at 8 and 1.
+- `thinned_pairs`, layouts and routers: every router on the plain layout, and every layout with one router of each
+  family, the routers of a family taking turns. Routers of a family go through the same code of a layout.
+
+Nothing is drawn by chance: the same registry gives the same selection.
+"""
+
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +27,7 @@ from moebench.experts.bank import Bank, double_loop
 from moebench.experts.capacity import Capacity
 from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.layer import MoELayer
+from moebench.experts.layout import LAYOUTS
 from moebench.experts.soft import slot_loop
 from moebench.models.transformer import init_weights
 from moebench.routing.context import RouteContext
@@ -149,6 +165,80 @@ def list_cases(num_experts: int = 8) -> list[Case]:
 def default_cases() -> list[Case]:
     """Return every router once, with its defaults and 8 experts."""
     return [Case(entry.name) for entry in ROUTERS.entries()]
+
+
+PLAIN_LAYOUT = "every_n"
+MODES = {"train": True, "eval": False}
+
+
+def thinned(cases: Sequence[Case], **axes: Sequence[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
+    """Parametrise a test by `case` and axes (values, or id -> value); what `make test` leaves out is slow."""
+    named = [axis if isinstance(axis, Mapping) else {str(value): value for value in axis} for axis in axes.values()]
+    ids = [list(values) for values in named]
+    combinations = list(itertools.product(*ids))
+    kept: set[Hashable] = set()
+    plain, other = itertools.count(), itertools.count()
+    for case in cases:
+        if case.options:
+            kept.add((str(case), *combinations[next(other) % len(combinations)]))
+            continue
+        shift = next(plain)  # along the first axis, so that over the cases it meets every value of the others
+        for turn in range(max(map(len, ids))):
+            chosen = (values[(turn + shift * (not axis)) % len(values)] for axis, values in enumerate(ids))
+            kept.add((str(case), *chosen))
+    full = {
+        (str(case), *chosen): (case, *(values[name] for values, name in zip(named, chosen, strict=True)))
+        for case in cases
+        for chosen in combinations
+    }
+    return _parametrised(("case", *axes), full, kept)
+
+
+def thinned_sizes() -> pytest.MarkDecorator:
+    """Parametrise a test by every case with every number of experts."""
+    cases = {(str(case),): (case,) for case in all_cases()}
+    kept = [key for key, (case,) in cases.items() if not case.options or case.num_experts in (1, 8)]
+    return _parametrised(("case",), cases, kept)
+
+
+def thinned_pairs(
+    refused: Callable[[str, str], Any] = lambda layout, router: False, *, each_family: bool = True
+) -> pytest.MarkDecorator:
+    """Parametrise a test by `layout` and `router`; pairs that are refused stand in for a family only if all are.
+
+    Without `each_family` all routers take turns: for what treats a router as a name and its options.
+    """
+    families: dict[str, list[str]] = {}
+    for entry in ROUTERS.entries():
+        families.setdefault(entry.facts.family if each_family else "", []).append(entry.name)
+    kept = {(PLAIN_LAYOUT, router) for router in ROUTERS.names()}
+    for turn, layout in enumerate(LAYOUTS.names()):
+        for routers in families.values():
+            able = [router for router in routers if not refused(layout, router)] or routers
+            kept.add((layout, able[turn % len(able)]))
+    pairs = {pair: pair for pair in itertools.product(LAYOUTS.names(), ROUTERS.names())}
+    return _parametrised(("layout", "router"), pairs, kept)
+
+
+def _parametrised(
+    names: Sequence[str], full: Mapping[tuple[str, ...], tuple[Any, ...]], kept: Iterable[Hashable]
+) -> pytest.MarkDecorator:
+    kept = set(kept)
+    assert kept <= full.keys()
+    marks = {key: () if key in kept else pytest.mark.slow for key in full}
+    return pytest.mark.parametrize(
+        names, [pytest.param(*values, id="-".join(key), marks=marks[key]) for key, values in full.items()]
+    )
+
+
+@contextmanager
+def naming(**what: Any) -> Iterator[None]:
+    """Say in a failure which of the values that a test goes through it was."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note("with " + ", ".join(f"{name}={value}" for name, value in what.items()))
+        raise
 
 
 def site(num_experts: int) -> Site:

@@ -4,7 +4,19 @@ import dataclasses
 
 import pytest
 import torch
-from contract.cases import Case, Tokens, assigned_TE, cases_of, default_cases, list_cases, route, run, weight_table
+from contract.cases import (
+    MODES,
+    Case,
+    Tokens,
+    assigned_TE,
+    cases_of,
+    default_cases,
+    list_cases,
+    route,
+    run,
+    thinned,
+    weight_table,
+)
 
 from moebench.experts.capacity import Capacity
 from moebench.experts.layer import MoELayer
@@ -13,9 +25,8 @@ LENGTH = 16
 PROBES = 8
 """Draws of a probe: the leaks looked for show in at least a third of them."""
 
-every_case = pytest.mark.parametrize("case", cases_of(8), ids=str)
 every_router = pytest.mark.parametrize("case", default_cases(), ids=str)
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+every_case_in_both_modes = thinned(cases_of(8), training=MODES)
 
 
 def leaks(layer: MoELayer, *, training: bool) -> bool:
@@ -33,8 +44,7 @@ def leaks(layer: MoELayer, *, training: bool) -> bool:
     return False
 
 
-@every_case
-@both_modes
+@every_case_in_both_modes
 def test_router_sees_no_future_if_it_says_so(case: Case, training: bool) -> None:
     router = case.router()
     past_T = torch.arange(LENGTH // 2)
@@ -48,16 +58,13 @@ def test_router_sees_no_future_if_it_says_so(case: Case, training: bool) -> None
     assert leaked is not case.facts.causal, case.facts.causal_reason
 
 
-@every_case
-@both_modes
+@every_case_in_both_modes
 def test_dropless_layer_is_as_causal_as_declared(case: Case, training: bool) -> None:
     declared = case.facts.is_causal(with_capacity=False)
     assert leaks(case.layer(), training=training) is not declared
 
 
-@every_case
-@both_modes
-@pytest.mark.parametrize("factor", [0.5, 1.0])
+@thinned(cases_of(8), training=MODES, factor=[0.5, 1.0])
 def test_layer_with_capacity_leaks_only_if_declared(case: Case, training: bool, factor: float) -> None:
     layer = case.layer(capacity=Capacity(train=factor, eval=factor))
     if case.facts.is_causal(with_capacity=True):
@@ -66,16 +73,14 @@ def test_layer_with_capacity_leaks_only_if_declared(case: Case, training: bool, 
         assert leaks(layer, training=training)
 
 
-@every_case
-@both_modes
+@every_case_in_both_modes
 def test_position_order_keeps_token_choice_causal(case: Case, training: bool) -> None:
     if case.facts.causal:
         layer = case.layer(capacity=Capacity(train=0.5, eval=0.5, drop_order="position"))
         assert not leaks(layer, training=training)
 
 
-@pytest.mark.parametrize("case", [case for case in list_cases() if case.facts.causal], ids=str)
-@both_modes
+@thinned([case for case in list_cases() if case.facts.causal], training=MODES)
 def test_passing_keeps_token_choice_causal(case: Case, training: bool) -> None:
     capacity = Capacity(train=0.5, eval=0.5, drop_order="position", overflow="pass")
     assert not leaks(case.layer(capacity=capacity), training=training)
@@ -87,8 +92,7 @@ def rerouted_cases() -> list[Case]:
     return [case for case in cases if case.experts_per_token < case.num_experts]
 
 
-@pytest.mark.parametrize("case", rerouted_cases(), ids=str)
-@pytest.mark.parametrize("drop_order", ["router", "position"])
+@thinned(rerouted_cases(), drop_order=["router", "position"])
 def test_the_probe_finds_the_leak_of_rerouting(case: Case, drop_order) -> None:
     # An early token without a slot goes where later tokens' own choices leave one.
     layer = case.layer(capacity=Capacity(eval=0.75, drop_order=drop_order, overflow="reroute"))
@@ -151,8 +155,7 @@ def test_padding_between_sequences_changes_no_expert_choice() -> None:
     torch.testing.assert_close(padded_TD[LENGTH:], second_TD)
 
 
-@every_case
-@pytest.mark.parametrize("factor", [0.5, 1.0])
+@thinned(cases_of(8), factor=[0.5, 1.0])
 def test_padding_takes_no_slot(case: Case, factor: float) -> None:
     layer = case.layer(capacity=Capacity(eval=factor))
     tokens = Tokens.draw(32)
