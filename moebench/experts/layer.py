@@ -1,5 +1,7 @@
 """The MoE layer: router, capacity, dispatch, experts, combine. A token's way through it is read top to bottom."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -117,6 +119,20 @@ class MoELayer(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             share_T2: Tensor = self.mix(x_TD.float()).softmax(-1)
         return share_T2[:, :1].to(y_TD.dtype) * y_TD + share_T2[:, 1:].to(shared_TD.dtype) * shared_TD
+
+    @torch.no_grad()
+    def after_step(self, records: Sequence[LayerRecord]) -> None:
+        """Let the router update its state: once per optimizer step, with a record for each of its micro-batches.
+
+        The counts are those of all processes, so that the state stays the same on each.
+        """
+        load_E = torch.stack([record.routing.load_E for record in records]).sum(0)
+        sums: dict[str, Tensor] = {}
+        for record in records:
+            for name, value in self.router.sums(record).items():
+                sums[name] = sums[name] + value if name in sums else value
+        total = self.scopes.batch.sum
+        self.router.after_step(total(load_E), {name: total(value) for name, value in sums.items()})
 
     def flops_per_token(self) -> int:
         """Forward FLOPs of one token: the router, the experts that a token uses, the shared network and its weighing.

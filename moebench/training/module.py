@@ -58,7 +58,7 @@ class CellModule(lightning.LightningModule):
     def update_routers(self) -> None:
         """Let routers with state see the loads of the step: after the update, before anything is saved."""
         for layer, record in zip(self.layers, self.last_records, strict=True):
-            layer.router.after_step(record.routing.load_E)
+            layer.after_step([record])
 
     def evaluate(self, split: str) -> Evaluation:
         """Evaluate the model on a split of the task's fixed evaluation set."""

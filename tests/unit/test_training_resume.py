@@ -40,7 +40,7 @@ class Counting(Switch):
         super().__init__(config, site)
         self.register_buffer("total_E", torch.zeros(site.num_experts, dtype=torch.int64))
 
-    def after_step(self, load_E):
+    def after_step(self, load_E, sums):
         self.total_E += load_E
 '''
 
