@@ -80,7 +80,14 @@ class MoELayer(nn.Module):
             if ctx.valid_T is not None:
                 routing = routing.keep(ctx.valid_T[routing.token_N])  # padding takes no slot and counts nowhere
             kept = self._within_capacity(routing, ctx)
-        return LayerRecord(layer=self.layer, routing=routing, kept=kept, valid_T=ctx.valid_T, ranks=self.scopes.balance)
+        return LayerRecord(
+            layer=self.layer,
+            routing=routing,
+            kept=kept,
+            valid_T=ctx.valid_T,
+            sequence_length=ctx.sequence_length,
+            ranks=self.scopes.balance,
+        )
 
     def _routed(self, x_TD: Tensor, ctx: RouteContext) -> Routing | SoftRouting:
         ranks = self.scopes.batch

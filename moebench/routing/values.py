@@ -217,6 +217,8 @@ class LayerRecord:
     """After capacity: what the experts computed; the same assignments in the same order, some of them rerouted."""
     valid_T: Tensor | None = None
     """bool, False at padding; None when nothing is padded."""
+    sequence_length: int | None = None
+    """Tokens of one sequence; T is a multiple of it. None: not known."""
     ranks: Ranks = ALONE
     """Over whose tokens losses take their sums and means: those of all processes, or ALONE."""
 
