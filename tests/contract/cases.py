@@ -34,6 +34,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "switch": [{"jitter": 0.0}],
     "gshard": [{"second_expert": "all"}],
     "noisy_top_k": [{"top_k": 3}],
+    "loss_free": [{"top_k": 1, "score": "softmax", "update": "proportional"}],
+    "deepseek_v3": [{"top_k": 2, "num_groups": 4, "kept_groups": 2}],
     "expert_choice": [{"group": "sequence"}, {"average_experts": 1}],
     "random": [{"top_k": 2}],
     "soft_moe": [{"slots_per_expert": 1}, {"average_experts": 2}],
@@ -64,6 +66,11 @@ class Case:
     @property
     def config(self) -> Any:
         return self.router_class.Config(**self.options)
+
+    @property
+    def config_says_8(self) -> bool:
+        """Whether a token uses 8 experts however many there are."""
+        return self.experts_per_token == replace(self, num_experts=16).experts_per_token == 8
 
     @property
     def fits(self) -> bool:
@@ -147,8 +154,9 @@ def list_cases(num_experts: int = 8) -> list[Case]:
 
 
 def default_cases() -> list[Case]:
-    """Return every router once, with its defaults and 8 experts."""
-    return [Case(entry.name) for entry in ROUTERS.entries()]
+    """Return every router once, with its defaults and 8 experts, or 16 where a token uses 8: some must be left."""
+    cases = [Case(entry.name) for entry in ROUTERS.entries()]
+    return [replace(case, num_experts=16) if case.config_says_8 else case for case in cases]
 
 
 def site(num_experts: int) -> Site:
