@@ -82,9 +82,13 @@ def test_passing_keeps_token_choice_causal(case: Case, training: bool) -> None:
 
 
 def rerouted_cases() -> list[Case]:
-    """Return the causal routers that can say which expert is next best, where most experts are left to go to."""
+    """Return the causal routers that can say which expert is next best, where most experts are left to go to.
+
+    Not those that list all pairs (ReLU): what a token did not choose has the score 0 there, and no weight to move.
+    """
     cases = [case for case in list_cases() if case.facts.causal and case.facts.makes_scores]
-    return [case for case in cases if 2 * case.experts_per_token < case.num_experts]
+    cases = [case for case in cases if 2 * case.experts_per_token < case.num_experts]
+    return [case for case in cases if route(case.router(), Tokens.draw(1), training=False).token_N.numel() < 8]
 
 
 @pytest.mark.parametrize("case", rerouted_cases(), ids=str)
