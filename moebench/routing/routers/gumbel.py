@@ -64,7 +64,7 @@ class Gumbel(Router):
         chosen_TK, expert_TK = relaxed_TE.max(-1, keepdim=True)
         return Routing.from_top_k(
             expert_TK,
-            1 + chosen_TK - chosen_TK.detach(),
+            1 + (chosen_TK - chosen_TK.detach()),  # exactly 1, with the gradient of g_i
             num_experts=self.num_experts,
             logits_TE=logits_TE,
             scores_TE=logits_TE.softmax(-1),
