@@ -10,7 +10,7 @@ from moebench.registry import load_plugin
 from moebench.routing.router import ROUTERS
 from moebench.training.model import initialised_model, prepare_task
 
-ROUTERS_WITH_AND_WITHOUT_DRAWS = ["switch", "noisy_top_k", "random"]
+ROUTERS_WITH_AND_WITHOUT_DRAWS = ["switch", "noisy_top_k", "random", "quantile_balancing"]
 
 COUNTING = '''
 from dataclasses import dataclass

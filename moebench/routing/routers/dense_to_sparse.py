@@ -37,9 +37,9 @@ class DenseToSparse(Router):
 
         name: str = "dense_to_sparse"
         temperature: float = 2.0
-        """τ at the first step."""
+        """Temperature at the first step (τ)."""
         final_temperature: float = 0.3
-        """τ at the end of the dense phase; it falls in a straight line."""
+        """Temperature at the end of the dense phase; it falls in a straight line."""
         dense_steps: int = 1000
         """Steps of the dense phase."""
         threshold: float = 0.001

@@ -36,11 +36,11 @@ class Gumbel(Router):
 
         name: str = "gumbel"
         temperature: float = 1.0
-        """τ at the first step."""
+        """Temperature at the first step (τ)."""
         final_temperature: float = 0.5
-        """τ never falls below this."""
+        """The temperature never falls below this."""
         anneal_rate: float = 1e-4
-        """τ falls by exp(-rate) in each step."""
+        """The temperature falls by exp(-rate) in each step."""
         losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
 
     def __init__(self, config: Config, site: Site) -> None:

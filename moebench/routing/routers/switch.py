@@ -39,9 +39,9 @@ class Switch(Router):
         """How training explores: not at all, by noise on the router's input (the experts' input has none), or by
         drawing the expert from p."""
         jitter: float = 0.01
-        """The router's input is multiplied by U(1 - jitter, 1 + jitter) (input_jitter)."""
+        """In training the router's input is multiplied by U(1 - jitter, 1 + jitter) (exploration=input_jitter)."""
         dropout: float = 0.1
-        """Share of the router's input that is set to 0 (input_dropout)."""
+        """Share of the router's input that is set to 0 in training (exploration=input_dropout)."""
         losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
 
     def __init__(self, config: Config, site: Site) -> None:

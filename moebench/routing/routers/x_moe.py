@@ -44,7 +44,7 @@ class XMoE(Router):
         rank: int = 16
         """Dimensions of the space in which tokens and experts are compared."""
         temperature: float = 0.07
-        """τ at the start; it is learned."""
+        """Temperature at the start (τ); it is learned."""
         losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
 
     def __init__(self, config: Config, site: Site) -> None:
