@@ -86,6 +86,8 @@ class GShard(Router):
             extras={"first_T": expert_TK[:, 0]},
         )
         second_T = self._keeps_second(weight_TK[:, 1], draw_TE)
+        if second_T is None:
+            return routing
         return routing.keep(torch.stack([torch.ones_like(second_T), second_T], dim=-1).reshape(-1))
 
     def _two_experts(self, logits_TE: Tensor, draw_TE: Tensor | None) -> Tensor:
@@ -96,14 +98,15 @@ class GShard(Router):
         others_TE = (logits_TE.detach() + gumbel(draw_TE)).scatter(-1, first_T1, -torch.inf)
         return torch.cat([first_T1, others_TE.argmax(-1, keepdim=True)], dim=-1)
 
-    def _keeps_second(self, second_T: Tensor, draw_TE: Tensor | None) -> Tensor:
+    def _keeps_second(self, second_T: Tensor, draw_TE: Tensor | None) -> Tensor | None:
+        """Return which tokens keep their second expert, None for all, from its weights."""
         if self.second_expert == "none":
             return torch.zeros_like(second_T, dtype=torch.bool)
         if self.second_expert == "threshold":
             return second_T > self.threshold
         if self.second_expert == "random" and draw_TE is not None:
             return second_T > draw_TE[:, 0] * self.threshold
-        return torch.ones_like(second_T, dtype=torch.bool)
+        return None
 
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
         """Return E · Σ f_e P_e with f counted over first choices."""
