@@ -1,5 +1,6 @@
 """What a router is: a small module that assigns tokens to experts, with a typed Config and facts about itself."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -112,8 +113,25 @@ class Router(nn.Module):
         """A loss that learns from the task loss of each token (reinforcement); None for all others."""
         return None
 
-    def after_step(self, load_E: Tensor) -> None:
-        """Update state (bias, thresholds) from the assignments of one optimizer step, summed over micro-batches."""
+    @property
+    def has_state(self) -> bool:
+        """Whether `after_step` does anything."""
+        return type(self).after_step is not Router.after_step
+
+    def sums(self, record: LayerRecord) -> dict[str, Tensor]:
+        """What `after_step` needs beside the loads, as plain sums over this process's tokens, padding left out.
+
+        Sums, because these add up over micro-batches and processes whatever way a batch is divided; a quantile does
+        not, but the counts of a histogram do.
+        """
+        return {}
+
+    def after_step(self, load_E: Tensor, sums: Mapping[str, Tensor]) -> None:
+        """Update state (bias, thresholds) once per optimizer step.
+
+        `load_E`: the step's assignments before capacity, int64; `sums`: what `sums` returned. Both are added up over
+        micro-batches and processes.
+        """
 
     def rows_per_token(self, experts_per_token: int) -> float:
         """Rows that the experts compute for one token, on average: its experts, unless rows are not tokens."""

@@ -47,9 +47,23 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"top_k": 1, "renormalise": False},
         {"top_k": 8, "renormalise": False},
     ],
-    "switch": [{"jitter": 0.0}],
-    "gshard": [{"second_expert": "all"}],
+    "switch": [{"jitter": 0.0}, {"exploration": "input_dropout"}, {"exploration": "sample"}],
+    "gshard": [
+        *({"second_expert": policy} for policy in ("all", "sampling", "none")),
+        {"second_expert": "threshold", "threshold": 0.05},
+    ],
+    "deepseek_moe": [{"top_k": 2, "num_groups": 4, "kept_groups": 2, "scale": 16.0}],
+    "v_moe": [{"top_k": 1, "priority": "position"}, {"priority": "sum", "noise": 0.0}],
+    "x_moe": [{"top_k": 2}],
+    "remoe": [{"top_k": 1}],
+    "dense_to_sparse": [{"dense_steps": 0}],
+    "sparse_mixer": [{"top_k": 1, "tolerance": 0.5}],
+    "quantile_balancing": [{"renormalise": True}],
+    "dselect_k": [{"top_k": 1}],
+    "sigma_moe": [{"top_k": 1, "left_out": 0.5}],
     "noisy_top_k": [{"top_k": 3}],
+    "loss_free": [{"top_k": 1, "score": "softmax", "update": "proportional"}],
+    "deepseek_v3": [{"top_k": 2, "num_groups": 4, "kept_groups": 2}],
     "expert_choice": [{"group": "sequence"}, {"average_experts": 1}],
     "random": [{"top_k": 2}],
     "soft_moe": [{"slots_per_expert": 1}, {"average_experts": 2}],
@@ -80,6 +94,11 @@ class Case:
     @property
     def config(self) -> Any:
         return self.router_class.Config(**self.options)
+
+    @property
+    def config_says_8(self) -> bool:
+        """Whether a token uses 8 experts however many there are."""
+        return self.experts_per_token == replace(self, num_experts=16).experts_per_token == 8
 
     @property
     def fits(self) -> bool:
@@ -163,8 +182,9 @@ def list_cases(num_experts: int = 8) -> list[Case]:
 
 
 def default_cases() -> list[Case]:
-    """Return every router once, with its defaults and 8 experts."""
-    return [Case(entry.name) for entry in ROUTERS.entries()]
+    """Return every router once, with its defaults and 8 experts, or 16 where a token uses 8: some must be left."""
+    cases = [Case(entry.name) for entry in ROUTERS.entries()]
+    return [replace(case, num_experts=16) if case.config_says_8 else case for case in cases]
 
 
 PLAIN_LAYOUT = "every_n"

@@ -8,6 +8,7 @@ from contract.cases import VOCAB
 from torch import Tensor
 
 from moebench.config import resolve
+from moebench.experts.layout import LAYOUTS
 from moebench.models.build import build_backbone
 from moebench.models.transformer import BatchContext, Transformer, init_weights
 from moebench.routing.router import ROUTERS
@@ -62,7 +63,8 @@ def may_refuse(layout: str, router: str) -> str:
         return "" if grows or router_class.is_dense else "fixed at"
     if layout in ("hierarchical", "prototypes"):
         try:
-            for size in (2, 4):
+            groups = LAYOUTS.get(layout).item.Config().groups
+            for size in {8 // groups, groups} if layout == "hierarchical" else {8 // groups}:
                 router_class.check(config, size)
         except Exception:
             return "layout.groups"

@@ -41,7 +41,10 @@ def message_of(raw: Mapping[str, Any]) -> str:
         ),
         (
             {"router": {"name": "switch", "top_k": 2}},
-            ["router.top_k: router 'switch' has no key 'top_k'.", "Allowed: jitter, losses, name"],
+            [
+                "router.top_k: router 'switch' has no key 'top_k'.",
+                "Allowed: dropout, exploration, jitter, losses, name",
+            ],
         ),
         (
             {"layout": {"num_exprts": 4}},
@@ -128,7 +131,7 @@ def test_yaml_round_trip(router: str, layout: str) -> None:
 
 
 def test_component_fields_are_the_options() -> None:
-    assert component_fields("router", "switch") == {"name", "jitter", "losses"}
+    assert component_fields("router", "switch") == {"name", "exploration", "jitter", "dropout", "losses"}
 
 
 def test_layer_over_drops_the_options_of_a_renamed_component() -> None:
