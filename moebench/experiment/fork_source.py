@@ -1,8 +1,5 @@
 """What the server that processes are forked from loads; imported there alone."""
 
-import atexit
-import os
+from moebench.experiment.worker import die_with_parent
 
-import moebench.experiment.worker  # noqa: F401 - so that its imports are there already
-
-atexit.register(os._exit, 0)  # taking torch down again costs seconds on a busy machine, and there is nothing to save
+die_with_parent()

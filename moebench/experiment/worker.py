@@ -101,7 +101,7 @@ def run_cell(path: str, results: str, place: Place, pipe: Connection) -> NoRetur
     # Both reach the whole group, from a terminal or a batch system; the runner decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _die_with_parent()
+    die_with_parent()
     folder = RunFolder(Path(path))
     _redirect_output(folder.log_of(place.rank))
     link = RunnerLink(pipe)
@@ -176,10 +176,11 @@ def _loopback() -> str:
     return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
 
 
-def _die_with_parent() -> None:
-    """Have Linux kill this process when the one that it was forked from ends.
+def die_with_parent() -> None:
+    """Have Linux kill this process when the one that started it ends, however that happens.
 
-    That one ends with the runner; `watch` sees the same, but not in a process that is stopped or hangs in C.
+    The runner starts the fork server, and that the workers: all go with the runner. `watch` sees its end as well, but
+    not in a process that is stopped or hangs in C, and the fork server waits for all that it has forked.
     """
     if sys.platform == "linux":
         parent = os.getppid()

@@ -1,18 +1,23 @@
 """Ways to start a run over several processes, and a router that breaks on one of them."""
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
-from command_line import CommandLine
+from command_line import CommandLine, Results, last_step, wait_until
 
 EXPERT_2 = ("parallel.expert=2",)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 TIMEOUT_S = 200.0
 """For one call: a start takes 10 s on an idle machine."""
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+STARTED: list[Any] = []
+"""What `end_all` ends."""
 
 FAULTY = """
 import os
@@ -93,9 +98,28 @@ def slurm(cli: CommandLine, *arguments: str, size: int = 2) -> list[Any]:
 
 def _start(cli: CommandLine, command: list[str], environment: dict[str, str], **popen: Any) -> Any:
     given: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, cwd=cli.folder, env=cli.environment | environment, start_new_session=True, **given | popen
     )
+    STARTED.append(process)
+    return process
+
+
+def end_all() -> None:
+    """End what a failed test has left, with its whole group."""
+    while STARTED:
+        process = STARTED.pop()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        if process.stdout is not None and not process.stdout.closed:
+            process.communicate(timeout=20)
+
+
+def wait_for_first_steps(cli: CommandLine, step: int = 3) -> Path:
+    """Wait until a run has reached a step, as long as a start may take; return its folder."""
+    results = Results(cli.folder / "results")
+    wait_until(lambda: any(last_step(f) >= step for f in results.folders()), f"not at step {step}", TIMEOUT_S)
+    return next(folder for folder in results.folders() if last_step(folder) >= step)
 
 
 def free_port() -> int:
@@ -121,6 +145,3 @@ def own_lines(text: str) -> list[str]:
     """What moebench wrote, without what torchrun adds."""
     starts = ("start ", "step ", "done ", "failed", "stopp", "busy", "error", "note", "next", "interrupted")
     return [line for line in text.splitlines() if line.startswith(starts) or " cells done" in line]
-
-
-SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}

@@ -3,22 +3,31 @@
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from command_line import CommandLine, Results, WarmCommandLine, wait_for_step, wait_until
+from command_line import CommandLine, Results, WarmCommandLine, wait_until
 from distributed.starts import (
     EXPERT_2,
     TIMEOUT_S,
+    end_all,
     free_port,
     own_lines,
     ranks,
     slurm,
     torchrun,
+    wait_for_first_steps,
     write_faulty,
 )
 
 pytestmark = pytest.mark.timeout(500)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    yield
+    end_all()
 
 
 def ends(processes: list[subprocess.Popen[str]], timeout: float = TIMEOUT_S) -> list[tuple[int, str, str]]:
@@ -123,7 +132,7 @@ def test_a_program_that_is_lost_ends_the_others(cli: CommandLine, lost: int, num
     write(cli, train=LONG)
     processes = slurm(cli, *EXPERT_2, "parallel.timeout_s=10")
     try:
-        wait_for_step(Results(cli.folder / "results"), step=3)
+        wait_for_first_steps(cli)
         processes[lost].send_signal(number)
         asked = time.monotonic()
         other = processes[1 - lost]
@@ -142,7 +151,7 @@ def test_a_program_that_is_lost_ends_the_others(cli: CommandLine, lost: int, num
 def test_torchrun_is_stopped(cli: CommandLine, number: signal.Signals) -> None:
     write(cli, train=LONG)
     process = torchrun(cli, *EXPERT_2)
-    folder = wait_for_step(Results(cli.folder / "results"), step=3)
+    folder = wait_for_first_steps(cli)
     process.send_signal(number)
     ((code, _, err),) = ends([process], timeout=90)
     assert code != 0
@@ -156,7 +165,7 @@ def test_torchrun_is_stopped(cli: CommandLine, number: signal.Signals) -> None:
 def test_slurm_sends_the_signal_to_one_node(cli: CommandLine) -> None:
     write(cli, train=LONG)
     processes = slurm(cli, *EXPERT_2)
-    folder = wait_for_step(Results(cli.folder / "results"), step=3)
+    folder = wait_for_first_steps(cli)
     processes[1].send_signal(signal.SIGTERM)
     first, second = ends(processes, timeout=90)
     assert (first[0], second) == (143, (143, "", "")), first

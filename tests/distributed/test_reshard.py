@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from command_line import CommandLine, Results, WarmCommandLine, journal, send, wait_for_step
-from distributed.starts import EXPERT_2, SIGNALS, TIMEOUT_S
+from command_line import CommandLine, Results, WarmCommandLine, journal, send
+from distributed.starts import EXPERT_2, SIGNALS, TIMEOUT_S, wait_for_first_steps
 
 RUN = ("run", "./tiny.yaml", "--tracker", "none", "--jobs", "1")
 
@@ -21,7 +21,7 @@ def stopped_at_some_step(cli: CommandLine, *changes: str) -> Path:
     train = {"steps": 150, "checkpoint_every": 50, "eval_every": 50}
     cli.write(grid={"router": ["switch"]}, seeds=[0], baseline="switch", train=train)
     process = cli.start_training(*changes)
-    folder = wait_for_step(Results(cli.folder / "results"), step=5)
+    folder = wait_for_first_steps(cli, step=5)
     number = next(iter(SIGNALS))
     send(process, number)
     assert cli.wait(process).code == SIGNALS[number]
