@@ -37,6 +37,8 @@ class Facts:
     """In evaluation, the routing of a sequence depends on what else is in the batch."""
     causal_with_capacity: bool | None = None
     """The same when a capacity drops by this router's priority; None: as `causal`."""
+    causal_in_evaluation: bool | None = None
+    """The same in evaluation, for routers that balance over the batch in training alone; None: as `causal`."""
     learned: bool = True
     """The task loss reaches the router through the weights."""
     makes_scores: bool = True
