@@ -36,6 +36,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "noisy_top_k": [{"top_k": 3}],
     "expert_choice": [{"group": "sequence"}, {"average_experts": 1}],
     "random": [{"top_k": 2}],
+    "base": [{"solver": "auction"}, {"solver": "exact"}],
+    "sinkhorn": [{"top_k": 3}],
     "soft_moe": [{"slots_per_expert": 1}, {"average_experts": 2}],
 }
 """Options beside the defaults. A router that is not here (a plugin's) is tested with its defaults."""
