@@ -67,6 +67,8 @@ def test_layer_with_capacity_leaks_only_if_declared(case: Case, training: bool, 
     layer = case.layer(capacity=Capacity(train=factor, eval=factor))
     if case.facts.is_causal(with_capacity=True) or (not training and case.facts.causal_in_evaluation):
         assert not leaks(layer, training=training)
+    elif case.name == "expert_choice_by_position" and factor == 1.0:
+        return  # even loads, nothing is dropped
     elif not case.options:  # a declared leak must be a real one, at least with the defaults
         assert leaks(layer, training=training)
 
@@ -74,7 +76,7 @@ def test_layer_with_capacity_leaks_only_if_declared(case: Case, training: bool, 
 @every_case
 @both_modes
 def test_position_order_keeps_token_choice_causal(case: Case, training: bool) -> None:
-    if case.facts.causal:
+    if case.facts.causal and case.name != "expert_choice_by_position":  # any capacity lets it look ahead
         layer = case.layer(capacity=Capacity(train=0.5, eval=0.5, drop_order="position"))
         assert not leaks(layer, training=training)
 
@@ -82,14 +84,23 @@ def test_position_order_keeps_token_choice_causal(case: Case, training: bool) ->
 @pytest.mark.parametrize("case", [case for case in list_cases() if case.facts.causal], ids=str)
 @both_modes
 def test_passing_keeps_token_choice_causal(case: Case, training: bool) -> None:
+    if case.name == "expert_choice_by_position":
+        return
     capacity = Capacity(train=0.5, eval=0.5, drop_order="position", overflow="pass")
     assert not leaks(case.layer(capacity=capacity), training=training)
 
 
 def rerouted_cases() -> list[Case]:
-    """Return the causal routers that can say which expert is next best, where one is left (k < E)."""
+    """Return the causal routers that can say which expert is next best, where one is left (k < E) with a free place."""
     cases = [case for case in list_cases() if case.facts.causal and case.facts.makes_scores]
-    return [case for case in cases if case.experts_per_token < case.num_experts]
+    cases = [case for case in cases if case.experts_per_token < case.num_experts]
+    return [case for case in cases if not asks_for_more_than_its_share(case)]
+
+
+def asks_for_more_than_its_share(case: Case) -> bool:
+    """Say whether more experts are asked for than capacity counts on, as adaptive routers with drawn weights may."""
+    routing = route(case.router(), Tokens.draw(3 * LENGTH, length=LENGTH), training=False)
+    return int(routing.load_E.sum()) > 3 * LENGTH * case.experts_per_token
 
 
 @pytest.mark.parametrize("case", rerouted_cases(), ids=str)
@@ -168,6 +179,10 @@ def test_padding_takes_no_slot(case: Case, factor: float) -> None:
     torch.testing.assert_close(padded_TD[:20], y_TD)
 
 
+PLACED = ("expert_choice_by_position",)
+"""Routers that look at a token's place in its sequence or at its neighbours: only whole sequences can change places."""
+
+
 def equivariant_cases() -> list[Case]:
     """Return the routers whose choice is a function of the token: not those that draw by place."""
     return [case for case in cases_of(8) if case.name != "random"]
@@ -175,7 +190,9 @@ def equivariant_cases() -> list[Case]:
 
 @pytest.mark.parametrize("case", equivariant_cases(), ids=str)
 def test_order_of_tokens_does_not_matter(case: Case) -> None:
-    if case.is_soft or case.options.get("group") == "sequence":
+    if case.name in PLACED:
+        order_T = torch.cat([torch.arange(LENGTH, 2 * LENGTH), torch.arange(LENGTH)])
+    elif case.is_soft or case.options.get("group") == "sequence":
         order_T = torch.cat([LENGTH + torch.randperm(LENGTH), torch.randperm(LENGTH)])
     else:
         order_T = torch.randperm(2 * LENGTH, generator=torch.Generator().manual_seed(2))

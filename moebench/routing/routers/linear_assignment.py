@@ -40,7 +40,7 @@ class Base(Router):
 
         name: str = "base"
         solver: Literal["auction", "exact", "sinkhorn"] = "sinkhorn"
-        """Exact: the optimum (slow). Auction (the paper): close to it. Sinkhorn: an auction from better first prices."""
+        """Exact: the optimum (slow). Auction (the paper): close to it. Sinkhorn: an auction from good first prices."""
 
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__(config, site)
