@@ -91,24 +91,26 @@ def test_passing_keeps_token_choice_causal(case: Case, training: bool) -> None:
 
 
 def rerouted_cases() -> list[Case]:
-    """Return the causal routers that can say which expert is next best, where one is left (k < E) with a free place."""
+    """Return the causal routers that can say which expert is next best, where one is left (k < E)."""
     cases = [case for case in list_cases() if case.facts.causal and case.facts.makes_scores]
-    cases = [case for case in cases if case.experts_per_token < case.num_experts]
-    return [case for case in cases if not asks_for_more_than_its_share(case)]
+    return [case for case in cases if case.experts_per_token < case.num_experts]
 
 
-def asks_for_more_than_its_share(case: Case) -> bool:
-    """Say whether more experts are asked for than capacity counts on, as adaptive routers with drawn weights may."""
+def real_share(case: Case) -> float:
+    """Return how much of its nominal experts per token a router with drawn weights uses: adaptive ones may differ."""
     routing = route(case.router(), Tokens.draw(3 * LENGTH, length=LENGTH), training=False)
-    return int(routing.load_E.sum()) > 3 * LENGTH * case.experts_per_token
+    return int(routing.load_E.sum()) / (3 * LENGTH * case.experts_per_token)
 
 
 @pytest.mark.parametrize("case", rerouted_cases(), ids=str)
 @pytest.mark.parametrize("drop_order", ["router", "position"])
 def test_the_probe_finds_the_leak_of_rerouting(case: Case, drop_order) -> None:
     # An early token without a slot goes where later tokens' own choices leave one.
-    layer = case.layer(capacity=Capacity(eval=0.75, drop_order=drop_order, overflow="reroute"))
-    assert leaks(layer, training=False)
+    share = real_share(case)
+    capacities = [
+        Capacity(eval=factor, drop_order=drop_order, overflow="reroute") for factor in (0.75, 0.75 * share, 0.4 * share)
+    ]
+    assert any(leaks(case.layer(capacity=capacity), training=False) for capacity in capacities)
 
 
 @pytest.mark.parametrize("drop_order", ["score", "random"])

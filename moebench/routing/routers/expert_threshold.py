@@ -79,7 +79,8 @@ class ExpertThreshold(Router):
         routing = Routing.from_top_k(
             expert_TK, scores_TE, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
         )
-        return routing.keep((logits_TE > self.threshold_E).reshape(-1))
+        above_N = (logits_TE > self.threshold_E).reshape(-1)
+        return routing.keep(above_N).compact()  # a hole would keep a place that rerouting may need
 
     def sums(self, record: LayerRecord) -> dict[str, Tensor]:
         """Return the histogram of each expert's logits."""
