@@ -37,6 +37,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "expert_choice": [{"group": "sequence"}, {"average_experts": 1}, {"max_per_token": 3}],
     "two_sided": [{"group": "sequence", "shortlist": 2}],
     "random": [{"top_k": 2}],
+    "hash": [{"table": "random"}],
+    "top_p": [{"top_p": 1.0, "expected_experts": 8}],
     "base": [{"solver": "auction"}, {"solver": "exact"}],
     "sinkhorn": [{"top_k": 3}],
     "soft_moe": [{"slots_per_expert": 1}, {"average_experts": 2}],
