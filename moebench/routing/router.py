@@ -63,6 +63,8 @@ class Site:
     """int64: how often each token id occurs in the training split (language only)."""
     sequence_length: int | None = None
     """Tokens of one sequence of the task, where it is known."""
+    num_domains: int | None = None
+    """Domains of the task's data; None where it has none."""
 
 
 class Router(nn.Module):

@@ -58,6 +58,7 @@ def build_model(config: CellConfig, task: Task) -> Model:
         vocab_size=task.vocab_size,
         token_count_V=task.token_count_V,
         sequence_length=task.sequence_length,
+        num_domains=len(task.domains),
     )
     return Model(task.embedding(config.model.d_model), backbone, task.head(config.model.d_model))
 

@@ -159,7 +159,14 @@ def default_cases() -> list[Case]:
 def site(num_experts: int) -> Site:
     """Return the place of a router in a small language model: frequent and rare ids."""
     count_V = (1000 / torch.arange(1, VOCAB + 1)).long()
-    return Site(d_model=D_MODEL, num_experts=num_experts, vocab_size=VOCAB, token_count_V=count_V, sequence_length=16)
+    return Site(
+        d_model=D_MODEL,
+        num_experts=num_experts,
+        vocab_size=VOCAB,
+        token_count_V=count_V,
+        sequence_length=16,
+        num_domains=3,
+    )
 
 
 def stirred(module: nn.Module, seed: int = 0) -> Any:
