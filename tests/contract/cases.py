@@ -38,6 +38,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "two_sided": [{"group": "sequence", "shortlist": 2}],
     "random": [{"top_k": 2}],
     "hash": [{"table": "random"}],
+    "multi_gate": [{"top_k": 2}],
     "top_p": [{"top_p": 1.0, "expected_experts": 8}],
     "base": [{"solver": "auction"}, {"solver": "exact"}],
     "sinkhorn": [{"top_k": 3}],
