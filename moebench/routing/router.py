@@ -37,6 +37,8 @@ class Facts:
     """In evaluation, the routing of a sequence depends on what else is in the batch."""
     causal_with_capacity: bool | None = None
     """The same when a capacity drops by this router's priority; None: as `causal`."""
+    causal_in_evaluation: bool | None = None
+    """The same in evaluation, for routers that balance over the batch in training alone; None: as `causal`."""
     learned: bool = True
     """The task loss reaches the router through the weights."""
     makes_scores: bool = True
@@ -61,6 +63,8 @@ class Site:
     """int64: how often each token id occurs in the training split (language only)."""
     sequence_length: int | None = None
     """Tokens of one sequence of the task, where it is known."""
+    num_domains: int | None = None
+    """Domains of the task's data; None where it has none."""
 
 
 class Router(nn.Module):

@@ -64,8 +64,14 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "noisy_top_k": [{"top_k": 3}],
     "loss_free": [{"top_k": 1, "score": "softmax", "update": "proportional"}],
     "deepseek_v3": [{"top_k": 2, "num_groups": 4, "kept_groups": 2}],
-    "expert_choice": [{"group": "sequence"}, {"average_experts": 1}],
+    "expert_choice": [{"group": "sequence"}, {"average_experts": 1}, {"max_per_token": 3}],
+    "two_sided": [{"group": "sequence", "shortlist": 2}],
     "random": [{"top_k": 2}],
+    "hash": [{"table": "random"}],
+    "multi_gate": [{"top_k": 2}],
+    "top_p": [{"top_p": 1.0, "expected_experts": 8}],
+    "base": [{"solver": "auction"}, {"solver": "exact"}],
+    "sinkhorn": [{"top_k": 3}],
     "soft_moe": [{"slots_per_expert": 1}, {"average_experts": 2}],
 }
 """Options beside the defaults. A router that is not here (a plugin's) is tested with its defaults."""
@@ -264,7 +270,14 @@ def naming(**what: Any) -> Iterator[None]:
 def site(num_experts: int) -> Site:
     """Return the place of a router in a small language model: frequent and rare ids."""
     count_V = (1000 / torch.arange(1, VOCAB + 1)).long()
-    return Site(d_model=D_MODEL, num_experts=num_experts, vocab_size=VOCAB, token_count_V=count_V, sequence_length=16)
+    return Site(
+        d_model=D_MODEL,
+        num_experts=num_experts,
+        vocab_size=VOCAB,
+        token_count_V=count_V,
+        sequence_length=16,
+        num_domains=3,
+    )
 
 
 def stirred(module: nn.Module, seed: int = 0) -> Any:

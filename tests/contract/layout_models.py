@@ -32,7 +32,12 @@ def backbone_of(config: Any, *, causal: bool = True, seed: int = 0, sequence_len
     """Build and initialise a backbone."""
     token_count_V = (1000 / torch.arange(1, VOCAB + 1)).long()
     backbone = build_backbone(
-        config, causal=causal, vocab_size=VOCAB, token_count_V=token_count_V, sequence_length=sequence_length
+        config,
+        causal=causal,
+        vocab_size=VOCAB,
+        token_count_V=token_count_V,
+        sequence_length=sequence_length,
+        num_domains=2,
     )
     init_weights(backbone, seed)
     return backbone
