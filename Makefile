@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-PYTEST = $(BIN)/python -m pytest
+# A process that has nothing left to do takes tests from the other: tests that wait for processes stand side by side.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test test-all test-distributed bench lint format clean help
 
@@ -20,10 +21,10 @@ demo: $(VENV)/installed  ## install, run the quickstart experiment, print the co
 	@echo "  results/experiments/quickstart/curves.png"
 
 test: $(VENV)/installed-dev  ## the tests, in a few minutes on two cores
-	$(PYTEST) -n 2 -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: $(VENV)/installed-dev  ## the tests and the long proofs (the tracking UI is looked at with chromium, if there is one)
-	$(PYTEST) -n 2
+	$(PYTEST) --hypothesis-profile=full
 
 test-distributed: $(VENV)/installed-dev  ## the tests of many processes: meshes, torchrun, SLURM, processes that are killed or hang
 	$(PYTEST) -n 2 --timeout 600 tests/distributed

@@ -1,16 +1,23 @@
 """Options of the test run: plugin files whose routers the contract tests cover too, and one router alone."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from command_line import CommandLine, WarmCommandLine
+from filelock import FileLock
 from hypothesis import settings
 
 from moebench.errors import UsageError
 from moebench.registry import load_plugin
 from moebench.routing.router import ROUTERS
+
+# The same examples in every run, and no time limit for one: a busy machine is not a failure. `make test-all` asks for
+# the second number of examples by --hypothesis-profile=full, without which the first is used.
+settings.register_profile("quick", deadline=None, derandomize=True, max_examples=30)
+settings.register_profile("full", deadline=None, derandomize=True, max_examples=150)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,9 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # Lightning 2.6 on torch 2.13, in its own code; every other warning is an error.
     config.addinivalue_line("filterwarnings", "ignore:.*LeafSpec.* is deprecated:FutureWarning")
-    # The same examples in every run, and no time limit for one: a busy machine is not a failure.
-    settings.register_profile("moebench", deadline=None, derandomize=True)
-    settings.load_profile("moebench")
+    settings.load_profile(config.getoption("--hypothesis-profile") or "quick")
     torch.set_num_threads(1)  # sums change with the number of threads in the last bit
     try:
         for path in config.getoption("--plugin"):
@@ -42,10 +47,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     kept, left = [], []
     for item in items:
-        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
-        (left if case is not None and case.name != wanted else kept).append(item)
+        in_contract = item.path.is_relative_to(Path(__file__).parent / "contract")
+        (kept if not in_contract or routed_by(item) == wanted else left).append(item)
     config.hook.pytest_deselected(items=left)
     items[:] = kept
+
+
+def routed_by(item: pytest.Item) -> str | None:
+    """Return the name of the router that a contract test is about, if it is about one."""
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    return given["case"].name if "case" in given else given.get("router")
 
 
 @pytest.fixture
@@ -86,3 +97,24 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmCommandLine]:
     command_line = WarmCommandLine(CommandLine(scratch).environment, scratch)
     yield command_line
     command_line.close()
+
+
+@pytest.fixture(scope="session")
+def built_once(
+    tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> Callable[[str, Callable[[Path], Any]], Path]:
+    """Build a folder once for all processes of the test run, whichever comes first, and return it: for reading only."""
+    own = tmp_path_factory.getbasetemp()
+    above = own if worker_id == "master" else own.parent
+
+    def folder_of(name: str, build: Callable[[Path], Any]) -> Path:
+        folder = above / name
+        with FileLock(above / f"{name}.lock"):
+            if not folder.exists():
+                unfinished = above / f"{name}.unfinished"
+                unfinished.mkdir()  # a second try after a failure fails here, and the first says why
+                build(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return folder_of

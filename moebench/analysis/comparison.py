@@ -128,6 +128,7 @@ def _summary(arm: str, grid: Sorted, mismatch_marks: Iterable[str]) -> ArmSummar
         tokens_per_s=fmean(speeds) if speeds else None,
         throughput_share=_throughput_share(arm, grid),
         cost=_means([run.cost for run in runs], ""),
+        parallel=_means([run.throughput for run in runs], "parallel/"),
         marks=tuple(dict.fromkeys([*(mark for run in runs for mark in run.marks), *mismatch_marks])),
     )
 

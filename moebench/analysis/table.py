@@ -73,6 +73,7 @@ def grids(comparison: Comparison) -> tuple[Grid, ...]:
         _certainty_grid(comparison),
         _load_grid(comparison),
         _cost_grid(comparison),
+        _parallel_grid(comparison),
     )
     return tuple(grid for grid in found if grid.rows)
 
@@ -146,11 +147,34 @@ def _cost_row(arm: ArmSummary) -> tuple[str, ...]:
     )
 
 
+def _parallel_grid(comparison: Comparison) -> Grid:
+    return Grid(
+        title="Processes: what they cost each other, mean over the logged steps",
+        header=("arm", "processes", "all-to-all", "waiting", "sent/step", "busiest", "tokens/s each", "memory"),
+        rows=tuple(_parallel_row(arm) for arm in comparison.arms if arm.parallel),
+    )
+
+
+def _parallel_row(arm: ArmSummary) -> tuple[str, ...]:
+    found = arm.parallel
+    return (
+        _name(arm),
+        f"{found['processes']:.0f}",
+        f"{100 * found['all_to_all_share']:.1f} %",
+        f"{100 * found['wait_share']:.1f} %",
+        f"{found['sent_mib']:.2f} MiB",
+        f"{found['rank_load_max']:.2f}",
+        human(found["tokens_per_s_per_device"]),
+        f"{found['peak_memory_gib']:.2f} GiB",
+    )
+
+
 def legend(comparison: Comparison) -> tuple[str, ...]:
     """Explain every sign in the tables in plain words, with the power of the comparison."""
     marks = dict.fromkeys(mark for arm in comparison.arms for mark in arm.marks)
     return (
         *_statistics_legend(comparison),
+        *_parallel_legend(comparison),
         *(f"{mark}: {MARK_MEANINGS[mark]}." for mark in marks if mark in MARK_MEANINGS),
         *(f"Note: {note}." for note in comparison.notes),
     )
@@ -172,6 +196,15 @@ def _statistics_legend(comparison: Comparison) -> list[str]:
     if any(difference.verdict == "too few seeds" for difference in comparison.differences):
         lines.append(f"too few seeds: fewer than {st.MIN_SEEDS} describe and decide nothing.")
     return lines
+
+
+def _parallel_legend(comparison: Comparison) -> list[str]:
+    if not any(arm.parallel for arm in comparison.arms):
+        return []
+    return [
+        "all-to-all and waiting: shares of a step that was timed, in which every process waits for the slowest before "
+        "each exchange. busiest: rows of the process with the most over the mean. memory: of the process with the most."
+    ]
 
 
 def losses(comparison: Comparison) -> tuple[str, ...]:

@@ -36,6 +36,7 @@ class ArmSummary:
     tokens_per_s: float | None
     throughput_share: float | None  # ratio of the medians over common seeds, baseline = 1
     cost: dict[str, float]
+    parallel: dict[str, float]  # what the processes cost each other; empty for one process
     marks: tuple[str, ...]
 
     @property
@@ -113,6 +114,7 @@ class Comparison:
             "load": arm.load,
             "throughput": {"tokens_per_s": arm.tokens_per_s, "share_of_baseline": arm.throughput_share},
             "cost": arm.cost,
+            "parallel": arm.parallel,
             "marks": list(arm.marks),
             "domains": arm.domains,
             "runs": {"done": arm.num_done, "failed": arm.num_failed, "missing": arm.num_missing},

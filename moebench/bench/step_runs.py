@@ -142,7 +142,7 @@ class PlainLoop:
             optimizer.step()
             schedule.step()
         for layer, record in zip(module.layers, records, strict=True):
-            layer.router.after_step(record.routing.load_E)
+            layer.after_step([record])
 
     def _loss(self, batch: Batch, step: int, watch: Stopwatch) -> Any:
         module, config = self.module, self.module.config

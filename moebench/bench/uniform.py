@@ -1,6 +1,6 @@
 """A router whose load is forced to be even: what the same layer costs when no expert waits for another."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -36,9 +36,13 @@ class UniformLoad(Router):
         """Return the router's own objective."""
         return self.inner.objective(record, token_loss_T)
 
-    def after_step(self, load_E: Tensor) -> None:
+    def sums(self, record: LayerRecord) -> dict[str, Tensor]:
+        """Return what the router's state needs."""
+        return self.inner.sums(record)
+
+    def after_step(self, load_E: Tensor, sums: Mapping[str, Tensor]) -> None:
         """Update the router's state."""
-        self.inner.after_step(load_E)
+        self.inner.after_step(load_E, sums)
 
 
 def force_uniform_load(layers: list[MoELayer]) -> None:

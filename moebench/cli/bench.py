@@ -141,6 +141,47 @@ def step(
     show(step_report(bench), json=json, markdown=markdown)
 
 
+@app.command("parallel")
+def parallel(
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Of every cell.")] = None,
+    processes: Annotated[list[int] | None, typer.Option(min=1, help="Repeatable. Default: 1, 2, 4.")] = None,
+    width: Annotated[list[int] | None, typer.Option(min=1, help="Of an expert. Repeatable. Default: 128, 512.")] = None,
+    experts: Annotated[int, typer.Option(min=1, help="In every layer.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of 64 tokens, of all processes together.")] = 16,
+    steps: Annotated[int, typer.Option(min=12, help="Of each run.")] = 24,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each mesh; meshes take turns.")] = 3,
+    device: Device = "auto",
+    results: Results = DEFAULT_RESULTS,
+    plot: Plot = None,
+    markdown: Markdown = False,
+    json: Json = False,
+) -> None:
+    """Time the same global batch on one process and on every mesh of several.
+
+    Real runs, each in processes of its own, that take turns; nothing is kept. On a CPU more processes than cores
+    measure the exchange, not a speed that anybody wants.
+    """
+    check_plot(plot)
+    from moebench.bench.parallel import ParallelSettings, bench_parallel
+    from moebench.bench.parallel_report import draw_parallel, parallel_report
+
+    settings = ParallelSettings(
+        processes=processes or (1, 2, 4),
+        widths=width or (128, 512),
+        experts=experts,
+        batch_size=batch,
+        steps=steps,
+        rounds=rounds,
+        device=device,
+        overrides=overrides or (),
+        results=results,
+    )
+    bench = bench_parallel(settings, say)
+    if plot:
+        draw_parallel(bench, plot)
+    show(parallel_report(bench), json=json, markdown=markdown)
+
+
 def chosen_experiment(names: Sequence[str], routers: Sequence[str]) -> Path | None:
     """Return the file of the experiment among names and overrides, None without one; refuse two subjects."""
     subjects = [name for name in names if "=" not in name]

@@ -89,8 +89,15 @@ def expand_routers(
         grid={"router": arms},
         baseline=BASELINE,
     )
+    return expand_config("-".join(["compare", *routers]), config, overrides, digests)
+
+
+def expand_config(
+    name: str, config: ExperimentConfig, overrides: Sequence[str] = (), plugins: Mapping[str, str] | None = None
+) -> Experiment:
+    """Build the cells of an experiment that no file describes; `plugins`: file -> digest, loaded already."""
     config, cell_overrides = with_overrides(config, overrides)
-    return _build(Path("-".join(["compare", *routers])), config, cell_overrides, digests, regridded=False)
+    return _build(Path(name), config, cell_overrides, plugins or {}, regridded=False)
 
 
 def _build(

@@ -1,5 +1,7 @@
 """The MoE layer: router, capacity, dispatch, experts, combine. A token's way through it is read top to bottom."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Generator, Tensor, nn
 
@@ -78,9 +80,9 @@ class MoELayer(nn.Module):
 
     def _own_generator(self, ctx: RouteContext) -> Generator:
         """Return a generator for what is drawn per row: the rows of other processes must not draw the same."""
-        if self.scopes.rank == 0:
+        if self.scopes.world.rank == 0:
             return ctx.generator
-        return generator(ctx.generator.initial_seed(), "rows", self.scopes.rank, device=ctx.generator.device)
+        return generator(ctx.generator.initial_seed(), "rows", self.scopes.world.rank, device=ctx.generator.device)
 
     def route(self, x_TD: Tensor, ctx: RouteContext) -> LayerRecord:
         """Return the record alone: who goes where, for banks whose experts need more than rows."""
@@ -91,7 +93,14 @@ class MoELayer(nn.Module):
             if ctx.valid_T is not None:
                 routing = routing.keep(ctx.valid_T[routing.token_N])  # padding takes no slot and counts nowhere
             kept = self._within_capacity(routing, ctx)
-        return LayerRecord(layer=self.layer, routing=routing, kept=kept, valid_T=ctx.valid_T, ranks=self.scopes.balance)
+        return LayerRecord(
+            layer=self.layer,
+            routing=routing,
+            kept=kept,
+            valid_T=ctx.valid_T,
+            sequence_length=ctx.sequence_length,
+            ranks=self.scopes.balance,
+        )
 
     def _routed(self, x_TD: Tensor, ctx: RouteContext) -> Routing | SoftRouting:
         ranks = self.scopes.batch
@@ -128,6 +137,22 @@ class MoELayer(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             share_T2: Tensor = self.mix(x_TD.float()).softmax(-1)
         return share_T2[:, :1].to(y_TD.dtype) * y_TD + share_T2[:, 1:].to(shared_TD.dtype) * shared_TD
+
+    @torch.no_grad()
+    def after_step(self, records: Sequence[LayerRecord]) -> None:
+        """Let the router update its state: once per optimizer step, with a record for each of its micro-batches.
+
+        The counts are those of all processes, so that the state stays the same on each.
+        """
+        if not self.router.has_state:
+            return
+        load_E = torch.stack([record.routing.load_E for record in records]).sum(0)
+        sums: dict[str, Tensor] = {}
+        for record in records:
+            for name, value in self.router.sums(record).items():
+                sums[name] = sums[name] + value if name in sums else value
+        total = self.scopes.world.sum
+        self.router.after_step(total(load_E), {name: total(value) for name, value in sums.items()})
 
     def flops_per_token(self) -> int:
         """Forward FLOPs of one token: the router, the experts that a token uses, the shared network and its weighing.

@@ -68,7 +68,7 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, *, causal: bool, rope_theta: float, places: Places | None = None
 ) -> Tensor:
     """Return what each position reads, the heads side by side: [batch, length, heads · head width]."""
-    batch, _, length, head_width = query.shape
+    _, _, length, head_width = query.shape
     longest = length if places is None else places.length
     cos, sin = rotation(longest, head_width, rope_theta, query.device)
     mask = None

@@ -69,6 +69,7 @@ def build_backbone(
     vocab_size: int | None = None,
     token_count_V: Tensor | None = None,
     sequence_length: int | None = None,
+    num_domains: int | None = None,
 ) -> Transformer:
     """Build the transformer with the layout's banks of experts behind their routers; weights are not drawn yet.
 
@@ -81,6 +82,7 @@ def build_backbone(
         vocab_size=vocab_size,
         token_count_V=token_count_V,
         sequence_length=sequence_length,
+        num_domains=num_domains,
     )
     builder = Builder(config=config, causal=causal, site=site, sequence_length=sequence_length or 0)
     blocks = [builder.block(index, plan) for index, plan in enumerate(plan_of(config))]

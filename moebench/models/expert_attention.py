@@ -95,11 +95,11 @@ class HeadExperts(nn.Module):
         batch, length, _ = x_BLD.shape
         slots, heads = query_TKH.shape[1], self.heads_per_expert
         key_value = self.key_value(x_BLD).view(batch, length, 2, 1, heads, self.head_width)
-        key_value = key_value.expand(-1, -1, -1, slots, -1, -1).reshape(batch, length, 2, slots * heads, self.head_width)
+        key_value = key_value.expand(-1, -1, -1, slots, -1, -1).flatten(3, 4)
         key, value = key_value.transpose(1, 3).unbind(2)
         query = query_TKH.view(batch, length, slots * heads, self.head_width).transpose(1, 2)
         mixed = attend(query, key, value, causal=self.causal, rope_theta=self.rope_theta)
-        return mixed.flatten(0, 1).unflatten(1, (slots, heads * self.head_width))
+        return mixed.reshape(batch * length, slots, heads * self.head_width)
 
     def flops_per_token(self, length: int) -> int:
         """Forward FLOPs of one token in a sequence of `length`."""

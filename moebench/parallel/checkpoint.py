@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from moebench.parallel.mesh import ALONE_MESH, Mesh
+from moebench.parallel.metadata import PlainReader
 
 KEEP = 2
 """Checkpoints kept; the older one is the way back when the newest is damaged."""
@@ -38,14 +40,13 @@ class VerifiedCheckpointIO(CheckpointIO):
         """Write the checkpoint and its manifest, then drop all but the newest ones; all processes call it."""
         folder = Path(path)
         half = folder.with_name(f".{folder.name}.tmp")  # in the same folder: the rename is atomic
-        rest = dict(checkpoint)
-        tensors = _tensors(rest.pop("state_dict"), rest.pop("optimizer_states"))
-        if self.mesh.is_first:
-            shutil.rmtree(half, ignore_errors=True)
-            half.mkdir(parents=True)
-            torch.save(rest, half / REST)
-        self.mesh.wait()
+        tensors, rest = _parted(checkpoint)
         try:
+            if self.mesh.is_first:
+                shutil.rmtree(half, ignore_errors=True)
+                half.mkdir(parents=True)
+                torch.save(rest, half / REST)
+            self.mesh.wait()
             with self._alone_or_together():
                 save(tensors, checkpoint_id=half, no_dist=not self.mesh.place.has_group)
             self.mesh.wait()
@@ -57,12 +58,18 @@ class VerifiedCheckpointIO(CheckpointIO):
                 shutil.rmtree(half, ignore_errors=True)
         self.mesh.wait()
 
-    def load_into(self, state: dict[str, Any], path: Path) -> None:
-        """Fill `state` (its state_dict and optimizer_states) from a checkpoint; each process what it holds."""
-        tensors = _tensors(state["state_dict"], state["optimizer_states"])
+    def load_into(self, state: dict[str, Any], path: Path) -> dict[str, Any]:
+        """Fill `state` (its state_dict and optimizer_states) from a checkpoint, each process what it holds of it.
+
+        Returns what else is in the checkpoint.
+        """
+        tensors, _ = _parted(state)
         with self._alone_or_together():
-            load(tensors, checkpoint_id=path, no_dist=not self.mesh.place.has_group)
-        state.update(state_dict=tensors["state_dict"], optimizer_states=[tensors["optimizer"]])
+            load(tensors, storage_reader=PlainReader(path), no_dist=not self.mesh.place.has_group)
+        rest: dict[str, Any] = self.load_checkpoint(path)
+        settings = rest.pop("optimizer_settings")
+        state.update(state_dict=tensors["state_dict"], optimizer_states=[settings | tensors["optimizer"]])
+        return rest
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
         """Read what is no tensor of model or optimizer; only plain values are ever unpickled."""
@@ -73,16 +80,26 @@ class VerifiedCheckpointIO(CheckpointIO):
         with warnings.catch_warnings():
             if not self.mesh.place.has_group:  # one process is what is meant
                 warnings.filterwarnings("ignore", message=".*torch.distributed is disabled, unavailable.*")
-            yield
+            try:
+                yield
+            except CheckpointException as error:  # no Exception, and hides what happened: a full disk, say
+                raise next(iter(error.failures.values()))[0] from error
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete a checkpoint and its manifest."""
         _remove(Path(path))
 
 
-def _tensors(module: Any, optimizers: Any) -> dict[str, Any]:
-    (optimizer,) = optimizers
-    return {"state_dict": module, "optimizer": optimizer}
+def _parted(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the tensors of a checkpoint, and the rest: numbers that are no tensors are not worth a file of their own.
+
+    (torch.distributed.checkpoint would store them as pickles, and run what it finds in them.)
+    """
+    (optimizer,) = checkpoint["optimizer_states"]
+    tensors = {name: value for name, value in optimizer.items() if isinstance(value, torch.Tensor)}
+    rest = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
+    rest["optimizer_settings"] = {name: value for name, value in optimizer.items() if name not in tensors}
+    return {"state_dict": checkpoint["state_dict"], "optimizer": tensors}, rest
 
 
 def clear_after(step: int, folder: Path) -> None:

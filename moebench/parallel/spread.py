@@ -27,7 +27,7 @@ def spread_experts(model: nn.Module, mesh: Mesh, balance: BalanceConfig) -> None
     scopes = Scopes(
         batch=mesh.world if mesh.config.scope == "global" else ALONE,
         balance=mesh.world if balance.scope == "global" else ALONE,
-        rank=mesh.rank,
+        world=mesh.world,
     )
     for layer in model.modules():
         if isinstance(layer, MoELayer):

@@ -73,12 +73,11 @@ class _StateByName(Strategy):
         }
         files = self.checkpoint_io
         assert isinstance(files, VerifiedCheckpointIO)
-        files.load_into(state, Path(checkpoint_path))
+        rest = files.load_into(state, Path(checkpoint_path))
         set_model_state_dict(self.lightning_module, state["state_dict"], options=BY_NAME)
         set_optimizer_state_dict(
             self.lightning_module, optimizer, optim_state_dict=state["optimizer_states"][0], options=BY_NAME
         )
-        rest: dict[str, Any] = files.load_checkpoint(checkpoint_path)
         return rest
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
@@ -107,6 +106,9 @@ class ManyProcesses(_StateByName, DDPStrategy):
             timeout=timedelta(seconds=mesh.config.timeout_s),
             # Buffers are router state: the same everywhere by construction, checked, and never overwritten.
             broadcast_buffers=False,
+            # Else DDP packs its buckets anew behind the first step: gradients would be summed in another order in a
+            # resumed run than in one that was never stopped, and differ in the last bit.
+            find_unused_parameters=True,
         )
         self.mesh = mesh
 

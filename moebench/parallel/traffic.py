@@ -57,9 +57,10 @@ def _now(tensor: Tensor) -> float:
 
 
 def predicted_bytes(layers: Sequence[MoELayer], records: Sequence[LayerRecord], element_size: int) -> int:
-    """Return what one training step of this process sends to others, from its routing alone.
+    """Return the bytes that the rows of this process's tokens cause in one training step, from the routing alone.
 
-    Each row goes to its expert and back, forward, and the same backward; `element_size` bytes for a number.
+    Each row goes to its expert and back, forward, and the same backward; `element_size` bytes for a number. Half of
+    them others send: summed over processes it is what `Traffic` counts.
     """
     total = 0
     for layer, record in zip(layers, records, strict=True):

@@ -1,6 +1,6 @@
 """Routers made of routers: groups of experts, each with a router of its own, behind one flat routing."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,13 +101,28 @@ class GroupedRouter(Router):
         learned = [value for value in found if value is not None]
         return torch.stack(learned).mean() if learned else None
 
-    def after_step(self, load_E: Tensor) -> None:
-        """Hand each router the loads of its own experts; a group's load is that of its experts over their k."""
+    @property
+    def has_state(self) -> bool:
+        """As the routers that it is made of."""
+        return any(router.has_state for router in self._routers)
+
+    def sums(self, record: LayerRecord) -> dict[str, Tensor]:
+        """Return the sums of each router under its number; the one above comes last."""
+        found = enumerate(self._records(record))
+        return {f"{n}.{name}": value for n, (router, part) in found for name, value in router.sums(part).items()}
+
+    def after_step(self, load_E: Tensor, sums: Mapping[str, Tensor]) -> None:
+        """Hand each router its own sums and loads; a group's load is that of its experts over their k."""
+
+        def own(number: int) -> dict[str, Tensor]:
+            prefix = f"{number}."
+            return {name.removeprefix(prefix): value for name, value in sums.items() if name.startswith(prefix)}
+
         load_GE = load_E.view(-1, self.group_size)
-        for router, load in zip(self._routers, load_GE, strict=True):
-            router.after_step(load)
+        for number, (router, load) in enumerate(zip(self._routers, load_GE, strict=True)):
+            router.after_step(load, own(number))
         if self.outer is not None:
-            self.outer.after_step(load_GE.sum(-1) // self.inner_k)
+            self.outer.after_step(load_GE.sum(-1) // self.inner_k, own(len(load_GE)))
 
     def flops_per_token(self) -> int:
         """Forward FLOPs for one token: every group's router looks at every token."""

@@ -35,3 +35,8 @@ def jitter(x_TD: Tensor, amount: float, ctx: RouteContext) -> Tensor:
     if amount == 0:
         return x_TD
     return x_TD * (1 + amount * (2 * ctx.uniform(*x_TD.shape) - 1))
+
+
+def gumbel(uniform: Tensor) -> Tensor:
+    """Return standard Gumbel noise from uniform draws: the argmax of logits plus it is a draw from their softmax."""
+    return -(-uniform.clamp(min=1e-20).log()).clamp(min=1e-20).log()

@@ -5,6 +5,7 @@ are computed per layer and then averaged over layers: a sum over layers, or a po
 same coefficient mean different things in different models. The coefficient is applied once, in training.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from moebench.errors import UsageError
 from moebench.registry import Registry
-from moebench.routing.values import LayerRecord
+from moebench.routing.values import LayerRecord, Routing
 
 Loss = Callable[[LayerRecord], Tensor]
 
@@ -57,6 +58,37 @@ def load_balance(record: LayerRecord) -> Tensor:
 
 @LOSSES.register(
     LossFacts(
+        equation="mean over sequences of E · Σ_e f_se P_se,  f and P counted within sequence s",
+        paper="arXiv:2412.19437, eq. 17-20",
+        uniform="1",
+        collapsed="E / k",
+    ),
+    name="sequence_balance",
+)
+def sequence_balance(record: LayerRecord) -> Tensor:
+    """`load_balance` of each sequence on its own: also refuses sequences that are one-sided in turn.
+
+    Where lengths differ, a sequence counts by its tokens.
+    """
+    scores_TE = _need(record.routing.scores_TE, "sequence_balance", "scores")
+    routing = record.routing
+    assert isinstance(routing, Routing)  # soft routing has no scores
+    length = record.sequence_length or max(routing.num_tokens, 1)
+    sequence_N = routing.token_N // length
+    counted_N = routing.counted_N.to(scores_TE.dtype)
+    load_SE = scores_TE.new_zeros(routing.num_tokens // length, routing.num_experts)
+    load_SE = load_SE.index_put((sequence_N, routing.expert_N), counted_N, accumulate=True)
+    share_SE = load_SE / load_SE.sum(-1, keepdim=True).clamp(min=1)
+    score_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=1e-20)
+    valid_T = torch.ones_like(score_TE[:, 0]) if record.valid_T is None else record.valid_T.to(score_TE.dtype)
+    summed_SE = (score_TE * valid_T.unsqueeze(-1)).view(-1, length, routing.num_experts).sum(1)
+    mean_SE = summed_SE / valid_T.view(-1, length).sum(1, keepdim=True).clamp(min=1)
+    balance_S = routing.num_experts * (share_SE * mean_SE).sum(-1)
+    return record.mean(balance_S.repeat_interleave(length))
+
+
+@LOSSES.register(
+    LossFacts(
         equation="mean_t (log Σ_e exp h_te)²",
         paper="arXiv:2202.08906, eq. 5",
         uniform="(ln E)² at logits 0",
@@ -68,6 +100,57 @@ def z(record: LayerRecord) -> Tensor:
     """Router z-loss: keeps logits small; it pulls the log-sum-exp, not each logit, to 0."""
     logits_TE = _need(record.routing.logits_TE, "z", "logits")
     return record.mean(logits_TE.logsumexp(-1).square())
+
+
+@LOSSES.register(
+    LossFacts(
+        equation="ln E - H(mean_t p_t),  p = softmax(h)",
+        paper="arXiv:2310.10837 (sigma-MoE), arXiv:2206.02770 (LIMoE, global entropy)",
+        uniform="0",
+        collapsed="ln(E / k)",
+    ),
+    name="global_entropy",
+)
+def global_entropy(record: LayerRecord) -> Tensor:
+    """How far the mean probability of the experts is from uniform: the papers' negative entropy plus ln E."""
+    logits_TE = _need(record.routing.logits_TE, "global_entropy", "logits")
+    mean_E = record.mean(logits_TE.softmax(-1))
+    entropy = -(mean_E * mean_E.clamp(min=1e-20).log()).sum()
+    return (math.log(record.routing.num_experts) - entropy).clamp(min=0)  # rounding may go below
+
+
+@LOSSES.register(
+    LossFacts(
+        equation="mean_t H(p_t),  p = softmax(h)",
+        paper="arXiv:2206.02770 (LIMoE, local entropy)",
+        uniform="ln E at equal logits",
+        collapsed="0 when every token is sure",
+    ),
+    name="local_entropy",
+)
+def local_entropy(record: LayerRecord) -> Tensor:
+    """How undecided the router is about a token, in nats: pushes towards one expert and balances nothing by itself."""
+    logits_TE = _need(record.routing.logits_TE, "local_entropy", "logits")
+    log_TE = logits_TE.log_softmax(-1)
+    return record.mean(-(log_TE.exp() * log_TE).sum(-1))
+
+
+@LOSSES.register(
+    LossFacts(
+        equation="ln E - I(token; expert) = ln E - H(mean_t p_t) + mean_t H(p_t)",
+        paper="arXiv:2306.04640 (ModuleFormer)",
+        uniform="ln E at equal logits; 0 when experts are used evenly and every token is sure",
+        collapsed="ln E",
+    ),
+    name="mutual_information",
+)
+def mutual_information(record: LayerRecord) -> Tensor:
+    """Mutual information of tokens and experts, below its largest value: `global_entropy` plus `local_entropy`.
+
+    The paper's loss is the negative information, which differs by the constant ln E.
+    """
+    _need(record.routing.logits_TE, "mutual_information", "logits")
+    return global_entropy(record) + local_entropy(record)
 
 
 @LOSSES.register(

@@ -86,5 +86,5 @@ class Scopes:
     """Capacity, and routers that choose among the tokens of the whole batch."""
     balance: Ranks = ALONE
     """Losses."""
-    rank: int = 0
-    """Which process this is, whatever the scopes: what is drawn for each row must differ."""
+    world: Ranks = ALONE
+    """All there are, whatever the other scopes: the state of routers must stay the same on each."""

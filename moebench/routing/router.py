@@ -1,5 +1,6 @@
 """What a router is: a small module that assigns tokens to experts, with a typed Config and facts about itself."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -36,6 +37,8 @@ class Facts:
     """In evaluation, the routing of a sequence depends on what else is in the batch."""
     causal_with_capacity: bool | None = None
     """The same when a capacity drops by this router's priority; None: as `causal`."""
+    causal_in_evaluation: bool | None = None
+    """The same in evaluation, for routers that balance over the batch in training alone; None: as `causal`."""
     learned: bool = True
     """The task loss reaches the router through the weights."""
     makes_scores: bool = True
@@ -60,6 +63,8 @@ class Site:
     """int64: how often each token id occurs in the training split (language only)."""
     sequence_length: int | None = None
     """Tokens of one sequence of the task, where it is known."""
+    num_domains: int | None = None
+    """Domains of the task's data; None where it has none."""
 
 
 class Router(nn.Module):
@@ -112,8 +117,25 @@ class Router(nn.Module):
         """A loss that learns from the task loss of each token (reinforcement); None for all others."""
         return None
 
-    def after_step(self, load_E: Tensor) -> None:
-        """Update state (bias, thresholds) from the assignments of one optimizer step, summed over micro-batches."""
+    @property
+    def has_state(self) -> bool:
+        """Whether `after_step` does anything."""
+        return type(self).after_step is not Router.after_step
+
+    def sums(self, record: LayerRecord) -> dict[str, Tensor]:
+        """What `after_step` needs beside the loads, as plain sums over this process's tokens, padding left out.
+
+        Sums, because these add up over micro-batches and processes whatever way a batch is divided; a quantile does
+        not, but the counts of a histogram do.
+        """
+        return {}
+
+    def after_step(self, load_E: Tensor, sums: Mapping[str, Tensor]) -> None:
+        """Update state (bias, thresholds) once per optimizer step.
+
+        `load_E`: the step's assignments before capacity, int64; `sums`: what `sums` returned. Both are added up over
+        micro-batches and processes.
+        """
 
     def rows_per_token(self, experts_per_token: int) -> float:
         """Rows that the experts compute for one token, on average: its experts, unless rows are not tokens."""

@@ -72,6 +72,34 @@ class Routing:
             extras=extras or {},
         )
 
+    @classmethod
+    def from_table(
+        cls,
+        weight_TE: Tensor,
+        chosen_TE: Tensor,
+        *,
+        logits_TE: Tensor | None = None,
+        scores_TE: Tensor | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+    ) -> "Routing":
+        """Build the list from a table: each token goes where `chosen_TE` (bool) says, to any number of experts.
+
+        All T·E pairs are listed, so that the length does not depend on data (see `keep`).
+        """
+        num_tokens, num_experts = weight_TE.shape
+        index_TE = torch.arange(num_tokens * num_experts, device=weight_TE.device)
+        listed = cls(
+            token_N=index_TE // num_experts,
+            expert_N=index_TE % num_experts,
+            weight_N=weight_TE.reshape(-1),
+            num_tokens=num_tokens,
+            num_experts=num_experts,
+            logits_TE=logits_TE,
+            scores_TE=scores_TE,
+            extras=extras or {},
+        )
+        return listed.keep(chosen_TE.reshape(-1))
+
     def keep(self, kept_N: Tensor) -> "Routing":
         """Return the routing in which only the assignments where `kept_N` (bool) is true still count.
 
@@ -217,6 +245,8 @@ class LayerRecord:
     """After capacity: what the experts computed; the same assignments in the same order, some of them rerouted."""
     valid_T: Tensor | None = None
     """bool, False at padding; None when nothing is padded."""
+    sequence_length: int | None = None
+    """Tokens of one sequence; T is a multiple of it. None: not known."""
     ranks: Ranks = ALONE
     """Over whose tokens losses take their sums and means: those of all processes, or ALONE."""
 

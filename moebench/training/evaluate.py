@@ -79,7 +79,7 @@ def _flops(model: Model, counts: Mapping[int | str, LoadCount]) -> dict[str, flo
     return {"load/flops": sum(found) / len(found)} if found else {}
 
 
-def batch_context(batch: Batch, *, training: bool, seed: int, step: int = 0) -> BatchContext:
+def batch_context(batch: Batch, *, training: bool, seed: int, step: int = 0, micro_batch: int = 0) -> BatchContext:
     """Return what the model may know about a batch besides its vectors."""
     return BatchContext(
         training=training,
@@ -89,4 +89,5 @@ def batch_context(batch: Batch, *, training: bool, seed: int, step: int = 0) -> 
         valid_BL=batch.valid_BL,
         domain_B=batch.domain_B,
         span=batch.span,
+        micro_batch=micro_batch,
     )

@@ -61,6 +61,7 @@ def build_model(config: CellConfig, task: Task) -> Model:
         vocab_size=task.vocab_size,
         token_count_V=task.token_count_V,
         sequence_length=task.sequence_length,
+        num_domains=len(task.domains),
     )
     return Model(task.embedding(config.model.d_model), backbone, task.head(config.model.d_model))
 
@@ -112,6 +113,8 @@ def _leak(config: CellConfig) -> str | None:
         return f"{named}: {router.facts.causal_reason}"
     if router.item.is_dense or capacity.is_dropless:
         return None
+    if router.facts.batch_dependent and router.facts.learned:
+        return f"{named} with a capacity: a place depends on other sequences, which look at later tokens (no capacity)"
     if capacity.drop_order in ("score", "random"):
         return f"layout.drop_order: '{capacity.drop_order}' lets later tokens push out earlier ones (try position)"
     if capacity.overflow == "reroute":

@@ -55,10 +55,11 @@ class CellModule(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the loss of one micro-batch."""
-        step = self.global_step
-        if batch_index % self.config.train.accumulate == 0:
+        micro_batch = batch_index % self.config.train.accumulate
+        if micro_batch == 0:
             self.objectives, self.records = [], []
-        output, records = self.model(batch, batch_context(batch, training=True, seed=self.config.seed, step=step))
+        ctx = batch_context(batch, training=True, seed=self.config.seed, step=self.global_step, micro_batch=micro_batch)
+        output, records = self.model(batch, ctx)
         token_loss_BL = self.task.token_loss(output, batch)
         share = share_of(batch, self.config, self.mesh)
         found = objective(token_loss_BL, batch, self.layers, records, self.config.router.losses, share)
@@ -85,13 +86,8 @@ class CellModule(lightning.LightningModule):
 
     def update_routers(self) -> None:
         """Let routers with state see the loads of the step: after the update, before anything is saved."""
-        if not self.layers:
-            return
-        by_layer = zip(*self.records, strict=True)
-        loads = [torch.stack([record.routing.load_E for record in records]).sum(0) for records in by_layer]
-        summed = torch.split(self.mesh.world.sum(torch.cat(loads)), [len(load_E) for load_E in loads])
-        for layer, load_E in zip(self.layers, summed, strict=True):
-            layer.router.after_step(load_E)
+        for layer, records in zip(self.layers, zip(*self.records, strict=True), strict=True):
+            layer.after_step(records)
 
     def evaluate(self, split: str) -> Evaluation:
         """Evaluate the model on a split of the task's fixed evaluation set."""

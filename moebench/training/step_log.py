@@ -29,8 +29,8 @@ class ParallelCosts:
                 self.sums[name] = self.sums.get(name, 0.0) + value
 
     def means(self) -> dict[str, float]:
-        """Return the mean over steps of each metric, under its short name."""
-        return {name.removeprefix("parallel/"): total / self.num_steps for name, total in self.sums.items()}
+        """Return the mean over steps of each metric."""
+        return {name: total / self.num_steps for name, total in self.sums.items()}
 
 
 def load_metrics(records: Sequence[Sequence[LayerRecord]], mesh: Mesh) -> dict[str, float]:
@@ -58,6 +58,7 @@ def parallel_metrics(
     step, transfer, wait, sent, expected, memory, rows = of_ranks.T
     slowest = float(step.max())
     metrics = {
+        "parallel/processes": float(mesh.size),
         "parallel/step_s_max": slowest,
         "parallel/all_to_all_s": float(transfer.mean()),
         "parallel/all_to_all_share": float((transfer / step).mean()),

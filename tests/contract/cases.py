@@ -1,9 +1,24 @@
-"""What the contract tests run on: every registered router in every configuration that makes sense."""
+"""What the contract tests run on: every registered router in every configuration that makes sense.
 
-from collections.abc import Mapping, Sequence
+All products are run by `make test-all`. `make test` has to stay a few minutes while routers are added, so it runs a
+part of each product, and the rest is marked slow. What is in that part is decided here and nowhere else:
+
+- `thinned`, cases and values: a router with its defaults meets every value of every axis, and over the routers every
+  pair of values meets; its other options meet one combination each, taking turns through all of them.
+- `thinned_sizes`, cases with all numbers of experts: the defaults at each number, other options at 8 and 1.
+- `thinned_pairs`, layouts and routers: every router on the plain layout, and every layout with one router of each
+  family, the routers of a family taking turns. Routers of a family go through the same code of a layout.
+
+Nothing is drawn by chance: the same registry gives the same selection.
+"""
+
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +27,7 @@ from moebench.experts.bank import Bank, double_loop
 from moebench.experts.capacity import Capacity
 from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.layer import MoELayer
+from moebench.experts.layout import LAYOUTS
 from moebench.experts.soft import slot_loop
 from moebench.models.transformer import init_weights
 from moebench.routing.context import RouteContext
@@ -31,11 +47,31 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"top_k": 1, "renormalise": False},
         {"top_k": 8, "renormalise": False},
     ],
-    "switch": [{"jitter": 0.0}],
-    "gshard": [{"second_expert": "all"}],
+    "switch": [{"jitter": 0.0}, {"exploration": "input_dropout"}, {"exploration": "sample"}],
+    "gshard": [
+        *({"second_expert": policy} for policy in ("all", "sampling", "none")),
+        {"second_expert": "threshold", "threshold": 0.05},
+    ],
+    "deepseek_moe": [{"top_k": 2, "num_groups": 4, "kept_groups": 2, "scale": 16.0}],
+    "v_moe": [{"top_k": 1, "priority": "position"}, {"priority": "sum", "noise": 0.0}],
+    "x_moe": [{"top_k": 2}],
+    "remoe": [{"top_k": 1}],
+    "dense_to_sparse": [{"dense_steps": 0}],
+    "sparse_mixer": [{"top_k": 1, "tolerance": 0.5}],
+    "quantile_balancing": [{"renormalise": True}],
+    "dselect_k": [{"top_k": 1}],
+    "sigma_moe": [{"top_k": 1, "left_out": 0.5}],
     "noisy_top_k": [{"top_k": 3}],
-    "expert_choice": [{"group": "sequence"}, {"average_experts": 1}],
+    "loss_free": [{"top_k": 1, "score": "softmax", "update": "proportional"}],
+    "deepseek_v3": [{"top_k": 2, "num_groups": 4, "kept_groups": 2}],
+    "expert_choice": [{"group": "sequence"}, {"average_experts": 1}, {"max_per_token": 3}],
+    "two_sided": [{"group": "sequence", "shortlist": 2}],
     "random": [{"top_k": 2}],
+    "hash": [{"table": "random"}],
+    "multi_gate": [{"top_k": 2}],
+    "top_p": [{"top_p": 1.0, "expected_experts": 8}],
+    "base": [{"solver": "auction"}, {"solver": "exact"}],
+    "sinkhorn": [{"top_k": 3}],
     "soft_moe": [{"slots_per_expert": 1}, {"average_experts": 2}],
 }
 """Options beside the defaults. A router that is not here (a plugin's) is tested with its defaults."""
@@ -64,6 +100,11 @@ class Case:
     @property
     def config(self) -> Any:
         return self.router_class.Config(**self.options)
+
+    @property
+    def config_says_8(self) -> bool:
+        """Whether a token uses 8 experts however many there are."""
+        return self.experts_per_token == replace(self, num_experts=16).experts_per_token == 8
 
     @property
     def fits(self) -> bool:
@@ -147,14 +188,96 @@ def list_cases(num_experts: int = 8) -> list[Case]:
 
 
 def default_cases() -> list[Case]:
-    """Return every router once, with its defaults and 8 experts."""
-    return [Case(entry.name) for entry in ROUTERS.entries()]
+    """Return every router once, with its defaults and 8 experts, or 16 where a token uses 8: some must be left."""
+    cases = [Case(entry.name) for entry in ROUTERS.entries()]
+    return [replace(case, num_experts=16) if case.config_says_8 else case for case in cases]
+
+
+PLAIN_LAYOUT = "every_n"
+MODES = {"train": True, "eval": False}
+
+
+def thinned(cases: Sequence[Case], **axes: Sequence[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
+    """Parametrise a test by `case` and axes (values, or id -> value); what `make test` leaves out is slow."""
+    named = [axis if isinstance(axis, Mapping) else {str(value): value for value in axis} for axis in axes.values()]
+    ids = [list(values) for values in named]
+    combinations = list(itertools.product(*ids))
+    kept: set[Hashable] = set()
+    plain, other = itertools.count(), itertools.count()
+    for case in cases:
+        if case.options:
+            kept.add((str(case), *combinations[next(other) % len(combinations)]))
+            continue
+        shift = next(plain)  # along the first axis, so that over the cases it meets every value of the others
+        for turn in range(max(map(len, ids))):
+            chosen = (values[(turn + shift * (not axis)) % len(values)] for axis, values in enumerate(ids))
+            kept.add((str(case), *chosen))
+    full = {
+        (str(case), *chosen): (case, *(values[name] for values, name in zip(named, chosen, strict=True)))
+        for case in cases
+        for chosen in combinations
+    }
+    return _parametrised(("case", *axes), full, kept)
+
+
+def thinned_sizes() -> pytest.MarkDecorator:
+    """Parametrise a test by every case with every number of experts."""
+    cases = {(str(case),): (case,) for case in all_cases()}
+    kept = [key for key, (case,) in cases.items() if not case.options or case.num_experts in (1, 8)]
+    return _parametrised(("case",), cases, kept)
+
+
+def thinned_pairs(
+    refused: Callable[[str, str], Any] = lambda layout, router: False, *, each_family: bool = True
+) -> pytest.MarkDecorator:
+    """Parametrise a test by `layout` and `router`; pairs that are refused stand in for a family only if all are.
+
+    Without `each_family` all routers take turns: for what treats a router as a name and its options.
+    """
+    families: dict[str, list[str]] = {}
+    for entry in ROUTERS.entries():
+        families.setdefault(entry.facts.family if each_family else "", []).append(entry.name)
+    kept = {(PLAIN_LAYOUT, router) for router in ROUTERS.names()}
+    for turn, layout in enumerate(LAYOUTS.names()):
+        for routers in families.values():
+            able = [router for router in routers if not refused(layout, router)] or routers
+            kept.add((layout, able[turn % len(able)]))
+    pairs = {pair: pair for pair in itertools.product(LAYOUTS.names(), ROUTERS.names())}
+    return _parametrised(("layout", "router"), pairs, kept)
+
+
+def _parametrised(
+    names: Sequence[str], full: Mapping[tuple[str, ...], tuple[Any, ...]], kept: Iterable[Hashable]
+) -> pytest.MarkDecorator:
+    kept = set(kept)
+    assert kept <= full.keys()
+    marks = {key: () if key in kept else pytest.mark.slow for key in full}
+    return pytest.mark.parametrize(
+        names, [pytest.param(*values, id="-".join(key), marks=marks[key]) for key, values in full.items()]
+    )
+
+
+@contextmanager
+def naming(**what: Any) -> Iterator[None]:
+    """Say in a failure which of the values that a test goes through it was."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note("with " + ", ".join(f"{name}={value}" for name, value in what.items()))
+        raise
 
 
 def site(num_experts: int) -> Site:
     """Return the place of a router in a small language model: frequent and rare ids."""
     count_V = (1000 / torch.arange(1, VOCAB + 1)).long()
-    return Site(d_model=D_MODEL, num_experts=num_experts, vocab_size=VOCAB, token_count_V=count_V, sequence_length=16)
+    return Site(
+        d_model=D_MODEL,
+        num_experts=num_experts,
+        vocab_size=VOCAB,
+        token_count_V=count_V,
+        sequence_length=16,
+        num_domains=3,
+    )
 
 
 def stirred(module: nn.Module, seed: int = 0) -> Any:

@@ -8,6 +8,7 @@ from contract.cases import VOCAB
 from torch import Tensor
 
 from moebench.config import resolve
+from moebench.experts.layout import LAYOUTS
 from moebench.models.build import build_backbone
 from moebench.models.transformer import BatchContext, Transformer, init_weights
 from moebench.routing.router import ROUTERS
@@ -31,7 +32,12 @@ def backbone_of(config: Any, *, causal: bool = True, seed: int = 0, sequence_len
     """Build and initialise a backbone."""
     token_count_V = (1000 / torch.arange(1, VOCAB + 1)).long()
     backbone = build_backbone(
-        config, causal=causal, vocab_size=VOCAB, token_count_V=token_count_V, sequence_length=sequence_length
+        config,
+        causal=causal,
+        vocab_size=VOCAB,
+        token_count_V=token_count_V,
+        sequence_length=sequence_length,
+        num_domains=2,
     )
     init_weights(backbone, seed)
     return backbone
@@ -62,7 +68,8 @@ def may_refuse(layout: str, router: str) -> str:
         return "" if grows or router_class.is_dense else "fixed at"
     if layout in ("hierarchical", "prototypes"):
         try:
-            for size in (2, 4):
+            groups = LAYOUTS.get(layout).item.Config().groups
+            for size in {8 // groups, groups} if layout == "hierarchical" else {8 // groups}:
                 router_class.check(config, size)
         except Exception:
             return "layout.groups"

@@ -215,12 +215,21 @@ def test_own_losses_are_the_mean_over_routers(router: str, pick_groups: bool) ->
 
 def test_state_is_updated_by_the_loads_of_each_router(monkeypatch: pytest.MonkeyPatch) -> None:
     both = grouped("top_k", pick_groups=True)  # two experts of each group: a group's load is half of theirs
-    seen = {}
+    routing = route(both, Tokens.draw(16), training=True)
+    seen, sums = {}, {}
     for name, router in both.named_modules():
         if type(router) is not GroupedRouter and hasattr(router, "after_step"):
-            monkeypatch.setattr(router, "after_step", lambda load_E, name=name: seen.update({name: load_E.tolist()}))
-    both.after_step(torch.tensor([3, 3, 1, 1, 0, 0, 5, 5]))
+            monkeypatch.setattr(router, "sums", lambda record: {"served": record.routing.counted_N.sum()})
+
+            def after_step(load_E: Tensor, own: dict, name: str = name) -> None:
+                seen[name], sums[name] = load_E.tolist(), own
+
+            monkeypatch.setattr(router, "after_step", after_step)
+    both.after_step(torch.tensor([3, 3, 1, 1, 0, 0, 5, 5]), both.sums(record_of(routing)))
     assert seen == {"inner.0": [3, 3], "inner.1": [1, 1], "inner.2": [0, 0], "inner.3": [5, 5], "outer": [3, 1, 0, 5]}
+    for group in range(4):
+        assert sums[f"inner.{group}"] == {"served": 2 * routing.picked_TG[:, group].sum()}
+    assert sums["outer"] == {"served": 16 * 2}
 
 
 def test_hash_on_two_levels_uses_every_expert() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contract.cases import Tokens, stirred
+from contract.cases import Tokens, stirred, thinned_pairs
 from contract.layout_models import BATCH, D_MODEL, LENGTH, SIZES, backbone_of, batch, config_of, may_refuse
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,12 +16,10 @@ from moebench.experts.widths import MATCH_TOLERANCE
 from moebench.models.build import build_backbone, cost_of
 from moebench.models.transformer import Block, Transformer
 from moebench.models.whole_model import StackBank, WholeModels
-from moebench.routing.router import ROUTERS
 from moebench.routing.values import LayerRecord, SoftRouting
 
 NUM_TOKENS = BATCH * LENGTH
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.names())
-every_router = pytest.mark.parametrize("router", ROUTERS.names())
 both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
@@ -75,8 +73,7 @@ def stack_flops(block: WholeModels, record: LayerRecord) -> int:
     return total
 
 
-@every_layout
-@every_router
+@thinned_pairs(may_refuse)
 def test_runs_and_costs_what_it_says(layout: str, router: str) -> None:
     backbone = model_or_skip(layout, router).double()  # in fp64 every expert is a plain product, which is counted
     x_BLD, ctx = batch(training=True)

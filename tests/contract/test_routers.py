@@ -1,11 +1,13 @@
 """The contract that every registered router keeps, its declared facts measured."""
 
 import dataclasses
+import itertools
 import re
 
 import pytest
 import torch
 from contract.cases import (
+    MODES,
     NUM_TOKENS,
     Case,
     Tokens,
@@ -13,28 +15,30 @@ from contract.cases import (
     assigned_TE,
     cases_of,
     default_cases,
+    naming,
     raw_losses,
     route,
     run,
+    thinned,
+    thinned_sizes,
     weight_table,
 )
 
 from moebench.config import resolve, to_plain, to_yaml
 from moebench.errors import UsageError
+from moebench.experts.layer import MoELayer
 from moebench.routing.losses import LOSSES
-from moebench.routing.router import ROUTERS
 from moebench.routing.values import Routing, SoftRouting
 
-every_case = pytest.mark.parametrize("case", all_cases(), ids=str)
+every_case = thinned_sizes()
 every_case_of_8 = pytest.mark.parametrize("case", cases_of(8), ids=str)
 every_router = pytest.mark.parametrize("case", default_cases(), ids=str)
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
-def test_no_router_is_left_out() -> None:
-    for entry in ROUTERS.entries():
-        sizes = {case.num_experts for case in all_cases() if case.name == entry.name}
-        assert {8, 9} <= sizes, f"{entry.name} is covered for E in {sizes} only"
+@every_router
+def test_no_router_is_left_out(case: Case) -> None:
+    sizes = {other.num_experts for other in all_cases() if other.name == case.name}
+    assert {8, 9} <= sizes, f"{case.name} is covered for E in {sizes} only"
 
 
 def assert_well_formed(routing: Routing | SoftRouting) -> None:
@@ -75,24 +79,23 @@ def assert_well_formed_soft(routing: SoftRouting) -> None:
 
 
 @every_case
-@both_modes
-@pytest.mark.parametrize("num_tokens", NUM_TOKENS)
-def test_routing_is_well_formed(case: Case, training: bool, num_tokens: int) -> None:
-    routing = route(case.router(), Tokens.draw(num_tokens), training=training)
-    assert routing.num_tokens == num_tokens
-    assert routing.num_experts == case.num_experts
-    assert_well_formed(routing)
+def test_routing_is_well_formed(case: Case) -> None:
+    for training, num_tokens in itertools.product(MODES.values(), NUM_TOKENS):
+        with naming(training=training, num_tokens=num_tokens):
+            routing = route(case.router(), Tokens.draw(num_tokens), training=training)
+            assert routing.num_tokens == num_tokens
+            assert routing.num_experts == case.num_experts
+            assert_well_formed(routing)
 
 
 @every_case_of_8
-@both_modes
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_routing_is_fp32_for_half_inputs(case: Case, training: bool, dtype: torch.dtype) -> None:
-    assert_well_formed(route(case.router(), Tokens.draw(7, dtype=dtype), training=training))
+def test_routing_is_fp32_for_half_inputs(case: Case) -> None:
+    for training, dtype in itertools.product(MODES.values(), (torch.bfloat16, torch.float16)):
+        with naming(training=training, dtype=dtype):
+            assert_well_formed(route(case.router(), Tokens.draw(7, dtype=dtype), training=training))
 
 
-@every_case_of_8
-@both_modes
+@thinned(cases_of(8), training=MODES)
 def test_input_and_global_random_state_stay_untouched(case: Case, training: bool) -> None:
     layer, tokens = case.layer(), Tokens.draw(64, length=16)
     before, state = tokens.x_TD.clone(), torch.get_rng_state()
@@ -175,18 +178,18 @@ def test_facts_are_complete(case: Case) -> None:
 
 
 @every_case
-@both_modes
-@pytest.mark.parametrize("num_tokens", NUM_TOKENS)
-def test_losses_exist_and_are_finite(case: Case, training: bool, num_tokens: int) -> None:
-    layer = case.layer()
-    _, record = run(layer, Tokens.draw(num_tokens), training=training)
-    assert set(layer.router.losses(record)) == set(case.facts.own_losses)
-    losses = raw_losses(layer.router, record)
-    assert set(losses) == {*case.config.losses, *case.facts.own_losses}
-    for name, loss in losses.items():
-        assert loss.shape == (), name
-        assert torch.isfinite(loss), name
-        assert loss >= 0, name
+def test_losses_exist_and_are_finite(case: Case) -> None:
+    for training, num_tokens in itertools.product(MODES.values(), NUM_TOKENS):
+        with naming(training=training, num_tokens=num_tokens):
+            layer = case.layer()
+            _, record = run(layer, Tokens.draw(num_tokens), training=training)
+            assert set(layer.router.losses(record)) == set(case.facts.own_losses)
+            losses = raw_losses(layer.router, record)
+            assert set(losses) == {*case.config.losses, *case.facts.own_losses}
+            for name, loss in losses.items():
+                assert loss.shape == (), name
+                assert torch.isfinite(loss), name
+                assert loss >= 0, name
 
 
 @every_router
@@ -199,15 +202,18 @@ def test_default_losses_push_the_router(case: Case) -> None:
 
 
 @every_case_of_8
-@both_modes
-@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e4, 1e6])
-def test_extreme_logits_stay_finite(case: Case, training: bool, scale: float) -> None:
-    layer = case.layer()
-    with torch.no_grad():
-        for parameter in layer.router.parameters():
-            parameter *= scale
-    tokens = Tokens.draw(64)
-    y_TD, record = run(layer, tokens, training=training)
+def test_extreme_logits_stay_finite(case: Case) -> None:
+    for training, scale in itertools.product(MODES.values(), (0.0, 1e-30, 1e4, 1e6)):
+        with naming(training=training, scale=scale):
+            layer = case.layer()
+            with torch.no_grad():
+                for parameter in layer.router.parameters():
+                    parameter *= scale
+            assert_finite_with_gradients(layer, training=training)
+
+
+def assert_finite_with_gradients(layer: MoELayer, *, training: bool) -> None:
+    y_TD, record = run(layer, Tokens.draw(64), training=training)
     assert_well_formed(record.routing)
     total = y_TD.square().mean() + sum(raw_losses(layer.router, record).values())
     assert torch.isfinite(total)
@@ -216,8 +222,7 @@ def test_extreme_logits_stay_finite(case: Case, training: bool, scale: float) ->
         assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
 
 
-@every_case_of_8
-@both_modes
+@thinned(cases_of(8), training=MODES)
 def test_equal_tokens_are_routed(case: Case, training: bool) -> None:
     tokens = Tokens.draw(64)
     same = dataclasses.replace(
@@ -233,8 +238,7 @@ def test_noise_alone_spreads_the_first_step_of_noisy_top_k() -> None:
     assert load_E.min() > 64  # 512 · 2 / 8 = 128 expected, standard deviation below 10
 
 
-@every_case_of_8
-@both_modes
+@thinned(cases_of(8), training=MODES)
 def test_padding_changes_nothing(case: Case, training: bool) -> None:
     layer = case.layer()
     tokens = Tokens.draw(16)
@@ -280,8 +284,7 @@ def test_every_loss_says_what_it_is() -> None:
         assert entry.doc
 
 
-@every_router
-@both_modes
+@thinned(default_cases(), training=MODES)
 def test_scores_exist_if_the_router_says_so(case: Case, training: bool) -> None:
     routing = route(case.router(), Tokens.draw(8), training=training)
     assert (routing.scores_TE is not None) is case.facts.makes_scores
@@ -290,7 +293,8 @@ def test_scores_exist_if_the_router_says_so(case: Case, training: bool) -> None:
 @every_router
 def test_named_losses_refuse_a_router_that_cannot_give_them(case: Case) -> None:
     _, record = run(case.layer(), Tokens.draw(8), training=True)
-    needs = {"load_balance": record.routing.scores_TE, "z": record.routing.logits_TE}
+    needs = dict.fromkeys(("load_balance", "sequence_balance"), record.routing.scores_TE)
+    needs |= dict.fromkeys(("z", "global_entropy", "local_entropy", "mutual_information"), record.routing.logits_TE)
     for entry in LOSSES.entries():
         if needs.get(entry.name, record) is None:
             with pytest.raises(UsageError, match=rf"^router\.losses\.{entry.name}: this router makes no "):

@@ -9,7 +9,7 @@ from moebench.config import layer_over
 from moebench.experts.layout import LAYOUTS
 from moebench.routing.router import ROUTERS
 
-TRAIN = {"steps": 3, "batch_size": 8, "learning_rate": 1e-2, "clip_norm": 0.5, "log_every": 2, "warmup_steps": 0}
+TRAIN = {"steps": 3, "batch_size": 8, "learning_rate": 2e-3, "clip_norm": 0.5, "log_every": 2, "warmup_steps": 0}
 BALANCED = {"name": "top_k", "losses": {"load_balance": 0.1, "z": 0.01, "importance": 0.05}}
 EVERY_N = {"name": "every_n", "n": 1, "num_experts": 4, "expert_width": 8}
 SHORT = ("top_2", "router gshard", "router expert_choice", "layout fine_grained", "reroute", "accumulate", "zero rows")

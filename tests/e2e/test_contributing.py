@@ -1,24 +1,16 @@
 """The code blocks of CONTRIBUTING.md, run as a contributor would run them."""
 
-import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from command_line import ROOT, CommandLine, WarmCommandLine
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 BLOCKS = {name: f"# {name}\n{body}" for name, body in re.findall(r"```python\n# (\S+\.py)\n(.*?)```", PAGE, re.DOTALL)}
 SMALL = ["train.steps=6", "train.batch_size=4", "seeds=[0]", "task.sequence_length=16"]
-
-
-def moebench(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MOEBENCH_RESULTS": str(tmp_path / "results")}
-    command = [sys.executable, "-m", "moebench", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
 
 
 def test_the_page_has_a_block_for_each_kind() -> None:
@@ -33,16 +25,17 @@ def test_the_page_has_a_block_for_each_kind() -> None:
         ("my_task.py", ["base.task={name: repeat}", "grid.router=[dense,hash]"], ["dense", "hash"]),
     ],
 )
-def test_a_block_runs_as_a_plugin(tmp_path: Path, file: str, grid: list[str], arms: list[str]) -> None:
-    (tmp_path / file).write_text(BLOCKS[file], encoding="utf-8")
-    plugin = ["--plugin", str(tmp_path / file)]
-    command = ["experiments/quickstart.yaml", *plugin, *grid, *SMALL]
-    done = moebench(tmp_path, "run", *command, "--tracker", "none", "--json")
-    assert done.returncode == 0, done.stderr
-    assert [cell["state"] for cell in json.loads(done.stdout)["cells"]] == ["done"] * len(arms)
-    compared = moebench(tmp_path, "compare", *command, "--json")
-    assert compared.returncode == 0, compared.stderr
-    assert list(json.loads(compared.stdout)["arms"]) == arms
+def test_a_block_runs_as_a_plugin(
+    cli: CommandLine, warm: WarmCommandLine, file: str, grid: list[str], arms: list[str]
+) -> None:
+    (cli.folder / file).write_text(BLOCKS[file], encoding="utf-8")
+    command = [str(ROOT / "experiments/quickstart.yaml"), "--plugin", file, *grid, *SMALL]
+    done = warm(cli, "run", *command, "--tracker", "none", "--json")
+    assert done.code == 0, done.err
+    assert [cell["state"] for cell in done.json["cells"]] == ["done"] * len(arms)
+    compared = warm(cli, "compare", *command, "--json")
+    assert compared.code == 0, compared.err
+    assert list(compared.json["arms"]) == arms
 
 
 def test_the_router_passes_the_contract_tests_on_request(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,23 @@ def write(cli: CommandLine, **changes: Any) -> None:
     cli.write(**{"train": TRAIN, "grid": {"router": ARMS}, "seeds": SEEDS} | changes)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
-    """The grid trained without an interruption: what every interrupted one must equal."""
-    cli = CommandLine(tmp_path_factory.mktemp("whole"))
+@pytest.fixture(scope="session")
+def whole(built_once: Callable[[str, Callable[[Path], Any]], Path]) -> CommandLine:
+    """The grid trained without an interruption, and compared: what every interrupted one must equal."""
+    return CommandLine(built_once("whole", train_without_interruption))
+
+
+def train_without_interruption(folder: Path) -> None:
+    cli = CommandLine(folder)
     write(cli)
-    ended = cli.train("--jobs", "1")
-    assert ended.code == 0, ended.err
-    yield cli
-    cli.kill_leftovers()
+    try:
+        ended = cli.train("--jobs", "1")
+        assert ended.code == 0, ended.err
+        compared = cli("compare", "./tiny.yaml", "--json")
+    finally:
+        cli.kill_leftovers()
+    assert (compared.code, compared.err) == (0, "")
+    (folder / "comparison.json").write_text(compared.out)
 
 
 @pytest.fixture
@@ -68,9 +76,10 @@ def assert_equal_to(whole: CommandLine, cli: CommandLine, warm: WarmCommandLine)
         assert repeatable(folder) == repeatable(twin)
         if (twin / "load.jsonl").exists():
             assert loads(folder) == loads(twin)
-    mine, original = (warm(call, "compare", "./tiny.yaml", "--json") for call in (cli, whole))
-    assert (mine.code, mine.err) == (0, "")
-    assert without_speed(mine.json) == without_speed(original.json)
+    compared = warm(cli, "compare", "./tiny.yaml", "--json")
+    assert (compared.code, compared.err) == (0, "")
+    original = json.loads((whole.folder / "comparison.json").read_text())
+    assert without_speed(compared.json) == without_speed(original)
 
 
 def loads(folder: Path) -> list[dict[str, Any]]:

@@ -129,29 +129,43 @@ def test_an_unknown_kind_of_tracker_is_one_line(tmp_path: Path) -> None:
         replay(tmp_path, "ftp://nobody")
 
 
+RACE = """
+import os, sys
+from pathlib import Path
+from moebench.tracking.mlflow_store import quiet
+from moebench.tracking.replay import replay
+with quiet():
+    from mlflow import MlflowClient
+uri, *folders = sys.argv[1:]
+racers = []
+for folder in folders:
+    racers.append(os.fork())
+    if not racers[-1]:
+        os.write(1, f"{replay(Path(folder), uri).values}\\n".encode())
+        os._exit(0)
+print([os.waitstatus_to_exitcode(os.waitpid(racer, 0)[1]) for racer in racers])
+"""
+
+
+def race(uri: str, *folders: Path) -> list[str]:
+    """Replay each folder in a process of its own, all forked at one moment by one that has done the imports."""
+    command = [sys.executable, "-c", RACE, uri, *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    *answers, codes = done.stdout.splitlines()
+    assert codes == str([0] * len(folders)), done.stderr
+    return answers
+
+
 def test_four_processes_open_one_fresh_database_at_once(tmp_path: Path) -> None:
-    uri = default_uri(tmp_path)
-    program = "import sys; from pathlib import Path; from moebench.tracking.replay import replay\n"
-    program += "print(replay(Path(sys.argv[1]), sys.argv[2]).values)"
     for number in range(4):
         build(tmp_path / str(number), cell=f"{number:012x}")
-    racers = [
-        subprocess.Popen([sys.executable, "-c", program, str(tmp_path / str(n)), uri], stdout=subprocess.PIPE)
-        for n in range(4)
-    ]
-    answers = [racer.communicate()[0] for racer in racers]
-    assert [racer.returncode for racer in racers] == [0] * 4
-    assert answers == [b"20\n"] * 4
+    assert race(default_uri(tmp_path), *(tmp_path / str(number) for number in range(4))) == ["20"] * 4
     assert metric_steps(tmp_path / "mlflow.db") == sorted([*range(1, 21)] * 4)
 
 
 def test_two_processes_that_send_the_same_runs_double_nothing(tmp_path: Path) -> None:
     build(tmp_path, steps=2500)
-    program = "import sys; from pathlib import Path; from moebench.tracking.replay import replay\n"
-    program += "replay(Path(sys.argv[1]), sys.argv[2])"
-    command = [sys.executable, "-c", program, str(tmp_path), default_uri(tmp_path)]
-    racers = [subprocess.Popen(command) for _ in range(2)]
-    assert [racer.wait() for racer in racers] == [0, 0]
+    race(default_uri(tmp_path), tmp_path, tmp_path)
     assert metric_steps(tmp_path / "mlflow.db") == [*range(1, 2501)]
 
 

@@ -51,12 +51,22 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "train.clip_norm": (2.0,),
     "train.precision": ("bf16",),
     "train.threads": (2,),
+    "train.accumulate": (2,),
+    "balance.scope": ("local",),
+    "parallel.data": (2,),
+    "parallel.expert": (2,),
+    "parallel.scope": ("local",),
 }
 NO_CHANGES: dict[str, tuple[Any, ...]] = {
     "train.log_every": (1, 50),
     "train.eval_every": (7,),
     "train.checkpoint_every": (7,),
     "train.device": ("cpu", "cuda"),
+    "parallel.devices": (None,),
+    "parallel.nodes": (1,),
+    "parallel.timeout_s": (7.0,),
+    "parallel.check_every": (7,),
+    "parallel.overlap": (False,),
     "task.data.path": ("/somewhere/else.txt",),
     "layout.recompute": (True,),
 }
@@ -96,6 +106,11 @@ def choices_of(table: Mapping[str, tuple[Any, ...]]) -> st.SearchStrategy[dict[s
 def test_cell_id_ignores_order_and_cadence(chosen, cadence, order) -> None:
     assert identity(nested(chosen)) == identity(shuffled(nested({**chosen, **cadence}), order))
     assert re.fullmatch(r"[0-9a-f]{12}", identity(nested(chosen)))
+
+
+def test_cell_id_ignores_on_which_machines_its_processes_are() -> None:
+    spread = {"data": 4, "devices": 2, "nodes": 2}
+    assert identity({"parallel": spread}) == identity({"parallel": {"data": 4}})
 
 
 @given(choices_of(CHANGES), st.sampled_from(sorted(CHANGES)))

@@ -6,8 +6,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 import moebench
 
 PACKAGE = Path(moebench.__file__).parent
@@ -31,7 +29,7 @@ ORDER = (
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 LONGEST_FILE, LONGEST_FUNCTION = 300, 50
-every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+TREES = {file: ast.parse(file.read_text()) for file in FILES}
 
 
 def part_of(file: Path) -> str:
@@ -39,7 +37,7 @@ def part_of(file: Path) -> str:
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_modules(tree: ast.AST) -> Iterator[tuple[str, int]]:
+def imported_modules(tree: ast.AST, file: Path) -> Iterator[tuple[str, int]]:
     """Yield the modules that the code imports, functions included, blocks for type checkers left out."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -47,46 +45,54 @@ def imported_modules(tree: ast.AST) -> Iterator[tuple[str, int]]:
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: relative imports hide the direction"
+            assert node.level == 0, f"{file}:{node.lineno}: relative imports hide the direction"
             yield node.module or "", node.lineno
             if node.module == "moebench":
                 yield from ((f"moebench.{alias.name}", node.lineno) for alias in node.names)
-        yield from imported_modules(node)
+        yield from imported_modules(node, file)
 
 
-@every_file
-def test_imports_go_one_way(file: Path) -> None:
-    own = part_of(file)
-    if own in ("__init__", "__main__"):
-        return
-    assert own in RANK, f"{own} has no place in the order of imports"
-    for module, line in imported_modules(ast.parse(file.read_text())):
-        parts = module.split(".")
-        if parts[0] == "moebench" and len(parts) > 1 and parts[1] in RANK:
-            assert RANK[parts[1]] <= RANK[own], f"{file}:{line} imports {module}"
+def test_imports_go_one_way() -> None:
+    wrong = []
+    for file, tree in TREES.items():
+        own = part_of(file)
+        if own in ("__init__", "__main__"):
+            continue
+        assert own in RANK, f"{own} has no place in the order of imports"
+        for module, line in imported_modules(tree, file):
+            parts = module.split(".")
+            if parts[0] == "moebench" and len(parts) > 1 and parts[1] in RANK and RANK[parts[1]] > RANK[own]:
+                wrong.append(f"{file}:{line} imports {module}")
+    assert not wrong
 
 
-@every_file
-def test_only_config_knows_omegaconf(file: Path) -> None:
-    modules = {module.split(".")[0] for module, _ in imported_modules(ast.parse(file.read_text()))}
-    assert "omegaconf" not in modules or file == PACKAGE / "config.py"
+def test_only_config_knows_omegaconf() -> None:
+    knowing = [
+        file
+        for file, tree in TREES.items()
+        if "omegaconf" in {module.split(".")[0] for module, _ in imported_modules(tree, file)}
+    ]
+    assert knowing == [PACKAGE / "config.py"]
 
 
-@every_file
-def test_files_are_short(file: Path) -> None:
-    lines = file.read_text().splitlines()
-    assert len(lines) <= LONGEST_FILE, f"{file} has {len(lines)} lines"
-    for node in ast.walk(ast.parse("\n".join(lines))):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.end_lineno is not None
-            length = node.end_lineno - node.lineno + 1
-            assert length <= LONGEST_FUNCTION, f"{file}:{node.lineno} {node.name} has {length} lines"
+def test_files_are_short() -> None:
+    long = []
+    for file, tree in TREES.items():
+        num_lines = len(file.read_text().splitlines())
+        if num_lines > LONGEST_FILE:
+            long.append(f"{file} has {num_lines} lines")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                length = node.end_lineno - node.lineno + 1
+                if length > LONGEST_FUNCTION:
+                    long.append(f"{file}:{node.lineno} {node.name} has {length} lines")
+    assert not long
 
 
-@every_file
-def test_no_file_is_a_drawer(file: Path) -> None:
-    for word in ("utils", "util", "helper", "helpers", "manager", "misc", "common", "base"):
-        assert word not in file.stem.split("_")
+def test_no_file_is_a_drawer() -> None:
+    drawers = {"utils", "util", "helper", "helpers", "manager", "misc", "common", "base"}
+    assert not [file for file in FILES if drawers & {*file.stem.split("_")}]
 
 
 def loaded_by(program: str) -> set[str]:

@@ -58,7 +58,7 @@ def test_cost_by_hand() -> None:
 
 def test_parameters_are_those_of_the_modules(text, tmp_path) -> None:
     for router in ROUTERS.names():
-        config = tiny_config(text, router=router)
+        config = tiny_config(text, router=router, layout={"num_experts": 8})
         model = initialised_model(config, prepare_task(config, tmp_path))
         cost = model_cost(model, 8)
         assert cost.total_params == sum(parameter.numel() for parameter in model.parameters())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moebench.errors import UsageError
@@ -132,7 +132,6 @@ def test_a_domain_shorter_than_a_window_is_named(source, tmp_path):
 
 
 @given(st.integers(1, 50), st.integers(1, 20), st.integers(0, 2**31), st.integers(0, 3))
-@settings(max_examples=100, deadline=None)
 def test_one_epoch_visits_each_window_once(num_windows, batch_size, seed, epoch):
     steps = -(-num_windows * (epoch + 1) // batch_size)
     samples = np.concatenate([train_window_indices(num_windows, batch_size, seed, s) for s in range(steps)])
@@ -141,7 +140,6 @@ def test_one_epoch_visits_each_window_once(num_windows, batch_size, seed, epoch)
 
 
 @given(st.integers(1, 50), st.integers(1, 20), st.integers(0, 2**31), st.integers(0, 10**6))
-@settings(max_examples=100, deadline=None)
 def test_any_step_is_made_without_the_steps_before(num_windows, batch_size, seed, step):
     alone = train_window_indices(num_windows, batch_size, seed, step)
     # The same samples in batches of one: the counter alone decides.

@@ -10,7 +10,7 @@ from moebench.registry import load_plugin
 from moebench.routing.router import ROUTERS
 from moebench.training.model import initialised_model, prepare_task
 
-ROUTERS_WITH_AND_WITHOUT_DRAWS = ["switch", "noisy_top_k", "random"]
+ROUTERS_WITH_AND_WITHOUT_DRAWS = ["switch", "noisy_top_k", "random", "quantile_balancing"]
 
 COUNTING = '''
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Counting(Switch):
         super().__init__(config, site)
         self.register_buffer("total_E", torch.zeros(site.num_experts, dtype=torch.int64))
 
-    def after_step(self, load_E):
+    def after_step(self, load_E, sums):
         self.total_E += load_E
 '''
 

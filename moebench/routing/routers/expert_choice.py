@@ -1,15 +1,20 @@
 """Expert choice: each expert picks the tokens it scores highest."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from moebench.errors import require
+from moebench.routing.assignment import capped_plan
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import Routing
+
+OUT = -torch.inf
+"""Rank of a token that an expert may not take."""
 
 
 @ROUTERS.register(
@@ -27,6 +32,11 @@ class ExpertChoice(Router):
 
     Perfectly balanced by construction and without any loss, but not causal: in a decoder it sees the future, so a
     causal task refuses it unless allow_noncausal is set, and then every table marks it. Padding is never taken.
+
+    `max_per_token` caps the experts of one token (section 4.1 there): experts choose by an entropic plan of the scores
+    in which no token has more, A = argmax <S, A> + λ H(A). The paper rounds the plan by top-C alone and may exceed the
+    cap; here a token's best entries of the plan are all that experts choose among, so the cap is exact and an expert
+    may go short.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -38,41 +48,46 @@ class ExpertChoice(Router):
         """c: experts per token on average; each expert takes T·c/E tokens (at least 1)."""
         group: Literal["batch", "sequence"] = "batch"
         """Among which tokens an expert chooses: the whole batch (the paper) or each sequence on its own."""
+        max_per_token: int | None = None
+        """Most experts of one token; null: no cap."""
 
-    def __init__(self, config: Config, site: Site) -> None:
+    def __init__(self, config: Any, site: Site) -> None:
         super().__init__(config, site)
         self.gate = Gate(site.d_model, site.num_experts)
-        self.average_experts = config.average_experts
-        self.group = config.group
+        self.average_experts: int = config.average_experts
+        self.group: str = config.group
+        self.max_per_token: int | None = config.max_per_token
 
     @classmethod
-    def experts_per_token(cls, config: Config, num_experts: int) -> int:
+    def experts_per_token(cls, config: Any, num_experts: int) -> int:
         """Return c, the average."""
-        return config.average_experts
+        return int(config.average_experts)
 
     @classmethod
-    def check(cls, config: Config, num_experts: int) -> None:
-        """Refuse c outside 1 ... E."""
+    def check(cls, config: Any, num_experts: int) -> None:
+        """Refuse c outside 1 ... E, and a cap below it."""
         check_top_k(config.average_experts, num_experts, key="average_experts")
+        cap, least = config.max_per_token, config.average_experts
+        require(cap is None or cap >= least, "router.max_per_token", cap, f"null or at least average_experts={least}")
 
     @property
     def needs_whole_batch(self) -> bool:
         """An expert chooses among the tokens of all sequences unless its group is the sequence."""
-        return self.group == "batch"
+        return self.group != "sequence"
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Let each expert take its best tokens within each group."""
         num_tokens = x_TD.shape[0]
         logits_TE = self.gate(x_TD)
         scores_TE = logits_TE.softmax(-1)
-        group_size = max(ctx.sequence_length if self.group == "sequence" else num_tokens, 1)
-        ranked_TE = scores_TE if ctx.valid_T is None else scores_TE.masked_fill(~ctx.valid_T[:, None], -1.0)
-        ranked_GTE = ranked_TE.view(-1, group_size, self.num_experts)
-        capacity = self._capacity(group_size) if num_tokens else 0
-        taken_GCE = ranked_GTE.topk(capacity, dim=1).indices  # from the best to the worst
-        start_G11 = torch.arange(len(ranked_GTE), device=x_TD.device).view(-1, 1, 1) * group_size
-        token_N = (taken_GCE + start_G11).reshape(-1)
-        expert_N = torch.arange(self.num_experts, device=x_TD.device).expand(taken_GCE.shape).reshape(-1)
+        token_GT = self._groups(num_tokens, ctx.sequence_length).to(x_TD.device)
+        capacity = self._capacity(token_GT.shape[1]) if num_tokens else 0
+        seats_G = self._seats(token_GT, ctx.valid_T)
+        ranked_GTE = self._ranked(scores_TE.detach()[token_GT], seats_G, ctx.valid_T, token_GT)
+        best_GCE, place_GCE = ranked_GTE.topk(capacity, dim=1)  # from the best to the worst
+        taken_GEC = token_GT.unsqueeze(1).expand(-1, self.num_experts, -1).gather(2, place_GCE.transpose(1, 2))
+        token_N = taken_GEC.transpose(1, 2).reshape(-1)
+        expert_N = torch.arange(self.num_experts, device=x_TD.device).expand(place_GCE.shape).reshape(-1)
         routing = Routing(
             token_N=token_N,
             expert_N=expert_N,
@@ -82,15 +97,76 @@ class ExpertChoice(Router):
             logits_TE=logits_TE,
             scores_TE=scores_TE,
         )
-        return routing if ctx.valid_T is None else routing.keep(self._within_valid(taken_GCE, ctx.valid_T, token_N))
+        if self._takes_all_places and ctx.valid_T is None:
+            return routing
+        within_GC = torch.arange(capacity, device=x_TD.device) < seats_G.unsqueeze(1)
+        return routing.keep(((best_GCE > OUT) & within_GC.unsqueeze(-1)).reshape(-1))
+
+    @property
+    def _takes_all_places(self) -> bool:
+        """Whether an expert finds a token for each of its places, whatever the scores."""
+        return self.max_per_token is None
+
+    def _groups(self, num_tokens: int, sequence_length: int) -> Tensor:
+        """Return the tokens of each group, int64 [G, tokens of a group]."""
+        size = max(sequence_length if self.group == "sequence" else num_tokens, 1)
+        return torch.arange(num_tokens).view(-1, size)
+
+    def _ranked(self, scores_GTE: Tensor, seats_G: Tensor, valid_T: Tensor | None, token_GT: Tensor) -> Tensor:
+        """Return by what each expert ranks the tokens of its group; OUT for those that it may not take."""
+        valid_GT1 = None if valid_T is None else valid_T[token_GT].unsqueeze(-1)
+        ranked_GTE = scores_GTE
+        if self.max_per_token is not None:
+            ranked_GTE = capped_plan(scores_GTE, seats_G, self.max_per_token, valid_GT1)
+            ranked_GTE = best_of_each_token(ranked_GTE, self.max_per_token)
+        return ranked_GTE if valid_GT1 is None else ranked_GTE.masked_fill(~valid_GT1, OUT)
 
     def _capacity(self, num_tokens: int) -> int:
         return min(num_tokens, max(1, num_tokens * self.average_experts // self.num_experts))
 
-    def _within_valid(self, taken_GCE: Tensor, valid_T: Tensor, token_N: Tensor) -> Tensor:
-        """Return which choices stand when an expert's share is one of a group's valid tokens, not of its places."""
-        num_valid_G = valid_T.view(taken_GCE.shape[0], -1).sum(1)
-        capacity_G = torch.tensor([self._capacity(n) for n in num_valid_G.tolist()], device=valid_T.device)
-        place_C = torch.arange(taken_GCE.shape[1], device=valid_T.device)
-        within_GC = place_C < capacity_G.unsqueeze(1)
-        return within_GC.unsqueeze(-1).expand(taken_GCE.shape).reshape(-1) & valid_T[token_N]
+    def _seats(self, token_GT: Tensor, valid_T: Tensor | None) -> Tensor:
+        """Return how many tokens each expert takes from a group: its share of the valid ones, not of all places."""
+        num_groups, size = token_GT.shape
+        if valid_T is None:
+            return torch.full((num_groups,), self._capacity(size), device=token_GT.device)
+        num_valid_G = valid_T[token_GT].sum(1)
+        seats_G: Tensor = (num_valid_G * self.average_experts // self.num_experts).clamp(min=1).minimum(num_valid_G)
+        return seats_G
+
+
+def best_of_each_token(ranked_GTE: Tensor, number: int) -> Tensor:
+    """Return the ranks with all but the best `number` experts of each token OUT."""
+    best_GTK = ranked_GTE.topk(min(number, ranked_GTE.shape[-1]), dim=-1).indices
+    chosen_GTE = torch.zeros_like(ranked_GTE, dtype=torch.bool).scatter(-1, best_GTK, True)
+    return ranked_GTE.masked_fill(~chosen_GTE, OUT)
+
+
+@ROUTERS.register(
+    Facts(
+        family="expert choice",
+        equation="S = softmax(X W) over experts;  at each position, I_e = the B·c/E best tokens of e among B sequences",
+        paper="arXiv:2310.15961, section 3 (groups across examples); expert choice: arXiv:2202.09368",
+        causal=True,
+        causal_with_capacity=False,  # others' later tokens, who look at ours, queue before our earlier ones
+        causal_reason="a token competes only with tokens at the same position of other sequences",
+        batch_dependent=True,
+    )
+)
+class ExpertChoiceByPosition(ExpertChoice):
+    """Expert choice among the tokens at one position of all sequences: it cannot see the future.
+
+    The grouping of Mixture of Tokens with the choice of experts. An expert takes at least one token of each position,
+    so the loads are those of c experts per token only when the batch has at least E/c sequences; below that, each
+    token has more experts. Evaluation depends on which sequences stand side by side.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(ExpertChoice.Config):
+        """Options of expert choice by position."""
+
+        name: str = "expert_choice_by_position"
+        group: Literal["position"] = "position"  # type: ignore[assignment]
+        """Among which tokens an expert chooses: those at the same position of all sequences."""
+
+    def _groups(self, num_tokens: int, sequence_length: int) -> Tensor:
+        return torch.arange(num_tokens).view(-1, sequence_length).T

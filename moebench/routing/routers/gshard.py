@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moebench.errors import require
 from moebench.routing.context import RouteContext
-from moebench.routing.gate import Gate
+from moebench.routing.gate import Gate, gumbel
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
@@ -30,8 +30,9 @@ class GShard(Router):
     """Top-2 token choice (Lepikhin et al. 2020), weights normalised before any drop.
 
     The balance loss counts first choices only, as the paper does, in our normalisation (1 at uniform; the
-    paper's E² · mean is the same number). Policy `random` thins the second expert in training and, unlike
-    implementations that sample in evaluation too, keeps it always in evaluation.
+    paper's E² · mean is the same number). The paper's policy for the second expert is `random`; the others are
+    those of its public implementations (mesh-TensorFlow, fairseq). What a policy draws it draws in training alone:
+    in evaluation `random` and `sampling` always keep the second best, unlike implementations that go on drawing.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -39,10 +40,11 @@ class GShard(Router):
         """Options of GShard."""
 
         name: str = "gshard"
-        second_expert: Literal["all", "random"] = "random"
-        """all: always keep the second expert; random: keep it with probability min(1, g_2 / threshold)."""
+        second_expert: Literal["all", "random", "sampling", "threshold", "none"] = "random"
+        """all: keep the second best; random: keep it with probability min(1, g_2 / threshold); sampling: draw the
+        second from the softmax over the others; threshold: keep the second best if g_2 is above; none: never."""
         threshold: float = 0.2
-        """A second weight of at least this is always kept (policy random)."""
+        """A second weight above this is always kept (policies random and threshold)."""
         losses: dict[str, float] = field(default_factory=lambda: {"first_choice_balance": 0.01})
 
     def __init__(self, config: Config, site: Site) -> None:
@@ -53,8 +55,8 @@ class GShard(Router):
 
     @classmethod
     def experts_per_token(cls, config: Config, num_experts: int) -> int:
-        """Return 2."""
-        return 2
+        """Return 2, or 1 without second experts."""
+        return 1 if config.second_expert == "none" else 2
 
     @classmethod
     def check(cls, config: Config, num_experts: int) -> None:
@@ -66,7 +68,9 @@ class GShard(Router):
         """Send each token to its best expert and, by the policy, to its second best."""
         logits_TE = self.gate(x_TD)
         scores_TE = logits_TE.softmax(-1)
-        best_TK, expert_TK = scores_TE.topk(2, dim=-1)
+        draw_TE = ctx.uniform(*logits_TE.shape) if ctx.training else None
+        expert_TK = self._two_experts(logits_TE, draw_TE)
+        best_TK = scores_TE.gather(-1, expert_TK)
         weight_TK = best_TK / best_TK.sum(-1, keepdim=True)
         # All first choices before all second choices, each by position.
         num_tokens = x_TD.shape[0]
@@ -81,10 +85,28 @@ class GShard(Router):
             priority_TK=rank_TK,
             extras={"first_T": expert_TK[:, 0]},
         )
-        if not ctx.training or self.second_expert == "all":
+        second_T = self._keeps_second(weight_TK[:, 1], draw_TE)
+        if second_T is None:
             return routing
-        second_T = weight_TK[:, 1] > ctx.uniform(num_tokens) * self.threshold
         return routing.keep(torch.stack([torch.ones_like(second_T), second_T], dim=-1).reshape(-1))
+
+    def _two_experts(self, logits_TE: Tensor, draw_TE: Tensor | None) -> Tensor:
+        expert_TK = logits_TE.topk(2, dim=-1).indices
+        if self.second_expert != "sampling" or draw_TE is None:
+            return expert_TK
+        first_T1 = expert_TK[:, :1]
+        others_TE = (logits_TE.detach() + gumbel(draw_TE)).scatter(-1, first_T1, -torch.inf)
+        return torch.cat([first_T1, others_TE.argmax(-1, keepdim=True)], dim=-1)
+
+    def _keeps_second(self, second_T: Tensor, draw_TE: Tensor | None) -> Tensor | None:
+        """Return which tokens keep their second expert, None for all, from its weights."""
+        if self.second_expert == "none":
+            return torch.zeros_like(second_T, dtype=torch.bool)
+        if self.second_expert == "threshold":
+            return second_T > self.threshold
+        if self.second_expert == "random" and draw_TE is not None:
+            return second_T > draw_TE[:, 0] * self.threshold
+        return None
 
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
         """Return E · Σ f_e P_e with f counted over first choices."""
@@ -93,3 +115,53 @@ class GShard(Router):
         assert scores_TE is not None
         first_TE = torch.nn.functional.one_hot(routing.extras["first_T"], self.num_experts).to(scores_TE.dtype)
         return {"first_choice_balance": self.num_experts * torch.dot(record.mean(first_TE), record.mean(scores_TE))}
+
+
+@ROUTERS.register(
+    Facts(
+        family="token choice",
+        equation="as gshard, and the z-loss mean_t (log Σ_e exp h_te)²",
+        paper="arXiv:2202.08906, sections 2 and 3.3",
+        causal=True,
+        causal_reason="as gshard",
+        batch_dependent=False,
+        causal_with_capacity=False,
+        own_losses=("first_choice_balance",),
+    )
+)
+class STMoE(GShard):
+    """ST-MoE's router (Zoph et al. 2022): GShard's top-2 with a loss that keeps the router's logits small.
+
+    Its models have experts in every fourth block, capacity factors of 1.25 in training and 2.0 in evaluation, and
+    dense networks beside: the layout sets these.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(GShard.Config):
+        """Options of gshard with the defaults of ST-MoE."""
+
+        name: str = "st_moe"
+        losses: dict[str, float] = field(default_factory=lambda: {"first_choice_balance": 0.01, "z": 0.001})
+
+
+@ROUTERS.register(
+    Facts(
+        family="token choice",
+        equation="p = softmax(W x),  g = (p_1, p_2) / (p_1 + p_2),  y = g_1 E_1(x) + g_2 E_2(x)",
+        paper="arXiv:2112.06905, section 4",
+        causal=True,
+        causal_reason="as gshard",
+        batch_dependent=False,
+        causal_with_capacity=False,
+        own_losses=("first_choice_balance",),
+    )
+)
+class GLaM(GShard):
+    """GLaM's router (Du et al. 2021): GShard's top-2 that always uses both of 64 experts, in every second block."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(GShard.Config):
+        """Options of gshard with the defaults of GLaM."""
+
+        name: str = "glam"
+        second_expert: Literal["all", "random", "sampling", "threshold", "none"] = "all"

@@ -1,6 +1,7 @@
-"""Hash: a fixed table from token id to expert, filled so that the experts' loads are even."""
+"""Hash: a fixed function from a token's id, its neighbours' ids or its place to an expert."""
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from moebench.errors import UsageError
 from moebench.routing.context import RouteContext
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.seeds import derive_seed, generator
 from moebench.routing.values import Routing
 
 
@@ -28,7 +30,8 @@ class Hash(Router):
 
     Ids are dealt out from the most to the least frequent, each to the expert with the smallest load so far; no id
     is split, so the most frequent id limits the balance. The table is a buffer and part of every checkpoint.
-    Nothing is learned and nothing is computed: content-blind routing, and a strong baseline.
+    Nothing is learned and nothing is computed: content-blind routing, and a strong baseline. The paper's clustered
+    tables need token embeddings, which are not known before training.
     """
 
     table_V: Tensor
@@ -38,19 +41,142 @@ class Hash(Router):
         """Options of hash routing."""
 
         name: str = "hash"
+        table: Literal["balanced", "random"] = "balanced"
+        """Balanced: by frequency. Random: each id to a random expert, another table in every layer."""
 
-    def __init__(self, config: Config, site: Site) -> None:
+    def __init__(self, config: Any, site: Site) -> None:
         super().__init__(config, site)
         if site.token_count_V is None:
-            raise UsageError("router.name: 'hash' routes by token id, which this task does not have")
-        self.register_buffer("table_V", balanced_table(site.token_count_V, site.num_experts))
+            raise UsageError(f"router.name: '{config.name}' routes by token id, which this task does not have")
+        if getattr(config, "table", "balanced") == "random":
+            draw = generator("hash", site.layer, site.num_experts)
+            table_V = torch.randint(site.num_experts, site.token_count_V.shape, generator=draw, device="cpu")
+        else:
+            table_V = balanced_table(site.token_count_V, site.num_experts)
+        self.register_buffer("table_V", table_V)
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Look each token's expert up."""
         assert ctx.token_id_T is not None
-        expert_TK = self.table_V[ctx.token_id_T].unsqueeze(-1)
-        weight_TK = torch.ones(expert_TK.shape, dtype=torch.float32, device=x_TD.device)
-        return Routing.from_top_k(expert_TK, weight_TK, num_experts=self.num_experts)
+        return certain(self.table_V[ctx.token_id_T], self.num_experts)
+
+
+@ROUTERS.register(
+    Facts(
+        family="static",
+        equation="i = hash(previous token id, token id) mod E,  y = E_i(x)",
+        paper="arXiv:2106.04426, section 3.1 (bigram hash)",
+        causal=True,
+        causal_reason="the expert depends on the token's own id and the one before it",
+        batch_dependent=False,
+        learned=False,
+        makes_scores=False,
+    )
+)
+class HashBigram(Router):
+    """The expert of a pair of ids: a frequent id is spread over experts by what stands before it.
+
+    A sequence's first token is paired with an id of its own. The hash is multiplicative, other factors in every
+    layer: no table of all pairs is kept.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        """The bigram hash has no options."""
+
+        name: str = "hash_bigram"
+
+    def __init__(self, config: Config, site: Site) -> None:
+        super().__init__(config, site)
+        if site.token_count_V is None:
+            raise UsageError(f"router.name: '{config.name}' routes by token id, which this task does not have")
+        self.nobody = len(site.token_count_V)
+        self.factors = [derive_seed("bigram", n, site.layer, site.num_experts) % PRIME for n in range(3)]
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
+        """Hash each token's id with that of the token before it."""
+        assert ctx.token_id_T is not None
+        id_BL = ctx.token_id_T.view(-1, ctx.sequence_length)
+        before_BL = torch.cat([torch.full_like(id_BL[:, :1], self.nobody), id_BL[:, :-1]], dim=1)
+        first, second, third = self.factors
+        mixed_BL = (first * (before_BL + 1) % PRIME + second * (id_BL + 1) % PRIME + third) % PRIME
+        mixed_BL = mixed_BL * mixed_BL % PRIME  # a sum alone would only shift one id's experts by the other
+        return certain((mixed_BL % self.num_experts).reshape(-1), self.num_experts)
+
+
+@ROUTERS.register(
+    Facts(
+        family="static",
+        equation="i = position mod E,  y = E_i(x)",
+        paper="arXiv:2106.04426, section 3.1 (position hash)",
+        causal=True,
+        causal_reason="the expert depends on the token's place alone",
+        batch_dependent=False,
+        learned=False,
+        makes_scores=False,
+    )
+)
+class HashPosition(Router):
+    """The expert of a place in the sequence: even loads, and no reason for an expert to know anything special.
+
+    The control that shows how much of hashing's gain is in what the id says.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        """The position hash has no options."""
+
+        name: str = "hash_position"
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
+        """Deal experts out along each sequence."""
+        position_T = torch.arange(x_TD.shape[0], device=x_TD.device) % ctx.sequence_length
+        return certain(position_T % self.num_experts, self.num_experts)
+
+
+@ROUTERS.register(
+    Facts(
+        family="static",
+        equation="i = table[next token id],  y = E_i(x)",
+        paper="arXiv:2106.04426, section 3.1 (future token oracle)",
+        causal=False,
+        causal_reason="the expert tells something of the next token, which is what a language model must predict",
+        batch_dependent=False,
+        learned=False,
+        makes_scores=False,
+    )
+)
+class HashFuture(Hash):
+    """An oracle: the expert of the token that follows. What a leak through routing alone is worth.
+
+    A router that comes near it in a language model cheats as it does. A sequence's last token goes by its own id.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        """The oracle has no options: its table is the balanced one."""
+
+        name: str = "hash_future"
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
+        """Look the expert of each token's successor up."""
+        assert ctx.token_id_T is not None
+        id_BL = ctx.token_id_T.view(-1, ctx.sequence_length)
+        next_BL = torch.cat([id_BL[:, 1:], id_BL[:, -1:]], dim=1)
+        if ctx.valid_T is not None:  # padding follows nobody
+            valid_BL = ctx.valid_T.view_as(id_BL)
+            next_BL = next_BL.where(torch.cat([valid_BL[:, 1:], valid_BL[:, -1:]], dim=1), id_BL)
+        return certain(self.table_V[next_BL.reshape(-1)], self.num_experts)
+
+
+PRIME = 2**31 - 1
+"""Products of two numbers below it fit into int64."""
+
+
+def certain(expert_T: Tensor, num_experts: int) -> Routing:
+    """Return the routing of one expert for each token with weight 1."""
+    weight_TK = torch.ones(expert_T.shape[0], 1, dtype=torch.float32, device=expert_T.device)
+    return Routing.from_top_k(expert_T.unsqueeze(-1), weight_TK, num_experts=num_experts)
 
 
 def balanced_table(count_V: Tensor, num_experts: int) -> Tensor:

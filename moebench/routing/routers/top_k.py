@@ -15,7 +15,7 @@ from moebench.routing.values import Routing
     Facts(
         family="token choice",
         equation="before: p = softmax(W x), w = p_top-k (/ Σ);   after: w = softmax((W x)_top-k);   y = Σ_i w_i E_i(x)",
-        paper="arXiv:2401.04088 (Mixtral, section 2.1), arXiv:2409.02060 (OLMoE, section 2)",
+        paper="arXiv:1701.06538, eq. 3 and 5, without the noise",
         causal=True,
         causal_reason="each token is routed by its own vector; over capacity, the earlier token stays",
         batch_dependent=False,
@@ -75,3 +75,81 @@ class TopK(Router):
         return Routing.from_top_k(
             expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
         )
+
+
+@ROUTERS.register(
+    Facts(
+        family="token choice",
+        equation="w = softmax((W x)_top-2),  y = Σ_i w_i E_i(x)",
+        paper="arXiv:2401.04088, section 2.1",
+        causal=True,
+        causal_reason="as top_k",
+        batch_dependent=False,
+    )
+)
+class Mixtral(TopK):
+    """Mixtral's router: the two best of 8 experts, softmax over these two.
+
+    The coefficient is that of its published code, 0.001, times k: there the loss is k at uniform, here 1. (There it
+    is also taken over all layers as one; here it is per layer, as for every router.)
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(TopK.Config):
+        """Options of top_k with the defaults of Mixtral."""
+
+        name: str = "mixtral"
+        softmax: Literal["before", "after"] = "after"
+        losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.002})
+
+
+@ROUTERS.register(
+    Facts(
+        family="token choice",
+        equation="p = softmax(W x),  w = p_top-8,  y = Σ_i w_i E_i(x)",
+        paper="arXiv:2409.02060, section 2",
+        causal=True,
+        causal_reason="as top_k",
+        batch_dependent=False,
+    )
+)
+class OLMoE(TopK):
+    """OLMoE's router: the 8 best of 64 experts without renormalisation, with balance and z-loss."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(TopK.Config):
+        """Options of top_k with the defaults of OLMoE."""
+
+        name: str = "olmoe"
+        top_k: int = 8
+        renormalise: bool = False
+        losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01, "z": 0.001})
+
+
+@ROUTERS.register(
+    Facts(
+        family="static",
+        equation="w = softmax((W x)_top-k) with W drawn once and never trained,  y = Σ_i w_i E_i(x)",
+        paper="arXiv:2303.01610, section 3.2 (SMoE-Dropout)",
+        causal=True,
+        causal_reason="as top_k",
+        batch_dependent=False,
+        learned=False,
+    )
+)
+class FrozenTopK(TopK):
+    """A random gate that is never trained: what of a learned router is looking at the token, and what is learning.
+
+    SMoE-Dropout lets k grow during training; here it stays.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(TopK.Config):
+        """Options of top_k; no loss, since nothing could follow it."""
+
+        name: str = "frozen_top_k"
+        losses: dict[str, float] = field(default_factory=dict)
+
+    def __init__(self, config: Config, site: Site) -> None:
+        super().__init__(config, site)
+        self.gate.requires_grad_(False)

@@ -1,0 +1,37 @@
+"""Node-limited routing: a token may use the experts of its best groups only."""
+
+import torch
+from torch import Tensor
+
+from moebench.errors import UsageError
+
+
+def within_best_groups(selection_TE: Tensor, num_groups: int, kept_groups: int, best_of: int) -> Tensor:
+    """Return the selection scores with -inf for experts outside a token's `kept_groups` best groups.
+
+    Groups are neighbours of equal number, in the source the experts of one node. A group's score is the sum of its
+    `best_of` best: 1 in DeepSeek-V2 (arXiv:2405.04434, section 2.2.2), 2 in DeepSeek-V3 (arXiv:2412.19437,
+    section 2.1.2). The fill is -inf and not 0: a bias can push a score below 0.
+    """
+    if kept_groups == num_groups:
+        return selection_TE
+    grouped_TGe = selection_TE.view(len(selection_TE), num_groups, selection_TE.shape[-1] // num_groups)
+    best_TGn = grouped_TGe.topk(min(best_of, grouped_TGe.shape[-1]), dim=-1).values
+    kept_Tg = best_TGn.sum(-1).topk(kept_groups, dim=-1).indices
+    kept_TG = torch.zeros_like(best_TGn[..., 0], dtype=torch.bool).scatter(-1, kept_Tg, True)
+    masked_TGe = grouped_TGe.masked_fill(~kept_TG.unsqueeze(-1), -torch.inf)
+    return masked_TGe.view(selection_TE.shape)
+
+
+def check_kept_groups(num_groups: int, kept_groups: int, top_k: int, num_experts: int) -> None:
+    """Raise UsageError unless the experts divide into groups, of which those that are kept hold k experts."""
+    if num_groups < 1 or num_experts % num_groups:
+        raise UsageError(
+            f"router.num_groups={num_groups} does not divide layout.num_experts={num_experts} (1 turns groups off)"
+        )
+    smallest = -(-top_k * num_groups // num_experts)
+    if not smallest <= kept_groups <= num_groups:
+        raise UsageError(
+            f"router.kept_groups={kept_groups} does not fit router.num_groups={num_groups} and router.top_k={top_k}"
+            f" (allowed: {smallest} to {num_groups})"
+        )

@@ -1,0 +1,80 @@
+"""Dense to sparse: a relaxed draw over all experts that becomes a choice of one as its temperature falls."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moebench.errors import require
+from moebench.routing.context import RouteContext
+from moebench.routing.gate import Gate, gumbel
+from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.values import Routing
+
+
+@ROUTERS.register(
+    Facts(
+        family="adaptive computation",
+        equation="g = softmax((W x + Gumbel) / τ),  y = Σ_{e: g_e > θ} g_e E_e(x),  τ falls;  later top-1 of softmax",
+        paper="arXiv:2112.14397, section 3.3 (DTS-Gate of EvoMoE)",
+        causal=True,
+        causal_reason="each token is routed by its own vector and its own draw",
+        batch_dependent=False,
+    )
+)
+class DenseToSparse(Router):
+    """The dense-to-sparse gate of EvoMoE (Nie et al. 2021): every expert learns first, sparsity comes with time.
+
+    After the dense phase, and always in evaluation, it is Switch without noise. The phase of EvoMoE before that (one
+    expert is trained and copied) is a way to start experts and not a router, and is not here. The lengths of the
+    phases are ours: the paper's count steps of runs far longer than most here. Training is dense at first, which the
+    cost of a matched arm does not count.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        """Options of dense-to-sparse routing."""
+
+        name: str = "dense_to_sparse"
+        temperature: float = 2.0
+        """Temperature at the first step (τ)."""
+        final_temperature: float = 0.3
+        """Temperature at the end of the dense phase; it falls in a straight line."""
+        dense_steps: int = 1000
+        """Steps of the dense phase."""
+        threshold: float = 0.001
+        """Experts with a smaller g are left out (θ); the best one never is."""
+        losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
+
+    def __init__(self, config: Config, site: Site) -> None:
+        super().__init__(config, site)
+        self.options = config
+        self.gate = Gate(site.d_model, site.num_experts)
+
+    @classmethod
+    def check(cls, config: Config, num_experts: int) -> None:
+        """Refuse temperatures that are not above 0, or rise, and numbers out of range."""
+        final = config.final_temperature
+        require(final > 0, "router.final_temperature", final, "greater than 0")
+        require(config.temperature >= final, "router.temperature", config.temperature, f"at least {final:g}, the final")
+        require(config.dense_steps >= 0, "router.dense_steps", config.dense_steps, "at least 0")
+        require(0 <= config.threshold < 1, "router.threshold", config.threshold, "at least 0 and below 1")
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
+        """Send each token to all experts with a share above the threshold; after the dense phase to the best one."""
+        logits_TE = self.gate(x_TD)
+        scores_TE = logits_TE.softmax(-1)
+        if not ctx.training or ctx.step >= self.options.dense_steps:
+            weight_TK, expert_TK = scores_TE.max(-1, keepdim=True)
+            return Routing.from_top_k(
+                expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
+            )
+        noisy_TE = logits_TE + gumbel(ctx.uniform(*logits_TE.shape))
+        share_TE = (noisy_TE / self._temperature(ctx.step)).softmax(-1)
+        best_TE = torch.zeros_like(share_TE, dtype=torch.bool).scatter(-1, noisy_TE.argmax(-1, keepdim=True), True)
+        chosen_TE = best_TE | (share_TE > self.options.threshold)
+        return Routing.from_table(share_TE, chosen_TE, logits_TE=logits_TE, scores_TE=share_TE)
+
+    def _temperature(self, step: int) -> float:
+        options = self.options
+        return options.temperature + (options.final_temperature - options.temperature) * step / options.dense_steps

@@ -1,0 +1,79 @@
+"""Domain routing: one expert for each domain of the data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moebench.errors import UsageError
+from moebench.routing.context import RouteContext
+from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.values import Routing
+
+
+@ROUTERS.register(
+    Facts(
+        family="static",
+        equation="i = domain of the sequence (mod E),  y = E_i(x);  or in evaluation y = Σ_e π_e E_e(x)",
+        paper="arXiv:2108.05036, sections 3 and 5",
+        causal=True,
+        causal_reason="the domain is known beside the text",
+        batch_dependent=False,
+        learned=False,
+        makes_scores=False,
+    )
+)
+class Domain(Router):
+    """DEMix (Gururangan et al. 2021): experts that can be added, taken away and mixed, since each has its domain.
+
+    With more domains than experts several share one. In evaluation the label may be unknown: `prior` mixes all experts
+    by the share of training tokens that each saw. The paper's posterior, the prior times the likelihood of the text so
+    far under each expert, needs the model's own predictions with each expert and is no routing.
+    """
+
+    count_E: Tensor
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        """Options of domain routing."""
+
+        name: str = "domain"
+        evaluation: Literal["label", "prior"] = "label"
+        """Label: the expert of the sequence's domain, as in training. Prior: all experts, weighted by the prior."""
+
+    def __init__(self, config: Config, site: Site) -> None:
+        super().__init__(config, site)
+        check_domains(config.name, site)
+        self.evaluation = config.evaluation
+        self.register_buffer("count_E", torch.zeros(site.num_experts, dtype=torch.float64))
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
+        """Send each token to the expert of its domain."""
+        assert ctx.domain_T is not None
+        if ctx.training or self.evaluation == "label":
+            expert_TK = (ctx.domain_T % self.num_experts).unsqueeze(-1)
+            weight_TK = torch.ones(expert_TK.shape, dtype=torch.float32, device=x_TD.device)
+            return Routing.from_top_k(expert_TK, weight_TK, num_experts=self.num_experts)
+        expert_TE = torch.arange(self.num_experts, device=x_TD.device).expand(x_TD.shape[0], -1)
+        weight_TE = self.prior_E.expand(expert_TE.shape)
+        return Routing.from_top_k(expert_TE, weight_TE, num_experts=self.num_experts)
+
+    @property
+    def prior_E(self) -> Tensor:
+        """Share of training tokens of each expert; uniform before training."""
+        total = self.count_E.sum()
+        even_E = torch.full_like(self.count_E, 1 / self.num_experts)
+        return torch.where(total > 0, self.count_E / total.clamp(min=1), even_E).float()
+
+    def after_step(self, load_E: Tensor, sums: Mapping[str, Tensor]) -> None:
+        """Count the step's tokens."""
+        self.count_E.add_(load_E)
+
+
+def check_domains(name: str, site: Site) -> int:
+    """Return the number of domains; raise UsageError where the task has none."""
+    if not site.num_domains:
+        raise UsageError(f"router.name: '{name}' routes by domain, which this task does not have")
+    return site.num_domains

@@ -1,0 +1,123 @@
+"""Expert threshold: expert choice made causal, each expert takes whatever scores above its learned threshold."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from moebench.errors import require
+from moebench.routing.context import RouteContext
+from moebench.routing.gate import Gate
+from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.values import LayerRecord, Routing
+
+INIT_SCALE = 0.1
+NUM_BINS = 4096
+"""Bins of the histogram of squashed logits: a threshold is exact to 1/4096 of the range."""
+
+
+@ROUTERS.register(
+    Facts(
+        family="expert choice",
+        equation="t goes to e where r_te = w_e·x_t > θ_e,  θ_e ← β θ_e + (1-β) · quantile_{1-k/E}(r_·e);  "
+        "y = Σ sigmoid(r_te) E_e(x_t)",
+        paper="arXiv:2603.11535",
+        causal=True,
+        causal_reason="thresholds come from past steps, and each token is compared with them on its own",
+        batch_dependent=False,
+    )
+)
+class ExpertThreshold(Router):
+    """Each expert takes the share k/E of tokens that it scores highest, measured over past batches.
+
+    The number of experts of a token varies, none included (a shared expert helps there). Thresholds are a moving
+    average of the quantiles of whole batches, updated once per step. The paper begins with some thousand steps of
+    plain expert choice, which look ahead; here thresholds begin at the quantile that logits have at the start, of
+    normalised inputs and a gate of variance 0.1/d_model. Quantiles are read from a histogram of r / (1 + |r|): its
+    counts add up over processes.
+    """
+
+    threshold_E: Tensor
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        """Options of expert threshold."""
+
+        name: str = "expert_threshold"
+        average_experts: int = 2
+        """k: experts per token on average that the thresholds aim at."""
+        decay: float = 0.9
+        """β of the moving average of thresholds."""
+
+    def __init__(self, config: Config, site: Site) -> None:
+        super().__init__(config, site)
+        self.gate = Gate(site.d_model, site.num_experts, INIT_SCALE)
+        self.share = config.average_experts / site.num_experts
+        self.decay = config.decay
+        start = -torch.inf if self.share == 1 else math.sqrt(INIT_SCALE) * NormalDist().inv_cdf(1 - self.share)
+        self.register_buffer("threshold_E", torch.full((site.num_experts,), start))
+
+    @classmethod
+    def experts_per_token(cls, config: Config, num_experts: int) -> int:
+        """Return k, the average."""
+        return config.average_experts
+
+    @classmethod
+    def check(cls, config: Config, num_experts: int) -> None:
+        """Refuse k outside 1 ... E and a decay that forgets or keeps all."""
+        check_top_k(config.average_experts, num_experts, key="average_experts")
+        require(0 <= config.decay < 1, "router.decay", config.decay, "at least 0 and below 1")
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
+        """Send each token to every expert whose threshold it passes."""
+        logits_TE = self.gate(x_TD)
+        scores_TE = logits_TE.sigmoid()
+        expert_TK = torch.arange(self.num_experts, device=x_TD.device).expand(x_TD.shape[0], -1)
+        routing = Routing.from_top_k(
+            expert_TK, scores_TE, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
+        )
+        above_N = (logits_TE > self.threshold_E).reshape(-1)
+        return routing.keep(above_N).compact()  # a hole would keep a place that rerouting may need
+
+    def sums(self, record: LayerRecord) -> dict[str, Tensor]:
+        """Return the histogram of each expert's logits."""
+        logits_TE = record.routing.logits_TE
+        assert logits_TE is not None
+        bin_TE = ((squash(logits_TE.detach()) + 1) / 2 * NUM_BINS).long().clamp(max=NUM_BINS - 1)
+        valid_TE = (
+            torch.ones_like(bin_TE) if record.valid_T is None else record.valid_T.long()[:, None].expand_as(bin_TE)
+        )
+        count_BE = torch.zeros(NUM_BINS, self.num_experts, dtype=torch.int64, device=bin_TE.device)
+        return {"count_BE": count_BE.scatter_add(0, bin_TE, valid_TE)}
+
+    def after_step(self, load_E: Tensor, sums: Mapping[str, Tensor]) -> None:
+        """Move each threshold towards the quantile that lets the share k/E of the step's tokens through."""
+        if self.share == 1 or not sums["count_BE"].any():
+            return  # everything passes; or a step without tokens
+        quantile_E = quantile_of_counts(sums["count_BE"], 1 - self.share)
+        self.threshold_E.mul_(self.decay).add_(unsquash(quantile_E), alpha=1 - self.decay)
+
+
+def squash(logits: Tensor) -> Tensor:
+    """Map the real line to -1 ... 1, finest around 0."""
+    return logits / (1 + logits.abs())
+
+
+def unsquash(value: Tensor) -> Tensor:
+    """Undo `squash`."""
+    return value / (1 - value.abs())
+
+
+def quantile_of_counts(count_BE: Tensor, level: float) -> Tensor:
+    """Return the quantile of each column's histogram over -1 ... 1, spread evenly within the bin where it falls."""
+    below_BE = count_BE.cumsum(0).double()
+    rank_E = level * below_BE[-1]
+    bin_E = (below_BE <= rank_E).sum(0).clamp(max=NUM_BINS - 1)
+    inside_E = count_BE.gather(0, bin_E[None])[0].double()
+    before_E = below_BE.gather(0, bin_E[None])[0] - inside_E
+    place_E = bin_E + ((rank_E - before_E) / inside_E.clamp(min=1)).clamp(0, 1)
+    limit = 1 - 0.5 / NUM_BINS  # the last bin reaches to infinity
+    return (2 * place_E / NUM_BINS - 1).clamp(-limit, limit).float()

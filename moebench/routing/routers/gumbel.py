@@ -1,0 +1,75 @@
+"""Gumbel straight-through: the expert is drawn, the forward weight is 1, the gradient is that of the softmax."""
+
+import math
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from moebench.errors import require
+from moebench.routing.context import RouteContext
+from moebench.routing.gate import Gate, gumbel
+from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.values import Routing
+
+
+@ROUTERS.register(
+    Facts(
+        family="stochastic",
+        equation="g = softmax((W x + Gumbel) / τ),  i = argmax_e g_e,  w = 1 + g_i - stop(g_i),  y = w E_i(x)",
+        paper="arXiv:1611.01144, section 2.2; as a router: arXiv:2306.03745, section 4",
+        causal=True,
+        causal_reason="each token is routed by its own vector and its own draw",
+        batch_dependent=False,
+    )
+)
+class Gumbel(Router):
+    """Top-1 by a relaxed draw with a straight-through estimator (Jang, Gu and Poole 2017), as SMEAR compares it.
+
+    The weight is exactly 1, so the output says nothing about confidence; the gradient is biased by the gap between
+    the one-hot choice and its relaxation, which closes as τ falls. The schedule is that of the first paper. Without
+    noise in evaluation.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        """Options of Gumbel straight-through routing."""
+
+        name: str = "gumbel"
+        temperature: float = 1.0
+        """Temperature at the first step (τ)."""
+        final_temperature: float = 0.5
+        """The temperature never falls below this."""
+        anneal_rate: float = 1e-4
+        """The temperature falls by exp(-rate) in each step."""
+        losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
+
+    def __init__(self, config: Config, site: Site) -> None:
+        super().__init__(config, site)
+        self.options = config
+        self.gate = Gate(site.d_model, site.num_experts)
+
+    @classmethod
+    def check(cls, config: Config, num_experts: int) -> None:
+        """Refuse temperatures that are not above 0, or rise."""
+        final, rate = config.final_temperature, config.anneal_rate
+        require(final > 0, "router.final_temperature", final, "greater than 0")
+        require(config.temperature >= final, "router.temperature", config.temperature, f"at least {final:g}, the final")
+        require(rate >= 0, "router.anneal_rate", rate, "at least 0")
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
+        """Send each token to the expert that the draw prefers; in evaluation to the most probable one."""
+        logits_TE = self.gate(x_TD)
+        noise_TE = gumbel(ctx.uniform(*logits_TE.shape)) if ctx.training else 0.0
+        relaxed_TE = ((logits_TE + noise_TE) / self._temperature(ctx.step)).softmax(-1)
+        chosen_TK, expert_TK = relaxed_TE.max(-1, keepdim=True)
+        return Routing.from_top_k(
+            expert_TK,
+            1 + (chosen_TK - chosen_TK.detach()),  # exactly 1, with the gradient of g_i
+            num_experts=self.num_experts,
+            logits_TE=logits_TE,
+            scores_TE=logits_TE.softmax(-1),
+        )
+
+    def _temperature(self, step: int) -> float:
+        options = self.options
+        return max(options.final_temperature, options.temperature * math.exp(-options.anneal_rate * step))

@@ -1,0 +1,135 @@
+"""Loss-free balancing: a bias on the selection follows the loads, and no loss disturbs the gradient."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moebench.errors import require
+from moebench.routing.context import RouteContext
+from moebench.routing.gate import Gate
+from moebench.routing.groups import check_kept_groups, within_best_groups
+from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.values import Routing
+
+
+@ROUTERS.register(
+    Facts(
+        family="token choice",
+        equation="s = σ(W x),  I = top-k(s + b),  w = s_I,  after each step b += u · sign(mean load - load)",
+        paper="arXiv:2408.15664, section 3 and algorithm 1",
+        causal=True,
+        causal_reason="each token is routed by its own vector and a bias that only past batches have set",
+        batch_dependent=False,
+    )
+)
+class LossFree(Router):
+    """Top-k with a bias per expert that selects and never weighs (Wang et al. 2024).
+
+    The bias learns from the loads of whole optimizer steps, all processes together: from the current batch it would
+    let the future choose, and from parts of it it would balance these instead. Proportional updates are taken over
+    relative loads, (mean - load) / mean, so that the rate does not depend on the size of the batch as the paper's
+    does. The paper's networks have 6 experts per token; here 2, as for `top_k`.
+    """
+
+    bias_E: Tensor
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        """Options of loss-free balancing."""
+
+        name: str = "loss_free"
+        top_k: int = 2
+        """Experts per token."""
+        score: Literal["sigmoid", "softmax"] = "sigmoid"
+        """Scores from logits; softmax needs a rate of its own, since its scores are smaller."""
+        update: Literal["sign", "proportional"] = "sign"
+        """By what the bias follows the loads: the sign of mean - load, or its size over the mean."""
+        rate: float = 0.001
+        """How much the bias moves in a step (u); 0 freezes it."""
+        renormalise: bool = False
+        """Divide the k weights by their sum."""
+        scale: float = 1.0
+        """Factor on all weights."""
+        num_groups: int = 1
+        """Groups of neighbouring experts, among which a token chooses first; 1: no groups."""
+        kept_groups: int = 1
+        """Groups that a token may use: those with the highest sums of their two best biased scores."""
+
+    def __init__(self, config: Config, site: Site) -> None:
+        super().__init__(config, site)
+        self.options = config
+        self.gate = Gate(site.d_model, site.num_experts)
+        self.register_buffer("bias_E", torch.zeros(site.num_experts))
+
+    @classmethod
+    def experts_per_token(cls, config: Config, num_experts: int) -> int:
+        """Return k."""
+        return config.top_k
+
+    @classmethod
+    def check(cls, config: Config, num_experts: int) -> None:
+        """Refuse k outside 1 ... E, k=1 with a weight that is always the same, and groups that do not fit."""
+        why = "at 1 a renormalised weight is always the same; use renormalise=false"
+        check_top_k(config.top_k, num_experts, smallest=2 if config.renormalise else 1, why=why)
+        check_kept_groups(config.num_groups, config.kept_groups, config.top_k, num_experts)
+        require(config.rate >= 0, "router.rate", config.rate, "at least 0")
+        require(config.scale > 0, "router.scale", config.scale, "greater than 0")
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
+        """Send each token to the k experts with the highest biased scores, weighed by the scores without bias."""
+        options = self.options
+        logits_TE = self.gate(x_TD)
+        scores_TE = logits_TE.sigmoid() if options.score == "sigmoid" else logits_TE.softmax(-1)
+        selection_TE = scores_TE.detach() + self.bias_E.float()
+        selection_TE = within_best_groups(selection_TE, options.num_groups, options.kept_groups, best_of=2)
+        expert_TK = selection_TE.topk(options.top_k, dim=-1).indices
+        weight_TK = scores_TE.gather(-1, expert_TK)  # the bias selects and never weighs
+        if options.renormalise:
+            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=1e-20)
+        return Routing.from_top_k(
+            expert_TK,
+            options.scale * weight_TK,
+            num_experts=self.num_experts,
+            logits_TE=logits_TE,
+            scores_TE=scores_TE,
+        )
+
+    @torch.no_grad()
+    def after_step(self, load_E: Tensor, sums: Mapping[str, Tensor]) -> None:
+        """Raise the bias of experts that had too little, lower that of those that had too much."""
+        mean = load_E.double().mean()
+        missing_E = (mean - load_E) / mean.clamp(min=1e-20)
+        if self.options.update == "sign":
+            missing_E = missing_E.sign()
+        self.bias_E += self.options.rate * missing_E.to(self.bias_E.dtype)
+
+
+@ROUTERS.register(
+    Facts(
+        family="token choice",
+        equation="s = σ(W x),  I = top-k(s + b) within the best groups,  w = 2.5 · s_I / Σ s_I,  b as loss_free",
+        paper="arXiv:2412.19437, section 2.1.2",
+        causal=True,
+        causal_reason="as loss_free",
+        batch_dependent=False,
+    )
+)
+class DeepSeekV3(LossFree):
+    """DeepSeek-V3's gate: loss-free balancing, normalised weights, and a faint balance loss within sequences.
+
+    The source has 256 routed experts in 8 groups of which a token may use 4, and one shared expert; set
+    `num_groups=8 kept_groups=4` and `layout.shared=1` for it. Its rate drops to 0 at the end of training.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(LossFree.Config):
+        """Options of loss_free with the defaults of DeepSeek-V3."""
+
+        name: str = "deepseek_v3"
+        top_k: int = 8
+        renormalise: bool = True
+        scale: float = 2.5
+        losses: dict[str, float] = field(default_factory=lambda: {"sequence_balance": 1e-4})

@@ -1,0 +1,67 @@
+"""A gate with a hidden layer, trained to tell as much as it can about the token: ModuleFormer's router."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from moebench.errors import require
+from moebench.routing.context import RouteContext
+from moebench.routing.gate import Gate
+from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.values import Routing
+
+
+@ROUTERS.register(
+    Facts(
+        family="token choice",
+        equation="p = softmax(A ReLU(B x)),  w = p_top-k,  y = Σ_i w_i E_i(x)",
+        paper="arXiv:2306.04640 (ModuleFormer)",
+        causal=True,
+        causal_reason="each token is routed by its own vector; over capacity, the earlier token stays",
+        batch_dependent=False,
+    )
+)
+class MLPTopK(Router):
+    """Top-k of a two-layer gate with the mutual-information loss of ModuleFormer (Shen et al. 2023).
+
+    The loss wants experts to be used evenly and every token to be sure, and nothing of each sequence or step. Its
+    coefficient here is a choice of ours. The published code pools the statistics of all layers; here each layer has
+    its own, as for every loss.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        """Options of the two-layer gate."""
+
+        name: str = "mlp_top_k"
+        top_k: int = 2
+        """Experts per token."""
+        hidden_width: int = 64
+        """Width of the gate's hidden layer (256 in the source, whose models are wide)."""
+        losses: dict[str, float] = field(default_factory=lambda: {"mutual_information": 0.01})
+
+    def __init__(self, config: Config, site: Site) -> None:
+        super().__init__(config, site)
+        self.top_k = config.top_k
+        self.hidden_gate = Gate(site.d_model, config.hidden_width, init_scale=2.0)  # half of the units are silent
+        self.gate = Gate(config.hidden_width, site.num_experts)
+
+    @classmethod
+    def experts_per_token(cls, config: Config, num_experts: int) -> int:
+        """Return k."""
+        return config.top_k
+
+    @classmethod
+    def check(cls, config: Config, num_experts: int) -> None:
+        """Refuse k outside 1 ... E and a hidden layer without units."""
+        check_top_k(config.top_k, num_experts)
+        require(config.hidden_width >= 1, "router.hidden_width", config.hidden_width, "at least 1")
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
+        """Send each token to its k most probable experts."""
+        logits_TE = self.gate(self.hidden_gate(x_TD).relu())
+        scores_TE = logits_TE.softmax(-1)
+        weight_TK, expert_TK = scores_TE.topk(self.top_k, dim=-1)
+        return Routing.from_top_k(
+            expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
+        )

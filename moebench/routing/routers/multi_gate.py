@@ -1,0 +1,77 @@
+"""Multi-gate: all domains share the experts, and each has a gate of its own."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional
+
+from moebench.routing.context import RouteContext
+from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.routers.domain import check_domains
+from moebench.routing.values import Routing
+
+INIT_SCALE = 0.1
+"""Variance of the weights at the start, times d_model: that of other gates here."""
+
+
+@ROUTERS.register(
+    Facts(
+        family="static",
+        equation="p = softmax(W_g x),  g the domain of the token,  y = Σ_e p_e E_e(x)",
+        paper="doi:10.1145/3219819.3220007, section 4.2 (MMoE)",
+        causal=True,
+        causal_reason="each token is weighted by its own vector and its domain",
+        batch_dependent=False,
+    )
+)
+class MultiGate(Router):
+    """MMoE (Ma et al. 2018): domains differ in how they mix the experts. All experts are used unless top_k is set.
+
+    The gates of all domains are computed for every token, which costs little beside the experts.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        """Options of multi-gate."""
+
+        name: str = "multi_gate"
+        top_k: int | None = None
+        """Experts per token, with their raw probabilities as weights; null: all of them (the paper)."""
+
+    def __init__(self, config: Config, site: Site) -> None:
+        super().__init__(config, site)
+        self.weight_EGD = nn.Parameter(torch.empty(site.num_experts, check_domains(config.name, site), site.d_model))
+        self.top_k = config.top_k or site.num_experts
+
+    def init_weights(self, generator: Generator) -> None:
+        """Draw the gates."""
+        std = (INIT_SCALE / self.weight_EGD.shape[-1]) ** 0.5
+        nn.init.trunc_normal_(self.weight_EGD, std=std, a=-2 * std, b=2 * std, generator=generator)
+
+    @classmethod
+    def experts_per_token(cls, config: Config, num_experts: int) -> int:
+        """Return k, or E."""
+        return config.top_k or num_experts
+
+    @classmethod
+    def check(cls, config: Config, num_experts: int) -> None:
+        """Refuse k outside 1 ... E."""
+        if config.top_k is not None:
+            check_top_k(config.top_k, num_experts)
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
+        """Weigh the experts by the gate of each token's domain."""
+        assert ctx.domain_T is not None
+        all_TH = functional.linear(x_TD.float(), self.weight_EGD.flatten(0, 1).float())
+        all_TEG = all_TH.view(-1, *self.weight_EGD.shape[:2])
+        logits_TE = all_TEG.gather(2, ctx.domain_T.view(-1, 1, 1).expand(-1, self.num_experts, 1)).squeeze(2)
+        scores_TE = logits_TE.softmax(-1)
+        weight_TK, expert_TK = scores_TE.topk(self.top_k, dim=-1)
+        return Routing.from_top_k(
+            expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
+        )
+
+    def flops_per_token(self) -> int:
+        """Forward FLOPs for one token: the gates of all domains."""
+        return 2 * self.weight_EGD.numel()

@@ -1,0 +1,97 @@
+"""S-BASE: tokens choose experts in an entropic transport plan, a few alternating scalings of the probabilities."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moebench.errors import require
+from moebench.routing.context import RouteContext
+from moebench.routing.gate import Gate
+from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.values import Routing
+
+
+@ROUTERS.register(
+    Facts(
+        family="global assignment",
+        equation="Π = diag(u) exp(W x) diag(v) with even columns,  training: i = top-k of Π,  evaluation: of W x;  "
+        "w = sigmoid(h_i) at k=1, softmax(h)_i else",
+        paper="arXiv:2202.01169, section 3 and appendix B (S-BASE)",
+        causal=False,
+        causal_reason="in training, the scale of each expert is computed over all tokens of the batch",
+        batch_dependent=False,  # evaluation does without the plan
+        causal_in_evaluation=True,
+    )
+)
+class Sinkhorn(Router):
+    """Selection by a Sinkhorn plan (Clark et al. 2022): nearly even loads in training without a loss.
+
+    The plan has even sums over tokens and experts, but the top-k of its rows is not exactly balanced. It only selects:
+    no gradient goes through the iterations, and the weights are those of the logits. The paper iterates to a
+    tolerance; here a fixed number of iterations keeps the cost known. No balance loss should be added.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        """Options of S-BASE."""
+
+        name: str = "sinkhorn"
+        top_k: int = 1
+        """Experts per token."""
+        iterations: int = 10
+        """Scalings of all rows and all columns."""
+
+    def __init__(self, config: Config, site: Site) -> None:
+        super().__init__(config, site)
+        self.gate = Gate(site.d_model, site.num_experts)
+        self.top_k = config.top_k
+        self.iterations = config.iterations
+
+    @classmethod
+    def experts_per_token(cls, config: Config, num_experts: int) -> int:
+        """Return k."""
+        return config.top_k
+
+    @classmethod
+    def check(cls, config: Config, num_experts: int) -> None:
+        """Refuse k outside 1 ... E and no iteration at all."""
+        check_top_k(config.top_k, num_experts)
+        require(config.iterations >= 1, "router.iterations", config.iterations, "at least 1")
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        """In training, the plan is one over all tokens."""
+        return self.training
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
+        """Send each token to the k experts with most of its row of the plan."""
+        logits_TE = self.gate(x_TD)
+        scores_TE = logits_TE.sigmoid() if self.top_k == 1 else logits_TE.softmax(-1)
+        rank_TE = logits_TE.detach()
+        if ctx.training:
+            rank_TE = rank_TE + column_scale(rank_TE, self.iterations, ctx.valid_T).log()  # u changes no row's order
+        expert_TK = rank_TE.topk(self.top_k, dim=-1).indices
+        return Routing.from_top_k(
+            expert_TK,
+            scores_TE.gather(1, expert_TK),
+            num_experts=self.num_experts,
+            logits_TE=logits_TE,
+            scores_TE=scores_TE,
+        )
+
+
+@torch.no_grad()
+def column_scale(logits_TE: Tensor, iterations: int, valid_T: Tensor | None = None) -> Tensor:
+    """Return v_E of the plan diag(u) exp(h) diag(v) whose rows all sum to 1 and whose columns all sum to T/E."""
+    weight_TE = (logits_TE - logits_TE.amax(-1, keepdim=True)).exp()  # u takes up what is subtracted from a row
+    if valid_T is not None:
+        weight_TE = weight_TE * valid_T.unsqueeze(-1)
+    scale_E = torch.ones_like(weight_TE[:1].sum(0))
+    for _ in range(iterations):
+        row_T = (weight_TE * scale_E).sum(-1)
+        share_TE = weight_TE / row_T.clamp(min=1e-20).unsqueeze(-1)
+        # An expert that nobody gives anything would be divided by 0: it may grow by a lot, but not without end.
+        scale_E = 1 / share_TE.sum(0).clamp(min=1e-20)
+        scale_E = scale_E / scale_E.amax()
+    return scale_E.clamp(min=1e-30)

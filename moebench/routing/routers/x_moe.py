@@ -1,0 +1,86 @@
+"""X-MoE: the cosine of token and expert in a small space, so that no expert wins by its length."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional
+
+from moebench.errors import require
+from moebench.routing.context import RouteContext
+from moebench.routing.gate import Gate
+from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.values import Routing
+
+LARGEST_SCALE = 100.0
+
+
+@ROUTERS.register(
+    Facts(
+        family="token choice",
+        equation="h_e = cos(P x, m_e) / τ,  p = softmax(h),  w = p_top-k,  y = Σ_i w_i E_i(x)",
+        paper="arXiv:2204.09179, section 3.2",
+        causal=True,
+        causal_reason="each token is routed by its own vector; over capacity, the earlier token stays",
+        batch_dependent=False,
+    )
+)
+class XMoE(Router):
+    """Top-k of cosines on a low-dimensional sphere (Chi et al. 2022), against collapse of the representation.
+
+    Token and expert are both normalised and the temperature is learned, as in the paper; its released code does
+    neither. 1/τ stays below 100, as in Tutel's version: a cosine is at most 1, so the temperature alone decides how
+    sure the router can get.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        """Options of X-MoE."""
+
+        name: str = "x_moe"
+        top_k: int = 1
+        """Experts per token."""
+        rank: int = 16
+        """Dimensions of the space in which tokens and experts are compared."""
+        temperature: float = 0.07
+        """Temperature at the start (τ); it is learned."""
+        losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
+
+    def __init__(self, config: Config, site: Site) -> None:
+        super().__init__(config, site)
+        self.top_k = config.top_k
+        self.temperature = config.temperature
+        self.projection = Gate(site.d_model, config.rank, init_scale=1.0)
+        self.expert_ER = nn.Parameter(torch.empty(site.num_experts, config.rank))
+        self.log_scale = nn.Parameter(torch.empty(()))
+
+    def init_weights(self, generator: Generator) -> None:
+        """Draw the directions of the experts, and start at the temperature of the options."""
+        nn.init.normal_(self.expert_ER, generator=generator)
+        nn.init.constant_(self.log_scale, -math.log(self.temperature))
+
+    @classmethod
+    def experts_per_token(cls, config: Config, num_experts: int) -> int:
+        """Return k."""
+        return config.top_k
+
+    @classmethod
+    def check(cls, config: Config, num_experts: int) -> None:
+        """Refuse k outside 1 ... E, a space without dimensions and a temperature beyond the bound."""
+        check_top_k(config.top_k, num_experts)
+        require(config.rank >= 1, "router.rank", config.rank, "at least 1")
+        least = 1 / LARGEST_SCALE
+        require(config.temperature >= least, "router.temperature", config.temperature, f"at least {least:g}")
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
+        """Send each token to the k experts in whose direction it points most."""
+        token_TR = functional.normalize(self.projection(x_TD), dim=-1, eps=1e-6)
+        expert_ER = functional.normalize(self.expert_ER.float(), dim=-1, eps=1e-6)
+        scale = self.log_scale.float().clamp(max=math.log(LARGEST_SCALE)).exp()
+        logits_TE = scale * functional.linear(token_TR, expert_ER)
+        scores_TE = logits_TE.softmax(-1)
+        weight_TK, expert_TK = scores_TE.topk(self.top_k, dim=-1)
+        return Routing.from_top_k(
+            expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
+        )

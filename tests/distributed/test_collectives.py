@@ -1,0 +1,112 @@
+"""Sums, gathers and all-to-alls over real processes, by hand."""
+
+import torch
+from distributed.team import Mesh, Shape
+
+from moebench.parallel.collectives import Travel
+from moebench.parallel.exchange import ExpertExchange
+
+PATTERNS = (
+    [[1, 2], [3, 4]],
+    [[0, 5], [2, 0]],  # each to the other only
+    [[0, 0], [4, 1]],  # one sends nothing
+    [[3, 0], [3, 0]],  # one receives nothing
+    [[0, 0], [0, 0]],
+)
+"""Rows from each process to each."""
+
+
+def exact(mesh: Mesh) -> None:
+    """Check everything on one rank."""
+    rank = mesh.rank
+    value = torch.tensor([1.0 + rank, 10.0], requires_grad=True)
+    summed = mesh.world.sum(value)
+    assert summed.tolist() == [3.0, 20.0]
+    (summed * torch.tensor([1.0, 2.0 + rank])).sum().backward()
+    # The sum of both ranks' losses: the first number counts 1 + 1, the second 2 + 3.
+    assert value.grad is not None
+    assert value.grad.tolist() == [2.0, 5.0]
+    assert mesh.world.sum(torch.tensor(rank)).item() == 1
+
+    own = torch.full((rank * 2, 3), float(rank), requires_grad=True)  # rank 0 has nothing
+    joined = mesh.world.gather(own)
+    assert joined.tolist() == [[1.0] * 3] * 2
+    (joined * (rank + 1)).sum().backward()
+    assert own.grad is not None
+    assert own.grad.tolist() == [[3.0] * 3] * (rank * 2)
+    assert mesh.world.gather(torch.tensor([rank == 1])).tolist() == [False, True]
+
+    assert mesh.row is not None
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for pattern in PATTERNS:
+            travel_there_and_back(mesh, pattern, dtype)
+
+
+def travel_there_and_back(mesh: Mesh, pattern: list[list[int]], dtype: torch.dtype) -> None:
+    assert mesh.row is not None
+    rank = mesh.rank
+    send, receive = pattern[rank], [pattern[other][rank] for other in (0, 1)]
+    labels = [10.0 * rank + to for to in (0, 1) for _ in range(send[to])]
+    x_RI = torch.tensor(labels, dtype=dtype).view(-1, 1).requires_grad_()
+    mesh.traffic.reset(timed=False)
+    came_RI = Travel(send, receive, mesh.row, mesh.traffic)(x_RI)
+    assert came_RI.flatten().tolist() == [10.0 * source + rank for source in (0, 1) for _ in range(receive[source])]
+    assert mesh.traffic.num_bytes == send[1 - rank] * dtype.itemsize
+    (came_RI * (1.0 + rank)).sum().backward()
+    assert x_RI.grad is not None
+    assert x_RI.grad.flatten().tolist() == [1.0] * send[0] + [2.0] * send[1]
+    assert mesh.traffic.num_bytes == (send[1 - rank] + receive[1 - rank]) * dtype.itemsize
+
+
+def test_collectives_are_exact() -> None:
+    Shape(1, 2).run(exact)
+
+
+def ordered(mesh: Mesh) -> None:
+    """Each expert sees its rows in the order of the whole batch, and they come back to where they were."""
+    assert mesh.row is not None
+    exchange = ExpertExchange(mesh.row, mesh.traffic, overlap=True)
+    load_E = torch.tensor([[2, 0, 1, 3], [1, 1, 0, 2]][mesh.rank])
+    expert_R = torch.arange(4).repeat_interleave(load_E)
+    x_RI = torch.stack([expert_R, torch.arange(len(expert_R)) + 100 * mesh.rank], 1).double()
+    seen = []
+
+    def compute(rows_RI: torch.Tensor, loads_E: torch.Tensor) -> torch.Tensor:
+        seen.append((rows_RI.tolist(), loads_E.tolist()))
+        return -rows_RI
+
+    called = []
+    padded_RI = torch.cat([x_RI, torch.full((2, 2), torch.nan, dtype=torch.float64)])  # rows that are nobody's
+    y_RI = exchange(compute, padded_RI, load_E, lambda: called.append(True))
+    assert torch.equal(y_RI, torch.cat([-x_RI, torch.zeros(2, 2, dtype=torch.float64)]))
+    assert called == [True]
+    ((rows, loads),) = seen
+    if mesh.rank == 0:
+        assert loads == [3, 1]
+        assert rows == [[0, 0], [0, 1], [0, 100], [1, 101]]
+    else:
+        assert loads == [1, 5]
+        assert rows == [[2, 2], [3, 3], [3, 4], [3, 5], [3, 102], [3, 103]]
+    assert exchange.num_sent(load_E) == [4, 2][mesh.rank]
+    assert exchange.num_here(torch.tensor([3, 1, 1, 5])) == [4, 6][mesh.rank]
+
+
+def test_rows_arrive_in_the_order_of_the_batch() -> None:
+    Shape(1, 2).run(ordered)
+
+
+def apart(mesh: Mesh) -> tuple[bool, list[float]]:
+    """Return whether all communicators differ, and their time limits."""
+    from torch.distributed import group
+
+    assert mesh.row is not None
+    assert mesh.column is not None
+    groups = [group.WORLD, mesh.world.group, mesh.row, mesh.column]
+    limits = [g._get_backend(torch.device("cpu")).options._timeout.total_seconds() for g in groups]
+    return len({id(g) for g in groups}) == len(groups), limits
+
+
+def test_communicators_are_apart_and_none_waits_longer_than_told() -> None:
+    for different, limits in Shape(1, 2, {"timeout_s": 20.0}).run(apart):
+        assert different
+        assert limits == [20.0] * 4

@@ -1,0 +1,118 @@
+"""Copies are compared bit by bit; the scope of balance losses and of capacity is what the configuration says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from contract.training_cases import tiny_config, write_text
+from distributed.matrix import EVERY_N, case
+from distributed.steps import train_steps
+from distributed.team import ALONE, Mesh, Shape
+from torch.distributed.tensor import DTensor
+
+from moebench.parallel.replicas import ReplicaError, check_replicas, fingerprint
+from moebench.training.model import initialised_model, prepare_task
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+def test_a_fingerprint_sees_every_bit_and_its_place() -> None:
+    values = torch.tensor([1.0, 2.0, 3.0])
+    same = [values.clone(), values.view(3, 1), values.double().float()]
+    other = [values.flip(0), torch.nextafter(values, torch.tensor(9.0)), torch.tensor([1.0, 2.0, -3.0]), values[:2]]
+    assert all(torch.equal(fingerprint(x), fingerprint(values)) for x in same)
+    assert not any(torch.equal(fingerprint(x), fingerprint(values)) for x in other)
+    assert not torch.equal(fingerprint(torch.tensor([0.0])), fingerprint(torch.tensor([-0.0])))
+    assert not torch.equal(fingerprint(torch.tensor([True, False])), fingerprint(torch.tensor([False, True])))
+
+
+def spoil(mesh: Mesh, text: Path, folder: Path, overrides: dict[str, Any], what: str) -> str:
+    """Change one bit on the last rank and return what the comparison says."""
+    config = tiny_config(text, **overrides)
+    model = initialised_model(config, prepare_task(config, folder), mesh)
+    check_replicas(model, mesh)
+    (found,) = [tensor for name, tensor in model.state_dict().items() if name.endswith(what)]
+    own = found.to_local() if isinstance(found, DTensor) else found
+    if mesh.rank == mesh.size - 1:
+        own.view(-1)[0] = torch.nextafter(own.view(-1)[0], torch.tensor(9.0))
+    try:
+        check_replicas(model, mesh)
+    except ReplicaError as error:
+        return str(error)
+    return "no difference"
+
+
+@pytest.mark.parametrize(
+    ("shape", "what", "said"),
+    [
+        (Shape(2, 1), "blocks.0.feed_forward.bank.w_in_EDF", "rank 0 and rank 1"),
+        (Shape(2, 2), "blocks.1.feed_forward.router.gate.weight_ED", "rank 0 and rank 3"),
+        (Shape(2, 2), "blocks.1.feed_forward.bank.w_out_EFD", "rank 1 and rank 3"),
+    ],
+    ids=str,
+)
+def test_copies_that_differ_are_named_on_every_rank(
+    text: Path, tmp_path: Path, shape: Shape, what: str, said: str
+) -> None:
+    for message in shape.run(spoil, text, tmp_path, shape.over(case()), what):
+        assert what in message
+        assert said in message
+
+
+def logged(found: dict[str, Any], name: str) -> list[float]:
+    lines = [json.loads(line) for line in found["journal"].splitlines()]
+    return [line["metrics"][name] for line in lines if name in line.get("metrics", {})]
+
+
+def test_local_balance_is_the_mean_of_each_rank_alone(text: Path, tmp_path: Path) -> None:
+    shape, router = Shape(2, 1), {"name": "switch", "jitter": 0.0, "losses": {"load_balance": 0.5}}
+    wanted = case(router=router, train={"steps": 1, "batch_size": 4})
+    cut = case(router=router, train={"steps": 1, "batch_size": 4, "accumulate": 2})
+    local = shape.over(wanted | {"balance": {"scope": "local"}})
+
+    def found(shape: Shape, overrides: dict[str, Any]) -> dict[str, Any]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        first: dict[str, Any] = shape.run(train_steps, text, overrides, folder)[0]
+        return first
+
+    together, everyone, own = found(ALONE, wanted), found(shape, shape.over(wanted)), found(shape, local)
+    apart = found(ALONE, cut)  # two halves, one after the other: what two ranks hold
+    name = "balance/load_balance"
+    assert logged(everyone, name) == pytest.approx(logged(together, name), rel=1e-5)
+    assert logged(own, name) == pytest.approx(logged(apart, name), rel=1e-5)
+    assert logged(own, name) != pytest.approx(logged(everyone, name), rel=1e-4)
+
+
+def test_local_capacity_drops_per_rank(text: Path, tmp_path: Path) -> None:
+    limits = EVERY_N | {"capacity_factor_train": 1.0, "drop_order": "position"}
+    wanted = case(layout=limits, router={"name": "switch", "jitter": 0.0}, train={"steps": 1, "batch_size": 4})
+    found = {}
+    for scope in ("global", "local"):
+        shape = Shape(2, 1, {"scope": scope})
+        found[scope] = logged(shape.run(train_steps, text, shape.over(wanted), tmp_path)[0], "train/load/drop_rate")
+    (alone,) = ALONE.run(train_steps, text, wanted, tmp_path)
+    assert found["global"] == logged(alone, "train/load/drop_rate")
+    assert found["local"] != found["global"]
+
+
+def test_bytes_on_the_way_are_those_predicted(text: Path, tmp_path: Path) -> None:
+    for number, overrides in enumerate(
+        (
+            case(layout={"name": "zero_computation", "num_experts": 8, "match": "none"}),
+            case(layout={"name": "moduleformer", "num_experts": 8, "match": "none"}, train={"precision": "bf16"}),
+            case(router={"name": "soft_moe"}, train={"accumulate": 2}),
+        )
+    ):
+        shape, folder = Shape(1, 2), tmp_path / str(number)
+        folder.mkdir()
+        found = shape.run(train_steps, text, shape.over(overrides), folder)[0]
+        sent, predicted = logged(found, "parallel/sent_mib"), logged(found, "parallel/predicted_mib")
+        assert sent == predicted
+        assert all(mib > 0 for mib in sent)
+        assert all(value > 0 for value in logged(found, "parallel/all_to_all_s"))

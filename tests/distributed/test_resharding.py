@@ -1,0 +1,97 @@
+"""A checkpoint of any mesh loads in any other: bit for bit, and training goes on as if nothing had been."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from contract.training_cases import assert_same_tree, read_checkpoint, tiny_config, write_text
+from distributed.matrix import case
+from distributed.team import ALONE, Mesh, Shape
+
+from moebench.parallel.checkpoint import checkpoint_path
+from moebench.training.callback import CellCallback, Hooks, Meter
+from moebench.training.model import initialised_model, prepare_task
+from moebench.training.module import CellModule
+from moebench.training.train import fit, make_trainer, train_cell
+
+TRAIN = {"steps": 6, "batch_size": 4, "learning_rate": 2e-3, "warmup_steps": 0, "checkpoint_every": 3}
+OVERRIDES = case(train=TRAIN, layout={"name": "zero_computation", "num_experts": 8, "match": "none"})
+CHAIN = [Shape(), Shape(1, 2), Shape(2, 2), Shape(1, 4), Shape(2, 1), Shape()]
+
+
+class Silent:
+    """A recorder for tests that look elsewhere."""
+
+    def append(self, step: int, metrics: dict[str, float]) -> None: ...
+    def record_load(self, step: int, layers: dict[str, list[int]]) -> None: ...
+    def flush(self) -> None: ...
+    def truncate_after(self, step: int) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+def train(mesh: Mesh, text: Path, overrides: dict[str, Any], folder: Path, stop_at: int = 0) -> dict[str, float]:
+    """Train a cell, from its newest checkpoint on, to its end or until the first rank is asked to stop."""
+    config = tiny_config(text, **overrides)
+    task = prepare_task(config, folder)
+    done = [0]
+    hooks = Hooks(
+        Silent(),
+        progress=lambda message: done.append(message["step"]),
+        should_stop=lambda: mesh.is_first and done[-1] + 1 == stop_at,
+    )
+    result = train_cell(config, task, folder / "checkpoints", hooks, cell_id="0", arm="arm", mesh=mesh)
+    assert (result is None) == (stop_at > 0)
+    assert done[-1] == (stop_at or config.train.steps)
+    return result.metrics if result else {}
+
+
+def pass_on(mesh: Mesh, text: Path, overrides: dict[str, Any], source: Path, target: Path, work: Path) -> None:
+    """Load a checkpoint of the last step and save what was loaded, without a step between."""
+    config = tiny_config(text, **overrides)
+    task = prepare_task(config, work)
+    module = CellModule(config, initialised_model(config, task, mesh), task, mesh)
+    trainer = make_trainer(config, [CellCallback(Hooks(Silent()), work, Meter(tokens_per_step=1))], mesh)
+    fit(trainer, module, source, config.train.steps)
+    trainer.save_checkpoint(target)
+
+
+def test_every_tensor_survives_a_chain_of_meshes(text: Path, tmp_path: Path) -> None:
+    ALONE.run(train, text, OVERRIDES, tmp_path / "start")
+    newest = checkpoint_path(tmp_path / "start" / "checkpoints", 6)
+    first = read_checkpoint(newest)
+    assert any("bank" in name for name in first["state_dict"])
+    assert any("exp_avg_sq" in name and "bank" in name for name in first["optimizer"])
+    for number, shape in enumerate(CHAIN):
+        target = checkpoint_path(tmp_path / str(number), 6)
+        shape.run(pass_on, text, shape.over(OVERRIDES), newest, target, tmp_path / "work")
+        passed = read_checkpoint(target)
+        for part in ("state_dict", "optimizer"):
+            assert_same_tree(first[part], passed[part], f"{shape}: {part}")
+        newest = target
+
+
+@pytest.mark.parametrize("then", [Shape(), Shape(2, 1), Shape(2, 2)], ids=str)
+def test_training_goes_on_on_another_mesh(text: Path, tmp_path: Path, then: Shape) -> None:
+    began = Shape(1, 2)
+    (whole,) = ALONE.run(train, text, OVERRIDES, tmp_path / "whole")
+    began.run(train, text, began.over(OVERRIDES), tmp_path / "parts", 3)
+    found = then.run(train, text, then.over(OVERRIDES), tmp_path / "parts")
+    assert all(metrics == found[0] for metrics in found)
+    for name, value in whole.items():
+        assert found[0][name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [Shape(2, 1), Shape(1, 2), Shape(2, 2)], ids=str)
+def test_resumed_on_the_same_mesh_is_bit_equal(text: Path, tmp_path: Path, shape: Shape) -> None:
+    overrides = shape.over(OVERRIDES)
+    whole = shape.run(train, text, overrides, tmp_path / "whole")
+    shape.run(train, text, overrides, tmp_path / "parts", 4)
+    assert shape.run(train, text, overrides, tmp_path / "parts") == whole
+    ends = [read_checkpoint(checkpoint_path(tmp_path / part / "checkpoints", 6)) for part in ("whole", "parts")]
+    for part in ("state_dict", "optimizer"):
+        assert_same_tree(ends[0][part], ends[1][part], part)
