@@ -98,9 +98,9 @@ class NoRecorder:
 
 def run_cell(path: str, results: str, place: Place, pipe: Connection) -> NoReturn:
     """Train the cell whose folder is `path`, as one of its processes: the entry point of a worker."""
-    # Both reach the whole group, from a terminal or a batch system; the runner decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Both reach the whole group, from a terminal or a batch system; the runner decides. Blocked, not ignored: lightning
+    # would install a handler that talks to the other processes in the midst of whatever they are saying.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     die_with_parent()
     folder = RunFolder(Path(path))
     _redirect_output(folder.log_of(place.rank))
