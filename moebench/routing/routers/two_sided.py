@@ -34,7 +34,7 @@ class TwoSided(ExpertChoice):
 
         name: str = "two_sided"
         shortlist: int | None = None
-        """m: experts that a token offers itself to; null: twice average_experts."""
+        """Experts that a token offers itself to (m); null: twice average_experts."""
 
     def __init__(self, config: Any, site: Site) -> None:
         super().__init__(config, site)
