@@ -75,7 +75,7 @@ def _copy(twin: RunFolder, own: RunFolder) -> None:
             for theirs, ours in ((twin.journal, own.journal), (twin.loads, own.loads)):
                 if theirs.exists():
                     shutil.copyfile(theirs, half / ours.name).replace(ours)
-            shutil.copytree(twin.checkpoints, half / "checkpoints", ignore=shutil.ignore_patterns(".*"))
+            shutil.copytree(twin.checkpoints, half / "checkpoints", ignore=shutil.ignore_patterns(".step_*"))
             shutil.rmtree(own.checkpoints, ignore_errors=True)
             (half / "checkpoints").replace(own.checkpoints)
         finally:

@@ -2,8 +2,11 @@
 
 import contextlib
 import json
+import os
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -47,41 +50,63 @@ class Wire:
         store.set_timeout(timedelta(seconds=ANSWER_S))
         self.store = PrefixStore(place.meeting, store)
         self._closed = threading.Event()
-        self._heart = threading.Thread(target=self._beat, daemon=True)
-        self._heart.start()
+        self._asked_at: float | None = None
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._guard)]
+        for thread in self._threads:
+            thread.start()
 
     def say(self, key: str, word: dict[str, Any]) -> None:
         """Write a word for whoever reads this key."""
-        try:
+        with self._asking():
             self.store.set(key, json.dumps(word))
-        except RuntimeError as error:
-            raise AbandonedError("the store where the processes met is gone") from error
 
     def hear(self, key: str) -> dict[str, Any] | None:
-        """Return the word at a key, None when there is none yet; never waits."""
-        try:
+        """Return the word at a key, None when there is none yet."""
+        with self._asking():
             word: dict[str, Any] | None = json.loads(self.store.get(key)) if self.store.check([key]) else None
-        except RuntimeError as error:
-            raise AbandonedError("the store where the processes met is gone") from error
         return word
 
     def beats(self, rank: int) -> int:
         """Return how often a program's heart has beaten."""
+        with self._asking():
+            count = int(self.store.add(f"beat/{rank}", 0))
+        return count
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        self._asked_at = time.monotonic()
         try:
-            return int(self.store.add(f"beat/{rank}", 0))
+            yield
         except RuntimeError as error:
             raise AbandonedError("the store where the processes met is gone") from error
+        finally:
+            self._asked_at = None
 
     def close(self) -> None:
         """Stop beating."""
         self._closed.set()
-        self._heart.join(timeout=ANSWER_S)  # a thread inside the store must not meet the end of the interpreter
+        for thread in self._threads:  # one inside the store must not meet the end of the interpreter
+            thread.join(timeout=ANSWER_S)
 
     def _beat(self) -> None:
         with contextlib.suppress(RuntimeError):  # the program's own calls will say so
             while not self._closed.is_set():
                 self.store.add(f"beat/{self.rank}", 1)
                 self._closed.wait(BEAT_S)
+
+    def _guard(self) -> None:
+        """End this program when the store, whose host may be stopped, leaves a question open: it would wait forever.
+
+        What it has started ends with it.
+        """
+        while not self._closed.wait(1.0):
+            asked_at = self._asked_at
+            if asked_at is not None and time.monotonic() - asked_at > ANSWER_S:
+                text = (
+                    f"error: rank {self.rank}: the store where the processes met has not answered for {ANSWER_S:.0f} s"
+                )
+                print(text, file=sys.stderr, flush=True)
+                os._exit(1)
 
 
 class Pulse:
