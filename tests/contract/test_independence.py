@@ -103,7 +103,8 @@ def rerouted_cases() -> list[Case]:
     cases = [case for case in list_cases() if case.facts.causal and case.facts.makes_scores]
     # Loads so even that no expert is free while others are full; a choice that does not look at the tokens.
     cases = [case for case in cases if case.name not in ("expert_threshold", "task_level")]
-    return [case for case in cases if case.experts_per_token < case.num_experts]
+    cases = [case for case in cases if 2 * case.experts_per_token < case.num_experts]
+    return [case for case in cases if route(case.router(), Tokens.draw(1), training=False).token_N.numel() < 8]
 
 
 def real_share(case: Case) -> float:
