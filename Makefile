@@ -29,9 +29,10 @@ test-all: $(VENV)/installed-dev  ## the tests and the long proofs (the tracking 
 test-distributed: $(VENV)/installed-dev  ## the tests of many processes: meshes, torchrun, SLURM, processes that are killed or hang
 	$(PYTEST) -n 2 --timeout 600 tests/distributed
 
-bench: $(VENV)/installed  ## speed of the layer and of a training step, as ratios; with the libraries of the extra `peers` where installed
+bench: $(VENV)/installed  ## speed of the layer, of a training step and of several processes, as ratios; with the libraries of the extra `peers` where installed
 	$(BIN)/moebench bench layer
 	$(BIN)/moebench bench step
+	$(BIN)/moebench bench parallel
 
 lint: $(VENV)/installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .

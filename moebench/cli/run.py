@@ -1,5 +1,7 @@
 """`moebench run`: train every cell of an experiment that is not done."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +20,7 @@ from moebench.cli.options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moebench.experiment.launch import Launch
+    from moebench.experiment.launch import Given, Launch
     from moebench.experiment.runner import RunOptions, RunReport
 
 EXIT_FAILED, EXIT_TRACKER = 1, 3
@@ -59,23 +61,26 @@ def run(
     options = RunOptions(jobs=jobs, tracker=tracker, reshard=reshard)
     console = Console(stderr=True)
     given = given_processes()
-    if given is None:
-        code = _run(experiment, overrides, results, plugin, options, console, OwnLaunch(), json=json)
-    else:
-        from moebench.experiment.joining import follow, leading
-        from moebench.experiment.wire import AbandonedError
-
-        if given.place.rank > 0:
-            raise typer.Exit(follow(given))
-        try:
-            with leading(given) as launch:
-                code = _run(experiment, overrides, results, plugin, options, console, launch, json=json)
-                launch.exit_code = code
-        except AbandonedError as error:
-            console.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
-            code = EXIT_FAILED
+    work = partial(_run, experiment, overrides, results, plugin, options, console, json=json)
+    code = work(OwnLaunch()) if given is None else _joined(given, work, console)
     if code:
         raise typer.Exit(code)
+
+
+def _joined(given: "Given", work: "Callable[[Launch], int]", console: "Console") -> int:
+    """Do the work as the first of the processes that are there, or follow the first; return the exit code."""
+    from moebench.experiment.joining import follow, leading
+    from moebench.experiment.wire import AbandonedError
+
+    if given.place.rank > 0:
+        return follow(given)
+    try:
+        with leading(given) as launch:
+            launch.exit_code = work(launch)
+            return launch.exit_code
+    except AbandonedError as error:
+        console.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        return EXIT_FAILED
 
 
 def _run(

@@ -6,6 +6,7 @@ name when all is on the disk; the manifest beside it, with the SHA-256 of each o
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -26,6 +27,8 @@ from moebench.parallel.metadata import PlainReader
 
 KEEP = 2
 """Checkpoints kept; the older one is the way back when the newest is damaged."""
+FULL_BYTES = 2**20
+"""A disk with less than this free counts as full."""
 REST = "rest.pt"
 """Of a checkpoint's files the one with all that is no tensor of the model or the optimizer."""
 
@@ -53,6 +56,11 @@ class VerifiedCheckpointIO(CheckpointIO):
             if self.mesh.is_first:
                 _seal(half, folder)
                 drop_all_but(KEEP, folder.parent)
+        except RuntimeError as error:
+            # torch's writer of archives says where it stopped, not why.
+            if "inline_container" in str(error) and shutil.disk_usage(folder.parent).free < FULL_BYTES:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+            raise
         finally:
             if self.mesh.is_first:
                 shutil.rmtree(half, ignore_errors=True)

@@ -63,6 +63,8 @@ def may_refuse(layout: str, router: str) -> str:
     config = router_class.Config()
     if router_class.is_soft and layout in ("attention", "moduleformer", "whole_model", "hierarchical", "prototypes"):
         return "mixes tokens into slots"
+    if layout == "fine_grained" and router == "multi_gate":
+        return "is not divisible among"  # all of 32 experts of width 16, and their gates for each domain
     if layout == "fine_grained":
         grows = router_class.experts_per_token(config, 8) == 8 or {"top_k", "average_experts"} & set(vars(config))
         return "" if grows or router_class.is_dense else "fixed at"

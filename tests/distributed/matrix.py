@@ -28,7 +28,7 @@ def _layout(name: str) -> dict[str, Any]:
 
 
 def _router(name: str) -> dict[str, Any]:
-    return case(router={"name": name}, layout=EVERY_N)
+    return case(router={"name": name}, layout=EVERY_N | {"num_experts": 16})
 
 
 def _capacity(drop_order: str, overflow: str = "drop", router: str = "top_k", **options: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from distributed.matrix import SHORT, fits, matrix
 from distributed.steps import assert_same_training, train_steps, trained_alike
 from distributed.team import ALONE, SHAPES, Mesh, Shape
 
+from moebench.errors import UsageError
 from moebench.registry import load_plugin
 from moebench.routing.router import ROUTERS
 
@@ -30,6 +31,8 @@ def train_all(mesh: Mesh, text: Path, cases: dict[str, dict[str, Any]], folder: 
         own.mkdir(exist_ok=True)
         try:
             found[name] = train_steps(mesh, text, overrides, own)
+        except UsageError as error:  # before anything is built, and on every rank
+            found[name] = str(error)
         except Exception:
             found[name] = traceback.format_exc()
             if mesh.size > 1:
@@ -57,7 +60,9 @@ def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
 def the_case(results: Callable[[Shape], Any], shape: Shape, name: str) -> dict[str, Any]:
     """Return what a case found on a mesh, the same on all ranks."""
     found = [of_rank.get(name, "a case before it failed") for of_rank in results(shape)]
-    assert not any(isinstance(value, str) for value in found), "\n".join(map(str, found))
+    errors = [value for value in found if isinstance(value, str)]
+    if errors:
+        pytest.fail("\n".join(errors), pytrace=False)
     return trained_alike(found)
 
 

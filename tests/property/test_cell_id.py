@@ -38,6 +38,8 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "layout.drop_order": ("position",),
     "layout.n": (2,),
     "router.jitter": (0.0,),
+    "router.exploration": ("sample",),
+    "router.dropout": (0.2,),
     "router.losses.z": (0.001,),
     "router.losses.load_balance": (0.1,),
     "train.steps": (10,),

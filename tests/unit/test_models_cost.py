@@ -71,11 +71,11 @@ def test_parameters_are_those_of_the_modules(text, tmp_path) -> None:
 def test_arms_are_matched_by_default(router: str, activation: str) -> None:
     token_count_V = torch.ones(20, dtype=torch.int64)
     # To mix 128 tokens into 128 slots and back costs 3 · 2·128·D: as much as 192 hidden units. The others cost less.
-    ffn_width = 512 if router == "soft_moe" else 136
+    ffn_width = 512 if router in ("soft_moe", "multi_gate") else 136
 
     def flops(name: str) -> int:
         config = resolve({"router": name, "model": {"activation": activation, "ffn_width": ffn_width}})
-        backbone = build_backbone(config, causal=True, token_count_V=token_count_V, sequence_length=128)
+        backbone = build_backbone(config, causal=True, token_count_V=token_count_V, sequence_length=128, num_domains=2)
         return cost_of(backbone, [], 128).flops_per_token
 
     assert flops(router) == pytest.approx(flops("dense"), rel=MATCH_TOLERANCE)

@@ -35,7 +35,7 @@ def test_loads_and_sums_add_up_over_micro_batches_and_processes(monkeypatch: pyt
     records = [run(layer, Tokens.draw(8, seed=seed), training=True)[1] for seed in range(2)]
     records.append(run(layer, replace(Tokens.draw(8, seed=2), valid_T=valid_T), training=True)[1])
     layer.after_step(records)
-    layer.scopes = Scopes(batch=Twins())
+    layer.scopes = Scopes(world=Twins())
     layer.after_step(records)
     (load_E, sums_here), (twice_E, sums_twice) = seen
     assert load_E.tolist() == sum(record.routing.load_E for record in records).tolist()

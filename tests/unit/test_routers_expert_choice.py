@@ -168,7 +168,7 @@ def test_quantile_of_counts_is_the_quantile_within_a_bin(values: list[float], le
     ("name", "options", "message"),
     [
         ("expert_choice", {"max_per_token": 1}, "router.max_per_token must be null or at least average_experts=2"),
-        ("two_sided", {"shortlist": 1}, "router.shortlist must be at least average_experts=2, got 1"),
+        ("two_sided", {"shortlist": 1}, "router.shortlist must be null or at least average_experts=2, got 1"),
         ("expert_threshold", {"decay": 1.0}, "router.decay must be at least 0 and below 1, got 1.0"),
     ],
 )

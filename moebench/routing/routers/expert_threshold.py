@@ -48,9 +48,9 @@ class ExpertThreshold(Router):
 
         name: str = "expert_threshold"
         average_experts: int = 2
-        """k: experts per token on average that the thresholds aim at."""
+        """Experts per token on average (k) that the thresholds aim at."""
         decay: float = 0.9
-        """β of the moving average of thresholds."""
+        """Weight of the past in the moving average of thresholds (β)."""
 
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__(config, site)

@@ -33,19 +33,20 @@ class TwoSided(ExpertChoice):
         """Options of two-sided choice."""
 
         name: str = "two_sided"
-        shortlist: int = 4
-        """m: experts that a token offers itself to."""
+        shortlist: int | None = None
+        """Experts that a token offers itself to (m); null: twice average_experts."""
 
     def __init__(self, config: Any, site: Site) -> None:
         super().__init__(config, site)
-        self.shortlist = config.shortlist
+        self.shortlist = config.shortlist or 2 * config.average_experts
 
     @classmethod
     def check(cls, config: Any, num_experts: int) -> None:
         """Refuse a shortlist that is shorter than the average number of experts."""
         super().check(config, num_experts)
-        least = config.average_experts
-        require(config.shortlist >= least, "router.shortlist", config.shortlist, f"at least average_experts={least}")
+        shortlist, least = config.shortlist, config.average_experts
+        allowed = f"null or at least average_experts={least}"
+        require(shortlist is None or shortlist >= least, "router.shortlist", shortlist, allowed)
 
     @property
     def _takes_all_places(self) -> bool:
