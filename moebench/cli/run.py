@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,23 +20,55 @@ from moebench.cli.options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from moebench.experiment.launch import Given, Launch
+    from moebench.experiment.runner import RunOptions, RunReport
+
+EXIT_FAILED, EXIT_TRACKER = 1, 3
+
+
+def run(
+    experiment: ExperimentName,
+    overrides: Overrides = None,
+    results: Results = DEFAULT_RESULTS,
+    plugin: Plugins = None,
+    jobs: Annotated[int, typer.Option(min=0, help="Cells at a time; 0: cores / train.threads, or 1 on a GPU.")] = 0,
+    tracker: Annotated[
+        str | None,
+        typer.Option(envvar="MOEBENCH_TRACKER", help="MLflow URI; 'none' for no tracker. Default: SQLite in results."),
+    ] = None,
+    reshard: Annotated[
+        bool,
+        typer.Option(
+            "--reshard", help="Begin a new cell from the checkpoint of the same one on other processes, if it is there."
+        ),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Train every cell that is not done and resume those half done.
+
+    Each cell runs in processes of its own: when one fails, the others go on. Press Ctrl-C once to stop with
+    everything saved; the same command goes on from there. Started by torchrun or SLURM, it trains over the processes
+    that are there.
+
+    Exit codes: 0 all done, 1 some cells failed, 2 mistake in the command or configuration, 3 the tracker missed
+    something (nothing is lost: `moebench sync`), 130 and 143 interrupted.
+    """
+    from rich.console import Console
+
     from moebench.experiment.launch import OwnLaunch, given_processes
     from moebench.experiment.runner import RunOptions
 
     options = RunOptions(jobs=jobs, tracker=tracker, reshard=reshard)
     console = Console(stderr=True)
-
-    def train(launch: "Launch") -> int:
-        return _run(experiment, overrides, results, plugin, options, console, launch, json=json)
-
     given = given_processes()
-    code = train(OwnLaunch()) if given is None else _join(given, train)
+    work = partial(_run, experiment, overrides, results, plugin, options, console, json=json)
+    code = work(OwnLaunch()) if given is None else _joined(given, work, console)
     if code:
         raise typer.Exit(code)
 
 
-def _join(given: "Given", train: Callable[["Launch"], int]) -> int:
-    """Train over the processes that there are, as the first of them or as one that follows; return the exit code."""
+def _joined(given: "Given", work: "Callable[[Launch], int]", console: "Console") -> int:
+    """Do the work as the first of the processes that are there, or follow the first; return the exit code."""
     from moebench.experiment.joining import follow, leading
     from moebench.experiment.wire import AbandonedError
 
@@ -46,10 +76,10 @@ def _join(given: "Given", train: Callable[["Launch"], int]) -> int:
         return follow(given)
     try:
         with leading(given) as launch:
-            launch.exit_code = train(launch)
+            launch.exit_code = work(launch)
             return launch.exit_code
     except AbandonedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        console.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
         return EXIT_FAILED
 
 
