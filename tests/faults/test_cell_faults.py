@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from command_line import CommandLine, Results, WarmCommandLine, journal
+from contract.training_cases import read_checkpoint
 
 FAULTY = """
 import ctypes
@@ -101,7 +102,7 @@ def check_parameters_before_the_nan(folder: Path) -> None:
     """The newest checkpoint is that of the step before, whole and finite; the journal has no nan step."""
     newest = max(folder.glob("checkpoints/step_*.ckpt"))
     assert newest.name == "step_0000005.ckpt"
-    weights = torch.load(newest, weights_only=True)["state_dict"]
+    weights = read_checkpoint(newest)["state_dict"]
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
     assert [point["step"] for point in journal(folder)][-1] == 5
 
@@ -125,6 +126,6 @@ def test_a_learning_rate_that_blows_up_is_stopped_before_the_update(cli: Command
         assert "at step" in result["error"]
         assert "no update was made" in result["error"]
         for newest in folder.glob("checkpoints/step_*.ckpt"):
-            weights = torch.load(newest, weights_only=True)["state_dict"]
+            weights = read_checkpoint(newest)["state_dict"]
             assert all(torch.isfinite(tensor).all() for tensor in weights.values())
         assert all(math.isfinite(value) for point in journal(folder) for value in point["metrics"].values())
