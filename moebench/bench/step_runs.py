@@ -148,8 +148,8 @@ class PlainLoop:
         module, config = self.module, self.module.config
         output, records = module.model(batch, batch_context(batch, training=True, seed=config.seed, step=step))
         with watch.part("embedding, head, loss"):
-            token_loss_BL = module.task.token_loss(output, batch)
-            found = objective(token_loss_BL, batch, module.layers, records, config.router.losses)
+            loss_BP = module.task.loss(output, batch)
+            found = objective(loss_BP, batch, module.layers, records, config.router.losses)
         return found.total, records
 
 

@@ -11,14 +11,24 @@ from moebench.experts.feed_forward import draw
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Places:
-    """Where the vectors of a batch stand when they are only some of their sequences, closed up to the left."""
+    """Where the vectors of a batch stand when they are only some of their sequences, or when some are padding."""
 
     position_BL: Tensor
     """int64: place in the whole sequence."""
     valid_BL: Tensor
-    """bool: False behind the last vector."""
+    """bool: False where there is no vector; at least one of each sequence is True."""
     length: int
     """Of the whole sequences."""
+
+    @classmethod
+    def of_padded(cls, valid_BL: Tensor) -> "Places":
+        """Return the places of whole sequences with padding; one that is all padding may read its first place."""
+        length = valid_BL.shape[1]
+        position_BL = torch.arange(length, device=valid_BL.device).expand_as(valid_BL)
+        first_L = torch.arange(length, device=valid_BL.device) == 0
+        return cls(
+            position_BL=position_BL, valid_BL=valid_BL | (first_L & ~valid_BL.any(1, keepdim=True)), length=length
+        )
 
 
 class Attention(nn.Module):
@@ -74,7 +84,7 @@ def attend(
     mask = None
     if places is not None:
         cos, sin = (table[places.position_BL].unsqueeze(1) for table in (cos, sin))
-        # In a causal model what is behind the last vector is the future of all; otherwise it must be hidden.
+        # In a causal model padding behind the last vector is the future of all; otherwise it must be hidden.
         mask = None if causal else places.valid_BL[:, None, None, :]
     mixed = functional.scaled_dot_product_attention(
         rotate(query, cos, sin), rotate(key, cos, sin), value, attn_mask=mask, is_causal=causal

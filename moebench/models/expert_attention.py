@@ -7,7 +7,7 @@ from moebench.experts.dispatch import DispatchPlan, combine, dispatch
 from moebench.experts.feed_forward import draw
 from moebench.experts.layer import MoELayer
 from moebench.experts.projection import HeadBank, ProjectionBank
-from moebench.models.attention import attend, score_flops, split_heads
+from moebench.models.attention import Places, attend, score_flops, split_heads
 from moebench.routing.context import RouteContext
 from moebench.routing.values import LayerRecord, Routing
 
@@ -35,11 +35,12 @@ class ProjectionExperts(nn.Module):
         draw(torch.empty(3 * self.out.in_features, self.out.in_features), 1.0, generator)
         draw(self.out.weight, self.out_scale * self.out.in_features**-0.5, generator)
 
-    def forward(self, x_BLD: Tensor, ctx: RouteContext) -> tuple[Tensor, LayerRecord]:
+    def forward(self, x_BLD: Tensor, ctx: RouteContext, places: Places | None = None) -> tuple[Tensor, LayerRecord]:
         """Return the attention output, without the residual, and the record."""
         qkv_TO, record = self.layer(x_BLD.flatten(0, 1), ctx)
         query, key, value = split_heads(qkv_TO.unflatten(0, x_BLD.shape[:2]), self.num_heads)
-        out: Tensor = self.out(attend(query, key, value, causal=self.causal, rope_theta=self.rope_theta))
+        read_BLD = attend(query, key, value, causal=self.causal, rope_theta=self.rope_theta, places=places)
+        out: Tensor = self.out(read_BLD)
         return out, record
 
     def flops_per_token(self, length: int) -> int:
@@ -69,7 +70,7 @@ class HeadExperts(nn.Module):
         """Draw the keys and values as dense attention does."""
         draw(self.key_value.weight, self.key_value.in_features**-0.5, generator)
 
-    def forward(self, x_BLD: Tensor, ctx: RouteContext) -> tuple[Tensor, LayerRecord]:
+    def forward(self, x_BLD: Tensor, ctx: RouteContext, places: Places | None = None) -> tuple[Tensor, LayerRecord]:
         """Return the attention output, without the residual, and the record."""
         x_TD = x_BLD.flatten(0, 1)
         record = self.layer.route(x_TD, ctx)
@@ -80,7 +81,7 @@ class HeadExperts(nn.Module):
         query_RH = self.bank.queries(dispatch(x_TD, plan), load_E)
         slot_R = _slot_N(kept)[plan.assignment_R]
         num_slots = kept.top_k or int(kept.experts_per_token_T.max()) or 1
-        mixed_TKH = self._read(x_BLD, _table(query_RH, plan.token_R, slot_R, kept.num_tokens, num_slots))
+        mixed_TKH = self._read(x_BLD, _table(query_RH, plan.token_R, slot_R, kept.num_tokens, num_slots), places)
         y_RD = self.bank.outputs(mixed_TKH[plan.token_R, slot_R], load_E)
         return combine(y_RD, kept.weight_N, plan).view_as(x_BLD), record
 
@@ -90,7 +91,7 @@ class HeadExperts(nn.Module):
         assert isinstance(self.layer.bank, HeadBank)
         return self.layer.bank
 
-    def _read(self, x_BLD: Tensor, query_TKH: Tensor) -> Tensor:
+    def _read(self, x_BLD: Tensor, query_TKH: Tensor, places: Places | None) -> Tensor:
         """Let every query of a token read the past of its sequence; a slot without an expert has a query of 0."""
         batch, length, _ = x_BLD.shape
         slots, heads = query_TKH.shape[1], self.heads_per_expert
@@ -98,7 +99,7 @@ class HeadExperts(nn.Module):
         key_value = key_value.expand(-1, -1, -1, slots, -1, -1).flatten(3, 4)
         key, value = key_value.transpose(1, 3).unbind(2)
         query = query_TKH.view(batch, length, slots * heads, self.head_width).transpose(1, 2)
-        mixed = attend(query, key, value, causal=self.causal, rope_theta=self.rope_theta)
+        mixed = attend(query, key, value, causal=self.causal, rope_theta=self.rope_theta, places=places)
         return mixed.reshape(batch * length, slots, heads * self.head_width)
 
     def flops_per_token(self, length: int) -> int:

@@ -31,6 +31,11 @@ class BatchContext:
     micro_batch: int = 0
     """Which micro-batch of the step this is: each draws its own noise."""
 
+    @property
+    def places(self) -> Places | None:
+        """Where padding is; None where nothing is padded."""
+        return None if self.valid_BL is None else Places.of_padded(self.valid_BL)
+
     def route_in(self, layer: MoELayer, x_BLD: Tensor) -> RouteContext:
         """Return the context of an MoE layer for a batch of vectors."""
         return self.route(layer.layer, x_BLD.shape[1], x_BLD.device)
@@ -74,12 +79,13 @@ class Block(nn.Module):
 
         `places` says where the vectors stand in their sequences when a dense block sees only some of them.
         """
+        places = places or ctx.places
         records = []
         x_normed_BLD = self.attention_norm(x_BLD)
         if isinstance(self.attention, Attention):
             y_BLD = self.attention(x_normed_BLD, places)
         else:
-            y_BLD, record = self.attention(x_normed_BLD, ctx.route_in(self.attention.layer, x_BLD))
+            y_BLD, record = self.attention(x_normed_BLD, ctx.route_in(self.attention.layer, x_BLD), places)
             records.append(record)
         x_BLD = x_BLD + y_BLD
         x_TD = self.feed_forward_norm(x_BLD).flatten(0, 1)

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from moebench.errors import require
-from moebench.tasks.task import ALL, TASKS, Batch, Task, TaskFacts
+from moebench.tasks.task import ALL, TASKS, Batch, Task, TaskFacts, by_domain
 from moebench.tasks.text.documents import TextDataConfig, source_digest
 from moebench.tasks.text.windows import (
     PreparedText,
@@ -111,8 +111,8 @@ class Language(Task):
         token_BM, byte_BM = split.window(window_B)
         return Batch(
             input_BL=torch.from_numpy(token_BM[:, :-1].copy()),
-            target_BL=torch.from_numpy(token_BM[:, 1:].copy()),
-            weight_BL=torch.from_numpy(byte_BM[:, 1:].copy()),
+            target_BP=torch.from_numpy(token_BM[:, 1:].copy()),
+            weight_BP=torch.from_numpy(byte_BM[:, 1:].copy()),
             domain_B=torch.from_numpy(split.domain_W[window_B].astype(np.int64)),
         )
 
@@ -126,17 +126,12 @@ class Language(Task):
         assert self.vocab_size is not None
         return TokenHead(d_model, self.vocab_size, bias=False)
 
-    def token_loss(self, output: Tensor, batch: Batch) -> Tensor:
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
         """Return the cross-entropy of each position in nats, in fp32."""
         logits_TV = output.flatten(0, 1).float()
-        loss_T = functional.cross_entropy(logits_TV, batch.target_BL.reshape(-1), reduction="none")
-        return loss_T.view_as(batch.target_BL)
+        loss_T = functional.cross_entropy(logits_TV, batch.target_BP.reshape(-1), reduction="none")
+        return loss_T.view_as(batch.target_BP)
 
-    def quality(self, nats_by_domain: Sequence[float], weight_by_domain: Sequence[float]) -> dict[str, float]:
+    def quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Return bits per byte over all domains and for each: summed code length over summed bytes."""
-        bits = [nats / math.log(2) for nats in nats_by_domain]
-        metrics = {"bits_per_byte": sum(bits) / max(sum(weight_by_domain), 1)}
-        for domain, bit, weight in zip(self.domains, bits, weight_by_domain, strict=True):
-            if weight:
-                metrics[f"bits_per_byte/{domain}"] = bit / weight
-        return metrics
+        return by_domain("bits_per_byte", sums["nats"] / math.log(2), sums["weight"], self.domains)

@@ -1,7 +1,7 @@
 """What a task is: data, input embedding, head, loss and metric; it knows nothing about routing."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,22 +17,36 @@ ALL = slice(None)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """One batch of sequences, as tensors on one device."""
+    """One batch of sequences, as tensors on one device: B sequences of L positions, with P predictions each."""
 
     input_BL: Tensor
-    """What the embedding reads (token ids for language)."""
-    target_BL: Tensor
-    """What the head should say."""
-    weight_BL: Tensor
-    """Size of each target in units of the metric (bytes for language); a loss is summed, then divided by these."""
+    """What the embedding reads: token ids [B, L] (int64), or vectors, patches or frames [B, L, width] (floating)."""
+    target_BP: Tensor
+    """What the head should say: a token at each position (P = L), a class of the whole sequence (P = 1) ..."""
+    weight_BP: Tensor
+    """Size of each prediction in units of the metric (bytes for language)."""
     domain_B: Tensor
     """int64 index into the task's domains."""
     valid_BL: Tensor | None = None
-    """bool, False at padding; None when nothing is padded."""
+    """bool, False at padding, for each position that the experts see; None when nothing is padded. Padding takes part
+    in no routing and no attention."""
+    count_BP: Tensor | None = None
+    """int64: by how many the loss of a prediction is divided in the mean: 0 where nothing is to be predicted, the
+    number of symbols where one loss is that of many; None: 1 each."""
     span: Span | None = None
     """Which sequences of a batch that is divided among processes these are; None: all."""
-    valid_in_step: Tensor | None = None
-    """int64: valid positions of all micro-batches of the step that are here; None when nothing is padded."""
+    count_in_step: Tensor | None = None
+    """int64: the sum of `count_BP` over all micro-batches of the step that are here; None where that is None."""
+
+    @property
+    def token_id_BL(self) -> Tensor | None:
+        """Token ids, which some routers read; None where the input is not made of tokens."""
+        return None if self.input_BL.is_floating_point() else self.input_BL
+
+    @property
+    def num_predictions(self) -> int:
+        """P."""
+        return self.weight_BP.shape[1]
 
     def to(self, device: Any) -> "Batch":
         """Return the batch on another device."""
@@ -101,15 +115,32 @@ class Task(ABC):
 
     @abstractmethod
     def head(self, d_model: int) -> nn.Module:
-        """Return the module x_BLD -> whatever `token_loss` reads."""
+        """Return the module x_BLD -> whatever `loss` reads."""
 
     @abstractmethod
-    def token_loss(self, output: Tensor, batch: Batch) -> Tensor:
-        """Return loss_BL in nats, one number for each position."""
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """Return loss_BP in nats, one number for each prediction; what it is where `count_BP` is 0 does not matter."""
+
+    def sums(self, output: Tensor, batch: Batch) -> Mapping[str, Tensor]:
+        """Return what `quality` needs, summed over each sequence: tensors whose first dimension is B."""
+        nats_BP, weight_BP = self.loss(output, batch).double(), batch.weight_BP.double()
+        if batch.count_BP is not None:
+            counted_BP = batch.count_BP > 0
+            nats_BP, weight_BP = nats_BP.where(counted_BP, 0), weight_BP.where(counted_BP, 0)
+        return {"nats": nats_BP.sum(1), "weight": weight_BP.sum(1)}
 
     @abstractmethod
-    def quality(self, nats_by_domain: Sequence[float], weight_by_domain: Sequence[float]) -> dict[str, float]:
-        """Return the metrics from the summed losses and weights of each domain of an evaluation set."""
+    def quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the metrics from what `sums` returned, added up over an evaluation set: by domain, in fp64."""
+
+
+def by_domain(name: str, sum_D: Tensor, weight_D: Tensor, domains: Sequence[str]) -> dict[str, float]:
+    """Return `name`, the ratio of the sums over all domains, and `name/DOMAIN` for each domain with any weight."""
+    found = {name: (sum_D.sum() / weight_D.sum().clamp(min=1)).item()}
+    for domain, value, weight in zip(domains, sum_D.tolist(), weight_D.tolist(), strict=True):
+        if weight:
+            found[f"{name}/{domain}"] = value / weight
+    return found
 
 
 TASKS: Registry[type[Task], TaskFacts] = Registry("task", "moebench.tasks")

@@ -39,16 +39,15 @@ class StepBatches(IterableDataset[Batch]):
             part = slice(start + span.start, start + span.start + span.length)
             batch = self.task.train_batch(train.batch_size, self.config.seed, step, part)
             found.append(replace(batch, span=span if self.mesh.size > 1 else None))
-        masks = [batch.valid_BL for batch in found if batch.valid_BL is not None]
-        if not masks:
+        counts = [batch.count_BP.sum() for batch in found if batch.count_BP is not None]
+        if not counts:
             return found
-        valid = torch.stack([mask.sum() for mask in masks]).sum()
-        return [replace(batch, valid_in_step=valid) for batch in found]
+        return [replace(batch, count_in_step=torch.stack(counts).sum()) for batch in found]
 
 
 def share_of(batch: Batch, config: CellConfig, mesh: Mesh) -> Share:
-    """Return which share of its step's positions a micro-batch of this process is."""
-    num_positions: int | Tensor = config.train.batch_size * batch.input_BL.shape[1]
-    if batch.valid_in_step is not None:
-        num_positions = mesh.world.sum(batch.valid_in_step).clamp(min=1)
-    return Share(num_positions=num_positions, factor=config.train.accumulate * mesh.size)
+    """Return which share of its step's predictions a micro-batch of this process is."""
+    num_predictions: int | Tensor = config.train.batch_size * batch.num_predictions
+    if batch.count_in_step is not None:
+        num_predictions = mesh.world.sum(batch.count_in_step).clamp(min=1)
+    return Share(num_predictions=num_predictions, factor=config.train.accumulate * mesh.size)

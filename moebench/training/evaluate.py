@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moebench.models.transformer import BatchContext
 from moebench.parallel.mesh import ALONE_MESH, Mesh
@@ -46,25 +47,22 @@ def evaluate(
 
 
 def _evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, device: Any, mesh: Mesh) -> Evaluation:
-    nats = torch.zeros(len(task.domains), dtype=torch.float64)
-    weights = torch.zeros(len(task.domains), dtype=torch.float64)
+    sums: dict[str, Tensor] = {}
     counts: dict[int | str, LoadCount] = {}
     for whole in batches:
         batch = whole if mesh.size == 1 else whole.part(mesh.share(len(whole.domain_B)))
         on_device = batch.to(device)
         output, records = model(on_device, batch_context(on_device, training=False, seed=seed))
-        loss_BL, weight_BL = task.token_loss(output, on_device).double(), on_device.weight_BL.double()
-        if on_device.valid_BL is not None:
-            loss_BL, weight_BL = loss_BL * on_device.valid_BL, weight_BL * on_device.valid_BL
-        nats.index_add_(0, batch.domain_B, loss_BL.sum(-1).cpu())
-        weights.index_add_(0, batch.domain_B, weight_BL.sum(-1).cpu())
+        for name, value in task.sums(output, on_device).items():
+            zeros = torch.zeros(len(task.domains), *value.shape[1:], dtype=torch.float64, device=device)
+            sums[name] = sums.get(name, zeros).index_add(0, on_device.domain_B, value.double())
         for record in records:
             count = LoadCount.of(record)
             counts[record.layer] = counts[record.layer] + count if record.layer in counts else count
-    nats, weights = mesh.world.sum(torch.stack([nats, weights]).to(device)).cpu()
+    sums = {name: mesh.world.sum(value).cpu() for name, value in sums.items()}
     counts = {layer: count.over(mesh.world) for layer, count in counts.items()}
     return Evaluation(
-        quality=task.quality(nats.tolist(), weights.tolist()),
+        quality=task.quality(sums),
         load=summarise(list(counts.values())) | _flops(model, counts),
         load_by_layer={str(layer): count.load_E.tolist() for layer, count in counts.items()},
     )
@@ -85,7 +83,7 @@ def batch_context(batch: Batch, *, training: bool, seed: int, step: int = 0, mic
         training=training,
         seed=seed,
         step=step,
-        token_id_BL=batch.input_BL,
+        token_id_BL=batch.token_id_BL,
         valid_BL=batch.valid_BL,
         domain_B=batch.domain_B,
         span=batch.span,

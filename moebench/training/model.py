@@ -26,7 +26,7 @@ class Model(nn.Module):
         self.head = head
 
     def forward(self, batch: Batch, ctx: BatchContext) -> tuple[Tensor, list[LayerRecord]]:
-        """Return what the task's `token_loss` reads, and one record per MoE layer."""
+        """Return what the task's `loss` reads, and one record per MoE layer."""
         x_BLD, records = self.backbone(self.embedding(batch.input_BL), ctx)
         return self.head(x_BLD), records
 

@@ -60,9 +60,9 @@ class CellModule(lightning.LightningModule):
             self.objectives, self.records = [], []
         ctx = batch_context(batch, training=True, seed=self.config.seed, step=self.global_step, micro_batch=micro_batch)
         output, records = self.model(batch, ctx)
-        token_loss_BL = self.task.token_loss(output, batch)
+        loss_BP = self.task.loss(output, batch)
         share = share_of(batch, self.config, self.mesh)
-        found = objective(token_loss_BL, batch, self.layers, records, self.config.router.losses, share)
+        found = objective(loss_BP, batch, self.layers, records, self.config.router.losses, share)
         self.objectives.append(found.detached())
         self.records.append(records)
         return found.total

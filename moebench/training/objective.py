@@ -20,8 +20,8 @@ class Objective:
     total: Tensor
     """What is differentiated."""
     task: Tensor
-    """Loss per position in nats, without any auxiliary loss: the mean over a step's micro-batches and processes is
-    that over all its positions."""
+    """Loss per prediction in nats, without any auxiliary loss: the mean over a step's micro-batches and processes is
+    that over all its predictions."""
     raw: Mapping[str, Tensor]
     """Auxiliary losses before their coefficient, mean over MoE layers."""
     weighted: Mapping[str, Tensor]
@@ -46,16 +46,16 @@ class Objective:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What makes the mean over micro-batches and processes of their losses the mean over a step's positions."""
+    """What makes the mean over micro-batches and processes of their losses the mean over a step's predictions."""
 
-    num_positions: int | Tensor
-    """Positions of the whole step that count, padding left out, of all micro-batches and processes."""
+    num_predictions: int | Tensor
+    """Sum of `Batch.count_BP` over the whole step, all its micro-batches and processes."""
     factor: int = 1
     """Micro-batches times processes."""
 
 
 def objective(
-    token_loss_BL: Tensor,
+    loss_BP: Tensor,
     batch: Batch,
     layers: Sequence[MoELayer],
     records: Sequence[LayerRecord],
@@ -66,20 +66,33 @@ def objective(
 
     `share`: the batch's share of its step; None: it is the whole step.
     """
-    token_loss_T = token_loss_BL.reshape(-1)
-    counted_T = token_loss_T if batch.valid_BL is None else token_loss_T[batch.valid_BL.reshape(-1)]
-    share = share or Share(num_positions=max(counted_T.numel(), 1))
-    task = counted_T.sum() / share.num_positions * share.factor
+    if batch.count_BP is not None:
+        loss_BP = loss_BP.where(batch.count_BP > 0, 0.0)
+    share = share or Share(num_predictions=_count(batch).clamp(min=1))
+    task = loss_BP.sum() / share.num_predictions * share.factor
     per_layer = [_raw_losses(layer, record, coefficients) for layer, record in zip(layers, records, strict=True)]
     names = per_layer[0] if per_layer else {}
     raw = {name: torch.stack([losses[name] for losses in per_layer]).mean() for name in names}
     weighted = {name: coefficients[name] * value for name, value in raw.items()}
     total = task + sum(weighted.values())
     for layer, record in zip(layers, records, strict=True):
-        learned = layer.router.objective(record, token_loss_T.detach())
+        learned = layer.router.objective(record, _token_loss(loss_BP.detach(), batch, record))
         if learned is not None:
             total = total + learned
     return Objective(total=total, task=task, raw=raw, weighted=weighted)
+
+
+def _count(batch: Batch) -> Tensor:
+    return torch.tensor(batch.weight_BP.numel()) if batch.count_BP is None else batch.count_BP.sum()
+
+
+def _token_loss(loss_BP: Tensor, batch: Batch, record: LayerRecord) -> Tensor:
+    """Return loss_T of the layer's tokens: each its own prediction's, or where there are fewer its sequence's mean."""
+    size, length = loss_BP.shape[0], record.routing.num_tokens // max(loss_BP.shape[0], 1)
+    if loss_BP.shape[1] != length:
+        count_BP = torch.ones_like(loss_BP) if batch.count_BP is None else batch.count_BP
+        loss_BP = (loss_BP.sum(1, keepdim=True) / count_BP.sum(1, keepdim=True).clamp(min=1)).expand(size, length)
+    return loss_BP.reshape(-1)
 
 
 def mean_of(objectives: Sequence[Objective], ranks: Ranks) -> dict[str, float]:

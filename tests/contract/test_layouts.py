@@ -14,7 +14,7 @@ from moebench.experts.layout import LAYOUTS
 from moebench.experts.projection import HeadBank, ProjectionBank
 from moebench.experts.widths import MATCH_TOLERANCE
 from moebench.models.build import build_backbone, cost_of
-from moebench.models.transformer import Block, Transformer
+from moebench.models.transformer import BatchContext, Block, Transformer
 from moebench.models.whole_model import StackBank, WholeModels
 from moebench.routing.values import LayerRecord, SoftRouting
 
@@ -214,3 +214,25 @@ def test_parameters_are_matched_if_asked(layout: str, total: float) -> None:
         theirs = sum(p.numel() for block in of_dense for p in block.parameters())
         assert ours == pytest.approx(total * theirs, rel=MATCH_TOLERANCE)
     assert held
+
+
+@every_layout
+def test_padding_is_not_read_where_attention_sees_all(layout: str) -> None:
+    backbone = stirred(backbone_of(config_of(layout, "top_k"), causal=False))
+    x_BLD, ctx = batch(training=False)
+    valid_BL = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    valid_BL[0] = False  # a sequence of padding alone
+    valid_BL[1, 10:] = False
+    padded = type(ctx)(training=False, seed=0, token_id_BL=ctx.token_id_BL, valid_BL=valid_BL)
+    other_BLD = torch.where(valid_BL[..., None], x_BLD, x_BLD + 7)
+    y_BLD, _ = backbone(x_BLD, padded)
+    assert y_BLD.isfinite().all()
+    torch.testing.assert_close(backbone(other_BLD, padded)[0][valid_BL], y_BLD[valid_BL], rtol=1e-4, atol=1e-4)
+    short_BLD, _ = backbone(x_BLD[1:2, :10], batch_of_one(ctx, 10))
+    torch.testing.assert_close(y_BLD[1, :10], short_BLD[0], rtol=1e-4, atol=1e-4)
+
+
+def batch_of_one(ctx: BatchContext, length: int) -> BatchContext:
+    """Return the context of the second sequence alone, cut to its first places."""
+    assert ctx.token_id_BL is not None
+    return type(ctx)(training=False, seed=0, token_id_BL=ctx.token_id_BL[1:2, :length])

@@ -123,13 +123,13 @@ class Watched(Language):
         self.seen.append(batch.input_BL)
         return batch
 
-    def token_loss(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
-        loss_BL = super().token_loss(output, batch)
+    def loss(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
+        loss_BP = super().loss(output, batch)
         if output.requires_grad:
             self.trained += 1
             if self.spoil is not None and self.trained == self.at:
-                return self.spoil(loss_BL)
-        return loss_BL
+                return self.spoil(loss_BP)
+        return loss_BP
 
 
 def assert_same_tree(ours: Any, theirs: Any, path: str = "") -> None:

@@ -28,7 +28,7 @@ def found(text, tmp_path, losses: dict[str, float], router: str = "switch") -> t
     with torch.no_grad():  # the head starts at zero and would let no gradient through
         module.model.head.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     output, records = module.model(batch, batch_context(batch, training=True, seed=0))
-    result = objective(task.token_loss(output, batch), batch, module.layers, records, losses)
+    result = objective(task.loss(output, batch), batch, module.layers, records, losses)
     result.total.backward()
     return result, {name: p.grad for name, p in module.named_parameters() if "router" in name}
 
@@ -82,9 +82,9 @@ class Bystander(torch.nn.Module):
         return None
 
 
-def batch_of(token_loss_BL: torch.Tensor, valid_BL: torch.Tensor | None = None) -> Batch:
-    zeros_BL = torch.zeros(token_loss_BL.shape, dtype=torch.int64)
-    return Batch(input_BL=zeros_BL, target_BL=zeros_BL, weight_BL=zeros_BL, domain_B=zeros_BL[:, 0], valid_BL=valid_BL)
+def batch_of(loss_BP: torch.Tensor, count_BP: torch.Tensor | None = None) -> Batch:
+    zeros_BP = torch.zeros(loss_BP.shape, dtype=torch.int64)
+    return Batch(input_BL=zeros_BP, target_BP=zeros_BP, weight_BP=zeros_BP, domain_B=zeros_BP[:, 0], count_BP=count_BP)
 
 
 def collapsed(layer: int, expert: int) -> LayerRecord:
@@ -105,11 +105,34 @@ def test_layers_are_averaged_and_never_pooled() -> None:
         assert result.total.item() == pytest.approx(1.0 + 3.0)
 
 
-def test_task_loss_is_the_mean_over_valid_positions() -> None:
-    loss_BL = torch.tensor([[1.0, 2.0], [3.0, 100.0]])
-    assert objective(loss_BL, batch_of(loss_BL), [], [], {}).task.item() == pytest.approx(26.5)
-    valid_BL = torch.tensor([[True, True], [True, False]])
-    assert objective(loss_BL, batch_of(loss_BL, valid_BL), [], [], {}).task.item() == pytest.approx(2.0)
+def test_task_loss_is_the_mean_over_what_is_predicted() -> None:
+    loss_BP = torch.tensor([[1.0, 2.0], [3.0, 100.0]])
+    assert objective(loss_BP, batch_of(loss_BP), [], [], {}).task.item() == pytest.approx(26.5)
+    count_BP = torch.tensor([[1, 1], [1, 0]])
+    assert objective(loss_BP, batch_of(loss_BP, count_BP), [], [], {}).task.item() == pytest.approx(2.0)
+    # One loss for many symbols: 6 nats for 2 and 8 nats for 5 symbols are 2 nats for a symbol.
+    of_sequences_BP, symbols_BP = torch.tensor([[6.0], [8.0]]), torch.tensor([[2], [5]])
+    assert objective(of_sequences_BP, batch_of(of_sequences_BP, symbols_BP), [], [], {}).task.item() == pytest.approx(
+        2.0
+    )
+
+
+class Rewarded(Bystander):
+    """Keeps the loss of each token that a router would learn from."""
+
+    def objective(self, record: LayerRecord, token_loss_T: torch.Tensor) -> None:
+        self.seen_T = token_loss_T
+
+
+def test_a_token_without_a_loss_of_its_own_gets_its_sequence_s() -> None:
+    layer, record = Rewarded(), collapsed(0, expert=0)  # 6 tokens
+    loss_BP = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, math.nan]])
+    count_BP = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    objective(loss_BP, batch_of(loss_BP, count_BP), [layer], [record], {})
+    assert layer.seen_T.tolist() == [1.0, 2.0, 3.0, 4.0, 5.0, 0.0]
+    loss_BP, count_BP = torch.tensor([[6.0], [8.0]]), torch.tensor([[2], [5]])
+    objective(loss_BP, batch_of(loss_BP, count_BP), [layer], [record], {})
+    assert layer.seen_T.tolist() == pytest.approx([3.0] * 3 + [1.6] * 3)
 
 
 def test_learning_rate_by_hand() -> None:
