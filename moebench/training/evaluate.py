@@ -50,7 +50,7 @@ def _evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, dev
     weights = torch.zeros(len(task.domains), dtype=torch.float64)
     counts: dict[int | str, LoadCount] = {}
     for whole in batches:
-        batch = whole if mesh.size == 1 else whole.part(mesh.share(len(whole.domain_B)))
+        batch = whole if mesh.size == 1 else whole.part(mesh.share(len(whole.domain_B), model.sequences_together))
         on_device = batch.to(device)
         output, records = model(on_device, batch_context(on_device, training=False, seed=seed))
         loss_BL, weight_BL = task.token_loss(output, on_device).double(), on_device.weight_BL.double()
