@@ -47,7 +47,7 @@ class DomainPosterior(Domain):
 
         name: str = "domain_posterior"
         prior: Literal["counted", "even"] = "counted"
-        """π in evaluation: the share of training tokens that each expert saw, or the same for all (where the domains
+        """Prior (π) in evaluation: the share of training tokens that each expert saw, or even (where the domains
         of the evaluation come in other shares than those of training)."""
         losses: dict[str, float] = field(default_factory=lambda: {"domain": 0.1})
 

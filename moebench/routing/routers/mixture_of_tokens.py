@@ -43,7 +43,7 @@ class MixtureOfTokens(Router):
         group_size: int = 8
         """Sequences in a group; the batch must be a multiple of it."""
         temperature: float = 1.0
-        """τ: towards 0 each expert takes one token of the group."""
+        """Of the softmax (τ): towards 0 each expert takes one token of the group."""
 
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__(config, site)
