@@ -100,6 +100,13 @@ class Bank(nn.Module):
         """Return what one expert computes: the slow, obvious form that the oracle of the tests uses."""
         raise NotImplementedError
 
+    def merged(self, x_GSD: Tensor, weight_GE: Tensor, dropout: Dropout | None = None) -> Tensor:
+        """Return y_GSD: the rows of each segment through one network with the parameters Σ_e w_ge θ_e.
+
+        Only experts of one shape have such a sum; where a plan has others, a router that merges is refused.
+        """
+        raise NotImplementedError
+
     def flops_per_row_E(self) -> tuple[int, ...]:
         """Forward FLOPs of one row through each expert."""
         raise NotImplementedError
@@ -135,6 +142,12 @@ def draw_experts(parameter: Tensor, std: float, generator: Generator) -> None:
             drawn = torch.empty(own_EX.shape[1:], dtype=own_EX.dtype).normal_(std=std, generator=generator)
             if first <= expert < first + own_EX.shape[0]:
                 own_EX[expert - first].copy_(drawn)
+
+
+def merge(weight_GE: Tensor, stack_EIO: Tensor) -> Tensor:
+    """Return each segment's sum of the experts' matrices, [G, I, O]: 2·E FLOPs per weight of one expert."""
+    merged_GX = weight_GE.to(stack_EIO.dtype) @ stack_EIO.flatten(1)
+    return merged_GX.view(-1, *stack_EIO.shape[1:])
 
 
 def double_loop(bank: Bank, x_TD: Tensor, routing: Routing) -> Tensor:

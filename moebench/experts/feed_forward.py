@@ -7,7 +7,7 @@ from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moebench.experts.activation import GATED, activate
-from moebench.experts.bank import Bank, draw_experts, local
+from moebench.experts.bank import Bank, draw_experts, local, merge
 from moebench.experts.dropout import Dropout
 from moebench.experts.grouped import grouped_matmul
 from moebench.experts.mixture import mixture
@@ -98,6 +98,17 @@ class ExpertBank(Bank):
         if meanwhile is not None:
             meanwhile()
         return y_TD
+
+    def merged(self, x_GSD: Tensor, weight_GE: Tensor, dropout: Dropout | None = None) -> Tensor:
+        """Return y_GSD; with `recompute`, the merged networks are made again in the backward pass too."""
+        if self.recompute and dropout is None:
+            y_GSD: Tensor = checkpoint(self._merged, x_GSD, weight_GE, use_reentrant=False)
+            return y_GSD
+        return self._merged(x_GSD, weight_GE, dropout)
+
+    def _merged(self, x_GSD: Tensor, weight_GE: Tensor, dropout: Dropout | None = None) -> Tensor:
+        hidden_GSF = activate(x_GSD @ merge(weight_GE, self.w_in_EDF), self.activation)
+        return (hidden_GSF if dropout is None else dropout(hidden_GSF)) @ merge(weight_GE, self.w_out_EFD)
 
     def expert(self, x_RD: Tensor, index: int) -> Tensor:
         """Return what one expert computes."""

@@ -9,14 +9,16 @@ from moebench.experts.bank import Bank
 from moebench.experts.capacity import Capacity
 from moebench.experts.dropout import Dropout
 from moebench.experts.feed_forward import FeedForward
+from moebench.experts.merge import merged_mixture
 from moebench.experts.overflow import Batch, passed_on, within_capacity
 from moebench.experts.soft import soft_mixture
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
+from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.ranks import Scopes
 from moebench.routing.router import Router
 from moebench.routing.seeds import generator
-from moebench.routing.values import LayerRecord, Routing, SoftRouting
+from moebench.routing.values import AnyRouting, LayerRecord, Routing
 
 
 class MoELayer(nn.Module):
@@ -69,12 +71,13 @@ class MoELayer(nn.Module):
             if self.shared is not None:
                 shared.append(self.shared(x_TD, dropout))
 
-        if isinstance(routing, SoftRouting) or isinstance(kept, SoftRouting):
-            assert isinstance(kept, SoftRouting)
+        if isinstance(kept, SoftRouting):
             y_TD = soft_mixture(self.bank, x_TD, kept, dropout, compute_shared)
+        elif isinstance(kept, MergeRouting):
+            y_TD = merged_mixture(self.bank, x_TD, kept, dropout, compute_shared)
         else:
             y_TD = self.bank.mixture(x_TD, kept, dropout, compute_shared)
-            if self.capacity.overflow == "pass" and kept is not routing:
+            if self.capacity.overflow == "pass" and isinstance(routing, Routing) and kept is not routing:
                 y_TD = y_TD + passed_on(routing, kept, x_TD)
         return self._with_shared(y_TD, x_TD, *shared), record
 
@@ -89,7 +92,7 @@ class MoELayer(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):  # routing is fp32 in every precision
             routing = self._routed(x_TD.float(), ctx)
         kept = routing
-        if not isinstance(routing, SoftRouting):
+        if isinstance(routing, Routing):
             if ctx.valid_T is not None:
                 routing = routing.keep(ctx.valid_T[routing.token_N])  # padding takes no slot and counts nowhere
             kept = self._within_capacity(routing, ctx)
@@ -102,10 +105,10 @@ class MoELayer(nn.Module):
             ranks=self.scopes.balance,
         )
 
-    def _routed(self, x_TD: Tensor, ctx: RouteContext) -> Routing | SoftRouting:
+    def _routed(self, x_TD: Tensor, ctx: RouteContext) -> AnyRouting:
         ranks = self.scopes.batch
         if ranks.size == 1 or not self.router.needs_whole_batch:
-            found: Routing | SoftRouting = self.router(x_TD, ctx)
+            found: AnyRouting = self.router(x_TD, ctx)
             return found
         whole = self.router(ranks.gather(x_TD), ctx.of_whole_batch(ranks))
         start = ctx.span.start if ctx.span else 0

@@ -43,6 +43,11 @@ class Experts:
     unit: int | None = None
     """Width of one unit where the layout itself fixes it; None: the layout's expert_width, or solved."""
 
+    @property
+    def can_merge(self) -> bool:
+        """Whether the experts' parameters have a sum: networks of one shape."""
+        return len(set(self.shapes)) == 1 and self.shapes[0].kind == "ffn"
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockPlan:

@@ -58,6 +58,13 @@ class DeepBank(Bank):
         assert y_RD is not None
         return y_RD
 
+    def merged(self, x_GSD: Tensor, weight_GE: Tensor, dropout: Dropout | None = None) -> Tensor:
+        """Return y_GSD: each of the networks is merged on its own."""
+        h_GSD = x_GSD
+        for bank in self._banks:
+            h_GSD = h_GSD + bank.merged(h_GSD, weight_GE, dropout)
+        return h_GSD - x_GSD
+
     def expert(self, x_RD: Tensor, index: int) -> Tensor:
         """Return what one expert computes."""
         h_RD = x_RD

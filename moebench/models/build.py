@@ -51,7 +51,13 @@ def _check_kinds(config: CellConfig, plan: tuple[BlockPlan, ...]) -> None:
     if router.is_dense:
         return
     special = any(block.attention or block.stack for block in plan)
-    if router.is_soft and (special or any(bank.groups > 1 for block in plan for bank in block.banks)):
+    banks = [bank for block in plan for bank in block.banks]
+    if router.merges and (special or any(bank.groups > 1 or not bank.can_merge for bank in banks)):
+        raise UsageError(
+            f"router.name: '{config.router.name}' sums the parameters of experts, and those of layout '{layout.name}'"
+            " are not feed-forward networks of one shape in one group (allowed: another router or another layout)"
+        )
+    if router.is_soft and (special or any(bank.groups > 1 for bank in banks)):
         raise UsageError(
             f"router.name: '{config.router.name}' mixes tokens into slots, and layout '{layout.name}' needs to know"
             " where each token goes (allowed: another router, or a layout of feed-forward experts in one group)"

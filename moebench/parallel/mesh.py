@@ -55,11 +55,15 @@ class Mesh:
         """Whether this process writes what is written once."""
         return self.rank == 0
 
-    def share(self, total: int) -> Span:
-        """Return which of `total` sequences this process holds: equal parts, the first ones longer by one."""
-        least, more = divmod(total, self.size)
-        start = self.rank * least + min(self.rank, more)
-        return Span(start=start, length=least + (self.rank < more), total=total)
+    def share(self, total: int, together: int = 1) -> Span:
+        """Return which of `total` sequences this process holds: equal parts, the first ones longer by one.
+
+        Parts are counted in runs of `together` sequences, none of which is cut; the last run may be shorter.
+        """
+        least, more = divmod(-(-total // together), self.size)
+        start = min(together * (self.rank * least + min(self.rank, more)), total)
+        end = min(start + together * (least + (self.rank < more)), total)
+        return Span(start=start, length=end - start, total=total)
 
     def agree(self, value: Any) -> Any:
         """Return what the first process says."""

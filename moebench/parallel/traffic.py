@@ -12,7 +12,8 @@ from torch import Tensor
 
 from moebench.experts.layer import MoELayer
 from moebench.parallel.collectives import Watch
-from moebench.routing.values import LayerRecord, SoftRouting
+from moebench.routing.mixing import SoftRouting
+from moebench.routing.values import LayerRecord
 
 
 @dataclass

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from moebench.errors import UsageError
 from moebench.registry import Registry
 from moebench.routing.context import RouteContext
-from moebench.routing.values import LayerRecord, Routing, SoftRouting
+from moebench.routing.values import AnyRouting, LayerRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,9 @@ class Router(nn.Module):
     is_dense: ClassVar[bool] = False
     """Needs one expert only: a model built with it holds plain feed-forward networks instead of banks."""
     is_soft: ClassVar[bool] = False
-    """Returns a SoftRouting: nothing is chosen, so capacity and overflow do not apply."""
+    """Returns a SoftRouting or a MergeRouting: nothing is chosen, so capacity and overflow do not apply."""
+    merges: ClassVar[bool] = False
+    """Returns a MergeRouting: needs experts of one shape, all of them on every process."""
 
     def __init__(self, config: Any, site: Site) -> None:
         super().__init__()
@@ -94,7 +96,7 @@ class Router(nn.Module):
     def check(cls, config: Any, num_experts: int) -> None:
         """Raise UsageError when the options do not fit the number of experts."""
 
-    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing | SoftRouting:
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> AnyRouting:
         """Assign the tokens `x_TD` (fp32) to experts."""
         raise NotImplementedError
 
@@ -105,6 +107,11 @@ class Router(nn.Module):
         Each of them routes all tokens and keeps what concerns its own.
         """
         return False
+
+    @classmethod
+    def sequences_together(cls, config: Any) -> int:
+        """Sequences, one after another, that are computed together: each process must hold a multiple of it."""
+        return 1
 
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
         """Raw losses that the algorithm brings itself, by the names in its `Facts.own_losses`.
@@ -138,7 +145,10 @@ class Router(nn.Module):
         """
 
     def rows_per_token(self, experts_per_token: int) -> float:
-        """Rows that the experts compute for one token, on average: its experts, unless rows are not tokens."""
+        """Rows that the experts compute for one token, on average: its experts, unless rows are not tokens.
+
+        To merge E experts costs as much as E rows through one of them: 2 FLOPs per weight.
+        """
         return experts_per_token
 
     def flops_per_token(self) -> int:

@@ -8,11 +8,11 @@ recomputation of activation checkpointing would count it twice.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.ranks import ALONE, Ranks
 
 
@@ -170,67 +170,8 @@ class Routing:
         return zeros.scatter_add(0, index_N, torch.ones_like(index_N) if self.kept_N is None else self.kept_N.long())
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SoftRouting:
-    """How much of each token goes into each slot and comes back from it: B groups of L tokens with S slots each.
-
-    A slot is a weighted mean of its group's tokens, and belongs to one expert: the first S/E slots of a group to
-    expert 0, the next to expert 1, and so on. Nothing is chosen, so nothing can be over capacity or dropped; padding
-    goes into no slot and gets nothing back.
-    """
-
-    dispatch_BLS: Tensor
-    """fp32: over the tokens of a group the weights of a slot sum to 1 (to 0 in a group of padding alone)."""
-    combine_BLS: Tensor
-    """fp32: over the slots the weights of a token sum to 1 (to 0 for padding)."""
-    num_experts: int
-    logits_BLS: Tensor | None = None
-    """fp32: what both softmaxes were taken of."""
-    logits_TE: ClassVar[None] = None
-    """There is no logit of a token and an expert, so the losses that need one do not exist."""
-    scores_TE: ClassVar[None] = None
-    """The same of scores."""
-    extras: Mapping[str, Tensor] = field(default_factory=dict)
-    """What the router's own losses need and nothing else carries, by name."""
-
-    @classmethod
-    def from_logits(cls, logits_BLS: Tensor, *, num_experts: int, valid_T: Tensor | None = None) -> "SoftRouting":
-        """Take the softmax over tokens to dispatch and over slots to combine (arXiv:2308.00951, eq. 1-3)."""
-        masked_BLS = logits_BLS
-        valid_BL1 = None if valid_T is None else valid_T.view(logits_BLS.shape[0], -1, 1)
-        if valid_BL1 is not None:  # the lowest number and not -inf, of which a group of padding alone would make NaN
-            masked_BLS = logits_BLS.masked_fill(~valid_BL1, torch.finfo(logits_BLS.dtype).min)
-        dispatch_BLS, combine_BLS = masked_BLS.softmax(1), logits_BLS.softmax(2)
-        if valid_BL1 is not None:
-            dispatch_BLS, combine_BLS = dispatch_BLS * valid_BL1, combine_BLS * valid_BL1
-        return cls(dispatch_BLS=dispatch_BLS, combine_BLS=combine_BLS, num_experts=num_experts, logits_BLS=logits_BLS)
-
-    @property
-    def num_tokens(self) -> int:
-        """T = B · L."""
-        return self.dispatch_BLS.shape[0] * self.dispatch_BLS.shape[1]
-
-    @property
-    def slots_per_expert(self) -> int:
-        """Slots of one expert in one group."""
-        return self.dispatch_BLS.shape[2] // self.num_experts
-
-    @property
-    def load_E(self) -> Tensor:
-        """Slots per expert with any token in them, int64: equal by construction."""
-        filled_BS = self.dispatch_BLS.detach().sum(1) > 0
-        return filled_BS.view(-1, self.num_experts, self.slots_per_expert).sum((0, 2))
-
-    @property
-    def importance_E(self) -> Tensor:
-        """Summed combine weights per expert."""
-        return self.combine_BLS.sum((0, 1)).view(self.num_experts, -1).sum(-1)
-
-    @property
-    def experts_per_token_T(self) -> Tensor:
-        """Experts that a token gets something back from, int64: all of them, or none for padding."""
-        weight_TEP = self.combine_BLS.detach().reshape(self.num_tokens, self.num_experts, self.slots_per_expert)
-        return (weight_TEP.sum(-1) > 0).sum(-1)
+AnyRouting = Routing | SoftRouting | MergeRouting
+"""What a router may return."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -239,9 +180,9 @@ class LayerRecord:
 
     layer: int | str
     """Index of the block, from 0; of experts in its attention, "3.attention"."""
-    routing: Routing | SoftRouting
+    routing: AnyRouting
     """Before capacity."""
-    kept: Routing | SoftRouting
+    kept: AnyRouting
     """After capacity: what the experts computed; the same assignments in the same order, some of them rerouted."""
     valid_T: Tensor | None = None
     """bool, False at padding; None when nothing is padded."""
@@ -283,7 +224,7 @@ class LayerRecord:
     @property
     def num_rerouted(self) -> int:
         """Assignments that another expert computed than the router chose."""
-        if isinstance(self.routing, SoftRouting) or isinstance(self.kept, SoftRouting):
+        if not isinstance(self.routing, Routing) or not isinstance(self.kept, Routing):
             return 0
         return int((self.kept.counted_N & (self.kept.expert_N != self.routing.expert_N)).sum())
 

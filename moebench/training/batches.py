@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from moebench.parallel.mesh import Mesh
+from moebench.routing.router import ROUTERS
 from moebench.schema import CellConfig
 from moebench.tasks.task import Batch, Task
 from moebench.training.objective import Share
@@ -33,7 +34,8 @@ class StepBatches(IterableDataset[Batch]):
     def _micro_batches(self, step: int) -> list[Batch]:
         train = self.config.train
         size = train.batch_size // train.accumulate
-        span = self.mesh.share(size)
+        router = self.config.router
+        span = self.mesh.share(size, ROUTERS.get(router.name).item.sequences_together(router))
         found = []
         for start in range(0, train.batch_size, size):
             part = slice(start + span.start, start + span.start + span.length)

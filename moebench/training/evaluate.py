@@ -50,7 +50,7 @@ def _evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, dev
     sums: dict[str, Tensor] = {}
     counts: dict[int | str, LoadCount] = {}
     for whole in batches:
-        batch = whole if mesh.size == 1 else whole.part(mesh.share(len(whole.domain_B)))
+        batch = whole if mesh.size == 1 else whole.part(mesh.share(len(whole.domain_B), model.sequences_together))
         on_device = batch.to(device)
         output, records = model(on_device, batch_context(on_device, training=False, seed=seed))
         for name, value in task.sums(output, on_device).items():

@@ -30,6 +30,12 @@ class Model(nn.Module):
         x_BLD, records = self.backbone(self.embedding(batch.input_BL), ctx)
         return self.head(x_BLD), records
 
+    @property
+    def sequences_together(self) -> int:
+        """Sequences that must be on the same process (see `Router.sequences_together`)."""
+        routers = [layer.router for layer in self.backbone.moe_layers()]
+        return max((router.sequences_together(router.config) for router in routers), default=1)
+
 
 def check_cell(config: CellConfig) -> None:
     """Raise UsageError for what can be known before any data is read: options that do not fit, a refused router."""
@@ -38,6 +44,7 @@ def check_cell(config: CellConfig) -> None:
         raise UsageError("train.device: 'cuda' was asked for, but torch finds no CUDA device (allowed: auto, cpu)")
     _check_overflow(config)
     _check_spread(config)
+    _check_together(config)
     task = TASKS.get(config.task.name, where="task.name")
     leak = _leak(config)
     if task.facts.causal and not config.allow_noncausal and leak:
@@ -100,9 +107,27 @@ def _check_spread(config: CellConfig) -> None:
     """Refuse a mesh over which the experts of some layer cannot be dealt out evenly."""
     if config.parallel.expert == 1 or ROUTERS.get(config.router.name).item.is_dense:
         return
+    if ROUTERS.get(config.router.name).item.merges:
+        raise UsageError(
+            f"parallel.expert={config.parallel.expert}: router '{config.router.name}' merges the parameters of all"
+            " experts, so every process needs them (allowed: parallel.expert=1 and parallel.data)"
+        )
     for block in plan_of(config):
         for experts in block.banks:
             check_spread(experts, config.parallel.expert, config.layout.name)
+
+
+def _check_together(config: CellConfig) -> None:
+    """Refuse batches that cannot be divided into the groups of sequences for which the arm's cost is counted."""
+    together = ROUTERS.get(config.router.name).item.sequences_together(config.router)
+    size = config.train.batch_size // config.train.accumulate
+    if size % together:
+        cut = f" in train.accumulate={config.train.accumulate} parts" if config.train.accumulate > 1 else ""
+        raise UsageError(
+            f"train.batch_size={config.train.batch_size}{cut} does not divide into groups of {together} sequences,"
+            f" which router '{config.router.name}' mixes (allowed: a multiple of {together * config.train.accumulate},"
+            " or another router.group_size)"
+        )
 
 
 def _leak(config: CellConfig) -> str | None:
@@ -111,7 +136,7 @@ def _leak(config: CellConfig) -> str | None:
     named = f"router.name: '{config.router.name}' is not causal"
     if not router.facts.causal:
         return f"{named}: {router.facts.causal_reason}"
-    if router.item.is_dense or capacity.is_dropless:
+    if router.item.is_dense or router.item.is_soft or capacity.is_dropless:
         return None
     if router.facts.batch_dependent and router.facts.learned:
         return f"{named} with a capacity: a place depends on other sequences, which look at later tokens (no capacity)"

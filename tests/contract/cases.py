@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from moebench.errors import UsageError
+from moebench.experts.activation import activate
 from moebench.experts.bank import Bank, double_loop
 from moebench.experts.capacity import Capacity
 from moebench.experts.feed_forward import ExpertBank
@@ -32,8 +33,9 @@ from moebench.experts.soft import slot_loop
 from moebench.models.transformer import init_weights
 from moebench.routing.context import RouteContext
 from moebench.routing.losses import LOSSES
+from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
-from moebench.routing.values import LayerRecord, Routing, SoftRouting
+from moebench.routing.values import AnyRouting, LayerRecord
 
 D_MODEL = 8
 VOCAB = 50
@@ -73,6 +75,11 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "base": [{"solver": "auction"}, {"solver": "exact"}],
     "sinkhorn": [{"top_k": 3}],
     "soft_moe": [{"slots_per_expert": 1}, {"average_experts": 2}],
+    "mixture_of_tokens": [{"group_size": 2, "temperature": 0.5}],
+    "smear": [{"expert_dropout": 0.0}, {"expert_dropout": 0.6}],
+    "lory": [{"segment_length": 3}],
+    "domain_posterior": [{"prior": "even"}],
+    "limoe": [{"top_k": 2, "least_experts": 4}],
 }
 """Options beside the defaults. A router that is not here (a plugin's) is tested with its defaults."""
 
@@ -117,7 +124,7 @@ class Case:
 
     @property
     def is_soft(self) -> bool:
-        """Whether the router mixes tokens into slots instead of listing assignments."""
+        """Whether the router mixes tokens or parameters instead of listing assignments."""
         return self.router_class.is_soft
 
     @property
@@ -154,11 +161,11 @@ class Case:
 class Replayed(Router):
     """Returns a given routing, so that the experts can be checked in fp64 apart from the fp32 of the routers."""
 
-    def __init__(self, routing: Routing | SoftRouting) -> None:
+    def __init__(self, routing: AnyRouting) -> None:
         super().__init__(RouterConfig(name="replayed"), Site(d_model=D_MODEL, num_experts=routing.num_experts))
         self.routing = routing
 
-    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing | SoftRouting:
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> AnyRouting:
         return self.routing
 
 
@@ -346,8 +353,21 @@ def run(layer: MoELayer, tokens: Tokens, *, training: bool, seed: int = 0) -> tu
     return layer(tokens.x_TD, tokens.context(training=training, seed=seed))
 
 
-def slow_mixture(bank: Bank, x_TD: Tensor, routing: Routing | SoftRouting) -> Tensor:
+def merge_loop(bank: ExpertBank, x_TD: Tensor, routing: MergeRouting) -> Tensor:
+    """Return each token through a network whose parameters are summed for it alone: the oracle of merging."""
+    tokens = []
+    for x_D, weight_E in zip(x_TD, routing.weight_TE.to(x_TD.dtype), strict=True):
+        w_in_DF = sum(weight * w_DF for weight, w_DF in zip(weight_E, bank.w_in_EDF, strict=True))
+        w_out_FD = sum(weight * w_FD for weight, w_FD in zip(weight_E, bank.w_out_EFD, strict=True))
+        tokens.append(activate(x_D @ w_in_DF, bank.activation) @ w_out_FD)
+    return torch.stack(tokens) if tokens else x_TD * 0
+
+
+def slow_mixture(bank: Bank, x_TD: Tensor, routing: AnyRouting) -> Tensor:
     """Return what the experts give by a plain loop."""
+    if isinstance(routing, MergeRouting):
+        assert isinstance(bank, ExpertBank)
+        return merge_loop(bank, x_TD, routing)
     return (slot_loop if isinstance(routing, SoftRouting) else double_loop)(bank, x_TD, routing)
 
 
@@ -357,21 +377,25 @@ def raw_losses(router: Router, record: LayerRecord) -> dict[str, Tensor]:
     return own | {name: LOSSES.get(name).item(record) for name in router.config.losses if name not in own}
 
 
-def weight_table(routing: Routing | SoftRouting) -> Tensor:
+def weight_table(routing: AnyRouting) -> Tensor:
     """Return the weights as one row per token: two routings with equal tables are the same.
 
     A column for each expert, 0 where a token does not go; of soft routing two columns for each slot, in and out.
     """
+    if isinstance(routing, MergeRouting):
+        return routing.weight_TE
     if isinstance(routing, SoftRouting):
-        return torch.cat([routing.dispatch_BLS, routing.combine_BLS], dim=-1).flatten(0, 1)
+        return routing.ungrouped(torch.cat([routing.dispatch_BLS, routing.combine_BLS], dim=-1))
     table_TE = torch.zeros(routing.num_tokens, routing.num_experts, dtype=routing.weight_N.dtype)
     return table_TE.index_put((routing.token_N, routing.expert_N), routing.weight_N)
 
 
-def assigned_TE(routing: Routing | SoftRouting) -> Tensor:
+def assigned_TE(routing: AnyRouting) -> Tensor:
     """Return who goes where as a table of bools."""
+    if isinstance(routing, MergeRouting):
+        return routing.weight_TE > 0
     if isinstance(routing, SoftRouting):
-        return routing.combine_BLS.flatten(0, 1).unflatten(-1, (routing.num_experts, -1)).sum(-1) > 0
+        return routing.ungrouped(routing.combine_BLS).unflatten(-1, (routing.num_experts, -1)).sum(-1) > 0
     table_TE = torch.zeros(routing.num_tokens, routing.num_experts, dtype=torch.bool)
     routing = routing.compact()
     table_TE[routing.token_N, routing.expert_N] = True

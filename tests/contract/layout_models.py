@@ -52,6 +52,13 @@ def batch(*, training: bool, seed: int = 0, size: int = BATCH, length: int = LEN
     return x_BLD, BatchContext(training=training, seed=seed, token_id_BL=token_id_BL, domain_B=domain_B)
 
 
+UNLIKE = (
+    *("attention", "moduleformer", "whole_model", "hierarchical", "prototypes"),
+    *("heterogeneous", "zero_computation"),
+)
+"""Layouts whose experts are not feed-forward networks of one shape behind one router."""
+
+
 def may_refuse(layout: str, router: str) -> str:
     """Return why a layout may refuse a router with its default options, empty when it must not: the one list.
 
@@ -61,6 +68,8 @@ def may_refuse(layout: str, router: str) -> str:
     """
     router_class = ROUTERS.get(router).item
     config = router_class.Config()
+    if router_class.merges and layout in UNLIKE:
+        return "sums the parameters of experts"
     if router_class.is_soft and layout in ("attention", "moduleformer", "whole_model", "hierarchical", "prototypes"):
         return "mixes tokens into slots"
     if layout == "fine_grained" and router == "multi_gate":

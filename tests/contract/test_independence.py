@@ -191,7 +191,10 @@ def test_padding_takes_no_slot(case: Case, factor: float) -> None:
     torch.testing.assert_close(padded_TD[:20], y_TD)
 
 
-PLACED = ("expert_choice_by_position", "hash_bigram", "hash_position", "hash_future")
+PLACED = (
+    *("expert_choice_by_position", "hash_bigram", "hash_position", "hash_future"),
+    *("mixture_of_tokens", "lory", "domain_posterior"),
+)
 """Routers that look at a token's place in its sequence or at its neighbours: only whole sequences can change places."""
 
 

@@ -1,5 +1,7 @@
 """The fast MoE layer against a slow double loop."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from contract.cases import (
@@ -24,7 +26,8 @@ from moebench.experts.feed_forward import ExpertBank, FeedForward
 from moebench.experts.grouped import grouped_matmul
 from moebench.experts.layer import MoELayer
 from moebench.models.transformer import init_weights
-from moebench.routing.values import Routing, SoftRouting
+from moebench.routing.mixing import MergeRouting, SoftRouting
+from moebench.routing.values import AnyRouting, Routing
 
 FACTORS = (None, 0.25, 1.0, 1.25, 10.0)
 ACTIVATIONS = ("gelu", "swiglu")
@@ -42,11 +45,14 @@ def test_fast_layer_equals_the_double_loop(case: Case, factor: float | None, act
     assert_same_in_fp64(layer, tokens, record.kept)
 
 
-def replayed(kept: Routing | SoftRouting) -> tuple[Routing | SoftRouting, list[Tensor]]:
+def replayed(kept: AnyRouting) -> tuple[AnyRouting, list[Tensor]]:
     """Return who goes where with fp64 weights, and those weights."""
     if isinstance(kept, SoftRouting):
         leaves = [weight_BLS.detach().double().requires_grad_() for weight_BLS in (kept.dispatch_BLS, kept.combine_BLS)]
-        return SoftRouting(dispatch_BLS=leaves[0], combine_BLS=leaves[1], num_experts=kept.num_experts), leaves
+        return replace(kept, dispatch_BLS=leaves[0], combine_BLS=leaves[1]), leaves
+    if isinstance(kept, MergeRouting):
+        weight_GE = kept.weight_GE.detach().double().requires_grad_()
+        return replace(kept, weight_GE=weight_GE), [weight_GE]
     kept = kept.compact()
     weight_N = kept.weight_N.detach().double().requires_grad_()
     replay = Routing(
@@ -60,7 +66,7 @@ def replayed(kept: Routing | SoftRouting) -> tuple[Routing | SoftRouting, list[T
     return replay, [weight_N]
 
 
-def assert_same_in_fp64(layer: MoELayer, tokens: Tokens, kept: Routing | SoftRouting) -> None:
+def assert_same_in_fp64(layer: MoELayer, tokens: Tokens, kept: AnyRouting) -> None:
     """Replay who goes where with fp64 weights: what is left to differ is the order of the sums."""
     replay, weights = replayed(kept)
     bank = ExpertBank(D_MODEL, layer.bank.w_out_EFD.shape[1], kept.num_experts, layer.bank.activation).double()

@@ -16,7 +16,8 @@ from moebench.experts.widths import MATCH_TOLERANCE
 from moebench.models.build import build_backbone, cost_of
 from moebench.models.transformer import BatchContext, Block, Transformer
 from moebench.models.whole_model import StackBank, WholeModels
-from moebench.routing.values import LayerRecord, SoftRouting
+from moebench.routing.mixing import MergeRouting, SoftRouting
+from moebench.routing.values import LayerRecord
 
 NUM_TOKENS = BATCH * LENGTH
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.names())
@@ -54,12 +55,24 @@ def counted_flops(backbone: Transformer, records: list[LayerRecord]) -> int:
 
 def correction(layer: MoELayer, record: LayerRecord) -> int:
     """Experts at their real load instead of an even one."""
+    if isinstance(record.kept, MergeRouting):
+        return 0  # every segment has its merge and its rows
     if isinstance(record.kept, SoftRouting):
-        return 0  # its rows are slots, a fixed number for each expert
+        return smaller_groups(layer, record.kept)
     flops_E = layer.bank.flops_per_row_E()
     even = layer.experts_per_token * sum(flops_E) // len(flops_E)
     real = sum(load * flops for load, flops in zip(record.kept.load_E.tolist(), flops_E, strict=True))
     return real - NUM_TOKENS * even
+
+
+def smaller_groups(layer: MoELayer, kept: SoftRouting) -> int:
+    """Slots of groups that are not full cost as much: there are more groups for these tokens than counted on."""
+    num_groups, size, num_slots = kept.dispatch_BLS.shape
+    flops_E = layer.bank.flops_per_row_E()
+    counted_on = int(layer.router.rows_per_token(layer.experts_per_token) * sum(flops_E) / len(flops_E))
+    rows = num_groups * kept.slots_per_expert * sum(flops_E) - NUM_TOKENS * counted_on
+    places = num_groups * size - NUM_TOKENS
+    return rows + places * 2 * 2 * num_slots * D_MODEL
 
 
 def stack_flops(block: WholeModels, record: LayerRecord) -> int:

@@ -28,7 +28,8 @@ from moebench.config import resolve, to_plain, to_yaml
 from moebench.errors import UsageError
 from moebench.experts.layer import MoELayer
 from moebench.routing.losses import LOSSES
-from moebench.routing.values import Routing, SoftRouting
+from moebench.routing.mixing import MergeRouting, SoftRouting
+from moebench.routing.values import AnyRouting
 
 every_case = thinned_sizes()
 every_case_of_8 = pytest.mark.parametrize("case", cases_of(8), ids=str)
@@ -41,7 +42,10 @@ def test_no_router_is_left_out(case: Case) -> None:
     assert {8, 9} <= sizes, f"{case.name} is covered for E in {sizes} only"
 
 
-def assert_well_formed(routing: Routing | SoftRouting) -> None:
+def assert_well_formed(routing: AnyRouting) -> None:
+    if isinstance(routing, MergeRouting):
+        assert_well_formed_merge(routing)
+        return
     if isinstance(routing, SoftRouting):
         assert_well_formed_soft(routing)
         return
@@ -69,13 +73,26 @@ def assert_well_formed(routing: Routing | SoftRouting) -> None:
 
 
 def assert_well_formed_soft(routing: SoftRouting) -> None:
-    for weight_BLS, summed in ((routing.dispatch_BLS, 1), (routing.combine_BLS, 2)):
+    for weight_BLS in (routing.dispatch_BLS, routing.combine_BLS):
         assert weight_BLS.dtype == torch.float32
         assert weight_BLS.shape == routing.dispatch_BLS.shape
         assert (weight_BLS >= 0).all()
-        sums = weight_BLS.sum(summed)
-        torch.testing.assert_close(sums, torch.ones_like(sums))
+    sums = [routing.dispatch_BLS.sum(1)]
+    if routing.combine_BLS is not routing.dispatch_BLS:  # one softmax for both ways, over the tokens of a group
+        sums.append(routing.combine_BLS.sum(2))
+    for summed in sums:
+        torch.testing.assert_close(summed, torch.ones_like(summed))
     assert routing.dispatch_BLS.shape[2] == routing.num_experts * routing.slots_per_expert
+
+
+def assert_well_formed_merge(routing: MergeRouting) -> None:
+    assert routing.weight_GE.dtype == torch.float32
+    assert (routing.weight_GE >= 0).all()
+    torch.testing.assert_close(routing.weight_GE.sum(1), torch.ones(routing.weight_GE.shape[0]))
+    assert routing.weight_TE.shape == (routing.num_tokens, routing.num_experts)
+    assert routing.logits_TE is not None
+    assert routing.logits_TE.shape == (routing.num_tokens, routing.num_experts)
+    assert routing.logits_TE.dtype == torch.float32
 
 
 @every_case
@@ -128,7 +145,7 @@ def test_evaluation_repeats_and_changes_no_state(case: Case) -> None:
 
 @every_case_of_8
 def test_task_loss_reaches_the_router_if_it_learns(case: Case) -> None:
-    layer, tokens = case.layer(), Tokens.draw(64)
+    layer, tokens = case.layer(), Tokens.draw(64, length=16)
     y_TD, _ = run(layer, tokens, training=True)
     (y_TD * torch.randn(y_TD.shape, generator=torch.Generator().manual_seed(5))).sum().backward()
     gradients = {name: parameter.grad for name, parameter in layer.router.named_parameters()}

@@ -13,10 +13,11 @@ from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.soft import slot_loop, soft_mixture
 from moebench.models.transformer import init_weights
 from moebench.routing.metrics import LoadCount, summarise
+from moebench.routing.mixing import SoftRouting
 from moebench.routing.routers.soft_moe import SoftMoE
-from moebench.routing.values import SoftRouting
 
 every_soft_case = pytest.mark.parametrize("case", [case for case in cases_of(8) if case.is_soft], ids=str)
+every_soft_moe = pytest.mark.parametrize("case", [case for case in cases_of(8) if case.name == "soft_moe"], ids=str)
 
 
 def by_hand() -> SoftRouting:
@@ -56,7 +57,7 @@ def test_slots_go_through_their_experts() -> None:
     torch.testing.assert_close(slot_loop(bank, x_TD, by_hand()), expected_TD)
 
 
-@every_soft_case
+@every_soft_moe
 def test_each_sequence_has_slots_of_its_own(case: Case) -> None:
     layer, tokens = case.layer(), Tokens.draw(48, length=16)
     y_TD, record = run(layer, tokens, training=False)
@@ -66,10 +67,11 @@ def test_each_sequence_has_slots_of_its_own(case: Case) -> None:
 @every_soft_case
 def test_nothing_is_dropped_whatever_the_capacity(case: Case) -> None:
     tokens, results = Tokens.draw(32, length=16), []
-    for capacity in (Capacity(), Capacity(train=0.1), Capacity(train=0.1, overflow="reroute")):
-        y_TD, record = run(case.layer(capacity=capacity), tokens, training=True)
+    for capacity in (Capacity(), Capacity(eval=0.1), Capacity(eval=0.1, overflow="reroute")):
+        y_TD, record = run(case.layer(capacity=capacity), tokens, training=False)
         assert record.num_dropped == record.num_rerouted == record.num_unserved == 0
-        assert record.kept.load_E.tolist() == [2 * record.kept.slots_per_expert] * 8
+        assert record.kept.load_E.unique().numel() == 1
+        assert record.kept.load_E.min() > 0
         summary = summarise([LoadCount.of(record)])
         assert summary["load/cv"] == summary["load/drop_rate"] == summary["load/unserved"] == 0
         results.append(y_TD)
@@ -77,7 +79,7 @@ def test_nothing_is_dropped_whatever_the_capacity(case: Case) -> None:
     assert torch.equal(results[0], results[2])
 
 
-@every_soft_case
+@every_soft_moe
 def test_a_scale_of_0_mixes_all_tokens_evenly(case: Case) -> None:
     layer, tokens = case.layer(), Tokens.draw(16)
     with torch.no_grad():
@@ -88,7 +90,7 @@ def test_a_scale_of_0_mixes_all_tokens_evenly(case: Case) -> None:
     torch.testing.assert_close(y_TD, expected_D.expand(16, -1))
 
 
-@every_soft_case
+@every_soft_moe
 def test_lengths_of_vectors_do_not_matter(case: Case) -> None:
     router, tokens = case.router(), Tokens.draw(16)
     longer = dataclasses.replace(tokens, x_TD=3 * tokens.x_TD)

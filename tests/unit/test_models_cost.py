@@ -18,7 +18,18 @@ from moebench.routing.router import ROUTERS
 from moebench.training.evaluate import batch_context
 from moebench.training.model import initialised_model, model_cost, prepare_task
 
-ROUTERS_COUNTED = ["dense", "switch", "top_k", "all_experts", "noisy_top_k", "random", "hash", "soft_moe"]
+ROUTERS_COUNTED = [
+    "dense",
+    "switch",
+    "top_k",
+    "all_experts",
+    "noisy_top_k",
+    "random",
+    "hash",
+    "soft_moe",
+    "smear",
+    "lory",
+]
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,8 @@ class Domain(Router):
 
     With more domains than experts several share one. In evaluation the label may be unknown: `prior` mixes all experts
     by the share of training tokens that each saw. The paper's posterior, the prior times the likelihood of the text so
-    far under each expert, needs the model's own predictions with each expert and is no routing.
+    far under each expert, needs the model's own predictions with each expert and is no routing; `domain_posterior` has
+    a posterior that fits in a layer.
     """
 
     count_E: Tensor

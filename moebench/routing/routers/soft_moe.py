@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from moebench.errors import UsageError, require
 from moebench.routing.context import RouteContext
+from moebench.routing.mixing import SoftRouting
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
-from moebench.routing.values import SoftRouting
 
 
 @ROUTERS.register(

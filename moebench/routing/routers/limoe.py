@@ -1,0 +1,93 @@
+"""LIMoE: V-MoE with one expert per token, and entropies that keep every modality spread over several experts."""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moebench.errors import require
+from moebench.routing.context import RouteContext
+from moebench.routing.router import ROUTERS, Facts, Site
+from moebench.routing.routers.v_moe import VMoE
+from moebench.routing.values import LayerRecord, Routing
+
+
+@ROUTERS.register(
+    Facts(
+        family="token choice",
+        equation="p = softmax(W x + noise),  y = p_i · E_i(x), i = argmax p;  losses mean_t H(p_t) and, for each"
+        " domain d, max(0, ln S - H(mean_{t∈d} p_t))",
+        paper="arXiv:2206.02770, section 2.2 (entropy losses)",
+        causal=True,
+        causal_reason="dropless, each token is routed by its own vector and its own noise",
+        batch_dependent=False,
+        causal_with_capacity=False,  # batch prioritized, as V-MoE
+        own_losses=("score_importance", "load", "domain_entropy"),
+    )
+)
+class LIMoE(VMoE):
+    """One expert per token, batch prioritized, with local and global entropy losses (Mustafa et al. 2022).
+
+    Losses over all tokens are content when each modality has one expert of its own; the global entropy of each
+    modality is not, as long as its tokens use fewer than S experts. Here a modality is a domain of the task; a task
+    that names none has one. The paper gives both entropies to text alone, whose tokens are few beside those of images;
+    here all domains have them. Its weights were found for images with text: 0.04 for both is where to start.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(VMoE.Config):
+        """Options of LIMoE."""
+
+        name: str = "limoe"
+        top_k: int = 1
+        """Experts per token."""
+        least_experts: int | None = None
+        """S: a domain whose tokens are spread as evenly as over so many experts has no loss; null: all experts."""
+        losses: dict[str, float] = field(
+            default_factory=lambda: {
+                "score_importance": 0.01,
+                "load": 0.01,
+                "z": 0.001,
+                "local_entropy": 0.04,
+                "domain_entropy": 0.04,
+            }
+        )
+
+    def __init__(self, config: Any, site: Site) -> None:
+        super().__init__(config, site)
+        self.num_domains = site.num_domains or 1
+        self.least_experts: int = config.least_experts or site.num_experts
+
+    @classmethod
+    def check(cls, config: Any, num_experts: int) -> None:
+        """Refuse what V-MoE refuses, and a number of experts that there are not."""
+        super().check(config, num_experts)
+        least = config.least_experts
+        fits = least is None or 1 <= least <= num_experts
+        require(fits, "router.least_experts", least, f"null or from 1 to layout.num_experts={num_experts}")
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
+        """Send each token to its most probable expert, and note its domain."""
+        routing = super().forward(x_TD, ctx)
+        domain_T = torch.zeros(x_TD.shape[0], dtype=torch.int64, device=x_TD.device)
+        domain_T = domain_T if ctx.domain_T is None else ctx.domain_T
+        return replace(routing, extras={**routing.extras, "domain_T": domain_T})
+
+    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
+        """Return V-MoE's losses, and the mean over domains of what the entropy of their mean probabilities lacks."""
+        return super().losses(record) | {"domain_entropy": self._domain_entropy(record)}
+
+    def _domain_entropy(self, record: LayerRecord) -> Tensor:
+        """0 when each domain is spread over S experts or more, ln S when each has one expert."""
+        logits_TE = record.routing.logits_TE
+        assert logits_TE is not None
+        in_domain_TG = functional.one_hot(record.routing.extras["domain_T"], self.num_domains).to(logits_TE.dtype)
+        mean_GE = record.mean(in_domain_TG.unsqueeze(-1) * logits_TE.softmax(-1).unsqueeze(1))
+        share_G = mean_GE.sum(-1)  # of all tokens; 0 where a domain does not occur, which then does not count
+        mean_GE = mean_GE / share_G.clamp(min=1e-20).unsqueeze(-1)
+        entropy_G = -(mean_GE * mean_GE.clamp(min=1e-20).log()).sum(-1)
+        lacking_G = (math.log(self.least_experts) - entropy_G).clamp(min=0) * (share_G > 0)
+        return lacking_G.sum() / (share_G > 0).sum().clamp(min=1)

@@ -1,0 +1,95 @@
+"""Mixture of Tokens: every expert computes one mean of the tokens at a position of several sequences."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moebench.errors import require
+from moebench.routing.context import RouteContext
+from moebench.routing.gate import Gate
+from moebench.routing.mixing import SoftRouting, in_places, softmax_over_tokens
+from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+
+
+@ROUTERS.register(
+    Facts(
+        family="soft",
+        equation="M_e = softmax over the group (x W_e / τ),  m_e = Σ_t M_te x_t,  y_t = Σ_e M_te E_e(m_e)",
+        paper="arXiv:2310.15961, section 3",
+        causal=True,
+        causal_reason="a token is mixed only with tokens at the same position of other sequences",
+        batch_dependent=True,
+        makes_scores=False,
+    )
+)
+class MixtureOfTokens(Router):
+    """Continuous mixing that a decoder can use (Antoniak et al. 2023).
+
+    A group is the tokens at one position of `group_size` sequences that follow each other in the batch: no token sees
+    the future, and every output depends on which sequences stand side by side, in evaluation too. In a batch that
+    ends in a smaller group its mixes are of fewer tokens; a group of one is the sum of all experts. With several
+    processes each holds whole groups, so the mixes are those of one process. Each expert computes E / group_size of
+    the rows of one that sees every token.
+    """
+
+    is_soft = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        """Options of Mixture of Tokens."""
+
+        name: str = "mixture_of_tokens"
+        group_size: int = 8
+        """Sequences in a group; the batch must be a multiple of it."""
+        temperature: float = 1.0
+        """Of the softmax (τ): towards 0 each expert takes one token of the group."""
+
+    def __init__(self, config: Config, site: Site) -> None:
+        super().__init__(config, site)
+        self.gate = Gate(site.d_model, site.num_experts)
+        self.group_size = config.group_size
+        self.temperature = config.temperature
+
+    @classmethod
+    def experts_per_token(cls, config: Config, num_experts: int) -> int:
+        """Return E / group size, rounded up: the rows that are computed for a token (see `rows_per_token`)."""
+        return -(-num_experts // config.group_size)
+
+    @classmethod
+    def check(cls, config: Config, num_experts: int) -> None:
+        """Refuse groups of nobody and a temperature of 0."""
+        require(config.group_size >= 1, "router.group_size", config.group_size, "at least 1")
+        require(config.temperature > 0, "router.temperature", config.temperature, "greater than 0")
+
+    @classmethod
+    def sequences_together(cls, config: Config) -> int:
+        """Return the group size."""
+        return config.group_size
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> SoftRouting:
+        """Mix each group into one token for each expert, and give each its share of what the expert makes of it."""
+        num_tokens, length, size = x_TD.shape[0], ctx.sequence_length, self.group_size
+        num_places = -(-num_tokens // (length * size)) * length * size
+        token_T = torch.arange(num_tokens, device=x_TD.device)
+        sequence_T, position_T = token_T // length, token_T % length
+        place_T = (sequence_T // size * length + position_T) * size + sequence_T % size
+        valid_T = torch.ones_like(token_T, dtype=torch.bool) if ctx.valid_T is None else ctx.valid_T
+        valid_BL1 = in_places(valid_T.unsqueeze(-1), place_T, num_places).view(-1, size, 1)
+        logits_BLE = in_places(self.gate(x_TD) / self.temperature, place_T, num_places).view(-1, size, self.num_experts)
+        share_BLE = softmax_over_tokens(logits_BLE, valid_BL1)
+        return SoftRouting(
+            dispatch_BLS=share_BLE,
+            combine_BLS=share_BLE,
+            num_experts=self.num_experts,
+            place_T=place_T,
+            logits_BLS=logits_BLE,
+        )
+
+    def rows_per_token(self, experts_per_token: int) -> float:
+        """Return E / group size: one row for each expert and group."""
+        return self.num_experts / self.group_size
+
+    def flops_per_token(self) -> int:
+        """Return 3 · 2·E·D: the logits, the mixing of a group and the mixing back."""
+        return 3 * 2 * self.gate.weight_ED.numel()

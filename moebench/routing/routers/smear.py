@@ -1,0 +1,100 @@
+"""SMEAR: one merge of all experts' parameters for each sequence."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moebench.errors import require
+from moebench.routing.context import RouteContext
+from moebench.routing.gate import Gate
+from moebench.routing.mixing import MergeRouting, by_segments
+from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+
+
+@ROUTERS.register(
+    Facts(
+        family="soft",
+        equation="r = mean_t x_t,  w = softmax(s · LN(W) LN(r) / √D),  θ̄ = Σ_e w_e θ_e,  y_t = E(x_t; θ̄)",
+        paper="arXiv:2306.03745, section 3",
+        causal=False,
+        causal_reason="the merge depends on the mean of the whole sequence",
+        batch_dependent=False,
+        makes_scores=False,
+    )
+)
+class Smear(Router):
+    """Soft merging of experts with adaptive routing (Muqeeth, Liu and Raffel 2023).
+
+    Instead of choosing experts, their parameters are averaged: one network for each sequence, so every expert and the
+    router learn from every token by plain backpropagation, at the cost of one expert per token and one merge per
+    sequence. As in its published code, the mean of the sequence and the rows of the router are normalised and experts
+    are left out at random in training. There the rows have a learned gain for each dimension; here one scale for all,
+    divided by √D so that logits do not grow with the width.
+    """
+
+    is_soft = True
+    merges = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        """Options of SMEAR."""
+
+        name: str = "smear"
+        expert_dropout: float = 0.1
+        """In training each expert is left out of a sequence's merge with this probability; the others share its
+        weight."""
+
+    def __init__(self, config: Config, site: Site) -> None:
+        super().__init__(config, site)
+        self.gate = Gate(site.d_model, site.num_experts)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.expert_dropout = config.expert_dropout
+        self.sequence_length = site.sequence_length
+
+    @classmethod
+    def check(cls, config: Config, num_experts: int) -> None:
+        """Refuse to leave all experts out."""
+        dropout = config.expert_dropout
+        require(0 <= dropout < 1, "router.expert_dropout", dropout, "at least 0 and below 1")
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> MergeRouting:
+        """Weigh the experts by the mean of each sequence."""
+        mean_GD = segment_means(x_TD, ctx, ctx.sequence_length)
+        width = (x_TD.shape[-1],)
+        rows_ED = functional.layer_norm(self.gate.weight_ED.float(), width)
+        logits_GE = functional.linear(functional.layer_norm(mean_GD, width), rows_ED) * (self.scale / width[0] ** 0.5)
+        weight_GE = logits_GE.softmax(-1)
+        if ctx.training and self.expert_dropout > 0:
+            weight_GE = self._thinned(weight_GE, ctx.uniform(x_TD.shape[0], self.num_experts)[:: ctx.sequence_length])
+        return MergeRouting(
+            weight_GE=weight_GE,
+            num_tokens=x_TD.shape[0],
+            sequence_length=ctx.sequence_length,
+            segment_length=ctx.sequence_length,
+            logits_GE=logits_GE,
+            valid_T=ctx.valid_T,
+        )
+
+    def _thinned(self, weight_GE: Tensor, draw_GE: Tensor) -> Tensor:
+        """Leave experts out and let the others share; where none would be left, all stay."""
+        kept_GE = draw_GE >= self.expert_dropout
+        kept_GE = kept_GE | ~kept_GE.any(-1, keepdim=True)
+        weight_GE = weight_GE * kept_GE + 1e-10 * kept_GE  # all that stay may have a weight of 0
+        return weight_GE / weight_GE.sum(-1, keepdim=True)
+
+    def rows_per_token(self, experts_per_token: int) -> float:
+        """Return 1 + E / sequence length: a row through the merged network, and the token's part of the merge."""
+        return 1 + self.num_experts / (self.sequence_length or 1)
+
+    def flops_per_token(self) -> int:
+        """Return the token's part of the gate, which sees one mean for each sequence."""
+        return 2 * self.gate.weight_ED.numel() // (self.sequence_length or 1)
+
+
+def segment_means(x_TD: Tensor, ctx: RouteContext, segment_length: int) -> Tensor:
+    """Return the mean vector of each segment's tokens in fp32, padding left out; 0 where all is padding."""
+    valid_T1 = x_TD.new_ones(x_TD.shape[0], 1) if ctx.valid_T is None else ctx.valid_T.unsqueeze(-1).to(x_TD.dtype)
+    sum_GD = by_segments(x_TD * valid_T1, ctx.sequence_length, segment_length).float().sum(1)
+    return sum_GD / by_segments(valid_T1, ctx.sequence_length, segment_length).float().sum(1).clamp(min=1)
