@@ -170,6 +170,10 @@ class Routing:
         return zeros.scatter_add(0, index_N, torch.ones_like(index_N) if self.kept_N is None else self.kept_N.long())
 
 
+class ChainRouting(Routing):
+    """All pairs (see `from_table`) of experts one behind another: kept are a token's steps, weighed as its states."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SoftRouting:
     """How much of each token goes into each slot and comes back from it: B groups of L tokens with S slots each.
@@ -182,7 +186,8 @@ class SoftRouting:
     dispatch_BLS: Tensor
     """fp32: over the tokens of a group the weights of a slot sum to 1 (to 0 in a group of padding alone)."""
     combine_BLS: Tensor
-    """fp32: over the slots the weights of a token sum to 1 (to 0 for padding)."""
+    """fp32: over the slots the weights of a token sum to 1 (to 0 for padding).
+    """
     num_experts: int
     logits_BLS: Tensor | None = None
     """fp32: what both softmaxes were taken of."""
