@@ -13,7 +13,9 @@ from moebench.routing.router import Router, Site
 
 
 class HaltingRouter(Router):
-    """Walks tokens through a chain of experts: h_0 = x, h_n = h_{n-1} + E_n(h_{n-1}), z_n = w·h_n + b.
+    """Walks tokens through a chain of experts: h_0 = x, h_n = h_{n-1} + E_n(|h_{n-1}|), z_n = w·|h_n| + b.
+
+    |h| is the state over its root mean square (see `Chain`); E_1 reads x as it is.
 
     The experts are the steps and there are at most E of them. A kind of halting says when a token stops and what its
     steps weigh. Alone, without a layer that brings the experts, the state stays x.

@@ -143,7 +143,7 @@ def test_task_loss_reaches_the_router_if_it_learns(case: Case) -> None:
 
 def gradient_norms(layer: MoELayer, loss: Any) -> dict[str, float]:
     """Return the norm of a loss's gradient for each parameter of the router, 0 where it does not reach."""
-    named = dict(layer.router.named_parameters())
+    named = {name: parameter for name, parameter in layer.router.named_parameters() if parameter.requires_grad}
     if not named or not isinstance(loss, torch.Tensor) or not loss.requires_grad:
         return dict.fromkeys(named, 0.0)
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, retain_graph=True)

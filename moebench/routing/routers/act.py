@@ -15,7 +15,7 @@ from moebench.routing.values import ChainRouting, LayerRecord, Routing
 @ROUTERS.register(
     Facts(
         family="adaptive computation",
-        equation="h_n = h_{n-1} + E_n(h_{n-1}),  p_n = sigmoid(w·h_n + b),  N = min {n: Σ_{j≤n} p_j > 1-ε},  "
+        equation="h_n = h_{n-1} + E_n(|h_{n-1}|),  p_n = sigmoid(w·|h_n| + b),  N = min {n: Σ_{j≤n} p_j > 1-ε},  "
         "R = 1 - Σ_{j<N} p_j,  y = Σ_{n<N} p_n h_n + R h_N - x",
         paper="arXiv:1603.08983, halting at each position as in arXiv:1807.03819",
         causal=True,
@@ -28,9 +28,10 @@ from moebench.routing.values import ChainRouting, LayerRecord, Routing
 class ACT(HaltingRouter):
     """Adaptive computation time (Graves 2016) over a chain: the experts of a layer are the steps.
 
-    The paper and the Universal Transformer repeat one network with attention; here each step is an expert of its own,
-    and attention stands outside. The loss is `ponder`, the mean of N + R, at least 1: N counts the steps and has no
-    gradient, which goes through R alone. x is taken off because the residual stream outside adds it again.
+    The paper and the Universal Transformer repeat one network; here each step is an expert of its own, and attention
+    stands outside. |h| is h over its root mean square, for E_1 x as it is. The loss `ponder` is the mean of N + R, at
+    least 1: N counts the steps and has no gradient, which goes through R alone. x is taken off because the residual
+    stream outside adds it again. FLOPs count `expected_steps`; the loads show how many a run takes.
     """
 
     @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from moebench.routing.values import ChainRouting, LayerRecord, Routing
 @ROUTERS.register(
     Facts(
         family="adaptive computation",
-        equation="h_n = h_{n-1} + E_n(h_{n-1}),  λ_n = sigmoid(w·h_n + b),  p_n = λ_n Π_{j<n} (1-λ_j),  λ_E = 1;  "
+        equation="h_n = h_{n-1} + E_n(|h_{n-1}|),  λ_n = sigmoid(w·|h_n| + b),  p_n = λ_n Π_{j<n} (1-λ_j),  λ_E = 1;  "
         "training: N ~ p, evaluation: N = min {n: Σ_{j≤n} p_j ≥ 1/2};  y = h_N - x",
         paper="arXiv:2107.05407, section 2",
         causal=True,
@@ -31,11 +31,13 @@ class PonderNet(HaltingRouter):
     """PonderNet (Banino et al. 2021) over a chain: the experts of a layer are the steps.
 
     The paper runs all steps and minimises Σ_n p_n L_n + β KL(p || geometric). A layer in the middle of a model cannot
-    know L_n, so N is drawn and each token runs its own steps alone. The gradient is an unbiased estimate of the
-    paper's: through the state of the drawn step, and by `objective` through log p_N times the token's loss minus the
-    mean loss (a baseline; its own part in it makes the estimate smaller by 1/T). `geometric` is the KL to the prior cut
-    at E steps and normalised, 0 when p is the prior: KL(p || g) = Σ_n S_n · KL(λ_n || γ_n) with S_n the probability
-    to reach step n, estimated by the steps that are reached. Evaluation takes the median step of p: nothing is drawn.
+    know L_n, so N is drawn and each token runs its own steps alone (|h| is h over its root mean square, for E_1 x as it
+    is). The gradient estimates the paper's: through the state of the drawn step, and by `objective` through log p_N
+    times the token's loss minus the mean loss of the batch, a baseline. Unbiased for what a token's steps do to its own
+    loss (but for 1/T, its own part in the baseline); what they do to later tokens through attention is not credited to
+    them. `geometric` is the KL to the prior cut at E steps and normalised, 0 when p is the prior: KL(p || g) =
+    Σ_n S_n · KL(λ_n || γ_n), with S_n the probability to reach step n, estimated without bias by the steps that are
+    reached. Evaluation takes the median step of p: nothing is drawn.
     """
 
     @dataclass(frozen=True, kw_only=True)
