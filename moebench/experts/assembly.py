@@ -9,7 +9,7 @@ from moebench.experts.bank import Bank
 from moebench.experts.feed_forward import FeedForward
 from moebench.experts.layer import MoELayer
 from moebench.experts.layout import Experts, LayoutConfig
-from moebench.experts.mixed import bank_of
+from moebench.experts.mixed import WITHOUT_NETWORK, bank_of
 from moebench.experts.widths import Widths
 from moebench.routing.composite import GroupedRouter
 from moebench.routing.router import ROUTERS, Router, Site
@@ -64,7 +64,8 @@ class Routed:
         """Build the router, or the routers of the groups behind one."""
         site = replace(site, num_experts=len(self.experts.shapes))
         if self.experts.groups == 1:
-            return self.router_class(self.config, site)
+            free_E = tuple(shape.kind in WITHOUT_NETWORK for shape in self.experts.shapes)
+            return self.router_class(self.config, replace(site, free_E=free_E if any(free_E) else ()))
         pick = self.experts.pick_groups
         return GroupedRouter(self.router_class, self.config, site, self.experts.groups, pick_groups=pick)
 

@@ -1,12 +1,14 @@
 """The MoE layer: router, capacity, dispatch, experts, combine. A token's way through it is read top to bottom."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor, nn
 
 from moebench.experts.bank import Bank
 from moebench.experts.capacity import Capacity
+from moebench.experts.chain import Chain
 from moebench.experts.dropout import Dropout
 from moebench.experts.feed_forward import FeedForward
 from moebench.experts.merge import merged_mixture
@@ -18,7 +20,7 @@ from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.ranks import Scopes
 from moebench.routing.router import Router
 from moebench.routing.seeds import generator
-from moebench.routing.values import AnyRouting, LayerRecord, Routing
+from moebench.routing.values import AnyRouting, ChainRouting, LayerRecord, Routing
 
 
 class MoELayer(nn.Module):
@@ -60,18 +62,24 @@ class MoELayer(nn.Module):
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> tuple[Tensor, LayerRecord]:
         """Return y_TD (without the residual stream) and the record."""
-        record = self.route(x_TD, ctx)
-        routing, kept = record.routing, record.kept
         dropout = None
         if ctx.training and self.expert_dropout > 0:
             dropout = Dropout(rate=self.expert_dropout, generator=self._own_generator(ctx))
+        # In a chain the experts compute while the router is asked: it decides by what they made of a token.
+        chain = Chain(self.bank, x_TD, dropout) if self.router.is_chain else None
+        record = self.route(x_TD, ctx if chain is None else replace(ctx, advance=chain.advance))
+        routing, kept = record.routing, record.kept
         shared: list[Tensor] = []
 
         def compute_shared() -> None:  # when there is time: while rows are on their way to other processes
             if self.shared is not None:
                 shared.append(self.shared(x_TD, dropout))
 
-        if isinstance(kept, SoftRouting):
+        if chain is not None:
+            assert isinstance(kept, ChainRouting)
+            y_TD = chain.output(kept)
+            compute_shared()
+        elif isinstance(kept, SoftRouting):
             y_TD = soft_mixture(self.bank, x_TD, kept, dropout, compute_shared)
         elif isinstance(kept, MergeRouting):
             y_TD = merged_mixture(self.bank, x_TD, kept, dropout, compute_shared)
@@ -95,7 +103,7 @@ class MoELayer(nn.Module):
         if isinstance(routing, Routing):
             if ctx.valid_T is not None:
                 routing = routing.keep(ctx.valid_T[routing.token_N])  # padding takes no slot and counts nowhere
-            kept = self._within_capacity(routing, ctx)
+            kept = routing if isinstance(routing, ChainRouting) else self._within_capacity(routing, ctx)
         return LayerRecord(
             layer=self.layer,
             routing=routing,

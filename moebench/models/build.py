@@ -1,5 +1,6 @@
 """From a cell's configuration to its backbone: the place where names and plans become modules."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -62,10 +63,26 @@ def _check_kinds(config: CellConfig, plan: tuple[BlockPlan, ...]) -> None:
             f"router.name: '{config.router.name}' mixes tokens into slots, and layout '{layout.name}' needs to know"
             " where each token goes (allowed: another router, or a layout of feed-forward experts in one group)"
         )
+    if router.is_chain:
+        _check_chain(config, plan)
     if special and layout.overflow == "pass":
         raise UsageError(f"layout.overflow: 'pass' has no meaning in layout '{layout.name}' (allowed: drop, reroute)")
     if special and layout.expert_dropout > 0:
         raise UsageError(f"layout.expert_dropout must be 0 in layout '{layout.name}', got {layout.expert_dropout:g}")
+
+
+def _check_chain(config: CellConfig, plan: tuple[BlockPlan, ...]) -> None:
+    """Refuse a chain of experts where they cannot stand one behind another, or where one could be left out."""
+    name, layout = config.router.name, config.layout
+    if any(block.attention or block.stack or bank.groups > 1 for block in plan for bank in block.banks):
+        raise UsageError(
+            f"router.name: '{name}' sends tokens through one expert after another, and in layout '{layout.name}' they"
+            " stand side by side (allowed: another router, or a layout of feed-forward experts in one group)"
+        )
+    for key in ("capacity_factor_train", "capacity_factor_eval"):
+        factor = getattr(layout, key)
+        if factor is not None and not math.isinf(factor):
+            raise UsageError(f"layout.{key} must be null with router '{name}', got {factor:g}: no step can be left out")
 
 
 def build_backbone(
@@ -245,7 +262,7 @@ class Cost:
 
     total_params: int
     active_params: int
-    """Parameters that one token uses: of a bank, the share experts per token / experts."""
+    """Parameters that one token uses on average: of a bank, the share rows per token / experts."""
     flops_per_token: int
     """Forward FLOPs of one token in a full sequence, 2 per multiplication and addition; training costs 3 times this."""
 
@@ -259,7 +276,8 @@ def cost_of(backbone: Transformer, extra: list[nn.Module], sequence_length: int)
     idle = 0
     for layer in backbone.moe_layers():
         of_bank = sum(parameter.numel() for parameter in layer.bank.parameters())
-        idle += of_bank * (layer.bank.num_experts - layer.experts_per_token) // layer.bank.num_experts
+        used = layer.router.rows_per_token(layer.experts_per_token)
+        idle += int(of_bank * max(layer.bank.num_experts - used, 0) // layer.bank.num_experts)
     flops = sum(2 * module.weight.numel() for module in extra if isinstance(module, nn.Linear))
     for block in backbone.blocks:
         assert isinstance(block, Block | WholeModels)

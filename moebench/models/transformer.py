@@ -1,7 +1,7 @@
 """The backbone: pre-norm transformer blocks whose parts are dense or hold banks of experts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class BatchContext:
     """Which sequences of the batch these are; None: all."""
     micro_batch: int = 0
     """Which micro-batch of the step this is: each draws its own noise."""
+    previous_logits_TE: Tensor | None = None
+    """Router logits of the last MoE layer below the block; None: none."""
 
     @property
     def places(self) -> Places | None:
@@ -54,6 +56,7 @@ class BatchContext:
             domain_T=domain_T,
             step=self.step,
             span=None if self.span is None else self.span.times(length),
+            previous_logits_TE=self.previous_logits_TE,
         )
 
 
@@ -116,6 +119,8 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x_BLD, found = block(x_BLD, ctx)
             records += found
+            if found:
+                ctx = replace(ctx, previous_logits_TE=found[-1].routing.logits_TE)
         return self.norm(x_BLD), records
 
     def moe_layers(self) -> list[MoELayer]:

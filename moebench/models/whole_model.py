@@ -111,6 +111,6 @@ class WholeModels(nn.Module):
 
     def flops_per_token(self, length: int) -> int:
         """Forward FLOPs of one token in a sequence of `length`, spread evenly: each stack has its share of it."""
-        top_k = self.layer.experts_per_token
-        share = length * top_k // self.bank.num_experts
-        return self.layer.flops_per_token() + top_k * self.num_layers * score_flops(share, self.d_model)
+        rows = self.layer.router.rows_per_token(self.layer.experts_per_token)
+        share = int(length * rows) // self.bank.num_experts
+        return self.layer.flops_per_token() + int(rows * self.num_layers * score_flops(share, self.d_model))

@@ -124,6 +124,13 @@ class GroupedRouter(Router):
         if self.outer is not None:
             self.outer.after_step(load_GE.sum(-1) // self.inner_k, own(len(load_GE)))
 
+    def rows_per_token(self, experts_per_token: int) -> float:
+        """Return those of all groups, or of the groups that the router above picks."""
+        inner = [router.rows_per_token(self.inner_k) for router in self._routers]
+        if self.outer is None:
+            return sum(inner)
+        return self.outer.rows_per_token(experts_per_token // self.inner_k) * sum(inner) / len(inner)
+
     def flops_per_token(self) -> int:
         """Forward FLOPs for one token: every group's router looks at every token."""
         above = 0 if self.outer is None else self.outer.flops_per_token()

@@ -27,6 +27,12 @@ class RouteContext:
     step: int = 0
     span: Span | None = None
     """Which tokens of the batch these are; None: all of them."""
+    previous_logits_TE: Tensor | None = None
+    """fp32 router logits of the MoE layer in the blocks below, with its gradient; None: there is none, or it has none.
+    Its experts may be more or fewer than this layer's."""
+    advance: Callable[[int, Tensor], Tensor] | None = None
+    """For routers over a chain of experts: (step, running_T bool) -> the fp32 state of all tokens, behind the expert
+    of that step for those that run. None: no layer brings experts."""
 
     def uniform(self, num_tokens: int, *shape: int) -> Tensor:
         """Return uniform draws in [0, 1), [T, *shape]: token t of the batch draws the same in any process."""
@@ -52,6 +58,7 @@ class RouteContext:
             token_id_T=whole(self.token_id_T),
             valid_T=whole(self.valid_T),
             domain_T=whole(self.domain_T),
+            previous_logits_TE=whole(self.previous_logits_TE),
             span=None,
         )
 

@@ -65,6 +65,8 @@ class Site:
     """Tokens of one sequence of the task, where it is known."""
     num_domains: int | None = None
     """Domains of the task's data; None where it has none."""
+    free_E: tuple[bool, ...] = ()
+    """Which experts are without a network (zero, copy, constant); empty: none."""
 
 
 class Router(nn.Module):
@@ -81,6 +83,8 @@ class Router(nn.Module):
     """Returns a SoftRouting or a MergeRouting: nothing is chosen, so capacity and overflow do not apply."""
     merges: ClassVar[bool] = False
     """Returns a MergeRouting: needs experts of one shape, all of them on every process."""
+    is_chain: ClassVar[bool] = False
+    """Returns a ChainRouting: experts are steps one behind another, and none can be left out for lack of a slot."""
 
     def __init__(self, config: Any, site: Site) -> None:
         super().__init__()

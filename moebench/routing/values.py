@@ -170,6 +170,10 @@ class Routing:
         return zeros.scatter_add(0, index_N, torch.ones_like(index_N) if self.kept_N is None else self.kept_N.long())
 
 
+class ChainRouting(Routing):
+    """All pairs (see `from_table`) of experts one behind another: kept are a token's steps, weighed as its states."""
+
+
 AnyRouting = Routing | SoftRouting | MergeRouting
 """What a router may return."""
 

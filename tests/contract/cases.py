@@ -26,6 +26,7 @@ from moebench.errors import UsageError
 from moebench.experts.activation import activate
 from moebench.experts.bank import Bank, double_loop
 from moebench.experts.capacity import Capacity
+from moebench.experts.chain import chain_loop
 from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.layer import MoELayer
 from moebench.experts.layout import LAYOUTS
@@ -35,7 +36,7 @@ from moebench.routing.context import RouteContext
 from moebench.routing.losses import LOSSES
 from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
-from moebench.routing.values import AnyRouting, LayerRecord
+from moebench.routing.values import AnyRouting, ChainRouting, LayerRecord
 
 D_MODEL = 8
 VOCAB = 50
@@ -74,6 +75,11 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "top_p": [{"top_p": 1.0, "expected_experts": 8}],
     "base": [{"solver": "auction"}, {"solver": "exact"}],
     "sinkhorn": [{"top_k": 3}],
+    "mixture_of_depths": [{"share": 0.25, "predictor_width": 4}],
+    "moe_plus_plus": [{"top_k": 1}],
+    "autonomy_of_experts": [{"renormalise": False}],
+    "act": [{"epsilon": 0.3}],
+    "ponder_net": [{"prior": 0.5}],
     "soft_moe": [{"slots_per_expert": 1}, {"average_experts": 2}],
     "mixture_of_tokens": [{"group_size": 2, "temperature": 0.5}],
     "smear": [{"expert_dropout": 0.0}, {"expert_dropout": 0.6}],
@@ -126,6 +132,11 @@ class Case:
     def is_soft(self) -> bool:
         """Whether the router mixes tokens or parameters instead of listing assignments."""
         return self.router_class.is_soft
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether the experts are steps one behind another."""
+        return self.router_class.is_chain
 
     @property
     def experts_per_token(self) -> int:
@@ -186,12 +197,13 @@ def cases_of(num_experts: int = 8) -> list[Case]:
 
 
 def list_cases(num_experts: int = 8) -> list[Case]:
-    """Return the cases whose routing is a list of assignments: the one place where soft routing is left out.
+    """Return the cases whose routing is a list of assignments, each on its own: the one place that leaves out others.
 
-    It has no weight of a token for an expert, no assignment that capacity could take, and one soft expert is not the
-    dense network (it computes means of tokens). What it promises instead is tested in test_soft.py.
+    Soft routing has no weight of a token for an expert, no assignment that capacity could take, and one soft expert is
+    not the dense network (it computes means of tokens): test_soft.py. In a chain of experts no step can be left out:
+    test_halting.py.
     """
-    return [case for case in cases_of(num_experts) if not case.is_soft]
+    return [case for case in cases_of(num_experts) if not case.is_soft and not case.is_chain]
 
 
 def default_cases() -> list[Case]:
@@ -368,6 +380,8 @@ def slow_mixture(bank: Bank, x_TD: Tensor, routing: AnyRouting) -> Tensor:
     if isinstance(routing, MergeRouting):
         assert isinstance(bank, ExpertBank)
         return merge_loop(bank, x_TD, routing)
+    if isinstance(routing, ChainRouting):
+        return chain_loop(bank, x_TD, routing)
     return (slot_loop if isinstance(routing, SoftRouting) else double_loop)(bank, x_TD, routing)
 
 

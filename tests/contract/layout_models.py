@@ -64,7 +64,7 @@ def may_refuse(layout: str, router: str) -> str:
 
     fine_grained needs a number of experts per token that can be multiplied; two levels and prototypes divide the
     experts, and some routers want more than a group has; soft routing knows no place of a token, which attention
-    experts, whole models and groups need.
+    experts, whole models and groups need; a chain of experts needs one group of networks.
     """
     router_class = ROUTERS.get(router).item
     config = router_class.Config()
@@ -72,6 +72,8 @@ def may_refuse(layout: str, router: str) -> str:
         return "sums the parameters of experts"
     if router_class.is_soft and layout in ("attention", "moduleformer", "whole_model", "hierarchical", "prototypes"):
         return "mixes tokens into slots"
+    if router_class.is_chain and layout in ("attention", "moduleformer", "whole_model", "hierarchical", "prototypes"):
+        return "one expert after another|layout.groups"
     if layout == "fine_grained" and router == "multi_gate":
         return "is not divisible among"  # all of 32 experts of width 16, and their gates for each domain
     if layout == "fine_grained":

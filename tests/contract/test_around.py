@@ -106,7 +106,8 @@ def test_dropout_follows_its_generator_alone_and_leaves_the_routing_alone(case: 
     _, plain = run(surrounded(case, residual=False), tokens, training=True, seed=3)
     assert torch.equal(first_TD, second_TD)
     assert not torch.equal(first_TD, other_TD)
-    assert torch.equal(record.kept.load_E, plain.kept.load_E)
+    if not case.is_chain:  # there the router reads what the experts made of a token
+        assert torch.equal(record.kept.load_E, plain.kept.load_E)
 
 
 def test_shared_experts_get_the_same_dropout() -> None:

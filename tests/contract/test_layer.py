@@ -42,7 +42,8 @@ def test_fast_layer_equals_the_double_loop(case: Case, factor: float | None, act
     leaves = [tokens.x_TD, *(p for p in layer.parameters() if p.requires_grad)]
     slow_TD = slow_mixture(layer.bank, tokens.x_TD, record.kept)
     assert_same_gradients(y_TD, slow_TD, leaves, rtol=1e-5, atol=1e-5)
-    assert_same_in_fp64(layer, tokens, record.kept)
+    if not case.is_chain:  # there the experts make the routing: it cannot be given to them
+        assert_same_in_fp64(layer, tokens, record.kept)
 
 
 def replayed(kept: AnyRouting) -> tuple[AnyRouting, list[Tensor]]:
@@ -129,7 +130,12 @@ def test_grouped_product_equals_one_product_for_each_expert(width: int, dtype: t
     torch.testing.assert_close(y_RO, expected)
 
 
-@thinned(list_cases(1), activation=ACTIVATIONS)
+def full_cases() -> list[Case]:
+    """Return the cases with one expert that leave no token out."""
+    return [case for case in list_cases(1) if case.router().rows_per_token(case.experts_per_token) >= 1]
+
+
+@thinned(full_cases(), activation=ACTIVATIONS)
 def test_one_expert_is_the_dense_network(case: Case, activation: str) -> None:
     layer, dense = case.layer(activation=activation), FeedForward(D_MODEL, 8, activation)
     with torch.no_grad():
@@ -198,7 +204,8 @@ def test_gradcheck_of_dispatch_and_combine(rectangle: bool, top_k: int) -> None:
     assert torch.autograd.gradcheck(there_and_back, (x_TD, weight_TK))
 
 
-@pytest.mark.parametrize("case", cases_of(8), ids=str)
+# Not where the router reads what half-precision experts made of a token.
+@pytest.mark.parametrize("case", [case for case in cases_of(8) if not case.is_chain], ids=str)
 def test_autocast_routes_as_fp32_does(case: Case) -> None:
     layer, tokens = case.layer(), Tokens.draw(24)
     y_TD, record = run(layer, tokens, training=False)

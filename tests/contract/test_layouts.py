@@ -60,7 +60,7 @@ def correction(layer: MoELayer, record: LayerRecord) -> int:
     if isinstance(record.kept, SoftRouting):
         return smaller_groups(layer, record.kept)
     flops_E = layer.bank.flops_per_row_E()
-    even = layer.experts_per_token * sum(flops_E) // len(flops_E)
+    even = int(layer.router.rows_per_token(layer.experts_per_token) * sum(flops_E) / len(flops_E))
     real = sum(load * flops for load, flops in zip(record.kept.load_E.tolist(), flops_E, strict=True))
     return real - NUM_TOKENS * even
 

@@ -17,8 +17,12 @@ from moebench.registry import load_plugin
 from moebench.routing.router import ROUTERS
 
 PLUGIN = Path(__file__).with_name("collapsed.py")
-BF16_TOLERANCE = 3e-2
-"""bf16 has 8 bits; another split of a sum rounds differently, and a near tie is then routed differently."""
+TOLERANCES = {
+    # 8 bits: another split of a sum rounds differently, and a near tie is then routed differently.
+    "bf16": {"tolerance": 3e-2},
+    # It learns from differences of losses that are nearly alike: what rounds in the loss weighs more in them.
+    "router ponder_net": {"tolerance": 1e-4},
+}
 
 
 def train_all(mesh: Mesh, text: Path, cases: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
@@ -76,5 +80,5 @@ CASES = [
 
 @pytest.mark.parametrize(("shape", "name"), CASES)
 def test_same_training(results: Callable[[Shape], Any], shape: Shape, name: str) -> None:
-    tolerance = {"tolerance": BF16_TOLERANCE} if name == "bf16" else {}
+    tolerance = TOLERANCES.get(name, {})
     assert_same_training(the_case(results, shape, name), the_case(results, ALONE, name), **tolerance)

@@ -17,7 +17,8 @@ class ZeroComputation(Layout):
     """MoE++: a token that needs no network goes to an expert without one: y = 0, y = x, or y = a_1 x + a_2 v.
 
     Arms are matched at an even load over all experts, so the networks are wider than without the free experts. The
-    paper's own balance loss, larger capacity for networks and gates that see the last block's logits are left out.
+    paper's balance loss and gates that see the last block's logits are router `moe_plus_plus`; its larger capacity for
+    networks is left out.
     """
 
     @dataclass(frozen=True, kw_only=True)
