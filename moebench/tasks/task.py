@@ -107,6 +107,10 @@ class Task(ABC):
     def token_loss(self, output: Tensor, batch: Batch) -> Tensor:
         """Return loss_BL in nats, one number for each position."""
 
+    def log_probabilities(self, output: Tensor) -> Tensor:
+        """Return what the output says as fp32 log-probabilities, classes last; heads that give no logits override."""
+        return output.float().log_softmax(-1)
+
     @abstractmethod
     def quality(self, nats_by_domain: Sequence[float], weight_by_domain: Sequence[float]) -> dict[str, float]:
         """Return the metrics from the summed losses and weights of each domain of an evaluation set."""

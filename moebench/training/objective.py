@@ -1,7 +1,7 @@
 """What is minimised: the task loss plus coefficient times raw auxiliary loss, each kept apart for the log."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from moebench.experts.layer import MoELayer
 from moebench.routing.losses import LOSSES
 from moebench.routing.ranks import Ranks
 from moebench.routing.values import LayerRecord
-from moebench.tasks.task import Batch
+from moebench.tasks.task import Batch, Task
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,6 +53,25 @@ class Share:
     factor: int = 1
     """Micro-batches times processes."""
 
+    @classmethod
+    def whole(cls, batch: Batch) -> "Share":
+        """Return the share of a batch that is its whole step."""
+        counted = (
+            max(batch.input_BL.shape[:2].numel(), 1) if batch.valid_BL is None else batch.valid_BL.sum().clamp(min=1)
+        )
+        return cls(num_positions=counted)
+
+    def mean(self, value_T: Tensor, batch: Batch) -> Tensor:
+        """Return the batch's share of the mean over positions, padding left out."""
+        counted_T = value_T if batch.valid_BL is None else value_T[batch.valid_BL.reshape(-1)]
+        return counted_T.sum() / self.num_positions * self.factor
+
+
+def judged(records: Sequence[LayerRecord], token_loss_BL: Tensor) -> list[LayerRecord]:
+    """Return the records with the task loss of each token: what routers that learn by reinforcement learn from."""
+    token_loss_T = token_loss_BL.detach().reshape(-1)
+    return [replace(record, token_loss_T=token_loss_T) for record in records]
+
 
 def objective(
     token_loss_BL: Tensor,
@@ -64,22 +83,44 @@ def objective(
 ) -> Objective:
     """Add up the loss of a batch; a coefficient of 0 measures a loss without using it.
 
-    `share`: the batch's share of its step; None: it is the whole step.
+    `records`: judged; `share`: the batch's share of its step; None: it is the whole step. What routers learn from the
+    task loss is "objective" among the weighted parts: a sum over layers, since it is the gradient of one loss.
     """
-    token_loss_T = token_loss_BL.reshape(-1)
-    counted_T = token_loss_T if batch.valid_BL is None else token_loss_T[batch.valid_BL.reshape(-1)]
-    share = share or Share(num_positions=max(counted_T.numel(), 1))
-    task = counted_T.sum() / share.num_positions * share.factor
+    share = share or Share.whole(batch)
+    task = share.mean(token_loss_BL.reshape(-1), batch)
     per_layer = [_raw_losses(layer, record, coefficients) for layer, record in zip(layers, records, strict=True)]
     names = per_layer[0] if per_layer else {}
     raw = {name: torch.stack([losses[name] for losses in per_layer]).mean() for name in names}
     weighted = {name: coefficients[name] * value for name, value in raw.items()}
-    total = task + sum(weighted.values())
-    for layer, record in zip(layers, records, strict=True):
-        learned = layer.router.objective(record, token_loss_T.detach())
-        if learned is not None:
-            total = total + learned
-    return Objective(total=total, task=task, raw=raw, weighted=weighted)
+    learned = [layer.router.objective(record) for layer, record in zip(layers, records, strict=True)]
+    learned_T = [value_T for value_T in learned if value_T is not None]
+    if learned_T:
+        weighted["objective"] = share.mean(torch.stack(learned_T).sum(0), batch)
+    return Objective(total=task + sum(weighted.values()), task=task, raw=raw, weighted=weighted)
+
+
+def agreeing(
+    found: Sequence[Objective],
+    outputs: Sequence[Tensor],
+    task: Task,
+    batch: Batch,
+    coefficient: float,
+    share: Share | None = None,
+) -> Objective:
+    """Return the mean of what two passes over a batch found, with the raw loss "consistency" beside the others."""
+    first, second = (task.log_probabilities(output) for output in outputs)
+    apart = (share or Share.whole(batch)).mean(divergence(first, second).reshape(-1), batch)
+    return Objective(
+        total=torch.stack([each.total for each in found]).mean() + coefficient * apart,
+        task=torch.stack([each.task for each in found]).mean(),
+        raw=_mean([each.raw for each in found]) | {"consistency": apart},
+        weighted=_mean([each.weighted for each in found]) | {"consistency": coefficient * apart},
+    )
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return ½ Σ (p - q)(log p - log q) over the last dimension, in nats: symmetric, 0 where both say the same."""
+    return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
 
 
 def mean_of(objectives: Sequence[Objective], ranks: Ranks) -> dict[str, float]:
@@ -88,6 +129,10 @@ def mean_of(objectives: Sequence[Objective], ranks: Ranks) -> dict[str, float]:
     values = torch.stack([torch.stack([part.parts()[name] for name in names]) for part in objectives]).mean(0)
     summed: list[float] = (ranks.sum(values.double()) / ranks.size).tolist()
     return dict(zip(names, summed, strict=True))
+
+
+def _mean(losses: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([each[name] for each in losses]).mean() for name in losses[0]}
 
 
 def _raw_losses(layer: MoELayer, record: LayerRecord, coefficients: Mapping[str, float]) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ class Bystander(torch.nn.Module):
     def losses(self, record: LayerRecord) -> dict[str, torch.Tensor]:
         return {}
 
-    def objective(self, record: LayerRecord, token_loss_T: torch.Tensor) -> None:
+    def objective(self, record: LayerRecord) -> None:
         return None
 
 
