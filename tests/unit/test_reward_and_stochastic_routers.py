@@ -80,7 +80,7 @@ def test_mean_of_coins_is_the_gradient_of_the_expected_loss() -> None:
     chance_E = (router.gate(x_TD[:1]) + router.bias_E).sigmoid()[0]
     chances_EU = torch.stack([1 - chance_E, chance_E], dim=-1)
     exact = gradient(torch.einsum("i,j,ij->", chances_EU[0], chances_EU[1], loss_UU), router)
-    assert exact.abs().max() > 0.4
+    assert exact.abs().max() > 0.3
     assert (sampled - exact).abs().max() < SIGMAS * 6 / math.sqrt(num_tokens)
 
 
@@ -154,13 +154,8 @@ def test_objective_of_parts_adds_up_to_that_of_the_step_and_padding_counts_nowhe
 
     def total(rows: slice, share: Share | None) -> Tensor:
         tokens = slice(4 * rows.start, 4 * rows.stop)
-        batch = Batch(
-            input_BL=zeros_BL[rows],
-            target_BL=zeros_BL[rows],
-            weight_BL=zeros_BL[rows],
-            domain_B=zeros_BL[rows, 0],
-            valid_BL=valid_BL[rows],
-        )
+        zeros = dict.fromkeys(("input_BL", "target_BL", "weight_BL"), zeros_BL[rows])
+        batch = Batch(**zeros, domain_B=zeros_BL[rows, 0], valid_BL=valid_BL[rows])
         valid_T = valid_BL[rows].reshape(-1)
         routing = router(x_TD[tokens], context(12, span=Span(start=tokens.start, length=len(valid_T), total=12)))
         record = LayerRecord(layer=0, routing=routing, kept=routing, valid_T=valid_T)
