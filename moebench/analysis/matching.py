@@ -34,6 +34,7 @@ def mismatches(
     found = [
         _other_match(others[0], quantity) if others else _unequal(quantity, runs, baseline_runs),
         _same("≠tokens", "train_tokens", map(_tokens, runs), map(_tokens, baseline_runs)),
+        _same("≠passes", "train_passes", map(_passes, runs), map(_passes, baseline_runs)),
         _same("≠data", "data_digest", [r.data_digest for r in runs], [r.data_digest for r in baseline_runs]),
         _same("≠eval", "eval_digest", [r.eval_digest for r in runs], [r.eval_digest for r in baseline_runs]),
     ]
@@ -103,6 +104,10 @@ def _cost(quantity: str, runs: Sequence[RunResult]) -> list[float]:
 def _tokens(run: RunResult) -> str:
     tokens = run.cost.get("train_tokens")
     return "unknown" if tokens is None else f"{tokens:,.0f}"
+
+
+def _passes(run: RunResult) -> str:
+    return f"{run.cost.get('train_passes', 1):.0f}"
 
 
 def _same(mark: str, key: str, given: Iterable[str], wanted: Iterable[str]) -> Mismatch | None:

@@ -21,7 +21,6 @@ from moebench.training.callback import CellCallback, Hooks, Meter
 from moebench.training.evaluate import batch_context
 from moebench.training.model import initialised_model
 from moebench.training.module import CellModule
-from moebench.training.objective import objective
 from moebench.training.train import fit, make_trainer
 
 WARM_UP_STEPS = 3
@@ -141,15 +140,15 @@ class PlainLoop:
             torch.nn.utils.clip_grad_norm_(module.parameters(), config.train.clip_norm)
             optimizer.step()
             schedule.step()
-        for layer, record in zip(module.layers, records, strict=True):
-            layer.after_step([record])
+        for layer, of_layer in zip(module.layers, zip(*records, strict=True), strict=True):
+            layer.after_step(of_layer)
 
     def _loss(self, batch: Batch, step: int, watch: Stopwatch) -> Any:
         module, config = self.module, self.module.config
-        output, records = module.model(batch, batch_context(batch, training=True, seed=config.seed, step=step))
+        ctx = batch_context(batch, training=True, seed=config.seed, step=step)
+        outputs, records = module.passes(batch, ctx)
         with watch.part("embedding, head, loss"):
-            loss_BP = module.task.loss(output, batch)
-            found = objective(loss_BP, batch, module.layers, records, config.router.losses)
+            found, records = module.judge(batch, outputs, records)
         return found.total, records
 
 

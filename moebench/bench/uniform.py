@@ -19,6 +19,7 @@ class UniformLoad(Router):
         nn.Module.__init__(self)
         self.inner = inner
         self.num_experts = inner.num_experts
+        self.consistency = inner.consistency
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Return the routing with other experts; a list that is no rectangle stays as it is."""
@@ -32,9 +33,9 @@ class UniformLoad(Router):
         """Return the router's own losses."""
         return self.inner.losses(record)
 
-    def objective(self, record: LayerRecord, token_loss_T: Tensor) -> Tensor | None:
+    def objective(self, record: LayerRecord) -> Tensor | None:
         """Return the router's own objective."""
-        return self.inner.objective(record, token_loss_T)
+        return self.inner.objective(record)
 
     def sums(self, record: LayerRecord) -> dict[str, Tensor]:
         """Return what the router's state needs."""

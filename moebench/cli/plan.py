@@ -22,8 +22,9 @@ def plan(
 ) -> None:
     """Show every cell with its state, parameters and FLOPs per token, and train nothing.
 
-    FLOPs are of the forward pass, 2 for a multiplication and an addition; training costs three times as much. Where
-    experts differ in size, FLOPs and active parameters are those of an even load.
+    FLOPs are of one forward pass, 2 for a multiplication and an addition; training costs three times as much, and
+    twice that for a router that is trained on two passes: "vs base" counts both. Where experts differ in size, FLOPs
+    and active parameters are those of an even load.
     """
     from moebench.experiment.grid import expand
     from moebench.experiment.plan import plan_cells
@@ -59,7 +60,7 @@ def _print(grid: Any, rows: list[dict[str, Any]]) -> None:
             row["state"],
             human(row["active_params"]),
             human(row["total_params"]),
-            human(row["flops_per_token"]),
+            human(row["flops_per_token"]) + (f" × {row['train_passes']}" if row["train_passes"] > 1 else ""),
             _difference(row),
         )
         for row in rows

@@ -28,14 +28,20 @@ def plan_cells(experiment: Experiment, results: Path) -> list[dict[str, Any]]:
             "active_params": costs[cell.arm].active_params,
             "total_params": costs[cell.arm].total_params,
             "flops_per_token": costs[cell.arm].flops_per_token,
-            "flops_vs_baseline": costs[cell.arm].flops_per_token / baseline.flops_per_token - 1,
+            "train_passes": costs[cell.arm].train_passes,
+            "flops_vs_baseline": pass_flops(costs[cell.arm]) / pass_flops(baseline) - 1,
             "params_vs_baseline": costs[cell.arm].total_params / baseline.total_params - 1,
             "match": cell.config.layout.match,
             "train_tokens": train_tokens(cell),
-            "train_flops": (1 + BACKWARD) * costs[cell.arm].flops_per_token * train_tokens(cell),
+            "train_flops": (1 + BACKWARD) * pass_flops(costs[cell.arm]) * train_tokens(cell),
         }
         for cell in experiment.cells
     ]
+
+
+def pass_flops(cost: Cost) -> int:
+    """Return the forward FLOPs of training for one token: of all its passes."""
+    return cost.train_passes * cost.flops_per_token
 
 
 def state_of(results: Path, cell: Cell) -> str:

@@ -264,7 +264,10 @@ class Cost:
     active_params: int
     """Parameters that one token uses on average: of a bank, the share rows per token / experts."""
     flops_per_token: int
-    """Forward FLOPs of one token in a full sequence, 2 per multiplication and addition; training costs 3 times this."""
+    """Forward FLOPs of one token in a full sequence, 2 per multiplication and addition; a pass of training, which goes
+    backward too, costs 3 times this."""
+    train_passes: int = 1
+    """How often training runs each token through the model."""
 
 
 def cost_of(backbone: Transformer, extra: list[nn.Module], sequence_length: int) -> Cost:
@@ -273,13 +276,14 @@ def cost_of(backbone: Transformer, extra: list[nn.Module], sequence_length: int)
     Where experts differ in size, what a token uses is the mean at an even load.
     """
     total = sum(parameter.numel() for module in (backbone, *extra) for parameter in module.parameters())
-    idle = 0
+    idle, passes = 0, 1
     for layer in backbone.moe_layers():
         of_bank = sum(parameter.numel() for parameter in layer.bank.parameters())
         used = layer.router.rows_per_token(layer.experts_per_token)
         idle += int(of_bank * max(layer.bank.num_experts - used, 0) // layer.bank.num_experts)
+        passes = 2 if layer.router.consistency else passes
     flops = sum(2 * module.weight.numel() for module in extra if isinstance(module, nn.Linear))
     for block in backbone.blocks:
         assert isinstance(block, Block | WholeModels)
         flops += block.flops_per_token(sequence_length)
-    return Cost(total_params=total, active_params=total - idle, flops_per_token=flops)
+    return Cost(total_params=total, active_params=total - idle, flops_per_token=flops, train_passes=passes)

@@ -30,6 +30,8 @@ class BatchContext:
     """Which sequences of the batch these are; None: all."""
     micro_batch: int = 0
     """Which micro-batch of the step this is: each draws its own noise."""
+    repeat: int = 0
+    """Which pass over the batch this is, where training makes two of them: each draws its own noise."""
     previous_logits_TE: Tensor | None = None
     """Router logits of the last MoE layer below the block; None: none."""
 
@@ -46,6 +48,7 @@ class BatchContext:
         """Return the context of one layer, with a generator that depends on the seed, the step and the layer."""
         purpose: tuple[str | int, ...] = ("router", self.step) if self.training else ("router in evaluation",)
         purpose = (*purpose, "micro-batch", self.micro_batch) if self.micro_batch else purpose
+        purpose = (*purpose, "repeat", self.repeat) if self.repeat else purpose
         domain_T = None if self.domain_B is None else self.domain_B.repeat_interleave(length)
         return RouteContext(
             training=self.training,

@@ -54,6 +54,7 @@ class GroupedRouter(Router):
         if self.outer is not None:
             sites = [_site_below(self.outer, below, group) for group, below in enumerate(sites)]
         self.inner = nn.ModuleList(router_class(config, below) for below in sites)
+        self.consistency = self._routers[0].consistency
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Ask the router above, then the router of each group, and put their answers side by side."""
@@ -95,11 +96,13 @@ class GroupedRouter(Router):
         found = [router.losses(part) for router, part in self._records(record)]
         return {name: torch.stack([losses[name] for losses in found]).mean() for name in found[0]}
 
-    def objective(self, record: LayerRecord, token_loss_T: Tensor) -> Tensor | None:
-        """Return the mean over all routers of what each learns from the task loss of its tokens."""
-        found = [router.objective(part, token_loss_T) for router, part in self._records(record)]
-        learned = [value for value in found if value is not None]
-        return torch.stack(learned).mean() if learned else None
+    def objective(self, record: LayerRecord) -> Tensor | None:
+        """Return the sum over all routers, each for its tokens: the logarithm of a joint choice is a sum too."""
+        found = [(router.objective(part), part.valid_T) for router, part in self._records(record)]
+        learned = [
+            loss_T if valid_T is None else loss_T.where(valid_T, 0.0) for loss_T, valid_T in found if loss_T is not None
+        ]
+        return torch.stack(learned).sum(0) if learned else None
 
     @property
     def has_state(self) -> bool:

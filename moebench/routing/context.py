@@ -42,6 +42,10 @@ class RouteContext:
         """Return standard normal draws, [T, *shape]: token t of the batch draws the same in any process."""
         return self._draw(torch.randn, num_tokens, shape)
 
+    def uniform_for_all(self) -> Tensor:
+        """Return one uniform draw in [0, 1) for the whole batch, a scalar: the same in any process."""
+        return torch.rand((), generator=self.generator, device=self.generator.device)
+
     def position_T(self, num_tokens: int) -> Tensor:
         """Return each token's place in the whole batch (int64)."""
         start = self.span.start if self.span else 0

@@ -39,8 +39,12 @@ class Facts:
     """The same when a capacity drops by this router's priority; None: as `causal`."""
     causal_in_evaluation: bool | None = None
     """The same in evaluation, for routers that balance over the batch in training alone; None: as `causal`."""
+    draws_in_evaluation: bool = False
+    """Draws in evaluation too, by a token's place in the batch, which then matters in no other way."""
     learned: bool = True
-    """The task loss reaches the router through the weights."""
+    """It has parameters, and the task loss reaches them through the weights unless they are `taught`."""
+    taught: tuple[str, ...] = ()
+    """Its parameters and modules that learn from its own losses or its objective alone."""
     makes_scores: bool = True
     """Scores every expert for every token: what some losses, and rerouting over capacity, need."""
     own_losses: tuple[str, ...] = ()
@@ -85,6 +89,9 @@ class Router(nn.Module):
     """Returns a MergeRouting: needs experts of one shape, all of them on every process."""
     is_chain: ClassVar[bool] = False
     """Returns a ChainRouting: experts are steps one behind another, and none can be left out for lack of a slot."""
+    consistency: float = 0.0
+    """Coefficient of how far two passes over the same batch, with other draws, are from saying the same; where it is
+    not 0, training makes both passes."""
 
     def __init__(self, config: Any, site: Site) -> None:
         super().__init__()
@@ -124,8 +131,12 @@ class Router(nn.Module):
         """
         return {}
 
-    def objective(self, record: LayerRecord, token_loss_T: Tensor) -> Tensor | None:
-        """A loss that learns from the task loss of each token (reinforcement); None for all others."""
+    def objective(self, record: LayerRecord) -> Tensor | None:
+        """A loss for each token, [T], that learns from `record.token_loss_T` (reinforcement); None for all others.
+
+        Training takes its mean over the step's positions, as of the task loss: padding, micro-batches and processes
+        are none of the router's business.
+        """
         return None
 
     @property
@@ -136,8 +147,8 @@ class Router(nn.Module):
     def sums(self, record: LayerRecord) -> dict[str, Tensor]:
         """What `after_step` needs beside the loads, as plain sums over this process's tokens, padding left out.
 
-        Sums, because these add up over micro-batches and processes whatever way a batch is divided; a quantile does
-        not, but the counts of a histogram do.
+        In training the record holds the task loss of each token. Sums, because these add up over micro-batches and
+        processes whatever way a batch is divided; a quantile does not, but the counts of a histogram do.
         """
         return {}
 

@@ -194,6 +194,8 @@ class LayerRecord:
     """Tokens of one sequence; T is a multiple of it. None: not known."""
     ranks: Ranks = ALONE
     """Over whose tokens losses take their sums and means: those of all processes, or ALONE."""
+    token_loss_T: Tensor | None = None
+    """Task loss of each token in nats, without gradient; None until the task has judged the model's output."""
 
     def total(self, value: Tensor) -> Tensor:
         """Return a sum over this process's tokens as one over the tokens of all `ranks`."""

@@ -129,6 +129,10 @@ class Task(ABC):
             nats_BP, weight_BP = nats_BP.where(counted_BP, 0), weight_BP.where(counted_BP, 0)
         return {"nats": nats_BP.sum(1), "weight": weight_BP.sum(1)}
 
+    def log_probabilities(self, output: Tensor) -> Tensor:
+        """Return what the output says as fp32 log-probabilities, classes last; heads that give no logits override."""
+        return output.float().log_softmax(-1)
+
     @abstractmethod
     def quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the metrics from what `sums` returned, added up over an evaluation set: by domain, in fp64."""

@@ -138,7 +138,7 @@ def _leak(config: CellConfig) -> str | None:
         return f"{named}: {router.facts.causal_reason}"
     if router.item.is_dense or router.item.is_soft or capacity.is_dropless:
         return None
-    if router.facts.batch_dependent and router.facts.learned:
+    if router.facts.batch_dependent and not router.facts.draws_in_evaluation:
         return f"{named} with a capacity: a place depends on other sequences, which look at later tokens (no capacity)"
     if capacity.drop_order in ("score", "random"):
         return f"layout.drop_order: '{capacity.drop_order}' lets later tokens push out earlier ones (try position)"

@@ -1,7 +1,8 @@
 """The Lightning module of a cell: one training step, the optimizer, and the guard against non-finite numbers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning
@@ -9,6 +10,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from moebench.models.transformer import BatchContext
 from moebench.parallel.gradients import clip_grad_norm
 from moebench.parallel.mesh import ALONE_MESH, Mesh
 from moebench.parallel.spread import spread_banks
@@ -18,7 +20,7 @@ from moebench.tasks.task import Batch, Task
 from moebench.training.batches import share_of
 from moebench.training.evaluate import Evaluation, batch_context, evaluate
 from moebench.training.model import Model
-from moebench.training.objective import Objective, objective
+from moebench.training.objective import Objective, Share, agreeing, judged, objective
 
 
 class NonFiniteError(Exception):
@@ -44,9 +46,10 @@ class CellModule(lightning.LightningModule):
         self.mesh = mesh
         self.should_stop = should_stop
         self.layers = model.backbone.moe_layers()
+        self.consistency = max((layer.router.consistency for layer in self.layers), default=0.0)
         self.objectives: list[Objective] = []
         self.records: list[list[LayerRecord]] = []
-        """Of each micro-batch, one record per MoE layer."""
+        """Of each pass over each micro-batch, one record per MoE layer."""
         self.last_loss = 0.0
         """Mean task loss of the step, of all processes."""
         self.last_grad_norm = 0.0
@@ -59,13 +62,31 @@ class CellModule(lightning.LightningModule):
         if micro_batch == 0:
             self.objectives, self.records = [], []
         ctx = batch_context(batch, training=True, seed=self.config.seed, step=self.global_step, micro_batch=micro_batch)
-        output, records = self.model(batch, ctx)
-        loss_BP = self.task.loss(output, batch)
-        share = share_of(batch, self.config, self.mesh)
-        found = objective(loss_BP, batch, self.layers, records, self.config.router.losses, share)
+        outputs, records = self.passes(batch, ctx)
+        found, records = self.judge(batch, outputs, records, share_of(batch, self.config, self.mesh))
         self.objectives.append(found.detached())
-        self.records.append(records)
+        self.records += records
         return found.total
+
+    def passes(self, batch: Batch, ctx: BatchContext) -> tuple[list[Tensor], list[list[LayerRecord]]]:
+        """Return the outputs and records of one pass over a batch, or of two that differ in what is drawn."""
+        contexts = [replace(ctx, repeat=repeat) for repeat in range(2 if self.consistency else 1)]
+        outputs, records = zip(*(self.model(batch, each) for each in contexts), strict=True)
+        return list(outputs), list(records)
+
+    def judge(
+        self, batch: Batch, outputs: Sequence[Tensor], records: Sequence[list[LayerRecord]], share: Share | None = None
+    ) -> tuple[Objective, list[list[LayerRecord]]]:
+        """Return the loss of the passes over a batch, and their records with each token's loss."""
+        share = share or Share.whole(batch)
+        found, seen = [], []
+        for output, of_pass in zip(outputs, records, strict=True):
+            loss_BP = self.task.loss(output, batch)
+            seen.append(judged(of_pass, loss_BP, batch))
+            found.append(objective(loss_BP, batch, self.layers, seen[-1], self.config.router.losses, share))
+        if len(found) == 1:
+            return found[0], seen
+        return agreeing(found, outputs, self.task, batch, self.consistency, share), seen
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None

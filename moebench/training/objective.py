@@ -1,7 +1,7 @@
 """What is minimised: the task loss plus coefficient times raw auxiliary loss, each kept apart for the log."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from moebench.experts.layer import MoELayer
 from moebench.routing.losses import LOSSES
 from moebench.routing.ranks import Ranks
 from moebench.routing.values import LayerRecord
-from moebench.tasks.task import Batch
+from moebench.tasks.task import Batch, Task
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,6 +53,47 @@ class Share:
     factor: int = 1
     """Micro-batches times processes."""
 
+    @classmethod
+    def whole(cls, batch: Batch) -> "Share":
+        """Return the share of a batch that is its whole step."""
+        return cls(num_predictions=_count_BP(batch).sum().clamp(min=1))
+
+    def mean(self, value_BP: Tensor, batch: Batch) -> Tensor:
+        """Return the batch's share of the mean over predictions."""
+        if batch.count_BP is not None:
+            value_BP = value_BP.where(batch.count_BP > 0, 0.0)
+        return value_BP.sum() / self.num_predictions * self.factor
+
+    def mean_of_tokens(self, value_T: Tensor, batch: Batch) -> Tensor:
+        """Return the same for a number per token: where a sequence has other predictions, each has its tokens' mean."""
+        value_BL = value_T.view(len(batch.domain_B), -1)
+        if value_BL.shape[1] == batch.num_predictions:
+            return self.mean(value_BL, batch)
+        valid_BL = torch.ones_like(value_BL) if batch.valid_BL is None else batch.valid_BL.to(value_BL.dtype)
+        mean_B = (value_BL * valid_BL).sum(1) / valid_BL.sum(1).clamp(min=1)
+        return (mean_B * _count_BP(batch).sum(1)).sum() / self.num_predictions * self.factor
+
+
+def judged(records: Sequence[LayerRecord], loss_BP: Tensor, batch: Batch) -> list[LayerRecord]:
+    """Return the records with the task loss of each token: what routers that learn by reinforcement learn from.
+
+    It is that of the token's own prediction, 0 where nothing is predicted; or the mean of its sequence's predictions,
+    where there are not as many of them as tokens.
+    """
+    loss_BP, count_BP = loss_BP.detach(), _count_BP(batch)
+    loss_BP = loss_BP.where(count_BP > 0, 0.0)
+    mean_B1 = loss_BP.sum(1, keepdim=True) / count_BP.sum(1, keepdim=True).clamp(min=1)
+
+    def of_tokens(record: LayerRecord) -> Tensor:
+        length = record.routing.num_tokens // max(len(batch.domain_B), 1)
+        return (loss_BP if length == batch.num_predictions else mean_B1.expand(-1, length)).reshape(-1)
+
+    return [replace(record, token_loss_T=of_tokens(record)) for record in records]
+
+
+def _count_BP(batch: Batch) -> Tensor:
+    return torch.ones_like(batch.weight_BP) if batch.count_BP is None else batch.count_BP
+
 
 def objective(
     loss_BP: Tensor,
@@ -64,35 +105,44 @@ def objective(
 ) -> Objective:
     """Add up the loss of a batch; a coefficient of 0 measures a loss without using it.
 
-    `share`: the batch's share of its step; None: it is the whole step.
+    `records`: judged; `share`: the batch's share of its step; None: it is the whole step. What routers learn from the
+    task loss is "objective" among the weighted parts: a sum over layers, since it is the gradient of one loss.
     """
-    if batch.count_BP is not None:
-        loss_BP = loss_BP.where(batch.count_BP > 0, 0.0)
-    share = share or Share(num_predictions=_count(batch).clamp(min=1))
-    task = loss_BP.sum() / share.num_predictions * share.factor
+    share = share or Share.whole(batch)
+    task = share.mean(loss_BP, batch)
     per_layer = [_raw_losses(layer, record, coefficients) for layer, record in zip(layers, records, strict=True)]
     names = per_layer[0] if per_layer else {}
     raw = {name: torch.stack([losses[name] for losses in per_layer]).mean() for name in names}
     weighted = {name: coefficients[name] * value for name, value in raw.items()}
-    total = task + sum(weighted.values())
-    for layer, record in zip(layers, records, strict=True):
-        learned = layer.router.objective(record, _token_loss(loss_BP.detach(), batch, record))
-        if learned is not None:
-            total = total + learned
-    return Objective(total=total, task=task, raw=raw, weighted=weighted)
+    learned = [layer.router.objective(record) for layer, record in zip(layers, records, strict=True)]
+    learned_T = [value_T for value_T in learned if value_T is not None]
+    if learned_T:
+        weighted["objective"] = share.mean_of_tokens(torch.stack(learned_T).sum(0), batch)
+    return Objective(total=task + sum(weighted.values()), task=task, raw=raw, weighted=weighted)
 
 
-def _count(batch: Batch) -> Tensor:
-    return torch.tensor(batch.weight_BP.numel()) if batch.count_BP is None else batch.count_BP.sum()
+def agreeing(
+    found: Sequence[Objective],
+    outputs: Sequence[Tensor],
+    task: Task,
+    batch: Batch,
+    coefficient: float,
+    share: Share | None = None,
+) -> Objective:
+    """Return the mean of what two passes over a batch found, with the raw loss "consistency" beside the others."""
+    first, second = (task.log_probabilities(output) for output in outputs)
+    apart = (share or Share.whole(batch)).mean_of_tokens(divergence(first, second).reshape(-1), batch)
+    return Objective(
+        total=torch.stack([each.total for each in found]).mean() + coefficient * apart,
+        task=torch.stack([each.task for each in found]).mean(),
+        raw=_mean([each.raw for each in found]) | {"consistency": apart},
+        weighted=_mean([each.weighted for each in found]) | {"consistency": coefficient * apart},
+    )
 
 
-def _token_loss(loss_BP: Tensor, batch: Batch, record: LayerRecord) -> Tensor:
-    """Return loss_T of the layer's tokens: each its own prediction's, or where there are fewer its sequence's mean."""
-    size, length = loss_BP.shape[0], record.routing.num_tokens // max(loss_BP.shape[0], 1)
-    if loss_BP.shape[1] != length:
-        count_BP = torch.ones_like(loss_BP) if batch.count_BP is None else batch.count_BP
-        loss_BP = (loss_BP.sum(1, keepdim=True) / count_BP.sum(1, keepdim=True).clamp(min=1)).expand(size, length)
-    return loss_BP.reshape(-1)
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return ½ Σ (p - q)(log p - log q) over the last dimension, in nats: symmetric, 0 where both say the same."""
+    return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
 
 
 def mean_of(objectives: Sequence[Objective], ranks: Ranks) -> dict[str, float]:
@@ -101,6 +151,10 @@ def mean_of(objectives: Sequence[Objective], ranks: Ranks) -> dict[str, float]:
     values = torch.stack([torch.stack([part.parts()[name] for name in names]) for part in objectives]).mean(0)
     summed: list[float] = (ranks.sum(values.double()) / ranks.size).tolist()
     return dict(zip(names, summed, strict=True))
+
+
+def _mean(losses: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([each[name] for each in losses]).mean() for name in losses[0]}
 
 
 def _raw_losses(layer: MoELayer, record: LayerRecord, coefficients: Mapping[str, float]) -> dict[str, Tensor]:

@@ -70,6 +70,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "expert_choice": [{"group": "sequence"}, {"average_experts": 1}, {"max_per_token": 3}],
     "two_sided": [{"group": "sequence", "shortlist": 2}],
     "random": [{"top_k": 2}],
+    "reinforce": [{"baseline": "learned"}, {"baseline": "none"}],
+    "routing_networks": [{"agents": "single", "pass_through": True, "collaboration": 0.1}],
+    "routing_networks_wpl": [{"agents": "single", "pass_through": True, "collaboration": 0.1}],
+    "conditional_computation": [{"average_experts": 1, "evaluation": "likely"}, {"baseline": "learned"}],
+    "thor": [{"training": "sequence", "evaluation": "sequence"}, {"training": "token", "evaluation": "average"}],
+    "stable_moe": [{"stage_1_steps": 0}],
     "hash": [{"table": "random"}],
     "multi_gate": [{"top_k": 2}],
     "top_p": [{"top_p": 1.0, "expected_experts": 8}],
@@ -389,6 +395,11 @@ def raw_losses(router: Router, record: LayerRecord) -> dict[str, Tensor]:
     """Return every loss that the router has a coefficient for or brings itself."""
     own = router.losses(record)
     return own | {name: LOSSES.get(name).item(record) for name in router.config.losses if name not in own}
+
+
+def is_taught(case: Case, name: str) -> bool:
+    """Return whether a parameter learns from the router's own losses or objective alone."""
+    return any(name == part or name.startswith(f"{part}.") for part in case.facts.taught)
 
 
 def weight_table(routing: AnyRouting) -> Tensor:

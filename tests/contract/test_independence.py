@@ -200,7 +200,7 @@ PLACED = (
 
 def equivariant_cases() -> list[Case]:
     """Return the routers whose choice is a function of the token: not those that draw by place."""
-    return [case for case in cases_of(8) if case.name != "random"]
+    return [case for case in cases_of(8) if not case.facts.draws_in_evaluation]
 
 
 @pytest.mark.parametrize("case", equivariant_cases(), ids=str)
@@ -235,6 +235,7 @@ def gated_cases() -> list[Case]:
     Not those that choose among groups of neighbours: another order makes other groups.
     """
     cases = [case for case in cases_of(8) if case.facts.learned and "num_groups" not in case.options]
+    cases = [case for case in cases if not case.facts.draws_in_evaluation]  # the draws stay with their places
     return [case for case in cases if all(p.shape[0] == 8 for p in case.router().parameters() if p.dim())]
 
 

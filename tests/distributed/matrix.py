@@ -49,6 +49,8 @@ def matrix() -> dict[str, dict[str, Any]]:
         "pass": _capacity("position", "pass"),
         "accumulate": case(train={"accumulate": 2}),
         "accumulate 4 of a ragged batch": case(train={"accumulate": 4, "batch_size": 12}),
+        "rewards in micro-batches": case(router={"name": "reinforce"}, train={"accumulate": 2}),
+        "two passes over micro-batches": case(router={"name": "thor"}, train={"accumulate": 2}),
         "zero rows": case(train={"batch_size": 1}),
         "ragged": case(train={"batch_size": 3}),
         # One expert for all: the others idle, and so do the processes that hold them.

@@ -204,6 +204,7 @@ COST = {"active_params": 1e6, "total_params": 4e6, "flops_per_token": 2e6, "trai
             "train_tokens is 900,000, the baseline's 800,000",
             "≠tokens",
         ),
+        ({"cost": COST | {"train_passes": 2.0}}, "train_passes is 2, the baseline's 1", "≠passes"),
         ({"data_digest": "other"}, "data_digest is other, the baseline's data", "≠data"),
         ({"eval_digest": "other"}, "eval_digest is other, the baseline's eval", "≠eval"),
     ],

@@ -233,7 +233,7 @@ def test_gradients_of_drawn_steps_are_unbiased() -> None:
     for seed in range(num_batches):
         y_TD, record = run(layer, same, training=True, seed=seed)
         loss_T = y_TD @ pull_D
-        task = loss_T.mean() + layer.router.objective(record, loss_T.detach())
+        task = (loss_T + layer.router.objective(replace(record, token_loss_T=loss_T.detach()))).mean()
         for found, loss in zip(draws, (task, layer.router.losses(record)["geometric"]), strict=True):
             found.append(list(torch.autograd.grad(loss, leaves, retain_graph=True)))
     for found, expected in zip(draws, exact, strict=True):
@@ -247,7 +247,7 @@ def test_gradients_of_drawn_steps_are_unbiased() -> None:
 def test_the_score_term_vanishes_where_all_tokens_lose_alike() -> None:
     layer = layer_of("ponder_net")
     _, record = run(layer, Tokens.draw(32), training=True)
-    loss = layer.router.objective(record, torch.full((32,), 3.0))
+    loss = layer.router.objective(replace(record, token_loss_T=torch.full((32,), 3.0))).sum()
     assert all(not g.any() for g in torch.autograd.grad(loss, list(layer.router.parameters())))
 
 

@@ -86,7 +86,9 @@ def test_arms_are_matched_by_default(router: str, activation: str) -> None:
 
     def flops(name: str) -> int:
         config = resolve({"router": name, "model": {"activation": activation, "ffn_width": ffn_width}})
-        backbone = build_backbone(config, causal=True, token_count_V=token_count_V, sequence_length=128, num_domains=2)
+        backbone = build_backbone(
+            config, causal=True, vocab_size=20, token_count_V=token_count_V, sequence_length=128, num_domains=2
+        )
         return cost_of(backbone, [], 128).flops_per_token
 
     assert flops(router) == pytest.approx(flops("dense"), rel=MATCH_TOLERANCE)

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from moebench.tasks.task import Batch
 from moebench.training.evaluate import batch_context, evaluate
 from moebench.training.model import initialised_model, prepare_task
 from moebench.training.module import CellModule, NonFiniteError, rate_at
-from moebench.training.objective import Objective, mean_of, objective
+from moebench.training.objective import Objective, Share, judged, mean_of, objective
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ class Bystander(torch.nn.Module):
     def losses(self, record: LayerRecord) -> dict[str, torch.Tensor]:
         return {}
 
-    def objective(self, record: LayerRecord, token_loss_T: torch.Tensor) -> None:
+    def objective(self, record: LayerRecord) -> None:
         return None
 
 
@@ -111,28 +112,30 @@ def test_task_loss_is_the_mean_over_what_is_predicted() -> None:
     count_BP = torch.tensor([[1, 1], [1, 0]])
     assert objective(loss_BP, batch_of(loss_BP, count_BP), [], [], {}).task.item() == pytest.approx(2.0)
     # One loss for many symbols: 6 nats for 2 and 8 nats for 5 symbols are 2 nats for a symbol.
-    of_sequences_BP, symbols_BP = torch.tensor([[6.0], [8.0]]), torch.tensor([[2], [5]])
-    assert objective(of_sequences_BP, batch_of(of_sequences_BP, symbols_BP), [], [], {}).task.item() == pytest.approx(
-        2.0
-    )
-
-
-class Rewarded(Bystander):
-    """Keeps the loss of each token that a router would learn from."""
-
-    def objective(self, record: LayerRecord, token_loss_T: torch.Tensor) -> None:
-        self.seen_T = token_loss_T
-
-
-def test_a_token_without_a_loss_of_its_own_gets_its_sequence_s() -> None:
-    layer, record = Rewarded(), collapsed(0, expert=0)  # 6 tokens
-    loss_BP = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, math.nan]])
-    count_BP = torch.tensor([[1, 1, 1], [1, 1, 0]])
-    objective(loss_BP, batch_of(loss_BP, count_BP), [layer], [record], {})
-    assert layer.seen_T.tolist() == [1.0, 2.0, 3.0, 4.0, 5.0, 0.0]
     loss_BP, count_BP = torch.tensor([[6.0], [8.0]]), torch.tensor([[2], [5]])
-    objective(loss_BP, batch_of(loss_BP, count_BP), [layer], [record], {})
-    assert layer.seen_T.tolist() == pytest.approx([3.0] * 3 + [1.6] * 3)
+    assert objective(loss_BP, batch_of(loss_BP, count_BP), [], [], {}).task.item() == pytest.approx(2.0)
+
+
+def test_a_token_without_a_prediction_of_its_own_has_its_sequence_s_loss() -> None:
+    record = collapsed(0, expert=0)  # 6 tokens
+    loss_BP = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, math.nan]])
+    batch = batch_of(loss_BP, torch.tensor([[1, 1, 1], [1, 1, 0]]))
+    assert judged([record], loss_BP, batch)[0].token_loss_T.tolist() == [1.0, 2.0, 3.0, 4.0, 5.0, 0.0]
+    loss_BP = torch.tensor([[6.0], [8.0]])
+    batch = batch_of(loss_BP, torch.tensor([[2], [5]]))
+    assert judged([record], loss_BP, batch)[0].token_loss_T.tolist() == pytest.approx([3.0] * 3 + [1.6] * 3)
+
+
+def test_numbers_of_tokens_are_shared_out_as_the_predictions_are() -> None:
+    value_T = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 60.0])
+    batch = batch_of(torch.zeros(2, 3), torch.tensor([[1, 1, 1], [1, 1, 0]]))
+    assert Share.whole(batch).mean_of_tokens(value_T, batch).item() == pytest.approx(15 / 5)
+    # One prediction of 2 and one of 5 symbols, the last token padding: (2 · 2 + 5 · 4.5) / 7.
+    batch = replace(
+        batch_of(torch.zeros(2, 1), torch.tensor([[2], [5]])),
+        valid_BL=torch.tensor([[True, True, True], [True, True, False]]),
+    )
+    assert Share.whole(batch).mean_of_tokens(value_T, batch).item() == pytest.approx((2 * 2 + 5 * 4.5) / 7)
 
 
 def test_learning_rate_by_hand() -> None:

@@ -24,7 +24,7 @@ from moebench.routing.values import LayerRecord, Routing
         causal=True,
         causal_reason="the posterior depends on the tokens up to this one",
         batch_dependent=False,
-        learned=False,
+        taught=("gate",),
         makes_scores=False,
         own_losses=("domain",),
     )

@@ -23,6 +23,7 @@ from moebench.routing.values import LayerRecord, Routing
         causal_reason="in training, whether a token is among the first C depends on later tokens of its sequence",
         batch_dependent=False,
         causal_in_evaluation=True,
+        taught=("predictor_in", "predictor_out"),
         own_losses=("membership",),
     )
 )

@@ -22,7 +22,7 @@ from moebench.routing.values import ChainRouting, LayerRecord, Routing
         causal=True,
         causal_reason="each token stops by its own states and draws",
         batch_dependent=False,
-        learned=False,  # the chosen step weighs 1: the router learns by `objective` and its own loss
+        taught=("bias", "gate"),  # the chosen step weighs 1: `objective` and the own loss teach them
         makes_scores=False,
         own_losses=("geometric",),
     )
@@ -88,13 +88,15 @@ class PonderNet(HaltingRouter):
         kl_TN = kl_TN * (reach_TN - reach_TN.detach()).exp() * ran_TE[:, :-1]
         return {"geometric": record.mean(kl_TN.sum(-1)).clamp(min=0)}  # rounding may go below
 
-    def objective(self, record: LayerRecord, token_loss_T: Tensor) -> Tensor:
-        """Return the mean of (loss - mean loss) · log p_N."""
+    def objective(self, record: LayerRecord) -> Tensor:
+        """Return (loss - mean loss) · log p_N of each token."""
+        assert record.token_loss_T is not None, "the record has not been judged"
+        loss_T = record.token_loss_T.float()
         extras = record.routing.extras
         logits_TN, last_TN = extras["logits_T"], extras["last_T"][:, :-1]
         passed_TN = extras["ran_T"][:, :-1] & ~last_TN
         log_p_TN = functional.logsigmoid(logits_TN) * last_TN + functional.logsigmoid(-logits_TN) * passed_TN
-        return record.mean((token_loss_T - record.mean(token_loss_T)).detach() * log_p_TN.sum(-1))
+        return (loss_T - record.mean(loss_T)) * log_p_TN.sum(-1)
 
     def rows_per_token(self, experts_per_token: int) -> float:
         """Return the mean steps under the prior."""

@@ -17,7 +17,8 @@ from moebench.routing.values import Routing
         paper="arXiv:2209.01667, section 4.1; control of arXiv:2202.01169",
         causal=True,
         causal_reason="the draw does not look at any token",
-        batch_dependent=True,  # the draw belongs to the place in the batch
+        batch_dependent=True,
+        draws_in_evaluation=True,
         learned=False,
         makes_scores=False,
     )

@@ -1,0 +1,111 @@
+"""Routing networks as their authors prefer them: a table of probabilities for each agent, moved by WPL."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moebench.errors import require
+from moebench.routing.agents import AgentsConfig, acted, agent_of, check_collaboration, collaboration, num_agents
+from moebench.routing.context import RouteContext
+from moebench.routing.policy import drawn, follow
+from moebench.routing.router import ROUTERS, Facts, Router, Site
+from moebench.routing.values import LayerRecord, Routing
+
+
+@ROUTERS.register(
+    Facts(
+        family="reinforcement",
+        equation="a ~ π_g,  y = E_a(x) or 0,  π_g ← simplex(π_g + λ Δ_a (π_a if Δ_a < 0 else 1 - π_a)),  Δ_a = R_a - R̄",
+        paper="arXiv:1711.01239",
+        causal=True,
+        causal_reason="the choice is a draw from a table that only past steps have set",
+        batch_dependent=False,
+        learned=False,
+        makes_scores=False,
+    )
+)
+class RoutingNetworksWPL(Router):
+    """Routing networks (Rosenbaum et al. 2017) with the weighted policy learner (Abdallah and Lesser 2008).
+
+    The policy of an agent is a table, blind to the token: a domain's tokens all go the same way once it has settled.
+    WPL slows down towards the borders of the simplex, which keeps agents that learn at once from circling around each
+    other. Here a step moves the table once, by the mean over its tokens of what they would each do; what differs
+    from the paper else stands at `routing_networks`. Evaluation takes the most likely action.
+    """
+
+    policy_GA: Tensor
+    mean_G: Tensor
+    num_steps_G: Tensor
+    share_E: Tensor
+    num_counted: Tensor
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AgentsConfig):
+        """Options of routing networks with WPL."""
+
+        name: str = "routing_networks_wpl"
+        rate: float = 0.3
+        """How far a reward that is 1 nat over the average moves a probability in a step (λ), before the weights."""
+        decay: float = 0.99
+        """How much of the running means a step keeps; the first steps are averaged evenly."""
+
+    def __init__(self, config: Config, site: Site) -> None:
+        super().__init__(config, site)
+        self.options = config
+        self.num_agents = num_agents(config, site)
+        self.num_actions = site.num_experts + config.pass_through
+        even_GA = torch.full((self.num_agents, self.num_actions), 1 / self.num_actions)
+        self.register_buffer("policy_GA", even_GA)
+        self.register_buffer("mean_G", torch.zeros(self.num_agents))
+        self.register_buffer("num_steps_G", torch.zeros(self.num_agents, dtype=torch.int64))
+        self.register_buffer("share_E", torch.zeros(site.num_experts))
+        self.register_buffer("num_counted", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def check(cls, config: Config, num_experts: int) -> None:
+        """Refuse rates out of range."""
+        check_collaboration(config)
+        require(config.rate >= 0, "router.rate", config.rate, "at least 0")
+        require(0 <= config.decay < 1, "router.decay", config.decay, "at least 0 and below 1")
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
+        """Draw the action of each token from its agent's table, or in evaluation take the most likely one."""
+        agent_T = agent_of(ctx, self.num_agents, x_TD)
+        action_T = drawn(self.policy_GA.log()[agent_T], ctx)
+        extras = {"action_T": action_T, "agent_T": agent_T}
+        return acted(action_T, self.num_experts, self.num_actions, extras=extras)
+
+    def sums(self, record: LayerRecord) -> dict[str, Tensor]:
+        """Return the rewards of each action of each agent, and how often it was taken."""
+        assert record.token_loss_T is not None, "the record has not been judged"
+        extras = record.routing.extras
+        reward_T = collaboration(record, self.share_E, self.options.collaboration) - record.token_loss_T
+        valid_T = torch.ones_like(reward_T) if record.valid_T is None else record.valid_T
+        zeros_GA = torch.zeros(self.policy_GA.shape, dtype=torch.float64, device=reward_T.device)
+        place = extras["agent_T"], extras["action_T"]
+        return {
+            "reward": zeros_GA.index_put(place, (reward_T * valid_T).double(), accumulate=True),
+            "taken": zeros_GA.index_put(place, valid_T.double(), accumulate=True),
+        }
+
+    @torch.no_grad()
+    def after_step(self, load_E: Tensor, sums: Mapping[str, Tensor]) -> None:
+        """Move the means, and then the tables towards what was better than they are."""
+        reward_GA, taken_GA = sums["reward"], sums["taken"]
+        taken_G = taken_GA.sum(-1)
+        follow(self.mean_G, reward_GA.sum(-1), taken_G, self.num_steps_G, self.options.decay)
+        better_GA = (reward_GA - self.mean_G.unsqueeze(-1) * taken_GA) / taken_G.clamp(min=1).unsqueeze(-1)
+        weight_GA = torch.where(better_GA < 0, self.policy_GA, 1 - self.policy_GA)
+        self.policy_GA.copy_(onto_simplex(self.policy_GA + self.options.rate * better_GA * weight_GA))
+        follow(self.share_E, load_E, load_E.sum(), self.num_counted, self.options.decay)
+
+
+def onto_simplex(value_GA: Tensor) -> Tensor:
+    """Return the nearest probabilities to each row: max(v - θ, 0) with the θ that makes them sum to 1."""
+    sorted_GA = value_GA.sort(dim=-1, descending=True).values
+    rank_A = torch.arange(1, value_GA.shape[-1] + 1, device=value_GA.device)
+    theta_GA = (sorted_GA.cumsum(-1) - 1) / rank_A
+    last_G1 = (sorted_GA > theta_GA).sum(-1, keepdim=True) - 1  # as many as stay above 0
+    return (value_GA - theta_GA.gather(-1, last_G1)).clamp(min=0)

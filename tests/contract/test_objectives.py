@@ -1,0 +1,39 @@
+"""What routers learn apart from the weights: by objectives over the task loss of tokens, and by their own losses."""
+
+import dataclasses
+
+import pytest
+import torch
+from contract.cases import NUM_TOKENS, Case, Tokens, default_cases, is_taught, run
+
+from moebench.routing.router import Router
+
+every_router = pytest.mark.parametrize("case", default_cases(), ids=str)
+
+
+@every_router
+def test_own_losses_or_the_objective_reach_what_is_taught(case: Case) -> None:
+    layer = case.layer()
+    _, record = run(layer, Tokens.draw(64), training=True)
+    record = dataclasses.replace(record, token_loss_T=torch.rand(64, generator=torch.Generator().manual_seed(5)))
+    learned_T = layer.router.objective(record)
+    total = torch.zeros(()) if learned_T is None else learned_T.mean()
+    total = total + sum(layer.router.losses(record).values())
+    taught = {name: p for name, p in layer.router.named_parameters() if is_taught(case, name)}
+    assert bool(taught) is bool(case.facts.taught)
+    if taught:
+        gradients = torch.autograd.grad(total, list(taught.values()))
+        assert all(gradient.norm() > 1e-4 for gradient in gradients), list(taught)
+
+
+@every_router
+def test_objective_is_a_number_for_each_token(case: Case) -> None:
+    for num_tokens in NUM_TOKENS:
+        layer = case.layer()
+        _, record = run(layer, Tokens.draw(num_tokens), training=True)
+        record = dataclasses.replace(record, token_loss_T=torch.ones(num_tokens))
+        learned_T = layer.router.objective(record)
+        assert (learned_T is not None) is (case.router_class.objective is not Router.objective)
+        if learned_T is not None:
+            assert learned_T.shape == (num_tokens,)
+            assert learned_T.isfinite().all()
