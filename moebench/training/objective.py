@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moebench.experts.layer import MoELayer
-from moebench.routing.losses import LOSSES
+from moebench.routing.losses import raw_losses
 from moebench.routing.ranks import Ranks
 from moebench.routing.values import LayerRecord
 from moebench.tasks.task import Batch
@@ -70,7 +70,7 @@ def objective(
     counted_T = token_loss_T if batch.valid_BL is None else token_loss_T[batch.valid_BL.reshape(-1)]
     share = share or Share(num_positions=max(counted_T.numel(), 1))
     task = counted_T.sum() / share.num_positions * share.factor
-    per_layer = [_raw_losses(layer, record, coefficients) for layer, record in zip(layers, records, strict=True)]
+    per_layer = [raw_losses(layer.router, record, coefficients) for layer, record in zip(layers, records, strict=True)]
     names = per_layer[0] if per_layer else {}
     raw = {name: torch.stack([losses[name] for losses in per_layer]).mean() for name in names}
     weighted = {name: coefficients[name] * value for name, value in raw.items()}
@@ -88,8 +88,3 @@ def mean_of(objectives: Sequence[Objective], ranks: Ranks) -> dict[str, float]:
     values = torch.stack([torch.stack([part.parts()[name] for name in names]) for part in objectives]).mean(0)
     summed: list[float] = (ranks.sum(values.double()) / ranks.size).tolist()
     return dict(zip(names, summed, strict=True))
-
-
-def _raw_losses(layer: MoELayer, record: LayerRecord, coefficients: Mapping[str, float]) -> dict[str, Tensor]:
-    own = layer.router.losses(record)
-    return {name: own[name] if name in own else LOSSES.get(name).item(record) for name in coefficients}
