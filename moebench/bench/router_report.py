@@ -19,7 +19,8 @@ HEADER = ("router", "k", "grows as", "fwd", "fwd+bwd", "quartiles", "goal")
 LEGEND = (
     "fwd, fwd+bwd: time of routing with the router's losses over that of `top_k` with as many experts per token in the"
     " same round, median over rounds, lower is better. Both in training mode; fwd is without gradients, fwd+bwd has"
-    " those of the tokens and of the router.",
+    " those of the tokens and of the router. The row `top_k` is timed against itself: as far as its ratio is from 1,"
+    " the others are not to be trusted.",
     "goal: at most so many times top-k's fwd+bwd: 3 for routers that grow as T·E, 8 for sinkhorn, 30 for base; NO:"
     " it takes more.",
 )
