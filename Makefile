@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # A process that has nothing left to do takes tests from the other: tests that wait for processes stand side by side.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all test-distributed bench lint format clean help
+.PHONY: demo test test-all test-distributed bench docs lint format clean help
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/  -/'
@@ -29,10 +29,14 @@ test-all: $(VENV)/installed-dev  ## the tests and the long proofs (the tracking 
 test-distributed: $(VENV)/installed-dev  ## the tests of many processes: meshes, torchrun, SLURM, processes that are killed or hang
 	$(PYTEST) -n 2 --timeout 600 tests/distributed
 
-bench: $(VENV)/installed  ## speed of the layer, of a training step and of several processes, as ratios; with the libraries of the extra `peers` where installed
+bench: $(VENV)/installed  ## speed of the layer, of each router, of a training step and of several processes, as ratios; with the libraries of the extra `peers` where installed
 	$(BIN)/moebench bench layer
+	$(BIN)/moebench bench router
 	$(BIN)/moebench bench step
 	$(BIN)/moebench bench parallel
+
+docs: $(VENV)/installed  ## write docs/routers.md from what the routers say of themselves
+	$(BIN)/moebench show --all-routers > docs/routers.md
 
 lint: $(VENV)/installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .

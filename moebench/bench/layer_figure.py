@@ -1,5 +1,6 @@
 """The figure of the layer benchmark: a panel per row, a dot per variant, the dense layer as a line."""
 
+from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 
@@ -50,11 +51,17 @@ def _draw_row(ax: Axes, row: Row) -> None:
         ax.plot([line.train.low, line.train.high], [place, place], color=color, linewidth=2.2, solid_capstyle="round")
         ax.plot(line.forward.median, place, "o", color=color, markersize=5, markerfacecolor="white")
         ax.plot(line.train.median, place, "o", color=color, markersize=6)
-    ax.axvline(1.0, color="black", linewidth=1.0, linestyle="--", zorder=1)
-    ax.set_yticks(range(len(lines)), [_label(line) for line in lines], fontsize=8)
-    ax.set_ylim(len(lines) - 0.4, -0.6)  # first variant on top
-    ax.set_xscale("log")
     values = [value for line in lines for value in (line.forward.median, line.train.low, line.train.high)]
+    as_ratios(ax, [_label(line) for line in lines], values)
+    ax.set_title(_title(row), loc="left", fontsize=8)
+
+
+def as_ratios(ax: Axes, labels: Sequence[str], values: Sequence[float]) -> None:
+    """Make the axis of ratios logarithmic around 1, with a label for each line of dots."""
+    ax.axvline(1.0, color="black", linewidth=1.0, linestyle="--", zorder=1)
+    ax.set_yticks(range(len(labels)), labels, fontsize=8)
+    ax.set_ylim(len(labels) - 0.4, -0.6)  # the first on top
+    ax.set_xscale("log")
     low, high = min([0.9, *values]) / 1.08, max([2.0, *values]) * 1.08
     ax.set_xlim(low, high)
     ax.xaxis.set_major_locator(FixedLocator([tick for tick in TICKS if low <= tick <= high]))
@@ -62,7 +69,6 @@ def _draw_row(ax: Axes, row: Row) -> None:
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     ax.grid(axis="x", color="#e6e6e6", linewidth=0.7)
     ax.tick_params(axis="y", length=0)
-    ax.set_title(_title(row), loc="left", fontsize=8)
 
 
 def _label(line: Line) -> str:

@@ -51,9 +51,9 @@ def _cells(row: Row, line: Line, *, tflops: bool) -> tuple[str, ...]:
     about = "≈" if line.approximate else ""
     cells = (
         line.name,
-        about + _ratio(line.forward.median),
-        about + _ratio(line.train.median),
-        NOTHING if line.approximate or line.name == DENSE else _quartiles(line.train),
+        about + ratio(line.forward.median),
+        about + ratio(line.train.median),
+        NOTHING if line.approximate or line.name == DENSE else quartiles(line.train),
         _share(line.saved_bytes, row.saved_reference),
         _share(line.saved_bytes, row.least_saved_bytes),
         f"{100 * line.dropped:.1f} %" if line.dropped > 0 else "0",
@@ -62,12 +62,14 @@ def _cells(row: Row, line: Line, *, tflops: bool) -> tuple[str, ...]:
     return (*cells, f"{line.train_tflops:.0f}") if tflops else cells
 
 
-def _ratio(value: float) -> str:
+def ratio(value: float) -> str:
+    """Format a ratio with two decimals below ten."""
     return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
-def _quartiles(spread: Spread) -> str:
-    return f"{_ratio(spread.low)}–{_ratio(spread.high)}"
+def quartiles(spread: Spread) -> str:
+    """Format the quartiles of a ratio."""
+    return f"{ratio(spread.low)}–{ratio(spread.high)}"
 
 
 def _share(part: int | None, whole: int | None) -> str:

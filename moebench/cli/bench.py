@@ -12,6 +12,7 @@ from moebench.cli.options import (
     Plugins,
     Results,
     complete_experiment,
+    complete_router,
     experiment_file,
 )
 from moebench.errors import UsageError
@@ -86,6 +87,49 @@ def layer(
 
         draw_layer(bench, plot)
     show(layer_report(bench), json=json, markdown=markdown)
+
+
+@app.command("router")
+def router(
+    router: Annotated[
+        list[str] | None,
+        typer.Option("--router", help="Repeatable. Default: all.", autocompletion=complete_router),
+    ] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Repeatable. Default: 2048, 8192.")] = None,
+    experts: Annotated[list[int] | None, typer.Option(min=1, help="Repeatable. Default: 8, 64.")] = None,
+    rounds: Rounds = 7,
+    threads: Threads = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    plugin: Plugins = None,
+    plot: Plot = None,
+    markdown: Markdown = False,
+    json: Json = False,
+) -> None:
+    """Time every router alone, with its losses, against plain softmax top-k in the same rounds.
+
+    Forward, and forward with backward, in training mode. A router that costs more than it should is named.
+    """
+    check_plot(plot)
+    from moebench.bench.router import RouterSettings, bench_router
+    from moebench.bench.router_report import draw_routers, router_report
+    from moebench.registry import load_plugin
+
+    for path in plugin or ():
+        load_plugin(path)
+    settings = RouterSettings(
+        routers=router or (),
+        tokens=tokens or (2048, 8192),
+        experts=experts or (8, 64),
+        rounds=rounds,
+        threads=threads,
+        device=device,
+        seed=seed,
+    )
+    bench = bench_router(settings, say)
+    if plot:
+        draw_routers(bench, plot)
+    show(router_report(bench), json=json, markdown=markdown)
 
 
 @app.command("step")

@@ -89,7 +89,6 @@ def _runs(results: Any) -> list[dict[str, Any]]:
 
 
 COLUMNS = {
-    Kind.ROUTERS: ("name", "family", "causal", "learned", "batch_dependent", "paper"),
     Kind.LAYOUTS: ("name", "experts", "placement", "paper"),
     Kind.TASKS: ("name", "causal", "metric", "data"),
     Kind.LOSSES: ("name", "equation", "uniform", "collapsed", "paper"),
@@ -99,18 +98,28 @@ COLUMNS = {
 
 
 def _print(rows: list[dict[str, Any]], kind: Kind) -> None:
+    from moebench.analysis.catalogue import as_words
     from moebench.cli.table import print_table
 
     if not rows:
         print(f"no {kind.value} here")
         return
-    columns = COLUMNS[kind]
-    heads = {column: column.replace("_dependent", "-dep.") for column in columns}
-    lines = [[_text(row[column]) for column in columns] for row in rows]
-    print_table(list(heads.values()), lines, whole=("id", "name", "family"))
+    if kind is Kind.ROUTERS:
+        from moebench.analysis.router_pages import summary
+
+        columns, lines = _in_two_lines([summary(row) for row in rows])
+    else:
+        columns = COLUMNS[kind]
+        lines = [["" if row[column] is None else as_words(row[column]) for column in columns] for row in rows]
+    print_table(columns, lines, whole=("id", "name", "causal", "batch", "even", "learns"))
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "" if value is None else str(value)
+def _in_two_lines(cells: list[dict[str, str]]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Put family and losses below name and paper: else 80 columns are too few."""
+    below = {"router": "family", "paper": "own losses"}
+    columns = tuple(name for name in cells[0] if name not in below.values())
+    lines = [
+        [f"{cell[name]}\n{cell[below[name]]}" if name in below else cell[name] for name in columns] for cell in cells
+    ]
+    heads = tuple(f"{name}\n{below[name]}" if name in below else name for name in columns)
+    return heads, lines

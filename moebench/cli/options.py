@@ -32,9 +32,14 @@ def complete_component(incomplete: str) -> list[str]:
     return [name for kind in ("router", "layout", "task") for name in _completion(kind)(incomplete)]
 
 
+def complete_router(incomplete: str) -> list[str]:
+    """Complete the name of a router."""
+    return _completion("router")(incomplete)
+
+
 def complete_experiment_or_router(incomplete: str) -> list[str]:
     """Complete the name of an experiment or a router."""
-    return complete_experiment(incomplete) + _completion("router")(incomplete)
+    return complete_experiment(incomplete) + complete_router(incomplete)
 
 
 Results = Annotated[

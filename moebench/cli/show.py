@@ -1,106 +1,67 @@
 """`moebench show`: what a router, layout, task or loss is."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from moebench.cli.options import Json, Plugins, complete_component
-from moebench.errors import UsageError, nearest
-
-KINDS = ("router", "layout", "task", "loss")
+from moebench.errors import UsageError
 
 
 def show(
     name: Annotated[
-        str,
+        str | None,
         typer.Argument(help="A router, layout, task or loss (`moebench list`).", autocompletion=complete_component),
-    ],
+    ] = None,
+    all_routers: Annotated[
+        bool, typer.Option("--all-routers", help="All routers instead of one name, as the Markdown of docs/routers.md.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw how a router sends a few tokens to experts, into this PNG file.")
+    ] = None,
     plugin: Plugins = None,
     json: Json = False,
 ) -> None:
     """Show what something is: equation, facts, options with their defaults, source."""
-    from moebench.registry import load_plugin
+    if (name is None) is not all_routers:
+        raise UsageError("show: give a name (`moebench list`), or --all-routers")
+    if all_routers and plot:
+        raise UsageError("--plot: draws one router, give its name instead of --all-routers")
+    from moebench.analysis.catalogue import describe
+    from moebench.registry import load_plugin, registry_of
 
     for path in plugin or ():
         load_plugin(path)
-    found = describe(name)
+    found = [describe(one) for one in ([name] if name else registry_of("router").names())]
+    if plot:
+        _draw(found[0], plot)
     if json:
         import json as json_module
 
-        print(json_module.dumps(found, indent=1, ensure_ascii=False))
-        return
-    _print(found)
+        print(json_module.dumps(found[0] if name else found, indent=1, ensure_ascii=False))
+    elif name:
+        _print(found[0])
+    else:
+        from moebench.analysis.router_pages import all_pages
+
+        print(all_pages(), end="")
 
 
-def describe(name: str) -> dict[str, Any]:
-    """Return everything known about a component; raise UsageError for an unknown name."""
-    from dataclasses import asdict
+def _draw(found: dict[str, Any], plot: Path) -> None:
+    if found["kind"] != "router":
+        raise UsageError(f"--plot: '{found['name']}' is a {found['kind']}; only routers are drawn")
+    if plot.is_dir() or not plot.parent.is_dir():
+        raise UsageError(f"--plot {plot}: must be a file in a folder that exists")
+    from moebench.analysis.router_figure import draw_router
 
-    from moebench.registry import registry_of
-
-    known: list[str] = []
-    for kind in KINDS:
-        registry = registry_of(kind)
-        if name in registry.names():
-            entry = registry.get(name)
-            config = getattr(entry.item, "Config", None)
-            return {
-                "name": name,
-                "kind": kind,
-                **asdict(entry.facts),
-                "about": entry.doc,
-                "options": _options(config) if config else [],
-                "source": entry.origin,
-            }
-        known += registry.names()
-    raise UsageError(f"'{name}' is unknown.{nearest(name, known)} Allowed: {', '.join(known)}")
-
-
-def _options(config: Any) -> list[dict[str, Any]]:
-    from moebench.config import to_plain
-    from moebench.registry import field_docs
-
-    docs = field_docs(config)
-    defaults = to_plain(config())
-    return [
-        {
-            "name": field.name,
-            "type": type_name(field.type),
-            "default": defaults[field.name],
-            "about": docs.get(field.name, ""),
-        }
-        for field in own_first(config)
-    ]
-
-
-def own_first(config: Any) -> list[Any]:
-    """Return the fields of a Config without its name: its own before those that all of its kind have."""
-    import dataclasses
-
-    parent = config.__mro__[1]
-    shared = {field.name for field in dataclasses.fields(parent)} if dataclasses.is_dataclass(parent) else set()
-    fields = [field for field in dataclasses.fields(config) if field.name != "name"]
-    return sorted(fields, key=lambda field: field.name in shared)
-
-
-def type_name(annotation: Any) -> str:
-    """Return a type as a user writes its values: choices as they are, other types by name."""
-    from types import UnionType
-    from typing import Literal, Union, get_args, get_origin
-
-    if get_origin(annotation) is Literal:
-        return " | ".join(str(choice) for choice in get_args(annotation))
-    choices = get_args(annotation)
-    if get_origin(annotation) in (Union, UnionType):
-        return " | ".join(type_name(choice) for choice in choices)
-    if choices:
-        return f"{get_origin(annotation).__name__}[{', '.join(type_name(choice) for choice in choices)}]"
-    return "None" if annotation is type(None) else str(getattr(annotation, "__name__", annotation))
+    draw_router(found["name"], plot)
 
 
 def _print(found: dict[str, Any]) -> None:
     from rich.console import Console
 
+    from moebench.analysis.catalogue import as_words
     from moebench.cli.table import print_table
 
     console = Console()
@@ -112,11 +73,14 @@ def _print(found: dict[str, Any]) -> None:
     say()
     say(found["about"])
     say()
-    shown = {"name", "kind", "about", "options", "source"}
+    for title, key in (("When to use it", "use"), ("What can go wrong", "beware")):
+        if found.get(key):
+            say(f"{title}: {found[key]}")
+            say()
+    shown = {"name", "kind", "about", "options", "source", "use", "beware"}
     for key, value in found.items():
         if key not in shown and value not in (None, (), []):
-            text = ("no", "yes")[value] if isinstance(value, bool) else value
-            text = ", ".join(text) if isinstance(text, list | tuple) else text
+            text = f"O({value})" if key == "cost" else as_words(value)
             say(f"{key.replace('_', ' '):<22}{text}")
     say(f"{'source':<22}{found['source']}")
     if found["options"]:

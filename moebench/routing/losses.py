@@ -6,7 +6,7 @@ same coefficient mean different things in different models. The coefficient is a
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moebench.errors import UsageError
 from moebench.registry import Registry
+from moebench.routing.router import Router
 from moebench.routing.values import LayerRecord, Routing
 
 Loss = Callable[[LayerRecord], Tensor]
@@ -170,6 +171,12 @@ def importance(record: LayerRecord) -> Tensor:
 def squared_variation(value_E: Tensor) -> Tensor:
     """Return Var/Mean² with the population variance; 0 when all are equal (and for an empty batch)."""
     return value_E.var(unbiased=False) / (value_E.mean().square() + 1e-10)
+
+
+def raw_losses(router: Router, record: LayerRecord, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return the named losses of a layer, those that the router brings itself before those that all share."""
+    own = router.losses(record)
+    return {name: own[name] if name in own else LOSSES.get(name).item(record) for name in names}
 
 
 def _need(value: Tensor | None, loss: str, what: str) -> Tensor:

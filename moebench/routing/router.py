@@ -49,6 +49,16 @@ class Facts:
     """Scores every expert for every token: what some losses, and rerouting over capacity, need."""
     own_losses: tuple[str, ...] = ()
     """Names that `losses(record)` of this router brings."""
+    balanced: bool = False
+    """In training every expert has the same load whatever the tokens are, where the sizes divide: measured."""
+    variable_k: bool = False
+    """Tokens differ in how many experts they have, in training or in evaluation: measured."""
+    cost: str = "T·E"
+    """How the time to route T tokens to E experts grows, beside the gate's product."""
+    use: str = ""
+    """When one would choose it; every router of moebench itself says so."""
+    beware: str = ""
+    """What can go wrong with it; the same."""
 
     def is_causal(self, *, with_capacity: bool) -> bool:
         """Whether no token's output depends on later tokens, with or without a capacity."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moebench.experts.layer import MoELayer
-from moebench.routing.losses import LOSSES
+from moebench.routing.losses import raw_losses
 from moebench.routing.ranks import Ranks
 from moebench.routing.values import LayerRecord
 from moebench.tasks.task import Batch, Task
@@ -110,7 +110,7 @@ def objective(
     """
     share = share or Share.whole(batch)
     task = share.mean(loss_BP, batch)
-    per_layer = [_raw_losses(layer, record, coefficients) for layer, record in zip(layers, records, strict=True)]
+    per_layer = [raw_losses(layer.router, record, coefficients) for layer, record in zip(layers, records, strict=True)]
     names = per_layer[0] if per_layer else {}
     raw = {name: torch.stack([losses[name] for losses in per_layer]).mean() for name in names}
     weighted = {name: coefficients[name] * value for name, value in raw.items()}
@@ -155,8 +155,3 @@ def mean_of(objectives: Sequence[Objective], ranks: Ranks) -> dict[str, float]:
 
 def _mean(losses: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([each[name] for each in losses]).mean() for name in losses[0]}
-
-
-def _raw_losses(layer: MoELayer, record: LayerRecord, coefficients: Mapping[str, float]) -> dict[str, Tensor]:
-    own = layer.router.losses(record)
-    return {name: own[name] if name in own else LOSSES.get(name).item(record) for name in coefficients}

@@ -107,6 +107,67 @@ def refused(ended: Any, words: list[str]) -> None:
 
 
 @pytest.fixture(scope="session")
+def routers(tmp_path_factory: pytest.TempPathFactory, warm: WarmCommandLine) -> Any:
+    folder = tmp_path_factory.mktemp("routers")
+    names = [part for name in ("base", "top_k", "hash", "olmoe", "soft_moe") for part in ("--router", name)]
+    sizes = ("--tokens", "32", "--experts", "4", "--experts", "8", "--rounds", "1", "--threads", "1")
+    ended = warm(CommandLine(folder), "bench", "router", *names, *sizes, "--plot", "router.png", "--json")
+    assert ended.code == 0, ended.err
+    assert (folder / "router.png").read_bytes().startswith(b"\x89PNG")
+    assert "[1/2] 5 routers, T32 E4" in ended.err
+    return ended.json
+
+
+def test_every_router_is_compared_with_top_k(routers: Any) -> None:
+    four, eight = routers["tables"]
+    assert (four["num_tokens"], four["num_experts"], eight["num_experts"]) == (32, 4, 8)
+    assert list(four["skipped"]) == ["olmoe"]  # 8 experts per token do not fit 4
+    assert eight["skipped"] == {}
+    lines = {line["name"]: line for line in eight["lines"]}
+    assert list(lines) == ["base", "base solver=auction", "base solver=exact", "top_k", "hash", "olmoe", "soft_moe"]
+    assert [lines[name]["top_k"] for name in ("base", "top_k", "olmoe")] == [1, 2, 8]
+    assert [lines[name]["goal"] for name in ("base", "top_k", "hash")] == [30.0, 3.0, None]
+    for line in lines.values():
+        assert line["forward_ms"] > 0
+        assert line["train"]["low"] <= line["train"]["median"] <= line["train"]["high"]
+        reaches = None if line["goal"] is None else line["train"]["median"] <= line["goal"]
+        assert line["reaches_goal"] is reaches
+
+
+def test_solvers_of_base_say_how_good_their_assignment_is(routers: Any) -> None:
+    for table in routers["tables"]:
+        shares = {line["name"]: line["share_of_optimum"] for line in table["lines"]}
+        assert shares["base solver=exact"] == pytest.approx(1.0)
+        assert 0.9 < shares["base"] <= 1.0 + 1e-9
+        assert 0.9 < shares["base solver=auction"] <= 1.0 + 1e-9
+        assert shares["top_k"] is None
+
+
+def test_routers_as_tables(cli: CommandLine, warm: WarmCommandLine) -> None:
+    arguments = ("--router", "hash", "--tokens", "16", "--experts", "4", "--rounds", "1", "--threads", "1")
+    ended = warm(cli, "bench", "router", *arguments, "--markdown")
+    assert ended.code == 0, ended.err
+    assert "**T16 E4 d64**" in ended.out
+    assert "| hash | 1 | T |" in ended.out
+    assert "goal missed: by none" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--router", "swich"], ["--router", "'swich'", "Did you mean 'switch'?"]),
+        (["--tokens", "300"], ["--tokens", "256", "300"]),
+        (["--experts", "0"], ["--experts", "1"]),
+        (["--plot", "nowhere/x.png"], ["--plot nowhere/x.png"]),
+    ],
+)
+def test_a_mistake_in_bench_router(
+    cli: CommandLine, warm: WarmCommandLine, arguments: list[str], words: list[str]
+) -> None:
+    refused(warm(cli, "bench", "router", *arguments), words)
+
+
+@pytest.fixture(scope="session")
 def step(tmp_path_factory: pytest.TempPathFactory, warm: WarmCommandLine) -> Any:
     command_line = CommandLine(tmp_path_factory.mktemp("step"))
     command_line.write(grid={"router": ["dense", "top_k"]})

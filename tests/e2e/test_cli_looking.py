@@ -142,6 +142,41 @@ def test_show_reads_well(finished: CommandLine, warm: WarmCommandLine, name: str
     assert all(option["name"] in text.out for option in found["options"])
 
 
+def test_show_says_when_to_use_a_router_and_what_can_go_wrong(cli: CommandLine, warm: WarmCommandLine) -> None:
+    found, text = warm(cli, "show", "base", "--json").json, " ".join(warm(cli, "show", "base").out.split())
+    assert f"When to use it: {found['use']}" in text
+    assert f"What can go wrong: {found['beware']}" in text
+    page = warm(cli, "show", "--all-routers")
+    assert (page.code, page.err) == (0, "")
+    assert f"**When to use it.** {found['use']}" in page.out
+    every = warm(cli, "show", "--all-routers", "--json").json
+    assert found in every
+
+
+@pytest.mark.parametrize("router", ["top_k", "expert_choice", "base", "hash", "soft_moe", "olmoe"])
+def test_show_draws_a_worked_example(cli: CommandLine, warm: WarmCommandLine, router: str) -> None:
+    ended = warm(cli, "show", router, "--plot", "example.png", "--json")
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.json["name"] == router
+    assert (cli.folder / "example.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["show", "--all-routers"]),
+        (["base", "--all-routers"], ["show", "--all-routers"]),
+        (["--all-routers", "--plot", "x.png"], ["--plot", "one router"]),
+        (["every_n", "--plot", "x.png"], ["--plot", "'every_n' is a layout"]),
+        (["base", "--plot", "nowhere/x.png"], ["--plot nowhere/x.png"]),
+    ],
+)
+def test_a_mistake_in_show(cli: CommandLine, warm: WarmCommandLine, arguments: list[str], words: list[str]) -> None:
+    ended = warm(cli, "show", *arguments)
+    assert (ended.code, ended.out) == (2, "")
+    assert all(word in ended.err for word in words)
+
+
 def test_a_router_in_a_file_of_ones_own(cli: CommandLine, warm: WarmCommandLine) -> None:
     (cli.folder / "my_router.py").write_text(PLUGIN)
     grid = ["grid.router=[my_router]", "seeds=[0]", "router.shift=1"]

@@ -18,8 +18,12 @@ from moebench.routing.values import ChainRouting, LayerRecord, Routing
         equation="h_n = h_{n-1} + E_n(|h_{n-1}|),  p_n = sigmoid(w·|h_n| + b),  N = min {n: Σ_{j≤n} p_j > 1-ε},  "
         "R = 1 - Σ_{j<N} p_j,  y = Σ_{n<N} p_n h_n + R h_N - x",
         paper="arXiv:1603.08983, halting at each position as in arXiv:1807.03819",
+        use="Tokens that think as long as they need, with a price on every step.",
+        beware="The price decides almost everything and must be tuned. Steps are computed one after another, "
+        "so it is slow.",
         causal=True,
         causal_reason="each token stops by its own states",
+        variable_k=True,
         batch_dependent=False,
         makes_scores=False,
         own_losses=("ponder",),

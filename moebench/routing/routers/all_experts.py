@@ -16,9 +16,13 @@ from moebench.routing.values import Routing
         family="baseline",
         equation="y = Σ_e softmax(W x)_e E_e(x)",
         paper="doi:10.1162/neco.1991.3.1.79 (Jacobs et al. 1991)",
+        use="As a reference: what all experts together can do when nothing is left out.",
+        beware="Every expert computes every token, so time is saved only by making experts narrower. A gate that "
+        "is sure of one expert leaves the others without gradient.",
         causal=True,
         causal_reason="each token is weighted by its own vector",
         batch_dependent=False,
+        balanced=True,
     )
 )
 class AllExperts(Router):

@@ -16,6 +16,8 @@ from moebench.routing.values import Routing
         family="token choice",
         equation="a_i = |x W_i| (W_i: D x r),  p = softmax(a),  y = Σ_{i in top-k} w_i E_i(x),  w = p_i / Σ chosen p",
         paper="arXiv:2501.13074",
+        use="Experts that choose themselves by how strongly they respond.",
+        beware="An expert can raise its score by growing its projection. The projections cost FLOPs for all experts.",
         causal=True,
         causal_reason="each token is routed by its own vector",
         batch_dependent=False,

@@ -20,8 +20,12 @@ from moebench.routing.values import LayerRecord, Routing
         family="reinforcement",
         equation="σ = sigmoid(W x + d),  u_e ~ Bernoulli(σ_e),  y = Σ_e u_e E_e(x),  loss -(R - b) log π(u)",
         paper="arXiv:1511.06297",
+        use="The earliest conditional computation by a policy: tokens take any number of experts.",
+        beware="The gradient is very noisy: the policy can switch everything off or on, and only its three "
+        "losses hold it.",
         causal=True,
         causal_reason="each token is routed by its own vector and its own draws",
+        variable_k=True,
         batch_dependent=True,
         draws_in_evaluation=True,
         taught=("gate", "bias_E", "value"),

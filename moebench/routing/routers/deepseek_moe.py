@@ -17,6 +17,9 @@ from moebench.routing.values import Routing
         family="token choice",
         equation="p = softmax(W x),  w = scale · p_top-k,  y = Σ_i w_i E_i(x)  (+ shared experts)",
         paper="arXiv:2401.06066, eq. 9-11; groups: arXiv:2405.04434, section 2.2.2",
+        use="Many narrow experts beside a shared one: it goes with the layout `fine_grained`.",
+        beware="Weights sum to less than 1 and shrink as experts get more, so the output depends on the factor "
+        "`scale`. Without its balance loss it collapses like any softmax top-k.",
         causal=True,
         causal_reason="each token is routed by its own vector; over capacity, the earlier token stays",
         batch_dependent=False,

@@ -15,9 +15,12 @@ from moebench.routing.values import Routing
         family="baseline",
         equation="y = FFN(x),  as wide as the active experts of the other arms together",
         paper="arXiv:2209.01667, section 2",
+        use="Always: the arm that every other one has to beat at equal active FLOPs.",
+        beware="It has fewer parameters than the other arms. That is the point of the comparison, and has to be said.",
         causal=True,
         causal_reason="there is nothing to route",
         batch_dependent=False,
+        cost="T",
         learned=False,
         makes_scores=False,
     )

@@ -17,9 +17,13 @@ from moebench.routing.values import Routing
         family="adaptive computation",
         equation="g = softmax((W x + Gumbel) / τ),  y = Σ_{e: g_e > θ} g_e E_e(x),  τ falls;  later top-1 of softmax",
         paper="arXiv:2112.14397, section 3.3 (DTS-Gate of EvoMoE)",
+        use="When early decisions of a sparse router are feared: all experts learn before the choice is made.",
+        beware="The dense steps cost up to E times as much and the cost of matched arms does not count them. "
+        "When the temperature falls too fast the choice is as early as without it.",
         causal=True,
         causal_reason="each token is routed by its own vector and its own draw",
         batch_dependent=False,
+        variable_k=True,
     )
 )
 class DenseToSparse(Router):

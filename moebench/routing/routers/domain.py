@@ -18,9 +18,13 @@ from moebench.routing.values import Routing
         family="static",
         equation="i = domain of the sequence (mod E),  y = E_i(x);  or in evaluation y = Σ_e π_e E_e(x)",
         paper="arXiv:2108.05036, sections 3 and 5",
+        use="Sequences have known domains, and experts shall be added, removed or served domain by domain.",
+        beware="Loads are those of the data. Needs a label in evaluation too, or mixes all experts by the prior, "
+        "at E times the cost.",
         causal=True,
         causal_reason="the domain is known beside the text",
         batch_dependent=False,
+        cost="T",
         learned=False,
         makes_scores=False,
     )

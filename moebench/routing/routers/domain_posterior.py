@@ -21,6 +21,9 @@ from moebench.routing.values import LayerRecord, Routing
         equation="training: y = E_d(x_t), d the domain;  evaluation: y = Σ_e p_e E_e(x_t), p = softmax(W x̄_t + ln π),"
         "  x̄_t = mean_{s≤t} sg(x_s)",
         paper="arXiv:2108.05036, section 5 (mixing experts by a posterior over domains)",
+        use="Experts of known domains, used where the domain of a text is not known.",
+        beware="Evaluation uses all experts and costs as much. The posterior needs some tokens before it knows "
+        "the domain.",
         causal=True,
         causal_reason="the posterior depends on the tokens up to this one",
         batch_dependent=False,

@@ -18,9 +18,14 @@ from moebench.routing.values import LayerRecord, Routing
         equation="r_je = Π_b S(z_jb)^bit_b(e) (1 - S(z_jb))^(1 - bit_b(e)),  z = W x,  q = Σ_j softmax(A x)_j r_j,"
         "  y = Σ_{e: q_e > 0} q_e E_e(x)",
         paper="arXiv:2106.03760, sections 3.1 and 3.2",
+        use="Few experts and a choice that can be differentiated all the way, as in multi-task models.",
+        beware="Dense until the bits have settled, which the cost of matched arms does not count. Where E is not "
+        "a power of two, part of the weight is lost.",
         causal=True,
         causal_reason="each token is routed by its own vector",
         batch_dependent=False,
+        variable_k=True,
+        cost="T·k·E·log E",
         own_losses=("selector_entropy",),
     )
 )

@@ -17,9 +17,13 @@ from moebench.routing.values import LayerRecord, Routing
         family="adaptive computation",
         equation="s = sigmoid(τ cos(x, w_e)),  t goes to e where s_te > sigmoid(g_e),  y = mean of the chosen E_e(x)",
         paper="arXiv:2405.14297, section 3.1",
+        use="When the number of experts per token is not known in advance and shall be learned.",
+        beware="The number of experts is found and not set: read the load metrics before comparing costs. All "
+        "chosen experts weigh the same, so the output does not tell sure from unsure.",
         causal=True,
         causal_reason="each token is compared with thresholds on its own",
         batch_dependent=False,
+        variable_k=True,
         own_losses=("diversity", "simplicity"),
     )
 )

@@ -22,9 +22,14 @@ OUT = -torch.inf
         family="expert choice",
         equation="S = softmax(X W) over experts;  I_e = the T·c/E best tokens of e;  y_t = Σ_{e: t∈I_e} S_te E_e(x_t)",
         paper="arXiv:2202.09368, section 3.2",
+        use="Encoders, vision and speech: even loads without a loss, and more experts for tokens that need them.",
+        beware="It sees later tokens, so language models that generate must not use it. Some tokens get no "
+        "expert. In small batches the choice depends much on which sequences stand side by side.",
         causal=False,
         causal_reason="whether an expert takes a token depends on later tokens of the same sequence",
         batch_dependent=True,
+        balanced=True,
+        variable_k=True,
     )
 )
 class ExpertChoice(Router):
@@ -146,10 +151,15 @@ def best_of_each_token(ranked_GTE: Tensor, number: int) -> Tensor:
         family="expert choice",
         equation="S = softmax(X W) over experts;  at each position, I_e = the B·c/E best tokens of e among B sequences",
         paper="arXiv:2310.15961, section 3 (groups across examples); expert choice: arXiv:2202.09368",
+        use="Expert choice in a language model: no token can see later ones.",
+        beware="Other sequences of the batch decide, in evaluation too, so one sequence alone is routed "
+        "differently. Below E/c sequences every token has more experts than planned.",
         causal=True,
         causal_with_capacity=False,  # others' later tokens, who look at ours, queue before our earlier ones
         causal_reason="a token competes only with tokens at the same position of other sequences",
         batch_dependent=True,
+        balanced=True,
+        variable_k=True,
     )
 )
 class ExpertChoiceByPosition(ExpertChoice):

@@ -25,9 +25,13 @@ NUM_BINS = 4096
         equation="t goes to e where r_te = w_e·x_t > θ_e,  θ_e ← β θ_e + (1-β) · quantile_{1-k/E}(r_·e);  "
         "y = Σ sigmoid(r_te) E_e(x_t)",
         paper="arXiv:2603.11535",
+        use="The gain of expert choice in a language model: every token is judged on its own.",
+        beware="Many tokens get no expert, so a shared expert is wise. Thresholds lag behind when the data "
+        "change, and loads are even on average only.",
         causal=True,
         causal_reason="thresholds come from past steps, and each token is compared with them on its own",
         batch_dependent=False,
+        variable_k=True,
     )
 )
 class ExpertThreshold(Router):

@@ -19,9 +19,13 @@ from moebench.routing.values import LayerRecord, Routing
         family="token choice",
         equation="p = softmax(W x),  g = (p_1, p_2) / (p_1 + p_2),  second kept with probability min(1, g_2 / τ)",
         paper="arXiv:2006.16668, section 2.2 and algorithm 1",
+        use="The classic top-2 with a capacity, where the second expert may be left out to save slots.",
+        beware="With a capacity it is not causal: second choices queue behind the first choices of later tokens. "
+        "The balance loss counts first choices alone.",
         causal=True,
         causal_reason="dropless, each token is routed by its own vector",
         batch_dependent=False,
+        variable_k=True,
         causal_with_capacity=False,  # an early token's second choice queues behind later tokens' first choices
         own_losses=("first_choice_balance",),
     )
@@ -122,9 +126,13 @@ class GShard(Router):
         family="token choice",
         equation="as gshard, and the z-loss mean_t (log Σ_e exp h_te)²",
         paper="arXiv:2202.08906, sections 2 and 3.3",
+        use="GShard's routing when training is unstable: the z-loss keeps logits small.",
+        beware="As gshard. The z-loss pulls the log-sum-exp to 0 and not the logits; a large coefficient "
+        "flattens the routing.",
         causal=True,
         causal_reason="as gshard",
         batch_dependent=False,
+        variable_k=True,
         causal_with_capacity=False,
         own_losses=("first_choice_balance",),
     )
@@ -149,6 +157,8 @@ class STMoE(GShard):
         family="token choice",
         equation="p = softmax(W x),  g = (p_1, p_2) / (p_1 + p_2),  y = g_1 E_1(x) + g_2 E_2(x)",
         paper="arXiv:2112.06905, section 4",
+        use="Top-2 with both experts always used: GShard without chance.",
+        beware="As gshard: with a capacity it is not causal.",
         causal=True,
         causal_reason="as gshard",
         batch_dependent=False,

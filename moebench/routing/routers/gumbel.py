@@ -17,6 +17,9 @@ from moebench.routing.values import Routing
         family="stochastic",
         equation="g = softmax((W x + Gumbel) / τ),  i = argmax_e g_e,  w = 1 + g_i - stop(g_i),  y = w E_i(x)",
         paper="arXiv:1611.01144, section 2.2; as a router: arXiv:2306.03745, section 4",
+        use="Top-1 with a gradient to all experts' logits, while choices are still explored.",
+        beware="The gradient is biased, most at high temperature, and its variance grows as the temperature "
+        "falls. Nothing balances loads unless a loss is set.",
         causal=True,
         causal_reason="each token is routed by its own vector and its own draw",
         batch_dependent=False,

@@ -21,6 +21,9 @@ from moebench.routing.values import LayerRecord, Routing
         equation="p = softmax(W x + noise),  y = p_i · E_i(x), i = argmax p;  losses mean_t H(p_t) and, for each"
         " domain d, max(0, ln S - H(mean_{t∈d} p_t))",
         paper="arXiv:2206.02770, section 2.2 (entropy losses)",
+        use="Data of unlike kinds in one model: entropy losses keep a small kind from having one expert only.",
+        beware="Thresholds are for each domain: more than the data need make experts alike. Batch priority "
+        "looks at the whole batch.",
         causal=True,
         causal_reason="dropless, each token is routed by its own vector and its own noise",
         batch_dependent=False,

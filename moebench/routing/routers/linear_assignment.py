@@ -19,9 +19,14 @@ from moebench.routing.values import Routing
         equation="training: max Σ_t a_{t,i(t)} with every load at most ⌈T/E⌉;  evaluation: i = argmax a;  "
         "a = W x,  y = sigmoid(a_i) E_i(x)",
         paper="arXiv:2103.16716, section 2 and algorithm 1",
+        use="Even loads in training without any loss or capacity.",
+        beware="Training and evaluation route differently, and in training the choice tells something of later "
+        "tokens. The assignment takes longer than any other router's choice.",
         causal=False,
         causal_reason="in training, which expert a token is given depends on all tokens of the batch",
         batch_dependent=False,  # evaluation is greedy: balancing it would look at later tokens
+        balanced=True,
+        cost="rounds·T·E",
         causal_in_evaluation=True,
     )
 )

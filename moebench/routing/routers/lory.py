@@ -18,8 +18,12 @@ from moebench.routing.routers.smear import segment_means
         family="soft",
         equation="w_s = softmax(W mean(x of segment s-1)),  w_1 = softmax(b),  θ̄_s = Σ_e w_se θ_e,  y_t = E(x_t; θ̄_s)",
         paper="arXiv:2405.03133, section 3 (causal segment routing)",
+        use="Fully differentiable experts in a decoder: every expert learns from every token, and nothing leaks.",
+        beware="Merging costs memory for each segment. A segment is routed by the one before it, so a change "
+        "of topic comes late.",
         causal=True,
         causal_reason="a segment's merge depends on the segment before it alone; the first one has a learned merge",
+        balanced=True,
         batch_dependent=False,
         makes_scores=False,
     )

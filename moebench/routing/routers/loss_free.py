@@ -20,6 +20,10 @@ from moebench.routing.values import Routing
         family="token choice",
         equation="s = σ(W x),  I = top-k(s + b),  w = s_I,  after each step b += u · sign(mean load - load)",
         paper="arXiv:2408.15664, section 3 and algorithm 1",
+        use="Language models where a balance loss costs quality: loads become even over some hundred steps, "
+        "without a gradient.",
+        beware="Slow at first, and the bias goes on swinging by its rate at the end. Loads of a single batch are "
+        "not bounded, so keep experts dropless.",
         causal=True,
         causal_reason="each token is routed by its own vector and a bias that only past batches have set",
         batch_dependent=False,
@@ -112,6 +116,9 @@ class LossFree(Router):
         family="token choice",
         equation="s = σ(W x),  I = top-k(s + b) within the best groups,  w = 2.5 · s_I / Σ s_I,  b as loss_free",
         paper="arXiv:2412.19437, section 2.1.2",
+        use="Hundreds of narrow experts in groups, balanced by a bias with a faint loss within sequences.",
+        beware="As loss_free. Its 8 experts per token and its factor of 2.5 are meant for many experts; with "
+        "few, set `top_k` and `scale`.",
         causal=True,
         causal_reason="as loss_free",
         batch_dependent=False,

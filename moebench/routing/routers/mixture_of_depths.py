@@ -19,8 +19,12 @@ from moebench.routing.values import LayerRecord, Routing
         equation="r = w·x;  training: the C = share·L tokens of a sequence with the highest r, evaluation: those whose "
         "predictor sigmoid(MLP(sg(x))) > 1/2;  p = softmax(W x), i = argmax p, y = sigmoid(r) p_i E_i(x), others y = 0",
         paper="arXiv:2404.02258, section 3",
+        use="Spending compute on the tokens that need it: the others pass the layer by.",
+        beware="Training chooses among a whole sequence, which leaks; evaluation uses a predictor, so the two "
+        "differ as far as it errs.",
         causal=False,
         causal_reason="in training, whether a token is among the first C depends on later tokens of its sequence",
+        variable_k=True,
         batch_dependent=False,
         causal_in_evaluation=True,
         taught=("predictor_in", "predictor_out"),

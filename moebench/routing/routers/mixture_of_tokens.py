@@ -17,8 +17,12 @@ from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
         family="soft",
         equation="M_e = softmax over the group (x W_e / τ),  m_e = Σ_t M_te x_t,  y_t = Σ_e M_te E_e(m_e)",
         paper="arXiv:2310.15961, section 3",
+        use="Soft mixing that a decoder can use: no choice, even loads, no loss.",
+        beware="Every output depends on which sequences stand beside it, in evaluation too. Mixed tokens are "
+        "strangers to each other.",
         causal=True,
         causal_reason="a token is mixed only with tokens at the same position of other sequences",
+        balanced=True,
         batch_dependent=True,
         makes_scores=False,
     )

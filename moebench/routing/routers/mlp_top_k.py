@@ -16,6 +16,9 @@ from moebench.routing.values import Routing
         family="token choice",
         equation="p = softmax(A ReLU(B x)),  w = p_top-k,  y = Σ_i w_i E_i(x)",
         paper="arXiv:2306.04640 (ModuleFormer)",
+        use="When a linear gate seems too simple, and experts shall be used evenly while tokens stay sure.",
+        beware="Mutual information is as low at collapse as at uniform routing: it may start slowly. The gate "
+        "costs more than a linear one.",
         causal=True,
         causal_reason="each token is routed by its own vector; over capacity, the earlier token stays",
         batch_dependent=False,

@@ -16,6 +16,8 @@ from moebench.routing.values import LayerRecord, Routing
         family="adaptive computation",
         equation="G_j = W x + W_g G_{j-1} in the j-th MoE layer,  p = softmax(G_j),  y = Σ_{i in top-k} p_i E_i(x)",
         paper="arXiv:2410.07348, section 3 (loss: heterogeneous load balance)",
+        use="Experts that cost nothing beside networks: easy tokens use less compute.",
+        beware="Says nothing without layout `zero_computation`. FLOPs vary with the routing: see load/flops.",
         causal=True,
         causal_reason="each token is routed by its own vectors, here and in the layers below",
         batch_dependent=False,

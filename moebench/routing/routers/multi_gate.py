@@ -20,9 +20,13 @@ INIT_SCALE = 0.1
         family="static",
         equation="p = softmax(W_g x),  g the domain of the token,  y = Σ_e p_e E_e(x)",
         paper="doi:10.1145/3219819.3220007, section 4.2 (MMoE)",
+        use="Multi-task learning with few experts and known domains.",
+        beware="All experts are computed unless `top_k` is set. A domain with few data trains its gate badly.",
         causal=True,
         causal_reason="each token is weighted by its own vector and its domain",
         batch_dependent=False,
+        balanced=True,
+        cost="T·E·domains",
     )
 )
 class MultiGate(Router):

@@ -20,6 +20,9 @@ MIN_NOISE = 0.01
         family="token choice",
         equation="h̃ = W x + N(0,1)·softplus(W_n x),  w = softmax(h̃_top-k),  y = Σ_i w_i E_i(x)",
         paper="arXiv:1701.06538, eq. 3-5 and 8-10",
+        use="The first sparse router: exploration by learned noise, and losses for weights and loads.",
+        beware="Needs k of at least 2. Noise makes training and evaluation differ, and its scale may shrink to 0 "
+        "before experts have found their place.",
         causal=True,
         causal_reason="each token is routed by its own vector and its own noise",
         batch_dependent=False,

@@ -17,9 +17,13 @@ from moebench.routing.values import LayerRecord, Routing
         family="adaptive computation",
         equation="p = softmax(W x) over E + m experts, of the top k those below E are used,  w = p_i / Σ of those",
         paper="arXiv:2406.13233, section 3",
+        use="Easy tokens shall use fewer experts than hard ones, on average as many as planned.",
+        beware="The balance loss sets the share of null choices on average only. A token whose choices are all "
+        "null keeps its residual.",
         causal=True,
         causal_reason="each token is routed by its own vector",
         batch_dependent=False,
+        variable_k=True,
         own_losses=("balance_with_nulls",),
     )
 )

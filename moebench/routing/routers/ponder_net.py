@@ -19,8 +19,11 @@ from moebench.routing.values import ChainRouting, LayerRecord, Routing
         equation="h_n = h_{n-1} + E_n(|h_{n-1}|),  λ_n = sigmoid(w·|h_n| + b),  p_n = λ_n Π_{j<n} (1-λ_j),  λ_E = 1;  "
         "training: N ~ p, evaluation: N = min {n: Σ_{j≤n} p_j ≥ 1/2};  y = h_N - x",
         paper="arXiv:2107.05407, section 2",
+        use="Thinking time as a distribution with a prior in place of a price.",
+        beware="The number of steps is drawn, so its gradient is noisy. Steps are computed one after another.",
         causal=True,
         causal_reason="each token stops by its own states and draws",
+        variable_k=True,
         batch_dependent=False,
         taught=("bias", "gate"),  # the chosen step weighs 1: `objective` and the own loss teach them
         makes_scores=False,

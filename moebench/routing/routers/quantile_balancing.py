@@ -22,6 +22,9 @@ BINS = 2000
         equation="s = σ(W x),  I = top-k(s - β),  w = s_I;  after each step a_t = (k+1)-th best of s_t - β,"
         "  β_e = (Tk/E + 1)-th largest of s_te - a_t over its T tokens",
         paper="arXiv:2408.15664 (the bias); the quantile update is that of Megatron-LM's router",
+        use="As loss_free, where loads must be even within tens of steps.",
+        beware="Quantiles of few tokens jump: it wants some 16 tokens for each expert. Balance losses beside it "
+        "pull against it.",
         causal=True,
         causal_reason="each token is routed by its own vector and prices that only past batches have set",
         batch_dependent=False,

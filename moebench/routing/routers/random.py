@@ -15,6 +15,8 @@ from moebench.routing.values import Routing
         family="baseline",
         equation="k experts drawn uniformly without replacement,  w = 1/k",
         paper="arXiv:2209.01667, section 4.1; control of arXiv:2202.01169",
+        use="The floor: what parameters alone are worth when nothing is known about tokens.",
+        beware="Loads are even on average only. In evaluation the draw belongs to the place in the batch.",
         causal=True,
         causal_reason="the draw does not look at any token",
         batch_dependent=True,

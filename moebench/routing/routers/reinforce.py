@@ -17,6 +17,9 @@ from moebench.routing.values import Routing
         family="reinforcement",
         equation="π = softmax(W x),  i ~ π,  y = E_i(x),  loss -(R - b) log π_i - β H(π),  R = -loss of the token",
         paper="arXiv:2202.01169, RL-R; learned baseline: arXiv:2306.03745",
+        use="Learning which expert to use from rewards alone: what the gradient through the weights is worth.",
+        beware="The gradient is noisy, and noisier with more experts; it can settle on one expert. A choice is "
+        "not credited for what it does to later tokens.",
         causal=True,
         causal_reason="each token is routed by its own vector and its own draw",
         batch_dependent=False,

@@ -20,9 +20,13 @@ LARGEST_GROWTH = 1e12
         family="adaptive computation",
         equation="w = ReLU(W x),  y = Σ_{e: w_e > 0} w_e E_e(x),  loss λ Σ_e f_e mean_t w_te,  λ steered to k experts",
         paper="arXiv:2412.14711, sections 3.2 and 3.3",
+        use="Fully differentiable sparse routing: experts fade in and out, and each token has as many as it needs.",
+        beware="Nearly dense at first, which the cost of matched arms does not count. Tokens may get no expert. "
+        "A growth factor that is too large makes it swing.",
         causal=True,
         causal_reason="each token is routed by its own vector; the penalty learns from past steps",
         batch_dependent=False,
+        variable_k=True,
         own_losses=("sparsity",),
     )
 )

@@ -19,6 +19,9 @@ from moebench.routing.values import LayerRecord, Routing
         family="reinforcement",
         equation="π = softmax(W_g x),  g the domain,  a ~ π,  y = E_a(x) or 0,  loss -(R - b) log π_a - β H(π)",
         paper="arXiv:1711.01239",
+        use="Agents for each domain that learn from rewards, as in multi-task learning.",
+        beware="Noisy, as all policy gradients. With one domain there is one agent; the collaboration reward "
+        "can end at one expert.",
         causal=True,
         causal_reason="each token is routed by its own vector, its domain and its own draw",
         batch_dependent=False,

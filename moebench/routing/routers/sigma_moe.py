@@ -17,6 +17,9 @@ from moebench.routing.values import Routing
         family="token choice",
         equation="s = σ(W x) · m,  m ~ Bernoulli(1 - δ) in training,  w = s_top-k,  y = Σ_i w_i E_i(x)",
         paper="arXiv:2310.10837, section 5",
+        use="Experts that do not compete: each score stands for itself, at any number of experts.",
+        beware="Weights are not normalised, so the output grows with k. Without the entropy loss or dropped "
+        "experts few of them are used.",
         causal=True,
         causal_reason="each token is routed by its own vector and its own draw",
         batch_dependent=False,

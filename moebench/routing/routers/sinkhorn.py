@@ -18,9 +18,13 @@ from moebench.routing.values import Routing
         equation="Π = diag(u) exp(W x) diag(v) with even columns,  training: i = top-k of Π,  evaluation: of W x;  "
         "w = sigmoid(h_i) at k=1, softmax(h)_i else",
         paper="arXiv:2202.01169, section 3 and appendix B (S-BASE)",
+        use="Nearly even loads in training for less time than an exact assignment.",
+        beware="Not exactly even, so a capacity still drops. Training and evaluation route differently, and in "
+        "training the plan looks at later tokens.",
         causal=False,
         causal_reason="in training, the scale of each expert is computed over all tokens of the batch",
         batch_dependent=False,  # evaluation does without the plan
+        cost="iterations·T·E",
         causal_in_evaluation=True,
     )
 )

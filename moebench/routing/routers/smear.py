@@ -18,8 +18,12 @@ from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
         family="soft",
         equation="r = mean_t x_t,  w = softmax(s · LN(W) LN(r) / √D),  θ̄ = Σ_e w_e θ_e,  y_t = E(x_t; θ̄)",
         paper="arXiv:2306.03745, section 3",
+        use="Fully differentiable experts for whole sequences: classification, or an encoder.",
+        beware="Sees the whole sequence, so it cheats on text that is predicted token by token. The mean hides "
+        "what single tokens need.",
         causal=False,
         causal_reason="the merge depends on the mean of the whole sequence",
+        variable_k=True,  # experts are left out at random in training
         batch_dependent=False,
         makes_scores=False,
     )

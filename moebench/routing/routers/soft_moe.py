@@ -18,9 +18,14 @@ from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, 
         family="soft",
         equation="L = s · X̂ Φ̂,  D = softmax over tokens (L),  C = softmax over slots (L),  Y = C · Experts(Dᵀ X)",
         paper="arXiv:2308.00951, eq. 1-3, normalised as in section 2.3",
+        use="Vision and other encoders: no choice, no loss, no dropping, and a gradient everywhere.",
+        beware="Every slot looks at the whole sequence: not for models that generate. Padding must be masked, "
+        "and cost grows with slots times length.",
         causal=False,
         causal_reason="every slot is a mean over the whole sequence",
         batch_dependent=False,
+        balanced=True,
+        cost="T·slots",
         makes_scores=False,
     )
 )

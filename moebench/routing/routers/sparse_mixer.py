@@ -21,9 +21,13 @@ KEPT_WHOLE = 0.25
         equation="p = softmax(h over {e: (max h - h_e) / max(|h_e|, max h) <= 2ε}),  i ~ p,  w = p_i · m,"
         "  m = 1 if i = argmax or with probability 1/4, else 1/3;  ∂w/∂h = p_i (1_i - p)",
         paper="arXiv:2409.12136, section 2 (SparseMixer-v2 of GRIN); v1: arXiv:2310.00811",
+        use="Sampled routing with a gradient that is right to third order, where top-k's gradient seems too crude.",
+        beware="A router that is sure of a token gets no gradient from it. Sampling makes training noisier than "
+        "evaluation.",
         causal=True,
         causal_reason="each token is routed by its own vector and its own draw",
         batch_dependent=False,
+        cost="T·E·k",
     )
 )
 class SparseMixer(Router):

@@ -15,6 +15,9 @@ from moebench.routing.values import LayerRecord
         family="token choice",
         equation="p = softmax(W x),  i = argmax_e p_e,  y = p_i · E_i(x);  losses ‖p/‖p‖₂‖₁ and E · Σ_e mean(p_e)²",
         paper="arXiv:2105.03036, section 2.3",
+        use="Speech: top-1 whose losses need no counts, one for sure frames and one for even use.",
+        beware="Both losses look at probabilities and not at choices, so loads may be uneven while the losses "
+        "look well. The sparsity loss alone invites collapse.",
         causal=True,
         causal_reason="each token is routed by its own vector; over capacity, the earlier token stays",
         batch_dependent=False,

@@ -18,6 +18,10 @@ from moebench.routing.values import LayerRecord, Routing
         family="token choice",
         equation="y = σ(w_i·x) E_i(x),  i = argmax_e w_e·x, taught to a student of the id;  later i = student(id)",
         paper="arXiv:2204.08396",
+        use="Routing that does not change any more while experts still learn: a table of token ids that the "
+        "text has taught.",
+        beware="Blind to context once it is frozen. Evaluation before that is by a student that may know "
+        "little. Needs token ids.",
         causal=True,
         causal_reason="each token is routed by its own vector, later by its own id",
         batch_dependent=False,

@@ -18,6 +18,9 @@ from moebench.routing.values import Routing
         family="static",
         equation="p = softmax(W z),  z the embedding of the sequence's domain,  y = Σ_{i∈top-k} p_i/Σ E_i(x)",
         paper="arXiv:2110.03742, section 3.2 (TaskMoE)",
+        use="Known domains, and models from which one domain's experts are cut out and served alone.",
+        beware="All tokens of a domain go together: with fewer domains than experts some experts are idle, and "
+        "loads are those of the data.",
         causal=True,
         causal_reason="the domain is known beside the text",
         batch_dependent=False,
@@ -85,6 +88,9 @@ class TaskLevel(Router):
         family="static",
         equation="p = softmax(W z),  z = mean of the sequence's token vectors,  y = Σ_{i∈top-k} p_i/Σ E_i(x)",
         paper="arXiv:2110.03742, section 3.1 (sentence-level routing)",
+        use="One choice for each sequence without labels, in encoders.",
+        beware="The mean looks at later tokens, so it does not suit models that generate. Loads are uneven: "
+        "whole sequences move at once.",
         causal=False,
         causal_reason="the mean is over the whole sequence",
         batch_dependent=False,

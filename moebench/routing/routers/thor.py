@@ -17,6 +17,9 @@ from moebench.routing.values import Routing
         family="stochastic",
         equation="i ~ uniform(E) for the whole batch,  y = E_i(x);  two passes: + α · ½ Σ (p - q)(log p - log q)",
         paper="arXiv:2110.04260",
+        use="A model without a router to learn: any expert must do, and two passes that agree regularise it.",
+        beware="Training costs twice as much for each token. Experts cannot specialise, and evaluation draws "
+        "experts too.",
         causal=True,
         causal_reason="the draw does not look at any token",
         batch_dependent=True,

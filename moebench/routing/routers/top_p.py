@@ -16,9 +16,13 @@ from moebench.routing.values import Routing
         family="adaptive computation",
         equation="p = softmax(W x) sorted down;  k(x) = min{k : p_1 + ... + p_k ≥ P};  y = Σ_{i≤k(x)} p_i E_i(x)",
         paper="arXiv:2403.07652, section 3.2",
+        use="Sure tokens shall use one expert and undecided ones more, with no k to choose.",
+        beware="The gate may grow undecided to use more experts: keep the entropy loss. Costs differ from those "
+        "planned, so read the load metrics.",
         causal=True,
         causal_reason="each token is routed by its own vector",
         batch_dependent=False,
+        variable_k=True,
     )
 )
 class TopP(Router):

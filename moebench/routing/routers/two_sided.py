@@ -16,9 +16,13 @@ from moebench.routing.routers.expert_choice import ExpertChoice, best_of_each_to
         equation="S = softmax(X W);  M_t = the m best experts of t;  I_e = the T·c/E best tokens of e with e ∈ M_t;  "
         "y_t = Σ_{e: t∈I_e} S_te E_e(x_t)",
         paper="arXiv:2209.01667, section 4.1 (proposed there, not tried)",
+        use="Expert choice that respects tokens' own wishes, in encoders.",
+        beware="It sees later tokens. Loads are bounded and not even, and unpopular tokens get no expert. Nobody "
+        "has published results with it.",
         causal=False,
         causal_reason="whether an expert takes a token depends on later tokens of the same sequence",
         batch_dependent=True,
+        variable_k=True,
     )
 )
 class TwoSided(ExpertChoice):

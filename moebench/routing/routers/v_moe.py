@@ -20,6 +20,9 @@ from moebench.routing.values import LayerRecord, Routing
         family="token choice",
         equation="p = softmax(W x + N(0, (σ/E)²)),  w = p_top-k;  slots go to first choices by descending max_e p",
         paper="arXiv:2106.05974, section 2 and appendix C (batch prioritized routing)",
+        use="Vision at small capacity: what is dropped are the patches that matter least.",
+        beware="With a capacity, later tokens displace earlier ones: not for models that generate. Its gain is "
+        "small when nothing is dropped.",
         causal=True,
         causal_reason="dropless, each token is routed by its own vector and its own noise",
         batch_dependent=False,

@@ -21,6 +21,8 @@ LARGEST_SCALE = 100.0
         family="token choice",
         equation="h_e = cos(P x, m_e) / τ,  p = softmax(h),  w = p_top-k,  y = Σ_i w_i E_i(x)",
         paper="arXiv:2204.09179, section 3.2",
+        use="When representations of tokens gather around the experts' vectors: only directions count.",
+        beware="The temperature alone decides how sure the gate can be; where it stays high, routing stays uniform.",
         causal=True,
         causal_reason="each token is routed by its own vector; over capacity, the earlier token stays",
         batch_dependent=False,
