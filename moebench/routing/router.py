@@ -44,7 +44,8 @@ class Facts:
     learned: bool = True
     """It has parameters, and the task loss reaches them through the weights unless they are `taught`."""
     taught: tuple[str, ...] = ()
-    """Its parameters and modules that learn from its own losses or its objective alone."""
+    """Its parameters and modules that learn from its own losses or its objective alone (rerouting, which weighs by
+    scores, is a weight too)."""
     makes_scores: bool = True
     """Scores every expert for every token: what some losses, and rerouting over capacity, need."""
     own_losses: tuple[str, ...] = ()

@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.policy import PolicyConfig, PolicyRouter
@@ -63,9 +64,8 @@ class ConditionalComputation(PolicyRouter):
         self.bias_E = nn.Parameter(torch.empty(site.num_experts))
 
     def init_weights(self, generator: Generator) -> None:
-        """Start at σ = τ, or just below 1."""
-        share = min(self.target, 0.99)
-        nn.init.constant_(self.bias_E, math.log(share / (1 - share)))
+        """Start at σ = τ."""
+        nn.init.constant_(self.bias_E, math.log(self.target / (1 - self.target)))
 
     @classmethod
     def experts_per_token(cls, config: Any, num_experts: int) -> int:
@@ -74,9 +74,11 @@ class ConditionalComputation(PolicyRouter):
 
     @classmethod
     def check(cls, config: Any, num_experts: int) -> None:
-        """Refuse an average outside 1 ... E."""
+        """Refuse an average outside 1 ... E - 1: of all experts nothing is conditional."""
         super().check(config, num_experts)
-        check_top_k(config.average_experts, num_experts, key="average_experts")
+        average = config.average_experts
+        check_top_k(average, num_experts, key="average_experts")
+        require(average < num_experts, "router.average_experts", average, f"below layout.num_experts={num_experts}")
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Toss the coin of every token and expert."""

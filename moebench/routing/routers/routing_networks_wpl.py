@@ -56,7 +56,6 @@ class RoutingNetworksWPL(Router):
 
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__(config, site)
-        self.options = config
         self.num_agents = num_agents(config, site)
         self.num_actions = site.num_experts + config.pass_through
         even_GA = torch.full((self.num_agents, self.num_actions), 1 / self.num_actions)
@@ -84,7 +83,7 @@ class RoutingNetworksWPL(Router):
         """Return the rewards of each action of each agent, and how often it was taken."""
         assert record.token_loss_T is not None, "the record has not been judged"
         extras = record.routing.extras
-        reward_T = collaboration(record, self.share_E, self.options.collaboration) - record.token_loss_T
+        reward_T = collaboration(record, self.share_E, self.config.collaboration) - record.token_loss_T
         valid_T = torch.ones_like(reward_T) if record.valid_T is None else record.valid_T
         zeros_GA = torch.zeros(self.policy_GA.shape, dtype=torch.float64, device=reward_T.device)
         place = extras["agent_T"], extras["action_T"]
@@ -98,11 +97,11 @@ class RoutingNetworksWPL(Router):
         """Move the means, and then the tables towards what was better than they are."""
         reward_GA, taken_GA = sums["reward"], sums["taken"]
         taken_G = taken_GA.sum(-1)
-        follow(self.mean_G, reward_GA.sum(-1), taken_G, self.num_steps_G, self.options.decay)
+        follow(self.mean_G, reward_GA.sum(-1), taken_G, self.num_steps_G, self.config.decay)
         better_GA = (reward_GA - self.mean_G.unsqueeze(-1) * taken_GA) / taken_G.clamp(min=1).unsqueeze(-1)
         weight_GA = torch.where(better_GA < 0, self.policy_GA, 1 - self.policy_GA)
-        self.policy_GA.copy_(onto_simplex(self.policy_GA + self.options.rate * better_GA * weight_GA))
-        follow(self.share_E, load_E, load_E.sum(), self.num_counted, self.options.decay)
+        self.policy_GA.copy_(onto_simplex(self.policy_GA + self.config.rate * better_GA * weight_GA))
+        follow(self.share_E, load_E, load_E.sum(), self.num_counted, self.config.decay)
 
 
 def onto_simplex(value_GA: Tensor) -> Tensor:
