@@ -144,7 +144,7 @@ def test_a_folder_with_a_text_beside_each_file(tmp_path):
     [
         (
             {"target_column": "txt"},
-            ["task.data.target_column", "'txt'", "Did you mean 'text'?", "audio, text, language"],
+            ["task.data.target_column", "'txt'", "Did you mean 'text'?", "audio, text"],
         ),
         ({"audio_column": "sound"}, ["task.data.audio_column", "'sound'", "columns of a.parquet"]),
         ({"domain_column": "topic"}, ["task.data.domain_column", "'topic'"]),

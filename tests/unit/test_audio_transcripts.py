@@ -38,6 +38,6 @@ def test_character_errors_by_hand():
 
 
 def test_word_errors_by_hand():
-    # "a cat sat" for "the cat sat down": one word replaced, one missing. "dog cat": both replaced, though one is swapped.
+    # "a cat sat" for "the cat sat down": one word replaced, one missing. "dog cat": both replaced.
     answers, texts = ["a cat sat", "dog cat", ""], ["the cat sat down", "cat dog", "one two"]
     assert word_errors(answers, texts) == [2, 2, 2]
