@@ -7,6 +7,7 @@ import torch
 
 from moebench.experiment.grid import Cell, Experiment
 from moebench.models.build import Cost
+from moebench.training.batches import train_tokens
 from moebench.training.model import build_model, marks_of, model_cost, prepare_task
 from moebench.training.run_folder import RunFolder
 
@@ -17,6 +18,7 @@ BACKWARD = 2
 def plan_cells(experiment: Experiment, results: Path) -> list[dict[str, Any]]:
     """Return one row per cell, ready for JSON; prepares the data (its vocabulary is part of the model)."""
     costs = {cell.arm: cell_cost(cell, results) for cell in experiment.cells}
+    tokens = {cell.id: train_tokens(cell.config, prepare_task(cell.config, results)) for cell in experiment.cells}
     baseline = costs[experiment.baseline]
     return [
         {
@@ -32,8 +34,8 @@ def plan_cells(experiment: Experiment, results: Path) -> list[dict[str, Any]]:
             "flops_vs_baseline": pass_flops(costs[cell.arm]) / pass_flops(baseline) - 1,
             "params_vs_baseline": costs[cell.arm].total_params / baseline.total_params - 1,
             "match": cell.config.layout.match,
-            "train_tokens": train_tokens(cell),
-            "train_flops": (1 + BACKWARD) * pass_flops(costs[cell.arm]) * train_tokens(cell),
+            "train_tokens": tokens[cell.id],
+            "train_flops": (1 + BACKWARD) * pass_flops(costs[cell.arm]) * tokens[cell.id],
         }
         for cell in experiment.cells
     ]
@@ -55,9 +57,3 @@ def cell_cost(cell: Cell, results: Path) -> Cost:
     with torch.device("meta"):
         model = build_model(cell.config, task)
     return model_cost(model, task.sequence_length)
-
-
-def train_tokens(cell: Cell) -> int:
-    """Return the tokens that a cell is trained on."""
-    config = cell.config
-    return int(config.train.steps * config.train.batch_size * config.task.sequence_length)

@@ -22,7 +22,8 @@ class Batch:
     input_BL: Tensor
     """What the embedding reads: token ids [B, L] (int64), or vectors, patches or frames [B, L, width] (floating)."""
     target_BP: Tensor
-    """What the head should say: a token at each position (P = L), a class of the whole sequence (P = 1) ..."""
+    """What the head should say: a token at each position (P = L), a class of the whole sequence (P = 1), or [B, S]
+    the symbols of a transcript whose loss is one number (P = 1)."""
     weight_BP: Tensor
     """Size of each prediction in units of the metric (bytes for language)."""
     domain_B: Tensor
@@ -85,6 +86,7 @@ class Task(ABC):
     eval_digest: str
     """Identifies the evaluation set and the metric: arms with different ones cannot be compared."""
     sequence_length: int
+    """Positions of a sequence, for which costs are counted; the rounded mean where sequences differ in length."""
     vocab_size: int | None = None
     token_count_V: Tensor | None = None
 
@@ -104,6 +106,10 @@ class Task(ABC):
 
         `part`: the sequences that this process needs, of `batch_size`.
         """
+
+    def num_positions(self, batch_size: int, seed: int, step: int) -> int:
+        """Count the positions of the training batch of one step, padding left out: what throughput is measured in."""
+        return batch_size * self.sequence_length
 
     @abstractmethod
     def eval_batches(self, split: str, batch_size: int) -> Sequence[Batch]:

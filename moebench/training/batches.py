@@ -53,3 +53,9 @@ def share_of(batch: Batch, config: CellConfig, mesh: Mesh) -> Share:
     if batch.count_in_step is not None:
         num_predictions = mesh.world.sum(batch.count_in_step).clamp(min=1)
     return Share(num_predictions=num_predictions, factor=config.train.accumulate * mesh.size)
+
+
+def train_tokens(config: CellConfig, task: Task) -> int:
+    """Return the tokens that a cell is trained on, padding left out."""
+    train = config.train
+    return sum(task.num_positions(train.batch_size, config.seed, step) for step in range(train.steps))

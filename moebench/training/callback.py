@@ -53,19 +53,21 @@ class Hooks:
 class Meter:
     """Time spent inside steps: from the batch's arrival to the end of the update, evaluations and logs left out."""
 
-    tokens_per_step: int
     seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    """Of each step, padding left out."""
     _start: float = 0.0
 
     def start(self) -> None:
         """Begin a step."""
         self._start = time.perf_counter()
 
-    def stop(self, device: torch.device) -> None:
-        """End a step; a GPU is waited for, since its kernels run behind."""
+    def stop(self, device: torch.device, num_tokens: int) -> None:
+        """End a step of so many tokens; a GPU is waited for, since its kernels run behind."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         self.seconds.append(time.perf_counter() - self._start)
+        self.tokens.append(num_tokens)
 
     @property
     def step_s(self) -> float:
@@ -75,8 +77,9 @@ class Meter:
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens per second of the median step."""
-        return self.tokens_per_step / self.step_s if self.step_s else 0.0
+        """Tokens per second of the median step: where steps differ in length, of the one with the median speed."""
+        speeds = [tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True)]
+        return statistics.median(speeds[WARM_UP_STEPS:] or speeds) if speeds else 0.0
 
 
 class CellCallback(lightning.Callback):
@@ -93,11 +96,13 @@ class CellCallback(lightning.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the seconds of the steps in the checkpoint: a resumed run's speed is that of all its steps."""
-        return {"seconds": self.meter.seconds, "parallel": self.parallel.sums, "num_timed": self.parallel.num_steps}
+        timed = {"seconds": self.meter.seconds, "tokens": self.meter.tokens}
+        return timed | {"parallel": self.parallel.sums, "num_timed": self.parallel.num_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the seconds of the steps before the checkpoint."""
         self.meter.seconds[:] = state_dict["seconds"]
+        self.meter.tokens[:] = state_dict["tokens"]
         self.parallel = ParallelCosts(sums=state_dict["parallel"], num_steps=state_dict["num_timed"])
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -117,8 +122,9 @@ class CellCallback(lightning.Callback):
 
     def _end_of_step(self, trainer: Any, module: CellModule) -> None:
         module.update_routers()
-        self.meter.stop(module.device)
         train, step = module.config.train, trainer.global_step
+        num_tokens = module.task.num_positions(train.batch_size, module.config.seed, step - 1)
+        self.meter.stop(module.device, num_tokens)
         last = step == train.steps
         if self._is_logged(train, step):
             self._log(module, step)
@@ -144,7 +150,7 @@ class CellCallback(lightning.Callback):
         metrics = mean_of(module.objectives, module.mesh.world) | {
             "train/learning_rate": module.last_rate,
             "train/grad_norm": module.last_grad_norm,
-            "train/tokens_per_s": self.meter.tokens_per_step / self.meter.seconds[-1],
+            "train/tokens_per_s": self.meter.tokens[-1] / self.meter.seconds[-1],
         }
         if module.records:
             metrics |= {f"train/{name}": value for name, value in load_metrics(module.records, module.mesh).items()}
@@ -153,7 +159,7 @@ class CellCallback(lightning.Callback):
             module.records,
             module.mesh,
             step_s=self.meter.seconds[-1],
-            num_tokens=self.meter.tokens_per_step,
+            num_tokens=self.meter.tokens[-1],
             element_size=2 if module.config.train.precision == "bf16" else 4,
         )
         self.parallel.add(step, found)

@@ -17,7 +17,7 @@ from moebench.parallel.place import ONLY, Place
 from moebench.parallel.strategy import strategy_for
 from moebench.schema import CellConfig, TrainConfig
 from moebench.tasks.task import Task
-from moebench.training.batches import StepBatches
+from moebench.training.batches import StepBatches, train_tokens
 from moebench.training.callback import CellCallback, Hooks, Meter
 from moebench.training.model import initialised_model, marks_of, model_cost
 from moebench.training.module import CellModule
@@ -36,7 +36,7 @@ def train_cell(
     resume = _last_good(checkpoints, hooks, mesh)
     first_step = step_of(resume) if resume else 0
     model = initialised_model(config, task, mesh)
-    meter = Meter(tokens_per_step=config.train.batch_size * task.sequence_length)
+    meter = Meter()
     module = CellModule(config, model, task, mesh, hooks.should_stop)
     callback = CellCallback(hooks, checkpoints, meter)
     fit(make_trainer(config, [callback], mesh), module, resume, first_step)
@@ -47,7 +47,7 @@ def train_cell(
     if mesh.is_first:
         drop_all_but(1, checkpoints)  # there is nothing left to fall back from
     cost = asdict(model_cost(model, task.sequence_length))
-    cost["train_tokens"] = config.train.steps * meter.tokens_per_step
+    cost["train_tokens"] = train_tokens(config, task)
     speed = {"tokens_per_s": meter.tokens_per_s, "step_s": meter.step_s, "train_s": sum(meter.seconds)}
     return RunResult(
         id=cell_id,

@@ -1,0 +1,87 @@
+"""From a file's bytes to log-mel frames."""
+
+import io
+import math
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.signal import resample_poly
+from torch import Tensor
+from torch.nn import functional
+
+from moebench.tasks.sources import first_line
+
+WINDOW_S, HOP_S = 0.025, 0.010
+FLOOR = 1e-6
+"""Added to the energy of a band: digital silence has a logarithm too."""
+
+
+class BrokenAudioError(Exception):
+    """Audio that is missing, empty or cannot be decoded; says why in one line."""
+
+
+def decode(audio: bytes | Path | None, sample_rate: int, seconds: float | None = None) -> np.ndarray:
+    """Return the samples of a file (float32, mono) at a sample rate, cut to `seconds` where those are known.
+
+    Raises BrokenAudioError where there is no sound.
+    """
+    import soundfile
+
+    if audio is None:
+        raise BrokenAudioError("no audio")
+    if isinstance(audio, Path) and not audio.is_file():
+        raise BrokenAudioError("no such file")
+    try:
+        source = io.BytesIO(audio) if isinstance(audio, bytes) else str(audio)
+        samples_SC, rate = soundfile.read(source, dtype="float32", always_2d=True)
+    except (RuntimeError, OSError, ValueError, TypeError) as error:  # soundfile's own errors are RuntimeErrors
+        raise BrokenAudioError(first_line(error)) from error
+    samples_S = samples_SC.mean(1)
+    if seconds is not None:
+        samples_S = samples_S[: max(round(seconds * rate), 0)]
+    if not len(samples_S):
+        raise BrokenAudioError("no samples")
+    if not np.isfinite(samples_S).all():
+        raise BrokenAudioError("samples that are not numbers")
+    if rate != sample_rate:
+        common = math.gcd(rate, sample_rate)
+        samples_S = resample_poly(samples_S, sample_rate // common, rate // common)
+    return np.asarray(samples_S, dtype=np.float32)
+
+
+def log_mel(samples_S: np.ndarray, sample_rate: int, num_mels: int) -> Tensor:
+    """Return the log-mel spectrogram [frames, M], fp32: 25 ms windows every 10 ms, natural logarithm of the energy.
+
+    Frame n is centred on the samples n·hop to (n+1)·hop, so S samples give ceil(S / hop) frames.
+    """
+    window, hop = round(WINDOW_S * sample_rate), round(HOP_S * sample_rate)
+    num_bins = 1 << (window - 1).bit_length()
+    num_frames = -(-len(samples_S) // hop)
+    padded = functional.pad(torch.from_numpy(samples_S), ((num_bins - hop) // 2, num_bins))
+    spectrum_FN = torch.stft(
+        padded, num_bins, hop, window, torch.hann_window(window), center=False, return_complex=True
+    )
+    energy_NF = spectrum_FN[:, :num_frames].abs().square().T
+    return (energy_NF @ mel_filters(sample_rate, num_bins, num_mels) + FLOOR).log()
+
+
+def normalised(mel_NM: Tensor) -> Tensor:
+    """Return the frames with mean 0 and variance 1 in each band: loudness and channel of a clip say nothing."""
+    mean_M, std_M = mel_NM.mean(0), mel_NM.std(0, unbiased=False)
+    return (mel_NM - mean_M) / (std_M + 1e-3)
+
+
+@lru_cache(maxsize=8)
+def mel_filters(sample_rate: int, num_bins: int, num_mels: int) -> Tensor:
+    """Return triangular filters [num_bins / 2 + 1, M]: their peaks are evenly spaced on the mel scale.
+
+    mel(f) = 2595 log10(1 + f / 700 Hz) (O'Shaughnessy 1987), from 20 Hz to half the sample rate; each peak is 1.
+    """
+    lowest, highest = (2595 * math.log10(1 + hz / 700) for hz in (20.0, sample_rate / 2))
+    edge_hz = 700 * (10 ** (torch.linspace(lowest, highest, num_mels + 2, dtype=torch.float64) / 2595) - 1)
+    bin_hz = torch.linspace(0, sample_rate / 2, num_bins // 2 + 1, dtype=torch.float64)
+    rising = (bin_hz[:, None] - edge_hz[:-2]) / (edge_hz[1:-1] - edge_hz[:-2])
+    falling = (edge_hz[2:] - bin_hz[:, None]) / (edge_hz[2:] - edge_hz[1:-1])
+    return torch.minimum(rising, falling).clamp(min=0).float()

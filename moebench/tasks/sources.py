@@ -1,0 +1,34 @@
+"""What all tasks that read data from files or a hub have in common."""
+
+import hashlib
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file's bytes; read once for each time that it was written."""
+    state = path.stat()
+    return _cached_digest(path.resolve(), state.st_mtime_ns, state.st_size)
+
+
+def load_dataset(*arguments: Any, **options: Any) -> Any:
+    """Call `datasets.load_dataset` without its bars, warnings and telemetry."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is raised, and said once
+    return datasets.load_dataset(*arguments, **options)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@lru_cache(maxsize=1 << 17)
+def _cached_digest(path: Path, _mtime_ns: int, _size: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

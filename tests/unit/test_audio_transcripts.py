@@ -1,0 +1,43 @@
+import pytest
+
+from moebench.tasks.audio.transcripts import UNKNOWN, alphabet, character_errors, collapsed, normalise, word_errors
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("Please  enter, the NUMBER.", "please enter the number"),
+        ("It's the caller's 'own'", "it's the caller's own"),
+        ("L’opération (bruit) [beep] numéro", "l'opération numéro"),
+        ("voice-mail / at [@]", "voice mail at"),
+        ("Ёлка — Нажмите", "ёлка нажмите"),
+        ("e\N{COMBINING ACUTE ACCENT}", "é"),
+        ("call 911!", "call 911"),
+        ("...", ""),
+    ],
+)
+def test_normalise(text, said):
+    assert normalise(text) == said
+
+
+def test_alphabet_leads_with_the_unknown():
+    assert alphabet(["ab", "ca "]) == [UNKNOWN, " ", "a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [([0, 1, 1, 0, 1, 2, 2], [1, 1, 2]), ([1, 1, 1], [1]), ([0, 0], []), ([3, 0, 3], [3, 3]), ([], [])],
+)
+def test_a_path_is_collapsed_as_ctc_says(path, said):
+    assert collapsed(path) == said
+
+
+def test_character_errors_by_hand():
+    # kitten -> sitting: k/s, e/i, +g; an empty answer lacks all characters.
+    assert character_errors(["kitten", "", "same", "xsame"], ["sitting", "abc", "same", "same"]) == [3, 3, 0, 1]
+
+
+def test_word_errors_by_hand():
+    # "a cat sat" for "the cat sat down": one word replaced, one missing. "dog cat": both replaced.
+    answers, texts = ["a cat sat", "dog cat", ""], ["the cat sat down", "cat dog", "one two"]
+    assert word_errors(answers, texts) == [2, 2, 2]
