@@ -2,15 +2,14 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from moebench.errors import UsageError, nearest
+from moebench.tasks.sources import file_digest, load_dataset
 
 PACK = Path(__file__).parent.parent / "data" / "text_domains.parquet"
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
@@ -109,9 +108,9 @@ def source_digest(config: TextDataConfig) -> str:
     }
     fields |= {"streaming": config.streaming, "max_bytes": config.max_bytes, "pack": _is_pack(config)}
     if config.dataset is None:
-        fields["files"] = [(name, _file_digest(path)) for name, path in _source_files(config).items()]
+        fields["files"] = [(name, file_digest(path)) for name, path in _source_files(config).items()]
     tokenizer = tokenizer_file(config.tokenizer)
-    fields["tokenizer"] = _file_digest(tokenizer) if tokenizer else config.tokenizer
+    fields["tokenizer"] = file_digest(tokenizer) if tokenizer else config.tokenizer
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
@@ -207,14 +206,14 @@ def _from_text_files(config: TextDataConfig, files: Mapping[str, Path]) -> Itera
 
 def _file_rows(builder: str, files: Iterable[Path]) -> Iterable[Mapping[str, Any]]:
     # Streaming reads local files where they are; without it `datasets` would copy them into its own cache.
-    rows: Iterable[Mapping[str, Any]] = _load_dataset(
+    rows: Iterable[Mapping[str, Any]] = load_dataset(
         builder, data_files=[str(path) for path in files], split="train", streaming=True
     )
     return rows
 
 
 def _hub_rows(config: TextDataConfig) -> Iterable[Mapping[str, Any]]:
-    rows: Iterable[Mapping[str, Any]] = _load_dataset(
+    rows: Iterable[Mapping[str, Any]] = load_dataset(
         config.dataset,
         config.config,
         split=config.split,
@@ -222,15 +221,6 @@ def _hub_rows(config: TextDataConfig) -> Iterable[Mapping[str, Any]]:
         streaming=config.streaming,
     )
     return rows
-
-
-def _load_dataset(*arguments: Any, **options: Any) -> Any:
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is raised, and said once
-    return datasets.load_dataset(*arguments, **options)
 
 
 def _source_files(config: TextDataConfig) -> dict[str, Path]:
@@ -285,14 +275,3 @@ def _take(documents: Iterable[Document], budget: int) -> Iterator[Document]:
             return
         budget -= len(data)
         yield document
-
-
-def _file_digest(path: Path) -> str:
-    state = path.stat()
-    return _cached_digest(path.resolve(), state.st_mtime_ns, state.st_size)
-
-
-@lru_cache(maxsize=4096)
-def _cached_digest(path: Path, _mtime_ns: int, _size: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

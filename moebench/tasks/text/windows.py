@@ -1,11 +1,5 @@
 """Tokens on disk and the windows cut from them: prepared once, then read in place by every run."""
 
-import hashlib
-import json
-import os
-import shutil
-import tempfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from moebench.errors import UsageError
+from moebench.tasks.array_cache import Prepared, cached
 from moebench.tasks.text.documents import Document, TextDataConfig, load_documents, source_digest
 from moebench.tasks.text.splits import SPLITS, split_documents
 from moebench.tasks.text.tokens import Tokenizer, load_tokenizer
@@ -73,17 +67,7 @@ def prepare(config: TextDataConfig, cache_dir: Path, sequence_length: int) -> Pr
     if sequence_length < 1:
         raise UsageError(f"sequence length: {sequence_length} was given; allowed: at least 1")
     folder = cache_dir / f"text-{source_digest(config)[:24]}-{FORMAT}"
-    cached = _read(folder)
-    if cached is None:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            cached = _read(folder)  # another process may have made it while this one waited
-            if cached is None:
-                _write(folder, config)
-                cached = _read(folder)
-    if cached is None:
-        raise UsageError(f"cache: '{folder}' cannot be read back after writing; check the disk")
-    return _prepared(*cached, sequence_length)
+    return _prepared(*cached(folder, lambda: _made(config)), sequence_length)
 
 
 def train_window_indices(num_windows: int, batch_size: int, seed: int, step: int) -> np.ndarray:
@@ -158,21 +142,8 @@ def _windows(
     )
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-    """Return a cached source, or None when it is absent, of another form or damaged."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in meta["checksums"]}
-        if any(_checksum(array) != meta["checksums"][name] for name, array in arrays.items()):
-            return None
-        if meta["checksum"] != _meta_checksum(meta):
-            return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return meta, arrays
-
-
-def _write(folder: Path, config: TextDataConfig) -> None:
+def _made(config: TextDataConfig) -> Prepared:
+    """Read, split and encode a source."""
     tokenizer = load_tokenizer(config.tokenizer)
     documents = split_documents(load_documents(config))
     domains = sorted({document.domain for split in documents.values() for document in split})
@@ -188,25 +159,7 @@ def _write(folder: Path, config: TextDataConfig) -> None:
         lengths[name] = [len(tokens) for tokens, _ in streams]
         if name == "train":
             arrays["token_count"] = np.bincount(tokens_N, minlength=tokenizer.vocab_size).astype(np.int64)
-    meta = {"vocab_size": tokenizer.vocab_size, "domains": domains, "lengths": lengths}
-    meta["digest"] = _digest(meta, arrays)
-    meta["checksums"] = {name: _checksum(array) for name, array in arrays.items()}
-    meta["checksum"] = _meta_checksum(meta)
-    _replace(folder, meta, arrays)
-
-
-def _replace(folder: Path, meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Write everything beside the folder, then put it in its place at once."""
-    made = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
-        for name, array in arrays.items():
-            np.save(made / f"{name}.npy", array)
-        (made / "meta.json").write_text(json.dumps(meta))
-        made.chmod(0o755)  # mkdtemp makes it private, but a cache may be shared
-        shutil.rmtree(folder) if folder.is_dir() else folder.unlink(missing_ok=True)
-        os.replace(made, folder)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+    return {"vocab_size": tokenizer.vocab_size, "domains": domains, "lengths": lengths}, arrays
 
 
 def _stream(documents: Sequence[Document], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
@@ -218,19 +171,3 @@ def _stream(documents: Sequence[Document], tokenizer: Tokenizer) -> tuple[np.nda
             tokens += [np.array([tokenizer.separator]), token_N]
             counts += [np.array([0]), count_N]
     return np.concatenate(tokens), np.concatenate(counts)
-
-
-def _digest(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
-    for name in sorted(arrays):
-        digest.update(f"{name}{arrays[name].dtype.str}{arrays[name].shape}".encode())
-        digest.update(np.ascontiguousarray(arrays[name]).data)
-    return digest.hexdigest()
-
-
-def _checksum(array: np.ndarray) -> str:
-    return f"{array.dtype.str}{array.shape}{zlib.crc32(np.ascontiguousarray(array).data):08x}"
-
-
-def _meta_checksum(meta: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps({k: v for k, v in meta.items() if k != "checksum"}, sort_keys=True).encode())
