@@ -245,7 +245,7 @@ class Cost:
 
 
 def cost_of(backbone: Transformer, extra: list[nn.Module], sequence_length: int) -> Cost:
-    """Count a backbone and the modules around it (embedding: no FLOPs; head: 2 per weight).
+    """Count a backbone and the modules around it: 2 per weight of a linear map, or what `flops_per_token` says.
 
     Where experts differ in size, what a token uses is the mean at an even load.
     """
@@ -254,8 +254,15 @@ def cost_of(backbone: Transformer, extra: list[nn.Module], sequence_length: int)
     for layer in backbone.moe_layers():
         of_bank = sum(parameter.numel() for parameter in layer.bank.parameters())
         idle += of_bank * (layer.bank.num_experts - layer.experts_per_token) // layer.bank.num_experts
-    flops = sum(2 * module.weight.numel() for module in extra if isinstance(module, nn.Linear))
+    flops = sum(_flops_around(module, sequence_length) for module in extra)
     for block in backbone.blocks:
         assert isinstance(block, Block | WholeModels)
         flops += block.flops_per_token(sequence_length)
     return Cost(total_params=total, active_params=total - idle, flops_per_token=flops)
+
+
+def _flops_around(module: nn.Module, length: int) -> int:
+    counted: Callable[[int], int] | None = getattr(module, "flops_per_token", None)
+    if counted is not None:
+        return counted(length)
+    return 2 * module.weight.numel() if isinstance(module, nn.Linear) else 0

@@ -129,6 +129,13 @@ class Task(ABC):
             nats_BP, weight_BP = nats_BP.where(counted_BP, 0), weight_BP.where(counted_BP, 0)
         return {"nats": nats_BP.sum(1), "weight": weight_BP.sum(1)}
 
+    def probe(self, read: Callable[[Batch], Tensor], batch_size: int) -> dict[str, float]:
+        """Return more metrics of a model that has been trained; most tasks have none.
+
+        `read`: a batch to the vectors x_BLD that the head would read.
+        """
+        return {}
+
     @abstractmethod
     def quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the metrics from what `sums` returned, added up over an evaluation set: by domain, in fp64."""

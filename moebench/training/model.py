@@ -27,8 +27,13 @@ class Model(nn.Module):
 
     def forward(self, batch: Batch, ctx: BatchContext) -> tuple[Tensor, list[LayerRecord]]:
         """Return what the task's `loss` reads, and one record per MoE layer."""
-        x_BLD, records = self.backbone(self.embedding(batch.input_BL), ctx)
+        x_BLD, records = self.features(batch, ctx)
         return self.head(x_BLD), records
+
+    def features(self, batch: Batch, ctx: BatchContext) -> tuple[Tensor, list[LayerRecord]]:
+        """Return the vectors x_BLD that the head reads, and the records."""
+        found: tuple[Tensor, list[LayerRecord]] = self.backbone(self.embedding(batch.input_BL), ctx)
+        return found
 
 
 def check_cell(config: CellConfig) -> None:

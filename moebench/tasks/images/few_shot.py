@@ -46,9 +46,7 @@ def ridge_predictions(x_SD: Tensor, label_S: Tensor, x_QD: Tensor, num_classes: 
     return scores_QC.argmax(-1)
 
 
-def few_shot_accuracy(
-    support_CND: Tensor, x_QD: Tensor, label_Q: Tensor, config: FewShotConfig
-) -> dict[str, float]:
+def few_shot_accuracy(support_CND: Tensor, x_QD: Tensor, label_Q: Tensor, config: FewShotConfig) -> dict[str, float]:
     """Return few_shot/K for each number of shots, the mean over draws.
 
     `support_CND`: features of draws · largest number of shots images of each class; draw i takes its own stretch.

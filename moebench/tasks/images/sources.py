@@ -46,7 +46,9 @@ def read_entries(config: ImageDataConfig) -> list[Entry]:
             if config.dataset
             else "give task.data.path=... a folder of class folders, or a whole .parquet or .csv file"
         )
-        raise UsageError(f"{config.key}: '{config.dataset or config.path}' cannot be read ({reason}); {advice}") from error
+        raise UsageError(
+            f"{config.key}: '{config.dataset or config.path}' cannot be read ({reason}); {advice}"
+        ) from error
     if not entries:
         raise UsageError(f"{config.key}: '{config.dataset or config.path}' holds no images")
     return entries
@@ -164,7 +166,9 @@ def _check_columns(known: Sequence[str], config: ImageDataConfig) -> list[str]:
 
 
 def _hub(config: ImageDataConfig) -> Iterator[Entry]:
-    splits = [(config.split, "")] if config.test_split is None else [(config.split, "train"), (config.test_split, "test")]
+    splits = (
+        [(config.split, "")] if config.test_split is None else [(config.split, "train"), (config.test_split, "test")]
+    )
     for split, part in splits:
         data = load_dataset(config.dataset, config.config, split=split, revision=config.revision)
         columns = _check_columns(data.column_names, config)
