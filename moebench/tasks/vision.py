@@ -209,7 +209,7 @@ class Vision(Task):
             batches = self._plain_batches(split, index_I, batch_size)
             return torch.cat([pooled(read(batch), self.config.pooling).cpu() for batch in batches])
 
-        support_CND = features(train, support_I).unflatten(0, (len(held_out), number))
+        support_CND = features(train, support_I).view(len(held_out), number, -1)
         return few_shot_accuracy(support_CND, features(test, query_I), label_Q, config)
 
 

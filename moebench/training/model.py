@@ -58,8 +58,11 @@ def marks_of(config: CellConfig) -> tuple[str, ...]:
     return ("non-causal",) if causal_task and _leak(config) else ()
 
 
-def build_model(config: CellConfig, task: Task) -> Model:
-    """Build the model of a cell; its weights are not drawn yet (see `init_weights`)."""
+def build_model(config: CellConfig, task: Task, sized_as: CellConfig | None = None) -> Model:
+    """Build the model of a cell; its weights are not drawn yet (see `init_weights`).
+
+    `sized_as`: the cell whose experts' widths it has; None: its own.
+    """
     backbone = build_backbone(
         config,
         causal=TASKS.get(config.task.name).facts.causal,
@@ -67,6 +70,7 @@ def build_model(config: CellConfig, task: Task) -> Model:
         token_count_V=task.token_count_V,
         sequence_length=task.sequence_length,
         num_domains=len(task.domains),
+        sized_as=sized_as,
     )
     return Model(task.embedding(config.model.d_model), backbone, task.head(config.model.d_model))
 

@@ -42,7 +42,7 @@ def ridge_predictions(x_SD: Tensor, label_S: Tensor, x_QD: Tensor, num_classes: 
     kernel_SS = x_SD @ x_SD.mT
     strength = (ridge * kernel_SS.diagonal().mean()).clamp(min=1e-12)
     dual_SC = torch.linalg.solve(kernel_SS + strength * torch.eye(len(x_SD), dtype=x_SD.dtype), y_SC - y_SC.mean(0))
-    scores_QC = x_QD @ x_SD.mT @ dual_SC + y_SC.mean(0)
+    scores_QC: Tensor = x_QD @ x_SD.mT @ dual_SC + y_SC.mean(0)
     return scores_QC.argmax(-1)
 
 

@@ -5,7 +5,7 @@ from torch import Generator, Tensor, nn
 
 
 def patches_of(pixel_BHWC: Tensor, patch: int) -> Tensor:
-    """Return the squares of patch × patch pixels, row by row, each laid out as rows, columns, channels: [B, L, P·P·C]."""
+    """Return the squares of P × P pixels, row by row, each laid out as rows, columns, channels: [B, L, P·P·C]."""
     batch, height, width, channels = pixel_BHWC.shape
     rows, columns = height // patch, width // patch
     cut = pixel_BHWC.view(batch, rows, patch, columns, patch, channels)

@@ -35,6 +35,7 @@ class Entry:
 
 def read_entries(config: ImageDataConfig) -> list[Entry]:
     """Return all images of the source in its order; raise `UsageError` for what cannot be read."""
+    name = config.dataset or config.path
     try:
         entries = list(_entries(config))
     except UsageError:
@@ -46,11 +47,9 @@ def read_entries(config: ImageDataConfig) -> list[Entry]:
             if config.dataset
             else "give task.data.path=... a folder of class folders, or a whole .parquet or .csv file"
         )
-        raise UsageError(
-            f"{config.key}: '{config.dataset or config.path}' cannot be read ({reason}); {advice}"
-        ) from error
+        raise UsageError(f"{config.key}: '{name}' cannot be read ({reason}); {advice}") from error
     if not entries:
-        raise UsageError(f"{config.key}: '{config.dataset or config.path}' holds no images")
+        raise UsageError(f"{config.key}: '{name}' holds no images")
     return entries
 
 
@@ -61,7 +60,7 @@ def class_names(entries: Sequence[Entry], config: ImageDataConfig) -> list[str |
     labels = {entry.label for entry in entries}
     if len({type(label) for label in labels}) > 1:
         raise UsageError(f"task.data.label_column: '{config.label_column}' mixes numbers and names; use one of them")
-    return sorted(labels)  # type: ignore[type-var]
+    return sorted(labels)
 
 
 def source_digest(config: ImageDataConfig) -> str:
@@ -166,10 +165,8 @@ def _check_columns(known: Sequence[str], config: ImageDataConfig) -> list[str]:
 
 
 def _hub(config: ImageDataConfig) -> Iterator[Entry]:
-    splits = (
-        [(config.split, "")] if config.test_split is None else [(config.split, "train"), (config.test_split, "test")]
-    )
-    for split, part in splits:
+    splits = {config.split: ""} if config.test_split is None else {config.split: "train", config.test_split: "test"}
+    for split, part in splits.items():
         data = load_dataset(config.dataset, config.config, split=split, revision=config.revision)
         columns = _check_columns(data.column_names, config)
         import datasets
