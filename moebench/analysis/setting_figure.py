@@ -12,10 +12,10 @@ from moebench.analysis.table import Grid
 
 def setting_grid(curve: SettingCurve) -> Grid:
     """Return the curve as a table: one row for each arm and value."""
-    second = () if curve.by is None else (curve.by.key,)
+    second = () if curve.by is None else (curve.by.key.split(".")[-1],)
     return Grid(
-        title=f"{curve.metric.replace('_', ' ')} on the test split, {_direction(curve)} is better",
-        header=("arm", *second, curve.vary.key, "seeds", "mean", "dropped", "unserved", "FLOPs"),
+        title=f"{curve.metric.replace('_', ' ')} by {curve.vary.key}, {_direction(curve)} is better",
+        header=("arm", "value", *second, "seeds", "mean", "dropped", "unserved", "FLOPs"),
         rows=tuple(_row(point, with_second=bool(second)) for point in curve.points),
     )
 
@@ -26,8 +26,8 @@ def _row(point: Point, *, with_second: bool) -> tuple[str, ...]:
     shares = (point.load.get(name) for name in ("load/drop_rate", "load/unserved"))
     return (
         point.arm,
-        *((point.by or NOTHING,) if with_second else ()),
         point.value,
+        *((point.by or NOTHING,) if with_second else ()),
         str(len(point.quality)),
         number(point.mean) + half,
         *(NOTHING if share is None else f"{100 * share:.1f} %" for share in shares),
