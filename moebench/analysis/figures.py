@@ -76,7 +76,8 @@ def draw_experiment(experiment: Experiment, results: Path, file: Path, compariso
         points, _ = read_journal(RunFolder.of(results, cell.id).journal)
         if points:
             journals.setdefault(cell.arm, {})[cell.seed] = points
-    metric = TASKS.get(experiment.cells[0].config.task.name).facts.metric
+    facts = TASKS.get(experiment.cells[0].config.task.name).facts
+    metric = facts.metric
     if not any(
         f"eval/{metric}" in point.metrics for seeds in journals.values() for run in seeds.values() for point in run
     ):
@@ -87,4 +88,5 @@ def draw_experiment(experiment: Experiment, results: Path, file: Path, compariso
         path=file,
         title=experiment.question or experiment.name,
         comparison=comparison,
+        lower_is_better=facts.lower_is_better,
     )

@@ -48,7 +48,7 @@ def to_rich(comparison: Comparison) -> RenderableType:
     """Return the comparison for a terminal of 80 columns or more."""
     parts: list[RenderableType] = []
     for grid in grids(comparison):
-        parts += [_rich_grid(grid), Text()]
+        parts += [rich_grid(grid), Text()]
     parts += [Text(line, style="red" if line.startswith("FAILED") else "yellow") for line in losses(comparison)]
     parts += [Text(line, style="dim") for line in legend(comparison)]
     return Group(*parts)
@@ -56,7 +56,7 @@ def to_rich(comparison: Comparison) -> RenderableType:
 
 def to_markdown(comparison: Comparison) -> str:
     """Return the comparison as Markdown, ending in a newline."""
-    parts = [_markdown_grid(grid) for grid in grids(comparison)]
+    parts = [markdown_grid(grid) for grid in grids(comparison)]
     parts += ["\n".join(f"- {line}" for line in lines) for lines in (losses(comparison), legend(comparison))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -241,7 +241,8 @@ def _load(key: str, value: float | None) -> str:
     )
 
 
-def _rich_grid(grid: Grid) -> Table:
+def rich_grid(grid: Grid) -> Table:
+    """Return one table for a terminal."""
     table = Table(
         title=grid.title,
         title_justify="left",
@@ -258,7 +259,8 @@ def _rich_grid(grid: Grid) -> Table:
     return table
 
 
-def _markdown_grid(grid: Grid) -> str:
+def markdown_grid(grid: Grid) -> str:
+    """Return one table as Markdown."""
     aligned = [":--" if index == 0 or name == "verdict" else "--:" for index, name in enumerate(grid.header)]
     lines = [grid.header, aligned, *grid.rows]
     return "\n".join([f"**{grid.title}**", "", *(_markdown_line(line) for line in lines)])

@@ -3,7 +3,7 @@
 import typer
 
 from moebench import __version__
-from moebench.cli import bench, compare, listing, plan, run, show, sync, ui
+from moebench.cli import bench, compare, curve, listing, plan, run, show, sync, ui
 
 app = typer.Typer(
     help="Which router? Trains the same sparse-expert model with different routing algorithms, under matched"
@@ -15,6 +15,7 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("compare")(compare.compare)
+app.command("curve")(curve.curve)
 app.command("plan")(plan.plan)
 app.command("list")(listing.list_)
 app.command("show")(show.show)

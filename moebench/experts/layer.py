@@ -170,8 +170,11 @@ class MoELayer(nn.Module):
 
         Without padding, so capacity never costs more than dropless: a grouped product computes the rows that exist.
         """
-        flops_E = self.bank.flops_per_row_E()
-        routed = int(self.router.rows_per_token(self.experts_per_token) * sum(flops_E) / len(flops_E))
         shared = 0 if self.shared is None else self.shared.flops_per_token()
         weighing = 0 if self.mix is None else 2 * self.mix.weight_ED.numel()
-        return self.router.flops_per_token() + routed + shared + weighing
+        return self.router.flops_per_token() + self.routed_flops_per_token() + shared + weighing
+
+    def routed_flops_per_token(self) -> int:
+        """Forward FLOPs of the experts that one token uses, when it loses none to a capacity."""
+        flops_E = self.bank.flops_per_row_E()
+        return int(self.router.rows_per_token(self.experts_per_token) * sum(flops_E) / len(flops_E))

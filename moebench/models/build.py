@@ -93,11 +93,12 @@ def build_backbone(
     token_count_V: Tensor | None = None,
     sequence_length: int | None = None,
     num_domains: int | None = None,
+    sized_as: CellConfig | None = None,
 ) -> Transformer:
     """Build the transformer with the layout's banks of experts behind their routers; weights are not drawn yet.
 
     `sequence_length`: for which arms are matched; it matters where experts change the cost of attention itself. None
-    leaves the scores of attention out.
+    leaves the scores of attention out. `sized_as`: whose widths the experts have; None: those solved for this one.
     """
     site = Site(
         d_model=config.model.d_model,
@@ -108,7 +109,9 @@ def build_backbone(
         num_domains=num_domains,
     )
     builder = Builder(config=config, causal=causal, site=site, sequence_length=sequence_length or 0)
-    blocks = [builder.block(index, plan) for index, plan in enumerate(plan_of(config))]
+    sizes = replace(builder, config=sized_as or config)
+    widths = [sizes.widths(index, plan) for index, plan in enumerate(plan_of(sizes.config))]
+    blocks = [builder.block(index, plan, widths[index]) for index, plan in enumerate(plan_of(config))]
     return Transformer(config.model.d_model, blocks)
 
 
@@ -131,13 +134,14 @@ class Builder:
         """Of routed and shared experts."""
         return str(self.config.layout.expert_activation or self.config.model.activation)
 
-    def block(self, index: int, plan: BlockPlan) -> nn.Module:
-        """Build one entry of a plan, experts as wide as the layout's `match` says."""
+    def block(self, index: int, plan: BlockPlan, widths: Widths) -> nn.Module:
+        """Build one entry of a plan."""
         if not plan.banks:
             return self.dense_block(self.config.model.ffn_width)
-        build = self._stacks(plan.stack) if plan.stack else self._with_experts(index, plan)
-        num_blocks = self.config.model.num_layers if plan.stack else 1
-        return build(self._widths(index, plan, build, num_blocks))
+        return self._for_widths(index, plan)(widths)
+
+    def _for_widths(self, index: int, plan: BlockPlan) -> Callable[[Widths], nn.Module]:
+        return self._stacks(plan.stack) if plan.stack else self._with_experts(index, plan)
 
     def dense_block(self, ffn_width: int) -> Block:
         """Build a block without experts."""
@@ -229,10 +233,13 @@ class Builder:
         # Beside experts in attention the feed-forward part can be dense: the width of an expert is not its.
         return int(layout.expert_width) if plan.feed_forward or plan.stack else ffn_width
 
-    def _widths(self, index: int, plan: BlockPlan, build: Callable[[Widths], nn.Module], num_blocks: int) -> Widths:
+    def widths(self, index: int, plan: BlockPlan) -> Widths:
+        """Return how wide the experts of one entry of a plan are, as the layout's `match` says."""
         fixed = self._fixed_unit(plan)
-        if fixed is not None:
-            return Widths(fixed)
+        if fixed is not None or not plan.banks:
+            return Widths(fixed or self.config.model.ffn_width)
+        build = self._for_widths(index, plan)
+        num_blocks = self.config.model.num_layers if plan.stack else 1
         layout, ffn_width = self.config.layout, self.config.model.ffn_width
         share = layout.total_params if layout.match == "params" else 1.0
 
@@ -271,7 +278,7 @@ class Cost:
 
 
 def cost_of(backbone: Transformer, extra: list[nn.Module], sequence_length: int) -> Cost:
-    """Count a backbone and the modules around it (embedding: no FLOPs; head: 2 per weight).
+    """Count a backbone and the modules around it: 2 per weight of a linear map, or what `flops_per_token` says.
 
     Where experts differ in size, what a token uses is the mean at an even load.
     """
@@ -282,8 +289,15 @@ def cost_of(backbone: Transformer, extra: list[nn.Module], sequence_length: int)
         used = layer.router.rows_per_token(layer.experts_per_token)
         idle += int(of_bank * max(layer.bank.num_experts - used, 0) // layer.bank.num_experts)
         passes = 2 if layer.router.consistency else passes
-    flops = sum(2 * module.weight.numel() for module in extra if isinstance(module, nn.Linear))
+    flops = sum(_flops_around(module, sequence_length) for module in extra)
     for block in backbone.blocks:
         assert isinstance(block, Block | WholeModels)
         flops += block.flops_per_token(sequence_length)
     return Cost(total_params=total, active_params=total - idle, flops_per_token=flops, train_passes=passes)
+
+
+def _flops_around(module: nn.Module, length: int) -> int:
+    counted: Callable[[int], int] | None = getattr(module, "flops_per_token", None)
+    if counted is not None:
+        return counted(length)
+    return 2 * module.weight.numel() if isinstance(module, nn.Linear) else 0

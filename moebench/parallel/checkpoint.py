@@ -79,6 +79,11 @@ class VerifiedCheckpointIO(CheckpointIO):
         state.update(state_dict=tensors["state_dict"], optimizer_states=[settings | tensors["optimizer"]])
         return rest
 
+    def load_weights(self, weights: dict[str, torch.Tensor], path: Path) -> None:
+        """Fill the tensors of a model alone, by their names in the checkpoint; more than these may be in it."""
+        with self._alone_or_together():
+            load({"state_dict": weights}, storage_reader=PlainReader(path), no_dist=not self.mesh.place.has_group)
+
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
         """Read what is no tensor of model or optimizer; only plain values are ever unpickled."""
         return torch.load(Path(path) / REST, map_location=map_location or "cpu", weights_only=True)

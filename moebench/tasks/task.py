@@ -139,6 +139,13 @@ class Task(ABC):
         """Return what the output says as fp32 log-probabilities, classes last; heads that give no logits override."""
         return output.float().log_softmax(-1)
 
+    def probe(self, read: Callable[[Batch], Tensor], batch_size: int) -> dict[str, float]:
+        """Return more metrics of a model that has been trained; most tasks have none.
+
+        `read`: a batch to the vectors x_BLD that the head would read.
+        """
+        return {}
+
     @abstractmethod
     def quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the metrics from what `sums` returned, added up over an evaluation set: by domain, in fp64."""

@@ -133,7 +133,7 @@ class CellCallback(lightning.Callback):
         if step % train.eval_every == 0 or last:
             self._record(step, module.evaluate("validation"))
         if last:
-            self.final = module.evaluate("test")
+            self.final = module.evaluate_trained()
             self.hooks.recorder.append(step, {f"test/{name}": value for name, value in self.final.metrics.items()})
         self.stopped = not last and module.stop_agreed
         if step % train.checkpoint_every == 0 or last or self.stopped:

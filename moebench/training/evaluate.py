@@ -1,6 +1,7 @@
 """Evaluation on a fixed set: quality and load, deterministic, without gradients."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,21 +38,44 @@ def evaluate(
 
     Every process computes its part of each batch; all get the result of the whole.
     """
+    with _evaluating(model):
+        return _evaluate(model, task, batches, seed, device, mesh)
+
+
+def probe(
+    model: Model, task: Task, batch_size: int, seed: int, device: Any, mesh: Mesh = ALONE_MESH
+) -> dict[str, float]:
+    """Return what the task measures on a trained model beside its test split; all processes get the same."""
+
+    def read(whole: Batch) -> Tensor:
+        batch = _own_part(whole, mesh, model).to(device)
+        x_BLD, _ = model.features(batch, batch_context(batch, training=False, seed=seed))
+        return mesh.world.gather(x_BLD)
+
+    with _evaluating(model):
+        return task.probe(read, batch_size)
+
+
+@contextlib.contextmanager
+def _evaluating(model: Model) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            return _evaluate(model, task, batches, seed, device, mesh)
+            yield
     finally:
         model.train(was_training)
+
+
+def _own_part(whole: Batch, mesh: Mesh, model: Model) -> Batch:
+    return whole if mesh.size == 1 else whole.part(mesh.share(len(whole.domain_B), model.sequences_together))
 
 
 def _evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, device: Any, mesh: Mesh) -> Evaluation:
     sums: dict[str, Tensor] = {}
     counts: dict[int | str, LoadCount] = {}
     for whole in batches:
-        batch = whole if mesh.size == 1 else whole.part(mesh.share(len(whole.domain_B), model.sequences_together))
-        on_device = batch.to(device)
+        on_device = _own_part(whole, mesh, model).to(device)
         output, records = model(on_device, batch_context(on_device, training=False, seed=seed))
         for name, value in task.sums(output, on_device).items():
             zeros = torch.zeros(len(task.domains), *value.shape[1:], dtype=torch.float64, device=device)

@@ -27,7 +27,7 @@ class Model(nn.Module):
 
     def forward(self, batch: Batch, ctx: BatchContext) -> tuple[Tensor, list[LayerRecord]]:
         """Return what the task's `loss` reads, and one record per MoE layer."""
-        x_BLD, records = self.backbone(self.embedding(batch.input_BL), ctx)
+        x_BLD, records = self.features(batch, ctx)
         return self.head(x_BLD), records
 
     @property
@@ -35,6 +35,11 @@ class Model(nn.Module):
         """Sequences that must be on the same process (see `Router.sequences_together`)."""
         routers = [layer.router for layer in self.backbone.moe_layers()]
         return max((router.sequences_together(router.config) for router in routers), default=1)
+
+    def features(self, batch: Batch, ctx: BatchContext) -> tuple[Tensor, list[LayerRecord]]:
+        """Return the vectors x_BLD that the head reads, and the records."""
+        found: tuple[Tensor, list[LayerRecord]] = self.backbone(self.embedding(batch.input_BL), ctx)
+        return found
 
 
 def check_cell(config: CellConfig) -> None:
@@ -60,8 +65,11 @@ def marks_of(config: CellConfig) -> tuple[str, ...]:
     return ("non-causal",) if causal_task and _leak(config) else ()
 
 
-def build_model(config: CellConfig, task: Task) -> Model:
-    """Build the model of a cell; its weights are not drawn yet (see `init_weights`)."""
+def build_model(config: CellConfig, task: Task, sized_as: CellConfig | None = None) -> Model:
+    """Build the model of a cell; its weights are not drawn yet (see `init_weights`).
+
+    `sized_as`: the cell whose experts' widths it has; None: its own.
+    """
     backbone = build_backbone(
         config,
         causal=TASKS.get(config.task.name).facts.causal,
@@ -69,6 +77,7 @@ def build_model(config: CellConfig, task: Task) -> Model:
         token_count_V=task.token_count_V,
         sequence_length=task.sequence_length,
         num_domains=len(task.domains),
+        sized_as=sized_as,
     )
     return Model(task.embedding(config.model.d_model), backbone, task.head(config.model.d_model))
 

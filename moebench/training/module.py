@@ -18,7 +18,7 @@ from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig, TrainConfig
 from moebench.tasks.task import Batch, Task
 from moebench.training.batches import share_of
-from moebench.training.evaluate import Evaluation, batch_context, evaluate
+from moebench.training.evaluate import Evaluation, batch_context, evaluate, probe
 from moebench.training.model import Model
 from moebench.training.objective import Objective, Share, agreeing, judged, objective
 
@@ -114,6 +114,12 @@ class CellModule(lightning.LightningModule):
         """Evaluate the model on a split of the task's fixed evaluation set."""
         batches = self.task.eval_batches(split, self.config.train.batch_size)
         return evaluate(self.model, self.task, batches, self.config.seed, self.device, self.mesh)
+
+    def evaluate_trained(self) -> Evaluation:
+        """Evaluate on the test split, and add what the task measures on a trained model alone."""
+        found = self.evaluate("test")
+        more = probe(self.model, self.task, self.config.train.batch_size, self.config.seed, self.device, self.mesh)
+        return replace(found, quality=found.quality | more)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW (decay on matrices only) and the warm-up and cosine schedule."""

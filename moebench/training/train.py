@@ -43,7 +43,7 @@ def train_cell(
     if callback.stopped:
         return None
     # Killed between the last checkpoint and the result: the journal has the evaluation, the result does not.
-    final = callback.final or module.evaluate("test")
+    final = callback.final or module.evaluate_trained()
     if mesh.is_first:
         drop_all_but(1, checkpoints)  # there is nothing left to fall back from
     cost = asdict(model_cost(model, task.sequence_length))

@@ -31,6 +31,7 @@ FILES: dict[str, str | bytes] = {
         tiny(grid={"arm": [{"label": "dense", "router": "dense"}, {"router": "hash"}]})
     ),
     "arm_unknown.yaml": json.dumps(tiny(grid={"arm": [{"label": "dense", "rooter": "dense"}]})),
+    "vision.yaml": json.dumps({"base": {"task": {"name": "vision"}}, "grid": {"router": ["dense", "switch"]}}),
     "noncausal.yaml": json.dumps(tiny(grid={"router": ["dense", "expert_choice"]})),
     "bad.parquet": b"PAR1" + b"x" * 100,
     "empty.txt": b"",
@@ -108,6 +109,34 @@ OVERRIDE_MISTAKES = {
     "task.sequence_length=100000": ["sequence", "less than one window"],
     "train": ["'train'", "key=value"],
     "=5": ["'=5'", "key=value"],
+}
+
+VISION_MISTAKES = {
+    "task.data.path=nosuch": ["task.data.path", "'nosuch'", "does not exist"],
+    "task.data.path=bad.parquet": ["task.data.path", "'bad.parquet'", "cannot be read"],
+    "task.data.path=columns.csv": ["task.data.image_column", "'image'", "columns: texts, dom"],
+    "task.data.path=empty.txt": ["task.data.path", "'empty.txt'", ".parquet or .csv"],
+    "task.data.path=text": ["task.data.path", "'text'", "holds no images"],
+    "task.data.sources=[fashion,mnis]": ["task.data.sources", "'mnis'", "Did you mean 'mnist'?"],
+    "task.data.colour=gray": ["task.data.colour", "gray"],
+    "task.data.dataset=nobody/nothing": ["task.data.dataset", "'nobody/nothing'", "task.data.path=..."],
+    "task.patch=5": ["task.patch", "divisor", "28", "5"],
+    "task.sequence_length=64": ["task.sequence_length", "Allowed"],
+    "task.few_shot.shot=[1]": ["task.few_shot", "Did you mean 'shots'?"],
+}
+
+CURVE_MISTAKES = {
+    "curve ./tiny.yaml": ["--vary", "KEY=v1,v2"],
+    "curve ./tiny.yaml --vary layout.capacity_factor_eval": ["--vary", "KEY=v1,v2"],
+    "curve ./tiny.yaml --vary router.top_k=1,1": ["--vary", "twice"],
+    "curve ./tiny.yaml --vary train.steps=5": ["train.steps", "no setting of the evaluation"],
+    "curve ./tiny.yaml --vary layout.capacity_factor_train=1": ["layout.capacity_factor_train", "no setting"],
+    "curve ./tiny.yaml --vary layout.num_experts=8": ["layout.num_experts=8", "parameters"],
+    "curve ./tiny.yaml --vary layout.capacity_eval=1": ["capacity_eval", "Did you mean 'capacity_factor_eval'?"],
+    "curve ./tiny.yaml --vary layout.capacity_factor_eval=x": ["layout.capacity_factor_eval", "x"],
+    "curve ./tiny.yaml --vary layout.capacity_factor_eval=1 --by layout.drop_order=score": ["drop_order", "noncausal"],
+    "curve ./tiny.yaml --vary layout.capacity_factor_eval=1 --plot a_file/x.png": ["a_file/x.png"],
+    "curve ./tiny.yaml --vary layout.capacity_factor_eval=1 train.steps=7": ["no cell", "done"],
 }
 
 PLUGIN_MISTAKES = {
@@ -190,6 +219,16 @@ def test_a_mistake_in_an_experiment_file(refused: Callable[..., None], name: str
 @pytest.mark.parametrize(("override", "words"), OVERRIDE_MISTAKES.items(), ids=OVERRIDE_MISTAKES)
 def test_a_mistake_in_an_override(refused: Callable[..., None], override: str, words: list[str]) -> None:
     refused(words, "run", "./tiny.yaml", override, "--tracker", "none")
+
+
+@pytest.mark.parametrize(("override", "words"), VISION_MISTAKES.items(), ids=VISION_MISTAKES)
+def test_a_mistake_in_an_override_of_vision(refused: Callable[..., None], override: str, words: list[str]) -> None:
+    refused(words, "run", "./vision.yaml", override, "--tracker", "none")
+
+
+@pytest.mark.parametrize(("line", "words"), CURVE_MISTAKES.items(), ids=CURVE_MISTAKES)
+def test_a_mistake_in_a_curve(refused: Callable[..., None], line: str, words: list[str]) -> None:
+    refused(words, *line.split())
 
 
 @pytest.mark.parametrize(("plugin", "words"), PLUGIN_MISTAKES.items(), ids=PLUGIN_MISTAKES)

@@ -19,7 +19,9 @@ print([name for name in {heavy!r} if name in sys.modules], code or 0)
 """
 
 
-@pytest.mark.parametrize("arguments", ["--help", "run --help", "compare --help", "bench layer --help", "--version"])
+@pytest.mark.parametrize(
+    "arguments", ["--help", "run --help", "compare --help", "curve --help", "bench layer --help", "--version"]
+)
 def test_help_imports_nothing_heavy(cli: CommandLine, arguments: str) -> None:
     code = ASK.format(arguments=arguments.split(), heavy=HEAVY)
     done = subprocess.run(
@@ -29,7 +31,7 @@ def test_help_imports_nothing_heavy(cli: CommandLine, arguments: str) -> None:
     assert done.stdout.splitlines()[-1] == "[] 0"
 
 
-@pytest.mark.parametrize("command", ["run", "compare", "plan", "list", "show", "ui", "sync", "bench"])
+@pytest.mark.parametrize("command", ["run", "compare", "curve", "plan", "list", "show", "ui", "sync", "bench"])
 def test_every_command_has_help(cli: CommandLine, command: str) -> None:
     ended = cli(command, "--help")
     assert ended.code == 0, ended.err

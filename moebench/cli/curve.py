@@ -1,0 +1,78 @@
+"""`moebench curve`: trained models evaluated again under other settings."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moebench.cli.options import (
+    DEFAULT_RESULTS,
+    ExperimentName,
+    Json,
+    Overrides,
+    Plugins,
+    Results,
+    experiment_file,
+)
+from moebench.errors import UsageError
+
+if TYPE_CHECKING:
+    from moebench.analysis.setting_curve import SettingCurve
+
+
+def curve(
+    experiment: ExperimentName,
+    overrides: Overrides = None,
+    vary: Annotated[
+        str, typer.Option(metavar="KEY=V1,V2,...", help="The setting and its values: layout.capacity_factor_eval=0.5,1")
+    ] = "",
+    by: Annotated[
+        str | None,
+        typer.Option(metavar="KEY=A,B", help="A second one: router.priority=best,position"),
+    ] = None,
+    results: Results = DEFAULT_RESULTS,
+    plugin: Plugins = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write the curves to this PNG file.")] = None,
+    json: Json = False,
+) -> None:
+    """Evaluate the finished runs of an experiment under other settings, from their last checkpoints.
+
+    Nothing is trained. What may vary are keys of layout and router that leave the parameters as they are: capacity in
+    evaluation and its rule, the order of dropping, overflow, experts per token. FLOPs are relative to the run as
+    trained without a capacity.
+    """
+    from rich.console import Console
+
+    from moebench.analysis.setting_curve import Setting, measure
+    from moebench.analysis.setting_figure import draw_setting
+    from moebench.experiment.grid import expand
+
+    if plot and (plot.is_dir() or not plot.parent.is_dir()):
+        raise UsageError(f"--plot {plot}: must be a file in a folder that exists")
+    settings = Setting.parse(vary, "--vary"), Setting.parse(by, "--by") if by is not None else None
+    grid = expand(experiment_file(experiment), overrides or (), plugin or ())
+    console = Console(stderr=True)
+    found = measure(grid, results, *settings, say=lambda line: console.print(line, highlight=False, markup=False))
+    if plot:
+        draw_setting(found, plot)
+    _print(found, as_json=json, as_markdown=markdown)
+
+
+def _print(found: "SettingCurve", *, as_json: bool, as_markdown: bool) -> None:
+    from rich.console import Console
+
+    from moebench.analysis.setting_figure import setting_grid
+    from moebench.analysis.table import markdown_grid, rich_grid
+
+    if as_json:
+        import json
+
+        print(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
+    elif as_markdown:
+        print("\n\n".join([markdown_grid(setting_grid(found)), *(f"- {note}" for note in found.notes)]))
+    else:
+        console = Console()
+        console.print(rich_grid(setting_grid(found)))
+        for note in found.notes:
+            console.print(f"Note: {note}", highlight=False, markup=False)
