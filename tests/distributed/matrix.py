@@ -12,7 +12,16 @@ from moebench.routing.router import ROUTERS
 TRAIN = {"steps": 3, "batch_size": 8, "learning_rate": 2e-3, "clip_norm": 0.5, "log_every": 2, "warmup_steps": 0}
 BALANCED = {"name": "top_k", "losses": {"load_balance": 0.1, "z": 0.01, "importance": 0.05}}
 EVERY_N = {"name": "every_n", "n": 1, "num_experts": 4, "expert_width": 8}
-SHORT = ("top_2", "router gshard", "router expert_choice", "layout fine_grained", "reroute", "accumulate", "zero rows")
+SHORT = (
+    "top_2",
+    "router gshard",
+    "router expert_choice",
+    "layout fine_grained",
+    "reroute",
+    "accumulate",
+    "zero rows",
+    "padded",
+)
 """Of the matrix, what every test run trains."""
 
 
@@ -63,6 +72,11 @@ def matrix() -> dict[str, dict[str, Any]]:
         "shared and residual, recomputed": case(
             layout={"name": "residual", "num_experts": 8, "recompute": True, "match": "none"}, router={"name": "switch"}
         ),
+        "padded": case(task={"name": "padded"}),
+        "padded expert choice": case(task={"name": "padded"}, router={"name": "expert_choice"}),
+        "padded, accumulated, with a capacity": _capacity("score")
+        | {"task": {"name": "padded"}, "train": TRAIN | {"accumulate": 2}},
+        "masked language": case(task={"name": "masked_language", "sequence_length": 8, "eval_windows": 2}),
         "deep experts": case(layout=EVERY_N | {"depth": 2}),
     }
 
