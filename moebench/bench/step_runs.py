@@ -67,7 +67,7 @@ class Clock(lightning.Callback):
 def trainer_block(module: CellModule, num_steps: int, folder: Path) -> float:
     """Train as a run does, with journal, logging and metrics at the cell's cadence; return seconds per step."""
     clock = Clock(num_steps, Stopwatch(module.device).now)
-    meter = Meter(tokens_per_step=module.config.train.batch_size * module.task.sequence_length)
+    meter = Meter(tokens_per_step=module.config.train.batch_size * module.task.tokens_per_sequence)
     with RunRecorder(folder / "journal.jsonl", folder / "load.jsonl") as recorder, quiet_lightning():
         callback = CellCallback(Hooks(recorder=recorder), folder / "checkpoints", meter)
         fit(make_trainer(module.config, [callback, clock], module.mesh), module)

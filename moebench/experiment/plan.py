@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from moebench.experiment.grid import Cell, Experiment
-from moebench.models.build import Cost
+from moebench.models.cost import Cost
+from moebench.tasks.task import Task
 from moebench.training.model import build_model, marks_of, model_cost, prepare_task
 from moebench.training.run_folder import RunFolder
 
@@ -16,7 +17,8 @@ BACKWARD = 2
 
 def plan_cells(experiment: Experiment, results: Path) -> list[dict[str, Any]]:
     """Return one row per cell, ready for JSON; prepares the data (its vocabulary is part of the model)."""
-    costs = {cell.arm: cell_cost(cell, results) for cell in experiment.cells}
+    tasks = {cell.arm: prepare_task(cell.config, results) for cell in experiment.cells}
+    costs = {cell.arm: cell_cost(cell, tasks[cell.arm]) for cell in experiment.cells}
     baseline = costs[experiment.baseline]
     return [
         {
@@ -31,8 +33,8 @@ def plan_cells(experiment: Experiment, results: Path) -> list[dict[str, Any]]:
             "flops_vs_baseline": costs[cell.arm].flops_per_token / baseline.flops_per_token - 1,
             "params_vs_baseline": costs[cell.arm].total_params / baseline.total_params - 1,
             "match": cell.config.layout.match,
-            "train_tokens": train_tokens(cell),
-            "train_flops": (1 + BACKWARD) * costs[cell.arm].flops_per_token * train_tokens(cell),
+            "train_tokens": train_tokens(cell, tasks[cell.arm]),
+            "train_flops": (1 + BACKWARD) * costs[cell.arm].flops_per_token * train_tokens(cell, tasks[cell.arm]),
         }
         for cell in experiment.cells
     ]
@@ -43,15 +45,14 @@ def state_of(results: Path, cell: Cell) -> str:
     return RunFolder.of(results, cell.id).state()
 
 
-def cell_cost(cell: Cell, results: Path) -> Cost:
+def cell_cost(cell: Cell, task: Task) -> Cost:
     """Count a cell's model without allocating its weights."""
-    task = prepare_task(cell.config, results)
     with torch.device("meta"):
         model = build_model(cell.config, task)
-    return model_cost(model, task.sequence_length)
+    return model_cost(model, task.sequence_length, task.decoder_length)
 
 
-def train_tokens(cell: Cell) -> int:
+def train_tokens(cell: Cell, task: Task) -> int:
     """Return the tokens that a cell is trained on."""
-    config = cell.config
-    return int(config.train.steps * config.train.batch_size * config.task.sequence_length)
+    train = cell.config.train
+    return train.steps * train.batch_size * task.tokens_per_sequence

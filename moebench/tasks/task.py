@@ -30,6 +30,11 @@ class Batch:
     valid_BL: Tensor | None = None
     """bool, False at padding, for each position that the experts see; None when nothing is padded. Padding takes part
     in no routing and no attention."""
+    decoder_input_BP: Tensor | None = None
+    """What the decoder reads at each position, of a model that has one: token ids (int64); `input_BL` is then what the
+    encoder reads."""
+    decoder_valid_BP: Tensor | None = None
+    """bool, as `valid_BL`, for the positions of the decoder."""
     count_BP: Tensor | None = None
     """int64: by how many the loss of a prediction is divided in the mean: 0 where nothing is to be predicted, the
     number of symbols where one loss is that of many; None: 1 each."""
@@ -67,12 +72,14 @@ class TaskFacts:
     """What is known about a task."""
 
     causal: bool
-    """A router that sees later tokens of a sequence would cheat."""
+    """A router that sees later tokens of a sequence would cheat; with an encoder and a decoder, in the decoder."""
     metric: str
     """The quality that arms are compared by."""
     lower_is_better: bool
     data: str
     """The data it uses unless told otherwise."""
+    is_encoder_decoder: bool = False
+    """The model is an encoder, and a decoder that says the targets."""
 
 
 class Task(ABC):
@@ -85,8 +92,15 @@ class Task(ABC):
     eval_digest: str
     """Identifies the evaluation set and the metric: arms with different ones cannot be compared."""
     sequence_length: int
+    decoder_length: int | None = None
+    """Positions of the decoder, where there is one; `sequence_length` is then that of the encoder."""
     vocab_size: int | None = None
     token_count_V: Tensor | None = None
+
+    @property
+    def tokens_per_sequence(self) -> int:
+        """Positions that the model computes for one sequence: what a run's tokens are counted in."""
+        return self.sequence_length + (self.decoder_length or 0)
 
     @classmethod
     @abstractmethod

@@ -1,12 +1,16 @@
 """The whole model of a cell: the task's embedding and head around the backbone."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from moebench.errors import UsageError
-from moebench.models.build import Cost, build_backbone, cost_of, plan_of
+from moebench.models.build import build_backbone, plan_of
+from moebench.models.cost import Cost, cost_of
+from moebench.models.encoder_decoder import EncoderDecoder
 from moebench.models.transformer import BatchContext, Transformer, init_weights
 from moebench.parallel.mesh import ALONE_MESH, Mesh
 from moebench.parallel.spread import check_spread, spread_experts
@@ -19,7 +23,7 @@ from moebench.tasks.task import TASKS, Batch, Task
 class Model(nn.Module):
     """Embedding, backbone, head: a batch to outputs and the records of the MoE layers."""
 
-    def __init__(self, embedding: nn.Module, backbone: Transformer, head: nn.Module) -> None:
+    def __init__(self, embedding: nn.Module, backbone: Transformer | EncoderDecoder, head: nn.Module) -> None:
         super().__init__()
         self.embedding = embedding
         self.backbone = backbone
@@ -27,8 +31,13 @@ class Model(nn.Module):
 
     def forward(self, batch: Batch, ctx: BatchContext) -> tuple[Tensor, list[LayerRecord]]:
         """Return what the task's `loss` reads, and one record per MoE layer."""
-        x_BLD, records = self.backbone(self.embedding(batch.input_BL), ctx)
-        return self.head(x_BLD), records
+        x_BLD = self.embedding(batch.input_BL)
+        if isinstance(self.backbone, EncoderDecoder):
+            own = replace(ctx, token_id_BL=batch.decoder_input_BP, valid_BL=batch.decoder_valid_BP)
+            y_BPD, records = self.backbone(x_BLD, ctx, self.embedding(batch.decoder_input_BP), own)
+            return self.head(y_BPD), records
+        y_BLD, records = self.backbone(x_BLD, ctx)
+        return self.head(y_BLD), records
 
 
 def check_cell(config: CellConfig) -> None:
@@ -38,31 +47,43 @@ def check_cell(config: CellConfig) -> None:
         raise UsageError("train.device: 'cuda' was asked for, but torch finds no CUDA device (allowed: auto, cpu)")
     _check_overflow(config)
     _check_spread(config)
-    task = TASKS.get(config.task.name, where="task.name")
+    _check_halves(config)
     leak = _leak(config)
-    if task.facts.causal and not config.allow_noncausal and leak:
+    if _experts_must_be_causal(config) and not config.allow_noncausal and leak:
         raise UsageError(
-            f"{leak}; task '{config.task.name}' predicts from the past. Allowed: a causal choice, or"
-            " allow_noncausal=true, which marks the arm in every table"
+            f"{leak}; task '{config.task.name}' predicts from the past. Allowed: a causal choice,"
+            f"{_in_encoder(config)} or allow_noncausal=true, which marks the arm in every table"
         )
+
+
+def _in_encoder(config: CellConfig) -> str:
+    two = TASKS.get(config.task.name).facts.is_encoder_decoder
+    return " layout.experts_in=encoder," if two else ""
 
 
 def marks_of(config: CellConfig) -> tuple[str, ...]:
     """Return the warnings that every table must show beside this cell's numbers."""
-    causal_task = TASKS.get(config.task.name).facts.causal
-    return ("non-causal",) if causal_task and _leak(config) else ()
+    return ("non-causal",) if _experts_must_be_causal(config) and _leak(config) else ()
 
 
 def build_model(config: CellConfig, task: Task) -> Model:
     """Build the model of a cell; its weights are not drawn yet (see `init_weights`)."""
-    backbone = build_backbone(
+    facts = TASKS.get(config.task.name).facts
+    build = partial(
+        build_backbone,
         config,
-        causal=TASKS.get(config.task.name).facts.causal,
         vocab_size=task.vocab_size,
         token_count_V=task.token_count_V,
-        sequence_length=task.sequence_length,
         num_domains=len(task.domains),
     )
+    backbone: Transformer | EncoderDecoder
+    if facts.is_encoder_decoder:
+        backbone = EncoderDecoder(
+            build(causal=False, sequence_length=task.sequence_length, half="encoder"),
+            build(causal=True, sequence_length=task.decoder_length, half="decoder"),
+        )
+    else:
+        backbone = build(causal=facts.causal, sequence_length=task.sequence_length)
     return Model(task.embedding(config.model.d_model), backbone, task.head(config.model.d_model))
 
 
@@ -75,9 +96,9 @@ def initialised_model(config: CellConfig, task: Task, mesh: Mesh = ALONE_MESH) -
     return model
 
 
-def model_cost(model: Model, sequence_length: int) -> Cost:
+def model_cost(model: Model, sequence_length: int, decoder_length: int | None = None) -> Cost:
     """Count parameters and forward FLOPs per token of a model."""
-    return cost_of(model.backbone, [model.embedding, model.head], sequence_length)
+    return cost_of(model.backbone, [model.embedding, model.head], sequence_length, decoder_length)
 
 
 def prepare_task(config: CellConfig, results: Path) -> Task:
@@ -103,6 +124,27 @@ def _check_spread(config: CellConfig) -> None:
     for block in plan_of(config):
         for experts in block.banks:
             check_spread(experts, config.parallel.expert, config.layout.name)
+
+
+def _check_halves(config: CellConfig) -> None:
+    """Refuse to choose a half of a model that has no two, and experts that cannot read an encoder."""
+    two = TASKS.get(config.task.name, where="task.name").facts.is_encoder_decoder
+    if not two and config.layout.experts_in != "both":
+        raise UsageError(
+            f"layout.experts_in: '{config.layout.experts_in}' is a half of an encoder-decoder model, which task"
+            f" '{config.task.name}' does not train (allowed: both)"
+        )
+    if two and any(block.stack for block in plan_of(config)):
+        raise UsageError(
+            f"layout.name: the experts of layout '{config.layout.name}' are whole models, which do not read an encoder;"
+            f" task '{config.task.name}' needs a layout of experts inside blocks"
+        )
+
+
+def _experts_must_be_causal(config: CellConfig) -> bool:
+    """Whether experts stand where later tokens must not be seen: an encoder may see all of its sequence."""
+    facts = TASKS.get(config.task.name).facts
+    return facts.causal and not (facts.is_encoder_decoder and config.layout.experts_in == "encoder")
 
 
 def _leak(config: CellConfig) -> str | None:

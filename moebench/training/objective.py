@@ -89,7 +89,8 @@ def _count(batch: Batch) -> Tensor:
 def _token_loss(loss_BP: Tensor, batch: Batch, record: LayerRecord) -> Tensor:
     """Return loss_T of the layer's tokens: each its own prediction's, or where there are fewer its sequence's mean."""
     size, length = loss_BP.shape[0], record.routing.num_tokens // max(loss_BP.shape[0], 1)
-    if loss_BP.shape[1] != length:
+    in_encoder = batch.decoder_input_BP is not None and str(record.layer).startswith("encoder.")
+    if loss_BP.shape[1] != length or in_encoder:
         count_BP = torch.ones_like(loss_BP) if batch.count_BP is None else batch.count_BP
         loss_BP = (loss_BP.sum(1, keepdim=True) / count_BP.sum(1, keepdim=True).clamp(min=1)).expand(size, length)
     return loss_BP.reshape(-1)

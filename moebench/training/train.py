@@ -36,7 +36,7 @@ def train_cell(
     resume = _last_good(checkpoints, hooks, mesh)
     first_step = step_of(resume) if resume else 0
     model = initialised_model(config, task, mesh)
-    meter = Meter(tokens_per_step=config.train.batch_size * task.sequence_length)
+    meter = Meter(tokens_per_step=config.train.batch_size * task.tokens_per_sequence)
     module = CellModule(config, model, task, mesh, hooks.should_stop)
     callback = CellCallback(hooks, checkpoints, meter)
     fit(make_trainer(config, [callback], mesh), module, resume, first_step)
@@ -46,7 +46,7 @@ def train_cell(
     final = callback.final or module.evaluate("test")
     if mesh.is_first:
         drop_all_but(1, checkpoints)  # there is nothing left to fall back from
-    cost = asdict(model_cost(model, task.sequence_length))
+    cost = asdict(model_cost(model, task.sequence_length, task.decoder_length))
     cost["train_tokens"] = config.train.steps * meter.tokens_per_step
     speed = {"tokens_per_s": meter.tokens_per_s, "step_s": meter.step_s, "train_s": sum(meter.seconds)}
     return RunResult(

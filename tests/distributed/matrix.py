@@ -21,6 +21,7 @@ SHORT = (
     "accumulate",
     "zero rows",
     "padded",
+    "encoder-decoder",
 )
 """Of the matrix, what every test run trains."""
 
@@ -77,6 +78,7 @@ def matrix() -> dict[str, dict[str, Any]]:
         "padded, accumulated, with a capacity": _capacity("score")
         | {"task": {"name": "padded"}, "train": TRAIN | {"accumulate": 2}},
         "masked language": case(task={"name": "masked_language", "sequence_length": 8, "eval_windows": 2}),
+        "encoder-decoder": case(task={"name": "span_corruption", "sequence_length": 8, "eval_windows": 2}),
         "deep experts": case(layout=EVERY_N | {"depth": 2}),
     }
 
