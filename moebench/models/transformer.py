@@ -26,6 +26,7 @@ class BatchContext:
     token_id_BL: Tensor | None = None
     valid_BL: Tensor | None = None
     domain_B: Tensor | None = None
+    label_BL: Tensor | None = None
     memory: Memory | None = None
     """What the encoder made, in a decoder."""
     span: Span | None = None
@@ -54,6 +55,7 @@ class BatchContext:
             token_id_T=None if self.token_id_BL is None else self.token_id_BL.reshape(-1),
             valid_T=None if self.valid_BL is None else self.valid_BL.reshape(-1),
             domain_T=domain_T,
+            label_T=None if self.label_BL is None else self.label_BL.reshape(-1),
             step=self.step,
             span=None if self.span is None else self.span.times(length),
         )

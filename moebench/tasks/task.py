@@ -22,11 +22,14 @@ class Batch:
     input_BL: Tensor
     """What the embedding reads: token ids [B, L] (int64), or vectors, patches or frames [B, L, width] (floating)."""
     target_BP: Tensor
-    """What the head should say: a token at each position (P = L), a class of the whole sequence (P = 1) ..."""
+    """What the head should say: a token at each position (P = L), a class of the whole sequence (P = 1), a vector
+    [B, P, width] ..."""
     weight_BP: Tensor
     """Size of each prediction in units of the metric (bytes for language)."""
     domain_B: Tensor
     """int64 index into the task's domains."""
+    label_BL: Tensor | None = None
+    """int64 label of each position that the experts see, where the task knows which of them belong together."""
     valid_BL: Tensor | None = None
     """bool, False at padding, for each position that the experts see; None when nothing is padded. Padding takes part
     in no routing and no attention."""
@@ -78,6 +81,8 @@ class TaskFacts:
     lower_is_better: bool
     data: str
     """The data it uses unless told otherwise."""
+    labels: str = ""
+    """What the label of a token is, where the data says which tokens belong to one expert; empty where it does not."""
     is_encoder_decoder: bool = False
     """The model is an encoder, and a decoder that says the targets."""
 
@@ -96,6 +101,8 @@ class Task(ABC):
     """Positions of the decoder, where there is one; `sequence_length` is then that of the encoder."""
     vocab_size: int | None = None
     token_count_V: Tensor | None = None
+    num_labels: int | None = None
+    """Labels of tokens, where there are any (`Batch.label_BL`)."""
 
     @property
     def tokens_per_sequence(self) -> int:

@@ -33,7 +33,7 @@ class Model(nn.Module):
         """Return what the task's `loss` reads, and one record per MoE layer."""
         x_BLD = self.embedding(batch.input_BL)
         if isinstance(self.backbone, EncoderDecoder):
-            own = replace(ctx, token_id_BL=batch.decoder_input_BP, valid_BL=batch.decoder_valid_BP)
+            own = replace(ctx, token_id_BL=batch.decoder_input_BP, valid_BL=batch.decoder_valid_BP, label_BL=None)
             y_BPD, records = self.backbone(x_BLD, ctx, self.embedding(batch.decoder_input_BP), own)
             return self.head(y_BPD), records
         y_BLD, records = self.backbone(x_BLD, ctx)
@@ -48,6 +48,7 @@ def check_cell(config: CellConfig) -> None:
     _check_overflow(config)
     _check_spread(config)
     _check_halves(config)
+    _check_labels(config)
     leak = _leak(config)
     if _experts_must_be_causal(config) and not config.allow_noncausal and leak:
         raise UsageError(
@@ -124,6 +125,17 @@ def _check_spread(config: CellConfig) -> None:
     for block in plan_of(config):
         for experts in block.banks:
             check_spread(experts, config.parallel.expert, config.layout.name)
+
+
+def _check_labels(config: CellConfig) -> None:
+    """Refuse a router that reads labels where there are none."""
+    router = ROUTERS.get(config.router.name)
+    if router.facts.needs_labels and not TASKS.get(config.task.name, where="task.name").facts.labels:
+        known = ", ".join(entry.name for entry in TASKS.entries() if entry.facts.labels)
+        raise UsageError(
+            f"router.name: '{config.router.name}' reads the right expert of each token, which task"
+            f" '{config.task.name}' does not know (tasks that do: {known})"
+        )
 
 
 def _check_halves(config: CellConfig) -> None:

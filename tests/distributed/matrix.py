@@ -50,6 +50,7 @@ def matrix() -> dict[str, dict[str, Any]]:
     """Return every case by its name."""
     cases = {"top_2": case(), "bf16": case(train={"precision": "bf16"}), "dense": _router("dense")}
     cases |= {f"router {entry.name}": _router(entry.name) for entry in ROUTERS.entries() if entry.name != "dense"}
+    cases["router oracle"] |= {"task": {"name": "clustered"}}  # the others read text
     cases |= {f"layout {entry.name}": _layout(entry.name) for entry in LAYOUTS.entries()}
     cases |= {f"capacity {order}": _capacity(order) for order in ("position", "score", "random")}
     return cases | {
