@@ -117,7 +117,13 @@ class Example:
         place_TD = torch.randn(len(self.words), D_MODEL, generator=draw)
         x_TD = word_VD[self.token_id_BL.flatten()] + LIKE_NEIGHBOURS * common_D + 0.3 * place_TD
         domain_B = torch.arange(len(SENTENCES))
-        ctx = BatchContext(training=training, seed=self.seed, token_id_BL=self.token_id_BL, domain_B=domain_B)
+        ctx = BatchContext(
+            training=training,
+            seed=self.seed,
+            token_id_BL=self.token_id_BL,
+            domain_B=domain_B,
+            label_BL=self.token_id_BL,
+        )
         return self.layer.train(training).route(x_TD, ctx.route(0, self.length, x_TD.device))
 
     def panels(self) -> list[Panel]:

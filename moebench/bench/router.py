@@ -230,7 +230,13 @@ class RouterCall:
 
     def record(self) -> LayerRecord:
         """Route the tokens."""
-        ctx = BatchContext(training=True, seed=self.seed, token_id_BL=self.token_id_BL, domain_B=self.domain_B)
+        ctx = BatchContext(
+            training=True,
+            seed=self.seed,
+            token_id_BL=self.token_id_BL,
+            domain_B=self.domain_B,
+            label_BL=self.token_id_BL,
+        )
         routing = self.router(self.x_TD, ctx.route(0, self.length, self.x_TD.device))
         return LayerRecord(layer=0, routing=routing, kept=routing, sequence_length=self.length)
 

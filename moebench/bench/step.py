@@ -126,7 +126,7 @@ def _measure_arm(arm: str, config: CellConfig, task: Task, protocol: Protocol, n
         overhead=Spread(median=overhead.median - 1, low=overhead.low - 1, high=overhead.high - 1),
         uniform=timings.ratio(UNIFORM, PLAIN) if UNIFORM in turns else None,
         parts=parts.median(),
-        tokens_per_step=config.train.batch_size * task.sequence_length,
+        tokens_per_step=config.train.batch_size * task.tokens_per_sequence,
         weights_differ_by=same_weights(modules[TRAINER], modules[PLAIN]),
         timings=timings,
     )

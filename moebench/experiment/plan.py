@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from moebench.experiment.grid import Cell, Experiment
-from moebench.models.build import Cost
+from moebench.models.cost import Cost
+from moebench.tasks.task import Task
 from moebench.training.batches import train_tokens
 from moebench.training.model import build_model, marks_of, model_cost, prepare_task
 from moebench.training.run_folder import RunFolder
@@ -17,8 +18,9 @@ BACKWARD = 2
 
 def plan_cells(experiment: Experiment, results: Path) -> list[dict[str, Any]]:
     """Return one row per cell, ready for JSON; prepares the data (its vocabulary is part of the model)."""
-    costs = {cell.arm: cell_cost(cell, results) for cell in experiment.cells}
-    tokens = {cell.id: train_tokens(cell.config, prepare_task(cell.config, results)) for cell in experiment.cells}
+    tasks = {cell.arm: prepare_task(cell.config, results) for cell in experiment.cells}
+    costs = {cell.arm: cell_cost(cell, tasks[cell.arm]) for cell in experiment.cells}
+    tokens = {cell.id: train_tokens(cell.config, tasks[cell.arm]) for cell in experiment.cells}
     baseline = costs[experiment.baseline]
     return [
         {
@@ -51,9 +53,8 @@ def state_of(results: Path, cell: Cell) -> str:
     return RunFolder.of(results, cell.id).state()
 
 
-def cell_cost(cell: Cell, results: Path) -> Cost:
+def cell_cost(cell: Cell, task: Task) -> Cost:
     """Count a cell's model without allocating its weights."""
-    task = prepare_task(cell.config, results)
     with torch.device("meta"):
         model = build_model(cell.config, task)
-    return model_cost(model, task.sequence_length)
+    return model_cost(model, task.sequence_length, task.decoder_length)

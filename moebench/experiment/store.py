@@ -8,6 +8,7 @@ from typing import Any
 from moebench.errors import UsageError
 from moebench.experiment.grid import Cell, Experiment
 from moebench.experiment.plan import cell_cost, state_of
+from moebench.training.model import prepare_task
 from moebench.training.run_folder import write_json
 
 CHECKPOINT_BYTES_PER_PARAM = 12
@@ -33,7 +34,10 @@ def require_room(results: Path, experiment: Experiment, cells: list[Cell]) -> No
     """Raise UsageError when the disk cannot hold the checkpoints of the cells that are to be trained."""
     if not cells:
         return
-    largest = max(cell_cost(cell, results).total_params for cell in {cell.arm: cell for cell in cells}.values())
+    largest = max(
+        cell_cost(cell, prepare_task(cell.config, results)).total_params
+        for cell in {cell.arm: cell for cell in cells}.values()
+    )
     # A finished cell keeps one checkpoint; one that trains keeps two and writes a third before it drops the oldest.
     needed = SPARE_BYTES + CHECKPOINT_BYTES_PER_PARAM * largest * (len(cells) + 2)
     free = shutil.disk_usage(results).free

@@ -112,7 +112,14 @@ def moe_layer(
 
 
 def feed_forward_experts(
-    routed: Routed, router: Router, *, d_model: int, activation: str, out_scale: float, layout: LayoutConfig, layer: int
+    routed: Routed,
+    router: Router,
+    *,
+    d_model: int,
+    activation: str,
+    out_scale: float,
+    layout: LayoutConfig,
+    layer: int | str,
 ) -> Callable[[Widths], MoELayer]:
     """Return what builds the MoE layer of a block for given widths; the router is the same for all of them."""
     experts = routed.experts

@@ -72,6 +72,8 @@ class LayoutConfig:
     name: str
     num_experts: int = 16
     """Experts in each bank."""
+    experts_in: Literal["both", "encoder", "decoder"] = "both"
+    """Which half of an encoder-decoder model has experts, as the layout places them; the other half is dense."""
     expert_width: int | None = None
     """Hidden width of one expert, of one unit where widths differ; null: `match` decides."""
     expert_activation: Literal["gelu", "swiglu"] | None = None

@@ -1,4 +1,4 @@
-"""Multi-head self-attention with rotary positions."""
+"""Multi-head attention: within a sequence with rotary positions, and from a decoder to what an encoder made."""
 
 from dataclasses import dataclass
 
@@ -31,6 +31,20 @@ class Places:
         )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Memory:
+    """What an encoder made of its sequences of M vectors: a decoder reads it."""
+
+    x_BMD: Tensor
+    valid_BM: Tensor | None = None
+    """bool: False at padding; at least one of each sequence is True. None: nothing is padded."""
+
+    @classmethod
+    def of(cls, x_BMD: Tensor, places: Places | None) -> "Memory":
+        """Return the memory of whole sequences."""
+        return cls(x_BMD=x_BMD, valid_BM=None if places is None else places.valid_BL)
+
+
 class Attention(nn.Module):
     """Softmax attention over the whole sequence, or over the past when causal."""
 
@@ -59,6 +73,43 @@ class Attention(nn.Module):
         """Forward FLOPs of one token in a sequence of `length`; the masked half is counted, as kernels differ."""
         weights = self.qkv.weight.numel() + self.out.weight.numel()
         return 2 * weights + score_flops(length, self.out.in_features)
+
+
+class CrossAttention(nn.Module):
+    """Softmax attention of each position of a decoder over all that its encoder made; without positions, as in T5."""
+
+    def __init__(self, d_model: int, num_heads: int, *, out_scale: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.out_scale = out_scale
+        self.query = nn.Linear(d_model, d_model, bias=False)
+        self.key_value = nn.Linear(d_model, 2 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+
+    def init_weights(self, generator: Generator) -> None:
+        """Draw as self-attention does."""
+        for projection in (self.query, self.key_value):
+            draw(projection.weight, projection.in_features**-0.5, generator)
+        draw(self.out.weight, self.out_scale * self.out.in_features**-0.5, generator)
+
+    def forward(self, x_BLD: Tensor, memory: Memory) -> Tensor:
+        """Return what each position reads, without the residual."""
+        batch, length, width = x_BLD.shape
+        head_width = width // self.num_heads
+        query = self.query(x_BLD).view(batch, length, self.num_heads, head_width).transpose(1, 2)
+        key_value = self.key_value(memory.x_BMD).view(batch, -1, 2, self.num_heads, head_width)
+        key, value = key_value.transpose(1, 3).unbind(2)
+        mask = None if memory.valid_BM is None else memory.valid_BM[:, None, None, :]
+        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return out
+
+    def flops(self, length: int, memory_length: int) -> int:
+        """Forward FLOPs of one sequence of `length` that reads `memory_length` vectors."""
+        own = 2 * (self.query.weight.numel() + self.out.weight.numel()) + score_flops(
+            memory_length, self.out.in_features
+        )
+        return length * own + memory_length * 2 * self.key_value.weight.numel()
 
 
 def score_flops(length: int, width: int) -> int:

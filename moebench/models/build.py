@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,16 @@ from moebench.experts.feed_forward import FeedForward
 from moebench.experts.layout import LAYOUTS, BlockPlan, Experts
 from moebench.experts.projection import HeadBank, ProjectionBank
 from moebench.experts.widths import Widths, matched_widths
-from moebench.models.attention import Attention
+from moebench.models.attention import Attention, CrossAttention
 from moebench.models.expert_attention import HeadExperts, ProjectionExperts
 from moebench.models.transformer import Block, Transformer
 from moebench.models.whole_model import StackBank, WholeModels
 from moebench.routing.losses import LOSSES
 from moebench.routing.router import ROUTERS, Router, Site
 from moebench.schema import CellConfig
+
+Half = Literal["encoder", "decoder"]
+"""Which backbone of a model that has two."""
 
 
 def plan_of(config: CellConfig) -> tuple[BlockPlan, ...]:
@@ -93,12 +97,15 @@ def build_backbone(
     token_count_V: Tensor | None = None,
     sequence_length: int | None = None,
     num_domains: int | None = None,
+    half: Half | None = None,
     sized_as: CellConfig | None = None,
 ) -> Transformer:
     """Build the transformer with the layout's banks of experts behind their routers; weights are not drawn yet.
 
     `sequence_length`: for which arms are matched; it matters where experts change the cost of attention itself. None
-    leaves the scores of attention out. `sized_as`: whose widths the experts have; None: those solved for this one.
+    leaves the scores of attention out. `half`: the backbone is one of two; `layout.experts_in` says whether it has
+    experts, and a decoder's blocks have cross-attention. `sized_as`: whose widths the experts have; None: those solved
+    for this one.
     """
     site = Site(
         d_model=config.model.d_model,
@@ -108,11 +115,17 @@ def build_backbone(
         sequence_length=sequence_length,
         num_domains=num_domains,
     )
-    builder = Builder(config=config, causal=causal, site=site, sequence_length=sequence_length or 0)
+    builder = Builder(config=config, causal=causal, site=site, sequence_length=sequence_length or 0, half=half)
     sizes = replace(builder, config=sized_as or config)
-    widths = [sizes.widths(index, plan) for index, plan in enumerate(plan_of(sizes.config))]
-    blocks = [builder.block(index, plan, widths[index]) for index, plan in enumerate(plan_of(config))]
+    widths = [sizes.widths(index, plan) for index, plan in enumerate(_plan_of_half(sizes.config, half))]
+    blocks = [builder.block(index, plan, widths[index]) for index, plan in enumerate(_plan_of_half(config, half))]
     return Transformer(config.model.d_model, blocks)
+
+
+def _plan_of_half(config: CellConfig, half: Half | None) -> tuple[BlockPlan, ...]:
+    plans = plan_of(config)
+    with_experts = half is None or config.layout.experts_in in ("both", half)
+    return plans if with_experts else (BlockPlan(),) * len(plans)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,11 +136,17 @@ class Builder:
     causal: bool
     site: Site
     sequence_length: int
+    half: Half | None = None
 
     @property
     def out_scale(self) -> float:
-        """Two additions per block keep the residual stream near unit variance."""
-        return float((2 * self.config.model.num_layers) ** -0.5)
+        """Keeps the residual stream near unit variance, with two additions per block, or three in a decoder."""
+        additions = 3 if self.half == "decoder" else 2
+        return float((additions * self.config.model.num_layers) ** -0.5)
+
+    def layer(self, index: int) -> int | str:
+        """Return the name of a block's experts in records."""
+        return index if self.half is None else f"{self.half}.{index}"
 
     @property
     def activation(self) -> str:
@@ -147,7 +166,13 @@ class Builder:
         """Build a block without experts."""
         sizes = self.config.model
         dense = FeedForward(sizes.d_model, ffn_width, sizes.activation, self.out_scale)
-        return Block(sizes.d_model, self._attention(), dense)
+        return Block(sizes.d_model, self._attention(), dense, self._cross_attention())
+
+    def _cross_attention(self) -> CrossAttention | None:
+        sizes = self.config.model
+        if self.half != "decoder":
+            return None
+        return CrossAttention(sizes.d_model, sizes.num_heads, out_scale=self.out_scale)
 
     def _attention(self) -> Attention:
         sizes = self.config.model
@@ -161,17 +186,20 @@ class Builder:
 
     def _router(self, experts: Experts, index: int) -> tuple[Routed, Router]:
         routed = Routed.of(self.config.router, experts)
-        return routed, routed.build(replace(self.site, layer=index))
+        above = self.config.model.num_layers if self.half == "decoder" else 0
+        return routed, routed.build(replace(self.site, layer=above + index))
 
     def _with_experts(self, index: int, plan: BlockPlan) -> Callable[[Widths], nn.Module]:
         """Return what builds the block for given widths: the routers and the attention are the same for all."""
         sizes = self.config.model
         attention = self._expert_attention(index, plan.attention) if plan.attention else self._attention()
+        across = self._cross_attention()
         if plan.feed_forward is None:
             return lambda widths: Block(
                 sizes.d_model,
                 attention,
                 FeedForward(sizes.d_model, widths.of(1.0), sizes.activation, self.out_scale),
+                across,
             )
         routed, router = self._router(plan.feed_forward, index)
         experts = feed_forward_experts(
@@ -181,14 +209,14 @@ class Builder:
             activation=self.activation,
             out_scale=self.out_scale,
             layout=self.config.layout,
-            layer=index,
+            layer=self.layer(index),
         )
-        return lambda widths: Block(sizes.d_model, attention, experts(widths))
+        return lambda widths: Block(sizes.d_model, attention, experts(widths), across)
 
     def _expert_attention(self, index: int, experts: Experts) -> ProjectionExperts | HeadExperts:
         sizes = self.config.model
         routed, router = self._router(experts, index)
-        layer = partial(moe_layer, routed, router, layout=self.config.layout, layer=f"{index}.attention")
+        layer = partial(moe_layer, routed, router, layout=self.config.layout, layer=f"{self.layer(index)}.attention")
         number = len(experts.shapes)
         if experts.shapes[0].kind == "projection":
             bank = ProjectionBank(sizes.d_model, 3 * sizes.d_model, number)
@@ -261,43 +289,3 @@ class Builder:
             return sum(parameter.numel() for parameter in block.parameters())
         assert isinstance(block, Block | WholeModels)
         return block.flops_per_token(self.sequence_length)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """What a model costs, counted exactly."""
-
-    total_params: int
-    active_params: int
-    """Parameters that one token uses on average: of a bank, the share rows per token / experts."""
-    flops_per_token: int
-    """Forward FLOPs of one token in a full sequence, 2 per multiplication and addition; a pass of training, which goes
-    backward too, costs 3 times this."""
-    train_passes: int = 1
-    """How often training runs each token through the model."""
-
-
-def cost_of(backbone: Transformer, extra: list[nn.Module], sequence_length: int) -> Cost:
-    """Count a backbone and the modules around it: 2 per weight of a linear map, or what `flops_per_token` says.
-
-    Where experts differ in size, what a token uses is the mean at an even load.
-    """
-    total = sum(parameter.numel() for module in (backbone, *extra) for parameter in module.parameters())
-    idle, passes = 0, 1
-    for layer in backbone.moe_layers():
-        of_bank = sum(parameter.numel() for parameter in layer.bank.parameters())
-        used = layer.router.rows_per_token(layer.experts_per_token)
-        idle += int(of_bank * max(layer.bank.num_experts - used, 0) // layer.bank.num_experts)
-        passes = 2 if layer.router.consistency else passes
-    flops = sum(_flops_around(module, sequence_length) for module in extra)
-    for block in backbone.blocks:
-        assert isinstance(block, Block | WholeModels)
-        flops += block.flops_per_token(sequence_length)
-    return Cost(total_params=total, active_params=total - idle, flops_per_token=flops, train_passes=passes)
-
-
-def _flops_around(module: nn.Module, length: int) -> int:
-    counted: Callable[[int], int] | None = getattr(module, "flops_per_token", None)
-    if counted is not None:
-        return counted(length)
-    return 2 * module.weight.numel() if isinstance(module, nn.Linear) else 0

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moebench.experts.feed_forward import FeedForward
 from moebench.experts.layer import MoELayer
-from moebench.models.attention import Attention, Places
+from moebench.models.attention import Attention, CrossAttention, Memory, Places
 from moebench.models.expert_attention import HeadExperts, ProjectionExperts
 from moebench.routing.context import RouteContext
 from moebench.routing.ranks import Span
@@ -26,6 +26,9 @@ class BatchContext:
     token_id_BL: Tensor | None = None
     valid_BL: Tensor | None = None
     domain_B: Tensor | None = None
+    label_BL: Tensor | None = None
+    memory: Memory | None = None
+    """What the encoder made, in a decoder."""
     span: Span | None = None
     """Which sequences of the batch these are; None: all."""
     micro_batch: int = 0
@@ -57,6 +60,7 @@ class BatchContext:
             token_id_T=None if self.token_id_BL is None else self.token_id_BL.reshape(-1),
             valid_T=None if self.valid_BL is None else self.valid_BL.reshape(-1),
             domain_T=domain_T,
+            label_T=None if self.label_BL is None else self.label_BL.reshape(-1),
             step=self.step,
             span=None if self.span is None else self.span.times(length),
             previous_logits_TE=self.previous_logits_TE,
@@ -64,17 +68,23 @@ class BatchContext:
 
 
 class Block(nn.Module):
-    """Attention and feed-forward part, each behind a norm and added to the residual stream; either can hold experts."""
+    """Attention and feed-forward part, each behind a norm and added to the residual stream; either can hold experts.
+
+    In a decoder that reads an encoder, cross-attention stands between them.
+    """
 
     def __init__(
         self,
         d_model: int,
         attention: Attention | ProjectionExperts | HeadExperts,
         feed_forward: FeedForward | MoELayer,
+        cross_attention: CrossAttention | None = None,
     ) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(d_model)
         self.attention = attention
+        self.cross_attention_norm = None if cross_attention is None else nn.RMSNorm(d_model)
+        self.cross_attention = cross_attention
         self.feed_forward_norm = nn.RMSNorm(d_model)
         self.feed_forward = feed_forward
 
@@ -94,6 +104,9 @@ class Block(nn.Module):
             y_BLD, record = self.attention(x_normed_BLD, ctx.route_in(self.attention.layer, x_BLD), places)
             records.append(record)
         x_BLD = x_BLD + y_BLD
+        if self.cross_attention is not None and self.cross_attention_norm is not None:
+            assert ctx.memory is not None
+            x_BLD = x_BLD + self.cross_attention(self.cross_attention_norm(x_BLD), ctx.memory)
         x_TD = self.feed_forward_norm(x_BLD).flatten(0, 1)
         if isinstance(self.feed_forward, MoELayer):
             y_TD, record = self.feed_forward(x_TD, ctx.route_in(self.feed_forward, x_BLD))
@@ -103,8 +116,12 @@ class Block(nn.Module):
         return x_BLD + y_TD.view_as(x_BLD), records
 
     def flops_per_token(self, length: int) -> int:
-        """Forward FLOPs of one token in a sequence of `length`."""
+        """Forward FLOPs of one token in a sequence of `length`; cross-attention is counted apart (`flops_across`)."""
         return self.attention.flops_per_token(length) + self.feed_forward.flops_per_token()
+
+    def flops_across(self, length: int, memory_length: int) -> int:
+        """Forward FLOPs of the cross-attention of one sequence."""
+        return 0 if self.cross_attention is None else self.cross_attention.flops(length, memory_length)
 
 
 class Transformer(nn.Module):

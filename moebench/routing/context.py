@@ -24,6 +24,8 @@ class RouteContext:
     """bool, False at padding; None when nothing is padded."""
     domain_T: Tensor | None = None
     """int64 domain of each token."""
+    label_T: Tensor | None = None
+    """int64: to which expert each token belongs, by number; of made data alone, for the router `oracle`."""
     step: int = 0
     span: Span | None = None
     """Which tokens of the batch these are; None: all of them."""
@@ -63,6 +65,7 @@ class RouteContext:
             valid_T=whole(self.valid_T),
             domain_T=whole(self.domain_T),
             previous_logits_TE=whole(self.previous_logits_TE),
+            label_T=whole(self.label_T),
             span=None,
         )
 

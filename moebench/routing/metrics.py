@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.ranks import Ranks
-from moebench.routing.values import LayerRecord
+from moebench.routing.values import AnyRouting, LayerRecord
 
 DEAD_SHARE = 0.01
 """An expert with less than this share of a uniform load counts as dead."""
@@ -94,6 +95,37 @@ def relative_flops(load_E: Tensor, flops_E: Sequence[int]) -> float:
     flops = torch.tensor(flops_E, dtype=torch.float64)
     even = float(load_E.sum() * flops.mean())
     return float(load_E.double() @ flops) / even if even else 1.0
+
+
+def label_table(routing: AnyRouting, label_T: Tensor, num_labels: int) -> Tensor:
+    """Return how many assignments tokens of each label have to each expert, fp64 [labels, E]; tables add up.
+
+    Of soft routing, how much of the expert's output the tokens get: the summed combine weights; of merged experts, the
+    summed shares of their parameters.
+    """
+    table_YE = torch.zeros(num_labels, routing.num_experts, dtype=torch.float64, device=label_T.device)
+    if isinstance(routing, MergeRouting):
+        return table_YE.index_add(0, label_T, routing.weight_TE.double())
+    if isinstance(routing, SoftRouting):
+        weight_TS = routing.ungrouped(routing.combine_BLS).double()
+        return table_YE.index_add(0, label_T, weight_TS.view(weight_TS.shape[0], routing.num_experts, -1).sum(-1))
+    pair_N = label_T[routing.token_N] * routing.num_experts + routing.expert_N
+    return table_YE.view(-1).scatter_add(0, pair_N, routing.counted_N.double()).view_as(table_YE)
+
+
+def label_information(table_YE: Tensor) -> float:
+    """Return I(label; expert) / H(label) of a table of counts: 1 when the expert gives the label away, 0 when nothing.
+
+    Experts that each serve k of as many labels evenly know 1 - ln k / ln E. 0 where all have one label.
+    """
+    share_YE = table_YE / table_YE.sum().clamp(min=1e-300)
+    label_Y, expert_E = share_YE.sum(1), share_YE.sum(0)
+
+    def entropy(share: Tensor) -> float:
+        return float(-torch.special.xlogy(share, share).sum())
+
+    of_labels = entropy(label_Y)
+    return max((of_labels + entropy(expert_E) - entropy(share_YE)) / of_labels, 0.0) if of_labels > 0 else 0.0
 
 
 def summarise(counts: Sequence[LoadCount]) -> dict[str, float]:

@@ -48,6 +48,8 @@ class Facts:
     scores, is a weight too)."""
     makes_scores: bool = True
     """Scores every expert for every token: what some losses, and rerouting over capacity, need."""
+    needs_labels: bool = False
+    """Reads to which expert each token belongs, which only made data says."""
     own_losses: tuple[str, ...] = ()
     """Names that `losses(record)` of this router brings."""
     balanced: bool = False

@@ -1,9 +1,10 @@
-"""Causal language modelling: predict the next token; quality in bits per byte, whatever the tokenizer."""
+"""Tasks on text, and the first of them: predict the next token; quality in bits per byte, whatever the tokenizer."""
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,8 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from moebench.errors import require
+from moebench.routing.ranks import Span
+from moebench.routing.seeds import generator
 from moebench.tasks.task import ALL, TASKS, Batch, Task, TaskFacts, by_domain
 from moebench.tasks.text.documents import TextDataConfig, source_digest
 from moebench.tasks.text.windows import (
@@ -40,51 +43,60 @@ class TokenHead(nn.Linear):
         nn.init.zeros_(self.weight)
 
 
-@TASKS.register(
-    TaskFacts(
-        causal=True,
-        metric="bits_per_byte",
-        lower_is_better=True,
-        data="7 domains of public-domain and freely licensed English and Python text, 13.7 MB",
-    )
-)
-class Language(Task):
-    """Next-token prediction on text; splits by group (book, president, module ...), never by random windows."""
+Uniform = Callable[[int], Tensor]
+"""n -> [B, n] draws in [0, 1), fp64: those of some sequences, whichever process asks."""
 
-    @dataclass(frozen=True, kw_only=True)
-    class Config:
-        """Options of the language task."""
 
-        NOT_IN_ID: ClassVar[tuple[str, ...]] = ("data.path",)
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """Options of every task on text; each task's own Config adds its name and its options."""
 
-        name: str = "language"
-        sequence_length: int = 64
-        """Tokens per sequence."""
-        eval_windows: int | None = 128
-        """Sequences of each domain in an evaluation, evenly spaced over the split; null takes all."""
-        data: TextDataConfig = field(default_factory=TextDataConfig)
-        """Where the text comes from."""
+    NOT_IN_ID: ClassVar[tuple[str, ...]] = ("data.path",)
 
-        def __post_init__(self) -> None:
-            """Refuse values out of range."""
-            require(self.sequence_length >= 2, "task.sequence_length", self.sequence_length, "at least 2")
-            require(
-                self.eval_windows is None or self.eval_windows >= 1,
-                "task.eval_windows",
-                self.eval_windows,
-                "at least 1, or null for all",
-            )
+    name: str
+    sequence_length: int = 64
+    """Tokens per sequence."""
+    eval_windows: int | None = 128
+    """Sequences of each domain in an evaluation, evenly spaced over the split; null takes all."""
+    data: TextDataConfig = field(default_factory=TextDataConfig)
+    """Where the text comes from."""
 
-    def __init__(self, config: Config, text: PreparedText) -> None:
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        require(self.sequence_length >= 2, "task.sequence_length", self.sequence_length, "at least 2")
+        require(
+            self.eval_windows is None or self.eval_windows >= 1,
+            "task.eval_windows",
+            self.eval_windows,
+            "at least 1, or null for all",
+        )
+
+
+class TextTask(Task):
+    """What tasks on text share: data, splits by group (book, president, module ...), windows, token table and loss.
+
+    A task of its own says what a model reads and what it should say (`make`).
+    """
+
+    metric: ClassVar[str] = "bits_per_byte"
+    vocab_size: int
+    token_count_V: Tensor
+
+    def __init__(self, config: Any, text: PreparedText) -> None:
         self.config = config
         self.text = text
         self.domains = text.domains
         self.digest = text.digest
-        shape = (text.digest, config.sequence_length, config.eval_windows, "bits_per_byte")
+        shape = (text.digest, config.sequence_length, config.eval_windows, self.metric, *self.decides(config))
         self.eval_digest = hashlib.sha256(repr(shape).encode()).hexdigest()[:12]
         self.sequence_length = config.sequence_length
         self.vocab_size = text.vocab_size
         self.token_count_V = torch.tensor(text.token_count_V)
+
+    @staticmethod
+    def decides(config: Any) -> tuple[object, ...]:
+        """Return the options that change the evaluation set, besides those that every text task has."""
+        return ()
 
     @classmethod
     def source_digest(cls, config: Any) -> str:
@@ -92,38 +104,41 @@ class Language(Task):
         return source_digest(config.data)
 
     @classmethod
-    def prepare(cls, config: Any, cache: Path) -> "Language":
+    def prepare(cls, config: Any, cache: Path) -> "TextTask":
         """Split and encode the text, or take it from the cache."""
         return cls(config, prepare(config.data, cache, config.sequence_length))
 
+    @abstractmethod
+    def make(self, token_BM: Tensor, byte_BM: Tensor, domain_B: Tensor, uniform: Uniform) -> Batch:
+        """Return the batch of some windows: L + 1 tokens each, the bytes of each token, and their domain."""
+
     def train_batch(self, batch_size: int, seed: int, step: int, part: slice = ALL) -> Batch:
-        """Take the windows of this step in the epoch's shuffled order."""
+        """Take the windows of this step in the epoch's shuffled order; what is drawn is drawn for all of them."""
         split = self.text.train
-        return self._batch(split, train_window_indices(split.num_windows, batch_size, seed, step)[part])
+        window_B = train_window_indices(split.num_windows, batch_size, seed, step)[part]
+        return self._of_windows(split, window_B, uniform_draws(batch_size, self.config.name, seed, step, part=part))
 
     def eval_batches(self, split: str, batch_size: int) -> Sequence[Batch]:
-        """Take evenly spaced windows, the same number of each domain."""
+        """Take evenly spaced windows, the same number of each domain; what is drawn does not depend on the batch."""
         part: TextSplit = getattr(self.text, split)
         chosen = evaluation_windows(part, self.config.eval_windows)
-        return [self._batch(part, chosen[i : i + batch_size]) for i in range(0, len(chosen), batch_size)]
+        whole = self._of_windows(part, chosen, uniform_draws(len(chosen), self.config.name, split))
+        spans = [
+            Span(start=start, length=min(batch_size, len(chosen) - start), total=len(chosen))
+            for start in range(0, len(chosen), batch_size)
+        ]
+        return [replace(whole.part(span), span=None) for span in spans]
 
-    def _batch(self, split: TextSplit, window_B: np.ndarray) -> Batch:
-        token_BM, byte_BM = split.window(window_B)
-        return Batch(
-            input_BL=torch.from_numpy(token_BM[:, :-1].copy()),
-            target_BP=torch.from_numpy(token_BM[:, 1:].copy()),
-            weight_BP=torch.from_numpy(byte_BM[:, 1:].copy()),
-            domain_B=torch.from_numpy(split.domain_W[window_B].astype(np.int64)),
-        )
+    def _of_windows(self, split: TextSplit, window_B: np.ndarray, uniform: Uniform) -> Batch:
+        token_BM, byte_BM = map(torch.from_numpy, split.window(window_B))
+        return self.make(token_BM, byte_BM, torch.from_numpy(split.domain_W[window_B].astype(np.int64)), uniform)
 
     def embedding(self, d_model: int) -> nn.Module:
         """Return a token table."""
-        assert self.vocab_size is not None
         return TokenEmbedding(self.vocab_size, d_model)
 
     def head(self, d_model: int) -> nn.Module:
         """Return the projection to the vocabulary."""
-        assert self.vocab_size is not None
         return TokenHead(d_model, self.vocab_size, bias=False)
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
@@ -134,4 +149,32 @@ class Language(Task):
 
     def quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Return bits per byte over all domains and for each: summed code length over summed bytes."""
-        return by_domain("bits_per_byte", sums["nats"] / math.log(2), sums["weight"], self.domains)
+        return by_domain(self.metric, sums["nats"] / math.log(2), sums["weight"], self.domains)
+
+
+def uniform_draws(num_sequences: int, *purpose: object, part: slice = ALL) -> Uniform:
+    """Return what draws for `num_sequences` and keeps a part: a process draws what one process would."""
+    source = generator(*purpose)
+    return lambda number: torch.rand(num_sequences, number, dtype=torch.float64, generator=source)[part]
+
+
+@TASKS.register(
+    TaskFacts(
+        causal=True,
+        metric="bits_per_byte",
+        lower_is_better=True,
+        data="7 domains of public-domain and freely licensed English and Python text, 13.7 MB",
+    )
+)
+class Language(TextTask):
+    """Next-token prediction on text; splits by group (book, president, module ...), never by random windows."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(TextConfig):
+        """Options of the language task."""
+
+        name: str = "language"
+
+    def make(self, token_BM: Tensor, byte_BM: Tensor, domain_B: Tensor, uniform: Uniform) -> Batch:
+        """Let each token predict the next one."""
+        return Batch(input_BL=token_BM[:, :-1], target_BP=token_BM[:, 1:], weight_BP=byte_BM[:, 1:], domain_B=domain_B)

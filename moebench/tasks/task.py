@@ -22,15 +22,22 @@ class Batch:
     input_BL: Tensor
     """What the embedding reads: token ids [B, L] (int64), or vectors, patches or frames [B, L, width] (floating)."""
     target_BP: Tensor
-    """What the head should say: a token at each position (P = L), a class of the whole sequence (P = 1), or [B, S]
-    the symbols of a transcript whose loss is one number (P = 1)."""
+    """What the head should say: a token at each position (P = L), a class of the whole sequence (P = 1), a vector
+    [B, P, width], or [B, S] the symbols of a transcript whose loss is one number (P = 1)."""
     weight_BP: Tensor
     """Size of each prediction in units of the metric (bytes for language)."""
     domain_B: Tensor
     """int64 index into the task's domains."""
+    label_BL: Tensor | None = None
+    """int64 label of each position that the experts see, where the task knows which of them belong together."""
     valid_BL: Tensor | None = None
     """bool, False at padding, for each position that the experts see; None when nothing is padded. Padding takes part
     in no routing and no attention."""
+    decoder_input_BP: Tensor | None = None
+    """What the decoder reads at each position, of a model that has one: token ids (int64); `input_BL` is then what the
+    encoder reads."""
+    decoder_valid_BP: Tensor | None = None
+    """bool, as `valid_BL`, for the positions of the decoder."""
     count_BP: Tensor | None = None
     """int64: by how many the loss of a prediction is divided in the mean: 0 where nothing is to be predicted, the
     number of symbols where one loss is that of many; None: 1 each."""
@@ -68,12 +75,16 @@ class TaskFacts:
     """What is known about a task."""
 
     causal: bool
-    """A router that sees later tokens of a sequence would cheat."""
+    """A router that sees later tokens of a sequence would cheat; with an encoder and a decoder, in the decoder."""
     metric: str
     """The quality that arms are compared by."""
     lower_is_better: bool
     data: str
     """The data it uses unless told otherwise."""
+    labels: str = ""
+    """What the label of a token is, where the data says which tokens belong to one expert; empty where it does not."""
+    is_encoder_decoder: bool = False
+    """The model is an encoder, and a decoder that says the targets."""
 
 
 class Task(ABC):
@@ -87,8 +98,17 @@ class Task(ABC):
     """Identifies the evaluation set and the metric: arms with different ones cannot be compared."""
     sequence_length: int
     """Positions of a sequence, for which costs are counted; the rounded mean where sequences differ in length."""
+    decoder_length: int | None = None
+    """Positions of the decoder, where there is one; `sequence_length` is then that of the encoder."""
     vocab_size: int | None = None
     token_count_V: Tensor | None = None
+    num_labels: int | None = None
+    """Labels of tokens, where there are any (`Batch.label_BL`)."""
+
+    @property
+    def tokens_per_sequence(self) -> int:
+        """Positions that the model computes for one sequence: what a run's tokens are counted in."""
+        return self.sequence_length + (self.decoder_length or 0)
 
     @classmethod
     @abstractmethod
@@ -109,7 +129,7 @@ class Task(ABC):
 
     def num_positions(self, batch_size: int, seed: int, step: int) -> int:
         """Count the positions of the training batch of one step, padding left out: what throughput is measured in."""
-        return batch_size * self.sequence_length
+        return batch_size * self.tokens_per_sequence
 
     @abstractmethod
     def eval_batches(self, split: str, batch_size: int) -> Sequence[Batch]:

@@ -1,12 +1,16 @@
 """The whole model of a cell: the task's embedding and head around the backbone."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from moebench.errors import UsageError
-from moebench.models.build import Cost, build_backbone, cost_of, plan_of
+from moebench.models.build import build_backbone, plan_of
+from moebench.models.cost import Cost, cost_of
+from moebench.models.encoder_decoder import EncoderDecoder
 from moebench.models.transformer import BatchContext, Transformer, init_weights
 from moebench.parallel.mesh import ALONE_MESH, Mesh
 from moebench.parallel.spread import check_spread, spread_experts
@@ -19,7 +23,7 @@ from moebench.tasks.task import TASKS, Batch, Task
 class Model(nn.Module):
     """Embedding, backbone, head: a batch to outputs and the records of the MoE layers."""
 
-    def __init__(self, embedding: nn.Module, backbone: Transformer, head: nn.Module) -> None:
+    def __init__(self, embedding: nn.Module, backbone: Transformer | EncoderDecoder, head: nn.Module) -> None:
         super().__init__()
         self.embedding = embedding
         self.backbone = backbone
@@ -37,8 +41,15 @@ class Model(nn.Module):
         return max((router.sequences_together(router.config) for router in routers), default=1)
 
     def features(self, batch: Batch, ctx: BatchContext) -> tuple[Tensor, list[LayerRecord]]:
-        """Return the vectors x_BLD that the head reads, and the records."""
-        found: tuple[Tensor, list[LayerRecord]] = self.backbone(self.embedding(batch.input_BL), ctx)
+        """Return the vectors that the head reads, and the records."""
+        x_BLD = self.embedding(batch.input_BL)
+        if isinstance(self.backbone, EncoderDecoder):
+            own = replace(ctx, token_id_BL=batch.decoder_input_BP, valid_BL=batch.decoder_valid_BP, label_BL=None)
+            found: tuple[Tensor, list[LayerRecord]] = self.backbone(
+                x_BLD, ctx, self.embedding(batch.decoder_input_BP), own
+            )
+        else:
+            found = self.backbone(x_BLD, ctx)
         return found
 
 
@@ -50,19 +61,24 @@ def check_cell(config: CellConfig) -> None:
     _check_overflow(config)
     _check_spread(config)
     _check_together(config)
-    task = TASKS.get(config.task.name, where="task.name")
+    _check_halves(config)
+    _check_labels(config)
     leak = _leak(config)
-    if task.facts.causal and not config.allow_noncausal and leak:
+    if _experts_must_be_causal(config) and not config.allow_noncausal and leak:
         raise UsageError(
-            f"{leak}; task '{config.task.name}' predicts from the past. Allowed: a causal choice, or"
-            " allow_noncausal=true, which marks the arm in every table"
+            f"{leak}; task '{config.task.name}' predicts from the past. Allowed: a causal choice,"
+            f"{_in_encoder(config)} or allow_noncausal=true, which marks the arm in every table"
         )
+
+
+def _in_encoder(config: CellConfig) -> str:
+    two = TASKS.get(config.task.name).facts.is_encoder_decoder
+    return " layout.experts_in=encoder," if two else ""
 
 
 def marks_of(config: CellConfig) -> tuple[str, ...]:
     """Return the warnings that every table must show beside this cell's numbers."""
-    causal_task = TASKS.get(config.task.name).facts.causal
-    return ("non-causal",) if causal_task and _leak(config) else ()
+    return ("non-causal",) if _experts_must_be_causal(config) and _leak(config) else ()
 
 
 def build_model(config: CellConfig, task: Task, sized_as: CellConfig | None = None) -> Model:
@@ -70,15 +86,23 @@ def build_model(config: CellConfig, task: Task, sized_as: CellConfig | None = No
 
     `sized_as`: the cell whose experts' widths it has; None: its own.
     """
-    backbone = build_backbone(
+    facts = TASKS.get(config.task.name).facts
+    build = partial(
+        build_backbone,
         config,
-        causal=TASKS.get(config.task.name).facts.causal,
         vocab_size=task.vocab_size,
         token_count_V=task.token_count_V,
-        sequence_length=task.sequence_length,
         num_domains=len(task.domains),
         sized_as=sized_as,
     )
+    backbone: Transformer | EncoderDecoder
+    if facts.is_encoder_decoder:
+        backbone = EncoderDecoder(
+            build(causal=False, sequence_length=task.sequence_length, half="encoder"),
+            build(causal=True, sequence_length=task.decoder_length, half="decoder"),
+        )
+    else:
+        backbone = build(causal=facts.causal, sequence_length=task.sequence_length)
     return Model(task.embedding(config.model.d_model), backbone, task.head(config.model.d_model))
 
 
@@ -91,9 +115,9 @@ def initialised_model(config: CellConfig, task: Task, mesh: Mesh = ALONE_MESH) -
     return model
 
 
-def model_cost(model: Model, sequence_length: int) -> Cost:
+def model_cost(model: Model, sequence_length: int, decoder_length: int | None = None) -> Cost:
     """Count parameters and forward FLOPs per token of a model."""
-    return cost_of(model.backbone, [model.embedding, model.head], sequence_length)
+    return cost_of(model.backbone, [model.embedding, model.head], sequence_length, decoder_length)
 
 
 def prepare_task(config: CellConfig, results: Path) -> Task:
@@ -137,6 +161,38 @@ def _check_together(config: CellConfig) -> None:
             f" which router '{config.router.name}' mixes (allowed: a multiple of {together * config.train.accumulate},"
             " or another router.group_size)"
         )
+
+
+def _check_labels(config: CellConfig) -> None:
+    """Refuse a router that reads labels where there are none."""
+    router = ROUTERS.get(config.router.name)
+    if router.facts.needs_labels and not TASKS.get(config.task.name, where="task.name").facts.labels:
+        known = ", ".join(entry.name for entry in TASKS.entries() if entry.facts.labels)
+        raise UsageError(
+            f"router.name: '{config.router.name}' reads the right expert of each token, which task"
+            f" '{config.task.name}' does not know (tasks that do: {known})"
+        )
+
+
+def _check_halves(config: CellConfig) -> None:
+    """Refuse to choose a half of a model that has no two, and experts that cannot read an encoder."""
+    two = TASKS.get(config.task.name, where="task.name").facts.is_encoder_decoder
+    if not two and config.layout.experts_in != "both":
+        raise UsageError(
+            f"layout.experts_in: '{config.layout.experts_in}' is a half of an encoder-decoder model, which task"
+            f" '{config.task.name}' does not train (allowed: both)"
+        )
+    if two and any(block.stack for block in plan_of(config)):
+        raise UsageError(
+            f"layout.name: the experts of layout '{config.layout.name}' are whole models, which do not read an encoder;"
+            f" task '{config.task.name}' needs a layout of experts inside blocks"
+        )
+
+
+def _experts_must_be_causal(config: CellConfig) -> bool:
+    """Whether experts stand where later tokens must not be seen: an encoder may see all of its sequence."""
+    facts = TASKS.get(config.task.name).facts
+    return facts.causal and not (facts.is_encoder_decoder and config.layout.experts_in == "encoder")
 
 
 def _leak(config: CellConfig) -> str | None:

@@ -64,10 +64,10 @@ class Share:
             value_BP = value_BP.where(batch.count_BP > 0, 0.0)
         return value_BP.sum() / self.num_predictions * self.factor
 
-    def mean_of_tokens(self, value_T: Tensor, batch: Batch) -> Tensor:
-        """Return the same for a number per token: where a sequence has other predictions, each has its tokens' mean."""
+    def mean_of_tokens(self, value_T: Tensor, batch: Batch, *, own_predictions: bool) -> Tensor:
+        """Return the same for a number per token; without predictions of their own, a sequence's have its tokens' mean."""
         value_BL = value_T.view(len(batch.domain_B), -1)
-        if value_BL.shape[1] == batch.num_predictions:
+        if own_predictions:
             return self.mean(value_BL, batch)
         valid_BL = torch.ones_like(value_BL) if batch.valid_BL is None else batch.valid_BL.to(value_BL.dtype)
         mean_B = (value_BL * valid_BL).sum(1) / valid_BL.sum(1).clamp(min=1)
@@ -86,9 +86,15 @@ def judged(records: Sequence[LayerRecord], loss_BP: Tensor, batch: Batch) -> lis
 
     def of_tokens(record: LayerRecord) -> Tensor:
         length = record.routing.num_tokens // max(len(batch.domain_B), 1)
-        return (loss_BP if length == batch.num_predictions else mean_B1.expand(-1, length)).reshape(-1)
+        return (loss_BP if _has_own_predictions(record, batch) else mean_B1.expand(-1, length)).reshape(-1)
 
     return [replace(record, token_loss_T=of_tokens(record)) for record in records]
+
+
+def _has_own_predictions(record: LayerRecord, batch: Batch) -> bool:
+    """Whether each token of a layer has a prediction of its own: not in an encoder, whose decoder predicts."""
+    in_encoder = batch.decoder_input_BP is not None and str(record.layer).startswith("encoder.")
+    return not in_encoder and record.routing.num_tokens == len(batch.domain_B) * batch.num_predictions
 
 
 def _count_BP(batch: Batch) -> Tensor:
@@ -114,10 +120,14 @@ def objective(
     names = per_layer[0] if per_layer else {}
     raw = {name: torch.stack([losses[name] for losses in per_layer]).mean() for name in names}
     weighted = {name: coefficients[name] * value for name, value in raw.items()}
-    learned = [layer.router.objective(record) for layer, record in zip(layers, records, strict=True)]
-    learned_T = [value_T for value_T in learned if value_T is not None]
-    if learned_T:
-        weighted["objective"] = share.mean_of_tokens(torch.stack(learned_T).sum(0), batch)
+    means = []
+    for layer, record in zip(layers, records, strict=True):
+        learned_T = layer.router.objective(record)
+        if learned_T is not None:
+            own = _has_own_predictions(record, batch)
+            means.append(share.mean_of_tokens(learned_T, batch, own_predictions=own))
+    if means:
+        weighted["objective"] = torch.stack(means).sum()
     return Objective(total=task + sum(weighted.values()), task=task, raw=raw, weighted=weighted)
 
 
@@ -130,8 +140,9 @@ def agreeing(
     share: Share | None = None,
 ) -> Objective:
     """Return the mean of what two passes over a batch found, with the raw loss "consistency" beside the others."""
-    first, second = (task.log_probabilities(output) for output in outputs)
-    apart = (share or Share.whole(batch)).mean_of_tokens(divergence(first, second).reshape(-1), batch)
+    apart_BL = divergence(*(task.log_probabilities(output) for output in outputs))
+    own = apart_BL.shape[1] == batch.num_predictions
+    apart = (share or Share.whole(batch)).mean_of_tokens(apart_BL.reshape(-1), batch, own_predictions=own)
     return Objective(
         total=torch.stack([each.total for each in found]).mean() + coefficient * apart,
         task=torch.stack([each.task for each in found]).mean(),

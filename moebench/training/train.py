@@ -46,7 +46,7 @@ def train_cell(
     final = callback.final or module.evaluate_trained()
     if mesh.is_first:
         drop_all_but(1, checkpoints)  # there is nothing left to fall back from
-    cost = asdict(model_cost(model, task.sequence_length))
+    cost = asdict(model_cost(model, task.sequence_length, task.decoder_length))
     cost["train_tokens"] = train_tokens(config, task)
     speed = {"tokens_per_s": meter.tokens_per_s, "step_s": meter.step_s, "train_s": sum(meter.seconds)}
     return RunResult(

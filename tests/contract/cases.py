@@ -339,6 +339,7 @@ class Tokens:
             token_id_T=self.token_id_T,
             valid_T=self.valid_T,
             domain_T=torch.zeros_like(self.token_id_T),
+            label_T=self.token_id_T % 5,
         )
 
     def take(self, index_T: Tensor, length: int | None = None) -> "Tokens":

@@ -49,7 +49,9 @@ def batch(*, training: bool, seed: int = 0, size: int = BATCH, length: int = LEN
     x_BLD = torch.randn(size, length, D_MODEL, generator=generator)
     token_id_BL = torch.randint(VOCAB, (size, length), generator=generator)
     domain_B = torch.arange(size) % 2
-    return x_BLD, BatchContext(training=training, seed=seed, token_id_BL=token_id_BL, domain_B=domain_B)
+    return x_BLD, BatchContext(
+        training=training, seed=seed, token_id_BL=token_id_BL, domain_B=domain_B, label_BL=token_id_BL % 5
+    )
 
 
 UNLIKE = (

@@ -13,7 +13,8 @@ from moebench.experts.layer import MoELayer
 from moebench.experts.layout import LAYOUTS
 from moebench.experts.projection import HeadBank, ProjectionBank
 from moebench.experts.widths import MATCH_TOLERANCE
-from moebench.models.build import build_backbone, cost_of
+from moebench.models.build import build_backbone
+from moebench.models.cost import cost_of
 from moebench.models.transformer import BatchContext, Block, Transformer
 from moebench.models.whole_model import StackBank, WholeModels
 from moebench.routing.mixing import MergeRouting, SoftRouting

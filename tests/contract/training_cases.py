@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from moebench.config import layer_over, resolve
+from moebench.config import component_fields, layer_over, resolve
 from moebench.parallel.checkpoint import REST
 from moebench.schema import CellConfig
 from moebench.tasks.language import Language
@@ -47,8 +47,11 @@ def write_text(folder: Path) -> Path:
 
 def tiny_config(text: Path, **overrides: Any) -> CellConfig:
     """Return the configuration of a tiny cell; a section given as a keyword is merged in."""
-    with_text = layer_over(TINY, {"task": {"data": {"path": str(text)}}})
-    return resolve(layer_over(with_text, overrides))
+    raw = layer_over(TINY, overrides)
+    task = raw["task"]
+    if "data" in component_fields("task", task.get("name", "language")):
+        raw = layer_over(raw, {"task": {"data": {"path": str(text)} | task.get("data", {})}})
+    return resolve(raw)
 
 
 @dataclass

@@ -12,7 +12,17 @@ from moebench.routing.router import ROUTERS
 TRAIN = {"steps": 3, "batch_size": 8, "learning_rate": 2e-3, "clip_norm": 0.5, "log_every": 2, "warmup_steps": 0}
 BALANCED = {"name": "top_k", "losses": {"load_balance": 0.1, "z": 0.01, "importance": 0.05}}
 EVERY_N = {"name": "every_n", "n": 1, "num_experts": 4, "expert_width": 8}
-SHORT = ("top_2", "router gshard", "router expert_choice", "layout fine_grained", "reroute", "accumulate", "zero rows")
+SHORT = (
+    "top_2",
+    "router gshard",
+    "router expert_choice",
+    "layout fine_grained",
+    "reroute",
+    "accumulate",
+    "zero rows",
+    "padded",
+    "encoder-decoder",
+)
 """Of the matrix, what every test run trains."""
 
 
@@ -40,6 +50,7 @@ def matrix() -> dict[str, dict[str, Any]]:
     """Return every case by its name."""
     cases = {"top_2": case(), "bf16": case(train={"precision": "bf16"}), "dense": _router("dense")}
     cases |= {f"router {entry.name}": _router(entry.name) for entry in ROUTERS.entries() if entry.name != "dense"}
+    cases["router oracle"] |= {"task": {"name": "clustered"}}  # the others read text
     cases |= {f"layout {entry.name}": _layout(entry.name) for entry in LAYOUTS.entries()}
     cases |= {f"capacity {order}": _capacity(order) for order in ("position", "score", "random")}
     return cases | {
@@ -69,6 +80,12 @@ def matrix() -> dict[str, dict[str, Any]]:
         "groups of sequences": case(
             router={"name": "mixture_of_tokens", "group_size": 2}, train={"batch_size": 6}, task={"eval_windows": 3}
         ),
+        "padded": case(task={"name": "padded"}),
+        "padded expert choice": case(task={"name": "padded"}, router={"name": "expert_choice"}),
+        "padded, accumulated, with a capacity": _capacity("score")
+        | {"task": {"name": "padded"}, "train": TRAIN | {"accumulate": 2}},
+        "masked language": case(task={"name": "masked_language", "sequence_length": 8, "eval_windows": 2}),
+        "encoder-decoder": case(task={"name": "span_corruption", "sequence_length": 8, "eval_windows": 2}),
         "deep experts": case(layout=EVERY_N | {"depth": 2}),
     }
 

@@ -16,7 +16,7 @@ from moebench.errors import UsageError
 from moebench.registry import load_plugin
 from moebench.routing.router import ROUTERS
 
-PLUGIN = Path(__file__).with_name("collapsed.py")
+PLUGINS = [Path(__file__).with_name(name) for name in ("collapsed.py", "padded.py")]
 TOLERANCES = {
     # 8 bits: another split of a sum rounds differently, and a near tie is then routed differently.
     "bf16": {"tolerance": 3e-2},
@@ -28,7 +28,8 @@ TOLERANCES = {
 def train_all(mesh: Mesh, text: Path, cases: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
     """Train one case after the other in the same processes: starting them costs more than training."""
     if "collapsed" not in ROUTERS.names():
-        load_plugin(str(PLUGIN))
+        for plugin in PLUGINS:
+            load_plugin(str(plugin))
     found: dict[str, Any] = {}
     for name, overrides in cases.items():
         own = folder / name.replace(" ", "_")

@@ -31,9 +31,16 @@ def test_json_says_what_an_engineer_needs(finished: CommandLine, warm: WarmComma
     base = found["arms"]["dense"]["bits_per_byte"]["seeds"]
     for name in ("switch", "top_k"):
         arm = found["arms"][name]
-        assert {"max_violation", "cv", "entropy", "dead_experts", "drop_rate", "reroute_rate", "unserved"} == set(
-            arm["load"]
-        )
+        assert {
+            "max_violation",
+            "cv",
+            "entropy",
+            "dead_experts",
+            "drop_rate",
+            "reroute_rate",
+            "unserved",
+            "label_information",
+        } == set(arm["load"])
         difference = arm["difference"]
         by_hand = sum(arm["bits_per_byte"]["seeds"][seed] - base[seed] for seed in base) / 3
         assert difference["mean"] == pytest.approx(by_hand, rel=1e-9)

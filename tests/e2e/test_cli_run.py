@@ -14,7 +14,16 @@ RESULT_KEYS = {"id", "arm", "seed", "status", "error", "step", "metrics", "cost"
 RESULT_KEYS |= {"eval_digest", "marks", "config"}
 LOAD_KEYS = {
     f"load/{name}"
-    for name in ("max_violation", "cv", "entropy", "dead_experts", "drop_rate", "reroute_rate", "unserved")
+    for name in (
+        "max_violation",
+        "cv",
+        "entropy",
+        "dead_experts",
+        "drop_rate",
+        "reroute_rate",
+        "unserved",
+        "label_information",
+    )
 }
 
 

@@ -25,6 +25,7 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "model.activation": ("swiglu",),
     "model.rope_theta": (500.0,),
     "layout.num_experts": (4,),
+    "layout.experts_in": ("encoder", "decoder"),
     "layout.expert_width": (64,),
     "layout.expert_activation": ("swiglu",),
     "layout.match": ("none",),

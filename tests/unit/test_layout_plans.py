@@ -12,7 +12,8 @@ from moebench.experts.assembly import Routed, scale_experts_per_token
 from moebench.experts.layout import LAYOUTS, ExpertShape
 from moebench.experts.mixed import ConstantBank, DeepBank, MixedBank, bank_of
 from moebench.experts.widths import Widths
-from moebench.models.build import Cost, build_backbone, cost_of, plan_of
+from moebench.models.build import build_backbone, plan_of
+from moebench.models.cost import Cost, cost_of
 from moebench.models.transformer import BatchContext, Transformer
 from moebench.routing.router import ROUTERS
 

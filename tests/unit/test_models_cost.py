@@ -13,7 +13,8 @@ from moebench.config import resolve
 from moebench.errors import UsageError
 from moebench.experts.feed_forward import ffn_flops
 from moebench.experts.widths import MATCH_TOLERANCE, matched_widths
-from moebench.models.build import build_backbone, cost_of
+from moebench.models.build import build_backbone
+from moebench.models.cost import cost_of
 from moebench.routing.router import ROUTERS
 from moebench.training.evaluate import batch_context
 from moebench.training.model import initialised_model, model_cost, prepare_task

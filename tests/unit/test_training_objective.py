@@ -129,13 +129,14 @@ def test_a_token_without_a_prediction_of_its_own_has_its_sequence_s_loss() -> No
 def test_numbers_of_tokens_are_shared_out_as_the_predictions_are() -> None:
     value_T = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 60.0])
     batch = batch_of(torch.zeros(2, 3), torch.tensor([[1, 1, 1], [1, 1, 0]]))
-    assert Share.whole(batch).mean_of_tokens(value_T, batch).item() == pytest.approx(15 / 5)
+    assert Share.whole(batch).mean_of_tokens(value_T, batch, own_predictions=True).item() == pytest.approx(15 / 5)
     # One prediction of 2 and one of 5 symbols, the last token padding: (2 · 2 + 5 · 4.5) / 7.
     batch = replace(
         batch_of(torch.zeros(2, 1), torch.tensor([[2], [5]])),
         valid_BL=torch.tensor([[True, True, True], [True, True, False]]),
     )
-    assert Share.whole(batch).mean_of_tokens(value_T, batch).item() == pytest.approx((2 * 2 + 5 * 4.5) / 7)
+    mean = Share.whole(batch).mean_of_tokens(value_T, batch, own_predictions=False)
+    assert mean.item() == pytest.approx((2 * 2 + 5 * 4.5) / 7)
 
 
 def test_learning_rate_by_hand() -> None:

@@ -1,0 +1,49 @@
+"""Two backbones: an encoder that sees both sides, and a decoder that sees its own past and all of the encoder."""
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from moebench.experts.layer import MoELayer
+from moebench.models.attention import Memory
+from moebench.models.transformer import BatchContext, Block, Transformer
+from moebench.routing.values import LayerRecord
+
+
+class EncoderDecoder(nn.Module):
+    """An encoder and a decoder (arXiv:1706.03762), pre-norm, each with experts of its own.
+
+    The decoder's blocks have cross-attention. MoE layers are called "encoder.0", "decoder.0" and so on.
+    """
+
+    def __init__(self, encoder: Transformer, decoder: Transformer) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def forward(
+        self, x_BMD: Tensor, ctx: BatchContext, x_BPD: Tensor, decoder_ctx: BatchContext
+    ) -> tuple[Tensor, list[LayerRecord]]:
+        """Return the decoder's normed stream [B, P, D], and the records of the encoder and then of the decoder."""
+        memory_BMD, records = self.encoder(x_BMD, ctx)
+        memory = Memory.of(memory_BMD, ctx.places)
+        y_BPD, found = self.decoder(x_BPD, replace(decoder_ctx, memory=memory))
+        return y_BPD, records + found
+
+    def moe_layers(self) -> list[MoELayer]:
+        """Return the MoE layers in the order of the records."""
+        return [*self.encoder.moe_layers(), *self.decoder.moe_layers()]
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of the encoder, then those of the decoder."""
+        return [*self.encoder.blocks, *self.decoder.blocks]
+
+    def flops(self, length: int, decoder_length: int) -> int:
+        """Forward FLOPs of one pair of sequences: `length` vectors encoded, `decoder_length` decoded."""
+        total = 0
+        for stack, own_length in ((self.encoder, length), (self.decoder, decoder_length)):
+            for block in stack.blocks:
+                assert isinstance(block, Block)
+                total += own_length * block.flops_per_token(own_length) + block.flops_across(own_length, length)
+        return total

@@ -1,0 +1,79 @@
+"""A task whose sequences differ in length: each process gets another share of the padding."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moebench.routing.ranks import Span
+from moebench.routing.seeds import generator
+from moebench.tasks.language import TokenEmbedding, TokenHead
+from moebench.tasks.task import ALL, TASKS, Batch, Task, TaskFacts, by_domain
+
+
+@TASKS.register(TaskFacts(causal=False, metric="nats", lower_is_better=True, data="random symbols, made here"))
+class Padded(Task):
+    """Say how each symbol differs from the last one of its sequence; lengths from 0 to `sequence_length`."""
+
+    vocab_size = 16
+    domains = ("even", "odd")
+    digest = eval_digest = "padded-1"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Options."""
+
+        name: str = "padded"
+        sequence_length: int = 12
+        """Places of a sequence, most of them padding in some."""
+
+    def __init__(self, config: Config) -> None:
+        self.sequence_length = config.sequence_length
+        self.token_count_V = torch.ones(self.vocab_size, dtype=torch.int64)
+
+    @classmethod
+    def source_digest(cls, config: Config) -> str:
+        return cls.digest
+
+    @classmethod
+    def prepare(cls, config: Config, cache: Path) -> "Padded":
+        return cls(config)
+
+    def _batch(self, size: int, *purpose: object) -> Batch:
+        source, length = generator("padded", *purpose), self.sequence_length
+        token_BL = torch.randint(self.vocab_size, (size, length), generator=source)
+        length_B = torch.randint(length + 1, (size,), generator=source)
+        length_B[0] = 0  # nothing but padding
+        valid_BL = torch.arange(length) < length_B[:, None]
+        last_BL = token_BL.gather(1, (length_B - 1).clamp(min=0)[:, None])
+        return Batch(
+            input_BL=token_BL,
+            target_BP=(token_BL - last_BL) % self.vocab_size,
+            weight_BP=torch.ones_like(token_BL),
+            domain_B=torch.arange(size) % 2,
+            valid_BL=valid_BL,
+            count_BP=valid_BL.long(),
+        )
+
+    def train_batch(self, batch_size: int, seed: int, step: int, part: slice = ALL) -> Batch:
+        span = range(batch_size)[part]
+        return self._batch(batch_size, seed, step).part(Span(start=span.start, length=len(span), total=batch_size))
+
+    def eval_batches(self, split: str, batch_size: int) -> Sequence[Batch]:
+        return [self._batch(batch_size, split)]
+
+    def embedding(self, d_model: int) -> nn.Module:
+        return TokenEmbedding(self.vocab_size, d_model)
+
+    def head(self, d_model: int) -> nn.Module:
+        return TokenHead(d_model, self.vocab_size, bias=False)
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        loss_T = functional.cross_entropy(output.flatten(0, 1), batch.target_BP.reshape(-1), reduction="none")
+        return loss_T.view_as(batch.target_BP)
+
+    def quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        return by_domain("nats", sums["nats"], sums["weight"], self.domains)
