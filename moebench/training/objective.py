@@ -65,7 +65,7 @@ class Share:
         return value_BP.sum() / self.num_predictions * self.factor
 
     def mean_of_tokens(self, value_T: Tensor, batch: Batch, *, own_predictions: bool) -> Tensor:
-        """Return the same for a number per token; without predictions of their own, a sequence's have its tokens' mean."""
+        """Return the same for numbers of tokens; without predictions of their own, a sequence counts by their mean."""
         value_BL = value_T.view(len(batch.domain_B), -1)
         if own_predictions:
             return self.mean(value_BL, batch)
