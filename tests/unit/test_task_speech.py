@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from contract.task_data import WORDS, write_words
 from torch import Tensor
 
 from moebench.config import resolve
@@ -17,21 +18,6 @@ from moebench.tasks.audio.utterances import prepare
 from moebench.tasks.speech import Keyword, Speech
 from moebench.training.evaluate import batch_context
 from moebench.training.model import initialised_model
-
-HZ = {"a": 400, "b": 900, "c": 1800}
-WORDS = [x + y + z for x in "abc" for y in "abc" for z in "abc"]
-
-
-def write_words(folder: Path) -> Path:
-    """Each letter of a word is a tone of its own; the lengths differ."""
-    for number, word in enumerate(WORDS):
-        second = np.arange(800 + 160 * (number % 7)) / 8000
-        samples = np.concatenate([np.sin(2 * np.pi * HZ[letter] * second) for letter in word])
-        file = folder / word[0] / f"{word}.wav"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(file, 0.3 * samples, 8000)
-        file.with_suffix(".txt").write_text(word)
-    return folder
 
 
 @pytest.fixture(scope="module")

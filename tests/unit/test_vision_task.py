@@ -1,14 +1,13 @@
 """The vision task: patches, augmentation, metrics, held-out classes, and training with every kind of layout."""
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from contract.task_data import write_pictures
 from contract.training_cases import Run, assert_same_tree
-from PIL import Image
 
 from moebench.config import layer_over, resolve
 from moebench.errors import UsageError
@@ -38,17 +37,7 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four classes of 20 pictures of 8 x 8: noise around a grey of their own."""
-    folder = tmp_path_factory.mktemp("pictures")
-    draw = np.random.default_rng(0)
-    for label in range(4):
-        (folder / f"class{label}").mkdir()
-        for index in range(20):
-            grey = np.clip(60 * label + draw.integers(0, 60, (8, 8)), 0, 255).astype(np.uint8)
-            file = io.BytesIO()
-            Image.fromarray(grey).save(file, "PNG")
-            (folder / f"class{label}" / f"{index}.png").write_bytes(file.getvalue())
-    return folder
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 def tiny(pictures: Path, **changes: Any) -> Any:
