@@ -17,11 +17,11 @@ dependence, balance and variable k are measured by the contract tests, not belie
 LEGEND = """- **causal**: no token's routing depends on later tokens. *dropless*: it does with a capacity.
   *eval*: it does in training.
 - **batch**: in evaluation, it matters what else is in the batch.
-- **k varies**: tokens differ in their number of experts.
+- **any k**: tokens differ in their number of experts.
 - **even**: in training every expert has the same load by construction, where the sizes divide.
 - **learns**: the task loss reaches the router; **own losses**: those that only this router has.
 """
-COLUMNS = ("router", "family", "causal", "batch", "k varies", "even", "learns", "own losses", "paper")
+COLUMNS = ("router", "family", "causal", "batch", "any k", "even", "learns", "own losses", "paper")
 D_MODEL, NUM_EXPERTS, LENGTH = 512, 8, 1024
 """The example by which a section says what its router costs."""
 PAPER = re.compile(r"arXiv:(\d{4}\.\d{4,5})|doi:(10\.[^\s,;]*[^\s,;.)])")
@@ -43,7 +43,7 @@ def summary(found: Mapping[str, Any], paper: Callable[[str], str] = str) -> dict
     """Return the row of a router, by column; `paper` may make a link of the number of its paper."""
     causal = "yes" if found["causal"] else "eval" if found["causal_in_evaluation"] else "no"
     if found["causal"] and found["causal_with_capacity"] is False:
-        causal = "dropless"
+        causal = "no drop"
     cells = (
         found["name"],
         found["family"],

@@ -111,7 +111,7 @@ def _print(rows: list[dict[str, Any]], kind: Kind) -> None:
     else:
         columns = COLUMNS[kind]
         lines = [["" if row[column] is None else as_words(row[column]) for column in columns] for row in rows]
-    print_table(columns, lines, whole=("id", "name", "causal", "batch", "even", "learns"))
+    print_table(columns, lines, whole=("id", "name", "router\nfamily", "causal", "batch", "any k", "even", "learns"))
 
 
 def _in_two_lines(cells: list[dict[str, str]]) -> tuple[tuple[str, ...], list[list[str]]]:

@@ -4,7 +4,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver, get_context
+from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -120,13 +120,13 @@ def start_server() -> None:
     Ctrl-C reaches the whole group, and would otherwise interrupt its imports with a traceback.
     """
     CONTEXT.set_forkserver_preload(["moebench.experiment.fork_source"])
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}  # a program inherits what is ignored
+    resource_tracker.ensure_running()  # when it is started it lets signals through again: so it comes first
+    # Held back, and not ignored: a program inherits either, but what comes meanwhile is for the runner to hear.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         forkserver.ensure_running()
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -26,6 +26,8 @@ from command_line import (
     without_speed,
 )
 
+from moebench.experiment import member
+
 STEPS, EVERY = 90, 15
 ARMS, SEEDS = ["dense", "switch"], [0, 1]
 TRAIN = {"steps": STEPS, "checkpoint_every": EVERY, "eval_every": 30, "batch_size": 4}
@@ -260,6 +262,15 @@ def test_a_stop_during_start_up_is_not_a_crash(
     # Before a handler is there SIGTERM ends the process itself: the shell then says 143 too.
     assert ended.code in {signal.SIGINT: {130, -2}, signal.SIGTERM: {143, -15}}[number], ended.err
     assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_server_of_processes_starts_is_heard(number: signal.Signals, monkeypatch) -> None:
+    heard: list[int] = []
+    monkeypatch.setattr(member.forkserver, "ensure_running", lambda: os.kill(os.getpid(), number))
+    with member.signals_noted(heard.append):
+        member.start_server()
+        assert heard == [number]
 
 
 @pytest.mark.slow

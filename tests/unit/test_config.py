@@ -51,7 +51,10 @@ def message_of(raw: Mapping[str, Any]) -> str:
             ["layout.num_exprts: layout 'every_n' has no key", "Did you mean 'num_experts'?"],
         ),
         ({"task": {"data": {"pth": "x"}}}, ["task.data.pth: ", "Did you mean 'path'?", "Allowed: "]),
-        ({"router": "swich"}, ["router.name: 'swich' is unknown.", "Did you mean 'switch'?", "Allowed: all_experts"]),
+        (
+            {"router": "swich"},
+            ["router.name: 'swich' is unknown.", "Did you mean 'switch'?", "Allowed: act, all_experts"],
+        ),
         ({"router": {"name": 3}}, ["router.name: '3' is unknown."]),
         ({"router": 3}, ["router: must be a name or a mapping with a name, got 3"]),
         ({"train": {"steps": "many"}}, ["train.steps: ", "many", "Int"]),
