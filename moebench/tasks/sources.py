@@ -2,9 +2,29 @@
 
 import hashlib
 import os
+from collections.abc import Iterable
+from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from moebench.errors import UsageError
+
+HUB_OPTIONS = ("config", "revision", "split", "test_split")
+"""Options of a data section that say something about a hub data set alone."""
+
+
+def check_source(data: Any, names: Iterable[str]) -> None:
+    """Refuse two sources, options of a hub without its data set, and empty `names`; `data`: the section task.data."""
+    if data.path is not None and data.dataset is not None:
+        raise UsageError("task.data.path and task.data.dataset are both given; set one of them to null")
+    defaults = {option.name: option.default for option in fields(data)}
+    for name in HUB_OPTIONS:
+        if data.dataset is None and name in defaults and getattr(data, name) != defaults[name]:
+            raise UsageError(f"task.data.{name}: '{getattr(data, name)}' needs task.data.dataset, a hub name")
+    for name in ("path", "dataset", "split", *names):
+        if getattr(data, name) == "":
+            raise UsageError(f"task.data.{name}: an empty name was given; give a name")
 
 
 def file_digest(path: Path) -> str:

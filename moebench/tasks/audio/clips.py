@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from moebench.errors import UsageError, nearest, require
 from moebench.tasks.audio.tables import SOUNDS, TABLES, Table, folder_rows, hub_table, local_table, named_files
-from moebench.tasks.sources import file_digest, first_line
+from moebench.tasks.sources import check_source, file_digest, first_line
 
 PACK = Path(__file__).parent.parent / "data" / "speech_prompts.parquet"
 AUDIO_COLUMNS = ("audio", "path", "file", "file_name")
@@ -56,16 +56,7 @@ class AudioDataConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range and combinations that have no meaning."""
-        if self.path is not None and self.dataset is not None:
-            raise UsageError("task.data.path and task.data.dataset are both given; set one of them to null")
-        if self.dataset is None:
-            for name, default in (("config", None), ("revision", None), ("split", "train")):
-                given = getattr(self, name)
-                if given != default:
-                    raise UsageError(f"task.data.{name}: '{given}' needs task.data.dataset, a hub name")
-        for name in ("path", "dataset", "split", "audio_column", "target_column", "domain_column", "group_column"):
-            if getattr(self, name) == "":
-                raise UsageError(f"task.data.{name}: an empty name was given; give a name")
+        check_source(self, ("audio_column", "target_column", "domain_column", "group_column"))
         for name, lowest, highest in (("sample_rate", 4000, 192_000), ("num_mels", 8, 80), ("max_seconds", 0.1, 60)):
             given = getattr(self, name)
             require(lowest <= given <= highest, f"task.data.{name}", given, f"{lowest} to {highest}")

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moebench.errors import UsageError, require, unknown
+from moebench.errors import require, unknown
+from moebench.tasks.sources import check_source
 
 FASHION = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 EMBEDDED = {"fashion": FASHION, "mnist": tuple(str(digit) for digit in range(10))}
@@ -46,16 +47,7 @@ class ImageDataConfig:
 
     def __post_init__(self) -> None:
         """Refuse combinations that have no meaning."""
-        if self.path is not None and self.dataset is not None:
-            raise UsageError("task.data.path and task.data.dataset are both given; set one of them to null")
-        if self.dataset is None:
-            for name, default in (("config", None), ("revision", None), ("split", "train"), ("test_split", None)):
-                given = getattr(self, name)
-                if given != default:
-                    raise UsageError(f"task.data.{name}: '{given}' needs task.data.dataset, a hub name")
-        for name in ("path", "dataset", "split", "test_split", "image_column", "label_column", "domain_column"):
-            if getattr(self, name) == "":
-                raise UsageError(f"task.data.{name}: an empty name was given; give a name")
+        check_source(self, ("test_split", "image_column", "label_column", "domain_column"))
         for source in self.sources:
             if source not in EMBEDDED:
                 raise unknown("task.data.sources", source, EMBEDDED)

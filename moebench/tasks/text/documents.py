@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moebench.errors import UsageError, nearest
-from moebench.tasks.sources import file_digest, first_line, load_dataset
+from moebench.tasks.sources import check_source, file_digest, first_line, load_dataset
 
 PACK = Path(__file__).parent.parent / "data" / "text_domains.parquet"
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
@@ -52,16 +52,7 @@ class TextDataConfig:
 
     def __post_init__(self) -> None:
         """Refuse combinations that have no meaning."""
-        if self.path is not None and self.dataset is not None:
-            raise UsageError("task.data.path and task.data.dataset are both given; set one of them to null")
-        if self.dataset is None:
-            for name, default in (("config", None), ("revision", None), ("split", "train")):
-                given = getattr(self, name)
-                if given != default:
-                    raise UsageError(f"task.data.{name}: '{given}' needs task.data.dataset, a hub name")
-        for name in ("path", "dataset", "split", "text_column", "domain_column", "group_column", "tokenizer"):
-            if getattr(self, name) == "":
-                raise UsageError(f"task.data.{name}: an empty name was given; give a name")
+        check_source(self, ("text_column", "domain_column", "group_column", "tokenizer"))
         if self.max_bytes is not None and self.max_bytes < 1:
             raise UsageError(f"task.data.max_bytes: {self.max_bytes} was given; allowed: at least 1, or null")
         if self.streaming and self.max_bytes is None:
