@@ -95,6 +95,7 @@ def build_backbone(
     causal: bool,
     vocab_size: int | None = None,
     token_count_V: Tensor | None = None,
+    token_pairs: Callable[[], Tensor] | None = None,
     sequence_length: int | None = None,
     num_domains: int | None = None,
     half: Half | None = None,
@@ -112,6 +113,7 @@ def build_backbone(
         num_experts=1,
         vocab_size=vocab_size,
         token_count_V=token_count_V,
+        token_pairs=token_pairs,
         sequence_length=sequence_length,
         num_domains=num_domains,
     )

@@ -1,6 +1,6 @@
 """What a router is: a small module that assigns tokens to experts, with a typed Config and facts about itself."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -78,6 +78,8 @@ class Site:
     vocab_size: int | None = None
     token_count_V: Tensor | None = None
     """int64: how often each token id occurs in the training split (language only)."""
+    token_pairs: Callable[[], Tensor] | None = None
+    """Returns how often each id (row) is followed by each (column) in the training split, int64 [V, V]."""
     sequence_length: int | None = None
     """Tokens of one sequence of the task, where it is known."""
     num_domains: int | None = None

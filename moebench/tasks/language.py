@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from moebench.errors import require
+from moebench.errors import UsageError, require
 from moebench.routing.ranks import Span
 from moebench.routing.seeds import generator
 from moebench.tasks.task import ALL, TASKS, Batch, Task, TaskFacts, by_domain
@@ -72,6 +72,10 @@ class TextConfig:
         )
 
 
+MOST_PAIRED = 8192
+"""Ids whose pairs are counted in one table: half a gigabyte."""
+
+
 class TextTask(Task):
     """What tasks on text share: data, splits by group (book, president, module ...), windows, token table and loss.
 
@@ -107,6 +111,17 @@ class TextTask(Task):
     def prepare(cls, config: Any, cache: Path) -> "TextTask":
         """Split and encode the text, or take it from the cache."""
         return cls(config, prepare(config.data, cache, config.sequence_length))
+
+    def token_pairs(self) -> Tensor:
+        """Count in the training text; ids that stand for nothing in it, such as a mask, have no neighbours."""
+        if self.vocab_size > MOST_PAIRED:
+            raise UsageError(
+                f"router.table: 'clustered' counts pairs of {self.vocab_size} ids (allowed: at most {MOST_PAIRED})"
+            )
+        token_N = np.asarray(self.text.train.tokens_N, dtype=np.int64)
+        pair_N = token_N[:-1] * self.vocab_size + token_N[1:]
+        pairs_VV = np.bincount(pair_N, minlength=self.vocab_size**2).reshape(self.vocab_size, self.vocab_size)
+        return torch.from_numpy(pairs_VV)
 
     @abstractmethod
     def make(self, token_BM: Tensor, byte_BM: Tensor, domain_B: Tensor, uniform: Uniform) -> Batch:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from moebench.errors import UsageError
 from moebench.registry import Registry
 from moebench.routing.ranks import Span
 
@@ -126,6 +127,10 @@ class Task(ABC):
 
         `part`: the sequences that this process needs, of `batch_size`.
         """
+
+    def token_pairs(self) -> Tensor:
+        """Return how often each token id is followed by each in the training split, int64 [V, V]."""
+        raise UsageError("router.table: 'clustered' needs a text, which this task does not read")
 
     def num_positions(self, batch_size: int, seed: int, step: int) -> int:
         """Count the positions of the training batch of one step, padding left out: what throughput is measured in."""

@@ -76,7 +76,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "conditional_computation": [{"average_experts": 1, "evaluation": "likely"}, {"baseline": "learned"}],
     "thor": [{"training": "sequence", "evaluation": "sequence"}, {"training": "token", "evaluation": "average"}],
     "stable_moe": [{"stage_1_steps": 0}],
-    "hash": [{"table": "random"}],
+    "hash": [{"table": "random"}, {"table": "clustered"}],
     "multi_gate": [{"top_k": 2}],
     "top_p": [{"top_p": 1.0, "expected_experts": 8}],
     "base": [{"solver": "auction"}, {"solver": "exact"}],
@@ -300,6 +300,7 @@ def site(num_experts: int) -> Site:
         num_experts=num_experts,
         vocab_size=VOCAB,
         token_count_V=count_V,
+        token_pairs=lambda: torch.randint(100, (VOCAB, VOCAB), generator=torch.Generator().manual_seed(0)),
         sequence_length=16,
         num_domains=3,
     )

@@ -36,6 +36,7 @@ def backbone_of(config: Any, *, causal: bool = True, seed: int = 0, sequence_len
         causal=causal,
         vocab_size=VOCAB,
         token_count_V=token_count_V,
+        token_pairs=lambda: torch.randint(100, (VOCAB, VOCAB), generator=torch.Generator().manual_seed(0)),
         sequence_length=sequence_length,
         num_domains=2,
     )

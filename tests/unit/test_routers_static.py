@@ -1,14 +1,20 @@
 """Static routers: what the expert is a function of, and of nothing else."""
 
 import dataclasses
+import itertools
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from contract.cases import VOCAB, Case, Tokens, route, site
+from contract.training_cases import tiny_config, write_text
 
 from moebench.errors import UsageError
+from moebench.routing.clusters import clustered_table, token_vectors
 from moebench.routing.router import ROUTERS
 from moebench.routing.routers.hash import balanced_table
+from moebench.training.model import prepare_task
 
 HASHES = ("hash", "hash_bigram", "hash_future")
 
@@ -62,3 +68,38 @@ def test_a_task_without_ids_is_refused(name: str) -> None:
     router_class = ROUTERS.get(name).item
     with pytest.raises(UsageError, match=f"^router.name: '{name}' routes by token id, which this task does not have$"):
         router_class(router_class.Config(), dataclasses.replace(site(8), token_count_V=None))
+
+
+def test_ids_in_like_contexts_share_an_expert() -> None:
+    # Ids 0-3 are always followed by one of 4-7, and those by 8, and 8 by one of 0-3.
+    draw = np.random.default_rng(0)
+    text_N = np.stack([draw.integers(0, 4, 3000), draw.integers(4, 8, 3000), np.full(3000, 8)], axis=1).reshape(-1)
+    pairs_VV = torch.from_numpy(np.bincount(text_N[:-1] * 10 + text_N[1:], minlength=100).reshape(10, 10))
+    table_V = clustered_table(pairs_VV, 3, seed=0)
+    assert len(set(table_V[:4].tolist())) == len(set(table_V[4:8].tolist())) == 1
+    assert len({int(table_V[0]), int(table_V[4]), int(table_V[8])}) == 3
+    assert torch.equal(table_V, clustered_table(pairs_VV, 3, seed=0))
+    assert not token_vectors(pairs_VV)[9].any()  # it never occurs
+
+
+def test_a_text_that_tells_no_ids_apart_has_no_clusters() -> None:
+    with pytest.raises(UsageError, match=r"^router\.table: 'clustered' finds fewer than 3 kinds of ids"):
+        clustered_table(torch.ones(10, 10), 3, seed=0)
+
+
+def test_clusters_need_a_text_and_enough_ids() -> None:
+    router_class = ROUTERS.get("hash").item
+    config = router_class.Config(table="clustered")
+    for wrong in (dataclasses.replace(site(8), token_pairs=None), site(VOCAB + 1)):
+        with pytest.raises(UsageError, match=r"^router\.table: 'clustered' needs a text"):
+            router_class(config, wrong)
+
+
+def test_pairs_of_a_text_are_counted(tmp_path: Path) -> None:
+    task = prepare_task(tiny_config(write_text(tmp_path)), tmp_path)
+    pairs_VV = task.token_pairs()
+    token_N = np.asarray(task.text.train.tokens_N, dtype=np.int64)
+    assert pairs_VV.shape == (257, 257)
+    assert pairs_VV.sum() == len(token_N) - 1
+    a, b = ord("a"), ord("b")
+    assert pairs_VV[a, b] == sum(x == a and y == b for x, y in itertools.pairwise(token_N.tolist())) > 0

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moebench.errors import UsageError
+from moebench.routing.clusters import clustered_table
 from moebench.routing.context import RouteContext
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
 from moebench.routing.seeds import derive_seed, generator
@@ -35,7 +36,7 @@ class Hash(Router):
     Ids are dealt out from the most to the least frequent, each to the expert with the smallest load so far; no id
     is split, so the most frequent id limits the balance. The table is a buffer and part of every checkpoint.
     Nothing is learned and nothing is computed: content-blind routing, and a strong baseline. The paper's clustered
-    tables need token embeddings, which are not known before training.
+    tables come from the embeddings of a trained model; here from what stands beside each id in the training text.
     """
 
     table_V: Tensor
@@ -45,16 +46,20 @@ class Hash(Router):
         """Options of hash routing."""
 
         name: str = "hash"
-        table: Literal["balanced", "random"] = "balanced"
-        """Balanced: by frequency. Random: each id to a random expert, another table in every layer."""
+        table: Literal["balanced", "random", "clustered"] = "balanced"
+        """Balanced: by frequency. Random: each id to a random expert, another table in every layer. Clustered: ids that
+        stand in like contexts share an expert, however uneven that is."""
 
     def __init__(self, config: Any, site: Site) -> None:
         super().__init__(config, site)
         if site.token_count_V is None:
             raise UsageError(f"router.name: '{config.name}' routes by token id, which this task does not have")
-        if getattr(config, "table", "balanced") == "random":
+        table = getattr(config, "table", "balanced")
+        if table == "random":
             draw = generator("hash", site.layer, site.num_experts)
             table_V = torch.randint(site.num_experts, site.token_count_V.shape, generator=draw, device="cpu")
+        elif table == "clustered":
+            table_V = _clusters(site)
         else:
             table_V = balanced_table(site.token_count_V, site.num_experts)
         self.register_buffer("table_V", table_V)
@@ -63,6 +68,15 @@ class Hash(Router):
         """Look each token's expert up."""
         assert ctx.token_id_T is not None
         return certain(self.table_V[ctx.token_id_T], self.num_experts)
+
+
+def _clusters(site: Site) -> Tensor:
+    if site.token_pairs is None or site.num_experts > len(site.token_count_V if site.token_count_V is not None else ()):
+        raise UsageError(
+            f"router.table: 'clustered' needs a text and at least as many ids as experts, {site.num_experts}"
+            " (allowed: balanced, random)"
+        )
+    return clustered_table(site.token_pairs(), site.num_experts, seed=derive_seed("clusters") % 2**32)
 
 
 @ROUTERS.register(
