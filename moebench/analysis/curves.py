@@ -19,6 +19,10 @@ TOP_LABEL = 0.97  # of the axes: clear of the line of words above
 WARM_UP = 0.5  # of the run: the steep start is left out of the y limits, or all arms look the same
 
 
+MOST_BANDS = 12
+"""Of more arms, bands lie over each other and say nothing: they are left out."""
+
+
 def draw_curves(
     journals: Mapping[str, Mapping[int, Points]],
     metric: str = "eval/bits_per_byte",
@@ -62,7 +66,8 @@ def _draw_lines(
         style, color = looks[curve.arm]["linestyle"], looks[curve.arm]["color"]
         x = curve.steps * scale
         ax.plot(x, curve.means, style, color=color, linewidth=1.6)
-        ax.fill_between(x, curve.lows, curve.highs, color=color, alpha=0.1, linewidth=0)
+        if len(curves) <= MOST_BANDS:
+            ax.fill_between(x, curve.lows, curve.highs, color=color, alpha=0.1, linewidth=0)
     last = max(float(curve.steps[-1]) for curve in curves)
     bottom, top = _limits(curves, last)
     inside = [curve.steps[(curve.means >= bottom) & (curve.means <= top)] for curve in curves]
@@ -87,6 +92,8 @@ def _limits(curves: Sequence[Curve], last: float) -> tuple[float, float]:
     margin = max(high - low, 1e-3 * abs(high), 1e-9)
     bottoms = np.concatenate([curve.lows[kept] for curve, kept in late])
     tops = np.concatenate([curve.highs[kept] for curve, kept in late])
+    if len(curves) > MOST_BANDS:
+        return low - 0.06 * margin, high + 0.06 * margin
     bottom, top = max(float(bottoms.min()), low - margin), min(float(tops.max()), high + margin / 2)
     return bottom - 0.06 * margin, top + 0.06 * margin
 
@@ -145,7 +152,7 @@ def _band_words(curves: Sequence[Curve]) -> str:
         seeds = count(most, "seed") if fewest == most else f"{fewest} to {most} seeds"
         names = "" if len(found) == 1 else f" ({', '.join(curve.arm for curve in group)})"
         parts.append(f"{words[band]} {seeds}{names}")
-    return "line: mean; band: " + "; ".join(parts)
+    return "line: mean; band: " + "; ".join(parts) if len(curves) <= MOST_BANDS else "line: mean over seeds"
 
 
 def _draw_forest(ax: Axes, comparison: Comparison, looks: Mapping[str, dict[str, str]]) -> None:
