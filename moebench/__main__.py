@@ -2,11 +2,15 @@
 
 import sys
 
+from moebench import interrupts
+
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    interrupts.remember()
     try:
-        sys.exit(_run())
+        code = _run()
+        sys.exit(130 if interrupts.heard and code == 0 else code)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
+from moebench import interrupts
 from moebench.experiment.judgement import Ending
 from moebench.parallel.place import Place
 
@@ -134,6 +135,8 @@ def signals_noted(note: Callable[[int], None]) -> Iterator[None]:
     """Call `note` with the number of each Ctrl-C and SIGTERM instead of ending."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, lambda got, frame: note(got)) for number in numbers}
+    for number in interrupts.heard:
+        note(number)
     try:
         yield
     finally:

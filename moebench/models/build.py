@@ -116,6 +116,7 @@ def build_backbone(
         token_pairs=token_pairs,
         sequence_length=sequence_length,
         num_domains=num_domains,
+        embedding_width=ROUTERS.get(config.router.name).item.embedding(config.router)[0],
     )
     builder = Builder(config=config, causal=causal, site=site, sequence_length=sequence_length or 0, half=half)
     sizes = replace(builder, config=sized_as or config)

@@ -27,6 +27,8 @@ class BatchContext:
     valid_BL: Tensor | None = None
     domain_B: Tensor | None = None
     label_BL: Tensor | None = None
+    embedding_BLD: Tensor | None = None
+    """What the network that all routers share says of each token; None: there is none."""
     memory: Memory | None = None
     """What the encoder made, in a decoder."""
     span: Span | None = None
@@ -61,6 +63,7 @@ class BatchContext:
             valid_T=None if self.valid_BL is None else self.valid_BL.reshape(-1),
             domain_T=domain_T,
             label_T=None if self.label_BL is None else self.label_BL.reshape(-1),
+            embedding_TD=None if self.embedding_BLD is None else self.embedding_BLD.flatten(0, 1),
             step=self.step,
             span=None if self.span is None else self.span.times(length),
             previous_logits_TE=self.previous_logits_TE,

@@ -26,6 +26,8 @@ class RouteContext:
     """int64 domain of each token."""
     label_T: Tensor | None = None
     """int64: to which expert each token belongs, by number; of made data alone, for the router `oracle`."""
+    embedding_TD: Tensor | None = None
+    """What the network that all routers share says of each token; None: there is none."""
     step: int = 0
     span: Span | None = None
     """Which tokens of the batch these are; None: all of them."""
@@ -66,6 +68,7 @@ class RouteContext:
             domain_T=whole(self.domain_T),
             previous_logits_TE=whole(self.previous_logits_TE),
             label_T=whole(self.label_T),
+            embedding_TD=whole(self.embedding_TD),
             span=None,
         )
 

@@ -84,6 +84,8 @@ class Site:
     """Tokens of one sequence of the task, where it is known."""
     num_domains: int | None = None
     """Domains of the task's data; None where it has none."""
+    embedding_width: int = 0
+    """Numbers per token of the embedding that all routers share (`RouteContext.embedding_TD`); 0: there is none."""
     free_E: tuple[bool, ...] = ()
     """Which experts are without a network (zero, copy, constant); empty: none."""
 
@@ -112,6 +114,14 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.num_experts = site.num_experts
+
+    @classmethod
+    def embedding(cls, config: Any) -> tuple[int, float]:
+        """Return the width of the shared embedding that the router reads, and the coefficient of its own loss.
+
+        (0, 0) where it reads none.
+        """
+        return 0, 0.0
 
     @classmethod
     def experts_per_token(cls, config: Any, num_experts: int) -> int:

@@ -11,6 +11,7 @@ from moebench.errors import UsageError
 from moebench.models.build import build_backbone, plan_of
 from moebench.models.cost import Cost, cost_of
 from moebench.models.encoder_decoder import EncoderDecoder
+from moebench.models.shared_embedding import SharedEmbedding
 from moebench.models.transformer import BatchContext, Transformer, init_weights
 from moebench.parallel.mesh import ALONE_MESH, Mesh
 from moebench.parallel.spread import check_spread, spread_experts
@@ -23,11 +24,19 @@ from moebench.tasks.task import TASKS, Batch, Task
 class Model(nn.Module):
     """Embedding, backbone, head: a batch to outputs and the records of the MoE layers."""
 
-    def __init__(self, embedding: nn.Module, backbone: Transformer | EncoderDecoder, head: nn.Module) -> None:
+    def __init__(
+        self,
+        embedding: nn.Module,
+        backbone: Transformer | EncoderDecoder,
+        head: nn.Module,
+        shared: SharedEmbedding | None = None,
+    ) -> None:
+        """`shared`: what all routers read beside their layer's input; None: nothing."""
         super().__init__()
         self.embedding = embedding
         self.backbone = backbone
         self.head = head
+        self.shared = shared
 
     def forward(self, batch: Batch, ctx: BatchContext) -> tuple[Tensor, list[LayerRecord]]:
         """Return what the task's `loss` reads, and one record per MoE layer."""
@@ -49,8 +58,14 @@ class Model(nn.Module):
                 x_BLD, ctx, self.embedding(batch.decoder_input_BP), own
             )
         else:
-            found = self.backbone(x_BLD, ctx)
+            found = self.backbone(x_BLD, ctx if self.shared is None else replace(ctx, embedding_BLD=self.shared(x_BLD)))
         return found
+
+    def said_by_shared(self, batch: Batch) -> Tensor:
+        """Return what the task's `loss` reads, of the shared embedding alone: it learns by that."""
+        assert self.shared is not None
+        output: Tensor = self.shared.head(self.shared(self.embedding(batch.input_BL)))
+        return output
 
 
 def check_cell(config: CellConfig) -> None:
@@ -104,7 +119,9 @@ def build_model(config: CellConfig, task: Task, sized_as: CellConfig | None = No
         )
     else:
         backbone = build(causal=facts.causal, sequence_length=task.sequence_length)
-    return Model(task.embedding(config.model.d_model), backbone, task.head(config.model.d_model))
+    d_model, (width, _) = config.model.d_model, ROUTERS.get(config.router.name).item.embedding(config.router)
+    shared = SharedEmbedding(d_model, width, task.head(width)) if width else None
+    return Model(task.embedding(d_model), backbone, task.head(d_model), shared)
 
 
 def initialised_model(config: CellConfig, task: Task, mesh: Mesh = ALONE_MESH) -> Model:
@@ -118,7 +135,8 @@ def initialised_model(config: CellConfig, task: Task, mesh: Mesh = ALONE_MESH) -
 
 def model_cost(model: Model, sequence_length: int, decoder_length: int | None = None) -> Cost:
     """Count parameters and forward FLOPs per token of a model."""
-    return cost_of(model.backbone, [model.embedding, model.head], sequence_length, decoder_length)
+    around = [model.embedding, model.head] + ([] if model.shared is None else [model.shared])
+    return cost_of(model.backbone, around, sequence_length, decoder_length)
 
 
 def prepare_task(config: CellConfig, results: Path) -> Task:
@@ -182,6 +200,11 @@ def _check_halves(config: CellConfig) -> None:
         raise UsageError(
             f"layout.experts_in: '{config.layout.experts_in}' is a half of an encoder-decoder model, which task"
             f" '{config.task.name}' does not train (allowed: both)"
+        )
+    if two and ROUTERS.get(config.router.name).item.embedding(config.router)[0]:
+        raise UsageError(
+            f"router.embedding: 'shared' is one network before all layers, and task '{config.task.name}' trains a model"
+            " of two halves (allowed: layer)"
         )
     if two and any(block.stack for block in plan_of(config)):
         raise UsageError(

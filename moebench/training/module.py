@@ -14,6 +14,7 @@ from moebench.models.transformer import BatchContext
 from moebench.parallel.gradients import clip_grad_norm
 from moebench.parallel.mesh import ALONE_MESH, Mesh
 from moebench.parallel.spread import spread_banks
+from moebench.routing.router import ROUTERS
 from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig, TrainConfig
 from moebench.tasks.task import Batch, Task
@@ -46,6 +47,7 @@ class CellModule(lightning.LightningModule):
         self.mesh = mesh
         self.should_stop = should_stop
         self.layers = model.backbone.moe_layers()
+        self.embedding_loss = ROUTERS.get(config.router.name).item.embedding(config.router)[1]
         self.consistency = max((layer.router.consistency for layer in self.layers), default=0.0)
         self.objectives: list[Objective] = []
         self.records: list[list[LayerRecord]] = []
@@ -84,9 +86,13 @@ class CellModule(lightning.LightningModule):
             loss_BP = self.task.loss(output, batch)
             seen.append(judged(of_pass, loss_BP, batch))
             found.append(objective(loss_BP, batch, self.layers, seen[-1], self.config.router.losses, share))
-        if len(found) == 1:
-            return found[0], seen
-        return agreeing(found, outputs, self.task, batch, self.consistency, share), seen
+        whole = found[0]
+        if len(found) > 1:
+            whole = agreeing(found, outputs, self.task, batch, self.consistency, share)
+        if self.model.shared is not None:
+            own = share.mean(self.task.loss(self.model.said_by_shared(batch), batch), batch)
+            whole = whole.plus("embedding", own, self.embedding_loss)
+        return whole, seen
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None

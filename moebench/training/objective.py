@@ -36,6 +36,16 @@ class Objective:
             weighted={name: value.detach() for name, value in self.weighted.items()},
         )
 
+    def plus(self, name: str, raw: Tensor, coefficient: float) -> "Objective":
+        """Return the loss with one more part."""
+        weighted = coefficient * raw
+        return Objective(
+            total=self.total + weighted,
+            task=self.task,
+            raw={**self.raw, name: raw},
+            weighted={**self.weighted, name: weighted},
+        )
+
     def parts(self) -> dict[str, Tensor]:
         """Return the parts under the names of the journal."""
         parts = {"loss/task": self.task, "loss/total": self.total}

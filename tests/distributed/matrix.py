@@ -80,6 +80,7 @@ def matrix() -> dict[str, dict[str, Any]]:
         "groups of sequences": case(
             router={"name": "mixture_of_tokens", "group_size": 2}, train={"batch_size": 6}, task={"eval_windows": 3}
         ),
+        "shared embedding": case(router={"name": "speech_moe", "embedding": "shared", "embedding_width": 4}),
         "padded": case(task={"name": "padded"}),
         "padded expert choice": case(task={"name": "padded"}, router={"name": "expert_choice"}),
         "padded, accumulated, with a capacity": _capacity("score")

@@ -1,5 +1,6 @@
 """The runner or a worker is killed or stopped: nothing finished is lost, what was begun goes on bit for bit."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -26,6 +27,7 @@ from command_line import (
     without_speed,
 )
 
+from moebench import interrupts
 from moebench.experiment import member
 
 STEPS, EVERY = 90, 15
@@ -271,6 +273,21 @@ def test_a_signal_while_the_server_of_processes_starts_is_heard(number: signal.S
     with member.signals_noted(heard.append):
         member.start_server()
         assert heard == [number]
+
+
+def test_a_signal_that_a_library_swallowed_is_remembered(monkeypatch) -> None:
+    monkeypatch.setattr(interrupts, "heard", [])
+    before = signal.getsignal(signal.SIGINT)
+    heard: list[int] = []
+    try:
+        interrupts.remember()
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        with member.signals_noted(heard.append):
+            assert heard == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.slow

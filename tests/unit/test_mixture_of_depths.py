@@ -12,7 +12,7 @@ from moebench.errors import UsageError
 from moebench.experts.bank import double_loop
 from moebench.experts.feed_forward import FeedForward
 from moebench.experts.layer import MoELayer
-from moebench.models.build import cost_of
+from moebench.models.cost import cost_of
 
 
 def layer_of(num_experts: int = 8, **options) -> MoELayer:

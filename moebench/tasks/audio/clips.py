@@ -50,7 +50,7 @@ class AudioDataConfig:
     max_seconds: float = 6.0
     """Clips that are longer are left out, and counted."""
     digits: Literal["drop", "keep"] = "drop"
-    """drop: leave out transcripts with digits, which do not tell how they are read; keep: digits are characters."""
+    """Drop leaves out transcripts with digits, which do not tell how they are read; keep takes them as characters."""
     skip_broken: bool = False
     """Leave out (and count) files that are missing, empty or cannot be decoded, instead of ending with an error."""
 
