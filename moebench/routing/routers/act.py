@@ -25,6 +25,7 @@ from moebench.routing.values import ChainRouting, LayerRecord, Routing
         causal_reason="each token stops by its own states",
         variable_k=True,
         batch_dependent=False,
+        cost="steps·T",
         makes_scores=False,
         own_losses=("ponder",),
     )

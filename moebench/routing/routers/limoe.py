@@ -88,9 +88,11 @@ class LIMoE(VMoE):
         logits_TE = record.routing.logits_TE
         assert logits_TE is not None
         in_domain_TG = functional.one_hot(record.routing.extras["domain_T"], self.num_domains).to(logits_TE.dtype)
-        mean_GE = record.mean(in_domain_TG.unsqueeze(-1) * logits_TE.softmax(-1).unsqueeze(1))
-        share_G = mean_GE.sum(-1)  # of all tokens; 0 where a domain does not occur, which then does not count
-        mean_GE = mean_GE / share_G.clamp(min=1e-20).unsqueeze(-1)
+        if record.valid_T is not None:
+            in_domain_TG = in_domain_TG * record.valid_T.unsqueeze(-1)
+        sum_GE = record.total(in_domain_TG.T @ logits_TE.softmax(-1))
+        share_G = sum_GE.sum(-1)  # its tokens; 0 where a domain does not occur, which then does not count
+        mean_GE = sum_GE / share_G.clamp(min=1).unsqueeze(-1)
         entropy_G = -(mean_GE * mean_GE.clamp(min=1e-20).log()).sum(-1)
         lacking_G = (math.log(self.least_experts) - entropy_G).clamp(min=0) * (share_G > 0)
         return lacking_G.sum() / (share_G > 0).sum().clamp(min=1)

@@ -25,6 +25,7 @@ from moebench.routing.values import ChainRouting, LayerRecord, Routing
         causal_reason="each token stops by its own states and draws",
         variable_k=True,
         batch_dependent=False,
+        cost="steps·T",
         taught=("bias", "gate"),  # the chosen step weighs 1: `objective` and the own loss teach them
         makes_scores=False,
         own_losses=("geometric",),
