@@ -13,6 +13,11 @@ HEAD = """# The routers
 
 Made by `moebench show --all-routers` from what each router says of itself; `make docs` writes it anew. Causality, batch
 dependence, balance and variable k are measured by the contract tests, not believed.
+
+What they take beside a plain top-k, as `moebench bench router` measured it on two cores:
+[results/published/bench_router.md](../results/published/bench_router.md). How they train side by side:
+[causal ones](../results/published/routers_language.md), [all, where looking both ways is
+allowed](../results/published/routers_bidirectional.md).
 """
 LEGEND = """- **causal**: no token's routing depends on later tokens. *dropless*: it does with a capacity.
   *eval*: it does in training.
