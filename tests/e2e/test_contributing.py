@@ -38,6 +38,7 @@ def test_a_block_runs_as_a_plugin(
     assert list(compared.json["arms"]) == arms
 
 
+@pytest.mark.slow
 def test_the_router_passes_the_contract_tests_on_request(tmp_path: Path) -> None:
     (tmp_path / "my_router.py").write_text(BLOCKS["my_router.py"], encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "tests/contract", "-p", "no:cacheprovider", "-m", "not slow"]

@@ -57,7 +57,9 @@ def test_a_disk_too_small_is_refused_before_training(
     assert not (disk / "results/runs").exists()
 
 
-@pytest.mark.parametrize("moment", ["while a cell trains", "before the data is prepared"])
+@pytest.mark.parametrize(
+    "moment", [pytest.param("while a cell trains", marks=pytest.mark.slow), "before the data is prepared"]
+)
 def test_a_disk_that_fills_up_costs_no_finished_cell(
     cli: CommandLine, warm: WarmCommandLine, small_disk: Mount, moment: str
 ) -> None:
