@@ -108,7 +108,8 @@ def label_table(routing: AnyRouting, label_T: Tensor, num_labels: int) -> Tensor
         return table_YE.index_add(0, label_T, routing.weight_TE.double())
     if isinstance(routing, SoftRouting):
         weight_TS = routing.ungrouped(routing.combine_BLS).double()
-        return table_YE.index_add(0, label_T, weight_TS.view(weight_TS.shape[0], routing.num_experts, -1).sum(-1))
+        weight_TEP = weight_TS.view(-1, routing.num_experts, routing.slots_per_expert)  # of no tokens as well
+        return table_YE.index_add(0, label_T, weight_TEP.sum(-1))
     pair_N = label_T[routing.token_N] * routing.num_experts + routing.expert_N
     return table_YE.view(-1).scatter_add(0, pair_N, routing.counted_N.double()).view_as(table_YE)
 
