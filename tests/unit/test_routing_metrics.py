@@ -2,7 +2,8 @@ import pytest
 import torch
 from contract.training_cases import tiny_config, write_text
 
-from moebench.routing.metrics import relative_flops
+from moebench.routing.metrics import label_table, relative_flops
+from moebench.routing.mixing import SoftRouting
 from moebench.training.evaluate import evaluate
 from moebench.training.model import initialised_model, prepare_task
 
@@ -26,3 +27,9 @@ def test_evaluation_says_what_unequal_experts_cost(tmp_path, layout: str, report
         costs = [layer.bank.flops_per_row_E() for layer in model.backbone.moe_layers()]
         least, most = (min(map(choose, costs)) * 4 / sum(costs[0]) for choose in (min, max))
         assert least <= load["load/flops"] <= most
+
+
+def test_labels_of_no_tokens_are_counted_as_none() -> None:
+    empty_BLS = torch.zeros(0, 5, 8)
+    routing = SoftRouting(dispatch_BLS=empty_BLS, combine_BLS=empty_BLS, num_experts=4)
+    assert not label_table(routing, torch.zeros(0, dtype=torch.int64), 3).any()
