@@ -150,3 +150,12 @@ def assert_same_tree(ours: Any, theirs: Any, path: str = "") -> None:
             assert_same_tree(left, right, f"{path}[{index}]")
     else:
         assert ours == theirs, path
+
+
+def assert_same_runs(whole: Run, parts: Run) -> None:
+    """Compare two trainings of one cell: last checkpoint and journal, bit for bit."""
+    last = whole.config.train.steps
+    ours, theirs = whole.checkpoint(last), parts.checkpoint(last)
+    for key in ("state_dict", "optimizer", "lr_schedulers", "global_step"):
+        assert_same_tree(ours[key], theirs[key], key)
+    assert whole.points() == parts.points()
