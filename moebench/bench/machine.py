@@ -21,7 +21,9 @@ def choose_device(name: str) -> torch.device:
         raise unknown("--device", name, DEVICES)
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device: 'cuda' was asked for, but torch finds no CUDA device (allowed: auto, cpu)")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())  # with its number: lightning asks for one
 
 
 def all_cores() -> int:

@@ -56,6 +56,8 @@ class Groups:
             return gemm_batch.product(x_RI, weight_EIO, self.loads)
         if self._fits_kernel(x_RI, *weight_EIO.shape[1:]):
             return functional.grouped_mm(x_RI, weight_EIO, offs=self.offset_E)
+        if self.loads is None and self._fits_kernel(x_RI):
+            return self._product_of_padded(x_RI, weight_EIO)
         out_RO = x_RI.new_empty(x_RI.shape[0], width)
         # unbind, not weight[e], where autograd watches: the backward of each select would fill a whole zero stack.
         for rows, weight, out in zip(self._split(x_RI), weight_EIO.unbind(0), self._split(out_RO), strict=True):
@@ -72,10 +74,19 @@ class Groups:
             return gemm_batch.weight_gradient(x_RI, grad_RO, self.loads)
         if self._fits_kernel(x_RI, x_RI.shape[1], grad_RO.shape[1]):
             return functional.grouped_mm(x_RI.t(), grad_RO, offs=self.offset_E)
+        if self.loads is None and self._fits_kernel(x_RI):
+            padded_EIO = functional.grouped_mm(_padded(x_RI).t(), _padded(grad_RO), offs=self.offset_E)
+            return padded_EIO[:, : x_RI.shape[1], : grad_RO.shape[1]]
         out_EIO = x_RI.new_empty(num_experts, x_RI.shape[1], grad_RO.shape[1])
         for rows, grad, out in zip(self._split(x_RI), self._split(grad_RO), out_EIO, strict=True):
             torch.mm(rows.t(), grad, out=out)
         return out_EIO
+
+    def _product_of_padded(self, x_RI: Tensor, weight_EIO: Tensor) -> Tensor:
+        """Widths that the kernel refuses: zeros around them cost a copy, a loop over experts the wait for the loads."""
+        x_RI, rest = _padded(x_RI), -weight_EIO.shape[1] % _row_step(x_RI)
+        padded_EIO = functional.pad(weight_EIO, (0, -weight_EIO.shape[2] % _row_step(x_RI), 0, rest))
+        return functional.grouped_mm(x_RI, padded_EIO, offs=self.offset_E)[:, : weight_EIO.shape[2]]
 
     def _split(self, x_RI: Tensor) -> tuple[Tensor, ...]:
         loads = list(self.loads or self.load_E.tolist())
@@ -83,8 +94,18 @@ class Groups:
 
     def _fits_kernel(self, x_RI: Tensor, *widths: int) -> bool:
         """grouped_mm wants rows, 16- or 32-bit floats and strides that are multiples of 16 bytes."""
-        size = x_RI.element_size()
-        return x_RI.shape[0] > 0 and size <= 4 and all(width * size % 16 == 0 for width in widths)
+        step = _row_step(x_RI)
+        return x_RI.shape[0] > 0 and x_RI.element_size() <= 4 and all(width % step == 0 for width in widths)
+
+
+def _row_step(x_RI: Tensor) -> int:
+    """Return of how many numbers a row must be a multiple: 16 bytes."""
+    return max(16 // x_RI.element_size(), 1)
+
+
+def _padded(x_RI: Tensor) -> Tensor:
+    """Return the rows with zeros behind them, up to the next multiple of 16 bytes."""
+    return functional.pad(x_RI, (0, -x_RI.shape[1] % _row_step(x_RI)))
 
 
 def grouped_matmul(x_RI: Tensor, weight_EIO: Tensor, load_E: Tensor) -> Tensor:

@@ -26,13 +26,19 @@ class Widths:
 
 
 def matched_widths(
-    cost: Callable[[Widths], float], target: Callable[[int], float], ffn_width: int, *, what: str, remedy: str
+    cost: Callable[[Widths], float],
+    target: Callable[[int], float],
+    ffn_width: int,
+    *,
+    step: int,
+    what: str,
+    remedy: str,
 ) -> Widths:
     """Return the widths with which `cost` is `target(ffn_width)`: what the dense network of that width costs.
 
-    `cost` rises linearly with the unit but for rounding; two large units give the line. Widths are multiples of 4
-    (rows of 16 bytes, which grouped kernels want) where that stays within 2 % of the dense feed-forward part, else
-    units. Raises UsageError when no width does; it says `what` does not fit and names the next ffn_width that does.
+    `cost` rises linearly with the unit but for rounding; two large units give the line. Widths are multiples of `step`
+    where that stays within 2 % of the dense feed-forward part, else units. Raises UsageError when no width does; it
+    says `what` does not fit and names the next ffn_width that does.
     """
     low, high = cost(Widths(4096)), cost(Widths(8192))
     slope = (high - low) / 4096
@@ -41,8 +47,8 @@ def matched_widths(
 
     def fitting(ffn_width: int) -> Widths | None:
         wanted = dense + per_width * ffn_width
-        for step in (4, 1):
-            widths = Widths((wanted - without_experts) / slope, step)
+        for multiple in (step, 1):
+            widths = Widths((wanted - without_experts) / slope, multiple)
             if abs(cost(widths) - wanted) <= MATCH_TOLERANCE * per_width * ffn_width * (1 + 1e-9):
                 return widths
         return None

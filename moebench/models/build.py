@@ -25,6 +25,8 @@ from moebench.schema import CellConfig
 
 Half = Literal["encoder", "decoder"]
 """Which backbone of a model that has two."""
+ROW_BYTES = 16
+"""Of which grouped kernels want rows to be multiples."""
 
 
 def plan_of(config: CellConfig) -> tuple[BlockPlan, ...]:
@@ -285,7 +287,8 @@ class Builder:
         remedy = "layout.match=none" if plan.feed_forward is None and not plan.stack else "layout.expert_width"
         top_k = max(Routed.of(self.config.router, experts).experts_per_token for experts in plan.banks)
         what = f"{top_k} experts per token and their router" + (f" in block {index}" if plan.attention else "")
-        return matched_widths(cost, target, ffn_width, what=what, remedy=remedy)
+        step = ROW_BYTES // (2 if self.config.train.precision == "bf16" else 4)
+        return matched_widths(cost, target, ffn_width, step=step, what=what, remedy=remedy)
 
     def _cost(self, block: nn.Module) -> float:
         if self.config.layout.match == "params":

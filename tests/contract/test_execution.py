@@ -101,9 +101,30 @@ def test_rows_of_nobody_reach_nobody(routing: Routing) -> None:
             assert_same_gradients(compute(x_TD, counted), slow_TD, leaves, rtol=1e-4, atol=1e-5)
 
 
+@given(st.integers(1, 12), st.integers(1, 12), st.lists(st.integers(0, 5), min_size=1, max_size=4))
+def test_widths_that_a_kernel_refuses_are_padded(width_in: int, width_out: int, loads: list[int]) -> None:
+    # Where the device alone knows the loads: the values, and both products of the backward pass.
+    load_E = torch.tensor(loads)
+    offset_E = load_E.cumsum(0, dtype=torch.int32)
+    blind = Groups(load_E=load_E, offset_E=offset_E, loads=None, capacity=None)
+    draw = torch.Generator().manual_seed(0)
+    x_RI = torch.randn(sum(loads), width_in, generator=draw)
+    grad_RO = torch.randn(sum(loads), width_out, generator=draw)
+    weight_EIO = torch.randn(len(loads), width_in, width_out, generator=draw)
+    expected = [x @ w for x, w in zip(x_RI.split(loads), weight_EIO, strict=True)]
+    torch.testing.assert_close(blind.product(x_RI, weight_EIO), torch.cat(expected))
+    back = [g @ w.T for g, w in zip(grad_RO.split(loads), weight_EIO, strict=True)]
+    torch.testing.assert_close(blind.product(grad_RO, weight_EIO.transpose(1, 2)), torch.cat(back))
+    outer = [x.T @ g for x, g in zip(x_RI.split(loads), grad_RO.split(loads), strict=True)]
+    torch.testing.assert_close(blind.weight_gradient(x_RI, grad_RO), torch.stack(outer))
+
+
+@pytest.mark.parametrize("width", [32, 29])
 @pytest.mark.parametrize("factor", [None, 1.25])
 @pytest.mark.parametrize("router", ["switch", "top_k", "expert_choice"])
-def test_nothing_waits_for_the_device(router: str, factor: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_waits_for_the_device(
+    router: str, factor: float | None, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Meta tensors have shapes and no values: whatever asked for one would raise. They know no autocast.
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
@@ -112,7 +133,7 @@ def test_nothing_waits_for_the_device(router: str, factor: float | None, monkeyp
         config = router_class.Config(**({"jitter": 0.0} if router == "switch" else {}))
         layer = MoELayer(
             router_class(config, Site(d_model=64, num_experts=8)),
-            ExpertBank(64, 32, 8, "swiglu").bfloat16(),
+            ExpertBank(64, width, 8, "swiglu").bfloat16(),
             experts_per_token=router_class.experts_per_token(config, 8),
             capacity=Capacity(train=factor),
             layer=0,
@@ -123,7 +144,7 @@ def test_nothing_waits_for_the_device(router: str, factor: float | None, monkeyp
     y_TD.sum().backward()
     assert y_TD.shape == (40, 64)
     assert x_TD.grad is not None
-    assert layer.bank.w_in_EDF.grad.shape == (8, 64, 64)
+    assert layer.bank.w_in_EDF.grad.shape == (8, 64, 2 * width)
     with pytest.raises((RuntimeError, NotImplementedError)):
         record.num_dropped.__index__()
 

@@ -101,6 +101,7 @@ def width_of(ffn_width: int, top_k: int, router: float) -> int:
         lambda widths: widths.of(1.0) * top_k + router,
         lambda ffn_width: ffn_width,
         ffn_width,
+        step=4,
         what=f"{top_k} experts per token and their router",
         remedy="layout.expert_width",
     )
