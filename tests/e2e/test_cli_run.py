@@ -22,7 +22,9 @@ LOAD_KEYS = {
         "drop_rate",
         "reroute_rate",
         "unserved",
-        "label_information",
+        "information/domain",
+        "information/position",
+        "information/token",
     )
 }
 
