@@ -23,6 +23,8 @@ LOAD_COLUMNS = {
     "unserved": "unserved",
     "flops": "FLOPs",
 }
+KNOWN = "information/"
+"""Of the load metrics, those that say what experts know."""
 MARK_MEANINGS = {
     "≠FLOPs": "active FLOPs per token differ from the baseline's by more than 2 %",
     "≠params": "total parameters differ from the baseline's by more than 2 %",
@@ -67,11 +69,12 @@ def to_json(comparison: Comparison) -> str:
 
 
 def grids(comparison: Comparison) -> tuple[Grid, ...]:
-    """Return the tables that have something to show: quality, how sure, expert load, cost."""
+    """Return the tables that have something to show: quality, how sure, expert load, what experts know, cost."""
     found = (
         _quality_grid(comparison),
         _certainty_grid(comparison),
         _load_grid(comparison),
+        _information_grid(comparison),
         _cost_grid(comparison),
         _parallel_grid(comparison),
     )
@@ -128,6 +131,21 @@ def _load_grid(comparison: Comparison) -> Grid:
         header=("arm", *(LOAD_COLUMNS[key] for key in shown)),
         rows=tuple((_name(arm), *(_load(key, arm.load.get(key)) for key in shown)) for arm in arms),
     )
+
+
+def _information_grid(comparison: Comparison) -> Grid:
+    known = {arm.arm: {key: x for key, x in arm.load.items() if key.startswith(KNOWN)} for arm in comparison.arms}
+    arms = [arm for arm in comparison.arms if known[arm.arm]]
+    kinds = list(dict.fromkeys(key for arm in arms for key in known[arm.arm]))
+    return Grid(
+        title="What a token's expert says of its label: information from 0 to 1, mean over expert layers",
+        header=("arm", *(key.removeprefix(KNOWN) for key in kinds)),
+        rows=tuple((_name(arm), *(_share(known[arm.arm].get(key)) for key in kinds)) for arm in arms),
+    )
+
+
+def _share(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.3f}"
 
 
 def _cost_grid(comparison: Comparison) -> Grid:
