@@ -55,10 +55,9 @@ def draw_labels(tables: Mapping[str, LabelTable], *, path: Path, title: str) -> 
                 image = _draw_layer(ax, name, table, layer, labels[name])
             _name_labels(row[0], table, labels[name])
         bar = figure.colorbar(image, ax=axes, shrink=0.8, location="right", ticks=[-3, -2, -1, 0, 1, 2, 3])
-        bar.ax.set_yticklabels(["⅛ ×", "¼ ×", "½ ×", "as of all", "2 ×", "4 ×", "8 ×"])
-        figure.supxlabel(
-            "expert (colour: its share of the label's tokens over its share of all; white: none)", fontsize=9
-        )
+        bar.ax.set_yticklabels(["≤ ⅛ ×", "¼ ×", "½ ×", "as of all", "2 ×", "4 ×", "≥ 8 ×"])
+        words = "expert (colour: its share of the label over its share of all tokens; grey: an expert without tokens)"
+        figure.supxlabel(words, fontsize=9)
     return path
 
 
@@ -70,9 +69,9 @@ def spaced(layers: Sequence[str]) -> list[str]:
 
 def _draw_layer(ax: Axes, name: str, table: LabelTable, layer: str, labels: Sequence[int]) -> AxesImage:
     ratio = preference(table.layers[layer])[labels]
-    powers = np.log2(ratio, out=np.full_like(ratio, -np.inf), where=ratio > 0)
-    powers[np.isnan(ratio)] = np.nan
+    powers = np.log2(np.maximum(ratio, 2**-BOUND))  # NaN stays, and shows the grey behind
     image = ax.imshow(powers, aspect="auto", cmap="PuOr", vmin=-BOUND, vmax=BOUND, interpolation="nearest")
+    ax.set_facecolor("#bbbbbb")
     known = table.information.get(layer)
     ax.set_title(f"{name}, layer {layer}" + ("" if known is None else f": {known:.3f}"), loc="left", fontsize=8.5)
     ax.set_yticks([])

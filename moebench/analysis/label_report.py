@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moebench.analysis.label_figure import preference, telling_labels
+from torch import Tensor
+
+from moebench.analysis.label_figure import telling_labels
 from moebench.errors import UsageError, unknown
 from moebench.routing.metrics import label_parts
 from moebench.training.labels import LabelTable, read_labels
@@ -59,16 +61,26 @@ def best_layer(table: LabelTable) -> str:
 
 
 def label_rows(table: LabelTable, layer: str) -> list[tuple[str, str, str, str]]:
-    """Return for each label its name, its share of all assignments and of the information, and who takes it most."""
-    table_YE, ratio_YE = table.layers[layer], preference(table.layers[layer])
+    """Return for each label its name, its share of all assignments and of the information, and who takes it most.
+
+    The labels are those of which the layer knows most; the last row is all tokens, to compare with.
+    """
+    table_YE = table.layers[layer]
     part_Y, total = label_parts(table_YE), float(table_YE.sum())
     information = max(float(part_Y.sum()), 1e-300)
-    rows = []
-    for label in telling_labels([table_YE]):
-        number = float(table_YE[label].sum())
-        experts = table_YE[label].argsort(descending=True, stable=True)[:MOST_EXPERTS].tolist()
-        taken = [(e, float(table_YE[label, e])) for e in experts if float(table_YE[label, e]) > 0]
-        most = ", ".join(f"{e}: {100 * x / number:.0f} % ({ratio_YE[label, e]:.1f} ×)" for e, x in taken)
-        share, known = 100 * number / total, 100 * float(part_Y[label]) / information
-        rows.append((table.values[label], f"{share:.1f} %", f"{known:.1f} %", most))
-    return rows
+    rows = [
+        (
+            table.values[label],
+            f"{100 * float(table_YE[label].sum()) / total:.1f} %",
+            f"{100 * float(part_Y[label]) / information:.1f} %",
+            _busiest(table_YE[label]),
+        )
+        for label in telling_labels([table_YE])
+    ]
+    return [*rows, ("all", "100.0 %", "100.0 %", _busiest(table_YE.sum(0)))]
+
+
+def _busiest(load_E: Tensor) -> str:
+    experts = load_E.argsort(descending=True, stable=True)[:MOST_EXPERTS].tolist()
+    taken = [(expert, 100 * float(load_E[expert] / load_E.sum())) for expert in experts]
+    return ", ".join(f"{expert}: {share:.0f} %" for expert, share in taken if share > 0)

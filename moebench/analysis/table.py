@@ -138,7 +138,7 @@ def _information_grid(comparison: Comparison) -> Grid:
     arms = [arm for arm in comparison.arms if known[arm.arm]]
     kinds = list(dict.fromkeys(key for arm in arms for key in known[arm.arm]))
     return Grid(
-        title="What a token's expert says of its label: information from 0 to 1, mean over expert layers",
+        title="What experts know of a token",
         header=("arm", *(key.removeprefix(KNOWN) for key in kinds)),
         rows=tuple((_name(arm), *(_share(known[arm.arm].get(key)) for key in kinds)) for arm in arms),
     )
@@ -192,6 +192,7 @@ def legend(comparison: Comparison) -> tuple[str, ...]:
     marks = dict.fromkeys(mark for arm in comparison.arms for mark in arm.marks)
     return (
         *_statistics_legend(comparison),
+        *_information_legend(comparison),
         *_parallel_legend(comparison),
         *(f"{mark}: {MARK_MEANINGS[mark]}." for mark in marks if mark in MARK_MEANINGS),
         *(f"Note: {note}." for note in comparison.notes),
@@ -214,6 +215,12 @@ def _statistics_legend(comparison: Comparison) -> list[str]:
     if any(difference.verdict == "too few seeds" for difference in comparison.differences):
         lines.append(f"too few seeds: fewer than {st.MIN_SEEDS} describe and decide nothing.")
     return lines
+
+
+def _information_legend(comparison: Comparison) -> list[str]:
+    if not any(key.startswith(KNOWN) for arm in comparison.arms for key in arm.load):
+        return []
+    return ["what experts know: I(label; expert) / H(label), from 0 to 1, mean over expert layers."]
 
 
 def _parallel_legend(comparison: Comparison) -> list[str]:

@@ -58,7 +58,7 @@ def _print(report: "LabelReport", layer: str | None) -> None:
         shown = layer or best_layer(table)
         print(f"\n{kind}: " + ", ".join(f"layer {name} {known:.3f}" for name, known in table.information.items()))
         rows = label_rows(table, shown)
-        heads = (kind, "tokens", "of what is known", f"experts of layer {shown} (× their share of all)")
+        heads = (kind, "share", "of what is known", f"experts of layer {shown}")
         print_table(heads, rows, right=heads[1:3], whole=heads[1:3])
-        if len(rows) < len(table.values):
-            print(f"{len(rows)} of {len(table.values)} labels: those of which the layer knows most")
+        if len(rows) <= len(table.values):
+            print(f"{len(rows) - 1} of {len(table.values)} labels: those of which the layer knows most")
