@@ -168,6 +168,7 @@ def test_memory_is_what_must_be_held(activation: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("factor", [None, 1.0])
 def test_on_a_gpu_nothing_waits_and_the_loop_agrees(factor: float | None) -> None:

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from moebench.config import component_fields, layer_over, resolve
 from moebench.parallel.checkpoint import REST
+from moebench.parallel.mesh import Mesh
 from moebench.schema import CellConfig
 from moebench.tasks.language import Language
 from moebench.tasks.task import ALL, Batch
@@ -20,7 +21,7 @@ from moebench.training.callback import Hooks
 from moebench.training.model import prepare_task
 from moebench.training.result import RunResult
 from moebench.training.run_folder import RunFolder
-from moebench.training.train import train_cell
+from moebench.training.train import device_of, train_cell
 
 TINY: dict[str, Any] = {
     "task": {"sequence_length": 8, "eval_windows": 2},
@@ -74,7 +75,8 @@ class Run:
                 progress=self._follow,
                 should_stop=lambda: self.step == stop_at,
             )
-            return train_cell(self.config, task, self.checkpoints, hooks, cell_id="0" * 12, arm="arm")
+            mesh = Mesh(device=device_of(self.config.train))
+            return train_cell(self.config, task, self.checkpoints, hooks, cell_id="0" * 12, arm="arm", mesh=mesh)
 
     @property
     def checkpoints(self) -> Path:
@@ -151,3 +153,12 @@ def assert_same_tree(ours: Any, theirs: Any, path: str = "") -> None:
             assert_same_tree(left, right, f"{path}[{index}]")
     else:
         assert ours == theirs, path
+
+
+def assert_same_runs(whole: Run, parts: Run) -> None:
+    """Compare two trainings of one cell: last checkpoint and journal, bit for bit."""
+    last = whole.config.train.steps
+    ours, theirs = whole.checkpoint(last), parts.checkpoint(last)
+    for key in ("state_dict", "optimizer", "lr_schedulers", "global_step"):
+        assert_same_tree(ours[key], theirs[key], key)
+    assert whole.points() == parts.points()

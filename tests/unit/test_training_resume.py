@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract.training_cases import Run, Watched, assert_same_tree, tiny_config, write_text
+from contract.training_cases import Run, Watched, assert_same_runs, tiny_config, write_text
 
 from moebench.registry import load_plugin
 from moebench.routing.router import ROUTERS
@@ -48,14 +48,6 @@ class Counting(Switch):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text"))
-
-
-def assert_same_runs(whole: Run, parts: Run) -> None:
-    last = whole.config.train.steps
-    ours, theirs = whole.checkpoint(last), parts.checkpoint(last)
-    for key in ("state_dict", "optimizer", "lr_schedulers", "global_step"):
-        assert_same_tree(ours[key], theirs[key], key)
-    assert whole.points() == parts.points()
 
 
 @pytest.mark.parametrize("router", ROUTERS_WITH_AND_WITHOUT_DRAWS)
