@@ -7,26 +7,33 @@ from typing import Any
 
 from moebench.analysis.comparison import compare
 from moebench.analysis.curves import draw_curves
+from moebench.analysis.label_figure import draw_labels
 from moebench.analysis.load_figure import draw_load
 from moebench.analysis.values import Comparison
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
 from moebench.tasks.task import TASKS
 from moebench.tracking.journal import read_journal
+from moebench.training.labels import read_labels
 from moebench.training.result import RunResult
 from moebench.training.run_folder import RunFolder
 
 
 class Figures:
-    """Draws the load of each run and the curves of an experiment."""
+    """Draws what the experts of each run do and the curves of an experiment."""
 
     def of_run(self, folder: RunFolder, title: str) -> None:
-        """Draw the last evaluation's load of every expert as load.png; nothing for a dense or failed run."""
+        """Draw load.png, the last evaluation's load of every expert, and labels.png; nothing for a dense or failed run.
+
+        labels.png: which expert of the trained model takes tokens of which label.
+        """
         if not folder.loads.exists() or not folder.result.exists():
             return
         last = json.loads(folder.loads.read_text().splitlines()[-1])
         with contextlib.suppress(OSError):  # a full disk: a figure is no reason to stop the others
             draw_load(last["layers"], path=folder.path / "load.png", title=f"Load of the experts: {title}")
+        with contextlib.suppress(OSError, UsageError):  # not there where all tokens have one label
+            draw_labels(read_labels(folder.labels), path=folder.path / "labels.png", title=f"Who takes what: {title}")
 
     def of_experiment(self, experiment: Experiment, results: Path) -> None:
         """Draw the curves of all arms, with the paired differences where they can be compared."""

@@ -23,6 +23,8 @@ LOAD_COLUMNS = {
     "unserved": "unserved",
     "flops": "FLOPs",
 }
+KNOWN = "information/"
+"""Of the load metrics, those that say what experts know."""
 MARK_MEANINGS = {
     "≠FLOPs": "active FLOPs per token differ from the baseline's by more than 2 %",
     "≠params": "total parameters differ from the baseline's by more than 2 %",
@@ -67,11 +69,12 @@ def to_json(comparison: Comparison) -> str:
 
 
 def grids(comparison: Comparison) -> tuple[Grid, ...]:
-    """Return the tables that have something to show: quality, how sure, expert load, cost."""
+    """Return the tables that have something to show: quality, how sure, expert load, what experts know, cost."""
     found = (
         _quality_grid(comparison),
         _certainty_grid(comparison),
         _load_grid(comparison),
+        _information_grid(comparison),
         _cost_grid(comparison),
         _parallel_grid(comparison),
     )
@@ -130,6 +133,21 @@ def _load_grid(comparison: Comparison) -> Grid:
     )
 
 
+def _information_grid(comparison: Comparison) -> Grid:
+    known = {arm.arm: {key: x for key, x in arm.load.items() if key.startswith(KNOWN)} for arm in comparison.arms}
+    arms = [arm for arm in comparison.arms if known[arm.arm]]
+    kinds = list(dict.fromkeys(key for arm in arms for key in known[arm.arm]))
+    return Grid(
+        title="What experts know of a token",
+        header=("arm", *(key.removeprefix(KNOWN) for key in kinds)),
+        rows=tuple((_name(arm), *(_share(known[arm.arm].get(key)) for key in kinds)) for arm in arms),
+    )
+
+
+def _share(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.3f}"
+
+
 def _cost_grid(comparison: Comparison) -> Grid:
     return Grid(
         title="Cost: speed, forward FLOPs, parameters",
@@ -174,6 +192,7 @@ def legend(comparison: Comparison) -> tuple[str, ...]:
     marks = dict.fromkeys(mark for arm in comparison.arms for mark in arm.marks)
     return (
         *_statistics_legend(comparison),
+        *_information_legend(comparison),
         *_parallel_legend(comparison),
         *(f"{mark}: {MARK_MEANINGS[mark]}." for mark in marks if mark in MARK_MEANINGS),
         *(f"Note: {note}." for note in comparison.notes),
@@ -196,6 +215,12 @@ def _statistics_legend(comparison: Comparison) -> list[str]:
     if any(difference.verdict == "too few seeds" for difference in comparison.differences):
         lines.append(f"too few seeds: fewer than {st.MIN_SEEDS} describe and decide nothing.")
     return lines
+
+
+def _information_legend(comparison: Comparison) -> list[str]:
+    if not any(key.startswith(KNOWN) for arm in comparison.arms for key in arm.load):
+        return []
+    return ["what experts know: I(label; expert) / H(label), from 0 to 1, mean over expert layers."]
 
 
 def _parallel_legend(comparison: Comparison) -> list[str]:

@@ -21,6 +21,7 @@ from moebench.training.callback import CellCallback, Hooks, Meter
 from moebench.training.evaluate import batch_context
 from moebench.training.model import initialised_model
 from moebench.training.module import CellModule
+from moebench.training.run_folder import RunFolder
 from moebench.training.train import fit, make_trainer
 
 WARM_UP_STEPS = 3
@@ -66,7 +67,7 @@ class Clock(lightning.Callback):
 def trainer_block(module: CellModule, num_steps: int, folder: Path) -> float:
     """Train as a run does, with journal, logging and metrics at the cell's cadence; return seconds per step."""
     clock = Clock(num_steps, Stopwatch(module.device).now)
-    with RunRecorder(folder / "journal.jsonl", folder / "load.jsonl") as recorder, quiet_lightning():
+    with RunRecorder(RunFolder(folder)) as recorder, quiet_lightning():
         callback = CellCallback(Hooks(recorder=recorder), folder / "checkpoints", Meter())
         fit(make_trainer(module.config, [callback, clock], module.mesh), module)
     return clock.seconds_per_step

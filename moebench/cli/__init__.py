@@ -3,7 +3,7 @@
 import typer
 
 from moebench import __version__
-from moebench.cli import bench, compare, curve, listing, plan, run, show, sync, ui
+from moebench.cli import bench, compare, curve, listing, plan, probe, run, show, sync, ui
 
 app = typer.Typer(
     help="Which router? Trains the same sparse-expert model with different routing algorithms, under matched"
@@ -19,6 +19,7 @@ app.command("curve")(curve.curve)
 app.command("plan")(plan.plan)
 app.command("list")(listing.list_)
 app.command("show")(show.show)
+app.command("probe")(probe.probe)
 app.command("ui")(ui.ui)
 app.command("sync")(sync.sync)
 app.add_typer(bench.app, name="bench")

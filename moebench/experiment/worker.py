@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,6 +28,7 @@ from moebench.schema import CellConfig
 from moebench.tracking.recorder import RunRecorder
 from moebench.training.callback import Hooks, Recorder
 from moebench.training.environment import environment
+from moebench.training.labels import LabelTable
 from moebench.training.model import prepare_task
 from moebench.training.result import RunResult
 from moebench.training.run_folder import RunFolder, write_atomically, write_json
@@ -87,6 +88,9 @@ class NoRecorder:
         """Nothing."""
 
     def record_load(self, step: int, layers: dict[str, list[int]]) -> None:
+        """Nothing."""
+
+    def record_labels(self, step: int, tables: Mapping[str, LabelTable]) -> None:
         """Nothing."""
 
     def flush(self) -> None:
@@ -168,7 +172,7 @@ def _recorder(folder: RunFolder, place: Place) -> Iterator[Recorder]:
     if place.rank > 0:
         yield NoRecorder()
         return
-    with RunRecorder(folder.journal, folder.loads) as recorder:
+    with RunRecorder(folder) as recorder:
         yield recorder
 
 

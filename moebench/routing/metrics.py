@@ -114,19 +114,27 @@ def label_table(routing: AnyRouting, label_T: Tensor, num_labels: int) -> Tensor
     return table_YE.view(-1).scatter_add(0, pair_N, routing.counted_N.double()).view_as(table_YE)
 
 
-def label_information(table_YE: Tensor) -> float:
+def label_parts(table_YE: Tensor) -> Tensor:
+    """Return what each label adds to I(label; expert) of a table of counts, in nats, fp64 [labels]; none is negative.
+
+    Label y adds p(y) times the divergence of its experts from those of all tokens, Σ_e p(e|y) ln p(e|y) / p(e).
+    """
+    share_YE = table_YE.double() / table_YE.sum().clamp(min=1e-300)
+    label_Y1, expert_E = share_YE.sum(1, keepdim=True), share_YE.sum(0)
+    joint_YE, *apart_YE = (torch.special.xlogy(share_YE, share) for share in (share_YE, label_Y1, expert_E))
+    added_Y: Tensor = (joint_YE - apart_YE[0] - apart_YE[1]).sum(1)
+    return added_Y.clamp(min=0)
+
+
+def label_information(table_YE: Tensor) -> float | None:
     """Return I(label; expert) / H(label) of a table of counts: 1 when the expert gives the label away, 0 when nothing.
 
-    Experts that each serve k of as many labels evenly know 1 - ln k / ln E. 0 where all have one label.
+    Experts that each serve k of as many labels evenly know 1 - ln k / ln E. None where all have one label: there is
+    nothing to be known.
     """
-    share_YE = table_YE / table_YE.sum().clamp(min=1e-300)
-    label_Y, expert_E = share_YE.sum(1), share_YE.sum(0)
-
-    def entropy(share: Tensor) -> float:
-        return float(-torch.special.xlogy(share, share).sum())
-
-    of_labels = entropy(label_Y)
-    return max((of_labels + entropy(expert_E) - entropy(share_YE)) / of_labels, 0.0) if of_labels > 0 else 0.0
+    share_Y = table_YE.double().sum(1) / table_YE.sum().clamp(min=1e-300)
+    entropy = float(-torch.special.xlogy(share_Y, share_Y).sum())
+    return min(float(label_parts(table_YE).sum()) / entropy, 1.0) if int((share_Y > 0).sum()) > 1 else None
 
 
 def summarise(counts: Sequence[LoadCount]) -> dict[str, float]:

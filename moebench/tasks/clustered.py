@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from moebench.errors import require
 from moebench.routing.ranks import Span
 from moebench.routing.seeds import generator
-from moebench.tasks.task import ALL, TASKS, Batch, Task, TaskFacts
+from moebench.tasks.task import ALL, TASKS, Batch, LabelKind, Task, TaskFacts
 
 
 class VectorEmbedding(nn.Linear):
@@ -84,7 +84,6 @@ class Clustered(Task):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.sequence_length = config.sequence_length
-        self.num_labels = config.num_clusters
         self.digest = self.eval_digest = self.source_digest(config)
         source = generator("clustered", config.data_seed)
         self.centre_YW = torch.randn(config.num_clusters, config.width, generator=source)
@@ -100,6 +99,11 @@ class Clustered(Task):
     def prepare(cls, config: Any, cache: Path) -> "Clustered":
         """Draw centres and maps; nothing is read."""
         return cls(config)
+
+    def label_kinds(self) -> tuple[LabelKind, ...]:
+        """Return the clusters: places mean nothing here, and there is one domain."""
+        values = tuple(str(cluster) for cluster in range(self.config.num_clusters))
+        return (LabelKind(name="cluster", values=values, read=_cluster_BL),)
 
     def train_batch(self, batch_size: int, seed: int, step: int, part: slice = ALL) -> Batch:
         """Draw the batch of a step."""
@@ -157,3 +161,8 @@ class Clustered(Task):
         number = float(sums["numbers"].sum())
         model, maps = float(sums["model"].sum()) / number, float(sums["maps"].sum()) / number
         return {"mse": model, "oracle_gap": model - maps}
+
+
+def _cluster_BL(batch: Batch) -> Tensor:
+    assert batch.label_BL is not None
+    return batch.label_BL

@@ -16,8 +16,9 @@ from torch.nn import functional
 from moebench.errors import UsageError, require
 from moebench.routing.ranks import Span
 from moebench.routing.seeds import generator
-from moebench.tasks.task import ALL, TASKS, Batch, Task, TaskFacts, by_domain
+from moebench.tasks.task import ALL, TASKS, Batch, LabelKind, Task, TaskFacts, by_domain
 from moebench.tasks.text.documents import TextDataConfig, source_digest
+from moebench.tasks.text.kinds import TOKEN_KINDS
 from moebench.tasks.text.windows import (
     PreparedText,
     TextSplit,
@@ -122,6 +123,19 @@ class TextTask(Task):
         pair_N = token_N[:-1] * self.vocab_size + token_N[1:]
         pairs_VV = np.bincount(pair_N, minlength=self.vocab_size**2).reshape(self.vocab_size, self.vocab_size)
         return torch.from_numpy(pairs_VV)
+
+    def label_kinds(self) -> tuple[LabelKind, ...]:
+        """Add the kind of token: the start of a word, a digit, and so on."""
+        kinds = self.text.kinds.extended(self.vocab_size)
+
+        def read(batch: Batch) -> Tensor:
+            return kinds.label(batch.input_BL, self.text_of(batch))
+
+        return *super().label_kinds(), LabelKind(name="token", values=TOKEN_KINDS, read=read)
+
+    def text_of(self, batch: Batch) -> Tensor:
+        """Return the tokens that say where words begin, one for each that is read: those themselves."""
+        return batch.input_BL
 
     @abstractmethod
     def make(self, token_BM: Tensor, byte_BM: Tensor, domain_B: Tensor, uniform: Uniform) -> Batch:

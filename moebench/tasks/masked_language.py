@@ -76,6 +76,10 @@ class MaskedLanguage(TextTask):
             count_BP=chosen_BL.long(),
         )
 
+    def text_of(self, batch: Batch) -> Tensor:
+        """Return the text without masks: they hide where words begin."""
+        return batch.target_BP
+
     def head(self, d_model: int) -> nn.Module:
         """Return the projection to the vocabulary of the text: nobody says the mask token."""
         return TokenHead(d_model, self.text.vocab_size, bias=False)

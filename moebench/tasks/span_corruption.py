@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from moebench.errors import require
 from moebench.tasks.language import TextConfig, TextTask, Uniform
-from moebench.tasks.task import TASKS, Batch, TaskFacts
+from moebench.tasks.task import TASKS, Batch, LabelKind, TaskFacts
 from moebench.tasks.text.windows import PreparedText
 
 
@@ -79,6 +79,14 @@ class SpanCorruption(TextTask):
     def decides(config: Any) -> tuple[object, ...]:
         """Return how much is taken out and in how many pieces."""
         return config.noise_density, config.mean_span
+
+    def label_kinds(self) -> tuple[LabelKind, ...]:
+        """Add whether a token is a sentinel: ST-MoE's encoder has experts for these (arXiv:2202.08906, section 7)."""
+        return *super().label_kinds(), LabelKind(name="sentinel", values=("text", "sentinel"), read=self._sentinel_BL)
+
+    def _sentinel_BL(self, batch: Batch) -> Tensor:
+        is_sentinel_BL: Tensor = (batch.input_BL >= self.first_sentinel) & (batch.input_BL < self.start)
+        return is_sentinel_BL.long()
 
     def make(self, token_BM: Tensor, byte_BM: Tensor, domain_B: Tensor, uniform: Uniform) -> Batch:
         """Take spans out of the tokens that `language` predicts in these windows."""

@@ -10,7 +10,7 @@ from torch.nn import functional
 from moebench.tasks.audio.clips import AudioDataConfig
 from moebench.tasks.audio.task import AudioConfig, AudioTask
 from moebench.tasks.audio.transcripts import character_errors, collapsed, word_errors
-from moebench.tasks.task import TASKS, Batch, TaskFacts, by_domain
+from moebench.tasks.task import TASKS, Batch, LabelKind, TaskFacts, by_domain
 
 BLANK = 0
 """The class of CTC that says nothing; symbol s of the data is class s + 1."""
@@ -123,6 +123,11 @@ class Keyword(AudioTask):
     def num_classes(self) -> int:
         """Classes."""
         return len(self.audio.symbols)
+
+    def label_kinds(self) -> tuple[LabelKind, ...]:
+        """Add the class of the recording."""
+        own = LabelKind(name="class", values=self.audio.symbols, read=lambda batch: batch.target_BP)
+        return *super().label_kinds(), own
 
     def _targets(self, symbol_BS: Tensor, length_B: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         return symbol_BS - 1, torch.ones_like(symbol_BS), None

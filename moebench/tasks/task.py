@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from moebench.errors import UsageError
@@ -57,6 +58,13 @@ class Batch:
         """P."""
         return self.weight_BP.shape[1]
 
+    @property
+    def of_decoder(self) -> "Batch":
+        """Return the batch as the decoder sees it: `input_BL` and `valid_BL` are those of its positions."""
+        assert self.decoder_input_BP is not None
+        own = replace(self, input_BL=self.decoder_input_BP, valid_BL=self.decoder_valid_BP, label_BL=None)
+        return replace(own, decoder_input_BP=None, decoder_valid_BP=None)
+
     def to(self, device: Any) -> "Batch":
         """Return the batch on another device."""
         return self._each(lambda tensor: tensor.to(device))
@@ -69,6 +77,44 @@ class Batch:
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         changed: Any = {name: change(x) for name, x in tensors.items() if isinstance(x, Tensor)}
         return replace(self, **changed)
+
+
+NUM_PARTS = 8
+"""Parts that positions of a sequence are told apart by."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelKind:
+    """One kind of label that every position has: what an evaluation asks the experts to know."""
+
+    name: str
+    """Of the metric, load/information/NAME."""
+    values: tuple[str, ...]
+    """What the labels 0, 1, ... stand for."""
+    read: Callable[[Batch], Tensor]
+    """The label of each position of a batch that the experts see, int64, of a shape that broadcasts to [B, L]; at
+    padding any of the labels. An encoder-decoder is asked for each half apart (`Batch.of_decoder`)."""
+
+
+def domain_labels(domains: Sequence[str]) -> LabelKind:
+    """Return the domain of a token's sequence as a kind of label."""
+    return LabelKind(name="domain", values=tuple(domains), read=lambda batch: batch.domain_B.unsqueeze(1))
+
+
+def part_labels() -> LabelKind:
+    """Return the part of its sequence in which a token stands, of NUM_PARTS as long as each other."""
+    parts = tuple(f"{part + 1}/{NUM_PARTS}" for part in range(NUM_PARTS))
+    return LabelKind(name="position", values=parts, read=_part_BL)
+
+
+def _part_BL(batch: Batch) -> Tensor:
+    length = batch.input_BL.shape[1]
+    place_1L = torch.arange(length, device=batch.input_BL.device).unsqueeze(0)
+    if batch.valid_BL is None:
+        return place_1L * NUM_PARTS // max(length, 1)
+    # Parts of what is there: padding behind a short sequence belongs to none.
+    length_B1 = batch.valid_BL.sum(1, keepdim=True).clamp(min=1)
+    return (place_1L * NUM_PARTS // length_B1).clamp(max=NUM_PARTS - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +149,6 @@ class Task(ABC):
     """Positions of the decoder, where there is one; `sequence_length` is then that of the encoder."""
     vocab_size: int | None = None
     token_count_V: Tensor | None = None
-    num_labels: int | None = None
-    """Labels of tokens, where there are any (`Batch.label_BL`)."""
 
     @property
     def tokens_per_sequence(self) -> int:
@@ -131,6 +175,10 @@ class Task(ABC):
     def token_pairs(self) -> Tensor:
         """Return how often each token id is followed by each in the training split, int64 [V, V]."""
         raise UsageError("router.table: 'clustered' needs a text, which this task does not read")
+
+    def label_kinds(self) -> tuple[LabelKind, ...]:
+        """Return the kinds of labels of tokens, of which an evaluation says how much of each the experts know."""
+        return domain_labels(self.domains), part_labels()
 
     def num_positions(self, batch_size: int, seed: int, step: int) -> int:
         """Count the positions of the training batch of one step, padding left out: what throughput is measured in."""

@@ -16,10 +16,10 @@ from moebench.tasks.images.augment import Augmentation
 from moebench.tasks.images.calibration import bin_sums, brier_B, calibration_error
 from moebench.tasks.images.config import ImageDataConfig
 from moebench.tasks.images.few_shot import FewShotConfig, few_shot_accuracy
-from moebench.tasks.images.patches import ClassHead, PatchEmbedding, patches_of, pooled
+from moebench.tasks.images.patches import ClassHead, PatchEmbedding, patch_labels, patches_of, pooled
 from moebench.tasks.images.prepared import ImageSplit, PreparedImages, prepare
 from moebench.tasks.images.sources import source_digest
-from moebench.tasks.task import ALL, TASKS, Batch, Task, TaskFacts, by_domain
+from moebench.tasks.task import ALL, TASKS, Batch, LabelKind, Task, TaskFacts, by_domain, domain_labels
 from moebench.tasks.text.windows import train_window_indices
 
 MOST_CLASSES = 32
@@ -113,6 +113,17 @@ class Vision(Task):
     def prepare(cls, config: Any, cache: Path) -> "Vision":
         """Decode and divide the images, or take them from the cache."""
         return cls(config, prepare(config.data, cache))
+
+    def label_kinds(self) -> tuple[LabelKind, ...]:
+        """Return the domain and the class of the image, and the place of the square in it."""
+        config = self.config
+        names = tuple(self.images.classes[label] for label in self.class_of_K)
+        places, label_L = patch_labels(config.data.size // config.patch, with_class_token=config.pooling != "mean")
+        return (
+            domain_labels(self.domains),
+            LabelKind(name="class", values=names, read=lambda batch: batch.target_BP),
+            LabelKind(name="position", values=places, read=lambda batch: label_L.to(batch.target_BP.device)[None]),
+        )
 
     def train_batch(self, batch_size: int, seed: int, step: int, part: slice = ALL) -> Batch:
         """Take the images of this step in the epoch's shuffled order, each changed in its own way."""

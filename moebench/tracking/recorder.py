@@ -1,22 +1,29 @@
-"""What a run writes while it trains: its journal, and the load of every expert beside it."""
+"""What a run writes while it trains: its journal, and what its experts did beside it."""
 
 import json
-from pathlib import Path
+from collections.abc import Mapping
 
 from moebench.tracking.journal import Journal
+from moebench.training.labels import LabelTable, labels_json
+from moebench.training.run_folder import RunFolder, write_atomically
 
 
 class RunRecorder(Journal):
-    """The journal of a run, and a second file with a line of expert loads for each evaluation."""
+    """The journal of a run, a line of expert loads for each evaluation, and in the end who takes which label."""
 
-    def __init__(self, journal: Path, loads: Path) -> None:
-        super().__init__(journal)
-        self.loads = loads
+    def __init__(self, folder: RunFolder) -> None:
+        super().__init__(folder.journal)
+        self.loads = folder.loads
+        self.labels = folder.labels
 
     def record_load(self, step: int, layers: dict[str, list[int]]) -> None:
         """Add the loads of one evaluation: MoE layer -> assignments of each expert."""
         with self.loads.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "layers": layers}) + "\n")
+
+    def record_labels(self, step: int, tables: Mapping[str, LabelTable]) -> None:
+        """Write which expert takes which label, whole or not at all."""
+        write_atomically(self.labels, labels_json(step, tables))
 
     def truncate_after(self, step: int) -> None:
         """Drop the points and loads beyond a checkpointed step."""

@@ -45,7 +45,7 @@ class RunSource:
     @property
     def attachments(self) -> list[Path]:
         """The files that are sent as they are, figures included."""
-        files = [self.folder.environment, self.folder.result, self.folder.log]
+        files = [self.folder.environment, self.folder.result, self.folder.labels, self.folder.log]
         return [path for path in files if path.exists()] + sorted(self.folder.path.glob("*.png"))
 
     @cached_property

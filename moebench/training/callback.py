@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from moebench.parallel.checkpoint import checkpoint_path
 from moebench.parallel.replicas import check_replicas
 from moebench.schema import TrainConfig
 from moebench.training.evaluate import Evaluation
+from moebench.training.labels import LabelTable
 from moebench.training.module import CellModule
 from moebench.training.objective import mean_of
 from moebench.training.step_log import ParallelCosts, load_metrics, parallel_metrics
@@ -23,13 +24,16 @@ WARM_UP_STEPS = 3
 
 
 class Recorder(Protocol):
-    """Where points go: the journal of the run's folder, and the loads beside it."""
+    """Where points go: the journal of the run's folder, and what the experts did beside it."""
 
     def append(self, step: int, metrics: dict[str, float]) -> None:
         """Record one point."""
 
     def record_load(self, step: int, layers: dict[str, list[int]]) -> None:
         """Record the load of every expert of each MoE layer."""
+
+    def record_labels(self, step: int, tables: Mapping[str, LabelTable]) -> None:
+        """Record which expert takes tokens of which label, of the trained model."""
 
     def flush(self) -> None:
         """Return when every point is on the disk."""

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from moebench.models.transformer import BatchContext
 from moebench.parallel.mesh import ALONE_MESH, Mesh
-from moebench.routing.metrics import LoadCount, label_information, label_table, relative_flops, summarise
-from moebench.routing.values import LayerRecord
+from moebench.routing.metrics import LoadCount, relative_flops, summarise
 from moebench.tasks.task import Batch, Task
+from moebench.training.labels import LabelCounts, LabelTable, information
 from moebench.training.model import Model
 
 
@@ -25,6 +25,8 @@ class Evaluation:
     """Load metrics, mean over MoE layers; empty for a dense model."""
     load_by_layer: dict[str, list[int]]
     """MoE layer (index of its block) -> assignments of each expert over the whole set."""
+    labels: dict[str, LabelTable]
+    """Kind of label -> which expert takes which, over the whole set."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -75,8 +77,7 @@ def _own_part(whole: Batch, mesh: Mesh, model: Model) -> Batch:
 def _evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, device: Any, mesh: Mesh) -> Evaluation:
     sums: dict[str, Tensor] = {}
     counts: dict[int | str, LoadCount] = {}
-    tables: dict[int | str, Tensor] = {}
-    num_labels = task.num_labels or len(task.domains)
+    labels = LabelCounts(task.label_kinds())
     for whole in batches:
         on_device = _own_part(whole, mesh, model).to(device)
         output, records = model(on_device, batch_context(on_device, training=False, seed=seed))
@@ -86,30 +87,16 @@ def _evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, dev
         for record in records:
             count = LoadCount.of(record)
             counts[record.layer] = counts[record.layer] + count if record.layer in counts else count
-            table_YE = label_table(record.routing, _label_T(on_device, record), num_labels)
-            tables[record.layer] = tables.get(record.layer, 0) + table_YE
+        labels.add(on_device, records)
     sums = {name: mesh.world.sum(value).cpu() for name, value in sums.items()}
     counts = {layer: count.over(mesh.world) for layer, count in counts.items()}
+    tables = labels.over(mesh.world)
     return Evaluation(
         quality=task.quality(sums),
-        load=summarise(list(counts.values())) | _flops(model, counts) | _information(tables, mesh),
+        load=summarise(list(counts.values())) | _flops(model, counts) | information(tables),
         load_by_layer={str(layer): count.load_E.tolist() for layer, count in counts.items()},
+        labels=tables,
     )
-
-
-def _label_T(batch: Batch, record: LayerRecord) -> Tensor:
-    """Return the label of each token of a layer: its domain where the task has nothing better."""
-    if batch.label_BL is not None:
-        return batch.label_BL.reshape(-1)
-    return batch.domain_B.repeat_interleave(record.routing.num_tokens // max(len(batch.domain_B), 1))
-
-
-def _information(tables: Mapping[int | str, Tensor], mesh: Mesh) -> dict[str, float]:
-    """Return load/label_information, mean over the layers; nothing where all tokens have one label."""
-    whole = [mesh.world.sum(table_YE) for table_YE in tables.values()]
-    if not whole or len(whole[0]) < 2:
-        return {}
-    return {"load/label_information": sum(map(label_information, whole)) / len(whole)}
 
 
 def _flops(model: Model, counts: Mapping[int | str, LoadCount]) -> dict[str, float]:

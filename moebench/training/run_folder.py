@@ -38,6 +38,11 @@ class RunFolder:
         return self.path / "load.jsonl"
 
     @property
+    def labels(self) -> Path:
+        """Which expert takes tokens of which label, in the end."""
+        return self.path / "labels.json"
+
+    @property
     def result(self) -> Path:
         """The RunResult; there when the run is done or has failed."""
         return self.path / "result.json"

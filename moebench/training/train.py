@@ -44,6 +44,8 @@ def train_cell(
         return None
     # Killed between the last checkpoint and the result: the journal has the evaluation, the result does not.
     final = callback.final or module.evaluate_trained()
+    if final.labels:
+        hooks.recorder.record_labels(config.train.steps, final.labels)
     if mesh.is_first:
         drop_all_but(1, checkpoints)  # there is nothing left to fall back from
     cost = asdict(model_cost(model, task.sequence_length, task.decoder_length))

@@ -20,6 +20,7 @@ from moebench.tracking.recorder import RunRecorder
 from moebench.training.callback import Hooks
 from moebench.training.model import prepare_task
 from moebench.training.result import RunResult
+from moebench.training.run_folder import RunFolder
 from moebench.training.train import device_of, train_cell
 
 TINY: dict[str, Any] = {
@@ -68,7 +69,7 @@ class Run:
     def __call__(self, stop_at: int | None = None) -> RunResult | None:
         """Train to the end, or ask to stop after a step."""
         task = self.task or prepare_task(self.config, self.folder)
-        with RunRecorder(self.folder / "journal.jsonl", self.folder / "load.jsonl") as recorder:
+        with RunRecorder(RunFolder(self.folder)) as recorder:
             hooks = Hooks(
                 recorder=recorder,
                 progress=self._follow,

@@ -14,6 +14,7 @@ from moebench.tracking.recorder import RunRecorder
 from moebench.training.callback import CellCallback, Hooks, Meter
 from moebench.training.model import initialised_model, prepare_task
 from moebench.training.module import CellModule
+from moebench.training.run_folder import RunFolder
 from moebench.training.train import fit, make_trainer
 
 TOLERANCE = 1e-5
@@ -48,7 +49,7 @@ def train_steps(mesh: Mesh, text: Path, overrides: dict[str, Any], folder: Path)
     watcher = Watcher()
     own = folder / f"rank_{mesh.rank}_of_{mesh.size}"
     own.mkdir(exist_ok=True)
-    with RunRecorder(own / "journal.jsonl", own / "load.jsonl") as recorder:
+    with RunRecorder(RunFolder(own)) as recorder:
         callback = CellCallback(Hooks(recorder=recorder), folder / f"checkpoints_{mesh.size}", Meter())
         fit(make_trainer(config, [watcher, callback], mesh), module)
     assert callback.final is not None
@@ -58,6 +59,7 @@ def train_steps(mesh: Mesh, text: Path, overrides: dict[str, Any], folder: Path)
         "state": {name: whole(tensor) for name, tensor in state.items()},
         "final": callback.final.metrics,
         "loads": callback.final.load_by_layer,
+        "labels": {name: table.layers for name, table in callback.final.labels.items()},
         "journal": (own / "journal.jsonl").read_text(),
     }
 
@@ -89,6 +91,10 @@ def assert_same_training(ours: dict[str, Any], theirs: dict[str, Any], tolerance
     for name, value in theirs["final"].items():
         assert abs(ours["final"][name] - value) <= 10 * tolerance * max(1.0, abs(value)), name
     assert ours["loads"] == theirs["loads"]
+    assert ours["labels"].keys() == theirs["labels"].keys()
+    for kind, layers in theirs["labels"].items():
+        for layer, table in layers.items():  # whole numbers, but for soft and merged experts
+            close(ours["labels"][kind][layer], table, tolerance, f"{kind} of the experts of layer {layer}")
 
 
 def close(ours: Tensor, theirs: Tensor, tolerance: float, what: str, least: float = 1e-3) -> None:

@@ -39,7 +39,9 @@ def test_json_says_what_an_engineer_needs(finished: CommandLine, warm: WarmComma
             "drop_rate",
             "reroute_rate",
             "unserved",
-            "label_information",
+            "information/domain",
+            "information/position",
+            "information/token",
         } == set(arm["load"])
         difference = arm["difference"]
         by_hand = sum(arm["bits_per_byte"]["seeds"][seed] - base[seed] for seed in base) / 3

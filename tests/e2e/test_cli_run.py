@@ -22,7 +22,9 @@ LOAD_KEYS = {
         "drop_rate",
         "reroute_rate",
         "unserved",
-        "label_information",
+        "information/domain",
+        "information/position",
+        "information/token",
     )
 }
 
@@ -122,6 +124,9 @@ def test_the_figures_are_drawn(finished: CommandLine) -> None:
     assert (results / "experiments/tiny/curves.png").read_bytes().startswith(b"\x89PNG")
     drawn = {json.loads((file.parent / "cell.json").read_text())["arm"] for file in results.glob("runs/*/load.png")}
     assert drawn == {"switch", "top_k"}
+    labels = {file.parent for file in results.glob("runs/*/labels.png")}
+    assert labels == {file.parent for file in results.glob("runs/*/load.png")}
+    assert all((folder / "labels.json").exists() for folder in labels)
 
 
 def test_only_what_is_missing_is_trained_and_the_same_cells_elsewhere_are_bit_equal(

@@ -129,12 +129,12 @@ def test_a_learned_router_finds_the_clusters(
     config = resolve({**CELL, "router": router}).router
     per_token = ROUTERS.get(name).item.experts_per_token(config, EXPERTS)
     most = min(math.log(EXPERTS / per_token) / math.log(CLUSTERS), 1.0)
-    assert found["load/label_information"] >= expected.share * most - 1e-9
+    assert found["load/information/cluster"] >= expected.share * most - 1e-9
 
 
 @pytest.mark.slow
 def test_the_oracle_knows_all_and_is_near_the_generating_maps(oracle: dict[str, float]) -> None:
-    assert oracle["load/label_information"] == pytest.approx(1.0)
+    assert oracle["load/information/cluster"] == pytest.approx(1.0)
     assert oracle["oracle_gap"] < 0.03
 
 
@@ -143,12 +143,12 @@ def test_the_oracle_knows_all_and_is_near_the_generating_maps(oracle: dict[str, 
 def test_who_does_not_look_knows_nothing(name: str, oracle: dict[str, float], tmp_path: Path) -> None:
     found = trained({"name": name}, tmp_path)
     # 1,024 tokens by chance: (8 - 1)² / (2 · 1,024 · ln 8) = 0.012 expected.
-    assert found["load/label_information"] < 0.03
+    assert found["load/information/cluster"] < 0.03
     assert found["oracle_gap"] > 5 * oracle["oracle_gap"]
 
 
 @pytest.mark.slow
 def test_one_network_for_all_clusters_is_worse(oracle: dict[str, float], tmp_path: Path) -> None:
     found = trained({"name": "dense"}, tmp_path)
-    assert "load/label_information" not in found
+    assert "load/information/cluster" not in found
     assert found["oracle_gap"] > 5 * oracle["oracle_gap"]

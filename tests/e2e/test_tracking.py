@@ -161,11 +161,13 @@ def test_everything_of_an_experiment_arrives(tmp_path: Path) -> None:
 
 def test_artifacts_load_table_and_figures_arrive(tmp_path: Path) -> None:
     folders = build_experiment(tmp_path)
+    (folders[0] / "labels.json").write_text('{"kinds": {}}')
     replay(tmp_path, default_uri(tmp_path))
     mlflow, runs = client(tmp_path), stored(tmp_path)
     run_id = runs[folders[0].name].info.run_id
     names = {file.path for file in mlflow.list_artifacts(run_id)}
-    assert names == {"config.yaml", "environment.json", "result.json", "log.txt", "load.json", "load.png"}
+    files = {"environment.json", "result.json", "labels.json", "log.txt", "load.png"}
+    assert names == files | {"config.yaml", "load.json"}
     table = json.loads(Path(mlflow.download_artifacts(run_id, "load.json", str(tmp_path))).read_text())
     assert {"path": "load.json", "type": "table"} in json.loads(runs[folders[0].name].data.tags[TABLES])
     assert table["data"][0] == [10, 1, 19, 2.1053, [10, 2, 3, 4]]

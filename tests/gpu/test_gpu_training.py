@@ -24,6 +24,7 @@ from moebench.tasks.task import TASKS
 from moebench.tracking.recorder import RunRecorder
 from moebench.training.callback import Hooks
 from moebench.training.model import check_cell, prepare_task
+from moebench.training.run_folder import RunFolder
 from moebench.training.train import train_cell
 
 pytestmark = [
@@ -143,11 +144,13 @@ def test_a_run_over_a_group_of_one_is_the_run_alone(mesh: Mesh, device: torch.de
     task = prepare_task(config, tmp_path)
     ended = []
     for name, over in (("group", mesh), ("alone", Mesh(device=mesh.device))):
-        with RunRecorder(tmp_path / f"{name}.jsonl", tmp_path / f"{name}_load.jsonl") as recorder:
+        folder = RunFolder(tmp_path / name)
+        folder.path.mkdir()
+        with RunRecorder(folder) as recorder:
             hooks = Hooks(recorder=recorder)
-            result = train_cell(config, task, tmp_path / name, hooks, cell_id="0" * 12, arm="arm", mesh=over)
+            result = train_cell(config, task, folder.checkpoints, hooks, cell_id="0" * 12, arm="arm", mesh=over)
         assert result is not None
-        (checkpoint,) = (tmp_path / name).glob("step_*.ckpt")
+        (checkpoint,) = folder.checkpoints.glob("step_*.ckpt")
         ended.append((result.metrics, read_checkpoint(checkpoint)["state_dict"]))
     assert ended[0][0] == pytest.approx(ended[1][0], rel=1e-5)
     for ours, theirs in zip(ended[0][1].values(), ended[1][1].values(), strict=True):

@@ -1,25 +1,19 @@
-"""The clustered task, the oracle router, and how much an expert says about a label."""
+"""The clustered task, the oracle router, and what evaluation says of them."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from contract.cases import Tokens, stirred
-from contract.training_cases import Run, tiny_config, write_text
-from hypothesis import given
-from hypothesis import strategies as st
+from contract.cases import Tokens
+from contract.training_cases import Run, tiny_config
 
 from moebench.config import resolve
 from moebench.errors import UsageError
-from moebench.routing.metrics import label_information, label_table
 from moebench.routing.router import Site
 from moebench.routing.routers.oracle import Oracle
-from moebench.routing.values import Routing, SoftRouting
 from moebench.tasks.clustered import Clustered
-from moebench.training.evaluate import evaluate
-from moebench.training.model import check_cell, initialised_model, prepare_task
+from moebench.training.model import check_cell
 
 SMALL = {"name": "clustered", "sequence_length": 6, "num_clusters": 4, "width": 3, "eval_sequences": 8}
 
@@ -96,69 +90,6 @@ def test_the_oracle_is_refused_where_nothing_is_known() -> None:
     with pytest.raises(UsageError, match=r"^router\.name: 'oracle' .* task 'language' does not know \(.*clustered"):
         check_cell(resolve({"router": "oracle"}))
     check_cell(resolve({"router": "oracle", "task": "clustered"}))
-
-
-def routing_of(expert_TK: list[list[int]], num_experts: int) -> Routing:
-    index_TK = torch.tensor(expert_TK)
-    return Routing.from_top_k(index_TK, torch.ones(index_TK.shape), num_experts=num_experts)
-
-
-def test_information_by_hand() -> None:
-    label_T = torch.tensor([0, 0, 1, 1])
-    table = label_table(routing_of([[0], [0], [1], [1]], 2), label_T, 2)
-    assert table.tolist() == [[2, 0], [0, 2]]
-    assert label_information(table) == pytest.approx(1.0)
-    assert label_information(label_table(routing_of([[0], [1], [0], [1]], 2), label_T, 2)) == pytest.approx(0.0)
-    # Label 0 always to expert 0, label 1 to either: I = H(3/4) - 1/2 · ln 2, over H(1/2) = ln 2.
-    halves = label_table(routing_of([[0], [0], [0], [1]], 2), label_T, 2)
-    by_hand = (-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) - 0.5 * math.log(2)) / math.log(2)
-    assert label_information(halves) == pytest.approx(by_hand)
-    # Four labels, each with two of four experts, every expert shared by two: ln 4 - ln 2 of ln 4.
-    shared = routing_of([[0, 1], [1, 2], [2, 3], [3, 0]], 4)
-    assert label_information(label_table(shared, torch.arange(4), 4)) == pytest.approx(0.5)
-    assert label_information(torch.tensor([[3.0, 1.0], [0.0, 0.0]])) == 0.0  # one label: there is nothing to know
-    assert label_information(torch.zeros(2, 2)) == 0.0
-
-
-def test_what_is_dropped_from_the_list_is_not_counted() -> None:
-    routing = routing_of([[0], [1], [1], [0]], 2).keep(torch.tensor([True, True, False, False]))
-    assert label_table(routing, torch.tensor([0, 1, 0, 1]), 2).tolist() == [[1, 0], [0, 1]]
-
-
-def test_soft_routing_counts_what_a_token_gets_back() -> None:
-    combine_BLS = torch.tensor([[[0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 0.5, 0.5], [0.0, 0.0, 0.0, 0.0]]])
-    routing = SoftRouting(dispatch_BLS=torch.zeros(1, 3, 4), combine_BLS=combine_BLS, num_experts=2)
-    assert label_table(routing, torch.tensor([0, 1, 1]), 2).tolist() == [[0.75, 0.25], [0.0, 1.0]]
-
-
-@given(st.lists(st.lists(st.integers(0, 50), min_size=3, max_size=3), min_size=2, max_size=5))
-def test_information_lies_between_0_and_1_and_knows_no_order(rows: list[list[int]]) -> None:
-    table = torch.tensor(rows, dtype=torch.float64)
-    found = label_information(table)
-    assert 0 <= found <= 1 + 1e-9
-    assert label_information(table.flip(0)) == pytest.approx(found, abs=1e-9)
-    assert label_information(table.flip(1)) == pytest.approx(found, abs=1e-9)
-    assert label_information(3 * table) == pytest.approx(found, abs=1e-9)
-
-
-def test_evaluation_counts_labels_and_else_domains(tmp_path: Path) -> None:
-    made = tiny_config(tmp_path, task=SMALL, router="oracle")
-    found = evaluated(made, tmp_path)
-    assert found["load/label_information"] == pytest.approx(1.0)
-    found = evaluated(tiny_config(tmp_path, task=SMALL, router="hash_position"), tmp_path)
-    assert found["load/label_information"] < 0.2  # 48 tokens by chance: (4 - 1)² / (2 · 48 · ln 4) = 0.07 expected
-    text = write_text(tmp_path)
-    by_domain = tiny_config(text, router="domain")
-    assert evaluated(by_domain, tmp_path)["load/label_information"] == pytest.approx(1.0)
-    assert "load/label_information" not in evaluated(tiny_config(text, router="dense"), tmp_path)
-    one = tiny_config(tmp_path, task={**SMALL, "num_clusters": 1}, router="switch")
-    assert "load/label_information" not in evaluated(one, tmp_path)
-
-
-def evaluated(config, folder: Path) -> dict[str, float]:
-    task = prepare_task(config, folder)
-    model = stirred(initialised_model(config, task))
-    return evaluate(model, task, task.eval_batches("test", 4), 0, torch.device("cpu")).metrics
 
 
 @pytest.mark.parametrize("router", ["oracle", "dense", "expert_choice"])

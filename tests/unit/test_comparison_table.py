@@ -124,6 +124,26 @@ def test_golden_table():
     assert text == GOLDEN
 
 
+def test_what_experts_know_has_a_table_of_its_own():
+    known = {"switch": {"domain": 0.1234}, "expert_choice": {"domain": 0.5, "class": 0.25}}
+    results = [
+        replace(r, metrics=r.metrics | {f"load/information/{kind}": x for kind, x in known.get(r.arm, {}).items()})
+        for r in grid()
+    ]
+    comparison = compare(results, expected=cells(results), baseline="dense", allow_mismatch=True)
+    lines = to_markdown(comparison).splitlines()
+    at = lines.index("**What experts know of a token**")
+    assert lines[at + 2 : at + 7] == [
+        "| arm | domain | class |",
+        "| :-- | --: | --: |",
+        "| switch | 0.123 | – |",
+        "| expert_choice (non-causal) | 0.500 | 0.250 |",
+        "",
+    ]
+    assert sum("I(label; expert) / H(label)" in line for line in lines) == 1
+    assert comparison.to_dict()["arms"]["switch"]["load"]["information/domain"] == pytest.approx(0.1234)
+
+
 @pytest.mark.parametrize("width", [80, 100])
 def test_every_figure_is_whole_at_this_width(width):
     results = grid()

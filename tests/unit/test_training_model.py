@@ -109,7 +109,8 @@ def test_result_says_all_that_a_table_needs(text, tmp_path) -> None:
     assert result.cost["train_tokens"] == 12 * 4 * 8
     assert set(result.metrics) == {
         "bits_per_byte", "bits_per_byte/ab", "bits_per_byte/xyz", "load/max_violation", "load/cv", "load/entropy",
-        "load/dead_experts", "load/drop_rate", "load/reroute_rate", "load/unserved", "load/label_information",
+        "load/dead_experts", "load/drop_rate", "load/reroute_rate", "load/unserved", "load/information/domain",
+        "load/information/position", "load/information/token",
     }  # fmt: skip
     # Expert choice is even by construction, whatever it has learned.
     assert result.metrics["load/max_violation"] == 0

@@ -12,6 +12,25 @@ def patches_of(pixel_BHWC: Tensor, patch: int) -> Tensor:
     return cut.transpose(2, 3).reshape(batch, rows * columns, patch * patch * channels)
 
 
+MOST_ROWS = 8
+"""Of larger grids of squares, neighbours share a place."""
+
+
+def patch_labels(rows: int, *, with_class_token: bool) -> tuple[tuple[str, ...], Tensor]:
+    """Return the names of the places in an image of rows × rows squares, and the place label_L of each vector.
+
+    The class token, which stands first, has a place of its own, the last.
+    """
+    kept = min(rows, MOST_ROWS)
+    names = [f"row {row + 1}, column {column + 1}" for row in range(kept) for column in range(kept)]
+    place_R = torch.arange(rows) * kept // rows
+    label_L = (place_R[:, None] * kept + place_R).flatten()
+    if with_class_token:
+        label_L = torch.cat([label_L.new_tensor([len(names)]), label_L])
+        names.append("class token")
+    return tuple(names), label_L
+
+
 def pooled(x_BLD: Tensor, pooling: str) -> Tensor:
     """Return one vector x_BD for each image: the mean over its sequence, or the class token, which stands first."""
     return x_BLD.mean(1) if pooling == "mean" else x_BLD[:, 0]

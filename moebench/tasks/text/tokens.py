@@ -1,5 +1,7 @@
 """Text to tokens, with the number of UTF-8 bytes that each token stands for: quality is measured per byte."""
 
+import json
+import re
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,6 +27,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Return token_N and byte_count_N (int64), whose sum is the number of UTF-8 bytes of the text."""
 
+    def pieces(self) -> list[bytes]:
+        """Return the bytes that each id stands for, a space first where it begins a word; none for special ids."""
+
 
 class ByteTokenizer:
     """Every UTF-8 byte is a token: 256 ids and one more for the separator."""
@@ -36,6 +41,10 @@ class ByteTokenizer:
         """Return the bytes of the text, each counting one."""
         token_N = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
         return token_N, np.ones_like(token_N)
+
+    def pieces(self) -> list[bytes]:
+        """Return each byte, and nothing for the separator."""
+        return [bytes([value]) for value in range(256)] + [b""]
 
 
 class SubwordTokenizer:
@@ -65,6 +74,40 @@ class SubwordTokenizer:
         covered_N[-1] = len(text)
         byte_at = _byte_positions(text)
         return token_N, np.diff(byte_at[covered_N], prepend=0)
+
+    def pieces(self) -> list[bytes]:
+        """Read the vocabulary as byte-level, SentencePiece and WordPiece tokenizers write it."""
+        trained = self._tokenizer
+        parts = json.loads(trained.to_str())
+        is_byte_level = '"ByteLevel"' in json.dumps([parts["decoder"], parts["pre_tokenizer"]])
+        # Of these, a piece without a mark begins a word: the white space before it is gone.
+        drops_spaces = parts["model"]["type"] in ("WordPiece", "WordLevel")
+        special = {index for index, token in trained.get_added_tokens_decoder().items() if token.special}
+        special |= {self.separator, trained.token_to_id(parts["model"].get("unk_token") or "")}
+        found = [b""] * self.vocab_size
+        for piece, index in trained.get_vocab(with_added_tokens=True).items():
+            if index not in special:
+                found[index] = _byte_level(piece) if is_byte_level else _marked(piece, drops_spaces=drops_spaces)
+        return found
+
+
+_KEPT = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_MOVED = [value for value in range(256) if value not in _KEPT]
+_BYTE_OF = {chr(value): value for value in _KEPT} | {chr(256 + n): value for n, value in enumerate(_MOVED)}
+"""The characters that byte-level tokenizers write for bytes: printable ones for themselves, others from 256 on."""
+
+
+def _byte_level(piece: str) -> bytes:
+    known = all(character in _BYTE_OF for character in piece)
+    return bytes(_BYTE_OF[character] for character in piece) if known else piece.encode()
+
+
+def _marked(piece: str, *, drops_spaces: bool) -> bytes:
+    if re.fullmatch("<0x[0-9A-F]{2}>", piece):  # SentencePiece's way to write a byte
+        return bytes([int(piece[3:5], 16)])
+    if drops_spaces:
+        return piece[2:].encode() if piece.startswith("##") else f" {piece}".encode()
+    return piece.replace("▁", " ").encode()
 
 
 def load_tokenizer(name: str) -> Tokenizer:

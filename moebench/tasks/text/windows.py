@@ -11,10 +11,12 @@ import numpy as np
 from moebench.errors import UsageError
 from moebench.tasks.stored import Arrays, stored
 from moebench.tasks.text.documents import Document, TextDataConfig, load_documents, source_digest
+from moebench.tasks.text.kinds import TokenKinds
 from moebench.tasks.text.splits import SPLITS, split_documents
 from moebench.tasks.text.tokens import Tokenizer, load_tokenizer
 
 FORMAT = 1  # raise it when the split, the separators or the files change
+KINDS_FORMAT = 1  # raise it when the kinds of tokens change
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,6 +59,8 @@ class PreparedText:
     """SHA-256 (hex) of the tokens of all splits; it does not depend on the sequence length."""
     token_count_V: np.ndarray
     """How often each token stands in the training split (int64)."""
+    kinds: TokenKinds
+    """Which tokens begin words, are numbers, and so on."""
 
 
 def prepare(config: TextDataConfig, cache_dir: Path, sequence_length: int) -> PreparedText:
@@ -66,8 +70,11 @@ def prepare(config: TextDataConfig, cache_dir: Path, sequence_length: int) -> Pr
     """
     if sequence_length < 1:
         raise UsageError(f"sequence length: {sequence_length} was given; allowed: at least 1")
-    folder = cache_dir / f"text-{source_digest(config)[:24]}-{FORMAT}"
-    return _prepared(*stored(folder, lambda: _encoded(config)), sequence_length)
+    source = source_digest(config)[:24]
+    text = stored(cache_dir / f"text-{source}-{FORMAT}", lambda: _encoded(config))
+    # Apart from the text, whose digest decides what a cell is: its kinds of tokens are for looking at alone.
+    _, kinds = stored(cache_dir / f"kinds-{source}-{KINDS_FORMAT}", lambda: ({}, _kinds(config)))
+    return _prepared(*text, TokenKinds.of_arrays(kinds), sequence_length)
 
 
 def train_window_indices(num_windows: int, batch_size: int, seed: int, step: int) -> np.ndarray:
@@ -104,7 +111,9 @@ def _order(num_windows: int, seed: int, epoch: int) -> np.ndarray:
     return order_W
 
 
-def _prepared(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray], sequence_length: int) -> PreparedText:
+def _prepared(
+    meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray], kinds: TokenKinds, sequence_length: int
+) -> PreparedText:
     domains = tuple(meta["domains"])
     splits = {name: _windows(name, domains, meta["lengths"][name], arrays, sequence_length) for name in SPLITS}
     return PreparedText(
@@ -113,6 +122,7 @@ def _prepared(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray], sequenc
         domains=domains,
         digest=meta["digest"],
         token_count_V=np.asarray(arrays["token_count"]),
+        kinds=kinds,
     )
 
 
@@ -159,6 +169,10 @@ def _encoded(config: TextDataConfig) -> tuple[dict[str, Any], Arrays]:
         if name == "train":
             arrays["token_count"] = np.bincount(tokens_N, minlength=tokenizer.vocab_size).astype(np.int64)
     return {"vocab_size": tokenizer.vocab_size, "domains": domains, "lengths": lengths}, arrays
+
+
+def _kinds(config: TextDataConfig) -> Arrays:
+    return TokenKinds.of_pieces(load_tokenizer(config.tokenizer).pieces()).arrays()
 
 
 def _stream(documents: Sequence[Document], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,104 @@
+"""Who takes what, for people: the figure, the rows of a table, and which run is meant."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from moebench.analysis.figures import Figures
+from moebench.analysis.label_figure import draw_labels, preference, spaced, telling_labels
+from moebench.analysis.label_report import best_layer, label_rows, report_of
+from moebench.errors import UsageError
+from moebench.training.labels import LabelTable, labels_json
+from moebench.training.run_folder import RunFolder
+
+COUNTS = torch.tensor([[6.0, 2.0, 0.0], [1.0, 1.0, 0.0], [1.0, 5.0, 0.0]], dtype=torch.float64)
+EVEN = torch.tensor([[4.0, 4.0, 0.0], [1.0, 1.0, 0.0], [3.0, 3.0, 0.0]], dtype=torch.float64)
+TABLE = LabelTable(values=("cat", "dog", "cow"), layers={"0": EVEN, "3": COUNTS})
+
+
+def test_preference_by_hand() -> None:
+    # Both experts have half of all; label 0 has 3/4 and 1/4 of them, the third has no token at all.
+    found = preference(COUNTS)
+    assert found[:, :2].tolist() == [[1.5, 0.5], [1, 1], pytest.approx([1 / 3, 5 / 3])]
+    assert np.isnan(found[:, 2]).all()
+
+
+def test_labels_that_tell_nothing_give_way() -> None:
+    assert telling_labels([EVEN, COUNTS]) == [0, 1, 2]
+    assert telling_labels([COUNTS], most=2) == [0, 2]
+    absent = torch.cat([COUNTS, torch.zeros(1, 3)])
+    assert telling_labels([absent]) == [0, 1, 2]
+
+
+def test_layers_are_drawn_from_the_first_to_the_last() -> None:
+    assert spaced(["0", "1"]) == ["0", "1"]
+    assert spaced([str(layer) for layer in range(11)]) == ["0", "2", "4", "6", "8", "10"]
+
+
+def test_rows_by_hand() -> None:
+    assert best_layer(TABLE) == "3"
+    # Label 0: 8 of 16 tokens, 1/2 · (3/4 ln 3/2 + 1/4 ln 1/2) = 0.0654.
+    # Label 2: 6 of 16, 3/8 · (1/6 ln 1/3 + 5/6 ln 5/3) = 0.0910.
+    assert label_rows(TABLE, "3") == [
+        ("cat", "50.0 %", "41.8 %", "0: 75 %, 1: 25 %"),
+        ("dog", "12.5 %", "0.0 %", "0: 50 %, 1: 50 %"),
+        ("cow", "37.5 %", "58.2 %", "1: 83 %, 0: 17 %"),
+        ("all", "100.0 %", "100.0 %", "0: 50 %, 1: 50 %"),
+    ]
+
+
+def test_the_figure_has_many_labels_layers_and_dead_experts(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    many = {str(layer): torch.rand(40, 8, generator=draw).double() for layer in range(9)}
+    few = {layer: torch.eye(2, 8).double() for layer in many}
+    tables = {
+        "class": LabelTable(values=tuple(f"a class of long name {n}" for n in range(40)), layers=many),
+        "sentinel": LabelTable(values=("text", "sentinel"), layers=few),
+    }
+    path = draw_labels(tables, path=tmp_path / "labels.png", title="switch, seed 0")
+    assert path is not None
+    assert imread(path)[..., :3].std() > 0.05  # not an empty sheet
+    assert draw_labels({}, path=tmp_path / "none.png", title="dense") is None
+    assert not (tmp_path / "none.png").exists()
+
+
+def write_run(results: Path, run_id: str) -> RunFolder:
+    folder = RunFolder.of(results, run_id)
+    folder.path.mkdir(parents=True)
+    folder.cell.write_text(json.dumps({"id": run_id, "arm": "switch", "seed": 3}))
+    return folder
+
+
+def test_a_run_is_named_by_how_its_id_begins(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no run"):
+        report_of(tmp_path, "aa")
+    for run_id in ("aabb", "aacc", "dddd"):
+        write_run(tmp_path, run_id).labels.write_text(labels_json(7, {"class": TABLE}))
+    report = report_of(tmp_path, "aab")
+    assert (report.id, report.arm, report.seed) == ("aabb", "switch", 3)
+    found = report.to_dict()["labels"]["class"]
+    assert (found["values"], found["layers"]["3"]) == (["cat", "dog", "cow"], COUNTS.tolist())
+    assert found["information"] == TABLE.information
+    for name, words in (("aa", "begins 2 ids"), ("dddx", "Did you mean 'dddd'"), ("", "unknown")):
+        with pytest.raises(UsageError, match=words):
+            report_of(tmp_path, name)
+    with pytest.raises(UsageError, match=r"--label: 'clas' is unknown. Did you mean 'class'"):
+        report_of(tmp_path, "d", "clas")
+    write_run(tmp_path, "eeee")
+    with pytest.raises(UsageError, match="is done and has experts"):
+        report_of(tmp_path, "e")
+
+
+def test_a_run_without_tables_has_the_other_figure(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "aabb")
+    folder.loads.write_text(json.dumps({"step": 7, "layers": {"3": [8, 8, 0]}}) + "\n")
+    folder.result.write_text("{}")
+    Figures().of_run(folder, "switch")
+    assert [path.name for path in folder.path.glob("*.png")] == ["load.png"]
+    folder.labels.write_text(labels_json(7, {"class": TABLE}))
+    Figures().of_run(folder, "switch")
+    assert sorted(path.name for path in folder.path.glob("*.png")) == ["labels.png", "load.png"]
