@@ -82,7 +82,11 @@ def _quality_grid(comparison: Comparison) -> Grid:
     direction = "lower" if comparison.lower_is_better else "higher"
     return Grid(
         title=f"Quality: {comparison.metric.replace('_', ' ')}, {direction} is better",
-        header=("arm", "seeds", "mean", f"minus {comparison.baseline}", "p Holm", "verdict"),
+        header=(
+            *("arm", "seeds", "mean", f"minus {comparison.baseline}", "p Holm"),
+            *(["out of domain"] if comparison.has_outside else []),
+            "verdict",
+        ),
         rows=tuple(_quality_row(comparison, arm) for arm in comparison.arms),
     )
 
@@ -91,11 +95,13 @@ def _quality_row(comparison: Comparison, arm: ArmSummary) -> tuple[str, ...]:
     planned = arm.num_done + arm.num_failed + arm.num_missing
     seeds = str(arm.num_done) if arm.num_done == planned else f"{arm.num_done} of {planned}"
     mean = NOTHING if arm.mean is None else number(arm.mean) + _half(arm.interval)
+    outside = NOTHING if arm.outside_mean is None else number(arm.outside_mean) + _half(arm.outside_interval)
+    others = [outside] if comparison.has_outside else []
     difference = comparison.difference_of(arm.arm)
     if difference is None:
-        return (_name(arm), seeds, mean, NOTHING, NOTHING, "baseline")
+        return (_name(arm), seeds, mean, NOTHING, NOTHING, *others, "baseline")
     delta = NOTHING if difference.mean is None else signed(difference.mean) + _half(difference.interval)
-    return (_name(arm), seeds, mean, delta, p_value(difference.p_holm), difference.verdict)
+    return (_name(arm), seeds, mean, delta, p_value(difference.p_holm), *others, difference.verdict)
 
 
 def _certainty_grid(comparison: Comparison) -> Grid:
@@ -184,6 +190,11 @@ def _statistics_legend(comparison: Comparison) -> list[str]:
     lines = []
     if any(arm.interval for arm in comparison.arms):
         lines.append("± half of the 95 % t interval over seeds.")
+    if comparison.has_outside:
+        lines.append(
+            "out of domain: the same over the domains that task.data.held_out_domains keeps out of training. All else "
+            "is of the other domains, verdicts and expert loads too."
+        )
     if comparison.num_comparisons:
         lines.append(
             "p Holm: p of the paired t-test, corrected for "

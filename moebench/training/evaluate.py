@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from moebench.models.transformer import BatchContext
 from moebench.parallel.mesh import ALONE_MESH, Mesh
 from moebench.routing.metrics import LoadCount, label_information, label_table, relative_flops, summarise
 from moebench.routing.values import LayerRecord
-from moebench.tasks.task import Batch, Task
+from moebench.tasks.task import OUT_OF_DOMAIN, Batch, Task
 from moebench.training.model import Model
 
 
@@ -22,9 +22,10 @@ class Evaluation:
 
     quality: dict[str, float]
     load: dict[str, float]
-    """Load metrics, mean over MoE layers; empty for a dense model."""
+    """Load metrics, mean over MoE layers; empty for a dense model. They cover the domains of training; those of the
+    domains that were held out end in /out_of_domain."""
     load_by_layer: dict[str, list[int]]
-    """MoE layer (index of its block) -> assignments of each expert over the whole set."""
+    """MoE layer (index of its block) -> assignments of each expert over the domains of training."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -72,28 +73,51 @@ def _own_part(whole: Batch, mesh: Mesh, model: Model) -> Batch:
     return whole if mesh.size == 1 else whole.part(mesh.share(len(whole.domain_B), model.sequences_together))
 
 
+@dataclass
+class _Tally:
+    """What the experts of a model did with some batches, by MoE layer."""
+
+    counts: dict[int | str, LoadCount] = field(default_factory=dict)
+    tables: dict[int | str, Tensor] = field(default_factory=dict)
+
+    def add(self, record: LayerRecord, label_T: Tensor, num_labels: int) -> None:
+        """Count one layer's record."""
+        count, layer = LoadCount.of(record), record.layer
+        self.counts[layer] = self.counts[layer] + count if layer in self.counts else count
+        self.tables[layer] = self.tables.get(layer, 0) + label_table(record.routing, label_T, num_labels)
+
+    def over(self, mesh: Mesh) -> "_Tally":
+        """Return what all processes counted together."""
+        return _Tally(
+            counts={layer: count.over(mesh.world) for layer, count in self.counts.items()},
+            tables={layer: mesh.world.sum(table_YE) for layer, table_YE in self.tables.items()},
+        )
+
+    def metrics(self, model: Model) -> dict[str, float]:
+        """Return the load metrics."""
+        return summarise(list(self.counts.values())) | _flops(model, self.counts) | _information(self.tables)
+
+
 def _evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, device: Any, mesh: Mesh) -> Evaluation:
     sums: dict[str, Tensor] = {}
-    counts: dict[int | str, LoadCount] = {}
-    tables: dict[int | str, Tensor] = {}
-    num_labels = task.num_labels or len(task.domains)
+    trained, held_out = _Tally(), _Tally()
     for whole in batches:
         on_device = _own_part(whole, mesh, model).to(device)
         output, records = model(on_device, batch_context(on_device, training=False, seed=seed))
         for name, value in task.sums(output, on_device).items():
             zeros = torch.zeros(len(task.domains), *value.shape[1:], dtype=torch.float64, device=device)
             sums[name] = sums.get(name, zeros).index_add(0, on_device.domain_B, value.double())
+        # The whole batch says it, or processes without a part of it would wait in vain for each other's counts.
+        tally = held_out if bool((whole.domain_B >= task.num_trained_domains).any()) else trained
         for record in records:
-            count = LoadCount.of(record)
-            counts[record.layer] = counts[record.layer] + count if record.layer in counts else count
-            table_YE = label_table(record.routing, _label_T(on_device, record), num_labels)
-            tables[record.layer] = tables.get(record.layer, 0) + table_YE
+            tally.add(record, _label_T(on_device, record), task.num_labels or len(task.domains))
     sums = {name: mesh.world.sum(value).cpu() for name, value in sums.items()}
-    counts = {layer: count.over(mesh.world) for layer, count in counts.items()}
+    trained, held_out = trained.over(mesh), held_out.over(mesh)
+    outside = {f"{name}/{OUT_OF_DOMAIN}": value for name, value in held_out.metrics(model).items()}
     return Evaluation(
         quality=task.quality(sums),
-        load=summarise(list(counts.values())) | _flops(model, counts) | _information(tables, mesh),
-        load_by_layer={str(layer): count.load_E.tolist() for layer, count in counts.items()},
+        load=trained.metrics(model) | outside,
+        load_by_layer={str(layer): count.load_E.tolist() for layer, count in trained.counts.items()},
     )
 
 
@@ -104,12 +128,12 @@ def _label_T(batch: Batch, record: LayerRecord) -> Tensor:
     return batch.domain_B.repeat_interleave(record.routing.num_tokens // max(len(batch.domain_B), 1))
 
 
-def _information(tables: Mapping[int | str, Tensor], mesh: Mesh) -> dict[str, float]:
+def _information(tables: Mapping[int | str, Tensor]) -> dict[str, float]:
     """Return load/label_information, mean over the layers; nothing where all tokens have one label."""
-    whole = [mesh.world.sum(table_YE) for table_YE in tables.values()]
-    if not whole or len(whole[0]) < 2:
+    found = list(tables.values())
+    if not found or int(found[0].any(1).sum()) < 2:
         return {}
-    return {"load/label_information": sum(map(label_information, whole)) / len(whole)}
+    return {"load/label_information": sum(map(label_information, found)) / len(found)}
 
 
 def _flops(model: Model, counts: Mapping[int | str, LoadCount]) -> dict[str, float]:

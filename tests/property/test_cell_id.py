@@ -18,6 +18,7 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "task.eval_windows": (4, None),
     "task.data.max_bytes": (1000,),
     "task.data.tokenizer": ("other",),
+    "task.data.held_out_domains": (["b"], ["a", "b"]),
     "model.d_model": (96,),
     "model.num_layers": (3,),
     "model.num_heads": (8,),

@@ -196,3 +196,26 @@ def test_numbers():
     ]  # fmt: skip
     assert [signed(x) for x in (0.01, -0.01)] == ["+0.0100", "−0.0100"]
     assert [p_value(p) for p in (None, 0.0004, 0.0496)] == ["–", "<0.001", "0.050"]
+
+
+def test_out_of_domain_stands_beside_and_decides_nothing():
+    plain = grid(3)
+    results = [
+        replace(
+            r, metrics={**r.metrics, "bits_per_byte/a": 1.0, "bits_per_byte/b": v, "bits_per_byte/out_of_domain": v}
+        )
+        for r, v in zip(plain, [3.0 + r.seed + (r.arm == "switch") for r in plain], strict=True)
+    ]
+    found, without = (compare(r, expected=cells(plain), baseline="dense") for r in (results, plain))
+    assert found.differences == without.differences
+    arms = json.loads(to_json(found))["arms"]
+    low, high = arms["switch"]["out_of_domain"].pop("interval")
+    assert low < 5 < high
+    assert arms["switch"]["out_of_domain"] == {"mean": 5.0, "seeds": {"0": 4.0, "1": 5.0, "2": 6.0}}
+    assert arms["switch"]["domains"] == {"a": 1.0, "b": 5.0}
+    assert json.loads(to_json(without))["arms"]["switch"]["out_of_domain"] is None
+    # Seeds differ by 1: half of the 95 % t interval of 3 is 4.303 / sqrt(3).
+    assert "| dense | 3 | 2.0000 ± 0.0497 | – | – | 4.0000 ± 2.4841 | baseline |" in to_markdown(found)
+    assert "held_out_domains" in to_markdown(found)
+    assert "out of domain" not in to_markdown(without)
+    assert all(len(line) <= 100 for line in rendered(found, 100).splitlines())

@@ -4,11 +4,11 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moebench.errors import UsageError, nearest
+from moebench.errors import UsageError, nearest, require
 from moebench.tasks.sources import check_source, file_digest, first_line, load_dataset
 
 PACK = Path(__file__).parent.parent / "data" / "text_domains.parquet"
@@ -43,6 +43,8 @@ class TextDataConfig:
     group_column: str | None = None
     """Column of the group that may not be divided between train and test (author, book, site);
     null keeps each document by itself (the embedded pack brings its own groups)."""
+    held_out_domains: list[str] = field(default_factory=list)
+    """Domains that are in no training batch and not in the validation set: the test measures them out of domain."""
     streaming: bool = False
     """Read while downloading, or a large local file only up to `max_bytes`, in the order of the source."""
     max_bytes: int | None = None
@@ -53,6 +55,9 @@ class TextDataConfig:
     def __post_init__(self) -> None:
         """Refuse combinations that have no meaning."""
         check_source(self, ("text_column", "domain_column", "group_column", "tokenizer"))
+        held_out = self.held_out_domains
+        once = len(set(held_out)) == len(held_out)
+        require(once, "task.data.held_out_domains", held_out, "a list that names each domain once")
         if self.max_bytes is not None and self.max_bytes < 1:
             raise UsageError(f"task.data.max_bytes: {self.max_bytes} was given; allowed: at least 1, or null")
         if self.streaming and self.max_bytes is None:
@@ -97,6 +102,7 @@ def source_digest(config: TextDataConfig) -> str:
         for name in ("dataset", "config", "split", "revision", "text_column", "domain_column", "group_column")
     }
     fields |= {"streaming": config.streaming, "max_bytes": config.max_bytes, "pack": _is_pack(config)}
+    fields["held_out_domains"] = sorted(config.held_out_domains)
     if config.dataset is None:
         fields["files"] = [(name, file_digest(path)) for name, path in _source_files(config).items()]
     tokenizer = tokenizer_file(config.tokenizer)

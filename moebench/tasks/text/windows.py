@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from moebench.errors import UsageError
+from moebench.errors import UsageError, require, unknown
 from moebench.tasks.stored import Arrays, stored
+from moebench.tasks.task import OUT_OF_DOMAIN
 from moebench.tasks.text.documents import Document, TextDataConfig, load_documents, source_digest
 from moebench.tasks.text.splits import SPLITS, split_documents
 from moebench.tasks.text.tokens import Tokenizer, load_tokenizer
@@ -53,6 +54,8 @@ class PreparedText:
     test: TextSplit
     vocab_size: int
     domains: tuple[str, ...]
+    num_held_out: int
+    """How many domains, the last of them, are in the test split alone."""
     digest: str
     """SHA-256 (hex) of the tokens of all splits; it does not depend on the sequence length."""
     token_count_V: np.ndarray
@@ -62,7 +65,8 @@ class PreparedText:
 def prepare(config: TextDataConfig, cache_dir: Path, sequence_length: int) -> PreparedText:
     """Return the tokens of a source, from the cache or else made now and cached; safe in parallel processes.
 
-    Raises `UsageError` for a source that cannot be read or whose domains are shorter than one window.
+    Raises `UsageError` for a source that cannot be read, one whose domains are shorter than one window, and domains
+    to hold out that it does not have.
     """
     if sequence_length < 1:
         raise UsageError(f"sequence length: {sequence_length} was given; allowed: at least 1")
@@ -111,6 +115,7 @@ def _prepared(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray], sequenc
         **splits,
         vocab_size=meta["vocab_size"],
         domains=domains,
+        num_held_out=len(domains) - len(meta["lengths"]["train"]),
         digest=meta["digest"],
         token_count_V=np.asarray(arrays["token_count"]),
     )
@@ -124,7 +129,7 @@ def _windows(
     sequence_length: int,
 ) -> TextSplit:
     starts, begin = [], 0
-    for domain, length in zip(domains, lengths, strict=True):
+    for domain, length in zip(domains[: len(lengths)], lengths, strict=True):  # held out: in the test split alone
         count = (length - 1) // sequence_length  # a window holds one token more than it predicts
         if count < 1:
             raise UsageError(
@@ -137,7 +142,7 @@ def _windows(
         tokens_N=arrays[f"{name}-tokens"],
         bytes_N=arrays[f"{name}-bytes"],
         start_W=np.concatenate(starts),
-        domain_W=np.repeat(np.arange(len(domains), dtype=np.int64), [len(start) for start in starts]),
+        domain_W=np.repeat(np.arange(len(starts), dtype=np.int64), [len(start) for start in starts]),
         sequence_length=sequence_length,
     )
 
@@ -145,12 +150,16 @@ def _windows(
 def _encoded(config: TextDataConfig) -> tuple[dict[str, Any], Arrays]:
     tokenizer = load_tokenizer(config.tokenizer)
     documents = split_documents(load_documents(config))
-    domains = sorted({document.domain for split in documents.values() for document in split})
+    known = sorted({document.domain for split in documents.values() for document in split})
+    held_out = _held_out(config, known)
+    trained = [domain for domain in known if domain not in held_out]
+    domains = [*trained, *held_out]
     token_type = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     arrays: dict[str, np.ndarray] = {}
     lengths = {}
     for name in SPLITS:
-        members = [[d for d in documents[name] if d.domain == domain] for domain in domains]
+        present = domains if name == "test" else trained
+        members = [[d for d in documents[name] if d.domain == domain] for domain in present]
         streams = [_stream(parts, tokenizer) for parts in members]
         tokens_N, bytes_N = (np.concatenate(parts) for parts in zip(*streams, strict=True))
         arrays[f"{name}-tokens"] = tokens_N.astype(token_type)
@@ -159,6 +168,18 @@ def _encoded(config: TextDataConfig) -> tuple[dict[str, Any], Arrays]:
         if name == "train":
             arrays["token_count"] = np.bincount(tokens_N, minlength=tokenizer.vocab_size).astype(np.int64)
     return {"vocab_size": tokenizer.vocab_size, "domains": domains, "lengths": lengths}, arrays
+
+
+def _held_out(config: TextDataConfig, known: Sequence[str]) -> list[str]:
+    """Return the domains to hold out, in order; refuse unknown ones and those after which nothing is left."""
+    key, names = "task.data.held_out_domains", sorted(config.held_out_domains)
+    for name in names:
+        if name not in known:
+            raise unknown(key, name, known)
+    require(len(names) < len(known), key, names, f"some of {', '.join(known)}, or nothing is left to train on")
+    if names and OUT_OF_DOMAIN in known:
+        raise UsageError(f"{key}: the data have a domain '{OUT_OF_DOMAIN}', which is the name of a metric; rename it")
+    return names
 
 
 def _stream(documents: Sequence[Document], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
