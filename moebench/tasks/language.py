@@ -51,7 +51,7 @@ Uniform = Callable[[int], Tensor]
 class TextConfig:
     """Options of every task on text; each task's own Config adds its name and its options."""
 
-    NOT_IN_ID: ClassVar[tuple[str, ...]] = ("data.path",)
+    NOT_IN_ID: ClassVar[tuple[str, ...]] = ("data.path", "data.made_by")
 
     name: str
     sequence_length: int = 64

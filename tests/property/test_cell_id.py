@@ -117,6 +117,11 @@ def test_cell_id_ignores_on_which_machines_its_processes_are() -> None:
     assert identity({"parallel": spread}) == identity({"parallel": {"data": 4}})
 
 
+def test_cell_id_ignores_how_a_file_is_made() -> None:
+    data = {"path": "a.parquet", "made_by": "a command"}
+    assert identity({"task": {"data": data}}) == identity({"task": {"data": {"path": "b.parquet"}}})
+
+
 @given(choices_of(CHANGES), st.sampled_from(sorted(CHANGES)))
 def test_cell_id_follows_every_other_key(chosen, key) -> None:
     without = {name: value for name, value in chosen.items() if name != key}

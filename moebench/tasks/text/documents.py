@@ -28,6 +28,8 @@ class TextDataConfig:
     path: str | None = None
     """Local file or folder: .parquet, .jsonl, .json, .csv or .txt, also .gz. A .txt file is one document;
     in a folder of .txt files the domain is the subfolder, or else the file's name without its ending."""
+    made_by: str | None = None
+    """How the file at `path` is made, where moebench does not carry it: said when it is not there."""
     dataset: str | None = None
     """Name of a data set on the Hugging Face hub, used instead of `path`."""
     config: str | None = None
@@ -55,6 +57,8 @@ class TextDataConfig:
     def __post_init__(self) -> None:
         """Refuse combinations that have no meaning."""
         check_source(self, ("text_column", "domain_column", "group_column", "tokenizer"))
+        if self.made_by and self.path is None and self.dataset is None:
+            raise UsageError(f"task.data.path: null was given.{_how_to_make(self)}")
         held_out = self.held_out_domains
         once = len(set(held_out)) == len(held_out)
         require(once, "task.data.held_out_domains", held_out, "a list that names each domain once")
@@ -228,12 +232,16 @@ def _source_files(config: TextDataConfig) -> dict[str, Path]:
         return {"": root}
     if not root.is_dir():
         near = nearest(root.name, (p.name for p in root.parent.iterdir())) if root.parent.is_dir() else ""
-        raise UsageError(f"task.data.path: '{config.path}' does not exist.{near}")
+        raise UsageError(f"task.data.path: '{config.path}' does not exist.{near}{_how_to_make(config)}")
     found = (p for p in root.rglob("*") if p.is_file() and _ending(p) in BUILDERS)
     files = {p.relative_to(root).as_posix(): p for p in found if not p.name.startswith((".", "_"))}
     if not files:
         raise UsageError(f"task.data.path: '{config.path}' holds no {', '.join(BUILDERS)} (or .gz) file")
     return dict(sorted(files.items()))
+
+
+def _how_to_make(config: TextDataConfig) -> str:
+    return f" Make it: {config.made_by}" if config.made_by else ""
 
 
 def _builder(config: TextDataConfig, files: Iterable[Path]) -> str:
