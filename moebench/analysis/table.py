@@ -70,6 +70,7 @@ def grids(comparison: Comparison) -> tuple[Grid, ...]:
     """Return the tables that have something to show: quality, how sure, expert load, cost."""
     found = (
         _quality_grid(comparison),
+        _outside_grid(comparison),
         _certainty_grid(comparison),
         _load_grid(comparison),
         _cost_grid(comparison),
@@ -82,11 +83,7 @@ def _quality_grid(comparison: Comparison) -> Grid:
     direction = "lower" if comparison.lower_is_better else "higher"
     return Grid(
         title=f"Quality: {comparison.metric.replace('_', ' ')}, {direction} is better",
-        header=(
-            *("arm", "seeds", "mean", f"minus {comparison.baseline}", "p Holm"),
-            *(["out of domain"] if comparison.has_outside else []),
-            "verdict",
-        ),
+        header=("arm", "seeds", "mean", f"minus {comparison.baseline}", "p Holm", "verdict"),
         rows=tuple(_quality_row(comparison, arm) for arm in comparison.arms),
     )
 
@@ -95,13 +92,26 @@ def _quality_row(comparison: Comparison, arm: ArmSummary) -> tuple[str, ...]:
     planned = arm.num_done + arm.num_failed + arm.num_missing
     seeds = str(arm.num_done) if arm.num_done == planned else f"{arm.num_done} of {planned}"
     mean = NOTHING if arm.mean is None else number(arm.mean) + _half(arm.interval)
-    outside = NOTHING if arm.outside_mean is None else number(arm.outside_mean) + _half(arm.outside_interval)
-    others = [outside] if comparison.has_outside else []
     difference = comparison.difference_of(arm.arm)
     if difference is None:
-        return (_name(arm), seeds, mean, NOTHING, NOTHING, *others, "baseline")
+        return (_name(arm), seeds, mean, NOTHING, NOTHING, "baseline")
     delta = NOTHING if difference.mean is None else signed(difference.mean) + _half(difference.interval)
-    return (_name(arm), seeds, mean, delta, p_value(difference.p_holm), *others, difference.verdict)
+    return (_name(arm), seeds, mean, delta, p_value(difference.p_holm), difference.verdict)
+
+
+def _outside_grid(comparison: Comparison) -> Grid:
+    return Grid(
+        title=f"Out of domain: {comparison.metric.replace('_', ' ')}, no verdict",
+        header=("arm", "seeds", "mean", f"minus {comparison.baseline}", "minus in domain"),
+        rows=tuple(_outside_row(comparison, arm) for arm in comparison.arms if arm.outside),
+    )
+
+
+def _outside_row(comparison: Comparison, arm: ArmSummary) -> tuple[str, ...]:
+    mean, inside = arm.outside_mean or 0.0, arm.mean or 0.0
+    pair = comparison.outside_difference(arm)
+    delta = NOTHING if pair is None else signed(pair.mean) + _half(pair.interval)
+    return (_name(arm), str(len(arm.outside)), number(mean) + _half(arm.outside_interval), delta, signed(mean - inside))
 
 
 def _certainty_grid(comparison: Comparison) -> Grid:
@@ -190,10 +200,10 @@ def _statistics_legend(comparison: Comparison) -> list[str]:
     lines = []
     if any(arm.interval for arm in comparison.arms):
         lines.append("± half of the 95 % t interval over seeds.")
-    if comparison.has_outside:
+    if any(arm.outside for arm in comparison.arms):
         lines.append(
-            "out of domain: the same over the domains that task.data.held_out_domains keeps out of training. All else "
-            "is of the other domains, verdicts and expert loads too."
+            "Out of domain: over the domains that task.data.held_out_domains keeps out of training. All else is of the "
+            "other domains, verdicts and expert loads too."
         )
     if comparison.num_comparisons:
         lines.append(

@@ -98,10 +98,13 @@ class Comparison:
         """Size of the family that Holm corrects for."""
         return sum(difference.p is not None for difference in self.differences)
 
-    @property
-    def has_outside(self) -> bool:
-        """Whether any arm was measured on domains that were held out of training."""
-        return any(arm.outside for arm in self.arms)
+    def outside_difference(self, arm: ArmSummary) -> st.PairedDifference | None:
+        """Return the arm minus the baseline out of domain over common seeds; None for the baseline, or without any."""
+        theirs = next(other.outside for other in self.arms if other.arm == self.baseline)
+        seeds = [seed for seed in arm.outside if seed in theirs]
+        if arm.arm == self.baseline or not seeds:
+            return None
+        return st.paired_difference([arm.outside[seed] for seed in seeds], [theirs[seed] for seed in seeds])
 
     def difference_of(self, arm: str) -> Difference | None:
         """Return the difference of an arm to the baseline, None for the baseline itself."""
@@ -124,7 +127,7 @@ class Comparison:
         difference = self.difference_of(arm.arm)
         return {
             self.metric: _quality_dict(arm.mean, arm.interval, arm.values),
-            OUT_OF_DOMAIN: _quality_dict(arm.outside_mean, arm.outside_interval, arm.outside) if arm.outside else None,
+            OUT_OF_DOMAIN: self._outside_dict(arm) if arm.outside else None,
             "difference": _difference_dict(difference) if difference else None,
             "load": arm.load,
             "throughput": {"tokens_per_s": arm.tokens_per_s, "share_of_baseline": arm.throughput_share},
@@ -134,6 +137,12 @@ class Comparison:
             "domains": arm.domains,
             "runs": {"done": arm.num_done, "failed": arm.num_failed, "missing": arm.num_missing},
         }
+
+    def _outside_dict(self, arm: ArmSummary) -> dict[str, Any]:
+        pair = self.outside_difference(arm)
+        interval = list(pair.interval) if pair and pair.interval else None
+        difference = {"mean": pair.mean, "interval": interval} if pair else None
+        return _quality_dict(arm.outside_mean, arm.outside_interval, arm.outside) | {"difference": difference}
 
 
 def _quality_dict(mean: float | None, interval: st.Interval | None, values: dict[int, float]) -> dict[str, Any]:

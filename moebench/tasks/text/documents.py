@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moebench.errors import UsageError, nearest, require
+from moebench.errors import UsageError, nearest
 from moebench.tasks.sources import check_source, file_digest, first_line, load_dataset
 
 PACK = Path(__file__).parent.parent / "data" / "text_domains.parquet"
@@ -59,9 +59,6 @@ class TextDataConfig:
         check_source(self, ("text_column", "domain_column", "group_column", "tokenizer"))
         if self.made_by and self.path is None and self.dataset is None:
             raise UsageError(f"task.data.path: null was given.{_how_to_make(self)}")
-        held_out = self.held_out_domains
-        once = len(set(held_out)) == len(held_out)
-        require(once, "task.data.held_out_domains", held_out, "a list that names each domain once")
         if self.max_bytes is not None and self.max_bytes < 1:
             raise UsageError(f"task.data.max_bytes: {self.max_bytes} was given; allowed: at least 1, or null")
         if self.streaming and self.max_bytes is None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from moebench.errors import UsageError, require, unknown
+from moebench.errors import UsageError
+from moebench.tasks.sources import checked_held_out
 from moebench.tasks.stored import Arrays, stored
-from moebench.tasks.task import OUT_OF_DOMAIN
 from moebench.tasks.text.documents import Document, TextDataConfig, load_documents, source_digest
 from moebench.tasks.text.splits import SPLITS, split_documents
 from moebench.tasks.text.tokens import Tokenizer, load_tokenizer
@@ -151,7 +151,7 @@ def _encoded(config: TextDataConfig) -> tuple[dict[str, Any], Arrays]:
     tokenizer = load_tokenizer(config.tokenizer)
     documents = split_documents(load_documents(config))
     known = sorted({document.domain for split in documents.values() for document in split})
-    held_out = _held_out(config, known)
+    held_out = checked_held_out(config.held_out_domains, known)
     trained = [domain for domain in known if domain not in held_out]
     domains = [*trained, *held_out]
     token_type = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
@@ -168,18 +168,6 @@ def _encoded(config: TextDataConfig) -> tuple[dict[str, Any], Arrays]:
         if name == "train":
             arrays["token_count"] = np.bincount(tokens_N, minlength=tokenizer.vocab_size).astype(np.int64)
     return {"vocab_size": tokenizer.vocab_size, "domains": domains, "lengths": lengths}, arrays
-
-
-def _held_out(config: TextDataConfig, known: Sequence[str]) -> list[str]:
-    """Return the domains to hold out, in order; refuse unknown ones and those after which nothing is left."""
-    key, names = "task.data.held_out_domains", sorted(config.held_out_domains)
-    for name in names:
-        if name not in known:
-            raise unknown(key, name, known)
-    require(len(names) < len(known), key, names, f"some of {', '.join(known)}, or nothing is left to train on")
-    if names and OUT_OF_DOMAIN in known:
-        raise UsageError(f"{key}: the data have a domain '{OUT_OF_DOMAIN}', which is the name of a metric; rename it")
-    return names
 
 
 def _stream(documents: Sequence[Document], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
