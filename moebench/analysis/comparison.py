@@ -21,6 +21,7 @@ from moebench.analysis.values import (
     LostCell,
     Verdict,
 )
+from moebench.tasks.task import OUT_OF_DOMAIN
 from moebench.training.result import RunResult
 
 __all__ = ["ArmSummary", "Comparison", "Difference", "LostCell", "compare"]
@@ -123,7 +124,8 @@ def _summary(arm: str, grid: Sorted, mismatch_marks: Iterable[str]) -> ArmSummar
         mean=fmean(quality) if quality else None,
         interval=st.mean_interval(quality) if quality else None,
         values=dict(zip(seeds, quality, strict=True)),
-        domains=_means([run.metrics for run in runs], f"{grid.metric}/"),
+        outside=_outside(arm, grid),
+        domains=_domains([run.metrics for run in runs], grid.metric),
         load=_means([run.metrics for run in runs], "load/"),
         tokens_per_s=fmean(speeds) if speeds else None,
         throughput_share=_throughput_share(arm, grid),
@@ -131,6 +133,17 @@ def _summary(arm: str, grid: Sorted, mismatch_marks: Iterable[str]) -> ArmSummar
         parallel=_means([run.throughput for run in runs], "parallel/"),
         marks=tuple(dict.fromkeys([*(mark for run in runs for mark in run.marks), *mismatch_marks])),
     )
+
+
+def _outside(arm: str, grid: Sorted) -> dict[int, float]:
+    """Return the metric out of domain of each seed that has a finite one."""
+    found = {seed: run.metrics.get(f"{grid.metric}/{OUT_OF_DOMAIN}") for seed, run in grid.done[arm].items()}
+    return {seed: value for seed, value in found.items() if value is not None and isfinite(value)}
+
+
+def _domains(metrics: Sequence[Mapping[str, float]], metric: str) -> dict[str, float]:
+    """Return the mean of the metric in each domain."""
+    return {name: value for name, value in _means(metrics, f"{metric}/").items() if name != OUT_OF_DOMAIN}
 
 
 def _throughput_share(arm: str, grid: Sorted) -> float | None:

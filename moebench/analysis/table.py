@@ -10,8 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from moebench.analysis import statistics as st
-from moebench.analysis.formatting import NOTHING, count, human, number, p_value, signed
-from moebench.analysis.values import NON_CAUSAL, ArmSummary, Comparison, Difference, LostCell
+from moebench.analysis.formatting import NOTHING, human, number, p_value, signed
+from moebench.analysis.legend import legend
+from moebench.analysis.values import ArmSummary, Comparison, Difference, LostCell
 
 STYLES = {"better": "bold green", "worse": "red", "not matched": "yellow"}
 LOAD_COLUMNS = {
@@ -22,18 +23,6 @@ LOAD_COLUMNS = {
     "drop_rate": "dropped",
     "unserved": "unserved",
     "flops": "FLOPs",
-}
-KNOWN = "information/"
-"""Of the load metrics, those that say what experts know."""
-MARK_MEANINGS = {
-    "≠FLOPs": "active FLOPs per token differ from the baseline's by more than 2 %",
-    "≠params": "total parameters differ from the baseline's by more than 2 %",
-    "≠match": "its width was solved for another quantity (layout.match) than the comparison is by",
-    "≠tokens": "trained on another number of tokens",
-    "≠data": "trained on other data",
-    "≠eval": "evaluated on another set or by another definition",
-    NON_CAUSAL: "its routing sees later tokens, so its quality here is out of reach when generating",
-    "best": "better than every other matched arm, each pair tested, p corrected as one family",
 }
 
 
@@ -72,6 +61,7 @@ def grids(comparison: Comparison) -> tuple[Grid, ...]:
     """Return the tables that have something to show: quality, how sure, expert load, what experts know, cost."""
     found = (
         _quality_grid(comparison),
+        _outside_grid(comparison),
         _certainty_grid(comparison),
         _load_grid(comparison),
         _information_grid(comparison),
@@ -99,6 +89,21 @@ def _quality_row(comparison: Comparison, arm: ArmSummary) -> tuple[str, ...]:
         return (_name(arm), seeds, mean, NOTHING, NOTHING, "baseline")
     delta = NOTHING if difference.mean is None else signed(difference.mean) + _half(difference.interval)
     return (_name(arm), seeds, mean, delta, p_value(difference.p_holm), difference.verdict)
+
+
+def _outside_grid(comparison: Comparison) -> Grid:
+    return Grid(
+        title=f"Out of domain: {comparison.metric.replace('_', ' ')}, no verdict",
+        header=("arm", "seeds", "mean", f"minus {comparison.baseline}", "minus in domain"),
+        rows=tuple(_outside_row(comparison, arm) for arm in comparison.arms if arm.outside),
+    )
+
+
+def _outside_row(comparison: Comparison, arm: ArmSummary) -> tuple[str, ...]:
+    mean, inside = arm.outside_mean or 0.0, arm.mean or 0.0
+    pair = comparison.outside_difference(arm)
+    delta = NOTHING if pair is None else signed(pair.mean) + _half(pair.interval)
+    return (_name(arm), str(len(arm.outside)), number(mean) + _half(arm.outside_interval), delta, signed(mean - inside))
 
 
 def _certainty_grid(comparison: Comparison) -> Grid:
@@ -134,12 +139,12 @@ def _load_grid(comparison: Comparison) -> Grid:
 
 
 def _information_grid(comparison: Comparison) -> Grid:
-    known = {arm.arm: {key: x for key, x in arm.load.items() if key.startswith(KNOWN)} for arm in comparison.arms}
+    known = {arm.arm: arm.known for arm in comparison.arms}
     arms = [arm for arm in comparison.arms if known[arm.arm]]
     kinds = list(dict.fromkeys(key for arm in arms for key in known[arm.arm]))
     return Grid(
         title="What experts know of a token",
-        header=("arm", *(key.removeprefix(KNOWN) for key in kinds)),
+        header=("arm", *kinds),
         rows=tuple((_name(arm), *(_share(known[arm.arm].get(key)) for key in kinds)) for arm in arms),
     )
 
@@ -185,51 +190,6 @@ def _parallel_row(arm: ArmSummary) -> tuple[str, ...]:
         human(found["tokens_per_s_per_device"]),
         f"{found['peak_memory_gib']:.2f} GiB",
     )
-
-
-def legend(comparison: Comparison) -> tuple[str, ...]:
-    """Explain every sign in the tables in plain words, with the power of the comparison."""
-    marks = dict.fromkeys(mark for arm in comparison.arms for mark in arm.marks)
-    return (
-        *_statistics_legend(comparison),
-        *_information_legend(comparison),
-        *_parallel_legend(comparison),
-        *(f"{mark}: {MARK_MEANINGS[mark]}." for mark in marks if mark in MARK_MEANINGS),
-        *(f"Note: {note}." for note in comparison.notes),
-    )
-
-
-def _statistics_legend(comparison: Comparison) -> list[str]:
-    lines = []
-    if any(arm.interval for arm in comparison.arms):
-        lines.append("± half of the 95 % t interval over seeds.")
-    if comparison.num_comparisons:
-        lines.append(
-            "p Holm: p of the paired t-test, corrected for "
-            f"{count(comparison.num_comparisons, 'comparison')}; better or worse means p Holm ≤ {st.ALPHA}. "
-            "exact p: sign flips, 6 seeds or more, not corrected. seed SD: the difference over the SD "
-            "between seeds. detectable: the smallest true difference that 4 of 5 repeats would show."
-        )
-    if any(difference.low_power for difference in comparison.differences):
-        lines.append("low power: 3 to 5 seeds can miss any difference smaller than the detectable one.")
-    if any(difference.verdict == "too few seeds" for difference in comparison.differences):
-        lines.append(f"too few seeds: fewer than {st.MIN_SEEDS} describe and decide nothing.")
-    return lines
-
-
-def _information_legend(comparison: Comparison) -> list[str]:
-    if not any(key.startswith(KNOWN) for arm in comparison.arms for key in arm.load):
-        return []
-    return ["what experts know: I(label; expert) / H(label), from 0 to 1, mean over expert layers."]
-
-
-def _parallel_legend(comparison: Comparison) -> list[str]:
-    if not any(arm.parallel for arm in comparison.arms):
-        return []
-    return [
-        "all-to-all and waiting: shares of a step that was timed, in which every process waits for the slowest before "
-        "each exchange. busiest: rows of the process with the most over the mean. memory: of the process with the most."
-    ]
 
 
 def losses(comparison: Comparison) -> tuple[str, ...]:

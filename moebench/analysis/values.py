@@ -1,9 +1,11 @@
 """The values of a comparison: what each arm did, how it differs from the baseline, and what is missing."""
 
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any, Literal
 
 from moebench.analysis import statistics as st
+from moebench.tasks.task import OUT_OF_DOMAIN
 
 BEST = "best"
 NON_CAUSAL = "non-causal"
@@ -31,13 +33,32 @@ class ArmSummary:
     mean: float | None
     interval: st.Interval | None
     values: dict[int, float]  # seed -> final metric
+    outside: dict[int, float]  # seed -> the same metric over the domains held out of training; empty: none are
     domains: dict[str, float]
-    load: dict[str, float]
+    load: dict[str, float]  # over the domains of training; what ends in /out_of_domain: over those held out
     tokens_per_s: float | None
     throughput_share: float | None  # ratio of the medians over common seeds, baseline = 1
     cost: dict[str, float]
     parallel: dict[str, float]  # what the processes cost each other; empty for one process
     marks: tuple[str, ...]
+
+    @property
+    def outside_mean(self) -> float | None:
+        """Mean over seeds of the metric out of domain; None where no domain was held out."""
+        return fmean(self.outside.values()) if self.outside else None
+
+    @property
+    def outside_interval(self) -> st.Interval | None:
+        """Its 95 % t interval over seeds."""
+        return st.mean_interval(list(self.outside.values())) if self.outside else None
+
+    @property
+    def known(self) -> dict[str, float]:
+        """Kind of label -> what experts know of it, over the domains of training."""
+        split = {key: key.split("/") for key in self.load}
+        return {
+            parts[1]: self.load[key] for key, parts in split.items() if parts[0] == "information" and len(parts) == 2
+        }
 
     @property
     def num_done(self) -> int:
@@ -85,6 +106,14 @@ class Comparison:
         """Size of the family that Holm corrects for."""
         return sum(difference.p is not None for difference in self.differences)
 
+    def outside_difference(self, arm: ArmSummary) -> st.PairedDifference | None:
+        """Return the arm minus the baseline out of domain over common seeds; None for the baseline, or without any."""
+        theirs = next(other.outside for other in self.arms if other.arm == self.baseline)
+        seeds = [seed for seed in arm.outside if seed in theirs]
+        if arm.arm == self.baseline or not seeds:
+            return None
+        return st.paired_difference([arm.outside[seed] for seed in seeds], [theirs[seed] for seed in seeds])
+
     def difference_of(self, arm: str) -> Difference | None:
         """Return the difference of an arm to the baseline, None for the baseline itself."""
         return next((difference for difference in self.differences if difference.arm == arm), None)
@@ -105,11 +134,8 @@ class Comparison:
     def _arm_dict(self, arm: ArmSummary) -> dict[str, Any]:
         difference = self.difference_of(arm.arm)
         return {
-            self.metric: {
-                "mean": arm.mean,
-                "interval": list(arm.interval) if arm.interval else None,
-                "seeds": {str(seed): value for seed, value in arm.values.items()},
-            },
+            self.metric: _quality_dict(arm.mean, arm.interval, arm.values),
+            OUT_OF_DOMAIN: self._outside_dict(arm) if arm.outside else None,
             "difference": _difference_dict(difference) if difference else None,
             "load": arm.load,
             "throughput": {"tokens_per_s": arm.tokens_per_s, "share_of_baseline": arm.throughput_share},
@@ -119,6 +145,17 @@ class Comparison:
             "domains": arm.domains,
             "runs": {"done": arm.num_done, "failed": arm.num_failed, "missing": arm.num_missing},
         }
+
+    def _outside_dict(self, arm: ArmSummary) -> dict[str, Any]:
+        pair = self.outside_difference(arm)
+        interval = list(pair.interval) if pair and pair.interval else None
+        difference = {"mean": pair.mean, "interval": interval} if pair else None
+        return _quality_dict(arm.outside_mean, arm.outside_interval, arm.outside) | {"difference": difference}
+
+
+def _quality_dict(mean: float | None, interval: st.Interval | None, values: dict[int, float]) -> dict[str, Any]:
+    seeds = {str(seed): value for seed, value in values.items()}
+    return {"mean": mean, "interval": list(interval) if interval else None, "seeds": seeds}
 
 
 def _difference_dict(difference: Difference) -> dict[str, Any]:

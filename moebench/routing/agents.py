@@ -9,7 +9,7 @@ from torch import Tensor
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.router import RouterConfig, Site
-from moebench.routing.routers.domain import check_domains
+from moebench.routing.routers.domain import check_domains, place_of
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -18,7 +18,8 @@ class AgentsConfig(RouterConfig):
     """Options of who chooses and for what reward."""
 
     agents: Literal["domain", "single"] = "domain"
-    """One agent for each domain of the task (its dispatcher knows the domain), or a single one for all tokens."""
+    """One agent for each domain of the task (its dispatcher knows the domain), or a single one for all tokens. Domains
+    that were held out of training have the mean of all agents."""
     pass_through: bool = False
     """One action more: no expert, the token goes on as it is; the cost of a matched arm does not know of it."""
     collaboration: float = 0.0
@@ -36,10 +37,10 @@ def num_agents(config: Any, site: Site) -> int:
 
 
 def agent_of(ctx: RouteContext, num_agents: int, x_TD: Tensor) -> Tensor:
-    """Return the agent of each token, int64."""
+    """Return the agent of each token, int64; `num_agents`, for which there is none, where its domain was held out."""
     if num_agents == 1 or ctx.domain_T is None:
         return torch.zeros(x_TD.shape[0], dtype=torch.int64, device=x_TD.device)
-    return ctx.domain_T
+    return place_of(ctx.domain_T, num_agents)
 
 
 def acted(action_T: Tensor, num_experts: int, num_actions: int, **tables: Any) -> Routing:

@@ -23,7 +23,7 @@ class RouteContext:
     valid_T: Tensor | None = None
     """bool, False at padding; None when nothing is padded."""
     domain_T: Tensor | None = None
-    """int64 domain of each token."""
+    """int64 domain of each token; in evaluation from `Site.num_domains` on for domains that are not trained on."""
     label_T: Tensor | None = None
     """int64: to which expert each token belongs, by number; of made data alone, for the router `oracle`."""
     embedding_TD: Tensor | None = None

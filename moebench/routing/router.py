@@ -83,7 +83,7 @@ class Site:
     sequence_length: int | None = None
     """Tokens of one sequence of the task, where it is known."""
     num_domains: int | None = None
-    """Domains of the task's data; None where it has none."""
+    """Domains that the task trains on; None where it has none."""
     embedding_width: int = 0
     """Numbers per token of the embedding that all routers share (`RouteContext.embedding_TD`); 0: there is none."""
     free_E: tuple[bool, ...] = ()

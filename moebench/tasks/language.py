@@ -52,7 +52,7 @@ Uniform = Callable[[int], Tensor]
 class TextConfig:
     """Options of every task on text; each task's own Config adds its name and its options."""
 
-    NOT_IN_ID: ClassVar[tuple[str, ...]] = ("data.path",)
+    NOT_IN_ID: ClassVar[tuple[str, ...]] = ("data.path", "data.made_by")
 
     name: str
     sequence_length: int = 64
@@ -91,6 +91,7 @@ class TextTask(Task):
         self.config = config
         self.text = text
         self.domains = text.domains
+        self.num_held_out = text.num_held_out
         self.digest = text.digest
         shape = (text.digest, config.sequence_length, config.eval_windows, self.metric, *self.decides(config))
         self.eval_digest = hashlib.sha256(repr(shape).encode()).hexdigest()[:12]
@@ -148,14 +149,17 @@ class TextTask(Task):
         return self._of_windows(split, window_B, uniform_draws(batch_size, self.config.name, seed, step, part=part))
 
     def eval_batches(self, split: str, batch_size: int) -> Sequence[Batch]:
-        """Take evenly spaced windows, the same number of each domain; what is drawn does not depend on the batch."""
+        """Take evenly spaced windows, the same number of each domain; what is drawn does not depend on the batch.
+
+        Domains that were held out of training come last, in batches of their own.
+        """
         part: TextSplit = getattr(self.text, split)
         chosen = evaluation_windows(part, self.config.eval_windows)
         whole = self._of_windows(part, chosen, uniform_draws(len(chosen), self.config.name, split))
-        spans = [
-            Span(start=start, length=min(batch_size, len(chosen) - start), total=len(chosen))
-            for start in range(0, len(chosen), batch_size)
-        ]
+        first = int((part.domain_W[chosen] < self.num_trained_domains).sum())
+        starts = [*range(0, first, batch_size), *range(first, len(chosen), batch_size)]
+        ends = [*starts[1:], len(chosen)]
+        spans = [Span(start=a, length=b - a, total=len(chosen)) for a, b in zip(starts, ends, strict=True)]
         return [replace(whole.part(span), span=None) for span in spans]
 
     def _of_windows(self, split: TextSplit, window_B: np.ndarray, uniform: Uniform) -> Batch:
@@ -177,8 +181,8 @@ class TextTask(Task):
         return loss_T.view_as(batch.target_BP)
 
     def quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return bits per byte over all domains and for each: summed code length over summed bytes."""
-        return by_domain(self.metric, sums["nats"] / math.log(2), sums["weight"], self.domains)
+        """Return bits per byte over the domains of training, out of domain and for each: code length over bytes."""
+        return by_domain(self.metric, sums["nats"] / math.log(2), sums["weight"], self.domains, self.num_held_out)
 
 
 def uniform_draws(num_sequences: int, *purpose: object, part: slice = ALL) -> Uniform:

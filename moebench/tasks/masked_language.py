@@ -92,4 +92,5 @@ class MaskedLanguage(TextTask):
 
     def quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Return bits per byte of the hidden tokens, and the share of them whose best guess is right."""
-        return super().quality(sums) | by_domain("masked_accuracy", sums["right"], sums["hidden"], self.domains)
+        right, hidden = sums["right"], sums["hidden"]
+        return super().quality(sums) | by_domain("masked_accuracy", right, hidden, self.domains, self.num_held_out)

@@ -2,20 +2,24 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from moebench.errors import UsageError
+from moebench.errors import UsageError, require, unknown
+from moebench.tasks.task import OUT_OF_DOMAIN
 
 HUB_OPTIONS = ("config", "revision", "split", "test_split")
 """Options of a data section that say something about a hub data set alone."""
 
 
 def check_source(data: Any, names: Iterable[str]) -> None:
-    """Refuse two sources, options of a hub without its data set, and empty `names`; `data`: the section task.data."""
+    """Refuse two sources, options of a hub without its data set, empty `names` and a domain held out twice.
+
+    `data`: the section task.data.
+    """
     if data.path is not None and data.dataset is not None:
         raise UsageError("task.data.path and task.data.dataset are both given; set one of them to null")
     defaults = {option.name: option.default for option in fields(data)}
@@ -25,6 +29,21 @@ def check_source(data: Any, names: Iterable[str]) -> None:
     for name in ("path", "dataset", "split", *names):
         if getattr(data, name) == "":
             raise UsageError(f"task.data.{name}: an empty name was given; give a name")
+    held_out = getattr(data, "held_out_domains", [])
+    once = len(set(held_out)) == len(held_out)
+    require(once, "task.data.held_out_domains", held_out, "a list that names each domain once")
+
+
+def checked_held_out(names: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Return the domains to hold out, in order; refuse those that the data lack, and all of `known`."""
+    key = "task.data.held_out_domains"
+    for name in names:
+        if name not in known:
+            raise unknown(key, name, known)
+    require(len(names) < len(known), key, names, f"some of {', '.join(known)}, or nothing is left to train on")
+    if names and OUT_OF_DOMAIN in known:
+        raise UsageError(f"{key}: the data have a domain '{OUT_OF_DOMAIN}', which is the name of a metric; rename it")
+    return sorted(names)
 
 
 def file_digest(path: Path) -> str:

@@ -92,9 +92,9 @@ class Speech(AudioTask):
     def quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Return character and word error rate over all recordings and by language, and nats per character."""
         return {
-            **by_domain("cer", sums["character_errors"], sums["characters"], self.domains),
-            **by_domain("wer", sums["word_errors"], sums["words"], self.domains),
-            **by_domain("nats", sums["nats"], sums["weight"], self.domains),
+            **by_domain("cer", sums["character_errors"], sums["characters"], self.domains, self.num_held_out),
+            **by_domain("wer", sums["word_errors"], sums["words"], self.domains, self.num_held_out),
+            **by_domain("nats", sums["nats"], sums["weight"], self.domains, self.num_held_out),
         }
 
 
@@ -150,6 +150,6 @@ class Keyword(AudioTask):
     def quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the share of recordings named right and nats per recording, over all and by domain."""
         return {
-            **by_domain("accuracy", sums["right"], sums["weight"], self.domains),
-            **by_domain("nats", sums["nats"], sums["weight"], self.domains),
+            **by_domain("accuracy", sums["right"], sums["weight"], self.domains, self.num_held_out),
+            **by_domain("nats", sums["nats"], sums["weight"], self.domains, self.num_held_out),
         }

@@ -15,6 +15,8 @@ from moebench.routing.ranks import Span
 
 ALL = slice(None)
 """Every sequence of a batch."""
+OUT_OF_DOMAIN = "out_of_domain"
+"""Ends the names of metrics over the domains that training did not see."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -139,6 +141,8 @@ class Task(ABC):
 
     Config: ClassVar[type]
     domains: tuple[str, ...]
+    num_held_out: int = 0
+    """How many domains, the last of them, are in no training batch and not in the validation split."""
     digest: str
     """Identifies the prepared data."""
     eval_digest: str
@@ -149,6 +153,11 @@ class Task(ABC):
     """Positions of the decoder, where there is one; `sequence_length` is then that of the encoder."""
     vocab_size: int | None = None
     token_count_V: Tensor | None = None
+
+    @property
+    def num_trained_domains(self) -> int:
+        """Domains that training sees, the first ones."""
+        return len(self.domains) - self.num_held_out
 
     @property
     def tokens_per_sequence(self) -> int:
@@ -186,7 +195,10 @@ class Task(ABC):
 
     @abstractmethod
     def eval_batches(self, split: str, batch_size: int) -> Sequence[Batch]:
-        """Return the fixed evaluation set of a split ("validation" or "test"), the same for every arm."""
+        """Return the fixed evaluation set of a split ("validation" or "test"), the same for every arm.
+
+        No batch has sequences of both trained and held-out domains: what is found in domain depends on nothing else.
+        """
 
     @abstractmethod
     def embedding(self, d_model: int) -> nn.Module:
@@ -224,9 +236,21 @@ class Task(ABC):
         """Return the metrics from what `sums` returned, added up over an evaluation set: by domain, in fp64."""
 
 
-def by_domain(name: str, sum_D: Tensor, weight_D: Tensor, domains: Sequence[str]) -> dict[str, float]:
-    """Return `name`, the ratio of the sums over all domains, and `name/DOMAIN` for each domain with any weight."""
-    found = {name: (sum_D.sum() / weight_D.sum().clamp(min=1)).item()}
+def by_domain(
+    name: str, sum_D: Tensor, weight_D: Tensor, domains: Sequence[str], num_held_out: int = 0
+) -> dict[str, float]:
+    """Return `name`, the ratio of the sums over all domains, and `name/DOMAIN` for each domain with any weight.
+
+    The last `num_held_out` domains are not in the first; `name/out_of_domain` is the ratio over them.
+    """
+
+    def ratio(part: slice) -> float:
+        return (sum_D[part].sum() / weight_D[part].sum().clamp(min=1)).item()
+
+    first = len(domains) - num_held_out
+    found = {name: ratio(slice(first))}
+    if weight_D[first:].any():
+        found[f"{name}/{OUT_OF_DOMAIN}"] = ratio(slice(first, None))
     for domain, value, weight in zip(domains, sum_D.tolist(), weight_D.tolist(), strict=True):
         if weight:
             found[f"{name}/{domain}"] = value / weight

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 from moebench.models.transformer import BatchContext
 from moebench.parallel.mesh import ALONE_MESH, Mesh
 from moebench.routing.metrics import LoadCount, relative_flops, summarise
-from moebench.tasks.task import Batch, Task
+from moebench.routing.values import LayerRecord
+from moebench.tasks.task import OUT_OF_DOMAIN, Batch, Task
 from moebench.training.labels import LabelCounts, LabelTable, information
 from moebench.training.model import Model
 
@@ -22,11 +23,12 @@ class Evaluation:
 
     quality: dict[str, float]
     load: dict[str, float]
-    """Load metrics, mean over MoE layers; empty for a dense model."""
+    """Load metrics, mean over MoE layers; empty for a dense model. They cover the domains of training; those of the
+    domains that were held out end in /out_of_domain."""
     load_by_layer: dict[str, list[int]]
-    """MoE layer (index of its block) -> assignments of each expert over the whole set."""
+    """MoE layer (index of its block) -> assignments of each expert over the domains of training."""
     labels: dict[str, LabelTable]
-    """Kind of label -> which expert takes which, over the whole set."""
+    """Kind of label -> which expert takes which, over the domains of training."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -74,28 +76,49 @@ def _own_part(whole: Batch, mesh: Mesh, model: Model) -> Batch:
     return whole if mesh.size == 1 else whole.part(mesh.share(len(whole.domain_B), model.sequences_together))
 
 
+@dataclass
+class _Tally:
+    """What the experts of a model did with some batches."""
+
+    labels: LabelCounts
+    counts: dict[int | str, LoadCount] = field(default_factory=dict)
+    """By MoE layer."""
+
+    def add(self, batch: Batch, records: Sequence[LayerRecord]) -> None:
+        """Count what the layers did with a batch."""
+        for record in records:
+            count, layer = LoadCount.of(record), record.layer
+            self.counts[layer] = self.counts[layer] + count if layer in self.counts else count
+        self.labels.add(batch, records)
+
+    def over(self, mesh: Mesh, model: Model) -> tuple[dict[str, float], dict[str, list[int]], dict[str, LabelTable]]:
+        """Return the load metrics, each expert's load and the label tables of what all processes counted together."""
+        counts = {layer: count.over(mesh.world) for layer, count in self.counts.items()}
+        tables = self.labels.over(mesh.world)
+        load = summarise(list(counts.values())) | _flops(model, counts) | information(tables)
+        return load, {str(layer): count.load_E.tolist() for layer, count in counts.items()}, tables
+
+
 def _evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, device: Any, mesh: Mesh) -> Evaluation:
     sums: dict[str, Tensor] = {}
-    counts: dict[int | str, LoadCount] = {}
-    labels = LabelCounts(task.label_kinds())
+    trained, held_out = (_Tally(LabelCounts(task.label_kinds())) for _ in range(2))
     for whole in batches:
         on_device = _own_part(whole, mesh, model).to(device)
         output, records = model(on_device, batch_context(on_device, training=False, seed=seed))
         for name, value in task.sums(output, on_device).items():
             zeros = torch.zeros(len(task.domains), *value.shape[1:], dtype=torch.float64, device=device)
             sums[name] = sums.get(name, zeros).index_add(0, on_device.domain_B, value.double())
-        for record in records:
-            count = LoadCount.of(record)
-            counts[record.layer] = counts[record.layer] + count if record.layer in counts else count
-        labels.add(on_device, records)
+        # The whole batch says it, or processes without a part of it would wait in vain for each other's counts.
+        tally = held_out if bool((whole.domain_B >= task.num_trained_domains).any()) else trained
+        tally.add(on_device, records)
     sums = {name: mesh.world.sum(value).cpu() for name, value in sums.items()}
-    counts = {layer: count.over(mesh.world) for layer, count in counts.items()}
-    tables = labels.over(mesh.world)
+    load, load_by_layer, labels = trained.over(mesh, model)
+    outside, _, _ = held_out.over(mesh, model)
     return Evaluation(
         quality=task.quality(sums),
-        load=summarise(list(counts.values())) | _flops(model, counts) | information(tables),
-        load_by_layer={str(layer): count.load_E.tolist() for layer, count in counts.items()},
-        labels=tables,
+        load=load | {f"{name}/{OUT_OF_DOMAIN}": value for name, value in outside.items()},
+        load_by_layer=load_by_layer,
+        labels=labels,
     )
 
 

@@ -108,7 +108,7 @@ def build_model(config: CellConfig, task: Task, sized_as: CellConfig | None = No
         vocab_size=task.vocab_size,
         token_count_V=task.token_count_V,
         token_pairs=task.token_pairs if task.token_count_V is not None else None,
-        num_domains=len(task.domains),
+        num_domains=task.num_trained_domains,
         sized_as=sized_as,
     )
     backbone: Transformer | EncoderDecoder

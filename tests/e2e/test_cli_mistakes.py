@@ -107,6 +107,9 @@ OVERRIDE_MISTAKES = {
     "task.data.path=latin.txt": ["task.data.path", "'latin.txt'", "cannot be read"],
     "task.data.path=columns.csv": ["task.data.text_column", "'text'", "Did you mean 'texts'?"],
     "task.sequence_length=100000": ["sequence", "less than one window"],
+    "task.data.held_out_domains=[c]": ["task.data.held_out_domains", "'c' is unknown", "Allowed: a, b"],
+    "task.data.held_out_domains=[a,b]": ["task.data.held_out_domains", "some of a, b"],
+    "task.data.held_out_domains=a": ["task.data.held_out_domains", "a"],
     "train": ["'train'", "key=value"],
     "=5": ["'=5'", "key=value"],
 }

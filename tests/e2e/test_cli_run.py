@@ -220,6 +220,8 @@ def test_an_experiment_in_the_folder_experiments_is_known_by_its_name(cli: Comma
 
 def test_the_shipped_experiments_are_valid(cli: CommandLine, warm: WarmCommandLine) -> None:
     for file in sorted((ROOT / "experiments").glob("*.yaml")):
+        if file.stem == "languages":  # its data are not here: test_cli_languages.py makes some
+            continue
         ended = warm(cli, "plan", str(file), "--json", "--results", "plans")
         assert ended.code == 0, ended.err
         assert {cell["state"] for cell in ended.json["cells"]} == {"new"}

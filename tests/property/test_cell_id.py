@@ -18,6 +18,7 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "task.eval_windows": (4, None),
     "task.data.max_bytes": (1000,),
     "task.data.tokenizer": ("other",),
+    "task.data.held_out_domains": (["b"], ["a", "b"]),
     "model.d_model": (96,),
     "model.num_layers": (3,),
     "model.num_heads": (8,),
@@ -114,6 +115,11 @@ def test_cell_id_ignores_order_and_cadence(chosen, cadence, order) -> None:
 def test_cell_id_ignores_on_which_machines_its_processes_are() -> None:
     spread = {"data": 4, "devices": 2, "nodes": 2}
     assert identity({"parallel": spread}) == identity({"parallel": {"data": 4}})
+
+
+def test_cell_id_ignores_how_a_file_is_made() -> None:
+    data = {"path": "a.parquet", "made_by": "a command"}
+    assert identity({"task": {"data": data}}) == identity({"task": {"data": {"path": "b.parquet"}}})
 
 
 @given(choices_of(CHANGES), st.sampled_from(sorted(CHANGES)))

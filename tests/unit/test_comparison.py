@@ -308,7 +308,8 @@ def test_to_dict_is_json_with_the_promised_keys():
     assert found["arms"]["dense"]["difference"] is None
     switch = found["arms"]["switch"]
     assert set(switch) == {
-        "bits_per_byte", "cost", "difference", "domains", "load", "marks", "parallel", "runs", "throughput"
+        "bits_per_byte", "cost", "difference", "domains",
+        "out_of_domain", "load", "marks", "parallel", "runs", "throughput"
     }  # fmt: skip
     assert set(switch["bits_per_byte"]["seeds"]) == {"0", "1", "2", "3", "4"}
     assert switch["difference"]["verdict"] == "better"

@@ -216,3 +216,43 @@ def test_numbers():
     ]  # fmt: skip
     assert [signed(x) for x in (0.01, -0.01)] == ["+0.0100", "−0.0100"]
     assert [p_value(p) for p in (None, 0.0004, 0.0496)] == ["–", "<0.001", "0.050"]
+
+
+def test_out_of_domain_stands_beside_and_decides_nothing():
+    plain = grid(3)
+    results = [
+        replace(r, metrics={**r.metrics, **{f"bits_per_byte/{name}": v for name in ("b", "out_of_domain")}})
+        for r, v in zip(plain, [3.0 + r.seed + (r.arm == "switch") * (r.seed + 1) / 2 for r in plain], strict=True)
+    ]
+    found, without = (compare(r, expected=cells(plain), baseline="dense") for r in (results, plain))
+    assert found.differences == without.differences
+    arms = json.loads(to_json(found))["arms"]
+    low, high = arms["switch"]["out_of_domain"].pop("interval")
+    assert low < 5 < high
+    # Half of a 95 % t interval of 3 seeds is 4.3027 / sqrt(3) = 2.4841 times their SD: 1, 1.5 and of the pairs 0.5.
+    interval = [pytest.approx(1 - 1.2421, abs=1e-4), pytest.approx(1 + 1.2421, abs=1e-4)]
+    assert arms["switch"]["out_of_domain"] == {
+        "mean": 5.0,
+        "seeds": {"0": 3.5, "1": 5.0, "2": 6.5},
+        "difference": {"mean": 1.0, "interval": interval},
+    }
+    assert arms["dense"]["out_of_domain"]["difference"] is None
+    assert arms["switch"]["domains"] == {"b": 5.0}
+    assert json.loads(to_json(without))["arms"]["switch"]["out_of_domain"] is None
+    table = to_markdown(found)
+    assert "| dense | 3 | 4.0000 ± 2.4841 | – | +2.0000 |" in table
+    assert "| switch | 3 | 5.0000 ± 3.7262 | +1.0000 ± 1.2421 | +3.0093 |" in table  # in domain 2 and 1.9907
+    assert "held_out_domains" in table
+    assert "ut of domain" not in to_markdown(without)
+    assert all(len(line) <= 80 for line in rendered(found, 80).splitlines())
+
+
+def test_out_of_domain_over_common_seeds_only():
+    results = [
+        replace(r, metrics={**r.metrics, "bits_per_byte/out_of_domain": 3.0 + r.seed + (r.arm == "switch")})
+        for r in grid(2)
+        if (r.arm, r.seed) not in (("dense", 1), ("switch", 0))
+    ]
+    found = compare(results, expected=cells(grid(2)), baseline="dense")
+    assert "| switch | 1 | 5.0000 | – |" in to_markdown(found)
+    assert json.loads(to_json(found))["arms"]["switch"]["out_of_domain"]["difference"] is None

@@ -113,3 +113,12 @@ def test_a_task_without_domains_is_refused() -> None:
         UsageError, match=r"^router.name: 'domain_posterior' routes by domain, which this task does not"
     ):
         router_class(router_class.Config(), dataclasses.replace(site(8), num_domains=None))
+
+
+def test_a_domain_that_was_held_out_is_served_and_judged_by_none() -> None:
+    router, tokens = Case("domain_posterior", 3).router(), Tokens.draw(10, length=5)
+    routing = routed(router, tokens, torch.tensor([3, 0]).repeat_interleave(5))
+    assert torch.equal(weight_table(routing), weight_table(routed(router, tokens, None)))
+    nats_T = routing.extras["nats_T"]
+    assert not nats_T[:5].any()  # no expert is right, so none can be named
+    torch.testing.assert_close(nats_T[5:], -weight_table(routing)[5:, 0].log())

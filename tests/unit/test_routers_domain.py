@@ -77,3 +77,34 @@ def test_a_task_without_domains_is_refused(name: str) -> None:
     router_class = ROUTERS.get(name).item
     with pytest.raises(UsageError, match=f"^router.name: '{name}' routes by domain, which this task does not have$"):
         router_class(router_class.Config(), dataclasses.replace(site(8), num_domains=None))
+
+
+def test_a_domain_that_was_held_out_is_mixed_by_the_prior() -> None:
+    # Three domains are trained on; of four experts the last has seen no token and takes none.
+    router, tokens = Case("domain", 4).router(), Tokens.draw(12, length=4)
+    router.after_step(torch.tensor([6, 3, 3, 0]), {})
+    routing = routed(router, tokens, [3, 1, 7])
+    prior = [1 / 2, 1 / 4, 1 / 4, 0]
+    torch.testing.assert_close(
+        weight_table(routing), torch.tensor([prior, [0.0, 1, 0, 0], prior]).repeat_interleave(4, 0)
+    )
+    assert routing.load_E.tolist() == [8, 12, 8, 0]
+    assert routed(router, tokens, [0, 1, 2]).load_E.tolist() == [4, 4, 4, 0]
+
+
+def test_what_each_domain_has_of_its_own_is_averaged_for_those_held_out() -> None:
+    tokens = Tokens.draw(24, length=8)
+    gates = Case("multi_gate").router()
+    logits_TE = routed(gates, tokens, [3, 0, 9]).logits_TE
+    torch.testing.assert_close(logits_TE[:8], tokens.x_TD[:8] @ gates.weight_EGD.mean(1).T)
+    torch.testing.assert_close(logits_TE[16:], tokens.x_TD[16:] @ gates.weight_EGD.mean(1).T)
+    torch.testing.assert_close(logits_TE[8:16], tokens.x_TD[8:16] @ gates.weight_EGD[:, 0].T)
+    tasks = Case("task_level").router()
+    found_TE = routed(tasks, tokens, [3, 3, 3]).logits_TE
+    torch.testing.assert_close(found_TE, tasks.gate(tasks.embedding_GD.mean(0)).expand(24, -1))
+    tables = Case("routing_networks_wpl", 2).router()
+    tables.policy_GA.copy_(torch.tensor([[0.9, 0.1], [0.3, 0.7], [0.2, 0.8]]))  # on average 7/15 and 8/15
+    assert routed(tables, tokens, [0, 1, 3]).expert_N.tolist() == [0] * 8 + [1] * 16
+    agents = Case("routing_networks", 4).router()
+    actions_TA = agents.gate(tokens.x_TD).view(24, 3, 4).mean(1)
+    assert routed(agents, tokens, [3, 3, 3]).expert_N.tolist() == actions_TA.argmax(-1).tolist()

@@ -16,7 +16,8 @@ from moebench.routing.values import Routing
 @ROUTERS.register(
     Facts(
         family="static",
-        equation="i = domain of the sequence (mod E),  y = E_i(x);  or in evaluation y = Σ_e π_e E_e(x)",
+        equation="i = domain of the sequence (mod E),  y = E_i(x);  or in evaluation, and for domains that were not"
+        " trained, y = Σ_e π_e E_e(x)",
         paper="arXiv:2108.05036, sections 3 and 5",
         use="Sequences have known domains, and experts shall be added, removed or served domain by domain.",
         beware="Loads are those of the data. Needs a label in evaluation too, or mixes all experts by the prior, "
@@ -35,7 +36,8 @@ class Domain(Router):
     With more domains than experts several share one. In evaluation the label may be unknown: `prior` mixes all experts
     by the share of training tokens that each saw. The paper's posterior, the prior times the likelihood of the text so
     far under each expert, needs the model's own predictions with each expert and is no routing; `domain_posterior` has
-    a posterior that fits in a layer.
+    a posterior that fits in a layer. A domain that was held out of training has no expert: its tokens are mixed by the
+    prior whatever `evaluation` says, by the experts that have seen any token.
     """
 
     count_E: Tensor
@@ -50,20 +52,21 @@ class Domain(Router):
 
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__(config, site)
-        check_domains(config.name, site)
+        self.num_domains = check_domains(config.name, site)
         self.evaluation = config.evaluation
         self.register_buffer("count_E", torch.zeros(site.num_experts, dtype=torch.float64))
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Send each token to the expert of its domain."""
+        """Send each token to the expert of its domain, or in evaluation to all that the prior allows."""
         assert ctx.domain_T is not None
-        if ctx.training or self.evaluation == "label":
-            expert_TK = (ctx.domain_T % self.num_experts).unsqueeze(-1)
+        expert_TK = (ctx.domain_T % self.num_experts).unsqueeze(-1)
+        if ctx.training:
             weight_TK = torch.ones(expert_TK.shape, dtype=torch.float32, device=x_TD.device)
             return Routing.from_top_k(expert_TK, weight_TK, num_experts=self.num_experts)
-        expert_TE = torch.arange(self.num_experts, device=x_TD.device).expand(x_TD.shape[0], -1)
-        weight_TE = self.prior_E.expand(expert_TE.shape)
-        return Routing.from_top_k(expert_TE, weight_TE, num_experts=self.num_experts)
+        own_TE = torch.zeros(x_TD.shape[0], self.num_experts, device=x_TD.device).scatter(1, expert_TK, 1.0)
+        is_own_T1 = (ctx.domain_T < self.num_domains).unsqueeze(-1) & (self.evaluation == "label")
+        weight_TE = own_TE.where(is_own_T1, self.prior_E)
+        return Routing.from_table(weight_TE, weight_TE > 0).compact()
 
     @property
     def prior_E(self) -> Tensor:
@@ -82,3 +85,13 @@ def check_domains(name: str, site: Site) -> int:
     if not site.num_domains:
         raise UsageError(f"router.name: '{name}' routes by domain, which this task does not have")
     return site.num_domains
+
+
+def with_mean(value: Tensor, dim: int = 0) -> Tensor:
+    """Return the values of each domain with their mean behind them, which is what a domain not trained on is given."""
+    return torch.cat([value, value.mean(dim, keepdim=True)], dim)
+
+
+def place_of(domain_T: Tensor, num_domains: int) -> Tensor:
+    """Return the place of each token's domain in `with_mean`: the last is that of every domain not trained on."""
+    return domain_T.clamp(max=num_domains)

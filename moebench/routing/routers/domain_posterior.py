@@ -14,6 +14,9 @@ from moebench.routing.router import ROUTERS, Facts, RouterConfig, Site
 from moebench.routing.routers.domain import Domain
 from moebench.routing.values import LayerRecord, Routing
 
+NONE = -100
+"""No expert."""
+
 
 @ROUTERS.register(
     Facts(
@@ -42,6 +45,9 @@ class DomainPosterior(Domain):
     discriminative, from what the layer sees and not from how well each expert predicts. As in the paper the prior is a
     factor of its own: π counts training tokens, the classifier is trained on top of it, and evaluation may take
     another. All experts compute all tokens in evaluation; in training one does, and that is what arms are matched by.
+
+    Domains that were held out of training are served in the same way, by the experts of those that they resemble: what
+    the paper's mixture is for.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -66,7 +72,10 @@ class DomainPosterior(Domain):
         logits_TE = logits_TE if even else logits_TE + self.log_prior_E
         nats_T = logits_TE.new_zeros(x_TD.shape[0])
         if ctx.domain_T is not None:
-            nats_T = functional.cross_entropy(logits_TE, ctx.domain_T % self.num_experts, reduction="none")
+            own_T = ctx.domain_T % self.num_experts
+            # A domain that was held out of training has no expert to be named.
+            own_T = own_T.masked_fill(ctx.domain_T >= self.num_domains, NONE)
+            nats_T = functional.cross_entropy(logits_TE, own_T, ignore_index=NONE, reduction="none")
         if ctx.training:
             return replace(super().forward(x_TD, ctx), extras={"nats_T": nats_T})
         expert_TE = torch.arange(self.num_experts, device=x_TD.device).expand(x_TD.shape[0], -1)

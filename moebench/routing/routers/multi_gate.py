@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from moebench.routing.context import RouteContext
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
-from moebench.routing.routers.domain import check_domains
+from moebench.routing.routers.domain import check_domains, place_of, with_mean
 from moebench.routing.values import Routing
 
 INIT_SCALE = 0.1
@@ -32,7 +32,8 @@ INIT_SCALE = 0.1
 class MultiGate(Router):
     """MMoE (Ma et al. 2018): domains differ in how they mix the experts. All experts are used unless top_k is set.
 
-    The gates of all domains are computed for every token, which costs little beside the experts.
+    The gates of all domains are computed for every token, which costs little beside the experts. A domain that was held
+    out of training has the mean of all gates.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,9 @@ class MultiGate(Router):
         assert ctx.domain_T is not None
         all_TH = functional.linear(x_TD.float(), self.weight_EGD.flatten(0, 1).float())
         all_TEG = all_TH.view(-1, *self.weight_EGD.shape[:2])
-        logits_TE = all_TEG.gather(2, ctx.domain_T.view(-1, 1, 1).expand(-1, self.num_experts, 1)).squeeze(2)
+        place_T = place_of(ctx.domain_T, all_TEG.shape[2])
+        all_TEG = all_TEG if ctx.training else with_mean(all_TEG, dim=2)
+        logits_TE = all_TEG.gather(2, place_T.view(-1, 1, 1).expand(-1, self.num_experts, 1)).squeeze(2)
         scores_TE = logits_TE.softmax(-1)
         weight_TK, expert_TK = scores_TE.topk(self.top_k, dim=-1)
         return Routing.from_top_k(

@@ -11,6 +11,7 @@ from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.policy import PolicyConfig, PolicyRouter, certainty, drawn, follow
 from moebench.routing.router import ROUTERS, Facts, Site
+from moebench.routing.routers.domain import with_mean
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -63,6 +64,7 @@ class RoutingNetworks(PolicyRouter):
         """Let the agent of each token's domain draw its expert, or in evaluation take the most likely one."""
         all_TGA = self.gate(x_TD).view(-1, self.num_agents, self.num_actions)
         agent_T = agent_of(ctx, self.num_agents, x_TD)
+        all_TGA = all_TGA if ctx.training else with_mean(all_TGA, dim=1)
         logits_TA = all_TGA[torch.arange(len(agent_T), device=x_TD.device), agent_T]
         action_T = drawn(logits_TA, ctx)
         extras = self.decided(x_TD, *certainty(logits_TA, action_T)) | {"action_T": action_T}

@@ -11,6 +11,7 @@ from moebench.routing.agents import AgentsConfig, acted, agent_of, check_collabo
 from moebench.routing.context import RouteContext
 from moebench.routing.policy import drawn, follow
 from moebench.routing.router import ROUTERS, Facts, Router, Site
+from moebench.routing.routers.domain import with_mean
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -75,7 +76,7 @@ class RoutingNetworksWPL(Router):
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Draw the action of each token from its agent's table, or in evaluation take the most likely one."""
         agent_T = agent_of(ctx, self.num_agents, x_TD)
-        action_T = drawn(self.policy_GA.log()[agent_T], ctx)
+        action_T = drawn(with_mean(self.policy_GA).log()[agent_T], ctx)
         extras = {"action_T": action_T, "agent_T": agent_T}
         return acted(action_T, self.num_experts, self.num_actions, extras=extras)
 

@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
-from moebench.routing.routers.domain import check_domains
+from moebench.routing.routers.domain import check_domains, place_of, with_mean
 from moebench.routing.values import Routing
 
 
@@ -30,7 +30,7 @@ class TaskLevel(Router):
     """TaskMoE (Kudugunta et al. 2021): all tokens of a domain share their experts, which are learned.
 
     One domain's experts can be cut out and served alone. The paper thins the second expert as GShard does; here both
-    are always used.
+    are always used. A domain that was held out of training has the mean of all domains' vectors.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,8 @@ class TaskLevel(Router):
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Send all tokens of a domain to the same experts."""
         assert ctx.domain_T is not None
-        return self._routed(self.gate(self.embedding_GD[ctx.domain_T]))
+        place_T = place_of(ctx.domain_T, len(self.embedding_GD))
+        return self._routed(self.gate(with_mean(self.embedding_GD)[place_T]))
 
     def _routed(self, logits_TE: Tensor) -> Routing:
         scores_TE = logits_TE.softmax(-1)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +38,8 @@ class AudioDataConfig:
     """Column of what is to be recognised: the transcript, or the class."""
     domain_column: str | None = "language"
     """Column that names the domain; without such a column, or with null, all clips are one domain, 'all'."""
+    held_out_domains: list[str] = field(default_factory=list)
+    """Domains that are in no training batch and not in the validation set: the test measures them out of domain."""
     group_column: str | None = None
     """Column of the group that may not be divided between train and test (speaker, prompt, book); null keeps each
     clip by itself (the embedded pack brings its prompts). Clips with equal transcripts are always one group."""
@@ -111,7 +113,7 @@ def source_digest(config: AudioDataConfig, target: Target) -> str:
     A hub data set counts by name, configuration, split and revision: pin a commit to identify its bytes.
     """
     fields: dict[str, Any] = {name: value for name, value in vars(config).items() if name != "path"}
-    fields |= {"pack": config.is_pack, "target": target}
+    fields |= {"pack": config.is_pack, "target": target, "held_out_domains": sorted(config.held_out_domains)}
     if config.dataset is None:
         # Only what is read: another file beside the audio changes nothing.
         root = _root(config)

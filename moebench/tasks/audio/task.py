@@ -87,6 +87,7 @@ class AudioTask(Task):
         self.config = config
         self.audio = audio
         self.domains = audio.domains
+        self.num_held_out = audio.num_held_out
         self.digest = audio.digest
         shape = (audio.eval_digest, config.eval_utterances, self.target)
         self.eval_digest = hashlib.sha256(repr(shape).encode()).hexdigest()[:12]
@@ -113,10 +114,18 @@ class AudioTask(Task):
         return self._batch(self.audio.train, index_B, part, seed=(seed, step))
 
     def eval_batches(self, split: str, batch_size: int) -> Sequence[Batch]:
-        """Take all utterances of a split or evenly spaced ones, those of similar length together."""
+        """Take all utterances of a split or evenly spaced ones, those of similar length together.
+
+        Domains that were held out of training come last, in batches of their own.
+        """
         part: Utterances = getattr(self.audio, split)
         chosen = evaluation_indices(part, self.config.eval_utterances)
-        return [self._batch(part, chosen[i : i + batch_size]) for i in range(0, len(chosen), batch_size)]
+        is_trained = part.domain_U[chosen] < self.num_trained_domains
+        return [
+            self._batch(part, kind[i : i + batch_size])
+            for kind in (chosen[is_trained], chosen[~is_trained])
+            for i in range(0, len(kind), batch_size)
+        ]
 
     def _lengths(self, utterances: Utterances) -> np.ndarray:
         return -(-utterances.num_frames_U // self.config.stack)

@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from moebench.errors import UsageError
 from moebench.tasks.audio.clips import AudioDataConfig, Clip, Target, load_clips, source_digest
 from moebench.tasks.audio.features import BrokenAudioError, decode, log_mel, normalised
 from moebench.tasks.audio.transcripts import alphabet, normalise
+from moebench.tasks.sources import checked_held_out
 from moebench.tasks.stored import Arrays, digest_of, stored
 from moebench.tasks.text.splits import MIN_GROUPS, SPLITS, assign_splits
 
@@ -58,6 +59,8 @@ class PreparedAudio:
     symbols: tuple[str, ...]
     """Characters, or classes."""
     domains: tuple[str, ...]
+    num_held_out: int
+    """How many domains, the last of them, are in the test split alone."""
     left_out: dict[str, int]
     """Why clips were left out -> how many."""
     digest: str
@@ -85,6 +88,7 @@ def prepare(config: AudioDataConfig, cache: Path, target: Target) -> PreparedAud
         **{name: _split(name, arrays) for name in SPLITS},
         symbols=tuple(meta["symbols"]),
         domains=tuple(meta["domains"]),
+        num_held_out=len(config.held_out_domains),
         left_out=meta["left_out"],
         digest=meta["digest"],
         eval_digest=meta["eval_digest"],
@@ -128,18 +132,24 @@ def _features(config: AudioDataConfig, target: Target) -> tuple[dict[str, Any], 
     split_of = _assign(heard, target)
     if left_out:
         print(f"task.data: of {len(heard) + left_out.total()} clips left out: {_listed(left_out)}", file=sys.stderr)
+    known = sorted({h.clip.domain for h in heard})
+    held_out = checked_held_out(config.held_out_domains, known)
     members = {name: [h for h, split in zip(heard, split_of, strict=True) if split == name] for name in SPLITS}
+    for name in ("train", "validation"):
+        members[name] = [h for h in members[name] if h.clip.domain not in held_out]
+    if target == "label":
+        _refuse_lost_classes(heard, members)
     said = [h.target for h in members["train"]]
     symbols = alphabet(said) if target == "transcript" else sorted(set(said))
-    domains = sorted({h.clip.domain for h in heard})
+    domains = [domain for domain in known if domain not in held_out] + held_out
     arrays = {
         f"{name}-{part}": array
         for name in SPLITS
         for part, array in _arrays(members[name], symbols, domains, target).items()
     }
     meta: dict[str, Any] = {"symbols": symbols, "domains": domains, "left_out": dict(left_out)}
-    held_out = {name: a for name, a in arrays.items() if not name.startswith("train") and not name.endswith("frames")}
-    meta["eval_digest"] = digest_of({"symbols": symbols, "domains": domains}, held_out)
+    judged = {name: a for name, a in arrays.items() if not name.startswith("train") and not name.endswith("frames")}
+    meta["eval_digest"] = digest_of({"symbols": symbols, "domains": domains}, judged)
     return meta, arrays
 
 
@@ -195,6 +205,16 @@ def _assign(heard: Sequence[_Heard], target: Target) -> list[str]:
                     f" and test need {MIN_GROUPS}"
                 )
     return assign_splits(groups, strata, [len(h.frames_NM) for h in heard])
+
+
+def _refuse_lost_classes(heard: Sequence[_Heard], members: Mapping[str, Sequence[_Heard]]) -> None:
+    for name in ("train", "validation"):
+        lost = sorted({h.target for h in heard} - {h.target for h in members[name]})
+        if lost:
+            raise UsageError(
+                f"task.data.held_out_domains: class '{lost[0]}' is then missing in {name}; hold out domains whose "
+                "classes others have too"
+            )
 
 
 def _arrays(members: Sequence[_Heard], symbols: Sequence[str], domains: Sequence[str], target: Target) -> Arrays:

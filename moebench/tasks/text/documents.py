@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class TextDataConfig:
     path: str | None = None
     """Local file or folder: .parquet, .jsonl, .json, .csv or .txt, also .gz. A .txt file is one document;
     in a folder of .txt files the domain is the subfolder, or else the file's name without its ending."""
+    made_by: str | None = None
+    """How the file at `path` is made, where moebench does not carry it: said when it is not there."""
     dataset: str | None = None
     """Name of a data set on the Hugging Face hub, used instead of `path`."""
     config: str | None = None
@@ -43,6 +45,8 @@ class TextDataConfig:
     group_column: str | None = None
     """Column of the group that may not be divided between train and test (author, book, site);
     null keeps each document by itself (the embedded pack brings its own groups)."""
+    held_out_domains: list[str] = field(default_factory=list)
+    """Domains that are in no training batch and not in the validation set: the test measures them out of domain."""
     streaming: bool = False
     """Read while downloading, or a large local file only up to `max_bytes`, in the order of the source."""
     max_bytes: int | None = None
@@ -53,6 +57,8 @@ class TextDataConfig:
     def __post_init__(self) -> None:
         """Refuse combinations that have no meaning."""
         check_source(self, ("text_column", "domain_column", "group_column", "tokenizer"))
+        if self.made_by and self.path is None and self.dataset is None:
+            raise UsageError(f"task.data.path: null was given.{_how_to_make(self)}")
         if self.max_bytes is not None and self.max_bytes < 1:
             raise UsageError(f"task.data.max_bytes: {self.max_bytes} was given; allowed: at least 1, or null")
         if self.streaming and self.max_bytes is None:
@@ -97,6 +103,7 @@ def source_digest(config: TextDataConfig) -> str:
         for name in ("dataset", "config", "split", "revision", "text_column", "domain_column", "group_column")
     }
     fields |= {"streaming": config.streaming, "max_bytes": config.max_bytes, "pack": _is_pack(config)}
+    fields["held_out_domains"] = sorted(config.held_out_domains)
     if config.dataset is None:
         fields["files"] = [(name, file_digest(path)) for name, path in _source_files(config).items()]
     tokenizer = tokenizer_file(config.tokenizer)
@@ -222,12 +229,16 @@ def _source_files(config: TextDataConfig) -> dict[str, Path]:
         return {"": root}
     if not root.is_dir():
         near = nearest(root.name, (p.name for p in root.parent.iterdir())) if root.parent.is_dir() else ""
-        raise UsageError(f"task.data.path: '{config.path}' does not exist.{near}")
+        raise UsageError(f"task.data.path: '{config.path}' does not exist.{near}{_how_to_make(config)}")
     found = (p for p in root.rglob("*") if p.is_file() and _ending(p) in BUILDERS)
     files = {p.relative_to(root).as_posix(): p for p in found if not p.name.startswith((".", "_"))}
     if not files:
         raise UsageError(f"task.data.path: '{config.path}' holds no {', '.join(BUILDERS)} (or .gz) file")
     return dict(sorted(files.items()))
+
+
+def _how_to_make(config: TextDataConfig) -> str:
+    return f" Make it: {config.made_by}" if config.made_by else ""
 
 
 def _builder(config: TextDataConfig, files: Iterable[Path]) -> str:

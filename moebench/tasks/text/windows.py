@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from moebench.errors import UsageError
+from moebench.tasks.sources import checked_held_out
 from moebench.tasks.stored import Arrays, stored
 from moebench.tasks.text.documents import Document, TextDataConfig, load_documents, source_digest
 from moebench.tasks.text.kinds import TokenKinds
@@ -55,6 +56,8 @@ class PreparedText:
     test: TextSplit
     vocab_size: int
     domains: tuple[str, ...]
+    num_held_out: int
+    """How many domains, the last of them, are in the test split alone."""
     digest: str
     """SHA-256 (hex) of the tokens of all splits; it does not depend on the sequence length."""
     token_count_V: np.ndarray
@@ -66,7 +69,8 @@ class PreparedText:
 def prepare(config: TextDataConfig, cache_dir: Path, sequence_length: int) -> PreparedText:
     """Return the tokens of a source, from the cache or else made now and cached; safe in parallel processes.
 
-    Raises `UsageError` for a source that cannot be read or whose domains are shorter than one window.
+    Raises `UsageError` for a source that cannot be read, one whose domains are shorter than one window, and domains
+    to hold out that it does not have.
     """
     if sequence_length < 1:
         raise UsageError(f"sequence length: {sequence_length} was given; allowed: at least 1")
@@ -120,6 +124,7 @@ def _prepared(
         **splits,
         vocab_size=meta["vocab_size"],
         domains=domains,
+        num_held_out=len(domains) - len(meta["lengths"]["train"]),
         digest=meta["digest"],
         token_count_V=np.asarray(arrays["token_count"]),
         kinds=kinds,
@@ -134,7 +139,7 @@ def _windows(
     sequence_length: int,
 ) -> TextSplit:
     starts, begin = [], 0
-    for domain, length in zip(domains, lengths, strict=True):
+    for domain, length in zip(domains[: len(lengths)], lengths, strict=True):  # held out: in the test split alone
         count = (length - 1) // sequence_length  # a window holds one token more than it predicts
         if count < 1:
             raise UsageError(
@@ -147,7 +152,7 @@ def _windows(
         tokens_N=arrays[f"{name}-tokens"],
         bytes_N=arrays[f"{name}-bytes"],
         start_W=np.concatenate(starts),
-        domain_W=np.repeat(np.arange(len(domains), dtype=np.int64), [len(start) for start in starts]),
+        domain_W=np.repeat(np.arange(len(starts), dtype=np.int64), [len(start) for start in starts]),
         sequence_length=sequence_length,
     )
 
@@ -155,12 +160,16 @@ def _windows(
 def _encoded(config: TextDataConfig) -> tuple[dict[str, Any], Arrays]:
     tokenizer = load_tokenizer(config.tokenizer)
     documents = split_documents(load_documents(config))
-    domains = sorted({document.domain for split in documents.values() for document in split})
+    known = sorted({document.domain for split in documents.values() for document in split})
+    held_out = checked_held_out(config.held_out_domains, known)
+    trained = [domain for domain in known if domain not in held_out]
+    domains = [*trained, *held_out]
     token_type = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     arrays: dict[str, np.ndarray] = {}
     lengths = {}
     for name in SPLITS:
-        members = [[d for d in documents[name] if d.domain == domain] for domain in domains]
+        present = domains if name == "test" else trained
+        members = [[d for d in documents[name] if d.domain == domain] for domain in present]
         streams = [_stream(parts, tokenizer) for parts in members]
         tokens_N, bytes_N = (np.concatenate(parts) for parts in zip(*streams, strict=True))
         arrays[f"{name}-tokens"] = tokens_N.astype(token_type)

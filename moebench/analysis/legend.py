@@ -1,0 +1,66 @@
+"""What the signs in a comparison's tables mean, in plain words."""
+
+from moebench.analysis import statistics as st
+from moebench.analysis.formatting import count
+from moebench.analysis.values import NON_CAUSAL, Comparison
+
+MARK_MEANINGS = {
+    "≠FLOPs": "active FLOPs per token differ from the baseline's by more than 2 %",
+    "≠params": "total parameters differ from the baseline's by more than 2 %",
+    "≠match": "its width was solved for another quantity (layout.match) than the comparison is by",
+    "≠tokens": "trained on another number of tokens",
+    "≠data": "trained on other data",
+    "≠eval": "evaluated on another set or by another definition",
+    NON_CAUSAL: "its routing sees later tokens, so its quality here is out of reach when generating",
+    "best": "better than every other matched arm, each pair tested, p corrected as one family",
+}
+
+
+def legend(comparison: Comparison) -> tuple[str, ...]:
+    """Explain every sign in the tables in plain words, with the power of the comparison."""
+    marks = dict.fromkeys(mark for arm in comparison.arms for mark in arm.marks)
+    return (
+        *_statistics_legend(comparison),
+        *_information_legend(comparison),
+        *_parallel_legend(comparison),
+        *(f"{mark}: {MARK_MEANINGS[mark]}." for mark in marks if mark in MARK_MEANINGS),
+        *(f"Note: {note}." for note in comparison.notes),
+    )
+
+
+def _statistics_legend(comparison: Comparison) -> list[str]:
+    lines = []
+    if any(arm.interval for arm in comparison.arms):
+        lines.append("± half of the 95 % t interval over seeds.")
+    if any(arm.outside for arm in comparison.arms):
+        lines.append(
+            "Out of domain: over the domains that task.data.held_out_domains keeps out of training. All else is of the "
+            "other domains, verdicts and expert loads too."
+        )
+    if comparison.num_comparisons:
+        lines.append(
+            "p Holm: p of the paired t-test, corrected for "
+            f"{count(comparison.num_comparisons, 'comparison')}; better or worse means p Holm ≤ {st.ALPHA}. "
+            "exact p: sign flips, 6 seeds or more, not corrected. seed SD: the difference over the SD "
+            "between seeds. detectable: the smallest true difference that 4 of 5 repeats would show."
+        )
+    if any(difference.low_power for difference in comparison.differences):
+        lines.append("low power: 3 to 5 seeds can miss any difference smaller than the detectable one.")
+    if any(difference.verdict == "too few seeds" for difference in comparison.differences):
+        lines.append(f"too few seeds: fewer than {st.MIN_SEEDS} describe and decide nothing.")
+    return lines
+
+
+def _information_legend(comparison: Comparison) -> list[str]:
+    if not any(arm.known for arm in comparison.arms):
+        return []
+    return ["what experts know: I(label; expert) / H(label), from 0 to 1, mean over expert layers."]
+
+
+def _parallel_legend(comparison: Comparison) -> list[str]:
+    if not any(arm.parallel for arm in comparison.arms):
+        return []
+    return [
+        "all-to-all and waiting: shares of a step that was timed, in which every process waits for the slowest before "
+        "each exchange. busiest: rows of the process with the most over the mean. memory: of the process with the most."
+    ]
