@@ -49,7 +49,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], Arrays] | None:
     """Return what lies in the folder, or None when it is absent, of another form or damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in meta["checksums"]}
+        # As plain arrays: np.memmap does work of its own in Python for each slice, and batches are made of slices.
+        arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in meta["checksums"]}
         if any(_checksum(array) != meta["checksums"][name] for name, array in arrays.items()):
             return None
         if meta["checksum"] != _meta_checksum(meta):

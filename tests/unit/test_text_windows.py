@@ -42,7 +42,7 @@ def test_pack_numbers(pack):
     assert prepared.vocab_size == 257
     assert prepared.train.tokens_N.dtype == np.uint16
     assert prepared.train.bytes_N.dtype == np.uint8
-    assert isinstance(prepared.train.tokens_N, np.memmap)
+    assert isinstance(prepared.train.tokens_N.base, np.memmap)
     assert prepared.token_count_V.sum() == len(prepared.train.tokens_N)
     splits = (prepared.train, prepared.validation, prepared.test)
     assert sum(int(split.bytes_N.sum()) for split in splits) == 13_718_667
