@@ -24,6 +24,11 @@ class Masking:
     frames: int
     """Frames of a stretch, at most; never more than a fifth of the utterance."""
 
+    @property
+    def hides(self) -> bool:
+        """Is anything hidden?"""
+        return self.num_bands > 0 or self.num_times > 0
+
 
 def train_indices(utterances: Utterances, batch_size: int, seed: int, step: int) -> np.ndarray:
     """Return the utterances of one training step (int64, batch_size of them), without any state to resume.

@@ -128,7 +128,7 @@ class AudioTask(Task):
         length_B = self._lengths(utterances)[index_B]
         length = int(length_B.max())
         frames_BNM = padded_frames(utterances, index_B[part], length * self.config.stack)
-        if seed is not None:
+        if seed is not None and self.config.masking.hides:
             num_frames, num_mels = frames_BNM.shape[1:]
             num_frames_B = utterances.num_frames_U[index_B]
             hidden_BNM = hidden(num_frames_B, num_frames, num_mels, self.config.masking, seed)
