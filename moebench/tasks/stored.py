@@ -29,6 +29,8 @@ def stored(folder: Path, make: Callable[[], tuple[dict[str, Any], Arrays]]) -> t
         with FileLock(f"{folder}.lock"):
             found = _read(folder)  # another process may have made it while this one waited
             if found is None:
+                for left in folder.parent.glob(f"{folder.name}.*/"):  # by a process that was killed as it wrote
+                    shutil.rmtree(left, ignore_errors=True)
                 _write(folder, *make())
                 found = _read(folder)
     if found is None:
@@ -55,7 +57,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], Arrays] | None:
             return None
         if meta["checksum"] != _meta_checksum(meta):
             return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return meta, arrays
 

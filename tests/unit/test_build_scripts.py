@@ -85,7 +85,7 @@ def test_a_missing_or_foreign_file_of_images_is_named(tmp_path: Path, run: Any) 
     with pytest.raises(SystemExit, match="t10k-labels-idx1-ubyte: this is no IDX file"):
         run(*arguments)
     file.unlink()
-    with pytest.raises(SystemExit, match="one file called t10k-labels-idx1-ubyte... is needed, 0 were found"):
+    with pytest.raises(SystemExit, match="one file called t10k-labels-idx1-ubyte"):
         run(*arguments)
 
 
@@ -147,5 +147,5 @@ def test_a_folder_without_packages_is_refused(tmp_path: Path, run: Any) -> None:
     write_prompts(tmp_path / "source")
     voice = next((tmp_path / "source").rglob("it_IT_m_Carlo"))
     voice.rename(voice.with_name("xx_IT_m_Carlo"))
-    with pytest.raises(SystemExit, match="one folder sounds/it_... is needed, 0 were found"):
+    with pytest.raises(SystemExit, match="one folder sounds/it_"):
         run("build_speech.py", tmp_path / "source", "--out", tmp_path / "out.parquet")
