@@ -68,8 +68,9 @@ def trainer_block(module: CellModule, num_steps: int, folder: Path) -> float:
     """Train as a run does, with journal, logging and metrics at the cell's cadence; return seconds per step."""
     clock = Clock(num_steps, Stopwatch(module.device).now)
     with RunRecorder(RunFolder(folder)) as recorder, quiet_lightning():
-        callback = CellCallback(Hooks(recorder=recorder), folder / "checkpoints", Meter())
-        fit(make_trainer(module.config, [callback, clock], module.mesh), module)
+        meter = Meter()
+        callback = CellCallback(Hooks(recorder=recorder), folder / "checkpoints", meter)
+        fit(make_trainer(module.config, [callback, clock], module.mesh), module, meter)
     return clock.seconds_per_step
 
 

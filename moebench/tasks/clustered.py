@@ -109,6 +109,8 @@ class Clustered(Task):
         """Draw the batch of a step."""
         span = range(batch_size)[part]
         whole = self._batch(batch_size, "train", seed, step)
+        if len(span) == batch_size:
+            return whole
         return whole.part(Span(start=span.start, length=len(span), total=batch_size))
 
     def eval_batches(self, split: str, batch_size: int) -> Sequence[Batch]:
@@ -134,7 +136,7 @@ class Clustered(Task):
         """Return what the generating maps make of the input: y without its noise."""
         centre_YW, map_YWV = self.centre_YW.to(input_BLW.device), self.map_YWV.to(input_BLW.device)
         away_BLW = (input_BLW - centre_YW[label_BL]) / self.config.spread
-        return torch.einsum("blwv,blv->blw", map_YWV[label_BL], away_BLW)
+        return (map_YWV[label_BL] @ away_BLW[..., None])[..., 0]
 
     def embedding(self, d_model: int) -> nn.Module:
         """Return a projection."""

@@ -29,6 +29,8 @@ def stored(folder: Path, make: Callable[[], tuple[dict[str, Any], Arrays]]) -> t
         with FileLock(f"{folder}.lock"):
             found = _read(folder)  # another process may have made it while this one waited
             if found is None:
+                for left in folder.parent.glob(f"{folder.name}.*/"):  # by a process that was killed as it wrote
+                    shutil.rmtree(left, ignore_errors=True)
                 _write(folder, *make())
                 found = _read(folder)
     if found is None:
@@ -49,12 +51,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], Arrays] | None:
     """Return what lies in the folder, or None when it is absent, of another form or damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in meta["checksums"]}
+        # As plain arrays: np.memmap does work of its own in Python for each slice, and batches are made of slices.
+        arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in meta["checksums"]}
         if any(_checksum(array) != meta["checksums"][name] for name, array in arrays.items()):
             return None
         if meta["checksum"] != _meta_checksum(meta):
             return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return meta, arrays
 

@@ -101,6 +101,8 @@ class Vision(Task):
         self.digest = _digest(images.digest, sorted(held_out))
         self.eval_digest = _digest(self.digest, config.eval_images, "accuracy")
         self.sequence_length = config.sequence_length
+        # Of each number in a square, whose channels take turns.
+        self.mean_X, self.std_X = (np.tile(of_C, config.patch**2) for of_C in (images.mean_C, images.std_C))
         self.train_I = np.flatnonzero(self.output_of_C[images.train.label_N] >= 0)
         """The images of the training split that are trained on."""
 
@@ -147,10 +149,14 @@ class Vision(Task):
         return [self._batch(part.pixel_NHWC, self.output_of_C[part.label_N], part.domain_N) for part in parts]
 
     def _batch(self, pixel_BHWC: np.ndarray, target_B: np.ndarray, domain_B: np.ndarray) -> Batch:
-        standard_BHWC = (pixel_BHWC.astype(np.float32) / 255 - self.images.mean_C) / self.images.std_C
+        # Cut while a pixel is one byte, and changed in place: the trainer waits for this.
+        patch_BLX = patches_of(torch.from_numpy(pixel_BHWC), self.config.patch).numpy().astype(np.float32)
+        patch_BLX /= 255
+        patch_BLX -= self.mean_X
+        patch_BLX /= self.std_X
         target_BP = torch.from_numpy(target_B.astype(np.int64))[:, None]
         return Batch(
-            input_BL=patches_of(torch.from_numpy(standard_BHWC), self.config.patch),
+            input_BL=torch.from_numpy(patch_BLX),
             target_BP=target_BP,
             weight_BP=torch.ones_like(target_BP),
             domain_B=torch.from_numpy(domain_B.astype(np.int64)),

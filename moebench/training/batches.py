@@ -1,11 +1,11 @@
 """The batches of a run: each process its part of each micro-batch, as a function of the step alone."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
 
 from moebench.parallel.mesh import Mesh
 from moebench.routing.router import ROUTERS
@@ -14,22 +14,31 @@ from moebench.tasks.task import Batch, Task
 from moebench.training.objective import Share
 
 
-class StepBatches(IterableDataset[Batch]):
+class StepBatches:
     """The training batches from one step on: batch n is a function of n, so a resumed run goes on exactly.
 
-    A step's sequences are cut into micro-batches, and each micro-batch into parts, one for each process.
+    A step's sequences are cut into micro-batches, and each micro-batch into parts, one for each process. They are made
+    when the trainer asks, in its own thread: a cell has the cores that it trains on and no other, so what is done ahead
+    is done at the expense of the step.
     """
 
-    def __init__(self, config: CellConfig, task: Task, first_step: int, mesh: Mesh) -> None:
+    def __init__(
+        self, config: CellConfig, task: Task, first_step: int, mesh: Mesh, waited: Callable[[float], None]
+    ) -> None:
+        """`waited`: hears the seconds that the batches of each step took, which the trainer waited."""
         self.config = config
         self.task = task
         self.first_step = first_step
         self.mesh = mesh
+        self.waited = waited
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the micro-batches of the remaining steps."""
         for step in range(self.first_step, self.config.train.steps):
-            yield from self._micro_batches(step)
+            begin = time.perf_counter()
+            found = self._micro_batches(step)
+            self.waited(time.perf_counter() - begin)
+            yield from found
 
     def _micro_batches(self, step: int) -> list[Batch]:
         train = self.config.train

@@ -60,11 +60,18 @@ class Meter:
     seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     """Of each step, padding left out."""
+    waits: list[float] = field(default_factory=list)
+    """Seconds for which each step waited for its batch, not counted in `seconds`."""
     _start: float = 0.0
+    _waited: float = 0.0
 
     def start(self) -> None:
         """Begin a step."""
         self._start = time.perf_counter()
+
+    def wait(self, seconds: float) -> None:
+        """Take the time that a batch took: it counts for the step that ends next."""
+        self._waited += seconds
 
     def stop(self, device: torch.device, num_tokens: int) -> None:
         """End a step of so many tokens; a GPU is waited for, since its kernels run behind."""
@@ -72,6 +79,8 @@ class Meter:
             torch.cuda.synchronize(device)
         self.seconds.append(time.perf_counter() - self._start)
         self.tokens.append(num_tokens)
+        self.waits.append(self._waited)
+        self._waited = 0.0
 
     @property
     def step_s(self) -> float:
@@ -84,6 +93,13 @@ class Meter:
         """Tokens per second of the median step: where steps differ in length, of the one with the median speed."""
         speeds = [tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True)]
         return statistics.median(speeds[WARM_UP_STEPS:] or speeds) if speeds else 0.0
+
+    @property
+    def data_share(self) -> float:
+        """Share of the training time, evaluations and logs left out, for which the trainer waited for batches."""
+        first = WARM_UP_STEPS if len(self.seconds) > WARM_UP_STEPS else 0
+        waited, trained = sum(self.waits[first:]), sum(self.seconds[first:])
+        return waited / (waited + trained) if waited else 0.0
 
 
 class CellCallback(lightning.Callback):
@@ -100,13 +116,14 @@ class CellCallback(lightning.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the seconds of the steps in the checkpoint: a resumed run's speed is that of all its steps."""
-        timed = {"seconds": self.meter.seconds, "tokens": self.meter.tokens}
+        timed = {"seconds": self.meter.seconds, "tokens": self.meter.tokens, "waits": self.meter.waits}
         return timed | {"parallel": self.parallel.sums, "num_timed": self.parallel.num_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the seconds of the steps before the checkpoint."""
         self.meter.seconds[:] = state_dict["seconds"]
         self.meter.tokens[:] = state_dict["tokens"]
+        self.meter.waits[:] = state_dict["waits"]
         self.parallel = ParallelCosts(sums=state_dict["parallel"], num_steps=state_dict["num_timed"])
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -155,6 +172,7 @@ class CellCallback(lightning.Callback):
             "train/learning_rate": module.last_rate,
             "train/grad_norm": module.last_grad_norm,
             "train/tokens_per_s": self.meter.tokens[-1] / self.meter.seconds[-1],
+            "time/data_share": self.meter.data_share,
         }
         if module.records:
             metrics |= {f"train/{name}": value for name, value in load_metrics(module.records, module.mesh).items()}

@@ -17,7 +17,7 @@ class RunResult:
     step: int  # optimizer steps completed
     metrics: dict[str, float]  # final; empty when failed early
     cost: dict[str, float]  # active_params, total_params, flops_per_token (forward), train_passes, train_tokens
-    throughput: dict[str, float]  # tokens_per_s (median inside the step), step_s, train_s, total_s
+    throughput: dict[str, float]  # tokens_per_s (median inside the step), step_s, train_s, total_s, data_share
     data_digest: str
     eval_digest: str  # of the evaluation set and the metric's definition: arms must agree
     marks: tuple[str, ...]  # such as "non-causal"

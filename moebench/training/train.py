@@ -8,7 +8,6 @@ from pathlib import Path
 
 import lightning
 import torch
-from torch.utils.data import DataLoader
 
 from moebench.config import to_plain
 from moebench.parallel.checkpoint import VerifiedCheckpointIO, clear_after, drop_all_but, newest_good, step_of
@@ -39,7 +38,7 @@ def train_cell(
     meter = Meter()
     module = CellModule(config, model, task, mesh, hooks.should_stop)
     callback = CellCallback(hooks, checkpoints, meter)
-    fit(make_trainer(config, [callback], mesh), module, resume, first_step)
+    fit(make_trainer(config, [callback], mesh), module, meter, resume, first_step)
     if callback.stopped:
         return None
     # Killed between the last checkpoint and the result: the journal has the evaluation, the result does not.
@@ -51,6 +50,7 @@ def train_cell(
     cost = asdict(model_cost(model, task.sequence_length, task.decoder_length))
     cost["train_tokens"] = train_tokens(config, task)
     speed = {"tokens_per_s": meter.tokens_per_s, "step_s": meter.step_s, "train_s": sum(meter.seconds)}
+    speed["data_share"] = meter.data_share
     return RunResult(
         id=cell_id,
         arm=arm,
@@ -107,12 +107,12 @@ def make_trainer(
     )
 
 
-def fit(trainer: lightning.Trainer, module: CellModule, resume: Path | None = None, first_step: int = 0) -> None:
-    """Train a cell's module from a step on, with the batches of its task."""
-    batches = DataLoader(StepBatches(module.config, module.task, first_step, module.mesh), batch_size=None)
+def fit(
+    trainer: lightning.Trainer, module: CellModule, meter: Meter, resume: Path | None = None, first_step: int = 0
+) -> None:
+    """Train a cell's module from a step on, with the batches of its task; the meter hears how long they take."""
+    batches = StepBatches(module.config, module.task, first_step, module.mesh, meter.wait)
     with warnings.catch_warnings():
-        # The loader is cheap and its order is a function of the step: workers would only add processes.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         # The batches begin at the resumed step by themselves: nothing is replayed, the state needs no loader.
         warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")
         trainer.fit(module, batches, ckpt_path=resume)

@@ -38,6 +38,9 @@ TINY: dict[str, Any] = {
     },
 }
 
+UNREPEATABLE = ("train/tokens_per_s", "time/data_share")
+"""What the clock decides."""
+
 
 def write_text(folder: Path) -> Path:
     """Write two domains of ten short documents."""
@@ -96,7 +99,7 @@ class Run:
         """Return the journal without what the clock decides."""
         points, _ = read_journal(self.folder / "journal.jsonl")
         return [
-            (point.step, {name: value for name, value in point.metrics.items() if name != "train/tokens_per_s"})
+            (point.step, {name: value for name, value in point.metrics.items() if name not in UNREPEATABLE})
             for point in points
         ]
 

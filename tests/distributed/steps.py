@@ -50,8 +50,9 @@ def train_steps(mesh: Mesh, text: Path, overrides: dict[str, Any], folder: Path)
     own = folder / f"rank_{mesh.rank}_of_{mesh.size}"
     own.mkdir(exist_ok=True)
     with RunRecorder(RunFolder(own)) as recorder:
-        callback = CellCallback(Hooks(recorder=recorder), folder / f"checkpoints_{mesh.size}", Meter())
-        fit(make_trainer(config, [watcher, callback], mesh), module)
+        meter = Meter()
+        callback = CellCallback(Hooks(recorder=recorder), folder / f"checkpoints_{mesh.size}", meter)
+        fit(make_trainer(config, [watcher, callback], mesh), module, meter)
     assert callback.final is not None
     state = module.model.state_dict()
     return {

@@ -55,8 +55,9 @@ def pass_on(mesh: Mesh, text: Path, overrides: dict[str, Any], source: Path, tar
     config = tiny_config(text, **overrides)
     task = prepare_task(config, work)
     module = CellModule(config, initialised_model(config, task, mesh), task, mesh)
-    trainer = make_trainer(config, [CellCallback(Hooks(Silent()), work, Meter())], mesh)
-    fit(trainer, module, source, config.train.steps)
+    meter = Meter()
+    trainer = make_trainer(config, [CellCallback(Hooks(Silent()), work, meter)], mesh)
+    fit(trainer, module, meter, source, config.train.steps)
     trainer.save_checkpoint(target)
 
 

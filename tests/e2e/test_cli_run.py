@@ -79,6 +79,7 @@ def check_numbers(result: dict, *, dense: bool) -> None:
     assert 0 < cost["active_params"] <= cost["total_params"]
     assert cost["flops_per_token"] > 0
     assert all(speed[key] > 0 for key in ("tokens_per_s", "step_s", "train_s", "total_s"))
+    assert 0 < speed["data_share"] < 1
 
 
 def test_the_journal_has_every_step_once_under_the_agreed_names(finished: CommandLine) -> None:
@@ -90,7 +91,13 @@ def test_the_journal_has_every_step_once_under_the_agreed_names(finished: Comman
         assert times == sorted(times)
         arm = json.loads((folder / "cell.json").read_text())["arm"]
         names = {name for point in points for name in point["metrics"]}
-        assert {"loss/total", "train/learning_rate", "train/grad_norm", "train/tokens_per_s"} <= names
+        assert {
+            "loss/total",
+            "train/learning_rate",
+            "train/grad_norm",
+            "train/tokens_per_s",
+            "time/data_share",
+        } <= names
         assert {"eval/bits_per_byte/a", "eval/bits_per_byte/b"} <= names
         if arm == "dense":
             assert not [name for name in names if "load" in name]

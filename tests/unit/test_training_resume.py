@@ -1,13 +1,17 @@
 """Stopping and resuming anywhere gives the same numbers, bit for bit; arms with the same seed see the same data."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from contract.task_data import write_data
 from contract.training_cases import Run, Watched, assert_same_runs, tiny_config, write_text
 
 from moebench.registry import load_plugin
 from moebench.routing.router import ROUTERS
+from moebench.tasks.task import TASKS
 from moebench.training.model import initialised_model, prepare_task
 
 ROUTERS_WITH_AND_WITHOUT_DRAWS = ["switch", "noisy_top_k", "random", "quantile_balancing"]
@@ -50,6 +54,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text"))
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Mapping[str, Any]]:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
 @pytest.mark.parametrize("router", ROUTERS_WITH_AND_WITHOUT_DRAWS)
 def test_stopped_and_resumed_is_never_stopped(text: Path, tmp_path: Path, router: str) -> None:
     config = tiny_config(text, router=router)
@@ -63,6 +72,23 @@ def test_stopped_and_resumed_is_never_stopped(text: Path, tmp_path: Path, router
     assert resumed.metrics == result.metrics
     assert resumed.step == result.step == 12
     assert_same_runs(whole, parts)
+
+
+@pytest.mark.parametrize("task", TASKS.names())
+def test_every_task_goes_on_exactly(
+    task: str, data: Mapping[str, Mapping[str, Any]], text: Path, tmp_path: Path
+) -> None:
+    # 12 steps of 8 are more than an epoch of some; a step is two micro-batches.
+    train = {"batch_size": 8, "accumulate": 2, "checkpoint_every": 5}
+    options = {"name": task, **data[task]} | ({"mirror": ["all"]} if task == "vision" else {})
+    config = tiny_config(text, router="noisy_top_k", task=options, train=train, allow_noncausal=True)
+    whole, parts = Run(config, tmp_path / "whole"), Run(config, tmp_path / "parts")
+    assert whole() is not None
+    assert parts(stop_at=7) is None
+    assert parts() is not None
+    assert_same_runs(whole, parts)
+    losses = [metrics["loss/task"] for _, metrics in whole.points() if "loss/task" in metrics]
+    assert len(set(losses)) == 12
 
 
 def test_points_behind_the_checkpoint_are_repeated_not_doubled(text: Path, tmp_path: Path) -> None:

@@ -24,6 +24,11 @@ class Masking:
     frames: int
     """Frames of a stretch, at most; never more than a fifth of the utterance."""
 
+    @property
+    def hides(self) -> bool:
+        """Is anything hidden?"""
+        return self.num_bands > 0 or self.num_times > 0
+
 
 def train_indices(utterances: Utterances, batch_size: int, seed: int, step: int) -> np.ndarray:
     """Return the utterances of one training step (int64, batch_size of them), without any state to resume.
@@ -33,9 +38,9 @@ def train_indices(utterances: Utterances, batch_size: int, seed: int, step: int)
     num_utterances = len(utterances.domain_U)
     epoch_B, place_B = np.divmod(step * batch_size + np.arange(batch_size, dtype=np.int64), num_utterances)
     index_B = np.empty(batch_size, dtype=np.int64)
-    for epoch in np.unique(epoch_B):
+    for epoch in range(epoch_B[0], epoch_B[-1] + 1):
         mask_B = epoch_B == epoch
-        index_B[mask_B] = _order(utterances, batch_size, seed, int(epoch))[place_B[mask_B]]
+        index_B[mask_B] = _order(utterances, batch_size, seed, epoch)[place_B[mask_B]]
     return index_B
 
 
@@ -51,8 +56,8 @@ def evaluation_indices(utterances: Utterances, per_domain: int | None) -> np.nda
 
 
 def padded_frames(utterances: Utterances, index_B: np.ndarray, num_frames: int) -> np.ndarray:
-    """Return the frames [B, num_frames, M] (fp32), zeros behind the end of each utterance."""
-    frames_BNM = np.zeros((len(index_B), num_frames, utterances.frames_NM.shape[1]), dtype=np.float32)
+    """Return the frames [B, num_frames, M], as they are stored (fp16), zeros behind the end of each utterance."""
+    frames_BNM = np.zeros((len(index_B), num_frames, utterances.frames_NM.shape[1]), utterances.frames_NM.dtype)
     for row, index in enumerate(index_B):
         frames_NM = utterances.frames(index)
         frames_BNM[row, : len(frames_NM)] = frames_NM

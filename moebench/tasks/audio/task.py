@@ -137,16 +137,16 @@ class AudioTask(Task):
         length_B = self._lengths(utterances)[index_B]
         length = int(length_B.max())
         frames_BNM = padded_frames(utterances, index_B[part], length * self.config.stack)
-        if seed is not None:
+        if seed is not None and self.config.masking.hides:
             num_frames, num_mels = frames_BNM.shape[1:]
             num_frames_B = utterances.num_frames_U[index_B]
             hidden_BNM = hidden(num_frames_B, num_frames, num_mels, self.config.masking, seed)
-            frames_BNM[hidden_BNM[part]] = 0.0
+            frames_BNM[hidden_BNM[part]] = 0
         symbol_BS = torch.from_numpy(padded_symbols(utterances, index_B)[part])
         length_B = torch.from_numpy(length_B[part])
         target_BP, weight_BP, count_BP = self._targets(symbol_BS, length_B)
         return Batch(
-            input_BL=joined(torch.from_numpy(frames_BNM), self.config.stack, self.config.context),
+            input_BL=joined(torch.from_numpy(frames_BNM).float(), self.config.stack, self.config.context),
             target_BP=target_BP,
             weight_BP=weight_BP,
             domain_B=torch.from_numpy(utterances.domain_U[index_B[part]]),

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 from moebench.routing.seeds import generator
 
@@ -31,17 +32,14 @@ class Augmentation:
 
     def __call__(self, pixel_BHWC: np.ndarray) -> np.ndarray:
         """Return the changed images; what comes in from outside is black."""
+        reach = int(np.abs(self.shift_B2).max(initial=0))
+        if self.mirrored_B.any():
+            pixel_BHWC = np.where(self.mirrored_B[:, None, None, None], pixel_BHWC[:, :, ::-1], pixel_BHWC)
+        if reach == 0:
+            return pixel_BHWC
         _, height, width, _ = pixel_BHWC.shape
-        row_BH = np.arange(height) - self.shift_B2[:, :1]
-        column_BW = np.arange(width) - self.shift_B2[:, 1:]
-        inside_BHW = _within(row_BH, height)[:, :, None] & _within(column_BW, width)[:, None, :]
-        column_BW = np.where(self.mirrored_B[:, None], width - 1 - column_BW, column_BW)
-        image_B11 = np.arange(len(pixel_BHWC))[:, None, None]
-        moved_BHWC = pixel_BHWC[
-            image_B11, row_BH.clip(0, height - 1)[:, :, None], column_BW.clip(0, width - 1)[:, None, :]
-        ]
-        return np.where(inside_BHW[..., None], moved_BHWC, np.uint8(0))
-
-
-def _within(place: np.ndarray, size: int) -> np.ndarray:
-    return np.asarray((place >= 0) & (place < size))
+        wide_BXYC = np.pad(pixel_BHWC, ((0, 0), (reach, reach), (reach, reach), (0, 0)))
+        # A shifted image is a window of the wide one: rows are copied whole, not pixel by pixel.
+        window_BXYCHW = sliding_window_view(wide_BXYC, (height, width), axis=(1, 2))
+        down_B, right_B = (reach - self.shift_B2).T
+        return np.moveaxis(window_BXYCHW[np.arange(len(down_B)), down_B, right_B], 1, -1)

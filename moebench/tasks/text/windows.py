@@ -89,9 +89,9 @@ def train_window_indices(num_windows: int, batch_size: int, seed: int, step: int
     sample_B = step * batch_size + np.arange(batch_size, dtype=np.int64)
     epoch_B, place_B = np.divmod(sample_B, num_windows)
     index_B = np.empty(batch_size, dtype=np.int64)
-    for epoch in np.unique(epoch_B):
+    for epoch in range(epoch_B[0], epoch_B[-1] + 1):
         mask_B = epoch_B == epoch
-        index_B[mask_B] = _order(num_windows, seed, int(epoch))[place_B[mask_B]]
+        index_B[mask_B] = _order(num_windows, seed, epoch)[place_B[mask_B]]
     return index_B
 
 

@@ -1,0 +1,74 @@
+"""The clock of the steps: what counts as training, and what as waiting for data."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from contract.training_cases import Run, tiny_config, write_text
+
+from moebench.tracking.journal import read_journal
+from moebench.training.callback import Meter
+
+CPU = torch.device("cpu")
+
+
+class Time:
+    """A clock that moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
+    found = Time()
+    monkeypatch.setattr("moebench.training.callback.time", found)
+    return found
+
+
+def step(meter: Meter, clock: Time, seconds: float, *waits: float) -> None:
+    for wait in waits:
+        meter.wait(wait)
+    meter.start()
+    clock.now += seconds
+    meter.stop(CPU, 10)
+    clock.now += 100.0  # logs and evaluations between steps
+
+
+def test_the_share_is_that_of_the_steps_behind_the_first_three(clock: Time) -> None:
+    meter = Meter()
+    for _ in range(3):
+        step(meter, clock, 5.0, 4.0)
+    step(meter, clock, 2.0, 0.25, 0.25)
+    step(meter, clock, 7.0, 0.5)
+    assert meter.data_share == 0.1  # (0.5 + 0.5) of (2 + 7 + 1)
+    assert meter.step_s == 4.5
+
+
+def test_a_run_of_few_steps_counts_them_all(clock: Time) -> None:
+    meter = Meter()
+    assert meter.data_share == 0.0
+    step(meter, clock, 3.0, 1.0)
+    assert meter.data_share == 0.25
+
+
+def test_every_step_of_a_run_has_waited_and_a_resumed_one_remembers(tmp_path: Path) -> None:
+    config = tiny_config(write_text(tmp_path), train={"accumulate": 2})
+    run = Run(config, tmp_path / "run")
+    assert run(stop_at=5) is None
+    before: dict[str, Any] = run.checkpoint(5)["callbacks"]["CellCallback"]
+    result = run()
+    assert result is not None
+    waits = run.checkpoint(12)["callbacks"]["CellCallback"]["waits"]
+    assert waits[:5] == before["waits"]
+    assert len(waits) == 12
+    # The trainer asks for a batch ahead of the step: there is none behind the last.
+    assert all(wait > 0 for wait in waits[:-1])
+    points, _ = read_journal(tmp_path / "run" / "journal.jsonl")
+    shares = [point.metrics["time/data_share"] for point in points if "time/data_share" in point.metrics]
+    assert len(shares) == 12
+    assert result.throughput["data_share"] == shares[-1]
