@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 
 from moebench.errors import UsageError
+from moebench.tasks.folders import tell_unread
+from moebench.tasks.sources import note
 from moebench.tasks.stored import Arrays, stored
-from moebench.tasks.text.documents import Document, TextDataConfig, load_documents, source_digest
+from moebench.tasks.tables import TABLES
+from moebench.tasks.text.documents import TEXTS, Document, TextDataConfig, load_documents, source_digest
 from moebench.tasks.text.splits import SPLITS, split_documents
 from moebench.tasks.text.tokens import Tokenizer, load_tokenizer
 
@@ -145,6 +148,8 @@ def _windows(
 def _encoded(config: TextDataConfig) -> tuple[dict[str, Any], Arrays]:
     tokenizer = load_tokenizer(config.tokenizer)
     documents = split_documents(load_documents(config))
+    tell_unread(config.path, (*TABLES, *TEXTS))
+    _tell_repeated(documents)
     domains = sorted({document.domain for split in documents.values() for document in split})
     token_type = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     arrays: dict[str, np.ndarray] = {}
@@ -159,6 +164,15 @@ def _encoded(config: TextDataConfig) -> tuple[dict[str, Any], Arrays]:
         if name == "train":
             arrays["token_count"] = np.bincount(tokens_N, minlength=tokenizer.vocab_size).astype(np.int64)
     return {"vocab_size": tokenizer.vocab_size, "domains": domains, "lengths": lengths}, arrays
+
+
+def _tell_repeated(documents: Mapping[str, Sequence[Document]]) -> None:
+    """Say on standard error how much of what is held out is trained on too: only the source itself can do that."""
+    trained = {document.text for document in documents["train"]} - {""}  # of a short text no part is left
+    for name in SPLITS[1:]:
+        repeated = sum(document.text in trained for document in documents[name])
+        if repeated:
+            note(f"{repeated} of {len(documents[name])} {name} documents are trained on too, word for word")
 
 
 def _stream(documents: Sequence[Document], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
