@@ -57,7 +57,7 @@ def load_dataset(*arguments: Any, **options: Any) -> Any:
 
 def first_line(error: Exception) -> str:
     """Return the first line of what an error says, or its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 @lru_cache(maxsize=1 << 17)

@@ -143,7 +143,7 @@ def _opened(path: Path) -> TextIO:
 def _csv_rows(path: Path, name: str) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(LONGEST_CELL)  # a cell may hold a book
     with _opened(path) as lines:
-        reader = csv.reader(lines)
+        reader = csv.reader(lines, strict=True)  # or a quote that nobody closed would swallow the rest
         header = next(reader, [])
         if twice := [column for column in header if header.count(column) > 1]:
             raise UsageError(f"task.data.path: '{name}' has two columns '{twice[0]}'")

@@ -146,6 +146,7 @@ BAD_TABLES: dict[str, tuple[bytes, str]] = {
     "utf16.jsonl": ('{"text": "x"}'.encode("utf-16"), "not UTF-8.*iconv"),
     "comma.csv": (b"text,label\nwell, yes,1\n", "3 cells in line 2 and 2 columns; quote"),
     "twice.csv": (b"text,text\na,b\n", "two columns 'text'"),
+    "quote.csv": (b'text\n"never closed\nx\n', "unexpected end"),
     "header.csv": (b"text,label\n", "no rows"),
     "empty.csv": (b"", "no rows"),
     "empty.jsonl": (b"\n", "no rows"),

@@ -183,6 +183,15 @@ def test_the_class_is_the_first_folder_and_speakers_may_lie_below(tmp_path: Path
     assert of(tmp_path / "set", "label").symbols == ("no", "yes")
 
 
+def test_a_speaker_of_speech_commands_is_on_one_side(tmp_path: Path) -> None:
+    names = [f"{c}/{speaker:08x}_nohash_{i}.wav" for c in ("yes", "no") for speaker in range(6) for i in range(2)]
+    write(tmp_path / "set", *names)
+    clips = list(load_clips(AudioDataConfig(path=str(tmp_path / "set")), "label"))
+    assert {clip.group for clip in clips} == {f"group/{speaker:08x}" for speaker in range(6)}
+    audio = of(tmp_path / "set", "label")
+    assert sizes(audio) == [16, 4, 4]  # a speaker has four recordings
+
+
 @pytest.mark.parametrize("target", ["transcript", "label"])
 def test_three_parts_stay_what_they_are(tmp_path: Path, target: Target) -> None:
     for place, (part, number) in enumerate((("train", 5), ("dev", 2), ("test", 3))):

@@ -199,3 +199,18 @@ def test_a_budget_below_a_byte_for_each_domain_is_refused(tmp_path: Path) -> Non
     write(tmp_path / "set", **{f"d{i}": "text" for i in range(9)})
     with pytest.raises(UsageError, match=r"task\.data\.max_bytes: 8 for 9 domains is less than a byte for each"):
         documents(tmp_path / "set", max_bytes=8)
+
+
+def test_each_part_has_its_share_of_a_budget(tmp_path: Path) -> None:
+    write(tmp_path / "set", dev__a="d" * 400, test__a="t" * 400, train__a="x" * 800)
+    found = documents(tmp_path / "set", max_bytes=400)
+    assert {d.part: len(d.text) for d in found} == {"validation": 100, "test": 100, "train": 200}
+
+
+def test_the_digest_of_a_folder_sees_the_names_that_become_domains(tmp_path: Path) -> None:
+    write(tmp_path / "a", news="text")
+    write(tmp_path / "b", law="text")
+    folders = [source_digest(TextDataConfig(path=str(tmp_path / name))) for name in "ab"]
+    files = [source_digest(TextDataConfig(path=str(tmp_path / name))) for name in ("a/news.txt", "b/law.txt")]
+    assert folders[0] != folders[1]
+    assert files[0] == files[1]

@@ -180,7 +180,9 @@ def _local_clips(config: AudioDataConfig, target: Target) -> Iterator[Clip]:
             folders = folders_of(name, divided=bool(parts))
             said = _said(name, path, folders, target)
             domain = folders[0] if target == "transcript" and config.domain_column and folders else "all"
-            group = f"clip/{name}"
+            # Speech Commands names a recording after its speaker, who must not be on both sides.
+            speaker, mark, _ = path.stem.partition("_nohash_")
+            group = f"group/{speaker}" if mark else f"clip/{name}"
             yield Clip(name=name, audio=path, target=said, domain=domain, group=group, part=parts.get(name, TRAIN))
 
 

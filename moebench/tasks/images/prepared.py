@@ -220,4 +220,4 @@ def _places(values: Sequence[str], order: Sequence[str]) -> np.ndarray:
 
 def _reason(error: Exception) -> str:
     text = str(error).split(" <")[0]  # Pillow shows the address of a buffer
-    return text.splitlines()[0] if text.strip() else type(error).__name__
+    return text.splitlines()[0][:200] if text.strip() else type(error).__name__

@@ -55,8 +55,8 @@ def class_names(entries: Sequence[Entry], config: ImageDataConfig) -> list[str]:
         return [f"{source}/{name}" for source in config.sources for name in EMBEDDED[source]]
     labels = {entry.label for entry in entries}
     if len(labels) < 2:
-        where = "a folder for each class" if config.path else "a column of labels"
-        raise UsageError(f"{config.key}: all images are of one class, '{min(labels)}'; give {where}, at least two")
+        where = "a folder for each class, or the table of their labels" if config.path else "a column of labels"
+        raise UsageError(f"{config.key}: all images are of one class, '{min(labels)}'; give {where} (at least two)")
     return (
         sorted(labels, key=int) if all(re.fullmatch("0|-?[1-9][0-9]*", label) for label in labels) else sorted(labels)
     )

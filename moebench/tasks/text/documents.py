@@ -4,7 +4,8 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,8 @@ def source_digest(config: TextDataConfig) -> str:
     fields |= {"streaming": config.streaming, "max_bytes": config.max_bytes, "pack": _is_pack(config)}
     if config.dataset is None:
         files = _source_files(config)
-        fields["files"] = [("" if len(files) == 1 else name, file_digest(path)) for name, path in files.items()]
+        is_alone = config.path is None or existing(config.path).is_file()  # then its name says nothing
+        fields["files"] = [("" if is_alone else name, file_digest(path)) for name, path in files.items()]
     tokenizer = tokenizer_file(config.tokenizer)
     fields["tokenizer"] = file_digest(tokenizer) if tokenizer else config.tokenizer
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
@@ -253,7 +255,16 @@ def _within_budget(documents: Iterable[Document], config: TextDataConfig) -> lis
     if by_domain and not share:
         given = f"{config.max_bytes} for {len(by_domain)} domains"
         raise UsageError(f"task.data.max_bytes: {given} is less than a byte for each; give more")
-    return [kept for members in by_domain.values() for kept in _take(members, share)]
+    return [kept for members in by_domain.values() for kept in _share(members, share)]
+
+
+def _share(members: Sequence[Document], budget: int) -> Iterator[Document]:
+    """Yield documents up to the budget, of which each part gets its share: a large test set leaves some to train on."""
+    size: Counter[str] = Counter()
+    for document in members:
+        size[document.part] += len(document.text.encode())
+    for part, own in size.items():
+        yield from _take((document for document in members if document.part == part), budget * own // size.total())
 
 
 def _take(documents: Iterable[Document], budget: int) -> Iterator[Document]:
