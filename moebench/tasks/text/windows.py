@@ -17,7 +17,7 @@ from moebench.tasks.text.documents import TEXTS, Document, TextDataConfig, load_
 from moebench.tasks.text.splits import SPLITS, split_documents
 from moebench.tasks.text.tokens import Tokenizer, load_tokenizer
 
-FORMAT = 1  # raise it when the split, the separators or the files change
+FORMAT = 2  # raise it when the split, the separators or the files change
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
