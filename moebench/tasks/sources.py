@@ -1,7 +1,9 @@
 """What all tasks that read data from files or a hub have in common."""
 
 import hashlib
+import logging
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from functools import lru_cache
@@ -47,24 +49,34 @@ def checked_held_out(names: Sequence[str], known: Sequence[str]) -> list[str]:
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 (hex) of a file's bytes; read once for each time that it was written."""
-    state = path.stat()
-    return _cached_digest(path.resolve(), state.st_mtime_ns, state.st_size)
+    """Return the SHA-256 (hex) of a file's bytes, or why it cannot be read; read once for each time it was written."""
+    try:
+        state = path.stat()
+        return _cached_digest(path.resolve(), state.st_mtime_ns, state.st_size)
+    except (OSError, ValueError) as error:  # whoever decodes it says so, or leaves it out
+        return type(error).__name__
+
+
+def note(message: str) -> None:
+    """Say on standard error what became of the data, once: when it is prepared."""
+    print(f"task.data: {message}", file=sys.stderr)
 
 
 def load_dataset(*arguments: Any, **options: Any) -> Any:
     """Call `datasets.load_dataset` without its bars, warnings and telemetry."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import datasets
+    import huggingface_hub
 
     datasets.disable_progress_bars()
+    huggingface_hub.logging.set_verbosity(logging.CRITICAL)  # a line for each of its tries
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is raised, and said once
     return datasets.load_dataset(*arguments, **options)
 
 
 def first_line(error: Exception) -> str:
     """Return the first line of what an error says, or its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 @lru_cache(maxsize=1 << 17)

@@ -1,8 +1,12 @@
 """What a task is: data, input embedding, head, loss and metric; it knows nothing about routing."""
 
+import re
+import unicodedata
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -251,10 +255,26 @@ def by_domain(
     found = {name: ratio(slice(first))}
     if weight_D[first:].any():
         found[f"{name}/{OUT_OF_DOMAIN}"] = ratio(slice(first, None))
-    for domain, value, weight in zip(domains, sum_D.tolist(), weight_D.tolist(), strict=True):
+    for domain, value, weight in zip(metric_names(tuple(domains)), sum_D.tolist(), weight_D.tolist(), strict=True):
         if weight:
             found[f"{name}/{domain}"] = value / weight
     return found
+
+
+@lru_cache(maxsize=64)
+def metric_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return names of data as parts of metrics' names, which trackers restrict: accents go, other signs become `_`.
+
+    Names that would be the same, or nothing, get their place in the list.
+    """
+    plain = []
+    for name in names:
+        letters = unicodedata.normalize("NFKD", name)
+        letters = "".join(c for c in letters if not unicodedata.combining(c))
+        parts = [part.strip(" .") for part in re.sub(r"[^A-Za-z0-9_\-.:/ ]", "_", letters).split("/")]
+        plain.append("/".join(part for part in parts if part)[:100].strip(" ./"))
+    number = Counter(plain)
+    return tuple(f"{name}_{i}" if number[name] > 1 or not name else name for i, name in enumerate(plain))
 
 
 TASKS: Registry[type[Task], TaskFacts] = Registry("task", "moebench.tasks")

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moebench.tasks.audio.batches import Masking, evaluation_indices, hidden, joined, padded_symbols, train_indices
-from moebench.tasks.audio.utterances import Utterances, groups_of
+from moebench.tasks.audio.utterances import Utterances
+from moebench.tasks.text.splits import groups_of
 
 
 def utterances(num_frames: list[int], domains: list[int] | None = None) -> Utterances:
@@ -88,7 +89,7 @@ def test_equal_texts_unite_groups():
     assert names[0] == names[2]  # "yes"
     assert names[1] == names[3] == names[4]  # b says "no" and "stop", d says "stop"
     assert len(set(names)) == 3
-    assert groups_of([("x", "x"), ("y", "y")]) == ["group/x", "group/y"]
+    assert groups_of([("x", "x"), ("y", "y")]) == ["x", "y"]
 
 
 @pytest.mark.parametrize("step", [0, 3, 7])

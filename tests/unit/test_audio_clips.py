@@ -181,10 +181,10 @@ def test_bad_sources_are_named(tmp_path):
             list(load_clips(AudioDataConfig(path=str(path)), "transcript"))
 
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
-    refused(tmp_path / "bad.parquet", "'.*bad.parquet' cannot be read .*; give task.data.path=... a whole .parquet")
+    refused(tmp_path / "bad.parquet", "'bad.parquet' cannot be read .*; give task.data.path=... a whole file")
     refused(tmp_path / "bad.parqet", "does not exist. Did you mean 'bad.parquet'")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "holds no file that ends in .parquet, .csv, .jsonl, .wav, .flac, .ogg")
+    refused(tmp_path / "empty", r"holds no file that ends in \.parquet, \.csv, \.jsonl, \.wav, \.flac, \.ogg")
     (tmp_path / "empty" / "a.csv").write_text("path,text\n")
     refused(tmp_path / "empty", "'a.csv' has no rows")
     with pytest.raises(UsageError, match="moebench carries no labelled audio"):
@@ -196,7 +196,7 @@ def test_broken_files_end_the_preparation_or_are_counted(tmp_path, capsys):
     audio[2] = {"bytes": b"RIFF broken", "path": "2.wav"}
     audio[5] = {"bytes": encoded(np.zeros(0)), "path": "5.wav"}
     path = write_parquet(tmp_path / "a.parquet", 8, audio=audio)
-    with pytest.raises(UsageError, match=r"a\.parquet row 2 \(2\.wav\) cannot be used .*task\.data\.skip_broken=true"):
+    with pytest.raises(UsageError, match=r"a\.parquet, row 2 \(2\.wav\) cannot be used .*task\.data\.skip_broken=true"):
         prepare(AudioDataConfig(path=path, domain_column=None), tmp_path / "cache", "transcript")
     found = prepare(AudioDataConfig(path=path, domain_column=None, skip_broken=True), tmp_path / "cache", "transcript")
     assert found.left_out == {"broken": 2}

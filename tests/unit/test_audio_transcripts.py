@@ -1,3 +1,5 @@
+import random
+
 import pytest
 
 from moebench.tasks.audio.transcripts import UNKNOWN, alphabet, character_errors, collapsed, normalise, word_errors
@@ -41,3 +43,17 @@ def test_word_errors_by_hand():
     # "a cat sat" for "the cat sat down": one word replaced, one missing. "dog cat": both replaced.
     answers, texts = ["a cat sat", "dog cat", ""], ["the cat sat down", "cat dog", "one two"]
     assert word_errors(answers, texts) == [2, 2, 2]
+
+
+def test_errors_over_a_set_are_those_of_torchmetrics():
+    from torchmetrics.functional.text import char_error_rate, word_error_rate
+
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcé", k=draw.randint(1, 4))) for _ in range(60)]
+    texts, answers = ([" ".join(draw.choices(words, k=draw.randint(1, 6))) for _ in range(40)] for _ in range(2))
+    answers[3] = ""
+    num_characters, num_words = sum(map(len, texts)), sum(len(text.split()) for text in texts)
+    assert sum(character_errors(answers, texts)) / num_characters == pytest.approx(
+        float(char_error_rate(answers, texts))
+    )
+    assert sum(word_errors(answers, texts)) / num_words == pytest.approx(float(word_error_rate(answers, texts)))

@@ -150,14 +150,17 @@ def test_folders_that_hold_nothing_are_named(tmp_path: Path) -> None:
     (tmp_path / "set" / "loose.png").write_bytes(png(1))
     with pytest.raises(UsageError, match=r"'loose\.png' lies in no class folder"):
         read_entries(ImageDataConfig(path=folder))
-    with pytest.raises(UsageError, match=r"must be a folder of images, or end in \.parquet or \.csv"):
+    with pytest.raises(UsageError, match=r"must be a folder of images, or end in \.parquet, \.csv"):
         read_entries(ImageDataConfig(path=str(tmp_path / "set" / "loose.png")))
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"image_column": "imag"}, ["task.data.image_column", "'imag'", "'image'", "columns: image, label, kind"]),
+        (
+            {"image_column": "imag"},
+            ["task.data.image_column", "'imag'", "'image'", "columns of a.parquet: image, label, kind"],
+        ),
         ({"label_column": "lable"}, ["task.data.label_column", "'label'"]),
         ({"domain_column": "kinds"}, ["task.data.domain_column", "'kind'"]),
         ({"label_column": "kind"}, ["task.data.label_column", "a.parquet, row 1", "null"]),
@@ -177,7 +180,7 @@ def test_files_that_are_no_tables_are_named(tmp_path: Path) -> None:
         read_entries(ImageDataConfig(path=str(tmp_path / "bad.parquet")))
     (tmp_path / "mixed.csv").write_text("image,label\na.png,1\nb.png,x\n")
     pq.write_table(pa.table({"image": [png(1)], "label": [1.5]}), tmp_path / "float.parquet")
-    with pytest.raises(UsageError, match=r"row 0 is float, no number or name"):
+    with pytest.raises(UsageError, match=r"row 0 is float, no whole number or name"):
         read_entries(ImageDataConfig(path=str(tmp_path / "float.parquet")))
 
 
@@ -227,7 +230,9 @@ def test_a_named_data_set_is_read_like_a_file(tmp_path: Path, monkeypatch: pytes
     assert Counter(entry.part for entry in read_entries(config)) == {"train": 20, "test": 4}
     _, pixel_NHWC = decoded(read_entries(config), config)
     assert pixel_NHWC[:20, 0, 0, 0].tolist() == list(range(20))
-    with pytest.raises(UsageError, match=r"task\.data\.image_column: there is no column 'picture'\. columns: image"):
+    with pytest.raises(
+        UsageError, match=r"task\.data\.image_column: there is no column 'picture'\. columns of .*set/train: image"
+    ):
         read_entries(ImageDataConfig(dataset=str(tmp_path / "set"), image_column="picture"))
 
 
@@ -256,20 +261,20 @@ def test_digest_of_a_table_sees_the_images_that_it_names(tmp_path: Path) -> None
 
 def test_splits_are_stratified_disjoint_and_complete() -> None:
     label_N = np.array([0] * 50 + [1] * 30 + [2] * 4)
-    found = divide(label_N, [""] * 84, ["a", "b", "c"])
+    found = divide(label_N, ["train"] * 84, ["a", "b", "c"], np.arange(84))
     assert sorted(np.concatenate([*found.values()]).tolist()) == list(range(84))
     counts = {name: np.bincount(label_N[index_N]).tolist() for name, index_N in found.items()}
     assert counts == {"train": [40, 24, 2], "validation": [5, 3, 1], "test": [5, 3, 1]}
-    again = divide(label_N, [""] * 84, ["a", "b", "c"])
+    again = divide(label_N, ["train"] * 84, ["a", "b", "c"], np.arange(84))
     assert all(np.array_equal(found[name], again[name]) for name in found)
     # With a test set of its own, none of it is trained on and nothing else is tested on.
     part_N = ["test" if index % 5 == 0 else "train" for index in range(84)]
-    kept = divide(label_N, part_N, ["a", "b", "c"])
+    kept = divide(label_N, part_N, ["a", "b", "c"], np.arange(84))
     assert sorted(kept["test"].tolist()) == list(range(0, 84, 5))
     assert np.bincount(label_N[kept["validation"]]).tolist() == [4, 2, 1]  # a tenth of 40, 24 and 3
     assert len(np.unique(np.concatenate([*kept.values()]))) == 84
 
 
 def test_a_class_with_too_few_images_is_named() -> None:
-    with pytest.raises(UsageError, match=r"class 'b' has 2 images .* at least 3"):
-        divide(np.array([0] * 9 + [1] * 2), [""] * 11, ["a", "b"])
+    with pytest.raises(UsageError, match=r"class 'b' has 2 different images .* at least 3"):
+        divide(np.array([0] * 9 + [1] * 2), ["train"] * 11, ["a", "b"], np.arange(11))

@@ -210,11 +210,13 @@ def test_classes_are_named_by_the_mean_of_valid_positions(keyword):
 
 
 def test_a_class_of_two_clips_is_refused(tmp_path):
-    for name in ("yes/1", "yes/2", "yes/3", "no/1", "no/2"):
+    for number, name in enumerate(("yes/1", "yes/2", "yes/3", "no/1", "no/2")):
         file = tmp_path / f"{name}.wav"
         file.parent.mkdir(exist_ok=True)
-        soundfile.write(file, np.ones(800), 8000)
-    with pytest.raises(UsageError, match=r"class 'no' has 2 group\(s\) of clips; train, validation and test need 3"):
+        soundfile.write(file, np.sin(np.arange(800) / (number + 2)), 8000)
+    with pytest.raises(
+        UsageError, match=r"class 'no' has 2 group\(s\) of different clips; train, validation and test need 3"
+    ):
         Keyword.prepare(Keyword.Config(data=AudioDataConfig(path=str(tmp_path))), tmp_path / "cache")
 
 

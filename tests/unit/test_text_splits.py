@@ -77,7 +77,7 @@ def test_many_small_groups_meet_the_shares_closely(sizes):
 def test_too_few_groups_is_explained():
     with pytest.raises(UsageError, match="domain 'x' has 2 group"):
         assign([("a", "x", 1), ("b", "x", 1), ("b", "x", 1)])
-    books = [Document(text="t", domain="x", group=group) for group in "aab"]
+    books = [Document(text=f"t{i}", domain="x", group=group) for i, group in enumerate("aab")]
     with pytest.raises(UsageError, match=r"task\.data\.group_column: domain 'x' has 2 group"):
         split_documents(books)
 

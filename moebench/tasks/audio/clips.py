@@ -2,16 +2,22 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moebench.errors import UsageError, nearest, require
-from moebench.tasks.audio.tables import SOUNDS, TABLES, Table, folder_rows, hub_table, local_table, named_files
+from moebench.errors import UsageError, require
+from moebench.tasks.audio.features import most_mels
+from moebench.tasks.folders import TRAIN, existing, files_below, folders_of, parts_of
 from moebench.tasks.sources import check_source, file_digest, first_line
+from moebench.tasks.tables import Table, hub_table, local_table, named, reading
 
 PACK = Path(__file__).parent.parent / "data" / "speech_prompts.parquet"
+TABLES = (".parquet", ".csv", ".jsonl")
+"""A .json beside sounds tells of them more often than it lists them."""
+SOUNDS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au")
 AUDIO_COLUMNS = ("audio", "path", "file", "file_name")
 Target = Literal["transcript", "label"]
 
@@ -21,8 +27,9 @@ class AudioDataConfig:
     """Which recordings to train on and how they become features; by default prompts that moebench carries."""
 
     path: str | None = None
-    """Local .parquet file or folder of such files, manifest (.csv, .jsonl) that names audio files, or folder of
-    .wav, .flac, .ogg files with such a manifest, with a .txt of the same name for each, or with a folder per class."""
+    """Local .parquet file or folder of such files, manifest (.csv, .jsonl) that names audio files, or folder of .wav,
+    .flac, .ogg, .opus, .mp3 files with such a manifest, with a .txt of the same name for each, or with a folder per
+    class. What lies in folders, or in tables, called train, validation (val, valid, dev) and test is not mixed."""
     dataset: str | None = None
     """Name of a data set on the Hugging Face hub, used instead of `path`."""
     config: str | None = None
@@ -62,6 +69,10 @@ class AudioDataConfig:
         for name, lowest, highest in (("sample_rate", 4000, 192_000), ("num_mels", 8, 80), ("max_seconds", 0.1, 60)):
             given = getattr(self, name)
             require(lowest <= given <= highest, f"task.data.{name}", given, f"{lowest} to {highest}")
+        most, at = most_mels(self.sample_rate), f"at task.data.sample_rate={self.sample_rate}"
+        require(
+            self.num_mels <= most, "task.data.num_mels", self.num_mels, f"at most {most} {at}, to hold a frequency each"
+        )
 
     @property
     def is_pack(self) -> bool:
@@ -88,22 +99,24 @@ class Clip:
     group: str
     seconds: float | None = None
     """Length without the codec's padding; None where it is not known."""
+    part: str = TRAIN
+    """validation or test where the source keeps them apart from what is trained on, or divided."""
 
 
 def load_clips(config: AudioDataConfig, target: Target) -> Iterator[Clip]:
     """Read the clips of the source one after the other; raise `UsageError` for what cannot be read."""
     if target == "label" and config.is_pack:
         raise UsageError("task.data.path: null was given, and moebench carries no labelled audio; give local files")
+    if config.dataset is None:
+        yield from _local_clips(config, target)
+        return
     try:
-        yield from _clips(config, target)
+        table = hub_table(config.dataset, config.config, split=config.split, revision=config.revision)
+        yield from _from_table(table, config, TRAIN)
     except UsageError:
         raise
-    except Exception as error:  # the readers of three formats and a network raise almost anything
-        advice = (
-            "check task.data.config, split and revision, or give local files with task.data.path=..."
-            if config.dataset
-            else "give task.data.path=... a whole .parquet, .csv or .jsonl file or a folder of audio files"
-        )
+    except Exception as error:  # a network raises almost anything
+        advice = "check task.data.config, split and revision, or give local files with task.data.path=..."
         raise UsageError(f"{config.source} cannot be read ({first_line(error)}); {advice}") from error
 
 
@@ -115,69 +128,126 @@ def source_digest(config: AudioDataConfig, target: Target) -> str:
     fields: dict[str, Any] = {name: value for name, value in vars(config).items() if name != "path"}
     fields |= {"pack": config.is_pack, "target": target, "held_out_domains": sorted(config.held_out_domains)}
     if config.dataset is None:
+        files = _files(config)
+        tables = _tables(files)
         # Only what is read: another file beside the audio changes nothing.
-        root = _root(config)
-        kinds = (".txt",) if target == "transcript" else ()
-        files = named_files(root, (*TABLES, *SOUNDS, *kinds))
-        if root.is_file() and root.suffix.lower() != ".parquet":
-            files |= named_files(root.parent, SOUNDS)
-        fields["files"] = [(name, file_digest(path)) for name, path in files.items()]
+        read = tables or files | (_transcripts(files) if target == "transcript" else {})
+        fields["files"] = [(name, file_digest(path)) for name, path in read.items()]
+        if not config.is_pack:
+            fields["named"] = [
+                file_digest(path) for name, path in tables.items() for path in _named(name, path, config)
+            ]
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def _root(config: AudioDataConfig) -> Path:
+def _files(config: AudioDataConfig) -> dict[str, Path]:
+    """Return the tables and sounds of the source by their name inside the folder."""
     if config.path is None:
-        return PACK
-    root = Path(config.path).expanduser()
-    if not root.exists():
-        near = nearest(root.name, (p.name for p in root.parent.iterdir())) if root.parent.is_dir() else ""
-        raise UsageError(f"task.data.path: '{config.path}' does not exist.{near}")
-    return root
-
-
-def _clips(config: AudioDataConfig, target: Target) -> Iterator[Clip]:
-    if config.dataset is not None:
-        table = hub_table(config.dataset, config.config, split=config.split, revision=config.revision)
-        yield from _from_table(table, config)
-        return
-    root = _root(config)
-    files = named_files(root, (*TABLES, *SOUNDS))
-    tables = {name: path for name, path in files.items() if path.suffix.lower() in TABLES}
+        return {PACK.name: PACK}
+    files = files_below(existing(config.path), (*TABLES, *SOUNDS))
     if not files:
         allowed = ", ".join((*TABLES, *SOUNDS))
         raise UsageError(f"task.data.path: '{config.path}' holds no file that ends in {allowed}")
-    if tables:
-        for path in tables.values():
-            yield from _from_table(local_table(path), config)
-        return
-    for row in folder_rows(root, files, target):
-        domain = row.domain if config.domain_column and row.domain else "all"
-        yield Clip(name=row.name, audio=row.path, target=row.target, domain=domain, group=f"clip/{row.name}")
+    return files
 
 
-def _from_table(table: Table, config: AudioDataConfig) -> Iterator[Clip]:
-    column_of = _columns(table, config)
-    for number, row in enumerate(table.rows(list(dict.fromkeys(column_of.values())))):
-        name = f"{table.name} row {number}"
-        found = {key: row[column] for key, column in column_of.items()}
-        for key in ("domain", "group"):
-            if found.get(key, "") is None:
-                raise UsageError(f"task.data.{key}_column: {name} of '{column_of[key]}' is empty (null)")
-        audio = found["audio"]
-        if isinstance(audio, Mapping):  # as the hub stores audio
-            name = f"{name} ({audio.get('path')})" if audio.get("path") else name
-            audio = audio.get("bytes") or audio.get("path")
-        if isinstance(audio, str):
-            name, audio = audio, table.folder / audio
-        seconds = found.get("duration")
-        yield Clip(
-            name=name,
-            audio=audio if audio else None,
-            target=None if found["target"] is None else str(found["target"]),
-            domain=str(found.get("domain", "all")),
-            group=f"group/{found['group']}" if "group" in found else f"clip/{table.name}/{number}",
-            seconds=None if seconds in (None, "") else float(seconds),
+def _tables(files: Mapping[str, Path]) -> dict[str, Path]:
+    return {name: path for name, path in files.items() if name.lower().endswith(TABLES)}
+
+
+def _transcripts(files: Mapping[str, Path]) -> dict[str, Path]:
+    """Return the .txt that stands beside each sound, where there is one."""
+    beside = {f"{name}: transcript": path.with_suffix(".txt") for name, path in files.items()}
+    return {name: path for name, path in beside.items() if path.is_file()}
+
+
+def _named(name: str, path: Path, config: AudioDataConfig) -> Iterator[Path]:
+    """Yield the files that a table names, which it does not hold itself."""
+    table = local_table(path, name)
+    audio = _columns(table, config)["audio"]
+    for _, row in table.read([audio]):
+        found = _audio_of(row[audio], table.folder)
+        if isinstance(found, Path):
+            yield found
+
+
+def _local_clips(config: AudioDataConfig, target: Target) -> Iterator[Clip]:
+    files = _files(config)
+    tables = _tables(files)
+    parts = parts_of(tables or files, by_file=bool(tables)) if len(files) > 1 else {}
+    for name, path in tables.items():
+        yield from _from_table(local_table(path, name), config, parts.get(name, TRAIN))
+    if not tables:
+        for name, path in files.items():
+            folders = folders_of(name, divided=bool(parts))
+            said = _said(name, path, folders, target)
+            domain = folders[0] if target == "transcript" and config.domain_column and folders else "all"
+            # Speech Commands names a recording after its speaker, who must not be on both sides.
+            speaker, mark, _ = path.stem.partition("_nohash_")
+            group = f"group/{speaker}" if mark else f"clip/{name}"
+            yield Clip(name=name, audio=path, target=said, domain=domain, group=group, part=parts.get(name, TRAIN))
+
+
+def _said(name: str, path: Path, folders: list[str], target: Target) -> str:
+    """Return the transcript beside a file of a folder without a table, or the class that its first folder names."""
+    if target == "label":
+        if not folders:
+            raise UsageError(f"task.data.path: '{name}' lies in no folder that names its class (CLASS/{path.name})")
+        return folders[0]
+    text = path.with_suffix(".txt")
+    if not text.is_file():
+        raise UsageError(
+            f"task.data.path: '{name}' has no transcript; give '{text.name}' beside it, or a manifest (.csv)"
         )
+    with reading(f"{name}: {text.name}"):
+        return text.read_text(encoding="utf-8-sig")
+
+
+def _from_table(table: Table, config: AudioDataConfig, part: str) -> Iterator[Clip]:
+    column_of = _columns(table, config)
+    for number, (place, row) in enumerate(table.read(column_of.values())):
+        found = {key: row[column] for key, column in column_of.items()}
+        names = {
+            key: named(found[key], f"{key}_column", column_of[key], place)
+            for key in ("domain", "group", "target")
+            if key in found and (key != "target" or found[key] is not None)
+        }
+        cell = found["audio"]
+        audio = _audio_of(cell, table.folder)
+        shown = cell.get("path") if isinstance(cell, Mapping) else cell
+        yield Clip(
+            name=f"{place} ({shown})" if isinstance(shown, str) and len(shown) < 256 else place,
+            audio=audio,
+            target=names.get("target"),
+            domain=names.get("domain", "all"),
+            group=f"group/{names['group']}" if "group" in names else f"clip/{table.name}/{number}",
+            seconds=_seconds(found.get("duration"), place, config),
+            part=part,
+        )
+
+
+def _audio_of(value: Any, folder: Path) -> bytes | Path | None:
+    """Return the bytes of a cell, the file that it names, which may be relative to the table, or None for neither."""
+    if isinstance(value, Mapping):  # as the hub stores audio
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and value:
+        return folder / Path(value).expanduser()
+    return value if isinstance(value, bytes) and value else None
+
+
+def _seconds(value: Any, place: str, config: AudioDataConfig) -> float | None:
+    if value in (None, ""):
+        return None
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise UsageError(
+            f"task.data.duration_column: '{config.duration_column}' of {place} is {value}, no number of seconds;"
+            " name another column, or one that there is not"
+        )
+    return seconds
 
 
 def _columns(table: Table, config: AudioDataConfig) -> dict[str, str]:
@@ -192,9 +262,5 @@ def _columns(table: Table, config: AudioDataConfig) -> dict[str, str]:
     group = "prompt" if config.is_pack and config.group_column is None else config.group_column
     wanted |= {} if group is None else {"group": group}
     for key, column in wanted.items():
-        if column not in table.columns:
-            known = f"columns of {table.name}: {', '.join(table.columns)}"
-            raise UsageError(
-                f"task.data.{key}_column: there is no column '{column}'.{nearest(column, table.columns)} {known}"
-            )
+        table.check(f"{key}_column", column)
     return wanted | ({"duration": config.duration_column} if config.duration_column in table.columns else {})

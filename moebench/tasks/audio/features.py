@@ -22,25 +22,20 @@ class BrokenAudioError(Exception):
     """Audio that is missing, empty or cannot be decoded; says why in one line."""
 
 
-def decode(audio: bytes | Path | None, sample_rate: int, seconds: float | None = None) -> np.ndarray:
+def decode(
+    audio: bytes | Path | None, sample_rate: int, seconds: float | None = None, longest_s: float = math.inf
+) -> np.ndarray:
     """Return the samples of a file (float32, mono) at a sample rate, cut to `seconds` where those are known.
 
-    Raises BrokenAudioError where there is no sound.
+    Of a file longer than `longest_s` no more is read than shows that it is. Raises BrokenAudioError where there is no
+    sound.
     """
-    import soundfile
-
     if audio is None:
         raise BrokenAudioError("no audio")
-    if isinstance(audio, Path) and not audio.is_file():
-        raise BrokenAudioError("no such file")
-    try:
-        source = io.BytesIO(audio) if isinstance(audio, bytes) else str(audio)
-        samples_SC, rate = soundfile.read(source, dtype="float32", always_2d=True)
-    except (RuntimeError, OSError, ValueError, TypeError) as error:  # soundfile's own errors are RuntimeErrors
-        raise BrokenAudioError(first_line(error)) from error
+    samples_SC, rate = _read(audio, longest_s + 1)
     samples_S = samples_SC.mean(1)
     if seconds is not None:
-        samples_S = samples_S[: max(round(seconds * rate), 0)]
+        samples_S = samples_S[: round(seconds * rate)]
     if not len(samples_S):
         raise BrokenAudioError("no samples")
     if not np.isfinite(samples_S).all():
@@ -51,13 +46,27 @@ def decode(audio: bytes | Path | None, sample_rate: int, seconds: float | None =
     return np.asarray(samples_S, dtype=np.float32)
 
 
+def _read(audio: bytes | Path, longest_s: float) -> tuple[np.ndarray, int]:
+    import soundfile
+
+    try:
+        if isinstance(audio, Path) and not audio.is_file():
+            raise BrokenAudioError("no such file")
+        with soundfile.SoundFile(io.BytesIO(audio) if isinstance(audio, bytes) else str(audio)) as file:
+            limit = file.frames if longest_s == math.inf else math.ceil(longest_s * file.samplerate)
+            return file.read(limit, dtype="float32", always_2d=True), file.samplerate
+    except (RuntimeError, OSError, ValueError, TypeError) as error:  # soundfile's own errors are RuntimeErrors
+        # What the library says besides names the address of a buffer.
+        raise BrokenAudioError(getattr(error, "error_string", "") or first_line(error)) from error
+
+
 def log_mel(samples_S: np.ndarray, sample_rate: int, num_mels: int) -> Tensor:
     """Return the log-mel spectrogram [frames, M], fp32: 25 ms windows every 10 ms, natural logarithm of the energy.
 
     Frame n is centred on the samples n·hop to (n+1)·hop, so S samples give ceil(S / hop) frames.
     """
     window, hop = round(WINDOW_S * sample_rate), round(HOP_S * sample_rate)
-    num_bins = 1 << (window - 1).bit_length()
+    num_bins = _num_bins(sample_rate)
     num_frames = -(-len(samples_S) // hop)
     padded = functional.pad(torch.from_numpy(samples_S), ((num_bins - hop) // 2, num_bins))
     spectrum_FN = torch.stft(
@@ -65,6 +74,16 @@ def log_mel(samples_S: np.ndarray, sample_rate: int, num_mels: int) -> Tensor:
     )
     energy_NF = spectrum_FN[:, :num_frames].abs().square().T
     return (energy_NF @ mel_filters(sample_rate, num_bins, num_mels) + FLOOR).log()
+
+
+def most_mels(sample_rate: int) -> int:
+    """Return how many bands there may be (80 at most) so that each holds a frequency of the spectrum."""
+    bins = _num_bins(sample_rate)
+    return next(number for number in range(80, 0, -1) if (mel_filters(sample_rate, bins, number).sum(0) > 0).all())
+
+
+def _num_bins(sample_rate: int) -> int:
+    return 1 << (round(WINDOW_S * sample_rate) - 1).bit_length()
 
 
 def normalised(mel_NM: Tensor) -> Tensor:

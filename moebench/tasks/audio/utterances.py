@@ -1,6 +1,6 @@
 """Features and targets on disk, split by group: prepared once, then read in place by every run."""
 
-import sys
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 
 from moebench.errors import UsageError
-from moebench.tasks.audio.clips import AudioDataConfig, Clip, Target, load_clips, source_digest
+from moebench.tasks.audio.clips import SOUNDS, TABLES, AudioDataConfig, Clip, Target, load_clips, source_digest
 from moebench.tasks.audio.features import BrokenAudioError, decode, log_mel, normalised
 from moebench.tasks.audio.transcripts import alphabet, normalise
-from moebench.tasks.sources import checked_held_out
+from moebench.tasks.folders import TRAIN, tell_unread
+from moebench.tasks.sources import checked_held_out, note
 from moebench.tasks.stored import Arrays, digest_of, stored
-from moebench.tasks.text.splits import MIN_GROUPS, SPLITS, assign_splits
+from moebench.tasks.text.splits import MIN_GROUPS, SPLITS, assign_splits, groups_of
 
-FORMAT = 1  # raise it when the split, the features or the files change
+FORMAT = 2  # raise it when the split, the features or the files change
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,22 +96,6 @@ def prepare(config: AudioDataConfig, cache: Path, target: Target) -> PreparedAud
     )
 
 
-def groups_of(heard: Sequence[tuple[str, str]]) -> list[str]:
-    """Return one name for each (group, text), the same for all that share a group or a text, directly or by others."""
-    parent: dict[tuple[str, str], tuple[str, str]] = {}
-
-    def root(node: tuple[str, str]) -> tuple[str, str]:
-        while parent.setdefault(node, node) != node:
-            parent[node] = parent[parent[node]]
-            node = parent[node]
-        return node
-
-    for group, text in heard:
-        first, second = sorted((root(("group", group)), root(("text", text))))
-        parent[second] = first
-    return ["/".join(root(("group", group))) for group, _ in heard]
-
-
 def _split(name: str, arrays: Arrays) -> Utterances:
     frames_NM, *others = (arrays[f"{name}-{part}"] for part in ("frames", "start", "symbols", "symbol-start", "domain"))
     start_U1, symbols_N, symbol_start_U1, domain_U = (np.asarray(array) for array in others)
@@ -129,18 +114,20 @@ def _features(config: AudioDataConfig, target: Target) -> tuple[dict[str, Any], 
     if not heard:
         why = _listed(left_out) or "it is empty"
         raise UsageError(f"{config.source} gives no clips to train on ({why}); give task.data.path=... others")
-    split_of = _assign(heard, target)
+    tell_unread(config.path, (*TABLES, *SOUNDS, *((".txt",) if target == "transcript" else ())))
     if left_out:
-        print(f"task.data: of {len(heard) + left_out.total()} clips left out: {_listed(left_out)}", file=sys.stderr)
+        note(f"of {len(heard) + left_out.total()} clips left out: {_listed(left_out)}")
+    split_of = _assign(heard, target)
     known = sorted({h.clip.domain for h in heard})
     held_out = checked_held_out(config.held_out_domains, known)
     members = {name: [h for h, split in zip(heard, split_of, strict=True) if split == name] for name in SPLITS}
     for name in ("train", "validation"):
         members[name] = [h for h in members[name] if h.clip.domain not in held_out]
-    if target == "label":
+    if held_out and target == "label":
         _refuse_lost_classes(heard, members)
     said = [h.target for h in members["train"]]
     symbols = alphabet(said) if target == "transcript" else sorted(set(said))
+    _check_splits(members, symbols, config, target)
     domains = [domain for domain in known if domain not in held_out] + held_out
     arrays = {
         f"{name}-{part}": array
@@ -162,7 +149,7 @@ def _heard(clips: Iterable[Clip], config: AudioDataConfig, target: Target, left_
         try:
             if clip.target is None:
                 raise BrokenAudioError(f"no {target}")
-            samples_S = decode(clip.audio, config.sample_rate, clip.seconds)
+            samples_S = decode(clip.audio, config.sample_rate, clip.seconds, config.max_seconds)
         except BrokenAudioError as error:
             if config.skip_broken:
                 left_out["broken"] += 1
@@ -189,21 +176,32 @@ def _why_not(said: str, seconds: float, config: AudioDataConfig, target: Target)
 
 
 def _assign(heard: Sequence[_Heard], target: Target) -> list[str]:
-    groups = [h.clip.group for h in heard]
-    strata = [h.clip.domain for h in heard]
-    if target == "transcript":
-        groups = groups_of([(h.clip.group, h.target) for h in heard])
-    else:
-        strata = [h.target for h in heard]
+    """Return the split of each clip: its own where the source says it; what the source lacks is taken from the rest."""
+    given = {h.clip.part for h in heard} - {TRAIN}
+    if len(given) == len(SPLITS) - 1:
+        return [h.clip.part for h in heard]
+    assigned = iter(_divided([h for h in heard if h.clip.part == TRAIN], target))
+    splits = [next(assigned) if h.clip.part == TRAIN else h.clip.part for h in heard]
+    # A split that the source brings needs no share: that part is trained on too.
+    return [TRAIN if split in given and h.clip.part == TRAIN else split for h, split in zip(heard, splits, strict=True)]
+
+
+def _divided(heard: Sequence[_Heard], target: Target) -> list[str]:
+    is_label = target == "label"
+    # What may not be on both sides: the same words; of classes, whose words are all alike, the same recording.
+    content = [hashlib.sha256(h.frames_NM.data).hexdigest() if is_label else h.target for h in heard]
+    groups = [f"group/{name}" for name in groups_of([(h.clip.group, c) for h, c in zip(heard, content, strict=True)])]
+    if is_label:
         groups_with: defaultdict[str, set[str]] = defaultdict(set)
-        for h in heard:
-            groups_with[h.target].add(h.clip.group)
+        for h, group in zip(heard, groups, strict=True):
+            groups_with[h.target].add(group)
         for name, found in sorted(groups_with.items()):
             if len(found) < MIN_GROUPS:
                 raise UsageError(
-                    f"task.data.target_column: class '{name}' has {len(found)} group(s) of clips; train, validation"
-                    f" and test need {MIN_GROUPS}"
+                    f"task.data.target_column: class '{name}' has {len(found)} group(s) of different clips; train,"
+                    f" validation and test need {MIN_GROUPS}"
                 )
+    strata = [h.target if is_label else h.clip.domain for h in heard]
     return assign_splits(groups, strata, [len(h.frames_NM) for h in heard])
 
 
@@ -215,6 +213,24 @@ def _refuse_lost_classes(heard: Sequence[_Heard], members: Mapping[str, Sequence
                 f"task.data.held_out_domains: class '{lost[0]}' is then missing in {name}; hold out domains whose "
                 "classes others have too"
             )
+
+
+def _check_splits(
+    members: dict[str, list[_Heard]], symbols: Sequence[str], config: AudioDataConfig, target: Target
+) -> None:
+    """Refuse splits of nothing and classes that are not trained on or alone; count what is trained on too."""
+    trained = {h.frames_NM.tobytes() for h in members[TRAIN]}
+    for name, found in members.items():
+        if not found:
+            raise UsageError(f"{config.source} leaves no clips for {name}")
+        unseen = sorted({h.target for h in found} - set(symbols)) if target == "label" else []
+        if unseen:
+            raise UsageError(f"task.data.target_column: class '{unseen[0]}' has clips for {name} and none to train on")
+        repeated = sum(h.frames_NM.tobytes() in trained for h in found) if name != TRAIN else 0
+        if repeated:
+            note(f"{repeated} of {len(found)} {name} clips are trained on too, sample for sample")
+    if target == "label" and len(symbols) < 2:
+        raise UsageError(f"task.data.target_column: all clips are of one class, '{symbols[0]}'; give at least two")
 
 
 def _arrays(members: Sequence[_Heard], symbols: Sequence[str], domains: Sequence[str], target: Target) -> Arrays:

@@ -1,18 +1,22 @@
 """Where text comes from: the embedded pack, local files or a hub, each read into the same documents."""
 
+import gzip
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from moebench.errors import UsageError, nearest
+from moebench.tasks.folders import TRAIN, existing, files_below, folders_of, parts_of
 from moebench.tasks.sources import check_source, file_digest, first_line, load_dataset
+from moebench.tasks.tables import TABLES, local_table, named, reading
 
 PACK = Path(__file__).parent.parent / "data" / "text_domains.parquet"
-BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
+TEXTS = (".txt", ".txt.gz")
 # Scripture retells itself: these books share long passages and must not be told apart.
 SCRIPTURE = {
     **dict.fromkeys(("Samuel", "Kings", "Chronicles", "Isaiah"), "Samuel+Kings+Chronicles+Isaiah"),
@@ -26,8 +30,9 @@ class TextDataConfig:
     """Which text to train on and how it becomes tokens; by default seven domains that moebench carries."""
 
     path: str | None = None
-    """Local file or folder: .parquet, .jsonl, .json, .csv or .txt, also .gz. A .txt file is one document;
-    in a folder of .txt files the domain is the subfolder, or else the file's name without its ending."""
+    """Local file or folder: .parquet, .jsonl, .json, .csv or .txt, also .gz. A .txt file is one document; in a folder
+    of .txt files the domain is the subfolder, or else the file's name without its ending. What lies in folders, or
+    in files, called train, validation (val, valid, dev) and test is not mixed."""
     made_by: str | None = None
     """How the file at `path` is made, where moebench does not carry it: said when it is not there."""
     dataset: str | None = None
@@ -72,22 +77,14 @@ class Document:
     text: str
     domain: str
     group: str
+    part: str = TRAIN
+    """validation or test where the source keeps them apart from what is trained on, or divided."""
 
 
 def load_documents(config: TextDataConfig) -> list[Document]:
-    """Read all documents of the source, empty ones left out; raise `UsageError` for what cannot be read."""
+    """Read all documents of the source, blank ones left out; raise `UsageError` for what cannot be read."""
     key, name = ("dataset", config.dataset) if config.dataset else ("path", config.path or PACK.name)
-    try:
-        documents = _within_budget((d for d in _documents(config) if d.text), config)
-    except UsageError:
-        raise
-    except Exception as error:  # the readers of four formats and a network raise almost anything
-        advice = (
-            "check task.data.config, split and revision, or give local files with task.data.path=..."
-            if config.dataset
-            else "give task.data.path=... a whole .parquet, .jsonl, .json, .csv or .txt file"
-        )
-        raise UsageError(f"task.data.{key}: '{name}' cannot be read ({first_line(error)}); {advice}") from error
+    documents = _within_budget((d for d in _documents(config) if not d.text.isspace() and d.text), config)
     if not documents:
         raise UsageError(f"task.data.{key}: '{name}' holds no text; give task.data.path=... a file with text")
     return documents
@@ -105,7 +102,9 @@ def source_digest(config: TextDataConfig) -> str:
     fields |= {"streaming": config.streaming, "max_bytes": config.max_bytes, "pack": _is_pack(config)}
     fields["held_out_domains"] = sorted(config.held_out_domains)
     if config.dataset is None:
-        fields["files"] = [(name, file_digest(path)) for name, path in _source_files(config).items()]
+        files = _source_files(config)
+        is_alone = config.path is None or existing(config.path).is_file()  # then its name says nothing
+        fields["files"] = [("" if is_alone else name, file_digest(path)) for name, path in files.items()]
     tokenizer = tokenizer_file(config.tokenizer)
     fields["tokenizer"] = file_digest(tokenizer) if tokenizer else config.tokenizer
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
@@ -151,107 +150,108 @@ def _is_pack(config: TextDataConfig) -> bool:
 
 def _documents(config: TextDataConfig) -> Iterator[Document]:
     if config.dataset is not None:
-        yield from _from_rows(_hub_rows(config), config)
+        yield from _from_rows(((f"row {n}", row) for n, row in enumerate(_hub_rows(config))), config, first=0)
         return
     files = _source_files(config)
-    builder = _builder(config, files.values())
-    if builder == "text":
-        yield from _from_text_files(config, files)
-    else:
-        yield from _from_rows(_file_rows(builder, files.values()), config)
+    parts = parts_of(files, by_file=True) if len(files) > 1 else {}
+    first = 0
+    for name, path in files.items():
+        part = parts.get(name, TRAIN)
+        if name.lower().endswith(TEXTS):
+            yield _from_text_file(name, path, config, is_divided=bool(parts), part=part)
+            continue
+        table = local_table(path, name)
+        for key in ("text_column", "domain_column", "group_column"):
+            column = getattr(config, key)
+            if column is not None and (key, column) != ("domain_column", "domain"):
+                table.check(key, column)
+        wanted = (config.text_column, config.domain_column, config.group_column, *(["doc_id"] * _is_pack(config)))
+        rows = table.read(column for column in wanted if column is not None and column in table.columns)
+        for document in _from_rows(rows, config, first):
+            first += 1
+            yield replace(document, part=part)
 
 
-def _from_rows(rows: Iterable[Mapping[str, Any]], config: TextDataConfig) -> Iterator[Document]:
-    for number, row in enumerate(rows):
-        text = _value(row, "text_column", config.text_column, number)
+def _from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], config: TextDataConfig, first: int) -> Iterator[Document]:
+    """Yield the documents of rows, which count on from `first`."""
+    for number, (place, row) in enumerate(rows, first):
+        text = _cell(row, "text_column", config.text_column, place)
         if not isinstance(text, str):
-            kind = type(text).__name__
-            raise UsageError(f"task.data.text_column: row {number} of '{config.text_column}' is {kind}, not text")
-        if config.domain_column is None or (config.domain_column == "domain" and "domain" not in row):
-            domain = "all"
-        else:
-            domain = str(_value(row, "domain_column", config.domain_column, number))
+            kind = "empty (null)" if text is None else type(text).__name__
+            raise UsageError(f"task.data.text_column: '{config.text_column}' of {place} is {kind}, not text")
+        domain, group = "all", f"document/{number}"
+        if config.domain_column is not None and (config.domain_column != "domain" or "domain" in row):
+            cell = _cell(row, "domain_column", config.domain_column, place)
+            domain = named(cell, "domain_column", config.domain_column, place)
         if config.group_column is not None:
-            group = str(_value(row, "group_column", config.group_column, number))
-        else:
-            group = pack_group(row["domain"], row["doc_id"]) if _is_pack(config) else f"document/{number}"
-        yield Document(text=text, domain=domain, group=group)
+            cell = _cell(row, "group_column", config.group_column, place)
+            group = named(cell, "group_column", config.group_column, place)
+        elif _is_pack(config):
+            group = pack_group(row["domain"], row["doc_id"])
+        yield Document(text=_whole(text, place), domain=domain, group=group)
 
 
-def _value(row: Mapping[str, Any], field: str, column: str, number: int) -> Any:
+def _cell(row: Mapping[str, Any], key: str, column: str, place: str) -> Any:
     if column not in row:
         known = f"columns: {', '.join(row)}"
-        raise UsageError(f"task.data.{field}: there is no column '{column}'.{nearest(column, row)} {known}")
-    if row[column] is None:
-        raise UsageError(f"task.data.{field}: row {number} of '{column}' is empty (null)")
+        raise UsageError(f"task.data.{key}: there is no column '{column}' in {place}.{nearest(column, row)} {known}")
     return row[column]
 
 
-def _from_text_files(config: TextDataConfig, files: Mapping[str, Path]) -> Iterator[Document]:
-    import gzip
+def _whole(text: str, place: str) -> str:
+    """Return a text; raise `UsageError` for one that is none: other bytes that happened to be decoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"task.data.path: the text of {place} has half a character (a lone surrogate)") from error
+    if "\0" in text:
+        raise UsageError(f"task.data.path: the text of {place} has NUL bytes: is it UTF-16, or no text? Convert it")
+    return text
 
-    for name, path in files.items():
+
+def _from_text_file(name: str, path: Path, config: TextDataConfig, *, is_divided: bool, part: str) -> Document:
+    with reading(name):
         data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-        # One file has the empty name. A folder's files are their own domains, unless subfolders say better.
-        first, _, rest = name.partition("/")
-        domain = "all"
-        if name and config.domain_column is not None:
-            domain = first if rest else first.split(".")[0]
-        yield Document(text=text, domain=domain, group=f"document/{name}")
+        text = (gzip.decompress(data) if path.suffix.lower() == ".gz" else data).decode("utf-8-sig")
+    # A file alone has no domain. A folder's files are their own domains, unless subfolders say better.
+    domain, folders = "all", folders_of(name, divided=is_divided)
+    if config.domain_column is not None and path != existing(config.path or ""):
+        own = "all" if is_divided and len(folders) == name.count("/") else path.name.split(".")[0]
+        domain = folders[0] if folders else own
+    return Document(text=_whole(text, f"'{name}'"), domain=domain, group=f"document/{name}", part=part)
 
 
-def _file_rows(builder: str, files: Iterable[Path]) -> Iterable[Mapping[str, Any]]:
-    # Streaming reads local files where they are; without it `datasets` would copy them into its own cache.
-    rows: Iterable[Mapping[str, Any]] = load_dataset(
-        builder, data_files=[str(path) for path in files], split="train", streaming=True
-    )
-    return rows
-
-
-def _hub_rows(config: TextDataConfig) -> Iterable[Mapping[str, Any]]:
-    rows: Iterable[Mapping[str, Any]] = load_dataset(
-        config.dataset,
-        config.config,
-        split=config.split,
-        revision=config.revision,
-        streaming=config.streaming,
-    )
-    return rows
-
-
-def _source_files(config: TextDataConfig) -> dict[str, Path]:
-    """Return the files by their name inside the folder; a file given by itself has the empty name."""
-    if config.path is None:
-        return {"": PACK}
-    root = Path(config.path).expanduser()
-    if root.is_file():
-        return {"": root}
-    if not root.is_dir():
-        near = nearest(root.name, (p.name for p in root.parent.iterdir())) if root.parent.is_dir() else ""
-        raise UsageError(f"task.data.path: '{config.path}' does not exist.{near}{_how_to_make(config)}")
-    found = (p for p in root.rglob("*") if p.is_file() and _ending(p) in BUILDERS)
-    files = {p.relative_to(root).as_posix(): p for p in found if not p.name.startswith((".", "_"))}
-    if not files:
-        raise UsageError(f"task.data.path: '{config.path}' holds no {', '.join(BUILDERS)} (or .gz) file")
-    return dict(sorted(files.items()))
+def _hub_rows(config: TextDataConfig) -> Iterator[Mapping[str, Any]]:
+    try:
+        rows = load_dataset(
+            config.dataset, config.config, split=config.split, revision=config.revision, streaming=config.streaming
+        )
+        yield from rows
+    except Exception as error:  # a network raises almost anything
+        raise UsageError(
+            f"task.data.dataset: '{config.dataset}' cannot be read ({first_line(error)}); check task.data.config, split"
+            " and revision, or give local files with task.data.path=..."
+        ) from error
 
 
 def _how_to_make(config: TextDataConfig) -> str:
     return f" Make it: {config.made_by}" if config.made_by else ""
 
 
-def _builder(config: TextDataConfig, files: Iterable[Path]) -> str:
-    builders = sorted({BUILDERS.get(_ending(path), "") for path in files})
-    if builders == [""]:
-        raise UsageError(f"task.data.path: '{config.path}' must end in {', '.join(BUILDERS)} (or .gz)")
-    if len(builders) > 1:
-        raise UsageError(f"task.data.path: '{config.path}' mixes {', '.join(builders)} files; keep one kind")
-    return builders[0]
-
-
-def _ending(path: Path) -> str:
-    return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
+def _source_files(config: TextDataConfig) -> dict[str, Path]:
+    """Return the files by their name inside the folder, all of one kind."""
+    if config.path is None:
+        return {PACK.name: PACK}
+    root = existing(config.path, _how_to_make(config))
+    endings = (*TABLES, *TEXTS)
+    files = files_below(root, endings)
+    if not files:
+        what = "must end in" if root.is_file() else "holds no file that ends in"
+        raise UsageError(f"task.data.path: '{config.path}' {what} {', '.join(endings)}")
+    kinds = sorted({next(ending for ending in endings if name.lower().endswith(ending)) for name in files})
+    if len({kind.removesuffix(".gz") for kind in kinds}) > 1:
+        raise UsageError(f"task.data.path: '{config.path}' mixes {', '.join(kinds)} files; keep one kind")
+    return files
 
 
 def _within_budget(documents: Iterable[Document], config: TextDataConfig) -> list[Document]:
@@ -263,7 +263,19 @@ def _within_budget(documents: Iterable[Document], config: TextDataConfig) -> lis
     for document in documents:
         by_domain.setdefault(document.domain, []).append(document)
     share = config.max_bytes // max(1, len(by_domain))
-    return [kept for members in by_domain.values() for kept in _take(members, share)]
+    if by_domain and not share:
+        given = f"{config.max_bytes} for {len(by_domain)} domains"
+        raise UsageError(f"task.data.max_bytes: {given} is less than a byte for each; give more")
+    return [kept for members in by_domain.values() for kept in _share(members, share)]
+
+
+def _share(members: Sequence[Document], budget: int) -> Iterator[Document]:
+    """Yield documents up to the budget, of which each part gets its share: a large test set leaves some to train on."""
+    size: Counter[str] = Counter()
+    for document in members:
+        size[document.part] += len(document.text.encode())
+    for part, own in size.items():
+        yield from _take((document for document in members if document.part == part), budget * own // size.total())
 
 
 def _take(documents: Iterable[Document], budget: int) -> Iterator[Document]:
@@ -272,7 +284,7 @@ def _take(documents: Iterable[Document], budget: int) -> Iterator[Document]:
         if len(data) >= budget:  # the last document is cut, never inside a character
             text = data[:budget].decode(errors="ignore")
             if text:
-                yield Document(text=text, domain=document.domain, group=document.group)
+                yield replace(document, text=text)
             return
         budget -= len(data)
         yield document

@@ -17,17 +17,32 @@ MIN_GROUPS = len(SPLITS)
 def split_documents(
     documents: Sequence[Document], *, shares: tuple[float, float, float] = SHARES
 ) -> dict[str, list[Document]]:
-    """Divide documents into train, validation and test, by group.
+    """Divide documents into train, validation and test, by group; documents with equal texts are one group.
 
-    A domain of fewer than three groups that are single documents (one text file, say) is divided inside each
-    document instead: its first 80 % train, the next 10 % validate, the last 10 % test. Raises `UsageError`
-    for a domain of fewer than three groups of several documents.
+    What the source keeps apart as validation or test stays so, and what it lacks is taken from the rest. A domain of
+    fewer than three groups that are single documents (one text file, say) is divided inside each document instead:
+    its first 80 % train, the next 10 % validate, the last 10 % test. Raises `UsageError` for a domain of fewer than
+    three groups of several documents.
     """
-    few = _few_groups(documents)
     result: dict[str, list[Document]] = {name: [] for name in SPLITS}
-    whole = [document for document in documents if document.domain not in few]
-    sizes = [len(document.text.encode()) for document in whole]
-    assigned = iter(assign_splits([d.group for d in whole], [d.domain for d in whole], sizes, shares=shares))
+    for document in documents:
+        result[document.part].append(document)
+    lacking = [name for name in SPLITS[1:] if not result[name]]
+    if lacking:
+        for name, found in _divided(result.pop("train"), shares).items():
+            # A split that the source brings needs no share: that part is trained on too.
+            result.setdefault(name if name in lacking else "train", []).extend(found)
+    return result
+
+
+def _divided(documents: Sequence[Document], shares: tuple[float, float, float]) -> dict[str, list[Document]]:
+    keys = [hashlib.sha256(document.text.encode()).hexdigest() for document in documents]
+    names = groups_of([(d.group, key) for d, key in zip(documents, keys, strict=True)])
+    few = _few_groups(names, [document.domain for document in documents])
+    result: dict[str, list[Document]] = {name: [] for name in SPLITS}
+    whole = [(d, name) for d, name in zip(documents, names, strict=True) if d.domain not in few]
+    sizes = [len(document.text.encode()) for document, _ in whole]
+    assigned = iter(assign_splits([name for _, name in whole], [d.domain for d, _ in whole], sizes, shares=shares))
     for document in documents:
         if document.domain in few:
             for name, part in zip(SPLITS, cut(document.text, shares), strict=True):
@@ -35,6 +50,25 @@ def split_documents(
         else:
             result[next(assigned)].append(document)
     return result
+
+
+def groups_of(members: Sequence[tuple[str, str]]) -> list[str]:
+    """Return one name for each (group, content), the same for all that share either, directly or by others.
+
+    A group alone keeps its name.
+    """
+    parent: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def root(node: tuple[str, str]) -> tuple[str, str]:
+        while parent.setdefault(node, node) != node:
+            parent[node] = parent[parent[node]]
+            node = parent[node]
+        return node
+
+    for group, text in members:
+        first, second = sorted((root(("group", group)), root(("text", text))))
+        parent[second] = first
+    return [root(("group", group))[1] for group, _ in members]
 
 
 def assign_splits(
@@ -111,12 +145,12 @@ def _sizes(groups: Sequence[str], domains: Sequence[str], sizes: Sequence[int]) 
     return result
 
 
-def _few_groups(documents: Sequence[Document]) -> set[str]:
-    members = Counter(document.group for document in documents)
+def _few_groups(names: Sequence[str], domains: Sequence[str]) -> set[str]:
+    members = Counter(names)
     groups = defaultdict(set)
-    for document in documents:
-        groups[document.domain].add(document.group)
-    few = {domain for domain, names in groups.items() if len(names) < MIN_GROUPS}
+    for name, domain in zip(names, domains, strict=True):
+        groups[domain].add(name)
+    few = {domain for domain, own in groups.items() if len(own) < MIN_GROUPS}
     # A group of several documents was asked not to be parted: that domain is refused, not cut.
     return {domain for domain in few if all(members[name] == 1 for name in groups[domain])}
 
@@ -126,7 +160,7 @@ def _refuse_few(groups_of: Mapping[str, int]) -> None:
         if count < MIN_GROUPS:
             raise UsageError(
                 f"task.data.group_column: domain '{domain}' has {count} group(s); train, validation and test "
-                f"need {MIN_GROUPS}. Use finer groups, more documents, or task.data.domain_column=null"
+                f"need {MIN_GROUPS} (equal ones count once). Use finer groups, more, or task.data.domain_column=null"
             )
 
 

@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 
 from moebench.errors import UsageError
-from moebench.tasks.sources import checked_held_out
+from moebench.tasks.folders import tell_unread
+from moebench.tasks.sources import checked_held_out, note
 from moebench.tasks.stored import Arrays, stored
-from moebench.tasks.text.documents import Document, TextDataConfig, load_documents, source_digest
+from moebench.tasks.tables import TABLES
+from moebench.tasks.text.documents import TEXTS, Document, TextDataConfig, load_documents, source_digest
 from moebench.tasks.text.kinds import TokenKinds
 from moebench.tasks.text.splits import SPLITS, split_documents
 from moebench.tasks.text.tokens import Tokenizer, load_tokenizer
 
-FORMAT = 1  # raise it when the split, the separators or the files change
+FORMAT = 2  # raise it when the split, the separators or the files change
 KINDS_FORMAT = 1  # raise it when the kinds of tokens change
 
 
@@ -160,10 +162,15 @@ def _windows(
 def _encoded(config: TextDataConfig) -> tuple[dict[str, Any], Arrays]:
     tokenizer = load_tokenizer(config.tokenizer)
     documents = split_documents(load_documents(config))
+    tell_unread(config.path, (*TABLES, *TEXTS))
     known = sorted({document.domain for split in documents.values() for document in split})
     held_out = checked_held_out(config.held_out_domains, known)
     trained = [domain for domain in known if domain not in held_out]
     domains = [*trained, *held_out]
+    documents = {
+        name: [d for d in found if name == "test" or d.domain not in held_out] for name, found in documents.items()
+    }
+    _tell_repeated(documents)
     token_type = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     arrays: dict[str, np.ndarray] = {}
     lengths = {}
@@ -182,6 +189,15 @@ def _encoded(config: TextDataConfig) -> tuple[dict[str, Any], Arrays]:
 
 def _kinds(config: TextDataConfig) -> Arrays:
     return TokenKinds.of_pieces(load_tokenizer(config.tokenizer).pieces()).arrays()
+
+
+def _tell_repeated(documents: Mapping[str, Sequence[Document]]) -> None:
+    """Say on standard error how much of what is held out is trained on too: only the source itself can do that."""
+    trained = {document.text for document in documents["train"]} - {""}  # of a short text no part is left
+    for name in SPLITS[1:]:
+        repeated = sum(document.text in trained for document in documents[name])
+        if repeated:
+            note(f"{repeated} of {len(documents[name])} {name} documents are trained on too, word for word")
 
 
 def _stream(documents: Sequence[Document], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,184 @@
+"""Folders and tables as people have them: what is read, what is said about the rest, and what stays apart."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from moebench.errors import UsageError
+from moebench.tasks.folders import existing, files_below, folders_of, parts_of, tell_unread
+from moebench.tasks.tables import Table, local_table, named
+from moebench.tasks.task import metric_names
+from moebench.tracking.journal import valid_name
+
+
+def write(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+
+
+def test_all_files_are_found_but_hidden_ones(tmp_path: Path) -> None:
+    seen = ["A/one.PNG", "a b/zwei drei.png", "_DSC1.png", "é/ü.png", "deep/er/still.png"]
+    write(tmp_path / "set", *seen, ".hidden.png", ".cache/x.png", "__MACOSX/x.png", "other.txt", "png")
+    assert sorted(files_below(tmp_path / "set", (".png",))) == sorted(seen)
+
+
+def test_links_are_followed_and_those_to_nothing_are_not_forgotten(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere", "x.png", "y.png")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "cat").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "one.png").symlink_to(tmp_path / "elsewhere" / "x.png")
+    (tmp_path / "set" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "set" / "again").symlink_to(tmp_path / "set")  # never ends, if it were followed
+    assert list(files_below(tmp_path / "set", (".png",))) == ["cat/x.png", "cat/y.png", "gone.png", "one.png"]
+
+
+def test_files_of_other_kinds_are_counted_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, "a.png", "b.heic", "c.HEIC", "d", ".hidden.doc")
+    tell_unread(str(tmp_path), (".png",))
+    assert capsys.readouterr().err == (
+        f"task.data: below '{tmp_path}' lie 3 file(s) of other kinds, which are not read (2 .heic, 1 no ending)\n"
+    )
+    tell_unread(str(tmp_path / "a.png"), ())
+    tell_unread(None, ())
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["gon", "x" * 300, "a\0b", "a.png/b"])
+def test_a_path_to_nothing_is_one_line(tmp_path: Path, name: str) -> None:
+    write(tmp_path, "gone", "a.png")
+    with pytest.raises(UsageError, match=r"^task\.data\.path: '") as caught:
+        existing(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+    assert ("Did you mean 'gone'?" in str(caught.value)) == (name == "gon")
+
+
+PARTS = {
+    "train/a.x test/a.x": "train test",
+    "Train/a.x VAL/a.x": "train validation",
+    "training/a.x valid/a.x testing/a.x": "train validation test",
+    "train.x dev.x test.x": "train validation test",
+    "train-0.x train_1.x validation-0.x": "train train validation",
+    "train/a.x train/b.x": "train train",  # all there is
+    "test.x": "train",
+    "cat/a.x dog/a.x": None,
+    "train/a.x plane/a.x": None,  # a class of pictures of trains
+    "trainees.x testament.x": None,
+    "train-station/a.x test-tube/a.x": None,  # folders say it alone or not at all
+}
+
+
+@pytest.mark.parametrize(("names", "parts"), PARTS.items(), ids=PARTS)
+def test_names_say_which_part_a_file_is(names: str, parts: str | None) -> None:
+    found = parts_of(names.split(), by_file=True)
+    assert list(found.values()) == (parts.split() if parts else [])
+    by_folder = parts_of(names.split(), by_file=False)
+    assert by_folder == (found if "/" in names else {})
+
+
+def test_parts_that_cannot_be_told_are_refused() -> None:
+    with pytest.raises(UsageError, match="'extra/a' lies beside the parts train and test, and is in none"):
+        parts_of(["train/a", "test/a", "extra/a"], by_file=False)
+    with pytest.raises(UsageError, match="there are the parts validation and test, and no train"):
+        parts_of(["val/a", "test/a"], by_file=False)
+    assert folders_of("train/cat/small/a.png", divided=True) == ["cat", "small"]
+    assert folders_of("train/cat/a.png", divided=False) == ["train", "cat"]
+    assert folders_of("train.png", divided=True) == []
+
+
+def read(table: Table, *columns: str) -> list[dict[str, Any]]:
+    return [dict(row) for _, row in table.read(columns)]
+
+
+CELLS = [
+    {"text": 'NA, "quoted"\nline', "label": "007"},
+    {"text": "null", "label": "1e5"},
+    {"text": "é" * 200_000, "label": "true"},
+]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "A.CSV", "a.csv.gz", "a.jsonl", "a.JSONL.GZ", "a.json", "a.parquet"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_cells_come_as_they_were_written(tmp_path: Path, name: str, mark: str) -> None:
+    lower = name.lower()
+    text = {
+        ".csv": "\r\n".join(
+            ["text,label", *(",".join('"' + cell.replace('"', '""') + '"' for cell in row.values()) for row in CELLS)]
+        ),
+        ".jsonl": "\n".join(json.dumps(row) for row in CELLS) + "\n\n",
+        ".json": json.dumps(CELLS, indent=1),
+    }
+    if lower.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist(CELLS), tmp_path / name)
+    else:
+        data = (mark + text["." + lower.split(".")[1]]).encode()
+        (tmp_path / name).write_bytes(gzip.compress(data) if lower.endswith(".gz") else data)
+    table = local_table(tmp_path / name)
+    assert list(table.columns) == ["text", "label"]
+    assert read(table, "text", "label", "text") == CELLS
+
+
+def test_columns_of_every_type_of_parquet(tmp_path: Path) -> None:
+    columns = {
+        "large": pa.array(["a", "b"], pa.large_string()),
+        "coded": pa.array(["x", "y"]).dictionary_encode(),
+        "nested": pa.array([{"a": {"b": 1}}, None]),
+        "class": pa.array([1, -1]),
+        "plain": pa.array([1, -1]),
+    }
+    features = {"class": {"_type": "ClassLabel", "names": ["cat", "dog"]}, "plain": {"_type": "Value"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), tmp_path / "a.parquet")
+    assert read(local_table(tmp_path / "a.parquet"), *columns) == [
+        {"large": "a", "coded": "x", "nested": {"a": {"b": 1}}, "class": "dog", "plain": 1},
+        {"large": "b", "coded": "y", "nested": None, "class": None, "plain": -1},
+    ]
+
+
+BAD_TABLES: dict[str, tuple[bytes, str]] = {
+    "latin1.csv": ("text\nGröße\n".encode("latin-1"), "not UTF-8.*iconv"),
+    "utf16.csv": ("text\nx\n".encode("utf-16"), "not UTF-8.*iconv"),
+    "utf16.jsonl": ('{"text": "x"}'.encode("utf-16"), "not UTF-8.*iconv"),
+    "comma.csv": (b"text,label\nwell, yes,1\n", "3 cells in line 2 and 2 columns; quote"),
+    "twice.csv": (b"text,text\na,b\n", "two columns 'text'"),
+    "quote.csv": (b'text\n"never closed\nx\n', "unexpected end"),
+    "header.csv": (b"text,label\n", "no rows"),
+    "empty.csv": (b"", "no rows"),
+    "empty.jsonl": (b"\n", "no rows"),
+    "torn.jsonl": (b'{"text": "x"}\n{"text": ', "line 2: "),
+    "list.jsonl": (b'["text"]\n', "cannot be read|no object"),
+    "list.json": (b'["text"]', "row 0 of 'list.json' is str, no object"),
+    "gz.csv.gz": (b"text\nx\n", "[Nn]ot a gzip"),
+    "torn.csv.gz": (gzip.compress(b"text\n" + bytes(range(97, 120)) * 99)[:-20], "cannot be read"),
+    "empty.parquet": (b"", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TABLES)
+def test_a_bad_table_is_one_line_with_its_name(tmp_path: Path, name: str) -> None:
+    content, words = BAD_TABLES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=words) as caught:
+        list(local_table(tmp_path / name).read(["text"]))
+    assert f"'{name}'" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_cells_that_name_something() -> None:
+    assert [named(value, "k", "c", "p") for value in ("x", 3, 0.5, True)] == ["x", "3", "0.5", "True"]
+    for value, kind in ((None, "empty"), (float("nan"), "empty"), (b"x", "bytes"), (["x"], "list"), ({}, "dict")):
+        with pytest.raises(UsageError, match=rf"^task\.data\.k: 'c' of p is {kind}.*, no name or number$"):
+            named(value, "k", "c", "p")
+
+
+def test_names_of_data_become_names_that_trackers_take() -> None:
+    names = ("fashion/t-shirt", "C++", "C--", "été", "日本", "中国", "../x", "a//b", "x" * 300, "", " ")
+    found = metric_names(names)
+    assert found[:5] == ("fashion/t-shirt", "C__", "C--", "ete", "___4")
+    assert len(set(found)) == len(names)
+    assert all(valid_name(f"class_accuracy/{name}") for name in found)

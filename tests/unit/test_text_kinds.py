@@ -1,0 +1,216 @@
+"""Texts of every kind that people have: encodings, layouts, parts, copies, and too little of it."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from moebench.errors import UsageError
+from moebench.tasks.text.documents import Document, TextDataConfig, load_documents, source_digest
+from moebench.tasks.text.splits import split_documents
+from moebench.tasks.text.windows import PreparedText, prepare
+
+
+def write(root: Path, **files: bytes | str) -> Path:
+    for name, content in files.items():
+        path = root / name.replace("__", "/")
+        path = path if "." in path.name else path.with_name(f"{path.name}.txt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return root
+
+
+def documents(path: Path, **options: Any) -> list[Document]:
+    return load_documents(TextDataConfig(path=str(path), **options))
+
+
+def test_a_mark_at_the_beginning_is_no_text_and_line_ends_are(tmp_path: Path) -> None:
+    write(tmp_path, a=b"\xef\xbb\xbfone\r\ntwo\n")
+    assert [d.text for d in documents(tmp_path / "a.txt")] == ["one\r\ntwo\n"]
+
+
+NO_TEXT: dict[str, tuple[bytes, str]] = {
+    "latin-1": ("Größe".encode("latin-1"), "'sub/bad.txt' cannot be read: it is not UTF-8 .*iconv"),
+    "utf-16": ("text".encode("utf-16"), "'sub/bad.txt' cannot be read: it is not UTF-8 .*iconv"),
+    "utf-16 without a mark": ("text".encode("utf-16-le"), "'sub/bad.txt' has NUL bytes: is it UTF-16"),
+    "zeros": (bytes(100), "'sub/bad.txt' has NUL bytes"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_TEXT)
+def test_what_is_no_utf_8_is_named(tmp_path: Path, kind: str) -> None:
+    content, words = NO_TEXT[kind]
+    write(tmp_path / "set", good="good", sub__bad=content)
+    with pytest.raises(UsageError, match=words) as caught:
+        documents(tmp_path / "set")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", " \n\t\r\n ", "\ufeff"])
+def test_blank_texts_are_no_texts(tmp_path: Path, content: str) -> None:
+    write(tmp_path / "set", blank=content)
+    with pytest.raises(UsageError, match=r"task\.data\.path: '.*set' holds no text"):
+        documents(tmp_path / "set")
+    write(tmp_path / "set", good="good")
+    assert [d.text for d in documents(tmp_path / "set")] == ["good"]
+
+
+ROWS: dict[str, tuple[dict[str, list[Any]], dict[str, Any], str | list[str]]] = {
+    "words that readers take for nothing": ({"text": ["NA", "null", "007", "1e5", "true"]}, {}, "NA null 007 1e5 true"),
+    "half a character": ({"text": ["a", "\ud800"]}, {}, ["row 1 has half a character"]),
+    "nul": ({"text": ["a\0b"]}, {}, ["row 0 has NUL bytes"]),
+    "number": ({"text": [3]}, {}, ["row 0 is ", ", not text"]),
+    "list": ({"text": [["a", "b"]]}, {}, ["row 0 is list, not text"]),
+    "nested": ({"text": [{"body": "a"}]}, {}, ["row 0 is dict, not text"]),
+    "domain list": ({"text": ["a"], "domain": [["x"]]}, {}, ["task.data.domain_column", "row 0 is list"]),
+    "group null": ({"text": ["a"], "who": [None]}, {"group_column": "who"}, ["task.data.group_column", "row 0 is"]),
+    "group missing": ({"text": ["a"]}, {"group_column": "who"}, ["task.data.group_column", "'who'", "text"]),
+}
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ROWS)
+def test_rows_are_read_as_they_are_or_refused(tmp_path: Path, kind: str, ending: str) -> None:
+    columns, options, expected = ROWS[kind]
+    path = tmp_path / f"a.{ending}"
+    rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    plain = all(isinstance(cell, str) for cells in columns.values() for cell in cells)
+    if ending == "csv" and not plain and kind != "group missing":
+        pytest.skip("a CSV has texts alone")
+    if kind == "half a character" and ending != "jsonl":
+        pytest.skip("JSON alone can say it")
+    if ending == "parquet":
+        pq.write_table(pa.table(columns), path)
+    elif ending == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        path.write_text("\n".join([",".join(columns), *(",".join(row.values()) for row in rows)]))
+    if isinstance(expected, str):
+        assert " ".join(d.text for d in documents(path)) == expected
+        return
+    with pytest.raises(UsageError) as caught:
+        documents(path, **options)
+    assert all(words in str(caught.value) for words in expected), caught.value
+    assert "\n" not in str(caught.value)
+
+
+def test_large_and_coded_strings_and_a_book_in_a_cell(tmp_path: Path) -> None:
+    book = 'word, "said" she;\n' * 40_000
+    columns = {"text": pa.array([book, "b"], pa.large_string()), "domain": pa.array(["x", "y"]).dictionary_encode()}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    (tmp_path / "b.csv").write_text('text,domain\n"' + book.replace('"', '""') + '",x\nb,y\n')
+    for name in ("a.parquet", "b.csv"):
+        assert [(d.text, d.domain) for d in documents(tmp_path / name)] == [(book, "x"), ("b", "y")]
+
+
+def test_a_folder_of_texts_as_people_have_them(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere", linked="linked")
+    root = tmp_path / "set"
+    write(
+        root,
+        UPPER="upper",
+        news__a="a",
+        **{"two words.TXT": "words", ".hidden.txt": "no", "é.txt.GZ": gzip.compress(b"z")},
+    )
+    write(root / ".git", x="no")
+    (root / "more").symlink_to(tmp_path / "elsewhere")
+    found = {(d.domain, d.text) for d in documents(root)}
+    assert found == {("UPPER", "upper"), ("news", "a"), ("two words", "words"), ("é", "z"), ("more", "linked")}
+    (root / "gone.txt").symlink_to(tmp_path / "nowhere")
+    source_digest(TextDataConfig(path=str(root)))
+    with pytest.raises(UsageError, match=r"'gone\.txt' cannot be read \(.*No such file"):
+        documents(root)
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "set", a="a")
+    # Reading the memory of a process at its beginning fails for everyone, the superuser included.
+    (tmp_path / "set" / "b.txt").symlink_to(f"/proc/{os.getpid()}/mem")
+    source_digest(TextDataConfig(path=str(tmp_path / "set")))
+    with pytest.raises(UsageError, match=r"'b\.txt' cannot be read"):
+        documents(tmp_path / "set")
+
+
+def texts(split: dict[str, list[Document]]) -> dict[str, list[str]]:
+    return {name: sorted(d.text for d in found) for name, found in split.items()}
+
+
+def test_three_parts_stay_what_they_are(tmp_path: Path) -> None:
+    write(tmp_path / "a", train="one", valid="two", test="three")
+    write(tmp_path / "b", train__x="one", val__x="two", test__x="three")
+    write(
+        tmp_path / "c",
+        **{f"{n}.jsonl": json.dumps({"text": t}) for n, t in (("train", "one"), ("dev", "two"), ("test", "three"))},
+    )
+    for name, domain in (("a", "all"), ("b", "x"), ("c", "all")):
+        found = documents(tmp_path / name)
+        assert {d.domain for d in found} == {domain}
+        assert texts(split_documents(found)) == {"train": ["one"], "validation": ["two"], "test": ["three"]}
+
+
+def test_a_missing_part_is_taken_from_the_training_part(tmp_path: Path) -> None:
+    write(tmp_path / "set", **{f"train__{i}": f"text {i} " * 10 for i in range(20)}, test__a="held")
+    found = texts(split_documents(documents(tmp_path / "set", domain_column=None)))
+    assert found["test"] == ["held"]
+    assert (len(found["train"]), len(found["validation"])) == (18, 2)
+
+
+def test_equal_texts_are_on_one_side_of_the_split() -> None:
+    found = [Document(text=f"text {i % 10}", domain="d", group=f"g{i}") for i in range(40)]
+    split = texts(split_documents(found))
+    assert sum(len(set(part)) for part in split.values()) == 10
+    assert sum(map(len, split.values())) == 40
+
+
+def prepared(path: Path, length: int = 4, **options: Any) -> PreparedText:
+    return prepare(TextDataConfig(path=str(path), **options), path.parent / "cache", length)
+
+
+def test_a_test_text_that_is_trained_on_is_told_and_so_are_other_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = "This stands in both of them."
+    write(tmp_path / "set", train__a=copied, train__b="And this in one.", val__a="Another one", test__a=copied)
+    write(tmp_path / "set", **{"notes.md": "x"})
+    prepared(tmp_path / "set", domain_column=None)
+    assert capsys.readouterr().err == (
+        f"task.data: below '{tmp_path / 'set'}' lie 1 file(s) of other kinds, which are not read (1 .md)\n"
+        "task.data: 1 of 1 test documents are trained on too, word for word\n"
+    )
+    prepared(tmp_path / "set", domain_column=None)
+    assert capsys.readouterr().err == ""  # once, when it is prepared
+
+
+def test_one_giant_line_is_divided_and_too_short_a_text_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, giant="x" * 1_000_000, short="abc")
+    text = prepared(tmp_path / "giant.txt", 64)
+    assert [len(s.tokens_N) for s in (text.train, text.validation, text.test)] == [800_001, 100_001, 100_001]
+    with pytest.raises(UsageError, match=r"domain 'all' has \d+ tokens of train text, less than one window of 65"):
+        prepared(tmp_path / "short.txt", 64)
+    assert not list((tmp_path / "cache").glob("text-*.[a-z0-9_]*/"))  # nothing half written
+
+
+def test_a_budget_below_a_byte_for_each_domain_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "set", **{f"d{i}": "text" for i in range(9)})
+    with pytest.raises(UsageError, match=r"task\.data\.max_bytes: 8 for 9 domains is less than a byte for each"):
+        documents(tmp_path / "set", max_bytes=8)
+
+
+def test_each_part_has_its_share_of_a_budget(tmp_path: Path) -> None:
+    write(tmp_path / "set", dev__a="d" * 400, test__a="t" * 400, train__a="x" * 800)
+    found = documents(tmp_path / "set", max_bytes=400)
+    assert {d.part: len(d.text) for d in found} == {"validation": 100, "test": 100, "train": 200}
+
+
+def test_the_digest_of_a_folder_sees_the_names_that_become_domains(tmp_path: Path) -> None:
+    write(tmp_path / "a", news="text")
+    write(tmp_path / "b", law="text")
+    folders = [source_digest(TextDataConfig(path=str(tmp_path / name))) for name in "ab"]
+    files = [source_digest(TextDataConfig(path=str(tmp_path / name))) for name in ("a/news.txt", "b/law.txt")]
+    assert folders[0] != folders[1]
+    assert files[0] == files[1]
