@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # A process that has nothing left to do takes tests from the other: tests that wait for processes stand side by side.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all test-distributed bench docs lint format clean help
+.PHONY: demo test test-all test-distributed test-gpu bench docs lint format clean help
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/  -/'
@@ -28,6 +28,9 @@ test-all: $(VENV)/installed-dev  ## the tests and the long proofs (the tracking 
 
 test-distributed: $(VENV)/installed-dev  ## the tests of many processes: meshes, torchrun, SLURM, processes that are killed or hang
 	$(PYTEST) -n 2 --timeout 600 tests/distributed
+
+test-gpu: $(VENV)/installed-dev  ## the tests that need a CUDA device (MOEBENCH_TEST_DEVICE=cpu tries them without one)
+	$(PYTEST) -m gpu tests/gpu tests/contract/test_execution.py
 
 bench: $(VENV)/installed  ## speed of the layer, of each router, of a training step and of several processes, as ratios; with the libraries of the extra `peers` where installed
 	$(BIN)/moebench bench layer
