@@ -16,7 +16,7 @@ from moebench.errors import UsageError, nearest
 from moebench.registry import registry_of
 from moebench.schema import COMPONENTS, DEFAULT_NAMES, SECTIONS, CellConfig, ExperimentConfig
 
-SCHEMA = 1
+SCHEMA = 2
 """Part of every cell's id: raised when a change makes old results incomparable."""
 
 NOT_IN_ID = {

@@ -60,5 +60,6 @@ def _print(report: "LabelReport", layer: str | None) -> None:
         rows = label_rows(table, shown)
         heads = (kind, "share", "of what is known", f"experts of layer {shown}")
         print_table(heads, rows, right=heads[1:3], whole=heads[1:3])
-        if len(rows) <= len(table.values):
-            print(f"{len(rows) - 1} of {len(table.values)} labels: those of which the layer knows most")
+        present = int(table.layers[shown].any(1).sum())
+        if len(rows) - 1 < present:
+            print(f"{len(rows) - 1} of {present} labels: those of which the layer knows most")

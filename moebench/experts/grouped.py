@@ -15,6 +15,8 @@ from torch.nn import functional
 
 from moebench.experts import gemm_batch
 
+ROW_BYTES = 16
+"""Of which grouped kernels want rows to be multiples."""
 SPARE_ROWS, SPARE_ROWS_LOOPED = 5, 12
 """How many padding rows per expert cost as much as a product of its own costs more than a share in one batched product:
 where products of unequal sizes go out in one call, and where several threads share each product in turn. Measured for
@@ -100,7 +102,7 @@ class Groups:
 
 def _row_step(x_RI: Tensor) -> int:
     """Return of how many numbers a row must be a multiple: 16 bytes."""
-    return max(16 // x_RI.element_size(), 1)
+    return max(ROW_BYTES // x_RI.element_size(), 1)
 
 
 def _padded(x_RI: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moebench.errors import UsageError, unknown
 from moebench.experts.assembly import Routed, feed_forward_experts, moe_layer
 from moebench.experts.feed_forward import FeedForward
+from moebench.experts.grouped import ROW_BYTES
 from moebench.experts.layout import LAYOUTS, BlockPlan, Experts
 from moebench.experts.projection import HeadBank, ProjectionBank
 from moebench.experts.widths import Widths, matched_widths
@@ -25,8 +26,6 @@ from moebench.schema import CellConfig
 
 Half = Literal["encoder", "decoder"]
 """Which backbone of a model that has two."""
-ROW_BYTES = 16
-"""Of which grouped kernels want rows to be multiples."""
 
 
 def plan_of(config: CellConfig) -> tuple[BlockPlan, ...]:

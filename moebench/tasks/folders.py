@@ -57,12 +57,13 @@ def parts_of(names: Iterable[str], *, by_file: bool) -> dict[str, str]:
     """Return which part (train, validation or test) each file belongs to, or nothing if the names do not say.
 
     They say it where each file lies in a folder called train, val, test or the like; with `by_file`, also where its
-    own name begins so, as in train-0.parquet. A single such folder is all there is, and is divided like any other.
+    own name begins so, as in train-0.parquet. A single such part is all there is, and is divided like any other.
     Raises `UsageError` where some files have a part and others have none.
     """
     found = {name: _part(name, by_file=by_file) for name in names}
     kinds = set(found.values())
-    if "" in kinds and len(kinds) <= 2:  # one folder called so may be a class: there are trains on pictures
+    by_name = any(part and not _part(name, by_file=False) for name, part in found.items())
+    if "" in kinds and len(kinds) <= 2 and not by_name:  # one folder called so may be a class: trains on pictures
         return {}
     if "" in kinds:
         stray = next(name for name, part in found.items() if not part)
@@ -77,7 +78,8 @@ def parts_of(names: Iterable[str], *, by_file: bool) -> dict[str, str]:
 def folders_of(name: str, *, divided: bool) -> list[str]:
     """Return the folders that a file lies in, from the top, without the one that names its part."""
     folders = name.split("/")[:-1]
-    return folders[1:] if divided and folders and _FOLDER.fullmatch(folders[0]) else folders
+    place = next((place for place, folder in enumerate(folders) if divided and _FOLDER.fullmatch(folder)), len(folders))
+    return folders[:place] + folders[place + 1 :]
 
 
 def _below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
@@ -98,7 +100,7 @@ def _below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
 
 def _part(name: str, *, by_file: bool) -> str:
     *folders, file = name.split("/")
-    found = _FOLDER.fullmatch(folders[0]) if folders else None
+    found = next((match for folder in folders if (match := _FOLDER.fullmatch(folder))), None)
     if found is None and by_file:
         found = _FILE.match(file)
     return next((part for part in PARTS if found is not None and found[part]), "")

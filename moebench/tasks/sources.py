@@ -37,14 +37,19 @@ def check_source(data: Any, names: Iterable[str]) -> None:
 
 
 def checked_held_out(names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Return the domains to hold out, in order; refuse those that the data lack, and all of `known`."""
+    """Return the domains to hold out, in order.
+
+    Refuses those that the data lack, all of `known`, and a domain with the name of a metric.
+    """
     key = "task.data.held_out_domains"
     for name in names:
         if name not in known:
             raise unknown(key, name, known)
     require(len(names) < len(known), key, names, f"some of {', '.join(known)}, or nothing is left to train on")
-    if names and OUT_OF_DOMAIN in known:
-        raise UsageError(f"{key}: the data have a domain '{OUT_OF_DOMAIN}', which is the name of a metric; rename it")
+    if OUT_OF_DOMAIN in known:
+        raise UsageError(
+            f"task.data.domain_column: there is a domain '{OUT_OF_DOMAIN}', which is the name of a metric; rename it"
+        )
     return sorted(names)
 
 

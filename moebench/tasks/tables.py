@@ -55,9 +55,9 @@ class Table:
 
 def named(value: Any, key: str, column: str, place: str) -> str:
     """Return a cell that names something; raise `UsageError` for one that is empty or no word or number."""
-    if isinstance(value, str | int | float) and value == value:
+    if isinstance(value, str | int | float) and value == value and value != "":
         return str(value)
-    kind = "empty (null)" if value is None or value != value else type(value).__name__
+    kind = "empty" if value in (None, "") or value != value else type(value).__name__
     raise UsageError(f"task.data.{key}: '{column}' of {place} is {kind}, no name or number")
 
 
@@ -130,8 +130,9 @@ def _parquet_table(path: Path, name: str) -> Table:
 
 def _class_labels(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
     """Return the names that `datasets` writes into a parquet file for its columns of classes."""
-    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    return {key: kind["names"] for key, kind in features.items() if kind.get("_type") == "ClassLabel"}
+    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features") or {}
+    kinds = {key: kind for key, kind in features.items() if isinstance(kind, dict)}  # a list of kinds is no class
+    return {key: kind["names"] for key, kind in kinds.items() if kind.get("_type") == "ClassLabel"}
 
 
 def _opened(path: Path) -> TextIO:

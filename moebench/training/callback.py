@@ -64,14 +64,22 @@ class Meter:
     """Seconds for which each step waited for its batch, not counted in `seconds`."""
     _start: float = 0.0
     _waited: float = 0.0
+    _running: bool = False
 
     def start(self) -> None:
         """Begin a step."""
         self._start = time.perf_counter()
+        self._running = True
 
     def wait(self, seconds: float) -> None:
-        """Take the time that a batch took: it counts for the step that ends next."""
+        """Take the time that a batch took, which ends now: it counts for the step that ends next.
+
+        The trainer asks for the next batch before it hands out the last micro-batch of a step: with several of
+        them, within the step, whose clock then stands still.
+        """
         self._waited += seconds
+        if self._running:
+            self._start += seconds
 
     def stop(self, device: torch.device, num_tokens: int) -> None:
         """End a step of so many tokens; a GPU is waited for, since its kernels run behind."""
@@ -80,7 +88,7 @@ class Meter:
         self.seconds.append(time.perf_counter() - self._start)
         self.tokens.append(num_tokens)
         self.waits.append(self._waited)
-        self._waited = 0.0
+        self._waited, self._running = 0.0, False
 
     @property
     def step_s(self) -> float:

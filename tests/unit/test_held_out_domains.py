@@ -161,12 +161,12 @@ def test_what_cannot_be_held_out_is_refused(path: str, tmp_path: Path, held_out:
     assert "\n" not in str(caught.value)
 
 
-def test_a_domain_named_like_the_metric_is_refused_with_held_out_ones(tmp_path: Path) -> None:
+def test_a_domain_named_like_the_metric_is_refused(tmp_path: Path) -> None:
     for name in ("out_of_domain", "other"):
         (tmp_path / "text" / name).mkdir(parents=True)
         for number in range(4):
             (tmp_path / "text" / name / f"{number}.txt").write_text(f"{name} {number} " * 100)
     path = str(tmp_path / "text")
-    prepare(TextDataConfig(path=path), tmp_path, 16)
-    with pytest.raises(UsageError, match=r"task\.data\.held_out_domains: the data have a domain 'out_of_domain'"):
-        prepare(TextDataConfig(path=path, held_out_domains=["other"]), tmp_path, 16)
+    for held_out in ([], ["other"]):
+        with pytest.raises(UsageError, match=r"task\.data\.domain_column: there is a domain 'out_of_domain'"):
+            prepare(TextDataConfig(path=path, held_out_domains=held_out), tmp_path, 16)

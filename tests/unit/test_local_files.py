@@ -64,6 +64,8 @@ PARTS = {
     "training/a.x valid/a.x testing/a.x": "train validation test",
     "train.x dev.x test.x": "train validation test",
     "train-0.x train_1.x validation-0.x": "train train validation",
+    "en/train/a.x en/test/a.x fr/train/a.x": "train test train",
+    "data/train/cat/a.x data/val/cat/a.x": "train validation",
     "train/a.x train/b.x": "train train",  # all there is
     "test.x": "train",
     "cat/a.x dog/a.x": None,
@@ -86,6 +88,10 @@ def test_parts_that_cannot_be_told_are_refused() -> None:
         parts_of(["train/a", "test/a", "extra/a"], by_file=False)
     with pytest.raises(UsageError, match="there are the parts validation and test, and no train"):
         parts_of(["val/a", "test/a"], by_file=False)
+    # A table called so is no class: rows that were kept apart must not be trained on.
+    with pytest.raises(UsageError, match=r"'data\.csv' lies beside the parts test, and is in none"):
+        parts_of(["data.csv", "test.csv"], by_file=True)
+    assert folders_of("en/train/a.txt", divided=True) == ["en"]
     assert folders_of("train/cat/small/a.png", divided=True) == ["cat", "small"]
     assert folders_of("train/cat/a.png", divided=False) == ["train", "cat"]
     assert folders_of("train.png", divided=True) == []
@@ -132,6 +138,7 @@ def test_columns_of_every_type_of_parquet(tmp_path: Path) -> None:
         "plain": pa.array([1, -1]),
     }
     features = {"class": {"_type": "ClassLabel", "names": ["cat", "dog"]}, "plain": {"_type": "Value"}}
+    features["nested"] = [{"b": {"_type": "Value"}}]  # as older versions of datasets write a list
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     pq.write_table(pa.table(columns).replace_schema_metadata(metadata), tmp_path / "a.parquet")
     assert read(local_table(tmp_path / "a.parquet"), *columns) == [
@@ -171,7 +178,14 @@ def test_a_bad_table_is_one_line_with_its_name(tmp_path: Path, name: str) -> Non
 
 def test_cells_that_name_something() -> None:
     assert [named(value, "k", "c", "p") for value in ("x", 3, 0.5, True)] == ["x", "3", "0.5", "True"]
-    for value, kind in ((None, "empty"), (float("nan"), "empty"), (b"x", "bytes"), (["x"], "list"), ({}, "dict")):
+    for value, kind in (
+        (None, "empty"),
+        ("", "empty"),
+        (float("nan"), "empty"),
+        (b"x", "bytes"),
+        (["x"], "list"),
+        ({}, "dict"),
+    ):
         with pytest.raises(UsageError, match=rf"^task\.data\.k: 'c' of p is {kind}.*, no name or number$"):
             named(value, "k", "c", "p")
 

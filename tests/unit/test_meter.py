@@ -56,6 +56,17 @@ def test_a_run_of_few_steps_counts_them_all(clock: Time) -> None:
     assert meter.data_share == 0.25
 
 
+def test_a_batch_that_comes_within_a_step_is_waiting_too(clock: Time) -> None:
+    meter = Meter()
+    meter.start()
+    clock.now += 2.0
+    clock.now += 1.0  # the next step's batches, asked for behind the first micro-batch
+    meter.wait(1.0)
+    clock.now += 2.0
+    meter.stop(CPU, 10)
+    assert (meter.seconds, meter.waits) == ([4.0], [1.0])
+
+
 def test_every_step_of_a_run_has_waited_and_a_resumed_one_remembers(tmp_path: Path) -> None:
     config = tiny_config(write_text(tmp_path), train={"accumulate": 2})
     run = Run(config, tmp_path / "run")

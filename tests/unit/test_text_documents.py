@@ -227,3 +227,12 @@ def test_digest_sees_the_tokenizer_file(tmp_path):
 def test_config_is_a_structured_configuration():
     merged = OmegaConf.merge(OmegaConf.structured(TextDataConfig), {"max_bytes": 5, "domain_column": None})
     assert OmegaConf.to_object(merged) == TextDataConfig(max_bytes=5, domain_column=None)
+
+
+def test_parts_are_not_streamed(tmp_path):
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "a b"}\n')
+    config = TextDataConfig(path=str(tmp_path), streaming=True, max_bytes=10)
+    with pytest.raises(UsageError, match=r"task\.data\.streaming: true was given, and .* has parts") as caught:
+        load_documents(config)
+    assert "\n" not in str(caught.value)

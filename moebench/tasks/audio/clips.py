@@ -27,9 +27,10 @@ class AudioDataConfig:
     """Which recordings to train on and how they become features; by default prompts that moebench carries."""
 
     path: str | None = None
-    """Local .parquet file or folder of such files, manifest (.csv, .jsonl) that names audio files, or folder of .wav,
-    .flac, .ogg, .opus, .mp3 files with such a manifest, with a .txt of the same name for each, or with a folder per
-    class. What lies in folders, or in tables, called train, validation (val, valid, dev) and test is not mixed."""
+    """Local .parquet file or folder of such files, manifest (.csv, .jsonl) that names audio files, or folder of sounds
+    (.wav, .flac, .ogg, .oga, .opus, .mp3, .aiff, .aif, .au) with a .txt of the same name for each, or with a folder per
+    class. Where there are tables, they alone say what is read. What lies in folders, or in tables, called train,
+    validation (val, valid, dev) and test is not mixed."""
     dataset: str | None = None
     """Name of a data set on the Hugging Face hub, used instead of `path`."""
     config: str | None = None
@@ -132,7 +133,8 @@ def source_digest(config: AudioDataConfig, target: Target) -> str:
         tables = _tables(files)
         # Only what is read: another file beside the audio changes nothing.
         read = tables or files | (_transcripts(files) if target == "transcript" else {})
-        fields["files"] = [(name, file_digest(path)) for name, path in read.items()]
+        is_alone = config.path is not None and existing(config.path).is_file()  # then its name says nothing
+        fields["files"] = [("" if is_alone else name, file_digest(path)) for name, path in read.items()]
         if not config.is_pack:
             fields["named"] = [
                 file_digest(path) for name, path in tables.items() for path in _named(name, path, config)
@@ -210,7 +212,7 @@ def _from_table(table: Table, config: AudioDataConfig, part: str) -> Iterator[Cl
         names = {
             key: named(found[key], f"{key}_column", column_of[key], place)
             for key in ("domain", "group", "target")
-            if key in found and (key != "target" or found[key] is not None)
+            if key in found and (key != "target" or found[key] not in (None, ""))
         }
         cell = found["audio"]
         audio = _audio_of(cell, table.folder)

@@ -14,10 +14,9 @@ from PIL import Image, ImageOps
 from moebench.errors import UsageError
 from moebench.tasks.folders import TEST, TRAIN, VALIDATION, tell_unread
 from moebench.tasks.images.config import ImageDataConfig
-from moebench.tasks.images.sources import ENDINGS, Entry, class_names, read_entries, source_digest
-from moebench.tasks.sources import note
+from moebench.tasks.images.sources import Entry, class_names, read_endings, read_entries, source_digest
+from moebench.tasks.sources import checked_held_out, note
 from moebench.tasks.stored import Arrays, stored
-from moebench.tasks.tables import TABLES
 
 FORMAT = 2  # raise it when the decoding, the split or the files change
 SPLITS = (TRAIN, VALIDATION, TEST)
@@ -91,11 +90,12 @@ def prepare(config: ImageDataConfig, cache_dir: Path) -> PreparedImages:
 def _made(config: ImageDataConfig) -> tuple[dict[str, Any], Arrays]:
     found = read_entries(config)
     entries, pixel_NHWC = decoded(found, config)
-    tell_unread(config.path, (*ENDINGS, *TABLES))
+    tell_unread(config.path, read_endings(config))
     if len(entries) < len(found):
         note(f"{len(found) - len(entries)} of {len(found)} images cannot be read and are left out")
     classes = class_names(entries, config)
     domains = sorted({entry.domain for entry in entries})
+    checked_held_out([], domains)
     label_N = _places([entry.label for entry in entries], classes)
     domain_N = _places([entry.domain for entry in entries], domains)
     arrays: dict[str, np.ndarray] = {}

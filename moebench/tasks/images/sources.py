@@ -184,6 +184,11 @@ def _files_and_references(config: ImageDataConfig) -> Iterator[tuple[str, Path]]
         yield from ((f"image {number}", entry.image) for number, entry in enumerate(entries))
 
 
+def read_endings(config: ImageDataConfig) -> tuple[str, ...]:
+    """Return the endings of the files that are read: tables only where there are no images."""
+    return TABLES if config.path is None or _is_table(_source_files(config)) else ENDINGS
+
+
 def _is_table(files: Mapping[str, Path]) -> bool:
     """Whether the files, all of one kind, are tables."""
     return next(iter(files)).lower().endswith(TABLES)

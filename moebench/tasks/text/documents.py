@@ -13,7 +13,7 @@ from typing import Any
 from moebench.errors import UsageError, nearest
 from moebench.tasks.folders import TRAIN, existing, files_below, folders_of, parts_of
 from moebench.tasks.sources import check_source, file_digest, first_line, load_dataset
-from moebench.tasks.tables import TABLES, local_table, named, reading
+from moebench.tasks.tables import TABLES, Table, hub_table, local_table, named, reading
 
 PACK = Path(__file__).parent.parent / "data" / "text_domains.parquet"
 TEXTS = (".txt", ".txt.gz")
@@ -150,26 +150,33 @@ def _is_pack(config: TextDataConfig) -> bool:
 
 def _documents(config: TextDataConfig) -> Iterator[Document]:
     if config.dataset is not None:
-        yield from _from_rows(((f"row {n}", row) for n, row in enumerate(_hub_rows(config))), config, first=0)
+        yield from _from_hub(config)
         return
     files = _source_files(config)
     parts = parts_of(files, by_file=True) if len(files) > 1 else {}
+    if parts and config.streaming:
+        raise UsageError(
+            f"task.data.streaming: true was given, and '{config.path}' has parts, of which one would use up max_bytes;"
+            " allowed: false"
+        )
     first = 0
     for name, path in files.items():
         part = parts.get(name, TRAIN)
         if name.lower().endswith(TEXTS):
             yield _from_text_file(name, path, config, is_divided=bool(parts), part=part)
             continue
-        table = local_table(path, name)
-        for key in ("text_column", "domain_column", "group_column"):
-            column = getattr(config, key)
-            if column is not None and (key, column) != ("domain_column", "domain"):
-                table.check(key, column)
-        wanted = (config.text_column, config.domain_column, config.group_column, *(["doc_id"] * _is_pack(config)))
-        rows = table.read(column for column in wanted if column is not None and column in table.columns)
-        for document in _from_rows(rows, config, first):
+        for document in _from_table(local_table(path, name), config, first):
             first += 1
             yield replace(document, part=part)
+
+
+def _from_table(table: Table, config: TextDataConfig, first: int) -> Iterator[Document]:
+    for key in ("text_column", "domain_column", "group_column"):
+        column = getattr(config, key)
+        if column is not None and (key, column) != ("domain_column", "domain"):
+            table.check(key, column)
+    wanted = (config.text_column, config.domain_column, config.group_column, *(["doc_id"] * _is_pack(config)))
+    yield from _from_rows(table.read(c for c in wanted if c is not None and c in table.columns), config, first)
 
 
 def _from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], config: TextDataConfig, first: int) -> Iterator[Document]:
@@ -221,12 +228,17 @@ def _from_text_file(name: str, path: Path, config: TextDataConfig, *, is_divided
     return Document(text=_whole(text, f"'{name}'"), domain=domain, group=f"document/{name}", part=part)
 
 
-def _hub_rows(config: TextDataConfig) -> Iterator[Mapping[str, Any]]:
+def _from_hub(config: TextDataConfig) -> Iterator[Document]:
+    assert config.dataset is not None
+    options: dict[str, Any] = {"split": config.split, "revision": config.revision}
     try:
-        rows = load_dataset(
-            config.dataset, config.config, split=config.split, revision=config.revision, streaming=config.streaming
-        )
-        yield from rows
+        if config.streaming:  # what columns there are is not known before the first row
+            rows = enumerate(load_dataset(config.dataset, config.config, streaming=True, **options))
+            yield from _from_rows(((f"row {number}", row) for number, row in rows), config, first=0)
+        else:
+            yield from _from_table(hub_table(config.dataset, config.config, **options), config, first=0)
+    except UsageError:
+        raise
     except Exception as error:  # a network raises almost anything
         raise UsageError(
             f"task.data.dataset: '{config.dataset}' cannot be read ({first_line(error)}); check task.data.config, split"
@@ -235,7 +247,7 @@ def _hub_rows(config: TextDataConfig) -> Iterator[Mapping[str, Any]]:
 
 
 def _how_to_make(config: TextDataConfig) -> str:
-    return f" Make it: {config.made_by}" if config.made_by else ""
+    return f" Make it: {' '.join(config.made_by.split())}" if config.made_by else ""
 
 
 def _source_files(config: TextDataConfig) -> dict[str, Path]:
