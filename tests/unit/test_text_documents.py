@@ -15,9 +15,9 @@ from moebench.tasks.text.documents import (
     Document,
     TextDataConfig,
     load_documents,
-    pack_group,
     source_digest,
 )
+from moebench.tasks.text.pack import pack_group
 
 ROWS = [{"text": f"text {i}", "domain": "ab"[i % 2], "author": f"author {i // 2}"} for i in range(6)]
 

@@ -18,9 +18,9 @@ class ImageDataConfig:
     sources: list[str] = field(default_factory=lambda: ["fashion"])
     """Embedded sets, each a domain with its own ten classes: fashion, mnist or both."""
     path: str | None = None
-    """Instead: a folder of images with one subfolder for each class, or .parquet, .csv, .jsonl or .json with a
-    column of images (bytes or file names) and one of labels. What lies in folders, or in tables, called train, validation (val,
-    valid, dev) and test is not mixed."""
+    """Instead: a folder of images with one subfolder for each class, or .parquet, .csv, .jsonl or .json with a column
+    of images (bytes or file names) and one of labels. What lies in folders, or in tables, called train, validation
+    (val, valid, dev) and test is not mixed."""
     dataset: str | None = None
     """Instead: name of a data set on the Hugging Face hub."""
     config: str | None = None

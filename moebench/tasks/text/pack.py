@@ -1,0 +1,28 @@
+"""The text that moebench carries, and which of its documents belong together."""
+
+import re
+from pathlib import Path
+
+PACK = Path(__file__).parent.parent / "data" / "text_domains.parquet"
+# Scripture retells itself: these books share long passages and must not be told apart.
+SCRIPTURE = {
+    **dict.fromkeys(("Samuel", "Kings", "Chronicles", "Isaiah"), "Samuel+Kings+Chronicles+Isaiah"),
+    **dict.fromkeys(("Matthew", "Mark", "Luke"), "Matthew+Mark+Luke"),
+    **dict.fromkeys(("Ezra", "Nehemiah"), "Ezra+Nehemiah"),
+}
+
+
+def pack_group(domain: str, doc_id: str) -> str:
+    """Return the group of a document of the embedded pack: what would leak if it were divided."""
+    if domain in ("code", "docs"):  # the documentation of a module quotes the module
+        name = doc_id.split("/")[0] if domain == "code" else doc_id.rsplit("/", 1)[-1]
+        module = re.match(r"[A-Za-z_]\w*", name)
+        return f"python/{module.group() if module else name}"
+    if domain == "speeches":  # 1995_william_j_clinton_d -> william_j_clinton
+        return f"speeches/{'_'.join(doc_id.split('_')[1:-1])}"
+    if domain == "novels":  # austen-Emma-011 -> austen-Emma, moby-chapter_36 -> moby
+        return f"novels/{'moby' if doc_id.startswith('moby') else doc_id.rpartition('-')[0]}"
+    if domain == "scripture":  # kjv-2Kings -> Kings
+        book = doc_id.removeprefix("kjv-")
+        return f"scripture/{SCRIPTURE.get(book.lstrip('123'), book)}"
+    return f"{domain}/{doc_id}"  # drama: one play; dictionary: one block of entries
