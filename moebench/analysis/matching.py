@@ -33,7 +33,7 @@ def mismatches(
     others = sorted(solved_for(runs) - {quantity})
     found = [
         _other_match(others[0], quantity) if others else _unequal(quantity, runs, baseline_runs),
-        _same("≠tokens", "train_tokens", map(_tokens, runs), map(_tokens, baseline_runs)),
+        _other_tokens(runs, baseline_runs),
         _same("≠passes", "train_passes", map(_passes, runs), map(_passes, baseline_runs)),
         _same("≠data", "data_digest", [r.data_digest for r in runs], [r.data_digest for r in baseline_runs]),
         _same("≠eval", "eval_digest", [r.eval_digest for r in runs], [r.eval_digest for r in baseline_runs]),
@@ -99,6 +99,16 @@ def _unequal(quantity: str, runs: Sequence[RunResult], baseline_runs: Sequence[R
 def _cost(quantity: str, runs: Sequence[RunResult]) -> list[float]:
     found = [run.cost.get(quantity, 0.0) for run in runs]
     return found if all(value > 0 for value in found) else []
+
+
+def _other_tokens(runs: Sequence[RunResult], baseline_runs: Sequence[RunResult]) -> Mismatch | None:
+    """Compare seed by seed: where sequences differ in length, seeds draw other numbers of tokens, for all arms alike."""
+    baseline = {run.seed: _tokens(run) for run in baseline_runs}
+    pairs = [(_tokens(run), baseline[run.seed]) for run in runs if run.seed in baseline]
+    if not pairs:
+        return _same("≠tokens", "train_tokens", map(_tokens, runs), baseline.values())
+    ours, theirs = next((pair for pair in pairs if pair[0] != pair[1]), pairs[0])
+    return _same("≠tokens", "train_tokens", [ours], [theirs])
 
 
 def _tokens(run: RunResult) -> str:

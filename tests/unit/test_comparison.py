@@ -222,6 +222,17 @@ def test_arms_that_are_not_matched_are_refused_or_marked(changes, words, mark):
     assert found.notes[0].startswith("switch: ")
 
 
+def test_tokens_that_differ_between_seeds_alike_for_all_arms_are_matched() -> None:
+    # Recordings differ in length, and every seed draws others.
+    results = grid({"dense": 0, "switch": -0.01})
+    results = [replace(r, cost=COST | {"train_tokens": 8e5 + r.seed}) for r in results]
+    found = compare(results, expected=cells(results), baseline="dense")
+    assert "≠tokens" not in of(found, "switch").marks
+    results[-1] = replace(results[-1], cost=COST | {"train_tokens": 8e5})
+    with pytest.raises(UsageError, match=r"train_tokens is 800,00\d, the baseline's 800,00\d"):
+        compare(results, expected=cells(results), baseline="dense")
+
+
 def config(router: str, match: str, **layout: object) -> dict[str, object]:
     return {"router": {"name": router}, "layout": {"match": match, "expert_width": None, **layout}}
 
