@@ -102,7 +102,7 @@ def _cost(quantity: str, runs: Sequence[RunResult]) -> list[float]:
 
 
 def _other_tokens(runs: Sequence[RunResult], baseline_runs: Sequence[RunResult]) -> Mismatch | None:
-    """Compare seed by seed: where sequences differ in length, seeds draw other numbers of tokens, for all arms alike."""
+    """Compare seed by seed: where sequences differ in length, each seed draws another number, the same for all arms."""
     baseline = {run.seed: _tokens(run) for run in baseline_runs}
     pairs = [(_tokens(run), baseline[run.seed]) for run in runs if run.seed in baseline]
     if not pairs:
