@@ -247,7 +247,7 @@ def test_labels_that_do_not_do_are_explained(tmp_path: Path) -> None:
         of(tmp_path / "only")
     table = {"image": [png(i) for i in range(9)], "label": [0, 1, 2] * 3, "kind": ["x"] * 8 + [None]}
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
-    with pytest.raises(UsageError, match=r"task\.data\.domain_column: 'kind' of a\.parquet, row 8 is empty \(null\)"):
+    with pytest.raises(UsageError, match=r"task\.data\.domain_column: 'kind' of a\.parquet, row 8 is empty"):
         of(tmp_path / "a.parquet", domain_column="kind")
 
 
