@@ -8,8 +8,8 @@ from torch import Tensor
 
 from moebench.errors import require
 from moebench.routing.context import RouteContext
+from moebench.routing.domains import check_domains, place_of
 from moebench.routing.router import RouterConfig, Site
-from moebench.routing.routers.domain import check_domains, place_of
 from moebench.routing.values import LayerRecord, Routing
 
 

@@ -36,6 +36,14 @@ def check_source(data: Any, names: Iterable[str]) -> None:
     require(once, "task.data.held_out_domains", held_out, "a list that names each domain once")
 
 
+def check_domain_names(domains: Sequence[str]) -> None:
+    """Refuse a domain with the name of a metric."""
+    if OUT_OF_DOMAIN in domains:
+        raise UsageError(
+            f"task.data.domain_column: there is a domain '{OUT_OF_DOMAIN}', which is the name of a metric; rename it"
+        )
+
+
 def checked_held_out(names: Sequence[str], known: Sequence[str]) -> list[str]:
     """Return the domains to hold out, in order.
 
@@ -46,10 +54,7 @@ def checked_held_out(names: Sequence[str], known: Sequence[str]) -> list[str]:
         if name not in known:
             raise unknown(key, name, known)
     require(len(names) < len(known), key, names, f"some of {', '.join(known)}, or nothing is left to train on")
-    if OUT_OF_DOMAIN in known:
-        raise UsageError(
-            f"task.data.domain_column: there is a domain '{OUT_OF_DOMAIN}', which is the name of a metric; rename it"
-        )
+    check_domain_names(known)
     return sorted(names)
 
 

@@ -61,6 +61,13 @@ def named(value: Any, key: str, column: str, place: str) -> str:
     raise UsageError(f"task.data.{key}: '{column}' of {place} is {kind}, no name or number")
 
 
+def content_of(value: Any, folder: Path) -> Any:
+    """Return what a cell holds, or the path that it names, which may be relative to its table's folder."""
+    if isinstance(value, Mapping):  # as the hub stores images and audio
+        value = value.get("bytes") or value.get("path")
+    return folder / Path(value).expanduser() if isinstance(value, str) and value else value
+
+
 @contextmanager
 def reading(name: str) -> Iterator[None]:
     """Turn what goes wrong while a file is read into one line that names it."""

@@ -1,5 +1,4 @@
 import csv
-import io
 import json
 import subprocess
 import sys
@@ -10,21 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+from sounds import encoded, tone
 
 from moebench.errors import UsageError
 from moebench.tasks.audio.clips import AudioDataConfig, load_clips, source_digest
 from moebench.tasks.audio.features import BrokenAudioError, decode
 from moebench.tasks.audio.utterances import prepare
-
-
-def tone(hz: float, seconds: float = 0.5, rate: int = 8000) -> np.ndarray:
-    return 0.5 * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate)
-
-
-def encoded(samples: np.ndarray, rate: int = 8000, **options: str) -> bytes:
-    file = io.BytesIO()
-    soundfile.write(file, samples, rate, **({"format": "WAV"} | options))
-    return file.getvalue()
 
 
 def write_parquet(path: Path, number: int = 6, **columns: list[object]) -> str:

@@ -1,6 +1,5 @@
 """Recordings of every kind and layout that people have: at the right speed, or named when they do not do."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 from scipy.signal import resample_poly
+from sounds import encoded, tone
 
 from moebench.errors import UsageError
 from moebench.tasks.audio.clips import AudioDataConfig, Target, load_clips, source_digest
 from moebench.tasks.audio.features import BrokenAudioError, decode, log_mel, mel_filters
 from moebench.tasks.audio.utterances import PreparedAudio, prepare
-
-
-def tone(hz: float, seconds: float = 0.5, rate: int = 8000) -> np.ndarray:
-    return 0.5 * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate)
-
-
-def encoded(samples: np.ndarray, rate: int = 8000, **options: str) -> bytes:
-    file = io.BytesIO()
-    soundfile.write(file, samples, rate, **({"format": "WAV"} | options))
-    return file.getvalue()
-
 
 KINDS = [
     (8000, "WAV", "PCM_U8"),

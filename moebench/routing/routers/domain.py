@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moebench.errors import UsageError
 from moebench.routing.context import RouteContext
+from moebench.routing.domains import check_domains
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
 from moebench.routing.values import Routing
 
@@ -78,20 +78,3 @@ class Domain(Router):
     def after_step(self, load_E: Tensor, sums: Mapping[str, Tensor]) -> None:
         """Count the step's tokens."""
         self.count_E.add_(load_E)
-
-
-def check_domains(name: str, site: Site) -> int:
-    """Return the number of domains; raise UsageError where the task has none."""
-    if not site.num_domains:
-        raise UsageError(f"router.name: '{name}' routes by domain, which this task does not have")
-    return site.num_domains
-
-
-def with_mean(value: Tensor, dim: int = 0) -> Tensor:
-    """Return the values of each domain with their mean behind them, which is what a domain not trained on is given."""
-    return torch.cat([value, value.mean(dim, keepdim=True)], dim)
-
-
-def place_of(domain_T: Tensor, num_domains: int) -> Tensor:
-    """Return the place of each token's domain in `with_mean`: the last is that of every domain not trained on."""
-    return domain_T.clamp(max=num_domains)

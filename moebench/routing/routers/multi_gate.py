@@ -7,8 +7,8 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from moebench.routing.context import RouteContext
+from moebench.routing.domains import check_domains, place_of, with_mean
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
-from moebench.routing.routers.domain import check_domains, place_of, with_mean
 from moebench.routing.values import Routing
 
 INIT_SCALE = 0.1

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from moebench.routing.agents import AgentsConfig, acted, agent_of, check_collaboration, collaboration, num_agents
 from moebench.routing.context import RouteContext
+from moebench.routing.domains import with_mean
 from moebench.routing.gate import Gate
 from moebench.routing.policy import PolicyConfig, PolicyRouter, certainty, drawn, follow
 from moebench.routing.router import ROUTERS, Facts, Site
-from moebench.routing.routers.domain import with_mean
 from moebench.routing.values import LayerRecord, Routing
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from moebench.errors import require
 from moebench.routing.agents import AgentsConfig, acted, agent_of, check_collaboration, collaboration, num_agents
 from moebench.routing.context import RouteContext
+from moebench.routing.domains import with_mean
 from moebench.routing.policy import drawn, follow
 from moebench.routing.router import ROUTERS, Facts, Router, Site
-from moebench.routing.routers.domain import with_mean
 from moebench.routing.values import LayerRecord, Routing
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from moebench.routing.context import RouteContext
+from moebench.routing.domains import check_domains, place_of, with_mean
 from moebench.routing.gate import Gate
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
-from moebench.routing.routers.domain import check_domains, place_of, with_mean
 from moebench.routing.values import Routing
 
 

@@ -12,7 +12,7 @@ from moebench.errors import UsageError, require
 from moebench.tasks.audio.features import most_mels
 from moebench.tasks.folders import TRAIN, existing, files_below, folders_of, parts_of
 from moebench.tasks.sources import check_source, file_digest, first_line
-from moebench.tasks.tables import Table, hub_table, local_table, named, reading
+from moebench.tasks.tables import Table, content_of, hub_table, local_table, named, reading
 
 PACK = Path(__file__).parent.parent / "data" / "speech_prompts.parquet"
 TABLES = (".parquet", ".csv", ".jsonl")
@@ -229,12 +229,9 @@ def _from_table(table: Table, config: AudioDataConfig, part: str) -> Iterator[Cl
 
 
 def _audio_of(value: Any, folder: Path) -> bytes | Path | None:
-    """Return the bytes of a cell, the file that it names, which may be relative to the table, or None for neither."""
-    if isinstance(value, Mapping):  # as the hub stores audio
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str) and value:
-        return folder / Path(value).expanduser()
-    return value if isinstance(value, bytes) and value else None
+    """Return the bytes of a cell, the file that it names, or None for neither."""
+    found = content_of(value, folder)
+    return found if isinstance(found, bytes | Path) and found else None
 
 
 def _seconds(value: Any, place: str, config: AudioDataConfig) -> float | None:

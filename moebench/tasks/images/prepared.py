@@ -15,7 +15,7 @@ from moebench.errors import UsageError
 from moebench.tasks.folders import TEST, TRAIN, VALIDATION, tell_unread
 from moebench.tasks.images.config import ImageDataConfig
 from moebench.tasks.images.sources import Entry, class_names, read_endings, read_entries, source_digest
-from moebench.tasks.sources import checked_held_out, note
+from moebench.tasks.sources import check_domain_names, note
 from moebench.tasks.stored import Arrays, stored
 
 FORMAT = 2  # raise it when the decoding, the split or the files change
@@ -95,7 +95,7 @@ def _made(config: ImageDataConfig) -> tuple[dict[str, Any], Arrays]:
         note(f"{len(found) - len(entries)} of {len(found)} images cannot be read and are left out")
     classes = class_names(entries, config)
     domains = sorted({entry.domain for entry in entries})
-    checked_held_out([], domains)
+    check_domain_names(domains)
     label_N = _places([entry.label for entry in entries], classes)
     domain_N = _places([entry.domain for entry in entries], domains)
     arrays: dict[str, np.ndarray] = {}

@@ -12,7 +12,7 @@ from moebench.errors import UsageError
 from moebench.tasks.folders import TEST, TRAIN, existing, files_below, folders_of, parts_of
 from moebench.tasks.images.config import EMBEDDED, ImageDataConfig
 from moebench.tasks.sources import file_digest, first_line
-from moebench.tasks.tables import TABLES, Table, hub_table, local_table, named
+from moebench.tasks.tables import TABLES, Table, content_of, hub_table, local_table, named
 
 PACK = Path(__file__).parent.parent / "data"
 ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".avif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -129,7 +129,7 @@ def _from_rows(table: Table, part: str, config: ImageDataConfig) -> Iterator[Ent
         if config.domain_column is not None:
             domain = named(row[config.domain_column], "domain_column", config.domain_column, place)
         label = _label(row[config.label_column], config.label_column, place)
-        image = _image_of(row[config.image_column], table.folder)
+        image = content_of(row[config.image_column], table.folder)
         yield Entry(name=place, image=image, label=label, domain=domain, part=part)
 
 
@@ -138,13 +138,6 @@ def _label(value: Any, column: str, place: str) -> str:
         kind = "empty (null)" if value in (None, "") else type(value).__name__
         raise UsageError(f"task.data.label_column: '{column}' of {place} is {kind}, no whole number or name")
     return str(value)
-
-
-def _image_of(value: Any, folder: Path) -> Any:
-    """Return the bytes of a cell, or the path that it names, which may be relative to the table."""
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
-    return folder / Path(value).expanduser() if isinstance(value, str) and value else value
 
 
 def _hub(name: str, config: ImageDataConfig) -> Iterator[Entry]:
