@@ -83,5 +83,6 @@ def _name_labels(ax: Axes, table: LabelTable, labels: Sequence[int]) -> None:
     names = [table.values[label] for label in labels]
     ax.set_yticks(range(len(names)), [n if len(n) <= LONGEST_NAME else f"{n[: LONGEST_NAME - 1]}…" for n in names])
     ax.tick_params(axis="y", labelsize=7, length=0)
-    if len(labels) < len(table.values):
-        ax.set_ylabel(f"{len(labels)} of {len(table.values)}", fontsize=7, color=GREY)
+    present = int(torch.stack([table_YE.any(1) for table_YE in table.layers.values()]).any(0).sum())
+    if len(labels) < present:  # labels that never occur are not left out for being dull
+        ax.set_ylabel(f"{len(labels)} of {present}", fontsize=7, color=GREY)
