@@ -1,18 +1,22 @@
-"""Are two arms matched? Equal compute per token, equal training tokens, the same data and evaluation.
+"""Are two arms matched? Equal compute per token as executed, equal training tokens, the same data and evaluation.
 
-Arms whose layout matches total parameters (layout.match=params) are compared by these instead of by FLOPs; a
-comparison has one quantity, and an arm solved for the other is not matched.
+Compute is what the runs measured, not what was planned: the forward FLOPs per token of the whole model, mean over all
+steps of training (each pass counts) and on the test split. Arms whose layout matches total parameters
+(layout.match=params) are compared by these instead; a comparison has one quantity, and an arm solved for the other is
+not matched. An arm of another cost is marked and gets no verdict; arms trained or evaluated on other data are refused.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from statistics import fmean
 
 from moebench.errors import UsageError
 from moebench.training.result import RunResult
 
-TOLERANCE = 0.02  # of the baseline's active FLOPs per token, router and shared experts counted, or of its parameters
-MARKS = {"flops_per_token": "≠FLOPs", "total_params": "≠params"}
+TOLERANCE = 0.02  # of the baseline's executed FLOPs per token, router and shared experts counted, or of its parameters
+FLOPS = ("train_flops_per_token", "eval_flops_per_token")
+PARAMS = ("total_params",)
+SOLVED_FOR = {FLOPS: "FLOPs per token", PARAMS: "total parameters"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,20 +25,21 @@ class Mismatch:
 
     mark: str
     reason: str
+    is_cost: bool = False
+    """The arm can be shown beside the others, since it did the same task on the same data at another cost."""
 
 
 def mismatches(
-    runs: Sequence[RunResult], baseline_runs: Sequence[RunResult], quantity: str = "flops_per_token"
+    runs: Sequence[RunResult], baseline_runs: Sequence[RunResult], quantities: Sequence[str] = FLOPS
 ) -> tuple[Mismatch, ...]:
     """Return every way in which the finished runs of an arm differ from those of the baseline.
 
-    `quantity`: of their cost, what all arms of the comparison must have equal.
+    `quantities`: of their cost, what all arms of the comparison must have equal: `FLOPS` or `PARAMS`.
     """
-    others = sorted(solved_for(runs) - {quantity})
+    others = sorted(solved_for(runs) - {tuple(quantities)})
     found = [
-        _other_match(others[0], quantity) if others else _unequal(quantity, runs, baseline_runs),
+        _other_match(others[0], tuple(quantities)) if others else _unequal_cost(quantities, runs, baseline_runs),
         _other_tokens(runs, baseline_runs),
-        _same("≠passes", "train_passes", map(_passes, runs), map(_passes, baseline_runs)),
         _same("≠data", "data_digest", [r.data_digest for r in runs], [r.data_digest for r in baseline_runs]),
         _same("≠eval", "eval_digest", [r.eval_digest for r in runs], [r.eval_digest for r in baseline_runs]),
     ]
@@ -46,13 +51,13 @@ def matched_or_refuse(
 ) -> dict[str, tuple[Mismatch, ...]]:
     """Return the mismatches of each arm that has finished runs, in the order given.
 
-    Raises UsageError when there are any and `allow` is not set.
+    Raises UsageError when an arm differs in more than its cost and `allow` is not set.
     """
     if not done.get(baseline):
         return {}
-    quantity = _quantity([done[baseline], *done.values()])
-    found = {arm: mismatches(runs, done[baseline], quantity) for arm, runs in done.items() if runs}
-    clauses = [f"arm '{arm}': {m.reason}" for arm, all_of_arm in found.items() for m in all_of_arm]
+    quantities = _quantities([done[baseline], *done.values()])
+    found = {arm: mismatches(runs, done[baseline], quantities) for arm, runs in done.items() if runs}
+    clauses = [f"arm '{arm}': {m.reason}" for arm, all_of_arm in found.items() for m in all_of_arm if not m.is_cost]
     if clauses and not allow:
         raise UsageError(
             f"{'; '.join(clauses)} (baseline '{baseline}'). Arms not matched cannot say which router "
@@ -61,44 +66,55 @@ def matched_or_refuse(
     return found
 
 
-def solved_for(runs: Iterable[RunResult]) -> set[str]:
+def arms_without_verdict(found: Mapping[str, Sequence[Mismatch]], *, allow: bool) -> list[str]:
+    """Return the arms that get no verdict and are never best; with `allow` those that differ in cost alone get one."""
+    return [arm for arm, of_arm in found.items() if any(not (allow and mismatch.is_cost) for mismatch in of_arm)]
+
+
+def cost_ratio(key: str, runs: Sequence[RunResult], baseline_runs: Sequence[RunResult]) -> float | None:
+    """Return an arm's mean of a cost over the baseline's; None where it is not known for every run."""
+    ours, theirs = ([run.cost.get(key, 0.0) for run in of_arm] for of_arm in (runs, baseline_runs))
+    if not ours or not theirs or not all(value > 0 for value in (*ours, *theirs)):
+        return None
+    return fmean(ours) / fmean(theirs)
+
+
+def solved_for(runs: Iterable[RunResult]) -> set[tuple[str, ...]]:
     """Return what the width of the experts was solved for; a dense arm has none and goes with either."""
     found = set()
     for run in runs:
         layout, router = run.config.get("layout", {}), run.config.get("router", {})
         if router.get("name") != "dense":
             by_params = layout.get("match") == "params" and layout.get("expert_width") is None
-            found.add("total_params" if by_params else "flops_per_token")
+            found.add(PARAMS if by_params else FLOPS)
     return found
 
 
-def _quantity(arms: Iterable[Iterable[RunResult]]) -> str:
+def _quantities(arms: Iterable[Iterable[RunResult]]) -> tuple[str, ...]:
     """Return what a comparison compares by: what the first arm that has experts was solved for."""
-    return next((sorted(found)[0] for runs in arms if (found := solved_for(runs))), "flops_per_token")
+    return next((sorted(found)[0] for runs in arms if (found := solved_for(runs))), FLOPS)
 
 
-def _other_match(ours: str, quantity: str) -> Mismatch:
-    words = {"flops_per_token": "FLOPs per token", "total_params": "total parameters"}
-    reason = f"its width was solved for {words[ours]}, the comparison is by {words[quantity]} (layout.match)"
+def _other_match(ours: tuple[str, ...], quantities: tuple[str, ...]) -> Mismatch:
+    reason = f"its width was solved for {SOLVED_FOR[ours]}, the comparison is by {SOLVED_FOR[quantities]} (layout.match)"
     return Mismatch(mark="≠match", reason=reason)
 
 
-def _unequal(quantity: str, runs: Sequence[RunResult], baseline_runs: Sequence[RunResult]) -> Mismatch | None:
-    mark = MARKS[quantity]
-    given, wanted = _cost(quantity, runs), _cost(quantity, baseline_runs)
-    if not given or not wanted:
-        return Mismatch(mark=mark, reason=f"{quantity} is not known for every run")
-    ours, theirs = max(product(given, wanted), key=lambda pair: abs(pair[0] / pair[1] - 1))
-    excess = ours / theirs - 1
-    if abs(excess) <= TOLERANCE + 1e-9:  # 2 % sharp is allowed, however it is rounded
+def _unequal_cost(
+    quantities: Sequence[str], runs: Sequence[RunResult], baseline_runs: Sequence[RunResult]
+) -> Mismatch | None:
+    mark, what = ("≠params", "parameters") if "total_params" in quantities else ("≠FLOPs", "FLOPs")
+    ratios = {key: cost_ratio(key, runs, baseline_runs) for key in quantities}
+    unknown = [key for key, ratio in ratios.items() if ratio is None]
+    if unknown:
+        return Mismatch(mark=mark, reason=f"{unknown[0]} is not known for every run", is_cost=True)
+    known = {key: ratio for key, ratio in ratios.items() if ratio is not None}
+    if all(abs(ratio - 1) <= TOLERANCE + 1e-9 for ratio in known.values()):  # 2 % sharp is allowed, however rounded
         return None
-    figures = f"{quantity} is {ours:,.0f}, the baseline's {theirs:,.0f}"
-    return Mismatch(mark=mark, reason=f"{figures} ({100 * excess:+.2f} %, allowed ±{100 * TOLERANCE:.0f} %)")
-
-
-def _cost(quantity: str, runs: Sequence[RunResult]) -> list[float]:
-    found = [run.cost.get(quantity, 0.0) for run in runs]
-    return found if all(value > 0 for value in found) else []
+    where = {"train_flops_per_token": " in training", "eval_flops_per_token": " in evaluation"}
+    figures = ", ".join(f"{ratio:.3g} times{where.get(key, '')}" for key, ratio in known.items())
+    reason = f"not matched: executed {what} over the baseline's are {figures} (allowed ±{100 * TOLERANCE:.0f} %)"
+    return Mismatch(mark=mark, reason=reason if what == "FLOPs" else reason.replace("executed ", ""), is_cost=True)
 
 
 def _other_tokens(runs: Sequence[RunResult], baseline_runs: Sequence[RunResult]) -> Mismatch | None:
@@ -114,10 +130,6 @@ def _other_tokens(runs: Sequence[RunResult], baseline_runs: Sequence[RunResult])
 def _tokens(run: RunResult) -> str:
     tokens = run.cost.get("train_tokens")
     return "unknown" if tokens is None else f"{tokens:,.0f}"
-
-
-def _passes(run: RunResult) -> str:
-    return f"{run.cost.get('train_passes', 1):.0f}"
 
 
 def _same(mark: str, key: str, given: Iterable[str], wanted: Iterable[str]) -> Mismatch | None:

@@ -15,7 +15,7 @@ from moebench.routing.router import ROUTERS
 from moebench.schema import CellConfig
 from moebench.tasks.task import TASKS, Task
 from moebench.training.evaluate import evaluate
-from moebench.training.model import Model, model_cost, prepare_task
+from moebench.training.model import model_cost, prepare_task
 from moebench.training.run_folder import RunFolder
 from moebench.training.train import device_of
 from moebench.training.trained import changed, check_same_parameters, load_trained
@@ -221,11 +221,7 @@ def _evaluated(cell: Cell, task: Task, results: Path, assignments: list[str]) ->
     device = device_of(train)
     model.to(device)
     metrics = evaluate(model, task, task.eval_batches("test", train.batch_size), cell.config.seed, device).metrics
+    planned = model_cost(model, task.sequence_length, task.decoder_length).flops_per_token
     result = folder.read_result()
     assert result is not None
-    return metrics, _flops(model, task, metrics.get("load/drop_rate", 0.0)) / result.cost["flops_per_token"]
-
-
-def _flops(model: Model, task: Task, drop_rate: float) -> float:
-    routed = sum(layer.routed_flops_per_token() for layer in model.backbone.moe_layers())
-    return model_cost(model, task.sequence_length).flops_per_token - drop_rate * routed
+    return metrics, metrics.get("load/flops_per_token", planned) / result.cost["flops_per_token"]

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from moebench.experts.dispatch import DispatchPlan, combine, dispatch
 from moebench.experts.dropout import Dropout
 from moebench.experts.grouped import as_autocast
-from moebench.routing.values import Routing
+from moebench.routing.values import AnyRouting, Routing
 
 Compute = Callable[[Tensor, Tensor], Tensor]
 """(x_RI, load_E) -> y_RO: experts on rows that are sorted by expert."""
@@ -110,6 +110,21 @@ class Bank(nn.Module):
     def flops_per_row_E(self) -> tuple[int, ...]:
         """Forward FLOPs of one row through each expert."""
         raise NotImplementedError
+
+    def flops_per_token(self, rows_per_token: float, length: int) -> int:
+        """Return the forward FLOPs of one token in a sequence of `length` at an even load: what is planned."""
+        flops_E = self.flops_per_row_E()
+        return int(rows_per_token * sum(flops_E) / len(flops_E))
+
+    def executed_flops(self, kept: AnyRouting, length: int) -> Tensor:
+        """Return the forward FLOPs of the rows that a routing made the experts compute, fp64 scalar.
+
+        `length`: tokens of a sequence. Nothing waits for the device.
+        """
+        flops_E, rows_E = self.flops_per_row_E(), kept.rows_E.double()
+        if len(set(flops_E)) == 1:
+            return rows_E.sum() * flops_E[0]
+        return rows_E @ rows_E.new_tensor(flops_E)
 
     def mixture(
         self,

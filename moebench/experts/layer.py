@@ -165,16 +165,28 @@ class MoELayer(nn.Module):
         total = self.scopes.world.sum
         self.router.after_step(total(load_E), {name: total(value) for name, value in sums.items()})
 
-    def flops_per_token(self) -> int:
-        """Forward FLOPs of one token: the router, the experts that a token uses, the shared network and its weighing.
+    def flops_per_token(self, length: int = 0) -> int:
+        """Forward FLOPs of one token as planned: the router, its experts, the shared network and its weighing.
 
-        Without padding, so capacity never costs more than dropless: a grouped product computes the rows that exist.
+        `length`: tokens of a sequence, for experts that hold attention. Without padding, so capacity never costs more
+        than dropless: a grouped product computes the rows that exist.
         """
         shared = 0 if self.shared is None else self.shared.flops_per_token()
         weighing = 0 if self.mix is None else 2 * self.mix.weight_ED.numel()
-        return self.router.flops_per_token() + self.routed_flops_per_token() + shared + weighing
+        return self.routed_flops_per_token(length) + shared + weighing
 
-    def routed_flops_per_token(self) -> int:
-        """Forward FLOPs of the experts that one token uses, when it loses none to a capacity."""
-        flops_E = self.bank.flops_per_row_E()
-        return int(self.router.rows_per_token(self.experts_per_token) * sum(flops_E) / len(flops_E))
+    def routed_flops_per_token(self, length: int = 0) -> int:
+        """Forward FLOPs of the router and the experts that one token uses, as planned: an even load, nothing dropped."""
+        return self.router.flops_per_token() + self.bank.flops_per_token(self.rows_per_token, length)
+
+    def executed_flops(self, record: LayerRecord) -> Tensor:
+        """Return the forward FLOPs of router and experts that a record's positions cost, fp64 scalar.
+
+        Of this process's tokens, whichever process computed them. The counterpart of `routed_flops_per_token`.
+        """
+        return self.router.executed_flops(record) + self.bank.executed_flops(record.kept, record.sequence_length)
+
+    @property
+    def rows_per_token(self) -> float:
+        """Rows that experts compute for one token, as planned."""
+        return self.router.rows_per_token(self.experts_per_token)

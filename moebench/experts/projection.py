@@ -1,11 +1,14 @@
 """Banks for attention: experts that are projections, and experts that are attention heads."""
 
+import math
+
 import torch
 from torch import Generator, Tensor, nn
 
 from moebench.experts.bank import Bank, draw_experts, local
 from moebench.experts.dropout import Dropout
 from moebench.experts.grouped import grouped_matmul
+from moebench.routing.values import AnyRouting, Routing
 
 
 class ProjectionBank(Bank):
@@ -72,3 +75,21 @@ class HeadBank(Bank):
     def flops_per_row_E(self) -> tuple[int, ...]:
         """Forward FLOPs of one row through each expert's projections; attention itself depends on the length."""
         return (2 * (self.w_query_EDH.numel() + self.w_out_EHD.numel()) // self.num_experts,) * self.num_experts
+
+    def flops_per_token(self, rows_per_token: float, length: int) -> int:
+        """Return the forward FLOPs of one token: projections, and attention by the heads that it uses."""
+        width = math.ceil(rows_per_token) * self.w_query_EDH.shape[2]
+        return super().flops_per_token(rows_per_token, length) + score_flops(length, width)
+
+    def executed_flops(self, kept: AnyRouting, length: int) -> Tensor:
+        """Return the forward FLOPs of a routing; every token pays for the most heads that one token has."""
+        assert isinstance(kept, Routing)
+        is_rectangle = kept.kept_N is None and kept.top_k is not None
+        num_slots = kept.top_k if is_rectangle else kept.experts_per_token_T.max().clamp(min=1)
+        attention = num_slots * kept.num_tokens * score_flops(length, self.w_query_EDH.shape[2])
+        return super().executed_flops(kept, length) + attention
+
+
+def score_flops(length: int, width: int) -> int:
+    """Forward FLOPs of one token: its query times `length` keys, its weights times as many values."""
+    return 4 * length * width

@@ -7,6 +7,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from moebench.experts.feed_forward import draw
+from moebench.experts.projection import score_flops
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -110,11 +111,6 @@ class CrossAttention(nn.Module):
             memory_length, self.out.in_features
         )
         return length * own + memory_length * 2 * self.key_value.weight.numel()
-
-
-def score_flops(length: int, width: int) -> int:
-    """Forward FLOPs of one token: its query times `length` keys, its weights times as many values."""
-    return 4 * length * width
 
 
 def split_heads(qkv_BLO: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:

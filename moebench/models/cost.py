@@ -1,18 +1,21 @@
-"""What a model costs: parameters and FLOPs, counted on its modules."""
+"""What a model costs: parameters and FLOPs, counted on its modules before it runs, and as it executed them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
+from moebench.experts.layer import MoELayer
 from moebench.models.encoder_decoder import EncoderDecoder
 from moebench.models.transformer import Block, Transformer
 from moebench.models.whole_model import WholeModels
 
+Backbone = Transformer | EncoderDecoder
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a model costs, counted exactly."""
+    """What a model costs as planned: for an even load, nothing dropped, and the nominal number of experts."""
 
     total_params: int
     active_params: int
@@ -20,12 +23,14 @@ class Cost:
     flops_per_token: int
     """Forward FLOPs of one token in a full sequence, 2 per multiplication and addition; a pass of training, which goes
     backward too, costs 3 times this. With an encoder and a decoder: the mean over the tokens of both."""
+    experts_per_token: float
+    """Rows that experts compute for one token, mean over MoE layers; 0 in a dense model."""
     train_passes: int = 1
     """How often training runs each token through the model."""
 
 
 def cost_of(
-    backbone: Transformer | EncoderDecoder,
+    backbone: Backbone,
     extra: list[nn.Module],
     sequence_length: int,
     decoder_length: int | None = None,
@@ -36,10 +41,10 @@ def cost_of(
     are those that one token of each uses.
     """
     total = sum(parameter.numel() for module in (backbone, *extra) for parameter in module.parameters())
-    idle, passes = 0, 1
-    for layer in backbone.moe_layers():
+    idle, passes, layers = 0, 1, backbone.moe_layers()
+    for layer in layers:
         of_bank = sum(parameter.numel() for parameter in layer.bank.parameters())
-        used = layer.router.rows_per_token(layer.experts_per_token)
+        used = layer.rows_per_token
         idle += int(of_bank * max(layer.bank.num_experts - used, 0) // layer.bank.num_experts)
         passes = 2 if layer.router.consistency else passes
     flops = sum(_flops_around(module, sequence_length) for module in extra)
@@ -51,7 +56,46 @@ def cost_of(
         for block in backbone.blocks:
             assert isinstance(block, Block | WholeModels)
             flops += block.flops_per_token(sequence_length)
-    return Cost(total_params=total, active_params=total - idle, flops_per_token=flops, train_passes=passes)
+    return Cost(
+        total_params=total,
+        active_params=total - idle,
+        flops_per_token=flops,
+        experts_per_token=sum(layer.rows_per_token for layer in layers) / max(len(layers), 1),
+        train_passes=passes,
+    )
+
+
+def executed_flops_per_token(
+    backbone: Backbone,
+    planned: int,
+    executed: Mapping[int | str, float],
+    sequence_length: int,
+    decoder_length: int | None = None,
+) -> float:
+    """Return the forward FLOPs per token of a model as it ran: the plan, with what its MoE layers executed instead.
+
+    `planned`: `Cost.flops_per_token` for the same lengths. `executed`: MoE layer -> FLOPs of its router and experts per
+    position (see `MoELayer.executed_flops`). All else costs the same for every token.
+    """
+    excess = 0.0
+    for layer, length, share in _layers_with_length(backbone, sequence_length, decoder_length):
+        excess += share * (executed[layer.layer] - layer.routed_flops_per_token(length))
+    return planned + excess
+
+
+def _layers_with_length(
+    backbone: Backbone, sequence_length: int, decoder_length: int | None
+) -> Iterator[tuple[MoELayer, int, float]]:
+    """Yield each MoE layer, the length of its sequences, and the share of all tokens that it sees."""
+    if not isinstance(backbone, EncoderDecoder):
+        for layer in backbone.moe_layers():
+            yield layer, sequence_length, 1.0
+        return
+    assert decoder_length is not None
+    total = sequence_length + decoder_length
+    for half, length in ((backbone.encoder, sequence_length), (backbone.decoder, decoder_length)):
+        for layer in half.moe_layers():
+            yield layer, length, length / total
 
 
 def _flops_around(module: nn.Module, length: int) -> int:

@@ -6,8 +6,8 @@ from torch import Generator, Tensor, nn
 from moebench.experts.dispatch import DispatchPlan, combine, dispatch
 from moebench.experts.feed_forward import draw
 from moebench.experts.layer import MoELayer
-from moebench.experts.projection import HeadBank, ProjectionBank
-from moebench.models.attention import Places, attend, score_flops, split_heads
+from moebench.experts.projection import HeadBank, ProjectionBank, score_flops
+from moebench.models.attention import Places, attend, split_heads
 from moebench.routing.context import RouteContext
 from moebench.routing.values import LayerRecord, Routing
 
@@ -104,8 +104,7 @@ class HeadExperts(nn.Module):
 
     def flops_per_token(self, length: int) -> int:
         """Forward FLOPs of one token in a sequence of `length`."""
-        width = self.layer.experts_per_token * self.heads_per_expert * self.head_width
-        return self.layer.flops_per_token() + 2 * self.key_value.weight.numel() + score_flops(length, width)
+        return self.layer.flops_per_token(length) + 2 * self.key_value.weight.numel()
 
 
 def _slot_N(routing: Routing) -> Tensor:

@@ -8,9 +8,9 @@ from torch import Generator, Tensor, nn
 
 from moebench.experts.bank import Bank
 from moebench.experts.layer import MoELayer
-from moebench.models.attention import Places, score_flops
+from moebench.models.attention import Places
 from moebench.models.transformer import BatchContext, Block
-from moebench.routing.values import LayerRecord, Routing
+from moebench.routing.values import AnyRouting, LayerRecord, Routing
 
 
 class StackBank(Bank):
@@ -58,6 +58,29 @@ class StackBank(Bank):
             sum(block.flops_per_token(0) for block in stack.children() if isinstance(block, Block))
             for stack in self.stacks
         )
+
+    def flops_per_token(self, rows_per_token: float, length: int) -> int:
+        """Return the forward FLOPs of one token where sequences are spread evenly: each stack has its share of them."""
+        share = int(length * rows_per_token) // self.num_experts
+        attention = int(rows_per_token * self._score_flops(share))
+        return super().flops_per_token(rows_per_token, length) + attention
+
+    def executed_flops(self, kept: AnyRouting, length: int) -> Tensor:
+        """Return the forward FLOPs of a routing: a stack runs on a rectangle, as long as its longest sequence."""
+        assert isinstance(kept, Routing)
+        kept = kept.compact()
+        num_sequences = kept.num_tokens // length
+        flops = kept.weight_N.new_zeros((), dtype=torch.float64)
+        for index, of_weights in enumerate(self.flops_per_row_E()):
+            sequence_R = kept.token_N[kept.expert_N == index] // length
+            longest = max(int(sequence_R.bincount(minlength=num_sequences).max()), 1)
+            flops = flops + num_sequences * longest * (of_weights + self._score_flops(longest))
+        return flops
+
+    def _score_flops(self, length: int) -> int:
+        """Return the forward FLOPs of attention for one token in all blocks of one stack."""
+        blocks = [block for block in self.stacks[0].children() if isinstance(block, Block)]
+        return sum(block.flops_per_token(length) - block.flops_per_token(0) for block in blocks)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -110,7 +133,5 @@ class WholeModels(nn.Module):
         return x_BLD + y_TD.view_as(x_BLD), [record]
 
     def flops_per_token(self, length: int) -> int:
-        """Forward FLOPs of one token in a sequence of `length`, spread evenly: each stack has its share of it."""
-        rows = self.layer.router.rows_per_token(self.layer.experts_per_token)
-        share = int(length * rows) // self.bank.num_experts
-        return self.layer.flops_per_token() + int(rows * self.num_layers * score_flops(share, self.d_model))
+        """Forward FLOPs of one token in a sequence of `length`."""
+        return self.layer.flops_per_token(length)

@@ -139,6 +139,11 @@ class GroupedRouter(Router):
         above = 0 if self.outer is None else self.outer.flops_per_token()
         return above + sum(router.flops_per_token() for router in self._routers)
 
+    def executed_flops(self, record: LayerRecord) -> Tensor:
+        """Forward FLOPs of all routers; those of groups look at tokens of other groups too."""
+        parts = [(router, replace(part, valid_T=record.valid_T)) for router, part in self._records(record)]
+        return torch.stack([router.executed_flops(part) for router, part in parts]).sum()
+
     @property
     def _routers(self) -> list[Router]:
         return [router for router in self.inner if isinstance(router, Router)]

@@ -87,16 +87,6 @@ def dead_experts(load_E: Tensor) -> int:
     return int((load < DEAD_SHARE * load.mean()).sum()) if load.sum() > 0 else load.numel()
 
 
-def relative_flops(load_E: Tensor, flops_E: Sequence[int]) -> float:
-    """Return the FLOPs of the assignments over what they would cost at an even load: 1 when even or all alike.
-
-    Arms are matched at an even load; where experts differ in size, this is how far a router went from it.
-    """
-    flops = torch.tensor(flops_E, dtype=torch.float64)
-    even = float(load_E.sum() * flops.mean())
-    return float(load_E.double() @ flops) / even if even else 1.0
-
-
 def label_table(routing: AnyRouting, label_T: Tensor, num_labels: int) -> Tensor:
     """Return how many assignments tokens of each label have to each expert, fp64 [labels, E]; tables add up.
 

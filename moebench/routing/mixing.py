@@ -34,6 +34,8 @@ class SoftRouting:
     """The same of scores."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """What the router's own losses need and nothing else carries, by name."""
+    computes_padding: ClassVar[bool] = True
+    """Padding has no weight, and its places are computed all the same."""
 
     @classmethod
     def from_logits(cls, logits_BLS: Tensor, *, num_experts: int, valid_T: Tensor | None = None) -> "SoftRouting":
@@ -78,6 +80,12 @@ class SoftRouting:
         return filled_BS.view(-1, self.num_experts, self.slots_per_expert).sum((0, 2))
 
     @property
+    def rows_E(self) -> Tensor:
+        """Rows that each expert computes, int64: its slots of all groups, filled or not."""
+        num_rows = self.dispatch_BLS.shape[0] * self.slots_per_expert
+        return torch.full((self.num_experts,), num_rows, device=self.dispatch_BLS.device)
+
+    @property
     def importance_E(self) -> Tensor:
         """Summed combine weights per expert."""
         return self.combine_BLS.sum((0, 1)).view(self.num_experts, -1).sum(-1)
@@ -112,6 +120,8 @@ class MergeRouting:
     """Every expert has a share in every token's network, so loads are even and there is nothing to balance by them."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """What the router's own losses need and nothing else carries, by name."""
+    computes_padding: ClassVar[bool] = True
+    """Padding has no weight, and its places are computed all the same."""
 
     @property
     def num_experts(self) -> int:
@@ -133,6 +143,16 @@ class MergeRouting:
     def load_E(self) -> Tensor:
         """Tokens in whose network an expert has a share, int64: all but padding, unless the router leaves some out."""
         return (self.weight_TE.detach() > 0).sum(0)
+
+    @property
+    def rows_E(self) -> Tensor:
+        """Rows of work for each expert, fp64: its part of the places of all segments, and one for each merge.
+
+        To merge E experts costs as much as E rows through one of them: 2 FLOPs per weight.
+        """
+        num_segments = self.weight_GE.shape[0]
+        num_rows = num_segments * self.segment_length / self.num_experts + num_segments
+        return self.weight_GE.new_full((self.num_experts,), num_rows, dtype=torch.float64)
 
     @property
     def importance_E(self) -> Tensor:

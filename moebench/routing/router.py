@@ -195,6 +195,10 @@ class Router(nn.Module):
         """Forward FLOPs of the router for one token: 2 per weight of each matrix."""
         return sum(2 * parameter.numel() for parameter in self.parameters() if parameter.dim() == 2)
 
+    def executed_flops(self, record: LayerRecord) -> Tensor:
+        """Forward FLOPs of the router for the positions of a record, fp64 scalar; it looks at each of them once."""
+        return record.num_positions * self.flops_per_token()
+
 
 def check_top_k(top_k: int, num_experts: int, smallest: int = 1, why: str = "", *, key: str = "top_k") -> None:
     """Raise UsageError unless smallest <= top_k <= num_experts; `key` is the option that says k."""

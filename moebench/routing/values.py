@@ -8,6 +8,7 @@ recomputation of activation checkpointing would count it twice.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,8 @@ class Routing:
     """bool: which assignments count; None: all. The others have weight 0 and are computed by nobody."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """What the router's own losses need and nothing else carries, by name."""
+    computes_padding: ClassVar[bool] = False
+    """Padding is not in the list, so no expert computes it."""
 
     @classmethod
     def from_top_k(
@@ -154,6 +157,11 @@ class Routing:
         return self._count(self.expert_N, self.num_experts)
 
     @property
+    def rows_E(self) -> Tensor:
+        """Rows that each expert computes: its assignments."""
+        return self.load_E
+
+    @property
     def importance_E(self) -> Tensor:
         """Summed weights per expert."""
         zeros_E = torch.zeros(self.num_experts, dtype=self.weight_N.dtype, device=self.weight_N.device)
@@ -211,6 +219,13 @@ class LayerRecord:
         summed = torch.cat([value_T.sum(0).reshape(-1), num_tokens])  # one exchange for both
         summed = self.total(summed)
         return (summed[:-1] / summed[-1].clamp(min=1)).view(value_T.shape[1:])
+
+    @property
+    def num_positions(self) -> Tensor:
+        """Positions of this process that the experts computed for, fp64 scalar: padding counts where it costs rows."""
+        if self.valid_T is None or self.routing.computes_padding:
+            return torch.tensor(self.routing.num_tokens, dtype=torch.float64, device=self.routing.load_E.device)
+        return self.valid_T.sum().double()
 
     @property
     def load_E(self) -> Tensor:

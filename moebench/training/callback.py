@@ -14,6 +14,7 @@ from moebench.parallel.checkpoint import checkpoint_path
 from moebench.parallel.replicas import check_replicas
 from moebench.schema import TrainConfig
 from moebench.training.evaluate import Evaluation
+from moebench.training.execution import Execution
 from moebench.training.labels import LabelTable
 from moebench.training.module import CellModule
 from moebench.training.objective import mean_of
@@ -119,16 +120,25 @@ class CellCallback(lightning.Callback):
         self.meter = meter
         self.stopped = False
         self.parallel = ParallelCosts()
+        self.execution = Execution(())
+        """What the MoE layers executed in all steps of training."""
         self.final: Evaluation | None = None
         """The test split, evaluated after the last step; None before."""
 
+    def setup(self, trainer: Any, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Prepare to count what the module's layers execute; a checkpoint is loaded after this."""
+        assert isinstance(pl_module, CellModule)
+        self.execution = Execution(pl_module.layers)
+
     def state_dict(self) -> dict[str, Any]:
-        """Keep the seconds of the steps in the checkpoint: a resumed run's speed is that of all its steps."""
+        """Keep the seconds of the steps and what they executed: a resumed run's means are those of all its steps."""
         timed = {"seconds": self.meter.seconds, "tokens": self.meter.tokens, "waits": self.meter.waits}
-        return timed | {"parallel": self.parallel.sums, "num_timed": self.parallel.num_steps}
+        timed |= {"parallel": self.parallel.sums, "num_timed": self.parallel.num_steps}
+        return timed | {"execution": self.execution.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the seconds of the steps before the checkpoint."""
+        """Take the seconds of the steps before the checkpoint, and what they executed."""
+        self.execution.load_state(state_dict["execution"])
         self.meter.seconds[:] = state_dict["seconds"]
         self.meter.tokens[:] = state_dict["tokens"]
         self.meter.waits[:] = state_dict["waits"]
@@ -154,6 +164,8 @@ class CellCallback(lightning.Callback):
         train, step = module.config.train, trainer.global_step
         num_tokens = module.task.num_positions(train.batch_size, module.config.seed, step - 1)
         self.meter.stop(module.device, num_tokens)
+        for records in module.records:
+            self.execution.add(records)
         last = step == train.steps
         if self._is_logged(train, step):
             self._log(module, step)
@@ -166,6 +178,7 @@ class CellCallback(lightning.Callback):
             self.hooks.recorder.append(step, {f"test/{name}": value for name, value in self.final.metrics.items()})
         self.stopped = not last and module.stop_agreed
         if step % train.checkpoint_every == 0 or last or self.stopped:
+            self.execution.share(module.mesh)  # every process keeps the sums of all in its checkpoint
             self.hooks.recorder.flush()  # the journal is on disk before a checkpoint claims its steps
             trainer.save_checkpoint(checkpoint_path(self.checkpoints, step))
         trainer.should_stop = trainer.should_stop or self.stopped
@@ -182,8 +195,7 @@ class CellCallback(lightning.Callback):
             "train/tokens_per_s": self.meter.tokens[-1] / self.meter.seconds[-1],
             "time/data_share": self.meter.data_share,
         }
-        if module.records:
-            metrics |= {f"train/{name}": value for name, value in load_metrics(module.records, module.mesh).items()}
+        metrics |= {f"train/{name}": value for name, value in load_metrics(module).items()}
         found = parallel_metrics(
             module.layers,
             module.records,

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from moebench.models.transformer import BatchContext
 from moebench.parallel.mesh import ALONE_MESH, Mesh
-from moebench.routing.metrics import LoadCount, relative_flops, summarise
+from moebench.routing.metrics import LoadCount, summarise
 from moebench.routing.values import LayerRecord
 from moebench.tasks.task import OUT_OF_DOMAIN, Batch, Task
+from moebench.training.execution import Execution
 from moebench.training.labels import LabelCounts, LabelTable, information
 from moebench.training.model import Model
 
@@ -81,6 +82,7 @@ class _Tally:
     """What the experts of a model did with some batches."""
 
     labels: LabelCounts
+    execution: Execution
     counts: dict[int | str, LoadCount] = field(default_factory=dict)
     """By MoE layer."""
 
@@ -90,18 +92,22 @@ class _Tally:
             count, layer = LoadCount.of(record), record.layer
             self.counts[layer] = self.counts[layer] + count if layer in self.counts else count
         self.labels.add(batch, records)
+        self.execution.add(records)
 
-    def over(self, mesh: Mesh, model: Model) -> tuple[dict[str, float], dict[str, list[int]], dict[str, LabelTable]]:
+    def over(self, mesh: Mesh, model: Model, task: Task) -> tuple[dict[str, float], dict[str, list[int]], dict[str, LabelTable]]:
         """Return the load metrics, each expert's load and the label tables of what all processes counted together."""
         counts = {layer: count.over(mesh.world) for layer, count in self.counts.items()}
         tables = self.labels.over(mesh.world)
-        load = summarise(list(counts.values())) | _flops(model, counts) | information(tables)
+        self.execution.share(mesh)
+        self.execution.check_declared()
+        load = summarise(list(counts.values())) | self.execution.metrics(model, task) | information(tables)
         return load, {str(layer): count.load_E.tolist() for layer, count in counts.items()}, tables
 
 
 def _evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, device: Any, mesh: Mesh) -> Evaluation:
     sums: dict[str, Tensor] = {}
-    trained, held_out = (_Tally(LabelCounts(task.label_kinds())) for _ in range(2))
+    layers = model.backbone.moe_layers()
+    trained, held_out = (_Tally(LabelCounts(task.label_kinds()), Execution(layers)) for _ in range(2))
     for whole in batches:
         on_device = _own_part(whole, mesh, model).to(device)
         output, records = model(on_device, batch_context(on_device, training=False, seed=seed))
@@ -112,23 +118,14 @@ def _evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, dev
         tally = held_out if bool((whole.domain_B >= task.num_trained_domains).any()) else trained
         tally.add(on_device, records)
     sums = {name: mesh.world.sum(value).cpu() for name, value in sums.items()}
-    load, load_by_layer, labels = trained.over(mesh, model)
-    outside, _, _ = held_out.over(mesh, model)
+    load, load_by_layer, labels = trained.over(mesh, model, task)
+    outside, _, _ = held_out.over(mesh, model, task)
     return Evaluation(
         quality=task.quality(sums),
         load=load | {f"{name}/{OUT_OF_DOMAIN}": value for name, value in outside.items()},
         load_by_layer=load_by_layer,
         labels=labels,
     )
-
-
-def _flops(model: Model, counts: Mapping[int | str, LoadCount]) -> dict[str, float]:
-    """Return load/flops, mean over the layers whose experts differ in cost; nothing where all are alike."""
-    flops = {layer.layer: layer.bank.flops_per_row_E() for layer in model.backbone.moe_layers()}
-    found = [
-        relative_flops(count.load_E, flops[layer]) for layer, count in counts.items() if len(set(flops[layer])) > 1
-    ]
-    return {"load/flops": sum(found) / len(found)} if found else {}
 
 
 def batch_context(batch: Batch, *, training: bool, seed: int, step: int = 0, micro_batch: int = 0) -> BatchContext:

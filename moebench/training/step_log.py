@@ -10,6 +10,8 @@ from moebench.parallel.mesh import Mesh
 from moebench.parallel.traffic import peak_memory_gib, predicted_bytes
 from moebench.routing.metrics import LoadCount, summarise
 from moebench.routing.values import LayerRecord
+from moebench.training.execution import Execution
+from moebench.training.module import CellModule
 
 MIB = 2**20
 
@@ -33,10 +35,21 @@ class ParallelCosts:
         return {name: total / self.num_steps for name, total in self.sums.items()}
 
 
-def load_metrics(records: Sequence[Sequence[LayerRecord]], mesh: Mesh) -> dict[str, float]:
-    """Return the load of a step's micro-batches, of all processes."""
-    layers = [[LoadCount.of(record) for record in layer] for layer in zip(*records, strict=True)]
-    return summarise([sum(counts[1:], counts[0]).over(mesh.world) for counts in layers])
+def load_metrics(module: CellModule) -> dict[str, float]:
+    """Return the load and the executed cost of a step's micro-batches, of all processes; empty for a dense model.
+
+    Raises RouterContractError if a router uses another number of experts per token than it declares.
+    """
+    if not module.records:
+        return {}
+    mesh, execution = module.mesh, Execution(module.layers)
+    layers = [[LoadCount.of(record) for record in layer] for layer in zip(*module.records, strict=True)]
+    for records in module.records:
+        execution.add(records)
+    execution.share(mesh)
+    execution.check_declared()
+    load = summarise([sum(counts[1:], counts[0]).over(mesh.world) for counts in layers])
+    return load | execution.metrics(module.model, module.task)
 
 
 def parallel_metrics(

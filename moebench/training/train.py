@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from moebench.schema import CellConfig, TrainConfig
 from moebench.tasks.task import Task
 from moebench.training.batches import StepBatches, train_tokens
 from moebench.training.callback import CellCallback, Hooks, Meter
-from moebench.training.model import initialised_model, marks_of, model_cost
+from moebench.training.model import Model, initialised_model, marks_of, model_cost
 from moebench.training.module import CellModule
 from moebench.training.result import RunResult
 
@@ -47,8 +47,8 @@ def train_cell(
         hooks.recorder.record_labels(config.train.steps, final.labels)
     if mesh.is_first:
         drop_all_but(1, checkpoints)  # there is nothing left to fall back from
-    cost = asdict(model_cost(model, task.sequence_length, task.decoder_length))
-    cost["train_tokens"] = train_tokens(config, task)
+    executed = callback.execution
+    losses = {f"load/train_{name}": value for name, value in executed.losses().items()}
     speed = {"tokens_per_s": meter.tokens_per_s, "step_s": meter.step_s, "train_s": sum(meter.seconds)}
     speed["data_share"] = meter.data_share
     return RunResult(
@@ -58,14 +58,31 @@ def train_cell(
         status="done",
         error=None,
         step=config.train.steps,
-        metrics=final.metrics,
-        cost={name: float(value) for name, value in cost.items()},
+        metrics=final.metrics | losses,
+        cost=_cost(config, model, task, executed.metrics(model, task), final.load),
         throughput=speed | callback.parallel.means() | {"total_s": time.perf_counter() - started},
         data_digest=task.digest,
         eval_digest=task.eval_digest,
         marks=marks_of(config),
         config=to_plain(config),
     )
+
+
+def _cost(
+    config: CellConfig, model: Model, task: Task, trained: Mapping[str, float], evaluated: Mapping[str, float]
+) -> dict[str, float]:
+    """Return what a cell cost: as planned, and as executed per token in training and on the test split.
+
+    `trained`, `evaluated`: what the MoE layers executed (see `Execution.metrics`); a dense model executes its plan.
+    Training counts each pass that it makes over a token.
+    """
+    planned = model_cost(model, task.sequence_length, task.decoder_length)
+    cost = {name: float(value) for name, value in asdict(planned).items()}
+    for quantity in ("flops_per_token", "experts_per_token"):
+        name = f"load/{quantity}"
+        cost[f"train_{quantity}"] = planned.train_passes * trained.get(name, cost[quantity])
+        cost[f"eval_{quantity}"] = evaluated.get(name, cost[quantity])
+    return cost | {"train_tokens": float(train_tokens(config, task))}
 
 
 def _last_good(checkpoints: Path, hooks: Hooks, mesh: Mesh) -> Path | None:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from contract.cases import Tokens, stirred, thinned_pairs
-from contract.layout_models import BATCH, D_MODEL, LENGTH, SIZES, backbone_of, batch, config_of, may_refuse
+from contract.layout_models import BATCH, LENGTH, backbone_of, batch, config_of, may_refuse
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,10 +15,9 @@ from moebench.experts.layout import LAYOUTS
 from moebench.experts.projection import HeadBank, ProjectionBank
 from moebench.experts.widths import MATCH_TOLERANCE
 from moebench.models.build import build_backbone
-from moebench.models.cost import cost_of
-from moebench.models.transformer import BatchContext, Block, Transformer
-from moebench.models.whole_model import StackBank, WholeModels
-from moebench.routing.mixing import MergeRouting, SoftRouting
+from moebench.models.cost import cost_of, executed_flops_per_token
+from moebench.models.transformer import BatchContext, Transformer
+from moebench.models.whole_model import StackBank
 from moebench.routing.values import LayerRecord
 
 NUM_TOKENS = BATCH * LENGTH
@@ -36,65 +36,29 @@ def model_or_skip(layout: str, router: str) -> Transformer:
     return backbone_of(config_of(layout, router))
 
 
-def counted_flops(backbone: Transformer, records: list[LayerRecord]) -> int:
-    """Count by formula what a forward pass over the batch did, with the loads that it really had."""
-    total, waiting = 0, {record.layer: record for record in records}
-    for block in backbone.blocks:
-        if isinstance(block, WholeModels):
-            total += stack_flops(block, waiting[block.layer.layer])
-            continue
-        assert isinstance(block, Block)
-        total += NUM_TOKENS * block.flops_per_token(LENGTH)
-        for layer in (module for module in block.modules() if isinstance(module, MoELayer)):
-            total += correction(layer, waiting[layer.layer])
-            if isinstance(layer.bank, HeadBank):  # attention itself runs over the most heads that any token has
-                width = block.attention.heads_per_expert * block.attention.head_width
-                slots = int(waiting[layer.layer].kept.experts_per_token_T.max())
-                total += 4 * NUM_TOKENS * LENGTH * width * (slots - layer.experts_per_token)
-    return total
+def executed_flops(backbone: Transformer, records: list[LayerRecord]) -> float:
+    """Return what a forward pass over the batch cost by the formulas that results report."""
+    planned = NUM_TOKENS * cost_of(backbone, [], LENGTH).flops_per_token
+    executed = {}
+    for layer, record in zip(backbone.moe_layers(), records, strict=True):
+        executed[layer.layer] = float(layer.executed_flops(record) / NUM_TOKENS)
+    return planned + NUM_TOKENS * executed_flops_per_token(backbone, 0, executed, LENGTH)
 
 
-def correction(layer: MoELayer, record: LayerRecord) -> int:
-    """Experts at their real load instead of an even one."""
-    if isinstance(record.kept, MergeRouting):
-        return 0  # every segment has its merge and its rows
-    if isinstance(record.kept, SoftRouting):
-        return smaller_groups(layer, record.kept)
-    flops_E = layer.bank.flops_per_row_E()
-    even = int(layer.router.rows_per_token(layer.experts_per_token) * sum(flops_E) / len(flops_E))
-    real = sum(load * flops for load, flops in zip(record.kept.load_E.tolist(), flops_E, strict=True))
-    return real - NUM_TOKENS * even
-
-
-def smaller_groups(layer: MoELayer, kept: SoftRouting) -> int:
-    """Slots of groups that are not full cost as much: there are more groups for these tokens than counted on."""
-    num_groups, size, num_slots = kept.dispatch_BLS.shape
-    flops_E = layer.bank.flops_per_row_E()
-    counted_on = int(layer.router.rows_per_token(layer.experts_per_token) * sum(flops_E) / len(flops_E))
-    rows = num_groups * kept.slots_per_expert * sum(flops_E) - NUM_TOKENS * counted_on
-    places = num_groups * size - NUM_TOKENS
-    return rows + places * 2 * 2 * num_slots * D_MODEL
-
-
-def stack_flops(block: WholeModels, record: LayerRecord) -> int:
-    """Each stack runs on a rectangle: sequences times the most tokens that one of them has there."""
-    total = NUM_TOKENS * block.layer.router.flops_per_token()
-    kept = record.kept.compact()
-    for expert, flops in enumerate(block.layer.bank.flops_per_row_E()):
-        counts = (kept.token_N[kept.expert_N == expert] // LENGTH).bincount(minlength=BATCH)
-        longest = max(int(counts.max()), 1)
-        total += BATCH * longest * (flops + SIZES["num_layers"] * 4 * longest * D_MODEL)
-    return total
+def count_flops(backbone: Transformer, *, training: bool) -> tuple[int, Tensor, list[LayerRecord], Tensor]:
+    """Return what torch's own counter saw in a forward pass, with input, records and output."""
+    x_BLD, ctx = batch(training=training)
+    x_BLD = x_BLD.double().requires_grad_()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        y_BLD, records = backbone(x_BLD, ctx)
+    return counter.get_total_flops(), x_BLD, records, y_BLD
 
 
 @thinned_pairs(may_refuse)
 def test_runs_and_costs_what_it_says(layout: str, router: str) -> None:
     backbone = model_or_skip(layout, router).double()  # in fp64 every expert is a plain product, which is counted
-    x_BLD, ctx = batch(training=True)
-    x_BLD = x_BLD.double().requires_grad_()
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        y_BLD, records = backbone(x_BLD, ctx)
-    assert counter.get_total_flops() == counted_flops(backbone, records)
+    counted, x_BLD, records, y_BLD = count_flops(backbone, training=True)
+    assert executed_flops(backbone, records) == pytest.approx(counted, rel=1e-12)
     layers = backbone.moe_layers()
     assert [record.layer for record in records] == [layer.layer for layer in layers]
     assert len({record.layer for record in records}) == len(records)
@@ -107,6 +71,25 @@ def test_runs_and_costs_what_it_says(layout: str, router: str) -> None:
     dense = cost_of(backbone_of(config_of(layout, "dense")), [], LENGTH)
     assert cost.flops_per_token == pytest.approx(dense.flops_per_token, rel=MATCH_TOLERANCE)
     assert cost.active_params <= cost.total_params
+
+
+@thinned_pairs(may_refuse)
+def test_executed_flops_in_evaluation_are_those_of_torch(layout: str, router: str) -> None:
+    backbone = model_or_skip(layout, router).double().eval()
+    counted, _, records, _ = count_flops(backbone, training=False)
+    assert executed_flops(backbone, records) == pytest.approx(counted, rel=1e-12)
+
+
+@every_layout
+@pytest.mark.parametrize("router", ["top_k", "top_p"])
+def test_executed_flops_count_what_a_capacity_leaves(layout: str, router: str) -> None:
+    reason = may_refuse(layout, router)
+    if reason:
+        pytest.skip(f"refused: {reason}")
+    backbone = stirred(backbone_of(config_of(layout, router, capacity_factor_train=0.25))).double()
+    counted, _, records, _ = count_flops(backbone, training=True)
+    assert all(record.num_dropped > 0 for record in records)
+    assert executed_flops(backbone, records) == pytest.approx(counted, rel=1e-12)
 
 
 @every_layout

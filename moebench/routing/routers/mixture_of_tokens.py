@@ -10,6 +10,7 @@ from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.mixing import SoftRouting, in_places, softmax_over_tokens
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.values import LayerRecord
 
 
 @ROUTERS.register(
@@ -97,3 +98,11 @@ class MixtureOfTokens(Router):
     def flops_per_token(self) -> int:
         """Return 3 · 2·E·D: the logits, the mixing of a group and the mixing back."""
         return 3 * 2 * self.gate.weight_ED.numel()
+
+    def executed_flops(self, record: LayerRecord) -> Tensor:
+        """Count the mixing of empty places too: a group that is not full costs as much as a full one."""
+        routing = record.routing
+        assert isinstance(routing, SoftRouting)
+        num_groups, size, _ = routing.dispatch_BLS.shape
+        num_empty = num_groups * size - routing.num_tokens
+        return super().executed_flops(record) + num_empty * 2 * 2 * self.gate.weight_ED.numel()

@@ -84,6 +84,11 @@ class NoisyTopK(Router):
         smooth_E = record.routing.extras.get("load_E")
         return {"load": squared_variation(record.load_E.float() if smooth_E is None else record.total(smooth_E))}
 
+    def executed_flops(self, record: LayerRecord) -> Tensor:
+        """Count the gate alone in evaluation, where there is no noise to scale."""
+        idle = 0 if "load_E" in record.routing.extras else 2 * self.noise_gate.weight_ED.numel()
+        return super().executed_flops(record) - record.num_positions * idle
+
 
 def smooth_load(clean_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, top_k: int, valid_T: Tensor | None) -> Tensor:
     """Return the expected load of each expert under fresh noise on its own logit (eq. 8-9); sums to k·T.
