@@ -10,7 +10,7 @@ from math import isfinite
 from statistics import fmean, median
 
 from moebench.analysis import statistics as st
-from moebench.analysis.matching import matched_or_refuse
+from moebench.analysis.matching import arms_without_verdict, cost_ratio, matched_or_refuse
 from moebench.analysis.sorting import Expected, Sorted, sort_results
 from moebench.analysis.values import (
     BEST,
@@ -38,13 +38,14 @@ def compare(
 ) -> Comparison:
     """Compare the arms of a grid with its baseline; `expected` holds (arm, seed, cell id) of every cell.
 
-    Raises UsageError for an unknown baseline or metric, a cell named twice, and arms that are not matched
-    (2 % of FLOPs per token, equal training tokens, data and evaluation) unless `allow_mismatch` is set.
+    Arms whose executed cost is not within 2 % of the baseline's are marked and get no verdict unless `allow_mismatch`
+    is set. Raises UsageError for an unknown baseline or metric, a cell named twice, and (unless `allow_mismatch` is
+    set) for arms of other training tokens, data or evaluation.
     """
     grid = sort_results(results, expected, baseline=baseline, metric=metric, lower_is_better=lower_is_better)
     runs = {arm: list(grid.done[arm].values()) for arm in grid.arms}
     mismatched = matched_or_refuse(runs, baseline, allow=allow_mismatch)
-    unmatched = [arm for arm, found in mismatched.items() if found]
+    unmatched = arms_without_verdict(mismatched, allow=allow_mismatch)
     differences = compare_pairs(grid, unmatched=unmatched)
     arms = tuple(_summary(arm, grid, [mismatch.mark for mismatch in mismatched.get(arm, ())]) for arm in grid.arms)
     best, remarks = _best(grid, arms, unmatched)
@@ -130,9 +131,16 @@ def _summary(arm: str, grid: Sorted, mismatch_marks: Iterable[str]) -> ArmSummar
         tokens_per_s=fmean(speeds) if speeds else None,
         throughput_share=_throughput_share(arm, grid),
         cost=_means([run.cost for run in runs], ""),
+        flops_vs_baseline=_flops_vs_baseline(runs, list(grid.done[grid.baseline].values())),
         parallel=_means([run.throughput for run in runs], "parallel/"),
         marks=tuple(dict.fromkeys([*(mark for run in runs for mark in run.marks), *mismatch_marks])),
     )
+
+
+def _flops_vs_baseline(runs: Sequence[RunResult], baseline_runs: Sequence[RunResult]) -> dict[str, float]:
+    keys = {"training": "train_flops_per_token", "evaluation": "eval_flops_per_token"}
+    ratios = {when: cost_ratio(key, runs, baseline_runs) for when, key in keys.items()}
+    return {when: ratio for when, ratio in ratios.items() if ratio is not None}
 
 
 def _outside(arm: str, grid: Sorted) -> dict[int, float]:

@@ -5,7 +5,7 @@ from moebench.analysis.formatting import count
 from moebench.analysis.values import NON_CAUSAL, Comparison
 
 MARK_MEANINGS = {
-    "≠FLOPs": "active FLOPs per token differ from the baseline's by more than 2 %",
+    "≠FLOPs": "executed FLOPs per token differ from the baseline's by more than 2 % in training or in evaluation",
     "≠params": "total parameters differ from the baseline's by more than 2 %",
     "≠match": "its width was solved for another quantity (layout.match) than the comparison is by",
     "≠tokens": "trained on another number of tokens",
@@ -21,6 +21,7 @@ def legend(comparison: Comparison) -> tuple[str, ...]:
     marks = dict.fromkeys(mark for arm in comparison.arms for mark in arm.marks)
     return (
         *_statistics_legend(comparison),
+        *_compute_legend(comparison),
         *_information_legend(comparison),
         *_parallel_legend(comparison),
         *(f"{mark}: {MARK_MEANINGS[mark]}." for mark in marks if mark in MARK_MEANINGS),
@@ -49,6 +50,16 @@ def _statistics_legend(comparison: Comparison) -> list[str]:
     if any(difference.verdict == "too few seeds" for difference in comparison.differences):
         lines.append(f"too few seeds: fewer than {st.MIN_SEEDS} describe and decide nothing.")
     return lines
+
+
+def _compute_legend(comparison: Comparison) -> list[str]:
+    if not any(arm.cost.get("experts_per_token") for arm in comparison.arms):
+        return []
+    return [
+        "executed: forward FLOPs of the whole model and rows computed by experts, per token, mean over all steps of "
+        "training (each pass counts) and on the evaluation set; × baseline: training / evaluation. in training: share "
+        "of assignments dropped, mean over all steps."
+    ]
 
 
 def _information_legend(comparison: Comparison) -> list[str]:

@@ -81,7 +81,7 @@ def cost_ratio(key: str, runs: Sequence[RunResult], baseline_runs: Sequence[RunR
 
 def solved_for(runs: Iterable[RunResult]) -> set[tuple[str, ...]]:
     """Return what the width of the experts was solved for; a dense arm has none and goes with either."""
-    found = set()
+    found: set[tuple[str, ...]] = set()
     for run in runs:
         layout, router = run.config.get("layout", {}), run.config.get("router", {})
         if router.get("name") != "dense":
@@ -96,7 +96,9 @@ def _quantities(arms: Iterable[Iterable[RunResult]]) -> tuple[str, ...]:
 
 
 def _other_match(ours: tuple[str, ...], quantities: tuple[str, ...]) -> Mismatch:
-    reason = f"its width was solved for {SOLVED_FOR[ours]}, the comparison is by {SOLVED_FOR[quantities]} (layout.match)"
+    reason = (
+        f"its width was solved for {SOLVED_FOR[ours]}, the comparison is by {SOLVED_FOR[quantities]} (layout.match)"
+    )
     return Mismatch(mark="≠match", reason=reason)
 
 

@@ -21,9 +21,11 @@ LOAD_COLUMNS = {
     "entropy": "entropy",
     "dead_experts": "dead",
     "drop_rate": "dropped",
+    "train_drop_rate": "in training",
     "unserved": "unserved",
-    "flops": "FLOPs",
 }
+SHARES = ("drop_rate", "train_drop_rate", "unserved")
+"""Load metrics that are shown in percent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,7 @@ def grids(comparison: Comparison) -> tuple[Grid, ...]:
         _certainty_grid(comparison),
         _load_grid(comparison),
         _information_grid(comparison),
+        _compute_grid(comparison),
         _cost_grid(comparison),
         _parallel_grid(comparison),
     )
@@ -153,10 +156,31 @@ def _share(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.3f}"
 
 
+def _compute_grid(comparison: Comparison) -> Grid:
+    return Grid(
+        title="Compute per token: planned, and executed in training (train) and evaluation (eval)",
+        header=("arm", "FLOPs", "train", "eval", "× baseline", "experts", "train", "eval"),
+        rows=tuple(_compute_row(arm) for arm in comparison.arms if arm.num_done),
+    )
+
+
+def _compute_row(arm: ArmSummary) -> tuple[str, ...]:
+    phases = ("", "train_", "eval_")
+    flops = [human(arm.cost.get(f"{phase}flops_per_token")) for phase in phases]
+    experts = [arm.cost.get(f"{phase}experts_per_token") for phase in phases]
+    ratios = (f"{ratio:.2f}" for ratio in arm.flops_vs_baseline.values())
+    return (
+        _name(arm),
+        *flops,
+        " / ".join(ratios) or NOTHING,
+        *(NOTHING if not value else f"{value:.2f}" for value in experts),
+    )
+
+
 def _cost_grid(comparison: Comparison) -> Grid:
     return Grid(
-        title="Cost: speed, forward FLOPs, parameters",
-        header=("arm", "tokens/s", "of baseline", "FLOPs/token", "active", "total"),
+        title="Cost: speed, parameters",
+        header=("arm", "tokens/s", "of baseline", "active", "total"),
         rows=tuple(_cost_row(arm) for arm in comparison.arms if arm.num_done),
     )
 
@@ -166,7 +190,7 @@ def _cost_row(arm: ArmSummary) -> tuple[str, ...]:
         _name(arm),
         human(arm.tokens_per_s),
         NOTHING if arm.throughput_share is None else f"{100 * arm.throughput_share:.0f} %",
-        *(human(arm.cost.get(key)) for key in ("flops_per_token", "active_params", "total_params")),
+        *(human(arm.cost.get(key)) for key in ("active_params", "total_params")),
     )
 
 
@@ -217,13 +241,7 @@ def _half(interval: st.Interval | None) -> str:
 def _load(key: str, value: float | None) -> str:
     if value is None:
         return NOTHING
-    return (
-        f"{100 * value:.1f} %"
-        if key in ("drop_rate", "unserved")
-        else f"{value:.1f}"
-        if key == "dead_experts"
-        else f"{value:.2f}"
-    )
+    return f"{100 * value:.1f} %" if key in SHARES else f"{value:.1f}" if key == "dead_experts" else f"{value:.2f}"
 
 
 def rich_grid(grid: Grid) -> Table:

@@ -39,6 +39,8 @@ class ArmSummary:
     tokens_per_s: float | None
     throughput_share: float | None  # ratio of the medians over common seeds, baseline = 1
     cost: dict[str, float]
+    flops_vs_baseline: dict[str, float]
+    """Executed FLOPs per token over the baseline's, in "training" and "evaluation"; empty where not known."""
     parallel: dict[str, float]  # what the processes cost each other; empty for one process
     marks: tuple[str, ...]
 
@@ -140,6 +142,7 @@ class Comparison:
             "load": arm.load,
             "throughput": {"tokens_per_s": arm.tokens_per_s, "share_of_baseline": arm.throughput_share},
             "cost": arm.cost,
+            "flops_vs_baseline": arm.flops_vs_baseline,
             "parallel": arm.parallel,
             "marks": list(arm.marks),
             "domains": arm.domains,

@@ -176,7 +176,7 @@ class MoELayer(nn.Module):
         return self.routed_flops_per_token(length) + shared + weighing
 
     def routed_flops_per_token(self, length: int = 0) -> int:
-        """Forward FLOPs of the router and the experts that one token uses, as planned: an even load, nothing dropped."""
+        """Forward FLOPs of the router and the experts of one token, as planned: an even load, nothing dropped."""
         return self.router.flops_per_token() + self.bank.flops_per_token(self.rows_per_token, length)
 
     def executed_flops(self, record: LayerRecord) -> Tensor:
@@ -184,7 +184,7 @@ class MoELayer(nn.Module):
 
         Of this process's tokens, whichever process computed them. The counterpart of `routed_flops_per_token`.
         """
-        return self.router.executed_flops(record) + self.bank.executed_flops(record.kept, record.sequence_length)
+        return self.router.executed_flops(record) + self.bank.executed_flops(record.kept, record.sequence_length or 0)
 
     @property
     def rows_per_token(self) -> float:

@@ -84,8 +84,9 @@ class HeadBank(Bank):
     def executed_flops(self, kept: AnyRouting, length: int) -> Tensor:
         """Return the forward FLOPs of a routing; every token pays for the most heads that one token has."""
         assert isinstance(kept, Routing)
-        is_rectangle = kept.kept_N is None and kept.top_k is not None
-        num_slots = kept.top_k if is_rectangle else kept.experts_per_token_T.max().clamp(min=1)
+        # A rectangle without holes has its K for all; in other lists the longest token decides.
+        has_holes = kept.kept_N is not None or kept.top_k is None
+        num_slots = kept.experts_per_token_T.max().clamp(min=1) if has_holes else kept.top_k or 0
         attention = num_slots * kept.num_tokens * score_flops(length, self.w_query_EDH.shape[2])
         return super().executed_flops(kept, length) + attention
 

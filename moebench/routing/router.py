@@ -55,7 +55,7 @@ class Facts:
     balanced: bool = False
     """In training every expert has the same load whatever the tokens are, where the sizes divide: measured."""
     variable_k: bool = False
-    """Tokens differ in how many experts they have, in training or in evaluation: measured."""
+    """Tokens have another number of experts than `experts_per_token`, in training or in evaluation: measured."""
     cost: str = "T·E"
     """How the time to route T tokens to E experts grows, beside the gate's product."""
     use: str = ""

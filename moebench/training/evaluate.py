@@ -1,7 +1,7 @@
 """Evaluation on a fixed set: quality and load, deterministic, without gradients."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,12 +94,13 @@ class _Tally:
         self.labels.add(batch, records)
         self.execution.add(records)
 
-    def over(self, mesh: Mesh, model: Model, task: Task) -> tuple[dict[str, float], dict[str, list[int]], dict[str, LabelTable]]:
+    def over(
+        self, mesh: Mesh, model: Model, task: Task
+    ) -> tuple[dict[str, float], dict[str, list[int]], dict[str, LabelTable]]:
         """Return the load metrics, each expert's load and the label tables of what all processes counted together."""
         counts = {layer: count.over(mesh.world) for layer, count in self.counts.items()}
         tables = self.labels.over(mesh.world)
         self.execution.share(mesh)
-        self.execution.check_declared()
         load = summarise(list(counts.values())) | self.execution.metrics(model, task) | information(tables)
         return load, {str(layer): count.load_E.tolist() for layer, count in counts.items()}, tables
 
@@ -119,6 +120,7 @@ def _evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, dev
         tally.add(on_device, records)
     sums = {name: mesh.world.sum(value).cpu() for name, value in sums.items()}
     load, load_by_layer, labels = trained.over(mesh, model, task)
+    trained.execution.check_declared()  # a router may serve domains that it was not trained on by other rules
     outside, _, _ = held_out.over(mesh, model, task)
     return Evaluation(
         quality=task.quality(sums),

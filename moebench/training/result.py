@@ -17,8 +17,9 @@ class RunResult:
     step: int  # optimizer steps completed
     metrics: dict[str, float]  # final; empty when failed early
     cost: dict[str, float]
-    """active_params, total_params, train_passes, train_tokens; flops_per_token (forward) and experts_per_token as planned,
-    the same with the prefixes train_ and eval_ as executed: mean over all steps of training, and on the test split."""
+    """active_params, total_params, train_passes, train_tokens; flops_per_token (forward) and experts_per_token as
+    planned; both with the prefixes train_ and eval_ as executed: mean over all steps of training, and on the test
+    split."""
     throughput: dict[str, float]  # tokens_per_s (median inside the step), step_s, train_s, total_s, data_share
     data_digest: str
     eval_digest: str  # of the evaluation set and the metric's definition: arms must agree

@@ -87,7 +87,8 @@ def test_own_pictures_from_run_to_curve(vision: CommandLine, warm: WarmCommandLi
     compared = warm(vision, "compare", "./vision.yaml", skip, "--json")
     assert compared.code == 0, compared.err
     assert (compared.json["metric"], compared.json["lower_is_better"]) == ("accuracy", False)
-    assert all(arm["marks"] == [] for arm in compared.json["arms"].values())
+    assert compared.json["arms"]["dense"]["marks"] == []
+    assert set(compared.json["arms"]["v_moe"]["marks"]) <= {"≠FLOPs"}  # a capacity drops assignments in training
     line = ["--vary", "layout.capacity_factor_eval=0.5,1", "--by", "router.priority=best,position"]
     curve = warm(vision, "curve", "./vision.yaml", skip, *line, "--json")
     assert curve.code == 0, curve.err

@@ -20,6 +20,7 @@ LOAD = {
     "entropy": 0.97,
     "dead_experts": 0.5,
     "drop_rate": 0.012,
+    "train_drop_rate": 0.02,
     "unserved": 0.0,
 }
 
@@ -38,6 +39,11 @@ def run(arm: str, seed: int, value: float) -> RunResult:
             "active_params": 1.234e6,
             "total_params": 4.567e6 if load else 1.234e6,
             "flops_per_token": 2.469e6,
+            "train_flops_per_token": 2.45e6 if load else 2.469e6,
+            "eval_flops_per_token": 2.469e6,
+            "experts_per_token": 1.0 if load else 0.0,
+            "train_experts_per_token": 0.98 if load else 0.0,
+            "eval_experts_per_token": 1.0 if load else 0.0,
             "train_tokens": 4.9e6,
         },
         throughput={"tokens_per_s": 14_000.0 if load else 20_000.0},
@@ -94,17 +100,25 @@ switch                 4  0.001   0.003        –     −0.8      0.0046    low
 sigmoid_bias_free      4  0.622   0.622        –     +0.0      0.0050    low
 
 Expert load on the evaluation set, mean over expert layers
-arm                MaxVio    CV  entropy  dead  dropped  unserved
-──────────────────────────────────────────────────────────────────
-switch               0.80  0.40     0.97   0.5    1.2 %     0.0 %
-sigmoid_bias_free    0.80  0.40     0.97   0.5    1.2 %     0.0 %
+arm                MaxVio    CV  entropy  dead  dropped  in training  unserved
+───────────────────────────────────────────────────────────────────────────────
+switch               0.80  0.40     0.97   0.5    1.2 %        2.0 %     0.0 %
+sigmoid_bias_free    0.80  0.40     0.97   0.5    1.2 %        2.0 %     0.0 %
 
-Cost: speed, forward FLOPs, parameters
-arm                tokens/s  of baseline  FLOPs/token  active  total
-─────────────────────────────────────────────────────────────────────
-dense                 20.0k        100 %        2.47M   1.23M  1.23M
-switch                14.0k         70 %        2.47M   1.23M  4.57M
-sigmoid_bias_free     14.0k         70 %        2.47M   1.23M  4.57M
+Compute per token: planned, and executed in training (train) and
+evaluation (eval)
+arm                FLOPs  train   eval   × baseline  experts  train  eval
+──────────────────────────────────────────────────────────────────────────
+dense              2.47M  2.47M  2.47M  1.00 / 1.00        –      –     –
+switch             2.47M  2.45M  2.47M  0.99 / 1.00     1.00   0.98  1.00
+sigmoid_bias_free  2.47M  2.45M  2.47M  0.99 / 1.00     1.00   0.98  1.00
+
+Cost: speed, parameters
+arm                tokens/s  of baseline  active  total
+────────────────────────────────────────────────────────
+dense                 20.0k        100 %   1.23M  1.23M
+switch                14.0k         70 %   1.23M  4.57M
+sigmoid_bias_free     14.0k         70 %   1.23M  4.57M
 
 FAILED switch, seed 1 (swi1): loss is nan at step 212
 MISSING sigmoid_bias_free: no result yet for seed 4
@@ -113,6 +127,9 @@ p Holm: p of the paired t-test, corrected for 2 comparisons; better or worse mea
 exact p: sign flips, 6 seeds or more, not corrected. seed SD: the difference over the SD between
 seeds. detectable: the smallest true difference that 4 of 5 repeats would show.
 low power: 3 to 5 seeds can miss any difference smaller than the detectable one.
+executed: forward FLOPs of the whole model and rows computed by experts, per token, mean over all
+steps of training (each pass counts) and on the evaluation set; × baseline: training / evaluation.
+in training: share of assignments dropped, mean over all steps.
 Note: 1 of 15 cells have no result yet: this is an early look.
 Note: switch: difference over common seeds only, without seed 1.
 Note: sigmoid_bias_free: difference over common seeds only, without seed 4.

@@ -33,6 +33,7 @@ NONE = -100
         taught=("gate",),
         makes_scores=False,
         own_losses=("domain",),
+        variable_k=True,
     )
 )
 class DomainPosterior(Domain):
@@ -44,7 +45,7 @@ class DomainPosterior(Domain):
     no gradient of that loss reaches the network below, none of the task's loss the classifier. So the posterior is
     discriminative, from what the layer sees and not from how well each expert predicts. As in the paper the prior is a
     factor of its own: π counts training tokens, the classifier is trained on top of it, and evaluation may take
-    another. All experts compute all tokens in evaluation; in training one does, and that is what arms are matched by.
+    another. All experts compute all tokens in evaluation; in training one does, and there alone is it matched.
 
     Domains that were held out of training are served in the same way, by the experts of those that they resemble: what
     the paper's mixture is for.

@@ -17,7 +17,7 @@ from moebench.routing.values import LayerRecord, Routing
         equation="G_j = W x + W_g G_{j-1} in the j-th MoE layer,  p = softmax(G_j),  y = Σ_{i in top-k} p_i E_i(x)",
         paper="arXiv:2410.07348, section 3 (loss: heterogeneous load balance)",
         use="Experts that cost nothing beside networks: easy tokens use less compute.",
-        beware="Says nothing without layout `zero_computation`. FLOPs vary with the routing: see load/flops.",
+        beware="Says nothing without layout `zero_computation`. Executed FLOPs vary with the routing.",
         causal=True,
         causal_reason="each token is routed by its own vectors, here and in the layers below",
         batch_dependent=False,
@@ -30,7 +30,7 @@ class MoEPlusPlus(Router):
     The loss weighs each expert, η = 1 with a network and τ without: E² / Σ η · Σ_i η_i f_i P_i, 1 at uniform routing,
     least where the load goes as 1/η. The paper counts f per token and leaves the factor out: its value is k Σ η / E² of
     ours. Where all experts have networks it is the load-balance loss. Gradients reach the gates of the layers below.
-    FLOPs are those of an even load over all experts; `load/flops` shows how far a run went from it. Weights are the
+    Planned FLOPs are those of an even load over all experts; a run reports what it executed. Weights are the
     paper's equations, not its code (which sets those of zero experts to 0 and renormalises); the larger capacity of
     networks is left out. Where the layer below has another number of experts, the residual starts anew.
     """
