@@ -128,7 +128,7 @@ def test_residual_and_shared_networks_are_added_as_the_papers_say() -> None:
     assert record.routing.load_E.sum() == 24 * 2 * 4
     torch.testing.assert_close(y_TD, double_loop(fine.bank, x_TD, record.kept) + fine.shared(x_TD))
     y_TD, record = residual(x_TD, ctx)
-    mix_T2 = (x_TD @ residual.mix.weight_ED.T).softmax(-1)
+    mix_T2 = (x_TD @ residual.mix.weight_ED.T + residual.mix.bias_E).softmax(-1)
     slow_TD = mix_T2[:, :1] * double_loop(residual.bank, x_TD, record.kept) + mix_T2[:, 1:] * residual.shared(x_TD)
     torch.testing.assert_close(y_TD, slow_TD)
 
