@@ -110,6 +110,7 @@ class MoELayer(nn.Module):
             kept=kept,
             valid_T=ctx.valid_T,
             sequence_length=ctx.sequence_length,
+            flops_E=self.bank.flops_per_row_E(),
             ranks=self.scopes.balance,
         )
 

@@ -15,6 +15,7 @@ from moebench.experts.widths import Widths
 from moebench.models.build import build_backbone, plan_of
 from moebench.models.cost import Cost, cost_of
 from moebench.models.transformer import BatchContext, Transformer
+from moebench.routing.losses import LOSSES
 from moebench.routing.router import ROUTERS
 
 
@@ -114,6 +115,24 @@ def test_relative_widths_and_depths_are_dealt_out() -> None:
     layout = {"name": "heterogeneous", "num_experts": 4, "widths": [0.5, 1.5], "depths": [1, 2], "expert_width": 8}
     (layer, *_) = backbone_of(layout).moe_layers()
     assert layer.bank.flops_per_row_E() == (4 * 32, 4 * 32, 2 * 12 * 32, 2 * 12 * 32)
+
+
+def test_the_penalty_on_large_experts_knows_the_sizes_of_the_layer() -> None:
+    # Widths 4 and 12, of 16 tokens 8 each: sizes 1/2 and 3/2 of the mean, f = 1/2 each: P_0/2 + 3 P_1/2.
+    layout = {"name": "heterogeneous", "num_experts": 2, "widths": [0.5, 1.5], "expert_width": 8}
+    (layer, *_) = backbone_of(layout, "switch").moe_layers()
+    stirred(layer)
+    tokens = Tokens.draw(16)
+    x_TD = torch.cat([tokens.x_TD[:8], -tokens.x_TD[:8]])  # a linear gate sends x and -x to different experts
+    _, record = layer(x_TD, tokens.context(training=False))
+    assert record.flops_E == (4 * 32, 12 * 32)
+    assert record.load_E.tolist() == [8, 8]
+    mean_E = record.routing.scores_TE.mean(0)
+    penalty = LOSSES.get("parameter_penalty").item(record)
+    torch.testing.assert_close(penalty, mean_E[0] / 2 + 3 * mean_E[1] / 2)
+    # To go downhill is to raise the score of the small expert for every token.
+    (gradient_TE,) = torch.autograd.grad(penalty, record.routing.logits_TE)
+    assert (gradient_TE[:, 0] < 0).all()
 
 
 def test_attention_experts_make_the_network_narrower() -> None:
