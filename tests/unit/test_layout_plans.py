@@ -136,10 +136,18 @@ def test_the_penalty_on_large_experts_knows_the_sizes_of_the_layer() -> None:
 
 
 def test_attention_experts_make_the_network_narrower() -> None:
-    # Two of 4 projection experts: 2·3·64 more weights, and a gate of 32: 416 of the dense network's 1024 weights.
-    backbone = backbone_of({"name": "attention", "num_experts": 4}, "top_k")
-    assert backbone.blocks[0].feed_forward.w_in_DF.shape == (8, 50)
-    assert 2 * 8 * 50 + 3 * 64 + 32 == 2 * 8 * 64
+    # Two of 4 experts with three maps of 64 weights: 3·64 more than dense, and a gate of 32: 224 of the dense network's
+    # 1024 weights. With two maps (keys are values): 64 more, and the gate.
+    for keys_values, maps, width in (("apart", 3, 50), ("shared", 2, 58)):
+        layout = {"name": "attention", "num_experts": 4, "keys_values": keys_values}
+        backbone = backbone_of(layout, "top_k")
+        assert backbone.blocks[0].attention.layer.bank.weight_EDO.shape == (4, 8, maps * 8)
+        assert backbone.blocks[0].feed_forward.w_in_DF.shape == (8, width)
+        assert 2 * 8 * width + (2 * maps - 3) * 64 + 32 == 2 * 8 * 64
+    # One expert with two maps: a map of 64 weights less than dense, less the gate: the network is 2 units wider.
+    backbone = backbone_of({"name": "attention", "num_experts": 4}, "switch")
+    assert backbone.blocks[0].feed_forward.w_in_DF.shape == (8, 66)
+    assert 2 * 8 * 66 - 64 + 32 == 2 * 8 * 64
 
 
 def test_heads_are_dealt_out_to_experts() -> None:
@@ -233,7 +241,7 @@ def test_bad_options_are_one_line(layout: dict[str, Any], router: Any, words: st
 
 
 def test_nothing_left_for_the_network_is_refused_with_the_next_width_that_fits() -> None:
-    layout = {"name": "attention", "num_experts": 8}
+    layout = {"name": "attention", "num_experts": 8, "keys_values": "apart"}
     with pytest.raises(UsageError, match=r"^model\.ffn_width=64 leaves nothing for 8 experts per token") as caught:
         backbone_of(layout, "all_experts")
     assert "layout.match=none" in str(caught.value)
