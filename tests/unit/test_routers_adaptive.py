@@ -9,6 +9,7 @@ from contract.cases import Case, Tokens, assigned_TE, raw_losses, route, run, we
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moebench.routing.losses import LOSSES
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -47,6 +48,15 @@ def test_top_p_uses_the_smallest_set_that_reaches_p(top_p: float, seed: int) -> 
     assert (scores_TE.where(~used_TE, -1.0).amax(-1) <= least_T).all(), "the used ones are the best"
     if top_p == 1e-6:
         assert (used_TE.sum(-1) == 1).all()
+
+
+def test_the_balance_loss_of_top_p_is_that_of_the_paper_over_the_mean_number_of_experts() -> None:
+    routing = route(Case("top_p", 8, {"top_p": 0.8}).router(), Tokens.draw(64), training=True)
+    mean_k = routing.experts_per_token_T.float().mean()
+    assert 1.5 < mean_k < 7
+    papers = 8 * torch.dot(routing.load_E / 64, routing.scores_TE.mean(0))
+    ours = LOSSES.get("load_balance").item(record_of(routing))
+    torch.testing.assert_close(ours * mean_k, papers)
 
 
 def test_dynmoe_by_hand() -> None:

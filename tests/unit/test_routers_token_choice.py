@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from contract.by_hand import chosen, record_of, routed, with_identity
-from contract.cases import Case, Tokens, route, weight_table
+from contract.cases import Case, Tokens, route, run, weight_table
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -158,6 +158,21 @@ def test_cosine_by_hand() -> None:
     routing = routed(router, torch.tensor([[3.0, 4.0]]))
     assert routing.logits_TE.tolist() == [pytest.approx([3.0, 4.0])]
     assert chosen(routing) == pytest.approx({1: 1 / (1 + math.exp(-1))})
+
+
+def test_a_drop_leaves_the_weights_of_the_other_experts_as_they_are() -> None:
+    layer = Case("mixtral").layer(capacity=Capacity(train=0.5))
+    _, record = run(layer, Tokens.draw(64), training=True)
+    kept_N = record.kept.counted_N
+    half_T = record.kept.experts_per_token_T == 1
+    assert half_T.sum() > 5
+    assert torch.equal(record.kept.weight_N[kept_N], record.routing.weight_N[kept_N])
+    weight_T = weight_table(record.kept).sum(-1)
+    assert (weight_T[half_T] < 1 - 1e-3).any(), "nothing makes up for the dropped one"
+
+
+def test_the_balance_coefficient_of_mixtral_is_that_of_the_released_model() -> None:
+    assert Case("mixtral").config.losses == {"load_balance": 0.02 * 2}  # there the loss is k = 2 at uniform, here 1
 
 
 def test_the_temperature_of_cosines_is_bounded() -> None:

@@ -36,8 +36,8 @@ class RoutingNetworksWPL(Router):
     The policy of an agent is a table, blind to the token: a domain's tokens all go the same way once it has settled.
     WPL slows down towards the borders of the simplex, which keeps agents that learn at once from circling around each
     other. Here a step moves the table once, by the mean over its tokens of what they would each do: every token weighs
-    its own advantage by its sign, as in the paper. R̄ is the mean of the steps before; in the first, where there is none,
-    nothing moves. What differs from the paper else stands at `routing_networks`. Evaluation takes the likeliest action.
+    its own advantage by its sign, as in the paper. R̄ is the mean of the steps before: in the first step nothing moves.
+    What differs from the paper else stands at `routing_networks`. Evaluation takes the most likely action.
     """
 
     policy_GA: Tensor
