@@ -42,8 +42,8 @@ class MoELayer(nn.Module):
 
         `shared`: a network that every token uses (DeepSeekMoE's shared experts, arXiv:2401.06066, section 3.2, are
         one network of their summed width), added to what the bank gives. `residual`: instead of adding, weigh the
-        two by c = softmax(x W_c) (PR-MoE, arXiv:2201.05596, section 4.1; the learned c is that of its
-        implementation, DeepSpeed). `expert_dropout`: rate for the hidden activations of experts, shared ones
+        two by c = softmax(x W_c + b) (PR-MoE, arXiv:2201.05596, section 4.1; the learned c and its bias are those of
+        its implementation, DeepSpeed). `expert_dropout`: rate for the hidden activations of experts, shared ones
         included, in training. Raises ValueError for a residual without a shared network.
         """
         super().__init__()
@@ -55,7 +55,7 @@ class MoELayer(nn.Module):
         self.capacity = capacity
         self.layer = layer
         self.shared = shared
-        self.mix = Gate(shared.w_in_DF.shape[0], 2) if residual and shared is not None else None
+        self.mix = Gate(shared.w_in_DF.shape[0], 2, bias=True) if residual and shared is not None else None
         self.expert_dropout = expert_dropout
         self.scopes = Scopes()
         """Whose tokens count beside those of this process; `parallel` sets it when the model is built."""
@@ -110,6 +110,7 @@ class MoELayer(nn.Module):
             kept=kept,
             valid_T=ctx.valid_T,
             sequence_length=ctx.sequence_length,
+            flops_E=self.bank.flops_per_row_E(),
             ranks=self.scopes.balance,
         )
 

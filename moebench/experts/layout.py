@@ -8,7 +8,7 @@ from moebench.errors import UsageError, require
 from moebench.experts.capacity import Capacity
 from moebench.registry import Registry
 
-Kind = Literal["ffn", "zero", "copy", "constant", "projection", "head", "stack"]
+Kind = Literal["ffn", "zero", "copy", "constant", "projection", "shared_projection", "head", "stack"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,8 @@ class ExpertShape:
 
     kind: Kind = "ffn"
     """ffn, or without a network: zero (y = 0), copy (y = x), constant (a mix of x and a vector). In attention:
-    projection (queries, keys and values), head (queries and output). stack: all blocks of a model."""
+    projection (queries, keys and values), shared_projection (queries, and keys that are the values too), head (queries
+    and output). stack: all blocks of a model."""
     width: float = 1.0
     """Hidden width in units; matching solves for the unit."""
     depth: int = 1
@@ -55,7 +56,7 @@ class BlockPlan:
 
     feed_forward: Experts | None = None
     attention: Experts | None = None
-    """Experts of kind projection or head."""
+    """Experts of kind projection, shared_projection or head."""
     stack: Experts | None = None
     """Experts of kind stack: this entry stands for all blocks of the model."""
 

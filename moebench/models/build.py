@@ -221,9 +221,10 @@ class Builder:
         sizes = self.config.model
         routed, router = self._router(experts, index)
         layer = partial(moe_layer, routed, router, layout=self.config.layout, layer=f"{self.layer(index)}.attention")
-        number = len(experts.shapes)
-        if experts.shapes[0].kind == "projection":
-            bank = ProjectionBank(sizes.d_model, 3 * sizes.d_model, number)
+        number, kind = len(experts.shapes), experts.shapes[0].kind
+        if kind != "head":
+            num_maps = 3 if kind == "projection" else 2
+            bank = ProjectionBank(sizes.d_model, num_maps * sizes.d_model, number)
             return ProjectionExperts(
                 layer(bank),
                 sizes.d_model,

@@ -15,7 +15,8 @@ from moebench.routing.values import LayerRecord, Routing
 class ProjectionExperts(nn.Module):
     """Attention whose queries, keys and values come from experts: one choice of experts for each token.
 
-    The experts are linear, as in Switch (arXiv:2101.03961, appendix A); the output projection stays dense.
+    The experts are linear (Switch, arXiv:2101.03961, appendix A): three maps each, or two, of which the second makes
+    keys that are the values too. The output projection stays dense.
     """
 
     def __init__(
@@ -38,6 +39,9 @@ class ProjectionExperts(nn.Module):
     def forward(self, x_BLD: Tensor, ctx: RouteContext, places: Places | None = None) -> tuple[Tensor, LayerRecord]:
         """Return the attention output, without the residual, and the record."""
         qkv_TO, record = self.layer(x_BLD.flatten(0, 1), ctx)
+        width = x_BLD.shape[-1]
+        if qkv_TO.shape[-1] == 2 * width:
+            qkv_TO = torch.cat([qkv_TO, qkv_TO[:, width:]], dim=-1)
         query, key, value = split_heads(qkv_TO.unflatten(0, x_BLD.shape[:2]), self.num_heads)
         read_BLD = attend(query, key, value, causal=self.causal, rope_theta=self.rope_theta, places=places)
         out: Tensor = self.out(read_BLD)

@@ -97,7 +97,7 @@ def capped_plan(
     """Return log A_GTE, A = argmax <S, A> + weight · H(A), columns of `seats`, rows at most `cap`, entries at most 1.
 
     Dykstra's algorithm: projections on the three sets in turn, each after what it took off the last time is put back
-    (arXiv:2202.09368, section 4.1), in logarithms. The paper's weight of 1e-3 is far from converged after its 100
+    (arXiv:2202.09368, section 3.3), in logarithms. The paper's weight of 1e-3 is far from converged after its 100
     iterations when scores are as large as those of a few experts; 0.02 is not, and fills more places. Where A is cut
     to 1 the logarithm before the cut is returned, so that nothing ties.
     """

@@ -168,6 +168,31 @@ def importance(record: LayerRecord) -> Tensor:
     return squared_variation(record.importance_E)
 
 
+@LOSSES.register(
+    LossFacts(
+        equation="E · Σ_e s_e f_e P_e,  s_e = size of expert e over the mean size, f and P as in load_balance",
+        paper="arXiv:2408.10681 (HMoE, parameter penalty)",
+        uniform="1",
+        collapsed="E / k times the mean s of the k experts",
+    ),
+    name="parameter_penalty",
+)
+def parameter_penalty(record: LayerRecord) -> Tensor:
+    """HMoE's parameter penalty: a balance loss in which the load of an expert counts by its size.
+
+    For layouts whose experts differ, in place of `load_balance`, which it equals where all are alike. The size of an
+    expert is its FLOPs per row, which for a network are proportional to its parameters; experts without a network have
+    none. The paper counts assignments per token and multiplies by the hidden width itself: its value is k times the
+    mean width of ours.
+    """
+    scores_TE = _need(record.routing.scores_TE, "parameter_penalty", "scores")
+    size_E = scores_TE.new_tensor(record.flops_E or (1,) * record.routing.num_experts)
+    load_E = record.load_E.to(scores_TE.dtype)
+    share_E = load_E / load_E.sum().clamp(min=1)
+    score_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=1e-20)
+    return record.routing.num_experts * torch.dot(size_E / size_E.mean().clamp(min=1) * share_E, record.mean(score_TE))
+
+
 def squared_variation(value_E: Tensor) -> Tensor:
     """Return Var/Mean² with the population variance; 0 when all are equal (and for an empty batch)."""
     return value_E.var(unbiased=False) / (value_E.mean().square() + 1e-10)

@@ -200,6 +200,8 @@ class LayerRecord:
     """bool, False at padding; None when nothing is padded."""
     sequence_length: int | None = None
     """Tokens of one sequence; T is a multiple of it. None: not known."""
+    flops_E: tuple[int, ...] = ()
+    """Forward FLOPs of one row through each expert of the layer; empty: not known, taken to be equal."""
     ranks: Ranks = ALONE
     """Over whose tokens losses take their sums and means: those of all processes, or ALONE."""
     token_loss_T: Tensor | None = None

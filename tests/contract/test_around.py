@@ -43,11 +43,14 @@ def test_residual_weighs_the_two_and_its_weights_sum_to_1(case: Case) -> None:
     routed_TD, _ = run(case.layer(), tokens, training=False)
     assert layer.shared is not None
     assert layer.mix is not None
-    share_T2 = torch.softmax(tokens.x_TD @ layer.mix.weight_ED.T, -1)
+    share_T2 = torch.softmax(tokens.x_TD @ layer.mix.weight_ED.T + layer.mix.bias_E, -1)
     torch.testing.assert_close(y_TD, share_T2[:, :1] * routed_TD + share_T2[:, 1:] * layer.shared(tokens.x_TD))
     (y_TD.square().sum()).backward()
     assert layer.mix.weight_ED.grad is not None
     assert layer.mix.weight_ED.grad.norm() > 1e-3
+    assert layer.mix.bias_E is not None
+    assert layer.mix.bias_E.grad is not None
+    assert layer.mix.bias_E.grad.norm() > 1e-3
 
 
 def test_a_dropped_token_still_has_the_shared_network() -> None:
@@ -58,8 +61,24 @@ def test_a_dropped_token_still_has_the_shared_network() -> None:
     assert unserved_T.any()
     assert layer.shared is not None
     assert layer.mix is not None
-    share_T1 = torch.softmax(tokens.x_TD @ layer.mix.weight_ED.T, -1)[:, 1:]
+    share_T1 = torch.softmax(tokens.x_TD @ layer.mix.weight_ED.T + layer.mix.bias_E, -1)[:, 1:]
     torch.testing.assert_close(y_TD[unserved_T], (share_T1 * layer.shared(tokens.x_TD))[unserved_T])
+
+
+def test_the_bias_alone_can_weigh_the_two() -> None:
+    # With W_c = 0 and b = (ln 3, 0) every token has three quarters of its experts and a quarter of the network.
+    layer, tokens = surrounded(Case("switch"), residual=True), Tokens.draw(24)
+    assert layer.mix is not None
+    assert layer.mix.bias_E is not None
+    init_weights(layer.mix, 0)
+    assert layer.mix.bias_E.tolist() == [0.0, 0.0], "even at the start"
+    with torch.no_grad():
+        layer.mix.weight_ED.zero_()
+        layer.mix.bias_E.copy_(torch.tensor([3.0, 1.0]).log())
+    y_TD, _ = run(layer, tokens, training=False)
+    routed_TD, _ = run(Case("switch").layer(), tokens, training=False)
+    assert layer.shared is not None
+    torch.testing.assert_close(y_TD, 0.75 * routed_TD + 0.25 * layer.shared(tokens.x_TD))
 
 
 def test_flops_count_the_shared_network_and_its_weighing() -> None:

@@ -105,15 +105,17 @@ def test_head_experts_equal_a_loop_over_tokens(router: str, causal: bool) -> Non
 
 
 @pytest.mark.parametrize("router", ["switch", "top_k", "hash"])
-def test_projection_experts_equal_a_loop_over_tokens(router: str) -> None:
-    attention = stirred(backbone_of(config_of("attention", router))).blocks[0].attention
+@pytest.mark.parametrize(("keys_values", "maps"), [("shared", 2), ("apart", 3)])
+def test_projection_experts_equal_a_loop_over_tokens(router: str, keys_values: str, maps: int) -> None:
+    attention = stirred(backbone_of(config_of("attention", router, keys_values=keys_values))).blocks[0].attention
     x_BLD, ctx = batch(training=False)
     y_BLD, record = attention(x_BLD, ctx.route(0, LENGTH, x_BLD.device))
-    qkv_TO = torch.zeros(BATCH * LENGTH, 3 * D_MODEL)
+    qkv_TO = torch.zeros(BATCH * LENGTH, maps * D_MODEL)
     for token, expert, weight in zip(record.kept.token_N, record.kept.expert_N, record.kept.weight_N, strict=True):
         qkv_TO[token] += weight * attention.layer.bank.expert(x_BLD.flatten(0, 1)[token], int(expert))
     for sequence in range(BATCH):
-        query, key, value = qkv_TO[sequence * LENGTH : (sequence + 1) * LENGTH].chunk(3, dim=-1)
+        query, key, *value = qkv_TO[sequence * LENGTH : (sequence + 1) * LENGTH].chunk(maps, dim=-1)
+        value = value[0] if value else key  # shared: what is read is what was compared, but for its rotation
         slow_LD = attention.out(slow_heads(query, key, value, list(range(LENGTH)), causal=True))
         torch.testing.assert_close(y_BLD[sequence], slow_LD, rtol=1e-3, atol=1e-4)
 
@@ -128,7 +130,7 @@ def test_residual_and_shared_networks_are_added_as_the_papers_say() -> None:
     assert record.routing.load_E.sum() == 24 * 2 * 4
     torch.testing.assert_close(y_TD, double_loop(fine.bank, x_TD, record.kept) + fine.shared(x_TD))
     y_TD, record = residual(x_TD, ctx)
-    mix_T2 = (x_TD @ residual.mix.weight_ED.T).softmax(-1)
+    mix_T2 = (x_TD @ residual.mix.weight_ED.T + residual.mix.bias_E).softmax(-1)
     slow_TD = mix_T2[:, :1] * double_loop(residual.bank, x_TD, record.kept) + mix_T2[:, 1:] * residual.shared(x_TD)
     torch.testing.assert_close(y_TD, slow_TD)
 

@@ -311,7 +311,7 @@ def test_scores_exist_if_the_router_says_so(case: Case, training: bool) -> None:
 @every_router
 def test_named_losses_refuse_a_router_that_cannot_give_them(case: Case) -> None:
     _, record = run(case.layer(), Tokens.draw(8), training=True)
-    needs = dict.fromkeys(("load_balance", "sequence_balance"), record.routing.scores_TE)
+    needs = dict.fromkeys(("load_balance", "sequence_balance", "parameter_penalty"), record.routing.scores_TE)
     needs |= dict.fromkeys(("z", "global_entropy", "local_entropy", "mutual_information"), record.routing.logits_TE)
     for entry in LOSSES.entries():
         if needs.get(entry.name, record) is None:

@@ -34,7 +34,7 @@ def case(**overrides: Any) -> dict[str, Any]:
 def _layout(name: str) -> dict[str, Any]:
     number = 12 if name == "heterogeneous" else 16  # three kinds of four
     options: dict[str, Any] = {"name": name, "num_experts": number, "match": "none"}
-    return case(layout=options, router={"name": "top_k", "losses": {"load_balance": 0.1}})
+    return case(layout=options, router={"name": "top_k", "losses": {"load_balance": 0.1, "parameter_penalty": 0.1}})
 
 
 def _router(name: str) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from moebench.errors import UsageError
 from moebench.routing import metrics
-from moebench.routing.losses import importance, load_balance, squared_variation, z
+from moebench.routing.losses import importance, load_balance, parameter_penalty, squared_variation, z
 from moebench.routing.metrics import LoadCount
 from moebench.routing.values import LayerRecord, Routing
 
-EVERY_LOSS = (load_balance, z, importance)
+EVERY_LOSS = (load_balance, parameter_penalty, z, importance)
 
 
 def record_of(routing: Routing, kept: Routing | None = None, valid_T: Tensor | None = None) -> LayerRecord:
@@ -75,6 +75,28 @@ def test_load_balance_by_hand() -> None:
     # 2 · (2/3 · 1.03/3 + 1/3 · 1.97/3) = 8.06 / 9 = 0.8956
     record = record_of(routed([[0], [0], [1]], [[0.51, 0.49], [0.51, 0.49], [0.01, 0.99]]))
     assert load_balance(record).item() == pytest.approx(8.06 / 9, abs=1e-6)
+
+
+def test_parameter_penalty_by_hand() -> None:
+    # Sizes 1 and 3 are 1/2 and 3/2 of their mean. Three tokens, two of them to the large expert: f = (1/3, 2/3),
+    # P = (.4, .6): 2 · (1/2 · 1/3 · .4 + 3/2 · 2/3 · .6) = 4/3. With equal sizes 2 · (.4/3 + 1.2/3) = 16/15.
+    record = record_of(routed([[0], [1], [1]], [[0.4, 0.6]] * 3))
+    assert parameter_penalty(replace(record, flops_E=(100, 300))).item() == pytest.approx(4 / 3)
+    assert parameter_penalty(replace(record, flops_E=(7, 7))).item() == pytest.approx(16 / 15)
+    assert parameter_penalty(record).item() == pytest.approx(load_balance(record).item())
+    # The same tokens in the small one cost less, and an expert without a network costs nothing.
+    other = record_of(routed([[0], [0], [1]], [[0.6, 0.4]] * 3))
+    assert parameter_penalty(replace(other, flops_E=(100, 300))).item() == pytest.approx(
+        2 * (0.5 * 0.4 + 1.5 * 0.4 / 3)
+    )
+    assert parameter_penalty(replace(other, flops_E=(0, 300))).item() == pytest.approx(2 * (2 * 0.4 / 3))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
+def test_parameter_penalty_is_1_at_uniform_whatever_the_sizes(sizes: list[int]) -> None:
+    scores_TE = torch.full((len(sizes), len(sizes)), 1 / len(sizes))
+    routing = routed([[expert] for expert in range(len(sizes))], scores_TE.tolist())
+    assert parameter_penalty(replace(record_of(routing), flops_E=tuple(sizes))).item() == pytest.approx(1, abs=1e-5)
 
 
 def test_load_balance_counts_before_capacity() -> None:

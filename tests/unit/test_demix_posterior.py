@@ -48,6 +48,18 @@ def test_the_layer_serves_unknown_domains_as_the_sum_of_its_experts() -> None:
     assert layer.router.losses(record)["domain"] == 0  # nothing to compare with
 
 
+def test_outputs_are_mixed_and_not_probabilities() -> None:
+    # Experts that say (4, 0) and (0, 0), at even weights: (2, 0), a probability of .881. DEMix's mixture of the
+    # predictions of whole passes would be (.982 + .5) / 2 = .741.
+    router, tokens = Case("domain_posterior", 2, {"prior": "even"}).router(), Tokens.draw(1)
+    with torch.no_grad():
+        router.gate.weight_ED.zero_()
+    says_E2 = torch.tensor([[4.0, 0.0], [0.0, 0.0]])
+    weight_TE = weight_table(routed(router, tokens, None))
+    assert (weight_TE @ says_E2).softmax(-1)[0, 0].item() == pytest.approx(0.881, abs=5e-4)
+    assert (weight_TE @ says_E2.softmax(-1))[0, 0].item() == pytest.approx(0.741, abs=5e-4)
+
+
 def test_a_classifier_that_knows_nothing_leaves_the_prior() -> None:
     tokens = Tokens.draw(4)
     for prior, expected in (("counted", [7 / 10, 3 / 10]), ("even", [0.5, 0.5])):

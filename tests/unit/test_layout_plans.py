@@ -15,6 +15,7 @@ from moebench.experts.widths import Widths
 from moebench.models.build import build_backbone, plan_of
 from moebench.models.cost import Cost, cost_of
 from moebench.models.transformer import BatchContext, Transformer
+from moebench.routing.losses import LOSSES
 from moebench.routing.router import ROUTERS
 
 
@@ -116,11 +117,37 @@ def test_relative_widths_and_depths_are_dealt_out() -> None:
     assert layer.bank.flops_per_row_E() == (4 * 32, 4 * 32, 2 * 12 * 32, 2 * 12 * 32)
 
 
+def test_the_penalty_on_large_experts_knows_the_sizes_of_the_layer() -> None:
+    # Widths 4 and 12, of 16 tokens 8 each: sizes 1/2 and 3/2 of the mean, f = 1/2 each: P_0/2 + 3 P_1/2.
+    layout = {"name": "heterogeneous", "num_experts": 2, "widths": [0.5, 1.5], "expert_width": 8}
+    (layer, *_) = backbone_of(layout, "switch").moe_layers()
+    stirred(layer)
+    tokens = Tokens.draw(16)
+    x_TD = torch.cat([tokens.x_TD[:8], -tokens.x_TD[:8]])  # a linear gate sends x and -x to different experts
+    _, record = layer(x_TD, tokens.context(training=False))
+    assert record.flops_E == (4 * 32, 12 * 32)
+    assert record.load_E.tolist() == [8, 8]
+    mean_E = record.routing.scores_TE.mean(0)
+    penalty = LOSSES.get("parameter_penalty").item(record)
+    torch.testing.assert_close(penalty, mean_E[0] / 2 + 3 * mean_E[1] / 2)
+    # To go downhill is to raise the score of the small expert for every token.
+    (gradient_TE,) = torch.autograd.grad(penalty, record.routing.logits_TE)
+    assert (gradient_TE[:, 0] < 0).all()
+
+
 def test_attention_experts_make_the_network_narrower() -> None:
-    # Two of 4 projection experts: 2·3·64 more weights, and a gate of 32: 416 of the dense network's 1024 weights.
-    backbone = backbone_of({"name": "attention", "num_experts": 4}, "top_k")
-    assert backbone.blocks[0].feed_forward.w_in_DF.shape == (8, 50)
-    assert 2 * 8 * 50 + 3 * 64 + 32 == 2 * 8 * 64
+    # Two of 4 experts with three maps of 64 weights: 3·64 more than dense, and a gate of 32: 224 of the dense network's
+    # 1024 weights. With two maps (keys are values): 64 more, and the gate.
+    for keys_values, maps, width in (("apart", 3, 50), ("shared", 2, 58)):
+        layout = {"name": "attention", "num_experts": 4, "keys_values": keys_values}
+        backbone = backbone_of(layout, "top_k")
+        assert backbone.blocks[0].attention.layer.bank.weight_EDO.shape == (4, 8, maps * 8)
+        assert backbone.blocks[0].feed_forward.w_in_DF.shape == (8, width)
+        assert 2 * 8 * width + (2 * maps - 3) * 64 + 32 == 2 * 8 * 64
+    # One expert with two maps: a map of 64 weights less than dense, less the gate: the network is 2 units wider.
+    backbone = backbone_of({"name": "attention", "num_experts": 4}, "switch")
+    assert backbone.blocks[0].feed_forward.w_in_DF.shape == (8, 66)
+    assert 2 * 8 * 66 - 64 + 32 == 2 * 8 * 64
 
 
 def test_heads_are_dealt_out_to_experts() -> None:
@@ -214,7 +241,7 @@ def test_bad_options_are_one_line(layout: dict[str, Any], router: Any, words: st
 
 
 def test_nothing_left_for_the_network_is_refused_with_the_next_width_that_fits() -> None:
-    layout = {"name": "attention", "num_experts": 8}
+    layout = {"name": "attention", "num_experts": 8, "keys_values": "apart"}
     with pytest.raises(UsageError, match=r"^model\.ffn_width=64 leaves nothing for 8 experts per token") as caught:
         backbone_of(layout, "all_experts")
     assert "layout.match=none" in str(caught.value)

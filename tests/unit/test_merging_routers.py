@@ -146,6 +146,20 @@ def test_smear_by_hand() -> None:
         torch.testing.assert_close(routing.weight_GE[sequence], (router.scale * logits_E).softmax(0))
 
 
+@pytest.mark.parametrize(("options", "expected"), [({}, 0.28), ({"init_std": 1.0}, 1.0)])
+def test_logits_of_smear_start_as_small_as_published(options: dict, expected: float) -> None:
+    # A gain of 0.01 at 768 dimensions: 0.01 · √768 = .277. Here it is the same at every width.
+    router_class = ROUTERS.get("smear").item
+    for width in (64, 768):
+        place = dataclasses.replace(site(16), d_model=width)
+        router = router_class(router_class.Config(**options), place)
+        init_weights(router, 0)
+        tokens = dataclasses.replace(
+            Tokens.draw(800, length=4), x_TD=torch.randn(800, width, generator=torch.Generator().manual_seed(1))
+        )
+        assert route(router, tokens, training=False).logits_GE.std().item() == pytest.approx(expected, rel=0.1)
+
+
 def test_experts_that_are_left_out_give_their_share_to_the_others() -> None:
     router = Case("smear", 4, {"expert_dropout": 0.5}).router()
     draw_GE = torch.tensor([[0.1, 0.6, 0.9, 0.2], [0.0, 0.1, 0.2, 0.3]])  # in the second sequence all would go
@@ -230,6 +244,7 @@ def test_merging_is_refused_where_it_cannot_be(tmp_path) -> None:
         check_cell(tiny_config(text, router="lory", layout=layout))
     for name, options, message in (
         ("smear", {"expert_dropout": 1.0}, r"^router\.expert_dropout must be at least 0 and below 1, got 1\.0"),
+        ("smear", {"init_std": 0.0}, r"^router\.init_std must be greater than 0, got 0\.0"),
         ("lory", {"segment_length": 0}, r"^router\.segment_length must be at least 1, or null, got 0"),
     ):
         router_class = ROUTERS.get(name).item

@@ -249,6 +249,8 @@ def test_weighted_policy_learner_by_hand() -> None:
     router = build("routing_networks_wpl", 2, rate=0.4)
     record = acting(router, torch.tensor([0, 0, 1, 1]), torch.tensor([1.0, 1.0, 3.0, 3.0]))
     router.after_step(record.routing.load_E, router.sums(record))
+    assert (router.policy_GA == 0.5).all(), "nothing to compare with before the first step"
+    router.after_step(record.routing.load_E, router.sums(record))
     # R̄ = -2. Better by 1 in half of the tokens, worse by 1 in the others: Δ = ±0.5, weighted by 1 - π = π = 0.5.
     torch.testing.assert_close(router.policy_GA, torch.tensor([[0.6, 0.4], [0.5, 0.5]]))
     for _ in range(300):
@@ -259,6 +261,22 @@ def test_weighted_policy_learner_by_hand() -> None:
         assert (router.policy_GA >= 0).all()
     assert router.policy_GA[0, 0] > 0.9  # it was worth more
     assert router.policy_GA[1].tolist() == [0.5, 0.5]  # the agent that never acted
+
+
+def test_each_token_weighs_its_own_advantage() -> None:
+    # R̄ = 0, π = (.9, .1), four tokens. The two of action 0 are better and worse by 1: .1 · 1 - .9 · 1 = -.8, a mean of
+    # -.2 over the four, times .3 is -.06; the nearest probabilities to (.84, .1) are (.87, .13).
+    router = build("routing_networks_wpl", 2, rate=0.3, decay=0.0, agents="single")
+    router.policy_GA.copy_(torch.tensor([[0.9, 0.1]]))
+    router.num_steps_G.fill_(5)
+    record = acting(router, torch.tensor([0, 0, 1, 1]), torch.tensor([-1.0, 1.0, 0.0, 0.0]))
+    halves = [acting(router, torch.tensor([0, 1]), torch.tensor([loss, 0.0])) for loss in (-1.0, 1.0)]
+    whole, first, second = (router.sums(each) for each in (record, *halves))
+    for name, value in whole.items():
+        assert torch.equal(value, first[name] + second[name]), "however a step is divided"
+    router.after_step(record.routing.load_E, whole)
+    torch.testing.assert_close(router.policy_GA, torch.tensor([[0.87, 0.13]]))
+    assert router.mean_G.item() == 0
 
 
 @given(st.lists(st.floats(-3, 3), min_size=1, max_size=6), st.integers(0, 99))

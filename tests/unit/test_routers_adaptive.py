@@ -9,6 +9,7 @@ from contract.cases import Case, Tokens, assigned_TE, raw_losses, route, run, we
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moebench.routing.losses import LOSSES
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -49,15 +50,23 @@ def test_top_p_uses_the_smallest_set_that_reaches_p(top_p: float, seed: int) -> 
         assert (used_TE.sum(-1) == 1).all()
 
 
+def test_the_balance_loss_of_top_p_is_that_of_the_paper_over_the_mean_number_of_experts() -> None:
+    routing = route(Case("top_p", 8, {"top_p": 0.8}).router(), Tokens.draw(64), training=True)
+    mean_k = routing.experts_per_token_T.float().mean()
+    assert 1.5 < mean_k < 7
+    papers = 8 * torch.dot(routing.load_E / 64, routing.scores_TE.mean(0))
+    ours = LOSSES.get("load_balance").item(record_of(routing))
+    torch.testing.assert_close(ours * mean_k, papers)
+
+
 def test_dynmoe_by_hand() -> None:
     # Unit vectors e0, e1 and thresholds sigmoid(0) = .5: an expert is used where the cosine is above 0. x = (1, 1)
     # uses both with weight 1/2, (1, -1) the first alone, (-1, -2) none and so its best, the first (cos -.45 > -.89).
-    # The router's scale is drawn, but its sign is made positive.
     router = Case("dynmoe", 2).router()
     with torch.no_grad():
         router.gate.weight_ED.copy_(3 * torch.eye(2, 8))
         router.threshold_E.zero_()
-        router.scale.fill_(2.0)
+        router.log_scale.fill_(math.log(2))
     x_TD = torch.nn.functional.pad(torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -2.0]]), (0, 6))
     routing = route(router, dataclasses.replace(Tokens.draw(3), x_TD=x_TD), training=True)
     torch.testing.assert_close(weight_table(routing), torch.tensor([[0.5, 0.5], [1.0, 0.0], [1.0, 0.0]]))
@@ -77,9 +86,27 @@ def test_gradient_of_a_threshold_is_that_of_the_score_with_the_other_sign() -> N
     pull_N = torch.randn(routing.weight_N.shape, generator=torch.Generator().manual_seed(0))
     objective = (routing.weight_N * pull_N).sum()
     grad_TE, grad_E = torch.autograd.grad(objective, [routing.scores_TE, router.threshold_E])
-    slope_E = router.threshold_E.sigmoid() * (1 - router.threshold_E.sigmoid())
+    scale = router.log_scale.exp()
+    threshold_E = (scale * router.threshold_E).sigmoid()
+    slope_E = scale * threshold_E * (1 - threshold_E)
     torch.testing.assert_close(grad_E, -grad_TE.sum(0) * slope_E, rtol=1e-4, atol=1e-6)
     assert (grad_E.abs() > 1e-3).sum() >= 4
+
+
+def test_the_temperature_of_dynmoe_scales_score_and_threshold_alike() -> None:
+    # Cosines (.6, .8), g = (.7, .7): only the second expert is above. At τ = 2 the score of the first is
+    # sigmoid(1.2) = .769, above sigmoid(.7) = .668 but below sigmoid(1.4) = .802.
+    router = Case("dynmoe", 2).router()
+    tokens = dataclasses.replace(Tokens.draw(1), x_TD=torch.nn.functional.pad(torch.tensor([[3.0, 4.0]]), (0, 6)))
+    for scale in (0.1, 1.0, 2.0, 50.0, 1e6):
+        with torch.no_grad():
+            router.gate.weight_ED.copy_(torch.eye(2, 8))
+            router.threshold_E.fill_(0.7)
+            router.log_scale.fill_(math.log(scale))
+        routing = route(router, tokens, training=True)
+        assert weight_table(routing).tolist() == [[0.0, 1.0]]
+        expected = min(scale, 100) * torch.tensor([[0.6, 0.8]])
+        torch.testing.assert_close(routing.logits_TE, expected)
 
 
 def test_null_experts_by_hand() -> None:

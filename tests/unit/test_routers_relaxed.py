@@ -246,6 +246,33 @@ def test_shares_are_of_the_relaxed_draw() -> None:
     torch.testing.assert_close(routing.weight_N.view(300, 4), expected_TE, rtol=1e-4, atol=1e-6)
 
 
+def test_the_hard_phase_of_dense_to_sparse_draws_in_training() -> None:
+    # Logits (1, 0): expert 1 has the probability 1 / (1 + e) = .2689, and that is its weight too when it is drawn.
+    logits_TE = torch.tensor([[1.0, 0.0]]).expand(20_000, -1)
+    router = with_identity("dense_to_sparse", 2, dense_steps=10)
+    routing = routed(router, logits_TE, training=True, step=10)
+    second = 1 / (1 + math.e)
+    share = (routing.expert_N == 1).float().mean().item()
+    assert share == pytest.approx(second, abs=SIGMAS * math.sqrt(second * (1 - second) / 20_000))
+    assert (routing.experts_per_token_T == 1).all()
+    expected_N = torch.where(routing.expert_N == 1, second, 1 - second)
+    torch.testing.assert_close(routing.weight_N, expected_N)
+    argmax = with_identity("dense_to_sparse", 2, dense_steps=10, hard_phase="argmax")
+    for other in (routed(router, logits_TE, step=10), routed(argmax, logits_TE, training=True, step=10)):
+        assert (other.expert_N == 0).all()
+        torch.testing.assert_close(other.weight_N, torch.full((20_000,), 1 - second))
+
+
+def test_weights_of_the_dense_phase_can_be_those_of_the_softmax() -> None:
+    relaxed, softmax = (
+        routed(with_identity("dense_to_sparse", 4, threshold=0.1, weights=weights), P_E.log(), training=True)
+        for weights in ("relaxed", "softmax")
+    )
+    assert chosen(softmax).keys() == chosen(relaxed).keys()
+    assert chosen(softmax) == pytest.approx({expert: P_E[0, expert].item() for expert in chosen(relaxed)})
+    assert chosen(softmax) != pytest.approx(chosen(relaxed))
+
+
 # DSelect-k
 
 

@@ -1,11 +1,12 @@
 """Token choice: presets are what their papers say, and each gate's own promise, worked by hand."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from contract.by_hand import chosen, record_of, routed, with_identity
-from contract.cases import Case, Tokens, route, weight_table
+from contract.cases import Case, Tokens, route, run, weight_table
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -159,6 +160,21 @@ def test_cosine_by_hand() -> None:
     assert chosen(routing) == pytest.approx({1: 1 / (1 + math.exp(-1))})
 
 
+def test_a_drop_leaves_the_weights_of_the_other_experts_as_they_are() -> None:
+    layer = Case("mixtral").layer(capacity=Capacity(train=0.5))
+    _, record = run(layer, Tokens.draw(64), training=True)
+    kept_N = record.kept.counted_N
+    half_T = record.kept.experts_per_token_T == 1
+    assert half_T.sum() > 5
+    assert torch.equal(record.kept.weight_N[kept_N], record.routing.weight_N[kept_N])
+    weight_T = weight_table(record.kept).sum(-1)
+    assert (weight_T[half_T] < 1 - 1e-3).any(), "nothing makes up for the dropped one"
+
+
+def test_the_balance_coefficient_of_mixtral_is_that_of_the_released_model() -> None:
+    assert Case("mixtral").config.losses == {"load_balance": 0.02 * 2}  # there the loss is k = 2 at uniform, here 1
+
+
 def test_the_temperature_of_cosines_is_bounded() -> None:
     router = Case("x_moe").router()
     with torch.no_grad():
@@ -167,14 +183,44 @@ def test_the_temperature_of_cosines_is_bounded() -> None:
 
 
 def test_two_layers_by_hand() -> None:
-    # Hidden units x_0 and -x_0, of which one is silent: |x_0| goes to expert 0, nothing to expert 1.
+    # Hidden units x_0 and -x_0, of which ReLU silences one: |x_0| goes to expert 0, nothing to expert 1. GELU lets a
+    # little of the other through: 2 Φ(2) - 2 Φ(-2) = 2 · .9545.
+    for options, expected in (({"activation": "relu", "bias": False}, 2.0), ({}, 1.9089994)):
+        router = two_layers(**options)
+        routing = routed(router, torch.tensor([[2.0], [-2.0]]))
+        torch.testing.assert_close(routing.logits_TE, torch.tensor([[expected, 0.0]]).expand(2, -1))
+
+
+def two_layers(**options: Any) -> Any:
+    """Build a gate with the hidden units x_0 and -x_0, whose sum is the logit of expert 0."""
     router_class = ROUTERS.get("mlp_top_k").item
-    router = router_class(router_class.Config(hidden_width=2, top_k=1), Site(d_model=1, num_experts=2))
+    router = router_class(router_class.Config(hidden_width=2, top_k=1, **options), Site(d_model=1, num_experts=2))
+    init_weights(router, 0)
     with torch.no_grad():
         router.hidden_gate.weight_ED.copy_(torch.tensor([[1.0], [-1.0]]))
         router.gate.weight_ED.copy_(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
-    routing = routed(router, torch.tensor([[2.0], [-2.0]]))
-    assert routing.logits_TE.tolist() == [[2.0, 0.0], [2.0, 0.0]]
+    return router
+
+
+def test_the_hidden_layer_has_a_bias_that_costs_nothing() -> None:
+    router = two_layers(activation="relu")
+    assert router.hidden_gate.bias_E.tolist() == [0.0, 0.0]
+    with torch.no_grad():
+        router.hidden_gate.bias_E.copy_(torch.tensor([0.5, 3.0]))
+    # x_0 = 2: ReLU(2.5) + ReLU(1) = 3.5.
+    assert routed(router, torch.tensor([[2.0]])).logits_TE.tolist() == [[3.5, 0.0]]
+    assert two_layers(bias=False).hidden_gate.bias_E is None
+    assert router.flops_per_token() == 2 * 2 + 2 * 2 * 2
+
+
+def test_dropout_of_the_hidden_layer_keeps_its_mean() -> None:
+    # x_0 = 2 leaves one unit of 2, kept with probability 1 - .25 as 2 / .75.
+    router = two_layers(activation="relu", dropout=0.25)
+    tokens_TD = torch.full((20_000, 1), 2.0)
+    first_T = routed(router, tokens_TD, training=True).logits_TE[:, 0]
+    assert sorted({round(value, 4) for value in first_T.tolist()}) == [0.0, 2.6667]
+    assert (first_T > 0).float().mean().item() == pytest.approx(0.75, abs=5 * math.sqrt(0.75 * 0.25 / 20_000))
+    assert (routed(router, tokens_TD).logits_TE[:, 0] == 2.0).all(), "not in evaluation"
 
 
 def test_a_frozen_gate_is_left_alone_by_everything() -> None:
@@ -198,6 +244,7 @@ def test_a_frozen_gate_is_left_alone_by_everything() -> None:
         ("x_moe", {"rank": 0}, r"router\.rank must be at least 1"),
         ("sigma_moe", {"left_out": 1.0}, r"router\.left_out must be at least 0 and below 1"),
         ("mlp_top_k", {"hidden_width": 0}, r"router\.hidden_width must be at least 1"),
+        ("mlp_top_k", {"dropout": 1.0}, r"router\.dropout must be at least 0 and below 1, got 1\.0"),
     ],
 )
 def test_options_out_of_range_are_refused(name: str, options: dict, message: str) -> None:

@@ -10,14 +10,16 @@ from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, E
     LayoutFacts(
         placement="all blocks, or those in `blocks`",
         paper="arXiv:2101.03961, appendix A",
-        experts="linear maps to query, key and value; feed-forward networks beside them if asked for",
+        experts="linear maps to the query and to key and value alike; feed-forward networks beside them if asked for",
     )
 )
 class AttentionExperts(Layout):
     """Switch in attention: a token's query, key and value come from the expert it is sent to.
 
-    One choice of experts per token and block for all three, weighted as the router says. The paper found it better
-    and unstable in bfloat16. Router and second experts cost FLOPs: the feed-forward part gets narrower for them.
+    An expert has two maps, as in the paper: one makes the query, the other the key, which is the value too. Here one
+    choice of experts per token and block is for both, weighted as the router says, and experts are linear; the paper
+    tries feed-forward networks too. It found attention with experts better, and unstable in bfloat16. What experts and
+    router cost more or less than the dense maps is taken from or given to the feed-forward part.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,8 @@ class AttentionExperts(Layout):
         """Options of attention."""
 
         name: str = "attention"
+        keys_values: Literal["shared", "apart"] = "shared"
+        """Keys are the values too, from one map of each expert (the paper), or each has a map of its own."""
         feed_forward: Literal["dense", "experts"] = "dense"
         """The other half of the block: dense, or num_experts experts behind a router of its own."""
 
@@ -37,8 +41,9 @@ class AttentionExperts(Layout):
     @staticmethod
     def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
         """Put experts into the attention, and beside it if asked for."""
+        shape = ExpertShape(kind="shared_projection" if config.keys_values == "shared" else "projection")
         plan = BlockPlan(
-            attention=Experts(shapes=(ExpertShape(kind="projection"),) * config.num_experts),
+            attention=Experts(shapes=(shape,) * config.num_experts),
             feed_forward=Experts(shapes=config.shapes) if config.feed_forward == "experts" else None,
         )
         return placed(config.chosen(num_layers), num_layers, plan)

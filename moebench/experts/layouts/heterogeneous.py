@@ -17,7 +17,9 @@ class Heterogeneous(Layout):
     """Experts of several sizes: hard tokens can have a large one, easy tokens a small one.
 
     `widths` and `depths` are dealt out in turn until every expert has one of each. Arms are matched at an even load:
-    a router that prefers large experts spends more, one that prefers small ones less.
+    a router that prefers large experts spends more, one that prefers small ones less. HMoE trains with a penalty on
+    large experts in place of the balance loss (coefficient 0.1): `router.losses={parameter_penalty: 0.1}`; without it
+    the router's own losses apply, which want all experts used alike.
     """
 
     @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,11 @@ from moebench.experts.layout import LAYOUTS, BlockPlan, Experts, Layout, LayoutC
     )
 )
 class Middle(Layout):
-    """Experts half-way up, as in BASE and StableMoE; where n does not centre, one block further up."""
+    """Experts half-way up, as in BASE and StableMoE; where n does not centre, one block further up.
+
+    BASE's implementation inserts its layer of experts between two blocks and routes the stream without a norm before
+    it; here experts take the place of the block's feed-forward network, behind its norm, as in every other layout.
+    """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(LayoutConfig):

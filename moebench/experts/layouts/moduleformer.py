@@ -15,8 +15,9 @@ from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, E
 class ModuleFormer(Layout):
     """Both halves of a block are experts: num_experts attention heads and num_experts networks, a router each.
 
-    Keys and values are the same for all heads of a bank, so a token's choice changes what it asks, not what others
-    can read of it. An expert has model.num_heads / k heads: as many are in use as in dense attention.
+    Keys and values are the same for all heads of a bank, so a token's choice changes what it asks, not what others can
+    read of it. The paper's heads read by stick-breaking, which needs no positions; here by softmax with rotary
+    positions, as in every other arm. An expert has model.num_heads / k heads: as many are in use as in dense attention.
     """
 
     @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, L
     )
 )
 class Residual(Layout):
-    """PR-MoE's residual: y = c_0 · MoE(x) + c_1 · MLP(x), c = softmax(x W_c).
+    """PR-MoE's residual: y = c_0 · MoE(x) + c_1 · MLP(x), c = softmax(x W_c + b).
 
-    A top-1 router costs what top-2 costs without this layout, with one all-to-all of half the size; a token that its
-    expert drops still has the network.
+    W_c and b are those of its implementation, DeepSpeed. A top-1 router costs what top-2 costs without this layout,
+    with one all-to-all of half the size; a token that its expert drops still has the network.
     """
 
     @dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,11 @@ from moebench.experts.layout import LAYOUTS, BlockPlan, Experts, ExpertShape, La
 class WholeModel(Layout):
     """The coarse end of the scale: each token lives in one expert from the first block to the last.
 
-    It attends to the earlier tokens of its sequence that live there too, at their own positions, and to no others:
-    what experts never share, they cannot mix. A token with several experts lives in each, and the sum of what they
-    make of it is weighted by the router. Attention is cheaper (shorter), so the networks are wider.
+    It attends to the earlier tokens of its sequence that live there too, at their own positions, and to no others: what
+    experts never share, they cannot mix. A token with several experts lives in each, and the sum of what they make of
+    it is weighted by the router. Branch-train-merge trains each model apart on a domain of its own and mixes their
+    next-token probabilities by a posterior over domains; here router and stacks are trained together, by one loss on
+    the sum of what the stacks add. Attention is cheaper (shorter), so the networks are wider.
     """
 
     @dataclass(frozen=True, kw_only=True)

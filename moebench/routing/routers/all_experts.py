@@ -15,7 +15,7 @@ from moebench.routing.values import Routing
     Facts(
         family="baseline",
         equation="y = Σ_e softmax(W x)_e E_e(x)",
-        paper="doi:10.1162/neco.1991.3.1.79 (Jacobs et al. 1991)",
+        paper="arXiv:1312.4314 (one layer of it)",
         use="As a reference: what all experts together can do when nothing is left out.",
         beware="Every expert computes every token, so time is saved only by making experts narrower. A gate that "
         "is sure of one expert leaves the others without gradient.",
@@ -26,10 +26,11 @@ from moebench.routing.values import Routing
     )
 )
 class AllExperts(Router):
-    """Every expert computes every token, weighted by the softmax (Jacobs et al. 1991).
+    """Every expert computes every token, weighted by the softmax (Eigen, Ranzato and Sutskever 2013).
 
-    In a matched arm each expert has 1/E of the width. Any softmax top-k without renormalisation must equal it at
-    k=E, which makes it the differential test of the dispatch.
+    The experts learn from the error of what they say together. Jacobs et al. (1991), whose mixture this is, argue
+    against that and train each expert by its own error. In a matched arm each expert has 1/E of the width. Any softmax
+    top-k without renormalisation must equal it at k=E, which makes it the differential test of the dispatch.
     """
 
     @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Dense to sparse: a relaxed draw over all experts that becomes a choice of one as its temperature falls."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from moebench.routing.values import Routing
 @ROUTERS.register(
     Facts(
         family="adaptive computation",
-        equation="g = softmax((W x + Gumbel) / τ),  y = Σ_{e: g_e > θ} g_e E_e(x),  τ falls;  later top-1 of softmax",
+        equation="g = softmax((W x + Gumbel) / τ),  y = Σ_{e: g_e > θ} g_e E_e(x),  τ falls;"
+        "  later i ~ p = softmax(W x),  y = p_i E_i(x);  in evaluation i = argmax_e p_e",
         paper="arXiv:2112.14397, section 3.3 (DTS-Gate of EvoMoE)",
         use="When early decisions of a sparse router are feared: all experts learn before the choice is made.",
         beware="The dense steps cost up to E times as much and the cost of matched arms does not count them. "
@@ -29,10 +31,11 @@ from moebench.routing.values import Routing
 class DenseToSparse(Router):
     """The dense-to-sparse gate of EvoMoE (Nie et al. 2021): every expert learns first, sparsity comes with time.
 
-    After the dense phase, and always in evaluation, it is Switch without noise. The phase of EvoMoE before that (one
-    expert is trained and copied) is a way to start experts and not a router, and is not here. The lengths of the
-    phases are ours: the paper's count steps of runs far longer than most here. Training is dense at first, which the
-    cost of a matched arm does not count.
+    After the dense phase training draws one expert from the softmax, as EvoMoE's released code does
+    (`hard_phase=sample`); evaluation takes the most probable one, as Switch without noise does. The phase of EvoMoE
+    before that (one expert is trained and copied) is a way to start experts and not a router, and is not here. The
+    lengths of the phases are ours: the paper's count steps of runs far longer than most here. Training is dense at
+    first, which the cost of a matched arm does not count.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,11 @@ class DenseToSparse(Router):
         """Steps of the dense phase."""
         threshold: float = 0.001
         """Experts with a smaller g are left out (θ); the best one never is."""
+        weights: Literal["relaxed", "softmax"] = "relaxed"
+        """Weights in the dense phase: g (the paper's equation), or softmax(W x) of the same experts (the released
+        code's default). After it the weight is always that of the softmax."""
+        hard_phase: Literal["sample", "argmax"] = "sample"
+        """After the dense phase training draws the expert from the softmax, or takes the most probable one."""
         losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
 
     def __init__(self, config: Config, site: Site) -> None:
@@ -65,19 +73,23 @@ class DenseToSparse(Router):
         require(0 <= config.threshold < 1, "router.threshold", config.threshold, "at least 0 and below 1")
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Send each token to all experts with a share above the threshold; after the dense phase to the best one."""
+        """Send each token to all experts with a share above the threshold; after the dense phase to a single one."""
         logits_TE = self.gate(x_TD)
         scores_TE = logits_TE.softmax(-1)
-        if not ctx.training or ctx.step >= self.options.dense_steps:
-            weight_TK, expert_TK = scores_TE.max(-1, keepdim=True)
+        is_dense = ctx.training and ctx.step < self.options.dense_steps
+        draws = is_dense or (ctx.training and self.options.hard_phase == "sample")
+        ranked_TE = logits_TE + gumbel(ctx.uniform(*logits_TE.shape)) if draws else logits_TE
+        best_TK = ranked_TE.argmax(-1, keepdim=True)
+        if not is_dense:
+            weight_TK = scores_TE.gather(-1, best_TK)
             return Routing.from_top_k(
-                expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
+                best_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
             )
-        noisy_TE = logits_TE + gumbel(ctx.uniform(*logits_TE.shape))
-        share_TE = (noisy_TE / self._temperature(ctx.step)).softmax(-1)
-        best_TE = torch.zeros_like(share_TE, dtype=torch.bool).scatter(-1, noisy_TE.argmax(-1, keepdim=True), True)
+        share_TE = (ranked_TE / self._temperature(ctx.step)).softmax(-1)
+        best_TE = torch.zeros_like(share_TE, dtype=torch.bool).scatter(-1, best_TK, True)
+        weight_TE = share_TE if self.options.weights == "relaxed" else scores_TE
         chosen_TE = best_TE | (share_TE > self.options.threshold)
-        return Routing.from_table(share_TE, chosen_TE, logits_TE=logits_TE, scores_TE=share_TE)
+        return Routing.from_table(weight_TE, chosen_TE, logits_TE=logits_TE, scores_TE=share_TE)
 
     def _temperature(self, step: int) -> float:
         options = self.options

@@ -26,7 +26,7 @@ NONE = -100
         paper="arXiv:2108.05036, section 5 (mixing experts by a posterior over domains)",
         use="Experts of known domains, used where the domain of a text is not known.",
         beware="Evaluation uses all experts and costs as much. The posterior needs some tokens before it knows "
-        "the domain.",
+        "the domain. Experts are mixed layer by layer, not the predictions of whole models as in DEMix.",
         causal=True,
         causal_reason="the posterior depends on the tokens up to this one",
         batch_dependent=False,
@@ -43,9 +43,12 @@ class DomainPosterior(Domain):
     each expert, which needs E forward passes of the whole model and cannot be had inside a layer. Here every layer has
     a classifier of its own on the mean of its input so far, trained to name the expert of the domain (loss `domain`);
     no gradient of that loss reaches the network below, none of the task's loss the classifier. So the posterior is
-    discriminative, from what the layer sees and not from how well each expert predicts. As in the paper the prior is a
-    factor of its own: π counts training tokens, the classifier is trained on top of it, and evaluation may take
-    another. All experts compute all tokens in evaluation; in training one does, and there alone is it matched.
+    discriminative, from what the layer sees and not from how well each expert predicts. DEMix mixes the next-token
+    probabilities of whole passes, one with each expert; here each layer adds up its experts' outputs, which is surer
+    where experts disagree: logits (4, 0) and (0, 0) with weights of 1/2 give .881 so, and as probabilities .741. As in
+    the paper the prior is a factor of its own: π counts training tokens, the classifier is trained on top of it, and
+    evaluation may take another. All experts compute all tokens in evaluation; in training one does, and
+    there alone is it matched.
 
     Domains that were held out of training are served in the same way, by the experts of those that they resemble: what
     the paper's mixture is for.

@@ -1,5 +1,6 @@
 """DynMoE: every expert has a learned threshold, and a token uses all experts whose threshold it passes."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -11,11 +12,13 @@ from moebench.routing.gate import Gate
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
+LARGEST_SCALE = 100.0
+
 
 @ROUTERS.register(
     Facts(
         family="adaptive computation",
-        equation="s = sigmoid(τ cos(x, w_e)),  t goes to e where s_te > sigmoid(g_e),  y = mean of the chosen E_e(x)",
+        equation="s = sigmoid(τ cos(x, w_e)),  t goes to e where s_te > sigmoid(τ g_e),  y = mean of the chosen E_e(x)",
         paper="arXiv:2405.14297, section 3.1",
         use="When the number of experts per token is not known in advance and shall be learned.",
         beware="The number of experts is found and not set: read the load metrics before comparing costs. All "
@@ -30,9 +33,11 @@ from moebench.routing.values import LayerRecord, Routing
 class DynMoE(Router):
     """Top-any gating (Guo et al. 2024): the number of experts of each token is learned.
 
-    Chosen experts weigh 1/k; their choice gets its gradient straight through (that of s - sigmoid(g)). A token that
-    passes no threshold goes to its best expert, in training too, where the paper leaves it unrouted to seed a new
-    expert: here the number of experts is fixed. The losses keep expert vectors apart and short.
+    τ is learned, from 1 and up to 100, and scales score and threshold alike, as in the released code: who is chosen
+    does not depend on it, only the gradients do. The paper's equation has τ = 1. Chosen experts weigh 1/k; their choice
+    gets its gradient straight through (that of s - sigmoid(τ g)). A token that passes no threshold goes to its best
+    expert, in training too, where the paper leaves it unrouted to seed a new expert: here the number of experts is
+    fixed. The losses keep expert vectors apart and short.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -48,12 +53,12 @@ class DynMoE(Router):
         super().__init__(config, site)
         self.gate = Gate(site.d_model, site.num_experts, init_scale=1.0)
         self.threshold_E = nn.Parameter(torch.zeros(site.num_experts))
-        self.scale = nn.Parameter(torch.ones(()))
+        self.log_scale = nn.Parameter(torch.zeros(()))
 
     def init_weights(self, generator: Generator) -> None:
-        """Start with thresholds of one half, which half of all tokens pass."""
+        """Start with thresholds of one half, which half of all tokens pass, and τ = 1."""
         nn.init.zeros_(self.threshold_E)
-        nn.init.ones_(self.scale)
+        nn.init.zeros_(self.log_scale)
 
     @classmethod
     def experts_per_token(cls, config: Config, num_experts: int) -> int:
@@ -70,11 +75,13 @@ class DynMoE(Router):
         x_TD = x_TD.float()
         # Divided after the product: lengths of 1 for both without a copy of either.
         length_TE = x_TD.norm(dim=-1, keepdim=True) * self.gate.weight_ED.float().norm(dim=-1)
-        logits_TE = self.scale * self.gate(x_TD) / length_TE.clamp(min=1e-6)
+        scale = self.log_scale.float().clamp(max=math.log(LARGEST_SCALE)).exp()
+        logits_TE = scale * self.gate(x_TD) / length_TE.clamp(min=1e-6)
         scores_TE = logits_TE.sigmoid()
-        above_TE = scores_TE - self.threshold_E.sigmoid()
-        best_TE = functional.one_hot(scores_TE.argmax(-1), self.num_experts).bool()
-        passed_TE = above_TE > 0
+        threshold_E = scale * self.threshold_E.float()
+        above_TE = scores_TE - threshold_E.sigmoid()
+        best_TE = functional.one_hot(logits_TE.argmax(-1), self.num_experts).bool()
+        passed_TE = logits_TE > threshold_E  # a large τ makes both sigmoids 1
         used_TE = passed_TE | (best_TE & ~passed_TE.any(-1, keepdim=True))
         used_TE = used_TE.detach()
         straight_TE = used_TE + (above_TE - above_TE.detach())

@@ -38,7 +38,7 @@ class ExpertChoice(Router):
     Perfectly balanced by construction and without any loss, but not causal: in a decoder it sees the future, so a
     causal task refuses it unless allow_noncausal is set, and then every table marks it. Padding is never taken.
 
-    `max_per_token` caps the experts of one token (section 4.1 there): experts choose by an entropic plan of the scores
+    `max_per_token` caps the experts of one token (section 3.3 there): experts choose by an entropic plan of the scores
     in which no token has more, A = argmax <S, A> + λ H(A). The paper rounds the plan by top-C alone and may exceed the
     cap; here a token's best entries of the plan are all that experts choose among, so the cap is exact and an expert
     may go short.

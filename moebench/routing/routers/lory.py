@@ -20,7 +20,7 @@ from moebench.routing.routers.smear import segment_means
         paper="arXiv:2405.03133, section 3 (causal segment routing)",
         use="Fully differentiable experts in a decoder: every expert learns from every token, and nothing leaks.",
         beware="Merging costs memory for each segment. A segment is routed by the one before it, so a change "
-        "of topic comes late.",
+        "of topic comes late. The paper's dense warm-up is left out.",
         causal=True,
         causal_reason="a segment's merge depends on the segment before it alone; the first one has a learned merge",
         balanced=True,
@@ -32,9 +32,10 @@ class Lory(Router):
     """Fully differentiable experts for autoregressive models (Zhong et al. 2024).
 
     The paper merges the first segment by its own mean, without a gradient, which tells its early tokens something of
-    its later ones; here it has a learned merge (b, even at the start), so nothing leaks. The paper also routes a whole
-    answer by its prompt and trains on similar documents side by side; here evaluation routes segment by segment as
-    training does, and the data are those of every other arm.
+    its later ones; here it has a learned merge (b, even at the start), so nothing leaks. The paper trains a dense model
+    for the first 5 % of the steps and copies its feed-forward networks into all experts; here experts differ from the
+    start and there is no such phase. The paper also routes a whole answer by its prompt and trains on similar documents
+    side by side; here evaluation routes segment by segment as training does, and the data are those of every other arm.
     """
 
     is_soft = True

@@ -1,8 +1,10 @@
 """A gate with a hidden layer, trained to tell as much as it can about the token: ModuleFormer's router."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
+from torch.nn import functional
 
 from moebench.errors import require
 from moebench.routing.context import RouteContext
@@ -14,8 +16,8 @@ from moebench.routing.values import Routing
 @ROUTERS.register(
     Facts(
         family="token choice",
-        equation="p = softmax(A ReLU(B x)),  w = p_top-k,  y = Σ_i w_i E_i(x)",
-        paper="arXiv:2306.04640 (ModuleFormer)",
+        equation="p = softmax(A GELU(B x + b)),  w = p_top-k,  y = Σ_i w_i E_i(x)",
+        paper="arXiv:2306.04640 (ModuleFormer; the gate is that of its released code)",
         use="When a linear gate seems too simple, and experts shall be used evenly while tokens stay sure.",
         beware="Mutual information is as low at collapse as at uniform routing: it may start slowly. The gate "
         "costs more than a linear one.",
@@ -27,9 +29,10 @@ from moebench.routing.values import Routing
 class MLPTopK(Router):
     """Top-k of a two-layer gate with the mutual-information loss of ModuleFormer (Shen et al. 2023).
 
-    The loss wants experts to be used evenly and every token to be sure, and nothing of each sequence or step. Its
-    coefficient here is a choice of ours. The published code pools the statistics of all layers; here each layer has
-    its own, as for every loss.
+    Activation, dropout and bias of the hidden layer are those of the released gate; the paper's equation has a ReLU and
+    neither of the others (activation=relu, dropout=0, bias=false). The loss wants experts to be used evenly and every
+    token to be sure, and nothing of each sequence or step. Its coefficient here is a choice of ours. The published code
+    pools the statistics of all layers; here each layer has its own, as for every loss.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -41,12 +44,21 @@ class MLPTopK(Router):
         """Experts per token."""
         hidden_width: int = 64
         """Width of the gate's hidden layer (256 in the source, whose models are wide)."""
+        activation: Literal["gelu", "relu"] = "gelu"
+        """Activation of the hidden layer."""
+        dropout: float = 0.1
+        """Share of the hidden activations that is set to 0 in training (0.1 is the default of the released gate; the
+        released model configuration sets 0)."""
+        bias: bool = True
+        """Whether the hidden layer has a bias, 0 at the start."""
         losses: dict[str, float] = field(default_factory=lambda: {"mutual_information": 0.01})
 
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__(config, site)
+        self.options = config
         self.top_k = config.top_k
-        self.hidden_gate = Gate(site.d_model, config.hidden_width, init_scale=2.0)  # half of the units are silent
+        # A variance of 2: half of the units are silent.
+        self.hidden_gate = Gate(site.d_model, config.hidden_width, init_scale=2.0, bias=config.bias)
         self.gate = Gate(config.hidden_width, site.num_experts)
 
     @classmethod
@@ -56,13 +68,19 @@ class MLPTopK(Router):
 
     @classmethod
     def check(cls, config: Config, num_experts: int) -> None:
-        """Refuse k outside 1 ... E and a hidden layer without units."""
+        """Refuse k outside 1 ... E, a hidden layer without units and a dropout of everything."""
         check_top_k(config.top_k, num_experts)
         require(config.hidden_width >= 1, "router.hidden_width", config.hidden_width, "at least 1")
+        require(0 <= config.dropout < 1, "router.dropout", config.dropout, "at least 0 and below 1")
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Send each token to its k most probable experts."""
-        logits_TE = self.gate(self.hidden_gate(x_TD).relu())
+        activate = functional.gelu if self.options.activation == "gelu" else functional.relu
+        hidden_TH = activate(self.hidden_gate(x_TD))
+        if ctx.training and self.options.dropout > 0:
+            kept_TH = ctx.uniform(*hidden_TH.shape) >= self.options.dropout
+            hidden_TH = hidden_TH * kept_TH / (1 - self.options.dropout)
+        logits_TE = self.gate(hidden_TH)
         scores_TE = logits_TE.softmax(-1)
         weight_TK, expert_TK = scores_TE.topk(self.top_k, dim=-1)
         return Routing.from_top_k(

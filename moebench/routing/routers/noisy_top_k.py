@@ -18,7 +18,7 @@ MIN_NOISE = 0.01
 @ROUTERS.register(
     Facts(
         family="token choice",
-        equation="h̃ = W x + N(0,1)·softplus(W_n x),  w = softmax(h̃_top-k),  y = Σ_i w_i E_i(x)",
+        equation="h̃ = W x + N(0,1)·(softplus(W_n x) + 0.01),  w = softmax(h̃_top-k),  y = Σ_i w_i E_i(x)",
         paper="arXiv:1701.06538, eq. 3-5 and 8-10",
         use="The first sparse router: exploration by learned noise, and losses for weights and loads.",
         beware="Needs k of at least 2. Noise makes training and evaluation differ, and its scale may shrink to 0 "
@@ -32,7 +32,8 @@ MIN_NOISE = 0.01
 class NoisyTopK(Router):
     """Noisy top-k gating (Shazeer et al. 2017); without noise in evaluation.
 
-    Both projections start at zero, as in the paper: routing is uniform at first and the noise alone explores.
+    Both projections start at zero, as in the paper: routing is uniform at first and the noise alone explores. The 0.01
+    keeps its scale from vanishing, as in the authors' code.
     Needs k >= 2: at k=1 the softmax over the kept logits is always 1 and the router gets no gradient.
     """
 
@@ -91,7 +92,9 @@ class NoisyTopK(Router):
 
 
 def smooth_load(clean_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, top_k: int, valid_T: Tensor | None) -> Tensor:
-    """Return the expected load of each expert under fresh noise on its own logit (eq. 8-9); sums to k·T.
+    """Return the expected load of each expert under fresh noise on its own logit (eq. 8-9).
+
+    Over the noise it sums to k·T in the mean, and not in each draw.
 
     An expert is chosen when its logit passes the k-th best of the *others*: the (k+1)-th noisy value for one that
     is in the top k now, the k-th for one that is not. (V-MoE's shortcut, the k-th for all, is biased.)

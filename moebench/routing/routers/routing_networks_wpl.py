@@ -35,8 +35,9 @@ class RoutingNetworksWPL(Router):
 
     The policy of an agent is a table, blind to the token: a domain's tokens all go the same way once it has settled.
     WPL slows down towards the borders of the simplex, which keeps agents that learn at once from circling around each
-    other. Here a step moves the table once, by the mean over its tokens of what they would each do; what differs
-    from the paper else stands at `routing_networks`. Evaluation takes the most likely action.
+    other. Here a step moves the table once, by the mean over its tokens of what they would each do: every token weighs
+    its own advantage by its sign, as in the paper. R̄ is the mean of the steps before: in the first step nothing moves.
+    What differs from the paper else stands at `routing_networks`. Evaluation takes the most likely action.
     """
 
     policy_GA: Tensor
@@ -81,27 +82,28 @@ class RoutingNetworksWPL(Router):
         return acted(action_T, self.num_experts, self.num_actions, extras=extras)
 
     def sums(self, record: LayerRecord) -> dict[str, Tensor]:
-        """Return the rewards of each action of each agent, and how often it was taken."""
+        """Return each agent's rewards and how many, and its advantages above and below 0 by action."""
         assert record.token_loss_T is not None, "the record has not been judged"
-        extras = record.routing.extras
-        reward_T = collaboration(record, self.share_E, self.config.collaboration) - record.token_loss_T
-        valid_T = torch.ones_like(reward_T) if record.valid_T is None else record.valid_T
-        zeros_GA = torch.zeros(self.policy_GA.shape, dtype=torch.float64, device=reward_T.device)
-        place = extras["agent_T"], extras["action_T"]
+        action_T, agent_T = record.routing.extras["action_T"], record.routing.extras["agent_T"]
+        reward_T = (collaboration(record, self.share_E, self.config.collaboration) - record.token_loss_T).double()
+        valid_T = torch.ones_like(reward_T) if record.valid_T is None else record.valid_T.double()
+        has_mean_T = (self.num_steps_G > 0)[agent_T]
+        better_T = (reward_T - self.mean_G[agent_T]) * valid_T * has_mean_T
+        zeros_GA = reward_T.new_zeros(self.policy_GA.shape)
         return {
-            "reward": zeros_GA.index_put(place, (reward_T * valid_T).double(), accumulate=True),
-            "taken": zeros_GA.index_put(place, valid_T.double(), accumulate=True),
+            "reward": zeros_GA[:, 0].index_add(0, agent_T, reward_T * valid_T),
+            "taken": zeros_GA[:, 0].index_add(0, agent_T, valid_T),
+            "above": zeros_GA.index_put((agent_T, action_T), better_T.clamp(min=0), accumulate=True),
+            "below": zeros_GA.index_put((agent_T, action_T), better_T.clamp(max=0), accumulate=True),
         }
 
     @torch.no_grad()
     def after_step(self, load_E: Tensor, sums: Mapping[str, Tensor]) -> None:
-        """Move the means, and then the tables towards what was better than they are."""
-        reward_GA, taken_GA = sums["reward"], sums["taken"]
-        taken_G = taken_GA.sum(-1)
-        follow(self.mean_G, reward_GA.sum(-1), taken_G, self.num_steps_G, self.config.decay)
-        better_GA = (reward_GA - self.mean_G.unsqueeze(-1) * taken_GA) / taken_G.clamp(min=1).unsqueeze(-1)
-        weight_GA = torch.where(better_GA < 0, self.policy_GA, 1 - self.policy_GA)
-        self.policy_GA.copy_(onto_simplex(self.policy_GA + self.config.rate * better_GA * weight_GA))
+        """Move the tables by the mean of what each token would do, and then the means of the rewards."""
+        moved_GA = (1 - self.policy_GA) * sums["above"] + self.policy_GA * sums["below"]
+        moved_GA = moved_GA / sums["taken"].clamp(min=1).unsqueeze(-1)
+        self.policy_GA.copy_(onto_simplex(self.policy_GA + self.config.rate * moved_GA))
+        follow(self.mean_G, sums["reward"], sums["taken"], self.num_steps_G, self.config.decay)
         follow(self.share_E, load_E, load_E.sum(), self.num_counted, self.config.decay)
 
 

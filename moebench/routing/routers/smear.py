@@ -34,8 +34,10 @@ class Smear(Router):
     Instead of choosing experts, their parameters are averaged: one network for each sequence, so every expert and the
     router learn from every token by plain backpropagation, at the cost of one expert per token and one merge per
     sequence. As in its published code, the mean of the sequence and the rows of the router are normalised and experts
-    are left out at random in training. There the rows have a learned gain for each dimension; here one scale for all,
-    divided by √D so that logits do not grow with the width.
+    are left out at random in training. There the rows have a learned gain for each dimension, 0.01 at the start; here
+    one scale for all (s), divided by √D so that logits do not grow with the width. In the published encoder-decoder the
+    layers of the decoder are routed by the mean of the encoder's output, which sees no target; here every layer is
+    routed by the mean of its own input, in a decoder too.
     """
 
     is_soft = True
@@ -46,6 +48,8 @@ class Smear(Router):
         """Options of SMEAR."""
 
         name: str = "smear"
+        init_std: float = 0.28
+        """Standard deviation of the logits at the start (s); that of the published code at its width, 0.01 · √768."""
         expert_dropout: float = 0.1
         """In training each expert is left out of a sequence's merge with this probability; the others share its
         weight."""
@@ -53,15 +57,16 @@ class Smear(Router):
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__(config, site)
         self.gate = Gate(site.d_model, site.num_experts)
-        self.scale = nn.Parameter(torch.ones(()))
+        self.scale = nn.Parameter(torch.full((), config.init_std))
         self.expert_dropout = config.expert_dropout
         self.sequence_length = site.sequence_length
 
     @classmethod
     def check(cls, config: Config, num_experts: int) -> None:
-        """Refuse to leave all experts out."""
+        """Refuse to leave all experts out, and logits that are all 0."""
         dropout = config.expert_dropout
         require(0 <= dropout < 1, "router.expert_dropout", dropout, "at least 0 and below 1")
+        require(config.init_std > 0, "router.init_std", config.init_std, "greater than 0")
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> MergeRouting:
         """Weigh the experts by the mean of each sequence."""

@@ -17,7 +17,7 @@ from moebench.routing.values import Routing
     Facts(
         family="static",
         equation="p = softmax(W z),  z the embedding of the sequence's domain,  y = Σ_{i∈top-k} p_i/Σ E_i(x)",
-        paper="arXiv:2110.03742, section 3.2 (TaskMoE)",
+        paper="arXiv:2110.03742, section 3.1 (TaskMoE)",
         use="Known domains, and models from which one domain's experts are cut out and served alone.",
         beware="All tokens of a domain go together: with fewer domains than experts some experts are idle, and "
         "loads are those of the data.",

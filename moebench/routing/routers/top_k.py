@@ -86,7 +86,8 @@ class TopK(Router):
         equation="w = softmax((W x)_top-2),  y = Σ_i w_i E_i(x)",
         paper="arXiv:2401.04088, section 2.1",
         use="Top-2 as in Mixtral, dropless: what most open models compare with.",
-        beware="Weights sum to 1 however unsure the gate is. Its balance loss is weak, so look at the loads.",
+        beware="Weights sum to 1 however unsure the gate is. With what balance loss the released model was trained is "
+        "not published.",
         causal=True,
         causal_reason="as top_k",
         batch_dependent=False,
@@ -95,8 +96,9 @@ class TopK(Router):
 class Mixtral(TopK):
     """Mixtral's router: the two best of 8 experts, softmax over these two.
 
-    The coefficient is that of its published code, 0.001, times k: there the loss is k at uniform, here 1. (There it
-    is also taken over all layers as one; here it is per layer, as for every router.)
+    The coefficient is that of the released 8x7B model's configuration, 0.02, times k: there the loss is k at uniform,
+    here 1. (The library's own default is 0.001. There the loss is also taken over all layers as one; here it is per
+    layer, as for every router.)
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,7 @@ class Mixtral(TopK):
 
         name: str = "mixtral"
         softmax: Literal["before", "after"] = "after"
-        losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.002})
+        losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.04})
 
 
 @ROUTERS.register(

@@ -28,9 +28,11 @@ from moebench.routing.values import Routing
 class TopP(Router):
     """Sure tokens use one expert, undecided ones more (Huang et al. 2024); weights are the raw probabilities.
 
-    The expert that crosses P is among those used, so there is always one. Without the entropy loss (the paper's
-    dynamic loss, coefficient 1e-4) training would rather raise the entropy and use more experts. Their number is
-    found in training, not set: arms are matched at `expected_experts`, and the real cost stands in the load metrics.
+    The expert that crosses P is among those used, so there is always one. Without the entropy loss (the paper's dynamic
+    loss, coefficient 1e-4) training would rather raise the entropy and use more experts. Their number is found in
+    training, not set: arms are matched at `expected_experts`, and the real cost stands in the load metrics. The paper's
+    balance loss (coefficient 0.01) counts assignments per token, ours the share of all assignments, 1 at uniform
+    routing: at the same coefficient ours is weaker by the mean number of experts per token.
     """
 
     @dataclass(frozen=True, kw_only=True)

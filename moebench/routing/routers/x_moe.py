@@ -31,9 +31,9 @@ LARGEST_SCALE = 100.0
 class XMoE(Router):
     """Top-k of cosines on a low-dimensional sphere (Chi et al. 2022), against collapse of the representation.
 
-    Token and expert are both normalised and the temperature is learned, as in the paper; its released code does
-    neither. 1/τ stays below 100, as in Tutel's version: a cosine is at most 1, so the temperature alone decides how
-    sure the router can get.
+    Token and expert are both normalised and the temperature is learned, as in the paper; its released code (torchscale)
+    normalises the experts alone and has no temperature. 1/τ stays below 100, as in Tutel's version: a cosine is at most
+    1, so the temperature alone decides how sure the router can get.
     """
 
     @dataclass(frozen=True, kw_only=True)
