@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from moebench.errors import UsageError
 from moebench.registry import Registry
 from moebench.routing.context import RouteContext
+from moebench.routing.level import SINGLE_LEVEL, Level
 from moebench.routing.values import AnyRouting, LayerRecord
 
 
@@ -88,6 +89,8 @@ class Site:
     """Numbers per token of the embedding that all routers share (`RouteContext.embedding_TD`); 0: there is none."""
     free_E: tuple[bool, ...] = ()
     """Which experts are without a network (zero, copy, constant); empty: none."""
+    level: Level = SINGLE_LEVEL
+    """Which part of the choice the router makes, in a layout of groups."""
 
 
 class Router(nn.Module):
