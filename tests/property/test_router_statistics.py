@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moebench.routing.context import RouteContext
-from moebench.routing.gate import Gate, jitter
+from moebench.routing.gate import CUT_STD, Gate, jitter
 from moebench.routing.router import ROUTERS, Site
 from moebench.routing.routers.gshard import GShard
 from moebench.routing.routers.hash import balanced_table
@@ -134,7 +134,11 @@ def test_gate_is_drawn_small_and_cut() -> None:
     std = math.sqrt(0.1 / 64)
     assert gate.weight_ED.abs().max() <= 2 * std
     # A normal distribution cut at two deviations keeps 0.8796 of its own.
+    assert pytest.approx(0.8796, abs=1e-4) == CUT_STD
     assert gate.weight_ED.std().item() == pytest.approx(0.8796 * std, rel=0.03)
+    x_TD = torch.nn.functional.rms_norm(torch.randn(256, 64, generator=torch.Generator().manual_seed(1)), (64,))
+    assert gate.start_std == pytest.approx(0.8796 * math.sqrt(0.1), rel=1e-4)
+    assert gate(x_TD).std().item() == pytest.approx(gate.start_std, rel=0.03)
 
 
 @given(st.lists(st.one_of(st.integers(), st.text()), max_size=4), st.integers(0, 9))

@@ -1,6 +1,5 @@
 """Expert threshold: expert choice made causal, each expert takes whatever scores above its learned threshold."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -14,7 +13,6 @@ from moebench.routing.gate import Gate
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
-INIT_SCALE = 0.1
 NUM_BINS = 4096
 """Bins of the histogram of squashed logits: a threshold is exact to 1/4096 of the range."""
 
@@ -40,7 +38,7 @@ class ExpertThreshold(Router):
     The number of experts of a token varies, none included (a shared expert helps there). Thresholds are a moving
     average of the quantiles of whole batches, updated once per step. The paper begins with some thousand steps of
     plain expert choice, which look ahead; here thresholds begin at the quantile that logits have at the start, of
-    normalised inputs and a gate of variance 0.1/d_model. Quantiles are read from a histogram of r / (1 + |r|): its
+    normalised inputs and the gate as it is drawn. Quantiles are read from a histogram of r / (1 + |r|): its
     counts add up over processes.
     """
 
@@ -58,10 +56,10 @@ class ExpertThreshold(Router):
 
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__(config, site)
-        self.gate = Gate(site.d_model, site.num_experts, INIT_SCALE)
+        self.gate = Gate(site.d_model, site.num_experts)
         self.share = config.average_experts / site.num_experts
         self.decay = config.decay
-        start = -torch.inf if self.share == 1 else math.sqrt(INIT_SCALE) * NormalDist().inv_cdf(1 - self.share)
+        start = -torch.inf if self.share == 1 else self.gate.start_std * NormalDist().inv_cdf(1 - self.share)
         self.register_buffer("threshold_E", torch.full((site.num_experts,), start))
 
     @classmethod
