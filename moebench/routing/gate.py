@@ -8,10 +8,9 @@ from torch.nn import functional
 
 from moebench.routing.context import RouteContext
 
-
 CUT = 2.0
 """Standard deviations at which draws of weights are cut off."""
-CUT_STD = (1 - CUT * math.sqrt(2 / math.pi) * math.exp(-(CUT**2) / 2) / math.erf(CUT / math.sqrt(2))) ** 0.5
+CUT_STD = math.sqrt(1 - CUT * math.sqrt(2 / math.pi) * math.exp(-(CUT**2) / 2) / math.erf(CUT / math.sqrt(2)))
 """Standard deviation of what the cut leaves of a standard normal distribution, 0.8796."""
 
 
@@ -40,7 +39,7 @@ class Gate(nn.Module):
     @property
     def start_std(self) -> float:
         """Standard deviation of the logits at the start, for tokens whose mean square is 1."""
-        return self.init_std * CUT_STD * self.weight_ED.shape[1] ** 0.5
+        return self.init_std * CUT_STD * math.sqrt(self.weight_ED.shape[1])
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return logits_TE in fp32."""
