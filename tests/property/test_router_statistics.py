@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import CUT_STD, Gate, jitter
 from moebench.routing.router import ROUTERS, Site
-from moebench.routing.routers.gshard import GShard
+from moebench.routing.routers.gshard import GShard, STMoE
 from moebench.routing.routers.hash import balanced_table
 from moebench.routing.routers.noisy_top_k import smooth_load
 from moebench.routing.routers.random import Random
@@ -77,6 +77,17 @@ def test_second_expert_is_kept_in_proportion_to_its_weight(logit: float, thresho
     assert abs(int(routing.load_E[1]) - num_tokens * probability) <= SIGMAS * deviation + 1e-9
     # What is kept keeps its weight: normalised before the drop, a lone survivor is not 1.
     torch.testing.assert_close(routing.weight_N[routing.expert_N == 0], torch.full((num_tokens,), 1 - second))
+
+
+@pytest.mark.parametrize(("second", "gshard_keeps", "st_moe_keeps"), [(0.1, 0.2, 0.5), (0.3, 0.6, 1), (0.4, 0.8, 1)])
+def test_second_expert_by_default(second: float, gshard_keeps: float, st_moe_keeps: float) -> None:
+    # min(1, 2 g_2) in the paper's algorithm 1, min(1, 5 g_2) in mesh-TensorFlow.
+    for router_class, share in ((GShard, gshard_keeps), (STMoE, st_moe_keeps)):
+        router = router_class(router_class.Config(), Site(d_model=1, num_experts=2))
+        with torch.no_grad():
+            router.gate.weight_ED.copy_(torch.tensor([[math.log(1 / second - 1)], [0.0]]))
+        load_E = router(torch.ones(10_000, 1), context()).load_E
+        assert abs(int(load_E[1]) - 10_000 * share) <= SIGMAS * 100 * math.sqrt(share * (1 - share))
 
 
 def test_both_experts_are_always_kept_in_evaluation() -> None:
