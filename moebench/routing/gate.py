@@ -25,7 +25,7 @@ class Gate(nn.Module):
         """
         super().__init__()
         self.weight_ED = nn.Parameter(torch.empty(num_experts, d_model))
-        self.init_std = (init_scale / d_model) ** 0.5
+        self.init_std = math.sqrt(init_scale / d_model)
 
     def init_weights(self, generator: Generator) -> None:
         """Draw the weights from a normal distribution cut at two standard deviations; a scale of 0 gives zeros."""
