@@ -1,7 +1,6 @@
 """Routers that are drawn, relaxed or steered: numbers by hand, gradients of estimators, states that arrive."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moebench.errors import UsageError
-from moebench.routing.metrics import max_violation
 from moebench.routing.router import Router
 from moebench.routing.routers.dselect_k import smooth_step, spelled
 
@@ -95,57 +93,6 @@ def test_the_penalty_arrives_at_k() -> None:
         active.append(int(routing.load_E.sum()) / 128)
     assert active[0] > 3
     assert 0.7 < sum(active[-100:]) / 100 < 1.4
-
-
-# Quantile balancing
-
-
-def test_prices_by_hand() -> None:
-    # Scores of 4 tokens for 2 experts, k = 1, prices 0: all prefer expert 0, their next best is expert 1. Worth of
-    # expert 0: .5, .4, .3, .2; of expert 1: 0 always. With Tk/E = 2 tokens each, the third worth is the price: .3
-    # and 0, which less their mean is .15 and -.15. Tokens 0 and 1 stay, 3 moves, 2 is on the edge.
-    router = with_identity("quantile_balancing", 2, top_k=1)
-    scores_TE = torch.tensor([[0.7, 0.2], [0.6, 0.2], [0.5, 0.2], [0.4, 0.2]])
-    routing = routed(router, scores_TE.logit())
-    assert routing.load_E.tolist() == [4, 0]
-    router.after_step(routing.load_E, router.sums(record_of(routing)))
-    assert router.price_E.tolist() == pytest.approx([0.15, -0.15], abs=1e-3)
-    again = routed(router, scores_TE.logit())
-    assert [list(chosen(again, token)) for token in (0, 1, 3)] == [[0], [0], [1]]
-    assert again.weight_N[[0, 1, 3]].tolist() == pytest.approx([0.7, 0.6, 0.2]), "the price selects and never weighs"
-
-
-def test_one_batch_again_and_again_becomes_even() -> None:
-    layer = Case("quantile_balancing").layer()
-    with torch.no_grad():
-        layer.router.gate.weight_ED.mul_(0.3)
-        layer.router.gate.weight_ED[:, 0] = torch.linspace(1, -1, 8)
-    tokens, found = Tokens.draw(512), []
-    tokens.x_TD[:, 0] = 1
-    for _ in range(12):
-        _, record = run(layer, tokens, training=True)
-        found.append(max_violation(record.routing.load_E))
-        layer.after_step([record])
-        assert layer.router.price_E.mean().item() == pytest.approx(0, abs=1e-6)
-    assert found[0] > 1.5
-    assert found[1] < 0.7 * found[0], "one step does what loss_free needs hundreds for"
-    assert found[-1] < 0.15
-
-
-def test_micro_batches_and_padding_give_the_prices_of_the_whole_batch() -> None:
-    tokens, prices = Tokens.draw(64), []
-    halves = [tokens.take(torch.arange(32)), tokens.take(torch.arange(32, 64))]
-    padded = [tokens.take(torch.arange(64)), Tokens.draw(64, seed=9)]
-    masks = [None, torch.zeros(64, dtype=torch.bool)]
-    for parts, valid in (([tokens], [None]), (halves, [None, None]), (padded, masks)):
-        layer = Case("quantile_balancing").layer()
-        records = []
-        for part, valid_T in zip(parts, valid, strict=True):
-            records.append(run(layer, replace(part, length=32, valid_T=valid_T), training=True)[1])
-        layer.after_step(records)
-        prices.append(layer.router.price_E)
-    assert torch.equal(prices[0], prices[1])
-    assert torch.equal(prices[0], prices[2])
 
 
 # SparseMixer

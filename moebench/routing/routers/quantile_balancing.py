@@ -9,11 +9,16 @@ from torch import Tensor
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
+from moebench.routing.losses import counted_by_scores, sequence_balance
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
-BINS = 2000
-"""Of the histogram over [-1, 1], in which differences of two sigmoids lie: a resolution of 0.001."""
+BINS_PER_OCTAVE = 64
+"""Of the histogram of margins: a price moves by the right amount to 1 part in 128."""
+SMALLEST, LARGEST = -24, 3
+"""Powers of 2 between which margins are told apart: below lies the rounding of fp32 sigmoids, above nothing."""
+SIDE = (LARGEST - SMALLEST) * BINS_PER_OCTAVE
+"""Bins for margins of one sign; one more in the middle is for those below 2**SMALLEST."""
 
 
 @ROUTERS.register(
@@ -28,6 +33,7 @@ BINS = 2000
         causal=True,
         causal_reason="each token is routed by its own vector and prices that only past batches have set",
         batch_dependent=False,
+        own_losses=("sequence_balance",),
     )
 )
 class QuantileBalancing(Router):
@@ -35,9 +41,11 @@ class QuantileBalancing(Router):
 
     Both climb the dual of one linear program, the best assignment at even loads: loss-free by the sign of its
     gradient, this by solving for one price at a time. a_t is what a token's next best choice would have given it, so
-    expert e is worth s_te - a_t to the token, and its price is what all but Tk/E tokens would refuse. The histograms
-    of a whole step add up over micro-batches and processes, where Megatron-LM averages the quantiles of parts.
-    Prices are kept at mean 0: only differences matter. Steady only with some 16 tokens or more for each expert.
+    expert e is worth s_te - a_t to the token, and its price is what all but Tk/E tokens would refuse. Megatron-LM
+    averages the quantiles of parts of a step; here histograms of the whole step are added up over micro-batches and
+    processes. They are of the margins s_te - a_t - β_e, in bins that get finer towards 0: where prices settle they are
+    resolved to the rounding of the scores, however close together saturated sigmoids lie. Prices are kept at mean 0:
+    only differences matter. Steady only with some 16 tokens or more for each expert.
     """
 
     price_E: Tensor
@@ -84,19 +92,23 @@ class QuantileBalancing(Router):
             expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
         )
 
+    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
+        """Return `sequence_balance` of the scores: prices must not make them look even to the loss."""
+        return {"sequence_balance": sequence_balance(counted_by_scores(record, self.options.top_k))}
+
     def sums(self, record: LayerRecord) -> dict[str, Tensor]:
-        """Return for each expert how many tokens it was worth how much: a histogram of s_te - a_t, [E, bins]."""
+        """Return for each expert how many tokens were how far above its price: a histogram, int64 [E, bins]."""
         scores_TE, top_k = record.routing.scores_TE, self.options.top_k
         assert scores_TE is not None
-        count_EH = torch.zeros(self.num_experts, BINS, dtype=torch.int64, device=scores_TE.device)
+        count_EH = torch.zeros(self.num_experts, 2 * SIDE + 1, dtype=torch.int64, device=scores_TE.device)
         if top_k == self.num_experts:
-            return {"worth_EH": count_EH}  # there is no next best: all experts have every token
-        next_best_T1 = (scores_TE - self.price_E.float()).topk(top_k + 1, dim=-1).values[:, top_k:]
-        bin_TE = ((scores_TE - next_best_T1 + 1) * (BINS / 2)).long().clamp(0, BINS - 1)
+            return {"margin_EH": count_EH}  # there is no next best: all experts have every token
+        paid_TE = scores_TE.detach() - self.price_E.float()
+        bin_TE = bin_of(paid_TE - paid_TE.topk(top_k + 1, dim=-1).values[:, top_k:])
         one_TE = torch.ones_like(bin_TE)
         if record.valid_T is not None:
             one_TE = one_TE * record.valid_T.unsqueeze(-1)
-        return {"worth_EH": count_EH.scatter_add(1, bin_TE.T, one_TE.T)}
+        return {"margin_EH": count_EH.scatter_add(1, bin_TE.T, one_TE.T)}
 
     @torch.no_grad()
     def after_step(self, load_E: Tensor, sums: Mapping[str, Tensor]) -> None:
@@ -104,9 +116,26 @@ class QuantileBalancing(Router):
         if self.options.top_k == self.num_experts:
             return
         even_load = load_E.sum() / self.num_experts
-        above_EH = sums["worth_EH"].flip(-1).cumsum(-1)
-        from_top_E = (above_EH <= even_load).sum(-1).clamp(max=BINS - 1)
-        price_E = 1 - (from_top_E + 0.5) * (2 / BINS)  # the middle of the bin
+        above_EH = sums["margin_EH"].flip(-1).cumsum(-1)
+        bin_E = 2 * SIDE - (above_EH <= even_load).sum(-1).clamp(max=2 * SIDE)
+        price_E = self.price_E.double() + middle_of(bin_E)
         price_E = (price_E - price_E.mean()).to(self.price_E.dtype)
         moved_E = self.options.momentum * self.price_E + (1 - self.options.momentum) * price_E
         self.price_E.copy_(moved_E.where(load_E.sum() > 0, self.price_E))
+
+
+def bin_of(margin: Tensor) -> Tensor:
+    """Return the bin of each margin, int64 from 0 (the lowest) to 2 SIDE; SIDE is that of 0."""
+    mantissa, exponent = torch.frexp(margin.abs())  # a mantissa from 1/2 to below 1
+    within = ((2 * mantissa - 1) * BINS_PER_OCTAVE).long()
+    distance = (exponent.long() - 1 - SMALLEST) * BINS_PER_OCTAVE + within + 1
+    return SIDE + margin.sign().long() * distance.clamp(0, SIDE)
+
+
+def middle_of(number: Tensor) -> Tensor:
+    """Return the margin in the middle of each bin, fp64."""
+    signed = number - SIDE
+    distance = (signed.abs() - 1).clamp(min=0)
+    octave, within = distance // BINS_PER_OCTAVE, distance % BINS_PER_OCTAVE
+    size = (1 + (within.double() + 0.5) / BINS_PER_OCTAVE) * torch.exp2(octave.double() + SMALLEST)
+    return signed.sign() * size
