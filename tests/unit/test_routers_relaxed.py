@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moebench.errors import UsageError
-from moebench.routing.router import Router
+from moebench.models.transformer import init_weights
+from moebench.routing.router import ROUTERS, Router, Site
 from moebench.routing.routers.dselect_k import smooth_step, spelled
 
 SIGMAS = 5
@@ -234,6 +235,42 @@ def test_settled_bits_are_k_experts_and_open_ones_all_experts() -> None:
     # Each of two selectors is undecided among 8: 2 ln 8.
     entropy = router.losses(record_of(fresh))["selector_entropy"].item()
     assert entropy == pytest.approx(2 * math.log(8), rel=1e-2)
+
+
+def test_what_is_lost_on_nobody_pushes_with_a_coefficient_of_its_own() -> None:
+    # S(.3) = -2 · .027 + .45 + .5 = .896 for both bits: expert 0 has .104², 1 and 2 have .896 · .104, together .197;
+    # 1 / .197 - 1 = 4.07. The source's gradient of 1 / Σ with respect to each weight of the first feature is 22.12.
+    router_class = ROUTERS.get("dselect_k").item
+    router = router_class(router_class.Config(top_k=1), Site(d_model=2, num_experts=3))
+    with torch.no_grad():
+        router.bit_gate.weight_ED.copy_(torch.tensor([[0.3, 0.0], [0.3, 0.0]]))
+    routing = router(torch.tensor([[1.0, 0.0]]), Tokens.draw(1).context(training=True))
+    losses = router.losses(record_of(routing))
+    assert losses["lost_weight"].item() == pytest.approx(1 / 0.197184 - 1, rel=1e-4)
+    assert losses["selector_entropy"].item() == pytest.approx(
+        -sum(p * math.log(p) for p in (0.104**2, 0.896 * 0.104, 0.896 * 0.104)), rel=1e-4
+    )
+    total = sum(router.config.losses[name] * loss for name, loss in losses.items())
+    (gradient_ED,) = torch.autograd.grad(total, router.bit_gate.weight_ED)
+    assert gradient_ED[:, 0].tolist() == pytest.approx([22.1226, 22.1226], rel=1e-4)
+    assert not gradient_ED[:, 1].any()
+
+
+def test_where_every_number_names_an_expert_nothing_is_lost() -> None:
+    for num_experts, lost in ((8, False), (9, True)):
+        router = Case("dselect_k", num_experts).router()
+        loss = router.losses(record_of(route(router, Tokens.draw(16), training=True)))["lost_weight"]
+        assert bool(loss > 0.1) is lost
+        assert bool(loss == 0) is not lost
+
+
+def test_the_spread_of_the_first_bits_is_the_sources() -> None:
+    # Weights even between -γ/100 and γ/100 have a deviation of γ/173: at d = 64 of .046 for tokens of unit variance.
+    router_class = ROUTERS.get("dselect_k").item
+    router = router_class(router_class.Config(gamma=2.0), Site(d_model=64, num_experts=16))
+    init_weights(router, 0)
+    x_TD = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
+    assert router.bit_gate(x_TD).std().item() == pytest.approx(2 * 0.0462, rel=0.1)
 
 
 @pytest.mark.parametrize(
