@@ -56,7 +56,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"second_expert": "threshold", "threshold": 0.05},
     ],
     "deepseek_moe": [{"top_k": 2, "num_groups": 4, "kept_groups": 2, "scale": 16.0}],
-    "v_moe": [{"top_k": 1, "priority": "position"}, {"priority": "sum", "noise": 0.0}],
+    "v_moe": [{"top_k": 1, "priority": "position"}, {"priority": "sum", "priority_train": "best", "noise": 0.0}],
     "x_moe": [{"top_k": 2}],
     "remoe": [{"top_k": 1}],
     "dense_to_sparse": [{"dense_steps": 0}],
