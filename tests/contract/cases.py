@@ -71,7 +71,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "two_sided": [{"group": "sequence", "shortlist": 2}],
     "random": [{"top_k": 2}],
     "reinforce": [{"baseline": "learned"}, {"baseline": "none"}],
-    "routing_networks": [{"agents": "single", "pass_through": True, "collaboration": 0.1}],
+    "routing_networks": [{"agents": "single", "pass_through": True, "collaboration": 0.1, "detach_input": False}],
     "routing_networks_wpl": [{"agents": "single", "pass_through": True, "collaboration": 0.1}],
     "conditional_computation": [{"average_experts": 1, "evaluation": "likely"}, {"baseline": "learned"}],
     "thor": [{"training": "sequence", "evaluation": "sequence"}, {"training": "token", "evaluation": "average"}],
