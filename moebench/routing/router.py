@@ -41,7 +41,7 @@ class Facts:
     causal_in_evaluation: bool | None = None
     """The same in evaluation, for routers that balance over the batch in training alone; None: as `causal`."""
     draws_in_evaluation: bool = False
-    """Draws in evaluation too, by a token's place in the batch, which then matters in no other way."""
+    """Draws in evaluation too, by the batch and a token's place in it, which then matter in no other way."""
     learned: bool = True
     """It has parameters, and the task loss reaches them through the weights unless they are `taught`."""
     taught: tuple[str, ...] = ()
