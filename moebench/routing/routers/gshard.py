@@ -49,8 +49,8 @@ class GShard(Router):
         """all: keep the second best; random: keep it with probability min(1, g_2 / threshold); sampling: draw the
         second from the softmax over the others; threshold: keep the second best if g_2 is above; none: never."""
         threshold: float = 0.5
-        """τ: a second weight above it is always kept (policies random and threshold). 0.5 is the paper's: with
-        probability min(1, 2 g_2)."""
+        """A second weight above this (τ) is always kept (policies random and threshold). 0.5 is the paper's: it keeps
+        the second expert with probability min(1, 2 g_2)."""
         losses: dict[str, float] = field(default_factory=lambda: {"first_choice_balance": 0.01})
 
     def __init__(self, config: Config, site: Site) -> None:
