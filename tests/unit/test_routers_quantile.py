@@ -9,7 +9,6 @@ from contract.cases import Case, Tokens, run
 from torch import Tensor
 
 from moebench.routing.metrics import max_violation
-from moebench.routing.routers.quantile_balancing import SIDE, bin_of, middle_of
 
 
 def test_prices_by_hand() -> None:
@@ -63,19 +62,6 @@ def test_saturated_sigmoids_are_balanced_as_by_exact_quantiles() -> None:
     assert exact_E[:8].tolist() == [53, 90, 51, 60, 85, 51, 70, 71]
     assert (load_E - exact_E).abs().max() <= 10
     assert max_violation(load_E) <= max_violation(exact_E)
-
-
-def test_bins_are_in_order_and_fine_near_0() -> None:
-    margins = torch.cat([-torch.logspace(0.9, -8, 2000), torch.zeros(1), torch.logspace(-8, 0.9, 2000)])
-    bins = bin_of(margins)
-    assert (bins.diff() >= 0).all()
-    assert bins[0] >= 0
-    assert bins[-1] <= 2 * SIDE
-    assert bins[2000] == SIDE
-    middles = middle_of(bins)
-    large = margins.abs() > 1e-7
-    assert (middles[large] / margins[large] - 1).abs().max() <= 1 / 128
-    assert middles[~large].abs().max() < 2e-7
 
 
 def test_one_batch_again_and_again_becomes_even() -> None:

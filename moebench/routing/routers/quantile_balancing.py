@@ -9,16 +9,10 @@ from torch import Tensor
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
+from moebench.routing.histogram import count_by_expert, empty_counts, value_below_top
 from moebench.routing.losses import counted_by_scores, sequence_balance
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import LayerRecord, Routing
-
-BINS_PER_OCTAVE = 64
-"""Of the histogram of margins: a price moves by the right amount to 1 part in 128."""
-SMALLEST, LARGEST = -24, 3
-"""Powers of 2 between which margins are told apart: below lies the rounding of fp32 sigmoids, above nothing."""
-SIDE = (LARGEST - SMALLEST) * BINS_PER_OCTAVE
-"""Bins for margins of one sign; one more in the middle is for those below 2**SMALLEST."""
 
 
 @ROUTERS.register(
@@ -100,15 +94,11 @@ class QuantileBalancing(Router):
         """Return for each expert how many tokens were how far above its price: a histogram, int64 [E, bins]."""
         scores_TE, top_k = record.routing.scores_TE, self.options.top_k
         assert scores_TE is not None
-        count_EH = torch.zeros(self.num_experts, 2 * SIDE + 1, dtype=torch.int64, device=scores_TE.device)
-        if top_k == self.num_experts:
-            return {"margin_EH": count_EH}  # there is no next best: all experts have every token
+        if top_k == self.num_experts:  # there is no next best: all experts have every token
+            return {"margin_EH": empty_counts(self.num_experts, scores_TE.device)}
         paid_TE = scores_TE.detach() - self.price_E.float()
-        bin_TE = bin_of(paid_TE - paid_TE.topk(top_k + 1, dim=-1).values[:, top_k:])
-        one_TE = torch.ones_like(bin_TE)
-        if record.valid_T is not None:
-            one_TE = one_TE * record.valid_T.unsqueeze(-1)
-        return {"margin_EH": count_EH.scatter_add(1, bin_TE.T, one_TE.T)}
+        next_best_T1 = paid_TE.topk(top_k + 1, dim=-1).values[:, top_k:]
+        return {"margin_EH": count_by_expert(paid_TE - next_best_T1, record.valid_T)}
 
     @torch.no_grad()
     def after_step(self, load_E: Tensor, sums: Mapping[str, Tensor]) -> None:
@@ -116,26 +106,7 @@ class QuantileBalancing(Router):
         if self.options.top_k == self.num_experts:
             return
         even_load = load_E.sum() / self.num_experts
-        above_EH = sums["margin_EH"].flip(-1).cumsum(-1)
-        bin_E = 2 * SIDE - (above_EH <= even_load).sum(-1).clamp(max=2 * SIDE)
-        price_E = self.price_E.double() + middle_of(bin_E)
+        price_E = self.price_E.double() + value_below_top(sums["margin_EH"], even_load)
         price_E = (price_E - price_E.mean()).to(self.price_E.dtype)
         moved_E = self.options.momentum * self.price_E + (1 - self.options.momentum) * price_E
         self.price_E.copy_(moved_E.where(load_E.sum() > 0, self.price_E))
-
-
-def bin_of(margin: Tensor) -> Tensor:
-    """Return the bin of each margin, int64 from 0 (the lowest) to 2 SIDE; SIDE is that of 0."""
-    mantissa, exponent = torch.frexp(margin.abs())  # a mantissa from 1/2 to below 1
-    within = ((2 * mantissa - 1) * BINS_PER_OCTAVE).long()
-    distance = (exponent.long() - 1 - SMALLEST) * BINS_PER_OCTAVE + within + 1
-    return SIDE + margin.sign().long() * distance.clamp(0, SIDE)
-
-
-def middle_of(number: Tensor) -> Tensor:
-    """Return the margin in the middle of each bin, fp64."""
-    signed = number - SIDE
-    distance = (signed.abs() - 1).clamp(min=0)
-    octave, within = distance // BINS_PER_OCTAVE, distance % BINS_PER_OCTAVE
-    size = (1 + (within.double() + 0.5) / BINS_PER_OCTAVE) * torch.exp2(octave.double() + SMALLEST)
-    return signed.sign() * size
