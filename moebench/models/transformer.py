@@ -34,7 +34,7 @@ class BatchContext:
     span: Span | None = None
     """Which sequences of the batch these are; None: all."""
     micro_batch: int = 0
-    """Which micro-batch of the step this is: each draws its own noise."""
+    """Which micro-batch of the step, or batch of the evaluation, this is: each draws its own noise."""
     repeat: int = 0
     """Which pass over the batch this is, where training makes two of them: each draws its own noise."""
     previous_logits_TE: Tensor | None = None

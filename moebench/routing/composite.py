@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moebench.routing.context import RouteContext
+from moebench.routing.level import Level
 from moebench.routing.router import Router, Site
 from moebench.routing.values import LayerRecord, Routing
 
@@ -41,18 +42,19 @@ class GroupedRouter(Router):
     Without: every token is routed in every group and the outputs add up - k top-1 prototypes of M6-T
     (arXiv:2105.15082). With: w_ge = w_g · w_e|g, the two levels of Shazeer et al. 2017
     (arXiv:1701.06538, appendix B). For the router of a group, the tokens that went elsewhere are padding. Scores are
-    products (joint probabilities where both levels are), logits sums. A loss that the algorithm brings itself is the
-    mean over all routers, every other loss is one over the flat routing.
+    products (joint probabilities where both levels are), logits sums. A router that is a fixed function of the token
+    is that function over all experts on two levels, and another one in every group without (`Level`). A loss that the
+    algorithm brings itself is the mean over all routers, every other loss is one over the flat routing.
     """
 
     def __init__(self, router_class: type[Router], config: Any, site: Site, groups: int, *, pick_groups: bool) -> None:
         super().__init__(config, site)
         self.group_size = site.num_experts // groups
         self.inner_k = router_class.experts_per_token(config, self.group_size)
-        self.outer = router_class(config, replace(site, num_experts=groups)) if pick_groups else None
-        sites = [replace(site, num_experts=self.group_size) for _ in range(groups)]
-        if self.outer is not None:
-            sites = [_site_below(self.outer, below, group) for group, below in enumerate(sites)]
+        above = replace(site, num_experts=groups, level=Level(num_below=self.group_size))
+        self.outer = router_class(config, above) if pick_groups else None
+        levels = [Level(num_above=groups) if pick_groups else Level(group=group) for group in range(groups)]
+        sites = [replace(site, num_experts=self.group_size, level=level) for level in levels]
         self.inner = nn.ModuleList(router_class(config, below) for below in sites)
         self.consistency = self._routers[0].consistency
 
@@ -65,9 +67,10 @@ class GroupedRouter(Router):
             outer = outer.keep(ctx.valid_T[outer.token_N])
         picked_TG, weight_TG = _table(outer)
         parts = []
+        present_T = torch.ones_like(picked_TG[:, 0]) if ctx.valid_T is None else ctx.valid_T
         for group, router in enumerate(self._routers):
             here_T = picked_TG[:, group]
-            part = router(x_TD, replace(ctx, valid_T=here_T))
+            part = router(x_TD, replace(ctx, valid_T=here_T, present_T=present_T))
             parts.append(part.keep(here_T[part.token_N]))
         flat = joined(parts, self.group_size)
         flat = replace(flat, outer=outer, picked_TG=picked_TG)
@@ -203,11 +206,3 @@ def _table(outer: Routing) -> tuple[Tensor, Tensor]:
     place = outer.token_N, outer.expert_N
     picked_TG = torch.zeros(shape, dtype=torch.bool, device=kept_N.device).index_put(place, kept_N)
     return picked_TG, outer.weight_N.new_zeros(shape).index_put(place, outer.weight_N)
-
-
-def _site_below(outer: Router, site: Site, group: int) -> Site:
-    """Return a group's site: a table of ids above leaves the group some ids only, and these it must spread evenly."""
-    table_V = getattr(outer, "table_V", None)
-    if table_V is None or table_V.is_meta or site.token_count_V is None:
-        return site
-    return replace(site, token_count_V=site.token_count_V.where(table_V == group, 0))

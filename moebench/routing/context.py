@@ -22,6 +22,9 @@ class RouteContext:
     """int64 token ids (language only)."""
     valid_T: Tensor | None = None
     """bool, False at padding; None when nothing is padded."""
+    present_T: Tensor | None = None
+    """bool, False at padding alone, for routers that look at a token's neighbours; None: as `valid_T`. In a group of
+    experts `valid_T` is False too for tokens that the router above sent elsewhere."""
     domain_T: Tensor | None = None
     """int64 domain of each token; in evaluation from `Site.num_domains` on for domains that are not trained on."""
     label_T: Tensor | None = None
@@ -65,6 +68,7 @@ class RouteContext:
             self,
             token_id_T=whole(self.token_id_T),
             valid_T=whole(self.valid_T),
+            present_T=whole(self.present_T),
             domain_T=whole(self.domain_T),
             previous_logits_TE=whole(self.previous_logits_TE),
             label_T=whole(self.label_T),

@@ -6,8 +6,8 @@ same coefficient mean different things in different models. The coefficient is a
 """
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -69,7 +69,8 @@ def load_balance(record: LayerRecord) -> Tensor:
 def sequence_balance(record: LayerRecord) -> Tensor:
     """`load_balance` of each sequence on its own: also refuses sequences that are one-sided in turn.
 
-    Where lengths differ, a sequence counts by its tokens.
+    Where lengths differ, a sequence counts by its tokens. f counts assignments; routers whose selection has a bias
+    count by their scores without it, as eq. 18 does (`counted_by_scores`).
     """
     scores_TE = _need(record.routing.scores_TE, "sequence_balance", "scores")
     routing = record.routing
@@ -193,14 +194,24 @@ def parameter_penalty(record: LayerRecord) -> Tensor:
     return record.routing.num_experts * torch.dot(size_E / size_E.mean().clamp(min=1) * share_E, record.mean(score_TE))
 
 
+def counted_by_scores(record: LayerRecord, top_k: int) -> LayerRecord:
+    """Return the record as if each token had gone to the `top_k` experts with its highest scores, padding left out."""
+    scores_TE = _need(record.routing.scores_TE, "sequence_balance", "scores")
+    weight_TK, expert_TK = scores_TE.topk(top_k, dim=-1)
+    chosen = Routing.from_top_k(expert_TK, weight_TK, num_experts=scores_TE.shape[-1], scores_TE=scores_TE)
+    if record.valid_T is not None:
+        chosen = chosen.keep(record.valid_T[chosen.token_N])
+    return replace(record, routing=chosen, kept=chosen)
+
+
 def squared_variation(value_E: Tensor) -> Tensor:
     """Return Var/Mean² with the population variance; 0 when all are equal (and for an empty batch)."""
     return value_E.var(unbiased=False) / (value_E.mean().square() + 1e-10)
 
 
-def raw_losses(router: Router, record: LayerRecord, names: Iterable[str]) -> dict[str, Tensor]:
+def raw_losses(router: Router, record: LayerRecord, names: Collection[str]) -> dict[str, Tensor]:
     """Return the named losses of a layer, those that the router brings itself before those that all share."""
-    own = router.losses(record)
+    own = router.losses(record) if names else {}
     return {name: own[name] if name in own else LOSSES.get(name).item(record) for name in names}
 
 

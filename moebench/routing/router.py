@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from moebench.errors import UsageError
 from moebench.registry import Registry
 from moebench.routing.context import RouteContext
+from moebench.routing.level import SINGLE_LEVEL, Level
 from moebench.routing.values import AnyRouting, LayerRecord
 
 
@@ -40,7 +41,7 @@ class Facts:
     causal_in_evaluation: bool | None = None
     """The same in evaluation, for routers that balance over the batch in training alone; None: as `causal`."""
     draws_in_evaluation: bool = False
-    """Draws in evaluation too, by a token's place in the batch, which then matters in no other way."""
+    """Draws in evaluation too, by the batch and a token's place in it, which then matter in no other way."""
     learned: bool = True
     """It has parameters, and the task loss reaches them through the weights unless they are `taught`."""
     taught: tuple[str, ...] = ()
@@ -88,6 +89,8 @@ class Site:
     """Numbers per token of the embedding that all routers share (`RouteContext.embedding_TD`); 0: there is none."""
     free_E: tuple[bool, ...] = ()
     """Which experts are without a network (zero, copy, constant); empty: none."""
+    level: Level = SINGLE_LEVEL
+    """Which part of the choice the router makes, in a layout of groups."""
 
 
 class Router(nn.Module):

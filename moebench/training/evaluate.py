@@ -1,6 +1,7 @@
 """Evaluation on a fixed set: quality and load, deterministic, without gradients."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,10 +53,12 @@ def probe(
     model: Model, task: Task, batch_size: int, seed: int, device: Any, mesh: Mesh = ALONE_MESH
 ) -> dict[str, float]:
     """Return what the task measures on a trained model beside its test split; all processes get the same."""
+    numbers = itertools.count()
 
     def read(whole: Batch) -> Tensor:
         batch = _own_part(whole, mesh, model).to(device)
-        x_BLD, _ = model.features(batch, batch_context(batch, training=False, seed=seed))
+        ctx = batch_context(batch, training=False, seed=seed, micro_batch=next(numbers))
+        x_BLD, _ = model.features(batch, ctx)
         return mesh.world.gather(x_BLD)
 
     with _evaluating(model):
@@ -109,9 +112,11 @@ def _evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, dev
     sums: dict[str, Tensor] = {}
     layers = model.backbone.moe_layers()
     trained, held_out = (_Tally(LabelCounts(task.label_kinds()), Execution(layers)) for _ in range(2))
-    for whole in batches:
+    for number, whole in enumerate(batches):
         on_device = _own_part(whole, mesh, model).to(device)
-        output, records = model(on_device, batch_context(on_device, training=False, seed=seed))
+        # The number is part of what is drawn: the same draws in every batch would make loads of their own chance.
+        ctx = batch_context(on_device, training=False, seed=seed, micro_batch=number)
+        output, records = model(on_device, ctx)
         for name, value in task.sums(output, on_device).items():
             zeros = torch.zeros(len(task.domains), *value.shape[1:], dtype=torch.float64, device=device)
             sums[name] = sums.get(name, zeros).index_add(0, on_device.domain_B, value.double())
@@ -131,7 +136,10 @@ def _evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, dev
 
 
 def batch_context(batch: Batch, *, training: bool, seed: int, step: int = 0, micro_batch: int = 0) -> BatchContext:
-    """Return what the model may know about a batch besides its vectors."""
+    """Return what the model may know about a batch besides its vectors.
+
+    `micro_batch`: which one of the step this is, in evaluation which batch of the set: each draws its own noise.
+    """
     return BatchContext(
         training=training,
         seed=seed,

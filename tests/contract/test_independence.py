@@ -76,8 +76,8 @@ def test_layer_with_capacity_leaks_only_if_declared(case: Case, training: bool, 
         assert not leaks(layer, training=training)
     elif case.name == "expert_choice_by_position" and factor == 1.0:
         return  # even loads, nothing is dropped
-    elif not case.options:  # a declared leak must be a real one, at least with the defaults
-        assert leaks(layer, training=training)
+    elif not case.options:  # a declared leak must be a real one, at least with the defaults and in one of the modes
+        assert any(leaks(layer, training=mode) for mode in (training, not training))
 
 
 @every_case_in_both_modes

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contract.cases import D_MODEL as CASE_WIDTH
 from contract.cases import Tokens, route, site, stirred
 from contract.layout_models import BATCH, D_MODEL, LENGTH, backbone_of, batch, config_of
 from torch import Tensor
@@ -232,12 +231,3 @@ def test_state_is_updated_by_the_loads_of_each_router(monkeypatch: pytest.Monkey
     for group in range(4):
         assert sums[f"inner.{group}"] == {"served": 2 * routing.picked_TG[:, group].sum()}
     assert sums["outer"] == {"served": 16 * 2}
-
-
-def test_hash_on_two_levels_uses_every_expert() -> None:
-    # The same table on both levels would send all ids of a group to one expert.
-    both = grouped("hash", pick_groups=True)
-    tokens = Tokens(x_TD=torch.zeros(50, CASE_WIDTH), token_id_T=torch.arange(50), length=50)
-    load_E = route(both, tokens, training=False).load_E
-    assert load_E.sum() == 50
-    assert (load_E > 0).all()

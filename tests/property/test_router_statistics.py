@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moebench.routing.context import RouteContext
-from moebench.routing.gate import Gate, jitter
+from moebench.routing.gate import CUT_STD, Gate, jitter
 from moebench.routing.router import ROUTERS, Site
-from moebench.routing.routers.gshard import GShard
+from moebench.routing.routers.gshard import GShard, STMoE
 from moebench.routing.routers.hash import balanced_table
 from moebench.routing.routers.noisy_top_k import smooth_load
 from moebench.routing.routers.random import Random
@@ -79,6 +79,17 @@ def test_second_expert_is_kept_in_proportion_to_its_weight(logit: float, thresho
     torch.testing.assert_close(routing.weight_N[routing.expert_N == 0], torch.full((num_tokens,), 1 - second))
 
 
+@pytest.mark.parametrize(("second", "gshard_keeps", "st_moe_keeps"), [(0.1, 0.2, 0.5), (0.3, 0.6, 1), (0.4, 0.8, 1)])
+def test_second_expert_by_default(second: float, gshard_keeps: float, st_moe_keeps: float) -> None:
+    # min(1, 2 g_2) in the paper's algorithm 1, min(1, 5 g_2) in mesh-TensorFlow.
+    for router_class, share in ((GShard, gshard_keeps), (STMoE, st_moe_keeps)):
+        router = router_class(router_class.Config(), Site(d_model=1, num_experts=2))
+        with torch.no_grad():
+            router.gate.weight_ED.copy_(torch.tensor([[math.log(1 / second - 1)], [0.0]]))
+        load_E = router(torch.ones(10_000, 1), context()).load_E
+        assert abs(int(load_E[1]) - 10_000 * share) <= SIGMAS * 100 * math.sqrt(share * (1 - share))
+
+
 def test_both_experts_are_always_kept_in_evaluation() -> None:
     routing = gshard(5.0, 1.0)(torch.ones(1000, 1), context(training=False))
     assert routing.load_E.tolist() == [1000, 1000]
@@ -134,7 +145,11 @@ def test_gate_is_drawn_small_and_cut() -> None:
     std = math.sqrt(0.1 / 64)
     assert gate.weight_ED.abs().max() <= 2 * std
     # A normal distribution cut at two deviations keeps 0.8796 of its own.
+    assert pytest.approx(0.8796, abs=1e-4) == CUT_STD
     assert gate.weight_ED.std().item() == pytest.approx(0.8796 * std, rel=0.03)
+    x_TD = torch.nn.functional.rms_norm(torch.randn(256, 64, generator=torch.Generator().manual_seed(1)), (64,))
+    assert gate.start_std == pytest.approx(0.8796 * math.sqrt(0.1), rel=1e-4)
+    assert gate(x_TD).std().item() == pytest.approx(gate.start_std, rel=0.03)
 
 
 @given(st.lists(st.one_of(st.integers(), st.text()), max_size=4), st.integers(0, 9))

@@ -45,6 +45,9 @@ def banks_of(layout: dict[str, Any], num_layers: int = 4) -> list[int]:
         ({"name": "every_n", "n": 2, "num_experts": 3}, [0, 3, 0, 3]),
         ({"name": "first_n", "n": 2, "num_experts": 3}, [3, 3, 0, 0]),
         ({"name": "last_n", "n": 1, "num_experts": 3}, [0, 0, 0, 3]),
+        ({"name": "last_n", "n": 3, "num_experts": 3}, [0, 3, 3, 3]),
+        ({"name": "last_n", "n": 2, "stride": 2, "num_experts": 3}, [0, 3, 0, 3]),
+        ({"name": "last_n", "n": 1, "stride": 3, "num_experts": 3}, [0, 0, 3, 0]),
         ({"name": "middle", "n": 2, "num_experts": 3}, [0, 3, 3, 0]),
         ({"name": "middle", "n": 1, "num_experts": 3}, [0, 0, 3, 0]),
         ({"name": "pyramid", "num_experts": 3}, [3, 3, 6, 6]),
@@ -179,6 +182,15 @@ def test_parameters_by_hand() -> None:
     assert twice.total_params == pytest.approx(2 * dense.total_params, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("num_layers", "n", "blocks"), [(12, 2, [9, 11]), (24, 5, [15, 17, 19, 21, 23]), (8, 2, [5, 7]), (3, 1, [1])]
+)
+def test_last_n_of_every_second_block_is_that_of_v_moe(num_layers: int, n: int, blocks: list[int]) -> None:
+    # range(1, L, 2)[-n:] in google-research/vmoe, configs/vmoe_paper/common.py
+    experts = banks_of({"name": "last_n", "n": n, "stride": 2, "num_experts": 3}, num_layers)
+    assert [block for block, number in enumerate(experts) if number] == blocks
+
+
 def test_without_matching_an_expert_is_as_wide_as_the_dense_network() -> None:
     (layer, *_) = backbone_of({"name": "every_n", "num_experts": 4, "match": "none"}).moe_layers()
     assert layer.bank.w_in_EDF.shape[-1] == 64
@@ -194,6 +206,13 @@ def test_a_dense_router_makes_every_layout_the_dense_model() -> None:
     [
         ({"name": "first_n", "n": 5}, "switch", r"layout.n must be from 1 to 4 \(model.num_layers=4\), got 5"),
         ({"name": "last_n", "n": 0}, "switch", "layout.n must be from 1 to 4 .*got 0"),
+        (
+            {"name": "last_n", "n": 3, "stride": 2},
+            "switch",
+            r"layout.n must be from 1 to 2 \(model.num_layers=4, layout.stride=2\), got 3",
+        ),
+        ({"name": "last_n", "stride": 5}, "switch", r"layout.stride must be from 1 to model.num_layers=4, got 5"),
+        ({"name": "last_n", "stride": 0}, "switch", "layout.stride must be at least 1, got 0"),
         ({"name": "middle", "n": 9}, "switch", "layout.n must be from 1 to 4 .*got 9"),
         ({"name": "every_n", "n": 5}, "switch", "layout.n=5 leaves no block with experts: model.num_layers=4"),
         ({"name": "residual", "blocks": [4]}, "switch", "layout.blocks must name different blocks from 0 to 3"),

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moebench.errors import UsageError
+from moebench.models.transformer import init_weights
 from moebench.routing.assignment import balanced_assignment, entropic_prices
+from moebench.routing.router import ROUTERS, Site
 from moebench.routing.routers.sinkhorn import column_scale
 
 SOLVERS = ("auction", "exact", "sinkhorn")
@@ -163,3 +165,11 @@ def test_weights_of_sinkhorn_are_those_of_the_logits() -> None:
 def test_no_iteration_is_refused() -> None:
     with pytest.raises(UsageError, match=r"^router\.iterations must be at least 1, got 0$"):
         Case("sinkhorn").router_class.check(Case("sinkhorn", options={"iterations": 0}).config, 8)
+
+
+def test_rows_of_the_gate_of_base_start_with_the_length_of_the_papers() -> None:
+    # Orthogonal with a gain of 0.1: rows of length 0.1. The cut of the draw would leave .088 of it.
+    router_class = ROUTERS.get("base").item
+    router = router_class(router_class.Config(), Site(d_model=512, num_experts=64))
+    init_weights(router, 0)
+    assert router.gate.weight_ED.square().sum(-1).mean().sqrt().item() == pytest.approx(0.1, rel=0.01)

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from contract.cases import Case, Tokens, site, weight_table
+from contract.cases import Case, Tokens, route, site, weight_table
 
 from moebench.errors import UsageError
 from moebench.routing.router import ROUTERS, Router
-from moebench.routing.values import Routing
+from moebench.routing.values import LayerRecord, Routing
 
 BY_DOMAIN = ("domain", "task_level", "multi_gate")
 
@@ -108,3 +108,19 @@ def test_what_each_domain_has_of_its_own_is_averaged_for_those_held_out() -> Non
     agents = Case("routing_networks", 4).router()
     actions_TA = agents.gate(tokens.x_TD).view(24, 3, 4).mean(1)
     assert routed(agents, tokens, [3, 3, 3]).expert_N.tolist() == actions_TA.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("detach_input", [True, False])
+def test_agents_read_their_input_and_shape_it_only_if_told(detach_input: bool) -> None:
+    router = Case("routing_networks", options={"detach_input": detach_input, "baseline": "none"}).router()
+    tokens = Tokens.draw(64)
+    tokens.x_TD.requires_grad_()
+    routing = route(router, tokens, training=True)
+    record = LayerRecord(layer=0, routing=routing, kept=routing, token_loss_T=torch.linspace(0, 2, 64))
+    gate_ED, x_TD = torch.autograd.grad(
+        router.objective(record).mean(), (router.gate.weight_ED, tokens.x_TD), allow_unused=True
+    )
+    assert gate_ED.norm() > 0.01
+    assert (x_TD is None) is detach_input
+    if not detach_input:
+        assert x_TD.abs().max() > 1e-3

@@ -1,5 +1,7 @@
 """Loss-free balancing: the bias selects and never weighs, follows the loads of whole steps, and balances."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from contract.cases import Case, Tokens, route, run
@@ -10,10 +12,11 @@ from torch import Tensor
 from moebench.errors import UsageError
 from moebench.routing.context import RouteContext
 from moebench.routing.groups import within_best_groups
+from moebench.routing.losses import raw_losses, sequence_balance
 from moebench.routing.metrics import max_violation
 from moebench.routing.router import Router, Site
 from moebench.routing.routers.loss_free import DeepSeekV3, LossFree
-from moebench.routing.values import Routing
+from moebench.routing.values import LayerRecord, Routing
 
 
 def router_of(score_E: list[float], bias_E: list[float], router_class: type[LossFree] = LossFree, **options) -> Router:
@@ -122,6 +125,42 @@ def test_the_bias_gets_no_gradient_and_passes_none_on() -> None:
         route(router, Tokens.draw(16), training=True).weight_N.sum().backward()
         gradients.append(router.gate.weight_ED.grad.clone())
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(("bias_E", "biased"), [([0.0, 0.0, 1.0, 1.0], 0.6), ([0.0] * 4, 1.4)])
+def test_the_loss_within_sequences_counts_without_bias(bias_E: list[float], biased: float) -> None:
+    # Scores .8 .6 .4 .2 have the shares .4 .3 .2 .1; the best two are experts 0 and 1: 4 · (.5 · .4 + .5 · .3) = 1.4.
+    # Counted where the bias sends the token, to 2 and 3, it would be 4 · (.5 · .2 + .5 · .1) = .6.
+    router = router_of([0.8, 0.6, 0.4, 0.2], bias_E, DeepSeekV3, top_k=2)
+    ctx = RouteContext(training=True, generator=torch.Generator(), sequence_length=1)
+    routing = router(torch.ones(1, 1), ctx)
+    record = LayerRecord(layer=0, routing=routing, kept=routing, sequence_length=1)
+    assert router.losses(record)["sequence_balance"].item() == pytest.approx(1.4)
+    assert sequence_balance(record).item() == pytest.approx(biased)
+    assert raw_losses(router, record, router.config.losses)["sequence_balance"].item() == pytest.approx(1.4)
+
+
+@pytest.mark.parametrize("name", ["loss_free", "deepseek_v3", "quantile_balancing"])
+def test_no_selection_by_more_than_scores_reaches_the_loss(name: str) -> None:
+    # Nor do groups: with 4 of 8 experts to choose from the count is still over all 8. Padding counts nowhere.
+    options = {"num_groups": 2, "kept_groups": 1} if name != "quantile_balancing" else {}
+    router = Case(name, options={"top_k": 2, **options}).router()
+    state_E = router.price_E if name == "quantile_balancing" else router.bias_E
+    tokens = replace(Tokens.draw(48, length=16), valid_T=torch.arange(48) % 16 < 12)
+    found = []
+    for shift in (0.0, 5.0):
+        state_E.copy_(torch.linspace(0, shift, 8))
+        routing = route(router, tokens, training=True).keep(tokens.valid_T.repeat_interleave(2))
+        record = LayerRecord(layer=0, routing=routing, kept=routing, valid_T=tokens.valid_T, sequence_length=16)
+        found.append(router.losses(record)["sequence_balance"])
+    share_TE = (routing.scores_TE / routing.scores_TE.sum(-1, keepdim=True)).detach()
+    slow = 0.0
+    for start in (0, 16, 32):
+        own = slice(start, start + 12)
+        load_E = routing.scores_TE[own].topk(2, dim=-1).indices.flatten().bincount(minlength=8)
+        slow += 8 * float((load_E / 24 * share_TE[own].mean(0)).sum()) / 3
+    assert found[0].item() == pytest.approx(slow, rel=1e-5)
+    assert torch.equal(found[0], found[1])
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,27 @@ def test_who_keeps_a_slot_by_hand() -> None:
         assert kept_tokens(priority, 3) == [[0, 1, 2], [0, 1, 2]]
 
 
+def test_priority_is_for_evaluation_unless_training_is_told() -> None:
+    # Two tokens, one slot, both for expert 0 first: in training the earlier one stays, in evaluation the surer one.
+    logits_TE = torch.tensor([[0.6, 0.3, 0.1], [0.8, 0.15, 0.05]]).log()
+    for name, options, kept in (
+        ("v_moe", {}, {True: 0, False: 1}),
+        ("v_moe", {"priority_train": "best"}, {True: 1, False: 1}),
+        ("v_moe", {"priority": "position", "priority_train": "best"}, {True: 1, False: 0}),
+        ("limoe", {}, {True: 0, False: 1}),
+    ):
+        for training, token in kept.items():
+            routing = routed(with_identity(name, 3, noise=0.0, **options), logits_TE, training=training)
+            first = routing.expert_N == 0
+            assert int(routing.token_N[first][routing.priority_N[first].argmax()]) == token
+
+
+def test_coefficients_of_v_moe_are_those_of_its_code() -> None:
+    for name in ("v_moe", "limoe"):
+        losses = Case(name).config.losses
+        assert (losses["score_importance"], losses["load"]) == (0.005, 0.005)
+
+
 def test_first_choices_of_unsure_tokens_go_before_second_ones_of_sure_tokens() -> None:
     logits_TE = torch.tensor([[0.9, 0.06, 0.04], [0.34, 0.35, 0.31]]).log()
     routing = routed(with_identity("v_moe", 3), logits_TE)

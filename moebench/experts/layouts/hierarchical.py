@@ -15,7 +15,8 @@ from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, L
 class Hierarchical(Layout):
     """Hierarchical experts: y = Σ_g w_g Σ_e w_e|g E_ge(x). The router is the same algorithm on both levels.
 
-    With top_k=2 a token gets two groups and two experts in each: four experts, each of half the width.
+    With top_k=2 a token gets two groups and two experts in each: four experts, each of half the width. A fixed function
+    of the token (hash, oracle, domain) is the one over all experts, whose group comes first.
     """
 
     @dataclass(frozen=True, kw_only=True)

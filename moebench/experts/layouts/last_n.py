@@ -1,13 +1,23 @@
-"""The last n blocks hold experts: the top of the model."""
+"""The last n blocks, or the last n of every second one, hold experts: the top of the model."""
 
 from dataclasses import dataclass
 
-from moebench.experts.layout import LAYOUTS, BlockPlan, Experts, Layout, LayoutConfig, LayoutFacts, check_count, placed
+from moebench.errors import require
+from moebench.experts.layout import LAYOUTS, BlockPlan, Experts, Layout, LayoutConfig, LayoutFacts, placed
 
 
-@LAYOUTS.register(LayoutFacts(placement="the last n blocks", paper="arXiv:2106.05974 (V-MoE, last-n)"))
+@LAYOUTS.register(
+    LayoutFacts(
+        placement="the last n of blocks s-1, 2s-1, ... counted from 0, s the stride: with 1 the last n blocks",
+        paper="arXiv:2106.05974 (V-MoE, last-n: stride 2)",
+    )
+)
 class LastN(Layout):
-    """Experts at the top, V-MoE's last-n: the deepest blocks route by what a token means."""
+    """Experts at the top: the deepest blocks route by what a token means.
+
+    V-MoE's last-n has stride 2, the last n of every second block: of 12 blocks 9 and 11 for n=2. Where the stride does
+    not divide the number of blocks, those above its last multiple stay dense.
+    """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(LayoutConfig):
@@ -16,9 +26,20 @@ class LastN(Layout):
         name: str = "last_n"
         n: int = 1
         """Blocks with experts."""
+        stride: int = 1
+        """Distance between blocks with experts; 2 is V-MoE's."""
+
+        def __post_init__(self) -> None:
+            """Refuse a stride below 1."""
+            super().__post_init__()
+            require(self.stride >= 1, "layout.stride", self.stride, "at least 1")
 
     @staticmethod
     def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
-        """Put experts into the n blocks nearest to the head."""
-        check_count("n", config.n, num_layers)
-        return placed(range(num_layers - config.n, num_layers), num_layers, Experts(shapes=config.shapes))
+        """Put experts into the n blocks nearest to the head of those that the stride leaves."""
+        fits = config.stride <= num_layers
+        require(fits, "layout.stride", config.stride, f"from 1 to model.num_layers={num_layers}")
+        left = range(config.stride - 1, num_layers, config.stride)
+        allowed = f"from 1 to {len(left)} (model.num_layers={num_layers}, layout.stride={config.stride})"
+        require(1 <= config.n <= len(left), "layout.n", config.n, allowed)
+        return placed(left[-config.n :], num_layers, Experts(shapes=config.shapes))

@@ -16,7 +16,8 @@ class Prototypes(Layout):
     """M6-T's expert prototyping, k top-1: each token has one expert in every group, y = Σ_g w_g E_g(x).
 
     As many experts per token as top-k, without the loop over choices and without a second choice that queues behind
-    other tokens' first ones: causal with a capacity. hash gives every group the same table.
+    other tokens' first ones: causal with a capacity. A fixed function of the token (hash, oracle, domain) is another
+    one in every group, so that tokens that share an expert in one are told apart in the others.
     """
 
     @dataclass(frozen=True, kw_only=True)

@@ -54,12 +54,13 @@ class Domain(Router):
         super().__init__(config, site)
         self.num_domains = check_domains(config.name, site)
         self.evaluation = config.evaluation
+        self.level = site.level
         self.register_buffer("count_E", torch.zeros(site.num_experts, dtype=torch.float64))
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Send each token to the expert of its domain, or in evaluation to all that the prior allows."""
         assert ctx.domain_T is not None
-        expert_TK = (ctx.domain_T % self.num_experts).unsqueeze(-1)
+        expert_TK = self.level.expert_of(ctx.domain_T, self.num_experts).unsqueeze(-1)
         if ctx.training:
             weight_TK = torch.ones(expert_TK.shape, dtype=torch.float32, device=x_TD.device)
             return Routing.from_top_k(expert_TK, weight_TK, num_experts=self.num_experts)

@@ -76,7 +76,7 @@ class DomainPosterior(Domain):
         logits_TE = logits_TE if even else logits_TE + self.log_prior_E
         nats_T = logits_TE.new_zeros(x_TD.shape[0])
         if ctx.domain_T is not None:
-            own_T = ctx.domain_T % self.num_experts
+            own_T = self.level.expert_of(ctx.domain_T, self.num_experts)
             # A domain that was held out of training has no expert to be named.
             own_T = own_T.masked_fill(ctx.domain_T >= self.num_domains, NONE)
             nats_T = functional.cross_entropy(logits_TE, own_T, ignore_index=NONE, reduction="none")

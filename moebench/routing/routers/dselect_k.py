@@ -1,5 +1,6 @@
 """DSelect-k: k selectors that spell an expert's number in smooth bits, differentiable from dense to sparse."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from moebench.errors import require
 from moebench.routing.context import RouteContext
-from moebench.routing.gate import Gate
+from moebench.routing.gate import CUT_STD, Gate
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
@@ -26,7 +27,7 @@ from moebench.routing.values import LayerRecord, Routing
         batch_dependent=False,
         variable_k=True,
         cost="T·k·E·log E",
-        own_losses=("selector_entropy",),
+        own_losses=("selector_entropy", "lost_weight"),
     )
 )
 class DSelectK(Router):
@@ -35,7 +36,9 @@ class DSelectK(Router):
     S is a cubic step: 0 below -γ/2, 1 above γ/2, with a continuous slope between. A selector whose bits are all 0 or
     1 names one expert; until then it spreads over several, and routing is dense at first, which the cost of a
     matched arm does not count. The entropy of the selectors pushes the bits apart. Where E is not a power of two,
-    some numbers name nobody: what falls on them is lost, and the loss adds the paper's 1 / Σ_e r_e, less 1.
+    some numbers name nobody: what falls on them is lost, and the loss `lost_weight` is the paper's 1 / Σ_e r_e, less 1
+    each. Its coefficient is 1 in the source, whatever that of the entropy is; both are means over tokens here, where
+    the source adds up those of a batch.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -47,15 +50,18 @@ class DSelectK(Router):
         """Selectors: experts per token when all bits have settled."""
         gamma: float = 1.0
         """Width of the smooth step (γ)."""
-        losses: dict[str, float] = field(default_factory=lambda: {"selector_entropy": 1e-6})
+        losses: dict[str, float] = field(default_factory=lambda: {"selector_entropy": 1e-6, "lost_weight": 1.0})
 
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__(config, site)
         self.top_k = config.top_k
         self.gamma = config.gamma
         self.num_bits = (site.num_experts - 1).bit_length()
-        # All bits start in the middle of the step, told apart by a little noise as in the source.
-        self.bit_gate = Gate(site.d_model, config.top_k * self.num_bits, init_scale=(config.gamma / 100) ** 2)
+        # All bits start in the middle of the step, told apart by a little noise: weights as wide as the source's, which
+        # are even between -γ/100 and γ/100.
+        start_std = config.gamma / 100 / math.sqrt(3)
+        scale = site.d_model * (start_std / CUT_STD) ** 2
+        self.bit_gate = Gate(site.d_model, config.top_k * self.num_bits, init_scale=scale)
         self.selector_gate = Gate(site.d_model, config.top_k) if config.top_k > 1 else None
 
     @classmethod
@@ -78,18 +84,20 @@ class DSelectK(Router):
         if self.selector_gate is not None:
             share_TK = self.selector_gate(x_TD).softmax(-1)
             weight_TE = (share_TK.unsqueeze(-1) * named_TKE).sum(1)
-        lost_TK = 1 / named_TKE.sum(-1).clamp(min=1e-3) - 1
         entropy_TK = -(named_TKE * named_TKE.clamp(min=1e-20).log()).sum(-1)
-        return Routing.from_table(
-            weight_TE,
-            weight_TE > 0,
-            scores_TE=weight_TE,
-            extras={"undecided_T": (entropy_TK + lost_TK.clamp(min=0)).sum(-1)},
-        )
+        extras = {"undecided_T": entropy_TK.sum(-1), "lost_T": self._lost(named_TKE).sum(-1)}
+        return Routing.from_table(weight_TE, weight_TE > 0, scores_TE=weight_TE, extras=extras)
+
+    def _lost(self, named_TKE: Tensor) -> Tensor:
+        """Return 1 / Σ_e r_e - 1 of each selector, [T, K]: 0 where every number names an expert."""
+        if self.num_experts == 2**self.num_bits:
+            return named_TKE[..., 0] * 0
+        return (1 / named_TKE.sum(-1).clamp(min=1e-6) - 1).clamp(min=0)
 
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
-        """Return the mean over tokens of the selectors' entropies and of what they lose on numbers of nobody."""
-        return {"selector_entropy": record.mean(record.routing.extras["undecided_T"])}
+        """Return the means over tokens of the selectors' entropies and of what they lose on numbers of nobody."""
+        extras = record.routing.extras
+        return {"selector_entropy": record.mean(extras["undecided_T"]), "lost_weight": record.mean(extras["lost_T"])}
 
 
 def smooth_step(z: Tensor, gamma: float) -> Tensor:

@@ -1,6 +1,5 @@
 """Expert threshold: expert choice made causal, each expert takes whatever scores above its learned threshold."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -11,12 +10,9 @@ from torch import Tensor
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
+from moebench.routing.histogram import count_by_expert, empty_counts, value_below_top
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import LayerRecord, Routing
-
-INIT_SCALE = 0.1
-NUM_BINS = 4096
-"""Bins of the histogram of squashed logits: a threshold is exact to 1/4096 of the range."""
 
 
 @ROUTERS.register(
@@ -40,8 +36,8 @@ class ExpertThreshold(Router):
     The number of experts of a token varies, none included (a shared expert helps there). Thresholds are a moving
     average of the quantiles of whole batches, updated once per step. The paper begins with some thousand steps of
     plain expert choice, which look ahead; here thresholds begin at the quantile that logits have at the start, of
-    normalised inputs and a gate of variance 0.1/d_model. Quantiles are read from a histogram of r / (1 + |r|): its
-    counts add up over processes.
+    normalised inputs and the gate as it is drawn. Quantiles are read from a histogram of r - θ, whose counts add up
+    over processes.
     """
 
     threshold_E: Tensor
@@ -58,10 +54,10 @@ class ExpertThreshold(Router):
 
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__(config, site)
-        self.gate = Gate(site.d_model, site.num_experts, INIT_SCALE)
+        self.gate = Gate(site.d_model, site.num_experts)
         self.share = config.average_experts / site.num_experts
         self.decay = config.decay
-        start = -torch.inf if self.share == 1 else math.sqrt(INIT_SCALE) * NormalDist().inv_cdf(1 - self.share)
+        start = -torch.inf if self.share == 1 else self.gate.start_std * NormalDist().inv_cdf(1 - self.share)
         self.register_buffer("threshold_E", torch.full((site.num_experts,), start))
 
     @classmethod
@@ -87,41 +83,17 @@ class ExpertThreshold(Router):
         return routing.keep(above_N).compact()  # a hole would keep a place that rerouting may need
 
     def sums(self, record: LayerRecord) -> dict[str, Tensor]:
-        """Return the histogram of each expert's logits."""
+        """Return for each expert how many logits were how far above its threshold: a histogram, int64 [E, bins]."""
         logits_TE = record.routing.logits_TE
         assert logits_TE is not None
-        bin_TE = ((squash(logits_TE.detach()) + 1) / 2 * NUM_BINS).long().clamp(max=NUM_BINS - 1)
-        valid_TE = (
-            torch.ones_like(bin_TE) if record.valid_T is None else record.valid_T.long()[:, None].expand_as(bin_TE)
-        )
-        count_BE = torch.zeros(NUM_BINS, self.num_experts, dtype=torch.int64, device=bin_TE.device)
-        return {"count_BE": count_BE.scatter_add(0, bin_TE, valid_TE)}
+        if self.share == 1:  # everything passes
+            return {"above_EH": empty_counts(self.num_experts, logits_TE.device)}
+        return {"above_EH": count_by_expert(logits_TE.detach() - self.threshold_E, record.valid_T)}
 
     def after_step(self, load_E: Tensor, sums: Mapping[str, Tensor]) -> None:
         """Move each threshold towards the quantile that lets the share k/E of the step's tokens through."""
-        if self.share == 1 or not sums["count_BE"].any():
+        above_EH = sums["above_EH"]
+        if not above_EH.any():
             return  # everything passes; or a step without tokens
-        quantile_E = quantile_of_counts(sums["count_BE"], 1 - self.share)
-        self.threshold_E.mul_(self.decay).add_(unsquash(quantile_E), alpha=1 - self.decay)
-
-
-def squash(logits: Tensor) -> Tensor:
-    """Map the real line to -1 ... 1, finest around 0."""
-    return logits / (1 + logits.abs())
-
-
-def unsquash(value: Tensor) -> Tensor:
-    """Undo `squash`."""
-    return value / (1 - value.abs())
-
-
-def quantile_of_counts(count_BE: Tensor, level: float) -> Tensor:
-    """Return the quantile of each column's histogram over -1 ... 1, spread evenly within the bin where it falls."""
-    below_BE = count_BE.cumsum(0).double()
-    rank_E = level * below_BE[-1]
-    bin_E = (below_BE <= rank_E).sum(0).clamp(max=NUM_BINS - 1)
-    inside_E = count_BE.gather(0, bin_E[None])[0].double()
-    before_E = below_BE.gather(0, bin_E[None])[0] - inside_E
-    place_E = bin_E + ((rank_E - before_E) / inside_E.clamp(min=1)).clamp(0, 1)
-    limit = 1 - 0.5 / NUM_BINS  # the last bin reaches to infinity
-    return (2 * place_E / NUM_BINS - 1).clamp(-limit, limit).float()
+        moved_E = value_below_top(above_EH, self.share * above_EH.sum(-1))
+        self.threshold_E.add_(moved_E.to(self.threshold_E.dtype), alpha=1 - self.decay)

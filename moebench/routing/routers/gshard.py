@@ -35,8 +35,9 @@ class GShard(Router):
 
     The balance loss counts first choices only, as the paper does, in our normalisation (1 at uniform; the
     paper's E² · mean is the same number). The paper's policy for the second expert is `random`; the others are
-    those of its public implementations (mesh-TensorFlow, fairseq). What a policy draws it draws in training alone:
-    in evaluation `random` and `sampling` always keep the second best, unlike implementations that go on drawing.
+    those of its public implementations (mesh-TensorFlow, fairseq), of which the first has a threshold of 0.2. What a
+    policy draws it draws in training alone: in evaluation `random` and `sampling` always keep the second best, unlike
+    implementations that go on drawing.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,9 @@ class GShard(Router):
         second_expert: Literal["all", "random", "sampling", "threshold", "none"] = "random"
         """all: keep the second best; random: keep it with probability min(1, g_2 / threshold); sampling: draw the
         second from the softmax over the others; threshold: keep the second best if g_2 is above; none: never."""
-        threshold: float = 0.2
-        """A second weight above this is always kept (policies random and threshold)."""
+        threshold: float = 0.5
+        """A second weight above this (τ) is always kept (policies random and threshold). 0.5 is the paper's: it keeps
+        the second expert with probability min(1, 2 g_2)."""
         losses: dict[str, float] = field(default_factory=lambda: {"first_choice_balance": 0.01})
 
     def __init__(self, config: Config, site: Site) -> None:
@@ -140,6 +142,8 @@ class GShard(Router):
 class STMoE(GShard):
     """ST-MoE's router (Zoph et al. 2022): GShard's top-2 with a loss that keeps the router's logits small.
 
+    The threshold of 0.2 is that of its public implementation, mesh-TensorFlow.
+
     Its models have experts in every fourth block, capacity factors of 1.25 in training and 2.0 in evaluation, and
     dense networks beside: the layout sets these.
     """
@@ -149,6 +153,7 @@ class STMoE(GShard):
         """Options of gshard with the defaults of ST-MoE."""
 
         name: str = "st_moe"
+        threshold: float = 0.2
         losses: dict[str, float] = field(default_factory=lambda: {"first_choice_balance": 0.01, "z": 0.001})
 
 

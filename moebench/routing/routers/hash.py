@@ -37,6 +37,7 @@ class Hash(Router):
     is split, so the most frequent id limits the balance. The table is a buffer and part of every checkpoint.
     Nothing is learned and nothing is computed: content-blind routing, and a strong baseline. The paper's clustered
     tables come from the embeddings of a trained model; here from what stands beside each id in the training text.
+    On two levels the table is the one over all experts; groups side by side have a table each.
     """
 
     table_V: Tensor
@@ -54,15 +55,8 @@ class Hash(Router):
         super().__init__(config, site)
         if site.token_count_V is None:
             raise UsageError(f"router.name: '{config.name}' routes by token id, which this task does not have")
-        table = getattr(config, "table", "balanced")
-        if table == "random":
-            draw = generator("hash", site.layer, site.num_experts)
-            table_V = torch.randint(site.num_experts, site.token_count_V.shape, generator=draw, device="cpu")
-        elif table == "clustered":
-            table_V = _clusters(site)
-        else:
-            table_V = balanced_table(site.token_count_V, site.num_experts)
-        self.register_buffer("table_V", table_V)
+        table_V = whole_table(getattr(config, "table", "balanced"), site.token_count_V, site)
+        self.register_buffer("table_V", site.level.part_of(table_V, site.num_experts))
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Look each token's expert up."""
@@ -70,13 +64,20 @@ class Hash(Router):
         return certain(self.table_V[ctx.token_id_T], self.num_experts)
 
 
-def _clusters(site: Site) -> Tensor:
-    if site.token_pairs is None or site.num_experts > len(site.token_count_V if site.token_count_V is not None else ()):
+def whole_table(table: str, count_V: Tensor, site: Site) -> Tensor:
+    """Return the expert of each id among those of all levels, int64 [V]: another table in each group side by side."""
+    total, group = site.level.total(site.num_experts), site.level.group
+    if table == "random":
+        draw = generator("hash", site.layer, total, group)
+        return torch.randint(total, count_V.shape, generator=draw, device="cpu")
+    if table == "balanced":
+        return balanced_table(count_V, total, group)
+    if site.token_pairs is None or total > len(count_V):
         raise UsageError(
-            f"router.table: 'clustered' needs a text and at least as many ids as experts, {site.num_experts}"
+            f"router.table: 'clustered' needs a text and at least as many ids as experts, {total}"
             " (allowed: balanced, random)"
         )
-    return clustered_table(site.token_pairs(), site.num_experts, seed=derive_seed("clusters") % 2**32)
+    return clustered_table(site.token_pairs(), total, seed=derive_seed("clusters", group) % 2**32)
 
 
 @ROUTERS.register(
@@ -112,7 +113,8 @@ class HashBigram(Router):
         if site.token_count_V is None:
             raise UsageError(f"router.name: '{config.name}' routes by token id, which this task does not have")
         self.nobody = len(site.token_count_V)
-        self.factors = [derive_seed("bigram", n, site.layer, site.num_experts) % PRIME for n in range(3)]
+        self.level, self.total = site.level, site.level.total(site.num_experts)
+        self.factors = [derive_seed("bigram", n, site.layer, self.total, site.level.group) % PRIME for n in range(3)]
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Hash each token's id with that of the token before it."""
@@ -122,7 +124,8 @@ class HashBigram(Router):
         first, second, third = self.factors
         mixed_BL = (first * (before_BL + 1) % PRIME + second * (id_BL + 1) % PRIME + third) % PRIME
         mixed_BL = mixed_BL * mixed_BL % PRIME  # a sum alone would only shift one id's experts by the other
-        return certain((mixed_BL % self.num_experts).reshape(-1), self.num_experts)
+        expert_BL = self.level.part_of(mixed_BL % self.total, self.num_experts)
+        return certain(expert_BL.reshape(-1), self.num_experts)
 
 
 @ROUTERS.register(
@@ -153,10 +156,14 @@ class HashPosition(Router):
 
         name: str = "hash_position"
 
+    def __init__(self, config: Config, site: Site) -> None:
+        super().__init__(config, site)
+        self.level = site.level
+
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Deal experts out along each sequence."""
         position_T = torch.arange(x_TD.shape[0], device=x_TD.device) % ctx.sequence_length
-        return certain(position_T % self.num_experts, self.num_experts)
+        return certain(self.level.expert_of(position_T, self.num_experts), self.num_experts)
 
 
 @ROUTERS.register(
@@ -191,9 +198,10 @@ class HashFuture(Hash):
         assert ctx.token_id_T is not None
         id_BL = ctx.token_id_T.view(-1, ctx.sequence_length)
         next_BL = torch.cat([id_BL[:, 1:], id_BL[:, -1:]], dim=1)
-        if ctx.valid_T is not None:  # padding follows nobody
-            valid_BL = ctx.valid_T.view_as(id_BL)
-            next_BL = next_BL.where(torch.cat([valid_BL[:, 1:], valid_BL[:, -1:]], dim=1), id_BL)
+        present_T = ctx.valid_T if ctx.present_T is None else ctx.present_T
+        if present_T is not None:  # padding follows nobody
+            present_BL = present_T.view_as(id_BL)
+            next_BL = next_BL.where(torch.cat([present_BL[:, 1:], present_BL[:, -1:]], dim=1), id_BL)
         return certain(self.table_V[next_BL.reshape(-1)], self.num_experts)
 
 
@@ -207,13 +215,19 @@ def certain(expert_T: Tensor, num_experts: int) -> Routing:
     return Routing.from_top_k(expert_T.unsqueeze(-1), weight_TK, num_experts=num_experts)
 
 
-def balanced_table(count_V: Tensor, num_experts: int) -> Tensor:
-    """Return the expert of each id: most frequent first, each to the least loaded expert (ties: the lowest)."""
+def balanced_table(count_V: Tensor, num_experts: int, variant: int = 0) -> Tensor:
+    """Return the expert of each id: most frequent first, each to the least loaded expert (ties: the lowest).
+
+    Another `variant` deals in an order by counts times a draw from [1, 2), which puts other ids together and evens
+    the loads as well: the many rare ids at the end fill what the frequent ones leave.
+    """
     table = torch.zeros(len(count_V), dtype=torch.int64)
     load_E = [0] * num_experts
     dealt_E = [0] * num_experts
     counts = count_V.tolist()
-    for token_id in sorted(range(len(counts)), key=lambda i: (-counts[i], i)):
+    draw_V = torch.rand(len(counts), dtype=torch.float64, generator=generator("balanced", variant), device="cpu")
+    draws = draw_V.tolist() if variant else [0.0] * len(counts)
+    for token_id in sorted(range(len(counts)), key=lambda i: (-counts[i] * (1 + draws[i]), draws[i], i)):
         # Ids that never occur do not change the load; spread them by number instead of piling them on one expert.
         expert = min(range(num_experts), key=lambda e: (load_E[e], dealt_E[e], e))
         table[token_id] = expert

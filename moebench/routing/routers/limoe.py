@@ -37,7 +37,8 @@ class LIMoE(VMoE):
     Losses over all tokens are content when each modality has one expert of its own; the global entropy of each
     modality is not, as long as its tokens use fewer than S experts. Here a modality is a domain of the task; a task
     that names none has one. The paper gives both entropies to text alone, whose tokens are few beside those of images;
-    here all domains have them. Its weights were found for images with text: 0.04 for both is where to start.
+    here all domains have them. Its weights were found for images with text: 0.04 for both is where to start. Its code
+    is not public; the other coefficients, and priority in evaluation alone, are those of V-MoE's.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -51,8 +52,8 @@ class LIMoE(VMoE):
         """S: a domain whose tokens are spread as evenly as over so many experts has no loss; null: all experts."""
         losses: dict[str, float] = field(
             default_factory=lambda: {
-                "score_importance": 0.01,
-                "load": 0.01,
+                "score_importance": 0.005,
+                "load": 0.005,
                 "z": 0.001,
                 "local_entropy": 0.04,
                 "domain_entropy": 0.04,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moebench.routing.assignment import balanced_assignment
 from moebench.routing.context import RouteContext
-from moebench.routing.gate import Gate
+from moebench.routing.gate import CUT_STD, Gate
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
 from moebench.routing.values import Routing
 
@@ -49,7 +49,8 @@ class Base(Router):
 
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__(config, site)
-        self.gate = Gate(site.d_model, site.num_experts, init_scale=0.01)  # the paper's gain of 0.1, not orthogonal
+        # Rows of length 0.1, the paper's gain; its rows are orthogonal, these nearly so where d_model is large.
+        self.gate = Gate(site.d_model, site.num_experts, init_scale=(0.1 / CUT_STD) ** 2)
         self.solver = config.solver
 
     @property

@@ -11,8 +11,9 @@ from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.groups import check_kept_groups, within_best_groups
+from moebench.routing.losses import counted_by_scores, sequence_balance
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
-from moebench.routing.values import Routing
+from moebench.routing.values import LayerRecord, Routing
 
 
 @ROUTERS.register(
@@ -27,6 +28,7 @@ from moebench.routing.values import Routing
         causal=True,
         causal_reason="each token is routed by its own vector and a bias that only past batches have set",
         batch_dependent=False,
+        own_losses=("sequence_balance",),
     )
 )
 class LossFree(Router):
@@ -101,6 +103,10 @@ class LossFree(Router):
             scores_TE=scores_TE,
         )
 
+    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
+        """Return `sequence_balance` of the scores: what the bias has evened out must not look even to the loss."""
+        return {"sequence_balance": sequence_balance(counted_by_scores(record, self.options.top_k))}
+
     @torch.no_grad()
     def after_step(self, load_E: Tensor, sums: Mapping[str, Tensor]) -> None:
         """Raise the bias of experts that had too little, lower that of those that had too much."""
@@ -122,10 +128,13 @@ class LossFree(Router):
         causal=True,
         causal_reason="as loss_free",
         batch_dependent=False,
+        own_losses=("sequence_balance",),
     )
 )
 class DeepSeekV3(LossFree):
     """DeepSeek-V3's gate: loss-free balancing, normalised weights, and a faint balance loss within sequences.
+
+    The loss counts by the k highest scores of each token (eq. 18), whatever bias and groups have made of them.
 
     The source has 256 routed experts in 8 groups of which a token may use 4, and one shared expert; set
     `num_groups=8 kept_groups=4` and `layout.shared=1` for it. Its rate drops to 0 at the end of training.

@@ -8,11 +8,12 @@ from torch.nn import functional
 
 from moebench.routing.context import RouteContext
 from moebench.routing.domains import check_domains, place_of, with_mean
+from moebench.routing.gate import CUT
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import Routing
 
 INIT_SCALE = 0.1
-"""Variance of the weights at the start, times d_model: that of other gates here."""
+"""As of other gates (`Gate`): variance times d_model of the normal distribution that is cut at the start."""
 
 
 @ROUTERS.register(
@@ -52,7 +53,7 @@ class MultiGate(Router):
     def init_weights(self, generator: Generator) -> None:
         """Draw the gates."""
         std = (INIT_SCALE / self.weight_EGD.shape[-1]) ** 0.5
-        nn.init.trunc_normal_(self.weight_EGD, std=std, a=-2 * std, b=2 * std, generator=generator)
+        nn.init.trunc_normal_(self.weight_EGD, std=std, a=-CUT * std, b=CUT * std, generator=generator)
 
     @classmethod
     def experts_per_token(cls, config: Config, num_experts: int) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moebench.routing.context import RouteContext
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig
+from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
 from moebench.routing.values import Routing
 
 
@@ -39,9 +39,13 @@ class Oracle(Router):
 
         name: str = "oracle"
 
+    def __init__(self, config: Config, site: Site) -> None:
+        super().__init__(config, site)
+        self.level = site.level
+
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Send each token to the expert of its label."""
         assert ctx.label_T is not None
-        expert_TK = (ctx.label_T % self.num_experts).unsqueeze(-1)
+        expert_TK = self.level.expert_of(ctx.label_T, self.num_experts).unsqueeze(-1)
         weight_TK = torch.ones(expert_TK.shape, dtype=torch.float32, device=x_TD.device)
         return Routing.from_top_k(expert_TK, weight_TK, num_experts=self.num_experts)

@@ -9,11 +9,10 @@ from torch import Tensor
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
+from moebench.routing.histogram import count_by_expert, empty_counts, value_below_top
+from moebench.routing.losses import counted_by_scores, sequence_balance
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import LayerRecord, Routing
-
-BINS = 2000
-"""Of the histogram over [-1, 1], in which differences of two sigmoids lie: a resolution of 0.001."""
 
 
 @ROUTERS.register(
@@ -28,6 +27,7 @@ BINS = 2000
         causal=True,
         causal_reason="each token is routed by its own vector and prices that only past batches have set",
         batch_dependent=False,
+        own_losses=("sequence_balance",),
     )
 )
 class QuantileBalancing(Router):
@@ -35,9 +35,11 @@ class QuantileBalancing(Router):
 
     Both climb the dual of one linear program, the best assignment at even loads: loss-free by the sign of its
     gradient, this by solving for one price at a time. a_t is what a token's next best choice would have given it, so
-    expert e is worth s_te - a_t to the token, and its price is what all but Tk/E tokens would refuse. The histograms
-    of a whole step add up over micro-batches and processes, where Megatron-LM averages the quantiles of parts.
-    Prices are kept at mean 0: only differences matter. Steady only with some 16 tokens or more for each expert.
+    expert e is worth s_te - a_t to the token, and its price is what all but Tk/E tokens would refuse. Megatron-LM
+    averages the quantiles of parts of a step; here histograms of the whole step are added up over micro-batches and
+    processes. They are of the margins s_te - a_t - β_e, in bins that get finer towards 0: where prices settle they are
+    resolved to the rounding of the scores, however close together saturated sigmoids lie. Prices are kept at mean 0:
+    only differences matter. Steady only with some 16 tokens or more for each expert.
     """
 
     price_E: Tensor
@@ -84,19 +86,19 @@ class QuantileBalancing(Router):
             expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
         )
 
+    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
+        """Return `sequence_balance` of the scores: prices must not make them look even to the loss."""
+        return {"sequence_balance": sequence_balance(counted_by_scores(record, self.options.top_k))}
+
     def sums(self, record: LayerRecord) -> dict[str, Tensor]:
-        """Return for each expert how many tokens it was worth how much: a histogram of s_te - a_t, [E, bins]."""
+        """Return for each expert how many tokens were how far above its price: a histogram, int64 [E, bins]."""
         scores_TE, top_k = record.routing.scores_TE, self.options.top_k
         assert scores_TE is not None
-        count_EH = torch.zeros(self.num_experts, BINS, dtype=torch.int64, device=scores_TE.device)
-        if top_k == self.num_experts:
-            return {"worth_EH": count_EH}  # there is no next best: all experts have every token
-        next_best_T1 = (scores_TE - self.price_E.float()).topk(top_k + 1, dim=-1).values[:, top_k:]
-        bin_TE = ((scores_TE - next_best_T1 + 1) * (BINS / 2)).long().clamp(0, BINS - 1)
-        one_TE = torch.ones_like(bin_TE)
-        if record.valid_T is not None:
-            one_TE = one_TE * record.valid_T.unsqueeze(-1)
-        return {"worth_EH": count_EH.scatter_add(1, bin_TE.T, one_TE.T)}
+        if top_k == self.num_experts:  # there is no next best: all experts have every token
+            return {"margin_EH": empty_counts(self.num_experts, scores_TE.device)}
+        paid_TE = scores_TE.detach() - self.price_E.float()
+        next_best_T1 = paid_TE.topk(top_k + 1, dim=-1).values[:, top_k:]
+        return {"margin_EH": count_by_expert(paid_TE - next_best_T1, record.valid_T)}
 
     @torch.no_grad()
     def after_step(self, load_E: Tensor, sums: Mapping[str, Tensor]) -> None:
@@ -104,9 +106,7 @@ class QuantileBalancing(Router):
         if self.options.top_k == self.num_experts:
             return
         even_load = load_E.sum() / self.num_experts
-        above_EH = sums["worth_EH"].flip(-1).cumsum(-1)
-        from_top_E = (above_EH <= even_load).sum(-1).clamp(max=BINS - 1)
-        price_E = 1 - (from_top_E + 0.5) * (2 / BINS)  # the middle of the bin
+        price_E = self.price_E.double() + value_below_top(sums["margin_EH"], even_load)
         price_E = (price_E - price_E.mean()).to(self.price_E.dtype)
         moved_E = self.options.momentum * self.price_E + (1 - self.options.momentum) * price_E
         self.price_E.copy_(moved_E.where(load_E.sum() > 0, self.price_E))

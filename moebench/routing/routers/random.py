@@ -16,7 +16,7 @@ from moebench.routing.values import Routing
         equation="k experts drawn uniformly without replacement,  w = 1/k",
         paper="arXiv:2209.01667, section 4.1; control of arXiv:2202.01169",
         use="The floor: what parameters alone are worth when nothing is known about tokens.",
-        beware="Loads are even on average only. In evaluation the draw belongs to the place in the batch.",
+        beware="Loads are even on average only. In evaluation the draw belongs to the batch and the place in it.",
         causal=True,
         causal_reason="the draw does not look at any token",
         batch_dependent=True,
@@ -26,7 +26,7 @@ from moebench.routing.values import Routing
     )
 )
 class Random(Router):
-    """Uniform draws, new in every step; in evaluation from a fixed seed, so that results repeat.
+    """Uniform draws, new in every step and in every batch of an evaluation, there from a fixed seed: results repeat.
 
     What it loses against a learned router is what learning to route is worth; what it gains over the dense
     model is what mere parameters are worth.

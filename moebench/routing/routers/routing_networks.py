@@ -34,7 +34,8 @@ class RoutingNetworks(PolicyRouter):
 
     In the paper one image takes one path through all depths, and the reward comes at its end: +1 or -1 for the class.
     Here every token takes its own path, each layer has its own agents, and the reward is the token's log-likelihood.
-    The paper pays the collaboration reward by the average probability of a choice, here by its running share.
+    The paper pays the collaboration reward by the average probability of a choice, here by its running share. As in
+    the authors' code the agents read their input and do not shape it, unless `detach_input` is off.
     """
 
     share_E: Tensor
@@ -45,6 +46,8 @@ class RoutingNetworks(PolicyRouter):
         """Options of routing networks."""
 
         name: str = "routing_networks"
+        detach_input: bool = True
+        """Keep the gradient of the policy from the network below."""
 
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__(config, site)
@@ -62,7 +65,8 @@ class RoutingNetworks(PolicyRouter):
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Let the agent of each token's domain draw its expert, or in evaluation take the most likely one."""
-        all_TGA = self.gate(x_TD).view(-1, self.num_agents, self.num_actions)
+        read_TD = x_TD.detach() if self.config.detach_input else x_TD
+        all_TGA = self.gate(read_TD).view(-1, self.num_agents, self.num_actions)
         agent_T = agent_of(ctx, self.num_agents, x_TD)
         all_TGA = all_TGA if ctx.training else with_mean(all_TGA, dim=1)
         logits_TA = all_TGA[torch.arange(len(agent_T), device=x_TD.device), agent_T]

@@ -34,8 +34,9 @@ class VMoE(Router):
     """Vision MoE (Riquelme et al. 2021): softmax before top-k, weights as they are, batch prioritized routing.
 
     Priority is what makes small capacities work: what is dropped are the tokens that the router cares least about.
-    It chooses within the whole batch, where the paper's groups are devices. The importance loss is taken over the
-    probabilities without noise; the load loss uses the exact chance to be chosen (see `noisy_top_k`), where the
+    It chooses within the whole batch, where the paper's groups are devices. By default it is for evaluation alone, as
+    in the configurations of the paper's code, whose coefficients the losses have too. The importance loss is taken over
+    the probabilities without noise; the load loss uses the exact chance to be chosen (see `noisy_top_k`), where the
     paper's code takes one threshold for all experts, so that its loads do not sum to k.
     """
 
@@ -49,9 +50,11 @@ class VMoE(Router):
         noise: float = 1.0
         """Standard deviation of the noise on the logits in training, times E (σ)."""
         priority: Literal["best", "sum", "position"] = "best"
-        """Who keeps a slot: the token with the highest probability, with the highest sum over its k experts, or the
-        earlier one; always first choices before second ones."""
-        losses: dict[str, float] = field(default_factory=lambda: {"score_importance": 0.01, "load": 0.01})
+        """Who keeps a slot in evaluation: the token with the highest probability, with the highest sum over its k
+        experts, or the earlier one; always first choices before second ones."""
+        priority_train: Literal["best", "sum", "position"] = "position"
+        """The same in training."""
+        losses: dict[str, float] = field(default_factory=lambda: {"score_importance": 0.005, "load": 0.005})
 
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__(config, site)
@@ -93,11 +96,12 @@ class VMoE(Router):
     def _priority(self, weight_TK: Tensor, ctx: RouteContext) -> Tensor:
         """Return a priority that falls by 1 from choice to choice, with the token's own rank, below 1, on top."""
         num_tokens, top_k = weight_TK.shape
-        if self.options.priority == "position":
+        priority = self.options.priority_train if ctx.training else self.options.priority
+        if priority == "position":
             position_T = ctx.position_T(num_tokens).double()
             rank_T = 1 - position_T / max(ctx.batch_tokens(num_tokens), 1)
         else:
-            best_T = weight_TK[:, 0] if self.options.priority == "best" else weight_TK.sum(-1)
+            best_T = weight_TK[:, 0] if priority == "best" else weight_TK.sum(-1)
             rank_T = best_T.double().clamp(max=1)  # a sum of all probabilities may round to more
         return rank_T.unsqueeze(-1) - torch.arange(top_k, device=weight_TK.device)
 
