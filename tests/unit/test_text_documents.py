@@ -8,7 +8,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from omegaconf import OmegaConf
 
 from moebench.errors import UsageError
 from moebench.tasks.text.documents import (
@@ -222,11 +221,6 @@ def test_digest_sees_the_tokenizer_file(tmp_path):
     assert digest == source_digest(TextDataConfig(tokenizer=str(tmp_path / "tokenizer.json")))
     (tmp_path / "tokenizer.json").write_text('{"a": 1}')
     assert digest != source_digest(TextDataConfig(tokenizer=str(tmp_path)))
-
-
-def test_config_is_a_structured_configuration():
-    merged = OmegaConf.merge(OmegaConf.structured(TextDataConfig), {"max_bytes": 5, "domain_column": None})
-    assert OmegaConf.to_object(merged) == TextDataConfig(max_bytes=5, domain_column=None)
 
 
 def test_parts_are_not_streamed(tmp_path):
