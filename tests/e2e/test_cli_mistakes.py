@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from command_line import ROOT, CommandLine, Ended, Results, WarmCommandLine, tiny
+from tokenizers import Tokenizer, models
 
 FILES: dict[str, str | bytes] = {
     "unknown_key.yaml": json.dumps(tiny(train={"stepps": 5})),
@@ -39,6 +40,8 @@ FILES: dict[str, str | bytes] = {
     "columns.csv": "texts,dom\nhello,a\n" * 3,
     "short.txt": "hello world",
     "latin.txt": "é".encode("latin-1") * 500,
+    "lossy.json": Tokenizer(models.BPE({"e": 0, "t": 1}, [])).to_str(),
+    "unknown.json": Tokenizer(models.WordLevel({"e": 0})).to_str(),
     "a_file": "x",
     "syntax.py": "def f(:\n",
     "raises.py": "raise RuntimeError('boom\\nsecond line')\n",
@@ -83,7 +86,8 @@ OVERRIDE_MISTAKES = {
     "train.steps=1.5": ["train.steps", "1.5"],
     "train.steps=1_000": ["train.steps", "'1_000'", "a whole number"],
     "allow_noncausal=yes": ["allow_noncausal", "'yes'", "true or false"],
-    "task.data.dataset=./text": ["task.data.dataset", "'./text' is a local path", "task.data.path=./text"],
+    "task.data.tokenizer=lossy.json": ["'lossy.json' keeps", "% of the bytes of domain 'a'", "at least 99.9 %"],
+    "task.data.tokenizer=unknown.json": ["'unknown.json' cannot encode", "[UNK]"],
     "task.data.path=a #b": ["task.data.path", "'a #b' does not exist"],
     "train.steps=": ["train.steps"],
     "train.steps=0": ["train.steps", "at least 1", "0"],
