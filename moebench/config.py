@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from moebench.conversion import with_values
+from moebench.conversion import apply_values
 from moebench.errors import UsageError
 from moebench.registry import registry_of
 from moebench.schema import COMPONENTS, DEFAULT_NAMES, SECTIONS, CellConfig, ExperimentConfig
@@ -30,7 +30,7 @@ NOT_IN_ID = {
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> tuple[ExperimentConfig, dict[str, Any]]:
     """Read an experiment file; return it, and the overrides that belong to the cells (`router.top_k=4`)."""
-    return with_overrides(with_values(ExperimentConfig(), read_yaml(path)), overrides)
+    return with_overrides(apply_values(ExperimentConfig(), read_yaml(path)), overrides)
 
 
 def with_overrides(experiment: ExperimentConfig, overrides: Sequence[str]) -> tuple[ExperimentConfig, dict[str, Any]]:
@@ -48,10 +48,10 @@ def with_overrides(experiment: ExperimentConfig, overrides: Sequence[str]) -> tu
         head, _, rest = key.partition(".")
         value = parse_override(text)
         if head in own:
-            experiment_level = _laid_over(experiment_level, {head: {rest: value} if rest else value})
+            experiment_level = _merge(experiment_level, {head: {rest: value} if rest else value})
         else:
-            cell_level = _laid_over(cell_level, nested(key.removeprefix("base."), value))
-    return with_values(experiment, experiment_level), cell_level
+            cell_level = _merge(cell_level, nest(key.removeprefix("base."), value))
+    return apply_values(experiment, experiment_level), cell_level
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def nested(key: str, value: Any) -> dict[str, Any]:
+def nest(key: str, value: Any) -> dict[str, Any]:
     """Return a mapping of mappings with a value at a dotted key."""
     for part in reversed(key.split(".")):
         value = {part: value}
@@ -109,7 +109,7 @@ def resolve(raw: Mapping[str, Any]) -> CellConfig:
     expanded = {
         key: {"name": value} if key in COMPONENTS and isinstance(value, str) else value for key, value in raw.items()
     }
-    return with_values(CellConfig(**sections), expanded)
+    return apply_values(CellConfig(**sections), expanded)
 
 
 def component_fields(kind: str, name: str) -> set[str]:
@@ -163,7 +163,7 @@ def _defaults(kind: str, name: str) -> Any:
     return registry_of(kind).get(name, where=f"{kind}.name").item.Config()
 
 
-def _laid_over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     """Merge the keys of two overrides; the later one wins, and the name of a component is one of its keys."""
     merged = dict(lower)
     for key, value in upper.items():
@@ -171,7 +171,7 @@ def _laid_over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, 
         if isinstance(value, Mapping) and isinstance(below, str) and key in COMPONENTS:
             below = {"name": below}
         if isinstance(value, Mapping) and isinstance(below, Mapping):
-            merged[key] = _laid_over(below, value)
+            merged[key] = _merge(below, value)
         else:
             merged[key] = value
     return merged

@@ -28,13 +28,13 @@ class _UnfitError(Exception):
     """A value that is not of the type."""
 
 
-def with_values(config: T, raw: Mapping[str, Any], key: str = "") -> T:
+def apply_values(config: T, raw: Mapping[str, Any], key: str = "") -> T:
     """Return a configuration with the keys of `raw` set; `key`: where it stands in a cell.
 
     What the configuration has of a mapping stays, as in `router.losses`. Raises UsageError for a key that it does not
     have and a value that is not of the key's type.
     """
-    hints = _hints(type(config))  # type: ignore[arg-type]
+    hints = _field_types(type(config))  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for name, value in raw.items():
         path = f"{key}.{name}" if key else str(name)
@@ -42,7 +42,7 @@ def with_values(config: T, raw: Mapping[str, Any], key: str = "") -> T:
             raise _unknown_key(config, path, hints)
         below = getattr(config, name)
         if dataclasses.is_dataclass(below):
-            values[name] = with_values(below, _mapping(value, path), path)
+            values[name] = apply_values(below, _require_mapping(value, path), path)
         else:
             given = convert(value, hints[name], path)
             values[name] = {**below, **given} if isinstance(below, dict) and isinstance(given, dict) else given
@@ -53,22 +53,22 @@ def with_values(config: T, raw: Mapping[str, Any], key: str = "") -> T:
 def convert(value: Any, kind: Any, key: str) -> Any:
     """Return a value as one of type `kind`; raise UsageError, which names the key, for one that does not fit."""
     try:
-        return _fitted(value, kind, key)
+        return _fit(value, kind, key)
     except _UnfitError:
-        allowed = _description(kind)
+        allowed = _describe(kind)
         if isinstance(value, str) and not isinstance(value, Plain) and _fits(Plain(value), kind, key):
             allowed += ", without quotes"
         options = [option for option in get_args(kind) if isinstance(option, str)]
         near = nearest(str(value), options) if isinstance(value, str) else ""
-        raise UsageError(f"{key}: {_shown(value)} was given.{near} Allowed: {allowed}") from None
+        raise UsageError(f"{key}: {_show(value)} was given.{near} Allowed: {allowed}") from None
 
 
-def _fitted(value: Any, kind: Any, key: str) -> Any:
+def _fit(value: Any, kind: Any, key: str) -> Any:
     """Return a value as one of type `kind`, or raise `_UnfitError`."""
     if kind == Untyped:
         return value
     if dataclasses.is_dataclass(kind):
-        return _record(value, kind, key)
+        return _build_record(value, kind, key)
     reader = _READERS.get(get_origin(kind) or kind)
     if reader is None:
         raise UsageError(f"{key}: options of type {kind} cannot be read from a configuration")
@@ -77,7 +77,7 @@ def _fitted(value: Any, kind: Any, key: str) -> Any:
 
 def _fits(value: Any, kind: Any, key: str) -> bool:
     try:
-        _fitted(value, kind, key)
+        _fit(value, kind, key)
     except (_UnfitError, UsageError):
         return False
     return True
@@ -125,10 +125,8 @@ def _read_text(value: Any, kind: Any, key: str) -> str:
 
 def _read_literal(value: Any, kind: Any, key: str) -> Any:
     for option in get_args(kind):
-        if value == option if isinstance(option, str) else _fits(value, type(option), key):
-            given = option if isinstance(option, str) else _fitted(value, type(option), key)
-            if given == option:
-                return option
+        if _fits(value, type(option), key) and _fit(value, type(option), key) == option:
+            return option
     raise _UnfitError
 
 
@@ -139,9 +137,9 @@ def _read_union(value: Any, kind: Any, key: str) -> Any:
             return value
     for member in members:
         if _fits(value, member, key):
-            return _fitted(value, member, key)
+            return _fit(value, member, key)
     if len(members) == 2 and members[0] is types.NoneType:  # the error names the place inside the list
-        return _fitted(value, members[1], key)
+        return _fit(value, members[1], key)
     raise _UnfitError
 
 
@@ -168,7 +166,7 @@ def _read_any(value: Any, kind: Any, key: str) -> Any:
     if not isinstance(value, Plain):
         return value
     member = next((member for member in (types.NoneType, bool, int, float) if _fits(value, member, key)), str)
-    return _fitted(value, member, key)
+    return _fit(value, member, key)
 
 
 _READERS: dict[Any, Callable[[Any, Any, str], Any]] = {
@@ -186,12 +184,12 @@ _READERS: dict[Any, Callable[[Any, Any, str], Any]] = {
 }
 
 
-def _record(value: Any, kind: Any, key: str) -> Any:
+def _build_record(value: Any, kind: Any, key: str) -> Any:
     """Return an entry of a list of dataclasses."""
     if isinstance(value, kind):
         return value
-    hints = _hints(kind)
-    given = _mapping(value, key)
+    hints = _field_types(kind)
+    given = _require_mapping(value, key)
     for name in given:
         if name not in hints:
             raise _unknown_key(kind, f"{key}.{name}", hints)
@@ -204,14 +202,14 @@ def _record(value: Any, kind: Any, key: str) -> Any:
 
 
 @lru_cache(maxsize=1024)
-def _hints(config_class: type) -> dict[str, Any]:
+def _field_types(config_class: type) -> dict[str, Any]:
     hints = get_type_hints(config_class, include_extras=True)
     return {option.name: hints[option.name] for option in dataclasses.fields(config_class)}
 
 
-def _mapping(value: Any, key: str) -> Mapping[str, Any]:
+def _require_mapping(value: Any, key: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise UsageError(f"{key}: must be a mapping of keys to values, got {_shown(value)}")
+        raise UsageError(f"{key}: must be a mapping of keys to values, got {_show(value)}")
     return value
 
 
@@ -222,14 +220,14 @@ def _unknown_key(config: Any, path: str, hints: Mapping[str, Any]) -> UsageError
     return UsageError(f"{path}: {owner} has no key '{leaf}'.{nearest(leaf, hints)} Allowed: {', '.join(sorted(hints))}")
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     if value is None or (isinstance(value, Plain) and value in NULL):
         return "null"
     shown = repr(str(getattr(value, "source", value))) if isinstance(value, str | list | dict) else str(value)
     return shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
 
 
-def _description(kind: Any) -> str:
+def _describe(kind: Any) -> str:
     """Say what a type allows."""
     origin, members = get_origin(kind) or kind, get_args(kind)
     if kind in (Any, Untyped):
@@ -237,9 +235,9 @@ def _description(kind: Any) -> str:
     if origin is Literal:
         return ", ".join(str(option) for option in members)
     if origin in (Union, types.UnionType):
-        return ", or ".join(_description(member) for member in sorted(members, key=lambda m: m is types.NoneType))
+        return ", or ".join(_describe(member) for member in sorted(members, key=lambda m: m is types.NoneType))
     if origin is list:
-        return f"a list, [a, b], each entry {_description(members[0]) if members else 'anything'}"
+        return f"a list, [a, b], each entry {_describe(members[0]) if members else 'anything'}"
     if origin is dict:
         return "a mapping, {key: value}"
     known = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}

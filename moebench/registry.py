@@ -144,17 +144,17 @@ def load_plugin(path: str) -> Plugin:
     # The content is part of the name: an edited plugin is another module, the same one is imported once.
     name = f"{PLUGIN_MODULE}{file.stem}_{hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
     if name not in sys.modules:
-        before = {(kind, key) for kind, key, _ in _registered()}  # what is built in comes first: a name taken
+        before = {(kind, key) for kind, key, _ in _list_registered()}  # what is built in comes first: a name taken
         _execute(name, path)  # twice is then the plugin's mistake
-        entered = [(key, item) for kind, key, item in _registered() if (kind, key) not in before]
+        entered = [(key, item) for kind, key, item in _list_registered() if (kind, key) not in before]
         bases = {base.__module__ for _, item in entered for base in getattr(item, "__mro__", ())}
         parents = frozenset(module for module in bases if module.startswith(PLUGIN_MODULE)) - {name}
         _PLUGINS[name] = frozenset(key for key, _ in entered), parents
     names, parents = _PLUGINS[name]
-    return Plugin(file=file.resolve(), digest=_plugin_digest(file), names=names, module=name, parents=parents)
+    return Plugin(file=file.resolve(), digest=_digest_plugin(file), names=names, module=name, parents=parents)
 
 
-def plugins_needed(plugins: Sequence[Plugin], words: Iterable[str]) -> list[Plugin]:
+def select_plugins(plugins: Sequence[Plugin], words: Iterable[str]) -> list[Plugin]:
     """Return the plugins that a cell needs; `words`: all that its configuration may name a component by.
 
     These are the plugins that register something of that name, those whose classes they derive from, and those that
@@ -167,7 +167,7 @@ def plugins_needed(plugins: Sequence[Plugin], words: Iterable[str]) -> list[Plug
     return [plugin for plugin in plugins if plugin in needed]
 
 
-def _registered() -> list[tuple[str, str, Any]]:
+def _list_registered() -> list[tuple[str, str, Any]]:
     return [(kind, entry.name, entry.item) for kind in HOMES for entry in registry_of(kind).entries()]
 
 
@@ -187,16 +187,16 @@ def _execute(name: str, path: str) -> None:
         raise UsageError(f"--plugin {path}: {_one_line(error)}") from error
 
 
-def _plugin_digest(file: Path) -> str:
-    own, *others = (hashlib.sha256(source.read_bytes()).hexdigest() for source in _sources(file.resolve()))
+def _digest_plugin(file: Path) -> str:
+    own, *others = (hashlib.sha256(source.read_bytes()).hexdigest() for source in _find_sources(file.resolve()))
     return hashlib.sha256("".join([own, *sorted(others)]).encode()).hexdigest() if others else own
 
 
-def _sources(plugin: Path) -> list[Path]:
+def _find_sources(plugin: Path) -> list[Path]:
     """Return a plugin file and the files below its folder that it, or one of them, imports; installed ones left out."""
     found, packages = [plugin], [""]
     for file, package in zip(found, packages, strict=False):  # both grow while they are walked
-        for name in _imports(file, package):
+        for name in _list_imports(file, package):
             module = sys.modules.get(name)
             source = Path(getattr(module, "__file__", None) or "")
             is_own = (
@@ -208,7 +208,7 @@ def _sources(plugin: Path) -> list[Path]:
     return found
 
 
-def _imports(file: Path, package: str) -> Iterator[str]:
+def _list_imports(file: Path, package: str) -> Iterator[str]:
     """Yield the names of the modules that a file may import, and of the packages above them."""
     for node in ast.walk(ast.parse(file.read_bytes())):
         names: list[str] = []

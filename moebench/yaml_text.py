@@ -46,7 +46,7 @@ def parse_yaml(text: str) -> Any:
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
-        return None if node is None else _Values().of(node)
+        return None if node is None else _NodeReader().read(node)
     except RecursionError as error:
         raise yaml.YAMLError("mappings and lists are nested too deeply") from error
     finally:
@@ -86,34 +86,34 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-class _Values:
+class _NodeReader:
     """Turns the nodes of one document into values, each node once however many aliases it has."""
 
     def __init__(self) -> None:
         self._known: dict[int, Any] = {}
         self._open: set[int] = set()
 
-    def of(self, node: Node) -> Any:
+    def read(self, node: Node) -> Any:
         if id(node) in self._open:
             raise _refusal(node, "found an anchor inside what it stands for")
         if id(node) not in self._known:
             self._open.add(id(node))
-            self._known[id(node)] = self._made(node)
+            self._known[id(node)] = self._build(node)
             self._open.remove(id(node))
         return self._known[id(node)]
 
-    def _made(self, node: Node) -> Any:
+    def _build(self, node: Node) -> Any:
         if isinstance(node, ScalarNode) and node.tag in (PLAIN, *TYPED):
             return Plain(node.value)
         if isinstance(node, ScalarNode) and node.tag == f"{PREFIX}str":
             return node.value
         if isinstance(node, SequenceNode) and node.tag == f"{PREFIX}seq":
-            return [self.of(item) for item in node.value]
+            return [self.read(item) for item in node.value]
         if isinstance(node, MappingNode) and node.tag == f"{PREFIX}map":
-            return self._mapping(node)
+            return self._build_mapping(node)
         raise _refusal(node, f"the tag '{node.tag}' is not allowed")
 
-    def _mapping(self, node: MappingNode) -> dict[str, Any]:
+    def _build_mapping(self, node: MappingNode) -> dict[str, Any]:
         merged: dict[str, Any] = {}
         own: dict[str, Any] = {}
         seen: set[str] = set()
@@ -124,17 +124,17 @@ class _Values:
                 raise _refusal(key, f"found duplicate key '{key.value}'")
             seen.add(key.value)
             if key.value == MERGE and key.tag == PLAIN:
-                for mapping in self._sources(value):
+                for mapping in self._read_merged(value):
                     merged = {**mapping, **merged}  # the first one wins
             else:
-                own[key.value] = self.of(value)
+                own[key.value] = self.read(value)
         return merged | own
 
-    def _sources(self, node: Node) -> Iterator[dict[str, Any]]:
+    def _read_merged(self, node: Node) -> Iterator[dict[str, Any]]:
         for source in node.value if isinstance(node, SequenceNode) else [node]:
             if not isinstance(source, MappingNode):
                 raise _refusal(source, f"'{MERGE}' needs a mapping, or a list of mappings")
-            yield self.of(source)
+            yield self.read(source)
 
 
 def _refusal(node: Node, problem: str) -> ConstructorError:

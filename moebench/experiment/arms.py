@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moebench.config import cell_id, component_fields, layer_over, nested, resolve, to_plain
+from moebench.config import cell_id, component_fields, layer_over, nest, resolve, to_plain
 from moebench.conversion import convert
 from moebench.errors import UsageError, nearest, require
 from moebench.schema import COMPONENTS, DEFAULT_NAMES, CellConfig, ExperimentConfig
@@ -44,7 +44,7 @@ def resolve_arms(config: ExperimentConfig, overrides: Mapping[str, Any], where: 
     require(isinstance(config.base, Mapping), "base", str(config.base), "a mapping of keys to values")
     if "seed" in config.base or "seed" in overrides:
         raise UsageError("seed: the experiment sets it; choose with seeds=[...] instead")
-    points = list(_points(config.grid, layer_over({}, config.base)))
+    points = list(_combine(config.grid, layer_over({}, config.base)))
     _refuse_unknown(overrides, [point.raw for point in points], config.grid)
     configs = [resolve(layer_over(point.raw, _applicable(overrides, point.raw, config.grid))) for point in points]
     labels = [_label_of(point, config.grid, cell) for point, cell in zip(points, configs, strict=True)]
@@ -53,7 +53,7 @@ def resolve_arms(config: ExperimentConfig, overrides: Mapping[str, Any], where: 
     for point, label, cell in zip(points, labels, configs, strict=True):
         check_cell(cell)
         digest = TASKS.get(cell.task.name).item.source_digest(cell.task)
-        arms.append(Arm(label=label, config=cell, varies=_varies(point, cell), data_digest=digest))
+        arms.append(Arm(label=label, config=cell, varies=_list_varied_keys(point, cell), data_digest=digest))
     _refuse_equal_cells(arms, where)
     return arms
 
@@ -61,7 +61,7 @@ def resolve_arms(config: ExperimentConfig, overrides: Mapping[str, Any], where: 
 def unused_overrides(overrides: Mapping[str, Any], arms: Sequence[Arm], grid: Mapping[str, Any]) -> tuple[str, ...]:
     """Note each override that only some arms know."""
     notes = []
-    for kind in _varied(overrides, grid):
+    for kind in _varied_components(overrides, grid):
         for option in overrides[kind]:
             having = [arm.label for arm in arms if hasattr(getattr(arm.config, kind), option)]
             if len(having) < len(arms):
@@ -69,14 +69,14 @@ def unused_overrides(overrides: Mapping[str, Any], arms: Sequence[Arm], grid: Ma
     return tuple(notes)
 
 
-def _points(grid: Mapping[str, Sequence[Any]], base: Mapping[str, Any]) -> Iterator[_Point]:
+def _combine(grid: Mapping[str, Sequence[Any]], base: Mapping[str, Any]) -> Iterator[_Point]:
     """Yield each combination of the grid."""
     axes = [[(key, value) for value in values] for key, values in grid.items()]
     for choices in itertools.product(*axes):
         raw = dict(base)
         for key, value in choices:
             for part, setting in _settings(key, value).items():
-                raw = layer_over(raw, nested(part, setting))
+                raw = layer_over(raw, nest(part, setting))
         yield _Point(choices=choices, raw=raw)
 
 
@@ -101,37 +101,37 @@ def _label(key: str, value: Any, values: Sequence[Any], plain: Mapping[str, Any]
     if isinstance(value, Mapping) and "label" in value:
         return str(convert(value["label"], str, f"grid.{key}: label"))
     if not isinstance(value, Mapping):
-        return str(value) if key in COMPONENTS else f"{key.split('.')[-1]}={_typed(value, _at(plain, key))}"
+        return str(value) if key in COMPONENTS else f"{key.split('.')[-1]}={_pick_typed(value, _look_up(plain, key))}"
     name = str(value.get("name", key))
     names = [str(item.get("name", "")) if isinstance(item, Mapping) else str(item) for item in values]
-    typed = _typed(value, _at(plain, key))
+    typed = _pick_typed(value, _look_up(plain, key))
     options = [f"{option}={item}" for option, item in typed.items() if option != "name"]
     return " ".join([name, *options]) if names.count(name) > 1 else name
 
 
-def _varies(point: _Point, cell: CellConfig) -> dict[str, Any]:
+def _list_varied_keys(point: _Point, cell: CellConfig) -> dict[str, Any]:
     plain = to_plain(cell)
     varies: dict[str, Any] = {}
     for key, value in point.choices:
         for part, setting in _settings(key, value).items():
             named = {"name": setting} if part in COMPONENTS and isinstance(setting, str) else setting
-            varies |= _flat(part, _typed(named, _at(plain, part)))
+            varies |= _flatten(part, _pick_typed(named, _look_up(plain, part)))
     return varies
 
 
-def _at(plain: Any, key: str) -> Any:
+def _look_up(plain: Any, key: str) -> Any:
     """Return what a resolved cell has at a dotted key; None where an override has removed it."""
     for part in key.split("."):
         plain = plain.get(part) if isinstance(plain, Mapping) else None
     return plain
 
 
-def _typed(given: Any, resolved: Any) -> Any:
+def _pick_typed(given: Any, resolved: Any) -> Any:
     """Return the values of a resolved cell for the keys that were given, without its defaults."""
     if isinstance(given, Mapping):
-        return {key: _typed(value, _at(resolved, key)) for key, value in given.items()}
+        return {key: _pick_typed(value, _look_up(resolved, key)) for key, value in given.items()}
     if isinstance(given, list) and isinstance(resolved, list) and len(given) == len(resolved):
-        return [_typed(*pair) for pair in zip(given, resolved, strict=True)]
+        return [_pick_typed(*pair) for pair in zip(given, resolved, strict=True)]
     return resolved
 
 
@@ -151,7 +151,7 @@ def _refuse_equal_cells(arms: Sequence[Arm], where: str) -> None:
         twin = seen.setdefault(cell_id(arm.config, arm.data_digest), arm)
         if twin is arm:
             continue
-        one, other = (_flat("", to_plain(each.config)) for each in (twin, arm))
+        one, other = (_flatten("", to_plain(each.config)) for each in (twin, arm))
         differing = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
         keys = f"differ only in {', '.join(differing)}, which changes no result" if differing else "have equal settings"
         raise UsageError(
@@ -161,7 +161,7 @@ def _refuse_equal_cells(arms: Sequence[Arm], where: str) -> None:
 
 def _refuse_unknown(overrides: Mapping[str, Any], raws: Sequence[Mapping[str, Any]], grid: Mapping[str, Any]) -> None:
     """Refuse an override of a varied component that no arm knows."""
-    for kind in _varied(overrides, grid):
+    for kind in _varied_components(overrides, grid):
         options = overrides[kind]
         if not isinstance(options, Mapping) or "name" in options:
             raise UsageError(f"{kind}: the grid varies it; choose with 'grid.{kind}=[...]' instead")
@@ -177,13 +177,13 @@ def _refuse_unknown(overrides: Mapping[str, Any], raws: Sequence[Mapping[str, An
 def _applicable(overrides: Mapping[str, Any], raw: Mapping[str, Any], grid: Mapping[str, Any]) -> dict[str, Any]:
     """Return the overrides that this arm has: in a grid of routers, an option belongs to the routers that know it."""
     kept = dict(overrides)
-    for kind in _varied(overrides, grid):
+    for kind in _varied_components(overrides, grid):
         fields = component_fields(kind, _name_of(raw, kind))
         kept[kind] = {key: value for key, value in overrides[kind].items() if key in fields}
     return kept
 
 
-def _varied(overrides: Mapping[str, Any], grid: Mapping[str, Any]) -> list[str]:
+def _varied_components(overrides: Mapping[str, Any], grid: Mapping[str, Any]) -> list[str]:
     """Return the components that the grid varies and an override changes."""
     entries = [entry for entry in grid.get(ARM, ()) if isinstance(entry, Mapping)]
     keys = {*grid, *(part.split(".")[0] for entry in entries for part in entry)}
@@ -195,8 +195,8 @@ def _name_of(raw: Mapping[str, Any], kind: str) -> str:
     return str(value.get("name", DEFAULT_NAMES[kind]) if isinstance(value, Mapping) else value)
 
 
-def _flat(key: str, value: Any) -> dict[str, Any]:
+def _flatten(key: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         return {key: value}
     below = {f"{key}.{part}" if key else part: item for part, item in value.items()}
-    return {name: item for part, inner in below.items() for name, item in _flat(part, inner).items()}
+    return {name: item for part, inner in below.items() for name, item in _flatten(part, inner).items()}

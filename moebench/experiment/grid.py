@@ -8,7 +8,7 @@ from typing import Any
 from moebench.config import cell_id, load_experiment, to_plain, with_overrides
 from moebench.errors import unknown
 from moebench.experiment.arms import Arm, resolve_arms, unused_overrides
-from moebench.registry import Plugin, load_plugin, plugins_needed
+from moebench.registry import Plugin, load_plugin, select_plugins
 from moebench.schema import CellConfig, ExperimentConfig
 
 BASELINE = "dense"
@@ -104,7 +104,7 @@ def _build(
 ) -> Experiment:
     arms = resolve_arms(config, cell_overrides, str(path))
     baseline, note = _baseline(config.baseline, [arm.label for arm in arms], regridded=regridded)
-    needed = [plugins_needed(plugins, _words(arm.config)) for arm in arms]
+    needed = [select_plugins(plugins, _collect_words(arm.config)) for arm in arms]
     cells = [_cell(arm, seed, own) for seed in config.seeds for arm, own in zip(arms, needed, strict=True)]
     return Experiment(
         name=path.stem,
@@ -129,19 +129,19 @@ def _cell(arm: Arm, seed: int, plugins: Sequence[Plugin]) -> Cell:
     )
 
 
-def _words(value: Any) -> Iterator[str]:
+def _collect_words(value: Any) -> Iterator[str]:
     """Yield all that a configuration may name a component by: its texts, and the keys of its mappings."""
     if isinstance(value, str):
         yield value
     elif is_dataclass(value):
         for option in fields(value):
-            yield from _words(getattr(value, option.name))
+            yield from _collect_words(getattr(value, option.name))
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _words(item)
+            yield from _collect_words(item)
     elif isinstance(value, Mapping):
         yield from value
-        yield from _words(list(value.values()))
+        yield from _collect_words(list(value.values()))
 
 
 def _baseline(wanted: str | None, arms: Sequence[str], *, regridded: bool) -> tuple[str, tuple[str, ...]]:

@@ -83,7 +83,7 @@ def reading(name: str) -> Iterator[None]:
         ) from error
 
 
-def alike(tables: Iterable[Table], key: str, column: str) -> Iterator[Table]:
+def require_alike(tables: Iterable[Table], key: str, column: str) -> Iterator[Table]:
     """Yield tables; raise `UsageError` where some have an optional column, which task.data.`key` names, and some not.
 
     Otherwise the rows of those without would be of another domain than all others, in silence.

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moebench.config import load_experiment, resolve, to_yaml, with_overrides
-from moebench.conversion import convert, with_values
+from moebench.conversion import apply_values, convert
 from moebench.errors import UsageError
 from moebench.schema import CellConfig, ExperimentConfig
 from moebench.yaml_text import Plain, parse_override, parse_yaml
@@ -202,14 +202,14 @@ class Options:
 
 def test_options_of_every_kind() -> None:
     raw = parse_yaml("{entries: [{at: 1}, {at: 02, width: 3}], either: 1e3, level: on, free: [010, on, ~, 1.5, x]}")
-    found = with_values(Options(), {**raw, "texts": {"a": Plain("007")}})
+    found = apply_values(Options(), {**raw, "texts": {"a": Plain("007")}})
     assert found.entries == [Entry(at=1), Entry(at=2, width=3.0)]
     assert (found.either, found.level) == ("1e3", "on")
     assert found.free == [10, "on", None, 1.5, "x"]
     assert found.texts == {"a": "007"}
-    assert with_values(Options(), {"either": Plain("7")}).either == 7
-    assert with_values(Options(), {"either": "7"}).either == "7"
-    assert with_values(Options(), {"level": Plain("2")}).level == 2
+    assert apply_values(Options(), {"either": Plain("7")}).either == 7
+    assert apply_values(Options(), {"either": "7"}).either == "7"
+    assert apply_values(Options(), {"level": Plain("2")}).level == 2
     for raw, line in (
         ({"entries": [{}]}, "router.entries[0]: the key 'at' is missing"),
         ({"entries": [{"et": Plain("1")}]}, "router.entries[0].et: router.entries[0] has no key 'et'."),
@@ -219,7 +219,7 @@ def test_options_of_every_kind() -> None:
         ({"nome": "x"}, "router.nome: router 'options' has no key 'nome'. Did you mean 'name'? Allowed: either,"),
     ):
         with pytest.raises(UsageError) as caught:
-            with_values(Options(), raw, "router")
+            apply_values(Options(), raw, "router")
         assert str(caught.value).startswith(line)
 
 

@@ -12,7 +12,7 @@ from moebench.errors import UsageError, require
 from moebench.tasks.audio.features import most_mels
 from moebench.tasks.folders import TRAIN, existing, files_below, folders_of, parts_of
 from moebench.tasks.sources import check_source, file_digest, first_line
-from moebench.tasks.tables import Table, alike, content_of, hub_table, local_table, named, reading
+from moebench.tasks.tables import Table, content_of, hub_table, local_table, named, reading, require_alike
 
 PACK = Path(__file__).parent.parent / "data" / "speech_prompts.parquet"
 TABLES = (".parquet", ".csv", ".jsonl")
@@ -180,7 +180,7 @@ def _local_clips(config: AudioDataConfig, target: Target) -> Iterator[Clip]:
     tables = _tables(files)
     parts = parts_of(tables or files, by_file=bool(tables)) if len(files) > 1 else {}
     opened = (local_table(path, name) for name, path in tables.items())
-    for table in alike(opened, "domain_column", OPTIONAL) if config.domain_column == OPTIONAL else opened:
+    for table in require_alike(opened, "domain_column", OPTIONAL) if config.domain_column == OPTIONAL else opened:
         yield from _from_table(table, config, parts.get(table.name, TRAIN))
     if not tables:
         for name, path in files.items():

@@ -12,7 +12,7 @@ from typing import Any
 from moebench.errors import UsageError, nearest
 from moebench.tasks.folders import TRAIN, existing, files_below, folders_of, parts_of
 from moebench.tasks.sources import check_source, file_digest, first_line, load_dataset
-from moebench.tasks.tables import TABLES, Table, alike, hub_table, local_table, named, reading
+from moebench.tasks.tables import TABLES, Table, hub_table, local_table, named, reading, require_alike
 from moebench.tasks.text.pack import PACK, pack_group
 
 TEXTS = (".txt", ".txt.gz")
@@ -144,7 +144,7 @@ def _documents(config: TextDataConfig) -> Iterator[Document]:
         return
     tables = (local_table(path, name) for name, path in files.items())
     first = 0
-    for table in alike(tables, "domain_column", OPTIONAL) if config.domain_column == OPTIONAL else tables:
+    for table in require_alike(tables, "domain_column", OPTIONAL) if config.domain_column == OPTIONAL else tables:
         for document in _from_table(table, config, first):
             first += 1
             yield replace(document, part=parts.get(table.name, TRAIN))
@@ -178,7 +178,7 @@ def _from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], config: TextDataCo
         yield Document(text=_whole(text, place), domain=domain, group=group)
 
 
-def _alike(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _require_alike(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield rows that nobody has seen all of; raise `UsageError` where only some have the column of domains."""
     first: tuple[str, Mapping[str, Any]] | None = None
     for place, row in rows:
@@ -229,7 +229,7 @@ def _from_hub(config: TextDataConfig) -> Iterator[Document]:
         if config.streaming:  # what columns there are is not known before the first row
             source = load_dataset(config.dataset, config.config, streaming=True, **options)
             rows = ((f"row {number}", row) for number, row in enumerate(source))
-            yield from _from_rows(_alike(rows) if config.domain_column == OPTIONAL else rows, config, first=0)
+            yield from _from_rows(_require_alike(rows) if config.domain_column == OPTIONAL else rows, config, first=0)
         else:
             yield from _from_table(hub_table(config.dataset, config.config, **options), config, first=0)
     except UsageError:
