@@ -1,22 +1,22 @@
-"""Reading configurations: YAML files, overrides, errors that name the key. The only importer of omegaconf."""
+"""Reading configurations: YAML files, overrides, errors that name the key."""
 
 import dataclasses
 import hashlib
 import json
-import re
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-from yaml import YAMLError
+import yaml
 
-from moebench.errors import UsageError, nearest
+from moebench.conversion import apply_values
+from moebench.errors import UsageError
 from moebench.registry import registry_of
 from moebench.schema import COMPONENTS, DEFAULT_NAMES, SECTIONS, CellConfig, ExperimentConfig
+from moebench.yaml_text import parse_override, parse_yaml
 
-SCHEMA = 2
+SCHEMA = 3
 """Part of every cell's id: raised when a change makes old results incomparable."""
 
 NOT_IN_ID = {
@@ -30,37 +30,50 @@ NOT_IN_ID = {
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> tuple[ExperimentConfig, dict[str, Any]]:
     """Read an experiment file; return it, and the overrides that belong to the cells (`router.top_k=4`)."""
-    merged = _merge(ExperimentConfig(), read_yaml(path), str(path))
-    return with_overrides(_to_object(merged, str(path)), overrides)
+    return with_overrides(apply_values(ExperimentConfig(), read_yaml(path)), overrides)
 
 
 def with_overrides(experiment: ExperimentConfig, overrides: Sequence[str]) -> tuple[ExperimentConfig, dict[str, Any]]:
-    """Apply the overrides that change the experiment itself (grid, seeds, baseline, question); return the rest."""
+    """Apply the overrides that change the experiment itself (grid, seeds, baseline, question); return the rest.
+
+    What is returned is not typed yet: a key's type depends on the component that it belongs to.
+    """
     own = {entry.name for entry in dataclasses.fields(ExperimentConfig)} - {"base"}
-    experiment_level: list[str] = []
-    cell_level: list[str] = []
+    experiment_level: dict[str, Any] = {}
+    cell_level: dict[str, Any] = {}
     for override in overrides:
-        key, separator, _ = override.partition("=")
+        key, separator, text = override.partition("=")
         if not separator or not all(key.split(".")):
             raise UsageError(f"'{override}' is not of the form key=value (for example train.steps=500)")
-        (experiment_level if re.split(r"[.\[]", key)[0] in own else cell_level).append(override)
-    merged = _merge(experiment, _dotlist(experiment_level), "command line")
-    return _to_object(merged, "command line"), _plain(_dotlist([item.removeprefix("base.") for item in cell_level]))
+        head, _, rest = key.partition(".")
+        value = parse_override(text)
+        if head in own:
+            experiment_level = _merge(experiment_level, {head: {rest: value} if rest else value})
+        else:
+            cell_level = _merge(cell_level, nest(key.removeprefix("base."), value))
+    return apply_values(experiment, experiment_level), cell_level
 
 
-def read_yaml(path: Path) -> DictConfig:
-    """Read a YAML mapping; raise UsageError in one line for a missing, unreadable or malformed file."""
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping, its scalars as text; raise UsageError in one line for a file that cannot be read as one."""
     try:
-        loaded = OmegaConf.load(path)
+        loaded = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file") from error
     except IsADirectoryError as error:
         raise UsageError(f"{path}: is a folder, not an experiment file") from error
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"{path}: not readable as YAML: {_first_line(error)}") from error
-    if not isinstance(loaded, DictConfig) or not loaded:
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        raise UsageError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, dict) or not loaded:
         raise UsageError(f"{path}: must be a mapping with keys such as base, grid and seeds")
     return loaded
+
+
+def nest(key: str, value: Any) -> dict[str, Any]:
+    """Return a mapping of mappings with a value at a dotted key."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)
 
 
 def layer_over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,7 +94,7 @@ def layer_over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, 
     return merged
 
 
-def resolve(raw: Mapping[str, Any], where: str = "configuration") -> CellConfig:
+def resolve(raw: Mapping[str, Any]) -> CellConfig:
     """Turn an untyped mapping into a CellConfig: defaults filled in, every key known, every type and range right."""
     sections: dict[str, Any] = {}
     for section in SECTIONS:
@@ -96,8 +109,7 @@ def resolve(raw: Mapping[str, Any], where: str = "configuration") -> CellConfig:
     expanded = {
         key: {"name": value} if key in COMPONENTS and isinstance(value, str) else value for key, value in raw.items()
     }
-    config: CellConfig = _to_object(_merge(CellConfig(**sections), OmegaConf.create(expanded), where), where)
-    return config
+    return apply_values(CellConfig(**sections), expanded)
 
 
 def component_fields(kind: str, name: str) -> set[str]:
@@ -112,7 +124,20 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """Return a configuration as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_plain(config)))
+    text: str = yaml.dump(to_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
+    return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Escapes the characters of a text that YAML would take for the end of a line."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'
+    ),
+)
 
 
 def cell_id(config: CellConfig, data_digest: str, plugin_digests: Sequence[str] = ()) -> str:
@@ -138,51 +163,15 @@ def _defaults(kind: str, name: str) -> Any:
     return registry_of(kind).get(name, where=f"{kind}.name").item.Config()
 
 
-def _dotlist(items: Sequence[str]) -> DictConfig:
-    try:
-        return OmegaConf.from_dotlist(list(items))
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise UsageError(f"command line: {' '.join(items)}: {_first_line(error)}") from error
-
-
-def _plain(node: DictConfig) -> dict[str, Any]:
-    return OmegaConf.to_container(node)  # type: ignore[return-value]
-
-
-def _merge(schema: Any, values: DictConfig, where: str) -> DictConfig:
-    return _merge_node(OmegaConf.structured(schema), values, where)
-
-
-def _merge_node(schema: DictConfig, values: DictConfig, where: str) -> DictConfig:
-    try:
-        return OmegaConf.merge(schema, values)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        _explain(error, schema, where)
-
-
-def _to_object(node: DictConfig, where: str) -> Any:
-    try:
-        return OmegaConf.to_object(node)
-    except OmegaConfBaseException as error:
-        _explain(error, node, where)
-
-
-def _explain(error: OmegaConfBaseException, schema: DictConfig, where: str) -> NoReturn:
-    """Turn omegaconf's error into one line: the key, what was given, what is allowed, the nearest name."""
-    key = getattr(error, "full_key", None) or ""
-    if isinstance(error, ConfigKeyError):
-        parent, _, leaf = key.rpartition(".")
-        section = OmegaConf.select(schema, parent) if parent else schema
-        allowed = [str(name) for name in section] if isinstance(section, DictConfig) else []
-        name = section.get("name") if isinstance(section, DictConfig) and parent in COMPONENTS else None
-        owner = f"{parent} '{name}'" if name else (parent or "the top level")
-        raise UsageError(
-            f"{key}: {owner} has no key '{leaf}'.{nearest(leaf, allowed)} Allowed: {', '.join(sorted(allowed))}"
-        ) from error
-    raise UsageError(f"{key + ': ' if key else where + ': '}{_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, YAMLError):
-        return " ".join(str(error).split())
-    return str(error).split("\n", maxsplit=1)[0]
+def _merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge the keys of two overrides; the later one wins, and the name of a component is one of its keys."""
+    merged = dict(lower)
+    for key, value in upper.items():
+        below = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(below, str) and key in COMPONENTS:
+            below = {"name": below}
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            merged[key] = _merge(below, value)
+        else:
+            merged[key] = value
+    return merged

@@ -12,7 +12,7 @@ import inspect
 import itertools
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -113,22 +113,66 @@ def registry_of(kind: str) -> "Registry[Any, Any]":
     return registry
 
 
-def load_plugin(path: str) -> str:
-    """Import a plugin file, so that what it registers exists; return the SHA-256 of its text.
+@dataclass(frozen=True, kw_only=True)
+class Plugin:
+    """A plugin file that was loaded."""
+
+    file: Path
+    """Absolute."""
+    digest: str
+    """SHA-256 (hex) of its text; with that of the files beside it that it imports, if there are such."""
+    names: frozenset[str]
+    """What it registers."""
+    module: str
+    parents: frozenset[str]
+    """Modules of the plugins whose classes its own derive from."""
+
+
+_PLUGINS: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
+"""Names and parents of each plugin module: what it registers is seen once, when it is executed."""
+PLUGIN_MODULE = "moebench_plugin_"
+
+
+def load_plugin(path: str) -> Plugin:
+    """Import a plugin file, so that what it registers exists.
 
     Raises UsageError when the file is missing or fails to import.
     """
     file = Path(path)
     if not file.is_file():
         raise UsageError(f"--plugin {path}: no such file")
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
     # The content is part of the name: an edited plugin is another module, the same one is imported once.
-    name = f"moebench_plugin_{file.stem}_{digest[:12]}"
-    if name in sys.modules:
-        return digest
-    for kind in HOMES:
-        registry_of(kind).names()  # what is built in comes first: a name taken twice is then the plugin's mistake
-    spec = importlib.util.spec_from_file_location(name, file)
+    name = f"{PLUGIN_MODULE}{file.stem}_{hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
+    if name not in sys.modules:
+        before = {(kind, key) for kind, key, _ in _list_registered()}  # what is built in comes first: a name taken
+        _execute(name, path)  # twice is then the plugin's mistake
+        entered = [(key, item) for kind, key, item in _list_registered() if (kind, key) not in before]
+        bases = {base.__module__ for _, item in entered for base in getattr(item, "__mro__", ())}
+        parents = frozenset(module for module in bases if module.startswith(PLUGIN_MODULE)) - {name}
+        _PLUGINS[name] = frozenset(key for key, _ in entered), parents
+    names, parents = _PLUGINS[name]
+    return Plugin(file=file.resolve(), digest=_digest_plugin(file), names=names, module=name, parents=parents)
+
+
+def select_plugins(plugins: Sequence[Plugin], words: Iterable[str]) -> list[Plugin]:
+    """Return the plugins that a cell needs; `words`: all that its configuration may name a component by.
+
+    These are the plugins that register something of that name, those whose classes they derive from, and those that
+    register nothing: what they change, nobody can tell.
+    """
+    named = set(words)
+    needed = [plugin for plugin in plugins if not plugin.names or plugin.names & named]
+    for plugin in needed:  # grows while it is walked
+        needed += [other for other in plugins if other.module in plugin.parents and other not in needed]
+    return [plugin for plugin in plugins if plugin in needed]
+
+
+def _list_registered() -> list[tuple[str, str, Any]]:
+    return [(kind, entry.name, entry.item) for kind in HOMES for entry in registry_of(kind).entries()]
+
+
+def _execute(name: str, path: str) -> None:
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UsageError(f"--plugin {path}: not a Python file (a name ending in .py)")
     module = importlib.util.module_from_spec(spec)
@@ -141,7 +185,41 @@ def load_plugin(path: str) -> str:
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UsageError(f"--plugin {path}: {_one_line(error)}") from error
-    return digest
+
+
+def _digest_plugin(file: Path) -> str:
+    own, *others = (hashlib.sha256(source.read_bytes()).hexdigest() for source in _find_sources(file.resolve()))
+    return hashlib.sha256("".join([own, *sorted(others)]).encode()).hexdigest() if others else own
+
+
+def _find_sources(plugin: Path) -> list[Path]:
+    """Return a plugin file and the files below its folder that it, or one of them, imports; installed ones left out."""
+    found, packages = [plugin], [""]
+    for file, package in zip(found, packages, strict=False):  # both grow while they are walked
+        for name in _list_imports(file, package):
+            module = sys.modules.get(name)
+            source = Path(getattr(module, "__file__", None) or "")
+            is_own = (
+                source.suffix == ".py" and source.is_relative_to(plugin.parent) and name.split(".")[0] != "moebench"
+            )
+            if is_own and "site-packages" not in source.parts and source not in found:
+                found.append(source)
+                packages.append(getattr(module, "__package__", None) or "")
+    return found
+
+
+def _list_imports(file: Path, package: str) -> Iterator[str]:
+    """Yield the names of the modules that a file may import, and of the packages above them."""
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            base = ".".join(part for part in (above, node.module) if part)
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        for name in names:
+            yield from itertools.accumulate(name.split("."), lambda above, part: f"{above}.{part}")
 
 
 def names_without_import(kind: str) -> list[str]:
@@ -186,7 +264,7 @@ def _origin(item: object) -> str:
 def _one_line(error: BaseException) -> str:
     place = ""
     for frame in inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []:
-        if "moebench_plugin_" in frame.frame.f_globals.get("__name__", ""):
+        if PLUGIN_MODULE in frame.frame.f_globals.get("__name__", ""):
             place = f" (line {frame.lineno})"
     if isinstance(error, SyntaxError):
         place = f" (line {error.lineno})"

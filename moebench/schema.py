@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from moebench.conversion import Untyped
 from moebench.errors import require
 
 COMPONENTS = ("task", "layout", "router")
@@ -170,9 +171,9 @@ class ExperimentConfig:
 
     question: str = ""
     """What the experiment answers, in a sentence."""
-    base: Any = field(default_factory=dict)
+    base: Untyped = field(default_factory=dict)
     """The keys of a cell that are the same everywhere."""
-    grid: dict[str, list[Any]] = field(default_factory=dict)
+    grid: dict[str, list[Untyped]] = field(default_factory=dict)
     """Key -> values: one arm for each combination. The key `arm` takes labelled mappings of several keys."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """One run of every arm for each seed; the same seed means the same data order and shared initial weights."""

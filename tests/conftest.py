@@ -82,6 +82,18 @@ class PluginFolder:
 
 
 @pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder that stands for the data set on/hub: `datasets` itself reads it, without a network."""
+    import datasets
+
+    folder, load = tmp_path / "hub", datasets.load_dataset
+    folder.mkdir()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *rest, **options: load(str(folder), *rest, **options))
+    return folder
+
+
+@pytest.fixture
 def cli(tmp_path: Path) -> Iterator[CommandLine]:
     """A fresh folder with the tiny experiment; nothing that was started outlives the test."""
     command_line = CommandLine(tmp_path)

@@ -55,7 +55,7 @@ def _sizes(results: Path) -> list[Size]:
 
 def _twins(cell: Cell, sizes: list[Size]) -> Iterator[tuple[str, Size]]:
     """Yield the ids that the cell would have on other meshes."""
-    plugins = [load_plugin(plugin) for plugin in cell.plugins]
+    plugins = [load_plugin(plugin).digest for plugin in cell.plugins]
     for data, expert in sizes:
         parallel = replace(cell.config.parallel, data=data, expert=expert, nodes=1, devices=None)
         twin = cell_id(replace(cell.config, parallel=parallel), cell.data_digest, plugins)

@@ -138,7 +138,7 @@ def _train(folder: RunFolder, results: Path, place: Place, link: RunnerLink) -> 
     try:
         for plugin in cell["plugins"]:
             load_plugin(plugin)
-        config = resolve(cell["config"], str(folder.cell))
+        config = resolve(cell["config"])
         result = _train_logged(config, cell, folder, results, place, link)
         if result is not None and place.rank == 0:
             write_json(folder.result, result.to_dict())

@@ -16,6 +16,12 @@ from moebench.tasks.task import OUT_OF_DOMAIN
 HUB_OPTIONS = ("config", "revision", "split", "test_split")
 """Options of a data section that say something about a hub data set alone."""
 
+LOADERS = (
+    "arrow audiofolder conll csv eval fasta fastq genbank generator harbor hdf5 iceberg imagefolder json lance"
+    " meshfolder mmcif niftifolder pandas parquet pdb pdffolder spark sql text tsfile videofolder vortex webdataset xml"
+)
+"""Names that `datasets` takes for the kind of the files in the working folder, and not for a name on the hub."""
+
 
 def check_source(data: Any, names: Iterable[str]) -> None:
     """Refuse two sources, options of a hub without its data set, empty `names` and a domain held out twice.
@@ -31,9 +37,32 @@ def check_source(data: Any, names: Iterable[str]) -> None:
     for name in ("path", "dataset", "split", *names):
         if getattr(data, name) == "":
             raise UsageError(f"task.data.{name}: an empty name was given; give a name")
+    if data.dataset is not None:
+        _refuse_local(data.dataset)
     held_out = getattr(data, "held_out_domains", [])
     once = len(set(held_out)) == len(held_out)
     require(once, "task.data.held_out_domains", held_out, "a list that names each domain once")
+
+
+def _refuse_local(name: str) -> None:
+    """Refuse a hub name that `datasets` would read from this machine.
+
+    A hub data set is identified by its name and revision, so that other files there would count as the same data.
+    """
+    try:
+        exists = Path(name).exists()
+    except (OSError, ValueError):
+        exists = False  # too long, or with a NUL: the hub says what is wrong with it
+    if exists or name.startswith((".", "/", "~", "file:")):
+        raise UsageError(
+            f"task.data.dataset: '{name}' is a local path, and the name of a data set on the hub is wanted; give"
+            f" task.data.path={name}"
+        )
+    if name in LOADERS.split():
+        raise UsageError(
+            f"task.data.dataset: '{name}' is a reader of local files, and the name of a data set on the hub is wanted;"
+            " give the files with task.data.path=..."
+        )
 
 
 def check_domain_names(domains: Sequence[str]) -> None:

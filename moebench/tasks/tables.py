@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -14,8 +13,6 @@ from moebench.errors import UsageError, nearest
 from moebench.tasks.sources import first_line, load_dataset
 
 TABLES = (".parquet", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".json", ".json.gz")
-ROWS_LOOKED_AT = 1000
-"""Of a file of JSON: their keys are its columns."""
 LONGEST_CELL = 1 << 30
 
 
@@ -86,23 +83,47 @@ def reading(name: str) -> Iterator[None]:
         ) from error
 
 
+def require_alike(tables: Iterable[Table], key: str, column: str) -> Iterator[Table]:
+    """Yield tables; raise `UsageError` where some have an optional column, which task.data.`key` names, and some not.
+
+    Otherwise the rows of those without would be of another domain than all others, in silence.
+    """
+    first: Table | None = None
+    for table in tables:
+        first = first or table
+        if (column in table.columns) != (column in first.columns):
+            having, lacking = (table, first) if column in table.columns else (first, table)
+            raise UsageError(
+                f"task.data.{key}: '{column}' is a column of {having.name} and not of {lacking.name}; give it to every"
+                f" file, or set task.data.{key}=null"
+            )
+        yield table
+
+
 def local_table(path: Path, name: str | None = None) -> Table:
-    """Open a table; `name` is what messages call it. Raises `UsageError` for one that cannot be read or has no rows."""
+    """Open a table; `name` is what messages call it. Raises `UsageError` for one that cannot be read or has no rows.
+
+    The columns of a file of JSON are the keys of all its rows: it is read once for them.
+    """
     name = name or path.name
     with reading(name):
         if path.suffix.lower() == ".parquet":
             return _parquet_table(path, name)
-        lines = _csv_rows if ".csv" in path.name.lower()[-7:] else _json_rows
-        first = list(islice(lines(path, name), ROWS_LOOKED_AT))
-        if not first:
+        is_csv = ".csv" in path.name.lower()[-7:]
+        lines = _csv_rows if is_csv else _json_rows
+        rows = lines(path, name)
+        first = next(rows, None)
+        if first is None:
             raise UsageError(f"task.data.path: '{name}' has no rows")
-    columns = list(dict.fromkeys(key for row in first for key in row))
+        columns = dict.fromkeys(first)
+        for row in () if is_csv else rows:
+            columns.update(dict.fromkeys(row))
 
     def read(wanted: list[str]) -> Iterator[Mapping[str, Any]]:
         with reading(name):
             yield from ({column: row.get(column) for column in wanted} for row in lines(path, name))
 
-    return Table(name=name, columns=columns, rows=read, folder=path.parent)
+    return Table(name=name, columns=list(columns), rows=read, folder=path.parent)
 
 
 def hub_table(name: str, config: str | None, *, split: str, revision: str | None) -> Table:

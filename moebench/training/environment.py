@@ -11,7 +11,7 @@ import torch
 
 import moebench
 
-PACKAGES = ("torch", "lightning", "numpy", "omegaconf", "datasets", "tokenizers", "mlflow", "scipy", "statsmodels")
+PACKAGES = ("torch", "lightning", "numpy", "datasets", "tokenizers", "mlflow", "scipy", "statsmodels")
 
 
 def environment(threads: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def changed(config: CellConfig, assignments: list[str]) -> CellConfig:
                 " are not of training alone, such as layout.capacity_factor_eval, layout.drop_order, router.top_k)"
             )
     _, values = with_overrides(ExperimentConfig(), assignments)
-    config = resolve(layer_over(to_plain(config), values), ", ".join(assignments))
+    config = resolve(layer_over(to_plain(config), values))
     check_cell(config)
     return config
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from command_line import ROOT, CommandLine, Ended, Results, WarmCommandLine, tiny
+from tokenizers import Tokenizer, models
 
 FILES: dict[str, str | bytes] = {
     "unknown_key.yaml": json.dumps(tiny(train={"stepps": 5})),
@@ -21,6 +22,7 @@ FILES: dict[str, str | bytes] = {
     "binary.yaml": b"\xff\xfe\x00\x01" * 50,
     "tag.yaml": "base: !!python/object/apply:os.system ['touch hacked']\n",
     "twice.yaml": json.dumps(tiny(grid={"router": ["dense", "switch", "switch"]})),
+    "cadence.yaml": json.dumps(tiny(grid={"train.eval_every": [1, 2]})),
     "duplicate_key.yaml": "seeds: [0]\nseeds: [1]\ngrid: {router: [dense]}\n",
     "no_baseline.yaml": json.dumps(tiny(baseline="dens")),
     "base_null.yaml": json.dumps(tiny() | {"base": None}),
@@ -38,6 +40,8 @@ FILES: dict[str, str | bytes] = {
     "columns.csv": "texts,dom\nhello,a\n" * 3,
     "short.txt": "hello world",
     "latin.txt": "é".encode("latin-1") * 500,
+    "lossy.json": Tokenizer(models.BPE({"e": 0, "t": 1}, [])).to_str(),
+    "unknown.json": Tokenizer(models.WordLevel({"e": 0})).to_str(),
     "a_file": "x",
     "syntax.py": "def f(:\n",
     "raises.py": "raise RuntimeError('boom\\nsecond line')\n",
@@ -56,7 +60,8 @@ FILE_MISTAKES = {
     "empty": ["empty.yaml"],
     "binary": ["binary.yaml"],
     "tag": ["tag.yaml", "python/object"],
-    "twice": ["twice.yaml", "'switch'", "label"],
+    "twice": ["twice.yaml", "'switch'", "twice; leave one out"],
+    "cadence": ["cadence.yaml", "differ only in train.eval_every"],
     "duplicate_key": ["duplicate_key.yaml", "seeds"],
     "no_baseline": ["baseline", "'dens'", "Did you mean 'dense'?"],
     "base_null": ["base"],
@@ -79,6 +84,11 @@ OVERRIDE_MISTAKES = {
     "task.name=langage": ["task", "'langage'", "Did you mean 'language'?"],
     "train.steps=abc": ["train.steps", "abc"],
     "train.steps=1.5": ["train.steps", "1.5"],
+    "train.steps=1_000": ["train.steps", "'1_000'", "a whole number"],
+    "allow_noncausal=yes": ["allow_noncausal", "'yes'", "true or false"],
+    "task.data.tokenizer=lossy.json": ["'lossy.json' keeps", "% of the bytes of domain 'a'", "at least 99.9 %"],
+    "task.data.tokenizer=unknown.json": ["'unknown.json' cannot encode", "[UNK]"],
+    "task.data.path=a #b": ["task.data.path", "'a #b' does not exist"],
     "train.steps=": ["train.steps"],
     "train.steps=0": ["train.steps", "at least 1", "0"],
     "train.steps=[1": ["train.steps"],
@@ -122,6 +132,7 @@ VISION_MISTAKES = {
     "task.data.path=text": ["task.data.path", "'text'", "holds no images"],
     "task.data.sources=[fashion,mnis]": ["task.data.sources", "'mnis'", "Did you mean 'mnist'?"],
     "task.data.colour=gray": ["task.data.colour", "gray"],
+    "task.data.dataset=text": ["task.data.dataset", "'text' is a local path", "task.data.path=text"],
     "task.data.dataset=nobody/nothing": ["task.data.dataset", "'nobody/nothing'", "task.data.path=..."],
     "task.patch=5": ["task.patch", "divisor", "28", "5"],
     "task.sequence_length=64": ["task.sequence_length", "Allowed"],

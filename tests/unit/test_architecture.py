@@ -12,7 +12,8 @@ PACKAGE = Path(moebench.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     ("errors", "interrupts"),
-    ("registry",),
+    ("registry", "yaml_text"),
+    ("conversion",),
     ("schema",),
     ("config",),
     ("routing",),
@@ -66,13 +67,13 @@ def test_imports_go_one_way() -> None:
     assert not wrong
 
 
-def test_only_config_knows_omegaconf() -> None:
+def test_only_two_files_know_yaml() -> None:
     knowing = [
         file
         for file, tree in TREES.items()
-        if "omegaconf" in {module.split(".")[0] for module, _ in imported_modules(tree, file)}
+        if "yaml" in {module.split(".")[0] for module, _ in imported_modules(tree, file)}
     ]
-    assert knowing == [PACKAGE / "config.py"]
+    assert knowing == [PACKAGE / "config.py", PACKAGE / "yaml_text.py"]
 
 
 def test_files_are_short() -> None:
@@ -120,7 +121,7 @@ def test_routing_and_experts_need_torch_alone() -> None:
     assert len(modules) > 15
     loaded = loaded_by(f"import importlib\nfor name in {modules!r}: importlib.import_module(name)")
     assert "torch" in loaded
-    assert not loaded & {"lightning", "mlflow", "omegaconf", "yaml", "datasets", "matplotlib", "scipy", "pandas"}
+    assert not loaded & {"lightning", "mlflow", "yaml", "datasets", "matplotlib", "scipy", "pandas"}
 
 
 def test_help_loads_nothing_heavy() -> None:

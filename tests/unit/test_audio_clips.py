@@ -223,20 +223,15 @@ def test_hub_that_cannot_be_reached_says_how_to_give_local_files():
     assert done.stdout.count("\n") == 1
 
 
-def test_a_named_data_set_is_read_without_its_decoder(tmp_path, monkeypatch):
-    # `datasets` takes a folder where it takes a name on the hub, so this is the real path without a network. The
-    # file says that its column is audio, which `datasets` would decode with a library that is not installed.
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "set").mkdir()
-    write_parquet(tmp_path / "set" / "train.parquet", 4)
-    table = pq.read_table(tmp_path / "set" / "train.parquet")
+def test_a_named_data_set_is_read_without_its_decoder(hub):
+    # The file says that its column is audio, which `datasets` would decode with a library that is not installed.
+    write_parquet(hub / "train.parquet", 4)
+    table = pq.read_table(hub / "train.parquet")
     features = {"audio": {"_type": "Audio"}, "text": {"dtype": "string", "_type": "Value"}}
     features["language"] = features["text"]
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "set" / "train.parquet")
-    config = AudioDataConfig(dataset=str(tmp_path / "set"))
+    pq.write_table(table.replace_schema_metadata(metadata), hub / "train.parquet")
+    config = AudioDataConfig(dataset="on/hub")
     clips = list(load_clips(config, "transcript"))
     assert [clip.target for clip in clips] == ["text a", "text b", "text c", "text d"]
     assert len(decode(clips[0].audio, 8000)) == 4000

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from contract.cases import thinned_pairs
-from omegaconf import OmegaConf
 
 from moebench.config import (
     component_fields,
@@ -21,6 +20,7 @@ from moebench.config import (
 )
 from moebench.errors import UsageError
 from moebench.models.build import plan_of
+from moebench.yaml_text import parse_yaml
 
 
 def message_of(raw: Mapping[str, Any]) -> str:
@@ -57,14 +57,14 @@ def message_of(raw: Mapping[str, Any]) -> str:
         ),
         ({"router": {"name": 3}}, ["router.name: '3' is unknown."]),
         ({"router": 3}, ["router: must be a name or a mapping with a name, got 3"]),
-        ({"train": {"steps": "many"}}, ["train.steps: ", "many", "Int"]),
-        ({"train": {"steps": 1.5}}, ["train.steps: ", "1.5", "Int"]),
+        ({"train": {"steps": "many"}}, ["train.steps: ", "many", "a whole number"]),
+        ({"train": {"steps": 1.5}}, ["train.steps: ", "1.5", "a whole number"]),
         ({"train": {"steps": [3]}}, ["train.steps: "]),
         ({"train": {"steps": None}}, ["train.steps: "]),
         ({"train": 7}, ["train"]),
         ({"train": {"precision": "fp8"}}, ["train.precision: ", "fp8", "fp32", "bf16"]),
         ({"model": {"activation": "relu"}}, ["model.activation: ", "relu", "gelu", "swiglu"]),
-        ({"router": {"losses": {"z": "big"}}}, ["router.losses.z: ", "big", "Float"]),
+        ({"router": {"losses": {"z": "big"}}}, ["router.losses.z: ", "big", "a number"]),
         ({"train": {"steps": 0}}, ["train.steps must be at least 1, got 0"]),
         ({"train": {"learning_rate": 0}}, ["train.learning_rate must be greater than 0 and finite, got 0"]),
         ({"train": {"learning_rate": float("nan")}}, ["train.learning_rate must be greater than 0", "got nan"]),
@@ -126,7 +126,7 @@ def test_configuration_is_frozen() -> None:
 def test_yaml_round_trip(router: str, layout: str) -> None:
     config = resolve({"router": router, "layout": layout, "train": {"learning_rate": 1e-4}, "seed": 7})
     text = to_yaml(config)
-    again = resolve(OmegaConf.to_container(OmegaConf.create(text)))
+    again = resolve(parse_yaml(text))
     assert again == config
     assert to_yaml(again) == text
     assert resolve(to_plain(config)) == config
@@ -161,7 +161,7 @@ def test_experiment_file_and_overrides(tmp_path: Path) -> None:
     experiment, cell = load_experiment(file, ["seeds=[4]", "router.top_k=2", "base.seed=3"])
     assert experiment.seeds == [4]
     assert experiment.grid == {"router": ["switch", "hash"]}
-    assert cell == {"router": {"top_k": 2}, "seed": 3}
+    assert cell == {"router": {"top_k": "2"}, "seed": "3"}  # typed by the cell that they are given to
 
 
 @pytest.mark.parametrize(

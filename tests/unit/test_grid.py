@@ -1,12 +1,16 @@
-"""A grid whose axis sets several keys at once."""
+"""From a grid to its cells: arms of several keys, arms that are none, plugins."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from moebench.errors import UsageError
-from moebench.experiment.grid import Experiment, expand
+from moebench.experiment.grid import Cell, Experiment, expand
+from moebench.registry import PLUGIN_MODULE
+from moebench.routing.losses import LOSSES
+from moebench.routing.router import ROUTERS
 
 ARMS = [
     {"label": "dense", "router": "dense"},
@@ -63,3 +67,192 @@ def test_an_override_goes_to_the_arms_that_have_the_key(tmp_path: Path) -> None:
 def test_two_arms_need_two_labels(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="two arms are called 'dense'"):
         experiment(tmp_path, arm=[ARMS[0], {**ARMS[1], "label": "dense"}])
+
+
+def refused(tmp_path: Path, *overrides: str, **grid: object) -> str:
+    with pytest.raises(UsageError) as caught:
+        experiment(tmp_path, *overrides, **grid)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_arms_that_differ_in_keys_outside_the_id_are_one_cell(tmp_path: Path) -> None:
+    message = refused(tmp_path, **{"train.eval_every": [10, 20]})
+    assert "the arms 'eval_every=10' and 'eval_every=20' are the same cells" in message
+    assert "they differ only in train.eval_every, which changes no result; leave one out" in message
+    arms = [
+        {"label": "a", "train": {"log_every": 1}},
+        {"label": "b", "layout.recompute": True, "parallel.timeout_s": 5},
+    ]
+    message = refused(tmp_path, arm=arms)
+    assert "'a' and 'b'" in message
+    assert "differ only in layout.recompute, parallel.timeout_s, train.log_every, which" in message
+    # One key that counts is enough.
+    assert experiment(tmp_path, arm=[arms[0], {**arms[1], "train.threads": 2}]).arms == ["a", "b"]
+
+
+def test_a_copy_of_the_data_makes_no_other_arm(tmp_path: Path) -> None:
+    paths = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    for path in paths:
+        path.write_text("the same words " * 200)
+    named = {"task.data.path": [str(path) for path in paths]}
+    assert "differ only in task.data.path, which changes no result" in refused(tmp_path, **named)
+    paths[1].write_text("other words " * 200)
+    assert len(experiment(tmp_path, **named).arms) == 2
+
+
+def test_two_labels_of_one_cell_are_refused(tmp_path: Path) -> None:
+    message = refused(tmp_path, arm=[{"label": "a", "router": "top_k"}, {"label": "b", "router": {"name": "top_k"}}])
+    assert "the arms 'a' and 'b' are the same cells: they have equal settings; leave one out" in message
+
+
+@pytest.mark.parametrize(
+    ("routers", "parts"),
+    [
+        (["top_k", "top_k"], "the arm 'top_k' is there twice; leave one out"),
+        (["top_k", {"name": "top_k"}], "the arm 'top_k' is there twice; leave one out"),
+        (["top_k", {"name": "top_k", "top_k": 2}], "'top_k' and 'top_k top_k=2' are the same cells"),  # the default
+        (["top_k", {"name": "top_k", "losses": {"z": 0.001}}], None),
+    ],
+)
+def test_a_router_twice_by_another_spelling(tmp_path: Path, routers: list[object], parts: str | None) -> None:
+    if parts is None:
+        assert experiment(tmp_path, router=routers).arms == ["top_k", "top_k losses={'z': 0.001}"]
+    else:
+        assert parts in refused(tmp_path, router=routers)
+
+
+def test_an_override_that_makes_arms_equal_is_refused(tmp_path: Path) -> None:
+    grid = {"train.steps": [3, 5]}
+    assert "the arm 'steps=7' is there twice" in refused(tmp_path, "train.steps=7", **grid)
+
+
+def test_labels_are_of_typed_values(tmp_path: Path) -> None:
+    file = tmp_path / "typed.yaml"
+    file.write_text(
+        "grid:\n  task.data.domain_column: [on, 007, 7, null]\n  train.learning_rate: [1.0e-3, 5]\nseeds: [010]\n"
+    )
+    found = expand(file)
+    assert found.arms[:3] == [
+        "domain_column=on, learning_rate=0.001",
+        "domain_column=on, learning_rate=5.0",
+        "domain_column=007, learning_rate=0.001",
+    ]
+    assert [cell.config.task.data.domain_column for cell in found.cells[::2]] == ["on", "007", "7", None]
+    varies = {"task.data.domain_column": "007", "train.learning_rate": 5.0, "seed": 10}
+    assert found.cells[3].varies == varies
+    json.dumps(found.cells[3].to_dict("typed"))
+    file.write_text("grid: {arm: [{label: on}, {label: 1e3, router: dense}]}\nseeds: [0]\n")
+    assert expand(file).arms == ["on", "1e3"]
+    file.write_text("grid: {arm: [{label: null}, {label: b, router: dense}]}\n")
+    with pytest.raises(UsageError, match=r"^grid\.arm: label: null was given\. Allowed: text"):
+        expand(file)
+
+
+PLUGIN = '''
+from dataclasses import dataclass
+
+from moebench.routing.router import ROUTERS, Facts
+
+Parent = ROUTERS.get("PARENT").item
+
+
+@ROUTERS.register(
+    Facts(
+        family="token choice", equation="y = x", paper="arXiv:0000.00000", causal=True,
+        causal_reason="as switch", batch_dependent=False,
+    )
+)
+class Mine(Parent):
+    """A router from a file."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Parent.Config):
+        """Options."""
+
+        name: str = "NAME"
+'''
+
+
+def plugin_text(name: str, parent: str = "switch", comment: str = "") -> str:
+    return PLUGIN.replace("NAME", name).replace("PARENT", parent) + f"# {comment}\n"
+
+
+def by_arm(folder: Path, routers: list[str], *plugins: str) -> dict[str, Cell]:
+    """Expand a grid of routers as a new process would, and return the cell of each."""
+    for name in [name for name, entry in ROUTERS._entries.items() if entry.item.__module__.startswith(PLUGIN_MODULE)]:
+        del ROUTERS._entries[name]
+    for module in [module for module in sys.modules if module.startswith(PLUGIN_MODULE)]:
+        del sys.modules[module]
+    file = folder / "plugged.yaml"
+    file.write_text(json.dumps({"grid": {"router": routers}, "seeds": [0]}))
+    return {cell.arm: cell for cell in expand(file, (), plugins).cells}
+
+
+def test_a_plugin_enters_the_cells_that_use_it(plugin) -> None:
+    alone = by_arm(plugin.folder, ["dense", "switch"])
+    path = plugin.write(plugin_text("mine"))
+    first = by_arm(plugin.folder, ["dense", "switch", "mine"], path)
+    plugin.write(plugin_text("mine", comment="edited"))
+    second = by_arm(plugin.folder, ["dense", "switch", "mine"], path)
+    for name in ("dense", "switch"):
+        assert alone[name].id == first[name].id == second[name].id
+        assert first[name].plugins == ()
+    assert first["mine"].id != second["mine"].id
+    assert first["mine"].plugins == (str(Path(path).resolve()),)
+
+
+def test_a_plugin_that_another_builds_on_is_needed_too(plugin) -> None:
+    below = plugin.write(plugin_text("below"), "below.py")
+    above = plugin.write(plugin_text("above", parent="below"), "above.py")
+    other = plugin.write(plugin_text("other"), "other.py")
+    routers = ["dense", "below", "above", "other"]
+    first = by_arm(plugin.folder, routers, below, above, other)
+    assert [len(first[name].plugins) for name in routers] == [0, 1, 2, 1]
+    plugin.write(plugin_text("below", comment="edited"), "below.py")
+    second = by_arm(plugin.folder, routers, below, above, other)
+    assert [first[name].id == second[name].id for name in routers] == [True, False, False, True]
+
+
+def test_a_plugin_that_registers_nothing_may_change_every_cell(plugin) -> None:
+    path = plugin.write("import torch\n", "patch.py")
+    alone, patched = (by_arm(plugin.folder, ["dense", "switch"], *given) for given in ((), (path,)))
+    assert all(alone[name].id != patched[name].id for name in ("dense", "switch"))
+
+
+def test_a_loss_of_a_plugin_enters_the_cells_that_name_it(plugin) -> None:
+    path = plugin.write(
+        "from moebench.routing.losses import LOSSES, LossFacts\n\n\n"
+        "@LOSSES.register(LossFacts(equation='0', paper='none', uniform='0', collapsed='0'), name='mine')\n"
+        "def mine(record):\n"
+        "    return record.routing.logits_TE.sum() * 0\n"
+    )
+    file = plugin.folder / "losses.yaml"
+    file.write_text("grid: {router: [switch, {name: switch, losses: {mine: 0.1}, label: with}]}\nseeds: [0]\n")
+    try:
+        plain, with_loss = expand(file, (), [path]).cells
+    finally:
+        LOSSES._entries.pop("mine", None)
+    assert (plain.plugins, with_loss.plugins) == ((), (str(Path(path).resolve()),))
+
+
+def test_what_a_plugin_imports_from_beside_it_counts(plugin, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(plugin.folder)
+    plugin.write("from rest_of_plugin.inner import WIDTH\n" + plugin_text("mine"))
+    (plugin.folder / "rest_of_plugin").mkdir()
+    for name, text in {
+        "__init__": "",
+        "inner": "from . import deeper\nWIDTH = 3\n",
+        "deeper": "",
+        "unused": "",
+    }.items():
+        plugin.write(text, f"rest_of_plugin/{name}.py")
+    path = str(plugin.folder / "plugin.py")
+    ids = [by_arm(plugin.folder, ["dense", "mine"], path)["mine"].id]
+    for name in ("unused", "deeper", "inner", "__init__"):
+        plugin.write("from . import deeper\nWIDTH = 3\n# edited\n", f"rest_of_plugin/{name}.py")
+        ids.append(by_arm(plugin.folder, ["dense", "mine"], path)["mine"].id)
+    for module in [module for module in sys.modules if module.startswith("rest_of_plugin")]:
+        del sys.modules[module]
+    assert ids[0] == ids[1]  # nobody imports it
+    assert len(set(ids)) == 4

@@ -216,24 +216,19 @@ def test_a_hub_that_cannot_be_reached_says_how_to_give_local_files() -> None:
     assert done.stdout.count("\n") == 1
 
 
-def test_a_named_data_set_is_read_like_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # `datasets` takes a folder where it takes a name on the hub, so this is the real path without a network.
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "set").mkdir()
+def test_a_named_data_set_is_read_like_a_file(hub: Path) -> None:
     for split, number in (("train", 20), ("test", 4)):
         cells = [{"bytes": png(i), "path": None} for i in range(number)]
         table = pa.table({"image": cells, "label": [i % 2 for i in range(number)]})
-        pq.write_table(table, tmp_path / "set" / f"{split}.parquet")
-    config = ImageDataConfig(dataset=str(tmp_path / "set"), test_split="test", size=4)
+        pq.write_table(table, hub / f"{split}.parquet")
+    config = ImageDataConfig(dataset="on/hub", test_split="test", size=4)
     assert Counter(entry.part for entry in read_entries(config)) == {"train": 20, "test": 4}
     _, pixel_NHWC = decoded(read_entries(config), config)
     assert pixel_NHWC[:20, 0, 0, 0].tolist() == list(range(20))
     with pytest.raises(
-        UsageError, match=r"task\.data\.image_column: there is no column 'picture'\. columns of .*set/train: image"
+        UsageError, match=r"task\.data\.image_column: there is no column 'picture'\. columns of on/hub/train: image"
     ):
-        read_entries(ImageDataConfig(dataset=str(tmp_path / "set"), image_column="picture"))
+        read_entries(ImageDataConfig(dataset="on/hub", image_column="picture"))
 
 
 def test_digest_is_of_the_content_and_not_of_the_place(tmp_path: Path) -> None:

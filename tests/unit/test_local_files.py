@@ -10,9 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from moebench.errors import UsageError
+from moebench.tasks.audio.clips import AudioDataConfig, load_clips
 from moebench.tasks.folders import existing, files_below, folders_of, parts_of, tell_unread
+from moebench.tasks.images.config import ImageDataConfig
+from moebench.tasks.images.sources import read_entries
+from moebench.tasks.sources import LOADERS
 from moebench.tasks.tables import Table, local_table, named
 from moebench.tasks.task import metric_names
+from moebench.tasks.text.documents import TextDataConfig
 from moebench.tracking.journal import valid_name
 
 
@@ -145,6 +150,63 @@ def test_columns_of_every_type_of_parquet(tmp_path: Path) -> None:
         {"large": "a", "coded": "x", "nested": {"a": {"b": 1}}, "class": "dog", "plain": 1},
         {"large": "b", "coded": "y", "nested": None, "class": None, "plain": -1},
     ]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz"])
+def test_columns_are_those_of_the_whole_file(tmp_path: Path, name: str) -> None:
+    rows: list[dict[str, Any]] = [{"text": str(number)} for number in range(1100)]
+    rows += [{"text": "1100", "domain": "d", "label": 7}, {"speaker": "s"}]
+    text = json.dumps(rows) if ".jsonl" not in name else "\n".join(map(json.dumps, rows))
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    table = local_table(tmp_path / name)
+    assert table.columns == ["text", "domain", "label", "speaker"]
+    cells = [tuple(row.values()) for row in read(table, "speaker", "domain")]
+    assert cells[1099:] == [(None, None), (None, "d"), ("s", None)]
+
+
+def test_a_column_that_comes_late_counts_for_pictures_and_sounds(tmp_path: Path) -> None:
+    pictures = [{"image": f"{number}.png"} for number in range(1100)] + [{"image": "x.png", "label": 1}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, pictures)))
+    with pytest.raises(UsageError, match=r"'label' of a\.jsonl, row 0 is empty \(null\), no whole number or name"):
+        read_entries(ImageDataConfig(path=str(tmp_path / "a.jsonl")))
+    sounds = [{"file": f"{number}.wav", "text": "a"} for number in range(1100)]
+    sounds += [{"file": "x.wav", "text": "b", "language": "en"}]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, sounds)))
+    with pytest.raises(UsageError, match=r"domain_column: 'language' of b\.jsonl, row 0 is empty, no name or number"):
+        list(load_clips(AudioDataConfig(path=str(tmp_path / "b.jsonl")), "transcript"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.csv").write_text("file,text,language\na.wav,a,en\n")
+    (tmp_path / "set" / "b.csv").write_text("file,text\nb.wav,a\n")
+    with pytest.raises(UsageError, match=r"'language' is a column of a\.csv and not of b\.csv; give it to every file"):
+        list(load_clips(AudioDataConfig(path=str(tmp_path / "set")), "transcript"))
+    clips = load_clips(AudioDataConfig(path=str(tmp_path / "set"), domain_column=None), "transcript")
+    assert [clip.domain for clip in clips] == ["all", "all"]
+
+
+SOURCES = (TextDataConfig, ImageDataConfig, AudioDataConfig)
+
+
+@pytest.mark.parametrize("config", SOURCES)
+def test_files_under_the_key_of_the_hub_are_refused(tmp_path: Path, monkeypatch, config: type) -> None:
+    write(tmp_path, "folder/a.parquet", "owner/name/a.parquet", "data.csv")
+    monkeypatch.chdir(tmp_path)
+    for name in ("./folder", "folder", "owner/name", "../anything", "./gone", "~/gone", "~nobody", "/gone", "data.csv"):
+        with pytest.raises(UsageError) as caught:
+            config(dataset=name)
+        assert str(caught.value) == (
+            f"task.data.dataset: '{name}' is a local path, and the name of a data set on the hub is wanted;"
+            f" give task.data.path={name}"
+        )
+    with pytest.raises(UsageError, match=r"'imagefolder' is a reader of local files.*task\.data\.path=\.\.\."):
+        config(dataset="imagefolder")
+    for name in ("mnist", "owner/other", "x" * 5000, "a\0b"):
+        assert config(dataset=name).dataset == name
+
+
+def test_the_readers_of_local_files_are_those_of_the_library() -> None:
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    assert set(_PACKAGED_DATASETS_MODULES) <= {*LOADERS.split()}
 
 
 BAD_TABLES: dict[str, tuple[bytes, str]] = {

@@ -97,11 +97,12 @@ def test_component_without_a_name_is_refused() -> None:
 
 def test_plugin_joins_the_registry_once(plugin) -> None:
     path = plugin.write(ROUTER.replace("NAME", "mine"))
-    digest = load_plugin(path)
+    loaded = load_plugin(path)
     entry = ROUTERS.get("mine")
-    assert re.fullmatch(r"[0-9a-f]{64}", digest)
+    assert re.fullmatch(r"[0-9a-f]{64}", loaded.digest)
+    assert loaded.names == {"mine"}
     assert entry.origin.startswith(path)
-    assert load_plugin(path) == digest
+    assert load_plugin(path) == loaded
     assert field_docs(entry.item.Config)["depth"] == "How deep it goes."
     assert field_docs(entry.item.Config)["jitter"].startswith("In training")
 

@@ -3,12 +3,12 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from omegaconf import OmegaConf
 
 from moebench.errors import UsageError
 from moebench.tasks.text.documents import (
@@ -189,19 +189,61 @@ def test_hub_that_cannot_be_reached_says_how_to_give_local_files():
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_named_data_set_is_read_like_a_file(tmp_path, monkeypatch, streaming):
-    # `datasets` takes a folder where it takes a name on the hub, so this is the real path without a network.
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "set").mkdir()
-    write_jsonl(tmp_path / "set" / "held.jsonl", ROWS[:2])
-    write_jsonl(tmp_path / "set" / "test.jsonl", ROWS)
-    name = str(tmp_path / "set")
-    config = TextDataConfig(dataset=name, split="test", streaming=streaming, max_bytes=1000)
+def test_named_data_set_is_read_like_a_file(hub, streaming):
+    write_jsonl(hub / "held.jsonl", ROWS[:2])
+    write_jsonl(hub / "test.jsonl", ROWS)
+    config = TextDataConfig(dataset="on/hub", split="test", streaming=streaming, max_bytes=1000)
     assert sorted(texts(load_documents(config))) == [row["text"] for row in ROWS]
     with pytest.raises(UsageError, match=r"task\.data\.dataset: .* cannot be read .*task\.data\.path=\.\.\."):
-        load_documents(TextDataConfig(dataset=name, split="tset"))
+        load_documents(TextDataConfig(dataset="on/hub", split="tset"))
+
+
+LATE = [{"text": f"document {number}"} for number in range(1100)] + [{"text": "last", "domain": "b"}]
+
+
+@pytest.mark.parametrize("name", ["late.jsonl", "late.jsonl.gz", "late.json"])
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_domain_that_comes_late_is_not_overlooked(tmp_path, name, streaming):
+    lines = "\n".join(map(json.dumps, LATE)) if "jsonl" in name else json.dumps(LATE)
+    (tmp_path / name).write_bytes(gzip.compress(lines.encode()) if name.endswith("gz") else lines.encode())
+    options = {"streaming": streaming, "max_bytes": 10**6}
+    with pytest.raises(UsageError, match=rf"^task\.data\.domain_column: 'domain' of {name}, row 0 is empty"):
+        load_documents(TextDataConfig(path=str(tmp_path / name), **options))
+    documents = load_documents(TextDataConfig(path=str(tmp_path / name), domain_column=None, **options))
+    assert (len(documents), {document.domain for document in documents}) == (1101, {"all"})
+
+
+def test_columns_of_any_row_can_be_named(tmp_path):
+    rows = [{"words": f"a {number}", "kind": "x"} for number in range(1100)] + [{"words": "b", "kind": "x", "by": "z"}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UsageError, match=r"task\.data\.group_column: 'by' of a\.jsonl, row 0 is empty"):
+        load_documents(TextDataConfig(path=path, text_column="words", domain_column="kind", group_column="by"))
+    assert len(load_documents(TextDataConfig(path=path, text_column="words", domain_column="kind"))) == 1101
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_files_of_one_folder_have_all_domains_or_none(tmp_path, order):
+    (tmp_path / f"{order[0]}.csv").write_text("text,domain\none,x\n")
+    (tmp_path / f"{order[1]}.csv").write_text("text\ntwo\n")
+    line = (
+        f"task.data.domain_column: 'domain' is a column of {order[0]}.csv and not of {order[1]}.csv; give it to every"
+    )
+    with pytest.raises(UsageError, match=line.replace(".", r"\.")):
+        load_documents(TextDataConfig(path=str(tmp_path)))
+    documents = load_documents(TextDataConfig(path=str(tmp_path), domain_column=None))
+    assert sorted(texts(documents)) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "rows", [[{"text": "a"}, {"text": "b", "domain": "x"}], [{"text": "a", "domain": "x"}, {"text": "b"}]]
+)
+def test_rows_that_come_over_a_network_have_all_domains_or_none(monkeypatch, rows):
+    monkeypatch.setattr("moebench.tasks.text.documents.load_dataset", lambda *given, **options: rows)
+    config = TextDataConfig(dataset="on/hub", streaming=True, max_bytes=100)
+    having, lacking = (0, 1) if "domain" in rows[0] else (1, 0)
+    with pytest.raises(UsageError, match=f"domain_column: row {having} has 'domain' and row {lacking} has not; set it"):
+        load_documents(config)
+    assert texts(load_documents(replace(config, domain_column=None))) == ["a", "b"]
 
 
 def test_digest_is_of_the_content_and_not_of_the_place(tmp_path):
@@ -222,11 +264,6 @@ def test_digest_sees_the_tokenizer_file(tmp_path):
     assert digest == source_digest(TextDataConfig(tokenizer=str(tmp_path / "tokenizer.json")))
     (tmp_path / "tokenizer.json").write_text('{"a": 1}')
     assert digest != source_digest(TextDataConfig(tokenizer=str(tmp_path)))
-
-
-def test_config_is_a_structured_configuration():
-    merged = OmegaConf.merge(OmegaConf.structured(TextDataConfig), {"max_bytes": 5, "domain_column": None})
-    assert OmegaConf.to_object(merged) == TextDataConfig(max_bytes=5, domain_column=None)
 
 
 def test_parts_are_not_streamed(tmp_path):

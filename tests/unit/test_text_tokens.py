@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from moebench.errors import UsageError
+from moebench.tasks.text.coverage import Coverage, count_wrong_bytes
 from moebench.tasks.text.tokens import ByteTokenizer, SubwordTokenizer, load_tokenizer
 
 HARD = [
@@ -124,6 +125,75 @@ def test_bad_tokenizers_are_named(tmp_path: Path):
     ):
         with pytest.raises(UsageError, match=f"task.data.tokenizer: .*{words}"):
             load_tokenizer(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_bytes_are_lost_by_none_that_has_all_of_them(text):
+    for tokenizer in (ByteTokenizer(), SUBWORD):
+        assert tokenizer.decode(tokenizer.encode(text)[0]) == text
+
+
+def test_what_is_unknown_decodes_to_nothing():
+    assert WORDS.decode(WORDS.encode("words and é words")[0]) == " words and words"  # it has no decoder of its own
+    unigram = SubwordTokenizer(Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -1.0)], unk_id=0)))
+    assert unigram.decode(unigram.encode("abz")[0]) == "ab"
+
+
+def test_characters_without_spaces_between_them_come_back():
+    tokenizer = Tokenizer(models.BPE())  # the library's own decoding would put spaces between its tokens
+    tokenizer.train_from_iterator(["abc abd abe"], trainers.BpeTrainer(show_progress=False, vocab_size=9))
+    bare = SubwordTokenizer(tokenizer)
+    assert bare.decode(bare.encode("ab cab  d")[0]) == "ab cab  d"
+    assert bare.decode(bare.encode("ab xyz d")[0]) == "ab  d"
+
+
+@pytest.mark.parametrize(
+    ("text", "decoded", "wrong"),
+    [
+        ("abc", "abc", 0),
+        ("Ab C", "ab c", 2),  # two letters in another case
+        ("a\nb\tc  d", "a b c d", 3),  # a line, a tab and one of two spaces
+        ("été", "ete", 4),  # two letters of two bytes
+        ("e\u0301", "é", 3),  # e and an accent of two bytes
+        ("日本", "本", 3),
+        ("a.b", "a . b", 2),  # added: nobody knows any more that none were there
+        ("a.b  c", "a . b c", 2),  # one space lost and two added: three pairs lost and four added
+        ("a b", "b a", 1),  # not the same, however one counts
+        ("abc", "", 3),
+        ("abc", " abc", 0),  # a space before everything says nothing
+        (" abc", "abc", 1),
+        (" abc", " abc", 0),
+    ],
+)
+def test_wrong_bytes_by_hand(text, decoded, wrong):
+    assert count_wrong_bytes(text, decoded) == wrong
+
+
+def test_coverage_of_a_domain(capsys):
+    coverage = Coverage()
+    coverage.check("t.json", "a")
+    coverage.add("x" * 4000, "x" * 4000)
+    coverage.add("the words of Boole\n" + "y" * 981, "the words of boole\n" + "y" * 981)
+    assert (coverage.num_bytes, coverage.num_wrong, coverage.share) == (5000, 1, 0.9998)
+    coverage.check("t.json", "a")
+    shown = r"'ords of Boole\nyyyyyyyyyy' comes back as 'ords of boole\nyyyyyyyyyy'"
+    assert capsys.readouterr().err == f"task.data: 't.json' keeps 99.9800 % of the bytes of domain 'a': {shown}\n"
+    coverage.add("ABCDE", "abcde")  # 6 of 5005 bytes: 99.88 %
+    with pytest.raises(UsageError) as caught:
+        coverage.check("t.json", "a")
+    assert str(caught.value) == (
+        f"task.data.tokenizer: 't.json' keeps 99.88 % of the bytes of domain 'a': {shown}. Allowed: at least 99.9 %,"
+        " such as 'bytes', or a tokenizer that falls back to bytes and changes neither case nor white space"
+    )
+
+
+@pytest.mark.parametrize(
+    "model", [models.WordLevel({"a": 0}), models.WordPiece({"a": 0}), models.Unigram([("a", -1.0)])], ids=repr
+)
+def test_unknown_characters_without_a_token_for_them_are_one_line(model):
+    with pytest.raises(UsageError, match=r"^task\.data\.tokenizer: 'mine\.json' cannot encode 'a b' \(") as caught:
+        SubwordTokenizer(Tokenizer(model), "mine.json").encode("a b")
+    assert "\n" not in str(caught.value)
 
 
 SUBWORD = SubwordTokenizer(byte_level())

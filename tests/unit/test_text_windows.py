@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, trainers
 
 from moebench.errors import UsageError
 from moebench.tasks.text.documents import TextDataConfig
@@ -84,6 +85,51 @@ def test_digest_is_of_the_tokens(source, tmp_path):
     assert digest == prepare(source, tmp_path / "b", 8).digest
     other = TextDataConfig(path=source.path, max_bytes=2400)
     assert digest != prepare(other, tmp_path / "a", 16).digest
+
+
+def save_tokenizer(path: Path, corpus: str, *normalizer: normalizers.Normalizer) -> str:
+    """Train characters and pairs of them, without a token for what is unknown, as `Tokenizer(BPE())` does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence(list(normalizer))
+    tokenizer.train_from_iterator([corpus], trainers.BpeTrainer(show_progress=False, vocab_size=60))
+    tokenizer.save(str(path))
+    return str(path)
+
+
+def two_languages(folder: Path) -> str:
+    """Write two domains of ten documents of 1,201 bytes; in one of them 8 are of Greek letters."""
+    texts = {"latin": "abc abd abe " * 100, "greek": "abc abd abe " * 99 + "αβγδ abc"}
+    rows = [{"text": f"{text}{'abcdefghij'[i]}", "domain": name} for i in range(10) for name, text in texts.items()]
+    (folder / "two.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder / "two.jsonl")
+
+
+def test_a_tokenizer_that_loses_a_part_of_one_domain_is_refused(tmp_path):
+    path = two_languages(tmp_path)
+    lossy = save_tokenizer(tmp_path / "lossy.json", "abc abd abefghij")
+    config = TextDataConfig(path=path, tokenizer=lossy)
+    for _ in range(2):  # nothing of it stays in the cache
+        with pytest.raises(UsageError) as caught:
+            prepare(config, tmp_path / "cache", 8)
+        # Of 1,201 bytes each document of the domain loses four letters of two bytes: 99.33 % are left.
+        before = "abd abe "
+        assert str(caught.value).startswith(
+            f"task.data.tokenizer: '{lossy}' keeps 99.33 % of the bytes of domain 'greek': '{before}αβγδ abca' comes"
+            f" back as '{before} abca'. Allowed: at least 99.9 %"
+        )
+        assert "\n" not in str(caught.value)
+    whole = save_tokenizer(tmp_path / "whole.json", "abc abd abefghij αβγδ")
+    prepared = prepare(TextDataConfig(path=path, tokenizer=whole), tmp_path / "cache", 8)
+    splits = (prepared.train, prepared.validation, prepared.test)
+    assert sum(int(split.bytes_N.sum()) for split in splits) == 20 * 1201
+
+
+def test_a_tokenizer_that_changes_case_is_refused(tmp_path):
+    rows = [{"text": f"Abc abd abe{'abcdefghij'[i]} " * 20} for i in range(10)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lower = save_tokenizer(tmp_path / "lower.json", "abc abd abefghij", normalizers.Lowercase())
+    with pytest.raises(UsageError, match=r"keeps 92\.31 % of the bytes of domain 'all': 'Abc abd abe"):  # 1 of 13
+        prepare(TextDataConfig(path=str(tmp_path / "a.jsonl"), tokenizer=lower), tmp_path / "cache", 8)
 
 
 def test_a_domain_shorter_than_a_window_is_named(source, tmp_path):

@@ -12,13 +12,15 @@ from moebench.errors import UsageError, require
 from moebench.tasks.audio.features import most_mels
 from moebench.tasks.folders import TRAIN, existing, files_below, folders_of, parts_of
 from moebench.tasks.sources import check_source, file_digest, first_line
-from moebench.tasks.tables import Table, content_of, hub_table, local_table, named, reading
+from moebench.tasks.tables import Table, content_of, hub_table, local_table, named, reading, require_alike
 
 PACK = Path(__file__).parent.parent / "data" / "speech_prompts.parquet"
 TABLES = (".parquet", ".csv", ".jsonl")
 """A .json beside sounds tells of them more often than it lists them."""
 SOUNDS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au")
 AUDIO_COLUMNS = ("audio", "path", "file", "file_name")
+OPTIONAL = "language"
+"""The column of domains that a source may lack: the default of `domain_column`."""
 Target = Literal["transcript", "label"]
 
 
@@ -44,7 +46,7 @@ class AudioDataConfig:
     path, file and file_name that exists."""
     target_column: str = "text"
     """Column of what is to be recognised: the transcript, or the class."""
-    domain_column: str | None = "language"
+    domain_column: str | None = OPTIONAL
     """Column that names the domain; without such a column, or with null, all clips are one domain, 'all'."""
     held_out_domains: list[str] = field(default_factory=list)
     """Domains that are in no training batch and not in the validation set: the test measures them out of domain."""
@@ -177,8 +179,9 @@ def _local_clips(config: AudioDataConfig, target: Target) -> Iterator[Clip]:
     files = _files(config)
     tables = _tables(files)
     parts = parts_of(tables or files, by_file=bool(tables)) if len(files) > 1 else {}
-    for name, path in tables.items():
-        yield from _from_table(local_table(path, name), config, parts.get(name, TRAIN))
+    opened = (local_table(path, name) for name, path in tables.items())
+    for table in require_alike(opened, "domain_column", OPTIONAL) if config.domain_column == OPTIONAL else opened:
+        yield from _from_table(table, config, parts.get(table.name, TRAIN))
     if not tables:
         for name, path in files.items():
             folders = folders_of(name, divided=bool(parts))
@@ -256,7 +259,7 @@ def _columns(table: Table, config: AudioDataConfig) -> dict[str, str]:
         wanted["audio"] = next((name for name in AUDIO_COLUMNS if name in table.columns), AUDIO_COLUMNS[0])
     else:
         wanted["audio"] = config.audio_column
-    if config.domain_column is not None and (config.domain_column != "language" or "language" in table.columns):
+    if config.domain_column is not None and (config.domain_column != OPTIONAL or OPTIONAL in table.columns):
         wanted["domain"] = config.domain_column
     group = "prompt" if config.is_pack and config.group_column is None else config.group_column
     wanted |= {} if group is None else {"group": group}

@@ -12,10 +12,12 @@ from typing import Any
 from moebench.errors import UsageError, nearest
 from moebench.tasks.folders import TRAIN, existing, files_below, folders_of, parts_of
 from moebench.tasks.sources import check_source, file_digest, first_line, load_dataset
-from moebench.tasks.tables import TABLES, Table, hub_table, local_table, named, reading
+from moebench.tasks.tables import TABLES, Table, hub_table, local_table, named, reading, require_alike
 from moebench.tasks.text.pack import PACK, pack_group
 
 TEXTS = (".txt", ".txt.gz")
+OPTIONAL = "domain"
+"""The column of domains that a source may lack: the default of `domain_column`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ class TextDataConfig:
     """Branch, tag or commit of the hub data set; a commit makes the data reproducible."""
     text_column: str = "text"
     """Column that holds the text."""
-    domain_column: str | None = "domain"
+    domain_column: str | None = OPTIONAL
     """Column that names the domain; without such a column, or with null, all text is one domain, 'all'."""
     group_column: str | None = None
     """Column of the group that may not be divided between train and test (author, book, site);
@@ -136,21 +138,22 @@ def _documents(config: TextDataConfig) -> Iterator[Document]:
             f"task.data.streaming: true was given, and '{config.path}' has parts, of which one would use up max_bytes;"
             " allowed: false"
         )
+    if next(iter(files)).lower().endswith(TEXTS):  # all are of one kind
+        for name, path in files.items():
+            yield _from_text_file(name, path, config, is_divided=bool(parts), part=parts.get(name, TRAIN))
+        return
+    tables = (local_table(path, name) for name, path in files.items())
     first = 0
-    for name, path in files.items():
-        part = parts.get(name, TRAIN)
-        if name.lower().endswith(TEXTS):
-            yield _from_text_file(name, path, config, is_divided=bool(parts), part=part)
-            continue
-        for document in _from_table(local_table(path, name), config, first):
+    for table in require_alike(tables, "domain_column", OPTIONAL) if config.domain_column == OPTIONAL else tables:
+        for document in _from_table(table, config, first):
             first += 1
-            yield replace(document, part=part)
+            yield replace(document, part=parts.get(table.name, TRAIN))
 
 
 def _from_table(table: Table, config: TextDataConfig, first: int) -> Iterator[Document]:
     for key in ("text_column", "domain_column", "group_column"):
         column = getattr(config, key)
-        if column is not None and (key, column) != ("domain_column", "domain"):
+        if column is not None and (key, column) != ("domain_column", OPTIONAL):
             table.check(key, column)
     wanted = (config.text_column, config.domain_column, config.group_column, *(["doc_id"] * _is_pack(config)))
     yield from _from_rows(table.read(c for c in wanted if c is not None and c in table.columns), config, first)
@@ -164,7 +167,7 @@ def _from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], config: TextDataCo
             kind = "empty (null)" if text is None else type(text).__name__
             raise UsageError(f"task.data.text_column: '{config.text_column}' of {place} is {kind}, not text")
         domain, group = "all", f"document/{number}"
-        if config.domain_column is not None and (config.domain_column != "domain" or "domain" in row):
+        if config.domain_column is not None and (config.domain_column != OPTIONAL or OPTIONAL in row):
             cell = _cell(row, "domain_column", config.domain_column, place)
             domain = named(cell, "domain_column", config.domain_column, place)
         if config.group_column is not None:
@@ -173,6 +176,20 @@ def _from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], config: TextDataCo
         elif _is_pack(config):
             group = pack_group(row["domain"], row["doc_id"])
         yield Document(text=_whole(text, place), domain=domain, group=group)
+
+
+def _require_alike(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield rows that nobody has seen all of; raise `UsageError` where only some have the column of domains."""
+    first: tuple[str, Mapping[str, Any]] | None = None
+    for place, row in rows:
+        first = first or (place, row)
+        if (OPTIONAL in row) != (OPTIONAL in first[1]):
+            having, lacking = (place, first[0]) if OPTIONAL in row else (first[0], place)
+            raise UsageError(
+                f"task.data.domain_column: {having} has '{OPTIONAL}' and {lacking} has not; set it to null, or to a"
+                " column that all rows have"
+            )
+        yield place, row
 
 
 def _cell(row: Mapping[str, Any], key: str, column: str, place: str) -> Any:
@@ -210,8 +227,9 @@ def _from_hub(config: TextDataConfig) -> Iterator[Document]:
     options: dict[str, Any] = {"split": config.split, "revision": config.revision}
     try:
         if config.streaming:  # what columns there are is not known before the first row
-            rows = enumerate(load_dataset(config.dataset, config.config, streaming=True, **options))
-            yield from _from_rows(((f"row {number}", row) for number, row in rows), config, first=0)
+            source = load_dataset(config.dataset, config.config, streaming=True, **options)
+            rows = ((f"row {number}", row) for number, row in enumerate(source))
+            yield from _from_rows(_require_alike(rows) if config.domain_column == OPTIONAL else rows, config, first=0)
         else:
             yield from _from_table(hub_table(config.dataset, config.config, **options), config, first=0)
     except UsageError:

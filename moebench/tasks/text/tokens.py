@@ -2,11 +2,14 @@
 
 import json
 import re
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 
 from moebench.errors import UsageError
+from moebench.tasks.sources import first_line
+from moebench.tasks.text.coverage import SHOWN
 from moebench.tasks.text.documents import tokenizer_file
 
 # Names that tokenizers give to the token that ends a document.
@@ -27,6 +30,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Return token_N and byte_count_N (int64), whose sum is the number of UTF-8 bytes of the text."""
 
+    def decode(self, token_N: np.ndarray) -> str:
+        """Return the text that tokens stand for, without what is unknown."""
+
     def pieces(self) -> list[bytes]:
         """Return the bytes that each id stands for, a space first where it begins a word; none for special ids."""
 
@@ -42,15 +48,22 @@ class ByteTokenizer:
         token_N = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
         return token_N, np.ones_like(token_N)
 
+    def decode(self, token_N: np.ndarray) -> str:
+        """Return the text whose bytes these are."""
+        return token_N.astype(np.uint8).tobytes().decode()
+
     def pieces(self) -> list[bytes]:
         """Return each byte, and nothing for the separator."""
         return [bytes([value]) for value in range(256)] + [b""]
 
 
 class SubwordTokenizer:
-    """A trained tokenizer of the `tokenizers` library; one without an end token is given one more id."""
+    """A trained tokenizer of the `tokenizers` library; one without an end token is given one more id.
 
-    def __init__(self, tokenizer: Any) -> None:
+    `name` is what errors call it.
+    """
+
+    def __init__(self, tokenizer: Any, name: str = "tokenizer.json") -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         ids = tokenizer.get_vocab(with_added_tokens=True)
@@ -58,13 +71,24 @@ class SubwordTokenizer:
         self.separator: int = next((ids[name] for name in SEPARATORS if name in ids), size)
         self.vocab_size: int = max(size, self.separator + 1)
         self._tokenizer = tokenizer
+        self._name = name
+        self._parts: dict[str, Any] = json.loads(tokenizer.to_str())
+        model = self._parts["model"]  # Unigram has the number of the token for what is unknown, others its name
+        self._unknown: int | None = model.get("unk_id", tokenizer.token_to_id(model.get("unk_token") or ""))
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Return tokens and the bytes they cover; what none covers (stripped spaces) counts for the next one.
 
-        A text of which nothing is left (only stripped spaces) has no token to count for it: empty arrays.
+        A text of which nothing is left (only stripped spaces) has no token to count for it: empty arrays. Raises
+        `UsageError` for characters that it does not know, where it has no token for them.
         """
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            raise UsageError(
+                f"task.data.tokenizer: '{self._name}' cannot encode {text[:SHOWN]!r} ({first_line(error)}); give one"
+                " that falls back to bytes, or 'bytes'"
+            ) from error
         token_N = np.array(encoding.ids, dtype=np.int64)
         if not len(token_N):
             return token_N, token_N.copy()
@@ -75,15 +99,26 @@ class SubwordTokenizer:
         byte_at = _byte_positions(text)
         return token_N, np.diff(byte_at[covered_N], prepend=0)
 
+    def decode(self, token_N: np.ndarray) -> str:
+        """Return the text that tokens stand for; without a decoder of its own, what their pieces make side by side."""
+        known = [token for token in token_N.tolist() if token != self._unknown]
+        if self._parts["decoder"] is None:
+            return b"".join(self._pieces[token] for token in known).decode(errors="replace")
+        text: str = self._tokenizer.decode(known, skip_special_tokens=False)
+        return text
+
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        return self.pieces()
+
     def pieces(self) -> list[bytes]:
         """Read the vocabulary as byte-level, SentencePiece and WordPiece tokenizers write it."""
-        trained = self._tokenizer
-        parts = json.loads(trained.to_str())
+        trained, parts = self._tokenizer, self._parts
         is_byte_level = '"ByteLevel"' in json.dumps([parts["decoder"], parts["pre_tokenizer"]])
         # Of these, a piece without a mark begins a word: the white space before it is gone.
         drops_spaces = parts["model"]["type"] in ("WordPiece", "WordLevel")
         special = {index for index, token in trained.get_added_tokens_decoder().items() if token.special}
-        special |= {self.separator, trained.token_to_id(parts["model"].get("unk_token") or "")}
+        special |= {self.separator, self._unknown}
         found = [b""] * self.vocab_size
         for piece, index in trained.get_vocab(with_added_tokens=True).items():
             if index not in special:
@@ -125,7 +160,7 @@ def load_tokenizer(name: str) -> Tokenizer:
             f"task.data.tokenizer: '{name}' cannot be read ({reason}); allowed: 'bytes', a tokenizer.json or "
             "its folder, a hub name"
         ) from error
-    return SubwordTokenizer(trained)
+    return SubwordTokenizer(trained, name)
 
 
 def _byte_positions(text: str) -> np.ndarray:

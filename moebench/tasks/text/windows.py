@@ -13,12 +13,13 @@ from moebench.tasks.folders import tell_unread
 from moebench.tasks.sources import checked_held_out, note
 from moebench.tasks.stored import Arrays, stored
 from moebench.tasks.tables import TABLES
+from moebench.tasks.text.coverage import Coverage
 from moebench.tasks.text.documents import TEXTS, Document, TextDataConfig, load_documents, source_digest
 from moebench.tasks.text.kinds import TokenKinds
 from moebench.tasks.text.splits import SPLITS, split_documents
 from moebench.tasks.text.tokens import Tokenizer, load_tokenizer
 
-FORMAT = 2  # raise it when the split, the separators or the files change
+FORMAT = 3  # raise it when the split, the separators, the files or what is refused change
 KINDS_FORMAT = 1  # raise it when the kinds of tokens change
 
 
@@ -71,8 +72,8 @@ class PreparedText:
 def prepare(config: TextDataConfig, cache_dir: Path, sequence_length: int) -> PreparedText:
     """Return the tokens of a source, from the cache or else made now and cached; safe in parallel processes.
 
-    Raises `UsageError` for a source that cannot be read, one whose domains are shorter than one window, and domains
-    to hold out that it does not have.
+    Raises `UsageError` for a source that cannot be read, one whose domains are shorter than one window, domains to hold
+    out that it does not have, and a tokenizer that loses a part of it.
     """
     if sequence_length < 1:
         raise UsageError(f"sequence length: {sequence_length} was given; allowed: at least 1")
@@ -173,17 +174,20 @@ def _encoded(config: TextDataConfig) -> tuple[dict[str, Any], Arrays]:
     _tell_repeated(documents)
     token_type = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     arrays: dict[str, np.ndarray] = {}
+    coverage = {domain: Coverage() for domain in domains}
     lengths = {}
     for name in SPLITS:
         present = domains if name == "test" else trained
-        members = [[d for d in documents[name] if d.domain == domain] for domain in present]
-        streams = [_stream(parts, tokenizer) for parts in members]
+        members = {domain: [d for d in documents[name] if d.domain == domain] for domain in present}
+        streams = [_stream(parts, tokenizer, coverage[domain]) for domain, parts in members.items()]
         tokens_N, bytes_N = (np.concatenate(parts) for parts in zip(*streams, strict=True))
         arrays[f"{name}-tokens"] = tokens_N.astype(token_type)
         arrays[f"{name}-bytes"] = bytes_N.astype(np.min_scalar_type(int(bytes_N.max(initial=0))))
         lengths[name] = [len(tokens) for tokens, _ in streams]
         if name == "train":
             arrays["token_count"] = np.bincount(tokens_N, minlength=tokenizer.vocab_size).astype(np.int64)
+    for domain in domains:
+        coverage[domain].check(config.tokenizer, domain)
     return {"vocab_size": tokenizer.vocab_size, "domains": domains, "lengths": lengths}, arrays
 
 
@@ -200,11 +204,12 @@ def _tell_repeated(documents: Mapping[str, Sequence[Document]]) -> None:
             note(f"{repeated} of {len(documents[name])} {name} documents are trained on too, word for word")
 
 
-def _stream(documents: Sequence[Document], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def _stream(documents: Sequence[Document], tokenizer: Tokenizer, coverage: Coverage) -> tuple[np.ndarray, np.ndarray]:
     """Return token_N and byte_count_N of documents one after the other, each led in by a separator."""
     tokens, counts = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
     for document in documents:
         token_N, count_N = tokenizer.encode(document.text)
+        coverage.add(document.text, tokenizer.decode(token_N))
         if len(token_N):
             tokens += [np.array([tokenizer.separator]), token_N]
             counts += [np.array([0]), count_N]

@@ -1,0 +1,244 @@
+"""From what was written to values of the types that a configuration's keys have."""
+
+import dataclasses
+import re
+import types
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from moebench.errors import UsageError, nearest
+from moebench.yaml_text import Plain
+
+T = TypeVar("T")
+
+Untyped = Annotated[Any, "typed later, by the key of a cell that it is for"]
+"""The type of a key whose value is kept as it was written."""
+
+NULL = ("null", "Null", "NULL", "~", "")
+TRUTH = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+INTEGER = re.compile(r"(?P<decimal>[-+]?[0-9]{1,3000})|0o(?P<octal>[0-7]{1,3000})|0x(?P<hex>[0-9a-fA-F]{1,3000})")
+"""Whole numbers of YAML 1.2's core schema: a leading zero does not make them octal."""
+NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.?(inf(inity)?|nan)", re.IGNORECASE)
+"""Numbers of YAML 1.2's core schema; infinity and nan also as JSON and Python write them."""
+LONGEST_SHOWN = 100
+
+
+class _UnfitError(Exception):
+    """A value that is not of the type."""
+
+
+def apply_values(config: T, raw: Mapping[str, Any], key: str = "") -> T:
+    """Return a configuration with the keys of `raw` set; `key`: where it stands in a cell.
+
+    What the configuration has of a mapping stays, as in `router.losses`. Raises UsageError for a key that it does not
+    have and a value that is not of the key's type.
+    """
+    hints = _field_types(type(config))  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for name, value in raw.items():
+        path = f"{key}.{name}" if key else str(name)
+        if name not in hints:
+            raise _unknown_key(config, path, hints)
+        below = getattr(config, name)
+        if dataclasses.is_dataclass(below):
+            values[name] = apply_values(below, _require_mapping(value, path), path)
+        else:
+            given = convert(value, hints[name], path)
+            values[name] = {**below, **given} if isinstance(below, dict) and isinstance(given, dict) else given
+    changed: T = dataclasses.replace(config, **values)  # type: ignore[type-var]
+    return changed
+
+
+def convert(value: Any, kind: Any, key: str) -> Any:
+    """Return a value as one of type `kind`; raise UsageError, which names the key, for one that does not fit."""
+    try:
+        return _fit(value, kind, key)
+    except _UnfitError:
+        allowed = _describe(kind)
+        if isinstance(value, str) and not isinstance(value, Plain) and _fits(Plain(value), kind, key):
+            allowed += ", without quotes"
+        options = [option for option in get_args(kind) if isinstance(option, str)]
+        near = nearest(str(value), options) if isinstance(value, str) else ""
+        raise UsageError(f"{key}: {_show(value)} was given.{near} Allowed: {allowed}") from None
+
+
+def _fit(value: Any, kind: Any, key: str) -> Any:
+    """Return a value as one of type `kind`, or raise `_UnfitError`."""
+    if kind == Untyped:
+        return value
+    if dataclasses.is_dataclass(kind):
+        return _build_record(value, kind, key)
+    reader = _READERS.get(get_origin(kind) or kind)
+    if reader is None:
+        raise UsageError(f"{key}: options of type {kind} cannot be read from a configuration")
+    return reader(value, kind, key)
+
+
+def _fits(value: Any, kind: Any, key: str) -> bool:
+    try:
+        _fit(value, kind, key)
+    except (_UnfitError, UsageError):
+        return False
+    return True
+
+
+def _read_null(value: Any, kind: Any, key: str) -> None:
+    if value is not None and not (isinstance(value, Plain) and value in NULL):
+        raise _UnfitError
+
+
+def _read_bool(value: Any, kind: Any, key: str) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Plain) and value.strip() in TRUTH:
+        return TRUTH[value.strip()]
+    raise _UnfitError
+
+
+def _read_int(value: Any, kind: Any, key: str) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    spelled = INTEGER.fullmatch(value.strip()) if isinstance(value, Plain) else None
+    if spelled is None:
+        raise _UnfitError
+    base = {"decimal": 10, "octal": 8, "hex": 16}[spelled.lastgroup or "decimal"]
+    return int(spelled[spelled.lastgroup or "decimal"], base)
+
+
+def _read_float(value: Any, kind: Any, key: str) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(str(value))  # infinity, and no error, for an integer that is too large
+    if not isinstance(value, Plain) or not NUMBER.fullmatch(value.strip()):
+        raise _UnfitError
+    text = value.strip()
+    return float(re.sub(r"\.(?=[in])", "", text.lower()))
+
+
+def _read_text(value: Any, kind: Any, key: str) -> str:
+    if hasattr(value, "source"):
+        return str(value.source)
+    if not isinstance(value, str) or (isinstance(value, Plain) and value in NULL):
+        raise _UnfitError
+    return str(value)
+
+
+def _read_literal(value: Any, kind: Any, key: str) -> Any:
+    for option in get_args(kind):
+        if _fits(value, type(option), key) and _fit(value, type(option), key) == option:
+            return option
+    raise _UnfitError
+
+
+def _read_union(value: Any, kind: Any, key: str) -> Any:
+    members = sorted(get_args(kind), key=lambda member: (member is str, member is not types.NoneType))
+    for member in members:
+        if type(value) is member:
+            return value
+    for member in members:
+        if _fits(value, member, key):
+            return _fit(value, member, key)
+    if len(members) == 2 and members[0] is types.NoneType:  # the error names the place inside the list
+        return _fit(value, members[1], key)
+    raise _UnfitError
+
+
+def _read_list(value: Any, kind: Any, key: str) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        raise _UnfitError
+    (member,) = get_args(kind) or (Any,)
+    return [convert(item, member, f"{key}[{place}]") for place, item in enumerate(value)]
+
+
+def _read_dict(value: Any, kind: Any, key: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise _UnfitError
+    _, member = get_args(kind) or (str, Any)
+    return {str(name): convert(item, member, f"{key}.{name}") for name, item in value.items()}
+
+
+def _read_any(value: Any, kind: Any, key: str) -> Any:
+    """Decide by the looks of a scalar, where the key has no type."""
+    if isinstance(value, Mapping):
+        return {str(name): _read_any(item, kind, key) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_read_any(item, kind, key) for item in value]
+    if not isinstance(value, Plain):
+        return value
+    member = next((member for member in (types.NoneType, bool, int, float) if _fits(value, member, key)), str)
+    return _fit(value, member, key)
+
+
+_READERS: dict[Any, Callable[[Any, Any, str], Any]] = {
+    types.NoneType: _read_null,
+    bool: _read_bool,
+    int: _read_int,
+    float: _read_float,
+    str: _read_text,
+    Literal: _read_literal,
+    Union: _read_union,
+    types.UnionType: _read_union,
+    list: _read_list,
+    dict: _read_dict,
+    Any: _read_any,
+}
+
+
+def _build_record(value: Any, kind: Any, key: str) -> Any:
+    """Return an entry of a list of dataclasses."""
+    if isinstance(value, kind):
+        return value
+    hints = _field_types(kind)
+    given = _require_mapping(value, key)
+    for name in given:
+        if name not in hints:
+            raise _unknown_key(kind, f"{key}.{name}", hints)
+    values = {name: convert(item, hints[name], f"{key}.{name}") for name, item in given.items()}
+    for option in dataclasses.fields(kind):
+        has_default = (option.default, option.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
+        if option.name not in values and not has_default:
+            raise UsageError(f"{key}: the key '{option.name}' is missing")
+    return kind(**values)
+
+
+@lru_cache(maxsize=1024)
+def _field_types(config_class: type) -> dict[str, Any]:
+    hints = get_type_hints(config_class, include_extras=True)
+    return {option.name: hints[option.name] for option in dataclasses.fields(config_class)}
+
+
+def _require_mapping(value: Any, key: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{key}: must be a mapping of keys to values, got {_show(value)}")
+    return value
+
+
+def _unknown_key(config: Any, path: str, hints: Mapping[str, Any]) -> UsageError:
+    parent, _, leaf = path.rpartition(".")
+    name = getattr(config, "name", None) if "." not in parent else None
+    owner = f"{parent} '{name}'" if parent and name else (parent or "the top level")
+    return UsageError(f"{path}: {owner} has no key '{leaf}'.{nearest(leaf, hints)} Allowed: {', '.join(sorted(hints))}")
+
+
+def _show(value: Any) -> str:
+    if value is None or (isinstance(value, Plain) and value in NULL):
+        return "null"
+    shown = repr(str(getattr(value, "source", value))) if isinstance(value, str | list | dict) else str(value)
+    return shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
+
+
+def _describe(kind: Any) -> str:
+    """Say what a type allows."""
+    origin, members = get_origin(kind) or kind, get_args(kind)
+    if kind in (Any, Untyped):
+        return "anything"
+    if origin is Literal:
+        return ", ".join(str(option) for option in members)
+    if origin in (Union, types.UnionType):
+        return ", or ".join(_describe(member) for member in sorted(members, key=lambda m: m is types.NoneType))
+    if origin is list:
+        return f"a list, [a, b], each entry {_describe(members[0]) if members else 'anything'}"
+    if origin is dict:
+        return "a mapping, {key: value}"
+    known = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}
+    return known.get(kind, "a mapping, {key: value}")

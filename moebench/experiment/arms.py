@@ -1,0 +1,202 @@
+"""The arms of an experiment: every combination of its grid, resolved, checked and named."""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moebench.config import cell_id, component_fields, layer_over, nest, resolve, to_plain
+from moebench.conversion import convert
+from moebench.errors import UsageError, nearest, require
+from moebench.schema import COMPONENTS, DEFAULT_NAMES, CellConfig, ExperimentConfig
+from moebench.tasks.task import TASKS
+from moebench.training.model import check_cell
+
+ARM = "arm"
+"""The grid key whose values set several keys of a cell at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """All seeds of one setting."""
+
+    label: str
+    config: CellConfig
+    """Of every seed, its own left out."""
+    varies: Mapping[str, Any]
+    """What tells it from the other arms: configuration key -> value."""
+    data_digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Point:
+    """One combination of the grid, as it was written."""
+
+    choices: tuple[tuple[str, Any], ...]
+    """Grid key and value, the label still in it."""
+    raw: Mapping[str, Any]
+    """The cell's configuration without overrides, untyped."""
+
+
+def resolve_arms(config: ExperimentConfig, overrides: Mapping[str, Any], where: str) -> list[Arm]:
+    """Check every arm, before anything is trained; raise UsageError for one that could not be, or is another one."""
+    require(isinstance(config.base, Mapping), "base", str(config.base), "a mapping of keys to values")
+    if "seed" in config.base or "seed" in overrides:
+        raise UsageError("seed: the experiment sets it; choose with seeds=[...] instead")
+    points = list(_combine(config.grid, layer_over({}, config.base)))
+    _refuse_unknown(overrides, [point.raw for point in points], config.grid)
+    configs = [resolve(layer_over(point.raw, _applicable(overrides, point.raw, config.grid))) for point in points]
+    labels = [_label_of(point, config.grid, cell) for point, cell in zip(points, configs, strict=True)]
+    _refuse_equal_labels(labels, configs, where)
+    arms = []
+    for point, label, cell in zip(points, labels, configs, strict=True):
+        check_cell(cell)
+        digest = TASKS.get(cell.task.name).item.source_digest(cell.task)
+        arms.append(Arm(label=label, config=cell, varies=_list_varied_keys(point, cell), data_digest=digest))
+    _refuse_equal_cells(arms, where)
+    return arms
+
+
+def unused_overrides(overrides: Mapping[str, Any], arms: Sequence[Arm], grid: Mapping[str, Any]) -> tuple[str, ...]:
+    """Note each override that only some arms know."""
+    notes = []
+    for kind in _varied_components(overrides, grid):
+        for option in overrides[kind]:
+            having = [arm.label for arm in arms if hasattr(getattr(arm.config, kind), option)]
+            if len(having) < len(arms):
+                notes.append(f"{kind}.{option} applies to {', '.join(having)}; the other arms have no such key")
+    return tuple(notes)
+
+
+def _combine(grid: Mapping[str, Sequence[Any]], base: Mapping[str, Any]) -> Iterator[_Point]:
+    """Yield each combination of the grid."""
+    axes = [[(key, value) for value in values] for key, values in grid.items()]
+    for choices in itertools.product(*axes):
+        raw = dict(base)
+        for key, value in choices:
+            for part, setting in _settings(key, value).items():
+                raw = layer_over(raw, nest(part, setting))
+        yield _Point(choices=choices, raw=raw)
+
+
+def _settings(key: str, value: Any) -> dict[str, Any]:
+    """Return the keys of a cell that a grid value sets."""
+    if key == ARM and not (isinstance(value, Mapping) and "label" in value):
+        raise UsageError(f"grid.{ARM}: each entry is a mapping of keys to values with a label, got {value}")
+    if not isinstance(value, Mapping):
+        return {key: value}
+    rest = {name: item for name, item in value.items() if name != "label"}
+    return rest if key == ARM else {key: rest}
+
+
+def _label_of(point: _Point, grid: Mapping[str, Sequence[Any]], cell: CellConfig) -> str:
+    """Return the name of an arm: what was chosen on each axis."""
+    plain = to_plain(cell)
+    labels = [_label(key, value, grid[key], plain) for key, value in point.choices]
+    return ", ".join(labels) or str(cell.router.name)
+
+
+def _label(key: str, value: Any, values: Sequence[Any], plain: Mapping[str, Any]) -> str:
+    if isinstance(value, Mapping) and "label" in value:
+        return str(convert(value["label"], str, f"grid.{key}: label"))
+    if not isinstance(value, Mapping):
+        return str(value) if key in COMPONENTS else f"{key.split('.')[-1]}={_pick_typed(value, _look_up(plain, key))}"
+    name = str(value.get("name", key))
+    names = [str(item.get("name", "")) if isinstance(item, Mapping) else str(item) for item in values]
+    typed = _pick_typed(value, _look_up(plain, key))
+    options = [f"{option}={item}" for option, item in typed.items() if option != "name"]
+    return " ".join([name, *options]) if names.count(name) > 1 else name
+
+
+def _list_varied_keys(point: _Point, cell: CellConfig) -> dict[str, Any]:
+    plain = to_plain(cell)
+    varies: dict[str, Any] = {}
+    for key, value in point.choices:
+        for part, setting in _settings(key, value).items():
+            named = {"name": setting} if part in COMPONENTS and isinstance(setting, str) else setting
+            varies |= _flatten(part, _pick_typed(named, _look_up(plain, part)))
+    return varies
+
+
+def _look_up(plain: Any, key: str) -> Any:
+    """Return what a resolved cell has at a dotted key; None where an override has removed it."""
+    for part in key.split("."):
+        plain = plain.get(part) if isinstance(plain, Mapping) else None
+    return plain
+
+
+def _pick_typed(given: Any, resolved: Any) -> Any:
+    """Return the values of a resolved cell for the keys that were given, without its defaults."""
+    if isinstance(given, Mapping):
+        return {key: _pick_typed(value, _look_up(resolved, key)) for key, value in given.items()}
+    if isinstance(given, list) and isinstance(resolved, list) and len(given) == len(resolved):
+        return [_pick_typed(*pair) for pair in zip(given, resolved, strict=True)]
+    return resolved
+
+
+def _refuse_equal_labels(labels: Sequence[str], configs: Sequence[CellConfig], where: str) -> None:
+    for label, count in Counter(labels).items():
+        if count > 1:
+            first, second, *_ = (config for name, config in zip(labels, configs, strict=True) if name == label)
+            if first == second:
+                raise UsageError(f"{where}: grid: the arm '{label}' is there twice; leave one out")
+            raise UsageError(f"{where}: grid: two arms are called '{label}'; give one of them a label: key")
+
+
+def _refuse_equal_cells(arms: Sequence[Arm], where: str) -> None:
+    """Refuse arms that are one training run under two names: a comparison of it with itself."""
+    seen: dict[str, Arm] = {}
+    for arm in arms:
+        twin = seen.setdefault(cell_id(arm.config, arm.data_digest), arm)
+        if twin is arm:
+            continue
+        one, other = (_flatten("", to_plain(each.config)) for each in (twin, arm))
+        differing = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+        keys = f"differ only in {', '.join(differing)}, which changes no result" if differing else "have equal settings"
+        raise UsageError(
+            f"{where}: grid: the arms '{twin.label}' and '{arm.label}' are the same cells: they {keys}; leave one out"
+        )
+
+
+def _refuse_unknown(overrides: Mapping[str, Any], raws: Sequence[Mapping[str, Any]], grid: Mapping[str, Any]) -> None:
+    """Refuse an override of a varied component that no arm knows."""
+    for kind in _varied_components(overrides, grid):
+        options = overrides[kind]
+        if not isinstance(options, Mapping) or "name" in options:
+            raise UsageError(f"{kind}: the grid varies it; choose with 'grid.{kind}=[...]' instead")
+        known = set().union(*(component_fields(kind, _name_of(raw, kind)) for raw in raws)) - {"name"}
+        for option in options:
+            if option not in known:
+                raise UsageError(
+                    f"{kind}.{option}: no {kind} of this grid has a key '{option}'.{nearest(option, known)}"
+                    f" Allowed: {', '.join(sorted(known))}"
+                )
+
+
+def _applicable(overrides: Mapping[str, Any], raw: Mapping[str, Any], grid: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the overrides that this arm has: in a grid of routers, an option belongs to the routers that know it."""
+    kept = dict(overrides)
+    for kind in _varied_components(overrides, grid):
+        fields = component_fields(kind, _name_of(raw, kind))
+        kept[kind] = {key: value for key, value in overrides[kind].items() if key in fields}
+    return kept
+
+
+def _varied_components(overrides: Mapping[str, Any], grid: Mapping[str, Any]) -> list[str]:
+    """Return the components that the grid varies and an override changes."""
+    entries = [entry for entry in grid.get(ARM, ()) if isinstance(entry, Mapping)]
+    keys = {*grid, *(part.split(".")[0] for entry in entries for part in entry)}
+    return [kind for kind in COMPONENTS if kind in keys and kind in overrides]
+
+
+def _name_of(raw: Mapping[str, Any], kind: str) -> str:
+    value = raw.get(kind, {})
+    return str(value.get("name", DEFAULT_NAMES[kind]) if isinstance(value, Mapping) else value)
+
+
+def _flatten(key: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {key: value}
+    below = {f"{key}.{part}" if key else part: item for part, item in value.items()}
+    return {name: item for part, inner in below.items() for name, item in _flatten(part, inner).items()}
