@@ -121,6 +121,8 @@ class CellCallback(lightning.Callback):
         self.parallel = ParallelCosts()
         self.final: Evaluation | None = None
         """The test split, evaluated after the last step; None before."""
+        self.validation: Evaluation | None = None
+        """The validation split, evaluated last: at the end, after the last step; None before."""
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the seconds of the steps in the checkpoint: a resumed run's speed is that of all its steps."""
@@ -160,7 +162,8 @@ class CellCallback(lightning.Callback):
         if step % module.config.parallel.check_every == 0 or last:
             check_replicas(module, module.mesh)
         if step % train.eval_every == 0 or last:
-            self._record(step, module.evaluate("validation"))
+            self.validation = module.evaluate("validation")
+            self._record(step, self.validation)
         if last:
             self.final = module.evaluate_trained()
             self.hooks.recorder.append(step, {f"test/{name}": value for name, value in self.final.metrics.items()})

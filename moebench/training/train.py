@@ -41,7 +41,8 @@ def train_cell(
     fit(make_trainer(config, [callback], mesh), module, meter, resume, first_step)
     if callback.stopped:
         return None
-    # Killed between the last checkpoint and the result: the journal has the evaluation, the result does not.
+    # Killed between the last checkpoint and the result: the journal has the evaluations, the result does not.
+    validation = callback.validation or module.evaluate("validation")
     final = callback.final or module.evaluate_trained()
     if final.labels:
         hooks.recorder.record_labels(config.train.steps, final.labels)
@@ -65,6 +66,7 @@ def train_cell(
         eval_digest=task.eval_digest,
         marks=marks_of(config),
         config=to_plain(config),
+        validation=validation.metrics,
     )
 
 
