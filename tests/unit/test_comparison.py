@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from moebench.analysis.comparison import compare
-from moebench.errors import UsageError
 from moebench.analysis.values import BITS_PER_BYTE
+from moebench.errors import UsageError
 from moebench.training.result import DIVERGED, RunResult
 
 HIGHER = replace(BITS_PER_BYTE, lower_is_better=False)
@@ -356,9 +356,7 @@ def shaken_apart(results: list[RunResult]) -> list[RunResult]:
     """Give each arm a jitter of its own: any pair of them has differences that vary."""
     arms = list(dict.fromkeys(result.arm for result in results))
     moves = {(r.arm, r.seed): 0.0005 * ((r.seed + 1) * (arms.index(r.arm) + 1) % 5 - 2) for r in results}
-    return [
-        replace(r, metrics={"bits_per_byte": r.metrics["bits_per_byte"] + moves[r.arm, r.seed]}) for r in results
-    ]
+    return [replace(r, metrics={"bits_per_byte": r.metrics["bits_per_byte"] + moves[r.arm, r.seed]}) for r in results]
 
 
 def test_survivors_of_a_divergence_win_nothing():
