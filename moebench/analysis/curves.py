@@ -162,7 +162,7 @@ def _band_words(curves: Sequence[Curve]) -> str:
 
 def _draw_forest(ax: Axes, comparison: Comparison, looks: Mapping[str, dict[str, str]]) -> None:
     """Draw one row per arm: its difference to the baseline, the 95 % interval, and the verdict in words."""
-    shown = [difference for difference in comparison.differences if difference.mean is not None]
+    shown = [each for each in comparison.differences if each.mean is not None or each.verdict == "diverged"]
     for row, difference in enumerate(shown):
         color = looks.get(difference.arm, {"color": GREY})["color"]
         _draw_difference(ax, row, difference, color, comparison.verdict_in_words(difference.arm))
@@ -182,13 +182,13 @@ def _draw_forest(ax: Axes, comparison: Comparison, looks: Mapping[str, dict[str,
 
 
 def _draw_difference(ax: Axes, row: int, difference: Difference, color: str, verdict: str) -> None:
-    assert difference.mean is not None
     if difference.interval:
         ax.plot(difference.interval, [row, row], color=color, linewidth=2.2, solid_capstyle="round")
-    filled = difference.verdict in ("better", "worse")
-    ax.plot([difference.mean], [row], "o", markersize=6, color=color, markerfacecolor=color if filled else "white")
+    if difference.mean is not None:  # of an arm that diverged in every seed there is nothing but the words
+        fill = color if difference.verdict in ("better", "worse") else "white"
+        ax.plot([difference.mean], [row], "o", markersize=6, color=color, markerfacecolor=fill)
     ax.annotate(
-        f"{verdict}, {count(len(difference.seeds), 'seed')}",
+        f"{verdict}, {count(len(difference.seeds), 'seed')}" if difference.seeds else verdict,
         xy=(1.03, row),
         xycoords=("axes fraction", "data"),
         va="center",
