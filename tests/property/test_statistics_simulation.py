@@ -1,4 +1,7 @@
-"""What the statistics promise, simulated: few false claims when all arms are equal, intervals that cover."""
+"""What the statistics promise, and what docs/comparing.md says that they do not, simulated.
+
+Few false claims when all arms are equal, intervals that cover, a detectable difference that is shown.
+"""
 
 from dataclasses import replace
 
@@ -88,14 +91,28 @@ def test_the_detectable_difference_is_shown_in_four_of_five_repeats(num_seeds, p
     assert high < 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("num_seeds", [3, 5, 8])
+def test_the_detectable_difference_through_the_whole_comparison(num_seeds, monkeypatch):
+    # One sample prints the difference, another has one arm that much better: how often is the verdict "better"?
+    monkeypatch.setattr("gc.collect", lambda: 0)  # statsmodels calls it for every correction
+    rng = np.random.default_rng(num_seeds)
+    num_shown = 0
+    for _ in range(400):
+        first_AS, second_AS = draw_arms(rng, 2, num_seeds, paired_baseline=False)
+        second_AS[3] -= compared(first_AS).differences[2].smallest_detectable
+        num_shown += compared(second_AS).differences[2].verdict == "better"
+    assert 0.75 <= num_shown / 400 <= 0.85
+
+
 def test_an_arm_that_varies_more_than_the_others_is_less_often_shown():
     # The limit: 4 arms of SD 1 and one of SD 2, against a baseline of SD 1. The differences have SD 1.41, once 2.24.
     rng = np.random.default_rng(0)
     value_RAS = rng.normal(0, 1, (3000, 6, 5))
     value_RAS[:, 5] *= 2
     quiet, loud = (power_at_the_detectable(value_RAS, sd).mean() for sd in (np.sqrt(2), np.sqrt(5)))
-    assert 0.85 <= quiet <= 0.95
-    assert 0.5 <= loud <= 0.6
+    assert quiet == pytest.approx(0.87, abs=0.02)
+    assert loud == pytest.approx(0.54, abs=0.02)
 
 
 def test_compare_prints_what_was_simulated():
@@ -143,9 +160,20 @@ def p_values(difference_RAS: Array) -> Array:
     return found
 
 
+@pytest.mark.parametrize("num_seeds", [3, 5, 8])
+@pytest.mark.parametrize("noise", ["normal", "heavy tails", "unequal"])
+def test_symmetric_noise_leaves_false_verdicts_rare(num_seeds, noise):
+    rng = np.random.default_rng(num_seeds)
+    shape = (10_000, 6, num_seeds)
+    value_RAS = rng.standard_t(3, shape) if noise == "heavy tails" else rng.normal(0, 1, shape)
+    if noise == "unequal":
+        value_RAS *= np.array([1, 1, 2, 2, 4, 4])[:, None]
+    assert 0.015 < (p_values(value_RAS[:, 1:] - value_RAS[:, :1]).min(1) * 5 <= st.ALPHA).mean() < 0.055
+
+
 @pytest.mark.parametrize(("num_seeds", "share"), [(3, 0.09), (5, 0.15), (8, 0.16)])
 def test_rare_bad_seeds_make_false_verdicts_likelier(num_seeds, share):
-    # docs/comparing.md: 5 arms with exponential noise (SD 1) and none better than a quiet baseline (SD 0.3).
+    # 5 arms with exponential noise (SD 1), none better than a quiet baseline (SD 0.3).
     rng = np.random.default_rng(num_seeds)
     arm_RAS = rng.exponential(1, (10_000, 5, num_seeds)) - 1
     difference_RAS = arm_RAS - rng.normal(0, SKEWED, (10_000, 1, num_seeds))
