@@ -80,7 +80,7 @@ def compare_pairs(grid: Sorted, *, unmatched: Collection[str] = ()) -> tuple[Dif
     }
     tested = {arm: pair.p for arm, pair in pairs.items() if pair.p is not None}
     p_holm = dict(zip(tested, st.holm(list(tested.values())), strict=True))
-    spread = _pooled_spread(grid, list(tested))
+    spread = _pooled_spread(grid, [arm for arm, pair in pairs.items() if pair.sd])
     found = []
     for arm in others:
         pair = pairs.get(arm)
@@ -101,7 +101,7 @@ def _detectable(
     pair: st.PairedDifference | None, spread: st.SpreadEstimate | None, num_comparisons: int
 ) -> float | None:
     """Return the smallest detectable difference; from the arm's own pairs where arms have too few seeds in common."""
-    if pair is None or pair.p is None:
+    if pair is None or not pair.sd:
         return None
     if spread is None:
         return st.smallest_detectable(pair.sd, pair.num_seeds, num_comparisons, pair.num_seeds - 1)
@@ -199,6 +199,8 @@ def _best(grid: Sorted, arms: Sequence[ArmSummary], unmatched: Collection[str]) 
     corrected as one family; not what happens to have the best mean. An arm that sees later tokens, or of which a seed
     diverged, never is; a rival of which some diverged counts by the seeds that did not.
     """
+    if not grid.done[grid.baseline]:  # whether arms are matched is not known
+        return None, []
     contenders = [arm for arm in arms if arm.mean is not None and arm.arm not in unmatched]
     if len(contenders) < 2 or min(arm.num_done for arm in contenders) < st.MIN_SEEDS:
         return None, []

@@ -21,7 +21,6 @@ POWER = 0.8
 MIN_SEEDS = 3  # below: descriptive only
 EXACT_SEEDS = 6  # below, the smallest possible sign-flip p is 2 / 2**5 = 0.0625
 MAX_EXACT_SEEDS = 16  # 2**16 sign patterns are still counted at once; beyond, the t-test needs no help
-
 NUM_QUANTILES = 32  # of an estimated SD, over which its power is averaged
 
 Interval = tuple[float, float]

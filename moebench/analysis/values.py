@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from moebench.analysis import statistics as st
 from moebench.tasks.task import OUT_OF_DOMAIN
@@ -11,7 +11,6 @@ BEST = "best"
 NON_CAUSAL = "non-causal"
 Verdict = Literal["better", "worse", "no difference shown", "diverged", "too few seeds", "not matched"]
 Split = Literal["test", "validation"]
-SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,10 @@ class SplitName(StrEnum):
     VALIDATION = "validation"
 
 
+Split = Annotated[SplitName, typer.Option(help="What to compare on: choose settings on validation, report on test.")]
+AllowMismatch = Annotated[bool, typer.Option("--allow-mismatch", help="Show arms of unequal cost or data, marked.")]
+
+
 def compare(
     names: Annotated[
         list[str],
@@ -40,12 +44,8 @@ def compare(
     task: Annotated[str, typer.Option(help="Task of a comparison of routers.")] = "language",
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
-    allow_mismatch: Annotated[
-        bool, typer.Option("--allow-mismatch", help="Show arms of unequal cost or data, marked.")
-    ] = False,
-    split: Annotated[
-        SplitName, typer.Option(help="What to compare on: choose settings on validation, report on test.")
-    ] = SplitName.TEST,
+    allow_mismatch: AllowMismatch = False,
+    split: Split = SplitName.TEST,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write the loss curves and differences to this PNG file.")] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Cells at a time, where routers must be trained first.")] = 0,

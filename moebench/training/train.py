@@ -26,7 +26,7 @@ from moebench.training.result import RunResult
 def train_cell(
     config: CellConfig, task: Task, checkpoints: Path, hooks: Hooks, *, cell_id: str, arm: str, mesh: Mesh = ALONE_MESH
 ) -> RunResult | None:
-    """Train (or go on training) one cell and evaluate it on the test split; all processes of a mesh call it.
+    """Train (or go on training) one cell and evaluate it on both splits; all processes of a mesh call it.
 
     Returns None when it was asked to stop; what was done lies in the checkpoint. Raises NonFiniteError before an
     update with a loss or gradient that is not a number.

@@ -397,6 +397,28 @@ def test_an_arm_that_diverged_throughout_says_so():
     assert of(found, "switch").marks == ("best",)
 
 
+@pytest.mark.parametrize("fault", [DIVERGED, "outside"])
+def test_without_a_baseline_none_is_best(fault):
+    # Nothing says whether the arms are matched.
+    results = shaken_apart(grid({"dense": 0, "switch": -0.03, "top_k": 0.03}))
+    lost = end(results, "dense", (0, 1, 2, 3, 4), fault)
+    found = compare(lost, expected=cells(results), baseline="dense")
+    assert all(arm.marks == () for arm in found.arms)
+    words = "baseline: 5 of 5 diverged" if fault == DIVERGED else "too few seeds"
+    assert [found.verdict_in_words(arm) for arm in ("switch", "top_k")] == [words] * 2
+
+
+def test_a_copy_of_the_baseline_does_not_make_differences_easy_to_detect():
+    results = shaken_apart(grid({"dense": 0, "switch": -0.03, "top_k": 0.03}))
+    copies = [replace(r, id=f"copy-{r.seed}", arm="copy") for r in results if r.arm == "dense"]
+    with_copy = compare([*results, *copies], expected=cells([*results, *copies]), baseline="dense")
+    without = compare(results, expected=cells(results), baseline="dense")
+    assert with_copy.difference_of("copy").smallest_detectable is None
+    for arm in ("switch", "top_k"):  # one comparison more, the same spread
+        values = [found.difference_of(arm).smallest_detectable for found in (without, with_copy)]
+        assert values[0] < values[1] < 1.3 * values[0]
+
+
 def test_failures_of_the_machine_are_no_outcome_of_the_arm():
     results = grid({"dense": 0, "switch": -0.01})
     for fault in ("outside", "waited", "own", ""):
