@@ -10,21 +10,25 @@ from math import isfinite
 from statistics import fmean, median
 
 from moebench.analysis import statistics as st
+from moebench.analysis.formatting import count
 from moebench.analysis.matching import arms_without_verdict, cost_ratio, matched_or_refuse
+from moebench.analysis.settings import settings_notes
 from moebench.analysis.sorting import Expected, Sorted, sort_results
 from moebench.analysis.values import (
     BEST,
+    BITS_PER_BYTE,
     NON_CAUSAL,
     ArmSummary,
     Comparison,
     Difference,
     LostCell,
+    Metric,
     Verdict,
 )
 from moebench.tasks.task import OUT_OF_DOMAIN
 from moebench.training.result import RunResult
 
-__all__ = ["ArmSummary", "Comparison", "Difference", "LostCell", "compare"]
+__all__ = ["ArmSummary", "Comparison", "Difference", "LostCell", "Metric", "compare"]
 
 
 def compare(
@@ -32,17 +36,17 @@ def compare(
     *,
     expected: Expected,
     baseline: str,
-    metric: str = "bits_per_byte",
-    lower_is_better: bool = True,
+    metric: Metric = BITS_PER_BYTE,
     allow_mismatch: bool = False,
 ) -> Comparison:
     """Compare the arms of a grid with its baseline; `expected` holds (arm, seed, cell id) of every cell.
 
     Arms whose executed cost is not within 2 % of the baseline's are marked and get no verdict unless `allow_mismatch`
-    is set. Raises UsageError for an unknown baseline or metric, a cell named twice, and (unless `allow_mismatch` is
-    set) for arms of other training tokens, data or evaluation.
+    is set. Raises UsageError for an unknown baseline or metric, a cell named twice, two arms of one cell, results
+    without the metrics of the wanted split, and (unless `allow_mismatch` is set) for arms of other training tokens,
+    data or evaluation.
     """
-    grid = sort_results(results, expected, baseline=baseline, metric=metric, lower_is_better=lower_is_better)
+    grid = sort_results(results, expected, baseline=baseline, metric=metric)
     runs = {arm: list(grid.done[arm].values()) for arm in grid.arms}
     mismatched = matched_or_refuse(runs, baseline, allow=allow_mismatch)
     unmatched = arms_without_verdict(mismatched, allow=allow_mismatch)
@@ -50,8 +54,9 @@ def compare(
     arms = tuple(_summary(arm, grid, [mismatch.mark for mismatch in mismatched.get(arm, ())]) for arm in grid.arms)
     best, remarks = _best(grid, arms, unmatched)
     return Comparison(
-        metric=metric,
-        lower_is_better=lower_is_better,
+        metric=metric.name,
+        split=metric.split,
+        lower_is_better=metric.lower_is_better,
         baseline=baseline,
         arms=tuple(replace(arm, marks=(BEST, *arm.marks)) if arm.arm == best else arm for arm in arms),
         differences=differences,
@@ -61,6 +66,7 @@ def compare(
             *(f"{arm}: {mismatch.reason}" for arm, found in mismatched.items() for mismatch in found),
             *_notes(grid, differences, len(expected)),
             *remarks,
+            *settings_notes([run.config for of_arm in runs.values() for run in of_arm], metric.split),
         ),
     )
 
@@ -75,21 +81,38 @@ def compare_pairs(grid: Sorted, *, unmatched: Collection[str] = ()) -> tuple[Dif
     }
     tested = {arm: pair.p for arm, pair in pairs.items() if pair.p is not None}
     p_holm = dict(zip(tested, st.holm(list(tested.values())), strict=True))
-    return tuple(
-        _difference(arm, grid, pairs.get(arm), p_holm.get(arm), len(tested), matched=arm not in unmatched)
-        for arm in others
-    )
+    spread = _pooled_spread(grid, [arm for arm, pair in pairs.items() if pair.sd])
+    found = []
+    for arm in others:
+        pair = pairs.get(arm)
+        difference = _difference(arm, grid, pair, p_holm.get(arm), _detectable(pair, spread, len(tested)))
+        found.append(difference if arm not in unmatched else replace(difference, verdict="not matched"))
+    return tuple(found)
+
+
+def _pooled_spread(grid: Sorted, arms: Sequence[str]) -> st.SpreadEstimate | None:
+    """Estimate the SD of the paired differences over the seeds that all these arms and the baseline have."""
+    seeds = [seed for seed in grid.done[grid.baseline] if all(seed in grid.done[arm] for arm in arms)]
+    if not arms or len(seeds) < st.MIN_SEEDS:
+        return None
+    return st.pooled_spread([grid.quality(arm, seeds) for arm in arms], grid.quality(grid.baseline, seeds))
+
+
+def _detectable(
+    pair: st.PairedDifference | None, spread: st.SpreadEstimate | None, num_comparisons: int
+) -> float | None:
+    """Return the smallest detectable difference; from the arm's own pairs where arms have too few seeds in common."""
+    if pair is None or not pair.sd:
+        return None
+    if spread is None:
+        return st.smallest_detectable(pair.sd, pair.num_seeds, num_comparisons, pair.num_seeds - 1)
+    return st.smallest_detectable(spread.sd, pair.num_seeds, num_comparisons, spread.df)
 
 
 def _difference(
-    arm: str,
-    grid: Sorted,
-    pair: st.PairedDifference | None,
-    p_holm: float | None,
-    num_comparisons: int,
-    *,
-    matched: bool,
+    arm: str, grid: Sorted, pair: st.PairedDifference | None, p_holm: float | None, detectable: float | None
 ) -> Difference:
+    has_diverged = grid.num_diverged(arm) + grid.num_diverged(grid.baseline) > 0
     return Difference(
         arm=arm,
         baseline=grid.baseline,
@@ -100,8 +123,8 @@ def _difference(
         p_holm=p_holm,
         p_exact=pair.p_exact if pair else None,
         effect_sd=pair.effect_sd if pair else None,
-        smallest_detectable=(st.smallest_detectable(pair.sd, pair.num_seeds, num_comparisons) if pair else None),
-        verdict=_verdict(pair, p_holm, grid.lower_is_better) if matched else "not matched",
+        smallest_detectable=detectable,
+        verdict="diverged" if has_diverged else _verdict(pair, p_holm, grid.metric.lower_is_better),
     )
 
 
@@ -121,12 +144,13 @@ def _summary(arm: str, grid: Sorted, mismatch_marks: Iterable[str]) -> ArmSummar
         arm=arm,
         seeds=seeds,
         num_failed=sum(cell.arm == arm for cell in grid.failed),
+        num_diverged=grid.num_diverged(arm),
         num_missing=sum(cell.arm == arm for cell in grid.missing),
         mean=fmean(quality) if quality else None,
         interval=st.mean_interval(quality) if quality else None,
         values=dict(zip(seeds, quality, strict=True)),
         outside=_outside(arm, grid),
-        domains=_domains([run.metrics for run in runs], grid.metric),
+        domains=_domains([run.metrics for run in runs], grid.metric.name),
         load=_means([run.metrics for run in runs], "load/"),
         tokens_per_s=fmean(speeds) if speeds else None,
         throughput_share=_throughput_share(arm, grid),
@@ -145,7 +169,7 @@ def _flops_vs_baseline(runs: Sequence[RunResult], baseline_runs: Sequence[RunRes
 
 def _outside(arm: str, grid: Sorted) -> dict[int, float]:
     """Return the metric out of domain of each seed that has a finite one."""
-    found = {seed: run.metrics.get(f"{grid.metric}/{OUT_OF_DOMAIN}") for seed, run in grid.done[arm].items()}
+    found = {seed: run.metrics.get(f"{grid.metric.name}/{OUT_OF_DOMAIN}") for seed, run in grid.done[arm].items()}
     return {seed: value for seed, value in found.items() if value is not None and isfinite(value)}
 
 
@@ -180,22 +204,33 @@ def _best(grid: Sorted, arms: Sequence[ArmSummary], unmatched: Collection[str]) 
     """Name the arm that may be called best, or say why the one with the best mean may not.
 
     Best is what is better than every other matched arm, each pair tested over its common seeds and the p values
-    corrected as one family; not what happens to have the best mean. An arm that sees later tokens never is.
+    corrected as one family; not what happens to have the best mean. An arm that sees later tokens, or of which a seed
+    diverged, never is; a rival of which some diverged counts by the seeds that did not.
     """
-    means = {arm.arm: arm.mean for arm in arms if arm.mean is not None and arm.arm not in unmatched}
-    if len(means) < 2:
+    if not grid.done[grid.baseline]:  # whether arms are matched is not known
         return None, []
-    leader = (min if grid.lower_is_better else max)(means, key=lambda arm: means[arm])
-    against = compare_pairs(replace(grid, baseline=leader), unmatched=unmatched)
-    rivals = [difference for difference in against if difference.arm in means]
-    if any(rival.verdict == "too few seeds" for rival in rivals):
+    contenders = [arm for arm in arms if arm.mean is not None and arm.arm not in unmatched]
+    if len(contenders) < 2 or min(arm.num_done for arm in contenders) < st.MIN_SEEDS:
         return None, []
-    if NON_CAUSAL in next(arm.marks for arm in arms if arm.arm == leader):
-        return None, [f"{leader} has the best mean and is not called best: its routing sees later tokens"]
+    seeds = [seed for seed in contenders[0].seeds if all(seed in arm.seeds for arm in contenders)]
+    if len(seeds) < st.MIN_SEEDS:
+        return None, [f"no arm is called best: {count(len(seeds), 'seed')} finished by all arms, {st.MIN_SEEDS} needed"]
+    choose = min if grid.metric.lower_is_better else max
+    leader = choose(contenders, key=lambda arm: fmean(arm.values[seed] for seed in seeds))
+    leads = f"{leader.arm} has the best mean"
+    if any(len(arm.seeds) > len(seeds) for arm in contenders):
+        leads += f" over the {count(len(seeds), 'seed')} that all arms have finished"
+    if leader.num_diverged:
+        return None, [f"{leads} and is not called best: {leader.num_diverged} of {leader.num_planned} seeds diverged"]
+    if NON_CAUSAL in leader.marks:
+        return None, [f"{leads} and is not called best: its routing sees later tokens"]
+    survivors = replace(grid, baseline=leader.arm, failed=())  # a rival's divergence does not stand in the leader's way
+    against = compare_pairs(survivors, unmatched=unmatched)
+    rivals = [difference for difference in against if difference.arm in {arm.arm for arm in contenders}]
     near = [rival.arm for rival in rivals if rival.verdict != "worse"]
     if near:
-        return None, [f"{leader} has the best mean, but is not shown to be better than {', '.join(near)}"]
-    return leader, []
+        return None, [f"{leads}, but is not shown to be better than {', '.join(near)}"]
+    return leader.arm, []
 
 
 def _notes(grid: Sorted, differences: Sequence[Difference], num_expected: int) -> list[str]:

@@ -1,6 +1,7 @@
 """The figure of a comparison: learning curves with bands over seeds, beside the paired differences."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,8 @@ def draw_curves(
     curves = [curve for arm, seeds in journals.items() if (curve := arm_curve(arm, seeds, metric))]
     if not curves:
         raise ValueError(f"no point of {metric} in the journals of {', '.join(journals) or 'no arm'}")
+    for arm in comparison.arms if comparison else ():
+        curves = [replace(curve, num_diverged=arm.num_diverged) if curve.arm == arm.arm else curve for curve in curves]
     looks = {arm: look(index) for index, arm in enumerate(journals)}
     height = max(4.4, 1.2 + 0.3 * len(curves))
     with sheet(path, title, width=12.0 if comparison else 7.5, height=height) as figure:
@@ -121,8 +124,10 @@ def _label_ends(ax: Axes, curves: Sequence[Curve], looks: Mapping[str, dict[str,
 
 
 def _end_label(curve: Curve, *, seen: bool) -> str:
-    seeds = "" if curve.num_seeds == curve.num_started else f" ({curve.num_seeds} of {curve.num_started} seeds)"
-    return curve.arm + seeds + ("" if seen else f": {curve.means[-1]:.3g} at step {curve.steps[-1]:.0f}")
+    lost = [f"{curve.num_seeds} of {curve.num_started} seeds"] if curve.num_seeds < curve.num_started else []
+    lost += [f"{curve.num_diverged} diverged"] if curve.num_diverged else []
+    name = f"{curve.arm} ({', '.join(lost)})" if lost else curve.arm
+    return name if seen else f"{name}: {curve.means[-1]:.3g} at step {curve.steps[-1]:.0f}"
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
@@ -157,9 +162,10 @@ def _band_words(curves: Sequence[Curve]) -> str:
 
 def _draw_forest(ax: Axes, comparison: Comparison, looks: Mapping[str, dict[str, str]]) -> None:
     """Draw one row per arm: its difference to the baseline, the 95 % interval, and the verdict in words."""
-    shown = [difference for difference in comparison.differences if difference.mean is not None]
+    shown = [each for each in comparison.differences if each.mean is not None or each.verdict == "diverged"]
     for row, difference in enumerate(shown):
-        _draw_difference(ax, row, difference, looks.get(difference.arm, {"color": GREY})["color"])
+        color = looks.get(difference.arm, {"color": GREY})["color"]
+        _draw_difference(ax, row, difference, color, comparison.verdict_in_words(difference.arm))
     ax.axvline(0, color=GREY, linewidth=0.9, linestyle="--", zorder=1)
     ax.set_yticks(range(len(shown)), [difference.arm for difference in shown])
     ax.set_ylim(max(len(shown), 1) - 0.5, -0.5)  # first arm on top
@@ -169,19 +175,20 @@ def _draw_forest(ax: Axes, comparison: Comparison, looks: Mapping[str, dict[str,
     ax.xaxis.set_major_locator(MaxNLocator(4))
     side = "left" if comparison.lower_is_better else "right"
     ax.set_xlabel(f"{comparison.metric.replace('_', ' ')} minus {comparison.baseline}\n(better to the {side})")
-    ax.set_title("paired difference, 95 % interval; verdict by p Holm", loc="left", color=GREY, fontsize=8)
+    title = f"paired difference ({comparison.split}), 95 % interval; verdict by p Holm"
+    ax.set_title(title, loc="left", color=GREY, fontsize=8)
     if not shown:
         ax.text(0.5, 0.5, "no seed in common yet", transform=ax.transAxes, ha="center", color=GREY)
 
 
-def _draw_difference(ax: Axes, row: int, difference: Difference, color: str) -> None:
-    assert difference.mean is not None
+def _draw_difference(ax: Axes, row: int, difference: Difference, color: str, verdict: str) -> None:
     if difference.interval:
         ax.plot(difference.interval, [row, row], color=color, linewidth=2.2, solid_capstyle="round")
-    filled = difference.verdict in ("better", "worse")
-    ax.plot([difference.mean], [row], "o", markersize=6, color=color, markerfacecolor=color if filled else "white")
+    if difference.mean is not None:  # of an arm that diverged in every seed there is nothing but the words
+        fill = color if difference.verdict in ("better", "worse") else "white"
+        ax.plot([difference.mean], [row], "o", markersize=6, color=color, markerfacecolor=fill)
     ax.annotate(
-        f"{difference.verdict}, {count(len(difference.seeds), 'seed')}",
+        f"{verdict}, {count(len(difference.seeds), 'seed')}" if difference.seeds else verdict,
         xy=(1.03, row),
         xycoords=("axes fraction", "data"),
         va="center",

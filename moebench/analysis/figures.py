@@ -9,7 +9,7 @@ from moebench.analysis.comparison import compare
 from moebench.analysis.curves import draw_curves
 from moebench.analysis.label_figure import draw_labels
 from moebench.analysis.load_figure import draw_load
-from moebench.analysis.values import Comparison
+from moebench.analysis.values import Comparison, Metric, Split
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
 from moebench.tasks.task import TASKS
@@ -60,7 +60,9 @@ def results_of(experiment: Experiment, results: Path) -> list[RunResult]:
     return found
 
 
-def compare_experiment(experiment: Experiment, results: Path, *, allow_mismatch: bool = False) -> Comparison:
+def compare_experiment(
+    experiment: Experiment, results: Path, *, allow_mismatch: bool = False, split: Split = "test"
+) -> Comparison:
     """Compare the arms of an experiment by its task's metric; raise UsageError when there is nothing to compare."""
     facts = TASKS.get(experiment.cells[0].config.task.name).facts
     found = results_of(experiment, results)
@@ -70,8 +72,7 @@ def compare_experiment(experiment: Experiment, results: Path, *, allow_mismatch:
         found,
         expected=[(cell.arm, cell.seed, cell.id) for cell in experiment.cells],
         baseline=experiment.baseline,
-        metric=facts.metric,
-        lower_is_better=facts.lower_is_better,
+        metric=Metric(name=facts.metric, lower_is_better=facts.lower_is_better, split=split),
         allow_mismatch=allow_mismatch,
     )
 

@@ -14,7 +14,10 @@ Points = Sequence[Point]
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One arm over its seeds at the steps they share; `band` is what lows and highs are: t, range or none."""
+    """One arm over its seeds at the steps they share; `band` is what lows and highs are: t, range or none.
+
+    `num_seeds` of the `num_started` that have points are in the mean; `num_diverged` of the planned ones diverged.
+    """
 
     arm: str
     steps: st.Values
@@ -24,6 +27,7 @@ class Curve:
     num_seeds: int
     num_started: int
     band: str
+    num_diverged: int = 0
 
 
 def arm_curve(arm: str, seeds: Mapping[int, Points], metric: str) -> Curve | None:

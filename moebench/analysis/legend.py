@@ -31,6 +31,11 @@ def legend(comparison: Comparison) -> tuple[str, ...]:
 
 def _statistics_legend(comparison: Comparison) -> list[str]:
     lines = []
+    if any(arm.num_diverged for arm in comparison.arms):
+        lines.append(
+            "diverged: the loss, a gradient or the final metric was not finite. Means and differences are of the other "
+            "seeds, no fair sample: such a pair has no verdict, such an arm is never best."
+        )
     if any(arm.interval for arm in comparison.arms):
         lines.append("± half of the 95 % t interval over seeds.")
     if any(arm.outside for arm in comparison.arms):
@@ -43,13 +48,25 @@ def _statistics_legend(comparison: Comparison) -> list[str]:
             "p Holm: p of the paired t-test, corrected for "
             f"{count(comparison.num_comparisons, 'comparison')}; better or worse means p Holm ≤ {st.ALPHA}. "
             "exact p: sign flips, 6 seeds or more, not corrected. seed SD: the difference over the SD "
-            "between seeds. detectable: the smallest true difference that 4 of 5 repeats would show."
+            f"between seeds, as {_seeds(comparison)} estimate it. detectable: the smallest true difference that 4 of 5 "
+            "repeats would show, the differences of all arms taken to vary alike."
+        )
+        together = "Each interval is one of 95 %, not all together. " if comparison.num_comparisons > 1 else ""
+        lines.append(
+            f"{together}Arms with rare bad seeds get false verdicts more often than {100 * st.ALPHA:.0f} % "
+            "(docs/comparing.md)."
         )
     if any(difference.low_power for difference in comparison.differences):
         lines.append("low power: 3 to 5 seeds can miss any difference smaller than the detectable one.")
     if any(difference.verdict == "too few seeds" for difference in comparison.differences):
         lines.append(f"too few seeds: fewer than {st.MIN_SEEDS} describe and decide nothing.")
     return lines
+
+
+def _seeds(comparison: Comparison) -> str:
+    numbers = [len(difference.seeds) for difference in comparison.differences if difference.p is not None]
+    fewest, most = min(numbers), max(numbers)
+    return count(most, "seed") if fewest == most else f"{fewest} to {most} seeds"
 
 
 def _compute_legend(comparison: Comparison) -> list[str]:

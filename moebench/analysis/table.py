@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import fmean
 
 from rich import box
 from rich.console import Group, JustifyMethod, RenderableType
@@ -15,6 +16,7 @@ from moebench.analysis.legend import legend
 from moebench.analysis.values import ArmSummary, Comparison, Difference, LostCell
 
 STYLES = {"better": "bold green", "worse": "red", "not matched": "yellow"}
+DIVERGED_STYLE = "bold red"
 LOAD_COLUMNS = {
     "max_violation": "MaxVio",
     "cv": "CV",
@@ -77,21 +79,21 @@ def grids(comparison: Comparison) -> tuple[Grid, ...]:
 def _quality_grid(comparison: Comparison) -> Grid:
     direction = "lower" if comparison.lower_is_better else "higher"
     return Grid(
-        title=f"Quality: {comparison.metric.replace('_', ' ')}, {direction} is better",
+        title=f"Quality: {comparison.metric.replace('_', ' ')} on the {comparison.split} split, {direction} is better",
         header=("arm", "seeds", "mean", f"minus {comparison.baseline}", "p Holm", "verdict"),
         rows=tuple(_quality_row(comparison, arm) for arm in comparison.arms),
     )
 
 
 def _quality_row(comparison: Comparison, arm: ArmSummary) -> tuple[str, ...]:
-    planned = arm.num_done + arm.num_failed + arm.num_missing
-    seeds = str(arm.num_done) if arm.num_done == planned else f"{arm.num_done} of {planned}"
+    seeds = str(arm.num_done) if arm.num_done == arm.num_planned else f"{arm.num_done} of {arm.num_planned}"
     mean = NOTHING if arm.mean is None else number(arm.mean) + _half(arm.interval)
+    verdict = comparison.verdict_in_words(arm.arm)
     difference = comparison.difference_of(arm.arm)
     if difference is None:
-        return (_name(arm), seeds, mean, NOTHING, NOTHING, "baseline")
+        return (_name(arm), seeds, mean, NOTHING, NOTHING, verdict)
     delta = NOTHING if difference.mean is None else signed(difference.mean) + _half(difference.interval)
-    return (_name(arm), seeds, mean, delta, p_value(difference.p_holm), difference.verdict)
+    return (_name(arm), seeds, mean, delta, p_value(difference.p_holm), verdict)
 
 
 def _outside_grid(comparison: Comparison) -> Grid:
@@ -103,7 +105,7 @@ def _outside_grid(comparison: Comparison) -> Grid:
 
 
 def _outside_row(comparison: Comparison, arm: ArmSummary) -> tuple[str, ...]:
-    mean, inside = arm.outside_mean or 0.0, arm.mean or 0.0
+    mean, inside = arm.outside_mean or 0.0, fmean(arm.values[seed] for seed in arm.outside)
     pair = comparison.outside_difference(arm)
     delta = NOTHING if pair is None else signed(pair.mean) + _half(pair.interval)
     return (_name(arm), str(len(arm.outside)), number(mean) + _half(arm.outside_interval), delta, signed(mean - inside))
@@ -258,7 +260,8 @@ def rich_grid(grid: Grid) -> Table:
         justify: JustifyMethod = "left" if index == 0 or name == "verdict" else "right"
         table.add_column(name, justify=justify, no_wrap=index in (1, 2, 3), overflow="fold")
     for row in grid.rows:
-        table.add_row(*map(Text, row[:-1]), Text(row[-1], style=STYLES.get(row[-1], "")))
+        style = DIVERGED_STYLE if row[-1].endswith("diverged") else STYLES.get(row[-1], "")
+        table.add_row(*map(Text, row[:-1]), Text(row[-1], style=style))
     return table
 
 

@@ -9,7 +9,20 @@ from moebench.tasks.task import OUT_OF_DOMAIN
 
 BEST = "best"
 NON_CAUSAL = "non-causal"
-Verdict = Literal["better", "worse", "no difference shown", "too few seeds", "not matched"]
+Verdict = Literal["better", "worse", "no difference shown", "diverged", "too few seeds", "not matched"]
+Split = Literal["test", "validation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """What arms are compared by, and on which split: settings are chosen on validation, what is claimed is of test."""
+
+    name: str
+    lower_is_better: bool
+    split: Split = "test"
+
+
+BITS_PER_BYTE = Metric(name="bits_per_byte", lower_is_better=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +33,7 @@ class LostCell:
     seed: int
     id: str
     reason: str
+    diverged: bool  # not finite in training or evaluation: an outcome of the arm, where another failure is none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +43,7 @@ class ArmSummary:
     arm: str
     seeds: tuple[int, ...]
     num_failed: int
+    num_diverged: int  # of those that failed
     num_missing: int
     mean: float | None
     interval: st.Interval | None
@@ -67,10 +82,18 @@ class ArmSummary:
         """Number of finished runs with a finite metric."""
         return len(self.seeds)
 
+    @property
+    def num_planned(self) -> int:
+        """Number of seeds that the grid has."""
+        return self.num_done + self.num_failed + self.num_missing
+
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """An arm minus the baseline over common seeds, in the unit of the metric; `verdict` follows `p_holm`."""
+    """An arm minus the baseline over common seeds, in the unit of the metric.
+
+    `verdict` follows `p_holm`, unless a seed of either arm diverged: the others are then no fair sample.
+    """
 
     arm: str
     baseline: str
@@ -102,6 +125,7 @@ class Comparison:
     failed: tuple[LostCell, ...]
     missing: tuple[LostCell, ...]
     notes: tuple[str, ...]
+    split: Split = "test"
 
     @property
     def num_comparisons(self) -> int:
@@ -120,10 +144,22 @@ class Comparison:
         """Return the difference of an arm to the baseline, None for the baseline itself."""
         return next((difference for difference in self.differences if difference.arm == arm), None)
 
+    def verdict_in_words(self, arm: str) -> str:
+        """Return the verdict on an arm as tables and figures show it: with the number of seeds that diverged."""
+        diverged = {summary.arm: _diverged(summary) for summary in self.arms}
+        own, of_baseline = diverged.get(arm, ""), diverged.get(self.baseline, "")
+        difference = self.difference_of(arm)
+        if difference is None:
+            return f"baseline, {own}" if own else "baseline"
+        if difference.verdict != "diverged":
+            return difference.verdict
+        return own or f"baseline: {of_baseline}"
+
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready values; the quality of an arm stands under the name of the metric."""
         return {
             "metric": self.metric,
+            "split": self.split,
             "lower_is_better": self.lower_is_better,
             "baseline": self.baseline,
             "num_comparisons": self.num_comparisons,
@@ -146,7 +182,12 @@ class Comparison:
             "parallel": arm.parallel,
             "marks": list(arm.marks),
             "domains": arm.domains,
-            "runs": {"done": arm.num_done, "failed": arm.num_failed, "missing": arm.num_missing},
+            "runs": {
+                "done": arm.num_done,
+                "failed": arm.num_failed,
+                "diverged": arm.num_diverged,
+                "missing": arm.num_missing,
+            },
         }
 
     def _outside_dict(self, arm: ArmSummary) -> dict[str, Any]:
@@ -154,6 +195,10 @@ class Comparison:
         interval = list(pair.interval) if pair and pair.interval else None
         difference = {"mean": pair.mean, "interval": interval} if pair else None
         return _quality_dict(arm.outside_mean, arm.outside_interval, arm.outside) | {"difference": difference}
+
+
+def _diverged(arm: ArmSummary) -> str:
+    return f"{arm.num_diverged} of {arm.num_planned} diverged" if arm.num_diverged else ""
 
 
 def _quality_dict(mean: float | None, interval: st.Interval | None, values: dict[int, float]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`moebench compare`: which arm is better, by how much, and how sure one can be."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,17 @@ if TYPE_CHECKING:
     from moebench.experiment.grid import Experiment
 
 
+class SplitName(StrEnum):
+    """Splits of the data that runs are evaluated on when they are trained."""
+
+    TEST = "test"
+    VALIDATION = "validation"
+
+
+Split = Annotated[SplitName, typer.Option(help="What to compare on: choose settings on validation, report on test.")]
+AllowMismatch = Annotated[bool, typer.Option("--allow-mismatch", help="Show arms of unequal cost or data, marked.")]
+
+
 def compare(
     names: Annotated[
         list[str],
@@ -32,9 +44,8 @@ def compare(
     task: Annotated[str, typer.Option(help="Task of a comparison of routers.")] = "language",
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
-    allow_mismatch: Annotated[
-        bool, typer.Option("--allow-mismatch", help="Show arms of unequal cost or data, marked.")
-    ] = False,
+    allow_mismatch: AllowMismatch = False,
+    split: Split = SplitName.TEST,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write the loss curves and differences to this PNG file.")] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Cells at a time, where routers must be trained first.")] = 0,
@@ -61,7 +72,7 @@ def compare(
     else:
         grid = expand_routers(subjects, task, overrides, plugin or ())
         train_missing(grid, results, jobs)
-    comparison = compare_experiment(grid, results, allow_mismatch=allow_mismatch)
+    comparison = compare_experiment(grid, results, allow_mismatch=allow_mismatch, split=split.value)
     if plot:
         draw_experiment(grid, results, plot, comparison)
     if json:

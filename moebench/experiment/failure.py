@@ -14,7 +14,7 @@ from moebench.experiment.judgement import COMMON, LOST, OWN, WAITED
 from moebench.parallel.replicas import ReplicaError
 from moebench.training.model import marks_of
 from moebench.training.module import NonFiniteError
-from moebench.training.result import RunResult
+from moebench.training.result import DIVERGED, RunResult
 
 TRANSPORT = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "TCPStore", "ProcessGroup")
 """Words in the errors of communication, which have no class of their own."""
@@ -44,7 +44,9 @@ def explain(error: BaseException) -> str:
 
 def fault_of(error: BaseException) -> str:
     """Return whose fault an error is: see `judgement`."""
-    if isinstance(error, NonFiniteError | UsageError | ReplicaError | CheckpointException):
+    if isinstance(error, NonFiniteError):
+        return DIVERGED
+    if isinstance(error, UsageError | ReplicaError | CheckpointException):
         return COMMON
     text = str(error)
     if not isinstance(error, DistError) and not (isinstance(error, RuntimeError) and _is_transport(text)):
@@ -56,7 +58,9 @@ def _is_transport(text: str) -> bool:
     return any(word in text for word in TRANSPORT)
 
 
-def failed_result(cell: dict[str, Any], reason: str, *, step: int = 0, total_s: float = 0.0) -> RunResult:
+def failed_result(
+    cell: dict[str, Any], reason: str, *, fault: str = "", step: int = 0, total_s: float = 0.0
+) -> RunResult:
     """Return the result of a cell that failed after `step` steps: nothing is left out of a table, not even this."""
     marks: tuple[str, ...] = ()
     with contextlib.suppress(UsageError):
@@ -75,4 +79,5 @@ def failed_result(cell: dict[str, Any], reason: str, *, step: int = 0, total_s: 
         eval_digest="",
         marks=marks,
         config=cell["config"],
+        fault=fault,
     )

@@ -4,8 +4,13 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from moebench.training.result import DIVERGED
+
 OWN, COMMON, WAITED, LOST = "own", "common", "waited", "lost"
-"""Faults: an error of one process; the same error in all by design; another was waited for in vain; it hung up."""
+"""Faults: an error of one process; the same error in all by design; another was waited for in vain; it hung up.
+
+One more, `DIVERGED`, is the same error in all as well, and kept apart because it is an outcome of the algorithm.
+"""
 OUTSIDE = "outside"
 """Killed, hung or gone: nothing that the program itself said."""
 
@@ -84,7 +89,7 @@ def _killed(endings: Sequence[Ending], *, aborted: bool = False) -> str | None:
 def _errors(endings: Sequence[Ending]) -> list[tuple[str, str]]:
     """Return the errors that are not about other processes; of one process alone with its rank."""
     own = [ending for ending in endings if ending.error and ending.fault == OWN]
-    common = [(COMMON, str(ending.error)) for ending in endings if ending.fault == COMMON]
+    common = [(ending.fault, str(ending.error)) for ending in endings if ending.fault in (COMMON, DIVERGED)]
     if own and (len(endings) == 1 or {ending.error for ending in endings} == {own[0].error}):
         return [(OWN, str(own[0].error))]
     return [(OWN, f"{_name(ending, endings)}: {ending.error}") for ending in own] + common

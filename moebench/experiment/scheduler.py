@@ -17,6 +17,7 @@ from moebench.experiment.launch import Launch
 from moebench.experiment.member import signals_noted, start_server
 from moebench.experiment.team import Team
 from moebench.tracking.journal import read_journal
+from moebench.training.result import DIVERGED
 from moebench.training.run_folder import RunFolder, write_json
 
 STOP_GRACE_S = 60.0
@@ -144,10 +145,10 @@ class Scheduler:
 
     def _conclude(self, team: Team) -> Outcome:
         verdict = team.close()
-        if verdict.status == "failed" and self.signals and verdict.fault not in (OWN, COMMON):
+        if verdict.status == "failed" and self.signals and verdict.fault not in (OWN, COMMON, DIVERGED):
             verdict = Verdict(status="stopped")  # what asked us to end has ended some of the processes as well
         if verdict.status == "failed":
-            self._write_failed(team, str(verdict.error))
+            self._write_failed(team, str(verdict.error), verdict.fault)
         outcome = Outcome(
             cell=team.cell,
             status=verdict.status,
@@ -158,12 +159,13 @@ class Scheduler:
         self.display.ended(outcome)
         return outcome
 
-    def _write_failed(self, team: Team, reason: str) -> None:
+    def _write_failed(self, team: Team, reason: str, fault: str) -> None:
         """Write the result of a failure: only here all processes of the cell were heard."""
         folder = RunFolder.of(self.results, team.cell.id)
         cell = json.loads(json.dumps(team.cell.to_dict(self.experiment)))
         with contextlib.suppress(OSError):  # a full disk, perhaps the very reason
-            failed = failed_result(cell, reason, step=last_step(folder.journal), total_s=team.seconds)
+            step = last_step(folder.journal)
+            failed = failed_result(cell, reason, fault=fault, step=step, total_s=team.seconds)
             write_json(folder.result, failed.to_dict())
 
     def _stop_all(self) -> list[Outcome]:

@@ -124,6 +124,8 @@ class CellCallback(lightning.Callback):
         """What the MoE layers executed in all steps of training."""
         self.final: Evaluation | None = None
         """The test split, evaluated after the last step; None before."""
+        self.validation: Evaluation | None = None
+        """The validation split, evaluated last: at the end, after the last step; None before."""
 
     def setup(self, trainer: Any, pl_module: lightning.LightningModule, stage: str) -> None:
         """Prepare to count what the module's layers execute; a checkpoint is loaded after this."""
@@ -172,7 +174,8 @@ class CellCallback(lightning.Callback):
         if step % module.config.parallel.check_every == 0 or last:
             check_replicas(module, module.mesh)
         if step % train.eval_every == 0 or last:
-            self._record(step, module.evaluate("validation"))
+            self.validation = module.evaluate("validation")
+            self._record(step, self.validation)
         if last:
             self.final = module.evaluate_trained()
             self.hooks.recorder.append(step, {f"test/{name}": value for name, value in self.final.metrics.items()})

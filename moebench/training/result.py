@@ -1,8 +1,11 @@
 """The result of one run: what the trainer hands to the store and the store to the analysis."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+DIVERGED = "diverged"
+"""The `fault` of a run whose loss or gradient was not a finite number: an outcome of its arm, not of the machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +18,7 @@ class RunResult:
     status: str  # "done" | "failed" | "stopped"
     error: str | None  # one line, when failed
     step: int  # optimizer steps completed
-    metrics: dict[str, float]  # final; empty when failed early
+    metrics: dict[str, float]  # final, on the test split; empty when failed early
     cost: dict[str, float]
     """active_params, total_params, train_passes, train_tokens; flops_per_token (forward) and experts_per_token as
     planned; both with the prefixes train_ and eval_ as executed: mean over all steps of training, and on the test
@@ -25,6 +28,8 @@ class RunResult:
     eval_digest: str  # of the evaluation set and the metric's definition: arms must agree
     marks: tuple[str, ...]  # such as "non-causal"
     config: dict[str, Any]  # resolved
+    validation: dict[str, float] = field(default_factory=dict)  # final, on the validation split
+    fault: str = ""  # of a failure, its kind: DIVERGED, or one of `judgement`
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON-ready values."""

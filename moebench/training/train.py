@@ -26,7 +26,7 @@ from moebench.training.result import RunResult
 def train_cell(
     config: CellConfig, task: Task, checkpoints: Path, hooks: Hooks, *, cell_id: str, arm: str, mesh: Mesh = ALONE_MESH
 ) -> RunResult | None:
-    """Train (or go on training) one cell and evaluate it on the test split; all processes of a mesh call it.
+    """Train (or go on training) one cell and evaluate it on both splits; all processes of a mesh call it.
 
     Returns None when it was asked to stop; what was done lies in the checkpoint. Raises NonFiniteError before an
     update with a loss or gradient that is not a number.
@@ -41,7 +41,8 @@ def train_cell(
     fit(make_trainer(config, [callback], mesh), module, meter, resume, first_step)
     if callback.stopped:
         return None
-    # Killed between the last checkpoint and the result: the journal has the evaluation, the result does not.
+    # Killed between the last checkpoint and the result: the journal has the evaluations, the result does not.
+    validation = callback.validation or module.evaluate("validation")
     final = callback.final or module.evaluate_trained()
     if final.labels:
         hooks.recorder.record_labels(config.train.steps, final.labels)
@@ -65,6 +66,7 @@ def train_cell(
         eval_digest=task.eval_digest,
         marks=marks_of(config),
         config=to_plain(config),
+        validation=validation.metrics,
     )
 
 

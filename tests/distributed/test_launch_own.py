@@ -66,6 +66,8 @@ def test_other_ways_to_fail(cli: CommandLine, warm: WarmCommandLine) -> None:
     assert errors["kill 0"] == "rank 0 was killed by SIGKILL (out of memory?)"
     assert errors["nan 1"].startswith("loss is nan at step 8; no update was made")  # once, though both found it
     assert errors["raise 0"] == "rank 0: ValueError: the router broke in two lines"
+    faults = [results.result(arm, 0)["fault"] for arm in arms]
+    assert faults == ["outside", "outside", "diverged", "own"]
     (cli.folder / "repaired").touch()
     again = warm(cli, *RUN, timeout=TIMEOUT_S)
     assert (again.code, len(again.json["trained"])) == (0, 4), again.err

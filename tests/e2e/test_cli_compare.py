@@ -1,10 +1,13 @@
 """`moebench compare` on real runs: JSON, Markdown, terminal, figure; half-done, unmatched, single-seed grids."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
-from command_line import ARMS, CommandLine, Results, WarmCommandLine
+from command_line import ARMS, CommandLine, Results, WarmCommandLine, journal
+
+SPLITS = ("test", "validation")
 
 
 def test_json_says_what_an_engineer_needs(finished: CommandLine, warm: WarmCommandLine) -> None:
@@ -24,7 +27,7 @@ def test_json_says_what_an_engineer_needs(finished: CommandLine, warm: WarmComma
         assert arm["throughput"]["tokens_per_s"] > 0
         assert {"flops_per_token", "active_params", "total_params", "train_tokens"} <= set(arm["cost"])
         assert {"a", "b"} == set(arm["domains"])
-        assert arm["runs"] == {"done": 3, "failed": 0, "missing": 0}
+        assert arm["runs"] == {"done": 3, "failed": 0, "diverged": 0, "missing": 0}
     assert found["arms"]["dense"]["difference"] is None
     assert found["arms"]["dense"]["load"] == {}
     assert found["arms"]["dense"]["throughput"]["share_of_baseline"] == 1
@@ -88,7 +91,7 @@ def test_a_half_done_grid_is_an_early_look(finished: CommandLine, warm: WarmComm
     assert {(cell["arm"], cell["seed"]) for cell in ended.json["missing"]} == {
         ("dense", 2), ("switch", 2), ("top_k", 2), ("top_k", 1),
     }  # fmt: skip
-    assert ended.json["arms"]["top_k"]["runs"] == {"done": 1, "failed": 0, "missing": 2}
+    assert ended.json["arms"]["top_k"]["runs"] == {"done": 1, "failed": 0, "diverged": 0, "missing": 2}
     assert any("early look" in note for note in ended.json["notes"])
     nothing = warm(finished, "compare", "./tiny.yaml", "--results", str(tmp_path / "nothing"))
     assert (nothing.code, nothing.out) == (2, "")
@@ -144,9 +147,74 @@ def test_given_routers_it_trains_what_is_missing(cli: CommandLine, warm: WarmCom
     ended = warm(cli, "compare", "switch", "top_k", *small, "--json")
     assert ended.code == 0, ended.err
     assert [*ended.json["arms"]] == ["dense", "switch", "top_k"]
-    assert all(arm["runs"] == {"done": 1, "failed": 0, "missing": 0} for arm in ended.json["arms"].values())
+    assert all(
+        arm["runs"] == {"done": 1, "failed": 0, "diverged": 0, "missing": 0} for arm in ended.json["arms"].values()
+    )
     assert "start    switch · seed 0" in ended.err
     before = Results(cli.folder / "results").written_at()
     again = warm(cli, "compare", "switch", "top_k", *small, "--json")
     assert again.json == ended.json
     assert Results(cli.folder / "results").written_at() == before
+
+
+def test_settings_are_chosen_on_the_validation_split(finished: CommandLine, warm: WarmCommandLine) -> None:
+    results = Results(finished.folder / "results")
+    found = {split: warm(finished, "compare", "./tiny.yaml", "--split", split, "--json").json for split in SPLITS}
+    assert warm(finished, "compare", "./tiny.yaml", "--json").json == found["test"]
+    for split in SPLITS:
+        assert found[split]["split"] == split
+        table = warm(finished, "compare", "./tiny.yaml", "--split", split).out
+        assert f"Quality: bits per byte on the {split} split, lower is better" in table
+    for arm in ARMS:
+        for seed in (0, 1, 2):
+            result, last = results.result(arm, seed), evaluations(results.folder(arm, seed))[-1]
+            assert result["validation"] == last  # the journal's, at the last step
+            value = found["validation"]["arms"][arm]["bits_per_byte"]["seeds"][str(seed)]
+            assert value == last["bits_per_byte"] != result["metrics"]["bits_per_byte"]
+    wrong = warm(finished, "compare", "./tiny.yaml", "--split", "train")
+    assert (wrong.code, wrong.out, wrong.err.count("\n")) == (2, "", 1)
+    assert "'test', 'validation'" in wrong.err
+
+
+def evaluations(folder: Path) -> list[dict[str, float]]:
+    """The metrics of each evaluation on the validation split."""
+    points = [point["metrics"] for point in journal(folder) if "eval/bits_per_byte" in point["metrics"]]
+    return [{key[5:]: value for key, value in point.items() if key.startswith("eval/")} for point in points]
+
+
+def test_a_result_of_before_gets_its_validation_metrics(
+    finished: CommandLine, warm: WarmCommandLine, tmp_path: Path
+) -> None:
+    shutil.copytree(finished.folder / "results", tmp_path / "results")
+    results = Results(tmp_path / "results")
+    file = results.folder("switch", 1) / "result.json"
+    old = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in old.items() if key not in ("validation", "fault")}))
+    compare = ("compare", "./tiny.yaml", "--results", str(results.path))
+    assert warm(finished, *compare).code == 0
+    refused = warm(finished, *compare, "--split", "validation")
+    assert (refused.code, refused.out, refused.err.count("\n")) == (2, "", 1)
+    assert f"first switch, seed 1 ({file.parent.name})" in refused.err
+    file.unlink()  # as the message says
+    ended = warm(finished, "run", "./tiny.yaml", "--results", str(results.path), "--tracker", "none", "--json")
+    assert (ended.code, len(ended.json["trained"])) == (0, 1), ended.err
+    new = results.result("switch", 1)
+    assert (new["validation"], new["metrics"]) == (old["validation"], old["metrics"])
+    assert warm(finished, *compare, "--split", "validation").code == 0
+
+
+def test_a_learning_rate_that_diverges_is_an_outcome(cli: CommandLine, warm: WarmCommandLine, tmp_path: Path) -> None:
+    rates = [0.005, 0.001, 1e30]
+    good, other, bad = (f"top_k, learning_rate={rate}" for rate in rates)
+    cli.write(grid={"router": ["top_k"], "train.learning_rate": rates}, baseline=good, seeds=[0], train={"steps": 3})
+    assert warm(cli, "run", "./tiny.yaml", "--tracker", "none").code == 1
+    found = warm(cli, "compare", "./tiny.yaml", "--json").json
+    assert found["arms"][bad]["difference"]["verdict"] == "diverged"
+    assert found["arms"][other]["difference"]["verdict"] == "too few seeds"
+    assert found["arms"][bad]["runs"] == {"done": 0, "failed": 1, "diverged": 1, "missing": 0}
+    table = warm(cli, "compare", "./tiny.yaml", "--markdown", "--plot", str(tmp_path / "figure.png"))
+    assert table.code == 0, table.err
+    assert f"| {bad} | 0 of 1 | – | – | – | 1 of 1 diverged |" in table.out
+    for split, words in (("test", "choose with --split validation"), ("validation", "choose on validation, as here")):
+        notes = warm(cli, "compare", "./tiny.yaml", "--json", "--split", split).json["notes"]
+        assert any(note.startswith("this grid varies train.learning_rate: ") and words in note for note in notes)

@@ -62,6 +62,8 @@ def test_every_fault_is_reported_and_repaired(cli: CommandLine, warm: WarmComman
     assert "exit code 3" in errors["exit"]
     assert "SIGSEGV" in errors["die"]
     assert errors["nan"].startswith("loss is nan at step 6")
+    faults = {arm: results.result(arm, 0)["fault"] for arm in ARMS}
+    assert faults == {"raise": "own", "exit": "outside", "die": "outside", "nan": "diverged"}
     reported = {cell["id"]: cell for cell in ended.json["failed"]}
     for arm, error in errors.items():
         folder = results.folder(arm, 0)
@@ -93,7 +95,10 @@ def check_reports(cli: CommandLine, warm: WarmCommandLine, errors: dict[str, str
     compare = ("compare", "./tiny.yaml", "--plugin", "faulty.py")
     comparison = warm(cli, *compare, "--json").json
     assert {cell["arm"]: cell["reason"] for cell in comparison["failed"]} == errors
-    assert comparison["arms"]["nan"]["runs"] == {"done": 0, "failed": 1, "missing": 0}
+    for arm in ARMS:  # only a loss that is not a number is an outcome of the algorithm
+        diverged = arm == "nan"
+        assert comparison["arms"][arm]["runs"] == {"done": 0, "failed": 1, "diverged": int(diverged), "missing": 0}
+        assert (comparison["arms"][arm]["difference"]["verdict"] == "diverged") is diverged
     markdown = warm(cli, *compare, "--markdown").out
     assert all(f"FAILED {arm}, seed 0" in markdown for arm in ARMS)
 

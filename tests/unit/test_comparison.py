@@ -6,9 +6,12 @@ from dataclasses import replace
 import pytest
 
 from moebench.analysis.comparison import compare
+from moebench.analysis.values import BITS_PER_BYTE
 from moebench.errors import UsageError
-from moebench.training.result import RunResult
+from moebench.training.result import DIVERGED, RunResult
 
+HIGHER = replace(BITS_PER_BYTE, lower_is_better=False)
+VALIDATION = replace(BITS_PER_BYTE, split="validation")
 # Dense over five seeds, and what the arms add to it seed by seed.
 DENSE = (2.00, 2.02, 1.98, 2.01, 1.99)
 JITTER = (0.001, -0.001, 0.002, -0.002, 0.0)  # mean 0, SD 0.0015811
@@ -74,15 +77,15 @@ def test_difference_by_hand():
     assert difference.p_holm == difference.p  # a family of one
     assert difference.verdict == "better"
     assert difference.low_power
-    # detectable: dz 1.68199 for n = 5 (table), times the SD of the differences
-    assert difference.smallest_detectable == pytest.approx(1.68199 * 0.00158114, rel=1e-3)
+    # detectable: 2.0901 SDs for n = 5 (test_statistics simulates it), times the SD of the differences
+    assert difference.smallest_detectable == pytest.approx(2.0901 * 0.00158114, rel=1e-3)
     assert of(found, "switch").marks == ("best",)
     assert of(found, "dense").domains == pytest.approx({"code": 1.5, "law": 2.5})
 
 
 def test_higher_is_better_turns_the_verdict():
     results = grid({"dense": 0, "switch": -0.01})
-    found = compare(results, expected=cells(results), baseline="dense", lower_is_better=False)
+    found = compare(results, expected=cells(results), baseline="dense", metric=HIGHER)
     assert found.differences[0].verdict == "worse"
     assert {arm.arm: arm.marks for arm in found.arms} == {"dense": ("best",), "switch": ()}
 
@@ -153,13 +156,14 @@ def test_failed_stopped_and_diverged_cells_keep_their_reasons():
     results[5] = replace(results[5], metrics={"bits_per_byte": float("nan")})
     results[7] = replace(results[7], metrics={"loss": 1.0})
     found = compare(results, expected=expected, baseline="dense")
-    assert [(cell.arm, cell.seed, cell.reason) for cell in found.failed] == [
-        ("switch", 0, "out of memory"),
-        ("switch", 1, "stopped at step 7"),
-        ("switch", 2, "bits_per_byte is nan after 100 steps"),
-        ("switch", 3, "reports no bits_per_byte"),
+    assert [(cell.arm, cell.seed, cell.reason, cell.diverged) for cell in found.failed] == [
+        ("switch", 0, "out of memory", False),
+        ("switch", 1, "stopped at step 7", False),
+        ("switch", 2, "bits_per_byte is nan after 100 steps", True),
+        ("switch", 3, "reports no bits_per_byte", False),
     ]
-    assert (of(found, "switch").num_done, of(found, "switch").num_failed) == (1, 4)
+    switch = of(found, "switch")
+    assert (switch.num_done, switch.num_failed, switch.num_diverged, switch.num_planned) == (1, 4, 1, 5)
     assert "switch: difference over common seeds only, without seed 0, 1, 2, 3" in found.notes
 
 
@@ -194,9 +198,20 @@ def test_unknown_baseline_metric_and_double_cells_are_refused():
     with pytest.raises(UsageError, match=r"baseline: 'swich' .*Did you mean 'switch'.*dense, switch"):
         compare(results, expected=cells(results), baseline="swich")
     with pytest.raises(UsageError, match=r"metric: 'bits' .*bits_per_byte"):
-        compare(results, expected=cells(results), baseline="dense", metric="bits")
+        compare(results, expected=cells(results), baseline="dense", metric=replace(BITS_PER_BYTE, name="bits"))
     with pytest.raises(UsageError, match="same seed twice"):
         compare(results, expected=[*cells(results), ("dense", 0, "other")], baseline="dense")
+
+
+def test_two_arms_of_one_cell_are_refused():
+    # Under a second label switch would make Holm's family larger, and tie with itself for the best.
+    results = grid({"dense": 0, "switch": -0.01})
+    copies = [("again", seed, f"switch-{seed}") for seed in range(5)]
+    message = r"arms 'switch' \(seed 0\) and 'again' \(seed 0\) are one and the same cell, switch-0"
+    with pytest.raises(UsageError, match=message):
+        compare(results, expected=[*cells(results), *copies], baseline="dense")
+    with pytest.raises(UsageError, match="dense-0: 2 results of one cell are given"):
+        compare([*results, replace(results[0], seed=7)], expected=cells(results), baseline="dense")
 
 
 @pytest.mark.parametrize(
@@ -361,4 +376,179 @@ def test_to_dict_is_json_with_the_promised_keys():
         "baseline", "effect_sd", "interval", "low_power", "mean", "p", "p_exact", "p_holm", "seeds",
         "smallest_detectable", "verdict",
     }  # fmt: skip
-    assert switch["runs"] == {"done": 5, "failed": 0, "missing": 0}
+    assert switch["runs"] == {"done": 5, "failed": 0, "diverged": 0, "missing": 0}
+
+
+def end(results: list[RunResult], arm: str, seeds: tuple[int, ...], fault: str) -> list[RunResult]:
+    """Let these seeds of an arm fail in the way named."""
+    lost = {"status": "failed", "error": f"it {fault}", "fault": fault, "metrics": {}}
+    return [replace(r, **lost) if r.arm == arm and r.seed in seeds else r for r in results]
+
+
+def shaken_apart(results: list[RunResult]) -> list[RunResult]:
+    """Give each arm a jitter of its own: any pair of them has differences that vary."""
+    arms = list(dict.fromkeys(result.arm for result in results))
+    moves = {(r.arm, r.seed): 0.0005 * ((r.seed + 1) * (arms.index(r.arm) + 1) % 5 - 2) for r in results}
+    return [replace(r, metrics={"bits_per_byte": r.metrics["bits_per_byte"] + moves[r.arm, r.seed]}) for r in results]
+
+
+def test_survivors_of_a_divergence_win_nothing():
+    results = shaken_apart(grid({"dense": 0, "switch": -0.03, "top_k": 0.03, "hash": -0.01}))
+    expected = cells(results)
+    assert of(compare(results, expected=expected, baseline="dense"), "switch").marks == ("best",)
+    for arm, verdicts in (("switch", ["diverged", "worse", "better"]), ("top_k", ["better", "diverged", "better"])):
+        found = compare(end(results, arm, (1, 3), DIVERGED), expected=expected, baseline="dense")
+        assert [difference.verdict for difference in found.differences] == verdicts
+        assert found.verdict_in_words(arm) == "2 of 5 diverged"
+        survivors = found.difference_of(arm)
+        assert survivors.seeds == (0, 2, 4)
+        assert survivors.p_holm < 0.05  # shown, and no claim
+    assert "best" not in of(found, "top_k").marks
+    found = compare(end(results, "switch", (1, 3), DIVERGED), expected=expected, baseline="dense")
+    assert all("best" not in arm.marks for arm in found.arms)
+    words = "switch has the best mean over the 3 seeds that all arms have finished and is not called best"
+    assert f"{words}: 2 of 5 seeds diverged" in found.notes
+    assert found.to_dict()["arms"]["switch"]["runs"] == {"done": 3, "failed": 2, "diverged": 2, "missing": 0}
+    assert [(cell["seed"], cell["diverged"]) for cell in found.to_dict()["failed"]] == [(1, True), (3, True)]
+
+
+def test_nothing_wins_against_the_survivors_of_the_baseline():
+    results = end(shaken_apart(grid({"dense": 0, "switch": -0.03, "top_k": 0.03})), "dense", (2,), DIVERGED)
+    found = compare(results, expected=cells(results), baseline="dense")
+    assert [difference.verdict for difference in found.differences] == ["diverged", "diverged"]
+    assert found.verdict_in_words("switch") == "baseline: 1 of 5 diverged"
+    assert found.verdict_in_words("dense") == "baseline, 1 of 5 diverged"
+    # Better than all others, of which the baseline's survivors are one, and in every seed that was planned.
+    assert of(found, "switch").marks == ("best",)
+
+
+def test_an_arm_that_diverged_throughout_says_so():
+    results = end(grid({"dense": 0, "switch": -0.01, "top_k": -0.02}), "top_k", (0, 1, 2, 3, 4), DIVERGED)
+    found = compare(results, expected=cells(results), baseline="dense")
+    assert found.verdict_in_words("top_k") == "5 of 5 diverged"
+    assert found.difference_of("top_k").mean is None
+    assert of(found, "switch").marks == ("best",)
+
+
+@pytest.mark.parametrize("fault", [DIVERGED, "outside"])
+def test_without_a_baseline_none_is_best(fault):
+    # Nothing says whether the arms are matched.
+    results = shaken_apart(grid({"dense": 0, "switch": -0.03, "top_k": 0.03}))
+    lost = end(results, "dense", (0, 1, 2, 3, 4), fault)
+    found = compare(lost, expected=cells(results), baseline="dense")
+    assert all(arm.marks == () for arm in found.arms)
+    words = "baseline: 5 of 5 diverged" if fault == DIVERGED else "too few seeds"
+    assert [found.verdict_in_words(arm) for arm in ("switch", "top_k")] == [words] * 2
+
+
+def test_a_copy_of_the_baseline_does_not_make_differences_easy_to_detect():
+    results = shaken_apart(grid({"dense": 0, "switch": -0.03, "top_k": 0.03}))
+    copies = [replace(r, id=f"copy-{r.seed}", arm="copy") for r in results if r.arm == "dense"]
+    with_copy = compare([*results, *copies], expected=cells([*results, *copies]), baseline="dense")
+    without = compare(results, expected=cells(results), baseline="dense")
+    assert with_copy.difference_of("copy").smallest_detectable is None
+    for arm in ("switch", "top_k"):  # one comparison more, the same spread
+        values = [found.difference_of(arm).smallest_detectable for found in (without, with_copy)]
+        assert values[0] < values[1] < 1.3 * values[0]
+
+
+def test_failures_of_the_machine_are_no_outcome_of_the_arm():
+    results = grid({"dense": 0, "switch": -0.01})
+    for fault in ("outside", "waited", "own", ""):
+        found = compare(end(results, "switch", (1, 3), fault), expected=cells(results), baseline="dense")
+        assert found.difference_of("switch").verdict == found.verdict_in_words("switch") == "better"
+        assert of(found, "switch").marks == ("best",)
+        assert found.to_dict()["arms"]["switch"]["runs"] == {"done": 3, "failed": 2, "diverged": 0, "missing": 0}
+        assert len(found.failed) == 2
+
+
+def test_arms_that_are_not_matched_stay_so_when_they_diverge():
+    results = end(grid({"dense": 0, "switch": -0.01}), "switch", (1,), DIVERGED)
+    results = [replace(r, data_digest="other") if r.arm == "switch" else r for r in results]
+    found = compare(results, expected=cells(results), baseline="dense", allow_mismatch=True)
+    assert found.verdict_in_words("switch") == "not matched"
+
+
+def test_the_leader_is_found_over_the_seeds_that_all_have():
+    # Seeds 3 and 4 are hard, and `late` has not come to them: its own mean is the lowest, its differences are not.
+    hard = {0: 0, 1: 0, 2: 0, 3: 1, 4: 1}
+    results = [replace(r, metrics={"bits_per_byte": r.metrics["bits_per_byte"] + hard[r.seed]}) for r in (
+        *grid({"dense": 0, "switch": -0.05}),
+        *(run("late", seed, DENSE[seed] - 0.01 + d) for seed, d in enumerate((0.0005, 0.0, -0.0005))),
+    )]  # fmt: skip
+    expected = [*cells(results), ("late", 3, "late-3"), ("late", 4, "late-4")]
+    found = compare(results, expected=expected, baseline="dense")
+    assert of(found, "late").mean < of(found, "switch").mean
+    assert of(found, "switch").marks == ("best",)
+    assert of(found, "late").marks == ()
+
+
+def test_without_three_seeds_in_common_none_is_best():
+    results = grid({"dense": 0, "a": -0.05, "b": 0.05})
+    kept = [r for r in results if r.seed in {"dense": (0, 1, 2, 3, 4), "a": (0, 1, 2), "b": (2, 3, 4)}[r.arm]]
+    found = compare(kept, expected=cells(results), baseline="dense")
+    assert [difference.verdict for difference in found.differences] == ["better", "worse"]
+    assert all(arm.marks == () for arm in found.arms)
+    assert "no arm is called best: 1 seed finished by all arms, 3 needed" in found.notes
+
+
+def test_the_split_is_chosen_and_said():
+    results = grid({"dense": 0, "switch": -0.01})
+    results = [replace(r, validation={"bits_per_byte": 4 - r.metrics["bits_per_byte"]}) for r in results]
+    on_test, on_validation = (
+        compare(results, expected=cells(results), baseline="dense", metric=metric)
+        for metric in (BITS_PER_BYTE, VALIDATION)
+    )
+    assert on_test.differences[0].mean == pytest.approx(-0.01)
+    assert on_validation.differences[0].mean == pytest.approx(0.01)
+    assert of(on_validation, "dense").values[1] == pytest.approx(1.98)
+    assert of(on_validation, "dense").domains == {}
+    assert (on_test.to_dict()["split"], on_validation.to_dict()["split"]) == ("test", "validation")
+
+
+def test_results_without_validation_metrics_are_named():
+    results = grid({"dense": 0, "switch": -0.01})
+    with_validation = [replace(r, validation=r.metrics) for r in results]
+    old = [*with_validation[:-1], results[-1]]
+    message = r"--split validation: 1 of 10 results have no validation metrics, first switch, seed 4 \(switch-4\)"
+    with pytest.raises(UsageError, match=message):
+        compare(old, expected=cells(results), baseline="dense", metric=VALIDATION)
+    failed = end(with_validation, "switch", (4,), DIVERGED)
+    failed[-1] = replace(failed[-1], validation={})  # a failure has no metrics of any split
+    found = compare(failed, expected=cells(results), baseline="dense", metric=VALIDATION)
+    assert found.verdict_in_words("switch") == "1 of 5 diverged"
+
+
+def configured(**sections: dict[str, object]) -> dict[str, object]:
+    plain = {"train": {"learning_rate": 0.002, "steps": 9}, "router": {"name": "switch", "losses": {"balance": 0.01}}}
+    return plain | {"parallel": {"data": 1}, "layout": {"name": "every_n", "n": 1}} | sections
+
+
+ONE_LOSS_LESS = configured(router={"name": "switch", "losses": {}})
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        (configured(), None),
+        (configured(router={"name": "top_k", "losses": {"balance": 0.1}}), None),  # another algorithm, its own losses
+        (configured(layout={"name": "every_n", "n": 2}), None),
+        (configured(parallel={"data": 2}), None),
+        (configured(train={"learning_rate": 0.006, "steps": 9}), "train.learning_rate"),
+        (configured(router={"name": "switch", "losses": {"balance": 0.1}}), "router.losses.balance"),
+        (ONE_LOSS_LESS, "router.losses.balance"),
+        (ONE_LOSS_LESS | {"balance": {"scope": "local"}}, "balance.scope, router.losses.balance"),
+    ],
+)
+def test_a_grid_of_settings_says_on_which_split_to_choose(other, named):
+    results = [
+        replace(r, config=configured() if r.arm == "dense" else other, validation=r.metrics)
+        for r in grid({"dense": 0, "switch": -0.01})
+    ]
+    for metric, words in (
+        (BITS_PER_BYTE, "who chooses by this table tunes on test; choose with --split validation, and"),
+        (VALIDATION, "choose on validation, as here, and"),
+    ):
+        notes = compare(results, expected=cells(results), baseline="dense", metric=metric).notes
+        said = f"this grid varies {named}: {words} report what was chosen on test with fresh seeds"
+        assert notes == ((said,) if named else ())

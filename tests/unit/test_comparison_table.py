@@ -10,7 +10,8 @@ from rich.console import Console
 from moebench.analysis.comparison import compare
 from moebench.analysis.formatting import human, number, p_value, signed
 from moebench.analysis.table import to_json, to_markdown, to_rich
-from moebench.training.result import RunResult
+from moebench.analysis.values import BITS_PER_BYTE
+from moebench.training.result import DIVERGED, RunResult
 
 DENSE = (2.00, 2.02, 1.98, 2.01, 1.99)
 JITTER = (0.001, -0.001, 0.002, -0.002, 0.0)
@@ -75,7 +76,7 @@ def half_finished():
     """Fifteen cells done, one failed, two missing."""
     results = [result for result in grid() if result.arm != "expert_choice"]
     expected = cells(results)
-    failed = replace(results[4], status="failed", error="loss is nan at step 212", metrics={})
+    failed = replace(results[4], status="failed", error="loss is nan at step 212", fault=DIVERGED, metrics={})
     return compare([*results[:4], failed, *results[5:-1]], expected=expected, baseline="dense")
 
 
@@ -86,18 +87,18 @@ def rendered(comparison, width):
 
 
 GOLDEN = """\
-Quality: bits per byte, lower is better
+Quality: bits per byte on the test split, lower is better
 arm                 seeds             mean       minus dense  p Holm  verdict
 ──────────────────────────────────────────────────────────────────────────────────────────
 dense                   5  2.0000 ± 0.0196                 –       –  baseline
-switch             4 of 5  1.9852 ± 0.0183  −0.0098 ± 0.0027   0.003  better
+switch             4 of 5  1.9852 ± 0.0183  −0.0098 ± 0.0027   0.003  1 of 5 diverged
 sigmoid_bias_free  4 of 5  2.0030 ± 0.0247  +0.0005 ± 0.0029   0.622  no difference shown
 
 How sure: dense subtracted seed by seed
 arm                pairs      p  p Holm  exact p  seed SD  detectable  power
 ─────────────────────────────────────────────────────────────────────────────
-switch                 4  0.001   0.003        –     −0.8      0.0046    low
-sigmoid_bias_free      4  0.622   0.622        –     +0.0      0.0050    low
+switch                 4  0.001   0.003        –     −0.8      0.0090    low
+sigmoid_bias_free      4  0.622   0.622        –     +0.0      0.0090    low
 
 Expert load on the evaluation set, mean over expert layers
 arm                MaxVio    CV  entropy  dead  dropped  in training  unserved
@@ -122,10 +123,15 @@ sigmoid_bias_free     14.0k         70 %   1.23M  4.57M
 
 FAILED switch, seed 1 (swi1): loss is nan at step 212
 MISSING sigmoid_bias_free: no result yet for seed 4
+diverged: the loss, a gradient or the final metric was not finite. Means and differences are of the
+other seeds, no fair sample: such a pair has no verdict, such an arm is never best.
 ± half of the 95 % t interval over seeds.
 p Holm: p of the paired t-test, corrected for 2 comparisons; better or worse means p Holm ≤ 0.05.
 exact p: sign flips, 6 seeds or more, not corrected. seed SD: the difference over the SD between
-seeds. detectable: the smallest true difference that 4 of 5 repeats would show.
+seeds, as 4 seeds estimate it. detectable: the smallest true difference that 4 of 5 repeats would
+show, the differences of all arms taken to vary alike.
+Each interval is one of 95 %, not all together. Arms with rare bad seeds get false verdicts more
+often than 5 % (docs/comparing.md).
 low power: 3 to 5 seeds can miss any difference smaller than the detectable one.
 executed: forward FLOPs of the whole model and rows computed by experts, per token, mean over all
 steps of training (each pass counts) and on the evaluation set; × baseline: training / evaluation.
@@ -133,7 +139,8 @@ in training: share of assignments dropped, mean over all steps.
 Note: 1 of 15 cells have no result yet: this is an early look.
 Note: switch: difference over common seeds only, without seed 1.
 Note: sigmoid_bias_free: difference over common seeds only, without seed 4.
-Note: switch has the best mean, but is not shown to be better than sigmoid_bias_free."""
+Note: switch has the best mean over the 3 seeds that all arms have finished and is not called best:
+1 of 5 seeds diverged."""
 
 
 def test_golden_table():
@@ -273,3 +280,38 @@ def test_out_of_domain_over_common_seeds_only():
     found = compare(results, expected=cells(grid(2)), baseline="dense")
     assert "| switch | 1 | 5.0000 | – |" in to_markdown(found)
     assert json.loads(to_json(found))["arms"]["switch"]["out_of_domain"]["difference"] is None
+
+
+def test_a_divergence_never_reads_as_a_win():
+    results = [r for r in grid() if r.arm in ("dense", "switch")]
+    for lost, rows in (
+        ("switch", ("| dense | 5 | 2.0000 ± 0.0196 | – | – | baseline |", "| 2 of 5 diverged |")),
+        ("dense", ("| – | – | baseline, 2 of 5 diverged |", "| baseline: 2 of 5 diverged |")),
+    ):
+        failure = {"status": "failed", "error": "loss is nan", "fault": DIVERGED, "metrics": {}}
+        ended = [replace(r, **failure) if (r.arm, r.seed % 3) == (lost, 1) else r for r in results]
+        comparison = compare(ended, expected=cells(results), baseline="dense")
+        for text in (to_markdown(comparison), rendered(comparison, 120)):
+            assert not any("better" in line for line in text.splitlines() if line.startswith(("|", "switch", "dense")))
+            assert "diverged: the loss, a gradient or the final metric was not finite." in text
+        assert all(row in to_markdown(comparison) for row in rows)
+        assert json.loads(to_json(comparison))["arms"]["switch"]["difference"]["verdict"] == "diverged"
+        assert max(len(line) for line in rendered(comparison, 80).splitlines()) <= 80
+
+
+def test_the_split_stands_above_the_table():
+    results = [replace(r, validation={"bits_per_byte": 3.0 + 0.1 * r.seed}) for r in grid()]
+    for split in ("test", "validation"):
+        metric = replace(BITS_PER_BYTE, split=split)
+        text = to_markdown(compare(results, expected=cells(results), baseline="dense", metric=metric))
+        assert text.startswith(f"**Quality: bits per byte on the {split} split, lower is better**")
+
+
+def test_out_of_domain_and_in_domain_are_of_the_same_seeds():
+    results = [
+        replace(r, metrics={**r.metrics, "bits_per_byte/out_of_domain": 3.0 if r.seed < 2 else float("nan")})
+        for r in grid(3)
+    ]
+    text = to_markdown(compare(results, expected=cells(results), baseline="dense"))
+    # dense in domain: 2.00, 2.02 and 1.98, of which the last has no number outside; 3 - 2.01 and not 3 - 2.00
+    assert "| dense | 2 | 3.0000 | – | +0.9900 |" in text

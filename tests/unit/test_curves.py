@@ -4,12 +4,15 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.image import imread
 
-from moebench.analysis.curves import _limits, draw_curves, draw_load, spread
+from moebench.analysis.comparison import compare
+from moebench.analysis.curves import _end_label, _limits, draw_curves, draw_load, spread
 from moebench.analysis.learning_curve import arm_curve
 from moebench.analysis.values import Comparison, Difference
 from moebench.tracking.journal import Point
+from moebench.training.result import DIVERGED, RunResult
 
 METRIC = "eval/bits_per_byte"
 
@@ -127,3 +130,42 @@ def test_draw_load(tmp_path, layers):
 def test_draw_load_refuses_to_draw_nothing(tmp_path):
     with pytest.raises(ValueError, match="no expert layer"):
         draw_load({}, path=tmp_path / "load.png", title="dense")
+
+
+def run(arm, seed, value):
+    """A run, diverged where it has no value."""
+    how = {"status": "failed", "error": "loss is nan", "fault": DIVERGED} if value is None else {}
+    plain = {"status": "done", "error": None, "step": 20, "throughput": {}, "marks": (), "config": {}}
+    cost = {"train_flops_per_token": 1.0, "eval_flops_per_token": 1.0, "train_tokens": 1.0}
+    metrics = {} if value is None else {"bits_per_byte": value}
+    names = {"id": f"{arm}-{seed}", "arm": arm, "seed": seed, "data_digest": "d", "eval_digest": "e"}
+    return RunResult(**plain | how | names, cost=cost, metrics=metrics)
+
+
+def test_the_figure_says_which_seeds_diverged(tmp_path, monkeypatch):
+    drawn = {"dense": [2.0, 2.1, 1.9, 2.05], "switch": [1.0, 1.2, 0.9, None]}
+    results = [run(arm, seed, value) for arm, values in drawn.items() for seed, value in enumerate(values)]
+    comparison = compare(results, expected=[(r.arm, r.seed, r.id) for r in results], baseline="dense")
+    journals = {arm: {seed: points([3.0, 2.0, 1.0]) for seed in range(4)} for arm in drawn}
+    journals["switch"][3] = points([3.0])
+    written = []
+    annotate = Axes.annotate
+    monkeypatch.setattr(Axes, "annotate", lambda ax, text, **where: written.append(text) or annotate(ax, text, **where))
+    draw_curves(journals, path=tmp_path / "curves.png", title="which?", comparison=comparison)
+    assert "switch (3 of 4 seeds, 1 diverged)" in written
+    assert "1 of 4 diverged, 3 seeds" in written
+    assert not any("better" in text for text in written)
+    # Diverged before its first evaluation: it has no points, and is not forgotten.
+    del journals["switch"][3]
+    written.clear()
+    draw_curves(journals, path=tmp_path / "curves.png", title="which?", comparison=comparison)
+    assert "switch (1 diverged)" in written
+    # Diverged in every seed: no curve and no difference, but a row.
+    lost = [run(arm, seed, None if arm == "switch" else value) for arm, seed, value in
+            ((r.arm, r.seed, r.metrics.get("bits_per_byte")) for r in results)]  # fmt: skip
+    comparison = compare(lost, expected=[(r.arm, r.seed, r.id) for r in lost], baseline="dense")
+    written.clear()
+    draw_curves({"dense": journals["dense"]}, path=tmp_path / "curves.png", title="which?", comparison=comparison)
+    assert "4 of 4 diverged" in written
+    plain = arm_curve("dense", journals["dense"], METRIC)
+    assert _end_label(plain, seen=True) == "dense"

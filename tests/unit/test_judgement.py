@@ -5,13 +5,14 @@ import torch
 
 from moebench.errors import UsageError
 from moebench.experiment.failure import fault_of
-from moebench.experiment.judgement import COMMON, LOST, OWN, WAITED, Ending, judge
+from moebench.experiment.judgement import COMMON, LOST, OUTSIDE, OWN, WAITED, Ending, judge
 from moebench.training.module import NonFiniteError
+from moebench.training.result import DIVERGED
 
 HUNG_UP = {"status": "failed", "error": "RuntimeError: Connection closed by peer", "fault": LOST, "exit_code": 0}
 IN_VAIN = {"status": "failed", "error": "RuntimeError: Timed out waiting 20000ms", "fault": WAITED, "exit_code": 0}
 BROKE = {"status": "failed", "error": "ValueError: no", "fault": OWN, "exit_code": 0}
-NAN = {"status": "failed", "error": "loss is nan at step 8", "fault": COMMON, "exit_code": 0}
+NAN = {"status": "failed", "error": "loss is nan at step 8", "fault": DIVERGED, "exit_code": 0}
 DONE = {"status": "done", "exit_code": 0, "metrics": {"loss": 1.0}}
 
 
@@ -56,6 +57,15 @@ def test_the_first_cause_is_named(ends: list[dict], error: str) -> None:
     assert (verdict.status, verdict.error) == ("failed", error)
 
 
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_divergence_is_told_from_other_errors_that_all_have(num_processes: int) -> None:
+    for fault in (DIVERGED, COMMON):
+        ends = [Ending(rank=rank, **NAN | {"fault": fault}) for rank in range(num_processes)]
+        assert judge(ends, 20).fault == fault
+    ends = [Ending(rank=0, **NAN), *(Ending(rank=1, exit_code=-9) for _ in range(num_processes - 1))]
+    assert judge(ends, 20).fault == (DIVERGED if num_processes == 1 else OUTSIDE)
+
+
 def test_the_first_process_speaks_for_a_cell_that_is_through() -> None:
     ends = [Ending(rank=0, **DONE), Ending(rank=1, exit_code=-9)]
     assert judge(ends, 20).status == "done"
@@ -72,4 +82,5 @@ def test_whose_fault_an_error_is() -> None:
     assert fault_of(torch.distributed.DistNetworkError("The client socket has timed out after 300000ms")) == WAITED
     assert fault_of(RuntimeError("shapes cannot be multiplied")) == OWN
     assert fault_of(TimeoutError("a file server timed out")) == OWN
-    assert fault_of(UsageError("a key")) == fault_of(NonFiniteError("loss")) == COMMON
+    assert fault_of(UsageError("a key")) == COMMON
+    assert fault_of(NonFiniteError("loss")) == DIVERGED

@@ -116,3 +116,40 @@ def test_smallest_detectable_where_library_routines_give_nan(num_seeds, num_comp
 
 def test_power_of_no_effect_is_alpha():
     assert st.t_power(0, 5, 0.01) == pytest.approx(0.01, abs=1e-5)
+
+
+def test_pooled_spread_by_hand():
+    # Differences of two arms: [-1, 0, 1] and [1, 0, -1] around their means. Their mean over arms is [0, 0, 0]: shared
+    # variance 0. Residual: 2 + 2 over 2 arms of 2 degrees of freedom -> 1, the mean of the two variances, with 2 df.
+    found = st.pooled_spread([[1, 2, 3], [8, 7, 6]], [0, 0, 0])
+    assert (found.sd, found.df) == pytest.approx((1, 2))
+    # One arm alone: its own SD, n - 1 degrees of freedom.
+    assert st.pooled_spread([[9, 8, 7]], [10, 10, 10]) == st.SpreadEstimate(sd=1, df=2)
+    # The third moves as the mean of both does, [0, 0, 0]: the mean of the variances 1, 1 and 0 -> 2 / 3.
+    # Shared: 0. Residual 4 over 3 · 2; df = (2/3)² / ((2/3)² / 4) = 4.
+    found = st.pooled_spread([[1, 2, 3], [8, 7, 6], [5, 5, 5]], [0, 0, 0])
+    assert (found.sd**2, found.df) == pytest.approx((2 / 3, 4))
+    # Both move alike: [-1, 0, 1] is shared, variance 1, residual 0: two arms know no more than one, 2 df.
+    found = st.pooled_spread([[1, 2, 3], [2, 3, 4]], [0, 0, 0])
+    assert (found.sd, found.df) == pytest.approx((1, 2))
+    assert st.pooled_spread([[1, 1, 1], [2, 2, 2]], [0, 0, 0]) is None
+
+
+def test_pooled_spread_is_the_mean_of_the_variances():
+    rng = np.random.default_rng(0)
+    arm_AS, baseline_S = rng.normal(0, [[1], [2], [3], [4]], (4, 6)), rng.normal(0, 1, 6)
+    variances = [st.paired_difference(arm_S, baseline_S).sd ** 2 for arm_S in arm_AS]
+    assert st.pooled_spread(arm_AS, baseline_S).sd ** 2 == pytest.approx(np.mean(variances))
+
+
+@pytest.mark.parametrize(("num_seeds", "df", "num_comparisons"), [(3, 2, 1), (5, 4, 1), (3, 5, 5), (8, 17.5, 5)])
+def test_smallest_detectable_makes_up_for_an_estimated_sd(num_seeds, df, num_comparisons):
+    # True SD 1: the one sample gives the SD that is printed, another one is tested.
+    effect = st.smallest_detectable(1.0, num_seeds, num_comparisons, df)
+    assert effect > st.smallest_detectable(1.0, num_seeds, num_comparisons)
+    rng = np.random.default_rng(0)
+    estimate_R = np.sqrt(rng.chisquare(df, 200_000) / df)
+    x_RS = rng.normal(0, 1, (200_000, num_seeds)) + (estimate_R * effect)[:, None]
+    t_R = x_RS.mean(axis=1) / x_RS.std(axis=1, ddof=1) * sqrt(num_seeds)
+    critical = st.stats.t.isf(0.025 / num_comparisons, num_seeds - 1)
+    assert np.mean(np.abs(t_R) > critical) == pytest.approx(0.8, abs=0.005)
