@@ -42,7 +42,8 @@ def train_cell(
     if callback.stopped:
         return None
     # Killed between the last checkpoint and the result: the journal has the evaluation, the result does not.
-    final = callback.final or module.evaluate_trained()
+    # (Lightning has taken the module back to the host.)
+    final = callback.final or module.to(mesh.device).evaluate_trained()
     if final.labels:
         hooks.recorder.record_labels(config.train.steps, final.labels)
     if mesh.is_first:
