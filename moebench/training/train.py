@@ -71,16 +71,15 @@ def train_cell(
 
 def _last_good(checkpoints: Path, hooks: Hooks, mesh: Mesh) -> Path | None:
     """Return the checkpoint to go on from, the same on all processes, and clear away what came after it."""
-    resume: Path | None = None
+    resume, damaged = newest_good(checkpoints, mesh)
     if mesh.is_first:
-        resume, damaged = newest_good(checkpoints)
         for line in damaged:
             print(line, flush=True)
         first_step = step_of(resume) if resume else 0
         clear_after(first_step, checkpoints)
         hooks.recorder.truncate_after(first_step)
-    agreed: Path | None = mesh.agree(resume)
-    return agreed
+    mesh.wait()
+    return resume
 
 
 def make_trainer(
