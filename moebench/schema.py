@@ -64,7 +64,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     """Largest norm of the whole gradient."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 is autocast; parameters, optimizer and routing stay fp32."""
+    """bf16 is autocast, in training and evaluation; parameters, optimizer and routing stay fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a CUDA device where there is one."""
     threads: int = 1

@@ -11,10 +11,11 @@ import torch
 from moebench.analysis import statistics as st
 from moebench.errors import UsageError
 from moebench.experiment.grid import Cell, Experiment
+from moebench.parallel.mesh import Mesh
 from moebench.routing.router import ROUTERS
 from moebench.schema import CellConfig
 from moebench.tasks.task import TASKS, Task
-from moebench.training.evaluate import evaluate
+from moebench.training.evaluate import evaluate, training_precision
 from moebench.training.model import model_cost, prepare_task
 from moebench.training.run_folder import RunFolder
 from moebench.training.train import device_of
@@ -220,7 +221,9 @@ def _evaluated(cell: Cell, task: Task, results: Path, assignments: list[str]) ->
     model = load_trained(changed(cell.config, assignments), cell.config, task, folder.checkpoints)
     device = device_of(train)
     model.to(device)
-    metrics = evaluate(model, task, task.eval_batches("test", train.batch_size), cell.config.seed, device).metrics
+    batches = task.eval_batches("test", train.batch_size)
+    with training_precision(train, device):
+        metrics = evaluate(model, task, batches, cell.config.seed, device, Mesh(device=device)).metrics
     planned = model_cost(model, task.sequence_length, task.decoder_length).flops_per_token
     result = folder.read_result()
     assert result is not None

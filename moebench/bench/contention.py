@@ -53,4 +53,5 @@ def share_since(start: Usage | None) -> float | None:
     now = usage()
     if start is None or now is None:
         return None
+    # All cores of the machine, not those that this process may use: /proc/stat counts what is done on any of them.
     return start.share_of_others(now, os.cpu_count() or 1)

@@ -1,12 +1,12 @@
 """What a benchmark ran on, chosen and described."""
 
-import os
 from typing import Any
 
 import torch
 
 from moebench.bench.peers.register import versions
 from moebench.bench.variants import has_bf16_units
+from moebench.cores import available_cores
 from moebench.errors import UsageError, unknown
 from moebench.experts.allocator import keep_freed_memory
 from moebench.training.environment import environment
@@ -26,16 +26,11 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())  # with its number: lightning asks for one
 
 
-def all_cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def prepare(*, threads: int | None, allocator: str, device: torch.device) -> dict[str, Any]:
     """Set threads and allocator for this process; return the description of the machine, ready for JSON."""
     if allocator not in ALLOCATORS:
         raise unknown("--allocator", allocator, ALLOCATORS)
-    torch.set_num_threads(threads or all_cores())
+    torch.set_num_threads(threads or available_cores())
     kept = allocator == "keep" and keep_freed_memory()
     return environment(torch.get_num_threads()) | {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moebench.bench.machine import all_cores, choose_device, prepare
+from moebench.bench.machine import choose_device, prepare
 from moebench.bench.timing import Spread
+from moebench.cores import available_cores
 from moebench.errors import UsageError
 from moebench.experiment.grid import Cell, Experiment, expand_config
 from moebench.experiment.launch import OwnLaunch
@@ -48,8 +49,8 @@ class ParallelSettings:
     def meshes(self) -> dict[str, dict[str, Any]]:
         """Return by name what each mesh sets: every way to write its number of processes as data times expert."""
         found: dict[str, dict[str, Any]] = {ALONE: {}}
-        if choose_device(self.device).type == "cpu" and all_cores() > 1:
-            found[ALL_CORES] = {"train": {"threads": all_cores()}}
+        if choose_device(self.device).type == "cpu" and available_cores() > 1:
+            found[ALL_CORES] = {"train": {"threads": available_cores()}}
         for size in self.processes:
             for expert in (n for n in range(1, size + 1) if size % n == 0 and size > 1):
                 mesh = {"data": size // expert, "expert": expert}

@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moebench.bench.machine import all_cores, choose_device, prepare
+from moebench.bench.machine import choose_device, prepare
 from moebench.bench.step_parts import PARTS, Stopwatch
 from moebench.bench.step_runs import PlainLoop, endless, new_module, same_weights, trainer_block
 from moebench.bench.timing import Protocol, Spread, Timings
 from moebench.bench.uniform import can_force, force_uniform_load
+from moebench.cores import available_cores
 from moebench.experiment.grid import Experiment, expand, expand_routers
 from moebench.schema import CellConfig
 from moebench.tasks.task import Task
@@ -51,7 +52,7 @@ class StepSettings:
         """Return the experiment whose arms are measured."""
         if self.experiment:
             return expand(self.experiment, self.overrides, self.plugins)
-        threads = f"train.threads={self.threads or all_cores()}"
+        threads = f"train.threads={self.threads or available_cores()}"
         routers = self.routers or ROUTERS_BY_DEFAULT
         return expand_routers(routers, "language", (*BUILT_IN, threads, *self.overrides), self.plugins)
 

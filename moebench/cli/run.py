@@ -31,7 +31,7 @@ def run(
     overrides: Overrides = None,
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
-    jobs: Annotated[int, typer.Option(min=0, help="Cells at a time; 0: cores / train.threads, or 1 on a GPU.")] = 0,
+    jobs: Annotated[int, typer.Option(min=0, help="Cells at a time; 0: cores / train.threads, or one a GPU.")] = 0,
     tracker: Annotated[
         str | None,
         typer.Option(envvar="MOEBENCH_TRACKER", help="MLflow URI; 'none' for no tracker. Default: SQLite in results."),

@@ -120,6 +120,9 @@ class JoinedLaunch:
         far = [FarMember(self.wire, number, pulse) for pulse in self.pulses]
         return [NearMember(folder, results, place), *far]
 
+    def release(self, cell: Cell) -> None:
+        """Nothing: each program has its GPU for good."""
+
     def stop_wish(self) -> int | None:
         """Return the signal that another program was sent."""
         word = self.wire.hear("wish")

@@ -12,6 +12,7 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 
 from moebench.errors import UsageError
+from moebench.experiment.devices import DevicePool, uses_gpu, visible_devices
 from moebench.experiment.grid import Cell
 from moebench.experiment.member import Member, NearMember
 from moebench.parallel.place import ONLY, Place
@@ -35,6 +36,9 @@ class Launch(Protocol):
     def members(self, cell: Cell, results: Path) -> list[Member]:
         """Start the processes of a cell whose folder is described."""
 
+    def release(self, cell: Cell) -> None:
+        """Take back what a cell was given, however it ended; nothing if it was given nothing."""
+
     def stop_wish(self) -> int | None:
         """Return the signal that a process elsewhere was asked to end with, None for none."""
 
@@ -47,6 +51,7 @@ class OwnLaunch:
 
     def __init__(self) -> None:
         self.store: TCPStore | None = None
+        self.devices = DevicePool(visible_devices())
 
     def check(self, cells: Sequence[Cell]) -> None:
         """Raise UsageError for several machines and for more processes than GPUs."""
@@ -59,10 +64,11 @@ class OwnLaunch:
             require_devices(config.train, config.parallel.world_size)
 
     def members(self, cell: Cell, results: Path) -> list[Member]:
-        """Start as many processes as the cell asks for."""
+        """Start as many processes as the cell asks for, on GPUs of its own where it trains on any."""
         folder, size = RunFolder.of(results, cell.id).path, cell.config.parallel.world_size
+        devices = self.devices.lend(cell.id, size) if uses_gpu(cell.config.train) else ()
         if size == 1:
-            return [NearMember(folder, results, ONLY)]
+            return [NearMember(folder, results, ONLY, devices)]
         self.store = self.store or _store_for_this_machine()
         meeting = f"{cell.id}/{uuid.uuid4().hex}"
         places = [
@@ -77,7 +83,11 @@ class OwnLaunch:
             )
             for rank in range(size)
         ]
-        return [NearMember(folder, results, place) for place in places]
+        return [NearMember(folder, results, place, devices) for place in places]
+
+    def release(self, cell: Cell) -> None:
+        """Take back the cell's GPUs."""
+        self.devices.take_back(cell.id)
 
     def stop_wish(self) -> int | None:
         """Nobody is elsewhere."""
@@ -94,7 +104,7 @@ def _store_for_this_machine() -> TCPStore:
 def require_devices(train: TrainConfig, per_node: int) -> None:
     """Raise UsageError when the processes of one node outnumber its GPUs."""
     found = torch.cuda.device_count()
-    if train.device != "cpu" and 0 < found < per_node:
+    if uses_gpu(train) and found < per_node:
         raise UsageError(
             f"{per_node} processes on this node and {found} GPU(s): each process needs its own"
             " (choose fewer with parallel.data and parallel.expert, or train.device=cpu)"

@@ -1,9 +1,10 @@
 """One process of a cell as its runner sees it: what it says, whether it lives, how it ended."""
 
 import contextlib
+import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -44,12 +45,16 @@ class Member(Protocol):
 class NearMember:
     """A process that was started here."""
 
-    def __init__(self, folder: Path, results: Path, place: Place) -> None:
+    def __init__(self, folder: Path, results: Path, place: Place, devices: Sequence[str] = ()) -> None:
+        """`devices`: the GPUs of the cell, of which it sees no others; empty: all that there are."""
         ours, theirs = CONTEXT.Pipe()
         self.rank = place.rank
         self.pipe: Connection = ours
         self.process = CONTEXT.Process(
-            target=_enter, args=(str(folder), str(results), place, theirs), name=f"rank {place.rank}", daemon=True
+            target=_enter,
+            args=(str(folder), str(results), place, tuple(devices), theirs),
+            name=f"rank {place.rank}",
+            daemon=True,
         )
         self.process.start()
         theirs.close()
@@ -144,8 +149,10 @@ def signals_noted(note: Callable[[int], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _enter(path: str, results: str, place: Place, pipe: Connection) -> None:
+def _enter(path: str, results: str, place: Place, devices: tuple[str, ...], pipe: Connection) -> None:
     """Import the worker in its own process: the runner stays light."""
+    if devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)  # read when CUDA is used for the first time: not yet
     from moebench.experiment.worker import run_cell
 
     run_cell(path, results, place, pipe)

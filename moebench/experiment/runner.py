@@ -1,14 +1,14 @@
 """One call of `run`: the cells that are missing, their display, the tracker beside them, the figures at the end."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from rich.console import Console
 
+from moebench.cores import available_cores
+from moebench.experiment.devices import uses_gpu, visible_devices
 from moebench.experiment.display import LineDisplay, LiveDisplay
 from moebench.experiment.grid import Cell, Experiment
 from moebench.experiment.launch import Launch
@@ -170,9 +170,11 @@ def _note(console: Console, text: str) -> None:
 
 
 def default_jobs(cells: Sequence[Cell]) -> int:
-    """Return how many cells fit this machine: cores by processes and threads, or one where a GPU does the work."""
-    configs = [cell.config for cell in cells]
-    if not configs or (torch.cuda.is_available() and any(config.train.device != "cpu" for config in configs)):
-        return 1
-    cores = max(config.parallel.world_size * config.train.threads for config in configs)
-    return max(1, (os.cpu_count() or 1) // cores)
+    """Return how many of the cells fit this machine at a time: GPUs by processes, or cores by processes and threads."""
+    on_gpu = {cell.config.parallel.world_size for cell in cells if uses_gpu(cell.config.train)}
+    threads = {
+        cell.config.parallel.world_size * cell.config.train.threads for cell in cells if not uses_gpu(cell.config.train)
+    }
+    fit = [len(visible_devices()) // max(on_gpu)] if on_gpu else []
+    fit += [available_cores() // max(threads)] if threads else []
+    return max(1, min(fit, default=1))

@@ -101,6 +101,7 @@ class Scheduler:
             finally:
                 for team in self.teams:
                     team.kill()
+                    self.launch.release(team.cell)
         if self.signals:
             raise Interrupted(self.signals[0][0], outcomes)
         return outcomes
@@ -118,6 +119,7 @@ class Scheduler:
                 members = self.launch.members(cell, self.results)
                 self.teams.append(Team(cell, members, self.launch.patience_s))
             except OSError as error:
+                self.launch.release(cell)
                 outcome = Outcome(cell=cell, status="failed", error=disk_reason(error))
                 self.display.ended(outcome)
                 yield outcome
@@ -145,6 +147,7 @@ class Scheduler:
 
     def _conclude(self, team: Team) -> Outcome:
         verdict = team.close()
+        self.launch.release(team.cell)
         if verdict.status == "failed" and self.signals and verdict.fault not in (OWN, COMMON, DIVERGED):
             verdict = Verdict(status="stopped")  # what asked us to end has ended some of the processes as well
         if verdict.status == "failed":

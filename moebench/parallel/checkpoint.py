@@ -10,9 +10,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,9 @@ class VerifiedCheckpointIO(CheckpointIO):
             self.mesh.wait()
             with self._alone_or_together():
                 save(tensors, checkpoint_id=half, no_dist=not self.mesh.place.has_group)
-            self.mesh.wait()
+            written = self.mesh.collect(_sync_own_files(half, self.mesh.rank))
             if self.mesh.is_first:
-                _seal(half, folder)
+                _publish(half, folder, written)
                 drop_all_but(KEEP, folder.parent)
         except RuntimeError as error:
             # torch's writer of archives says where it stopped, not why.
@@ -143,31 +144,53 @@ def step_of(file: Path) -> int:
     return int(file.stem.removeprefix("step_"))
 
 
-def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint whose checksums are right, and one line for each damaged one passed over."""
+def newest_good(folder: Path, mesh: Mesh = ALONE_MESH) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint whose checksums are right, and one line for each damaged one passed over.
+
+    All processes of a mesh call it and get the same: each reads its share of the files.
+    """
     damaged: list[str] = []
-    for manifest in reversed(_manifests(folder)):
+    for manifest in mesh.agree(_manifests(folder)[::-1]):
         checkpoint = manifest.with_suffix(".ckpt")
-        try:
-            expected = json.loads(manifest.read_text())["sha256"]
-            wrong = [name for name, digest in expected.items() if _digest(checkpoint / name) != digest]
-            if not wrong and expected:
-                return checkpoint, damaged
-            what = f"checksum of {', '.join(wrong)}" if wrong else "the list of checksums"
-            damaged.append(f"{checkpoint.name}: {what} does not match its manifest; the one before is used")
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            damaged.append(f"{checkpoint.name}: not readable ({error}); the one before is used")
+        checked = mesh.collect(_check_share(manifest, mesh.rank, mesh.size))
+        problems = [problem for problem, _ in checked if problem]
+        wrong = sorted(name for _, names in checked for name in names)
+        if wrong and not problems:
+            problems = [f"checksum of {', '.join(wrong)} does not match its manifest"]
+        if not problems:
+            return checkpoint, damaged
+        damaged.append(f"{checkpoint.name}: {problems[0]}; the one before is used")
     return None, damaged
 
 
-def _seal(half: Path, folder: Path) -> None:
-    """Bring a folder to the disk, give it its name, and write its manifest."""
-    files = sorted(half.iterdir())
-    for file in files:
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    sums = {file.name: _digest(file) for file in files}
-    manifest = {"step": step_of(folder), "sha256": sums, "bytes": sum(file.stat().st_size for file in files)}
+def _check_share(manifest: Path, rank: int, size: int) -> tuple[str | None, list[str]]:
+    """Return why a checkpoint cannot be read, and which of every `size`-th file, from `rank` on, are damaged."""
+    try:
+        expected = json.loads(manifest.read_text())["sha256"]
+        names = sorted(expected)[rank::size]
+        wrong = [name for name in names if _digest(manifest.with_suffix(".ckpt") / name) != expected[name]]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return f"not readable ({error})", []
+    return None if expected else "the list of checksums does not match its manifest", wrong
+
+
+def _sync_own_files(half: Path, rank: int) -> dict[str, tuple[str, int]]:
+    """Bring the files that a process wrote to the disk; return the SHA-256 and the size of each."""
+    written = {}
+    for file in half.iterdir():
+        writer = re.match(r"__(\d+)_", file.name)  # the first process wrote all that have no number
+        if int(writer[1]) == rank if writer else rank == 0:
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+            written[file.name] = _digest(file), file.stat().st_size
+    return written
+
+
+def _publish(half: Path, folder: Path, written: Sequence[Mapping[str, tuple[str, int]]]) -> None:
+    """Give a folder its name, and write its manifest, from what each process wrote."""
+    files = {name: found for own in written for name, found in sorted(own.items())}
+    sums = {name: digest for name, (digest, _) in files.items()}
+    manifest = {"step": step_of(folder), "sha256": sums, "bytes": sum(size for _, size in files.values())}
     _remove(folder)  # of an earlier attempt at this step
     os.replace(half, folder)
     _replace(folder.with_suffix(".json"), lambda handle: handle.write(json.dumps(manifest).encode()))

@@ -8,12 +8,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moebench.routing.ranks import require_device
+
 
 @dataclass(frozen=True, eq=False)
 class GroupRanks:
     """The processes of a group."""
 
     group: dist.ProcessGroup
+    device: torch.device | None = None
+    """Where the values of this process must be; None: anywhere."""
 
     @property
     def size(self) -> int:
@@ -27,11 +31,13 @@ class GroupRanks:
 
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum over ranks; see `Ranks.sum`."""
+        require_device(value, self.device)
         summed: Tensor = _Sum.apply(value, self.group)  # type: ignore[no-untyped-call]
         return summed
 
     def gather(self, value_T: Tensor) -> Tensor:
         """Return the values of all ranks, joined; see `Ranks.gather`."""
+        require_device(value_T, self.device)
         if value_T.dtype == torch.bool:
             return self.gather(value_T.to(torch.uint8)).bool()
         joined: Tensor = _Gather.apply(value_T, self.group)  # type: ignore[no-untyped-call]

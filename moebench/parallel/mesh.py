@@ -15,7 +15,7 @@ from moebench.errors import UsageError
 from moebench.parallel.collectives import GroupRanks
 from moebench.parallel.place import ONLY, Place
 from moebench.parallel.traffic import Traffic
-from moebench.routing.ranks import ALONE, Ranks, Span
+from moebench.routing.ranks import ALONE, Alone, Ranks, Span
 from moebench.schema import ParallelConfig
 
 
@@ -39,6 +39,11 @@ class Mesh:
     grid: DeviceMesh | None = None
     """The same for DTensors, with the dimensions data and expert."""
     traffic: Traffic = field(default_factory=Traffic)
+
+    def __post_init__(self) -> None:
+        """Ask of values that stay here what is asked of those that are sent: to be on the device."""
+        if self.world is ALONE:
+            object.__setattr__(self, "world", Alone(device=self.device))
 
     @property
     def size(self) -> int:
@@ -73,9 +78,17 @@ class Mesh:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def collect(self, value: Any) -> list[Any]:
+        """Return what each process says, by rank."""
+        if not dist.is_initialized():
+            return [value]
+        said = [None] * self.size
+        dist.all_gather_object(said, value)
+        return said
+
     def wait(self) -> None:
         """Return when all processes are here."""
-        self.world.sum(torch.zeros(1, device=self.device))
+        self.world.sum(torch.zeros(1, device=self.device)).item()  # a GPU's sum is only asked for until it is read
 
 
 ALONE_MESH = Mesh()
@@ -131,7 +144,7 @@ def _mesh(config: ParallelConfig, place: Place, device: torch.device, timeout: t
         config=config,
         place=place,
         device=device,
-        world=GroupRanks(everyone),
+        world=GroupRanks(everyone, device),
         row=row if spread else None,
         column=column if spread else None,
         grid=DeviceMesh.from_group([column, row], device.type, mesh=ranks, mesh_dim_names=("data", "expert"))

@@ -15,11 +15,11 @@ class ReplicaError(Exception):
 
 def check_replicas(model: nn.Module, mesh: Mesh) -> None:
     """Raise ReplicaError, on all processes, naming the first tensor whose copies differ and the processes."""
-    if mesh.size == 1:
+    if not mesh.place.has_group:
         return
     named = [*model.named_parameters(), *model.named_buffers()]
     prints = torch.stack([fingerprint(_own(tensor)) for _, tensor in named])
-    all_prints = mesh.world.gather(prints.unsqueeze(0))
+    all_prints = mesh.world.gather(prints.unsqueeze(0)).cpu()  # once: each comparison would wait for a GPU
     for index, (name, tensor) in enumerate(named):
         for group in _groups_of_copies(tensor, mesh):
             odd = [rank for rank in group if not torch.equal(all_prints[rank, index], all_prints[group[0], index])]
@@ -30,14 +30,31 @@ def check_replicas(model: nn.Module, mesh: Mesh) -> None:
 
 def fingerprint(tensor: Tensor) -> Tensor:
     """Return two int64 numbers that depend on every bit and its place: equal for equal tensors."""
-    flat = tensor.detach().contiguous().flatten()
-    if flat.numel() == 0:
-        return torch.zeros(2, dtype=torch.int64, device=tensor.device)
-    bits = flat.view(_INTEGER[flat.element_size()]).long()
-    place = torch.arange(1, len(bits) + 1, device=bits.device)
-    return torch.stack([bits.sum(), (bits * (place * 0x9E3779B1 % 0x7FFFFFFF)).sum()])  # int64 wraps around
+    found = torch.zeros(2, dtype=torch.int64, device=tensor.device)
+    place = 1
+    for part in _parts(tensor.detach()):
+        bits = part.view(_INTEGER[part.element_size()]).long()
+        weight = torch.arange(place, place + len(bits), device=bits.device)
+        weight.mul_(0x9E3779B1).remainder_(0x7FFFFFFF)
+        found += torch.stack([bits.sum(), weight.mul_(bits).sum()])  # int64 wraps around
+        place += len(bits)
+    return found
 
 
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the elements in their order, flat, at most `PART` at a time; only small parts are ever copied."""
+    if tensor.is_contiguous():
+        yield from torch.split(tensor.view(-1), PART) if tensor.numel() else ()
+    elif tensor.numel() <= PART:
+        yield tensor.contiguous().view(-1)
+    else:
+        num_rows = PART // tensor[0].numel()
+        for part in torch.split(tensor, num_rows) if num_rows else tensor:
+            yield from _parts(part)
+
+
+PART = 2**21
+"""Elements compared at a time: each needs 16 bytes beside its own, and up to 8 where it is copied."""
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -99,7 +99,7 @@ class ManyProcesses(_StateByName, DDPStrategy):
         on_gpu = mesh.device.type == "cuda"
         super().__init__(
             parallel_devices=[
-                torch.device("cuda", n) if on_gpu else torch.device("cpu") for n in range(place.local_world_size)
+                torch.device("cuda", n) if on_gpu else mesh.device for n in range(place.local_world_size)
             ],
             cluster_environment=GivenProcesses(place),
             checkpoint_io=checkpoint_io,

@@ -7,6 +7,7 @@ through `Ranks`; `parallel` brings the one for many processes, chosen when the m
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -44,17 +45,27 @@ class Alone:
 
     size: int = 1
     rank: int = 0
+    device: torch.device | None = None
+    """Where values must be, as if they were sent; None: anywhere."""
 
     def sum(self, value: Tensor) -> Tensor:
         """Return the value."""
+        require_device(value, self.device)
         return value
 
     def gather(self, value_T: Tensor) -> Tensor:
         """Return the values."""
+        require_device(value_T, self.device)
         return value_T
 
 
 ALONE = Alone()
+
+
+def require_device(value: Tensor, device: torch.device | None) -> None:
+    """Raise ValueError when a value to be sent is not on the device of the processes: NCCL sends from GPUs alone."""
+    if device is not None and value.device != device:
+        raise ValueError(f"a value to be sent is on {value.device}, and the processes exchange what is on {device}")
 
 
 @dataclass(frozen=True, kw_only=True)

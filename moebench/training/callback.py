@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,8 @@ from moebench.training.step_log import ParallelCosts, load_metrics, parallel_met
 
 WARM_UP_STEPS = 3
 """Steps of a process that throughput leaves out: first calls allocate and compile."""
+RECENT_STEPS = 32
+"""Steps that the speed shown while a cell trains is taken from."""
 
 
 class Recorder(Protocol):
@@ -63,6 +65,8 @@ class Meter:
     """Of each step, padding left out."""
     waits: list[float] = field(default_factory=list)
     """Seconds for which each step waited for its batch, not counted in `seconds`."""
+    _counted_s: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    """Sums of `waits` and `seconds` behind the first steps."""
     _start: float = 0.0
     _waited: float = 0.0
     _running: bool = False
@@ -86,16 +90,36 @@ class Meter:
         """End a step of so many tokens; a GPU is waited for, since its kernels run behind."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        self.seconds.append(time.perf_counter() - self._start)
-        self.tokens.append(num_tokens)
-        self.waits.append(self._waited)
+        self._add(time.perf_counter() - self._start, num_tokens, self._waited)
         self._waited, self._running = 0.0, False
+
+    def restore(self, seconds: Sequence[float], tokens: Sequence[int], waits: Sequence[float]) -> None:
+        """Begin with the steps of a run that goes on."""
+        steps = list(zip(seconds, tokens, waits, strict=True))
+        self.seconds, self.tokens, self.waits, self._counted_s = [], [], [], [0.0, 0.0]
+        for step in steps:
+            self._add(*step)
+
+    def _add(self, seconds: float, tokens: int, waited: float) -> None:
+        if len(self.seconds) >= WARM_UP_STEPS:
+            self._counted_s[0] += waited
+            self._counted_s[1] += seconds
+        self.seconds.append(seconds)
+        self.tokens.append(tokens)
+        self.waits.append(waited)
 
     @property
     def step_s(self) -> float:
         """Median seconds of a step."""
         counted = self.seconds[WARM_UP_STEPS:] or self.seconds
         return statistics.median(counted) if counted else 0.0
+
+    @property
+    def recent_tokens_per_s(self) -> float:
+        """Tokens per second of the last steps together: shown after each step, so it costs no more in a long run."""
+        first = max(len(self.seconds) - RECENT_STEPS, WARM_UP_STEPS if len(self.seconds) > WARM_UP_STEPS else 0)
+        seconds = sum(self.seconds[first:])
+        return sum(self.tokens[first:]) / seconds if seconds else 0.0
 
     @property
     def tokens_per_s(self) -> float:
@@ -106,8 +130,8 @@ class Meter:
     @property
     def data_share(self) -> float:
         """Share of the training time, evaluations and logs left out, for which the trainer waited for batches."""
-        first = WARM_UP_STEPS if len(self.seconds) > WARM_UP_STEPS else 0
-        waited, trained = sum(self.waits[first:]), sum(self.seconds[first:])
+        is_short = len(self.seconds) <= WARM_UP_STEPS
+        waited, trained = (sum(self.waits), sum(self.seconds)) if is_short else self._counted_s
         return waited / (waited + trained) if waited else 0.0
 
 
@@ -141,9 +165,7 @@ class CellCallback(lightning.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the seconds of the steps before the checkpoint, and what they executed."""
         self.execution.load_state(state_dict["execution"])
-        self.meter.seconds[:] = state_dict["seconds"]
-        self.meter.tokens[:] = state_dict["tokens"]
-        self.meter.waits[:] = state_dict["waits"]
+        self.meter.restore(state_dict["seconds"], state_dict["tokens"], state_dict["waits"])
         self.parallel = ParallelCosts(sums=state_dict["parallel"], num_steps=state_dict["num_timed"])
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -185,7 +207,7 @@ class CellCallback(lightning.Callback):
             self.hooks.recorder.flush()  # the journal is on disk before a checkpoint claims its steps
             trainer.save_checkpoint(checkpoint_path(self.checkpoints, step))
         trainer.should_stop = trainer.should_stop or self.stopped
-        self.hooks.progress({"step": step, "loss": module.last_loss, "tokens_per_s": self.meter.tokens_per_s})
+        self.hooks.progress({"step": step, "loss": module.last_loss, "tokens_per_s": self.meter.recent_tokens_per_s})
 
     @staticmethod
     def _is_logged(train: TrainConfig, step: int) -> bool:

@@ -1,6 +1,5 @@
 """What a result was measured on: versions, machine, state of the code."""
 
-import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 import moebench
+from moebench.cores import available_cores
 
 PACKAGES = ("torch", "lightning", "numpy", "datasets", "tokenizers", "mlflow", "scipy", "statsmodels")
 
@@ -23,7 +23,7 @@ def environment(threads: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "platform": platform.platform(),
         "processor": _processor(),
-        "cores": os.cpu_count() or 1,
+        "cores": available_cores(),
         "threads": threads,
         "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
         "git_commit": commit,

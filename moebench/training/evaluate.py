@@ -13,6 +13,7 @@ from moebench.models.transformer import BatchContext
 from moebench.parallel.mesh import ALONE_MESH, Mesh
 from moebench.routing.metrics import LoadCount, summarise
 from moebench.routing.values import LayerRecord
+from moebench.schema import TrainConfig
 from moebench.tasks.task import OUT_OF_DOMAIN, Batch, Task
 from moebench.training.execution import Execution
 from moebench.training.labels import LabelCounts, LabelTable, information
@@ -43,7 +44,8 @@ def evaluate(
 ) -> Evaluation:
     """Run the model over the batches in evaluation mode, then put it back into the mode it was in.
 
-    Every process computes its part of each batch; all get the result of the whole.
+    Every process computes its part of each batch; all get the result of the whole. It is computed in the precision of
+    the caller: see `training_precision`.
     """
     with _evaluating(model):
         return _evaluate(model, task, batches, seed, device, mesh)
@@ -52,17 +54,28 @@ def evaluate(
 def probe(
     model: Model, task: Task, batch_size: int, seed: int, device: Any, mesh: Mesh = ALONE_MESH
 ) -> dict[str, float]:
-    """Return what the task measures on a trained model beside its test split; all processes get the same."""
+    """Return what the task measures on a trained model beside its test split; all processes get the same.
+
+    The vectors are computed in the precision of the caller, what the task makes of them in their own, fp32.
+    """
     numbers = itertools.count()
+    kind = torch.device(device).type
+    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
     def read(whole: Batch) -> Tensor:
         batch = _own_part(whole, mesh, model).to(device)
-        ctx = batch_context(batch, training=False, seed=seed, micro_batch=next(numbers))
-        x_BLD, _ = model.features(batch, ctx)
-        return mesh.world.gather(x_BLD)
+        with torch.autocast(kind, dtype=precision, enabled=precision is not None):
+            ctx = batch_context(batch, training=False, seed=seed, micro_batch=next(numbers))
+            x_BLD, _ = model.features(batch, ctx)
+        return mesh.world.gather(x_BLD.float())
 
-    with _evaluating(model):
+    with _evaluating(model), torch.autocast(kind, enabled=False):
         return task.probe(read, batch_size)
+
+
+def training_precision(train: TrainConfig, device: torch.device) -> torch.autocast:
+    """Return the context that a cell's forward passes run in: a model is evaluated as it was trained."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=train.precision == "bf16")
 
 
 @contextlib.contextmanager

@@ -127,7 +127,7 @@ def build_model(config: CellConfig, task: Task, sized_as: CellConfig | None = No
 def initialised_model(config: CellConfig, task: Task, mesh: Mesh = ALONE_MESH) -> Model:
     """Build the model, as one of the mesh's processes has it, and draw its weights from the cell's seed."""
     model = build_model(config, task)
-    if mesh.size > 1:
+    if mesh.place.has_group:
         spread_experts(model, mesh, config.balance)
     init_weights(model, config.seed)
     return model

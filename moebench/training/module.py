@@ -19,7 +19,7 @@ from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig, TrainConfig
 from moebench.tasks.task import Batch, Task
 from moebench.training.batches import share_of
-from moebench.training.evaluate import Evaluation, batch_context, evaluate, probe
+from moebench.training.evaluate import Evaluation, batch_context, evaluate, probe, training_precision
 from moebench.training.model import Model
 from moebench.training.objective import Objective, Share, agreeing, judged, objective
 
@@ -117,14 +117,17 @@ class CellModule(lightning.LightningModule):
             layer.after_step(records)
 
     def evaluate(self, split: str) -> Evaluation:
-        """Evaluate the model on a split of the task's fixed evaluation set."""
+        """Evaluate the model on a split of the task's fixed evaluation set, in the precision of training."""
         batches = self.task.eval_batches(split, self.config.train.batch_size)
-        return evaluate(self.model, self.task, batches, self.config.seed, self.device, self.mesh)
+        with training_precision(self.config.train, self.device):
+            return evaluate(self.model, self.task, batches, self.config.seed, self.device, self.mesh)
 
     def evaluate_trained(self) -> Evaluation:
         """Evaluate on the test split, and add what the task measures on a trained model alone."""
         found = self.evaluate("test")
-        more = probe(self.model, self.task, self.config.train.batch_size, self.config.seed, self.device, self.mesh)
+        train, seed = self.config.train, self.config.seed
+        with training_precision(train, self.device):
+            more = probe(self.model, self.task, train.batch_size, seed, self.device, self.mesh)
         return replace(found, quality=found.quality | more)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

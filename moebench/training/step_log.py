@@ -62,12 +62,13 @@ def parallel_metrics(
     element_size: int,
 ) -> dict[str, float]:
     """Return what a timed step of many processes cost; seconds and shares are means, memory the largest, over them."""
-    if mesh.size == 1:
+    if not mesh.place.has_group:
         return {}
     traffic = mesh.traffic
     predicted = sum(predicted_bytes(layers, micro, element_size) for micro in records)
     own = [step_s, traffic.transfer_s, traffic.wait_s, traffic.num_bytes, predicted, peak_memory_gib(mesh.device)]
-    of_ranks = mesh.world.gather(torch.tensor([[*own, _rows(layers, records, mesh)]], dtype=torch.float64))
+    own_1N = torch.tensor([[*own, _rows(layers, records, mesh)]], dtype=torch.float64, device=mesh.device)
+    of_ranks = mesh.world.gather(own_1N).cpu()
     step, transfer, wait, sent, expected, memory, rows = of_ranks.T
     slowest = float(step.max())
     metrics = {

@@ -42,8 +42,9 @@ def train_cell(
     if callback.stopped:
         return None
     # Killed between the last checkpoint and the result: the journal has the evaluations, the result does not.
-    validation = callback.validation or module.evaluate("validation")
-    final = callback.final or module.evaluate_trained()
+    # (Lightning has taken the module back to the host.)
+    validation = callback.validation or module.to(mesh.device).evaluate("validation")
+    final = callback.final or module.to(mesh.device).evaluate_trained()
     if final.labels:
         hooks.recorder.record_labels(config.train.steps, final.labels)
     if mesh.is_first:
@@ -89,16 +90,15 @@ def _cost(
 
 def _last_good(checkpoints: Path, hooks: Hooks, mesh: Mesh) -> Path | None:
     """Return the checkpoint to go on from, the same on all processes, and clear away what came after it."""
-    resume: Path | None = None
+    resume, damaged = newest_good(checkpoints, mesh)
     if mesh.is_first:
-        resume, damaged = newest_good(checkpoints)
         for line in damaged:
             print(line, flush=True)
         first_step = step_of(resume) if resume else 0
         clear_after(first_step, checkpoints)
         hooks.recorder.truncate_after(first_step)
-    agreed: Path | None = mesh.agree(resume)
-    return agreed
+    mesh.wait()
+    return resume
 
 
 def make_trainer(

@@ -29,7 +29,7 @@ class Collapsed(Router):
     def forward(self, x_TD: torch.Tensor, ctx: RouteContext) -> Routing:
         logits_TE = self.gate(x_TD)
         scores_TE = logits_TE.softmax(-1)
-        expert_TK = torch.zeros(x_TD.shape[0], 1, dtype=torch.int64)
+        expert_TK = torch.zeros(x_TD.shape[0], 1, dtype=torch.int64, device=x_TD.device)
         return Routing.from_top_k(
             expert_TK, scores_TE[:, :1], num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
         )

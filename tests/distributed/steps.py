@@ -54,7 +54,7 @@ def train_steps(mesh: Mesh, text: Path, overrides: dict[str, Any], folder: Path)
         callback = CellCallback(Hooks(recorder=recorder), folder / f"checkpoints_{mesh.size}", meter)
         fit(make_trainer(config, [watcher, callback], mesh), module, meter)
     assert callback.final is not None
-    state = module.model.state_dict()
+    state = module.to(mesh.device).model.state_dict()  # lightning leaves it on the host
     return {
         "steps": watcher.steps,
         "state": {name: whole(tensor) for name, tensor in state.items()},

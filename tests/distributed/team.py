@@ -1,5 +1,6 @@
 """Real processes that join a mesh and run a function of a test; each result, or each error, comes back."""
 
+import contextlib
 import os
 import pickle
 import traceback
@@ -10,6 +11,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+from separate_device import DEVICE, separate_device
 from torch.distributed import TCPStore
 
 from moebench.config import layer_over
@@ -38,6 +40,10 @@ class Shape:
     data: int = 1
     expert: int = 1
     options: dict[str, Any] = field(default_factory=dict)
+    has_group: bool = False
+    """Whether one process joins a group of its own as well."""
+    is_separate: bool = False
+    """Whether the device of the processes is not the host: see `separate_device`."""
 
     def __str__(self) -> str:
         return f"dp{self.data}ep{self.expert}"
@@ -52,8 +58,9 @@ class Shape:
 
     def run(self, job: Job, *arguments: Any) -> list[Any]:
         """Return what the job returned on each rank."""
-        if self.size == 1:
-            return [job(ALONE_MESH, *arguments)]
+        if self.size == 1 and not self.has_group:
+            with separate_device() if self.is_separate else contextlib.nullcontext():
+                return [job(Mesh(device=DEVICE) if self.is_separate else ALONE_MESH, *arguments)]
         config = ParallelConfig(data=self.data, expert=self.expert, **{"timeout_s": 30.0, **self.options})
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         places = [
@@ -70,7 +77,8 @@ class Shape:
         pipes, processes = [], []
         for place in places:
             ours, theirs = CONTEXT.Pipe()
-            process = CONTEXT.Process(target=_member, args=(theirs, config, place, job, arguments), daemon=True)
+            member = (theirs, config, place, self.is_separate, job, arguments)
+            process = CONTEXT.Process(target=_member, args=member, daemon=True)
             process.start()
             theirs.close()
             pipes.append(ours)
@@ -105,10 +113,16 @@ def _collect(pipes: list[Connection]) -> list[Any]:
     return [found[rank][1] for rank in range(len(pipes))]
 
 
-def _member(pipe: Connection, config: ParallelConfig, place: Place, job: Job, arguments: tuple[Any, ...]) -> None:
+def _member(
+    pipe: Connection, config: ParallelConfig, place: Place, is_separate: bool, job: Job, arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
+    device = DEVICE if is_separate else torch.device("cpu")
     try:
-        with open_mesh(config, place, torch.device("cpu")) as mesh:
+        with (
+            separate_device() if is_separate else contextlib.nullcontext(),
+            open_mesh(config, place, device) as mesh,
+        ):
             _say(pipe, "value", job(mesh, *arguments))
     except BaseException:
         _say(pipe, "error", traceback.format_exc())

@@ -11,7 +11,11 @@ from distributed.matrix import EVERY_N, case
 from distributed.steps import train_steps
 from distributed.team import ALONE, Mesh, Shape
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import moebench.parallel.replicas
 from moebench.parallel.replicas import ReplicaError, check_replicas, fingerprint
 from moebench.training.model import initialised_model, prepare_task
 
@@ -29,6 +33,54 @@ def test_a_fingerprint_sees_every_bit_and_its_place() -> None:
     assert not any(torch.equal(fingerprint(x), fingerprint(values)) for x in other)
     assert not torch.equal(fingerprint(torch.tensor([0.0])), fingerprint(torch.tensor([-0.0])))
     assert not torch.equal(fingerprint(torch.tensor([True, False])), fingerprint(torch.tensor([False, True])))
+
+
+def plain_fingerprint(values: torch.Tensor) -> list[int]:
+    """Return the same in Python's numbers, which have no end, brought to 64 bits."""
+    whole = [int(value) for value in values.flatten().view(torch.int32)]
+    weighed = sum(bits * (place * 0x9E3779B1 % 0x7FFFFFFF) for place, bits in enumerate(whole, start=1))
+    return [(number + 2**63) % 2**64 - 2**63 for number in (sum(whole), weighed)]
+
+
+def test_a_fingerprint_in_parts_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    values = torch.randn(7, 5, 6, generator=draw)
+    wanted = plain_fingerprint(values)
+    turned = values.transpose(0, 2).contiguous().transpose(0, 2)  # the same numbers in the same places, not contiguous
+    assert not turned.is_contiguous()
+    line = torch.stack([values.flatten(), values.flatten()], 1)[:, 0]
+    for size in (1000, 64, 30, 7, 1):
+        monkeypatch.setattr(moebench.parallel.replicas, "PART", size)
+        assert [fingerprint(x).tolist() for x in (values, turned, line)] == [wanted] * 3
+    assert fingerprint(torch.empty(0, 4)).tolist() == [0, 0]
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes that operations hold at a time, beyond what was there before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[StorageWeakRef, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage()._cdata for tensor in tree_leaves(args) if isinstance(tensor, torch.Tensor)}
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given:
+                self.held[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+        self.held = {storage: size for storage, size in self.held.items() if not storage.expired()}
+        self.most = max(self.most, sum(self.held.values()))
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("is_turned", [False, True], ids=["contiguous", "turned"])
+def test_a_fingerprint_takes_little_memory(dtype: torch.dtype, is_turned: bool) -> None:
+    values = torch.ones(4096, 4096, dtype=dtype)
+    with Peak() as peak:
+        fingerprint(values.T if is_turned else values)
+    assert 2**23 < peak.most <= 2**26  # the numbers alone are 2**25 or 2**26 bytes
 
 
 def spoil(mesh: Mesh, text: Path, folder: Path, overrides: dict[str, Any], what: str) -> str:

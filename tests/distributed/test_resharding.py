@@ -34,8 +34,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text"))
 
 
-def train(mesh: Mesh, text: Path, overrides: dict[str, Any], folder: Path, stop_at: int = 0) -> dict[str, float]:
-    """Train a cell, from its newest checkpoint on, to its end or until the first rank is asked to stop."""
+def train(
+    mesh: Mesh, text: Path, overrides: dict[str, Any], folder: Path, stop_at: int = 0, *, is_over: bool = False
+) -> dict[str, float]:
+    """Train a cell, from its newest checkpoint on, to its end or until the first rank is asked to stop.
+
+    `is_over`: its last checkpoint is there, so no step is left.
+    """
     config = tiny_config(text, **overrides)
     task = prepare_task(config, folder)
     done = [0]
@@ -46,7 +51,7 @@ def train(mesh: Mesh, text: Path, overrides: dict[str, Any], folder: Path, stop_
     )
     result = train_cell(config, task, folder / "checkpoints", hooks, cell_id="0", arm="arm", mesh=mesh)
     assert (result is None) == (stop_at > 0)
-    assert done[-1] == (stop_at or config.train.steps)
+    assert done[-1] == (0 if is_over else stop_at or config.train.steps)
     return result.metrics if result else {}
 
 

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from contract.cases import Case, Tokens, cases_of, default_cases, slow_mixture
+from contract.cases import D_MODEL, Case, Tokens, cases_of, default_cases, slow_mixture
 from torch import Tensor
 
 from moebench.experts.capacity import Capacity
+from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.layer import MoELayer
+from moebench.models.transformer import init_weights
 from moebench.routing.context import RouteContext
 from moebench.routing.values import LayerRecord
 
@@ -84,6 +86,28 @@ def test_a_repeat_changes_no_bit(case: Case, half: bool, device: torch.device) -
     layer, tokens = layer_of(case, device, capacity=TIGHT), moved(Tokens.draw(96, length=32), device)
     first, again = (trained(layer, tokens, half=half)[1] for _ in range(2))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, again, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("hidden", [508, 12, 1])
+def test_widths_that_are_no_multiple_of_16_bytes_are_padded(hidden: int, activation: str, device: torch.device) -> None:
+    """Else the grouped kernels refuse them, and a loop waits for the loads."""
+    layer = Case("top_k").layer()
+    layer.bank = ExpertBank(D_MODEL, hidden, layer.bank.num_experts, activation)
+    init_weights(layer.bank, 0)
+    layer.to(device)
+    tokens = moved(Tokens.draw(64), device)
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        record, (y_TD, *grads) = trained(layer, tokens, half=True)
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    slow_TD = slow_mixture(layer.bank, tokens.x_TD, record.kept)
+    assert (y_TD.float() - slow_TD).norm() <= 2e-2 * slow_TD.norm() + 1e-6
+    assert all(grad.isfinite().all() for grad in grads)
 
 
 @pytest.mark.parametrize("case", default_cases(), ids=str)

@@ -23,9 +23,10 @@ from moebench.schema import ParallelConfig
 from moebench.tasks.task import TASKS
 from moebench.tracking.recorder import RunRecorder
 from moebench.training.callback import Hooks
-from moebench.training.model import check_cell, prepare_task
+from moebench.training.model import check_cell, initialised_model, prepare_task
+from moebench.training.module import CellModule
 from moebench.training.run_folder import RunFolder
-from moebench.training.train import train_cell
+from moebench.training.train import device_of, train_cell
 
 pytestmark = [
     pytest.mark.gpu,
@@ -83,6 +84,17 @@ def test_a_resumed_run_is_the_same_bit_for_bit(precision: str, device: torch.dev
     assert parts(stop_at=5) is None
     assert parts() is not None
     assert_same_runs(whole, parts)
+
+
+def test_a_bf16_run_is_evaluated_in_bf16(device: torch.device, tmp_path: Path) -> None:
+    config = tiny_config(write_text(tmp_path), train={"device": device.type, "precision": "bf16"})
+    task = prepare_task(config, tmp_path)
+    module = CellModule(config, initialised_model(config, task), task, Mesh(device=device_of(config.train)))
+    module.to(module.mesh.device)
+    seen: set[torch.dtype] = set()
+    module.model.head.register_forward_hook(lambda head, given, output: seen.add(output.dtype))
+    assert module.evaluate("test").quality["bits_per_byte"] > 0
+    assert seen == {torch.bfloat16}
 
 
 def test_the_command_line_trains_and_compares(cli: CommandLine, device: torch.device) -> None:
@@ -152,6 +164,8 @@ def test_a_run_over_a_group_of_one_is_the_run_alone(mesh: Mesh, device: torch.de
         assert result is not None
         (checkpoint,) = folder.checkpoints.glob("step_*.ckpt")
         ended.append((result.metrics, read_checkpoint(checkpoint)["state_dict"]))
+        costs = "parallel/rows/rank_0" in folder.journal.read_text()
+        assert costs == (name == "group")  # they are gathered by NCCL too, if only of one
     assert ended[0][0] == pytest.approx(ended[1][0], rel=1e-5)
     for ours, theirs in zip(ended[0][1].values(), ended[1][1].values(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

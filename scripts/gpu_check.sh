@@ -1,0 +1,210 @@
+#!/usr/bin/env bash
+# What a machine with one GPU, and without a network, is asked when it can be had for a quarter of an hour.
+#
+#   scripts/gpu_check.sh --collect [--all]     beforehand, where there is a package index: download the wheels
+#   scripts/gpu_check.sh [OUT]                 there, from the root of the repository: run the stages, write OUT
+#
+#   --wheels DIR    where the wheels lie (wheels)
+#   --python 3.12   the Python that the wheels are for
+#   --all           with what a machine that computes has anyway: numpy, scipy, pyarrow, ... and transformers
+#   --limit S       seconds for everything (880)
+#   --each S        no stage takes longer than this
+#   --grace S       from the wish that a stage ends to its end (20): a run saves a checkpoint
+#   --stages A,B    these stages alone: tests, step, layer, step_512, step_1152, long
+#
+# PYTHON names the interpreter, which must have torch with CUDA; what else it lacks is installed from the wheels into a
+# folder that is thrown away. Stages come in the order of what is most wanted, each with a limit of its own. OUT has one
+# log for each, and summary.txt, to which a line is added as each ends: a machine that is taken away takes nothing with
+# it. With MOEBENCH_TEST_DEVICE=cpu all of it is tried on a CPU, in small sizes.
+#
+# Ends with 0 if every stage went well, 1 if not, 2 if there is no GPU, no torch, or an option that does not exist.
+set -uo pipefail
+
+PYTHON=${PYTHON:-python3}
+DEVICE=${MOEBENCH_TEST_DEVICE:-cuda}
+OUT=gpu_check WHEELS=wheels LIMIT_S=880 EACH_S=880 GRACE_S=20 FOR_PYTHON=3.12 STAGES='' COLLECT='' ALL=''
+ALL_STAGES=(tests step layer step_512 step_1152 long)
+
+# Beside torch and its own needs; mlflow and datasets are not needed: no tracker runs, and the data are in the package.
+SMALL=(omegaconf PyYAML lightning lightning-utilities torchmetrics packaging tqdm typer annotated-doc shellingham rich
+  markdown-it-py mdurl pygments pydantic pydantic-core annotated-types typing-inspection filelock psutil
+  soundfile cffi pycparser pytest pytest-timeout pytest-xdist execnet
+  iniconfig pluggy hypothesis sortedcontainers)
+PEERS=(st-moe-pytorch mixture-of-experts soft-moe-pytorch einops beartype CoLT5-attention local-attention
+  hyper-connections torch-einops-utils)
+LARGE=(numpy scipy pandas pyarrow pillow matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil six
+  statsmodels patsy formulaic interface_meta narwhals wrapt tokenizers huggingface_hub hf-xet regex safetensors
+  transformers)
+
+die() {
+  echo "gpu_check: $1" >&2
+  exit 2
+}
+
+while (($#)); do
+  case $1 in
+    --collect) COLLECT=yes ;;
+    --all) ALL=yes ;;
+    --wheels | --python | --limit | --each | --grace | --stages)
+      (($# > 1)) || die "$1: a value is missing"
+      case $1 in
+        --wheels) WHEELS=$2 ;;
+        --python) FOR_PYTHON=$2 ;;
+        --limit) LIMIT_S=$2 ;;
+        --each) EACH_S=$2 ;;
+        --grace) GRACE_S=$2 ;;
+        --stages) STAGES=$2 ;;
+      esac
+      shift
+      ;;
+    -*) die "$1: no such option (allowed: --collect, --all, --wheels, --python, --limit, --each, --grace, --stages)" ;;
+    *) OUT=$1 ;;
+  esac
+  shift
+done
+for seconds in "$LIMIT_S" "$EACH_S" "$GRACE_S"; do
+  [[ $seconds =~ ^[0-9]+$ ]] || die "--limit, --each, --grace: '$seconds' is no whole number of seconds"
+done
+for stage in ${STAGES//,/ }; do
+  [[ " ${ALL_STAGES[*]} " == *" $stage "* ]] || die "--stages: '$stage' is unknown (allowed: ${ALL_STAGES[*]})"
+done
+[[ $DEVICE == cpu || $DEVICE == cuda ]] || die "MOEBENCH_TEST_DEVICE: '$DEVICE' is unknown (allowed: cuda, cpu)"
+[[ -f pyproject.toml && -d moebench ]] || die "call it from the root of the repository"
+
+collect() {
+  local wanted=("${SMALL[@]}" "${PEERS[@]}") platforms=() name
+  [[ -n $ALL ]] && wanted+=("${LARGE[@]}")
+  for name in manylinux_2_28 manylinux_2_27 manylinux_2_24 manylinux_2_17 manylinux2014 manylinux_2_12 manylinux1; do
+    platforms+=(--platform "${name}_x86_64")
+  done
+  mkdir -p "$WHEELS" && rm -f "$WHEELS"/*.whl || return 1 # two versions of one package would stop the installation
+  "$PYTHON" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --implementation cp \
+    --python-version "$FOR_PYTHON" "${platforms[@]}" --constraint constraints.txt --dest "$WHEELS" "${wanted[@]}" || return 1
+  echo "$(find "$WHEELS" -name '*.whl' | wc -l) wheels for Python $FOR_PYTHON, $(du -sm "$WHEELS" | cut -f1) MB, in $WHEELS"
+}
+
+if [[ -n $COLLECT ]]; then
+  collect || die "the wheels could not be collected; see above"
+  exit 0
+fi
+
+"$PYTHON" -c 'import torch' 2>/dev/null || die "$PYTHON has no torch (PYTHON names another interpreter)"
+[[ $DEVICE == cpu ]] || "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+  die "torch finds no CUDA device (MOEBENCH_TEST_DEVICE=cpu tries the script without one)"
+
+BEGIN_S=$SECONDS FAILED=0
+mkdir -p "$OUT" || die "$OUT: cannot be written"
+OUT=$(cd "$OUT" && pwd)
+SUMMARY=$OUT/summary.txt
+WORK=$(mktemp -d) || die "no folder for temporary files"
+trap 'rm -rf "$WORK"' EXIT
+export PYTHONPATH=$PWD:$WORK/site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 COLUMNS=160
+export MOEBENCH_RESULTS=$WORK/results
+
+say() { # a line on the screen and in the summary
+  echo "$*" | tee -a "$SUMMARY"
+}
+
+left_s() {
+  echo $((LIMIT_S - (SECONDS - BEGIN_S)))
+}
+
+# run_stage NAME SECONDS COMMAND...: runs it, at most so long, and writes how it ended; whatever happens goes on behind.
+run_stage() {
+  local name=$1 limit=$2 left begin=$SECONDS code
+  shift 2
+  [[ -z $STAGES || ,$STAGES, == *,$name,* ]] || return 0
+  left=$(($(left_s) - GRACE_S))
+  if ((left < 1)); then
+    say "$name: not begun, the time is over"
+    FAILED=1
+    return 0
+  fi
+  [[ $DEVICE == cuda ]] || limit=$((limit * 3)) # a try on a CPU that others use
+  ((limit < EACH_S)) || limit=$EACH_S
+  ((limit < left)) || limit=$left
+  timeout --kill-after="$GRACE_S" "$limit" "$@" >"$OUT/$name.log" 2>&1 </dev/null
+  code=$?
+  case $code in
+    0) say "$name: ok, $((SECONDS - begin)) s" ;;
+    124 | 137) say "$name: cut after $limit s; what there is stands in $name.log" ;;
+    *) say "$name: failed with exit code $code, $((SECONDS - begin)) s: $(grep -v '^\s*$' "$OUT/$name.log" | tail -n 1 | cut -c 1-200)" ;;
+  esac
+  ((code == 0)) || FAILED=1
+}
+
+# What is missing, or too old for pyproject.toml, and only that: torch and its companions stay as they are.
+install_wheels() {
+  "$PYTHON" - "$WHEELS" "$WORK/site" <<'PYTHON'
+import re, subprocess, sys, tomllib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+def numbers(text):
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:3])
+
+wheels, target = sys.argv[1:]
+project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+least = dict(re.findall(r'([\w.-]+)>=([\d.]+)', " ".join(project["dependencies"])))
+chosen = []
+for wheel in sorted(Path(wheels).glob("*.whl")):
+    name = wheel.name.split("-")[0].replace("_", "-").lower()
+    try:
+        if numbers(version(name)) >= numbers(least.get(name, "0")):
+            continue
+    except PackageNotFoundError:
+        pass
+    chosen.append(str(wheel))
+print(len(chosen), "wheels to install", *(Path(wheel).name for wheel in chosen), flush=True)
+if chosen:
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir"]
+    sys.exit(subprocess.call([*pip, "--disable-pip-version-check", "--target", target, *chosen]))
+PYTHON
+}
+
+# What the run is interrupted in counts too: the results of finished cells are kept, one a line.
+keep_results() {
+  find "$MOEBENCH_RESULTS/runs" -name result.json -exec sh -c 'tr -d "\n" <"$1"; echo' _ {} \; >"$OUT/results.jsonl" 2>/dev/null
+  say "results: $(wc -l <"$OUT/results.jsonl") finished cells"
+}
+
+if [[ $DEVICE == cuda ]]; then
+  TESTS='group_of_one or one_process or exchange or no_multiple or evaluated or nothing_waits or resumed'
+  STEP=(--steps 20 --rounds 3) LAYER=(--only gpu --rounds 3) ROUTERS=(--router dense --router switch --router top_k)
+  WIDE=(task.sequence_length=512 model.num_layers=8 layout.num_experts=16 train.batch_size=16)
+  W512=(model.d_model=512 model.num_heads=8 model.ffn_width=2048)
+  W1152=(model.d_model=1152 model.num_heads=16 model.ffn_width=4608)
+  MODEL=() LONG=()
+else
+  TESTS='collectives_of_one_process or no_multiple'
+  STEP=(--steps 1 --rounds 1 --threads 1) LAYER=(--shape '64,16,16,4,2,swiglu' --rounds 1 --threads 1) ROUTERS=(--router switch)
+  WIDE=(task.sequence_length=16 train.batch_size=2)
+  W512=(model.d_model=16 model.num_heads=2 model.ffn_width=32)
+  W1152=("${W512[@]}") MODEL=("${WIDE[@]}" "${W512[@]}" model.num_layers=2)
+  LONG=(seeds='[0]' task.sequence_length=16 task.eval_windows=2 model.d_model=16 model.num_layers=1 train.steps=2
+    train.batch_size=2 train.precision=fp32)
+fi
+run_module=("$PYTHON" -m)
+STEP_BENCH=("${run_module[@]}" moebench bench step --device "$DEVICE" --markdown "${STEP[@]}" "${ROUTERS[@]}")
+HALF=$([[ $DEVICE == cuda ]] && echo bf16 || echo fp32)
+
+say "$(date -u +%FT%TZ), $DEVICE, $LIMIT_S s in all: $("$PYTHON" -c 'import platform, torch
+print("Python", platform.python_version(), "torch", torch.__version__, *[torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())])')"
+# Not a stage: the others need it.
+if install_wheels >"$WORK/setup.log" 2>&1; then
+  say "setup: $(head -n 1 "$WORK/setup.log" | cut -c 1-500)"
+else
+  say "setup: failed: $(tail -n 1 "$WORK/setup.log" | cut -c 1-500)"
+  FAILED=1
+fi
+
+run_stage tests 200 "${run_module[@]}" pytest -p no:cacheprovider -m gpu -k "$TESTS" --timeout 120 tests/gpu tests/contract/test_execution.py
+run_stage step 90 "${STEP_BENCH[@]}" "${MODEL[@]}" train.precision="$HALF"
+run_stage layer 200 "${run_module[@]}" moebench bench layer --device "$DEVICE" --markdown "${LAYER[@]}"
+run_stage step_512 90 "${STEP_BENCH[@]}" "${WIDE[@]}" "${W512[@]}" train.precision="$HALF"
+run_stage step_1152 90 "${STEP_BENCH[@]}" "${WIDE[@]}" "${W1152[@]}" train.precision="$HALF"
+run_stage long 600 "${run_module[@]}" moebench run experiments/language_long.yaml --jobs 6 --tracker none \
+  'grid.router=[{name: top_k, top_k: 2}, loss_free]' train.device="$DEVICE" "${LONG[@]}"
+keep_results
+say "$((SECONDS - BEGIN_S)) s in all"
+exit $FAILED

@@ -1,0 +1,155 @@
+"""Whatever is sent lies on the device of the processes, as NCCL needs it: tried on a CPU, as if it were another."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from contract.task_data import write_data
+from contract.training_cases import tiny_config, write_text
+from distributed.matrix import SHORT, case, matrix
+from distributed.steps import assert_same_training, train_steps, trained_alike
+from distributed.team import ALONE, Mesh, Shape
+from distributed.test_resharding import train
+from distributed.test_same_training import PLUGINS, TOLERANCES, train_all
+from separate_device import DEVICE, HOST, DeviceError, separate_device
+
+from moebench.registry import load_plugin
+from moebench.routing.router import ROUTERS
+from moebench.tasks.task import TASKS
+from moebench.training.model import prepare_task
+
+MESHES = [Shape(has_group=True), Shape(2, 1), Shape(1, 2), Shape(2, 2)]
+SENDING = {
+    "top_2": case(),  # with the costs of the processes logged in every second step
+    "experts on both": case(layout={"name": "zero_computation", "num_experts": 8, "match": "none"}),
+    "router loss_free": case(router={"name": "loss_free"}),
+    "router expert_choice": case(router={"name": "expert_choice"}),
+    "router soft_moe": case(router={"name": "soft_moe"}),
+    "bf16": case(train={"precision": "bf16", "accumulate": 2}),
+    "padded": case(task={"name": "padded"}),
+    "reroute": matrix()["reroute"],
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if "collapsed" not in ROUTERS.names():
+        for plugin in PLUGINS:
+            load_plugin(str(plugin))
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+def test_a_tensor_knows_where_it_lies() -> None:
+    with separate_device() as device:
+        near, far = torch.zeros(3), torch.zeros(3, device=device)
+        assert [x.device for x in (near, near + 1, far.cpu(), far.to("cpu"), near.double(), near.view(3, 1))] == [
+            HOST
+        ] * 6
+        assert [x.device for x in (far, far * 2, near.to(device), far.new_zeros(2), far.double(), far[1:])] == [
+            DEVICE
+        ] * 6
+        assert [torch.ones(2, device=x.device).device for x in (near, far)] == [HOST, DEVICE]
+        module = torch.nn.Linear(3, 2)
+        assert [module.weight.device, module.to(device).weight.device] == [HOST, DEVICE]
+        module(far).sum().backward()
+        assert module.weight.grad is not None
+        assert module.weight.grad.device == DEVICE
+        leaf = torch.ones(2, device=device, requires_grad=True)
+        leaf.cpu().sum().backward()
+        assert leaf.grad is not None
+        assert leaf.grad.device == DEVICE
+        for wrong in (lambda: far + near, lambda: torch.equal(far, near), lambda: module(near)):
+            with pytest.raises(DeviceError, match="on the host, meets tensors of the device"):
+                wrong()
+        with pytest.raises(DeviceError, match="generator"):
+            torch.rand(3, generator=torch.Generator(), device=device)
+    assert torch.zeros(3).to("cpu").device == HOST
+
+
+def refused(mesh: Mesh) -> list[str]:
+    """Return what each collective says to a tensor of the host; those of the device are sent."""
+    own, near = torch.ones(2, device=mesh.device), torch.ones(2)
+    assert mesh.world.sum(own).tolist() == [mesh.size] * 2
+    assert mesh.world.gather(own).shape == (2 * mesh.size,)
+    assert mesh.agree({"said": mesh.rank}) == {"said": 0}
+    assert mesh.collect(mesh.rank) == list(range(mesh.size))
+    mesh.wait()
+    calls: list[Callable[[], Any]] = [lambda: mesh.world.sum(near), lambda: mesh.world.gather(near)]
+    if mesh.place.has_group:
+        calls += [
+            lambda: dist.all_reduce(near),
+            lambda: dist.broadcast(near, 0),
+            lambda: dist.all_to_all_single(own.clone(), near),
+            lambda: dist.all_gather_into_tensor(own.new_empty(2 * mesh.size), near),
+        ]
+    said = []
+    for call in calls:
+        try:
+            call()
+            said.append("sent")
+        except (DeviceError, ValueError) as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize("shape", [Shape(), *MESHES[:2]], ids=["alone", "group of one", "two"])
+def test_no_collective_takes_a_tensor_of_the_host(shape: Shape) -> None:
+    for said in replace(shape, is_separate=True).run(refused):
+        assert said[:2] == ["a value to be sent is on cpu, and the processes exchange what is on cpu:0"] * 2
+        assert all("on the host, cannot be sent" in text for text in said[2:])
+        assert len(said) == (2 if not shape.has_group and shape.size == 1 else 6)
+
+
+@pytest.fixture(scope="module")
+def alone(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    (found,) = ALONE.run(train_all, text, SENDING, tmp_path_factory.mktemp("alone"))
+    return found
+
+
+@pytest.mark.parametrize(
+    "shape", [pytest.param(shape, marks=pytest.mark.slow if shape.data > 1 else ()) for shape in MESHES], ids=str
+)
+def test_training_sends_from_the_device_alone(shape: Shape, text: Path, alone: dict[str, Any], tmp_path: Path) -> None:
+    cases = {name: shape.over(overrides) for name, overrides in SENDING.items()}
+    found = replace(shape, is_separate=True).run(train_all, text, cases, tmp_path)
+    for name in cases:
+        wrong = [of_rank[name] for of_rank in found if isinstance(of_rank.get(name, "missing"), str)]
+        assert not wrong, "\n".join([name, *wrong])
+        tolerance = TOLERANCES.get(name, {})
+        assert_same_training(trained_alike([of_rank[name] for of_rank in found]), alone[name], **tolerance)
+        if name == "top_2":
+            assert '"parallel/rows/rank_0"' in found[0][name]["journal"]
+
+
+@pytest.mark.parametrize("shape", [Shape(), Shape(1, 2)], ids=str)
+def test_a_run_that_only_lacks_its_result_is_evaluated_on_the_device(shape: Shape, text: Path, tmp_path: Path) -> None:
+    """Killed between its last checkpoint and its result: by then lightning has the module back on the host."""
+    overrides = shape.over(case(train={"steps": 2}))
+    separate = replace(shape, is_separate=True)
+    whole = separate.run(train, text, overrides, tmp_path)
+    assert separate.run(finish, text, overrides, tmp_path) == whole
+
+
+def finish(mesh: Mesh, text: Path, overrides: dict[str, Any], folder: Path) -> dict[str, float]:
+    return train(mesh, text, overrides, folder, is_over=True)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in SHORT else pytest.mark.slow) for name in matrix()]
+)
+def test_one_process_trains_on_its_device(name: str, text: Path, tmp_path: Path) -> None:
+    (found,) = Shape(is_separate=True).run(train_steps, text, matrix()[name], tmp_path)
+    assert len(found["steps"]) == 3
+
+
+@pytest.mark.parametrize("task", TASKS.names())
+def test_every_task_trains_on_its_device(task: str, text: Path, tmp_path: Path) -> None:
+    options = {"name": task, **write_data(tmp_path).get(task, {})}
+    overrides = case(task=options, train={"steps": 2})
+    prepare_task(tiny_config(text, **overrides), tmp_path)  # on the host
+    (found,) = Shape(is_separate=True).run(train_steps, text, overrides, tmp_path)
+    assert len(found["steps"]) == 2
