@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moebench.routing.ranking import QUANTUM, SCORE_QUANTUM, rank_top_k, rounded
+
 Solver = Literal["auction", "exact", "sinkhorn"]
 
 STEP_SHARE = 1 / 200
@@ -24,15 +26,18 @@ def balanced_assignment(affinity_TE: Tensor, solver: Solver) -> Tensor:
     """Return expert_T, the expert of each token, at most ceil(T/E) tokens for each.
 
     exact: the best there is (SciPy on the CPU). auction: within T·range/200 of it. sinkhorn: the same bound in fewer
-    rounds, since the auction begins at the prices that entropic transport finds.
+    rounds, since the auction begins at the prices that entropic transport finds. All of them solve the problem of
+    affinities in whole numbers of range/16384: the noise of their last bits would decide between tokens that are
+    alike, and move one more token with each that it decides. Tokens that are alike get places in their order.
     """
     num_tokens, num_experts = affinity_TE.shape
     if num_experts == 1 or num_tokens == 0:
         return torch.zeros(num_tokens, dtype=torch.int64, device=affinity_TE.device)
-    if solver == "exact":
-        return exact(affinity_TE)
     spread = (affinity_TE.max() - affinity_TE.min()).clamp(min=1e-30)
-    scaled_TE = (affinity_TE - affinity_TE.min()) / spread  # in 0 ... 1: the step and the temperature are shares
+    # In 0 ... 1: the step and the temperature are shares.
+    scaled_TE = rounded((affinity_TE - affinity_TE.min()) / spread) * QUANTUM
+    if solver == "exact":
+        return exact(scaled_TE)
     # Places that no token needs go to tokens that do not care, so that in the end every place is taken: then, and
     # only then, the prices prove the bound whatever they began with.
     seats = -(-num_tokens // num_experts)
@@ -81,10 +86,11 @@ def auction(affinity_RE: Tensor, seats: int, price_E: Tensor, step: float) -> Te
         homeless_R = (bid_RE.amax(1) == nobody).nonzero().squeeze(1)
         if homeless_R.numel() == 0:
             return bid_RE.argmax(1)
-        value_RK, expert_RK = (affinity_RE[homeless_R] - price_E).topk(2, dim=1)
-        best_R = expert_RK[:, 0]
+        value_RE = affinity_RE[homeless_R] - price_E
+        value_RK, best_R = value_RE.topk(2, dim=1).values, value_RE.argmax(1)  # of equals, the first
         bid_RE[homeless_R, best_R] = price_E[best_R] + value_RK[:, 0] - value_RK[:, 1] + step
-        kept_SE, row_SE = bid_RE.topk(seats, dim=0)
+        row_SE = rank_top_k(bid_RE, seats, dim=0, quantum=SCORE_QUANTUM)
+        kept_SE = bid_RE.gather(0, row_SE)
         price_E = torch.where(kept_SE[-1] == nobody, price_E, kept_SE[-1])
         bid_RE = torch.full_like(bid_RE, nobody).scatter(0, row_SE, kept_SE)
     raise ArithmeticError("the auction does not end: affinities that are not numbers")

@@ -8,6 +8,7 @@ from torch import Tensor
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate, gumbel
+from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
 from moebench.routing.values import Routing
 
@@ -69,13 +70,14 @@ class DenseToSparse(Router):
         logits_TE = self.gate(x_TD)
         scores_TE = logits_TE.softmax(-1)
         if not ctx.training or ctx.step >= self.options.dense_steps:
-            weight_TK, expert_TK = scores_TE.max(-1, keepdim=True)
+            expert_TK = rank_top_k(logits_TE, 1)
+            weight_TK = scores_TE.gather(-1, expert_TK)
             return Routing.from_top_k(
                 expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
             )
         noisy_TE = logits_TE + gumbel(ctx.uniform(*logits_TE.shape))
         share_TE = (noisy_TE / self._temperature(ctx.step)).softmax(-1)
-        best_TE = torch.zeros_like(share_TE, dtype=torch.bool).scatter(-1, noisy_TE.argmax(-1, keepdim=True), True)
+        best_TE = torch.zeros_like(share_TE, dtype=torch.bool).scatter(-1, rank_top_k(noisy_TE, 1), True)
         chosen_TE = best_TE | (share_TE > self.options.threshold)
         return Routing.from_table(share_TE, chosen_TE, logits_TE=logits_TE, scores_TE=share_TE)
 

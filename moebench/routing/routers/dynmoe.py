@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
+from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
@@ -73,7 +74,7 @@ class DynMoE(Router):
         logits_TE = self.scale * self.gate(x_TD) / length_TE.clamp(min=1e-6)
         scores_TE = logits_TE.sigmoid()
         above_TE = scores_TE - self.threshold_E.sigmoid()
-        best_TE = functional.one_hot(scores_TE.argmax(-1), self.num_experts).bool()
+        best_TE = functional.one_hot(rank_top_k(logits_TE, 1).squeeze(-1), self.num_experts).bool()
         passed_TE = above_TE > 0
         used_TE = passed_TE | (best_TE & ~passed_TE.any(-1, keepdim=True))
         used_TE = used_TE.detach()

@@ -9,6 +9,7 @@ from torch import Tensor
 from moebench.routing.assignment import balanced_assignment
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
+from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
 from moebench.routing.values import Routing
 
@@ -60,7 +61,7 @@ class Base(Router):
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Give each token its place in the best balanced assignment; in evaluation, the expert it likes best."""
         logits_TE = self.gate(x_TD)
-        expert_T = logits_TE.argmax(-1)
+        expert_T = rank_top_k(logits_TE, 1).squeeze(-1)
         if ctx.training:
             expert_T = self._balanced(logits_TE.detach(), expert_T, ctx.valid_T)
         expert_TK = expert_T.unsqueeze(-1)
