@@ -21,6 +21,8 @@ TEMPERATURE_SHARE = 1 / 50
 SINKHORN_ITERATIONS = 20
 TIE_SHARE = 2.0**-18
 """Affinities of one expert whose neighbours are this share of the range apart are equal: some ten times their noise."""
+LEAST_RANGE = 0.1
+"""Of affinities: that of BASE's gate before training is five times as much."""
 MAX_ROUNDS = 20_000
 """Affinities that are no numbers would keep the auction going for ever."""
 
@@ -39,8 +41,9 @@ def balanced_assignment(affinity_TE: Tensor, solver: Solver) -> Tensor:
     num_tokens, num_experts = affinity_TE.shape
     if num_experts == 1 or num_tokens == 0:
         return torch.zeros(num_tokens, dtype=torch.int64, device=affinity_TE.device)
-    spread = (affinity_TE.max() - affinity_TE.min()).clamp(min=1e-30)
-    scaled_TE = (affinity_TE - affinity_TE.min()) / spread  # in 0 ... 1: the step and the temperature are shares
+    # In 0 ... 1, since the step and the temperature are shares; what is smaller than LEAST_RANGE may be noise alone.
+    spread = (affinity_TE.max() - affinity_TE.min()).clamp(min=LEAST_RANGE)
+    scaled_TE = (affinity_TE - affinity_TE.min()) / spread
     scaled_TE, level_TE = merge_near_ties(scaled_TE, TIE_SHARE)
     return in_order(_best(scaled_TE, solver), level_TE)
 

@@ -109,8 +109,8 @@ def test_reroute_by_hand() -> None:
 
 
 def test_a_round_asks_for_one_choice_whether_it_is_free_or_not() -> None:
-    # One slot. 0 and 1 have their experts; 2 and 3 wait for expert 0. Round 1: 2 asks for expert 1, which is full, and 3
-    # gets expert 2. Round 2: 2 asks for expert 2, now full. Round 3: it gets expert 3, its fourth choice.
+    # One slot. Tokens 0 and 1 have their experts, 2 and 3 wait for expert 0. Round 1: token 2 asks for expert 1, which
+    # is full, and token 3 gets expert 2. Round 2: token 2 asks for expert 2, now full. Round 3: it gets its fourth.
     probability_TE = torch.tensor(
         [[0.97, 0.01, 0.01, 0.01], [0.01, 0.97, 0.01, 0.01], [0.4, 0.3, 0.2, 0.1], [0.4, 0.1, 0.3, 0.2]]
     )
@@ -122,8 +122,8 @@ def test_a_round_asks_for_one_choice_whether_it_is_free_or_not() -> None:
 
 @pytest.mark.parametrize(("rank", "served"), [(4, True), (5, False)])
 def test_a_token_asks_for_its_four_best_experts_and_no_more(rank: int, served: bool) -> None:
-    # Five experts with one slot. Token 0 wants the expert that is its `rank`-th choice for token 1; the tokens behind
-    # fill all others but the last, which is where token 1 ends if it may ask so far down.
+    # Five experts with one slot. Token 0 has expert 0, which is token 1's first choice, and the tokens behind have its
+    # second, third and so on: the first free one is its `rank`-th.
     probability_TE = torch.full((rank, 5), 0.01)
     probability_TE[torch.arange(rank), torch.tensor([0, 0, 1, 2, 3][:rank])] = 0.96
     probability_TE[1] = torch.tensor([0.3, 0.25, 0.2, 0.15, 0.1])

@@ -46,7 +46,8 @@ class Base(Router):
 
         name: str = "base"
         solver: Literal["auction", "exact", "sinkhorn"] = "sinkhorn"
-        """Exact: the optimum (slow). Auction (the paper): close to it. Sinkhorn: an auction from good first prices."""
+        """How the best assignment is found. Exact: SciPy (slow). Auction: that of the paper, then exchanges. Sinkhorn:
+        the same from good first prices."""
 
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__(config, site)

@@ -9,7 +9,7 @@ from torch.nn import functional
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.ranking import rank_all, rank_top_k
+from moebench.routing.ranking import rank_all, rank_top_k, rounded
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
 from moebench.routing.values import LayerRecord, Routing
 
@@ -83,7 +83,7 @@ class MixtureOfDepths(Router):
             scores_TE=scores_TE,
             extras={"predicted_T": predicted_T, "first_T": first_T},
         )
-        return routing.keep(first_T if ctx.training else predicted_T > 0).compact()
+        return routing.keep(first_T if ctx.training else rounded(predicted_T) > 0).compact()
 
     def _first(self, depth_T: Tensor, ctx: RouteContext) -> Tensor:
         """Return who is among the C first of the sequence, bool; C is the share of its tokens that are no padding."""
