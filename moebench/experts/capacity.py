@@ -82,7 +82,7 @@ def precedence(routing: Routing, order: DropOrder, generator: Generator) -> Tens
     if order == "priority":
         return _first_choices_first(routing)
     if order == "router" and routing.priority_N is not None:
-        return routing.priority_N.argsort(descending=True, stable=True)
+        return rank_all(routing.priority_N)
     return routing.token_N.argsort(stable=True)
 
 

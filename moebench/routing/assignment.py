@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moebench.routing.ranking import merge_near_ties
+
 Solver = Literal["auction", "exact", "sinkhorn"]
 
 HASH_FACTOR = 0x5851F42D4C957F2D
@@ -19,8 +21,6 @@ STEP_SHARE = 1 / 200
 TEMPERATURE_SHARE = 1 / 50
 """Temperature of the Sinkhorn iterations that find the first prices, as a share of that range."""
 SINKHORN_ITERATIONS = 20
-TIE_SHARE = 2.0**-18
-"""Affinities of one expert whose neighbours are this share of the range apart are equal: some ten times their noise."""
 LEAST_RANGE = 0.1
 """Of affinities: that of BASE's gate before training is five times as much."""
 MAX_ROUNDS = 20_000
@@ -44,7 +44,7 @@ def balanced_assignment(affinity_TE: Tensor, solver: Solver) -> Tensor:
     # In 0 ... 1, since the step and the temperature are shares; what is smaller than LEAST_RANGE may be noise alone.
     spread = (affinity_TE.max() - affinity_TE.min()).clamp(min=LEAST_RANGE)
     scaled_TE = (affinity_TE - affinity_TE.min()) / spread
-    scaled_TE, level_TE = merge_near_ties(scaled_TE, TIE_SHARE)
+    scaled_TE, level_TE = merge_near_ties(scaled_TE, dim=0)
     return in_order(_best(scaled_TE, solver), level_TE)
 
 
@@ -62,20 +62,6 @@ def _best(scaled_TE: Tensor, solver: Solver) -> Tensor:
         price_E = entropic_prices(scaled_RE, TEMPERATURE_SHARE, SINKHORN_ITERATIONS)
     expert_R = auction(scaled_RE, seats, price_E, STEP_SHARE)
     return exchange(scaled_RE.double(), expert_R)[:num_tokens]
-
-
-def merge_near_ties(value_TE: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Return the values of each column with near ties made equal, and the number of each one's level in its column.
-
-    A level is a run of values whose neighbours are no further apart than `tolerance`; all get that of the lowest.
-    """
-    sorted_TE, index_TE = value_TE.sort(dim=0)
-    starts_TE = torch.ones_like(sorted_TE, dtype=torch.bool)
-    starts_TE[1:] = sorted_TE.diff(dim=0) > tolerance
-    place_T1 = torch.arange(len(value_TE), device=value_TE.device).unsqueeze(1)
-    start_TE = place_T1.where(starts_TE, 0).cummax(0).values
-    merged_TE = torch.empty_like(value_TE).scatter_(0, index_TE, sorted_TE.gather(0, start_TE))
-    return merged_TE, torch.empty_like(index_TE).scatter_(0, index_TE, start_TE)
 
 
 def in_order(expert_T: Tensor, level_TE: Tensor) -> Tensor:

@@ -1,32 +1,34 @@
 """Ranking that does not depend on the order of a sum: near ties are ties, and ties go to the lower index.
 
 A batch that is divided among processes is summed in another order, so the same value differs in its last bits: fp32
-logits of size 1 to 10 by some 1e-7 to 1e-6. Where two values are equal but for that (the same token twice, two experts
-with the same weights), comparing them as they are lets the noise decide who is chosen, and from there on two meshes
-train two models. Every choice among tokens or experts therefore goes through this module: it compares values in whole
-numbers of a quantum, and gives equal ones to the lower index.
+logits by some 1e-7. Where two values are equal but for that (the same token twice, two experts with the same weights),
+comparing them as they are lets the noise decide who is chosen, and from there on two meshes train two models. Every
+choice among tokens or experts therefore goes through this module, in one of two ways.
 
-What remains: a value that stands on the boundary between two quanta within its noise, and two different values that
-happen to be as near to each other as that. Both are as rare as the noise is small against the quantum, or against the
-distance of values; no quantum can help the second.
+- Tokens (`rank_all`, `merge_near_ties`): values that are neighbours and no further apart than TOLERANCE count as equal.
+  It takes a sort. Tokens are many, and a token that occurs often ties wherever its score happens to be.
+- The experts of a token (`rank_top_k`): values are rounded to whole numbers of a quantum, which takes no sort. Experts
+  are few, and equal ones are rare.
+
+What remains: two neighbours that are just TOLERANCE apart, or a value on the boundary of two quanta, within the noise.
+That is as rare as two values that happen to be nearer to each other than the noise, which no rule can help.
 """
 
 import torch
 from torch import Tensor
 
+TOLERANCE = 2.0**-17
+"""Of neighbours in logits or logarithms of scores: 8e-6, ten times the noise, and 0.0008 % of a probability.
+Probabilities are ranked by their logarithm, since among many experts they are small and 8e-6 of the whole would be
+much. Only among millions of tokens are neighbours so close that runs of them grow together."""
+
 QUANTUM = 2.0**-14
-"""For logits and logarithms of scores: 6e-5, a hundred times the noise of fp32 logits. Two probabilities whose
-logarithms are that close differ by 0.006 %, sixty times less than one bit of bf16. Probabilities are ranked by their
-logarithm, since among many experts, or tokens, they are small and 6e-5 of the whole would be much."""
+"""Of logits: 6e-5, so that a value is on a boundary in one of a hundred cases or less. Two probabilities whose logits
+are so close differ by 0.006 %, sixty times less than one bit of bf16."""
 
 SCORE_QUANTUM = 2.0**-20
-"""For scores that have to be compared as they are, such as those with a selection bias: 1e-6, ten times the noise of a
-number below 1. Between 256 experts probabilities are some 0.004, and next ones differ by 1e-4 or less."""
-
-
-def rounded(value: Tensor, quantum: float = QUANTUM) -> Tensor:
-    """Return the values in whole numbers of the quantum, without gradient."""
-    return (value.detach() / quantum).round()
+"""Of scores that have to be compared as they are, such as those with a selection bias: 1e-6, ten times the noise of a
+number below 1. With 256 experts probabilities are some 0.004, and 6e-5 would be much."""
 
 
 def log_scores(scores: Tensor) -> Tensor:
@@ -34,21 +36,50 @@ def log_scores(scores: Tensor) -> Tensor:
     return scores.detach().clamp(min=torch.finfo(scores.dtype).tiny).log()
 
 
-def rank_all(value: Tensor, dim: int = -1) -> Tensor:
-    """Return the indices along `dim` from the highest value to the lowest; equal ones in their order."""
-    return rounded(value).argsort(dim=dim, descending=True, stable=True)
+def rounded(value: Tensor, quantum: float = QUANTUM) -> Tensor:
+    """Return the values in whole numbers of the quantum, without gradient."""
+    return (value.detach() / quantum).round()
 
 
 def rank_top_k(value: Tensor, k: int, dim: int = -1, quantum: float = QUANTUM) -> Tensor:
-    """Return the indices of the k highest values along `dim`, from the best to the worst; equal ones in their order.
+    """Return the indices of the k highest values along `dim`, best first; equal quanta in their order, no sort."""
+    return _top_k_of_integers(rounded(value, quantum), k, dim)
 
-    `torch.topk` keeps no order among equals, and a stable sort of everything takes several times as long: each value
-    becomes a whole number that no other has, its quanta times n less its index. (-inf is a value like any other.)
+
+def rank_all(value: Tensor, dim: int = -1) -> Tensor:
+    """Return the indices along `dim` from the highest value to the lowest; near ties in their order."""
+    return merge_near_ties(value.detach(), dim)[1].argsort(dim=dim, descending=True, stable=True)
+
+
+def rank_best_tokens(value: Tensor, k: int, dim: int) -> Tensor:
+    """Return the indices of the k highest values along `dim`, best first; near ties in their order."""
+    return _top_k_of_integers(merge_near_ties(value.detach(), dim)[1], k, dim)
+
+
+def merge_near_ties(value: Tensor, dim: int, tolerance: float = TOLERANCE) -> tuple[Tensor, Tensor]:
+    """Return the values along `dim` with near ties made equal, and their levels (int64: the higher, the higher).
+
+    A level is a run of values whose neighbours are no further apart than `tolerance`; all get that of the lowest.
     """
+    if value.shape[dim] < 2:
+        return value, torch.zeros_like(value, dtype=torch.int64)
+    sorted_values, index = value.sort(dim=dim)
+    starts = torch.ones_like(sorted_values, dtype=torch.bool)
+    starts.narrow(dim, 1, value.shape[dim] - 1).copy_(sorted_values.diff(dim=dim) > tolerance)
+    start = _index_along(value, dim).where(starts, 0).cummax(dim).values
+    merged = torch.empty_like(value).scatter_(dim, index, sorted_values.gather(dim, start))
+    return merged, torch.empty_like(index).scatter_(dim, index, start)
+
+
+def _top_k_of_integers(value: Tensor, k: int, dim: int) -> Tensor:
+    # torch.topk keeps no order among equals: with the index in it each key is the only one of its kind.
     num = value.shape[dim]
-    shape = [1] * value.dim()
-    shape[dim] = num
-    limit = 2.0**62 / max(num, 1)
-    key = rounded(value, quantum).clamp(-limit, limit).long() * num
-    key -= torch.arange(num, device=value.device).view(shape)
+    limit = 2**62 // max(num, 1)
+    key = value.clamp(-limit, limit).long() * num - _index_along(value, dim)
     return key.argmax(dim, keepdim=True) if k == 1 else key.topk(k, dim=dim).indices
+
+
+def _index_along(value: Tensor, dim: int) -> Tensor:
+    shape = [1] * value.dim()
+    shape[dim] = value.shape[dim]
+    return torch.arange(value.shape[dim], device=value.device).view(shape)

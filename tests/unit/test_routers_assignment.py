@@ -11,15 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moebench.errors import UsageError
-from moebench.routing.assignment import (
-    TIE_SHARE,
-    balanced_assignment,
-    entropic_prices,
-    exact,
-    exchange,
-    gaining_cycle,
-    merge_near_ties,
-)
+from moebench.routing.assignment import balanced_assignment, entropic_prices, exact, exchange, gaining_cycle
+from moebench.routing.ranking import TOLERANCE
 from moebench.routing.routers.sinkhorn import column_scale
 
 SOLVERS = ("auction", "exact", "sinkhorn")
@@ -32,7 +25,7 @@ def value(affinity_TE: Tensor, expert_T: Tensor) -> float:
 
 def slack(affinity_TE: Tensor) -> float:
     """Return what making near ties equal may cost: for each token a few times the tolerance."""
-    return 4 * len(affinity_TE) * TIE_SHARE * float(affinity_TE.max() - affinity_TE.min()) + 1e-5
+    return 4 * len(affinity_TE) * TOLERANCE * float(affinity_TE.max() - affinity_TE.min()) + 1e-5
 
 
 def drawn(num_tokens: int, num_experts: int, seed: int, kind: str) -> Tensor:
@@ -108,14 +101,6 @@ def test_tokens_that_are_alike_take_their_places_in_order(solver) -> None:
     noise_TE = 1e-7 * torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
     for each_TE in (affinity_TE, affinity_TE + noise_TE):
         assert balanced_assignment(each_TE, solver).tolist() == [0, 0, 0, 1, 1, 0, 1, 1]
-
-
-def test_near_ties_become_levels() -> None:
-    # Column 0: .1 .2 .2+ε .3: three levels. Column 1: a run of neighbours is one level however long it is.
-    value_TE = torch.tensor([[0.2, 0.02], [0.1, 0.0], [0.3, 0.03], [0.2001, 0.01]])
-    merged_TE, level_TE = merge_near_ties(value_TE, 0.011)
-    assert merged_TE.T.tolist() == [pytest.approx([0.2, 0.1, 0.3, 0.2]), [0.0] * 4]
-    assert level_TE.T.tolist() == [[1, 0, 3, 1], [0, 0, 0, 0]]
 
 
 @settings(max_examples=60)
