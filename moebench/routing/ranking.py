@@ -6,7 +6,8 @@ comparing them as they are lets the noise decide who is chosen, and from there o
 choice among tokens or experts therefore goes through this module, in one of two ways.
 
 - Tokens (`rank_all`, `merge_near_ties`): values that are neighbours and no further apart than TOLERANCE count as equal.
-  It takes a sort. Tokens are many, and a token that occurs often ties wherever its score happens to be.
+  It takes a sort. Tokens are many, and a token that occurs often ties wherever its score happens to be. To choose a
+  number of them (`take_best_tokens`) only those that near the last one have to be told apart.
 - The experts of a token (`rank_top_k`): values are rounded to whole numbers of a quantum, which takes no sort. Experts
   are few, and equal ones are rare.
 
@@ -51,9 +52,20 @@ def rank_all(value: Tensor, dim: int = -1) -> Tensor:
     return merge_near_ties(value.detach(), dim)[1].argsort(dim=dim, descending=True, stable=True)
 
 
-def rank_best_tokens(value: Tensor, k: int, dim: int) -> Tensor:
-    """Return the indices of the k highest values along `dim`, best first; near ties in their order."""
-    return _top_k_of_integers(merge_near_ties(value.detach(), dim)[1], k, dim)
+def take_best_tokens(value_GTE: Tensor, num: int, seats_G: Tensor) -> Tensor:
+    """Return `num` tokens for each expert of each group, int64 [G, num, E], of which the first `seats_G` are its best.
+
+    These are the tokens above the value of the last seat, and of those within TOLERANCE of it the first ones: a
+    selection, for which what is far from the last seat need not be sorted.
+    """
+    if num == 0:
+        return torch.zeros_like(value_GTE[:, :0], dtype=torch.int64)
+    last_G11 = (seats_G - 1).clamp(0, num - 1).view(-1, 1, 1)
+    value_GTE = value_GTE.detach()
+    best_GCE = value_GTE.topk(num, dim=1).values
+    last_G1E = best_GCE.gather(1, last_G11.expand(-1, 1, best_GCE.shape[2]))
+    above_GTE, near_GTE = value_GTE > last_G1E + TOLERANCE, value_GTE >= last_G1E - TOLERANCE
+    return _top_k_of_integers(above_GTE.long() + near_GTE, num, dim=1)
 
 
 def merge_near_ties(value: Tensor, dim: int, tolerance: float = TOLERANCE) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,9 @@ from moebench.routing.ranking import (
     log_scores,
     merge_near_ties,
     rank_all,
-    rank_best_tokens,
     rank_top_k,
     rounded,
+    take_best_tokens,
 )
 
 TIED = torch.tensor([0.5, 2.0, -1.0, 2.0, 0.5, 2.0])
@@ -31,9 +31,8 @@ def test_near_ties_go_to_the_lower_index(seed: int) -> None:
     assert rank_all(noisy_E).tolist() == [1, 3, 5, 0, 4, 2]
     assert [rank_top_k(noisy_E, k).tolist() for k in (1, 2, 4)] == [[1], [1, 3], [1, 3, 5, 0]]
     column_TE = torch.stack([noisy_E, -noisy_E], dim=1)
-    for function in (rank_top_k, rank_best_tokens):
-        assert function(column_TE, 3, dim=0).T.tolist() == [[1, 3, 5], [2, 0, 4]]
-        assert function(column_TE, 1, dim=0).T.tolist() == [[1], [2]]
+    assert rank_top_k(column_TE, 3, dim=0).T.tolist() == [[1, 3, 5], [2, 0, 4]]
+    assert rank_top_k(column_TE, 1, dim=0).T.tolist() == [[1], [2]]
     assert rank_all(column_TE, dim=0)[:4].T.tolist() == [[1, 3, 5, 0], [2, 0, 4, 1]]
 
 
@@ -80,7 +79,7 @@ def test_a_token_that_recurs_ties_wherever_its_score_is() -> None:
 def test_nothing_to_rank() -> None:
     assert rank_top_k(torch.zeros(0, 4), 2).shape == (0, 2)
     assert rank_top_k(torch.zeros(0, 4), 1).shape == (0, 1)
-    assert rank_best_tokens(torch.zeros(2, 0, 4), 0, dim=1).shape == (2, 0, 4)
+    assert take_best_tokens(torch.zeros(2, 0, 4), 0, torch.zeros(2, dtype=torch.int64)).shape == (2, 0, 4)
     assert rank_all(torch.zeros(0)).shape == (0,)
 
 
@@ -94,7 +93,10 @@ def test_top_k_is_the_head_of_a_stable_sort(values: list[float], k: int, seed: i
     noisy_E = noise(torch.tensor(values), seed)
     assert rank_top_k(noisy_E, k).tolist() == expected[:k]
     assert rank_all(noisy_E).tolist() == expected
-    assert rank_best_tokens(noisy_E, k, 0).tolist() == expected[:k]
+    for seats in range(k + 1):
+        taken = take_best_tokens(noisy_E.view(1, -1, 1), k, torch.tensor([seats])).flatten().tolist()
+        assert len(set(taken)) == k
+        assert set(taken[:seats]) == set(expected[:seats])
 
 
 def test_the_gradient_stays_outside() -> None:

@@ -10,7 +10,7 @@ from moebench.errors import require
 from moebench.routing.assignment import capped_plan
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.ranking import log_scores, rank_best_tokens, rank_top_k
+from moebench.routing.ranking import log_scores, rank_top_k, take_best_tokens
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import Routing
 
@@ -90,7 +90,7 @@ class ExpertChoice(Router):
         capacity = self._capacity(token_GT.shape[1]) if num_tokens else 0
         seats_G = self._seats(token_GT, ctx.valid_T)
         ranked_GTE = self._ranked(scores_TE.detach()[token_GT], seats_G, ctx.valid_T, token_GT)
-        place_GCE = rank_best_tokens(ranked_GTE, capacity, dim=1)  # from the best to the worst
+        place_GCE = take_best_tokens(ranked_GTE, capacity, seats_G)
         taken_GEC = token_GT.unsqueeze(1).expand(-1, self.num_experts, -1).gather(2, place_GCE.transpose(1, 2))
         token_N = taken_GEC.transpose(1, 2).reshape(-1)
         expert_N = torch.arange(self.num_experts, device=x_TD.device).expand(place_GCE.shape).reshape(-1)

@@ -7,7 +7,7 @@ from torch import Tensor
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.ranking import SCORE_QUANTUM, rank_all, rounded
+from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k, rounded
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import Routing
 
@@ -65,7 +65,7 @@ class TopP(Router):
         """Send each token to its best experts until they reach P."""
         logits_TE = self.gate(x_TD)
         scores_TE = logits_TE.softmax(-1)
-        expert_TE = rank_all(logits_TE)
+        expert_TE = rank_top_k(logits_TE, self.num_experts)
         weight_TE = scores_TE.gather(-1, expert_TE)
         before_TE = weight_TE.detach().cumsum(-1) - weight_TE.detach()  # exactly 0 for the first: it is always used
         # Of ten equal experts the first four reach 0.4, however their sum is rounded.
