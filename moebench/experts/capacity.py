@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
+from moebench.routing.ranking import log_scores, rank_all
 from moebench.routing.values import Routing
 
-DropOrder = Literal["router", "position", "score", "random"]
+DropOrder = Literal["router", "position", "score", "priority", "random"]
 CapacityRule = Literal["megatron", "vmoe", "switch", "deepspeed"]
 Overflow = Literal["drop", "reroute", "pass"]
 
@@ -69,15 +70,30 @@ def precedence(routing: Routing, order: DropOrder, generator: Generator) -> Tens
     """Return the assignments (indices into N) from the first to be kept to the last.
 
     router: by the router's own priority if it has one, else by position. position: earlier tokens first, a token's
-    own choices in their order: causal. score: largest weight first (batch prioritized). random: drawn.
+    own choices in their order: causal. score: all assignments by weight, the largest first, whichever of its token's
+    choices it is. priority: all first choices before all second ones, and so on; among those, tokens by their largest
+    weight (batch prioritized routing of V-MoE, arXiv:2106.05974, appendix C). random: drawn. Weights are
+    compared as in `routing.ranking`; equal ones are kept by their place in the list, or by token.
     """
     if order == "random":
         return torch.randperm(routing.token_N.numel(), generator=generator, device=routing.token_N.device)
     if order == "score":
-        return routing.weight_N.detach().argsort(descending=True, stable=True)
+        return rank_all(log_scores(routing.weight_N))
+    if order == "priority":
+        return _first_choices_first(routing)
     if order == "router" and routing.priority_N is not None:
-        return routing.priority_N.argsort(descending=True, stable=True)
+        return rank_all(routing.priority_N)
     return routing.token_N.argsort(stable=True)
+
+
+def _first_choices_first(routing: Routing) -> Tensor:
+    """Return the assignments by choice, then by the largest weight of their token, then by token."""
+    token_N, num_tokens = routing.token_N, routing.num_tokens
+    weight_N = log_scores(routing.weight_N)
+    choice_N = place_in_queue(token_N, num_tokens, rank_all(weight_N))
+    best_T = weight_N.new_full((num_tokens,), -torch.inf).scatter_reduce(0, token_N, weight_N, "amax")
+    place_T = rank_all(best_T).argsort()
+    return (choice_N * num_tokens + place_T[token_N]).argsort()
 
 
 def place_in_queue(queue_N: Tensor, num_queues: int, precedence_N: Tensor) -> Tensor:

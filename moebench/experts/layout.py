@@ -91,10 +91,11 @@ class LayoutConfig:
     """The same in evaluation; null is dropless, the number to trust."""
     capacity_rule: Literal["megatron", "vmoe", "switch", "deepspeed"] = "megatron"
     """Slots: ceil(T·k·f/E); vmoe: up to a multiple of 4; deepspeed: at least 4; switch: int(T·f/E), at least 4."""
-    drop_order: Literal["router", "position", "score", "random"] = "router"
-    """Who keeps a slot: router (its own priority, else position), position, score (largest weight), random."""
+    drop_order: Literal["router", "position", "score", "priority", "random"] = "router"
+    """Who keeps a slot: router (its own priority, else position), position, score (largest weight, whichever choice it
+    is), priority (first choices before second ones, each by the token's largest weight, as in V-MoE), random."""
     overflow: Literal["drop", "reroute", "pass"] = "drop"
-    """Without a slot: drop (nothing), reroute (the next best expert with a free slot), pass (weight times input)."""
+    """Without a slot: drop (nothing), reroute (one of the three next best experts), pass (weight times input)."""
     expert_dropout: float = 0.0
     """Dropout on the hidden activations of experts, in training."""
     recompute: bool = False

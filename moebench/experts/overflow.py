@@ -7,8 +7,12 @@ from torch import Generator, Tensor
 
 from moebench.errors import UsageError
 from moebench.experts.capacity import Capacity, first_of_each_expert, place_in_queue, precedence
+from moebench.routing.ranking import log_scores, rank_top_k
 from moebench.routing.ranks import Ranks, Span
 from moebench.routing.values import Routing
+
+NUM_ROUNDS = 3
+"""Other experts that a token asks for a slot: mesh-TensorFlow tries the four best, its own choice among them."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,29 +75,31 @@ def passed_on(routing: Routing, kept: Routing, x_TD: Tensor) -> Tensor:
 
 
 def reroute(routing: Routing, kept_N: Tensor, slots: int, precedence_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Send what is over capacity to the token's next best experts with free slots; return expert_N and kept_N.
+    """Send what is over capacity to the token's next best experts where they have slots; return expert_N and kept_N.
 
-    In rounds, as mesh-TensorFlow's no-token-left-behind (arXiv:2101.03961, appendix B) does: each waiting assignment
-    bids for the best-scored expert with a free slot that is not in its token's list (a token's second waiting
-    assignment for the second best); each expert takes its first bids in the order of `precedence_N`; the others wait
-    for the next round. A round fills an expert or leaves nobody waiting, so E - 1 rounds are enough. Raises
-    UsageError without scores.
+    In rounds, as mesh-TensorFlow's no-token-left-behind (`_ntlb_gating`; arXiv:2101.03961, appendix B): in round i each
+    token with a waiting assignment bids for the i-th best of the experts that are not in its list, whether that has a
+    free slot or not; the expert takes bids in the order of `precedence_N` until it is full; the others wait for round
+    i + 1. There are `NUM_ROUNDS`. With several experts per token, where mesh-TensorFlow has one, a token bids with one
+    assignment at a time, the first of those that wait. Raises UsageError without scores.
     """
     if routing.scores_TE is None:
         raise UsageError("layout.overflow: 'reroute' needs scores, which this router does not make (try drop or pass)")
-    scores_TE = routing.scores_TE.detach()
+    token_N, num_tokens, num_experts = routing.token_N, routing.num_tokens, routing.num_experts
     expert_N, waiting_N = routing.expert_N, routing.counted_N & ~kept_N
     free_E = slots - routing.keep(kept_N).load_E
-    taken_TE = torch.zeros(scores_TE.shape, dtype=torch.int32, device=scores_TE.device)
-    taken_TE.index_put_((routing.token_N, routing.expert_N), torch.ones_like(expert_N, dtype=torch.int32))
-    for _ in range(routing.num_experts - 1):
-        bid_N, bids_N = _bids(routing.token_N, waiting_N, scores_TE, (taken_TE == 0) & (free_E > 0), precedence_N)
-        if not bids_N.any():
-            break
-        place_N = place_in_queue(bid_N.where(bids_N, routing.num_experts), routing.num_experts, precedence_N)
+    in_list_TE = torch.zeros(routing.scores_TE.shape, dtype=torch.bool, device=expert_N.device)
+    in_list_TE[token_N, expert_N] = True
+    num_others_T = num_experts - in_list_TE.sum(-1)
+    ranked_TE = log_scores(routing.scores_TE).masked_fill(in_list_TE, -torch.inf)
+    other_TO = rank_top_k(ranked_TE, min(NUM_ROUNDS, num_experts))
+    for turn in range(other_TO.shape[1]):
+        bid_N = other_TO[token_N, turn]
+        first_N = place_in_queue(token_N.where(waiting_N, num_tokens), num_tokens, precedence_N) == 0
+        bids_N = waiting_N & first_N & (turn < num_others_T[token_N])
+        place_N = place_in_queue(bid_N.where(bids_N, num_experts), num_experts, precedence_N)
         won_N = bids_N & (place_N < free_E[bid_N])
         expert_N, waiting_N, kept_N = bid_N.where(won_N, expert_N), waiting_N & ~won_N, kept_N | won_N
-        taken_TE.index_put_((routing.token_N, bid_N), won_N.int(), accumulate=True)
         free_E = free_E.scatter_add(0, bid_N, -won_N.long())
     return expert_N, kept_N
 
@@ -110,17 +116,6 @@ def _sent(routing: Routing, expert_N: Tensor, kept_N: Tensor) -> Routing:
     moved_N = kept_N & (expert_N != routing.expert_N)
     weight_N = _weight_of_moved(routing, routing.scores_TE, expert_N).where(moved_N, kept.weight_N)
     return replace(kept, expert_N=expert_N, weight_N=weight_N)
-
-
-def _bids(
-    token_N: Tensor, waiting_N: Tensor, scores_TE: Tensor, open_TE: Tensor, precedence_N: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return for each assignment the expert that it bids for, and whether it bids at all (bool)."""
-    num_tokens, num_experts = open_TE.shape
-    ranked_TE = scores_TE.masked_fill(~open_TE, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    place_N = place_in_queue(token_N.where(waiting_N, num_tokens), num_tokens, precedence_N)
-    bids_N = waiting_N & (place_N < open_TE.sum(-1)[token_N])
-    return ranked_TE[token_N, place_N.clamp(max=num_experts - 1)], bids_N
 
 
 def _weight_of_moved(routing: Routing, scores_TE: Tensor, expert_N: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moebench.errors import UsageError
+from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k
 
 
 def within_best_groups(selection_TE: Tensor, num_groups: int, kept_groups: int, best_of: int) -> Tensor:
@@ -17,7 +18,7 @@ def within_best_groups(selection_TE: Tensor, num_groups: int, kept_groups: int, 
         return selection_TE
     grouped_TGe = selection_TE.view(len(selection_TE), num_groups, selection_TE.shape[-1] // num_groups)
     best_TGn = grouped_TGe.topk(min(best_of, grouped_TGe.shape[-1]), dim=-1).values
-    kept_Tg = best_TGn.sum(-1).topk(kept_groups, dim=-1).indices
+    kept_Tg = rank_top_k(best_TGn.sum(-1), kept_groups, quantum=SCORE_QUANTUM)
     kept_TG = torch.zeros_like(best_TGn[..., 0], dtype=torch.bool).scatter(-1, kept_Tg, True)
     masked_TGe = grouped_TGe.masked_fill(~kept_TG.unsqueeze(-1), -torch.inf)
     return masked_TGe.view(selection_TE.shape)

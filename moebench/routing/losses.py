@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moebench.errors import UsageError
 from moebench.registry import Registry
+from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k
 from moebench.routing.router import Router
 from moebench.routing.values import LayerRecord, Routing
 
@@ -197,7 +198,8 @@ def parameter_penalty(record: LayerRecord) -> Tensor:
 def counted_by_scores(record: LayerRecord, top_k: int) -> LayerRecord:
     """Return the record as if each token had gone to the `top_k` experts with its highest scores, padding left out."""
     scores_TE = _need(record.routing.scores_TE, "sequence_balance", "scores")
-    weight_TK, expert_TK = scores_TE.topk(top_k, dim=-1)
+    expert_TK = rank_top_k(scores_TE, top_k, quantum=SCORE_QUANTUM)
+    weight_TK = scores_TE.gather(-1, expert_TK)
     chosen = Routing.from_top_k(expert_TK, weight_TK, num_experts=scores_TE.shape[-1], scores_TE=scores_TE)
     if record.valid_T is not None:
         chosen = chosen.keep(record.valid_T[chosen.token_N])

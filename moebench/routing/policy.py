@@ -11,6 +11,7 @@ from torch.nn import functional
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate, gumbel
+from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import Router, RouterConfig, Site
 from moebench.routing.values import LayerRecord
 
@@ -110,7 +111,7 @@ def drawn(logits_TA: Tensor, ctx: RouteContext) -> Tensor:
     ranked_TA = logits_TA.detach()
     if ctx.training:
         ranked_TA = ranked_TA + gumbel(ctx.uniform(*logits_TA.shape))
-    return ranked_TA.argmax(-1)
+    return rank_top_k(ranked_TA, 1).squeeze(-1)
 
 
 def certainty(logits_TA: Tensor, action_T: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,8 @@ class Routing:
     scores_TE: Tensor | None = None
     """fp32 scores (softmax, sigmoid ...) that the balance losses average, None where there are none."""
     priority_N: Tensor | None = None
-    """Who keeps a slot when an expert is over capacity: the highest stays. None: the earlier token stays."""
+    """Who keeps a slot when an expert is over capacity: the highest stays; neighbours up to 8e-6 apart count as equal
+    (`ranking.TOLERANCE`). None: the earlier token stays."""
     top_k: int | None = None
     """K when the list is a token-major T×K rectangle, so that the combine can gather instead of scatter."""
     kept_N: Tensor | None = None

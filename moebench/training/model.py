@@ -229,7 +229,7 @@ def _leak(config: CellConfig) -> str | None:
         return None
     if router.facts.batch_dependent and not router.facts.draws_in_evaluation:
         return f"{named} with a capacity: a place depends on other sequences, which look at later tokens (no capacity)"
-    if capacity.drop_order in ("score", "random"):
+    if capacity.drop_order in ("score", "priority", "random"):
         return f"layout.drop_order: '{capacity.drop_order}' lets later tokens push out earlier ones (try position)"
     if capacity.overflow == "reroute":
         return "layout.overflow: 'reroute' sends earlier tokens only where later ones leave a slot (try drop or pass)"

@@ -121,7 +121,9 @@ def test_the_probe_finds_the_leak_of_rerouting(case: Case, drop_order) -> None:
     capacities = [
         Capacity(eval=factor, drop_order=drop_order, overflow="reroute") for factor in (0.75, 0.75 * share, 0.4 * share)
     ]
-    assert any(leaks(case.layer(capacity=capacity), training=False) for capacity in capacities)
+    # Where loads are even the gate of one seed may leave no slot to anybody.
+    layers = (case.layer(seed=seed, capacity=capacity) for seed in range(3) for capacity in capacities)
+    assert any(leaks(layer, training=False) for layer in layers)
 
 
 @pytest.mark.parametrize("drop_order", ["score", "random"])

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from contract.by_hand import routed, with_identity
 from contract.drawn import routings, seeded
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from moebench.experts.capacity import Capacity, DropOrder, first_of_each_expert,
 from moebench.experts.dispatch import DispatchPlan, combine, dispatch
 from moebench.routing.values import Routing
 
-orders = st.sampled_from(["router", "position", "score", "random"])
+orders = st.sampled_from(["router", "position", "score", "priority", "random"])
 
 
 def kept_within(routing: Routing, slots: int, order: DropOrder, generator: torch.Generator) -> torch.Tensor:
@@ -30,6 +31,10 @@ def queue(routing: Routing, order: str) -> list[int]:
         return sorted(range(len(tokens)), key=lambda n: (-priority[n], n))
     if order == "score":
         return sorted(range(len(tokens)), key=lambda n: (-weights[n], n))
+    if order == "priority":
+        own = {t: sorted((-w, n) for n, w in enumerate(weights) if tokens[n] == t) for t in set(tokens)}
+        choice = {n: place for pairs in own.values() for place, (_, n) in enumerate(pairs)}
+        return sorted(range(len(tokens)), key=lambda n: (choice[n], own[tokens[n]][0], tokens[n]))
     if order == "random":
         return torch.randperm(len(tokens), generator=seeded()).tolist()
     return sorted(range(len(tokens)), key=lambda n: (tokens[n], n))
@@ -148,6 +153,30 @@ def test_each_order_by_hand() -> None:
     }
     by_position = kept_within(replace(routing, priority_N=None), 2, "router", seeded())
     assert by_position.tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "taken"),
+    [
+        # Two tokens, one slot; experts by token, first choice first: 1 0 and 0 2.
+        ("olmoe", "score", [(0, 1), (0, 0), (1, 2)]),  # .45 is more than .40, though a second choice
+        ("olmoe", "priority", [(0, 1), (1, 0), (1, 2)]),
+        ("v_moe", "router", [(0, 1), (1, 0), (1, 2)]),
+    ],
+)
+def test_score_ranks_all_assignments_and_priority_first_choices_first(name: str, order: str, taken) -> None:
+    probability_TE = torch.tensor([[0.45, 0.5, 0.05], [0.40, 0.25, 0.35]])
+    routing = routed(with_identity(name, 3, top_k=2), probability_TE.log())
+    kept = routing.keep(kept_within(routing, 1, order, seeded())).compact()
+    assert list(zip(kept.token_N.tolist(), kept.expert_N.tolist(), strict=True)) == taken
+
+
+def test_priority_ranks_tokens_by_their_best_weight_in_every_round() -> None:
+    # Token 0 is surer (.6) than token 1 (.5), so its second choice (.3) comes before token 1's (.4); then third ones.
+    weight_TK = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1]])
+    routing = Routing.from_top_k(torch.tensor([[0, 1, 2], [3, 1, 2]]), weight_TK, num_experts=4)
+    assert precedence(routing, "priority", seeded()).tolist() == [0, 3, 1, 4, 2, 5]
+    assert precedence(routing, "score", seeded()).tolist() == [0, 3, 4, 1, 2, 5]
 
 
 @given(routings(), st.integers(1, 3), st.integers(0, 1000))

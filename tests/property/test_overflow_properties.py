@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from contract.by_hand import routed, with_identity
 from contract.drawn import crowds, rectangles, routings, seeded
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from moebench.experts.overflow import passed_on, within_capacity
 from moebench.routing.values import LayerRecord, Routing
 
 any_routing = st.one_of(crowds, routings(holes=True, scored=True), rectangles(holes=True, scored=True))
-orders = st.sampled_from(["router", "position", "score", "random"])
+orders = st.sampled_from(["router", "position", "score", "priority", "random"])
 
 
 def limited(routing: Routing, slots: int, order: str, overflow: str = "reroute") -> Routing:
@@ -24,27 +25,31 @@ def limited(routing: Routing, slots: int, order: str, overflow: str = "reroute")
 
 def slow_reroute(routing: Routing, slots: int, queue: list[int]) -> dict[int, int]:
     """Return which expert computes which assignment, by loops; assignments that nobody computes are missing."""
-    token, expert = routing.token_N.tolist(), routing.expert_N.tolist()
-    scores = routing.scores_TE.tolist()
-    taken = set(zip(token, expert, strict=True))
+    token, expert, scores = routing.token_N.tolist(), routing.expert_N.tolist(), routing.scores_TE.tolist()
     load: Counter[int] = Counter()
     where: dict[int, int] = {}
-    bids = {n: expert[n] for n in queue if routing.counted_N[n]}
-    waiting = list(bids)
-    while bids:
-        for n in (n for n in queue if n in bids and load[bids[n]] < slots):
-            where[n] = bids[n]
-            load[bids[n]] += 1
-            taken.add((token[n], bids[n]))
-        waiting = [n for n in waiting if n not in where]
-        bids = {}
-        for n in waiting:
-            mine = {bids[other] for other in bids if token[other] == token[n]}
-            free = [e for e in range(routing.num_experts) if load[e] < slots and (token[n], e) not in taken]
-            best = sorted(set(free) - mine, key=lambda e: (-scores[token[n]][e], e))
-            if best:
-                bids[n] = best[0]
+
+    def ask(n: int, wanted: int) -> None:
+        if load[wanted] < slots:
+            where[n] = wanted
+            load[wanted] += 1
+
+    for n in (n for n in queue if routing.counted_N[n]):
+        ask(n, expert[n])
+    for turn in range(3):
+        waiting = [n for n in queue if routing.counted_N[n] and n not in where]
+        first_of = {token[n]: n for n in reversed(waiting)}
+        for n in (n for n in waiting if first_of[token[n]] == n):
+            others = others_of(token, expert, scores, token[n])
+            if turn < len(others):
+                ask(n, others[turn])
     return where
+
+
+def others_of(token: list[int], expert: list[int], scores: list[list[float]], t: int) -> list[int]:
+    """Return the experts that are not in a token's list, from the highest score to the lowest."""
+    own = {e for other, e in zip(token, expert, strict=True) if other == t}
+    return sorted(set(range(len(scores[t]))) - own, key=lambda e: (-scores[t][e], e))
 
 
 @given(any_routing, st.integers(0, 4), orders)
@@ -69,10 +74,12 @@ def test_a_rerouted_routing_is_within_capacity_and_complete(routing: Routing, sl
     assert record.num_unserved == int((kept.experts_per_token_T == 0).sum())
     pairs = list(zip(kept.token_N.tolist(), kept.expert_N.tolist(), strict=True))
     assert len(set(pairs)) == len(pairs), "no pair occurs twice"
-    # Who is still without an expert has every expert with a free slot in its list already.
+    # Who is still without an expert has asked the three best of its others, or got one of them: none has a slot left.
+    lists = routing.token_N.tolist(), routing.expert_N.tolist(), routing.scores_TE.tolist()
     for n in torch.nonzero(routing.counted_N & ~kept.counted_N).flatten().tolist():
         token = int(routing.token_N[n])
-        assert all((token, expert) in pairs for expert in torch.nonzero(kept.load_E < slots).flatten().tolist())
+        for expert in others_of(*lists, token)[:3]:
+            assert (token, expert) in pairs or kept.load_E[expert] == slots
 
 
 @given(any_routing, st.integers(0, 4), orders)
@@ -99,6 +106,46 @@ def test_reroute_by_hand() -> None:
     assert gradient_TE.flatten().tolist() == pytest.approx([1, 0, 0, 0, 1, 0, 0, 0, 1])
     record = LayerRecord(layer=0, routing=routing, kept=kept)
     assert (record.num_dropped, record.num_rerouted, record.num_unserved) == (0, 2, 0)
+
+
+def test_a_round_asks_for_one_choice_whether_it_is_free_or_not() -> None:
+    # One slot. Tokens 0 and 1 have their experts, 2 and 3 wait for expert 0. Round 1: token 2 asks for expert 1, which
+    # is full, and token 3 gets expert 2. Round 2: token 2 asks for expert 2, now full. Round 3: it gets its fourth.
+    probability_TE = torch.tensor(
+        [[0.97, 0.01, 0.01, 0.01], [0.01, 0.97, 0.01, 0.01], [0.4, 0.3, 0.2, 0.1], [0.4, 0.1, 0.3, 0.2]]
+    )
+    routing = routed(with_identity("switch", 4), probability_TE.log())
+    kept = limited(routing, 1, "position")
+    assert kept.expert_N.tolist() == [0, 1, 3, 2]
+    assert kept.weight_N.tolist() == pytest.approx([0.97, 0.97, 0.1, 0.3])
+
+
+@pytest.mark.parametrize(("rank", "served"), [(4, True), (5, False)])
+def test_a_token_asks_for_its_four_best_experts_and_no_more(rank: int, served: bool) -> None:
+    # Five experts with one slot. Token 0 has expert 0, which is token 1's first choice, and the tokens behind have its
+    # second, third and so on: the first free one is its `rank`-th.
+    probability_TE = torch.full((rank, 5), 0.01)
+    probability_TE[torch.arange(rank), torch.tensor([0, 0, 1, 2, 3][:rank])] = 0.96
+    probability_TE[1] = torch.tensor([0.3, 0.25, 0.2, 0.15, 0.1])
+    routing = routed(with_identity("switch", 5), probability_TE.log())
+    kept = limited(routing, 1, "position")
+    assert kept.counted_N.tolist() == [True, served] + [True] * (rank - 2)
+    assert int(kept.expert_N[1]) == (rank - 1 if served else 0)
+
+
+def test_two_waiting_assignments_of_a_token_ask_one_after_the_other() -> None:
+    # Both tokens choose experts 0 and 1. Token 1's first waits for expert 2 in round 1, its second for 3 in round 2.
+    scores_TE = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).expand(2, -1)
+    routing = Routing.from_top_k(torch.tensor([[0, 1], [0, 1]]), scores_TE[:, :2], num_experts=4, scores_TE=scores_TE)
+    assert limited(routing, 1, "position").expert_N.tolist() == [0, 1, 2, 3]
+    # Three tokens: in round 1 token 1 fills expert 2; in round 2 its second and token 2's first ask for expert 3.
+    scores_TE = scores_TE[:1].expand(3, -1)
+    routing = Routing.from_top_k(
+        torch.tensor([[0, 1]]).expand(3, -1), scores_TE[:, :2], num_experts=4, scores_TE=scores_TE
+    )
+    kept = limited(routing, 1, "position")
+    assert kept.counted_N.tolist() == [True, True, True, True, False, False]
+    assert kept.expert_N.tolist()[:4] == [0, 1, 2, 3]
 
 
 def test_renormalised_weights_keep_their_normaliser() -> None:

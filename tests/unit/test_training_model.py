@@ -19,6 +19,7 @@ def text(tmp_path_factory):
         ("switch", {"capacity_factor_train": 1.0}, True),
         ("switch", {"capacity_factor_train": 1.0, "drop_order": "position"}, True),
         ("switch", {"capacity_factor_train": 1.0, "drop_order": "score"}, False),
+        ("switch", {"capacity_factor_train": 1.0, "drop_order": "priority"}, False),
         ("switch", {"capacity_factor_train": 1.0, "drop_order": "random"}, False),
         ("switch", {"drop_order": "score"}, True),  # dropless: the order decides nothing
         ("switch", {"capacity_factor_train": float("inf"), "drop_order": "score"}, True),

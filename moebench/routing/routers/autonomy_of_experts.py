@@ -7,6 +7,7 @@ from torch import Generator, Tensor, nn
 
 from moebench.errors import require
 from moebench.routing.context import RouteContext
+from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import Routing
 
@@ -74,7 +75,8 @@ class AutonomyOfExperts(Router):
         down_DX = self.down_EDR.float().transpose(0, 1).reshape(d_model, num_experts * rank)
         logits_TE = torch.linalg.vector_norm((x_TD.float() @ down_DX).view(-1, num_experts, rank), dim=-1)
         scores_TE = logits_TE.softmax(-1)
-        weight_TK, expert_TK = scores_TE.topk(self.top_k, dim=-1)
+        expert_TK = rank_top_k(logits_TE, self.top_k)
+        weight_TK = scores_TE.gather(-1, expert_TK)
         if self.renormalise:
             weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=1e-20)
         return Routing.from_top_k(

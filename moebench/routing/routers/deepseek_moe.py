@@ -8,6 +8,7 @@ from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.groups import check_kept_groups, within_best_groups
+from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import Routing
 
@@ -73,7 +74,8 @@ class DeepSeekMoE(Router):
         logits_TE = self.gate(x_TD)
         scores_TE = logits_TE.softmax(-1)
         selection_TE = within_best_groups(scores_TE, options.num_groups, options.kept_groups, best_of=1)
-        weight_TK, expert_TK = selection_TE.topk(options.top_k, dim=-1)
+        expert_TK = rank_top_k(selection_TE, options.top_k, quantum=SCORE_QUANTUM)
+        weight_TK = scores_TE.gather(-1, expert_TK)
         return Routing.from_top_k(
             expert_TK,
             options.scale * weight_TK,

@@ -9,6 +9,7 @@ from torch import Tensor
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate, gumbel
+from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
 from moebench.routing.values import Routing
 
@@ -79,7 +80,7 @@ class DenseToSparse(Router):
         is_dense = ctx.training and ctx.step < self.options.dense_steps
         draws = is_dense or (ctx.training and self.options.hard_phase == "sample")
         ranked_TE = logits_TE + gumbel(ctx.uniform(*logits_TE.shape)) if draws else logits_TE
-        best_TK = ranked_TE.argmax(-1, keepdim=True)
+        best_TK = rank_top_k(ranked_TE, 1)
         if not is_dense:
             weight_TK = scores_TE.gather(-1, best_TK)
             return Routing.from_top_k(

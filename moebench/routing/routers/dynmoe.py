@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
+from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
@@ -80,7 +81,7 @@ class DynMoE(Router):
         scores_TE = logits_TE.sigmoid()
         threshold_E = scale * self.threshold_E.float()
         above_TE = scores_TE - threshold_E.sigmoid()
-        best_TE = functional.one_hot(logits_TE.argmax(-1), self.num_experts).bool()
+        best_TE = functional.one_hot(rank_top_k(logits_TE, 1).squeeze(-1), self.num_experts).bool()
         passed_TE = logits_TE > threshold_E  # a large τ makes both sigmoids 1
         used_TE = passed_TE | (best_TE & ~passed_TE.any(-1, keepdim=True))
         used_TE = used_TE.detach()

@@ -10,6 +10,7 @@ from moebench.errors import require
 from moebench.routing.assignment import capped_plan
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
+from moebench.routing.ranking import log_scores, rank_top_k, take_best_tokens
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import Routing
 
@@ -89,7 +90,7 @@ class ExpertChoice(Router):
         capacity = self._capacity(token_GT.shape[1]) if num_tokens else 0
         seats_G = self._seats(token_GT, ctx.valid_T)
         ranked_GTE = self._ranked(scores_TE.detach()[token_GT], seats_G, ctx.valid_T, token_GT)
-        best_GCE, place_GCE = ranked_GTE.topk(capacity, dim=1)  # from the best to the worst
+        place_GCE = take_best_tokens(ranked_GTE, capacity, seats_G)
         taken_GEC = token_GT.unsqueeze(1).expand(-1, self.num_experts, -1).gather(2, place_GCE.transpose(1, 2))
         token_N = taken_GEC.transpose(1, 2).reshape(-1)
         expert_N = torch.arange(self.num_experts, device=x_TD.device).expand(place_GCE.shape).reshape(-1)
@@ -105,6 +106,7 @@ class ExpertChoice(Router):
         if self._takes_all_places and ctx.valid_T is None:
             return routing
         within_GC = torch.arange(capacity, device=x_TD.device) < seats_G.unsqueeze(1)
+        best_GCE = ranked_GTE.gather(1, place_GCE)
         return routing.keep(((best_GCE > OUT) & within_GC.unsqueeze(-1)).reshape(-1))
 
     @property
@@ -120,7 +122,7 @@ class ExpertChoice(Router):
     def _ranked(self, scores_GTE: Tensor, seats_G: Tensor, valid_T: Tensor | None, token_GT: Tensor) -> Tensor:
         """Return by what each expert ranks the tokens of its group; OUT for those that it may not take."""
         valid_GT1 = None if valid_T is None else valid_T[token_GT].unsqueeze(-1)
-        ranked_GTE = scores_GTE
+        ranked_GTE = log_scores(scores_GTE)
         if self.max_per_token is not None:
             ranked_GTE = capped_plan(scores_GTE, seats_G, self.max_per_token, valid_GT1)
             ranked_GTE = best_of_each_token(ranked_GTE, self.max_per_token)
@@ -141,7 +143,7 @@ class ExpertChoice(Router):
 
 def best_of_each_token(ranked_GTE: Tensor, number: int) -> Tensor:
     """Return the ranks with all but the best `number` experts of each token OUT."""
-    best_GTK = ranked_GTE.topk(min(number, ranked_GTE.shape[-1]), dim=-1).indices
+    best_GTK = rank_top_k(ranked_GTE, min(number, ranked_GTE.shape[-1]))
     chosen_GTE = torch.zeros_like(ranked_GTE, dtype=torch.bool).scatter(-1, best_GTK, True)
     return ranked_GTE.masked_fill(~chosen_GTE, OUT)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate, gumbel
+from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
@@ -97,12 +98,12 @@ class GShard(Router):
         return routing.keep(torch.stack([torch.ones_like(second_T), second_T], dim=-1).reshape(-1))
 
     def _two_experts(self, logits_TE: Tensor, draw_TE: Tensor | None) -> Tensor:
-        expert_TK = logits_TE.topk(2, dim=-1).indices
+        expert_TK = rank_top_k(logits_TE, 2)
         if self.second_expert != "sampling" or draw_TE is None:
             return expert_TK
         first_T1 = expert_TK[:, :1]
         others_TE = (logits_TE.detach() + gumbel(draw_TE)).scatter(-1, first_T1, -torch.inf)
-        return torch.cat([first_T1, others_TE.argmax(-1, keepdim=True)], dim=-1)
+        return torch.cat([first_T1, rank_top_k(others_TE, 1)], dim=-1)
 
     def _keeps_second(self, second_T: Tensor, draw_TE: Tensor | None) -> Tensor | None:
         """Return which tokens keep their second expert, None for all, from its weights."""

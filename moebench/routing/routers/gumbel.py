@@ -8,6 +8,7 @@ from torch import Tensor
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate, gumbel
+from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
 from moebench.routing.values import Routing
 
@@ -63,8 +64,9 @@ class Gumbel(Router):
         """Send each token to the expert that the draw prefers; in evaluation to the most probable one."""
         logits_TE = self.gate(x_TD)
         noise_TE = gumbel(ctx.uniform(*logits_TE.shape)) if ctx.training else 0.0
-        relaxed_TE = ((logits_TE + noise_TE) / self._temperature(ctx.step)).softmax(-1)
-        chosen_TK, expert_TK = relaxed_TE.max(-1, keepdim=True)
+        noisy_TE = logits_TE + noise_TE
+        expert_TK = rank_top_k(noisy_TE, 1)
+        chosen_TK = (noisy_TE / self._temperature(ctx.step)).softmax(-1).gather(-1, expert_TK)
         return Routing.from_top_k(
             expert_TK,
             1 + (chosen_TK - chosen_TK.detach()),  # exactly 1, with the gradient of g_i

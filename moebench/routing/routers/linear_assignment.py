@@ -9,6 +9,7 @@ from torch import Tensor
 from moebench.routing.assignment import balanced_assignment
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import CUT_STD, Gate
+from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
 from moebench.routing.values import Routing
 
@@ -45,7 +46,8 @@ class Base(Router):
 
         name: str = "base"
         solver: Literal["auction", "exact", "sinkhorn"] = "sinkhorn"
-        """Exact: the optimum (slow). Auction (the paper): close to it. Sinkhorn: an auction from good first prices."""
+        """How the best assignment is found. Exact: SciPy (slow). Auction: that of the paper, then exchanges. Sinkhorn:
+        the same from good first prices."""
 
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__(config, site)
@@ -61,7 +63,7 @@ class Base(Router):
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Give each token its place in the best balanced assignment; in evaluation, the expert it likes best."""
         logits_TE = self.gate(x_TD)
-        expert_T = logits_TE.argmax(-1)
+        expert_T = rank_top_k(logits_TE, 1).squeeze(-1)
         if ctx.training:
             expert_T = self._balanced(logits_TE.detach(), expert_T, ctx.valid_T)
         expert_TK = expert_T.unsqueeze(-1)

@@ -12,6 +12,7 @@ from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.groups import check_kept_groups, within_best_groups
 from moebench.routing.losses import counted_by_scores, sequence_balance
+from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
@@ -91,7 +92,7 @@ class LossFree(Router):
         scores_TE = logits_TE.sigmoid() if options.score == "sigmoid" else logits_TE.softmax(-1)
         selection_TE = scores_TE.detach() + self.bias_E.float()
         selection_TE = within_best_groups(selection_TE, options.num_groups, options.kept_groups, best_of=2)
-        expert_TK = selection_TE.topk(options.top_k, dim=-1).indices
+        expert_TK = rank_top_k(selection_TE, options.top_k, quantum=SCORE_QUANTUM)
         weight_TK = scores_TE.gather(-1, expert_TK)  # the bias selects and never weighs
         if options.renormalise:
             weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=1e-20)

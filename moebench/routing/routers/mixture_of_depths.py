@@ -9,6 +9,7 @@ from torch.nn import functional
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
+from moebench.routing.ranking import rank_all, rank_top_k, rounded
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
 from moebench.routing.values import LayerRecord, Routing
 
@@ -73,7 +74,7 @@ class MixtureOfDepths(Router):
         first_T = self._first(depth_T.detach(), ctx)
         logits_TE = self.gate(x_TD)
         scores_TE = depth_T.sigmoid().unsqueeze(-1) * logits_TE.softmax(-1)
-        expert_TK = logits_TE.argmax(-1, keepdim=True)
+        expert_TK = rank_top_k(logits_TE, 1)
         routing = Routing.from_top_k(
             expert_TK,
             scores_TE.gather(-1, expert_TK),
@@ -82,14 +83,14 @@ class MixtureOfDepths(Router):
             scores_TE=scores_TE,
             extras={"predicted_T": predicted_T, "first_T": first_T},
         )
-        return routing.keep(first_T if ctx.training else predicted_T > 0).compact()
+        return routing.keep(first_T if ctx.training else rounded(predicted_T) > 0).compact()
 
     def _first(self, depth_T: Tensor, ctx: RouteContext) -> Tensor:
         """Return who is among the C first of the sequence, bool; C is the share of its tokens that are no padding."""
         depth_BL = depth_T.view(-1, ctx.sequence_length)
         valid_BL = torch.ones_like(depth_BL, dtype=torch.bool) if ctx.valid_T is None else ctx.valid_T.view_as(depth_BL)
         ranked_BL = depth_BL.masked_fill(~valid_BL, -torch.inf)
-        place_BL = ranked_BL.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        place_BL = rank_all(ranked_BL).argsort(dim=-1)
         seats_B1 = (valid_BL.sum(-1, keepdim=True) * self.share + 1e-6).long().clamp(min=1)
         first_BL: Tensor = valid_BL & (place_BL < seats_B1)
         return first_BL.reshape(-1)

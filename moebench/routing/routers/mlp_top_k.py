@@ -9,6 +9,7 @@ from torch.nn import functional
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
+from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import Routing
 
@@ -82,7 +83,8 @@ class MLPTopK(Router):
             hidden_TH = hidden_TH * kept_TH / (1 - self.options.dropout)
         logits_TE = self.gate(hidden_TH)
         scores_TE = logits_TE.softmax(-1)
-        weight_TK, expert_TK = scores_TE.topk(self.top_k, dim=-1)
+        expert_TK = rank_top_k(logits_TE, self.top_k)
+        weight_TK = scores_TE.gather(-1, expert_TK)
         return Routing.from_top_k(
             expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
         )

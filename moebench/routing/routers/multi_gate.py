@@ -9,6 +9,7 @@ from torch.nn import functional
 from moebench.routing.context import RouteContext
 from moebench.routing.domains import check_domains, place_of, with_mean
 from moebench.routing.gate import CUT
+from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import Routing
 
@@ -75,7 +76,8 @@ class MultiGate(Router):
         all_TEG = all_TEG if ctx.training else with_mean(all_TEG, dim=2)
         logits_TE = all_TEG.gather(2, place_T.view(-1, 1, 1).expand(-1, self.num_experts, 1)).squeeze(2)
         scores_TE = logits_TE.softmax(-1)
-        weight_TK, expert_TK = scores_TE.topk(self.top_k, dim=-1)
+        expert_TK = rank_top_k(logits_TE, self.top_k)
+        weight_TK = scores_TE.gather(-1, expert_TK)
         return Routing.from_top_k(
             expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
         )

@@ -9,6 +9,7 @@ from torch.nn import functional
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.losses import squared_variation
+from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
@@ -70,10 +71,10 @@ class NoisyTopK(Router):
             std_TE = functional.softplus(self.noise_gate(x_TD)) + MIN_NOISE
             noisy_TE = clean_TE + ctx.normal(*clean_TE.shape) * std_TE
             extras = {"load_E": smooth_load(clean_TE, noisy_TE, std_TE, self.top_k, ctx.valid_T)}
-        top_TK, expert_TK = noisy_TE.topk(self.top_k, dim=-1)
+        expert_TK = rank_top_k(noisy_TE, self.top_k)
         return Routing.from_top_k(
             expert_TK,
-            top_TK.softmax(-1),
+            noisy_TE.gather(-1, expert_TK).softmax(-1),
             num_experts=self.num_experts,
             logits_TE=noisy_TE,
             scores_TE=noisy_TE.softmax(-1),

@@ -8,6 +8,7 @@ from torch import Tensor
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
+from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
@@ -68,7 +69,8 @@ class NullExperts(Router):
         """Choose among all, use the true ones."""
         all_TN = self.gate(x_TD)
         choice_TN = all_TN.softmax(-1)
-        weight_TK, expert_TK = choice_TN.topk(self.top_k, dim=-1)
+        expert_TK = rank_top_k(all_TN, self.top_k)
+        weight_TK = choice_TN.gather(-1, expert_TK)
         true_TK = expert_TK < self.num_experts
         weight_TK = weight_TK * true_TK
         weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=1e-20)

@@ -11,6 +11,7 @@ from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.histogram import count_by_expert, empty_counts, value_below_top
 from moebench.routing.losses import counted_by_scores, sequence_balance
+from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
@@ -78,7 +79,7 @@ class QuantileBalancing(Router):
         """Send each token to the k experts with the highest scores after their price, weighed by the scores."""
         logits_TE = self.gate(x_TD)
         scores_TE = logits_TE.sigmoid()
-        expert_TK = (scores_TE.detach() - self.price_E.float()).topk(self.options.top_k, dim=-1).indices
+        expert_TK = rank_top_k(scores_TE - self.price_E.float(), self.options.top_k, quantum=SCORE_QUANTUM)
         weight_TK = scores_TE.gather(-1, expert_TK)
         if self.options.renormalise:
             weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=1e-20)

@@ -8,6 +8,7 @@ from torch import Generator, Tensor
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
+from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import Routing
 
@@ -63,10 +64,12 @@ class SigmaMoE(Router):
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Send each token to the k experts with the highest scores."""
         logits_TE = self.gate(x_TD)
-        scores_TE = logits_TE.sigmoid()
+        scores_TE, ranked_TE = logits_TE.sigmoid(), logits_TE
         if ctx.training and self.left_out > 0:
-            scores_TE = scores_TE * (ctx.uniform(*logits_TE.shape) >= self.left_out).float()
-        weight_TK, expert_TK = scores_TE.topk(self.top_k, dim=-1)
+            kept_TE = ctx.uniform(*logits_TE.shape) >= self.left_out
+            scores_TE, ranked_TE = scores_TE * kept_TE.float(), ranked_TE.masked_fill(~kept_TE, -torch.inf)
+        expert_TK = rank_top_k(ranked_TE, self.top_k)
+        weight_TK = scores_TE.gather(-1, expert_TK)
         return Routing.from_top_k(
             expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
         )

@@ -8,6 +8,7 @@ from torch import Tensor
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
+from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import Routing
 
@@ -75,7 +76,7 @@ class Sinkhorn(Router):
         rank_TE = logits_TE.detach()
         if ctx.training:
             rank_TE = rank_TE + column_scale(rank_TE, self.iterations, ctx.valid_T).log()  # u changes no row's order
-        expert_TK = rank_TE.topk(self.top_k, dim=-1).indices
+        expert_TK = rank_top_k(rank_TE, self.top_k)
         return Routing.from_top_k(
             expert_TK,
             scores_TE.gather(1, expert_TK),

@@ -8,6 +8,7 @@ from torch import Tensor
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate, gumbel
+from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import Routing
 
@@ -87,7 +88,8 @@ class SparseMixer(Router):
     def _choose(self, logits_TE: Tensor, draw_TV: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return one expert for each token and its weight; the draws are one for each expert and one for m."""
         fixed_TE = logits_TE.detach()
-        highest_T1, best_T1 = fixed_TE.max(-1, keepdim=True)
+        best_T1 = rank_top_k(fixed_TE, 1)
+        highest_T1 = fixed_TE.gather(-1, best_T1)
         size_TE = fixed_TE.abs().maximum(highest_T1).clamp(min=1e-20)
         # Asked the other way about: what was chosen before has inf / inf here, and stays out.
         near_TE = (highest_T1 - fixed_TE) / size_TE <= 2 * self.tolerance
@@ -95,7 +97,7 @@ class SparseMixer(Router):
         p_TE = near_logits_TE.softmax(-1)
         if draw_TV is None:
             return best_T1, p_TE.gather(-1, best_T1)
-        drawn_T1 = (near_logits_TE.detach() + gumbel(draw_TV[:, :-1])).argmax(-1, keepdim=True)
+        drawn_T1 = rank_top_k(near_logits_TE + gumbel(draw_TV[:, :-1]), 1)
         p_T1 = p_TE.gather(-1, drawn_T1)
         whole_T1 = (drawn_T1 == best_T1) | (draw_TV[:, -1:] < KEPT_WHOLE)
         third_T1 = p_T1 - (2 / 3) * p_T1.detach()  # a third forward, the whole gradient backward

@@ -9,6 +9,7 @@ from torch.nn import functional
 from moebench.errors import UsageError, require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
+from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
 from moebench.routing.values import LayerRecord, Routing
 
@@ -76,7 +77,7 @@ class StableMoE(Router):
         scores_TE = logits_TE.sigmoid()
         student_TE = self.student(self.embedding_VD[ctx.token_id_T])
         learns = ctx.training and ctx.step < self.options.stage_1_steps
-        expert_TK = (logits_TE if learns else student_TE).argmax(-1, keepdim=True)
+        expert_TK = rank_top_k(logits_TE if learns else student_TE, 1)
         return Routing.from_top_k(
             expert_TK,
             scores_TE.gather(-1, expert_TK),

@@ -8,6 +8,7 @@ from torch import Tensor
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate, gumbel, jitter
+from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
 from moebench.routing.values import Routing
 
@@ -71,7 +72,7 @@ class Switch(Router):
         ranked_TE = logits_TE.detach()
         if explores == "sample":
             ranked_TE = ranked_TE + gumbel(ctx.uniform(*logits_TE.shape))
-        expert_TK = ranked_TE.argmax(-1, keepdim=True)
+        expert_TK = rank_top_k(ranked_TE, 1)
         return Routing.from_top_k(
             expert_TK,
             scores_TE.gather(-1, expert_TK),

@@ -9,6 +9,7 @@ from torch import Generator, Tensor, nn
 from moebench.routing.context import RouteContext
 from moebench.routing.domains import check_domains, place_of, with_mean
 from moebench.routing.gate import Gate
+from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import Routing
 
@@ -70,7 +71,8 @@ class TaskLevel(Router):
 
     def _routed(self, logits_TE: Tensor) -> Routing:
         scores_TE = logits_TE.softmax(-1)
-        weight_TK, expert_TK = scores_TE.topk(self.top_k, dim=-1)
+        expert_TK = rank_top_k(logits_TE, self.top_k)
+        weight_TK = scores_TE.gather(-1, expert_TK)
         return Routing.from_top_k(
             expert_TK,
             weight_TK / weight_TK.sum(-1, keepdim=True),

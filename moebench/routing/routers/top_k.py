@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
+from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import Routing
 
@@ -68,11 +69,11 @@ class TopK(Router):
         """Send each token to its k experts with the highest logits."""
         logits_TE = self.gate(x_TD)
         scores_TE = logits_TE.softmax(-1)
+        expert_TK = rank_top_k(logits_TE, self.top_k)
         if self.softmax == "after":
-            top_TK, expert_TK = logits_TE.topk(self.top_k, dim=-1)
-            weight_TK = top_TK.softmax(-1)
+            weight_TK = logits_TE.gather(-1, expert_TK).softmax(-1)
         else:
-            weight_TK, expert_TK = scores_TE.topk(self.top_k, dim=-1)
+            weight_TK = scores_TE.gather(-1, expert_TK)
             if self.renormalise:
                 weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
         return Routing.from_top_k(

@@ -7,6 +7,7 @@ from torch import Tensor
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
+from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k, rounded
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.values import Routing
 
@@ -66,9 +67,11 @@ class TopP(Router):
         """Send each token to its best experts until they reach P."""
         logits_TE = self.gate(x_TD)
         scores_TE = logits_TE.softmax(-1)
-        weight_TE, expert_TE = scores_TE.sort(dim=-1, descending=True)
+        expert_TE = rank_top_k(logits_TE, self.num_experts)
+        weight_TE = scores_TE.gather(-1, expert_TE)
         before_TE = weight_TE.detach().cumsum(-1) - weight_TE.detach()  # exactly 0 for the first: it is always used
-        used_TE = before_TE < self.top_p
+        # Of ten equal experts the first four reach 0.4, however their sum is rounded.
+        used_TE = rounded(before_TE - max(self.top_p, SCORE_QUANTUM), SCORE_QUANTUM) < 0
         return (
             Routing.from_top_k(
                 expert_TE, weight_TE, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE

@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from moebench.errors import require
+from moebench.routing.ranking import log_scores
 from moebench.routing.router import ROUTERS, Facts, Site
-from moebench.routing.routers.expert_choice import ExpertChoice, best_of_each_token
+from moebench.routing.routers.expert_choice import OUT, ExpertChoice, best_of_each_token
 
 
 @ROUTERS.register(
@@ -57,6 +58,6 @@ class TwoSided(ExpertChoice):
         return False
 
     def _ranked(self, scores_GTE: Tensor, seats_G: Tensor, valid_T: Tensor | None, token_GT: Tensor) -> Tensor:
-        shortlisted_GTE = best_of_each_token(scores_GTE, self.shortlist)
+        shortlisted_GTE = best_of_each_token(log_scores(scores_GTE), self.shortlist)
         ranked_GTE = super()._ranked(scores_GTE, seats_G, valid_T, token_GT)
-        return ranked_GTE.minimum(shortlisted_GTE)  # out on either list is out
+        return ranked_GTE.masked_fill(shortlisted_GTE == OUT, OUT)

@@ -10,6 +10,7 @@ from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.losses import squared_variation
+from moebench.routing.ranking import log_scores, rank_top_k
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
 from moebench.routing.routers.noisy_top_k import smooth_load
 from moebench.routing.values import LayerRecord, Routing
@@ -82,7 +83,8 @@ class VMoE(Router):
             std_TE = torch.full_like(clean_TE, std)
             extras = {"load_E": smooth_load(clean_TE, noisy_TE, std_TE, top_k, ctx.valid_T)}
         scores_TE = noisy_TE.softmax(-1)
-        weight_TK, expert_TK = scores_TE.topk(top_k, dim=-1)
+        expert_TK = rank_top_k(noisy_TE, top_k)
+        weight_TK = scores_TE.gather(-1, expert_TK)
         return Routing.from_top_k(
             expert_TK,
             weight_TK,
@@ -94,16 +96,15 @@ class VMoE(Router):
         )
 
     def _priority(self, weight_TK: Tensor, ctx: RouteContext) -> Tensor:
-        """Return a priority that falls by 1 from choice to choice, with the token's own rank, below 1, on top."""
+        """Return a priority that falls from choice to choice by more than tokens differ; within one, by the token."""
         num_tokens, top_k = weight_TK.shape
         priority = self.options.priority_train if ctx.training else self.options.priority
         if priority == "position":
-            position_T = ctx.position_T(num_tokens).double()
-            rank_T = 1 - position_T / max(ctx.batch_tokens(num_tokens), 1)
+            rank_T, step = -ctx.position_T(num_tokens), ctx.batch_tokens(num_tokens)
         else:
             best_T = weight_TK[:, 0] if priority == "best" else weight_TK.sum(-1)
-            rank_T = best_T.double().clamp(max=1)  # a sum of all probabilities may round to more
-        return rank_T.unsqueeze(-1) - torch.arange(top_k, device=weight_TK.device)
+            rank_T, step = log_scores(best_T).clamp(max=0).double(), 128  # a sum of all may round to more than 1
+        return rank_T.unsqueeze(-1) - step * torch.arange(top_k, device=weight_TK.device)
 
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
         """Return the squared variations of the mean probabilities and of the expected loads."""
