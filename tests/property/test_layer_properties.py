@@ -75,7 +75,7 @@ class Drawn:
             if layer.mix is None:
                 tokens = [y_D + s_D for y_D, s_D in zip(tokens, shared, strict=True)]
             else:
-                share = [torch.softmax(layer.mix.weight_ED @ x_D, 0) for x_D in x_TD]
+                share = [torch.softmax(layer.mix.weight_ED @ x_D + layer.mix.bias_E, 0) for x_D in x_TD]
                 tokens = [c[0] * y_D + c[1] * s_D for c, y_D, s_D in zip(share, tokens, shared, strict=True)]
         return torch.stack(tokens) if tokens else x_TD * 0
 

@@ -130,7 +130,11 @@ def test_default_jobs(
 def test_a_mixed_grid_runs_as_many_cells_as_the_largest_allows(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpus(monkeypatch, 8)
     monkeypatch.setattr("moebench.experiment.runner.available_cores", lambda: 3)
-    arms = [{"label": "gpu"}, {"label": "two", "parallel": {"data": 2}}, {"label": "cpu", "train.device": "cpu"}]
+    arms = [
+        {"label": "gpu"},
+        {"label": "two", "parallel": {"data": 2}},
+        {"label": "cpu", "router": "hash", "train.device": "cpu"},
+    ]
     cells = cells_of(here, grid={"arm": arms}, baseline="gpu").cells
     assert default_jobs(cells) == 3
     assert default_jobs([cell for cell in cells if cell.arm != "cpu"]) == 4

@@ -111,7 +111,8 @@ def test_result_says_all_that_a_table_needs(text, tmp_path) -> None:
     assert set(result.metrics) == {
         "bits_per_byte", "bits_per_byte/ab", "bits_per_byte/xyz", "load/max_violation", "load/cv", "load/entropy",
         "load/dead_experts", "load/drop_rate", "load/reroute_rate", "load/unserved", "load/information/domain",
-        "load/information/position", "load/information/token",
+        "load/information/position", "load/information/token", "load/experts_per_token", "load/flops_per_token",
+        "load/train_drop_rate", "load/train_unserved",
     }  # fmt: skip
     # Expert choice is even by construction, whatever it has learned.
     assert result.metrics["load/max_violation"] == 0
