@@ -32,6 +32,7 @@ def plan_cells(experiment: Experiment, results: Path) -> list[dict[str, Any]]:
             "active_params": costs[cell.arm].active_params,
             "total_params": costs[cell.arm].total_params,
             "flops_per_token": costs[cell.arm].flops_per_token,
+            "experts_per_token": costs[cell.arm].experts_per_token,
             "train_passes": costs[cell.arm].train_passes,
             "flops_vs_baseline": pass_flops(costs[cell.arm]) / pass_flops(baseline) - 1,
             "params_vs_baseline": costs[cell.arm].total_params / baseline.total_params - 1,
