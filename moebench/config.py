@@ -57,7 +57,7 @@ def with_overrides(experiment: ExperimentConfig, overrides: Sequence[str]) -> tu
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping, its scalars as text; raise UsageError in one line for a file that cannot be read as one."""
     try:
-        loaded = parse_yaml(path.read_text(encoding="utf-8"))
+        loaded = parse_yaml(path.read_text(encoding="utf-8"), path.name)
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file") from error
     except IsADirectoryError as error:
@@ -99,11 +99,11 @@ def resolve(raw: Mapping[str, Any]) -> CellConfig:
     sections: dict[str, Any] = {}
     for section in SECTIONS:
         if not isinstance(raw.get(section, {}), Mapping):
-            raise UsageError(f"{section}: must be a mapping of keys to values, got {raw[section]!r}")
+            raise UsageError(f"{section}: must be a mapping of keys to values, got {raw[section] or None!r}")
     for kind in COMPONENTS:
         given = raw.get(kind)
         if not isinstance(raw.get(kind, ""), Mapping | str):
-            raise UsageError(f"{kind}: must be a name or a mapping with a name, got {given!r}")
+            raise UsageError(f"{kind}: must be a name or a mapping with a name, got {given or None!r}")
         name = given if isinstance(given, str) else (given or {}).get("name", DEFAULT_NAMES[kind])
         sections[kind] = _defaults(kind, str(name))
     expanded = {

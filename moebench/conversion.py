@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from moebench.errors import UsageError, nearest
-from moebench.yaml_text import Plain
+from moebench.yaml_text import MalformedYaml, Plain
 
 T = TypeVar("T")
 
@@ -60,7 +60,8 @@ def convert(value: Any, kind: Any, key: str) -> Any:
             allowed += ", without quotes"
         options = [option for option in get_args(kind) if isinstance(option, str)]
         near = nearest(str(value), options) if isinstance(value, str) else ""
-        raise UsageError(f"{key}: {_show(value)} was given.{near} Allowed: {allowed}") from None
+        problem = f" ({value.problem})" if isinstance(value, MalformedYaml) else ""
+        raise UsageError(f"{key}: {_show(value)} was given{problem}.{near} Allowed: {allowed}") from None
 
 
 def _fit(value: Any, kind: Any, key: str) -> Any:

@@ -25,6 +25,12 @@ class Plain(str):
     __slots__ = ()
 
 
+class MalformedYaml(Plain):
+    """What begins like a list, a mapping or a text in quotes and is none: plain text, for keys that want text."""
+
+    problem = ""
+
+
 class WrittenMapping(dict[str, Any]):
     """A mapping from the command line, with its text: a key of type str takes that."""
 
@@ -37,13 +43,14 @@ class WrittenList(list[Any]):
     source = ""
 
 
-def parse_yaml(text: str) -> Any:
+def parse_yaml(text: str, name: str = "the value") -> Any:
     """Return mappings, lists, `Plain` for scalars without quotes and str for those with; None for an empty text.
 
     Raises yaml.YAMLError for what is no YAML, for a key given twice and for tags other than those of JSON's types.
     Merge keys (`<<`) are applied.
     """
     loader = _Loader(text)
+    loader.name = name  # as errors call it
     try:
         node = loader.get_single_node()
         return None if node is None else _NodeReader().read(node)
@@ -63,8 +70,10 @@ def parse_override(text: str) -> Any:
     if bare[:1] in ("[", "{", "'", '"'):
         try:
             value = parse_yaml(bare)
-        except yaml.YAMLError:
-            return Plain(text)
+        except yaml.YAMLError as error:
+            malformed = MalformedYaml(text)
+            malformed.problem = " ".join(str(error).split())
+            return malformed
         if isinstance(value, dict | list):
             written = WrittenMapping(value) if isinstance(value, dict) else WrittenList(value)
             written.source = text

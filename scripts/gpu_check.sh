@@ -26,7 +26,7 @@ OUT=gpu_check WHEELS=wheels LIMIT_S=880 EACH_S=880 GRACE_S=20 FOR_PYTHON=3.12 ST
 ALL_STAGES=(tests step layer step_512 step_1152 long)
 
 # Beside torch and its own needs; mlflow and datasets are not needed: no tracker runs, and the data are in the package.
-SMALL=(omegaconf PyYAML lightning lightning-utilities torchmetrics packaging tqdm typer annotated-doc shellingham rich
+SMALL=(PyYAML lightning lightning-utilities torchmetrics packaging tqdm typer annotated-doc shellingham rich
   markdown-it-py mdurl pygments pydantic pydantic-core annotated-types typing-inspection filelock psutil
   soundfile cffi pycparser pytest pytest-timeout pytest-xdist execnet
   iniconfig pluggy hypothesis sortedcontainers)

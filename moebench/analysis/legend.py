@@ -7,6 +7,7 @@ from moebench.analysis.values import NON_CAUSAL, Comparison
 MARK_MEANINGS = {
     "≠FLOPs": "executed FLOPs per token differ from the baseline's by more than 2 % in training or in evaluation",
     "≠params": "total parameters differ from the baseline's by more than 2 %",
+    "≠passes": "training runs each token through the model another number of times",
     "≠match": "its width was solved for another quantity (layout.match) than the comparison is by",
     "≠tokens": "trained on another number of tokens",
     "≠data": "trained on other data",
@@ -74,7 +75,7 @@ def _compute_legend(comparison: Comparison) -> list[str]:
         return []
     return [
         "executed: forward FLOPs of the whole model and rows computed by experts, per token, mean over all steps of "
-        "training (each pass counts) and on the evaluation set; × baseline: training / evaluation. in training: share "
+        "training (each pass counts) and on the test split; × baseline: training / evaluation. in training: share "
         "of assignments dropped, mean over all steps."
     ]
 

@@ -2,12 +2,13 @@
 
 Compute is what the runs measured, not what was planned: the forward FLOPs per token of the whole model, mean over all
 steps of training (each pass counts) and on the test split. Arms whose layout matches total parameters
-(layout.match=params) are compared by these instead; a comparison has one quantity, and an arm solved for the other is
-not matched. An arm of another cost is marked and gets no verdict; arms trained or evaluated on other data are refused.
+(layout.match=params) are compared by these instead. All arms of a comparison are matched by the same quantity; an arm
+whose width was solved for the other one is refused. An arm of another cost is marked and gets no verdict; arms trained
+or evaluated on other data are refused.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from moebench.errors import UsageError
@@ -39,6 +40,7 @@ def mismatches(
     others = sorted(solved_for(runs) - {tuple(quantities)})
     found = [
         _other_match(others[0], tuple(quantities)) if others else _unequal_cost(quantities, runs, baseline_runs),
+        _other_passes(runs, baseline_runs) if tuple(quantities) == PARAMS else None,
         _other_tokens(runs, baseline_runs),
         _same("≠data", "data_digest", [r.data_digest for r in runs], [r.data_digest for r in baseline_runs]),
         _same("≠eval", "eval_digest", [r.eval_digest for r in runs], [r.eval_digest for r in baseline_runs]),
@@ -72,8 +74,13 @@ def arms_without_verdict(found: Mapping[str, Sequence[Mismatch]], *, allow: bool
 
 
 def cost_ratio(key: str, runs: Sequence[RunResult], baseline_runs: Sequence[RunResult]) -> float | None:
-    """Return an arm's mean of a cost over the baseline's; None where it is not known for every run."""
-    ours, theirs = ([run.cost.get(key, 0.0) for run in of_arm] for of_arm in (runs, baseline_runs))
+    """Return the ratio of an arm's mean cost to the baseline's; None if any run lacks this cost.
+
+    Over the seeds that both have, as the difference of their quality; over all where they share none.
+    """
+    common = {run.seed for run in runs} & {run.seed for run in baseline_runs}
+    arms = [[run for run in of_arm if run.seed in common or not common] for of_arm in (runs, baseline_runs)]
+    ours, theirs = ([run.cost.get(key, 0.0) for run in of_arm] for of_arm in arms)
     if not ours or not theirs or not all(value > 0 for value in (*ours, *theirs)):
         return None
     return fmean(ours) / fmean(theirs)
@@ -114,9 +121,16 @@ def _unequal_cost(
     if all(abs(ratio - 1) <= TOLERANCE + 1e-9 for ratio in known.values()):  # 2 % sharp is allowed, however rounded
         return None
     where = {"train_flops_per_token": " in training", "eval_flops_per_token": " in evaluation"}
-    figures = ", ".join(f"{ratio:.3g} times{where.get(key, '')}" for key, ratio in known.items())
-    reason = f"not matched: executed {what} over the baseline's are {figures} (allowed ±{100 * TOLERANCE:.0f} %)"
-    return Mismatch(mark=mark, reason=reason if what == "FLOPs" else reason.replace("executed ", ""), is_cost=True)
+    figures = ", ".join(f"{ratio:.5g} times the baseline's{where.get(key, '')}" for key, ratio in known.items())
+    subject = "parameters are" if what == "parameters" else "executed FLOPs are"
+    return Mismatch(mark=mark, reason=f"{subject} {figures} (matched: ±{100 * TOLERANCE:.0f} %)", is_cost=True)
+
+
+def _other_passes(runs: Sequence[RunResult], baseline_runs: Sequence[RunResult]) -> Mismatch | None:
+    """Compare how often training runs each token, where FLOPs are not compared."""
+    passes = ([f"{run.cost.get('train_passes', 1):.0f}" for run in of_arm] for of_arm in (runs, baseline_runs))
+    found = _same("≠passes", "train_passes", *passes)
+    return None if found is None else replace(found, is_cost=True)
 
 
 def _other_tokens(runs: Sequence[RunResult], baseline_runs: Sequence[RunResult]) -> Mismatch | None:

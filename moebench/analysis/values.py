@@ -152,7 +152,7 @@ class Comparison:
         if difference is None:
             return f"baseline, {own}" if own else "baseline"
         if difference.verdict != "diverged":
-            return difference.verdict
+            return f"{difference.verdict}, {own}" if own and difference.verdict == "not matched" else difference.verdict
         return own or f"baseline: {of_baseline}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -29,7 +29,12 @@ class SplitName(StrEnum):
 
 
 Split = Annotated[SplitName, typer.Option(help="What to compare on: choose settings on validation, report on test.")]
-AllowMismatch = Annotated[bool, typer.Option("--allow-mismatch", help="Show arms of unequal cost or data, marked.")]
+AllowMismatch = Annotated[
+    bool,
+    typer.Option(
+        "--allow-mismatch", help="Give arms of unequal cost a verdict, and show arms of other data; all of them marked."
+    ),
+]
 
 
 def compare(
@@ -54,7 +59,7 @@ def compare(
     """Compare the arms of an experiment: quality with intervals, load balance, throughput, cost.
 
     Seeds are paired, differences to the baseline have a 95 % t interval and a p value corrected for many
-    comparisons (Holm). Arms whose FLOPs per token differ by more than 2 % are refused. Works on a grid that is
+    comparisons (Holm). Arms whose executed FLOPs differ by more than 2 % get no verdict. Works on a grid that is
     still running. Given routers instead of an experiment, trains what is missing first.
     """
     from rich.console import Console

@@ -41,7 +41,7 @@ class _Point:
 
 def resolve_arms(config: ExperimentConfig, overrides: Mapping[str, Any], where: str) -> list[Arm]:
     """Check every arm, before anything is trained; raise UsageError for one that could not be, or is another one."""
-    require(isinstance(config.base, Mapping), "base", str(config.base), "a mapping of keys to values")
+    require(isinstance(config.base, Mapping), "base", str(config.base) or "null", "a mapping of keys to values")
     if "seed" in config.base or "seed" in overrides:
         raise UsageError("seed: the experiment sets it; choose with seeds=[...] instead")
     points = list(_combine(config.grid, layer_over({}, config.base)))

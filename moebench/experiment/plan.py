@@ -34,19 +34,14 @@ def plan_cells(experiment: Experiment, results: Path) -> list[dict[str, Any]]:
             "flops_per_token": costs[cell.arm].flops_per_token,
             "experts_per_token": costs[cell.arm].experts_per_token,
             "train_passes": costs[cell.arm].train_passes,
-            "flops_vs_baseline": pass_flops(costs[cell.arm]) / pass_flops(baseline) - 1,
+            "flops_vs_baseline": costs[cell.arm].training_flops / baseline.training_flops - 1,
             "params_vs_baseline": costs[cell.arm].total_params / baseline.total_params - 1,
             "match": cell.config.layout.match,
             "train_tokens": tokens[cell.id],
-            "train_flops": (1 + BACKWARD) * pass_flops(costs[cell.arm]) * tokens[cell.id],
+            "train_flops": (1 + BACKWARD) * costs[cell.arm].training_flops * tokens[cell.id],
         }
         for cell in experiment.cells
     ]
-
-
-def pass_flops(cost: Cost) -> int:
-    """Return the forward FLOPs of training for one token: of all its passes."""
-    return cost.train_passes * cost.flops_per_token
 
 
 def state_of(results: Path, cell: Cell) -> str:

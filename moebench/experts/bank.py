@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from moebench.experts.dispatch import DispatchPlan, combine, dispatch
 from moebench.experts.dropout import Dropout
 from moebench.experts.grouped import as_autocast
-from moebench.routing.values import AnyRouting, Routing
+from moebench.routing.values import LayerRecord, Routing
 
 Compute = Callable[[Tensor, Tensor], Tensor]
 """(x_RI, load_E) -> y_RO: experts on rows that are sorted by expert."""
@@ -116,12 +116,9 @@ class Bank(nn.Module):
         flops_E = self.flops_per_row_E()
         return int(rows_per_token * sum(flops_E) / len(flops_E))
 
-    def executed_flops(self, kept: AnyRouting, length: int) -> Tensor:
-        """Return the forward FLOPs of the rows that a routing made the experts compute, fp64 scalar.
-
-        `length`: tokens of a sequence. Nothing waits for the device.
-        """
-        flops_E, rows_E = self.flops_per_row_E(), kept.rows_E.double()
+    def executed_flops(self, record: LayerRecord) -> Tensor:
+        """Return the forward FLOPs of the rows that the experts computed for a record, fp64 scalar."""
+        flops_E, rows_E = self.flops_per_row_E(), record.kept.rows_E.double()
         if len(set(flops_E)) == 1:
             return rows_E.sum() * flops_E[0]
         return rows_E @ rows_E.new_tensor(flops_E)

@@ -185,7 +185,7 @@ class MoELayer(nn.Module):
 
         Of this process's tokens, whichever process computed them. The counterpart of `routed_flops_per_token`.
         """
-        return self.router.executed_flops(record) + self.bank.executed_flops(record.kept, record.sequence_length or 0)
+        return self.router.executed_flops(record) + self.bank.executed_flops(record)
 
     @property
     def rows_per_token(self) -> float:

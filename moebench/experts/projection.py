@@ -8,7 +8,7 @@ from torch import Generator, Tensor, nn
 from moebench.experts.bank import Bank, draw_experts, local
 from moebench.experts.dropout import Dropout
 from moebench.experts.grouped import grouped_matmul
-from moebench.routing.values import AnyRouting, Routing
+from moebench.routing.values import LayerRecord, Routing
 
 
 class ProjectionBank(Bank):
@@ -81,14 +81,14 @@ class HeadBank(Bank):
         width = math.ceil(rows_per_token) * self.w_query_EDH.shape[2]
         return super().flops_per_token(rows_per_token, length) + score_flops(length, width)
 
-    def executed_flops(self, kept: AnyRouting, length: int) -> Tensor:
-        """Return the forward FLOPs of a routing; every token pays for the most heads that one token has."""
+    def executed_flops(self, record: LayerRecord) -> Tensor:
+        """Return the forward FLOPs for a record; attention runs for the largest number of heads of any token."""
+        kept = record.kept
         assert isinstance(kept, Routing)
-        # A rectangle without holes has its K for all; in other lists the longest token decides.
         has_holes = kept.kept_N is not None or kept.top_k is None
         num_slots = kept.experts_per_token_T.max().clamp(min=1) if has_holes else kept.top_k or 0
-        attention = num_slots * kept.num_tokens * score_flops(length, self.w_query_EDH.shape[2])
-        return super().executed_flops(kept, length) + attention
+        attention = score_flops(record.sequence_length or 0, self.w_query_EDH.shape[2])
+        return super().executed_flops(record) + num_slots * record.num_positions * attention
 
 
 def score_flops(length: int, width: int) -> int:

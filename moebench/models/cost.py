@@ -1,11 +1,10 @@
 """What a model costs: parameters and FLOPs, counted on its modules before it runs, and as it executed them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
-from moebench.experts.layer import MoELayer
 from moebench.models.encoder_decoder import EncoderDecoder
 from moebench.models.transformer import Block, Transformer
 from moebench.models.whole_model import WholeModels
@@ -27,6 +26,13 @@ class Cost:
     """Rows that experts compute for one token, mean over MoE layers; 0 in a dense model."""
     train_passes: int = 1
     """How often training runs each token through the model."""
+    training_only_flops: int = 0
+    """Forward FLOPs of one token in what training alone computes, beside its passes."""
+
+    @property
+    def training_flops(self) -> int:
+        """Forward FLOPs of training for one token: of all passes, and of what training alone computes."""
+        return self.train_passes * self.flops_per_token + self.training_only_flops
 
 
 def cost_of(
@@ -47,7 +53,7 @@ def cost_of(
         used = layer.rows_per_token
         idle += int(of_bank * max(layer.bank.num_experts - used, 0) // layer.bank.num_experts)
         passes = 2 if layer.router.consistency else passes
-    flops = sum(_flops_around(module, sequence_length) for module in extra)
+    flops = sum(count_flops(module, sequence_length) for module in extra)
     if isinstance(backbone, EncoderDecoder):
         assert decoder_length is not None
         whole = backbone.flops(sequence_length, decoder_length) + decoder_length * flops  # the head reads the decoder
@@ -68,37 +74,25 @@ def cost_of(
 def executed_flops_per_token(
     backbone: Backbone,
     planned: int,
-    executed: Mapping[int | str, float],
+    excess: Mapping[int | str, float],
     sequence_length: int,
     decoder_length: int | None = None,
 ) -> float:
-    """Return the forward FLOPs per token of a model as it ran: the plan, with what its MoE layers executed instead.
+    """Return the forward FLOPs per token of a model as it ran: the plan, and what its MoE layers executed beyond it.
 
-    `planned`: `Cost.flops_per_token` for the same lengths. `executed`: MoE layer -> FLOPs of its router and experts per
-    position (see `MoELayer.executed_flops`). All else costs the same for every token.
+    `planned`: `Cost.flops_per_token` for the same lengths. `excess`: MoE layer -> executed minus planned FLOPs of its
+    router and experts, per position. All else costs the same for every token.
     """
-    excess = 0.0
-    for layer, length, share in _layers_with_length(backbone, sequence_length, decoder_length):
-        excess += share * (executed[layer.layer] - layer.routed_flops_per_token(length))
-    return planned + excess
-
-
-def _layers_with_length(
-    backbone: Backbone, sequence_length: int, decoder_length: int | None
-) -> Iterator[tuple[MoELayer, int, float]]:
-    """Yield each MoE layer, the length of its sequences, and the share of all tokens that it sees."""
     if not isinstance(backbone, EncoderDecoder):
-        for layer in backbone.moe_layers():
-            yield layer, sequence_length, 1.0
-        return
+        return planned + sum(excess.values())
     assert decoder_length is not None
-    total = sequence_length + decoder_length
-    for half, length in ((backbone.encoder, sequence_length), (backbone.decoder, decoder_length)):
-        for layer in half.moe_layers():
-            yield layer, length, length / total
+    halves = ((backbone.encoder, sequence_length), (backbone.decoder, decoder_length))
+    whole = sum(length * excess[layer.layer] for half, length in halves for layer in half.moe_layers())
+    return planned + whole / (sequence_length + decoder_length)
 
 
-def _flops_around(module: nn.Module, length: int) -> int:
+def count_flops(module: nn.Module, length: int) -> int:
+    """Return the forward FLOPs of one token in a module around the backbone."""
     counted: Callable[[int], int] | None = getattr(module, "flops_per_token", None)
     if counted is not None:
         return counted(length)

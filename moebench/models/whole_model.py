@@ -10,7 +10,7 @@ from moebench.experts.bank import Bank
 from moebench.experts.layer import MoELayer
 from moebench.models.attention import Places
 from moebench.models.transformer import BatchContext, Block
-from moebench.routing.values import AnyRouting, LayerRecord, Routing
+from moebench.routing.values import LayerRecord, Routing
 
 
 class StackBank(Bank):
@@ -65,10 +65,13 @@ class StackBank(Bank):
         attention = int(rows_per_token * self._score_flops(share))
         return super().flops_per_token(rows_per_token, length) + attention
 
-    def executed_flops(self, kept: AnyRouting, length: int) -> Tensor:
-        """Return the forward FLOPs of a routing: a stack runs on a rectangle, as long as its longest sequence."""
-        assert isinstance(kept, Routing)
-        kept = kept.compact()
+    def executed_flops(self, record: LayerRecord) -> Tensor:
+        """Return the forward FLOPs for a record; waits for the device.
+
+        A stack runs on a rectangle that is as long as the longest of its sequences: the empty places are executed too.
+        """
+        assert isinstance(record.kept, Routing)
+        kept, length = record.kept.compact(), record.sequence_length or record.kept.num_tokens
         num_sequences = kept.num_tokens // length
         flops = kept.weight_N.new_zeros((), dtype=torch.float64)
         for index, of_weights in enumerate(self.flops_per_row_E()):

@@ -21,7 +21,7 @@ class AgentsConfig(RouterConfig):
     """One agent for each domain of the task (its dispatcher knows the domain), or a single one for all tokens. Domains
     that were held out of training have the mean of all agents."""
     pass_through: bool = False
-    """One action more: no expert, the token goes on as it is; the cost of a matched arm does not know of it."""
+    """One action more: no expert, the token goes on as it is, which the plan of a matched arm does not know."""
     collaboration: float = 0.0
     """Reward of choosing what others chose: times the share of tokens that the chosen expert had so far."""
 

@@ -94,6 +94,11 @@ class GroupedRouter(Router):
         """As the routers that it is made of."""
         return any(router.needs_whole_batch for router in self._routers)
 
+    @property
+    def has_variable_k(self) -> bool:
+        """As the routers that it is made of."""
+        return any(router.has_variable_k for router in self._routers)
+
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
         """Return the mean over all routers of each loss that the algorithm brings itself."""
         found = [router.losses(part) for router, part in self._records(record)]

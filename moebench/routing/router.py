@@ -152,6 +152,11 @@ class Router(nn.Module):
         """Sequences, one after another, that are computed together: each process must hold a multiple of it."""
         return 1
 
+    @property
+    def has_variable_k(self) -> bool:
+        """Whether tokens may have another number of experts than `experts_per_token`, with the options that it has."""
+        return ROUTERS.get(self.config.name).facts.variable_k
+
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
         """Raw losses that the algorithm brings itself, by the names in its `Facts.own_losses`.
 

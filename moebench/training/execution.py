@@ -1,7 +1,6 @@
 """What a model's MoE layers executed: FLOPs, rows and drops, summed over batches without waiting for the device."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,27 +9,30 @@ from moebench.errors import UsageError
 from moebench.experts.layer import MoELayer
 from moebench.models.cost import executed_flops_per_token
 from moebench.parallel.mesh import Mesh
-from moebench.routing.router import ROUTERS
 from moebench.routing.values import LayerRecord
 from moebench.tasks.task import Task
 from moebench.training.model import Model, model_cost
 
-FLOPS, POSITIONS, ROWS, CHOSEN, UNSERVED = range(5)
-"""Columns of the sums: forward FLOPs of router and experts, positions, rows of the experts, assignments before
-capacity, positions that no expert computed."""
+EXCESS, POSITIONS, ROWS, CHOSEN, UNSERVED, MISCOUNTED = range(6)
+"""Columns of the sums: forward FLOPs of router and experts minus those planned, positions, rows of the experts,
+assignments before capacity, positions that no expert computed, and those with another number of experts than
+`experts_per_token`."""
+NUM_COLUMNS = 6
 
 
 class RouterContractError(UsageError):
-    """A router does not do what it declares; one line that names it."""
+    """A router's measured number of experts per token is not what `experts_per_token` returns."""
 
 
 class Execution:
-    """Sums over batches for each MoE layer, fp64 [layers, 5]: of this process since `share`, and of all before it."""
+    """Sums over batches for each MoE layer, fp64 [layers, columns].
+
+    `total_LX` holds those of all processes up to the last `share`; later batches are local until the next call.
+    """
 
     def __init__(self, layers: Sequence[MoELayer]) -> None:
         self.layers = layers
-        self.total_LX = torch.zeros(len(layers), 5, dtype=torch.float64)
-        """Of all processes, up to the last call of `share`."""
+        self.total_LX = torch.zeros(len(layers), NUM_COLUMNS, dtype=torch.float64)
         self._pending_LX: Tensor | None = None
 
     def add(self, records: Sequence[LayerRecord]) -> None:
@@ -59,11 +61,11 @@ class Execution:
         if not self.layers or not bool(positions_L.all()):
             return {}
         per_position_LX = self.total_LX / positions_L.unsqueeze(1)
-        flops = {layer.layer: float(per_position_LX[n, FLOPS]) for n, layer in enumerate(self.layers)}
+        excess = {layer.layer: float(per_position_LX[n, EXCESS]) for n, layer in enumerate(self.layers)}
         lengths = task.sequence_length, task.decoder_length
         planned = model_cost(model, *lengths).flops_per_token
         return {
-            "load/flops_per_token": executed_flops_per_token(model.backbone, planned, flops, *lengths),
+            "load/flops_per_token": executed_flops_per_token(model.backbone, planned, excess, *lengths),
             "load/experts_per_token": float(per_position_LX[:, ROWS].mean()),
         }
 
@@ -76,21 +78,18 @@ class Execution:
         return {"drop_rate": float(dropped_L.mean()), "unserved": float(unserved_L.mean())} if self.layers else {}
 
     def check_declared(self) -> None:
-        """Raise RouterContractError if a router sent tokens to another number of experts than it declares.
+        """Raise RouterContractError if a router without `has_variable_k` sent a token to another number of experts.
 
-        Arms are matched and widths are solved by that number, so nothing that follows would be a fair comparison.
+        Widths are solved by `experts_per_token`: a wrong value makes the arm's cost differ from its plan.
         """
         for layer, sums_X in zip(self.layers, self.total_LX, strict=True):
-            name = layer.router.config.name
-            if layer.router.is_soft or ROUTERS.get(name).facts.variable_k:
+            if layer.router.is_soft or layer.router.has_variable_k or not bool(sums_X[MISCOUNTED]):
                 continue
-            chosen, positions = float(sums_X[CHOSEN]), float(sums_X[POSITIONS])
-            if chosen != layer.experts_per_token * positions:
-                raise RouterContractError(
-                    f"router '{name}' declares {layer.experts_per_token} experts per token (experts_per_token) and sent"
-                    f" each token to {chosen / positions:.4g} in layer {layer.layer}: correct experts_per_token, or"
-                    " set Facts.variable_k=True"
-                )
+            raise RouterContractError(
+                f"router '{layer.router.config.name}' uses {float(sums_X[CHOSEN] / sums_X[POSITIONS]):.4g} experts per"
+                f" token on average in layer {layer.layer}, but experts_per_token says {layer.experts_per_token} for"
+                " each (correct it, or set Facts.variable_k=True)"
+            )
 
     def state(self) -> list[list[float]]:
         """Return the sums of all processes, for a checkpoint."""
@@ -103,13 +102,19 @@ class Execution:
 
 
 def _sums(layer: MoELayer, record: LayerRecord) -> Tensor:
-    unserved_T: Any = record.kept.experts_per_token_T == 0
-    unserved_T = unserved_T if record.valid_T is None else unserved_T & record.valid_T
+    kept, routing = record.kept, record.routing
+    kept_T = kept.experts_per_token_T
+    chosen_T = kept_T if kept is routing else routing.experts_per_token_T
+    unserved_T, miscounted_T = kept_T == 0, chosen_T != layer.experts_per_token
+    if record.valid_T is not None:
+        unserved_T, miscounted_T = unserved_T & record.valid_T, miscounted_T & record.valid_T
+    positions, planned = record.num_positions, layer.routed_flops_per_token(record.sequence_length or 0)
     columns = (
-        layer.executed_flops(record),
-        record.num_positions,
-        record.kept.rows_E.sum(),
-        record.routing.load_E.sum(),
+        layer.executed_flops(record) - planned * positions,
+        positions,
+        kept.rows_E.sum(),
+        routing.load_E.sum(),
         unserved_T.sum(),
+        miscounted_T.sum(),
     )
     return torch.stack([column.detach().double() for column in columns])

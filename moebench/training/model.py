@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moebench.errors import UsageError
 from moebench.models.build import build_backbone, plan_of
-from moebench.models.cost import Cost, cost_of
+from moebench.models.cost import Cost, cost_of, count_flops
 from moebench.models.encoder_decoder import EncoderDecoder
 from moebench.models.shared_embedding import SharedEmbedding
 from moebench.models.transformer import BatchContext, Transformer, init_weights
@@ -136,7 +136,12 @@ def initialised_model(config: CellConfig, task: Task, mesh: Mesh = ALONE_MESH) -
 def model_cost(model: Model, sequence_length: int, decoder_length: int | None = None) -> Cost:
     """Count parameters and forward FLOPs per token of a model."""
     around = [model.embedding, model.head] + ([] if model.shared is None else [model.shared])
-    return cost_of(model.backbone, around, sequence_length, decoder_length)
+    cost = cost_of(model.backbone, around, sequence_length, decoder_length)
+    if model.shared is None:
+        return cost
+    # It is run once more for its own loss, through a head of its own.
+    own = count_flops(model.shared, sequence_length) + count_flops(model.shared.head, sequence_length)
+    return replace(cost, training_only_flops=own)
 
 
 def prepare_task(config: CellConfig, results: Path) -> Task:

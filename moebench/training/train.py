@@ -67,7 +67,7 @@ def train_cell(
         eval_digest=task.eval_digest,
         marks=marks_of(config),
         config=to_plain(config),
-        validation=validation.metrics,
+        validation=validation.metrics | losses,
     )
 
 
@@ -76,8 +76,8 @@ def _cost(
 ) -> dict[str, float]:
     """Return what a cell cost: as planned, and as executed per token in training and on the test split.
 
-    `trained`, `evaluated`: what the MoE layers executed (see `Execution.metrics`); a dense model executes its plan.
-    Training counts each pass that it makes over a token.
+    `trained`, `evaluated`: what the MoE layers executed (see `Execution.metrics`); a dense model has none, so its
+    executed cost is the planned one. Training counts each pass that it makes over a token.
     """
     planned = model_cost(model, task.sequence_length, task.decoder_length)
     cost = {name: float(value) for name, value in asdict(planned).items()}
@@ -85,6 +85,7 @@ def _cost(
         name = f"load/{quantity}"
         cost[f"train_{quantity}"] = planned.train_passes * trained.get(name, cost[quantity])
         cost[f"eval_{quantity}"] = evaluated.get(name, cost[quantity])
+    cost["train_flops_per_token"] += planned.training_only_flops
     return cost | {"train_tokens": float(train_tokens(config, task))}
 
 

@@ -38,11 +38,12 @@ def model_or_skip(layout: str, router: str) -> Transformer:
 
 def executed_flops(backbone: Transformer, records: list[LayerRecord]) -> float:
     """Return what a forward pass over the batch cost by the formulas that results report."""
-    planned = NUM_TOKENS * cost_of(backbone, [], LENGTH).flops_per_token
-    executed = {}
+    excess = {}
     for layer, record in zip(backbone.moe_layers(), records, strict=True):
-        executed[layer.layer] = float(layer.executed_flops(record) / NUM_TOKENS)
-    return planned + NUM_TOKENS * executed_flops_per_token(backbone, 0, executed, LENGTH)
+        beyond = layer.executed_flops(record) - NUM_TOKENS * layer.routed_flops_per_token(LENGTH)
+        excess[layer.layer] = float(beyond) / NUM_TOKENS
+    planned = cost_of(backbone, [], LENGTH).flops_per_token
+    return NUM_TOKENS * executed_flops_per_token(backbone, planned, excess, LENGTH)
 
 
 def count_flops(backbone: Transformer, *, training: bool) -> tuple[int, Tensor, list[LayerRecord], Tensor]:

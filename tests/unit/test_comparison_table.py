@@ -134,8 +134,8 @@ Each interval is one of 95 %, not all together. Arms with rare bad seeds get fal
 often than 5 % (docs/comparing.md).
 low power: 3 to 5 seeds can miss any difference smaller than the detectable one.
 executed: forward FLOPs of the whole model and rows computed by experts, per token, mean over all
-steps of training (each pass counts) and on the evaluation set; × baseline: training / evaluation.
-in training: share of assignments dropped, mean over all steps.
+steps of training (each pass counts) and on the test split; × baseline: training / evaluation. in
+training: share of assignments dropped, mean over all steps.
 Note: 1 of 15 cells have no result yet: this is an early look.
 Note: switch: difference over common seeds only, without seed 1.
 Note: sigmoid_bias_free: difference over common seeds only, without seed 4.

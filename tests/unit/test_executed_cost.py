@@ -1,18 +1,23 @@
 """What MoE layers executed: sums by hand, whole runs against an independent count, and routers that say a wrong k."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from contract.cases import Case
+from contract.layout_models import backbone_of, batch, config_of
 from contract.training_cases import Run, tiny_config, write_text
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from moebench.experts.layer import MoELayer
 from moebench.parallel.mesh import ALONE_MESH
 from moebench.registry import load_plugin
 from moebench.routing.routers.top_k import TopK
 from moebench.routing.values import LayerRecord, Routing
+from moebench.training.evaluate import batch_context
 from moebench.training.execution import Execution, RouterContractError
 from moebench.training.model import initialised_model, prepare_task
 
@@ -32,13 +37,13 @@ def record_of(layer: MoELayer, kept: list[bool], valid: list[bool] | None = None
 
 def test_sums_by_hand() -> None:
     layer = Case("top_k").layer()
-    per_row, per_gate = layer.bank.flops_per_row_E()[0], layer.router.flops_per_token()
+    per_row = layer.bank.flops_per_row_E()[0]
     execution = Execution([layer])
     execution.add([record_of(layer, [True, True, True, False, False, False])])  # 3 rows; the third token unserved
     execution.add([record_of(layer, [True] * 6)])  # 6 rows
     execution.share(ALONE_MESH)
-    # FLOPs of 9 rows and of the gate at 6 positions; 6 positions; 9 rows; 12 assignments chosen; 1 token unserved.
-    assert execution.state() == [[9 * per_row + 6 * per_gate, 6, 9, 12, 1]]
+    # 12 rows were planned: 3 less; 6 positions; 9 rows; 12 assignments chosen; 1 token unserved; none with another k.
+    assert execution.state() == [[-3 * per_row, 6, 9, 12, 1, 0]]
     assert execution.losses() == {"drop_rate": 0.25, "unserved": pytest.approx(1 / 6)}
     execution.check_declared()  # 12 chosen assignments for 6 tokens: the declared 2, whatever was dropped
 
@@ -48,9 +53,65 @@ def test_padding_is_no_position() -> None:
     execution = Execution([layer])
     execution.add([record_of(layer, [True] * 6, valid=[True, True, False])])
     execution.share(ALONE_MESH)
-    per_row, per_gate = layer.bank.flops_per_row_E()[0], layer.router.flops_per_token()
-    assert execution.state() == [[4 * per_row + 2 * per_gate, 2, 4, 4, 0]]
+    assert execution.state() == [[0, 2, 4, 4, 0, 0]]
     execution.check_declared()
+
+
+def test_a_right_mean_of_wrong_numbers_is_no_declared_k() -> None:
+    layer = Case("top_k").layer()
+    token_N, expert_N = torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1, 2])
+    routing = Routing(token_N=token_N, expert_N=expert_N, weight_N=torch.ones(4), num_tokens=2, num_experts=8)
+    execution = Execution([layer])
+    execution.add([LayerRecord(layer=layer.layer, routing=routing, kept=routing, sequence_length=2)])
+    execution.share(ALONE_MESH)
+    assert execution.state()[0][1:] == [2, 4, 4, 0, 2]
+    with pytest.raises(RouterContractError, match="uses 2 experts per token on average"):
+        execution.check_declared()
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        {"name": "domain", "evaluation": "prior"},
+        {"name": "thor", "evaluation": "average"},
+        {"name": "routing_networks", "pass_through": True},
+        {"name": "routing_networks_wpl", "pass_through": True},
+    ],
+    ids=lambda router: router["name"],
+)
+def test_options_that_vary_the_number_of_experts_are_no_wrong_k(router: dict[str, Any], tmp_path: Path) -> None:
+    result = Run(tiny_config(write_text(tmp_path), router=router, train={"steps": 3}), tmp_path)()
+    assert result is not None
+    assert any(
+        result.cost[f"{phase}_experts_per_token"] != result.cost["experts_per_token"] for phase in ("train", "eval")
+    )
+
+
+def test_attention_of_experts_costs_nothing_at_padding() -> None:
+    """As in a dense model, positions are counted, whatever padding stands beside them."""
+    backbone = backbone_of(config_of("moduleformer", "top_k"))
+    x_BLD, ctx = batch(training=False)
+    valid_BL = torch.ones(x_BLD.shape[:2], dtype=torch.bool)
+    valid_BL[0, 5:] = False
+    _, records = backbone(x_BLD, replace(ctx, valid_BL=valid_BL))
+    execution = Execution(backbone.moe_layers())
+    execution.add(records)
+    execution.share(ALONE_MESH)
+    assert [sums[0] for sums in execution.state()] == [0] * len(records)
+
+
+def test_a_shared_embedding_is_trained_by_a_run_of_its_own(tmp_path: Path) -> None:
+    config = tiny_config(write_text(tmp_path), router={"name": "speech_moe", "embedding": "shared"})
+    task = prepare_task(config, tmp_path)
+    model = initialised_model(config, task).double()
+    whole = task.train_batch(4, 0, 0)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(whole, batch_context(whole, training=True, seed=0))
+        model.said_by_shared(whole)
+    result = Run(config, tmp_path)()
+    assert result is not None
+    assert result.cost["train_flops_per_token"] == counter.get_total_flops() / (4 * 8)
+    assert result.cost["train_flops_per_token"] > result.cost["eval_flops_per_token"]
 
 
 def test_state_goes_on_where_it_was() -> None:
@@ -152,8 +213,8 @@ def test_a_wrong_k_ends_the_run_with_one_line(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(RouterContractError) as caught:
         Run(tiny_config(write_text(tmp_path), router="top_k"), tmp_path)()
     assert str(caught.value) == (
-        "router 'top_k' declares 1 experts per token (experts_per_token) and sent each token to 2 in layer 0: correct"
-        " experts_per_token, or set Facts.variable_k=True"
+        "router 'top_k' uses 2 experts per token on average in layer 0, but experts_per_token says 1 for each"
+        " (correct it, or set Facts.variable_k=True)"
     )
 
 
@@ -196,5 +257,5 @@ class SecretlyTwo(Router):
 
 def test_a_plugin_that_declares_nothing_fails_its_cell(plugin: Any, tmp_path: Path) -> None:
     load_plugin(plugin.write(PLUGIN, name="secretly_two.py"))
-    with pytest.raises(RouterContractError, match=r"'secretly_two' declares 1 experts .* sent each token to 2 in"):
+    with pytest.raises(RouterContractError, match="'secretly_two' uses 2 experts per token on average in layer 0"):
         Run(tiny_config(write_text(tmp_path), router="secretly_two"), tmp_path)()

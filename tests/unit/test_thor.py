@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moebench.experiment.plan import pass_flops
 from moebench.routing.composite import GroupedRouter
 from moebench.routing.ranks import Span
 from moebench.routing.router import ROUTERS, Site
@@ -126,7 +125,7 @@ def test_division_into_micro_batches_changes_no_gradient(text: Path, tmp_path: P
 def test_second_pass_counts(text: Path, tmp_path: Path) -> None:
     costs = [model_cost(module_of(text, tmp_path, {"consistency": consistency}).model, 8) for consistency in (0.0, 0.5)]
     assert [cost.train_passes for cost in costs] == [1, 2]
-    assert pass_flops(costs[1]) == 2 * pass_flops(costs[0]) == 2 * costs[0].flops_per_token
+    assert costs[1].training_flops == 2 * costs[0].training_flops == 2 * costs[0].flops_per_token
 
 
 def test_groups_ask_for_what_their_routers_ask_for() -> None:

@@ -70,6 +70,11 @@ class Domain(Router):
         return Routing.from_table(weight_TE, weight_TE > 0).compact()
 
     @property
+    def has_variable_k(self) -> bool:
+        """Evaluation by the prior uses all experts."""
+        return super().has_variable_k or self.evaluation == "prior"
+
+    @property
     def prior_E(self) -> Tensor:
         """Share of training tokens of each expert; uniform before training."""
         total = self.count_E.sum()

@@ -67,6 +67,11 @@ class RoutingNetworksWPL(Router):
         self.register_buffer("share_E", torch.zeros(site.num_experts))
         self.register_buffer("num_counted", torch.zeros((), dtype=torch.int64))
 
+    @property
+    def has_variable_k(self) -> bool:
+        """The action to pass through uses no expert."""
+        return self.num_actions > self.num_experts
+
     @classmethod
     def check(cls, config: Config, num_experts: int) -> None:
         """Refuse rates out of range."""

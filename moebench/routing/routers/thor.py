@@ -73,5 +73,10 @@ class Thor(Router):
         weight_TK = torch.full(expert_TK.shape, 1 / expert_TK.shape[1], dtype=torch.float32, device=x_TD.device)
         return Routing.from_top_k(expert_TK, weight_TK, num_experts=self.num_experts)
 
+    @property
+    def has_variable_k(self) -> bool:
+        """Evaluation by the average uses all experts."""
+        return self.options.evaluation == "average"
+
     def _expert(self, draw_TK: Tensor) -> Tensor:
         return (draw_TK * self.num_experts).long().clamp(max=self.num_experts - 1)
