@@ -34,6 +34,7 @@ def plan_cells(experiment: Experiment, results: Path) -> list[dict[str, Any]]:
             "flops_per_token": costs[cell.arm].flops_per_token,
             "experts_per_token": costs[cell.arm].experts_per_token,
             "train_passes": costs[cell.arm].train_passes,
+            "training_only_flops": costs[cell.arm].training_only_flops,
             "flops_vs_baseline": costs[cell.arm].training_flops / baseline.training_flops - 1,
             "params_vs_baseline": costs[cell.arm].total_params / baseline.total_params - 1,
             "match": cell.config.layout.match,

@@ -176,8 +176,10 @@ def test_cells_see_their_own_gpu_alone_and_give_it_back(
     assert ends == {"breaks": "failed", "well": "done", "two": "done", "on the cpu": "done"}
     assert launch.devices.num_users == {"6": 0, "7": 0}
     # One after the other: a cell of one process gets the first; those of two see both, by their local rank; what the
-    # user wants on the CPU is given none, and sees what the runner does.
-    assert seen_in(here) == {"6": 2, "6+7": 2 + 1}
+    # user wants on the CPU is given none, and sees what the fork server was started with (all, if by another test).
+    seen = seen_in(here)
+    assert seen["6"] == 2
+    assert (seen["6+7"], seen["all"]) in ((3, 0), (2, 1))
 
 
 def test_cells_at_the_same_time_have_different_gpus(here: Path, monkeypatch: pytest.MonkeyPatch, plugin: Any) -> None:
