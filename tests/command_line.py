@@ -149,7 +149,7 @@ class CommandLine:
 
 SERVER = """
 import gc, json, os, sys, traceback
-import moebench.cli, moebench.experiment.runner, moebench.analysis.figures, moebench.analysis.table
+import moebench.cli, moebench.experiment.runner, moebench.analysis.compare.figures, moebench.analysis.compare.table
 from moebench.registry import HOMES, registry_of
 for kind in HOMES:
     registry_of(kind).names()

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from moebench.training.result import RunResult
-from moebench.training.run_folder import write_json
+from moebench.runs.folder import write_json
+from moebench.runs.result import RunResult
 
 
 def write_result(folder: Path, **fields: Any) -> None:

@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 
-from moebench.bench.peers.register import versions
-from moebench.bench.variants import has_bf16_units
+from moebench.bench.layer.peers.register import versions
+from moebench.bench.layer.variants import has_bf16_units
 from moebench.cores import available_cores
 from moebench.errors import UsageError, unknown
 from moebench.experts.allocator import keep_freed_memory
-from moebench.training.environment import environment
+from moebench.runs.environment import environment
 
 DEVICES = ("auto", "cpu", "cuda")
 ALLOCATORS = ("keep", "default")

@@ -18,7 +18,7 @@ from moebench.cli.options import (
 from moebench.errors import UsageError
 
 if TYPE_CHECKING:
-    from moebench.bench.report import Report
+    from moebench.reporting.report import Report
 
 app = typer.Typer(
     help="Measure speed: variants interleaved in one process, ratios to a dense twin, busy rounds thrown out.",
@@ -68,8 +68,8 @@ def layer(
     fp32 on a CPU, bf16 on CUDA. A round in which other processes used more than 8 % of the machine is thrown out.
     """
     check_plot(plot)
-    from moebench.bench.layer import LayerSettings, bench_layer
-    from moebench.bench.layer_report import layer_report
+    from moebench.bench.layer.measure import LayerSettings, bench_layer
+    from moebench.bench.layer.report import layer_report
 
     settings = LayerSettings(
         shapes=shape or (),
@@ -83,7 +83,7 @@ def layer(
     )
     bench = bench_layer(settings, say)
     if plot:
-        from moebench.bench.layer_figure import draw_layer
+        from moebench.bench.layer.figure import draw_layer
 
         draw_layer(bench, plot)
     show(layer_report(bench), json=json, markdown=markdown)
@@ -111,8 +111,8 @@ def router(
     Forward, and forward with backward, in training mode. A router that costs more than it should is named.
     """
     check_plot(plot)
-    from moebench.bench.router import RouterSettings, bench_router
-    from moebench.bench.router_report import draw_routers, router_report
+    from moebench.bench.router.measure import RouterSettings, bench_router
+    from moebench.bench.router.report import draw_routers, router_report
     from moebench.registry import load_plugin
 
     for path in plugin or ():
@@ -162,8 +162,8 @@ def step(
     the same model, batches, optimizer and clipping take turns; both end at the same weights. Nothing is kept.
     """
     check_plot(plot)
-    from moebench.bench.step import StepSettings, bench_step
-    from moebench.bench.step_report import step_report
+    from moebench.bench.step.measure import StepSettings, bench_step
+    from moebench.bench.step.report import step_report
 
     settings = StepSettings(
         experiment=chosen_experiment(names or (), router or ()),
@@ -179,7 +179,7 @@ def step(
     )
     bench = bench_step(settings, say)
     if plot:
-        from moebench.bench.step_figure import draw_step
+        from moebench.bench.step.figure import draw_step
 
         draw_step(bench, plot)
     show(step_report(bench), json=json, markdown=markdown)
@@ -206,8 +206,8 @@ def parallel(
     measure the exchange, not a speed that anybody wants.
     """
     check_plot(plot)
-    from moebench.bench.parallel import ParallelSettings, bench_parallel
-    from moebench.bench.parallel_report import draw_parallel, parallel_report
+    from moebench.bench.parallel.measure import ParallelSettings, bench_parallel
+    from moebench.bench.parallel.report import draw_parallel, parallel_report
 
     settings = ParallelSettings(
         processes=processes or (1, 2, 4),

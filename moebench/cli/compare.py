@@ -64,8 +64,8 @@ def compare(
     """
     from rich.console import Console
 
-    from moebench.analysis.figures import compare_experiment, draw_experiment
-    from moebench.analysis.table import to_json, to_markdown, to_rich
+    from moebench.analysis.compare.figures import compare_experiment, draw_experiment
+    from moebench.analysis.compare.table import to_json, to_markdown, to_rich
     from moebench.experiment.grid import expand, expand_routers
 
     overrides = [name for name in names if "=" in name]
@@ -101,9 +101,9 @@ def train_missing(grid: "Experiment", results: Path, jobs: int) -> None:
     """Train the cells that are not done; UsageError when none of an arm could be."""
     from rich.console import Console
 
-    from moebench.analysis.figures import Figures
-    from moebench.experiment.launch import OwnLaunch
+    from moebench.analysis.compare.figures import Figures
     from moebench.experiment.runner import RunOptions, run_experiment
+    from moebench.launch.launcher import OwnLaunch
 
     console = Console(stderr=True)
     report = run_experiment(

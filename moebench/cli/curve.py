@@ -17,7 +17,7 @@ from moebench.cli.options import (
 from moebench.errors import UsageError
 
 if TYPE_CHECKING:
-    from moebench.analysis.setting_curve import SettingCurve
+    from moebench.analysis.sweep.measure import SettingCurve
 
 
 def curve(
@@ -44,8 +44,8 @@ def curve(
     """
     from rich.console import Console
 
-    from moebench.analysis.setting_curve import Setting, measure
-    from moebench.analysis.setting_figure import draw_setting
+    from moebench.analysis.sweep.figure import draw_setting
+    from moebench.analysis.sweep.measure import Setting, measure
     from moebench.experiment.grid import expand
 
     if plot and (plot.is_dir() or not plot.parent.is_dir()):
@@ -62,8 +62,8 @@ def curve(
 def _print(found: "SettingCurve", *, as_json: bool, as_markdown: bool) -> None:
     from rich.console import Console
 
-    from moebench.analysis.setting_figure import setting_grid
-    from moebench.analysis.table import markdown_grid, rich_grid
+    from moebench.analysis.compare.table import markdown_grid, rich_grid
+    from moebench.analysis.sweep.figure import setting_grid
 
     if as_json:
         import json

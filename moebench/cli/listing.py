@@ -67,7 +67,7 @@ def _experiments() -> list[dict[str, Any]]:
 
 
 def _runs(results: Any) -> list[dict[str, Any]]:
-    from moebench.training.run_folder import RunFolder
+    from moebench.runs.folder import RunFolder
 
     rows = []
     for path in sorted((results / "runs").glob("*/cell.json")):
@@ -98,14 +98,14 @@ COLUMNS = {
 
 
 def _print(rows: list[dict[str, Any]], kind: Kind) -> None:
-    from moebench.analysis.catalogue import as_words
+    from moebench.catalogue.describe import as_words
     from moebench.cli.table import print_table
 
     if not rows:
         print(f"no {kind.value} here")
         return
     if kind is Kind.ROUTERS:
-        from moebench.analysis.router_pages import summary
+        from moebench.catalogue.pages import summary
 
         columns, lines = _in_two_lines([summary(row) for row in rows])
     else:

@@ -42,8 +42,8 @@ def plan(
 def _print(grid: Any, rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
 
-    from moebench.analysis.formatting import human
     from moebench.cli.table import print_table
+    from moebench.reporting.formatting import human
 
     console = Console()
     console.print(f"{grid.name}: {grid.question}", highlight=False, markup=False)

@@ -9,7 +9,7 @@ from moebench.cli.options import DEFAULT_RESULTS, Json, Results
 from moebench.errors import UsageError, unknown
 
 if TYPE_CHECKING:
-    from moebench.analysis.label_report import LabelReport
+    from moebench.analysis.specialisation.report import LabelReport
 
 
 def probe(
@@ -31,14 +31,14 @@ def probe(
     """
     if plot and (plot.is_dir() or not plot.parent.is_dir()):
         raise UsageError(f"--plot {plot}: must be a file in a folder that exists")
-    from moebench.analysis.label_report import report_of
+    from moebench.analysis.specialisation.report import report_of
 
     report = report_of(results, run, label)
     for table in report.tables.values() if layer is not None else ():
         if layer not in table.layers:
             raise unknown("--layer", str(layer), table.layers)
     if plot:
-        from moebench.analysis.label_figure import draw_labels
+        from moebench.analysis.specialisation.figure import draw_labels
 
         draw_labels(report.tables, path=plot, title=f"Who takes what: {report.arm}, seed {report.seed}")
     if json:
@@ -50,7 +50,7 @@ def probe(
 
 
 def _print(report: "LabelReport", layer: str | None) -> None:
-    from moebench.analysis.label_report import best_layer, label_rows
+    from moebench.analysis.specialisation.report import best_layer, label_rows
     from moebench.cli.table import print_table
 
     print(f"{report.arm}, seed {report.seed} ({report.id})")

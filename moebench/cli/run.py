@@ -20,8 +20,8 @@ from moebench.cli.options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moebench.experiment.launch import Given, Launch
     from moebench.experiment.runner import RunOptions, RunReport
+    from moebench.launch.launcher import Given, Launch
 
 EXIT_FAILED, EXIT_TRACKER = 1, 3
 
@@ -55,8 +55,8 @@ def run(
     """
     from rich.console import Console
 
-    from moebench.experiment.launch import OwnLaunch, given_processes
     from moebench.experiment.runner import RunOptions
+    from moebench.launch.launcher import OwnLaunch, given_processes
 
     options = RunOptions(jobs=jobs, tracker=tracker, reshard=reshard)
     console = Console(stderr=True)
@@ -69,8 +69,8 @@ def run(
 
 def _joined(given: "Given", work: "Callable[[Launch], int]", console: "Console") -> int:
     """Do the work as the first of the processes that are there, or follow the first; return the exit code."""
-    from moebench.experiment.joining import follow, leading
-    from moebench.experiment.wire import AbandonedError
+    from moebench.launch.cluster import follow, leading
+    from moebench.launch.rendezvous import AbandonedError
 
     if given.place.rank > 0:
         return follow(given)
@@ -113,7 +113,7 @@ def _run(
 
 
 def _figures() -> Any:
-    from moebench.analysis.figures import Figures
+    from moebench.analysis.compare.figures import Figures
 
     return Figures()
 

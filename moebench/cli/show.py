@@ -28,7 +28,7 @@ def show(
         raise UsageError("show: give a name (`moebench list`), or --all-routers")
     if all_routers and plot:
         raise UsageError("--plot: draws one router, give its name instead of --all-routers")
-    from moebench.analysis.catalogue import describe
+    from moebench.catalogue.describe import describe
     from moebench.registry import load_plugin, registry_of
 
     for path in plugin or ():
@@ -43,7 +43,7 @@ def show(
     elif name:
         _print(found[0])
     else:
-        from moebench.analysis.router_pages import all_pages
+        from moebench.catalogue.pages import all_pages
 
         print(all_pages(), end="")
 
@@ -53,7 +53,7 @@ def _draw(found: dict[str, Any], plot: Path) -> None:
         raise UsageError(f"--plot: '{found['name']}' is a {found['kind']}; only routers are drawn")
     if plot.is_dir() or not plot.parent.is_dir():
         raise UsageError(f"--plot {plot}: must be a file in a folder that exists")
-    from moebench.analysis.router_figure import draw_router
+    from moebench.catalogue.figure import draw_router
 
     draw_router(found["name"], plot)
 
@@ -61,7 +61,7 @@ def _draw(found: dict[str, Any], plot: Path) -> None:
 def _print(found: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from moebench.analysis.catalogue import as_words
+    from moebench.catalogue.describe import as_words
     from moebench.cli.table import print_table
 
     console = Console()

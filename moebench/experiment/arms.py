@@ -11,7 +11,7 @@ from moebench.conversion import convert
 from moebench.errors import UsageError, nearest, require
 from moebench.schema import COMPONENTS, DEFAULT_NAMES, CellConfig, ExperimentConfig
 from moebench.tasks.task import TASKS
-from moebench.training.model import check_cell
+from moebench.training.compatibility import check_cell
 
 ARM = "arm"
 """The grid key whose values set several keys of a cell at once."""

@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from moebench.experiment.grid import Cell
-from moebench.experiment.scheduler import Outcome
+from moebench.launch.scheduler import Outcome
+from moebench.runs.cell import Cell
 
 LINE_EVERY_S = 20.0
 """Seconds between progress lines of a cell in a pipe."""

@@ -5,43 +5,15 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moebench.config import cell_id, load_experiment, to_plain, with_overrides
+from moebench.config import cell_id, load_experiment, with_overrides
 from moebench.errors import unknown
 from moebench.experiment.arms import Arm, resolve_arms, unused_overrides
 from moebench.registry import Plugin, load_plugin, select_plugins
-from moebench.schema import CellConfig, ExperimentConfig
+from moebench.runs.cell import Cell
+from moebench.schema import ExperimentConfig
 
 BASELINE = "dense"
 """What routers are compared with when no experiment says otherwise."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One point of the grid: a training run, wanted or done."""
-
-    id: str
-    arm: str
-    seed: int
-    config: CellConfig
-    varies: Mapping[str, Any]
-    """What tells this cell from the others: configuration key -> value."""
-    plugins: tuple[str, ...]
-    """Plugin files that must be loaded before it can be built: those that it needs, of all that were given."""
-    data_digest: str
-    """Of the data source, as it entered the id."""
-
-    def to_dict(self, experiment: str) -> dict[str, Any]:
-        """Return the cell as written to its run folder."""
-        return {
-            "id": self.id,
-            "arm": self.arm,
-            "seed": self.seed,
-            "experiment": experiment,
-            "config": to_plain(self.config),
-            "varies": dict(self.varies),
-            "plugins": list(self.plugins),
-            "data": {"name": self.config.task.name, "digest": self.data_digest},
-        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 
-from moebench.experiment.grid import Cell, Experiment
+from moebench.experiment.grid import Experiment
 from moebench.models.cost import Cost
+from moebench.runs.cell import Cell
+from moebench.runs.folder import RunFolder
 from moebench.tasks.task import Task
 from moebench.training.batches import train_tokens
-from moebench.training.model import build_model, marks_of, model_cost, prepare_task
-from moebench.training.run_folder import RunFolder
+from moebench.training.compatibility import marks_of
+from moebench.training.model import build_model, model_cost, prepare_task
 
 BACKWARD = 2
 """FLOPs of the backward pass over those of the forward pass."""

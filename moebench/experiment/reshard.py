@@ -9,9 +9,9 @@ from filelock import FileLock, Timeout
 
 from moebench.config import cell_id
 from moebench.errors import UsageError
-from moebench.experiment.grid import Cell
 from moebench.registry import load_plugin
-from moebench.training.run_folder import RunFolder
+from moebench.runs.cell import Cell
+from moebench.runs.folder import RunFolder
 
 Size = tuple[int, int]
 """parallel.data and parallel.expert."""

@@ -8,19 +8,20 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from moebench.cores import available_cores
-from moebench.experiment.devices import uses_gpu, visible_devices
+from moebench.launch.devices import uses_gpu, visible_devices
 from moebench.experiment.display import LineDisplay, LiveDisplay
-from moebench.experiment.grid import Cell, Experiment
-from moebench.experiment.launch import Launch
+from moebench.experiment.grid import Experiment
 from moebench.experiment.plan import state_of
 from moebench.experiment.reshard import reshard
-from moebench.experiment.scheduler import Interrupted, Outcome, Scheduler
 from moebench.experiment.store import open_results, record_experiment, require_room, unfinished
+from moebench.launch.launcher import Launch
+from moebench.launch.scheduler import Interrupted, Outcome, Scheduler
+from moebench.runs.cell import Cell
+from moebench.runs.folder import RunFolder
 from moebench.tasks.task import TASKS
 from moebench.tracking.mlflow_store import default_uri
 from moebench.tracking.tracker import Tracker
 from moebench.training.model import prepare_task
-from moebench.training.run_folder import RunFolder
 
 
 class Figures(Protocol):

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from moebench.errors import UsageError
-from moebench.experiment.grid import Cell, Experiment
+from moebench.experiment.grid import Experiment
 from moebench.experiment.plan import cell_cost, state_of
+from moebench.runs.cell import Cell
+from moebench.runs.folder import write_json
 from moebench.training.model import prepare_task
-from moebench.training.run_folder import write_json
 
 CHECKPOINT_BYTES_PER_PARAM = 12
 """fp32 weight and two moments of AdamW."""

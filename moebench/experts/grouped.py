@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from moebench.experts import gemm_batch
+from moebench.experts.kernels import gemm_batch
 
 ROW_BYTES = 16
 """Of which grouped kernels want rows to be multiples."""

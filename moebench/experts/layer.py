@@ -14,13 +14,13 @@ from moebench.experts.feed_forward import FeedForward
 from moebench.experts.merge import merged_mixture
 from moebench.experts.overflow import Batch, passed_on, within_capacity
 from moebench.experts.soft import soft_mixture
+from moebench.ranks import Scopes
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.mixing import MergeRouting, SoftRouting
-from moebench.routing.ranks import Scopes
 from moebench.routing.router import Router
-from moebench.routing.seeds import generator
 from moebench.routing.values import AnyRouting, ChainRouting, LayerRecord, Routing
+from moebench.seeds import generator
 
 
 class MoELayer(nn.Module):

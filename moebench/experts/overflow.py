@@ -7,8 +7,8 @@ from torch import Generator, Tensor
 
 from moebench.errors import UsageError
 from moebench.experts.capacity import Capacity, first_of_each_expert, place_in_queue, precedence
+from moebench.ranks import Ranks, Span
 from moebench.routing.ranking import log_scores, rank_top_k
-from moebench.routing.ranks import Ranks, Span
 from moebench.routing.values import Routing
 
 NUM_ROUNDS = 3

@@ -10,10 +10,10 @@ from moebench.experts.feed_forward import FeedForward
 from moebench.experts.layer import MoELayer
 from moebench.models.attention import Attention, CrossAttention, Memory, Places
 from moebench.models.expert_attention import HeadExperts, ProjectionExperts
+from moebench.ranks import Span
 from moebench.routing.context import RouteContext
-from moebench.routing.ranks import Span
-from moebench.routing.seeds import generator
 from moebench.routing.values import LayerRecord
+from moebench.seeds import generator
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moebench.routing.ranks import require_device
+from moebench.ranks import require_device
 
 
 @dataclass(frozen=True, eq=False)

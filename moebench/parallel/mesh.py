@@ -15,7 +15,7 @@ from moebench.errors import UsageError
 from moebench.parallel.collectives import GroupRanks
 from moebench.parallel.place import ONLY, Place
 from moebench.parallel.traffic import Traffic
-from moebench.routing.ranks import ALONE, Alone, Ranks, Span
+from moebench.ranks import ALONE, Alone, Ranks, Span
 from moebench.schema import ParallelConfig
 
 

@@ -14,7 +14,7 @@ from moebench.experts.layout import Experts
 from moebench.experts.mixed import WITHOUT_NETWORK, MixedBank
 from moebench.parallel.exchange import ExpertExchange
 from moebench.parallel.mesh import Mesh
-from moebench.routing.ranks import ALONE, Scopes
+from moebench.ranks import ALONE, Scopes
 from moebench.schema import BalanceConfig
 
 

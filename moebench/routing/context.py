@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moebench.routing.ranks import Ranks, Span
+from moebench.ranks import Ranks, Span
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moebench.ranks import Ranks
 from moebench.routing.mixing import MergeRouting, SoftRouting
-from moebench.routing.ranks import Ranks
 from moebench.routing.values import AnyRouting, LayerRecord
 
 DEAD_SHARE = 0.01

@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from moebench.ranks import ALONE, Ranks
 from moebench.routing.mixing import MergeRouting, SoftRouting
-from moebench.routing.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

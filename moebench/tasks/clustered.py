@@ -10,8 +10,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from moebench.errors import require
-from moebench.routing.ranks import Span
-from moebench.routing.seeds import generator
+from moebench.ranks import Span
+from moebench.seeds import generator
 from moebench.tasks.task import ALL, TASKS, Batch, LabelKind, Task, TaskFacts
 
 

@@ -14,8 +14,8 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from moebench.errors import UsageError, require
-from moebench.routing.ranks import Span
-from moebench.routing.seeds import generator
+from moebench.ranks import Span
+from moebench.seeds import generator
 from moebench.tasks.task import ALL, TASKS, Batch, LabelKind, Task, TaskFacts, by_domain
 from moebench.tasks.text.documents import TextDataConfig, source_digest
 from moebench.tasks.text.kinds import TOKEN_KINDS

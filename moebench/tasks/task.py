@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from moebench.errors import UsageError
+from moebench.ranks import Span
 from moebench.registry import Registry
-from moebench.routing.ranks import Span
 
 ALL = slice(None)
 """Every sequence of a batch."""

@@ -6,9 +6,9 @@ from math import isfinite
 from pathlib import Path
 
 from moebench.errors import UsageError
-from moebench.tracking.journal import Point
+from moebench.runs.journal import Point
+from moebench.runs.result import RunResult
 from moebench.tracking.mlflow_store import MAX_BATCH, MlflowStore, Value
-from moebench.training.result import RunResult
 
 
 def batches(points: list[Point]) -> Iterator[list[Point]]:

@@ -3,9 +3,9 @@
 import json
 from collections.abc import Mapping
 
-from moebench.tracking.journal import Journal
+from moebench.runs.folder import RunFolder, write_atomically
+from moebench.runs.journal import Journal
 from moebench.training.labels import LabelTable, labels_json
-from moebench.training.run_folder import RunFolder, write_atomically
 
 
 class RunRecorder(Journal):

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from moebench.errors import UsageError, unknown
-from moebench.tracking.journal import Point, read_journal
+from moebench.runs.folder import read_json
+from moebench.runs.journal import Point, read_journal
 from moebench.tracking.messages import batches, final_values, send_load, values_of
 from moebench.tracking.mlflow_store import MAX_BATCH, MlflowStore, StoredRun, TrackerError, Value, shown
 from moebench.tracking.source import RunSource, recorded_experiments
-from moebench.training.run_folder import read_json
 
 _STATUS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from moebench.errors import UsageError
-from moebench.training.result import RunResult
-from moebench.training.run_folder import RunFolder, read_json
+from moebench.runs.folder import RunFolder, read_json
+from moebench.runs.result import RunResult
 
 
 @dataclass(frozen=True)

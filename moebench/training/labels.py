@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from moebench.errors import UsageError
+from moebench.ranks import Ranks
 from moebench.routing.metrics import label_information, label_table
-from moebench.routing.ranks import Ranks
 from moebench.routing.values import LayerRecord
 from moebench.tasks.task import Batch, LabelKind
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from moebench.experts.layer import MoELayer
+from moebench.ranks import Ranks
 from moebench.routing.losses import raw_losses
-from moebench.routing.ranks import Ranks
 from moebench.routing.values import LayerRecord
 from moebench.tasks.task import Batch, Task
 

@@ -14,13 +14,14 @@ from moebench.parallel.checkpoint import VerifiedCheckpointIO, clear_after, drop
 from moebench.parallel.mesh import ALONE_MESH, Mesh
 from moebench.parallel.place import ONLY, Place
 from moebench.parallel.strategy import strategy_for
+from moebench.runs.result import RunResult
 from moebench.schema import CellConfig, TrainConfig
 from moebench.tasks.task import Task
 from moebench.training.batches import StepBatches, train_tokens
 from moebench.training.callback import CellCallback, Hooks, Meter
-from moebench.training.model import Model, initialised_model, marks_of, model_cost
+from moebench.training.compatibility import marks_of
+from moebench.training.model import Model, initialised_model, model_cost
 from moebench.training.module import CellModule
-from moebench.training.result import RunResult
 
 
 def train_cell(

@@ -9,7 +9,8 @@ from moebench.errors import UsageError
 from moebench.parallel.checkpoint import VerifiedCheckpointIO, newest_good
 from moebench.schema import CellConfig, ExperimentConfig
 from moebench.tasks.task import Task
-from moebench.training.model import Model, build_model, check_cell
+from moebench.training.compatibility import check_cell
+from moebench.training.model import Model, build_model
 
 SECTIONS = ("layout", "router")
 """Where the settings lie that a trained model can be evaluated with."""

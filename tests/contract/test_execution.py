@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moebench.bench.saved import saved_bytes
+from moebench.bench.layer.saved import saved_bytes
 from moebench.experts.bank import double_loop
 from moebench.experts.capacity import Capacity
 from moebench.experts.feed_forward import ExpertBank

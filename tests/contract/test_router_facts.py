@@ -8,7 +8,7 @@ import pytest
 import torch
 from contract.cases import D_MODEL, Case, Tokens, default_cases, route
 
-from moebench.analysis.router_pages import all_pages
+from moebench.catalogue.pages import all_pages
 
 every_router = pytest.mark.parametrize("case", default_cases(), ids=str)
 PAGE = Path(__file__).parents[2] / "docs" / "routers.md"

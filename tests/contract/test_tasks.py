@@ -17,8 +17,9 @@ from moebench.experts.layout import LAYOUTS
 from moebench.routing.router import ROUTERS
 from moebench.schema import CellConfig
 from moebench.tasks.task import TASKS, Task
+from moebench.training.compatibility import check_cell
 from moebench.training.evaluate import batch_context, evaluate
-from moebench.training.model import check_cell, initialised_model, prepare_task
+from moebench.training.model import initialised_model, prepare_task
 from moebench.training.module import CellModule
 
 NUM_EXPERTS = 4

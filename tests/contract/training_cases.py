@@ -12,15 +12,15 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from moebench.config import component_fields, layer_over, resolve
 from moebench.parallel.checkpoint import REST
 from moebench.parallel.mesh import Mesh
+from moebench.runs.folder import RunFolder
+from moebench.runs.journal import read_journal
+from moebench.runs.result import RunResult
 from moebench.schema import CellConfig
 from moebench.tasks.language import Language
 from moebench.tasks.task import ALL, Batch
-from moebench.tracking.journal import read_journal
 from moebench.tracking.recorder import RunRecorder
 from moebench.training.callback import Hooks
 from moebench.training.model import prepare_task
-from moebench.training.result import RunResult
-from moebench.training.run_folder import RunFolder
 from moebench.training.train import device_of, train_cell
 
 TINY: dict[str, Any] = {

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moebench.routing.ranks import Span
-from moebench.routing.seeds import generator
+from moebench.ranks import Span
+from moebench.seeds import generator
 from moebench.tasks.language import TokenEmbedding, TokenHead
 from moebench.tasks.task import ALL, TASKS, Batch, Task, TaskFacts, by_domain
 

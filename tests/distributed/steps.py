@@ -10,11 +10,11 @@ from distributed.team import Mesh
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from moebench.runs.folder import RunFolder
 from moebench.tracking.recorder import RunRecorder
 from moebench.training.callback import CellCallback, Hooks, Meter
 from moebench.training.model import initialised_model, prepare_task
 from moebench.training.module import CellModule
-from moebench.training.run_folder import RunFolder
 from moebench.training.train import fit, make_trainer
 
 TOLERANCE = 1e-5

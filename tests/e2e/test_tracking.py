@@ -14,7 +14,7 @@ import pytest
 from run_folders import write_result
 
 from moebench.errors import UsageError
-from moebench.tracking.journal import Journal
+from moebench.runs.journal import Journal
 from moebench.tracking.mlflow_store import MlflowStore, default_uri, quiet
 from moebench.tracking.replay import replay
 from moebench.tracking.tracker import Tracker

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 from run_folders import write_result
 
-from moebench.tracking.journal import Journal
+from moebench.runs.journal import Journal
 from moebench.tracking.mlflow_store import default_uri, quiet
 from moebench.tracking.replay import replay
 

@@ -28,7 +28,7 @@ from command_line import (
 )
 
 from moebench import interrupts
-from moebench.experiment import member
+from moebench.launch import local_worker
 
 STEPS, EVERY = 90, 15
 ARMS, SEEDS = ["dense", "switch"], [0, 1]
@@ -269,9 +269,9 @@ def test_a_stop_during_start_up_is_not_a_crash(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_the_server_of_processes_starts_is_heard(number: signal.Signals, monkeypatch) -> None:
     heard: list[int] = []
-    monkeypatch.setattr(member.forkserver, "ensure_running", lambda: os.kill(os.getpid(), number))
-    with member.signals_noted(heard.append):
-        member.start_server()
+    monkeypatch.setattr(local_worker.forkserver, "ensure_running", lambda: os.kill(os.getpid(), number))
+    with local_worker.signals_noted(heard.append):
+        local_worker.start_server()
         assert heard == [number]
 
 
@@ -284,7 +284,7 @@ def test_a_signal_that_a_library_swallowed_is_remembered(monkeypatch) -> None:
         with contextlib.suppress(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
-        with member.signals_noted(heard.append):
+        with local_worker.signals_noted(heard.append):
             assert heard == [signal.SIGINT]
     finally:
         signal.signal(signal.SIGINT, before)

@@ -18,7 +18,7 @@ import pytest
 from run_folders import write_result
 
 from moebench.errors import UsageError
-from moebench.tracking.journal import Journal, read_journal
+from moebench.runs.journal import Journal, read_journal
 from moebench.tracking.mlflow_store import TrackerError, default_uri, shown
 from moebench.tracking.replay import replay
 from moebench.tracking.tracker import Tracker

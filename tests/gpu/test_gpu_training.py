@@ -19,13 +19,14 @@ from moebench.parallel.collectives import Travel
 from moebench.parallel.exchange import ExpertExchange
 from moebench.parallel.mesh import Mesh, open_mesh
 from moebench.parallel.place import Place
+from moebench.runs.folder import RunFolder
 from moebench.schema import ParallelConfig
 from moebench.tasks.task import TASKS
 from moebench.tracking.recorder import RunRecorder
 from moebench.training.callback import Hooks
-from moebench.training.model import check_cell, initialised_model, prepare_task
+from moebench.training.compatibility import check_cell
+from moebench.training.model import initialised_model, prepare_task
 from moebench.training.module import CellModule
-from moebench.training.run_folder import RunFolder
 from moebench.training.train import device_of, train_cell
 
 pytestmark = [

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from moebench.bench.peers.register import PEERS, absence
-from moebench.bench.problem import Contestant, Problem, Skipped, make_problem
-from moebench.bench.row import compare_outputs
-from moebench.bench.shapes import parse
-from moebench.bench.variants import CAPACITY, own_variants, route_context
+from moebench.bench.layer.peers.register import PEERS, absence
+from moebench.bench.layer.problem import Contestant, Problem, Skipped, make_problem
+from moebench.bench.layer.row import compare_outputs
+from moebench.bench.layer.shapes import parse
+from moebench.bench.layer.variants import CAPACITY, own_variants, route_context
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 

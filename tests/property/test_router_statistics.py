@@ -14,9 +14,9 @@ from moebench.routing.routers.gshard import GShard, STMoE
 from moebench.routing.routers.hash import balanced_table
 from moebench.routing.routers.noisy_top_k import smooth_load
 from moebench.routing.routers.random import Random
-from moebench.routing.seeds import derive_seed
-from moebench.routing.seeds import generator as seeded
 from moebench.routing.values import Routing
+from moebench.seeds import derive_seed
+from moebench.seeds import generator as seeded
 
 SIGMAS = 5
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from moebench.analysis import statistics as st
-from moebench.analysis.comparison import Comparison, compare
-from moebench.training.result import DIVERGED, RunResult
+from moebench.analysis.compare import statistics as st
+from moebench.analysis.compare.comparison import Comparison, compare
+from moebench.runs.result import DIVERGED, RunResult
 
 Array = NDArray[np.float64]
 SKEWED = 0.3

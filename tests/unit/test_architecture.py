@@ -11,7 +11,7 @@ import moebench
 PACKAGE = Path(moebench.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    ("errors", "interrupts", "cores"),
+    ("errors", "interrupts", "cores", "ranks", "seeds"),
     ("registry", "yaml_text"),
     ("conversion",),
     ("schema",),
@@ -21,10 +21,14 @@ ORDER = (
     ("parallel",),
     ("models",),
     ("tasks",),
+    ("runs",),
+    ("reporting",),
     ("training",),
     ("tracking",),
+    ("launch",),
     ("experiment",),
     ("analysis",),
+    ("catalogue",),
     ("bench",),
     ("cli",),
 )

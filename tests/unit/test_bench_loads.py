@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from moebench.bench.loads import MARGIN, assign, crafted_input, make_input, wanted_counts
-from moebench.bench.shapes import GPU_PRESETS, PRESETS, Shape, check_loads, choose, parse
+from moebench.bench.layer.loads import MARGIN, assign, crafted_input, make_input, wanted_counts
+from moebench.bench.layer.shapes import GPU_PRESETS, PRESETS, Shape, check_loads, choose, parse
 from moebench.errors import UsageError
 from moebench.experts.feed_forward import ffn_flops
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from moebench.bench.layer import LayerBench, LayerSettings
-from moebench.bench.layer_report import layer_report, rounds_in_words
-from moebench.bench.problem import Skipped, make_problem
-from moebench.bench.row import GEMM, ROUTER, Line, Row
-from moebench.bench.shapes import parse
+from moebench.bench.layer.measure import LayerBench, LayerSettings
+from moebench.bench.layer.problem import Skipped, make_problem
+from moebench.bench.layer.report import layer_report, rounds_in_words
+from moebench.bench.layer.row import GEMM, ROUTER, Line, Row
+from moebench.bench.layer.shapes import parse
 from moebench.bench.timing import Round, Spread, Timings
 
 MACHINE = {"device": "cpu", "processor": "a CPU", "threads": 2, "cores": 2, "torch": "2.13", "allocator": "default"}

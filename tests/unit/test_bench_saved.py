@@ -2,12 +2,12 @@
 
 import torch
 
-from moebench.bench.problem import make_problem
-from moebench.bench.row import compare_outputs
-from moebench.bench.saved import least_bytes, saved_bytes
-from moebench.bench.shapes import parse
-from moebench.bench.uniform import UniformLoad
-from moebench.bench.variants import DENSE, OURS, dense_twin, own_variants, route_context
+from moebench.bench.layer.problem import make_problem
+from moebench.bench.layer.row import compare_outputs
+from moebench.bench.layer.saved import least_bytes, saved_bytes
+from moebench.bench.layer.shapes import parse
+from moebench.bench.layer.variants import DENSE, OURS, dense_twin, own_variants, route_context
+from moebench.bench.step.uniform import UniformLoad
 from moebench.experts.allocator import keep_freed_memory
 
 

@@ -13,7 +13,7 @@ from moebench.errors import UsageError
 from moebench.routing.router import Site
 from moebench.routing.routers.oracle import Oracle
 from moebench.tasks.clustered import Clustered
-from moebench.training.model import check_cell
+from moebench.training.compatibility import check_cell
 
 SMALL = {"name": "clustered", "sequence_length": 6, "num_clusters": 4, "width": 3, "eval_sequences": 8}
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from moebench.analysis.comparison import compare
-from moebench.analysis.values import BITS_PER_BYTE
+from moebench.analysis.compare.comparison import compare
+from moebench.analysis.compare.values import BITS_PER_BYTE
 from moebench.errors import UsageError
-from moebench.training.result import DIVERGED, RunResult
+from moebench.runs.result import DIVERGED, RunResult
 
 HIGHER = replace(BITS_PER_BYTE, lower_is_better=False)
 VALIDATION = replace(BITS_PER_BYTE, split="validation")

@@ -7,11 +7,11 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from moebench.analysis.comparison import compare
-from moebench.analysis.formatting import human, number, p_value, signed
-from moebench.analysis.table import to_json, to_markdown, to_rich
-from moebench.analysis.values import BITS_PER_BYTE
-from moebench.training.result import DIVERGED, RunResult
+from moebench.analysis.compare.comparison import compare
+from moebench.analysis.compare.table import to_json, to_markdown, to_rich
+from moebench.analysis.compare.values import BITS_PER_BYTE
+from moebench.reporting.formatting import human, number, p_value, signed
+from moebench.runs.result import DIVERGED, RunResult
 
 DENSE = (2.00, 2.02, 1.98, 2.01, 1.99)
 JITTER = (0.001, -0.001, 0.002, -0.002, 0.0)

@@ -19,7 +19,7 @@ from moebench.config import (
     with_overrides,
 )
 from moebench.errors import UsageError
-from moebench.models.build import plan_of
+from moebench.models.plan import plan_of
 from moebench.yaml_text import parse_yaml
 
 

@@ -7,12 +7,12 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.image import imread
 
-from moebench.analysis.comparison import compare
-from moebench.analysis.curves import _end_label, _limits, draw_curves, draw_load, spread
-from moebench.analysis.learning_curve import arm_curve
-from moebench.analysis.values import Comparison, Difference
-from moebench.tracking.journal import Point
-from moebench.training.result import DIVERGED, RunResult
+from moebench.analysis.compare.comparison import compare
+from moebench.analysis.compare.curves import _end_label, _limits, draw_curves, draw_load, spread
+from moebench.analysis.compare.learning_curve import arm_curve
+from moebench.analysis.compare.values import Comparison, Difference
+from moebench.runs.journal import Point
+from moebench.runs.result import DIVERGED, RunResult
 
 METRIC = "eval/bits_per_byte"
 

@@ -10,11 +10,12 @@ import torch
 from command_line import tiny, write_text
 
 from moebench.errors import UsageError
-from moebench.experiment.devices import DevicePool, visible_devices
-from moebench.experiment.grid import Cell, Experiment, expand
-from moebench.experiment.launch import OwnLaunch
+from moebench.launch.devices import DevicePool, visible_devices
+from moebench.experiment.grid import Experiment, expand
 from moebench.experiment.runner import default_jobs
-from moebench.experiment.scheduler import Outcome, Scheduler
+from moebench.launch.launcher import OwnLaunch
+from moebench.launch.scheduler import Outcome, Scheduler
+from moebench.runs.cell import Cell
 
 NOTING = """
 import json, os, time
@@ -204,7 +205,7 @@ def test_gpus_go_back_when_a_cell_cannot_even_be_started(
     def no_process(*arguments: Any) -> None:
         raise OSError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr("moebench.experiment.launch.NearMember", no_process)
+    monkeypatch.setattr("moebench.launch.launcher.NearMember", no_process)
     launch = OwnLaunch()
     cells = cells_of(here, seeds=[0]).cells
     outcomes = Scheduler(here / "results", "tiny", 1, Watching(launch), launch).run(cells)

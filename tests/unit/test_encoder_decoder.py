@@ -16,8 +16,9 @@ from moebench.errors import UsageError
 from moebench.models.attention import CrossAttention, Memory
 from moebench.schema import CellConfig
 from moebench.tasks.task import Batch
+from moebench.training.compatibility import check_cell, marks_of
 from moebench.training.evaluate import batch_context
-from moebench.training.model import Model, check_cell, initialised_model, marks_of, model_cost, prepare_task
+from moebench.training.model import Model, initialised_model, model_cost, prepare_task
 from moebench.training.objective import judged, objective
 
 SPANS = {"name": "span_corruption", "sequence_length": 20, "eval_windows": 2, "noise_density": 0.3}

@@ -4,9 +4,9 @@ import pytest
 import torch
 from contract.training_cases import tiny_config, write_text
 
-from moebench.routing.ranks import Span
+from moebench.ranks import Span
 from moebench.routing.router import ROUTERS
-from moebench.routing.seeds import generator
+from moebench.seeds import generator
 from moebench.training.evaluate import batch_context, evaluate, probe
 from moebench.training.model import initialised_model, prepare_task
 

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moebench.experts import gemm_batch
 from moebench.experts.grouped import Groups, grouped_matmul
+from moebench.experts.kernels import gemm_batch
 
 KERNELS = ("padded", "batch", "grouped", "loop")
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from moebench.errors import UsageError
-from moebench.experiment.grid import Cell, Experiment, expand
+from moebench.experiment.grid import Experiment, expand
 from moebench.registry import PLUGIN_MODULE
 from moebench.routing.losses import LOSSES
 from moebench.routing.router import ROUTERS
+from moebench.runs.cell import Cell
 
 ARMS = [
     {"label": "dense", "router": "dense"},

@@ -17,7 +17,7 @@ from moebench.experts.capacity import Capacity
 from moebench.experts.chain import Chain, chain_loop, unit_scale
 from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.layer import MoELayer
-from moebench.models.build import plan_of
+from moebench.models.plan import plan_of
 from moebench.models.transformer import init_weights
 from moebench.routing.routers.ponder_net import hazards, mean_steps
 from moebench.routing.values import ChainRouting

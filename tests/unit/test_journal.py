@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moebench.errors import UsageError
-from moebench.tracking.journal import Journal, read_journal
+from moebench.runs.journal import Journal, read_journal
 from moebench.tracking.source import recorded_experiments
 
 
@@ -114,7 +114,7 @@ def test_a_name_no_tracker_takes_is_refused_at_once(path: Path, name: str) -> No
 
 def test_a_killed_process_loses_no_point(path: Path) -> None:
     program = (
-        "import os, signal, sys; from pathlib import Path; from moebench.tracking.journal import Journal\n"
+        "import os, signal, sys; from pathlib import Path; from moebench.runs.journal import Journal\n"
         "journal = Journal(Path(sys.argv[1]))\n"
         "for step in range(50): journal.append(step, {'a': 1.0})\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
@@ -125,7 +125,7 @@ def test_a_killed_process_loses_no_point(path: Path) -> None:
 
 def test_the_journal_imports_nothing_heavy() -> None:
     program = (
-        "import sys, moebench.tracking.journal, moebench.tracking.replay, moebench.tracking.tracker\n"
+        "import sys, moebench.runs.journal, moebench.tracking.replay, moebench.tracking.tracker\n"
         "import moebench.tracking.ui\n"
         "print([m for m in ('mlflow', 'torch', 'numpy', 'pandas', 'lightning') if m in sys.modules])"
     )

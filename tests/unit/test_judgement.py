@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from moebench.errors import UsageError
-from moebench.experiment.failure import fault_of
-from moebench.experiment.judgement import COMMON, LOST, OUTSIDE, OWN, WAITED, Ending, judge
+from moebench.launch.diagnosis import COMMON, LOST, OUTSIDE, OWN, WAITED, Ending, judge
+from moebench.launch.failure import fault_of
+from moebench.runs.result import DIVERGED
 from moebench.training.module import NonFiniteError
-from moebench.training.result import DIVERGED
 
 HUNG_UP = {"status": "failed", "error": "RuntimeError: Connection closed by peer", "fault": LOST, "exit_code": 0}
 IN_VAIN = {"status": "failed", "error": "RuntimeError: Timed out waiting 20000ms", "fault": WAITED, "exit_code": 0}

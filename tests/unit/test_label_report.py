@@ -8,12 +8,12 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from moebench.analysis.figures import Figures
-from moebench.analysis.label_figure import draw_labels, preference, spaced, telling_labels
-from moebench.analysis.label_report import best_layer, label_rows, report_of
+from moebench.analysis.compare.figures import Figures
+from moebench.analysis.specialisation.figure import draw_labels, preference, spaced, telling_labels
+from moebench.analysis.specialisation.report import best_layer, label_rows, report_of
 from moebench.errors import UsageError
+from moebench.runs.folder import RunFolder
 from moebench.training.labels import LabelTable, labels_json
-from moebench.training.run_folder import RunFolder
 
 COUNTS = torch.tensor([[6.0, 2.0, 0.0], [1.0, 1.0, 0.0], [1.0, 5.0, 0.0]], dtype=torch.float64)
 EVEN = torch.tensor([[4.0, 4.0, 0.0], [1.0, 1.0, 0.0], [3.0, 3.0, 0.0]], dtype=torch.float64)

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moebench.errors import UsageError
+from moebench.ranks import ALONE
 from moebench.routing.metrics import label_information, label_parts, label_table
 from moebench.routing.mixing import MergeRouting, SoftRouting
-from moebench.routing.ranks import ALONE
 from moebench.routing.values import ChainRouting, LayerRecord, Routing
 from moebench.tasks.task import Batch, LabelKind, part_labels
 from moebench.training.evaluate import Evaluation, evaluate

@@ -12,8 +12,9 @@ from moebench.experts.assembly import Routed, scale_experts_per_token
 from moebench.experts.layout import LAYOUTS, ExpertShape
 from moebench.experts.mixed import ConstantBank, DeepBank, MixedBank, bank_of
 from moebench.experts.widths import Widths
-from moebench.models.build import build_backbone, plan_of
+from moebench.models.build import build_backbone
 from moebench.models.cost import Cost, cost_of
+from moebench.models.plan import plan_of
 from moebench.models.transformer import BatchContext, Transformer
 from moebench.routing.losses import LOSSES
 from moebench.routing.router import ROUTERS

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from moebench.errors import UsageError
+from moebench.runs.journal import valid_name
 from moebench.tasks.audio.clips import AudioDataConfig, load_clips
 from moebench.tasks.folders import existing, files_below, folders_of, parts_of, tell_unread
 from moebench.tasks.images.config import ImageDataConfig
@@ -18,7 +19,6 @@ from moebench.tasks.sources import LOADERS
 from moebench.tasks.tables import Table, local_table, named
 from moebench.tasks.task import metric_names
 from moebench.tasks.text.documents import TextDataConfig
-from moebench.tracking.journal import valid_name
 
 
 def write(root: Path, *names: str) -> None:

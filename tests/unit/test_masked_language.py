@@ -13,7 +13,8 @@ from moebench.errors import UsageError
 from moebench.tasks.language import Language
 from moebench.tasks.masked_language import MaskedLanguage
 from moebench.tasks.task import Batch
-from moebench.training.model import check_cell, prepare_task
+from moebench.training.compatibility import check_cell
+from moebench.training.model import prepare_task
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from moebench.models.transformer import init_weights
 from moebench.routing.metrics import LoadCount, summarise
 from moebench.routing.mixing import MergeRouting
 from moebench.routing.router import ROUTERS
-from moebench.training.model import check_cell
+from moebench.training.compatibility import check_cell
 
 MERGING = ("smear", "lory")
 every_merging = pytest.mark.parametrize("name", MERGING)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from contract.training_cases import Run, tiny_config, write_text
 
-from moebench.tracking.journal import read_journal
+from moebench.runs.journal import read_journal
 from moebench.training.callback import RECENT_STEPS, Meter
 
 CPU = torch.device("cpu")

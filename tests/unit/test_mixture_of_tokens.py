@@ -12,10 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moebench.errors import UsageError
 from moebench.parallel.mesh import Mesh
+from moebench.ranks import Alone
 from moebench.routing.mixing import SoftRouting
-from moebench.routing.ranks import Alone
 from moebench.routing.router import ROUTERS
-from moebench.training.model import check_cell, initialised_model, prepare_task
+from moebench.training.compatibility import check_cell
+from moebench.training.model import initialised_model, prepare_task
 
 
 def groups_of(size: int, num_experts: int = 8, **options: float) -> Case:

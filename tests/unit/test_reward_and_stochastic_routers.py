@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from moebench.errors import UsageError
 from moebench.experts.layer import MoELayer
+from moebench.ranks import Span
 from moebench.routing.composite import GroupedRouter
 from moebench.routing.context import RouteContext
-from moebench.routing.ranks import Span
 from moebench.routing.router import ROUTERS, Router, Site
 from moebench.routing.routers.routing_networks_wpl import onto_simplex
 from moebench.routing.values import LayerRecord, Routing

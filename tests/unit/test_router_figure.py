@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moebench.analysis.router_figure import Example
+from moebench.catalogue.figure import Example
 from moebench.routing.router import ROUTERS
 
 

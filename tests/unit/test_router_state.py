@@ -8,7 +8,7 @@ import torch
 from contract.cases import Case, Tokens, run
 from torch import Tensor
 
-from moebench.routing.ranks import Alone, Scopes
+from moebench.ranks import Alone, Scopes
 from moebench.routing.router import Router
 from moebench.routing.values import LayerRecord
 

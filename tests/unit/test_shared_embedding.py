@@ -7,8 +7,9 @@ import torch
 from contract.training_cases import Run, tiny_config, write_text
 
 from moebench.errors import UsageError
+from moebench.training.compatibility import check_cell
 from moebench.training.evaluate import batch_context
-from moebench.training.model import check_cell, initialised_model, model_cost, prepare_task
+from moebench.training.model import initialised_model, model_cost, prepare_task
 from moebench.training.module import CellModule
 
 SHARED = {"name": "speech_moe", "embedding": "shared", "embedding_width": 6}

@@ -5,7 +5,7 @@ from math import inf, nan, sqrt
 import numpy as np
 import pytest
 
-from moebench.analysis import statistics as st
+from moebench.analysis.compare import statistics as st
 
 
 def test_mean_interval_by_hand():

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moebench.ranks import Span
 from moebench.routing.composite import GroupedRouter
-from moebench.routing.ranks import Span
 from moebench.routing.router import ROUTERS, Site
 from moebench.training.batches import share_of
 from moebench.training.evaluate import batch_context

@@ -4,7 +4,7 @@ from contract.training_cases import Run, tiny_config, write_text
 
 from moebench.config import resolve
 from moebench.errors import UsageError
-from moebench.training.model import check_cell, marks_of
+from moebench.training.compatibility import check_cell, marks_of
 
 
 @pytest.fixture(scope="module")

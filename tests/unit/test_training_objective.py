@@ -5,7 +5,7 @@ import pytest
 import torch
 from contract.training_cases import Run, Watched, tiny_config, write_text
 
-from moebench.routing.ranks import ALONE
+from moebench.ranks import ALONE
 from moebench.routing.values import LayerRecord, Routing
 from moebench.schema import TrainConfig
 from moebench.tasks.task import Batch

@@ -10,8 +10,8 @@ from moebench.errors import UsageError
 from moebench.routing.clusters import clustered_table
 from moebench.routing.context import RouteContext
 from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
-from moebench.routing.seeds import derive_seed, generator
 from moebench.routing.values import Routing
+from moebench.seeds import derive_seed, generator
 
 
 @ROUTERS.register(

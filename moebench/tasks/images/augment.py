@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
-from moebench.routing.seeds import generator
+from moebench.seeds import generator
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

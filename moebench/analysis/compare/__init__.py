@@ -1,0 +1,1 @@
+"""Compare the arms of an experiment: statistics, ranking, tables and figures."""

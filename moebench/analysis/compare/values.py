@@ -1,0 +1,217 @@
+"""The values of a comparison: what each arm did, how it differs from the baseline, and what is missing."""
+
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any, Literal
+
+from moebench.analysis.compare import statistics as st
+from moebench.tasks.task import OUT_OF_DOMAIN
+
+BEST = "best"
+NON_CAUSAL = "non-causal"
+Verdict = Literal["better", "worse", "no difference shown", "diverged", "too few seeds", "not matched"]
+Split = Literal["test", "validation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """What arms are compared by, and on which split: settings are chosen on validation, what is claimed is of test."""
+
+    name: str
+    lower_is_better: bool
+    split: Split = "test"
+
+
+BITS_PER_BYTE = Metric(name="bits_per_byte", lower_is_better=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LostCell:
+    """An expected cell without a usable result, and why."""
+
+    arm: str
+    seed: int
+    id: str
+    reason: str
+    diverged: bool  # not finite in training or evaluation: an outcome of the arm, where another failure is none
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmSummary:
+    """One arm over its finished seeds: quality, load, speed, cost; None before the first finished run."""
+
+    arm: str
+    seeds: tuple[int, ...]
+    num_failed: int
+    num_diverged: int  # of those that failed
+    num_missing: int
+    mean: float | None
+    interval: st.Interval | None
+    values: dict[int, float]  # seed -> final metric
+    outside: dict[int, float]  # seed -> the same metric over the domains held out of training; empty: none are
+    domains: dict[str, float]
+    load: dict[str, float]  # over the domains of training; what ends in /out_of_domain: over those held out
+    tokens_per_s: float | None
+    throughput_share: float | None  # ratio of the medians over common seeds, baseline = 1
+    cost: dict[str, float]
+    flops_vs_baseline: dict[str, float]
+    """Executed FLOPs per token over the baseline's, in "training" and "evaluation"; empty where not known."""
+    parallel: dict[str, float]  # what the processes cost each other; empty for one process
+    marks: tuple[str, ...]
+
+    @property
+    def outside_mean(self) -> float | None:
+        """Mean over seeds of the metric out of domain; None where no domain was held out."""
+        return fmean(self.outside.values()) if self.outside else None
+
+    @property
+    def outside_interval(self) -> st.Interval | None:
+        """Its 95 % t interval over seeds."""
+        return st.mean_interval(list(self.outside.values())) if self.outside else None
+
+    @property
+    def known(self) -> dict[str, float]:
+        """Kind of label -> what experts know of it, over the domains of training."""
+        split = {key: key.split("/") for key in self.load}
+        return {
+            parts[1]: self.load[key] for key, parts in split.items() if parts[0] == "information" and len(parts) == 2
+        }
+
+    @property
+    def num_done(self) -> int:
+        """Number of finished runs with a finite metric."""
+        return len(self.seeds)
+
+    @property
+    def num_planned(self) -> int:
+        """Number of seeds that the grid has."""
+        return self.num_done + self.num_failed + self.num_missing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """An arm minus the baseline over common seeds, in the unit of the metric.
+
+    `verdict` follows `p_holm`, unless a seed of either arm diverged: the others are then no fair sample.
+    """
+
+    arm: str
+    baseline: str
+    seeds: tuple[int, ...]
+    mean: float | None
+    interval: st.Interval | None
+    p: float | None
+    p_holm: float | None
+    p_exact: float | None
+    effect_sd: float | None
+    smallest_detectable: float | None
+    verdict: Verdict
+
+    @property
+    def low_power(self) -> bool:
+        """Three to five seeds: enough for an interval, too few to see small effects."""
+        return st.MIN_SEEDS <= len(self.seeds) < st.EXACT_SEEDS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What a grid of runs says about its arms; works on a half-finished grid."""
+
+    metric: str
+    lower_is_better: bool
+    baseline: str
+    arms: tuple[ArmSummary, ...]
+    differences: tuple[Difference, ...]
+    failed: tuple[LostCell, ...]
+    missing: tuple[LostCell, ...]
+    notes: tuple[str, ...]
+    split: Split = "test"
+
+    @property
+    def num_comparisons(self) -> int:
+        """Size of the family that Holm corrects for."""
+        return sum(difference.p is not None for difference in self.differences)
+
+    def outside_difference(self, arm: ArmSummary) -> st.PairedDifference | None:
+        """Return the arm minus the baseline out of domain over common seeds; None for the baseline, or without any."""
+        theirs = next(other.outside for other in self.arms if other.arm == self.baseline)
+        seeds = [seed for seed in arm.outside if seed in theirs]
+        if arm.arm == self.baseline or not seeds:
+            return None
+        return st.paired_difference([arm.outside[seed] for seed in seeds], [theirs[seed] for seed in seeds])
+
+    def difference_of(self, arm: str) -> Difference | None:
+        """Return the difference of an arm to the baseline, None for the baseline itself."""
+        return next((difference for difference in self.differences if difference.arm == arm), None)
+
+    def verdict_in_words(self, arm: str) -> str:
+        """Return the verdict on an arm as tables and figures show it: with the number of seeds that diverged."""
+        diverged = {summary.arm: _diverged(summary) for summary in self.arms}
+        own, of_baseline = diverged.get(arm, ""), diverged.get(self.baseline, "")
+        difference = self.difference_of(arm)
+        if difference is None:
+            return f"baseline, {own}" if own else "baseline"
+        if difference.verdict != "diverged":
+            return f"{difference.verdict}, {own}" if own and difference.verdict == "not matched" else difference.verdict
+        return own or f"baseline: {of_baseline}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready values; the quality of an arm stands under the name of the metric."""
+        return {
+            "metric": self.metric,
+            "split": self.split,
+            "lower_is_better": self.lower_is_better,
+            "baseline": self.baseline,
+            "num_comparisons": self.num_comparisons,
+            "arms": {arm.arm: self._arm_dict(arm) for arm in self.arms},
+            "failed": [asdict(cell) for cell in self.failed],
+            "missing": [asdict(cell) for cell in self.missing],
+            "notes": list(self.notes),
+        }
+
+    def _arm_dict(self, arm: ArmSummary) -> dict[str, Any]:
+        difference = self.difference_of(arm.arm)
+        return {
+            self.metric: _quality_dict(arm.mean, arm.interval, arm.values),
+            OUT_OF_DOMAIN: self._outside_dict(arm) if arm.outside else None,
+            "difference": _difference_dict(difference) if difference else None,
+            "load": arm.load,
+            "throughput": {"tokens_per_s": arm.tokens_per_s, "share_of_baseline": arm.throughput_share},
+            "cost": arm.cost,
+            "flops_vs_baseline": arm.flops_vs_baseline,
+            "parallel": arm.parallel,
+            "marks": list(arm.marks),
+            "domains": arm.domains,
+            "runs": {
+                "done": arm.num_done,
+                "failed": arm.num_failed,
+                "diverged": arm.num_diverged,
+                "missing": arm.num_missing,
+            },
+        }
+
+    def _outside_dict(self, arm: ArmSummary) -> dict[str, Any]:
+        pair = self.outside_difference(arm)
+        interval = list(pair.interval) if pair and pair.interval else None
+        difference = {"mean": pair.mean, "interval": interval} if pair else None
+        return _quality_dict(arm.outside_mean, arm.outside_interval, arm.outside) | {"difference": difference}
+
+
+def _diverged(arm: ArmSummary) -> str:
+    return f"{arm.num_diverged} of {arm.num_planned} diverged" if arm.num_diverged else ""
+
+
+def _quality_dict(mean: float | None, interval: st.Interval | None, values: dict[int, float]) -> dict[str, Any]:
+    seeds = {str(seed): value for seed, value in values.items()}
+    return {"mean": mean, "interval": list(interval) if interval else None, "seeds": seeds}
+
+
+def _difference_dict(difference: Difference) -> dict[str, Any]:
+    values = asdict(difference)
+    del values["arm"]
+    interval = list(difference.interval) if difference.interval else None
+    return values | {
+        "seeds": list(difference.seeds),
+        "interval": interval,
+        "low_power": difference.low_power,
+    }

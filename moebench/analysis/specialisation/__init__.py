@@ -1,0 +1,1 @@
+"""Describe which expert takes which tokens of a trained model."""

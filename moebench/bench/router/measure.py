@@ -1,0 +1,284 @@
+"""The router benchmark: what choosing costs, every router alone against plain softmax top-k in the same rounds."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moebench.bench.machine import choose_device, prepare
+from moebench.bench.timing import Protocol, Spread, Timed, Timings
+from moebench.errors import UsageError
+from moebench.models.transformer import BatchContext, init_weights
+from moebench.routing.assignment import balanced_assignment
+from moebench.routing.losses import raw_losses
+from moebench.routing.mixing import MergeRouting, SoftRouting
+from moebench.routing.router import ROUTERS, Router, Site
+from moebench.routing.values import AnyRouting, LayerRecord, Routing
+from moebench.seeds import generator
+
+D_MODEL, SEQUENCE, VOCAB, DOMAINS = 64, 256, 1000, 8
+ORDINARY = "T·E"
+"""The growth of a plain top-k, whose routers share one goal."""
+GOAL_ORDINARY = 3.0
+GOALS = {"sinkhorn": 8.0, "base": 30.0}
+"""Most times of top-k's time, forward and backward, that a router should take; others have no goal."""
+VARIANTS: Mapping[str, Sequence[Mapping[str, Any]]] = {"base": ({}, {"solver": "auction"}, {"solver": "exact"})}
+"""Options that get a row of their own."""
+EXACT_TOKENS = 2048
+"""The exact assignment is only solved for so many tokens: its time grows with their cube."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterSettings:
+    """What the command line can choose."""
+
+    routers: Sequence[str] = ()
+    """Empty: all."""
+    tokens: Sequence[int] = (2048, 8192)
+    experts: Sequence[int] = (8, 64)
+    rounds: int = 7
+    threads: int | None = None
+    device: str = "auto"
+    seed: int = 0
+
+    def cells(self) -> Iterator[tuple[int, int]]:
+        """Yield tokens and experts of every table; raise UsageError for tokens that make no whole sequences."""
+        for num_tokens in self.tokens:
+            if num_tokens > SEQUENCE and num_tokens % SEQUENCE:
+                raise UsageError(f"--tokens must be at most {SEQUENCE} or a multiple of it, got {num_tokens}")
+            yield from ((num_tokens, num_experts) for num_experts in self.experts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A router with its options, at one number of experts."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    num_experts: int
+
+    @property
+    def label(self) -> str:
+        """The name of its row."""
+        return " ".join([self.name, *(f"{key}={value}" for key, value in self.options.items())])
+
+    @property
+    def router_class(self) -> type[Router]:
+        """The registered class."""
+        return ROUTERS.get(self.name, where="--router").item
+
+    @property
+    def config(self) -> Any:
+        """Its configuration."""
+        return self.router_class.Config(**self.options)
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token, on average where it varies."""
+        return self.router_class.experts_per_token(self.config, self.num_experts)
+
+    @property
+    def cost(self) -> str:
+        """How the time grows."""
+        return ROUTERS.get(self.name).facts.cost
+
+    @property
+    def goal(self) -> float | None:
+        """Most times of top-k's time; None where there is no goal."""
+        return GOALS.get(self.name, GOAL_ORDINARY if self.cost == ORDINARY else None)
+
+    def refusal(self, num_tokens: int) -> str | None:
+        """Return why it is not measured; None when it is."""
+        if self.options.get("solver") == "exact" and num_tokens > EXACT_TOKENS:
+            return f"solved for at most {EXACT_TOKENS} tokens"
+        try:
+            self.router_class.check(self.config, self.num_experts)
+        except UsageError as error:
+            return str(error)
+        return None
+
+    def reference(self) -> "Subject":
+        """Return plain softmax top-k with the same number of experts per token."""
+        options = {"top_k": self.top_k} | ({"renormalise": False} if self.top_k == 1 else {})
+        return Subject(name="top_k", options=options, num_experts=self.num_experts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterLine:
+    """A measured router; ratios are to top-k with as many experts per token, in the same round."""
+
+    name: str
+    top_k: int
+    cost: str
+    goal: float | None
+    forward_ms: float
+    train_ms: float
+    """Forward and backward of the weights and the router's losses, with gradients of the tokens and the router."""
+    forward: Spread
+    train: Spread
+    share_of_optimum: float | None = None
+    """Of assignments: the gain over a random balanced one, as a share of the best one's gain."""
+
+    @property
+    def reaches_goal(self) -> bool | None:
+        """Whether it is as fast as it should be; None without a goal."""
+        return None if self.goal is None else self.train.median <= self.goal
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterTable:
+    """All routers with one number of tokens and experts."""
+
+    num_tokens: int
+    num_experts: int
+    lines: tuple[RouterLine, ...]
+    skipped: Mapping[str, str]
+    """Row -> why it was not measured."""
+    forward_rounds: Timings
+    train_rounds: Timings
+
+    @property
+    def busy(self) -> bool:
+        """Whether others used the machine in rounds that had to be kept."""
+        return self.forward_rounds.num_contended > 0 or self.train_rounds.num_contended > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterBench:
+    """All tables and what they were measured on."""
+
+    tables: tuple[RouterTable, ...]
+    machine: dict[str, Any]
+    settings: RouterSettings
+
+
+def bench_router(settings: RouterSettings, say: Callable[[str], None] = lambda text: None) -> RouterBench:
+    """Measure every table; `say` hears a line of progress before each."""
+    device = choose_device(settings.device)
+    names = [ROUTERS.get(name, where="--router").name for name in settings.routers or ROUTERS.names()]
+    cells = list(settings.cells())
+    machine = prepare(threads=settings.threads, allocator="keep", device=device)
+    protocol = Protocol(rounds=settings.rounds, device=device)
+    tables = []
+    for number, (num_tokens, num_experts) in enumerate(cells, start=1):
+        say(f"[{number}/{len(cells)}] {len(names)} routers, T{num_tokens} E{num_experts}")
+        tables.append(_measure(names, num_tokens, num_experts, settings.seed, protocol))
+    return RouterBench(tables=tuple(tables), machine=machine, settings=settings)
+
+
+def _measure(names: Sequence[str], num_tokens: int, num_experts: int, seed: int, protocol: Protocol) -> RouterTable:
+    subjects = [
+        Subject(name=name, options=options, num_experts=num_experts)
+        for name in names
+        for options in VARIANTS.get(name, ({},))
+    ]
+    skipped = {one.label: reason for one in subjects if (reason := one.refusal(num_tokens))}
+    subjects = [one for one in subjects if one.label not in skipped]
+    runnable = {one.label: one for each in subjects for one in (each.reference(), each)}
+    calls = {label: RouterCall(one, num_tokens, seed, protocol.device) for label, one in runnable.items()}
+    forward = protocol.measure({label: Timed(call=call.forward) for label, call in calls.items()})
+    train = protocol.measure({label: Timed(call=call.train, prepare=call.clear) for label, call in calls.items()})
+    lines = [
+        RouterLine(
+            name=one.label,
+            top_k=one.top_k,
+            cost=one.cost,
+            goal=one.goal,
+            forward_ms=forward.median_ms(one.label),
+            train_ms=train.median_ms(one.label),
+            forward=forward.ratio(one.label, one.reference().label),
+            train=train.ratio(one.label, one.reference().label),
+            share_of_optimum=calls[one.label].share_of_optimum() if one.name == "base" else None,
+        )
+        for one in subjects
+    ]
+    return RouterTable(
+        num_tokens=num_tokens,
+        num_experts=num_experts,
+        lines=tuple(lines),
+        skipped=skipped,
+        forward_rounds=forward,
+        train_rounds=train,
+    )
+
+
+class RouterCall:
+    """One router on random tokens, ready to be timed in training mode."""
+
+    def __init__(self, subject: Subject, num_tokens: int, seed: int, device: torch.device) -> None:
+        self.length = min(SEQUENCE, num_tokens)
+        self.seed = seed
+        draw = generator(seed, "bench router", num_tokens)
+        self.x_TD = torch.randn(num_tokens, D_MODEL, generator=draw).to(device).requires_grad_()
+        shape = (max(num_tokens // self.length, 1), self.length)
+        self.token_id_BL = torch.randint(VOCAB, shape, generator=draw).to(device)
+        self.domain_B = (torch.arange(shape[0]) % DOMAINS).to(device)
+        site = Site(
+            d_model=D_MODEL,
+            num_experts=subject.num_experts,
+            vocab_size=VOCAB,
+            token_count_V=self.token_id_BL.flatten().cpu().bincount(minlength=VOCAB),
+            sequence_length=self.length,
+            num_domains=DOMAINS,
+        )
+        self.router: Router = subject.router_class(subject.config, site)
+        init_weights(self.router, seed)
+        self.router.to(device).train()
+        self.coefficients: dict[str, float] = subject.config.losses
+
+    def record(self) -> LayerRecord:
+        """Route the tokens."""
+        ctx = BatchContext(
+            training=True,
+            seed=self.seed,
+            token_id_BL=self.token_id_BL,
+            domain_B=self.domain_B,
+            label_BL=self.token_id_BL,
+        )
+        routing = self.router(self.x_TD, ctx.route(0, self.length, self.x_TD.device))
+        return LayerRecord(layer=0, routing=routing, kept=routing, sequence_length=self.length)
+
+    def losses(self, record: LayerRecord) -> list[Tensor]:
+        """Return the losses that training would add."""
+        raw = raw_losses(self.router, record, self.coefficients)
+        return [self.coefficients[name] * value for name, value in raw.items()]
+
+    @torch.no_grad()
+    def forward(self) -> object:
+        """Route and compute the losses, without gradients."""
+        return self.losses(self.record())
+
+    def train(self) -> None:
+        """Route, compute the losses and differentiate them and the weights."""
+        record = self.record()
+        reached = [value for value in [*_weights(record.routing), *self.losses(record)] if value.requires_grad]
+        if reached:  # static routers have nothing to differentiate
+            torch.autograd.backward(reached, [torch.ones_like(value) for value in reached])
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        self.x_TD.grad = None
+        self.router.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def share_of_optimum(self) -> float | None:
+        """Compare an assignment of each token to one expert with the best balanced one; None for too many tokens."""
+        routing = self.record().routing
+        if not isinstance(routing, Routing) or routing.logits_TE is None or routing.num_tokens > EXACT_TOKENS:
+            return None
+        affinity_TE = routing.logits_TE.double()
+        random = affinity_TE.mean(1).sum()
+
+        def gain(expert_T: Tensor) -> float:
+            return float(affinity_TE.gather(1, expert_T.view(-1, 1)).sum() - random)
+
+        return gain(routing.expert_N) / gain(balanced_assignment(affinity_TE, "exact"))
+
+
+def _weights(routing: AnyRouting) -> list[Tensor]:
+    """Return what the experts' outputs, tokens or parameters are weighed by."""
+    if isinstance(routing, SoftRouting):
+        return [routing.dispatch_BLS, routing.combine_BLS]
+    return [routing.weight_GE if isinstance(routing, MergeRouting) else routing.weight_N]

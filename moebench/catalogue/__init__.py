@@ -1,0 +1,1 @@
+"""Describe the registered components: routers, layouts, tasks, losses."""

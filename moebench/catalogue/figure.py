@@ -1,0 +1,248 @@
+"""A worked example as a picture: two short sentences, a few experts, and what one router makes of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from torch import Tensor
+
+from moebench.errors import UsageError
+from moebench.experts.capacity import Capacity
+from moebench.experts.feed_forward import ExpertBank
+from moebench.experts.layer import MoELayer
+from moebench.models.transformer import BatchContext, init_weights
+from moebench.reporting.canvas import GREY, PALETTE, sheet
+from moebench.routing.mixing import MergeRouting, SoftRouting
+from moebench.routing.router import ROUTERS, Router, Site
+from moebench.routing.values import LayerRecord, Routing
+from moebench.seeds import generator
+
+SENTENCES = ("the cat sat on the mat today .", "we train the model and it learns .")
+D_MODEL = 16
+SIZES = (4, 8, 16)
+"""Numbers of experts: the first at which a token leaves some of them out."""
+LIKE_NEIGHBOURS = 0.4
+"""How much all tokens have in common: then some experts are in demand, and a capacity drops."""
+SCORES = LinearSegmentedColormap.from_list("scores", ["#FFFFFF", PALETTE[5], PALETTE[1]])
+DROPPED = PALETTE[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """A table of tokens × experts (or slots), with what was dropped from it."""
+
+    title: str
+    column: str
+    weight_TE: Tensor
+    chosen_TE: Tensor
+    dropped_TE: Tensor | None = None
+    load_E: Sequence[int] | None = None
+    slots: int | None = None
+    """Most tokens of one expert; None: no limit."""
+
+    @property
+    def unserved_T(self) -> Tensor:
+        """bool: tokens that no expert computes."""
+        kept_TE = self.chosen_TE if self.dropped_TE is None else self.chosen_TE & ~self.dropped_TE
+        return ~kept_TE.any(1)
+
+
+def draw_router(name: str, path: Path, seed: int = 0) -> Path:
+    """Draw scores, training with a capacity of an even share, and evaluation without; of soft routing both mixtures."""
+    example = Example(name, seed)
+    panels = example.panels()
+    most = max(panel.weight_TE.shape[1] for panel in panels)
+    width = 1.1 + sum(1.2 + 0.36 * max(panel.weight_TE.shape[1], 4) for panel in panels)
+    title = f"{name}: {len(example.words)} tokens, {example.num_experts} experts"
+    height = 2.1 + 0.27 * len(example.words)
+    with sheet(path, title, width=max(width, 7.0), height=height) as figure:
+        ratios = [max(panel.weight_TE.shape[1], 4) for panel in panels]
+        axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=ratios, sharey=True).ravel()
+        for ax, panel in zip(axes, panels, strict=True):
+            _draw_panel(ax, panel, example, small=most > SIZES[1])
+        figure.supxlabel(_words(panels), fontsize=8, color=GREY)
+    return path
+
+
+class Example:
+    """The tokens, the router and its layer."""
+
+    def __init__(self, name: str, seed: int) -> None:
+        self.words = [word for sentence in SENTENCES for word in sentence.split()]
+        self.length = len(SENTENCES[0].split())
+        self.seed = seed
+        vocabulary = sorted(set(self.words))
+        self.token_id_BL = torch.tensor([vocabulary.index(word) for word in self.words]).view(-1, self.length)
+        entry = ROUTERS.get(name)
+        self.config = entry.item.Config()  # type: ignore[call-arg]  # its own Config has its name as a default
+        self.num_experts = _num_experts(entry.item, self.config)
+        site = Site(
+            d_model=D_MODEL,
+            num_experts=self.num_experts,
+            vocab_size=len(vocabulary),
+            token_count_V=self.token_id_BL.flatten().bincount(),
+            sequence_length=self.length,
+            num_domains=len(SENTENCES),
+        )
+        self.layer = self._layer(entry.item, site)
+
+    def _layer(self, router_class: type[Router], site: Site) -> MoELayer:
+        router = router_class(self.config, site)
+        init_weights(router, self.seed)
+        draw = generator(self.seed, "worked example")
+        for parameter in router.parameters():  # fresh gates are nearly undecided, which is no example of anything
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.3, generator=draw)
+        bank = ExpertBank(D_MODEL, 1, self.num_experts, "gelu")
+        init_weights(bank, self.seed)
+        return MoELayer(
+            router,
+            bank,
+            experts_per_token=router_class.experts_per_token(self.config, self.num_experts),
+            capacity=Capacity(train=1.0),
+            layer=0,
+        )
+
+    @torch.no_grad()
+    def record(self, *, training: bool) -> LayerRecord:
+        """Route the tokens: a word has its own vector, changed a little by where it stands."""
+        draw = generator(self.seed, "worked example", "tokens")
+        common_D = torch.randn(D_MODEL, generator=draw)
+        word_VD = torch.randn(len(set(self.words)), D_MODEL, generator=draw)
+        place_TD = torch.randn(len(self.words), D_MODEL, generator=draw)
+        x_TD = word_VD[self.token_id_BL.flatten()] + LIKE_NEIGHBOURS * common_D + 0.3 * place_TD
+        domain_B = torch.arange(len(SENTENCES))
+        ctx = BatchContext(
+            training=training,
+            seed=self.seed,
+            token_id_BL=self.token_id_BL,
+            domain_B=domain_B,
+            label_BL=self.token_id_BL,
+        )
+        return self.layer.train(training).route(x_TD, ctx.route(0, self.length, x_TD.device))
+
+    def panels(self) -> list[Panel]:
+        """Return what is drawn, from left to right."""
+        trained = self.record(training=True)
+        if isinstance(trained.routing, SoftRouting):
+            return _mixtures(trained.routing)
+        evaluated = self.record(training=False)
+        if isinstance(evaluated.routing, MergeRouting):
+            return [_merge(evaluated.routing)]
+        chain = self.layer.router.is_chain  # no step can be left out for lack of a slot
+        title = "training" if chain else "training, capacity factor 1"
+        panels = [_choice(title, trained, None if chain else self.slots)]
+        panels.append(_choice("evaluation, dropless", evaluated, None))
+        assert isinstance(evaluated.routing, Routing)
+        scores_TE = evaluated.routing.scores_TE
+        if scores_TE is not None:
+            nothing_TE = torch.ones_like(scores_TE, dtype=torch.bool)
+            panels.insert(0, Panel(title="scores", column="expert", weight_TE=scores_TE, chosen_TE=nothing_TE))
+        return panels
+
+    @property
+    def slots(self) -> int | None:
+        """Most tokens of an expert in training."""
+        return self.layer.capacity.slots(
+            training=True,
+            num_tokens=len(self.words),
+            experts_per_token=self.layer.experts_per_token,
+            num_experts=self.num_experts,
+        )
+
+
+def _num_experts(router_class: type[Router], config: Any) -> int:
+    for number in SIZES:
+        try:
+            router_class.check(config, number)
+        except UsageError:
+            continue
+        if router_class.experts_per_token(config, number) < number:
+            return number
+    return SIZES[0]
+
+
+def _choice(title: str, record: LayerRecord, slots: int | None) -> Panel:
+    routing, kept = record.routing, record.kept
+    assert isinstance(routing, Routing)
+    assert isinstance(kept, Routing)
+    shape = (routing.num_tokens, routing.num_experts)
+    place = (routing.token_N, routing.expert_N)
+    dropped_N = routing.counted_N & ~kept.counted_N
+    return Panel(
+        title=title,
+        column="expert",
+        weight_TE=torch.zeros(shape).index_put(place, routing.weight_N),
+        chosen_TE=torch.zeros(shape, dtype=torch.bool).index_put(place, routing.counted_N),
+        dropped_TE=torch.zeros(shape, dtype=torch.bool).index_put(place, dropped_N),
+        load_E=routing.load_E.tolist(),
+        slots=slots,
+    )
+
+
+def _mixtures(routing: SoftRouting) -> list[Panel]:
+    tables = {
+        "dispatch: how much of a token is in a slot": routing.dispatch_BLS,
+        "combine: how much of a slot a token gets": routing.combine_BLS,
+    }
+    return [
+        Panel(title=title, column="slot", weight_TE=weight_TS, chosen_TE=weight_TS > 0)
+        for title, weight_TS in ((title, routing.ungrouped(table)) for title, table in tables.items())
+    ]
+
+
+def _merge(routing: MergeRouting) -> Panel:
+    weight_TE = routing.weight_TE
+    title = "share of an expert's parameters\nin a token's network"
+    return Panel(title=title, column="expert", weight_TE=weight_TE, chosen_TE=weight_TE > 0)
+
+
+def _draw_panel(ax: Axes, panel: Panel, example: Example, *, small: bool) -> None:
+    weight_TE = panel.weight_TE.numpy()
+    shown_TE = np.where(panel.chosen_TE.numpy(), weight_TE, 0.0)
+    if panel.dropped_TE is not None:
+        shown_TE = np.where(panel.dropped_TE.numpy(), 0.0, shown_TE)
+    low, high = float(shown_TE.min()), max(float(weight_TE.max()), 1e-9)
+    ax.imshow(shown_TE, cmap=SCORES, vmin=low, vmax=max(high, low + 1e-9), aspect="auto")
+    for token, expert in panel.chosen_TE.nonzero().tolist():
+        dropped = panel.dropped_TE is not None and bool(panel.dropped_TE[token, expert])
+        dark = not dropped and weight_TE[token, expert] - low > 0.6 * (high - low)
+        text = "×" if dropped else f"{weight_TE[token, expert]:.2f}".removeprefix("0")
+        color = DROPPED if dropped else "white" if dark else "black"
+        size = 12 if dropped else 5.5 if small else 7
+        ax.text(expert, token, text, ha="center", va="center", fontsize=size, color=color)
+    _draw_frame(ax, panel, example)
+
+
+def _draw_frame(ax: Axes, panel: Panel, example: Example) -> None:
+    num_tokens, num_columns = panel.weight_TE.shape
+    ax.set_title(panel.title, loc="left", fontsize=9)
+    ax.set_yticks(range(num_tokens), example.words)
+    ax.hlines(np.arange(example.length, num_tokens, example.length) - 0.5, -0.5, num_columns - 0.5, color="black", lw=1)
+    ax.set_xticks(np.arange(num_columns + 1) - 0.5, minor=True)
+    ax.set_yticks(np.arange(num_tokens + 1) - 0.5, minor=True)
+    ax.grid(which="minor", color="#e0e0e0", linewidth=0.6)
+    ax.tick_params(which="both", length=0)
+    if panel.load_E is None:
+        per_expert = num_columns // example.num_experts
+        labels = [f"{place // per_expert}" for place in range(num_columns)]
+        ax.set_xticks(range(num_columns), labels)
+        ax.set_xlabel("expert" if panel.column == "expert" else "expert of the slot")
+    else:
+        room = "" if panel.slots is None else f" (room for {panel.slots})"
+        ax.set_xticks(range(num_columns), [f"{e}\n{load}" for e, load in enumerate(panel.load_E)])
+        ax.set_xlabel(f"expert, below it its tokens{room}")
+        unserved = panel.unserved_T.nonzero().flatten().tolist()
+        for token in unserved:
+            ax.text(num_columns - 0.4, token, "unserved", va="center", fontsize=6.5, color=DROPPED, clip_on=False)
+
+
+def _words(panels: Sequence[Panel]) -> str:
+    if panels[-1].column == "slot":
+        return "each sentence has its own slots; columns of dispatch and rows of combine sum to 1 in a sentence"
+    return "numbers: the weight of the expert's output; ×: chosen, and dropped because the expert was full"

@@ -1,0 +1,1 @@
+"""Tables, numbers and figures as text, Markdown, JSON and PNG."""
