@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import CommandLine, WarmCommandLine
 from filelock import FileLock
 from hypothesis import settings
+from support.command_line import CommandLine, WarmCommandLine
 
 from moebench.errors import UsageError
 from moebench.registry import load_plugin

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from moebench.cores import available_cores
-from moebench.launch.devices import uses_gpu, visible_devices
 from moebench.experiment.display import LineDisplay, LiveDisplay
 from moebench.experiment.grid import Experiment
 from moebench.experiment.plan import state_of
 from moebench.experiment.reshard import reshard
 from moebench.experiment.store import open_results, record_experiment, require_room, unfinished
+from moebench.launch.devices import uses_gpu, visible_devices
 from moebench.launch.launcher import Launch
 from moebench.launch.scheduler import Interrupted, Outcome, Scheduler
 from moebench.runs.cell import Cell

@@ -21,6 +21,7 @@ from moebench.models.whole_model import StackBank, WholeModels
 from moebench.routing.router import ROUTERS, Router, Site
 from moebench.schema import CellConfig
 
+
 def build_backbone(
     config: CellConfig,
     *,

@@ -38,6 +38,7 @@ def plan_of(config: CellConfig) -> tuple[BlockPlan, ...]:
 
 
 def plan_of_half(config: CellConfig, half: Half | None) -> tuple[BlockPlan, ...]:
+    """Return what each block of one backbone is; all dense where `layout.experts_in` names the other half."""
     plans = plan_of(config)
     with_experts = half is None or config.layout.experts_in in ("both", half)
     return plans if with_experts else (BlockPlan(),) * len(plans)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contract.cases import D_MODEL, Case, Tokens, cases_of, run, stirred
+from support.cases import D_MODEL, Case, Tokens, cases_of, run, stirred
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 

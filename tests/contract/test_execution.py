@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contract.cases import D_MODEL, Case, Tokens, assert_same_gradients, run, stirred
-from contract.drawn import crowds, rectangles, routings
 from hypothesis import given
 from hypothesis import strategies as st
+from support.cases import D_MODEL, Case, Tokens, assert_same_gradients, run, stirred
+from support.routing_strategies import crowds, rectangles, routings
 from torch import Tensor
 
 from moebench.bench.layer.saved import saved_bytes

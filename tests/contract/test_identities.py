@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contract.cases import Case, Tokens, cases_of, run, thinned
+from support.cases import Case, Tokens, cases_of, run, thinned
 
 from moebench.experts.capacity import Capacity
 from moebench.experts.layer import MoELayer

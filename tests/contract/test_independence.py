@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from contract.cases import (
+from support.cases import (
     MODES,
     Case,
     Tokens,

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contract.cases import (
+from support.cases import (
     D_MODEL,
     Case,
     Replayed,

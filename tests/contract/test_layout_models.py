@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contract.cases import Tokens, route, site, stirred
-from contract.layout_models import BATCH, D_MODEL, LENGTH, backbone_of, batch, config_of
+from support.cases import Tokens, route, site, stirred
+from support.layout_models import BATCH, D_MODEL, LENGTH, backbone_of, batch, config_of
 from torch import Tensor
 
 from moebench.experts.bank import double_loop

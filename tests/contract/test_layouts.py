@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from contract.cases import Tokens, stirred, thinned_pairs
-from contract.layout_models import BATCH, LENGTH, backbone_of, batch, config_of, may_refuse
+from support.cases import Tokens, stirred, thinned_pairs
+from support.layout_models import BATCH, LENGTH, backbone_of, batch, config_of, may_refuse
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode

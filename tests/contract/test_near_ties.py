@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contract.cases import MODES, Case, Tokens, assigned_TE, list_cases, route, run, thinned
+from support.cases import MODES, Case, Tokens, assigned_TE, list_cases, route, run, thinned
 
 from moebench.experts.capacity import Capacity
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from contract.cases import NUM_TOKENS, Case, Tokens, default_cases, is_taught, run
+from support.cases import NUM_TOKENS, Case, Tokens, default_cases, is_taught, run
 
 from moebench.routing.router import Router
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract.cases import Case, Tokens, route, run
-from contract.training_cases import tiny_config, write_text
-from distributed.matrix import case as tiny_cell
-from distributed.steps import TOLERANCE, assert_same_training, close, train_steps, trained_alike
-from distributed.team import ALONE, Shape
+from support.cases import Case, Tokens, route, run
+from support.mesh_cases import case as tiny_cell
+from support.process_group import ALONE, Shape
+from support.training_cases import tiny_config, write_text
+from support.training_steps import TOLERANCE, assert_same_training, close, train_steps, trained_alike
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract.cases import D_MODEL, Case, Tokens, default_cases, route
+from support.cases import D_MODEL, Case, Tokens, default_cases, route
 
 from moebench.catalogue.pages import all_pages
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from contract.cases import (
+from support.cases import (
     MODES,
     NUM_TOKENS,
     Case,

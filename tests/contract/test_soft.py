@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from contract.cases import D_MODEL, Case, Tokens, cases_of, run, site
+from support.cases import D_MODEL, Case, Tokens, cases_of, run, site
 
 from moebench.errors import UsageError
 from moebench.experts.capacity import Capacity

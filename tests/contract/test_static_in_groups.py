@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract.cases import OPTIONS, Case, Tokens, route, site, stirred, weight_table
+from support.cases import OPTIONS, Case, Tokens, route, site, stirred, weight_table
 from torch import Tensor
 
 from moebench.routing.composite import GroupedRouter

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contract.cases import D_MODEL, MODES, Case, Tokens, default_cases, naming, raw_losses, run
 from contract.test_routers import assert_well_formed
+from support.cases import D_MODEL, MODES, Case, Tokens, default_cases, naming, raw_losses, run
 
 from moebench.routing.values import SoftRouting
 

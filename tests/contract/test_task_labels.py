@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from contract.cases import stirred
-from contract.task_data import write_data
-from contract.training_cases import TINY
+from support.cases import stirred
+from support.task_data import write_data
+from support.training_cases import TINY
 
 from moebench.config import layer_over, resolve
 from moebench.models.transformer import BatchContext

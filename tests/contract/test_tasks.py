@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from contract.cases import PLAIN_LAYOUT
-from contract.task_data import write_data
-from contract.training_cases import TINY
+from support.cases import PLAIN_LAYOUT
+from support.task_data import write_data
+from support.training_cases import TINY
 
 from moebench.config import layer_over, resolve
 from moebench.errors import UsageError

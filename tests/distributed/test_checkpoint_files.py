@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distributed.team import Mesh, Shape
+from support.process_group import Mesh, Shape
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import moebench.parallel.checkpoint as files

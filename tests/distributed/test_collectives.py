@@ -1,7 +1,7 @@
 """Sums, gathers and all-to-alls over real processes, by hand."""
 
 import torch
-from distributed.team import Mesh, Shape
+from support.process_group import Mesh, Shape
 
 from moebench.parallel.collectives import Travel
 from moebench.parallel.exchange import ExpertExchange

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from contract.training_cases import tiny_config, write_text
-from distributed.matrix import EVERY_N, case
-from distributed.steps import train_steps
-from distributed.team import ALONE, Mesh, Shape
+from support.mesh_cases import EVERY_N, case
+from support.process_group import ALONE, Mesh, Shape
+from support.training_cases import tiny_config, write_text
+from support.training_steps import train_steps
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from contract.task_data import write_data
-from contract.training_cases import tiny_config, write_text
-from distributed.matrix import SHORT, case, matrix
-from distributed.steps import assert_same_training, train_steps, trained_alike
-from distributed.team import ALONE, Mesh, Shape
 from distributed.test_resharding import train
 from distributed.test_same_training import PLUGINS, TOLERANCES, train_all
-from separate_device import DEVICE, HOST, DeviceError, separate_device
+from support.mesh_cases import SHORT, case, matrix
+from support.process_group import ALONE, Mesh, Shape
+from support.separate_device import DEVICE, HOST, DeviceError, separate_device
+from support.task_data import write_data
+from support.training_cases import tiny_config, write_text
+from support.training_steps import assert_same_training, train_steps, trained_alike
 
 from moebench.registry import load_plugin
 from moebench.routing.router import ROUTERS

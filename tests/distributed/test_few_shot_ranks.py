@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from contract.training_cases import write_text
-from distributed.matrix import case
-from distributed.steps import assert_same_training, train_steps, trained_alike
-from distributed.team import ALONE, Shape
 from PIL import Image
+from support.mesh_cases import case
+from support.process_group import ALONE, Shape
+from support.training_cases import write_text
+from support.training_steps import assert_same_training, train_steps, trained_alike
 
 CASES = [(Shape(2, 1), "mean"), (Shape(1, 2), "mean"), (Shape(2, 2), "class_token")]
 

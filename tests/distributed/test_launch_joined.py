@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from command_line import CommandLine, Results, WarmCommandLine, wait_until
-from distributed.starts import (
+from support.command_line import CommandLine, Results, WarmCommandLine, wait_until
+from support.start_methods import (
     EXPERT_2,
     TIMEOUT_S,
     end_all,

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from command_line import CommandLine, Results, WarmCommandLine, journal, repeatable, send, wait_until
-from distributed.starts import EXPERT_2, SIGNALS, TIMEOUT_S, ranks, wait_for_first_steps, write_faulty
+from support.command_line import CommandLine, Results, WarmCommandLine, journal, repeatable, send, wait_until
+from support.start_methods import EXPERT_2, SIGNALS, TIMEOUT_S, ranks, wait_for_first_steps, write_faulty
 
 from moebench.tracking.mlflow_store import default_uri, quiet
 

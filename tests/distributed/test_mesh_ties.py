@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed.matrix import TRAIN
-from distributed.steps import train_steps
-from distributed.team import ALONE, SHAPES, Mesh, Shape
+from support.mesh_cases import TRAIN
+from support.process_group import ALONE, SHAPES, Mesh, Shape
+from support.training_steps import train_steps
 
 LOSS_TOLERANCE, PARAMETER_TOLERANCE = 1e-5, 1e-4
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {

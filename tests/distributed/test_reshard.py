@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from command_line import CommandLine, Results, WarmCommandLine, journal, send
-from distributed.starts import EXPERT_2, SIGNALS, TIMEOUT_S, wait_for_first_steps
+from support.command_line import CommandLine, Results, WarmCommandLine, journal, send
+from support.start_methods import EXPERT_2, SIGNALS, TIMEOUT_S, wait_for_first_steps
 
 RUN = ("run", "./tiny.yaml", "--tracker", "none", "--jobs", "1")
 

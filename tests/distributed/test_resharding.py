@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contract.training_cases import assert_same_tree, read_checkpoint, tiny_config, write_text
-from distributed.matrix import case
-from distributed.team import ALONE, Mesh, Shape
+from support.mesh_cases import case
+from support.process_group import ALONE, Mesh, Shape
+from support.training_cases import assert_same_tree, read_checkpoint, tiny_config, write_text
 
 from moebench.parallel.checkpoint import checkpoint_path
 from moebench.training.callback import CellCallback, Hooks, Meter

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contract.training_cases import write_text
-from distributed.matrix import SHORT, fits, matrix
-from distributed.steps import assert_same_training, train_steps, trained_alike
-from distributed.team import ALONE, SHAPES, Mesh, Shape
+from support.mesh_cases import SHORT, fits, matrix
+from support.process_group import ALONE, SHAPES, Mesh, Shape
+from support.training_cases import write_text
+from support.training_steps import assert_same_training, train_steps, trained_alike
 
 from moebench.errors import UsageError
 from moebench.registry import load_plugin
 from moebench.routing.router import ROUTERS
 
-PLUGINS = [Path(__file__).with_name(name) for name in ("collapsed.py", "padded.py")]
+PLUGINS = [Path(__file__).parents[1] / "support" / name for name in ("collapsed_router.py", "padded_task.py")]
 TOLERANCES = {
     # 8 bits: another split of a sum rounds differently, and a near tie is then routed differently.
     "bf16": {"tolerance": 3e-2},

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import CommandLine
+from support.command_line import CommandLine
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import importlib.util
 from typing import Any
 
 import pytest
-from command_line import CommandLine, Results, WarmCommandLine
+from support.command_line import CommandLine, Results, WarmCommandLine
 
 PEERS = {
     "transformers": "transformers",

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command_line import ARMS, CommandLine, Results, WarmCommandLine, journal
+from support.command_line import ARMS, CommandLine, Results, WarmCommandLine, journal
 
 SPLITS = ("test", "validation")
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import CommandLine, Results, WarmCommandLine
 from PIL import Image
+from support.command_line import CommandLine, Results, WarmCommandLine
 
 
 def test_the_trained_setting_gives_the_trained_result(finished: CommandLine, warm: WarmCommandLine) -> None:

@@ -1,7 +1,7 @@
 """Domains held out of training, from the command line: `run`, what it keeps, and `compare`."""
 
 import pytest
-from command_line import CommandLine, Results, WarmCommandLine, journal
+from support.command_line import CommandLine, Results, WarmCommandLine, journal
 
 HELD_OUT = "task.data.held_out_domains=[b]"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from command_line import ROOT, CommandLine, Ended, Results, WarmCommandLine
+from support.command_line import ROOT, CommandLine, Ended, Results, WarmCommandLine
 
 from moebench.tasks.text.documents import TextDataConfig, load_documents
 from moebench.tasks.text.splits import split_documents

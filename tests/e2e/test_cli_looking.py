@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from command_line import ARMS, CommandLine, Results, WarmCommandLine
+from support.command_line import ARMS, CommandLine, Results, WarmCommandLine
 
 PLUGIN = '''
 """Round robin over the experts by token id, weighted by a learned gate: not part of moebench."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import ROOT, CommandLine, Ended, Results, WarmCommandLine, tiny
+from support.command_line import ROOT, CommandLine, Ended, Results, WarmCommandLine, tiny
 from tokenizers import Tokenizer, models
 
 FILES: dict[str, str | bytes] = {

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-from command_line import CommandLine, Results, WarmCommandLine, tiny
 from PIL import Image
+from support.command_line import CommandLine, Results, WarmCommandLine, tiny
 
 CLASSES = ("C++", "日本", "a b")
 

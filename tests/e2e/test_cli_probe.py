@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from command_line import CommandLine, Results, WarmCommandLine
+from support.command_line import CommandLine, Results, WarmCommandLine
 
 
 def id_of(finished: CommandLine, arm: str) -> str:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from command_line import ARMS, ROOT, CommandLine, Results, WarmCommandLine, journal, on_terminal, repeatable
+from support.command_line import ARMS, ROOT, CommandLine, Results, WarmCommandLine, journal, on_terminal, repeatable
 
 RESULT_KEYS = {"id", "arm", "seed", "status", "error", "step", "metrics", "cost", "throughput", "data_digest"}
 RESULT_KEYS |= {"eval_digest", "marks", "config"}

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-from command_line import CommandLine, Results, WarmCommandLine, tiny
+from support.command_line import CommandLine, Results, WarmCommandLine, tiny
 
 LETTERS = {"a": 400, "b": 900, "c": 1800}
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from command_line import CommandLine
+from support.command_line import CommandLine
 
 HEAVY = ("torch", "lightning", "mlflow", "datasets", "matplotlib", "scipy", "statsmodels", "pandas", "numpy")
 ASK = """

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import ROOT, CommandLine, WarmCommandLine
+from support.command_line import ROOT, CommandLine, WarmCommandLine
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 BLOCKS = {name: f"# {name}\n{body}" for name, body in re.findall(r"```python\n# (\S+\.py)\n(.*?)```", PAGE, re.DOTALL)}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contract.training_cases import Run
+from support.training_cases import Run
 
 from moebench.config import resolve
 from moebench.routing.router import ROUTERS

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_folders import write_result
+from support.run_folders import write_result
 
 from moebench.errors import UsageError
 from moebench.runs.journal import Journal

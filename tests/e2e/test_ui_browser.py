@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from run_folders import write_result
+from support.run_folders import write_result
 
 from moebench.runs.journal import Journal
 from moebench.tracking.mlflow_store import default_uri, quiet

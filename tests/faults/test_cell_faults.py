@@ -5,8 +5,8 @@ import math
 from pathlib import Path
 
 import torch
-from command_line import CommandLine, Results, WarmCommandLine, journal
-from contract.training_cases import read_checkpoint
+from support.command_line import CommandLine, Results, WarmCommandLine, journal
+from support.training_cases import read_checkpoint
 
 FAULTY = """
 import ctypes

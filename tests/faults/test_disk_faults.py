@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from command_line import CommandLine, Results, WarmCommandLine, wait_for_step
+from support.command_line import CommandLine, Results, WarmCommandLine, wait_for_step
 
 Mount = Callable[[int], Path]
 

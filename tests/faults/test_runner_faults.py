@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import (
+from support.command_line import (
     CommandLine,
     Results,
     WarmCommandLine,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from run_folders import write_result
+from support.run_folders import write_result
 
 from moebench.errors import UsageError
 from moebench.runs.journal import Journal, read_journal

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract.cases import D_MODEL, Case, Tokens, cases_of, default_cases, slow_mixture
+from support.cases import D_MODEL, Case, Tokens, cases_of, default_cases, slow_mixture
 from torch import Tensor
 
 from moebench.experts.capacity import Capacity

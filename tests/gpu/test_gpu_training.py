@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import CommandLine
-from contract.task_data import write_data
 from contract.test_tasks import NUM_EXPERTS, one_of_each_family
-from contract.training_cases import TINY, Run, assert_same_runs, read_checkpoint, tiny_config, write_text
+from support.command_line import CommandLine
+from support.task_data import write_data
+from support.training_cases import TINY, Run, assert_same_runs, read_checkpoint, tiny_config, write_text
 from torch.distributed import TCPStore
 
 from moebench.config import layer_over, resolve

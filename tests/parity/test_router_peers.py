@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract.cases import Case, Tokens, route
+from support.cases import Case, Tokens, route
 from torch import Tensor
 
 pytest.importorskip("transformers")

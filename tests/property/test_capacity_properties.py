@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contract.by_hand import routed, with_identity
-from contract.drawn import routings, seeded
 from hypothesis import given
 from hypothesis import strategies as st
+from support.identity_gates import routed, with_identity
+from support.routing_strategies import routings, seeded
 
 from moebench.experts.capacity import Capacity, DropOrder, first_of_each_expert, precedence
 from moebench.experts.dispatch import DispatchPlan, combine, dispatch

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from contract.cases import Case, Tokens, run
 from hypothesis import given
 from hypothesis import strategies as st
+from support.cases import Case, Tokens, run
 from torch import Tensor
 
 from moebench.routing.losses import global_entropy, load_balance, local_entropy, mutual_information, sequence_balance

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from contract.cases import D_MODEL, Replayed, Tokens, assert_same_gradients, stirred
-from contract.drawn import crowds, rectangles, routings, seeded
 from hypothesis import given
 from hypothesis import strategies as st
+from support.cases import D_MODEL, Replayed, Tokens, assert_same_gradients, stirred
+from support.routing_strategies import crowds, rectangles, routings, seeded
 from torch import Generator, Tensor
 
 from moebench.experts.bank import Bank, double_loop

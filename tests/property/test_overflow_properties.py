@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contract.by_hand import routed, with_identity
-from contract.drawn import crowds, rectangles, routings, seeded
 from hypothesis import given
 from hypothesis import strategies as st
+from support.identity_gates import routed, with_identity
+from support.routing_strategies import crowds, rectangles, routings, seeded
 
 from moebench.errors import UsageError
 from moebench.experts.capacity import Capacity, precedence

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contract.cases import thinned_pairs
+from support.cases import thinned_pairs
 
 from moebench.config import (
     component_fields,

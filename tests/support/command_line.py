@@ -1,0 +1,321 @@
+"""The command line as its user has it: real processes, a results folder, a tiny experiment, a look at what is left."""
+
+import json
+import os
+import pty
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+MARK = "MOEBENCH_TEST_PROCESS"
+TIMEOUT_S = 90
+PATIENCE_S = 150.0
+"""For what only a very busy machine makes slow."""
+ARMS = ("dense", "switch", "top_k")
+UNREPEATABLE = ("train/tokens_per_s", "time/data_share")
+"""Names in a journal that measure the machine, not the model."""
+
+
+def tiny(**changes: Any) -> dict[str, Any]:
+    """A grid of 3 arms and 2 seeds that trains in seconds; `changes` replace whole sections, or keys of `train`."""
+    train = {"steps": 12, "batch_size": 2, "learning_rate": 5e-3, "warmup_steps": 4, "eval_every": 6, "log_every": 1}
+    train |= {"checkpoint_every": 4, "device": "cpu"} | changes.pop("train", {})
+    base = {
+        "task": {"name": "language", "sequence_length": 32, "eval_windows": 4, "data": {"path": "text"}},
+        "model": {"d_model": 16, "num_layers": 2, "num_heads": 2, "ffn_width": 128},
+        "layout": {"name": "every_n", "n": 2, "num_experts": 4},
+        "train": train,
+    }
+    base |= changes.pop("base", {})
+    grid = {"question": "Does it run?", "base": base, "grid": {"router": [*ARMS]}, "seeds": [0, 1]}
+    return grid | {"baseline": "dense"} | changes
+
+
+def write_text(folder: Path) -> None:
+    """Two domains of six documents each, the same on every call."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 6))) for _ in range(200)]
+    for number in range(12):
+        file = folder / "ab"[number % 2] / f"document{number}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(" ".join(draw.choices(words, k=500)))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a finished call left: exit code and both streams."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Standard output as JSON: fails when anything else is on it."""
+        return json.loads(self.out)
+
+
+@dataclass
+class CommandLine:
+    """Calls `moebench` in a folder of its own; whatever it starts carries a mark and is found again."""
+
+    folder: Path
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """One thread per process, no network, no settings of the person who runs the tests."""
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("MOEBENCH_")}
+        ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160", MARK: self.mark}
+        return inherited | ours | {"PYTHONPATH": str(ROOT)}
+
+    def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+        """Start a call in a session of its own, as a terminal does: signals can be sent to its group."""
+        given: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command = [sys.executable, "-m", "moebench", *arguments]
+        return subprocess.Popen(
+            command, cwd=self.folder, env=self.environment, start_new_session=True, **given | options
+        )
+
+    def __call__(self, *arguments: str, timeout: float = TIMEOUT_S) -> Ended:
+        """Run a command to its end."""
+        return self.wait(self.start(*arguments), timeout)
+
+    def wait(self, process: subprocess.Popen[str], timeout: float = TIMEOUT_S) -> Ended:
+        """Wait for the end of a started call, reading both streams."""
+        out, err = process.communicate(timeout=timeout)
+        return Ended(process.returncode, out, err)
+
+    def train(self, *arguments: str, results: str = "results", name: str = "./tiny.yaml") -> Ended:
+        """Call `run` without a tracker."""
+        return self("run", name, "--results", results, "--tracker", "none", *arguments)
+
+    def start_training(self, *arguments: str, results: str = "results", name: str = "./tiny.yaml") -> Any:
+        """The same in the background, one cell at a time unless told otherwise."""
+        jobs = () if "--jobs" in arguments else ("--jobs", "1")
+        return self.start("run", name, "--results", results, "--tracker", "none", *jobs, *arguments)
+
+    def write(self, name: str = "tiny.yaml", **changes: Any) -> None:
+        """Write an experiment (JSON is YAML) and the text it trains on."""
+        if not (self.folder / "text").exists():
+            write_text(self.folder / "text")
+        (self.folder / name).write_text(json.dumps(tiny(**changes), indent=1))
+
+    def processes(self) -> list[psutil.Process]:
+        """Every living process that a call from here started, whoever its parent is now."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes of cells: they write to the log of a run."""
+        found = []
+        for process in self.processes():
+            try:
+                if os.readlink(f"/proc/{process.pid}/fd/1").endswith("/log.txt"):
+                    found.append(process)
+            except OSError:
+                continue
+        return found
+
+    def assert_no_process_is_left(self, within_s: float = 10.0) -> None:
+        """Fail unless everything that was started ends by itself."""
+        wait_until(lambda: not self.processes(), f"processes are left: {self.processes()}", within_s)
+
+    def kill_leftovers(self) -> None:
+        """End what a failed test left running."""
+        for process in self.processes():
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+
+
+SERVER = """
+import gc, json, os, sys, traceback
+import moebench.cli, moebench.experiment.runner, moebench.analysis.compare.figures, moebench.analysis.compare.table
+from moebench.registry import HOMES, registry_of
+for kind in HOMES:
+    registry_of(kind).names()
+gc.freeze()
+for line in sys.stdin:
+    call = json.loads(line)
+    child = os.fork()
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    os.chdir(call["folder"])
+    for number, name in enumerate((os.devnull, call["out"], call["err"])):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+    os.environ[call["key"]] = call["mark"]
+    sys.argv = ["moebench", *call["arguments"]]
+    from moebench.__main__ import main
+    code = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # taking torch down again costs a second
+"""
+
+
+class WarmCommandLine:
+    """Runs each call in a process of its own, forked from one that has done the imports: 10 times as many tests."""
+
+    def __init__(self, environment: Mapping[str, str], scratch: Path) -> None:
+        self.scratch = scratch
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def __call__(self, cli: CommandLine, *arguments: str, timeout: float = TIMEOUT_S) -> Ended:
+        """Run a command in the folder of a command line."""
+        out, err = self.scratch / "out", self.scratch / "err"
+        call = {"folder": str(cli.folder), "out": str(out), "err": str(err), "arguments": arguments}
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        print(json.dumps(call | {"key": MARK, "mark": cli.mark}), file=self.server.stdin, flush=True)
+        assert select.select([self.server.stdout], [], [], timeout)[0], f"no answer to {arguments}"
+        code = int(self.server.stdout.readline())
+        return Ended(code, out.read_text(), err.read_text())
+
+    def close(self) -> None:
+        """End the server."""
+        self.server.kill()
+        self.server.communicate()
+
+
+@dataclass(frozen=True)
+class Results:
+    """Reads a results folder without a line of moebench."""
+
+    path: Path
+
+    def folders(self) -> list[Path]:
+        """The folders of all runs."""
+        return sorted(file.parent for file in (self.path / "runs").glob("*/cell.json"))
+
+    def folder(self, arm: str, seed: int) -> Path:
+        """The folder of one run."""
+        cells = {folder: json.loads((folder / "cell.json").read_text()) for folder in self.folders()}
+        (found,) = [path for path, cell in cells.items() if (cell["arm"], cell["seed"]) == (arm, seed)]
+        return found
+
+    def result(self, arm: str, seed: int) -> dict[str, Any]:
+        """The result of one run; fails when it is missing or not JSON."""
+        result: dict[str, Any] = json.loads((self.folder(arm, seed) / "result.json").read_text())
+        return result
+
+    def statuses(self) -> dict[tuple[str, int], str]:
+        """(arm, seed) -> status, of the runs that have a result."""
+        found = [json.loads(file.read_text()) for file in sorted((self.path / "runs").glob("*/result.json"))]
+        return {(result["arm"], result["seed"]): result["status"] for result in found}
+
+    def written_at(self) -> dict[str, int]:
+        """Result file -> time of its last change, in nanoseconds."""
+        return {str(file): file.stat().st_mtime_ns for file in (self.path / "runs").glob("*/result.json")}
+
+
+def journal(folder: Path) -> list[dict[str, Any]]:
+    """The points of a run."""
+    return [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+
+
+def repeatable(folder: Path) -> list[tuple[int, dict[str, float]]]:
+    """The points of a run without times and speeds: the same cell must give the same, bit for bit."""
+    points = journal(folder)
+    return [(p["step"], {k: v for k, v in p["metrics"].items() if k not in UNREPEATABLE}) for p in points]
+
+
+def without_speed(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """A comparison as JSON without what measures the machine."""
+    arms = {arm: {k: v for k, v in row.items() if k != "throughput"} for arm, row in comparison["arms"].items()}
+    return {**comparison, "arms": arms}
+
+
+def last_step(folder: Path) -> int:
+    """The step that a run has reached, 0 before the first."""
+    try:
+        lines = (folder / "journal.jsonl").read_text().splitlines()
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+    except (OSError, ValueError):
+        return 0
+
+
+def wait_until(condition: Callable[[], bool], what: str, within_s: float = PATIENCE_S) -> None:
+    """Poll until the condition holds; fail saying `what` after the time."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, f"after {within_s:.0f} s: {what}"
+        time.sleep(0.02)
+
+
+def wait_for_step(results: Results, step: int, num_done: int = 0) -> Path:
+    """Wait until `num_done` cells are done and another has reached the step; return its folder."""
+    found: list[Path] = []
+
+    def reached() -> bool:
+        done = sum(status == "done" for status in results.statuses().values())
+        found[:] = [f for f in results.folders() if not (f / "result.json").exists() and last_step(f) >= step]
+        return done >= num_done and bool(found)
+
+    wait_until(reached, f"no cell has reached step {step}")
+    return found[0]
+
+
+def on_terminal(cli: CommandLine, arguments: Sequence[str], timeout: float = TIMEOUT_S) -> tuple[int, str]:
+    """Run a call whose three streams are one terminal of 100 columns; return its exit code and all it wrote."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moebench", *arguments],
+        cwd=cli.folder,
+        env=cli.environment | {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    written = b"".join(_read_terminal(ours, time.monotonic() + timeout))
+    os.close(ours)
+    return process.wait(timeout=10), written.decode()
+
+
+def _read_terminal(descriptor: int, deadline: float) -> Iterator[bytes]:
+    while time.monotonic() < deadline:
+        if not select.select([descriptor], [], [], 0.2)[0]:
+            continue
+        try:
+            chunk = os.read(descriptor, 65536)
+        except OSError:  # the other side is closed
+            return
+        if not chunk:
+            return
+        yield chunk
+    raise AssertionError("the call on a terminal did not end in time")
+
+
+def send(process: subprocess.Popen[str], number: signal.Signals, *, group: bool = False) -> None:
+    """Send a signal to a call, or to its whole group as a terminal's Ctrl-C does."""
+    (os.killpg if group else os.kill)(process.pid, number)

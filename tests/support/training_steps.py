@@ -1,0 +1,106 @@
+"""A few real training steps on a mesh, with all that must be the same on any other mesh."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from support.process_group import Mesh
+from support.training_cases import tiny_config
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from moebench.runs.folder import RunFolder
+from moebench.tracking.recorder import RunRecorder
+from moebench.training.callback import CellCallback, Hooks, Meter
+from moebench.training.model import initialised_model, prepare_task
+from moebench.training.module import CellModule
+from moebench.training.train import fit, make_trainer
+
+TOLERANCE = 1e-5
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor, wherever it lies."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+class Watcher(lightning.Callback):
+    """Notes what every step finds."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self.grads: dict[str, Tensor] = {}
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        named = [(name, p) for name, p in pl_module.model.named_parameters() if p.grad is not None]
+        self.grads = {name: whole(p.grad) for name, p in named}
+
+    def on_train_batch_end(self, trainer: Any, pl_module: CellModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % pl_module.config.train.accumulate == 0:
+            self.steps.append({"loss": pl_module.last_loss, "norm": pl_module.last_grad_norm, "grads": self.grads})
+
+
+def train_steps(mesh: Mesh, text: Path, overrides: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Train a tiny cell; return its steps, its parameters and state at the end, its evaluation and its journal."""
+    config = tiny_config(text, **overrides)
+    task = prepare_task(config, folder)
+    module = CellModule(config, initialised_model(config, task, mesh), task, mesh)
+    watcher = Watcher()
+    own = folder / f"rank_{mesh.rank}_of_{mesh.size}"
+    own.mkdir(exist_ok=True)
+    with RunRecorder(RunFolder(own)) as recorder:
+        meter = Meter()
+        callback = CellCallback(Hooks(recorder=recorder), folder / f"checkpoints_{mesh.size}", meter)
+        fit(make_trainer(config, [watcher, callback], mesh), module, meter)
+    assert callback.final is not None
+    state = module.to(mesh.device).model.state_dict()  # lightning leaves it on the host
+    return {
+        "steps": watcher.steps,
+        "state": {name: whole(tensor) for name, tensor in state.items()},
+        "final": callback.final.metrics,
+        "loads": callback.final.load_by_layer,
+        "labels": {name: table.layers for name, table in callback.final.labels.items()},
+        "journal": (own / "journal.jsonl").read_text(),
+    }
+
+
+def trained_alike(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what all ranks have found: the same."""
+    for other in found[1:]:
+        for name, tensor in found[0]["state"].items():
+            assert torch.equal(other["state"][name], tensor), f"{name} differs between ranks"
+        assert [step["norm"] for step in other["steps"]] == [step["norm"] for step in found[0]["steps"]]
+        assert other["final"] == found[0]["final"]
+    return found[0]
+
+
+def assert_same_training(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float = TOLERANCE) -> None:
+    """Compare two trainings: losses, clip norms, every gradient of every step, parameters, state, evaluation."""
+    assert len(ours["steps"]) == len(theirs["steps"])
+    for number, (our, their) in enumerate(zip(ours["steps"], theirs["steps"], strict=True), start=1):
+        what = f"step {number}"
+        for key in ("loss", "norm"):
+            assert abs(our[key] - their[key]) <= tolerance * max(1.0, abs(their[key])), f"{what}: {key}"
+        assert our["grads"].keys() == their["grads"].keys(), what
+        for name, grad in their["grads"].items():
+            close(our["grads"][name], grad, tolerance, f"{what}: gradient of {name}")
+    assert ours["state"].keys() == theirs["state"].keys()
+    for name, tensor in theirs["state"].items():
+        close(ours["state"][name], tensor, tolerance, name, least=1.0)  # AdamW makes steps of one size of any gradient
+    assert ours["final"].keys() == theirs["final"].keys()
+    for name, value in theirs["final"].items():
+        assert abs(ours["final"][name] - value) <= 10 * tolerance * max(1.0, abs(value)), name
+    assert ours["loads"] == theirs["loads"]
+    assert ours["labels"].keys() == theirs["labels"].keys()
+    for kind, layers in theirs["labels"].items():
+        for layer, table in layers.items():  # whole numbers, but for soft and merged experts
+            close(ours["labels"][kind][layer], table, tolerance, f"{kind} of the experts of layer {layer}")
+
+
+def close(ours: Tensor, theirs: Tensor, tolerance: float, what: str, least: float = 1e-3) -> None:
+    """Compare relative to the largest value of the tensor, or to `least` if that is larger."""
+    assert ours.shape == theirs.shape, what
+    scale = max(float(theirs.double().abs().max()), least) if theirs.numel() else 1.0
+    worst = float((ours.double() - theirs.double()).abs().max()) / scale if theirs.numel() else 0.0
+    assert worst <= tolerance, f"{what}: {worst:.2e} of its largest value"

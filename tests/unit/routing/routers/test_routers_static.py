@@ -1,0 +1,105 @@
+"""Static routers: what the expert is a function of, and of nothing else."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.cases import VOCAB, Case, Tokens, route, site
+from support.training_cases import tiny_config, write_text
+
+from moebench.errors import UsageError
+from moebench.routing.clusters import clustered_table, token_vectors
+from moebench.routing.router import ROUTERS
+from moebench.routing.routers.hash import balanced_table
+from moebench.training.model import prepare_task
+
+HASHES = ("hash", "hash_bigram", "hash_future")
+
+
+def experts(name: str, ids: list[list[int]], num_experts: int = 8, **options) -> torch.Tensor:
+    """Return the expert of each token of some sequences of ids, after checking that the weights are 1."""
+    id_BL = torch.tensor(ids)
+    tokens = Tokens.draw(id_BL.numel(), length=id_BL.shape[1])
+    tokens = dataclasses.replace(tokens, token_id_T=id_BL.reshape(-1))
+    routing = route(Case(name, num_experts, options).router(), tokens, training=True)
+    assert (routing.weight_N == 1).all()
+    return routing.expert_N.view_as(id_BL)
+
+
+def test_tables_by_hand() -> None:
+    table_V = balanced_table(site(8).token_count_V, 8)
+    ids = [[3, 7, 3, 29], [7, 7, 0, 1]]
+    assert torch.equal(experts("hash", ids), table_V[torch.tensor(ids)])
+    # The next id; the last token has none and goes by its own.
+    assert torch.equal(experts("hash_future", ids), table_V[torch.tensor([[7, 3, 29, 29], [7, 0, 1, 1]])])
+    assert experts("hash_position", [[5] * 5, [1] * 5], 4).tolist() == [[0, 1, 2, 3, 0]] * 2
+
+
+def test_bigram_depends_on_the_pair_and_starts_anew_in_each_sequence() -> None:
+    found_BL = experts("hash_bigram", [[3, 7, 3, 7], [3, 7, 7, 3], [7, 3, 7, 3]])
+    assert found_BL[0, 1] == found_BL[0, 3] == found_BL[1, 1] == found_BL[2, 2], "7 after 3"
+    assert found_BL[0, 2] == found_BL[1, 3] == found_BL[2, 1] == found_BL[2, 3], "3 after 7"
+    assert found_BL[0, 0] == found_BL[1, 0], "3 at the start, whatever ends the sequence before"
+    # One frequent id after every other id goes to all experts; a table would send it to one.
+    pairs = [[before, 5] for before in range(VOCAB)]
+    assert experts("hash_bigram", pairs)[:, 1].unique().numel() == 8
+    # And the pairs spread evenly: 2500 over 8 is 312.5, standard deviation 16.5.
+    every = [[before, after] for before in range(VOCAB) for after in range(VOCAB)]
+    load_E = experts("hash_bigram", every)[:, 1].bincount(minlength=8)
+    assert (load_E - 312.5).abs().max() < 5 * 16.5
+
+
+def test_random_table_differs_by_layer_and_by_nothing_else() -> None:
+    tables = []
+    for layer in (0, 0, 1):
+        router_class = ROUTERS.get("hash").item
+        place = dataclasses.replace(site(8), layer=layer)
+        tables.append(router_class(router_class.Config(table="random"), place).table_V)
+    assert torch.equal(tables[0], tables[1])
+    assert (tables[0] != tables[2]).sum() > 25  # 50 ids, 7/8 of them expected
+    assert tables[0].unique().numel() == 8
+
+
+@pytest.mark.parametrize("name", HASHES)
+def test_a_task_without_ids_is_refused(name: str) -> None:
+    router_class = ROUTERS.get(name).item
+    with pytest.raises(UsageError, match=f"^router.name: '{name}' routes by token id, which this task does not have$"):
+        router_class(router_class.Config(), dataclasses.replace(site(8), token_count_V=None))
+
+
+def test_ids_in_like_contexts_share_an_expert() -> None:
+    # Ids 0-3 are always followed by one of 4-7, and those by 8, and 8 by one of 0-3.
+    draw = np.random.default_rng(0)
+    text_N = np.stack([draw.integers(0, 4, 3000), draw.integers(4, 8, 3000), np.full(3000, 8)], axis=1).reshape(-1)
+    pairs_VV = torch.from_numpy(np.bincount(text_N[:-1] * 10 + text_N[1:], minlength=100).reshape(10, 10))
+    table_V = clustered_table(pairs_VV, 3, seed=0)
+    assert len(set(table_V[:4].tolist())) == len(set(table_V[4:8].tolist())) == 1
+    assert len({int(table_V[0]), int(table_V[4]), int(table_V[8])}) == 3
+    assert torch.equal(table_V, clustered_table(pairs_VV, 3, seed=0))
+    assert not token_vectors(pairs_VV)[9].any()  # it never occurs
+
+
+def test_a_text_that_tells_no_ids_apart_has_no_clusters() -> None:
+    with pytest.raises(UsageError, match=r"^router\.table: 'clustered' finds fewer than 3 kinds of ids"):
+        clustered_table(torch.ones(10, 10), 3, seed=0)
+
+
+def test_clusters_need_a_text_and_enough_ids() -> None:
+    router_class = ROUTERS.get("hash").item
+    config = router_class.Config(table="clustered")
+    for wrong in (dataclasses.replace(site(8), token_pairs=None), site(VOCAB + 1)):
+        with pytest.raises(UsageError, match=r"^router\.table: 'clustered' needs a text"):
+            router_class(config, wrong)
+
+
+def test_pairs_of_a_text_are_counted(tmp_path: Path) -> None:
+    task = prepare_task(tiny_config(write_text(tmp_path)), tmp_path)
+    pairs_VV = task.token_pairs()
+    token_N = np.asarray(task.text.train.tokens_N, dtype=np.int64)
+    assert pairs_VV.shape == (257, 257)
+    assert pairs_VV.sum() == len(token_N) - 1
+    a, b = ord("a"), ord("b")
+    assert pairs_VV[a, b] == sum(x == a and y == b for x, y in itertools.pairwise(token_N.tolist())) > 0

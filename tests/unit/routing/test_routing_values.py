@@ -1,0 +1,118 @@
+import dataclasses
+
+import pytest
+import torch
+
+from moebench.errors import UsageError
+from moebench.routing.router import Facts, check_top_k
+from moebench.routing.routers.dense import Dense
+from moebench.routing.routers.hash import Hash
+from moebench.routing.values import LayerRecord, Routing
+
+
+def two_tokens() -> Routing:
+    """Send token 0 to experts 2 and 0, token 1 to experts 2 and 1."""
+    return Routing.from_top_k(
+        torch.tensor([[2, 0], [2, 1]]),
+        torch.tensor([[0.7, 0.3], [0.6, 0.4]]),
+        num_experts=4,
+        priority_TK=torch.tensor([[9, 7], [8, 6]]),
+        extras={"x": torch.ones(1)},
+    )
+
+
+def test_rectangle_becomes_a_list() -> None:
+    routing = two_tokens()
+    assert routing.token_N.tolist() == [0, 0, 1, 1]
+    assert routing.expert_N.tolist() == [2, 0, 2, 1]
+    assert routing.weight_N.tolist() == pytest.approx([0.7, 0.3, 0.6, 0.4])
+    assert routing.priority_N is not None
+    assert routing.priority_N.tolist() == [9, 7, 8, 6]
+    assert (routing.num_tokens, routing.num_experts, routing.top_k) == (2, 4, 2)
+    assert routing.load_E.tolist() == [1, 1, 2, 0]
+    assert routing.experts_per_token_T.tolist() == [2, 2]
+
+
+def test_what_is_not_kept_counts_nowhere() -> None:
+    routing = two_tokens()
+    kept = routing.keep(torch.tensor([False, False, True, True]))
+    assert kept.top_k == 2, "the list keeps its shape"
+    assert kept.weight_N[:2].tolist() == [0.0, 0.0]
+    assert kept.load_E.sum() == 2
+    assert kept.experts_per_token_T.tolist() == [0, 2]
+    assert kept.extras is routing.extras
+    assert routing.kept_N is None, "a change is a new value"
+    assert LayerRecord(layer=0, routing=routing, kept=kept).num_dropped == 2
+    fewer = kept.keep(torch.tensor([True, False, True, False]))
+    assert fewer.kept_N is not None
+    assert fewer.kept_N.tolist() == [False, False, True, False]
+
+
+def test_a_compact_routing_lists_what_counts() -> None:
+    routing = two_tokens()
+    assert routing.compact() is routing
+    compact = routing.keep(torch.tensor([False, False, True, True])).compact()
+    assert compact.token_N.tolist() == [1, 1]
+    assert compact.priority_N is not None
+    assert compact.priority_N.tolist() == [8, 6]
+    assert (compact.top_k, compact.kept_N, compact.num_tokens) == (None, None, 2)
+    assert compact.experts_per_token_T.tolist() == [0, 2]
+
+
+def test_values_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        two_tokens().num_tokens = 3  # type: ignore[misc]
+
+
+def facts(causal: bool, with_capacity: bool | None) -> Facts:
+    return Facts(
+        family="f",
+        equation="e",
+        paper="p",
+        causal=causal,
+        causal_reason="r",
+        batch_dependent=False,
+        causal_with_capacity=with_capacity,
+    )
+
+
+@pytest.mark.parametrize(
+    ("causal", "with_capacity", "dropless", "capacity"),
+    [
+        (True, None, True, True),
+        (True, True, True, True),
+        (True, False, True, False),
+        (False, None, False, False),
+        (False, True, False, False),
+    ],
+)
+def test_facts_say_when_a_router_is_causal(causal, with_capacity, dropless, capacity) -> None:
+    found = facts(causal, with_capacity)
+    assert found.is_causal(with_capacity=False) is dropless
+    assert found.is_causal(with_capacity=True) is capacity
+
+
+@pytest.mark.parametrize(("top_k", "smallest", "fits"), [(1, 1, True), (8, 1, True), (0, 1, False), (9, 1, False)])
+def test_check_top_k(top_k: int, smallest: int, fits: bool) -> None:
+    if fits:
+        check_top_k(top_k, 8, smallest)
+        return
+    with pytest.raises(UsageError, match=rf"^router\.top_k={top_k} does not fit layout\.num_experts=8 \(allowed"):
+        check_top_k(top_k, 8, smallest)
+
+
+def test_check_top_k_gives_the_reason_where_it_applies() -> None:
+    with pytest.raises(UsageError, match=r"; because\)$"):
+        check_top_k(1, 8, 2, "because")
+    with pytest.raises(UsageError) as caught:
+        check_top_k(9, 8, 2, "because")
+    assert "because" not in str(caught.value)
+
+
+def test_hash_without_token_ids_is_refused() -> None:
+    from support.cases import site
+
+    nowhere = dataclasses.replace(site(4), token_count_V=None)
+    with pytest.raises(UsageError, match=r"router\.name: 'hash' routes by token id, which this task does not have"):
+        Hash(Hash.Config(), nowhere)
+    assert Dense(Dense.Config(), nowhere).is_dense

@@ -1,0 +1,244 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from support.training_cases import Run, Watched, tiny_config, write_text
+
+from moebench.ranks import ALONE
+from moebench.routing.values import LayerRecord, Routing
+from moebench.schema import TrainConfig
+from moebench.tasks.task import Batch
+from moebench.training.evaluate import batch_context, evaluate
+from moebench.training.model import initialised_model, prepare_task
+from moebench.training.module import CellModule, NonFiniteError, rate_at
+from moebench.training.objective import Objective, Share, judged, mean_of, objective
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+def found(text, tmp_path, losses: dict[str, float], router: str = "switch") -> tuple[Objective, dict]:
+    """Return the objective of the first batch, and the gradients of the routers."""
+    config = tiny_config(text, router={"name": router, "losses": losses})
+    task = prepare_task(config, tmp_path)
+    module = CellModule(config, initialised_model(config, task), task)
+    batch = task.train_batch(4, 0, 0)
+    with torch.no_grad():  # the head starts at zero and would let no gradient through
+        module.model.head.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    output, records = module.model(batch, batch_context(batch, training=True, seed=0))
+    result = objective(task.loss(output, batch), batch, module.layers, records, losses)
+    result.total.backward()
+    return result, {name: p.grad for name, p in module.named_parameters() if "router" in name}
+
+
+def test_task_loss_is_logged_apart_from_the_others(text, tmp_path) -> None:
+    result, _ = found(text, tmp_path, {"load_balance": 0.5, "z": 0.25})
+    log = mean_of([result], ALONE)
+    assert set(log) == {
+        "loss/task", "loss/total", "loss/load_balance", "loss/z", "balance/load_balance", "balance/z",
+    }  # fmt: skip
+    assert log["loss/load_balance"] == pytest.approx(0.5 * log["balance/load_balance"])
+    assert log["loss/z"] == pytest.approx(0.25 * log["balance/z"])
+    assert log["loss/total"] == pytest.approx(log["loss/task"] + log["loss/load_balance"] + log["loss/z"])
+    without, _ = found(text, tmp_path, {})
+    assert mean_of([without], ALONE) == {"loss/task": log["loss/task"], "loss/total": log["loss/task"]}
+
+
+def test_coefficient_decides_the_router_gradient(text, tmp_path) -> None:
+    gradients = {c: found(text, tmp_path, {"load_balance": c})[1] for c in (0.0, 1.0, 2.0)}
+    for name in gradients[0.0]:
+        off, one, two = (gradients[c][name] for c in (0.0, 1.0, 2.0))
+        assert off.norm() > 0, "the task loss alone reaches the router"
+        assert (one - off).norm() > 0, "the balance loss reaches the router"
+        torch.testing.assert_close(two - off, 2 * (one - off), rtol=1e-3, atol=1e-6)
+
+
+def test_coefficient_of_0_measures_without_using(text, tmp_path) -> None:
+    measured, gradients = found(text, tmp_path, {"load_balance": 0.0})
+    _, without = found(text, tmp_path, {})
+    assert measured.raw["load_balance"] > 0
+    assert measured.total.item() == measured.task.item()
+    assert all(torch.equal(gradients[name], without[name]) for name in without)
+
+
+def test_own_losses_are_logged_by_their_names(text, tmp_path) -> None:
+    result, _ = found(text, tmp_path, {"importance": 0.1, "load": 0.1}, router="noisy_top_k")
+    assert set(result.raw) == {"importance", "load"}
+
+
+class Bystander(torch.nn.Module):
+    """Stands for a layer whose router brings nothing of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = self
+
+    def losses(self, record: LayerRecord) -> dict[str, torch.Tensor]:
+        return {}
+
+    def objective(self, record: LayerRecord) -> None:
+        return None
+
+
+def batch_of(loss_BP: torch.Tensor, count_BP: torch.Tensor | None = None) -> Batch:
+    zeros_BP = torch.zeros(loss_BP.shape, dtype=torch.int64)
+    return Batch(input_BL=zeros_BP, target_BP=zeros_BP, weight_BP=zeros_BP, domain_B=zeros_BP[:, 0], count_BP=count_BP)
+
+
+def collapsed(layer: int, expert: int) -> LayerRecord:
+    """Return the record of a layer where all of 6 tokens go to one of 3 experts with certainty."""
+    scores_TE = torch.nn.functional.one_hot(torch.full((6,), expert), 3).float()
+    expert_TK = torch.full((6, 1), expert)
+    routing = Routing.from_top_k(expert_TK, torch.ones(6, 1), num_experts=3, scores_TE=scores_TE)
+    return LayerRecord(layer=layer, routing=routing, kept=routing)
+
+
+def test_layers_are_averaged_and_never_pooled() -> None:
+    # Three layers, each collapsed on another expert: pooled over layers f and P would be even and read 1.
+    records = [collapsed(layer, expert=layer) for layer in range(3)]
+    loss_BL = torch.ones(2, 3)
+    for count in (1, 3):
+        result = objective(loss_BL, batch_of(loss_BL), [Bystander()] * count, records[:count], {"load_balance": 1.0})
+        assert result.raw["load_balance"].item() == pytest.approx(3.0)  # E / k, whatever the number of layers
+        assert result.total.item() == pytest.approx(1.0 + 3.0)
+
+
+def test_task_loss_is_the_mean_over_what_is_predicted() -> None:
+    loss_BP = torch.tensor([[1.0, 2.0], [3.0, 100.0]])
+    assert objective(loss_BP, batch_of(loss_BP), [], [], {}).task.item() == pytest.approx(26.5)
+    count_BP = torch.tensor([[1, 1], [1, 0]])
+    assert objective(loss_BP, batch_of(loss_BP, count_BP), [], [], {}).task.item() == pytest.approx(2.0)
+    # One loss for many symbols: 6 nats for 2 and 8 nats for 5 symbols are 2 nats for a symbol.
+    loss_BP, count_BP = torch.tensor([[6.0], [8.0]]), torch.tensor([[2], [5]])
+    assert objective(loss_BP, batch_of(loss_BP, count_BP), [], [], {}).task.item() == pytest.approx(2.0)
+
+
+def test_a_token_without_a_prediction_of_its_own_has_its_sequence_s_loss() -> None:
+    record = collapsed(0, expert=0)  # 6 tokens
+    loss_BP = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, math.nan]])
+    batch = batch_of(loss_BP, torch.tensor([[1, 1, 1], [1, 1, 0]]))
+    assert judged([record], loss_BP, batch)[0].token_loss_T.tolist() == [1.0, 2.0, 3.0, 4.0, 5.0, 0.0]
+    loss_BP = torch.tensor([[6.0], [8.0]])
+    batch = batch_of(loss_BP, torch.tensor([[2], [5]]))
+    assert judged([record], loss_BP, batch)[0].token_loss_T.tolist() == pytest.approx([3.0] * 3 + [1.6] * 3)
+
+
+def test_numbers_of_tokens_are_shared_out_as_the_predictions_are() -> None:
+    value_T = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 60.0])
+    batch = batch_of(torch.zeros(2, 3), torch.tensor([[1, 1, 1], [1, 1, 0]]))
+    assert Share.whole(batch).mean_of_tokens(value_T, batch, own_predictions=True).item() == pytest.approx(15 / 5)
+    # One prediction of 2 and one of 5 symbols, the last token padding: (2 · 2 + 5 · 4.5) / 7.
+    batch = replace(
+        batch_of(torch.zeros(2, 1), torch.tensor([[2], [5]])),
+        valid_BL=torch.tensor([[True, True, True], [True, True, False]]),
+    )
+    mean = Share.whole(batch).mean_of_tokens(value_T, batch, own_predictions=False)
+    assert mean.item() == pytest.approx((2 * 2 + 5 * 4.5) / 7)
+
+
+def test_learning_rate_by_hand() -> None:
+    train = TrainConfig(steps=12, warmup_steps=2, final_rate=0.1)
+    # 2 steps of warm-up: 1/2, 1. Then a cosine over 10 steps: 0.1 + 0.9 · (1 + cos(π p)) / 2.
+    assert [rate_at(step, train) for step in range(3)] == [0.5, 1.0, 1.0]
+    assert rate_at(7, train) == pytest.approx(0.1 + 0.9 * 0.5)  # half-way
+    assert rate_at(11, train) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 0.9)))
+    assert rate_at(12, train) == rate_at(99, train) == pytest.approx(0.1)
+
+
+def test_learning_rate_without_warm_up_and_with_nothing_else() -> None:
+    assert rate_at(0, TrainConfig(steps=5, warmup_steps=0)) == 1.0
+    only = TrainConfig(steps=3, warmup_steps=10)
+    assert [rate_at(step, only) for step in range(3)] == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_journal_holds_the_schedule(text, tmp_path) -> None:
+    config = tiny_config(text, train={"learning_rate": 0.01})
+    run = Run(config, tmp_path)
+    run()
+    rates = [metrics["train/learning_rate"] for _, metrics in run.points() if "train/learning_rate" in metrics]
+    assert rates == pytest.approx([0.01 * rate_at(step, config.train) for step in range(12)])
+
+
+def nan_loss(loss_BL: torch.Tensor) -> torch.Tensor:
+    return loss_BL * math.nan
+
+
+class InfiniteGradient(torch.autograd.Function):
+    """Passes a value on as it is and an infinite gradient back."""
+
+    @staticmethod
+    def forward(ctx, value: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * math.inf
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (nan_loss, r"^loss is nan at step 4; no update was made$"),
+        (InfiniteGradient.apply, r"^gradient norm is (nan|inf) at step 4; no update was made$"),
+    ],
+    ids=["loss", "gradient"],
+)
+def test_non_finite_numbers_stop_before_the_update(text, tmp_path, monkeypatch, spoil, reason: str) -> None:
+    config = tiny_config(text, train={"checkpoint_every": 1})
+    task = Watched(prepare_task(config, tmp_path), spoil, at=4)
+    modules: list[CellModule] = []
+    original = CellModule.__init__
+
+    def remember(self, *args) -> None:
+        original(self, *args)
+        modules.append(self)
+
+    monkeypatch.setattr(CellModule, "__init__", remember)
+    run = Run(config, tmp_path / "run", task=task)
+    with pytest.raises(NonFiniteError, match=reason):
+        run()
+    before = run.checkpoint(3)["state_dict"]
+    after = modules[0].state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert max(step for step, _ in run.points()) == 3
+
+
+@pytest.mark.parametrize("router", ["switch", "noisy_top_k", "random"])
+def test_evaluation_leaves_no_trace(text, tmp_path, router: str) -> None:
+    config = tiny_config(text, router=router)
+    task = prepare_task(config, tmp_path)
+    model = initialised_model(config, task).train()
+    batches = task.eval_batches("validation", 3)
+    state = torch.get_rng_state()
+    first = evaluate(model, task, batches, 0, "cpu")
+    second = evaluate(model, task, batches, 0, "cpu")
+    assert first.metrics == second.metrics
+    assert first.load_by_layer == second.load_by_layer
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert set(first.load_by_layer) == {"0", "1"}
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(text, tmp_path) -> None:
+    config = tiny_config(text, router="switch")
+    task = prepare_task(config, tmp_path)
+    model = initialised_model(config, task)
+    with torch.no_grad():
+        model.head.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    one, all_ = (evaluate(model, task, task.eval_batches("validation", size), 0, "cpu") for size in (1, 100))
+    assert one.metrics == pytest.approx(all_.metrics, rel=1e-5)
+    assert one.load_by_layer == all_.load_by_layer
+
+
+def test_untrained_model_costs_the_logarithm_of_the_vocabulary(text, tmp_path) -> None:
+    config = tiny_config(text)
+    task = prepare_task(config, tmp_path)
+    model = initialised_model(config, task)
+    evaluation = evaluate(model, task, task.eval_batches("test", 4), 0, "cpu")
+    # 257 byte tokens, uniform: log2(257) bits for each byte, the separator's bytes aside.
+    assert evaluation.quality["bits_per_byte"] == pytest.approx(math.log2(257), rel=0.05)
