@@ -30,10 +30,10 @@ NOT_IN_ID = {
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> tuple[ExperimentConfig, dict[str, Any]]:
     """Read an experiment file; return it, and the overrides that belong to the cells (`router.top_k=4`)."""
-    return with_overrides(apply_values(ExperimentConfig(), read_yaml(path)), overrides)
+    return apply_overrides(apply_values(ExperimentConfig(), read_yaml(path)), overrides)
 
 
-def with_overrides(experiment: ExperimentConfig, overrides: Sequence[str]) -> tuple[ExperimentConfig, dict[str, Any]]:
+def apply_overrides(experiment: ExperimentConfig, overrides: Sequence[str]) -> tuple[ExperimentConfig, dict[str, Any]]:
     """Apply the overrides that change the experiment itself (grid, seeds, baseline, question); return the rest.
 
     What is returned is not typed yet: a key's type depends on the component that it belongs to.
@@ -76,7 +76,7 @@ def nest(key: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def layer_over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+def merge_settings(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     """Merge two untyped cell mappings; a component whose `name` changes loses the lower options.
 
     Otherwise the options of one router would be unknown keys of the next.
@@ -88,7 +88,7 @@ def layer_over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, 
             value = {"name": value}
         if isinstance(value, Mapping) and isinstance(below, Mapping):
             renamed = key in COMPONENTS and "name" in value and value["name"] != below.get("name")
-            merged[key] = dict(value) if renamed else layer_over(below, value)
+            merged[key] = dict(value) if renamed else merge_settings(below, value)
         else:
             merged[key] = value
     return merged
@@ -112,7 +112,7 @@ def resolve(raw: Mapping[str, Any]) -> CellConfig:
     return apply_values(CellConfig(**sections), expanded)
 
 
-def component_fields(kind: str, name: str) -> set[str]:
+def component_keys(kind: str, name: str) -> set[str]:
     """Return the keys that a component's Config has."""
     return {entry.name for entry in dataclasses.fields(registry_of(kind).get(name, where=f"{kind}.name").item.Config)}
 

@@ -40,7 +40,7 @@ class Ranks(Protocol):
 
 
 @dataclass(frozen=True)
-class Alone:
+class SingleRank:
     """One process that holds the whole batch."""
 
     size: int = 1
@@ -50,19 +50,19 @@ class Alone:
 
     def sum(self, value: Tensor) -> Tensor:
         """Return the value."""
-        require_device(value, self.device)
+        check_device(value, self.device)
         return value
 
     def gather(self, value_T: Tensor) -> Tensor:
         """Return the values."""
-        require_device(value_T, self.device)
+        check_device(value_T, self.device)
         return value_T
 
 
-ALONE = Alone()
+SINGLE_RANK = SingleRank()
 
 
-def require_device(value: Tensor, device: torch.device | None) -> None:
+def check_device(value: Tensor, device: torch.device | None) -> None:
     """Raise ValueError when a value to be sent is not on the device of the processes: NCCL sends from GPUs alone."""
     if device is not None and value.device != device:
         raise ValueError(f"a value to be sent is on {value.device}, and the processes exchange what is on {device}")
@@ -84,7 +84,7 @@ class Span:
         """The same as a slice of the whole batch."""
         return slice(self.start, self.start + self.length)
 
-    def times(self, factor: int) -> "Span":
+    def to_tokens(self, sequence_length: int) -> "Span":
         """Return the span of tokens of a span of sequences of `factor` tokens."""
         return Span(start=self.start * factor, length=self.length * factor, total=self.total * factor)
 
@@ -93,9 +93,9 @@ class Span:
 class Scopes:
     """Over whose tokens the statistics of a layer go."""
 
-    batch: Ranks = ALONE
+    batch: Ranks = SINGLE_RANK
     """Capacity, and routers that choose among the tokens of the whole batch."""
-    balance: Ranks = ALONE
+    balance: Ranks = SINGLE_RANK
     """Losses."""
-    world: Ranks = ALONE
+    world: Ranks = SINGLE_RANK
     """All there are, whatever the other scopes: the state of routers must stay the same on each."""

@@ -11,7 +11,7 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def generator(*parts: object, device: torch.device | str = "cpu") -> torch.Generator:
+def make_generator(*parts: object, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a new generator seeded by `derive_seed(*parts)`.
 
     Counter-based randomness: a step that is resumed or recomputed draws the same numbers, and no generator state

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moebench.tracking.mlflow_store import default_uri, quiet
+from moebench.tracking.mlflow_store import default_uri, quiet_mlflow
 
 _FLAGS = (
     "--headless=new",
@@ -139,7 +139,7 @@ def pages(results: Path) -> Iterator[str]:
 
 def main(results: Path, target: Path, experiment: str | None = None) -> None:
     """Write the two pictures."""
-    with quiet():
+    with quiet_mlflow():
         from mlflow import MlflowClient
 
         client = MlflowClient(default_uri(results))

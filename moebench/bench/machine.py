@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 
+from moebench.bench.allocator import keep_freed_memory
 from moebench.bench.layer.peers.register import versions
 from moebench.bench.layer.variants import has_bf16_units
 from moebench.cores import available_cores
 from moebench.errors import UsageError, unknown
-from moebench.experts.allocator import keep_freed_memory
-from moebench.runs.environment import environment
+from moebench.runs.environment import collect_environment
 
 DEVICES = ("auto", "cpu", "cuda")
 ALLOCATORS = ("keep", "default")
@@ -32,7 +32,7 @@ def prepare(*, threads: int | None, allocator: str, device: torch.device) -> dic
         raise unknown("--allocator", allocator, ALLOCATORS)
     torch.set_num_threads(threads or available_cores())
     kept = allocator == "keep" and keep_freed_memory()
-    return environment(torch.get_num_threads()) | {
+    return collect_environment(torch.get_num_threads()) | {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "allocator": "keeps freed memory" if kept else "default",
         "bf16_units": has_bf16_units(device),

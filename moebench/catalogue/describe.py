@@ -65,7 +65,7 @@ def type_name(annotation: Any) -> str:
     return "None" if annotation is type(None) else str(getattr(annotation, "__name__", annotation))
 
 
-def as_words(value: Any) -> str:
+def to_text(value: Any) -> str:
     """Return a fact or a default as text: yes and no, lists with commas, what YAML calls null."""
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -18,9 +18,9 @@ from moebench.experts.layer import MoELayer
 from moebench.models.transformer import BatchContext, init_weights
 from moebench.reporting.canvas import GREY, PALETTE, sheet
 from moebench.routing.mixing import MergeRouting, SoftRouting
-from moebench.routing.router import ROUTERS, Router, Site
+from moebench.routing.router import ROUTERS, Router, RouterBuildContext
 from moebench.routing.values import LayerRecord, Routing
-from moebench.seeds import generator
+from moebench.seeds import make_generator
 
 SENTENCES = ("the cat sat on the mat today .", "we train the model and it learns .")
 D_MODEL = 16
@@ -81,7 +81,7 @@ class Example:
         entry = ROUTERS.get(name)
         self.config = entry.item.Config()  # type: ignore[call-arg]  # its own Config has its name as a default
         self.num_experts = _num_experts(entry.item, self.config)
-        site = Site(
+        context = RouterBuildContext(
             d_model=D_MODEL,
             num_experts=self.num_experts,
             vocab_size=len(vocabulary),
@@ -89,12 +89,12 @@ class Example:
             sequence_length=self.length,
             num_domains=len(SENTENCES),
         )
-        self.layer = self._layer(entry.item, site)
+        self.layer = self._layer(entry.item, context)
 
-    def _layer(self, router_class: type[Router], site: Site) -> MoELayer:
-        router = router_class(self.config, site)
+    def _layer(self, router_class: type[Router], context: RouterBuildContext) -> MoELayer:
+        router = router_class(self.config, context)
         init_weights(router, self.seed)
-        draw = generator(self.seed, "worked example")
+        draw = make_generator(self.seed, "worked example")
         for parameter in router.parameters():  # fresh gates are nearly undecided, which is no example of anything
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.3, generator=draw)
@@ -111,7 +111,7 @@ class Example:
     @torch.no_grad()
     def record(self, *, training: bool) -> LayerRecord:
         """Route the tokens: a word has its own vector, changed a little by where it stands."""
-        draw = generator(self.seed, "worked example", "tokens")
+        draw = make_generator(self.seed, "worked example", "tokens")
         common_D = torch.randn(D_MODEL, generator=draw)
         word_VD = torch.randn(len(set(self.words)), D_MODEL, generator=draw)
         place_TD = torch.randn(len(self.words), D_MODEL, generator=draw)
@@ -134,7 +134,7 @@ class Example:
         evaluated = self.record(training=False)
         if isinstance(evaluated.routing, MergeRouting):
             return [_merge(evaluated.routing)]
-        chain = self.layer.router.is_chain  # no step can be left out for lack of a slot
+        chain = self.layer.router.form.is_chain  # no step can be left out for lack of a slot
         title = "training" if chain else "training, capacity factor 1"
         panels = [_choice(title, trained, None if chain else self.slots)]
         panels.append(_choice("evaluation, dropless", evaluated, None))
@@ -192,7 +192,7 @@ def _mixtures(routing: SoftRouting) -> list[Panel]:
     }
     return [
         Panel(title=title, column="slot", weight_TE=weight_TS, chosen_TE=weight_TS > 0)
-        for title, weight_TS in ((title, routing.ungrouped(table)) for title, table in tables.items())
+        for title, weight_TS in ((title, routing.to_tokens(table)) for title, table in tables.items())
     ]
 
 

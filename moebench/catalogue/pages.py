@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from moebench.catalogue.describe import as_words, describe
-from moebench.routing.router import ROUTERS, Router, Site
+from moebench.catalogue.describe import describe, to_text
+from moebench.routing.router import ROUTERS, Router, RouterBuildContext
 
 HEAD = """# The routers
 
@@ -32,7 +32,7 @@ D_MODEL, NUM_EXPERTS, LENGTH = 512, 8, 1024
 PAPER = re.compile(r"arXiv:(\d{4}\.\d{4,5})|doi:(10\.[^\s,;]*[^\s,;.)])")
 
 
-def all_pages() -> str:
+def render_routers_page() -> str:
     """Return the whole page as Markdown, ending in a newline."""
     found = [describe(name) for name in ROUTERS.names()]
     rows = [tuple(summary(one | {"name": f"[{one['name']}](#{one['name']})"}, _linked).values()) for one in found]
@@ -53,11 +53,11 @@ def summary(found: Mapping[str, Any], paper: Callable[[str], str] = str) -> dict
         found["name"],
         found["family"],
         causal,
-        as_words(found["batch_dependent"]),
-        as_words(found["variable_k"]),
-        as_words(found["balanced"]),
-        as_words(found["learned"]),
-        as_words(found["own_losses"]),
+        to_text(found["batch_dependent"]),
+        to_text(found["variable_k"]),
+        to_text(found["balanced"]),
+        to_text(found["learned"]),
+        to_text(found["own_losses"]),
         paper(_first_paper(found["paper"])),
     )
     return dict(zip(COLUMNS, cells, strict=True))
@@ -74,7 +74,7 @@ def _section(found: dict[str, Any]) -> Iterator[str]:
     yield f"**Causal.** {summary(found)['causal'].capitalize()}: {found['causal_reason']}.\n"
     yield f"**Source.** {_linked(found['paper'])}.\n"
     if found["options"]:
-        lines = [(f"`{one['name']}`", f"`{as_words(one['default'])}`", one["about"]) for one in found["options"]]
+        lines = [(f"`{one['name']}`", f"`{to_text(one['default'])}`", one["about"]) for one in found["options"]]
         yield "\n".join(_table(("option", "default", "meaning"), lines)) + "\n"
 
 
@@ -82,7 +82,7 @@ def _cost(router_class: type[Router], growth: str) -> str:
     """Say how many experts compute and what the router itself costs, in an example."""
     config = router_class.Config()  # type: ignore[call-arg]  # each router's own Config has its name as a default
     ids = torch.ones(2, dtype=torch.int64)
-    site = Site(
+    context = RouterBuildContext(
         d_model=D_MODEL,
         num_experts=NUM_EXPERTS,
         vocab_size=len(ids),
@@ -90,7 +90,7 @@ def _cost(router_class: type[Router], growth: str) -> str:
         sequence_length=LENGTH,
         num_domains=NUM_EXPERTS,
     )
-    router = router_class(config, site)
+    router = router_class(config, context)
     rows = router.rows_per_token(router_class.experts_per_token(config, NUM_EXPERTS))
     flops = router.flops_per_token()
     own = f"{flops:,} FLOPs per token in the router itself" if flops else "nothing to multiply in the router itself"

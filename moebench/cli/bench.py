@@ -68,10 +68,10 @@ def layer(
     fp32 on a CPU, bf16 on CUDA. A round in which other processes used more than 8 % of the machine is thrown out.
     """
     check_plot(plot)
-    from moebench.bench.layer.measure import LayerSettings, bench_layer
-    from moebench.bench.layer.report import layer_report
+    from moebench.bench.layer.measure import Settings, measure
+    from moebench.bench.layer.report import build_report
 
-    settings = LayerSettings(
+    settings = Settings(
         shapes=shape or (),
         only=only or (),
         loads=load or (),
@@ -81,12 +81,12 @@ def layer(
         seed=seed,
         allocator=allocator,
     )
-    bench = bench_layer(settings, say)
+    bench = measure(settings, say)
     if plot:
-        from moebench.bench.layer.figure import draw_layer
+        from moebench.bench.layer.figure import draw_figure
 
-        draw_layer(bench, plot)
-    show(layer_report(bench), json=json, markdown=markdown)
+        draw_figure(bench, plot)
+    show(build_report(bench), json=json, markdown=markdown)
 
 
 @app.command("router")
@@ -111,13 +111,13 @@ def router(
     Forward, and forward with backward, in training mode. A router that costs more than it should is named.
     """
     check_plot(plot)
-    from moebench.bench.router.measure import RouterSettings, bench_router
-    from moebench.bench.router.report import draw_routers, router_report
+    from moebench.bench.router.measure import Settings, measure
+    from moebench.bench.router.report import build_report, draw_figure
     from moebench.registry import load_plugin
 
     for path in plugin or ():
         load_plugin(path)
-    settings = RouterSettings(
+    settings = Settings(
         routers=router or (),
         tokens=tokens or (2048, 8192),
         experts=experts or (8, 64),
@@ -126,10 +126,10 @@ def router(
         device=device,
         seed=seed,
     )
-    bench = bench_router(settings, say)
+    bench = measure(settings, say)
     if plot:
-        draw_routers(bench, plot)
-    show(router_report(bench), json=json, markdown=markdown)
+        draw_figure(bench, plot)
+    show(build_report(bench), json=json, markdown=markdown)
 
 
 @app.command("step")
@@ -162,10 +162,10 @@ def step(
     the same model, batches, optimizer and clipping take turns; both end at the same weights. Nothing is kept.
     """
     check_plot(plot)
-    from moebench.bench.step.measure import StepSettings, bench_step
-    from moebench.bench.step.report import step_report
+    from moebench.bench.step.measure import Settings, measure
+    from moebench.bench.step.report import build_report
 
-    settings = StepSettings(
+    settings = Settings(
         experiment=chosen_experiment(names or (), router or ()),
         routers=router or (),
         overrides=[name for name in names or () if "=" in name],
@@ -177,12 +177,12 @@ def step(
         device=device,
         allocator=allocator,
     )
-    bench = bench_step(settings, say)
+    bench = measure(settings, say)
     if plot:
-        from moebench.bench.step.figure import draw_step
+        from moebench.bench.step.figure import draw_figure
 
-        draw_step(bench, plot)
-    show(step_report(bench), json=json, markdown=markdown)
+        draw_figure(bench, plot)
+    show(build_report(bench), json=json, markdown=markdown)
 
 
 @app.command("parallel")
@@ -206,10 +206,10 @@ def parallel(
     measure the exchange, not a speed that anybody wants.
     """
     check_plot(plot)
-    from moebench.bench.parallel.measure import ParallelSettings, bench_parallel
-    from moebench.bench.parallel.report import draw_parallel, parallel_report
+    from moebench.bench.parallel.measure import Settings, measure
+    from moebench.bench.parallel.report import build_report, draw_figure
 
-    settings = ParallelSettings(
+    settings = Settings(
         processes=processes or (1, 2, 4),
         widths=width or (128, 512),
         experts=experts,
@@ -220,10 +220,10 @@ def parallel(
         overrides=overrides or (),
         results=results,
     )
-    bench = bench_parallel(settings, say)
+    bench = measure(settings, say)
     if plot:
-        draw_parallel(bench, plot)
-    show(parallel_report(bench), json=json, markdown=markdown)
+        draw_figure(bench, plot)
+    show(build_report(bench), json=json, markdown=markdown)
 
 
 def chosen_experiment(names: Sequence[str], routers: Sequence[str]) -> Path | None:
@@ -232,7 +232,7 @@ def chosen_experiment(names: Sequence[str], routers: Sequence[str]) -> Path | No
     if len(subjects) > 1 or (subjects and routers):
         given = ", ".join([*subjects, *(f"--router {name}" for name in routers)])
         raise UsageError(f"bench step: give one experiment, or --router; got {given}")
-    return experiment_file(subjects[0]) if subjects else None
+    return find_experiment(subjects[0]) if subjects else None
 
 
 def check_plot(plot: Path | None) -> None:

@@ -64,7 +64,7 @@ def compare(
     """
     from rich.console import Console
 
-    from moebench.analysis.compare.figures import compare_experiment, draw_experiment
+    from moebench.analysis.compare.experiment import compare_experiment, draw_experiment
     from moebench.analysis.compare.table import to_json, to_markdown, to_rich
     from moebench.experiment.grid import expand, expand_routers
 
@@ -73,7 +73,7 @@ def compare(
     if plot and (plot.is_dir() or not plot.parent.is_dir()):
         raise UsageError(f"--plot {plot}: must be a file in a folder that exists")
     if is_experiment(subjects):
-        grid = expand(experiment_file(subjects[0]), overrides, plugin or ())
+        grid = expand(find_experiment(subjects[0]), overrides, plugin or ())
     else:
         grid = expand_routers(subjects, task, overrides, plugin or ())
         train_missing(grid, results, jobs)
@@ -85,7 +85,7 @@ def compare(
     elif markdown:
         print(to_markdown(comparison))
     else:
-        Console().print(to_rich(comparison))
+        Console().print(build_report(comparison).to_rich())
 
 
 def is_experiment(subjects: list[str]) -> bool:
@@ -101,13 +101,13 @@ def train_missing(grid: "Experiment", results: Path, jobs: int) -> None:
     """Train the cells that are not done; UsageError when none of an arm could be."""
     from rich.console import Console
 
-    from moebench.analysis.compare.figures import Figures
+    from moebench.analysis.figures import Figures
     from moebench.experiment.runner import RunOptions, run_experiment
-    from moebench.launch.launcher import OwnLaunch
+    from moebench.launch.launcher import LocalLauncher
 
     console = Console(stderr=True)
     report = run_experiment(
-        grid, results, RunOptions(jobs=jobs), launch=OwnLaunch(), console=console, figures=Figures()
+        grid, results, RunOptions(jobs=jobs), launcher=LocalLauncher(), console=console, figures=Figures()
     )
     if report.interrupted:
         raise typer.Exit(128 + report.interrupted)

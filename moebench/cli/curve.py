@@ -44,18 +44,20 @@ def curve(
     """
     from rich.console import Console
 
-    from moebench.analysis.sweep.figure import draw_setting
+    from moebench.analysis.sweep.figure import build_report, draw_curve
     from moebench.analysis.sweep.measure import Setting, measure
     from moebench.experiment.grid import expand
 
     if plot and (plot.is_dir() or not plot.parent.is_dir()):
         raise UsageError(f"--plot {plot}: must be a file in a folder that exists")
     settings = Setting.parse(vary, "--vary"), Setting.parse(by, "--by") if by is not None else None
-    grid = expand(experiment_file(experiment), overrides or (), plugin or ())
+    grid = expand(find_experiment(experiment), overrides or (), plugin or ())
     console = Console(stderr=True)
-    found = measure(grid, results, *settings, say=lambda line: console.print(line, highlight=False, markup=False))
+    found = measure(
+        grid, results, *settings, report_progress=lambda line: console.print(line, highlight=False, markup=False)
+    )
     if plot:
-        draw_setting(found, plot)
+        draw_curve(found, plot)
     _print(found, as_json=json, as_markdown=markdown)
 
 

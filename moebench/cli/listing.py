@@ -56,12 +56,12 @@ def _rows(kind: Kind, results: Any) -> list[dict[str, Any]]:
 
 
 def _experiments() -> list[dict[str, Any]]:
-    from moebench.cli.options import experiment_file, experiment_names
     from moebench.config import load_experiment
+    from moebench.experiment.files import experiment_names, find_experiment
 
     rows = []
     for name in experiment_names():
-        file = experiment_file(name)
+        file = find_experiment(name)
         rows.append({"name": name, "file": str(file), "question": load_experiment(file)[0].question})
     return rows
 
@@ -98,20 +98,20 @@ COLUMNS = {
 
 
 def _print(rows: list[dict[str, Any]], kind: Kind) -> None:
-    from moebench.catalogue.describe import as_words
-    from moebench.cli.table import print_table
+    from moebench.catalogue.describe import to_text
+    from moebench.cli.output import print_table
 
     if not rows:
         print(f"no {kind.value} here")
         return
     if kind is Kind.ROUTERS:
-        from moebench.catalogue.pages import summary
+        from moebench.catalogue.pages import summarize
 
-        columns, lines = _in_two_lines([summary(row) for row in rows])
+        columns, lines = _in_two_lines([summarize(row) for row in rows])
     else:
         columns = COLUMNS[kind]
-        lines = [["" if row[column] is None else as_words(row[column]) for column in columns] for row in rows]
-    print_table(columns, lines, whole=("id", "name", "router\nfamily", "causal", "batch", "any k", "even", "learns"))
+        lines = [["" if row[column] is None else to_text(row[column]) for column in columns] for row in rows]
+    print_table(columns, lines, no_wrap=("id", "name", "router\nfamily", "causal", "batch", "any k", "even", "learns"))
 
 
 def _in_two_lines(cells: list[dict[str, str]]) -> tuple[tuple[str, ...], list[list[str]]]:

@@ -68,7 +68,7 @@ Overrides = Annotated[
 DEFAULT_RESULTS = Path("results")
 
 
-def experiment_file(name: str) -> Path:
+def find_experiment(name: str) -> Path:
     """Return the file of an experiment given by path or name; raise UsageError when there is none."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or "/" in name:

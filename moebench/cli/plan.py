@@ -29,7 +29,7 @@ def plan(
     from moebench.experiment.grid import expand
     from moebench.experiment.plan import plan_cells
 
-    grid = expand(experiment_file(experiment), overrides or (), plugin or ())
+    grid = expand(find_experiment(experiment), overrides or (), plugin or ())
     rows = plan_cells(grid, results)
     if json:
         import json as json_module
@@ -42,14 +42,14 @@ def plan(
 def _print(grid: Any, rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
 
-    from moebench.cli.table import print_table
-    from moebench.reporting.formatting import human
+    from moebench.cli.output import print_table
+    from moebench.reporting.formatting import format_count
 
     console = Console()
     console.print(f"{grid.name}: {grid.question}", highlight=False, markup=False)
     for note in grid.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
-    console.print(f"each cell trains on {human(rows[0]['train_tokens'])} tokens", highlight=False)
+    console.print(f"each cell trains on {format_count(rows[0]['train_tokens'])} tokens", highlight=False)
     numbers = ("active", "params", "FLOPs/token", "vs base")
     columns = ("cell", "arm", "seed", "state", *numbers)
     lines = [
@@ -58,14 +58,14 @@ def _print(grid: Any, rows: list[dict[str, Any]]) -> None:
             row["arm"] + "".join(f" ({mark})" for mark in row["marks"]),
             str(row["seed"]),
             row["state"],
-            human(row["active_params"]),
-            human(row["total_params"]),
-            human(row["flops_per_token"]) + (f" × {row['train_passes']}" if row["train_passes"] > 1 else ""),
+            format_count(row["active_params"]),
+            format_count(row["total_params"]),
+            format_count(row["flops_per_token"]) + (f" × {row['train_passes']}" if row["train_passes"] > 1 else ""),
             _difference(row),
         )
         for row in rows
     ]
-    print_table(columns, lines, right=numbers, whole=(*columns[:1], *columns[2:]))
+    print_table(columns, lines, right=numbers, no_wrap=(*columns[:1], *columns[2:]))
 
 
 def _difference(row: dict[str, Any]) -> str:

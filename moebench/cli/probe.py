@@ -31,14 +31,14 @@ def probe(
     """
     if plot and (plot.is_dir() or not plot.parent.is_dir()):
         raise UsageError(f"--plot {plot}: must be a file in a folder that exists")
-    from moebench.analysis.specialisation.report import report_of
+    from moebench.analysis.specialisation.report import read_label_report
 
-    report = report_of(results, run, label)
+    report = read_label_report(results, run, label)
     for table in report.tables.values() if layer is not None else ():
         if layer not in table.layers:
             raise unknown("--layer", str(layer), table.layers)
     if plot:
-        from moebench.analysis.specialisation.figure import draw_labels
+        from moebench.analysis.specialisation.figures import draw_labels
 
         draw_labels(report.tables, path=plot, title=f"Who takes what: {report.arm}, seed {report.seed}")
     if json:
@@ -50,14 +50,14 @@ def probe(
 
 
 def _print(report: "LabelReport", layer: str | None) -> None:
-    from moebench.analysis.specialisation.report import best_layer, label_rows
-    from moebench.cli.table import print_table
+    from moebench.analysis.specialisation.report import build_label_rows, find_best_layer
+    from moebench.cli.output import print_table
 
     print(f"{report.arm}, seed {report.seed} ({report.id})")
     for kind, table in report.tables.items():
-        shown = layer or best_layer(table)
+        shown = layer or find_best_layer(table)
         print(f"\n{kind}: " + ", ".join(f"layer {name} {known:.3f}" for name, known in table.information.items()))
-        rows = label_rows(table, shown)
+        rows = build_label_rows(table, shown)
         heads = (kind, "share", "of what is known", f"experts of layer {shown}")
         print_table(heads, rows, right=heads[1:3], whole=heads[1:3])
         present = int(table.layers[shown].any(1).sum())

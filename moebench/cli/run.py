@@ -56,13 +56,13 @@ def run(
     from rich.console import Console
 
     from moebench.experiment.runner import RunOptions
-    from moebench.launch.launcher import OwnLaunch, given_processes
+    from moebench.launch.launcher import LocalLauncher, given_processes
 
     options = RunOptions(jobs=jobs, tracker=tracker, reshard=reshard)
     console = Console(stderr=True)
     given = given_processes()
     work = partial(_run, experiment, overrides, results, plugin, options, console, json=json)
-    code = work(OwnLaunch()) if given is None else _joined(given, work, console)
+    code = work(LocalLauncher()) if given is None else _joined(given, work, console)
     if code:
         raise typer.Exit(code)
 
@@ -72,7 +72,7 @@ def _joined(given: "Given", work: "Callable[[Launch], int]", console: "Console")
     from moebench.launch.cluster import follow, leading
     from moebench.launch.rendezvous import AbandonedError
 
-    if given.place.rank > 0:
+    if given.process_info.rank > 0:
         return follow(given)
     try:
         with leading(given) as launch:
@@ -101,7 +101,7 @@ def _run(
 
     if options.tracker not in (None, "none"):
         check_uri(options.tracker)
-    grid = expand(experiment_file(experiment), overrides or (), plugins or ())
+    grid = expand(find_experiment(experiment), overrides or (), plugins or ())
     report = run_experiment(grid, results, options, launch=launch, console=console, figures=_figures())
     if json:
         import json as json_module
@@ -113,7 +113,7 @@ def _run(
 
 
 def _figures() -> Any:
-    from moebench.analysis.compare.figures import Figures
+    from moebench.analysis.figures import Figures
 
     return Figures()
 

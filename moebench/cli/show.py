@@ -43,9 +43,9 @@ def show(
     elif name:
         _print(found[0])
     else:
-        from moebench.catalogue.pages import all_pages
+        from moebench.catalogue.pages import render_routers_page
 
-        print(all_pages(), end="")
+        print(render_routers_page(), end="")
 
 
 def _draw(found: dict[str, Any], plot: Path) -> None:
@@ -61,8 +61,8 @@ def _draw(found: dict[str, Any], plot: Path) -> None:
 def _print(found: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from moebench.catalogue.describe import as_words
-    from moebench.cli.table import print_table
+    from moebench.catalogue.describe import to_text
+    from moebench.cli.output import print_table
 
     console = Console()
 
@@ -80,11 +80,11 @@ def _print(found: dict[str, Any]) -> None:
     shown = {"name", "kind", "about", "options", "source", "use", "beware"}
     for key, value in found.items():
         if key not in shown and value not in (None, (), []):
-            text = f"O({value})" if key == "cost" else as_words(value)
+            text = f"O({value})" if key == "cost" else to_text(value)
             say(f"{key.replace('_', ' '):<22}{text}")
     say(f"{'source':<22}{found['source']}")
     if found["options"]:
         say()
         columns = ("name", "default", "type", "about")
         lines = [[str(option[column]) for column in columns] for option in found["options"]]
-        print_table(["option", *columns[1:]], lines, whole=("option",))
+        print_table(["option", *columns[1:]], lines, no_wrap=("option",))

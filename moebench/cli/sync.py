@@ -21,7 +21,7 @@ def sync(
     import sys
     from dataclasses import asdict
 
-    from moebench.tracking.mlflow_store import TrackerError, default_uri, shown
+    from moebench.tracking.mlflow_store import TrackerError, default_uri, redact_credentials
     from moebench.tracking.replay import replay
 
     try:
@@ -32,7 +32,9 @@ def sync(
     if json:
         print(json_module.dumps(asdict(report)))
     else:
-        print(f"{report.values} values of {report.runs} runs sent to {shown(tracker or default_uri(results))}")
+        print(
+            f"{report.values} values of {report.runs} runs sent to {redact_credentials(tracker or default_uri(results))}"
+        )
         for problem in report.problems:
             print(f"not sent: {problem}", file=sys.stderr)
     if report.problems:

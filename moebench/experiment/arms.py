@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moebench.config import cell_id, component_fields, layer_over, nest, resolve, to_plain
+from moebench.compatibility import check_cell
+from moebench.config import cell_id, component_keys, merge_settings, nest, resolve, to_plain
 from moebench.conversion import convert
 from moebench.errors import UsageError, nearest, require
 from moebench.schema import COMPONENTS, DEFAULT_NAMES, CellConfig, ExperimentConfig
 from moebench.tasks.task import TASKS
-from moebench.training.compatibility import check_cell
 
 ARM = "arm"
 """The grid key whose values set several keys of a cell at once."""
@@ -44,9 +44,9 @@ def resolve_arms(config: ExperimentConfig, overrides: Mapping[str, Any], where: 
     require(isinstance(config.base, Mapping), "base", str(config.base) or "null", "a mapping of keys to values")
     if "seed" in config.base or "seed" in overrides:
         raise UsageError("seed: the experiment sets it; choose with seeds=[...] instead")
-    points = list(_combine(config.grid, layer_over({}, config.base)))
+    points = list(_combine(config.grid, merge_settings({}, config.base)))
     _refuse_unknown(overrides, [point.raw for point in points], config.grid)
-    configs = [resolve(layer_over(point.raw, _applicable(overrides, point.raw, config.grid))) for point in points]
+    configs = [resolve(merge_settings(point.raw, _applicable(overrides, point.raw, config.grid))) for point in points]
     labels = [_label_of(point, config.grid, cell) for point, cell in zip(points, configs, strict=True)]
     _refuse_equal_labels(labels, configs, where)
     arms = []
@@ -76,7 +76,7 @@ def _combine(grid: Mapping[str, Sequence[Any]], base: Mapping[str, Any]) -> Iter
         raw = dict(base)
         for key, value in choices:
             for part, setting in _settings(key, value).items():
-                raw = layer_over(raw, nest(part, setting))
+                raw = merge_settings(raw, nest(part, setting))
         yield _Point(choices=choices, raw=raw)
 
 
@@ -165,7 +165,7 @@ def _refuse_unknown(overrides: Mapping[str, Any], raws: Sequence[Mapping[str, An
         options = overrides[kind]
         if not isinstance(options, Mapping) or "name" in options:
             raise UsageError(f"{kind}: the grid varies it; choose with 'grid.{kind}=[...]' instead")
-        known = set().union(*(component_fields(kind, _name_of(raw, kind)) for raw in raws)) - {"name"}
+        known = set().union(*(component_keys(kind, _name_of(raw, kind)) for raw in raws)) - {"name"}
         for option in options:
             if option not in known:
                 raise UsageError(
@@ -178,7 +178,7 @@ def _applicable(overrides: Mapping[str, Any], raw: Mapping[str, Any], grid: Mapp
     """Return the overrides that this arm has: in a grid of routers, an option belongs to the routers that know it."""
     kept = dict(overrides)
     for kind in _varied_components(overrides, grid):
-        fields = component_fields(kind, _name_of(raw, kind))
+        fields = component_keys(kind, _name_of(raw, kind))
         kept[kind] = {key: value for key, value in overrides[kind].items() if key in fields}
     return kept
 

@@ -53,16 +53,16 @@ class LiveDisplay:
     def __exit__(self, *error: object) -> None:
         self.bars.stop()
 
-    def started(self, cell: Cell) -> None:
+    def on_start(self, cell: Cell) -> None:
         """Add a bar for the cell."""
         self.of_cell[cell.id] = self.bars.add_task(title(cell), total=cell.config.train.steps, detail="starting")
 
-    def progress(self, cell: Cell, message: dict[str, Any]) -> None:
+    def on_progress(self, cell: Cell, message: dict[str, Any]) -> None:
         """Move the cell's bar and the grid's."""
         detail = f"loss {message['loss']:.3f}  {message['tokens_per_s']:,.0f} tokens/s"
         self._move(cell, message["step"], detail)
 
-    def ended(self, outcome: Outcome) -> None:
+    def on_end(self, outcome: Outcome) -> None:
         """Replace the cell's bar by a line."""
         steps = outcome.cell.config.train.steps
         self._move(outcome.cell, steps if outcome.status == "done" else 0, "")
@@ -100,12 +100,12 @@ class LineDisplay:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def started(self, cell: Cell) -> None:
+    def on_start(self, cell: Cell) -> None:
         """Say that the cell starts."""
         self.said_at[cell.id] = time.monotonic()
         self.note(f"start    {title(cell)}  {cell.id}")
 
-    def progress(self, cell: Cell, message: dict[str, Any]) -> None:
+    def on_progress(self, cell: Cell, message: dict[str, Any]) -> None:
         """Say where the cell is, if the last word is old."""
         now = time.monotonic()
         if now - self.said_at[cell.id] >= LINE_EVERY_S:
@@ -116,7 +116,7 @@ class LineDisplay:
                 f"  {message['tokens_per_s']:,.0f} tokens/s"
             )
 
-    def ended(self, outcome: Outcome) -> None:
+    def on_end(self, outcome: Outcome) -> None:
         """Say how the cell ended."""
         self.num_ended += 1
         self.note(f"{ending(outcome, self.metric)}  [{self.num_ended}/{self.num_cells}]")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moebench.config import cell_id, load_experiment, with_overrides
+from moebench.config import apply_overrides, cell_id, load_experiment
 from moebench.errors import unknown
 from moebench.experiment.arms import Arm, resolve_arms, unused_overrides
 from moebench.registry import Plugin, load_plugin, select_plugins
@@ -62,7 +62,7 @@ def expand_config(
     name: str, config: ExperimentConfig, overrides: Sequence[str] = (), plugins: Sequence[Plugin] = ()
 ) -> Experiment:
     """Build the cells of an experiment that no file describes."""
-    config, cell_overrides = with_overrides(config, overrides)
+    config, cell_overrides = apply_overrides(config, overrides)
     return _build(Path(name), config, cell_overrides, plugins, regridded=False)
 
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
+from moebench.compatibility import list_marks
 from moebench.experiment.grid import Experiment
 from moebench.models.cost import Cost
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.tasks.task import Task
 from moebench.training.batches import train_tokens
-from moebench.training.compatibility import marks_of
 from moebench.training.model import build_model, model_cost, prepare_task
 
 BACKWARD = 2
@@ -30,7 +30,7 @@ def plan_cells(experiment: Experiment, results: Path) -> list[dict[str, Any]]:
             "arm": cell.arm,
             "seed": cell.seed,
             "state": state_of(results, cell),
-            "marks": list(marks_of(cell.config)),
+            "marks": list(list_marks(cell.config)),
             "active_params": costs[cell.arm].active_params,
             "total_params": costs[cell.arm].total_params,
             "flops_per_token": costs[cell.arm].flops_per_token,

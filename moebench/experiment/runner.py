@@ -27,10 +27,10 @@ from moebench.training.model import prepare_task
 class Figures(Protocol):
     """Draws what the tracker shows beside the numbers."""
 
-    def of_run(self, folder: RunFolder, title: str) -> None:
+    def draw_run_figures(self, folder: RunFolder, title: str) -> None:
         """Draw the expert loads of one finished run into its folder."""
 
-    def of_experiment(self, experiment: Experiment, results: Path) -> None:
+    def draw_experiment_figures(self, experiment: Experiment, results: Path) -> None:
         """Draw the curves of all arms into the results folder."""
 
 
@@ -119,7 +119,7 @@ def run_experiment(
     work = _Work(experiment, results, todo, launch, console, figures, tracking)
     outcomes, interrupted = work.train(options.jobs or default_jobs(todo))
     if todo and not interrupted:
-        figures.of_experiment(experiment, results)
+        figures.draw_experiment_figures(experiment, results)
     status = tracking.stop() if tracking else None
     return RunReport(
         experiment=experiment,
@@ -163,7 +163,7 @@ class _Work:
 
     def _draw(self, outcome: Outcome) -> None:
         cell = outcome.cell
-        self.figures.of_run(RunFolder.of(self.results, cell.id), f"{cell.arm}, seed {cell.seed}")
+        self.figures.draw_run_figures(RunFolder.of(self.results, cell.id), f"{cell.arm}, seed {cell.seed}")
 
 
 def _note(console: Console, text: str) -> None:

@@ -12,11 +12,11 @@ from moebench.experts.layout import Experts, LayoutConfig
 from moebench.experts.mixed import WITHOUT_NETWORK, bank_of
 from moebench.experts.widths import Widths
 from moebench.routing.composite import GroupedRouter
-from moebench.routing.router import ROUTERS, Router, Site
+from moebench.routing.router import ROUTERS, Router, RouterBuildContext
 
 
 @dataclass(frozen=True, kw_only=True)
-class Routed:
+class RouterPlan:
     """A router as a bank needs it: the configuration with the layout's wishes, and what follows from it."""
 
     router_class: type[Router]
@@ -24,10 +24,10 @@ class Routed:
     experts: Experts
 
     @classmethod
-    def of(cls, config: Any, experts: Experts) -> "Routed":
+    def of(cls, config: Any, experts: Experts) -> "RouterPlan":
         """Fit a router's configuration to a bank; raise UsageError when they do not go together."""
         router_class: type[Router] = ROUTERS.get(config.name, where="router.name").item
-        if router_class.is_dense:
+        if router_class.form.is_dense:
             return cls(router_class=router_class, config=config, experts=experts)
         num_experts = len(experts.shapes)
         scaled = scale_experts_per_token(router_class, config, experts.top_k_factor, num_experts)
@@ -60,14 +60,14 @@ class Routed:
             self.router_class.experts_per_token(self.config, groups) if self.experts.pick_groups else groups
         )
 
-    def build(self, site: Site) -> Router:
+    def build(self, context: RouterBuildContext) -> Router:
         """Build the router, or the routers of the groups behind one."""
-        site = replace(site, num_experts=len(self.experts.shapes))
+        context = replace(context, num_experts=len(self.experts.shapes))
         if self.experts.groups == 1:
             free_E = tuple(shape.kind in WITHOUT_NETWORK for shape in self.experts.shapes)
-            return self.router_class(self.config, replace(site, free_E=free_E if any(free_E) else ()))
+            return self.router_class(self.config, replace(context, free_E=free_E if any(free_E) else ()))
         pick = self.experts.pick_groups
-        return GroupedRouter(self.router_class, self.config, site, self.experts.groups, pick_groups=pick)
+        return GroupedRouter(self.router_class, self.config, context, self.experts.groups, pick_groups=pick)
 
 
 def scale_experts_per_token(router_class: type[Router], config: Any, factor: int, num_experts: int) -> Any:

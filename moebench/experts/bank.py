@@ -21,17 +21,17 @@ class Exchange(Protocol):
     """The way of rows to experts on other processes and back; `parallel` brings it."""
 
     def __call__(
-        self, compute: Compute, x_RI: Tensor, load_E: Tensor, meanwhile: Callable[[], None] | None = None
+        self, compute: Compute, x_RI: Tensor, load_E: Tensor, while_in_flight: Callable[[], None] | None = None
     ) -> Tensor:
         """Return y_RO for rows sorted by expert: each computed by `compute` where its expert lives.
 
-        `meanwhile` is called once while the rows are on their way.
+        `while_in_flight` is called once while the rows are on their way.
         """
 
-    def num_sent(self, rows_E: Tensor) -> int:
+    def count_sent_rows(self, rows_E: Tensor) -> int:
         """Return how many rows leave this process, of `rows_E` for each expert."""
 
-    def num_here(self, rows_E: Tensor) -> int:
+    def count_local_rows(self, rows_E: Tensor) -> int:
         """Return how many rows are for the experts of this process, of `rows_E` for each expert."""
 
 
@@ -56,21 +56,21 @@ class Bank(nn.Module):
         x_RD: Tensor,
         load_E: Tensor,
         dropout: Dropout | None = None,
-        meanwhile: Callable[[], None] | None = None,
+        while_in_flight: Callable[[], None] | None = None,
     ) -> Tensor:
-        """Return y_RD for rows sorted by expert, wherever their experts are; `meanwhile`: see `Exchange`."""
-        return self.through(partial(self.rows, dropout=dropout), x_RD, load_E, meanwhile)
+        """Return y_RD for rows sorted by expert, wherever their experts are; `while_in_flight`: see `Exchange`."""
+        return self.through(partial(self.rows, dropout=dropout), x_RD, load_E, while_in_flight)
 
     def through(
-        self, compute: Compute, x_RI: Tensor, load_E: Tensor, meanwhile: Callable[[], None] | None = None
+        self, compute: Compute, x_RI: Tensor, load_E: Tensor, while_in_flight: Callable[[], None] | None = None
     ) -> Tensor:
         """Return what `compute` makes of the rows where their experts are."""
         if self.exchange is not None:
             (x_RI,) = as_autocast(x_RI)  # it is multiplied in that precision anyway: half the bytes on the way
-            return self.exchange(compute, x_RI, load_E, meanwhile)
+            return self.exchange(compute, x_RI, load_E, while_in_flight)
         y_RO = compute(x_RI, load_E)
-        if meanwhile is not None:
-            meanwhile()
+        if while_in_flight is not None:
+            while_in_flight()
         return y_RO
 
     def init_weights(self, generator: Generator) -> None:
@@ -84,17 +84,17 @@ class Bank(nn.Module):
         """
         raise NotImplementedError
 
-    def numbers_per_row(self) -> int:
+    def elements_per_row(self) -> int:
         """Numbers that a row for another process carries, there and back; banks that stay carry none."""
         return 0
 
-    def numbers_sent(self, rows_E: Tensor) -> int:
+    def elements_sent(self, rows_E: Tensor) -> int:
         """Return how many numbers a forward pass sends to other processes, of `rows_E` for each expert."""
-        return 0 if self.exchange is None else self.exchange.num_sent(rows_E) * self.numbers_per_row()
+        return 0 if self.exchange is None else self.exchange.count_sent_rows(rows_E) * self.elements_per_row()
 
-    def rows_here(self, own_E: Tensor, shared_E: Tensor) -> int:
+    def count_computed_rows(self, own_E: Tensor, shared_E: Tensor) -> int:
         """Return how many rows this process computes: of its own tokens' rows, or of all that share the experts."""
-        return int(own_E.sum()) if self.exchange is None else self.exchange.num_here(shared_E)
+        return int(own_E.sum()) if self.exchange is None else self.exchange.count_local_rows(shared_E)
 
     def expert(self, x_RD: Tensor, index: int) -> Tensor:
         """Return what one expert computes: the slow, obvious form that the oracle of the tests uses."""
@@ -128,12 +128,12 @@ class Bank(nn.Module):
         x_TD: Tensor,
         routing: Routing,
         dropout: Dropout | None = None,
-        meanwhile: Callable[[], None] | None = None,
+        while_in_flight: Callable[[], None] | None = None,
     ) -> Tensor:
         """Return y_TD: for each token the sum of its experts' outputs times their weights (0 when unserved)."""
         routing = routing.compact() if self.reads_loads else routing
         plan = DispatchPlan.of(routing)
-        y_RD = self(dispatch(x_TD, plan), plan.groups.load_E, dropout, meanwhile)
+        y_RD = self(dispatch(x_TD, plan), plan.groups.load_E, dropout, while_in_flight)
         return combine(y_RD, routing.weight_N, plan)
 
 

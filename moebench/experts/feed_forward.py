@@ -88,15 +88,15 @@ class ExpertBank(Bank):
         x_TD: Tensor,
         routing: Routing,
         dropout: Dropout | None = None,
-        meanwhile: Callable[[], None] | None = None,
+        while_in_flight: Callable[[], None] | None = None,
     ) -> Tensor:
         """Return y_TD by the fused path, which knows neither dropout nor other processes."""
         if dropout is not None or self.exchange is not None:
-            return super().mixture(x_TD, routing, dropout, meanwhile)
+            return super().mixture(x_TD, routing, dropout, while_in_flight)
         weights = (self.w_in_EDF, self.w_out_EFD)
         y_TD: Tensor = mixture(x_TD, routing, *weights, self.activation, recompute=self.recompute)
-        if meanwhile is not None:
-            meanwhile()
+        if while_in_flight is not None:
+            while_in_flight()
         return y_TD
 
     def merged(self, x_GSD: Tensor, weight_GE: Tensor, dropout: Dropout | None = None) -> Tensor:
@@ -114,7 +114,7 @@ class ExpertBank(Bank):
         """Return what one expert computes."""
         return activate(x_RD @ self.w_in_EDF[index], self.activation) @ self.w_out_EFD[index]
 
-    def numbers_per_row(self) -> int:
+    def elements_per_row(self) -> int:
         """Numbers that a row for another process carries, there and back."""
         return self.w_in_EDF.shape[1] + self.w_out_EFD.shape[2]
 

@@ -7,11 +7,11 @@ import torch
 from torch import Generator, Tensor, nn
 
 from moebench.experts.bank import Bank
+from moebench.experts.bank_pass import BankPass
 from moebench.experts.capacity import Capacity
 from moebench.experts.chain import Chain
 from moebench.experts.dropout import Dropout
 from moebench.experts.feed_forward import FeedForward
-from moebench.experts.merge import merged_mixture
 from moebench.experts.overflow import Batch, passed_on, within_capacity
 from moebench.experts.soft import soft_mixture
 from moebench.ranks import Scopes
@@ -20,7 +20,7 @@ from moebench.routing.gate import Gate
 from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.router import Router
 from moebench.routing.values import AnyRouting, ChainRouting, LayerRecord, Routing
-from moebench.seeds import generator
+from moebench.seeds import make_generator
 
 
 class MoELayer(nn.Module):
@@ -66,7 +66,7 @@ class MoELayer(nn.Module):
         if ctx.training and self.expert_dropout > 0:
             dropout = Dropout(rate=self.expert_dropout, generator=self._own_generator(ctx))
         # In a chain the experts compute while the router is asked: it decides by what they made of a token.
-        chain = Chain(self.bank, x_TD, dropout) if self.router.is_chain else None
+        chain = Chain(self.bank, x_TD, dropout) if self.router.form.is_chain else None
         record = self.route(x_TD, ctx if chain is None else replace(ctx, advance=chain.advance))
         routing, kept = record.routing, record.kept
         shared: list[Tensor] = []
@@ -93,7 +93,7 @@ class MoELayer(nn.Module):
         """Return a generator for what is drawn per row: the rows of other processes must not draw the same."""
         if self.scopes.world.rank == 0:
             return ctx.generator
-        return generator(ctx.generator.initial_seed(), "rows", self.scopes.world.rank, device=ctx.generator.device)
+        return make_generator(ctx.generator.initial_seed(), "rows", self.scopes.world.rank, device=ctx.generator.device)
 
     def route(self, x_TD: Tensor, ctx: RouteContext) -> LayerRecord:
         """Return the record alone: who goes where, for banks whose experts need more than rows."""
@@ -116,12 +116,12 @@ class MoELayer(nn.Module):
 
     def _routed(self, x_TD: Tensor, ctx: RouteContext) -> AnyRouting:
         ranks = self.scopes.batch
-        if ranks.size == 1 or not self.router.needs_whole_batch:
+        if ranks.size == 1 or not self.router.traits.needs_whole_batch:
             found: AnyRouting = self.router(x_TD, ctx)
             return found
         whole = self.router(ranks.gather(x_TD), ctx.of_whole_batch(ranks))
         start = ctx.span.start if ctx.span else 0
-        own: Routing = whole.of_tokens(start, x_TD.shape[0])
+        own: Routing = whole.slice_tokens(start, x_TD.shape[0])
         return own
 
     def _within_capacity(self, routing: Routing, ctx: RouteContext) -> Routing:
@@ -156,12 +156,12 @@ class MoELayer(nn.Module):
 
         The counts are those of all processes, so that the state stays the same on each.
         """
-        if not self.router.has_state:
+        if not self.router.traits.has_state:
             return
         load_E = torch.stack([record.routing.load_E for record in records]).sum(0)
         sums: dict[str, Tensor] = {}
         for record in records:
-            for name, value in self.router.sums(record).items():
+            for name, value in self.router.statistics(record).items():
                 sums[name] = sums[name] + value if name in sums else value
         total = self.scopes.world.sum
         self.router.after_step(total(load_E), {name: total(value) for name, value in sums.items()})

@@ -171,7 +171,7 @@ class Layout:
         raise NotImplementedError
 
 
-def placed(blocks: Iterable[int], num_layers: int, plan: BlockPlan | Experts) -> tuple[BlockPlan, ...]:
+def place_experts(blocks: Iterable[int], num_layers: int, plan: BlockPlan | Experts) -> tuple[BlockPlan, ...]:
     """Return the plan of a model: the same for each of `blocks`, the others dense; experts alone are feed-forward."""
     plan = BlockPlan(feed_forward=plan) if isinstance(plan, Experts) else plan
     chosen = set(blocks)

@@ -14,13 +14,13 @@ def merged_mixture(
     x_TD: Tensor,
     routing: MergeRouting,
     dropout: Dropout | None = None,
-    meanwhile: Callable[[], None] | None = None,
+    while_in_flight: Callable[[], None] | None = None,
 ) -> Tensor:
     """Return y_TD: each segment's tokens through the network that the experts merge into for it.
 
-    `meanwhile`: see `Exchange`; nothing is on its way here, so it is called at the end.
+    `while_in_flight`: see `Exchange`; nothing is on its way here, so it is called at the end.
     """
     y_GSD = bank.merged(routing.segments(x_TD), routing.weight_GE, dropout)
-    if meanwhile is not None:
-        meanwhile()
+    if while_in_flight is not None:
+        while_in_flight()
     return routing.tokens(y_GSD)

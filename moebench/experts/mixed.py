@@ -72,9 +72,9 @@ class DeepBank(Bank):
             h_RD = h_RD + bank.expert(h_RD, index)
         return h_RD - x_RD
 
-    def numbers_per_row(self) -> int:
+    def elements_per_row(self) -> int:
         """Numbers that a row for another process carries, there and back: it stays there for all networks."""
-        return self._banks[0].numbers_per_row()
+        return self._banks[0].elements_per_row()
 
     def flops_per_row_E(self) -> tuple[int, ...]:
         """Forward FLOPs of one row through each expert: the sum over its networks."""
@@ -113,15 +113,15 @@ class MixedBank(Bank):
             index -= group.num_experts
         raise IndexError(index)
 
-    def numbers_sent(self, rows_E: Tensor) -> int:
+    def elements_sent(self, rows_E: Tensor) -> int:
         """Return how many numbers a forward pass sends to other processes: those of its groups."""
         parts = zip(self._groups, self._by_group(rows_E), strict=True)
-        return sum(group.numbers_sent(rows) for group, rows in parts)
+        return sum(group.elements_sent(rows) for group, rows in parts)
 
-    def rows_here(self, own_E: Tensor, shared_E: Tensor) -> int:
+    def count_computed_rows(self, own_E: Tensor, shared_E: Tensor) -> int:
         """Return how many rows this process computes: those of its groups."""
         parts = zip(self._groups, self._by_group(own_E), self._by_group(shared_E), strict=True)
-        return sum(group.rows_here(own, shared) for group, own, shared in parts)
+        return sum(group.count_computed_rows(own, shared) for group, own, shared in parts)
 
     def _by_group(self, value_E: Tensor) -> tuple[Tensor, ...]:
         return torch.split(value_E, [group.num_experts for group in self._groups])

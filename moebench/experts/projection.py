@@ -31,7 +31,7 @@ class ProjectionBank(Bank):
         """Return what one expert computes."""
         return x_RD @ self.weight_EDO[index]
 
-    def numbers_per_row(self) -> int:
+    def elements_per_row(self) -> int:
         """Numbers that a row for another process carries, there and back."""
         return self.weight_EDO.shape[1] + self.weight_EDO.shape[2]
 
@@ -68,7 +68,7 @@ class HeadBank(Bank):
         """Return y_RD from what the heads have read, rows sorted by expert."""
         return self.through(lambda x, load: grouped_matmul(x, local(self.w_out_EHD), load), mixed_RH, load_E)
 
-    def numbers_per_row(self) -> int:
+    def elements_per_row(self) -> int:
         """Numbers that a row for another process carries, there and back, twice: for its queries and its output."""
         return 2 * (self.w_query_EDH.shape[1] + self.w_query_EDH.shape[2])
 

@@ -25,7 +25,7 @@ class Widths:
         return max(round(relative * self.unit / self.step), 1) * self.step
 
 
-def matched_widths(
+def solve_widths(
     cost: Callable[[Widths], float],
     target: Callable[[int], float],
     ffn_width: int,

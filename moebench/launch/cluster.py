@@ -19,8 +19,8 @@ from moebench.launch.diagnosis import Ending
 from moebench.launch.launcher import Given, require_devices
 from moebench.launch.local_worker import Member, NearMember, signals_noted, start_server
 from moebench.launch.rendezvous import LOST_S, START_S, AbandonedError, Pulse, Wire
-from moebench.parallel.mesh import check_world
-from moebench.parallel.place import ONLY
+from moebench.parallel.mesh import check_world_size
+from moebench.parallel.process_info import SINGLE_PROCESS
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 
@@ -76,16 +76,16 @@ class FarMember:
         return Ending(rank=self.rank, **known, is_gone=gone, silent_s=silent_s)
 
 
-class JoinedLaunch:
+class ClusterLauncher:
     """Starts this node's first process of a cell here and has the others started where they are."""
 
     most_jobs = 1
     patience_s = 2.0
 
     def __init__(self, given: Given, wire: Wire) -> None:
-        self.place = given.place
+        self.process_info = given.place
         self.wire = wire
-        self.pulses = [Pulse(wire, rank) for rank in range(1, given.place.world_size)]
+        self.pulses = [Pulse(wire, rank) for rank in range(1, given.process_info.world_size)]
         self.numbers = count()
         self.exit_code = 1
         """What all end with; set before the end."""
@@ -93,8 +93,8 @@ class JoinedLaunch:
     def check(self, cells: Sequence[Cell]) -> None:
         """Raise UsageError unless every cell wants as many processes as there are, and each can have its device."""
         for cell in cells:
-            check_world(cell.config.parallel, self.place)
-            require_devices(cell.config.train, self.place.local_world_size)
+            check_world_size(cell.config.parallel, self.process_info)
+            require_devices(cell.config.train, self.process_info.local_world_size)
 
     def await_all(self) -> None:
         """Return when every program has shown itself; raise UsageError when one does not come."""
@@ -103,7 +103,7 @@ class JoinedLaunch:
             while pulse.silent_s() >= 0 and not pulse.has_begun:
                 if time.monotonic() > deadline:
                     raise UsageError(
-                        f"rank {pulse.rank} of {self.place.world_size} has not come within {START_S:.0f} s"
+                        f"rank {pulse.rank} of {self.process_info.world_size} has not come within {START_S:.0f} s"
                         " (under SLURM every process is started by srun)"
                     )
                 time.sleep(POLL_S)
@@ -111,11 +111,11 @@ class JoinedLaunch:
     def members(self, cell: Cell, results: Path) -> list[Member]:
         """Start the processes of a cell: the first here, the others by a word."""
         folder = RunFolder.of(results, cell.id).path
-        if self.place.world_size == 1:
+        if self.process_info.world_size == 1:
             return [NearMember(folder, results, ONLY)]
         number = next(self.numbers)
-        place = replace(self.place, meeting=f"{self.place.meeting}/cell/{number}")
-        word = {"folder": str(folder.absolute()), "results": str(results.absolute()), "meeting": place.meeting}
+        place = replace(self.process_info, namespace=f"{self.process_info.namespace}/cell/{number}")
+        word = {"folder": str(folder.absolute()), "results": str(results.absolute()), "meeting": process_info.namespace}
         self.wire.say(f"word/{number}", word)
         far = [FarMember(self.wire, number, pulse) for pulse in self.pulses]
         return [NearMember(folder, results, place), *far]
@@ -139,10 +139,10 @@ class JoinedLaunch:
 
 
 @contextlib.contextmanager
-def leading(given: Given) -> Iterator[JoinedLaunch]:
+def leading(given: Given) -> Iterator[ClusterLauncher]:
     """Lead the programs of this start; whatever happens, they hear of the end."""
     wire = Wire(given)
-    launch = JoinedLaunch(given, wire)
+    launch = ClusterLauncher(given, wire)
     try:
         launch.await_all()
         yield launch
@@ -169,7 +169,7 @@ def follow(given: Given) -> int:
 
 class _Follower:
     def __init__(self, given: Given, wire: Wire) -> None:
-        self.place = given.place
+        self.process_info = given.place
         self.wire = wire
         self.leader = Pulse(wire, 0)
         self.signals: list[int] = []
@@ -183,14 +183,14 @@ class _Follower:
                     self._attend()
                     time.sleep(POLL_S)
                 if "exit_code" in word:
-                    self.wire.say(f"bye/{self.place.rank}", {"exit_code": word["exit_code"]})
+                    self.wire.say(f"bye/{self.process_info.rank}", {"exit_code": word["exit_code"]})
                     return int(word["exit_code"])
-                self._take_part(word, f"{number}/{self.place.rank}")
+                self._take_part(word, f"{number}/{self.process_info.rank}")
         raise AssertionError("numbers do not end")
 
     def _take_part(self, word: dict[str, Any], key: str) -> None:
         """Run this program's process of a cell; its end, and what it says, is told to the first."""
-        place = replace(self.place, meeting=word["meeting"])
+        place = replace(self.process_info, namespace=word["meeting"])
         member = NearMember(Path(word["folder"]), Path(word["results"]), place)
         told, asked = None, False
         try:
@@ -217,7 +217,7 @@ class _Follower:
         silent_s = self.leader.silent_s()
         bound_s = START_S if not self.leader.has_begun else GONE_S if self.signals else LOST_S
         if silent_s > bound_s:
-            raise AbandonedError(f"rank {self.place.rank}: no word from rank 0 for {silent_s:.0f} s")
+            raise AbandonedError(f"rank {self.process_info.rank}: no word from rank 0 for {silent_s:.0f} s")
 
 
 def _state(member: NearMember) -> dict[str, Any]:

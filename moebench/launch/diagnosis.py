@@ -4,7 +4,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from moebench.runs.result import DIVERGED
+from moebench.runs.result import Fault
 
 OWN, COMMON, WAITED, LOST = "own", "common", "waited", "lost"
 """Faults: an error of one process; the same error in all by design; another was waited for in vain; it hung up.
@@ -75,7 +75,7 @@ def _killed(endings: Sequence[Ending], *, aborted: bool = False) -> str | None:
     for ending in endings:
         name = _name(ending, endings)
         if ending.is_gone:
-            return f"{name} is gone: no word from its node for {ending.silent_s:.0f} s"
+            return f"{name} is unreachable: no heartbeat from its node for {ending.silent_s:.0f} s"
         code = ending.exit_code
         if ending.status is not None or code is None or (code == -signal.SIGABRT) != aborted:
             continue
@@ -89,7 +89,7 @@ def _killed(endings: Sequence[Ending], *, aborted: bool = False) -> str | None:
 def _errors(endings: Sequence[Ending]) -> list[tuple[str, str]]:
     """Return the errors that are not about other processes; of one process alone with its rank."""
     own = [ending for ending in endings if ending.error and ending.fault == OWN]
-    common = [(ending.fault, str(ending.error)) for ending in endings if ending.fault in (COMMON, DIVERGED)]
+    common = [(ending.fault, str(ending.error)) for ending in endings if ending.fault in (COMMON, Fault.DIVERGED)]
     if own and (len(endings) == 1 or {ending.error for ending in endings} == {own[0].error}):
         return [(OWN, str(own[0].error))]
     return [(OWN, f"{_name(ending, endings)}: {ending.error}") for ending in own] + common
@@ -105,7 +105,7 @@ def _hung(endings: Sequence[Ending], timeout_s: float) -> str | None:
         alive = [ending for ending in alive if ending.silent_s > timeout_s / 2]
     if alive and (waited or aborted or len(alive) < len(endings)):
         ending = max(alive, key=lambda ending: ending.silent_s)
-        return f"{_name(ending, endings)} hung: no word for {ending.silent_s:.0f} s after step {ending.step}"
+        return f"{_name(ending, endings)} hung: no progress for {ending.silent_s:.0f} s after step {ending.step}"
     if not waited:
         return None
     behind = [ending for ending in endings if ending.step < max(waited, key=lambda ending: ending.step).step]

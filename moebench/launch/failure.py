@@ -8,12 +8,12 @@ import torch
 from torch.distributed import DistError
 from torch.distributed.checkpoint.api import CheckpointException
 
+from moebench.compatibility import list_marks
 from moebench.config import resolve
 from moebench.errors import UsageError
 from moebench.launch.diagnosis import COMMON, LOST, OWN, WAITED
 from moebench.parallel.replicas import ReplicaError
-from moebench.runs.result import DIVERGED, RunResult
-from moebench.training.compatibility import marks_of
+from moebench.runs.result import Fault, RunResult
 from moebench.training.module import NonFiniteError
 
 TRANSPORT = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "TCPStore", "ProcessGroup")
@@ -45,7 +45,7 @@ def explain(error: BaseException) -> str:
 def fault_of(error: BaseException) -> str:
     """Return whose fault an error is: see `judgement`."""
     if isinstance(error, NonFiniteError):
-        return DIVERGED
+        return Fault.DIVERGED
     if isinstance(error, UsageError | ReplicaError | CheckpointException):
         return COMMON
     text = str(error)
@@ -64,7 +64,7 @@ def failed_result(
     """Return the result of a cell that failed after `step` steps: nothing is left out of a table, not even this."""
     marks: tuple[str, ...] = ()
     with contextlib.suppress(UsageError):
-        marks = marks_of(resolve(cell["config"]))
+        marks = list_marks(resolve(cell["config"]))
     return RunResult(
         id=cell["id"],
         arm=cell["arm"],

@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import TCPStore
 from moebench.errors import UsageError
 from moebench.launch.devices import DevicePool, uses_gpu, visible_devices
 from moebench.launch.local_worker import Member, NearMember
-from moebench.parallel.place import ONLY, Place
+from moebench.parallel.process_info import SINGLE_PROCESS, ProcessInfo
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.schema import TrainConfig
@@ -43,7 +43,7 @@ class Launch(Protocol):
         """Return the signal that a process elsewhere was asked to end with, None for none."""
 
 
-class OwnLaunch:
+class LocalLauncher:
     """Starts all processes of a cell on this machine; they meet at a store that this process keeps."""
 
     most_jobs = 0
@@ -71,15 +71,15 @@ class OwnLaunch:
             return [NearMember(folder, results, ONLY, devices)]
         self.store = self.store or _store_for_this_machine()
         meeting = f"{cell.id}/{uuid.uuid4().hex}"
-        places = [
-            Place(
+        process_infos = [
+            ProcessInfo(
                 rank=rank,
                 world_size=size,
                 local_rank=rank,
                 local_world_size=size,
                 store_host=HERE,
                 store_port=self.store.port,
-                meeting=meeting,
+                namespace=meeting,
             )
             for rank in range(size)
         ]
@@ -115,7 +115,7 @@ def require_devices(train: TrainConfig, per_node: int) -> None:
 class Given:
     """A process among those that torchrun or SLURM has started."""
 
-    place: Place
+    process_info: ProcessInfo
     """Its own; the meeting is the prefix of all keys of this start."""
     hosts_store: bool
     """Whether the store has yet to be opened, by the first process."""
@@ -151,7 +151,7 @@ def _of_torchrun(environment: Mapping[str, str]) -> Given:
 
     cluster = TorchElasticEnvironment()
     per_node = int(environment["LOCAL_WORLD_SIZE"])
-    place = Place(
+    process_info = ProcessInfo(
         rank=cluster.global_rank(),
         world_size=cluster.world_size(),
         local_rank=cluster.local_rank(),
@@ -160,9 +160,9 @@ def _of_torchrun(environment: Mapping[str, str]) -> Given:
         num_nodes=cluster.world_size() // per_node,
         store_host=cluster.main_address,
         store_port=cluster.main_port,
-        meeting=f"moebench/{environment['TORCHELASTIC_RUN_ID']}/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}",
+        namespace=f"moebench/{environment['TORCHELASTIC_RUN_ID']}/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}",
     )
-    return Given(place=place, hosts_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
+    return Given(process_info=process_info, hosts_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
 
 
 def _of_slurm(environment: Mapping[str, str]) -> Given:
@@ -170,7 +170,7 @@ def _of_slurm(environment: Mapping[str, str]) -> Given:
 
     cluster = SLURMEnvironment(auto_requeue=False)
     nodes = int(environment["SLURM_NNODES"])
-    place = Place(
+    process_info = ProcessInfo(
         rank=cluster.global_rank(),
         world_size=cluster.world_size(),
         local_rank=cluster.local_rank(),
@@ -179,9 +179,9 @@ def _of_slurm(environment: Mapping[str, str]) -> Given:
         num_nodes=nodes,
         store_host=cluster.main_address,
         store_port=cluster.main_port,
-        meeting=f"moebench/{environment['SLURM_JOB_ID']}/{environment.get('SLURM_STEP_ID', '0')}",
+        namespace=f"moebench/{environment['SLURM_JOB_ID']}/{environment.get('SLURM_STEP_ID', '0')}",
     )
-    return Given(place=place, hosts_store=True)
+    return Given(process_info=process_info, hosts_store=True)
 
 
 _STARTERS: tuple[tuple[Callable[[Mapping[str, str]], bool], Callable[[Mapping[str, str]], Given]], ...] = (

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from moebench import interrupts
 from moebench.launch.diagnosis import Ending
-from moebench.parallel.place import Place
+from moebench.parallel.process_info import ProcessInfo
 
 CONTEXT = get_context("forkserver")
 """Processes are forked from a server that has torch and lightning loaded: only the first waits for the imports."""
@@ -45,15 +45,15 @@ class Member(Protocol):
 class NearMember:
     """A process that was started here."""
 
-    def __init__(self, folder: Path, results: Path, place: Place, devices: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, results: Path, process_info: ProcessInfo, devices: Sequence[str] = ()) -> None:
         """`devices`: the GPUs of the cell, of which it sees no others; empty: all that there are."""
         ours, theirs = CONTEXT.Pipe()
-        self.rank = place.rank
+        self.rank = process_info.rank
         self.pipe: Connection = ours
         self.process = CONTEXT.Process(
             target=_enter,
             args=(str(folder), str(results), place, tuple(devices), theirs),
-            name=f"rank {place.rank}",
+            name=f"rank {process_info.rank}",
             daemon=True,
         )
         self.process.start()
@@ -149,7 +149,7 @@ def signals_noted(note: Callable[[int], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _enter(path: str, results: str, place: Place, devices: tuple[str, ...], pipe: Connection) -> None:
+def _enter(path: str, results: str, process_info: ProcessInfo, devices: tuple[str, ...], pipe: Connection) -> None:
     """Import the worker in its own process: the runner stays light."""
     if devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)  # read when CUDA is used for the first time: not yet

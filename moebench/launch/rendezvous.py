@@ -33,22 +33,22 @@ class Wire:
 
     def __init__(self, given: Given) -> None:
         place = given.place
-        self.rank = place.rank
-        self.world_size = place.world_size
-        where = f"{place.store_host}:{place.store_port}"
+        self.rank = process_info.rank
+        self.world_size = process_info.world_size
+        where = f"{process_info.store_host}:{process_info.store_port}"
         try:
             store = TCPStore(
-                place.store_host,
-                place.store_port,
-                is_master=given.hosts_store and place.rank == 0,
+                process_info.store_host,
+                process_info.store_port,
+                is_master=given.hosts_store and process_info.rank == 0,
                 wait_for_workers=False,
                 timeout=timedelta(seconds=START_S),
             )
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            raise AbandonedError(f"rank {place.rank} cannot meet the others at {where}: {reason}") from error
+            raise AbandonedError(f"rank {process_info.rank} cannot meet the others at {where}: {reason}") from error
         store.set_timeout(timedelta(seconds=ANSWER_S))
-        self.store = PrefixStore(place.meeting, store)
+        self.store = PrefixStore(process_info.namespace, store)
         self._closed = threading.Event()
         self._asked_at: float | None = None
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._guard)]

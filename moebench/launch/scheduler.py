@@ -18,7 +18,7 @@ from moebench.launch.worker_group import Team
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder, write_json
 from moebench.runs.journal import read_journal
-from moebench.runs.result import DIVERGED
+from moebench.runs.result import Fault
 
 STOP_GRACE_S = 60.0
 """How long a cell may take to reach the end of its step and save, after the first Ctrl-C."""
@@ -40,13 +40,13 @@ class Outcome:
 class Display(Protocol):
     """What shows the progress of a grid."""
 
-    def started(self, cell: Cell) -> None:
+    def on_start(self, cell: Cell) -> None:
         """A cell has got its processes."""
 
-    def progress(self, cell: Cell, message: dict[str, Any]) -> None:
+    def on_progress(self, cell: Cell, message: dict[str, Any]) -> None:
         """A cell has finished a step: step, loss, tokens_per_s."""
 
-    def ended(self, outcome: Outcome) -> None:
+    def on_end(self, outcome: Outcome) -> None:
         """A cell has ended."""
 
     def note(self, text: str) -> None:
@@ -148,7 +148,7 @@ class Scheduler:
     def _conclude(self, team: Team) -> Outcome:
         verdict = team.close()
         self.launch.release(team.cell)
-        if verdict.status == "failed" and self.signals and verdict.fault not in (OWN, COMMON, DIVERGED):
+        if verdict.status == "failed" and self.signals and verdict.fault not in (OWN, COMMON, Fault.DIVERGED):
             verdict = Verdict(status="stopped")  # what asked us to end has ended some of the processes as well
         if verdict.status == "failed":
             self._write_failed(team, str(verdict.error), verdict.fault)

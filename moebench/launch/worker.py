@@ -22,17 +22,17 @@ from torch.distributed.checkpoint.api import CheckpointException
 from moebench.config import resolve, to_yaml
 from moebench.launch.failure import explain, fault_of
 from moebench.parallel.mesh import open_mesh
-from moebench.parallel.place import Place
+from moebench.parallel.process_info import ProcessInfo
 from moebench.registry import load_plugin
-from moebench.runs.environment import environment
+from moebench.runs.environment import collect_environment
 from moebench.runs.folder import RunFolder, write_atomically, write_json
+from moebench.runs.recorder import RunRecorder
 from moebench.runs.result import RunResult
 from moebench.schema import CellConfig
-from moebench.tracking.recorder import RunRecorder
-from moebench.training.callback import Hooks, Recorder
-from moebench.training.labels import LabelTable
+from moebench.training.callback import Recorder, RunContext
+from moebench.training.label_tables import LabelTable
 from moebench.training.model import prepare_task
-from moebench.training.train import device_of, train_cell
+from moebench.training.train import select_device, train_cell
 
 PROGRESS_EVERY_S = 0.2
 PR_SET_PDEATHSIG = 1
@@ -100,21 +100,21 @@ class NoRecorder:
         """Nothing."""
 
 
-def run_cell(path: str, results: str, place: Place, pipe: Connection) -> NoReturn:
+def run_cell(path: str, results: str, process_info: ProcessInfo, pipe: Connection) -> NoReturn:
     """Train the cell whose folder is `path`, as one of its processes: the entry point of a worker."""
     # Both reach the whole group, from a terminal or a batch system; the runner decides. Blocked, not ignored: lightning
     # would install a handler that talks to the other processes in the midst of whatever they are saying.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     die_with_parent()
     folder = RunFolder(Path(path))
-    _redirect_output(folder.log_of(place.rank))
+    _redirect_output(folder.log_of(process_info.rank))
     link = RunnerLink(pipe)
     link.watch()
     code = 0
     try:
-        with FileLock(folder.path / ".lock", timeout=0) if place.rank == 0 else contextlib.nullcontext():
+        with FileLock(folder.path / ".lock", timeout=0) if process_info.rank == 0 else contextlib.nullcontext():
             # Done by another runner since ours looked: not again.
-            found = place.rank == 0 and folder.state() == "done"
+            found = process_info.rank == 0 and folder.state() == "done"
             link.end({"status": "found", "error": None} if found else _train(folder, Path(results), place, link))
     except Timeout:
         link.end({"status": "busy", "error": "another process is training this cell"})
@@ -130,17 +130,17 @@ def run_cell(path: str, results: str, place: Place, pipe: Connection) -> NoRetur
     os._exit(code)
 
 
-def _train(folder: RunFolder, results: Path, place: Place, link: RunnerLink) -> dict[str, Any]:
+def _train(folder: RunFolder, results: Path, process_info: ProcessInfo, link: RunnerLink) -> dict[str, Any]:
     """Return the last word: how it ended and why; the runner, who hears all processes, writes what failed."""
     cell = json.loads(folder.cell.read_text())
-    if place.rank == 0:
+    if process_info.rank == 0:
         folder.result.unlink(missing_ok=True)
     try:
         for plugin in cell["plugins"]:
             load_plugin(plugin)
         config = resolve(cell["config"])
         result = _train_logged(config, cell, folder, results, place, link)
-        if result is not None and place.rank == 0:
+        if result is not None and process_info.rank == 0:
             write_json(folder.result, result.to_dict())
     except (Exception, CheckpointException) as error:
         with contextlib.suppress(OSError):  # a full disk: the runner still gets the reason
@@ -152,24 +152,34 @@ def _train(folder: RunFolder, results: Path, place: Place, link: RunnerLink) -> 
 
 
 def _train_logged(
-    config: CellConfig, cell: dict[str, Any], folder: RunFolder, results: Path, place: Place, link: RunnerLink
+    config: CellConfig,
+    cell: dict[str, Any],
+    folder: RunFolder,
+    results: Path,
+    process_info: ProcessInfo,
+    link: RunnerLink,
 ) -> RunResult | None:
     torch.set_num_threads(config.train.threads)
-    if place.rank == 0:
-        write_json(folder.environment, environment(config.train.threads))
+    if process_info.rank == 0:
+        write_json(folder.environment, collect_environment(config.train.threads))
         write_atomically(folder.path / "config.yaml", to_yaml(config))
     task = prepare_task(config, results)
-    if place.has_group and place.num_nodes == 1:
+    if process_info.has_group and process_info.num_nodes == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())  # whatever this machine's name leads to
-    device = device_of(config.train, place)
+    device = select_device(config.train, place)
     with _recorder(folder, place) as recorder, open_mesh(config.parallel, place, device) as mesh:
-        hooks = Hooks(recorder=recorder, progress=link.progress, should_stop=link.stop.is_set)
-        return train_cell(config, task, folder.checkpoints, hooks, cell_id=cell["id"], arm=cell["arm"], mesh=mesh)
+        context = RunContext(
+            recorder=recorder,
+            checkpoints=folder.checkpoints,
+            report_progress=link.progress,
+            should_stop=link.stop.is_set,
+        )
+        return train_cell(config, task, context, cell_id=cell["id"], arm=cell["arm"], mesh=mesh)
 
 
 @contextlib.contextmanager
-def _recorder(folder: RunFolder, place: Place) -> Iterator[Recorder]:
-    if place.rank > 0:
+def _recorder(folder: RunFolder, process_info: ProcessInfo) -> Iterator[Recorder]:
+    if process_info.rank > 0:
         yield NoRecorder()
         return
     with RunRecorder(folder) as recorder:

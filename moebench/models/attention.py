@@ -6,12 +6,11 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from moebench.experts.feed_forward import draw
 from moebench.experts.projection import score_flops
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Places:
+class PositionTable:
     """Where the vectors of a batch stand when they are only some of their sequences, or when some are padding."""
 
     position_BL: Tensor
@@ -22,7 +21,7 @@ class Places:
     """Of the whole sequences."""
 
     @classmethod
-    def of_padded(cls, valid_BL: Tensor) -> "Places":
+    def of_padded(cls, valid_BL: Tensor) -> "PositionTable":
         """Return the places of whole sequences with padding; one that is all padding may read its first place."""
         length = valid_BL.shape[1]
         position_BL = torch.arange(length, device=valid_BL.device).expand_as(valid_BL)
@@ -41,7 +40,7 @@ class Memory:
     """bool: False at padding; at least one of each sequence is True. None: nothing is padded."""
 
     @classmethod
-    def of(cls, x_BMD: Tensor, places: Places | None) -> "Memory":
+    def of(cls, x_BMD: Tensor, places: PositionTable | None) -> "EncoderOutput":
         """Return the memory of whole sequences."""
         return cls(x_BMD=x_BMD, valid_BM=None if places is None else places.valid_BL)
 
@@ -63,7 +62,7 @@ class Attention(nn.Module):
         draw(self.qkv.weight, self.qkv.in_features**-0.5, generator)
         draw(self.out.weight, self.out_scale * self.out.in_features**-0.5, generator)
 
-    def forward(self, x_BLD: Tensor, places: Places | None = None) -> Tensor:
+    def forward(self, x_BLD: Tensor, places: PositionTable | None = None) -> Tensor:
         """Return the attention output, without the residual; `places` where the batch holds parts of sequences."""
         query, key, value = split_heads(self.qkv(x_BLD), self.num_heads)
         mixed_BLD = attend(query, key, value, causal=self.causal, rope_theta=self.rope_theta, places=places)
@@ -93,7 +92,7 @@ class CrossAttention(nn.Module):
             draw(projection.weight, projection.in_features**-0.5, generator)
         draw(self.out.weight, self.out_scale * self.out.in_features**-0.5, generator)
 
-    def forward(self, x_BLD: Tensor, memory: Memory) -> Tensor:
+    def forward(self, x_BLD: Tensor, memory: EncoderOutput) -> Tensor:
         """Return what each position reads, without the residual."""
         batch, length, width = x_BLD.shape
         head_width = width // self.num_heads
@@ -122,7 +121,7 @@ def split_heads(qkv_BLO: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, rope_theta: float, places: Places | None = None
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, rope_theta: float, places: PositionTable | None = None
 ) -> Tensor:
     """Return what each position reads, the heads side by side: [batch, length, heads · head width]."""
     _, _, length, head_width = query.shape

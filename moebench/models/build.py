@@ -7,18 +7,18 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from moebench.experts.assembly import Routed, feed_forward_experts, moe_layer
+from moebench.experts.assembly import RouterPlan, feed_forward_experts, moe_layer
 from moebench.experts.feed_forward import FeedForward
-from moebench.experts.grouped import ROW_BYTES
+from moebench.experts.kernels.grouped_mm import ROW_BYTES
 from moebench.experts.layout import BlockPlan, Experts
 from moebench.experts.projection import HeadBank, ProjectionBank
-from moebench.experts.widths import Widths, matched_widths
+from moebench.experts.widths import Widths, solve_widths
 from moebench.models.attention import Attention, CrossAttention
 from moebench.models.expert_attention import HeadExperts, ProjectionExperts
-from moebench.models.plan import Half, plan_of_half
+from moebench.models.plan import Half, plan_backbone
 from moebench.models.transformer import Block, Transformer
 from moebench.models.whole_model import StackBank, WholeModels
-from moebench.routing.router import ROUTERS, Router, Site
+from moebench.routing.router import ROUTERS, Router, RouterBuildContext
 from moebench.schema import CellConfig
 
 
@@ -41,7 +41,7 @@ def build_backbone(
     experts, and a decoder's blocks have cross-attention. `sized_as`: whose widths the experts have; None: those solved
     for this one.
     """
-    site = Site(
+    context = RouterBuildContext(
         d_model=config.model.d_model,
         num_experts=1,
         vocab_size=vocab_size,
@@ -51,10 +51,10 @@ def build_backbone(
         num_domains=num_domains,
         embedding_width=ROUTERS.get(config.router.name).item.embedding(config.router)[0],
     )
-    builder = Builder(config=config, causal=causal, site=site, sequence_length=sequence_length or 0, half=half)
+    builder = Builder(config=config, causal=causal, context=context, sequence_length=sequence_length or 0, half=half)
     sizes = replace(builder, config=sized_as or config)
-    widths = [sizes.widths(index, plan) for index, plan in enumerate(plan_of_half(sizes.config, half))]
-    blocks = [builder.block(index, plan, widths[index]) for index, plan in enumerate(plan_of_half(config, half))]
+    widths = [sizes.widths(index, plan) for index, plan in enumerate(plan_backbone(sizes.config, half))]
+    blocks = [builder.block(index, plan, widths[index]) for index, plan in enumerate(plan_backbone(config, half))]
     return Transformer(config.model.d_model, blocks)
 
 
@@ -64,7 +64,7 @@ class Builder:
 
     config: CellConfig
     causal: bool
-    site: Site
+    context: RouterBuildContext
     sequence_length: int
     half: Half | None = None
 
@@ -114,10 +114,10 @@ class Builder:
             out_scale=self.out_scale,
         )
 
-    def _router(self, experts: Experts, index: int) -> tuple[Routed, Router]:
-        routed = Routed.of(self.config.router, experts)
+    def _router(self, experts: Experts, index: int) -> tuple[RouterPlan, Router]:
+        routed = RouterPlan.of(self.config.router, experts)
         above = self.config.model.num_layers if self.half == "decoder" else 0
-        return routed, routed.build(replace(self.site, layer=above + index))
+        return routed, routed.build(replace(self.context, layer=above + index))
 
     def _with_experts(self, index: int, plan: BlockPlan) -> Callable[[Widths], nn.Module]:
         """Return what builds the block for given widths: the routers and the attention are the same for all."""
@@ -211,10 +211,10 @@ class Builder:
                 return share * num_blocks * self._cost(self.dense_block(width))
 
         remedy = "layout.match=none" if plan.feed_forward is None and not plan.stack else "layout.expert_width"
-        top_k = max(Routed.of(self.config.router, experts).experts_per_token for experts in plan.banks)
+        top_k = max(RouterPlan.of(self.config.router, experts).experts_per_token for experts in plan.banks)
         what = f"{top_k} experts per token and their router" + (f" in block {index}" if plan.attention else "")
         step = ROW_BYTES // (2 if self.config.train.precision == "bf16" else 4)
-        return matched_widths(cost, target, ffn_width, step=step, what=what, remedy=remedy)
+        return solve_widths(cost, target, ffn_width, step=step, what=what, remedy=remedy)
 
     def _cost(self, block: nn.Module) -> float:
         if self.config.layout.match == "params":

@@ -87,7 +87,7 @@ def executed_flops_per_token(
         return planned + sum(excess.values())
     assert decoder_length is not None
     halves = ((backbone.encoder, sequence_length), (backbone.decoder, decoder_length))
-    whole = sum(length * excess[layer.layer] for half, length in halves for layer in half.moe_layers())
+    whole = sum(length * excess[layer.name] for half, length in halves for layer in half.moe_layers())
     return planned + whole / (sequence_length + decoder_length)
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from moebench.experts.layer import MoELayer
-from moebench.models.attention import Memory
+from moebench.models.attention import EncoderOutput
 from moebench.models.transformer import BatchContext, Block, Transformer
 from moebench.routing.values import LayerRecord
 
@@ -26,7 +26,7 @@ class EncoderDecoder(nn.Module):
     ) -> tuple[Tensor, list[LayerRecord]]:
         """Return the decoder's normed stream [B, P, D], and the records of the encoder and then of the decoder."""
         memory_BMD, records = self.encoder(x_BMD, ctx)
-        memory = Memory.of(memory_BMD, ctx.places)
+        memory = EncoderOutput.of(memory_BMD, ctx.places)
         y_BPD, found = self.decoder(x_BPD, replace(decoder_ctx, memory=memory))
         return y_BPD, records + found
 

@@ -4,10 +4,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from moebench.experts.dispatch import DispatchPlan, combine, dispatch
-from moebench.experts.feed_forward import draw
 from moebench.experts.layer import MoELayer
 from moebench.experts.projection import HeadBank, ProjectionBank, score_flops
-from moebench.models.attention import Places, attend, split_heads
+from moebench.models.attention import PositionTable, attend, split_heads
 from moebench.routing.context import RouteContext
 from moebench.routing.values import LayerRecord, Routing
 
@@ -36,7 +35,9 @@ class ProjectionExperts(nn.Module):
         draw(torch.empty(3 * self.out.in_features, self.out.in_features), 1.0, generator)
         draw(self.out.weight, self.out_scale * self.out.in_features**-0.5, generator)
 
-    def forward(self, x_BLD: Tensor, ctx: RouteContext, places: Places | None = None) -> tuple[Tensor, LayerRecord]:
+    def forward(
+        self, x_BLD: Tensor, ctx: RouteContext, places: PositionTable | None = None
+    ) -> tuple[Tensor, LayerRecord]:
         """Return the attention output, without the residual, and the record."""
         qkv_TO, record = self.layer(x_BLD.flatten(0, 1), ctx)
         width = x_BLD.shape[-1]
@@ -74,7 +75,9 @@ class HeadExperts(nn.Module):
         """Draw the keys and values as dense attention does."""
         draw(self.key_value.weight, self.key_value.in_features**-0.5, generator)
 
-    def forward(self, x_BLD: Tensor, ctx: RouteContext, places: Places | None = None) -> tuple[Tensor, LayerRecord]:
+    def forward(
+        self, x_BLD: Tensor, ctx: RouteContext, places: PositionTable | None = None
+    ) -> tuple[Tensor, LayerRecord]:
         """Return the attention output, without the residual, and the record."""
         x_TD = x_BLD.flatten(0, 1)
         record = self.layer.route(x_TD, ctx)
@@ -95,7 +98,7 @@ class HeadExperts(nn.Module):
         assert isinstance(self.layer.bank, HeadBank)
         return self.layer.bank
 
-    def _read(self, x_BLD: Tensor, query_TKH: Tensor, places: Places | None) -> Tensor:
+    def _read(self, x_BLD: Tensor, query_TKH: Tensor, places: PositionTable | None) -> Tensor:
         """Let every query of a token read the past of its sequence; a slot without an expert has a query of 0."""
         batch, length, _ = x_BLD.shape
         slots, heads = query_TKH.shape[1], self.heads_per_expert

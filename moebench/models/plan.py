@@ -4,7 +4,7 @@ import math
 from typing import Literal
 
 from moebench.errors import UsageError, unknown
-from moebench.experts.assembly import Routed
+from moebench.experts.assembly import RouterPlan
 from moebench.experts.layout import LAYOUTS, BlockPlan
 from moebench.routing.losses import LOSSES
 from moebench.routing.router import ROUTERS
@@ -14,7 +14,7 @@ Half = Literal["encoder", "decoder"]
 """Which backbone of a model that has two."""
 
 
-def plan_of(config: CellConfig) -> tuple[BlockPlan, ...]:
+def plan_blocks(config: CellConfig) -> tuple[BlockPlan, ...]:
     """Return what each block is; all dense for a dense router.
 
     Raises UsageError when layout, router and their options do not fit each other, or a loss is unknown.
@@ -26,7 +26,7 @@ def plan_of(config: CellConfig) -> tuple[BlockPlan, ...]:
     _check_kinds(config, plan)
     for block in plan:
         for experts in block.banks:
-            Routed.of(config.router, experts)
+            RouterPlan.of(config.router, experts)
     entry = ROUTERS.get(config.router.name, where="router.name")
     known = {*LOSSES.names(), *entry.facts.own_losses}
     for loss, coefficient in config.router.losses.items():
@@ -34,12 +34,12 @@ def plan_of(config: CellConfig) -> tuple[BlockPlan, ...]:
             raise unknown("router.losses", loss, known)
         if not coefficient >= 0:
             raise UsageError(f"router.losses.{loss} must be at least 0, got {coefficient}")
-    return (BlockPlan(),) * config.model.num_layers if entry.item.is_dense else plan
+    return (BlockPlan(),) * config.model.num_layers if entry.item.form.is_dense else plan
 
 
-def plan_of_half(config: CellConfig, half: Half | None) -> tuple[BlockPlan, ...]:
+def plan_backbone(config: CellConfig, half: Half | None) -> tuple[BlockPlan, ...]:
     """Return what each block of one backbone is; all dense where `layout.experts_in` names the other half."""
-    plans = plan_of(config)
+    plans = plan_blocks(config)
     with_experts = half is None or config.layout.experts_in in ("both", half)
     return plans if with_experts else (BlockPlan(),) * len(plans)
 
@@ -47,21 +47,21 @@ def plan_of_half(config: CellConfig, half: Half | None) -> tuple[BlockPlan, ...]
 def _check_kinds(config: CellConfig, plan: tuple[BlockPlan, ...]) -> None:
     """Refuse what experts that are not feed-forward networks behind one router cannot do."""
     router, layout = ROUTERS.get(config.router.name, where="router.name").item, config.layout
-    if router.is_dense:
+    if router.form.is_dense:
         return
     special = any(block.attention or block.stack for block in plan)
     banks = [bank for block in plan for bank in block.banks]
-    if router.merges and (special or any(bank.groups > 1 or not bank.can_merge for bank in banks)):
+    if router.form.is_merged and (special or any(bank.groups > 1 or not bank.can_merge for bank in banks)):
         raise UsageError(
             f"router.name: '{config.router.name}' sums the parameters of experts, and those of layout '{layout.name}'"
             " are not feed-forward networks of one shape in one group (allowed: another router or another layout)"
         )
-    if router.is_soft and (special or any(bank.groups > 1 for bank in banks)):
+    if router.form.is_mixture and (special or any(bank.groups > 1 for bank in banks)):
         raise UsageError(
             f"router.name: '{config.router.name}' mixes tokens into slots, and layout '{layout.name}' needs to know"
             " where each token goes (allowed: another router, or a layout of feed-forward experts in one group)"
         )
-    if router.is_chain:
+    if router.form.is_chain:
         _check_chain(config, plan)
     if special and layout.overflow == "pass":
         raise UsageError(f"layout.overflow: 'pass' has no meaning in layout '{layout.name}' (allowed: drop, reroute)")

@@ -3,8 +3,6 @@
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from moebench.experts.feed_forward import draw
-
 
 class SharedEmbedding(nn.Module):
     """Two linear maps with a GELU between them, of the model's first vectors, and a head of its own to learn by.
@@ -22,7 +20,7 @@ class SharedEmbedding(nn.Module):
     def init_weights(self, generator: Generator) -> None:
         """Draw normal weights with variance 1 / fan-in."""
         for linear in (self.first, self.second):
-            draw(linear.weight, linear.in_features**-0.5, generator)
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5, generator=generator)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Return the embedding, [B, L, width]."""

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from moebench.experts.feed_forward import FeedForward
 from moebench.experts.layer import MoELayer
-from moebench.models.attention import Attention, CrossAttention, Memory, Places
+from moebench.models.attention import Attention, CrossAttention, EncoderOutput, PositionTable
 from moebench.models.expert_attention import HeadExperts, ProjectionExperts
 from moebench.ranks import Span
 from moebench.routing.context import RouteContext
 from moebench.routing.values import LayerRecord
-from moebench.seeds import generator
+from moebench.seeds import make_generator
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,7 +29,7 @@ class BatchContext:
     label_BL: Tensor | None = None
     embedding_BLD: Tensor | None = None
     """What the network that all routers share says of each token; None: there is none."""
-    memory: Memory | None = None
+    memory: EncoderOutput | None = None
     """What the encoder made, in a decoder."""
     span: Span | None = None
     """Which sequences of the batch these are; None: all."""
@@ -41,13 +41,13 @@ class BatchContext:
     """Router logits of the last MoE layer below the block; None: none."""
 
     @property
-    def places(self) -> Places | None:
+    def places(self) -> PositionTable | None:
         """Where padding is; None where nothing is padded."""
-        return None if self.valid_BL is None else Places.of_padded(self.valid_BL)
+        return None if self.valid_BL is None else PositionTable.of_padded(self.valid_BL)
 
     def route_in(self, layer: MoELayer, x_BLD: Tensor) -> RouteContext:
         """Return the context of an MoE layer for a batch of vectors."""
-        return self.route(layer.layer, x_BLD.shape[1], x_BLD.device)
+        return self.route(layer.name, x_BLD.shape[1], x_BLD.device)
 
     def route(self, layer: int | str, length: int, device: torch.device) -> RouteContext:
         """Return the context of one layer, with a generator that depends on the seed, the step and the layer."""
@@ -57,7 +57,7 @@ class BatchContext:
         domain_T = None if self.domain_B is None else self.domain_B.repeat_interleave(length)
         return RouteContext(
             training=self.training,
-            generator=generator(self.seed, *purpose, layer, device=device),
+            generator=make_generator(self.seed, *purpose, layer, device=device),
             sequence_length=length,
             token_id_T=None if self.token_id_BL is None else self.token_id_BL.reshape(-1),
             valid_T=None if self.valid_BL is None else self.valid_BL.reshape(-1),
@@ -65,7 +65,7 @@ class BatchContext:
             label_T=None if self.label_BL is None else self.label_BL.reshape(-1),
             embedding_TD=None if self.embedding_BLD is None else self.embedding_BLD.flatten(0, 1),
             step=self.step,
-            span=None if self.span is None else self.span.times(length),
+            span=None if self.span is None else self.span.to_tokens(length),
             previous_logits_TE=self.previous_logits_TE,
         )
 
@@ -92,7 +92,7 @@ class Block(nn.Module):
         self.feed_forward = feed_forward
 
     def forward(
-        self, x_BLD: Tensor, ctx: BatchContext, places: Places | None = None
+        self, x_BLD: Tensor, ctx: BatchContext, places: PositionTable | None = None
     ) -> tuple[Tensor, list[LayerRecord]]:
         """Return the new residual stream and the records of the block's MoE layers.
 
@@ -160,4 +160,4 @@ def init_weights(model: nn.Module, seed: int) -> None:
     for name, module in model.named_modules():
         init = getattr(module, "init_weights", None)
         if init is not None:
-            init(generator(seed, "init", name))
+            init(make_generator(seed, "init", name))

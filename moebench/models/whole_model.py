@@ -8,7 +8,7 @@ from torch import Generator, Tensor, nn
 
 from moebench.experts.bank import Bank
 from moebench.experts.layer import MoELayer
-from moebench.models.attention import Places
+from moebench.models.attention import PositionTable
 from moebench.models.transformer import BatchContext, Block
 from moebench.routing.values import LayerRecord, Routing
 
@@ -92,7 +92,7 @@ class Packed:
 
     sequence_R: Tensor
     place_R: Tensor
-    places: Places
+    places: PositionTable
 
     @classmethod
     def of(cls, token_R: Tensor, num_tokens: int, length: int) -> "Packed":
@@ -108,7 +108,7 @@ class Packed:
         return cls(
             sequence_R=sequence_R,
             place_R=place_R,
-            places=Places(position_BL=position_BC, valid_BL=valid_BC, length=length),
+            places=PositionTable(position_BL=position_BC, valid_BL=valid_BC, length=length),
         )
 
 

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from moebench.parallel.mesh import ALONE_MESH, Mesh
+from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
 from moebench.parallel.metadata import PlainReader
 
 KEEP = 2
@@ -37,7 +37,7 @@ REST = "rest.pt"
 class VerifiedCheckpointIO(CheckpointIO):
     """Lightning's way to disk: writes the folder step_N.ckpt and, last, its manifest step_N.json."""
 
-    def __init__(self, mesh: Mesh = ALONE_MESH) -> None:
+    def __init__(self, mesh: Mesh = SINGLE_PROCESS_MESH) -> None:
         self.mesh = mesh
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -50,13 +50,13 @@ class VerifiedCheckpointIO(CheckpointIO):
                 shutil.rmtree(half, ignore_errors=True)
                 half.mkdir(parents=True)
                 torch.save(rest, half / REST)
-            self.mesh.wait()
+            self.mesh.barrier()
             with self._alone_or_together():
-                save(tensors, checkpoint_id=half, no_dist=not self.mesh.place.has_group)
-            written = self.mesh.collect(_sync_own_files(half, self.mesh.rank))
+                save(tensors, checkpoint_id=half, no_dist=not self.mesh.process_info.has_group)
+            written = self.mesh.gather_objects(_sync_own_files(half, self.mesh.rank))
             if self.mesh.is_first:
                 _publish(half, folder, written)
-                drop_all_but(KEEP, folder.parent)
+                keep_newest_checkpoints(KEEP, folder.parent)
         except RuntimeError as error:
             # torch's writer of archives says where it stopped, not why.
             if "inline_container" in str(error) and shutil.disk_usage(folder.parent).free < FULL_BYTES:
@@ -65,7 +65,7 @@ class VerifiedCheckpointIO(CheckpointIO):
         finally:
             if self.mesh.is_first:
                 shutil.rmtree(half, ignore_errors=True)
-        self.mesh.wait()
+        self.mesh.barrier()
 
     def load_into(self, state: dict[str, Any], path: Path) -> dict[str, Any]:
         """Fill `state` (its state_dict and optimizer_states) from a checkpoint, each process what it holds of it.
@@ -74,7 +74,7 @@ class VerifiedCheckpointIO(CheckpointIO):
         """
         tensors, _ = _parted(state)
         with self._alone_or_together():
-            load(tensors, storage_reader=PlainReader(path), no_dist=not self.mesh.place.has_group)
+            load(tensors, storage_reader=PlainReader(path), no_dist=not self.mesh.process_info.has_group)
         rest: dict[str, Any] = self.load_checkpoint(path)
         settings = rest.pop("optimizer_settings")
         state.update(state_dict=tensors["state_dict"], optimizer_states=[settings | tensors["optimizer"]])
@@ -83,7 +83,9 @@ class VerifiedCheckpointIO(CheckpointIO):
     def load_weights(self, weights: dict[str, torch.Tensor], path: Path) -> None:
         """Fill the tensors of a model alone, by their names in the checkpoint; more than these may be in it."""
         with self._alone_or_together():
-            load({"state_dict": weights}, storage_reader=PlainReader(path), no_dist=not self.mesh.place.has_group)
+            load(
+                {"state_dict": weights}, storage_reader=PlainReader(path), no_dist=not self.mesh.process_info.has_group
+            )
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
         """Read what is no tensor of model or optimizer; only plain values are ever unpickled."""
@@ -92,7 +94,7 @@ class VerifiedCheckpointIO(CheckpointIO):
     @contextlib.contextmanager
     def _alone_or_together(self) -> Iterator[None]:
         with warnings.catch_warnings():
-            if not self.mesh.place.has_group:  # one process is what is meant
+            if not self.mesh.process_info.has_group:  # one process is what is meant
                 warnings.filterwarnings("ignore", message=".*torch.distributed is disabled, unavailable.*")
             try:
                 yield
@@ -116,19 +118,19 @@ def _parted(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     return {"state_dict": checkpoint["state_dict"], "optimizer": tensors}, rest
 
 
-def clear_after(step: int, folder: Path) -> None:
+def remove_checkpoints_after(step: int, folder: Path) -> None:
     """Remove the checkpoints beyond a step and what a killed process left half-written.
 
     They are damaged (or the run would go on from them), and being newer they would push out good ones.
     """
     for manifest in _manifests(folder):
-        if step_of(manifest) > step:
+        if parse_step(manifest) > step:
             _remove(manifest.with_suffix(".ckpt"))
     for half in folder.glob(".step_*.tmp"):
         shutil.rmtree(half, ignore_errors=True) if half.is_dir() else half.unlink(missing_ok=True)
 
 
-def drop_all_but(count: int, folder: Path) -> None:
+def keep_newest_checkpoints(count: int, folder: Path) -> None:
     """Remove all but the newest checkpoints of a folder."""
     for manifest in _manifests(folder)[:-count]:
         _remove(manifest.with_suffix(".ckpt"))
@@ -139,20 +141,20 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:07d}.ckpt"
 
 
-def step_of(file: Path) -> int:
+def parse_step(file: Path) -> int:
     """Return the step in a checkpoint's name."""
     return int(file.stem.removeprefix("step_"))
 
 
-def newest_good(folder: Path, mesh: Mesh = ALONE_MESH) -> tuple[Path | None, list[str]]:
+def find_newest_valid(folder: Path, mesh: Mesh = SINGLE_PROCESS_MESH) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint whose checksums are right, and one line for each damaged one passed over.
 
     All processes of a mesh call it and get the same: each reads its share of the files.
     """
     damaged: list[str] = []
-    for manifest in mesh.agree(_manifests(folder)[::-1]):
+    for manifest in mesh.broadcast_object(_manifests(folder)[::-1]):
         checkpoint = manifest.with_suffix(".ckpt")
-        checked = mesh.collect(_check_share(manifest, mesh.rank, mesh.size))
+        checked = mesh.gather_objects(_check_share(manifest, mesh.rank, mesh.size))
         problems = [problem for problem, _ in checked if problem]
         wrong = sorted(name for _, names in checked for name in names)
         if wrong and not problems:
@@ -190,7 +192,7 @@ def _publish(half: Path, folder: Path, written: Sequence[Mapping[str, tuple[str,
     """Give a folder its name, and write its manifest, from what each process wrote."""
     files = {name: found for own in written for name, found in sorted(own.items())}
     sums = {name: digest for name, (digest, _) in files.items()}
-    manifest = {"step": step_of(folder), "sha256": sums, "bytes": sum(size for _, size in files.values())}
+    manifest = {"step": parse_step(folder), "sha256": sums, "bytes": sum(size for _, size in files.values())}
     _remove(folder)  # of an earlier attempt at this step
     os.replace(half, folder)
     _replace(folder.with_suffix(".json"), lambda handle: handle.write(json.dumps(manifest).encode()))
@@ -202,7 +204,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 def _manifests(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step_*.json"), key=step_of)
+    return sorted(folder.glob("step_*.json"), key=parse_step)
 
 
 def _digest(file: Path) -> str:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moebench.ranks import require_device
+from moebench.ranks import check_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,13 +31,13 @@ class GroupRanks:
 
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum over ranks; see `Ranks.sum`."""
-        require_device(value, self.device)
+        check_device(value, self.device)
         summed: Tensor = _Sum.apply(value, self.group)  # type: ignore[no-untyped-call]
         return summed
 
     def gather(self, value_T: Tensor) -> Tensor:
         """Return the values of all ranks, joined; see `Ranks.gather`."""
-        require_device(value_T, self.device)
+        check_device(value_T, self.device)
         if value_T.dtype == torch.bool:
             return self.gather(value_T.to(torch.uint8)).bool()
         joined: Tensor = _Gather.apply(value_T, self.group)  # type: ignore[no-untyped-call]
@@ -90,7 +90,7 @@ def _lengths(value_T: Tensor, group: dist.ProcessGroup) -> list[int]:
     return [int(number) for number in lengths.tolist()]
 
 
-class Travel:
+class AsyncAllToAll:
     """Rows on their way between processes: `start` sends, `finish` waits; what is done between costs no time.
 
     Backward the same way in the other direction: the gradient starts where the rows were waited for and is waited
@@ -152,7 +152,7 @@ class _Start(torch.autograd.Function):
     """The first half of an all-to-all."""
 
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, travel: Travel) -> Tensor:
+    def forward(ctx: Any, x_RI: Tensor, travel: AsyncAllToAll) -> Tensor:
         ctx.travel = travel
         return travel.issue(x_RI, back=False)
 
@@ -166,7 +166,7 @@ class _Finish(torch.autograd.Function):
     """The second half."""
 
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, travel: Travel) -> Tensor:
+    def forward(ctx: Any, x_RI: Tensor, travel: AsyncAllToAll) -> Tensor:
         ctx.travel = travel
         travel.wait()
         return x_RI.view_as(x_RI)

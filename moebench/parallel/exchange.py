@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from moebench.experts.bank import Compute
-from moebench.parallel.collectives import Travel
+from moebench.parallel.collectives import AsyncAllToAll
 from moebench.parallel.traffic import Traffic
 
 
@@ -22,22 +22,22 @@ class ExpertExchange:
     """
 
     def __init__(self, group: dist.ProcessGroup, traffic: Traffic, *, overlap: bool) -> None:
-        """`overlap`: call `meanwhile` while the rows travel, else behind."""
+        """`overlap`: call `while_in_flight` while the rows travel, else behind."""
         self.group = group
         self.traffic = traffic
         self.overlap = overlap
 
-    def num_sent(self, rows_E: Tensor) -> int:
+    def count_sent_rows(self, rows_E: Tensor) -> int:
         """Return how many rows leave this process, of `rows_E` for each expert."""
         rows_WE = rows_E.view(self.group.size(), -1)
         return int(rows_WE.sum() - rows_WE[self.group.rank()].sum())
 
-    def num_here(self, rows_E: Tensor) -> int:
+    def count_local_rows(self, rows_E: Tensor) -> int:
         """Return how many rows are for the experts of this process, of `rows_E` for each expert."""
         return int(rows_E.view(self.group.size(), -1)[self.group.rank()].sum())
 
     def __call__(
-        self, compute: Compute, x_RI: Tensor, load_E: Tensor, meanwhile: Callable[[], None] | None = None
+        self, compute: Compute, x_RI: Tensor, load_E: Tensor, while_in_flight: Callable[[], None] | None = None
     ) -> Tensor:
         """Return y_RO, each row computed where its expert is; rows behind the last expert's come back as 0."""
         size = self.group.size()
@@ -47,18 +47,18 @@ class ExpertExchange:
         # The lengths of the parts must be known on the host: the one wait for a GPU in each layer.
         counts = torch.stack([sent_WE.sum(1), received_WE.sum(1)]).tolist()
         send, receive = [int(n) for n in counts[0]], [int(n) for n in counts[1]]
-        travel = Travel(send, receive, self.group, self.traffic)
+        travel = AsyncAllToAll(send, receive, self.group, self.traffic)
         started = travel.start(x_RI[: sum(send)])
-        if meanwhile is not None and self.overlap:
-            meanwhile()
+        if while_in_flight is not None and self.overlap:
+            while_in_flight()
         by_expert_R = _by_expert(received_WE)
         by_process_R = torch.empty_like(by_expert_R)
         by_process_R[by_expert_R] = torch.arange(len(by_expert_R), device=by_expert_R.device)
         rows_RI = permuted(travel.finish(started), by_expert_R, by_process_R)
         y_RO = permuted(compute(rows_RI, received_WE.sum(0)), by_process_R, by_expert_R)
-        if meanwhile is not None and not self.overlap:
-            meanwhile()
-        y_RO = Travel(receive, send, self.group, self.traffic)(y_RO)
+        if while_in_flight is not None and not self.overlap:
+            while_in_flight()
+        y_RO = AsyncAllToAll(receive, send, self.group, self.traffic)(y_RO)
         return functional.pad(y_RO, (0, 0, 0, x_RI.shape[0] - sum(send)))
 
 

@@ -28,7 +28,7 @@ def average_expert_gradients(parameters: Iterable[nn.Parameter], mesh: Mesh) -> 
         return
     if mesh.config.data > 1:
         flat = torch.cat([grad.flatten() for grad in grads])  # one exchange for all
-        dist.all_reduce(flat, group=mesh.column)
+        dist.all_reduce(flat, group=mesh.replica_group)
         for grad, summed in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
             grad.copy_(summed.view_as(grad))
     torch._foreach_div_(grads, mesh.size)

@@ -13,9 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moebench.errors import UsageError
 from moebench.parallel.collectives import GroupRanks
-from moebench.parallel.place import ONLY, Place
+from moebench.parallel.process_info import SINGLE_PROCESS, ProcessInfo
 from moebench.parallel.traffic import Traffic
-from moebench.ranks import ALONE, Alone, Ranks, Span
+from moebench.ranks import SINGLE_RANK, Ranks, SingleRank, Span
 from moebench.schema import ParallelConfig
 
 
@@ -28,9 +28,9 @@ class Mesh:
     """
 
     config: ParallelConfig = field(default_factory=ParallelConfig)
-    place: Place = ONLY
+    process_info: ProcessInfo = SINGLE_PROCESS
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    world: Ranks = ALONE
+    world: Ranks = SINGLE_RANK
     """All processes, through a communicator of their own: DDP's is busy in the backward pass."""
     row: dist.ProcessGroup | None = None
     """The processes that share a copy of the experts; None: this one has all experts."""
@@ -42,8 +42,8 @@ class Mesh:
 
     def __post_init__(self) -> None:
         """Ask of values that stay here what is asked of those that are sent: to be on the device."""
-        if self.world is ALONE:
-            object.__setattr__(self, "world", Alone(device=self.device))
+        if self.world is SINGLE_RANK:
+            object.__setattr__(self, "world", SingleRank(device=self.device))
 
     @property
     def size(self) -> int:
@@ -91,48 +91,50 @@ class Mesh:
         self.world.sum(torch.zeros(1, device=self.device)).item()  # a GPU's sum is only asked for until it is read
 
 
-ALONE_MESH = Mesh()
+SINGLE_PROCESS_MESH = Mesh()
 """One process."""
 
 
 @contextlib.contextmanager
-def open_mesh(config: ParallelConfig, place: Place, device: torch.device) -> Iterator[Mesh]:
+def open_mesh(config: ParallelConfig, process_info: ProcessInfo, device: torch.device) -> Iterator[Mesh]:
     """Join the processes of a run and leave them at the end; raise UsageError when there are not as many as asked for.
 
     After an exception the group is left as it is: to take leave would mean to wait for those that are gone.
     """
-    check_world(config, place)
-    if not place.has_group:
-        yield Mesh(config=config, place=place, device=device)
+    check_world_size(config, process_info)
+    if not process_info.has_group:
+        yield Mesh(config=config, process_info=process_info, device=device)
         return
     timeout = timedelta(seconds=config.timeout_s)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = TCPStore(place.store_host, place.store_port, is_master=False, timeout=timeout)
+    store = TCPStore(process_info.store_host, process_info.store_port, is_master=False, timeout=timeout)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=PrefixStore(place.meeting, store),
-        rank=place.rank,
-        world_size=place.world_size,
+        store=PrefixStore(process_info.namespace, store),
+        rank=process_info.rank,
+        world_size=process_info.world_size,
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
-    yield _mesh(config, place, device, timeout)
+    yield _mesh(config, process_info, device, timeout)
     dist.destroy_process_group()
 
 
-def check_world(config: ParallelConfig, place: Place) -> None:
+def check_world_size(config: ParallelConfig, process_info: ProcessInfo) -> None:
     """Raise UsageError when the processes that there are make no mesh of the size that is asked for."""
-    if config.world_size != place.world_size:
+    if config.world_size != process_info.world_size:
         raise UsageError(
             f"parallel.data={config.data} times parallel.expert={config.expert} are {config.world_size} processes,"
-            f" and {place.world_size} were started (start {config.world_size}, or set the keys to match)"
+            f" and {process_info.world_size} were started (start {config.world_size}, or set the keys to match)"
         )
-    if place.num_nodes != config.nodes:
-        raise UsageError(f"parallel.nodes={config.nodes}, and the processes were started on {place.num_nodes} nodes")
+    if process_info.num_nodes != config.nodes:
+        raise UsageError(
+            f"parallel.nodes={config.nodes}, and the processes were started on {process_info.num_nodes} nodes"
+        )
 
 
-def _mesh(config: ParallelConfig, place: Place, device: torch.device, timeout: timedelta) -> Mesh:
+def _mesh(config: ParallelConfig, process_info: ProcessInfo, device: torch.device, timeout: timedelta) -> Mesh:
     ranks = torch.arange(config.world_size).view(config.data, config.expert)
     everyone = dist.new_group(timeout=timeout)
     # Not init_device_mesh: its groups ignore the timeout, and one of the size of the world would be DDP's own.
@@ -142,7 +144,7 @@ def _mesh(config: ParallelConfig, place: Place, device: torch.device, timeout: t
     spread = config.expert > 1
     return Mesh(
         config=config,
-        place=place,
+        process_info=process_info,
         device=device,
         world=GroupRanks(everyone, device),
         row=row if spread else None,

@@ -15,7 +15,7 @@ class ReplicaError(Exception):
 
 def check_replicas(model: nn.Module, mesh: Mesh) -> None:
     """Raise ReplicaError, on all processes, naming the first tensor whose copies differ and the processes."""
-    if not mesh.place.has_group:
+    if not mesh.process_info.has_group:
         return
     named = [*model.named_parameters(), *model.named_buffers()]
     prints = torch.stack([fingerprint(_own(tensor)) for _, tensor in named])

@@ -14,36 +14,36 @@ from moebench.experts.layout import Experts
 from moebench.experts.mixed import WITHOUT_NETWORK, MixedBank
 from moebench.parallel.exchange import ExpertExchange
 from moebench.parallel.mesh import Mesh
-from moebench.ranks import ALONE, Scopes
+from moebench.ranks import SINGLE_RANK, Scopes
 from moebench.schema import BalanceConfig
 
 
-def spread_experts(model: nn.Module, mesh: Mesh, balance: BalanceConfig) -> None:
+def shard_experts(model: nn.Module, mesh: Mesh, balance: BalanceConfig) -> None:
     """Make a model one of many processes: before its weights are drawn, so that each draws its own experts only.
 
     A stack of E experts becomes a DTensor of which this process holds E / `parallel.expert`: whatever treats it like
     a plain tensor (DDP's broadcast, stock clipping) then fails instead of being wrong.
     """
     scopes = Scopes(
-        batch=mesh.world if mesh.config.scope == "global" else ALONE,
-        balance=mesh.world if balance.scope == "global" else ALONE,
+        batch=mesh.world if mesh.config.scope == "global" else SINGLE_RANK,
+        balance=mesh.world if balance.scope == "global" else SINGLE_RANK,
         world=mesh.world,
     )
     for layer in model.modules():
         if isinstance(layer, MoELayer):
             layer.scopes = scopes
-            if mesh.row is not None:
-                for bank in spread_banks(layer.bank):
+            if mesh.expert_group is not None:
+                for bank in iter_sharded_banks(layer.bank):
                     _spread(bank, mesh)
 
 
-def spread_banks(bank: Bank) -> Iterator[Bank]:
+def iter_sharded_banks(bank: Bank) -> Iterator[Bank]:
     """Yield the banks of a layer whose experts are spread: those that have networks."""
     if isinstance(bank, MixedBank):
         for group in bank.groups:
             assert isinstance(group, Bank)
-            yield from spread_banks(group)
-    elif not bank.stays:
+            yield from iter_sharded_banks(group)
+    elif not bank.is_replicated:
         yield bank
 
 
@@ -66,13 +66,13 @@ def check_spread(experts: Experts, num_processes: int, layout: str) -> None:
 
 
 def _spread(bank: Bank, mesh: Mesh) -> None:
-    assert mesh.row is not None
-    assert mesh.grid is not None
-    bank.exchange = ExpertExchange(mesh.row, mesh.traffic, overlap=mesh.config.overlap)
+    assert mesh.expert_group is not None
+    assert mesh.device_mesh is not None
+    bank.exchange = ExpertExchange(mesh.expert_group, mesh.traffic, overlap=mesh.config.overlap)
     for module in bank.modules():
         for name, whole in list(module.named_parameters(recurse=False)):
             own = torch.empty(
                 whole.shape[0] // mesh.config.expert, *whole.shape[1:], dtype=whole.dtype, device=mesh.device
             )
-            spread = DTensor.from_local(own, mesh.grid, [Replicate(), Shard(0)], run_check=False)
+            spread = DTensor.from_local(own, mesh.device_mesh, [Replicate(), Shard(0)], run_check=False)
             setattr(module, name, nn.Parameter(spread))

@@ -21,15 +21,15 @@ from torch.nn.parallel import DistributedDataParallel
 from moebench.parallel.checkpoint import VerifiedCheckpointIO
 from moebench.parallel.gradients import average_expert_gradients
 from moebench.parallel.mesh import Mesh
-from moebench.parallel.place import Place
+from moebench.parallel.process_info import ProcessInfo
 
 BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 """State under the names of parameters: how they are grouped, and where they lie, can then change."""
 
 
-def strategy_for(mesh: Mesh, checkpoint_io: VerifiedCheckpointIO) -> Strategy:
+def build_strategy(mesh: Mesh, checkpoint_io: VerifiedCheckpointIO) -> Strategy:
     """Return what trains a module on a mesh."""
-    if not mesh.place.has_group:
+    if not mesh.process_info.has_group:
         return OneProcess(device=mesh.device, checkpoint_io=checkpoint_io)
     return ManyProcesses(mesh, checkpoint_io)
 
@@ -95,13 +95,13 @@ class ManyProcesses(_StateByName, DDPStrategy):
     """DDP for what every process has a copy of; spread experts are averaged here."""
 
     def __init__(self, mesh: Mesh, checkpoint_io: VerifiedCheckpointIO) -> None:
-        place = mesh.place
+        process_info = mesh.process_info
         on_gpu = mesh.device.type == "cuda"
         super().__init__(
             parallel_devices=[
-                torch.device("cuda", n) if on_gpu else mesh.device for n in range(place.local_world_size)
+                torch.device("cuda", n) if on_gpu else mesh.device for n in range(process_info.local_world_size)
             ],
-            cluster_environment=GivenProcesses(place),
+            cluster_environment=GivenProcesses(process_info),
             checkpoint_io=checkpoint_io,
             timeout=timedelta(seconds=mesh.config.timeout_s),
             # Buffers are router state: the same everywhere by construction, checked, and never overwritten.
@@ -132,8 +132,8 @@ class ManyProcesses(_StateByName, DDPStrategy):
 class GivenProcesses(ClusterEnvironment):
     """The processes are there and have met: lightning only asks who is who."""
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
+    def __init__(self, process_info: ProcessInfo) -> None:
+        self.process_info = process_info
 
     @property
     def creates_processes_externally(self) -> bool:
@@ -143,12 +143,12 @@ class GivenProcesses(ClusterEnvironment):
     @property
     def main_address(self) -> str:
         """Where the processes met."""
-        return self.place.store_host
+        return self.process_info.store_host
 
     @property
     def main_port(self) -> int:
         """The port there."""
-        return self.place.store_port
+        return self.process_info.store_port
 
     @staticmethod
     def detect() -> bool:
@@ -157,22 +157,22 @@ class GivenProcesses(ClusterEnvironment):
 
     def world_size(self) -> int:
         """Processes of the run."""
-        return self.place.world_size
+        return self.process_info.world_size
 
     def set_world_size(self, size: int) -> None:
         """Nothing to set."""
 
     def global_rank(self) -> int:
         """Of this process."""
-        return self.place.rank
+        return self.process_info.rank
 
     def set_global_rank(self, rank: int) -> None:
         """Nothing to set."""
 
     def local_rank(self) -> int:
         """On its node."""
-        return self.place.local_rank
+        return self.process_info.local_rank
 
     def node_rank(self) -> int:
         """Of its node."""
-        return self.place.node
+        return self.process_info.node

@@ -65,7 +65,7 @@ def predicted_bytes(layers: Sequence[MoELayer], records: Sequence[LayerRecord], 
     """
     total = 0
     for layer, record in zip(layers, records, strict=True):
-        total += layer.bank.numbers_sent(_rows_E(record))
+        total += layer.bank.elements_sent(_rows_E(record))
     return 2 * element_size * total
 
 

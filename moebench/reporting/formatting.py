@@ -16,7 +16,7 @@ def signed(value: float, decimals: int | None = None) -> str:
     return f"{value:+,.{_decimals(value) if decimals is None else decimals}f}".replace("-", MINUS)
 
 
-def human(value: float | None) -> str:
+def format_count(value: float | None) -> str:
     """Format a count in thousands, millions, billions with three digits: 1.23M; a dash for None."""
     if value is None:
         return NOTHING

@@ -9,7 +9,7 @@ from torch import Tensor
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.domains import check_domains, place_of
-from moebench.routing.router import RouterConfig, Site
+from moebench.routing.router import RouterBuildContext, RouterConfig
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -31,9 +31,9 @@ def check_collaboration(config: Any) -> None:
     require(config.collaboration >= 0, "router.collaboration", config.collaboration, "at least 0")
 
 
-def num_agents(config: Any, site: Site) -> int:
+def num_agents(config: Any, context: RouterBuildContext) -> int:
     """Return how many agents there are; raise UsageError where a task has no domains for them."""
-    return check_domains(config.name, site) if config.agents == "domain" else 1
+    return check_domains(config.name, context) if config.agents == "domain" else 1
 
 
 def agent_of(ctx: RouteContext, num_agents: int, x_TD: Tensor) -> Tensor:
@@ -56,4 +56,4 @@ def acted(action_T: Tensor, num_experts: int, num_actions: int, **tables: Any) -
 def collaboration(record: LayerRecord, share_E: Tensor, coefficient: float) -> Tensor:
     """Return the reward for choosing what many chose before; 0 for choosing no expert."""
     paid_A = coefficient * torch.cat([share_E, share_E.new_zeros(1)])
-    return paid_A[record.routing.extras["action_T"]]
+    return paid_A[record.routing.token_extras["action_T"]]

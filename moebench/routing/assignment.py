@@ -28,7 +28,7 @@ MAX_ROUNDS = 20_000
 
 
 @torch.no_grad()
-def balanced_assignment(affinity_TE: Tensor, solver: Solver) -> Tensor:
+def solve_balanced_assignment(affinity_TE: Tensor, solver: Solver) -> Tensor:
     """Return expert_T, the expert of each token, at most ceil(T/E) tokens for each: the best assignment there is.
 
     Solvers differ in time alone. exact: SciPy on the CPU. auction: an auction within T·range/200 of the optimum, then

@@ -27,7 +27,7 @@ def token_vectors(pairs_VV: Tensor) -> Tensor:
     return functional.normalize(left_VD[:, :DIMENSIONS] * size_D[:DIMENSIONS].sqrt(), dim=1)
 
 
-def clustered_table(pairs_VV: Tensor, num_experts: int, seed: int) -> Tensor:
+def cluster_token_ids(pairs_VV: Tensor, num_experts: int, seed: int) -> Tensor:
     """Return the expert of each id, int64 [V]: k-means clusters of their vectors."""
     from scipy.cluster.vq import kmeans2
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moebench.routing.context import RouteContext
 from moebench.routing.level import Level
-from moebench.routing.router import Router, Site
+from moebench.routing.router import Router, RouterBuildContext
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -24,15 +24,15 @@ class GroupedRouting(Routing):
     outer: Routing | None = None
     """Over the groups, where a router picks them."""
 
-    def of_tokens(self, start: int, num_tokens: int) -> "GroupedRouting":
+    def slice_tokens(self, start: int, num_tokens: int) -> "GroupedRouting":
         """Return the part that concerns some tokens, with that of what each router said."""
-        own = super().of_tokens(start, num_tokens)
+        own = super().slice_tokens(start, num_tokens)
         assert isinstance(own, GroupedRouting)
         return replace(
             own,
-            parts=tuple(part.of_tokens(start, num_tokens) for part in self.parts),
+            parts=tuple(part.slice_tokens(start, num_tokens) for part in self.parts),
             picked_TG=None if self.picked_TG is None else self.picked_TG[start : start + num_tokens],
-            outer=None if self.outer is None else self.outer.of_tokens(start, num_tokens),
+            outer=None if self.outer is None else self.outer.slice_tokens(start, num_tokens),
         )
 
 
@@ -47,14 +47,16 @@ class GroupedRouter(Router):
     algorithm brings itself is the mean over all routers, every other loss is one over the flat routing.
     """
 
-    def __init__(self, router_class: type[Router], config: Any, site: Site, groups: int, *, pick_groups: bool) -> None:
-        super().__init__(config, site)
-        self.group_size = site.num_experts // groups
+    def __init__(
+        self, router_class: type[Router], config: Any, context: RouterBuildContext, groups: int, *, pick_groups: bool
+    ) -> None:
+        super().__init__(config, context)
+        self.group_size = context.num_experts // groups
         self.inner_k = router_class.experts_per_token(config, self.group_size)
-        above = replace(site, num_experts=groups, level=Level(num_below=self.group_size))
+        above = replace(context, num_experts=groups, level=Level(num_below=self.group_size))
         self.outer = router_class(config, above) if pick_groups else None
         levels = [Level(num_above=groups) if pick_groups else Level(group=group) for group in range(groups)]
-        sites = [replace(site, num_experts=self.group_size, level=level) for level in levels]
+        sites = [replace(context, num_experts=self.group_size, level=level) for level in levels]
         self.inner = nn.ModuleList(router_class(config, below) for below in sites)
         self.consistency = self._routers[0].consistency
 
@@ -92,12 +94,12 @@ class GroupedRouter(Router):
     @property
     def needs_whole_batch(self) -> bool:
         """As the routers that it is made of."""
-        return any(router.needs_whole_batch for router in self._routers)
+        return any(router.traits.needs_whole_batch for router in self._routers)
 
     @property
     def has_variable_k(self) -> bool:
         """As the routers that it is made of."""
-        return any(router.has_variable_k for router in self._routers)
+        return any(router.traits.has_variable_k for router in self._routers)
 
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
         """Return the mean over all routers of each loss that the algorithm brings itself."""
@@ -115,19 +117,19 @@ class GroupedRouter(Router):
     @property
     def has_state(self) -> bool:
         """As the routers that it is made of."""
-        return any(router.has_state for router in self._routers)
+        return any(router.traits.has_state for router in self._routers)
 
-    def sums(self, record: LayerRecord) -> dict[str, Tensor]:
+    def statistics(self, record: LayerRecord) -> dict[str, Tensor]:
         """Return the sums of each router under its number; the one above comes last."""
         found = enumerate(self._records(record))
-        return {f"{n}.{name}": value for n, (router, part) in found for name, value in router.sums(part).items()}
+        return {f"{n}.{name}": value for n, (router, part) in found for name, value in router.statistics(part).items()}
 
-    def after_step(self, load_E: Tensor, sums: Mapping[str, Tensor]) -> None:
-        """Hand each router its own sums and loads; a group's load is that of its experts over their k."""
+    def after_step(self, load_E: Tensor, statistics: Mapping[str, Tensor]) -> None:
+        """Hand each router its own statistics and loads; a group's load is that of its experts over their k."""
 
         def own(number: int) -> dict[str, Tensor]:
             prefix = f"{number}."
-            return {name.removeprefix(prefix): value for name, value in sums.items() if name.startswith(prefix)}
+            return {name.removeprefix(prefix): value for name, value in statistics.items() if name.startswith(prefix)}
 
         load_GE = load_E.view(-1, self.group_size)
         for number, (router, load) in enumerate(zip(self._routers, load_GE, strict=True)):

@@ -26,7 +26,7 @@ class RouteContext:
     """bool, False at padding alone, for routers that look at a token's neighbours; None: as `valid_T`. In a group of
     experts `valid_T` is False too for tokens that the router above sent elsewhere."""
     domain_T: Tensor | None = None
-    """int64 domain of each token; in evaluation from `Site.num_domains` on for domains that are not trained on."""
+    """int64 domain of each token; in evaluation from `RouterBuildContext.num_domains` on for domains that are not trained on."""
     label_T: Tensor | None = None
     """int64: to which expert each token belongs, by number; of made data alone, for the router `oracle`."""
     embedding_TD: Tensor | None = None

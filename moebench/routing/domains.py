@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from moebench.errors import UsageError
-from moebench.routing.router import Site
+from moebench.routing.router import RouterBuildContext
 
 
-def check_domains(name: str, site: Site) -> int:
+def check_domains(name: str, context: RouterBuildContext) -> int:
     """Return the number of domains; raise UsageError where the task has none."""
-    if not site.num_domains:
+    if not context.data.num_domains:
         raise UsageError(f"router.name: '{name}' routes by domain, which this task does not have")
-    return site.num_domains
+    return context.data.num_domains
 
 
 def with_mean(value: Tensor, dim: int = 0) -> Tensor:

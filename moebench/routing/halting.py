@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.router import Router, Site
+from moebench.routing.router import Form, Router, RouterBuildContext
 
 
 class HaltingRouter(Router):
@@ -21,12 +21,12 @@ class HaltingRouter(Router):
     steps weigh. Alone, without a layer that brings the experts, the state stays x.
     """
 
-    is_chain = True
+    form = Form.CHAIN
 
-    def __init__(self, config: Any, site: Site, start: float) -> None:
+    def __init__(self, config: Any, context: RouterBuildContext, start: float) -> None:
         """`start`: the bias b at the beginning."""
-        super().__init__(config, site)
-        self.gate = Gate(site.d_model, 1)
+        super().__init__(config, context)
+        self.gate = Gate(context.d_model, 1)
         self.bias = nn.Parameter(torch.empty(1))
         self.start = start
 

@@ -211,7 +211,7 @@ def squared_variation(value_E: Tensor) -> Tensor:
     return value_E.var(unbiased=False) / (value_E.mean().square() + 1e-10)
 
 
-def raw_losses(router: Router, record: LayerRecord, names: Collection[str]) -> dict[str, Tensor]:
+def compute_raw_losses(router: Router, record: LayerRecord, names: Collection[str]) -> dict[str, Tensor]:
     """Return the named losses of a layer, those that the router brings itself before those that all share."""
     own = router.losses(record) if names else {}
     return {name: own[name] if name in own else LOSSES.get(name).item(record) for name in names}

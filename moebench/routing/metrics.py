@@ -97,7 +97,7 @@ def label_table(routing: AnyRouting, label_T: Tensor, num_labels: int) -> Tensor
     if isinstance(routing, MergeRouting):
         return table_YE.index_add(0, label_T, routing.weight_TE.double())
     if isinstance(routing, SoftRouting):
-        weight_TS = routing.ungrouped(routing.combine_BLS).double()
+        weight_TS = routing.to_tokens(routing.combine_BLS).double()
         weight_TEP = weight_TS.view(-1, routing.num_experts, routing.slots_per_expert)  # of no tokens as well
         return table_YE.index_add(0, label_T, weight_TEP.sum(-1))
     pair_N = label_T[routing.token_N] * routing.num_experts + routing.expert_N
@@ -127,7 +127,7 @@ def label_information(table_YE: Tensor) -> float | None:
     return min(float(label_parts(table_YE).sum()) / entropy, 1.0) if int((share_Y > 0).sum()) > 1 else None
 
 
-def summarise(counts: Sequence[LoadCount]) -> dict[str, float]:
+def summarise_load(counts: Sequence[LoadCount]) -> dict[str, float]:
     """Return the load metrics of a model: each computed per layer, then averaged over its MoE layers."""
     if not counts:
         return {}

@@ -54,7 +54,7 @@ class SoftRouting:
         shape = *self.dispatch_BLS.shape[:2], value_TX.shape[-1]
         if self.place_T is None:
             return value_TX.view(shape)
-        return in_places(value_TX, self.place_T, shape[0] * shape[1]).view(shape)
+        return scatter_to_groups(value_TX, self.place_T, shape[0] * shape[1]).view(shape)
 
     def ungrouped(self, value_BLX: Tensor) -> Tensor:
         """Return what stands at each token's place, [T, X]."""
@@ -93,7 +93,7 @@ class SoftRouting:
     @property
     def experts_per_token_T(self) -> Tensor:
         """Experts that a token gets something back from, int64: all of them, or none for padding."""
-        combine_TS = self.ungrouped(self.combine_BLS.detach())
+        combine_TS = self.to_tokens(self.combine_BLS.detach())
         weight_TEP = combine_TS.reshape(-1, self.num_experts, self.slots_per_expert)
         return (weight_TEP.sum(-1) > 0).sum(-1)
 
@@ -166,17 +166,17 @@ class MergeRouting:
 
     def segments(self, value_TX: Tensor) -> Tensor:
         """Return a value of each token by segments, [G, segment_length, X]; 0 where a last segment is shorter."""
-        return by_segments(value_TX, self.sequence_length, self.segment_length)
+        return split_into_segments(value_TX, self.sequence_length, self.segment_length)
 
     def tokens(self, value_GSX: Tensor) -> Tensor:
         """Return what the segments give their tokens, [T, X]; 0 for padding."""
-        length = num_segments(self.sequence_length, self.segment_length) * self.segment_length
+        length = count_segments(self.sequence_length, self.segment_length) * self.segment_length
         value_BLX = value_GSX.reshape(-1, length, value_GSX.shape[-1])[:, : self.sequence_length]
         value_TX = value_BLX.reshape(self.num_tokens, value_GSX.shape[-1])
         return value_TX if self.valid_T is None else value_TX * self.valid_T.unsqueeze(-1)
 
     def _of_tokens(self, value_GE: Tensor) -> Tensor:
-        of_one = num_segments(self.sequence_length, self.segment_length)
+        of_one = count_segments(self.sequence_length, self.segment_length)
         value_BLE = value_GE.repeat_interleave(self.segment_length, dim=0).view(
             -1, of_one * self.segment_length, self.num_experts
         )
@@ -191,17 +191,17 @@ def softmax_over_tokens(logits_BLS: Tensor, valid_BL1: Tensor | None) -> Tensor:
     return logits_BLS.masked_fill(~valid_BL1, torch.finfo(logits_BLS.dtype).min).softmax(1) * valid_BL1
 
 
-def in_places(value_TX: Tensor, place_T: Tensor, num_places: int) -> Tensor:
+def scatter_to_groups(value_TX: Tensor, place_T: Tensor, num_places: int) -> Tensor:
     """Return the values where their tokens stand, [places, X], and 0 at empty places."""
     return value_TX.new_zeros(num_places, value_TX.shape[-1]).index_copy(0, place_T, value_TX)
 
 
-def num_segments(sequence_length: int, segment_length: int) -> int:
+def count_segments(sequence_length: int, segment_length: int) -> int:
     """Return how many segments a sequence has, the last one perhaps shorter."""
     return -(-sequence_length // segment_length)
 
 
-def by_segments(value_TX: Tensor, sequence_length: int, segment_length: int) -> Tensor:
+def split_into_segments(value_TX: Tensor, sequence_length: int, segment_length: int) -> Tensor:
     """Return a value of each token by segments of its sequence, [G, segment_length, X], filled up with 0."""
     value_BLX = value_TX.view(-1, sequence_length, value_TX.shape[-1])
     missing = -sequence_length % segment_length

@@ -12,7 +12,7 @@ from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate, gumbel
 from moebench.routing.ranking import rank_top_k
-from moebench.routing.router import Router, RouterConfig, Site
+from moebench.routing.router import Router, RouterBuildContext, RouterConfig
 from moebench.routing.values import LayerRecord
 
 
@@ -44,10 +44,10 @@ class PolicyRouter(Router):
     mean: Tensor
     num_steps: Tensor
 
-    def __init__(self, config: Any, site: Site) -> None:
-        super().__init__(config, site)
+    def __init__(self, config: Any, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
         self.options = config
-        self.value = Gate(site.d_model, 1) if config.baseline == "learned" else None
+        self.value = Gate(context.d_model, 1) if config.baseline == "learned" else None
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
 
@@ -72,7 +72,7 @@ class PolicyRouter(Router):
 
     def objective(self, record: LayerRecord) -> Tensor:
         """Return the policy gradient, the entropy and the error of the baseline of each token as one loss."""
-        options, extras = self.options, record.routing.extras
+        options, extras = self.options, record.routing.token_extras
         better_T = self._over_mean(self.reward(record))
         advantage_T = (better_T - extras["value_T"] if "value_T" in extras else better_T).detach()
         loss_T: Tensor = -options.policy * advantage_T * extras["log_policy_T"] - options.entropy * extras["entropy_T"]
@@ -86,16 +86,16 @@ class PolicyRouter(Router):
         mean_T: Tensor = torch.where(self.num_steps > 0, self.mean, reward_T)
         return reward_T - mean_T
 
-    def sums(self, record: LayerRecord) -> dict[str, Tensor]:
+    def statistics(self, record: LayerRecord) -> dict[str, Tensor]:
         """Return the sum of rewards, and of how many tokens."""
         reward_T = self.reward(record).double()
         valid_T = torch.ones_like(reward_T) if record.valid_T is None else record.valid_T.double()
         return {"reward": (reward_T * valid_T).sum(), "tokens": valid_T.sum()}
 
     @torch.no_grad()
-    def after_step(self, load_E: Tensor, sums: Mapping[str, Tensor]) -> None:
+    def after_step(self, load_E: Tensor, statistics: Mapping[str, Tensor]) -> None:
         """Move the running mean; a step without tokens changes nothing."""
-        follow(self.mean, sums["reward"], sums["tokens"], self.num_steps, self.options.decay)
+        follow(self.mean, statistics["reward"], statistics["tokens"], self.num_steps, self.options.decay)
 
 
 def follow(mean: Tensor, summed: Tensor, count: Tensor, num_steps: Tensor, decay: float) -> None:

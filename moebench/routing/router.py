@@ -148,7 +148,7 @@ class Router(nn.Module):
         return False
 
     @classmethod
-    def sequences_together(cls, config: Any) -> int:
+    def sequence_group_size(cls, config: Any) -> int:
         """Sequences, one after another, that are computed together: each process must hold a multiple of it."""
         return 1
 

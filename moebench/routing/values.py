@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moebench.ranks import ALONE, Ranks
+from moebench.ranks import SINGLE_RANK, Ranks
 from moebench.routing.mixing import MergeRouting, SoftRouting
 
 
@@ -127,7 +127,7 @@ class Routing:
             kept_N=None,
         )
 
-    def of_tokens(self, start: int, num_tokens: int) -> "Routing":
+    def slice_tokens(self, start: int, num_tokens: int) -> "Routing":
         """Return the part of a whole batch's routing that concerns tokens start ... start + num_tokens - 1.
 
         Extras that have a number per token (names that end in _T) are cut; the others stay those of the batch.
@@ -203,8 +203,8 @@ class LayerRecord:
     """Tokens of one sequence; T is a multiple of it. None: not known."""
     flops_E: tuple[int, ...] = ()
     """Forward FLOPs of one row through each expert of the layer; empty: not known, taken to be equal."""
-    ranks: Ranks = ALONE
-    """Over whose tokens losses take their sums and means: those of all processes, or ALONE."""
+    ranks: Ranks = SINGLE_RANK
+    """Over whose tokens losses take their sums and means: those of all processes, or SINGLE_RANK."""
     token_loss_T: Tensor | None = None
     """Task loss of each token in nats, without gradient; None until the task has judged the model's output."""
 

@@ -14,7 +14,7 @@ from moebench.cores import available_cores
 PACKAGES = ("torch", "lightning", "numpy", "datasets", "tokenizers", "mlflow", "scipy", "statsmodels")
 
 
-def environment(threads: int) -> dict[str, Any]:
+def collect_environment(threads: int) -> dict[str, Any]:
     """Return the environment of a run, ready for JSON."""
     commit = _git("rev-parse", "HEAD")
     return {

@@ -30,7 +30,7 @@ class Point:
 
 
 @lru_cache(maxsize=4096)
-def valid_name(name: str) -> bool:
+def is_valid_metric_name(name: str) -> bool:
     """Say whether a tracker accepts this metric name: one bad name would make it refuse a whole batch."""
     # Names are also paths in some stores: 'a//b' and '../a' are refused there.
     escapes = name.startswith(("/", "..")) or name == "."
@@ -56,7 +56,7 @@ class Journal:
         Raises ValueError for a metric name that no tracker would accept and OSError for a full disk.
         """
         for name in metrics:
-            if not valid_name(name):
+            if not is_valid_metric_name(name):
                 raise ValueError(f"metric name {name!r}: allowed are letters, digits and _ - . : / space")
         values = {name: _to_json(float(value)) for name, value in metrics.items()}
         point = {"step": int(step), "time": clock.time() if time is None else float(time), "metrics": values}
@@ -130,7 +130,7 @@ def _points(path: Path, content: bytes, offset: int) -> Iterator[Point]:
 def _parse(line: bytes, end: int) -> Point:
     raw = json.loads(line)
     metrics = {name: float(value) for name, value in raw["metrics"].items()}
-    bad = [name for name in metrics if not valid_name(name)]
+    bad = [name for name in metrics if not is_valid_metric_name(name)]
     if bad:
         raise ValueError(f"metric name {bad[0]!r}")
     return Point(step=int(raw["step"]), time=float(raw["time"]), metrics=metrics, end=end)

@@ -29,7 +29,7 @@ class RunResult:
     marks: tuple[str, ...]  # such as "non-causal"
     config: dict[str, Any]  # resolved
     validation: dict[str, float] = field(default_factory=dict)  # final, on the validation split
-    fault: str = ""  # of a failure, its kind: DIVERGED, or one of `judgement`
+    fault: str = ""  # of a failure, its kind: Fault.DIVERGED, or one of `judgement`
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON-ready values."""

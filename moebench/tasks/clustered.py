@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from moebench.errors import require
 from moebench.ranks import Span
-from moebench.seeds import generator
+from moebench.seeds import make_generator
 from moebench.tasks.task import ALL, TASKS, Batch, LabelKind, Task, TaskFacts
 
 
@@ -85,7 +85,7 @@ class Clustered(Task):
         self.config = config
         self.sequence_length = config.sequence_length
         self.digest = self.eval_digest = self.source_digest(config)
-        source = generator("clustered", config.data_seed)
+        source = make_generator("clustered", config.data_seed)
         self.centre_YW = torch.randn(config.num_clusters, config.width, generator=source)
         self.map_YWV = torch.randn(config.num_clusters, config.width, config.width, generator=source)
         self.map_YWV *= config.width**-0.5
@@ -118,7 +118,7 @@ class Clustered(Task):
         return [self._batch(self.config.eval_sequences, split)]
 
     def _batch(self, size: int, *purpose: object) -> Batch:
-        config, source = self.config, generator("clustered", self.config.data_seed, *purpose)
+        config, source = self.config, make_generator("clustered", self.config.data_seed, *purpose)
         shape = (size, self.sequence_length)
         label_BL = torch.randint(config.num_clusters, shape, generator=source)
         away_BLW = config.spread * torch.randn(*shape, config.width, generator=source)
@@ -138,11 +138,11 @@ class Clustered(Task):
         away_BLW = (input_BLW - centre_YW[label_BL]) / self.config.spread
         return (map_YWV[label_BL] @ away_BLW[..., None])[..., 0]
 
-    def embedding(self, d_model: int) -> nn.Module:
+    def build_embedding(self, d_model: int) -> nn.Module:
         """Return a projection."""
         return VectorEmbedding(self.config.width, d_model, bias=False)
 
-    def head(self, d_model: int) -> nn.Module:
+    def build_head(self, d_model: int) -> nn.Module:
         """Return a projection."""
         return VectorHead(d_model, self.config.width, bias=False)
 
@@ -150,7 +150,7 @@ class Clustered(Task):
         """Return half the squared error of each token, in fp32."""
         return 0.5 * (output.float() - batch.target_BP).square().sum(-1)
 
-    def sums(self, output: Tensor, batch: Batch) -> Mapping[str, Tensor]:
+    def compute_sums(self, output: Tensor, batch: Batch) -> Mapping[str, Tensor]:
         """Return the squared errors of the model and of the generating maps, and how many numbers there are."""
         assert batch.label_BL is not None
         best_BLW = self.mapped(batch.input_BL, batch.label_BL)
@@ -158,7 +158,7 @@ class Clustered(Task):
         squares = {name: (y.double() - batch.target_BP).square().sum((1, 2)) for name, y in errors.items()}
         return squares | {"numbers": batch.weight_BP.sum(1)}
 
-    def quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+    def compute_quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the mean squared error, and its excess over that of the generating maps."""
         number = float(sums["numbers"].sum())
         model, maps = float(sums["model"].sum()) / number, float(sums["maps"].sum()) / number

@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from moebench.errors import UsageError, require
 from moebench.ranks import Span
-from moebench.seeds import generator
-from moebench.tasks.task import ALL, TASKS, Batch, LabelKind, Task, TaskFacts, by_domain
+from moebench.seeds import make_generator
+from moebench.tasks.task import ALL, TASKS, Batch, LabelKind, Task, TaskFacts, average_by_domain
 from moebench.tasks.text.documents import TextDataConfig, source_digest
 from moebench.tasks.text.kinds import TOKEN_KINDS
 from moebench.tasks.text.windows import (
@@ -166,11 +166,11 @@ class TextTask(Task):
         token_BM, byte_BM = map(torch.from_numpy, split.window(window_B))
         return self.make(token_BM, byte_BM, torch.from_numpy(split.domain_W[window_B].astype(np.int64)), uniform)
 
-    def embedding(self, d_model: int) -> nn.Module:
+    def build_embedding(self, d_model: int) -> nn.Module:
         """Return a token table."""
         return TokenEmbedding(self.vocab_size, d_model)
 
-    def head(self, d_model: int) -> nn.Module:
+    def build_head(self, d_model: int) -> nn.Module:
         """Return the projection to the vocabulary."""
         return TokenHead(d_model, self.vocab_size, bias=False)
 
@@ -180,14 +180,16 @@ class TextTask(Task):
         loss_T = functional.cross_entropy(logits_TV, batch.target_BP.reshape(-1), reduction="none")
         return loss_T.view_as(batch.target_BP)
 
-    def quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+    def compute_quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Return bits per byte over the domains of training, out of domain and for each: code length over bytes."""
-        return by_domain(self.metric, sums["nats"] / math.log(2), sums["weight"], self.domains, self.num_held_out)
+        return average_by_domain(
+            self.metric, sums["nats"] / math.log(2), sums["weight"], self.domains, self.num_held_out
+        )
 
 
 def uniform_draws(num_sequences: int, *purpose: object, part: slice = ALL) -> Uniform:
     """Return what draws for `num_sequences` and keeps a part: a process draws what one process would."""
-    source = generator(*purpose)
+    source = make_generator(*purpose)
     return lambda number: torch.rand(num_sequences, number, dtype=torch.float64, generator=source)[part]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moebench.errors import require
 from moebench.tasks.language import TextConfig, TextTask, TokenHead, Uniform
-from moebench.tasks.task import TASKS, Batch, TaskFacts, by_domain
+from moebench.tasks.task import TASKS, Batch, TaskFacts, average_by_domain
 from moebench.tasks.text.windows import PreparedText
 
 MASKED, RANDOM = 0.8, 0.1
@@ -80,17 +80,19 @@ class MaskedLanguage(TextTask):
         """Return the text without masks: they hide where words begin."""
         return batch.target_BP
 
-    def head(self, d_model: int) -> nn.Module:
+    def build_head(self, d_model: int) -> nn.Module:
         """Return the projection to the vocabulary of the text: nobody says the mask token."""
         return TokenHead(d_model, self.text.vocab_size, bias=False)
 
-    def sums(self, output: Tensor, batch: Batch) -> Mapping[str, Tensor]:
+    def compute_sums(self, output: Tensor, batch: Batch) -> Mapping[str, Tensor]:
         """Add to code length and bytes of the hidden tokens how many they are and how many are guessed right."""
         assert batch.count_BP is not None
         right_BP = (output.argmax(-1) == batch.target_BP) & (batch.count_BP > 0)
-        return {**super().sums(output, batch), "right": right_BP.sum(1), "hidden": batch.count_BP.sum(1)}
+        return {**super().compute_sums(output, batch), "right": right_BP.sum(1), "hidden": batch.count_BP.sum(1)}
 
-    def quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+    def compute_quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Return bits per byte of the hidden tokens, and the share of them whose best guess is right."""
         right, hidden = sums["right"], sums["hidden"]
-        return super().quality(sums) | by_domain("masked_accuracy", right, hidden, self.domains, self.num_held_out)
+        return super().compute_quality(sums) | average_by_domain(
+            "masked_accuracy", right, hidden, self.domains, self.num_held_out
+        )

@@ -10,7 +10,7 @@ from torch.nn import functional
 from moebench.tasks.audio.clips import AudioDataConfig
 from moebench.tasks.audio.task import AudioConfig, AudioTask
 from moebench.tasks.audio.transcripts import character_errors, collapsed, word_errors
-from moebench.tasks.task import TASKS, Batch, LabelKind, TaskFacts, by_domain
+from moebench.tasks.task import TASKS, Batch, LabelKind, TaskFacts, average_by_domain
 
 BLANK = 0
 """The class of CTC that says nothing; symbol s of the data is class s + 1."""
@@ -68,7 +68,7 @@ class Speech(AudioTask):
         )
         return loss_B.unsqueeze(1).to(output.device)
 
-    def sums(self, output: Tensor, batch: Batch) -> Mapping[str, Tensor]:
+    def compute_sums(self, output: Tensor, batch: Batch) -> Mapping[str, Tensor]:
         """Return errors and sizes in characters and words, by the best class of each position."""
         answers, texts = self.answers(output, batch), [self._text(row) for row in batch.target_BP.tolist()]
         found = {
@@ -78,7 +78,10 @@ class Speech(AudioTask):
             "words": [len(text.split()) for text in texts],
         }
         counts = {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
-        return {**super().sums(output, batch), **{name: value.to(output.device) for name, value in counts.items()}}
+        return {
+            **super().compute_sums(output, batch),
+            **{name: value.to(output.device) for name, value in counts.items()},
+        }
 
     def answers(self, output: Tensor, batch: Batch) -> list[str]:
         """Return what the model says of each utterance."""
@@ -89,12 +92,12 @@ class Speech(AudioTask):
     def _text(self, classes: Sequence[int]) -> str:
         return "".join(self.audio.symbols[c - 1] for c in classes if c != BLANK)
 
-    def quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+    def compute_quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Return character and word error rate over all recordings and by language, and nats per character."""
         return {
-            **by_domain("cer", sums["character_errors"], sums["characters"], self.domains, self.num_held_out),
-            **by_domain("wer", sums["word_errors"], sums["words"], self.domains, self.num_held_out),
-            **by_domain("nats", sums["nats"], sums["weight"], self.domains, self.num_held_out),
+            **average_by_domain("cer", sums["character_errors"], sums["characters"], self.domains, self.num_held_out),
+            **average_by_domain("wer", sums["word_errors"], sums["words"], self.domains, self.num_held_out),
+            **average_by_domain("nats", sums["nats"], sums["weight"], self.domains, self.num_held_out),
         }
 
 
@@ -142,14 +145,14 @@ class Keyword(AudioTask):
         loss_B = functional.cross_entropy(self._logits(output, batch), batch.target_BP[:, 0], reduction="none")
         return loss_B.unsqueeze(1)
 
-    def sums(self, output: Tensor, batch: Batch) -> Mapping[str, Tensor]:
+    def compute_sums(self, output: Tensor, batch: Batch) -> Mapping[str, Tensor]:
         """Return which recordings are named right."""
         right_B = self._logits(output, batch).argmax(-1) == batch.target_BP[:, 0]
-        return {**super().sums(output, batch), "right": right_B}
+        return {**super().compute_sums(output, batch), "right": right_B}
 
-    def quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+    def compute_quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the share of recordings named right and nats per recording, over all and by domain."""
         return {
-            **by_domain("accuracy", sums["right"], sums["weight"], self.domains, self.num_held_out),
-            **by_domain("nats", sums["nats"], sums["weight"], self.domains, self.num_held_out),
+            **average_by_domain("accuracy", sums["right"], sums["weight"], self.domains, self.num_held_out),
+            **average_by_domain("nats", sums["nats"], sums["weight"], self.domains, self.num_held_out),
         }

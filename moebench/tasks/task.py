@@ -65,7 +65,7 @@ class Batch:
         return self.weight_BP.shape[1]
 
     @property
-    def of_decoder(self) -> "Batch":
+    def decoder_batch(self) -> "Batch":
         """Return the batch as the decoder sees it: `input_BL` and `valid_BL` are those of its positions."""
         assert self.decoder_input_BP is not None
         own = replace(self, input_BL=self.decoder_input_BP, valid_BL=self.decoder_valid_BP, label_BL=None)
@@ -77,7 +77,7 @@ class Batch:
 
     def part(self, span: Span) -> "Batch":
         """Return the sequences of one process."""
-        return replace(self._each(lambda tensor: tensor[span.part] if tensor.dim() else tensor), span=span)
+        return replace(self._each(lambda tensor: tensor[span.as_slice] if tensor.dim() else tensor), span=span)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -99,15 +99,15 @@ class LabelKind:
     """What the labels 0, 1, ... stand for."""
     read: Callable[[Batch], Tensor]
     """The label of each position of a batch that the experts see, int64, of a shape that broadcasts to [B, L]; at
-    padding any of the labels. An encoder-decoder is asked for each half apart (`Batch.of_decoder`)."""
+    padding any of the labels. An encoder-decoder is asked for each half apart (`Batch.decoder_batch`)."""
 
 
-def domain_labels(domains: Sequence[str]) -> LabelKind:
+def domain_label_kind(domains: Sequence[str]) -> LabelKind:
     """Return the domain of a token's sequence as a kind of label."""
     return LabelKind(name="domain", values=tuple(domains), read=lambda batch: batch.domain_B.unsqueeze(1))
 
 
-def part_labels() -> LabelKind:
+def position_label_kind() -> LabelKind:
     """Return the part of its sequence in which a token stands, of NUM_PARTS as long as each other."""
     parts = tuple(f"{part + 1}/{NUM_PARTS}" for part in range(NUM_PARTS))
     return LabelKind(name="position", values=parts, read=_part_BL)
@@ -191,9 +191,9 @@ class Task(ABC):
 
     def label_kinds(self) -> tuple[LabelKind, ...]:
         """Return the kinds of labels of tokens, of which an evaluation says how much of each the experts know."""
-        return domain_labels(self.domains), part_labels()
+        return domain_label_kind(self.domains), position_label_kind()
 
-    def num_positions(self, batch_size: int, seed: int, step: int) -> int:
+    def count_positions(self, batch_size: int, seed: int, step: int) -> int:
         """Count the positions of the training batch of one step, padding left out: what throughput is measured in."""
         return batch_size * self.tokens_per_sequence
 
@@ -205,18 +205,18 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def embedding(self, d_model: int) -> nn.Module:
+    def build_embedding(self, d_model: int) -> nn.Module:
         """Return the module input_BL -> x_BLD."""
 
     @abstractmethod
-    def head(self, d_model: int) -> nn.Module:
+    def build_head(self, d_model: int) -> nn.Module:
         """Return the module x_BLD -> whatever `loss` reads."""
 
     @abstractmethod
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         """Return loss_BP in nats, one number for each prediction; what it is where `count_BP` is 0 does not matter."""
 
-    def sums(self, output: Tensor, batch: Batch) -> Mapping[str, Tensor]:
+    def compute_sums(self, output: Tensor, batch: Batch) -> Mapping[str, Tensor]:
         """Return what `quality` needs, summed over each sequence: tensors whose first dimension is B."""
         nats_BP, weight_BP = self.loss(output, batch).double(), batch.weight_BP.double()
         if batch.count_BP is not None:
@@ -236,11 +236,11 @@ class Task(ABC):
         return {}
 
     @abstractmethod
-    def quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+    def compute_quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the metrics from what `sums` returned, added up over an evaluation set: by domain, in fp64."""
 
 
-def by_domain(
+def average_by_domain(
     name: str, sum_D: Tensor, weight_D: Tensor, domains: Sequence[str], num_held_out: int = 0
 ) -> dict[str, float]:
     """Return `name`, the ratio of the sums over all domains, and `name/DOMAIN` for each domain with any weight.

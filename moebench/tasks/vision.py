@@ -19,7 +19,7 @@ from moebench.tasks.images.few_shot import FewShotConfig, few_shot_accuracy
 from moebench.tasks.images.patches import ClassHead, PatchEmbedding, patch_labels, patches_of, pooled
 from moebench.tasks.images.prepared import ImageSplit, PreparedImages, prepare
 from moebench.tasks.images.sources import source_digest
-from moebench.tasks.task import ALL, TASKS, Batch, LabelKind, Task, TaskFacts, by_domain, domain_labels
+from moebench.tasks.task import ALL, TASKS, Batch, LabelKind, Task, TaskFacts, average_by_domain, domain_label_kind
 from moebench.tasks.text.windows import train_window_indices
 
 MOST_CLASSES = 32
@@ -122,7 +122,7 @@ class Vision(Task):
         names = tuple(self.images.classes[label] for label in self.class_of_K)
         places, label_L = patch_labels(config.data.size // config.patch, with_class_token=config.pooling != "mean")
         return (
-            domain_labels(self.domains),
+            domain_label_kind(self.domains),
             LabelKind(name="class", values=names, read=lambda batch: batch.target_BP),
             LabelKind(name="position", values=places, read=lambda batch: label_L.to(batch.target_BP.device)[None]),
         )
@@ -162,14 +162,14 @@ class Vision(Task):
             domain_B=torch.from_numpy(domain_B.astype(np.int64)),
         )
 
-    def embedding(self, d_model: int) -> PatchEmbedding:
+    def build_embedding(self, d_model: int) -> PatchEmbedding:
         """Return the map of patches to vectors."""
         data, with_class_token = self.config.data, self.config.pooling == "class_token"
         num_patches = self.sequence_length - with_class_token
         width = self.config.patch**2 * data.num_channels
         return PatchEmbedding(num_patches, width, d_model, with_class_token=with_class_token)
 
-    def head(self, d_model: int) -> ClassHead:
+    def build_head(self, d_model: int) -> ClassHead:
         """Return the pooling and the projection to the classes."""
         return ClassHead(d_model, len(self.class_of_K), self.config.pooling)
 
@@ -180,7 +180,7 @@ class Vision(Task):
         loss_B = functional.cross_entropy(output.float(), target_B, label_smoothing=smoothing, reduction="none")
         return loss_B[:, None]
 
-    def sums(self, output: Tensor, batch: Batch) -> Mapping[str, Tensor]:
+    def compute_sums(self, output: Tensor, batch: Batch) -> Mapping[str, Tensor]:
         """Return for each image what the metrics are made of."""
         target_B, logits_BK = batch.target_BP[:, 0], output.float()
         score_BK = logits_BK.softmax(-1)
@@ -197,15 +197,17 @@ class Vision(Task):
             "class_correct": one_hot_BK * correct_B[:, None],
         }
 
-    def quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+    def compute_quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Return accuracy over all domains and for each, nats, Brier score, calibration error, accuracy by class."""
         weight = sums["weight"].sum().clamp(min=1)
-        found = by_domain("accuracy", sums["correct"], sums["weight"], self.domains)
+        found = average_by_domain("accuracy", sums["correct"], sums["weight"], self.domains)
         found |= {name: (sums[name].sum() / weight).item() for name in ("nats", "brier")}
         found["ece"] = calibration_error(sums["bins"].sum(0))
         if len(self.class_of_K) <= MOST_CLASSES:
             names = [self.images.classes[label] for label in self.class_of_K]
-            by_class = by_domain("class_accuracy", sums["class_correct"].sum(0), sums["class_weight"].sum(0), names)
+            by_class = average_by_domain(
+                "class_accuracy", sums["class_correct"].sum(0), sums["class_weight"].sum(0), names
+            )
             found |= {name: value for name, value in by_class.items() if name != "class_accuracy"}
         if self.config.data.skip_broken:
             found["skipped_images"] = float(self.images.num_skipped)

@@ -68,7 +68,7 @@ def check_uri(uri: str) -> None:
     scheme = urlsplit(uri).scheme.partition("+")[0]
     if scheme not in _SCHEMES:
         raise UsageError(
-            f"--tracker {shown(uri)}: '{scheme}' is no kind of tracker; allowed: none, {', '.join(_SCHEMES)}"
+            f"--tracker {redact_credentials(uri)}: '{scheme}' is no kind of tracker; allowed: none, {', '.join(_SCHEMES)}"
         )
 
 
@@ -120,13 +120,13 @@ def quiet() -> Iterator[None]:
 def _reported(uri: str) -> Iterator[None]:
     # The edge of a foreign system: whatever goes wrong there must not reach training as anything else.
     try:
-        with quiet():
+        with quiet_mlflow():
             yield
     except (TrackerError, UsageError):
         raise
     except Exception as error:
         # Some libraries quote the whole address, password included.
-        reason = str(error).replace(urlsplit(uri).netloc or uri, urlsplit(shown(uri)).netloc or uri)
+        reason = str(error).replace(urlsplit(uri).netloc or uri, urlsplit(redact_credentials(uri)).netloc or uri)
         reason = " ".join(reason.split())[:200] or type(error).__name__
         raise unavailable(uri, f"cannot be used ({reason})") from error
 
@@ -134,7 +134,7 @@ def _reported(uri: str) -> Iterator[None]:
 def unavailable(uri: str, reason: str) -> TrackerError:
     """Build the one line that says which tracker fails, why, and what to do."""
     path = sqlite_path(uri)
-    place = f"tracker file {path}" if path else f"tracker {shown(uri)}"
+    place = f"tracker file {path}" if path else f"tracker {redact_credentials(uri)}"
     return TrackerError(f"{place} {reason}; nothing is lost: run `moebench sync` when it is repaired")
 
 

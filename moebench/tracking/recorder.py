@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from moebench.runs.folder import RunFolder, write_atomically
 from moebench.runs.journal import Journal
-from moebench.training.labels import LabelTable, labels_json
+from moebench.training.label_tables import LabelTable, label_tables_to_json
 
 
 class RunRecorder(Journal):
@@ -23,7 +23,7 @@ class RunRecorder(Journal):
 
     def record_labels(self, step: int, tables: Mapping[str, LabelTable]) -> None:
         """Write which expert takes which label, whole or not at all."""
-        write_atomically(self.labels, labels_json(step, tables))
+        write_atomically(self.labels, label_tables_to_json(step, tables))
 
     def truncate_after(self, step: int) -> None:
         """Drop the points and loads beyond a checkpointed step."""

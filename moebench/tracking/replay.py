@@ -14,7 +14,7 @@ from moebench.runs.folder import read_json
 from moebench.runs.journal import Point, read_journal
 from moebench.tracking.messages import batches, final_values, send_load, values_of
 from moebench.tracking.mlflow_store import MAX_BATCH, MlflowStore, StoredRun, TrackerError, Value, shown
-from moebench.tracking.source import RunSource, recorded_experiments
+from moebench.tracking.source import RunSource, list_recorded_experiments
 
 _STATUS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
@@ -62,7 +62,7 @@ def replay(results: Path, uri: str, experiment_name: str | None = None, live: bo
     """
     from filelock import FileLock, Timeout
 
-    grids = recorded_experiments(results)
+    grids = list_recorded_experiments(results)
     if experiment_name is not None and experiment_name not in grids:
         raise unknown("experiment", experiment_name, grids)
     report = ReplayReport()
@@ -80,7 +80,7 @@ def replay(results: Path, uri: str, experiment_name: str | None = None, live: bo
 def sendable(results: Path, experiment_name: str | None = None) -> tuple[tuple[str, int, int], ...]:
     """Return a value that changes when there may be something new to send; asks no tracker."""
     seen = []
-    for name, grid in recorded_experiments(results).items():
+    for name, grid in list_recorded_experiments(results).items():
         for cell in grid["cells"] if experiment_name in (None, name) else ():
             source = RunSource.of(results, cell["id"])
             if source.started:
@@ -233,7 +233,7 @@ class _Sender:
             entries = {}
         sent = {"next_offset": cursor.offset, "last_step": cursor.step, "finished": finished}
         entry = {"run_id": run_id, **sent}
-        entries.setdefault(shown(self.uri), {})[self.name] = entry
+        entries.setdefault(redact_credentials(self.uri), {})[self.name] = entry
         fresh = path.with_name("tracking.json.tmp")
         fresh.write_text(json.dumps(entries, indent=1))
         fresh.replace(path)

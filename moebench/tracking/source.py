@@ -55,7 +55,7 @@ class RunSource:
         return f"{zlib.crc32(b''.join(path.name.encode() + path.read_bytes() for path in files)):08x}"
 
 
-def recorded_experiments(results: Path) -> dict[str, dict[str, Any]]:
+def list_recorded_experiments(results: Path) -> dict[str, dict[str, Any]]:
     """Return every experiment of a results folder with its cells (``{"id", "arm", "seed"}``), by name.
 
     Runs whose experiment has no record of its own are gathered under the name in their cell file.

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import IO
 
 from moebench.errors import UsageError
-from moebench.tracking.mlflow_store import damage, default_uri, shown, sqlite_path
+from moebench.tracking.mlflow_store import damage, default_uri, redact_credentials, sqlite_path
 
 _START_LIMIT_S = 120.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -117,7 +117,7 @@ def _end_group(server: subprocess.Popen[bytes]) -> None:
 def _check_database(uri: str) -> None:
     path = sqlite_path(uri)
     if path is None:
-        raise UsageError(f"tracker {shown(uri)} is a server with pages of its own: open it in a browser")
+        raise UsageError(f"tracker {redact_credentials(uri)} is a server with pages of its own: open it in a browser")
     if not path.exists():
         raise UsageError(f"{path} does not exist: run an experiment first (`moebench run`)")
     reason = damage(path)

@@ -11,7 +11,7 @@ from moebench.parallel.mesh import Mesh
 from moebench.routing.router import ROUTERS
 from moebench.schema import CellConfig
 from moebench.tasks.task import Batch, Task
-from moebench.training.objective import Share
+from moebench.training.objective import LossNormalizer
 
 
 class StepBatches:
@@ -44,7 +44,7 @@ class StepBatches:
         train = self.config.train
         size = train.batch_size // train.accumulate
         router = self.config.router
-        span = self.mesh.share(size, ROUTERS.get(router.name).item.sequences_together(router))
+        span = self.mesh.split_sequences(size, ROUTERS.get(router.name).item.sequence_group_size(router))
         found = []
         for start in range(0, train.batch_size, size):
             part = slice(start + span.start, start + span.start + span.length)
@@ -56,15 +56,15 @@ class StepBatches:
         return [replace(batch, count_in_step=torch.stack(counts).sum()) for batch in found]
 
 
-def share_of(batch: Batch, config: CellConfig, mesh: Mesh) -> Share:
+def build_loss_normalizer(batch: Batch, config: CellConfig, mesh: Mesh) -> Share:
     """Return which share of its step's predictions a micro-batch of this process is."""
     num_predictions: int | Tensor = config.train.batch_size * batch.num_predictions
     if batch.count_in_step is not None:
         num_predictions = mesh.world.sum(batch.count_in_step).clamp(min=1)
-    return Share(num_predictions=num_predictions, factor=config.train.accumulate * mesh.size)
+    return LossNormalizer(num_predictions=num_predictions, factor=config.train.accumulate * mesh.size)
 
 
 def train_tokens(config: CellConfig, task: Task) -> int:
     """Return the tokens that a cell is trained on, padding left out."""
     train = config.train
-    return sum(task.num_positions(train.batch_size, config.seed, step) for step in range(train.steps))
+    return sum(task.count_positions(train.batch_size, config.seed, step) for step in range(train.steps))

@@ -13,12 +13,12 @@ import torch
 from moebench.parallel.checkpoint import checkpoint_path
 from moebench.parallel.replicas import check_replicas
 from moebench.schema import TrainConfig
-from moebench.training.evaluate import Evaluation
-from moebench.training.execution import Execution
-from moebench.training.labels import LabelTable
+from moebench.training.evaluation import Evaluation
+from moebench.training.executed_cost import ExecutedCost
+from moebench.training.label_tables import LabelTable
 from moebench.training.module import CellModule
-from moebench.training.objective import mean_of
-from moebench.training.step_log import ParallelCosts, load_metrics, parallel_metrics
+from moebench.training.objective import average_objectives
+from moebench.training.step_metrics import ParallelCosts, load_metrics, parallel_metrics
 
 WARM_UP_STEPS = 3
 """Steps of a process that throughput leaves out: first calls allocate and compile."""
@@ -46,7 +46,7 @@ class Recorder(Protocol):
 
 
 @dataclass(frozen=True)
-class Hooks:
+class RunContext:
     """How a cell talks to the world while it trains."""
 
     recorder: Recorder
@@ -57,7 +57,7 @@ class Hooks:
 
 
 @dataclass
-class Meter:
+class StepTimer:
     """Time spent inside steps: from the batch's arrival to the end of the update, evaluations and logs left out."""
 
     seconds: list[float] = field(default_factory=list)
@@ -138,13 +138,13 @@ class Meter:
 class CellCallback(lightning.Callback):
     """Follows one cell; `stopped` tells whether it was asked to end early."""
 
-    def __init__(self, hooks: Hooks, checkpoints: Path, meter: Meter) -> None:
+    def __init__(self, hooks: RunContext, checkpoints: Path, meter: StepTimer) -> None:
         self.hooks = hooks
         self.checkpoints = checkpoints
         self.meter = meter
         self.stopped = False
         self.parallel = ParallelCosts()
-        self.execution = Execution(())
+        self.execution = ExecutedCost(())
         """What the MoE layers executed in all steps of training."""
         self.final: Evaluation | None = None
         """The test split, evaluated after the last step; None before."""
@@ -154,7 +154,7 @@ class CellCallback(lightning.Callback):
     def setup(self, trainer: Any, pl_module: lightning.LightningModule, stage: str) -> None:
         """Prepare to count what the module's layers execute; a checkpoint is loaded after this."""
         assert isinstance(pl_module, CellModule)
-        self.execution = Execution(pl_module.layers)
+        self.execution = ExecutedCost(pl_module.layers)
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the seconds of the steps and what they executed: a resumed run's means are those of all its steps."""
@@ -186,7 +186,7 @@ class CellCallback(lightning.Callback):
     def _end_of_step(self, trainer: Any, module: CellModule) -> None:
         module.update_routers()
         train, step = module.config.train, trainer.global_step
-        num_tokens = module.task.num_positions(train.batch_size, module.config.seed, step - 1)
+        num_tokens = module.task.count_positions(train.batch_size, module.config.seed, step - 1)
         self.meter.stop(module.device, num_tokens)
         for records in module.records:
             self.execution.add(records)
@@ -214,7 +214,7 @@ class CellCallback(lightning.Callback):
         return step % train.log_every == 0 or step in (1, train.steps)
 
     def _log(self, module: CellModule, step: int) -> None:
-        metrics = mean_of(module.objectives, module.mesh.world) | {
+        metrics = average_objectives(module.objectives, module.mesh.world) | {
             "train/learning_rate": module.last_rate,
             "train/grad_norm": module.last_grad_norm,
             "train/tokens_per_s": self.meter.tokens[-1] / self.meter.seconds[-1],

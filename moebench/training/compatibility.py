@@ -3,8 +3,8 @@
 import torch
 
 from moebench.errors import UsageError
-from moebench.models.plan import plan_of
-from moebench.parallel.spread import check_spread
+from moebench.models.plan import plan_blocks
+from moebench.parallel.expert_sharding import check_spread
 from moebench.routing.router import ROUTERS
 from moebench.schema import CellConfig
 from moebench.tasks.task import TASKS
@@ -12,7 +12,7 @@ from moebench.tasks.task import TASKS
 
 def check_cell(config: CellConfig) -> None:
     """Raise UsageError for what can be known before any data is read: options that do not fit, a refused router."""
-    plan_of(config)
+    plan_blocks(config)
     if config.train.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("train.device: 'cuda' was asked for, but torch finds no CUDA device (allowed: auto, cpu)")
     _check_overflow(config)
@@ -28,7 +28,7 @@ def check_cell(config: CellConfig) -> None:
         )
 
 
-def marks_of(config: CellConfig) -> tuple[str, ...]:
+def list_marks(config: CellConfig) -> tuple[str, ...]:
     """Return the warnings that every table must show beside this cell's numbers."""
     return ("non-causal",) if _experts_must_be_causal(config) and _leak(config) else ()
 
@@ -41,7 +41,7 @@ def _in_encoder(config: CellConfig) -> str:
 def _check_overflow(config: CellConfig) -> None:
     """Refuse to send assignments on to the next best expert where nothing says which that is."""
     router = ROUTERS.get(config.router.name)
-    nothing_over = router.item.is_dense or router.item.is_soft or config.layout.capacity.is_dropless
+    nothing_over = router.item.form.is_dense or router.item.form.is_mixture or config.layout.capacity.is_dropless
     if config.layout.overflow == "reroute" and not router.facts.makes_scores and not nothing_over:
         raise UsageError(
             f"layout.overflow: 'reroute' needs scores, which router '{config.router.name}' does not make"
@@ -51,21 +51,21 @@ def _check_overflow(config: CellConfig) -> None:
 
 def _check_spread(config: CellConfig) -> None:
     """Refuse a mesh over which the experts of some layer cannot be dealt out evenly."""
-    if config.parallel.expert == 1 or ROUTERS.get(config.router.name).item.is_dense:
+    if config.parallel.expert == 1 or ROUTERS.get(config.router.name).item.form.is_dense:
         return
-    if ROUTERS.get(config.router.name).item.merges:
+    if ROUTERS.get(config.router.name).item.form.is_merged:
         raise UsageError(
             f"parallel.expert={config.parallel.expert}: router '{config.router.name}' merges the parameters of all"
             " experts, so every process needs them (allowed: parallel.expert=1 and parallel.data)"
         )
-    for block in plan_of(config):
+    for block in plan_blocks(config):
         for experts in block.banks:
             check_spread(experts, config.parallel.expert, config.layout.name)
 
 
 def _check_together(config: CellConfig) -> None:
     """Refuse batches that cannot be divided into the groups of sequences for which the arm's cost is counted."""
-    together = ROUTERS.get(config.router.name).item.sequences_together(config.router)
+    together = ROUTERS.get(config.router.name).item.sequence_group_size(config.router)
     size = config.train.batch_size // config.train.accumulate
     if size % together:
         cut = f" in train.accumulate={config.train.accumulate} parts" if config.train.accumulate > 1 else ""
@@ -100,7 +100,7 @@ def _check_halves(config: CellConfig) -> None:
             f"router.embedding: 'shared' is one network before all layers, and task '{config.task.name}' trains a model"
             " of two halves (allowed: layer)"
         )
-    if two and any(block.stack for block in plan_of(config)):
+    if two and any(block.stack for block in plan_blocks(config)):
         raise UsageError(
             f"layout.name: the experts of layout '{config.layout.name}' are whole models, which do not read an encoder;"
             f" task '{config.task.name}' needs a layout of experts inside blocks"
@@ -117,16 +117,16 @@ def _leak(config: CellConfig) -> str | None:
     """Return how a token's output comes to depend on later tokens, None when it does not."""
     router, capacity = ROUTERS.get(config.router.name), config.layout.capacity
     named = f"router.name: '{config.router.name}' is not causal"
-    if not router.facts.causal:
-        return f"{named}: {router.facts.causal_reason}"
-    if router.item.is_dense or router.item.is_soft or capacity.is_dropless:
+    if not router.facts.causality.causal:
+        return f"{named}: {router.facts.causality.reason}"
+    if router.item.form.is_dense or router.item.form.is_mixture or capacity.is_dropless:
         return None
-    if router.facts.batch_dependent and not router.facts.draws_in_evaluation:
+    if router.facts.causality.batch_dependent and not router.facts.causality.draws_in_evaluation:
         return f"{named} with a capacity: a place depends on other sequences, which look at later tokens (no capacity)"
     if capacity.drop_order in ("score", "priority", "random"):
         return f"layout.drop_order: '{capacity.drop_order}' lets later tokens push out earlier ones (try position)"
     if capacity.overflow == "reroute":
         return "layout.overflow: 'reroute' sends earlier tokens only where later ones leave a slot (try drop or pass)"
-    if capacity.drop_order == "router" and not router.facts.is_causal(with_capacity=True):
+    if capacity.drop_order == "router" and not router.facts.causality.is_causal(with_capacity=True):
         return f"{named} with a capacity and its own order of dropping (try layout.drop_order=position)"
     return None

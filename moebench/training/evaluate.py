@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from moebench.models.transformer import BatchContext
-from moebench.parallel.mesh import ALONE_MESH, Mesh
-from moebench.routing.metrics import LoadCount, summarise
+from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
+from moebench.routing.metrics import LoadCount, summarise_load
 from moebench.routing.values import LayerRecord
 from moebench.schema import TrainConfig
 from moebench.tasks.task import OUT_OF_DOMAIN, Batch, Task
-from moebench.training.execution import Execution
-from moebench.training.labels import LabelCounts, LabelTable, information
+from moebench.training.executed_cost import ExecutedCost
+from moebench.training.label_tables import LabelCounts, LabelTable, information
 from moebench.training.model import Model
 
 
@@ -40,7 +40,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: Model, task: Task, batches: Sequence[Batch], seed: int, device: Any, mesh: Mesh = ALONE_MESH
+    model: Model, task: Task, batches: Sequence[Batch], seed: int, device: Any, mesh: Mesh = SINGLE_PROCESS_MESH
 ) -> Evaluation:
     """Run the model over the batches in evaluation mode, then put it back into the mode it was in.
 
@@ -52,7 +52,7 @@ def evaluate(
 
 
 def probe(
-    model: Model, task: Task, batch_size: int, seed: int, device: Any, mesh: Mesh = ALONE_MESH
+    model: Model, task: Task, batch_size: int, seed: int, device: Any, mesh: Mesh = SINGLE_PROCESS_MESH
 ) -> dict[str, float]:
     """Return what the task measures on a trained model beside its test split; all processes get the same.
 
@@ -66,7 +66,7 @@ def probe(
         batch = _own_part(whole, mesh, model).to(device)
         with torch.autocast(kind, dtype=precision, enabled=precision is not None):
             ctx = batch_context(batch, training=False, seed=seed, micro_batch=next(numbers))
-            x_BLD, _ = model.features(batch, ctx)
+            x_BLD, _ = model.compute_hidden(batch, ctx)
         return mesh.world.gather(x_BLD.float())
 
     with _evaluating(model), torch.autocast(kind, enabled=False):
@@ -90,7 +90,7 @@ def _evaluating(model: Model) -> Iterator[None]:
 
 
 def _own_part(whole: Batch, mesh: Mesh, model: Model) -> Batch:
-    return whole if mesh.size == 1 else whole.part(mesh.share(len(whole.domain_B), model.sequences_together))
+    return whole if mesh.size == 1 else whole.part(mesh.split_sequences(len(whole.domain_B), model.sequence_group_size))
 
 
 @dataclass
@@ -98,14 +98,14 @@ class _Tally:
     """What the experts of a model did with some batches."""
 
     labels: LabelCounts
-    execution: Execution
+    execution: ExecutedCost
     counts: dict[int | str, LoadCount] = field(default_factory=dict)
     """By MoE layer."""
 
     def add(self, batch: Batch, records: Sequence[LayerRecord]) -> None:
         """Count what the layers did with a batch."""
         for record in records:
-            count, layer = LoadCount.of(record), record.layer
+            count, layer = LoadCount.from_record(record), record.layer
             self.counts[layer] = self.counts[layer] + count if layer in self.counts else count
         self.labels.add(batch, records)
         self.execution.add(records)
@@ -114,23 +114,23 @@ class _Tally:
         self, mesh: Mesh, model: Model, task: Task
     ) -> tuple[dict[str, float], dict[str, list[int]], dict[str, LabelTable]]:
         """Return the load metrics, each expert's load and the label tables of what all processes counted together."""
-        counts = {layer: count.over(mesh.world) for layer, count in self.counts.items()}
+        counts = {layer: count.sum_over(mesh.world) for layer, count in self.counts.items()}
         tables = self.labels.over(mesh.world)
         self.execution.share(mesh)
-        load = summarise(list(counts.values())) | self.execution.metrics(model, task) | information(tables)
+        load = summarise_load(list(counts.values())) | self.execution.metrics(model, task) | information(tables)
         return load, {str(layer): count.load_E.tolist() for layer, count in counts.items()}, tables
 
 
 def _evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, device: Any, mesh: Mesh) -> Evaluation:
     sums: dict[str, Tensor] = {}
     layers = model.backbone.moe_layers()
-    trained, held_out = (_Tally(LabelCounts(task.label_kinds()), Execution(layers)) for _ in range(2))
+    trained, held_out = (_Tally(LabelCounts(task.label_kinds()), ExecutedCost(layers)) for _ in range(2))
     for number, whole in enumerate(batches):
         on_device = _own_part(whole, mesh, model).to(device)
         # The number is part of what is drawn: the same draws in every batch would make loads of their own chance.
         ctx = batch_context(on_device, training=False, seed=seed, micro_batch=number)
         output, records = model(on_device, ctx)
-        for name, value in task.sums(output, on_device).items():
+        for name, value in task.compute_sums(output, on_device).items():
             zeros = torch.zeros(len(task.domains), *value.shape[1:], dtype=torch.float64, device=device)
             sums[name] = sums.get(name, zeros).index_add(0, on_device.domain_B, value.double())
         # The whole batch says it, or processes without a part of it would wait in vain for each other's counts.
@@ -141,7 +141,7 @@ def _evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, dev
     trained.execution.check_declared()  # a router may serve domains that it was not trained on by other rules
     outside, _, _ = held_out.over(mesh, model, task)
     return Evaluation(
-        quality=task.quality(sums),
+        quality=task.compute_quality(sums),
         load=load | {f"{name}/{OUT_OF_DOMAIN}": value for name, value in outside.items()},
         load_by_layer=load_by_layer,
         labels=labels,

@@ -24,7 +24,7 @@ class RouterContractError(UsageError):
     """A router's measured number of experts per token is not what `experts_per_token` returns."""
 
 
-class Execution:
+class ExecutedCost:
     """Sums over batches for each MoE layer, fp64 [layers, columns].
 
     `total_LX` holds those of all processes up to the last `share`; later batches are local until the next call.
@@ -61,7 +61,7 @@ class Execution:
         if not self.layers or not bool(positions_L.all()):
             return {}
         per_position_LX = self.total_LX / positions_L.unsqueeze(1)
-        excess = {layer.layer: float(per_position_LX[n, EXCESS]) for n, layer in enumerate(self.layers)}
+        excess = {layer.name: float(per_position_LX[n, EXCESS]) for n, layer in enumerate(self.layers)}
         lengths = task.sequence_length, task.decoder_length
         planned = model_cost(model, *lengths).flops_per_token
         return {
@@ -73,7 +73,7 @@ class Execution:
         """Return the share of assignments that no expert computed and of positions that none did, means over layers."""
         chosen_L, rows_L = self.total_LX[:, CHOSEN], self.total_LX[:, ROWS]
         unserved_L = self.total_LX[:, UNSERVED] / self.total_LX[:, POSITIONS].clamp(min=1)
-        soft = any(layer.router.is_soft for layer in self.layers)
+        soft = any(layer.router.form.is_mixture for layer in self.layers)
         dropped_L = torch.zeros_like(rows_L) if soft else 1 - rows_L / chosen_L.clamp(min=1)
         return {"drop_rate": float(dropped_L.mean()), "unserved": float(unserved_L.mean())} if self.layers else {}
 
@@ -83,11 +83,11 @@ class Execution:
         Widths are solved by `experts_per_token`: a wrong value makes the arm's cost differ from its plan.
         """
         for layer, sums_X in zip(self.layers, self.total_LX, strict=True):
-            if layer.router.is_soft or layer.router.has_variable_k or not bool(sums_X[MISCOUNTED]):
+            if layer.router.form.is_mixture or layer.router.traits.has_variable_k or not bool(sums_X[MISCOUNTED]):
                 continue
             raise RouterContractError(
                 f"router '{layer.router.config.name}' uses {float(sums_X[CHOSEN] / sums_X[POSITIONS]):.4g} experts per"
-                f" token on average in layer {layer.layer}, but experts_per_token says {layer.experts_per_token} for"
+                f" token on average in layer {layer.name}, but experts_per_token says {layer.experts_per_token} for"
                 " each (correct it, or set Facts.variable_k=True)"
             )
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from moebench.errors import UsageError
 from moebench.ranks import Ranks
-from moebench.routing.metrics import label_information, label_table
+from moebench.routing.metrics import label_information
 from moebench.routing.values import LayerRecord
 from moebench.tasks.task import Batch, LabelKind
 
-MOST_STORED = 1024
+MAX_STORED_LABELS = 1024
 """Labels of a kind, beyond which its tables are not written: their number is measured all the same."""
 
 
@@ -26,7 +26,7 @@ class LabelTable:
     values: tuple[str, ...]
     """What the labels stand for."""
     layers: dict[str, Tensor]
-    """MoE layer -> assignments of tokens of each label to each expert, fp64 [labels, E] (see `label_table`)."""
+    """MoE layer -> assignments of tokens of each label to each expert, fp64 [labels, E]."""
 
     @property
     def information(self) -> dict[str, float]:
@@ -57,9 +57,9 @@ class LabelCounts:
         for record in records if self.kinds else ():
             in_decoder = batch.decoder_input_BP is not None and str(record.layer).startswith("decoder.")
             if in_decoder not in read:
-                read[in_decoder] = self._labels(batch.of_decoder if in_decoder else batch, record)
+                read[in_decoder] = self._labels(batch.decoder_batch if in_decoder else batch, record)
             pairs = zip(self.kinds, read[in_decoder], strict=True)
-            table = torch.cat([label_table(record.routing, label_T, len(kind.values)) for kind, label_T in pairs])
+            table = torch.cat([record.routing.tabulate_labels(label_T, len(kind.values)) for kind, label_T in pairs])
             self.tables[record.layer] = self.tables[record.layer] + table if record.layer in self.tables else table
 
     def _labels(self, batch: Batch, record: LayerRecord) -> list[Tensor]:
@@ -84,13 +84,13 @@ def information(tables: Mapping[str, LabelTable]) -> dict[str, float]:
     return {f"load/information/{name}": sum(found.values()) / len(found) for name, found in by_layer.items()}
 
 
-def labels_json(step: int, tables: Mapping[str, LabelTable]) -> str:
+def label_tables_to_json(step: int, tables: Mapping[str, LabelTable]) -> str:
     """Return the file of a finished run's tables, on its test split."""
-    kept = {name: table.to_dict() for name, table in tables.items() if len(table.values) <= MOST_STORED}
+    kept = {name: table.to_dict() for name, table in tables.items() if len(table.values) <= MAX_STORED_LABELS}
     return json.dumps({"step": step, "split": "test", "kinds": kept}, ensure_ascii=False) + "\n"
 
 
-def read_labels(file: Path) -> dict[str, LabelTable]:
+def read_label_tables(file: Path) -> dict[str, LabelTable]:
     """Return the tables of a finished run by their kind; raise UsageError when the file is missing or damaged."""
     try:
         return {name: _table(found) for name, found in json.loads(file.read_bytes())["kinds"].items()}

@@ -11,8 +11,8 @@ from moebench.models.cost import Cost, cost_of, count_flops
 from moebench.models.encoder_decoder import EncoderDecoder
 from moebench.models.shared_embedding import SharedEmbedding
 from moebench.models.transformer import BatchContext, Transformer, init_weights
-from moebench.parallel.mesh import ALONE_MESH, Mesh
-from moebench.parallel.spread import spread_experts
+from moebench.parallel.expert_sharding import shard_experts
+from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
 from moebench.routing.router import ROUTERS
 from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig
@@ -42,12 +42,12 @@ class Model(nn.Module):
         return self.head(x_BLD), records
 
     @property
-    def sequences_together(self) -> int:
-        """Sequences that must be on the same process (see `Router.sequences_together`)."""
+    def sequence_group_size(self) -> int:
+        """Sequences that must be on the same process (see `Router.sequence_group_size`)."""
         routers = [layer.router for layer in self.backbone.moe_layers()]
-        return max((router.sequences_together(router.config) for router in routers), default=1)
+        return max((router.sequence_group_size(router.config) for router in routers), default=1)
 
-    def features(self, batch: Batch, ctx: BatchContext) -> tuple[Tensor, list[LayerRecord]]:
+    def compute_hidden(self, batch: Batch, ctx: BatchContext) -> tuple[Tensor, list[LayerRecord]]:
         """Return the vectors that the head reads, and the records."""
         x_BLD = self.embedding(batch.input_BL)
         if isinstance(self.backbone, EncoderDecoder):
@@ -90,15 +90,15 @@ def build_model(config: CellConfig, task: Task, sized_as: CellConfig | None = No
     else:
         backbone = build(causal=facts.causal, sequence_length=task.sequence_length)
     d_model, (width, _) = config.model.d_model, ROUTERS.get(config.router.name).item.embedding(config.router)
-    shared = SharedEmbedding(d_model, width, task.head(width)) if width else None
-    return Model(task.embedding(d_model), backbone, task.head(d_model), shared)
+    shared = SharedEmbedding(d_model, width, task.build_head(width)) if width else None
+    return Model(task.build_embedding(d_model), backbone, task.build_head(d_model), shared)
 
 
-def initialised_model(config: CellConfig, task: Task, mesh: Mesh = ALONE_MESH) -> Model:
+def initialised_model(config: CellConfig, task: Task, mesh: Mesh = SINGLE_PROCESS_MESH) -> Model:
     """Build the model, as one of the mesh's processes has it, and draw its weights from the cell's seed."""
     model = build_model(config, task)
-    if mesh.place.has_group:
-        spread_experts(model, mesh, config.balance)
+    if mesh.process_info.has_group:
+        shard_experts(model, mesh, config.balance)
     init_weights(model, config.seed)
     return model
 

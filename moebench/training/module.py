@@ -11,17 +11,17 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from moebench.models.transformer import BatchContext
+from moebench.parallel.expert_sharding import iter_sharded_banks
 from moebench.parallel.gradients import clip_grad_norm
-from moebench.parallel.mesh import ALONE_MESH, Mesh
-from moebench.parallel.spread import spread_banks
+from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
 from moebench.routing.router import ROUTERS
 from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig, TrainConfig
 from moebench.tasks.task import Batch, Task
-from moebench.training.batches import share_of
-from moebench.training.evaluate import Evaluation, batch_context, evaluate, probe, training_precision
+from moebench.training.batches import build_loss_normalizer
+from moebench.training.evaluation import Evaluation, batch_context, evaluate, probe, training_precision
 from moebench.training.model import Model
-from moebench.training.objective import Objective, Share, agreeing, judged, objective
+from moebench.training.objective import LossNormalizer, Objective, add_token_loss, agreeing, compute_objective
 
 
 class NonFiniteError(Exception):
@@ -36,7 +36,7 @@ class CellModule(lightning.LightningModule):
         config: CellConfig,
         model: Model,
         task: Task,
-        mesh: Mesh = ALONE_MESH,
+        mesh: Mesh = SINGLE_PROCESS_MESH,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """`should_stop`: asked in every step; the processes stop together, when one of them is asked to."""
@@ -65,7 +65,7 @@ class CellModule(lightning.LightningModule):
             self.objectives, self.records = [], []
         ctx = batch_context(batch, training=True, seed=self.config.seed, step=self.global_step, micro_batch=micro_batch)
         outputs, records = self.passes(batch, ctx)
-        found, records = self.judge(batch, outputs, records, share_of(batch, self.config, self.mesh))
+        found, records = self.judge(batch, outputs, records, build_loss_normalizer(batch, self.config, self.mesh))
         self.objectives.append(found.detached())
         self.records += records
         return found.total
@@ -77,15 +77,19 @@ class CellModule(lightning.LightningModule):
         return list(outputs), list(records)
 
     def judge(
-        self, batch: Batch, outputs: Sequence[Tensor], records: Sequence[list[LayerRecord]], share: Share | None = None
+        self,
+        batch: Batch,
+        outputs: Sequence[Tensor],
+        records: Sequence[list[LayerRecord]],
+        share: LossNormalizer | None = None,
     ) -> tuple[Objective, list[list[LayerRecord]]]:
         """Return the loss of the passes over a batch, and their records with each token's loss."""
-        share = share or Share.whole(batch)
+        share = share or LossNormalizer.of_single_batch(batch)
         found, seen = [], []
         for output, of_pass in zip(outputs, records, strict=True):
             loss_BP = self.task.loss(output, batch)
-            seen.append(judged(of_pass, loss_BP, batch))
-            found.append(objective(loss_BP, batch, self.layers, seen[-1], self.config.router.losses, share))
+            seen.append(add_token_loss(of_pass, loss_BP, batch))
+            found.append(compute_objective(loss_BP, batch, self.layers, seen[-1], self.config.router.losses, share))
         whole = found[0]
         if len(found) > 1:
             whole = agreeing(found, outputs, self.task, batch, self.consistency, share)
@@ -134,7 +138,7 @@ class CellModule(lightning.LightningModule):
         """Return AdamW (decay on matrices only) and the warm-up and cosine schedule."""
         train = self.config.train
         # Apart, because the fused update takes one kind of tensor; the same groups whether experts are spread or not.
-        experts = {id(p) for layer in self.layers for bank in spread_banks(layer.bank) for p in bank.parameters()}
+        experts = {id(p) for layer in self.layers for bank in iter_sharded_banks(layer.bank) for p in bank.parameters()}
         stacks = [p for p in self.parameters() if id(p) in experts]
         matrices = [p for p in self.parameters() if id(p) not in experts and p.dim() >= 2]
         vectors = [p for p in self.parameters() if id(p) not in experts and p.dim() < 2]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moebench.experts.layer import MoELayer
 from moebench.ranks import Ranks
-from moebench.routing.losses import raw_losses
+from moebench.routing.losses import compute_raw_losses
 from moebench.routing.values import LayerRecord
 from moebench.tasks.task import Batch, Task
 
@@ -74,7 +74,7 @@ class Share:
             value_BP = value_BP.where(batch.count_BP > 0, 0.0)
         return value_BP.sum() / self.num_predictions * self.factor
 
-    def mean_of_tokens(self, value_T: Tensor, batch: Batch, *, own_predictions: bool) -> Tensor:
+    def mean_over_tokens(self, value_T: Tensor, batch: Batch, *, own_predictions: bool) -> Tensor:
         """Return the same for numbers of tokens; without predictions of their own, a sequence counts by their mean."""
         value_BL = value_T.view(len(batch.domain_B), -1)
         if own_predictions:
@@ -84,7 +84,7 @@ class Share:
         return (mean_B * _count_BP(batch).sum(1)).sum() / self.num_predictions * self.factor
 
 
-def judged(records: Sequence[LayerRecord], loss_BP: Tensor, batch: Batch) -> list[LayerRecord]:
+def add_token_loss(records: Sequence[LayerRecord], loss_BP: Tensor, batch: Batch) -> list[LayerRecord]:
     """Return the records with the task loss of each token: what routers that learn by reinforcement learn from.
 
     It is that of the token's own prediction, 0 where nothing is predicted; or the mean of its sequence's predictions,
@@ -117,16 +117,18 @@ def objective(
     layers: Sequence[MoELayer],
     records: Sequence[LayerRecord],
     coefficients: Mapping[str, float],
-    share: Share | None = None,
+    share: LossNormalizer | None = None,
 ) -> Objective:
     """Add up the loss of a batch; a coefficient of 0 measures a loss without using it.
 
     `records`: judged; `share`: the batch's share of its step; None: it is the whole step. What routers learn from the
     task loss is "objective" among the weighted parts: a sum over layers, since it is the gradient of one loss.
     """
-    share = share or Share.whole(batch)
+    share = share or LossNormalizer.of_single_batch(batch)
     task = share.mean(loss_BP, batch)
-    per_layer = [raw_losses(layer.router, record, coefficients) for layer, record in zip(layers, records, strict=True)]
+    per_layer = [
+        compute_raw_losses(layer.router, record, coefficients) for layer, record in zip(layers, records, strict=True)
+    ]
     names = per_layer[0] if per_layer else {}
     raw = {name: torch.stack([losses[name] for losses in per_layer]).mean() for name in names}
     weighted = {name: coefficients[name] * value for name, value in raw.items()}
@@ -135,7 +137,7 @@ def objective(
         learned_T = layer.router.objective(record)
         if learned_T is not None:
             own = _has_own_predictions(record, batch)
-            means.append(share.mean_of_tokens(learned_T, batch, own_predictions=own))
+            means.append(share.mean_over_tokens(learned_T, batch, own_predictions=own))
     if means:
         weighted["objective"] = torch.stack(means).sum()
     return Objective(total=task + sum(weighted.values()), task=task, raw=raw, weighted=weighted)
@@ -147,12 +149,14 @@ def agreeing(
     task: Task,
     batch: Batch,
     coefficient: float,
-    share: Share | None = None,
+    share: LossNormalizer | None = None,
 ) -> Objective:
     """Return the mean of what two passes over a batch found, with the raw loss "consistency" beside the others."""
     apart_BL = divergence(*(task.log_probabilities(output) for output in outputs))
     own = apart_BL.shape[1] == batch.num_predictions
-    apart = (share or Share.whole(batch)).mean_of_tokens(apart_BL.reshape(-1), batch, own_predictions=own)
+    apart = (share or LossNormalizer.of_single_batch(batch)).mean_over_tokens(
+        apart_BL.reshape(-1), batch, own_predictions=own
+    )
     return Objective(
         total=torch.stack([each.total for each in found]).mean() + coefficient * apart,
         task=torch.stack([each.task for each in found]).mean(),
@@ -166,7 +170,7 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
 
 
-def mean_of(objectives: Sequence[Objective], ranks: Ranks) -> dict[str, float]:
+def average_objectives(objectives: Sequence[Objective], ranks: Ranks) -> dict[str, float]:
     """Return the parts of a step's loss under the names of the journal: mean over micro-batches and processes."""
     names = list(objectives[0].parts())
     values = torch.stack([torch.stack([part.parts()[name] for name in names]) for part in objectives]).mean(0)

@@ -8,9 +8,9 @@ import torch
 from moebench.experts.layer import MoELayer
 from moebench.parallel.mesh import Mesh
 from moebench.parallel.traffic import peak_memory_gib, predicted_bytes
-from moebench.routing.metrics import LoadCount, summarise
+from moebench.routing.metrics import LoadCount, summarise_load
 from moebench.routing.values import LayerRecord
-from moebench.training.execution import Execution
+from moebench.training.executed_cost import ExecutedCost
 from moebench.training.module import CellModule
 
 MIB = 2**20
@@ -42,13 +42,13 @@ def load_metrics(module: CellModule) -> dict[str, float]:
     """
     if not module.records:
         return {}
-    mesh, execution = module.mesh, Execution(module.layers)
-    layers = [[LoadCount.of(record) for record in layer] for layer in zip(*module.records, strict=True)]
+    mesh, execution = module.mesh, ExecutedCost(module.layers)
+    layers = [[LoadCount.from_record(record) for record in layer] for layer in zip(*module.records, strict=True)]
     for records in module.records:
         execution.add(records)
     execution.share(mesh)
     execution.check_declared()
-    load = summarise([sum(counts[1:], counts[0]).over(mesh.world) for counts in layers])
+    load = summarise_load([sum(counts[1:], counts[0]).sum_over(mesh.world) for counts in layers])
     return load | execution.metrics(module.model, module.task)
 
 
@@ -62,7 +62,7 @@ def parallel_metrics(
     element_size: int,
 ) -> dict[str, float]:
     """Return what a timed step of many processes cost; seconds and shares are means, memory the largest, over them."""
-    if not mesh.place.has_group:
+    if not mesh.process_info.has_group:
         return {}
     traffic = mesh.traffic
     predicted = sum(predicted_bytes(layers, micro, element_size) for micro in records)
@@ -96,5 +96,5 @@ def _rows(layers: Sequence[MoELayer], records: Sequence[Sequence[LayerRecord]], 
         everyones_RE = mesh.world.gather(own_E.unsqueeze(0))
         row = mesh.rank // mesh.config.expert
         row_E = everyones_RE.view(mesh.config.data, mesh.config.expert, -1)[row].sum(0)
-        total += layer.bank.rows_here(own_E, row_E)
+        total += layer.bank.count_computed_rows(own_E, row_E)
     return total

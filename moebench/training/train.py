@@ -9,23 +9,37 @@ from pathlib import Path
 import lightning
 import torch
 
+from moebench.compatibility import list_marks
 from moebench.config import to_plain
-from moebench.parallel.checkpoint import VerifiedCheckpointIO, clear_after, drop_all_but, newest_good, step_of
-from moebench.parallel.mesh import ALONE_MESH, Mesh
-from moebench.parallel.place import ONLY, Place
-from moebench.parallel.strategy import strategy_for
+from moebench.parallel.checkpoint import (
+    VerifiedCheckpointIO,
+    find_newest_valid,
+    keep_newest_checkpoints,
+    parse_step,
+    remove_checkpoints_after,
+)
+from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
+from moebench.parallel.process_info import SINGLE_PROCESS, ProcessInfo
+from moebench.parallel.strategy import build_strategy
 from moebench.runs.result import RunResult
 from moebench.schema import CellConfig, TrainConfig
 from moebench.tasks.task import Task
 from moebench.training.batches import StepBatches, train_tokens
-from moebench.training.callback import CellCallback, Hooks, Meter
-from moebench.training.compatibility import marks_of
+from moebench.training.callback import CellCallback, RunContext
 from moebench.training.model import Model, initialised_model, model_cost
 from moebench.training.module import CellModule
+from moebench.training.step_timer import StepTimer
 
 
 def train_cell(
-    config: CellConfig, task: Task, checkpoints: Path, hooks: Hooks, *, cell_id: str, arm: str, mesh: Mesh = ALONE_MESH
+    config: CellConfig,
+    task: Task,
+    checkpoints: Path,
+    hooks: RunContext,
+    *,
+    cell_id: str,
+    arm: str,
+    mesh: Mesh = SINGLE_PROCESS_MESH,
 ) -> RunResult | None:
     """Train (or go on training) one cell and evaluate it on both splits; all processes of a mesh call it.
 
@@ -34,12 +48,12 @@ def train_cell(
     """
     started = time.perf_counter()
     resume = _last_good(checkpoints, hooks, mesh)
-    first_step = step_of(resume) if resume else 0
+    first_step = parse_step(resume) if resume else 0
     model = initialised_model(config, task, mesh)
-    meter = Meter()
+    timer = StepTimer()
     module = CellModule(config, model, task, mesh, hooks.should_stop)
     callback = CellCallback(hooks, checkpoints, meter)
-    fit(make_trainer(config, [callback], mesh), module, meter, resume, first_step)
+    fit(build_trainer(config, [callback], mesh), module, timer, resume, first_step)
     if callback.stopped:
         return None
     # Killed between the last checkpoint and the result: the journal has the evaluations, the result does not.
@@ -49,7 +63,7 @@ def train_cell(
     if final.labels:
         hooks.recorder.record_labels(config.train.steps, final.labels)
     if mesh.is_first:
-        drop_all_but(1, checkpoints)  # there is nothing left to fall back from
+        keep_newest_checkpoints(1, checkpoints)  # there is nothing left to fall back from
     executed = callback.execution
     losses = {f"load/train_{name}": value for name, value in executed.losses().items()}
     speed = {"tokens_per_s": meter.tokens_per_s, "step_s": meter.step_s, "train_s": sum(meter.seconds)}
@@ -66,7 +80,7 @@ def train_cell(
         throughput=speed | callback.parallel.means() | {"total_s": time.perf_counter() - started},
         data_digest=task.digest,
         eval_digest=task.eval_digest,
-        marks=marks_of(config),
+        marks=list_marks(config),
         config=to_plain(config),
         validation=validation.metrics | losses,
     )
@@ -77,7 +91,7 @@ def _cost(
 ) -> dict[str, float]:
     """Return what a cell cost: as planned, and as executed per token in training and on the test split.
 
-    `trained`, `evaluated`: what the MoE layers executed (see `Execution.metrics`); a dense model has none, so its
+    `trained`, `evaluated`: what the MoE layers executed (see `ExecutedCost.metrics`); a dense model has none, so its
     executed cost is the planned one. Training counts each pass that it makes over a token.
     """
     planned = model_cost(model, task.sequence_length, task.decoder_length)
@@ -90,29 +104,31 @@ def _cost(
     return cost | {"train_tokens": float(train_tokens(config, task))}
 
 
-def _last_good(checkpoints: Path, hooks: Hooks, mesh: Mesh) -> Path | None:
+def _last_good(checkpoints: Path, hooks: RunContext, mesh: Mesh) -> Path | None:
     """Return the checkpoint to go on from, the same on all processes, and clear away what came after it."""
-    resume, damaged = newest_good(checkpoints, mesh)
+    resume, damaged = find_newest_valid(checkpoints, mesh)
     if mesh.is_first:
         for line in damaged:
             print(line, flush=True)
-        first_step = step_of(resume) if resume else 0
-        clear_after(first_step, checkpoints)
+        first_step = parse_step(resume) if resume else 0
+        remove_checkpoints_after(first_step, checkpoints)
         hooks.recorder.truncate_after(first_step)
-    mesh.wait()
+    mesh.barrier()
     return resume
 
 
-def make_trainer(
-    config: CellConfig, callbacks: Sequence[lightning.Callback], mesh: Mesh = ALONE_MESH
+def build_trainer(
+    config: CellConfig, callbacks: Sequence[lightning.Callback], mesh: Mesh = SINGLE_PROCESS_MESH
 ) -> lightning.Trainer:
     """Return the trainer of a cell; all that happens between steps is in the callbacks."""
-    strategy = strategy_for(mesh, VerifiedCheckpointIO(mesh))
+    strategy = build_strategy(mesh, VerifiedCheckpointIO(mesh))
     on_gpu = mesh.device.type == "cuda"
     return lightning.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
-        devices=[mesh.device.index or 0] if on_gpu and not mesh.place.has_group else mesh.place.local_world_size,
-        num_nodes=mesh.place.num_nodes,
+        devices=[mesh.device.index or 0]
+        if on_gpu and not mesh.process_info.has_group
+        else mesh.process_info.local_world_size,
+        num_nodes=mesh.process_info.num_nodes,
         strategy=strategy,
         precision="bf16-mixed" if config.train.precision == "bf16" else "32-true",
         accumulate_grad_batches=config.train.accumulate,
@@ -129,7 +145,7 @@ def make_trainer(
 
 
 def fit(
-    trainer: lightning.Trainer, module: CellModule, meter: Meter, resume: Path | None = None, first_step: int = 0
+    trainer: lightning.Trainer, module: CellModule, meter: StepTimer, resume: Path | None = None, first_step: int = 0
 ) -> None:
     """Train a cell's module from a step on, with the batches of its task; the meter hears how long they take."""
     batches = StepBatches(module.config, module.task, first_step, module.mesh, meter.wait)
@@ -139,8 +155,8 @@ def fit(
         trainer.fit(module, batches, ckpt_path=resume)
 
 
-def device_of(train: TrainConfig, place: Place = ONLY) -> torch.device:
+def select_device(train: TrainConfig, process_info: ProcessInfo = SINGLE_PROCESS) -> torch.device:
     """Return the device of a process: on a node each has a GPU of its own."""
     if train.device == "cuda" or (train.device == "auto" and torch.cuda.is_available()):
-        return torch.device("cuda", place.local_rank)
+        return torch.device("cuda", process_info.local_rank)
     return torch.device("cpu")

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 
-from moebench.config import layer_over, resolve, to_plain, with_overrides
+from moebench.compatibility import check_cell
+from moebench.config import apply_overrides, merge_settings, resolve, to_plain
 from moebench.errors import UsageError
-from moebench.parallel.checkpoint import VerifiedCheckpointIO, newest_good
+from moebench.parallel.checkpoint import VerifiedCheckpointIO, find_newest_valid
 from moebench.schema import CellConfig, ExperimentConfig
 from moebench.tasks.task import Task
-from moebench.training.compatibility import check_cell
 from moebench.training.model import Model, build_model
 
 SECTIONS = ("layout", "router")
@@ -29,8 +29,8 @@ def changed(config: CellConfig, assignments: list[str]) -> CellConfig:
                 f"{key}: is no setting of the evaluation of a trained model (allowed: keys of layout and router that"
                 " are not of training alone, such as layout.capacity_factor_eval, layout.drop_order, router.top_k)"
             )
-    _, values = with_overrides(ExperimentConfig(), assignments)
-    config = resolve(layer_over(to_plain(config), values))
+    _, values = apply_overrides(ExperimentConfig(), assignments)
+    config = resolve(merge_settings(to_plain(config), values))
     check_cell(config)
     return config
 
@@ -43,12 +43,12 @@ def check_same_parameters(config: CellConfig, trained: CellConfig, task: Task, w
         raise UsageError(f"{what}: changes the parameters of the model, so no trained model has it")
 
 
-def load_trained(config: CellConfig, trained: CellConfig, task: Task, checkpoints: Path) -> Model:
+def load_trained_model(config: CellConfig, trained: CellConfig, task: Task, checkpoints: Path) -> Model:
     """Return the model of `config` with the weights of the last checkpoint of the run that trained `trained`.
 
     Raises UsageError when there is no checkpoint that can be read.
     """
-    checkpoint, _ = newest_good(checkpoints)
+    checkpoint, _ = find_newest_valid(checkpoints)
     if checkpoint is None:
         raise UsageError(f"{checkpoints}: no checkpoint there can be read")
     model = build_model(config, task, sized_as=trained)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.cases import D_MODEL, Case, Tokens, cases_of, run, stirred
+from support.cases import D_MODEL, Case, Tokens, cases_of, randomise_parameters, run
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
@@ -19,10 +19,10 @@ every_case = pytest.mark.parametrize("case", cases_of(8), ids=str)
 
 def surrounded(case: Case, *, residual: bool, rate: float = 0.0, capacity: Capacity | None = None) -> MoELayer:
     """Build a layer with a shared network."""
-    shared = stirred(FeedForward(D_MODEL, 8, "gelu"), seed=1)
+    shared = randomise_parameters(FeedForward(D_MODEL, 8, "gelu"), seed=1)
     layer = case.layer(shared=shared, residual=residual, expert_dropout=rate, capacity=capacity)
     if layer.mix is not None:
-        stirred(layer.mix, seed=2)
+        randomise_parameters(layer.mix, seed=2)
     return layer
 
 

@@ -7,26 +7,26 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.cases import D_MODEL, Case, Tokens, assert_same_gradients, run, stirred
-from support.routing_strategies import crowds, rectangles, routings
+from moebench.experts.reference import double_loop
+from support.cases import D_MODEL, Case, Tokens, assert_same_gradients, randomise_parameters, run
+from support.routing_strategies import crowded_routings, rectangles, routings
 from torch import Tensor
 
-from moebench.bench.layer.saved import saved_bytes
-from moebench.experts.bank import double_loop
+from moebench.bench.layer.saved import count_saved_bytes
 from moebench.experts.capacity import Capacity
 from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.grouped import Groups
 from moebench.experts.layer import MoELayer
 from moebench.experts.mixture import mixture
 from moebench.routing.context import RouteContext
-from moebench.routing.router import ROUTERS, Site
+from moebench.routing.router import ROUTERS, RouterBuildContext
 from moebench.routing.values import Routing
 
-any_routing = st.one_of(crowds, routings(holes=True), rectangles(holes=True))
+any_routing = st.one_of(crowded_routings, routings(holes=True), rectangles(holes=True))
 
 
 def bank_for(routing: Routing, dtype: torch.dtype = torch.float32, activation: str = "swiglu", **options) -> ExpertBank:
-    return stirred(ExpertBank(D_MODEL, 8, routing.num_experts, activation, **options)).to(dtype)
+    return randomise_parameters(ExpertBank(D_MODEL, 8, routing.num_experts, activation, **options)).to(dtype)
 
 
 @given(any_routing, st.sampled_from(["gelu", "swiglu"]))
@@ -132,7 +132,7 @@ def test_nothing_waits_for_the_device(
         router_class = ROUTERS.get(router).item
         config = router_class.Config(**({"jitter": 0.0} if router == "switch" else {}))
         layer = MoELayer(
-            router_class(config, Site(d_model=64, num_experts=8)),
+            router_class(config, RouterBuildContext(d_model=64, num_experts=8)),
             ExpertBank(64, width, 8, "swiglu").bfloat16(),
             experts_per_token=router_class.experts_per_token(config, 8),
             capacity=Capacity(train=factor),
@@ -170,12 +170,12 @@ def test_memory_is_what_must_be_held(activation: str) -> None:
     num_tokens, d_model, hidden, top_k = 128, 64, 64 if activation == "swiglu" else 256, 2
     expert_TK = torch.arange(num_tokens * top_k).view(num_tokens, top_k) % 8  # even loads: no row is padding
     routing = Routing.from_top_k(expert_TK, torch.rand(num_tokens, top_k), num_experts=8)
-    bank = stirred(ExpertBank(d_model, hidden, 8, activation))
+    bank = randomise_parameters(ExpertBank(d_model, hidden, 8, activation))
     x_TD = torch.randn(num_tokens, d_model)
     kept = {}
     for recompute in (False, True):
         weights = bank.w_in_EDF, bank.w_out_EFD
-        kept[recompute] = saved_bytes(
+        kept[recompute] = count_saved_bytes(
             lambda r=recompute, w=weights: mixture(x_TD, routing, *w, activation, recompute=r),
             [x_TD, routing.weight_N, *bank.parameters()],
         )

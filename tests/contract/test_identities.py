@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.cases import Case, Tokens, cases_of, run, thinned
+from support.cases import Case, Tokens, cases_of, parametrize_cases, run
 
 from moebench.experts.capacity import Capacity
 from moebench.experts.layer import MoELayer
@@ -61,7 +61,7 @@ def test_expert_choice_of_everything_equals_all_experts() -> None:
     assert_layers_agree(*pair_of_layers(everything, Case("all_experts")), exactly=False)
 
 
-@thinned(cases_of(8), rule=["megatron", "vmoe", "switch", "deepspeed"], factor=[8.0, float("inf")])
+@parametrize_cases(cases_of(8), rule=["megatron", "vmoe", "switch", "deepspeed"], factor=[8.0, float("inf")])
 def test_boundless_capacity_is_dropless(case: Case, rule, factor: float) -> None:
     # A factor of E is enough under every rule: each expert has a slot for every token.
     for overflow in ("drop", "pass", "reroute"):

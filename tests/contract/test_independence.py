@@ -8,14 +8,14 @@ from support.cases import (
     MODES,
     Case,
     Tokens,
-    assigned_TE,
     cases_of,
     default_cases,
     list_cases,
+    parametrize_cases,
     route,
     run,
-    thinned,
-    weight_table,
+    tabulate_assignments,
+    tabulate_weights,
 )
 
 from moebench.experts.capacity import Capacity
@@ -26,7 +26,7 @@ PROBES = 8
 """Draws of a probe: the leaks looked for show in at least a third of them."""
 
 every_router = pytest.mark.parametrize("case", default_cases(), ids=str)
-every_case_in_both_modes = thinned(cases_of(8), training=MODES)
+every_case_in_both_modes = parametrize_cases(cases_of(8), training=MODES)
 
 
 def leaks(layer: MoELayer, *, training: bool) -> bool:
@@ -38,7 +38,9 @@ def leaks(layer: MoELayer, *, training: bool) -> bool:
         other = tokens.with_other(future_T, seed=100 + probe)
         y_TD, record = run(layer, tokens, training=training, seed=probe)
         other_TD, other_record = run(layer, other, training=training, seed=probe)
-        same_choice = torch.equal(assigned_TE(record.kept)[past_T], assigned_TE(other_record.kept)[past_T])
+        same_choice = torch.equal(
+            tabulate_assignments(record.kept)[past_T], tabulate_assignments(other_record.kept)[past_T]
+        )
         if not same_choice or (y_TD[past_T] - other_TD[past_T]).abs().max() > 1e-4:
             return True
     return False
@@ -46,8 +48,8 @@ def leaks(layer: MoELayer, *, training: bool) -> bool:
 
 def declared_causal(case: Case, *, training: bool) -> bool:
     """Return what the facts say of a router without a capacity in one of the modes."""
-    in_evaluation = case.facts.causal_in_evaluation
-    return case.facts.causal if training or in_evaluation is None else in_evaluation
+    in_evaluation = case.facts.causality.in_evaluation
+    return case.facts.causality.causal if training or in_evaluation is None else in_evaluation
 
 
 @every_case_in_both_modes
@@ -59,9 +61,9 @@ def test_router_sees_no_future_if_it_says_so(case: Case, training: bool) -> None
         tokens = Tokens.draw(LENGTH, seed=probe)
         other = tokens.with_other(past_T + LENGTH // 2, seed=100 + probe)
         ours, theirs = (route(router, each, training=training, seed=probe) for each in (tokens, other))
-        difference_TE = weight_table(ours)[past_T] - weight_table(theirs)[past_T]
+        difference_TE = tabulate_weights(ours)[past_T] - tabulate_weights(theirs)[past_T]
         leaked |= bool(difference_TE.abs().max() > 1e-5)
-    assert leaked is not declared_causal(case, training=training), case.facts.causal_reason
+    assert leaked is not declared_causal(case, training=training), case.facts.causality.reason
 
 
 @every_case_in_both_modes
@@ -69,10 +71,10 @@ def test_dropless_layer_is_as_causal_as_declared(case: Case, training: bool) -> 
     assert leaks(case.layer(), training=training) is not declared_causal(case, training=training)
 
 
-@thinned(cases_of(8), training=MODES, factor=[0.5, 1.0])
+@parametrize_cases(cases_of(8), training=MODES, factor=[0.5, 1.0])
 def test_layer_with_capacity_leaks_only_if_declared(case: Case, training: bool, factor: float) -> None:
     layer = case.layer(capacity=Capacity(train=factor, eval=factor))
-    if case.facts.is_causal(with_capacity=True) or (not training and case.facts.causal_in_evaluation):
+    if case.facts.causality.is_causal(with_capacity=True) or (not training and case.facts.causality.in_evaluation):
         assert not leaks(layer, training=training)
     elif case.name == "expert_choice_by_position" and factor == 1.0:
         return  # even loads, nothing is dropped
@@ -82,12 +84,12 @@ def test_layer_with_capacity_leaks_only_if_declared(case: Case, training: bool, 
 
 @every_case_in_both_modes
 def test_position_order_keeps_token_choice_causal(case: Case, training: bool) -> None:
-    if case.facts.causal and case.name != "expert_choice_by_position":  # any capacity lets it look ahead
+    if case.facts.causality.causal and case.name != "expert_choice_by_position":  # any capacity lets it look ahead
         layer = case.layer(capacity=Capacity(train=0.5, eval=0.5, drop_order="position"))
         assert not leaks(layer, training=training)
 
 
-@thinned([case for case in list_cases() if case.facts.causal], training=MODES)
+@parametrize_cases([case for case in list_cases() if case.facts.causality.causal], training=MODES)
 def test_passing_keeps_token_choice_causal(case: Case, training: bool) -> None:
     if case.name == "expert_choice_by_position":
         return
@@ -100,7 +102,7 @@ def rerouted_cases() -> list[Case]:
 
     Not those that list all pairs (ReLU): what a token did not choose has the score 0 there, and no weight to move.
     """
-    cases = [case for case in list_cases() if case.facts.causal and case.facts.makes_scores]
+    cases = [case for case in list_cases() if case.facts.causality.causal and case.facts.makes_scores]
     # Loads so even that no expert is free while others are full; a choice that does not look at the tokens.
     cases = [case for case in cases if case.name not in ("expert_threshold", "task_level")]
     cases = [case for case in cases if 2 * case.experts_per_token < case.num_experts]
@@ -153,9 +155,9 @@ def test_sequence_in_a_batch_as_declared(case: Case) -> None:
         third_T = torch.arange(2 * LENGTH, 3 * LENGTH)
         together_TD, record = run(layer, tokens, training=False)
         alone_TD, alone = run(layer, tokens.take(third_T), training=False)
-        same = torch.equal(assigned_TE(record.kept)[third_T], assigned_TE(alone.kept))
+        same = torch.equal(tabulate_assignments(record.kept)[third_T], tabulate_assignments(alone.kept))
         differs |= not same or bool((together_TD[third_T] - alone_TD).abs().max() > 1e-4)
-    assert differs is case.facts.batch_dependent
+    assert differs is case.facts.causality.batch_dependent
 
 
 def test_expert_choice_within_sequences_does_not_mix_them() -> None:
@@ -166,7 +168,7 @@ def test_expert_choice_within_sequences_does_not_mix_them() -> None:
         part_T = torch.arange(start, start + LENGTH)
         alone_TD, _ = run(layer, tokens.take(part_T), training=False)
         torch.testing.assert_close(together_TD[part_T], alone_TD)
-        assert (assigned_TE(record.kept)[part_T].sum(0) == LENGTH * 2 // 8).all()
+        assert (tabulate_assignments(record.kept)[part_T].sum(0) == LENGTH * 2 // 8).all()
 
 
 def test_padding_between_sequences_changes_no_expert_choice() -> None:
@@ -182,7 +184,7 @@ def test_padding_between_sequences_changes_no_expert_choice() -> None:
     torch.testing.assert_close(padded_TD[LENGTH:], second_TD)
 
 
-@thinned(cases_of(8), factor=[0.5, 1.0])
+@parametrize_cases(cases_of(8), factor=[0.5, 1.0])
 def test_padding_takes_no_slot(case: Case, factor: float) -> None:
     layer = case.layer(capacity=Capacity(eval=factor))
     tokens = Tokens.draw(32)
@@ -202,7 +204,7 @@ PLACED = (
 
 def equivariant_cases() -> list[Case]:
     """Return the routers whose choice is a function of the token: not those that draw by place."""
-    return [case for case in cases_of(8) if not case.facts.draws_in_evaluation]
+    return [case for case in cases_of(8) if not case.facts.causality.draws_in_evaluation]
 
 
 @pytest.mark.parametrize("case", equivariant_cases(), ids=str)
@@ -237,7 +239,7 @@ def gated_cases() -> list[Case]:
     Not those that choose among groups of neighbours: another order makes other groups.
     """
     cases = [case for case in cases_of(8) if case.facts.learned and "num_groups" not in case.options]
-    cases = [case for case in cases if not case.facts.draws_in_evaluation]  # the draws stay with their places
+    cases = [case for case in cases if not case.facts.causality.draws_in_evaluation]  # the draws stay with their places
     return [case for case in cases if all(p.shape[0] == 8 for p in case.router().parameters() if p.dim())]
 
 

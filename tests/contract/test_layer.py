@@ -4,22 +4,22 @@ from dataclasses import replace
 
 import pytest
 import torch
+from moebench.experts.reference import double_loop
 from support.cases import (
     D_MODEL,
     Case,
-    Replayed,
+    ReplayRouter,
     Tokens,
     assert_same_gradients,
     cases_of,
     list_cases,
+    parametrize_cases,
     run,
     slow_mixture,
-    thinned,
-    weight_table,
+    tabulate_weights,
 )
 from torch import Tensor
 
-from moebench.experts.bank import double_loop
 from moebench.experts.capacity import Capacity
 from moebench.experts.dispatch import DispatchPlan, combine, dispatch
 from moebench.experts.feed_forward import ExpertBank, FeedForward
@@ -33,7 +33,7 @@ FACTORS = (None, 0.25, 1.0, 1.25, 10.0)
 ACTIVATIONS = ("gelu", "swiglu")
 
 
-@thinned(cases_of(8), factor=FACTORS, activation=ACTIVATIONS)
+@parametrize_cases(cases_of(8), factor=FACTORS, activation=ACTIVATIONS)
 def test_fast_layer_equals_the_double_loop(case: Case, factor: float | None, activation: str) -> None:
     layer = case.layer(capacity=Capacity(train=factor, eval=factor), activation=activation)
     tokens = Tokens.draw(24)
@@ -72,7 +72,7 @@ def assert_same_in_fp64(layer: MoELayer, tokens: Tokens, kept: AnyRouting) -> No
     replay, weights = replayed(kept)
     bank = ExpertBank(D_MODEL, layer.bank.w_out_EFD.shape[1], kept.num_experts, layer.bank.activation).double()
     bank.load_state_dict(layer.bank.state_dict())
-    exact = MoELayer(Replayed(replay), bank, experts_per_token=1, capacity=Capacity(), layer=0)
+    exact = MoELayer(ReplayRouter(replay), bank, experts_per_token=1, capacity=Capacity(), layer=0)
     x_TD = tokens.x_TD.detach().double().requires_grad_()
     y_TD, _ = exact(x_TD, tokens.context(training=True))
     assert y_TD.dtype == torch.float64
@@ -107,7 +107,7 @@ def test_uneven_loads(expert_N: list[int], num_tokens: int, num_experts: int, dt
     routing = routed_to(expert_N, num_tokens=num_tokens, num_experts=num_experts)
     bank = ExpertBank(D_MODEL, 8, num_experts, "gelu").to(dtype)
     init_weights(bank, 0)
-    layer = MoELayer(Replayed(routing), bank, experts_per_token=1, capacity=Capacity(), layer=0)
+    layer = MoELayer(ReplayRouter(routing), bank, experts_per_token=1, capacity=Capacity(), layer=0)
     tokens = Tokens.draw(num_tokens, dtype=dtype)
     tokens.x_TD.requires_grad_()
     y_TD, _ = run(layer, tokens, training=True)
@@ -136,7 +136,7 @@ def full_cases() -> list[Case]:
     return [case for case in full if not case.options.get("pass_through")]
 
 
-@thinned(full_cases(), activation=ACTIVATIONS)
+@parametrize_cases(full_cases(), activation=ACTIVATIONS)
 def test_one_expert_is_the_dense_network(case: Case, activation: str) -> None:
     layer, dense = case.layer(activation=activation), FeedForward(D_MODEL, 8, activation)
     with torch.no_grad():
@@ -212,5 +212,5 @@ def test_autocast_routes_as_fp32_does(case: Case) -> None:
     y_TD, record = run(layer, tokens, training=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half_TD, half = run(layer, tokens, training=False)
-    assert torch.equal(weight_table(half.routing), weight_table(record.routing))
+    assert torch.equal(tabulate_weights(half.routing), tabulate_weights(record.routing))
     torch.testing.assert_close(half_TD.float(), y_TD, rtol=0.1, atol=0.1)

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.cases import Tokens, route, site, stirred
+from moebench.experts.reference import double_loop
+from support.cases import Tokens, build_context, randomise_parameters, route
 from support.layout_models import BATCH, D_MODEL, LENGTH, backbone_of, batch, config_of
 from torch import Tensor
 
-from moebench.experts.bank import double_loop
 from moebench.models.attention import rotate, rotation
 from moebench.models.transformer import Block
 from moebench.routing.composite import GroupedRouter
@@ -51,7 +51,7 @@ def slow_block(block: Block, x_LD: Tensor, positions: list[int], causal: bool) -
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
 @pytest.mark.parametrize("router", ["switch", "top_k", "hash", "expert_choice"])
 def test_whole_model_equals_a_loop_over_sequences_and_experts(router: str, causal: bool) -> None:
-    backbone = stirred(backbone_of(config_of("whole_model", router, match="none"), causal=causal))
+    backbone = randomise_parameters(backbone_of(config_of("whole_model", router, match="none"), causal=causal))
     x_BLD, ctx = batch(training=False)
     x_BLD.requires_grad_()
     y_BLD, (record,) = backbone(x_BLD, ctx)
@@ -89,7 +89,7 @@ def test_whole_model_with_one_expert_is_the_dense_model() -> None:
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
 @pytest.mark.parametrize("router", ["switch", "top_k", "expert_choice"])
 def test_head_experts_equal_a_loop_over_tokens(router: str, causal: bool) -> None:
-    attention = stirred(backbone_of(config_of("moduleformer", router), causal=causal)).blocks[0].attention
+    attention = randomise_parameters(backbone_of(config_of("moduleformer", router), causal=causal)).blocks[0].attention
     x_BLD, ctx = batch(training=False)
     y_BLD, record = attention(x_BLD, ctx.route(0, LENGTH, x_BLD.device))
     slow_TD = torch.zeros(BATCH * LENGTH, D_MODEL)
@@ -106,7 +106,9 @@ def test_head_experts_equal_a_loop_over_tokens(router: str, causal: bool) -> Non
 @pytest.mark.parametrize("router", ["switch", "top_k", "hash"])
 @pytest.mark.parametrize(("keys_values", "maps"), [("shared", 2), ("apart", 3)])
 def test_projection_experts_equal_a_loop_over_tokens(router: str, keys_values: str, maps: int) -> None:
-    attention = stirred(backbone_of(config_of("attention", router, keys_values=keys_values))).blocks[0].attention
+    attention = (
+        randomise_parameters(backbone_of(config_of("attention", router, keys_values=keys_values))).blocks[0].attention
+    )
     x_BLD, ctx = batch(training=False)
     y_BLD, record = attention(x_BLD, ctx.route(0, LENGTH, x_BLD.device))
     qkv_TO = torch.zeros(BATCH * LENGTH, maps * D_MODEL)
@@ -123,7 +125,8 @@ def test_residual_and_shared_networks_are_added_as_the_papers_say() -> None:
     x_TD = Tokens.draw(24).x_TD.repeat(1, 2)
     ctx = batch(training=False, size=1, length=24)[1].route(0, 24, x_TD.device)
     fine, residual = (
-        stirred(backbone_of(config_of(name, "top_k"))).blocks[0].feed_forward for name in ("fine_grained", "residual")
+        randomise_parameters(backbone_of(config_of(name, "top_k"))).blocks[0].feed_forward
+        for name in ("fine_grained", "residual")
     )
     y_TD, record = fine(x_TD, ctx)
     assert record.routing.load_E.sum() == 24 * 2 * 4
@@ -138,11 +141,13 @@ def grouped(router: str, *, pick_groups: bool, groups: int = 4, num_experts: int
     """Build a grouped router of two experts in each of four groups, with its default options."""
     router_class = ROUTERS.get(router).item
     config = router_class.Config()
-    return stirred(GroupedRouter(router_class, config, site(num_experts), groups, pick_groups=pick_groups))
+    return randomise_parameters(
+        GroupedRouter(router_class, config, build_context(num_experts), groups, pick_groups=pick_groups)
+    )
 
 
 def record_of(routing: Routing) -> LayerRecord:
-    return LayerRecord(layer=0, routing=routing, kept=routing)
+    return LayerRecord(routing=routing, kept=routing)
 
 
 def assignments(routing: Routing) -> dict[tuple[int, int], float]:
@@ -226,7 +231,7 @@ def test_state_is_updated_by_the_loads_of_each_router(monkeypatch: pytest.Monkey
                 seen[name], sums[name] = load_E.tolist(), own
 
             monkeypatch.setattr(router, "after_step", after_step)
-    both.after_step(torch.tensor([3, 3, 1, 1, 0, 0, 5, 5]), both.sums(record_of(routing)))
+    both.after_step(torch.tensor([3, 3, 1, 1, 0, 0, 5, 5]), both.statistics(record_of(routing)))
     assert seen == {"inner.0": [3, 3], "inner.1": [1, 1], "inner.2": [0, 0], "inner.3": [5, 5], "outer": [3, 1, 0, 5]}
     for group in range(4):
         assert sums[f"inner.{group}"] == {"served": 2 * routing.picked_TG[:, group].sum()}

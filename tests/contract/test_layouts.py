@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from support.cases import Tokens, stirred, thinned_pairs
+from moebench.experts.reference import double_loop
+from support.cases import Tokens, parametrize_pairs, randomise_parameters
 from support.layout_models import BATCH, LENGTH, backbone_of, batch, config_of, may_refuse
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from moebench.errors import UsageError
-from moebench.experts.bank import double_loop
 from moebench.experts.layer import MoELayer
 from moebench.experts.layout import LAYOUTS
 from moebench.experts.projection import HeadBank, ProjectionBank
@@ -41,7 +41,7 @@ def executed_flops(backbone: Transformer, records: list[LayerRecord]) -> float:
     excess = {}
     for layer, record in zip(backbone.moe_layers(), records, strict=True):
         beyond = layer.executed_flops(record) - NUM_TOKENS * layer.routed_flops_per_token(LENGTH)
-        excess[layer.layer] = float(beyond) / NUM_TOKENS
+        excess[layer.name] = float(beyond) / NUM_TOKENS
     planned = cost_of(backbone, [], LENGTH).flops_per_token
     return NUM_TOKENS * executed_flops_per_token(backbone, planned, excess, LENGTH)
 
@@ -55,13 +55,13 @@ def count_flops(backbone: Transformer, *, training: bool) -> tuple[int, Tensor, 
     return counter.get_total_flops(), x_BLD, records, y_BLD
 
 
-@thinned_pairs(may_refuse)
+@parametrize_pairs(may_refuse)
 def test_runs_and_costs_what_it_says(layout: str, router: str) -> None:
     backbone = model_or_skip(layout, router).double()  # in fp64 every expert is a plain product, which is counted
     counted, x_BLD, records, y_BLD = count_flops(backbone, training=True)
     assert executed_flops(backbone, records) == pytest.approx(counted, rel=1e-12)
     layers = backbone.moe_layers()
-    assert [record.layer for record in records] == [layer.layer for layer in layers]
+    assert [record.layer for record in records] == [layer.name for layer in layers]
     assert len({record.layer for record in records}) == len(records)
     y_BLD.square().sum().backward()
     assert x_BLD.grad is not None
@@ -74,7 +74,7 @@ def test_runs_and_costs_what_it_says(layout: str, router: str) -> None:
     assert cost.active_params <= cost.total_params
 
 
-@thinned_pairs(may_refuse)
+@parametrize_pairs(may_refuse)
 def test_executed_flops_in_evaluation_are_those_of_torch(layout: str, router: str) -> None:
     backbone = model_or_skip(layout, router).double().eval()
     counted, _, records, _ = count_flops(backbone, training=False)
@@ -87,7 +87,7 @@ def test_executed_flops_count_what_a_capacity_leaves(layout: str, router: str) -
     reason = may_refuse(layout, router)
     if reason:
         pytest.skip(f"refused: {reason}")
-    backbone = stirred(backbone_of(config_of(layout, router, capacity_factor_train=0.25))).double()
+    backbone = randomise_parameters(backbone_of(config_of(layout, router, capacity_factor_train=0.25))).double()
     counted, _, records, _ = count_flops(backbone, training=True)
     assert all(record.num_dropped > 0 for record in records)
     assert executed_flops(backbone, records) == pytest.approx(counted, rel=1e-12)
@@ -95,7 +95,9 @@ def test_executed_flops_count_what_a_capacity_leaves(layout: str, router: str) -
 
 @every_layout
 def test_banks_equal_a_double_loop(layout: str) -> None:
-    backbone = stirred(backbone_of(config_of(layout, "top_k", {"ffn_width": 64}, match="none", expert_width=None)))
+    backbone = randomise_parameters(
+        backbone_of(config_of(layout, "top_k", {"ffn_width": 64}, match="none", expert_width=None))
+    )
     x_BLD, ctx = batch(training=True)
     _, records = backbone(x_BLD, ctx)
     for layer, record in zip(backbone.moe_layers(), records, strict=True):
@@ -118,7 +120,7 @@ def test_banks_equal_a_double_loop(layout: str) -> None:
 @both_modes
 @pytest.mark.parametrize("router", ["switch", "top_k", "hash"])
 def test_sees_no_future(layout: str, router: str, training: bool) -> None:
-    backbone = stirred(model_or_skip(layout, router))
+    backbone = randomise_parameters(model_or_skip(layout, router))
     x_BLD, ctx = batch(training=training)
     other_BLD = x_BLD.clone()
     other_BLD[:, LENGTH // 2 :] = batch(training=training, seed=1)[0][:, LENGTH // 2 :]
@@ -131,7 +133,7 @@ def test_sees_no_future(layout: str, router: str, training: bool) -> None:
 
 @every_layout
 def test_does_not_mix_sequences(layout: str) -> None:
-    backbone = stirred(backbone_of(config_of(layout, "top_k")))
+    backbone = randomise_parameters(backbone_of(config_of(layout, "top_k")))
     x_BLD, ctx = batch(training=False, size=3)
     other_BLD = x_BLD.clone()
     other_BLD[0] += 1
@@ -140,7 +142,7 @@ def test_does_not_mix_sequences(layout: str) -> None:
 
 @every_layout
 def test_padding_goes_nowhere(layout: str) -> None:
-    backbone = stirred(backbone_of(config_of(layout, "top_k")))
+    backbone = randomise_parameters(backbone_of(config_of(layout, "top_k")))
     x_BLD, ctx = batch(training=False)
     valid_BL = torch.ones(BATCH, LENGTH, dtype=torch.bool)
     valid_BL[1, 10:] = False
@@ -154,7 +156,7 @@ def test_padding_goes_nowhere(layout: str) -> None:
 
 @every_layout
 def test_with_a_capacity_some_assignments_are_dropped(layout: str) -> None:
-    backbone = stirred(backbone_of(config_of(layout, "top_k", capacity_factor_train=0.25)))
+    backbone = randomise_parameters(backbone_of(config_of(layout, "top_k", capacity_factor_train=0.25)))
     x_BLD, ctx = batch(training=True)
     y_BLD, records = backbone(x_BLD, ctx)
     assert y_BLD.isfinite().all()
@@ -216,7 +218,7 @@ def test_parameters_are_matched_if_asked(layout: str, total: float) -> None:
 
 @every_layout
 def test_padding_is_not_read_where_attention_sees_all(layout: str) -> None:
-    backbone = stirred(backbone_of(config_of(layout, "top_k"), causal=False))
+    backbone = randomise_parameters(backbone_of(config_of(layout, "top_k"), causal=False))
     x_BLD, ctx = batch(training=False)
     valid_BL = torch.ones(BATCH, LENGTH, dtype=torch.bool)
     valid_BL[0] = False  # a sequence of padding alone

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.cases import MODES, Case, Tokens, assigned_TE, list_cases, route, run, thinned
+from support.cases import MODES, Case, Tokens, list_cases, parametrize_cases, route, run, tabulate_assignments
 
 from moebench.experts.capacity import Capacity
 
@@ -22,13 +22,15 @@ def noisy(tokens: Tokens, seed: int) -> Tokens:
     return replace(tokens, x_TD=tokens.x_TD + NOISE * torch.randn(tokens.x_TD.shape, generator=generator))
 
 
-@thinned(list_cases(), training=MODES, order=["router", "score", "priority"])
+@parametrize_cases(list_cases(), training=MODES, order=["router", "score", "priority"])
 def test_noise_decides_nothing_between_equal_tokens(case: Case, training: bool, order) -> None:
     # Eight tokens, eight times each, and experts with room for half of the load: whoever is dropped has equals. With
     # this seed no score stands on the boundary of two quanta.
     tokens = Tokens.draw(8, seed=SEED).take(torch.arange(64) % 8, length=16)
     layer = case.layer(capacity=Capacity(train=0.5, eval=0.5, drop_order=order))
-    kept_TE, *others = [assigned_TE(run(layer, noisy(tokens, seed), training=training)[1].kept) for seed in range(4)]
+    kept_TE, *others = [
+        tabulate_assignments(run(layer, noisy(tokens, seed), training=training)[1].kept) for seed in range(4)
+    ]
     assert all(torch.equal(other_TE, kept_TE) for other_TE in others)
 
 
@@ -38,5 +40,7 @@ def test_noise_decides_nothing_between_equal_experts(case: Case, training: bool)
     # Of a vector that is 0 but for noise all experts have the same logit but for noise.
     router, nothing = case.fresh_router(), Tokens.draw(32, length=16)
     nothing = replace(nothing, x_TD=torch.zeros_like(nothing.x_TD))
-    chosen_TE, *others = [assigned_TE(route(router, noisy(nothing, seed), training=training)) for seed in range(3)]
+    chosen_TE, *others = [
+        tabulate_assignments(route(router, noisy(nothing, seed), training=training)) for seed in range(3)
+    ]
     assert all(torch.equal(other_TE, chosen_TE) for other_TE in others)

@@ -20,7 +20,7 @@ def test_own_losses_or_the_objective_reach_what_is_taught(case: Case) -> None:
     total = torch.zeros(()) if learned_T is None else learned_T.mean()
     total = total + sum(layer.router.losses(record).values())
     taught = {name: p for name, p in layer.router.named_parameters() if is_taught(case, name)}
-    assert bool(taught) is bool(case.facts.taught)
+    assert bool(taught) is bool(case.facts.trained_by_own_loss)
     if taught:
         gradients = torch.autograd.grad(total, list(taught.values()))
         assert all(gradient.norm() > 1e-4 for gradient in gradients), list(taught)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from moebench.training.evaluation import batch_context
 from support.cases import Case, Tokens, route, run
 from support.mesh_cases import case as tiny_cell
 from support.process_group import ALONE, Shape
@@ -24,9 +25,8 @@ from moebench.experts.layer import MoELayer
 from moebench.routing.losses import load_balance
 from moebench.routing.router import ROUTERS
 from moebench.routing.values import LayerRecord, Routing
-from moebench.training.evaluate import batch_context
 from moebench.training.model import initialised_model, prepare_task
-from moebench.training.objective import objective
+from moebench.training.objective import compute_objective
 
 HALVES = (torch.arange(0, 32), torch.arange(32, 64))
 
@@ -55,14 +55,14 @@ def even_record(num_experts: int, top_k: int) -> LayerRecord:
     routing = Routing.from_top_k(
         expert_TK, torch.full((num_experts, top_k), 1 / top_k), num_experts=num_experts, scores_TE=scores_TE
     )
-    return LayerRecord(layer=0, routing=routing, kept=routing)
+    return LayerRecord(routing=routing, kept=routing)
 
 
 def collapsed_record(expert: int) -> LayerRecord:
     """Return a layer where all of 6 tokens are sure of one of 3 experts."""
     scores_TE = torch.nn.functional.one_hot(torch.full((6,), expert), 3).float()
     routing = Routing.from_top_k(torch.full((6, 1), expert), torch.ones(6, 1), num_experts=3, scores_TE=scores_TE)
-    return LayerRecord(layer=0, routing=routing, kept=routing)
+    return LayerRecord(routing=routing, kept=routing)
 
 
 def router_gradient(text: Path, folder: Path, coefficient: float) -> tuple[Tensor, float, float]:
@@ -75,7 +75,7 @@ def router_gradient(text: Path, folder: Path, coefficient: float) -> tuple[Tenso
     batch = task.train_batch(4, 0, 0)
     output, records = model(batch, batch_context(batch, training=True, seed=0))
     layers = [module for module in model.modules() if isinstance(module, MoELayer)]
-    found = objective(task.loss(output, batch), batch, layers, records, config.router.losses)
+    found = compute_objective(task.loss(output, batch), batch, layers, records, config.router.losses)
     found.total.backward()
     gradient = layers[0].router.gate.weight_ED.grad
     assert gradient is not None
@@ -124,7 +124,7 @@ def test_pitfall_05_evaluation_is_not_deterministic_or_depends_on_the_batch() ->
         assert torch.equal(whole_TD, again_TD), name
         halves = [run(layer, tokens.take(half_T), training=False)[0] for half_T in HALVES]
         torch.testing.assert_close(torch.cat(halves), whole_TD)
-    assert ROUTERS.get("expert_choice").facts.batch_dependent
+    assert ROUTERS.get("expert_choice").facts.causality.batch_dependent
 
 
 def test_pitfall_06_edge_cases_of_capacity_change_the_algorithm() -> None:
@@ -154,7 +154,7 @@ def test_pitfall_07_later_tokens_leak_into_earlier_ones() -> None:
             other_TD, _ = run(layer, tokens.with_other(future_T, seed=100 + seed), training=True)
             changed |= bool((y_TD[past_T] - other_TD[past_T]).abs().max() > 1e-4)
         assert changed is not causal, name
-        assert ROUTERS.get(name).facts.causal is causal
+        assert ROUTERS.get(name).facts.causality.causal is causal
 
 
 @pytest.mark.parametrize(

@@ -12,17 +12,17 @@ from support.cases import (
     Case,
     Tokens,
     all_cases,
-    assigned_TE,
     cases_of,
+    compute_raw_losses,
     default_cases,
     is_taught,
-    naming,
-    raw_losses,
+    note_in_failure,
+    parametrize_cases,
+    parametrize_sizes,
     route,
     run,
-    thinned,
-    thinned_sizes,
-    weight_table,
+    tabulate_assignments,
+    tabulate_weights,
 )
 
 from moebench.config import resolve, to_plain, to_yaml
@@ -32,7 +32,7 @@ from moebench.routing.losses import LOSSES
 from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.values import AnyRouting
 
-every_case = thinned_sizes()
+every_case = parametrize_sizes()
 every_case_of_8 = pytest.mark.parametrize("case", cases_of(8), ids=str)
 every_router = pytest.mark.parametrize("case", default_cases(), ids=str)
 
@@ -99,7 +99,7 @@ def assert_well_formed_merge(routing: MergeRouting) -> None:
 @every_case
 def test_routing_is_well_formed(case: Case) -> None:
     for training, num_tokens in itertools.product(MODES.values(), NUM_TOKENS):
-        with naming(training=training, num_tokens=num_tokens):
+        with note_in_failure(training=training, num_tokens=num_tokens):
             routing = route(case.router(), Tokens.draw(num_tokens), training=training)
             assert routing.num_tokens == num_tokens
             assert routing.num_experts == case.num_experts
@@ -109,11 +109,11 @@ def test_routing_is_well_formed(case: Case) -> None:
 @every_case_of_8
 def test_routing_is_fp32_for_half_inputs(case: Case) -> None:
     for training, dtype in itertools.product(MODES.values(), (torch.bfloat16, torch.float16)):
-        with naming(training=training, dtype=dtype):
+        with note_in_failure(training=training, dtype=dtype):
             assert_well_formed(route(case.router(), Tokens.draw(7, dtype=dtype), training=training))
 
 
-@thinned(cases_of(8), training=MODES)
+@parametrize_cases(cases_of(8), training=MODES)
 def test_input_and_global_random_state_stay_untouched(case: Case, training: bool) -> None:
     layer, tokens = case.layer(), Tokens.draw(64, length=16)
     before, state = tokens.x_TD.clone(), torch.get_rng_state()
@@ -128,8 +128,8 @@ def test_randomness_comes_from_the_generator_alone(case: Case) -> None:
     first = route(router, tokens, training=True, seed=3)
     torch.manual_seed(999)
     second = route(router, tokens, training=True, seed=3)
-    assert torch.equal(assigned_TE(first), assigned_TE(second))
-    assert torch.equal(weight_table(first), weight_table(second))
+    assert torch.equal(tabulate_assignments(first), tabulate_assignments(second))
+    assert torch.equal(tabulate_weights(first), tabulate_weights(second))
 
 
 @every_case_of_8
@@ -198,11 +198,11 @@ def test_facts_are_complete(case: Case) -> None:
 @every_case
 def test_losses_exist_and_are_finite(case: Case) -> None:
     for training, num_tokens in itertools.product(MODES.values(), NUM_TOKENS):
-        with naming(training=training, num_tokens=num_tokens):
+        with note_in_failure(training=training, num_tokens=num_tokens):
             layer = case.layer()
             _, record = run(layer, Tokens.draw(num_tokens), training=training)
             assert set(layer.router.losses(record)) == set(case.facts.own_losses)
-            losses = raw_losses(layer.router, record)
+            losses = compute_raw_losses(layer.router, record)
             assert set(losses) == {*case.config.losses, *case.facts.own_losses}
             for name, loss in losses.items():
                 assert loss.shape == (), name
@@ -216,7 +216,7 @@ def test_default_losses_push_the_router(case: Case) -> None:
     for size in (case.num_experts, case.num_experts + 1):  # what is lost where E is not a power of two
         layer = dataclasses.replace(case, num_experts=size).layer()
         _, record = run(layer, Tokens.draw(64), training=True)
-        for name, loss in raw_losses(layer.router, record).items():
+        for name, loss in compute_raw_losses(layer.router, record).items():
             gradients = torch.autograd.grad(loss, list(layer.router.parameters()), allow_unused=True, retain_graph=True)
             found = any(gradient is not None and gradient.norm() > 1e-6 for gradient in gradients)
             pushes[name] = pushes.get(name, False) or found
@@ -226,7 +226,7 @@ def test_default_losses_push_the_router(case: Case) -> None:
 @every_case_of_8
 def test_extreme_logits_stay_finite(case: Case) -> None:
     for training, scale in itertools.product(MODES.values(), (0.0, 1e-30, 1e4, 1e6)):
-        with naming(training=training, scale=scale):
+        with note_in_failure(training=training, scale=scale):
             layer = case.layer()
             with torch.no_grad():
                 for parameter in layer.router.parameters():
@@ -237,14 +237,14 @@ def test_extreme_logits_stay_finite(case: Case) -> None:
 def assert_finite_with_gradients(layer: MoELayer, *, training: bool) -> None:
     y_TD, record = run(layer, Tokens.draw(64), training=training)
     assert_well_formed(record.routing)
-    total = y_TD.square().mean() + sum(raw_losses(layer.router, record).values())
+    total = y_TD.square().mean() + sum(compute_raw_losses(layer.router, record).values())
     assert torch.isfinite(total)
     total.backward()
     for name, parameter in layer.named_parameters():
         assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
 
 
-@thinned(cases_of(8), training=MODES)
+@parametrize_cases(cases_of(8), training=MODES)
 def test_equal_tokens_are_routed(case: Case, training: bool) -> None:
     tokens = Tokens.draw(64)
     same = dataclasses.replace(
@@ -260,7 +260,7 @@ def test_noise_alone_spreads_the_first_step_of_noisy_top_k() -> None:
     assert load_E.min() > 64  # 512 · 2 / 8 = 128 expected, standard deviation below 10
 
 
-@thinned(cases_of(8), training=MODES)
+@parametrize_cases(cases_of(8), training=MODES)
 def test_padding_changes_nothing(case: Case, training: bool) -> None:
     layer = case.layer()
     tokens = Tokens.draw(16)
@@ -276,8 +276,10 @@ def test_padding_changes_nothing(case: Case, training: bool) -> None:
     torch.testing.assert_close(padded_TD[:16], y_TD)
     assert not padded_TD[16:].any()
     assert torch.equal(padded_record.routing.load_E, record.routing.load_E)
-    torch.testing.assert_close(weight_table(padded_record.kept)[:16], weight_table(record.kept))
-    torch.testing.assert_close(raw_losses(layer.router, padded_record), raw_losses(layer.router, record))
+    torch.testing.assert_close(tabulate_weights(padded_record.kept)[:16], tabulate_weights(record.kept))
+    torch.testing.assert_close(
+        compute_raw_losses(layer.router, padded_record), compute_raw_losses(layer.router, record)
+    )
 
 
 @every_case_of_8
@@ -287,7 +289,7 @@ def test_a_batch_of_padding_alone(case: Case) -> None:
     y_TD, record = run(layer, tokens, training=True)
     assert not y_TD.any()
     assert record.routing.load_E.sum() == 0
-    assert all(torch.isfinite(loss) for loss in raw_losses(layer.router, record).values())
+    assert all(torch.isfinite(loss) for loss in compute_raw_losses(layer.router, record).values())
 
 
 @every_router
@@ -296,7 +298,7 @@ def test_state_dict_brings_everything_back(case: Case) -> None:
     first, second = case.router(seed=0), case.router(seed=1)
     second.load_state_dict(first.state_dict())
     ours, theirs = (route(router, tokens, training=False) for router in (first, second))
-    assert torch.equal(weight_table(ours), weight_table(theirs))
+    assert torch.equal(tabulate_weights(ours), tabulate_weights(theirs))
 
 
 def test_every_loss_says_what_it_is() -> None:
@@ -306,7 +308,7 @@ def test_every_loss_says_what_it_is() -> None:
         assert entry.doc
 
 
-@thinned(default_cases(), training=MODES)
+@parametrize_cases(default_cases(), training=MODES)
 def test_scores_exist_if_the_router_says_so(case: Case, training: bool) -> None:
     routing = route(case.router(), Tokens.draw(8), training=training)
     assert (routing.scores_TE is not None) is case.facts.makes_scores

@@ -5,14 +5,14 @@ import math
 
 import pytest
 import torch
-from support.cases import D_MODEL, Case, Tokens, cases_of, run, site
+from moebench.experts.reference import slot_loop, soft_mixture
+from support.cases import D_MODEL, Case, Tokens, build_context, cases_of, run
 
 from moebench.errors import UsageError
 from moebench.experts.capacity import Capacity
 from moebench.experts.feed_forward import ExpertBank
-from moebench.experts.soft import slot_loop, soft_mixture
 from moebench.models.transformer import init_weights
-from moebench.routing.metrics import LoadCount, summarise
+from moebench.routing.metrics import LoadCount, summarise_load
 from moebench.routing.mixing import SoftRouting
 from moebench.routing.routers.soft_moe import SoftMoE
 
@@ -72,7 +72,7 @@ def test_nothing_is_dropped_whatever_the_capacity(case: Case) -> None:
         assert record.num_dropped == record.num_rerouted == record.num_unserved == 0
         assert record.kept.load_E.unique().numel() == 1
         assert record.kept.load_E.min() > 0
-        summary = summarise([LoadCount.of(record)])
+        summary = summarise_load([LoadCount.from_record(record)])
         assert summary["load/cv"] == summary["load/drop_rate"] == summary["load/unserved"] == 0
         results.append(y_TD)
     assert torch.equal(results[0], results[1])
@@ -110,7 +110,7 @@ def test_lengths_of_vectors_do_not_matter(case: Case) -> None:
 )
 def test_slots_and_rows_by_hand(options: dict, num_experts: int, slots: int) -> None:
     config = SoftMoE.Config(**options)
-    router = SoftMoE(config, site(num_experts))
+    router = SoftMoE(config, build_context(num_experts))
     assert router.slots_per_expert == slots
     assert router.rows_per_token(config.average_experts) == num_experts * slots / 16
     # logits, tokens to slots, slots to tokens: 2·D for each slot
@@ -128,14 +128,14 @@ def test_options_that_make_no_slots_are_refused() -> None:
         SoftMoE.check(SoftMoE.Config(average_experts=9), 8)
     with pytest.raises(UsageError, match=r"^router\.slots_per_expert must be at least 1, or null, got 0"):
         SoftMoE.check(SoftMoE.Config(slots_per_expert=0), 8)
-    nowhere = dataclasses.replace(site(8), sequence_length=None)
+    nowhere = dataclasses.replace(build_context(8), sequence_length=None)
     with pytest.raises(UsageError, match=r"^router\.slots_per_expert must be set"):
         SoftMoE(SoftMoE.Config(), nowhere)
     assert SoftMoE(SoftMoE.Config(slots_per_expert=2), nowhere).rows_per_token(1) == 1
 
 
 def test_fresh_slots_are_unit_vectors_on_average() -> None:
-    router = SoftMoE(SoftMoE.Config(slots_per_expert=64), dataclasses.replace(site(8), d_model=64))
+    router = SoftMoE(SoftMoE.Config(slots_per_expert=64), dataclasses.replace(build_context(8), d_model=64))
     init_weights(router, 0)
     assert router.scale.item() == 1
     assert router.slot_EPD.square().sum(-1).mean().item() == pytest.approx(1, rel=0.02)

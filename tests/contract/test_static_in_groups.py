@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import OPTIONS, Case, Tokens, route, site, stirred, weight_table
+from support.cases import OPTIONS, Case, Tokens, build_context, randomise_parameters, route, tabulate_weights
 from torch import Tensor
 
 from moebench.routing.composite import GroupedRouter
 from moebench.routing.context import RouteContext
 from moebench.routing.level import Level
-from moebench.routing.router import ROUTERS, Site
+from moebench.routing.router import ROUTERS, RouterBuildContext
 from moebench.routing.routers.hash import balanced_table
 from moebench.routing.values import Routing
 
@@ -24,7 +24,7 @@ def static_cases() -> list[Case]:
     """Return every router that learns nothing or counts as static, with all its options."""
     cases = []
     for entry in ROUTERS.entries():
-        if entry.item.is_dense or (entry.facts.learned and entry.facts.family != "static"):
+        if entry.item.form.is_dense or (entry.facts.learned and entry.facts.family != "static"):
             continue
         cases += [Case(entry.name, NUM_EXPERTS, options) for options in ({}, *OPTIONS.get(entry.name, []))]
     return cases
@@ -34,10 +34,10 @@ every_static_case = pytest.mark.parametrize("case", static_cases(), ids=str)
 every_fixed_case = pytest.mark.parametrize("case", [c for c in static_cases() if c.name in FIXED], ids=str)
 
 
-def place(num_experts: int = NUM_EXPERTS) -> Site:
+def place(num_experts: int = NUM_EXPERTS) -> RouterBuildContext:
     """Return the place of a router in a model with 200 ids and 64 domains."""
     return replace(
-        site(num_experts),
+        build_context(num_experts),
         vocab_size=VOCAB,
         token_count_V=(10_000 / torch.arange(1, VOCAB + 1)).long(),
         token_pairs=lambda: torch.randint(100, (VOCAB, VOCAB), generator=torch.Generator().manual_seed(0)),
@@ -47,7 +47,7 @@ def place(num_experts: int = NUM_EXPERTS) -> Site:
 
 
 def grouped(case: Case, groups: int, *, pick_groups: bool) -> Any:
-    return stirred(GroupedRouter(case.router_class, case.config, place(), groups, pick_groups=pick_groups))
+    return randomise_parameters(GroupedRouter(case.router_class, case.config, place(), groups, pick_groups=pick_groups))
 
 
 def context(seed: int = 0, *, training: bool = True, valid_T: Tensor | None = None) -> RouteContext:
@@ -82,13 +82,13 @@ def test_two_levels_use_every_expert(case: Case) -> None:
 
 @every_fixed_case
 def test_a_fixed_function_on_two_levels_is_the_same_on_one(case: Case) -> None:
-    flat = stirred(case.router_class(case.config, place()))
+    flat = randomise_parameters(case.router_class(case.config, place()))
     valid_T = torch.arange(LENGTH * NUM_SEQUENCES) % LENGTH < 50
     for padding in (None, valid_T):
         ctx = context(valid_T=padding)
         one, two = routed(flat, ctx), routed(grouped(case, 4, pick_groups=True), ctx)
         keep = slice(None) if padding is None else padding
-        assert torch.equal(weight_table(one)[keep], weight_table(two)[keep])
+        assert torch.equal(tabulate_weights(one)[keep], tabulate_weights(two)[keep])
 
 
 def test_positions_on_two_levels_have_equal_loads() -> None:
@@ -105,12 +105,12 @@ def test_shares_of_domains_on_two_levels_are_those_on_one(evaluation: str) -> No
     ctx = context(training=False)
     assert ctx.domain_T is not None
     ctx = replace(ctx, domain_T=ctx.domain_T + 32)  # half of them were held out
-    torch.testing.assert_close(weight_table(routed(both, ctx)), weight_table(routed(flat, ctx)))
+    torch.testing.assert_close(tabulate_weights(routed(both, ctx)), tabulate_weights(routed(flat, ctx)))
 
 
 def pairs_of(router: Any) -> Tensor:
     """Return which experts of two groups some token has together, bool [8, 8]."""
-    table_TE = weight_table(routed(router, context())) > 0
+    table_TE = tabulate_weights(routed(router, context())) > 0
     first_TE, second_TE = table_TE.float().split(NUM_EXPERTS // 2, dim=-1)
     return first_TE.T @ second_TE > 0
 
@@ -139,7 +139,7 @@ def test_more_groups_than_experts_in_each_still_differ() -> None:
     # 8 groups of two experts: 64 positions, and no two groups that say the same or the opposite of each.
     ctx = replace(context(), label_T=torch.arange(64).repeat(64))
     router = GroupedRouter(ROUTERS.get("oracle").item, Case("oracle").config, place(), 8, pick_groups=False)
-    expert_GT = (weight_table(routed(router, ctx))[:64] > 0).T[1::2].long()
+    expert_GT = (tabulate_weights(routed(router, ctx))[:64] > 0).T[1::2].long()
     assert (expert_GT.sum(1) == 32).all()
     same_GG = (expert_GT[:, None] == expert_GT[None]).sum(-1).fill_diagonal_(32)
     assert (same_GG == 32).all()
@@ -171,6 +171,6 @@ def test_other_balanced_tables_are_as_even() -> None:
 def test_a_group_of_its_own_table_stays_as_it_is() -> None:
     # The first group has the table of a router that stands alone.
     case = Case("hash", 8)
-    alone = route(case.router_class(case.config, site(8)), Tokens.draw(64), training=True)
-    both = GroupedRouter(case.router_class, case.config, site(16), 2, pick_groups=False)
+    alone = route(case.router_class(case.config, build_context(8)), Tokens.draw(64), training=True)
+    both = GroupedRouter(case.router_class, case.config, build_context(16), 2, pick_groups=False)
     assert torch.equal(route(both, Tokens.draw(64), training=True).parts[0].expert_N, alone.expert_N)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from contract.test_routers import assert_well_formed
-from support.cases import D_MODEL, MODES, Case, Tokens, default_cases, naming, raw_losses, run
+from support.cases import D_MODEL, MODES, Case, Tokens, compute_raw_losses, default_cases, note_in_failure, run
 
 from moebench.routing.values import SoftRouting
 
@@ -47,7 +47,7 @@ INPUTS: dict[str, Callable[[], Tokens]] = {
 @pytest.mark.parametrize("mode", MODES)
 def test_an_input_at_the_edge(case: Case, mode: str) -> None:
     for name, make in INPUTS.items():
-        with naming(input=name):
+        with note_in_failure(input=name):
             assert_routed(case, make(), training=MODES[mode])
 
 
@@ -60,7 +60,7 @@ def assert_routed(case: Case, tokens: Tokens, *, training: bool) -> None:
         assert_well_formed(routing)
     if tokens.valid_T is not None:
         assert not routing.experts_per_token_T[~tokens.valid_T].any()
-    losses = raw_losses(layer.router, record)
+    losses = compute_raw_losses(layer.router, record)
     total = y_TD.float().square().mean() if y_TD.numel() else y_TD.float().sum()
     total = total + sum(losses.values())
     assert torch.isfinite(total), losses

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import stirred
+from moebench.training.evaluation import batch_context, evaluate
+from support.cases import randomise_parameters
 from support.task_data import write_data
 from support.training_cases import TINY
 
-from moebench.config import layer_over, resolve
+from moebench.config import merge_settings, resolve
 from moebench.models.transformer import BatchContext
 from moebench.tasks.task import TASKS, Batch, Task
-from moebench.training.evaluate import batch_context, evaluate
 from moebench.training.model import initialised_model, prepare_task
 
 KINDS = {
@@ -33,11 +33,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
 
 def config_of(name: str, given: dict[str, dict[str, Any]], **task: Any) -> Any:
     plain = {"model": TINY["model"], "train": TINY["train"], "layout": TINY["layout"], "router": {"name": "top_k"}}
-    return resolve(layer_over(plain, {"task": {"name": name, **given[name], **task}}))
+    return resolve(merge_settings(plain, {"task": {"name": name, **given[name], **task}}))
 
 
 def halves(task: Task, batch: Batch) -> list[Batch]:
-    return [batch] if task.decoder_length is None else [batch, batch.of_decoder]
+    return [batch] if task.decoder_length is None else [batch, batch.decoder_batch]
 
 
 @pytest.mark.parametrize("name", TASKS.names())
@@ -61,13 +61,13 @@ def test_every_token_is_counted_once_for_each_expert_and_padding_never(
 ) -> None:
     config = config_of(name, data)
     task = prepare_task(config, tmp_path)
-    model = stirred(initialised_model(config, task))
+    model = randomise_parameters(initialised_model(config, task))
     batches = task.eval_batches("test", 4)
     expected: dict[str, dict[str, torch.Tensor]] = {}
     for batch in batches:  # by a loop over assignments and labels, layer by layer
         ctx: BatchContext = batch_context(batch, training=False, seed=0)
         for record in model(batch, ctx)[1]:
-            half = batch.of_decoder if str(record.layer).startswith("decoder.") else batch
+            half = batch.decoder_batch if str(record.layer).startswith("decoder.") else batch
             shape = len(batch.domain_B), record.sequence_length
             valid = torch.ones(shape) if half.valid_BL is None else half.valid_BL
             for kind in task.label_kinds():
@@ -114,5 +114,5 @@ def test_sentinels_of_each_half(data: dict[str, dict[str, Any]], tmp_path: Path)
     batch = task.train_batch(3, 0, 0)
     # 16 tokens with round(16 · 0.15) = 2 taken out in one span: one sentinel in each half, behind the start in one.
     assert kind.read(batch).sum(1).tolist() == [1, 1, 1]
-    assert kind.read(batch.of_decoder)[:, :2].tolist() == [[0, 1]] * 3
-    assert kind.read(batch.of_decoder).sum(1).tolist() == [1, 1, 1]
+    assert kind.read(batch.decoder_batch)[:, :2].tolist() == [[0, 1]] * 3
+    assert kind.read(batch.decoder_batch).sum(1).tolist() == [1, 1, 1]

@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import PLAIN_LAYOUT
+from moebench.compatibility import check_cell
+from moebench.training.evaluation import batch_context, evaluate
+from support.case_selection import PLAIN_LAYOUT
 from support.task_data import write_data
 from support.training_cases import TINY
 
-from moebench.config import layer_over, resolve
+from moebench.config import merge_settings, resolve
 from moebench.errors import UsageError
 from moebench.experts.layout import LAYOUTS
 from moebench.routing.router import ROUTERS
 from moebench.schema import CellConfig
 from moebench.tasks.task import TASKS, Task
-from moebench.training.compatibility import check_cell
-from moebench.training.evaluate import batch_context, evaluate
 from moebench.training.model import initialised_model, prepare_task
 from moebench.training.module import CellModule
 
@@ -29,7 +29,7 @@ def one_of_each_family() -> list[str]:
     """Return the first router of each family that works with so few experts."""
     found: dict[str, str] = {}
     for entry in ROUTERS.entries():
-        if entry.item.is_dense or entry.facts.family in found:
+        if entry.item.form.is_dense or entry.facts.family in found:
             continue
         try:
             entry.item.check(entry.item.Config(), NUM_EXPERTS)
@@ -78,7 +78,7 @@ def test_one_step_or_a_reason(task: str, layout: str, router: str, data: Any, pr
         "router": {"name": router},
     }
     try:
-        config = resolve(layer_over(plain, changes))
+        config = resolve(merge_settings(plain, changes))
         check_cell(config)
         ready: Task = prepared(config)
         module = CellModule(config, initialised_model(config, ready), ready)
@@ -96,8 +96,8 @@ def train_one_step(module: CellModule) -> None:
     config, ready = module.config, module.task
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     batch = ready.train_batch(config.train.batch_size, 0, 0)
-    outputs, records = module.passes(batch, batch_context(batch, training=True, seed=0))
-    found, _ = module.judge(batch, outputs, records)
+    outputs, records = module.run_passes(batch, batch_context(batch, training=True, seed=0))
+    found, _ = module.compute_loss(batch, outputs, records)
     found.total.backward()
     torch.optim.AdamW(module.parameters(), lr=1e-3).step()
     assert found.total.isfinite()

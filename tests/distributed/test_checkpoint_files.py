@@ -10,7 +10,7 @@ from support.process_group import Mesh, Shape
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import moebench.parallel.checkpoint as files
-from moebench.parallel.checkpoint import VerifiedCheckpointIO, checkpoint_path, newest_good
+from moebench.parallel.checkpoint import VerifiedCheckpointIO, checkpoint_path, find_newest_valid
 
 
 def read_by(mesh: Mesh, job: Any) -> tuple[Any, list[str]]:
@@ -31,9 +31,9 @@ def read_by(mesh: Mesh, job: Any) -> tuple[Any, list[str]]:
 
 def content(mesh: Mesh) -> dict[str, Any]:
     """Return a checkpoint of which each process holds a part."""
-    assert mesh.grid is not None
+    assert mesh.device_mesh is not None
     own = torch.full((2, 3), float(mesh.rank))
-    spread = DTensor.from_local(own, mesh.grid, [Replicate(), Shard(0)], run_check=False)
+    spread = DTensor.from_local(own, mesh.device_mesh, [Replicate(), Shard(0)], run_check=False)
     return {"state_dict": {"w": spread, "b": torch.ones(4)}, "optimizer_states": [{"step.w": 3}]}
 
 
@@ -47,7 +47,7 @@ def save(mesh: Mesh, folder: Path) -> list[str]:
 
 
 def load(mesh: Mesh, folder: Path) -> tuple[tuple[Path | None, list[str]], list[str]]:
-    return read_by(mesh, lambda: newest_good(folder, mesh))
+    return read_by(mesh, lambda: find_newest_valid(folder, mesh))
 
 
 def test_every_process_has_its_own_files(tmp_path: Path) -> None:
@@ -110,5 +110,5 @@ class Queued:
 
 def test_waiting_holds_the_host() -> None:
     ranks: Any = Queued()
-    Mesh(world=ranks).wait()
+    Mesh(world=ranks).barrier()
     assert ranks.num_read == 1

@@ -3,7 +3,7 @@
 import torch
 from support.process_group import Mesh, Shape
 
-from moebench.parallel.collectives import Travel
+from moebench.parallel.collectives import AsyncAllToAll
 from moebench.parallel.exchange import ExpertExchange
 
 PATTERNS = (
@@ -36,20 +36,20 @@ def exact(mesh: Mesh) -> None:
     assert own.grad.tolist() == [[3.0] * 3] * (rank * 2)
     assert mesh.world.gather(torch.tensor([rank == 1])).tolist() == [False, True]
 
-    assert mesh.row is not None
+    assert mesh.expert_group is not None
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for pattern in PATTERNS:
             travel_there_and_back(mesh, pattern, dtype)
 
 
 def travel_there_and_back(mesh: Mesh, pattern: list[list[int]], dtype: torch.dtype) -> None:
-    assert mesh.row is not None
+    assert mesh.expert_group is not None
     rank = mesh.rank
     send, receive = pattern[rank], [pattern[other][rank] for other in (0, 1)]
     labels = [10.0 * rank + to for to in (0, 1) for _ in range(send[to])]
     x_RI = torch.tensor(labels, dtype=dtype).view(-1, 1).requires_grad_()
     mesh.traffic.reset(timed=False)
-    came_RI = Travel(send, receive, mesh.row, mesh.traffic)(x_RI)
+    came_RI = AsyncAllToAll(send, receive, mesh.expert_group, mesh.traffic)(x_RI)
     assert came_RI.flatten().tolist() == [10.0 * source + rank for source in (0, 1) for _ in range(receive[source])]
     assert mesh.traffic.num_bytes == send[1 - rank] * dtype.itemsize
     (came_RI * (1.0 + rank)).sum().backward()
@@ -64,8 +64,8 @@ def test_collectives_are_exact() -> None:
 
 def ordered(mesh: Mesh) -> None:
     """Each expert sees its rows in the order of the whole batch, and they come back to where they were."""
-    assert mesh.row is not None
-    exchange = ExpertExchange(mesh.row, mesh.traffic, overlap=True)
+    assert mesh.expert_group is not None
+    exchange = ExpertExchange(mesh.expert_group, mesh.traffic, overlap=True)
     load_E = torch.tensor([[2, 0, 1, 3], [1, 1, 0, 2]][mesh.rank])
     expert_R = torch.arange(4).repeat_interleave(load_E)
     x_RI = torch.stack([expert_R, torch.arange(len(expert_R)) + 100 * mesh.rank], 1).double()
@@ -87,8 +87,8 @@ def ordered(mesh: Mesh) -> None:
     else:
         assert loads == [1, 5]
         assert rows == [[2, 2], [3, 3], [3, 4], [3, 5], [3, 102], [3, 103]]
-    assert exchange.num_sent(load_E) == [4, 2][mesh.rank]
-    assert exchange.num_here(torch.tensor([3, 1, 1, 5])) == [4, 6][mesh.rank]
+    assert exchange.count_sent_rows(load_E) == [4, 2][mesh.rank]
+    assert exchange.count_local_rows(torch.tensor([3, 1, 1, 5])) == [4, 6][mesh.rank]
 
 
 def test_rows_arrive_in_the_order_of_the_batch() -> None:
@@ -99,9 +99,9 @@ def apart(mesh: Mesh) -> tuple[bool, list[float]]:
     """Return whether all communicators differ, and their time limits."""
     from torch.distributed import group
 
-    assert mesh.row is not None
-    assert mesh.column is not None
-    groups = [group.WORLD, mesh.world.group, mesh.row, mesh.column]
+    assert mesh.expert_group is not None
+    assert mesh.replica_group is not None
+    groups = [group.WORLD, mesh.world.group, mesh.expert_group, mesh.replica_group]
     limits = [g._get_backend(torch.device("cpu")).options._timeout.total_seconds() for g in groups]
     return len({id(g) for g in groups}) == len(groups), limits
 

@@ -75,11 +75,11 @@ def refused(mesh: Mesh) -> list[str]:
     own, near = torch.ones(2, device=mesh.device), torch.ones(2)
     assert mesh.world.sum(own).tolist() == [mesh.size] * 2
     assert mesh.world.gather(own).shape == (2 * mesh.size,)
-    assert mesh.agree({"said": mesh.rank}) == {"said": 0}
-    assert mesh.collect(mesh.rank) == list(range(mesh.size))
-    mesh.wait()
+    assert mesh.broadcast_object({"said": mesh.rank}) == {"said": 0}
+    assert mesh.gather_objects(mesh.rank) == list(range(mesh.size))
+    mesh.barrier()
     calls: list[Callable[[], Any]] = [lambda: mesh.world.sum(near), lambda: mesh.world.gather(near)]
-    if mesh.place.has_group:
+    if mesh.process_info.has_group:
         calls += [
             lambda: dist.all_reduce(near),
             lambda: dist.broadcast(near, 0),
@@ -99,7 +99,7 @@ def refused(mesh: Mesh) -> list[str]:
 @pytest.mark.parametrize("shape", [Shape(), *MESHES[:2]], ids=["alone", "group of one", "two"])
 def test_no_collective_takes_a_tensor_of_the_host(shape: Shape) -> None:
     for said in replace(shape, is_separate=True).run(refused):
-        assert said[:2] == ["a value to be sent is on cpu, and the processes exchange what is on cpu:0"] * 2
+        assert said[:2] == ["cannot exchange a tensor on cpu: the process group uses cpu:0"] * 2
         assert all("on the host, cannot be sent" in text for text in said[2:])
         assert len(said) == (2 if not shape.has_group and shape.size == 1 else 6)
 

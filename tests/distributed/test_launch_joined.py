@@ -115,7 +115,7 @@ def test_a_failure_far_away_is_named_and_the_next_call_repairs(cli: CommandLine,
     assert results.result("none 0", 0)["status"] == "done"
     assert results.result("raise 1", 0)["error"] == "rank 1: ValueError: the router broke in two lines"
     assert results.result("kill 1", 0)["error"] == "rank 1 was killed by SIGKILL (out of memory?)"
-    assert results.result("stop 1", 0)["error"].startswith("rank 1 hung: no word for ")
+    assert results.result("stop 1", 0)["error"].startswith("rank 1 hung: no progress for ")
     (cli.folder / "repaired").touch()
     assert [code for code, _, _ in ends(slurm(cli, *options))] == [0, 0]
     whole = metrics_of(results)

@@ -10,7 +10,7 @@ import pytest
 from support.command_line import CommandLine, Results, WarmCommandLine, journal, repeatable, send, wait_until
 from support.start_methods import EXPERT_2, SIGNALS, TIMEOUT_S, ranks, wait_for_first_steps, write_faulty
 
-from moebench.tracking.mlflow_store import default_uri, quiet
+from moebench.tracking.mlflow_store import default_uri, quiet_mlflow
 
 pytestmark = pytest.mark.timeout(400)
 RUN = ("run", "./tiny.yaml", "--tracker", "none", "--plugin", "faulty.py", "--json", *EXPERT_2)
@@ -85,7 +85,7 @@ def test_a_process_that_hangs_ends_the_run_in_bounded_time(cli: CommandLine, war
     for arm in arms:
         result = results.result(arm, 0)
         # A process that stops right behind a step has not yet told of it.
-        assert re.fullmatch(rf"rank {arm[-1]} hung: no word for 1\d s after step [3-7]", result["error"])
+        assert re.fullmatch(rf"rank {arm[-1]} hung: no progress for 1\d s after step [3-7]", result["error"])
         assert result["throughput"]["total_s"] < 60
     (cli.folder / "repaired").touch()
     again = warm(cli, *RUN, timeout=TIMEOUT_S)
@@ -100,7 +100,7 @@ def test_a_run_over_two_processes_is_one_run_for_the_tracker(cli: CommandLine) -
     assert ended.code == 0, ended.err
     (folder,) = Results(cli.folder / "results").folders()
     assert [p["step"] for p in journal(folder) if "loss/task" in p["metrics"]] == [*range(1, 13)]
-    with quiet():
+    with quiet_mlflow():
         from mlflow import MlflowClient
 
         client = MlflowClient(default_uri(cli.folder / "results"))

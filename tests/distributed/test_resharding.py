@@ -4,15 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from moebench.training.step_timer import StepTimer
 from support.mesh_cases import case
 from support.process_group import ALONE, Mesh, Shape
 from support.training_cases import assert_same_tree, read_checkpoint, tiny_config, write_text
 
 from moebench.parallel.checkpoint import checkpoint_path
-from moebench.training.callback import CellCallback, Hooks, Meter
+from moebench.training.callback import CellCallback, RunContext
 from moebench.training.model import initialised_model, prepare_task
 from moebench.training.module import CellModule
-from moebench.training.train import fit, make_trainer, train_cell
+from moebench.training.train import build_trainer, fit, train_cell
 
 TRAIN = {"steps": 6, "batch_size": 4, "learning_rate": 2e-3, "warmup_steps": 0, "checkpoint_every": 3}
 OVERRIDES = case(train=TRAIN, layout={"name": "zero_computation", "num_experts": 8, "match": "none"})
@@ -44,12 +45,12 @@ def train(
     config = tiny_config(text, **overrides)
     task = prepare_task(config, folder)
     done = [0]
-    hooks = Hooks(
+    hooks = RunContext(
         Silent(),
         progress=lambda message: done.append(message["step"]),
         should_stop=lambda: mesh.is_first and done[-1] + 1 == stop_at,
     )
-    result = train_cell(config, task, folder / "checkpoints", hooks, cell_id="0", arm="arm", mesh=mesh)
+    result = train_cell(config, task, context, cell_id="0", arm="arm", mesh=mesh)
     assert (result is None) == (stop_at > 0)
     assert done[-1] == (0 if is_over else stop_at or config.train.steps)
     return result.metrics if result else {}
@@ -60,9 +61,9 @@ def pass_on(mesh: Mesh, text: Path, overrides: dict[str, Any], source: Path, tar
     config = tiny_config(text, **overrides)
     task = prepare_task(config, work)
     module = CellModule(config, initialised_model(config, task, mesh), task, mesh)
-    meter = Meter()
-    trainer = make_trainer(config, [CellCallback(Hooks(Silent()), work, meter)], mesh)
-    fit(trainer, module, meter, source, config.train.steps)
+    timer = StepTimer()
+    trainer = build_trainer(config, [CellCallback(RunContext(Silent()), work, meter)], mesh)
+    fit(trainer, module, timer, source, config.train.steps)
     trainer.save_checkpoint(target)
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from support.command_line import ROOT, CommandLine, Ended, Results, WarmCommandLine
+from support.command_line import ROOT, CommandLine, CommandResult, Results, WarmCommandLine
 
 from moebench.tasks.text.documents import TextDataConfig, load_documents
 from moebench.tasks.text.splits import split_documents
 
-EXPERIMENT = str(ROOT / "experiments" / "languages.yaml")
+EXPERIMENT = "experiments/languages.yaml"
 BIBLES = {"ar": "y", "de": "e", "en": "4", "es": "v", "fr": "l", "it": "d", "ru": "r"}
 BOOKS = ("Genesis", "1Kings", "Isaiah", "Mark", "Luke", "Acts", "Jude")
 VERSES = 60
@@ -43,10 +43,10 @@ def write_database(file: Path) -> Path:
     return file
 
 
-def build(folder: Path, source: Path, *options: str) -> Ended:
+def build(folder: Path, source: Path, *options: str) -> CommandResult:
     command = [sys.executable, str(ROOT / "scripts/build_languages.py"), str(source), "--out", "made.parquet", *options]
     done = subprocess.run(command, cwd=folder, env=CommandLine(folder).environment, capture_output=True, text=True)
-    return Ended(done.returncode, done.stdout, done.stderr)
+    return CommandResult(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from moebench.routing.gate import Gate
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterConfig, RouterBuildContext
 from moebench.routing.context import RouteContext
 from moebench.routing.values import Routing
 
@@ -25,9 +25,7 @@ from moebench.routing.values import Routing
         family="static",
         equation="i = (token id + shift) mod E,  y = softmax(W x)_i · E_i(x)",
         paper="none: written for a test",
-        causal=True,
-        causal_reason="each token is routed by its own id",
-        batch_dependent=False,
+        causality=Causality(causal=True, reason="each token is routed by its own id", batch_dependent=False),
     )
 )
 class MyRouter(Router):
@@ -42,9 +40,9 @@ class MyRouter(Router):
         """Added to the token id."""
         losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.gate = Gate(site.d_model, site.num_experts)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.gate = Gate(context.d_model, context.num_experts)
         self.shift = config.shift
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:

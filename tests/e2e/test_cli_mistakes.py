@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command_line import ROOT, CommandLine, Ended, Results, WarmCommandLine, tiny
+from support.command_line import ROOT, CommandLine, CommandResult, Results, WarmCommandLine, tiny
 from tokenizers import Tokenizer, models
 
 FILES: dict[str, str | bytes] = {
@@ -215,7 +215,7 @@ def contents(results: Path) -> dict[str, Any]:
     return {str(file): file.stat().st_mtime_ns for file in sorted((results / "runs").rglob("*"))}
 
 
-def assert_refused(ended: Ended, words: list[str]) -> None:
+def assert_refused(ended: CommandResult, words: list[str]) -> None:
     assert ended.code == 2, f"exit code {ended.code}: {ended.err[-1500:]}"
     assert ended.out == ""
     assert ended.err.startswith("error: "), ended.err
@@ -257,7 +257,7 @@ def test_a_mistake_in_the_command(refused: Callable[..., None], line: str, words
 
 def test_an_unknown_key_of_the_shipped_experiment(finished: CommandLine) -> None:
     """Once without the warm process: exactly what a user types."""
-    quickstart = str(ROOT / "experiments/quickstart.yaml")
+    quickstart = "experiments/quickstart.yaml"
     ended = finished("run", quickstart, "router.top_kk=2", "--results", "nothing_here")
     assert_refused(ended, ["router.top_kk", "Did you mean 'top_k'?"])
     assert not (finished.folder / "nothing_here").exists()

@@ -230,7 +230,7 @@ def test_an_experiment_in_the_folder_experiments_is_known_by_its_name(cli: Comma
 
 
 def test_the_shipped_experiments_are_valid(cli: CommandLine, warm: WarmCommandLine) -> None:
-    for file in sorted((ROOT / "experiments").glob("*.yaml")):
+    for file in sorted((ROOT / "moebench" / "experiments").glob("*.yaml")):
         if file.stem == "languages":  # its data are not here: test_cli_languages.py makes some
             continue
         ended = warm(cli, "plan", str(file), "--json", "--results", "plans")

@@ -29,7 +29,7 @@ def test_a_block_runs_as_a_plugin(
     cli: CommandLine, warm: WarmCommandLine, file: str, grid: list[str], arms: list[str]
 ) -> None:
     (cli.folder / file).write_text(BLOCKS[file], encoding="utf-8")
-    command = [str(ROOT / "experiments/quickstart.yaml"), "--plugin", file, *grid, *SMALL]
+    command = ["experiments/quickstart.yaml", "--plugin", file, *grid, *SMALL]
     done = warm(cli, "run", *command, "--tracker", "none", "--json")
     assert done.code == 0, done.err
     assert [cell["state"] for cell in done.json["cells"]] == ["done"] * len(arms)

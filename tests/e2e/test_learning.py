@@ -97,7 +97,7 @@ UNLISTED = Expected(0.0, 0.3, "not looked at yet: it must beat routing at random
 
 def learned() -> list[Any]:
     """Return every learned router with its defaults, and with one expert per token where that is an option."""
-    names = [entry.name for entry in ROUTERS.entries() if entry.facts.learned and not entry.item.is_dense]
+    names = [entry.name for entry in ROUTERS.entries() if entry.facts.learned and not entry.item.form.is_dense]
     cases = [(name, DEFAULTS.get(name, UNLISTED)) for name in names] + list(ONE_EACH.items())
     return [
         pytest.param(name, expected, id="-".join([name, *map(str, expected.options.values())]))

@@ -15,7 +15,7 @@ from support.run_folders import write_result
 
 from moebench.errors import UsageError
 from moebench.runs.journal import Journal
-from moebench.tracking.mlflow_store import MlflowStore, default_uri, quiet
+from moebench.tracking.mlflow_store import MlflowStore, default_uri, quiet_mlflow
 from moebench.tracking.replay import replay
 from moebench.tracking.tracker import Tracker
 
@@ -105,7 +105,7 @@ def draw(path: Path) -> None:
 
 
 def client(results: Path) -> Any:
-    with quiet():
+    with quiet_mlflow():
         from mlflow import MlflowClient
 
         return MlflowClient(default_uri(results))

@@ -14,12 +14,12 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moebench.routing.router import ROUTERS, Facts
+from moebench.routing.router import ROUTERS, Causality, Facts
 from moebench.routing.routers.switch import Switch
 
 
-@ROUTERS.register(Facts(family="token choice", equation="-", paper="-", causal=True, causal_reason="-",
-                        batch_dependent=False))
+@ROUTERS.register(Facts(family="token choice", equation="-", paper="-",
+        causality=Causality(causal=True, reason="-", batch_dependent=False)))
 class Faulty(Switch):
     '''Switch, with a fault in its sixth step unless a file says that it is repaired.'''
 

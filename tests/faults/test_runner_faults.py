@@ -201,11 +201,11 @@ def test_sigterm_saves_and_says_143(cli: CommandLine, results: Results, warm: Wa
 STUCK = """
 import time
 from dataclasses import dataclass
-from moebench.routing.router import ROUTERS, Facts
+from moebench.routing.router import ROUTERS, Causality, Facts
 from moebench.routing.routers.switch import Switch
 
-@ROUTERS.register(Facts(family="token choice", equation="-", paper="-", causal=True, causal_reason="-",
-                        batch_dependent=False))
+@ROUTERS.register(Facts(family="token choice", equation="-", paper="-",
+        causality=Causality(causal=True, reason="-", batch_dependent=False)))
 class Stuck(Switch):
     '''Stops answering at its fifth step.'''
 

@@ -19,7 +19,7 @@ from support.run_folders import write_result
 
 from moebench.errors import UsageError
 from moebench.runs.journal import Journal, read_journal
-from moebench.tracking.mlflow_store import TrackerError, default_uri, shown
+from moebench.tracking.mlflow_store import TrackerError, default_uri, redact_credentials
 from moebench.tracking.replay import replay
 from moebench.tracking.tracker import Tracker
 from moebench.tracking.ui import serve
@@ -74,7 +74,7 @@ def test_a_dead_server_degrades_and_loses_nothing(tmp_path: Path) -> None:
     assert not status.ok
     assert status.reason is not None
     assert "\n" not in status.reason
-    assert shown(uri) in status.reason
+    assert redact_credentials(uri) in status.reason
     assert "moebench sync" in status.reason
     assert "secret" not in status.reason + (tmp_path / "tracking.log").read_text()
     assert (folder / "journal.jsonl").read_bytes() == before
@@ -132,9 +132,9 @@ def test_an_unknown_kind_of_tracker_is_one_line(tmp_path: Path) -> None:
 RACE = """
 import os, sys
 from pathlib import Path
-from moebench.tracking.mlflow_store import quiet
+from moebench.tracking.mlflow_store import quiet_mlflow
 from moebench.tracking.replay import replay
-with quiet():
+with quiet_mlflow():
     from mlflow import MlflowClient
 uri, *folders = sys.argv[1:]
 racers = []

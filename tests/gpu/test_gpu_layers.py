@@ -112,7 +112,7 @@ def test_widths_that_are_no_multiple_of_16_bytes_are_padded(hidden: int, activat
 
 @pytest.mark.parametrize("case", default_cases(), ids=str)
 def test_evaluation_routes_as_on_a_cpu(case: Case, device: torch.device) -> None:
-    if case.facts.draws_in_evaluation:
+    if case.facts.causality.draws_in_evaluation:
         pytest.skip("draws in evaluation: the generators of two devices differ")
     tokens = Tokens.draw(64, length=16)
     layer = case.layer().eval()

@@ -7,27 +7,27 @@ from typing import Any
 import pytest
 import torch
 from contract.test_tasks import NUM_EXPERTS, one_of_each_family
+from moebench.compatibility import check_cell
+from moebench.parallel.process_info import ProcessInfo
+from moebench.runs.recorder import RunRecorder
 from support.command_line import CommandLine
 from support.task_data import write_data
 from support.training_cases import TINY, Run, assert_same_runs, read_checkpoint, tiny_config, write_text
 from torch.distributed import TCPStore
 
-from moebench.config import layer_over, resolve
+from moebench.config import merge_settings, resolve
 from moebench.errors import UsageError
 from moebench.experts.layout import LAYOUTS
-from moebench.parallel.collectives import Travel
+from moebench.parallel.collectives import AsyncAllToAll
 from moebench.parallel.exchange import ExpertExchange
 from moebench.parallel.mesh import Mesh, open_mesh
-from moebench.parallel.place import Place
 from moebench.runs.folder import RunFolder
 from moebench.schema import ParallelConfig
 from moebench.tasks.task import TASKS
-from moebench.tracking.recorder import RunRecorder
-from moebench.training.callback import Hooks
-from moebench.training.compatibility import check_cell
+from moebench.training.callback import RunContext
 from moebench.training.model import initialised_model, prepare_task
 from moebench.training.module import CellModule
-from moebench.training.train import device_of, train_cell
+from moebench.training.train import select_device, train_cell
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,7 +49,7 @@ def short(device: torch.device, **changes: Any) -> dict[str, Any]:
     """Return a cell of four steps in bf16."""
     train = TINY["train"] | {"steps": 4, "device": device.type, "precision": "bf16"}
     layout = {"num_experts": NUM_EXPERTS, "match": "none"}
-    return layer_over({"model": TINY["model"] | {"ffn_width": 128}, "train": train, "layout": layout}, changes)
+    return merge_settings({"model": TINY["model"] | {"ffn_width": 128}, "train": train, "layout": layout}, changes)
 
 
 def finishes(raw: dict[str, Any], folder: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(precision: str, device: torch.dev
 def test_a_bf16_run_is_evaluated_in_bf16(device: torch.device, tmp_path: Path) -> None:
     config = tiny_config(write_text(tmp_path), train={"device": device.type, "precision": "bf16"})
     task = prepare_task(config, tmp_path)
-    module = CellModule(config, initialised_model(config, task), task, Mesh(device=device_of(config.train)))
+    module = CellModule(config, initialised_model(config, task), task, Mesh(device=select_device(config.train)))
     module.to(module.mesh.device)
     seen: set[torch.dtype] = set()
     module.model.head.register_forward_hook(lambda head, given, output: seen.add(output.dtype))
@@ -112,8 +112,8 @@ def mesh(device: torch.device) -> Iterator[Mesh]:
     """A group of one process, with the backend that many would use."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     config = ParallelConfig(timeout_s=60.0)
-    place = Place(store_port=store.port, meeting="test")
-    with open_mesh(config, place, torch.device("cuda", 0) if device.type == "cuda" else device) as mesh:
+    process_info = ProcessInfo(store_port=store.port, namespace="test")
+    with open_mesh(config, process_info, torch.device("cuda", 0) if device.type == "cuda" else device) as mesh:
         assert torch.distributed.get_backend() == ("nccl" if device.type == "cuda" else "gloo")
         yield mesh
 
@@ -127,11 +127,11 @@ def test_collectives_of_one_process(mesh: Mesh) -> None:
     assert value.grad is not None
     assert value.grad.tolist() == [1.0, 2.0]
     assert mesh.world.gather(torch.ones(2, 3, device=device)).shape == (2, 3)
-    assert mesh.agree({"said": 1}) == {"said": 1}
-    mesh.wait()
+    assert mesh.broadcast_object({"said": 1}) == {"said": 1}
+    mesh.barrier()
     for dtype in (torch.float32, torch.bfloat16):
         x_RI = torch.randn(5, 3, device=device).to(dtype).requires_grad_()
-        came_RI = Travel([5], [5], torch.distributed.group.WORLD, mesh.traffic)(x_RI)
+        came_RI = AsyncAllToAll([5], [5], torch.distributed.group.WORLD, mesh.traffic)(x_RI)
         assert torch.equal(came_RI, x_RI)
         (came_RI * 2).sum().backward()
         assert torch.equal(x_RI.grad, torch.full_like(x_RI, 2))
@@ -160,8 +160,8 @@ def test_a_run_over_a_group_of_one_is_the_run_alone(mesh: Mesh, device: torch.de
         folder = RunFolder(tmp_path / name)
         folder.path.mkdir()
         with RunRecorder(folder) as recorder:
-            hooks = Hooks(recorder=recorder)
-            result = train_cell(config, task, folder.checkpoints, hooks, cell_id="0" * 12, arm="arm", mesh=over)
+            context = RunContext(recorder=recorder, checkpoints=folder.checkpoints)
+            result = train_cell(config, task, context, cell_id="0" * 12, arm="arm", mesh=over)
         assert result is not None
         (checkpoint,) = folder.checkpoints.glob("step_*.ckpt")
         ended.append((result.metrics, read_checkpoint(checkpoint)["state_dict"]))

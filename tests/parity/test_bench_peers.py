@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moebench.bench.layer.peers.register import PEERS, absence
-from moebench.bench.layer.problem import Contestant, Problem, Skipped, make_problem
+from moebench.bench.layer.problem import Candidate, Problem, Skipped, make_problem
 from moebench.bench.layer.row import compare_outputs
 from moebench.bench.layer.shapes import parse
 from moebench.bench.layer.variants import CAPACITY, own_variants, route_context
@@ -25,17 +25,17 @@ def adapter(package: str) -> Any:
     assert absence(peer) is None
     import importlib
 
-    module: ModuleType = importlib.import_module(f"moebench.bench.peers.{peer.adapter}")
+    module: ModuleType = importlib.import_module(f"moebench.bench.layer.peers.{peer.adapter}")
     return module
 
 
-def layers(package: str, problem: Problem) -> dict[str, Contestant]:
-    found = adapter(package).contestants(problem)
-    return {one.name: one for one in found if isinstance(one, Contestant)}
+def layers(package: str, problem: Problem) -> dict[str, Candidate]:
+    found = adapter(package).build_candidates(problem)
+    return {one.name: one for one in found if isinstance(one, Candidate)}
 
 
-def own(problem: Problem) -> list[Contestant]:
-    return [one for one in own_variants(problem) if isinstance(one, Contestant)]
+def own(problem: Problem) -> list[Candidate]:
+    return [one for one in own_variants(problem) if isinstance(one, Candidate)]
 
 
 BLOCKS = ("Mixtral", "Qwen3-MoE", "OLMoE")
@@ -78,7 +78,7 @@ def test_transformers_switch_drops_what_our_capacity_drops() -> None:
 
 
 def test_batched_mm_is_refused_where_it_copies_too_much() -> None:
-    found = adapter("transformers").contestants(problem_of("512,8,8,4,2,swiglu", "balanced"))
+    found = adapter("transformers").build_candidates(problem_of("512,8,8,4,2,swiglu", "balanced"))
     skipped = [one for one in found if isinstance(one, Skipped)]
     assert [one.name for one in skipped] == ["Mixtral batched_mm", "Qwen3-MoE batched_mm"]
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.identity_gates import routed, with_identity
-from support.routing_strategies import routings, seeded
+from support.identity_gates import build_identity_router, route_logits
+from support.routing_strategies import make_generator, routings
 
 from moebench.experts.capacity import Capacity, DropOrder, first_of_each_expert, precedence
 from moebench.experts.dispatch import DispatchPlan, combine, dispatch
@@ -36,13 +36,13 @@ def queue(routing: Routing, order: str) -> list[int]:
         choice = {n: place for pairs in own.values() for place, (_, n) in enumerate(pairs)}
         return sorted(range(len(tokens)), key=lambda n: (choice[n], own[tokens[n]][0], tokens[n]))
     if order == "random":
-        return torch.randperm(len(tokens), generator=seeded()).tolist()
+        return torch.randperm(len(tokens), generator=make_generator()).tolist()
     return sorted(range(len(tokens)), key=lambda n: (tokens[n], n))
 
 
 @given(routings(), st.integers(0, 6), orders)
 def test_each_expert_keeps_the_first_of_its_queue(routing: Routing, slots: int, order: str) -> None:
-    kept_N = kept_within(routing, slots, order, seeded()).tolist()
+    kept_N = kept_within(routing, slots, order, make_generator()).tolist()
     free = Counter(dict.fromkeys(range(routing.num_experts), slots))
     for assignment in queue(routing, order):
         expert = int(routing.expert_N[assignment])
@@ -52,15 +52,15 @@ def test_each_expert_keeps_the_first_of_its_queue(routing: Routing, slots: int, 
 
 @given(routings(), st.integers(0, 6), orders)
 def test_kept_and_dropped_add_up(routing: Routing, slots: int, order: str) -> None:
-    kept = routing.keep(kept_within(routing, slots, order, seeded()))
+    kept = routing.keep(kept_within(routing, slots, order, make_generator()))
     assert torch.equal(kept.load_E, routing.load_E.clamp(max=slots))
     assert kept.experts_per_token_T.sum() == kept.load_E.sum() == kept.compact().token_N.numel()
 
 
 @given(routings(), st.integers(0, 5), orders)
 def test_more_slots_keep_what_fewer_kept(routing: Routing, slots: int, order: str) -> None:
-    fewer_N = kept_within(routing, slots, order, seeded())
-    more_N = kept_within(routing, slots + 1, order, seeded())
+    fewer_N = kept_within(routing, slots, order, make_generator())
+    more_N = kept_within(routing, slots + 1, order, make_generator())
     assert (more_N | ~fewer_N).all()
 
 
@@ -145,13 +145,15 @@ def test_each_order_by_hand() -> None:
         num_experts=1,
         priority_N=torch.tensor([1, 0, 3, 3]),
     )
-    kept = {order: kept_within(routing, 2, order, seeded()).tolist() for order in ("position", "score", "router")}
+    kept = {
+        order: kept_within(routing, 2, order, make_generator()).tolist() for order in ("position", "score", "router")
+    }
     assert kept == {
         "position": [True, True, False, False],
         "score": [False, True, True, False],
         "router": [False, False, True, True],
     }
-    by_position = kept_within(replace(routing, priority_N=None), 2, "router", seeded())
+    by_position = kept_within(replace(routing, priority_N=None), 2, "router", make_generator())
     assert by_position.tolist() == [True, True, False, False]
 
 
@@ -166,8 +168,8 @@ def test_each_order_by_hand() -> None:
 )
 def test_score_ranks_all_assignments_and_priority_first_choices_first(name: str, order: str, taken) -> None:
     probability_TE = torch.tensor([[0.45, 0.5, 0.05], [0.40, 0.25, 0.35]])
-    routing = routed(with_identity(name, 3, top_k=2), probability_TE.log())
-    kept = routing.keep(kept_within(routing, 1, order, seeded())).compact()
+    routing = route_logits(build_identity_router(name, 3, top_k=2), probability_TE.log())
+    kept = routing.keep(kept_within(routing, 1, order, make_generator())).compact()
     assert list(zip(kept.token_N.tolist(), kept.expert_N.tolist(), strict=True)) == taken
 
 
@@ -175,15 +177,15 @@ def test_priority_ranks_tokens_by_their_best_weight_in_every_round() -> None:
     # Token 0 is surer (.6) than token 1 (.5), so its second choice (.3) comes before token 1's (.4); then third ones.
     weight_TK = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1]])
     routing = Routing.from_top_k(torch.tensor([[0, 1, 2], [3, 1, 2]]), weight_TK, num_experts=4)
-    assert precedence(routing, "priority", seeded()).tolist() == [0, 3, 1, 4, 2, 5]
-    assert precedence(routing, "score", seeded()).tolist() == [0, 3, 4, 1, 2, 5]
+    assert precedence(routing, "priority", make_generator()).tolist() == [0, 3, 1, 4, 2, 5]
+    assert precedence(routing, "score", make_generator()).tolist() == [0, 3, 4, 1, 2, 5]
 
 
 @given(routings(), st.integers(1, 3), st.integers(0, 1000))
 def test_random_order_belongs_to_its_generator(routing: Routing, slots: int, seed: int) -> None:
-    first_N = kept_within(routing, slots, "random", seeded(seed))
+    first_N = kept_within(routing, slots, "random", make_generator(seed))
     torch.manual_seed(seed + 1)
-    assert torch.equal(first_N, kept_within(routing, slots, "random", seeded(seed)))
+    assert torch.equal(first_N, kept_within(routing, slots, "random", make_generator(seed)))
 
 
 @given(routings(), st.booleans(), st.booleans(), st.data())
@@ -213,7 +215,7 @@ def test_every_assignment_that_counts_has_a_row_of_its_expert(
 @given(st.integers(0, 9), st.integers(1, 5), st.booleans(), st.data())
 def test_identity_experts_give_the_tokens_back(num_tokens: int, num_experts: int, whole: bool, data) -> None:
     top_k = data.draw(st.integers(1, num_experts))
-    generator = seeded(data.draw(st.integers(0, 100)))
+    generator = make_generator(data.draw(st.integers(0, 100)))
     expert_TK = torch.rand(num_tokens, num_experts, generator=generator).topk(top_k, dim=-1).indices
     weight_TK = torch.rand(num_tokens, top_k, generator=generator, dtype=torch.float64) + 0.1
     weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)

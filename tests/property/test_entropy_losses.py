@@ -24,7 +24,7 @@ def record_of(logits_TE: Tensor, length: int | None = None, valid_T: Tensor | No
     )
     if valid_T is not None:
         routing = routing.keep(valid_T)
-    return LayerRecord(layer=0, routing=routing, kept=routing, valid_T=valid_T, sequence_length=length)
+    return LayerRecord(routing=routing, kept=routing, valid_T=valid_T, sequence_length=length)
 
 
 @pytest.mark.parametrize(

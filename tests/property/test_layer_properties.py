@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.cases import D_MODEL, Replayed, Tokens, assert_same_gradients, stirred
-from support.routing_strategies import crowds, rectangles, routings, seeded
+from support.cases import D_MODEL, ReplayRouter, Tokens, assert_same_gradients, randomise_parameters
+from support.routing_strategies import crowded_routings, make_generator, rectangles, routings
 from torch import Generator, Tensor
 
 from moebench.experts.bank import Bank, double_loop
@@ -18,7 +18,7 @@ from moebench.experts.feed_forward import ExpertBank, FeedForward
 from moebench.experts.layer import MoELayer
 from moebench.routing.values import LayerRecord, Routing
 
-any_routing = st.one_of(crowds, routings(holes=True, scored=True), rectangles(holes=True, scored=True))
+any_routing = st.one_of(crowded_routings, routings(holes=True, scored=True), rectangles(holes=True, scored=True))
 capacities = st.builds(
     Capacity,
     train=st.sampled_from([None, 0.25, 0.5, 1.0, 2.0]),
@@ -44,15 +44,15 @@ class Drawn:
         leaves = [weight_N.requires_grad_(), score_TE.requires_grad_()]
         counted_N = routing.counted_N  # the weight of what does not count is 0 and reaches nobody
         routing = replace(routing, weight_N=weight_N.where(counted_N, 0.0), scores_TE=score_TE)
-        bank = stirred(ExpertBank(D_MODEL, 4, routing.num_experts, "gelu"))
+        bank = randomise_parameters(ExpertBank(D_MODEL, 4, routing.num_experts, "gelu"))
         options: dict[str, Any] = dict(around)
         if options.get("shared"):
-            options["shared"] = stirred(FeedForward(D_MODEL, 4, "gelu"), seed=1)
+            options["shared"] = randomise_parameters(FeedForward(D_MODEL, 4, "gelu"), seed=1)
         top_k = routing.top_k or 1
-        layer = MoELayer(Replayed(routing), bank, experts_per_token=top_k, capacity=capacity, layer=0, **options)
+        layer = MoELayer(ReplayRouter(routing), bank, experts_per_token=top_k, capacity=capacity, layer=0, **options)
         if layer.mix is not None:
-            stirred(layer.mix, seed=2)
-        valid_T = torch.rand(routing.num_tokens, generator=seeded(5)) < 0.7 if padded else None
+            randomise_parameters(layer.mix, seed=2)
+        valid_T = torch.rand(routing.num_tokens, generator=make_generator(5)) < 0.7 if padded else None
         tokens = replace(Tokens.draw(routing.num_tokens), valid_T=valid_T)
         tokens.x_TD.requires_grad_()
         return cls(layer, tokens, [tokens.x_TD, *leaves, *layer.parameters()], valid_T)
@@ -144,7 +144,7 @@ class Identity(Bank):
 @given(any_routing, capacities)
 def test_identity_experts_give_the_tokens_times_their_weights(routing: Routing, capacity: Capacity) -> None:
     layer = MoELayer(
-        Replayed(routing),
+        ReplayRouter(routing),
         Identity(routing.num_experts),
         experts_per_token=routing.top_k or 1,
         capacity=capacity,
@@ -163,4 +163,4 @@ def test_identity_experts_give_the_tokens_times_their_weights(routing: Routing, 
 def test_residual_without_a_shared_network_is_refused() -> None:
     routing = Routing.from_top_k(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), num_experts=1)
     with pytest.raises(ValueError, match="residual=True"):
-        MoELayer(Replayed(routing), Identity(1), experts_per_token=1, capacity=Capacity(), layer=0, residual=True)
+        MoELayer(ReplayRouter(routing), Identity(1), experts_per_token=1, capacity=Capacity(), layer=0, residual=True)

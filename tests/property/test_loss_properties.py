@@ -19,7 +19,7 @@ EVERY_LOSS = (load_balance, parameter_penalty, z, importance)
 
 
 def record_of(routing: Routing, kept: Routing | None = None, valid_T: Tensor | None = None) -> LayerRecord:
-    return LayerRecord(layer=0, routing=routing, kept=kept or routing, valid_T=valid_T)
+    return LayerRecord(routing=routing, kept=kept or routing, valid_T=valid_T)
 
 
 def routed(expert_TK: list[list[int]], scores_TE: list[list[float]]) -> Routing:
@@ -180,7 +180,7 @@ def test_losses_leave_padding_out(num_tokens: int, num_padding: int, num_experts
     padded = record_of(routing.keep(valid_T[routing.token_N]), valid_T=valid_T)
     for loss in EVERY_LOSS:
         torch.testing.assert_close(loss(padded), loss(record_of(alone)))
-    ours, theirs = LoadCount.of(padded), LoadCount.of(record_of(alone))
+    ours, theirs = LoadCount.from_record(padded), LoadCount.from_record(record_of(alone))
     assert (ours.num_tokens, ours.num_unserved) == (theirs.num_tokens, theirs.num_unserved)
 
 
@@ -225,7 +225,7 @@ def count(load: list[int], *, dropped: int = 0, unserved: int = 0, tokens: int =
 
 def test_layers_are_averaged_and_never_pooled() -> None:
     # Each layer collapsed on another expert: pooled they would look perfectly even.
-    summary = metrics.summarise([count([8, 0]), count([0, 8])])
+    summary = metrics.summarise_load([count([8, 0]), count([0, 8])])
     assert summary["load/max_violation"] == 1.0
     assert summary["load/entropy"] == 0.0
     assert summary["load/dead_experts"] == 1.0
@@ -233,11 +233,11 @@ def test_layers_are_averaged_and_never_pooled() -> None:
 
 def test_rates_by_hand() -> None:
     # Layer 1: 2 of 8 assignments dropped, 1 of 8 tokens unserved; layer 2: none.
-    summary = metrics.summarise([count([4, 4], dropped=2, unserved=1, rerouted=3), count([4, 4])])
+    summary = metrics.summarise_load([count([4, 4], dropped=2, unserved=1, rerouted=3), count([4, 4])])
     assert summary["load/drop_rate"] == pytest.approx((2 / 8 + 0) / 2)
     assert summary["load/reroute_rate"] == pytest.approx((3 / 8 + 0) / 2)
     assert summary["load/unserved"] == pytest.approx((1 / 8 + 0) / 2)
-    assert metrics.summarise([]) == {}
+    assert metrics.summarise_load([]) == {}
 
 
 def test_counts_of_batches_add_up() -> None:
@@ -252,6 +252,6 @@ def test_counts_of_a_record(num_tokens: int, num_experts: int, slots: int) -> No
     routing = softmax_routing(num_tokens, num_experts, 1, seed=num_tokens)
     place_N = torch.tensor([int((routing.expert_N[:n] == e).sum()) for n, e in enumerate(routing.expert_N)])
     kept = routing.keep(place_N < slots)
-    counted = LoadCount.of(record_of(routing, kept))
+    counted = LoadCount.from_record(record_of(routing, kept))
     assert int(counted.load_E.sum()) == num_tokens
     assert counted.num_dropped == counted.num_unserved == int((routing.load_E - slots).clamp(min=0).sum())

@@ -7,20 +7,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.identity_gates import routed, with_identity
-from support.routing_strategies import crowds, rectangles, routings, seeded
+from support.identity_gates import build_identity_router, route_logits
+from support.routing_strategies import crowded_routings, make_generator, rectangles, routings
 
 from moebench.errors import UsageError
 from moebench.experts.capacity import Capacity, precedence
 from moebench.experts.overflow import passed_on, within_capacity
 from moebench.routing.values import LayerRecord, Routing
 
-any_routing = st.one_of(crowds, routings(holes=True, scored=True), rectangles(holes=True, scored=True))
+any_routing = st.one_of(crowded_routings, routings(holes=True, scored=True), rectangles(holes=True, scored=True))
 orders = st.sampled_from(["router", "position", "score", "priority", "random"])
 
 
 def limited(routing: Routing, slots: int, order: str, overflow: str = "reroute") -> Routing:
-    return within_capacity(routing, slots, Capacity(drop_order=order, overflow=overflow), seeded())
+    return within_capacity(routing, slots, Capacity(drop_order=order, overflow=overflow), make_generator())
 
 
 def slow_reroute(routing: Routing, slots: int, queue: list[int]) -> dict[int, int]:
@@ -54,7 +54,7 @@ def others_of(token: list[int], expert: list[int], scores: list[list[float]], t:
 
 @given(any_routing, st.integers(0, 4), orders)
 def test_reroute_is_the_slow_reroute(routing: Routing, slots: int, order: str) -> None:
-    queue = precedence(routing, order, seeded()).tolist()
+    queue = precedence(routing, order, make_generator()).tolist()
     expected = slow_reroute(routing, slots, queue)
     kept = limited(routing, slots, order)
     assert {n: int(kept.expert_N[n]) for n in range(len(queue)) if kept.counted_N[n]} == expected
@@ -65,7 +65,7 @@ def test_reroute_is_the_slow_reroute(routing: Routing, slots: int, order: str) -
 @given(any_routing, st.integers(0, 4), orders)
 def test_a_rerouted_routing_is_within_capacity_and_complete(routing: Routing, slots: int, order: str) -> None:
     dropping, kept = limited(routing, slots, order, "drop"), limited(routing, slots, order)
-    record = LayerRecord(layer=0, routing=routing, kept=kept)
+    record = LayerRecord(routing=routing, kept=kept)
     assert (kept.load_E <= slots).all()
     assert (kept.counted_N | ~dropping.counted_N).all(), "what had a slot keeps it"
     assert torch.equal(kept.expert_N[dropping.counted_N], routing.expert_N[dropping.counted_N])
@@ -104,7 +104,7 @@ def test_reroute_by_hand() -> None:
     assert kept.weight_N.tolist() == pytest.approx([0.6, 0.4, 0.1])  # Switch: the weight is the score of who computes
     gradient_TE = torch.autograd.grad(kept.weight_N.sum(), scores_TE)[0]
     assert gradient_TE.flatten().tolist() == pytest.approx([1, 0, 0, 0, 1, 0, 0, 0, 1])
-    record = LayerRecord(layer=0, routing=routing, kept=kept)
+    record = LayerRecord(routing=routing, kept=kept)
     assert (record.num_dropped, record.num_rerouted, record.num_unserved) == (0, 2, 0)
 
 
@@ -114,7 +114,7 @@ def test_a_round_asks_for_one_choice_whether_it_is_free_or_not() -> None:
     probability_TE = torch.tensor(
         [[0.97, 0.01, 0.01, 0.01], [0.01, 0.97, 0.01, 0.01], [0.4, 0.3, 0.2, 0.1], [0.4, 0.1, 0.3, 0.2]]
     )
-    routing = routed(with_identity("switch", 4), probability_TE.log())
+    routing = route_logits(build_identity_router("switch", 4), probability_TE.log())
     kept = limited(routing, 1, "position")
     assert kept.expert_N.tolist() == [0, 1, 3, 2]
     assert kept.weight_N.tolist() == pytest.approx([0.97, 0.97, 0.1, 0.3])
@@ -127,7 +127,7 @@ def test_a_token_asks_for_its_four_best_experts_and_no_more(rank: int, served: b
     probability_TE = torch.full((rank, 5), 0.01)
     probability_TE[torch.arange(rank), torch.tensor([0, 0, 1, 2, 3][:rank])] = 0.96
     probability_TE[1] = torch.tensor([0.3, 0.25, 0.2, 0.15, 0.1])
-    routing = routed(with_identity("switch", 5), probability_TE.log())
+    routing = route_logits(build_identity_router("switch", 5), probability_TE.log())
     kept = limited(routing, 1, "position")
     assert kept.counted_N.tolist() == [True, served] + [True] * (rank - 2)
     assert int(kept.expert_N[1]) == (rank - 1 if served else 0)
@@ -183,7 +183,7 @@ def test_reroute_without_scores_names_the_key() -> None:
 def test_what_is_passed_on_is_what_was_dropped(routing: Routing, slots: int, order: str) -> None:
     kept = limited(routing, slots, order, "pass")
     assert torch.equal(kept.counted_N, limited(routing, slots, order, "drop").counted_N)
-    x_TD = torch.randn(routing.num_tokens, 3, generator=seeded())
+    x_TD = torch.randn(routing.num_tokens, 3, generator=make_generator())
     expected_TD = torch.zeros_like(x_TD)
     for n in torch.nonzero(routing.counted_N & ~kept.counted_N).flatten().tolist():
         expected_TD[routing.token_N[n]] += routing.weight_N[n] * x_TD[routing.token_N[n]]

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import CUT_STD, Gate, jitter
-from moebench.routing.router import ROUTERS, Site
+from moebench.routing.router import ROUTERS, RouterBuildContext
 from moebench.routing.routers.gshard import GShard, STMoE
 from moebench.routing.routers.hash import balanced_table
 from moebench.routing.routers.noisy_top_k import smooth_load
 from moebench.routing.routers.random import Random
 from moebench.routing.values import Routing
 from moebench.seeds import derive_seed
-from moebench.seeds import generator as seeded
+from moebench.seeds import make_generator as seeded
 
 SIGMAS = 5
 
@@ -60,7 +60,7 @@ def test_smooth_load_at_k_equal_e_is_certain() -> None:
 
 def gshard(logit: float, threshold: float) -> GShard:
     """Build a router of two experts with p = softmax([logit, 0]) for the token [1]."""
-    router = GShard(GShard.Config(threshold=threshold), Site(d_model=1, num_experts=2))
+    router = GShard(GShard.Config(threshold=threshold), RouterBuildContext(d_model=1, num_experts=2))
     with torch.no_grad():
         router.gate.weight_ED.copy_(torch.tensor([[logit], [0.0]]))
     return router
@@ -83,7 +83,7 @@ def test_second_expert_is_kept_in_proportion_to_its_weight(logit: float, thresho
 def test_second_expert_by_default(second: float, gshard_keeps: float, st_moe_keeps: float) -> None:
     # min(1, 2 g_2) in the paper's algorithm 1, min(1, 5 g_2) in mesh-TensorFlow.
     for router_class, share in ((GShard, gshard_keeps), (STMoE, st_moe_keeps)):
-        router = router_class(router_class.Config(), Site(d_model=1, num_experts=2))
+        router = router_class(router_class.Config(), RouterBuildContext(d_model=1, num_experts=2))
         with torch.no_grad():
             router.gate.weight_ED.copy_(torch.tensor([[math.log(1 / second - 1)], [0.0]]))
         load_E = router(torch.ones(10_000, 1), context()).load_E
@@ -123,7 +123,7 @@ def test_ids_that_never_occur_are_spread() -> None:
 
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_random_draws_are_uniform(top_k: int) -> None:
-    router = Random(Random.Config(top_k=top_k), Site(d_model=4, num_experts=8))
+    router = Random(Random.Config(top_k=top_k), RouterBuildContext(d_model=4, num_experts=8))
     num_tokens, probability = 16_000, top_k / 8
     load_E = router(torch.zeros(num_tokens, 4), context()).load_E
     deviation = math.sqrt(num_tokens * probability * (1 - probability))
@@ -158,7 +158,7 @@ def test_seeds_follow_their_parts(parts: list[object], other: int) -> None:
     assert seed == derive_seed(*parts)
     assert 0 <= seed < 2**63
     assert seed != derive_seed(*parts, other)
-    draws = [torch.rand(3, generator=seeded(*parts)) for _ in range(2)]
+    draws = [torch.rand(3, generator=make_generator(*parts)) for _ in range(2)]
     assert torch.equal(*draws)
 
 
@@ -170,7 +170,7 @@ def test_seeds_do_not_run_together() -> None:
 def test_hash_follows_the_id_alone() -> None:
     count_V = torch.arange(30, 0, -1)
     router = ROUTERS.get("hash").item(
-        ROUTERS.get("hash").item.Config(), Site(d_model=4, num_experts=4, token_count_V=count_V)
+        ROUTERS.get("hash").item.Config(), RouterBuildContext(d_model=4, num_experts=4, token_count_V=count_V)
     )
     token_id_T = torch.tensor([3, 7, 3, 29, 7])
     x_TD = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from moebench.analysis.compare import statistics as st
 from moebench.analysis.compare.comparison import Comparison, compare
-from moebench.runs.result import DIVERGED, RunResult
+from moebench.runs.result import Fault, RunResult
 
 Array = NDArray[np.float64]
 SKEWED = 0.3
@@ -134,7 +134,7 @@ def run(arm: int, seed: int, value: float) -> RunResult:
 
 def compared(value_AS: Array, diverged: tuple[tuple[int, int], ...] = ()) -> Comparison:
     """Compare arms with the first; `diverged`: arm and seed of runs without a result of their own."""
-    lost = {"status": "failed", "error": "loss is nan", "fault": DIVERGED, "metrics": {}}
+    lost = {"status": "failed", "error": "loss is nan", "fault": Fault.DIVERGED, "metrics": {}}
     results = [run(arm, seed, value) for arm, value_S in enumerate(value_AS) for seed, value in enumerate(value_S)]
     results = [replace(r, **lost) if (int(r.arm[4:]), r.seed) in diverged else r for r in results]
     return compare(results, expected=[(r.arm, r.seed, r.id) for r in results], baseline="arm 0")

@@ -5,8 +5,8 @@ part of each product, and the rest is marked slow. What is in that part is decid
 
 - `thinned`, cases and values: a router with its defaults meets every value of every axis, and over the routers every
   pair of values meets; its other options meet one combination each, taking turns through all of them.
-- `thinned_sizes`, cases with all numbers of experts: the defaults at each number, other options at 8 and 1.
-- `thinned_pairs`, layouts and routers: every router on the plain layout, and every layout with one router of each
+- `parametrize_sizes`, cases with all numbers of experts: the defaults at each number, other options at 8 and 1.
+- `parametrize_pairs`, layouts and routers: every router on the plain layout, and every layout with one router of each
   family, the routers of a family taking turns. Routers of a family go through the same code of a layout.
 
 Nothing is drawn by chance: the same registry gives the same selection.
@@ -20,22 +20,21 @@ from typing import Any
 
 import pytest
 import torch
+from moebench.experts.reference import chain_loop, slot_loop
 from torch import Tensor, nn
 
 from moebench.errors import UsageError
 from moebench.experts.activation import activate
 from moebench.experts.bank import Bank, double_loop
 from moebench.experts.capacity import Capacity
-from moebench.experts.chain import chain_loop
 from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.layer import MoELayer
 from moebench.experts.layout import LAYOUTS
-from moebench.experts.soft import slot_loop
 from moebench.models.transformer import init_weights
 from moebench.routing.context import RouteContext
 from moebench.routing.losses import LOSSES
 from moebench.routing.mixing import MergeRouting, SoftRouting
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.router import ROUTERS, Facts, Router, RouterBuildContext, RouterConfig
 from moebench.routing.values import AnyRouting, ChainRouting, LayerRecord
 
 D_MODEL = 8
@@ -122,7 +121,7 @@ class Case:
         return self.router_class.Config(**self.options)
 
     @property
-    def config_says_8(self) -> bool:
+    def always_uses_8_experts(self) -> bool:
         """Whether a token uses 8 experts however many there are."""
         return self.experts_per_token == replace(self, num_experts=16).experts_per_token == 8
 
@@ -138,12 +137,12 @@ class Case:
     @property
     def is_soft(self) -> bool:
         """Whether the router mixes tokens or parameters instead of listing assignments."""
-        return self.router_class.is_soft
+        return self.router_class.form.is_mixture
 
     @property
     def is_chain(self) -> bool:
         """Whether the experts are steps one behind another."""
-        return self.router_class.is_chain
+        return self.router_class.form.is_chain
 
     @property
     def experts_per_token(self) -> int:
@@ -151,12 +150,12 @@ class Case:
 
     def router(self, seed: int = 0) -> Router:
         """Build the router with every parameter drawn from N(0, 1/2): no ties, whatever its own initialisation."""
-        router = self.router_class(self.config, site(self.num_experts))
-        return stirred(router, seed)
+        router = self.router_class(self.config, build_context(self.num_experts))
+        return randomise_parameters(router, seed)
 
     def fresh_router(self, seed: int = 0) -> Router:
         """Build the router with its own initialisation."""
-        router = self.router_class(self.config, site(self.num_experts))
+        router = self.router_class(self.config, build_context(self.num_experts))
         init_weights(router, seed)
         return router
 
@@ -176,11 +175,13 @@ class Case:
         )
 
 
-class Replayed(Router):
+class ReplayRouter(Router):
     """Returns a given routing, so that the experts can be checked in fp64 apart from the fp32 of the routers."""
 
     def __init__(self, routing: AnyRouting) -> None:
-        super().__init__(RouterConfig(name="replayed"), Site(d_model=D_MODEL, num_experts=routing.num_experts))
+        super().__init__(
+            RouterConfig(name="replayed"), RouterBuildContext(d_model=D_MODEL, num_experts=routing.num_experts)
+        )
         self.routing = routing
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> AnyRouting:
@@ -216,14 +217,14 @@ def list_cases(num_experts: int = 8) -> list[Case]:
 def default_cases() -> list[Case]:
     """Return every router once, with its defaults and 8 experts, or 16 where a token uses 8: some must be left."""
     cases = [Case(entry.name) for entry in ROUTERS.entries()]
-    return [replace(case, num_experts=16) if case.config_says_8 else case for case in cases]
+    return [replace(case, num_experts=16) if case.always_uses_8_experts else case for case in cases]
 
 
 PLAIN_LAYOUT = "every_n"
 MODES = {"train": True, "eval": False}
 
 
-def thinned(cases: Sequence[Case], **axes: Sequence[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
+def parametrize_cases(cases: Sequence[Case], **axes: Sequence[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
     """Parametrise a test by `case` and axes (values, or id -> value); what `make test` leaves out is slow."""
     named = [axis if isinstance(axis, Mapping) else {str(value): value for value in axis} for axis in axes.values()]
     ids = [list(values) for values in named]
@@ -246,14 +247,14 @@ def thinned(cases: Sequence[Case], **axes: Sequence[Any] | Mapping[str, Any]) ->
     return _parametrised(("case", *axes), full, kept)
 
 
-def thinned_sizes() -> pytest.MarkDecorator:
+def parametrize_sizes() -> pytest.MarkDecorator:
     """Parametrise a test by every case with every number of experts."""
     cases = {(str(case),): (case,) for case in all_cases()}
     kept = [key for key, (case,) in cases.items() if not case.options or case.num_experts in (1, 8)]
     return _parametrised(("case",), cases, kept)
 
 
-def thinned_pairs(
+def parametrize_pairs(
     refused: Callable[[str, str], Any] = lambda layout, router: False, *, each_family: bool = True
 ) -> pytest.MarkDecorator:
     """Parametrise a test by `layout` and `router`; pairs that are refused stand in for a family only if all are.
@@ -284,7 +285,7 @@ def _parametrised(
 
 
 @contextmanager
-def naming(**what: Any) -> Iterator[None]:
+def note_in_failure(**what: Any) -> Iterator[None]:
     """Say in a failure which of the values that a test goes through it was."""
     try:
         yield
@@ -293,10 +294,10 @@ def naming(**what: Any) -> Iterator[None]:
         raise
 
 
-def site(num_experts: int) -> Site:
+def build_context(num_experts: int) -> RouterBuildContext:
     """Return the place of a router in a small language model: frequent and rare ids."""
     count_V = (1000 / torch.arange(1, VOCAB + 1)).long()
-    return Site(
+    return RouterBuildContext(
         d_model=D_MODEL,
         num_experts=num_experts,
         vocab_size=VOCAB,
@@ -307,7 +308,7 @@ def site(num_experts: int) -> Site:
     )
 
 
-def stirred(module: nn.Module, seed: int = 0) -> Any:
+def randomise_parameters(module: nn.Module, seed: int = 0) -> Any:
     """Draw every parameter from N(0, 1/2), the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
@@ -394,7 +395,7 @@ def slow_mixture(bank: Bank, x_TD: Tensor, routing: AnyRouting) -> Tensor:
     return (slot_loop if isinstance(routing, SoftRouting) else double_loop)(bank, x_TD, routing)
 
 
-def raw_losses(router: Router, record: LayerRecord) -> dict[str, Tensor]:
+def compute_raw_losses(router: Router, record: LayerRecord) -> dict[str, Tensor]:
     """Return every loss that the router has a coefficient for or brings itself."""
     own = router.losses(record)
     return own | {name: LOSSES.get(name).item(record) for name in router.config.losses if name not in own}
@@ -402,10 +403,10 @@ def raw_losses(router: Router, record: LayerRecord) -> dict[str, Tensor]:
 
 def is_taught(case: Case, name: str) -> bool:
     """Return whether a parameter learns from the router's own losses or objective alone."""
-    return any(name == part or name.startswith(f"{part}.") for part in case.facts.taught)
+    return any(name == part or name.startswith(f"{part}.") for part in case.facts.trained_by_own_loss)
 
 
-def weight_table(routing: AnyRouting) -> Tensor:
+def tabulate_weights(routing: AnyRouting) -> Tensor:
     """Return the weights as one row per token: two routings with equal tables are the same.
 
     A column for each expert, 0 where a token does not go; of soft routing two columns for each slot, in and out.
@@ -413,17 +414,17 @@ def weight_table(routing: AnyRouting) -> Tensor:
     if isinstance(routing, MergeRouting):
         return routing.weight_TE
     if isinstance(routing, SoftRouting):
-        return routing.ungrouped(torch.cat([routing.dispatch_BLS, routing.combine_BLS], dim=-1))
+        return routing.to_tokens(torch.cat([routing.dispatch_BLS, routing.combine_BLS], dim=-1))
     table_TE = torch.zeros(routing.num_tokens, routing.num_experts, dtype=routing.weight_N.dtype)
     return table_TE.index_put((routing.token_N, routing.expert_N), routing.weight_N)
 
 
-def assigned_TE(routing: AnyRouting) -> Tensor:
+def tabulate_assignments(routing: AnyRouting) -> Tensor:
     """Return who goes where as a table of bools."""
     if isinstance(routing, MergeRouting):
         return routing.weight_TE > 0
     if isinstance(routing, SoftRouting):
-        return routing.ungrouped(routing.combine_BLS).unflatten(-1, (routing.num_experts, -1)).sum(-1) > 0
+        return routing.to_tokens(routing.combine_BLS).unflatten(-1, (routing.num_experts, -1)).sum(-1) > 0
     table_TE = torch.zeros(routing.num_tokens, routing.num_experts, dtype=torch.bool)
     routing = routing.compact()
     table_TE[routing.token_N, routing.expert_N] = True

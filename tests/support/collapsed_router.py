@@ -6,12 +6,17 @@ import torch
 
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig
 from moebench.routing.values import Routing
 
 
 @ROUTERS.register(
-    Facts(family="baseline", equation="i = 0", paper="-", causal=True, causal_reason="constant", batch_dependent=False)
+    Facts(
+        family="baseline",
+        equation="i = 0",
+        paper="-",
+        causality=Causality(causal=True, reason="constant", batch_dependent=False),
+    )
 )
 class Collapsed(Router):
     """Everything to expert 0, with a weight that learns."""
@@ -22,9 +27,9 @@ class Collapsed(Router):
 
         name: str = "collapsed"
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.gate = Gate(site.d_model, site.num_experts)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.gate = Gate(context.d_model, context.num_experts)
 
     def forward(self, x_TD: torch.Tensor, ctx: RouteContext) -> Routing:
         logits_TE = self.gate(x_TD)

@@ -53,7 +53,7 @@ def write_text(folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Ended:
+class CommandResult:
     """What a finished call left: exit code and both streams."""
 
     code: int
@@ -88,16 +88,16 @@ class CommandLine:
             command, cwd=self.folder, env=self.environment, start_new_session=True, **given | options
         )
 
-    def __call__(self, *arguments: str, timeout: float = TIMEOUT_S) -> Ended:
+    def __call__(self, *arguments: str, timeout: float = TIMEOUT_S) -> CommandResult:
         """Run a command to its end."""
         return self.wait(self.start(*arguments), timeout)
 
-    def wait(self, process: subprocess.Popen[str], timeout: float = TIMEOUT_S) -> Ended:
+    def wait(self, process: subprocess.Popen[str], timeout: float = TIMEOUT_S) -> CommandResult:
         """Wait for the end of a started call, reading both streams."""
         out, err = process.communicate(timeout=timeout)
-        return Ended(process.returncode, out, err)
+        return CommandResult(process.returncode, out, err)
 
-    def train(self, *arguments: str, results: str = "results", name: str = "./tiny.yaml") -> Ended:
+    def train(self, *arguments: str, results: str = "results", name: str = "./tiny.yaml") -> CommandResult:
         """Call `run` without a tracker."""
         return self("run", name, "--results", results, "--tracker", "none", *arguments)
 
@@ -149,7 +149,7 @@ class CommandLine:
 
 SERVER = """
 import gc, json, os, sys, traceback
-import moebench.cli, moebench.experiment.runner, moebench.analysis.compare.figures, moebench.analysis.compare.table
+import moebench.cli, moebench.experiment.runner, moebench.analysis.figures, moebench.analysis.compare.report
 from moebench.registry import HOMES, registry_of
 for kind in HOMES:
     registry_of(kind).names()
@@ -189,7 +189,7 @@ class WarmCommandLine:
             [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def __call__(self, cli: CommandLine, *arguments: str, timeout: float = TIMEOUT_S) -> Ended:
+    def __call__(self, cli: CommandLine, *arguments: str, timeout: float = TIMEOUT_S) -> CommandResult:
         """Run a command in the folder of a command line."""
         out, err = self.scratch / "out", self.scratch / "err"
         call = {"folder": str(cli.folder), "out": str(out), "err": str(err), "arguments": arguments}
@@ -198,7 +198,7 @@ class WarmCommandLine:
         print(json.dumps(call | {"key": MARK, "mark": cli.mark}), file=self.server.stdin, flush=True)
         assert select.select([self.server.stdout], [], [], timeout)[0], f"no answer to {arguments}"
         code = int(self.server.stdout.readline())
-        return Ended(code, out.read_text(), err.read_text())
+        return CommandResult(code, out.read_text(), err.read_text())
 
     def close(self) -> None:
         """End the server."""

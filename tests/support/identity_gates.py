@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from moebench.routing.context import RouteContext
-from moebench.routing.router import ROUTERS, Router, Site
+from moebench.routing.router import ROUTERS, Router, RouterBuildContext
 from moebench.routing.values import LayerRecord, Routing
 
 
-def with_identity(name: str, num_experts: int, **options: Any) -> Router:
+def build_identity_router(name: str, num_experts: int, **options: Any) -> Router:
     """Build a router whose `gate` hands its input on as logits."""
     router_class = ROUTERS.get(name).item
     config = router_class.Config(**options)
     router_class.check(config, num_experts)
-    router: Router = router_class(config, Site(d_model=num_experts, num_experts=num_experts))
+    router: Router = router_class(config, RouterBuildContext(d_model=num_experts, num_experts=num_experts))
     with torch.no_grad():
         router.gate.weight_ED.copy_(torch.eye(num_experts))
     return router
@@ -39,4 +39,4 @@ def chosen(routing: Routing, token: int = 0) -> dict[int, float]:
 
 def record_of(routing: Routing) -> LayerRecord:
     """Return the record of a dropless layer."""
-    return LayerRecord(layer=0, routing=routing, kept=routing)
+    return LayerRecord(routing=routing, kept=routing)

@@ -71,17 +71,29 @@ def may_refuse(layout: str, router: str) -> str:
     """
     router_class = ROUTERS.get(router).item
     config = router_class.Config()
-    if router_class.merges and layout in UNLIKE:
+    if router_class.form.is_merged and layout in UNLIKE:
         return "sums the parameters of experts"
-    if router_class.is_soft and layout in ("attention", "moduleformer", "whole_model", "hierarchical", "prototypes"):
+    if router_class.form.is_mixture and layout in (
+        "attention",
+        "moduleformer",
+        "whole_model",
+        "hierarchical",
+        "prototypes",
+    ):
         return "mixes tokens into slots"
-    if router_class.is_chain and layout in ("attention", "moduleformer", "whole_model", "hierarchical", "prototypes"):
+    if router_class.form.is_chain and layout in (
+        "attention",
+        "moduleformer",
+        "whole_model",
+        "hierarchical",
+        "prototypes",
+    ):
         return "one expert after another|layout.groups"
     if layout == "fine_grained" and router == "multi_gate":
         return "is not divisible among"  # all of 32 experts of width 16, and their gates for each domain
     if layout == "fine_grained":
         grows = router_class.experts_per_token(config, 8) == 8 or {"top_k", "average_experts"} & set(vars(config))
-        return "" if grows or router_class.is_dense else "fixed at"
+        return "" if grows or router_class.form.is_dense else "fixed at"
     if layout in ("hierarchical", "prototypes"):
         try:
             groups = LAYOUTS.get(layout).item.Config().groups

@@ -5,7 +5,7 @@ from typing import Any
 from support.process_group import Shape
 from support.training_cases import write_text
 
-from moebench.config import layer_over
+from moebench.config import merge_settings
 from moebench.experts.layout import LAYOUTS
 from moebench.routing.router import ROUTERS
 
@@ -28,7 +28,7 @@ SHORT = (
 
 def case(**overrides: Any) -> dict[str, Any]:
     """Return the overrides of a tiny cell."""
-    return layer_over({"train": TRAIN, "router": BALANCED, "layout": EVERY_N, "allow_noncausal": True}, overrides)
+    return merge_settings({"train": TRAIN, "router": BALANCED, "layout": EVERY_N, "allow_noncausal": True}, overrides)
 
 
 def _layout(name: str) -> dict[str, Any]:
@@ -96,7 +96,9 @@ def fits(name: str, shape: Shape) -> bool:
     if shape.expert == 1:
         return True
     router = ROUTERS.get(name.removeprefix("router ")).item if name.startswith("router ") else None
-    return name != "layout whole_model" and not (router and router.merges)  # both need all experts on every process
+    return name != "layout whole_model" and not (
+        router and router.form.is_merged
+    )  # both need all experts on every process
 
 
 __all__ = ["SHORT", "case", "fits", "matrix", "write_text"]

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moebench.ranks import Span
-from moebench.seeds import generator
+from moebench.seeds import make_generator
 from moebench.tasks.language import TokenEmbedding, TokenHead
-from moebench.tasks.task import ALL, TASKS, Batch, Task, TaskFacts, by_domain
+from moebench.tasks.task import ALL, TASKS, Batch, Task, TaskFacts, average_by_domain
 
 
 @TASKS.register(TaskFacts(causal=False, metric="nats", lower_is_better=True, data="random symbols, made here"))
@@ -43,7 +43,7 @@ class Padded(Task):
         return cls(config)
 
     def _batch(self, size: int, *purpose: object) -> Batch:
-        source, length = generator("padded", *purpose), self.sequence_length
+        source, length = make_generator("padded", *purpose), self.sequence_length
         token_BL = torch.randint(self.vocab_size, (size, length), generator=source)
         length_B = torch.randint(length + 1, (size,), generator=source)
         length_B[0] = 0  # nothing but padding
@@ -65,15 +65,15 @@ class Padded(Task):
     def eval_batches(self, split: str, batch_size: int) -> Sequence[Batch]:
         return [self._batch(batch_size, split)]
 
-    def embedding(self, d_model: int) -> nn.Module:
+    def build_embedding(self, d_model: int) -> nn.Module:
         return TokenEmbedding(self.vocab_size, d_model)
 
-    def head(self, d_model: int) -> nn.Module:
+    def build_head(self, d_model: int) -> nn.Module:
         return TokenHead(d_model, self.vocab_size, bias=False)
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         loss_T = functional.cross_entropy(output.flatten(0, 1), batch.target_BP.reshape(-1), reduction="none")
         return loss_T.view_as(batch.target_BP)
 
-    def quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        return by_domain("nats", sums["nats"], sums["weight"], self.domains)
+    def compute_quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        return average_by_domain("nats", sums["nats"], sums["weight"], self.domains)

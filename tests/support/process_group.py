@@ -11,12 +11,12 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+from moebench.parallel.process_info import ProcessInfo
 from support.separate_device import DEVICE, separate_device
 from torch.distributed import TCPStore
 
-from moebench.config import layer_over
-from moebench.parallel.mesh import ALONE_MESH, Mesh, open_mesh
-from moebench.parallel.place import Place
+from moebench.config import merge_settings
+from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh, open_mesh
 from moebench.schema import ParallelConfig
 
 LIMIT_S = 280
@@ -54,30 +54,30 @@ class Shape:
 
     def over(self, overrides: dict[str, Any]) -> dict[str, Any]:
         """Return a cell's overrides with this mesh in them."""
-        return layer_over(overrides, {"parallel": {"data": self.data, "expert": self.expert, **self.options}})
+        return merge_settings(overrides, {"parallel": {"data": self.data, "expert": self.expert, **self.options}})
 
     def run(self, job: Job, *arguments: Any) -> list[Any]:
         """Return what the job returned on each rank."""
         if self.size == 1 and not self.has_group:
             with separate_device() if self.is_separate else contextlib.nullcontext():
-                return [job(Mesh(device=DEVICE) if self.is_separate else ALONE_MESH, *arguments)]
+                return [job(Mesh(device=DEVICE) if self.is_separate else SINGLE_PROCESS_MESH, *arguments)]
         config = ParallelConfig(data=self.data, expert=self.expert, **{"timeout_s": 30.0, **self.options})
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        places = [
-            Place(
+        process_infos = [
+            ProcessInfo(
                 rank=rank,
                 world_size=self.size,
                 local_rank=rank,
                 local_world_size=self.size,
                 store_port=store.port,
-                meeting="test",
+                namespace="test",
             )
             for rank in range(self.size)
         ]
         pipes, processes = [], []
-        for place in places:
+        for process_info in process_infos:
             ours, theirs = CONTEXT.Pipe()
-            member = (theirs, config, place, self.is_separate, job, arguments)
+            member = (theirs, config, process_info, self.is_separate, job, arguments)
             process = CONTEXT.Process(target=_member, args=member, daemon=True)
             process.start()
             theirs.close()
@@ -114,14 +114,19 @@ def _collect(pipes: list[Connection]) -> list[Any]:
 
 
 def _member(
-    pipe: Connection, config: ParallelConfig, place: Place, is_separate: bool, job: Job, arguments: tuple[Any, ...]
+    pipe: Connection,
+    config: ParallelConfig,
+    process_info: ProcessInfo,
+    is_separate: bool,
+    job: Job,
+    arguments: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
     device = DEVICE if is_separate else torch.device("cpu")
     try:
         with (
             separate_device() if is_separate else contextlib.nullcontext(),
-            open_mesh(config, place, device) as mesh,
+            open_mesh(config, process_info, device) as mesh,
         ):
             _say(pipe, "value", job(mesh, *arguments))
     except BaseException:

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from moebench.routing.values import Routing
 
 
-def seeded(seed: int = 0) -> Generator:
+def make_generator(seed: int = 0) -> Generator:
     return torch.Generator().manual_seed(seed)
 
 
@@ -44,7 +44,7 @@ def rectangles(draw: st.DrawFn, holes: bool = False, scored: bool = False) -> Ro
     """Draw the rectangle of token choice; all tokens may want the same experts."""
     num_tokens, num_experts = draw(st.integers(0, 9)), draw(st.integers(1, 5))
     top_k, hot = draw(st.integers(1, num_experts)), draw(st.booleans())
-    generator = seeded(draw(st.integers(0, 1000)))
+    generator = make_generator(draw(st.integers(0, 1000)))
     wish_TE = torch.rand(1 if hot else num_tokens, num_experts, generator=generator).expand(num_tokens, -1)
     weight_TK = torch.rand(num_tokens, top_k, generator=generator)
     routing = Routing.from_top_k(wish_TE.topk(top_k, dim=-1).indices, weight_TK, num_experts=num_experts)
@@ -56,7 +56,7 @@ def crowded(seed: int) -> Routing:
 
     From a seed, since drawing number by number mostly finds routings in which nobody has to wait.
     """
-    generator = seeded(seed)
+    generator = make_generator(seed)
     num_tokens, num_experts = (int(torch.randint(*span, (), generator=generator)) for span in ((5, 10), (4, 6)))
     top_k = int(torch.randint(1, 4, (), generator=generator))
     common_E = torch.rand(num_experts, generator=generator)
@@ -66,7 +66,7 @@ def crowded(seed: int) -> Routing:
     return routing.keep(torch.rand(num_tokens * top_k, generator=generator) < 0.9)
 
 
-crowds = st.integers(0, 9999).map(crowded)
+crowded_routings = st.integers(0, 9999).map(crowded)
 
 
 def _finished(draw: st.DrawFn, routing: Routing, holes: bool, scored: bool) -> Routing:
@@ -75,6 +75,6 @@ def _finished(draw: st.DrawFn, routing: Routing, holes: bool, scored: bool) -> R
         routing = routing.keep(torch.tensor(draw(st.lists(st.booleans(), min_size=size, max_size=size)), dtype=bool))
     if scored:  # seven values: ties, and some of exactly 0
         shape = (routing.num_tokens, routing.num_experts)
-        score_TE = torch.randint(7, shape, generator=seeded(draw(st.integers(0, 1000)))) / 6
+        score_TE = torch.randint(7, shape, generator=make_generator(draw(st.integers(0, 1000)))) / 6
         routing = replace(routing, scores_TE=score_TE)
     return routing

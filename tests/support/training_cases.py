@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moebench.runs.recorder import RunRecorder
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from moebench.config import component_fields, layer_over, resolve
+from moebench.config import component_keys, merge_settings, resolve
 from moebench.parallel.checkpoint import REST
 from moebench.parallel.mesh import Mesh
 from moebench.runs.folder import RunFolder
@@ -18,10 +19,9 @@ from moebench.runs.result import RunResult
 from moebench.schema import CellConfig
 from moebench.tasks.language import Language
 from moebench.tasks.task import ALL, Batch
-from moebench.tracking.recorder import RunRecorder
-from moebench.training.callback import Hooks
+from moebench.training.callback import RunContext
 from moebench.training.model import prepare_task
-from moebench.training.train import device_of, train_cell
+from moebench.training.train import select_device, train_cell
 
 TINY: dict[str, Any] = {
     "task": {"sequence_length": 8, "eval_windows": 2},
@@ -52,10 +52,10 @@ def write_text(folder: Path) -> Path:
 
 def tiny_config(text: Path, **overrides: Any) -> CellConfig:
     """Return the configuration of a tiny cell; a section given as a keyword is merged in."""
-    raw = layer_over(TINY, overrides)
+    raw = merge_settings(TINY, overrides)
     task = raw["task"]
-    if "data" in component_fields("task", task.get("name", "language")):
-        raw = layer_over(raw, {"task": {"data": {"path": str(text)} | task.get("data", {})}})
+    if "data" in component_keys("task", task.get("name", "language")):
+        raw = merge_settings(raw, {"task": {"data": {"path": str(text)} | task.get("data", {})}})
     return resolve(raw)
 
 
@@ -73,13 +73,13 @@ class Run:
         """Train to the end, or ask to stop after a step."""
         task = self.task or prepare_task(self.config, self.folder)
         with RunRecorder(RunFolder(self.folder)) as recorder:
-            hooks = Hooks(
+            hooks = RunContext(
                 recorder=recorder,
                 progress=self._follow,
                 should_stop=lambda: self.step == stop_at,
             )
-            mesh = Mesh(device=device_of(self.config.train))
-            return train_cell(self.config, task, self.checkpoints, hooks, cell_id="0" * 12, arm="arm", mesh=mesh)
+            mesh = Mesh(device=select_device(self.config.train))
+            return train_cell(self.config, task, context, cell_id="0" * 12, arm="arm", mesh=mesh)
 
     @property
     def checkpoints(self) -> Path:

@@ -5,17 +5,18 @@ from typing import Any
 
 import lightning
 import torch
+from moebench.runs.recorder import RunRecorder
+from moebench.training.step_timer import StepTimer
 from support.process_group import Mesh
 from support.training_cases import tiny_config
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moebench.runs.folder import RunFolder
-from moebench.tracking.recorder import RunRecorder
-from moebench.training.callback import CellCallback, Hooks, Meter
+from moebench.training.callback import CellCallback, RunContext
 from moebench.training.model import initialised_model, prepare_task
 from moebench.training.module import CellModule
-from moebench.training.train import fit, make_trainer
+from moebench.training.train import build_trainer, fit
 
 TOLERANCE = 1e-5
 
@@ -50,9 +51,9 @@ def train_steps(mesh: Mesh, text: Path, overrides: dict[str, Any], folder: Path)
     own = folder / f"rank_{mesh.rank}_of_{mesh.size}"
     own.mkdir(exist_ok=True)
     with RunRecorder(RunFolder(own)) as recorder:
-        meter = Meter()
-        callback = CellCallback(Hooks(recorder=recorder), folder / f"checkpoints_{mesh.size}", meter)
-        fit(make_trainer(config, [watcher, callback], mesh), module, meter)
+        timer = StepTimer()
+        callback = CellCallback(RunContext(recorder=recorder, checkpoints=folder / f"checkpoints_{mesh.size}"), timer)
+        fit(build_trainer(config, [watcher, callback], mesh), module, timer)
     assert callback.final is not None
     state = module.to(mesh.device).model.state_dict()  # lightning leaves it on the host
     return {

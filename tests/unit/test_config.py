@@ -6,27 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.cases import thinned_pairs
+from support.case_selection import parametrize_pairs
 
 from moebench.config import (
-    component_fields,
-    layer_over,
+    apply_overrides,
+    component_keys,
     load_experiment,
+    merge_settings,
     read_yaml,
     resolve,
     to_plain,
     to_yaml,
-    with_overrides,
 )
 from moebench.errors import UsageError
-from moebench.models.plan import plan_of
+from moebench.models.plan import plan_blocks
 from moebench.yaml_text import parse_yaml
 
 
 def message_of(raw: Mapping[str, Any]) -> str:
     """Resolve what cannot be resolved; the error is one line."""
     with pytest.raises(UsageError) as caught:
-        plan_of(resolve(raw))
+        plan_blocks(resolve(raw))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -88,7 +88,7 @@ def message_of(raw: Mapping[str, Any]) -> str:
             ["router.top_k=17 does not fit layout.num_experts=16 (allowed: 2 to 16)"],
         ),
         ({"router": {"name": "top_k", "top_k": 1}}, ["router.top_k=1 does not fit", "allowed: 2 to 16", "switch"]),
-        ({"router": {"name": "noisy_top_k", "top_k": 1}}, ["router.top_k=1 does not fit", "nothing is learned"]),
+        ({"router": {"name": "noisy_top_k", "top_k": 1}}, ["router.top_k=1 does not fit", "the router learns nothing"]),
         ({"router": {"name": "expert_choice", "average_experts": 0}}, ["router.average_experts=0", "1 to 16"]),
         (
             {"router": {"losses": {"load_balanc": 1}}},
@@ -122,7 +122,7 @@ def test_configuration_is_frozen() -> None:
         config.train.steps = 3  # type: ignore[misc]
 
 
-@thinned_pairs(each_family=False)
+@parametrize_pairs(each_family=False)
 def test_yaml_round_trip(router: str, layout: str) -> None:
     config = resolve({"router": router, "layout": layout, "train": {"learning_rate": 1e-4}, "seed": 7})
     text = to_yaml(config)
@@ -134,13 +134,13 @@ def test_yaml_round_trip(router: str, layout: str) -> None:
 
 
 def test_component_fields_are_the_options() -> None:
-    assert component_fields("router", "switch") == {"name", "exploration", "jitter", "dropout", "losses"}
+    assert component_keys("router", "switch") == {"name", "exploration", "jitter", "dropout", "losses"}
 
 
 def test_layer_over_drops_the_options_of_a_renamed_component() -> None:
     lower = {"router": {"name": "top_k", "top_k": 4}, "layout": {"num_experts": 4}, "train": {"steps": 3}}
-    assert layer_over(lower, {"router": "switch"}) == {**lower, "router": {"name": "switch"}}
-    assert layer_over(lower, {"router": {"name": "switch", "jitter": 0.0}})["router"] == {
+    assert merge_settings(lower, {"router": "switch"}) == {**lower, "router": {"name": "switch"}}
+    assert merge_settings(lower, {"router": {"name": "switch", "jitter": 0.0}})["router"] == {
         "name": "switch",
         "jitter": 0.0,
     }
@@ -149,8 +149,8 @@ def test_layer_over_drops_the_options_of_a_renamed_component() -> None:
 def test_layer_over_keeps_the_options_of_the_same_component() -> None:
     lower = {"router": {"name": "top_k", "top_k": 4}, "train": {"steps": 3, "seed": 1}}
     for upper in ({"router": "top_k"}, {"router": {"name": "top_k"}}, {}):
-        assert layer_over(lower, upper)["router"] == {"name": "top_k", "top_k": 4}
-    merged = layer_over(lower, {"router": {"top_k": 8}, "train": {"steps": 5}})
+        assert merge_settings(lower, upper)["router"] == {"name": "top_k", "top_k": 4}
+    merged = merge_settings(lower, {"router": {"top_k": 8}, "train": {"steps": 5}})
     assert merged == {"router": {"name": "top_k", "top_k": 8}, "train": {"steps": 5, "seed": 1}}
     assert lower == {"router": {"name": "top_k", "top_k": 4}, "train": {"steps": 3, "seed": 1}}
 
@@ -204,4 +204,4 @@ def test_override_without_a_value_is_refused(tmp_path: Path, override: str) -> N
     file.write_text("question: Which?\n")
     experiment, _ = load_experiment(file)
     with pytest.raises(UsageError, match="is not of the form key=value"):
-        with_overrides(experiment, [override])
+        apply_overrides(experiment, [override])

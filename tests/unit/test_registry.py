@@ -22,14 +22,14 @@ ROUTER = '''
 
 from dataclasses import dataclass
 
-from moebench.routing.router import ROUTERS, Facts
+from moebench.routing.router import ROUTERS, Causality, Facts
 from moebench.routing.routers.switch import Switch
 
 
 @ROUTERS.register(
     Facts(
-        family="token choice", equation="y = x", paper="arXiv:0000.00000", causal=True,
-        causal_reason="as switch", batch_dependent=False,
+        family="token choice", equation="y = x", paper="arXiv:0000.00000",
+        causality=Causality(causal=True, reason="as switch", batch_dependent=False),
     )
 )
 class Mine(Switch):

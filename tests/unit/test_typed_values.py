@@ -10,7 +10,7 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from moebench.config import load_experiment, resolve, to_yaml, with_overrides
+from moebench.config import apply_overrides, load_experiment, resolve, to_yaml
 from moebench.conversion import apply_values, convert
 from moebench.errors import UsageError
 from moebench.schema import CellConfig, ExperimentConfig
@@ -27,7 +27,7 @@ TRAPS = [
 
 def cell_of(*overrides: str, **raw: Any) -> CellConfig:
     """Resolve a cell from overrides."""
-    _, values = with_overrides(ExperimentConfig(), overrides)
+    _, values = apply_overrides(ExperimentConfig(), overrides)
     return resolve(raw | values)
 
 
@@ -50,7 +50,7 @@ def test_any_text_comes_back_from_a_file(text: str) -> None:
 
 @round_trips
 def test_any_text_comes_back_from_an_override_in_quotes(text: str) -> None:
-    experiment, _ = with_overrides(ExperimentConfig(), [f"question={quoted(text)}", f"baseline={quoted(text)}"])
+    experiment, _ = apply_overrides(ExperimentConfig(), [f"question={quoted(text)}", f"baseline={quoted(text)}"])
     assert (experiment.question, experiment.baseline) == (text, text)
     cell = cell_of(f"task.data.held_out_domains=[{quoted(text)}, {quoted(text + '1')}]")
     assert cell.task.data.held_out_domains == [text, f"{text}1"]
@@ -61,7 +61,7 @@ def test_a_text_on_the_command_line_is_what_stands_there(text: str) -> None:
     bare = text.strip()
     if text in ("null", "Null", "NULL", "~") or (bare and bare[0] == bare[-1] and bare[0] in "'\""):
         return  # null, and texts in quotes, are the two exceptions
-    experiment, _ = with_overrides(ExperimentConfig(), [f"question={text}", f"baseline={text}"])
+    experiment, _ = apply_overrides(ExperimentConfig(), [f"question={text}", f"baseline={text}"])
     assert (experiment.question, experiment.baseline) == (text, text)
 
 
@@ -167,7 +167,7 @@ def test_values_of_the_task_by_hand() -> None:
 
 def test_overrides_of_the_experiment() -> None:
     overrides = ["seeds=[3, 4]", "grid.train.steps=[1, 010]", "grid.router=[top_k, {name: top_k, top_k: 4}]"]
-    experiment, cell = with_overrides(ExperimentConfig(), [*overrides, "router=top_k", "router.top_k=3"])
+    experiment, cell = apply_overrides(ExperimentConfig(), [*overrides, "router=top_k", "router.top_k=3"])
     assert experiment.seeds == [3, 4]
     assert experiment.grid["train.steps"] == ["1", "010"]
     assert cell == {"router": {"name": "top_k", "top_k": "3"}}
@@ -179,7 +179,7 @@ def test_overrides_of_the_experiment() -> None:
         "question=null": "question: null was given. Allowed: text",
     }.items():
         with pytest.raises(UsageError) as caught:
-            with_overrides(ExperimentConfig(), [override])
+            apply_overrides(ExperimentConfig(), [override])
         assert str(caught.value) == line
 
 

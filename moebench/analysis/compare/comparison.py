@@ -11,8 +11,8 @@ from statistics import fmean, median
 
 from moebench.analysis.compare import statistics as st
 from moebench.analysis.compare.matching import arms_without_verdict, cost_ratio, matched_or_refuse
+from moebench.analysis.compare.result_grid import Expected, Sorted, sort_results
 from moebench.analysis.compare.settings import settings_notes
-from moebench.analysis.compare.sorting import Expected, Sorted, sort_results
 from moebench.analysis.compare.values import (
     BEST,
     BITS_PER_BYTE,

@@ -165,7 +165,7 @@ def _draw_forest(ax: Axes, comparison: Comparison, looks: Mapping[str, dict[str,
     shown = [each for each in comparison.differences if each.mean is not None or each.verdict == "diverged"]
     for row, difference in enumerate(shown):
         color = looks.get(difference.arm, {"color": GREY})["color"]
-        _draw_difference(ax, row, difference, color, comparison.verdict_in_words(difference.arm))
+        _draw_difference(ax, row, difference, color, comparison.describe_verdict(difference.arm))
     ax.axvline(0, color=GREY, linewidth=0.9, linestyle="--", zorder=1)
     ax.set_yticks(range(len(shown)), [difference.arm for difference in shown])
     ax.set_ylim(max(len(shown), 1) - 0.5, -0.5)  # first arm on top

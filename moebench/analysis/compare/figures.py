@@ -8,7 +8,7 @@ from typing import Any
 from moebench.analysis.compare.comparison import compare
 from moebench.analysis.compare.curves import draw_curves
 from moebench.analysis.compare.values import Comparison, Metric, Split
-from moebench.analysis.specialisation.figure import draw_labels
+from moebench.analysis.specialisation.figures import draw_labels
 from moebench.analysis.specialisation.load_figure import draw_load
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
@@ -16,13 +16,13 @@ from moebench.runs.folder import RunFolder
 from moebench.runs.journal import read_journal
 from moebench.runs.result import RunResult
 from moebench.tasks.task import TASKS
-from moebench.training.labels import read_labels
+from moebench.training.label_tables import read_label_tables
 
 
 class Figures:
     """Draws what the experts of each run do and the curves of an experiment."""
 
-    def of_run(self, folder: RunFolder, title: str) -> None:
+    def draw_run_figures(self, folder: RunFolder, title: str) -> None:
         """Draw load.png, the last evaluation's load of every expert, and labels.png; nothing for a dense or failed run.
 
         labels.png: which expert of the trained model takes tokens of which label.
@@ -33,9 +33,11 @@ class Figures:
         with contextlib.suppress(OSError):  # a full disk: a figure is no reason to stop the others
             draw_load(last["layers"], path=folder.path / "load.png", title=f"Load of the experts: {title}")
         with contextlib.suppress(OSError, UsageError):  # not there where all tokens have one label
-            draw_labels(read_labels(folder.labels), path=folder.path / "labels.png", title=f"Who takes what: {title}")
+            draw_labels(
+                read_label_tables(folder.labels), path=folder.path / "labels.png", title=f"Who takes what: {title}"
+            )
 
-    def of_experiment(self, experiment: Experiment, results: Path) -> None:
+    def draw_experiment_figures(self, experiment: Experiment, results: Path) -> None:
         """Draw the curves of all arms, with the paired differences where they can be compared."""
         try:
             comparison = compare_experiment(experiment, results)
@@ -72,7 +74,7 @@ def compare_experiment(
         found,
         expected=[(cell.arm, cell.seed, cell.id) for cell in experiment.cells],
         baseline=experiment.baseline,
-        metric=Metric(name=facts.metric, lower_is_better=facts.lower_is_better, split=split),
+        metric=ComparisonMetric(name=facts.metric, lower_is_better=facts.lower_is_better, split=split),
         allow_mismatch=allow_mismatch,
     )
 

@@ -7,7 +7,7 @@ from math import isfinite
 
 from moebench.analysis.compare.values import LostCell, Metric
 from moebench.errors import UsageError, unknown
-from moebench.runs.result import DIVERGED, RunResult
+from moebench.runs.result import Fault, RunResult
 
 Expected = Sequence[tuple[str, int, str]]  # (arm, seed, cell id)
 
@@ -114,7 +114,7 @@ def _require_metric(results: Sequence[RunResult], metric: str) -> None:
 
 def _has_diverged(result: RunResult, metric: str) -> bool:
     if result.status != "done":
-        return result.fault == DIVERGED
+        return result.fault == Fault.DIVERGED
     return not isfinite(result.metrics.get(metric, 0.0))
 
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from moebench.analysis.compare import statistics as st
 from moebench.analysis.compare.legend import legend
 from moebench.analysis.compare.values import ArmSummary, Comparison, Difference, LostCell
-from moebench.reporting.formatting import NOTHING, human, number, p_value, signed
+from moebench.reporting.formatting import NOTHING, format_count, number, p_value, signed
 
 STYLES = {"better": "bold green", "worse": "red", "not matched": "yellow"}
 DIVERGED_STYLE = "bold red"
@@ -88,8 +88,8 @@ def _quality_grid(comparison: Comparison) -> Grid:
 def _quality_row(comparison: Comparison, arm: ArmSummary) -> tuple[str, ...]:
     seeds = str(arm.num_done) if arm.num_done == arm.num_planned else f"{arm.num_done} of {arm.num_planned}"
     mean = NOTHING if arm.mean is None else number(arm.mean) + _half(arm.interval)
-    verdict = comparison.verdict_in_words(arm.arm)
-    difference = comparison.difference_of(arm.arm)
+    verdict = comparison.describe_verdict(arm.arm)
+    difference = comparison.find_difference(arm.arm)
     if difference is None:
         return (_name(arm), seeds, mean, NOTHING, NOTHING, verdict)
     delta = NOTHING if difference.mean is None else signed(difference.mean) + _half(difference.interval)
@@ -168,7 +168,7 @@ def _compute_grid(comparison: Comparison) -> Grid:
 
 def _compute_row(arm: ArmSummary) -> tuple[str, ...]:
     phases = ("", "train_", "eval_")
-    flops = [human(arm.cost.get(f"{phase}flops_per_token")) for phase in phases]
+    flops = [format_count(arm.cost.get(f"{phase}flops_per_token")) for phase in phases]
     experts = [arm.cost.get(f"{phase}experts_per_token") for phase in phases]
     ratios = (f"{ratio:.2f}" for ratio in arm.flops_vs_baseline.values())
     return (
@@ -190,9 +190,9 @@ def _cost_grid(comparison: Comparison) -> Grid:
 def _cost_row(arm: ArmSummary) -> tuple[str, ...]:
     return (
         _name(arm),
-        human(arm.tokens_per_s),
+        format_count(arm.tokens_per_s),
         NOTHING if arm.throughput_share is None else f"{100 * arm.throughput_share:.0f} %",
-        *(human(arm.cost.get(key)) for key in ("active_params", "total_params")),
+        *(format_count(arm.cost.get(key)) for key in ("active_params", "total_params")),
     )
 
 
@@ -213,7 +213,7 @@ def _parallel_row(arm: ArmSummary) -> tuple[str, ...]:
         f"{100 * found['wait_share']:.1f} %",
         f"{found['sent_mib']:.2f} MiB",
         f"{found['rank_load_max']:.2f}",
-        human(found["tokens_per_s_per_device"]),
+        format_count(found["tokens_per_s_per_device"]),
         f"{found['peak_memory_gib']:.2f} GiB",
     )
 

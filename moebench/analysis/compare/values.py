@@ -140,15 +140,15 @@ class Comparison:
             return None
         return st.paired_difference([arm.outside[seed] for seed in seeds], [theirs[seed] for seed in seeds])
 
-    def difference_of(self, arm: str) -> Difference | None:
+    def find_difference(self, arm: str) -> Difference | None:
         """Return the difference of an arm to the baseline, None for the baseline itself."""
         return next((difference for difference in self.differences if difference.arm == arm), None)
 
-    def verdict_in_words(self, arm: str) -> str:
+    def describe_verdict(self, arm: str) -> str:
         """Return the verdict on an arm as tables and figures show it: with the number of seeds that diverged."""
         diverged = {summary.arm: _diverged(summary) for summary in self.arms}
         own, of_baseline = diverged.get(arm, ""), diverged.get(self.baseline, "")
-        difference = self.difference_of(arm)
+        difference = self.find_difference(arm)
         if difference is None:
             return f"baseline, {own}" if own else "baseline"
         if difference.verdict != "diverged":
@@ -170,7 +170,7 @@ class Comparison:
         }
 
     def _arm_dict(self, arm: ArmSummary) -> dict[str, Any]:
-        difference = self.difference_of(arm.arm)
+        difference = self.find_difference(arm.arm)
         return {
             self.metric: _quality_dict(arm.mean, arm.interval, arm.values),
             OUT_OF_DOMAIN: self._outside_dict(arm) if arm.outside else None,

@@ -13,7 +13,7 @@ from torch import Tensor
 from moebench.analysis.compare.statistics import Values
 from moebench.reporting.canvas import GREY, sheet
 from moebench.routing.metrics import label_parts
-from moebench.training.labels import LabelTable
+from moebench.training.label_tables import LabelTable
 
 MOST_LABELS = 16
 """Labels of a kind that are drawn: of more, those of which experts know most."""

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from moebench.analysis.specialisation.figure import telling_labels
+from moebench.analysis.specialisation.figures import telling_labels
 from moebench.errors import UsageError, unknown
 from moebench.routing.metrics import label_parts
 from moebench.runs.folder import RunFolder
-from moebench.training.labels import LabelTable, read_labels
+from moebench.training.label_tables import LabelTable, read_label_tables
 
 MOST_EXPERTS = 3
 """Experts named for each label."""
@@ -31,10 +31,10 @@ class LabelReport:
         return {"id": self.id, "arm": self.arm, "seed": self.seed, "labels": labels}
 
 
-def report_of(results: Path, run: str, kind: str | None = None) -> LabelReport:
+def read_label_report(results: Path, run: str, kind: str | None = None) -> LabelReport:
     """Return what a run left, of all kinds of labels or of one; raise UsageError for an unknown run or kind."""
-    folder = run_folder(results, run)
-    cell, tables = folder.read_cell(), read_labels(folder.labels)
+    folder = find_run(results, run)
+    cell, tables = folder.read_cell(), read_label_tables(folder.labels)
     if kind is not None:
         if kind not in tables:
             raise unknown("--label", kind, tables)
@@ -42,7 +42,7 @@ def report_of(results: Path, run: str, kind: str | None = None) -> LabelReport:
     return LabelReport(id=cell["id"], arm=cell["arm"], seed=cell["seed"], tables=tables)
 
 
-def run_folder(results: Path, run: str) -> RunFolder:
+def find_run(results: Path, run: str) -> RunFolder:
     """Return the folder of the run whose id begins with `run`; raise UsageError unless it is exactly one."""
     ids = [path.parent.name for path in sorted((results / "runs").glob("*/cell.json"))]
     if not ids:
@@ -55,12 +55,12 @@ def run_folder(results: Path, run: str) -> RunFolder:
     return RunFolder.of(results, found[0])
 
 
-def best_layer(table: LabelTable) -> str:
+def find_best_layer(table: LabelTable) -> str:
     """Return the layer whose experts know most of the label."""
     return max(table.information, key=table.information.__getitem__)
 
 
-def label_rows(table: LabelTable, layer: str) -> list[tuple[str, str, str, str]]:
+def build_label_rows(table: LabelTable, layer: str) -> list[tuple[str, str, str, str]]:
     """Return for each label its name, its share of all assignments and of the information, and who takes it most.
 
     The labels are those of which the layer knows most; the last row is all tokens, to compare with.

@@ -35,7 +35,7 @@ def _row(point: Point, *, with_second: bool) -> tuple[str, ...]:
     )
 
 
-def draw_setting(curve: SettingCurve, path: Path) -> Path:
+def draw_curve(curve: SettingCurve, path: Path) -> Path:
     """Draw the mean over seeds at each value, one line for each arm and second value, with a band of intervals."""
     with sheet(path, curve.title, width=7.5, height=4.4) as figure:
         ax = figure.subplots()

@@ -17,10 +17,10 @@ from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.schema import CellConfig
 from moebench.tasks.task import TASKS, Task
-from moebench.training.evaluate import evaluate, training_precision
+from moebench.training.evaluation import evaluate, training_precision
 from moebench.training.model import model_cost, prepare_task
-from moebench.training.train import device_of
-from moebench.training.trained import changed, check_same_parameters, load_trained
+from moebench.training.train import select_device
+from moebench.training.trained_model import apply_evaluation_settings, check_same_parameters, load_trained_model
 
 SHOWN_LOAD = ("load/drop_rate", "load/unserved")
 
@@ -173,7 +173,7 @@ def _plans(experiment: Experiment, results: Path, vary: Setting, by: Setting | N
 
 def _has(config: CellConfig, key: str) -> bool:
     section, _, option = key.partition(".")
-    has_experts = not ROUTERS.get(config.router.name).item.is_dense
+    has_experts = not ROUTERS.get(config.router.name).item.form.is_dense
     return has_experts and section in ("layout", "router") and hasattr(getattr(config, section), option.split(".")[0])
 
 
@@ -182,7 +182,7 @@ def _check(cell: Cell, results: Path, vary: Setting, by: Setting | None, by_valu
     for by_value in by_values:
         for value in vary.values:
             assignments = _assignments(vary, value, by, by_value)
-            config = changed(cell.config, assignments)
+            config = apply_evaluation_settings(cell.config, assignments)
             check_same_parameters(config, cell.config, task, ", ".join(assignments))
 
 
@@ -219,8 +219,10 @@ def _evaluated(cell: Cell, task: Task, results: Path, assignments: list[str]) ->
     folder = RunFolder.of(results, cell.id)
     train = cell.config.train
     torch.set_num_threads(train.threads)
-    model = load_trained(changed(cell.config, assignments), cell.config, task, folder.checkpoints)
-    device = device_of(train)
+    model = load_trained_model(
+        apply_evaluation_settings(cell.config, assignments), cell.config, task, folder.checkpoints
+    )
+    device = select_device(train)
     model.to(device)
     batches = task.eval_batches("test", train.batch_size)
     with training_precision(train, device):

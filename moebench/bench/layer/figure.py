@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from moebench.bench.layer.measure import LayerBench
+from moebench.bench.layer.measure import Benchmark
 from moebench.bench.layer.plain import NAME as PLAIN
 from moebench.bench.layer.row import Line, Row
 from moebench.bench.layer.variants import DENSE, OURS
@@ -18,7 +18,7 @@ TICKS = (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 COLUMNS = 2
 
 
-def draw_layer(bench: LayerBench, path: Path) -> Path:
+def draw_figure(bench: Benchmark, path: Path) -> Path:
     """Draw the ratios of all rows; what is only estimated is written, not drawn."""
     rows = bench.rows
     columns = min(COLUMNS, len(rows))

@@ -15,7 +15,7 @@ from moebench.bench.timing import Protocol
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerSettings:
+class Settings:
     """What the command line can choose."""
 
     shapes: Sequence[str] = ()
@@ -37,17 +37,17 @@ class LayerSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerBench:
+class Benchmark:
     """All rows and what they were measured on."""
 
     rows: tuple[Row, ...]
     absent: dict[str, str]
     """Package -> why it was not measured."""
     machine: dict[str, Any]
-    settings: LayerSettings
+    settings: Settings
 
 
-def bench_layer(settings: LayerSettings, say: Callable[[str], None] = lambda text: None) -> LayerBench:
+def measure(settings: Settings, say: Callable[[str], None] = lambda text: None) -> Benchmark:
     """Measure every row; `say` hears a line of progress before each."""
     device = choose_device(settings.device)
     wanted = list(settings.rows())
@@ -61,4 +61,4 @@ def bench_layer(settings: LayerSettings, say: Callable[[str], None] = lambda tex
         say(f"[{number}/{len(wanted)}] {shape.name}: {shape.sizes}, {load} load")
         problem = make_problem(shape, load, seed=settings.seed, device=device, dtype=dtype)
         rows.append(measure_row(problem, protocol))
-    return LayerBench(rows=tuple(rows), absent=absent, machine=machine, settings=settings)
+    return Benchmark(rows=tuple(rows), absent=absent, machine=machine, settings=settings)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moebench.bench.layer.problem import Contestant, Problem, Skipped
+from moebench.bench.layer.problem import Candidate, Problem, Skipped
 from moebench.experts.activation import activate
 
 NAME = "plain grouped_mm"
@@ -36,7 +36,7 @@ class PlainGroupedMM(nn.Module):
         return torch.zeros_like(x_TD).index_add_(0, token_R, weighted_RD)
 
 
-def plain_grouped_mm(problem: Problem) -> Contestant | Skipped:
+def plain_grouped_mm(problem: Problem) -> Candidate | Skipped:
     """Return the plain layer with the row's weights."""
     bank, size = problem.bank, problem.x_TD.element_size()
     widths = (problem.shape.d_model, *bank.w_in_EDF.shape[2:], problem.shape.hidden)
@@ -45,4 +45,4 @@ def plain_grouped_mm(problem: Problem) -> Contestant | Skipped:
     module = PlainGroupedMM(
         problem.gate_ED, bank.w_in_EDF.detach(), bank.w_out_EFD.detach(), problem.shape.top_k, problem.shape.activation
     )
-    return Contestant(name=NAME, module=module, forward=module)
+    return Candidate(name=NAME, module=module, forward=module)

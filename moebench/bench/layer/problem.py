@@ -14,8 +14,8 @@ from moebench.experts.feed_forward import ExpertBank, FeedForward
 from moebench.experts.layer import MoELayer
 from moebench.models.transformer import init_weights
 from moebench.routing.gate import Gate
-from moebench.routing.router import ROUTERS, Router, Site
-from moebench.seeds import generator
+from moebench.routing.router import ROUTERS, Router, RouterBuildContext
+from moebench.seeds import make_generator
 
 SEQUENCE = 256
 """Tokens per sequence for libraries that route each sequence by itself, where it divides the tokens."""
@@ -68,7 +68,7 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Contestant:
+class Candidate:
     """A layer that is timed."""
 
     name: str
@@ -106,7 +106,7 @@ def make_problem(
     assert isinstance(layer, MoELayer)
     gate = layer.router.gate
     assert isinstance(gate, Gate)
-    draw = generator(seed, "bench", shape.name, load)
+    draw = make_generator(seed, "bench", shape.name, load)
     x_TD = make_input(load, gate.weight_ED, shape.num_tokens, shape.top_k, draw)
     parts.to(device=device, dtype=dtype)
     return Problem(
@@ -141,5 +141,6 @@ def make_router(shape: Shape) -> Router:
     router_class = ROUTERS.get(name).item
     router_class.check(router_class.Config(name=name, **options), shape.num_experts)
     return router_class(
-        router_class.Config(name=name, **options), Site(d_model=shape.d_model, num_experts=shape.num_experts)
+        router_class.Config(name=name, **options),
+        RouterBuildContext(d_model=shape.d_model, num_experts=shape.num_experts),
     )

@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import asdict
 from typing import Any
 
-from moebench.bench.layer.measure import LayerBench
+from moebench.bench.layer.measure import Benchmark
 from moebench.bench.layer.plain import NAME as PLAIN
 from moebench.bench.layer.row import CERTIFIED_FROM, Line, Row
 from moebench.bench.layer.variants import DENSE
@@ -24,7 +24,7 @@ LEGEND = (
 )
 
 
-def layer_report(bench: LayerBench) -> Report:
+def build_report(bench: Benchmark) -> Report:
     """Return what was measured."""
     absent = [f"Absent: {package}: {reason}." for package, reason in bench.absent.items()]
     return Report(
@@ -100,12 +100,12 @@ def rounds_in_words(timings: Timings) -> str:
     return f"{kept}; BUSY MACHINE: others used over {MAX_CONTENTION:.0%} of it in {timings.num_contended} of the kept"
 
 
-def _notes_of_lines(bench: LayerBench) -> tuple[str, ...]:
+def _notes_of_lines(bench: Benchmark) -> tuple[str, ...]:
     notes = {line.name: line.note for row in bench.rows for line in row.lines if line.note}
     return tuple(f"{name}: {note}." for name, note in notes.items())
 
 
-def to_values(bench: LayerBench) -> dict[str, Any]:
+def to_values(bench: Benchmark) -> dict[str, Any]:
     """Return everything, ready for JSON."""
     return {
         "bench": "layer",

@@ -9,7 +9,7 @@ from torch import Tensor
 from moebench.bench.layer.peers.register import peer_contestants
 from moebench.bench.layer.plain import NAME as PLAIN
 from moebench.bench.layer.plain import plain_grouped_mm
-from moebench.bench.layer.problem import AGREE_WITHIN, Contestant, Problem, Skipped
+from moebench.bench.layer.problem import AGREE_WITHIN, Candidate, Problem, Skipped
 from moebench.bench.layer.saved import least_bytes, saved_bytes
 from moebench.bench.layer.variants import (
     DENSE,
@@ -105,7 +105,7 @@ def gemm_flops(problem: Problem) -> int:
 def measure_row(problem: Problem, protocol: Protocol, *, with_loop: bool = True) -> Row:
     """Measure everything that can run on this problem."""
     candidates = [dense_twin(problem), *own_variants(problem), plain_grouped_mm(problem), *peer_contestants(problem)]
-    contestants = [one for one in candidates if isinstance(one, Contestant)]
+    contestants = [one for one in candidates if isinstance(one, Candidate)]
     timer = _Timer(problem, contestants)
     forward = protocol.measure(timer.forward())
     train = protocol.measure(timer.train())
@@ -137,7 +137,7 @@ def measure_row(problem: Problem, protocol: Protocol, *, with_loop: bool = True)
 class _Timer:
     """Turns layers into timed calls; before each, the gradients of all of them are gone."""
 
-    def __init__(self, problem: Problem, contestants: Sequence[Contestant]) -> None:
+    def __init__(self, problem: Problem, contestants: Sequence[Candidate]) -> None:
         self.problem = problem
         self.contestants = contestants
         self.x_TD = problem.x_TD.detach().clone().requires_grad_()
@@ -155,7 +155,7 @@ class _Timer:
         timed[ROUTER] = self._timed(router_and_plan(self.problem), None, training=True)
         return timed | {GEMM: self._gemm()}
 
-    def _timed(self, forward: Callable[[Tensor], Tensor], one: Contestant | None, *, training: bool) -> Timed:
+    def _timed(self, forward: Callable[[Tensor], Tensor], one: Candidate | None, *, training: bool) -> Timed:
         def prepare() -> None:
             self.x_TD.grad = None
             for other in self.contestants:
@@ -185,7 +185,7 @@ class _Timer:
 
 
 def _line(
-    problem: Problem, one: Contestant, forward: Timings, train: Timings, difference: tuple[float, float] | None
+    problem: Problem, one: Candidate, forward: Timings, train: Timings, difference: tuple[float, float] | None
 ) -> Line:
     one.module.train()
     excluded = [problem.x_TD, *one.module.parameters(), *problem.layer.parameters()]
@@ -200,14 +200,14 @@ def _line(
         train=train.ratio(one.name, DENSE),
         forward_tflops=flops / forward_ms / 1e9,
         train_tflops=TRAINING * flops / train_ms / 1e9,
-        saved_bytes=saved_bytes(lambda: one.forward(problem.x_TD), excluded),
+        saved_bytes=count_saved_bytes(lambda: one.forward(problem.x_TD), excluded),
         dropped=one.dropped(),
         difference=None if difference is None else difference[0],
         agrees=None if difference is None else difference[0] <= difference[1],
     )
 
 
-def compare_outputs(problem: Problem, contestants: Sequence[Contestant]) -> Mapping[str, tuple[float, float] | None]:
+def compare_outputs(problem: Problem, contestants: Sequence[Candidate]) -> Mapping[str, tuple[float, float] | None]:
     """Return for each layer its difference to the output it must equal, and the largest one allowed.
 
     moebench's own output is compared with the double loop, on the loop's tokens.

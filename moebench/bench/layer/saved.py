@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def saved_bytes(forward: Callable[[], object], excluded: Iterable[Tensor]) -> int:
+def count_saved_bytes(forward: Callable[[], object], excluded: Iterable[Tensor]) -> int:
     """Run a forward pass and return the bytes of the storages it saves for backward, each counted once.
 
     `excluded` (parameters, the input) do not count. What a custom autograd function keeps outside of

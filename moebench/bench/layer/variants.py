@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moebench.bench.layer.problem import Contestant, Problem, Skipped, make_layer
-from moebench.experts.bank import double_loop
+from moebench.bench.layer.problem import Candidate, Problem, Skipped, make_layer
 from moebench.experts.dispatch import DispatchPlan
 from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.layer import MoELayer
+from moebench.experts.reference import double_loop
 from moebench.models.transformer import BatchContext
 from moebench.routing.context import RouteContext
 
@@ -26,14 +26,14 @@ def route_context(problem: Problem, num_tokens: int | None = None, *, training: 
     return BatchContext(training=training, seed=problem.seed).route(0, length, problem.device)
 
 
-def dense_twin(problem: Problem) -> Contestant:
+def dense_twin(problem: Problem) -> Candidate:
     """Return the ordinary network of equal active FLOPs."""
-    return Contestant(name=DENSE, module=problem.dense, forward=problem.dense, agrees_with=None)
+    return Candidate(name=DENSE, module=problem.dense, forward=problem.dense, agrees_with=None)
 
 
-def own_variants(problem: Problem) -> list[Contestant | Skipped]:
+def own_variants(problem: Problem) -> list[Candidate | Skipped]:
     """Return the dropless layer, then what differs from it in one thing."""
-    ours = Contestant(name=OURS, module=problem.layer, forward=_forward(problem, problem.layer), agrees_with=None)
+    ours = Candidate(name=OURS, module=problem.layer, forward=_forward(problem, problem.layer), agrees_with=None)
     return [ours, _with_capacity(problem), _with_recompute(problem), _in_bf16(problem)]
 
 
@@ -46,7 +46,7 @@ def _forward(problem: Problem, layer: MoELayer) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _with_capacity(problem: Problem) -> Contestant:
+def _with_capacity(problem: Problem) -> Candidate:
     layer = make_layer(problem.shape, problem.bank, problem.layer.router, CAPACITY_FACTOR)
 
     def dropped() -> float:
@@ -54,7 +54,7 @@ def _with_capacity(problem: Problem) -> Contestant:
             _, record = layer(problem.x_TD, route_context(problem))
         return int(record.num_dropped) / problem.shape.num_assignments
 
-    return Contestant(
+    return Candidate(
         name=CAPACITY,
         module=layer,
         forward=_forward(problem, layer),
@@ -64,15 +64,15 @@ def _with_capacity(problem: Problem) -> Contestant:
     )
 
 
-def _with_recompute(problem: Problem) -> Contestant:
+def _with_recompute(problem: Problem) -> Candidate:
     shape, weights = problem.shape, problem.bank
     bank = ExpertBank(shape.d_model, shape.hidden, shape.num_experts, shape.activation, recompute=True)
     bank.w_in_EDF, bank.w_out_EFD = weights.w_in_EDF, weights.w_out_EFD
     layer = make_layer(shape, bank, problem.layer.router)
-    return Contestant(name="moebench recompute", module=layer, forward=_forward(problem, layer))
+    return Candidate(name="moebench recompute", module=layer, forward=_forward(problem, layer))
 
 
-def _in_bf16(problem: Problem) -> Contestant | Skipped:
+def _in_bf16(problem: Problem) -> Candidate | Skipped:
     name = "moebench bf16"
     if problem.dtype is torch.bfloat16:
         return Skipped(name=name, reason="the whole row is bf16")
@@ -84,7 +84,7 @@ def _in_bf16(problem: Problem) -> Contestant | Skipped:
         with torch.autocast(problem.device.type, dtype=torch.bfloat16):
             return plain(x_TD)
 
-    return Contestant(
+    return Candidate(
         name=name, module=problem.layer, forward=forward, note="autocast; weights cast at each call", agrees_with=None
     )
 

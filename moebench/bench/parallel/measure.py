@@ -12,7 +12,7 @@ from moebench.cores import available_cores
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment, expand_config
 from moebench.experiment.store import open_results
-from moebench.launch.launcher import OwnLaunch
+from moebench.launch.launcher import LocalLauncher
 from moebench.launch.scheduler import Outcome, Scheduler
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
@@ -26,7 +26,7 @@ LOG_EVERY = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelSettings:
+class Settings:
     """What the command line can choose."""
 
     processes: Sequence[int] = (1, 2, 4)
@@ -81,7 +81,7 @@ class ParallelSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeshStep:
+class MeshTimes:
     """The training step of one mesh; values are over rounds."""
 
     name: str
@@ -95,32 +95,32 @@ class MeshStep:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelBench:
+class Benchmark:
     """All meshes and what they were measured on."""
 
-    meshes: tuple[MeshStep, ...]
+    meshes: tuple[MeshTimes, ...]
     machine: dict[str, Any]
-    settings: ParallelSettings
+    settings: Settings
 
 
-def bench_parallel(settings: ParallelSettings, say: Callable[[str], None] = lambda text: None) -> ParallelBench:
+def measure(settings: Settings, say: Callable[[str], None] = lambda text: None) -> Benchmark:
     """Train a few steps on every mesh, meshes taking turns; `say` hears a line for each run."""
     machine = prepare(threads=1, allocator="default", device=choose_device(settings.device))
-    found: list[MeshStep] = []
+    found: list[MeshTimes] = []
     with tempfile.TemporaryDirectory(prefix="moebench-") as folder:
         for width in settings.widths:
             experiment = settings.experiment(width)
             results = _run(experiment, settings, Path(folder), say)
             found += [_summary(arm, width, results) for arm in experiment.arms]
-    return ParallelBench(meshes=tuple(found), machine=machine, settings=settings)
+    return Benchmark(meshes=tuple(found), machine=machine, settings=settings)
 
 
 def _run(
-    experiment: Experiment, settings: ParallelSettings, folder: Path, say: Callable[[str], None]
+    experiment: Experiment, settings: Settings, folder: Path, say: Callable[[str], None]
 ) -> dict[tuple[str, int], RunResult]:
     """Return the result of every arm and round; raise UsageError with the reason when one fails."""
     open_results(folder)
-    launch = OwnLaunch()
+    launch = LocalLauncher()
     launch.check(experiment.cells)
     cache = folder / "cache"
     cache.symlink_to((settings.results / "cache").absolute()) if not cache.exists() else None
@@ -136,12 +136,12 @@ def _run(
     return found
 
 
-def _summary(arm: str, width: int, results: Mapping[tuple[str, int], RunResult]) -> MeshStep:
+def _summary(arm: str, width: int, results: Mapping[tuple[str, int], RunResult]) -> MeshTimes:
     own = {seed: result.throughput for (name, seed), result in results.items() if name == arm}
     alone = {seed: result.throughput for (name, seed), result in results.items() if name == ALONE}
     shared = [{key: x for key, x in values.items() if key.startswith("parallel/")} for values in own.values()]
     costs = {key.removeprefix("parallel/"): sum(x[key] for x in shared) / len(shared) for key in shared[0]}
-    return MeshStep(
+    return MeshTimes(
         name=arm,
         width=width,
         processes=int(costs.get("processes", 1)),
@@ -157,14 +157,14 @@ class Quiet:
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
 
-    def started(self, cell: Cell) -> None:
+    def on_start(self, cell: Cell) -> None:
         """Say which mesh it is."""
         self.say(f"round {cell.seed + 1}: {cell.arm}, experts of width {cell.config.layout.expert_width}")
 
-    def progress(self, cell: Cell, message: dict[str, Any]) -> None:
+    def on_progress(self, cell: Cell, message: dict[str, Any]) -> None:
         """Steps are short."""
 
-    def ended(self, outcome: Outcome) -> None:
+    def on_end(self, outcome: Outcome) -> None:
         """The table will say how."""
 
     def note(self, text: str) -> None:

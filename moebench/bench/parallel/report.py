@@ -7,9 +7,9 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from moebench.bench.machine import in_words
-from moebench.bench.parallel.measure import ALONE, MeshStep, ParallelBench
+from moebench.bench.parallel.measure import ALONE, Benchmark, MeshTimes
 from moebench.reporting.canvas import GREY, PALETTE, sheet
-from moebench.reporting.formatting import NOTHING, human
+from moebench.reporting.formatting import NOTHING, format_count
 from moebench.reporting.report import Grid, Report
 
 LEGEND = (
@@ -20,7 +20,7 @@ LEGEND = (
 )
 
 
-def parallel_report(bench: ParallelBench) -> Report:
+def build_report(bench: Benchmark) -> Report:
     """Return what was measured."""
     return Report(
         grids=tuple(_grid(bench, width) for width in bench.settings.widths),
@@ -29,7 +29,7 @@ def parallel_report(bench: ParallelBench) -> Report:
     )
 
 
-def _grid(bench: ParallelBench, width: int) -> Grid:
+def _grid(bench: Benchmark, width: int) -> Grid:
     settings = bench.settings
     return Grid(
         title=f"{settings.batch_size} sequences of 64 tokens, {settings.experts} experts of width {width}",
@@ -38,11 +38,11 @@ def _grid(bench: ParallelBench, width: int) -> Grid:
     )
 
 
-def _row(mesh: MeshStep) -> tuple[str, ...]:
+def _row(mesh: MeshTimes) -> tuple[str, ...]:
     ratio = mesh.over_alone
     return (
         mesh.name,
-        human(mesh.tokens_per_s.median),
+        format_count(mesh.tokens_per_s.median),
         f"{ratio.median:.2f} ({ratio.low:.2f} … {ratio.high:.2f})",
         _percent(mesh.costs.get("all_to_all_share")),
         _percent(mesh.costs.get("wait_share")),
@@ -55,7 +55,7 @@ def _percent(share: float | None) -> str:
     return NOTHING if share is None else f"{100 * share:.1f} %"
 
 
-def to_values(bench: ParallelBench) -> dict[str, Any]:
+def to_values(bench: Benchmark) -> dict[str, Any]:
     """Return everything, ready for JSON."""
     return {
         "bench": "parallel",
@@ -65,7 +65,7 @@ def to_values(bench: ParallelBench) -> dict[str, Any]:
     }
 
 
-def draw_parallel(bench: ParallelBench, path: Path) -> Path:
+def draw_figure(bench: Benchmark, path: Path) -> Path:
     """Draw the speed over one process on the left, where the time of a timed step goes on the right."""
     names = list(dict.fromkeys(mesh.name for mesh in bench.meshes))
     with sheet(path, "One global batch on several processes", width=11.0, height=1.8 + 0.5 * len(names)) as figure:
@@ -77,7 +77,7 @@ def draw_parallel(bench: ParallelBench, path: Path) -> Path:
     return path
 
 
-def _draw_speed(ax: Axes, bench: ParallelBench, names: list[str]) -> None:
+def _draw_speed(ax: Axes, bench: Benchmark, names: list[str]) -> None:
     for index, width in enumerate(bench.settings.widths):
         for mesh in (mesh for mesh in bench.meshes if mesh.width == width):
             place, ratio = names.index(mesh.name) + 0.18 * index, mesh.over_alone
@@ -89,7 +89,7 @@ def _draw_speed(ax: Axes, bench: ParallelBench, names: list[str]) -> None:
     ax.legend(frameon=False, fontsize=8)
 
 
-def _draw_shares(ax: Axes, bench: ParallelBench, names: list[str]) -> None:
+def _draw_shares(ax: Axes, bench: Benchmark, names: list[str]) -> None:
     width = bench.settings.widths[-1]
     for mesh in (mesh for mesh in bench.meshes if mesh.width == width and mesh.costs):
         place = names.index(mesh.name)

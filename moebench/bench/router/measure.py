@@ -11,12 +11,12 @@ from moebench.bench.machine import choose_device, prepare
 from moebench.bench.timing import Protocol, Spread, Timed, Timings
 from moebench.errors import UsageError
 from moebench.models.transformer import BatchContext, init_weights
-from moebench.routing.assignment import balanced_assignment
-from moebench.routing.losses import raw_losses
+from moebench.routing.assignment import solve_balanced_assignment
+from moebench.routing.losses import compute_raw_losses
 from moebench.routing.mixing import MergeRouting, SoftRouting
-from moebench.routing.router import ROUTERS, Router, Site
+from moebench.routing.router import ROUTERS, Router, RouterBuildContext
 from moebench.routing.values import AnyRouting, LayerRecord, Routing
-from moebench.seeds import generator
+from moebench.seeds import make_generator
 
 D_MODEL, SEQUENCE, VOCAB, DOMAINS = 64, 256, 1000, 8
 ORDINARY = "T·E"
@@ -31,7 +31,7 @@ EXACT_TOKENS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterSettings:
+class Settings:
     """What the command line can choose."""
 
     routers: Sequence[str] = ()
@@ -106,7 +106,7 @@ class Subject:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterLine:
+class Line:
     """A measured router; ratios are to top-k with as many experts per token, in the same round."""
 
     name: str
@@ -128,12 +128,12 @@ class RouterLine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterTable:
+class SizeResult:
     """All routers with one number of tokens and experts."""
 
     num_tokens: int
     num_experts: int
-    lines: tuple[RouterLine, ...]
+    lines: tuple[Line, ...]
     skipped: Mapping[str, str]
     """Row -> why it was not measured."""
     forward_rounds: Timings
@@ -146,15 +146,15 @@ class RouterTable:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterBench:
+class Benchmark:
     """All tables and what they were measured on."""
 
-    tables: tuple[RouterTable, ...]
+    tables: tuple[SizeResult, ...]
     machine: dict[str, Any]
-    settings: RouterSettings
+    settings: Settings
 
 
-def bench_router(settings: RouterSettings, say: Callable[[str], None] = lambda text: None) -> RouterBench:
+def measure(settings: Settings, say: Callable[[str], None] = lambda text: None) -> Benchmark:
     """Measure every table; `say` hears a line of progress before each."""
     device = choose_device(settings.device)
     names = [ROUTERS.get(name, where="--router").name for name in settings.routers or ROUTERS.names()]
@@ -165,10 +165,10 @@ def bench_router(settings: RouterSettings, say: Callable[[str], None] = lambda t
     for number, (num_tokens, num_experts) in enumerate(cells, start=1):
         say(f"[{number}/{len(cells)}] {len(names)} routers, T{num_tokens} E{num_experts}")
         tables.append(_measure(names, num_tokens, num_experts, settings.seed, protocol))
-    return RouterBench(tables=tuple(tables), machine=machine, settings=settings)
+    return Benchmark(tables=tuple(tables), machine=machine, settings=settings)
 
 
-def _measure(names: Sequence[str], num_tokens: int, num_experts: int, seed: int, protocol: Protocol) -> RouterTable:
+def _measure(names: Sequence[str], num_tokens: int, num_experts: int, seed: int, protocol: Protocol) -> SizeResult:
     subjects = [
         Subject(name=name, options=options, num_experts=num_experts)
         for name in names
@@ -181,7 +181,7 @@ def _measure(names: Sequence[str], num_tokens: int, num_experts: int, seed: int,
     forward = protocol.measure({label: Timed(call=call.forward) for label, call in calls.items()})
     train = protocol.measure({label: Timed(call=call.train, prepare=call.clear) for label, call in calls.items()})
     lines = [
-        RouterLine(
+        Line(
             name=one.label,
             top_k=one.top_k,
             cost=one.cost,
@@ -194,7 +194,7 @@ def _measure(names: Sequence[str], num_tokens: int, num_experts: int, seed: int,
         )
         for one in subjects
     ]
-    return RouterTable(
+    return SizeResult(
         num_tokens=num_tokens,
         num_experts=num_experts,
         lines=tuple(lines),
@@ -210,12 +210,12 @@ class RouterCall:
     def __init__(self, subject: Subject, num_tokens: int, seed: int, device: torch.device) -> None:
         self.length = min(SEQUENCE, num_tokens)
         self.seed = seed
-        draw = generator(seed, "bench router", num_tokens)
+        draw = make_generator(seed, "bench router", num_tokens)
         self.x_TD = torch.randn(num_tokens, D_MODEL, generator=draw).to(device).requires_grad_()
         shape = (max(num_tokens // self.length, 1), self.length)
         self.token_id_BL = torch.randint(VOCAB, shape, generator=draw).to(device)
         self.domain_B = (torch.arange(shape[0]) % DOMAINS).to(device)
-        site = Site(
+        context = RouterBuildContext(
             d_model=D_MODEL,
             num_experts=subject.num_experts,
             vocab_size=VOCAB,
@@ -223,7 +223,7 @@ class RouterCall:
             sequence_length=self.length,
             num_domains=DOMAINS,
         )
-        self.router: Router = subject.router_class(subject.config, site)
+        self.router: Router = subject.router_class(subject.config, context)
         init_weights(self.router, seed)
         self.router.to(device).train()
         self.coefficients: dict[str, float] = subject.config.losses
@@ -238,11 +238,11 @@ class RouterCall:
             label_BL=self.token_id_BL,
         )
         routing = self.router(self.x_TD, ctx.route(0, self.length, self.x_TD.device))
-        return LayerRecord(layer=0, routing=routing, kept=routing, sequence_length=self.length)
+        return LayerRecord(routing=routing, kept=routing, sequence_length=self.length)
 
     def losses(self, record: LayerRecord) -> list[Tensor]:
         """Return the losses that training would add."""
-        raw = raw_losses(self.router, record, self.coefficients)
+        raw = compute_raw_losses(self.router, record, self.coefficients)
         return [self.coefficients[name] * value for name, value in raw.items()]
 
     @torch.no_grad()
@@ -274,7 +274,7 @@ class RouterCall:
         def gain(expert_T: Tensor) -> float:
             return float(affinity_TE.gather(1, expert_T.view(-1, 1)).sum() - random)
 
-        return gain(routing.expert_N) / gain(balanced_assignment(affinity_TE, "exact"))
+        return gain(routing.expert_N) / gain(solve_balanced_assignment(affinity_TE, "exact"))
 
 
 def _weights(routing: AnyRouting) -> list[Tensor]:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from moebench.bench.layer.figure import as_ratios
 from moebench.bench.layer.report import quartiles, ratio, rounds_in_words, rounds_values
 from moebench.bench.machine import in_words
-from moebench.bench.router.measure import D_MODEL, RouterBench, RouterLine, RouterTable
+from moebench.bench.router.measure import D_MODEL, Benchmark, Line, SizeResult
 from moebench.reporting.canvas import GREY, PALETTE, sheet
 from moebench.reporting.formatting import NOTHING
 from moebench.reporting.report import Grid, Report
@@ -26,7 +26,7 @@ LEGEND = (
 )
 
 
-def router_report(bench: RouterBench) -> Report:
+def build_report(bench: Benchmark) -> Report:
     """Return what was measured."""
     return Report(
         grids=tuple(_grid(table) for table in bench.tables),
@@ -35,7 +35,7 @@ def router_report(bench: RouterBench) -> Report:
     )
 
 
-def _grid(table: RouterTable) -> Grid:
+def _grid(table: SizeResult) -> Grid:
     missed = [line.name for line in table.lines if line.reaches_goal is False]
     optimum = [f"{x.name} {x.share_of_optimum:.2%}" for x in table.lines if x.share_of_optimum is not None]
     below = [
@@ -54,7 +54,7 @@ def _grid(table: RouterTable) -> Grid:
     )
 
 
-def _cells(line: RouterLine) -> tuple[str, ...]:
+def _cells(line: Line) -> tuple[str, ...]:
     return (
         line.name,
         str(line.top_k),
@@ -66,7 +66,7 @@ def _cells(line: RouterLine) -> tuple[str, ...]:
     )
 
 
-def to_values(bench: RouterBench) -> dict[str, Any]:
+def to_values(bench: Benchmark) -> dict[str, Any]:
     """Return everything, ready for JSON."""
     return {
         "bench": "router",
@@ -89,7 +89,7 @@ def to_values(bench: RouterBench) -> dict[str, Any]:
     }
 
 
-def draw_routers(bench: RouterBench, path: Path) -> Path:
+def draw_figure(bench: Benchmark, path: Path) -> Path:
     """Draw the ratios, a panel for each table; a bar marks a goal."""
     columns = min(2, len(bench.tables))
     lines = ceil(len(bench.tables) / columns)
@@ -105,7 +105,7 @@ def draw_routers(bench: RouterBench, path: Path) -> Path:
     return path
 
 
-def _draw_table(ax: Axes, table: RouterTable) -> None:
+def _draw_table(ax: Axes, table: SizeResult) -> None:
     for place, line in enumerate(table.lines):
         color = PALETTE[2] if line.reaches_goal is False else PALETTE[1]
         ax.plot([line.train.low, line.train.high], [place, place], color=color, linewidth=2.2, solid_capstyle="round")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from moebench.bench.step.measure import GOAL, StepBench
+from moebench.bench.step.measure import GOAL, Benchmark
 from moebench.bench.step.parts import PARTS
 from moebench.reporting.canvas import GREY, PALETTE, sheet
 
@@ -21,7 +21,7 @@ COLORS = {
 }
 
 
-def draw_step(bench: StepBench, path: Path) -> Path:
+def draw_figure(bench: Benchmark, path: Path) -> Path:
     """Draw milliseconds by part on the left, the trainer's overhead with quartiles on the right."""
     height = 2.0 + 0.42 * len(bench.arms)
     with sheet(path, f"A training step: {bench.name}", width=11.0, height=height) as figure:
@@ -33,7 +33,7 @@ def draw_step(bench: StepBench, path: Path) -> Path:
     return path
 
 
-def _draw_parts(ax: Axes, bench: StepBench) -> None:
+def _draw_parts(ax: Axes, bench: Benchmark) -> None:
     starts = [0.0] * len(bench.arms)
     for part in PARTS:
         widths = [1e3 * arm.parts[part] for arm in bench.arms]
@@ -46,7 +46,7 @@ def _draw_parts(ax: Axes, bench: StepBench) -> None:
     ax.set_xlabel("milliseconds of a plain step, with timers")
 
 
-def _draw_overhead(ax: Axes, bench: StepBench) -> None:
+def _draw_overhead(ax: Axes, bench: Benchmark) -> None:
     for place, arm in enumerate(bench.arms):
         low, high = 100 * arm.overhead.low, 100 * arm.overhead.high
         ax.plot([low, high], [place, place], color=PALETTE[1], linewidth=2.2, solid_capstyle="round")

@@ -33,7 +33,7 @@ TRAINER, PLAIN, PARTED, UNIFORM = "trainer", "plain", "parted", "uniform"
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepSettings:
+class Settings:
     """What the command line can choose."""
 
     experiment: Path | None = None
@@ -58,7 +58,7 @@ class StepSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArmStep:
+class ArmTimes:
     """The training step of one arm; seconds are medians over rounds of a block's mean."""
 
     arm: str
@@ -77,16 +77,16 @@ class ArmStep:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepBench:
+class Benchmark:
     """All arms and what they were measured on."""
 
     name: str
-    arms: tuple[ArmStep, ...]
+    arms: tuple[ArmTimes, ...]
     machine: dict[str, Any]
-    settings: StepSettings
+    settings: Settings
 
 
-def bench_step(settings: StepSettings, say: Callable[[str], None] = lambda text: None) -> StepBench:
+def measure(settings: Settings, say: Callable[[str], None] = lambda text: None) -> Benchmark:
     """Measure the training step of every arm of an experiment; `say` hears a line of progress for each."""
     device = choose_device(settings.device)
     experiment = settings.cells()
@@ -103,10 +103,10 @@ def bench_step(settings: StepSettings, say: Callable[[str], None] = lambda text:
         task = prepare_task(config, settings.results)
         arms.append(_measure_arm(cell.arm, endless(config), task, protocol, settings.steps))
     name = str(settings.experiment) if settings.experiment else "built-in language model"
-    return StepBench(name=name, arms=tuple(arms), machine=machine, settings=settings)
+    return Benchmark(name=name, arms=tuple(arms), machine=machine, settings=settings)
 
 
-def _measure_arm(arm: str, config: CellConfig, task: Task, protocol: Protocol, num_steps: int) -> ArmStep:
+def _measure_arm(arm: str, config: CellConfig, task: Task, protocol: Protocol, num_steps: int) -> ArmTimes:
     modules = {way: new_module(config, task, protocol.device) for way in (TRAINER, PLAIN, PARTED, UNIFORM)}
     force_uniform_load(modules[UNIFORM].layers)
     plain, parted, uniform = (PlainLoop(module=modules[way]) for way in (PLAIN, PARTED, UNIFORM))
@@ -121,7 +121,7 @@ def _measure_arm(arm: str, config: CellConfig, task: Task, protocol: Protocol, n
             turns[UNIFORM] = partial(uniform.block, num_steps)
         timings = protocol.repeat(turns)
     overhead = timings.ratio(TRAINER, PLAIN)
-    return ArmStep(
+    return ArmTimes(
         arm=arm,
         seconds={way: timings.median_ms(way) / 1e3 for way in turns},
         overhead=Spread(median=overhead.median - 1, low=overhead.low - 1, high=overhead.high - 1),

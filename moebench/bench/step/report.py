@@ -5,10 +5,10 @@ from typing import Any
 
 from moebench.bench.layer.report import rounds_in_words, rounds_values
 from moebench.bench.machine import in_words
-from moebench.bench.step.measure import GOAL, PARTED, PLAIN, TRAINER, ArmStep, StepBench
+from moebench.bench.step.measure import GOAL, PARTED, PLAIN, TRAINER, ArmTimes, Benchmark
 from moebench.bench.step.parts import PARTS
 from moebench.bench.timing import Spread
-from moebench.reporting.formatting import NOTHING, human, signed
+from moebench.reporting.formatting import NOTHING, format_count, signed
 from moebench.reporting.report import Grid, Report
 
 LEGEND = (
@@ -21,7 +21,7 @@ LEGEND = (
 )
 
 
-def step_report(bench: StepBench) -> Report:
+def build_report(bench: Benchmark) -> Report:
     """Return what was measured."""
     return Report(
         grids=(_overhead_grid(bench), _parts_grid(bench)),
@@ -30,7 +30,7 @@ def step_report(bench: StepBench) -> Report:
     )
 
 
-def _overhead_grid(bench: StepBench) -> Grid:
+def _overhead_grid(bench: Benchmark) -> Grid:
     return Grid(
         title=f"A training step: {bench.name}",
         header=("arm", "plain ms", "trainer", "adds", "quartiles", "tokens/s", "even load"),
@@ -39,14 +39,14 @@ def _overhead_grid(bench: StepBench) -> Grid:
     )
 
 
-def _overhead_row(arm: ArmStep) -> tuple[str, ...]:
+def _overhead_row(arm: ArmTimes) -> tuple[str, ...]:
     return (
         arm.arm,
         f"{1e3 * arm.seconds[PLAIN]:.1f}",
         f"{1e3 * arm.seconds[TRAINER]:.1f}",
         _percent(arm.overhead.median),
         f"{signed(100 * arm.overhead.low, 1)} … {signed(100 * arm.overhead.high, 1)}",
-        human(arm.tokens_per_step / arm.seconds[TRAINER]),
+        format_count(arm.tokens_per_step / arm.seconds[TRAINER]),
         NOTHING if arm.uniform is None else _percent(1 / arm.uniform.median - 1),
     )
 
@@ -55,7 +55,7 @@ def _percent(share: float) -> str:
     return f"{signed(100 * share, 1)} %"
 
 
-def _parts_grid(bench: StepBench) -> Grid:
+def _parts_grid(bench: Benchmark) -> Grid:
     return Grid(
         title="Where the time of a plain step goes",
         header=("part", *(arm.arm for arm in bench.arms)),
@@ -66,16 +66,16 @@ def _parts_grid(bench: StepBench) -> Grid:
     )
 
 
-def _part(arm: ArmStep, name: str) -> str:
+def _part(arm: ArmTimes, name: str) -> str:
     seconds = arm.parts[name]
     return f"{100 * seconds / sum(arm.parts.values()):.1f} %" if seconds else NOTHING
 
 
-def _rounds(bench: StepBench) -> tuple[str, ...]:
+def _rounds(bench: Benchmark) -> tuple[str, ...]:
     return tuple(f"{arm.arm}: {rounds_in_words(arm.timings)}." for arm in bench.arms)
 
 
-def _unequal(bench: StepBench) -> tuple[str, ...]:
+def _unequal(bench: Benchmark) -> tuple[str, ...]:
     """Note arms whose two ways did not end at the same weights: their comparison would be of different work."""
     return tuple(
         f"{arm.arm}: NOT THE SAME WORK: weights of trainer and plain loop differ by {arm.weights_differ_by:.1e}."
@@ -84,7 +84,7 @@ def _unequal(bench: StepBench) -> tuple[str, ...]:
     )
 
 
-def to_values(bench: StepBench) -> dict[str, Any]:
+def to_values(bench: Benchmark) -> dict[str, Any]:
     """Return everything, ready for JSON."""
     settings = asdict(bench.settings)
     settings |= {"experiment": settings["experiment"] and str(settings["experiment"])}
@@ -98,7 +98,7 @@ def to_values(bench: StepBench) -> dict[str, Any]:
     }
 
 
-def _arm_values(arm: ArmStep) -> dict[str, Any]:
+def _arm_values(arm: ArmTimes) -> dict[str, Any]:
     return {
         "seconds": dict(arm.seconds),
         "tokens_per_s": {way: arm.tokens_per_step / seconds for way, seconds in arm.seconds.items()},

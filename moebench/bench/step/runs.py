@@ -15,14 +15,15 @@ from moebench.bench.step.parts import Stopwatch
 from moebench.parallel.mesh import Mesh
 from moebench.routing.values import LayerRecord
 from moebench.runs.folder import RunFolder
+from moebench.runs.recorder import RunRecorder
 from moebench.schema import CellConfig
 from moebench.tasks.task import Batch, Task
-from moebench.tracking.recorder import RunRecorder
-from moebench.training.callback import CellCallback, Hooks, Meter
-from moebench.training.evaluate import batch_context
+from moebench.training.callback import CellCallback, RunContext
+from moebench.training.evaluation import batch_context
 from moebench.training.model import initialised_model
 from moebench.training.module import CellModule
-from moebench.training.train import fit, make_trainer
+from moebench.training.step_timer import StepTimer
+from moebench.training.train import build_trainer, fit
 
 WARM_UP_STEPS = 3
 """Steps at the start of every block that are not timed: the optimizer makes its state in the first."""
@@ -68,9 +69,9 @@ def trainer_block(module: CellModule, num_steps: int, folder: Path) -> float:
     """Train as a run does, with journal, logging and metrics at the cell's cadence; return seconds per step."""
     clock = Clock(num_steps, Stopwatch(module.device).now)
     with RunRecorder(RunFolder(folder)) as recorder, quiet_lightning():
-        meter = Meter()
-        callback = CellCallback(Hooks(recorder=recorder), folder / "checkpoints", meter)
-        fit(make_trainer(module.config, [callback, clock], module.mesh), module, meter)
+        timer = StepTimer()
+        callback = CellCallback(RunContext(recorder=recorder, checkpoints=folder / "checkpoints"), timer)
+        fit(build_trainer(module.config, [callback, clock], module.mesh), module, timer)
     return clock.seconds_per_step
 
 
@@ -147,9 +148,9 @@ class PlainLoop:
     def _loss(self, batch: Batch, step: int, watch: Stopwatch) -> Any:
         module, config = self.module, self.module.config
         ctx = batch_context(batch, training=True, seed=config.seed, step=step)
-        outputs, records = module.passes(batch, ctx)
+        outputs, records = module.run_passes(batch, ctx)
         with watch.part("embedding, head, loss"):
-            found, records = module.judge(batch, outputs, records)
+            found, records = module.compute_loss(batch, outputs, records)
         return found.total, records
 
 

@@ -37,13 +37,13 @@ class UniformLoad(Router):
         """Return the router's own objective."""
         return self.inner.objective(record)
 
-    def sums(self, record: LayerRecord) -> dict[str, Tensor]:
+    def statistics(self, record: LayerRecord) -> dict[str, Tensor]:
         """Return what the router's state needs."""
-        return self.inner.sums(record)
+        return self.inner.statistics(record)
 
-    def after_step(self, load_E: Tensor, sums: Mapping[str, Tensor]) -> None:
+    def after_step(self, load_E: Tensor, statistics: Mapping[str, Tensor]) -> None:
         """Update the router's state."""
-        self.inner.after_step(load_E, sums)
+        self.inner.after_step(load_E, statistics)
 
 
 def force_uniform_load(layers: list[MoELayer]) -> None:

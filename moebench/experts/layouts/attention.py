@@ -3,7 +3,16 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, ExpertShape, Layout, LayoutFacts, placed
+from moebench.experts.layout import (
+    LAYOUTS,
+    BlockPlan,
+    BlocksConfig,
+    Experts,
+    ExpertShape,
+    Layout,
+    LayoutFacts,
+    place_experts,
+)
 
 
 @LAYOUTS.register(
@@ -46,4 +55,4 @@ class AttentionExperts(Layout):
             attention=Experts(shapes=(shape,) * config.num_experts),
             feed_forward=Experts(shapes=config.shapes) if config.feed_forward == "experts" else None,
         )
-        return placed(config.chosen(num_layers), num_layers, plan)
+        return place_experts(config.chosen(num_layers), num_layers, plan)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from moebench.errors import UsageError, require
-from moebench.experts.layout import LAYOUTS, BlockPlan, Experts, Layout, LayoutConfig, LayoutFacts, placed
+from moebench.experts.layout import LAYOUTS, BlockPlan, Experts, Layout, LayoutConfig, LayoutFacts, place_experts
 
 
 @LAYOUTS.register(
@@ -33,4 +33,4 @@ class EveryN(Layout):
         """Put experts into the last block of each group of n."""
         if config.n > num_layers:
             raise UsageError(f"layout.n={config.n} leaves no block with experts: model.num_layers={num_layers}")
-        return placed(range(config.n - 1, num_layers, config.n), num_layers, Experts(shapes=config.shapes))
+        return place_experts(range(config.n - 1, num_layers, config.n), num_layers, Experts(shapes=config.shapes))

@@ -3,7 +3,16 @@
 from dataclasses import dataclass
 
 from moebench.errors import require
-from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, ExpertShape, Layout, LayoutFacts, placed
+from moebench.experts.layout import (
+    LAYOUTS,
+    BlockPlan,
+    BlocksConfig,
+    Experts,
+    ExpertShape,
+    Layout,
+    LayoutFacts,
+    place_experts,
+)
 
 
 @LAYOUTS.register(
@@ -45,4 +54,4 @@ class FineGrained(Layout):
             shared=config.shared,
             top_k_factor=config.split,
         )
-        return placed(config.chosen(num_layers), num_layers, experts)
+        return place_experts(config.chosen(num_layers), num_layers, experts)

@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass
 
-from moebench.experts.layout import LAYOUTS, BlockPlan, Experts, Layout, LayoutConfig, LayoutFacts, check_count, placed
+from moebench.experts.layout import (
+    LAYOUTS,
+    BlockPlan,
+    Experts,
+    Layout,
+    LayoutConfig,
+    LayoutFacts,
+    check_count,
+    place_experts,
+)
 
 
 @LAYOUTS.register(LayoutFacts(placement="the first n blocks", paper="arXiv:2204.08396, table 4 (bottom)"))
@@ -21,4 +30,4 @@ class FirstN(Layout):
     def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
         """Put experts into blocks 0 ... n-1."""
         check_count("n", config.n, num_layers)
-        return placed(range(config.n), num_layers, Experts(shapes=config.shapes))
+        return place_experts(range(config.n), num_layers, Experts(shapes=config.shapes))

@@ -3,7 +3,16 @@
 from dataclasses import dataclass, field
 
 from moebench.errors import UsageError
-from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, ExpertShape, Layout, LayoutFacts, placed
+from moebench.experts.layout import (
+    LAYOUTS,
+    BlockPlan,
+    BlocksConfig,
+    Experts,
+    ExpertShape,
+    Layout,
+    LayoutFacts,
+    place_experts,
+)
 
 
 @LAYOUTS.register(
@@ -54,4 +63,4 @@ class Heterogeneous(Layout):
             for expert in range(config.num_experts)
         )
         shapes = tuple(ExpertShape(width=width, depth=depth) for width, depth in sizes)
-        return placed(config.chosen(num_layers), num_layers, Experts(shapes=shapes))
+        return place_experts(config.chosen(num_layers), num_layers, Experts(shapes=shapes))

@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass
 
-from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, Layout, LayoutFacts, check_groups, placed
+from moebench.experts.layout import (
+    LAYOUTS,
+    BlockPlan,
+    BlocksConfig,
+    Experts,
+    Layout,
+    LayoutFacts,
+    check_groups,
+    place_experts,
+)
 
 
 @LAYOUTS.register(
@@ -36,4 +45,4 @@ class Hierarchical(Layout):
     def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
         """Put a router above the routers of the groups."""
         experts = Experts(shapes=config.shapes, groups=config.groups, pick_groups=config.groups > 1)
-        return placed(config.chosen(num_layers), num_layers, experts)
+        return place_experts(config.chosen(num_layers), num_layers, experts)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from moebench.errors import require
-from moebench.experts.layout import LAYOUTS, BlockPlan, Experts, Layout, LayoutConfig, LayoutFacts, placed
+from moebench.experts.layout import LAYOUTS, BlockPlan, Experts, Layout, LayoutConfig, LayoutFacts, place_experts
 
 
 @LAYOUTS.register(
@@ -42,4 +42,4 @@ class LastN(Layout):
         left = range(config.stride - 1, num_layers, config.stride)
         allowed = f"from 1 to {len(left)} (model.num_layers={num_layers}, layout.stride={config.stride})"
         require(1 <= config.n <= len(left), "layout.n", config.n, allowed)
-        return placed(left[-config.n :], num_layers, Experts(shapes=config.shapes))
+        return place_experts(left[-config.n :], num_layers, Experts(shapes=config.shapes))

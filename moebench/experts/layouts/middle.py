@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass
 
-from moebench.experts.layout import LAYOUTS, BlockPlan, Experts, Layout, LayoutConfig, LayoutFacts, check_count, placed
+from moebench.experts.layout import (
+    LAYOUTS,
+    BlockPlan,
+    Experts,
+    Layout,
+    LayoutConfig,
+    LayoutFacts,
+    check_count,
+    place_experts,
+)
 
 
 @LAYOUTS.register(
@@ -31,4 +40,4 @@ class Middle(Layout):
         """Put experts into n blocks around the middle."""
         check_count("n", config.n, num_layers)
         start = (num_layers - config.n + 1) // 2
-        return placed(range(start, start + config.n), num_layers, Experts(shapes=config.shapes))
+        return place_experts(range(start, start + config.n), num_layers, Experts(shapes=config.shapes))

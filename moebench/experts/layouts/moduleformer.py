@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass
 
-from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, ExpertShape, Layout, LayoutFacts, placed
+from moebench.experts.layout import (
+    LAYOUTS,
+    BlockPlan,
+    BlocksConfig,
+    Experts,
+    ExpertShape,
+    Layout,
+    LayoutFacts,
+    place_experts,
+)
 
 
 @LAYOUTS.register(
@@ -31,4 +40,4 @@ class ModuleFormer(Layout):
         """Put experts into both halves."""
         heads = Experts(shapes=(ExpertShape(kind="head"),) * config.num_experts)
         plan = BlockPlan(attention=heads, feed_forward=Experts(shapes=config.shapes))
-        return placed(config.chosen(num_layers), num_layers, plan)
+        return place_experts(config.chosen(num_layers), num_layers, plan)

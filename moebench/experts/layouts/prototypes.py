@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass
 
-from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, Layout, LayoutFacts, check_groups, placed
+from moebench.experts.layout import (
+    LAYOUTS,
+    BlockPlan,
+    BlocksConfig,
+    Experts,
+    Layout,
+    LayoutFacts,
+    check_groups,
+    place_experts,
+)
 
 
 @LAYOUTS.register(
@@ -36,4 +45,4 @@ class Prototypes(Layout):
     @staticmethod
     def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
         """Give each group a router."""
-        return placed(config.chosen(num_layers), num_layers, Experts(shapes=config.shapes, groups=config.groups))
+        return place_experts(config.chosen(num_layers), num_layers, Experts(shapes=config.shapes, groups=config.groups))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, Layout, LayoutFacts, placed
+from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, Layout, LayoutFacts, place_experts
 
 
 @LAYOUTS.register(
@@ -29,4 +29,4 @@ class Residual(Layout):
     def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
         """Put a network of an expert's width beside each bank."""
         experts = Experts(shapes=config.shapes, shared=1.0, residual=True)
-        return placed(config.chosen(num_layers), num_layers, experts)
+        return place_experts(config.chosen(num_layers), num_layers, experts)

@@ -3,7 +3,16 @@
 from dataclasses import dataclass
 
 from moebench.errors import require
-from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, ExpertShape, Layout, LayoutFacts, placed
+from moebench.experts.layout import (
+    LAYOUTS,
+    BlockPlan,
+    BlocksConfig,
+    Experts,
+    ExpertShape,
+    Layout,
+    LayoutFacts,
+    place_experts,
+)
 
 
 @LAYOUTS.register(
@@ -47,4 +56,4 @@ class ZeroComputation(Layout):
             *(ExpertShape(kind="copy"),) * config.copy,
             *(ExpertShape(kind="constant"),) * config.constant,
         )
-        return placed(config.chosen(num_layers), num_layers, Experts(shapes=(*config.shapes, *free)))
+        return place_experts(config.chosen(num_layers), num_layers, Experts(shapes=(*config.shapes, *free)))

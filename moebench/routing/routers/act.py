@@ -8,7 +8,7 @@ from torch.nn import functional
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.halting import HaltingRouter, before
-from moebench.routing.router import ROUTERS, Facts, RouterConfig, Site
+from moebench.routing.router import ROUTERS, Causality, Facts, RouterBuildContext, RouterConfig
 from moebench.routing.values import ChainRouting, LayerRecord, Routing
 
 
@@ -21,10 +21,8 @@ from moebench.routing.values import ChainRouting, LayerRecord, Routing
         use="Tokens that think as long as they need, with a price on every step.",
         beware="The price decides almost everything and must be tuned. Steps are computed one after another, "
         "so it is slow.",
-        causal=True,
-        causal_reason="each token stops by its own states",
+        causality=Causality(causal=True, reason="each token stops by its own states", batch_dependent=False),
         variable_k=True,
-        batch_dependent=False,
         cost="steps·T",
         makes_scores=False,
         own_losses=("ponder",),
@@ -52,8 +50,8 @@ class ACT(HaltingRouter):
         """Steps of a token by which the width of experts is matched (at most E); says nothing about the routing."""
         losses: dict[str, float] = field(default_factory=lambda: {"ponder": 0.01})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site, config.bias)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context, config.bias)
         self.threshold = 1 - config.epsilon
         self.expected_steps = config.expected_steps
 
@@ -76,11 +74,11 @@ class ACT(HaltingRouter):
         left_TE = 1 - before(halting_TN)
         weight_TE = left_TE.where(last_TE, functional.pad(halting_TN, (0, 1)))
         remainder_T = left_TE.where(last_TE, 0.0).sum(-1)
-        return ChainRouting.from_table(weight_TE, ran_TE, extras={"remainder_T": remainder_T})
+        return ChainRouting.from_table(weight_TE, ran_TE, token_extras={"remainder_T": remainder_T})
 
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
         """Return the mean of N + R."""
-        remainder_T = record.routing.extras["remainder_T"]
+        remainder_T = record.routing.token_extras["remainder_T"]
         return {"ponder": record.mean(record.routing.experts_per_token_T.to(remainder_T.dtype) + remainder_T)}
 
     def rows_per_token(self, experts_per_token: int) -> float:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig
 from moebench.routing.values import Routing
 
 
@@ -19,13 +19,11 @@ from moebench.routing.values import Routing
         use="As a reference: what all experts together can do when nothing is left out.",
         beware="Every expert computes every token, so time is saved only by making experts narrower. A gate that "
         "is sure of one expert leaves the others without gradient.",
-        causal=True,
-        causal_reason="each token is weighted by its own vector",
-        batch_dependent=False,
+        causality=Causality(causal=True, reason="each token is weighted by its own vector", batch_dependent=False),
         balanced=True,
     )
 )
-class AllExperts(Router):
+class AllExperts(Router["AllExperts.Config"]):
     """Every expert computes every token, weighted by the softmax (Eigen, Ranzato and Sutskever 2013).
 
     The experts learn from the error of what they say together. Jacobs et al. (1991), whose mixture this is, argue
@@ -39,9 +37,9 @@ class AllExperts(Router):
 
         name: str = "all_experts"
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.gate = Gate(site.d_model, site.num_experts)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.gate = Gate(context.d_model, context.num_experts)
 
     @classmethod
     def experts_per_token(cls, config: Config, num_experts: int) -> int:

@@ -8,7 +8,7 @@ from torch import Generator, Tensor, nn
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.ranking import rank_top_k
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import Routing
 
 
@@ -19,12 +19,10 @@ from moebench.routing.values import Routing
         paper="arXiv:2501.13074",
         use="Experts that choose themselves by how strongly they respond.",
         beware="An expert can raise its score by growing its projection. The projections cost FLOPs for all experts.",
-        causal=True,
-        causal_reason="each token is routed by its own vector",
-        batch_dependent=False,
+        causality=Causality(causal=True, reason="each token is routed by its own vector", batch_dependent=False),
     )
 )
-class AutonomyOfExperts(Router):
+class AutonomyOfExperts(Router["AutonomyOfExperts.Config"]):
     """Autonomy of experts (Lv et al. 2025): no gate; experts whose narrow projection of the token is longest take it.
 
     In the paper the projection is the first factor of the expert's own first matrix, and the chosen experts go on from
@@ -47,11 +45,11 @@ class AutonomyOfExperts(Router):
         """Divide the weights by their sum."""
         losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
         self.top_k = config.top_k
         self.renormalise = config.renormalise
-        self.down_EDR = nn.Parameter(torch.empty(site.num_experts, site.d_model, config.rank))
+        self.down_EDR = nn.Parameter(torch.empty(context.num_experts, context.d_model, config.rank))
 
     def init_weights(self, generator: Generator) -> None:
         """Draw projections with variance 1 / fan-in."""

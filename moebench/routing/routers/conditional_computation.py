@@ -12,7 +12,7 @@ from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.policy import PolicyConfig, PolicyRouter
-from moebench.routing.router import ROUTERS, Facts, Site, check_top_k
+from moebench.routing.router import ROUTERS, Causality, Facts, RouterBuildContext, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -24,12 +24,14 @@ from moebench.routing.values import LayerRecord, Routing
         use="The earliest conditional computation by a policy: tokens take any number of experts.",
         beware="The gradient is very noisy: the policy can switch everything off or on, and only its three "
         "losses hold it.",
-        causal=True,
-        causal_reason="each token is routed by its own vector and its own draws",
+        causality=Causality(
+            causal=True,
+            reason="each token is routed by its own vector and its own draws",
+            batch_dependent=True,
+            draws_in_evaluation=True,
+        ),
         variable_k=True,
-        batch_dependent=True,
-        draws_in_evaluation=True,
-        taught=("gate", "bias_E", "value"),
+        trained_by_own_loss=("gate", "bias_E", "value"),
         own_losses=("sparsity_per_expert", "sparsity_per_token", "variance"),
     )
 )
@@ -57,11 +59,11 @@ class ConditionalComputation(PolicyRouter):
             default_factory=lambda: {"sparsity_per_expert": 0.1, "sparsity_per_token": 0.1, "variance": 0.01}
         )
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.target = config.average_experts / site.num_experts
-        self.gate = Gate(site.d_model, site.num_experts)
-        self.bias_E = nn.Parameter(torch.empty(site.num_experts))
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.target = config.average_experts / context.num_experts
+        self.gate = Gate(context.d_model, context.num_experts)
+        self.bias_E = nn.Parameter(torch.empty(context.num_experts))
 
     def init_weights(self, generator: Generator) -> None:
         """Start at σ = τ."""

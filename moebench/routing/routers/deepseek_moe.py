@@ -7,9 +7,9 @@ from torch import Tensor
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.groups import check_kept_groups, within_best_groups
+from moebench.routing.group_limit import check_kept_groups, within_best_groups
 from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import Routing
 
 
@@ -21,12 +21,14 @@ from moebench.routing.values import Routing
         use="Many narrow experts beside a shared one: it goes with the layout `fine_grained`.",
         beware="Weights sum to less than 1 and shrink as experts get more, so the output depends on the factor "
         "`scale`. Without its balance loss it collapses like any softmax top-k.",
-        causal=True,
-        causal_reason="each token is routed by its own vector; over capacity, the earlier token stays",
-        batch_dependent=False,
+        causality=Causality(
+            causal=True,
+            reason="each token is routed by its own vector; over capacity, the earlier token stays",
+            batch_dependent=False,
+        ),
     )
 )
-class DeepSeekMoE(Router):
+class DeepSeekMoE(Router["DeepSeekMoE.Config"]):
     """Token choice for fine-grained experts beside shared ones (Dai et al. 2024, DeepSeek-AI 2024).
 
     The fine experts and the shared ones are the layout's (`fine_grained`); what is left of the algorithm is a
@@ -51,10 +53,10 @@ class DeepSeekMoE(Router):
         """Groups that a token may use: those that hold the highest probabilities."""
         losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
         self.options = config
-        self.gate = Gate(site.d_model, site.num_experts)
+        self.gate = Gate(context.d_model, context.num_experts)
 
     @classmethod
     def experts_per_token(cls, config: Config, num_experts: int) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moebench.routing.context import RouteContext
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig
+from moebench.routing.router import ROUTERS, Causality, Facts, Form, Router, RouterConfig
 from moebench.routing.values import Routing
 
 
@@ -17,15 +17,13 @@ from moebench.routing.values import Routing
         paper="arXiv:2209.01667, section 2",
         use="Always: the arm that every other one has to beat at equal active FLOPs.",
         beware="It has fewer parameters than the other arms. That is the point of the comparison, and has to be said.",
-        causal=True,
-        causal_reason="there is nothing to route",
-        batch_dependent=False,
+        causality=Causality(causal=True, reason="there is nothing to route", batch_dependent=False),
         cost="T",
         learned=False,
         makes_scores=False,
     )
 )
-class Dense(Router):
+class Dense(Router["Dense.Config"]):
     """One expert for all tokens, of the active width: the FLOP-matched dense model.
 
     A model built with it holds an ordinary feed-forward network in the MoE blocks, without dispatch, so that its
@@ -38,7 +36,7 @@ class Dense(Router):
 
         name: str = "dense"
 
-    is_dense = True
+    form = Form.DENSE
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Send every token to expert 0 with weight 1."""

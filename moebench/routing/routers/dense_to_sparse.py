@@ -10,7 +10,7 @@ from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate, gumbel
 from moebench.routing.ranking import rank_top_k
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig
 from moebench.routing.values import Routing
 
 
@@ -23,13 +23,13 @@ from moebench.routing.values import Routing
         use="When early decisions of a sparse router are feared: all experts learn before the choice is made.",
         beware="The dense steps cost up to E times as much and the cost of matched arms does not count them. "
         "When the temperature falls too fast the choice is as early as without it.",
-        causal=True,
-        causal_reason="each token is routed by its own vector and its own draw",
-        batch_dependent=False,
+        causality=Causality(
+            causal=True, reason="each token is routed by its own vector and its own draw", batch_dependent=False
+        ),
         variable_k=True,
     )
 )
-class DenseToSparse(Router):
+class DenseToSparse(Router["DenseToSparse.Config"]):
     """The dense-to-sparse gate of EvoMoE (Nie et al. 2021): every expert learns first, sparsity comes with time.
 
     After the dense phase training draws one expert from the softmax, as EvoMoE's released code does
@@ -59,10 +59,10 @@ class DenseToSparse(Router):
         """After the dense phase training draws the expert from the softmax, or takes the most probable one."""
         losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
         self.options = config
-        self.gate = Gate(site.d_model, site.num_experts)
+        self.gate = Gate(context.d_model, context.num_experts)
 
     @classmethod
     def check(cls, config: Config, num_experts: int) -> None:

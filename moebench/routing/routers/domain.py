@@ -1,15 +1,16 @@
 """Domain routing: one expert for each domain of the data."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moebench.routing.context import RouteContext
 from moebench.routing.domains import check_domains
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, RouterTraits
 from moebench.routing.values import Routing
 
 
@@ -22,15 +23,13 @@ from moebench.routing.values import Routing
         use="Sequences have known domains, and experts shall be added, removed or served domain by domain.",
         beware="Loads are those of the data. Needs a label in evaluation too, or mixes all experts by the prior, "
         "at E times the cost.",
-        causal=True,
-        causal_reason="the domain is known beside the text",
-        batch_dependent=False,
+        causality=Causality(causal=True, reason="the domain is known beside the text", batch_dependent=False),
         cost="T",
         learned=False,
         makes_scores=False,
     )
 )
-class Domain(Router):
+class Domain(Router["Domain.Config"]):
     """DEMix (Gururangan et al. 2021): experts that can be added, taken away and mixed, since each has its domain.
 
     With more domains than experts several share one. In evaluation the label may be unknown: `prior` mixes all experts
@@ -50,12 +49,12 @@ class Domain(Router):
         evaluation: Literal["label", "prior"] = "label"
         """Label: the expert of the sequence's domain, as in training. Prior: all experts, weighted by the prior."""
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.num_domains = check_domains(config.name, site)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.num_domains = check_domains(config.name, context)
         self.evaluation = config.evaluation
-        self.level = site.level
-        self.register_buffer("count_E", torch.zeros(site.num_experts, dtype=torch.float64))
+        self.level = context.level
+        self.register_buffer("count_E", torch.zeros(context.num_experts, dtype=torch.float64))
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Send each token to the expert of its domain, or in evaluation to all that the prior allows."""
@@ -70,9 +69,10 @@ class Domain(Router):
         return Routing.from_table(weight_TE, weight_TE > 0).compact()
 
     @property
-    def has_variable_k(self) -> bool:
-        """Evaluation by the prior uses all experts."""
-        return super().has_variable_k or self.evaluation == "prior"
+    @override
+    def traits(self) -> RouterTraits:
+        # Evaluation by the prior uses all experts.
+        return replace(super().traits, has_variable_k=super().traits.has_variable_k or self.evaluation == "prior")
 
     @property
     def prior_E(self) -> Tensor:
@@ -81,6 +81,6 @@ class Domain(Router):
         even_E = torch.full_like(self.count_E, 1 / self.num_experts)
         return torch.where(total > 0, self.count_E / total.clamp(min=1), even_E).float()
 
-    def after_step(self, load_E: Tensor, sums: Mapping[str, Tensor]) -> None:
+    def after_step(self, load_E: Tensor, statistics: Mapping[str, Tensor]) -> None:
         """Count the step's tokens."""
         self.count_E.add_(load_E)

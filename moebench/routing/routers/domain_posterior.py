@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.router import ROUTERS, Facts, RouterConfig, Site
+from moebench.routing.router import ROUTERS, Causality, Facts, RouterBuildContext, RouterConfig
 from moebench.routing.routers.domain import Domain
 from moebench.routing.values import LayerRecord, Routing
 
@@ -27,10 +27,10 @@ NONE = -100
         use="Experts of known domains, used where the domain of a text is not known.",
         beware="Evaluation uses all experts and costs as much. The posterior needs some tokens before it knows "
         "the domain. Experts are mixed layer by layer, not the predictions of whole models as in DEMix.",
-        causal=True,
-        causal_reason="the posterior depends on the tokens up to this one",
-        batch_dependent=False,
-        taught=("gate",),
+        causality=Causality(
+            causal=True, reason="the posterior depends on the tokens up to this one", batch_dependent=False
+        ),
+        trained_by_own_loss=("gate",),
         makes_scores=False,
         own_losses=("domain",),
         variable_k=True,
@@ -64,10 +64,10 @@ class DomainPosterior(Domain):
         of the evaluation come in other shares than those of training)."""
         losses: dict[str, float] = field(default_factory=lambda: {"domain": 0.1})
 
-    def __init__(self, config: Any, site: Site) -> None:
-        super().__init__(Domain.Config(name=config.name), site)
+    def __init__(self, config: Any, context: RouterBuildContext) -> None:
+        super().__init__(Domain.Config(name=config.name), context)
         self.config = config
-        self.gate = Gate(site.d_model, site.num_experts)
+        self.gate = Gate(context.d_model, context.num_experts)
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Send each token to the expert of its domain in training, and to all by the posterior in evaluation."""
@@ -81,10 +81,10 @@ class DomainPosterior(Domain):
             own_T = own_T.masked_fill(ctx.domain_T >= self.num_domains, NONE)
             nats_T = functional.cross_entropy(logits_TE, own_T, ignore_index=NONE, reduction="none")
         if ctx.training:
-            return replace(super().forward(x_TD, ctx), extras={"nats_T": nats_T})
+            return replace(super().forward(x_TD, ctx), token_extras={"nats_T": nats_T})
         expert_TE = torch.arange(self.num_experts, device=x_TD.device).expand(x_TD.shape[0], -1)
         weight_TE = logits_TE.softmax(-1)
-        return Routing.from_top_k(expert_TE, weight_TE, num_experts=self.num_experts, extras={"nats_T": nats_T})
+        return Routing.from_top_k(expert_TE, weight_TE, num_experts=self.num_experts, token_extras={"nats_T": nats_T})
 
     @property
     def log_prior_E(self) -> Tensor:
@@ -94,7 +94,7 @@ class DomainPosterior(Domain):
 
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
         """Return the classifier's cross-entropy over ln E: 1 when all experts are equally probable, 0 when sure."""
-        nats = record.mean(record.routing.extras["nats_T"])
+        nats = record.mean(record.routing.token_extras["nats_T"])
         return {"domain": nats / math.log(max(self.num_experts, 2))}
 
 

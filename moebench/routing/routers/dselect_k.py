@@ -9,7 +9,7 @@ from torch import Tensor
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import CUT_STD, Gate
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -22,15 +22,13 @@ from moebench.routing.values import LayerRecord, Routing
         use="Few experts and a choice that can be differentiated all the way, as in multi-task models.",
         beware="Dense until the bits have settled, which the cost of matched arms does not count. Where E is not "
         "a power of two, part of the weight is lost.",
-        causal=True,
-        causal_reason="each token is routed by its own vector",
-        batch_dependent=False,
+        causality=Causality(causal=True, reason="each token is routed by its own vector", batch_dependent=False),
         variable_k=True,
         cost="T·k·E·log E",
         own_losses=("selector_entropy", "lost_weight"),
     )
 )
-class DSelectK(Router):
+class DSelectK(Router["DSelectK.Config"]):
     """k selectors of log2 E smooth bits each, per token (Hazimeh et al. 2021).
 
     S is a cubic step: 0 below -γ/2, 1 above γ/2, with a continuous slope between. A selector whose bits are all 0 or
@@ -52,17 +50,17 @@ class DSelectK(Router):
         """Width of the smooth step (γ)."""
         losses: dict[str, float] = field(default_factory=lambda: {"selector_entropy": 1e-6, "lost_weight": 1.0})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
         self.top_k = config.top_k
         self.gamma = config.gamma
-        self.num_bits = (site.num_experts - 1).bit_length()
+        self.num_bits = (context.num_experts - 1).bit_length()
         # All bits start in the middle of the step, told apart by a little noise: weights as wide as the source's, which
         # are even between -γ/100 and γ/100.
         start_std = config.gamma / 100 / math.sqrt(3)
-        scale = site.d_model * (start_std / CUT_STD) ** 2
-        self.bit_gate = Gate(site.d_model, config.top_k * self.num_bits, init_scale=scale)
-        self.selector_gate = Gate(site.d_model, config.top_k) if config.top_k > 1 else None
+        scale = context.d_model * (start_std / CUT_STD) ** 2
+        self.bit_gate = Gate(context.d_model, config.top_k * self.num_bits, init_scale=scale)
+        self.selector_gate = Gate(context.d_model, config.top_k) if config.top_k > 1 else None
 
     @classmethod
     def experts_per_token(cls, config: Config, num_experts: int) -> int:
@@ -96,7 +94,7 @@ class DSelectK(Router):
 
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
         """Return the means over tokens of the selectors' entropies and of what they lose on numbers of nobody."""
-        extras = record.routing.extras
+        extras = record.routing.token_extras
         return {"selector_entropy": record.mean(extras["undecided_T"]), "lost_weight": record.mean(extras["lost_T"])}
 
 

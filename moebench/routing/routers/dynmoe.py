@@ -10,7 +10,7 @@ from torch.nn import functional
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.ranking import rank_top_k
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
 LARGEST_SCALE = 100.0
@@ -24,14 +24,14 @@ LARGEST_SCALE = 100.0
         use="When the number of experts per token is not known in advance and shall be learned.",
         beware="The number of experts is found and not set: read the load metrics before comparing costs. All "
         "chosen experts weigh the same, so the output does not tell sure from unsure.",
-        causal=True,
-        causal_reason="each token is compared with thresholds on its own",
-        batch_dependent=False,
+        causality=Causality(
+            causal=True, reason="each token is compared with thresholds on its own", batch_dependent=False
+        ),
         variable_k=True,
         own_losses=("diversity", "simplicity"),
     )
 )
-class DynMoE(Router):
+class DynMoE(Router["DynMoE.Config"]):
     """Top-any gating (Guo et al. 2024): the number of experts of each token is learned.
 
     τ is learned, from 1 and up to 100, and scales score and threshold alike, as in the released code: who is chosen
@@ -50,10 +50,10 @@ class DynMoE(Router):
         """Experts per token by which the width of experts is matched; says nothing about the routing."""
         losses: dict[str, float] = field(default_factory=lambda: {"diversity": 0.01, "simplicity": 0.01})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.gate = Gate(site.d_model, site.num_experts, init_scale=1.0)
-        self.threshold_E = nn.Parameter(torch.zeros(site.num_experts))
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.gate = Gate(context.d_model, context.num_experts, init_scale=1.0)
+        self.threshold_E = nn.Parameter(torch.zeros(context.num_experts))
         self.log_scale = nn.Parameter(torch.zeros(()))
 
     def init_weights(self, generator: Generator) -> None:

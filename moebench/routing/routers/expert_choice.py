@@ -1,17 +1,27 @@
 """Expert choice: each expert picks the tokens it scores highest."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moebench.errors import require
 from moebench.routing.assignment import capped_plan
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.ranking import log_scores, rank_top_k, take_best_tokens
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.router import (
+    ROUTERS,
+    Causality,
+    Facts,
+    Router,
+    RouterBuildContext,
+    RouterConfig,
+    RouterTraits,
+    check_top_k,
+)
 from moebench.routing.values import Routing
 
 OUT = -torch.inf
@@ -26,14 +36,16 @@ OUT = -torch.inf
         use="Encoders, vision and speech: even loads without a loss, and more experts for tokens that need them.",
         beware="It sees later tokens, so language models that generate must not use it. Some tokens get no "
         "expert. In small batches the choice depends much on which sequences stand side by side.",
-        causal=False,
-        causal_reason="whether an expert takes a token depends on later tokens of the same sequence",
-        batch_dependent=True,
+        causality=Causality(
+            causal=False,
+            reason="whether an expert takes a token depends on later tokens of the same sequence",
+            batch_dependent=True,
+        ),
         balanced=True,
         variable_k=True,
     )
 )
-class ExpertChoice(Router):
+class ExpertChoice(Router["ExpertChoice.Config"]):
     """Each expert takes the same number of tokens; a token gets none, one or several experts (Zhou et al. 2022).
 
     Perfectly balanced by construction and without any loss, but not causal: in a decoder it sees the future, so a
@@ -57,9 +69,9 @@ class ExpertChoice(Router):
         max_per_token: int | None = None
         """Most experts of one token; null: no cap."""
 
-    def __init__(self, config: Any, site: Site) -> None:
-        super().__init__(config, site)
-        self.gate = Gate(site.d_model, site.num_experts)
+    def __init__(self, config: Any, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.gate = Gate(context.d_model, context.num_experts)
         self.average_experts: int = config.average_experts
         self.group: str = config.group
         self.max_per_token: int | None = config.max_per_token
@@ -77,9 +89,10 @@ class ExpertChoice(Router):
         require(cap is None or cap >= least, "router.max_per_token", cap, f"null or at least average_experts={least}")
 
     @property
-    def needs_whole_batch(self) -> bool:
-        """An expert chooses among the tokens of all sequences unless its group is the sequence."""
-        return self.group != "sequence"
+    @override
+    def traits(self) -> RouterTraits:
+        # An expert chooses among the tokens of all sequences unless its group is the sequence.
+        return replace(super().traits, needs_whole_batch=self.group != "sequence")
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Let each expert take its best tokens within each group."""
@@ -156,10 +169,12 @@ def best_of_each_token(ranked_GTE: Tensor, number: int) -> Tensor:
         use="Expert choice in a language model: no token can see later ones.",
         beware="Other sequences of the batch decide, in evaluation too, so one sequence alone is routed "
         "differently. Below E/c sequences every token has more experts than planned.",
-        causal=True,
-        causal_with_capacity=False,  # others' later tokens, who look at ours, queue before our earlier ones
-        causal_reason="a token competes only with tokens at the same position of other sequences",
-        batch_dependent=True,
+        causality=Causality(
+            causal=True,
+            reason="a token competes only with tokens at the same position of other sequences",
+            batch_dependent=True,
+            with_capacity=False,  # others' later tokens, who look at ours, queue before our earlier ones
+        ),
         balanced=True,
         variable_k=True,
     )

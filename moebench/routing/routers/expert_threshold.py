@@ -11,7 +11,7 @@ from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.histogram import count_by_expert, empty_counts, value_below_top
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -24,13 +24,15 @@ from moebench.routing.values import LayerRecord, Routing
         use="The gain of expert choice in a language model: every token is judged on its own.",
         beware="Many tokens get no expert, so a shared expert is wise. Thresholds lag behind when the data "
         "change, and loads are even on average only.",
-        causal=True,
-        causal_reason="thresholds come from past steps, and each token is compared with them on its own",
-        batch_dependent=False,
+        causality=Causality(
+            causal=True,
+            reason="thresholds come from past steps, and each token is compared with them on its own",
+            batch_dependent=False,
+        ),
         variable_k=True,
     )
 )
-class ExpertThreshold(Router):
+class ExpertThreshold(Router["ExpertThreshold.Config"]):
     """Each expert takes the share k/E of tokens that it scores highest, measured over past batches.
 
     The number of experts of a token varies, none included (a shared expert helps there). Thresholds are a moving
@@ -52,13 +54,13 @@ class ExpertThreshold(Router):
         decay: float = 0.9
         """Weight of the past in the moving average of thresholds (β)."""
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.gate = Gate(site.d_model, site.num_experts)
-        self.share = config.average_experts / site.num_experts
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.gate = Gate(context.d_model, context.num_experts)
+        self.share = config.average_experts / context.num_experts
         self.decay = config.decay
         start = -torch.inf if self.share == 1 else self.gate.start_std * NormalDist().inv_cdf(1 - self.share)
-        self.register_buffer("threshold_E", torch.full((site.num_experts,), start))
+        self.register_buffer("threshold_E", torch.full((context.num_experts,), start))
 
     @classmethod
     def experts_per_token(cls, config: Config, num_experts: int) -> int:
@@ -82,7 +84,7 @@ class ExpertThreshold(Router):
         above_N = (logits_TE > self.threshold_E).reshape(-1)
         return routing.keep(above_N).compact()  # a hole would keep a place that rerouting may need
 
-    def sums(self, record: LayerRecord) -> dict[str, Tensor]:
+    def statistics(self, record: LayerRecord) -> dict[str, Tensor]:
         """Return for each expert how many logits were how far above its threshold: a histogram, int64 [E, bins]."""
         logits_TE = record.routing.logits_TE
         assert logits_TE is not None
@@ -90,9 +92,9 @@ class ExpertThreshold(Router):
             return {"above_EH": empty_counts(self.num_experts, logits_TE.device)}
         return {"above_EH": count_by_expert(logits_TE.detach() - self.threshold_E, record.valid_T)}
 
-    def after_step(self, load_E: Tensor, sums: Mapping[str, Tensor]) -> None:
+    def after_step(self, load_E: Tensor, statistics: Mapping[str, Tensor]) -> None:
         """Move each threshold towards the quantile that lets the share k/E of the step's tokens through."""
-        above_EH = sums["above_EH"]
+        above_EH = statistics["above_EH"]
         if not above_EH.any():
             return  # everything passes; or a step without tokens
         moved_E = value_below_top(above_EH, self.share * above_EH.sum(-1))

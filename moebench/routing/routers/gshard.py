@@ -11,7 +11,7 @@ from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate, gumbel
 from moebench.routing.ranking import rank_top_k
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -23,15 +23,17 @@ from moebench.routing.values import LayerRecord, Routing
         use="The classic top-2 with a capacity, where the second expert may be left out to save slots.",
         beware="With a capacity it is not causal: second choices queue behind the first choices of later tokens. "
         "The balance loss counts first choices alone.",
-        causal=True,
-        causal_reason="dropless, each token is routed by its own vector",
-        batch_dependent=False,
+        causality=Causality(
+            causal=True,
+            reason="dropless, each token is routed by its own vector",
+            batch_dependent=False,
+            with_capacity=False,  # an early token's second choice queues behind later tokens' first choices
+        ),
         variable_k=True,
-        causal_with_capacity=False,  # an early token's second choice queues behind later tokens' first choices
         own_losses=("first_choice_balance",),
     )
 )
-class GShard(Router):
+class GShard(Router["GShard.Config"]):
     """Top-2 token choice (Lepikhin et al. 2020), weights normalised before any drop.
 
     The balance loss counts first choices only, as the paper does, in our normalisation (1 at uniform; the
@@ -54,9 +56,9 @@ class GShard(Router):
         the second expert with probability min(1, 2 g_2)."""
         losses: dict[str, float] = field(default_factory=lambda: {"first_choice_balance": 0.01})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.gate = Gate(site.d_model, site.num_experts)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.gate = Gate(context.d_model, context.num_experts)
         self.second_expert = config.second_expert
         self.threshold = config.threshold
 
@@ -90,7 +92,7 @@ class GShard(Router):
             logits_TE=logits_TE,
             scores_TE=scores_TE,
             priority_TK=rank_TK,
-            extras={"first_T": expert_TK[:, 0]},
+            token_extras={"first_T": expert_TK[:, 0]},
         )
         second_T = self._keeps_second(weight_TK[:, 1], draw_TE)
         if second_T is None:
@@ -120,7 +122,7 @@ class GShard(Router):
         routing = record.routing
         scores_TE = routing.scores_TE
         assert scores_TE is not None
-        first_TE = torch.nn.functional.one_hot(routing.extras["first_T"], self.num_experts).to(scores_TE.dtype)
+        first_TE = torch.nn.functional.one_hot(routing.token_extras["first_T"], self.num_experts).to(scores_TE.dtype)
         return {"first_choice_balance": self.num_experts * torch.dot(record.mean(first_TE), record.mean(scores_TE))}
 
 
@@ -132,11 +134,8 @@ class GShard(Router):
         use="GShard's routing when training is unstable: the z-loss keeps logits small.",
         beware="As gshard. The z-loss pulls the log-sum-exp to 0 and not the logits; a large coefficient "
         "flattens the routing.",
-        causal=True,
-        causal_reason="as gshard",
-        batch_dependent=False,
+        causality=Causality(causal=True, reason="as gshard", batch_dependent=False, with_capacity=False),
         variable_k=True,
-        causal_with_capacity=False,
         own_losses=("first_choice_balance",),
     )
 )
@@ -165,10 +164,7 @@ class STMoE(GShard):
         paper="arXiv:2112.06905, section 4",
         use="Top-2 with both experts always used: GShard without chance.",
         beware="As gshard: with a capacity it is not causal.",
-        causal=True,
-        causal_reason="as gshard",
-        batch_dependent=False,
-        causal_with_capacity=False,
+        causality=Causality(causal=True, reason="as gshard", batch_dependent=False, with_capacity=False),
         own_losses=("first_choice_balance",),
     )
 )

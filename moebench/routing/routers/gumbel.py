@@ -9,7 +9,7 @@ from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate, gumbel
 from moebench.routing.ranking import rank_top_k
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig
 from moebench.routing.values import Routing
 
 
@@ -21,12 +21,12 @@ from moebench.routing.values import Routing
         use="Top-1 with a gradient to all experts' logits, while choices are still explored.",
         beware="The gradient is biased, most at high temperature, and its variance grows as the temperature "
         "falls. Nothing balances loads unless a loss is set.",
-        causal=True,
-        causal_reason="each token is routed by its own vector and its own draw",
-        batch_dependent=False,
+        causality=Causality(
+            causal=True, reason="each token is routed by its own vector and its own draw", batch_dependent=False
+        ),
     )
 )
-class Gumbel(Router):
+class Gumbel(Router["Gumbel.Config"]):
     """Top-1 by a relaxed draw with a straight-through estimator (Jang, Gu and Poole 2017), as SMEAR compares it.
 
     The weight is exactly 1, so the output says nothing about confidence; the gradient is biased by the gap between
@@ -47,10 +47,10 @@ class Gumbel(Router):
         """The temperature falls by exp(-rate) in each step."""
         losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
         self.options = config
-        self.gate = Gate(site.d_model, site.num_experts)
+        self.gate = Gate(context.d_model, context.num_experts)
 
     @classmethod
     def check(cls, config: Config, num_experts: int) -> None:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from moebench.errors import UsageError
-from moebench.routing.clusters import clustered_table
+from moebench.routing.clusters import cluster_token_ids
 from moebench.routing.context import RouteContext
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig
 from moebench.routing.values import Routing
-from moebench.seeds import derive_seed, generator
+from moebench.seeds import derive_seed, make_generator
 
 
 @ROUTERS.register(
@@ -22,15 +22,15 @@ from moebench.seeds import derive_seed, generator
         use="A language model's baseline that learns nothing about routing: cheap, stable, hard to beat when small.",
         beware="Blind to context. The most frequent id bounds the balance: with 64 experts one of them has "
         "several times its share. Needs token ids.",
-        causal=True,
-        causal_reason="the expert depends on the token's own id alone",
-        batch_dependent=False,
+        causality=Causality(
+            causal=True, reason="the expert depends on the token's own id alone", batch_dependent=False
+        ),
         cost="T",
         learned=False,
         makes_scores=False,
     )
 )
-class Hash(Router):
+class Hash(Router["Hash.Config"]):
     """Hash layers with a balanced table (Roller et al. 2021).
 
     Ids are dealt out from the most to the least frequent, each to the expert with the smallest load so far; no id
@@ -51,12 +51,12 @@ class Hash(Router):
         """Balanced: by frequency. Random: each id to a random expert, another table in every layer. Clustered: ids that
         stand in like contexts share an expert, however uneven that is."""
 
-    def __init__(self, config: Any, site: Site) -> None:
-        super().__init__(config, site)
-        if site.token_count_V is None:
+    def __init__(self, config: Any, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        if context.data.token_count_V is None:
             raise UsageError(f"router.name: '{config.name}' routes by token id, which this task does not have")
-        table_V = whole_table(getattr(config, "table", "balanced"), site.token_count_V, site)
-        self.register_buffer("table_V", site.level.part_of(table_V, site.num_experts))
+        table_V = whole_table(getattr(config, "table", "balanced"), context.data.token_count_V, context)
+        self.register_buffer("table_V", context.level.part_of(table_V, context.num_experts))
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Look each token's expert up."""
@@ -64,20 +64,20 @@ class Hash(Router):
         return certain(self.table_V[ctx.token_id_T], self.num_experts)
 
 
-def whole_table(table: str, count_V: Tensor, site: Site) -> Tensor:
+def whole_table(table: str, count_V: Tensor, context: RouterBuildContext) -> Tensor:
     """Return the expert of each id among those of all levels, int64 [V]: another table in each group side by side."""
-    total, group = site.level.total(site.num_experts), site.level.group
+    total, group = context.level.total(context.num_experts), context.level.group
     if table == "random":
-        draw = generator("hash", site.layer, total, group)
+        draw = make_generator("hash", context.layer, total, group)
         return torch.randint(total, count_V.shape, generator=draw, device="cpu")
     if table == "balanced":
         return balanced_table(count_V, total, group)
-    if site.token_pairs is None or total > len(count_V):
+    if context.token_pairs is None or total > len(count_V):
         raise UsageError(
             f"router.table: 'clustered' needs a text and at least as many ids as experts, {total}"
             " (allowed: balanced, random)"
         )
-    return clustered_table(site.token_pairs(), total, seed=derive_seed("clusters", group) % 2**32)
+    return cluster_token_ids(context.token_pairs(), total, seed=derive_seed("clusters", group) % 2**32)
 
 
 @ROUTERS.register(
@@ -87,15 +87,15 @@ def whole_table(table: str, count_V: Tensor, site: Site) -> Tensor:
         paper="arXiv:2106.04426, section 3.1 (bigram hash)",
         use="Hashing with better balance: a frequent id is spread by what stands before it.",
         beware="Rare pairs are drawn at random, so experts see less that belongs together. Needs token ids.",
-        causal=True,
-        causal_reason="the expert depends on the token's own id and the one before it",
-        batch_dependent=False,
+        causality=Causality(
+            causal=True, reason="the expert depends on the token's own id and the one before it", batch_dependent=False
+        ),
         cost="T",
         learned=False,
         makes_scores=False,
     )
 )
-class HashBigram(Router):
+class HashBigram(Router["HashBigram.Config"]):
     """The expert of a pair of ids: a frequent id is spread over experts by what stands before it.
 
     A sequence's first token is paired with an id of its own. The hash is multiplicative, other factors in every
@@ -108,13 +108,15 @@ class HashBigram(Router):
 
         name: str = "hash_bigram"
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        if site.token_count_V is None:
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        if context.data.token_count_V is None:
             raise UsageError(f"router.name: '{config.name}' routes by token id, which this task does not have")
-        self.nobody = len(site.token_count_V)
-        self.level, self.total = site.level, site.level.total(site.num_experts)
-        self.factors = [derive_seed("bigram", n, site.layer, self.total, site.level.group) % PRIME for n in range(3)]
+        self.nobody = len(context.data.token_count_V)
+        self.level, self.total = context.level, context.level.total(context.num_experts)
+        self.factors = [
+            derive_seed("bigram", n, context.layer, self.total, context.level.group) % PRIME for n in range(3)
+        ]
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Hash each token's id with that of the token before it."""
@@ -135,16 +137,14 @@ class HashBigram(Router):
         paper="arXiv:2106.04426, section 3.1 (position hash)",
         use="A control with even loads: what is gained without knowing anything about the token.",
         beware="Experts have nothing special to learn. Loads are even only in sequences of a length that E divides.",
-        causal=True,
-        causal_reason="the expert depends on the token's place alone",
-        batch_dependent=False,
+        causality=Causality(causal=True, reason="the expert depends on the token's place alone", batch_dependent=False),
         balanced=True,
         cost="T",
         learned=False,
         makes_scores=False,
     )
 )
-class HashPosition(Router):
+class HashPosition(Router["HashPosition.Config"]):
     """The expert of a place in the sequence: even loads, and no reason for an expert to know anything special.
 
     The control that shows how much of hashing's gain is in what the id says.
@@ -156,9 +156,9 @@ class HashPosition(Router):
 
         name: str = "hash_position"
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.level = site.level
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.level = context.level
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Deal experts out along each sequence."""
@@ -173,9 +173,11 @@ class HashPosition(Router):
         paper="arXiv:2106.04426, section 3.1 (future token oracle)",
         use="To test the tests: an oracle that shows what a leak through routing is worth.",
         beware="It tells the next token to a language model. Its loss is no result.",
-        causal=False,
-        causal_reason="the expert tells something of the next token, which is what a language model must predict",
-        batch_dependent=False,
+        causality=Causality(
+            causal=False,
+            reason="the expert tells something of the next token, which is what a language model must predict",
+            batch_dependent=False,
+        ),
         cost="T",
         learned=False,
         makes_scores=False,
@@ -225,7 +227,7 @@ def balanced_table(count_V: Tensor, num_experts: int, variant: int = 0) -> Tenso
     load_E = [0] * num_experts
     dealt_E = [0] * num_experts
     counts = count_V.tolist()
-    draw_V = torch.rand(len(counts), dtype=torch.float64, generator=generator("balanced", variant), device="cpu")
+    draw_V = torch.rand(len(counts), dtype=torch.float64, generator=make_generator("balanced", variant), device="cpu")
     draws = draw_V.tolist() if variant else [0.0] * len(counts)
     for token_id in sorted(range(len(counts)), key=lambda i: (-counts[i] * (1 + draws[i]), draws[i], i)):
         # Ids that never occur do not change the load; spread them by number instead of piling them on one expert.

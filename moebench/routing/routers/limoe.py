@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from moebench.errors import require
 from moebench.routing.context import RouteContext
-from moebench.routing.router import ROUTERS, Facts, Site
+from moebench.routing.router import ROUTERS, Causality, Facts, RouterBuildContext
 from moebench.routing.routers.v_moe import VMoE
 from moebench.routing.values import LayerRecord, Routing
 
@@ -24,10 +24,12 @@ from moebench.routing.values import LayerRecord, Routing
         use="Data of unlike kinds in one model: entropy losses keep a small kind from having one expert only.",
         beware="Thresholds are for each domain: more than the data need make experts alike. Batch priority "
         "looks at the whole batch.",
-        causal=True,
-        causal_reason="dropless, each token is routed by its own vector and its own noise",
-        batch_dependent=False,
-        causal_with_capacity=False,  # batch prioritized, as V-MoE
+        causality=Causality(
+            causal=True,
+            reason="dropless, each token is routed by its own vector and its own noise",
+            batch_dependent=False,
+            with_capacity=False,  # batch prioritized, as V-MoE
+        ),
         own_losses=("score_importance", "load", "domain_entropy"),
     )
 )
@@ -60,10 +62,10 @@ class LIMoE(VMoE):
             }
         )
 
-    def __init__(self, config: Any, site: Site) -> None:
-        super().__init__(config, site)
-        self.num_domains = site.num_domains or 1
-        self.least_experts: int = config.least_experts or site.num_experts
+    def __init__(self, config: Any, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.num_domains = context.data.num_domains or 1
+        self.least_experts: int = config.least_experts or context.num_experts
 
     @classmethod
     def check(cls, config: Any, num_experts: int) -> None:
@@ -88,7 +90,7 @@ class LIMoE(VMoE):
         """0 when each domain is spread over S experts or more, ln S when each has one expert."""
         logits_TE = record.routing.logits_TE
         assert logits_TE is not None
-        in_domain_TG = functional.one_hot(record.routing.extras["domain_T"], self.num_domains).to(logits_TE.dtype)
+        in_domain_TG = functional.one_hot(record.routing.token_extras["domain_T"], self.num_domains).to(logits_TE.dtype)
         if record.valid_T is not None:
             in_domain_TG = in_domain_TG * record.valid_T.unsqueeze(-1)
         sum_GE = record.total(in_domain_TG.T @ logits_TE.softmax(-1))

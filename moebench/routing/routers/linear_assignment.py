@@ -1,16 +1,17 @@
 """BASE layers: in training, tokens are assigned to experts by the solution of a balanced assignment problem."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from moebench.routing.assignment import balanced_assignment
+from moebench.routing.assignment import solve_balanced_assignment
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import CUT_STD, Gate
 from moebench.routing.ranking import rank_top_k
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, RouterTraits
 from moebench.routing.values import Routing
 
 
@@ -23,15 +24,17 @@ from moebench.routing.values import Routing
         use="Even loads in training without any loss or capacity.",
         beware="Training and evaluation route differently, and in training the choice tells something of later "
         "tokens. The assignment takes longer than any other router's choice.",
-        causal=False,
-        causal_reason="in training, which expert a token is given depends on all tokens of the batch",
-        batch_dependent=False,  # evaluation is greedy: balancing it would look at later tokens
+        causality=Causality(
+            causal=False,
+            reason="in training, which expert a token is given depends on all tokens of the batch",
+            batch_dependent=False,  # evaluation is greedy: balancing it would look at later tokens
+            in_evaluation=True,
+        ),
         balanced=True,
         cost="rounds·T·E",
-        causal_in_evaluation=True,
     )
 )
-class Base(Router):
+class Base(Router["Base.Config"]):
     """Balanced assignment of sparse experts (Lewis et al. 2021): perfectly even loads in training, without a loss.
 
     The price is that training and evaluation route differently. The paper's output σ(a) F(x) + (1 - σ(a)) x, with F a
@@ -49,16 +52,17 @@ class Base(Router):
         """How the best assignment is found. Exact: SciPy (slow). Auction: that of the paper, then exchanges. Sinkhorn:
         the same from good first prices."""
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
         # Rows of length 0.1, the paper's gain; its rows are orthogonal, these nearly so where d_model is large.
-        self.gate = Gate(site.d_model, site.num_experts, init_scale=(0.1 / CUT_STD) ** 2)
+        self.gate = Gate(context.d_model, context.num_experts, init_scale=(0.1 / CUT_STD) ** 2)
         self.solver = config.solver
 
     @property
-    def needs_whole_batch(self) -> bool:
-        """In training, the tokens of all sequences compete for places."""
-        return self.training
+    @override
+    def traits(self) -> RouterTraits:
+        # In training, the tokens of all sequences compete for places.
+        return replace(super().traits, needs_whole_batch=self.training)
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Give each token its place in the best balanced assignment; in evaluation, the expert it likes best."""
@@ -78,6 +82,6 @@ class Base(Router):
 
     def _balanced(self, affinity_TE: Tensor, expert_T: Tensor, valid_T: Tensor | None) -> Tensor:
         if valid_T is None:
-            return balanced_assignment(affinity_TE, self.solver)
+            return solve_balanced_assignment(affinity_TE, self.solver)
         place_R = valid_T.nonzero().squeeze(1)  # padding takes no place
-        return torch.index_put(expert_T, (place_R,), balanced_assignment(affinity_TE[place_R], self.solver))
+        return torch.index_put(expert_T, (place_R,), solve_balanced_assignment(affinity_TE[place_R], self.solver))

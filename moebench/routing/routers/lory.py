@@ -8,8 +8,8 @@ from torch import Generator, Tensor, nn
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.mixing import MergeRouting, num_segments
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.mixing import MergeRouting, count_segments
+from moebench.routing.router import ROUTERS, Causality, Facts, Form, Router, RouterBuildContext, RouterConfig
 from moebench.routing.routers.smear import segment_means
 
 
@@ -21,14 +21,16 @@ from moebench.routing.routers.smear import segment_means
         use="Fully differentiable experts in a decoder: every expert learns from every token, and nothing leaks.",
         beware="Merging costs memory for each segment. A segment is routed by the one before it, so a change "
         "of topic comes late. The paper's dense warm-up is left out.",
-        causal=True,
-        causal_reason="a segment's merge depends on the segment before it alone; the first one has a learned merge",
+        causality=Causality(
+            causal=True,
+            reason="a segment's merge depends on the segment before it alone; the first one has a learned merge",
+            batch_dependent=False,
+        ),
         balanced=True,
-        batch_dependent=False,
         makes_scores=False,
     )
 )
-class Lory(Router):
+class Lory(Router["Lory.Config"]):
     """Fully differentiable experts for autoregressive models (Zhong et al. 2024).
 
     The paper merges the first segment by its own mean, without a gradient, which tells its early tokens something of
@@ -38,8 +40,7 @@ class Lory(Router):
     side by side; here evaluation routes segment by segment as training does, and the data are those of every other arm.
     """
 
-    is_soft = True
-    merges = True
+    form = Form.MERGED
 
     @dataclass(frozen=True, kw_only=True)
     class Config(RouterConfig):
@@ -50,12 +51,12 @@ class Lory(Router):
         """Tokens that share a merge (the paper: 256); null: a quarter of the task's sequence. A merge costs as much as
         E tokens, so segments much shorter than E leave the experts little of a matched budget."""
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.gate = Gate(site.d_model, site.num_experts)
-        self.first_E = nn.Parameter(torch.empty(site.num_experts))
-        self.sequence_length = site.sequence_length
-        self.segment_length = config.segment_length or max((site.sequence_length or 4) // 4, 1)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.gate = Gate(context.d_model, context.num_experts)
+        self.first_E = nn.Parameter(torch.empty(context.num_experts))
+        self.sequence_length = context.data.sequence_length
+        self.segment_length = config.segment_length or max((context.data.sequence_length or 4) // 4, 1)
 
     def init_weights(self, generator: Generator) -> None:
         """Begin with an even merge for the first segment."""
@@ -70,7 +71,7 @@ class Lory(Router):
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> MergeRouting:
         """Weigh the experts for each segment by the mean of the one before it."""
         segment_length = min(self.segment_length, ctx.sequence_length)
-        of_one = num_segments(ctx.sequence_length, segment_length)
+        of_one = count_segments(ctx.sequence_length, segment_length)
         mean_BSD = segment_means(x_TD, ctx, segment_length).view(-1, of_one, x_TD.shape[-1])
         first_B1E = self.first_E.float().expand(mean_BSD.shape[0], 1, -1)
         logits_BSE = torch.cat([first_B1E, self.gate(mean_BSD[:, :-1])], dim=1)
@@ -88,10 +89,10 @@ class Lory(Router):
         """Return a row for each place of a segment, and the token's part of the merges, each of which costs E rows."""
         length = self.sequence_length or self.segment_length
         segment_length = min(self.segment_length, length)
-        return num_segments(length, segment_length) * (segment_length + self.num_experts) / length
+        return count_segments(length, segment_length) * (segment_length + self.num_experts) / length
 
     def flops_per_token(self) -> int:
         """Return the token's part of the gate, which sees one mean for each segment but the last."""
         length = self.sequence_length or self.segment_length
-        seen = num_segments(length, min(self.segment_length, length)) - 1
+        seen = count_segments(length, min(self.segment_length, length)) - 1
         return 2 * self.gate.weight_ED.numel() * seen // length

@@ -10,10 +10,10 @@ from torch import Tensor
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.groups import check_kept_groups, within_best_groups
+from moebench.routing.group_limit import check_kept_groups, within_best_groups
 from moebench.routing.losses import counted_by_scores, sequence_balance
 from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -26,13 +26,15 @@ from moebench.routing.values import LayerRecord, Routing
         "without a gradient.",
         beware="Slow at first, and the bias goes on swinging by its rate at the end. Loads of a single batch are "
         "not bounded, so keep experts dropless.",
-        causal=True,
-        causal_reason="each token is routed by its own vector and a bias that only past batches have set",
-        batch_dependent=False,
+        causality=Causality(
+            causal=True,
+            reason="each token is routed by its own vector and a bias that only past batches have set",
+            batch_dependent=False,
+        ),
         own_losses=("sequence_balance",),
     )
 )
-class LossFree(Router):
+class LossFree(Router["LossFree.Config"]):
     """Top-k with a bias per expert that selects and never weighs (Wang et al. 2024).
 
     The bias learns from the loads of whole optimizer steps, all processes together: from the current batch it would
@@ -65,11 +67,11 @@ class LossFree(Router):
         kept_groups: int = 1
         """Groups that a token may use: those with the highest sums of their two best biased scores."""
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
         self.options = config
-        self.gate = Gate(site.d_model, site.num_experts)
-        self.register_buffer("bias_E", torch.zeros(site.num_experts))
+        self.gate = Gate(context.d_model, context.num_experts)
+        self.register_buffer("bias_E", torch.zeros(context.num_experts))
 
     @classmethod
     def experts_per_token(cls, config: Config, num_experts: int) -> int:
@@ -109,7 +111,7 @@ class LossFree(Router):
         return {"sequence_balance": sequence_balance(counted_by_scores(record, self.options.top_k))}
 
     @torch.no_grad()
-    def after_step(self, load_E: Tensor, sums: Mapping[str, Tensor]) -> None:
+    def after_step(self, load_E: Tensor, statistics: Mapping[str, Tensor]) -> None:
         """Raise the bias of experts that had too little, lower that of those that had too much."""
         mean = load_E.double().mean()
         missing_E = (mean - load_E) / mean.clamp(min=1e-20)
@@ -126,9 +128,7 @@ class LossFree(Router):
         use="Hundreds of narrow experts in groups, balanced by a bias with a faint loss within sequences.",
         beware="As loss_free. Its 8 experts per token and its factor of 2.5 are meant for many experts; with "
         "few, set `top_k` and `scale`.",
-        causal=True,
-        causal_reason="as loss_free",
-        batch_dependent=False,
+        causality=Causality(causal=True, reason="as loss_free", batch_dependent=False),
         own_losses=("sequence_balance",),
     )
 )

@@ -10,7 +10,7 @@ from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.ranking import rank_all, rank_top_k, rounded
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -23,16 +23,18 @@ from moebench.routing.values import LayerRecord, Routing
         use="Spending compute on the tokens that need it: the others pass the layer by.",
         beware="Training chooses among a whole sequence, which leaks; evaluation uses a predictor, so the two "
         "differ as far as it errs.",
-        causal=False,
-        causal_reason="in training, whether a token is among the first C depends on later tokens of its sequence",
+        causality=Causality(
+            causal=False,
+            reason="in training, whether a token is among the first C depends on later tokens of its sequence",
+            batch_dependent=False,
+            in_evaluation=True,
+        ),
         variable_k=True,
-        batch_dependent=False,
-        causal_in_evaluation=True,
-        taught=("predictor_in", "predictor_out"),
+        trained_by_own_loss=("predictor_in", "predictor_out"),
         own_losses=("membership",),
     )
 )
-class MixtureOfDepths(Router):
+class MixtureOfDepths(Router["MixtureOfDepths.Config"]):
     """Mixture of depths and experts, staged (Raposo et al. 2024): who goes on, then Switch's top-1 over the experts.
 
     With one expert it is mixture of depths over a feed-forward network; attention is not skipped, as it is in the
@@ -53,12 +55,12 @@ class MixtureOfDepths(Router):
         """Hidden width of the predictor that decides in evaluation."""
         losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01, "membership": 0.01})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
         self.share = config.share
-        self.depth = Gate(site.d_model, 1)
-        self.gate = Gate(site.d_model, site.num_experts)
-        self.predictor_in = Gate(site.d_model, config.predictor_width, init_scale=1.0)
+        self.depth = Gate(context.d_model, 1)
+        self.gate = Gate(context.d_model, context.num_experts)
+        self.predictor_in = Gate(context.d_model, config.predictor_width, init_scale=1.0)
         self.predictor_out = Gate(config.predictor_width, 1)
 
     @classmethod
@@ -81,7 +83,7 @@ class MixtureOfDepths(Router):
             num_experts=self.num_experts,
             logits_TE=logits_TE,
             scores_TE=scores_TE,
-            extras={"predicted_T": predicted_T, "first_T": first_T},
+            token_extras={"predicted_T": predicted_T, "first_T": first_T},
         )
         return routing.keep(first_T if ctx.training else rounded(predicted_T) > 0).compact()
 
@@ -97,7 +99,7 @@ class MixtureOfDepths(Router):
 
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
         """Return the predictor's cross-entropy, in nats."""
-        extras = record.routing.extras
+        extras = record.routing.token_extras
         loss_T = functional.binary_cross_entropy_with_logits(
             extras["predicted_T"], extras["first_T"].float(), reduction="none"
         )

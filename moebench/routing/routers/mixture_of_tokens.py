@@ -8,8 +8,8 @@ from torch import Tensor
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.mixing import SoftRouting, in_places, softmax_over_tokens
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.mixing import SoftRouting, scatter_to_groups, softmax_over_tokens
+from moebench.routing.router import ROUTERS, Causality, Facts, Form, Router, RouterBuildContext, RouterConfig
 from moebench.routing.values import LayerRecord
 
 
@@ -21,14 +21,16 @@ from moebench.routing.values import LayerRecord
         use="Soft mixing that a decoder can use: no choice, even loads, no loss.",
         beware="Every output depends on which sequences stand beside it, in evaluation too. Mixed tokens are "
         "strangers to each other.",
-        causal=True,
-        causal_reason="a token is mixed only with tokens at the same position of other sequences",
+        causality=Causality(
+            causal=True,
+            reason="a token is mixed only with tokens at the same position of other sequences",
+            batch_dependent=True,
+        ),
         balanced=True,
-        batch_dependent=True,
         makes_scores=False,
     )
 )
-class MixtureOfTokens(Router):
+class MixtureOfTokens(Router["MixtureOfTokens.Config"]):
     """Continuous mixing that a decoder can use (Antoniak et al. 2023).
 
     A group is the tokens at one position of `group_size` sequences that follow each other in the batch: no token sees
@@ -38,7 +40,7 @@ class MixtureOfTokens(Router):
     the rows of one that sees every token.
     """
 
-    is_soft = True
+    form = Form.SOFT
 
     @dataclass(frozen=True, kw_only=True)
     class Config(RouterConfig):
@@ -50,9 +52,9 @@ class MixtureOfTokens(Router):
         temperature: float = 1.0
         """Of the softmax (τ): towards 0 each expert takes one token of the group."""
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.gate = Gate(site.d_model, site.num_experts)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.gate = Gate(context.d_model, context.num_experts)
         self.group_size = config.group_size
         self.temperature = config.temperature
 
@@ -68,7 +70,7 @@ class MixtureOfTokens(Router):
         require(config.temperature > 0, "router.temperature", config.temperature, "greater than 0")
 
     @classmethod
-    def sequences_together(cls, config: Config) -> int:
+    def sequence_group_size(cls, config: Config) -> int:
         """Return the group size."""
         return config.group_size
 
@@ -80,14 +82,16 @@ class MixtureOfTokens(Router):
         sequence_T, position_T = token_T // length, token_T % length
         place_T = (sequence_T // size * length + position_T) * size + sequence_T % size
         valid_T = torch.ones_like(token_T, dtype=torch.bool) if ctx.valid_T is None else ctx.valid_T
-        valid_BL1 = in_places(valid_T.unsqueeze(-1), place_T, num_places).view(-1, size, 1)
-        logits_BLE = in_places(self.gate(x_TD) / self.temperature, place_T, num_places).view(-1, size, self.num_experts)
+        valid_BL1 = scatter_to_groups(valid_T.unsqueeze(-1), place_T, num_places).view(-1, size, 1)
+        logits_BLE = scatter_to_groups(self.gate(x_TD) / self.temperature, place_T, num_places).view(
+            -1, size, self.num_experts
+        )
         share_BLE = softmax_over_tokens(logits_BLE, valid_BL1)
         return SoftRouting(
             dispatch_BLS=share_BLE,
             combine_BLS=share_BLE,
             num_experts=self.num_experts,
-            place_T=place_T,
+            group_index_T=place_T,
             logits_BLS=logits_BLE,
         )
 

@@ -10,7 +10,7 @@ from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.ranking import rank_top_k
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import Routing
 
 
@@ -22,12 +22,14 @@ from moebench.routing.values import Routing
         use="When a linear gate seems too simple, and experts shall be used evenly while tokens stay sure.",
         beware="Mutual information is as low at collapse as at uniform routing: it may start slowly. The gate "
         "costs more than a linear one.",
-        causal=True,
-        causal_reason="each token is routed by its own vector; over capacity, the earlier token stays",
-        batch_dependent=False,
+        causality=Causality(
+            causal=True,
+            reason="each token is routed by its own vector; over capacity, the earlier token stays",
+            batch_dependent=False,
+        ),
     )
 )
-class MLPTopK(Router):
+class MLPTopK(Router["MLPTopK.Config"]):
     """Top-k of a two-layer gate with the mutual-information loss of ModuleFormer (Shen et al. 2023).
 
     Activation, dropout and bias of the hidden layer are those of the released gate; the paper's equation has a ReLU and
@@ -54,13 +56,13 @@ class MLPTopK(Router):
         """Whether the hidden layer has a bias, 0 at the start."""
         losses: dict[str, float] = field(default_factory=lambda: {"mutual_information": 0.01})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
         self.options = config
         self.top_k = config.top_k
         # A variance of 2: half of the units are silent.
-        self.hidden_gate = Gate(site.d_model, config.hidden_width, init_scale=2.0, bias=config.bias)
-        self.gate = Gate(config.hidden_width, site.num_experts)
+        self.hidden_gate = Gate(context.d_model, config.hidden_width, init_scale=2.0, bias=config.bias)
+        self.gate = Gate(config.hidden_width, context.num_experts)
 
     @classmethod
     def experts_per_token(cls, config: Config, num_experts: int) -> int:

@@ -8,7 +8,7 @@ from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.ranking import rank_top_k
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -19,13 +19,15 @@ from moebench.routing.values import LayerRecord, Routing
         paper="arXiv:2410.07348, section 3 (loss: heterogeneous load balance)",
         use="Experts that cost nothing beside networks: easy tokens use less compute.",
         beware="Says nothing without layout `zero_computation`. Executed FLOPs vary with the routing.",
-        causal=True,
-        causal_reason="each token is routed by its own vectors, here and in the layers below",
-        batch_dependent=False,
+        causality=Causality(
+            causal=True,
+            reason="each token is routed by its own vectors, here and in the layers below",
+            batch_dependent=False,
+        ),
         own_losses=("heterogeneous_balance",),
     )
 )
-class MoEPlusPlus(Router):
+class MoEPlusPlus(Router["MoEPlusPlus.Config"]):
     """MoE++ (Jin et al. 2024), for layout `zero_computation`: a token uses fewer networks the more free experts it has.
 
     The loss weighs each expert, η = 1 with a network and τ without: E² / Σ η · Σ_i η_i f_i P_i, 1 at uniform routing,
@@ -47,12 +49,12 @@ class MoEPlusPlus(Router):
         """Weight τ of experts without a network in the loss: the lower, the more tokens go there."""
         losses: dict[str, float] = field(default_factory=lambda: {"heterogeneous_balance": 0.01})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
         self.top_k = config.top_k
-        self.eta = [config.tau if free else 1.0 for free in site.free_E or (False,) * site.num_experts]
-        self.gate = Gate(site.d_model, site.num_experts)
-        self.residual = Gate(site.num_experts, site.num_experts) if site.layer > 0 else None
+        self.eta = [config.tau if free else 1.0 for free in context.free_E or (False,) * context.num_experts]
+        self.gate = Gate(context.d_model, context.num_experts)
+        self.residual = Gate(context.num_experts, context.num_experts) if context.layer > 0 else None
 
     @classmethod
     def experts_per_token(cls, config: Config, num_experts: int) -> int:

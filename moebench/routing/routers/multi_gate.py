@@ -10,7 +10,7 @@ from moebench.routing.context import RouteContext
 from moebench.routing.domains import check_domains, place_of, with_mean
 from moebench.routing.gate import CUT
 from moebench.routing.ranking import rank_top_k
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import Routing
 
 INIT_SCALE = 0.1
@@ -24,14 +24,14 @@ INIT_SCALE = 0.1
         paper="doi:10.1145/3219819.3220007, section 4.2 (MMoE)",
         use="Multi-task learning with few experts and known domains.",
         beware="All experts are computed unless `top_k` is set. A domain with few data trains its gate badly.",
-        causal=True,
-        causal_reason="each token is weighted by its own vector and its domain",
-        batch_dependent=False,
+        causality=Causality(
+            causal=True, reason="each token is weighted by its own vector and its domain", batch_dependent=False
+        ),
         balanced=True,
         cost="T·E·domains",
     )
 )
-class MultiGate(Router):
+class MultiGate(Router["MultiGate.Config"]):
     """MMoE (Ma et al. 2018): domains differ in how they mix the experts. All experts are used unless top_k is set.
 
     The gates of all domains are computed for every token, which costs little beside the experts. A domain that was held
@@ -46,10 +46,12 @@ class MultiGate(Router):
         top_k: int | None = None
         """Experts per token, with their raw probabilities as weights; null: all of them (the paper)."""
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.weight_EGD = nn.Parameter(torch.empty(site.num_experts, check_domains(config.name, site), site.d_model))
-        self.top_k = config.top_k or site.num_experts
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.weight_EGD = nn.Parameter(
+            torch.empty(context.num_experts, check_domains(config.name, context), context.d_model)
+        )
+        self.top_k = config.top_k or context.num_experts
 
     def init_weights(self, generator: Generator) -> None:
         """Draw the gates."""

@@ -10,7 +10,7 @@ from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.losses import squared_variation
 from moebench.routing.ranking import rank_top_k
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
 MIN_NOISE = 0.01
@@ -24,13 +24,13 @@ MIN_NOISE = 0.01
         use="The first sparse router: exploration by learned noise, and losses for weights and loads.",
         beware="Needs k of at least 2. Noise makes training and evaluation differ, and its scale may shrink to 0 "
         "before experts have found their place.",
-        causal=True,
-        causal_reason="each token is routed by its own vector and its own noise",
-        batch_dependent=False,
+        causality=Causality(
+            causal=True, reason="each token is routed by its own vector and its own noise", batch_dependent=False
+        ),
         own_losses=("load",),
     )
 )
-class NoisyTopK(Router):
+class NoisyTopK(Router["NoisyTopK.Config"]):
     """Noisy top-k gating (Shazeer et al. 2017); without noise in evaluation.
 
     Both projections start at zero, as in the paper: routing is uniform at first and the noise alone explores. The 0.01
@@ -47,10 +47,10 @@ class NoisyTopK(Router):
         """Experts per token, at least 2."""
         losses: dict[str, float] = field(default_factory=lambda: {"importance": 0.01, "load": 0.01})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.gate = Gate(site.d_model, site.num_experts, init_scale=0.0)
-        self.noise_gate = Gate(site.d_model, site.num_experts, init_scale=0.0)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.gate = Gate(context.d_model, context.num_experts, init_scale=0.0)
+        self.noise_gate = Gate(context.d_model, context.num_experts, init_scale=0.0)
         self.top_k = config.top_k
 
     @classmethod

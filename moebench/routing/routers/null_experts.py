@@ -9,7 +9,7 @@ from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.ranking import rank_top_k
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -21,14 +21,12 @@ from moebench.routing.values import LayerRecord, Routing
         use="Easy tokens shall use fewer experts than hard ones, on average as many as planned.",
         beware="The balance loss sets the share of null choices on average only. A token whose choices are all "
         "null keeps its residual.",
-        causal=True,
-        causal_reason="each token is routed by its own vector",
-        batch_dependent=False,
+        causality=Causality(causal=True, reason="each token is routed by its own vector", batch_dependent=False),
         variable_k=True,
         own_losses=("balance_with_nulls",),
     )
 )
-class NullExperts(Router):
+class NullExperts(Router["NullExperts.Config"]):
     """AdaMoE (Zeng et al. 2024): m null experts that cost nothing take part in top-k.
 
     The balance loss counts all null experts as alike, at their mean load, so it sets how many choices are null,
@@ -47,10 +45,10 @@ class NullExperts(Router):
         """Null experts for each true one: m = E times this, at least 1."""
         losses: dict[str, float] = field(default_factory=lambda: {"balance_with_nulls": 0.01})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.num_nulls = max(1, round(site.num_experts * config.null_share))
-        self.gate = Gate(site.d_model, site.num_experts + self.num_nulls)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.num_nulls = max(1, round(context.num_experts * config.null_share))
+        self.gate = Gate(context.d_model, context.num_experts + self.num_nulls)
         self.top_k = config.top_k
 
     @classmethod
@@ -83,7 +81,7 @@ class NullExperts(Router):
                 num_experts=self.num_experts,
                 logits_TE=all_TN[:, : self.num_experts],
                 scores_TE=choice_TN[:, : self.num_experts],
-                extras={"choice_T": choice_TN, "chosen_T": expert_TK},
+                token_extras={"choice_T": choice_TN, "chosen_T": expert_TK},
             )
             .keep(true_TK.reshape(-1))
             .compact()
@@ -91,7 +89,7 @@ class NullExperts(Router):
 
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
         """Return (E+m) · Σ f P over all experts, every null expert with the mean f of the null ones."""
-        choice_TN, chosen_TK = record.routing.extras["choice_T"], record.routing.extras["chosen_T"]
+        choice_TN, chosen_TK = record.routing.token_extras["choice_T"], record.routing.token_extras["chosen_T"]
         chosen_TN = torch.zeros_like(choice_TN).scatter(1, chosen_TK, 1.0)
         share_N = record.mean(chosen_TN) / self.top_k
         nulls = share_N[self.num_experts :]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moebench.routing.context import RouteContext
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig
 from moebench.routing.values import Routing
 
 
@@ -17,16 +17,14 @@ from moebench.routing.values import Routing
         paper="the data: arXiv:2208.02813, section 3",
         use="On made data: the ceiling that learned routers are measured against.",
         beware="It is told the answer, so its loss is no result. Needs a task that knows the labels of tokens.",
-        causal=True,
-        causal_reason="the label is known beside the token",
-        batch_dependent=False,
+        causality=Causality(causal=True, reason="the label is known beside the token", batch_dependent=False),
         cost="T",
         learned=False,
         makes_scores=False,
         needs_labels=True,
     )
 )
-class Oracle(Router):
+class Oracle(Router["Oracle.Config"]):
     """The ceiling of every learned router on made data, where it is known which tokens belong to one expert.
 
     What a router loses against it is the price of having to find that out. With more labels than experts several share
@@ -39,9 +37,9 @@ class Oracle(Router):
 
         name: str = "oracle"
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.level = site.level
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.level = context.level
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Send each token to the expert of its label."""

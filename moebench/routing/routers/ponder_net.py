@@ -9,7 +9,7 @@ from torch.nn import functional
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.halting import HaltingRouter, before
-from moebench.routing.router import ROUTERS, Facts, RouterConfig, Site
+from moebench.routing.router import ROUTERS, Causality, Facts, RouterBuildContext, RouterConfig
 from moebench.routing.values import ChainRouting, LayerRecord, Routing
 
 
@@ -21,12 +21,10 @@ from moebench.routing.values import ChainRouting, LayerRecord, Routing
         paper="arXiv:2107.05407, section 2",
         use="Thinking time as a distribution with a prior in place of a price.",
         beware="The number of steps is drawn, so its gradient is noisy. Steps are computed one after another.",
-        causal=True,
-        causal_reason="each token stops by its own states and draws",
+        causality=Causality(causal=True, reason="each token stops by its own states and draws", batch_dependent=False),
         variable_k=True,
-        batch_dependent=False,
         cost="steps·T",
-        taught=("bias", "gate"),  # the chosen step weighs 1: `objective` and the own loss teach them
+        trained_by_own_loss=("bias", "gate"),  # the chosen step weighs 1: `objective` and the own loss teach them
         makes_scores=False,
         own_losses=("geometric",),
     )
@@ -53,14 +51,14 @@ class PonderNet(HaltingRouter):
         """Probability λ_p to stop after each step under the prior, and at the start; widths match its mean steps."""
         losses: dict[str, float] = field(default_factory=lambda: {"geometric": 0.01})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site, math.log(config.prior / (1 - config.prior)))
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context, math.log(config.prior / (1 - config.prior)))
         self.prior = config.prior
 
     @classmethod
     def experts_per_token(cls, config: Config, num_experts: int) -> int:
         """Return the mean steps under the prior to the nearest integer."""
-        return round(mean_steps(config.prior, num_experts))
+        return round(compute_mean_steps(config.prior, num_experts))
 
     @classmethod
     def check(cls, config: Config, num_experts: int) -> None:
@@ -84,9 +82,9 @@ class PonderNet(HaltingRouter):
 
         S_n over itself without gradient is that 1: with it the gradient of S_n counts too, and is unbiased.
         """
-        logits_TN, ran_TE = record.routing.extras["logits_T"], record.routing.extras["ran_T"]
+        logits_TN, ran_TE = record.routing.token_extras["logits_T"], record.routing.token_extras["ran_T"]
         stop_TN, stay_TN = functional.logsigmoid(logits_TN), functional.logsigmoid(-logits_TN)
-        prior_N = logits_TN.new_tensor(hazards(self.prior, self.num_experts)[:-1])
+        prior_N = logits_TN.new_tensor(compute_hazards(self.prior, self.num_experts)[:-1])
         kl_TN = stop_TN.exp() * (stop_TN - prior_N.log()) + stay_TN.exp() * (stay_TN - (-prior_N).log1p())
         reach_TN = before(stay_TN)[:, :-1]
         kl_TN = kl_TN * (reach_TN - reach_TN.detach()).exp() * ran_TE[:, :-1]
@@ -96,7 +94,7 @@ class PonderNet(HaltingRouter):
         """Return (loss - mean loss) · log p_N of each token."""
         assert record.token_loss_T is not None, "the record has not been judged"
         loss_T = record.token_loss_T.float()
-        extras = record.routing.extras
+        extras = record.routing.token_extras
         logits_TN, last_TN = extras["logits_T"], extras["last_T"][:, :-1]
         passed_TN = extras["ran_T"][:, :-1] & ~last_TN
         log_p_TN = functional.logsigmoid(logits_TN) * last_TN + functional.logsigmoid(-logits_TN) * passed_TN
@@ -104,17 +102,17 @@ class PonderNet(HaltingRouter):
 
     def rows_per_token(self, experts_per_token: int) -> float:
         """Return the mean steps under the prior."""
-        return mean_steps(self.prior, self.num_experts)
+        return compute_mean_steps(self.prior, self.num_experts)
 
 
-def hazards(prior: float, num_steps: int) -> list[float]:
+def compute_hazards(prior: float, num_steps: int) -> list[float]:
     """Return γ_1 ... γ_E: the probability to stop at a step once it is reached, under the prior cut at E steps."""
     return [prior / -math.expm1((num_steps - step) * math.log1p(-prior)) for step in range(num_steps)]
 
 
-def mean_steps(prior: float, num_steps: int) -> float:
+def compute_mean_steps(prior: float, num_steps: int) -> float:
     """Return the mean of the geometric prior cut at E steps: the sum of the probabilities to reach each step."""
     reached = [1.0]
-    for hazard in hazards(prior, num_steps)[:-1]:
+    for hazard in compute_hazards(prior, num_steps)[:-1]:
         reached.append(reached[-1] * (1 - hazard))
     return math.fsum(reached)

@@ -12,7 +12,7 @@ from moebench.routing.gate import Gate
 from moebench.routing.histogram import count_by_expert, empty_counts, value_below_top
 from moebench.routing.losses import counted_by_scores, sequence_balance
 from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -25,13 +25,15 @@ from moebench.routing.values import LayerRecord, Routing
         use="As loss_free, where loads must be even within tens of steps.",
         beware="Quantiles of few tokens jump: it wants some 16 tokens for each expert. Balance losses beside it "
         "pull against it.",
-        causal=True,
-        causal_reason="each token is routed by its own vector and prices that only past batches have set",
-        batch_dependent=False,
+        causality=Causality(
+            causal=True,
+            reason="each token is routed by its own vector and prices that only past batches have set",
+            batch_dependent=False,
+        ),
         own_losses=("sequence_balance",),
     )
 )
-class QuantileBalancing(Router):
+class QuantileBalancing(Router["QuantileBalancing.Config"]):
     """As `loss_free`, but the bias jumps to where it balances instead of creeping there.
 
     Both climb the dual of one linear program, the best assignment at even loads: loss-free by the sign of its
@@ -57,11 +59,11 @@ class QuantileBalancing(Router):
         renormalise: bool = False
         """Divide the k weights by their sum."""
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
         self.options = config
-        self.gate = Gate(site.d_model, site.num_experts)
-        self.register_buffer("price_E", torch.zeros(site.num_experts))
+        self.gate = Gate(context.d_model, context.num_experts)
+        self.register_buffer("price_E", torch.zeros(context.num_experts))
 
     @classmethod
     def experts_per_token(cls, config: Config, num_experts: int) -> int:
@@ -91,7 +93,7 @@ class QuantileBalancing(Router):
         """Return `sequence_balance` of the scores: prices must not make them look even to the loss."""
         return {"sequence_balance": sequence_balance(counted_by_scores(record, self.options.top_k))}
 
-    def sums(self, record: LayerRecord) -> dict[str, Tensor]:
+    def statistics(self, record: LayerRecord) -> dict[str, Tensor]:
         """Return for each expert how many tokens were how far above its price: a histogram, int64 [E, bins]."""
         scores_TE, top_k = record.routing.scores_TE, self.options.top_k
         assert scores_TE is not None
@@ -102,12 +104,12 @@ class QuantileBalancing(Router):
         return {"margin_EH": count_by_expert(paid_TE - next_best_T1, record.valid_T)}
 
     @torch.no_grad()
-    def after_step(self, load_E: Tensor, sums: Mapping[str, Tensor]) -> None:
+    def after_step(self, load_E: Tensor, statistics: Mapping[str, Tensor]) -> None:
         """Set each price to the worth of the first token that an expert with an even load would turn away."""
         if self.options.top_k == self.num_experts:
             return
         even_load = load_E.sum() / self.num_experts
-        price_E = self.price_E.double() + value_below_top(sums["margin_EH"], even_load)
+        price_E = self.price_E.double() + value_below_top(statistics["margin_EH"], even_load)
         price_E = (price_E - price_E.mean()).to(self.price_E.dtype)
         moved_E = self.options.momentum * self.price_E + (1 - self.options.momentum) * price_E
         self.price_E.copy_(moved_E.where(load_E.sum() > 0, self.price_E))

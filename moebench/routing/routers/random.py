@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moebench.routing.context import RouteContext
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import Routing
 
 
@@ -17,15 +17,14 @@ from moebench.routing.values import Routing
         paper="arXiv:2209.01667, section 4.1; control of arXiv:2202.01169",
         use="The floor: what parameters alone are worth when nothing is known about tokens.",
         beware="Loads are even on average only. In evaluation the draw belongs to the batch and the place in it.",
-        causal=True,
-        causal_reason="the draw does not look at any token",
-        batch_dependent=True,
-        draws_in_evaluation=True,
+        causality=Causality(
+            causal=True, reason="the draw does not look at any token", batch_dependent=True, draws_in_evaluation=True
+        ),
         learned=False,
         makes_scores=False,
     )
 )
-class Random(Router):
+class Random(Router["Random.Config"]):
     """Uniform draws, new in every step and in every batch of an evaluation, there from a fixed seed: results repeat.
 
     What it loses against a learned router is what learning to route is worth; what it gains over the dense
@@ -40,8 +39,8 @@ class Random(Router):
         top_k: int = 1
         """Experts per token."""
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
         self.top_k = config.top_k
 
     @classmethod

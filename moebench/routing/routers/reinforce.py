@@ -8,7 +8,7 @@ from torch import Tensor
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.policy import PolicyConfig, PolicyRouter, certainty, drawn
-from moebench.routing.router import ROUTERS, Facts, Site
+from moebench.routing.router import ROUTERS, Causality, Facts, RouterBuildContext
 from moebench.routing.values import Routing
 
 
@@ -20,10 +20,10 @@ from moebench.routing.values import Routing
         use="Learning which expert to use from rewards alone: what the gradient through the weights is worth.",
         beware="The gradient is noisy, and noisier with more experts; it can settle on one expert. A choice is "
         "not credited for what it does to later tokens.",
-        causal=True,
-        causal_reason="each token is routed by its own vector and its own draw",
-        batch_dependent=False,
-        taught=("gate", "value"),
+        causality=Causality(
+            causal=True, reason="each token is routed by its own vector and its own draw", batch_dependent=False
+        ),
+        trained_by_own_loss=("gate", "value"),
     )
 )
 class Reinforce(PolicyRouter):
@@ -42,9 +42,9 @@ class Reinforce(PolicyRouter):
         name: str = "reinforce"
         losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.gate = Gate(site.d_model, site.num_experts)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.gate = Gate(context.d_model, context.num_experts)
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Draw an expert for each token, or in evaluation take the most likely one."""
@@ -57,5 +57,5 @@ class Reinforce(PolicyRouter):
             num_experts=self.num_experts,
             logits_TE=logits_TE,
             scores_TE=logits_TE.softmax(-1),
-            extras=self.decided(x_TD, log_policy_T, entropy_T),
+            token_extras=self.decided(x_TD, log_policy_T, entropy_T),
         )

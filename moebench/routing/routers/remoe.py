@@ -9,7 +9,7 @@ from torch import Tensor
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
 LARGEST_GROWTH = 1e12
@@ -23,14 +23,16 @@ LARGEST_GROWTH = 1e12
         use="Fully differentiable sparse routing: experts fade in and out, and each token has as many as it needs.",
         beware="Nearly dense at first, which the cost of matched arms does not count. Tokens may get no expert. "
         "A growth factor that is too large makes it swing.",
-        causal=True,
-        causal_reason="each token is routed by its own vector; the penalty learns from past steps",
-        batch_dependent=False,
+        causality=Causality(
+            causal=True,
+            reason="each token is routed by its own vector; the penalty learns from past steps",
+            batch_dependent=False,
+        ),
         variable_k=True,
         own_losses=("sparsity",),
     )
 )
-class ReMoE(Router):
+class ReMoE(Router["ReMoE.Config"]):
     """ReLU routing with an adaptive L1 penalty (Wang, Zhu and Chen 2024): any number of experts for a token, also none.
 
     After each step λ grows by α where tokens use more than k experts on average, and shrinks by α where fewer. The
@@ -53,9 +55,9 @@ class ReMoE(Router):
         """Factor by which the penalty grows or shrinks in a step; the paper finds 1.05 to 1.3 alike, 1.5 unstable."""
         losses: dict[str, float] = field(default_factory=lambda: {"sparsity": 1e-8})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.gate = Gate(site.d_model, site.num_experts, init_scale=1.0)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.gate = Gate(context.d_model, context.num_experts, init_scale=1.0)
         self.top_k = config.top_k
         self.alpha = config.alpha
         self.register_buffer("growth", torch.ones(()))
@@ -85,14 +87,14 @@ class ReMoE(Router):
         share_E = record.mean(weight_TE.detach().sign()) * (self.num_experts / self.top_k)
         return {"sparsity": self.growth.float() * torch.dot(share_E, record.mean(weight_TE))}
 
-    def sums(self, record: LayerRecord) -> dict[str, Tensor]:
+    def statistics(self, record: LayerRecord) -> dict[str, Tensor]:
         """Return how many experts fired, and for how many tokens."""
         routing, valid_T = record.routing, record.valid_T
         num_tokens = torch.tensor(routing.num_tokens) if valid_T is None else valid_T.sum()
         return {"active": routing.load_E.sum(), "tokens": num_tokens.to(routing.load_E.device)}
 
     @torch.no_grad()
-    def after_step(self, load_E: Tensor, sums: Mapping[str, Tensor]) -> None:
+    def after_step(self, load_E: Tensor, statistics: Mapping[str, Tensor]) -> None:
         """Let the penalty grow where more than k experts fired for a token, shrink where fewer."""
-        excess = torch.sign(sums["active"] - self.top_k * sums["tokens"]).to(self.growth.dtype)
+        excess = torch.sign(statistics["active"] - self.top_k * statistics["tokens"]).to(self.growth.dtype)
         self.growth.copy_((self.growth * self.alpha**excess).clamp(1 / LARGEST_GROWTH, LARGEST_GROWTH))

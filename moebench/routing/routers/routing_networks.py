@@ -1,17 +1,18 @@
 """Routing networks: agents, one for each domain, choose blocks for their tokens and learn from rewards."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moebench.routing.agents import AgentsConfig, acted, agent_of, check_collaboration, collaboration, num_agents
 from moebench.routing.context import RouteContext
 from moebench.routing.domains import with_mean
 from moebench.routing.gate import Gate
 from moebench.routing.policy import PolicyConfig, PolicyRouter, certainty, drawn, follow
-from moebench.routing.router import ROUTERS, Facts, Site
+from moebench.routing.router import ROUTERS, Causality, Facts, RouterBuildContext, RouterTraits
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -23,10 +24,12 @@ from moebench.routing.values import LayerRecord, Routing
         use="Agents for each domain that learn from rewards, as in multi-task learning.",
         beware="Noisy, as all policy gradients. With one domain there is one agent; the collaboration reward "
         "can end at one expert.",
-        causal=True,
-        causal_reason="each token is routed by its own vector, its domain and its own draw",
-        batch_dependent=False,
-        taught=("gate", "value"),
+        causality=Causality(
+            causal=True,
+            reason="each token is routed by its own vector, its domain and its own draw",
+            batch_dependent=False,
+        ),
+        trained_by_own_loss=("gate", "value"),
     )
 )
 class RoutingNetworks(PolicyRouter):
@@ -49,18 +52,19 @@ class RoutingNetworks(PolicyRouter):
         detach_input: bool = True
         """Keep the gradient of the policy from the network below."""
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.num_agents = num_agents(config, site)
-        self.num_actions = site.num_experts + config.pass_through
-        self.gate = Gate(site.d_model, self.num_agents * self.num_actions)
-        self.register_buffer("share_E", torch.zeros(site.num_experts))
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.num_agents = num_agents(config, context)
+        self.num_actions = context.num_experts + config.pass_through
+        self.gate = Gate(context.d_model, self.num_agents * self.num_actions)
+        self.register_buffer("share_E", torch.zeros(context.num_experts))
         self.register_buffer("num_counted", torch.zeros((), dtype=torch.int64))
 
     @property
-    def has_variable_k(self) -> bool:
-        """The action to pass through uses no expert."""
-        return self.num_actions > self.num_experts
+    @override
+    def traits(self) -> RouterTraits:
+        # The action to pass through uses no expert.
+        return replace(super().traits, has_variable_k=self.num_actions > self.num_experts)
 
     @classmethod
     def check(cls, config: Config, num_experts: int) -> None:
@@ -92,7 +96,7 @@ class RoutingNetworks(PolicyRouter):
         return super().reward(record) + collaboration(record, self.share_E, self.config.collaboration)
 
     @torch.no_grad()
-    def after_step(self, load_E: Tensor, sums: Mapping[str, Tensor]) -> None:
+    def after_step(self, load_E: Tensor, statistics: Mapping[str, Tensor]) -> None:
         """Move the running mean of rewards and the share of each expert."""
-        super().after_step(load_E, sums)
+        super().after_step(load_E, statistics)
         follow(self.share_E, load_E, load_E.sum(), self.num_counted, self.options.decay)

@@ -1,17 +1,18 @@
 """Routing networks as their authors prefer them: a table of probabilities for each agent, moved by WPL."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moebench.errors import require
 from moebench.routing.agents import AgentsConfig, acted, agent_of, check_collaboration, collaboration, num_agents
 from moebench.routing.context import RouteContext
 from moebench.routing.domains import with_mean
 from moebench.routing.policy import drawn, follow
-from moebench.routing.router import ROUTERS, Facts, Router, Site
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterTraits
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -22,15 +23,15 @@ from moebench.routing.values import LayerRecord, Routing
         paper="arXiv:1711.01239",
         use="Multi-agent learning that is known to settle: a table of choices for each domain.",
         beware="Blind to the token. A domain settles on one expert, however many there are.",
-        causal=True,
-        causal_reason="the choice is a draw from a table that only past steps have set",
+        causality=Causality(
+            causal=True, reason="the choice is a draw from a table that only past steps have set", batch_dependent=False
+        ),
         cost="T",
-        batch_dependent=False,
         learned=False,
         makes_scores=False,
     )
 )
-class RoutingNetworksWPL(Router):
+class RoutingNetworksWPL(Router["RoutingNetworksWPL.Config"]):
     """Routing networks (Rosenbaum et al. 2017) with the weighted policy learner (Abdallah and Lesser 2008).
 
     The policy of an agent is a table, blind to the token: a domain's tokens all go the same way once it has settled.
@@ -56,21 +57,22 @@ class RoutingNetworksWPL(Router):
         decay: float = 0.99
         """How much of the running means a step keeps; the first steps are averaged evenly."""
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.num_agents = num_agents(config, site)
-        self.num_actions = site.num_experts + config.pass_through
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.num_agents = num_agents(config, context)
+        self.num_actions = context.num_experts + config.pass_through
         even_GA = torch.full((self.num_agents, self.num_actions), 1 / self.num_actions)
         self.register_buffer("policy_GA", even_GA)
         self.register_buffer("mean_G", torch.zeros(self.num_agents))
         self.register_buffer("num_steps_G", torch.zeros(self.num_agents, dtype=torch.int64))
-        self.register_buffer("share_E", torch.zeros(site.num_experts))
+        self.register_buffer("share_E", torch.zeros(context.num_experts))
         self.register_buffer("num_counted", torch.zeros((), dtype=torch.int64))
 
     @property
-    def has_variable_k(self) -> bool:
-        """The action to pass through uses no expert."""
-        return self.num_actions > self.num_experts
+    @override
+    def traits(self) -> RouterTraits:
+        # The action to pass through uses no expert.
+        return replace(super().traits, has_variable_k=self.num_actions > self.num_experts)
 
     @classmethod
     def check(cls, config: Config, num_experts: int) -> None:
@@ -86,10 +88,10 @@ class RoutingNetworksWPL(Router):
         extras = {"action_T": action_T, "agent_T": agent_T}
         return acted(action_T, self.num_experts, self.num_actions, extras=extras)
 
-    def sums(self, record: LayerRecord) -> dict[str, Tensor]:
+    def statistics(self, record: LayerRecord) -> dict[str, Tensor]:
         """Return each agent's rewards and how many, and its advantages above and below 0 by action."""
         assert record.token_loss_T is not None, "the record has not been judged"
-        action_T, agent_T = record.routing.extras["action_T"], record.routing.extras["agent_T"]
+        action_T, agent_T = record.routing.token_extras["action_T"], record.routing.token_extras["agent_T"]
         reward_T = (collaboration(record, self.share_E, self.config.collaboration) - record.token_loss_T).double()
         valid_T = torch.ones_like(reward_T) if record.valid_T is None else record.valid_T.double()
         has_mean_T = (self.num_steps_G > 0)[agent_T]
@@ -103,12 +105,12 @@ class RoutingNetworksWPL(Router):
         }
 
     @torch.no_grad()
-    def after_step(self, load_E: Tensor, sums: Mapping[str, Tensor]) -> None:
+    def after_step(self, load_E: Tensor, statistics: Mapping[str, Tensor]) -> None:
         """Move the tables by the mean of what each token would do, and then the means of the rewards."""
-        moved_GA = (1 - self.policy_GA) * sums["above"] + self.policy_GA * sums["below"]
-        moved_GA = moved_GA / sums["taken"].clamp(min=1).unsqueeze(-1)
+        moved_GA = (1 - self.policy_GA) * statistics["above"] + self.policy_GA * statistics["below"]
+        moved_GA = moved_GA / statistics["taken"].clamp(min=1).unsqueeze(-1)
         self.policy_GA.copy_(onto_simplex(self.policy_GA + self.config.rate * moved_GA))
-        follow(self.mean_G, sums["reward"], sums["taken"], self.num_steps_G, self.config.decay)
+        follow(self.mean_G, statistics["reward"], statistics["taken"], self.num_steps_G, self.config.decay)
         follow(self.share_E, load_E, load_E.sum(), self.num_counted, self.config.decay)
 
 

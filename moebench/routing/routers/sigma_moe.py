@@ -9,7 +9,7 @@ from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.ranking import rank_top_k
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import Routing
 
 
@@ -21,12 +21,12 @@ from moebench.routing.values import Routing
         use="Experts that do not compete: each score stands for itself, at any number of experts.",
         beware="Weights are not normalised, so the output grows with k. Without the entropy loss or dropped "
         "experts few of them are used.",
-        causal=True,
-        causal_reason="each token is routed by its own vector and its own draw",
-        batch_dependent=False,
+        causality=Causality(
+            causal=True, reason="each token is routed by its own vector and its own draw", batch_dependent=False
+        ),
     )
 )
-class SigmaMoE(Router):
+class SigmaMoE(Router["SigmaMoE.Config"]):
     """Top-k of sigmoids without normalisation (Csordás, Irie and Schmidhuber 2023).
 
     Leaving experts out of the choice at random (δ) and a loss on the entropy of the mean choice keep all of them in
@@ -44,11 +44,11 @@ class SigmaMoE(Router):
         """Share of the scores that are set to 0 in training, each token and expert on its own (δ)."""
         losses: dict[str, float] = field(default_factory=lambda: {"global_entropy": 0.001})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
         self.top_k = config.top_k
         self.left_out = config.left_out
-        self.gate = EqualRows(site.d_model, site.num_experts, init_scale=1.0)
+        self.gate = EqualRows(context.d_model, context.num_experts, init_scale=1.0)
 
     @classmethod
     def experts_per_token(cls, config: Config, num_experts: int) -> int:

@@ -1,15 +1,25 @@
 """S-BASE: tokens choose experts in an entropic transport plan, a few alternating scalings of the probabilities."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.ranking import rank_top_k
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.router import (
+    ROUTERS,
+    Causality,
+    Facts,
+    Router,
+    RouterBuildContext,
+    RouterConfig,
+    RouterTraits,
+    check_top_k,
+)
 from moebench.routing.values import Routing
 
 
@@ -22,14 +32,16 @@ from moebench.routing.values import Routing
         use="Nearly even loads in training for less time than an exact assignment.",
         beware="Not exactly even, so a capacity still drops. Training and evaluation route differently, and in "
         "training the plan looks at later tokens.",
-        causal=False,
-        causal_reason="in training, the scale of each expert is computed over all tokens of the batch",
-        batch_dependent=False,  # evaluation does without the plan
+        causality=Causality(
+            causal=False,
+            reason="in training, the scale of each expert is computed over all tokens of the batch",
+            batch_dependent=False,  # evaluation does without the plan
+            in_evaluation=True,
+        ),
         cost="iterations·T·E",
-        causal_in_evaluation=True,
     )
 )
-class Sinkhorn(Router):
+class Sinkhorn(Router["Sinkhorn.Config"]):
     """Selection by a Sinkhorn plan (Clark et al. 2022): nearly even loads in training without a loss.
 
     The plan has even sums over tokens and experts, but the top-k of its rows is not exactly balanced. It only selects:
@@ -47,9 +59,9 @@ class Sinkhorn(Router):
         iterations: int = 10
         """Scalings of all rows and all columns."""
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.gate = Gate(site.d_model, site.num_experts)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.gate = Gate(context.d_model, context.num_experts)
         self.top_k = config.top_k
         self.iterations = config.iterations
 
@@ -65,9 +77,10 @@ class Sinkhorn(Router):
         require(config.iterations >= 1, "router.iterations", config.iterations, "at least 1")
 
     @property
-    def needs_whole_batch(self) -> bool:
-        """In training, the plan is one over all tokens."""
-        return self.training
+    @override
+    def traits(self) -> RouterTraits:
+        # In training, the plan is one over all tokens.
+        return replace(super().traits, needs_whole_batch=self.training)
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Send each token to the k experts with most of its row of the plan."""

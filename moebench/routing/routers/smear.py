@@ -9,8 +9,8 @@ from torch.nn import functional
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.mixing import MergeRouting, by_segments
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.mixing import MergeRouting, split_into_segments
+from moebench.routing.router import ROUTERS, Causality, Facts, Form, Router, RouterBuildContext, RouterConfig
 
 
 @ROUTERS.register(
@@ -21,14 +21,14 @@ from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
         use="Fully differentiable experts for whole sequences: classification, or an encoder.",
         beware="Sees the whole sequence, so it cheats on text that is predicted token by token. The mean hides "
         "what single tokens need.",
-        causal=False,
-        causal_reason="the merge depends on the mean of the whole sequence",
+        causality=Causality(
+            causal=False, reason="the merge depends on the mean of the whole sequence", batch_dependent=False
+        ),
         variable_k=True,  # experts are left out at random in training
-        batch_dependent=False,
         makes_scores=False,
     )
 )
-class Smear(Router):
+class Smear(Router["Smear.Config"]):
     """Soft merging of experts with adaptive routing (Muqeeth, Liu and Raffel 2023).
 
     Instead of choosing experts, their parameters are averaged: one network for each sequence, so every expert and the
@@ -40,8 +40,7 @@ class Smear(Router):
     routed by the mean of its own input, in a decoder too.
     """
 
-    is_soft = True
-    merges = True
+    form = Form.MERGED
 
     @dataclass(frozen=True, kw_only=True)
     class Config(RouterConfig):
@@ -54,12 +53,12 @@ class Smear(Router):
         """In training each expert is left out of a sequence's merge with this probability; the others share its
         weight."""
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.gate = Gate(site.d_model, site.num_experts)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.gate = Gate(context.d_model, context.num_experts)
         self.scale = nn.Parameter(torch.full((), config.init_std))
         self.expert_dropout = config.expert_dropout
-        self.sequence_length = site.sequence_length
+        self.sequence_length = context.data.sequence_length
 
     @classmethod
     def check(cls, config: Config, num_experts: int) -> None:
@@ -105,5 +104,5 @@ class Smear(Router):
 def segment_means(x_TD: Tensor, ctx: RouteContext, segment_length: int) -> Tensor:
     """Return the mean vector of each segment's tokens in fp32, padding left out; 0 where all is padding."""
     valid_T1 = x_TD.new_ones(x_TD.shape[0], 1) if ctx.valid_T is None else ctx.valid_T.unsqueeze(-1).to(x_TD.dtype)
-    sum_GD = by_segments(x_TD * valid_T1, ctx.sequence_length, segment_length).float().sum(1)
-    return sum_GD / by_segments(valid_T1, ctx.sequence_length, segment_length).float().sum(1).clamp(min=1)
+    sum_GD = split_into_segments(x_TD * valid_T1, ctx.sequence_length, segment_length).float().sum(1)
+    return sum_GD / split_into_segments(valid_T1, ctx.sequence_length, segment_length).float().sum(1).clamp(min=1)

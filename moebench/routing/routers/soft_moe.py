@@ -10,7 +10,16 @@ from torch.nn import functional
 from moebench.errors import UsageError, require
 from moebench.routing.context import RouteContext
 from moebench.routing.mixing import SoftRouting
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.router import (
+    ROUTERS,
+    Causality,
+    Facts,
+    Form,
+    Router,
+    RouterBuildContext,
+    RouterConfig,
+    check_top_k,
+)
 
 
 @ROUTERS.register(
@@ -21,15 +30,13 @@ from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, 
         use="Vision and other encoders: no choice, no loss, no dropping, and a gradient everywhere.",
         beware="Every slot looks at the whole sequence: not for models that generate. Padding must be masked, "
         "and cost grows with slots times length.",
-        causal=False,
-        causal_reason="every slot is a mean over the whole sequence",
-        batch_dependent=False,
+        causality=Causality(causal=False, reason="every slot is a mean over the whole sequence", batch_dependent=False),
         balanced=True,
         cost="T·slots",
         makes_scores=False,
     )
 )
-class SoftMoE(Router):
+class SoftMoE(Router["SoftMoE.Config"]):
     """Tokens are mixed into slots instead of being sent to experts (Puigcerver et al. 2023).
 
     Balanced by construction, without any loss, nothing is dropped: capacity and overflow do not apply. Token
@@ -37,7 +44,7 @@ class SoftMoE(Router):
     sequence has its own E·p slots. The slot vectors do not depend on the length, so another length works too.
     """
 
-    is_soft = True
+    form = Form.SOFT
 
     @dataclass(frozen=True, kw_only=True)
     class Config(RouterConfig):
@@ -49,11 +56,11 @@ class SoftMoE(Router):
         slots_per_expert: int | None = None
         """Slots of each expert; null: sequence length · c / E to the nearest integer, at least 1."""
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.sequence_length = site.sequence_length
-        self.slots_per_expert = config.slots_per_expert or _even_slots(config.average_experts, site)
-        self.slot_EPD = nn.Parameter(torch.empty(site.num_experts, self.slots_per_expert, site.d_model))
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.sequence_length = context.data.sequence_length
+        self.slots_per_expert = config.slots_per_expert or _even_slots(config.average_experts, context)
+        self.slot_EPD = nn.Parameter(torch.empty(context.num_experts, self.slots_per_expert, context.d_model))
         self.scale = nn.Parameter(torch.ones(()))
 
     def init_weights(self, generator: Generator) -> None:
@@ -91,8 +98,8 @@ class SoftMoE(Router):
         return 3 * 2 * self.slot_EPD.numel()
 
 
-def _even_slots(average_experts: int, site: Site) -> int:
+def _even_slots(average_experts: int, context: RouterBuildContext) -> int:
     """Return p with which E·p slots are closest to what c experts per token compute (V-MoE's code rounds too)."""
-    if site.sequence_length is None:
+    if context.data.sequence_length is None:
         raise UsageError("router.slots_per_expert must be set where the task has no fixed sequence length")
-    return max(1, round(site.sequence_length * average_experts / site.num_experts))
+    return max(1, round(context.data.sequence_length * average_experts / context.num_experts))

@@ -9,7 +9,7 @@ from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate, gumbel
 from moebench.routing.ranking import rank_top_k
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import Routing
 
 KEPT_WHOLE = 0.25
@@ -25,13 +25,13 @@ KEPT_WHOLE = 0.25
         use="Sampled routing with a gradient that is right to third order, where top-k's gradient seems too crude.",
         beware="A router that is sure of a token gets no gradient from it. Sampling makes training noisier than "
         "evaluation.",
-        causal=True,
-        causal_reason="each token is routed by its own vector and its own draw",
-        batch_dependent=False,
+        causality=Causality(
+            causal=True, reason="each token is routed by its own vector and its own draw", batch_dependent=False
+        ),
         cost="T·E·k",
     )
 )
-class SparseMixer(Router):
+class SparseMixer(Router["SparseMixer.Config"]):
     """Draws k experts one after the other, each from those left (Liu et al. 2023, 2024), as in GRIN and Phi-3.5-MoE.
 
     The forward weight of a draw that missed the best expert is p_i or p_i/3, at the two places where Heun's rule
@@ -50,9 +50,9 @@ class SparseMixer(Router):
         """How far below the best an expert may be and still be drawn, relative to the logits (ε)."""
         losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.gate = Gate(site.d_model, site.num_experts)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.gate = Gate(context.d_model, context.num_experts)
         self.top_k = config.top_k
         self.tolerance = config.tolerance
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.router import ROUTERS, Facts, Site
+from moebench.routing.router import ROUTERS, Causality, Facts, RouterBuildContext
 from moebench.routing.routers.switch import Switch
 from moebench.routing.values import LayerRecord, Routing
 
@@ -23,9 +23,11 @@ from moebench.routing.values import LayerRecord, Routing
         use="Speech: top-1 whose losses need no counts, one for sure frames and one for even use.",
         beware="Both losses look at probabilities and not at choices, so loads may be uneven while the losses "
         "look well. The sparsity loss alone invites collapse.",
-        causal=True,
-        causal_reason="each token is routed by its own vector; over capacity, the earlier token stays",
-        batch_dependent=False,
+        causality=Causality(
+            causal=True,
+            reason="each token is routed by its own vector; over capacity, the earlier token stays",
+            batch_dependent=False,
+        ),
         own_losses=("sparsity", "mean_importance"),
     )
 )
@@ -53,11 +55,11 @@ class SpeechMoE(Switch):
         """Coefficient of that network's own loss, the task's loss of what it says by itself (embedding=shared)."""
         losses: dict[str, float] = field(default_factory=lambda: {"sparsity": 0.1, "mean_importance": 0.1})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
         self.reads_embedding = config.embedding == "shared"
         if self.reads_embedding:
-            self.gate = Gate(site.d_model + site.embedding_width, site.num_experts)
+            self.gate = Gate(context.d_model + context.embedding_width, context.num_experts)
 
     @classmethod
     def embedding(cls, config: Config) -> tuple[int, float]:

@@ -10,7 +10,7 @@ from moebench.errors import UsageError, require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.ranking import rank_top_k
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -23,14 +23,14 @@ from moebench.routing.values import LayerRecord, Routing
         "text has taught.",
         beware="Blind to context once it is frozen. Evaluation before that is by a student that may know "
         "little. Needs token ids.",
-        causal=True,
-        causal_reason="each token is routed by its own vector, later by its own id",
-        batch_dependent=False,
-        taught=("embedding_VD", "student"),
+        causality=Causality(
+            causal=True, reason="each token is routed by its own vector, later by its own id", batch_dependent=False
+        ),
+        trained_by_own_loss=("embedding_VD", "student"),
         own_losses=("balance", "distillation"),
     )
 )
-class StableMoE(Router):
+class StableMoE(Router["StableMoE.Config"]):
     """StableMoE (Dai et al. 2022): in stage 2 the routing is a frozen table of token ids that the text has taught.
 
     Evaluation is always by the student, in stage 1 too, where it may not have learned much yet. Balance is
@@ -51,14 +51,14 @@ class StableMoE(Router):
         """Width of the student's embedding of token ids."""
         losses: dict[str, float] = field(default_factory=lambda: {"balance": 0.3, "distillation": 0.3})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        if site.vocab_size is None:
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        if context.data.vocab_size is None:
             raise UsageError(f"router.name: '{config.name}' routes by token id, which this task does not have")
         self.options = config
-        self.gate = Gate(site.d_model, site.num_experts)
-        self.embedding_VD = nn.Parameter(torch.empty(site.vocab_size, config.student_width))
-        self.student = Gate(config.student_width, site.num_experts)
+        self.gate = Gate(context.d_model, context.num_experts)
+        self.embedding_VD = nn.Parameter(torch.empty(context.data.vocab_size, config.student_width))
+        self.student = Gate(config.student_width, context.num_experts)
 
     def init_weights(self, generator: Generator) -> None:
         """Draw embeddings of the size of normalised tokens."""
@@ -84,12 +84,12 @@ class StableMoE(Router):
             num_experts=self.num_experts,
             logits_TE=logits_TE,
             scores_TE=scores_TE,
-            extras={"student_T": student_TE, "choice_T": expert_TK.squeeze(-1)} if learns else {},
+            token_extras={"student_T": student_TE, "choice_T": expert_TK.squeeze(-1)} if learns else {},
         )
 
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
         """Return both losses of stage 1; afterwards zeros without a gradient, so that nothing moves the student."""
-        extras, scores_TE = record.routing.extras, record.routing.scores_TE
+        extras, scores_TE = record.routing.token_extras, record.routing.scores_TE
         assert scores_TE is not None
         if not extras:
             return {"balance": scores_TE.new_zeros(()), "distillation": scores_TE.new_zeros(())}

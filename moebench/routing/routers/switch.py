@@ -9,7 +9,7 @@ from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate, gumbel, jitter
 from moebench.routing.ranking import rank_top_k
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig
 from moebench.routing.values import Routing
 
 
@@ -21,12 +21,14 @@ from moebench.routing.values import Routing
         use="The simplest learned router: one expert per token, least compute and communication.",
         beware="Collapses without its balance loss. With a capacity, late tokens are dropped first. Routing in "
         "half precision has been seen to diverge; here it is fp32.",
-        causal=True,
-        causal_reason="each token is routed by its own vector; over capacity, the earlier token stays",
-        batch_dependent=False,
+        causality=Causality(
+            causal=True,
+            reason="each token is routed by its own vector; over capacity, the earlier token stays",
+            batch_dependent=False,
+        ),
     )
 )
-class Switch(Router):
+class Switch(Router["Switch.Config"]):
     """Top-1 token choice (Fedus, Zoph and Shazeer 2021).
 
     The weight is the raw probability p_i: renormalised over one expert it would be 1, and the task loss could
@@ -48,9 +50,9 @@ class Switch(Router):
         """Share of the router's input that is set to 0 in training (exploration=input_dropout)."""
         losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.gate = Gate(site.d_model, site.num_experts)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.gate = Gate(context.d_model, context.num_experts)
         self.options = config
 
     @classmethod

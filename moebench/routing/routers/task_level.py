@@ -10,7 +10,7 @@ from moebench.routing.context import RouteContext
 from moebench.routing.domains import check_domains, place_of, with_mean
 from moebench.routing.gate import Gate
 from moebench.routing.ranking import rank_top_k
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import Routing
 
 
@@ -22,12 +22,10 @@ from moebench.routing.values import Routing
         use="Known domains, and models from which one domain's experts are cut out and served alone.",
         beware="All tokens of a domain go together: with fewer domains than experts some experts are idle, and "
         "loads are those of the data.",
-        causal=True,
-        causal_reason="the domain is known beside the text",
-        batch_dependent=False,
+        causality=Causality(causal=True, reason="the domain is known beside the text", batch_dependent=False),
     )
 )
-class TaskLevel(Router):
+class TaskLevel(Router["TaskLevel.Config"]):
     """TaskMoE (Kudugunta et al. 2021): all tokens of a domain share their experts, which are learned.
 
     One domain's experts can be cut out and served alone. The paper thins the second expert as GShard does; here both
@@ -43,10 +41,10 @@ class TaskLevel(Router):
         """Experts of a sequence."""
         losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
 
-    def __init__(self, config: Any, site: Site) -> None:
-        super().__init__(config, site)
-        self.embedding_GD = nn.Parameter(torch.empty(check_domains(config.name, site), site.d_model))
-        self.gate = Gate(site.d_model, site.num_experts)
+    def __init__(self, config: Any, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.embedding_GD = nn.Parameter(torch.empty(check_domains(config.name, context), context.d_model))
+        self.gate = Gate(context.d_model, context.num_experts)
         self.top_k = config.top_k
 
     def init_weights(self, generator: Generator) -> None:
@@ -94,9 +92,7 @@ class TaskLevel(Router):
         use="One choice for each sequence without labels, in encoders.",
         beware="The mean looks at later tokens, so it does not suit models that generate. Loads are uneven: "
         "whole sequences move at once.",
-        causal=False,
-        causal_reason="the mean is over the whole sequence",
-        batch_dependent=False,
+        causality=Causality(causal=False, reason="the mean is over the whole sequence", batch_dependent=False),
     )
 )
 class SentenceLevel(TaskLevel):
@@ -108,9 +104,9 @@ class SentenceLevel(TaskLevel):
 
         name: str = "sentence_level"
 
-    def __init__(self, config: Any, site: Site) -> None:
-        Router.__init__(self, config, site)
-        self.gate = Gate(site.d_model, site.num_experts)
+    def __init__(self, config: Any, context: RouterBuildContext) -> None:
+        Router.__init__(self, config, context)
+        self.gate = Gate(context.d_model, context.num_experts)
         self.top_k = config.top_k
 
     def init_weights(self, generator: Generator) -> None:

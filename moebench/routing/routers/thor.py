@@ -1,14 +1,15 @@
 """THOR: experts drawn at random, and trained to agree with each other."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moebench.errors import require
 from moebench.routing.context import RouteContext
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, RouterTraits
 from moebench.routing.values import Routing
 
 
@@ -20,15 +21,14 @@ from moebench.routing.values import Routing
         use="A model without a router to learn: any expert must do, and two passes that agree regularise it.",
         beware="Training costs twice as much for each token. Experts cannot specialise, and evaluation draws "
         "experts too.",
-        causal=True,
-        causal_reason="the draw does not look at any token",
-        batch_dependent=True,
-        draws_in_evaluation=True,
+        causality=Causality(
+            causal=True, reason="the draw does not look at any token", batch_dependent=True, draws_in_evaluation=True
+        ),
         learned=False,
         makes_scores=False,
     )
 )
-class Thor(Router):
+class Thor(Router["Thor.Config"]):
     """THOR (Zuo et al. 2021): no router to learn and no balance to keep; two passes with other draws must agree.
 
     The paper adds the two passes' losses and α times their divergence. Here the losses are averaged, so that they
@@ -48,8 +48,8 @@ class Thor(Router):
         evaluation: Literal["token", "sequence", "average"] = "token"
         """For what one expert is drawn in evaluation; average: all experts with equal weights, at the cost of all."""
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
         self.options = config
         self.consistency = config.consistency
 
@@ -74,9 +74,10 @@ class Thor(Router):
         return Routing.from_top_k(expert_TK, weight_TK, num_experts=self.num_experts)
 
     @property
-    def has_variable_k(self) -> bool:
-        """Evaluation by the average uses all experts."""
-        return self.options.evaluation == "average"
+    @override
+    def traits(self) -> RouterTraits:
+        # Evaluation by the average uses all experts.
+        return replace(super().traits, has_variable_k=self.options.evaluation == "average")
 
     def _expert(self, draw_TK: Tensor) -> Tensor:
         return (draw_TK * self.num_experts).long().clamp(max=self.num_experts - 1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.ranking import rank_top_k
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import Routing
 
 
@@ -20,12 +20,14 @@ from moebench.routing.values import Routing
         use="The plain reference of all learned routers: vary k, the order of softmax and choice, the normalisation.",
         beware="Collapses without a balance loss. Not normalised, weights sum to less than 1 and the output "
         "depends on confidence.",
-        causal=True,
-        causal_reason="each token is routed by its own vector; over capacity, the earlier token stays",
-        batch_dependent=False,
+        causality=Causality(
+            causal=True,
+            reason="each token is routed by its own vector; over capacity, the earlier token stays",
+            batch_dependent=False,
+        ),
     )
 )
-class TopK(Router):
+class TopK(Router["TopK.Config"]):
     """Each token goes to its k best experts.
 
     softmax=after is Mixtral's form and equals softmax=before with renormalise=true. softmax=before without
@@ -46,9 +48,9 @@ class TopK(Router):
         """Divide the k weights by their sum (softmax=before; with softmax=after they already sum to 1)."""
         losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.gate = Gate(site.d_model, site.num_experts)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.gate = Gate(context.d_model, context.num_experts)
         self.top_k = config.top_k
         self.softmax = config.softmax
         self.renormalise = config.renormalise
@@ -89,9 +91,7 @@ class TopK(Router):
         use="Top-2 as in Mixtral, dropless: what most open models compare with.",
         beware="Weights sum to 1 however unsure the gate is. With what balance loss the released model was trained is "
         "not published.",
-        causal=True,
-        causal_reason="as top_k",
-        batch_dependent=False,
+        causality=Causality(causal=True, reason="as top_k", batch_dependent=False),
     )
 )
 class Mixtral(TopK):
@@ -118,9 +118,7 @@ class Mixtral(TopK):
         paper="arXiv:2409.02060, section 2",
         use="Many narrow experts, 8 for each token, dropless.",
         beware="Meant for 64 experts: with 8 it is a soft mixture of all. Weights sum to less than 1.",
-        causal=True,
-        causal_reason="as top_k",
-        batch_dependent=False,
+        causality=Causality(causal=True, reason="as top_k", batch_dependent=False),
     )
 )
 class OLMoE(TopK):
@@ -143,9 +141,7 @@ class OLMoE(TopK):
         paper="arXiv:2303.01610, section 3.2 (SMoE-Dropout)",
         use="A control: routing by content, of which nothing is learned.",
         beware="Loads stay as the random gate makes them: nothing can even them out.",
-        causal=True,
-        causal_reason="as top_k",
-        batch_dependent=False,
+        causality=Causality(causal=True, reason="as top_k", batch_dependent=False),
         learned=False,
     )
 )
@@ -162,6 +158,6 @@ class FrozenTopK(TopK):
         name: str = "frozen_top_k"
         losses: dict[str, float] = field(default_factory=dict)
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
         self.gate.requires_grad_(False)

@@ -8,7 +8,7 @@ from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k, rounded
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import Routing
 
 
@@ -20,13 +20,11 @@ from moebench.routing.values import Routing
         use="Sure tokens shall use one expert and undecided ones more, with no k to choose.",
         beware="The gate may grow undecided to use more experts: keep the entropy loss. Costs differ from those "
         "planned, so read the load metrics.",
-        causal=True,
-        causal_reason="each token is routed by its own vector",
-        batch_dependent=False,
+        causality=Causality(causal=True, reason="each token is routed by its own vector", batch_dependent=False),
         variable_k=True,
     )
 )
-class TopP(Router):
+class TopP(Router["TopP.Config"]):
     """Sure tokens use one expert, undecided ones more (Huang et al. 2024); weights are the raw probabilities.
 
     The expert that crosses P is among those used, so there is always one. Without the entropy loss (the paper's dynamic
@@ -47,9 +45,9 @@ class TopP(Router):
         """Experts per token by which the width of experts is matched; says nothing about the routing."""
         losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01, "local_entropy": 1e-4})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.gate = Gate(site.d_model, site.num_experts)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.gate = Gate(context.d_model, context.num_experts)
         self.top_p = config.top_p
 
     @classmethod

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moebench.errors import require
 from moebench.routing.ranking import log_scores
-from moebench.routing.router import ROUTERS, Facts, Site
+from moebench.routing.router import ROUTERS, Causality, Facts, RouterBuildContext
 from moebench.routing.routers.expert_choice import OUT, ExpertChoice, best_of_each_token
 
 
@@ -20,9 +20,11 @@ from moebench.routing.routers.expert_choice import OUT, ExpertChoice, best_of_ea
         use="Expert choice that respects tokens' own wishes, in encoders.",
         beware="It sees later tokens. Loads are bounded and not even, and unpopular tokens get no expert. Nobody "
         "has published results with it.",
-        causal=False,
-        causal_reason="whether an expert takes a token depends on later tokens of the same sequence",
-        batch_dependent=True,
+        causality=Causality(
+            causal=False,
+            reason="whether an expert takes a token depends on later tokens of the same sequence",
+            batch_dependent=True,
+        ),
         variable_k=True,
     )
 )
@@ -41,8 +43,8 @@ class TwoSided(ExpertChoice):
         shortlist: int | None = None
         """Experts that a token offers itself to (m); null: twice average_experts."""
 
-    def __init__(self, config: Any, site: Site) -> None:
-        super().__init__(config, site)
+    def __init__(self, config: Any, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
         self.shortlist = config.shortlist or 2 * config.average_experts
 
     @classmethod

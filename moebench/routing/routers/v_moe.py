@@ -11,7 +11,7 @@ from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.losses import squared_variation
 from moebench.routing.ranking import log_scores, rank_top_k
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.routers.noisy_top_k import smooth_load
 from moebench.routing.values import LayerRecord, Routing
 
@@ -24,14 +24,16 @@ from moebench.routing.values import LayerRecord, Routing
         use="Vision at small capacity: what is dropped are the patches that matter least.",
         beware="With a capacity, later tokens displace earlier ones: not for models that generate. Its gain is "
         "small when nothing is dropped.",
-        causal=True,
-        causal_reason="dropless, each token is routed by its own vector and its own noise",
-        batch_dependent=False,
-        causal_with_capacity=False,  # a later token that is surer takes the slot of an earlier one
+        causality=Causality(
+            causal=True,
+            reason="dropless, each token is routed by its own vector and its own noise",
+            batch_dependent=False,
+            with_capacity=False,  # a later token that is surer takes the slot of an earlier one
+        ),
         own_losses=("score_importance", "load"),
     )
 )
-class VMoE(Router):
+class VMoE(Router["VMoE.Config"]):
     """Vision MoE (Riquelme et al. 2021): softmax before top-k, weights as they are, batch prioritized routing.
 
     Priority is what makes small capacities work: what is dropped are the tokens that the router cares least about.
@@ -57,10 +59,10 @@ class VMoE(Router):
         """The same in training."""
         losses: dict[str, float] = field(default_factory=lambda: {"score_importance": 0.005, "load": 0.005})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
         self.options = config
-        self.gate = Gate(site.d_model, site.num_experts)
+        self.gate = Gate(context.d_model, context.num_experts)
 
     @classmethod
     def experts_per_token(cls, config: Config, num_experts: int) -> int:

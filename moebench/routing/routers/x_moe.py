@@ -11,7 +11,7 @@ from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.ranking import rank_top_k
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site, check_top_k
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import Routing
 
 LARGEST_SCALE = 100.0
@@ -24,12 +24,14 @@ LARGEST_SCALE = 100.0
         paper="arXiv:2204.09179, section 3.2",
         use="When representations of tokens gather around the experts' vectors: only directions count.",
         beware="The temperature alone decides how sure the gate can be; where it stays high, routing stays uniform.",
-        causal=True,
-        causal_reason="each token is routed by its own vector; over capacity, the earlier token stays",
-        batch_dependent=False,
+        causality=Causality(
+            causal=True,
+            reason="each token is routed by its own vector; over capacity, the earlier token stays",
+            batch_dependent=False,
+        ),
     )
 )
-class XMoE(Router):
+class XMoE(Router["XMoE.Config"]):
     """Top-k of cosines on a low-dimensional sphere (Chi et al. 2022), against collapse of the representation.
 
     Token and expert are both normalised and the temperature is learned, as in the paper; its released code (torchscale)
@@ -50,12 +52,12 @@ class XMoE(Router):
         """Temperature at the start (τ); it is learned."""
         losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
         self.top_k = config.top_k
         self.temperature = config.temperature
-        self.projection = Gate(site.d_model, config.rank, init_scale=1.0)
-        self.expert_ER = nn.Parameter(torch.empty(site.num_experts, config.rank))
+        self.projection = Gate(context.d_model, config.rank, init_scale=1.0)
+        self.expert_ER = nn.Parameter(torch.empty(context.num_experts, config.rank))
         self.log_scale = nn.Parameter(torch.empty(()))
 
     def init_weights(self, generator: Generator) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import Generator, Tensor, nn
 
 from moebench.errors import require
-from moebench.experts.feed_forward import draw
 from moebench.tasks.audio.batches import (
     Masking,
     evaluation_indices,
@@ -75,7 +74,7 @@ class FrameEmbedding(nn.Linear):
 
     def init_weights(self, generator: Generator) -> None:
         """Draw normal weights with variance 1 / fan-in."""
-        draw(self.weight, self.in_features**-0.5, generator)
+        nn.init.normal_(self.weight, std=self.in_features**-0.5, generator=generator)
 
 
 class AudioTask(Task):
@@ -103,7 +102,7 @@ class AudioTask(Task):
         """Decode and split the recordings, or take them from the cache."""
         return cls(config, prepare(config.data, cache, cls.target))
 
-    def num_positions(self, batch_size: int, seed: int, step: int) -> int:
+    def count_positions(self, batch_size: int, seed: int, step: int) -> int:
         """Count the positions of a step's batch without its padding."""
         train = self.audio.train
         return int(self._lengths(train)[train_indices(train, batch_size, seed, step)].sum())
@@ -163,11 +162,11 @@ class AudioTask(Task):
     def _targets(self, symbol_BS: Tensor, length_B: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return target_BP, weight_BP and count_BP of utterances of `length_B` positions."""
 
-    def embedding(self, d_model: int) -> nn.Module:
+    def build_embedding(self, d_model: int) -> nn.Module:
         """Return the projection of joined frames."""
         width = (self.config.stack + 2 * self.config.context) * self.config.data.num_mels
         return FrameEmbedding(width, d_model, bias=False)
 
-    def head(self, d_model: int) -> nn.Module:
+    def build_head(self, d_model: int) -> nn.Module:
         """Return the projection to the classes, at each position."""
         return TokenHead(d_model, self.num_classes, bias=False)

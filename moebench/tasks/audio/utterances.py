@@ -13,9 +13,9 @@ from moebench.errors import UsageError
 from moebench.tasks.audio.clips import SOUNDS, TABLES, AudioDataConfig, Clip, Target, load_clips, source_digest
 from moebench.tasks.audio.features import BrokenAudioError, decode, log_mel, normalised
 from moebench.tasks.audio.transcripts import alphabet, normalise
+from moebench.tasks.cache import Arrays, digest_of, stored
 from moebench.tasks.folders import TRAIN, tell_unread
 from moebench.tasks.sources import checked_held_out, note
-from moebench.tasks.stored import Arrays, digest_of, stored
 from moebench.tasks.text.splits import MIN_GROUPS, SPLITS, assign_splits, groups_of
 
 FORMAT = 2  # raise it when the split, the features or the files change

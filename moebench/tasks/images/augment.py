@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
-from moebench.seeds import generator
+from moebench.seeds import make_generator
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -21,7 +21,7 @@ class Augmentation:
     @classmethod
     def drawn(cls, batch_size: int, largest_shift: int, seed: int, step: int) -> "Augmentation":
         """Draw for the whole batch of a step: every process that holds a part of it draws the same."""
-        draw = generator("augmentation", seed, step)
+        draw = make_generator("augmentation", seed, step)
         shift_B2 = torch.randint(-largest_shift, largest_shift + 1, (batch_size, 2), generator=draw)
         mirrored_B = torch.rand(batch_size, generator=draw) < 0.5
         return cls(shift_B2=shift_B2.numpy(), mirrored_B=mirrored_B.numpy())

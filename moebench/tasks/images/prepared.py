@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from moebench.errors import UsageError
+from moebench.tasks.cache import Arrays, stored
 from moebench.tasks.folders import TEST, TRAIN, VALIDATION, tell_unread
 from moebench.tasks.images.config import ImageDataConfig
 from moebench.tasks.images.sources import Entry, class_names, read_endings, read_entries, source_digest
 from moebench.tasks.sources import check_domain_names, note
-from moebench.tasks.stored import Arrays, stored
 
 FORMAT = 2  # raise it when the decoding, the split or the files change
 SPLITS = (TRAIN, VALIDATION, TEST)

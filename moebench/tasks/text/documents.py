@@ -266,14 +266,14 @@ def _within_budget(documents: Iterable[Document], config: TextDataConfig) -> lis
         return list(documents)
     if config.streaming:
         return list(_take(documents, config.max_bytes))
-    by_domain: dict[str, list[Document]] = {}
+    average_by_domain: dict[str, list[Document]] = {}
     for document in documents:
-        by_domain.setdefault(document.domain, []).append(document)
-    share = config.max_bytes // max(1, len(by_domain))
-    if by_domain and not share:
-        given = f"{config.max_bytes} for {len(by_domain)} domains"
+        average_by_domain.setdefault(document.domain, []).append(document)
+    share = config.max_bytes // max(1, len(average_by_domain))
+    if average_by_domain and not share:
+        given = f"{config.max_bytes} for {len(average_by_domain)} domains"
         raise UsageError(f"task.data.max_bytes: {given} is less than a byte for each; give more")
-    return [kept for members in by_domain.values() for kept in _share(members, share)]
+    return [kept for members in average_by_domain.values() for kept in _share(members, share)]
 
 
 def _share(members: Sequence[Document], budget: int) -> Iterator[Document]:

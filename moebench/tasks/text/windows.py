@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from moebench.errors import UsageError
+from moebench.tasks.cache import Arrays, stored
 from moebench.tasks.folders import tell_unread
 from moebench.tasks.sources import checked_held_out, note
-from moebench.tasks.stored import Arrays, stored
 from moebench.tasks.tables import TABLES
 from moebench.tasks.text.coverage import Coverage
 from moebench.tasks.text.documents import TEXTS, Document, TextDataConfig, load_documents, source_digest

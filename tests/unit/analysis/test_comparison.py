@@ -8,7 +8,7 @@ import pytest
 from moebench.analysis.compare.comparison import compare
 from moebench.analysis.compare.values import BITS_PER_BYTE
 from moebench.errors import UsageError
-from moebench.runs.result import DIVERGED, RunResult
+from moebench.runs.result import Fault, RunResult
 
 HIGHER = replace(BITS_PER_BYTE, lower_is_better=False)
 VALIDATION = replace(BITS_PER_BYTE, split="validation")
@@ -415,14 +415,14 @@ def test_survivors_of_a_divergence_win_nothing():
     expected = cells(results)
     assert of(compare(results, expected=expected, baseline="dense"), "switch").marks == ("best",)
     for arm, verdicts in (("switch", ["diverged", "worse", "better"]), ("top_k", ["better", "diverged", "better"])):
-        found = compare(end(results, arm, (1, 3), DIVERGED), expected=expected, baseline="dense")
+        found = compare(end(results, arm, (1, 3), Fault.DIVERGED), expected=expected, baseline="dense")
         assert [difference.verdict for difference in found.differences] == verdicts
-        assert found.verdict_in_words(arm) == "2 of 5 diverged"
-        survivors = found.difference_of(arm)
+        assert found.describe_verdict(arm) == "2 of 5 diverged"
+        survivors = found.find_difference(arm)
         assert survivors.seeds == (0, 2, 4)
         assert survivors.p_holm < 0.05  # shown, and no claim
     assert "best" not in of(found, "top_k").marks
-    found = compare(end(results, "switch", (1, 3), DIVERGED), expected=expected, baseline="dense")
+    found = compare(end(results, "switch", (1, 3), Fault.DIVERGED), expected=expected, baseline="dense")
     assert all("best" not in arm.marks for arm in found.arms)
     words = "switch has the best mean over the 3 seeds that all arms have finished and is not called best"
     assert f"{words}: 2 of 5 seeds diverged" in found.notes
@@ -431,32 +431,32 @@ def test_survivors_of_a_divergence_win_nothing():
 
 
 def test_nothing_wins_against_the_survivors_of_the_baseline():
-    results = end(shaken_apart(grid({"dense": 0, "switch": -0.03, "top_k": 0.03})), "dense", (2,), DIVERGED)
+    results = end(shaken_apart(grid({"dense": 0, "switch": -0.03, "top_k": 0.03})), "dense", (2,), Fault.DIVERGED)
     found = compare(results, expected=cells(results), baseline="dense")
     assert [difference.verdict for difference in found.differences] == ["diverged", "diverged"]
-    assert found.verdict_in_words("switch") == "baseline: 1 of 5 diverged"
-    assert found.verdict_in_words("dense") == "baseline, 1 of 5 diverged"
+    assert found.describe_verdict("switch") == "baseline: 1 of 5 diverged"
+    assert found.describe_verdict("dense") == "baseline, 1 of 5 diverged"
     # Better than all others, of which the baseline's survivors are one, and in every seed that was planned.
     assert of(found, "switch").marks == ("best",)
 
 
 def test_an_arm_that_diverged_throughout_says_so():
-    results = end(grid({"dense": 0, "switch": -0.01, "top_k": -0.02}), "top_k", (0, 1, 2, 3, 4), DIVERGED)
+    results = end(grid({"dense": 0, "switch": -0.01, "top_k": -0.02}), "top_k", (0, 1, 2, 3, 4), Fault.DIVERGED)
     found = compare(results, expected=cells(results), baseline="dense")
-    assert found.verdict_in_words("top_k") == "5 of 5 diverged"
-    assert found.difference_of("top_k").mean is None
+    assert found.describe_verdict("top_k") == "5 of 5 diverged"
+    assert found.find_difference("top_k").mean is None
     assert of(found, "switch").marks == ("best",)
 
 
-@pytest.mark.parametrize("fault", [DIVERGED, "outside"])
+@pytest.mark.parametrize("fault", [Fault.DIVERGED, "outside"])
 def test_without_a_baseline_none_is_best(fault):
     # Nothing says whether the arms are matched.
     results = shaken_apart(grid({"dense": 0, "switch": -0.03, "top_k": 0.03}))
     lost = end(results, "dense", (0, 1, 2, 3, 4), fault)
     found = compare(lost, expected=cells(results), baseline="dense")
     assert all(arm.marks == () for arm in found.arms)
-    words = "baseline: 5 of 5 diverged" if fault == DIVERGED else "too few seeds"
-    assert [found.verdict_in_words(arm) for arm in ("switch", "top_k")] == [words] * 2
+    words = "baseline: 5 of 5 diverged" if fault == Fault.DIVERGED else "too few seeds"
+    assert [found.describe_verdict(arm) for arm in ("switch", "top_k")] == [words] * 2
 
 
 def test_a_copy_of_the_baseline_does_not_make_differences_easy_to_detect():
@@ -464,9 +464,9 @@ def test_a_copy_of_the_baseline_does_not_make_differences_easy_to_detect():
     copies = [replace(r, id=f"copy-{r.seed}", arm="copy") for r in results if r.arm == "dense"]
     with_copy = compare([*results, *copies], expected=cells([*results, *copies]), baseline="dense")
     without = compare(results, expected=cells(results), baseline="dense")
-    assert with_copy.difference_of("copy").smallest_detectable is None
+    assert with_copy.find_difference("copy").smallest_detectable is None
     for arm in ("switch", "top_k"):  # one comparison more, the same spread
-        values = [found.difference_of(arm).smallest_detectable for found in (without, with_copy)]
+        values = [found.find_difference(arm).smallest_detectable for found in (without, with_copy)]
         assert values[0] < values[1] < 1.3 * values[0]
 
 
@@ -474,17 +474,17 @@ def test_failures_of_the_machine_are_no_outcome_of_the_arm():
     results = grid({"dense": 0, "switch": -0.01})
     for fault in ("outside", "waited", "own", ""):
         found = compare(end(results, "switch", (1, 3), fault), expected=cells(results), baseline="dense")
-        assert found.difference_of("switch").verdict == found.verdict_in_words("switch") == "better"
+        assert found.find_difference("switch").verdict == found.describe_verdict("switch") == "better"
         assert of(found, "switch").marks == ("best",)
         assert found.to_dict()["arms"]["switch"]["runs"] == {"done": 3, "failed": 2, "diverged": 0, "missing": 0}
         assert len(found.failed) == 2
 
 
 def test_arms_that_are_not_matched_stay_so_when_they_diverge():
-    results = end(grid({"dense": 0, "switch": -0.01}), "switch", (1,), DIVERGED)
+    results = end(grid({"dense": 0, "switch": -0.01}), "switch", (1,), Fault.DIVERGED)
     results = [replace(r, data_digest="other") if r.arm == "switch" else r for r in results]
     found = compare(results, expected=cells(results), baseline="dense", allow_mismatch=True)
-    assert found.verdict_in_words("switch") == "not matched, 1 of 5 diverged"
+    assert found.describe_verdict("switch") == "not matched, 1 of 5 diverged"
 
 
 def test_the_leader_is_found_over_the_seeds_that_all_have():
@@ -531,10 +531,10 @@ def test_results_without_validation_metrics_are_named():
     message = r"--split validation: 1 of 10 results have no validation metrics, first switch, seed 4 \(switch-4\)"
     with pytest.raises(UsageError, match=message):
         compare(old, expected=cells(results), baseline="dense", metric=VALIDATION)
-    failed = end(with_validation, "switch", (4,), DIVERGED)
+    failed = end(with_validation, "switch", (4,), Fault.DIVERGED)
     failed[-1] = replace(failed[-1], validation={})  # a failure has no metrics of any split
     found = compare(failed, expected=cells(results), baseline="dense", metric=VALIDATION)
-    assert found.verdict_in_words("switch") == "1 of 5 diverged"
+    assert found.describe_verdict("switch") == "1 of 5 diverged"
 
 
 def configured(**sections: dict[str, object]) -> dict[str, object]:

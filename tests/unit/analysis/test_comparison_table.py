@@ -10,8 +10,8 @@ from rich.console import Console
 from moebench.analysis.compare.comparison import compare
 from moebench.analysis.compare.table import to_json, to_markdown, to_rich
 from moebench.analysis.compare.values import BITS_PER_BYTE
-from moebench.reporting.formatting import human, number, p_value, signed
-from moebench.runs.result import DIVERGED, RunResult
+from moebench.reporting.formatting import format_count, number, p_value, signed
+from moebench.runs.result import Fault, RunResult
 
 DENSE = (2.00, 2.02, 1.98, 2.01, 1.99)
 JITTER = (0.001, -0.001, 0.002, -0.002, 0.0)
@@ -76,13 +76,13 @@ def half_finished():
     """Fifteen cells done, one failed, two missing."""
     results = [result for result in grid() if result.arm != "expert_choice"]
     expected = cells(results)
-    failed = replace(results[4], status="failed", error="loss is nan at step 212", fault=DIVERGED, metrics={})
+    failed = replace(results[4], status="failed", error="loss is nan at step 212", fault=Fault.DIVERGED, metrics={})
     return compare([*results[:4], failed, *results[5:-1]], expected=expected, baseline="dense")
 
 
 def rendered(comparison, width):
     out = StringIO()
-    Console(file=out, width=width, color_system=None).print(to_rich(comparison))
+    Console(file=out, width=width, color_system=None).print(build_report(comparison).to_rich())
     return out.getvalue()
 
 
@@ -231,7 +231,7 @@ def test_json_is_the_comparison():
     [(None, "–"), (7, "7"), (999.6, "1.00k"), (14_650, "14.7k"), (1.234e6, "1.23M"), (2.5e11, "250B")],
 )
 def test_human(value, text):
-    assert human(value) == text
+    assert format_count(value) == text
 
 
 def test_numbers():
@@ -288,7 +288,7 @@ def test_a_divergence_never_reads_as_a_win():
         ("switch", ("| dense | 5 | 2.0000 ± 0.0196 | – | – | baseline |", "| 2 of 5 diverged |")),
         ("dense", ("| – | – | baseline, 2 of 5 diverged |", "| baseline: 2 of 5 diverged |")),
     ):
-        failure = {"status": "failed", "error": "loss is nan", "fault": DIVERGED, "metrics": {}}
+        failure = {"status": "failed", "error": "loss is nan", "fault": Fault.DIVERGED, "metrics": {}}
         ended = [replace(r, **failure) if (r.arm, r.seed % 3) == (lost, 1) else r for r in results]
         comparison = compare(ended, expected=cells(results), baseline="dense")
         for text in (to_markdown(comparison), rendered(comparison, 120)):

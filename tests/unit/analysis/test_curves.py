@@ -12,7 +12,7 @@ from moebench.analysis.compare.curves import _end_label, _limits, draw_curves, d
 from moebench.analysis.compare.learning_curve import arm_curve
 from moebench.analysis.compare.values import Comparison, Difference
 from moebench.runs.journal import Point
-from moebench.runs.result import DIVERGED, RunResult
+from moebench.runs.result import Fault, RunResult
 
 METRIC = "eval/bits_per_byte"
 
@@ -134,7 +134,7 @@ def test_draw_load_refuses_to_draw_nothing(tmp_path):
 
 def run(arm, seed, value):
     """A run, diverged where it has no value."""
-    how = {"status": "failed", "error": "loss is nan", "fault": DIVERGED} if value is None else {}
+    how = {"status": "failed", "error": "loss is nan", "fault": Fault.DIVERGED} if value is None else {}
     plain = {"status": "done", "error": None, "step": 20, "throughput": {}, "marks": (), "config": {}}
     cost = {"train_flops_per_token": 1.0, "eval_flops_per_token": 1.0, "train_tokens": 1.0}
     metrics = {} if value is None else {"bits_per_byte": value}

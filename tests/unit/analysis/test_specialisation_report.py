@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from moebench.analysis.figures import Figures
+from moebench.analysis.specialisation.figures import draw_labels, preference, spaced, telling_labels
+from moebench.training.label_tables import LabelTable, label_tables_to_json
 
-from moebench.analysis.compare.figures import Figures
-from moebench.analysis.specialisation.figure import draw_labels, preference, spaced, telling_labels
-from moebench.analysis.specialisation.report import best_layer, label_rows, report_of
+from moebench.analysis.specialisation.report import build_label_rows, find_best_layer, report_of
 from moebench.errors import UsageError
 from moebench.runs.folder import RunFolder
-from moebench.training.labels import LabelTable, labels_json
 
 COUNTS = torch.tensor([[6.0, 2.0, 0.0], [1.0, 1.0, 0.0], [1.0, 5.0, 0.0]], dtype=torch.float64)
 EVEN = torch.tensor([[4.0, 4.0, 0.0], [1.0, 1.0, 0.0], [3.0, 3.0, 0.0]], dtype=torch.float64)
@@ -40,10 +40,10 @@ def test_layers_are_drawn_from_the_first_to_the_last() -> None:
 
 
 def test_rows_by_hand() -> None:
-    assert best_layer(TABLE) == "3"
+    assert find_best_layer(TABLE) == "3"
     # Label 0: 8 of 16 tokens, 1/2 · (3/4 ln 3/2 + 1/4 ln 1/2) = 0.0654.
     # Label 2: 6 of 16, 3/8 · (1/6 ln 1/3 + 5/6 ln 5/3) = 0.0910.
-    assert label_rows(TABLE, "3") == [
+    assert build_label_rows(TABLE, "3") == [
         ("cat", "50.0 %", "41.8 %", "0: 75 %, 1: 25 %"),
         ("dog", "12.5 %", "0.0 %", "0: 50 %, 1: 50 %"),
         ("cow", "37.5 %", "58.2 %", "1: 83 %, 0: 17 %"),
@@ -75,30 +75,30 @@ def write_run(results: Path, run_id: str) -> RunFolder:
 
 def test_a_run_is_named_by_how_its_id_begins(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no run"):
-        report_of(tmp_path, "aa")
+        read_label_report(tmp_path, "aa")
     for run_id in ("aabb", "aacc", "dddd"):
-        write_run(tmp_path, run_id).labels.write_text(labels_json(7, {"class": TABLE}))
-    report = report_of(tmp_path, "aab")
+        write_run(tmp_path, run_id).labels.write_text(label_tables_to_json(7, {"class": TABLE}))
+    report = read_label_report(tmp_path, "aab")
     assert (report.id, report.arm, report.seed) == ("aabb", "switch", 3)
     found = report.to_dict()["labels"]["class"]
     assert (found["values"], found["layers"]["3"]) == (["cat", "dog", "cow"], COUNTS.tolist())
     assert found["information"] == TABLE.information
     for name, words in (("aa", "begins 2 ids"), ("dddx", "Did you mean 'dddd'"), ("", "unknown")):
         with pytest.raises(UsageError, match=words):
-            report_of(tmp_path, name)
+            read_label_report(tmp_path, name)
     with pytest.raises(UsageError, match=r"--label: 'clas' is unknown. Did you mean 'class'"):
-        report_of(tmp_path, "d", "clas")
+        read_label_report(tmp_path, "d", "clas")
     write_run(tmp_path, "eeee")
     with pytest.raises(UsageError, match="is done and has experts"):
-        report_of(tmp_path, "e")
+        read_label_report(tmp_path, "e")
 
 
 def test_a_run_without_tables_has_the_other_figure(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "aabb")
     folder.loads.write_text(json.dumps({"step": 7, "layers": {"3": [8, 8, 0]}}) + "\n")
     folder.result.write_text("{}")
-    Figures().of_run(folder, "switch")
+    Figures().draw_run_figures(folder, "switch")
     assert [path.name for path in folder.path.glob("*.png")] == ["load.png"]
-    folder.labels.write_text(labels_json(7, {"class": TABLE}))
-    Figures().of_run(folder, "switch")
+    folder.labels.write_text(label_tables_to_json(7, {"class": TABLE}))
+    Figures().draw_run_figures(folder, "switch")
     assert sorted(path.name for path in folder.path.glob("*.png")) == ["labels.png", "load.png"]

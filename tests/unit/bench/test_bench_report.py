@@ -7,9 +7,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from moebench.bench.layer.measure import LayerBench, LayerSettings
+from moebench.bench.layer.measure import Benchmark, Settings
 from moebench.bench.layer.problem import Skipped, make_problem
-from moebench.bench.layer.report import layer_report, rounds_in_words
+from moebench.bench.layer.report import build_report, rounds_in_words
 from moebench.bench.layer.row import GEMM, ROUTER, Line, Row
 from moebench.bench.layer.shapes import parse
 from moebench.bench.timing import Round, Spread, Timings
@@ -43,12 +43,12 @@ def row(**changes: object) -> Row:
     return Row(problem=problem, **given | {"gemm_tflops": 0.1, "least_saved_bytes": 1000} | changes)  # type: ignore[arg-type]
 
 
-def report(*rows: Row) -> LayerBench:
-    return LayerBench(rows=rows, absent={"peer": "not installed"}, machine=MACHINE, settings=LayerSettings())
+def report(*rows: Row) -> Benchmark:
+    return Benchmark(rows=rows, absent={"peer": "not installed"}, machine=MACHINE, settings=Settings())
 
 
 def test_cells() -> None:
-    (grid,) = layer_report(report(row())).grids
+    (grid,) = build_report(report(row())).grids
     assert grid.rows[0] == ("dense", "1.00", "1.00", "–", "1.00", "3.00", "0", "–")
     assert grid.rows[1] == ("moebench", "2.00", "2.00", "1.90–2.10", "0.50", "1.50", "0", "yes")
     assert grid.rows[2][-1] == "NO"
@@ -64,13 +64,13 @@ def test_a_row_is_certified_by_the_rate_of_a_plain_product() -> None:
     slow = row(train_rounds=timings(gemm_s=0.1))
     assert slow.dense_share == pytest.approx(0.45)
     assert not slow.certified
-    (grid,) = layer_report(report(slow)).grids
+    (grid,) = build_report(report(slow)).grids
     assert grid.marked
     assert any("45% of a plain product's rate here: NOT CERTIFIED, below 75%" in text for text in grid.below)
 
 
 def test_a_busy_machine_is_said() -> None:
-    (grid,) = layer_report(report(row(forward_rounds=timings(others=0.5)))).grids
+    (grid,) = build_report(report(row(forward_rounds=timings(others=0.5)))).grids
     assert grid.marked
     text = "3 rounds kept, 0 rejected; BUSY MACHINE: others used over 8% of it in 3 of the kept"
     assert rounds_in_words(timings(others=0.5)) == text
@@ -79,12 +79,12 @@ def test_a_busy_machine_is_said() -> None:
 
 def test_the_table_fits_80_columns() -> None:
     console = Console(file=io.StringIO(), width=80)
-    console.print(layer_report(report(row())).to_rich())
+    console.print(build_report(report(row())).to_rich())
     assert "…" not in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_markdown_and_json() -> None:
-    found = layer_report(report(row()))
+    found = build_report(report(row()))
     assert "| moebench | 2.00 | 2.00 | 1.90–2.10 | 0.50 | 1.50 | 0 | yes |" in found.to_markdown()
     values = json.loads(found.to_json())
     assert values["absent"] == {"peer": "not installed"}

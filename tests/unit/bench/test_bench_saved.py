@@ -1,6 +1,7 @@
 """Bytes saved for backward, counted by hand."""
 
 import torch
+from moebench.bench.allocator import keep_freed_memory
 
 from moebench.bench.layer.problem import make_problem
 from moebench.bench.layer.row import compare_outputs
@@ -8,7 +9,6 @@ from moebench.bench.layer.saved import least_bytes, saved_bytes
 from moebench.bench.layer.shapes import parse
 from moebench.bench.layer.variants import DENSE, OURS, dense_twin, own_variants, route_context
 from moebench.bench.step.uniform import UniformLoad
-from moebench.experts.allocator import keep_freed_memory
 
 
 def test_storages_count_once_and_excluded_ones_not() -> None:
@@ -19,14 +19,14 @@ def test_storages_count_once_and_excluded_ones_not() -> None:
         hidden = x @ weight  # saves x and weight
         return hidden * hidden  # saves hidden, twice
 
-    assert saved_bytes(forward, [x, weight]) == 10 * 6 * 4
-    assert saved_bytes(forward, [weight]) == 10 * 6 * 4 + 10 * 4 * 4
+    assert count_saved_bytes(forward, [x, weight]) == 10 * 6 * 4
+    assert count_saved_bytes(forward, [weight]) == 10 * 6 * 4 + 10 * 4 * 4
 
 
 def test_a_view_keeps_its_whole_storage() -> None:
     x = torch.randn(10, 4)
     weight = torch.randn(2, 6, requires_grad=True)
-    assert saved_bytes(lambda: x[:, :2] @ weight, [weight]) == 10 * 4 * 4
+    assert count_saved_bytes(lambda: x[:, :2] @ weight, [weight]) == 10 * 4 * 4
 
 
 def test_the_least_that_a_layer_keeps() -> None:
@@ -39,7 +39,7 @@ def test_dense_gelu_saves_hidden_values_before_and_after_the_activation() -> Non
     dense = dense_twin(problem)
     assert (dense.name, problem.dense.w_in_DF.shape) == (DENSE, (8, 32))
     excluded = [problem.x_TD, *dense.module.parameters()]
-    assert saved_bytes(lambda: dense.forward(problem.x_TD), excluded) == 2 * 32 * 32 * 4
+    assert count_saved_bytes(lambda: dense.forward(problem.x_TD), excluded) == 2 * 32 * 32 * 4
 
 
 def test_our_layer_equals_the_double_loop_and_capacity_says_what_it_drops() -> None:

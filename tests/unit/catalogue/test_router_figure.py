@@ -12,7 +12,7 @@ def test_panels_of_every_router(name: str) -> None:
     example = Example(name, seed=0)
     panels = example.panels()
     router = example.layer.router
-    assert any(panel.slots is not None for panel in panels) is not (router.is_soft or router.is_chain)
+    assert any(panel.slots is not None for panel in panels) is not (router.form.is_mixture or router.form.is_chain)
     for panel in panels:
         assert panel.weight_TE.shape[0] == 16
         assert torch.isfinite(panel.weight_TE).all()

@@ -153,15 +153,15 @@ def test_labels_are_of_typed_values(tmp_path: Path) -> None:
 PLUGIN = '''
 from dataclasses import dataclass
 
-from moebench.routing.router import ROUTERS, Facts
+from moebench.routing.router import ROUTERS, Causality, Facts
 
 Parent = ROUTERS.get("PARENT").item
 
 
 @ROUTERS.register(
     Facts(
-        family="token choice", equation="y = x", paper="arXiv:0000.00000", causal=True,
-        causal_reason="as switch", batch_dependent=False,
+        family="token choice", equation="y = x", paper="arXiv:0000.00000",
+        causality=Causality(causal=True, reason="as switch", batch_dependent=False),
     )
 )
 class Mine(Parent):

@@ -8,7 +8,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.cases import D_MODEL, Case, Tokens, assert_same_gradients, route, run, stirred, weight_table
+from support.cases import (
+    D_MODEL,
+    Case,
+    Tokens,
+    assert_same_gradients,
+    randomise_parameters,
+    route,
+    run,
+    tabulate_weights,
+)
 from support.layout_models import backbone_of, config_of
 from torch import Tensor
 
@@ -17,9 +26,9 @@ from moebench.experts.capacity import Capacity
 from moebench.experts.chain import Chain, chain_loop, unit_scale
 from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.layer import MoELayer
-from moebench.models.plan import plan_of
+from moebench.models.plan import plan_blocks
 from moebench.models.transformer import init_weights
-from moebench.routing.routers.ponder_net import hazards, mean_steps
+from moebench.routing.routers.ponder_net import compute_hazards, compute_mean_steps
 from moebench.routing.values import ChainRouting
 
 both = pytest.mark.parametrize("name", ["act", "ponder_net"])
@@ -49,7 +58,7 @@ def test_act_by_hand() -> None:
     layer, tokens = layer_of("act", bias=1.0), Tokens.draw(5)
     y_TD, record = run(layer, tokens, training=True)
     p = 1 / (1 + math.exp(-1))
-    torch.testing.assert_close(weight_table(record.kept), torch.tensor([[p, 1 - p, 0, 0]]).expand(5, 4))
+    torch.testing.assert_close(tabulate_weights(record.kept), torch.tensor([[p, 1 - p, 0, 0]]).expand(5, 4))
     h_1, h_2, *_ = states(layer.bank, tokens.x_TD)
     torch.testing.assert_close(y_TD, p * h_1 + (1 - p) * h_2 - tokens.x_TD)
     ponder = layer.router.losses(record)["ponder"]
@@ -64,7 +73,7 @@ def test_ponder_net_by_hand() -> None:
     layer, tokens = layer_of("ponder_net", bias=-math.log(2)), Tokens.draw(5)
     y_TD, record = run(layer, tokens, training=False)
     assert record.routing.load_E.tolist() == [5, 5, 0, 0]
-    torch.testing.assert_close(weight_table(record.kept), torch.tensor([[0.0, 1, 0, 0]]).expand(5, 4))
+    torch.testing.assert_close(tabulate_weights(record.kept), torch.tensor([[0.0, 1, 0, 0]]).expand(5, 4))
     torch.testing.assert_close(y_TD, states(layer.bank, tokens.x_TD)[1] - tokens.x_TD)
 
 
@@ -93,14 +102,14 @@ def test_a_token_that_never_stops_takes_all_steps_and_no_more(name: str, trainin
     layer, tokens = layer_of(name, bias=-1e4), Tokens.draw(6)
     y_TD, record = run(layer, tokens, training=training)
     assert record.routing.load_E.tolist() == [6] * 4
-    torch.testing.assert_close(weight_table(record.kept), torch.tensor([[0.0, 0, 0, 1]]).expand(6, 4))
+    torch.testing.assert_close(tabulate_weights(record.kept), torch.tensor([[0.0, 0, 0, 1]]).expand(6, 4))
     torch.testing.assert_close(y_TD, states(layer.bank, tokens.x_TD)[-1] - tokens.x_TD)
 
 
 @settings(max_examples=25)
 @given(st.sampled_from(["act", "ponder_net"]), st.integers(0, 99), st.integers(2, 9), st.booleans())
 def test_steps_are_the_first_ones_and_weights_sum_to_1(name: str, seed: int, num_experts: int, training: bool) -> None:
-    layer = stirred(Case(name, num_experts).layer(), seed)
+    layer = randomise_parameters(Case(name, num_experts).layer(), seed)
     _, record = run(layer, Tokens.draw(32, seed=seed), training=training)
     ran_TE = record.kept.counted_N.view(32, num_experts)
     assert ran_TE[:, 0].all()
@@ -117,7 +126,7 @@ def test_steps_are_the_first_ones_and_weights_sum_to_1(name: str, seed: int, num
 @settings(max_examples=25)
 def test_a_chain_is_the_loop_in_fp64(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    bank = stirred(ExpertBank(D_MODEL, 8, 4, "swiglu"), seed).double()
+    bank = randomise_parameters(ExpertBank(D_MODEL, 8, 4, "swiglu"), seed).double()
     x_TD = Tokens.draw(7, seed=seed).x_TD.double().requires_grad_()
     steps_T1 = torch.randint(0, 5, (7, 1), generator=generator)
     ran_TE = torch.arange(4) < steps_T1
@@ -163,9 +172,9 @@ def test_alone_a_router_sees_tokens_that_no_expert_changes(name: str) -> None:
 
 def test_the_prior_cut_and_normalised_by_hand() -> None:
     # λ = 1/2, three steps: 4/7, 2/7, 1/7. Stopping once reached: 4/7, (2/7)/(3/7), 1. Mean 1·4/7 + 2·2/7 + 3/7.
-    assert hazards(0.5, 3) == pytest.approx([4 / 7, 2 / 3, 1])
-    assert mean_steps(0.5, 3) == pytest.approx(11 / 7)
-    assert mean_steps(0.2, 1000) == pytest.approx(5)
+    assert compute_hazards(0.5, 3) == pytest.approx([4 / 7, 2 / 3, 1])
+    assert compute_mean_steps(0.5, 3) == pytest.approx(11 / 7)
+    assert compute_mean_steps(0.2, 1000) == pytest.approx(5)
 
 
 def geometric_of(hazard_N: list[float], prior: float, num_tokens: int) -> tuple[float, float]:
@@ -201,7 +210,7 @@ def test_geometric_is_the_kl_from_p_to_the_prior() -> None:
 
 @pytest.mark.parametrize("prior", [0.2, 0.5, 0.9])
 def test_geometric_is_0_when_p_is_the_prior(prior: float) -> None:
-    assert geometric_of(hazards(prior, 4)[:-1], prior, 100)[0] == pytest.approx(0, abs=1e-6)
+    assert geometric_of(compute_hazards(prior, 4)[:-1], prior, 100)[0] == pytest.approx(0, abs=1e-6)
 
 
 def exact_gradients(layer: MoELayer, x_D: Tensor, pull_D: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -289,7 +298,7 @@ def test_bad_options_of_halting_are_refused(name: str, options, key: str) -> Non
 def test_where_a_chain_cannot_be_is_one_line(name: str, layout, words: str) -> None:
     layout = dict(layout)
     with pytest.raises(UsageError, match=words) as caught:
-        plan_of(config_of(layout.pop("name"), name, **layout))
+        plan_blocks(config_of(layout.pop("name"), name, **layout))
     assert "\n" not in str(caught.value)
 
 

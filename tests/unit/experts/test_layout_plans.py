@@ -4,17 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import Tokens, stirred
+from support.cases import Tokens, randomise_parameters
 
 from moebench.config import resolve
 from moebench.errors import UsageError
-from moebench.experts.assembly import Routed, scale_experts_per_token
+from moebench.experts.assembly import RouterPlan, scale_experts_per_token
 from moebench.experts.layout import LAYOUTS, ExpertShape
 from moebench.experts.mixed import ConstantBank, DeepBank, MixedBank, bank_of
 from moebench.experts.widths import Widths
 from moebench.models.build import build_backbone
 from moebench.models.cost import Cost, cost_of
-from moebench.models.plan import plan_of
+from moebench.models.plan import plan_blocks
 from moebench.models.transformer import BatchContext, Transformer
 from moebench.routing.losses import LOSSES
 from moebench.routing.router import ROUTERS
@@ -36,7 +36,7 @@ def cost(layout: dict[str, Any], router: Any = "switch", **model: Any) -> Cost:
 
 def banks_of(layout: dict[str, Any], num_layers: int = 4) -> list[int]:
     """Return the number of feed-forward experts of each block, 0 for a dense one."""
-    plan = plan_of(config_of(layout, num_layers=num_layers))
+    plan = plan_blocks(config_of(layout, num_layers=num_layers))
     return [len(block.feed_forward.shapes) if block.feed_forward else 0 for block in plan]
 
 
@@ -125,7 +125,7 @@ def test_the_penalty_on_large_experts_knows_the_sizes_of_the_layer() -> None:
     # Widths 4 and 12, of 16 tokens 8 each: sizes 1/2 and 3/2 of the mean, f = 1/2 each: P_0/2 + 3 P_1/2.
     layout = {"name": "heterogeneous", "num_experts": 2, "widths": [0.5, 1.5], "expert_width": 8}
     (layer, *_) = backbone_of(layout, "switch").moe_layers()
-    stirred(layer)
+    randomise_parameters(layer)
     tokens = Tokens.draw(16)
     x_TD = torch.cat([tokens.x_TD[:8], -tokens.x_TD[:8]])  # a linear gate sends x and -x to different experts
     _, record = layer(x_TD, tokens.context(training=False))
@@ -256,7 +256,7 @@ def test_a_dense_router_makes_every_layout_the_dense_model() -> None:
 )
 def test_bad_options_are_one_line(layout: dict[str, Any], router: Any, words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
-        plan_of(config_of(layout, router))
+        plan_blocks(config_of(layout, router))
     assert "\n" not in str(caught.value)
 
 
@@ -277,14 +277,14 @@ def test_experts_per_token_are_scaled_where_they_can_be() -> None:
     assert scale_experts_per_token(top_k, top_k.Config(top_k=3), 4, 32).top_k == 12
     assert scale_experts_per_token(choice, choice.Config(), 4, 32).average_experts == 8
     assert scale_experts_per_token(everything, everything.Config(), 4, 32) == everything.Config()
-    plan = plan_of(config_of({"name": "fine_grained", "num_experts": 8}, "top_k"))
+    plan = plan_blocks(config_of({"name": "fine_grained", "num_experts": 8}, "top_k"))
     assert plan[0].feed_forward is not None
-    assert Routed.of(config_of({"name": "every_n"}, "top_k").router, plan[0].feed_forward).experts_per_token == 8
+    assert RouterPlan.of(config_of({"name": "every_n"}, "top_k").router, plan[0].feed_forward).experts_per_token == 8
 
 
 def test_experts_without_a_network_by_hand() -> None:
     shapes = [ExpertShape(kind="zero"), ExpertShape(kind="copy"), ExpertShape(kind="constant")]
-    bank = stirred(bank_of(shapes, Widths(4), 8, "gelu"))
+    bank = randomise_parameters(bank_of(shapes, Widths(4), 8, "gelu"))
     x_RD = Tokens.draw(6).x_TD
     y_RD = bank.rows(x_RD, torch.tensor([2, 2, 2]))
     assert not y_RD[:2].any()
@@ -296,7 +296,7 @@ def test_experts_without_a_network_by_hand() -> None:
 
 
 def test_a_deep_expert_by_hand() -> None:
-    bank = stirred(bank_of([ExpertShape(depth=2)] * 3, Widths(4), 8, "gelu"))
+    bank = randomise_parameters(bank_of([ExpertShape(depth=2)] * 3, Widths(4), 8, "gelu"))
     x_RD = Tokens.draw(5).x_TD
     first, second = bank.banks
     h_RD = x_RD + first.expert(x_RD, 1)
@@ -309,7 +309,7 @@ def test_a_deep_expert_by_hand() -> None:
 def test_a_batch_without_tokens(layout: str) -> None:
     backbone = backbone_of({"name": layout, "num_experts": 8, "match": "none"}, "top_k")
     ctx = BatchContext(training=True, seed=0, token_id_BL=torch.zeros(1, 1, dtype=torch.int64))
-    y_BLD, _ = stirred(backbone)(torch.zeros(1, 1, 8), ctx)
+    y_BLD, _ = randomise_parameters(backbone)(torch.zeros(1, 1, 8), ctx)
     assert y_BLD.shape == (1, 1, 8)
     nothing = BatchContext(training=True, seed=0, valid_BL=torch.zeros(2, 3, dtype=torch.bool))
     y_BLD, records = backbone(torch.randn(2, 3, 8), nothing)

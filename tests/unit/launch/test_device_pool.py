@@ -13,7 +13,7 @@ from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment, expand
 from moebench.experiment.runner import default_jobs
 from moebench.launch.devices import DevicePool, visible_devices
-from moebench.launch.launcher import OwnLaunch
+from moebench.launch.launcher import LocalLauncher
 from moebench.launch.scheduler import Outcome, Scheduler
 from moebench.runs.cell import Cell
 
@@ -22,12 +22,12 @@ import json, os, time
 from dataclasses import dataclass
 from pathlib import Path
 
-from moebench.routing.router import ROUTERS, Facts
+from moebench.routing.router import ROUTERS, Causality, Facts
 from moebench.routing.routers.switch import Switch
 
 
-@ROUTERS.register(Facts(family="token choice", equation="-", paper="-", causal=True, causal_reason="-",
-                        batch_dependent=False))
+@ROUTERS.register(Facts(family="token choice", equation="-", paper="-",
+        causality=Causality(causal=True, reason="-", batch_dependent=False)))
 class Noting(Switch):
     '''Switch that notes which GPUs it may see, and may break.'''
 
@@ -145,17 +145,17 @@ def test_a_mixed_grid_runs_as_many_cells_as_the_largest_allows(here: Path, monke
 class Watching:
     """A display that sees which GPUs the cells at work have."""
 
-    def __init__(self, launch: OwnLaunch) -> None:
+    def __init__(self, launch: LocalLauncher) -> None:
         self.launch = launch
         self.most = Counter[str]()
 
-    def started(self, cell: Cell) -> None: ...
+    def on_start(self, cell: Cell) -> None: ...
 
-    def progress(self, cell: Cell, message: dict[str, Any]) -> None:
+    def on_progress(self, cell: Cell, message: dict[str, Any]) -> None:
         for name, number in self.launch.devices.num_users.items():
             self.most[name] = max(self.most[name], number)
 
-    def ended(self, outcome: Outcome) -> None: ...
+    def on_end(self, outcome: Outcome) -> None: ...
     def note(self, text: str) -> None: ...
 
 
@@ -171,7 +171,7 @@ def test_cells_see_their_own_gpu_alone_and_give_it_back(
     ]
     plugins = (plugin.write(noting_in(here)),)
     experiment = cells_of(here, plugins=plugins, grid={"arm": arms}, seeds=[0], baseline="well")
-    launch = OwnLaunch()
+    launch = LocalLauncher()
     outcomes = Scheduler(here / "results", "tiny", 1, Watching(launch), launch).run(experiment.cells)
     ends = {outcome.cell.arm: outcome.status for outcome in outcomes}
     assert ends == {"breaks": "failed", "well": "done", "two": "done", "on the cpu": "done"}
@@ -187,7 +187,7 @@ def test_cells_at_the_same_time_have_different_gpus(here: Path, monkeypatch: pyt
     fake_gpus(monkeypatch, 2)
     plugins = (plugin.write(noting_in(here)),)
     cells = cells_of(here, plugins=plugins, grid={"router": ["noting"]}, seeds=[0, 1, 2], baseline="noting").cells
-    launch = OwnLaunch()
+    launch = LocalLauncher()
     display = Watching(launch)
     outcomes = Scheduler(here / "results", "tiny", default_jobs(cells), display, launch).run(cells)
     assert [outcome.status for outcome in outcomes] == ["done"] * 3
@@ -206,7 +206,7 @@ def test_gpus_go_back_when_a_cell_cannot_even_be_started(
         raise OSError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr("moebench.launch.launcher.NearMember", no_process)
-    launch = OwnLaunch()
+    launch = LocalLauncher()
     cells = cells_of(here, seeds=[0]).cells
     outcomes = Scheduler(here / "results", "tiny", 1, Watching(launch), launch).run(cells)
     assert [outcome.status for outcome in outcomes] == ["failed"] * len(cells)
@@ -216,5 +216,5 @@ def test_gpus_go_back_when_a_cell_cannot_even_be_started(
 def test_more_processes_than_gpus_are_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpus(monkeypatch, 3)
     with pytest.raises(UsageError, match=r"4 processes on this node and 3 GPU\(s\)"):
-        OwnLaunch().check(cells_of(here, "parallel.data=4", "train.batch_size=4").cells)
-    OwnLaunch().check(cells_of(here, "parallel.data=4", "train.batch_size=4", "train.device=cpu").cells)
+        LocalLauncher().check(cells_of(here, "parallel.data=4", "train.batch_size=4").cells)
+    LocalLauncher().check(cells_of(here, "parallel.data=4", "train.batch_size=4", "train.device=cpu").cells)

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.cases import stirred
+from moebench.compatibility import check_cell, list_marks
+from moebench.training.evaluation import batch_context
+from support.cases import randomise_parameters
 from support.training_cases import Run, tiny_config, write_text
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,13 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moebench.config import resolve
 from moebench.errors import UsageError
-from moebench.models.attention import CrossAttention, Memory
+from moebench.models.attention import CrossAttention, EncoderOutput
 from moebench.schema import CellConfig
 from moebench.tasks.task import Batch
-from moebench.training.compatibility import check_cell, marks_of
-from moebench.training.evaluate import batch_context
 from moebench.training.model import Model, initialised_model, model_cost, prepare_task
-from moebench.training.objective import judged, objective
+from moebench.training.objective import add_token_loss, compute_objective
 
 SPANS = {"name": "span_corruption", "sequence_length": 20, "eval_windows": 2, "noise_density": 0.3}
 
@@ -51,7 +51,7 @@ def changed_from(value_BL: Tensor, place: int) -> Tensor:
 @pytest.mark.parametrize("router", ["dense", "top_k", "hash"])
 def test_the_decoder_sees_its_past_and_all_of_the_encoder(text: Path, tmp_path: Path, router: str) -> None:
     model, batch = model_of(config_of(text, router), tmp_path)
-    stirred(model)
+    randomise_parameters(model)
     assert batch.decoder_input_BP is not None
     before = out_of(model, batch)
     after = out_of(model, replace(batch, decoder_input_BP=changed_from(batch.decoder_input_BP, 4)))
@@ -63,11 +63,11 @@ def test_the_decoder_sees_its_past_and_all_of_the_encoder(text: Path, tmp_path: 
 
 def test_the_probe_finds_a_leak_where_there_is_one(text: Path, tmp_path: Path) -> None:
     model, batch = model_of(config_of(text, "expert_choice", allow_noncausal=True), tmp_path)
-    stirred(model)
+    randomise_parameters(model)
     assert batch.decoder_input_BP is not None
     leaked = False
     for seed in range(5):
-        stirred(model, seed)
+        randomise_parameters(model, seed)
         after = out_of(model, replace(batch, decoder_input_BP=changed_from(batch.decoder_input_BP, 4)))
         leaked |= not torch.allclose(after[:, :4], out_of(model, batch)[:, :4])
     assert leaked
@@ -76,7 +76,7 @@ def test_the_probe_finds_a_leak_where_there_is_one(text: Path, tmp_path: Path) -
 @pytest.mark.parametrize("router", ["dense", "top_k", "expert_choice", "soft_moe"])
 def test_padding_on_both_sides_changes_nothing(text: Path, tmp_path: Path, router: str) -> None:
     model, batch = model_of(config_of(text, router, allow_noncausal=True), tmp_path)
-    stirred(model)
+    randomise_parameters(model)
     assert batch.decoder_input_BP is not None
 
     def longer(value_BL: Tensor, by: int) -> Tensor:
@@ -100,11 +100,11 @@ def test_padding_on_both_sides_changes_nothing(text: Path, tmp_path: Path, route
 
 
 def test_cross_attention_equals_a_loop() -> None:
-    cross = stirred(CrossAttention(8, 2, out_scale=1.0))
+    cross = randomise_parameters(CrossAttention(8, 2, out_scale=1.0))
     generator = torch.Generator().manual_seed(0)
     x_BLD, x_BMD = torch.randn(2, 3, 8, generator=generator), torch.randn(2, 5, 8, generator=generator)
     valid_BM = torch.tensor([[True] * 5, [True, True, False, False, True]])
-    ours = cross(x_BLD, Memory(x_BMD=x_BMD, valid_BM=valid_BM))
+    ours = cross(x_BLD, EncoderOutput(x_BMD=x_BMD, valid_BM=valid_BM))
     key_BMD, value_BMD = cross.key_value(x_BMD).chunk(2, dim=-1)
     for sequence in range(2):
         for place in range(3):
@@ -137,7 +137,7 @@ def test_experts_are_where_the_layout_says(text: Path, tmp_path: Path, where: st
     halves = ("encoder", "decoder") if where == "both" else (where,)
     names = [f"{half}.{block}" for half in halves for block in range(2)]
     assert [record.layer for record in records] == names
-    assert [layer.layer for layer in model.backbone.moe_layers()] == names
+    assert [layer.name for layer in model.backbone.moe_layers()] == names
     lengths = {"encoder": batch.input_BL.shape[1], "decoder": batch.target_BP.shape[1]}
     assert [record.routing.num_tokens for record in records] == [3 * lengths[name.split(".")[0]] for name in names]
     dense, _ = model_of(config_of(text, "dense", layout=layout, model={"ffn_width": 64}), tmp_path)
@@ -169,7 +169,7 @@ def test_a_random_table_differs_between_the_halves(text: Path, tmp_path: Path) -
 @pytest.mark.parametrize(("where", "allowed"), [("both", False), ("decoder", False), ("encoder", True)])
 def test_routers_that_see_the_future_are_for_the_encoder(where: str, allowed: bool) -> None:
     raw = {"task": "span_corruption", "router": "expert_choice", "layout": {"experts_in": where}}
-    assert marks_of(resolve(raw)) == (() if allowed else ("non-causal",))
+    assert list_marks(resolve(raw)) == (() if allowed else ("non-causal",))
     if allowed:
         check_cell(resolve(raw))
         return
@@ -203,11 +203,11 @@ def test_reinforcement_in_the_encoder_gets_the_loss_of_the_sequence(text: Path, 
     layers = model.backbone.moe_layers()
     for layer in layers:
 
-        def learned(record, name=str(layer.layer)):
+        def learned(record, name=str(layer.name)):
             seen[name] = record.token_loss_T
 
         layer.router.objective = learned
-    objective(loss_BP, batch, layers, judged(records, loss_BP, batch), {})
+    compute_objective(loss_BP, batch, layers, add_token_loss(records, loss_BP, batch), {})
     mean_BP = loss_BP.mean(1, keepdim=True).expand_as(loss_BP)
     torch.testing.assert_close(seen["encoder.1"], mean_BP.reshape(-1))
     torch.testing.assert_close(seen["decoder.1"], loss_BP.reshape(-1))

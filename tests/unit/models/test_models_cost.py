@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from moebench.training.evaluation import batch_context
 from support.training_cases import tiny_config, write_text
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -12,11 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from moebench.config import resolve
 from moebench.errors import UsageError
 from moebench.experts.feed_forward import ffn_flops
-from moebench.experts.widths import MATCH_TOLERANCE, matched_widths
+from moebench.experts.widths import MATCH_TOLERANCE, solve_widths
 from moebench.models.build import build_backbone
 from moebench.models.cost import cost_of
 from moebench.routing.router import ROUTERS
-from moebench.training.evaluate import batch_context
 from moebench.training.model import initialised_model, model_cost, prepare_task
 
 ROUTERS_COUNTED = [
@@ -97,7 +97,7 @@ def test_arms_are_matched_by_default(router: str, activation: str) -> None:
 
 def width_of(ffn_width: int, top_k: int, router: float) -> int:
     """Match a bank of top_k experts of one width and a router that costs as many FLOPs as so many hidden units."""
-    widths = matched_widths(
+    widths = solve_widths(
         lambda widths: widths.of(1.0) * top_k + router,
         lambda ffn_width: ffn_width,
         ffn_width,

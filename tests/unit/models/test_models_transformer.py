@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.cases import stirred
+from support.cases import randomise_parameters
 
 from moebench.config import resolve
 from moebench.experts.feed_forward import FeedForward
@@ -63,7 +63,7 @@ def test_rotation_keeps_lengths_and_leaves_position_0_alone() -> None:
 
 @pytest.mark.parametrize("router", ["dense", "switch", "noisy_top_k", "hash"])
 def test_causal_model_sees_no_future(router: str) -> None:
-    backbone = stirred(backbone_of(config_of(router)))
+    backbone = randomise_parameters(backbone_of(config_of(router)))
     x_BLD = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1))
     other_BLD = x_BLD.clone()
     other_BLD[:, 3:] += 1
@@ -75,7 +75,7 @@ def test_causal_model_sees_no_future(router: str) -> None:
 
 
 def test_bidirectional_model_sees_the_future() -> None:
-    backbone = stirred(backbone_of(config_of("dense"), causal=False))
+    backbone = randomise_parameters(backbone_of(config_of("dense"), causal=False))
     x_BLD = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1))
     other_BLD = x_BLD.clone()
     other_BLD[:, 3:] += 1
@@ -83,7 +83,7 @@ def test_bidirectional_model_sees_the_future() -> None:
 
 
 def test_attention_does_not_mix_sequences() -> None:
-    attention = stirred(Attention(8, 2, causal=True, rope_theta=1e4, out_scale=1.0))
+    attention = randomise_parameters(Attention(8, 2, causal=True, rope_theta=1e4, out_scale=1.0))
     x_BLD = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(attention(x_BLD)[1:2], attention(x_BLD[1:2]))
 

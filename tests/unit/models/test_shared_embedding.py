@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from moebench.compatibility import check_cell
+from moebench.training.evaluation import batch_context
 from support.training_cases import Run, tiny_config, write_text
 
 from moebench.errors import UsageError
-from moebench.training.compatibility import check_cell
-from moebench.training.evaluate import batch_context
 from moebench.training.model import initialised_model, model_cost, prepare_task
 from moebench.training.module import CellModule
 
@@ -32,8 +32,8 @@ def module_of(text: Path, folder: Path, **router: object) -> CellModule:
 
 def judge(module: CellModule):
     batch = module.task.train_batch(4, 0, 0)
-    outputs, records = module.passes(batch, batch_context(batch, training=True, seed=0))
-    return module.judge(batch, outputs, records)[0], outputs, batch
+    outputs, records = module.run_passes(batch, batch_context(batch, training=True, seed=0))
+    return module.compute_loss(batch, outputs, records)[0], outputs, batch
 
 
 def test_its_own_loss_is_that_of_the_task_on_what_it_says(text: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.training_cases import Run, assert_same_tree, tiny_config, write_text
 
-from moebench.parallel.checkpoint import KEEP, VerifiedCheckpointIO, checkpoint_path, newest_good, step_of
+from moebench.parallel.checkpoint import KEEP, VerifiedCheckpointIO, checkpoint_path, find_newest_valid, parse_step
 
 
 @pytest.fixture(scope="module")
@@ -62,27 +62,27 @@ def part_of(path: Path, name: str) -> Path:
 
 def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     save(tmp_path, 3)
-    file, damaged = newest_good(tmp_path)
+    file, damaged = find_newest_valid(tmp_path)
     assert file == checkpoint_path(tmp_path, 3)
-    assert step_of(file) == 3
+    assert parse_step(file) == 3
     assert damaged == []
     assert_same_tree(read(file), content(3))
 
 
 def test_newest_is_found_by_number_not_by_name(tmp_path: Path) -> None:
     save(tmp_path, 9_999_999, 10_000_000)
-    assert newest_good(tmp_path)[0] == checkpoint_path(tmp_path, 10_000_000)
+    assert find_newest_valid(tmp_path)[0] == checkpoint_path(tmp_path, 10_000_000)
 
 
 def test_nothing_saved_is_no_checkpoint(tmp_path: Path) -> None:
-    assert newest_good(tmp_path / "missing") == (None, [])
+    assert find_newest_valid(tmp_path / "missing") == (None, [])
 
 
 @pytest.mark.parametrize(("damage", "name"), damages())
 def test_damaged_checkpoint_falls_back_and_says_so(tmp_path: Path, damage, name: str) -> None:
     save(tmp_path, 5, 10)
     damage(part_of(checkpoint_path(tmp_path, 10), name))
-    file, damaged = newest_good(tmp_path)
+    file, damaged = find_newest_valid(tmp_path)
     assert file == checkpoint_path(tmp_path, 5)
     if name == "json" and damage is Path.unlink:
         return  # died between the checkpoint and its manifest: it never counted
@@ -96,7 +96,7 @@ def test_all_damaged_means_from_the_start(tmp_path: Path) -> None:
     save(tmp_path, 5, 10)
     for step in (5, 10):
         flip(checkpoint_path(tmp_path, step) / "__0_0.distcp")
-    file, damaged = newest_good(tmp_path)
+    file, damaged = find_newest_valid(tmp_path)
     assert file is None
     assert len(damaged) == 2
 
@@ -117,7 +117,7 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="pickle"):
         VerifiedCheckpointIO().save_checkpoint(content(2) | {"bad": lambda: None}, checkpoint_path(tmp_path, 2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_0000001.ckpt", "step_0000001.json"]
-    assert newest_good(tmp_path)[0] == checkpoint_path(tmp_path, 1)
+    assert find_newest_valid(tmp_path)[0] == checkpoint_path(tmp_path, 1)
 
 
 class Trap:
@@ -163,7 +163,7 @@ def test_damaged_checkpoints_do_not_push_out_good_ones(text: Path, tmp_path: Pat
         flip(checkpoint_path(run.checkpoints, step) / "__0_0.distcp")
     run.step = 0
     assert run(stop_at=5) is None
-    assert newest_good(run.checkpoints)[0] == checkpoint_path(run.checkpoints, 5)
+    assert find_newest_valid(run.checkpoints)[0] == checkpoint_path(run.checkpoints, 5)
 
 
 def test_orphans_of_a_killed_write_are_cleared(text: Path, tmp_path: Path) -> None:

@@ -1,10 +1,9 @@
 import torch
 
-from moebench.routing.metrics import label_table
 from moebench.routing.mixing import SoftRouting
 
 
 def test_labels_of_no_tokens_are_counted_as_none() -> None:
     empty_BLS = torch.zeros(0, 5, 8)
     routing = SoftRouting(dispatch_BLS=empty_BLS, combine_BLS=empty_BLS, num_experts=4)
-    assert not label_table(routing, torch.zeros(0, dtype=torch.int64), 3).any()
+    assert not routing.tabulate_labels(torch.zeros(0, dtype=torch.int64), 3).any()

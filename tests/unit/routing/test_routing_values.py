@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moebench.errors import UsageError
-from moebench.routing.router import Facts, check_top_k
+from moebench.routing.router import Causality, Facts, check_top_k
 from moebench.routing.routers.dense import Dense
 from moebench.routing.routers.hash import Hash
 from moebench.routing.values import LayerRecord, Routing
@@ -42,7 +42,7 @@ def test_what_is_not_kept_counts_nowhere() -> None:
     assert kept.experts_per_token_T.tolist() == [0, 2]
     assert kept.extras is routing.extras
     assert routing.kept_N is None, "a change is a new value"
-    assert LayerRecord(layer=0, routing=routing, kept=kept).num_dropped == 2
+    assert LayerRecord(routing=routing, kept=kept).num_dropped == 2
     fewer = kept.keep(torch.tensor([True, False, True, False]))
     assert fewer.kept_N is not None
     assert fewer.kept_N.tolist() == [False, False, True, False]
@@ -69,10 +69,7 @@ def facts(causal: bool, with_capacity: bool | None) -> Facts:
         family="f",
         equation="e",
         paper="p",
-        causal=causal,
-        causal_reason="r",
-        batch_dependent=False,
-        causal_with_capacity=with_capacity,
+        causality=Causality(causal=causal, reason="r", batch_dependent=False, with_capacity=with_capacity),
     )
 
 
@@ -110,9 +107,9 @@ def test_check_top_k_gives_the_reason_where_it_applies() -> None:
 
 
 def test_hash_without_token_ids_is_refused() -> None:
-    from support.cases import site
+    from support.cases import build_context
 
-    nowhere = dataclasses.replace(site(4), token_count_V=None)
+    nowhere = dataclasses.replace(build_context(4), token_count_V=None)
     with pytest.raises(UsageError, match=r"router\.name: 'hash' routes by token id, which this task does not have"):
         Hash(Hash.Config(), nowhere)
     assert Dense(Dense.Config(), nowhere).is_dense

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moebench.errors import UsageError
 from moebench.runs.journal import Journal, read_journal
-from moebench.tracking.source import recorded_experiments
+from moebench.tracking.source import list_recorded_experiments
 
 
 @pytest.fixture
@@ -136,6 +136,6 @@ def test_runs_without_a_recorded_experiment_are_gathered_by_name(path: Path) -> 
     path.parent.mkdir(parents=True)
     (path.parent / "cell.json").write_text('{"experiment": "probe"}')
     results = path.parents[2]
-    assert recorded_experiments(results) == {"probe": {"name": "probe", "cells": [{"id": "0123456789ab"}]}}
+    assert list_recorded_experiments(results) == {"probe": {"name": "probe", "cells": [{"id": "0123456789ab"}]}}
     with pytest.raises(UsageError, match="does not exist"):
-        recorded_experiments(results / "elsewhere")
+        list_recorded_experiments(results / "elsewhere")

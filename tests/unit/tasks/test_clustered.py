@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from moebench.compatibility import check_cell
 from support.cases import Tokens
 from support.training_cases import Run, tiny_config
 
 from moebench.config import resolve
 from moebench.errors import UsageError
-from moebench.routing.router import Site
+from moebench.routing.router import RouterBuildContext
 from moebench.routing.routers.oracle import Oracle
 from moebench.tasks.clustered import Clustered
-from moebench.training.compatibility import check_cell
 
 SMALL = {"name": "clustered", "sequence_length": 6, "num_clusters": 4, "width": 3, "eval_sequences": 8}
 
@@ -63,8 +63,8 @@ def test_error_and_gap_by_hand() -> None:
     best = task.mapped(batch.input_BL, batch.label_BL)
     noise = float((best - batch.target_BP).square().mean())
     for output, mse in ((best, noise), (batch.target_BP + 2, 4.0)):
-        sums = {name: value.sum(0, keepdim=True) for name, value in task.sums(output, batch).items()}
-        assert task.quality(sums) == pytest.approx({"mse": mse, "oracle_gap": mse - noise}, rel=1e-5, abs=1e-7)
+        sums = {name: value.sum(0, keepdim=True) for name, value in task.compute_sums(output, batch).items()}
+        assert task.compute_quality(sums) == pytest.approx({"mse": mse, "oracle_gap": mse - noise}, rel=1e-5, abs=1e-7)
     torch.testing.assert_close(task.loss(batch.target_BP + 2, batch), torch.full((8, 6), 0.5 * 4 * 3))
 
 
@@ -80,7 +80,7 @@ def test_options_out_of_range_are_refused(options: dict, message: str) -> None:
 def test_the_oracle_sends_each_token_to_its_label() -> None:
     tokens = Tokens.draw(6)
     label_T = torch.tensor([0, 1, 2, 3, 4, 5])
-    router = Oracle(Oracle.Config(), Site(d_model=8, num_experts=4))
+    router = Oracle(Oracle.Config(), RouterBuildContext(d_model=8, num_experts=4))
     routing = router(tokens.x_TD, replace(tokens.context(training=True), label_T=label_T))
     assert routing.expert_N.tolist() == [0, 1, 2, 3, 0, 1]
     assert routing.weight_N.tolist() == [1.0] * 6

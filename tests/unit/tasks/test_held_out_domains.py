@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from moebench.training.evaluation import evaluate
 from support.training_cases import tiny_config
 
 from moebench.errors import UsageError
-from moebench.tasks.task import by_domain
+from moebench.tasks.task import average_by_domain
 from moebench.tasks.text.documents import TextDataConfig, source_digest
 from moebench.tasks.text.windows import prepare
-from moebench.training.evaluate import evaluate
 from moebench.training.model import initialised_model, prepare_task
 
 TASKS = ("language", "masked_language", "span_corruption")
@@ -88,7 +88,7 @@ def test_the_test_text_of_a_domain_is_the_same_whether_it_is_held_out_or_not(pat
 
 def test_metrics_by_hand() -> None:
     sums = torch.tensor([2.0, 4.0, 9.0, 7.0]), torch.tensor([1.0, 3.0, 3.0, 1.0])
-    found = by_domain("bits", *sums, ["a", "b", "c", "d"], 2)
+    found = average_by_domain("bits", *sums, ["a", "b", "c", "d"], 2)
     assert found == {
         "bits": 6 / 4,
         "bits/out_of_domain": 16 / 4,
@@ -97,7 +97,7 @@ def test_metrics_by_hand() -> None:
         "bits/c": 3,
         "bits/d": 7,
     }
-    only_validated = by_domain("bits", torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0]), ["a", "b"], 1)
+    only_validated = average_by_domain("bits", torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0]), ["a", "b"], 1)
     assert only_validated == {"bits": 2, "bits/a": 2}
 
 

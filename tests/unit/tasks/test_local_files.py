@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from moebench.errors import UsageError
-from moebench.runs.journal import valid_name
+from moebench.runs.journal import is_valid_metric_name
 from moebench.tasks.audio.clips import AudioDataConfig, load_clips
 from moebench.tasks.folders import existing, files_below, folders_of, parts_of, tell_unread
 from moebench.tasks.images.config import ImageDataConfig
@@ -257,4 +257,4 @@ def test_names_of_data_become_names_that_trackers_take() -> None:
     found = metric_names(names)
     assert found[:5] == ("fashion/t-shirt", "C__", "C--", "ete", "___4")
     assert len(set(found)) == len(names)
-    assert all(valid_name(f"class_accuracy/{name}") for name in found)
+    assert all(is_valid_metric_name(f"class_accuracy/{name}") for name in found)

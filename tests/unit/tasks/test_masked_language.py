@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from moebench.compatibility import check_cell
 from scipy.stats import binom
 from support.training_cases import Run, tiny_config, write_text
 from torch.nn import functional
@@ -13,7 +14,6 @@ from moebench.errors import UsageError
 from moebench.tasks.language import Language
 from moebench.tasks.masked_language import MaskedLanguage
 from moebench.tasks.task import Batch
-from moebench.training.compatibility import check_cell
 from moebench.training.model import prepare_task
 
 
@@ -103,7 +103,7 @@ def test_nothing_is_counted_but_what_was_hidden(text: Path, tmp_path: Path) -> N
     output[0, 0, 9] = 0.0
     output[0, 1, [2, 5]] = 0.0
     output[0, 2, 3], output[0, 2, 4] = 0.0, math.log(3)
-    sums = task.sums(output, batch)
+    sums = task.compute_sums(output, batch)
     assert sums["nats"].tolist() == pytest.approx([math.log(2) + math.log(4)])
     assert {name: sums[name].tolist() for name in ("weight", "right", "hidden")} == {
         "weight": [2.0],
@@ -111,7 +111,7 @@ def test_nothing_is_counted_but_what_was_hidden(text: Path, tmp_path: Path) -> N
         "hidden": [2],
     }
     both = {name: torch.stack([value[0], value[0] * 0]) for name, value in sums.items()}
-    quality = task.quality(both)
+    quality = task.compute_quality(both)
     assert quality == pytest.approx(
         {
             "masked_bits_per_byte": 1.5,  # 1 and 2 bits for a byte each

@@ -130,10 +130,10 @@ def test_the_metric_counts_code_of_all_and_bytes_of_the_text(text: Path, tmp_pat
     task = spans(text, tmp_path)
     batch = task.train_batch(4, 0, 0)
     output = torch.zeros(4, 5, 260)
-    sums = task.sums(output, batch)
+    sums = task.compute_sums(output, batch)
     nats = 5 * torch.tensor(260.0).log()  # a uniform guess, for each of the five positions
     torch.testing.assert_close(sums["nats"], nats.double().expand(4), rtol=1e-6, atol=0)
-    quality = task.quality({name: torch.stack([value.sum(), value.sum()]) for name, value in sums.items()})
+    quality = task.compute_quality({name: torch.stack([value.sum(), value.sum()]) for name, value in sums.items()})
     by_hand = float(4 * nats / torch.tensor(2.0).log() / batch.weight_BP.sum())
     assert quality == pytest.approx({f"span_bits_per_byte{d}": by_hand for d in ("", "/ab", "/xyz")})
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from moebench.tasks.cache import Arrays, stored
 from PIL import Image
 from support.task_data import write_data
 
 from moebench.config import resolve
-from moebench.tasks.stored import Arrays, stored
 from moebench.tasks.task import Task
 from moebench.training.model import prepare_task
 
@@ -29,7 +29,7 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from moebench.tasks.stored import stored
+from moebench.tasks.cache import stored
 
 def make():
     with open(sys.argv[2], "a") as log:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from moebench.training.evaluation import batch_context
 from support.task_data import WORDS, write_words
 from torch import Tensor
 
@@ -16,7 +17,6 @@ from moebench.errors import UsageError
 from moebench.tasks.audio.clips import AudioDataConfig
 from moebench.tasks.audio.utterances import prepare
 from moebench.tasks.speech import Keyword, Speech
-from moebench.training.evaluate import batch_context
 from moebench.training.model import initialised_model
 
 
@@ -126,7 +126,7 @@ def test_a_transcript_that_is_too_long_counts_for_nothing(folder, tmp_path):
         assert batch.weight_BP.tolist() == [[3]]
         output = torch.zeros(1, batch.input_BL.shape[1], task.num_classes)
         assert task.loss(output, batch).tolist() == [[0.0]]
-        sums = task.sums(output, batch)
+        sums = task.compute_sums(output, batch)
         assert (sums["nats"].tolist(), sums["characters"].tolist()) == ([0.0], [3.0])
 
 

@@ -9,7 +9,7 @@ import torch
 from support.task_data import write_pictures
 from support.training_cases import Run
 
-from moebench.config import layer_over, resolve
+from moebench.config import merge_settings, resolve
 from moebench.errors import UsageError
 from moebench.models.transformer import init_weights
 from moebench.tasks.images.augment import Augmentation
@@ -41,7 +41,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tiny(pictures: Path, **changes: Any) -> Any:
-    return resolve(layer_over(layer_over(TINY, {"task": {"data": {"path": str(pictures)}}}), changes))
+    return resolve(merge_settings(merge_settings(TINY, {"task": {"data": {"path": str(pictures)}}}), changes))
 
 
 def task_of(pictures: Path, tmp_path: Path, **options: Any) -> Vision:
@@ -152,8 +152,8 @@ def test_metrics_by_hand(pictures: Path, tmp_path: Path) -> None:
     target_BP = torch.tensor([[0], [2], [3]])
     zeros_B = torch.zeros(3, dtype=torch.int64)
     batch = Batch(input_BL=torch.zeros(3, 4, 16), target_BP=target_BP, weight_BP=target_BP * 0 + 1, domain_B=zeros_B)
-    sums = {name: value.double().sum(0, keepdim=True) for name, value in task.sums(logits, batch).items()}
-    found = task.quality(sums)
+    sums = {name: value.double().sum(0, keepdim=True) for name, value in task.compute_sums(logits, batch).items()}
+    found = task.compute_quality(sums)
     assert found["accuracy"] == found["accuracy/all"] == pytest.approx(2 / 3)
     nats = -logits.log_softmax(-1)[torch.arange(3), target_BP[:, 0]].mean().item()
     assert found["nats"] == pytest.approx(nats, rel=1e-6)
@@ -170,14 +170,14 @@ def test_smoothing_is_in_the_loss_and_not_in_the_metric(pictures: Path, tmp_path
     log_BC, target_B = output.log_softmax(-1), batch.target_BP[:, 0]
     by_hand_B = -(0.8 * log_BC[torch.arange(4), target_B] + 0.2 * log_BC.mean(-1))
     torch.testing.assert_close(task.loss(output, batch)[:, 0], by_hand_B)
-    assert torch.equal(task.sums(output, batch)["nats"], plain.sums(output, batch)["nats"])
+    assert torch.equal(task.compute_sums(output, batch)["nats"], plain.sums(output, batch)["nats"])
 
 
 def test_held_out_classes_are_nowhere_in_training_and_evaluation(pictures: Path, tmp_path: Path) -> None:
     options = {"data": {"held_out_classes": [1, 3]}, "few_shot": {"shots": [1, 2], "draws": 2}}
     task, whole = task_of(pictures, tmp_path, **options), task_of(pictures, tmp_path)
     assert task.class_of_K.tolist() == [0, 2]
-    assert task.head(8).linear.out_features == 2
+    assert task.build_head(8).linear.out_features == 2
     seen = {target for step in range(20) for target in task.train_batch(4, 0, step).target_BP[:, 0].tolist()}
     assert seen == {0, 1}  # outputs of the head, for classes 0 and 2
     for split in ("validation", "test"):

@@ -1,10 +1,10 @@
 import pytest
 import torch
+from moebench.compatibility import check_cell, list_marks
 from support.training_cases import Run, tiny_config, write_text
 
 from moebench.config import resolve
 from moebench.errors import UsageError
-from moebench.training.compatibility import check_cell, marks_of
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def text(tmp_path_factory):
 )
 def test_router_that_sees_the_future_is_refused_or_marked(router: str, layout: dict, causal: bool) -> None:
     config = resolve({"router": router, "layout": layout})
-    assert marks_of(config) == (() if causal else ("non-causal",))
+    assert list_marks(config) == (() if causal else ("non-causal",))
     if causal:
         check_cell(config)
         return

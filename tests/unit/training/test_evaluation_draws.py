@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from moebench.training.evaluation import batch_context, evaluate, probe
 from support.training_cases import tiny_config, write_text
 
 from moebench.ranks import Span
 from moebench.routing.router import ROUTERS
-from moebench.seeds import generator
-from moebench.training.evaluate import batch_context, evaluate, probe
+from moebench.seeds import make_generator
 from moebench.training.model import initialised_model, prepare_task
 
 
@@ -28,7 +28,7 @@ def test_every_batch_of_an_evaluation_draws_anew(text, tmp_path) -> None:
     first = torch.zeros(4, dtype=torch.int64)
     for number, batch in enumerate(batches):
         purpose = ("micro-batch", number) if number else ()
-        draw = generator(5, "router in evaluation", *purpose, 0)
+        draw = make_generator(5, "router in evaluation", *purpose, 0)
         num_tokens = batch.weight_BP.numel()
         drawn_E = torch.rand(num_tokens, 4, generator=draw).argmax(-1).bincount(minlength=4)
         slow, first = slow + drawn_E, drawn_E if number == 0 else first
@@ -47,7 +47,7 @@ def test_every_batch_of_an_evaluation_draws_anew(text, tmp_path) -> None:
     assert torch.equal(torch.stack(parts).sum(0), three)
 
 
-@pytest.mark.parametrize("name", sorted(e.name for e in ROUTERS.entries() if e.facts.draws_in_evaluation))
+@pytest.mark.parametrize("name", sorted(e.name for e in ROUTERS.entries() if e.facts.causality.draws_in_evaluation))
 def test_whoever_draws_in_evaluation_draws_by_the_batch(text, tmp_path, name: str) -> None:
     config = tiny_config(text, router={"name": name})
     task = prepare_task(config, tmp_path)

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from moebench.training.evaluation import batch_context, training_precision
 from support.task_data import write_pictures
 from support.training_cases import tiny_config, write_text
 from torch import Tensor, nn
 
 from moebench.routing.gate import Gate
 from moebench.tasks.images.few_shot import few_shot_accuracy
-from moebench.training.evaluate import batch_context, training_precision
 from moebench.training.model import initialised_model, prepare_task
 from moebench.training.module import CellModule
 

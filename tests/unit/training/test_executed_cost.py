@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from moebench.training.evaluation import batch_context
+from moebench.training.executed_cost import ExecutedCost, RouterContractError
 from support.cases import Case
 from support.layout_models import backbone_of, batch, config_of
 from support.training_cases import Run, tiny_config, write_text
@@ -13,12 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from moebench.experts.layer import MoELayer
-from moebench.parallel.mesh import ALONE_MESH
+from moebench.parallel.mesh import SINGLE_PROCESS_MESH
 from moebench.registry import load_plugin
 from moebench.routing.routers.top_k import TopK
 from moebench.routing.values import LayerRecord, Routing
-from moebench.training.evaluate import batch_context
-from moebench.training.execution import Execution, RouterContractError
 from moebench.training.model import initialised_model, prepare_task
 
 MEASURED = ("train_flops_per_token", "eval_flops_per_token", "train_experts_per_token", "eval_experts_per_token")
@@ -32,16 +32,16 @@ def record_of(layer: MoELayer, kept: list[bool], valid: list[bool] | None = None
     if valid_T is not None:
         routing = routing.keep(valid_T[routing.token_N])
     kept_routing = routing.keep(torch.tensor(kept))
-    return LayerRecord(layer=layer.layer, routing=routing, kept=kept_routing, valid_T=valid_T, sequence_length=3)
+    return LayerRecord(layer=layer.name, routing=routing, kept=kept_routing, valid_T=valid_T, sequence_length=3)
 
 
 def test_sums_by_hand() -> None:
     layer = Case("top_k").layer()
     per_row = layer.bank.flops_per_row_E()[0]
-    execution = Execution([layer])
+    execution = ExecutedCost([layer])
     execution.add([record_of(layer, [True, True, True, False, False, False])])  # 3 rows; the third token unserved
     execution.add([record_of(layer, [True] * 6)])  # 6 rows
-    execution.share(ALONE_MESH)
+    execution.share(SINGLE_PROCESS_MESH)
     # 12 rows were planned: 3 less; 6 positions; 9 rows; 12 assignments chosen; 1 token unserved; none with another k.
     assert execution.state() == [[-3 * per_row, 6, 9, 12, 1, 0]]
     assert execution.losses() == {"drop_rate": 0.25, "unserved": pytest.approx(1 / 6)}
@@ -50,9 +50,9 @@ def test_sums_by_hand() -> None:
 
 def test_padding_is_no_position() -> None:
     layer = Case("top_k").layer()
-    execution = Execution([layer])
+    execution = ExecutedCost([layer])
     execution.add([record_of(layer, [True] * 6, valid=[True, True, False])])
-    execution.share(ALONE_MESH)
+    execution.share(SINGLE_PROCESS_MESH)
     assert execution.state() == [[0, 2, 4, 4, 0, 0]]
     execution.check_declared()
 
@@ -61,9 +61,9 @@ def test_a_right_mean_of_wrong_numbers_is_no_declared_k() -> None:
     layer = Case("top_k").layer()
     token_N, expert_N = torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1, 2])
     routing = Routing(token_N=token_N, expert_N=expert_N, weight_N=torch.ones(4), num_tokens=2, num_experts=8)
-    execution = Execution([layer])
-    execution.add([LayerRecord(layer=layer.layer, routing=routing, kept=routing, sequence_length=2)])
-    execution.share(ALONE_MESH)
+    execution = ExecutedCost([layer])
+    execution.add([LayerRecord(layer=layer.name, routing=routing, kept=routing, sequence_length=2)])
+    execution.share(SINGLE_PROCESS_MESH)
     assert execution.state()[0][1:] == [2, 4, 4, 0, 2]
     with pytest.raises(RouterContractError, match="uses 2 experts per token on average"):
         execution.check_declared()
@@ -94,9 +94,9 @@ def test_attention_of_experts_costs_nothing_at_padding() -> None:
     valid_BL = torch.ones(x_BLD.shape[:2], dtype=torch.bool)
     valid_BL[0, 5:] = False
     _, records = backbone(x_BLD, replace(ctx, valid_BL=valid_BL))
-    execution = Execution(backbone.moe_layers())
+    execution = ExecutedCost(backbone.moe_layers())
     execution.add(records)
-    execution.share(ALONE_MESH)
+    execution.share(SINGLE_PROCESS_MESH)
     assert [sums[0] for sums in execution.state()] == [0] * len(records)
 
 
@@ -116,12 +116,12 @@ def test_a_shared_embedding_is_trained_by_a_run_of_its_own(tmp_path: Path) -> No
 
 def test_state_goes_on_where_it_was() -> None:
     layer = Case("top_k").layer()
-    first, second = Execution([layer]), Execution([layer])
+    first, second = ExecutedCost([layer]), ExecutedCost([layer])
     first.add([record_of(layer, [True] * 6)])
-    first.share(ALONE_MESH)
+    first.share(SINGLE_PROCESS_MESH)
     second.load_state(first.state())
     second.add([record_of(layer, [True] * 6)])
-    second.share(ALONE_MESH)
+    second.share(SINGLE_PROCESS_MESH)
     assert second.state() == [[2 * value for value in first.state()[0]]]
 
 
@@ -225,14 +225,14 @@ from torch import Tensor
 
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterConfig, RouterBuildContext
 from moebench.routing.values import Routing
 
 
 @ROUTERS.register(
     Facts(
-        family="token choice", equation="y = x", paper="arXiv:0000.00000", causal=True,
-        causal_reason="each token is routed by its own vector", batch_dependent=False,
+        family="token choice", equation="y = x", paper="arXiv:0000.00000",
+        causality=Causality(causal=True, reason="each token is routed by its own vector", batch_dependent=False),
     )
 )
 class SecretlyTwo(Router):
@@ -244,9 +244,9 @@ class SecretlyTwo(Router):
 
         name: str = "secretly_two"
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.gate = Gate(site.d_model, site.num_experts)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.gate = Gate(context.d_model, context.num_experts)
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Take the two best."""

@@ -8,17 +8,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.cases import stirred
+from moebench.training.evaluation import Evaluation, evaluate
+from moebench.training.label_tables import LabelCounts, LabelTable, information, label_tables_to_json, read_label_tables
+from support.cases import randomise_parameters
 from support.training_cases import Run, tiny_config, write_text
 
 from moebench.errors import UsageError
-from moebench.ranks import ALONE
-from moebench.routing.metrics import label_information, label_parts, label_table
+from moebench.ranks import SINGLE_RANK
+from moebench.routing.metrics import label_information, label_parts
 from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.values import ChainRouting, LayerRecord, Routing
-from moebench.tasks.task import Batch, LabelKind, part_labels
-from moebench.training.evaluate import Evaluation, evaluate
-from moebench.training.labels import LabelCounts, LabelTable, information, labels_json, read_labels
+from moebench.tasks.task import Batch, LabelKind, position_label_kind
 from moebench.training.model import initialised_model, prepare_task
 
 CLUSTERS = {"name": "clustered", "sequence_length": 6, "num_clusters": 4, "width": 3, "eval_sequences": 8}
@@ -31,7 +31,7 @@ def routing_of(expert_TK: list[list[int]], num_experts: int) -> Routing:
 
 def test_two_experts_and_three_labels_by_hand() -> None:
     # Two tokens of each label: label 0 always to expert 0, label 1 to either, label 2 always to expert 1.
-    table = label_table(routing_of([[0], [0], [0], [1], [1], [1]], 2), torch.tensor([0, 0, 1, 1, 2, 2]), 3)
+    table = routing_of([[0], [0], [0], [1], [1], [1]], 2).tabulate_labels(torch.tensor([0, 0, 1, 1, 2, 2]), 3)
     assert table.tolist() == [[2, 0], [1, 1], [0, 2]]
     # Each expert has half: labels 0 and 2 are ln 2 away from that, a third of the tokens each; label 1 is not.
     assert label_parts(table).tolist() == pytest.approx([math.log(2) / 3, 0, math.log(2) / 3])
@@ -43,16 +43,16 @@ def test_two_experts_and_three_labels_by_hand() -> None:
 
 def test_information_by_hand() -> None:
     label_T = torch.tensor([0, 0, 1, 1])
-    table = label_table(routing_of([[0], [0], [1], [1]], 2), label_T, 2)
+    table = routing_of([[0], [0], [1], [1]], 2).tabulate_labels(label_T, 2)
     assert label_information(table) == pytest.approx(1.0)
-    assert label_information(label_table(routing_of([[0], [1], [0], [1]], 2), label_T, 2)) == pytest.approx(0.0)
+    assert label_information(routing_of([[0], [1], [0], [1]], 2).tabulate_labels(label_T, 2)) == pytest.approx(0.0)
     # Label 0 always to expert 0, label 1 to either: I = H(3/4) - 1/2 · ln 2, over H(1/2) = ln 2.
-    halves = label_table(routing_of([[0], [0], [0], [1]], 2), label_T, 2)
+    halves = routing_of([[0], [0], [0], [1]], 2).tabulate_labels(label_T, 2)
     by_hand = (-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) - 0.5 * math.log(2)) / math.log(2)
     assert label_information(halves) == pytest.approx(by_hand)
     # Four labels, each with two of four experts, every expert shared by two: ln 4 - ln 2 of ln 4.
     shared = routing_of([[0, 1], [1, 2], [2, 3], [3, 0]], 4)
-    assert label_information(label_table(shared, torch.arange(4), 4)) == pytest.approx(0.5)
+    assert label_information(shared.tabulate_labels(torch.arange(4), 4)) == pytest.approx(0.5)
     assert label_information(torch.tensor([[3.0, 1.0], [0.0, 0.0]])) is None  # one label: there is nothing to know
     assert label_information(torch.zeros(2, 2)) is None
 
@@ -74,26 +74,26 @@ def test_information_lies_between_0_and_1_and_knows_no_names(rows: list[list[int
 
 def test_what_is_dropped_from_the_list_is_not_counted() -> None:
     routing = routing_of([[0], [1], [1], [0]], 2).keep(torch.tensor([True, True, False, False]))
-    assert label_table(routing, torch.tensor([0, 1, 0, 1]), 2).tolist() == [[1, 0], [0, 1]]
+    assert routing.tabulate_labels(torch.tensor([0, 1, 0, 1]), 2).tolist() == [[1, 0], [0, 1]]
 
 
 def test_a_chain_counts_its_steps() -> None:
     chosen_TE = torch.tensor([[True, True], [True, False], [True, False]])
     routing = ChainRouting.from_table(torch.rand(3, 2), chosen_TE)
-    assert label_table(routing, torch.tensor([1, 1, 0]), 2).tolist() == [[1, 0], [2, 1]]
+    assert routing.tabulate_labels(torch.tensor([1, 1, 0]), 2).tolist() == [[1, 0], [2, 1]]
 
 
 def test_soft_routing_counts_what_a_token_gets_back() -> None:
     combine_BLS = torch.tensor([[[0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 0.5, 0.5], [0.0, 0.0, 0.0, 0.0]]])
     routing = SoftRouting(dispatch_BLS=torch.zeros(1, 3, 4), combine_BLS=combine_BLS, num_experts=2)
-    assert label_table(routing, torch.tensor([0, 1, 1]), 2).tolist() == [[0.75, 0.25], [0.0, 1.0]]
+    assert routing.tabulate_labels(torch.tensor([0, 1, 1]), 2).tolist() == [[0.75, 0.25], [0.0, 1.0]]
 
 
 def test_merged_experts_count_their_shares_padding_left_out() -> None:
     weight_GE = torch.tensor([[0.75, 0.25], [0.5, 0.5]])
     valid_T = torch.tensor([True, True, True, False])
     routing = MergeRouting(weight_GE=weight_GE, num_tokens=4, sequence_length=2, segment_length=2, valid_T=valid_T)
-    assert label_table(routing, torch.tensor([0, 1, 1, 1]), 2).tolist() == [[0.75, 0.25], [1.25, 0.75]]
+    assert routing.tabulate_labels(torch.tensor([0, 1, 1, 1]), 2).tolist() == [[0.75, 0.25], [1.25, 0.75]]
 
 
 def batch_of(input_BL: torch.Tensor, **more: torch.Tensor) -> Batch:
@@ -102,7 +102,7 @@ def batch_of(input_BL: torch.Tensor, **more: torch.Tensor) -> Batch:
 
 
 def test_parts_of_a_sequence_are_parts_of_what_is_there() -> None:
-    read = part_labels().read
+    read = position_label_kind().read
     assert read(batch_of(torch.zeros(1, 16).long())).tolist() == [[i // 2 for i in range(16)]]
     valid_BL = torch.arange(12) < torch.tensor([[12], [8], [4], [0]])
     found = read(batch_of(torch.zeros(4, 12).long(), valid_BL=valid_BL))
@@ -122,7 +122,7 @@ def test_each_half_is_asked_for_its_own_labels() -> None:
             record("decoder.0", routing_of([[0], [1]], 2), 2),
         ]
         counts.add(batch, records)
-    found = counts.over(ALONE)
+    found = counts.over(SINGLE_RANK)
     assert list(found) == ["token"]  # a kind of one label is none
     assert found["token"].layers["encoder.0"].tolist() == [[2, 0], [0, 4], [0, 0]]
     assert found["token"].layers["decoder.0"].tolist() == [[0, 2], [0, 0], [2, 0]]
@@ -138,11 +138,11 @@ def test_a_label_that_no_layer_sees_twice_is_left_out() -> None:
     assert table.information == {}
     counts = LabelCounts([LabelKind(name="same", values=("a", "b"), read=lambda batch: batch.input_BL * 0)])
     counts.add(batch_of(torch.ones(1, 2).long()), [record("0", routing_of([[0], [1]], 2), 2)])
-    assert counts.over(ALONE) == {}
+    assert counts.over(SINGLE_RANK) == {}
 
 
 def test_a_process_without_sequences_counts_nothing() -> None:
-    counts = LabelCounts([part_labels()])
+    counts = LabelCounts([position_label_kind()])
     empty = Routing.from_top_k(torch.zeros(0, 1).long(), torch.zeros(0, 1), num_experts=2)
     counts.add(batch_of(torch.zeros(0, 16).long()), [record("0", empty, 16)])
     assert counts.tables["0"].shape == (8, 2)
@@ -151,7 +151,7 @@ def test_a_process_without_sequences_counts_nothing() -> None:
 
 def evaluated(config, folder: Path) -> Evaluation:
     task = prepare_task(config, folder)
-    model = stirred(initialised_model(config, task))
+    model = randomise_parameters(initialised_model(config, task))
     return evaluate(model, task, task.eval_batches("test", 4), 0, torch.device("cpu"))
 
 
@@ -194,7 +194,7 @@ def test_a_run_leaves_its_tables_and_they_are_read_again(tmp_path: Path) -> None
     file = tmp_path / "labels.json"
     written = json.loads(file.read_text())
     assert (written["step"], written["split"]) == (12, "test")
-    found = read_labels(file)
+    found = read_label_tables(file)
     assert information(found) == pytest.approx({k: v for k, v in result.metrics.items() if "information" in k})
     # Of each domain 2 windows of 8 tokens, 2 experts each.
     assert found["domain"].values == ("ab", "xyz")
@@ -209,14 +209,14 @@ def test_large_tables_are_measured_and_not_written(tmp_path: Path) -> None:
     layers = {"0": torch.eye(1025, 4, dtype=torch.float64)}
     table = LabelTable(values=tuple(map(str, range(1025))), layers=layers)
     assert list(information({"class": table})) == ["load/information/class"]
-    assert json.loads(labels_json(3, {"class": table}))["kinds"] == {}
+    assert json.loads(label_tables_to_json(3, {"class": table}))["kinds"] == {}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"kinds": {"a": {"values": ["x"], "layers": {"0": [[1], [2]]}}}}'])
 def test_damaged_tables_are_named(tmp_path: Path, text: str) -> None:
     file = tmp_path / "labels.json"
     with pytest.raises(UsageError, match=r"labels\.json: is not there"):
-        read_labels(file)
+        read_label_tables(file)
     file.write_text(text)
     with pytest.raises(UsageError, match=r"labels\.json: cannot be read"):
-        read_labels(file)
+        read_label_tables(file)

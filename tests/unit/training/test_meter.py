@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from moebench.training.step_timer import RECENT_STEPS, StepTimer
 from support.training_cases import Run, tiny_config, write_text
 
 from moebench.runs.journal import read_journal
-from moebench.training.callback import RECENT_STEPS, Meter
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
     return found
 
 
-def step(meter: Meter, clock: Time, seconds: float, *waits: float) -> None:
+def step(meter: StepTimer, clock: Time, seconds: float, *waits: float) -> None:
     for wait in waits:
         meter.wait(wait)
     meter.start()
@@ -41,7 +41,7 @@ def step(meter: Meter, clock: Time, seconds: float, *waits: float) -> None:
 
 
 def test_the_share_is_that_of_the_steps_behind_the_first_three(clock: Time) -> None:
-    meter = Meter()
+    timer = StepTimer()
     for _ in range(3):
         step(meter, clock, 5.0, 4.0)
     step(meter, clock, 2.0, 0.25, 0.25)
@@ -51,14 +51,14 @@ def test_the_share_is_that_of_the_steps_behind_the_first_three(clock: Time) -> N
 
 
 def test_a_run_of_few_steps_counts_them_all(clock: Time) -> None:
-    meter = Meter()
+    timer = StepTimer()
     assert meter.data_share == 0.0
     step(meter, clock, 3.0, 1.0)
     assert meter.data_share == 0.25
 
 
 def test_a_batch_that_comes_within_a_step_is_waiting_too(clock: Time) -> None:
-    meter = Meter()
+    timer = StepTimer()
     meter.start()
     clock.now += 2.0
     clock.now += 1.0  # the next step's batches, asked for behind the first micro-batch
@@ -69,7 +69,7 @@ def test_a_batch_that_comes_within_a_step_is_waiting_too(clock: Time) -> None:
 
 
 def test_the_speed_shown_is_that_of_the_last_steps(clock: Time) -> None:
-    meter = Meter()
+    timer = StepTimer()
     assert meter.recent_tokens_per_s == 0.0
     step(meter, clock, 5.0)
     assert meter.recent_tokens_per_s == 2.0  # 10 tokens in 5 s; of three steps or less all count
@@ -102,7 +102,7 @@ class Counted(list[float]):
 
 
 def test_what_is_asked_after_each_step_costs_the_same_in_a_long_run(clock: Time) -> None:
-    meter = Meter(seconds=Counted(), tokens=Counted(), waits=Counted())
+    meter = StepTimer(seconds=Counted(), tokens=Counted(), waits=Counted())
     for _ in range(5000):
         step(meter, clock, 2.0, 0.5)
     Counted.num_read = 0
@@ -113,11 +113,11 @@ def test_what_is_asked_after_each_step_costs_the_same_in_a_long_run(clock: Time)
 
 
 def test_a_run_that_goes_on_counts_the_steps_before(clock: Time) -> None:
-    whole, parts = Meter(), Meter()
+    whole, parts = StepTimer(), StepTimer()
     for number in range(9):
         if number == 5:
             before = parts
-            parts = Meter()
+            parts = StepTimer()
             parts.restore(before.seconds, before.tokens, before.waits)
         for meter in (whole, parts):
             step(meter, clock, 1.0 + 0.125 * number, 0.01 * number)

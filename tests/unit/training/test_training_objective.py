@@ -3,16 +3,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from moebench.training.evaluation import batch_context, evaluate
 from support.training_cases import Run, Watched, tiny_config, write_text
 
-from moebench.ranks import ALONE
+from moebench.ranks import SINGLE_RANK
 from moebench.routing.values import LayerRecord, Routing
 from moebench.schema import TrainConfig
 from moebench.tasks.task import Batch
-from moebench.training.evaluate import batch_context, evaluate
 from moebench.training.model import initialised_model, prepare_task
 from moebench.training.module import CellModule, NonFiniteError, rate_at
-from moebench.training.objective import Objective, Share, judged, mean_of, objective
+from moebench.training.objective import LossNormalizer, Objective, add_token_loss, average_objectives, compute_objective
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +29,14 @@ def found(text, tmp_path, losses: dict[str, float], router: str = "switch") -> t
     with torch.no_grad():  # the head starts at zero and would let no gradient through
         module.model.head.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     output, records = module.model(batch, batch_context(batch, training=True, seed=0))
-    result = objective(task.loss(output, batch), batch, module.layers, records, losses)
+    result = compute_objective(task.loss(output, batch), batch, module.layers, records, losses)
     result.total.backward()
     return result, {name: p.grad for name, p in module.named_parameters() if "router" in name}
 
 
 def test_task_loss_is_logged_apart_from_the_others(text, tmp_path) -> None:
     result, _ = found(text, tmp_path, {"load_balance": 0.5, "z": 0.25})
-    log = mean_of([result], ALONE)
+    log = average_objectives([result], SINGLE_RANK)
     assert set(log) == {
         "loss/task", "loss/total", "loss/load_balance", "loss/z", "balance/load_balance", "balance/z",
     }  # fmt: skip
@@ -44,7 +44,7 @@ def test_task_loss_is_logged_apart_from_the_others(text, tmp_path) -> None:
     assert log["loss/z"] == pytest.approx(0.25 * log["balance/z"])
     assert log["loss/total"] == pytest.approx(log["loss/task"] + log["loss/load_balance"] + log["loss/z"])
     without, _ = found(text, tmp_path, {})
-    assert mean_of([without], ALONE) == {"loss/task": log["loss/task"], "loss/total": log["loss/task"]}
+    assert average_objectives([without], SINGLE_RANK) == {"loss/task": log["loss/task"], "loss/total": log["loss/task"]}
 
 
 def test_coefficient_decides_the_router_gradient(text, tmp_path) -> None:
@@ -101,41 +101,45 @@ def test_layers_are_averaged_and_never_pooled() -> None:
     records = [collapsed(layer, expert=layer) for layer in range(3)]
     loss_BL = torch.ones(2, 3)
     for count in (1, 3):
-        result = objective(loss_BL, batch_of(loss_BL), [Bystander()] * count, records[:count], {"load_balance": 1.0})
+        result = compute_objective(
+            loss_BL, batch_of(loss_BL), [Bystander()] * count, records[:count], {"load_balance": 1.0}
+        )
         assert result.raw["load_balance"].item() == pytest.approx(3.0)  # E / k, whatever the number of layers
         assert result.total.item() == pytest.approx(1.0 + 3.0)
 
 
 def test_task_loss_is_the_mean_over_what_is_predicted() -> None:
     loss_BP = torch.tensor([[1.0, 2.0], [3.0, 100.0]])
-    assert objective(loss_BP, batch_of(loss_BP), [], [], {}).task.item() == pytest.approx(26.5)
+    assert compute_objective(loss_BP, batch_of(loss_BP), [], [], {}).task.item() == pytest.approx(26.5)
     count_BP = torch.tensor([[1, 1], [1, 0]])
-    assert objective(loss_BP, batch_of(loss_BP, count_BP), [], [], {}).task.item() == pytest.approx(2.0)
+    assert compute_objective(loss_BP, batch_of(loss_BP, count_BP), [], [], {}).task.item() == pytest.approx(2.0)
     # One loss for many symbols: 6 nats for 2 and 8 nats for 5 symbols are 2 nats for a symbol.
     loss_BP, count_BP = torch.tensor([[6.0], [8.0]]), torch.tensor([[2], [5]])
-    assert objective(loss_BP, batch_of(loss_BP, count_BP), [], [], {}).task.item() == pytest.approx(2.0)
+    assert compute_objective(loss_BP, batch_of(loss_BP, count_BP), [], [], {}).task.item() == pytest.approx(2.0)
 
 
 def test_a_token_without_a_prediction_of_its_own_has_its_sequence_s_loss() -> None:
     record = collapsed(0, expert=0)  # 6 tokens
     loss_BP = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, math.nan]])
     batch = batch_of(loss_BP, torch.tensor([[1, 1, 1], [1, 1, 0]]))
-    assert judged([record], loss_BP, batch)[0].token_loss_T.tolist() == [1.0, 2.0, 3.0, 4.0, 5.0, 0.0]
+    assert add_token_loss([record], loss_BP, batch)[0].token_loss_T.tolist() == [1.0, 2.0, 3.0, 4.0, 5.0, 0.0]
     loss_BP = torch.tensor([[6.0], [8.0]])
     batch = batch_of(loss_BP, torch.tensor([[2], [5]]))
-    assert judged([record], loss_BP, batch)[0].token_loss_T.tolist() == pytest.approx([3.0] * 3 + [1.6] * 3)
+    assert add_token_loss([record], loss_BP, batch)[0].token_loss_T.tolist() == pytest.approx([3.0] * 3 + [1.6] * 3)
 
 
 def test_numbers_of_tokens_are_shared_out_as_the_predictions_are() -> None:
     value_T = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 60.0])
     batch = batch_of(torch.zeros(2, 3), torch.tensor([[1, 1, 1], [1, 1, 0]]))
-    assert Share.whole(batch).mean_of_tokens(value_T, batch, own_predictions=True).item() == pytest.approx(15 / 5)
+    assert LossNormalizer.of_single_batch(batch).mean_over_tokens(
+        value_T, batch, own_predictions=True
+    ).item() == pytest.approx(15 / 5)
     # One prediction of 2 and one of 5 symbols, the last token padding: (2 · 2 + 5 · 4.5) / 7.
     batch = replace(
         batch_of(torch.zeros(2, 1), torch.tensor([[2], [5]])),
         valid_BL=torch.tensor([[True, True, True], [True, True, False]]),
     )
-    mean = Share.whole(batch).mean_of_tokens(value_T, batch, own_predictions=False)
+    mean = LossNormalizer.of_single_batch(batch).mean_over_tokens(value_T, batch, own_predictions=False)
     assert mean.item() == pytest.approx((2 * 2 + 5 * 4.5) / 7)
 
 

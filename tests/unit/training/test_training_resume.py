@@ -21,14 +21,14 @@ from dataclasses import dataclass
 
 import torch
 
-from moebench.routing.router import ROUTERS, Facts
+from moebench.routing.router import ROUTERS, Causality, Facts
 from moebench.routing.routers.switch import Switch
 
 
 @ROUTERS.register(
     Facts(
-        family="token choice", equation="y = x", paper="arXiv:0000.00000", causal=True,
-        causal_reason="as switch", batch_dependent=False,
+        family="token choice", equation="y = x", paper="arXiv:0000.00000",
+        causality=Causality(causal=True, reason="as switch", batch_dependent=False),
     )
 )
 class Counting(Switch):
@@ -40,9 +40,9 @@ class Counting(Switch):
 
         name: str = "counting"
 
-    def __init__(self, config, site):
-        super().__init__(config, site)
-        self.register_buffer("total_E", torch.zeros(site.num_experts, dtype=torch.int64))
+    def __init__(self, config, context):
+        super().__init__(config, context)
+        self.register_buffer("total_E", torch.zeros(context.num_experts, dtype=torch.int64))
 
     def after_step(self, load_E, sums):
         self.total_E += load_E

@@ -12,7 +12,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
-from moebench.bench.layer.problem import Contestant, Problem, Skipped
+from moebench.bench.layer.problem import Candidate, Problem, Skipped
 from moebench.bench.layer.shapes import Shape
 from moebench.bench.layer.variants import CAPACITY, CAPACITY_FACTOR
 
@@ -21,7 +21,7 @@ BATCHED_UP_TO = 512
 """Assignments: batched_mm copies an expert's weights for each of them."""
 
 
-def contestants(problem: Problem) -> list[Contestant | Skipped]:
+def build_candidates(problem: Problem) -> list[Candidate | Skipped]:
     """Return the blocks that compute this row's formula."""
     if problem.shape.top_k == 1:
         return [] if problem.gated else [_switch(problem)]
@@ -33,7 +33,7 @@ def contestants(problem: Problem) -> list[Contestant | Skipped]:
     return [_block(problem, name, build, how) for name, build in blocks.items() for how in IMPLEMENTATIONS]
 
 
-def _block(problem: Problem, name: str, build: Callable[[Shape], Any], implementation: str) -> Contestant | Skipped:
+def _block(problem: Problem, name: str, build: Callable[[Shape], Any], implementation: str) -> Candidate | Skipped:
     name = f"{name} {implementation}"
     if implementation == "batched_mm" and problem.shape.num_assignments > BATCHED_UP_TO:
         return Skipped(name=name, reason=f"copies the weights for each assignment: only up to T·k = {BATCHED_UP_TO}")
@@ -43,7 +43,7 @@ def _block(problem: Problem, name: str, build: Callable[[Shape], Any], implement
         block.gate.weight.copy_(problem.gate_ED)
         block.experts.gate_up_proj.copy_(problem.bank.w_in_EDF.transpose(1, 2))
         block.experts.down_proj.copy_(problem.bank.w_out_EFD.transpose(1, 2))
-    return Contestant(name=name, module=block, forward=lambda x_TD: _output(block(x_TD.unsqueeze(0))))
+    return Candidate(name=name, module=block, forward=lambda x_TD: _output(block(x_TD.unsqueeze(0))))
 
 
 def _output(result: Any) -> Tensor:
@@ -86,7 +86,7 @@ def _olmoe(shape: Shape) -> Any:
     )
 
 
-def _switch(problem: Problem) -> Contestant:
+def _switch(problem: Problem) -> Candidate:
     shape = problem.shape
     slots = math.ceil(CAPACITY_FACTOR * shape.num_tokens / shape.num_experts - 1e-9)
     config = SwitchTransformersConfig(
@@ -111,7 +111,7 @@ def _switch(problem: Problem) -> Contestant:
             chosen_BLE, _, _ = block.router(problem.x_TD.unsqueeze(0))
         return 1 - float(chosen_BLE.sum()) / shape.num_assignments
 
-    return Contestant(
+    return Candidate(
         name="HF Switch capacity 1.25",
         module=block,
         forward=lambda x_TD: _output(block(x_TD.unsqueeze(0))),

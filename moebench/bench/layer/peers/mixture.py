@@ -7,13 +7,13 @@ from mixture_of_experts import MoE
 from torch import Tensor, nn
 
 from moebench.bench.layer.peers.sequences import LARGEST_PLAN_BYTES, by_sequence, dropped_share, plan_bytes
-from moebench.bench.layer.problem import Contestant, Problem, Skipped
+from moebench.bench.layer.problem import Candidate, Problem, Skipped
 from moebench.bench.layer.variants import CAPACITY_FACTOR
 
 NAME = "mixture-of-experts"
 
 
-def contestants(problem: Problem) -> list[Contestant | Skipped]:
+def build_candidates(problem: Problem) -> list[Candidate | Skipped]:
     """Return its layer on rows with GELU and k = 2."""
     shape = problem.shape
     if problem.gated or shape.top_k != 2:
@@ -22,7 +22,7 @@ def contestants(problem: Problem) -> list[Contestant | Skipped]:
         return [Skipped(name=NAME, reason="its one-hot plan (tokens x experts x capacity) would not fit")]
     moe = build(problem, CAPACITY_FACTOR)
     return [
-        Contestant(
+        Candidate(
             name=NAME,
             module=moe,
             forward=forward_of(problem, moe),

@@ -5,12 +5,12 @@ import importlib.util
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from moebench.bench.layer.problem import Contestant, Problem, Skipped
+from moebench.bench.layer.problem import Candidate, Problem, Skipped
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """A library; its adapter has a function `contestants(problem)`."""
+    """A library; its adapter has a function `build_candidates(problem)`."""
 
     package: str
     """Name on the package index."""
@@ -51,25 +51,25 @@ def _version(package: str) -> str | None:
         return None
 
 
-def peer_contestants(problem: Problem) -> list[Contestant | Skipped]:
+def peer_contestants(problem: Problem) -> list[Candidate | Skipped]:
     """Return the layers of every library that is here; a library that fails to import or build says why."""
-    found: list[Contestant | Skipped] = []
+    found: list[Candidate | Skipped] = []
     for peer in PEERS:
         if absence(peer) is None:
             found += _contestants(peer, problem)
     return found
 
 
-def _contestants(peer: Peer, problem: Problem) -> list[Contestant | Skipped]:
+def _contestants(peer: Peer, problem: Problem) -> list[Candidate | Skipped]:
     try:
-        adapter = importlib.import_module(f"moebench.bench.peers.{peer.adapter}")
-        found: list[Contestant | Skipped] = adapter.contestants(problem)
+        adapter = importlib.import_module(f"moebench.bench.layer.peers.{peer.adapter}")
+        found: list[Candidate | Skipped] = adapter.build_candidates(problem)
     except Exception as error:  # another library's release may change anything; the row goes on without it
         return [Skipped(name=peer.package, reason=_in_a_line(error))]
-    return [_tried(one, problem) if isinstance(one, Contestant) else one for one in found]
+    return [_tried(one, problem) if isinstance(one, Candidate) else one for one in found]
 
 
-def _tried(one: Contestant, problem: Problem) -> Contestant | Skipped:
+def _tried(one: Candidate, problem: Problem) -> Candidate | Skipped:
     """Return a layer that can go forward and back once, else the reason why it cannot."""
     try:
         one.forward(problem.x_TD).sum().backward()  # type: ignore[no-untyped-call]

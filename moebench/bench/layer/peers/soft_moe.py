@@ -6,12 +6,12 @@ from soft_moe_pytorch import SoftMoE
 from torch import Tensor
 
 from moebench.bench.layer.peers.sequences import by_sequence
-from moebench.bench.layer.problem import Contestant, Problem, Skipped
+from moebench.bench.layer.problem import Candidate, Problem, Skipped
 
 NAME = "soft-moe-pytorch"
 
 
-def contestants(problem: Problem) -> list[Contestant | Skipped]:
+def build_candidates(problem: Problem) -> list[Candidate | Skipped]:
     """Return its layer on GELU rows, with as many slots as the row has assignments."""
     shape = problem.shape
     if problem.gated:
@@ -33,4 +33,4 @@ def contestants(problem: Problem) -> list[Contestant | Skipped]:
         return y_BLD.flatten(0, 1)
 
     note = "Soft MoE with as many slots as there are assignments: no gate, so its own formula and no load"
-    return [Contestant(name=NAME, module=moe, forward=forward, note=note, agrees_with=None)]
+    return [Candidate(name=NAME, module=moe, forward=forward, note=note, agrees_with=None)]

@@ -7,13 +7,13 @@ from st_moe_pytorch import MoE
 from torch import Tensor
 
 from moebench.bench.layer.peers.sequences import LARGEST_PLAN_BYTES, by_sequence, dropped_share, plan_bytes
-from moebench.bench.layer.problem import Contestant, Problem, Skipped
+from moebench.bench.layer.problem import Candidate, Problem, Skipped
 from moebench.bench.layer.variants import CAPACITY_FACTOR
 
 NAME = "st-moe-pytorch"
 
 
-def contestants(problem: Problem) -> list[Contestant | Skipped]:
+def build_candidates(problem: Problem) -> list[Candidate | Skipped]:
     """Return its layer on rows with a gated activation and k > 1."""
     shape = problem.shape
     if not problem.gated or shape.top_k < 2:
@@ -43,7 +43,7 @@ def contestants(problem: Problem) -> list[Contestant | Skipped]:
         return y_BLD.flatten(0, 1)
 
     return [
-        Contestant(
+        Candidate(
             name=NAME,
             module=moe,
             forward=forward,

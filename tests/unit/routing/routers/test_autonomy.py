@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support.cases import D_MODEL, Case, Tokens, route, weight_table
+from support.cases import D_MODEL, Case, Tokens, route, tabulate_weights
 
 from moebench.errors import UsageError
 
@@ -21,7 +21,7 @@ def test_scores_are_the_lengths_of_projections_by_hand() -> None:
     routing = route(router, tokens, training=False)
     assert routing.logits_TE.tolist() == [[5, 2, 0]]
     best = 1 / (1 + math.exp(-3))  # e^5 against e^2, renormalised over the two
-    assert weight_table(routing)[0].tolist() == pytest.approx([best, 1 - best, 0])
+    assert tabulate_weights(routing)[0].tolist() == pytest.approx([best, 1 - best, 0])
 
 
 def test_a_longer_projection_draws_tokens() -> None:
@@ -38,7 +38,7 @@ def test_the_sign_of_a_token_does_not_matter() -> None:
     router, tokens = Case("autonomy_of_experts").router(), Tokens.draw(16)
     before = route(router, tokens, training=False)
     tokens.x_TD.neg_()
-    assert torch.equal(weight_table(route(router, tokens, training=False)), weight_table(before))
+    assert torch.equal(tabulate_weights(route(router, tokens, training=False)), tabulate_weights(before))
 
 
 def test_every_expert_projects_every_token() -> None:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from support.cases import Case, Tokens, site, weight_table
+from support.cases import Case, Tokens, build_context, tabulate_weights
 from support.identity_gates import record_of
 from torch import Tensor
 
@@ -30,19 +30,19 @@ def test_training_is_that_of_known_domains() -> None:
 
 def test_tokens_of_an_unknown_domain_are_served_by_the_posterior() -> None:
     router, tokens = Case("domain_posterior", 3).router(), Tokens.draw(10, length=5)
-    table_TE = weight_table(routed(router, tokens, None))
+    table_TE = tabulate_weights(routed(router, tokens, None))
     for token in range(10):
         mean_D = tokens.x_TD[token // 5 * 5 : token + 1].mean(0)
         expected_E = (router.gate.weight_ED @ mean_D).softmax(0)
         torch.testing.assert_close(table_TE[token], expected_E)
-    assert torch.equal(weight_table(routed(router, tokens, torch.zeros(10, dtype=torch.int64))), table_TE)
+    assert torch.equal(tabulate_weights(routed(router, tokens, torch.zeros(10, dtype=torch.int64))), table_TE)
 
 
 def test_the_layer_serves_unknown_domains_as_the_sum_of_its_experts() -> None:
     layer, tokens = Case("domain_posterior", 2).layer(), Tokens.draw(6)
     layer.eval()
     y_TD, record = layer(tokens.x_TD, dataclasses.replace(tokens.context(training=False), domain_T=None))
-    table_TE = weight_table(record.kept)
+    table_TE = tabulate_weights(record.kept)
     expected_TD = sum(table_TE[:, e : e + 1] * layer.bank.expert(tokens.x_TD, e) for e in (0, 1))
     torch.testing.assert_close(y_TD, expected_TD)
     assert layer.router.losses(record)["domain"] == 0  # nothing to compare with
@@ -55,7 +55,7 @@ def test_outputs_are_mixed_and_not_probabilities() -> None:
     with torch.no_grad():
         router.gate.weight_ED.zero_()
     says_E2 = torch.tensor([[4.0, 0.0], [0.0, 0.0]])
-    weight_TE = weight_table(routed(router, tokens, None))
+    weight_TE = tabulate_weights(routed(router, tokens, None))
     assert (weight_TE @ says_E2).softmax(-1)[0, 0].item() == pytest.approx(0.881, abs=5e-4)
     assert (weight_TE @ says_E2.softmax(-1))[0, 0].item() == pytest.approx(0.741, abs=5e-4)
 
@@ -67,7 +67,7 @@ def test_a_classifier_that_knows_nothing_leaves_the_prior() -> None:
         with torch.no_grad():
             router.gate.weight_ED.zero_()
         router.after_step(torch.tensor([6, 2]), {})
-        torch.testing.assert_close(weight_table(routed(router, tokens, None)), torch.tensor([expected] * 4))
+        torch.testing.assert_close(tabulate_weights(routed(router, tokens, None)), torch.tensor([expected] * 4))
 
 
 def test_the_loss_by_hand() -> None:
@@ -113,7 +113,7 @@ def test_domains_that_differ_are_told_apart_sooner_or_later() -> None:
         loss.backward()
         optimizer.step()
     tokens, domain_T = drawn(1000)
-    right_T = weight_table(routed(router, tokens, None))[torch.arange(len(domain_T)), domain_T].detach()
+    right_T = tabulate_weights(routed(router, tokens, None))[torch.arange(len(domain_T)), domain_T].detach()
     first, last = right_T.view(16, 32)[:, 0].mean(), right_T.view(16, 32)[:, -1].mean()
     assert last > 0.95
     assert first < last - 0.1
@@ -124,13 +124,13 @@ def test_a_task_without_domains_is_refused() -> None:
     with pytest.raises(
         UsageError, match=r"^router.name: 'domain_posterior' routes by domain, which this task does not"
     ):
-        router_class(router_class.Config(), dataclasses.replace(site(8), num_domains=None))
+        router_class(router_class.Config(), dataclasses.replace(build_context(8), num_domains=None))
 
 
 def test_a_domain_that_was_held_out_is_served_and_judged_by_none() -> None:
     router, tokens = Case("domain_posterior", 3).router(), Tokens.draw(10, length=5)
     routing = routed(router, tokens, torch.tensor([3, 0]).repeat_interleave(5))
-    assert torch.equal(weight_table(routing), weight_table(routed(router, tokens, None)))
-    nats_T = routing.extras["nats_T"]
+    assert torch.equal(tabulate_weights(routing), tabulate_weights(routed(router, tokens, None)))
+    nats_T = routing.token_extras["nats_T"]
     assert not nats_T[:5].any()  # no expert is right, so none can be named
-    torch.testing.assert_close(nats_T[5:], -weight_table(routing)[5:, 0].log())
+    torch.testing.assert_close(nats_T[5:], -tabulate_weights(routing)[5:, 0].log())

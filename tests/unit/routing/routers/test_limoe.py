@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moebench.errors import UsageError
 from moebench.routing.losses import global_entropy, local_entropy
-from moebench.routing.router import ROUTERS, Router, Site
+from moebench.routing.router import ROUTERS, Router, RouterBuildContext
 from moebench.routing.values import LayerRecord
 
 
@@ -21,8 +21,8 @@ def routed(
     """Route tokens of these domains by these logits."""
     num_experts = logits_TE.shape[1]
     router_class = ROUTERS.get("limoe").item
-    site = Site(d_model=num_experts, num_experts=num_experts, num_domains=num_domains)
-    router = router_class(router_class.Config(**options), site)
+    context = RouterBuildContext(d_model=num_experts, num_experts=num_experts, num_domains=num_domains)
+    router = router_class(router_class.Config(**options), context)
     with torch.no_grad():
         router.gate.weight_ED.copy_(torch.eye(num_experts))
         ctx = dataclasses.replace(Tokens.draw(len(logits_TE)).context(training=False), domain_T=domain_T)

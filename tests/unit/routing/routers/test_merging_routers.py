@@ -6,22 +6,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.cases import D_MODEL, Case, Tokens, merge_loop, route, run, site, stirred
+from moebench.compatibility import check_cell
+from moebench.experts.bank_pass import BankPass
+from support.cases import D_MODEL, Case, Tokens, build_context, merge_loop, randomise_parameters, route, run
 from support.layout_models import backbone_of, batch, config_of
 from support.training_cases import tiny_config, write_text
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from moebench.errors import UsageError
-from moebench.experts.bank import merge
+from moebench.experts.bank import merge_weights
 from moebench.experts.feed_forward import ExpertBank
-from moebench.experts.merge import merged_mixture
 from moebench.experts.mixed import DeepBank
 from moebench.models.transformer import init_weights
-from moebench.routing.metrics import LoadCount, summarise
+from moebench.routing.metrics import LoadCount, summarise_load
 from moebench.routing.mixing import MergeRouting
 from moebench.routing.router import ROUTERS
-from moebench.training.compatibility import check_cell
 
 MERGING = ("smear", "lory")
 every_merging = pytest.mark.parametrize("name", MERGING)
@@ -34,13 +34,13 @@ def merged_by(weight_GE: Tensor, num_tokens: int, length: int, segment: int, **m
 
 
 def bank_of(num_experts: int, activation: str = "gelu", **options: bool) -> ExpertBank:
-    return stirred(ExpertBank(D_MODEL, 4, num_experts, activation, **options))
+    return randomise_parameters(ExpertBank(D_MODEL, 4, num_experts, activation, **options))
 
 
 def test_a_merge_by_hand() -> None:
     stack_EIO = torch.tensor([[[1.0, 2.0]], [[5.0, -2.0]]])  # two experts of a 1 x 2 matrix
     weight_GE = torch.tensor([[1.0, 0.0], [0.25, 0.75]])
-    assert merge(weight_GE, stack_EIO).tolist() == [[[1.0, 2.0]], [[4.0, -1.0]]]
+    assert merge_weights(weight_GE, stack_EIO).tolist() == [[[1.0, 2.0]], [[4.0, -1.0]]]
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
@@ -48,7 +48,7 @@ def test_one_hot_weights_are_that_expert(activation: str) -> None:
     bank, x_TD = bank_of(3, activation), Tokens.draw(8).x_TD
     routing = merged_by(torch.eye(3)[[2, 0]], 8, 8, 4)
     expected_TD = torch.cat([bank.expert(x_TD[:4], 2), bank.expert(x_TD[4:], 0)])
-    torch.testing.assert_close(merged_mixture(bank, x_TD, routing), expected_TD)
+    torch.testing.assert_close(routing.compute(BankPass(bank, x_TD)), expected_TD)
 
 
 def test_what_is_linear_in_what_differs_is_merged_as_outputs_are_mixed() -> None:
@@ -58,11 +58,11 @@ def test_what_is_linear_in_what_differs_is_merged_as_outputs_are_mixed() -> None
         bank.w_in_EDF.copy_(bank.w_in_EDF[:1].expand_as(bank.w_in_EDF))
     weight_GE = torch.rand(2, 4, generator=torch.Generator().manual_seed(0)).softmax(-1)
     mixed_TD = sum(weight_GE.repeat_interleave(3, 0)[:, e : e + 1] * bank.expert(x_TD, e) for e in range(4))
-    torch.testing.assert_close(merged_mixture(bank, x_TD, merged_by(weight_GE, 6, 3, 3)), mixed_TD)
+    torch.testing.assert_close(merged_by(weight_GE, 6, 3, 3).compute(BankPass(bank, x_TD)), mixed_TD)
     with torch.no_grad():
-        stirred(bank, seed=1)  # and where the input matrices differ too, it is not
+        randomise_parameters(bank, seed=1)  # and where the input matrices differ too, it is not
     mixed_TD = sum(weight_GE.repeat_interleave(3, 0)[:, e : e + 1] * bank.expert(x_TD, e) for e in range(4))
-    assert not torch.allclose(merged_mixture(bank, x_TD, merged_by(weight_GE, 6, 3, 3)), mixed_TD, atol=1e-2)
+    assert not torch.allclose(merged_by(weight_GE, 6, 3, 3).compute(BankPass(bank, x_TD)), mixed_TD, atol=1e-2)
 
 
 @given(st.integers(0, 3), st.integers(1, 7), st.integers(1, 8), st.booleans())
@@ -77,17 +77,20 @@ def test_segments_of_any_length_are_the_loop_over_tokens(batch: int, length: int
         expected_E = row_E if valid_T is None or valid_T[token] else torch.zeros(3)
         assert torch.equal(routing.weight_TE[token], expected_E)
     bank, x_TD = bank_of(3), Tokens.draw(num_tokens).x_TD
-    torch.testing.assert_close(merged_mixture(bank, x_TD, routing), merge_loop(bank, x_TD, routing))
+    torch.testing.assert_close(routing.compute(BankPass(bank, x_TD)), merge_loop(bank, x_TD, routing))
 
 
 def test_deep_experts_are_merged_network_by_network() -> None:
-    bank, x_TD = DeepBank([bank_of(2), stirred(ExpertBank(D_MODEL, 4, 2, "gelu"), seed=1)]), Tokens.draw(4).x_TD
+    bank, x_TD = (
+        DeepBank([bank_of(2), randomise_parameters(ExpertBank(D_MODEL, 4, 2, "gelu"), seed=1)]),
+        Tokens.draw(4).x_TD,
+    )
     routing = merged_by(torch.tensor([[0.3, 0.7]]), 4, 4, 4)
     first, second = bank.banks
     step_TD = merge_loop(first, x_TD, routing)
     expected_TD = step_TD + merge_loop(second, x_TD + step_TD, routing)
-    torch.testing.assert_close(merged_mixture(bank, x_TD, routing), expected_TD)
-    torch.testing.assert_close(merged_mixture(bank, x_TD, merged_by(torch.eye(2)[1:], 4, 4, 4)), bank.expert(x_TD, 1))
+    torch.testing.assert_close(routing.compute(BankPass(bank, x_TD)), expected_TD)
+    torch.testing.assert_close(merged_by(torch.eye(2)[1:], 4, 4, 4).compute(BankPass(bank, x_TD)), bank.expert(x_TD, 1))
 
 
 def test_recomputing_merges_changes_no_bit() -> None:
@@ -95,7 +98,7 @@ def test_recomputing_merges_changes_no_bit() -> None:
     for recompute in (False, True):
         bank, x_TD = bank_of(3, "swiglu", recompute=recompute), Tokens.draw(8).x_TD.requires_grad_()
         weight_GE = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]], requires_grad=True)
-        y_TD = merged_mixture(bank, x_TD, merged_by(weight_GE, 8, 4, 4))
+        y_TD = merged_by(weight_GE, 8, 4, 4).compute(BankPass(bank, x_TD))
         results.append([y_TD, *torch.autograd.grad(y_TD.square().sum(), [x_TD, weight_GE, *bank.parameters()])])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
 
@@ -127,7 +130,7 @@ def test_metrics_mean_shares(name: str) -> None:
     assert record.routing.experts_per_token_T.tolist() == [8 * int(valid) for valid in valid_T]
     torch.testing.assert_close(record.importance_E.sum(), torch.tensor(24.0))
     torch.testing.assert_close(record.importance_E, record.routing.weight_TE[valid_T].sum(0))
-    summary = summarise([LoadCount.of(record)])
+    summary = summarise_load([LoadCount.from_record(record)])
     assert summary["load/entropy"] == pytest.approx(1)
     assert summary["load/drop_rate"] == summary["load/unserved"] == summary["load/dead_experts"] == 0
 
@@ -151,7 +154,7 @@ def test_logits_of_smear_start_as_small_as_published(options: dict, expected: fl
     # A gain of 0.01 at 768 dimensions: 0.01 · √768 = .277. Here it is the same at every width.
     router_class = ROUTERS.get("smear").item
     for width in (64, 768):
-        place = dataclasses.replace(site(16), d_model=width)
+        place = dataclasses.replace(build_context(16), d_model=width)
         router = router_class(router_class.Config(**options), place)
         init_weights(router, 0)
         tokens = dataclasses.replace(
@@ -254,9 +257,9 @@ def test_merging_is_refused_where_it_cannot_be(tmp_path) -> None:
 
 def test_segments_follow_the_tasks_length() -> None:
     lory = ROUTERS.get("lory").item
-    assert lory(lory.Config(), site(8)).segment_length == 4
-    assert lory(lory.Config(), dataclasses.replace(site(8), sequence_length=3)).segment_length == 1
-    router = lory(lory.Config(segment_length=5), site(8))
+    assert lory(lory.Config(), build_context(8)).segment_length == 4
+    assert lory(lory.Config(), dataclasses.replace(build_context(8), sequence_length=3)).segment_length == 1
+    router = lory(lory.Config(segment_length=5), build_context(8))
     init_weights(router, 0)
     assert router.segment_length == 5
     assert not router.first_E.any()

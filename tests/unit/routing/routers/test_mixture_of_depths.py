@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from support.cases import D_MODEL, Case, Tokens, run, stirred
+from moebench.experts.reference import double_loop
+from support.cases import D_MODEL, Case, Tokens, randomise_parameters, run
 from support.layout_models import LENGTH, backbone_of, batch, config_of
 
 from moebench.errors import UsageError
-from moebench.experts.bank import double_loop
 from moebench.experts.feed_forward import FeedForward
 from moebench.experts.layer import MoELayer
 from moebench.models.cost import cost_of
@@ -127,7 +127,7 @@ def test_cost_is_that_of_a_share_of_the_tokens() -> None:
 @pytest.mark.parametrize(("layout", "rows"), [("prototypes", 4 * 0.5), ("hierarchical", 0.5 * 0.5)])
 def test_share_in_groups(layout: str, rows: float) -> None:
     # Four prototypes take half of the tokens each; two levels take half, and of these half.
-    backbone = stirred(backbone_of(config_of(layout, "mixture_of_depths", groups=4)))
+    backbone = randomise_parameters(backbone_of(config_of(layout, "mixture_of_depths", groups=4)))
     x_BLD, ctx = batch(training=True)
     _, records = backbone(x_BLD, ctx)
     for layer, record in zip(backbone.moe_layers(), records, strict=True):

@@ -6,16 +6,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from moebench.compatibility import check_cell
 from support.cases import D_MODEL, Case, Tokens, route, run
 from support.training_cases import tiny_config, write_text
 from torch.utils.flop_counter import FlopCounterMode
 
 from moebench.errors import UsageError
 from moebench.parallel.mesh import Mesh
-from moebench.ranks import Alone
+from moebench.ranks import SingleRank
 from moebench.routing.mixing import SoftRouting
 from moebench.routing.router import ROUTERS
-from moebench.training.compatibility import check_cell
 from moebench.training.model import initialised_model, prepare_task
 
 
@@ -44,8 +44,8 @@ def test_shares_sum_to_1_over_each_group(batch: int, length: int, size: int) -> 
     tokens = Tokens.draw(batch * length, length=length)
     routing = route(groups_of(size).router(), tokens, training=False)
     assert isinstance(routing, SoftRouting)
-    assert torch.equal(routing.ungrouped(routing.grouped(tokens.x_TD)), tokens.x_TD)
-    share_TE = routing.ungrouped(routing.dispatch_BLS)
+    assert torch.equal(routing.to_tokens(routing.to_groups(tokens.x_TD)), tokens.x_TD)
+    share_TE = routing.to_tokens(routing.dispatch_BLS)
     sums = torch.zeros(-(-batch // size), length, 8)
     for token in range(batch * length):
         sums[token // length // size, token % length] += share_TE[token]
@@ -111,7 +111,7 @@ def test_costs_by_hand_and_by_torch() -> None:
     ],
 )
 def test_no_process_has_a_part_of_a_group(total: int, together: int, size: int, spans: list) -> None:
-    found = [Mesh(world=Alone(size=size, rank=rank)).share(total, together) for rank in range(size)]
+    found = [Mesh(world=SingleRank(size=size, rank=rank)).split_sequences(total, together) for rank in range(size)]
     assert [(span.start, span.length) for span in found] == spans
     assert all(span.total == total for span in found)
 
@@ -126,7 +126,7 @@ def test_batches_must_be_whole_groups(tmp_path) -> None:
         check_cell(tiny_config(text, router=router, train={"batch_size": 6, "accumulate": 3}))
     config = tiny_config(text, router=router, train={"batch_size": 6}, layout={"capacity_factor_train": 1.0})
     check_cell(config)  # causal with any capacity, of which it has no use
-    assert initialised_model(config, prepare_task(config, tmp_path)).sequences_together == 3
+    assert initialised_model(config, prepare_task(config, tmp_path)).sequence_group_size == 3
 
 
 def test_options_are_checked() -> None:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from support.cases import Tokens, site, stirred
+from support.cases import Tokens, build_context, randomise_parameters
 from support.layout_models import backbone_of, batch, config_of
 from torch import Tensor
 
@@ -18,8 +18,8 @@ FREE = (False, False, True, True)
 
 
 def router_of(free_E: tuple[bool, ...] = FREE, **options) -> MoEPlusPlus:
-    at = dataclasses.replace(site(len(free_E)), free_E=free_E)
-    return stirred(MoEPlusPlus(MoEPlusPlus.Config(**options), at))
+    at = dataclasses.replace(build_context(len(free_E)), free_E=free_E)
+    return randomise_parameters(MoEPlusPlus(MoEPlusPlus.Config(**options), at))
 
 
 def record_of(expert_T: list[int], scores_TE: Tensor) -> LayerRecord:
@@ -27,7 +27,7 @@ def record_of(expert_T: list[int], scores_TE: Tensor) -> LayerRecord:
     routing = Routing.from_top_k(
         expert_TK, torch.ones(len(expert_T), 1), num_experts=scores_TE.shape[1], scores_TE=scores_TE
     )
-    return LayerRecord(layer=0, routing=routing, kept=routing)
+    return LayerRecord(routing=routing, kept=routing)
 
 
 def loss_of(router: MoEPlusPlus, record: LayerRecord) -> float:
@@ -58,7 +58,7 @@ def test_loss_without_free_experts_is_the_load_balance_loss() -> None:
 
 
 def backbone(layout: str = "zero_computation", **options) -> Transformer:
-    return stirred(backbone_of(config_of(layout, "moe_plus_plus", **options)))
+    return randomise_parameters(backbone_of(config_of(layout, "moe_plus_plus", **options)))
 
 
 def layers_of(model: Transformer) -> list[MoELayer]:
@@ -111,7 +111,7 @@ def test_without_the_residual_matrix_layers_are_independent_and_with_it_gradient
 
 
 def test_a_layer_of_another_size_starts_anew() -> None:
-    router = stirred(MoEPlusPlus(MoEPlusPlus.Config(), dataclasses.replace(site(4), layer=1)))
+    router = randomise_parameters(MoEPlusPlus(MoEPlusPlus.Config(), dataclasses.replace(build_context(4), layer=1)))
     tokens = Tokens.draw(5)
     ctx = tokens.context(training=False)
     alone = router(tokens.x_TD, ctx).logits_TE

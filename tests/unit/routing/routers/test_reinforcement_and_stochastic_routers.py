@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.cases import Case, Tokens, route, run, stirred
+from support.cases import Case, Tokens, randomise_parameters, route, run
 from torch import Tensor, nn
 
 from moebench.errors import UsageError
@@ -15,11 +15,11 @@ from moebench.experts.layer import MoELayer
 from moebench.ranks import Span
 from moebench.routing.composite import GroupedRouter
 from moebench.routing.context import RouteContext
-from moebench.routing.router import ROUTERS, Router, Site
+from moebench.routing.router import ROUTERS, Router, RouterBuildContext
 from moebench.routing.routers.routing_networks_wpl import onto_simplex
 from moebench.routing.values import LayerRecord, Routing
 from moebench.tasks.task import Batch
-from moebench.training.objective import Share, judged, objective
+from moebench.training.objective import LossNormalizer, add_token_loss, compute_objective
 
 SIGMAS = 5
 WIDTH = 3
@@ -28,8 +28,8 @@ WIDTH = 3
 def build(name: str, num_experts: int, *, num_domains: int = 2, **options: Any) -> Any:
     """Build a router over vectors of 3 numbers."""
     router_class = ROUTERS.get(name).item
-    site = Site(d_model=WIDTH, num_experts=num_experts, num_domains=num_domains)
-    return stirred(router_class(router_class.Config(**options), site))
+    context = RouterBuildContext(d_model=WIDTH, num_experts=num_experts, num_domains=num_domains)
+    return randomise_parameters(router_class(router_class.Config(**options), context))
 
 
 def context(num_tokens: int, *, training: bool = True, seed: int = 0, **known: Any) -> RouteContext:
@@ -38,7 +38,7 @@ def context(num_tokens: int, *, training: bool = True, seed: int = 0, **known: A
 
 
 def record_of(routing: Routing, token_loss_T: Tensor, valid_T: Tensor | None = None) -> LayerRecord:
-    return LayerRecord(layer=0, routing=routing, kept=routing, valid_T=valid_T, token_loss_T=token_loss_T)
+    return LayerRecord(routing=routing, kept=routing, valid_T=valid_T, token_loss_T=token_loss_T)
 
 
 def gradient(loss: Tensor, router: nn.Module) -> Tensor:
@@ -91,7 +91,7 @@ def test_entropy_is_rewarded(name: str) -> None:
     entropies = []
     for _ in range(2):
         routing = router(x_TD, context(32, domain_T=torch.zeros(32, dtype=torch.int64)))
-        entropies.append(routing.extras["entropy_T"].mean().item())
+        entropies.append(routing.token_extras["entropy_T"].mean().item())
         loss = router.objective(record_of(routing, torch.rand(32))).mean()
         for parameter, grad in zip(router.parameters(), torch.autograd.grad(loss, router.parameters()), strict=True):
             parameter.data -= 0.1 * grad
@@ -105,7 +105,7 @@ def test_running_mean_by_hand() -> None:
     means = []
     for loss, valid_T in ((2.0, None), (4.0, None), (9.0, ~padding_T & padding_T), (6.0, padding_T), (4.0, None)):
         record = record_of(routing, torch.tensor([loss, loss, 1e6 if valid_T is not None else loss, loss]), valid_T)
-        router.after_step(routing.load_E, router.sums(record))
+        router.after_step(routing.load_E, router.statistics(record))
         means.append(router.mean.item())
     # -2;  half-way to -4;  nothing but padding;  a third of the way to -6;  a quarter of the way to -4 (1 - decay).
     assert means == pytest.approx([-2.0, -3.0, -3.0, -4.0, -4.0])
@@ -116,8 +116,8 @@ def test_nothing_is_learned_before_a_reward_can_be_compared() -> None:
     routing = router(torch.ones(4, WIDTH), context(4))
     record = record_of(routing, torch.tensor([1.0, 2.0, 3.0, 4.0]))
     assert not router.objective(record).any()
-    router.after_step(routing.load_E, router.sums(record))
-    advantage_T = router.objective(record) / -routing.extras["log_policy_T"]
+    router.after_step(routing.load_E, router.statistics(record))
+    advantage_T = router.objective(record) / -routing.token_extras["log_policy_T"]
     torch.testing.assert_close(advantage_T, torch.tensor([1.5, 0.5, -0.5, -1.5]))  # -loss - (-2.5)
 
 
@@ -127,7 +127,7 @@ def test_value_head_learns_by_its_error_alone_and_shapes_no_token() -> None:
     router.num_steps.fill_(1)
     x_TD = torch.tensor([[0.5, -1.0, 0.8]], requires_grad=True)
     routing = router(x_TD, context(1))
-    value = routing.extras["value_T"].item()
+    value = routing.token_extras["value_T"].item()
     loss = router.objective(record_of(routing, torch.tensor([5.0]))).sum()
     to_head, to_token = torch.autograd.grad(loss, [router.value.weight_ED, x_TD])
     # Huber with δ = 1 is linear that far from the target -5 - (-2) = -3: its slope is 1, times 0.5.
@@ -152,20 +152,20 @@ def test_objective_of_parts_adds_up_to_that_of_the_step_and_padding_counts_nowhe
     loss_BL = loss_BL.where(valid_BL, 1e9)
     zeros_BL = torch.zeros(3, 4, dtype=torch.int64)
 
-    def total(rows: slice, share: Share | None) -> Tensor:
+    def total(rows: slice, share: LossNormalizer | None) -> Tensor:
         tokens = slice(4 * rows.start, 4 * rows.stop)
         zeros = dict.fromkeys(("input_BL", "target_BP", "weight_BP"), zeros_BL[rows])
         masks = {"valid_BL": valid_BL[rows], "count_BP": valid_BL[rows].long()}
         batch = Batch(**zeros, **masks, domain_B=zeros_BL[rows, 0])
         valid_T = valid_BL[rows].reshape(-1)
         routing = router(x_TD[tokens], context(12, span=Span(start=tokens.start, length=len(valid_T), total=12)))
-        record = LayerRecord(layer=0, routing=routing, kept=routing, valid_T=valid_T)
+        record = LayerRecord(routing=routing, kept=routing, valid_T=valid_T)
         layers: Any = [Behind(router)]
-        seen = judged([record], loss_BL[rows], batch)
-        return objective(loss_BL[rows], batch, layers, seen, {}, share).weighted["objective"]
+        seen = add_token_loss([record], loss_BL[rows], batch)
+        return compute_objective(loss_BL[rows], batch, layers, seen, {}, share).weighted["objective"]
 
     whole = total(slice(0, 3), None)
-    share = Share(num_predictions=7, factor=2)
+    share = LossNormalizer(num_predictions=7, num_parts=2)
     parts = [total(slice(0, 1), share), total(slice(1, 3), share)]
     torch.testing.assert_close(torch.stack(parts).mean(), whole)
     assert 0 < whole.abs() < 100
@@ -175,14 +175,16 @@ def test_objective_of_parts_adds_up_to_that_of_the_step_and_padding_counts_nowhe
 def test_objective_of_groups_is_that_of_the_joint_choice(pick_groups: bool) -> None:
     router_class = ROUTERS.get("reinforce").item
     config = router_class.Config(entropy=0.0, baseline="none")
-    both = stirred(GroupedRouter(router_class, config, Site(d_model=8, num_experts=8), 4, pick_groups=pick_groups))
+    both = randomise_parameters(
+        GroupedRouter(router_class, config, RouterBuildContext(d_model=8, num_experts=8), 4, pick_groups=pick_groups)
+    )
     routing = route(both, Tokens.draw(16), training=True)
     loss_T = torch.rand(16)
     # log π of all that was drawn for a token: the group and the expert in it, or one expert in each group.
-    parts = torch.stack([part.extras["log_policy_T"] for part in routing.parts])
+    parts = torch.stack([part.token_extras["log_policy_T"] for part in routing.parts])
     log_T = parts.sum(0)
     if pick_groups:
-        log_T = (parts * routing.picked_TG.T).sum(0) + routing.outer.extras["log_policy_T"]
+        log_T = (parts * routing.picked_TG.T).sum(0) + routing.outer.token_extras["log_policy_T"]
     torch.testing.assert_close(both.objective(record_of(routing, loss_T)), loss_T * log_T)
 
 
@@ -197,7 +199,7 @@ def test_evaluation_takes_the_most_likely_expert() -> None:
 def test_pass_through_leaves_the_token_as_it_is(name: str) -> None:
     layer: MoELayer = Case(name, 2, {"pass_through": True}).layer()
     y_TD, record = run(layer, Tokens.draw(64), training=True)
-    passed_T = record.routing.extras["action_T"] == 2
+    passed_T = record.routing.token_extras["action_T"] == 2
     assert 0 < passed_T.sum() < 64
     assert not y_TD[passed_T].any()  # the residual stream goes on without a change
     assert torch.equal(record.kept.experts_per_token_T, (~passed_T).long())
@@ -240,7 +242,7 @@ def test_collaboration_pays_the_share_that_an_expert_had() -> None:
     router = build("routing_networks", 2, collaboration=0.4, pass_through=True, decay=0.0)
     record = acting(router, torch.tensor([0, 0, 0, 1, 2]), torch.ones(5))
     torch.testing.assert_close(router.reward(record), -torch.ones(5))
-    router.after_step(record.routing.load_E, router.sums(record))
+    router.after_step(record.routing.load_E, router.statistics(record))
     # Three of four choices of an expert were of the first; passing on pays nothing.
     torch.testing.assert_close(router.reward(record), torch.tensor([0.3, 0.3, 0.3, 0.1, 0.0]) - 1)
 
@@ -248,15 +250,15 @@ def test_collaboration_pays_the_share_that_an_expert_had() -> None:
 def test_weighted_policy_learner_by_hand() -> None:
     router = build("routing_networks_wpl", 2, rate=0.4)
     record = acting(router, torch.tensor([0, 0, 1, 1]), torch.tensor([1.0, 1.0, 3.0, 3.0]))
-    router.after_step(record.routing.load_E, router.sums(record))
+    router.after_step(record.routing.load_E, router.statistics(record))
     assert (router.policy_GA == 0.5).all(), "nothing to compare with before the first step"
-    router.after_step(record.routing.load_E, router.sums(record))
+    router.after_step(record.routing.load_E, router.statistics(record))
     # R̄ = -2. Better by 1 in half of the tokens, worse by 1 in the others: Δ = ±0.5, weighted by 1 - π = π = 0.5.
     torch.testing.assert_close(router.policy_GA, torch.tensor([[0.6, 0.4], [0.5, 0.5]]))
     for _ in range(300):
-        action_T = router(torch.ones(32, WIDTH), context(32)).extras["action_T"]
+        action_T = router(torch.ones(32, WIDTH), context(32)).token_extras["action_T"]
         record = acting(router, action_T, 1.0 + 2 * action_T)
-        router.after_step(record.routing.load_E, router.sums(record))
+        router.after_step(record.routing.load_E, router.statistics(record))
         torch.testing.assert_close(router.policy_GA.sum(-1), torch.ones(2))
         assert (router.policy_GA >= 0).all()
     assert router.policy_GA[0, 0] > 0.9  # it was worth more
@@ -271,7 +273,7 @@ def test_each_token_weighs_its_own_advantage() -> None:
     router.num_steps_G.fill_(5)
     record = acting(router, torch.tensor([0, 0, 1, 1]), torch.tensor([-1.0, 1.0, 0.0, 0.0]))
     halves = [acting(router, torch.tensor([0, 1]), torch.tensor([loss, 0.0])) for loss in (-1.0, 1.0)]
-    whole, first, second = (router.sums(each) for each in (record, *halves))
+    whole, first, second = (router.statistics(each) for each in (record, *halves))
     for name, value in whole.items():
         assert torch.equal(value, first[name] + second[name]), "however a step is divided"
     router.after_step(record.routing.load_E, whole)

@@ -8,13 +8,13 @@ import torch
 from support.cases import Case, Tokens, run
 from torch import Tensor
 
-from moebench.ranks import Alone, Scopes
+from moebench.ranks import Scopes, SingleRank
 from moebench.routing.router import Router
 from moebench.routing.values import LayerRecord
 
 
 @dataclass(frozen=True)
-class Twins(Alone):
+class Twins(SingleRank):
     """Two processes that hold the same tokens."""
 
     size: int = 2
@@ -24,7 +24,7 @@ class Twins(Alone):
 
 
 def test_loads_and_sums_add_up_over_micro_batches_and_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def sums(self: Router, record: LayerRecord) -> dict[str, Tensor]:
+    def statistics(self: Router, record: LayerRecord) -> dict[str, Tensor]:
         return {"served": (record.routing.experts_per_token_T > 0).sum()}
 
     seen: list[tuple[Tensor, Mapping[str, Tensor]]] = []

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.cases import Case, Tokens, assigned_TE, raw_losses, route, run, weight_table
+from support.cases import Case, Tokens, compute_raw_losses, route, run, tabulate_assignments, tabulate_weights
 
 from moebench.routing.losses import LOSSES
 from moebench.routing.values import LayerRecord, Routing
@@ -25,7 +25,7 @@ def routed(name: str, weight_ED, x_TD, num_experts: int, **options) -> Routing:
 
 
 def record_of(routing: Routing) -> LayerRecord:
-    return LayerRecord(layer=0, routing=routing, kept=routing)
+    return LayerRecord(routing=routing, kept=routing)
 
 
 def test_top_p_by_hand() -> None:
@@ -33,14 +33,14 @@ def test_top_p_by_hand() -> None:
     logits_TE = torch.tensor([[0.5, 0.3, 0.2]]).log()
     for top_p, weights in ((0.4, [0.5, 0, 0]), (0.6, [0.5, 0.3, 0]), (0.85, [0.5, 0.3, 0.2])):
         routing = routed("top_p", torch.eye(3), logits_TE, 3, top_p=top_p)
-        torch.testing.assert_close(weight_table(routing), torch.tensor([weights]))
+        torch.testing.assert_close(tabulate_weights(routing), torch.tensor([weights]))
 
 
 @settings(max_examples=25)
 @given(st.sampled_from([1e-6, 0.2, 0.4, 0.7, 0.95, 1.0]), st.integers(0, 99))
 def test_top_p_uses_the_smallest_set_that_reaches_p(top_p: float, seed: int) -> None:
     routing = route(Case("top_p", 8, {"top_p": top_p}).router(seed), Tokens.draw(32, seed=seed), training=False)
-    used_TE, scores_TE = assigned_TE(routing), routing.scores_TE.detach()
+    used_TE, scores_TE = tabulate_assignments(routing), routing.scores_TE.detach()
     reached_T = (scores_TE * used_TE).sum(-1)
     assert (reached_T >= top_p - 1e-5).all()
     least_T = scores_TE.where(used_TE, 2.0).amin(-1)
@@ -69,7 +69,7 @@ def test_dynmoe_by_hand() -> None:
         router.log_scale.fill_(math.log(2))
     x_TD = torch.nn.functional.pad(torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -2.0]]), (0, 6))
     routing = route(router, dataclasses.replace(Tokens.draw(3), x_TD=x_TD), training=True)
-    torch.testing.assert_close(weight_table(routing), torch.tensor([[0.5, 0.5], [1.0, 0.0], [1.0, 0.0]]))
+    torch.testing.assert_close(tabulate_weights(routing), torch.tensor([[0.5, 0.5], [1.0, 0.0], [1.0, 0.0]]))
     torch.testing.assert_close(routing.logits_TE[0], torch.full((2,), 2 / math.sqrt(2)))
     losses = router.losses(record_of(routing))
     assert losses["diversity"].item() == pytest.approx(0, abs=1e-6)  # orthogonal
@@ -104,7 +104,7 @@ def test_the_temperature_of_dynmoe_scales_score_and_threshold_alike() -> None:
             router.threshold_E.fill_(0.7)
             router.log_scale.fill_(math.log(scale))
         routing = route(router, tokens, training=True)
-        assert weight_table(routing).tolist() == [[0.0, 1.0]]
+        assert tabulate_weights(routing).tolist() == [[0.0, 1.0]]
         expected = min(scale, 100) * torch.tensor([[0.6, 0.8]])
         torch.testing.assert_close(routing.logits_TE, expected)
 
@@ -114,7 +114,7 @@ def test_null_experts_by_hand() -> None:
     # Two null ones: no expert. E = 2, m = 2, k = 2.
     p_TN = torch.tensor([[0.5, 0.1, 0.3, 0.1], [0.4, 0.3, 0.1, 0.2], [0.1, 0.1, 0.5, 0.3]])
     routing = routed("null_experts", torch.eye(4), p_TN.log(), 2, top_k=2)
-    torch.testing.assert_close(weight_table(routing), torch.tensor([[1.0, 0.0], [4 / 7, 3 / 7], [0.0, 0.0]]))
+    torch.testing.assert_close(tabulate_weights(routing), torch.tensor([[1.0, 0.0], [4 / 7, 3 / 7], [0.0, 0.0]]))
     # Choices: true 2 and 1 (experts 0 and 1), null 2 + 1 = 3 of 6: f = (2, 1, 1.5, 1.5) / 6, N Σ f P with
     # P = (1.0, .5, .9, .6) / 3: 4 · (2 + .5 + 1.35 + .9) / 18 = 19 / 18.
     router = Case("null_experts", 2, {"top_k": 2}).router()
@@ -129,7 +129,7 @@ def test_balance_with_nulls_is_1_at_uniform_and_ignores_which_null_is_chosen() -
             torch.tensor(chosen) % 4,
             torch.ones(4, 2),
             num_experts=4,
-            extras={"choice_T": choice_TN, "chosen_T": torch.tensor(chosen)},
+            token_extras={"choice_T": choice_TN, "chosen_T": torch.tensor(chosen)},
         )
         values.append(router.losses(record_of(routing))["balance_with_nulls"].item())
     assert values == pytest.approx([1.0, 1.0])
@@ -153,4 +153,4 @@ def test_speech_moe_routes_as_switch_does() -> None:
     layers = Case("speech_moe").layer(), Case("switch", options={"jitter": 0.0}).layer()
     (ours, record), (theirs, _) = (run(layer, tokens, training=True) for layer in layers)
     assert torch.equal(ours, theirs)
-    assert set(raw_losses(layers[0].router, record)) == {"sparsity", "mean_importance"}
+    assert set(compute_raw_losses(layers[0].router, record)) == {"sparsity", "mean_importance"}

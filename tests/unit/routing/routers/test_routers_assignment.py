@@ -12,9 +12,9 @@ from torch import Tensor
 
 from moebench.errors import UsageError
 from moebench.models.transformer import init_weights
-from moebench.routing.assignment import balanced_assignment, entropic_prices, exact, exchange, gaining_cycle
+from moebench.routing.assignment import entropic_prices, exact, exchange, gaining_cycle, solve_balanced_assignment
 from moebench.routing.ranking import TOLERANCE
-from moebench.routing.router import ROUTERS, Site
+from moebench.routing.router import ROUTERS, RouterBuildContext
 from moebench.routing.routers.sinkhorn import column_scale
 
 SOLVERS = ("auction", "exact", "sinkhorn")
@@ -45,7 +45,7 @@ def test_by_hand(solver) -> None:
     # All want expert 0, which has two places. Giving it to tokens 1 and 3 loses 0.5 of token 0 and 1 of token 2:
     # 3 + 3 + 1.5 + 1 = 8.5. Other pairs in expert 0: {0,1} 6, {0,2} 4, {0,3} 6, {1,2} 3+2+1.5+0 = 6.5, {2,3} 6.5.
     affinity_TE = torch.tensor([[2.0, 1.5], [3.0, 0.0], [2.0, 1.0], [3.0, 0.0]])
-    expert_T = balanced_assignment(affinity_TE, solver)
+    expert_T = solve_balanced_assignment(affinity_TE, solver)
     assert expert_T.tolist() == [1, 0, 1, 0]
     assert value(affinity_TE, expert_T) == 8.5
 
@@ -53,7 +53,7 @@ def test_by_hand(solver) -> None:
 @every_solver
 def test_greedy_can_be_wrong(solver) -> None:
     # In order of affinity token 0 would take expert 0 (10) and leave token 1 with 0: 10. The optimum is 9 + 9.
-    assert balanced_assignment(torch.tensor([[10.0, 9.0], [9.0, 0.0]]), solver).tolist() == [1, 0]
+    assert solve_balanced_assignment(torch.tensor([[10.0, 9.0], [9.0, 0.0]]), solver).tolist() == [1, 0]
 
 
 @every_solver
@@ -62,7 +62,7 @@ def test_greedy_can_be_wrong(solver) -> None:
 def test_best_of_all_assignments(solver, num_tokens: int, num_experts: int, seed: int) -> None:
     affinity_TE = drawn(num_tokens, num_experts, seed, "alike")
     seats = -(-num_tokens // num_experts)
-    expert_T = balanced_assignment(affinity_TE, solver)
+    expert_T = solve_balanced_assignment(affinity_TE, solver)
     assert torch.bincount(expert_T, minlength=num_experts).max() <= seats
     allowed = itertools.product(range(num_experts), repeat=num_tokens)
     best = max(
@@ -79,7 +79,7 @@ def test_every_solver_finds_the_optimum(kind: str, shape: tuple[int, int]) -> No
     affinity_TE = drawn(*shape, 0, kind)
     best = value(affinity_TE, exact(affinity_TE))
     for solver in SOLVERS:
-        expert_T = balanced_assignment(affinity_TE, solver)
+        expert_T = solve_balanced_assignment(affinity_TE, solver)
         assert torch.bincount(expert_T, minlength=shape[1]).max() <= -(-shape[0] // shape[1])
         assert best - slack(affinity_TE) <= value(affinity_TE, expert_T) <= best + 1e-5
 
@@ -90,10 +90,10 @@ def test_solvers_agree_whatever_the_last_bits_of_affinities_are(seed: int) -> No
     generator = torch.Generator().manual_seed(seed)
     affinity_TE = drawn(128, 8, seed, "few directions") / 8
     affinity_TE = affinity_TE[torch.cat([torch.arange(96), torch.randint(96, (32,), generator=generator)])]
-    expert_T = balanced_assignment(affinity_TE, "exact")
+    expert_T = solve_balanced_assignment(affinity_TE, "exact")
     for solver in SOLVERS:
         noisy_TE = affinity_TE + 1e-7 * torch.randn(affinity_TE.shape, generator=generator)
-        assert torch.equal(balanced_assignment(noisy_TE, solver), expert_T)
+        assert torch.equal(solve_balanced_assignment(noisy_TE, solver), expert_T)
 
 
 @every_solver
@@ -102,7 +102,7 @@ def test_tokens_that_are_alike_take_their_places_in_order(solver) -> None:
     affinity_TE = torch.tensor([[0.5, 0.5]] * 3 + [[0.0, 1.0]] * 2 + [[0.5, 0.5]] * 3)
     noise_TE = 1e-7 * torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
     for each_TE in (affinity_TE, affinity_TE + noise_TE):
-        assert balanced_assignment(each_TE, solver).tolist() == [0, 0, 0, 1, 1, 0, 1, 1]
+        assert solve_balanced_assignment(each_TE, solver).tolist() == [0, 0, 0, 1, 1, 0, 1, 1]
 
 
 @settings(max_examples=60)
@@ -132,8 +132,8 @@ def test_exchange_leads_from_any_assignment_to_the_optimum() -> None:
 @every_solver
 def test_equal_and_huge_affinities(solver) -> None:
     for affinity_TE in (torch.zeros(12, 4), 1e30 * drawn(12, 4, 0, "alike"), torch.full((12, 4), -3.0)):
-        assert balanced_assignment(affinity_TE, solver).bincount(minlength=4).tolist() == [3] * 4
-    assert balanced_assignment(torch.zeros(0, 4), solver).shape == (0,)
+        assert solve_balanced_assignment(affinity_TE, solver).bincount(minlength=4).tolist() == [3] * 4
+    assert solve_balanced_assignment(torch.zeros(0, 4), solver).shape == (0,)
 
 
 def test_an_expert_that_all_like_alike_costs_what_they_like_it() -> None:
@@ -198,7 +198,7 @@ def test_iterations_even_the_load_and_cold_plans_are_assignments() -> None:
     affinity_TE = drawn(24, 4, 0, "popular")
     cold_TE = 15 * affinity_TE
     chosen_T = (cold_TE + column_scale(cold_TE, 3000).log()).argmax(-1)
-    assert torch.equal(chosen_T, balanced_assignment(affinity_TE, "exact"))
+    assert torch.equal(chosen_T, solve_balanced_assignment(affinity_TE, "exact"))
 
 
 def test_weights_of_sinkhorn_are_those_of_the_logits() -> None:
@@ -218,6 +218,6 @@ def test_no_iteration_is_refused() -> None:
 def test_rows_of_the_gate_of_base_start_with_the_length_of_the_papers() -> None:
     # Orthogonal with a gain of 0.1: rows of length 0.1. The cut of the draw would leave .088 of it.
     router_class = ROUTERS.get("base").item
-    router = router_class(router_class.Config(), Site(d_model=512, num_experts=64))
+    router = router_class(router_class.Config(), RouterBuildContext(d_model=512, num_experts=64))
     init_weights(router, 0)
     assert router.gate.weight_ED.square().sum(-1).mean().sqrt().item() == pytest.approx(0.1, rel=0.01)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from support.cases import Case, Tokens, route, site, weight_table
+from support.cases import Case, Tokens, build_context, route, tabulate_weights
 
 from moebench.errors import UsageError
 from moebench.routing.router import ROUTERS, Router
@@ -24,15 +24,15 @@ def test_domain_by_hand() -> None:
     router, tokens = Case("domain", 2, {"evaluation": "prior"}).router(), Tokens.draw(12, length=4)
     routing = routed(router, tokens, [0, 1, 2], training=True)
     assert routing.expert_N.tolist() == [0] * 4 + [1] * 4 + [0] * 4  # the third domain shares the first expert
-    torch.testing.assert_close(weight_table(routed(router, tokens, [0, 1, 2])), torch.full((12, 2), 0.5))
+    torch.testing.assert_close(tabulate_weights(routed(router, tokens, [0, 1, 2])), torch.full((12, 2), 0.5))
     router.after_step(routing.load_E, {})
     # Of 12 tokens 8 were those of expert 0: the prior is 2/3 and 1/3.
-    torch.testing.assert_close(weight_table(routed(router, tokens, [1, 1, 1])), torch.tensor([[2 / 3, 1 / 3]] * 12))
+    torch.testing.assert_close(tabulate_weights(routed(router, tokens, [1, 1, 1])), torch.tensor([[2 / 3, 1 / 3]] * 12))
 
 
 def test_tokens_of_a_domain_share_their_experts_and_others_do_not() -> None:
     router, tokens = Case("task_level").router(), Tokens.draw(24, length=8)
-    table_BLE = weight_table(routed(router, tokens, [0, 2, 0])).view(3, 8, 8)
+    table_BLE = tabulate_weights(routed(router, tokens, [0, 2, 0])).view(3, 8, 8)
     assert (table_BLE == table_BLE[:, :1]).all()
     assert torch.equal(table_BLE[0], table_BLE[2])
     assert not torch.equal(table_BLE[0], table_BLE[1])
@@ -69,14 +69,14 @@ def test_one_gate_for_all_is_the_mixture_of_all_experts() -> None:
         ours.weight_EGD.copy_(theirs.gate.weight_ED.unsqueeze(1).expand_as(ours.weight_EGD))
     tokens = Tokens.draw(24, length=8)
     both = (routed(router, tokens, [0, 1, 2]) for router in (ours, theirs))
-    torch.testing.assert_close(*(weight_table(routing) for routing in both))
+    torch.testing.assert_close(*(tabulate_weights(routing) for routing in both))
 
 
 @pytest.mark.parametrize("name", BY_DOMAIN)
 def test_a_task_without_domains_is_refused(name: str) -> None:
     router_class = ROUTERS.get(name).item
     with pytest.raises(UsageError, match=f"^router.name: '{name}' routes by domain, which this task does not have$"):
-        router_class(router_class.Config(), dataclasses.replace(site(8), num_domains=None))
+        router_class(router_class.Config(), dataclasses.replace(build_context(8), num_domains=None))
 
 
 def test_a_domain_that_was_held_out_is_mixed_by_the_prior() -> None:
@@ -86,7 +86,7 @@ def test_a_domain_that_was_held_out_is_mixed_by_the_prior() -> None:
     routing = routed(router, tokens, [3, 1, 7])
     prior = [1 / 2, 1 / 4, 1 / 4, 0]
     torch.testing.assert_close(
-        weight_table(routing), torch.tensor([prior, [0.0, 1, 0, 0], prior]).repeat_interleave(4, 0)
+        tabulate_weights(routing), torch.tensor([prior, [0.0, 1, 0, 0], prior]).repeat_interleave(4, 0)
     )
     assert routing.load_E.tolist() == [8, 12, 8, 0]
     assert routed(router, tokens, [0, 1, 2]).load_E.tolist() == [4, 4, 4, 0]
@@ -116,7 +116,7 @@ def test_agents_read_their_input_and_shape_it_only_if_told(detach_input: bool) -
     tokens = Tokens.draw(64)
     tokens.x_TD.requires_grad_()
     routing = route(router, tokens, training=True)
-    record = LayerRecord(layer=0, routing=routing, kept=routing, token_loss_T=torch.linspace(0, 2, 64))
+    record = LayerRecord(routing=routing, kept=routing, token_loss_T=torch.linspace(0, 2, 64))
     gate_ED, x_TD = torch.autograd.grad(
         router.objective(record).mean(), (router.gate.weight_ED, tokens.x_TD), allow_unused=True
     )

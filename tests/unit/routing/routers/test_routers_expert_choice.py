@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.cases import Case, Tokens, assigned_TE, route, run, weight_table
+from support.cases import Case, Tokens, route, run, tabulate_assignments, tabulate_weights
 
 from moebench.errors import UsageError
 from moebench.models.transformer import init_weights
 from moebench.routing.assignment import capped_plan
-from moebench.routing.router import ROUTERS, Site
+from moebench.routing.router import ROUTERS, RouterBuildContext
 from moebench.routing.values import LayerRecord
 
 
@@ -34,10 +34,10 @@ def test_two_sided_by_hand() -> None:
     # token 3 to expert 1. Expert 0 takes its best two, 0 and 1; expert 1 has one offer; token 2 gets nothing.
     tokens = tokens_with([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     routing = route(identity_router("two_sided", 2, shortlist=1, average_experts=1), tokens, training=False)
-    assert assigned_TE(routing).tolist() == [[True, False], [True, False], [False, False], [False, True]]
+    assert tabulate_assignments(routing).tolist() == [[True, False], [True, False], [False, False], [False, True]]
     assert routing.load_E.tolist() == [2, 1]
     p = torch.tensor([3.0, 2.0, 1.0]).sigmoid()
-    torch.testing.assert_close(weight_table(routing)[[0, 1, 3], [0, 0, 1]], p[[0, 1, 2]])
+    torch.testing.assert_close(tabulate_weights(routing)[[0, 1, 3], [0, 0, 1]], p[[0, 1, 2]])
 
 
 @settings(max_examples=20)
@@ -46,7 +46,7 @@ def test_two_sided_is_bounded_on_both_sides_and_stable(num_tokens: int, shortlis
     average = min(shortlist, 2)
     case = Case("two_sided", 8, {"shortlist": shortlist, "average_experts": average})
     routing = route(case.router(seed), Tokens.draw(num_tokens, seed=seed), training=False)
-    taken_TE, capacity = assigned_TE(routing), min(num_tokens, max(1, num_tokens * average // 8))
+    taken_TE, capacity = tabulate_assignments(routing), min(num_tokens, max(1, num_tokens * average // 8))
     assert taken_TE.sum(0).max() <= capacity
     assert taken_TE.sum(1).max() <= shortlist
     scores_TE = routing.scores_TE
@@ -62,7 +62,7 @@ def test_two_sided_is_bounded_on_both_sides_and_stable(num_tokens: int, shortlis
 def test_a_shortlist_of_all_is_expert_choice(group: str) -> None:
     tokens = Tokens.draw(48, length=16)
     both = (Case("two_sided", 8, {"shortlist": 8, "group": group}), Case("expert_choice", 8, {"group": group}))
-    ours, theirs = (weight_table(route(case.router(), tokens, training=True)) for case in both)
+    ours, theirs = (tabulate_weights(route(case.router(), tokens, training=True)) for case in both)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
@@ -80,12 +80,12 @@ def test_cap_is_kept_and_experts_stay_nearly_full(cap: int, group: str) -> None:
     tokens = Tokens.draw(128, length=32)
     free = route(Case("expert_choice", 8, {"group": group}).router(), tokens, training=True)
     capped = route(Case("expert_choice", 8, {"group": group, "max_per_token": cap}).router(), tokens, training=True)
-    assert assigned_TE(free).sum(1).max() > cap
-    assert assigned_TE(capped).sum(1).max() <= cap
+    assert tabulate_assignments(free).sum(1).max() > cap
+    assert tabulate_assignments(capped).sum(1).max() <= cap
     assert capped.load_E.max() <= 32
     assert capped.load_E.sum() >= 0.9 * 256
     # Tokens without an expert become fewer: what one token may not have goes to others.
-    assert (assigned_TE(capped).sum(1) == 0).sum() <= (assigned_TE(free).sum(1) == 0).sum()
+    assert (tabulate_assignments(capped).sum(1) == 0).sum() <= (tabulate_assignments(free).sum(1) == 0).sum()
     weight_N = capped.scores_TE[capped.token_N, capped.expert_N].where(capped.counted_N, 0.0)
     torch.testing.assert_close(capped.weight_N, weight_N)
 
@@ -96,14 +96,16 @@ def test_a_cap_of_all_is_no_cap() -> None:
         route(Case("expert_choice", 8, options).router(), tokens, training=True)
         for options in ({"max_per_token": 8}, {})
     )
-    assert (assigned_TE(ours) == assigned_TE(theirs)).float().mean() > 0.97  # the paper's plan is at most entropic
+    assert (
+        tabulate_assignments(ours) == tabulate_assignments(theirs)
+    ).float().mean() > 0.97  # the paper's plan is at most entropic
 
 
 def test_by_position_chooses_among_sequences() -> None:
     # Four sequences of 8 tokens, c = 2, E = 8: every expert takes 4 · 2 / 8 = 1 token of each position.
     router, tokens = Case("expert_choice_by_position").router(), Tokens.draw(32, length=8)
     routing = route(router, tokens, training=True)
-    taken_BLE = assigned_TE(routing).view(4, 8, 8)
+    taken_BLE = tabulate_assignments(routing).view(4, 8, 8)
     assert (taken_BLE.sum(0) == 1).all()
     best_LE = routing.scores_TE.view(4, 8, 8).argmax(0)
     assert torch.equal(taken_BLE.int().argmax(0), best_LE)
@@ -118,8 +120,8 @@ def test_thresholds_at_the_quantile_are_expert_choice() -> None:
     routing = route(router, tokens, training=False)
     best_CE = logits_TE.topk(16, dim=0).indices
     expected_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(0, best_CE, True)
-    assert torch.equal(assigned_TE(routing), expected_TE)
-    torch.testing.assert_close(weight_table(routing), logits_TE.sigmoid() * expected_TE)
+    assert torch.equal(tabulate_assignments(routing), expected_TE)
+    torch.testing.assert_close(tabulate_weights(routing), logits_TE.sigmoid() * expected_TE)
 
 
 def test_thresholds_reach_their_share_and_hold_it_on_new_tokens() -> None:
@@ -136,7 +138,9 @@ def test_thresholds_reach_their_share_and_hold_it_on_new_tokens() -> None:
 def test_the_first_thresholds_fit_the_first_gate(num_experts: int, average: int) -> None:
     # A gate without the cut of its draw would have logits wider by 1/.8796: 1.51, 1.13 and .77 experts per token.
     router_class = ROUTERS.get("expert_threshold").item
-    router = router_class(router_class.Config(average_experts=average), Site(d_model=512, num_experts=num_experts))
+    router = router_class(
+        router_class.Config(average_experts=average), RouterBuildContext(d_model=512, num_experts=num_experts)
+    )
     init_weights(router, 0)
     x_TD = torch.nn.functional.rms_norm(torch.randn(8192, 512, generator=torch.Generator().manual_seed(0)), (512,))
     routing = route(
@@ -170,7 +174,7 @@ def test_thresholds_reach_their_share_wherever_logits_lie(mean: float, deviation
     for _ in range(40):
         x_TD = mean + deviation * torch.randn(2048, 8, generator=generator)
         routing = route(router, tokens_with(x_TD.tolist()), training=True)
-        router.after_step(routing.load_E, router.sums(LayerRecord(layer=0, routing=routing, kept=routing)))
+        router.after_step(routing.load_E, router.statistics(LayerRecord(routing=routing, kept=routing)))
     # A quarter of 2048 each, with a deviation of 20 in the step and of as many in the quantiles.
     assert (routing.load_E - 512).abs().max() < 120
     assert routing.load_E.float().mean().item() == pytest.approx(512, rel=0.03)
@@ -181,7 +185,7 @@ def test_one_step_moves_a_threshold_by_its_share_of_the_way() -> None:
     router = identity_router("expert_threshold", 2, average_experts=1, decay=0.75)
     router.threshold_E.copy_(torch.tensor([0.5, -0.4]))
     routing = route(router, tokens_with([[0.9, 0.0], [0.7, 0.2], [0.3, 0.1], [0.2, 0.6]]), training=True)
-    router.after_step(routing.load_E, router.sums(LayerRecord(layer=0, routing=routing, kept=routing)))
+    router.after_step(routing.load_E, router.statistics(LayerRecord(routing=routing, kept=routing)))
     # .75 · .5 + .25 · .3 = .45 and .75 · -.4 + .25 · .1 = -.275, within 1/128 of the way.
     assert router.threshold_E.tolist() == pytest.approx([0.45, -0.275], abs=0.25 * 0.5 / 128)
 

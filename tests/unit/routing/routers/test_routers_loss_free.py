@@ -6,22 +6,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from moebench.routing.group_limit import within_best_groups
 from support.cases import Case, Tokens, route, run
 from torch import Tensor
 
 from moebench.errors import UsageError
 from moebench.routing.context import RouteContext
-from moebench.routing.groups import within_best_groups
-from moebench.routing.losses import raw_losses, sequence_balance
+from moebench.routing.losses import compute_raw_losses, sequence_balance
 from moebench.routing.metrics import max_violation
-from moebench.routing.router import Router, Site
+from moebench.routing.router import Router, RouterBuildContext
 from moebench.routing.routers.loss_free import DeepSeekV3, LossFree
 from moebench.routing.values import LayerRecord, Routing
 
 
 def router_of(score_E: list[float], bias_E: list[float], router_class: type[LossFree] = LossFree, **options) -> Router:
     """Build a router with these sigmoid scores for the token [1]."""
-    router = router_class(router_class.Config(**options), Site(d_model=1, num_experts=len(score_E)))
+    router = router_class(router_class.Config(**options), RouterBuildContext(d_model=1, num_experts=len(score_E)))
     with torch.no_grad():
         router.gate.weight_ED.copy_(torch.tensor(score_E).logit().unsqueeze(-1))
         router.bias_E.copy_(torch.tensor(bias_E))
@@ -134,10 +134,10 @@ def test_the_loss_within_sequences_counts_without_bias(bias_E: list[float], bias
     router = router_of([0.8, 0.6, 0.4, 0.2], bias_E, DeepSeekV3, top_k=2)
     ctx = RouteContext(training=True, generator=torch.Generator(), sequence_length=1)
     routing = router(torch.ones(1, 1), ctx)
-    record = LayerRecord(layer=0, routing=routing, kept=routing, sequence_length=1)
+    record = LayerRecord(routing=routing, kept=routing, sequence_length=1)
     assert router.losses(record)["sequence_balance"].item() == pytest.approx(1.4)
     assert sequence_balance(record).item() == pytest.approx(biased)
-    assert raw_losses(router, record, router.config.losses)["sequence_balance"].item() == pytest.approx(1.4)
+    assert compute_raw_losses(router, record, router.config.losses)["sequence_balance"].item() == pytest.approx(1.4)
 
 
 @pytest.mark.parametrize("name", ["loss_free", "deepseek_v3", "quantile_balancing"])
@@ -151,7 +151,7 @@ def test_no_selection_by_more_than_scores_reaches_the_loss(name: str) -> None:
     for shift in (0.0, 5.0):
         state_E.copy_(torch.linspace(0, shift, 8))
         routing = route(router, tokens, training=True).keep(tokens.valid_T.repeat_interleave(2))
-        record = LayerRecord(layer=0, routing=routing, kept=routing, valid_T=tokens.valid_T, sequence_length=16)
+        record = LayerRecord(routing=routing, kept=routing, valid_T=tokens.valid_T, sequence_length=16)
         found.append(router.losses(record)["sequence_balance"])
     share_TE = (routing.scores_TE / routing.scores_TE.sum(-1, keepdim=True)).detach()
     slow = 0.0

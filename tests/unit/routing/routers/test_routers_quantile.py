@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.cases import Case, Tokens, run
-from support.identity_gates import chosen, record_of, routed, with_identity
+from support.identity_gates import build_identity_router, chosen, record_of, route_logits
 from torch import Tensor
 
 from moebench.routing.metrics import max_violation
@@ -16,11 +16,11 @@ def test_prices_by_hand() -> None:
     # expert 0: .5, .4, .3, .2; of expert 1: 0 always. With Tk/E = 2 tokens each, the third worth is the price: .3
     # and 0, which less their mean is .15 and -.15. Tokens 0 and 1 stay, 3 moves, 2 is on the edge. The bin of the
     # histogram is .3 times at most 1/128 off.
-    router = with_identity("quantile_balancing", 2, top_k=1)
+    router = build_identity_router("quantile_balancing", 2, top_k=1)
     scores_TE = torch.tensor([[0.7, 0.2], [0.6, 0.2], [0.5, 0.2], [0.4, 0.2]])
     routing = routed(router, scores_TE.logit())
     assert routing.load_E.tolist() == [4, 0]
-    router.after_step(routing.load_E, router.sums(record_of(routing)))
+    router.after_step(routing.load_E, router.statistics(record_of(routing)))
     assert router.price_E.tolist() == pytest.approx([0.15, -0.15], abs=0.3 / 128)
     again = routed(router, scores_TE.logit())
     assert [list(chosen(again, token)) for token in (0, 1, 3)] == [[0], [0], [1]]
@@ -36,11 +36,11 @@ def exact_prices(scores_TE: Tensor, price_E: Tensor, top_k: int) -> Tensor:
 
 
 def test_a_step_is_the_quantile_within_the_width_of_a_bin() -> None:
-    router = with_identity("quantile_balancing", 8)
+    router = build_identity_router("quantile_balancing", 8)
     for seed in range(5):
         logits_TE = 2 * torch.randn(320, 8, generator=torch.Generator().manual_seed(seed))
         before_E, routing = router.price_E.clone(), routed(router, logits_TE)
-        router.after_step(routing.load_E, router.sums(record_of(routing)))
+        router.after_step(routing.load_E, router.statistics(record_of(routing)))
         expected_E = exact_prices(logits_TE.sigmoid(), before_E, 2)
         largest = (expected_E - before_E).abs().max().item()
         torch.testing.assert_close(router.price_E, expected_E, rtol=0, atol=2 * largest / 128 + 1e-6)
@@ -51,11 +51,11 @@ def test_saturated_sigmoids_are_balanced_as_by_exact_quantiles() -> None:
     generator = torch.Generator().manual_seed(4)
     logits_TE = 0.3 * torch.randn(960, 16, generator=generator)
     logits_TE = 6 * (logits_TE + torch.randn(16, generator=generator))
-    router = with_identity("quantile_balancing", 16, top_k=1)
+    router = build_identity_router("quantile_balancing", 16, top_k=1)
     price_E = torch.zeros(16)
     for _ in range(30):
         routing = routed(router, logits_TE)
-        router.after_step(routing.load_E, router.sums(record_of(routing)))
+        router.after_step(routing.load_E, router.statistics(record_of(routing)))
         price_E = exact_prices(logits_TE.sigmoid(), price_E, 1)
     load_E = routed(router, logits_TE).load_E
     exact_E = (logits_TE.sigmoid() - price_E).argmax(-1).bincount(minlength=16)

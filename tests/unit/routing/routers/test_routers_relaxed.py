@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.cases import Case, Tokens, route, run
-from support.identity_gates import chosen, record_of, routed, with_identity
+from support.identity_gates import build_identity_router, chosen, record_of, route_logits
 from torch import Tensor
 
 from moebench.errors import UsageError
 from moebench.models.transformer import init_weights
-from moebench.routing.router import ROUTERS, Router, Site
+from moebench.routing.router import ROUTERS, Router, RouterBuildContext
 from moebench.routing.routers.dselect_k import smooth_step, spelled
 
 SIGMAS = 5
@@ -32,7 +32,7 @@ def logits_gradient(router: Router, logits_TE: Tensor, pull_E: Tensor, seed: int
 
 
 def test_relu_by_hand() -> None:
-    router = with_identity("remoe", 4)
+    router = build_identity_router("remoe", 4)
     routing = routed(router, torch.tensor([[2.0, -1.0, 0.5, 0.0], [-1.0, -2.0, -3.0, -4.0]]))
     assert chosen(routing) == {0: 2.0, 2: 0.5}
     assert chosen(routing, 1) == {}, "a token may go nowhere"
@@ -45,7 +45,7 @@ def test_relu_by_hand() -> None:
 
 def test_at_even_loads_of_k_the_penalty_is_the_mean_sum_of_weights() -> None:
     table_TE = torch.tensor([[0.1, 0.7, -1, -1], [-1, 0.2, 0.3, -1], [-1, -1, 0.4, 0.9], [0.5, -1, -1, 0.6]])
-    router = with_identity("remoe", 4)
+    router = build_identity_router("remoe", 4)
     loss = router.losses(record_of(routed(router, table_TE)))["sparsity"]
     assert loss.item() == pytest.approx(table_TE.relu().sum().item() / 4)
 
@@ -53,7 +53,7 @@ def test_at_even_loads_of_k_the_penalty_is_the_mean_sum_of_weights() -> None:
 @given(st.integers(0, 7), st.floats(-1, 1))
 def test_output_is_continuous_where_an_expert_joins(expert: int, other: float) -> None:
     # Just below 0 the expert is out, just above it is in with a weight of next to nothing.
-    router = with_identity("remoe", 8)
+    router = build_identity_router("remoe", 8)
     logits_TE = torch.full((2, 8), other)
     logits_TE[:, expert] = torch.tensor([-1e-6, 1e-6])
     routing = routed(router, logits_TE)
@@ -101,7 +101,7 @@ def test_the_penalty_arrives_at_k() -> None:
 
 def test_sparse_mixer_by_hand() -> None:
     # Logits 2, 1.99, 1: within 2ε = 2 % of the best are the first two; p = σ(.01) = .5025 and .4975.
-    router = with_identity("sparse_mixer", 3, top_k=1)
+    router = build_identity_router("sparse_mixer", 3, top_k=1)
     logits_TE = torch.tensor([[2.0, 1.99, 1.0]])
     assert chosen(routed(router, logits_TE)) == pytest.approx({0: 0.5025}, abs=1e-4)
     routing = routed(router, logits_TE.expand(4000, -1), training=True)
@@ -119,7 +119,7 @@ def test_sparse_mixer_by_hand() -> None:
 @given(st.integers(0, 50), st.integers(1, 3))
 def test_the_gradient_of_a_draw_is_that_of_its_probability(seed: int, top_k: int) -> None:
     # δ p_i (1_i - p): rows sum to 0, and nothing reaches experts that could not be drawn.
-    router = with_identity("sparse_mixer", 5, top_k=top_k, tolerance=0.2)
+    router = build_identity_router("sparse_mixer", 5, top_k=top_k, tolerance=0.2)
     logits_TE = 1 + 0.3 * torch.randn(20, 5, generator=torch.Generator().manual_seed(seed))
     gradient_TE, _ = logits_gradient(router, logits_TE, torch.arange(1.0, 6.0), seed)
     torch.testing.assert_close(gradient_TE.sum(-1), torch.zeros(20), rtol=0, atol=1e-5)
@@ -135,7 +135,7 @@ def test_the_gradient_of_a_draw_is_that_of_its_probability(seed: int, top_k: int
 
 
 def test_without_tolerance_it_is_the_best_expert_with_weight_1() -> None:
-    routing = routed(with_identity("sparse_mixer", 4, top_k=2, tolerance=0.0), P_E.log(), training=True)
+    routing = route_logits(build_identity_router("sparse_mixer", 4, top_k=2, tolerance=0.0), P_E.log(), training=True)
     assert chosen(routing) == {0: 1.0, 1: 1.0}
 
 
@@ -143,7 +143,7 @@ def test_without_tolerance_it_is_the_best_expert_with_weight_1() -> None:
 
 
 def test_straight_through_is_1_forward_and_a_softmax_backward() -> None:
-    router = with_identity("gumbel", 4)
+    router = build_identity_router("gumbel", 4)
     gradient_TE, value_N = logits_gradient(router, P_E.log().expand(2000, -1), torch.ones(4), seed=0)
     assert (value_N == 1).all()
     torch.testing.assert_close(gradient_TE.sum(-1), torch.zeros(2000), rtol=0, atol=1e-5)
@@ -157,7 +157,7 @@ def test_straight_through_is_1_forward_and_a_softmax_backward() -> None:
 @pytest.mark.parametrize(("step", "temperature"), [(0, 1.0), (1000, math.exp(-0.1)), (100_000, 0.5)])
 def test_temperature_of_the_straight_through_gradient(step: int, temperature: float) -> None:
     # Two experts, logits h and 0: d p_0/dh = p_0 p_1 / τ with p = σ((h + noise) / τ); read τ off the draw itself.
-    router = with_identity("gumbel", 2)
+    router = build_identity_router("gumbel", 2)
     logits_TE = torch.tensor([[0.3, 0.0]], requires_grad=True)
     routing = routed(router, logits_TE, training=True, step=step)
     (gradient_TE,) = torch.autograd.grad(routing.weight_N.sum(), logits_TE)
@@ -172,7 +172,7 @@ def test_temperature_of_the_straight_through_gradient(step: int, temperature: fl
 
 
 def test_dense_to_sparse_narrows() -> None:
-    router = with_identity("dense_to_sparse", 4, dense_steps=100, threshold=0.05)
+    router = build_identity_router("dense_to_sparse", 4, dense_steps=100, threshold=0.05)
     logits_TE = P_E.log().expand(500, -1)
     counts = []
     for step in (0, 50, 99, 100):
@@ -186,7 +186,7 @@ def test_dense_to_sparse_narrows() -> None:
 
 
 def test_shares_are_of_the_relaxed_draw() -> None:
-    router = with_identity("dense_to_sparse", 4, threshold=0.0)
+    router = build_identity_router("dense_to_sparse", 4, threshold=0.0)
     routing = routed(router, P_E.log().expand(300, -1), training=True)
     torch.testing.assert_close(routing.weight_N.view(300, 4).sum(-1), torch.ones(300))
     uniform_TE = torch.rand(300, 4, generator=torch.Generator().manual_seed(0))
@@ -197,7 +197,7 @@ def test_shares_are_of_the_relaxed_draw() -> None:
 def test_the_hard_phase_of_dense_to_sparse_draws_in_training() -> None:
     # Logits (1, 0): expert 1 has the probability 1 / (1 + e) = .2689, and that is its weight too when it is drawn.
     logits_TE = torch.tensor([[1.0, 0.0]]).expand(20_000, -1)
-    router = with_identity("dense_to_sparse", 2, dense_steps=10)
+    router = build_identity_router("dense_to_sparse", 2, dense_steps=10)
     routing = routed(router, logits_TE, training=True, step=10)
     second = 1 / (1 + math.e)
     share = (routing.expert_N == 1).float().mean().item()
@@ -205,7 +205,7 @@ def test_the_hard_phase_of_dense_to_sparse_draws_in_training() -> None:
     assert (routing.experts_per_token_T == 1).all()
     expected_N = torch.where(routing.expert_N == 1, second, 1 - second)
     torch.testing.assert_close(routing.weight_N, expected_N)
-    argmax = with_identity("dense_to_sparse", 2, dense_steps=10, hard_phase="argmax")
+    argmax = build_identity_router("dense_to_sparse", 2, dense_steps=10, hard_phase="argmax")
     for other in (routed(router, logits_TE, step=10), routed(argmax, logits_TE, training=True, step=10)):
         assert (other.expert_N == 0).all()
         torch.testing.assert_close(other.weight_N, torch.full((20_000,), 1 - second))
@@ -213,7 +213,9 @@ def test_the_hard_phase_of_dense_to_sparse_draws_in_training() -> None:
 
 def test_weights_of_the_dense_phase_can_be_those_of_the_softmax() -> None:
     relaxed, softmax = (
-        routed(with_identity("dense_to_sparse", 4, threshold=0.1, weights=weights), P_E.log(), training=True)
+        route_logits(
+            build_identity_router("dense_to_sparse", 4, threshold=0.1, weights=weights), P_E.log(), training=True
+        )
         for weights in ("relaxed", "softmax")
     )
     assert chosen(softmax).keys() == chosen(relaxed).keys()
@@ -268,7 +270,7 @@ def test_what_is_lost_on_nobody_pushes_with_a_coefficient_of_its_own() -> None:
     # S(.3) = -2 · .027 + .45 + .5 = .896 for both bits: expert 0 has .104², 1 and 2 have .896 · .104, together .197;
     # 1 / .197 - 1 = 4.07. The source's gradient of 1 / Σ with respect to each weight of the first feature is 22.12.
     router_class = ROUTERS.get("dselect_k").item
-    router = router_class(router_class.Config(top_k=1), Site(d_model=2, num_experts=3))
+    router = router_class(router_class.Config(top_k=1), RouterBuildContext(d_model=2, num_experts=3))
     with torch.no_grad():
         router.bit_gate.weight_ED.copy_(torch.tensor([[0.3, 0.0], [0.3, 0.0]]))
     routing = router(torch.tensor([[1.0, 0.0]]), Tokens.draw(1).context(training=True))
@@ -294,7 +296,7 @@ def test_where_every_number_names_an_expert_nothing_is_lost() -> None:
 def test_the_spread_of_the_first_bits_is_the_sources() -> None:
     # Weights even between -γ/100 and γ/100 have a deviation of γ/173: at d = 64 of .046 for tokens of unit variance.
     router_class = ROUTERS.get("dselect_k").item
-    router = router_class(router_class.Config(gamma=2.0), Site(d_model=64, num_experts=16))
+    router = router_class(router_class.Config(gamma=2.0), RouterBuildContext(d_model=64, num_experts=16))
     init_weights(router, 0)
     x_TD = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
     assert router.bit_gate(x_TD).std().item() == pytest.approx(2 * 0.0462, rel=0.1)
@@ -317,4 +319,4 @@ def test_the_spread_of_the_first_bits_is_the_sources() -> None:
 )
 def test_options_out_of_range_are_refused(name: str, num_experts: int, options: dict, message: str) -> None:
     with pytest.raises(UsageError, match=f"^{message}"):
-        with_identity(name, num_experts, **options)
+        build_identity_router(name, num_experts, **options)

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.cases import VOCAB, Case, Tokens, route, site
+from support.cases import VOCAB, Case, Tokens, build_context, route
 from support.training_cases import tiny_config, write_text
 
 from moebench.errors import UsageError
-from moebench.routing.clusters import clustered_table, token_vectors
+from moebench.routing.clusters import cluster_token_ids, token_vectors
 from moebench.routing.router import ROUTERS
 from moebench.routing.routers.hash import balanced_table
 from moebench.training.model import prepare_task
@@ -30,7 +30,7 @@ def experts(name: str, ids: list[list[int]], num_experts: int = 8, **options) ->
 
 
 def test_tables_by_hand() -> None:
-    table_V = balanced_table(site(8).token_count_V, 8)
+    table_V = balanced_table(build_context(8).token_count_V, 8)
     ids = [[3, 7, 3, 29], [7, 7, 0, 1]]
     assert torch.equal(experts("hash", ids), table_V[torch.tensor(ids)])
     # The next id; the last token has none and goes by its own.
@@ -56,7 +56,7 @@ def test_random_table_differs_by_layer_and_by_nothing_else() -> None:
     tables = []
     for layer in (0, 0, 1):
         router_class = ROUTERS.get("hash").item
-        place = dataclasses.replace(site(8), layer=layer)
+        place = dataclasses.replace(build_context(8), layer=layer)
         tables.append(router_class(router_class.Config(table="random"), place).table_V)
     assert torch.equal(tables[0], tables[1])
     assert (tables[0] != tables[2]).sum() > 25  # 50 ids, 7/8 of them expected
@@ -67,7 +67,7 @@ def test_random_table_differs_by_layer_and_by_nothing_else() -> None:
 def test_a_task_without_ids_is_refused(name: str) -> None:
     router_class = ROUTERS.get(name).item
     with pytest.raises(UsageError, match=f"^router.name: '{name}' routes by token id, which this task does not have$"):
-        router_class(router_class.Config(), dataclasses.replace(site(8), token_count_V=None))
+        router_class(router_class.Config(), dataclasses.replace(build_context(8), token_count_V=None))
 
 
 def test_ids_in_like_contexts_share_an_expert() -> None:
@@ -75,22 +75,22 @@ def test_ids_in_like_contexts_share_an_expert() -> None:
     draw = np.random.default_rng(0)
     text_N = np.stack([draw.integers(0, 4, 3000), draw.integers(4, 8, 3000), np.full(3000, 8)], axis=1).reshape(-1)
     pairs_VV = torch.from_numpy(np.bincount(text_N[:-1] * 10 + text_N[1:], minlength=100).reshape(10, 10))
-    table_V = clustered_table(pairs_VV, 3, seed=0)
+    table_V = cluster_token_ids(pairs_VV, 3, seed=0)
     assert len(set(table_V[:4].tolist())) == len(set(table_V[4:8].tolist())) == 1
     assert len({int(table_V[0]), int(table_V[4]), int(table_V[8])}) == 3
-    assert torch.equal(table_V, clustered_table(pairs_VV, 3, seed=0))
+    assert torch.equal(table_V, cluster_token_ids(pairs_VV, 3, seed=0))
     assert not token_vectors(pairs_VV)[9].any()  # it never occurs
 
 
 def test_a_text_that_tells_no_ids_apart_has_no_clusters() -> None:
     with pytest.raises(UsageError, match=r"^router\.table: 'clustered' finds fewer than 3 kinds of ids"):
-        clustered_table(torch.ones(10, 10), 3, seed=0)
+        cluster_token_ids(torch.ones(10, 10), 3, seed=0)
 
 
 def test_clusters_need_a_text_and_enough_ids() -> None:
     router_class = ROUTERS.get("hash").item
     config = router_class.Config(table="clustered")
-    for wrong in (dataclasses.replace(site(8), token_pairs=None), site(VOCAB + 1)):
+    for wrong in (dataclasses.replace(build_context(8), token_pairs=None), build_context(VOCAB + 1)):
         with pytest.raises(UsageError, match=r"^router\.table: 'clustered' needs a text"):
             router_class(config, wrong)
 

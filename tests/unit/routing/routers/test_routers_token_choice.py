@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.cases import Case, Tokens, route, run, weight_table
-from support.identity_gates import chosen, record_of, routed, with_identity
+from support.cases import Case, Tokens, route, run, tabulate_weights
+from support.identity_gates import build_identity_router, chosen, record_of, route_logits
 
 from moebench.errors import UsageError
 from moebench.experts.capacity import Capacity
 from moebench.models.transformer import init_weights
-from moebench.routing.router import ROUTERS, Site
+from moebench.routing.router import ROUTERS, RouterBuildContext
 
 SIGMAS = 5
 P_E = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
@@ -41,19 +41,19 @@ P_E = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
     ],
 )
 def test_weights_by_hand(name: str, options: dict, expected: dict[int, float]) -> None:
-    assert chosen(routed(with_identity(name, 4, **options), P_E.log())) == pytest.approx(expected)
+    assert chosen(route_logits(build_identity_router(name, 4, **options), P_E.log())) == pytest.approx(expected)
 
 
 def test_sigmoids_do_not_compete() -> None:
     # σ(0) = 1/2 and σ(ln 3) = 3/4, whatever the other logits are.
-    router = with_identity("sigma_moe", 4, top_k=2)
+    router = build_identity_router("sigma_moe", 4, top_k=2)
     for other in (-1.0, -50.0):
         logits_TE = torch.tensor([[0.0, math.log(3), other, other]])
         assert chosen(routed(router, logits_TE)) == pytest.approx({0: 0.5, 1: 0.75})
 
 
 def test_experts_left_out_have_no_weight_and_the_share_is_as_set() -> None:
-    router = with_identity("sigma_moe", 4, top_k=4, left_out=0.25)
+    router = build_identity_router("sigma_moe", 4, top_k=4, left_out=0.25)
     weight_N = routed(router, torch.zeros(5000, 4), training=True).weight_N
     assert weight_N.unique().tolist() == [0.0, 0.5]
     deviation = math.sqrt(0.25 * 0.75 / weight_N.numel())
@@ -62,7 +62,7 @@ def test_experts_left_out_have_no_weight_and_the_share_is_as_set() -> None:
 
 def test_rows_of_sigma_moe_start_at_one_length() -> None:
     router_class = ROUTERS.get("sigma_moe").item
-    gate = router_class(router_class.Config(), Site(d_model=64, num_experts=8)).gate
+    gate = router_class(router_class.Config(), RouterBuildContext(d_model=64, num_experts=8)).gate
     init_weights(gate, 0)
     length_E = gate.weight_ED.norm(dim=-1)
     torch.testing.assert_close(length_E, length_E.mean().expand(8))
@@ -79,20 +79,22 @@ def test_rows_of_sigma_moe_start_at_one_length() -> None:
 )
 def test_draws_follow_the_probabilities(name: str, options: dict, share_E: list[float]) -> None:
     num_tokens = 10_000
-    routing = routed(with_identity(name, 4, **options), P_E.log().expand(num_tokens, -1), training=True)
+    routing = route_logits(build_identity_router(name, 4, **options), P_E.log().expand(num_tokens, -1), training=True)
     for load, share in zip(routing.load_E.tolist(), share_E, strict=True):
         assert abs(load - share * num_tokens) <= SIGMAS * math.sqrt(num_tokens * share * (1 - share))
 
 
 def test_the_weight_of_a_drawn_expert_is_its_own_probability() -> None:
-    routing = routed(with_identity("switch", 4, exploration="sample"), P_E.log().expand(50, -1), training=True)
+    routing = route_logits(
+        build_identity_router("switch", 4, exploration="sample"), P_E.log().expand(50, -1), training=True
+    )
     assert routing.load_E.min() > 0
     torch.testing.assert_close(routing.weight_N, P_E[0, routing.expert_N])
 
 
 def test_input_dropout_hides_some_of_the_token_from_the_router_alone() -> None:
     # Logits 1 for all, each set to 0 with probability .3 or grown to 1 / .7: a router's input on average the same.
-    router = with_identity("switch", 4, exploration="input_dropout", dropout=0.3)
+    router = build_identity_router("switch", 4, exploration="input_dropout", dropout=0.3)
     logits_TE = routed(router, torch.ones(5000, 4), training=True).logits_TE
     assert logits_TE.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
     assert logits_TE.mean().item() == pytest.approx(1, abs=SIGMAS * math.sqrt(0.3 / 0.7 / logits_TE.numel()))
@@ -101,11 +103,11 @@ def test_input_dropout_hides_some_of_the_token_from_the_router_alone() -> None:
 
 def kept_tokens(priority: str, slots_per_expert: float) -> list[list[int]]:
     """Route three tokens to expert 0 first and 1 second, of 2; return who is kept by each."""
-    router = with_identity("v_moe", 3, priority=priority)
+    router = build_identity_router("v_moe", 3, priority=priority)
     logits_TE = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.45, 0.05], [0.8, 0.11, 0.09]]).log()
     routing = routed(router, logits_TE)
     layer = Case("v_moe", 3).layer(capacity=Capacity(eval=slots_per_expert * 3 / 6))
-    kept = layer._within_capacity(routing, Tokens.draw(3).context(training=False)).compact()
+    kept = layer._apply_capacity(routing, Tokens.draw(3).context(training=False)).compact()
     return [sorted(kept.token_N[kept.expert_N == expert].tolist()) for expert in range(2)]
 
 
@@ -128,7 +130,7 @@ def test_priority_is_for_evaluation_unless_training_is_told() -> None:
         ("limoe", {}, {True: 0, False: 1}),
     ):
         for training, token in kept.items():
-            routing = routed(with_identity(name, 3, noise=0.0, **options), logits_TE, training=training)
+            routing = route_logits(build_identity_router(name, 3, noise=0.0, **options), logits_TE, training=training)
             first = routing.expert_N == 0
             assert int(routing.token_N[first][routing.priority_N[first].argmax()]) == token
 
@@ -141,7 +143,7 @@ def test_coefficients_of_v_moe_are_those_of_its_code() -> None:
 
 def test_first_choices_of_unsure_tokens_go_before_second_ones_of_sure_tokens() -> None:
     logits_TE = torch.tensor([[0.9, 0.06, 0.04], [0.34, 0.35, 0.31]]).log()
-    routing = routed(with_identity("v_moe", 3), logits_TE)
+    routing = route_logits(build_identity_router("v_moe", 3), logits_TE)
     order = routing.priority_N.argsort(descending=True)
     assert list(zip(routing.token_N[order].tolist(), routing.expert_N[order].tolist(), strict=True)) == [
         (0, 0), (1, 1), (0, 1), (1, 0),
@@ -150,7 +152,9 @@ def test_first_choices_of_unsure_tokens_go_before_second_ones_of_sure_tokens() -
 
 def test_losses_of_v_moe_by_hand() -> None:
     # Mean probabilities .6 and .4: variance .01 over .25 = .04. All go to expert 0 first: loads 2 and 0, CV² = 1.
-    routing = routed(with_identity("v_moe", 2, top_k=1), torch.tensor([[0.7, 0.3], [0.5001, 0.4999]]).log())
+    routing = route_logits(
+        build_identity_router("v_moe", 2, top_k=1), torch.tensor([[0.7, 0.3], [0.5001, 0.4999]]).log()
+    )
     losses = Case("v_moe", 2).router().losses(record_of(routing))
     assert losses["score_importance"].item() == pytest.approx(0.04, rel=1e-2)
     assert losses["load"].item() == pytest.approx(1.0)
@@ -159,19 +163,19 @@ def test_losses_of_v_moe_by_hand() -> None:
 @given(st.floats(0.01, 100), st.integers(0, 20))
 def test_cosines_ignore_the_length_of_tokens_and_experts(factor: float, seed: int) -> None:
     router, tokens = Case("x_moe").router(seed), Tokens.draw(8, seed=seed)
-    before = weight_table(route(router, tokens, training=False))
+    before = tabulate_weights(route(router, tokens, training=False))
     tokens.x_TD.mul_(factor)
     with torch.no_grad():
         router.expert_ER.mul_(factor)
     after = route(router, tokens, training=False)
-    torch.testing.assert_close(weight_table(after), before, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(tabulate_weights(after), before, rtol=1e-3, atol=1e-4)
     assert after.logits_TE.abs().max() <= router.log_scale.exp() * (1 + 1e-5)
 
 
 def test_cosine_by_hand() -> None:
     # Token (3, 4) / 5 and experts (1, 0), (0, 1): cosines .6 and .8; at τ = .2 the logits are 3 and 4.
     router_class = ROUTERS.get("x_moe").item
-    router = router_class(router_class.Config(rank=2, temperature=0.2), Site(d_model=2, num_experts=2))
+    router = router_class(router_class.Config(rank=2, temperature=0.2), RouterBuildContext(d_model=2, num_experts=2))
     init_weights(router, 0)
     with torch.no_grad():
         router.projection.weight_ED.copy_(torch.eye(2))
@@ -188,7 +192,7 @@ def test_a_drop_leaves_the_weights_of_the_other_experts_as_they_are() -> None:
     half_T = record.kept.experts_per_token_T == 1
     assert half_T.sum() > 5
     assert torch.equal(record.kept.weight_N[kept_N], record.routing.weight_N[kept_N])
-    weight_T = weight_table(record.kept).sum(-1)
+    weight_T = tabulate_weights(record.kept).sum(-1)
     assert (weight_T[half_T] < 1 - 1e-3).any(), "nothing makes up for the dropped one"
 
 
@@ -215,7 +219,9 @@ def test_two_layers_by_hand() -> None:
 def two_layers(**options: Any) -> Any:
     """Build a gate with the hidden units x_0 and -x_0, whose sum is the logit of expert 0."""
     router_class = ROUTERS.get("mlp_top_k").item
-    router = router_class(router_class.Config(hidden_width=2, top_k=1, **options), Site(d_model=1, num_experts=2))
+    router = router_class(
+        router_class.Config(hidden_width=2, top_k=1, **options), RouterBuildContext(d_model=1, num_experts=2)
+    )
     init_weights(router, 0)
     with torch.no_grad():
         router.hidden_gate.weight_ED.copy_(torch.tensor([[1.0], [-1.0]]))
@@ -270,4 +276,4 @@ def test_a_frozen_gate_is_left_alone_by_everything() -> None:
 )
 def test_options_out_of_range_are_refused(name: str, options: dict, message: str) -> None:
     with pytest.raises(UsageError, match=f"^{message}"):
-        with_identity(name, 8, **options)
+        build_identity_router(name, 8, **options)

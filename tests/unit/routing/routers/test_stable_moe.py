@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import Case, Tokens, route, run, site
+from support.cases import Case, Tokens, build_context, route, run
 from support.training_cases import Run, tiny_config, write_text
 from torch import Tensor
 
@@ -83,10 +83,10 @@ def losses_of(choice: list[int], scores_TE: Tensor, student_TE: Tensor, valid_T:
         scores_TE.gather(-1, expert_T.unsqueeze(-1)),
         num_experts=2,
         scores_TE=scores_TE,
-        extras={"student_T": student_TE, "choice_T": expert_T},
+        token_extras={"student_T": student_TE, "choice_T": expert_T},
     )
     routing = routing if valid_T is None else routing.keep(valid_T)
-    found = router_of(2).losses(LayerRecord(layer=0, routing=routing, kept=routing, valid_T=valid_T))
+    found = router_of(2).losses(LayerRecord(routing=routing, kept=routing, valid_T=valid_T))
     return [found["balance"].item(), found["distillation"].item()]
 
 
@@ -114,9 +114,9 @@ def test_balance_pulls_as_the_sum_of_the_paper_does() -> None:
         share_T.unsqueeze(-1),
         num_experts=2,
         scores_TE=scores_TE,
-        extras={"student_T": torch.zeros(4, 2), "choice_T": expert_T},
+        token_extras={"student_T": torch.zeros(4, 2), "choice_T": expert_T},
     )
-    ours = router_of(2).losses(LayerRecord(layer=0, routing=routing, kept=routing))["balance"]
+    ours = router_of(2).losses(LayerRecord(routing=routing, kept=routing))["balance"]
     assert paper < 0 < ours
     torch.testing.assert_close(*(torch.autograd.grad(loss, scores_TE, retain_graph=True)[0] for loss in (ours, paper)))
 
@@ -151,4 +151,4 @@ def test_a_task_without_ids_is_refused() -> None:
     router_class = ROUTERS.get("stable_moe").item
     message = "^router.name: 'stable_moe' routes by token id, which this task does not have$"
     with pytest.raises(UsageError, match=message):
-        router_class(router_class.Config(), replace(site(8), vocab_size=None))
+        router_class(router_class.Config(), replace(build_context(8), vocab_size=None))

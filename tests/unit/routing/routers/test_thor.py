@@ -9,15 +9,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from moebench.training.evaluation import batch_context
 from support.cases import Case, Tokens, route, run
 from support.training_cases import tiny_config, write_text
 from torch import Tensor
 
 from moebench.ranks import Span
 from moebench.routing.composite import GroupedRouter
-from moebench.routing.router import ROUTERS, Site
-from moebench.training.batches import share_of
-from moebench.training.evaluate import batch_context
+from moebench.routing.router import ROUTERS, RouterBuildContext
+from moebench.training.batches import build_loss_normalizer
 from moebench.training.model import initialised_model, model_cost, prepare_task
 from moebench.training.module import CellModule
 from moebench.training.objective import divergence
@@ -43,8 +43,8 @@ def judged_batch(module: CellModule, valid_BL: Tensor | None = None) -> tuple[An
     """Return what the first batch gives: the objective, the records of the passes, and their outputs."""
     count_BP = None if valid_BL is None else valid_BL.long()
     batch = replace(module.task.train_batch(4, 0, 0), valid_BL=valid_BL, count_BP=count_BP)
-    outputs, records = module.passes(batch, batch_context(batch, training=True, seed=0))
-    found, records = module.judge(batch, outputs, records)
+    outputs, records = module.run_passes(batch, batch_context(batch, training=True, seed=0))
+    found, records = module.compute_loss(batch, outputs, records)
     return found, records, outputs
 
 
@@ -113,7 +113,9 @@ def test_division_into_micro_batches_changes_no_gradient(text: Path, tmp_path: P
             size = 4 // accumulate
             batch = module.task.train_batch(4, 0, 0, slice(size * index, size * index + size))
             ctx = batch_context(batch, training=True, seed=0)  # the same experts for every micro-batch
-            found, _ = module.judge(batch, *module.passes(batch, ctx), share_of(batch, module.config, module.mesh))
+            found, _ = module.compute_loss(
+                batch, *module.run_passes(batch, ctx), build_loss_normalizer(batch, module.config, module.mesh)
+            )
             total = total + found.total / accumulate
         gradients.append(torch.autograd.grad(total, list(module.parameters()), allow_unused=True))
     for whole, parts in zip(*gradients, strict=True):
@@ -130,7 +132,7 @@ def test_second_pass_counts(text: Path, tmp_path: Path) -> None:
 
 def test_groups_ask_for_what_their_routers_ask_for() -> None:
     router_class = ROUTERS.get("thor").item
-    both = GroupedRouter(router_class, router_class.Config(consistency=0.7), Site(d_model=8, num_experts=8), 4,
+    both = GroupedRouter(router_class, router_class.Config(consistency=0.7), RouterBuildContext(d_model=8, num_experts=8), 4,
                          pick_groups=True)  # fmt: skip
     assert both.consistency == 0.7
 
@@ -179,6 +181,6 @@ def test_thor_draws_the_same_in_every_process() -> None:
 
 
 def test_who_draws_in_evaluation_depends_on_the_batch() -> None:
-    drawing = {entry.name for entry in ROUTERS.entries() if entry.facts.draws_in_evaluation}
+    drawing = {entry.name for entry in ROUTERS.entries() if entry.facts.causality.draws_in_evaluation}
     assert {"random", "thor", "conditional_computation"} <= drawing
-    assert all(ROUTERS.get(name).facts.batch_dependent for name in drawing)
+    assert all(ROUTERS.get(name).facts.causality.batch_dependent for name in drawing)
