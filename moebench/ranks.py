@@ -1,7 +1,7 @@
-"""The processes that share a batch, as losses, layers and routers see them: usually one.
+"""The processes that share a batch, as routers, layers and losses see them: usually one.
 
-Each process (rank) holds some sequences of the batch. What a statistic over the batch needs from the others goes
-through `Ranks`; `parallel` brings the one for many processes, chosen when the model is built.
+Each process (rank) holds some sequences of the batch. A statistic over the whole batch goes through `Ranks`;
+`moebench.parallel` brings the implementation for several processes, chosen when the model is built.
 """
 
 from dataclasses import dataclass
@@ -14,47 +14,47 @@ from torch import Tensor
 class Ranks(Protocol):
     """The processes among which a batch is divided, in the order of its sequences.
 
-    All of them must make the same calls in the same order.
+    Both operations are collective: every rank must make the same calls in the same order.
     """
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of ranks."""
 
     @property
     def rank(self) -> int:
-        """Which of them this one is, from 0."""
+        """Index of this process, from 0."""
 
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum over ranks, on every rank.
 
-        Differentiable: the gradient is that of the sum of all ranks' losses, so of a loss that every rank computes
-        alike it is `size` times the loss's own, and the mean over ranks that training takes is exact.
+        Differentiable: the gradient is that of the sum of all ranks' losses. A loss that every rank computes from the
+        sum thus has `size` times its own gradient, which the mean over ranks taken in training makes exact.
         """
 
     def gather(self, value_T: Tensor) -> Tensor:
-        """Return the values of all ranks, joined along the first dimension in rank order; differentiable as `sum`.
+        """Return the values of all ranks, concatenated along the first dimension in rank order.
 
-        The ranks may have different lengths.
+        The ranks may hold different lengths. Differentiable, as `sum`.
         """
 
 
 @dataclass(frozen=True)
 class SingleRank:
-    """One process that holds the whole batch."""
+    """A single process that holds the whole batch."""
 
     size: int = 1
     rank: int = 0
     device: torch.device | None = None
-    """Where values must be, as if they were sent; None: anywhere."""
+    """Device that values must be on, as if they were sent; None: any device."""
 
     def sum(self, value: Tensor) -> Tensor:
-        """Return the value."""
+        """Return the value unchanged."""
         check_device(value, self.device)
         return value
 
     def gather(self, value_T: Tensor) -> Tensor:
-        """Return the values."""
+        """Return the values unchanged."""
         check_device(value_T, self.device)
         return value_T
 
@@ -63,39 +63,43 @@ SINGLE_RANK = SingleRank()
 
 
 def check_device(value: Tensor, device: torch.device | None) -> None:
-    """Raise ValueError when a value to be sent is not on the device of the processes: NCCL sends from GPUs alone."""
+    """Raise ValueError when a value is not on the device of the process group: NCCL sends from GPUs alone."""
     if device is not None and value.device != device:
-        raise ValueError(f"a value to be sent is on {value.device}, and the processes exchange what is on {device}")
+        raise ValueError(f"cannot exchange a tensor on {value.device}: the process group uses {device}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Which part of the whole batch a process holds, counted in tokens or in sequences."""
+    """The contiguous part of the whole batch that a process holds, counted in sequences or in tokens."""
 
     start: int
-    """Index of the first one that is here."""
+    """Index of the first element held here."""
     length: int
-    """How many are here."""
+    """Number of elements held here."""
     total: int
-    """How many there are on all processes."""
+    """Number of elements on all processes together."""
 
     @property
-    def part(self) -> slice:
-        """The same as a slice of the whole batch."""
+    def as_slice(self) -> slice:
+        """Slice of the whole batch."""
         return slice(self.start, self.start + self.length)
 
     def to_tokens(self, sequence_length: int) -> "Span":
-        """Return the span of tokens of a span of sequences of `factor` tokens."""
-        return Span(start=self.start * factor, length=self.length * factor, total=self.total * factor)
+        """Convert a span of sequences to the span of their tokens."""
+        return Span(
+            start=self.start * sequence_length,
+            length=self.length * sequence_length,
+            total=self.total * sequence_length,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scopes:
-    """Over whose tokens the statistics of a layer go."""
+    """The ranks over which each kind of statistic of a layer is taken."""
 
     batch: Ranks = SINGLE_RANK
-    """Capacity, and routers that choose among the tokens of the whole batch."""
+    """For capacity, and for routers that choose among the tokens of the whole batch."""
     balance: Ranks = SINGLE_RANK
-    """Losses."""
+    """For losses."""
     world: Ranks = SINGLE_RANK
-    """All there are, whatever the other scopes: the state of routers must stay the same on each."""
+    """All ranks, whatever the other scopes: router state must stay equal on each of them."""

@@ -1,4 +1,4 @@
-"""Agents that choose experts: who chooses for a token, what an action is, and what collaboration is paid."""
+"""Agents of routing networks: which agent acts for a token, what its actions do, and the collaboration reward."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,45 +15,45 @@ from moebench.routing.values import LayerRecord, Routing
 
 @dataclass(frozen=True, kw_only=True)
 class AgentsConfig(RouterConfig):
-    """Options of who chooses and for what reward."""
+    """Options of agents, their actions and their rewards."""
 
     agents: Literal["domain", "single"] = "domain"
-    """One agent for each domain of the task (its dispatcher knows the domain), or a single one for all tokens. Domains
-    that were held out of training have the mean of all agents."""
+    """One agent for each domain of the task, which must be known (domain), or one agent for all tokens (single). Tokens
+    of domains held out of training use the mean of all agents."""
     pass_through: bool = False
-    """One action more: no expert, the token goes on as it is, which the plan of a matched arm does not know."""
+    """Add an action that uses no expert: the token keeps its residual. Matched arms do not count the saved compute."""
     collaboration: float = 0.0
-    """Reward of choosing what others chose: times the share of tokens that the chosen expert had so far."""
+    """Coefficient of the reward for choosing popular experts: times the chosen expert's running share of tokens."""
 
 
 def check_collaboration(config: Any) -> None:
-    """Refuse a negative reward."""
+    """Raise UsageError for a negative coefficient of the collaboration reward."""
     require(config.collaboration >= 0, "router.collaboration", config.collaboration, "at least 0")
 
 
-def num_agents(config: Any, context: RouterBuildContext) -> int:
-    """Return how many agents there are; raise UsageError where a task has no domains for them."""
+def count_agents(config: Any, context: RouterBuildContext) -> int:
+    """Return the number of agents; raise UsageError where agents need domains that the task does not have."""
     return check_domains(config.name, context) if config.agents == "domain" else 1
 
 
-def agent_of(ctx: RouteContext, num_agents: int, x_TD: Tensor) -> Tensor:
-    """Return the agent of each token, int64; `num_agents`, for which there is none, where its domain was held out."""
+def assign_agents(ctx: RouteContext, num_agents: int, x_TD: Tensor) -> Tensor:
+    """Return the agent of each token, int64; index `num_agents` (their mean) for domains held out of training."""
     if num_agents == 1 or ctx.domain_T is None:
         return torch.zeros(x_TD.shape[0], dtype=torch.int64, device=x_TD.device)
     return place_of(ctx.domain_T, num_agents)
 
 
-def acted(action_T: Tensor, num_experts: int, num_actions: int, **tables: Any) -> Routing:
-    """Return the routing of one action for each token: its expert with weight 1; the last action may be none."""
+def route_actions(action_T: Tensor, num_experts: int, num_actions: int, **tables: Any) -> Routing:
+    """Return the routing of one action per token: its expert with weight 1; an action of E or more uses no expert."""
     weight_TK = torch.ones(len(action_T), 1, device=action_T.device)
     expert_TK = action_T.clamp(max=num_experts - 1).unsqueeze(-1)
     routing = Routing.from_top_k(expert_TK, weight_TK, num_experts=num_experts, **tables)
     if num_actions == num_experts:
         return routing
-    return routing.keep(action_T < num_experts).compact()  # a hole would keep a place that rerouting may need
+    return routing.keep(action_T < num_experts).compact()  # a masked assignment would block a slot for rerouting
 
 
-def collaboration(record: LayerRecord, share_E: Tensor, coefficient: float) -> Tensor:
-    """Return the reward for choosing what many chose before; 0 for choosing no expert."""
-    paid_A = coefficient * torch.cat([share_E, share_E.new_zeros(1)])
-    return paid_A[record.routing.token_extras["action_T"]]
+def compute_collaboration_reward(record: LayerRecord, share_E: Tensor, coefficient: float) -> Tensor:
+    """Return `coefficient` times the running share of each token's expert; 0 where it used no expert."""
+    reward_A = coefficient * torch.cat([share_E, share_E.new_zeros(1)])
+    return reward_A[record.routing.token_extras["action_T"]]

@@ -1,10 +1,11 @@
-"""Halting: experts that stand one behind another, and a router that is asked after each whether a token goes on."""
+"""Halting routers: the experts form a chain, and after each expert the router decides whether a token continues."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from typing_extensions import override
 
 from moebench.errors import require
 from moebench.routing.context import RouteContext
@@ -13,39 +14,38 @@ from moebench.routing.router import Form, Router, RouterBuildContext
 
 
 class HaltingRouter(Router):
-    """Walks tokens through a chain of experts: h_0 = x, h_n = h_{n-1} + E_n(|h_{n-1}|), z_n = w·|h_n| + b.
+    """Run tokens through a chain of experts: h_0 = x, h_n = h_{n-1} + E_n(|h_{n-1}|), z_n = w·|h_n| + b.
 
-    |h| is the state over its root mean square (see `Chain`); E_1 reads x as it is.
-
-    The experts are the steps and there are at most E of them. A kind of halting says when a token stops and what its
-    steps weigh. Alone, without a layer that brings the experts, the state stays x.
+    |h| is the state divided by its root mean square (see `Chain`); E_1 reads x itself. Each expert is one step, so a
+    token takes at most E steps. A subclass defines when a token stops and how its steps are weighted. Without a layer
+    that computes the experts (`ctx.advance` is None) the state remains x.
     """
 
     form = Form.CHAIN
 
-    def __init__(self, config: Any, context: RouterBuildContext, start: float) -> None:
-        """`start`: the bias b at the beginning."""
+    def __init__(self, config: Any, context: RouterBuildContext, initial_bias: float) -> None:
         super().__init__(config, context)
         self.gate = Gate(context.d_model, 1)
         self.bias = nn.Parameter(torch.empty(1))
-        self.start = start
+        self.initial_bias = initial_bias
 
     def init_weights(self, generator: Generator) -> None:
-        """Start with the bias that the algorithm names; the gate draws its own."""
-        nn.init.constant_(self.bias, self.start)
+        """Initialise the bias b; the gate initialises itself."""
+        nn.init.constant_(self.bias, self.initial_bias)
 
     @classmethod
+    @override
     def check(cls, config: Any, num_experts: int) -> None:
-        """Refuse a chain that leaves nothing to decide."""
         require(num_experts >= 2, "layout.num_experts", num_experts, f"at least 2 with router '{config.name}'")
 
-    def walk(
-        self, x_TD: Tensor, ctx: RouteContext, goes_on: Callable[[Tensor], Tensor]
+    def run_chain(
+        self, x_TD: Tensor, ctx: RouteContext, continues: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the logits z_TN of all steps but the last, and ran_TE and last_TE (bool): the steps of each token.
+        """Run every token until it stops.
 
-        `goes_on`: z of the steps so far -> bool_T. No token is waited for: a step that nobody takes is one without
-        rows, so that every process makes the same calls.
+        `continues`: maps the logits z of the steps so far, [T, n], to bool [T]. Returns the logits z_TN of all steps
+        but the last (N = E - 1), ran_TE (bool: steps that a token takes) and last_TE (bool: its last step). All E steps
+        are called even if no token takes them, so that every process makes the same collective calls.
         """
         num_tokens = x_TD.shape[0]
         running_T = torch.ones(num_tokens, dtype=torch.bool, device=x_TD.device)
@@ -55,16 +55,16 @@ class HaltingRouter(Router):
             state_TD = x_TD if ctx.advance is None else ctx.advance(step, ran[-1])
             if step < self.num_experts - 1:  # the last step needs no decision
                 logits.append(self.gate(state_TD) + self.bias.float())
-                ran.append(ran[-1] & goes_on(torch.cat(logits, -1).detach()))
+                ran.append(ran[-1] & continues(torch.cat(logits, -1).detach()))
         ran_TE = torch.stack(ran, -1)
         last_TE = ran_TE & ~nn.functional.pad(ran_TE[:, 1:], (0, 1))
         return torch.cat(logits, -1), ran_TE, last_TE
 
+    @override
     def flops_per_token(self) -> int:
-        """Return those of the E - 1 decisions; they are made for tokens that have stopped too."""
-        return (self.num_experts - 1) * super().flops_per_token()
+        return (self.num_experts - 1) * super().flops_per_token()  # decisions are computed for stopped tokens too
 
 
-def before(value_TN: Tensor) -> Tensor:
-    """Return the sums over the steps before each step, and over all of them as a last column: [T, N + 1]."""
+def exclusive_cumsum(value_TN: Tensor) -> Tensor:
+    """Return the sum over the steps before each step, with the sum over all steps as last column: [T, N + 1]."""
     return nn.functional.pad(value_TN.cumsum(-1), (1, 0))

@@ -1,8 +1,8 @@
-"""Auxiliary losses: pure functions of a LayerRecord, raw, under one normalisation for every router.
+"""Auxiliary losses: pure functions of a LayerRecord, without coefficients, normalised alike for every router.
 
-Balance losses are 1 (products) or 0 (squared variations) at uniform routing for every number of experts per token,
-are computed per layer and then averaged over layers: a sum over layers, or a pool of all layers, would make the
-same coefficient mean different things in different models. The coefficient is applied once, in training.
+At uniform routing a balance loss is 1 (products) or 0 (squared variations) for any number of experts per token. Losses
+are computed per layer and averaged over layers: summing over layers, or pooling their statistics, would make the same
+coefficient mean different things in different models. Training applies the coefficients.
 """
 
 import math
@@ -23,7 +23,7 @@ Loss = Callable[[LayerRecord], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class LossFacts:
-    """What a loss is and what its value means."""
+    """The equation of a loss, its source, and its values at the extremes."""
 
     equation: str
     paper: str
@@ -46,12 +46,12 @@ LOSSES: Registry[Loss, LossFacts] = Registry("loss", None)
     name="load_balance",
 )
 def load_balance(record: LayerRecord) -> Tensor:
-    """Switch's load-balance loss: 1 at uniform for every k, E/k when k experts take all.
+    """Switch's load-balance loss: 1 at uniform routing for every k, E/k when k experts take all tokens.
 
-    f is counted before capacity and carries no gradient. Where papers count f as assignments per token (it then
-    sums to k) their coefficient times k is ours. Not bounded below by 1: f and P may disagree.
+    f counts assignments before capacity and has no gradient. Where a paper counts f as assignments per token (it then
+    sums to k), the coefficient here is k times the paper's. Can be below 1, where f and P disagree.
     """
-    scores_TE = _need(record.routing.scores_TE, "load_balance", "scores")
+    scores_TE = _require_table(record.routing.scores_TE, "load_balance", "scores")
     load_E = record.load_E.to(scores_TE.dtype)
     share_E = load_E / load_E.sum().clamp(min=1)
     score_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=1e-20)
@@ -68,12 +68,12 @@ def load_balance(record: LayerRecord) -> Tensor:
     name="sequence_balance",
 )
 def sequence_balance(record: LayerRecord) -> Tensor:
-    """`load_balance` of each sequence on its own: also refuses sequences that are one-sided in turn.
+    """`load_balance` within each sequence: also penalises sequences that are unbalanced in turn.
 
-    Where lengths differ, a sequence counts by its tokens. f counts assignments; routers whose selection has a bias
-    count by their scores without it, as eq. 18 does (`counted_by_scores`).
+    Where lengths differ, a sequence is weighted by its number of tokens. f counts assignments; routers that select with
+    a bias pass a record recounted without it, as in eq. 18 (`recount_by_scores`).
     """
-    scores_TE = _need(record.routing.scores_TE, "sequence_balance", "scores")
+    scores_TE = _require_table(record.routing.scores_TE, "sequence_balance", "scores")
     routing = record.routing
     assert isinstance(routing, Routing)  # soft routing has no scores
     length = record.sequence_length or max(routing.num_tokens, 1)
@@ -100,8 +100,8 @@ def sequence_balance(record: LayerRecord) -> Tensor:
     name="z",
 )
 def z(record: LayerRecord) -> Tensor:
-    """Router z-loss: keeps logits small; it pulls the log-sum-exp, not each logit, to 0."""
-    logits_TE = _need(record.routing.logits_TE, "z", "logits")
+    """Router z-loss: keeps logits small by pulling their log-sum-exp, not each logit, to 0."""
+    logits_TE = _require_table(record.routing.logits_TE, "z", "logits")
     return record.mean(logits_TE.logsumexp(-1).square())
 
 
@@ -115,11 +115,11 @@ def z(record: LayerRecord) -> Tensor:
     name="global_entropy",
 )
 def global_entropy(record: LayerRecord) -> Tensor:
-    """How far the mean probability of the experts is from uniform: the papers' negative entropy plus ln E."""
-    logits_TE = _need(record.routing.logits_TE, "global_entropy", "logits")
+    """Entropy of the mean expert probabilities, subtracted from its maximum ln E; the papers use minus the entropy."""
+    logits_TE = _require_table(record.routing.logits_TE, "global_entropy", "logits")
     mean_E = record.mean(logits_TE.softmax(-1))
     entropy = -(mean_E * mean_E.clamp(min=1e-20).log()).sum()
-    return (math.log(record.routing.num_experts) - entropy).clamp(min=0)  # rounding may go below
+    return (math.log(record.routing.num_experts) - entropy).clamp(min=0)  # rounding can make it negative
 
 
 @LOSSES.register(
@@ -127,13 +127,13 @@ def global_entropy(record: LayerRecord) -> Tensor:
         equation="mean_t H(p_t),  p = softmax(h)",
         paper="arXiv:2206.02770 (LIMoE, local entropy)",
         uniform="ln E at equal logits",
-        collapsed="0 when every token is sure",
+        collapsed="0 when every choice is certain",
     ),
     name="local_entropy",
 )
 def local_entropy(record: LayerRecord) -> Tensor:
-    """How undecided the router is about a token, in nats: pushes towards one expert and balances nothing by itself."""
-    logits_TE = _need(record.routing.logits_TE, "local_entropy", "logits")
+    """Mean entropy of a token's expert probabilities, in nats: makes choices confident, balances nothing."""
+    logits_TE = _require_table(record.routing.logits_TE, "local_entropy", "logits")
     log_TE = logits_TE.log_softmax(-1)
     return record.mean(-(log_TE.exp() * log_TE).sum(-1))
 
@@ -142,17 +142,17 @@ def local_entropy(record: LayerRecord) -> Tensor:
     LossFacts(
         equation="ln E - I(token; expert) = ln E - H(mean_t p_t) + mean_t H(p_t)",
         paper="arXiv:2306.04640 (ModuleFormer)",
-        uniform="ln E at equal logits; 0 when experts are used evenly and every token is sure",
+        uniform="ln E at equal logits; 0 when experts are used evenly and every choice is certain",
         collapsed="ln E",
     ),
     name="mutual_information",
 )
 def mutual_information(record: LayerRecord) -> Tensor:
-    """Mutual information of tokens and experts, below its largest value: `global_entropy` plus `local_entropy`.
+    """Mutual information of token and expert, subtracted from its maximum: `global_entropy` plus `local_entropy`.
 
-    The paper's loss is the negative information, which differs by the constant ln E.
+    The paper's loss is minus the information, which differs by the constant ln E.
     """
-    _need(record.routing.logits_TE, "mutual_information", "logits")
+    _require_table(record.routing.logits_TE, "mutual_information", "logits")
     return global_entropy(record) + local_entropy(record)
 
 
@@ -166,13 +166,13 @@ def mutual_information(record: LayerRecord) -> Tensor:
     name="importance",
 )
 def importance(record: LayerRecord) -> Tensor:
-    """Squared coefficient of variation of the summed weights of each expert (Shazeer et al. 2017)."""
-    return squared_variation(record.importance_E)
+    """Squared coefficient of variation of each expert's summed weights (Shazeer et al. 2017)."""
+    return compute_squared_variation(record.importance_E)
 
 
 @LOSSES.register(
     LossFacts(
-        equation="E · Σ_e s_e f_e P_e,  s_e = size of expert e over the mean size, f and P as in load_balance",
+        equation="E · Σ_e s_e f_e P_e,  s_e = size of expert e / mean size, f and P as in load_balance",
         paper="arXiv:2408.10681 (HMoE, parameter penalty)",
         uniform="1",
         collapsed="E / k times the mean s of the k experts",
@@ -180,14 +180,14 @@ def importance(record: LayerRecord) -> Tensor:
     name="parameter_penalty",
 )
 def parameter_penalty(record: LayerRecord) -> Tensor:
-    """HMoE's parameter penalty: a balance loss in which the load of an expert counts by its size.
+    """HMoE's parameter penalty: a balance loss that weights the load of an expert by its size.
 
-    For layouts whose experts differ, in place of `load_balance`, which it equals where all are alike. The size of an
-    expert is its FLOPs per row, which for a network are proportional to its parameters; experts without a network have
-    none. The paper counts assignments per token and multiplies by the hidden width itself: its value is k times the
-    mean width of ours.
+    For layouts with experts of different sizes, in place of `load_balance`, to which it is equal when all sizes are.
+    The size of an expert is its FLOPs per row, which for a network are proportional to its parameters; experts without
+    a network have size 0. The paper counts assignments per token and multiplies by the hidden width itself, so its
+    value is k times the mean width of this one.
     """
-    scores_TE = _need(record.routing.scores_TE, "parameter_penalty", "scores")
+    scores_TE = _require_table(record.routing.scores_TE, "parameter_penalty", "scores")
     size_E = scores_TE.new_tensor(record.flops_E or (1,) * record.routing.num_experts)
     load_E = record.load_E.to(scores_TE.dtype)
     share_E = load_E / load_E.sum().clamp(min=1)
@@ -195,29 +195,29 @@ def parameter_penalty(record: LayerRecord) -> Tensor:
     return record.routing.num_experts * torch.dot(size_E / size_E.mean().clamp(min=1) * share_E, record.mean(score_TE))
 
 
-def counted_by_scores(record: LayerRecord, top_k: int) -> LayerRecord:
-    """Return the record as if each token had gone to the `top_k` experts with its highest scores, padding left out."""
-    scores_TE = _need(record.routing.scores_TE, "sequence_balance", "scores")
+def recount_by_scores(record: LayerRecord, top_k: int) -> LayerRecord:
+    """Return the record of routing each token to the `top_k` experts with its highest scores, without padding."""
+    scores_TE = _require_table(record.routing.scores_TE, "sequence_balance", "scores")
     expert_TK = rank_top_k(scores_TE, top_k, quantum=SCORE_QUANTUM)
     weight_TK = scores_TE.gather(-1, expert_TK)
-    chosen = Routing.from_top_k(expert_TK, weight_TK, num_experts=scores_TE.shape[-1], scores_TE=scores_TE)
+    routing = Routing.from_top_k(expert_TK, weight_TK, num_experts=scores_TE.shape[-1], scores_TE=scores_TE)
     if record.valid_T is not None:
-        chosen = chosen.keep(record.valid_T[chosen.token_N])
-    return replace(record, routing=chosen, kept=chosen)
+        routing = routing.keep(record.valid_T[routing.token_N])
+    return replace(record, routing=routing, kept=routing)
 
 
-def squared_variation(value_E: Tensor) -> Tensor:
-    """Return Var/Mean² with the population variance; 0 when all are equal (and for an empty batch)."""
+def compute_squared_variation(value_E: Tensor) -> Tensor:
+    """Return the squared coefficient of variation, Var/Mean² (population variance); 0 when all values are equal."""
     return value_E.var(unbiased=False) / (value_E.mean().square() + 1e-10)
 
 
 def compute_raw_losses(router: Router, record: LayerRecord, names: Collection[str]) -> dict[str, Tensor]:
-    """Return the named losses of a layer, those that the router brings itself before those that all share."""
-    own = router.losses(record) if names else {}
-    return {name: own[name] if name in own else LOSSES.get(name).item(record) for name in names}
+    """Return the named losses of a layer, without coefficients; the router's own losses override the shared ones."""
+    router_losses = router.losses(record) if names else {}
+    return {name: router_losses[name] if name in router_losses else LOSSES.get(name).item(record) for name in names}
 
 
-def _need(value: Tensor | None, loss: str, what: str) -> Tensor:
+def _require_table(value: Tensor | None, loss: str, table: str) -> Tensor:
     if value is None:
-        raise UsageError(f"router.losses.{loss}: this router makes no {what}, so the loss does not exist for it")
+        raise UsageError(f"router.losses.{loss}: this router has no {table}, which the loss needs")
     return value

@@ -1,4 +1,4 @@
-"""How evenly a router loads its experts: counts that add up, and pure functions of them. Nothing here logs."""
+"""How evenly a router loads its experts: counts that add up, and metrics computed from them."""
 
 import math
 from collections.abc import Sequence
@@ -12,22 +12,22 @@ from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.values import AnyRouting, LayerRecord
 
 DEAD_SHARE = 0.01
-"""An expert with less than this share of a uniform load counts as dead."""
+"""An expert with less than this share of a uniform load is dead."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoadCount:
-    """What one layer did with some tokens; counts of several batches add up, layers are never pooled."""
+    """Assignments and tokens of one layer; counts of several batches add up, layers are never pooled."""
 
     load_E: Tensor
     """Assignments per expert before capacity, int64."""
     num_dropped: int
-    """Assignments lost to capacity; those that passed their token on unchanged are among them."""
+    """Assignments lost to capacity, including those whose token passed on unchanged."""
     num_unserved: int
     """Tokens that no expert computed."""
     num_tokens: int
     num_rerouted: int = 0
-    """Assignments that another expert computed than the router chose."""
+    """Assignments computed by another expert than the router chose."""
 
     def __add__(self, other: "LoadCount") -> "LoadCount":
         """Add the counts of two batches of the same layer."""
@@ -39,18 +39,18 @@ class LoadCount:
             num_rerouted=self.num_rerouted + other.num_rerouted,
         )
 
-    def over(self, ranks: Ranks) -> "LoadCount":
-        """Return the counts of all ranks together."""
-        others = (self.num_dropped, self.num_unserved, self.num_tokens, self.num_rerouted)
-        summed = ranks.sum(torch.cat([self.load_E, self.load_E.new_tensor(others)])).cpu()
+    def sum_over(self, ranks: Ranks) -> "LoadCount":
+        """Return the counts of all ranks together, on the CPU."""
+        scalars = (self.num_dropped, self.num_unserved, self.num_tokens, self.num_rerouted)
+        summed = ranks.sum(torch.cat([self.load_E, self.load_E.new_tensor(scalars)])).cpu()
         dropped, unserved, tokens, rerouted = (int(number) for number in summed[-4:].tolist())
         return LoadCount(
             load_E=summed[:-4], num_dropped=dropped, num_unserved=unserved, num_tokens=tokens, num_rerouted=rerouted
         )
 
     @classmethod
-    def of(cls, record: LayerRecord) -> "LoadCount":
-        """Count one layer's record, padding left out."""
+    def from_record(cls, record: LayerRecord) -> "LoadCount":
+        """Count the record of one layer, without padding."""
         num_tokens = record.routing.num_tokens if record.valid_T is None else int(record.valid_T.sum())
         return cls(
             load_E=record.routing.load_E,
@@ -62,27 +62,27 @@ class LoadCount:
 
 
 def max_violation(load_E: Tensor) -> float:
-    """Return max load / mean load - 1: 0 when even, E/k - 1 when k experts take all (arXiv:2408.15664)."""
+    """Return max load / mean load - 1: 0 when even, E/k - 1 when k experts take all tokens (arXiv:2408.15664)."""
     load = load_E.double()
     return float(load.max() / load.mean() - 1) if load.sum() > 0 else 0.0
 
 
-def variation(load_E: Tensor) -> float:
-    """Return the coefficient of variation of the load: standard deviation over mean, 0 when even."""
+def coefficient_of_variation(load_E: Tensor) -> float:
+    """Return the coefficient of variation of the load: standard deviation / mean, 0 when even."""
     load = load_E.double()
     return float(load.std(unbiased=False) / load.mean()) if load.sum() > 0 else 0.0
 
 
 def normalised_entropy(load_E: Tensor) -> float:
-    """Return the entropy of the load divided by ln E: 1 when even, 0 when one expert takes all."""
+    """Return the entropy of the load divided by ln E: 1 when even, 0 when one expert takes all tokens."""
     if load_E.numel() == 1 or load_E.sum() == 0:
         return 1.0
     share = load_E.double() / load_E.sum()
     return float(-torch.special.xlogy(share, share).sum() / math.log(load_E.numel()))
 
 
-def dead_experts(load_E: Tensor) -> int:
-    """Return how many experts have less than 1 % of a uniform load."""
+def count_dead_experts(load_E: Tensor) -> int:
+    """Return the number of experts with less than 1 % of a uniform load."""
     load = load_E.double()
     return int((load < DEAD_SHARE * load.mean()).sum()) if load.sum() > 0 else load.numel()
 
@@ -105,22 +105,22 @@ def label_table(routing: AnyRouting, label_T: Tensor, num_labels: int) -> Tensor
 
 
 def label_parts(table_YE: Tensor) -> Tensor:
-    """Return what each label adds to I(label; expert) of a table of counts, in nats, fp64 [labels]; none is negative.
+    """Return the contribution of each label to I(label; expert) of a table of counts, in nats, fp64 [labels], all ≥ 0.
 
-    Label y adds p(y) times the divergence of its experts from those of all tokens, Σ_e p(e|y) ln p(e|y) / p(e).
+    Label y contributes p(y) times the KL divergence of its experts from those of all tokens, Σ_e p(e|y) ln p(e|y) /
+    p(e).
     """
     share_YE = table_YE.double() / table_YE.sum().clamp(min=1e-300)
     label_Y1, expert_E = share_YE.sum(1, keepdim=True), share_YE.sum(0)
-    joint_YE, *apart_YE = (torch.special.xlogy(share_YE, share) for share in (share_YE, label_Y1, expert_E))
-    added_Y: Tensor = (joint_YE - apart_YE[0] - apart_YE[1]).sum(1)
-    return added_Y.clamp(min=0)
+    joint_YE, *marginal_YE = (torch.special.xlogy(share_YE, share) for share in (share_YE, label_Y1, expert_E))
+    contribution_Y: Tensor = (joint_YE - marginal_YE[0] - marginal_YE[1]).sum(1)
+    return contribution_Y.clamp(min=0)
 
 
 def label_information(table_YE: Tensor) -> float | None:
-    """Return I(label; expert) / H(label) of a table of counts: 1 when the expert gives the label away, 0 when nothing.
+    """Return I(label; expert) / H(label) of a table of counts: 1 if the expert determines the label, 0 if independent.
 
-    Experts that each serve k of as many labels evenly know 1 - ln k / ln E. None where all have one label: there is
-    nothing to be known.
+    Experts that each serve k of E equally frequent labels give 1 - ln k / ln E. None if all tokens have the same label.
     """
     share_Y = table_YE.double().sum(1) / table_YE.sum().clamp(min=1e-300)
     entropy = float(-torch.special.xlogy(share_Y, share_Y).sum())
@@ -128,15 +128,15 @@ def label_information(table_YE: Tensor) -> float | None:
 
 
 def summarise_load(counts: Sequence[LoadCount]) -> dict[str, float]:
-    """Return the load metrics of a model: each computed per layer, then averaged over its MoE layers."""
+    """Return the load metrics of a model: computed per layer, then averaged over its MoE layers."""
     if not counts:
         return {}
     rows = [
         {
             "load/max_violation": max_violation(count.load_E),
-            "load/cv": variation(count.load_E),
+            "load/cv": coefficient_of_variation(count.load_E),
             "load/entropy": normalised_entropy(count.load_E),
-            "load/dead_experts": float(dead_experts(count.load_E)),
+            "load/dead_experts": float(count_dead_experts(count.load_E)),
             "load/drop_rate": count.num_dropped / max(int(count.load_E.sum()), 1),
             "load/reroute_rate": count.num_rerouted / max(int(count.load_E.sum()), 1),
             "load/unserved": count.num_unserved / max(count.num_tokens, 1),

@@ -1,4 +1,4 @@
-"""What stands around the experts for every router: shared experts, the residual, dropout, recomputation."""
+"""Shared experts, the residual mixture, dropout and recomputation, for every router."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from moebench.models.transformer import init_weights
 every_case = pytest.mark.parametrize("case", cases_of(8), ids=str)
 
 
-def surrounded(case: Case, *, residual: bool, rate: float = 0.0, capacity: Capacity | None = None) -> MoELayer:
+def build_layer(case: Case, *, residual: bool, rate: float = 0.0, capacity: Capacity | None = None) -> MoELayer:
     """Build a layer with a shared network."""
     shared = randomise_parameters(FeedForward(D_MODEL, 8, "gelu"), seed=1)
     layer = case.layer(shared=shared, residual=residual, expert_dropout=rate, capacity=capacity)
@@ -28,7 +28,7 @@ def surrounded(case: Case, *, residual: bool, rate: float = 0.0, capacity: Capac
 
 @every_case
 def test_shared_experts_are_added(case: Case) -> None:
-    layer, tokens = surrounded(case, residual=False), Tokens.draw(24)
+    layer, tokens = build_layer(case, residual=False), Tokens.draw(24)
     y_TD, record = run(layer, tokens, training=False)
     routed_TD, alone = run(case.layer(), tokens, training=False)
     assert layer.shared is not None
@@ -37,8 +37,8 @@ def test_shared_experts_are_added(case: Case) -> None:
 
 
 @every_case
-def test_residual_weighs_the_two_and_its_weights_sum_to_1(case: Case) -> None:
-    layer, tokens = surrounded(case, residual=True), Tokens.draw(24)
+def test_residual_mixture_has_weights_that_sum_to_1(case: Case) -> None:
+    layer, tokens = build_layer(case, residual=True), Tokens.draw(24)
     y_TD, _ = run(layer, tokens, training=False)
     routed_TD, _ = run(case.layer(), tokens, training=False)
     assert layer.shared is not None
@@ -53,9 +53,9 @@ def test_residual_weighs_the_two_and_its_weights_sum_to_1(case: Case) -> None:
     assert layer.mix.bias_E.grad.norm() > 1e-3
 
 
-def test_a_dropped_token_still_has_the_shared_network() -> None:
+def test_dropped_tokens_still_use_the_shared_network() -> None:
     capacity = Capacity(train=0.25)
-    layer, tokens = surrounded(Case("switch"), residual=True, capacity=capacity), Tokens.draw(64)
+    layer, tokens = build_layer(Case("switch"), residual=True, capacity=capacity), Tokens.draw(64)
     y_TD, record = run(layer, tokens, training=True)
     unserved_T = record.kept.experts_per_token_T == 0
     assert unserved_T.any()
@@ -65,9 +65,9 @@ def test_a_dropped_token_still_has_the_shared_network() -> None:
     torch.testing.assert_close(y_TD[unserved_T], (share_T1 * layer.shared(tokens.x_TD))[unserved_T])
 
 
-def test_the_bias_alone_can_weigh_the_two() -> None:
-    # With W_c = 0 and b = (ln 3, 0) every token has three quarters of its experts and a quarter of the network.
-    layer, tokens = surrounded(Case("switch"), residual=True), Tokens.draw(24)
+def test_residual_mixture_with_bias_only() -> None:
+    # With W_c = 0 and b = (ln 3, 0) the weights are 3/4 for the experts and 1/4 for the shared network.
+    layer, tokens = build_layer(Case("switch"), residual=True), Tokens.draw(24)
     assert layer.mix is not None
     assert layer.mix.bias_E is not None
     init_weights(layer.mix, 0)
@@ -81,15 +81,15 @@ def test_the_bias_alone_can_weigh_the_two() -> None:
     torch.testing.assert_close(y_TD, 0.75 * routed_TD + 0.25 * layer.shared(tokens.x_TD))
 
 
-def test_flops_count_the_shared_network_and_its_weighing() -> None:
+def test_flops_include_the_shared_network_and_its_gate() -> None:
     alone = Case("top_k").layer().flops_per_token()
     shared = 2 * 2 * 8 * 8  # two 8 x 8 matrices
-    assert surrounded(Case("top_k"), residual=False).flops_per_token() == alone + shared
-    assert surrounded(Case("top_k"), residual=True).flops_per_token() == alone + shared + 2 * 2 * 8
+    assert build_layer(Case("top_k"), residual=False).flops_per_token() == alone + shared
+    assert build_layer(Case("top_k"), residual=True).flops_per_token() == alone + shared + 2 * 2 * 8
 
 
-def test_the_weighing_is_drawn_from_the_seed() -> None:
-    layers = [surrounded(Case("switch"), residual=True) for _ in range(3)]
+def test_residual_gate_is_initialised_from_the_seed() -> None:
+    layers = [build_layer(Case("switch"), residual=True) for _ in range(3)]
     for layer, seed in zip(layers, (0, 0, 1), strict=True):
         init_weights(layer, seed)
     weights = [layer.mix.weight_ED for layer in layers if layer.mix is not None]
@@ -98,8 +98,8 @@ def test_the_weighing_is_drawn_from_the_seed() -> None:
     assert weights[0].abs().max() > 0
 
 
-def test_weighing_is_fp32_under_autocast() -> None:
-    layer, tokens = surrounded(Case("switch"), residual=True), Tokens.draw(24)
+def test_residual_gate_is_fp32_under_autocast() -> None:
+    layer, tokens = build_layer(Case("switch"), residual=True), Tokens.draw(24)
     y_TD, _ = run(layer, tokens, training=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half_TD, _ = run(layer, tokens, training=False)
@@ -107,30 +107,30 @@ def test_weighing_is_fp32_under_autocast() -> None:
 
 
 @every_case
-def test_dropout_of_rate_0_changes_nothing_and_none_happens_in_evaluation(case: Case) -> None:
+def test_dropout_is_off_at_rate_0_and_in_evaluation(case: Case) -> None:
     tokens = Tokens.draw(24)
     for rate, training in ((0.0, True), (0.5, False)):
-        plain_TD, _ = run(surrounded(case, residual=False), tokens, training=training)
-        y_TD, _ = run(surrounded(case, residual=False, rate=rate), tokens, training=training)
+        plain_TD, _ = run(build_layer(case, residual=False), tokens, training=training)
+        y_TD, _ = run(build_layer(case, residual=False, rate=rate), tokens, training=training)
         assert torch.equal(plain_TD, y_TD)
 
 
 @every_case
-def test_dropout_follows_its_generator_alone_and_leaves_the_routing_alone(case: Case) -> None:
-    layer, tokens = surrounded(case, residual=False, rate=0.5), Tokens.draw(24)
+def test_dropout_depends_on_its_generator_and_not_the_routing(case: Case) -> None:
+    layer, tokens = build_layer(case, residual=False, rate=0.5), Tokens.draw(24)
     first_TD, record = run(layer, tokens, training=True, seed=3)
     torch.manual_seed(999)
     second_TD, _ = run(layer, tokens, training=True, seed=3)
     other_TD, _ = run(layer, tokens, training=True, seed=4)
-    _, plain = run(surrounded(case, residual=False), tokens, training=True, seed=3)
+    _, plain = run(build_layer(case, residual=False), tokens, training=True, seed=3)
     assert torch.equal(first_TD, second_TD)
     assert not torch.equal(first_TD, other_TD)
     if not case.is_chain:  # there the router reads what the experts made of a token
         assert torch.equal(record.kept.load_E, plain.kept.load_E)
 
 
-def test_shared_experts_get_the_same_dropout() -> None:
-    layer, tokens = surrounded(Case("switch"), residual=False, rate=0.5), Tokens.draw(24)
+def test_shared_experts_have_dropout_too() -> None:
+    layer, tokens = build_layer(Case("switch"), residual=False, rate=0.5), Tokens.draw(24)
     with torch.no_grad():
         layer.bank.w_out_EFD.zero_()  # what is left is the shared network
     y_TD, _ = run(layer, tokens, training=True)
@@ -149,7 +149,7 @@ def test_dropout_by_hand() -> None:
     assert torch.equal(hidden_RF.grad, dropped_RF), "the gradient of what is kept is 1 / (1 - rate)"
 
 
-def test_dropout_keeps_the_expectation_of_experts() -> None:
+def test_dropout_preserves_the_mean_output() -> None:
     # The output is linear in the hidden activations, so its mean over draws is the output without dropout.
     bank, x_RD, load_E = ExpertBank(D_MODEL, 8, 2, "gelu"), Tokens.draw(6).x_TD, torch.tensor([4, 2])
     init_weights(bank, 0)
@@ -163,11 +163,11 @@ def test_dropout_keeps_the_expectation_of_experts() -> None:
 
 
 @every_case
-def test_recomputation_gives_the_same_bits_and_counts_nothing_twice(case: Case) -> None:
+def test_recomputation_is_bit_identical_and_counts_once(case: Case) -> None:
     overflow = "pass" if case.is_soft or not case.facts.makes_scores else "reroute"
     capacity, results = Capacity(train=1.0, overflow=overflow), []
     for recompute in (False, True):
-        layer = surrounded(case, residual=True, rate=0.3, capacity=capacity)
+        layer = build_layer(case, residual=True, rate=0.3, capacity=capacity)
         layer.train()
         tokens = Tokens.draw(16)
         x_TD, records = tokens.x_TD.requires_grad_(), []

@@ -1,4 +1,4 @@
-"""How the layer is computed: bf16, the path of a GPU, compilation, recomputation, what is kept for backward."""
+"""ExecutedCost of the layer: bf16, the GPU path, compilation, recomputation, saved tensors."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -30,8 +30,8 @@ def bank_for(routing: Routing, dtype: torch.dtype = torch.float32, activation: s
 
 
 @given(any_routing, st.sampled_from(["gelu", "swiglu"]))
-def test_bf16_is_the_loop_within_its_precision(routing: Routing, activation: str) -> None:
-    # Against the loop in fp32: the error of a whole tensor, as a share of its norm.
+def test_bf16_matches_the_fp32_loop_within_its_precision(routing: Routing, activation: str) -> None:
+    # Relative error of each tensor against the fp32 loop.
     exact, half = bank_for(routing, activation=activation), bank_for(routing, torch.bfloat16, activation)
     with torch.no_grad():
         for ours, theirs in zip(half.parameters(), exact.parameters(), strict=True):
@@ -50,7 +50,7 @@ def test_bf16_is_the_loop_within_its_precision(routing: Routing, activation: str
 
 
 @given(any_routing, st.sampled_from(["gelu", "swiglu"]))
-def test_recomputation_changes_no_bit(routing: Routing, activation: str) -> None:
+def test_recomputation_is_bit_identical(routing: Routing, activation: str) -> None:
     results = []
     for recompute in (False, True):
         bank = bank_for(routing, activation=activation, recompute=recompute)
@@ -61,7 +61,7 @@ def test_recomputation_changes_no_bit(routing: Routing, activation: str) -> None
 
 
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the path of a device that is not asked for its loads, on tensors that can be read; spoil what is unused."""
+    """Use the code path of GPUs, which does not read loads back, on CPU tensors; fill unused rows with garbage."""
 
     def of(cls, load_E: Tensor, *, may_pad: bool = False) -> Groups:
         return Groups(load_E=load_E, offset_E=load_E.cumsum(0, dtype=torch.int32), loads=None, capacity=None)
@@ -87,8 +87,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @given(any_routing)
-def test_rows_of_nobody_reach_nobody(routing: Routing) -> None:
-    # On a GPU every assignment has a row; the kernel leaves those behind the last expert's rows uninitialised.
+def test_unused_rows_do_not_affect_the_output(routing: Routing) -> None:
+    # On a GPU every assignment has a row; the kernel leaves rows after the last expert's uninitialised.
     with pytest.MonkeyPatch.context() as monkeypatch:
         as_on_a_gpu(monkeypatch)
         bank = bank_for(routing)
@@ -102,8 +102,8 @@ def test_rows_of_nobody_reach_nobody(routing: Routing) -> None:
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.lists(st.integers(0, 5), min_size=1, max_size=4))
-def test_widths_that_a_kernel_refuses_are_padded(width_in: int, width_out: int, loads: list[int]) -> None:
-    # Where the device alone knows the loads: the values, and both products of the backward pass.
+def test_unsupported_widths_are_padded(width_in: int, width_out: int, loads: list[int]) -> None:
+    # On the path that does not read loads back: values and both matmuls of the backward pass.
     load_E = torch.tensor(loads)
     offset_E = load_E.cumsum(0, dtype=torch.int32)
     blind = Groups(load_E=load_E, offset_E=offset_E, loads=None, capacity=None)
@@ -122,10 +122,10 @@ def test_widths_that_a_kernel_refuses_are_padded(width_in: int, width_out: int, 
 @pytest.mark.parametrize("width", [32, 29])
 @pytest.mark.parametrize("factor", [None, 1.25])
 @pytest.mark.parametrize("router", ["switch", "top_k", "expert_choice"])
-def test_nothing_waits_for_the_device(
+def test_layer_does_not_synchronise_with_the_device(
     router: str, factor: float | None, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Meta tensors have shapes and no values: whatever asked for one would raise. They know no autocast.
+    # Meta tensors have no values, so reading one would raise. They do not support autocast.
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     with torch.device("meta"):
@@ -152,7 +152,7 @@ def test_nothing_waits_for_the_device(
 # The compiler looks at .grad of tensors between two graphs, and torch warns about that.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("case", [Case("switch"), Case("top_k"), Case("expert_choice")], ids=str)
-def test_compiled_layer_is_the_layer(case: Case) -> None:
+def test_compiled_layer_equals_the_eager_layer(case: Case) -> None:
     results = []
     for compiled in (False, True):
         layer, tokens = case.layer(capacity=Capacity(train=1.0)), Tokens.draw(64)
@@ -166,7 +166,7 @@ def test_compiled_layer_is_the_layer(case: Case) -> None:
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_memory_is_what_must_be_held(activation: str) -> None:
+def test_saved_tensors_are_minimal(activation: str) -> None:
     num_tokens, d_model, hidden, top_k = 128, 64, 64 if activation == "swiglu" else 256, 2
     expert_TK = torch.arange(num_tokens * top_k).view(num_tokens, top_k) % 8  # even loads: no row is padding
     routing = Routing.from_top_k(expert_TK, torch.rand(num_tokens, top_k), num_experts=8)
@@ -182,7 +182,7 @@ def test_memory_is_what_must_be_held(activation: str) -> None:
     rows, pre = num_tokens * top_k, hidden * (2 if activation == "swiglu" else 1)
     least = 4 * rows * (d_model + pre)  # inputs once per assignment and hidden values before the activation
     assert kept[True] <= 1.01 * least
-    # What autograd keeps of gather, grouped_mm, activation, grouped_mm, weighted sum.
+    # Saved by gather, grouped_mm, activation, grouped_mm and the weighted sum.
     plain = 4 * rows * (2 * d_model + pre + hidden * (2 if activation == "swiglu" else 1))
     assert kept[True] <= 0.55 * plain
     assert kept[False] == kept[True] + 4 * rows * hidden
@@ -192,7 +192,7 @@ def test_memory_is_what_must_be_held(activation: str) -> None:
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("factor", [None, 1.0])
-def test_on_a_gpu_nothing_waits_and_the_loop_agrees(factor: float | None) -> None:
+def test_layer_on_a_gpu_does_not_synchronise_and_matches_the_loop(factor: float | None) -> None:
     case = Case("top_k")
     layer = case.layer(capacity=Capacity(train=factor), activation="swiglu").cuda()
     tokens = Tokens.draw(64)
@@ -209,7 +209,7 @@ def test_on_a_gpu_nothing_waits_and_the_loop_agrees(factor: float | None) -> Non
     assert (y_TD.float() - slow_TD).norm() <= 2e-2 * slow_TD.norm()
 
 
-def test_padding_and_capacity_count_the_same_with_recomputation_of_a_block() -> None:
+def test_padding_and_capacity_counts_with_block_recomputation() -> None:
     from torch.utils.checkpoint import checkpoint
 
     case, results = Case("top_k"), []

@@ -1,8 +1,9 @@
-"""The identities that tie routers to each other."""
+"""Identities between routers."""
 
 import pytest
 import torch
-from support.cases import Case, Tokens, cases_of, parametrize_cases, run
+from support.case_selection import parametrize_cases
+from support.cases import Case, Tokens, cases_of, run
 
 from moebench.experts.capacity import Capacity
 from moebench.experts.layer import MoELayer
@@ -25,7 +26,7 @@ def assert_layers_agree(first: MoELayer, second: MoELayer, *, exactly: bool, tra
         layer.zero_grad()
         y_TD, _ = run(layer, tokens, training=training)
         y_TD.square().sum().backward()
-        # Where weights are constant, only a way of rerouting that nobody takes reaches the gate: 0 instead of nothing.
+        # With constant weights the gate is only reached through unused rerouting: a gradient of 0 instead of None.
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in layer.parameters()]
         results.append([y_TD, *gradients])
     for ours, theirs in zip(*results, strict=True):
@@ -34,7 +35,7 @@ def assert_layers_agree(first: MoELayer, second: MoELayer, *, exactly: bool, tra
 
 
 def test_top_k_of_all_equals_all_experts() -> None:
-    # The k = E experts come in another order, so the sums may differ in the last bit and no more.
+    # The k = E experts are summed in another order, so only the last bits may differ.
     case = Case("top_k", options={"top_k": 8, "renormalise": False})
     assert_layers_agree(*pair_of_layers(case, Case("all_experts")), exactly=False)
 
@@ -45,25 +46,25 @@ def test_switch_without_jitter_is_top_1() -> None:
 
 
 @pytest.mark.parametrize("top_k", [2, 3, 8])
-def test_softmax_after_is_before_and_renormalised(top_k: int) -> None:
+def test_softmax_after_equals_before_with_renormalisation(top_k: int) -> None:
     after = Case("top_k", options={"top_k": top_k, "softmax": "after"})
     before = Case("top_k", options={"top_k": top_k, "softmax": "before", "renormalise": True})
     assert_layers_agree(*pair_of_layers(after, before), exactly=False)
 
 
-def test_gshard_that_keeps_both_is_top_2() -> None:
+def test_gshard_with_all_second_experts_is_top_2() -> None:
     gshard, top_2 = Case("gshard", options={"second_expert": "all"}), Case("top_k", options={"top_k": 2})
     assert_layers_agree(*pair_of_layers(gshard, top_2), exactly=False)
 
 
-def test_expert_choice_of_everything_equals_all_experts() -> None:
+def test_expert_choice_of_all_tokens_equals_all_experts() -> None:
     everything = Case("expert_choice", options={"average_experts": 8})
     assert_layers_agree(*pair_of_layers(everything, Case("all_experts")), exactly=False)
 
 
 @parametrize_cases(cases_of(8), rule=["megatron", "vmoe", "switch", "deepspeed"], factor=[8.0, float("inf")])
-def test_boundless_capacity_is_dropless(case: Case, rule, factor: float) -> None:
-    # A factor of E is enough under every rule: each expert has a slot for every token.
+def test_capacity_factor_of_e_is_dropless(case: Case, rule, factor: float) -> None:
+    # With a factor of E every rule gives each expert a slot for every token.
     for overflow in ("drop", "pass", "reroute"):
         capacity = Capacity(train=factor, rule=rule, overflow=overflow)
         if overflow == "reroute" and not (case.facts.makes_scores or case.is_soft or capacity.is_dropless):

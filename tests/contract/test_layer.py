@@ -1,10 +1,11 @@
-"""The fast MoE layer against a slow double loop."""
+"""The fast MoE layer against a slow double loop over tokens and experts."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 from moebench.experts.reference import double_loop
+from support.case_selection import parametrize_cases
 from support.cases import (
     D_MODEL,
     Case,
@@ -13,7 +14,6 @@ from support.cases import (
     assert_same_gradients,
     cases_of,
     list_cases,
-    parametrize_cases,
     run,
     slow_mixture,
     tabulate_weights,
@@ -42,12 +42,12 @@ def test_fast_layer_equals_the_double_loop(case: Case, factor: float | None, act
     leaves = [tokens.x_TD, *(p for p in layer.parameters() if p.requires_grad)]
     slow_TD = slow_mixture(layer.bank, tokens.x_TD, record.kept)
     assert_same_gradients(y_TD, slow_TD, leaves, rtol=1e-5, atol=1e-5)
-    if not case.is_chain:  # there the experts make the routing: it cannot be given to them
+    if not case.is_chain:  # in a chain the routing depends on the experts, so it cannot be replayed
         assert_same_in_fp64(layer, tokens, record.kept)
 
 
-def replayed(kept: AnyRouting) -> tuple[AnyRouting, list[Tensor]]:
-    """Return who goes where with fp64 weights, and those weights."""
+def to_fp64_leaves(kept: AnyRouting) -> tuple[AnyRouting, list[Tensor]]:
+    """Return the routing with fp64 weights, and these weights as leaves."""
     if isinstance(kept, SoftRouting):
         leaves = [weight_BLS.detach().double().requires_grad_() for weight_BLS in (kept.dispatch_BLS, kept.combine_BLS)]
         return replace(kept, dispatch_BLS=leaves[0], combine_BLS=leaves[1]), leaves
@@ -68,20 +68,20 @@ def replayed(kept: AnyRouting) -> tuple[AnyRouting, list[Tensor]]:
 
 
 def assert_same_in_fp64(layer: MoELayer, tokens: Tokens, kept: AnyRouting) -> None:
-    """Replay who goes where with fp64 weights: what is left to differ is the order of the sums."""
-    replay, weights = replayed(kept)
+    """Replay the routing with fp64 weights: only the order of summation may differ."""
+    replay, weights = to_fp64_leaves(kept)
     bank = ExpertBank(D_MODEL, layer.bank.w_out_EFD.shape[1], kept.num_experts, layer.bank.activation).double()
     bank.load_state_dict(layer.bank.state_dict())
-    exact = MoELayer(ReplayRouter(replay), bank, experts_per_token=1, capacity=Capacity(), layer=0)
+    fp64_layer = MoELayer(ReplayRouter(replay), bank, experts_per_token=1, capacity=Capacity(), layer=0)
     x_TD = tokens.x_TD.detach().double().requires_grad_()
-    y_TD, _ = exact(x_TD, tokens.context(training=True))
+    y_TD, _ = fp64_layer(x_TD, tokens.context(training=True))
     assert y_TD.dtype == torch.float64
     leaves = [x_TD, *weights, *bank.parameters()]
-    assert_same_gradients(y_TD, slow_mixture(exact.bank, x_TD, replay), leaves, rtol=1e-10, atol=1e-10)
+    assert_same_gradients(y_TD, slow_mixture(fp64_layer.bank, x_TD, replay), leaves, rtol=1e-10, atol=1e-10)
 
 
-def routed_to(expert_N: list[int], *, num_tokens: int, num_experts: int) -> Routing:
-    """Send token i to expert_N[i] with weight i + 1, as a list rather than a rectangle."""
+def build_routing(expert_N: list[int], *, num_tokens: int, num_experts: int) -> Routing:
+    """Route token i to expert_N[i] with weight i + 1, as a list rather than a rectangle."""
     return Routing(
         token_N=torch.arange(len(expert_N)),
         expert_N=torch.tensor(expert_N, dtype=torch.int64),
@@ -104,7 +104,7 @@ def routed_to(expert_N: list[int], *, num_tokens: int, num_experts: int) -> Rout
     ],
 )
 def test_uneven_loads(expert_N: list[int], num_tokens: int, num_experts: int, dtype: torch.dtype) -> None:
-    routing = routed_to(expert_N, num_tokens=num_tokens, num_experts=num_experts)
+    routing = build_routing(expert_N, num_tokens=num_tokens, num_experts=num_experts)
     bank = ExpertBank(D_MODEL, 8, num_experts, "gelu").to(dtype)
     init_weights(bank, 0)
     layer = MoELayer(ReplayRouter(routing), bank, experts_per_token=1, capacity=Capacity(), layer=0)
@@ -115,13 +115,13 @@ def test_uneven_loads(expert_N: list[int], num_tokens: int, num_experts: int, dt
     leaves = [tokens.x_TD, *bank.parameters()]
     assert_same_gradients(y_TD, double_loop(layer.bank, tokens.x_TD, routing), leaves, rtol=1e-5, atol=1e-5)
     assert not y_TD[len(expert_N) :].any()
-    y_TD.sum().backward()  # every expert has a gradient tensor, zero where no row came: ranks stay in step
+    y_TD.sum().backward()  # experts without rows have zero gradients, not None, so that all ranks agree
     assert all(parameter.grad is not None for parameter in bank.parameters())
 
 
-@pytest.mark.parametrize("width", [8, 6])  # 6 floats are not a multiple of 16 bytes: the loop over experts
+@pytest.mark.parametrize("width", [8, 6])  # 6 floats are not a multiple of 16 bytes and take the loop over experts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_grouped_product_equals_one_product_for_each_expert(width: int, dtype: torch.dtype) -> None:
+def test_grouped_matmul_equals_one_matmul_per_expert(width: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     x_RI = torch.randn(10, 8, generator=generator).to(dtype)
     weight_EIO = torch.randn(4, 8, width, generator=generator).to(dtype)
@@ -131,9 +131,9 @@ def test_grouped_product_equals_one_product_for_each_expert(width: int, dtype: t
 
 
 def full_cases() -> list[Case]:
-    """Return the cases with one expert that leave no token out."""
-    full = [case for case in list_cases(1) if case.router().rows_per_token(case.experts_per_token) >= 1]
-    return [case for case in full if not case.options.get("pass_through")]
+    """Return the cases with one expert that serve every token."""
+    serving = [case for case in list_cases(1) if case.router().rows_per_token(case.experts_per_token) >= 1]
+    return [case for case in serving if not case.options.get("pass_through")]
 
 
 @parametrize_cases(full_cases(), activation=ACTIVATIONS)
@@ -148,12 +148,12 @@ def test_one_expert_is_the_dense_network(case: Case, activation: str) -> None:
     weight_T1 = record.kept.weight_N[record.kept.token_N.argsort()].unsqueeze(-1)
     torch.testing.assert_close(y_TD, weight_T1 * dense(tokens.x_TD))
     scores_TE = record.routing.scores_TE
-    if scores_TE is None or torch.allclose(scores_TE.sum(-1), torch.ones(24)):  # not where experts do not compete
+    if scores_TE is None or torch.allclose(scores_TE.sum(-1), torch.ones(24)):  # scores that sum to 1
         torch.testing.assert_close(weight_T1, torch.ones(24, 1))
 
 
 @pytest.mark.parametrize("case", list_cases(), ids=str)
-def test_capacity_binds_each_mode_alone(case: Case) -> None:
+def test_capacity_applies_per_mode(case: Case) -> None:
     layer = case.layer(capacity=Capacity(train=0.25))
     _, training = run(layer, Tokens.draw(64), training=True)
     _, evaluating = run(layer, Tokens.draw(64), training=False)
@@ -162,7 +162,7 @@ def test_capacity_binds_each_mode_alone(case: Case) -> None:
     assert training.kept.load_E.max() <= 64 * layer.experts_per_token / 4 / 8
 
 
-def test_a_dropped_token_keeps_only_its_residual() -> None:
+def test_dropped_tokens_have_zero_output() -> None:
     layer = Case("switch").layer(capacity=Capacity(train=0.25))
     y_TD, record = run(layer, Tokens.draw(64), training=True)
     unserved_T = record.kept.experts_per_token_T == 0
@@ -181,7 +181,7 @@ def test_scaling_the_experts_scales_the_output() -> None:
 
 
 def test_jitter_never_reaches_the_experts() -> None:
-    # The same routing with another expert input would differ from the loop over the clean input.
+    # If the experts saw jittered input, the result would differ from the loop over the clean input.
     layer, tokens = Case("switch", options={"jitter": 0.3}).layer(), Tokens.draw(24)
     y_TD, record = run(layer, tokens, training=True)
     torch.testing.assert_close(y_TD, double_loop(layer.bank, tokens.x_TD, record.kept))
@@ -195,19 +195,19 @@ def test_gradcheck_of_dispatch_and_combine(rectangle: bool, top_k: int) -> None:
     x_TD = torch.randn(5, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     weight_TK = torch.rand(5, top_k, generator=generator, dtype=torch.float64, requires_grad=True)
 
-    def there_and_back(x_TD: Tensor, weight_TK: Tensor) -> Tensor:
+    def dispatch_and_combine(x_TD: Tensor, weight_TK: Tensor) -> Tensor:
         routing = Routing.from_top_k(expert_TK, weight_TK, num_experts=3)
         if not rectangle:
             routing = routing.keep(torch.arange(5 * top_k) != 3)
         plan = DispatchPlan.of(routing)
         return combine(dispatch(x_TD, plan).sin(), routing.weight_N, plan)
 
-    assert torch.autograd.gradcheck(there_and_back, (x_TD, weight_TK))
+    assert torch.autograd.gradcheck(dispatch_and_combine, (x_TD, weight_TK))
 
 
-# Not where the router reads what half-precision experts made of a token.
+# Without chains, where the router reads the output of half-precision experts.
 @pytest.mark.parametrize("case", [case for case in cases_of(8) if not case.is_chain], ids=str)
-def test_autocast_routes_as_fp32_does(case: Case) -> None:
+def test_routing_under_autocast_equals_fp32(case: Case) -> None:
     layer, tokens = case.layer(), Tokens.draw(24)
     y_TD, record = run(layer, tokens, training=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):

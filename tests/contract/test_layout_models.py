@@ -1,4 +1,4 @@
-"""Layouts that are more than a bank of rows, each against a slow and obvious model of it."""
+"""Layouts beyond a single bank of feed-forward experts, each against a slow reference implementation."""
 
 import itertools
 from dataclasses import replace
@@ -23,7 +23,7 @@ HEAD_WIDTH = D_MODEL // 2
 def slow_heads(
     query_LH: Tensor, key_LH: Tensor, value_LH: Tensor, positions: list[int], causal: bool, only: int | None = None
 ) -> Tensor:
-    """Softmax attention of one sequence, or of one of its places, by loops over heads and positions."""
+    """Compute softmax attention of one sequence, or of one position, by loops over heads and positions."""
     cos, sin = rotation(LENGTH, HEAD_WIDTH, 10000.0, query_LH.device)
     rows = []
     for place, position in enumerate(positions):
@@ -42,7 +42,7 @@ def slow_heads(
 
 
 def slow_block(block: Block, x_LD: Tensor, positions: list[int], causal: bool) -> Tensor:
-    """Run a dense block on the vectors of one sequence, at their own positions."""
+    """Run a dense block on the vectors of one sequence, at the given positions."""
     query, key, value = block.attention.qkv(block.attention_norm(x_LD)).chunk(3, dim=-1)
     x_LD = x_LD + block.attention.out(slow_heads(query, key, value, positions, causal))
     return x_LD + block.feed_forward(block.feed_forward_norm(x_LD))
@@ -78,12 +78,12 @@ def test_whole_model_equals_a_loop_over_sequences_and_experts(router: str, causa
 
 
 def test_whole_model_with_one_expert_is_the_dense_model() -> None:
-    whole = backbone_of(config_of("whole_model", "all_experts", num_experts=1, match="none"))
+    whole_model = backbone_of(config_of("whole_model", "all_experts", num_experts=1, match="none"))
     dense = backbone_of(config_of("whole_model", "dense", num_experts=1))
-    state = {name: value for name, value in whole.state_dict().items() if "router" not in name}
+    state = {name: value for name, value in whole_model.state_dict().items() if "router" not in name}
     dense.load_state_dict({name.replace("blocks.0.layer.bank.stacks.0.", "blocks."): v for name, v in state.items()})
     x_BLD, ctx = batch(training=False)
-    torch.testing.assert_close(whole(x_BLD, ctx)[0], dense(x_BLD, ctx)[0])
+    torch.testing.assert_close(whole_model(x_BLD, ctx)[0], dense(x_BLD, ctx)[0])
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
@@ -121,7 +121,7 @@ def test_projection_experts_equal_a_loop_over_tokens(router: str, keys_values: s
         torch.testing.assert_close(y_BLD[sequence], slow_LD, rtol=1e-3, atol=1e-4)
 
 
-def test_residual_and_shared_networks_are_added_as_the_papers_say() -> None:
+def test_residual_and_shared_networks_match_the_papers() -> None:
     x_TD = Tokens.draw(24).x_TD.repeat(1, 2)
     ctx = batch(training=False, size=1, length=24)[1].route(0, 24, x_TD.device)
     fine, residual = (
@@ -137,7 +137,7 @@ def test_residual_and_shared_networks_are_added_as_the_papers_say() -> None:
     torch.testing.assert_close(y_TD, slow_TD)
 
 
-def grouped(router: str, *, pick_groups: bool, groups: int = 4, num_experts: int = 8) -> GroupedRouter:
+def build_grouped(router: str, *, pick_groups: bool, groups: int = 4, num_experts: int = 8) -> GroupedRouter:
     """Build a grouped router of two experts in each of four groups, with its default options."""
     router_class = ROUTERS.get(router).item
     config = router_class.Config()
@@ -161,23 +161,23 @@ ROW_WISE = ["switch", "top_k", "all_experts", "gshard", "hash", "noisy_top_k"]
 
 @pytest.mark.parametrize("router", ROW_WISE)
 def test_two_levels_equal_a_loop_over_tokens(router: str) -> None:
-    two_levels, tokens = grouped(router, pick_groups=True), Tokens.draw(20)
-    found = assignments(route(two_levels, tokens, training=False))
+    two_levels, tokens = build_grouped(router, pick_groups=True), Tokens.draw(20)
+    weights = assignments(route(two_levels, tokens, training=False))
     expected = {}
     for token in range(20):
         alone = tokens.take(torch.tensor([token]))
         for (_, group), above in assignments(route(two_levels.outer, alone, training=False)).items():
             inside = assignments(route(two_levels.inner[group], alone, training=False))
             expected |= {(token, 2 * group + expert): above * weight for (_, expert), weight in inside.items()}
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert weights == pytest.approx(expected, rel=1e-5)
     if router == "top_k":  # the weights of both levels sum to 1, so their products do
-        assert sum(found.values()) == pytest.approx(20)
-        assert len(found) == 20 * 2 * 2
+        assert sum(weights.values()) == pytest.approx(20)
+        assert len(weights) == 20 * 2 * 2
 
 
 @pytest.mark.parametrize("router", ROW_WISE)
 def test_prototypes_equal_a_loop_over_groups(router: str) -> None:
-    prototypes, tokens = grouped(router, pick_groups=False), Tokens.draw(20)
+    prototypes, tokens = build_grouped(router, pick_groups=False), Tokens.draw(20)
     routing = route(prototypes, tokens, training=False)
     expected = {}
     for group, inner in enumerate(prototypes.inner):
@@ -189,25 +189,25 @@ def test_prototypes_equal_a_loop_over_groups(router: str) -> None:
     assert (routing.token_N.view(20, routing.top_k) == torch.arange(20)[:, None]).all()  # a token-major rectangle
 
 
-def test_one_group_of_prototypes_is_the_router_itself() -> None:
+def test_one_prototype_group_equals_the_single_router() -> None:
     flat, one = backbone_of(config_of("every_n", "switch")), backbone_of(config_of("prototypes", "switch", groups=1))
     x_BLD, ctx = batch(training=True)
     assert torch.equal(flat(x_BLD, ctx)[0], one(x_BLD, ctx)[0])
 
 
 def test_scores_of_two_levels_are_joint_probabilities() -> None:
-    routing = route(grouped("switch", pick_groups=True), Tokens.draw(20), training=False)
+    routing = route(build_grouped("switch", pick_groups=True), Tokens.draw(20), training=False)
     assert routing.scores_TE is not None
     torch.testing.assert_close(routing.scores_TE.sum(-1), torch.ones(20))
-    found = load_balance(record_of(routing))
+    loss = load_balance(record_of(routing))
     share_E, score_E = routing.load_E / 20, routing.scores_TE.mean(0)
-    torch.testing.assert_close(found, 8 * (share_E * score_E).sum())
+    torch.testing.assert_close(loss, 8 * (share_E * score_E).sum())
 
 
 @pytest.mark.parametrize("pick_groups", [True, False])
 @pytest.mark.parametrize("router", ["gshard", "noisy_top_k"])
-def test_own_losses_are_the_mean_over_routers(router: str, pick_groups: bool) -> None:
-    both, tokens = grouped(router, pick_groups=pick_groups), Tokens.draw(40)
+def test_router_losses_are_averaged_over_groups(router: str, pick_groups: bool) -> None:
+    both, tokens = build_grouped(router, pick_groups=pick_groups), Tokens.draw(40)
     routing = route(both, tokens, training=True)
     (name,) = ROUTERS.get(router).facts.own_losses
     each = [inner.losses(record_of(part))[name] for inner, part in zip(both.inner, routing.parts, strict=True)]
@@ -219,8 +219,8 @@ def test_own_losses_are_the_mean_over_routers(router: str, pick_groups: bool) ->
     torch.testing.assert_close(both.losses(record_of(routing))[name], torch.stack(each).mean())
 
 
-def test_state_is_updated_by_the_loads_of_each_router(monkeypatch: pytest.MonkeyPatch) -> None:
-    both = grouped("top_k", pick_groups=True)  # two experts of each group: a group's load is half of theirs
+def test_each_router_is_updated_by_its_own_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = build_grouped("top_k", pick_groups=True)  # two experts of each group: a group's load is half of theirs
     routing = route(both, Tokens.draw(16), training=True)
     seen, sums = {}, {}
     for name, router in both.named_modules():

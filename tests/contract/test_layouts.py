@@ -1,9 +1,10 @@
-"""Every layout with every router: it runs, costs what it says, is matched, and sees no future."""
+"""Every layout with every router: it runs, has the declared cost, is matched, and is causal."""
 
 import pytest
 import torch
 from moebench.experts.reference import double_loop
-from support.cases import Tokens, parametrize_pairs, randomise_parameters
+from support.case_selection import parametrize_pairs
+from support.cases import Tokens, randomise_parameters
 from support.layout_models import BATCH, LENGTH, backbone_of, batch, config_of, may_refuse
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,7 +27,7 @@ both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "e
 
 
 def model_or_skip(layout: str, router: str) -> Transformer:
-    """Build the model, or check that it is refused for the reason that is allowed."""
+    """Build the model, or skip if it is refused for an allowed reason."""
     reason = may_refuse(layout, router)
     if reason:
         with pytest.raises(UsageError, match=reason) as caught:
@@ -36,8 +37,8 @@ def model_or_skip(layout: str, router: str) -> Transformer:
     return backbone_of(config_of(layout, router))
 
 
-def executed_flops(backbone: Transformer, records: list[LayerRecord]) -> float:
-    """Return what a forward pass over the batch cost by the formulas that results report."""
+def sum_executed_flops(backbone: Transformer, records: list[LayerRecord]) -> float:
+    """Return the FLOPs of a forward pass over the batch by the formulas used in results."""
     excess = {}
     for layer, record in zip(backbone.moe_layers(), records, strict=True):
         beyond = layer.executed_flops(record) - NUM_TOKENS * layer.routed_flops_per_token(LENGTH)
@@ -47,7 +48,7 @@ def executed_flops(backbone: Transformer, records: list[LayerRecord]) -> float:
 
 
 def count_flops(backbone: Transformer, *, training: bool) -> tuple[int, Tensor, list[LayerRecord], Tensor]:
-    """Return what torch's own counter saw in a forward pass, with input, records and output."""
+    """Return torch's FLOP count of a forward pass, with input, records and output."""
     x_BLD, ctx = batch(training=training)
     x_BLD = x_BLD.double().requires_grad_()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -56,10 +57,10 @@ def count_flops(backbone: Transformer, *, training: bool) -> tuple[int, Tensor, 
 
 
 @parametrize_pairs(may_refuse)
-def test_runs_and_costs_what_it_says(layout: str, router: str) -> None:
+def test_planned_flops_match_torch(layout: str, router: str) -> None:
     backbone = model_or_skip(layout, router).double()  # in fp64 every expert is a plain product, which is counted
     counted, x_BLD, records, y_BLD = count_flops(backbone, training=True)
-    assert executed_flops(backbone, records) == pytest.approx(counted, rel=1e-12)
+    assert sum_executed_flops(backbone, records) == pytest.approx(counted, rel=1e-12)
     layers = backbone.moe_layers()
     assert [record.layer for record in records] == [layer.name for layer in layers]
     assert len({record.layer for record in records}) == len(records)
@@ -75,22 +76,22 @@ def test_runs_and_costs_what_it_says(layout: str, router: str) -> None:
 
 
 @parametrize_pairs(may_refuse)
-def test_executed_flops_in_evaluation_are_those_of_torch(layout: str, router: str) -> None:
+def test_executed_flops_in_evaluation_match_torch(layout: str, router: str) -> None:
     backbone = model_or_skip(layout, router).double().eval()
     counted, _, records, _ = count_flops(backbone, training=False)
-    assert executed_flops(backbone, records) == pytest.approx(counted, rel=1e-12)
+    assert sum_executed_flops(backbone, records) == pytest.approx(counted, rel=1e-12)
 
 
 @every_layout
 @pytest.mark.parametrize("router", ["top_k", "top_p"])
-def test_executed_flops_count_what_a_capacity_leaves(layout: str, router: str) -> None:
+def test_executed_flops_with_a_capacity_match_torch(layout: str, router: str) -> None:
     reason = may_refuse(layout, router)
     if reason:
         pytest.skip(f"refused: {reason}")
     backbone = randomise_parameters(backbone_of(config_of(layout, router, capacity_factor_train=0.25))).double()
     counted, _, records, _ = count_flops(backbone, training=True)
     assert all(record.num_dropped > 0 for record in records)
-    assert executed_flops(backbone, records) == pytest.approx(counted, rel=1e-12)
+    assert sum_executed_flops(backbone, records) == pytest.approx(counted, rel=1e-12)
 
 
 @every_layout
@@ -119,7 +120,7 @@ def test_banks_equal_a_double_loop(layout: str) -> None:
 @every_layout
 @both_modes
 @pytest.mark.parametrize("router", ["switch", "top_k", "hash"])
-def test_sees_no_future(layout: str, router: str, training: bool) -> None:
+def test_layout_is_causal(layout: str, router: str, training: bool) -> None:
     backbone = randomise_parameters(model_or_skip(layout, router))
     x_BLD, ctx = batch(training=training)
     other_BLD = x_BLD.clone()
@@ -132,7 +133,7 @@ def test_sees_no_future(layout: str, router: str, training: bool) -> None:
 
 
 @every_layout
-def test_does_not_mix_sequences(layout: str) -> None:
+def test_sequences_are_independent(layout: str) -> None:
     backbone = randomise_parameters(backbone_of(config_of(layout, "top_k")))
     x_BLD, ctx = batch(training=False, size=3)
     other_BLD = x_BLD.clone()
@@ -141,7 +142,7 @@ def test_does_not_mix_sequences(layout: str) -> None:
 
 
 @every_layout
-def test_padding_goes_nowhere(layout: str) -> None:
+def test_padding_is_not_computed(layout: str) -> None:
     backbone = randomise_parameters(backbone_of(config_of(layout, "top_k")))
     x_BLD, ctx = batch(training=False)
     valid_BL = torch.ones(BATCH, LENGTH, dtype=torch.bool)
@@ -155,7 +156,7 @@ def test_padding_goes_nowhere(layout: str) -> None:
 
 
 @every_layout
-def test_with_a_capacity_some_assignments_are_dropped(layout: str) -> None:
+def test_small_capacity_drops_assignments(layout: str) -> None:
     backbone = randomise_parameters(backbone_of(config_of(layout, "top_k", capacity_factor_train=0.25)))
     x_BLD, ctx = batch(training=True)
     y_BLD, records = backbone(x_BLD, ctx)
@@ -164,7 +165,7 @@ def test_with_a_capacity_some_assignments_are_dropped(layout: str) -> None:
 
 
 @every_layout
-def test_counts_without_allocating(layout: str) -> None:
+def test_cost_is_counted_on_the_meta_device(layout: str) -> None:
     real = cost_of(backbone_of(config_of(layout)), [], LENGTH)
     with torch.device("meta"):
         planned = build_backbone(config_of(layout), causal=True, sequence_length=LENGTH)
@@ -172,7 +173,7 @@ def test_counts_without_allocating(layout: str) -> None:
 
 
 @every_layout
-def test_arms_share_the_weights_of_what_they_share(layout: str) -> None:
+def test_shared_modules_have_equal_initial_weights_across_arms(layout: str) -> None:
     ours = backbone_of(config_of(layout, "top_k", expert_width=64)).state_dict()
     plain = backbone_of(config_of("every_n", "top_k", expert_width=64)).state_dict()
     dense = backbone_of(config_of("every_n", "dense")).state_dict()
@@ -186,7 +187,7 @@ def test_arms_share_the_weights_of_what_they_share(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["every_n", "fine_grained", "residual", "whole_model", "attention"])
-def test_activation_of_experts_is_an_option(layout: str) -> None:
+def test_activation_option_applies_to_experts(layout: str) -> None:
     feed_forward = {"feed_forward": "experts"} if layout == "attention" else {}
     gelu, swiglu = (
         cost_of(backbone_of(config_of(layout, "top_k", expert_activation=a, **feed_forward)), [], LENGTH)
@@ -199,7 +200,7 @@ def test_activation_of_experts_is_an_option(layout: str) -> None:
 
 @every_layout
 @pytest.mark.parametrize("total", [1.0, 5.0])
-def test_parameters_are_matched_if_asked(layout: str, total: float) -> None:
+def test_match_params_matches_parameters(layout: str, total: float) -> None:
     config = config_of(layout, "top_k", {"ffn_width": 4096}, match="params", total_params=total)
     if layout == "whole_model" and total == 1.0:
         config = config_of(layout, "top_k", {"ffn_width": 4096}, match="params", total_params=total, num_experts=2)
@@ -217,7 +218,7 @@ def test_parameters_are_matched_if_asked(layout: str, total: float) -> None:
 
 
 @every_layout
-def test_padding_is_not_read_where_attention_sees_all(layout: str) -> None:
+def test_bidirectional_attention_ignores_padding(layout: str) -> None:
     backbone = randomise_parameters(backbone_of(config_of(layout, "top_k"), causal=False))
     x_BLD, ctx = batch(training=False)
     valid_BL = torch.ones(BATCH, LENGTH, dtype=torch.bool)
@@ -233,6 +234,6 @@ def test_padding_is_not_read_where_attention_sees_all(layout: str) -> None:
 
 
 def batch_of_one(ctx: BatchContext, length: int) -> BatchContext:
-    """Return the context of the second sequence alone, cut to its first places."""
+    """Return the context of the second sequence alone, truncated to `length` tokens."""
     assert ctx.token_id_BL is not None
     return type(ctx)(training=False, seed=0, token_id_BL=ctx.token_id_BL[1:2, :length])

@@ -1,10 +1,11 @@
-"""What routers learn apart from the weights: by objectives over the task loss of tokens, and by their own losses."""
+"""Training of routers other than through the weights: by objectives over token losses and by their own losses."""
 
 import dataclasses
 
 import pytest
 import torch
-from support.cases import NUM_TOKENS, Case, Tokens, default_cases, is_taught, run
+from support.cases import NUM_TOKENS, Case, Tokens, default_cases, run
+from support.router_checks import is_taught
 
 from moebench.routing.router import Router
 
@@ -12,7 +13,7 @@ every_router = pytest.mark.parametrize("case", default_cases(), ids=str)
 
 
 @every_router
-def test_own_losses_or_the_objective_reach_what_is_taught(case: Case) -> None:
+def test_own_losses_or_objective_reach_the_declared_parameters(case: Case) -> None:
     layer = case.layer()
     _, record = run(layer, Tokens.draw(64), training=True)
     record = dataclasses.replace(record, token_loss_T=torch.rand(64, generator=torch.Generator().manual_seed(5)))
@@ -27,7 +28,7 @@ def test_own_losses_or_the_objective_reach_what_is_taught(case: Case) -> None:
 
 
 @every_router
-def test_objective_is_a_number_for_each_token(case: Case) -> None:
+def test_objective_has_one_value_per_token(case: Case) -> None:
     for num_tokens in NUM_TOKENS:
         layer = case.layer()
         _, record = run(layer, Tokens.draw(num_tokens), training=True)

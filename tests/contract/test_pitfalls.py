@@ -1,7 +1,6 @@
-"""Ten mistakes that implementations of sparse experts make again and again, and that this one does not.
+"""Ten common mistakes of MoE implementations, each excluded by a minimal test.
 
-Each test is the smallest form of its mistake; the full matrices stand in the tests of losses, capacity, causality and
-processes.
+The full matrices are in the tests of losses, capacity, causality and processes.
 """
 
 import math
@@ -38,7 +37,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def trained(text: Path, tmp_path: Path) -> Callable[..., dict]:
-    """Return what trains a tiny cell for three steps on a mesh, and checks that all ranks agree."""
+    """Return a function that trains a tiny cell for three steps on a mesh and checks that all ranks agree."""
 
     def train(shape: Shape, **overrides: object) -> dict:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -49,7 +48,7 @@ def trained(text: Path, tmp_path: Path) -> Callable[..., dict]:
 
 
 def even_record(num_experts: int, top_k: int) -> LayerRecord:
-    """Return a layer with even loads and even scores."""
+    """Return a record with even loads and uniform scores."""
     expert_TK = (torch.arange(num_experts).unsqueeze(1) + torch.arange(top_k)) % num_experts
     scores_TE = torch.full((num_experts, num_experts), 1 / num_experts)
     routing = Routing.from_top_k(
@@ -59,18 +58,18 @@ def even_record(num_experts: int, top_k: int) -> LayerRecord:
 
 
 def collapsed_record(expert: int) -> LayerRecord:
-    """Return a layer where all of 6 tokens are sure of one of 3 experts."""
+    """Return the record of 6 tokens that all choose one of 3 experts with certainty."""
     scores_TE = torch.nn.functional.one_hot(torch.full((6,), expert), 3).float()
     routing = Routing.from_top_k(torch.full((6, 1), expert), torch.ones(6, 1), num_experts=3, scores_TE=scores_TE)
     return LayerRecord(routing=routing, kept=routing)
 
 
 def router_gradient(text: Path, folder: Path, coefficient: float) -> tuple[Tensor, float, float]:
-    """Return the first router's gradient, the task loss that is logged, and the loss that is minimised."""
+    """Return the first router's gradient, the logged task loss, and the minimised loss."""
     config = tiny_config(text, router={"name": "switch", "losses": {"load_balance": coefficient}})
     task = prepare_task(config, folder)
     model = initialised_model(config, task)
-    with torch.no_grad():  # a head of zeros lets no gradient through
+    with torch.no_grad():  # a zero head passes no gradient
         model.head.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     batch = task.train_batch(4, 0, 0)
     output, records = model(batch, batch_context(batch, training=True, seed=0))
@@ -87,25 +86,25 @@ def test_pitfall_01_scale_of_a_loss_depends_on_k_layers_or_micro_batches(trained
         assert load_balance(even_record(num_experts, top_k)).item() == pytest.approx(1.0)
     # One batch of 8, or 2 micro-batches of 4: the same gradients, with a loss that is a mean over tokens.
     router = {"losses": {"load_balance": 0.0, "importance": 0.0, "z": 0.1}}
-    whole, parts = trained(ALONE, router=router), trained(ALONE, router=router, train={"accumulate": 2})
-    for ours, theirs in zip(parts["steps"], whole["steps"], strict=True):
+    full, accumulated = trained(ALONE, router=router), trained(ALONE, router=router, train={"accumulate": 2})
+    for ours, theirs in zip(accumulated["steps"], full["steps"], strict=True):
         for name, gradient in theirs["grads"].items():
             close(ours["grads"][name], gradient, TOLERANCE, name)
 
 
 def test_pitfall_02_the_balance_loss_never_reaches_the_router(text: Path, tmp_path: Path) -> None:
-    off, task, total = router_gradient(text, tmp_path, 0.0)
-    on, same_task, more = router_gradient(text, tmp_path, 1.0)
-    assert (on - off).norm() > 1e-3 * off.norm()
-    assert task == same_task == total  # what is logged as the task's loss has nothing else in it
-    assert more > 1 > more - task - 1  # and what is minimised has
+    without_loss, task, total = router_gradient(text, tmp_path, 0.0)
+    with_loss, same_task, larger_total = router_gradient(text, tmp_path, 1.0)
+    assert (with_loss - without_loss).norm() > 1e-3 * without_loss.norm()
+    assert task == same_task == total  # the logged task loss contains no other loss
+    assert larger_total > 1 > larger_total - task - 1  # the minimised loss does
 
 
 def test_pitfall_03_balance_is_measured_over_the_wrong_pool() -> None:
-    # Three layers, each collapsed on another expert: pooled they would be even. E / k for each, so 3 as their mean.
+    # Three layers, each collapsed on another expert: pooled they would be even. Each has E / k = 3.
     values = [load_balance(collapsed_record(expert)).item() for expert in range(3)]
     assert values == pytest.approx([3.0, 3.0, 3.0])
-    # And before capacity: what is dropped is still asked for.
+    # Loads count before capacity: dropped assignments are included.
     record = collapsed_record(0)
     dropped = replace(record, kept=record.routing.keep(torch.arange(6) < 2))
     assert load_balance(dropped).item() == pytest.approx(3.0)
@@ -119,23 +118,23 @@ def test_pitfall_04_gradients_of_experts_are_wrong_in_parallel(trained: Callable
 def test_pitfall_05_evaluation_is_not_deterministic_or_depends_on_the_batch() -> None:
     for name in ("switch", "top_k", "gshard", "noisy_top_k", "base", "sparse_mixer"):
         layer, tokens = Case(name).layer(), Tokens.draw(64, length=16)
-        whole_TD, _ = run(layer, tokens, training=False, seed=0)
+        full_TD, _ = run(layer, tokens, training=False, seed=0)
         again_TD, _ = run(layer, tokens, training=False, seed=1)
-        assert torch.equal(whole_TD, again_TD), name
+        assert torch.equal(full_TD, again_TD), name
         halves = [run(layer, tokens.take(half_T), training=False)[0] for half_T in HALVES]
-        torch.testing.assert_close(torch.cat(halves), whole_TD)
+        torch.testing.assert_close(torch.cat(halves), full_TD)
     assert ROUTERS.get("expert_choice").facts.causality.batch_dependent
 
 
 def test_pitfall_06_edge_cases_of_capacity_change_the_algorithm() -> None:
-    # 64 tokens of k=1 for 8 experts: ceil(64 · f / 8) slots; 0 is no slot and not dropless.
+    # 64 tokens of k=1 for 8 experts: ceil(64 · f / 8) slots; a factor of 0 gives no slots, not dropless.
     for factor, slots in ((None, 64), (0.0, 0), (1e-3, 1), (1.0, 8), (math.inf, 64)):
         layer = Case("switch", options={"jitter": 0.0}).layer(capacity=Capacity(train=factor))
         _, record = run(layer, Tokens.draw(64), training=True)
-        wanted_E, kept_E = record.routing.load_E, record.kept.load_E
-        assert torch.equal(kept_E, wanted_E.clamp(max=slots)), factor
-        assert record.num_dropped == int((wanted_E - kept_E).sum())
-    # Ties: equal tokens all want one expert, and the earlier ones stay.
+        load_E, kept_E = record.routing.load_E, record.kept.load_E
+        assert torch.equal(kept_E, load_E.clamp(max=slots)), factor
+        assert record.num_dropped == int((load_E - kept_E).sum())
+    # Ties: equal tokens prefer one expert, and the earlier ones keep its slots.
     same = replace(Tokens.draw(16), x_TD=torch.ones(16, 8))
     for order in ("position", "score"):
         layer = Case("switch").layer(capacity=Capacity(eval=2.0, drop_order=order))
@@ -206,12 +205,12 @@ def test_pitfall_09_state_counts_twice_or_drifts() -> None:
 
 
 def test_pitfall_10_idle_experts_and_uneven_ranks_hang_or_diverge(trained: Callable[..., dict]) -> None:
-    # One sequence for two processes: one of them has no token at all, and sends to experts of the other nothing.
-    # Collective calls give up after 30 s.
+    # One sequence for two processes: one has no tokens and sends nothing to the other's experts. Collective calls time
+    # out after 30 s.
     few = {"train": {"batch_size": 1}}
     assert_same_training(trained(Shape(1, 2), **few), trained(ALONE, **few))
     layer = Case("switch").layer()
     y_TD, record = run(layer, Tokens.draw(0), training=True)
     y_TD.sum().backward()
     assert record.routing.load_E.sum() == 0
-    assert all(parameter.grad is not None for parameter in layer.bank.parameters())  # weight decay stays in step
+    assert all(parameter.grad is not None for parameter in layer.bank.parameters())  # equal weight decay on all ranks

@@ -1,4 +1,4 @@
-"""The contract that every registered router keeps, its declared facts measured."""
+"""The contract of every registered router, with its declared facts measured."""
 
 import dataclasses
 import itertools
@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from support.case_selection import parametrize_cases, parametrize_sizes
 from support.cases import (
     MODES,
     NUM_TOKENS,
@@ -13,17 +14,13 @@ from support.cases import (
     Tokens,
     all_cases,
     cases_of,
-    compute_raw_losses,
     default_cases,
-    is_taught,
-    note_in_failure,
-    parametrize_cases,
-    parametrize_sizes,
     route,
     run,
     tabulate_assignments,
     tabulate_weights,
 )
+from support.router_checks import compute_raw_losses, is_taught, note_in_failure
 
 from moebench.config import resolve, to_plain, to_yaml
 from moebench.errors import UsageError
@@ -38,7 +35,7 @@ every_router = pytest.mark.parametrize("case", default_cases(), ids=str)
 
 
 @every_router
-def test_no_router_is_left_out(case: Case) -> None:
+def test_every_router_has_cases(case: Case) -> None:
     sizes = {other.num_experts for other in all_cases() if other.name == case.name}
     assert {8, 9} <= sizes, f"{case.name} is covered for E in {sizes} only"
 
@@ -58,7 +55,7 @@ def assert_well_formed(routing: AnyRouting) -> None:
         assert 0 <= int(routing.token_N.min()) <= int(routing.token_N.max()) < routing.num_tokens
         assert 0 <= int(routing.expert_N.min()) <= int(routing.expert_N.max()) < routing.num_experts
     pair_N = routing.token_N * routing.num_experts + routing.expert_N
-    assert pair_N.unique().numel() == num_assignments, "a token goes to the same expert twice"
+    assert pair_N.unique().numel() == num_assignments, "duplicate assignment"
     assert torch.isfinite(routing.weight_N).all()
     assert (routing.weight_N >= 0).all()
     for table_TE in (routing.logits_TE, routing.scores_TE):
@@ -79,7 +76,7 @@ def assert_well_formed_soft(routing: SoftRouting) -> None:
         assert weight_BLS.shape == routing.dispatch_BLS.shape
         assert (weight_BLS >= 0).all()
     sums = [routing.dispatch_BLS.sum(1)]
-    if routing.combine_BLS is not routing.dispatch_BLS:  # one softmax for both ways, over the tokens of a group
+    if routing.combine_BLS is not routing.dispatch_BLS:  # routers that use one softmax for both, over tokens
         sums.append(routing.combine_BLS.sum(2))
     for summed in sums:
         torch.testing.assert_close(summed, torch.ones_like(summed))
@@ -114,7 +111,7 @@ def test_routing_is_fp32_for_half_inputs(case: Case) -> None:
 
 
 @parametrize_cases(cases_of(8), training=MODES)
-def test_input_and_global_random_state_stay_untouched(case: Case, training: bool) -> None:
+def test_input_and_global_random_state_are_unchanged(case: Case, training: bool) -> None:
     layer, tokens = case.layer(), Tokens.draw(64, length=16)
     before, state = tokens.x_TD.clone(), torch.get_rng_state()
     run(layer, tokens, training=training)
@@ -123,7 +120,7 @@ def test_input_and_global_random_state_stay_untouched(case: Case, training: bool
 
 
 @every_case_of_8
-def test_randomness_comes_from_the_generator_alone(case: Case) -> None:
+def test_randomness_comes_from_the_context_generator_only(case: Case) -> None:
     router, tokens = case.router(), Tokens.draw(64)
     first = route(router, tokens, training=True, seed=3)
     torch.manual_seed(999)
@@ -133,7 +130,7 @@ def test_randomness_comes_from_the_generator_alone(case: Case) -> None:
 
 
 @every_case_of_8
-def test_evaluation_repeats_and_changes_no_state(case: Case) -> None:
+def test_evaluation_is_deterministic_and_stateless(case: Case) -> None:
     layer, tokens = case.layer(), Tokens.draw(64, length=16)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     first, _ = run(layer, tokens, training=False)
@@ -160,7 +157,7 @@ def test_task_loss_reaches_the_router_if_it_learns(case: Case) -> None:
 
 
 @every_case_of_8
-def test_an_expert_without_tokens_gets_no_gradient(case: Case) -> None:
+def test_experts_without_tokens_get_zero_gradient(case: Case) -> None:
     layer, tokens = case.layer(), Tokens.draw(1)
     y_TD, record = run(layer, tokens, training=True)
     y_TD.square().sum().backward()
@@ -196,7 +193,7 @@ def test_facts_are_complete(case: Case) -> None:
 
 
 @every_case
-def test_losses_exist_and_are_finite(case: Case) -> None:
+def test_declared_losses_exist_and_are_finite(case: Case) -> None:
     for training, num_tokens in itertools.product(MODES.values(), NUM_TOKENS):
         with note_in_failure(training=training, num_tokens=num_tokens):
             layer = case.layer()
@@ -211,16 +208,16 @@ def test_losses_exist_and_are_finite(case: Case) -> None:
 
 
 @every_router
-def test_default_losses_push_the_router(case: Case) -> None:
-    pushes = {}
-    for size in (case.num_experts, case.num_experts + 1):  # what is lost where E is not a power of two
+def test_default_losses_have_gradients(case: Case) -> None:
+    has_gradient = {}
+    for size in (case.num_experts, case.num_experts + 1):  # some losses are 0 if E is a power of two
         layer = dataclasses.replace(case, num_experts=size).layer()
         _, record = run(layer, Tokens.draw(64), training=True)
         for name, loss in compute_raw_losses(layer.router, record).items():
             gradients = torch.autograd.grad(loss, list(layer.router.parameters()), allow_unused=True, retain_graph=True)
-            found = any(gradient is not None and gradient.norm() > 1e-6 for gradient in gradients)
-            pushes[name] = pushes.get(name, False) or found
-    assert all(pushes.values()), pushes
+            is_nonzero = any(gradient is not None and gradient.norm() > 1e-6 for gradient in gradients)
+            has_gradient[name] = has_gradient.get(name, False) or is_nonzero
+    assert all(has_gradient.values()), has_gradient
 
 
 @every_case_of_8
@@ -253,8 +250,8 @@ def test_equal_tokens_are_routed(case: Case, training: bool) -> None:
     assert_well_formed(route(case.router(), same, training=training))
 
 
-def test_noise_alone_spreads_the_first_step_of_noisy_top_k() -> None:
-    # Both projections start at zero: without the noise all 512 tokens would tie and go to the same two experts.
+def test_noise_spreads_the_first_step_of_noisy_top_k() -> None:
+    # Both projections start at 0: without noise all 512 tokens would tie and use the same two experts.
     router = Case("noisy_top_k").fresh_router()
     load_E = route(router, Tokens.draw(512), training=True).load_E
     assert load_E.min() > 64  # 512 · 2 / 8 = 128 expected, standard deviation below 10
@@ -283,7 +280,7 @@ def test_padding_changes_nothing(case: Case, training: bool) -> None:
 
 
 @every_case_of_8
-def test_a_batch_of_padding_alone(case: Case) -> None:
+def test_batch_of_padding_only(case: Case) -> None:
     layer = case.layer()
     tokens = dataclasses.replace(Tokens.draw(8), valid_T=torch.zeros(8, dtype=torch.bool))
     y_TD, record = run(layer, tokens, training=True)
@@ -293,7 +290,7 @@ def test_a_batch_of_padding_alone(case: Case) -> None:
 
 
 @every_router
-def test_state_dict_brings_everything_back(case: Case) -> None:
+def test_state_dict_restores_the_routing(case: Case) -> None:
     tokens = Tokens.draw(64)
     first, second = case.router(seed=0), case.router(seed=1)
     second.load_state_dict(first.state_dict())
@@ -301,7 +298,7 @@ def test_state_dict_brings_everything_back(case: Case) -> None:
     assert torch.equal(tabulate_weights(ours), tabulate_weights(theirs))
 
 
-def test_every_loss_says_what_it_is() -> None:
+def test_facts_of_losses_are_complete() -> None:
     for entry in LOSSES.entries():
         for key in ("equation", "paper", "uniform", "collapsed"):
             assert getattr(entry.facts, key).strip(), (entry.name, key)
@@ -309,19 +306,19 @@ def test_every_loss_says_what_it_is() -> None:
 
 
 @parametrize_cases(default_cases(), training=MODES)
-def test_scores_exist_if_the_router_says_so(case: Case, training: bool) -> None:
+def test_scores_exist_if_declared(case: Case, training: bool) -> None:
     routing = route(case.router(), Tokens.draw(8), training=training)
     assert (routing.scores_TE is not None) is case.facts.makes_scores
 
 
 @every_router
-def test_named_losses_refuse_a_router_that_cannot_give_them(case: Case) -> None:
+def test_losses_refuse_routers_without_the_needed_table(case: Case) -> None:
     _, record = run(case.layer(), Tokens.draw(8), training=True)
-    needs = dict.fromkeys(("load_balance", "sequence_balance", "parameter_penalty"), record.routing.scores_TE)
-    needs |= dict.fromkeys(("z", "global_entropy", "local_entropy", "mutual_information"), record.routing.logits_TE)
+    needed = dict.fromkeys(("load_balance", "sequence_balance", "parameter_penalty"), record.routing.scores_TE)
+    needed |= dict.fromkeys(("z", "global_entropy", "local_entropy", "mutual_information"), record.routing.logits_TE)
     for entry in LOSSES.entries():
-        if needs.get(entry.name, record) is None:
-            with pytest.raises(UsageError, match=rf"^router\.losses\.{entry.name}: this router makes no "):
+        if needed.get(entry.name, record) is None:
+            with pytest.raises(UsageError, match=rf"^router\.losses\.{entry.name}: this router has no "):
                 entry.item(record)
         else:
             assert torch.isfinite(entry.item(record)), entry.name

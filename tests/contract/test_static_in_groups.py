@@ -1,11 +1,12 @@
-"""Routers that do not learn, in layouts of groups: all experts are used, and groups side by side do not repeat."""
+"""Static routers in grouped layouts: all experts are used, and parallel groups differ."""
 
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from support.cases import OPTIONS, Case, Tokens, build_context, randomise_parameters, route, tabulate_weights
+from support.cases import Case, Tokens, build_context, randomise_parameters, route, tabulate_weights
+from support.router_options import OPTIONS
 from torch import Tensor
 
 from moebench.routing.composite import GroupedRouter
@@ -17,11 +18,11 @@ from moebench.routing.values import Routing
 
 LENGTH, NUM_SEQUENCES, NUM_EXPERTS, VOCAB = 64, 64, 16, 200
 FIXED = ("hash", "hash_bigram", "hash_position", "hash_future", "oracle", "domain", "domain_posterior")
-"""Routers that are one function of what is known of a token: the same in every step, without parameters."""
+"""Routers that are a fixed function of the token's context, without parameters."""
 
 
 def static_cases() -> list[Case]:
-    """Return every router that learns nothing or counts as static, with all its options."""
+    """Return every router that is static or has no learned parameters, with all its options."""
     cases = []
     for entry in ROUTERS.entries():
         if entry.item.form.is_dense or (entry.facts.learned and entry.facts.family != "static"):
@@ -34,8 +35,8 @@ every_static_case = pytest.mark.parametrize("case", static_cases(), ids=str)
 every_fixed_case = pytest.mark.parametrize("case", [c for c in static_cases() if c.name in FIXED], ids=str)
 
 
-def place(num_experts: int = NUM_EXPERTS) -> RouterBuildContext:
-    """Return the place of a router in a model with 200 ids and 64 domains."""
+def build_large_context(num_experts: int = NUM_EXPERTS) -> RouterBuildContext:
+    """Return the build context of a model with 200 token ids and 64 domains."""
     return replace(
         build_context(num_experts),
         vocab_size=VOCAB,
@@ -46,16 +47,18 @@ def place(num_experts: int = NUM_EXPERTS) -> RouterBuildContext:
     )
 
 
-def grouped(case: Case, groups: int, *, pick_groups: bool) -> Any:
-    return randomise_parameters(GroupedRouter(case.router_class, case.config, place(), groups, pick_groups=pick_groups))
+def build_grouped(case: Case, groups: int, *, pick_groups: bool) -> Any:
+    return randomise_parameters(
+        GroupedRouter(case.router_class, case.config, build_large_context(), groups, pick_groups=pick_groups)
+    )
 
 
 def context(seed: int = 0, *, training: bool = True, valid_T: Tensor | None = None) -> RouteContext:
-    """Return 4096 tokens with 200 ids, 16 labels and a domain for each of 64 sequences."""
-    drawn = Tokens.draw(LENGTH * NUM_SEQUENCES, length=LENGTH).context(training=training, seed=seed)
+    """Return the context of 4096 tokens with 200 ids, 16 labels and one domain for each of 64 sequences."""
+    base = Tokens.draw(LENGTH * NUM_SEQUENCES, length=LENGTH).context(training=training, seed=seed)
     domain_T = torch.arange(NUM_SEQUENCES).repeat_interleave(LENGTH)
     return replace(
-        drawn,
+        base,
         token_id_T=torch.randint(VOCAB, domain_T.shape, generator=torch.Generator().manual_seed(1)),
         domain_T=domain_T,
         label_T=torch.arange(len(domain_T)) // 3 % 16,
@@ -63,100 +66,102 @@ def context(seed: int = 0, *, training: bool = True, valid_T: Tensor | None = No
     )
 
 
-def routed(router: Any, ctx: RouteContext) -> Routing:
+def route_all(router: Any, ctx: RouteContext) -> Routing:
     return router(Tokens.draw(LENGTH * NUM_SEQUENCES, length=LENGTH).x_TD, ctx)
 
 
-def load_over_draws(router: Any) -> Tensor:
-    """Return the load of many steps: some routers draw one expert for a whole batch."""
-    return torch.stack([routed(router, context(seed)).load_E for seed in range(100)]).sum(0)
+def sum_load_over_steps(router: Any) -> Tensor:
+    """Return the load of 100 steps: some routers draw one expert for a whole batch."""
+    return torch.stack([route_all(router, context(seed)).load_E for seed in range(100)]).sum(0)
 
 
 @every_static_case
 def test_two_levels_use_every_expert(case: Case) -> None:
-    load_E = load_over_draws(grouped(case, 4, pick_groups=True))
+    load_E = sum_load_over_steps(build_grouped(case, 4, pick_groups=True))
     assert (load_E > 0).all(), load_E.tolist()
     if case.facts.balanced and not case.options:
         assert load_E.min() == load_E.max(), load_E.tolist()
 
 
 @every_fixed_case
-def test_a_fixed_function_on_two_levels_is_the_same_on_one(case: Case) -> None:
-    flat = randomise_parameters(case.router_class(case.config, place()))
+def test_fixed_routers_on_two_levels_equal_one_level(case: Case) -> None:
+    flat = randomise_parameters(case.router_class(case.config, build_large_context()))
     valid_T = torch.arange(LENGTH * NUM_SEQUENCES) % LENGTH < 50
     for padding in (None, valid_T):
         ctx = context(valid_T=padding)
-        one, two = routed(flat, ctx), routed(grouped(case, 4, pick_groups=True), ctx)
+        one, two = route_all(flat, ctx), route_all(build_grouped(case, 4, pick_groups=True), ctx)
         keep = slice(None) if padding is None else padding
         assert torch.equal(tabulate_weights(one)[keep], tabulate_weights(two)[keep])
 
 
-def test_positions_on_two_levels_have_equal_loads() -> None:
-    assert routed(grouped(Case("hash_position"), 4, pick_groups=True), context()).load_E.tolist() == [256] * 16
+def test_hash_position_on_two_levels_has_even_loads() -> None:
+    assert route_all(build_grouped(Case("hash_position"), 4, pick_groups=True), context()).load_E.tolist() == [256] * 16
 
 
 @pytest.mark.parametrize("evaluation", ["label", "prior"])
-def test_shares_of_domains_on_two_levels_are_those_on_one(evaluation: str) -> None:
+def test_domain_prior_on_two_levels_equals_one_level(evaluation: str) -> None:
     case = Case("domain", NUM_EXPERTS, {"evaluation": evaluation})
-    flat, both = case.router_class(case.config, place()), grouped(case, 4, pick_groups=True)
+    flat, two_level = case.router_class(case.config, build_large_context()), build_grouped(case, 4, pick_groups=True)
     load_E = torch.arange(16)  # expert 0 has never seen a token
     flat.after_step(load_E, {})
-    both.after_step(load_E, {})
+    two_level.after_step(load_E, {})
     ctx = context(training=False)
     assert ctx.domain_T is not None
-    ctx = replace(ctx, domain_T=ctx.domain_T + 32)  # half of them were held out
-    torch.testing.assert_close(tabulate_weights(routed(both, ctx)), tabulate_weights(routed(flat, ctx)))
+    ctx = replace(ctx, domain_T=ctx.domain_T + 32)  # half of them are held out
+    torch.testing.assert_close(tabulate_weights(route_all(two_level, ctx)), tabulate_weights(route_all(flat, ctx)))
 
 
-def pairs_of(router: Any) -> Tensor:
-    """Return which experts of two groups some token has together, bool [8, 8]."""
-    table_TE = tabulate_weights(routed(router, context())) > 0
+def find_pairs(router: Any) -> Tensor:
+    """Return which pairs of experts of two groups share a token, bool [8, 8]."""
+    table_TE = tabulate_weights(route_all(router, context())) > 0
     first_TE, second_TE = table_TE.float().split(NUM_EXPERTS // 2, dim=-1)
     return first_TE.T @ second_TE > 0
 
 
 @every_static_case
-def test_groups_side_by_side_do_not_repeat_one_table(case: Case) -> None:
+def test_parallel_groups_use_different_tables(case: Case) -> None:
     if case.options.get("training", "batch") == "batch" and case.name == "thor":
         return  # one expert of each group for the whole batch
-    num_pairs = int(pairs_of(grouped(case, 2, pick_groups=False)).sum())
-    # One table twice has 8 pairs; 200 ids in 64 pairs fill 61 by chance, 64 domains with two experts each at least 24.
+    num_pairs = int(find_pairs(build_grouped(case, 2, pick_groups=False)).sum())
+    # Equal tables give 8 pairs. At random, 200 ids fill 61 of 64 pairs, 64 domains with two experts each at least 24.
     assert num_pairs > 24 or (case.name == "oracle" and num_pairs == 16), num_pairs
 
 
 @pytest.mark.parametrize(
     ("name", "num_pairs"), [("hash_position", 64), ("hash_bigram", 64), ("oracle", 16), ("domain", 64)]
 )
-def test_pairs_of_two_groups(name: str, num_pairs: int) -> None:
-    # 64 positions or domains and 16 labels have a pair each; of 2500 pairs of ids no cell stays empty.
-    router = grouped(Case(name), 2, pick_groups=False)
-    assert int(pairs_of(router).sum()) == num_pairs
+def test_number_of_pairs_of_two_groups(name: str, num_pairs: int) -> None:
+    # 64 positions or domains and 16 labels have one pair each; 2500 pairs of ids fill all cells.
+    router = build_grouped(Case(name), 2, pick_groups=False)
+    assert int(find_pairs(router).sum()) == num_pairs
     if name != "hash_bigram":
-        assert routed(router, context()).load_E.float().std() < 20  # 512 each; labels come in runs of three
+        assert route_all(router, context()).load_E.float().std() < 20  # 512 each; labels come in runs of three
 
 
-def test_more_groups_than_experts_in_each_still_differ() -> None:
-    # 8 groups of two experts: 64 positions, and no two groups that say the same or the opposite of each.
+def test_more_groups_than_experts_per_group_differ() -> None:
+    # 8 groups of two experts, 64 labels: no two groups are equal or complementary.
     ctx = replace(context(), label_T=torch.arange(64).repeat(64))
-    router = GroupedRouter(ROUTERS.get("oracle").item, Case("oracle").config, place(), 8, pick_groups=False)
-    expert_GT = (tabulate_weights(routed(router, ctx))[:64] > 0).T[1::2].long()
+    router = GroupedRouter(
+        ROUTERS.get("oracle").item, Case("oracle").config, build_large_context(), 8, pick_groups=False
+    )
+    expert_GT = (tabulate_weights(route_all(router, ctx))[:64] > 0).T[1::2].long()
     assert (expert_GT.sum(1) == 32).all()
     same_GG = (expert_GT[:, None] == expert_GT[None]).sum(-1).fill_diagonal_(32)
     assert (same_GG == 32).all()
 
 
-def test_parts_of_a_number_by_hand() -> None:
+def test_level_by_hand() -> None:
     # 3 groups of 4: 17 mod 12 = 5 is expert 1 of group 1.
     assert Level(num_below=4).expert_of(torch.tensor([17]), 3).item() == 1
     assert Level(num_above=3).expert_of(torch.tensor([17]), 4).item() == 1
-    # Side by side, of 4 experts: group 0 has 17 mod 4 = 1; group 1 moves the fifth run on by 4, group 2 by 8; group 5
-    # is 11 to the base 4: by 4 and by 1, the second run of sixteen.
-    found = [Level(group=group).expert_of(torch.tensor([17]), 4).item() for group in (0, 1, 2, 5)]
-    assert found == [1, 1, 1, (17 + 4 + 1) % 4]
+    # Parallel groups of 4 experts: group 0 has 17 mod 4 = 1; group 1 shifts the fifth run by 4, group 2 by 8; group 5
+    # is 11 in base 4: shifts of 4, and of 1 for the second run of sixteen.
+    experts = [Level(group=group).expert_of(torch.tensor([17]), 4).item() for group in (0, 1, 2, 5)]
+    assert experts == [1, 1, 1, (17 + 4 + 1) % 4]
     assert [Level(group=group).expert_of(torch.tensor([6]), 4).item() for group in (0, 1, 2)] == [2, 3, 0]
 
 
-def test_other_balanced_tables_are_as_even() -> None:
+def test_variants_of_the_balanced_table_are_even_and_differ() -> None:
     count_V = (100_000 / torch.arange(1, 258)).long()  # of 616,000; the most frequent id is more than an eighth
     tables = [balanced_table(count_V, 8, variant) for variant in range(4)]
     for table_V in tables:
@@ -168,9 +173,8 @@ def test_other_balanced_tables_are_as_even() -> None:
             assert len(set(zip(one_V.tolist(), other_V.tolist(), strict=True))) > 40
 
 
-def test_a_group_of_its_own_table_stays_as_it_is() -> None:
-    # The first group has the table of a router that stands alone.
+def test_first_group_has_the_table_of_a_single_router() -> None:
     case = Case("hash", 8)
-    alone = route(case.router_class(case.config, build_context(8)), Tokens.draw(64), training=True)
-    both = GroupedRouter(case.router_class, case.config, build_context(16), 2, pick_groups=False)
-    assert torch.equal(route(both, Tokens.draw(64), training=True).parts[0].expert_N, alone.expert_N)
+    single = route(case.router_class(case.config, build_context(8)), Tokens.draw(64), training=True)
+    grouped = GroupedRouter(case.router_class, case.config, build_context(16), 2, pick_groups=False)
+    assert torch.equal(route(grouped, Tokens.draw(64), training=True).parts[0].expert_N, single.expert_N)

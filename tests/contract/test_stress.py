@@ -1,4 +1,4 @@
-"""Inputs at the edge, for every router: what comes out is finite, legal, and can be differentiated."""
+"""Edge-case inputs for every router: outputs are finite, valid and differentiable."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,52 +6,53 @@ from dataclasses import replace
 import pytest
 import torch
 from contract.test_routers import assert_well_formed
-from support.cases import D_MODEL, MODES, Case, Tokens, compute_raw_losses, default_cases, note_in_failure, run
+from support.cases import D_MODEL, MODES, Case, Tokens, default_cases, run
+from support.router_checks import compute_raw_losses, note_in_failure
 
 from moebench.routing.values import SoftRouting
 
 
-def scaled(factor: float) -> Tokens:
-    """Return tokens whose logits are of that size."""
+def scale_tokens(factor: float) -> Tokens:
+    """Return tokens whose logits have this scale."""
     tokens = Tokens.draw(64, length=16)
     return replace(tokens, x_TD=factor * tokens.x_TD)
 
 
-def twins() -> Tokens:
-    """Return tokens of which each is there twice: every rank among tokens ties."""
+def duplicate_tokens() -> Tokens:
+    """Return tokens that each occur twice, so that all rankings tie."""
     tokens = Tokens.draw(32)
     return tokens.take(torch.arange(32).repeat_interleave(2), length=16)
 
 
-def padded() -> Tokens:
-    """Return a batch with a sequence that is half padding, and one that is nothing else."""
+def pad_tokens() -> Tokens:
+    """Return a batch with a half-padded sequence and one of padding only."""
     valid_T = torch.arange(64) % 16 < torch.tensor([16, 8, 0, 16]).repeat_interleave(16)
     return replace(Tokens.draw(64, length=16), valid_T=valid_T)
 
 
 INPUTS: dict[str, Callable[[], Tokens]] = {
-    "logits of 1e4": lambda: scaled(1e4),
-    "inputs of -1e4 and 1e4": lambda: replace(scaled(1), x_TD=1e4 * scaled(1).x_TD.sign()),
-    "ties": twins,
-    "all equal": lambda: replace(scaled(1), x_TD=torch.ones(64, D_MODEL)),
-    "all zero": lambda: scaled(0),
+    "logits of 1e4": lambda: scale_tokens(1e4),
+    "inputs of -1e4 and 1e4": lambda: replace(scale_tokens(1), x_TD=1e4 * scale_tokens(1).x_TD.sign()),
+    "ties": duplicate_tokens,
+    "all equal": lambda: replace(scale_tokens(1), x_TD=torch.ones(64, D_MODEL)),
+    "all zero": lambda: scale_tokens(0),
     "no token": lambda: Tokens.draw(0),
     "one token": lambda: Tokens.draw(1),
     "fewer tokens than experts": lambda: Tokens.draw(3),
     "bf16": lambda: Tokens.draw(64, length=16, dtype=torch.bfloat16),
-    "padding": padded,
+    "padding": pad_tokens,
 }
 
 
 @pytest.mark.parametrize("case", default_cases(), ids=str)
 @pytest.mark.parametrize("mode", MODES)
-def test_an_input_at_the_edge(case: Case, mode: str) -> None:
+def test_edge_case_input(case: Case, mode: str) -> None:
     for name, make in INPUTS.items():
         with note_in_failure(input=name):
-            assert_routed(case, make(), training=MODES[mode])
+            assert_valid(case, make(), training=MODES[mode])
 
 
-def assert_routed(case: Case, tokens: Tokens, *, training: bool) -> None:
+def assert_valid(case: Case, tokens: Tokens, *, training: bool) -> None:
     layer, x_TD = case.layer(), tokens.x_TD.requires_grad_()
     layer.bank.to(x_TD.dtype)
     y_TD, record = run(layer, replace(tokens, x_TD=x_TD), training=training)

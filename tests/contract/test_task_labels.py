@@ -1,4 +1,4 @@
-"""Every task declares kinds of labels and fills them: values in range, a label for each token, padding left out."""
+"""Label kinds of every task: declared, in range, one label per token, without padding."""
 
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def test_labels_are_declared_and_in_range(name: str, data: dict[str, dict[str, A
 
 
 @pytest.mark.parametrize("name", TASKS.names())
-def test_every_token_is_counted_once_for_each_expert_and_padding_never(
+def test_label_tables_count_each_assignment_once_without_padding(
     name: str, data: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     config = config_of(name, data)
@@ -86,7 +86,7 @@ def test_every_token_is_counted_once_for_each_expert_and_padding_never(
             assert torch.equal(table.layers[layer].float(), rows), (name_of_kind, layer)
 
 
-def test_places_of_a_picture(data: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+def test_position_labels_of_images(data: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     task = prepare_task(config_of("vision", data, patch=2, pooling="class_token"), tmp_path)
     position = {kind.name: kind for kind in task.label_kinds()}["position"]
     label_L = position.read(task.train_batch(1, 0, 0))[0]
@@ -99,7 +99,7 @@ def test_places_of_a_picture(data: dict[str, dict[str, Any]], tmp_path: Path) ->
     assert counts.tolist() == [4] * 64  # 16 x 16 squares, four neighbours to a place
 
 
-def test_classes_of_a_picture_are_those_of_the_head(data: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+def test_class_labels_of_images_match_the_head(data: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     held_out = data["vision"]["data"] | {"held_out_classes": [1]}
     task = prepare_task(config_of("vision", data, data=held_out, few_shot={"shots": [1], "draws": 1}), tmp_path)
     (kind,) = [kind for kind in task.label_kinds() if kind.name == "class"]
@@ -108,11 +108,11 @@ def test_classes_of_a_picture_are_those_of_the_head(data: dict[str, dict[str, An
     assert torch.equal(kind.read(batch), batch.target_BP)
 
 
-def test_sentinels_of_each_half(data: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+def test_sentinel_labels_of_encoder_and_decoder(data: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     task = prepare_task(config_of("span_corruption", data), tmp_path)
     (kind,) = [kind for kind in task.label_kinds() if kind.name == "sentinel"]
     batch = task.train_batch(3, 0, 0)
-    # 16 tokens with round(16 · 0.15) = 2 taken out in one span: one sentinel in each half, behind the start in one.
+    # 16 tokens with round(16 · 0.15) = 2 masked in one span: one sentinel in each half.
     assert kind.read(batch).sum(1).tolist() == [1, 1, 1]
     assert kind.read(batch.decoder_batch)[:, :2].tolist() == [[0, 1]] * 3
     assert kind.read(batch.decoder_batch).sum(1).tolist() == [1, 1, 1]

@@ -1,4 +1,4 @@
-"""Every task with every layout and one router of each family: one step of training, or a refusal that says why."""
+"""Every task with every layout and one router of each family: one training step, or a refusal with a reason."""
 
 import itertools
 from collections.abc import Callable, Mapping
@@ -27,20 +27,20 @@ NUM_EXPERTS = 4
 
 def one_of_each_family() -> list[str]:
     """Return the first router of each family that works with so few experts."""
-    found: dict[str, str] = {}
+    router_of_family: dict[str, str] = {}
     for entry in ROUTERS.entries():
-        if entry.item.form.is_dense or entry.facts.family in found:
+        if entry.item.form.is_dense or entry.facts.family in router_of_family:
             continue
         try:
             entry.item.check(entry.item.Config(), NUM_EXPERTS)
         except UsageError:
             continue
-        found[entry.facts.family] = entry.name
-    return sorted(found.values())
+        router_of_family[entry.facts.family] = entry.name
+    return sorted(router_of_family.values())
 
 
 def triples() -> list[Any]:
-    """Return all; not slow are each router on the plain layout, and each layout with routers that take turns."""
+    """Return all triples; not slow: each router on the plain layout, and each layout with one router in turn."""
     routers = itertools.cycle(one_of_each_family())
     quick = {(task, layout, next(routers)) for task, layout in itertools.product(TASKS.names(), LAYOUTS.names())}
     quick |= {(task, PLAIN_LAYOUT, router) for task in TASKS.names() for router in one_of_each_family()}
@@ -70,7 +70,7 @@ def test_every_task_has_data(data: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize(("task", "layout", "router"), triples())
-def test_one_step_or_a_reason(task: str, layout: str, router: str, data: Any, prepared: Any) -> None:
+def test_one_training_step_or_refusal(task: str, layout: str, router: str, data: Any, prepared: Any) -> None:
     plain: dict[str, Any] = {"model": TINY["model"], "train": TINY["train"]}
     changes = {
         "task": {"name": task, **data[task]},
@@ -92,7 +92,7 @@ def test_one_step_or_a_reason(task: str, layout: str, router: str, data: Any, pr
 
 
 def train_one_step(module: CellModule) -> None:
-    """Take a step, then evaluate: everything is finite and something has moved."""
+    """Take a training step, then evaluate; check that results are finite and parameters have changed."""
     config, ready = module.config, module.task
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     batch = ready.train_batch(config.train.batch_size, 0, 0)

@@ -1,4 +1,4 @@
-"""Routers of published models, by their authors' published code, choose and weigh as ours do."""
+"""Our routers select and weight as those of published models in transformers do."""
 
 import importlib
 from types import SimpleNamespace
@@ -17,8 +17,8 @@ SIZES = {
 }  # fmt: skip
 
 
-def peer(model: str, name: str, **options: Any) -> torch.nn.Module:
-    """Build a router of transformers with our sizes."""
+def build_peer(model: str, name: str, **options: Any) -> torch.nn.Module:
+    """Build a router of transformers with the sizes of the test cases."""
     module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
     return getattr(module, name)(SimpleNamespace(**SIZES, **options))
 
@@ -65,8 +65,8 @@ def table(expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
     ],
     ids=["mixtral", "olmoe", "deepseek_v2", "deepseek_v3", "sparse_mixer"],
 )
-def test_a_published_router_agrees(case: Case, model: str, name: str, options: dict[str, Any]) -> None:
-    ours, theirs = case.router(), peer(model, name, **options).eval()
+def test_weights_and_gradients_match_transformers(case: Case, model: str, name: str, options: dict[str, Any]) -> None:
+    ours, theirs = case.router(), build_peer(model, name, **options).eval()
     bias_E = torch.linspace(-0.3, 0.3, 8)[torch.tensor([3, 0, 7, 1, 5, 2, 6, 4])]
     with torch.no_grad():
         theirs.weight.copy_(ours.gate.weight_ED)

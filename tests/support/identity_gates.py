@@ -1,4 +1,4 @@
-"""Routers whose gate is the identity: what goes in are the logits, so that routings can be worked by hand."""
+"""Routers whose gate is the identity, so that the inputs are the logits and routings can be computed by hand."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from moebench.routing.values import LayerRecord, Routing
 
 
 def build_identity_router(name: str, num_experts: int, **options: Any) -> Router:
-    """Build a router whose `gate` hands its input on as logits."""
+    """Build a router whose `gate` is the identity matrix."""
     router_class = ROUTERS.get(name).item
     config = router_class.Config(**options)
     router_class.check(config, num_experts)
@@ -21,19 +21,19 @@ def build_identity_router(name: str, num_experts: int, **options: Any) -> Router
     return router
 
 
-def routed(router: Router, logits_TE: Tensor, *, training: bool = False, seed: int = 0, step: int = 0) -> Routing:
-    """Route tokens with these logits."""
+def route_logits(router: Router, logits_TE: Tensor, *, training: bool = False, seed: int = 0, step: int = 0) -> Routing:
+    """Route tokens with the given logits."""
     generator = torch.Generator().manual_seed(seed)
     ctx = RouteContext(training=training, generator=generator, sequence_length=max(len(logits_TE), 1), step=step)
     routing: Routing = router(logits_TE, ctx)
     return routing
 
 
-def chosen(routing: Routing, token: int = 0) -> dict[int, float]:
-    """Return the experts of a token and their weights, without those that do not count."""
+def expert_weights(routing: Routing, token: int = 0) -> dict[int, float]:
+    """Return the weight of each expert of a token."""
     routing = routing.compact()
-    own = routing.token_N == token
-    pairs = zip(routing.expert_N[own].tolist(), routing.weight_N[own].tolist(), strict=True)
+    is_token_N = routing.token_N == token
+    pairs = zip(routing.expert_N[is_token_N].tolist(), routing.weight_N[is_token_N].tolist(), strict=True)
     return dict(pairs)
 
 

@@ -1,4 +1,4 @@
-"""Arbitrary routings for hypothesis: lists and rectangles, with holes, ties, empty and hot experts."""
+"""Hypothesis strategies for routings: lists and rectangles, with masked assignments, ties, empty and hot experts."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ def tensor_of(values: list[float]) -> Tensor:
 def routings(draw: st.DrawFn, with_priority: bool | None = None, holes: bool = False, scored: bool = False) -> Routing:
     """Draw a list of assignments in any order, with many ties among weights, priorities and scores.
 
-    `holes`: some assignments may not count. `scored`: with a score for every token and expert.
+    `holes`: some assignments may be masked. `scored`: with scores for every token and expert.
     """
     num_tokens, num_experts = draw(st.integers(0, 9)), draw(st.integers(1, 5))
     pair = st.tuples(st.integers(0, max(num_tokens - 1, 0)), st.integers(0, num_experts - 1))
@@ -36,25 +36,25 @@ def routings(draw: st.DrawFn, with_priority: bool | None = None, holes: bool = F
         num_experts=num_experts,
         priority_N=tensor_of(draw(value)) if has_priority else None,
     )
-    return _finished(draw, routing, holes, scored)
+    return _add_holes_and_scores(draw, routing, holes, scored)
 
 
 @st.composite
 def rectangles(draw: st.DrawFn, holes: bool = False, scored: bool = False) -> Routing:
-    """Draw the rectangle of token choice; all tokens may want the same experts."""
+    """Draw a token-choice rectangle; all tokens may prefer the same experts."""
     num_tokens, num_experts = draw(st.integers(0, 9)), draw(st.integers(1, 5))
     top_k, hot = draw(st.integers(1, num_experts)), draw(st.booleans())
     generator = make_generator(draw(st.integers(0, 1000)))
-    wish_TE = torch.rand(1 if hot else num_tokens, num_experts, generator=generator).expand(num_tokens, -1)
+    preference_TE = torch.rand(1 if hot else num_tokens, num_experts, generator=generator).expand(num_tokens, -1)
     weight_TK = torch.rand(num_tokens, top_k, generator=generator)
-    routing = Routing.from_top_k(wish_TE.topk(top_k, dim=-1).indices, weight_TK, num_experts=num_experts)
-    return _finished(draw, routing, holes, scored)
+    routing = Routing.from_top_k(preference_TE.topk(top_k, dim=-1).indices, weight_TK, num_experts=num_experts)
+    return _add_holes_and_scores(draw, routing, holes, scored)
 
 
-def crowded(seed: int) -> Routing:
-    """Return a scored routing where many tokens want the same few experts, and two or more of a token's are full.
+def build_crowded(seed: int) -> Routing:
+    """Build a scored routing in which many tokens prefer the same few experts, several of which are full.
 
-    From a seed, since drawing number by number mostly finds routings in which nobody has to wait.
+    Drawn from a seed, because independent draws rarely exceed a capacity.
     """
     generator = make_generator(seed)
     num_tokens, num_experts = (int(torch.randint(*span, (), generator=generator)) for span in ((5, 10), (4, 6)))
@@ -66,14 +66,14 @@ def crowded(seed: int) -> Routing:
     return routing.keep(torch.rand(num_tokens * top_k, generator=generator) < 0.9)
 
 
-crowded_routings = st.integers(0, 9999).map(crowded)
+crowded_routings = st.integers(0, 9999).map(build_crowded)
 
 
-def _finished(draw: st.DrawFn, routing: Routing, holes: bool, scored: bool) -> Routing:
+def _add_holes_and_scores(draw: st.DrawFn, routing: Routing, holes: bool, scored: bool) -> Routing:
     if holes and draw(st.booleans()):
         size = routing.token_N.numel()
         routing = routing.keep(torch.tensor(draw(st.lists(st.booleans(), min_size=size, max_size=size)), dtype=bool))
-    if scored:  # seven values: ties, and some of exactly 0
+    if scored:  # seven values, so that there are ties and zeros
         shape = (routing.num_tokens, routing.num_experts)
         score_TE = torch.randint(7, shape, generator=make_generator(draw(st.integers(0, 1000)))) / 6
         routing = replace(routing, scores_TE=score_TE)

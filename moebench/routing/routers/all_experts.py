@@ -1,9 +1,13 @@
-"""All experts: the dense mixture from before sparsity, every expert on every token."""
+"""All experts: the dense mixture of experts, in which every expert computes every token (arXiv:1312.4314).
+
+A softmax over all experts weights their outputs. Nothing is selected.
+"""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
@@ -16,9 +20,9 @@ from moebench.routing.values import Routing
         family="baseline",
         equation="y = Σ_e softmax(W x)_e E_e(x)",
         paper="arXiv:1312.4314 (one layer of it)",
-        use="As a reference: what all experts together can do when nothing is left out.",
-        beware="Every expert computes every token, so time is saved only by making experts narrower. A gate that "
-        "is sure of one expert leaves the others without gradient.",
+        use="As a reference: what all experts together achieve when nothing is left out.",
+        beware="Every expert computes every token, so only narrower experts save time. If the gate becomes certain of "
+        "one expert, the others get no gradient.",
         causality=Causality(causal=True, reason="each token is weighted by its own vector", batch_dependent=False),
         balanced=True,
     )
@@ -26,14 +30,14 @@ from moebench.routing.values import Routing
 class AllExperts(Router["AllExperts.Config"]):
     """Every expert computes every token, weighted by the softmax (Eigen, Ranzato and Sutskever 2013).
 
-    The experts learn from the error of what they say together. Jacobs et al. (1991), whose mixture this is, argue
-    against that and train each expert by its own error. In a matched arm each expert has 1/E of the width. Any softmax
-    top-k without renormalisation must equal it at k=E, which makes it the differential test of the dispatch.
+    The experts are trained on the error of their combined output; Jacobs et al. (1991), whose mixture this is, train
+    each expert on its own error instead. In a matched arm each expert has 1/E of the width. At k=E any softmax top-k
+    without renormalisation must equal this router, which makes it the differential test of the dispatch.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(RouterConfig):
-        """The mixture of all experts has no options of its own."""
+        """Options of all_experts: none of its own."""
 
         name: str = "all_experts"
 
@@ -42,12 +46,12 @@ class AllExperts(Router["AllExperts.Config"]):
         self.gate = Gate(context.d_model, context.num_experts)
 
     @classmethod
+    @override
     def experts_per_token(cls, config: Config, num_experts: int) -> int:
-        """Return E."""
         return num_experts
 
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Send each token to all experts."""
         logits_TE = self.gate(x_TD)
         scores_TE = logits_TE.softmax(-1)
         expert_TK = torch.arange(self.num_experts, device=x_TD.device).expand(x_TD.shape[0], -1)

@@ -1,9 +1,14 @@
-"""Autonomy of experts: an expert's score is the length of what it makes of the token itself."""
+"""Autonomy of Experts: an expert's score is the norm of its own low-rank projection of the token (arXiv:2501.13074).
+
+There is no gate. Every expert projects the token to a few dimensions, and the k experts with the longest projections
+take it, weighted by a softmax over the norms.
+"""
 
 from dataclasses import dataclass, field
 
 import torch
 from torch import Generator, Tensor, nn
+from typing_extensions import override
 
 from moebench.errors import require
 from moebench.routing.context import RouteContext
@@ -15,34 +20,35 @@ from moebench.routing.values import Routing
 @ROUTERS.register(
     Facts(
         family="token choice",
-        equation="a_i = |x W_i| (W_i: D x r),  p = softmax(a),  y = Σ_{i in top-k} w_i E_i(x),  w = p_i / Σ chosen p",
+        equation="a_i = |x W_i| (W_i: D x r),  p = softmax(a),  y = Σ_{i in top-k} w_i E_i(x),  w = p_i / Σ selected p",
         paper="arXiv:2501.13074",
-        use="Experts that choose themselves by how strongly they respond.",
-        beware="An expert can raise its score by growing its projection. The projections cost FLOPs for all experts.",
+        use="Experts that select themselves by how strongly they respond to a token.",
+        beware="An expert can raise its score by scaling up its projection. The projections cost FLOPs "
+        "for all experts.",
         causality=Causality(causal=True, reason="each token is routed by its own vector", batch_dependent=False),
     )
 )
 class AutonomyOfExperts(Router["AutonomyOfExperts.Config"]):
-    """Autonomy of experts (Lv et al. 2025): no gate; experts whose narrow projection of the token is longest take it.
+    """Autonomy of Experts (Lv et al. 2025): no gate; the experts with the longest projections of a token take it.
 
-    In the paper the projection is the first factor of the expert's own first matrix, and the chosen experts go on from
-    it. Here projections belong to the router and give scores alone, and experts are whole networks that read x: so a
-    projection learns from the choice and not from the experts' output, and its cost, 2·E·D·r FLOPs for each token, is
-    paid on top. An expert that makes its projection longer gets more tokens: only the balance loss speaks against it.
-    Read from descriptions of the paper.
+    In the paper the projection is the first factor of the expert's own first matrix, and the selected experts continue
+    from it. Here the projections belong to the router and only give scores, and experts are whole networks that read x:
+    a projection learns from the weights and not from the experts' output, and its cost, 2·E·D·r FLOPs per token, is
+    paid on top. An expert that scales up its projection gets more tokens; only the balance loss counteracts this.
+    Implemented from descriptions of the paper.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(RouterConfig):
-        """Options of autonomy of experts."""
+        """Options of Autonomy of Experts."""
 
         name: str = "autonomy_of_experts"
         top_k: int = 2
         """Experts per token."""
         rank: int = 4
-        """Numbers r of each expert's projection."""
+        """Dimensions r of each expert's projection."""
         renormalise: bool = True
-        """Divide the weights by their sum."""
+        """Divide the k weights by their sum."""
         losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
 
     def __init__(self, config: Config, context: RouterBuildContext) -> None:
@@ -52,23 +58,25 @@ class AutonomyOfExperts(Router["AutonomyOfExperts.Config"]):
         self.down_EDR = nn.Parameter(torch.empty(context.num_experts, context.d_model, config.rank))
 
     def init_weights(self, generator: Generator) -> None:
-        """Draw projections with variance 1 / fan-in."""
+        """Initialise the projections with variance 1 / fan-in."""
         nn.init.normal_(self.down_EDR, std=self.down_EDR.shape[1] ** -0.5, generator=generator)
 
     @classmethod
+    @override
     def experts_per_token(cls, config: Config, num_experts: int) -> int:
-        """Return k."""
         return config.top_k
 
     @classmethod
+    @override
     def check(cls, config: Config, num_experts: int) -> None:
-        """Refuse k outside 1 ... E, and a renormalised k of 1."""
         smallest = 2 if config.renormalise else 1
-        check_top_k(config.top_k, num_experts, smallest, "renormalised at 1 the weight is always 1, nothing is learned")
+        check_top_k(
+            config.top_k, num_experts, smallest, "at 1 a renormalised weight is always 1 and the router learns nothing"
+        )
         require(config.rank >= 1, "router.rank", config.rank, "at least 1")
 
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Send each token to the experts whose projections of it are longest."""
         num_experts, d_model, rank = self.down_EDR.shape
         down_DX = self.down_EDR.float().transpose(0, 1).reshape(d_model, num_experts * rank)
         logits_TE = torch.linalg.vector_norm((x_TD.float() @ down_DX).view(-1, num_experts, rank), dim=-1)
@@ -81,6 +89,6 @@ class AutonomyOfExperts(Router["AutonomyOfExperts.Config"]):
             expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
         )
 
+    @override
     def flops_per_token(self) -> int:
-        """Return 2·E·D·r: every expert projects every token."""
         return 2 * self.down_EDR.numel()

@@ -1,4 +1,8 @@
-"""Conditional computation: every expert is switched on or off for every token by a coin that is learned."""
+"""Conditional computation: a learned Bernoulli policy switches each expert on or off for each token (arXiv:1511.06297).
+
+Every expert has a probability to be used by a token; the set is sampled, and the output is the sum of the sampled
+experts. The policy learns by REINFORCE, with losses that keep its sparsity on target.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -7,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from moebench.errors import require
 from moebench.routing.context import RouteContext
@@ -21,9 +26,9 @@ from moebench.routing.values import LayerRecord, Routing
         family="reinforcement",
         equation="σ = sigmoid(W x + d),  u_e ~ Bernoulli(σ_e),  y = Σ_e u_e E_e(x),  loss -(R - b) log π(u)",
         paper="arXiv:1511.06297",
-        use="The earliest conditional computation by a policy: tokens take any number of experts.",
-        beware="The gradient is very noisy: the policy can switch everything off or on, and only its three "
-        "losses hold it.",
+        use="The earliest conditional computation by a policy: any number of experts per token.",
+        beware="The gradient is very noisy: the policy can switch everything off or on, and only its three losses "
+        "prevent this.",
         causality=Causality(
             causal=True,
             reason="each token is routed by its own vector and its own draws",
@@ -36,13 +41,14 @@ from moebench.routing.values import LayerRecord, Routing
     )
 )
 class ConditionalComputation(PolicyRouter):
-    """Block dropout with a policy (Bengio et al. 2016): a token uses any number of experts, each with weight 1.
+    """Block dropout with a policy (Bengio et al. 2016): any number of experts per token, each with weight 1.
 
-    With τ = average_experts / E: sparsity_per_expert is mean_e (mean_t σ_te / τ - 1)², sparsity_per_token is
-    mean_t (mean_e σ_te / τ - 1)², both 0 on target, and variance is 1 - 4 mean_e Var_t σ_te, 1 where all tokens are
-    treated alike. The paper takes distances from τ in place of relative squares, and minus the variance; it searches
-    the coefficients for each data set, ours are smaller. Its blocks are slices of a layer; here they are experts, and d
-    starts where σ = τ, so that training does not begin with half of all experts. The baseline is ours.
+    With τ = average_experts / E, `sparsity_per_expert` is mean_e (mean_t σ_te / τ - 1)² and `sparsity_per_token` is
+    mean_t (mean_e σ_te / τ - 1)², both 0 on target; `variance` is 1 - 4 mean_e Var_t σ_te, 1 if all tokens are treated
+    alike. The paper uses absolute distances from τ in place of relative squares, and minus the variance; it tunes the
+    coefficients for each data set, and ours are smaller. Its blocks are slices of a layer; here they are experts. The
+    bias d starts where σ = τ, so that training does not start with half of all experts. The reward baseline is an
+    addition.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -51,9 +57,9 @@ class ConditionalComputation(PolicyRouter):
 
         name: str = "conditional_computation"
         average_experts: int = 2
-        """Experts per token on average (τ E), to which two of the losses push; matched arms count with it."""
+        """Target number of experts per token (τ E), used by two of the losses and to match arms."""
         evaluation: Literal["draw", "likely"] = "draw"
-        """In evaluation: draw as in training, or use the experts with σ over one half, which may be none."""
+        """In evaluation: sample as in training (draw), or use the experts with σ > 1/2, possibly none (likely)."""
         entropy: float = 0.0
         losses: dict[str, float] = field(
             default_factory=lambda: {"sparsity_per_expert": 0.1, "sparsity_per_token": 0.1, "variance": 0.01}
@@ -66,24 +72,24 @@ class ConditionalComputation(PolicyRouter):
         self.bias_E = nn.Parameter(torch.empty(context.num_experts))
 
     def init_weights(self, generator: Generator) -> None:
-        """Start at σ = τ."""
+        """Initialise the bias such that σ = τ."""
         nn.init.constant_(self.bias_E, math.log(self.target / (1 - self.target)))
 
     @classmethod
+    @override
     def experts_per_token(cls, config: Any, num_experts: int) -> int:
-        """Return the average that the losses push to."""
         return int(config.average_experts)
 
     @classmethod
+    @override
     def check(cls, config: Any, num_experts: int) -> None:
-        """Refuse an average outside 1 ... E - 1: of all experts nothing is conditional."""
         super().check(config, num_experts)
         average = config.average_experts
         check_top_k(average, num_experts, key="average_experts")
         require(average < num_experts, "router.average_experts", average, f"below layout.num_experts={num_experts}")
 
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Toss the coin of every token and expert."""
         logits_TE = self.gate(x_TD) + self.bias_E.float()
         scores_TE = logits_TE.sigmoid()
         if ctx.training or self.options.evaluation == "draw":
@@ -93,11 +99,11 @@ class ConditionalComputation(PolicyRouter):
         on_TE, off_TE = functional.logsigmoid(logits_TE), functional.logsigmoid(-logits_TE)
         log_policy_T = torch.where(chosen_TE, on_TE, off_TE).sum(-1)
         entropy_T = -(scores_TE * on_TE + (1 - scores_TE) * off_TE).sum(-1)
-        extras = self.decided(x_TD, log_policy_T, entropy_T)
+        extras = self.build_extras(x_TD, log_policy_T, entropy_T)
         return Routing.from_table(chosen_TE.float(), chosen_TE, logits_TE=logits_TE, scores_TE=scores_TE, extras=extras)
 
+    @override
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
-        """Return how far the use of experts is from the target, and how alike the policy treats all tokens."""
         scores_TE = record.routing.scores_TE
         assert scores_TE is not None
         mean_E = record.mean(scores_TE)

@@ -1,13 +1,18 @@
-"""DeepSeekMoE: raw softmax weights of many fine experts, chosen among a token's best groups."""
+"""DeepSeekMoE: top-k of many fine-grained experts with raw softmax weights (arXiv:2401.06066, 2405.04434).
+
+A softmax over all experts gives probabilities; the token goes to the k most probable experts, in DeepSeek-V2 only among
+its best groups of experts, weighted by the probabilities without renormalisation, times a constant.
+"""
 
 from dataclasses import dataclass, field
 
 from torch import Tensor
+from typing_extensions import override
 
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.group_limit import check_kept_groups, within_best_groups
+from moebench.routing.group_limit import check_kept_groups, mask_to_best_groups
 from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import Routing
@@ -18,9 +23,9 @@ from moebench.routing.values import Routing
         family="token choice",
         equation="p = softmax(W x),  w = scale · p_top-k,  y = Σ_i w_i E_i(x)  (+ shared experts)",
         paper="arXiv:2401.06066, eq. 9-11; groups: arXiv:2405.04434, section 2.2.2",
-        use="Many narrow experts beside a shared one: it goes with the layout `fine_grained`.",
-        beware="Weights sum to less than 1 and shrink as experts get more, so the output depends on the factor "
-        "`scale`. Without its balance loss it collapses like any softmax top-k.",
+        use="Many narrow experts beside a shared one: use with the layout `fine_grained`.",
+        beware="Weights sum to less than 1 and shrink with the number of experts, so the output depends on `scale`. "
+        "Collapses without its balance loss, as any softmax top-k.",
         causality=Causality(
             causal=True,
             reason="each token is routed by its own vector; over capacity, the earlier token stays",
@@ -31,11 +36,11 @@ from moebench.routing.values import Routing
 class DeepSeekMoE(Router["DeepSeekMoE.Config"]):
     """Token choice for fine-grained experts beside shared ones (Dai et al. 2024, DeepSeek-AI 2024).
 
-    The fine experts and the shared ones are the layout's (`fine_grained`); what is left of the algorithm is a
-    softmax over all experts whose k best values are used as they are. DeepSeek-V2 adds the limit to groups and the
-    factor: 160 experts, `top_k=6 num_groups=8 kept_groups=3 scale=16`. Its losses between devices belong to the
-    machines and not to the router, and are not here. The expert-level loss of the paper is `load_balance` with the
-    same coefficient: 0.01 in its 2B model, 0.001 at 16B.
+    The layout `fine_grained` provides the fine-grained and the shared experts; the router is a softmax over all experts
+    whose k highest values are the weights. DeepSeek-V2 adds group-limited selection and the scale: 160 experts with
+    `top_k=6 num_groups=8 kept_groups=3 scale=16`. The papers' device-level losses concern the mapping of experts to
+    devices and are left out. Their expert-level loss is `load_balance` with the same coefficient: 0.01 in the 2B model,
+    0.001 at 16B.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -48,9 +53,9 @@ class DeepSeekMoE(Router["DeepSeekMoE.Config"]):
         scale: float = 1.0
         """Factor on all weights."""
         num_groups: int = 1
-        """Groups of neighbouring experts, among which a token chooses first; 1: no groups."""
+        """Groups of consecutive experts, for group-limited selection; 1: no groups."""
         kept_groups: int = 1
-        """Groups that a token may use: those that hold the highest probabilities."""
+        """Groups that a token may use: those that contain its highest probabilities."""
         losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
 
     def __init__(self, config: Config, context: RouterBuildContext) -> None:
@@ -59,23 +64,23 @@ class DeepSeekMoE(Router["DeepSeekMoE.Config"]):
         self.gate = Gate(context.d_model, context.num_experts)
 
     @classmethod
+    @override
     def experts_per_token(cls, config: Config, num_experts: int) -> int:
-        """Return k."""
         return config.top_k
 
     @classmethod
+    @override
     def check(cls, config: Config, num_experts: int) -> None:
-        """Refuse k outside 1 ... E and groups that do not fit."""
         check_top_k(config.top_k, num_experts)
         check_kept_groups(config.num_groups, config.kept_groups, config.top_k, num_experts)
         require(config.scale > 0, "router.scale", config.scale, "greater than 0")
 
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Send each token to the k most probable experts of its best groups."""
         options = self.options
         logits_TE = self.gate(x_TD)
         scores_TE = logits_TE.softmax(-1)
-        selection_TE = within_best_groups(scores_TE, options.num_groups, options.kept_groups, best_of=1)
+        selection_TE = mask_to_best_groups(scores_TE, options.num_groups, options.kept_groups, best_of=1)
         expert_TK = rank_top_k(selection_TE, options.top_k, quantum=SCORE_QUANTUM)
         weight_TK = scores_TE.gather(-1, expert_TK)
         return Routing.from_top_k(

@@ -1,4 +1,8 @@
-"""DEMix with unknown domains: experts mixed by how probable each domain is for the text so far."""
+"""DEMix with unknown domains: in evaluation experts are mixed by a posterior over domains (arXiv:2108.05036).
+
+Training routes by the domain label and trains a classifier of the domain on the mean of the tokens so far. Evaluation
+weights all experts by the classifier's probabilities.
+"""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -7,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional
+from typing_extensions import override
 
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
@@ -14,8 +19,8 @@ from moebench.routing.router import ROUTERS, Causality, Facts, RouterBuildContex
 from moebench.routing.routers.domain import Domain
 from moebench.routing.values import LayerRecord, Routing
 
-NONE = -100
-"""No expert."""
+NO_EXPERT = -100
+"""Target of tokens whose domain has no expert."""
 
 
 @ROUTERS.register(
@@ -24,9 +29,9 @@ NONE = -100
         equation="training: y = E_d(x_t), d the domain;  evaluation: y = Σ_e p_e E_e(x_t), p = softmax(W x̄_t + ln π),"
         "  x̄_t = mean_{s≤t} sg(x_s)",
         paper="arXiv:2108.05036, section 5 (mixing experts by a posterior over domains)",
-        use="Experts of known domains, used where the domain of a text is not known.",
-        beware="Evaluation uses all experts and costs as much. The posterior needs some tokens before it knows "
-        "the domain. Experts are mixed layer by layer, not the predictions of whole models as in DEMix.",
+        use="Experts of known domains, used on text whose domain is unknown.",
+        beware="Evaluation uses all experts, at their full cost. The posterior needs some tokens to identify the "
+        "domain. Experts are mixed layer by layer, not by predictions of whole models as in DEMix.",
         causality=Causality(
             causal=True, reason="the posterior depends on the tokens up to this one", batch_dependent=False
         ),
@@ -37,21 +42,20 @@ NONE = -100
     )
 )
 class DomainPosterior(Domain):
-    """`domain` in training; in evaluation nobody says the domain, and all experts are mixed by a posterior over it.
+    """`domain` in training; in evaluation the label is not used and experts are mixed by a posterior over domains.
 
-    DEMix takes the posterior from Bayes' rule: the prior times the likelihood of the text so far under the model with
-    each expert, which needs E forward passes of the whole model and cannot be had inside a layer. Here every layer has
-    a classifier of its own on the mean of its input so far, trained to name the expert of the domain (loss `domain`);
-    no gradient of that loss reaches the network below, none of the task's loss the classifier. So the posterior is
-    discriminative, from what the layer sees and not from how well each expert predicts. DEMix mixes the next-token
-    probabilities of whole passes, one with each expert; here each layer adds up its experts' outputs, which is surer
-    where experts disagree: logits (4, 0) and (0, 0) with weights of 1/2 give .881 so, and as probabilities .741. As in
-    the paper the prior is a factor of its own: π counts training tokens, the classifier is trained on top of it, and
-    evaluation may take another. All experts compute all tokens in evaluation; in training one does, and
-    there alone is it matched.
+    DEMix computes the posterior by Bayes' rule: the prior times the likelihood of the text so far under the model with
+    each expert, which takes E forward passes of the whole model. Here every layer has a classifier on the mean of its
+    input so far, trained to predict the expert of the domain (loss `domain`, the cross-entropy divided by ln E: 1 at
+    uniform predictions). No gradient of that loss reaches the network below, and none of the task loss reaches the
+    classifier. So the posterior is discriminative: it depends on the layer's input and not on how well each expert
+    predicts.
 
-    Domains that were held out of training are served in the same way, by the experts of those that they resemble: what
-    the paper's mixture is for.
+    DEMix mixes the next-token probabilities of the models; here each layer mixes the outputs of its experts, which
+    gives more confident predictions where experts disagree: logits (4, 0) and (0, 0) with weights 1/2 give .881, and as
+    mixed probabilities .741. As in the paper the prior is a separate factor: π counts training tokens, the classifier
+    is trained on top of it, and evaluation may use another. In evaluation all experts compute all tokens; only training
+    is matched. Domains held out of training are mixed in the same way, by the experts of similar domains.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -60,8 +64,8 @@ class DomainPosterior(Domain):
 
         name: str = "domain_posterior"
         prior: Literal["counted", "even"] = "counted"
-        """Prior (π) in evaluation: the share of training tokens that each expert saw, or even (where the domains
-        of the evaluation come in other shares than those of training)."""
+        """Prior π in evaluation: the experts' shares of training tokens (counted), or uniform (even), for evaluation
+        data with other proportions of domains than training."""
         losses: dict[str, float] = field(default_factory=lambda: {"domain": 0.1})
 
     def __init__(self, config: Any, context: RouterBuildContext) -> None:
@@ -69,17 +73,16 @@ class DomainPosterior(Domain):
         self.config = config
         self.gate = Gate(context.d_model, context.num_experts)
 
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Send each token to the expert of its domain in training, and to all by the posterior in evaluation."""
-        even = not ctx.training and self.config.prior == "even"
-        logits_TE = self.gate(mean_so_far(x_TD.detach().float(), ctx))
-        logits_TE = logits_TE if even else logits_TE + self.log_prior_E
+        is_uniform = not ctx.training and self.config.prior == "even"
+        logits_TE = self.gate(compute_running_means(x_TD.detach().float(), ctx))
+        logits_TE = logits_TE if is_uniform else logits_TE + self.log_prior_E
         nats_T = logits_TE.new_zeros(x_TD.shape[0])
         if ctx.domain_T is not None:
-            own_T = self.level.expert_of(ctx.domain_T, self.num_experts)
-            # A domain that was held out of training has no expert to be named.
-            own_T = own_T.masked_fill(ctx.domain_T >= self.num_domains, NONE)
-            nats_T = functional.cross_entropy(logits_TE, own_T, ignore_index=NONE, reduction="none")
+            target_T = self.level.expert_of(ctx.domain_T, self.num_experts)
+            target_T = target_T.masked_fill(ctx.domain_T >= self.num_domains, NO_EXPERT)
+            nats_T = functional.cross_entropy(logits_TE, target_T, ignore_index=NO_EXPERT, reduction="none")
         if ctx.training:
             return replace(super().forward(x_TD, ctx), token_extras={"nats_T": nats_T})
         expert_TE = torch.arange(self.num_experts, device=x_TD.device).expand(x_TD.shape[0], -1)
@@ -88,18 +91,18 @@ class DomainPosterior(Domain):
 
     @property
     def log_prior_E(self) -> Tensor:
-        """Logarithm of the share of training tokens; one token more for each expert, or none could ever be new."""
+        """Logarithm of each expert's share of training tokens, with one token added to each count."""
         count_E = self.count_E + 1
         return (count_E / count_E.sum()).log().float()
 
+    @override
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
-        """Return the classifier's cross-entropy over ln E: 1 when all experts are equally probable, 0 when sure."""
         nats = record.mean(record.routing.token_extras["nats_T"])
         return {"domain": nats / math.log(max(self.num_experts, 2))}
 
 
-def mean_so_far(x_TD: Tensor, ctx: RouteContext) -> Tensor:
-    """Return for each token the mean of its sequence's tokens up to it, itself included and padding left out."""
+def compute_running_means(x_TD: Tensor, ctx: RouteContext) -> Tensor:
+    """Return for each token the mean of its sequence's tokens up to and including it, without padding."""
     valid_T = x_TD.new_ones(x_TD.shape[0]) if ctx.valid_T is None else ctx.valid_T.to(x_TD.dtype)
     valid_BL1 = valid_T.view(-1, ctx.sequence_length, 1)
     sum_BLD = (x_TD.view(*valid_BL1.shape[:2], x_TD.shape[-1]) * valid_BL1).cumsum(1)

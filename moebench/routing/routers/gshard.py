@@ -1,4 +1,8 @@
-"""GShard top-2: the best expert always, the second in proportion to its weight."""
+"""GShard top-2 gating and its successors ST-MoE and GLaM (arXiv:2006.16668, 2202.08906, 2112.06905).
+
+Each token goes to its most probable expert. Its second most probable expert is kept by a policy, in GShard with a
+probability proportional to its weight, which saves slots under a capacity. The two weights are renormalised.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -6,10 +10,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moebench.errors import require
 from moebench.routing.context import RouteContext
-from moebench.routing.gate import Gate, gumbel
+from moebench.routing.gate import Gate, uniform_to_gumbel
 from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import LayerRecord, Routing
@@ -20,27 +25,26 @@ from moebench.routing.values import LayerRecord, Routing
         family="token choice",
         equation="p = softmax(W x),  g = (p_1, p_2) / (p_1 + p_2),  second kept with probability min(1, g_2 / τ)",
         paper="arXiv:2006.16668, section 2.2 and algorithm 1",
-        use="The classic top-2 with a capacity, where the second expert may be left out to save slots.",
-        beware="With a capacity it is not causal: second choices queue behind the first choices of later tokens. "
-        "The balance loss counts first choices alone.",
+        use="The classic top-2 with a capacity, where leaving out the second expert saves slots.",
+        beware="Not causal with a capacity: second choices queue behind the first choices of later tokens. The balance "
+        "loss counts first choices only.",
         causality=Causality(
             causal=True,
             reason="dropless, each token is routed by its own vector",
             batch_dependent=False,
-            with_capacity=False,  # an early token's second choice queues behind later tokens' first choices
+            with_capacity=False,  # second choices queue behind the first choices of later tokens
         ),
         variable_k=True,
         own_losses=("first_choice_balance",),
     )
 )
 class GShard(Router["GShard.Config"]):
-    """Top-2 token choice (Lepikhin et al. 2020), weights normalised before any drop.
+    """Top-2 token choice (Lepikhin et al. 2020) with weights normalised before any drop.
 
-    The balance loss counts first choices only, as the paper does, in our normalisation (1 at uniform; the
-    paper's E² · mean is the same number). The paper's policy for the second expert is `random`; the others are
-    those of its public implementations (mesh-TensorFlow, fairseq), of which the first has a threshold of 0.2. What a
-    policy draws it draws in training alone: in evaluation `random` and `sampling` always keep the second best, unlike
-    implementations that go on drawing.
+    The balance loss counts first choices only, as in the paper; its value is 1 at uniform routing (the paper's E² ·
+    mean is the same number). The paper keeps the second expert by policy `random`; the other policies are those of
+    public implementations (mesh-TensorFlow with a threshold of 0.2, fairseq). Policies are random in training only: in
+    evaluation `random` and `sampling` always keep the second best expert, unlike implementations that keep sampling.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -49,11 +53,12 @@ class GShard(Router["GShard.Config"]):
 
         name: str = "gshard"
         second_expert: Literal["all", "random", "sampling", "threshold", "none"] = "random"
-        """all: keep the second best; random: keep it with probability min(1, g_2 / threshold); sampling: draw the
-        second from the softmax over the others; threshold: keep the second best if g_2 is above; none: never."""
+        """all: keep the second best; random: keep it with probability min(1, g_2 / threshold); sampling: sample the
+        second expert from the softmax over the others; threshold: keep the second best if g_2 > threshold; none: drop
+        it."""
         threshold: float = 0.5
-        """A second weight above this (τ) is always kept (policies random and threshold). 0.5 is the paper's: it keeps
-        the second expert with probability min(1, 2 g_2)."""
+        """Second weight τ above which the second expert is always kept (policies random and threshold). The paper's 0.5
+        keeps it with probability min(1, 2 g_2)."""
         losses: dict[str, float] = field(default_factory=lambda: {"first_choice_balance": 0.01})
 
     def __init__(self, config: Config, context: RouterBuildContext) -> None:
@@ -63,52 +68,52 @@ class GShard(Router["GShard.Config"]):
         self.threshold = config.threshold
 
     @classmethod
+    @override
     def experts_per_token(cls, config: Config, num_experts: int) -> int:
-        """Return 2, or 1 without second experts."""
         return 1 if config.second_expert == "none" else 2
 
     @classmethod
+    @override
     def check(cls, config: Config, num_experts: int) -> None:
-        """Refuse fewer than two experts and a threshold that keeps or drops all."""
         check_top_k(2, num_experts, smallest=2)
         require(0 < config.threshold < math.inf, "router.threshold", config.threshold, "greater than 0 and finite")
 
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Send each token to its best expert and, by the policy, to its second best."""
         logits_TE = self.gate(x_TD)
         scores_TE = logits_TE.softmax(-1)
         draw_TE = ctx.uniform(*logits_TE.shape) if ctx.training else None
-        expert_TK = self._two_experts(logits_TE, draw_TE)
+        expert_TK = self._select_two(logits_TE, draw_TE)
         best_TK = scores_TE.gather(-1, expert_TK)
         weight_TK = best_TK / best_TK.sum(-1, keepdim=True)
-        # All first choices before all second choices, each by position.
+        # All first choices have priority over all second choices; within each, earlier tokens over later ones.
         num_tokens = x_TD.shape[0]
-        behind_K = torch.tensor([0, ctx.batch_tokens(num_tokens)], device=x_TD.device)
-        rank_TK = -behind_K - ctx.position_T(num_tokens).unsqueeze(-1)
+        offset_K = torch.tensor([0, ctx.batch_tokens(num_tokens)], device=x_TD.device)
+        priority_TK = -offset_K - ctx.position_T(num_tokens).unsqueeze(-1)
         routing = Routing.from_top_k(
             expert_TK,
             weight_TK,
             num_experts=self.num_experts,
             logits_TE=logits_TE,
             scores_TE=scores_TE,
-            priority_TK=rank_TK,
+            priority_TK=priority_TK,
             token_extras={"first_T": expert_TK[:, 0]},
         )
-        second_T = self._keeps_second(weight_TK[:, 1], draw_TE)
-        if second_T is None:
+        keeps_second_T = self._keep_second(weight_TK[:, 1], draw_TE)
+        if keeps_second_T is None:
             return routing
-        return routing.keep(torch.stack([torch.ones_like(second_T), second_T], dim=-1).reshape(-1))
+        return routing.keep(torch.stack([torch.ones_like(keeps_second_T), keeps_second_T], dim=-1).reshape(-1))
 
-    def _two_experts(self, logits_TE: Tensor, draw_TE: Tensor | None) -> Tensor:
+    def _select_two(self, logits_TE: Tensor, draw_TE: Tensor | None) -> Tensor:
         expert_TK = rank_top_k(logits_TE, 2)
         if self.second_expert != "sampling" or draw_TE is None:
             return expert_TK
         first_T1 = expert_TK[:, :1]
-        others_TE = (logits_TE.detach() + gumbel(draw_TE)).scatter(-1, first_T1, -torch.inf)
+        others_TE = (logits_TE.detach() + uniform_to_gumbel(draw_TE)).scatter(-1, first_T1, -torch.inf)
         return torch.cat([first_T1, rank_top_k(others_TE, 1)], dim=-1)
 
-    def _keeps_second(self, second_T: Tensor, draw_TE: Tensor | None) -> Tensor | None:
-        """Return which tokens keep their second expert, None for all, from its weights."""
+    def _keep_second(self, second_T: Tensor, draw_TE: Tensor | None) -> Tensor | None:
+        """Return which tokens keep their second expert (bool), None if all do; `second_T` is its weight."""
         if self.second_expert == "none":
             return torch.zeros_like(second_T, dtype=torch.bool)
         if self.second_expert == "threshold":
@@ -117,8 +122,8 @@ class GShard(Router["GShard.Config"]):
             return second_T > draw_TE[:, 0] * self.threshold
         return None
 
+    @override
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
-        """Return E · Σ f_e P_e with f counted over first choices."""
         routing = record.routing
         scores_TE = routing.scores_TE
         assert scores_TE is not None
@@ -132,25 +137,24 @@ class GShard(Router["GShard.Config"]):
         equation="as gshard, and the z-loss mean_t (log Σ_e exp h_te)²",
         paper="arXiv:2202.08906, sections 2 and 3.3",
         use="GShard's routing when training is unstable: the z-loss keeps logits small.",
-        beware="As gshard. The z-loss pulls the log-sum-exp to 0 and not the logits; a large coefficient "
-        "flattens the routing.",
+        beware="As gshard. The z-loss pulls the log-sum-exp to 0, not the logits; a large coefficient makes routing "
+        "uniform.",
         causality=Causality(causal=True, reason="as gshard", batch_dependent=False, with_capacity=False),
         variable_k=True,
         own_losses=("first_choice_balance",),
     )
 )
 class STMoE(GShard):
-    """ST-MoE's router (Zoph et al. 2022): GShard's top-2 with a loss that keeps the router's logits small.
+    """ST-MoE's router (Zoph et al. 2022): GShard's top-2 with a z-loss that keeps the logits small.
 
-    The threshold of 0.2 is that of its public implementation, mesh-TensorFlow.
-
-    Its models have experts in every fourth block, capacity factors of 1.25 in training and 2.0 in evaluation, and
-    dense networks beside: the layout sets these.
+    The threshold of 0.2 is that of the public implementation, mesh-TensorFlow. The paper's models have experts in every
+    fourth block, capacity factors of 1.25 in training and 2.0 in evaluation, and extra dense networks; the layout sets
+    these.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(GShard.Config):
-        """Options of gshard with the defaults of ST-MoE."""
+        """Options of gshard with ST-MoE's defaults."""
 
         name: str = "st_moe"
         threshold: float = 0.2
@@ -162,18 +166,18 @@ class STMoE(GShard):
         family="token choice",
         equation="p = softmax(W x),  g = (p_1, p_2) / (p_1 + p_2),  y = g_1 E_1(x) + g_2 E_2(x)",
         paper="arXiv:2112.06905, section 4",
-        use="Top-2 with both experts always used: GShard without chance.",
-        beware="As gshard: with a capacity it is not causal.",
+        use="Top-2 that always uses both experts: GShard without randomness.",
+        beware="As gshard: not causal with a capacity.",
         causality=Causality(causal=True, reason="as gshard", batch_dependent=False, with_capacity=False),
         own_losses=("first_choice_balance",),
     )
 )
 class GLaM(GShard):
-    """GLaM's router (Du et al. 2021): GShard's top-2 that always uses both of 64 experts, in every second block."""
+    """GLaM's router (Du et al. 2021): GShard's top-2 that always uses both experts."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(GShard.Config):
-        """Options of gshard with the defaults of GLaM."""
+        """Options of gshard with GLaM's defaults."""
 
         name: str = "glam"
         second_expert: Literal["all", "random", "sampling", "threshold", "none"] = "all"

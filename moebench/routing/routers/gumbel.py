@@ -1,13 +1,18 @@
-"""Gumbel straight-through: the expert is drawn, the forward weight is 1, the gradient is that of the softmax."""
+"""Gumbel straight-through: top-1 sampling with weight 1 and the gradient of the Gumbel-softmax (arXiv:1611.01144).
+
+Gumbel noise is added to the logits and the token goes to the argmax. The forward weight is exactly 1; the backward pass
+is that of the softmax of the noisy logits at temperature τ.
+"""
 
 import math
 from dataclasses import dataclass, field
 
 from torch import Tensor
+from typing_extensions import override
 
 from moebench.errors import require
 from moebench.routing.context import RouteContext
-from moebench.routing.gate import Gate, gumbel
+from moebench.routing.gate import Gate, uniform_to_gumbel
 from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig
 from moebench.routing.values import Routing
@@ -18,20 +23,20 @@ from moebench.routing.values import Routing
         family="stochastic",
         equation="g = softmax((W x + Gumbel) / τ),  i = argmax_e g_e,  w = 1 + g_i - stop(g_i),  y = w E_i(x)",
         paper="arXiv:1611.01144, section 2.2; as a router: arXiv:2306.03745, section 4",
-        use="Top-1 with a gradient to all experts' logits, while choices are still explored.",
-        beware="The gradient is biased, most at high temperature, and its variance grows as the temperature "
-        "falls. Nothing balances loads unless a loss is set.",
+        use="Top-1 with a gradient to the logits of all experts and exploration by sampling.",
+        beware="The gradient is biased, most at high temperature, and its variance grows as the temperature falls. "
+        "Loads are not balanced unless a loss is set.",
         causality=Causality(
             causal=True, reason="each token is routed by its own vector and its own draw", batch_dependent=False
         ),
     )
 )
 class Gumbel(Router["Gumbel.Config"]):
-    """Top-1 by a relaxed draw with a straight-through estimator (Jang, Gu and Poole 2017), as SMEAR compares it.
+    """Top-1 by straight-through Gumbel-softmax (Jang, Gu and Poole 2017), as compared in SMEAR (arXiv:2306.03745).
 
-    The weight is exactly 1, so the output says nothing about confidence; the gradient is biased by the gap between
-    the one-hot choice and its relaxation, which closes as τ falls. The schedule is that of the first paper. Without
-    noise in evaluation.
+    The weight is exactly 1, so the output does not reflect confidence. The gradient is biased by the gap between the
+    one-hot selection and its relaxation, which closes as τ falls. The schedule is that of Jang et al. No noise in
+    evaluation.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -40,11 +45,11 @@ class Gumbel(Router["Gumbel.Config"]):
 
         name: str = "gumbel"
         temperature: float = 1.0
-        """Temperature at the first step (τ)."""
+        """Initial temperature τ."""
         final_temperature: float = 0.5
-        """The temperature never falls below this."""
+        """Lower bound of the temperature."""
         anneal_rate: float = 1e-4
-        """The temperature falls by exp(-rate) in each step."""
+        """The temperature is multiplied by exp(-rate) per step."""
         losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
 
     def __init__(self, config: Config, context: RouterBuildContext) -> None:
@@ -53,17 +58,17 @@ class Gumbel(Router["Gumbel.Config"]):
         self.gate = Gate(context.d_model, context.num_experts)
 
     @classmethod
+    @override
     def check(cls, config: Config, num_experts: int) -> None:
-        """Refuse temperatures that are not above 0, or rise."""
         final, rate = config.final_temperature, config.anneal_rate
         require(final > 0, "router.final_temperature", final, "greater than 0")
         require(config.temperature >= final, "router.temperature", config.temperature, f"at least {final:g}, the final")
         require(rate >= 0, "router.anneal_rate", rate, "at least 0")
 
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Send each token to the expert that the draw prefers; in evaluation to the most probable one."""
         logits_TE = self.gate(x_TD)
-        noise_TE = gumbel(ctx.uniform(*logits_TE.shape)) if ctx.training else 0.0
+        noise_TE = uniform_to_gumbel(ctx.uniform(*logits_TE.shape)) if ctx.training else 0.0
         noisy_TE = logits_TE + noise_TE
         expert_TK = rank_top_k(noisy_TE, 1)
         chosen_TK = (noisy_TE / self._temperature(ctx.step)).softmax(-1).gather(-1, expert_TK)

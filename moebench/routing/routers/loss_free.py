@@ -1,4 +1,8 @@
-"""Loss-free balancing: a bias on the selection follows the loads, and no loss disturbs the gradient."""
+"""Loss-free balancing and DeepSeek-V3: a selection bias per expert follows the loads (arXiv:2408.15664, 2412.19437).
+
+A bias is added to each expert's score for selecting the top k, and not to the weights. After each step the bias of an
+overloaded expert decreases and that of an underloaded one increases, so no auxiliary loss disturbs the gradient.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,12 +10,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.group_limit import check_kept_groups, within_best_groups
-from moebench.routing.losses import counted_by_scores, sequence_balance
+from moebench.routing.group_limit import check_kept_groups, mask_to_best_groups
+from moebench.routing.losses import recount_by_scores, sequence_balance
 from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import LayerRecord, Routing
@@ -22,25 +27,26 @@ from moebench.routing.values import LayerRecord, Routing
         family="token choice",
         equation="s = σ(W x),  I = top-k(s + b),  w = s_I,  after each step b += u · sign(mean load - load)",
         paper="arXiv:2408.15664, section 3 and algorithm 1",
-        use="Language models where a balance loss costs quality: loads become even over some hundred steps, "
-        "without a gradient.",
-        beware="Slow at first, and the bias goes on swinging by its rate at the end. Loads of a single batch are "
-        "not bounded, so keep experts dropless.",
+        use="Language models where a balance loss costs quality: loads become even within some hundred steps, without "
+        "a gradient.",
+        beware="Slow at first, and at the end the bias keeps oscillating by its rate. Loads of a single batch are not "
+        "bounded, so keep experts dropless.",
         causality=Causality(
             causal=True,
-            reason="each token is routed by its own vector and a bias that only past batches have set",
+            reason="each token is routed by its own vector and a bias set by past batches only",
             batch_dependent=False,
         ),
         own_losses=("sequence_balance",),
     )
 )
 class LossFree(Router["LossFree.Config"]):
-    """Top-k with a bias per expert that selects and never weighs (Wang et al. 2024).
+    """Top-k with a bias per expert for selection only (Wang et al. 2024).
 
-    The bias learns from the loads of whole optimizer steps, all processes together: from the current batch it would
-    let the future choose, and from parts of it it would balance these instead. Proportional updates are taken over
-    relative loads, (mean - load) / mean, so that the rate does not depend on the size of the batch as the paper's
-    does. The paper's networks have 6 experts per token; here 2, as for `top_k`.
+    The bias follows the loads of whole optimizer steps over all processes: a bias from the current batch would leak
+    future tokens, and one from a part of it would balance that part instead. Proportional updates use relative loads,
+    (mean - load) / mean, so that the rate does not depend on the batch size as it does in the paper. `sequence_balance`
+    is computed from the scores without bias, because the balanced loads would hide the imbalance. The paper's models
+    use 6 experts per token; the default here is 2, as for `top_k`.
     """
 
     bias_E: Tensor
@@ -53,19 +59,19 @@ class LossFree(Router["LossFree.Config"]):
         top_k: int = 2
         """Experts per token."""
         score: Literal["sigmoid", "softmax"] = "sigmoid"
-        """Scores from logits; softmax needs a rate of its own, since its scores are smaller."""
+        """Score function of the logits; softmax needs another rate, because its scores are smaller."""
         update: Literal["sign", "proportional"] = "sign"
-        """By what the bias follows the loads: the sign of mean - load, or its size over the mean."""
+        """Update of the bias: by the sign of mean load - load, or by that difference over the mean load."""
         rate: float = 0.001
-        """How much the bias moves in a step (u); 0 freezes it."""
+        """Update rate u of the bias per step; 0 freezes it."""
         renormalise: bool = False
         """Divide the k weights by their sum."""
         scale: float = 1.0
         """Factor on all weights."""
         num_groups: int = 1
-        """Groups of neighbouring experts, among which a token chooses first; 1: no groups."""
+        """Groups of consecutive experts, for group-limited selection; 1: no groups."""
         kept_groups: int = 1
-        """Groups that a token may use: those with the highest sums of their two best biased scores."""
+        """Groups that a token may use: those with the highest sum of their two best biased scores."""
 
     def __init__(self, config: Config, context: RouterBuildContext) -> None:
         super().__init__(config, context)
@@ -74,28 +80,28 @@ class LossFree(Router["LossFree.Config"]):
         self.register_buffer("bias_E", torch.zeros(context.num_experts))
 
     @classmethod
+    @override
     def experts_per_token(cls, config: Config, num_experts: int) -> int:
-        """Return k."""
         return config.top_k
 
     @classmethod
+    @override
     def check(cls, config: Config, num_experts: int) -> None:
-        """Refuse k outside 1 ... E, k=1 with a weight that is always the same, and groups that do not fit."""
-        why = "at 1 a renormalised weight is always the same; use renormalise=false"
+        why = "at 1 a renormalised weight is always 1; use renormalise=false"
         check_top_k(config.top_k, num_experts, smallest=2 if config.renormalise else 1, why=why)
         check_kept_groups(config.num_groups, config.kept_groups, config.top_k, num_experts)
         require(config.rate >= 0, "router.rate", config.rate, "at least 0")
         require(config.scale > 0, "router.scale", config.scale, "greater than 0")
 
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Send each token to the k experts with the highest biased scores, weighed by the scores without bias."""
         options = self.options
         logits_TE = self.gate(x_TD)
         scores_TE = logits_TE.sigmoid() if options.score == "sigmoid" else logits_TE.softmax(-1)
         selection_TE = scores_TE.detach() + self.bias_E.float()
-        selection_TE = within_best_groups(selection_TE, options.num_groups, options.kept_groups, best_of=2)
+        selection_TE = mask_to_best_groups(selection_TE, options.num_groups, options.kept_groups, best_of=2)
         expert_TK = rank_top_k(selection_TE, options.top_k, quantum=SCORE_QUANTUM)
-        weight_TK = scores_TE.gather(-1, expert_TK)  # the bias selects and never weighs
+        weight_TK = scores_TE.gather(-1, expert_TK)  # the bias is for selection only
         if options.renormalise:
             weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=1e-20)
         return Routing.from_top_k(
@@ -106,18 +112,18 @@ class LossFree(Router["LossFree.Config"]):
             scores_TE=scores_TE,
         )
 
+    @override
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
-        """Return `sequence_balance` of the scores: what the bias has evened out must not look even to the loss."""
-        return {"sequence_balance": sequence_balance(counted_by_scores(record, self.options.top_k))}
+        return {"sequence_balance": sequence_balance(recount_by_scores(record, self.options.top_k))}
 
     @torch.no_grad()
+    @override
     def after_step(self, load_E: Tensor, statistics: Mapping[str, Tensor]) -> None:
-        """Raise the bias of experts that had too little, lower that of those that had too much."""
         mean = load_E.double().mean()
-        missing_E = (mean - load_E) / mean.clamp(min=1e-20)
+        deficit_E = (mean - load_E) / mean.clamp(min=1e-20)
         if self.options.update == "sign":
-            missing_E = missing_E.sign()
-        self.bias_E += self.options.rate * missing_E.to(self.bias_E.dtype)
+            deficit_E = deficit_E.sign()
+        self.bias_E += self.options.rate * deficit_E.to(self.bias_E.dtype)
 
 
 @ROUTERS.register(
@@ -125,25 +131,24 @@ class LossFree(Router["LossFree.Config"]):
         family="token choice",
         equation="s = σ(W x),  I = top-k(s + b) within the best groups,  w = 2.5 · s_I / Σ s_I,  b as loss_free",
         paper="arXiv:2412.19437, section 2.1.2",
-        use="Hundreds of narrow experts in groups, balanced by a bias with a faint loss within sequences.",
-        beware="As loss_free. Its 8 experts per token and its factor of 2.5 are meant for many experts; with "
-        "few, set `top_k` and `scale`.",
+        use="Hundreds of narrow experts in groups, balanced by a bias and a small loss within sequences.",
+        beware="As loss_free. 8 experts per token and the factor 2.5 are meant for many experts; with few, set `top_k` "
+        "and `scale`.",
         causality=Causality(causal=True, reason="as loss_free", batch_dependent=False),
         own_losses=("sequence_balance",),
     )
 )
 class DeepSeekV3(LossFree):
-    """DeepSeek-V3's gate: loss-free balancing, normalised weights, and a faint balance loss within sequences.
+    """DeepSeek-V3's gate: loss-free balancing, normalised weights, and a small balance loss within sequences.
 
-    The loss counts by the k highest scores of each token (eq. 18), whatever bias and groups have made of them.
-
-    The source has 256 routed experts in 8 groups of which a token may use 4, and one shared expert; set
-    `num_groups=8 kept_groups=4` and `layout.shared=1` for it. Its rate drops to 0 at the end of training.
+    The loss counts the k highest scores of each token (eq. 18), without bias and groups. The source has 256 routed
+    experts in 8 groups, of which a token may use 4, and one shared expert: set `num_groups=8 kept_groups=4` and
+    `layout.shared=1`. Its rate drops to 0 at the end of training.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(LossFree.Config):
-        """Options of loss_free with the defaults of DeepSeek-V3."""
+        """Options of loss_free with DeepSeek-V3's defaults."""
 
         name: str = "deepseek_v3"
         top_k: int = 8

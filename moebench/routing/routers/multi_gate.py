@@ -1,20 +1,25 @@
-"""Multi-gate: all domains share the experts, and each has a gate of its own."""
+"""Multi-gate mixture of experts (MMoE): all domains share the experts, and each has its own gate.
+
+Paper: doi:10.1145/3219819.3220007. A token is weighted by the softmax of the gate of its domain, over all experts or
+the top k.
+"""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from moebench.routing.context import RouteContext
 from moebench.routing.domains import check_domains, place_of, with_mean
-from moebench.routing.gate import CUT
+from moebench.routing.gate import TRUNCATION
 from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import Routing
 
 INIT_SCALE = 0.1
-"""As of other gates (`Gate`): variance times d_model of the normal distribution that is cut at the start."""
+"""Variance of the initial weights before truncation, times d_model, as in `Gate`."""
 
 
 @ROUTERS.register(
@@ -23,7 +28,8 @@ INIT_SCALE = 0.1
         equation="p = softmax(W_g x),  g the domain of the token,  y = Σ_e p_e E_e(x)",
         paper="doi:10.1145/3219819.3220007, section 4.2 (MMoE)",
         use="Multi-task learning with few experts and known domains.",
-        beware="All experts are computed unless `top_k` is set. A domain with few data trains its gate badly.",
+        beware="All experts are computed unless `top_k` is set. The gate of a domain with little data is poorly "
+        "trained.",
         causality=Causality(
             causal=True, reason="each token is weighted by its own vector and its domain", batch_dependent=False
         ),
@@ -32,10 +38,10 @@ INIT_SCALE = 0.1
     )
 )
 class MultiGate(Router["MultiGate.Config"]):
-    """MMoE (Ma et al. 2018): domains differ in how they mix the experts. All experts are used unless top_k is set.
+    """MMoE (Ma et al. 2018): domains differ in how they mix the experts, all of which are used unless top_k is set.
 
-    The gates of all domains are computed for every token, which costs little beside the experts. A domain that was held
-    out of training has the mean of all gates.
+    The gates of all domains are computed for every token, which costs little beside the experts. A domain held out of
+    training uses the mean of all gates.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -44,7 +50,7 @@ class MultiGate(Router["MultiGate.Config"]):
 
         name: str = "multi_gate"
         top_k: int | None = None
-        """Experts per token, with their raw probabilities as weights; null: all of them (the paper)."""
+        """Experts per token, weighted by their probabilities; null: all of them (the paper)."""
 
     def __init__(self, config: Config, context: RouterBuildContext) -> None:
         super().__init__(config, context)
@@ -54,29 +60,29 @@ class MultiGate(Router["MultiGate.Config"]):
         self.top_k = config.top_k or context.num_experts
 
     def init_weights(self, generator: Generator) -> None:
-        """Draw the gates."""
+        """Initialise every gate as `Gate` does."""
         std = (INIT_SCALE / self.weight_EGD.shape[-1]) ** 0.5
-        nn.init.trunc_normal_(self.weight_EGD, std=std, a=-CUT * std, b=CUT * std, generator=generator)
+        nn.init.trunc_normal_(self.weight_EGD, std=std, a=-TRUNCATION * std, b=TRUNCATION * std, generator=generator)
 
     @classmethod
+    @override
     def experts_per_token(cls, config: Config, num_experts: int) -> int:
-        """Return k, or E."""
         return config.top_k or num_experts
 
     @classmethod
+    @override
     def check(cls, config: Config, num_experts: int) -> None:
-        """Refuse k outside 1 ... E."""
         if config.top_k is not None:
             check_top_k(config.top_k, num_experts)
 
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Weigh the experts by the gate of each token's domain."""
         assert ctx.domain_T is not None
-        all_TH = functional.linear(x_TD.float(), self.weight_EGD.flatten(0, 1).float())
-        all_TEG = all_TH.view(-1, *self.weight_EGD.shape[:2])
-        place_T = place_of(ctx.domain_T, all_TEG.shape[2])
-        all_TEG = all_TEG if ctx.training else with_mean(all_TEG, dim=2)
-        logits_TE = all_TEG.gather(2, place_T.view(-1, 1, 1).expand(-1, self.num_experts, 1)).squeeze(2)
+        logits_TH = functional.linear(x_TD.float(), self.weight_EGD.flatten(0, 1).float())
+        logits_TEG = logits_TH.view(-1, *self.weight_EGD.shape[:2])
+        gate_T = place_of(ctx.domain_T, logits_TEG.shape[2])
+        logits_TEG = logits_TEG if ctx.training else with_mean(logits_TEG, dim=2)
+        logits_TE = logits_TEG.gather(2, gate_T.view(-1, 1, 1).expand(-1, self.num_experts, 1)).squeeze(2)
         scores_TE = logits_TE.softmax(-1)
         expert_TK = rank_top_k(logits_TE, self.top_k)
         weight_TK = scores_TE.gather(-1, expert_TK)
@@ -84,6 +90,6 @@ class MultiGate(Router["MultiGate.Config"]):
             expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
         )
 
+    @override
     def flops_per_token(self) -> int:
-        """Forward FLOPs for one token: the gates of all domains."""
         return 2 * self.weight_EGD.numel()

@@ -1,19 +1,25 @@
-"""Noisy top-k: learned noise on the logits explores, two squared variations balance."""
+"""Noisy top-k gating: trainable noise on the logits explores; importance and load losses balance (arXiv:1701.06538).
+
+In training, Gaussian noise with a learned scale for each token and expert is added to the logits. The k highest noisy
+logits select the experts, and a softmax over these k gives the weights. Evaluation uses the logits without noise.
+"""
 
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from typing_extensions import override
 
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.losses import squared_variation
+from moebench.routing.losses import compute_squared_variation
 from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
-MIN_NOISE = 0.01
+MIN_NOISE_STD = 0.01
+"""Smallest standard deviation of the noise."""
 
 
 @ROUTERS.register(
@@ -21,9 +27,9 @@ MIN_NOISE = 0.01
         family="token choice",
         equation="h̃ = W x + N(0,1)·(softplus(W_n x) + 0.01),  w = softmax(h̃_top-k),  y = Σ_i w_i E_i(x)",
         paper="arXiv:1701.06538, eq. 3-5 and 8-10",
-        use="The first sparse router: exploration by learned noise, and losses for weights and loads.",
-        beware="Needs k of at least 2. Noise makes training and evaluation differ, and its scale may shrink to 0 "
-        "before experts have found their place.",
+        use="The first sparsely-gated MoE: exploration by learned noise, losses on both weights and loads.",
+        beware="Needs k ≥ 2. Noise makes training and evaluation differ, and its scale may shrink to 0 before experts "
+        "have specialised.",
         causality=Causality(
             causal=True, reason="each token is routed by its own vector and its own noise", batch_dependent=False
         ),
@@ -31,11 +37,12 @@ MIN_NOISE = 0.01
     )
 )
 class NoisyTopK(Router["NoisyTopK.Config"]):
-    """Noisy top-k gating (Shazeer et al. 2017); without noise in evaluation.
+    """Noisy top-k gating (Shazeer et al. 2017); no noise in evaluation.
 
-    Both projections start at zero, as in the paper: routing is uniform at first and the noise alone explores. The 0.01
-    keeps its scale from vanishing, as in the authors' code.
-    Needs k >= 2: at k=1 the softmax over the kept logits is always 1 and the router gets no gradient.
+    Both projections start at zero, as in the paper: routing is uniform at first and the noise alone explores. The
+    minimum scale of 0.01 keeps the noise from vanishing, as in the authors' code. The loss `load` is the squared
+    coefficient of variation of a differentiable estimate of the loads (eq. 10-11). k ≥ 2 is required: at k=1 the
+    softmax over the selected logits is always 1 and the router gets no gradient from the task loss.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -54,23 +61,25 @@ class NoisyTopK(Router["NoisyTopK.Config"]):
         self.top_k = config.top_k
 
     @classmethod
+    @override
     def experts_per_token(cls, config: Config, num_experts: int) -> int:
-        """Return k."""
         return config.top_k
 
     @classmethod
+    @override
     def check(cls, config: Config, num_experts: int) -> None:
-        """Refuse k outside 2 ... E."""
-        check_top_k(config.top_k, num_experts, smallest=2, why="at 1 the weight is always 1 and nothing is learned")
+        check_top_k(
+            config.top_k, num_experts, smallest=2, why="at 1 the weight is always 1 and the router learns nothing"
+        )
 
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Send each token to its k experts with the highest noisy logits."""
         clean_TE = self.gate(x_TD)
         noisy_TE, extras = clean_TE, {}
         if ctx.training:
-            std_TE = functional.softplus(self.noise_gate(x_TD)) + MIN_NOISE
+            std_TE = functional.softplus(self.noise_gate(x_TD)) + MIN_NOISE_STD
             noisy_TE = clean_TE + ctx.normal(*clean_TE.shape) * std_TE
-            extras = {"load_E": smooth_load(clean_TE, noisy_TE, std_TE, self.top_k, ctx.valid_T)}
+            extras = {"load_E": estimate_smooth_load(clean_TE, noisy_TE, std_TE, self.top_k, ctx.valid_T)}
         expert_TK = rank_top_k(noisy_TE, self.top_k)
         return Routing.from_top_k(
             expert_TK,
@@ -81,30 +90,34 @@ class NoisyTopK(Router["NoisyTopK.Config"]):
             extras=extras,
         )
 
+    @override
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
-        """Return the load loss: squared variation of the smooth estimate of each expert's load (eq. 10-11)."""
         smooth_E = record.routing.extras.get("load_E")
-        return {"load": squared_variation(record.load_E.float() if smooth_E is None else record.total(smooth_E))}
+        return {
+            "load": compute_squared_variation(record.load_E.float() if smooth_E is None else record.total(smooth_E))
+        }
 
+    @override
     def executed_flops(self, record: LayerRecord) -> Tensor:
-        """Count the gate alone in evaluation, where there is no noise to scale."""
-        idle = 0 if "load_E" in record.routing.extras else 2 * self.noise_gate.weight_ED.numel()
-        return super().executed_flops(record) - record.num_positions * idle
+        # Evaluation has no noise, so the noise gate is not computed.
+        unused = 0 if "load_E" in record.routing.extras else 2 * self.noise_gate.weight_ED.numel()
+        return super().executed_flops(record) - record.num_positions * unused
 
 
-def smooth_load(clean_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, top_k: int, valid_T: Tensor | None) -> Tensor:
-    """Return the expected load of each expert under fresh noise on its own logit (eq. 8-9).
+def estimate_smooth_load(
+    clean_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, top_k: int, valid_T: Tensor | None
+) -> Tensor:
+    """Return the expected load of each expert if the noise on its own logit were drawn again (eq. 8-9), [E].
 
-    Over the noise it sums to k·T in the mean, and not in each draw.
-
-    An expert is chosen when its logit passes the k-th best of the *others*: the (k+1)-th noisy value for one that
-    is in the top k now, the k-th for one that is not. (V-MoE's shortcut, the k-th for all, is biased.)
+    An expert is selected when its logit exceeds the k-th best of the *other* experts: the (k+1)-th noisy logit for an
+    expert that is now in the top k, the k-th for one that is not. (V-MoE's code uses the k-th for all, which is
+    biased.) The loads sum to k·T in expectation over the noise, not in each draw.
     """
     if top_k == clean_TE.shape[-1]:
-        chosen_TE = torch.ones_like(clean_TE)
+        probability_TE = torch.ones_like(clean_TE)
     else:
         best_TK = noisy_TE.topk(top_k + 1, dim=-1).values
         inside_T1, outside_T1 = best_TK[:, top_k : top_k + 1], best_TK[:, top_k - 1 : top_k]
         threshold_TE = torch.where(noisy_TE > inside_T1, inside_T1, outside_T1)
-        chosen_TE = torch.special.ndtr((clean_TE - threshold_TE) / std_TE)
-    return chosen_TE.sum(0) if valid_T is None else (chosen_TE * valid_T[:, None]).sum(0)
+        probability_TE = torch.special.ndtr((clean_TE - threshold_TE) / std_TE)
+    return probability_TE.sum(0) if valid_T is None else (probability_TE * valid_T[:, None]).sum(0)

@@ -1,10 +1,15 @@
-"""ReMoE: a ReLU instead of top-k, continuous everywhere, held sparse by a penalty that steers itself."""
+"""ReMoE: ReLU gating in place of top-k, kept sparse by an adaptive L1 penalty (arXiv:2412.14711).
+
+The weights are the ReLU of the logits; a token uses all experts of positive weight. After each step the coefficient of
+the L1 penalty is adapted so that tokens use k experts on average.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moebench.errors import require
 from moebench.routing.context import RouteContext
@@ -12,20 +17,21 @@ from moebench.routing.gate import Gate
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
-LARGEST_GROWTH = 1e12
+MAX_GROWTH = 1e12
+"""Bound of λ/λ_0 and of its inverse."""
 
 
 @ROUTERS.register(
     Facts(
         family="adaptive computation",
-        equation="w = ReLU(W x),  y = Σ_{e: w_e > 0} w_e E_e(x),  loss λ Σ_e f_e mean_t w_te,  λ steered to k experts",
+        equation="w = ReLU(W x),  y = Σ_{e: w_e > 0} w_e E_e(x),  loss λ Σ_e f_e mean_t w_te,  λ adapted to k experts",
         paper="arXiv:2412.14711, sections 3.2 and 3.3",
-        use="Fully differentiable sparse routing: experts fade in and out, and each token has as many as it needs.",
-        beware="Nearly dense at first, which the cost of matched arms does not count. Tokens may get no expert. "
-        "A growth factor that is too large makes it swing.",
+        use="Fully differentiable sparse routing: experts are added and removed continuously, in any number per token.",
+        beware="Nearly dense at first, which the cost of matched arms does not count. Tokens may get no expert. A "
+        "large factor alpha makes the penalty oscillate.",
         causality=Causality(
             causal=True,
-            reason="each token is routed by its own vector; the penalty learns from past steps",
+            reason="each token is routed by its own vector; the penalty depends on past steps only",
             batch_dependent=False,
         ),
         variable_k=True,
@@ -33,13 +39,13 @@ LARGEST_GROWTH = 1e12
     )
 )
 class ReMoE(Router["ReMoE.Config"]):
-    """ReLU routing with an adaptive L1 penalty (Wang, Zhu and Chen 2024): any number of experts for a token, also none.
+    """ReLU routing with an adaptive L1 penalty (Wang, Zhu and Chen 2024): any number of experts per token, also none.
 
-    After each step λ grows by α where tokens use more than k experts on average, and shrinks by α where fewer. The
-    loss is the penalty times λ/λ_0, a state of the router, and its coefficient is λ_0. It is weighted by
-    f_e = E · n_e / (k T), which balances the experts too; at even loads it is the mean sum of a token's weights.
-    The paper steers one λ by the mean over all layers, here each layer has its own, since a router knows one layer.
-    Training is almost dense at first (half of all experts fire), which the cost of a matched arm does not count.
+    After each step λ is multiplied by α if tokens used more than k experts on average, and divided by α if fewer. The
+    loss `sparsity` is the penalty times λ/λ_0, a state of the router, and its coefficient is λ_0. The penalty is
+    weighted by f_e = E · n_e / (k T), which also balances the experts; at even loads it is the mean sum of a token's
+    weights. The paper adapts one λ to the mean over all layers; here each layer has its own. Training is almost dense
+    at first (half of all experts are active), which the cost of a matched arm does not count.
     """
 
     growth: Tensor
@@ -50,9 +56,9 @@ class ReMoE(Router["ReMoE.Config"]):
 
         name: str = "remoe"
         top_k: int = 2
-        """Experts per token on average, to which the penalty is steered."""
+        """Target number of experts per token on average."""
         alpha: float = 1.2
-        """Factor by which the penalty grows or shrinks in a step; the paper finds 1.05 to 1.3 alike, 1.5 unstable."""
+        """Factor by which λ changes per step; the paper finds 1.05 to 1.3 equally good, 1.5 unstable."""
         losses: dict[str, float] = field(default_factory=lambda: {"sparsity": 1e-8})
 
     def __init__(self, config: Config, context: RouterBuildContext) -> None:
@@ -63,38 +69,38 @@ class ReMoE(Router["ReMoE.Config"]):
         self.register_buffer("growth", torch.ones(()))
 
     @classmethod
+    @override
     def experts_per_token(cls, config: Config, num_experts: int) -> int:
-        """Return k, the average that is steered to."""
         return config.top_k
 
     @classmethod
+    @override
     def check(cls, config: Config, num_experts: int) -> None:
-        """Refuse k outside 1 ... E - 1 (of all experts nothing is sparse) and a factor that does not steer."""
         check_top_k(config.top_k, num_experts)
         require(config.top_k < num_experts, "router.top_k", config.top_k, f"below layout.num_experts={num_experts}")
-        require(1 <= config.alpha <= 2, "router.alpha", config.alpha, "from 1 (no steering) to 2")
+        require(1 <= config.alpha <= 2, "router.alpha", config.alpha, "from 1 (λ fixed) to 2")
 
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Send each token to all experts with a logit above 0."""
         logits_TE = self.gate(x_TD)
         weight_TE = logits_TE.relu()
         return Routing.from_table(weight_TE, weight_TE > 0, logits_TE=logits_TE, scores_TE=weight_TE)
 
+    @override
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
-        """Return λ/λ_0 · Σ_e f_e · mean_t w_te."""
         weight_TE = record.routing.scores_TE
         assert weight_TE is not None
         share_E = record.mean(weight_TE.detach().sign()) * (self.num_experts / self.top_k)
         return {"sparsity": self.growth.float() * torch.dot(share_E, record.mean(weight_TE))}
 
+    @override
     def statistics(self, record: LayerRecord) -> dict[str, Tensor]:
-        """Return how many experts fired, and for how many tokens."""
         routing, valid_T = record.routing, record.valid_T
         num_tokens = torch.tensor(routing.num_tokens) if valid_T is None else valid_T.sum()
         return {"active": routing.load_E.sum(), "tokens": num_tokens.to(routing.load_E.device)}
 
     @torch.no_grad()
+    @override
     def after_step(self, load_E: Tensor, statistics: Mapping[str, Tensor]) -> None:
-        """Let the penalty grow where more than k experts fired for a token, shrink where fewer."""
         excess = torch.sign(statistics["active"] - self.top_k * statistics["tokens"]).to(self.growth.dtype)
-        self.growth.copy_((self.growth * self.alpha**excess).clamp(1 / LARGEST_GROWTH, LARGEST_GROWTH))
+        self.growth.copy_((self.growth * self.alpha**excess).clamp(1 / MAX_GROWTH, MAX_GROWTH))

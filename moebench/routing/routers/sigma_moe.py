@@ -1,9 +1,14 @@
-"""Sigma-MoE: a sigmoid for each expert, so that experts do not compete for the weight."""
+"""Sigma-MoE: top-k of sigmoid scores, so that experts do not compete for the weight (arXiv:2310.10837).
+
+Each expert scores a token with a sigmoid of its own; the k highest scores select the experts and are the weights.
+Dropping experts at random in training and an entropy loss keep all of them in use.
+"""
 
 from dataclasses import dataclass, field
 
 import torch
 from torch import Generator, Tensor
+from typing_extensions import override
 
 from moebench.errors import require
 from moebench.routing.context import RouteContext
@@ -18,9 +23,9 @@ from moebench.routing.values import Routing
         family="token choice",
         equation="s = σ(W x) · m,  m ~ Bernoulli(1 - δ) in training,  w = s_top-k,  y = Σ_i w_i E_i(x)",
         paper="arXiv:2310.10837, section 5",
-        use="Experts that do not compete: each score stands for itself, at any number of experts.",
-        beware="Weights are not normalised, so the output grows with k. Without the entropy loss or dropped "
-        "experts few of them are used.",
+        use="Experts that do not compete: each score is independent, for any number of experts.",
+        beware="Weights are not normalised, so the output grows with k. Without the entropy loss or expert dropout few "
+        "experts are used.",
         causality=Causality(
             causal=True, reason="each token is routed by its own vector and its own draw", batch_dependent=False
         ),
@@ -29,8 +34,8 @@ from moebench.routing.values import Routing
 class SigmaMoE(Router["SigmaMoE.Config"]):
     """Top-k of sigmoids without normalisation (Csordás, Irie and Schmidhuber 2023).
 
-    Leaving experts out of the choice at random (δ) and a loss on the entropy of the mean choice keep all of them in
-    use. The loss is the paper's up to a constant, so that it is 0 at uniform. Rows of the gate start at one length.
+    Expert dropout (δ) and a loss on the entropy of the mean softmax of the logits keep all experts in use. The loss is
+    the paper's plus a constant that makes it 0 at uniform routing. All rows of the gate start with the same length.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -41,28 +46,28 @@ class SigmaMoE(Router["SigmaMoE.Config"]):
         top_k: int = 4
         """Experts per token."""
         left_out: float = 0.05
-        """Share of the scores that are set to 0 in training, each token and expert on its own (δ)."""
+        """Expert dropout δ: probability that a score is set to 0 in training, for each token and expert."""
         losses: dict[str, float] = field(default_factory=lambda: {"global_entropy": 0.001})
 
     def __init__(self, config: Config, context: RouterBuildContext) -> None:
         super().__init__(config, context)
         self.top_k = config.top_k
         self.left_out = config.left_out
-        self.gate = EqualRows(context.d_model, context.num_experts, init_scale=1.0)
+        self.gate = EqualRowGate(context.d_model, context.num_experts, init_scale=1.0)
 
     @classmethod
+    @override
     def experts_per_token(cls, config: Config, num_experts: int) -> int:
-        """Return k."""
         return config.top_k
 
     @classmethod
+    @override
     def check(cls, config: Config, num_experts: int) -> None:
-        """Refuse k outside 1 ... E and a share that leaves nothing."""
         check_top_k(config.top_k, num_experts)
         require(0 <= config.left_out < 1, "router.left_out", config.left_out, "at least 0 and below 1")
 
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Send each token to the k experts with the highest scores."""
         logits_TE = self.gate(x_TD)
         scores_TE, ranked_TE = logits_TE.sigmoid(), logits_TE
         if ctx.training and self.left_out > 0:
@@ -75,11 +80,11 @@ class SigmaMoE(Router["SigmaMoE.Config"]):
         )
 
 
-class EqualRows(Gate):
-    """A gate whose rows start at one length: no expert is preferred by its row's size."""
+class EqualRowGate(Gate):
+    """A gate whose rows are initialised to equal length, so that no expert is preferred by the length of its row."""
 
+    @override
     def init_weights(self, generator: Generator) -> None:
-        """Draw the weights, then give all rows their root mean square length."""
         super().init_weights(generator)
         with torch.no_grad():
             length_E1 = self.weight_ED.norm(dim=-1, keepdim=True)

@@ -1,4 +1,8 @@
-"""S-BASE: tokens choose experts in an entropic transport plan, a few alternating scalings of the probabilities."""
+"""S-BASE: tokens choose experts in an entropic transport plan, computed by Sinkhorn iterations (arXiv:2202.01169).
+
+In training the exponentiated logits are rescaled alternately over tokens and experts until both sums are even, and the
+top k of each row are selected. The weights are those of the logits. Evaluation selects by the logits.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -26,16 +30,16 @@ from moebench.routing.values import Routing
 @ROUTERS.register(
     Facts(
         family="global assignment",
-        equation="Π = diag(u) exp(W x) diag(v) with even columns,  training: i = top-k of Π,  evaluation: of W x;  "
-        "w = sigmoid(h_i) at k=1, softmax(h)_i else",
+        equation="Π = diag(u) exp(W x) diag(v) with even columns,  training: i = top-k of Π,  evaluation: of W x;  w = "
+        "sigmoid(h_i) at k=1, softmax(h)_i else",
         paper="arXiv:2202.01169, section 3 and appendix B (S-BASE)",
         use="Nearly even loads in training for less time than an exact assignment.",
         beware="Not exactly even, so a capacity still drops. Training and evaluation route differently, and in "
-        "training the plan looks at later tokens.",
+        "training the plan depends on later tokens.",
         causality=Causality(
             causal=False,
             reason="in training, the scale of each expert is computed over all tokens of the batch",
-            batch_dependent=False,  # evaluation does without the plan
+            batch_dependent=False,  # evaluation does not use the plan
             in_evaluation=True,
         ),
         cost="iterations·T·E",
@@ -44,8 +48,8 @@ from moebench.routing.values import Routing
 class Sinkhorn(Router["Sinkhorn.Config"]):
     """Selection by a Sinkhorn plan (Clark et al. 2022): nearly even loads in training without a loss.
 
-    The plan has even sums over tokens and experts, but the top-k of its rows is not exactly balanced. It only selects:
-    no gradient goes through the iterations, and the weights are those of the logits. The paper iterates to a
+    The plan has even sums over tokens and over experts, but the top k of its rows are not exactly balanced. It only
+    selects: no gradient passes through the iterations, and the weights are those of the logits. The paper iterates to a
     tolerance; here a fixed number of iterations keeps the cost known. No balance loss should be added.
     """
 
@@ -57,7 +61,7 @@ class Sinkhorn(Router["Sinkhorn.Config"]):
         top_k: int = 1
         """Experts per token."""
         iterations: int = 10
-        """Scalings of all rows and all columns."""
+        """Sinkhorn iterations, each one scaling of all rows and all columns."""
 
     def __init__(self, config: Config, context: RouterBuildContext) -> None:
         super().__init__(config, context)
@@ -66,30 +70,30 @@ class Sinkhorn(Router["Sinkhorn.Config"]):
         self.iterations = config.iterations
 
     @classmethod
+    @override
     def experts_per_token(cls, config: Config, num_experts: int) -> int:
-        """Return k."""
         return config.top_k
 
     @classmethod
+    @override
     def check(cls, config: Config, num_experts: int) -> None:
-        """Refuse k outside 1 ... E and no iteration at all."""
         check_top_k(config.top_k, num_experts)
         require(config.iterations >= 1, "router.iterations", config.iterations, "at least 1")
 
     @property
     @override
     def traits(self) -> RouterTraits:
-        # In training, the plan is one over all tokens.
         return replace(super().traits, needs_whole_batch=self.training)
 
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Send each token to the k experts with most of its row of the plan."""
         logits_TE = self.gate(x_TD)
         scores_TE = logits_TE.sigmoid() if self.top_k == 1 else logits_TE.softmax(-1)
-        rank_TE = logits_TE.detach()
+        ranked_TE = logits_TE.detach()
         if ctx.training:
-            rank_TE = rank_TE + column_scale(rank_TE, self.iterations, ctx.valid_T).log()  # u changes no row's order
-        expert_TK = rank_top_k(rank_TE, self.top_k)
+            # The row scale u is left out, because it does not change the order within a row.
+            ranked_TE = ranked_TE + compute_column_scale(ranked_TE, self.iterations, ctx.valid_T).log()
+        expert_TK = rank_top_k(ranked_TE, self.top_k)
         return Routing.from_top_k(
             expert_TK,
             scores_TE.gather(1, expert_TK),
@@ -100,16 +104,16 @@ class Sinkhorn(Router["Sinkhorn.Config"]):
 
 
 @torch.no_grad()
-def column_scale(logits_TE: Tensor, iterations: int, valid_T: Tensor | None = None) -> Tensor:
-    """Return v_E of the plan diag(u) exp(h) diag(v) whose rows all sum to 1 and whose columns all sum to T/E."""
-    weight_TE = (logits_TE - logits_TE.amax(-1, keepdim=True)).exp()  # u takes up what is subtracted from a row
+def compute_column_scale(logits_TE: Tensor, iterations: int, valid_T: Tensor | None = None) -> Tensor:
+    """Return v_E of the plan diag(u) exp(h) diag(v) with all row sums 1 and all column sums T/E."""
+    weight_TE = (logits_TE - logits_TE.amax(-1, keepdim=True)).exp()  # u absorbs what is subtracted from a row
     if valid_T is not None:
         weight_TE = weight_TE * valid_T.unsqueeze(-1)
     scale_E = torch.ones_like(weight_TE[:1].sum(0))
     for _ in range(iterations):
         row_T = (weight_TE * scale_E).sum(-1)
         share_TE = weight_TE / row_T.clamp(min=1e-20).unsqueeze(-1)
-        # An expert that nobody gives anything would be divided by 0: it may grow by a lot, but not without end.
+        # The clamp bounds the scale of an expert to which no token gives any weight.
         scale_E = 1 / share_TE.sum(0).clamp(min=1e-20)
         scale_E = scale_E / scale_E.amax()
     return scale_E.clamp(min=1e-30)

@@ -1,10 +1,15 @@
-"""SMEAR: one merge of all experts' parameters for each sequence."""
+"""SMEAR: soft merging of experts, one merged network for each sequence (arXiv:2306.03745).
+
+The mean of a sequence's token vectors gives softmax weights, by which the experts' parameters are averaged. All tokens
+of the sequence go through the merged network.
+"""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from moebench.errors import require
 from moebench.routing.context import RouteContext
@@ -19,25 +24,25 @@ from moebench.routing.router import ROUTERS, Causality, Facts, Form, Router, Rou
         equation="r = mean_t x_t,  w = softmax(s · LN(W) LN(r) / √D),  θ̄ = Σ_e w_e θ_e,  y_t = E(x_t; θ̄)",
         paper="arXiv:2306.03745, section 3",
         use="Fully differentiable experts for whole sequences: classification, or an encoder.",
-        beware="Sees the whole sequence, so it cheats on text that is predicted token by token. The mean hides "
-        "what single tokens need.",
+        beware="Depends on the whole sequence, so it leaks the targets of token-by-token prediction. The mean hides "
+        "the needs of single tokens.",
         causality=Causality(
             causal=False, reason="the merge depends on the mean of the whole sequence", batch_dependent=False
         ),
-        variable_k=True,  # experts are left out at random in training
+        variable_k=True,  # expert dropout in training
         makes_scores=False,
     )
 )
 class Smear(Router["Smear.Config"]):
     """Soft merging of experts with adaptive routing (Muqeeth, Liu and Raffel 2023).
 
-    Instead of choosing experts, their parameters are averaged: one network for each sequence, so every expert and the
-    router learn from every token by plain backpropagation, at the cost of one expert per token and one merge per
-    sequence. As in its published code, the mean of the sequence and the rows of the router are normalised and experts
-    are left out at random in training. There the rows have a learned gain for each dimension, 0.01 at the start; here
-    one scale for all (s), divided by √D so that logits do not grow with the width. In the published encoder-decoder the
-    layers of the decoder are routed by the mean of the encoder's output, which sees no target; here every layer is
-    routed by the mean of its own input, in a decoder too.
+    The experts' parameters are averaged instead of selecting experts: one network per sequence, so every expert and the
+    router learn from every token by backpropagation, at the cost of one expert per token and one merge per sequence. As
+    in the released code, the mean of the sequence and the rows of the router are normalised, and experts are dropped at
+    random in training. There the rows have a learned gain for each dimension, initially 0.01; here a single scale s,
+    divided by √D so that logits do not grow with the width. In the released encoder-decoder the decoder is routed by
+    the mean of the encoder's output, which contains no target; here every layer is routed by the mean of its own input,
+    in a decoder too.
     """
 
     form = Form.MERGED
@@ -48,10 +53,9 @@ class Smear(Router["Smear.Config"]):
 
         name: str = "smear"
         init_std: float = 0.28
-        """Standard deviation of the logits at the start (s); that of the published code at its width, 0.01 · √768."""
+        """Initial standard deviation s of the logits; that of the released code at its width, 0.01 · √768."""
         expert_dropout: float = 0.1
-        """In training each expert is left out of a sequence's merge with this probability; the others share its
-        weight."""
+        """Probability that an expert is dropped from a sequence's merge in training; the others share its weight."""
 
     def __init__(self, config: Config, context: RouterBuildContext) -> None:
         super().__init__(config, context)
@@ -61,21 +65,23 @@ class Smear(Router["Smear.Config"]):
         self.sequence_length = context.data.sequence_length
 
     @classmethod
+    @override
     def check(cls, config: Config, num_experts: int) -> None:
-        """Refuse to leave all experts out, and logits that are all 0."""
         dropout = config.expert_dropout
         require(0 <= dropout < 1, "router.expert_dropout", dropout, "at least 0 and below 1")
         require(config.init_std > 0, "router.init_std", config.init_std, "greater than 0")
 
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> MergeRouting:
-        """Weigh the experts by the mean of each sequence."""
-        mean_GD = segment_means(x_TD, ctx, ctx.sequence_length)
+        mean_GD = compute_segment_means(x_TD, ctx, ctx.sequence_length)
         width = (x_TD.shape[-1],)
         rows_ED = functional.layer_norm(self.gate.weight_ED.float(), width)
         logits_GE = functional.linear(functional.layer_norm(mean_GD, width), rows_ED) * (self.scale / width[0] ** 0.5)
         weight_GE = logits_GE.softmax(-1)
         if ctx.training and self.expert_dropout > 0:
-            weight_GE = self._thinned(weight_GE, ctx.uniform(x_TD.shape[0], self.num_experts)[:: ctx.sequence_length])
+            weight_GE = self._drop_experts(
+                weight_GE, ctx.uniform(x_TD.shape[0], self.num_experts)[:: ctx.sequence_length]
+            )
         return MergeRouting(
             weight_GE=weight_GE,
             num_tokens=x_TD.shape[0],
@@ -85,24 +91,24 @@ class Smear(Router["Smear.Config"]):
             valid_T=ctx.valid_T,
         )
 
-    def _thinned(self, weight_GE: Tensor, draw_GE: Tensor) -> Tensor:
-        """Leave experts out and let the others share; where none would be left, all stay."""
+    def _drop_experts(self, weight_GE: Tensor, draw_GE: Tensor) -> Tensor:
+        """Drop experts and renormalise the weights of the others; keep all if none would be left."""
         kept_GE = draw_GE >= self.expert_dropout
         kept_GE = kept_GE | ~kept_GE.any(-1, keepdim=True)
-        weight_GE = weight_GE * kept_GE + 1e-10 * kept_GE  # all that stay may have a weight of 0
+        weight_GE = weight_GE * kept_GE + 1e-10 * kept_GE  # the kept experts may all have weight 0
         return weight_GE / weight_GE.sum(-1, keepdim=True)
 
+    @override
     def rows_per_token(self, experts_per_token: int) -> float:
-        """Return 1 + E / sequence length: a row through the merged network, and the token's part of the merge."""
         return 1 + self.num_experts / (self.sequence_length or 1)
 
+    @override
     def flops_per_token(self) -> int:
-        """Return the token's part of the gate, which sees one mean for each sequence."""
         return 2 * self.gate.weight_ED.numel() // (self.sequence_length or 1)
 
 
-def segment_means(x_TD: Tensor, ctx: RouteContext, segment_length: int) -> Tensor:
-    """Return the mean vector of each segment's tokens in fp32, padding left out; 0 where all is padding."""
+def compute_segment_means(x_TD: Tensor, ctx: RouteContext, segment_length: int) -> Tensor:
+    """Return the mean vector of each segment's tokens in fp32, without padding; 0 for a segment of padding only."""
     valid_T1 = x_TD.new_ones(x_TD.shape[0], 1) if ctx.valid_T is None else ctx.valid_T.unsqueeze(-1).to(x_TD.dtype)
     sum_GD = split_into_segments(x_TD * valid_T1, ctx.sequence_length, segment_length).float().sum(1)
     return sum_GD / split_into_segments(valid_T1, ctx.sequence_length, segment_length).float().sum(1).clamp(min=1)

@@ -1,10 +1,15 @@
-"""StableMoE: learn to route first, then freeze the routing, so that no token changes its expert again."""
+"""StableMoE: learn routing first, then freeze it to a table of token ids (arXiv:2204.08396).
+
+In stage 1 tokens are routed by a gate, which is distilled into a small student network of the token id. In stage 2 the
+student routes and is no longer trained, so no token changes its expert while the experts keep learning.
+"""
 
 from dataclasses import dataclass, field
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from moebench.errors import UsageError, require
 from moebench.routing.context import RouteContext
@@ -17,12 +22,11 @@ from moebench.routing.values import LayerRecord, Routing
 @ROUTERS.register(
     Facts(
         family="token choice",
-        equation="y = σ(w_i·x) E_i(x),  i = argmax_e w_e·x, taught to a student of the id;  later i = student(id)",
+        equation="y = σ(w_i·x) E_i(x),  i = argmax_e w_e·x, distilled into a student of the id;  later i = student(id)",
         paper="arXiv:2204.08396",
-        use="Routing that does not change any more while experts still learn: a table of token ids that the "
-        "text has taught.",
-        beware="Blind to context once it is frozen. Evaluation before that is by a student that may know "
-        "little. Needs token ids.",
+        use="Routing that stays fixed while experts keep learning: a table of token ids, learned from the text.",
+        beware="Does not depend on context in stage 2. Evaluation in stage 1 uses the student, which may not have "
+        "learned much. Needs token ids.",
         causality=Causality(
             causal=True, reason="each token is routed by its own vector, later by its own id", batch_dependent=False
         ),
@@ -31,13 +35,13 @@ from moebench.routing.values import LayerRecord, Routing
     )
 )
 class StableMoE(Router["StableMoE.Config"]):
-    """StableMoE (Dai et al. 2022): in stage 2 the routing is a frozen table of token ids that the text has taught.
+    """StableMoE (Dai et al. 2022): in stage 2 routing is a fixed function of the token id, distilled in stage 1.
 
-    Evaluation is always by the student, in stage 1 too, where it may not have learned much yet. Balance is
-    mean_t |n_i/n̄ - 1| · (σ_ti where i has too many tokens, 1 - σ_ti where it has too few): the paper's loss plus what
-    has no gradient and makes it 0 at even loads, and not negative else. Distillation is the cross-entropy of student
-    and choice in nats, 0 where they agree. Both are means over tokens, as the paper's sums divided by their number;
-    in stage 2 both are 0. The paper's gates start orthogonal, here like those of other routers.
+    Evaluation always uses the student, in stage 1 too. `balance` is mean_t |n_i/n̄ - 1| · (σ_ti if expert i has too
+    many tokens, 1 - σ_ti if too few): the paper's loss plus terms without gradient that make it 0 at even loads and
+    never negative. `distillation` is the cross-entropy of the student with the gate's choice, in nats. Both are means
+    over tokens, where the paper has sums; in stage 2 both are 0, without gradient. The paper initialises gates
+    orthogonally; here they start like those of other routers.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,7 @@ class StableMoE(Router["StableMoE.Config"]):
 
         name: str = "stable_moe"
         stage_1_steps: int = 180
-        """Steps until the routing is frozen: a tenth of a run of 1800, as the paper's 6,000 of 60,000."""
+        """Number of steps before routing is frozen: a tenth of a run of 1800, as the paper's 6,000 of 60,000."""
         student_width: int = 50
         """Width of the student's embedding of token ids."""
         losses: dict[str, float] = field(default_factory=lambda: {"balance": 0.3, "distillation": 0.3})
@@ -61,47 +65,47 @@ class StableMoE(Router["StableMoE.Config"]):
         self.student = Gate(config.student_width, context.num_experts)
 
     def init_weights(self, generator: Generator) -> None:
-        """Draw embeddings of the size of normalised tokens."""
+        """Initialise embeddings at the scale of normalised tokens."""
         nn.init.normal_(self.embedding_VD, generator=generator)
 
     @classmethod
+    @override
     def check(cls, config: Config, num_experts: int) -> None:
-        """Refuse a negative number of steps and a student without width."""
         require(config.stage_1_steps >= 0, "router.stage_1_steps", config.stage_1_steps, "at least 0")
         require(config.student_width >= 1, "router.student_width", config.student_width, "at least 1")
 
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Choose by the token in stage 1 of training, else by its id; weigh by the token."""
         assert ctx.token_id_T is not None
         logits_TE = self.gate(x_TD)
         scores_TE = logits_TE.sigmoid()
         student_TE = self.student(self.embedding_VD[ctx.token_id_T])
-        learns = ctx.training and ctx.step < self.options.stage_1_steps
-        expert_TK = rank_top_k(logits_TE if learns else student_TE, 1)
+        is_stage_1 = ctx.training and ctx.step < self.options.stage_1_steps
+        expert_TK = rank_top_k(logits_TE if is_stage_1 else student_TE, 1)
         return Routing.from_top_k(
             expert_TK,
             scores_TE.gather(-1, expert_TK),
             num_experts=self.num_experts,
             logits_TE=logits_TE,
             scores_TE=scores_TE,
-            token_extras={"student_T": student_TE, "choice_T": expert_TK.squeeze(-1)} if learns else {},
+            token_extras={"student_T": student_TE, "choice_T": expert_TK.squeeze(-1)} if is_stage_1 else {},
         )
 
+    @override
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
-        """Return both losses of stage 1; afterwards zeros without a gradient, so that nothing moves the student."""
         extras, scores_TE = record.routing.token_extras, record.routing.scores_TE
         assert scores_TE is not None
-        if not extras:
+        if not extras:  # stage 2: no gradient may reach the student
             return {"balance": scores_TE.new_zeros(()), "distillation": scores_TE.new_zeros(())}
         choice_T = extras["choice_T"]
         load_E = record.load_E.to(scores_TE.dtype)
         excess_T = (load_E / load_E.mean().clamp(min=1e-20) - 1)[choice_T]
-        share_T = scores_TE.gather(-1, choice_T.unsqueeze(-1)).squeeze(-1)
+        score_T = scores_TE.gather(-1, choice_T.unsqueeze(-1)).squeeze(-1)
         return {
-            "balance": record.mean(excess_T.abs() * torch.where(excess_T > 0, share_T, 1 - share_T)),
+            "balance": record.mean(excess_T.abs() * torch.where(excess_T > 0, score_T, 1 - score_T)),
             "distillation": record.mean(functional.cross_entropy(extras["student_T"], choice_T, reduction="none")),
         }
 
+    @override
     def flops_per_token(self) -> int:
-        """Forward FLOPs for one token: both gates; the embedding is only looked up."""
         return 2 * (self.gate.weight_ED.numel() + self.student.weight_ED.numel())

@@ -1,9 +1,14 @@
-"""Top-k token choice: softmax before or after the selection, renormalised or not."""
+"""Top-k token choice with variants: Mixtral, OLMoE, and a frozen random gate.
+
+A linear gate gives logits for each token; the token goes to the k experts with the highest logits, weighted by a
+softmax taken before or after the selection. Each variant is one class with its own defaults.
+"""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
+from typing_extensions import override
 
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
@@ -17,9 +22,9 @@ from moebench.routing.values import Routing
         family="token choice",
         equation="before: p = softmax(W x), w = p_top-k (/ Σ);   after: w = softmax((W x)_top-k);   y = Σ_i w_i E_i(x)",
         paper="arXiv:1701.06538, eq. 3 and 5, without the noise",
-        use="The plain reference of all learned routers: vary k, the order of softmax and choice, the normalisation.",
-        beware="Collapses without a balance loss. Not normalised, weights sum to less than 1 and the output "
-        "depends on confidence.",
+        use="The reference for learned routers: vary k, the order of softmax and selection, and the normalisation.",
+        beware="Collapses without a balance loss. Without renormalisation the weights sum to less than 1 and the scale "
+        "of the output depends on the router's confidence.",
         causality=Causality(
             causal=True,
             reason="each token is routed by its own vector; over capacity, the earlier token stays",
@@ -28,11 +33,12 @@ from moebench.routing.values import Routing
     )
 )
 class TopK(Router["TopK.Config"]):
-    """Each token goes to its k best experts.
+    """Send each token to the k experts with the highest logits.
 
     softmax=after is Mixtral's form and equals softmax=before with renormalise=true. softmax=before without
-    renormalisation is OLMoE's: the weights sum to less than 1, so the output scales with the confidence.
-    At k=1 a renormalised weight is always 1 and the task loss cannot reach the router: refused.
+    renormalisation is OLMoE's form: the weights sum to less than 1, so the output scales with the router's confidence.
+    At k=1 a renormalised weight is always 1 and the router would get no gradient from the task loss, so this is
+    refused.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -43,9 +49,9 @@ class TopK(Router["TopK.Config"]):
         top_k: int = 2
         """Experts per token."""
         softmax: Literal["before", "after"] = "before"
-        """Softmax over all experts before the selection, or over the selected ones after it."""
+        """Take the softmax over all experts before the selection, or over the selected experts after it."""
         renormalise: bool = True
-        """Divide the k weights by their sum (softmax=before; with softmax=after they already sum to 1)."""
+        """Divide the k weights by their sum (softmax=before only; with softmax=after they already sum to 1)."""
         losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
 
     def __init__(self, config: Config, context: RouterBuildContext) -> None:
@@ -56,19 +62,19 @@ class TopK(Router["TopK.Config"]):
         self.renormalise = config.renormalise
 
     @classmethod
+    @override
     def experts_per_token(cls, config: Config, num_experts: int) -> int:
-        """Return k."""
         return config.top_k
 
     @classmethod
+    @override
     def check(cls, config: Config, num_experts: int) -> None:
-        """Refuse k outside 1 ... E, and k=1 with weights that are always 1."""
         always_one = config.softmax == "after" or config.renormalise
         why = "at 1 a renormalised weight is always 1; use softmax=before renormalise=false, or switch"
         check_top_k(config.top_k, num_experts, smallest=2 if always_one and num_experts > 1 else 1, why=why)
 
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Send each token to its k experts with the highest logits."""
         logits_TE = self.gate(x_TD)
         scores_TE = logits_TE.softmax(-1)
         expert_TK = rank_top_k(logits_TE, self.top_k)
@@ -88,23 +94,23 @@ class TopK(Router["TopK.Config"]):
         family="token choice",
         equation="w = softmax((W x)_top-2),  y = Σ_i w_i E_i(x)",
         paper="arXiv:2401.04088, section 2.1",
-        use="Top-2 as in Mixtral, dropless: what most open models compare with.",
-        beware="Weights sum to 1 however unsure the gate is. With what balance loss the released model was trained is "
+        use="Top-2 as in Mixtral, dropless: the usual reference of open models.",
+        beware="Weights sum to 1 even if the router is uncertain. The balance loss used to train the released model is "
         "not published.",
         causality=Causality(causal=True, reason="as top_k", batch_dependent=False),
     )
 )
 class Mixtral(TopK):
-    """Mixtral's router: the two best of 8 experts, softmax over these two.
+    """Mixtral's router: the two best of 8 experts, with a softmax over these two.
 
-    The coefficient is that of the released 8x7B model's configuration, 0.02, times k: there the loss is k at uniform,
-    here 1. (The library's own default is 0.001. There the loss is also taken over all layers as one; here it is per
-    layer, as for every router.)
+    The loss coefficient is that of the released 8x7B configuration, 0.02, times k, because the loss there is k at
+    uniform routing and 1 here. (The library's default is 0.001, and it takes the loss over all layers at once; here
+    every layer has its own.)
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(TopK.Config):
-        """Options of top_k with the defaults of Mixtral."""
+        """Options of top_k with Mixtral's defaults."""
 
         name: str = "mixtral"
         softmax: Literal["before", "after"] = "after"
@@ -116,17 +122,17 @@ class Mixtral(TopK):
         family="token choice",
         equation="p = softmax(W x),  w = p_top-8,  y = Σ_i w_i E_i(x)",
         paper="arXiv:2409.02060, section 2",
-        use="Many narrow experts, 8 for each token, dropless.",
-        beware="Meant for 64 experts: with 8 it is a soft mixture of all. Weights sum to less than 1.",
+        use="Many narrow experts, 8 per token, dropless.",
+        beware="Designed for 64 experts: with 8 experts every token uses all of them. Weights sum to less than 1.",
         causality=Causality(causal=True, reason="as top_k", batch_dependent=False),
     )
 )
 class OLMoE(TopK):
-    """OLMoE's router: the 8 best of 64 experts without renormalisation, with balance and z-loss."""
+    """OLMoE's router: the 8 best of 64 experts without renormalisation, with load-balance loss and z-loss."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(TopK.Config):
-        """Options of top_k with the defaults of OLMoE."""
+        """Options of top_k with OLMoE's defaults."""
 
         name: str = "olmoe"
         top_k: int = 8
@@ -137,23 +143,23 @@ class OLMoE(TopK):
 @ROUTERS.register(
     Facts(
         family="static",
-        equation="w = softmax((W x)_top-k) with W drawn once and never trained,  y = Σ_i w_i E_i(x)",
+        equation="w = softmax((W x)_top-k) with W random and frozen,  y = Σ_i w_i E_i(x)",
         paper="arXiv:2303.01610, section 3.2 (SMoE-Dropout)",
-        use="A control: routing by content, of which nothing is learned.",
-        beware="Loads stay as the random gate makes them: nothing can even them out.",
+        use="A control: routing depends on the token, but is not learned.",
+        beware="Loads stay as uneven as the random gate makes them.",
         causality=Causality(causal=True, reason="as top_k", batch_dependent=False),
         learned=False,
     )
 )
 class FrozenTopK(TopK):
-    """A random gate that is never trained: what of a learned router is looking at the token, and what is learning.
+    """Top-k with a random gate that is never trained: separates routing by content from learning to route.
 
-    SMoE-Dropout lets k grow during training; here it stays.
+    In SMoE-Dropout k grows during training; here it is constant.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(TopK.Config):
-        """Options of top_k; no loss, since nothing could follow it."""
+        """Options of top_k; without losses, which could train nothing."""
 
         name: str = "frozen_top_k"
         losses: dict[str, float] = field(default_factory=dict)

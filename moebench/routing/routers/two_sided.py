@@ -1,14 +1,19 @@
-"""Two-sided choice: tokens shortlist experts, then experts choose among the tokens that shortlisted them."""
+"""Two-sided choice: tokens shortlist experts, and experts choose among the tokens that shortlisted them.
+
+Proposed in arXiv:2209.01667 (section 4.1) and not tried there: expert choice, restricted to each token's m best
+experts.
+"""
 
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from moebench.errors import require
 from moebench.routing.ranking import log_scores
 from moebench.routing.router import ROUTERS, Causality, Facts, RouterBuildContext
-from moebench.routing.routers.expert_choice import OUT, ExpertChoice, best_of_each_token
+from moebench.routing.routers.expert_choice import EXCLUDED, ExpertChoice, keep_best_experts
 
 
 @ROUTERS.register(
@@ -17,9 +22,9 @@ from moebench.routing.routers.expert_choice import OUT, ExpertChoice, best_of_ea
         equation="S = softmax(X W);  M_t = the m best experts of t;  I_e = the T·c/E best tokens of e with e ∈ M_t;  "
         "y_t = Σ_{e: t∈I_e} S_te E_e(x_t)",
         paper="arXiv:2209.01667, section 4.1 (proposed there, not tried)",
-        use="Expert choice that respects tokens' own wishes, in encoders.",
-        beware="It sees later tokens. Loads are bounded and not even, and unpopular tokens get no expert. Nobody "
-        "has published results with it.",
+        use="Expert choice that respects the tokens' own preferences, in encoders.",
+        beware="Not causal. Loads are bounded but not even, and tokens that no expert prefers get none. There are no "
+        "published results.",
         causality=Causality(
             causal=False,
             reason="whether an expert takes a token depends on later tokens of the same sequence",
@@ -29,10 +34,10 @@ from moebench.routing.routers.expert_choice import OUT, ExpertChoice, best_of_ea
     )
 )
 class TwoSided(ExpertChoice):
-    """Both sides have a say: no token goes to an expert that it likes little, no expert has more than its share.
+    """Expert choice among shortlists: no token goes to an expert outside its m best, no expert exceeds its share.
 
-    With m = E it is expert choice. With m small a popular expert turns tokens away, and an expert that few tokens
-    shortlist goes short: the load is bounded from above and not balanced. No token has more than m experts.
+    With m = E it is expert choice. With small m popular experts turn tokens away, and experts on few shortlists get
+    fewer tokens than their share: loads are bounded from above, not balanced. No token has more than m experts.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -41,25 +46,27 @@ class TwoSided(ExpertChoice):
 
         name: str = "two_sided"
         shortlist: int | None = None
-        """Experts that a token offers itself to (m); null: twice average_experts."""
+        """Number m of experts that a token shortlists; null: twice average_experts."""
 
     def __init__(self, config: Any, context: RouterBuildContext) -> None:
         super().__init__(config, context)
         self.shortlist = config.shortlist or 2 * config.average_experts
 
     @classmethod
+    @override
     def check(cls, config: Any, num_experts: int) -> None:
-        """Refuse a shortlist that is shorter than the average number of experts."""
         super().check(config, num_experts)
-        shortlist, least = config.shortlist, config.average_experts
-        allowed = f"null or at least average_experts={least}"
-        require(shortlist is None or shortlist >= least, "router.shortlist", shortlist, allowed)
+        shortlist, average = config.shortlist, config.average_experts
+        allowed = f"null or at least average_experts={average}"
+        require(shortlist is None or shortlist >= average, "router.shortlist", shortlist, allowed)
 
     @property
-    def _takes_all_places(self) -> bool:
+    @override
+    def _fills_capacity(self) -> bool:
         return False
 
-    def _ranked(self, scores_GTE: Tensor, seats_G: Tensor, valid_T: Tensor | None, token_GT: Tensor) -> Tensor:
-        shortlisted_GTE = best_of_each_token(log_scores(scores_GTE), self.shortlist)
-        ranked_GTE = super()._ranked(scores_GTE, seats_G, valid_T, token_GT)
-        return ranked_GTE.masked_fill(shortlisted_GTE == OUT, OUT)
+    @override
+    def _rank_tokens(self, scores_GTE: Tensor, capacity_G: Tensor, valid_T: Tensor | None, token_GT: Tensor) -> Tensor:
+        shortlisted_GTE = keep_best_experts(log_scores(scores_GTE), self.shortlist)
+        ranked_GTE = super()._rank_tokens(scores_GTE, capacity_G, valid_T, token_GT)
+        return ranked_GTE.masked_fill(shortlisted_GTE == EXCLUDED, EXCLUDED)

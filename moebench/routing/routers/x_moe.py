@@ -1,4 +1,8 @@
-"""X-MoE: the cosine of token and expert in a small space, so that no expert wins by its length."""
+"""X-MoE: routing by the cosine between token and expert in a low-dimensional space (arXiv:2204.09179).
+
+Tokens are projected to a few dimensions; logits are cosines with learned expert embeddings, divided by a learned
+temperature. Normalisation keeps an expert from winning by the length of its embedding.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -6,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from moebench.errors import require
 from moebench.routing.context import RouteContext
@@ -14,7 +19,8 @@ from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import Routing
 
-LARGEST_SCALE = 100.0
+MAX_SCALE = 100.0
+"""Upper bound of 1/τ."""
 
 
 @ROUTERS.register(
@@ -22,8 +28,8 @@ LARGEST_SCALE = 100.0
         family="token choice",
         equation="h_e = cos(P x, m_e) / τ,  p = softmax(h),  w = p_top-k,  y = Σ_i w_i E_i(x)",
         paper="arXiv:2204.09179, section 3.2",
-        use="When representations of tokens gather around the experts' vectors: only directions count.",
-        beware="The temperature alone decides how sure the gate can be; where it stays high, routing stays uniform.",
+        use="When token representations collapse towards expert embeddings: only directions count.",
+        beware="The temperature alone limits the gate's confidence; where it stays high, routing stays uniform.",
         causality=Causality(
             causal=True,
             reason="each token is routed by its own vector; over capacity, the earlier token stays",
@@ -32,11 +38,10 @@ LARGEST_SCALE = 100.0
     )
 )
 class XMoE(Router["XMoE.Config"]):
-    """Top-k of cosines on a low-dimensional sphere (Chi et al. 2022), against collapse of the representation.
+    """Top-k of cosines on a low-dimensional hypersphere (Chi et al. 2022), against representation collapse.
 
-    Token and expert are both normalised and the temperature is learned, as in the paper; its released code (torchscale)
-    normalises the experts alone and has no temperature. 1/τ stays below 100, as in Tutel's version: a cosine is at most
-    1, so the temperature alone decides how sure the router can get.
+    Tokens and experts are both normalised and the temperature is learned, as in the paper; its released code
+    (torchscale) normalises only the experts and has no temperature. 1/τ is clamped to 100, as in Tutel's version.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -49,7 +54,7 @@ class XMoE(Router["XMoE.Config"]):
         rank: int = 16
         """Dimensions of the space in which tokens and experts are compared."""
         temperature: float = 0.07
-        """Temperature at the start (τ); it is learned."""
+        """Initial temperature τ; it is learned."""
         losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
 
     def __init__(self, config: Config, context: RouterBuildContext) -> None:
@@ -66,23 +71,23 @@ class XMoE(Router["XMoE.Config"]):
         nn.init.constant_(self.log_scale, -math.log(self.temperature))
 
     @classmethod
+    @override
     def experts_per_token(cls, config: Config, num_experts: int) -> int:
-        """Return k."""
         return config.top_k
 
     @classmethod
+    @override
     def check(cls, config: Config, num_experts: int) -> None:
-        """Refuse k outside 1 ... E, a space without dimensions and a temperature beyond the bound."""
         check_top_k(config.top_k, num_experts)
         require(config.rank >= 1, "router.rank", config.rank, "at least 1")
-        least = 1 / LARGEST_SCALE
+        least = 1 / MAX_SCALE
         require(config.temperature >= least, "router.temperature", config.temperature, f"at least {least:g}")
 
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Send each token to the k experts in whose direction it points most."""
         token_TR = functional.normalize(self.projection(x_TD), dim=-1, eps=1e-6)
         expert_ER = functional.normalize(self.expert_ER.float(), dim=-1, eps=1e-6)
-        scale = self.log_scale.float().clamp(max=math.log(LARGEST_SCALE)).exp()
+        scale = self.log_scale.float().clamp(max=math.log(MAX_SCALE)).exp()
         logits_TE = scale * functional.linear(token_TR, expert_ER)
         scores_TE = logits_TE.softmax(-1)
         expert_TK = rank_top_k(logits_TE, self.top_k)

@@ -1,4 +1,4 @@
-"""Ranking: ties by index, noise that decides nothing, and differences that do."""
+"""Rankings: near ties resolved by index, real differences by value."""
 
 import pytest
 import torch
@@ -14,20 +14,20 @@ from moebench.routing.ranking import (
     merge_near_ties,
     rank_all,
     rank_top_k,
-    rounded,
+    round_to_quantum,
     take_best_tokens,
 )
 
 TIED = torch.tensor([0.5, 2.0, -1.0, 2.0, 0.5, 2.0])
 
 
-def noise(value: Tensor, seed: int, size: float = 5e-7) -> Tensor:
+def add_noise(value: Tensor, seed: int, size: float = 5e-7) -> Tensor:
     return value + size * (2 * torch.rand(value.shape, generator=torch.Generator().manual_seed(seed)) - 1)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_near_ties_go_to_the_lower_index(seed: int) -> None:
-    noisy_E = noise(TIED, seed)
+    noisy_E = add_noise(TIED, seed)
     assert rank_all(noisy_E).tolist() == [1, 3, 5, 0, 4, 2]
     assert [rank_top_k(noisy_E, k).tolist() for k in (1, 2, 4)] == [[1], [1, 3], [1, 3, 5, 0]]
     column_TE = torch.stack([noisy_E, -noisy_E], dim=1)
@@ -36,20 +36,20 @@ def test_near_ties_go_to_the_lower_index(seed: int) -> None:
     assert rank_all(column_TE, dim=0)[:4].T.tolist() == [[1, 3, 5, 0], [2, 0, 4, 1]]
 
 
-def test_what_differs_by_more_than_the_quantum_is_no_tie() -> None:
+def test_differences_above_the_quantum_are_not_ties() -> None:
     assert rank_top_k(torch.tensor([1.0, 1.0 + 2 * QUANTUM]), 1).tolist() == [1]
     assert rank_top_k(torch.tensor([0.5, 0.5 + 2 * SCORE_QUANTUM]), 1, quantum=SCORE_QUANTUM).tolist() == [1]
     assert rank_all(torch.tensor([1.0, 1.0 + 2 * TOLERANCE, 1.0])).tolist() == [1, 0, 2]
-    # Probabilities of one token among many: .0001 and .00011 are as far apart as .1 and .11.
+    # Small probabilities are compared by ratio: .00001 and .000011 differ as .1 and .11 do.
     assert rank_all(log_scores(torch.tensor([1e-5, 1.1e-5, 0.0, 1e-5]))).tolist() == [1, 0, 3, 2]
-    assert rounded(torch.tensor([0.0, QUANTUM, 1.0])).tolist() == [0, 1, 2**14]
+    assert round_to_quantum(torch.tensor([0.0, QUANTUM, 1.0])).tolist() == [0, 1, 2**14]
 
 
-def test_infinities_and_huge_values_have_their_place() -> None:
+def test_infinite_and_huge_values_are_ranked() -> None:
     value_E = torch.tensor([-torch.inf, 3e38, 0.0, torch.inf, -3e38, -torch.inf])
-    assert rank_top_k(value_E, 6).tolist() == [1, 3, 2, 0, 4, 5]  # beyond 1e14 all is one
+    assert rank_top_k(value_E, 6).tolist() == [1, 3, 2, 0, 4, 5]  # values beyond 1e14 tie
     assert rank_all(value_E).tolist() == [3, 1, 2, 4, 0, 5]
-    assert torch.isfinite(log_scores(torch.zeros(2))).all(), "-inf stays free to mean: not at all"
+    assert torch.isfinite(log_scores(torch.zeros(2))).all(), "-inf is reserved for excluded"
 
 
 def test_near_ties_become_levels() -> None:
@@ -64,19 +64,19 @@ def test_near_ties_become_levels() -> None:
     )
 
 
-def test_ranks_of_whole_numbers() -> None:
+def test_rank_all_accepts_integers() -> None:
     assert rank_all(torch.tensor([-3, -1, -2, -1])).tolist() == [1, 3, 2, 0]
 
 
-def test_a_token_that_recurs_ties_wherever_its_score_is() -> None:
-    # A thousand heights, twice each and with noise: whoever is earlier comes first, on a boundary of quanta or not.
+def test_repeated_tokens_tie_at_any_score() -> None:
+    # A thousand scores, each occurring twice with noise: both tie, also on the boundary of two quanta.
     value_T = torch.rand(1000, generator=torch.Generator().manual_seed(0)).repeat(2)
-    level_T = merge_near_ties(noise(value_T, 1), 0)[1]
+    level_T = merge_near_ties(add_noise(value_T, 1), 0)[1]
     assert torch.equal(level_T[:1000], level_T[1000:])
-    assert len(level_T.unique()) > 980  # the others are as near to each other
+    assert len(level_T.unique()) > 980  # the others are within the tolerance of a neighbour
 
 
-def test_nothing_to_rank() -> None:
+def test_empty_inputs() -> None:
     assert rank_top_k(torch.zeros(0, 4), 2).shape == (0, 2)
     assert rank_top_k(torch.zeros(0, 4), 1).shape == (0, 1)
     assert take_best_tokens(torch.zeros(2, 0, 4), 0, torch.zeros(2, dtype=torch.int64)).shape == (2, 0, 4)
@@ -90,15 +90,15 @@ levels = st.lists(st.sampled_from([-2.0, 0.0, 0.25, 1.0, 7.5]), min_size=1, max_
 def test_top_k_is_the_head_of_a_stable_sort(values: list[float], k: int, seed: int) -> None:
     k = min(k, len(values))
     expected = sorted(range(len(values)), key=lambda i: (-values[i], i))
-    noisy_E = noise(torch.tensor(values), seed)
+    noisy_E = add_noise(torch.tensor(values), seed)
     assert rank_top_k(noisy_E, k).tolist() == expected[:k]
     assert rank_all(noisy_E).tolist() == expected
-    for seats in range(k + 1):
-        taken = take_best_tokens(noisy_E.view(1, -1, 1), k, torch.tensor([seats])).flatten().tolist()
+    for capacity in range(k + 1):
+        taken = take_best_tokens(noisy_E.view(1, -1, 1), k, torch.tensor([capacity])).flatten().tolist()
         assert len(set(taken)) == k
-        assert set(taken[:seats]) == set(expected[:seats])
+        assert set(taken[:capacity]) == set(expected[:capacity])
 
 
-def test_the_gradient_stays_outside() -> None:
+def test_rankings_have_no_gradient() -> None:
     assert not rank_top_k(TIED.clone().requires_grad_(), 2).requires_grad
-    assert not rounded(TIED.clone().requires_grad_()).requires_grad
+    assert not round_to_quantum(TIED.clone().requires_grad_()).requires_grad

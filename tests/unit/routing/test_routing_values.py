@@ -10,8 +10,8 @@ from moebench.routing.routers.hash import Hash
 from moebench.routing.values import LayerRecord, Routing
 
 
-def two_tokens() -> Routing:
-    """Send token 0 to experts 2 and 0, token 1 to experts 2 and 1."""
+def route_two_tokens() -> Routing:
+    """Route token 0 to experts 2 and 0, token 1 to experts 2 and 1."""
     return Routing.from_top_k(
         torch.tensor([[2, 0], [2, 1]]),
         torch.tensor([[0.7, 0.3], [0.6, 0.4]]),
@@ -21,8 +21,8 @@ def two_tokens() -> Routing:
     )
 
 
-def test_rectangle_becomes_a_list() -> None:
-    routing = two_tokens()
+def test_from_top_k_lists_assignments_by_token() -> None:
+    routing = route_two_tokens()
     assert routing.token_N.tolist() == [0, 0, 1, 1]
     assert routing.expert_N.tolist() == [2, 0, 2, 1]
     assert routing.weight_N.tolist() == pytest.approx([0.7, 0.3, 0.6, 0.4])
@@ -33,23 +33,23 @@ def test_rectangle_becomes_a_list() -> None:
     assert routing.experts_per_token_T.tolist() == [2, 2]
 
 
-def test_what_is_not_kept_counts_nowhere() -> None:
-    routing = two_tokens()
+def test_masked_assignments_are_not_counted() -> None:
+    routing = route_two_tokens()
     kept = routing.keep(torch.tensor([False, False, True, True]))
-    assert kept.top_k == 2, "the list keeps its shape"
+    assert kept.top_k == 2, "keep() does not change the shape"
     assert kept.weight_N[:2].tolist() == [0.0, 0.0]
     assert kept.load_E.sum() == 2
     assert kept.experts_per_token_T.tolist() == [0, 2]
     assert kept.extras is routing.extras
-    assert routing.kept_N is None, "a change is a new value"
+    assert routing.kept_N is None, "keep() returns a new value"
     assert LayerRecord(routing=routing, kept=kept).num_dropped == 2
     fewer = kept.keep(torch.tensor([True, False, True, False]))
     assert fewer.kept_N is not None
     assert fewer.kept_N.tolist() == [False, False, True, False]
 
 
-def test_a_compact_routing_lists_what_counts() -> None:
-    routing = two_tokens()
+def test_compact_lists_kept_assignments_only() -> None:
+    routing = route_two_tokens()
     assert routing.compact() is routing
     compact = routing.keep(torch.tensor([False, False, True, True])).compact()
     assert compact.token_N.tolist() == [1, 1]
@@ -61,7 +61,7 @@ def test_a_compact_routing_lists_what_counts() -> None:
 
 def test_values_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        two_tokens().num_tokens = 3  # type: ignore[misc]
+        route_two_tokens().num_tokens = 3  # type: ignore[misc]
 
 
 def facts(causal: bool, with_capacity: bool | None) -> Facts:
@@ -83,10 +83,10 @@ def facts(causal: bool, with_capacity: bool | None) -> Facts:
         (False, True, False, False),
     ],
 )
-def test_facts_say_when_a_router_is_causal(causal, with_capacity, dropless, capacity) -> None:
-    found = facts(causal, with_capacity)
-    assert found.is_causal(with_capacity=False) is dropless
-    assert found.is_causal(with_capacity=True) is capacity
+def test_is_causal_with_and_without_capacity(causal, with_capacity, dropless, capacity) -> None:
+    router_facts = facts(causal, with_capacity)
+    assert router_facts.is_causal(with_capacity=False) is dropless
+    assert router_facts.is_causal(with_capacity=True) is capacity
 
 
 @pytest.mark.parametrize(("top_k", "smallest", "fits"), [(1, 1, True), (8, 1, True), (0, 1, False), (9, 1, False)])
@@ -98,7 +98,7 @@ def test_check_top_k(top_k: int, smallest: int, fits: bool) -> None:
         check_top_k(top_k, 8, smallest)
 
 
-def test_check_top_k_gives_the_reason_where_it_applies() -> None:
+def test_check_top_k_states_the_reason_below_the_minimum() -> None:
     with pytest.raises(UsageError, match=r"; because\)$"):
         check_top_k(1, 8, 2, "because")
     with pytest.raises(UsageError) as caught:
@@ -109,7 +109,7 @@ def test_check_top_k_gives_the_reason_where_it_applies() -> None:
 def test_hash_without_token_ids_is_refused() -> None:
     from support.cases import build_context
 
-    nowhere = dataclasses.replace(build_context(4), token_count_V=None)
+    without_ids = dataclasses.replace(build_context(4), token_count_V=None)
     with pytest.raises(UsageError, match=r"router\.name: 'hash' routes by token id, which this task does not have"):
-        Hash(Hash.Config(), nowhere)
-    assert Dense(Dense.Config(), nowhere).is_dense
+        Hash(Hash.Config(), without_ids)
+    assert Dense(Dense.Config(), without_ids).is_dense

@@ -1,4 +1,4 @@
-"""Autonomy of experts: scores are lengths of the experts' own projections."""
+"""Autonomy of Experts: scores are norms of the experts' projections."""
 
 import math
 
@@ -9,7 +9,7 @@ from support.cases import D_MODEL, Case, Tokens, route, tabulate_weights
 from moebench.errors import UsageError
 
 
-def test_scores_are_the_lengths_of_projections_by_hand() -> None:
+def test_scores_are_norms_of_projections_by_hand() -> None:
     # Expert 0 reads the first two numbers of x, expert 1 twice the third, expert 2 none. x = (3, 4, 1): 5, 2, 0.
     router = Case("autonomy_of_experts", 3, {"rank": 2}).router()
     with torch.no_grad():
@@ -24,7 +24,7 @@ def test_scores_are_the_lengths_of_projections_by_hand() -> None:
     assert tabulate_weights(routing)[0].tolist() == pytest.approx([best, 1 - best, 0])
 
 
-def test_a_longer_projection_draws_tokens() -> None:
+def test_longer_projections_attract_tokens() -> None:
     router, tokens = Case("autonomy_of_experts").router(), Tokens.draw(64)
     before = route(router, tokens, training=False)
     with torch.no_grad():
@@ -34,7 +34,7 @@ def test_a_longer_projection_draws_tokens() -> None:
     assert after.load_E[5] == 64 > before.load_E[5]
 
 
-def test_the_sign_of_a_token_does_not_matter() -> None:
+def test_scores_ignore_the_sign_of_the_token() -> None:
     router, tokens = Case("autonomy_of_experts").router(), Tokens.draw(16)
     before = route(router, tokens, training=False)
     tokens.x_TD.neg_()

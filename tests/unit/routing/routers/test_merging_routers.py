@@ -1,4 +1,4 @@
-"""Merging the parameters of experts: numbers by hand, identities, segments, costs, refusals."""
+"""SMEAR and Lory, which merge expert parameters: values by hand, identities, segments, costs, refusals."""
 
 import dataclasses
 
@@ -37,22 +37,22 @@ def bank_of(num_experts: int, activation: str = "gelu", **options: bool) -> Expe
     return randomise_parameters(ExpertBank(D_MODEL, 4, num_experts, activation, **options))
 
 
-def test_a_merge_by_hand() -> None:
+def test_merge_by_hand() -> None:
     stack_EIO = torch.tensor([[[1.0, 2.0]], [[5.0, -2.0]]])  # two experts of a 1 x 2 matrix
     weight_GE = torch.tensor([[1.0, 0.0], [0.25, 0.75]])
     assert merge_weights(weight_GE, stack_EIO).tolist() == [[[1.0, 2.0]], [[4.0, -1.0]]]
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_one_hot_weights_are_that_expert(activation: str) -> None:
+def test_one_hot_weights_select_one_expert(activation: str) -> None:
     bank, x_TD = bank_of(3, activation), Tokens.draw(8).x_TD
     routing = merged_by(torch.eye(3)[[2, 0]], 8, 8, 4)
     expected_TD = torch.cat([bank.expert(x_TD[:4], 2), bank.expert(x_TD[4:], 0)])
     torch.testing.assert_close(routing.compute(BankPass(bank, x_TD)), expected_TD)
 
 
-def test_what_is_linear_in_what_differs_is_merged_as_outputs_are_mixed() -> None:
-    # With one input matrix for all, an expert is a linear map of the same hidden values.
+def test_merging_equals_mixing_if_experts_share_their_input_matrix() -> None:
+    # With a common input matrix the experts are linear maps of the same hidden values.
     bank, x_TD = bank_of(4), Tokens.draw(6).x_TD
     with torch.no_grad():
         bank.w_in_EDF.copy_(bank.w_in_EDF[:1].expand_as(bank.w_in_EDF))
@@ -60,27 +60,27 @@ def test_what_is_linear_in_what_differs_is_merged_as_outputs_are_mixed() -> None
     mixed_TD = sum(weight_GE.repeat_interleave(3, 0)[:, e : e + 1] * bank.expert(x_TD, e) for e in range(4))
     torch.testing.assert_close(merged_by(weight_GE, 6, 3, 3).compute(BankPass(bank, x_TD)), mixed_TD)
     with torch.no_grad():
-        randomise_parameters(bank, seed=1)  # and where the input matrices differ too, it is not
+        randomise_parameters(bank, seed=1)  # with different input matrices it is not
     mixed_TD = sum(weight_GE.repeat_interleave(3, 0)[:, e : e + 1] * bank.expert(x_TD, e) for e in range(4))
     assert not torch.allclose(merged_by(weight_GE, 6, 3, 3).compute(BankPass(bank, x_TD)), mixed_TD, atol=1e-2)
 
 
 @given(st.integers(0, 3), st.integers(1, 7), st.integers(1, 8), st.booleans())
-def test_segments_of_any_length_are_the_loop_over_tokens(batch: int, length: int, segment: int, masked: bool) -> None:
+def test_segments_of_any_length_match_a_loop_over_tokens(batch: int, length: int, segment: int, masked: bool) -> None:
     generator = torch.Generator().manual_seed(batch + 10 * length + 100 * segment)
-    num_tokens, of_one = batch * length, -(-length // segment)
-    weight_GE = torch.rand(batch * of_one, 3, generator=generator).softmax(-1)
+    num_tokens, segments_per_sequence = batch * length, -(-length // segment)
+    weight_GE = torch.rand(batch * segments_per_sequence, 3, generator=generator).softmax(-1)
     valid_T = torch.rand(num_tokens, generator=generator) < 0.7 if masked else None
     routing = merged_by(weight_GE, num_tokens, length, segment, valid_T=valid_T)
     for token in range(num_tokens):
-        row_E = weight_GE[token // length * of_one + token % length // segment]
+        row_E = weight_GE[token // length * segments_per_sequence + token % length // segment]
         expected_E = row_E if valid_T is None or valid_T[token] else torch.zeros(3)
         assert torch.equal(routing.weight_TE[token], expected_E)
     bank, x_TD = bank_of(3), Tokens.draw(num_tokens).x_TD
     torch.testing.assert_close(routing.compute(BankPass(bank, x_TD)), merge_loop(bank, x_TD, routing))
 
 
-def test_deep_experts_are_merged_network_by_network() -> None:
+def test_deep_experts_are_merged_layer_by_layer() -> None:
     bank, x_TD = (
         DeepBank([bank_of(2), randomise_parameters(ExpertBank(D_MODEL, 4, 2, "gelu"), seed=1)]),
         Tokens.draw(4).x_TD,
@@ -93,7 +93,7 @@ def test_deep_experts_are_merged_network_by_network() -> None:
     torch.testing.assert_close(merged_by(torch.eye(2)[1:], 4, 4, 4).compute(BankPass(bank, x_TD)), bank.expert(x_TD, 1))
 
 
-def test_recomputing_merges_changes_no_bit() -> None:
+def test_recomputation_is_bit_identical() -> None:
     results = []
     for recompute in (False, True):
         bank, x_TD = bank_of(3, "swiglu", recompute=recompute), Tokens.draw(8).x_TD.requires_grad_()
@@ -104,7 +104,7 @@ def test_recomputing_merges_changes_no_bit() -> None:
 
 
 @every_merging
-def test_every_expert_and_the_router_learn_from_every_token(name: str) -> None:
+def test_every_token_trains_every_expert_and_the_router(name: str) -> None:
     layer, tokens = Case(name).layer(), Tokens.draw(64, length=16)
     layer.router.expert_dropout = 0.0
     y_TD, _ = run(layer, tokens, training=True)
@@ -122,7 +122,7 @@ def test_one_expert_is_the_dense_network(name: str) -> None:
 
 
 @every_merging
-def test_metrics_mean_shares(name: str) -> None:
+def test_load_metrics_count_shares(name: str) -> None:
     valid_T = torch.arange(32) % 16 < 12
     tokens = dataclasses.replace(Tokens.draw(32, length=16), valid_T=valid_T)
     _, record = run(Case(name).layer(), tokens, training=False)
@@ -140,22 +140,22 @@ def test_smear_by_hand() -> None:
     valid_T = torch.tensor([True] * 5 + [True] * 3 + [False] * 2)
     routing = route(router, dataclasses.replace(tokens, valid_T=valid_T), training=False)
 
-    def normalised(value_D: Tensor) -> Tensor:
+    def layer_norm(value_D: Tensor) -> Tensor:
         return (value_D - value_D.mean()) / (value_D.var(unbiased=False) + 1e-5).sqrt()
 
     for sequence, part in enumerate((slice(0, 5), slice(5, 8))):
-        mean_D = normalised(tokens.x_TD[part].mean(0))
-        logits_E = torch.stack([normalised(row_D) @ mean_D for row_D in router.gate.weight_ED]) / D_MODEL**0.5
+        mean_D = layer_norm(tokens.x_TD[part].mean(0))
+        logits_E = torch.stack([layer_norm(row_D) @ mean_D for row_D in router.gate.weight_ED]) / D_MODEL**0.5
         torch.testing.assert_close(routing.weight_GE[sequence], (router.scale * logits_E).softmax(0))
 
 
 @pytest.mark.parametrize(("options", "expected"), [({}, 0.28), ({"init_std": 1.0}, 1.0)])
-def test_logits_of_smear_start_as_small_as_published(options: dict, expected: float) -> None:
+def test_initial_logits_of_smear_match_the_released_code(options: dict, expected: float) -> None:
     # A gain of 0.01 at 768 dimensions: 0.01 · √768 = .277. Here it is the same at every width.
     router_class = ROUTERS.get("smear").item
     for width in (64, 768):
-        place = dataclasses.replace(build_context(16), d_model=width)
-        router = router_class(router_class.Config(**options), place)
+        context = dataclasses.replace(build_context(16), d_model=width)
+        router = router_class(router_class.Config(**options), context)
         init_weights(router, 0)
         tokens = dataclasses.replace(
             Tokens.draw(800, length=4), x_TD=torch.randn(800, width, generator=torch.Generator().manual_seed(1))
@@ -163,15 +163,15 @@ def test_logits_of_smear_start_as_small_as_published(options: dict, expected: fl
         assert route(router, tokens, training=False).logits_GE.std().item() == pytest.approx(expected, rel=0.1)
 
 
-def test_experts_that_are_left_out_give_their_share_to_the_others() -> None:
+def test_expert_dropout_redistributes_weights() -> None:
     router = Case("smear", 4, {"expert_dropout": 0.5}).router()
-    draw_GE = torch.tensor([[0.1, 0.6, 0.9, 0.2], [0.0, 0.1, 0.2, 0.3]])  # in the second sequence all would go
+    draw_GE = torch.tensor([[0.1, 0.6, 0.9, 0.2], [0.0, 0.1, 0.2, 0.3]])  # all would be dropped in the second sequence
     weight_GE = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.4]])
-    thinned_GE = router._thinned(weight_GE, draw_GE)
-    torch.testing.assert_close(thinned_GE, torch.tensor([[0, 0.4, 0.6, 0], [0.1, 0.2, 0.3, 0.4]]))
-    torch.testing.assert_close(router._thinned(torch.eye(4)[:1], draw_GE[:1])[0], torch.tensor([0, 0.5, 0.5, 0]))
-    left_out = route(router, Tokens.draw(4000, length=10), training=True).weight_GE == 0
-    assert left_out.float().mean() == pytest.approx(0.5 * (1 - 0.5**3), abs=0.05)  # none where all four would go
+    kept_GE = router._drop_experts(weight_GE, draw_GE)
+    torch.testing.assert_close(kept_GE, torch.tensor([[0, 0.4, 0.6, 0], [0.1, 0.2, 0.3, 0.4]]))
+    torch.testing.assert_close(router._drop_experts(torch.eye(4)[:1], draw_GE[:1])[0], torch.tensor([0, 0.5, 0.5, 0]))
+    dropped = route(router, Tokens.draw(4000, length=10), training=True).weight_GE == 0
+    assert dropped.float().mean() == pytest.approx(0.5 * (1 - 0.5**3), abs=0.05)  # none where all four would be dropped
     assert not (route(router, Tokens.draw(4000, length=10), training=False).weight_GE == 0).any()
 
 
@@ -188,7 +188,7 @@ def test_lory_by_hand() -> None:
 
 
 @pytest.mark.parametrize("segment", [1, 3, 4, 16])
-def test_a_segment_of_lory_sees_the_one_before_it_and_nothing_later(segment: int) -> None:
+def test_segments_of_lory_depend_on_themselves_and_the_previous_one(segment: int) -> None:
     layer, length = Case("lory", options={"segment_length": segment}).layer(), 16
     tokens = Tokens.draw(length)
     y_TD, _ = run(layer, tokens, training=True)
@@ -205,13 +205,13 @@ def test_a_segment_of_lory_sees_the_one_before_it_and_nothing_later(segment: int
 @pytest.mark.parametrize(
     ("name", "options", "rows", "gates"),
     [
-        ("smear", {}, 1 + 8 / 16, 1 / 16),  # a row, and one merge of 8 experts and one mean for 16 tokens
-        ("lory", {}, 4 * (4 + 8) / 16, 3 / 16),  # four segments of four tokens; the last one's mean is not needed
-        ("lory", {"segment_length": 3}, 6 * (3 + 8) / 16, 5 / 16),  # six, the last one filled up
+        ("smear", {}, 1 + 8 / 16, 1 / 16),  # one row; one merge of 8 experts and one mean per 16 tokens
+        ("lory", {}, 4 * (4 + 8) / 16, 3 / 16),  # four segments of four tokens; the last mean is not used
+        ("lory", {"segment_length": 3}, 6 * (3 + 8) / 16, 5 / 16),  # six segments, the last one padded
         ("lory", {"segment_length": 99}, 1 + 8 / 16, 0),
     ],
 )
-def test_costs_by_hand_and_by_torch(name: str, options: dict, rows: float, gates: float) -> None:
+def test_flops_match_torch(name: str, options: dict, rows: float, gates: float) -> None:
     layer = Case(name, options=options).layer().double()
     flops = int(rows * 2 * 2 * D_MODEL * 8) + int(gates * 2 * 8 * D_MODEL)
     assert layer.flops_per_token() == flops
@@ -223,7 +223,7 @@ def test_costs_by_hand_and_by_torch(name: str, options: dict, rows: float, gates
 
 @every_merging
 @pytest.mark.parametrize("options", [{"depth": 2}, {"recompute": True, "expert_dropout": 0.3}])
-def test_layouts_with_one_shape_are_trained(name: str, options: dict) -> None:
+def test_deep_and_recomputed_experts_have_finite_gradients(name: str, options: dict) -> None:
     config = config_of("every_n", name, {"ffn_width": 512}, **options)
     backbone = backbone_of(config)
     x_BLD, ctx = batch(training=True)
@@ -232,7 +232,7 @@ def test_layouts_with_one_shape_are_trained(name: str, options: dict) -> None:
     assert all(p.grad.isfinite().all() for layer in backbone.moe_layers() for p in layer.bank.parameters())
 
 
-def test_merging_is_refused_where_it_cannot_be(tmp_path) -> None:
+def test_merging_is_refused_with_expert_parallelism_causality_or_mixed_shapes(tmp_path) -> None:
     text = write_text(tmp_path)
     with pytest.raises(
         UsageError, match=r"^parallel\.expert=2: router 'lory' merges the parameters of all experts, so"
@@ -255,7 +255,7 @@ def test_merging_is_refused_where_it_cannot_be(tmp_path) -> None:
             router_class.check(router_class.Config(**options), 8)
 
 
-def test_segments_follow_the_tasks_length() -> None:
+def test_default_segment_length_is_a_quarter_of_the_sequence() -> None:
     lory = ROUTERS.get("lory").item
     assert lory(lory.Config(), build_context(8)).segment_length == 4
     assert lory(lory.Config(), dataclasses.replace(build_context(8), sequence_length=3)).segment_length == 1

@@ -1,4 +1,4 @@
-"""Mixture of depths: who goes on, what it weighs, what the predictor learns from and what a share of tokens costs."""
+"""Mixture of depths: selection, weights, training of the predictor, cost."""
 
 import dataclasses
 import math
@@ -20,13 +20,13 @@ def layer_of(num_experts: int = 8, **options) -> MoELayer:
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.01, 1), (0.125, 2), (0.5, 8), (0.7, 11), (1.0, 16)])
-def test_exactly_c_tokens_of_each_sequence_go_on_in_training(share: float, expected: int) -> None:
+def test_training_selects_exactly_c_tokens_per_sequence(share: float, expected: int) -> None:
     _, record = run(layer_of(share=share), Tokens.draw(48, length=16), training=True)
     assert record.routing.experts_per_token_T.view(3, 16).sum(1).tolist() == [expected] * 3
     assert record.routing.experts_per_token_T.max() == 1
 
 
-def test_the_first_c_by_hand_and_their_weights() -> None:
+def test_selection_and_weights_by_hand() -> None:
     layer = layer_of(2, share=0.5)
     router = layer.router
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_the_first_c_by_hand_and_their_weights() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_others_get_exactly_nothing(training: bool) -> None:
+def test_skipped_tokens_get_zero_output(training: bool) -> None:
     y_TD, record = run(layer_of(), Tokens.draw(64, length=16), training=training)
     served_T = record.kept.experts_per_token_T > 0
     assert 0 < served_T.sum() < 64
@@ -51,25 +51,26 @@ def test_the_others_get_exactly_nothing(training: bool) -> None:
     assert (y_TD[served_T].abs().sum(-1) > 0).all()
 
 
-def test_padding_has_no_part_in_the_share() -> None:
+def test_share_counts_valid_tokens_only() -> None:
     valid_T = torch.arange(32) % 16 < torch.tensor([6, 16]).repeat_interleave(16)
     tokens = dataclasses.replace(Tokens.draw(32, length=16), valid_T=valid_T)
     _, record = run(layer_of(share=0.5), tokens, training=True)
     assert record.routing.experts_per_token_T.view(2, 16).sum(1).tolist() == [3, 8]
 
 
-def test_the_task_teaches_the_gate_and_membership_the_predictor_alone() -> None:
+def test_task_loss_trains_gates_and_membership_trains_the_predictor() -> None:
     layer, tokens = layer_of(), Tokens.draw(64, length=16)
     tokens.x_TD.requires_grad_()
     y_TD, record = run(layer, tokens, training=True)
     named = dict(layer.router.named_parameters())
     leaves = [*named.values(), tokens.x_TD]
-    by_task, by_own = (
+    task_gradients, membership_gradients = (
         torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True)
         for loss in (y_TD.square().sum(), layer.router.losses(record)["membership"])
     )
     reached = [
-        {name for name, g in zip([*named, "x"], found, strict=True) if g is not None} for found in (by_task, by_own)
+        {name for name, g in zip([*named, "x"], gradients, strict=True) if g is not None}
+        for gradients in (task_gradients, membership_gradients)
     ]
     assert reached[0] == {"depth.weight_ED", "gate.weight_ED", "x"}
     assert reached[1] == {"predictor_in.weight_ED", "predictor_out.weight_ED"}
@@ -80,14 +81,14 @@ def test_membership_by_hand() -> None:
     with torch.no_grad():
         router.predictor_out.weight_ED.zero_()
     _, record = run(layer_of(share=0.5), Tokens.draw(8), training=True)
-    logit_T = torch.tensor([2.0, -1.0]).log()[:1].expand(4)  # p = 2/3 for all four, of whom two are first
+    logit_T = torch.tensor([2.0, -1.0]).log()[:1].expand(4)  # p = 2/3 for all four, two of which are selected
     extras = {"predicted_T": logit_T, "first_T": torch.tensor([True, True, False, False])}
     routing = dataclasses.replace(record.routing, extras=extras, num_tokens=4)
     loss = router.losses(dataclasses.replace(record, routing=routing))["membership"]
     assert loss.item() == pytest.approx(-(math.log(2 / 3) + math.log(1 / 3)) / 2)
 
 
-def test_the_predictor_learns_who_goes_on_and_decides_in_evaluation() -> None:
+def test_predictor_reproduces_the_selection_in_evaluation() -> None:
     layer = layer_of(share=0.5)
     optimizer = torch.optim.Adam(layer.router.parameters(), lr=0.02)
     for step in range(300):
@@ -99,10 +100,10 @@ def test_the_predictor_learns_who_goes_on_and_decides_in_evaluation() -> None:
     _, chosen = run(layer, tokens, training=True)
     _, predicted = run(layer, tokens, training=False)
     same_T = chosen.kept.experts_per_token_T == predicted.kept.experts_per_token_T
-    assert same_T.float().mean() > 0.93  # the threshold of a sequence moves a little around that of all
+    assert same_T.float().mean() > 0.93  # the threshold varies a little between sequences
 
 
-def test_one_expert_all_tokens_and_a_gate_of_1_is_the_dense_network() -> None:
+def test_one_expert_with_all_tokens_and_weight_1_is_dense() -> None:
     layer, dense = layer_of(1, share=1.0), FeedForward(D_MODEL, 8, "gelu")
     tokens = dataclasses.replace(Tokens.draw(16), x_TD=Tokens.draw(16).x_TD.abs())
     with torch.no_grad():
@@ -114,7 +115,7 @@ def test_one_expert_all_tokens_and_a_gate_of_1_is_the_dense_network() -> None:
     torch.testing.assert_close(y_TD, double_loop(layer.bank, tokens.x_TD, record.kept))
 
 
-def test_cost_is_that_of_a_share_of_the_tokens() -> None:
+def test_cost_is_proportional_to_the_share() -> None:
     layer = layer_of(share=0.25)
     expert, router = 2 * 2 * 8 * 8, 2 * (8 + 8 * 8 + 16 * 8 + 16)
     assert layer.flops_per_token() == expert // 4 + router
@@ -126,19 +127,19 @@ def test_cost_is_that_of_a_share_of_the_tokens() -> None:
 
 @pytest.mark.parametrize(("layout", "rows"), [("prototypes", 4 * 0.5), ("hierarchical", 0.5 * 0.5)])
 def test_share_in_groups(layout: str, rows: float) -> None:
-    # Four prototypes take half of the tokens each; two levels take half, and of these half.
+    # Each of four prototypes selects half of the tokens; two levels select half, and half of these.
     backbone = randomise_parameters(backbone_of(config_of(layout, "mixture_of_depths", groups=4)))
     x_BLD, ctx = batch(training=True)
     _, records = backbone(x_BLD, ctx)
     for layer, record in zip(backbone.moe_layers(), records, strict=True):
         assert layer.router.rows_per_token(layer.experts_per_token) == rows
-        found = record.kept.load_E.sum().item() / (2 * LENGTH)
-        # Of those that a group is sent, the share is rounded down, to one at least.
-        assert found == pytest.approx(rows, abs=0 if layout == "prototypes" else 8 / (2 * LENGTH))
+        rows_per_token = record.kept.load_E.sum().item() / (2 * LENGTH)
+        # The share of the tokens sent to a group is rounded down, to at least one.
+        assert rows_per_token == pytest.approx(rows, abs=0 if layout == "prototypes" else 8 / (2 * LENGTH))
 
 
 @pytest.mark.parametrize("options", [{"share": 0.0}, {"share": 1.5}, {"predictor_width": 0}])
-def test_bad_options_of_depths_are_refused(options) -> None:
+def test_options_out_of_range_are_refused(options) -> None:
     case = Case("mixture_of_depths", 8, options)
     key = next(iter(options))
     with pytest.raises(UsageError, match=rf"router\.{key}"):

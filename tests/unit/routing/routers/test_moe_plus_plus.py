@@ -1,4 +1,4 @@
-"""MoE++: the heterogeneous loss, the gating residual between layers, and experts that cost nothing."""
+"""MoE++: the heterogeneous loss, the gating residual between layers, and zero-computation experts."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ def loss_of(router: MoEPlusPlus, record: LayerRecord) -> float:
     return router.losses(record)["heterogeneous_balance"].item()
 
 
-def test_loss_is_1_at_uniform_routing_and_weighs_experts_by_hand() -> None:
+def test_loss_by_hand() -> None:
     router = router_of(tau=0.5)
     assert loss_of(router, record_of([0, 1, 2, 3], torch.full((4, 4), 0.25))) == pytest.approx(1)
     # η = 1, 1, .5, .5, whose sum is 3: all on one expert is E² η / 3.
@@ -42,8 +42,8 @@ def test_loss_is_1_at_uniform_routing_and_weighs_experts_by_hand() -> None:
     assert loss_of(router, record_of([3] * 4, torch.eye(4)[[3] * 4])) == pytest.approx(16 / 3 / 2)
 
 
-def test_loss_is_least_where_the_load_goes_as_one_over_eta() -> None:
-    # With f = P the sum Σ η f² is least at f ∝ 1/η = (1, 1, 2, 2) / 6.
+def test_loss_is_minimal_for_loads_proportional_to_1_over_eta() -> None:
+    # With f = P the sum Σ η f² is minimal at f ∝ 1/η = (1, 1, 2, 2) / 6.
     router = router_of(tau=0.5)
     expert_T = [0, 1, 2, 2, 3, 3]
     best = loss_of(router, record_of(expert_T, torch.tensor([[1.0, 1, 2, 2]]).expand(6, 4) / 6))
@@ -51,7 +51,7 @@ def test_loss_is_least_where_the_load_goes_as_one_over_eta() -> None:
     assert best < 1
 
 
-def test_loss_without_free_experts_is_the_load_balance_loss() -> None:
+def test_loss_without_free_experts_equals_load_balance() -> None:
     scores_TE = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).softmax(-1)
     record = record_of([0, 0, 1, 2, 2, 2], scores_TE)
     assert loss_of(router_of((False,) * 4), record) == pytest.approx(load_balance(record).item())
@@ -65,7 +65,7 @@ def layers_of(model: Transformer) -> list[MoELayer]:
     return model.moe_layers()
 
 
-def test_the_layout_says_which_experts_are_free() -> None:
+def test_layout_determines_the_free_experts() -> None:
     for layer in layers_of(backbone(num_experts=4, constant=1)):
         assert layer.router.eta == [1, 1, 1, 1, 0.75, 0.75, 0.75]
         assert [flops > 0 for flops in layer.bank.flops_per_row_E()] == [True] * 4 + [False, False, True]
@@ -73,35 +73,35 @@ def test_the_layout_says_which_experts_are_free() -> None:
         assert layer.router.eta == [1] * 8
 
 
-def seen_by(layer: MoELayer) -> list[Tensor]:
-    """Return a list to which the inputs of a layer's router are added."""
-    seen: list[Tensor] = []
-    layer.router.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    return seen
+def capture_inputs(layer: MoELayer) -> list[Tensor]:
+    """Return a list that collects the inputs of a layer's router."""
+    inputs_TD: list[Tensor] = []
+    layer.router.register_forward_hook(lambda module, inputs, output: inputs_TD.append(inputs[0]))
+    return inputs_TD
 
 
-def test_gates_add_what_the_layer_below_preferred() -> None:
+def test_gate_adds_the_residual_of_the_layer_below() -> None:
     model = backbone()
     first, second = layers_of(model)
     assert first.router.residual is None
-    seen = seen_by(second)
+    inputs_TD = capture_inputs(second)
     x_BLD, ctx = batch(training=True)
     _, (below, above) = model(x_BLD, ctx)
-    expected_TE = seen[0] @ second.router.gate.weight_ED.T
+    expected_TE = inputs_TD[0] @ second.router.gate.weight_ED.T
     expected_TE = expected_TE + below.routing.logits_TE @ second.router.residual.weight_ED.T
     torch.testing.assert_close(above.routing.logits_TE, expected_TE)
 
 
-def test_without_the_residual_matrix_layers_are_independent_and_with_it_gradients_go_down() -> None:
+def test_residual_passes_gradients_to_the_layer_below() -> None:
     model = backbone()
     first, second = layers_of(model)
     x_BLD, ctx = batch(training=True)
-    seen = seen_by(second)
+    inputs_TD = capture_inputs(second)
     for factor in (1.0, 0.0):
         with torch.no_grad():
             second.router.residual.weight_ED.mul_(factor)
         _, (_, above) = model(x_BLD, ctx)
-        x_TD = seen.pop()
+        x_TD = inputs_TD.pop()
         pull = torch.randn(above.routing.logits_TE.shape, generator=torch.Generator().manual_seed(1))
         alone = second.router(x_TD.detach(), ctx.route_in(second, x_BLD)).logits_TE
         through = above.routing.logits_TE - x_TD @ second.router.gate.weight_ED.T
@@ -110,7 +110,7 @@ def test_without_the_residual_matrix_layers_are_independent_and_with_it_gradient
         assert torch.allclose(alone, above.routing.logits_TE, atol=1e-5) is not bool(factor)
 
 
-def test_a_layer_of_another_size_starts_anew() -> None:
+def test_residual_is_ignored_for_another_number_of_experts() -> None:
     router = randomise_parameters(MoEPlusPlus(MoEPlusPlus.Config(), dataclasses.replace(build_context(4), layer=1)))
     tokens = Tokens.draw(5)
     ctx = tokens.context(training=False)
@@ -121,7 +121,7 @@ def test_a_layer_of_another_size_starts_anew() -> None:
     torch.testing.assert_close(same, alone + router.residual.weight_ED.sum(1))
 
 
-def test_zero_and_copy_give_the_copy_weight_times_the_token() -> None:
+def test_zero_and_copy_experts_by_hand() -> None:
     layer = layers_of(backbone(num_experts=2, constant=0))[0]  # two networks, zero, copy
     x_TD = Tokens.draw(6).x_TD.repeat(1, 2)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What routers with state get to see once per optimizer step: all micro-batches, all processes, no padding."""
+"""Router state is updated once per optimizer step from all micro-batches and processes, without padding."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,8 +14,8 @@ from moebench.routing.values import LayerRecord
 
 
 @dataclass(frozen=True)
-class Twins(SingleRank):
-    """Two processes that hold the same tokens."""
+class TwoEqualRanks(SingleRank):
+    """Two ranks that hold the same tokens."""
 
     size: int = 2
 
@@ -27,19 +27,19 @@ def test_loads_and_sums_add_up_over_micro_batches_and_processes(monkeypatch: pyt
     def statistics(self: Router, record: LayerRecord) -> dict[str, Tensor]:
         return {"served": (record.routing.experts_per_token_T > 0).sum()}
 
-    seen: list[tuple[Tensor, Mapping[str, Tensor]]] = []
+    calls: list[tuple[Tensor, Mapping[str, Tensor]]] = []
     layer = Case("top_k").layer()
     monkeypatch.setattr(type(layer.router), "sums", sums)
-    monkeypatch.setattr(type(layer.router), "after_step", lambda self, load_E, sums: seen.append((load_E, sums)))
+    monkeypatch.setattr(type(layer.router), "after_step", lambda self, load_E, sums: calls.append((load_E, sums)))
     valid_T = torch.arange(8) < 5
     records = [run(layer, Tokens.draw(8, seed=seed), training=True)[1] for seed in range(2)]
     records.append(run(layer, replace(Tokens.draw(8, seed=2), valid_T=valid_T), training=True)[1])
     layer.after_step(records)
-    layer.scopes = Scopes(world=Twins())
+    layer.scopes = Scopes(world=TwoEqualRanks())
     layer.after_step(records)
-    (load_E, sums_here), (twice_E, sums_twice) = seen
+    (load_E, single_sums), (double_load_E, double_sums) = calls
     assert load_E.tolist() == sum(record.routing.load_E for record in records).tolist()
     assert int(load_E.sum()) == (8 + 8 + 5) * 2
-    assert int(sums_here["served"]) == 8 + 8 + 5
-    assert twice_E.tolist() == (2 * load_E).tolist()
-    assert int(sums_twice["served"]) == 2 * (8 + 8 + 5)
+    assert int(single_sums["served"]) == 8 + 8 + 5
+    assert double_load_E.tolist() == (2 * load_E).tolist()
+    assert int(double_sums["served"]) == 2 * (8 + 8 + 5)

@@ -1,4 +1,4 @@
-"""Routing by domain and by sequence: who shares a decision, with numbers worked by hand."""
+"""Routing by domain and by sequence: which tokens share a decision, values by hand."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from moebench.routing.values import LayerRecord, Routing
 BY_DOMAIN = ("domain", "task_level", "multi_gate")
 
 
-def routed(router: Router, tokens: Tokens, domains: list[int], *, training: bool = False) -> Routing:
+def route_domains(router: Router, tokens: Tokens, domains: list[int], *, training: bool = False) -> Routing:
     """Route sequences of the given domains."""
     router.train(training)
     domain_T = torch.tensor(domains).repeat_interleave(tokens.length)
@@ -22,17 +22,19 @@ def routed(router: Router, tokens: Tokens, domains: list[int], *, training: bool
 
 def test_domain_by_hand() -> None:
     router, tokens = Case("domain", 2, {"evaluation": "prior"}).router(), Tokens.draw(12, length=4)
-    routing = routed(router, tokens, [0, 1, 2], training=True)
+    routing = route_domains(router, tokens, [0, 1, 2], training=True)
     assert routing.expert_N.tolist() == [0] * 4 + [1] * 4 + [0] * 4  # the third domain shares the first expert
-    torch.testing.assert_close(tabulate_weights(routed(router, tokens, [0, 1, 2])), torch.full((12, 2), 0.5))
+    torch.testing.assert_close(tabulate_weights(route_domains(router, tokens, [0, 1, 2])), torch.full((12, 2), 0.5))
     router.after_step(routing.load_E, {})
-    # Of 12 tokens 8 were those of expert 0: the prior is 2/3 and 1/3.
-    torch.testing.assert_close(tabulate_weights(routed(router, tokens, [1, 1, 1])), torch.tensor([[2 / 3, 1 / 3]] * 12))
+    # 8 of 12 tokens went to expert 0: the prior is 2/3 and 1/3.
+    torch.testing.assert_close(
+        tabulate_weights(route_domains(router, tokens, [1, 1, 1])), torch.tensor([[2 / 3, 1 / 3]] * 12)
+    )
 
 
-def test_tokens_of_a_domain_share_their_experts_and_others_do_not() -> None:
+def test_task_level_routes_all_tokens_of_a_domain_alike() -> None:
     router, tokens = Case("task_level").router(), Tokens.draw(24, length=8)
-    table_BLE = tabulate_weights(routed(router, tokens, [0, 2, 0])).view(3, 8, 8)
+    table_BLE = tabulate_weights(route_domains(router, tokens, [0, 2, 0])).view(3, 8, 8)
     assert (table_BLE == table_BLE[:, :1]).all()
     assert torch.equal(table_BLE[0], table_BLE[2])
     assert not torch.equal(table_BLE[0], table_BLE[1])
@@ -41,19 +43,19 @@ def test_tokens_of_a_domain_share_their_experts_and_others_do_not() -> None:
     torch.testing.assert_close(table_BLE[1, 0][best.indices], best.values.softmax(-1))
 
 
-def test_a_sequence_decides_by_its_mean_without_padding() -> None:
+def test_sentence_level_routes_by_the_mean_of_valid_tokens() -> None:
     router, tokens = Case("sentence_level").router(), Tokens.draw(16, length=8)
     valid_T = torch.ones(16, dtype=torch.bool)
     valid_T[5:8] = False
-    routing = routed(router, dataclasses.replace(tokens, valid_T=valid_T), [0, 0])
+    routing = route_domains(router, dataclasses.replace(tokens, valid_T=valid_T), [0, 0])
     means_BD = torch.stack([tokens.x_TD[:5].mean(0), tokens.x_TD[8:].mean(0)])
     torch.testing.assert_close(routing.logits_TE, router.gate(means_BD).repeat_interleave(8, 0))
     assert torch.equal(routing.expert_N.view(2, 8, 2), routing.expert_N.view(2, 8, 2)[:, :1].expand(2, 8, 2))
 
 
-def test_each_domain_has_its_gate_and_a_gate_learns_from_its_domain_alone() -> None:
+def test_multi_gate_uses_and_trains_the_gate_of_the_domain() -> None:
     router, tokens = Case("multi_gate", options={"top_k": 3}).router(), Tokens.draw(24, length=8)
-    routing = routed(router, tokens, [0, 1, 0], training=True)
+    routing = route_domains(router, tokens, [0, 1, 0], training=True)
     for token, domain in ((0, 0), (10, 1), (20, 0)):
         expected_E = router.weight_EGD[:, domain] @ tokens.x_TD[token]
         torch.testing.assert_close(routing.logits_TE[token], expected_E)
@@ -63,12 +65,12 @@ def test_each_domain_has_its_gate_and_a_gate_learns_from_its_domain_alone() -> N
     assert norm_G[2] == 0
 
 
-def test_one_gate_for_all_is_the_mixture_of_all_experts() -> None:
+def test_multi_gate_with_equal_gates_is_all_experts() -> None:
     ours, theirs = Case("multi_gate").router(), Case("all_experts").router()
     with torch.no_grad():
         ours.weight_EGD.copy_(theirs.gate.weight_ED.unsqueeze(1).expand_as(ours.weight_EGD))
     tokens = Tokens.draw(24, length=8)
-    both = (routed(router, tokens, [0, 1, 2]) for router in (ours, theirs))
+    both = (route_domains(router, tokens, [0, 1, 2]) for router in (ours, theirs))
     torch.testing.assert_close(*(tabulate_weights(routing) for routing in both))
 
 
@@ -79,39 +81,39 @@ def test_a_task_without_domains_is_refused(name: str) -> None:
         router_class(router_class.Config(), dataclasses.replace(build_context(8), num_domains=None))
 
 
-def test_a_domain_that_was_held_out_is_mixed_by_the_prior() -> None:
-    # Three domains are trained on; of four experts the last has seen no token and takes none.
+def test_held_out_domains_are_mixed_by_the_prior() -> None:
+    # Three domains are trained on; the last of four experts has seen no token and gets none.
     router, tokens = Case("domain", 4).router(), Tokens.draw(12, length=4)
     router.after_step(torch.tensor([6, 3, 3, 0]), {})
-    routing = routed(router, tokens, [3, 1, 7])
+    routing = route_domains(router, tokens, [3, 1, 7])
     prior = [1 / 2, 1 / 4, 1 / 4, 0]
     torch.testing.assert_close(
         tabulate_weights(routing), torch.tensor([prior, [0.0, 1, 0, 0], prior]).repeat_interleave(4, 0)
     )
     assert routing.load_E.tolist() == [8, 12, 8, 0]
-    assert routed(router, tokens, [0, 1, 2]).load_E.tolist() == [4, 4, 4, 0]
+    assert route_domains(router, tokens, [0, 1, 2]).load_E.tolist() == [4, 4, 4, 0]
 
 
-def test_what_each_domain_has_of_its_own_is_averaged_for_those_held_out() -> None:
+def test_held_out_domains_use_the_mean_over_domains() -> None:
     tokens = Tokens.draw(24, length=8)
     gates = Case("multi_gate").router()
-    logits_TE = routed(gates, tokens, [3, 0, 9]).logits_TE
+    logits_TE = route_domains(gates, tokens, [3, 0, 9]).logits_TE
     torch.testing.assert_close(logits_TE[:8], tokens.x_TD[:8] @ gates.weight_EGD.mean(1).T)
     torch.testing.assert_close(logits_TE[16:], tokens.x_TD[16:] @ gates.weight_EGD.mean(1).T)
     torch.testing.assert_close(logits_TE[8:16], tokens.x_TD[8:16] @ gates.weight_EGD[:, 0].T)
     tasks = Case("task_level").router()
-    found_TE = routed(tasks, tokens, [3, 3, 3]).logits_TE
-    torch.testing.assert_close(found_TE, tasks.gate(tasks.embedding_GD.mean(0)).expand(24, -1))
+    logits_TE = route_domains(tasks, tokens, [3, 3, 3]).logits_TE
+    torch.testing.assert_close(logits_TE, tasks.gate(tasks.embedding_GD.mean(0)).expand(24, -1))
     tables = Case("routing_networks_wpl", 2).router()
     tables.policy_GA.copy_(torch.tensor([[0.9, 0.1], [0.3, 0.7], [0.2, 0.8]]))  # on average 7/15 and 8/15
-    assert routed(tables, tokens, [0, 1, 3]).expert_N.tolist() == [0] * 8 + [1] * 16
+    assert route_domains(tables, tokens, [0, 1, 3]).expert_N.tolist() == [0] * 8 + [1] * 16
     agents = Case("routing_networks", 4).router()
     actions_TA = agents.gate(tokens.x_TD).view(24, 3, 4).mean(1)
-    assert routed(agents, tokens, [3, 3, 3]).expert_N.tolist() == actions_TA.argmax(-1).tolist()
+    assert route_domains(agents, tokens, [3, 3, 3]).expert_N.tolist() == actions_TA.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("detach_input", [True, False])
-def test_agents_read_their_input_and_shape_it_only_if_told(detach_input: bool) -> None:
+def test_policy_gradient_reaches_the_input_unless_detached(detach_input: bool) -> None:
     router = Case("routing_networks", options={"detach_input": detach_input, "baseline": "none"}).router()
     tokens = Tokens.draw(64)
     tokens.x_TD.requires_grad_()

@@ -1,4 +1,4 @@
-"""Routers in which experts choose tokens: caps, groups, shortlists and thresholds."""
+"""Routers in which experts choose tokens: caps, groups, shortlists, thresholds."""
 
 import dataclasses
 
@@ -10,13 +10,13 @@ from support.cases import Case, Tokens, route, run, tabulate_assignments, tabula
 
 from moebench.errors import UsageError
 from moebench.models.transformer import init_weights
-from moebench.routing.assignment import capped_plan
+from moebench.routing.assignment import solve_capped_plan
 from moebench.routing.router import ROUTERS, RouterBuildContext
 from moebench.routing.values import LayerRecord
 
 
 def identity_router(name: str, num_experts: int, **options):
-    """Build a router whose logits are the first numbers of the token."""
+    """Build a router whose logits are the first elements of the token."""
     router = Case(name, num_experts, options).router()
     with torch.no_grad():
         router.gate.weight_ED.copy_(torch.eye(num_experts, 8))
@@ -30,8 +30,8 @@ def tokens_with(logits: list[list[float]], length: int | None = None) -> Tokens:
 
 
 def test_two_sided_by_hand() -> None:
-    # E = 2, c = 1, T = 4: each expert has 2 places. Shortlists of 1: tokens 0, 1, 2 offer themselves to expert 0 and
-    # token 3 to expert 1. Expert 0 takes its best two, 0 and 1; expert 1 has one offer; token 2 gets nothing.
+    # E = 2, c = 1, T = 4: each expert has 2 slots. Shortlists of 1: tokens 0, 1, 2 shortlist expert 0 and token 3
+    # expert 1. Expert 0 takes its best two, 0 and 1; expert 1 takes token 3; token 2 gets no expert.
     tokens = tokens_with([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     routing = route(identity_router("two_sided", 2, shortlist=1, average_experts=1), tokens, training=False)
     assert tabulate_assignments(routing).tolist() == [[True, False], [True, False], [False, False], [False, True]]
@@ -42,7 +42,7 @@ def test_two_sided_by_hand() -> None:
 
 @settings(max_examples=20)
 @given(st.integers(1, 30), st.integers(1, 4), st.integers(0, 99))
-def test_two_sided_is_bounded_on_both_sides_and_stable(num_tokens: int, shortlist: int, seed: int) -> None:
+def test_two_sided_respects_both_limits_and_preferences(num_tokens: int, shortlist: int, seed: int) -> None:
     average = min(shortlist, 2)
     case = Case("two_sided", 8, {"shortlist": shortlist, "average_experts": average})
     routing = route(case.router(seed), Tokens.draw(num_tokens, seed=seed), training=False)
@@ -50,16 +50,16 @@ def test_two_sided_is_bounded_on_both_sides_and_stable(num_tokens: int, shortlis
     assert taken_TE.sum(0).max() <= capacity
     assert taken_TE.sum(1).max() <= shortlist
     scores_TE = routing.scores_TE
-    offered_TE = torch.zeros_like(taken_TE).scatter(1, scores_TE.topk(shortlist, -1).indices, True)
-    for expert in range(8):  # whoever offered itself in vain offered less than everybody who was taken
-        vain_T = offered_TE[:, expert] & ~taken_TE[:, expert]
-        if vain_T.any():
+    shortlisted_TE = torch.zeros_like(taken_TE).scatter(1, scores_TE.topk(shortlist, -1).indices, True)
+    for expert in range(8):  # tokens turned away have lower scores than those taken
+        rejected_T = shortlisted_TE[:, expert] & ~taken_TE[:, expert]
+        if rejected_T.any():
             assert taken_TE[:, expert].sum() == capacity
-            assert scores_TE[vain_T, expert].max() <= scores_TE[taken_TE[:, expert], expert].min()
+            assert scores_TE[rejected_T, expert].max() <= scores_TE[taken_TE[:, expert], expert].min()
 
 
 @pytest.mark.parametrize("group", ["batch", "sequence"])
-def test_a_shortlist_of_all_is_expert_choice(group: str) -> None:
+def test_two_sided_with_full_shortlist_is_expert_choice(group: str) -> None:
     tokens = Tokens.draw(48, length=16)
     both = (Case("two_sided", 8, {"shortlist": 8, "group": group}), Case("expert_choice", 8, {"group": group}))
     ours, theirs = (tabulate_weights(route(case.router(), tokens, training=True)) for case in both)
@@ -67,16 +67,16 @@ def test_a_shortlist_of_all_is_expert_choice(group: str) -> None:
 
 
 def test_capped_plan_by_hand() -> None:
-    # Two tokens, two experts with one place each, cap 1. Both experts prefer token 0 (.9 > .6, .8 > .1). Giving it to
+    # Two tokens, two experts with one slot each, cap 1. Both experts prefer token 0 (.9 > .6, .8 > .1). Giving it to
     # expert 1 and token 1 to expert 0 is worth .6 + .8 = 1.4; the other way .9 + .1 = 1.0.
     score_GTE = torch.tensor([[[0.9, 0.8], [0.6, 0.1]]])
-    plan_GTE = capped_plan(score_GTE, torch.tensor([1]), 1, None).exp().clamp(max=1)
+    plan_GTE = solve_capped_plan(score_GTE, torch.tensor([1]), 1, None).exp().clamp(max=1)
     torch.testing.assert_close(plan_GTE[0], torch.tensor([[0.0, 1.0], [1.0, 0.0]]), atol=0.03, rtol=0)
 
 
 @pytest.mark.parametrize("cap", [2, 3])
 @pytest.mark.parametrize("group", ["batch", "sequence"])
-def test_cap_is_kept_and_experts_stay_nearly_full(cap: int, group: str) -> None:
+def test_cap_is_exact_and_experts_are_nearly_full(cap: int, group: str) -> None:
     tokens = Tokens.draw(128, length=32)
     free = route(Case("expert_choice", 8, {"group": group}).router(), tokens, training=True)
     capped = route(Case("expert_choice", 8, {"group": group, "max_per_token": cap}).router(), tokens, training=True)
@@ -84,13 +84,13 @@ def test_cap_is_kept_and_experts_stay_nearly_full(cap: int, group: str) -> None:
     assert tabulate_assignments(capped).sum(1).max() <= cap
     assert capped.load_E.max() <= 32
     assert capped.load_E.sum() >= 0.9 * 256
-    # Tokens without an expert become fewer: what one token may not have goes to others.
+    # Fewer tokens are unserved: slots freed by the cap go to other tokens.
     assert (tabulate_assignments(capped).sum(1) == 0).sum() <= (tabulate_assignments(free).sum(1) == 0).sum()
     weight_N = capped.scores_TE[capped.token_N, capped.expert_N].where(capped.counted_N, 0.0)
     torch.testing.assert_close(capped.weight_N, weight_N)
 
 
-def test_a_cap_of_all_is_no_cap() -> None:
+def test_cap_of_all_experts_changes_little() -> None:
     tokens = Tokens.draw(64)
     ours, theirs = (
         route(Case("expert_choice", 8, options).router(), tokens, training=True)
@@ -101,7 +101,7 @@ def test_a_cap_of_all_is_no_cap() -> None:
     ).float().mean() > 0.97  # the paper's plan is at most entropic
 
 
-def test_by_position_chooses_among_sequences() -> None:
+def test_expert_choice_by_position_by_hand() -> None:
     # Four sequences of 8 tokens, c = 2, E = 8: every expert takes 4 · 2 / 8 = 1 token of each position.
     router, tokens = Case("expert_choice_by_position").router(), Tokens.draw(32, length=8)
     routing = route(router, tokens, training=True)
@@ -111,7 +111,7 @@ def test_by_position_chooses_among_sequences() -> None:
     assert torch.equal(taken_BLE.int().argmax(0), best_LE)
 
 
-def test_thresholds_at_the_quantile_are_expert_choice() -> None:
+def test_thresholds_at_the_quantile_match_expert_choice() -> None:
     # 64 tokens, k = 2 of 8: with each threshold between the 16th and 17th best logit, both take the same tokens.
     router, tokens = Case("expert_threshold").router(), Tokens.draw(64)
     logits_TE = route(router, tokens, training=False).logits_TE
@@ -124,19 +124,19 @@ def test_thresholds_at_the_quantile_are_expert_choice() -> None:
     torch.testing.assert_close(tabulate_weights(routing), logits_TE.sigmoid() * expected_TE)
 
 
-def test_thresholds_reach_their_share_and_hold_it_on_new_tokens() -> None:
+def test_thresholds_converge_to_their_share_on_new_tokens() -> None:
     layer = Case("expert_threshold", options={"decay": 0.5}).layer()
     for step in range(12):
         _, record = run(layer, Tokens.draw(512, seed=step), training=True)
         layer.after_step([record])
     load_E = route(layer.router, Tokens.draw(2048, seed=99), training=False).load_E
-    # 2048 · 2 / 8 = 512 each, standard deviation 20 plus that of the quantiles themselves.
+    # 2048 · 2 / 8 = 512 each, standard deviation 20 plus that of the quantiles.
     assert (load_E - 512).abs().max() < 120
 
 
 @pytest.mark.parametrize(("num_experts", "average"), [(16, 2), (64, 2), (8, 1)])
-def test_the_first_thresholds_fit_the_first_gate(num_experts: int, average: int) -> None:
-    # A gate without the cut of its draw would have logits wider by 1/.8796: 1.51, 1.13 and .77 experts per token.
+def test_initial_thresholds_match_the_initial_gate(num_experts: int, average: int) -> None:
+    # Ignoring the truncation, logits would be wider by 1/.8796: 1.51, 1.13 and .77 experts per token.
     router_class = ROUTERS.get("expert_threshold").item
     router = router_class(
         router_class.Config(average_experts=average), RouterBuildContext(d_model=512, num_experts=num_experts)
@@ -149,11 +149,11 @@ def test_the_first_thresholds_fit_the_first_gate(num_experts: int, average: int)
     assert int(routing.load_E.sum()) / 8192 == pytest.approx(average, rel=0.05)
 
 
-def test_micro_batches_and_padding_change_no_threshold() -> None:
+def test_thresholds_do_not_depend_on_micro_batches_or_padding() -> None:
     tokens = Tokens.draw(64, length=16)
     layers = [Case("expert_threshold").layer() for _ in range(3)]
-    _, whole = run(layers[0], tokens, training=True)
-    layers[0].after_step([whole])
+    _, full_record = run(layers[0], tokens, training=True)
+    layers[0].after_step([full_record])
     parts = [run(layers[1], tokens.take(torch.arange(n, n + 32)), training=True)[1] for n in (0, 32)]
     layers[1].after_step(parts)
     longer = Tokens.draw(80, length=16)
@@ -167,26 +167,26 @@ def test_micro_batches_and_padding_change_no_threshold() -> None:
 
 
 @pytest.mark.parametrize(("mean", "deviation"), [(0.0, 1.0), (-7.0, 0.1), (30.0, 0.3)])
-def test_thresholds_reach_their_share_wherever_logits_lie(mean: float, deviation: float) -> None:
-    # In even bins of r / (1 + |r|) all logits about 30 are in one.
+def test_thresholds_converge_for_any_location_of_logits(mean: float, deviation: float) -> None:
+    # With equal bins of r / (1 + |r|) all logits near 30 would fall into one.
     generator = torch.Generator().manual_seed(0)
     router = identity_router("expert_threshold", 8, decay=0.5)
     for _ in range(40):
         x_TD = mean + deviation * torch.randn(2048, 8, generator=generator)
         routing = route(router, tokens_with(x_TD.tolist()), training=True)
         router.after_step(routing.load_E, router.statistics(LayerRecord(routing=routing, kept=routing)))
-    # A quarter of 2048 each, with a deviation of 20 in the step and of as many in the quantiles.
+    # 2048 / 4 each, with a standard deviation of 20 for the step and 20 for the quantiles.
     assert (routing.load_E - 512).abs().max() < 120
     assert routing.load_E.float().mean().item() == pytest.approx(512, rel=0.03)
 
 
-def test_one_step_moves_a_threshold_by_its_share_of_the_way() -> None:
+def test_threshold_update_by_hand() -> None:
     # 4 tokens, k = 1 of 2 experts: two of four pass above the third largest logit, .3 and .1.
     router = identity_router("expert_threshold", 2, average_experts=1, decay=0.75)
     router.threshold_E.copy_(torch.tensor([0.5, -0.4]))
     routing = route(router, tokens_with([[0.9, 0.0], [0.7, 0.2], [0.3, 0.1], [0.2, 0.6]]), training=True)
     router.after_step(routing.load_E, router.statistics(LayerRecord(routing=routing, kept=routing)))
-    # .75 · .5 + .25 · .3 = .45 and .75 · -.4 + .25 · .1 = -.275, within 1/128 of the way.
+    # .75 · .5 + .25 · .3 = .45 and .75 · -.4 + .25 · .1 = -.275, within 1/128 of the step.
     assert router.threshold_E.tolist() == pytest.approx([0.45, -0.275], abs=0.25 * 0.5 / 128)
 
 
@@ -198,7 +198,7 @@ def test_one_step_moves_a_threshold_by_its_share_of_the_way() -> None:
         ("expert_threshold", {"decay": 1.0}, "router.decay must be at least 0 and below 1, got 1.0"),
     ],
 )
-def test_mistakes_are_refused(name: str, options: dict, message: str) -> None:
+def test_options_out_of_range_are_refused(name: str, options: dict, message: str) -> None:
     case = Case(name, options=options)
     with pytest.raises(UsageError) as caught:
         case.router_class.check(case.config, 8)

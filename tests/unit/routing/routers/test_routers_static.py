@@ -1,4 +1,4 @@
-"""Static routers: what the expert is a function of, and of nothing else."""
+"""Hash routers: the expert is a fixed function of token ids or position."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,7 @@ from support.cases import VOCAB, Case, Tokens, build_context, route
 from support.training_cases import tiny_config, write_text
 
 from moebench.errors import UsageError
-from moebench.routing.clusters import cluster_token_ids, token_vectors
+from moebench.routing.clusters import cluster_token_ids, embed_token_ids
 from moebench.routing.router import ROUTERS
 from moebench.routing.routers.hash import balanced_table
 from moebench.training.model import prepare_task
@@ -19,7 +19,7 @@ from moebench.training.model import prepare_task
 HASHES = ("hash", "hash_bigram", "hash_future")
 
 
-def experts(name: str, ids: list[list[int]], num_experts: int = 8, **options) -> torch.Tensor:
+def route_ids(name: str, ids: list[list[int]], num_experts: int = 8, **options) -> torch.Tensor:
     """Return the expert of each token of some sequences of ids, after checking that the weights are 1."""
     id_BL = torch.tensor(ids)
     tokens = Tokens.draw(id_BL.numel(), length=id_BL.shape[1])
@@ -32,32 +32,32 @@ def experts(name: str, ids: list[list[int]], num_experts: int = 8, **options) ->
 def test_tables_by_hand() -> None:
     table_V = balanced_table(build_context(8).token_count_V, 8)
     ids = [[3, 7, 3, 29], [7, 7, 0, 1]]
-    assert torch.equal(experts("hash", ids), table_V[torch.tensor(ids)])
-    # The next id; the last token has none and goes by its own.
-    assert torch.equal(experts("hash_future", ids), table_V[torch.tensor([[7, 3, 29, 29], [7, 0, 1, 1]])])
-    assert experts("hash_position", [[5] * 5, [1] * 5], 4).tolist() == [[0, 1, 2, 3, 0]] * 2
+    assert torch.equal(route_ids("hash", ids), table_V[torch.tensor(ids)])
+    # The next id; the last token, which has none, uses its own.
+    assert torch.equal(route_ids("hash_future", ids), table_V[torch.tensor([[7, 3, 29, 29], [7, 0, 1, 1]])])
+    assert route_ids("hash_position", [[5] * 5, [1] * 5], 4).tolist() == [[0, 1, 2, 3, 0]] * 2
 
 
-def test_bigram_depends_on_the_pair_and_starts_anew_in_each_sequence() -> None:
-    found_BL = experts("hash_bigram", [[3, 7, 3, 7], [3, 7, 7, 3], [7, 3, 7, 3]])
-    assert found_BL[0, 1] == found_BL[0, 3] == found_BL[1, 1] == found_BL[2, 2], "7 after 3"
-    assert found_BL[0, 2] == found_BL[1, 3] == found_BL[2, 1] == found_BL[2, 3], "3 after 7"
-    assert found_BL[0, 0] == found_BL[1, 0], "3 at the start, whatever ends the sequence before"
-    # One frequent id after every other id goes to all experts; a table would send it to one.
+def test_bigram_hash_depends_on_the_pair_within_a_sequence() -> None:
+    expert_BL = route_ids("hash_bigram", [[3, 7, 3, 7], [3, 7, 7, 3], [7, 3, 7, 3]])
+    assert expert_BL[0, 1] == expert_BL[0, 3] == expert_BL[1, 1] == expert_BL[2, 2], "7 after 3"
+    assert expert_BL[0, 2] == expert_BL[1, 3] == expert_BL[2, 1] == expert_BL[2, 3], "3 after 7"
+    assert expert_BL[0, 0] == expert_BL[1, 0], "3 at the start, after any previous sequence"
+    # One frequent id after each other id is spread over all experts; a table of ids would send it to one.
     pairs = [[before, 5] for before in range(VOCAB)]
-    assert experts("hash_bigram", pairs)[:, 1].unique().numel() == 8
-    # And the pairs spread evenly: 2500 over 8 is 312.5, standard deviation 16.5.
-    every = [[before, after] for before in range(VOCAB) for after in range(VOCAB)]
-    load_E = experts("hash_bigram", every)[:, 1].bincount(minlength=8)
+    assert route_ids("hash_bigram", pairs)[:, 1].unique().numel() == 8
+    # Pairs are spread evenly: 2500 over 8 is 312.5, standard deviation 16.5.
+    all_pairs = [[before, after] for before in range(VOCAB) for after in range(VOCAB)]
+    load_E = route_ids("hash_bigram", all_pairs)[:, 1].bincount(minlength=8)
     assert (load_E - 312.5).abs().max() < 5 * 16.5
 
 
-def test_random_table_differs_by_layer_and_by_nothing_else() -> None:
+def test_random_table_depends_on_the_layer_only() -> None:
     tables = []
     for layer in (0, 0, 1):
         router_class = ROUTERS.get("hash").item
-        place = dataclasses.replace(build_context(8), layer=layer)
-        tables.append(router_class(router_class.Config(table="random"), place).table_V)
+        context = dataclasses.replace(build_context(8), layer=layer)
+        tables.append(router_class(router_class.Config(table="random"), context).table_V)
     assert torch.equal(tables[0], tables[1])
     assert (tables[0] != tables[2]).sum() > 25  # 50 ids, 7/8 of them expected
     assert tables[0].unique().numel() == 8
@@ -70,7 +70,7 @@ def test_a_task_without_ids_is_refused(name: str) -> None:
         router_class(router_class.Config(), dataclasses.replace(build_context(8), token_count_V=None))
 
 
-def test_ids_in_like_contexts_share_an_expert() -> None:
+def test_ids_in_similar_contexts_share_an_expert() -> None:
     # Ids 0-3 are always followed by one of 4-7, and those by 8, and 8 by one of 0-3.
     draw = np.random.default_rng(0)
     text_N = np.stack([draw.integers(0, 4, 3000), draw.integers(4, 8, 3000), np.full(3000, 8)], axis=1).reshape(-1)
@@ -79,15 +79,15 @@ def test_ids_in_like_contexts_share_an_expert() -> None:
     assert len(set(table_V[:4].tolist())) == len(set(table_V[4:8].tolist())) == 1
     assert len({int(table_V[0]), int(table_V[4]), int(table_V[8])}) == 3
     assert torch.equal(table_V, cluster_token_ids(pairs_VV, 3, seed=0))
-    assert not token_vectors(pairs_VV)[9].any()  # it never occurs
+    assert not embed_token_ids(pairs_VV)[9].any()  # an id that never occurs
 
 
-def test_a_text_that_tells_no_ids_apart_has_no_clusters() -> None:
-    with pytest.raises(UsageError, match=r"^router\.table: 'clustered' finds fewer than 3 kinds of ids"):
+def test_clustering_identical_ids_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"^router\.table: 'clustered' finds fewer than 3 distinct token ids"):
         cluster_token_ids(torch.ones(10, 10), 3, seed=0)
 
 
-def test_clusters_need_a_text_and_enough_ids() -> None:
+def test_clustering_without_text_or_enough_ids_is_refused() -> None:
     router_class = ROUTERS.get("hash").item
     config = router_class.Config(table="clustered")
     for wrong in (dataclasses.replace(build_context(8), token_pairs=None), build_context(VOCAB + 1)):
@@ -95,7 +95,7 @@ def test_clusters_need_a_text_and_enough_ids() -> None:
             router_class(config, wrong)
 
 
-def test_pairs_of_a_text_are_counted(tmp_path: Path) -> None:
+def test_token_pairs_are_counted(tmp_path: Path) -> None:
     task = prepare_task(tiny_config(write_text(tmp_path)), tmp_path)
     pairs_VV = task.token_pairs()
     token_N = np.asarray(task.text.train.tokens_N, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""THOR: what is drawn for whom, and two passes over a batch that must agree: what is trained and what it costs."""
+"""THOR: random experts per batch, sequence or token; the consistency loss of two passes and its cost."""
 
 import math
 from dataclasses import replace
@@ -55,7 +55,7 @@ def test_divergence_by_hand() -> None:
 
 
 @given(st.integers(2, 6), st.integers(0, 99))
-def test_divergence_is_symmetric_and_no_less_than_0(num_classes: int, seed: int) -> None:
+def test_divergence_is_symmetric_and_not_negative(num_classes: int, seed: int) -> None:
     first, second = 3 * torch.randn(2, 5, num_classes, generator=torch.Generator().manual_seed(seed))
     p, q = first.log_softmax(-1), second.log_softmax(-1)
     assert (divergence(p, q) > 0).all()
@@ -63,8 +63,8 @@ def test_divergence_is_symmetric_and_no_less_than_0(num_classes: int, seed: int)
     assert not divergence(p, p).any()
 
 
-def test_passes_that_draw_the_same_experts_agree(text: Path, tmp_path: Path) -> None:
-    one = {"layout": {"num_experts": 1}}  # there is nothing else to draw
+def test_consistency_loss_is_0_if_both_passes_use_the_same_experts(text: Path, tmp_path: Path) -> None:
+    one = {"layout": {"num_experts": 1}}  # both passes must use it
     assert judged_batch(module_of(text, tmp_path, {}, **one))[0].raw["consistency"] == 0
     found, records, _ = judged_batch(module_of(text, tmp_path, {}))
     drawn = [[record.routing.expert_N.unique().tolist() for record in of_pass] for of_pass in records]
@@ -72,7 +72,7 @@ def test_passes_that_draw_the_same_experts_agree(text: Path, tmp_path: Path) -> 
     assert found.raw["consistency"] > 1e-4
 
 
-def test_task_loss_is_the_mean_of_the_passes_and_padding_counts_nowhere(text: Path, tmp_path: Path) -> None:
+def test_task_loss_is_the_mean_of_both_passes_without_padding(text: Path, tmp_path: Path) -> None:
     module = module_of(text, tmp_path, {"consistency": 3.0})
     valid_BL = torch.arange(8).expand(4, 8) < torch.tensor([[8], [5], [1], [0]])
     found, _, outputs = judged_batch(module, valid_BL)
@@ -87,14 +87,14 @@ def test_task_loss_is_the_mean_of_the_passes_and_padding_counts_nowhere(text: Pa
     assert set(found.parts()) == {"loss/task", "loss/total", "loss/consistency", "balance/consistency"}
 
 
-def test_without_a_coefficient_there_is_one_pass(text: Path, tmp_path: Path) -> None:
+def test_coefficient_of_0_makes_one_pass(text: Path, tmp_path: Path) -> None:
     module = module_of(text, tmp_path, {"consistency": 0.0})
     found, records, outputs = judged_batch(module)
     assert len(outputs) == len(records) == 1
     assert set(found.parts()) == {"loss/task", "loss/total"}
 
 
-def test_both_passes_are_on_record(text: Path, tmp_path: Path) -> None:
+def test_records_contain_both_passes(text: Path, tmp_path: Path) -> None:
     module = module_of(text, tmp_path, {}, train={"accumulate": 2})
     for index in range(2):
         module.training_step(module.task.train_batch(4, 0, 0, slice(2 * index, 2 * index + 2)), index)
@@ -104,7 +104,7 @@ def test_both_passes_are_on_record(text: Path, tmp_path: Path) -> None:
     assert all(record.token_loss_T.shape == (16,) for records in module.records for record in records)
 
 
-def test_division_into_micro_batches_changes_no_gradient(text: Path, tmp_path: Path) -> None:
+def test_gradients_do_not_depend_on_micro_batches(text: Path, tmp_path: Path) -> None:
     gradients = []
     for accumulate in (1, 2):
         module = module_of(text, tmp_path, {"consistency": 2.0}, train={"accumulate": accumulate})
@@ -118,48 +118,48 @@ def test_division_into_micro_batches_changes_no_gradient(text: Path, tmp_path: P
             )
             total = total + found.total / accumulate
         gradients.append(torch.autograd.grad(total, list(module.parameters()), allow_unused=True))
-    for whole, parts in zip(*gradients, strict=True):
-        assert (whole is None) is (parts is None)
-        if whole is not None:
-            torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+    for full, accumulated in zip(*gradients, strict=True):
+        assert (full is None) is (accumulated is None)
+        if full is not None:
+            torch.testing.assert_close(accumulated, full, rtol=1e-4, atol=1e-6)
 
 
-def test_second_pass_counts(text: Path, tmp_path: Path) -> None:
+def test_cost_includes_the_second_pass(text: Path, tmp_path: Path) -> None:
     costs = [model_cost(module_of(text, tmp_path, {"consistency": consistency}).model, 8) for consistency in (0.0, 0.5)]
     assert [cost.train_passes for cost in costs] == [1, 2]
     assert costs[1].training_flops == 2 * costs[0].training_flops == 2 * costs[0].flops_per_token
 
 
-def test_groups_ask_for_what_their_routers_ask_for() -> None:
+def test_grouped_router_has_the_consistency_of_its_routers() -> None:
     router_class = ROUTERS.get("thor").item
     both = GroupedRouter(router_class, router_class.Config(consistency=0.7), RouterBuildContext(d_model=8, num_experts=8), 4,
                          pick_groups=True)  # fmt: skip
     assert both.consistency == 0.7
 
 
-def thor(tokens: Tokens, options: dict[str, Any], *, training: bool, seed: int = 0) -> Tensor:
-    """Return the one expert of each token, a row for each sequence."""
+def route_experts(tokens: Tokens, options: dict[str, Any], *, training: bool, seed: int = 0) -> Tensor:
+    """Return the expert of each token, int64 [B, L]."""
     routing = route(Case("thor", 4, options).router(), tokens, training=training, seed=seed)
     assert routing.weight_N.tolist() == [1.0] * len(tokens.x_TD)
     return routing.expert_N.view(-1, tokens.length)
 
 
-def test_thor_draws_for_a_batch_a_sequence_or_a_token() -> None:
+def test_thor_draws_per_batch_sequence_or_token() -> None:
     tokens = Tokens.draw(256, length=8)
-    whole = [thor(tokens, {}, training=True, seed=seed) for seed in range(400)]
-    assert all(found.unique().numel() == 1 for found in whole)
-    load_E = torch.stack([found[0, 0] for found in whole]).bincount(minlength=4)
+    per_batch = [route_experts(tokens, {}, training=True, seed=seed) for seed in range(400)]
+    assert all(expert_BL.unique().numel() == 1 for expert_BL in per_batch)
+    load_E = torch.stack([expert_BL[0, 0] for expert_BL in per_batch]).bincount(minlength=4)
     assert (load_E - 100).abs().max() < SIGMAS * math.sqrt(400 * 0.25 * 0.75)
     for training, key in ((True, "training"), (False, "evaluation")):
-        by_sequence = thor(tokens, {key: "sequence"}, training=training)
+        by_sequence = route_experts(tokens, {key: "sequence"}, training=training)
         assert (by_sequence == by_sequence[:, :1]).all()
         assert by_sequence.unique().numel() == 4
-        by_token = thor(tokens, {key: "token"}, training=training)
+        by_token = route_experts(tokens, {key: "token"}, training=training)
         assert (by_token.reshape(-1).bincount(minlength=4) - 64).abs().max() < SIGMAS * math.sqrt(256 * 0.25 * 0.75)
         assert not (by_token == by_token[:, :1]).all(1).any()
 
 
-def test_thor_averages_in_evaluation_if_asked() -> None:
+def test_evaluation_average_uses_all_experts() -> None:
     layer = Case("thor", 4, {"evaluation": "average"}).layer()
     tokens = Tokens.draw(8)
     y_TD, _ = run(layer, tokens, training=False)
@@ -167,7 +167,7 @@ def test_thor_averages_in_evaluation_if_asked() -> None:
     torch.testing.assert_close(y_TD, torch.stack(each).mean(0))
 
 
-def test_thor_draws_the_same_in_every_process() -> None:
+def test_draw_per_batch_is_equal_on_all_ranks() -> None:
     router, tokens = Case("thor", 4).router(), Tokens.draw(4)
     for seed in range(8):
         parts = [
@@ -180,7 +180,7 @@ def test_thor_draws_the_same_in_every_process() -> None:
         assert torch.cat([part.expert_N for part in parts]).unique().numel() == 1
 
 
-def test_who_draws_in_evaluation_depends_on_the_batch() -> None:
+def test_routers_that_draw_in_evaluation_are_batch_dependent() -> None:
     drawing = {entry.name for entry in ROUTERS.entries() if entry.facts.causality.draws_in_evaluation}
     assert {"random", "thor", "conditional_computation"} <= drawing
     assert all(ROUTERS.get(name).facts.causality.batch_dependent for name in drawing)

@@ -1,4 +1,4 @@
-"""Node-limited routing: a token may use the experts of its best groups only."""
+"""Group-limited selection (also node-limited routing): a token may only use the experts of its best groups."""
 
 import torch
 from torch import Tensor
@@ -7,12 +7,12 @@ from moebench.errors import UsageError
 from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k
 
 
-def within_best_groups(selection_TE: Tensor, num_groups: int, kept_groups: int, best_of: int) -> Tensor:
-    """Return the selection scores with -inf for experts outside a token's `kept_groups` best groups.
+def mask_to_best_groups(selection_TE: Tensor, num_groups: int, kept_groups: int, best_of: int) -> Tensor:
+    """Return the selection scores with -inf for experts outside each token's `kept_groups` best groups.
 
-    Groups are neighbours of equal number, in the source the experts of one node. A group's score is the sum of its
-    `best_of` best: 1 in DeepSeek-V2 (arXiv:2405.04434, section 2.2.2), 2 in DeepSeek-V3 (arXiv:2412.19437,
-    section 2.1.2). The fill is -inf and not 0: a bias can push a score below 0.
+    A group is a range of E / num_groups consecutive experts; in the papers, the experts of one node. Its score is the
+    sum of its `best_of` highest selection scores: 1 in DeepSeek-V2 (arXiv:2405.04434, section 2.2.2), 2 in DeepSeek-V3
+    (arXiv:2412.19437, section 2.1.2). The mask is -inf and not 0, because a bias can push a score below 0.
     """
     if kept_groups == num_groups:
         return selection_TE
@@ -25,7 +25,7 @@ def within_best_groups(selection_TE: Tensor, num_groups: int, kept_groups: int, 
 
 
 def check_kept_groups(num_groups: int, kept_groups: int, top_k: int, num_experts: int) -> None:
-    """Raise UsageError unless the experts divide into groups, of which those that are kept hold k experts."""
+    """Raise UsageError unless groups divide the experts and the kept groups hold at least `top_k` of them."""
     if num_groups < 1 or num_experts % num_groups:
         raise UsageError(
             f"router.num_groups={num_groups} does not divide layout.num_experts={num_experts} (1 turns groups off)"

@@ -1,0 +1,88 @@
+"""Selection of test cases: which products of routers, options, sizes and modes run in `make test`.
+
+`make test-all` runs the full products. `make test` runs a part of each and marks the rest slow, so that it stays a few
+minutes as routers are added. The parts are chosen here:
+
+- `parametrize_cases` (cases and axes of values): a router with its defaults meets every value of every axis, and over
+  all routers every pair of values occurs. Other options meet one combination each, cycling through all of them.
+- `parametrize_sizes` (cases with every number of experts): defaults at each number, other options at 8 and 1.
+- `parametrize_pairs` (layouts and routers): every router on the plain layout, and every layout with one router of each
+  family, cycling through the family, whose routers share the code path of a layout.
+
+The selection is deterministic: the same registry gives the same tests.
+"""
+
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import pytest
+from support.cases import Case, all_cases
+
+from moebench.experts.layout import LAYOUTS
+from moebench.routing.router import ROUTERS
+
+PLAIN_LAYOUT = "every_n"
+
+
+def parametrize_cases(cases: Sequence[Case], **axes: Sequence[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
+    """Parametrise a test by `case` and axes (values, or id -> value); mark combinations outside `make test` slow."""
+    named_axes = [
+        axis if isinstance(axis, Mapping) else {str(value): value for value in axis} for axis in axes.values()
+    ]
+    ids = [list(values) for values in named_axes]
+    combinations = list(itertools.product(*ids))
+    kept: set[Hashable] = set()
+    default_count, option_count = itertools.count(), itertools.count()
+    for case in cases:
+        if case.options:
+            kept.add((str(case), *combinations[next(option_count) % len(combinations)]))
+            continue
+        shift = next(default_count)  # shift the first axis, so that all pairs of values occur over the cases
+        for turn in range(max(map(len, ids))):
+            chosen = (values[(turn + shift * (not axis)) % len(values)] for axis, values in enumerate(ids))
+            kept.add((str(case), *chosen))
+    full = {
+        (str(case), *chosen): (case, *(values[name] for values, name in zip(named_axes, chosen, strict=True)))
+        for case in cases
+        for chosen in combinations
+    }
+    return _parametrize(("case", *axes), full, kept)
+
+
+def parametrize_sizes() -> pytest.MarkDecorator:
+    """Parametrise a test by every case with every number of experts."""
+    cases = {(str(case),): (case,) for case in all_cases()}
+    kept = [key for key, (case,) in cases.items() if not case.options or case.num_experts in (1, 8)]
+    return _parametrize(("case",), cases, kept)
+
+
+def parametrize_pairs(
+    refused: Callable[[str, str], Any] = lambda layout, router: False, *, each_family: bool = True
+) -> pytest.MarkDecorator:
+    """Parametrise a test by `layout` and `router`, with one router per family and layout in `make test`.
+
+    A router that a layout refuses represents its family only if all are refused. Without `each_family` all routers form
+    one family: for tests to which a router is only a name and its options.
+    """
+    families: dict[str, list[str]] = {}
+    for entry in ROUTERS.entries():
+        families.setdefault(entry.facts.family if each_family else "", []).append(entry.name)
+    kept = {(PLAIN_LAYOUT, router) for router in ROUTERS.names()}
+    for turn, layout in enumerate(LAYOUTS.names()):
+        for routers in families.values():
+            accepted = [router for router in routers if not refused(layout, router)] or routers
+            kept.add((layout, accepted[turn % len(accepted)]))
+    pairs = {pair: pair for pair in itertools.product(LAYOUTS.names(), ROUTERS.names())}
+    return _parametrize(("layout", "router"), pairs, kept)
+
+
+def _parametrize(
+    names: Sequence[str], full: Mapping[tuple[str, ...], tuple[Any, ...]], kept: Iterable[Hashable]
+) -> pytest.MarkDecorator:
+    kept = set(kept)
+    assert kept <= full.keys()
+    marks = {key: () if key in kept else pytest.mark.slow for key in full}
+    return pytest.mark.parametrize(
+        names, [pytest.param(*values, id="-".join(key), marks=marks[key]) for key, values in full.items()]
+    )
