@@ -10,6 +10,9 @@ from torch import Tensor
 
 from moebench.routing.composite import GroupedRouter
 from moebench.routing.context import RouteContext
+from moebench.routing.features.padding_mask import PaddingMask
+from moebench.routing.features.token_labels import TokenLabels
+from moebench.routing.features.token_pairs import TokenPairs
 from moebench.routing.level import Level
 from moebench.routing.router import ROUTERS, RouterBuildContext
 from moebench.routing.routers.hash import balanced_table
@@ -37,12 +40,14 @@ every_fixed_case = pytest.mark.parametrize("case", [c for c in static_cases() if
 def place(num_experts: int = NUM_EXPERTS) -> RouterBuildContext:
     """Return the place of a router in a model with 200 ids and 64 domains."""
     return replace(
-        build_context(num_experts),
-        vocab_size=VOCAB,
-        token_count_V=(10_000 / torch.arange(1, VOCAB + 1)).long(),
-        token_pairs=lambda: torch.randint(100, (VOCAB, VOCAB), generator=torch.Generator().manual_seed(0)),
-        num_domains=NUM_SEQUENCES,
-        sequence_length=LENGTH,
+        build_context(
+            num_experts,
+            vocab_size=VOCAB,
+            token_count_V=(10_000 / torch.arange(1, VOCAB + 1)).long(),
+            num_domains=NUM_SEQUENCES,
+            sequence_length=LENGTH,
+        ),
+        features={TokenPairs: torch.randint(100, (VOCAB, VOCAB), generator=torch.Generator().manual_seed(0))},
     )
 
 
@@ -58,7 +63,8 @@ def context(seed: int = 0, *, training: bool = True, valid_T: Tensor | None = No
         drawn,
         token_id_T=torch.randint(VOCAB, domain_T.shape, generator=torch.Generator().manual_seed(1)),
         domain_T=domain_T,
-        label_T=torch.arange(len(domain_T)) // 3 % 16,
+        features={TokenLabels: torch.arange(len(domain_T)) // 3 % 16}
+        | ({} if valid_T is None else {PaddingMask: valid_T}),
         valid_T=valid_T,
     )
 
@@ -137,7 +143,7 @@ def test_pairs_of_two_groups(name: str, num_pairs: int) -> None:
 
 def test_more_groups_than_experts_in_each_still_differ() -> None:
     # 8 groups of two experts: 64 positions, and no two groups that say the same or the opposite of each.
-    ctx = replace(context(), label_T=torch.arange(64).repeat(64))
+    ctx = replace(context(), features={TokenLabels: torch.arange(64).repeat(64)})
     router = GroupedRouter(ROUTERS.get("oracle").item, Case("oracle").config, place(), 8, pick_groups=False)
     expert_GT = (tabulate_weights(routed(router, ctx))[:64] > 0).T[1::2].long()
     assert (expert_GT.sum(1) == 32).all()

@@ -84,9 +84,9 @@ def facts(causal: bool, with_capacity: bool | None) -> Facts:
     ],
 )
 def test_facts_say_when_a_router_is_causal(causal, with_capacity, dropless, capacity) -> None:
-    found = facts(causal, with_capacity)
-    assert found.is_causal(with_capacity=False) is dropless
-    assert found.is_causal(with_capacity=True) is capacity
+    causality = facts(causal, with_capacity).causality
+    assert causality.is_causal(with_capacity=False) is dropless
+    assert causality.is_causal(with_capacity=True) is capacity
 
 
 @pytest.mark.parametrize(("top_k", "smallest", "fits"), [(1, 1, True), (8, 1, True), (0, 1, False), (9, 1, False)])
@@ -109,7 +109,7 @@ def test_check_top_k_gives_the_reason_where_it_applies() -> None:
 def test_hash_without_token_ids_is_refused() -> None:
     from support.cases import build_context
 
-    nowhere = dataclasses.replace(build_context(4), token_count_V=None)
+    nowhere = build_context(4, token_count_V=None)
     with pytest.raises(UsageError, match=r"router\.name: 'hash' routes by token id, which this task does not have"):
         Hash(Hash.Config(), nowhere)
-    assert Dense(Dense.Config(), nowhere).is_dense
+    assert Dense(Dense.Config(), nowhere).form.is_dense

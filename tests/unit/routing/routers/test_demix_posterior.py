@@ -124,7 +124,7 @@ def test_a_task_without_domains_is_refused() -> None:
     with pytest.raises(
         UsageError, match=r"^router.name: 'domain_posterior' routes by domain, which this task does not"
     ):
-        router_class(router_class.Config(), dataclasses.replace(build_context(8), num_domains=None))
+        router_class(router_class.Config(), build_context(8, num_domains=None))
 
 
 def test_a_domain_that_was_held_out_is_served_and_judged_by_none() -> None:

@@ -14,7 +14,7 @@ from moebench.errors import UsageError
 from moebench.experts.layer import MoELayer
 from moebench.ranks import Span
 from moebench.routing.composite import GroupedRouter
-from moebench.routing.context import RouteContext
+from moebench.routing.context import DataSummary, RouteContext
 from moebench.routing.router import ROUTERS, Router, RouterBuildContext
 from moebench.routing.routers.routing_networks_wpl import onto_simplex
 from moebench.routing.values import LayerRecord, Routing
@@ -28,7 +28,7 @@ WIDTH = 3
 def build(name: str, num_experts: int, *, num_domains: int = 2, **options: Any) -> Any:
     """Build a router over vectors of 3 numbers."""
     router_class = ROUTERS.get(name).item
-    context = RouterBuildContext(d_model=WIDTH, num_experts=num_experts, num_domains=num_domains)
+    context = RouterBuildContext(d_model=WIDTH, num_experts=num_experts, data=DataSummary(num_domains=num_domains))
     return randomise_parameters(router_class(router_class.Config(**options), context))
 
 

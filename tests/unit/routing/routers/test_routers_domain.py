@@ -76,7 +76,7 @@ def test_one_gate_for_all_is_the_mixture_of_all_experts() -> None:
 def test_a_task_without_domains_is_refused(name: str) -> None:
     router_class = ROUTERS.get(name).item
     with pytest.raises(UsageError, match=f"^router.name: '{name}' routes by domain, which this task does not have$"):
-        router_class(router_class.Config(), dataclasses.replace(build_context(8), num_domains=None))
+        router_class(router_class.Config(), build_context(8, num_domains=None))
 
 
 def test_a_domain_that_was_held_out_is_mixed_by_the_prior() -> None:
