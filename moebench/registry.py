@@ -1,10 +1,11 @@
-"""Names to classes: routers, layouts, tasks and losses are found here, built-in, installed or from a plugin file.
+"""Registries of routers, layouts, tasks and losses: built in, installed or from a plug-in file.
 
-One file per component: whatever a file under the registry's package registers exists from then on in the command
-line, the configuration, the tables and the contract tests. Nothing else has to be edited.
+Each component is one file: what a file in the registry's package registers is in the command line, the configuration,
+the tables and the contract tests; nothing else has to be edited.
 """
 
 import ast
+import dataclasses
 import hashlib
 import importlib
 import importlib.util
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from moebench.errors import UsageError, unknown
+from moebench.plugin_sources import digest_sources
 
 T = TypeVar("T")
 F = TypeVar("F")
@@ -29,10 +31,10 @@ HOMES = {
     "layout": "moebench.experts.layout:LAYOUTS",
     "task": "moebench.tasks.task:TASKS",
 }
-"""Where each registry lives; `registry_of` imports it only when somebody asks."""
+"""Module and name of each registry; `registry_of` imports it on first use."""
 
 FOLDERS = {"router": "routing/routers", "layout": "experts/layouts", "task": "tasks"}
-"""Where the built-in files of each kind lie."""
+"""Folders of the built-in files of each kind."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +56,38 @@ class Entry(Generic[T, F]):
 class Registry(Generic[T, F]):
     """A table of components of one kind, filled on first use by importing every file of `package` (if it has one)."""
 
-    def __init__(self, kind: str, package: str | None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        package: str | None,
+        *,
+        item_type: type | None = None,
+        facts_type: type | None = None,
+    ) -> None:
+        """`item_type`, `facts_type`: what components derive from and are registered with; None: not checked."""
         self.kind = kind
         self.package = package
+        self.item_type = item_type
+        self.facts_type = facts_type
         self._entries: dict[str, Entry[T, F]] = {}
         self._loaded = False
 
     def register(self, facts: F, name: str | None = None) -> Callable[[T], T]:
-        """Return a decorator that enters a class or function under `name` (default: the name in its `Config`)."""
+        """Return a decorator that enters a class or function under `name` (default: the name in its `Config`).
+
+        Raises UsageError, which names the file, for a component that breaks a rule of registration.
+        """
+        if self.facts_type is not None and not isinstance(facts, self.facts_type):
+            raise UsageError(
+                f"{_origin(facts)}: a {self.kind} is registered with @...register({self.facts_type.__name__}(...)),"
+                f" got {getattr(facts, '__name__', facts)}"
+            )
 
         def enter(item: T) -> T:
             key = name or getattr(getattr(item, "Config", None), "name", "")
             origin = _origin(item)
+            if self.item_type is not None:
+                _check_component(item, self.item_type, f"{origin}: this {self.kind}")
             if not key:
                 raise UsageError(f"{origin}: this {self.kind} has no name; give its Config a field name: str = '...'")
             if key in self._entries:
@@ -101,9 +123,25 @@ class Registry(Generic[T, F]):
         for point in entry_points(group=f"moebench.{self.kind}s"):
             try:
                 point.load()
-            except Exception as error:  # somebody else's package: say which one, in one line
-                raise UsageError(f"installed {self.kind} '{point.name}' ({point.value}): {_one_line(error)}") from error
+            except Exception as error:  # a third-party package: name it in one line
+                raise UsageError(
+                    f"installed {self.kind} '{point.name}' ({point.value}): {describe_error(error)}"
+                ) from error
         self._loaded = True
+
+
+def _check_component(item: object, item_type: type, label: str) -> None:
+    """Raise UsageError unless a component derives from its base class and has a dataclass of options with defaults."""
+    if not (isinstance(item, type) and issubclass(item, item_type)):
+        raise UsageError(f"{label} must be a class that derives from {item_type.__name__}")
+    config = getattr(item, "Config", None)
+    if config is None:
+        return
+    if not isinstance(config, type) or "__dataclass_params__" not in vars(config):
+        raise UsageError(f"{label}: its Config must be decorated with @dataclass(frozen=True, kw_only=True)")
+    for field in dataclasses.fields(config):
+        if field.name != "name" and field.default is field.default_factory is dataclasses.MISSING:
+            raise UsageError(f"{label}: option '{field.name}' of its Config needs a default")
 
 
 def registry_of(kind: str) -> "Registry[Any, Any]":
@@ -144,25 +182,26 @@ def load_plugin(path: str) -> Plugin:
     # The content is part of the name: an edited plugin is another module, the same one is imported once.
     name = f"{PLUGIN_MODULE}{file.stem}_{hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
     if name not in sys.modules:
-        before = {(kind, key) for kind, key, _ in _list_registered()}  # what is built in comes first: a name taken
-        _execute(name, path)  # twice is then the plugin's mistake
+        # Built-in files are loaded first, so that a name registered twice is the mistake of the plug-in.
+        before = {(kind, key) for kind, key, _ in _list_registered()}
+        _execute(name, path)
         entered = [(key, item) for kind, key, item in _list_registered() if (kind, key) not in before]
         bases = {base.__module__ for _, item in entered for base in getattr(item, "__mro__", ())}
         parents = frozenset(module for module in bases if module.startswith(PLUGIN_MODULE)) - {name}
         _PLUGINS[name] = frozenset(key for key, _ in entered), parents
     names, parents = _PLUGINS[name]
-    return Plugin(file=file.resolve(), digest=_digest_plugin(file), names=names, module=name, parents=parents)
+    return Plugin(file=file.resolve(), digest=digest_sources(file), names=names, module=name, parents=parents)
 
 
 def select_plugins(plugins: Sequence[Plugin], words: Iterable[str]) -> list[Plugin]:
-    """Return the plugins that a cell needs; `words`: all that its configuration may name a component by.
+    """Return the plug-ins that a cell needs; `words`: all strings of its configuration that may name a component.
 
-    These are the plugins that register something of that name, those whose classes they derive from, and those that
-    register nothing: what they change, nobody can tell.
+    They are the plug-ins that register one of these names, those whose classes they derive from, and those that
+    register nothing, whose effect is unknown.
     """
     named = set(words)
     needed = [plugin for plugin in plugins if not plugin.names or plugin.names & named]
-    for plugin in needed:  # grows while it is walked
+    for plugin in needed:  # grows during the loop
         needed += [other for other in plugins if other.module in plugin.parents and other not in needed]
     return [plugin for plugin in plugins if plugin in needed]
 
@@ -184,46 +223,11 @@ def _execute(name: str, path: str) -> None:
         raise
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise UsageError(f"--plugin {path}: {_one_line(error)}") from error
-
-
-def _digest_plugin(file: Path) -> str:
-    own, *others = (hashlib.sha256(source.read_bytes()).hexdigest() for source in _find_sources(file.resolve()))
-    return hashlib.sha256("".join([own, *sorted(others)]).encode()).hexdigest() if others else own
-
-
-def _find_sources(plugin: Path) -> list[Path]:
-    """Return a plugin file and the files below its folder that it, or one of them, imports; installed ones left out."""
-    found, packages = [plugin], [""]
-    for file, package in zip(found, packages, strict=False):  # both grow while they are walked
-        for name in _list_imports(file, package):
-            module = sys.modules.get(name)
-            source = Path(getattr(module, "__file__", None) or "")
-            is_own = (
-                source.suffix == ".py" and source.is_relative_to(plugin.parent) and name.split(".")[0] != "moebench"
-            )
-            if is_own and "site-packages" not in source.parts and source not in found:
-                found.append(source)
-                packages.append(getattr(module, "__package__", None) or "")
-    return found
-
-
-def _list_imports(file: Path, package: str) -> Iterator[str]:
-    """Yield the names of the modules that a file may import, and of the packages above them."""
-    for node in ast.walk(ast.parse(file.read_bytes())):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            above = package.rsplit(".", node.level - 1)[0] if node.level else ""
-            base = ".".join(part for part in (above, node.module) if part)
-            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
-        for name in names:
-            yield from itertools.accumulate(name.split("."), lambda above, part: f"{above}.{part}")
+        raise UsageError(f"--plugin {path}: {describe_error(error)}") from error
 
 
 def names_without_import(kind: str) -> list[str]:
-    """Return the built-in names of a kind by reading the source files: for shell completion, which must not wait."""
+    """Return the built-in names of a kind, read from source without imports, so that shell completion is fast."""
     folder = Path(__file__).parent / FOLDERS[kind]
     return sorted(name for file in folder.glob("*.py") for name in _config_names(file))
 
@@ -240,7 +244,7 @@ def _config_names(file: Path) -> Iterator[str]:
 
 
 def field_docs(config_class: type) -> dict[str, str]:
-    """Return the string below each field of a dataclass: Python does not keep them, so they are read from source."""
+    """Return the string below each field of a dataclass, read from source: Python does not keep them."""
     docs: dict[str, str] = {}
     for cls in reversed(config_class.__mro__[:-1]):
         tree = ast.parse(inspect.cleandoc("\n" + inspect.getsource(cls))).body[0]
@@ -261,7 +265,8 @@ def _origin(item: object) -> str:
         return f"{getattr(item, '__module__', '?')}"
 
 
-def _one_line(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
+    """Return an exception in one line, with the line of the plugin file that it comes from."""
     place = ""
     for frame in inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []:
         if PLUGIN_MODULE in frame.frame.f_globals.get("__name__", ""):

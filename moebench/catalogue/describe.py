@@ -9,6 +9,12 @@ from moebench.errors import UsageError, nearest
 from moebench.registry import field_docs, registry_of
 
 KINDS = ("router", "layout", "task", "loss")
+CAUSALITY_KEYS = {
+    "reason": "causal_reason",
+    "with_capacity": "causal_with_capacity",
+    "in_evaluation": "causal_in_evaluation",
+}
+"""Names of `Causality`'s fields in `list --json` and `show --json`, where they stand beside other facts."""
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -22,13 +28,20 @@ def describe(name: str) -> dict[str, Any]:
             return {
                 "name": name,
                 "kind": kind,
-                **dataclasses.asdict(entry.facts),
+                **facts_to_dict(entry.facts),
                 "about": entry.doc,
                 "options": _options(config) if config else [],
                 "source": entry.origin,
             }
         known += registry.names()
     raise UsageError(f"'{name}' is unknown.{nearest(name, known)} Allowed: {', '.join(known)}")
+
+
+def facts_to_dict(facts: Any) -> dict[str, Any]:
+    """Return facts by name; those on the causality of a router beside its others."""
+    values = dataclasses.asdict(facts)
+    causality = values.pop("causality", {})
+    return values | {CAUSALITY_KEYS.get(name, name): value for name, value in causality.items()}
 
 
 def _options(config: Any) -> list[dict[str, Any]]:

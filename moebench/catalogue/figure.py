@@ -17,6 +17,8 @@ from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.layer import MoELayer
 from moebench.models.transformer import BatchContext, init_weights
 from moebench.reporting.canvas import GREY, PALETTE, sheet
+from moebench.routing.context import DataSummary
+from moebench.routing.features.token_labels import TokenLabels
 from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.router import ROUTERS, Router, RouterBuildContext
 from moebench.routing.values import LayerRecord, Routing
@@ -84,10 +86,12 @@ class Example:
         context = RouterBuildContext(
             d_model=D_MODEL,
             num_experts=self.num_experts,
-            vocab_size=len(vocabulary),
-            token_count_V=self.token_id_BL.flatten().bincount(),
-            sequence_length=self.length,
-            num_domains=len(SENTENCES),
+            data=DataSummary(
+                vocab_size=len(vocabulary),
+                token_count_V=self.token_id_BL.flatten().bincount(),
+                sequence_length=self.length,
+                num_domains=len(SENTENCES),
+            ),
         )
         self.layer = self._layer(entry.item, context)
 
@@ -122,7 +126,7 @@ class Example:
             seed=self.seed,
             token_id_BL=self.token_id_BL,
             domain_B=domain_B,
-            label_BL=self.token_id_BL,
+            features={TokenLabels: self.token_id_BL.flatten()},
         )
         return self.layer.train(training).route(x_TD, ctx.route(0, self.length, x_TD.device))
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from moebench.catalogue.describe import describe, to_text
+from moebench.routing.context import DataSummary
 from moebench.routing.router import ROUTERS, Router, RouterBuildContext
 
 HEAD = """# The routers
@@ -85,10 +86,12 @@ def _cost(router_class: type[Router], growth: str) -> str:
     context = RouterBuildContext(
         d_model=D_MODEL,
         num_experts=NUM_EXPERTS,
-        vocab_size=len(ids),
-        token_count_V=ids,
-        sequence_length=LENGTH,
-        num_domains=NUM_EXPERTS,
+        data=DataSummary(
+            vocab_size=len(ids),
+            token_count_V=ids,
+            sequence_length=LENGTH,
+            num_domains=NUM_EXPERTS,
+        ),
     )
     router = router_class(config, context)
     rows = router.rows_per_token(router_class.experts_per_token(config, NUM_EXPERTS))

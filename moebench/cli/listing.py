@@ -44,13 +44,12 @@ def _rows(kind: Kind, results: Any) -> list[dict[str, Any]]:
         return _experiments()
     if kind is Kind.RUNS:
         return _runs(results)
-    from dataclasses import asdict
-
+    from moebench.catalogue.describe import facts_to_dict
     from moebench.registry import registry_of
 
     singular = {"routers": "router", "layouts": "layout", "tasks": "task", "losses": "loss"}[kind.value]
     return [
-        {"name": entry.name, **asdict(entry.facts), "summary": entry.doc.split("\n")[0]}
+        {"name": entry.name, **facts_to_dict(entry.facts), "summary": entry.doc.split("\n")[0]}
         for entry in registry_of(singular).entries()
     ]
 

@@ -12,6 +12,8 @@ from moebench.experts.layout import Experts, LayoutConfig
 from moebench.experts.mixed import WITHOUT_NETWORK, bank_of
 from moebench.experts.widths import Widths
 from moebench.routing.composite import GroupedRouter
+from moebench.routing.contract import build_router
+from moebench.routing.features.feature import collect
 from moebench.routing.router import ROUTERS, Router, RouterBuildContext
 
 
@@ -64,8 +66,12 @@ class RouterPlan:
         """Build the router, or the routers of the groups behind one."""
         context = replace(context, num_experts=len(self.experts.shapes))
         if self.experts.groups == 1:
-            free_E = tuple(shape.kind in WITHOUT_NETWORK for shape in self.experts.shapes)
-            return self.router_class(self.config, replace(context, free_E=free_E if any(free_E) else ()))
+            has_network_E = [shape.kind not in WITHOUT_NETWORK for shape in self.experts.shapes]
+            required = self.router_class.required_features(self.config)
+            values = collect(required, lambda feature: feature.from_bank(has_network_E))
+            return build_router(
+                self.router_class, self.config, replace(context, features={**context.features, **values})
+            )
         pick = self.experts.pick_groups
         return GroupedRouter(self.router_class, self.config, context, self.experts.groups, pick_groups=pick)
 

@@ -16,6 +16,7 @@ from moebench.experts.overflow import Batch, passed_on, within_capacity
 from moebench.experts.soft import soft_mixture
 from moebench.ranks import Scopes
 from moebench.routing.context import RouteContext
+from moebench.routing.contract import check_routing
 from moebench.routing.gate import Gate
 from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.router import Router
@@ -117,12 +118,11 @@ class MoELayer(nn.Module):
     def _routed(self, x_TD: Tensor, ctx: RouteContext) -> AnyRouting:
         ranks = self.scopes.batch
         if ranks.size == 1 or not self.router.traits.needs_whole_batch:
-            found: AnyRouting = self.router(x_TD, ctx)
-            return found
-        whole = self.router(ranks.gather(x_TD), ctx.of_whole_batch(ranks))
+            return check_routing(self.router, self.router(x_TD, ctx))
+        whole = check_routing(self.router, self.router(ranks.gather(x_TD), ctx.of_whole_batch(ranks)))
         start = ctx.span.start if ctx.span else 0
-        own: Routing = whole.slice_tokens(start, x_TD.shape[0])
-        return own
+        assert isinstance(whole, Routing)
+        return whole.slice_tokens(start, x_TD.shape[0])
 
     def _within_capacity(self, routing: Routing, ctx: RouteContext) -> Routing:
         if self.capacity.is_dropless:

@@ -202,4 +202,6 @@ def check_groups(groups: int, num_experts: int) -> None:
         )
 
 
-LAYOUTS: Registry[type[Layout], LayoutFacts] = Registry("layout", "moebench.experts.layouts")
+LAYOUTS: Registry[type[Layout], LayoutFacts] = Registry(
+    "layout", "moebench.experts.layouts", item_type=Layout, facts_type=LayoutFacts
+)

@@ -1,11 +1,13 @@
-"""From a cell's configuration to its backbone: the place where names and plans become modules."""
+"""Build the backbone of a cell from its configuration."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moebench.experts.assembly import RouterPlan, feed_forward_experts, moe_layer
 from moebench.experts.feed_forward import FeedForward
@@ -18,49 +20,49 @@ from moebench.models.expert_attention import HeadExperts, ProjectionExperts
 from moebench.models.plan import Half, plan_backbone
 from moebench.models.transformer import Block, Transformer
 from moebench.models.whole_model import StackBank, WholeModels
-from moebench.routing.router import ROUTERS, Router, RouterBuildContext
+from moebench.routing.context import NO_DATA, DataSummary
+from moebench.routing.features.feature import Feature
+from moebench.routing.router import Router, RouterBuildContext, required_features
 from moebench.schema import CellConfig
+
+NO_FEATURES: Mapping[type[Feature], Any] = MappingProxyType({})
+"""Where no feature has a build-time value."""
 
 
 def build_backbone(
     config: CellConfig,
     *,
     causal: bool,
-    vocab_size: int | None = None,
-    token_count_V: Tensor | None = None,
-    token_pairs: Callable[[], Tensor] | None = None,
-    sequence_length: int | None = None,
-    num_domains: int | None = None,
+    data: DataSummary = NO_DATA,
+    features: Mapping[type[Feature], Any] = NO_FEATURES,
     half: Half | None = None,
     sized_as: CellConfig | None = None,
 ) -> Transformer:
-    """Build the transformer with the layout's banks of experts behind their routers; weights are not drawn yet.
+    """Build the transformer with the layout's banks of experts and their routers; weights are not initialised.
 
-    `sequence_length`: for which arms are matched; it matters where experts change the cost of attention itself. None
-    leaves the scores of attention out. `half`: the backbone is one of two; `layout.experts_in` says whether it has
-    experts, and a decoder's blocks have cross-attention. `sized_as`: whose widths the experts have; None: those solved
-    for this one.
+    `data.sequence_length`: length for which arms are matched, where experts change the cost of attention; None leaves
+    attention scores out. `features`: build-time values. `half`: the backbone is one of two; `layout.experts_in` decides
+    whether it has experts, and a decoder's blocks have cross-attention. `sized_as`: cell whose expert widths are used;
+    None: this one.
     """
     context = RouterBuildContext(
         d_model=config.model.d_model,
         num_experts=1,
-        vocab_size=vocab_size,
-        token_count_V=token_count_V,
-        token_pairs=token_pairs,
-        sequence_length=sequence_length,
-        num_domains=num_domains,
-        embedding_width=ROUTERS.get(config.router.name).item.embedding(config.router)[0],
+        data=data,
+        features=features,
     )
-    builder = Builder(config=config, causal=causal, context=context, sequence_length=sequence_length or 0, half=half)
+    builder = Builder(
+        config=config, causal=causal, context=context, sequence_length=data.sequence_length or 0, half=half
+    )
     sizes = replace(builder, config=sized_as or config)
     widths = [sizes.widths(index, plan) for index, plan in enumerate(plan_backbone(sizes.config, half))]
     blocks = [builder.block(index, plan, widths[index]) for index, plan in enumerate(plan_backbone(config, half))]
-    return Transformer(config.model.d_model, blocks)
+    return Transformer(config.model.d_model, blocks, required_features(config.router))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Builder:
-    """What all blocks of a model have around them."""
+    """Builds the blocks of one backbone from the entries of a plan."""
 
     config: CellConfig
     causal: bool
@@ -70,7 +72,7 @@ class Builder:
 
     @property
     def out_scale(self) -> float:
-        """Keeps the residual stream near unit variance, with two additions per block, or three in a decoder."""
+        """Scale of output matrices that keeps the residual stream near unit variance over all additions to it."""
         additions = 3 if self.half == "decoder" else 2
         return float((additions * self.config.model.num_layers) ** -0.5)
 
@@ -80,7 +82,7 @@ class Builder:
 
     @property
     def activation(self) -> str:
-        """Of routed and shared experts."""
+        """Activation of routed and shared experts."""
         return str(self.config.layout.expert_activation or self.config.model.activation)
 
     def block(self, index: int, plan: BlockPlan, widths: Widths) -> nn.Module:
@@ -120,16 +122,16 @@ class Builder:
         return routed, routed.build(replace(self.context, layer=above + index))
 
     def _with_experts(self, index: int, plan: BlockPlan) -> Callable[[Widths], nn.Module]:
-        """Return what builds the block for given widths: the routers and the attention are the same for all."""
+        """Return a function from widths to the block; routers and attention are shared by all widths."""
         sizes = self.config.model
         attention = self._expert_attention(index, plan.attention) if plan.attention else self._attention()
-        across = self._cross_attention()
+        cross_attention = self._cross_attention()
         if plan.feed_forward is None:
             return lambda widths: Block(
                 sizes.d_model,
                 attention,
                 FeedForward(sizes.d_model, widths.of(1.0), sizes.activation, self.out_scale),
-                across,
+                cross_attention,
             )
         routed, router = self._router(plan.feed_forward, index)
         experts = feed_forward_experts(
@@ -141,7 +143,7 @@ class Builder:
             layout=self.config.layout,
             layer=self.layer(index),
         )
-        return lambda widths: Block(sizes.d_model, attention, experts(widths), across)
+        return lambda widths: Block(sizes.d_model, attention, experts(widths), cross_attention)
 
     def _expert_attention(self, index: int, experts: Experts) -> ProjectionExperts | HeadExperts:
         sizes = self.config.model
@@ -159,7 +161,7 @@ class Builder:
                 rope_theta=sizes.rope_theta,
                 out_scale=self.out_scale,
             )
-        # As many heads in use as dense attention has, where they can be dealt out evenly.
+        # As many heads in use as dense attention has, where they divide evenly.
         heads = max(sizes.num_heads // routed.experts_per_token, 1)
         head_width = sizes.d_model // sizes.num_heads
         heads_bank = HeadBank(sizes.d_model, heads * head_width, number, self.out_scale)
@@ -183,17 +185,17 @@ class Builder:
         return build
 
     def _fixed_unit(self, plan: BlockPlan) -> int | None:
-        """Return the width that the configuration names, or None when it is to be solved."""
+        """Return the width that the configuration sets, or None where it must be solved for."""
         layout, ffn_width = self.config.layout, self.config.model.ffn_width
         if plan.feed_forward and plan.feed_forward.unit:
             return plan.feed_forward.unit
         if layout.expert_width is None:
             return ffn_width if layout.match == "none" else None
-        # Beside experts in attention the feed-forward part can be dense: the width of an expert is not its.
+        # With experts in attention the feed-forward part can be dense, to which the width of experts does not apply.
         return int(layout.expert_width) if plan.feed_forward or plan.stack else ffn_width
 
     def widths(self, index: int, plan: BlockPlan) -> Widths:
-        """Return how wide the experts of one entry of a plan are, as the layout's `match` says."""
+        """Return the widths of the experts of one entry of a plan, as the layout's `match` demands."""
         fixed = self._fixed_unit(plan)
         if fixed is not None or not plan.banks:
             return Widths(fixed or self.config.model.ffn_width)
@@ -212,9 +214,9 @@ class Builder:
 
         remedy = "layout.match=none" if plan.feed_forward is None and not plan.stack else "layout.expert_width"
         top_k = max(RouterPlan.of(self.config.router, experts).experts_per_token for experts in plan.banks)
-        what = f"{top_k} experts per token and their router" + (f" in block {index}" if plan.attention else "")
+        label = f"{top_k} experts per token and their router" + (f" in block {index}" if plan.attention else "")
         step = ROW_BYTES // (2 if self.config.train.precision == "bf16" else 4)
-        return solve_widths(cost, target, ffn_width, step=step, what=what, remedy=remedy)
+        return solve_widths(cost, target, ffn_width, step=step, what=label, remedy=remedy)
 
     def _cost(self, block: nn.Module) -> float:
         if self.config.layout.match == "params":

@@ -47,12 +47,11 @@ def cost_of(
     are those that one token of each uses.
     """
     total = sum(parameter.numel() for module in (backbone, *extra) for parameter in module.parameters())
-    idle, passes, layers = 0, 1, backbone.moe_layers()
+    idle, layers = 0, backbone.moe_layers()
     for layer in layers:
         of_bank = sum(parameter.numel() for parameter in layer.bank.parameters())
         used = layer.rows_per_token
         idle += int(of_bank * max(layer.bank.num_experts - used, 0) // layer.bank.num_experts)
-        passes = 2 if layer.router.consistency else passes
     flops = sum(count_flops(module, sequence_length) for module in extra)
     if isinstance(backbone, EncoderDecoder):
         assert decoder_length is not None
@@ -67,7 +66,6 @@ def cost_of(
         active_params=total - idle,
         flops_per_token=flops,
         experts_per_token=sum(layer.rows_per_token for layer in layers) / max(len(layers), 1),
-        train_passes=passes,
     )
 
 

@@ -1,4 +1,4 @@
-"""Two backbones: an encoder that sees both sides, and a decoder that sees its own past and all of the encoder."""
+"""An encoder that attends in both directions, and a causal decoder that attends to the encoder's output."""
 
 from dataclasses import replace
 
@@ -11,9 +11,9 @@ from moebench.routing.values import LayerRecord
 
 
 class EncoderDecoder(nn.Module):
-    """An encoder and a decoder (arXiv:1706.03762), pre-norm, each with experts of its own.
+    """Encoder and decoder (arXiv:1706.03762), pre-norm, each with its own experts.
 
-    The decoder's blocks have cross-attention. MoE layers are called "encoder.0", "decoder.0" and so on.
+    The decoder's blocks have cross-attention. MoE layers are named "encoder.0", "decoder.0" and so on.
     """
 
     def __init__(self, encoder: Transformer, decoder: Transformer) -> None:
@@ -27,8 +27,8 @@ class EncoderDecoder(nn.Module):
         """Return the decoder's normed stream [B, P, D], and the records of the encoder and then of the decoder."""
         memory_BMD, records = self.encoder(x_BMD, ctx)
         memory = EncoderOutput.of(memory_BMD, ctx.places)
-        y_BPD, found = self.decoder(x_BPD, replace(decoder_ctx, memory=memory))
-        return y_BPD, records + found
+        y_BPD, decoder_records = self.decoder(x_BPD, replace(decoder_ctx, memory=memory))
+        return y_BPD, records + decoder_records
 
     def moe_layers(self) -> list[MoELayer]:
         """Return the MoE layers in the order of the records."""
@@ -40,10 +40,10 @@ class EncoderDecoder(nn.Module):
         return [*self.encoder.blocks, *self.decoder.blocks]
 
     def flops(self, length: int, decoder_length: int) -> int:
-        """Forward FLOPs of one pair of sequences: `length` vectors encoded, `decoder_length` decoded."""
+        """Return the forward FLOPs of one pair of sequences: `length` vectors encoded, `decoder_length` decoded."""
         total = 0
-        for stack, own_length in ((self.encoder, length), (self.decoder, decoder_length)):
-            for block in stack.blocks:
+        for backbone, stack_length in ((self.encoder, length), (self.decoder, decoder_length)):
+            for block in backbone.blocks:
                 assert isinstance(block, Block)
-                total += own_length * block.flops_per_token(own_length) + block.flops_across(own_length, length)
+                total += stack_length * block.flops_per_token(stack_length) + block.flops_across(stack_length, length)
         return total

@@ -1,7 +1,7 @@
-"""The backbone: pre-norm transformer blocks whose parts are dense or hold banks of experts."""
+"""The backbone: pre-norm transformer blocks whose parts are dense or banks of experts."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,14 @@ from moebench.models.attention import Attention, CrossAttention, EncoderOutput, 
 from moebench.models.expert_attention import HeadExperts, ProjectionExperts
 from moebench.ranks import Span
 from moebench.routing.context import RouteContext
+from moebench.routing.features.feature import Feature, collect
 from moebench.routing.values import LayerRecord
 from moebench.seeds import make_generator
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BatchContext:
-    """What a forward pass knows besides the vectors; each MoE layer gets its own RouteContext from it."""
+    """Inputs of a forward pass besides the vectors; each MoE layer gets its RouteContext from it."""
 
     training: bool
     seed: int
@@ -26,23 +27,20 @@ class BatchContext:
     token_id_BL: Tensor | None = None
     valid_BL: Tensor | None = None
     domain_B: Tensor | None = None
-    label_BL: Tensor | None = None
-    embedding_BLD: Tensor | None = None
-    """What the network that all routers share says of each token; None: there is none."""
+    features: Mapping[type[Feature], Tensor] = field(default_factory=dict)
+    """Values of the features that routers require, by token: the first dimension is T."""
     memory: EncoderOutput | None = None
-    """What the encoder made, in a decoder."""
+    """Output of the encoder, in a decoder."""
     span: Span | None = None
-    """Which sequences of the batch these are; None: all."""
+    """Sequences of the batch that are on this process; None: all."""
     micro_batch: int = 0
-    """Which micro-batch of the step, or batch of the evaluation, this is: each draws its own noise."""
+    """Index of the micro-batch in the step, or of the batch in the evaluation: each draws its own noise."""
     repeat: int = 0
-    """Which pass over the batch this is, where training makes two of them: each draws its own noise."""
-    previous_logits_TE: Tensor | None = None
-    """Router logits of the last MoE layer below the block; None: none."""
+    """Index of the pass over the batch, where training makes several: each draws its own noise."""
 
     @property
     def places(self) -> PositionTable | None:
-        """Where padding is; None where nothing is padded."""
+        """Positions that are not padding; None where nothing is padded."""
         return None if self.valid_BL is None else PositionTable.of_padded(self.valid_BL)
 
     def route_in(self, layer: MoELayer, x_BLD: Tensor) -> RouteContext:
@@ -50,7 +48,7 @@ class BatchContext:
         return self.route(layer.name, x_BLD.shape[1], x_BLD.device)
 
     def route(self, layer: int | str, length: int, device: torch.device) -> RouteContext:
-        """Return the context of one layer, with a generator that depends on the seed, the step and the layer."""
+        """Return the context of one layer, with a generator seeded by the seed, the step and the layer."""
         purpose: tuple[str | int, ...] = ("router", self.step) if self.training else ("router in evaluation",)
         purpose = (*purpose, "micro-batch", self.micro_batch) if self.micro_batch else purpose
         purpose = (*purpose, "repeat", self.repeat) if self.repeat else purpose
@@ -62,18 +60,16 @@ class BatchContext:
             token_id_T=None if self.token_id_BL is None else self.token_id_BL.reshape(-1),
             valid_T=None if self.valid_BL is None else self.valid_BL.reshape(-1),
             domain_T=domain_T,
-            label_T=None if self.label_BL is None else self.label_BL.reshape(-1),
-            embedding_TD=None if self.embedding_BLD is None else self.embedding_BLD.flatten(0, 1),
+            features=self.features,
             step=self.step,
             span=None if self.span is None else self.span.to_tokens(length),
-            previous_logits_TE=self.previous_logits_TE,
         )
 
 
 class Block(nn.Module):
-    """Attention and feed-forward part, each behind a norm and added to the residual stream; either can hold experts.
+    """Attention and feed-forward part, each after a norm and added to the residual stream; either can hold experts.
 
-    In a decoder that reads an encoder, cross-attention stands between them.
+    A decoder that reads an encoder has cross-attention between them.
     """
 
     def __init__(
@@ -96,7 +92,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, list[LayerRecord]]:
         """Return the new residual stream and the records of the block's MoE layers.
 
-        `places` says where the vectors stand in their sequences when a dense block sees only some of them.
+        `places`: positions of the vectors in their sequences, when a dense block gets only some of them.
         """
         places = places or ctx.places
         records = []
@@ -119,20 +115,21 @@ class Block(nn.Module):
         return x_BLD + y_TD.view_as(x_BLD), records
 
     def flops_per_token(self, length: int) -> int:
-        """Forward FLOPs of one token in a sequence of `length`; cross-attention is counted apart (`flops_across`)."""
+        """Return forward FLOPs per token in a sequence of `length`, without cross-attention (`flops_across`)."""
         return self.attention.flops_per_token(length) + self.feed_forward.flops_per_token()
 
     def flops_across(self, length: int, memory_length: int) -> int:
-        """Forward FLOPs of the cross-attention of one sequence."""
+        """Return the forward FLOPs of the cross-attention of one sequence."""
         return 0 if self.cross_attention is None else self.cross_attention.flops(length, memory_length)
 
 
 class Transformer(nn.Module):
     """Blocks and a final norm: x_BLD -> x_BLD and the records of its MoE layers."""
 
-    def __init__(self, d_model: int, blocks: Sequence[nn.Module]) -> None:
-        """`blocks`: each maps (x_BLD, ctx) to x_BLD and its records."""
+    def __init__(self, d_model: int, blocks: Sequence[nn.Module], features: Sequence[Feature] = ()) -> None:
+        """`blocks`: each maps (x_BLD, ctx) to x_BLD and its records. `features`: those that routers require."""
         super().__init__()
+        self.features = tuple(features)
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(d_model)
 
@@ -140,11 +137,15 @@ class Transformer(nn.Module):
         """Return the normed residual stream and one record per MoE layer, from the bottom."""
         records: list[LayerRecord] = []
         for block in self.blocks:
-            x_BLD, found = block(x_BLD, ctx)
-            records += found
-            if found:
-                ctx = replace(ctx, previous_logits_TE=found[-1].routing.logits_TE)
+            x_BLD, block_records = block(x_BLD, ctx)
+            records += block_records
+            ctx = self._with_layer_features(ctx, block_records)
         return self.norm(x_BLD), records
+
+    def _with_layer_features(self, ctx: BatchContext, records: Sequence[LayerRecord]) -> BatchContext:
+        """Return the context of the next block, with what features take from the last MoE layer of this one."""
+        values = collect(self.features, lambda feature: feature.from_layer(records[-1])) if records else {}
+        return replace(ctx, features={**ctx.features, **values}) if values else ctx
 
     def moe_layers(self) -> list[MoELayer]:
         """Return the MoE layers in the order of the records; none in a dense model."""
@@ -154,8 +155,7 @@ class Transformer(nn.Module):
 def init_weights(model: nn.Module, seed: int) -> None:
     """Initialise every module from a generator seeded by the run's seed and the module's name.
 
-    So two arms with the same seed start with identical weights in everything they share, whatever else differs:
-    paired seeds pair.
+    Two arms with the same seed start with identical weights in all modules that they share, which makes seeds paired.
     """
     for name, module in model.named_modules():
         init = getattr(module, "init_weights", None)

@@ -1,45 +1,55 @@
-"""What a router may know besides the token vectors."""
+"""What a router may read besides the token vectors: when it is built, and in each forward pass."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from moebench.ranks import Ranks, Span
+from moebench.routing.features.feature import Feature
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DataSummary:
+    """What is known of a task's data before training; None where the task has no such thing."""
+
+    vocab_size: int | None = None
+    token_count_V: Tensor | None = None
+    """int64: how often each token id occurs in the training split (language only)."""
+    sequence_length: int | None = None
+    """Tokens of one sequence, as the layers see it."""
+    num_domains: int | None = None
+    """Domains that the task trains on."""
+
+
+NO_DATA = DataSummary()
+"""The summary where nothing is known of the data."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RouteContext:
-    """All that a router may know besides the token vectors."""
+    """Everything that a router may read besides the token vectors."""
 
     training: bool
     generator: torch.Generator
-    """The only source of randomness: made anew for each step and layer from the seed, so nothing has to be saved."""
+    """The only source of randomness: created for each step and layer from the seed, so checkpoints hold no state."""
     sequence_length: int
     """Tokens of one sequence; T is a multiple of it."""
     token_id_T: Tensor | None = None
     """int64 token ids (language only)."""
     valid_T: Tensor | None = None
     """bool, False at padding; None when nothing is padded."""
-    present_T: Tensor | None = None
-    """bool, False at padding alone, for routers that look at a token's neighbours; None: as `valid_T`. In a group of
-    experts `valid_T` is False too for tokens that the router above sent elsewhere."""
     domain_T: Tensor | None = None
-    """int64 domain of each token; in evaluation from `RouterBuildContext.num_domains` on for domains that are not trained on."""
-    label_T: Tensor | None = None
-    """int64: to which expert each token belongs, by number; of made data alone, for the router `oracle`."""
-    embedding_TD: Tensor | None = None
-    """What the network that all routers share says of each token; None: there is none."""
+    """int64 domain of each token; in evaluation, domains that are not trained on begin at `DataSummary.num_domains`."""
     step: int = 0
     span: Span | None = None
-    """Which tokens of the batch these are; None: all of them."""
-    previous_logits_TE: Tensor | None = None
-    """fp32 router logits of the MoE layer in the blocks below, with its gradient; None: there is none, or it has none.
-    Its experts may be more or fewer than this layer's."""
+    """Tokens of the batch that are on this process; None: all of them."""
+    features: Mapping[type[Feature], Tensor] = field(default_factory=dict)
+    """Values of the features that routers require, by token: the first dimension is T."""
     advance: Callable[[int, Tensor], Tensor] | None = None
-    """For routers over a chain of experts: (step, running_T bool) -> the fp32 state of all tokens, behind the expert
-    of that step for those that run. None: no layer brings experts."""
+    """For routers over a chain of experts: (step, running_T bool) -> the fp32 state of all tokens, after the expert of
+    that step for those that run. None: there are no experts, the state stays as it is."""
 
     def uniform(self, num_tokens: int, *shape: int) -> Tensor:
         """Return uniform draws in [0, 1), [T, *shape]: token t of the batch draws the same in any process."""
@@ -54,34 +64,31 @@ class RouteContext:
         return torch.rand((), generator=self.generator, device=self.generator.device)
 
     def position_T(self, num_tokens: int) -> Tensor:
-        """Return each token's place in the whole batch (int64)."""
+        """Return the position of each token in the whole batch (int64)."""
         start = self.span.start if self.span else 0
         return torch.arange(start, start + num_tokens, device=self.generator.device)
 
     def of_whole_batch(self, ranks: Ranks) -> "RouteContext":
         """Return the context of the tokens of all ranks together."""
 
-        def whole(value_T: Tensor | None) -> Tensor | None:
+        def gather(value_T: Tensor | None) -> Tensor | None:
             return None if value_T is None else ranks.gather(value_T)
 
         return replace(
             self,
-            token_id_T=whole(self.token_id_T),
-            valid_T=whole(self.valid_T),
-            present_T=whole(self.present_T),
-            domain_T=whole(self.domain_T),
-            previous_logits_TE=whole(self.previous_logits_TE),
-            label_T=whole(self.label_T),
-            embedding_TD=whole(self.embedding_TD),
+            token_id_T=gather(self.token_id_T),
+            valid_T=gather(self.valid_T),
+            domain_T=gather(self.domain_T),
+            features={feature: ranks.gather(value_T) for feature, value_T in self.features.items()},
             span=None,
         )
 
     def batch_tokens(self, num_tokens: int) -> int:
-        """Return T of the whole batch, of which `num_tokens` are here."""
+        """Return T of the whole batch, of which `num_tokens` are on this process."""
         return self.span.total if self.span else num_tokens
 
     def _draw(self, draw: Callable[..., Tensor], num_tokens: int, shape: tuple[int, ...]) -> Tensor:
         start = self.span.start if self.span else 0
         total = self.batch_tokens(num_tokens)
-        drawn = draw(total, *shape, generator=self.generator, device=self.generator.device)
-        return drawn[start : start + num_tokens]
+        value_T = draw(total, *shape, generator=self.generator, device=self.generator.device)
+        return value_T[start : start + num_tokens]

@@ -1,4 +1,4 @@
-"""What routers by domain share: domains there must be, and what a token of one that was not trained on is given."""
+"""Helpers of routers by domain: the check that there are domains, and values for domains that were not trained on."""
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ def check_domains(name: str, context: RouterBuildContext) -> int:
 
 
 def with_mean(value: Tensor, dim: int = 0) -> Tensor:
-    """Return the values of each domain with their mean behind them, which is what a domain not trained on is given."""
+    """Append the mean over domains, which is the value for domains that were not trained on."""
     return torch.cat([value, value.mean(dim, keepdim=True)], dim)
 
 
 def place_of(domain_T: Tensor, num_domains: int) -> Tensor:
-    """Return the place of each token's domain in `with_mean`: the last is that of every domain not trained on."""
+    """Return the index of each token's domain into `with_mean`: the last one for every domain not trained on."""
     return domain_T.clamp(max=num_domains)

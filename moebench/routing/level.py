@@ -1,4 +1,4 @@
-"""Which part of a choice a router makes, where experts stand in groups and several routers choose for one token."""
+"""Levels: the part of a choice that one of several routers makes, where experts are in groups."""
 
 from dataclasses import dataclass
 
@@ -7,34 +7,34 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """The place of a router among those of a layout of groups; the default: it stands alone.
+    """Position of a router in a layout of groups; by default it is the only one.
 
-    Learned routers differ by their parameters. A router that is a fixed function of the token must be told, or all of
-    them would be the same function: on two levels the expert within a group would be the number of the group.
+    Learned routers differ in their parameters. Routers that are a fixed function of the token need the level, or all of
+    them would be the same function: on two levels, the expert within a group would equal the number of the group.
     """
 
     num_above: int = 1
-    """Groups among which a router above has chosen already (layout `hierarchical`)."""
+    """Groups among which a router above has chosen (layout `hierarchical`)."""
     num_below: int = 1
     """Experts in each of the groups that this router chooses among; 1: it chooses experts."""
     group: int = 0
-    """Which of the groups side by side that all serve every token (layout `prototypes`)."""
+    """Index among parallel groups that all serve every token (layout `prototypes`)."""
 
     def total(self, num_experts: int) -> int:
-        """Return how many experts the routers above, this one and those below choose among, of its `num_experts`."""
+        """Return how many experts all levels choose among, where this one has `num_experts`."""
         return self.num_above * num_experts * self.num_below
 
     def part_of(self, number: Tensor, num_experts: int) -> Tensor:
-        """Return the router's part (int64, 0 ... num_experts - 1) of the number of an expert among all `total`."""
+        """Return this router's choice (int64, 0 ... num_experts - 1) for the index of one of all `total` experts."""
         return number // self.num_below % num_experts
 
     def expert_of(self, number: Tensor, num_experts: int) -> Tensor:
-        """Return the expert (int64, 0 ... num_experts - 1) for a non-negative whole number: a place, a label, an id.
+        """Return the expert (int64, 0 ... num_experts - 1) for a non-negative integer: a position, a label, an id.
 
-        Alone it is the number modulo E. On two levels it is a part of the number modulo the experts of all groups: both
-        parts together name one of these, so two levels of a fixed function are the same as one. In groups side by side
-        each run of E numbers is moved on, in every group by other amounts, so that numbers that share an expert in one
-        group are told apart in the others; the loads stay those of the plain modulo where E divides their range.
+        A single router takes the number modulo E. On two levels, the choices of both together are the number modulo the
+        experts of all groups, so that two levels of a fixed function equal one. In parallel groups each run of E
+        numbers is shifted, by another amount in each group, so that numbers that share an expert in one group are
+        separated in others; loads are those of the plain modulo where E divides the range of numbers.
         """
         shift, rest, digits = number * 0, number // num_experts, self.group
         while digits and num_experts > 1:
@@ -44,4 +44,4 @@ class Level:
 
 
 SINGLE_LEVEL = Level()
-"""The level of a router that stands alone."""
+"""The level of a single router."""

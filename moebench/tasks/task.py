@@ -277,4 +277,4 @@ def metric_names(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{name}_{i}" if number[name] > 1 or not name else name for i, name in enumerate(plain))
 
 
-TASKS: Registry[type[Task], TaskFacts] = Registry("task", "moebench.tasks")
+TASKS: Registry[type[Task], TaskFacts] = Registry("task", "moebench.tasks", item_type=Task, facts_type=TaskFacts)

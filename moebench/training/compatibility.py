@@ -5,7 +5,8 @@ import torch
 from moebench.errors import UsageError
 from moebench.models.plan import plan_blocks
 from moebench.parallel.expert_sharding import check_spread
-from moebench.routing.router import ROUTERS
+from moebench.routing.features.feature import sequence_group_size
+from moebench.routing.router import ROUTERS, required_features
 from moebench.schema import CellConfig
 from moebench.tasks.task import TASKS
 
@@ -17,9 +18,9 @@ def check_cell(config: CellConfig) -> None:
         raise UsageError("train.device: 'cuda' was asked for, but torch finds no CUDA device (allowed: auto, cpu)")
     _check_overflow(config)
     _check_spread(config)
-    _check_together(config)
+    _check_sequence_groups(config)
     _check_halves(config)
-    _check_labels(config)
+    _check_features(config)
     leak = _leak(config)
     if _experts_must_be_causal(config) and not config.allow_noncausal and leak:
         raise UsageError(
@@ -63,28 +64,29 @@ def _check_spread(config: CellConfig) -> None:
             check_spread(experts, config.parallel.expert, config.layout.name)
 
 
-def _check_together(config: CellConfig) -> None:
-    """Refuse batches that cannot be divided into the groups of sequences for which the arm's cost is counted."""
-    together = ROUTERS.get(config.router.name).item.sequence_group_size(config.router)
+def _check_sequence_groups(config: CellConfig) -> None:
+    """Refuse batches that do not divide into the groups of sequences for which the arm's cost is counted."""
+    group_size = sequence_group_size(required_features(config.router))
     size = config.train.batch_size // config.train.accumulate
-    if size % together:
-        cut = f" in train.accumulate={config.train.accumulate} parts" if config.train.accumulate > 1 else ""
+    if size % group_size:
+        parts = f" in train.accumulate={config.train.accumulate} parts" if config.train.accumulate > 1 else ""
         raise UsageError(
-            f"train.batch_size={config.train.batch_size}{cut} does not divide into groups of {together} sequences,"
-            f" which router '{config.router.name}' mixes (allowed: a multiple of {together * config.train.accumulate},"
-            " or another router.group_size)"
+            f"train.batch_size={config.train.batch_size}{parts} does not divide into groups of {group_size} sequences,"
+            f" which router '{config.router.name}' mixes (allowed: a multiple of"
+            f" {group_size * config.train.accumulate}, or another router.group_size)"
         )
 
 
-def _check_labels(config: CellConfig) -> None:
-    """Refuse a router that reads labels where there are none."""
-    router = ROUTERS.get(config.router.name)
-    if router.facts.needs_labels and not TASKS.get(config.task.name, where="task.name").facts.labels:
-        known = ", ".join(entry.name for entry in TASKS.entries() if entry.facts.labels)
-        raise UsageError(
-            f"router.name: '{config.router.name}' reads the right expert of each token, which task"
-            f" '{config.task.name}' does not know (tasks that do: {known})"
-        )
+def _check_features(config: CellConfig) -> None:
+    """Refuse a router that requires a feature which the task does not have."""
+    facts = TASKS.get(config.task.name, where="task.name").facts
+    for feature in required_features(config.router):
+        if not feature.is_provided_by(facts):
+            known = ", ".join(entry.name for entry in TASKS.entries() if feature.is_provided_by(entry.facts))
+            raise UsageError(
+                f"router.name: '{config.router.name}' needs {feature.description}, which task '{config.task.name}' does"
+                f" not have (tasks that have it: {known or 'none'})"
+            )
 
 
 def _check_halves(config: CellConfig) -> None:
@@ -94,11 +96,6 @@ def _check_halves(config: CellConfig) -> None:
         raise UsageError(
             f"layout.experts_in: '{config.layout.experts_in}' is a half of an encoder-decoder model, which task"
             f" '{config.task.name}' does not train (allowed: both)"
-        )
-    if two and ROUTERS.get(config.router.name).item.embedding(config.router)[0]:
-        raise UsageError(
-            f"router.embedding: 'shared' is one network before all layers, and task '{config.task.name}' trains a model"
-            " of two halves (allowed: layer)"
         )
     if two and any(block.stack for block in plan_blocks(config)):
         raise UsageError(

@@ -160,7 +160,6 @@ def batch_context(batch: Batch, *, training: bool, seed: int, step: int = 0, mic
         token_id_BL=batch.token_id_BL,
         valid_BL=batch.valid_BL,
         domain_B=batch.domain_B,
-        label_BL=batch.label_BL,
         span=batch.span,
         micro_batch=micro_batch,
     )

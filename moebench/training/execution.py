@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moebench.errors import UsageError
 from moebench.experts.layer import MoELayer
 from moebench.models.cost import executed_flops_per_token
 from moebench.parallel.mesh import Mesh
+from moebench.routing.contract import RouterContractError, label_router
 from moebench.routing.values import LayerRecord
 from moebench.tasks.task import Task
 from moebench.training.model import Model, model_cost
@@ -18,10 +18,6 @@ EXCESS, POSITIONS, ROWS, CHOSEN, UNSERVED, MISCOUNTED = range(6)
 assignments before capacity, positions that no expert computed, and those with another number of experts than
 `experts_per_token`."""
 NUM_COLUMNS = 6
-
-
-class RouterContractError(UsageError):
-    """A router's measured number of experts per token is not what `experts_per_token` returns."""
 
 
 class ExecutedCost:
@@ -78,17 +74,18 @@ class ExecutedCost:
         return {"drop_rate": float(dropped_L.mean()), "unserved": float(unserved_L.mean())} if self.layers else {}
 
     def check_declared(self) -> None:
-        """Raise RouterContractError if a router without `has_variable_k` sent a token to another number of experts.
+        """Raise RouterContractError if a router without variable k sent a token to another number of experts.
 
         Widths are solved by `experts_per_token`: a wrong value makes the arm's cost differ from its plan.
         """
         for layer, sums_X in zip(self.layers, self.total_LX, strict=True):
             if layer.router.form.is_mixture or layer.router.traits.has_variable_k or not bool(sums_X[MISCOUNTED]):
                 continue
+            measured = float(sums_X[CHOSEN] / sums_X[POSITIONS])
             raise RouterContractError(
-                f"router '{layer.router.config.name}' uses {float(sums_X[CHOSEN] / sums_X[POSITIONS]):.4g} experts per"
-                f" token on average in layer {layer.name}, but experts_per_token says {layer.experts_per_token} for"
-                " each (correct it, or set Facts.variable_k=True)"
+                f"{label_router(layer.router.config.name)} uses {measured:.4g} experts per token on average in layer"
+                f" {layer.name}, but experts_per_token says {layer.experts_per_token} for each (correct it, or set"
+                " Facts.variable_k=True)"
             )
 
     def state(self) -> list[list[float]]:

@@ -1,19 +1,21 @@
 """The whole model of a cell: the task's embedding and head around the backbone."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from moebench.models.build import build_backbone
+from moebench.models.build import NO_FEATURES, build_backbone
 from moebench.models.cost import Cost, cost_of, count_flops
 from moebench.models.encoder_decoder import EncoderDecoder
-from moebench.models.shared_embedding import SharedEmbedding
 from moebench.models.transformer import BatchContext, Transformer, init_weights
 from moebench.parallel.expert_sharding import shard_experts
 from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
-from moebench.routing.router import ROUTERS
+from moebench.routing.context import DataSummary
+from moebench.routing.features.feature import Feature, collect, count_passes, sequence_group_size
+from moebench.routing.router import required_features
 from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig
 from moebench.tasks.task import TASKS, Batch, Task
@@ -27,43 +29,57 @@ class Model(nn.Module):
         embedding: nn.Module,
         backbone: Transformer | EncoderDecoder,
         head: nn.Module,
-        shared: SharedEmbedding | None = None,
+        features: Sequence[Feature] = (),
+        feature_modules: Mapping[type[Feature], nn.Module] = NO_FEATURES,
     ) -> None:
-        """`shared`: what all routers read beside their layer's input; None: nothing."""
+        """`features`: what the routers require. `feature_modules`: the modules of those that have one."""
         super().__init__()
         self.embedding = embedding
         self.backbone = backbone
         self.head = head
-        self.shared = shared
+        self.features = tuple(features)
+        for feature, module in feature_modules.items():
+            self.add_module(feature.module_name, module)
 
     def forward(self, batch: Batch, ctx: BatchContext) -> tuple[Tensor, list[LayerRecord]]:
         """Return what the task's `loss` reads, and one record per MoE layer."""
-        x_BLD, records = self.features(batch, ctx)
+        x_BLD, records = self.compute_hidden(batch, ctx)
         return self.head(x_BLD), records
 
     @property
     def sequence_group_size(self) -> int:
-        """Sequences that must be on the same process (see `Router.sequence_group_size`)."""
-        routers = [layer.router for layer in self.backbone.moe_layers()]
-        return max((router.sequence_group_size(router.config) for router in routers), default=1)
+        """Number of consecutive sequences that must be on the same process."""
+        return sequence_group_size(self.features)
+
+    def feature_module(self, feature: Feature) -> nn.Module | None:
+        """Return the module of a feature; None where it has none."""
+        return self.get_submodule(feature.module_name) if feature.module_name else None
 
     def compute_hidden(self, batch: Batch, ctx: BatchContext) -> tuple[Tensor, list[LayerRecord]]:
         """Return the vectors that the head reads, and the records."""
         x_BLD = self.embedding(batch.input_BL)
+        ctx = replace(ctx, features=self._feature_values(batch, x_BLD))
+        hidden: tuple[Tensor, list[LayerRecord]]
         if isinstance(self.backbone, EncoderDecoder):
-            own = replace(ctx, token_id_BL=batch.decoder_input_BP, valid_BL=batch.decoder_valid_BP, label_BL=None)
-            found: tuple[Tensor, list[LayerRecord]] = self.backbone(
-                x_BLD, ctx, self.embedding(batch.decoder_input_BP), own
+            decoder_batch = batch.decoder_batch
+            y_BPD = self.embedding(decoder_batch.input_BL)
+            decoder_ctx = replace(
+                ctx,
+                token_id_BL=decoder_batch.input_BL,
+                valid_BL=decoder_batch.valid_BL,
+                features=self._feature_values(decoder_batch, y_BPD),
             )
+            hidden = self.backbone(x_BLD, ctx, y_BPD, decoder_ctx)
         else:
-            found = self.backbone(x_BLD, ctx if self.shared is None else replace(ctx, embedding_BLD=self.shared(x_BLD)))
-        return found
+            hidden = self.backbone(x_BLD, ctx)
+        return hidden
 
-    def said_by_shared(self, batch: Batch) -> Tensor:
-        """Return what the task's `loss` reads, of the shared embedding alone: it learns by that."""
-        assert self.shared is not None
-        output: Tensor = self.shared.head(self.shared(self.embedding(batch.input_BL)))
-        return output
+    def _feature_values(self, batch: Batch, x_BLD: Tensor) -> dict[type[Feature], Tensor]:
+        def read(feature: Feature) -> Tensor | None:
+            value_BL = feature.from_batch(batch, x_BLD, self.feature_module(feature))
+            return None if value_BL is None else value_BL.flatten(0, 1)
+
+        return collect(self.features, read)
 
 
 def build_model(config: CellConfig, task: Task, sized_as: CellConfig | None = None) -> Model:
@@ -72,26 +88,30 @@ def build_model(config: CellConfig, task: Task, sized_as: CellConfig | None = No
     `sized_as`: the cell whose experts' widths it has; None: its own.
     """
     facts = TASKS.get(config.task.name).facts
-    build = partial(
-        build_backbone,
-        config,
-        vocab_size=task.vocab_size,
-        token_count_V=task.token_count_V,
-        token_pairs=task.token_pairs if task.token_count_V is not None else None,
-        num_domains=task.num_trained_domains,
-        sized_as=sized_as,
-    )
+    features, data = required_features(config.router), summarise_data(task)
+    values = collect(features, lambda feature: feature.from_task(task))
+    build = partial(build_backbone, config, features=values, sized_as=sized_as)
     backbone: Transformer | EncoderDecoder
     if facts.is_encoder_decoder:
         backbone = EncoderDecoder(
-            build(causal=False, sequence_length=task.sequence_length, half="encoder"),
-            build(causal=True, sequence_length=task.decoder_length, half="decoder"),
+            build(causal=False, data=data, half="encoder"),
+            build(causal=True, data=replace(data, sequence_length=task.decoder_length), half="decoder"),
         )
     else:
-        backbone = build(causal=facts.causal, sequence_length=task.sequence_length)
-    d_model, (width, _) = config.model.d_model, ROUTERS.get(config.router.name).item.embedding(config.router)
-    shared = SharedEmbedding(d_model, width, task.build_head(width)) if width else None
-    return Model(task.build_embedding(d_model), backbone, task.build_head(d_model), shared)
+        backbone = build(causal=facts.causal, data=data)
+    d_model = config.model.d_model
+    modules = collect(features, lambda feature: feature.build_module(d_model, task.head))
+    return Model(task.build_embedding(d_model), backbone, task.build_head(d_model), features, modules)
+
+
+def summarise_data(task: Task) -> DataSummary:
+    """Return what a router may know of a task's data when it is built."""
+    return DataSummary(
+        vocab_size=task.vocab_size,
+        token_count_V=task.token_count_V,
+        sequence_length=task.sequence_length,
+        num_domains=task.num_trained_domains,
+    )
 
 
 def initialised_model(config: CellConfig, task: Task, mesh: Mesh = SINGLE_PROCESS_MESH) -> Model:
@@ -105,13 +125,11 @@ def initialised_model(config: CellConfig, task: Task, mesh: Mesh = SINGLE_PROCES
 
 def model_cost(model: Model, sequence_length: int, decoder_length: int | None = None) -> Cost:
     """Count parameters and forward FLOPs per token of a model."""
-    around = [model.embedding, model.head] + ([] if model.shared is None else [model.shared])
-    cost = cost_of(model.backbone, around, sequence_length, decoder_length)
-    if model.shared is None:
-        return cost
-    # It is run once more for its own loss, through a head of its own.
-    own = count_flops(model.shared, sequence_length) + count_flops(model.shared.head, sequence_length)
-    return replace(cost, training_only_flops=own)
+    modules = collect(model.features, model.feature_module)
+    cost = cost_of(model.backbone, [model.embedding, model.head, *modules.values()], sequence_length, decoder_length)
+    count = partial(count_flops, length=sequence_length)
+    training_only = [feature.count_training_flops(model.feature_module(feature), count) for feature in model.features]
+    return replace(cost, train_passes=count_passes(model.features), training_only_flops=sum(training_only))
 
 
 def prepare_task(config: CellConfig, results: Path) -> Task:

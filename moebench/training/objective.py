@@ -1,4 +1,4 @@
-"""What is minimised: the task loss plus coefficient times raw auxiliary loss, each kept apart for the log."""
+"""The training objective: the task loss plus coefficient times raw auxiliary loss, each part kept for the log."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from moebench.experts.layer import MoELayer
 from moebench.ranks import Ranks
 from moebench.routing.losses import compute_raw_losses
 from moebench.routing.values import LayerRecord
-from moebench.tasks.task import Batch, Task
+from moebench.tasks.task import Batch
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,10 +25,10 @@ class Objective:
     raw: Mapping[str, Tensor]
     """Auxiliary losses before their coefficient, mean over MoE layers."""
     weighted: Mapping[str, Tensor]
-    """The same times their coefficient, as they enter the total."""
+    """Auxiliary losses times their coefficient, as they enter the total."""
 
-    def detached(self) -> "Objective":
-        """Return the numbers without what is needed to differentiate them."""
+    def detach(self) -> "Objective":
+        """Return the values without their autograd graph."""
         return Objective(
             total=self.total.detach(),
             task=self.task.detach(),
@@ -36,8 +36,8 @@ class Objective:
             weighted={name: value.detach() for name, value in self.weighted.items()},
         )
 
-    def plus(self, name: str, raw: Tensor, coefficient: float) -> "Objective":
-        """Return the loss with one more part."""
+    def add(self, name: str, raw: Tensor, coefficient: float) -> "Objective":
+        """Return the loss with one more part, which enters the total times its coefficient."""
         weighted = coefficient * raw
         return Objective(
             total=self.total + weighted,
@@ -55,54 +55,63 @@ class Objective:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
-    """What makes the mean over micro-batches and processes of their losses the mean over a step's predictions."""
+class LossNormalizer:
+    """Divides losses so that their mean over micro-batches and processes is the mean over a step's predictions."""
 
     num_predictions: int | Tensor
     """Sum of `Batch.count_BP` over the whole step, all its micro-batches and processes."""
-    factor: int = 1
+    num_parts: int = 1
     """Micro-batches times processes."""
 
     @classmethod
-    def whole(cls, batch: Batch) -> "Share":
-        """Return the share of a batch that is its whole step."""
+    def of_single_batch(cls, batch: Batch) -> "LossNormalizer":
+        """Return the normalizer of a batch that is its whole step."""
         return cls(num_predictions=_count_BP(batch).sum().clamp(min=1))
 
     def mean(self, value_BP: Tensor, batch: Batch) -> Tensor:
-        """Return the batch's share of the mean over predictions."""
+        """Return the batch's part of the mean over predictions."""
         if batch.count_BP is not None:
             value_BP = value_BP.where(batch.count_BP > 0, 0.0)
-        return value_BP.sum() / self.num_predictions * self.factor
+        return value_BP.sum() / self.num_predictions * self.num_parts
 
     def mean_over_tokens(self, value_T: Tensor, batch: Batch, *, own_predictions: bool) -> Tensor:
-        """Return the same for numbers of tokens; without predictions of their own, a sequence counts by their mean."""
+        """Return the batch's part of the mean of a value per token.
+
+        Tokens without predictions of their own count by the mean of their sequence.
+        """
         value_BL = value_T.view(len(batch.domain_B), -1)
         if own_predictions:
             return self.mean(value_BL, batch)
         valid_BL = torch.ones_like(value_BL) if batch.valid_BL is None else batch.valid_BL.to(value_BL.dtype)
         mean_B = (value_BL * valid_BL).sum(1) / valid_BL.sum(1).clamp(min=1)
-        return (mean_B * _count_BP(batch).sum(1)).sum() / self.num_predictions * self.factor
+        return (mean_B * _count_BP(batch).sum(1)).sum() / self.num_predictions * self.num_parts
+
+    def mean_over_outputs(self, value_B: Tensor, batch: Batch) -> Tensor:
+        """Return the batch's part of the mean of a value per output, [B] or [B, ...]: of predictions or of tokens."""
+        value_BX = value_B.view(len(batch.domain_B), -1)
+        has_own = value_BX.shape[1] == batch.num_predictions
+        return self.mean_over_tokens(value_BX.reshape(-1), batch, own_predictions=has_own)
 
 
 def add_token_loss(records: Sequence[LayerRecord], loss_BP: Tensor, batch: Batch) -> list[LayerRecord]:
-    """Return the records with the task loss of each token: what routers that learn by reinforcement learn from.
+    """Return the records with the task loss of each token, for routers that learn by reinforcement.
 
-    It is that of the token's own prediction, 0 where nothing is predicted; or the mean of its sequence's predictions,
-    where there are not as many of them as tokens.
+    It is the loss of the token's own prediction, 0 where nothing is predicted; or the mean over the predictions of its
+    sequence, where their number differs from that of the tokens.
     """
     loss_BP, count_BP = loss_BP.detach(), _count_BP(batch)
     loss_BP = loss_BP.where(count_BP > 0, 0.0)
     mean_B1 = loss_BP.sum(1, keepdim=True) / count_BP.sum(1, keepdim=True).clamp(min=1)
 
-    def of_tokens(record: LayerRecord) -> Tensor:
+    def token_loss_T(record: LayerRecord) -> Tensor:
         length = record.routing.num_tokens // max(len(batch.domain_B), 1)
         return (loss_BP if _has_own_predictions(record, batch) else mean_B1.expand(-1, length)).reshape(-1)
 
-    return [replace(record, token_loss_T=of_tokens(record)) for record in records]
+    return [replace(record, token_loss_T=token_loss_T(record)) for record in records]
 
 
 def _has_own_predictions(record: LayerRecord, batch: Batch) -> bool:
-    """Whether each token of a layer has a prediction of its own: not in an encoder, whose decoder predicts."""
+    """Return whether each token of a layer has a prediction of its own: not in an encoder, whose decoder predicts."""
     in_encoder = batch.decoder_input_BP is not None and str(record.layer).startswith("encoder.")
     return not in_encoder and record.routing.num_tokens == len(batch.domain_B) * batch.num_predictions
 
@@ -111,21 +120,22 @@ def _count_BP(batch: Batch) -> Tensor:
     return torch.ones_like(batch.weight_BP) if batch.count_BP is None else batch.count_BP
 
 
-def objective(
+def compute_objective(
     loss_BP: Tensor,
     batch: Batch,
     layers: Sequence[MoELayer],
     records: Sequence[LayerRecord],
     coefficients: Mapping[str, float],
-    share: LossNormalizer | None = None,
+    normalizer: LossNormalizer | None = None,
 ) -> Objective:
     """Add up the loss of a batch; a coefficient of 0 measures a loss without using it.
 
-    `records`: judged; `share`: the batch's share of its step; None: it is the whole step. What routers learn from the
-    task loss is "objective" among the weighted parts: a sum over layers, since it is the gradient of one loss.
+    `records`: with the loss of each token (`add_token_loss`). `normalizer`: None: the batch is its whole step. What
+    routers learn from the task loss is "objective" among the weighted parts: a sum over layers, since it is the
+    gradient of one loss.
     """
-    share = share or LossNormalizer.of_single_batch(batch)
-    task = share.mean(loss_BP, batch)
+    normalizer = normalizer or LossNormalizer.of_single_batch(batch)
+    task = normalizer.mean(loss_BP, batch)
     per_layer = [
         compute_raw_losses(layer.router, record, coefficients) for layer, record in zip(layers, records, strict=True)
     ]
@@ -134,40 +144,25 @@ def objective(
     weighted = {name: coefficients[name] * value for name, value in raw.items()}
     means = []
     for layer, record in zip(layers, records, strict=True):
-        learned_T = layer.router.objective(record)
-        if learned_T is not None:
-            own = _has_own_predictions(record, batch)
-            means.append(share.mean_over_tokens(learned_T, batch, own_predictions=own))
+        objective_T = layer.router.objective(record)
+        if objective_T is not None:
+            has_own = _has_own_predictions(record, batch)
+            means.append(normalizer.mean_over_tokens(objective_T, batch, own_predictions=has_own))
     if means:
         weighted["objective"] = torch.stack(means).sum()
     return Objective(total=task + sum(weighted.values()), task=task, raw=raw, weighted=weighted)
 
 
-def agreeing(
-    found: Sequence[Objective],
-    outputs: Sequence[Tensor],
-    task: Task,
-    batch: Batch,
-    coefficient: float,
-    share: LossNormalizer | None = None,
-) -> Objective:
-    """Return the mean of what two passes over a batch found, with the raw loss "consistency" beside the others."""
-    apart_BL = divergence(*(task.log_probabilities(output) for output in outputs))
-    own = apart_BL.shape[1] == batch.num_predictions
-    apart = (share or LossNormalizer.of_single_batch(batch)).mean_over_tokens(
-        apart_BL.reshape(-1), batch, own_predictions=own
-    )
+def average_passes(objectives: Sequence[Objective]) -> Objective:
+    """Return the mean over several forward passes of one batch."""
+    if len(objectives) == 1:
+        return objectives[0]
     return Objective(
-        total=torch.stack([each.total for each in found]).mean() + coefficient * apart,
-        task=torch.stack([each.task for each in found]).mean(),
-        raw=_mean([each.raw for each in found]) | {"consistency": apart},
-        weighted=_mean([each.weighted for each in found]) | {"consistency": coefficient * apart},
+        total=torch.stack([each.total for each in objectives]).mean(),
+        task=torch.stack([each.task for each in objectives]).mean(),
+        raw=_average([each.raw for each in objectives]),
+        weighted=_average([each.weighted for each in objectives]),
     )
-
-
-def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return ½ Σ (p - q)(log p - log q) over the last dimension, in nats: symmetric, 0 where both say the same."""
-    return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
 
 
 def average_objectives(objectives: Sequence[Objective], ranks: Ranks) -> dict[str, float]:
@@ -178,5 +173,5 @@ def average_objectives(objectives: Sequence[Objective], ranks: Ranks) -> dict[st
     return dict(zip(names, summed, strict=True))
 
 
-def _mean(losses: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def _average(losses: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([each[name] for each in losses]).mean() for name in losses[0]}

@@ -225,7 +225,7 @@ def test_each_router_is_updated_by_its_own_loads(monkeypatch: pytest.MonkeyPatch
     seen, sums = {}, {}
     for name, router in both.named_modules():
         if type(router) is not GroupedRouter and hasattr(router, "after_step"):
-            monkeypatch.setattr(router, "sums", lambda record: {"served": record.routing.counted_N.sum()})
+            monkeypatch.setattr(router, "statistics", lambda record: {"served": record.routing.counted_N.sum()})
 
             def after_step(load_E: Tensor, own: dict, name: str = name) -> None:
                 seen[name], sums[name] = load_E.tolist(), own

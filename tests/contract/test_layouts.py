@@ -19,6 +19,7 @@ from moebench.models.build import build_backbone
 from moebench.models.cost import cost_of, executed_flops_per_token
 from moebench.models.transformer import BatchContext, Transformer
 from moebench.models.whole_model import StackBank
+from moebench.routing.context import DataSummary
 from moebench.routing.values import LayerRecord
 
 NUM_TOKENS = BATCH * LENGTH
@@ -168,7 +169,7 @@ def test_small_capacity_drops_assignments(layout: str) -> None:
 def test_cost_is_counted_on_the_meta_device(layout: str) -> None:
     real = cost_of(backbone_of(config_of(layout)), [], LENGTH)
     with torch.device("meta"):
-        planned = build_backbone(config_of(layout), causal=True, sequence_length=LENGTH)
+        planned = build_backbone(config_of(layout), causal=True, data=DataSummary(sequence_length=LENGTH))
     assert cost_of(planned, [], LENGTH) == real
 
 

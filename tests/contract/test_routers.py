@@ -182,8 +182,9 @@ def test_configuration_round_trip(case: Case) -> None:
 @every_router
 def test_facts_are_complete(case: Case) -> None:
     facts = case.facts
-    for key in ("family", "equation", "paper", "causal_reason"):
+    for key in ("family", "equation", "paper"):
         assert getattr(facts, key).strip(), key
+    assert facts.causality.reason.strip()
     assert re.search(r"arXiv:\d{4}\.\d{4,5}|doi:10\.", facts.paper), facts.paper
     assert case.router_class.__doc__
     assert case.config.name == case.name

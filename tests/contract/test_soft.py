@@ -128,7 +128,7 @@ def test_options_without_slots_are_refused() -> None:
         SoftMoE.check(SoftMoE.Config(average_experts=9), 8)
     with pytest.raises(UsageError, match=r"^router\.slots_per_expert must be at least 1, or null, got 0"):
         SoftMoE.check(SoftMoE.Config(slots_per_expert=0), 8)
-    nowhere = dataclasses.replace(build_context(8), sequence_length=None)
+    nowhere = build_context(8, sequence_length=None)
     with pytest.raises(UsageError, match=r"^router\.slots_per_expert must be set"):
         SoftMoE(SoftMoE.Config(), nowhere)
     assert SoftMoE(SoftMoE.Config(slots_per_expert=2), nowhere).rows_per_token(1) == 1

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from moebench.routing.composite import GroupedRouter
 from moebench.routing.context import RouteContext
+from moebench.routing.features.padding_mask import PaddingMask
+from moebench.routing.features.token_labels import TokenLabels
+from moebench.routing.features.token_pairs import TokenPairs
 from moebench.routing.level import Level
 from moebench.routing.router import ROUTERS, RouterBuildContext
 from moebench.routing.routers.hash import balanced_table
@@ -38,12 +41,14 @@ every_fixed_case = pytest.mark.parametrize("case", [c for c in static_cases() if
 def build_large_context(num_experts: int = NUM_EXPERTS) -> RouterBuildContext:
     """Return the build context of a model with 200 token ids and 64 domains."""
     return replace(
-        build_context(num_experts),
-        vocab_size=VOCAB,
-        token_count_V=(10_000 / torch.arange(1, VOCAB + 1)).long(),
-        token_pairs=lambda: torch.randint(100, (VOCAB, VOCAB), generator=torch.Generator().manual_seed(0)),
-        num_domains=NUM_SEQUENCES,
-        sequence_length=LENGTH,
+        build_context(
+            num_experts,
+            vocab_size=VOCAB,
+            token_count_V=(10_000 / torch.arange(1, VOCAB + 1)).long(),
+            num_domains=NUM_SEQUENCES,
+            sequence_length=LENGTH,
+        ),
+        features={TokenPairs: torch.randint(100, (VOCAB, VOCAB), generator=torch.Generator().manual_seed(0))},
     )
 
 
@@ -61,7 +66,8 @@ def context(seed: int = 0, *, training: bool = True, valid_T: Tensor | None = No
         base,
         token_id_T=torch.randint(VOCAB, domain_T.shape, generator=torch.Generator().manual_seed(1)),
         domain_T=domain_T,
-        label_T=torch.arange(len(domain_T)) // 3 % 16,
+        features={TokenLabels: torch.arange(len(domain_T)) // 3 % 16}
+        | ({} if valid_T is None else {PaddingMask: valid_T}),
         valid_T=valid_T,
     )
 
@@ -140,7 +146,7 @@ def test_number_of_pairs_of_two_groups(name: str, num_pairs: int) -> None:
 
 def test_more_groups_than_experts_per_group_differ() -> None:
     # 8 groups of two experts, 64 labels: no two groups are equal or complementary.
-    ctx = replace(context(), label_T=torch.arange(64).repeat(64))
+    ctx = replace(context(), features={TokenLabels: torch.arange(64).repeat(64)})
     router = GroupedRouter(
         ROUTERS.get("oracle").item, Case("oracle").config, build_large_context(), 8, pick_groups=False
     )

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebench.routing.context import RouteContext
+from moebench.routing.context import DataSummary, RouteContext
 from moebench.routing.gate import TRUNCATED_STD, Gate, jitter
 from moebench.routing.router import ROUTERS, RouterBuildContext
 from moebench.routing.routers.gshard import GShard, STMoE
@@ -169,7 +169,8 @@ def test_seed_separates_parts_and_types() -> None:
 def test_hash_depends_on_the_token_id_only() -> None:
     count_V = torch.arange(30, 0, -1)
     router = ROUTERS.get("hash").item(
-        ROUTERS.get("hash").item.Config(), RouterBuildContext(d_model=4, num_experts=4, token_count_V=count_V)
+        ROUTERS.get("hash").item.Config(),
+        RouterBuildContext(d_model=4, num_experts=4, data=DataSummary(token_count_V=count_V)),
     )
     token_id_T = torch.tensor([3, 7, 3, 29, 7])
     x_TD = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))

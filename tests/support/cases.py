@@ -16,7 +16,11 @@ from moebench.experts.capacity import Capacity
 from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.layer import MoELayer
 from moebench.models.transformer import init_weights
-from moebench.routing.context import RouteContext
+from moebench.routing.context import DataSummary, RouteContext
+from moebench.routing.contract import ROUTING_OF_FORM
+from moebench.routing.features.padding_mask import PaddingMask
+from moebench.routing.features.token_labels import TokenLabels
+from moebench.routing.features.token_pairs import TokenPairs
 from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.router import ROUTERS, Facts, Router, RouterBuildContext, RouterConfig
 from moebench.routing.values import AnyRouting, ChainRouting
@@ -114,6 +118,7 @@ class ReplayRouter(Router):
             RouterConfig(name="replay"), RouterBuildContext(d_model=D_MODEL, num_experts=routing.num_experts)
         )
         self.routing = routing
+        self.form = next(form for form, kind in ROUTING_OF_FORM.items() if type(routing) is kind)
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> AnyRouting:
         return self.routing
@@ -153,17 +158,14 @@ def default_cases() -> list[Case]:
 MODES = {"train": True, "eval": False}
 
 
-def build_context(num_experts: int) -> RouterBuildContext:
-    """Return the build context of a router in a small language model, with frequent and rare token ids."""
+def build_context(num_experts: int, **data: Any) -> RouterBuildContext:
+    """Return the build context of a router in a small language model; `data`: other values of its `DataSummary`."""
     count_V = (1000 / torch.arange(1, VOCAB + 1)).long()
     return RouterBuildContext(
         d_model=D_MODEL,
         num_experts=num_experts,
-        vocab_size=VOCAB,
-        token_count_V=count_V,
-        token_pairs=lambda: torch.randint(100, (VOCAB, VOCAB), generator=torch.Generator().manual_seed(0)),
-        sequence_length=16,
-        num_domains=3,
+        data=replace(DataSummary(vocab_size=VOCAB, token_count_V=count_V, sequence_length=16, num_domains=3), **data),
+        features={TokenPairs: torch.randint(100, (VOCAB, VOCAB), generator=torch.Generator().manual_seed(0))},
     )
 
 
@@ -201,7 +203,7 @@ class Tokens:
             token_id_T=self.token_id_T,
             valid_T=self.valid_T,
             domain_T=torch.zeros_like(self.token_id_T),
-            label_T=self.token_id_T % 5,
+            features={TokenLabels: self.token_id_T % 5} | ({} if self.valid_T is None else {PaddingMask: self.valid_T}),
         )
 
     def take(self, index_T: Tensor, length: int | None = None) -> "Tokens":

@@ -11,6 +11,9 @@ from moebench.config import resolve
 from moebench.experts.layout import LAYOUTS
 from moebench.models.build import build_backbone
 from moebench.models.transformer import BatchContext, Transformer, init_weights
+from moebench.routing.context import DataSummary
+from moebench.routing.features.token_labels import TokenLabels
+from moebench.routing.features.token_pairs import TokenPairs
 from moebench.routing.router import ROUTERS
 
 D_MODEL, LENGTH, BATCH = 16, 16, 2
@@ -34,11 +37,8 @@ def backbone_of(config: Any, *, causal: bool = True, seed: int = 0, sequence_len
     backbone = build_backbone(
         config,
         causal=causal,
-        vocab_size=VOCAB,
-        token_count_V=token_count_V,
-        token_pairs=lambda: torch.randint(100, (VOCAB, VOCAB), generator=torch.Generator().manual_seed(0)),
-        sequence_length=sequence_length,
-        num_domains=2,
+        data=DataSummary(vocab_size=VOCAB, token_count_V=token_count_V, sequence_length=sequence_length, num_domains=2),
+        features={TokenPairs: torch.randint(100, (VOCAB, VOCAB), generator=torch.Generator().manual_seed(0))},
     )
     init_weights(backbone, seed)
     return backbone
@@ -51,7 +51,11 @@ def batch(*, training: bool, seed: int = 0, size: int = BATCH, length: int = LEN
     token_id_BL = torch.randint(VOCAB, (size, length), generator=generator)
     domain_B = torch.arange(size) % 2
     return x_BLD, BatchContext(
-        training=training, seed=seed, token_id_BL=token_id_BL, domain_B=domain_B, label_BL=token_id_BL % 5
+        training=training,
+        seed=seed,
+        token_id_BL=token_id_BL,
+        domain_B=domain_B,
+        features={TokenLabels: token_id_BL.flatten() % 5},
     )
 
 

@@ -11,7 +11,7 @@ import moebench
 PACKAGE = Path(moebench.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    ("errors", "interrupts", "cores", "ranks", "seeds"),
+    ("errors", "interrupts", "cores", "ranks", "seeds", "plugin_sources"),
     ("registry", "yaml_text"),
     ("conversion",),
     ("schema",),

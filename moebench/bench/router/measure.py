@@ -12,6 +12,9 @@ from moebench.bench.timing import Protocol, Spread, Timed, Timings
 from moebench.errors import UsageError
 from moebench.models.transformer import BatchContext, init_weights
 from moebench.routing.assignment import solve_balanced_assignment
+from moebench.routing.context import DataSummary
+from moebench.routing.contract import build_router
+from moebench.routing.features.token_labels import TokenLabels
 from moebench.routing.losses import compute_raw_losses
 from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.router import ROUTERS, Router, RouterBuildContext
@@ -218,12 +221,14 @@ class RouterCall:
         context = RouterBuildContext(
             d_model=D_MODEL,
             num_experts=subject.num_experts,
-            vocab_size=VOCAB,
-            token_count_V=self.token_id_BL.flatten().cpu().bincount(minlength=VOCAB),
-            sequence_length=self.length,
-            num_domains=DOMAINS,
+            data=DataSummary(
+                vocab_size=VOCAB,
+                token_count_V=self.token_id_BL.flatten().cpu().bincount(minlength=VOCAB),
+                sequence_length=self.length,
+                num_domains=DOMAINS,
+            ),
         )
-        self.router: Router = subject.router_class(subject.config, context)
+        self.router: Router = build_router(subject.router_class, subject.config, context)
         init_weights(self.router, seed)
         self.router.to(device).train()
         self.coefficients: dict[str, float] = subject.config.losses
@@ -235,7 +240,7 @@ class RouterCall:
             seed=self.seed,
             token_id_BL=self.token_id_BL,
             domain_B=self.domain_B,
-            label_BL=self.token_id_BL,
+            features={TokenLabels: self.token_id_BL.flatten()},
         )
         routing = self.router(self.x_TD, ctx.route(0, self.length, self.x_TD.device))
         return LayerRecord(routing=routing, kept=routing, sequence_length=self.length)

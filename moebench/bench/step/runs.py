@@ -150,8 +150,8 @@ class PlainLoop:
         ctx = batch_context(batch, training=True, seed=config.seed, step=step)
         outputs, records = module.run_passes(batch, ctx)
         with watch.part("embedding, head, loss"):
-            found, records = module.compute_loss(batch, outputs, records)
-        return found.total, records
+            objective, records = module.compute_loss(batch, outputs, records)
+        return objective.total, records
 
 
 class _NoWatch(Stopwatch):

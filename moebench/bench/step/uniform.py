@@ -18,8 +18,9 @@ class UniformLoad(Router):
     def __init__(self, inner: Router) -> None:
         nn.Module.__init__(self)
         self.inner = inner
+        self.config = inner.config
+        self.form = inner.form
         self.num_experts = inner.num_experts
-        self.consistency = inner.consistency
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Return the routing with other experts; a list that is no rectangle stays as it is."""

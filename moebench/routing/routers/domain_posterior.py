@@ -70,12 +70,12 @@ class DomainPosterior(Domain):
 
     def __init__(self, config: Any, context: RouterBuildContext) -> None:
         super().__init__(Domain.Config(name=config.name), context)
-        self.config = config
+        self.config, self.prior = config, config.prior
         self.gate = Gate(context.d_model, context.num_experts)
 
     @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        is_uniform = not ctx.training and self.config.prior == "even"
+        is_uniform = not ctx.training and self.prior == "even"
         logits_TE = self.gate(compute_running_means(x_TD.detach().float(), ctx))
         logits_TE = logits_TE if is_uniform else logits_TE + self.log_prior_E
         nats_T = logits_TE.new_zeros(x_TD.shape[0])

@@ -1,14 +1,18 @@
-"""Hash: a fixed function from a token's id, its neighbours' ids or its place to an expert."""
+"""Hash: a fixed function from the id of a token, the ids of its neighbours or its position to an expert."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moebench.errors import UsageError
 from moebench.routing.clusters import cluster_token_ids
 from moebench.routing.context import RouteContext
+from moebench.routing.features.feature import Feature
+from moebench.routing.features.padding_mask import PaddingMask
+from moebench.routing.features.token_pairs import TokenPairs
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig
 from moebench.routing.values import Routing
 from moebench.seeds import derive_seed, make_generator
@@ -19,8 +23,8 @@ from moebench.seeds import derive_seed, make_generator
         family="static",
         equation="i = table[token id],  y = E_i(x)",
         paper="arXiv:2106.04426, section 3.1 (balanced assignment)",
-        use="A language model's baseline that learns nothing about routing: cheap, stable, hard to beat when small.",
-        beware="Blind to context. The most frequent id bounds the balance: with 64 experts one of them has "
+        use="Baseline of language models without learned routing: cheap, stable, hard to beat in small models.",
+        beware="Ignores context. The most frequent id limits the balance: with 64 experts one of them has "
         "several times its share. Needs token ids.",
         causality=Causality(
             causal=True, reason="the expert depends on the token's own id alone", batch_dependent=False
@@ -33,11 +37,11 @@ from moebench.seeds import derive_seed, make_generator
 class Hash(Router["Hash.Config"]):
     """Hash layers with a balanced table (Roller et al. 2021).
 
-    Ids are dealt out from the most to the least frequent, each to the expert with the smallest load so far; no id
-    is split, so the most frequent id limits the balance. The table is a buffer and part of every checkpoint.
-    Nothing is learned and nothing is computed: content-blind routing, and a strong baseline. The paper's clustered
-    tables come from the embeddings of a trained model; here from what stands beside each id in the training text.
-    On two levels the table is the one over all experts; groups side by side have a table each.
+    Ids are assigned from the most to the least frequent, each to the expert with the smallest load so far; no id is
+    split, so the most frequent id limits the balance. The table is a buffer and part of every checkpoint. Nothing is
+    learned or computed: routing without content, and a strong baseline. The paper's clustered tables come from the
+    embeddings of a trained model; here from the neighbours of each id in the training text. On two levels there is one
+    table over all experts; parallel groups have a table each.
     """
 
     table_V: Tensor
@@ -48,36 +52,42 @@ class Hash(Router["Hash.Config"]):
 
         name: str = "hash"
         table: Literal["balanced", "random", "clustered"] = "balanced"
-        """Balanced: by frequency. Random: each id to a random expert, another table in every layer. Clustered: ids that
-        stand in like contexts share an expert, however uneven that is."""
+        """Balanced: by frequency. Random: each id to a random expert, another table in every layer. Clustered: ids with
+        similar contexts share an expert, however uneven that is."""
 
     def __init__(self, config: Any, context: RouterBuildContext) -> None:
         super().__init__(config, context)
         if context.data.token_count_V is None:
             raise UsageError(f"router.name: '{config.name}' routes by token id, which this task does not have")
-        table_V = whole_table(getattr(config, "table", "balanced"), context.data.token_count_V, context)
+        table_V = build_table(getattr(config, "table", "balanced"), context.data.token_count_V, context)
         self.register_buffer("table_V", context.level.part_of(table_V, context.num_experts))
 
+    @classmethod
+    @override
+    def required_features(cls, config: Any) -> tuple[Feature, ...]:
+        return (TokenPairs(),) if getattr(config, "table", "") == "clustered" else ()
+
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Look each token's expert up."""
         assert ctx.token_id_T is not None
-        return certain(self.table_V[ctx.token_id_T], self.num_experts)
+        return route_to(self.table_V[ctx.token_id_T], self.num_experts)
 
 
-def whole_table(table: str, count_V: Tensor, context: RouterBuildContext) -> Tensor:
-    """Return the expert of each id among those of all levels, int64 [V]: another table in each group side by side."""
+def build_table(table: str, count_V: Tensor, context: RouterBuildContext) -> Tensor:
+    """Return the expert of each id among those of all levels, int64 [V]; each parallel group has another table."""
     total, group = context.level.total(context.num_experts), context.level.group
     if table == "random":
         draw = make_generator("hash", context.layer, total, group)
         return torch.randint(total, count_V.shape, generator=draw, device="cpu")
     if table == "balanced":
         return balanced_table(count_V, total, group)
-    if context.token_pairs is None or total > len(count_V):
+    pairs_VV = context.features.get(TokenPairs)
+    if pairs_VV is None or total > len(count_V):
         raise UsageError(
             f"router.table: 'clustered' needs a text and at least as many ids as experts, {total}"
             " (allowed: balanced, random)"
         )
-    return cluster_token_ids(context.token_pairs(), total, seed=derive_seed("clusters", group) % 2**32)
+    return cluster_token_ids(pairs_VV, total, seed=derive_seed("clusters", group) % 2**32)
 
 
 @ROUTERS.register(
@@ -85,8 +95,8 @@ def whole_table(table: str, count_V: Tensor, context: RouterBuildContext) -> Ten
         family="static",
         equation="i = hash(previous token id, token id) mod E,  y = E_i(x)",
         paper="arXiv:2106.04426, section 3.1 (bigram hash)",
-        use="Hashing with better balance: a frequent id is spread by what stands before it.",
-        beware="Rare pairs are drawn at random, so experts see less that belongs together. Needs token ids.",
+        use="Hashing with better balance: a frequent id is spread by the id before it.",
+        beware="Rare pairs go to random experts, so an expert sees less related tokens. Needs token ids.",
         causality=Causality(
             causal=True, reason="the expert depends on the token's own id and the one before it", batch_dependent=False
         ),
@@ -96,10 +106,10 @@ def whole_table(table: str, count_V: Tensor, context: RouterBuildContext) -> Ten
     )
 )
 class HashBigram(Router["HashBigram.Config"]):
-    """The expert of a pair of ids: a frequent id is spread over experts by what stands before it.
+    """The expert of a pair of ids: a frequent id is spread over experts by the id before it.
 
-    A sequence's first token is paired with an id of its own. The hash is multiplicative, other factors in every
-    layer: no table of all pairs is kept.
+    The first token of a sequence is paired with an extra id. The hash is multiplicative, with other factors in every
+    layer; there is no table of all pairs.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -112,22 +122,22 @@ class HashBigram(Router["HashBigram.Config"]):
         super().__init__(config, context)
         if context.data.token_count_V is None:
             raise UsageError(f"router.name: '{config.name}' routes by token id, which this task does not have")
-        self.nobody = len(context.data.token_count_V)
+        self.start_id = len(context.data.token_count_V)
         self.level, self.total = context.level, context.level.total(context.num_experts)
         self.factors = [
             derive_seed("bigram", n, context.layer, self.total, context.level.group) % PRIME for n in range(3)
         ]
 
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Hash each token's id with that of the token before it."""
         assert ctx.token_id_T is not None
         id_BL = ctx.token_id_T.view(-1, ctx.sequence_length)
-        before_BL = torch.cat([torch.full_like(id_BL[:, :1], self.nobody), id_BL[:, :-1]], dim=1)
+        before_BL = torch.cat([torch.full_like(id_BL[:, :1], self.start_id), id_BL[:, :-1]], dim=1)
         first, second, third = self.factors
         mixed_BL = (first * (before_BL + 1) % PRIME + second * (id_BL + 1) % PRIME + third) % PRIME
-        mixed_BL = mixed_BL * mixed_BL % PRIME  # a sum alone would only shift one id's experts by the other
+        mixed_BL = mixed_BL * mixed_BL % PRIME  # a plain sum would shift the experts of one id by the other
         expert_BL = self.level.part_of(mixed_BL % self.total, self.num_experts)
-        return certain(expert_BL.reshape(-1), self.num_experts)
+        return route_to(expert_BL.reshape(-1), self.num_experts)
 
 
 @ROUTERS.register(
@@ -135,9 +145,11 @@ class HashBigram(Router["HashBigram.Config"]):
         family="static",
         equation="i = position mod E,  y = E_i(x)",
         paper="arXiv:2106.04426, section 3.1 (position hash)",
-        use="A control with even loads: what is gained without knowing anything about the token.",
-        beware="Experts have nothing special to learn. Loads are even only in sequences of a length that E divides.",
-        causality=Causality(causal=True, reason="the expert depends on the token's place alone", batch_dependent=False),
+        use="A control with even loads: the gain of experts that know nothing about the token.",
+        beware="Experts have nothing to specialise in. Loads are even only if E divides the sequence length.",
+        causality=Causality(
+            causal=True, reason="the expert depends on the token's position alone", batch_dependent=False
+        ),
         balanced=True,
         cost="T",
         learned=False,
@@ -145,9 +157,9 @@ class HashBigram(Router["HashBigram.Config"]):
     )
 )
 class HashPosition(Router["HashPosition.Config"]):
-    """The expert of a place in the sequence: even loads, and no reason for an expert to know anything special.
+    """The expert of a position in the sequence: even loads, and nothing for an expert to specialise in.
 
-    The control that shows how much of hashing's gain is in what the id says.
+    A control that shows how much of the gain of hashing comes from the id.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -160,10 +172,10 @@ class HashPosition(Router["HashPosition.Config"]):
         super().__init__(config, context)
         self.level = context.level
 
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Deal experts out along each sequence."""
         position_T = torch.arange(x_TD.shape[0], device=x_TD.device) % ctx.sequence_length
-        return certain(self.level.expert_of(position_T, self.num_experts), self.num_experts)
+        return route_to(self.level.expert_of(position_T, self.num_experts), self.num_experts)
 
 
 @ROUTERS.register(
@@ -171,11 +183,11 @@ class HashPosition(Router["HashPosition.Config"]):
         family="static",
         equation="i = table[next token id],  y = E_i(x)",
         paper="arXiv:2106.04426, section 3.1 (future token oracle)",
-        use="To test the tests: an oracle that shows what a leak through routing is worth.",
-        beware="It tells the next token to a language model. Its loss is no result.",
+        use="To check the causality tests: an oracle that shows the gain of a leak through routing.",
+        beware="It reveals the next token to a language model. Its loss is no result.",
         causality=Causality(
             causal=False,
-            reason="the expert tells something of the next token, which is what a language model must predict",
+            reason="the expert depends on the next token, which a language model must predict",
             batch_dependent=False,
         ),
         cost="T",
@@ -184,9 +196,9 @@ class HashPosition(Router["HashPosition.Config"]):
     )
 )
 class HashFuture(Hash):
-    """An oracle: the expert of the token that follows. What a leak through routing alone is worth.
+    """An oracle: the expert of the next token. It shows the gain of a leak through routing alone.
 
-    A router that comes near it in a language model cheats as it does. A sequence's last token goes by its own id.
+    A router with a similar loss in a language model leaks too. The last token of a sequence is routed by its own id.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -195,24 +207,29 @@ class HashFuture(Hash):
 
         name: str = "hash_future"
 
+    @classmethod
+    @override
+    def required_features(cls, config: Any) -> tuple[Feature, ...]:
+        return (PaddingMask(),)
+
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Look the expert of each token's successor up."""
         assert ctx.token_id_T is not None
         id_BL = ctx.token_id_T.view(-1, ctx.sequence_length)
         next_BL = torch.cat([id_BL[:, 1:], id_BL[:, -1:]], dim=1)
-        present_T = ctx.valid_T if ctx.present_T is None else ctx.present_T
-        if present_T is not None:  # padding follows nobody
-            present_BL = present_T.view_as(id_BL)
-            next_BL = next_BL.where(torch.cat([present_BL[:, 1:], present_BL[:, -1:]], dim=1), id_BL)
-        return certain(self.table_V[next_BL.reshape(-1)], self.num_experts)
+        valid_T = ctx.features.get(PaddingMask)
+        if valid_T is not None:  # padding is no successor
+            valid_BL = valid_T.view_as(id_BL)
+            next_BL = next_BL.where(torch.cat([valid_BL[:, 1:], valid_BL[:, -1:]], dim=1), id_BL)
+        return route_to(self.table_V[next_BL.reshape(-1)], self.num_experts)
 
 
 PRIME = 2**31 - 1
 """Products of two numbers below it fit into int64."""
 
 
-def certain(expert_T: Tensor, num_experts: int) -> Routing:
-    """Return the routing of one expert for each token with weight 1."""
+def route_to(expert_T: Tensor, num_experts: int) -> Routing:
+    """Return the routing of each token to one expert with weight 1."""
     weight_TK = torch.ones(expert_T.shape[0], 1, dtype=torch.float32, device=expert_T.device)
     return Routing.from_top_k(expert_T.unsqueeze(-1), weight_TK, num_experts=num_experts)
 
@@ -220,19 +237,19 @@ def certain(expert_T: Tensor, num_experts: int) -> Routing:
 def balanced_table(count_V: Tensor, num_experts: int, variant: int = 0) -> Tensor:
     """Return the expert of each id: most frequent first, each to the least loaded expert (ties: the lowest).
 
-    Another `variant` deals in an order by counts times a draw from [1, 2), which puts other ids together and evens
-    the loads as well: the many rare ids at the end fill what the frequent ones leave.
+    Other variants than 0 order ids by counts times a draw from [1, 2), which groups other ids and balances as well: the
+    many rare ids at the end fill the gaps that frequent ones leave.
     """
     table = torch.zeros(len(count_V), dtype=torch.int64)
     load_E = [0] * num_experts
-    dealt_E = [0] * num_experts
+    num_ids_E = [0] * num_experts
     counts = count_V.tolist()
     draw_V = torch.rand(len(counts), dtype=torch.float64, generator=make_generator("balanced", variant), device="cpu")
     draws = draw_V.tolist() if variant else [0.0] * len(counts)
     for token_id in sorted(range(len(counts)), key=lambda i: (-counts[i] * (1 + draws[i]), draws[i], i)):
-        # Ids that never occur do not change the load; spread them by number instead of piling them on one expert.
-        expert = min(range(num_experts), key=lambda e: (load_E[e], dealt_E[e], e))
+        # Ids that never occur do not change the load; spread them evenly instead of assigning all to one expert.
+        expert = min(range(num_experts), key=lambda e: (load_E[e], num_ids_E[e], e))
         table[token_id] = expert
         load_E[expert] += counts[token_id]
-        dealt_E[expert] += 1
+        num_ids_E[expert] += 1
     return table

@@ -1,12 +1,15 @@
-"""Mixture of Tokens: every expert computes one mean of the tokens at a position of several sequences."""
+"""Mixture of Tokens: each expert computes a weighted mean of the tokens at one position of several sequences."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moebench.errors import require
 from moebench.routing.context import RouteContext
+from moebench.routing.features.feature import Feature
+from moebench.routing.features.sequence_groups import SequenceGroups
 from moebench.routing.gate import Gate
 from moebench.routing.mixing import SoftRouting, scatter_to_groups, softmax_over_tokens
 from moebench.routing.router import ROUTERS, Causality, Facts, Form, Router, RouterBuildContext, RouterConfig
@@ -18,9 +21,9 @@ from moebench.routing.values import LayerRecord
         family="soft",
         equation="M_e = softmax over the group (x W_e / τ),  m_e = Σ_t M_te x_t,  y_t = Σ_e M_te E_e(m_e)",
         paper="arXiv:2310.15961, section 3",
-        use="Soft mixing that a decoder can use: no choice, even loads, no loss.",
-        beware="Every output depends on which sequences stand beside it, in evaluation too. Mixed tokens are "
-        "strangers to each other.",
+        use="Soft mixing for decoders: no discrete choice, even loads, no balance loss.",
+        beware="Every output depends on the other sequences of its group, in evaluation too. Mixed tokens come from "
+        "unrelated texts.",
         causality=Causality(
             causal=True,
             reason="a token is mixed only with tokens at the same position of other sequences",
@@ -31,13 +34,12 @@ from moebench.routing.values import LayerRecord
     )
 )
 class MixtureOfTokens(Router["MixtureOfTokens.Config"]):
-    """Continuous mixing that a decoder can use (Antoniak et al. 2023).
+    """Continuous mixing for decoders (Antoniak et al. 2023).
 
-    A group is the tokens at one position of `group_size` sequences that follow each other in the batch: no token sees
-    the future, and every output depends on which sequences stand side by side, in evaluation too. In a batch that
-    ends in a smaller group its mixes are of fewer tokens; a group of one is the sum of all experts. With several
-    processes each holds whole groups, so the mixes are those of one process. Each expert computes E / group_size of
-    the rows of one that sees every token.
+    A group is the tokens at one position of `group_size` consecutive sequences of the batch: no token sees the future,
+    and every output depends on the other sequences of its group, in evaluation too. The last group of a batch may be
+    smaller and mix fewer tokens; a group of one is the sum of all experts. Each process holds complete groups, so the
+    mixes are those of one process. Each expert computes 1 / group_size of the rows of an expert that sees every token.
     """
 
     form = Form.SOFT
@@ -50,7 +52,7 @@ class MixtureOfTokens(Router["MixtureOfTokens.Config"]):
         group_size: int = 8
         """Sequences in a group; the batch must be a multiple of it."""
         temperature: float = 1.0
-        """Of the softmax (τ): towards 0 each expert takes one token of the group."""
+        """Temperature τ of the softmax: towards 0 each expert takes one token of the group."""
 
     def __init__(self, config: Config, context: RouterBuildContext) -> None:
         super().__init__(config, context)
@@ -59,23 +61,24 @@ class MixtureOfTokens(Router["MixtureOfTokens.Config"]):
         self.temperature = config.temperature
 
     @classmethod
+    @override
     def experts_per_token(cls, config: Config, num_experts: int) -> int:
-        """Return E / group size, rounded up: the rows that are computed for a token (see `rows_per_token`)."""
+        # The rows that are computed for a token, rounded up.
         return -(-num_experts // config.group_size)
 
     @classmethod
+    @override
     def check(cls, config: Config, num_experts: int) -> None:
-        """Refuse groups of nobody and a temperature of 0."""
         require(config.group_size >= 1, "router.group_size", config.group_size, "at least 1")
         require(config.temperature > 0, "router.temperature", config.temperature, "greater than 0")
 
     @classmethod
-    def sequence_group_size(cls, config: Config) -> int:
-        """Return the group size."""
-        return config.group_size
+    @override
+    def required_features(cls, config: Config) -> tuple[Feature, ...]:
+        return (SequenceGroups(size=config.group_size),)
 
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> SoftRouting:
-        """Mix each group into one token for each expert, and give each its share of what the expert makes of it."""
         num_tokens, length, size = x_TD.shape[0], ctx.sequence_length, self.group_size
         num_places = -(-num_tokens // (length * size)) * length * size
         token_T = torch.arange(num_tokens, device=x_TD.device)
@@ -95,16 +98,19 @@ class MixtureOfTokens(Router["MixtureOfTokens.Config"]):
             logits_BLS=logits_BLE,
         )
 
+    @override
     def rows_per_token(self, experts_per_token: int) -> float:
-        """Return E / group size: one row for each expert and group."""
+        # One row for each expert and group.
         return self.num_experts / self.group_size
 
+    @override
     def flops_per_token(self) -> int:
-        """Return 3 · 2·E·D: the logits, the mixing of a group and the mixing back."""
+        # 2·E·D each: the logits, the mixing of a group, and the distribution of its output.
         return 3 * 2 * self.gate.weight_ED.numel()
 
+    @override
     def executed_flops(self, record: LayerRecord) -> Tensor:
-        """Count the mixing of empty places too: a group that is not full costs as much as a full one."""
+        # Empty places are mixed too: a group that is not full costs as much as a full one.
         routing = record.routing
         assert isinstance(routing, SoftRouting)
         num_groups, size, _ = routing.dispatch_BLS.shape

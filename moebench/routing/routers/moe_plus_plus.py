@@ -1,11 +1,15 @@
-"""MoE++: top-k over networks and experts without one, with gates that see the choice of the layer below."""
+"""MoE++: top-k over experts with and without a network; gates also read the logits of the layer below."""
 
 from dataclasses import dataclass, field
 
 from torch import Tensor
+from typing_extensions import override
 
 from moebench.errors import require
 from moebench.routing.context import RouteContext
+from moebench.routing.features.feature import Feature
+from moebench.routing.features.networkless_experts import NetworklessExperts
+from moebench.routing.features.previous_logits import PreviousLogits
 from moebench.routing.gate import Gate
 from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
@@ -17,8 +21,8 @@ from moebench.routing.values import LayerRecord, Routing
         family="adaptive computation",
         equation="G_j = W x + W_g G_{j-1} in the j-th MoE layer,  p = softmax(G_j),  y = Σ_{i in top-k} p_i E_i(x)",
         paper="arXiv:2410.07348, section 3 (loss: heterogeneous load balance)",
-        use="Experts that cost nothing beside networks: easy tokens use less compute.",
-        beware="Says nothing without layout `zero_computation`. Executed FLOPs vary with the routing.",
+        use="Experts without cost next to networks: easy tokens use less compute.",
+        beware="Pointless without layout `zero_computation`. Executed FLOPs vary with the routing.",
         causality=Causality(
             causal=True,
             reason="each token is routed by its own vectors, here and in the layers below",
@@ -28,14 +32,14 @@ from moebench.routing.values import LayerRecord, Routing
     )
 )
 class MoEPlusPlus(Router["MoEPlusPlus.Config"]):
-    """MoE++ (Jin et al. 2024), for layout `zero_computation`: a token uses fewer networks the more free experts it has.
+    """MoE++ (Jin et al. 2024), for layout `zero_computation`: a token that chooses free experts uses fewer networks.
 
     The loss weighs each expert, η = 1 with a network and τ without: E² / Σ η · Σ_i η_i f_i P_i, 1 at uniform routing,
-    least where the load goes as 1/η. The paper counts f per token and leaves the factor out: its value is k Σ η / E² of
-    ours. Where all experts have networks it is the load-balance loss. Gradients reach the gates of the layers below.
-    Planned FLOPs are those of an even load over all experts; a run reports what it executed. Weights are the
+    minimal where the load is proportional to 1/η. The paper counts f per token and omits the factor: its value is k Σ η
+    / E² of ours. If all experts have networks it is the load-balance loss. Gradients reach the gates of the layers
+    below. Planned FLOPs assume an even load over all experts; a run reports what it executed. Weights follow the
     paper's equations, not its code (which sets those of zero experts to 0 and renormalises); the larger capacity of
-    networks is left out. Where the layer below has another number of experts, the residual starts anew.
+    networks is not implemented. If the layer below has another number of experts, its logits are not used.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -52,26 +56,32 @@ class MoEPlusPlus(Router["MoEPlusPlus.Config"]):
     def __init__(self, config: Config, context: RouterBuildContext) -> None:
         super().__init__(config, context)
         self.top_k = config.top_k
-        self.eta = [config.tau if free else 1.0 for free in context.free_E or (False,) * context.num_experts]
+        is_networkless_E = context.features.get(NetworklessExperts, (False,) * context.num_experts)
+        self.eta = [config.tau if free else 1.0 for free in is_networkless_E]
         self.gate = Gate(context.d_model, context.num_experts)
         self.residual = Gate(context.num_experts, context.num_experts) if context.layer > 0 else None
 
     @classmethod
+    @override
+    def required_features(cls, config: Config) -> tuple[Feature, ...]:
+        return PreviousLogits(), NetworklessExperts()
+
+    @classmethod
+    @override
     def experts_per_token(cls, config: Config, num_experts: int) -> int:
-        """Return k."""
         return config.top_k
 
     @classmethod
+    @override
     def check(cls, config: Config, num_experts: int) -> None:
-        """Refuse k outside 1 ... E and a weight outside 0 ... 1."""
         check_top_k(config.top_k, num_experts)
         require(0 < config.tau <= 1, "router.tau", config.tau, "greater than 0 and at most 1")
 
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Choose among all experts, with what the layer below preferred."""
         logits_TE = self.gate(x_TD)
         if self.residual is not None:
-            below_TE = ctx.previous_logits_TE
+            below_TE = ctx.features.get(PreviousLogits)
             fits = below_TE is not None and below_TE.shape == logits_TE.shape
             logits_TE = logits_TE + self.residual(below_TE if fits else logits_TE.new_zeros(logits_TE.shape))
         scores_TE = logits_TE.softmax(-1)
@@ -81,12 +91,12 @@ class MoEPlusPlus(Router["MoEPlusPlus.Config"]):
             expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
         )
 
+    @override
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
-        """Return the load-balance loss with a weight for each expert."""
         scores_TE = record.routing.scores_TE
         assert scores_TE is not None
         eta_E = scores_TE.new_tensor(self.eta)
         load_E = record.load_E.to(scores_TE.dtype)
         share_E = load_E / load_E.sum().clamp(min=1)
-        weighed = (eta_E * share_E * record.mean(scores_TE)).sum()
-        return {"heterogeneous_balance": self.num_experts**2 / eta_E.sum() * weighed}
+        weighted = (eta_E * share_E * record.mean(scores_TE)).sum()
+        return {"heterogeneous_balance": self.num_experts**2 / eta_E.sum() * weighted}

@@ -1,11 +1,14 @@
-"""Oracle: the right expert of each token, read from the data."""
+"""Oracle: the expert of each token by its label, which synthetic data provides."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moebench.routing.context import RouteContext
+from moebench.routing.features.feature import Feature
+from moebench.routing.features.token_labels import TokenLabels
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig
 from moebench.routing.values import Routing
 
@@ -15,20 +18,19 @@ from moebench.routing.values import Routing
         family="baseline",
         equation="i = label of the token (mod E),  y = E_i(x)",
         paper="the data: arXiv:2208.02813, section 3",
-        use="On made data: the ceiling that learned routers are measured against.",
-        beware="It is told the answer, so its loss is no result. Needs a task that knows the labels of tokens.",
-        causality=Causality(causal=True, reason="the label is known beside the token", batch_dependent=False),
+        use="On synthetic data: the upper bound for learned routers.",
+        beware="It reads the answer, so its loss is no result. Needs a task with token labels.",
+        causality=Causality(causal=True, reason="the label is part of the data", batch_dependent=False),
         cost="T",
         learned=False,
         makes_scores=False,
-        needs_labels=True,
     )
 )
 class Oracle(Router["Oracle.Config"]):
-    """The ceiling of every learned router on made data, where it is known which tokens belong to one expert.
+    """Upper bound for learned routers on synthetic data, where it is known which tokens belong to one expert.
 
-    What a router loses against it is the price of having to find that out. With more labels than experts several share
-    one; with fewer, some experts idle.
+    The difference of a learned router from it is the cost of learning the labels. With more labels than experts,
+    several labels share an expert; with fewer, some experts are idle.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -41,9 +43,13 @@ class Oracle(Router["Oracle.Config"]):
         super().__init__(config, context)
         self.level = context.level
 
+    @classmethod
+    @override
+    def required_features(cls, config: Config) -> tuple[Feature, ...]:
+        return (TokenLabels(),)
+
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Send each token to the expert of its label."""
-        assert ctx.label_T is not None
-        expert_TK = self.level.expert_of(ctx.label_T, self.num_experts).unsqueeze(-1)
+        expert_TK = self.level.expert_of(ctx.features[TokenLabels], self.num_experts).unsqueeze(-1)
         weight_TK = torch.ones(expert_TK.shape, dtype=torch.float32, device=x_TD.device)
         return Routing.from_top_k(expert_TK, weight_TK, num_experts=self.num_experts)

@@ -1,4 +1,4 @@
-"""THOR: experts drawn at random, and trained to agree with each other."""
+"""THOR: experts drawn at random and trained to agree with each other."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -9,6 +9,8 @@ from typing_extensions import override
 
 from moebench.errors import require
 from moebench.routing.context import RouteContext
+from moebench.routing.features.consistency import Consistency
+from moebench.routing.features.feature import Feature
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, RouterTraits
 from moebench.routing.values import Routing
 
@@ -18,21 +20,22 @@ from moebench.routing.values import Routing
         family="stochastic",
         equation="i ~ uniform(E) for the whole batch,  y = E_i(x);  two passes: + α · ½ Σ (p - q)(log p - log q)",
         paper="arXiv:2110.04260",
-        use="A model without a router to learn: any expert must do, and two passes that agree regularise it.",
+        use="A model without a learned router: every expert must serve every token, and the agreement of two passes "
+        "regularises it.",
         beware="Training costs twice as much for each token. Experts cannot specialise, and evaluation draws "
         "experts too.",
         causality=Causality(
-            causal=True, reason="the draw does not look at any token", batch_dependent=True, draws_in_evaluation=True
+            causal=True, reason="the draw depends on no token", batch_dependent=True, draws_in_evaluation=True
         ),
         learned=False,
         makes_scores=False,
     )
 )
 class Thor(Router["Thor.Config"]):
-    """THOR (Zuo et al. 2021): no router to learn and no balance to keep; two passes with other draws must agree.
+    """THOR (Zuo et al. 2021): no learned router and no balance loss; two passes with different draws must agree.
 
-    The paper adds the two passes' losses and α times their divergence. Here the losses are averaged, so that they
-    compare with other arms', and its α is twice our coefficient: 0.5 is its 1, and it takes 5 for translation. The
+    The paper adds the losses of the two passes and α times their divergence. Here the losses are averaged, so that they
+    compare with other arms', and its α is twice our coefficient: 0.5 is its 1, and it uses 5 for translation. The
     second pass doubles the cost of training, which `plan` shows and comparisons mark.
     """
 
@@ -44,32 +47,36 @@ class Thor(Router["Thor.Config"]):
         consistency: float = 0.5
         """Coefficient of the divergence between two passes; at 0 there is one pass."""
         training: Literal["batch", "sequence", "token"] = "batch"
-        """For what one expert of each layer is drawn in training."""
+        """Unit for which one expert of each layer is drawn in training."""
         evaluation: Literal["token", "sequence", "average"] = "token"
-        """For what one expert is drawn in evaluation; average: all experts with equal weights, at the cost of all."""
+        """Unit for which one expert is drawn in evaluation; average: all experts with equal weights, at the cost of
+        all."""
 
     def __init__(self, config: Config, context: RouterBuildContext) -> None:
         super().__init__(config, context)
-        self.options = config
-        self.consistency = config.consistency
 
     @classmethod
+    @override
+    def required_features(cls, config: Config) -> tuple[Feature, ...]:
+        return (Consistency(coefficient=config.consistency),) if config.consistency else ()
+
+    @classmethod
+    @override
     def check(cls, config: Config, num_experts: int) -> None:
-        """Refuse a negative coefficient."""
         require(config.consistency >= 0, "router.consistency", config.consistency, "at least 0")
 
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Draw an expert for the batch, each sequence or each token."""
         num_tokens = x_TD.shape[0]
-        scope = self.options.training if ctx.training else self.options.evaluation
+        scope = self.config.training if ctx.training else self.config.evaluation
         if scope == "average":
             expert_TK = torch.arange(self.num_experts, device=x_TD.device).expand(num_tokens, -1)
         elif scope == "batch":
-            expert_TK = self._expert(ctx.uniform_for_all().expand(num_tokens, 1))
+            expert_TK = self._select_expert(ctx.uniform_for_all().expand(num_tokens, 1))
         else:
             draw_BL = ctx.uniform(num_tokens).view(-1, ctx.sequence_length)
             draw_BL = draw_BL[:, :1].expand_as(draw_BL) if scope == "sequence" else draw_BL
-            expert_TK = self._expert(draw_BL.reshape(-1, 1))
+            expert_TK = self._select_expert(draw_BL.reshape(-1, 1))
         weight_TK = torch.full(expert_TK.shape, 1 / expert_TK.shape[1], dtype=torch.float32, device=x_TD.device)
         return Routing.from_top_k(expert_TK, weight_TK, num_experts=self.num_experts)
 
@@ -77,7 +84,7 @@ class Thor(Router["Thor.Config"]):
     @override
     def traits(self) -> RouterTraits:
         # Evaluation by the average uses all experts.
-        return replace(super().traits, has_variable_k=self.options.evaluation == "average")
+        return replace(super().traits, has_variable_k=self.config.evaluation == "average")
 
-    def _expert(self, draw_TK: Tensor) -> Tensor:
+    def _select_expert(self, draw_TK: Tensor) -> Tensor:
         return (draw_TK * self.num_experts).long().clamp(max=self.num_experts - 1)

@@ -16,6 +16,7 @@ from moebench.models.build import build_backbone
 from moebench.models.cost import Cost, cost_of
 from moebench.models.plan import plan_blocks
 from moebench.models.transformer import BatchContext, Transformer
+from moebench.routing.context import DataSummary
 from moebench.routing.losses import LOSSES
 from moebench.routing.router import ROUTERS
 
@@ -27,7 +28,9 @@ def config_of(layout: dict[str, Any], router: Any = "switch", **model: Any) -> A
 
 def backbone_of(layout: dict[str, Any], router: Any = "switch", **model: Any) -> Transformer:
     config = config_of(layout, router, **model)
-    return build_backbone(config, causal=True, token_count_V=torch.arange(20, 0, -1), sequence_length=10)
+    return build_backbone(
+        config, causal=True, data=DataSummary(token_count_V=torch.arange(20, 0, -1), sequence_length=10)
+    )
 
 
 def cost(layout: dict[str, Any], router: Any = "switch", **model: Any) -> Cost:

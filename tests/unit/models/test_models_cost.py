@@ -16,6 +16,7 @@ from moebench.experts.feed_forward import ffn_flops
 from moebench.experts.widths import MATCH_TOLERANCE, solve_widths
 from moebench.models.build import build_backbone
 from moebench.models.cost import cost_of
+from moebench.routing.context import DataSummary
 from moebench.routing.router import ROUTERS
 from moebench.training.model import initialised_model, model_cost, prepare_task
 
@@ -88,7 +89,9 @@ def test_arms_are_matched_by_default(router: str, activation: str) -> None:
     def flops(name: str) -> int:
         config = resolve({"router": name, "model": {"activation": activation, "ffn_width": ffn_width}})
         backbone = build_backbone(
-            config, causal=True, vocab_size=20, token_count_V=token_count_V, sequence_length=128, num_domains=2
+            config,
+            causal=True,
+            data=DataSummary(vocab_size=20, token_count_V=token_count_V, sequence_length=128, num_domains=2),
         )
         return cost_of(backbone, [], 128).flops_per_token
 

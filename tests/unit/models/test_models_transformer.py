@@ -9,6 +9,7 @@ from moebench.experts.feed_forward import FeedForward
 from moebench.models.attention import Attention, rotate, rotation
 from moebench.models.build import build_backbone
 from moebench.models.transformer import BatchContext, Transformer, init_weights
+from moebench.routing.context import DataSummary
 from moebench.schema import CellConfig
 
 CPU = torch.device("cpu")
@@ -28,7 +29,9 @@ def config_of(router: str = "switch", **sections) -> CellConfig:
 
 
 def backbone_of(config: CellConfig, *, causal: bool = True, seed: int = 0) -> Transformer:
-    backbone = build_backbone(config, causal=causal, vocab_size=20, token_count_V=torch.arange(20, 0, -1))
+    backbone = build_backbone(
+        config, causal=causal, data=DataSummary(vocab_size=20, token_count_V=torch.arange(20, 0, -1))
+    )
     init_weights(backbone, seed)
     return backbone
 

@@ -7,8 +7,10 @@ import torch
 from moebench.compatibility import check_cell
 from moebench.training.evaluation import batch_context
 from support.training_cases import Run, tiny_config, write_text
+from torch import Tensor
 
 from moebench.errors import UsageError
+from moebench.tasks.task import Batch
 from moebench.training.model import initialised_model, model_cost, prepare_task
 from moebench.training.module import CellModule
 
@@ -30,6 +32,12 @@ def module_of(text: Path, folder: Path, **router: object) -> CellModule:
     return module
 
 
+def predict(module: CellModule, batch: Batch) -> Tensor:
+    """Return the output of the shared embedding's own head."""
+    shared = module.model.shared
+    return shared.head(shared(module.model.embedding(batch.input_BL)))
+
+
 def judge(module: CellModule):
     batch = module.task.train_batch(4, 0, 0)
     outputs, records = module.run_passes(batch, batch_context(batch, training=True, seed=0))
@@ -39,7 +47,7 @@ def judge(module: CellModule):
 def test_its_own_loss_is_that_of_the_task_on_what_it_says(text: Path, tmp_path: Path) -> None:
     module = module_of(text, tmp_path, embedding_loss=0.5)
     found, outputs, batch = judge(module)
-    alone = module.task.loss(module.model.said_by_shared(batch), batch).mean()
+    alone = module.task.loss(predict(module, batch), batch).mean()
     torch.testing.assert_close(found.raw["embedding"], alone)
     torch.testing.assert_close(found.weighted["embedding"], 0.5 * alone)
     torch.testing.assert_close(found.task, module.task.loss(outputs[0], batch).mean())
@@ -49,7 +57,7 @@ def test_its_own_loss_is_that_of_the_task_on_what_it_says(text: Path, tmp_path: 
 def test_it_learns_from_its_loss_and_from_the_routers_and_nothing_below_it_does(text: Path, tmp_path: Path) -> None:
     module = module_of(text, tmp_path)
     batch = module.task.train_batch(4, 0, 0)
-    own = module.task.loss(module.model.said_by_shared(batch), batch).sum()
+    own = module.task.loss(predict(module, batch), batch).sum()
     first, table = module.model.shared.first.weight, module.model.embedding.weight
     by_own, below = torch.autograd.grad(own, [first, table], allow_unused=True)
     assert by_own.norm() > 1e-4
@@ -93,7 +101,10 @@ def test_it_trains_and_logs_its_loss(text: Path, tmp_path: Path) -> None:
 
 def test_mistakes_are_refused(text: Path) -> None:
     for wrong, words in (
-        ({"router": SHARED, "task": {"name": "span_corruption", "sequence_length": 16}}, "router.embedding: 'shared'"),
+        (
+            {"router": SHARED, "task": {"name": "span_corruption", "sequence_length": 16}},
+            "router.name: 'speech_moe' needs one",
+        ),
         ({"router": SHARED | {"embedding_width": 0}}, "router.embedding_width"),
         ({"router": SHARED | {"embedding_loss": -1.0}}, "router.embedding_loss"),
     ):

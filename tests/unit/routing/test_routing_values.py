@@ -84,9 +84,9 @@ def facts(causal: bool, with_capacity: bool | None) -> Facts:
     ],
 )
 def test_is_causal_with_and_without_capacity(causal, with_capacity, dropless, capacity) -> None:
-    router_facts = facts(causal, with_capacity)
-    assert router_facts.is_causal(with_capacity=False) is dropless
-    assert router_facts.is_causal(with_capacity=True) is capacity
+    causality = facts(causal, with_capacity).causality
+    assert causality.is_causal(with_capacity=False) is dropless
+    assert causality.is_causal(with_capacity=True) is capacity
 
 
 @pytest.mark.parametrize(("top_k", "smallest", "fits"), [(1, 1, True), (8, 1, True), (0, 1, False), (9, 1, False)])
@@ -109,7 +109,7 @@ def test_check_top_k_states_the_reason_below_the_minimum() -> None:
 def test_hash_without_token_ids_is_refused() -> None:
     from support.cases import build_context
 
-    without_ids = dataclasses.replace(build_context(4), token_count_V=None)
+    without_ids = build_context(4, token_count_V=None)
     with pytest.raises(UsageError, match=r"router\.name: 'hash' routes by token id, which this task does not have"):
         Hash(Hash.Config(), without_ids)
-    assert Dense(Dense.Config(), without_ids).is_dense
+    assert Dense(Dense.Config(), without_ids).form.is_dense

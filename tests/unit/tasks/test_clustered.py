@@ -11,6 +11,7 @@ from support.training_cases import Run, tiny_config
 
 from moebench.config import resolve
 from moebench.errors import UsageError
+from moebench.routing.features.token_labels import TokenLabels
 from moebench.routing.router import RouterBuildContext
 from moebench.routing.routers.oracle import Oracle
 from moebench.tasks.clustered import Clustered
@@ -81,13 +82,14 @@ def test_the_oracle_sends_each_token_to_its_label() -> None:
     tokens = Tokens.draw(6)
     label_T = torch.tensor([0, 1, 2, 3, 4, 5])
     router = Oracle(Oracle.Config(), RouterBuildContext(d_model=8, num_experts=4))
-    routing = router(tokens.x_TD, replace(tokens.context(training=True), label_T=label_T))
+    routing = router(tokens.x_TD, replace(tokens.context(training=True), features={TokenLabels: label_T}))
     assert routing.expert_N.tolist() == [0, 1, 2, 3, 0, 1]
     assert routing.weight_N.tolist() == [1.0] * 6
 
 
 def test_the_oracle_is_refused_where_nothing_is_known() -> None:
-    with pytest.raises(UsageError, match=r"^router\.name: 'oracle' .* task 'language' does not know \(.*clustered"):
+    message = r"^router\.name: 'oracle' needs a label of each token, which task 'language' does not have \(.*clustered"
+    with pytest.raises(UsageError, match=message):
         check_cell(resolve({"router": "oracle"}))
     check_cell(resolve({"router": "oracle", "task": "clustered"}))
 

@@ -1,5 +1,6 @@
 """What MoE layers executed: sums by hand, whole runs against an independent count, and routers that say a wrong k."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from moebench.training.evaluation import batch_context
-from moebench.training.executed_cost import ExecutedCost, RouterContractError
+from moebench.training.executed_cost import ExecutedCost
 from support.cases import Case
 from support.layout_models import backbone_of, batch, config_of
 from support.training_cases import Run, tiny_config, write_text
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moebench.experts.layer import MoELayer
 from moebench.parallel.mesh import SINGLE_PROCESS_MESH
 from moebench.registry import load_plugin
+from moebench.routing.contract import RouterContractError
 from moebench.routing.routers.top_k import TopK
 from moebench.routing.values import LayerRecord, Routing
 from moebench.training.model import initialised_model, prepare_task
@@ -107,7 +109,7 @@ def test_a_shared_embedding_is_trained_by_a_run_of_its_own(tmp_path: Path) -> No
     whole = task.train_batch(4, 0, 0)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(whole, batch_context(whole, training=True, seed=0))
-        model.said_by_shared(whole)
+        model.shared.head(model.shared(model.embedding(whole.input_BL)))
     result = Run(config, tmp_path)()
     assert result is not None
     assert result.cost["train_flops_per_token"] == counter.get_total_flops() / (4 * 8)
@@ -212,9 +214,10 @@ def test_a_wrong_k_ends_the_run_with_one_line(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(TopK, "experts_per_token", classmethod(lambda cls, config, num_experts: 1))
     with pytest.raises(RouterContractError) as caught:
         Run(tiny_config(write_text(tmp_path), router="top_k"), tmp_path)()
-    assert str(caught.value) == (
-        "router 'top_k' uses 2 experts per token on average in layer 0, but experts_per_token says 1 for each"
-        " (correct it, or set Facts.variable_k=True)"
+    assert re.fullmatch(
+        r"router 'top_k' \(.*top_k\.py:\d+\) uses 2 experts per token on average in layer 0, but experts_per_token"
+        r" says 1 for each \(correct it, or set Facts\.variable_k=True\)",
+        str(caught.value),
     )
 
 
@@ -257,5 +260,7 @@ class SecretlyTwo(Router):
 
 def test_a_plugin_that_declares_nothing_fails_its_cell(plugin: Any, tmp_path: Path) -> None:
     load_plugin(plugin.write(PLUGIN, name="secretly_two.py"))
-    with pytest.raises(RouterContractError, match="'secretly_two' uses 2 experts per token on average in layer 0"):
+    with pytest.raises(
+        RouterContractError, match=r"'secretly_two' \(.*\) uses 2 experts per token on average in layer 0"
+    ):
         Run(tiny_config(write_text(tmp_path), router="secretly_two"), tmp_path)()

@@ -143,6 +143,12 @@ def test_numbers_of_tokens_are_shared_out_as_the_predictions_are() -> None:
     assert mean.item() == pytest.approx((2 * 2 + 5 * 4.5) / 7)
 
 
+def test_one_value_per_sequence_is_divided_by_its_predictions() -> None:
+    batch = batch_of(torch.zeros(2, 1), torch.tensor([[1], [3]]))
+    normalizer = LossNormalizer.of_single_batch(batch)
+    assert normalizer.mean_over_outputs(torch.tensor([1.0, 3.0]), batch).item() == pytest.approx(4 / 4)
+
+
 def test_learning_rate_by_hand() -> None:
     train = TrainConfig(steps=12, warmup_steps=2, final_rate=0.1)
     # 2 steps of warm-up: 1/2, 1. Then a cosine over 10 steps: 0.1 + 0.9 · (1 + cos(π p)) / 2.

@@ -126,7 +126,7 @@ def test_a_task_without_domains_is_refused() -> None:
     with pytest.raises(
         UsageError, match=r"^router.name: 'domain_posterior' routes by domain, which this task does not"
     ):
-        router_class(router_class.Config(), dataclasses.replace(build_context(8), num_domains=None))
+        router_class(router_class.Config(), build_context(8, num_domains=None))
 
 
 def test_held_out_domains_are_mixed_and_have_no_loss() -> None:

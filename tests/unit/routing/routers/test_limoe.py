@@ -10,6 +10,7 @@ from support.identity_gates import record_of
 from torch import Tensor
 
 from moebench.errors import UsageError
+from moebench.routing.context import DataSummary
 from moebench.routing.losses import global_entropy, local_entropy
 from moebench.routing.router import ROUTERS, Router, RouterBuildContext
 from moebench.routing.values import LayerRecord
@@ -21,7 +22,9 @@ def route_logits(
     """Route tokens of these domains by these logits."""
     num_experts = logits_TE.shape[1]
     router_class = ROUTERS.get("limoe").item
-    context = RouterBuildContext(d_model=num_experts, num_experts=num_experts, num_domains=num_domains)
+    context = RouterBuildContext(
+        d_model=num_experts, num_experts=num_experts, data=DataSummary(num_domains=num_domains)
+    )
     router = router_class(router_class.Config(**options), context)
     with torch.no_grad():
         router.gate.weight_ED.copy_(torch.eye(num_experts))

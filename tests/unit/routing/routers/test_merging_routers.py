@@ -258,7 +258,7 @@ def test_merging_is_refused_with_expert_parallelism_causality_or_mixed_shapes(tm
 def test_default_segment_length_is_a_quarter_of_the_sequence() -> None:
     lory = ROUTERS.get("lory").item
     assert lory(lory.Config(), build_context(8)).segment_length == 4
-    assert lory(lory.Config(), dataclasses.replace(build_context(8), sequence_length=3)).segment_length == 1
+    assert lory(lory.Config(), build_context(8, sequence_length=3)).segment_length == 1
     router = lory(lory.Config(segment_length=5), build_context(8))
     init_weights(router, 0)
     assert router.segment_length == 5

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from moebench.experts.layer import MoELayer
 from moebench.models.transformer import Transformer
+from moebench.routing.features.networkless_experts import NetworklessExperts
+from moebench.routing.features.previous_logits import PreviousLogits
 from moebench.routing.losses import load_balance
 from moebench.routing.routers.moe_plus_plus import MoEPlusPlus
 from moebench.routing.values import LayerRecord, Routing
@@ -18,7 +20,7 @@ FREE = (False, False, True, True)
 
 
 def router_of(free_E: tuple[bool, ...] = FREE, **options) -> MoEPlusPlus:
-    at = dataclasses.replace(build_context(len(free_E)), free_E=free_E)
+    at = dataclasses.replace(build_context(len(free_E)), features={NetworklessExperts: free_E})
     return randomise_parameters(MoEPlusPlus(MoEPlusPlus.Config(**options), at))
 
 
@@ -115,8 +117,8 @@ def test_residual_is_ignored_for_another_number_of_experts() -> None:
     tokens = Tokens.draw(5)
     ctx = tokens.context(training=False)
     alone = router(tokens.x_TD, ctx).logits_TE
-    other = router(tokens.x_TD, dataclasses.replace(ctx, previous_logits_TE=torch.ones(5, 3))).logits_TE
-    same = router(tokens.x_TD, dataclasses.replace(ctx, previous_logits_TE=torch.ones(5, 4))).logits_TE
+    other = router(tokens.x_TD, dataclasses.replace(ctx, features={PreviousLogits: torch.ones(5, 3)})).logits_TE
+    same = router(tokens.x_TD, dataclasses.replace(ctx, features={PreviousLogits: torch.ones(5, 4)})).logits_TE
     assert torch.equal(alone, other)
     torch.testing.assert_close(same, alone + router.residual.weight_ED.sum(1))
 

@@ -29,8 +29,10 @@ def test_loads_and_sums_add_up_over_micro_batches_and_processes(monkeypatch: pyt
 
     calls: list[tuple[Tensor, Mapping[str, Tensor]]] = []
     layer = Case("top_k").layer()
-    monkeypatch.setattr(type(layer.router), "sums", sums)
-    monkeypatch.setattr(type(layer.router), "after_step", lambda self, load_E, sums: calls.append((load_E, sums)))
+    monkeypatch.setattr(type(layer.router), "statistics", statistics)
+    monkeypatch.setattr(
+        type(layer.router), "after_step", lambda self, load_E, statistics: calls.append((load_E, statistics))
+    )
     valid_T = torch.arange(8) < 5
     records = [run(layer, Tokens.draw(8, seed=seed), training=True)[1] for seed in range(2)]
     records.append(run(layer, replace(Tokens.draw(8, seed=2), valid_T=valid_T), training=True)[1])

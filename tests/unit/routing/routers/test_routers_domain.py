@@ -78,7 +78,7 @@ def test_multi_gate_with_equal_gates_is_all_experts() -> None:
 def test_a_task_without_domains_is_refused(name: str) -> None:
     router_class = ROUTERS.get(name).item
     with pytest.raises(UsageError, match=f"^router.name: '{name}' routes by domain, which this task does not have$"):
-        router_class(router_class.Config(), dataclasses.replace(build_context(8), num_domains=None))
+        router_class(router_class.Config(), build_context(8, num_domains=None))
 
 
 def test_held_out_domains_are_mixed_by_the_prior() -> None:

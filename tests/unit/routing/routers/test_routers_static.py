@@ -30,7 +30,7 @@ def route_ids(name: str, ids: list[list[int]], num_experts: int = 8, **options) 
 
 
 def test_tables_by_hand() -> None:
-    table_V = balanced_table(build_context(8).token_count_V, 8)
+    table_V = balanced_table(build_context(8).data.token_count_V, 8)
     ids = [[3, 7, 3, 29], [7, 7, 0, 1]]
     assert torch.equal(route_ids("hash", ids), table_V[torch.tensor(ids)])
     # The next id; the last token, which has none, uses its own.
@@ -67,7 +67,7 @@ def test_random_table_depends_on_the_layer_only() -> None:
 def test_a_task_without_ids_is_refused(name: str) -> None:
     router_class = ROUTERS.get(name).item
     with pytest.raises(UsageError, match=f"^router.name: '{name}' routes by token id, which this task does not have$"):
-        router_class(router_class.Config(), dataclasses.replace(build_context(8), token_count_V=None))
+        router_class(router_class.Config(), build_context(8, token_count_V=None))
 
 
 def test_ids_in_similar_contexts_share_an_expert() -> None:
@@ -90,7 +90,7 @@ def test_clustering_identical_ids_is_refused() -> None:
 def test_clustering_without_text_or_enough_ids_is_refused() -> None:
     router_class = ROUTERS.get("hash").item
     config = router_class.Config(table="clustered")
-    for wrong in (dataclasses.replace(build_context(8), token_pairs=None), build_context(VOCAB + 1)):
+    for wrong in (dataclasses.replace(build_context(8), features={}), build_context(VOCAB + 1)):
         with pytest.raises(UsageError, match=r"^router\.table: 'clustered' needs a text"):
             router_class(config, wrong)
 

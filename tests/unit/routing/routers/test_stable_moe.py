@@ -151,4 +151,4 @@ def test_a_task_without_ids_is_refused() -> None:
     router_class = ROUTERS.get("stable_moe").item
     message = "^router.name: 'stable_moe' routes by token id, which this task does not have$"
     with pytest.raises(UsageError, match=message):
-        router_class(router_class.Config(), replace(build_context(8), vocab_size=None))
+        router_class(router_class.Config(), build_context(8, vocab_size=None))

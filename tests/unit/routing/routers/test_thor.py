@@ -11,16 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moebench.training.evaluation import batch_context
 from support.cases import Case, Tokens, route, run
+from support.task_data import write_pictures
 from support.training_cases import tiny_config, write_text
 from torch import Tensor
 
 from moebench.ranks import Span
-from moebench.routing.composite import GroupedRouter
-from moebench.routing.router import ROUTERS, RouterBuildContext
+from moebench.routing.features.consistency import divergence
+from moebench.routing.features.feature import count_passes
+from moebench.routing.router import ROUTERS
 from moebench.training.batches import build_loss_normalizer
 from moebench.training.model import initialised_model, model_cost, prepare_task
 from moebench.training.module import CellModule
-from moebench.training.objective import divergence
 
 SIGMAS = 5
 
@@ -35,7 +36,8 @@ def module_of(text: Path, folder: Path, router: dict[str, Any], **overrides: Any
     task = prepare_task(config, folder)
     module = CellModule(config, initialised_model(config, task), task)
     with torch.no_grad():  # the head starts at zero, where all passes agree
-        module.model.head.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
+        for parameter in module.model.head.parameters():
+            parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
     return module
 
 
@@ -130,11 +132,25 @@ def test_cost_includes_the_second_pass(text: Path, tmp_path: Path) -> None:
     assert costs[1].training_flops == 2 * costs[0].training_flops == 2 * costs[0].flops_per_token
 
 
-def test_grouped_router_has_the_consistency_of_its_routers() -> None:
-    router_class = ROUTERS.get("thor").item
-    both = GroupedRouter(router_class, router_class.Config(consistency=0.7), RouterBuildContext(d_model=8, num_experts=8), 4,
-                         pick_groups=True)  # fmt: skip
-    assert both.consistency == 0.7
+def test_passes_agree_on_the_class_of_an_image(tmp_path: Path) -> None:
+    task = {"name": "vision", "patch": 4, "data": {"size": 8}}
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    module = module_of(write_pictures(pictures), tmp_path, {}, task=task)  # one prediction for a sequence of patches
+    objective, _, outputs = judged_batch(module)
+    first_BC, second_BC = (output.log_softmax(-1) for output in outputs)
+    torch.testing.assert_close(objective.raw["consistency"], divergence(first_BC, second_BC).mean())
+    assert objective.raw["consistency"] > 1e-6
+
+
+def test_groups_make_two_passes_too(text: Path, tmp_path: Path) -> None:
+    layout = {"name": "hierarchical", "num_experts": 4, "groups": 2}
+    module = module_of(text, tmp_path, {"consistency": 0.7}, layout=layout)
+    assert count_passes(module.model.features) == 2
+    batch = module.task.train_batch(4, 0, 0)
+    outputs, records = module.run_passes(batch, batch_context(batch, training=True, seed=0))
+    objective, _ = module.compute_loss(batch, outputs, records)
+    torch.testing.assert_close(objective.weighted["consistency"], 0.7 * objective.raw["consistency"])
 
 
 def route_experts(tokens: Tokens, options: dict[str, Any], *, training: bool, seed: int = 0) -> Tensor:

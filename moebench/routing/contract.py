@@ -1,0 +1,67 @@
+"""The rules of a router that are checked where it is built and where it routes; breaking one is a one-line error."""
+
+import torch
+
+from moebench.errors import UsageError
+from moebench.registry import describe_error
+from moebench.routing.mixing import MergeRouting, SoftRouting
+from moebench.routing.router import ROUTERS, Form, Router, RouterBuildContext, RouterConfig
+from moebench.routing.values import AnyRouting, ChainRouting, Routing
+
+ROUTING_OF_FORM: dict[Form, type] = {
+    Form.LIST: Routing,
+    Form.DENSE: Routing,
+    Form.SOFT: SoftRouting,
+    Form.MERGED: MergeRouting,
+    Form.CHAIN: ChainRouting,
+}
+"""What `forward` returns, by the router's form."""
+
+
+class RouterContractError(UsageError):
+    """A router does something else than its file declares."""
+
+
+def build_router(router_class: type[Router], config: RouterConfig, context: RouterBuildContext) -> Router:
+    """Build a router.
+
+    Raises RouterContractError, which names the router's file, when its `__init__` fails or makes parameters that are
+    not fp32.
+    """
+    try:
+        router = router_class(config, context)
+    except UsageError:
+        raise
+    except Exception as error:
+        raise RouterContractError(
+            f"{label_router(config.name)}: __init__: {describe_error(error)}{_meta_hint()}"
+        ) from error
+    for name, parameter in router.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise RouterContractError(
+                f"{label_router(config.name)}: parameter '{name}' must be float32, got {parameter.dtype}"
+            )
+    return router
+
+
+def check_routing(router: Router, routing: object) -> AnyRouting:
+    """Return what a router's `forward` returned; raise RouterContractError unless it is what its form announces."""
+    expected = ROUTING_OF_FORM[router.form]
+    if not isinstance(routing, expected):
+        raise RouterContractError(
+            f"{label_router(router.config.name)}: forward must return a {expected.__name__}, as"
+            f" form=Form.{router.form.name} says, got {type(routing).__name__}"
+        )
+    return routing  # type: ignore[return-value]  # one of the types above
+
+
+def label_router(name: str) -> str:
+    """Return a router's name and, where it is registered, its file: how messages begin."""
+    origins = {entry.name: f" ({entry.origin})" for entry in ROUTERS.entries()}
+    return f"router '{name}'{origins.get(name, '')}"
+
+
+def _meta_hint() -> str:
+    if torch.get_default_device().type != "meta":
+        return ""
+    return " (routers are first built on the meta device: __init__ must not use .item(), .tolist() or numpy on tensors)"

@@ -1,0 +1,1 @@
+"""Context features: what some routers need besides token vectors, ids and domains; one file each."""

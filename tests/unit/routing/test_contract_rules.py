@@ -1,0 +1,154 @@
+"""Plug-in routers that break a rule of the contract: each is refused in one line that names the file and the rule."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.training_cases import Run, tiny_config, write_text
+
+from moebench.errors import UsageError
+from moebench.registry import load_plugin
+from moebench.training.model import build_model, prepare_task
+
+PLUGIN = '''
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moebench.routing.context import RouteContext
+from moebench.routing.gate import Gate
+from moebench.routing.router import ROUTERS, Causality, Facts, Form, Router, RouterBuildContext, RouterConfig
+from moebench.routing.values import Routing
+
+
+@ROUTERS.register(
+    Facts(
+        family="token choice",
+        equation="y = x",
+        paper="arXiv:0000.00000",
+        causality=Causality(causal=True, reason="each token is routed by its own vector", batch_dependent=False),
+    )
+)
+class Broken(Router):
+    """Send each token to its best expert."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        """Options."""
+
+        name: str = "broken"
+
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.gate = Gate(context.d_model, context.num_experts)
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
+        logits_TE = self.gate(x_TD)
+        weight_TK, expert_TK = logits_TE.softmax(-1).topk(1)
+        return Routing.from_top_k(
+            expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=logits_TE.softmax(-1)
+        )
+'''
+GATE = "        self.gate = Gate(context.d_model, context.num_experts)\n"
+FACTS = PLUGIN[PLUGIN.index("    Facts(\n") : PLUGIN.index(")\nclass Broken")]
+
+REGISTRATION = {
+    "an unknown fact": ('family="token choice",', 'famly="token choice",', ["unexpected keyword argument 'famly'"]),
+    "a missing fact": ('        equation="y = x",\n', "", ["missing 1 required keyword-only argument: 'equation'"]),
+    "an old fact": ("causality=Causality(", "causal=True, causality=Causality(", ["unexpected", "'causal'"]),
+    "no facts": (f"@ROUTERS.register(\n{FACTS})", "@ROUTERS.register", ["Facts(...)", "got Broken"]),
+    "no router": ("class Broken(Router):", "class Broken:", ["must be a class that derives from Router"]),
+    "no name": ('        name: str = "broken"\n', "        pass\n", ["has no name", "name: str = '...'"]),
+    "a name that is taken": ('"broken"', '"switch"', ["router 'switch' is already defined in", "switch.py"]),
+    "no dataclass": ("    @dataclass(frozen=True, kw_only=True)\n", "", ["@dataclass(frozen=True, kw_only=True)"]),
+    "an option without a default": (
+        '        name: str = "broken"\n',
+        '        name: str = "broken"\n        depth: int\n',
+        ["option 'depth' of its Config needs a default"],
+    ),
+}
+"""What is replaced in the plug-in, by what, and what the error names; refused when the file is loaded."""
+
+BUILDING = {
+    "item": (f"{GATE}", f"{GATE}        self.scale = torch.ones(1).item()\n", ["meta device", ".item()"]),
+    "tolist": (f"{GATE}", f"{GATE}        self.order = torch.arange(3).tolist()\n", ["meta device", ".tolist()"]),
+    "numpy": (f"{GATE}", f"{GATE}        self.table = torch.arange(3).numpy()\n", ["meta device", "numpy"]),
+    "any failure": (f"{GATE}", "        self.gate = Gaet(context.d_model)\n", ["NameError", "'Gaet'"]),
+    "half precision": (
+        f"{GATE}",
+        f"{GATE}        self.scale = nn.Parameter(torch.ones(3, dtype=torch.float16))\n",
+        ["parameter 'scale' must be float32, got torch.float16"],
+    ),
+}
+"""Refused when the cell is planned."""
+
+ROUTING = {
+    "a tensor": (".topk(1)\n", ".topk(1)\n        return weight_TK\n", ["forward must return a Routing", "got Tensor"]),
+    "another form": (
+        "    def __init__",
+        "    form = Form.SOFT\n\n    def __init__",
+        ["a SoftRouting", "form=Form.SOFT"],
+    ),
+    "nothing": ("        return Routing.from_top_k(", "        Routing.from_top_k(", ["got NoneType"]),
+    "another k": (".topk(1)", ".topk(2)", ["uses 2 experts per token", "experts_per_token says 1"]),
+}
+"""Fail the cell when it is trained."""
+
+
+def write_broken(plugin: Any, old: str, new: str) -> str:
+    """Write the plug-in with one mistake and return its path."""
+    assert PLUGIN.count(old) == 1, old
+    # A text that was loaded before is not loaded again: every test has its own.
+    return plugin.write(f"# {plugin.folder}\n{PLUGIN.replace(old, new)}", name="my_router.py")
+
+
+def assert_one_line(error: BaseException, words: list[str], file: str) -> None:
+    """Check that an error is one line that names the file and the rule."""
+    assert "\n" not in str(error)
+    for word in [*words, Path(file).name]:
+        assert word in str(error)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.mark.parametrize(("old", "new", "words"), REGISTRATION.values(), ids=REGISTRATION)
+def test_registration_rules(plugin: Any, old: str, new: str, words: list[str]) -> None:
+    path = write_broken(plugin, old, new)
+    with pytest.raises(UsageError) as caught:
+        load_plugin(path)
+    assert_one_line(caught.value, words, path)
+
+
+@pytest.mark.parametrize(
+    "layout", [{}, {"name": "hierarchical", "num_experts": 4, "groups": 2}], ids=["plain", "groups"]
+)
+@pytest.mark.parametrize(("old", "new", "words"), BUILDING.values(), ids=BUILDING)
+def test_build_rules(
+    plugin: Any, text: Path, tmp_path: Path, old: str, new: str, words: list[str], layout: dict[str, Any]
+) -> None:
+    path = write_broken(plugin, old, new)
+    load_plugin(path)
+    config = tiny_config(text, router="broken", layout=layout)
+    task = prepare_task(config, tmp_path)
+    with pytest.raises(UsageError) as caught, torch.device("meta"):
+        build_model(config, task)
+    assert_one_line(caught.value, [*words, "'broken'"], path)
+
+
+@pytest.mark.parametrize(("old", "new", "words"), ROUTING.values(), ids=ROUTING)
+def test_routing_rules(plugin: Any, text: Path, tmp_path: Path, old: str, new: str, words: list[str]) -> None:
+    path = write_broken(plugin, old, new)
+    load_plugin(path)
+    with pytest.raises(UsageError) as caught:
+        Run(tiny_config(text, router="broken"), tmp_path)()
+    assert_one_line(caught.value, [*words, "'broken'"], path)
+
+
+def test_the_unbroken_plugin_trains(plugin: Any, text: Path, tmp_path: Path) -> None:
+    load_plugin(plugin.write(PLUGIN, name="my_router.py"))
+    assert Run(tiny_config(text, router="broken"), tmp_path)() is not None
