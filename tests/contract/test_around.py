@@ -8,8 +8,8 @@ from support.cases import D_MODEL, Case, Tokens, cases_of, randomise_parameters,
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from moebench.experts.activation import Dropout
 from moebench.experts.capacity import Capacity
-from moebench.experts.dropout import Dropout
 from moebench.experts.feed_forward import ExpertBank, FeedForward
 from moebench.experts.layer import MoELayer
 from moebench.models.transformer import init_weights
@@ -17,7 +17,7 @@ from moebench.models.transformer import init_weights
 every_case = pytest.mark.parametrize("case", cases_of(8), ids=str)
 
 
-def surrounded(case: Case, *, residual: bool, rate: float = 0.0, capacity: Capacity | None = None) -> MoELayer:
+def layer_with_shared(case: Case, *, residual: bool, rate: float = 0.0, capacity: Capacity | None = None) -> MoELayer:
     """Build a layer with a shared network."""
     shared = randomise_parameters(FeedForward(D_MODEL, 8, "gelu"), seed=1)
     layer = case.layer(shared=shared, residual=residual, expert_dropout=rate, capacity=capacity)
@@ -28,7 +28,7 @@ def surrounded(case: Case, *, residual: bool, rate: float = 0.0, capacity: Capac
 
 @every_case
 def test_shared_experts_are_added(case: Case) -> None:
-    layer, tokens = surrounded(case, residual=False), Tokens.draw(24)
+    layer, tokens = layer_with_shared(case, residual=False), Tokens.draw(24)
     y_TD, record = run(layer, tokens, training=False)
     routed_TD, alone = run(case.layer(), tokens, training=False)
     assert layer.shared is not None
@@ -38,7 +38,7 @@ def test_shared_experts_are_added(case: Case) -> None:
 
 @every_case
 def test_residual_weighs_the_two_and_its_weights_sum_to_1(case: Case) -> None:
-    layer, tokens = surrounded(case, residual=True), Tokens.draw(24)
+    layer, tokens = layer_with_shared(case, residual=True), Tokens.draw(24)
     y_TD, _ = run(layer, tokens, training=False)
     routed_TD, _ = run(case.layer(), tokens, training=False)
     assert layer.shared is not None
@@ -55,7 +55,7 @@ def test_residual_weighs_the_two_and_its_weights_sum_to_1(case: Case) -> None:
 
 def test_a_dropped_token_still_has_the_shared_network() -> None:
     capacity = Capacity(train=0.25)
-    layer, tokens = surrounded(Case("switch"), residual=True, capacity=capacity), Tokens.draw(64)
+    layer, tokens = layer_with_shared(Case("switch"), residual=True, capacity=capacity), Tokens.draw(64)
     y_TD, record = run(layer, tokens, training=True)
     unserved_T = record.kept.experts_per_token_T == 0
     assert unserved_T.any()
@@ -67,7 +67,7 @@ def test_a_dropped_token_still_has_the_shared_network() -> None:
 
 def test_the_bias_alone_can_weigh_the_two() -> None:
     # With W_c = 0 and b = (ln 3, 0) every token has three quarters of its experts and a quarter of the network.
-    layer, tokens = surrounded(Case("switch"), residual=True), Tokens.draw(24)
+    layer, tokens = layer_with_shared(Case("switch"), residual=True), Tokens.draw(24)
     assert layer.mix is not None
     assert layer.mix.bias_E is not None
     init_weights(layer.mix, 0)
@@ -84,12 +84,12 @@ def test_the_bias_alone_can_weigh_the_two() -> None:
 def test_flops_count_the_shared_network_and_its_weighing() -> None:
     alone = Case("top_k").layer().flops_per_token()
     shared = 2 * 2 * 8 * 8  # two 8 x 8 matrices
-    assert surrounded(Case("top_k"), residual=False).flops_per_token() == alone + shared
-    assert surrounded(Case("top_k"), residual=True).flops_per_token() == alone + shared + 2 * 2 * 8
+    assert layer_with_shared(Case("top_k"), residual=False).flops_per_token() == alone + shared
+    assert layer_with_shared(Case("top_k"), residual=True).flops_per_token() == alone + shared + 2 * 2 * 8
 
 
 def test_the_weighing_is_drawn_from_the_seed() -> None:
-    layers = [surrounded(Case("switch"), residual=True) for _ in range(3)]
+    layers = [layer_with_shared(Case("switch"), residual=True) for _ in range(3)]
     for layer, seed in zip(layers, (0, 0, 1), strict=True):
         init_weights(layer, seed)
     weights = [layer.mix.weight_ED for layer in layers if layer.mix is not None]
@@ -99,7 +99,7 @@ def test_the_weighing_is_drawn_from_the_seed() -> None:
 
 
 def test_weighing_is_fp32_under_autocast() -> None:
-    layer, tokens = surrounded(Case("switch"), residual=True), Tokens.draw(24)
+    layer, tokens = layer_with_shared(Case("switch"), residual=True), Tokens.draw(24)
     y_TD, _ = run(layer, tokens, training=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half_TD, _ = run(layer, tokens, training=False)
@@ -110,19 +110,19 @@ def test_weighing_is_fp32_under_autocast() -> None:
 def test_dropout_of_rate_0_changes_nothing_and_none_happens_in_evaluation(case: Case) -> None:
     tokens = Tokens.draw(24)
     for rate, training in ((0.0, True), (0.5, False)):
-        plain_TD, _ = run(surrounded(case, residual=False), tokens, training=training)
-        y_TD, _ = run(surrounded(case, residual=False, rate=rate), tokens, training=training)
+        plain_TD, _ = run(layer_with_shared(case, residual=False), tokens, training=training)
+        y_TD, _ = run(layer_with_shared(case, residual=False, rate=rate), tokens, training=training)
         assert torch.equal(plain_TD, y_TD)
 
 
 @every_case
 def test_dropout_follows_its_generator_alone_and_leaves_the_routing_alone(case: Case) -> None:
-    layer, tokens = surrounded(case, residual=False, rate=0.5), Tokens.draw(24)
+    layer, tokens = layer_with_shared(case, residual=False, rate=0.5), Tokens.draw(24)
     first_TD, record = run(layer, tokens, training=True, seed=3)
     torch.manual_seed(999)
     second_TD, _ = run(layer, tokens, training=True, seed=3)
     other_TD, _ = run(layer, tokens, training=True, seed=4)
-    _, plain = run(surrounded(case, residual=False), tokens, training=True, seed=3)
+    _, plain = run(layer_with_shared(case, residual=False), tokens, training=True, seed=3)
     assert torch.equal(first_TD, second_TD)
     assert not torch.equal(first_TD, other_TD)
     if not case.is_chain:  # there the router reads what the experts made of a token
@@ -130,7 +130,7 @@ def test_dropout_follows_its_generator_alone_and_leaves_the_routing_alone(case: 
 
 
 def test_shared_experts_get_the_same_dropout() -> None:
-    layer, tokens = surrounded(Case("switch"), residual=False, rate=0.5), Tokens.draw(24)
+    layer, tokens = layer_with_shared(Case("switch"), residual=False, rate=0.5), Tokens.draw(24)
     with torch.no_grad():
         layer.bank.w_out_EFD.zero_()  # what is left is the shared network
     y_TD, _ = run(layer, tokens, training=True)
@@ -167,7 +167,7 @@ def test_recomputation_gives_the_same_bits_and_counts_nothing_twice(case: Case) 
     overflow = "pass" if case.is_soft or not case.facts.makes_scores else "reroute"
     capacity, results = Capacity(train=1.0, overflow=overflow), []
     for recompute in (False, True):
-        layer = surrounded(case, residual=True, rate=0.3, capacity=capacity)
+        layer = layer_with_shared(case, residual=True, rate=0.3, capacity=capacity)
         layer.train()
         tokens = Tokens.draw(16)
         x_TD, records = tokens.x_TD.requires_grad_(), []

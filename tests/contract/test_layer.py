@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from moebench.experts.reference import double_loop
 from support.cases import (
     D_MODEL,
     Case,
@@ -24,7 +23,8 @@ from moebench.experts.capacity import Capacity
 from moebench.experts.dispatch import DispatchPlan, combine, dispatch
 from moebench.experts.feed_forward import ExpertBank, FeedForward
 from moebench.experts.grouped import grouped_matmul
-from moebench.experts.layer import MoELayer
+from moebench.experts.layer import LayerOptions, MoELayer
+from moebench.experts.reference import double_loop
 from moebench.models.transformer import init_weights
 from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.values import AnyRouting, Routing
@@ -46,7 +46,7 @@ def test_fast_layer_equals_the_double_loop(case: Case, factor: float | None, act
         assert_same_in_fp64(layer, tokens, record.kept)
 
 
-def replayed(kept: AnyRouting) -> tuple[AnyRouting, list[Tensor]]:
+def replay_in_fp64(kept: AnyRouting) -> tuple[AnyRouting, list[Tensor]]:
     """Return who goes where with fp64 weights, and those weights."""
     if isinstance(kept, SoftRouting):
         leaves = [weight_BLS.detach().double().requires_grad_() for weight_BLS in (kept.dispatch_BLS, kept.combine_BLS)]
@@ -69,10 +69,10 @@ def replayed(kept: AnyRouting) -> tuple[AnyRouting, list[Tensor]]:
 
 def assert_same_in_fp64(layer: MoELayer, tokens: Tokens, kept: AnyRouting) -> None:
     """Replay who goes where with fp64 weights: what is left to differ is the order of the sums."""
-    replay, weights = replayed(kept)
+    replay, weights = replay_in_fp64(kept)
     bank = ExpertBank(D_MODEL, layer.bank.w_out_EFD.shape[1], kept.num_experts, layer.bank.activation).double()
     bank.load_state_dict(layer.bank.state_dict())
-    exact = MoELayer(ReplayRouter(replay), bank, experts_per_token=1, capacity=Capacity(), layer=0)
+    exact = MoELayer(ReplayRouter(replay), bank, LayerOptions(experts_per_token=1))
     x_TD = tokens.x_TD.detach().double().requires_grad_()
     y_TD, _ = exact(x_TD, tokens.context(training=True))
     assert y_TD.dtype == torch.float64
@@ -107,7 +107,7 @@ def test_uneven_loads(expert_N: list[int], num_tokens: int, num_experts: int, dt
     routing = routed_to(expert_N, num_tokens=num_tokens, num_experts=num_experts)
     bank = ExpertBank(D_MODEL, 8, num_experts, "gelu").to(dtype)
     init_weights(bank, 0)
-    layer = MoELayer(ReplayRouter(routing), bank, experts_per_token=1, capacity=Capacity(), layer=0)
+    layer = MoELayer(ReplayRouter(routing), bank, LayerOptions(experts_per_token=1))
     tokens = Tokens.draw(num_tokens, dtype=dtype)
     tokens.x_TD.requires_grad_()
     y_TD, _ = run(layer, tokens, training=True)

@@ -5,14 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from moebench.experts.reference import double_loop
 from support.cases import Tokens, build_context, randomise_parameters, route
 from support.layout_models import BATCH, D_MODEL, LENGTH, backbone_of, batch, config_of
 from torch import Tensor
 
-from moebench.models.attention import rotate, rotation
+from moebench.experts.reference import double_loop
+from moebench.models.attention import rotary_table, rotate
 from moebench.models.transformer import Block
 from moebench.routing.composite import GroupedRouter
+from moebench.routing.layer_name import LayerName
 from moebench.routing.losses import load_balance
 from moebench.routing.router import ROUTERS
 from moebench.routing.values import LayerRecord, Routing
@@ -24,7 +25,7 @@ def slow_heads(
     query_LH: Tensor, key_LH: Tensor, value_LH: Tensor, positions: list[int], causal: bool, only: int | None = None
 ) -> Tensor:
     """Softmax attention of one sequence, or of one of its places, by loops over heads and positions."""
-    cos, sin = rotation(LENGTH, HEAD_WIDTH, 10000.0, query_LH.device)
+    cos, sin = rotary_table(LENGTH, HEAD_WIDTH, 10000.0, query_LH.device)
     rows = []
     for place, position in enumerate(positions):
         if only not in (None, place):
@@ -91,7 +92,7 @@ def test_whole_model_with_one_expert_is_the_dense_model() -> None:
 def test_head_experts_equal_a_loop_over_tokens(router: str, causal: bool) -> None:
     attention = randomise_parameters(backbone_of(config_of("moduleformer", router), causal=causal)).blocks[0].attention
     x_BLD, ctx = batch(training=False)
-    y_BLD, record = attention(x_BLD, ctx.route(0, LENGTH, x_BLD.device))
+    y_BLD, record = attention(x_BLD, ctx.route(LayerName(), LENGTH, x_BLD.device))
     slow_TD = torch.zeros(BATCH * LENGTH, D_MODEL)
     pairs = zip(record.kept.token_N.tolist(), record.kept.expert_N.tolist(), record.kept.weight_N, strict=True)
     for token, expert, weight in pairs:
@@ -110,7 +111,7 @@ def test_projection_experts_equal_a_loop_over_tokens(router: str, keys_values: s
         randomise_parameters(backbone_of(config_of("attention", router, keys_values=keys_values))).blocks[0].attention
     )
     x_BLD, ctx = batch(training=False)
-    y_BLD, record = attention(x_BLD, ctx.route(0, LENGTH, x_BLD.device))
+    y_BLD, record = attention(x_BLD, ctx.route(LayerName(), LENGTH, x_BLD.device))
     qkv_TO = torch.zeros(BATCH * LENGTH, maps * D_MODEL)
     for token, expert, weight in zip(record.kept.token_N, record.kept.expert_N, record.kept.weight_N, strict=True):
         qkv_TO[token] += weight * attention.layer.bank.expert(x_BLD.flatten(0, 1)[token], int(expert))
@@ -123,7 +124,7 @@ def test_projection_experts_equal_a_loop_over_tokens(router: str, keys_values: s
 
 def test_residual_and_shared_networks_are_added_as_the_papers_say() -> None:
     x_TD = Tokens.draw(24).x_TD.repeat(1, 2)
-    ctx = batch(training=False, size=1, length=24)[1].route(0, 24, x_TD.device)
+    ctx = batch(training=False, size=1, length=24)[1].route(LayerName(), 24, x_TD.device)
     fine, residual = (
         randomise_parameters(backbone_of(config_of(name, "top_k"))).blocks[0].feed_forward
         for name in ("fine_grained", "residual")
@@ -137,7 +138,7 @@ def test_residual_and_shared_networks_are_added_as_the_papers_say() -> None:
     torch.testing.assert_close(y_TD, slow_TD)
 
 
-def grouped(router: str, *, pick_groups: bool, groups: int = 4, num_experts: int = 8) -> GroupedRouter:
+def build_grouped(router: str, *, pick_groups: bool, groups: int = 4, num_experts: int = 8) -> GroupedRouter:
     """Build a grouped router of two experts in each of four groups, with its default options."""
     router_class = ROUTERS.get(router).item
     config = router_class.Config()
@@ -161,7 +162,7 @@ ROW_WISE = ["switch", "top_k", "all_experts", "gshard", "hash", "noisy_top_k"]
 
 @pytest.mark.parametrize("router", ROW_WISE)
 def test_two_levels_equal_a_loop_over_tokens(router: str) -> None:
-    two_levels, tokens = grouped(router, pick_groups=True), Tokens.draw(20)
+    two_levels, tokens = build_grouped(router, pick_groups=True), Tokens.draw(20)
     found = assignments(route(two_levels, tokens, training=False))
     expected = {}
     for token in range(20):
@@ -177,7 +178,7 @@ def test_two_levels_equal_a_loop_over_tokens(router: str) -> None:
 
 @pytest.mark.parametrize("router", ROW_WISE)
 def test_prototypes_equal_a_loop_over_groups(router: str) -> None:
-    prototypes, tokens = grouped(router, pick_groups=False), Tokens.draw(20)
+    prototypes, tokens = build_grouped(router, pick_groups=False), Tokens.draw(20)
     routing = route(prototypes, tokens, training=False)
     expected = {}
     for group, inner in enumerate(prototypes.inner):
@@ -196,7 +197,7 @@ def test_one_group_of_prototypes_is_the_router_itself() -> None:
 
 
 def test_scores_of_two_levels_are_joint_probabilities() -> None:
-    routing = route(grouped("switch", pick_groups=True), Tokens.draw(20), training=False)
+    routing = route(build_grouped("switch", pick_groups=True), Tokens.draw(20), training=False)
     assert routing.scores_TE is not None
     torch.testing.assert_close(routing.scores_TE.sum(-1), torch.ones(20))
     found = load_balance(record_of(routing))
@@ -207,7 +208,7 @@ def test_scores_of_two_levels_are_joint_probabilities() -> None:
 @pytest.mark.parametrize("pick_groups", [True, False])
 @pytest.mark.parametrize("router", ["gshard", "noisy_top_k"])
 def test_own_losses_are_the_mean_over_routers(router: str, pick_groups: bool) -> None:
-    both, tokens = grouped(router, pick_groups=pick_groups), Tokens.draw(40)
+    both, tokens = build_grouped(router, pick_groups=pick_groups), Tokens.draw(40)
     routing = route(both, tokens, training=True)
     (name,) = ROUTERS.get(router).facts.own_losses
     each = [inner.losses(record_of(part))[name] for inner, part in zip(both.inner, routing.parts, strict=True)]
@@ -220,7 +221,7 @@ def test_own_losses_are_the_mean_over_routers(router: str, pick_groups: bool) ->
 
 
 def test_state_is_updated_by_the_loads_of_each_router(monkeypatch: pytest.MonkeyPatch) -> None:
-    both = grouped("top_k", pick_groups=True)  # two experts of each group: a group's load is half of theirs
+    both = build_grouped("top_k", pick_groups=True)  # two experts of each group: a group's load is half of theirs
     routing = route(both, Tokens.draw(16), training=True)
     seen, sums = {}, {}
     for name, router in both.named_modules():

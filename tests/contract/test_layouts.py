@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from moebench.experts.reference import double_loop
 from support.cases import Tokens, parametrize_pairs, randomise_parameters
 from support.layout_models import BATCH, LENGTH, backbone_of, batch, config_of, may_refuse
 from torch import Tensor
@@ -13,6 +12,7 @@ from moebench.errors import UsageError
 from moebench.experts.layer import MoELayer
 from moebench.experts.layout import LAYOUTS
 from moebench.experts.projection import HeadBank, ProjectionBank
+from moebench.experts.reference import double_loop
 from moebench.experts.widths import MATCH_TOLERANCE
 from moebench.models.build import build_backbone
 from moebench.models.cost import cost_of, executed_flops_per_token

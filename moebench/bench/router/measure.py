@@ -12,6 +12,7 @@ from moebench.bench.timing import Protocol, Spread, Timed, Timings
 from moebench.errors import UsageError
 from moebench.models.transformer import BatchContext, init_weights
 from moebench.routing.assignment import solve_balanced_assignment
+from moebench.routing.layer_name import LayerName
 from moebench.routing.losses import compute_raw_losses
 from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.router import ROUTERS, Router, RouterBuildContext
@@ -237,7 +238,7 @@ class RouterCall:
             domain_B=self.domain_B,
             label_BL=self.token_id_BL,
         )
-        routing = self.router(self.x_TD, ctx.route(0, self.length, self.x_TD.device))
+        routing = self.router(self.x_TD, ctx.route(LayerName(), self.length, self.x_TD.device))
         return LayerRecord(routing=routing, kept=routing, sequence_length=self.length)
 
     def losses(self, record: LayerRecord) -> list[Tensor]:

@@ -94,7 +94,9 @@ class ConditionalComputation(PolicyRouter):
         log_policy_T = torch.where(chosen_TE, on_TE, off_TE).sum(-1)
         entropy_T = -(scores_TE * on_TE + (1 - scores_TE) * off_TE).sum(-1)
         extras = self.decided(x_TD, log_policy_T, entropy_T)
-        return Routing.from_table(chosen_TE.float(), chosen_TE, logits_TE=logits_TE, scores_TE=scores_TE, extras=extras)
+        return Routing.from_table(
+            chosen_TE.float(), chosen_TE, logits_TE=logits_TE, scores_TE=scores_TE, token_extras=extras
+        )
 
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
         """Return how far the use of experts is from the target, and how alike the policy treats all tokens."""

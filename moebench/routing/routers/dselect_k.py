@@ -84,7 +84,7 @@ class DSelectK(Router["DSelectK.Config"]):
             weight_TE = (share_TK.unsqueeze(-1) * named_TKE).sum(1)
         entropy_TK = -(named_TKE * named_TKE.clamp(min=1e-20).log()).sum(-1)
         extras = {"undecided_T": entropy_TK.sum(-1), "lost_T": self._lost(named_TKE).sum(-1)}
-        return Routing.from_table(weight_TE, weight_TE > 0, scores_TE=weight_TE, extras=extras)
+        return Routing.from_table(weight_TE, weight_TE > 0, scores_TE=weight_TE, token_extras=extras)
 
     def _lost(self, named_TKE: Tensor) -> Tensor:
         """Return 1 / Σ_e r_e - 1 of each selector, [T, K]: 0 where every number names an expert."""

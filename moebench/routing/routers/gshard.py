@@ -1,7 +1,7 @@
 """GShard top-2: the best expert always, the second in proportion to its weight."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -91,9 +91,9 @@ class GShard(Router["GShard.Config"]):
             num_experts=self.num_experts,
             logits_TE=logits_TE,
             scores_TE=scores_TE,
-            priority_TK=rank_TK,
             token_extras={"first_T": expert_TK[:, 0]},
         )
+        routing = replace(routing, priority_N=rank_TK.reshape(-1))
         second_T = self._keeps_second(weight_TK[:, 1], draw_TE)
         if second_T is None:
             return routing

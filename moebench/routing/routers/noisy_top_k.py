@@ -1,6 +1,6 @@
 """Noisy top-k: learned noise on the logits explores, two squared variations balance."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -72,14 +72,14 @@ class NoisyTopK(Router["NoisyTopK.Config"]):
             noisy_TE = clean_TE + ctx.normal(*clean_TE.shape) * std_TE
             extras = {"load_E": smooth_load(clean_TE, noisy_TE, std_TE, self.top_k, ctx.valid_T)}
         expert_TK = rank_top_k(noisy_TE, self.top_k)
-        return Routing.from_top_k(
+        routing = Routing.from_top_k(
             expert_TK,
             noisy_TE.gather(-1, expert_TK).softmax(-1),
             num_experts=self.num_experts,
             logits_TE=noisy_TE,
             scores_TE=noisy_TE.softmax(-1),
-            extras=extras,
         )
+        return replace(routing, extras=extras)
 
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
         """Return the load loss: squared variation of the smooth estimate of each expert's load (eq. 10-11)."""

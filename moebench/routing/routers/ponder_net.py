@@ -75,7 +75,7 @@ class PonderNet(HaltingRouter):
 
         logits_TN, ran_TE, last_TE = self.walk(x_TD, ctx, goes_on)
         extras = {"logits_T": logits_TN, "ran_T": ran_TE, "last_T": last_TE}
-        return ChainRouting.from_table(last_TE.float(), ran_TE, extras=extras)
+        return ChainRouting.from_table(last_TE.float(), ran_TE, token_extras=extras)
 
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
         """Return the estimate of KL(p || prior): of each reached step the KL of its decision, weighed by 1.

@@ -86,7 +86,7 @@ class RoutingNetworksWPL(Router["RoutingNetworksWPL.Config"]):
         agent_T = agent_of(ctx, self.num_agents, x_TD)
         action_T = drawn(with_mean(self.policy_GA).log()[agent_T], ctx)
         extras = {"action_T": action_T, "agent_T": agent_T}
-        return acted(action_T, self.num_experts, self.num_actions, extras=extras)
+        return acted(action_T, self.num_experts, self.num_actions, token_extras=extras)
 
     def statistics(self, record: LayerRecord) -> dict[str, Tensor]:
         """Return each agent's rewards and how many, and its advantages above and below 0 by action."""

@@ -1,6 +1,6 @@
 """V-MoE: top-k of a softmax with a little noise, and the surest tokens first when experts are full."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -87,15 +87,11 @@ class VMoE(Router["VMoE.Config"]):
         scores_TE = noisy_TE.softmax(-1)
         expert_TK = rank_top_k(noisy_TE, top_k)
         weight_TK = scores_TE.gather(-1, expert_TK)
-        return Routing.from_top_k(
-            expert_TK,
-            weight_TK,
-            num_experts=self.num_experts,
-            logits_TE=clean_TE,
-            scores_TE=scores_TE,
-            priority_TK=self._priority(weight_TK.detach(), ctx),
-            extras=extras,
+        routing = Routing.from_top_k(
+            expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=clean_TE, scores_TE=scores_TE
         )
+        priority_TK = self._priority(weight_TK.detach(), ctx)
+        return replace(routing, priority_N=priority_TK.reshape(-1), extras=extras)
 
     def _priority(self, weight_TK: Tensor, ctx: RouteContext) -> Tensor:
         """Return a priority that falls from choice to choice by more than tokens differ; within one, by the token."""

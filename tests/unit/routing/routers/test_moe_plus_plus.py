@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moebench.experts.layer import MoELayer
 from moebench.models.transformer import Transformer
+from moebench.routing.layer_name import LayerName
 from moebench.routing.losses import load_balance
 from moebench.routing.routers.moe_plus_plus import MoEPlusPlus
 from moebench.routing.values import LayerRecord, Routing
@@ -128,7 +129,7 @@ def test_zero_and_copy_give_the_copy_weight_times_the_token() -> None:
         layer.router.gate.weight_ED.zero_()
         layer.router.gate.weight_ED[2:] = torch.tensor([[2.0], [1.0]])
     x_TD = x_TD.abs()
-    ctx = batch(training=False, size=1, length=6)[1].route(0, 6, x_TD.device)
+    ctx = batch(training=False, size=1, length=6)[1].route(LayerName(), 6, x_TD.device)
     y_TD, record = layer(x_TD, ctx)
     assert record.routing.load_E.tolist() == [0, 0, 6, 6]
     torch.testing.assert_close(y_TD, record.routing.scores_TE[:, 3:] * x_TD)
