@@ -14,11 +14,12 @@ from torch import Tensor
 from moebench.errors import UsageError
 from moebench.experts.capacity import Capacity
 from moebench.experts.feed_forward import ExpertBank
-from moebench.experts.layer import MoELayer
+from moebench.experts.layer import LayerOptions, MoELayer
 from moebench.models.transformer import BatchContext, init_weights
 from moebench.reporting.canvas import GREY, PALETTE, sheet
 from moebench.routing.context import DataSummary
 from moebench.routing.features.token_labels import TokenLabels
+from moebench.routing.layer_name import LayerName
 from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.router import ROUTERS, Router, RouterBuildContext
 from moebench.routing.values import LayerRecord, Routing
@@ -107,9 +108,10 @@ class Example:
         return MoELayer(
             router,
             bank,
-            experts_per_token=router_class.experts_per_token(self.config, self.num_experts),
-            capacity=Capacity(train=1.0),
-            layer=0,
+            LayerOptions(
+                experts_per_token=router_class.experts_per_token(self.config, self.num_experts),
+                capacity=Capacity(train=1.0),
+            ),
         )
 
     @torch.no_grad()
@@ -128,7 +130,7 @@ class Example:
             domain_B=domain_B,
             features={TokenLabels: self.token_id_BL.flatten()},
         )
-        return self.layer.train(training).route(x_TD, ctx.route(0, self.length, x_TD.device))
+        return self.layer.train(training).route(x_TD, ctx.route(LayerName(), self.length, x_TD.device))
 
     def panels(self) -> list[Panel]:
         """Return what is drawn, from left to right."""

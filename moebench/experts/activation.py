@@ -1,7 +1,9 @@
-"""Activations of feed-forward networks, and their backward pass as the fast path of the experts uses it."""
+"""Hidden units of feed-forward networks: activations, their backward pass for the fused path, and dropout."""
+
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn import functional
 
 GATED = {"gelu": False, "swiglu": True}
@@ -10,16 +12,16 @@ GATED = {"gelu": False, "swiglu": True}
 
 def activate(hidden_RF: Tensor, activation: str) -> Tensor:
     """Apply the activation; a gated one halves the last dimension: silu(first half) · second half."""
-    return product_with_value(nonlinear(hidden_RF, activation), hidden_RF, activation)
+    return multiply_by_value(apply_nonlinearity(hidden_RF, activation), hidden_RF, activation)
 
 
-def nonlinear(hidden_RF: Tensor, activation: str) -> Tensor:
-    """Return the costly half of `activate`: gelu of everything, or silu of the first half."""
+def apply_nonlinearity(hidden_RF: Tensor, activation: str) -> Tensor:
+    """Return the expensive part of `activate`: gelu of everything, or silu of the first half."""
     return functional.silu(hidden_RF.chunk(2, dim=-1)[0]) if GATED[activation] else functional.gelu(hidden_RF)
 
 
-def product_with_value(nonlinear_RF: Tensor, hidden_RF: Tensor, activation: str) -> Tensor:
-    """Return the other half of `activate`: the product with the second half, where the activation is gated."""
+def multiply_by_value(nonlinear_RF: Tensor, hidden_RF: Tensor, activation: str) -> Tensor:
+    """Return the cheap part of `activate`: the product with the second half, where the activation is gated."""
     return nonlinear_RF * hidden_RF.chunk(2, dim=-1)[1] if GATED[activation] else nonlinear_RF
 
 
@@ -35,3 +37,18 @@ def activation_backward(grad_RF: Tensor, nonlinear_RF: Tensor, hidden_RF: Tensor
     torch.mul(nonlinear_RF, grad_RF, out=grad_value_RF)
     aten.silu_backward.grad_input(grad_RF.mul_(value_RF), gate_RF, grad_input=grad_gate_RF)
     return grad_hidden_RF
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Dropout:
+    """Inverted dropout of hidden units in training (Switch's expert dropout, arXiv:2101.03961, section 2.4)."""
+
+    rate: float
+    """Probability that a unit becomes 0; the others are divided by 1 - rate."""
+    generator: Generator
+    """Generator of the step and the layer: a recomputed forward pass makes it again and draws the same."""
+
+    def __call__(self, hidden_RF: Tensor) -> Tensor:
+        """Return the hidden units, each set to 0 with probability `rate` and scaled up otherwise."""
+        uniform_RF = torch.rand(hidden_RF.shape, generator=self.generator, device=hidden_RF.device)
+        return torch.where(uniform_RF >= self.rate, hidden_RF / (1 - self.rate), 0.0)

@@ -1,4 +1,4 @@
-"""From the values of a layout's plan to modules: the router of a bank, its experts, and the layer around them."""
+"""From a layout's plan to modules: the router of a bank, its experts, and the layer around them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -7,19 +7,20 @@ from typing import Any
 from moebench.errors import UsageError
 from moebench.experts.bank import Bank
 from moebench.experts.feed_forward import FeedForward
-from moebench.experts.layer import MoELayer
+from moebench.experts.layer import LayerOptions, MoELayer
 from moebench.experts.layout import Experts, LayoutConfig
-from moebench.experts.mixed import WITHOUT_NETWORK, bank_of
+from moebench.experts.mixed import WITHOUT_NETWORK, build_bank
 from moebench.experts.widths import Widths
 from moebench.routing.composite import GroupedRouter
 from moebench.routing.contract import build_router
 from moebench.routing.features.feature import collect
+from moebench.routing.layer_name import LayerName
 from moebench.routing.router import ROUTERS, Router, RouterBuildContext
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouterPlan:
-    """A router as a bank needs it: the configuration with the layout's wishes, and what follows from it."""
+    """The router of a bank: its configuration, adjusted to the layout, and what follows from it."""
 
     router_class: type[Router]
     config: Any
@@ -27,22 +28,22 @@ class RouterPlan:
 
     @classmethod
     def of(cls, config: Any, experts: Experts) -> "RouterPlan":
-        """Fit a router's configuration to a bank; raise UsageError when they do not go together."""
+        """Fit a router's configuration to a bank; raise UsageError when they are not compatible."""
         router_class: type[Router] = ROUTERS.get(config.name, where="router.name").item
         if router_class.form.is_dense:
             return cls(router_class=router_class, config=config, experts=experts)
         num_experts = len(experts.shapes)
         scaled = scale_experts_per_token(router_class, config, experts.top_k_factor, num_experts)
-        routed = cls(router_class=router_class, config=scaled, experts=experts)
-        for name, size in routed._levels():
+        plan = cls(router_class=router_class, config=scaled, experts=experts)
+        for name, size in plan._levels():
             try:
                 router_class.check(scaled, size)
             except UsageError as error:
                 raise UsageError(f"{error} ({name})" if name else str(error)) from error
-        return routed
+        return plan
 
     def _levels(self) -> list[tuple[str, int]]:
-        """Return what each router of the bank chooses among: a remark for errors, and how many there are."""
+        """Return for each router of the bank a remark for errors and the number of its options."""
         size, groups = len(self.experts.shapes), self.experts.groups
         if self.experts.top_k_factor > 1:
             return [(f"here {size} experts, and experts per token times {self.experts.top_k_factor}", size)]
@@ -53,7 +54,7 @@ class RouterPlan:
 
     @property
     def experts_per_token(self) -> int:
-        """Experts that one token uses: of all groups together."""
+        """Experts that one token uses in all groups together."""
         experts, groups = len(self.experts.shapes), self.experts.groups
         inner = self.router_class.experts_per_token(self.config, experts // groups)
         if groups == 1:
@@ -63,7 +64,7 @@ class RouterPlan:
         )
 
     def build(self, context: RouterBuildContext) -> Router:
-        """Build the router, or the routers of the groups behind one."""
+        """Build the router, or one router that holds those of the groups."""
         context = replace(context, num_experts=len(self.experts.shapes))
         if self.experts.groups == 1:
             has_network_E = [shape.kind not in WITHOUT_NETWORK for shape in self.experts.shapes]
@@ -81,8 +82,8 @@ def scale_experts_per_token(router_class: type[Router], config: Any, factor: int
 
     Raises UsageError for a router whose number of experts per token is fixed.
     """
-    grows = router_class.experts_per_token(config, num_experts) >= num_experts  # it takes all there are
-    if factor == 1 or grows:
+    takes_all = router_class.experts_per_token(config, num_experts) >= num_experts
+    if factor == 1 or takes_all:
         return config
     for field in fields(config):
         if field.name in ("top_k", "average_experts"):
@@ -95,46 +96,49 @@ def scale_experts_per_token(router_class: type[Router], config: Any, factor: int
     )
 
 
-def moe_layer(
-    routed: Routed,
+@dataclass(frozen=True, kw_only=True)
+class NetworkStyle:
+    """What the feed-forward networks of a model have in common, dense ones and experts alike."""
+
+    d_model: int
+    activation: str
+    out_scale: float
+    """Factor on the initial output projection (residual depth scaling)."""
+
+
+def build_moe_layer(
+    plan: RouterPlan,
     router: Router,
     bank: Bank,
     *,
     layout: LayoutConfig,
-    layer: int | str,
+    name: LayerName,
     shared: FeedForward | None = None,
 ) -> MoELayer:
-    """Put router and bank together."""
-    return MoELayer(
-        router,
-        bank,
-        experts_per_token=routed.experts_per_token,
+    """Build the layer of a router and a bank."""
+    options = LayerOptions(
+        experts_per_token=plan.experts_per_token,
         capacity=layout.capacity,
-        layer=layer,
-        shared=shared,
-        residual=routed.experts.residual,
         expert_dropout=layout.expert_dropout,
+        residual=plan.experts.residual,
+        name=name,
     )
+    return MoELayer(router, bank, options, shared=shared)
 
 
-def feed_forward_experts(
-    routed: Routed,
-    router: Router,
-    *,
-    d_model: int,
-    activation: str,
-    out_scale: float,
-    layout: LayoutConfig,
-    layer: int | str,
+def feed_forward_builder(
+    plan: RouterPlan, router: Router, style: NetworkStyle, *, layout: LayoutConfig, name: LayerName
 ) -> Callable[[Widths], MoELayer]:
-    """Return what builds the MoE layer of a block for given widths; the router is the same for all of them."""
-    experts = routed.experts
+    """Return a function that builds the MoE layer of a block for given widths; all its layers share the router."""
+    experts = plan.experts
 
     def build(widths: Widths) -> MoELayer:
         shared = None
         if experts.shared:
-            shared = FeedForward(d_model, widths.of(experts.shared), activation, out_scale)
-        bank = bank_of(experts.shapes, widths, d_model, activation, out_scale, recompute=layout.recompute)
-        return moe_layer(routed, router, bank, layout=layout, layer=layer, shared=shared)
+            shared = FeedForward(style.d_model, widths.of(experts.shared), style.activation, style.out_scale)
+        bank = build_bank(
+            experts.shapes, widths, style.d_model, style.activation, style.out_scale, recompute=layout.recompute
+        )
+        return build_moe_layer(plan, router, bank, layout=layout, name=name, shared=shared)
 
     return build

@@ -1,4 +1,4 @@
-"""Capacity: how many assignments an expert takes, and who stays when there are more."""
+"""Capacity: how many assignments an expert takes, and which of them when there are more."""
 
 import math
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ MULTIPLE = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """Capacity factors of a layer (None is dropless), the formula, and what happens to what is over."""
+    """Capacity factors of a layer (None is dropless), the rule for slots, and the handling of overflow."""
 
     train: float | None = None
     eval: float | None = None
@@ -60,20 +60,20 @@ class Capacity:
         return min(slots, num_tokens)
 
 
-def first_of_each_expert(routing: Routing, slots: int, precedence_N: Tensor) -> Tensor:
-    """Return kept_N (bool): the `slots` first assignments of each expert, of those that count."""
+def keep_first_slots(routing: Routing, slots: int, precedence_N: Tensor) -> Tensor:
+    """Return kept_N (bool): the first `slots` assignments of each expert, among those that count."""
     queue_N = routing.expert_N.where(routing.counted_N, routing.num_experts)
-    return routing.counted_N & (place_in_queue(queue_N, routing.num_experts, precedence_N) < slots)
+    return routing.counted_N & (positions_in_queues(queue_N, routing.num_experts, precedence_N) < slots)
 
 
-def precedence(routing: Routing, order: DropOrder, generator: Generator) -> Tensor:
+def order_of_precedence(routing: Routing, order: DropOrder, generator: Generator) -> Tensor:
     """Return the assignments (indices into N) from the first to be kept to the last.
 
     router: by the router's own priority if it has one, else by position. position: earlier tokens first, a token's
     own choices in their order: causal. score: all assignments by weight, the largest first, whichever of its token's
     choices it is. priority: all first choices before all second ones, and so on; among those, tokens by their largest
-    weight (batch prioritized routing of V-MoE, arXiv:2106.05974, appendix C). random: drawn. Weights are
-    compared as in `routing.ranking`; equal ones are kept by their place in the list, or by token.
+    weight (batch prioritized routing of V-MoE, arXiv:2106.05974, appendix C). random: a random permutation. Weights are
+    compared as in `routing.ranking`; equal ones are kept in the order of the list, or of tokens.
     """
     if order == "random":
         return torch.randperm(routing.token_N.numel(), generator=generator, device=routing.token_N.device)
@@ -90,17 +90,17 @@ def _first_choices_first(routing: Routing) -> Tensor:
     """Return the assignments by choice, then by the largest weight of their token, then by token."""
     token_N, num_tokens = routing.token_N, routing.num_tokens
     weight_N = log_scores(routing.weight_N)
-    choice_N = place_in_queue(token_N, num_tokens, rank_all(weight_N))
+    choice_N = positions_in_queues(token_N, num_tokens, rank_all(weight_N))
     best_T = weight_N.new_full((num_tokens,), -torch.inf).scatter_reduce(0, token_N, weight_N, "amax")
-    place_T = rank_all(best_T).argsort()
-    return (choice_N * num_tokens + place_T[token_N]).argsort()
+    rank_T = rank_all(best_T).argsort()
+    return (choice_N * num_tokens + rank_T[token_N]).argsort()
 
 
-def place_in_queue(queue_N: Tensor, num_queues: int, precedence_N: Tensor) -> Tensor:
-    """Return each assignment's place in its queue, from 0; the queue `num_queues` is for those that wait nowhere."""
+def positions_in_queues(queue_N: Tensor, num_queues: int, precedence_N: Tensor) -> Tensor:
+    """Return each assignment's position in its queue, from 0; queue `num_queues` is for those outside all queues."""
     sorted_N, by_queue_N = queue_N[precedence_N].sort(stable=True)
     length_Q = torch.zeros(num_queues + 1, dtype=torch.int64, device=queue_N.device)
     length_Q = length_Q.scatter_add(0, queue_N, torch.ones_like(queue_N))
     start_Q = length_Q.cumsum(0) - length_Q
-    place_N = torch.arange(queue_N.numel(), device=queue_N.device) - start_Q[sorted_N]
-    return torch.empty_like(place_N).scatter_(0, precedence_N[by_queue_N], place_N)
+    position_N = torch.arange(queue_N.numel(), device=queue_N.device) - start_Q[sorted_N]
+    return torch.empty_like(position_N).scatter_(0, precedence_N[by_queue_N], position_N)

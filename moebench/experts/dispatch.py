@@ -1,7 +1,7 @@
 """Dispatch and combine: token vectors to rows sorted by expert, and rows back to weighted sums per token.
 
-Everything is a gather, forward and backward: a token's rows are found by an index and summed in a fixed order, never
-scattered, so the result is the same in every run on every device.
+Everything is a gather, forward and backward: a token's rows are indexed and summed in a fixed order, never scattered,
+so the result is the same in every run on every device.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from moebench.experts.grouped import Groups
+from moebench.experts.grouped import group_rows
+from moebench.experts.kernels.groups import Groups
 from moebench.routing.values import Routing
 
 
@@ -20,9 +21,9 @@ from moebench.routing.values import Routing
 class DispatchPlan:
     """Which assignment each row computes; rows are sorted by expert, within an expert by assignment.
 
-    Where loads are nearly equal there may be padding rows, the same number of rows for every expert. On a GPU the
-    number of rows is that of all assignments, so that nothing waits for a count: those that are not kept lie behind
-    the last expert's rows. On a CPU they have no row.
+    Where loads are nearly equal, every expert may be padded to the same number of rows. On a GPU every assignment has a
+    row, so that nothing waits for a count: rows of assignments that are not kept come after the last expert's. On a CPU
+    those assignments have no row.
     """
 
     assignment_R: Tensor
@@ -35,24 +36,24 @@ class DispatchPlan:
     """bool: which assignments have a row; None: all."""
     groups: Groups
     """The rows of each expert."""
-    bags: "Bags"
+    token_rows: "TokenRows"
     """The rows of each token."""
 
     @classmethod
     def of(cls, routing: Routing, *, may_pad: bool = False) -> "DispatchPlan":
         """Sort the assignments by expert."""
-        groups = Groups.of(routing.load_E, may_pad=may_pad)
-        order_N = _order(routing.expert_N, routing.kept_N, routing.num_experts)
+        groups = group_rows(routing.load_E, may_pad=may_pad)
+        order_N = _stable_order(routing.expert_N, routing.kept_N, routing.num_experts)
         if groups.num_rows is not None:
             order_N = order_N[: sum(groups.loads or ())]
-        row_N, assignment_R = _rows(routing.expert_N, order_N, groups)
+        row_N, assignment_R = _assign_rows(routing.expert_N, order_N, groups)
         return cls(
             assignment_R=assignment_R,
             token_R=functional.pad(routing.token_N, (0, 1)).index_select(0, assignment_R),
             row_N=row_N,
             kept_N=routing.kept_N,
             groups=groups,
-            bags=Bags.of(routing, row_N),
+            token_rows=TokenRows.of(routing, row_N),
         )
 
     def weight_R(self, weight_N: Tensor) -> Tensor:
@@ -60,15 +61,15 @@ class DispatchPlan:
         return functional.pad(weight_N, (0, 1)).index_select(0, self.assignment_R).unsqueeze(-1)
 
     def to_assignments(self, value_R: Tensor) -> Tensor:
-        """Return a number per row as a number per assignment, 0 where it has no row."""
+        """Return the value of each assignment's row, 0 for assignments without one."""
         if value_R.numel() == 0:
             return value_R.new_zeros(self.row_N.shape)
         value_N = value_R.index_select(0, self.row_N)
         return value_N if self.kept_N is None else value_N.where(self.kept_N, 0)
 
 
-def _rows(expert_N: Tensor, order_S: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
-    """Return row_N and assignment_R for assignments that are sorted by expert."""
+def _assign_rows(expert_N: Tensor, order_S: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+    """Return row_N and assignment_R for the assignments `order_S`, which are sorted by expert."""
     row_S = torch.arange(order_S.numel(), device=order_S.device)
     assignment_R = order_S
     if groups.capacity is not None:
@@ -82,27 +83,27 @@ def _rows(expert_N: Tensor, order_S: Tensor, groups: Groups) -> tuple[Tensor, Te
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Bags:
-    """The rows of each token, as indices for a gather that sums (an embedding bag)."""
+class TokenRows:
+    """The rows of each token, as indices of a gather that sums (an embedding bag)."""
 
     row_M: Tensor
-    """T×K for a rectangle; otherwise one list, token after token, what is not kept at the end."""
+    """[T, K] for a rectangle; otherwise one list, token after token, followed by what is not kept."""
     start_T: Tensor | None = None
-    """Where each token's rows begin in the list, and, one more, where those not kept begin."""
+    """Start of each token's rows in the list, and as a last element the start of what is not kept."""
     order_N: Tensor | None = None
     """The assignments in the order of `row_M`."""
 
     @classmethod
-    def of(cls, routing: Routing, row_N: Tensor) -> "Bags":
+    def of(cls, routing: Routing, row_N: Tensor) -> "TokenRows":
         """Group the rows by token."""
         if routing.top_k is not None and routing.kept_N is None:
             return cls(row_M=row_N.view(routing.num_tokens, routing.top_k))
-        order_N = _order(routing.token_N, routing.kept_N, routing.num_tokens)
+        order_N = _stable_order(routing.token_N, routing.kept_N, routing.num_tokens)
         start_T = functional.pad(routing.experts_per_token_T.cumsum(0), (1, 0))
         return cls(row_M=row_N[order_N], start_T=start_T, order_N=order_N)
 
     def sum(self, value_RD: Tensor, weight_N: Tensor | None = None) -> Tensor:
-        """Return for each token the sum of its rows, each times its weight if weights are given."""
+        """Return the sum of each token's rows, [T, D], each times its weight if weights are given."""
         num_tokens = self.row_M.shape[0] if self.start_T is None else self.start_T.numel() - 1
         if value_RD.numel() == 0 or self.row_M.numel() == 0:
             return value_RD.new_zeros(num_tokens, value_RD.shape[1])
@@ -112,7 +113,7 @@ class Bags:
         return summed[:num_tokens]
 
 
-def _order(key_N: Tensor, kept_N: Tensor | None, num_keys: int) -> Tensor:
+def _stable_order(key_N: Tensor, kept_N: Tensor | None, num_keys: int) -> Tensor:
     """Return the assignments sorted by a key in 0 ... num_keys - 1, equal keys in order, those not kept last."""
     if kept_N is not None:
         key_N = key_N.where(kept_N, num_keys)
@@ -133,7 +134,7 @@ def combine(y_RD: Tensor, weight_N: Tensor, plan: DispatchPlan) -> Tensor:
 
 
 class _Dispatch(torch.autograd.Function):
-    """Each token's vector to its rows; the backward sums the rows of each token."""
+    """Copy each token's vector to its rows; the backward pass sums the rows of each token."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
@@ -143,17 +144,17 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
-        return ctx.plan.bags.sum(grad_RD), None
+        return ctx.plan.token_rows.sum(grad_RD), None
 
 
 class _Combine(torch.autograd.Function):
-    """The weighted rows of each token summed; the backward hands each row its token's gradient times its weight."""
+    """Sum the weighted rows of each token; the backward pass gives a row its token's gradient times its weight."""
 
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, weight_N: Tensor, plan: DispatchPlan) -> Tensor:
         ctx.save_for_backward(y_RD, weight_N)
         ctx.plan = plan
-        return plan.bags.sum(y_RD, weight_N)
+        return plan.token_rows.sum(y_RD, weight_N)
 
     @staticmethod
     @once_differentiable

@@ -5,17 +5,17 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
-from moebench.experts.activation import GATED, activate
-from moebench.experts.bank import Bank, draw_experts, local, merge
-from moebench.experts.dropout import Dropout
+from moebench.experts.activation import GATED, Dropout, activate
+from moebench.experts.bank import Bank, init_experts, local_shard, merge_weights
+from moebench.experts.fused import fused_mixture
 from moebench.experts.grouped import grouped_matmul
-from moebench.experts.mixture import mixture
 from moebench.routing.values import Routing
 
 
 def ffn_flops(d_model: int, width: int, activation: str) -> int:
-    """Forward FLOPs of one token through a feed-forward network: 2 per weight; activations are not counted."""
+    """Return the forward FLOPs of one token through a feed-forward network: 2 per weight; activations are left out."""
     return 2 * d_model * width * (2 + GATED[activation])
 
 
@@ -31,9 +31,9 @@ class FeedForward(nn.Module):
         self.w_out_FD = nn.Parameter(torch.empty(width, d_model))
 
     def init_weights(self, generator: Generator) -> None:
-        """Draw normal weights with variance 1 / fan-in."""
-        draw(self.w_in_DF, self.w_in_DF.shape[0] ** -0.5, generator)
-        draw(self.w_out_FD, self.out_scale * self.w_out_FD.shape[0] ** -0.5, generator)
+        """Initialise with normal weights of variance 1 / fan-in."""
+        nn.init.normal_(self.w_in_DF, std=self.w_in_DF.shape[0] ** -0.5, generator=generator)
+        nn.init.normal_(self.w_out_FD, std=self.out_scale * self.w_out_FD.shape[0] ** -0.5, generator=generator)
 
     def forward(self, x_TD: Tensor, dropout: Dropout | None = None) -> Tensor:
         """Return y_TD."""
@@ -41,7 +41,7 @@ class FeedForward(nn.Module):
         return (hidden_TF if dropout is None else dropout(hidden_TF)) @ self.w_out_FD
 
     def flops_per_token(self) -> int:
-        """Forward FLOPs of one token."""
+        """Return the forward FLOPs of one token."""
         return 2 * (self.w_in_DF.numel() + self.w_out_FD.numel())
 
 
@@ -67,22 +67,25 @@ class ExpertBank(Bank):
         self.w_in_EDF = nn.Parameter(torch.empty(num_experts, d_model, width * (1 + GATED[activation])))
         self.w_out_EFD = nn.Parameter(torch.empty(num_experts, width, d_model))
 
+    @override
     def init_weights(self, generator: Generator) -> None:
-        """Draw each expert as a dense network of its size is drawn: all experts differ."""
-        draw_experts(self.w_in_EDF, self.w_in_EDF.shape[1] ** -0.5, generator)
-        draw_experts(self.w_out_EFD, self.out_scale * self.w_out_EFD.shape[1] ** -0.5, generator)
+        # Each expert like a dense network of its size: all experts differ.
+        init_experts(self.w_in_EDF, self.w_in_EDF.shape[1] ** -0.5, generator)
+        init_experts(self.w_out_EFD, self.out_scale * self.w_out_EFD.shape[1] ** -0.5, generator)
 
+    @override
     def rows(self, x_RD: Tensor, load_E: Tensor, dropout: Dropout | None = None) -> Tensor:
-        """Return y_RD: the first load_E[0] rows through expert 0, the next through expert 1, and so on."""
         if self.recompute and dropout is None:
             y_RD: Tensor = checkpoint(self._rows, x_RD, load_E, use_reentrant=False)
             return y_RD
         return self._rows(x_RD, load_E, dropout)
 
     def _rows(self, x_RD: Tensor, load_E: Tensor, dropout: Dropout | None = None) -> Tensor:
-        hidden_RF = activate(grouped_matmul(x_RD, local(self.w_in_EDF), load_E), self.activation)
-        return grouped_matmul(hidden_RF if dropout is None else dropout(hidden_RF), local(self.w_out_EFD), load_E)
+        hidden_RF = activate(grouped_matmul(x_RD, local_shard(self.w_in_EDF), load_E), self.activation)
+        hidden_RF = hidden_RF if dropout is None else dropout(hidden_RF)
+        return grouped_matmul(hidden_RF, local_shard(self.w_out_EFD), load_E)
 
+    @override
     def mixture(
         self,
         x_TD: Tensor,
@@ -90,39 +93,34 @@ class ExpertBank(Bank):
         dropout: Dropout | None = None,
         while_in_flight: Callable[[], None] | None = None,
     ) -> Tensor:
-        """Return y_TD by the fused path, which knows neither dropout nor other processes."""
+        # The fused path has neither dropout nor experts on other processes.
         if dropout is not None or self.exchange is not None:
             return super().mixture(x_TD, routing, dropout, while_in_flight)
-        weights = (self.w_in_EDF, self.w_out_EFD)
-        y_TD: Tensor = mixture(x_TD, routing, *weights, self.activation, recompute=self.recompute)
-        if while_in_flight is not None:
-            while_in_flight()
+        weights = self.w_in_EDF, self.w_out_EFD
+        y_TD: Tensor = fused_mixture(x_TD, routing, *weights, self.activation, recompute=self.recompute)
         return y_TD
 
-    def merged(self, x_GSD: Tensor, weight_GE: Tensor, dropout: Dropout | None = None) -> Tensor:
-        """Return y_GSD; with `recompute`, the merged networks are made again in the backward pass too."""
+    @override
+    def compute_merged(self, x_GSD: Tensor, weight_GE: Tensor, dropout: Dropout | None = None) -> Tensor:
+        # With `recompute`, the merged networks are made again in the backward pass too.
         if self.recompute and dropout is None:
-            y_GSD: Tensor = checkpoint(self._merged, x_GSD, weight_GE, use_reentrant=False)
+            y_GSD: Tensor = checkpoint(self._compute_merged, x_GSD, weight_GE, use_reentrant=False)
             return y_GSD
-        return self._merged(x_GSD, weight_GE, dropout)
+        return self._compute_merged(x_GSD, weight_GE, dropout)
 
-    def _merged(self, x_GSD: Tensor, weight_GE: Tensor, dropout: Dropout | None = None) -> Tensor:
-        hidden_GSF = activate(x_GSD @ merge(weight_GE, self.w_in_EDF), self.activation)
-        return (hidden_GSF if dropout is None else dropout(hidden_GSF)) @ merge(weight_GE, self.w_out_EFD)
+    def _compute_merged(self, x_GSD: Tensor, weight_GE: Tensor, dropout: Dropout | None = None) -> Tensor:
+        hidden_GSF = activate(x_GSD @ merge_weights(weight_GE, self.w_in_EDF), self.activation)
+        hidden_GSF = hidden_GSF if dropout is None else dropout(hidden_GSF)
+        return hidden_GSF @ merge_weights(weight_GE, self.w_out_EFD)
 
+    @override
     def expert(self, x_RD: Tensor, index: int) -> Tensor:
-        """Return what one expert computes."""
         return activate(x_RD @ self.w_in_EDF[index], self.activation) @ self.w_out_EFD[index]
 
+    @override
     def elements_per_row(self) -> int:
-        """Numbers that a row for another process carries, there and back."""
         return self.w_in_EDF.shape[1] + self.w_out_EFD.shape[2]
 
+    @override
     def flops_per_row_E(self) -> tuple[int, ...]:
-        """Forward FLOPs of one row through each expert."""
         return (2 * (self.w_in_EDF.numel() + self.w_out_EFD.numel()) // self.num_experts,) * self.num_experts
-
-
-def draw(parameter: Tensor, std: float, generator: Generator) -> None:
-    """Fill a parameter in place from a normal distribution."""
-    nn.init.normal_(parameter, std=std, generator=generator)

@@ -1,132 +1,117 @@
-"""The MoE layer: router, capacity, dispatch, experts, combine. A token's way through it is read top to bottom."""
+"""The MoE layer: route, apply capacity, compute the experts, add the shared ones. `forward` reads top to bottom."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Generator, Tensor, nn
 
+from moebench.experts.activation import Dropout
 from moebench.experts.bank import Bank
 from moebench.experts.bank_pass import BankPass
 from moebench.experts.capacity import Capacity
-from moebench.experts.chain import Chain
-from moebench.experts.dropout import Dropout
 from moebench.experts.feed_forward import FeedForward
-from moebench.experts.overflow import Batch, passed_on, within_capacity
-from moebench.experts.soft import soft_mixture
+from moebench.experts.overflow import BatchAssignments, apply_capacity
+from moebench.experts.shared import SharedExperts
 from moebench.ranks import Scopes
 from moebench.routing.context import RouteContext
 from moebench.routing.contract import check_routing
 from moebench.routing.gate import Gate
-from moebench.routing.mixing import MergeRouting, SoftRouting
+from moebench.routing.layer_name import LayerName
 from moebench.routing.router import Router
-from moebench.routing.values import AnyRouting, ChainRouting, LayerRecord, Routing
+from moebench.routing.values import AnyRouting, LayerRecord, Routing
 from moebench.seeds import make_generator
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayerOptions:
+    """Settings of a layer."""
+
+    experts_per_token: int
+    """The router's nominal k, which sets the capacity and the planned FLOPs."""
+    capacity: Capacity = field(default_factory=Capacity)
+    expert_dropout: float = 0.0
+    """Dropout rate of the hidden units of experts, shared ones included, in training."""
+    residual: bool = False
+    """A learned gate weights the routed against the shared experts (PR-MoE) instead of adding them."""
+    name: LayerName = field(default_factory=LayerName)
+
+
 class MoELayer(nn.Module):
-    """A bank of experts behind a router; returns its output and the record of what was routed where."""
+    """A bank of experts behind a router; returns its output and the record of the routing."""
 
-    def __init__(
-        self,
-        router: Router,
-        bank: Bank,
-        *,
-        experts_per_token: int,
-        capacity: Capacity,
-        layer: int | str,
-        shared: FeedForward | None = None,
-        residual: bool = False,
-        expert_dropout: float = 0.0,
-    ) -> None:
-        """`experts_per_token`: the router's nominal k, which sets the capacity and the FLOPs.
+    def __init__(self, router: Router, bank: Bank, options: LayerOptions, *, shared: FeedForward | None = None) -> None:
+        """`shared`: a network that every token uses (see `SharedExperts`).
 
-        `shared`: a network that every token uses (DeepSeekMoE's shared experts, arXiv:2401.06066, section 3.2, are
-        one network of their summed width), added to what the bank gives. `residual`: instead of adding, weigh the
-        two by c = softmax(x W_c + b) (PR-MoE, arXiv:2201.05596, section 4.1; the learned c and its bias are those of
-        its implementation, DeepSpeed). `expert_dropout`: rate for the hidden activations of experts, shared ones
-        included, in training. Raises ValueError for a residual without a shared network.
+        Raises ValueError for a residual without a shared network.
         """
         super().__init__()
-        if residual and shared is None:
-            raise ValueError("residual=True weighs the experts against a shared network, and there is none")
+        if options.residual and shared is None:
+            raise ValueError("residual=True weights the experts against a shared network, and there is none")
         self.router = router
         self.bank = bank
-        self.experts_per_token = experts_per_token
-        self.capacity = capacity
-        self.layer = layer
+        self.name = options.name
+        self.experts_per_token = options.experts_per_token
+        self.capacity = options.capacity
+        self.expert_dropout = options.expert_dropout
         self.shared = shared
-        self.mix = Gate(shared.w_in_DF.shape[0], 2, bias=True) if residual and shared is not None else None
-        self.expert_dropout = expert_dropout
+        self.mix = Gate(shared.w_in_DF.shape[0], 2, bias=True) if options.residual and shared is not None else None
         self.scopes = Scopes()
-        """Whose tokens count beside those of this process; `parallel` sets it when the model is built."""
+        """Processes whose tokens count beside those of this one; `parallel` sets it when the model is built."""
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> tuple[Tensor, LayerRecord]:
         """Return y_TD (without the residual stream) and the record."""
-        dropout = None
-        if ctx.training and self.expert_dropout > 0:
-            dropout = Dropout(rate=self.expert_dropout, generator=self._own_generator(ctx))
-        # In a chain the experts compute while the router is asked: it decides by what they made of a token.
-        chain = Chain(self.bank, x_TD, dropout) if self.router.form.is_chain else None
-        record = self.route(x_TD, ctx if chain is None else replace(ctx, advance=chain.advance))
-        routing, kept = record.routing, record.kept
-        shared: list[Tensor] = []
+        dropout = self._dropout(ctx)
+        shared = self._shared_experts(x_TD, dropout)
+        experts = BankPass(self.bank, x_TD, dropout, while_in_flight=None if shared is None else shared.compute)
+        record = self.route(x_TD, replace(ctx, advance=experts.advance))
+        y_TD = record.kept.compute(experts)
+        return y_TD if shared is None else shared.add_to(y_TD), record
 
-        def compute_shared() -> None:  # when there is time: while rows are on their way to other processes
-            if self.shared is not None:
-                shared.append(self.shared(x_TD, dropout))
+    def _dropout(self, ctx: RouteContext) -> Dropout | None:
+        if not ctx.training or self.expert_dropout == 0:
+            return None
+        return Dropout(rate=self.expert_dropout, generator=self._row_generator(ctx))
 
-        if chain is not None:
-            assert isinstance(kept, ChainRouting)
-            y_TD = chain.output(kept)
-            compute_shared()
-        elif isinstance(kept, SoftRouting):
-            y_TD = soft_mixture(self.bank, x_TD, kept, dropout, compute_shared)
-        elif isinstance(kept, MergeRouting):
-            y_TD = merged_mixture(self.bank, x_TD, kept, dropout, compute_shared)
-        else:
-            y_TD = self.bank.mixture(x_TD, kept, dropout, compute_shared)
-            if self.capacity.overflow == "pass" and isinstance(routing, Routing) and kept is not routing:
-                y_TD = y_TD + passed_on(routing, kept, x_TD)
-        return self._with_shared(y_TD, x_TD, *shared), record
-
-    def _own_generator(self, ctx: RouteContext) -> Generator:
-        """Return a generator for what is drawn per row: the rows of other processes must not draw the same."""
+    def _row_generator(self, ctx: RouteContext) -> Generator:
+        """Return the generator of draws for each row: the rows of other processes must not draw the same."""
         if self.scopes.world.rank == 0:
             return ctx.generator
         return make_generator(ctx.generator.initial_seed(), "rows", self.scopes.world.rank, device=ctx.generator.device)
 
+    def _shared_experts(self, x_TD: Tensor, dropout: Dropout | None) -> SharedExperts | None:
+        if self.shared is None:
+            return None
+        return SharedExperts(network=self.shared, mixing_gate=self.mix, x_TD=x_TD, dropout=dropout)
+
     def route(self, x_TD: Tensor, ctx: RouteContext) -> LayerRecord:
-        """Return the record alone: who goes where, for banks whose experts need more than rows."""
+        """Return the record without computing experts, for banks whose experts need more than rows."""
         with torch.autocast(x_TD.device.type, enabled=False):  # routing is fp32 in every precision
-            routing = self._routed(x_TD.float(), ctx)
-        kept = routing
-        if isinstance(routing, Routing):
-            if ctx.valid_T is not None:
-                routing = routing.keep(ctx.valid_T[routing.token_N])  # padding takes no slot and counts nowhere
-            kept = routing if isinstance(routing, ChainRouting) else self._within_capacity(routing, ctx)
+            routing = self._route_batch(x_TD.float(), ctx)
+        if ctx.valid_T is not None:
+            routing = routing.without_padding(ctx.valid_T)
         return LayerRecord(
-            layer=self.layer,
+            layer=self.name,
             routing=routing,
-            kept=kept,
+            kept=routing.with_capacity(lambda routing: self._apply_capacity(routing, ctx)),
             valid_T=ctx.valid_T,
             sequence_length=ctx.sequence_length,
             flops_E=self.bank.flops_per_row_E(),
             ranks=self.scopes.balance,
         )
 
-    def _routed(self, x_TD: Tensor, ctx: RouteContext) -> AnyRouting:
+    def _route_batch(self, x_TD: Tensor, ctx: RouteContext) -> AnyRouting:
+        """Route the tokens; a router that needs the whole batch gets the tokens of all processes."""
         ranks = self.scopes.batch
         if ranks.size == 1 or not self.router.traits.needs_whole_batch:
             return check_routing(self.router, self.router(x_TD, ctx))
-        whole = check_routing(self.router, self.router(ranks.gather(x_TD), ctx.of_whole_batch(ranks)))
-        start = ctx.span.start if ctx.span else 0
-        assert isinstance(whole, Routing)
-        return whole.slice_tokens(start, x_TD.shape[0])
+        batch_routing = check_routing(self.router, self.router(ranks.gather(x_TD), ctx.of_whole_batch(ranks)))
+        assert isinstance(batch_routing, Routing)
+        return batch_routing.slice_tokens(ctx.span.start if ctx.span else 0, x_TD.shape[0])
 
-    def _within_capacity(self, routing: Routing, ctx: RouteContext) -> Routing:
+    def _apply_capacity(self, routing: Routing, ctx: RouteContext) -> Routing:
         if self.capacity.is_dropless:
-            return routing  # before padding is counted, for which a GPU would be waited for
+            return routing  # before padding is counted, for which the host would wait for a GPU
         ranks = self.scopes.batch
         span = ctx.span if ctx.span and ranks.size > 1 else None
         num_tokens = span.total if span else routing.num_tokens
@@ -138,23 +123,14 @@ class MoELayer(nn.Module):
         )
         if slots is None:
             return routing
-        batch = Batch.of(routing, span, ranks) if span else None
-        return within_capacity(routing, slots, self.capacity, ctx.generator, batch)
-
-    def _with_shared(self, y_TD: Tensor, x_TD: Tensor, shared_TD: Tensor | None = None) -> Tensor:
-        if shared_TD is None:
-            return y_TD
-        if self.mix is None:
-            return y_TD + shared_TD
-        with torch.autocast(x_TD.device.type, enabled=False):
-            share_T2: Tensor = self.mix(x_TD.float()).softmax(-1)
-        return share_T2[:, :1].to(y_TD.dtype) * y_TD + share_T2[:, 1:].to(shared_TD.dtype) * shared_TD
+        batch = BatchAssignments.gather(routing, span, ranks) if span else None
+        return apply_capacity(routing, slots, self.capacity, ctx.generator, batch)
 
     @torch.no_grad()
     def after_step(self, records: Sequence[LayerRecord]) -> None:
-        """Let the router update its state: once per optimizer step, with a record for each of its micro-batches.
+        """Let the router update its state, once per optimizer step, with the records of all its micro-batches.
 
-        The counts are those of all processes, so that the state stays the same on each.
+        The counts are summed over all processes, so that the state stays the same on each.
         """
         if not self.router.traits.has_state:
             return
@@ -167,27 +143,28 @@ class MoELayer(nn.Module):
         self.router.after_step(total(load_E), {name: total(value) for name, value in sums.items()})
 
     def flops_per_token(self, length: int = 0) -> int:
-        """Forward FLOPs of one token as planned: the router, its experts, the shared network and its weighing.
+        """Return the planned forward FLOPs of one token: router, experts, shared network and mixing gate.
 
         `length`: tokens of a sequence, for experts that hold attention. Without padding, so capacity never costs more
         than dropless: a grouped product computes the rows that exist.
         """
         shared = 0 if self.shared is None else self.shared.flops_per_token()
-        weighing = 0 if self.mix is None else 2 * self.mix.weight_ED.numel()
-        return self.routed_flops_per_token(length) + shared + weighing
+        mixing = 0 if self.mix is None else 2 * self.mix.weight_ED.numel()
+        return self.routed_flops_per_token(length) + shared + mixing
 
     def routed_flops_per_token(self, length: int = 0) -> int:
-        """Forward FLOPs of the router and the experts of one token, as planned: an even load, nothing dropped."""
+        """Return the planned forward FLOPs of router and experts for one token: an even load, nothing dropped."""
         return self.router.flops_per_token() + self.bank.flops_per_token(self.rows_per_token, length)
 
     def executed_flops(self, record: LayerRecord) -> Tensor:
-        """Return the forward FLOPs of router and experts that a record's positions cost, fp64 scalar.
+        """Return the forward FLOPs of router and experts for the positions of a record, fp64 scalar.
 
-        Of this process's tokens, whichever process computed them. The counterpart of `routed_flops_per_token`.
+        They are those of this process's tokens, whichever process computed them: the counterpart of
+        `routed_flops_per_token`.
         """
         return self.router.executed_flops(record) + self.bank.executed_flops(record)
 
     @property
     def rows_per_token(self) -> float:
-        """Rows that experts compute for one token, as planned."""
+        """Planned rows that experts compute for one token."""
         return self.router.rows_per_token(self.experts_per_token)

@@ -1,4 +1,4 @@
-"""What an expert layout is: which blocks hold experts, and what each bank of experts is. A plan of frozen values."""
+"""Expert layouts: which blocks hold experts, and what each bank of experts is, as a plan of frozen values."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -36,13 +36,13 @@ class Experts:
     residual: bool = False
     """The shared network and the experts are mixed by a softmax (PR-MoE) instead of added."""
     top_k_factor: int = 1
-    """The router's experts per token are multiplied by this."""
+    """Factor on the router's experts per token."""
     groups: int = 1
     """Groups of equal size, side by side, each with a router of its own."""
     pick_groups: bool = False
-    """A router above picks groups for each token (two levels); otherwise every group serves every token."""
+    """A router above the groups picks some for each token (two levels); otherwise every token uses every group."""
     unit: int | None = None
-    """Width of one unit where the layout itself fixes it; None: the layout's expert_width, or solved."""
+    """Width of one unit where the layout itself fixes it; None: the layout's expert_width, or the matched one."""
 
     @property
     def can_merge(self) -> bool:
@@ -62,13 +62,13 @@ class BlockPlan:
 
     @property
     def banks(self) -> tuple[Experts, ...]:
-        """The banks of the block, in the order in which a token meets them."""
+        """Banks of the block, in the order of the forward pass."""
         return tuple(bank for bank in (self.stack, self.attention, self.feed_forward) if bank is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutConfig:
-    """Options that every layout has; each layout's own Config adds its name and its options."""
+    """Options of every layout; each layout's own Config adds its name and its options."""
 
     name: str
     num_experts: int = 16
@@ -102,7 +102,6 @@ class LayoutConfig:
     """Compute the activation inside experts again in the backward pass instead of keeping it: less memory."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
         require(self.num_experts >= 1, "layout.num_experts", self.num_experts, "at least 1")
         width_fits = self.expert_width is None or self.expert_width >= 1
         require(width_fits, "layout.expert_width", self.expert_width, "at least 1 or null")
@@ -130,19 +129,19 @@ class LayoutConfig:
         """The plain bank: num_experts feed-forward experts of one width."""
         return (ExpertShape(depth=self.depth),) * self.num_experts
 
-    def without_depth(self, reason: str) -> None:
-        """Raise UsageError when depth is set in a layout where it says nothing."""
+    def require_depth_1(self, reason: str) -> None:
+        """Raise UsageError when `depth` is set in a layout where it has no meaning."""
         require(self.depth == 1, "layout.depth", self.depth, f"1 in layout '{self.name}' ({reason})")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlocksConfig(LayoutConfig):
-    """Options of layouts that say what experts are, and leave it open where."""
+    """Options of layouts that define the experts and leave their blocks open."""
 
     blocks: list[int] | None = None
     """Blocks that hold experts, counted from 0; null is all of them."""
 
-    def chosen(self, num_layers: int) -> list[int]:
+    def block_indices(self, num_layers: int) -> list[int]:
         """Return the blocks with experts, ascending; raise UsageError for one that does not exist."""
         blocks = list(range(num_layers)) if self.blocks is None else self.blocks
         check_blocks(blocks, num_layers)
@@ -154,14 +153,14 @@ class LayoutFacts:
     """What is known about a layout."""
 
     placement: str
-    """Which blocks hold experts, in words."""
+    """Description of the blocks that hold experts."""
     paper: str
     experts: str = "feed-forward networks of one shape"
-    """What a bank is, in words."""
+    """Description of a bank."""
 
 
 class Layout:
-    """Says which blocks of a model hold experts, and what they are."""
+    """Plans which blocks of a model hold experts, and what the experts are."""
 
     Config: ClassVar[type[LayoutConfig]]
 
@@ -172,14 +171,14 @@ class Layout:
 
 
 def place_experts(blocks: Iterable[int], num_layers: int, plan: BlockPlan | Experts) -> tuple[BlockPlan, ...]:
-    """Return the plan of a model: the same for each of `blocks`, the others dense; experts alone are feed-forward."""
+    """Return the plan of a model in which `blocks` have experts; a plan of `Experts` is for the feed-forward part."""
     plan = BlockPlan(feed_forward=plan) if isinstance(plan, Experts) else plan
     chosen = set(blocks)
     return tuple(plan if block in chosen else BlockPlan() for block in range(num_layers))
 
 
 def check_blocks(blocks: Sequence[int], num_layers: int) -> None:
-    """Raise UsageError unless the blocks exist, each is named once, and there is one."""
+    """Raise UsageError unless there is at least one block, and all exist and differ."""
     if not blocks or len(set(blocks)) != len(blocks) or not all(0 <= block < num_layers for block in blocks):
         raise UsageError(
             f"layout.blocks must name different blocks from 0 to {num_layers - 1} (model.num_layers={num_layers}),"
@@ -188,13 +187,13 @@ def check_blocks(blocks: Sequence[int], num_layers: int) -> None:
 
 
 def check_count(key: str, count: int, num_layers: int) -> None:
-    """Raise UsageError unless a number of blocks is at least 1 and no more than there are."""
+    """Raise UsageError unless a number of blocks is at least 1 and at most `num_layers`."""
     fits = 1 <= count <= num_layers
     require(fits, f"layout.{key}", count, f"from 1 to {num_layers} (model.num_layers={num_layers})")
 
 
 def check_groups(groups: int, num_experts: int) -> None:
-    """Raise UsageError unless the experts can be divided into so many groups."""
+    """Raise UsageError unless the number of groups divides the number of experts."""
     if groups < 1 or num_experts % groups:
         allowed = ", ".join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0)
         raise UsageError(

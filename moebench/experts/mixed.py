@@ -1,19 +1,20 @@
-"""Banks of other experts: deeper ones, ones without a network, and banks whose experts differ."""
+"""Banks of other experts: deeper ones, experts without a network, and banks whose experts differ."""
 
 import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor, nn
+from typing_extensions import override
 
+from moebench.experts.activation import Dropout
 from moebench.experts.bank import Bank
-from moebench.experts.dropout import Dropout
-from moebench.experts.feed_forward import ExpertBank, draw
+from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.layout import ExpertShape
 from moebench.experts.widths import Widths
 
 
-def bank_of(
+def build_bank(
     shapes: Sequence[ExpertShape],
     widths: Widths,
     d_model: int,
@@ -39,18 +40,15 @@ def bank_of(
 
 
 class DeepBank(Bank):
-    """Experts of several networks one after another: h ← h + FFN_i(h), y = h - x. One network is a plain expert."""
+    """Experts of several networks one after another: h ← h + FFN_i(h), y = h - x."""
 
     def __init__(self, banks: Sequence[Bank]) -> None:
         super().__init__()
         self.banks = nn.ModuleList(banks)
         self.num_experts = banks[0].num_experts
 
-    def init_weights(self, generator: Generator) -> None:
-        """Nothing of its own: the banks draw."""
-
+    @override
     def rows(self, x_RD: Tensor, load_E: Tensor, dropout: Dropout | None = None) -> Tensor:
-        """Return y_RD, rows sorted by expert."""
         y_RD: Tensor | None = None
         for bank in self._banks:
             step_RD = bank.rows(x_RD if y_RD is None else x_RD + y_RD, load_E, dropout)
@@ -58,26 +56,26 @@ class DeepBank(Bank):
         assert y_RD is not None
         return y_RD
 
-    def merged(self, x_GSD: Tensor, weight_GE: Tensor, dropout: Dropout | None = None) -> Tensor:
-        """Return y_GSD: each of the networks is merged on its own."""
-        h_GSD = x_GSD
+    @override
+    def compute_merged(self, x_GSD: Tensor, weight_GE: Tensor, dropout: Dropout | None = None) -> Tensor:
+        h_GSD = x_GSD  # each of the networks is merged on its own
         for bank in self._banks:
-            h_GSD = h_GSD + bank.merged(h_GSD, weight_GE, dropout)
+            h_GSD = h_GSD + bank.compute_merged(h_GSD, weight_GE, dropout)
         return h_GSD - x_GSD
 
+    @override
     def expert(self, x_RD: Tensor, index: int) -> Tensor:
-        """Return what one expert computes."""
         h_RD = x_RD
         for bank in self._banks:
             h_RD = h_RD + bank.expert(h_RD, index)
         return h_RD - x_RD
 
+    @override
     def elements_per_row(self) -> int:
-        """Numbers that a row for another process carries, there and back: it stays there for all networks."""
-        return self._banks[0].elements_per_row()
+        return self._banks[0].elements_per_row()  # a row stays with its expert for all networks
 
+    @override
     def flops_per_row_E(self) -> tuple[int, ...]:
-        """Forward FLOPs of one row through each expert: the sum over its networks."""
         return tuple(map(sum, zip(*(bank.flops_per_row_E() for bank in self._banks), strict=True)))
 
     @property
@@ -88,46 +86,43 @@ class DeepBank(Bank):
 class MixedBank(Bank):
     """Experts of different kinds: groups side by side, each computed as one bank on its slice of the rows."""
 
-    reads_loads = True
+    needs_loads_on_host = True
 
     def __init__(self, groups: Sequence[Bank]) -> None:
         super().__init__()
         self.groups = nn.ModuleList(groups)
         self.num_experts = sum(group.num_experts for group in groups)
 
-    def init_weights(self, generator: Generator) -> None:
-        """Nothing of its own: the groups draw."""
-
+    @override
     def rows(self, x_RD: Tensor, load_E: Tensor, dropout: Dropout | None = None) -> Tensor:
-        """Return y_RD, rows sorted by expert."""
         load_GE = self._by_group(load_E)
         size_G = torch.stack([load.sum() for load in load_GE]).tolist()
         parts = zip(self._groups, torch.split(x_RD, size_G), load_GE, strict=True)
         return torch.cat([group(rows, load, dropout) for group, rows, load in parts])
 
+    @override
     def expert(self, x_RD: Tensor, index: int) -> Tensor:
-        """Return what one expert computes."""
         for group in self._groups:
             if index < group.num_experts:
                 return group.expert(x_RD, index)
             index -= group.num_experts
         raise IndexError(index)
 
+    @override
     def elements_sent(self, rows_E: Tensor) -> int:
-        """Return how many numbers a forward pass sends to other processes: those of its groups."""
         parts = zip(self._groups, self._by_group(rows_E), strict=True)
         return sum(group.elements_sent(rows) for group, rows in parts)
 
+    @override
     def count_computed_rows(self, own_E: Tensor, shared_E: Tensor) -> int:
-        """Return how many rows this process computes: those of its groups."""
         parts = zip(self._groups, self._by_group(own_E), self._by_group(shared_E), strict=True)
         return sum(group.count_computed_rows(own, shared) for group, own, shared in parts)
 
     def _by_group(self, value_E: Tensor) -> tuple[Tensor, ...]:
         return torch.split(value_E, [group.num_experts for group in self._groups])
 
+    @override
     def flops_per_row_E(self) -> tuple[int, ...]:
-        """Forward FLOPs of one row through each expert."""
         return tuple(itertools.chain.from_iterable(group.flops_per_row_E() for group in self._groups))
 
     @property
@@ -138,45 +133,42 @@ class MixedBank(Bank):
 class ZeroBank(Bank):
     """Zero experts (MoE++, arXiv:2410.07348): y = 0; the token skips the layer."""
 
-    stays = True
+    is_replicated = True
 
     def __init__(self, d_model: int, num_experts: int, out_scale: float = 1.0) -> None:
         super().__init__()
         self.num_experts = num_experts
 
-    def init_weights(self, generator: Generator) -> None:
-        """Nothing to draw."""
-
+    @override
     def rows(self, x_RD: Tensor, load_E: Tensor, dropout: Dropout | None = None) -> Tensor:
-        """Return zeros."""
         return torch.zeros_like(x_RD)
 
+    @override
     def expert(self, x_RD: Tensor, index: int) -> Tensor:
-        """Return zeros."""
         return torch.zeros_like(x_RD)
 
+    @override
     def flops_per_row_E(self) -> tuple[int, ...]:
-        """No FLOPs."""
         return (0,) * self.num_experts
 
 
 class CopyBank(ZeroBank):
-    """Copy experts (MoE++): y = x; what the network makes of the token is the router's weight."""
+    """Copy experts (MoE++): y = x, so the layer's output is the token times the router's weight."""
 
+    @override
     def rows(self, x_RD: Tensor, load_E: Tensor, dropout: Dropout | None = None) -> Tensor:
-        """Return x."""
         return x_RD
 
+    @override
     def expert(self, x_RD: Tensor, index: int) -> Tensor:
-        """Return x."""
         return x_RD
 
 
 class ConstantBank(Bank):
     """Constant experts (MoE++, eq. 5): y = a_1 x + a_2 v with [a_1, a_2] = softmax(W_c x) and a trained vector v."""
 
-    reads_loads = True
-    stays = True
+    needs_loads_on_host = True
+    is_replicated = True
 
     def __init__(self, d_model: int, num_experts: int, out_scale: float = 1.0) -> None:
         super().__init__()
@@ -185,25 +177,25 @@ class ConstantBank(Bank):
         self.w_mix_ED2 = nn.Parameter(torch.empty(num_experts, d_model, 2))
         self.vector_ED = nn.Parameter(torch.empty(num_experts, d_model))
 
+    @override
     def init_weights(self, generator: Generator) -> None:
-        """Draw the vector at the scale of a network's output."""
-        draw(self.w_mix_ED2, self.w_mix_ED2.shape[1] ** -0.5, generator)
-        draw(self.vector_ED, self.out_scale, generator)
+        nn.init.normal_(self.w_mix_ED2, std=self.w_mix_ED2.shape[1] ** -0.5, generator=generator)
+        nn.init.normal_(self.vector_ED, std=self.out_scale, generator=generator)
 
+    @override
     def rows(self, x_RD: Tensor, load_E: Tensor, dropout: Dropout | None = None) -> Tensor:
-        """Return y_RD, rows sorted by expert."""
-        parts = enumerate(torch.split(x_RD, load_E.tolist()))
-        return torch.cat([self.expert(rows, index) for index, rows in parts])
+        rows = enumerate(torch.split(x_RD, load_E.tolist()))
+        return torch.cat([self.expert(x_rD, index) for index, x_rD in rows])
 
+    @override
     def expert(self, x_RD: Tensor, index: int) -> Tensor:
-        """Return what one expert computes."""
         mix_R2 = (x_RD @ self.w_mix_ED2[index]).softmax(-1)
         y_RD: Tensor = mix_R2[..., :1] * x_RD + mix_R2[..., 1:] * self.vector_ED[index]
         return y_RD.to(x_RD.dtype)
 
+    @override
     def flops_per_row_E(self) -> tuple[int, ...]:
-        """Forward FLOPs of one row: the product that makes the mix; the mix itself, like norms, is not counted."""
-        return (2 * self.w_mix_ED2[0].numel(),) * self.num_experts
+        return (2 * self.w_mix_ED2[0].numel(),) * self.num_experts  # like norms, the mix itself is not counted
 
 
 WITHOUT_NETWORK: dict[str, type[ZeroBank] | type[ConstantBank]] = {

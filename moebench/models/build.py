@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from moebench.experts.assembly import RouterPlan, feed_forward_experts, moe_layer
+from moebench.experts.assembly import NetworkStyle, RouterPlan, build_moe_layer, feed_forward_builder
 from moebench.experts.feed_forward import FeedForward
 from moebench.experts.kernels.grouped_mm import ROW_BYTES
 from moebench.experts.layout import BlockPlan, Experts
@@ -23,6 +23,7 @@ from moebench.models.whole_model import StackBank, WholeModels
 from moebench.routing.context import NO_DATA, DataSummary
 from moebench.routing.features.feature import Feature
 from moebench.routing.router import Router, RouterBuildContext, required_features
+from moebench.routing.layer_name import LayerName
 from moebench.schema import CellConfig
 
 NO_FEATURES: Mapping[type[Feature], Any] = MappingProxyType({})
@@ -76,9 +77,9 @@ class Builder:
         additions = 3 if self.half == "decoder" else 2
         return float((additions * self.config.model.num_layers) ** -0.5)
 
-    def layer(self, index: int) -> int | str:
+    def layer(self, index: int, part: Literal["feed_forward", "attention"] = "feed_forward") -> LayerName:
         """Return the name of a block's experts in records."""
-        return index if self.half is None else f"{self.half}.{index}"
+        return LayerName(index, self.half, part)
 
     @property
     def activation(self) -> str:
@@ -134,21 +135,14 @@ class Builder:
                 cross_attention,
             )
         routed, router = self._router(plan.feed_forward, index)
-        experts = feed_forward_experts(
-            routed,
-            router,
-            d_model=sizes.d_model,
-            activation=self.activation,
-            out_scale=self.out_scale,
-            layout=self.config.layout,
-            layer=self.layer(index),
-        )
+        style = NetworkStyle(d_model=sizes.d_model, activation=self.activation, out_scale=self.out_scale)
+        experts = feed_forward_builder(routed, router, style, layout=self.config.layout, name=self.layer(index))
         return lambda widths: Block(sizes.d_model, attention, experts(widths), cross_attention)
 
     def _expert_attention(self, index: int, experts: Experts) -> ProjectionExperts | HeadExperts:
         sizes = self.config.model
         routed, router = self._router(experts, index)
-        layer = partial(moe_layer, routed, router, layout=self.config.layout, layer=f"{self.layer(index)}.attention")
+        layer = partial(build_moe_layer, routed, router, layout=self.config.layout, name=self.layer(index, "attention"))
         number, kind = len(experts.shapes), experts.shapes[0].kind
         if kind != "head":
             num_maps = 3 if kind == "projection" else 2
@@ -179,7 +173,7 @@ class Builder:
 
         def build(widths: Widths) -> WholeModels:
             stacks = [[block(widths) for _ in range(sizes.num_layers)] for _ in experts.shapes]
-            layer = moe_layer(routed, router, StackBank(stacks), layout=self.config.layout, layer=0)
+            layer = build_moe_layer(routed, router, StackBank(stacks), layout=self.config.layout, name=LayerName())
             return WholeModels(layer, sizes.d_model, sizes.num_layers)
 
         return build

@@ -5,7 +5,7 @@ from torch import Generator, Tensor, nn
 
 from moebench.experts.dispatch import DispatchPlan, combine, dispatch
 from moebench.experts.layer import MoELayer
-from moebench.experts.projection import HeadBank, ProjectionBank, score_flops
+from moebench.experts.projection import HeadBank, ProjectionBank, attention_score_flops
 from moebench.models.attention import PositionTable, attend, split_heads
 from moebench.routing.context import RouteContext
 from moebench.routing.values import LayerRecord, Routing
@@ -14,8 +14,8 @@ from moebench.routing.values import LayerRecord, Routing
 class ProjectionExperts(nn.Module):
     """Attention whose queries, keys and values come from experts: one choice of experts for each token.
 
-    The experts are linear (Switch, arXiv:2101.03961, appendix A): three maps each, or two, of which the second makes
-    keys that are the values too. The output projection stays dense.
+    The experts are linear (Switch, arXiv:2101.03961, appendix A): three maps each, or two, whose keys are the values
+    too. The output projection is dense.
     """
 
     def __init__(
@@ -31,12 +31,12 @@ class ProjectionExperts(nn.Module):
         self.out = nn.Linear(d_model, d_model, bias=False)
 
     def init_weights(self, generator: Generator) -> None:
-        """Draw the output projection as dense attention does: behind the numbers that its other projection takes."""
-        draw(torch.empty(3 * self.out.in_features, self.out.in_features), 1.0, generator)
-        draw(self.out.weight, self.out_scale * self.out.in_features**-0.5, generator)
+        """Initialise the output projection with the values of dense attention, which draws its other one first."""
+        nn.init.normal_(torch.empty(3 * self.out.in_features, self.out.in_features), generator=generator)
+        nn.init.normal_(self.out.weight, std=self.out_scale * self.out.in_features**-0.5, generator=generator)
 
     def forward(
-        self, x_BLD: Tensor, ctx: RouteContext, places: PositionTable | None = None
+        self, x_BLD: Tensor, ctx: RouteContext, positions: PositionTable | None = None
     ) -> tuple[Tensor, LayerRecord]:
         """Return the attention output, without the residual, and the record."""
         qkv_TO, record = self.layer(x_BLD.flatten(0, 1), ctx)
@@ -44,18 +44,18 @@ class ProjectionExperts(nn.Module):
         if qkv_TO.shape[-1] == 2 * width:
             qkv_TO = torch.cat([qkv_TO, qkv_TO[:, width:]], dim=-1)
         query, key, value = split_heads(qkv_TO.unflatten(0, x_BLD.shape[:2]), self.num_heads)
-        read_BLD = attend(query, key, value, causal=self.causal, rope_theta=self.rope_theta, places=places)
-        out: Tensor = self.out(read_BLD)
+        attended_BLD = attend(query, key, value, causal=self.causal, rope_theta=self.rope_theta, positions=positions)
+        out: Tensor = self.out(attended_BLD)
         return out, record
 
     def flops_per_token(self, length: int) -> int:
-        """Forward FLOPs of one token in a sequence of `length`."""
+        """Return the forward FLOPs of one token in a sequence of `length`."""
         width = self.out.in_features
-        return self.layer.flops_per_token() + 2 * self.out.weight.numel() + score_flops(length, width)
+        return self.layer.flops_per_token() + 2 * self.out.weight.numel() + attention_score_flops(length, width)
 
 
 class HeadExperts(nn.Module):
-    """Attention whose heads are experts: a token picks its heads; keys and values are the same for all experts.
+    """Attention whose heads are experts: the router picks a token's heads; all experts share keys and values.
 
     Mixture of attention heads (arXiv:2210.05144): y = Σ_i w_i softmax(x W_q,i K^T) V W_o,i.
     """
@@ -72,11 +72,11 @@ class HeadExperts(nn.Module):
         self.key_value = nn.Linear(d_model, 2 * heads_per_expert * head_width, bias=False)
 
     def init_weights(self, generator: Generator) -> None:
-        """Draw the keys and values as dense attention does."""
-        draw(self.key_value.weight, self.key_value.in_features**-0.5, generator)
+        """Initialise the keys and values as dense attention does."""
+        nn.init.normal_(self.key_value.weight, std=self.key_value.in_features**-0.5, generator=generator)
 
     def forward(
-        self, x_BLD: Tensor, ctx: RouteContext, places: PositionTable | None = None
+        self, x_BLD: Tensor, ctx: RouteContext, positions: PositionTable | None = None
     ) -> tuple[Tensor, LayerRecord]:
         """Return the attention output, without the residual, and the record."""
         x_TD = x_BLD.flatten(0, 1)
@@ -86,9 +86,11 @@ class HeadExperts(nn.Module):
         plan = DispatchPlan.of(kept)
         load_E = plan.groups.load_E
         query_RH = self.bank.queries(dispatch(x_TD, plan), load_E)
-        slot_R = _slot_N(kept)[plan.assignment_R]
+        slot_R = _slots_of_assignments(kept)[plan.assignment_R]
         num_slots = kept.top_k or int(kept.experts_per_token_T.max()) or 1
-        mixed_TKH = self._read(x_BLD, _table(query_RH, plan.token_R, slot_R, kept.num_tokens, num_slots), places)
+        mixed_TKH = self._attend(
+            x_BLD, _scatter_queries(query_RH, plan.token_R, slot_R, kept.num_tokens, num_slots), positions
+        )
         y_RD = self.bank.outputs(mixed_TKH[plan.token_R, slot_R], load_E)
         return combine(y_RD, kept.weight_N, plan).view_as(x_BLD), record
 
@@ -98,31 +100,31 @@ class HeadExperts(nn.Module):
         assert isinstance(self.layer.bank, HeadBank)
         return self.layer.bank
 
-    def _read(self, x_BLD: Tensor, query_TKH: Tensor, places: PositionTable | None) -> Tensor:
-        """Let every query of a token read the past of its sequence; a slot without an expert has a query of 0."""
+    def _attend(self, x_BLD: Tensor, query_TKH: Tensor, positions: PositionTable | None) -> Tensor:
+        """Let every query of a token attend to its sequence; a slot without an expert has a query of 0."""
         batch, length, _ = x_BLD.shape
         slots, heads = query_TKH.shape[1], self.heads_per_expert
         key_value = self.key_value(x_BLD).view(batch, length, 2, 1, heads, self.head_width)
         key_value = key_value.expand(-1, -1, -1, slots, -1, -1).flatten(3, 4)
         key, value = key_value.transpose(1, 3).unbind(2)
         query = query_TKH.view(batch, length, slots * heads, self.head_width).transpose(1, 2)
-        mixed = attend(query, key, value, causal=self.causal, rope_theta=self.rope_theta, places=places)
+        mixed = attend(query, key, value, causal=self.causal, rope_theta=self.rope_theta, positions=positions)
         return mixed.reshape(batch * length, slots, heads * self.head_width)
 
     def flops_per_token(self, length: int) -> int:
-        """Forward FLOPs of one token in a sequence of `length`."""
+        """Return the forward FLOPs of one token in a sequence of `length`."""
         return self.layer.flops_per_token(length) + 2 * self.key_value.weight.numel()
 
 
-def _slot_N(routing: Routing) -> Tensor:
-    """Return each assignment's place among those of its token, from 0."""
+def _slots_of_assignments(routing: Routing) -> Tensor:
+    """Return each assignment's position among those of its token, from 0."""
     order_N = routing.token_N.argsort(stable=True)
     count_T = routing.experts_per_token_T
     start_T = count_T.cumsum(0) - count_T
-    place_N = torch.arange(order_N.numel(), device=order_N.device) - start_T[routing.token_N[order_N]]
-    return torch.empty_like(place_N).scatter_(0, order_N, place_N)
+    slot_N = torch.arange(order_N.numel(), device=order_N.device) - start_T[routing.token_N[order_N]]
+    return torch.empty_like(slot_N).scatter_(0, order_N, slot_N)
 
 
-def _table(query_RH: Tensor, token_R: Tensor, slot_R: Tensor, num_tokens: int, num_slots: int) -> Tensor:
+def _scatter_queries(query_RH: Tensor, token_R: Tensor, slot_R: Tensor, num_tokens: int, num_slots: int) -> Tensor:
     zeros_TKH = query_RH.new_zeros(num_tokens, num_slots, query_RH.shape[-1])
     return zeros_TKH.index_put((token_R, slot_R), query_RH)

@@ -13,6 +13,7 @@ from moebench.models.expert_attention import HeadExperts, ProjectionExperts
 from moebench.ranks import Span
 from moebench.routing.context import RouteContext
 from moebench.routing.features.feature import Feature, collect
+from moebench.routing.layer_name import LayerName
 from moebench.routing.values import LayerRecord
 from moebench.seeds import make_generator
 
@@ -47,15 +48,15 @@ class BatchContext:
         """Return the context of an MoE layer for a batch of vectors."""
         return self.route(layer.name, x_BLD.shape[1], x_BLD.device)
 
-    def route(self, layer: int | str, length: int, device: torch.device) -> RouteContext:
-        """Return the context of one layer, with a generator seeded by the seed, the step and the layer."""
+    def route(self, layer: LayerName, length: int, device: torch.device) -> RouteContext:
+        """Return the context of one layer, with a generator that depends on the seed, the step and the layer."""
         purpose: tuple[str | int, ...] = ("router", self.step) if self.training else ("router in evaluation",)
         purpose = (*purpose, "micro-batch", self.micro_batch) if self.micro_batch else purpose
         purpose = (*purpose, "repeat", self.repeat) if self.repeat else purpose
         domain_T = None if self.domain_B is None else self.domain_B.repeat_interleave(length)
         return RouteContext(
             training=self.training,
-            generator=make_generator(self.seed, *purpose, layer, device=device),
+            generator=make_generator(self.seed, *purpose, layer.seed_part, device=device),
             sequence_length=length,
             token_id_T=None if self.token_id_BL is None else self.token_id_BL.reshape(-1),
             valid_T=None if self.valid_BL is None else self.valid_BL.reshape(-1),

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from moebench.experts.layer import MoELayer
 from moebench.parallel.collectives import Watch
-from moebench.routing.mixing import SoftRouting
 from moebench.routing.values import LayerRecord
 
 
@@ -65,17 +64,8 @@ def predicted_bytes(layers: Sequence[MoELayer], records: Sequence[LayerRecord], 
     """
     total = 0
     for layer, record in zip(layers, records, strict=True):
-        total += layer.bank.elements_sent(_rows_E(record))
+        total += layer.bank.elements_sent(record.kept.rows_E)
     return 2 * element_size * total
-
-
-def _rows_E(record: LayerRecord) -> Tensor:
-    """Return the rows of this process for each expert: kept assignments, or the slots of its sequences."""
-    kept = record.kept
-    if isinstance(kept, SoftRouting):
-        rows = kept.dispatch_BLS.shape[0] * kept.slots_per_expert
-        return torch.full((kept.num_experts,), rows)
-    return kept.load_E
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from moebench.ranks import Ranks
-from moebench.routing.mixing import MergeRouting, SoftRouting
-from moebench.routing.values import AnyRouting, LayerRecord
+from moebench.routing.values import LayerRecord
 
 DEAD_SHARE = 0.01
 """An expert with less than this share of a uniform load is dead."""
@@ -85,23 +84,6 @@ def count_dead_experts(load_E: Tensor) -> int:
     """Return the number of experts with less than 1 % of a uniform load."""
     load = load_E.double()
     return int((load < DEAD_SHARE * load.mean()).sum()) if load.sum() > 0 else load.numel()
-
-
-def label_table(routing: AnyRouting, label_T: Tensor, num_labels: int) -> Tensor:
-    """Return how many assignments tokens of each label have to each expert, fp64 [labels, E]; tables add up.
-
-    Of soft routing, how much of the expert's output the tokens get: the summed combine weights; of merged experts, the
-    summed shares of their parameters.
-    """
-    table_YE = torch.zeros(num_labels, routing.num_experts, dtype=torch.float64, device=label_T.device)
-    if isinstance(routing, MergeRouting):
-        return table_YE.index_add(0, label_T, routing.weight_TE.double())
-    if isinstance(routing, SoftRouting):
-        weight_TS = routing.to_tokens(routing.combine_BLS).double()
-        weight_TEP = weight_TS.view(-1, routing.num_experts, routing.slots_per_expert)  # of no tokens as well
-        return table_YE.index_add(0, label_T, weight_TEP.sum(-1))
-    pair_N = label_T[routing.token_N] * routing.num_experts + routing.expert_N
-    return table_YE.view(-1).scatter_add(0, pair_N, routing.counted_N.double()).view_as(table_YE)
 
 
 def label_parts(table_YE: Tensor) -> Tensor:

@@ -1,27 +1,30 @@
 """The values that travel between a router, the MoE layer, the losses and the metrics.
 
 Shape letters: B batch, L length, T tokens (B·L), D model width, F expert hidden width, E experts, K experts per
-token, C capacity, S slots, N assignments, R received rows. Tensors carry them as a suffix; scalars carry none.
+token, C capacity, S slots, N assignments, R rows. Tensors carry them as a suffix; scalars carry none.
 All values are frozen: a change is a new value, and nothing is stored on a module during forward, where the
 recomputation of activation checkpointing would count it twice.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moebench.ranks import SINGLE_RANK, Ranks
+from moebench.routing.abstract import AbstractRouting, ExpertPass
+from moebench.routing.layer_name import LayerName
 from moebench.routing.mixing import MergeRouting, SoftRouting
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Routing:
+class Routing(AbstractRouting):
     """Which token goes to which expert with which weight: a list of N assignments.
 
-    A list of pairs says token choice, expert choice, top-p, ReLU routing, hashing and dropping alike.
+    One list of pairs represents token choice, expert choice, top-p, ReLU routing, hashing and dropping.
     """
 
     token_N: Tensor
@@ -37,16 +40,18 @@ class Routing:
     scores_TE: Tensor | None = None
     """fp32 scores (softmax, sigmoid ...) that the balance losses average, None where there are none."""
     priority_N: Tensor | None = None
-    """Who keeps a slot when an expert is over capacity: the highest stays; neighbours up to 8e-6 apart count as equal
-    (`ranking.TOLERANCE`). None: the earlier token stays."""
+    """Which assignments keep a slot when an expert is over capacity: the highest; neighbours up to 8e-6 apart count as
+    equal (`ranking.TOLERANCE`). None: those of earlier tokens."""
     top_k: int | None = None
-    """K when the list is a token-major T×K rectangle, so that the combine can gather instead of scatter."""
+    """K when the list is a token-major T×K rectangle, so that combine needs no index of each token's assignments."""
     kept_N: Tensor | None = None
-    """bool: which assignments count; None: all. The others have weight 0 and are computed by nobody."""
-    extras: Mapping[str, Tensor] = field(default_factory=dict)
-    """What the router's own losses need and nothing else carries, by name."""
+    """bool: which assignments count; None: all. The others have weight 0 and no expert computes them."""
+    rerouted_N: Tensor | None = None
+    """bool: which assignments another expert computes than the router chose; None: none."""
+    identity_weight_T: Tensor | None = None
+    """fp32: weight of the token itself in the layer's output, for its assignments over capacity (`overflow: pass`);
+    None: no token passes through."""
     computes_padding: ClassVar[bool] = False
-    """Padding is not in the list, so no expert computes it."""
 
     @classmethod
     def from_top_k(
@@ -57,9 +62,8 @@ class Routing:
         num_experts: int,
         logits_TE: Tensor | None = None,
         scores_TE: Tensor | None = None,
-        priority_TK: Tensor | None = None,
-        extras: Mapping[str, Tensor] | None = None,
-    ) -> "Routing":
+        token_extras: Mapping[str, Tensor] | None = None,
+    ) -> Self:
         """Build the list from the rectangle that token choice makes: K experts for each of T tokens."""
         num_tokens, top_k = expert_TK.shape
         token_T = torch.arange(num_tokens, device=expert_TK.device)
@@ -71,9 +75,8 @@ class Routing:
             num_experts=num_experts,
             logits_TE=logits_TE,
             scores_TE=scores_TE,
-            priority_N=None if priority_TK is None else priority_TK.reshape(-1),
             top_k=top_k,
-            extras=extras or {},
+            token_extras=token_extras or {},
         )
 
     @classmethod
@@ -84,15 +87,15 @@ class Routing:
         *,
         logits_TE: Tensor | None = None,
         scores_TE: Tensor | None = None,
-        extras: Mapping[str, Tensor] | None = None,
-    ) -> "Routing":
-        """Build the list from a table: each token goes where `chosen_TE` (bool) says, to any number of experts.
+        token_extras: Mapping[str, Tensor] | None = None,
+    ) -> Self:
+        """Build the list from a table: each token goes to the experts where `chosen_TE` (bool) is true.
 
         All T·E pairs are listed, so that the length does not depend on data (see `keep`).
         """
         num_tokens, num_experts = weight_TE.shape
         index_TE = torch.arange(num_tokens * num_experts, device=weight_TE.device)
-        listed = cls(
+        all_pairs = cls(
             token_N=index_TE // num_experts,
             expert_N=index_TE % num_experts,
             weight_N=weight_TE.reshape(-1),
@@ -100,21 +103,34 @@ class Routing:
             num_experts=num_experts,
             logits_TE=logits_TE,
             scores_TE=scores_TE,
-            extras=extras or {},
+            token_extras=token_extras or {},
         )
-        return listed.keep(chosen_TE.reshape(-1))
+        return all_pairs.keep(chosen_TE.reshape(-1))
 
-    def keep(self, kept_N: Tensor) -> "Routing":
+    @override
+    def compute(self, experts: ExpertPass) -> Tensor:
+        y_TD, x_TD, weight_T = experts.mix(self), experts.x_TD, self.identity_weight_T
+        return y_TD if weight_T is None else y_TD + weight_T.to(x_TD.dtype).unsqueeze(-1) * x_TD
+
+    @override
+    def without_padding(self, valid_T: Tensor) -> Self:
+        return self.keep(valid_T[self.token_N])
+
+    @override
+    def with_capacity(self, limit: Callable[["Routing"], "Routing"]) -> "Routing":
+        return limit(self)
+
+    def keep(self, kept_N: Tensor) -> Self:
         """Return the routing in which only the assignments where `kept_N` (bool) is true still count.
 
-        The list keeps its length: its shape never depends on data, so a GPU is not waited for, and a rectangle
-        stays one.
+        The list keeps its length: its shape never depends on data, so the host does not wait for the device, and a
+        rectangle stays one.
         """
         kept_N = kept_N if self.kept_N is None else kept_N & self.kept_N
         return replace(self, weight_N=self.weight_N.where(kept_N, 0.0), kept_N=kept_N)
 
-    def compact(self) -> "Routing":
-        """Return the routing with the assignments that count and no others; waits for the device."""
+    def compact(self) -> Self:
+        """Return the routing with only the assignments that count; waits for the device."""
         if self.kept_N is None:
             return self
         return replace(
@@ -123,28 +139,26 @@ class Routing:
             expert_N=self.expert_N[self.kept_N],
             weight_N=self.weight_N[self.kept_N],
             priority_N=None if self.priority_N is None else self.priority_N[self.kept_N],
+            rerouted_N=None if self.rerouted_N is None else self.rerouted_N[self.kept_N],
             top_k=None,
             kept_N=None,
         )
 
-    def slice_tokens(self, start: int, num_tokens: int) -> "Routing":
-        """Return the part of a whole batch's routing that concerns tokens start ... start + num_tokens - 1.
-
-        Extras that have a number per token (names that end in _T) are cut; the others stay those of the batch.
-        """
+    def slice_tokens(self, start: int, num_tokens: int) -> Self:
+        """Return the routing of tokens start ... start + num_tokens - 1 alone; `extras` stay those of the batch."""
         end = start + num_tokens
-        own_N = (self.token_N >= start) & (self.token_N < end)
+        within_N = (self.token_N >= start) & (self.token_N < end)
         return replace(
             self,
-            token_N=self.token_N[own_N] - start,
-            expert_N=self.expert_N[own_N],
-            weight_N=self.weight_N[own_N],
+            token_N=self.token_N[within_N] - start,
+            expert_N=self.expert_N[within_N],
+            weight_N=self.weight_N[within_N],
             num_tokens=num_tokens,
             logits_TE=None if self.logits_TE is None else self.logits_TE[start:end],
             scores_TE=None if self.scores_TE is None else self.scores_TE[start:end],
-            priority_N=None if self.priority_N is None else self.priority_N[own_N],
-            kept_N=None if self.kept_N is None else self.kept_N[own_N],
-            extras={name: x[start:end] if name.endswith("_T") else x for name, x in self.extras.items()},
+            priority_N=None if self.priority_N is None else self.priority_N[within_N],
+            kept_N=None if self.kept_N is None else self.kept_N[within_N],
+            token_extras={name: value_T[start:end] for name, value_T in self.token_extras.items()},
         )
 
     @property
@@ -173,14 +187,43 @@ class Routing:
         """Assignments per token, int64; 0 marks an unserved token."""
         return self._count(self.token_N, self.num_tokens)
 
+    @property
+    @override
+    def num_rerouted(self) -> int:
+        return 0 if self.rerouted_N is None else int(self.rerouted_N.sum())
+
+    @override
+    def tabulate_labels(self, label_T: Tensor, num_labels: int) -> Tensor:
+        table_YE = torch.zeros(num_labels, self.num_experts, dtype=torch.float64, device=label_T.device)
+        pair_N = label_T[self.token_N] * self.num_experts + self.expert_N
+        return table_YE.view(-1).scatter_add(0, pair_N, self.counted_N.double()).view_as(table_YE)
+
     def _count(self, index_N: Tensor, size: int) -> Tensor:
-        # A scatter with a fixed output size: bincount would wait for the device to say how long its result is.
+        # A scatter with a fixed output size: bincount would wait for the device to know the length of its result.
         zeros = torch.zeros(size, dtype=torch.int64, device=index_N.device)
         return zeros.scatter_add(0, index_N, torch.ones_like(index_N) if self.kept_N is None else self.kept_N.long())
 
 
 class ChainRouting(Routing):
-    """All pairs (see `from_table`) of experts one behind another: kept are a token's steps, weighed as its states."""
+    """All pairs of tokens and steps of a chain, in which every expert is a step; what counts are a token's own steps.
+
+    The weight of step n is that of the state h_n behind it. The experts have computed when the routing is known: its
+    router asks for each step (`RouteContext.advance`), so that no step can be left out for lack of a slot.
+    """
+
+    @override
+    def compute(self, experts: ExpertPass) -> Tensor:
+        # Σ_n w_n (h_n - x): what step n added counts by the weights of the steps from n on.
+        weight_TE = self.weight_N.view(-1, self.num_experts)
+        remaining_TE = weight_TE.flip(1).cumsum(1).flip(1)
+        y_TD = torch.zeros_like(experts.added[0])
+        for remaining_T, added_TD in zip(remaining_TE.unbind(1), experts.added, strict=True):
+            y_TD = y_TD + remaining_T.unsqueeze(1).to(added_TD.dtype) * added_TD
+        return y_TD
+
+    @override
+    def with_capacity(self, limit: Callable[[Routing], Routing]) -> Routing:
+        return self
 
 
 AnyRouting = Routing | SoftRouting | MergeRouting
@@ -191,8 +234,7 @@ AnyRouting = Routing | SoftRouting | MergeRouting
 class LayerRecord:
     """What happened in one MoE layer: losses and metrics are pure functions of it."""
 
-    layer: int | str
-    """Index of the block, from 0; of experts in its attention, "3.attention"."""
+    layer: LayerName = field(default_factory=LayerName)
     routing: AnyRouting
     """Before capacity."""
     kept: AnyRouting
@@ -200,13 +242,13 @@ class LayerRecord:
     valid_T: Tensor | None = None
     """bool, False at padding; None when nothing is padded."""
     sequence_length: int | None = None
-    """Tokens of one sequence; T is a multiple of it. None: not known."""
+    """Tokens of one sequence; T is a multiple of it. None: unknown."""
     flops_E: tuple[int, ...] = ()
-    """Forward FLOPs of one row through each expert of the layer; empty: not known, taken to be equal."""
+    """Forward FLOPs of one row through each expert of the layer; empty: unknown, taken to be equal."""
     ranks: Ranks = SINGLE_RANK
-    """Over whose tokens losses take their sums and means: those of all processes, or SINGLE_RANK."""
+    """Processes over whose tokens losses take their sums and means: all of them, or ALONE."""
     token_loss_T: Tensor | None = None
-    """Task loss of each token in nats, without gradient; None until the task has judged the model's output."""
+    """Task loss of each token in nats, without gradient; None until the task loss is known."""
 
     def total(self, value: Tensor) -> Tensor:
         """Return a sum over this process's tokens as one over the tokens of all `ranks`."""
@@ -219,8 +261,7 @@ class LayerRecord:
         else:
             mask_T = self.valid_T.to(value_T.dtype).view(-1, *[1] * (value_T.dim() - 1))
             value_T, num_tokens = value_T * mask_T, mask_T.sum().view(1)
-        summed = torch.cat([value_T.sum(0).reshape(-1), num_tokens])  # one exchange for both
-        summed = self.total(summed)
+        summed = self.total(torch.cat([value_T.sum(0).reshape(-1), num_tokens]))  # one all-reduce for both
         return (summed[:-1] / summed[-1].clamp(min=1)).view(value_T.shape[1:])
 
     @property
@@ -242,18 +283,16 @@ class LayerRecord:
 
     @property
     def num_dropped(self) -> int:
-        """Assignments that no expert computed because of capacity (whatever became of their tokens)."""
+        """Assignments that no expert computed because of capacity; tokens that passed through unchanged included."""
         return int(self.routing.load_E.sum() - self.kept.load_E.sum())
 
     @property
     def num_rerouted(self) -> int:
         """Assignments that another expert computed than the router chose."""
-        if not isinstance(self.routing, Routing) or not isinstance(self.kept, Routing):
-            return 0
-        return int((self.kept.counted_N & (self.kept.expert_N != self.routing.expert_N)).sum())
+        return self.kept.num_rerouted
 
     @property
     def num_unserved(self) -> int:
-        """Tokens that no expert computed, padding left out."""
+        """Tokens that no expert computed, without padding."""
         unserved_T = self.kept.experts_per_token_T == 0
         return int((unserved_T if self.valid_T is None else unserved_T & self.valid_T).sum())

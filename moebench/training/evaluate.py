@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moebench.models.transformer import BatchContext
 from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
+from moebench.routing.layer_name import LayerName
 from moebench.routing.metrics import LoadCount, summarise_load
 from moebench.routing.values import LayerRecord
 from moebench.schema import TrainConfig
@@ -99,7 +100,7 @@ class _Tally:
 
     labels: LabelCounts
     execution: ExecutedCost
-    counts: dict[int | str, LoadCount] = field(default_factory=dict)
+    counts: dict[LayerName, LoadCount] = field(default_factory=dict)
     """By MoE layer."""
 
     def add(self, batch: Batch, records: Sequence[LayerRecord]) -> None:

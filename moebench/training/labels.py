@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moebench.errors import UsageError
 from moebench.ranks import Ranks
+from moebench.routing.layer_name import LayerName
 from moebench.routing.metrics import label_information
 from moebench.routing.values import LayerRecord
 from moebench.tasks.task import Batch, LabelKind
@@ -48,14 +49,14 @@ class LabelCounts:
 
     def __init__(self, kinds: Sequence[LabelKind]) -> None:
         self.kinds = [kind for kind in kinds if len(kind.values) > 1]
-        self.tables: dict[int | str, Tensor] = {}
+        self.tables: dict[LayerName, Tensor] = {}
         """MoE layer -> the tables of all kinds, one below the other: one exchange adds them up over processes."""
 
     def add(self, batch: Batch, records: Sequence[LayerRecord]) -> None:
         """Count what the layers did with a batch; padding is assigned to nobody, so whatever label it has is free."""
         read: dict[bool, list[Tensor]] = {}
         for record in records if self.kinds else ():
-            in_decoder = batch.decoder_input_BP is not None and str(record.layer).startswith("decoder.")
+            in_decoder = record.layer.half == "decoder"
             if in_decoder not in read:
                 read[in_decoder] = self._labels(batch.decoder_batch if in_decoder else batch, record)
             pairs = zip(self.kinds, read[in_decoder], strict=True)

@@ -112,8 +112,7 @@ def add_token_loss(records: Sequence[LayerRecord], loss_BP: Tensor, batch: Batch
 
 def _has_own_predictions(record: LayerRecord, batch: Batch) -> bool:
     """Return whether each token of a layer has a prediction of its own: not in an encoder, whose decoder predicts."""
-    in_encoder = batch.decoder_input_BP is not None and str(record.layer).startswith("encoder.")
-    return not in_encoder and record.routing.num_tokens == len(batch.domain_B) * batch.num_predictions
+    return record.layer.half != "encoder" and record.routing.num_tokens == len(batch.domain_B) * batch.num_predictions
 
 
 def _count_BP(batch: Batch) -> Tensor:

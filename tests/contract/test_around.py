@@ -8,8 +8,8 @@ from support.cases import D_MODEL, Case, Tokens, cases_of, randomise_parameters,
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from moebench.experts.activation import Dropout
 from moebench.experts.capacity import Capacity
-from moebench.experts.dropout import Dropout
 from moebench.experts.feed_forward import ExpertBank, FeedForward
 from moebench.experts.layer import MoELayer
 from moebench.models.transformer import init_weights

@@ -1,4 +1,4 @@
-"""ExecutedCost of the layer: bf16, the GPU path, compilation, recomputation, saved tensors."""
+"""Execution of the layer: bf16, the GPU path, compilation, recomputation, saved tensors."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -7,17 +7,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from moebench.experts.reference import double_loop
 from support.cases import D_MODEL, Case, Tokens, assert_same_gradients, randomise_parameters, run
 from support.routing_strategies import crowded_routings, rectangles, routings
 from torch import Tensor
 
 from moebench.bench.layer.saved import count_saved_bytes
+from moebench.experts import dispatch, grouped
 from moebench.experts.capacity import Capacity
 from moebench.experts.feed_forward import ExpertBank
-from moebench.experts.grouped import Groups
-from moebench.experts.layer import MoELayer
-from moebench.experts.mixture import mixture
+from moebench.experts.fused import fused_mixture
+from moebench.experts.kernels.groups import Groups
+from moebench.experts.layer import LayerOptions, MoELayer
+from moebench.experts.reference import double_loop
 from moebench.routing.context import RouteContext
 from moebench.routing.router import ROUTERS, RouterBuildContext
 from moebench.routing.values import Routing
@@ -60,37 +61,42 @@ def test_recomputation_is_bit_identical(routing: Routing, activation: str) -> No
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
 
 
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use the code path of GPUs, which does not read loads back, on CPU tensors; fill unused rows with garbage."""
+class PackedKernel:
+    """A kernel that leaves rows behind the last expert's uninitialised, as grouped_mm does on a GPU."""
 
-    def of(cls, load_E: Tensor, *, may_pad: bool = False) -> Groups:
-        return Groups(load_E=load_E, offset_E=load_E.cumsum(0, dtype=torch.int32), loads=None, capacity=None)
+    @staticmethod
+    def fits(groups: Groups, x_RI: Tensor, other: Tensor) -> bool:
+        return True
 
-    def product(self, x_RI: Tensor, weight_EIO: Tensor) -> Tensor:
-        out_RO = x_RI.new_full((x_RI.shape[0], weight_EIO.shape[2]), torch.nan)  # rows of nobody stay as they are
-        parts = zip(x_RI.split(self.sizes(x_RI)), weight_EIO, out_RO.split(self.sizes(x_RI)), strict=False)
-        for rows, weight, out in parts:
+    @staticmethod
+    def product(groups: Groups, x_RI: Tensor, weight_EIO: Tensor) -> Tensor:
+        out_RO = x_RI.new_full((x_RI.shape[0], weight_EIO.shape[2]), torch.nan)
+        for rows, weight, out in zip(groups.split(x_RI), weight_EIO, groups.split(out_RO), strict=True):
             out.copy_(rows @ weight)
         return out_RO
 
-    def weight_gradient(self, x_RI: Tensor, grad_RO: Tensor) -> Tensor:
-        parts = zip(x_RI.split(self.sizes(x_RI)), grad_RO.split(self.sizes(x_RI)), strict=True)
-        return torch.stack([rows.T @ grad for rows, grad in list(parts)[:-1]])
+    @staticmethod
+    def weight_gradient(groups: Groups, x_RI: Tensor, grad_RO: Tensor) -> Tensor:
+        pairs = zip(groups.split(x_RI), groups.split(grad_RO), strict=True)
+        return torch.stack([rows.T @ grad for rows, grad in pairs])
 
-    def sizes(self, x_RI: Tensor) -> list[int]:
-        loads = self.load_E.tolist()
-        return [*loads, len(x_RI) - sum(loads)]
 
-    monkeypatch.setattr(Groups, "of", classmethod(of))
-    for method in (product, weight_gradient, sizes):
-        monkeypatch.setattr(Groups, method.__name__, method, raising=False)
+def without_loads_on_host(load_E: Tensor, *, may_pad: bool = False) -> Groups:
+    return Groups(load_E=load_E, offset_E=load_E.cumsum(0, dtype=torch.int32), loads=None, capacity=None)
+
+
+def use_gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the path of a device that is not asked for its loads, on tensors that can be read."""
+    monkeypatch.setattr(grouped, "KERNELS", (PackedKernel,))
+    for module in (grouped, dispatch):
+        monkeypatch.setattr(module, "group_rows", without_loads_on_host)
 
 
 @given(any_routing)
 def test_unused_rows_do_not_affect_the_output(routing: Routing) -> None:
-    # On a GPU every assignment has a row; the kernel leaves rows after the last expert's uninitialised.
+    # On a GPU every assignment has a row, those that are not kept too.
     with pytest.MonkeyPatch.context() as monkeypatch:
-        as_on_a_gpu(monkeypatch)
+        use_gpu_path(monkeypatch)
         bank = bank_for(routing)
         x_TD = Tokens.draw(routing.num_tokens).x_TD.requires_grad_()
         weight_N = routing.weight_N.clone().requires_grad_()
@@ -103,20 +109,18 @@ def test_unused_rows_do_not_affect_the_output(routing: Routing) -> None:
 
 @given(st.integers(1, 12), st.integers(1, 12), st.lists(st.integers(0, 5), min_size=1, max_size=4))
 def test_unsupported_widths_are_padded(width_in: int, width_out: int, loads: list[int]) -> None:
-    # On the path that does not read loads back: values and both matmuls of the backward pass.
-    load_E = torch.tensor(loads)
-    offset_E = load_E.cumsum(0, dtype=torch.int32)
-    blind = Groups(load_E=load_E, offset_E=offset_E, loads=None, capacity=None)
-    draw = torch.Generator().manual_seed(0)
-    x_RI = torch.randn(sum(loads), width_in, generator=draw)
-    grad_RO = torch.randn(sum(loads), width_out, generator=draw)
-    weight_EIO = torch.randn(len(loads), width_in, width_out, generator=draw)
+    # Where the device alone knows the loads: the values, and both products of the backward pass.
+    groups = without_loads_on_host(torch.tensor(loads))
+    generator = torch.Generator().manual_seed(0)
+    x_RI = torch.randn(sum(loads), width_in, generator=generator)
+    grad_RO = torch.randn(sum(loads), width_out, generator=generator)
+    weight_EIO = torch.randn(len(loads), width_in, width_out, generator=generator)
     expected = [x @ w for x, w in zip(x_RI.split(loads), weight_EIO, strict=True)]
-    torch.testing.assert_close(blind.product(x_RI, weight_EIO), torch.cat(expected))
+    torch.testing.assert_close(grouped.product(groups, x_RI, weight_EIO), torch.cat(expected))
     back = [g @ w.T for g, w in zip(grad_RO.split(loads), weight_EIO, strict=True)]
-    torch.testing.assert_close(blind.product(grad_RO, weight_EIO.transpose(1, 2)), torch.cat(back))
+    torch.testing.assert_close(grouped.product(groups, grad_RO, weight_EIO.transpose(1, 2)), torch.cat(back))
     outer = [x.T @ g for x, g in zip(x_RI.split(loads), grad_RO.split(loads), strict=True)]
-    torch.testing.assert_close(blind.weight_gradient(x_RI, grad_RO), torch.stack(outer))
+    torch.testing.assert_close(grouped.weight_gradient(groups, x_RI, grad_RO), torch.stack(outer))
 
 
 @pytest.mark.parametrize("width", [32, 29])
@@ -134,9 +138,7 @@ def test_layer_does_not_synchronise_with_the_device(
         layer = MoELayer(
             router_class(config, RouterBuildContext(d_model=64, num_experts=8)),
             ExpertBank(64, width, 8, "swiglu").bfloat16(),
-            experts_per_token=router_class.experts_per_token(config, 8),
-            capacity=Capacity(train=factor),
-            layer=0,
+            LayerOptions(experts_per_token=router_class.experts_per_token(config, 8), capacity=Capacity(train=factor)),
         )
         x_TD = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
     ctx = RouteContext(training=True, generator=torch.Generator(), sequence_length=20)
@@ -176,7 +178,7 @@ def test_saved_tensors_are_minimal(activation: str) -> None:
     for recompute in (False, True):
         weights = bank.w_in_EDF, bank.w_out_EFD
         kept[recompute] = count_saved_bytes(
-            lambda r=recompute, w=weights: mixture(x_TD, routing, *w, activation, recompute=r),
+            lambda r=recompute, w=weights: fused_mixture(x_TD, routing, *w, activation, recompute=r),
             [x_TD, routing.weight_N, *bank.parameters()],
         )
     rows, pre = num_tokens * top_k, hidden * (2 if activation == "swiglu" else 1)

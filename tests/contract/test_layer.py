@@ -24,7 +24,8 @@ from moebench.experts.capacity import Capacity
 from moebench.experts.dispatch import DispatchPlan, combine, dispatch
 from moebench.experts.feed_forward import ExpertBank, FeedForward
 from moebench.experts.grouped import grouped_matmul
-from moebench.experts.layer import MoELayer
+from moebench.experts.layer import LayerOptions, MoELayer
+from moebench.experts.reference import double_loop
 from moebench.models.transformer import init_weights
 from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.values import AnyRouting, Routing
@@ -72,7 +73,7 @@ def assert_same_in_fp64(layer: MoELayer, tokens: Tokens, kept: AnyRouting) -> No
     replay, weights = to_fp64_leaves(kept)
     bank = ExpertBank(D_MODEL, layer.bank.w_out_EFD.shape[1], kept.num_experts, layer.bank.activation).double()
     bank.load_state_dict(layer.bank.state_dict())
-    fp64_layer = MoELayer(ReplayRouter(replay), bank, experts_per_token=1, capacity=Capacity(), layer=0)
+    fp64_layer = MoELayer(ReplayRouter(replay), bank, LayerOptions(experts_per_token=1))
     x_TD = tokens.x_TD.detach().double().requires_grad_()
     y_TD, _ = fp64_layer(x_TD, tokens.context(training=True))
     assert y_TD.dtype == torch.float64
@@ -107,7 +108,7 @@ def test_uneven_loads(expert_N: list[int], num_tokens: int, num_experts: int, dt
     routing = build_routing(expert_N, num_tokens=num_tokens, num_experts=num_experts)
     bank = ExpertBank(D_MODEL, 8, num_experts, "gelu").to(dtype)
     init_weights(bank, 0)
-    layer = MoELayer(ReplayRouter(routing), bank, experts_per_token=1, capacity=Capacity(), layer=0)
+    layer = MoELayer(ReplayRouter(routing), bank, LayerOptions(experts_per_token=1))
     tokens = Tokens.draw(num_tokens, dtype=dtype)
     tokens.x_TD.requires_grad_()
     y_TD, _ = run(layer, tokens, training=True)

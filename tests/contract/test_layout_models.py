@@ -5,14 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from moebench.experts.reference import double_loop
 from support.cases import Tokens, build_context, randomise_parameters, route
 from support.layout_models import BATCH, D_MODEL, LENGTH, backbone_of, batch, config_of
 from torch import Tensor
 
-from moebench.models.attention import rotate, rotation
+from moebench.experts.reference import double_loop
+from moebench.models.attention import rotary_table, rotate
 from moebench.models.transformer import Block
 from moebench.routing.composite import GroupedRouter
+from moebench.routing.layer_name import LayerName
 from moebench.routing.losses import load_balance
 from moebench.routing.router import ROUTERS
 from moebench.routing.values import LayerRecord, Routing
@@ -91,7 +92,7 @@ def test_whole_model_with_one_expert_is_the_dense_model() -> None:
 def test_head_experts_equal_a_loop_over_tokens(router: str, causal: bool) -> None:
     attention = randomise_parameters(backbone_of(config_of("moduleformer", router), causal=causal)).blocks[0].attention
     x_BLD, ctx = batch(training=False)
-    y_BLD, record = attention(x_BLD, ctx.route(0, LENGTH, x_BLD.device))
+    y_BLD, record = attention(x_BLD, ctx.route(LayerName(), LENGTH, x_BLD.device))
     slow_TD = torch.zeros(BATCH * LENGTH, D_MODEL)
     pairs = zip(record.kept.token_N.tolist(), record.kept.expert_N.tolist(), record.kept.weight_N, strict=True)
     for token, expert, weight in pairs:
@@ -110,7 +111,7 @@ def test_projection_experts_equal_a_loop_over_tokens(router: str, keys_values: s
         randomise_parameters(backbone_of(config_of("attention", router, keys_values=keys_values))).blocks[0].attention
     )
     x_BLD, ctx = batch(training=False)
-    y_BLD, record = attention(x_BLD, ctx.route(0, LENGTH, x_BLD.device))
+    y_BLD, record = attention(x_BLD, ctx.route(LayerName(), LENGTH, x_BLD.device))
     qkv_TO = torch.zeros(BATCH * LENGTH, maps * D_MODEL)
     for token, expert, weight in zip(record.kept.token_N, record.kept.expert_N, record.kept.weight_N, strict=True):
         qkv_TO[token] += weight * attention.layer.bank.expert(x_BLD.flatten(0, 1)[token], int(expert))
@@ -123,7 +124,7 @@ def test_projection_experts_equal_a_loop_over_tokens(router: str, keys_values: s
 
 def test_residual_and_shared_networks_match_the_papers() -> None:
     x_TD = Tokens.draw(24).x_TD.repeat(1, 2)
-    ctx = batch(training=False, size=1, length=24)[1].route(0, 24, x_TD.device)
+    ctx = batch(training=False, size=1, length=24)[1].route(LayerName(), 24, x_TD.device)
     fine, residual = (
         randomise_parameters(backbone_of(config_of(name, "top_k"))).blocks[0].feed_forward
         for name in ("fine_grained", "residual")

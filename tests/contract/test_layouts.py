@@ -14,6 +14,7 @@ from moebench.errors import UsageError
 from moebench.experts.layer import MoELayer
 from moebench.experts.layout import LAYOUTS
 from moebench.experts.projection import HeadBank, ProjectionBank
+from moebench.experts.reference import double_loop
 from moebench.experts.widths import MATCH_TOLERANCE
 from moebench.models.build import build_backbone
 from moebench.models.cost import cost_of, executed_flops_per_token

@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
-from moebench.experts.reference import slot_loop, soft_mixture
 from support.cases import D_MODEL, Case, Tokens, build_context, cases_of, run
 
 from moebench.errors import UsageError
+from moebench.experts.bank_pass import BankPass
 from moebench.experts.capacity import Capacity
 from moebench.experts.feed_forward import ExpertBank
+from moebench.experts.reference import slot_loop
 from moebench.models.transformer import init_weights
 from moebench.routing.metrics import LoadCount, summarise_load
 from moebench.routing.mixing import SoftRouting
@@ -53,7 +54,7 @@ def test_slots_are_processed_by_their_experts() -> None:
     init_weights(bank, 0)
     first_D, second_D = bank.expert((x_TD[0] + x_TD[1]) / 2, 0), bank.expert(0.75 * x_TD[0] + 0.25 * x_TD[1], 1)
     expected_TD = torch.stack([0.25 * first_D + 0.75 * second_D, (first_D + second_D) / 2])
-    torch.testing.assert_close(soft_mixture(bank, x_TD, build_small_routing()), expected_TD)
+    torch.testing.assert_close(build_small_routing().compute(BankPass(bank, x_TD)), expected_TD)
     torch.testing.assert_close(slot_loop(bank, x_TD, build_small_routing()), expected_TD)
 
 

@@ -67,7 +67,7 @@ def test_label_tables_count_each_assignment_once_without_padding(
     for batch in batches:  # by a loop over assignments and labels, layer by layer
         ctx: BatchContext = batch_context(batch, training=False, seed=0)
         for record in model(batch, ctx)[1]:
-            half = batch.decoder_batch if str(record.layer).startswith("decoder.") else batch
+            half = batch.decoder_batch if record.layer.half == "decoder" else batch
             shape = len(batch.domain_B), record.sequence_length
             valid = torch.ones(shape) if half.valid_BL is None else half.valid_BL
             for kind in task.label_kinds():

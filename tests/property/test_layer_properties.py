@@ -1,7 +1,6 @@
 """The whole MoE layer against plain loops on arbitrary routings: capacity, overflow, shared experts, the residual."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
 import torch
@@ -9,13 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.cases import D_MODEL, ReplayRouter, Tokens, assert_same_gradients, randomise_parameters
 from support.routing_strategies import crowded_routings, make_generator, rectangles, routings
-from torch import Generator, Tensor
+from torch import Tensor
 
-from moebench.experts.bank import Bank, double_loop
+from moebench.experts.activation import Dropout
+from moebench.experts.bank import Bank
 from moebench.experts.capacity import Capacity
-from moebench.experts.dropout import Dropout
 from moebench.experts.feed_forward import ExpertBank, FeedForward
-from moebench.experts.layer import MoELayer
+from moebench.experts.layer import LayerOptions, MoELayer
+from moebench.experts.reference import double_loop
 from moebench.routing.values import LayerRecord, Routing
 
 any_routing = st.one_of(crowded_routings, routings(holes=True, scored=True), rectangles(holes=True, scored=True))
@@ -45,11 +45,11 @@ class Drawn:
         counted_N = routing.counted_N  # the weight of what does not count is 0 and reaches nobody
         routing = replace(routing, weight_N=weight_N.where(counted_N, 0.0), scores_TE=score_TE)
         bank = randomise_parameters(ExpertBank(D_MODEL, 4, routing.num_experts, "gelu"))
-        options: dict[str, Any] = dict(around)
-        if options.get("shared"):
-            options["shared"] = randomise_parameters(FeedForward(D_MODEL, 4, "gelu"), seed=1)
-        top_k = routing.top_k or 1
-        layer = MoELayer(ReplayRouter(routing), bank, experts_per_token=top_k, capacity=capacity, layer=0, **options)
+        shared = randomise_parameters(FeedForward(D_MODEL, 4, "gelu"), seed=1) if around.get("shared") else None
+        options = LayerOptions(
+            experts_per_token=routing.top_k or 1, capacity=capacity, residual=around.get("residual", False)
+        )
+        layer = MoELayer(ReplayRouter(routing), bank, options, shared=shared)
         if layer.mix is not None:
             randomise_parameters(layer.mix, seed=2)
         valid_T = torch.rand(routing.num_tokens, generator=make_generator(5)) < 0.7 if padded else None
@@ -127,9 +127,6 @@ class Identity(Bank):
         super().__init__()
         self.num_experts = num_experts
 
-    def init_weights(self, generator: Generator) -> None:
-        """There are none."""
-
     def rows(self, x_RD: Tensor, load_E: Tensor, dropout: Dropout | None = None) -> Tensor:
         assert int(load_E.sum()) == x_RD.shape[0]
         return x_RD
@@ -143,13 +140,8 @@ class Identity(Bank):
 
 @given(any_routing, capacities)
 def test_identity_experts_give_the_tokens_times_their_weights(routing: Routing, capacity: Capacity) -> None:
-    layer = MoELayer(
-        ReplayRouter(routing),
-        Identity(routing.num_experts),
-        experts_per_token=routing.top_k or 1,
-        capacity=capacity,
-        layer=0,
-    )
+    options = LayerOptions(experts_per_token=routing.top_k or 1, capacity=capacity)
+    layer = MoELayer(ReplayRouter(routing), Identity(routing.num_experts), options)
     tokens = Tokens.draw(routing.num_tokens)
     y_TD, record = layer(tokens.x_TD, tokens.context(training=True))
     # Passed on unchanged is what an identity expert does, so `pass` loses nothing here.
@@ -163,4 +155,4 @@ def test_identity_experts_give_the_tokens_times_their_weights(routing: Routing, 
 def test_residual_without_a_shared_network_is_refused() -> None:
     routing = Routing.from_top_k(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), num_experts=1)
     with pytest.raises(ValueError, match="residual=True"):
-        MoELayer(ReplayRouter(routing), Identity(1), experts_per_token=1, capacity=Capacity(), layer=0, residual=True)
+        MoELayer(ReplayRouter(routing), Identity(1), LayerOptions(experts_per_token=1, residual=True))

@@ -11,16 +11,16 @@ from support.identity_gates import build_identity_router, route_logits
 from support.routing_strategies import crowded_routings, make_generator, rectangles, routings
 
 from moebench.errors import UsageError
-from moebench.experts.capacity import Capacity, precedence
-from moebench.experts.overflow import passed_on, within_capacity
+from moebench.experts.capacity import Capacity, order_of_precedence
+from moebench.experts.overflow import apply_capacity, identity_overflow
 from moebench.routing.values import LayerRecord, Routing
 
 any_routing = st.one_of(crowded_routings, routings(holes=True, scored=True), rectangles(holes=True, scored=True))
 orders = st.sampled_from(["router", "position", "score", "priority", "random"])
 
 
-def limited(routing: Routing, slots: int, order: str, overflow: str = "reroute") -> Routing:
-    return within_capacity(routing, slots, Capacity(drop_order=order, overflow=overflow), make_generator())
+def limit(routing: Routing, slots: int, order: str, overflow: str = "reroute") -> Routing:
+    return apply_capacity(routing, slots, Capacity(drop_order=order, overflow=overflow), make_generator())
 
 
 def slow_reroute(routing: Routing, slots: int, queue: list[int]) -> dict[int, int]:
@@ -54,9 +54,9 @@ def others_of(token: list[int], expert: list[int], scores: list[list[float]], t:
 
 @given(any_routing, st.integers(0, 4), orders)
 def test_reroute_is_the_slow_reroute(routing: Routing, slots: int, order: str) -> None:
-    queue = precedence(routing, order, make_generator()).tolist()
+    queue = order_of_precedence(routing, order, make_generator()).tolist()
     expected = slow_reroute(routing, slots, queue)
-    kept = limited(routing, slots, order)
+    kept = limit(routing, slots, order)
     assert {n: int(kept.expert_N[n]) for n in range(len(queue)) if kept.counted_N[n]} == expected
     assert kept.top_k == routing.top_k
     assert torch.equal(kept.token_N, routing.token_N)
@@ -64,7 +64,7 @@ def test_reroute_is_the_slow_reroute(routing: Routing, slots: int, order: str) -
 
 @given(any_routing, st.integers(0, 4), orders)
 def test_a_rerouted_routing_is_within_capacity_and_complete(routing: Routing, slots: int, order: str) -> None:
-    dropping, kept = limited(routing, slots, order, "drop"), limited(routing, slots, order)
+    dropping, kept = limit(routing, slots, order, "drop"), limit(routing, slots, order)
     record = LayerRecord(routing=routing, kept=kept)
     assert (kept.load_E <= slots).all()
     assert (kept.counted_N | ~dropping.counted_N).all(), "what had a slot keeps it"
@@ -84,7 +84,7 @@ def test_a_rerouted_routing_is_within_capacity_and_complete(routing: Routing, sl
 
 @given(any_routing, st.integers(0, 4), orders)
 def test_weights_shrink_as_the_scores_do(routing: Routing, slots: int, order: str) -> None:
-    kept = limited(routing, slots, order)
+    kept = limit(routing, slots, order)
     for n in range(routing.token_N.numel()):
         token, old, new = int(routing.token_N[n]), int(routing.expert_N[n]), int(kept.expert_N[n])
         before, after = float(routing.scores_TE[token, old]), float(routing.scores_TE[token, new])
@@ -99,7 +99,7 @@ def test_reroute_by_hand() -> None:
     scores_TE = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.7, 0.2, 0.1]], requires_grad=True)
     weight_TK, expert_TK = scores_TE.max(-1, keepdim=True)
     routing = Routing.from_top_k(expert_TK, weight_TK, num_experts=3, scores_TE=scores_TE)
-    kept = limited(routing, 1, "position")
+    kept = limit(routing, 1, "position")
     assert kept.expert_N.tolist() == [0, 1, 2]
     assert kept.weight_N.tolist() == pytest.approx([0.6, 0.4, 0.1])  # Switch: the weight is the score of who computes
     gradient_TE = torch.autograd.grad(kept.weight_N.sum(), scores_TE)[0]
@@ -115,7 +115,7 @@ def test_a_round_asks_for_one_choice_whether_it_is_free_or_not() -> None:
         [[0.97, 0.01, 0.01, 0.01], [0.01, 0.97, 0.01, 0.01], [0.4, 0.3, 0.2, 0.1], [0.4, 0.1, 0.3, 0.2]]
     )
     routing = route_logits(build_identity_router("switch", 4), probability_TE.log())
-    kept = limited(routing, 1, "position")
+    kept = limit(routing, 1, "position")
     assert kept.expert_N.tolist() == [0, 1, 3, 2]
     assert kept.weight_N.tolist() == pytest.approx([0.97, 0.97, 0.1, 0.3])
 
@@ -128,7 +128,7 @@ def test_a_token_asks_for_its_four_best_experts_and_no_more(rank: int, served: b
     probability_TE[torch.arange(rank), torch.tensor([0, 0, 1, 2, 3][:rank])] = 0.96
     probability_TE[1] = torch.tensor([0.3, 0.25, 0.2, 0.15, 0.1])
     routing = route_logits(build_identity_router("switch", 5), probability_TE.log())
-    kept = limited(routing, 1, "position")
+    kept = limit(routing, 1, "position")
     assert kept.counted_N.tolist() == [True, served] + [True] * (rank - 2)
     assert int(kept.expert_N[1]) == (rank - 1 if served else 0)
 
@@ -137,13 +137,13 @@ def test_two_waiting_assignments_of_a_token_ask_one_after_the_other() -> None:
     # Both tokens choose experts 0 and 1. Token 1's first waits for expert 2 in round 1, its second for 3 in round 2.
     scores_TE = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).expand(2, -1)
     routing = Routing.from_top_k(torch.tensor([[0, 1], [0, 1]]), scores_TE[:, :2], num_experts=4, scores_TE=scores_TE)
-    assert limited(routing, 1, "position").expert_N.tolist() == [0, 1, 2, 3]
+    assert limit(routing, 1, "position").expert_N.tolist() == [0, 1, 2, 3]
     # Three tokens: in round 1 token 1 fills expert 2; in round 2 its second and token 2's first ask for expert 3.
     scores_TE = scores_TE[:1].expand(3, -1)
     routing = Routing.from_top_k(
         torch.tensor([[0, 1]]).expand(3, -1), scores_TE[:, :2], num_experts=4, scores_TE=scores_TE
     )
-    kept = limited(routing, 1, "position")
+    kept = limit(routing, 1, "position")
     assert kept.counted_N.tolist() == [True, True, True, True, False, False]
     assert kept.expert_N.tolist()[:4] == [0, 1, 2, 3]
 
@@ -154,7 +154,7 @@ def test_renormalised_weights_keep_their_normaliser() -> None:
     scores_TE = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).expand(2, -1)
     weight_TK = torch.tensor([[5 / 8, 3 / 8]]).expand(2, -1)
     routing = Routing.from_top_k(torch.tensor([[0, 1], [0, 1]]), weight_TK, num_experts=4, scores_TE=scores_TE)
-    kept = limited(routing, 1, "position")
+    kept = limit(routing, 1, "position")
     assert kept.expert_N.tolist() == [0, 1, 2, 3]
     assert kept.weight_N.tolist() == pytest.approx([0.625, 0.375, 0.15 / 0.8, 0.05 / 0.8])
 
@@ -166,7 +166,7 @@ def test_vanishing_scores_make_no_infinite_weight(score: float) -> None:
     routing = Routing.from_top_k(expert_TK, weight_TK, num_experts=3, scores_TE=logits_TE * 1)
     blocked = replace(routing, scores_TE=(logits_TE * torch.tensor([0.0, 1.0, 1.0])))
     for each in (routing, blocked):
-        kept = limited(each, 1, "position")
+        kept = limit(each, 1, "position")
         assert torch.isfinite(kept.weight_N).all()
         assert (kept.weight_N <= 0.5).all()
         (gradient_TE,) = torch.autograd.grad(kept.weight_N.sum(), logits_TE, allow_unused=True, retain_graph=True)
@@ -176,15 +176,15 @@ def test_vanishing_scores_make_no_infinite_weight(score: float) -> None:
 def test_reroute_without_scores_names_the_key() -> None:
     routing = Routing.from_top_k(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), num_experts=2)
     with pytest.raises(UsageError, match=r"^layout\.overflow: 'reroute' needs scores"):
-        limited(routing, 1, "position")
+        limit(routing, 1, "position")
 
 
 @given(any_routing, st.integers(0, 4), orders)
 def test_what_is_passed_on_is_what_was_dropped(routing: Routing, slots: int, order: str) -> None:
-    kept = limited(routing, slots, order, "pass")
-    assert torch.equal(kept.counted_N, limited(routing, slots, order, "drop").counted_N)
+    kept = limit(routing, slots, order, "pass")
+    assert torch.equal(kept.counted_N, limit(routing, slots, order, "drop").counted_N)
     x_TD = torch.randn(routing.num_tokens, 3, generator=make_generator())
     expected_TD = torch.zeros_like(x_TD)
     for n in torch.nonzero(routing.counted_N & ~kept.counted_N).flatten().tolist():
         expected_TD[routing.token_N[n]] += routing.weight_N[n] * x_TD[routing.token_N[n]]
-    torch.testing.assert_close(passed_on(routing, kept, x_TD), expected_TD)
+    torch.testing.assert_close(identity_overflow(routing, kept)[:, None] * x_TD, expected_TD)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from moebench.errors import UsageError
 from moebench.experts.activation import activate
-from moebench.experts.bank import Bank, double_loop
+from moebench.experts.bank import Bank
 from moebench.experts.capacity import Capacity
-from moebench.experts.feed_forward import ExpertBank
-from moebench.experts.layer import MoELayer
+from moebench.experts.feed_forward import ExpertBank, FeedForward
+from moebench.experts.layer import LayerOptions, MoELayer
 from moebench.models.transformer import init_weights
 from moebench.routing.context import DataSummary, RouteContext
 from moebench.routing.contract import ROUTING_OF_FORM
@@ -95,19 +95,19 @@ class Case:
         return router
 
     def layer(
-        self, *, seed: int = 0, capacity: Capacity | None = None, activation: str = "gelu", **options: Any
+        self,
+        *,
+        seed: int = 0,
+        capacity: Capacity | None = None,
+        activation: str = "gelu",
+        shared: FeedForward | None = None,
+        **options: Any,
     ) -> MoELayer:
         """Build an MoE layer with the router."""
         bank = ExpertBank(D_MODEL, 8, self.num_experts, activation)
         init_weights(bank, seed)
-        return MoELayer(
-            self.router(seed),
-            bank,
-            experts_per_token=self.experts_per_token,
-            capacity=capacity or Capacity(),
-            layer=0,
-            **options,
-        )
+        settings = LayerOptions(experts_per_token=self.experts_per_token, capacity=capacity or Capacity(), **options)
+        return MoELayer(self.router(seed), bank, settings, shared=shared)
 
 
 class ReplayRouter(Router):

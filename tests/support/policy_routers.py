@@ -16,7 +16,7 @@ WIDTH = 3
 def build_router(name: str, num_experts: int, *, num_domains: int = 2, **options: Any) -> Any:
     """Build a router over vectors of 3 elements."""
     router_class = ROUTERS.get(name).item
-    context = RouterBuildContext(d_model=WIDTH, num_experts=num_experts, num_domains=num_domains)
+    context = RouterBuildContext(d_model=WIDTH, num_experts=num_experts, data=DataSummary(num_domains=num_domains))
     return randomise_parameters(router_class(router_class.Config(**options), context))
 
 

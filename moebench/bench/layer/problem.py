@@ -11,7 +11,7 @@ from moebench.bench.layer.shapes import Shape
 from moebench.experts.activation import GATED
 from moebench.experts.capacity import Capacity
 from moebench.experts.feed_forward import ExpertBank, FeedForward
-from moebench.experts.layer import MoELayer
+from moebench.experts.layer import LayerOptions, MoELayer
 from moebench.models.transformer import init_weights
 from moebench.routing.gate import Gate
 from moebench.routing.router import ROUTERS, Router, RouterBuildContext
@@ -125,13 +125,9 @@ def make_layer(
     shape: Shape, bank: ExpertBank, router: Router | None = None, capacity_factor: float | None = None
 ) -> MoELayer:
     """Return moebench's layer: Switch for k=1, top-k above."""
-    return MoELayer(
-        router or make_router(shape),
-        bank,
-        experts_per_token=shape.top_k,
-        capacity=Capacity(train=capacity_factor, eval=capacity_factor),
-        layer=0,
-    )
+    capacity = Capacity(train=capacity_factor, eval=capacity_factor)
+    options = LayerOptions(experts_per_token=shape.top_k, capacity=capacity)
+    return MoELayer(router or make_router(shape), bank, options)
 
 
 def make_router(shape: Shape) -> Router:

@@ -12,6 +12,7 @@ from moebench.experts.layer import MoELayer
 from moebench.experts.reference import double_loop
 from moebench.models.transformer import BatchContext
 from moebench.routing.context import RouteContext
+from moebench.routing.layer_name import LayerName
 
 DENSE, OURS, CAPACITY = "dense", "moebench", "moebench capacity 1.25"
 CAPACITY_FACTOR = 1.25
@@ -23,7 +24,7 @@ def route_context(problem: Problem, num_tokens: int | None = None, *, training: 
     """Return what a router gets in training: a context with a generator made anew for the step and the layer."""
     tokens = num_tokens or problem.shape.num_tokens
     length = min(problem.sequence_length, tokens)
-    return BatchContext(training=training, seed=problem.seed).route(0, length, problem.device)
+    return BatchContext(training=training, seed=problem.seed).route(LayerName(), length, problem.device)
 
 
 def dense_twin(problem: Problem) -> Candidate:

@@ -15,6 +15,7 @@ from moebench.routing.assignment import solve_balanced_assignment
 from moebench.routing.context import DataSummary
 from moebench.routing.contract import build_router
 from moebench.routing.features.token_labels import TokenLabels
+from moebench.routing.layer_name import LayerName
 from moebench.routing.losses import compute_raw_losses
 from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.router import ROUTERS, Router, RouterBuildContext
@@ -242,7 +243,7 @@ class RouterCall:
             domain_B=self.domain_B,
             features={TokenLabels: self.token_id_BL.flatten()},
         )
-        routing = self.router(self.x_TD, ctx.route(0, self.length, self.x_TD.device))
+        routing = self.router(self.x_TD, ctx.route(LayerName(), self.length, self.x_TD.device))
         return LayerRecord(routing=routing, kept=routing, sequence_length=self.length)
 
     def losses(self, record: LayerRecord) -> list[Tensor]:

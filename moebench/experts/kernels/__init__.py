@@ -1,1 +1,1 @@
-"""Grouped matrix products: one file per kernel."""
+"""Kernels for grouped matrix products: each says whether it fits, multiplies rows, and computes weight gradients."""

@@ -1,9 +1,9 @@
 """Matrix products of different sizes in one call: the batched GEMM of the MKL that torch's x86 builds carry.
 
-torch's own grouped product on a CPU is a loop over experts in which all threads share each small product and meet at
-a barrier after it. MKL's `?gemm_batch` takes the whole list, of any sizes, and spreads the products over the threads.
+torch's own grouped product on a CPU is a loop over experts in which all threads share each small product and meet at a
+barrier after it. MKL's `?gemm_batch` takes the whole list, of any sizes, and spreads the products over the threads.
 torch exports the routine from its library but has no operator for unequal sizes, so it is called here by its Fortran
-name. Where it does not exist (other processors, other builds), `available` is false and nothing else happens.
+name. Where it does not exist (other processors, other builds), the kernel does not fit.
 """
 
 import ctypes
@@ -14,89 +14,99 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moebench.experts.kernels.groups import Groups
+
 Loads = Sequence[int]
-FLOAT = 4
-"""Bytes of an fp32 number."""
+FLOAT_BYTES = 4
 SHARES = 5
 """A product of more than a fifth of a thread's part of the rows is not left to one thread (measured on two threads)."""
 
 
 @functools.cache
-def available() -> bool:
-    """Whether the routine exists and gives the right answer on a small example."""
-    if _routine() is None:
+def is_available() -> bool:
+    """Return whether the routine exists and gives the right answer on a small example."""
+    if _load_routine() is None:
         return False
     x_RI, weight_EIO = torch.arange(12.0).view(4, 3), torch.arange(12.0).view(2, 3, 2) - 5
     expected_RO = torch.cat([x_RI[:3] @ weight_EIO[0], x_RI[3:] @ weight_EIO[1]])
-    return torch.equal(product(x_RI, weight_EIO, (3, 1)), expected_RO)
+    return torch.equal(_multiply_rows(x_RI, weight_EIO, (3, 1)), expected_RO)
 
 
-def fits(*tensors: Tensor) -> bool:
-    """Whether the routine can be used: fp32 on a CPU, rows of numbers side by side (of matrices, or their columns)."""
-    return (
-        all(t.dtype == torch.float32 and t.device.type == "cpu" and _side_by_side(t) for t in tensors) and available()
-    )
+def fits(groups: Groups, x_RI: Tensor, other: Tensor) -> bool:
+    """Return whether the loads are known and the routine takes both tensors."""
+    return bool(groups.loads) and takes(x_RI) and takes(other) and is_available()
 
 
-def _side_by_side(tensor: Tensor) -> bool:
-    return tensor.stride(-1) == 1 or (tensor.dim() == 3 and tensor.stride(-2) == 1)
+def takes(tensor: Tensor) -> bool:
+    """Return whether a tensor is fp32 on a CPU, with the elements of each row (or of a matrix's column) contiguous."""
+    is_contiguous = tensor.stride(-1) == 1 or (tensor.dim() == 3 and tensor.stride(-2) == 1)
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and is_contiguous
 
 
-def product(x_RI: Tensor, weight_EIO: Tensor, loads: Loads) -> Tensor:
-    """Return each run of `loads[e]` rows times weight e."""
-    num_in, num_out = weight_EIO.shape[1:]
-    out_RO = x_RI.new_empty(x_RI.shape[0], num_out)
-    alone = _alone(loads)
-    for expert, first in alone.items():
-        rows = slice(first, first + loads[expert])
-        torch.mm(x_RI[rows], weight_EIO[expert], out=out_RO[rows])
-    addresses = zip(_matrices(weight_EIO), _runs(x_RI, loads), _runs(out_RO, loads), strict=True)
-    jobs = [((num_out, loads[e], num_in), *abc) for e, abc in enumerate(addresses) if loads[e] and e not in alone]
-    transposed = weight_EIO.stride(2) != 1
-    # The stride of a dimension of size 1 can be anything; the routine wants at least a row's length.
-    weight_stride = max(weight_EIO.stride(2), num_in) if transposed else max(weight_EIO.stride(1), num_out)
-    _multiply(jobs, (weight_stride, max(x_RI.stride(0), num_in), num_out), first_transposed=transposed)
-    return out_RO
+def product(groups: Groups, x_RI: Tensor, weight_EIO: Tensor) -> Tensor:
+    """Return x_r times the matrix of its expert for every row."""
+    return _multiply_rows(x_RI, weight_EIO, groups.loads or ())
 
 
-def weight_gradient(x_RI: Tensor, grad_RO: Tensor, loads: Loads) -> Tensor:
-    """Return for each run of rows its x^T grad; zero for an empty one."""
+def weight_gradient(groups: Groups, x_RI: Tensor, grad_RO: Tensor) -> Tensor:
+    """Return for each expert the sum over its rows of the outer product x_r g_r: zero for an idle expert."""
+    loads = groups.loads or ()
     num_in, num_out = x_RI.shape[1], grad_RO.shape[1]
     out_EIO = x_RI.new_empty(len(loads), num_in, num_out)
-    alone = _alone(loads)
-    for expert, first in alone.items():
+    shared = _products_of_all_threads(loads)
+    for expert, first in shared.items():
         rows = slice(first, first + loads[expert])
         torch.mm(x_RI[rows].T, grad_RO[rows], out=out_EIO[expert])
     for expert, load in enumerate(loads):
         if not load:
             out_EIO[expert].zero_()
-    addresses = zip(_runs(grad_RO, loads), _runs(x_RI, loads), _matrices(out_EIO), strict=True)
-    jobs = [((num_out, num_in, loads[e]), *abc) for e, abc in enumerate(addresses) if loads[e] and e not in alone]
+    addresses = zip(
+        _row_addresses(grad_RO, loads), _row_addresses(x_RI, loads), _matrix_addresses(out_EIO), strict=True
+    )
+    jobs = [((num_out, num_in, loads[e]), *abc) for e, abc in enumerate(addresses) if loads[e] and e not in shared]
     leading = (max(grad_RO.stride(0), num_out), max(x_RI.stride(0), num_in), num_out)
-    _multiply(jobs, leading, second_transposed=True)
+    _run_jobs(jobs, leading, second_transposed=True)
     return out_EIO
 
 
-def _alone(loads: Loads) -> dict[int, int]:
+def _multiply_rows(x_RI: Tensor, weight_EIO: Tensor, loads: Loads) -> Tensor:
+    num_in, num_out = weight_EIO.shape[1:]
+    out_RO = x_RI.new_empty(x_RI.shape[0], num_out)
+    shared = _products_of_all_threads(loads)
+    for expert, first in shared.items():
+        rows = slice(first, first + loads[expert])
+        torch.mm(x_RI[rows], weight_EIO[expert], out=out_RO[rows])
+    addresses = zip(
+        _matrix_addresses(weight_EIO), _row_addresses(x_RI, loads), _row_addresses(out_RO, loads), strict=True
+    )
+    jobs = [((num_out, loads[e], num_in), *abc) for e, abc in enumerate(addresses) if loads[e] and e not in shared]
+    transposed = weight_EIO.stride(2) != 1
+    # The stride of a dimension of size 1 can be anything; the routine needs at least a row's length.
+    weight_stride = max(weight_EIO.stride(2), num_in) if transposed else max(weight_EIO.stride(1), num_out)
+    _run_jobs(jobs, (weight_stride, max(x_RI.stride(0), num_in), num_out), first_transposed=transposed)
+    return out_RO
+
+
+def _products_of_all_threads(loads: Loads) -> dict[int, int]:
     """Return the experts whose product all threads share, each with its first row.
 
     In the batch a product belongs to one thread; one that is large beside a thread's part of the rows would keep the
     other threads waiting.
     """
     limit = sum(loads) / (SHARES * torch.get_num_threads())
-    found, first = {}, 0
+    first_row, first = {}, 0
     for expert, load in enumerate(loads):
         if load > limit and torch.get_num_threads() > 1:
-            found[expert] = first
+            first_row[expert] = first
         first += load
-    return found
+    return first_row
 
 
 Job = tuple[tuple[int, int, int], int, int, int]
 """Sizes m, n, k of a column-major product C = A B, and the addresses of A, B and C."""
 
 
-def _multiply(
+def _run_jobs(
     jobs: Sequence[Job],
     leading: tuple[int, int, int],
     *,
@@ -104,7 +114,7 @@ def _multiply(
     second_transposed: bool = False,
 ) -> None:
     """Run the jobs. A row-major product is the column-major product of the transposes in the other order."""
-    routine, count = _routine(), len(jobs)
+    routine, count = _load_routine(), len(jobs)
     if routine is None or not count:
         return
     ints, floats, addresses = ctypes.c_int * count, ctypes.c_float * count, ctypes.c_void_p * count
@@ -124,22 +134,22 @@ def _multiply(
     )
 
 
-def _matrices(stack: Tensor) -> range:
-    step = FLOAT * stack.stride(0)
+def _matrix_addresses(stack: Tensor) -> range:
+    step = FLOAT_BYTES * stack.stride(0)
     return range(stack.data_ptr(), stack.data_ptr() + step * len(stack), step)
 
 
-def _runs(rows: Tensor, loads: Loads) -> list[int]:
+def _row_addresses(rows: Tensor, loads: Loads) -> list[int]:
     """Return the address of each run of rows."""
-    address, step, found = rows.data_ptr(), FLOAT * rows.stride(0), []
+    address, step, addresses = rows.data_ptr(), FLOAT_BYTES * rows.stride(0), []
     for load in loads:
-        found.append(address)
+        addresses.append(address)
         address += step * load
-    return found
+    return addresses
 
 
 @functools.cache
-def _routine() -> Callable[..., None] | None:
+def _load_routine() -> Callable[..., None] | None:
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     if not library.exists():
         return None

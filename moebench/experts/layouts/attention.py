@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from typing_extensions import override
+
 from moebench.experts.layout import (
     LAYOUTS,
     BlockPlan,
@@ -19,16 +21,16 @@ from moebench.experts.layout import (
     LayoutFacts(
         placement="all blocks, or those in `blocks`",
         paper="arXiv:2101.03961, appendix A",
-        experts="linear maps to the query and to key and value alike; feed-forward networks beside them if asked for",
+        experts="linear maps to the query and to a shared key and value; optionally feed-forward networks beside them",
     )
 )
 class AttentionExperts(Layout):
     """Switch in attention: a token's query, key and value come from the expert it is sent to.
 
-    An expert has two maps, as in the paper: one makes the query, the other the key, which is the value too. Here one
-    choice of experts per token and block is for both, weighted as the router says, and experts are linear; the paper
-    tries feed-forward networks too. It found attention with experts better, and unstable in bfloat16. What experts and
-    router cost more or less than the dense maps is taken from or given to the feed-forward part.
+    An expert has two maps, as in the paper: one for the query, the other for the key, which is the value too. Here each
+    token has one choice of experts per block for both maps, weighted by the router, and experts are linear; the paper
+    tries feed-forward networks too. It found attention with experts better, and unstable in bfloat16. The width of the
+    feed-forward part makes up for the difference in cost between experts with their router and the dense maps.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -42,17 +44,16 @@ class AttentionExperts(Layout):
         """The other half of the block: dense, or num_experts experts behind a router of its own."""
 
         def __post_init__(self) -> None:
-            """Refuse a depth without feed-forward experts."""
             super().__post_init__()
             if self.feed_forward == "dense":
-                self.without_depth("with feed_forward=dense no expert is a network")
+                self.require_depth_1("with feed_forward=dense no expert is a network")
 
     @staticmethod
+    @override
     def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
-        """Put experts into the attention, and beside it if asked for."""
         shape = ExpertShape(kind="shared_projection" if config.keys_values == "shared" else "projection")
         plan = BlockPlan(
             attention=Experts(shapes=(shape,) * config.num_experts),
             feed_forward=Experts(shapes=config.shapes) if config.feed_forward == "experts" else None,
         )
-        return place_experts(config.chosen(num_layers), num_layers, plan)
+        return place_experts(config.block_indices(num_layers), num_layers, plan)

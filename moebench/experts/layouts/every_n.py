@@ -1,6 +1,8 @@
-"""Every n-th block holds experts, the others stay dense."""
+"""Every n-th block holds experts, the others are dense."""
 
 from dataclasses import dataclass
+
+from typing_extensions import override
 
 from moebench.errors import UsageError, require
 from moebench.experts.layout import LAYOUTS, BlockPlan, Experts, Layout, LayoutConfig, LayoutFacts, place_experts
@@ -24,13 +26,12 @@ class EveryN(Layout):
         """Distance between blocks with experts."""
 
         def __post_init__(self) -> None:
-            """Refuse n below 1."""
             super().__post_init__()
             require(self.n >= 1, "layout.n", self.n, "at least 1")
 
     @staticmethod
+    @override
     def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
-        """Put experts into the last block of each group of n."""
         if config.n > num_layers:
             raise UsageError(f"layout.n={config.n} leaves no block with experts: model.num_layers={num_layers}")
         return place_experts(range(config.n - 1, num_layers, config.n), num_layers, Experts(shapes=config.shapes))

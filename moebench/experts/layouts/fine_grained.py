@@ -1,6 +1,8 @@
-"""Many small experts instead of few large ones, and shared experts beside them."""
+"""Many small experts instead of a few large ones, and shared experts beside them."""
 
 from dataclasses import dataclass
+
+from typing_extensions import override
 
 from moebench.errors import require
 from moebench.experts.layout import (
@@ -25,8 +27,8 @@ from moebench.experts.layout import (
 class FineGrained(Layout):
     """DeepSeekMoE: a token combines m·k small experts instead of k large ones, of the same width together.
 
-    The router's top_k counts coarse experts: it is multiplied by `split`. The paper takes the shared experts out of
-    the m·k; here they come on top, and matching makes all experts narrower for it.
+    The router's top_k counts coarse experts: it is multiplied by `split`. The paper counts the shared experts among
+    the m·k; here they come on top, and matching makes all experts narrower instead.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -35,23 +37,22 @@ class FineGrained(Layout):
 
         name: str = "fine_grained"
         split: int = 4
-        """Small experts made of one, m in the paper; 1 leaves them whole."""
+        """Small experts that each expert is split into, m in the paper; 1: no split."""
         shared: int = 1
-        """Small experts that every token uses besides."""
+        """Small experts that every token uses in addition."""
 
         def __post_init__(self) -> None:
-            """Refuse numbers out of range."""
             super().__post_init__()
             require(self.split >= 1, "layout.split", self.split, "at least 1")
             require(self.shared >= 0, "layout.shared", self.shared, "at least 0")
 
     @staticmethod
+    @override
     def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
-        """Split the experts of each bank."""
         experts = Experts(
             shapes=(ExpertShape(depth=config.depth),) * (config.num_experts * config.split),
             # Shared experts of one width are one network of their width together.
             shared=config.shared,
             top_k_factor=config.split,
         )
-        return place_experts(config.chosen(num_layers), num_layers, experts)
+        return place_experts(config.block_indices(num_layers), num_layers, experts)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from moebench.experts.layout import (
     LAYOUTS,
     BlockPlan,
@@ -16,7 +18,7 @@ from moebench.experts.layout import (
 
 @LAYOUTS.register(LayoutFacts(placement="the first n blocks", paper="arXiv:2204.08396, table 4 (bottom)"))
 class FirstN(Layout):
-    """Experts at the bottom, where tokens still look like their ids: the worst place in StableMoE's comparison."""
+    """Experts at the bottom, where vectors are close to the embeddings: StableMoE found this placement the worst."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(LayoutConfig):
@@ -27,7 +29,7 @@ class FirstN(Layout):
         """Blocks with experts."""
 
     @staticmethod
+    @override
     def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
-        """Put experts into blocks 0 ... n-1."""
         check_count("n", config.n, num_layers)
         return place_experts(range(config.n), num_layers, Experts(shapes=config.shapes))

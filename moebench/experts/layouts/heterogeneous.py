@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from typing_extensions import override
+
 from moebench.errors import UsageError
 from moebench.experts.layout import (
     LAYOUTS,
@@ -25,10 +27,10 @@ from moebench.experts.layout import (
 class Heterogeneous(Layout):
     """Experts of several sizes: hard tokens can have a large one, easy tokens a small one.
 
-    `widths` and `depths` are dealt out in turn until every expert has one of each. Arms are matched at an even load:
+    Experts take `widths` and `depths` in turn. Arms are matched at an even load:
     a router that prefers large experts spends more, one that prefers small ones less. HMoE trains with a penalty on
     large experts in place of the balance loss (coefficient 0.1): `router.losses={parameter_penalty: 0.1}`; without it
-    the router's own losses apply, which want all experts used alike.
+    the router's own losses apply, which push towards equal use of all experts.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -42,9 +44,8 @@ class Heterogeneous(Layout):
         """Networks one after another in an expert."""
 
         def __post_init__(self) -> None:
-            """Refuse sizes that make no expert."""
             super().__post_init__()
-            self.without_depth("depths says it")
+            self.require_depth_1("`depths` sets it")
             for key, values in (("widths", self.widths), ("depths", self.depths)):
                 if not values or not all(0 < value < float("inf") for value in values):
                     raise UsageError(f"layout.{key} must be a list of numbers greater than 0, got {values}")
@@ -56,11 +57,11 @@ class Heterogeneous(Layout):
                     )
 
     @staticmethod
+    @override
     def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
-        """Deal out the sizes, equal ones side by side so that they are computed together."""
         sizes = sorted(
             (config.widths[expert % len(config.widths)], config.depths[expert % len(config.depths)])
             for expert in range(config.num_experts)
         )
         shapes = tuple(ExpertShape(width=width, depth=depth) for width, depth in sizes)
-        return place_experts(config.chosen(num_layers), num_layers, Experts(shapes=shapes))
+        return place_experts(config.block_indices(num_layers), num_layers, Experts(shapes=shapes))

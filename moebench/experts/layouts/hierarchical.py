@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from moebench.experts.layout import (
     LAYOUTS,
     BlockPlan,
@@ -25,7 +27,7 @@ class Hierarchical(Layout):
     """Hierarchical experts: y = Σ_g w_g Σ_e w_e|g E_ge(x). The router is the same algorithm on both levels.
 
     With top_k=2 a token gets two groups and two experts in each: four experts, each of half the width. A fixed function
-    of the token (hash, oracle, domain) is the one over all experts, whose group comes first.
+    of the token (hash, oracle, domain) is one function over all experts: it determines the group and the expert in it.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -37,12 +39,11 @@ class Hierarchical(Layout):
         """Groups that num_experts is divided into."""
 
         def __post_init__(self) -> None:
-            """Refuse groups that do not divide the experts."""
             super().__post_init__()
             check_groups(self.groups, self.num_experts)
 
     @staticmethod
+    @override
     def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
-        """Put a router above the routers of the groups."""
         experts = Experts(shapes=config.shapes, groups=config.groups, pick_groups=config.groups > 1)
-        return place_experts(config.chosen(num_layers), num_layers, experts)
+        return place_experts(config.block_indices(num_layers), num_layers, experts)

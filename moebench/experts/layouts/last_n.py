@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from moebench.errors import require
 from moebench.experts.layout import LAYOUTS, BlockPlan, Experts, Layout, LayoutConfig, LayoutFacts, place_experts
 
@@ -13,10 +15,10 @@ from moebench.experts.layout import LAYOUTS, BlockPlan, Experts, Layout, LayoutC
     )
 )
 class LastN(Layout):
-    """Experts at the top: the deepest blocks route by what a token means.
+    """Experts at the top, where blocks route by the meaning of a token rather than by its identity.
 
     V-MoE's last-n has stride 2, the last n of every second block: of 12 blocks 9 and 11 for n=2. Where the stride does
-    not divide the number of blocks, those above its last multiple stay dense.
+    not divide the number of blocks, those above its last multiple are dense.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -30,16 +32,15 @@ class LastN(Layout):
         """Distance between blocks with experts; 2 is V-MoE's."""
 
         def __post_init__(self) -> None:
-            """Refuse a stride below 1."""
             super().__post_init__()
             require(self.stride >= 1, "layout.stride", self.stride, "at least 1")
 
     @staticmethod
+    @override
     def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
-        """Put experts into the n blocks nearest to the head of those that the stride leaves."""
         fits = config.stride <= num_layers
         require(fits, "layout.stride", config.stride, f"from 1 to model.num_layers={num_layers}")
-        left = range(config.stride - 1, num_layers, config.stride)
-        allowed = f"from 1 to {len(left)} (model.num_layers={num_layers}, layout.stride={config.stride})"
-        require(1 <= config.n <= len(left), "layout.n", config.n, allowed)
-        return place_experts(left[-config.n :], num_layers, Experts(shapes=config.shapes))
+        candidates = range(config.stride - 1, num_layers, config.stride)
+        allowed = f"from 1 to {len(candidates)} (model.num_layers={num_layers}, layout.stride={config.stride})"
+        require(1 <= config.n <= len(candidates), "layout.n", config.n, allowed)
+        return place_experts(candidates[-config.n :], num_layers, Experts(shapes=config.shapes))

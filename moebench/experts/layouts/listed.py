@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from typing_extensions import override
+
 from moebench.errors import require
 from moebench.experts.layout import (
     LAYOUTS,
@@ -45,11 +47,11 @@ class Listed(Layout):
 
         name: str = "listed"
         blocks: list[ListedBlock] = field(default_factory=lambda: [ListedBlock(block=1)])
-        """The blocks with experts: block, num_experts, expert_width, depth; what is left out is the layout's."""
+        """The blocks with experts: block, num_experts, expert_width, depth; missing ones are the layout's."""
 
     @staticmethod
+    @override
     def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
-        """Put experts where the list says."""
         check_blocks([entry.block for entry in config.blocks], num_layers)
         plan = [BlockPlan()] * num_layers
         for entry in config.blocks:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from moebench.experts.layout import (
     LAYOUTS,
     BlockPlan,
@@ -21,10 +23,10 @@ from moebench.experts.layout import (
     )
 )
 class Middle(Layout):
-    """Experts half-way up, as in BASE and StableMoE; where n does not centre, one block further up.
+    """Experts in the middle, as in BASE and StableMoE; where n blocks cannot be centred, one block further up.
 
     BASE's implementation inserts its layer of experts between two blocks and routes the stream without a norm before
-    it; here experts take the place of the block's feed-forward network, behind its norm, as in every other layout.
+    it; here experts take the place of the block's feed-forward network, after its norm, as in every other layout.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,8 @@ class Middle(Layout):
         """Blocks with experts."""
 
     @staticmethod
+    @override
     def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
-        """Put experts into n blocks around the middle."""
         check_count("n", config.n, num_layers)
         start = (num_layers - config.n + 1) // 2
         return place_experts(range(start, start + config.n), num_layers, Experts(shapes=config.shapes))

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from moebench.experts.layout import (
     LAYOUTS,
     BlockPlan,
@@ -24,9 +26,9 @@ from moebench.experts.layout import (
 class ModuleFormer(Layout):
     """Both halves of a block are experts: num_experts attention heads and num_experts networks, a router each.
 
-    Keys and values are the same for all heads of a bank, so a token's choice changes what it asks, not what others can
-    read of it. The paper's heads read by stick-breaking, which needs no positions; here by softmax with rotary
-    positions, as in every other arm. An expert has model.num_heads / k heads: as many are in use as in dense attention.
+    All heads of a bank share keys and values, so a token's choice changes its queries, not what others attend to. The
+    paper's attention is stick-breaking, which needs no positions; here it is softmax with rotary positions, as in every
+    other arm. An expert has model.num_heads / k heads: as many are in use as in dense attention.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,8 @@ class ModuleFormer(Layout):
         name: str = "moduleformer"
 
     @staticmethod
+    @override
     def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
-        """Put experts into both halves."""
         heads = Experts(shapes=(ExpertShape(kind="head"),) * config.num_experts)
         plan = BlockPlan(attention=heads, feed_forward=Experts(shapes=config.shapes))
-        return place_experts(config.chosen(num_layers), num_layers, plan)
+        return place_experts(config.block_indices(num_layers), num_layers, plan)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from moebench.experts.layout import (
     LAYOUTS,
     BlockPlan,
@@ -24,9 +26,9 @@ from moebench.experts.layout import (
 class Prototypes(Layout):
     """M6-T's expert prototyping, k top-1: each token has one expert in every group, y = Σ_g w_g E_g(x).
 
-    As many experts per token as top-k, without the loop over choices and without a second choice that queues behind
-    other tokens' first ones: causal with a capacity. A fixed function of the token (hash, oracle, domain) is another
-    one in every group, so that tokens that share an expert in one are told apart in the others.
+    As many experts per token as top-k, without the loop over choices and without second choices that queue behind
+    other tokens' first ones: causal with a capacity. A fixed function of the token (hash, oracle, domain) differs
+    between groups, so that tokens that share an expert in one group are separated in the others.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -38,11 +40,12 @@ class Prototypes(Layout):
         """Groups that num_experts is divided into: experts per token, k in the paper."""
 
         def __post_init__(self) -> None:
-            """Refuse groups that do not divide the experts."""
             super().__post_init__()
             check_groups(self.groups, self.num_experts)
 
     @staticmethod
+    @override
     def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
-        """Give each group a router."""
-        return place_experts(config.chosen(num_layers), num_layers, Experts(shapes=config.shapes, groups=config.groups))
+        return place_experts(
+            config.block_indices(num_layers), num_layers, Experts(shapes=config.shapes, groups=config.groups)
+        )

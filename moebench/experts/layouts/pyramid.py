@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from moebench.errors import require
 from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, ExpertShape, Layout, LayoutFacts
 
@@ -22,23 +24,22 @@ class Pyramid(Layout):
 
         name: str = "pyramid"
         factor: int = 2
-        """Experts in a top block, over those in a lower one."""
+        """Ratio of the number of experts in a top block to that in a lower one."""
         top: int | None = None
-        """How many of the blocks with experts are top ones; null is half of them, at least one."""
+        """Number of top blocks, of those with experts; null is half of them, at least one."""
 
         def __post_init__(self) -> None:
-            """Refuse numbers below 1."""
             super().__post_init__()
             require(self.factor >= 1, "layout.factor", self.factor, "at least 1")
 
     @staticmethod
+    @override
     def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
-        """Give the top blocks more experts."""
-        blocks = config.chosen(num_layers)
+        blocks = config.block_indices(num_layers)
         top = max(len(blocks) // 2, 1) if config.top is None else config.top
         require(0 <= top <= len(blocks), "layout.top", top, f"from 0 to the {len(blocks)} blocks with experts")
         plan = [BlockPlan()] * num_layers
-        for place, block in enumerate(blocks):
-            number = config.num_experts * (config.factor if place >= len(blocks) - top else 1)
+        for index, block in enumerate(blocks):
+            number = config.num_experts * (config.factor if index >= len(blocks) - top else 1)
             plan[block] = BlockPlan(feed_forward=Experts(shapes=(ExpertShape(depth=config.depth),) * number))
         return tuple(plan)

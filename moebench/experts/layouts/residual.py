@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, Layout, LayoutFacts, place_experts
 
 
@@ -15,8 +17,8 @@ from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, L
 class Residual(Layout):
     """PR-MoE's residual: y = c_0 · MoE(x) + c_1 · MLP(x), c = softmax(x W_c + b).
 
-    W_c and b are those of its implementation, DeepSpeed. A top-1 router costs what top-2 costs without this layout,
-    with one all-to-all of half the size; a token that its expert drops still has the network.
+    W_c and b are those of its implementation, DeepSpeed. A top-1 router costs as much as top-2 without this layout,
+    with an all-to-all of half the size; a dropped token still has the dense network.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class Residual(Layout):
         name: str = "residual"
 
     @staticmethod
+    @override
     def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
-        """Put a network of an expert's width beside each bank."""
         experts = Experts(shapes=config.shapes, shared=1.0, residual=True)
-        return place_experts(config.chosen(num_layers), num_layers, experts)
+        return place_experts(config.block_indices(num_layers), num_layers, experts)

@@ -1,6 +1,8 @@
-"""Experts that compute nothing beside those that do."""
+"""Experts without a network beside those with one."""
 
 from dataclasses import dataclass
+
+from typing_extensions import override
 
 from moebench.errors import require
 from moebench.experts.layout import (
@@ -25,7 +27,7 @@ from moebench.experts.layout import (
 class ZeroComputation(Layout):
     """MoE++: a token that needs no network goes to an expert without one: y = 0, y = x, or y = a_1 x + a_2 v.
 
-    Arms are matched at an even load over all experts, so the networks are wider than without the free experts. The
+    Arms are matched at an even load over all experts, so the networks are wider than without these experts. The
     paper's balance loss and gates that see the last block's logits are router `moe_plus_plus`; its larger capacity for
     networks is left out.
     """
@@ -43,17 +45,16 @@ class ZeroComputation(Layout):
         """Constant experts: a mix of the token and a trained vector."""
 
         def __post_init__(self) -> None:
-            """Refuse negative numbers."""
             super().__post_init__()
             for key in ("zero", "copy", "constant"):
                 require(getattr(self, key) >= 0, f"layout.{key}", getattr(self, key), "at least 0")
 
     @staticmethod
+    @override
     def plan(config: Config, num_layers: int) -> tuple[BlockPlan, ...]:
-        """Put the networks first, then the experts without one."""
         free = (
             *(ExpertShape(kind="zero"),) * config.zero,
             *(ExpertShape(kind="copy"),) * config.copy,
             *(ExpertShape(kind="constant"),) * config.constant,
         )
-        return place_experts(config.chosen(num_layers), num_layers, Experts(shapes=(*config.shapes, *free)))
+        return place_experts(config.block_indices(num_layers), num_layers, Experts(shapes=(*config.shapes, *free)))

@@ -100,7 +100,9 @@ class ConditionalComputation(PolicyRouter):
         log_policy_T = torch.where(chosen_TE, on_TE, off_TE).sum(-1)
         entropy_T = -(scores_TE * on_TE + (1 - scores_TE) * off_TE).sum(-1)
         extras = self.build_extras(x_TD, log_policy_T, entropy_T)
-        return Routing.from_table(chosen_TE.float(), chosen_TE, logits_TE=logits_TE, scores_TE=scores_TE, extras=extras)
+        return Routing.from_table(
+            chosen_TE.float(), chosen_TE, logits_TE=logits_TE, scores_TE=scores_TE, token_extras=extras
+        )
 
     @override
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:

@@ -87,7 +87,7 @@ class DSelectK(Router["DSelectK.Config"]):
             weight_TE = (share_TK.unsqueeze(-1) * selected_TKE).sum(1)
         entropy_TK = -(selected_TKE * selected_TKE.clamp(min=1e-20).log()).sum(-1)
         extras = {"undecided_T": entropy_TK.sum(-1), "lost_T": self._compute_lost_weight(selected_TKE).sum(-1)}
-        return Routing.from_table(weight_TE, weight_TE > 0, scores_TE=weight_TE, extras=extras)
+        return Routing.from_table(weight_TE, weight_TE > 0, scores_TE=weight_TE, token_extras=extras)
 
     def _compute_lost_weight(self, selected_TKE: Tensor) -> Tensor:
         """Return 1 / Σ_e r_e - 1 of each selector, [T, K]: 0 if every code belongs to an expert."""

@@ -5,7 +5,7 @@ probability proportional to its weight, which saves slots under a capacity. The 
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -96,9 +96,9 @@ class GShard(Router["GShard.Config"]):
             num_experts=self.num_experts,
             logits_TE=logits_TE,
             scores_TE=scores_TE,
-            priority_TK=priority_TK,
             token_extras={"first_T": expert_TK[:, 0]},
         )
+        routing = replace(routing, priority_N=priority_TK.reshape(-1))
         keeps_second_T = self._keep_second(weight_TK[:, 1], draw_TE)
         if keeps_second_T is None:
             return routing

@@ -85,7 +85,7 @@ class LIMoE(VMoE):
         routing = super().forward(x_TD, ctx)
         domain_T = torch.zeros(x_TD.shape[0], dtype=torch.int64, device=x_TD.device)
         domain_T = domain_T if ctx.domain_T is None else ctx.domain_T
-        return replace(routing, extras={**routing.extras, "domain_T": domain_T})
+        return replace(routing, token_extras={"domain_T": domain_T})
 
     @override
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:

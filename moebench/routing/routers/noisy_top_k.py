@@ -4,7 +4,7 @@ In training, Gaussian noise with a learned scale for each token and expert is ad
 logits select the experts, and a softmax over these k gives the weights. Evaluation uses the logits without noise.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -81,14 +81,14 @@ class NoisyTopK(Router["NoisyTopK.Config"]):
             noisy_TE = clean_TE + ctx.normal(*clean_TE.shape) * std_TE
             extras = {"load_E": estimate_smooth_load(clean_TE, noisy_TE, std_TE, self.top_k, ctx.valid_T)}
         expert_TK = rank_top_k(noisy_TE, self.top_k)
-        return Routing.from_top_k(
+        routing = Routing.from_top_k(
             expert_TK,
             noisy_TE.gather(-1, expert_TK).softmax(-1),
             num_experts=self.num_experts,
             logits_TE=noisy_TE,
             scores_TE=noisy_TE.softmax(-1),
-            extras=extras,
         )
+        return replace(routing, extras=extras)
 
     @override
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:

@@ -83,7 +83,7 @@ class PonderNet(HaltingRouter):
 
         logits_TN, ran_TE, last_TE = self.run_chain(x_TD, ctx, continues)
         extras = {"logits_T": logits_TN, "ran_T": ran_TE, "last_T": last_TE}
-        return ChainRouting.from_table(last_TE.float(), ran_TE, extras=extras)
+        return ChainRouting.from_table(last_TE.float(), ran_TE, token_extras=extras)
 
     @override
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:

@@ -104,7 +104,7 @@ class RoutingNetworks(PolicyRouter):
             self.num_actions,
             logits_TE=logits_TA[:, : self.num_experts],
             scores_TE=scores_TA[:, : self.num_experts],
-            extras=extras,
+            token_extras=extras,
         )
 
     @override

@@ -96,7 +96,7 @@ class RoutingNetworksWPL(Router["RoutingNetworksWPL.Config"]):
         agent_T = assign_agents(ctx, self.num_agents, x_TD)
         action_T = sample_actions(with_mean(self.policy_GA).log()[agent_T], ctx)
         extras = {"action_T": action_T, "agent_T": agent_T}
-        return route_actions(action_T, self.num_experts, self.num_actions, extras=extras)
+        return route_actions(action_T, self.num_experts, self.num_actions, token_extras=extras)
 
     @override
     def statistics(self, record: LayerRecord) -> dict[str, Tensor]:

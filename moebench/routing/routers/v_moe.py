@@ -4,7 +4,7 @@ Noise of fixed scale is added to the logits in training; the k most probable exp
 weighted by their probabilities. If a capacity is exceeded, tokens with the highest probability keep their slots.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -92,15 +92,11 @@ class VMoE(Router["VMoE.Config"]):
         scores_TE = noisy_TE.softmax(-1)
         expert_TK = rank_top_k(noisy_TE, top_k)
         weight_TK = scores_TE.gather(-1, expert_TK)
-        return Routing.from_top_k(
-            expert_TK,
-            weight_TK,
-            num_experts=self.num_experts,
-            logits_TE=clean_TE,
-            scores_TE=scores_TE,
-            priority_TK=self._priority(weight_TK.detach(), ctx),
-            extras=extras,
+        routing = Routing.from_top_k(
+            expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=clean_TE, scores_TE=scores_TE
         )
+        priority_TK = self._priority(weight_TK.detach(), ctx)
+        return replace(routing, priority_N=priority_TK.reshape(-1), extras=extras)
 
     def _priority(self, weight_TK: Tensor, ctx: RouteContext) -> Tensor:
         """Return a priority for capacity: all first choices before all second ones; within each, by token."""

@@ -1,8 +1,8 @@
 """Bytes saved for backward, counted by hand."""
 
 import torch
-from moebench.bench.allocator import keep_freed_memory
 
+from moebench.bench.allocator import keep_freed_memory
 from moebench.bench.layer.problem import make_problem
 from moebench.bench.layer.row import compare_outputs
 from moebench.bench.layer.saved import least_bytes, saved_bytes

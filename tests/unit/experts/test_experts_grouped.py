@@ -6,84 +6,103 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moebench.experts.grouped import Groups, grouped_matmul
-from moebench.experts.kernels import gemm_batch
+from moebench.experts.grouped import Kernel, choose_kernel, group_rows, grouped_matmul
+from moebench.experts.kernels import gemm_batch, grouped_mm, loop, padded_bmm
+from moebench.experts.kernels.groups import Groups
 
-KERNELS = ("padded", "batch", "grouped", "loop")
+KERNELS = {"padded_bmm": padded_bmm, "gemm_batch": gemm_batch, "grouped_mm": grouped_mm, "loop": loop}
 
 
-def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def looped(x_RI: Tensor, weight_EIO: Tensor, loads: list[int]) -> Tensor:
+def multiply_in_loop(x_RI: Tensor, weight_EIO: Tensor, loads: list[int]) -> Tensor:
     return torch.cat([rows @ weight for rows, weight in zip(x_RI.split(loads), weight_EIO, strict=True)])
 
 
-def groups_for(kernel: str, loads: list[int], monkeypatch: pytest.MonkeyPatch) -> Groups:
-    """Return groups that leave one kernel to choose."""
-    if kernel != "batch":
-        monkeypatch.setattr(gemm_batch, "fits", lambda *tensors: False)
-    elif not gemm_batch.available():
+def kernel_of(name: str) -> Kernel:
+    if name == "gemm_batch" and not gemm_batch.is_available():
         pytest.skip("this torch carries no MKL with a batched product")
-    if kernel == "loop":
-        monkeypatch.setattr(Groups, "_fits_kernel", lambda self, x_RI, *widths: False)
-    return Groups.of(torch.tensor(loads), may_pad=kernel == "padded")
+    return KERNELS[name]
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+def pack_rows(loads: list[int]) -> Groups:
+    return group_rows(torch.tensor(loads))
+
+
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("loads", [[3, 3, 3], [5, 0, 1], [0, 0, 4], [0, 7, 0]], ids=str)
-def test_every_kernel_computes_the_same(kernel: str, transposed: bool, loads: list[int], monkeypatch) -> None:
-    if kernel == "padded":
+def test_every_kernel_computes_the_same(name: str, transposed: bool, loads: list[int]) -> None:
+    kernel = kernel_of(name)
+    if name == "padded_bmm":
         loads = [max(loads)] * 3
-    groups = groups_for(kernel, loads, monkeypatch)
-    assert (groups.capacity is not None) == (kernel == "padded")
-    x_RI, grad_RO = drawn(sum(loads), 8), drawn(sum(loads), 12, seed=1)
-    weight_EIO = drawn(3, 12, 8, seed=2).transpose(1, 2) if transposed else drawn(3, 8, 12, seed=2)
-    torch.testing.assert_close(groups.product(x_RI, weight_EIO), looped(x_RI, weight_EIO, loads))
+    groups = group_rows(torch.tensor(loads), may_pad=name == "padded_bmm")
+    x_RI, grad_RO = normal(sum(loads), 8), normal(sum(loads), 12, seed=1)
+    weight_EIO = normal(3, 12, 8, seed=2).transpose(1, 2) if transposed else normal(3, 8, 12, seed=2)
+    assert kernel.fits(groups, x_RI, weight_EIO)
+    assert kernel.fits(groups, x_RI, grad_RO)
+    torch.testing.assert_close(kernel.product(groups, x_RI, weight_EIO), multiply_in_loop(x_RI, weight_EIO, loads))
     gradient_EIO = torch.stack([x.T @ g for x, g in zip(x_RI.split(loads), grad_RO.split(loads), strict=True)])
-    torch.testing.assert_close(groups.weight_gradient(x_RI, grad_RO), gradient_EIO)
+    torch.testing.assert_close(kernel.weight_gradient(groups, x_RI, grad_RO), gradient_EIO)
 
 
-def test_rows_that_are_part_of_a_wider_matrix(monkeypatch) -> None:
-    groups = groups_for("batch", [2, 3], monkeypatch)
-    wide_RI, weight_EIO = drawn(5, 20), drawn(2, 8, 4, seed=1)
+def test_the_first_kernel_that_fits_is_chosen() -> None:
+    x_RI, weight_EIO, loads = normal(6, 8), normal(2, 8, 4, seed=1), torch.tensor([3, 3])
+    on_cpu = gemm_batch if gemm_batch.is_available() else grouped_mm
+    assert choose_kernel(group_rows(loads, may_pad=True), x_RI, weight_EIO) is padded_bmm
+    assert choose_kernel(group_rows(loads), x_RI, weight_EIO) is on_cpu
+    assert choose_kernel(group_rows(loads), x_RI.bfloat16(), weight_EIO.bfloat16()[..., :0]) is grouped_mm
+    assert choose_kernel(group_rows(loads), x_RI.bfloat16(), weight_EIO.bfloat16()) is loop, "8 bytes a row of results"
+    assert choose_kernel(group_rows(loads), x_RI.double(), weight_EIO.double()) is loop
+    on_device = Groups(load_E=loads, offset_E=loads.cumsum(0, dtype=torch.int32), loads=None, capacity=None)
+    assert choose_kernel(on_device, x_RI.bfloat16(), weight_EIO.bfloat16()) is grouped_mm, "padded with zeros"
+    assert choose_kernel(on_device, x_RI[:0], weight_EIO) is loop
+
+
+def test_rows_that_are_part_of_a_wider_matrix() -> None:
+    kernel, groups = kernel_of("gemm_batch"), pack_rows([2, 3])
+    wide_RI, weight_EIO = normal(5, 20), normal(2, 8, 4, seed=1)
     x_RI = wide_RI[:, 4:12]
-    torch.testing.assert_close(groups.product(x_RI, weight_EIO), looped(x_RI, weight_EIO, [2, 3]))
+    torch.testing.assert_close(kernel.product(groups, x_RI, weight_EIO), multiply_in_loop(x_RI, weight_EIO, [2, 3]))
 
 
 def test_the_batched_routine_is_for_fp32_alone() -> None:
-    assert not gemm_batch.fits(drawn(2, 2, dtype=torch.float64))
-    assert not gemm_batch.fits(drawn(4, 4)[::2, ::2])
-    assert not gemm_batch.fits(drawn(4, 6).T)
-    assert gemm_batch.fits(drawn(2, 2)) is gemm_batch.available()
+    assert not gemm_batch.takes(normal(2, 2, dtype=torch.float64))
+    assert not gemm_batch.takes(normal(4, 4)[::2, ::2])
+    assert not gemm_batch.takes(normal(4, 6).T)
+    assert gemm_batch.takes(normal(2, 2))
+    assert gemm_batch.fits(pack_rows([2]), normal(2, 2), normal(1, 2, 2)) is gemm_batch.is_available()
 
 
-@pytest.mark.parametrize("kernel", ["batch", "loop"])
+@pytest.mark.parametrize("name", ["gemm_batch", "loop"])
 @pytest.mark.parametrize(("num_in", "num_out"), [(1, 4), (4, 1), (1, 1), (3, 5)])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_narrow_matrices(kernel: str, num_in: int, num_out: int, transposed: bool, monkeypatch) -> None:
+def test_narrow_matrices(name: str, num_in: int, num_out: int, transposed: bool) -> None:
     # A dimension of size 1 has a stride that means nothing.
-    groups = groups_for(kernel, [1, 0, 2], monkeypatch)
-    x_RI = drawn(3, num_in)
-    weight_EIO = drawn(3, num_out, num_in, seed=1).transpose(1, 2) if transposed else drawn(3, num_in, num_out, seed=1)
-    torch.testing.assert_close(groups.product(x_RI, weight_EIO), looped(x_RI, weight_EIO, [1, 0, 2]))
+    kernel, groups = kernel_of(name), pack_rows([1, 0, 2])
+    x_RI = normal(3, num_in)
+    weight_EIO = (
+        normal(3, num_out, num_in, seed=1).transpose(1, 2) if transposed else normal(3, num_in, num_out, seed=1)
+    )
+    assert kernel.fits(groups, x_RI, weight_EIO)
+    torch.testing.assert_close(kernel.product(groups, x_RI, weight_EIO), multiply_in_loop(x_RI, weight_EIO, [1, 0, 2]))
 
 
-@pytest.mark.parametrize("kernel", ["grouped", "loop"])
-def test_rows_behind_the_last_expert_are_left_alone(kernel: str, monkeypatch) -> None:
-    groups = groups_for(kernel, [2, 1], monkeypatch)
-    x_RI, weight_EIO = drawn(5, 8), drawn(2, 8, 4, seed=1)
-    expected_RO = looped(x_RI[:3], weight_EIO, [2, 1])
-    torch.testing.assert_close(groups.product(x_RI, weight_EIO)[:3], expected_RO)
-    gradient_EIO = groups.weight_gradient(x_RI, drawn(5, 4, seed=2))
-    torch.testing.assert_close(gradient_EIO[1], x_RI[2:3].T @ drawn(5, 4, seed=2)[2:3])
+@pytest.mark.parametrize("name", ["grouped_mm", "loop"])
+def test_rows_behind_the_last_expert_are_left_alone(name: str) -> None:
+    kernel, groups = kernel_of(name), pack_rows([2, 1])
+    x_RI, weight_EIO = normal(5, 8), normal(2, 8, 4, seed=1)
+    expected_RO = multiply_in_loop(x_RI[:3], weight_EIO, [2, 1])
+    torch.testing.assert_close(kernel.product(groups, x_RI, weight_EIO)[:3], expected_RO)
+    gradient_EIO = kernel.weight_gradient(groups, x_RI, normal(5, 4, seed=2))
+    torch.testing.assert_close(gradient_EIO[1], x_RI[2:3].T @ normal(5, 4, seed=2)[2:3])
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=9))
 def test_padding_is_bounded_and_only_for_nearly_even_loads(loads: list[int]) -> None:
-    groups = Groups.of(torch.tensor(loads), may_pad=True)
+    groups = group_rows(torch.tensor(loads), may_pad=True)
     assert groups.num_rows is not None
     if groups.capacity is None:
         assert groups.num_rows == sum(loads)
@@ -101,7 +120,7 @@ def test_products_repeat_to_the_last_bit(threads: int, loads: list[int]) -> None
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        x_RI, weight_EIO, load_E = drawn(64, 96), drawn(4, 96, 160, seed=1), torch.tensor(loads)
+        x_RI, weight_EIO, load_E = normal(64, 96), normal(4, 96, 160, seed=1), torch.tensor(loads)
         x_RI.requires_grad_()
         weight_EIO.requires_grad_()
         runs = []

@@ -22,10 +22,11 @@ from support.layout_models import backbone_of, config_of
 from torch import Tensor
 
 from moebench.errors import UsageError
+from moebench.experts.bank_pass import BankPass, unit_scale
 from moebench.experts.capacity import Capacity
-from moebench.experts.chain import Chain, chain_loop, unit_scale
 from moebench.experts.feed_forward import ExpertBank
-from moebench.experts.layer import MoELayer
+from moebench.experts.layer import LayerOptions, MoELayer
+from moebench.experts.reference import chain_loop
 from moebench.models.plan import plan_blocks
 from moebench.models.transformer import init_weights
 from moebench.routing.routers.ponder_net import compute_hazards, compute_mean_steps
@@ -46,11 +47,11 @@ def layer_of(name: str, num_experts: int = 4, *, bias: float | None = None, **op
 
 def states(bank: ExpertBank, x_TD: Tensor) -> list[Tensor]:
     """Return h_1 ... h_E of tokens that take all steps."""
-    found = [x_TD]
+    states = [x_TD]
     for step in range(bank.num_experts):
-        read_TD = x_TD if step == 0 else unit_scale(found[-1])
-        found.append(found[-1] + bank.expert(read_TD, step))
-    return found[1:]
+        read_TD = x_TD if step == 0 else unit_scale(states[-1])
+        states.append(states[-1] + bank.expert(read_TD, step))
+    return states[1:]
 
 
 def test_act_by_hand() -> None:
@@ -132,12 +133,11 @@ def test_a_chain_is_the_loop_in_fp64(seed: int) -> None:
     ran_TE = torch.arange(4) < steps_T1
     weight_TE = torch.rand(7, 4, generator=generator, dtype=torch.float64).requires_grad_()
     routing = ChainRouting.from_table(weight_TE, ran_TE)
-    assert isinstance(routing, ChainRouting)
-    chain = Chain(bank, x_TD, None)
-    read = [chain.advance(step, ran_TE[:, step]) for step in range(4)]
+    experts = BankPass(bank, x_TD)
+    read = [experts.advance(step, ran_TE[:, step]) for step in range(4)]
     assert torch.equal(read[3][ran_TE.sum(1) < 4], read[2][ran_TE.sum(1) < 4]), "who has stopped stays where it is"
     leaves = [x_TD, weight_TE, *bank.parameters()]
-    assert_same_gradients(chain.output(routing), chain_loop(bank, x_TD, routing), leaves, rtol=1e-9, atol=1e-9)
+    assert_same_gradients(routing.compute(experts), chain_loop(bank, x_TD, routing), leaves, rtol=1e-9, atol=1e-9)
 
 
 @both
@@ -148,7 +148,7 @@ def test_a_long_chain_of_gated_experts_stays_in_scale(name: str) -> None:
     router = Case(name, 16).router()
     with torch.no_grad():
         router.bias.fill_(-1e4)
-    layer = MoELayer(router, bank, experts_per_token=16, capacity=Capacity(), layer=0)
+    layer = MoELayer(router, bank, LayerOptions(experts_per_token=16))
     y_TD, record = run(layer, Tokens.draw(64), training=True)
     assert record.kept.load_E.tolist() == [64] * 16
     assert 0.1 < y_TD.square().mean().sqrt() < 16
@@ -192,7 +192,7 @@ def geometric_of(hazard_N: list[float], prior: float, num_tokens: int) -> tuple[
     values = []
     for part in range(20):
         cut = {key: value[part::20] for key, value in extras.items()}
-        value = router.losses(replace(record, routing=replace(record.routing, extras=cut)))["geometric"]
+        value = router.losses(replace(record, routing=replace(record.routing, token_extras=cut)))["geometric"]
         values.append(value.item())
     found = torch.tensor(values)
     return found.mean().item(), found.std().item() / 20**0.5

@@ -136,8 +136,8 @@ def test_experts_are_where_the_layout_says(text: Path, tmp_path: Path, where: st
     _, records = model(batch, batch_context(batch, training=True, seed=0))
     halves = ("encoder", "decoder") if where == "both" else (where,)
     names = [f"{half}.{block}" for half in halves for block in range(2)]
-    assert [record.layer for record in records] == names
-    assert [layer.name for layer in model.backbone.moe_layers()] == names
+    assert [str(record.layer) for record in records] == names
+    assert [str(layer.name) for layer in model.backbone.moe_layers()] == names
     lengths = {"encoder": batch.input_BL.shape[1], "decoder": batch.target_BP.shape[1]}
     assert [record.routing.num_tokens for record in records] == [3 * lengths[name.split(".")[0]] for name in names]
     dense, _ = model_of(config_of(text, "dense", layout=layout, model={"ffn_width": 64}), tmp_path)

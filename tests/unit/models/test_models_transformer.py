@@ -6,10 +6,11 @@ from support.cases import randomise_parameters
 
 from moebench.config import resolve
 from moebench.experts.feed_forward import FeedForward
-from moebench.models.attention import Attention, rotate, rotation
+from moebench.models.attention import Attention, rotary_table, rotate
 from moebench.models.build import build_backbone
 from moebench.models.transformer import BatchContext, Transformer, init_weights
 from moebench.routing.context import DataSummary
+from moebench.routing.layer_name import LayerName
 from moebench.schema import CellConfig
 
 CPU = torch.device("cpu")
@@ -45,7 +46,7 @@ def batch(*, training: bool = False, seed: int = 0, step: int = 0, size: tuple[i
 def test_rotary_attention_depends_on_the_distance_alone(first: int, second: int, shift: int, width: int) -> None:
     generator = torch.Generator().manual_seed(first * 41 + second)
     query, key = torch.randn(2, width, generator=generator, dtype=torch.float64)
-    cos, sin = (table.double() for table in rotation(100, width, 100.0, CPU))
+    cos, sin = (table.double() for table in rotary_table(100, width, 100.0, CPU))
 
     def score(at: int, to: int) -> torch.Tensor:
         turned = rotate(query, cos[at], sin[at]), rotate(key, cos[to], sin[to])
@@ -56,7 +57,7 @@ def test_rotary_attention_depends_on_the_distance_alone(first: int, second: int,
 
 def test_rotation_keeps_lengths_and_leaves_position_0_alone() -> None:
     x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
-    cos, sin = rotation(5, 4, 10000.0, CPU)
+    cos, sin = rotary_table(5, 4, 10000.0, CPU)
     turned = rotate(x, cos, sin)
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
     assert torch.equal(turned[:, 0], x[:, 0])
@@ -95,7 +96,7 @@ def test_attention_does_not_mix_sequences() -> None:
 def test_every_n_places_experts_in_the_last_of_n(n: int, places: list[int]) -> None:
     backbone = backbone_of(config_of(layout={"n": n}))
     _, records = backbone(torch.randn(2, 6, 8), batch())
-    assert [record.layer for record in records] == places
+    assert [record.layer for record in records] == [LayerName(place) for place in places]
     assert len(backbone.moe_layers()) == len(places)
 
 
@@ -141,7 +142,7 @@ def test_initial_scale_of_an_expert_is_that_of_a_dense_network() -> None:
 
 
 def draws(ctx: BatchContext, layer: int) -> list[float]:
-    return torch.rand(4, generator=ctx.route(layer, 6, CPU).generator).tolist()
+    return torch.rand(4, generator=ctx.route(LayerName(layer), 6, CPU).generator).tolist()
 
 
 def test_router_noise_belongs_to_seed_step_and_layer() -> None:
@@ -162,7 +163,7 @@ def test_each_layer_gets_tokens_in_the_order_of_the_batch() -> None:
         token_id_BL=torch.tensor([[1, 2, 3], [4, 5, 6]]),
         valid_BL=valid_BL,
         domain_B=torch.tensor([7, 8]),
-    ).route(0, 3, CPU)
+    ).route(LayerName(), 3, CPU)
     assert ctx.token_id_T is not None
     assert ctx.valid_T is not None
     assert ctx.domain_T is not None

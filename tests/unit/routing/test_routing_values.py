@@ -12,13 +12,13 @@ from moebench.routing.values import LayerRecord, Routing
 
 def route_two_tokens() -> Routing:
     """Route token 0 to experts 2 and 0, token 1 to experts 2 and 1."""
-    return Routing.from_top_k(
+    routing = Routing.from_top_k(
         torch.tensor([[2, 0], [2, 1]]),
         torch.tensor([[0.7, 0.3], [0.6, 0.4]]),
         num_experts=4,
-        priority_TK=torch.tensor([[9, 7], [8, 6]]),
-        extras={"x": torch.ones(1)},
+        token_extras={"x": torch.tensor([5.0, 6.0])},
     )
+    return dataclasses.replace(routing, priority_N=torch.tensor([9, 7, 8, 6]), extras={"mean": torch.ones(1)})
 
 
 def test_from_top_k_lists_assignments_by_token() -> None:
@@ -41,6 +41,7 @@ def test_masked_assignments_are_not_counted() -> None:
     assert kept.load_E.sum() == 2
     assert kept.experts_per_token_T.tolist() == [0, 2]
     assert kept.extras is routing.extras
+    assert kept.token_extras is routing.token_extras
     assert routing.kept_N is None, "keep() returns a new value"
     assert LayerRecord(routing=routing, kept=kept).num_dropped == 2
     fewer = kept.keep(torch.tensor([True, False, True, False]))

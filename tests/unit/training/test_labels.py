@@ -15,6 +15,7 @@ from support.training_cases import Run, tiny_config, write_text
 
 from moebench.errors import UsageError
 from moebench.ranks import SINGLE_RANK
+from moebench.routing.layer_name import LayerName
 from moebench.routing.metrics import label_information, label_parts
 from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.values import ChainRouting, LayerRecord, Routing
@@ -118,8 +119,8 @@ def test_each_half_is_asked_for_its_own_labels() -> None:
     counts = LabelCounts([kind, LabelKind(name="one", values=("all",), read=lambda batch: batch.input_BL * 0)])
     for _ in range(2):
         records = [
-            record("encoder.0", routing_of([[0], [1], [1]], 2), 3),
-            record("decoder.0", routing_of([[0], [1]], 2), 2),
+            record(LayerName(0, "encoder"), routing_of([[0], [1], [1]], 2), 3),
+            record(LayerName(0, "decoder"), routing_of([[0], [1]], 2), 2),
         ]
         counts.add(batch, records)
     found = counts.over(SINGLE_RANK)
@@ -129,7 +130,7 @@ def test_each_half_is_asked_for_its_own_labels() -> None:
     assert information(found) == {"load/information/token": pytest.approx(1.0)}
 
 
-def record(layer: str, routing: Routing, length: int) -> LayerRecord:
+def record(layer: LayerName, routing: Routing, length: int) -> LayerRecord:
     return LayerRecord(layer=layer, routing=routing, kept=routing, sequence_length=length)
 
 
@@ -137,16 +138,16 @@ def test_a_label_that_no_layer_sees_twice_is_left_out() -> None:
     table = LabelTable(values=("a", "b"), layers={"0": torch.tensor([[3.0, 1.0], [0.0, 0.0]])})
     assert table.information == {}
     counts = LabelCounts([LabelKind(name="same", values=("a", "b"), read=lambda batch: batch.input_BL * 0)])
-    counts.add(batch_of(torch.ones(1, 2).long()), [record("0", routing_of([[0], [1]], 2), 2)])
+    counts.add(batch_of(torch.ones(1, 2).long()), [record(LayerName(), routing_of([[0], [1]], 2), 2)])
     assert counts.over(SINGLE_RANK) == {}
 
 
 def test_a_process_without_sequences_counts_nothing() -> None:
     counts = LabelCounts([position_label_kind()])
     empty = Routing.from_top_k(torch.zeros(0, 1).long(), torch.zeros(0, 1), num_experts=2)
-    counts.add(batch_of(torch.zeros(0, 16).long()), [record("0", empty, 16)])
-    assert counts.tables["0"].shape == (8, 2)
-    assert not counts.tables["0"].any()
+    counts.add(batch_of(torch.zeros(0, 16).long()), [record(LayerName(), empty, 16)])
+    assert counts.tables[LayerName()].shape == (8, 2)
+    assert not counts.tables[LayerName()].any()
 
 
 def evaluated(config, folder: Path) -> Evaluation:

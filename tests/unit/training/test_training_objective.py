@@ -7,6 +7,7 @@ from moebench.training.evaluation import batch_context, evaluate
 from support.training_cases import Run, Watched, tiny_config, write_text
 
 from moebench.ranks import SINGLE_RANK
+from moebench.routing.layer_name import LayerName
 from moebench.routing.values import LayerRecord, Routing
 from moebench.schema import TrainConfig
 from moebench.tasks.task import Batch
@@ -93,7 +94,7 @@ def collapsed(layer: int, expert: int) -> LayerRecord:
     scores_TE = torch.nn.functional.one_hot(torch.full((6,), expert), 3).float()
     expert_TK = torch.full((6, 1), expert)
     routing = Routing.from_top_k(expert_TK, torch.ones(6, 1), num_experts=3, scores_TE=scores_TE)
-    return LayerRecord(layer=layer, routing=routing, kept=routing)
+    return LayerRecord(layer=LayerName(layer), routing=routing, kept=routing)
 
 
 def test_layers_are_averaged_and_never_pooled() -> None:

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from moebench.compatibility import check_cell
-from moebench.experts.bank_pass import BankPass
 from support.cases import D_MODEL, Case, Tokens, build_context, merge_loop, randomise_parameters, route, run
 from support.layout_models import backbone_of, batch, config_of
 from support.training_cases import tiny_config, write_text
@@ -16,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moebench.errors import UsageError
 from moebench.experts.bank import merge_weights
+from moebench.experts.bank_pass import BankPass
 from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.mixed import DeepBank
 from moebench.models.transformer import init_weights

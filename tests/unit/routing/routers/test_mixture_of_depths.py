@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from moebench.experts.reference import double_loop
 from support.cases import D_MODEL, Case, Tokens, randomise_parameters, run
 from support.layout_models import LENGTH, backbone_of, batch, config_of
 
 from moebench.errors import UsageError
 from moebench.experts.feed_forward import FeedForward
 from moebench.experts.layer import MoELayer
+from moebench.experts.reference import double_loop
 from moebench.models.cost import cost_of
 
 
@@ -83,7 +83,7 @@ def test_membership_by_hand() -> None:
     _, record = run(layer_of(share=0.5), Tokens.draw(8), training=True)
     logit_T = torch.tensor([2.0, -1.0]).log()[:1].expand(4)  # p = 2/3 for all four, two of which are selected
     extras = {"predicted_T": logit_T, "first_T": torch.tensor([True, True, False, False])}
-    routing = dataclasses.replace(record.routing, extras=extras, num_tokens=4)
+    routing = dataclasses.replace(record.routing, token_extras=extras, num_tokens=4)
     loss = router.losses(dataclasses.replace(record, routing=routing))["membership"]
     assert loss.item() == pytest.approx(-(math.log(2 / 3) + math.log(1 / 3)) / 2)
 

@@ -12,6 +12,7 @@ from moebench.experts.layer import MoELayer
 from moebench.models.transformer import Transformer
 from moebench.routing.features.networkless_experts import NetworklessExperts
 from moebench.routing.features.previous_logits import PreviousLogits
+from moebench.routing.layer_name import LayerName
 from moebench.routing.losses import load_balance
 from moebench.routing.routers.moe_plus_plus import MoEPlusPlus
 from moebench.routing.values import LayerRecord, Routing
@@ -130,7 +131,7 @@ def test_zero_and_copy_experts_by_hand() -> None:
         layer.router.gate.weight_ED.zero_()
         layer.router.gate.weight_ED[2:] = torch.tensor([[2.0], [1.0]])
     x_TD = x_TD.abs()
-    ctx = batch(training=False, size=1, length=6)[1].route(0, 6, x_TD.device)
+    ctx = batch(training=False, size=1, length=6)[1].route(LayerName(), 6, x_TD.device)
     y_TD, record = layer(x_TD, ctx)
     assert record.routing.load_E.tolist() == [0, 0, 6, 6]
     torch.testing.assert_close(y_TD, record.routing.scores_TE[:, 3:] * x_TD)
