@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from moebench.training.evaluation import batch_context
 from support.cases import Case, Tokens, route, run
 from support.training_cases import tiny_config, write_text
 from torch import Tensor
@@ -18,6 +17,7 @@ from moebench.ranks import Span
 from moebench.routing.composite import GroupedRouter
 from moebench.routing.router import ROUTERS, RouterBuildContext
 from moebench.training.batches import build_loss_normalizer
+from moebench.training.evaluation import batch_context
 from moebench.training.model import initialised_model, model_cost, prepare_task
 from moebench.training.module import CellModule
 from moebench.training.objective import divergence
