@@ -32,9 +32,8 @@ def sync(
     if json:
         print(json_module.dumps(asdict(report)))
     else:
-        print(
-            f"{report.values} values of {report.runs} runs sent to {redact_credentials(tracker or default_uri(results))}"
-        )
+        address = redact_credentials(tracker or default_uri(results))
+        print(f"{report.values} values of {report.runs} runs sent to {address}")
         for problem in report.problems:
             print(f"not sent: {problem}", file=sys.stderr)
     if report.problems:

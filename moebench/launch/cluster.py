@@ -83,7 +83,7 @@ class ClusterLauncher:
     patience_s = 2.0
 
     def __init__(self, given: Given, wire: Wire) -> None:
-        self.process_info = given.place
+        self.process_info = given.process_info
         self.wire = wire
         self.pulses = [Pulse(wire, rank) for rank in range(1, given.process_info.world_size)]
         self.numbers = count()
@@ -112,13 +112,13 @@ class ClusterLauncher:
         """Start the processes of a cell: the first here, the others by a word."""
         folder = RunFolder.of(results, cell.id).path
         if self.process_info.world_size == 1:
-            return [NearMember(folder, results, ONLY)]
+            return [NearMember(folder, results, SINGLE_PROCESS)]
         number = next(self.numbers)
-        place = replace(self.process_info, namespace=f"{self.process_info.namespace}/cell/{number}")
+        process_info = replace(self.process_info, namespace=f"{self.process_info.namespace}/cell/{number}")
         word = {"folder": str(folder.absolute()), "results": str(results.absolute()), "meeting": process_info.namespace}
         self.wire.say(f"word/{number}", word)
         far = [FarMember(self.wire, number, pulse) for pulse in self.pulses]
-        return [NearMember(folder, results, place), *far]
+        return [NearMember(folder, results, process_info), *far]
 
     def release(self, cell: Cell) -> None:
         """Nothing: each program has its GPU for good."""
@@ -169,7 +169,7 @@ def follow(given: Given) -> int:
 
 class _Follower:
     def __init__(self, given: Given, wire: Wire) -> None:
-        self.process_info = given.place
+        self.process_info = given.process_info
         self.wire = wire
         self.leader = Pulse(wire, 0)
         self.signals: list[int] = []
@@ -190,8 +190,8 @@ class _Follower:
 
     def _take_part(self, word: dict[str, Any], key: str) -> None:
         """Run this program's process of a cell; its end, and what it says, is told to the first."""
-        place = replace(self.process_info, namespace=word["meeting"])
-        member = NearMember(Path(word["folder"]), Path(word["results"]), place)
+        process_info = replace(self.process_info, namespace=word["meeting"])
+        member = NearMember(Path(word["folder"]), Path(word["results"]), process_info)
         told, asked = None, False
         try:
             while not member.has_ended:

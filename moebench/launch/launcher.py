@@ -68,7 +68,7 @@ class LocalLauncher:
         folder, size = RunFolder.of(results, cell.id).path, cell.config.parallel.world_size
         devices = self.devices.lend(cell.id, size) if uses_gpu(cell.config.train) else ()
         if size == 1:
-            return [NearMember(folder, results, ONLY, devices)]
+            return [NearMember(folder, results, SINGLE_PROCESS, devices)]
         self.store = self.store or _store_for_this_machine()
         meeting = f"{cell.id}/{uuid.uuid4().hex}"
         process_infos = [
@@ -83,7 +83,7 @@ class LocalLauncher:
             )
             for rank in range(size)
         ]
-        return [NearMember(folder, results, place, devices) for place in places]
+        return [NearMember(folder, results, process_info, devices) for process_info in process_infos]
 
     def release(self, cell: Cell) -> None:
         """Take back the cell's GPUs."""

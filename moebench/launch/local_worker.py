@@ -52,7 +52,7 @@ class NearMember:
         self.pipe: Connection = ours
         self.process = CONTEXT.Process(
             target=_enter,
-            args=(str(folder), str(results), place, tuple(devices), theirs),
+            args=(str(folder), str(results), process_info, tuple(devices), theirs),
             name=f"rank {process_info.rank}",
             daemon=True,
         )
@@ -155,4 +155,4 @@ def _enter(path: str, results: str, process_info: ProcessInfo, devices: tuple[st
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)  # read when CUDA is used for the first time: not yet
     from moebench.launch.worker import run_cell
 
-    run_cell(path, results, place, pipe)
+    run_cell(path, results, process_info, pipe)

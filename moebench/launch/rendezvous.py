@@ -32,7 +32,7 @@ class Wire:
     """One program's end of the line; it beats like a heart from the start to `close`."""
 
     def __init__(self, given: Given) -> None:
-        place = given.place
+        process_info = given.process_info
         self.rank = process_info.rank
         self.world_size = process_info.world_size
         where = f"{process_info.store_host}:{process_info.store_port}"

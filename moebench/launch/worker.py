@@ -9,7 +9,6 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,8 +28,7 @@ from moebench.runs.folder import RunFolder, write_atomically, write_json
 from moebench.runs.recorder import RunRecorder
 from moebench.runs.result import RunResult
 from moebench.schema import CellConfig
-from moebench.training.callback import Recorder, RunContext
-from moebench.training.label_tables import LabelTable
+from moebench.training.callback import RunContext
 from moebench.training.model import prepare_task
 from moebench.training.train import select_device, train_cell
 
@@ -81,25 +79,6 @@ class RunnerLink:
                 self.pipe.send(news)
 
 
-class NoRecorder:
-    """What the other processes than the first record: nothing, since they know the same."""
-
-    def append(self, step: int, metrics: dict[str, float]) -> None:
-        """Nothing."""
-
-    def record_load(self, step: int, layers: dict[str, list[int]]) -> None:
-        """Nothing."""
-
-    def record_labels(self, step: int, tables: Mapping[str, LabelTable]) -> None:
-        """Nothing."""
-
-    def flush(self) -> None:
-        """Nothing."""
-
-    def truncate_after(self, step: int) -> None:
-        """Nothing."""
-
-
 def run_cell(path: str, results: str, process_info: ProcessInfo, pipe: Connection) -> NoReturn:
     """Train the cell whose folder is `path`, as one of its processes: the entry point of a worker."""
     # Both reach the whole group, from a terminal or a batch system; the runner decides. Blocked, not ignored: lightning
@@ -115,7 +94,7 @@ def run_cell(path: str, results: str, process_info: ProcessInfo, pipe: Connectio
         with FileLock(folder.path / ".lock", timeout=0) if process_info.rank == 0 else contextlib.nullcontext():
             # Done by another runner since ours looked: not again.
             found = process_info.rank == 0 and folder.state() == "done"
-            link.end({"status": "found", "error": None} if found else _train(folder, Path(results), place, link))
+            link.end({"status": "found", "error": None} if found else _train(folder, Path(results), process_info, link))
     except Timeout:
         link.end({"status": "busy", "error": "another process is training this cell"})
     except SystemExit as error:
@@ -139,7 +118,7 @@ def _train(folder: RunFolder, results: Path, process_info: ProcessInfo, link: Ru
         for plugin in cell["plugins"]:
             load_plugin(plugin)
         config = resolve(cell["config"])
-        result = _train_logged(config, cell, folder, results, place, link)
+        result = _train_logged(config, cell, folder, results, process_info, link)
         if result is not None and process_info.rank == 0:
             write_json(folder.result, result.to_dict())
     except (Exception, CheckpointException) as error:
@@ -166,8 +145,11 @@ def _train_logged(
     task = prepare_task(config, results)
     if process_info.has_group and process_info.num_nodes == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())  # whatever this machine's name leads to
-    device = select_device(config.train, place)
-    with _recorder(folder, place) as recorder, open_mesh(config.parallel, place, device) as mesh:
+    device = select_device(config.train, process_info)
+    with (
+        RunRecorder(folder if process_info.rank == 0 else None) as recorder,
+        open_mesh(config.parallel, process_info, device) as mesh,
+    ):
         context = RunContext(
             recorder=recorder,
             checkpoints=folder.checkpoints,
@@ -175,15 +157,6 @@ def _train_logged(
             should_stop=link.stop.is_set,
         )
         return train_cell(config, task, context, cell_id=cell["id"], arm=cell["arm"], mesh=mesh)
-
-
-@contextlib.contextmanager
-def _recorder(folder: RunFolder, process_info: ProcessInfo) -> Iterator[Recorder]:
-    if process_info.rank > 0:
-        yield NoRecorder()
-        return
-    with RunRecorder(folder) as recorder:
-        yield recorder
 
 
 def _loopback() -> str:

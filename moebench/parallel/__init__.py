@@ -1,1 +1,1 @@
-"""Many processes: the mesh, the exchange of rows, gradients, checkpoints that any number of processes can load."""
+"""Parallel training: mesh, collectives, expert sharding and exchange, gradients, checkpoints for any mesh size."""

@@ -1,4 +1,4 @@
-"""Sums and gathers over processes, differentiable: what losses and layers call through `routing.ranks.Ranks`."""
+"""Differentiable collectives: the sums, gathers and all-to-alls that losses and expert layers need."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,20 +13,20 @@ from moebench.ranks import check_device
 
 @dataclass(frozen=True, eq=False)
 class GroupRanks:
-    """The processes of a group."""
+    """The `Ranks` of a process group."""
 
     group: dist.ProcessGroup
     device: torch.device | None = None
-    """Where the values of this process must be; None: anywhere."""
+    """Device that values must be on; None: any."""
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of processes in the group."""
         return self.group.size()
 
     @property
     def rank(self) -> int:
-        """Which of them this one is."""
+        """Rank within the group."""
         return self.group.rank()
 
     def sum(self, value: Tensor) -> Tensor:
@@ -36,12 +36,12 @@ class GroupRanks:
         return summed
 
     def gather(self, value_T: Tensor) -> Tensor:
-        """Return the values of all ranks, joined; see `Ranks.gather`."""
+        """Return the values of all ranks, concatenated; see `Ranks.gather`."""
         check_device(value_T, self.device)
         if value_T.dtype == torch.bool:
             return self.gather(value_T.to(torch.uint8)).bool()
-        joined: Tensor = _Gather.apply(value_T, self.group)  # type: ignore[no-untyped-call]
-        return joined
+        gathered: Tensor = _Gather.apply(value_T, self.group)  # type: ignore[no-untyped-call]
+        return gathered
 
 
 class _Sum(torch.autograd.Function):
@@ -63,17 +63,20 @@ class _Sum(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """Join along the first dimension; the gradient of a rank's part is the sum of what all ranks say about it."""
+    """Concatenation over ranks along the first dimension; lengths may differ.
+
+    The gradient of a rank's part is the sum over ranks of the gradients of that part.
+    """
 
     @staticmethod
     def forward(ctx: Any, value_T: Tensor, group: dist.ProcessGroup) -> Tensor:
-        lengths = _lengths(value_T, group)
+        lengths = _gather_lengths(value_T, group)
         ctx.group, ctx.start, ctx.length = group, sum(lengths[: group.rank()]), value_T.shape[0]
         padded_T = value_T.new_zeros(max(lengths), *value_T.shape[1:])
         padded_T[: value_T.shape[0]] = value_T
         all_WT = value_T.new_empty(group.size(), *padded_T.shape)
         dist.all_gather_into_tensor(all_WT.flatten(0, 1), padded_T, group=group)
-        return torch.cat([own_T[:length] for own_T, length in zip(all_WT, lengths, strict=True)])
+        return torch.cat([rank_T[:length] for rank_T, length in zip(all_WT, lengths, strict=True)])
 
     @staticmethod
     @once_differentiable
@@ -83,97 +86,99 @@ class _Gather(torch.autograd.Function):
         return summed_T[ctx.start : ctx.start + ctx.length], None
 
 
-def _lengths(value_T: Tensor, group: dist.ProcessGroup) -> list[int]:
+def _gather_lengths(value_T: Tensor, group: dist.ProcessGroup) -> list[int]:
     length = torch.tensor([value_T.shape[0]], device=value_T.device)
     lengths = length.new_empty(group.size())
     dist.all_gather_into_tensor(lengths, length, group=group)
     return [int(number) for number in lengths.tolist()]
 
 
-class AsyncAllToAll:
-    """Rows on their way between processes: `start` sends, `finish` waits; what is done between costs no time.
+class AllToAllObserver:
+    """Issues all-to-alls; a subclass measures them (see `parallel.traffic`)."""
 
-    Backward the same way in the other direction: the gradient starts where the rows were waited for and is waited
-    for where they were sent, so that whatever was computed between is differentiated while it travels.
+    def all_to_all(
+        self, out_RI: Tensor, x_RI: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup
+    ) -> Any:
+        """Start an all-to-all and return its work handle, or None when it has finished."""
+        return dist.all_to_all_single(out_RI, x_RI, receive, send, group=group, async_op=True)
+
+
+class AsyncAllToAll:
+    """One all-to-all of rows that overlaps with the computation between `start` and `finish`.
+
+    The backward pass overlaps too: the gradient is sent back in the backward of `finish` and awaited in the backward
+    of `start`, so that the computation between them is differentiated while the gradient is in flight.
     """
 
-    def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup, watch: "Watch") -> None:
-        """`send` and `receive`: rows for and from each process."""
-        self.send, self.receive, self.group, self.watch = send, receive, group, watch
+    def __init__(
+        self, send: list[int], receive: list[int], group: dist.ProcessGroup, observer: AllToAllObserver
+    ) -> None:
+        """`send` and `receive`: number of rows for and from each process of the group."""
+        self.send, self.receive, self.group, self.observer = send, receive, group, observer
         self.work: Any = None
         self.gradient_RI: Tensor | None = None
 
     def start(self, x_RI: Tensor) -> Tensor:
-        """Send the rows; what is returned may be read after `finish` alone."""
+        """Send the rows; the returned tensor must not be read before `finish`."""
         received: Tensor = _Start.apply(x_RI, self)  # type: ignore[no-untyped-call]
         return received
 
     def finish(self, x_RI: Tensor) -> Tensor:
-        """Wait for the rows and return them."""
+        """Wait for the rows of `start` and return them."""
         received: Tensor = _Finish.apply(x_RI, self)  # type: ignore[no-untyped-call]
         return received
 
     def __call__(self, x_RI: Tensor) -> Tensor:
-        """Send the rows and return what came."""
+        """Send the rows and return the received ones, without overlap."""
         return self.finish(self.start(x_RI))
 
-    def issue(self, x_RI: Tensor, *, back: bool) -> Tensor:
-        """Begin an all-to-all; `back`: from the receivers to the senders."""
-        to_send, to_receive = (self.receive, self.send) if back else (self.send, self.receive)
+    def issue(self, x_RI: Tensor, *, is_backward: bool) -> Tensor:
+        """Start the all-to-all, in the backward pass from the receivers to the senders."""
+        to_send, to_receive = (self.receive, self.send) if is_backward else (self.send, self.receive)
         out_RI = x_RI.new_empty(sum(to_receive), *x_RI.shape[1:])
-        self.work = self.watch.all_to_all(out_RI, x_RI.contiguous(), to_receive, to_send, self.group)
+        self.work = self.observer.all_to_all(out_RI, x_RI.contiguous(), to_receive, to_send, self.group)
         return out_RI
 
-    def returned(self) -> Tensor:
-        """Wait for the gradient that comes back and return it."""
+    def take_gradient(self) -> Tensor:
+        """Wait for the gradient of the sent rows and return it."""
         assert self.gradient_RI is not None
         self.wait()
         gradient_RI, self.gradient_RI = self.gradient_RI, None
         return gradient_RI
 
     def wait(self) -> None:
-        """Wait for the all-to-all that was begun last."""
+        """Wait for the all-to-all that was issued last."""
         if self.work is not None:
             self.work.wait()
         self.work = None
 
 
-class Watch:
-    """How an all-to-all is issued; `parallel.traffic` measures it."""
-
-    def all_to_all(
-        self, out_RI: Tensor, x_RI: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup
-    ) -> Any:
-        """Issue it and return what to wait for, None when nothing is left to wait for."""
-        return dist.all_to_all_single(out_RI, x_RI, receive, send, group=group, async_op=True)
-
-
 class _Start(torch.autograd.Function):
-    """The first half of an all-to-all."""
+    """The sending half of an all-to-all."""
 
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, travel: AsyncAllToAll) -> Tensor:
-        ctx.travel = travel
-        return travel.issue(x_RI, back=False)
+    def forward(ctx: Any, x_RI: Tensor, exchange: AsyncAllToAll) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.issue(x_RI, is_backward=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RI: Tensor) -> tuple[Tensor, None]:
-        return ctx.travel.returned(), None
+        return ctx.exchange.take_gradient(), None
 
 
 class _Finish(torch.autograd.Function):
-    """The second half."""
+    """The waiting half of an all-to-all."""
 
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, travel: AsyncAllToAll) -> Tensor:
-        ctx.travel = travel
-        travel.wait()
+    def forward(ctx: Any, x_RI: Tensor, exchange: AsyncAllToAll) -> Tensor:
+        ctx.exchange = exchange
+        exchange.wait()
         return x_RI.view_as(x_RI)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RI: Tensor) -> tuple[Tensor, None]:
-        ctx.travel.gradient_RI = ctx.travel.issue(grad_RI, back=True)
-        # What travels has another shape than what autograd expects here, so it goes round: see `returned`.
+        ctx.exchange.gradient_RI = ctx.exchange.issue(grad_RI, is_backward=True)
+        # The gradient in flight has another shape than autograd expects here: it bypasses it, see `take_gradient`.
         return grad_RI.new_zeros(()).expand(grad_RI.shape), None

@@ -1,4 +1,4 @@
-"""The way of rows to experts that live in other processes, and back."""
+"""Expert parallelism: rows travel to the processes that hold their experts, and the results travel back."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,68 +15,68 @@ from moebench.parallel.traffic import Traffic
 
 
 class ExpertExchange:
-    """Rows sorted by expert go to the process of their expert by an all-to-all with uneven parts, and come back.
+    """Dispatches rows, sorted by expert, to the processes of an expert group by all-to-all, and combines the results.
 
-    Process p of the group has the experts p·e ... (p+1)·e - 1. What it receives it sorts by expert, within an expert
-    by process and so by token: the order in which one process alone would compute them.
+    Process p of the group holds experts p·e ... (p+1)·e - 1. It sorts the rows that it receives by expert and, for one
+    expert, by sender, which is the order of tokens: the order in which a single process computes them.
     """
 
     def __init__(self, group: dist.ProcessGroup, traffic: Traffic, *, overlap: bool) -> None:
-        """`overlap`: call `while_in_flight` while the rows travel, else behind."""
+        """`overlap`: call `while_in_flight` while the rows are in flight, else after the experts."""
         self.group = group
         self.traffic = traffic
         self.overlap = overlap
 
     def count_sent_rows(self, rows_E: Tensor) -> int:
-        """Return how many rows leave this process, of `rows_E` for each expert."""
+        """Count the rows that this process sends to others, given its rows for each expert."""
         rows_WE = rows_E.view(self.group.size(), -1)
         return int(rows_WE.sum() - rows_WE[self.group.rank()].sum())
 
     def count_local_rows(self, rows_E: Tensor) -> int:
-        """Return how many rows are for the experts of this process, of `rows_E` for each expert."""
+        """Count the rows for experts of this process, given the rows for each expert."""
         return int(rows_E.view(self.group.size(), -1)[self.group.rank()].sum())
 
     def __call__(
         self, compute: Compute, x_RI: Tensor, load_E: Tensor, while_in_flight: Callable[[], None] | None = None
     ) -> Tensor:
-        """Return y_RO, each row computed where its expert is; rows behind the last expert's come back as 0."""
+        """Compute each row with its expert, wherever that is, and return y_RO; rows beyond the load come back as 0."""
         size = self.group.size()
         sent_WE = load_E.view(size, -1)
         received_WE = torch.empty_like(sent_WE)
         dist.all_to_all_single(received_WE, sent_WE.contiguous(), group=self.group)
-        # The lengths of the parts must be known on the host: the one wait for a GPU in each layer.
+        # The host must know how many rows to send and receive: each layer's only synchronization with the GPU.
         counts = torch.stack([sent_WE.sum(1), received_WE.sum(1)]).tolist()
         send, receive = [int(n) for n in counts[0]], [int(n) for n in counts[1]]
-        travel = AsyncAllToAll(send, receive, self.group, self.traffic)
-        started = travel.start(x_RI[: sum(send)])
+        dispatch = AsyncAllToAll(send, receive, self.group, self.traffic)
+        in_flight_RI = dispatch.start(x_RI[: sum(send)])
         if while_in_flight is not None and self.overlap:
             while_in_flight()
-        by_expert_R = _by_expert(received_WE)
+        by_expert_R = _order_by_expert(received_WE)
         by_process_R = torch.empty_like(by_expert_R)
         by_process_R[by_expert_R] = torch.arange(len(by_expert_R), device=by_expert_R.device)
-        rows_RI = permuted(travel.finish(started), by_expert_R, by_process_R)
-        y_RO = permuted(compute(rows_RI, received_WE.sum(0)), by_process_R, by_expert_R)
+        rows_RI = permute_rows(dispatch.finish(in_flight_RI), by_expert_R, by_process_R)
+        y_RO = permute_rows(compute(rows_RI, received_WE.sum(0)), by_process_R, by_expert_R)
         if while_in_flight is not None and not self.overlap:
             while_in_flight()
-        y_RO = AsyncAllToAll(receive, send, self.group, self.traffic)(y_RO)
-        return functional.pad(y_RO, (0, 0, 0, x_RI.shape[0] - sum(send)))
+        combine = AsyncAllToAll(receive, send, self.group, self.traffic)
+        return functional.pad(combine(y_RO), (0, 0, 0, x_RI.shape[0] - sum(send)))
 
 
-def _by_expert(received_WE: Tensor) -> Tensor:
-    """Return the order that sorts rows by expert which lie by process, within a process by expert."""
+def _order_by_expert(received_WE: Tensor) -> Tensor:
+    """Return the stable order by expert of rows that are sorted by process and, within a process, by expert."""
     num_processes, num_experts = received_WE.shape
     expert_WE = torch.arange(num_experts, device=received_WE.device).repeat(num_processes)
     return expert_WE.repeat_interleave(received_WE.flatten()).argsort(stable=True)
 
 
-def permuted(x_RI: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
-    """Return the rows in another order; the gradient comes by a gather too, not by a scatter."""
-    rows_RI: Tensor = _Permuted.apply(x_RI, order_R, inverse_R)  # type: ignore[no-untyped-call]
+def permute_rows(x_RI: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
+    """Return the rows in the given order; the gradient is a gather as well, by the inverse order."""
+    rows_RI: Tensor = _PermuteRows.apply(x_RI, order_R, inverse_R)  # type: ignore[no-untyped-call]
     return rows_RI
 
 
-class _Permuted(torch.autograd.Function):
-    """Rows in a given order."""
+class _PermuteRows(torch.autograd.Function):
+    """Gather of all rows by an order, whose backward gathers by the inverse instead of scattering."""
 
     @staticmethod
     def forward(ctx: Any, x_RI: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:

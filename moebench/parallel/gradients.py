@@ -1,4 +1,4 @@
-"""Gradients of many processes: experts' summed and divided, one norm over everything, clipped alike."""
+"""Gradients across processes: averaging those of sharded experts, and clipping by one global norm."""
 
 from collections.abc import Iterable
 
@@ -11,23 +11,23 @@ from moebench.parallel.mesh import Mesh
 
 
 def average_expert_gradients(parameters: Iterable[nn.Parameter], mesh: Mesh) -> None:
-    """Make the gradients of spread experts the mean over processes of their losses' gradients, as DDP's are.
+    """Average the gradients of sharded experts over all processes, as DDP averages the others.
 
-    After the backward pass each holds the sum over its row of the mesh: the copies in the other rows are added, and
-    the sum is divided by the number of processes, not of copies.
+    The backward pass leaves the sum over a row of the mesh in each gradient. The sums of the other rows are added and
+    the total is divided by the number of processes, not by the number of copies.
     """
     grads = []
     for parameter in parameters:
         if not isinstance(parameter, DTensor):
             continue
-        if parameter.grad is None:  # it takes part all the same: the others wait for it
+        if parameter.grad is None:  # the other processes of the column still wait for its part of the all-reduce
             parameter.grad = torch.zeros_like(parameter)
         assert isinstance(parameter.grad, DTensor)
         grads.append(parameter.grad.to_local())
     if not grads:
         return
     if mesh.config.data > 1:
-        flat = torch.cat([grad.flatten() for grad in grads])  # one exchange for all
+        flat = torch.cat([grad.flatten() for grad in grads])  # one all-reduce for all of them
         dist.all_reduce(flat, group=mesh.replica_group)
         for grad, summed in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
             grad.copy_(summed.view_as(grad))
@@ -36,19 +36,19 @@ def average_expert_gradients(parameters: Iterable[nn.Parameter], mesh: Mesh) -> 
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Clip the norm of the whole gradient, every parameter counted once wherever it lies; return it as it was.
+    """Clip the gradient by its norm over all parameters, and return the norm before clipping.
 
-    The norm is the same on every process.
+    Every parameter counts once, sharded or not; the norm is the same on every process.
     """
     with_grad = [parameter for parameter in parameters if parameter.grad is not None]
-    spread = [parameter for parameter in with_grad if isinstance(parameter, DTensor)]
-    copied = [parameter for parameter in with_grad if not isinstance(parameter, DTensor)]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in copied if p.grad is not None])
-    if spread:
-        of_experts = torch.nn.utils.get_total_norm([p.grad for p in spread if p.grad is not None])
-        whole = of_experts.full_tensor() if isinstance(of_experts, DTensor) else of_experts
-        norm = (norm.square() + whole.square()).sqrt()
-    for group in (copied, spread):  # apart: the fused update of a list takes one kind of tensor
+    sharded = [parameter for parameter in with_grad if isinstance(parameter, DTensor)]
+    replicated = [parameter for parameter in with_grad if not isinstance(parameter, DTensor)]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in replicated if p.grad is not None])
+    if sharded:
+        shard_norm = torch.nn.utils.get_total_norm([p.grad for p in sharded if p.grad is not None])
+        expert_norm = shard_norm.full_tensor() if isinstance(shard_norm, DTensor) else shard_norm
+        norm = (norm.square() + expert_norm.square()).sqrt()
+    for group in (replicated, sharded):  # separately: a fused kernel takes tensors of one type
         if group:
             torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
     return norm

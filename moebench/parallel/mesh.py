@@ -1,4 +1,4 @@
-"""The mesh: data × expert processes, the groups that they form, and what they agree on."""
+"""The device mesh of a run: data × expert processes, and the groups among which they communicate."""
 
 import contextlib
 from collections.abc import Iterator
@@ -21,27 +21,27 @@ from moebench.schema import ParallelConfig
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Mesh:
-    """The processes of a run as a grid: a row holds one copy of the experts, a column the same experts.
+    """The processes of a run as a grid of `parallel.data` rows and `parallel.expert` columns.
 
-    Rank r stands in row r // expert, column r % expert, so that the processes of a row are neighbours, on one node
-    where they fit: rows travel inside a row only.
+    Rank r is in row r // expert and column r % expert. A row holds one copy of the experts and exchanges tokens by
+    all-to-all, so its ranks are consecutive and share a node where they fit. A column holds the same experts.
     """
 
     config: ParallelConfig = field(default_factory=ParallelConfig)
     process_info: ProcessInfo = SINGLE_PROCESS
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     world: Ranks = SINGLE_RANK
-    """All processes, through a communicator of their own: DDP's is busy in the backward pass."""
-    row: dist.ProcessGroup | None = None
-    """The processes that share a copy of the experts; None: this one has all experts."""
-    column: dist.ProcessGroup | None = None
-    """The processes that hold the same experts; None where experts are not spread."""
-    grid: DeviceMesh | None = None
-    """The same for DTensors, with the dimensions data and expert."""
+    """All processes, with a communicator of their own: DDP's is busy in the backward pass."""
+    expert_group: dist.ProcessGroup | None = None
+    """The row of this process, which shares one copy of the experts; None: this process has all experts."""
+    replica_group: dist.ProcessGroup | None = None
+    """The column of this process, which holds the same experts; None where experts are not sharded."""
+    device_mesh: DeviceMesh | None = None
+    """The mesh of the experts' DTensors, with the dimensions data and expert; None where experts are not sharded."""
     traffic: Traffic = field(default_factory=Traffic)
 
     def __post_init__(self) -> None:
-        """Ask of values that stay here what is asked of those that are sent: to be on the device."""
+        """Give `world` the device of the mesh: values must be on it even where no communication happens."""
         if self.world is SINGLE_RANK:
             object.__setattr__(self, "world", SingleRank(device=self.device))
 
@@ -52,54 +52,56 @@ class Mesh:
 
     @property
     def rank(self) -> int:
-        """Which of them this one is."""
+        """Rank of this process, from 0."""
         return self.world.rank
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Whether this is rank 0, which writes the files that are written once."""
         return self.rank == 0
 
-    def share(self, total: int, together: int = 1) -> Span:
-        """Return which of `total` sequences this process holds: equal parts, the first ones longer by one.
+    def split_sequences(self, total: int, group_size: int = 1) -> Span:
+        """Return which of `total` sequences belong to this process.
 
-        Parts are counted in runs of `together` sequences, none of which is cut; the last run may be shorter.
+        The sequences are cut into groups of `group_size`, the last of which may be shorter; every process gets the
+        same number of groups, the first ones one more where it does not divide.
         """
-        least, more = divmod(-(-total // together), self.size)
-        start = min(together * (self.rank * least + min(self.rank, more)), total)
-        end = min(start + together * (least + (self.rank < more)), total)
+        least, remainder = divmod(-(-total // group_size), self.size)
+        start = min(group_size * (self.rank * least + min(self.rank, remainder)), total)
+        end = min(start + group_size * (least + (self.rank < remainder)), total)
         return Span(start=start, length=end - start, total=total)
 
-    def agree(self, value: Any) -> Any:
-        """Return what the first process says."""
+    def broadcast_object(self, value: Any) -> Any:
+        """Return rank 0's value on every process."""
         if not dist.is_initialized():
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def collect(self, value: Any) -> list[Any]:
-        """Return what each process says, by rank."""
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return the values of all processes, by rank."""
         if not dist.is_initialized():
             return [value]
-        said = [None] * self.size
-        dist.all_gather_object(said, value)
-        return said
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
-    def wait(self) -> None:
-        """Return when all processes are here."""
-        self.world.sum(torch.zeros(1, device=self.device)).item()  # a GPU's sum is only asked for until it is read
+    def barrier(self) -> None:
+        """Block until all processes have called it."""
+        self.world.sum(torch.zeros(1, device=self.device)).item()  # reading the sum is what waits for a GPU
 
 
 SINGLE_PROCESS_MESH = Mesh()
-"""One process."""
+"""A mesh of one process on the CPU."""
 
 
 @contextlib.contextmanager
 def open_mesh(config: ParallelConfig, process_info: ProcessInfo, device: torch.device) -> Iterator[Mesh]:
-    """Join the processes of a run and leave them at the end; raise UsageError when there are not as many as asked for.
+    """Join the process group of a run, and leave it at the end.
 
-    After an exception the group is left as it is: to take leave would mean to wait for those that are gone.
+    Raises UsageError when the number of processes is not the configured one. After an exception the group is not
+    destroyed: that would block until the processes that failed have left it too.
     """
     check_world_size(config, process_info)
     if not process_info.has_group:
@@ -122,34 +124,32 @@ def open_mesh(config: ParallelConfig, process_info: ProcessInfo, device: torch.d
 
 
 def check_world_size(config: ParallelConfig, process_info: ProcessInfo) -> None:
-    """Raise UsageError when the processes that there are make no mesh of the size that is asked for."""
+    """Raise UsageError unless the number of processes and of nodes is the configured one."""
     if config.world_size != process_info.world_size:
         raise UsageError(
             f"parallel.data={config.data} times parallel.expert={config.expert} are {config.world_size} processes,"
             f" and {process_info.world_size} were started (start {config.world_size}, or set the keys to match)"
         )
     if process_info.num_nodes != config.nodes:
-        raise UsageError(
-            f"parallel.nodes={config.nodes}, and the processes were started on {process_info.num_nodes} nodes"
-        )
+        nodes = process_info.num_nodes
+        raise UsageError(f"parallel.nodes={config.nodes}, and the processes were started on {nodes} nodes")
 
 
 def _mesh(config: ParallelConfig, process_info: ProcessInfo, device: torch.device, timeout: timedelta) -> Mesh:
-    ranks = torch.arange(config.world_size).view(config.data, config.expert)
-    everyone = dist.new_group(timeout=timeout)
+    ranks_DE = torch.arange(config.world_size).view(config.data, config.expert)
+    world = GroupRanks(dist.new_group(timeout=timeout), device)
     # Not init_device_mesh: its groups ignore the timeout, and one of the size of the world would be DDP's own.
     new_groups: Any = dist.new_subgroups_by_enumeration
-    row, _ = new_groups(ranks.tolist(), timeout=timeout)
-    column, _ = new_groups(ranks.T.tolist(), timeout=timeout)
-    spread = config.expert > 1
+    row, _ = new_groups(ranks_DE.tolist(), timeout=timeout)
+    column, _ = new_groups(ranks_DE.T.tolist(), timeout=timeout)
+    if config.expert == 1:
+        return Mesh(config=config, process_info=process_info, device=device, world=world)
     return Mesh(
         config=config,
         process_info=process_info,
         device=device,
-        world=GroupRanks(everyone, device),
-        row=row if spread else None,
-        column=column if spread else None,
-        grid=DeviceMesh.from_group([column, row], device.type, mesh=ranks, mesh_dim_names=("data", "expert"))
-        if spread
-        else None,
+        world=world,
+        expert_group=row,
+        replica_group=column,
+        device_mesh=DeviceMesh.from_group([column, row], device.type, mesh=ranks_DE, mesh_dim_names=("data", "expert")),
     )

@@ -1,4 +1,4 @@
-"""Lightning strategies for one process and for many: the same checkpoints, so that each can go on from the other's."""
+"""Lightning strategies for one process and for many, whose checkpoints are interchangeable."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
 
 from moebench.parallel.checkpoint import VerifiedCheckpointIO
 from moebench.parallel.gradients import average_expert_gradients
@@ -24,46 +25,46 @@ from moebench.parallel.mesh import Mesh
 from moebench.parallel.process_info import ProcessInfo
 
 BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
-"""State under the names of parameters: how they are grouped, and where they lie, can then change."""
+"""Optimizer state is keyed by parameter name, so that parameter groups and sharding may change between runs."""
 
 
 def build_strategy(mesh: Mesh, checkpoint_io: VerifiedCheckpointIO) -> Strategy:
-    """Return what trains a module on a mesh."""
+    """Build the strategy that trains a module on a mesh."""
     if not mesh.process_info.has_group:
-        return OneProcess(device=mesh.device, checkpoint_io=checkpoint_io)
-    return ManyProcesses(mesh, checkpoint_io)
+        return SingleProcessStrategy(device=mesh.device, checkpoint_io=checkpoint_io)
+    return MeshStrategy(mesh, checkpoint_io)
 
 
-class _StateByName(Strategy):
-    """Hands a checkpoint's tensors to the `checkpoint_io` by name and as they are spread, and gets them back so."""
+class _NamedStateStrategy(Strategy):
+    """Passes the tensors of a checkpoint to `checkpoint_io` by name and as they are sharded, and restores them."""
 
     @property
+    @override
     def restore_checkpoint_after_setup(self) -> bool:
-        """The optimizer must be there."""
-        return True
+        return True  # `load_checkpoint` needs the optimizer
 
     @property
+    @override
     def lightning_restore_optimizer(self) -> bool:
-        """It is restored here."""
-        return False
+        return False  # `load_checkpoint` does
 
+    @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return parameters and buffers by name."""
         assert self.lightning_module is not None
         return get_model_state_dict(self.lightning_module, options=BY_NAME)
 
+    @override
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Return the optimizer's state by the names of the parameters."""
         assert self.lightning_module is not None
         optimizer = getattr(optimizer, "_optimizer", optimizer)
         return get_optimizer_state_dict(self.lightning_module, optimizer, options=BY_NAME)
 
+    @override
     def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any | None = None) -> None:
-        """Save on all processes together."""
-        self.checkpoint_io.save_checkpoint(checkpoint, filepath)
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath)  # on all processes
 
+    @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load tensors into module and optimizer, and return the rest."""
         assert self.lightning_module is not None
         (optimizer,) = self.optimizers
         optimizer = getattr(optimizer, "_optimizer", optimizer)
@@ -71,28 +72,30 @@ class _StateByName(Strategy):
             "state_dict": self.lightning_module_state_dict(),
             "optimizer_states": [self.optimizer_state(optimizer)],
         }
-        files = self.checkpoint_io
-        assert isinstance(files, VerifiedCheckpointIO)
-        rest = files.load_into(state, Path(checkpoint_path))
+        checkpoint_io = self.checkpoint_io
+        assert isinstance(checkpoint_io, VerifiedCheckpointIO)
+        other_state = checkpoint_io.load_into(state, Path(checkpoint_path))
         set_model_state_dict(self.lightning_module, state["state_dict"], options=BY_NAME)
         set_optimizer_state_dict(
             self.lightning_module, optimizer, optim_state_dict=state["optimizer_states"][0], options=BY_NAME
         )
-        return rest
+        return other_state
 
+    @override
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
-        """Nothing: `load_checkpoint` has done it."""
+        pass  # `load_checkpoint` has done it
 
+    @override
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        """Nothing: `load_checkpoint` has done it."""
+        pass  # `load_checkpoint` has done it
 
 
-class OneProcess(_StateByName, SingleDeviceStrategy):
+class SingleProcessStrategy(_NamedStateStrategy, SingleDeviceStrategy):
     """One process on one device."""
 
 
-class ManyProcesses(_StateByName, DDPStrategy):
-    """DDP for what every process has a copy of; spread experts are averaged here."""
+class MeshStrategy(_NamedStateStrategy, DDPStrategy):
+    """DDP for replicated parameters, with gradients of sharded experts averaged over the mesh."""
 
     def __init__(self, mesh: Mesh, checkpoint_io: VerifiedCheckpointIO) -> None:
         process_info = mesh.process_info
@@ -101,78 +104,82 @@ class ManyProcesses(_StateByName, DDPStrategy):
             parallel_devices=[
                 torch.device("cuda", n) if on_gpu else mesh.device for n in range(process_info.local_world_size)
             ],
-            cluster_environment=GivenProcesses(process_info),
+            cluster_environment=MeshEnvironment(process_info),
             checkpoint_io=checkpoint_io,
             timeout=timedelta(seconds=mesh.config.timeout_s),
-            # Buffers are router state: the same everywhere by construction, checked, and never overwritten.
+            # Buffers are router state, equal on all processes by construction (checked), and must not be overwritten.
             broadcast_buffers=False,
-            # Else DDP packs its buckets anew behind the first step: gradients would be summed in another order in a
-            # resumed run than in one that was never stopped, and differ in the last bit.
+            # Without it DDP rebuilds its buckets after the first step. A resumed run would then sum gradients in
+            # another order than an uninterrupted one, and differ in the last bit.
             find_unused_parameters=True,
         )
         self.mesh = mesh
 
+    @override
     def setup(self, trainer: Any) -> None:
-        """Keep spread experts from DDP, which would make all of them those of the first process."""
         module = self.lightning_module
         assert module is not None
-        spread = [name for name, parameter in module.named_parameters() if isinstance(parameter, DTensor)]
+        # DDP would broadcast rank 0's experts to all processes.
+        sharded = [name for name, parameter in module.named_parameters() if isinstance(parameter, DTensor)]
         ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
-        ignore(module, spread)
+        ignore(module, sharded)
         super().setup(trainer)
 
+    @override
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Average the experts' gradients behind the last micro-batch, as DDP has the others'."""
         super().post_backward(closure_loss)
+        # After the last micro-batch of a step, like DDP's own averaging.
         if getattr(self.model, "require_backward_grad_sync", True):
             assert self.lightning_module is not None
             average_expert_gradients(self.lightning_module.parameters(), self.mesh)
 
 
-class GivenProcesses(ClusterEnvironment):
-    """The processes are there and have met: lightning only asks who is who."""
+class MeshEnvironment(ClusterEnvironment):
+    """Ranks of a process group that exists already: lightning starts no processes."""
 
     def __init__(self, process_info: ProcessInfo) -> None:
         self.process_info = process_info
 
     @property
+    @override
     def creates_processes_externally(self) -> bool:
-        """Lightning starts none."""
         return True
 
     @property
+    @override
     def main_address(self) -> str:
-        """Where the processes met."""
         return self.process_info.store_host
 
     @property
+    @override
     def main_port(self) -> int:
-        """The port there."""
         return self.process_info.store_port
 
     @staticmethod
+    @override
     def detect() -> bool:
-        """Never found by looking: it is passed."""
-        return False
+        return False  # only ever passed explicitly
 
+    @override
     def world_size(self) -> int:
-        """Processes of the run."""
         return self.process_info.world_size
 
+    @override
     def set_world_size(self, size: int) -> None:
-        """Nothing to set."""
+        pass
 
+    @override
     def global_rank(self) -> int:
-        """Of this process."""
         return self.process_info.rank
 
+    @override
     def set_global_rank(self, rank: int) -> None:
-        """Nothing to set."""
+        pass
 
+    @override
     def local_rank(self) -> int:
-        """On its node."""
         return self.process_info.local_rank
 
+    @override
     def node_rank(self) -> int:
-        """Of its node."""
         return self.process_info.node

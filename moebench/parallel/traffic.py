@@ -1,4 +1,4 @@
-"""What the exchange of rows costs: bytes always, seconds in the steps that are timed."""
+"""Communication cost of expert parallelism: bytes in every step, seconds in the steps that are timed."""
 
 import resource
 import time
@@ -9,67 +9,72 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from moebench.experts.layer import MoELayer
-from moebench.parallel.collectives import Watch
+from moebench.parallel.collectives import AllToAllObserver
 from moebench.routing.values import LayerRecord
 
 
 @dataclass
-class Traffic(Watch):
-    """Counts all-to-alls since `reset`. An instrument: it is read and reset between steps, and decides nothing."""
+class Traffic(AllToAllObserver):
+    """Counts the all-to-alls since `reset`: read and reset between steps, without influence on the results.
 
-    timed: bool = False
-    """Wait for all processes before each all-to-all, and apart from it: both are then known, and overlap is lost."""
+    In a timed step all processes synchronize before each all-to-all, so that waiting and transfer can be told apart;
+    nothing overlaps with communication then.
+    """
+
+    is_timed: bool = False
+    """Whether all-to-alls are timed."""
     num_bytes: int = 0
-    """Sent to other processes."""
+    """Bytes sent to other processes."""
     transfer_s: float = 0.0
-    """Inside all-to-alls, without waiting for the slowest process; timed steps only."""
+    """Seconds inside all-to-alls, without the wait for the slowest process; timed steps only."""
     wait_s: float = 0.0
-    """Waiting for the slowest process; timed steps only."""
+    """Seconds of waiting for the slowest process; timed steps only."""
 
-    def reset(self, *, timed: bool) -> None:
-        """Begin to count anew."""
-        self.timed, self.num_bytes, self.transfer_s, self.wait_s = timed, 0, 0.0, 0.0
+    def reset(self, *, is_timed: bool) -> None:
+        """Set all counters to 0, and whether the next all-to-alls are timed."""
+        self.is_timed, self.num_bytes, self.transfer_s, self.wait_s = is_timed, 0, 0.0, 0.0
 
+    @override
     def all_to_all(
         self, out_RI: Tensor, x_RI: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup
     ) -> Any:
-        """Issue an all-to-all; in a timed step, wait for it."""
-        others = sum(send) - send[group.rank()]
-        self.num_bytes += others * x_RI[:1].numel() * x_RI.element_size() if x_RI.numel() else 0
-        if not self.timed:
+        num_rows = sum(send) - send[group.rank()]
+        self.num_bytes += num_rows * x_RI[:1].numel() * x_RI.element_size() if x_RI.numel() else 0
+        if not self.is_timed:
             return super().all_to_all(out_RI, x_RI, receive, send, group)
-        start = _now(x_RI)
+        start_s = _synchronized_time_s(x_RI)
         dist.all_reduce(torch.zeros(1, device=x_RI.device), group=group)
-        ready = _now(x_RI)
+        ready_s = _synchronized_time_s(x_RI)
         dist.all_to_all_single(out_RI, x_RI, receive, send, group=group)
-        self.wait_s += ready - start
-        self.transfer_s += _now(x_RI) - ready
+        self.wait_s += ready_s - start_s
+        self.transfer_s += _synchronized_time_s(x_RI) - ready_s
         return None
 
 
-def _now(tensor: Tensor) -> float:
-    """Return the time in seconds, when all that was asked of the tensor's device is done."""
+def _synchronized_time_s(tensor: Tensor) -> float:
+    """Return the time after all kernels on the tensor's device have finished."""
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
     return time.perf_counter()
 
 
 def predicted_bytes(layers: Sequence[MoELayer], records: Sequence[LayerRecord], element_size: int) -> int:
-    """Return the bytes that the rows of this process's tokens cause in one training step, from the routing alone.
+    """Compute the bytes that this process's tokens move in one training step, from the routing alone.
 
-    Each row goes to its expert and back, forward, and the same backward; `element_size` bytes for a number. Half of
-    them others send: summed over processes it is what `Traffic` counts.
+    Every row goes to its expert and back, in the forward and in the backward pass, with `element_size` bytes per
+    element. Other processes send half of these bytes; the sum over processes is what `Traffic` counts.
     """
-    total = 0
+    num_elements = 0
     for layer, record in zip(layers, records, strict=True):
-        total += layer.bank.elements_sent(record.kept.rows_E)
-    return 2 * element_size * total
+        num_elements += layer.bank.elements_sent(record.kept.rows_E)
+    return 2 * element_size * num_elements
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the most memory that this process has used: of its GPU, or of the machine."""
+    """Return the peak memory of this process in GiB: that of its GPU, or its resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

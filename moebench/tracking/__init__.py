@@ -1,1 +1,1 @@
-"""Tracking: what a run measured goes to a local journal first, and to MLflow from there."""
+"""Tracking: metrics are written to a local journal first and sent from there to MLflow."""

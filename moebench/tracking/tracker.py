@@ -1,7 +1,7 @@
-"""The live tracker: a process of its own that replays run folders while they grow.
+"""Live tracking: a separate process that replays run folders while the runs write to them.
 
-The runner talks to it through a pipe only, so it neither imports MLflow nor waits for it; when the runner
-dies the pipe ends, and the tracker with it.
+The runner communicates with it by pipes only, so it neither imports MLflow nor waits for it. When the runner dies, its
+end of the pipe is closed and the process exits.
 """
 
 import contextlib
@@ -16,22 +16,26 @@ from pathlib import Path
 from typing import IO
 
 _GRACE_S = 10.0
+"""Seconds for the last replay after the runner has died."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackerStatus:
-    """Whether everything was sent, why not in one line, and how many values were."""
+    """State of the tracking of a run of the runner."""
 
     ok: bool
+    """Whether everything was sent so far."""
     reason: str | None = None
+    """Why not, in one line."""
     values: int = 0
+    """Number of values sent."""
 
 
 class Tracker:
-    """Sends the run folders of ``results`` to a tracker every ``interval_s`` seconds, from another process.
+    """Sends the run folders of `results` to a tracker every `interval_s` seconds, from another process.
 
-    Nothing here raises: a tracker that cannot start, be reached or keep up makes the status degraded, and
-    the journals stay for ``moebench sync``.
+    No method raises: a tracker that cannot be started, reached or kept up with makes the status degraded, and the
+    journals remain for `moebench sync`.
     """
 
     def __init__(self, results: Path, uri: str, experiment_name: str | None = None, interval_s: float = 2.0) -> None:
@@ -48,11 +52,11 @@ class Tracker:
 
     @property
     def pid(self) -> int | None:
-        """The process that sends, None before the start."""
+        """Id of the process; None before the start."""
         return self._process.pid if self._process else None
 
     def start(self) -> None:
-        """Start sending; returns at once."""
+        """Start the process; do not wait for it."""
         try:
             with self._log.open("a") as log:
                 self._process = subprocess.Popen(
@@ -61,36 +65,36 @@ class Tracker:
                     stdout=subprocess.PIPE,
                     stderr=log,
                     text=True,
-                    # Ctrl-C is for the runner: the tracker must still send the last points.
+                    # Without the runner's Ctrl-C: the last points must still be sent.
                     start_new_session=True,
                     env={**os.environ, "OMP_NUM_THREADS": "1"},
                 )
         except OSError as error:
-            self._status = _degraded(f"the tracker process cannot be started ({error})")
+            self._status = _degrade(f"the tracker process cannot be started ({error})")
             return
-        # By the pipe, because an address may hold a password and a command line is public.
-        self._tell(self._task)
-        self._reader = threading.Thread(target=self._listen, daemon=True)
+        # By the pipe: the address may contain a password, and a command line is public.
+        self._write(self._task)
+        self._reader = threading.Thread(target=self._read_status, daemon=True)
         self._reader.start()
 
     def poll(self) -> str | None:
-        """Return the one-line reason while tracking is degraded, None while it works; never waits."""
+        """Return why tracking is degraded, in one line, or None while it works; do not wait."""
         return self._status.reason
 
     def stop(self, timeout_s: float = 30.0) -> TrackerStatus:
-        """Send what is left within ``timeout_s`` seconds, end the process and return how it went."""
+        """Send the rest within `timeout_s` seconds, end the process and return its status."""
         process, self._process = self._process, None
         if process is None or self._reader is None:
             return self._status
-        self._tell({"stop_s": timeout_s}, process)
+        self._write({"stop_s": timeout_s}, process)
         try:
             process.wait(timeout_s + 2)
         except subprocess.TimeoutExpired:
-            before = self._status
+            last_status = self._status
             process.kill()
             process.wait()
             self._reader.join(2)
-            self._status = _degraded(f"the tracker did not take everything in {timeout_s:g} s", before)
+            self._status = _degrade(f"the tracker did not take everything in {timeout_s:g} s", last_status)
         self._reader.join(2)
         for pipe in (process.stdin, process.stdout):
             with contextlib.suppress(OSError):
@@ -98,115 +102,115 @@ class Tracker:
                     pipe.close()
         return self._status
 
-    def _tell(self, message: object, process: "subprocess.Popen[str] | None" = None) -> None:
+    def _write(self, message: object, process: "subprocess.Popen[str] | None" = None) -> None:
         process = process or self._process
         if process and process.stdin:
             with contextlib.suppress(OSError):
                 process.stdin.write(json.dumps(message) + "\n")
                 process.stdin.flush()
 
-    def _listen(self) -> None:
+    def _read_status(self) -> None:
         process = self._process
         if process is None or process.stdout is None:
             return
-        said_goodbye = False
+        has_ended = False
         for line in process.stdout:
             message = json.loads(line)
-            said_goodbye = bool(message.pop("last"))
+            has_ended = bool(message.pop("last"))
             self._status = TrackerStatus(**message)
-        if not said_goodbye:
-            self._status = _degraded(f"the tracker process ended early, see {self._log}", self._status)
+        if not has_ended:
+            self._status = _degrade(f"the tracker process ended early, see {self._log}", self._status)
 
 
-def _degraded(reason: str, before: TrackerStatus | None = None) -> TrackerStatus:
-    if before and before.reason:
-        reason = before.reason
+def _degrade(reason: str, previous: TrackerStatus | None = None) -> TrackerStatus:
+    """Return a degraded status; the reason of a status that was degraded before takes precedence."""
+    if previous and previous.reason:
+        reason = previous.reason
     elif "moebench sync" not in reason:
         reason += "; nothing is lost: run `moebench sync` later"
-    return TrackerStatus(ok=False, reason=reason, values=before.values if before else 0)
+    return TrackerStatus(ok=False, reason=reason, values=previous.values if previous else 0)
 
 
-class _Sending:
-    """The side of the pipe that runs in the tracker process."""
+class _ReplayLoop:
+    """The work of the tracker process."""
 
     def __init__(self, task: dict[str, str], out: IO[str]) -> None:
         self.results, self.uri = Path(task["results"]), task["uri"]
         self.experiment = task["experiment"]
         self.interval_s = float(task["interval_s"])
         self.out = out
-        self.stopping = threading.Event()
+        self.stop_event = threading.Event()
         self.status = TrackerStatus(ok=True)
 
-    def loop(self) -> None:
-        """Replay whenever something may be new, until told to stop; then once more."""
-        seen: object = ()
+    def run(self) -> None:
+        """Replay whenever there may be something new, until the stop event is set; then once more."""
+        previous: object = ()
         wait_s = self.interval_s
-        while not self.stopping.wait(wait_s):
-            now = self._sendable()
-            if now != seen or not self.status.ok:
-                seen = now
-                self._say(self._send(live=True))
-            # A dead server is asked less and less often.
+        while not self.stop_event.wait(wait_s):
+            current = self._fingerprint()
+            if current != previous or not self.status.ok:
+                previous = current
+                self._report(self._replay(is_live=True))
+            # Exponential backoff while the tracker does not respond.
             wait_s = self.interval_s if self.status.ok else min(30.0, 2 * wait_s)
-        self._say(self._send(live=False) if self._sendable() else self.status, last=True)
+        self._report(self._replay(is_live=False) if self._fingerprint() else self.status, is_last=True)
 
-    def _sendable(self) -> object:
+    def _fingerprint(self) -> object:
         from moebench.errors import UsageError
-        from moebench.tracking.replay import sendable
+        from moebench.tracking.replay import fingerprint_sources
 
         try:
-            return sendable(self.results, self.experiment)
+            return fingerprint_sources(self.results, self.experiment)
         except UsageError as error:
-            # The replay reports it.
-            return str(error)
+            return str(error)  # the replay reports it
 
-    def _send(self, live: bool) -> TrackerStatus:
+    def _replay(self, is_live: bool) -> TrackerStatus:
         from moebench.errors import UsageError
         from moebench.tracking.mlflow_store import TrackerError
         from moebench.tracking.replay import replay
 
-        before = self.status.values
+        num_sent = self.status.values
         try:
-            report = replay(self.results, self.uri, self.experiment, live)
+            report = replay(self.results, self.uri, self.experiment, is_live)
         except (TrackerError, UsageError) as error:
-            return TrackerStatus(ok=False, reason=str(error), values=before)
+            return TrackerStatus(ok=False, reason=str(error), values=num_sent)
         problem = report.problems[0] if report.problems else None
-        return TrackerStatus(ok=not problem, reason=problem, values=before + report.values)
+        return TrackerStatus(ok=not problem, reason=problem, values=num_sent + report.values)
 
-    def _say(self, status: TrackerStatus, last: bool = False) -> None:
-        if status != self.status or last:
+    def _report(self, status: TrackerStatus, is_last: bool = False) -> None:
+        if status != self.status or is_last:
             self.status = status
-            line = {"ok": status.ok, "reason": status.reason, "values": status.values, "last": last}
-            # The runner may be gone: then nobody listens.
+            line = {"ok": status.ok, "reason": status.reason, "values": status.values, "last": is_last}
+            # The runner may have died.
             with contextlib.suppress(OSError):
                 print(json.dumps(line), file=self.out, flush=True)
 
 
-def _until_told(sending: _Sending) -> None:
-    # The end of the pipe is the death of the runner.
-    line = sys.stdin.readline()
-    limit_s = float(json.loads(line)["stop_s"]) if line else _GRACE_S
-    sending.stopping.set()
-    time.sleep(limit_s)
-    late = TrackerStatus(ok=False, reason=None, values=sending.status.values)
-    reason = sending.status.reason or f"the tracker did not take everything in {limit_s:g} s"
-    sending._say(_degraded(reason, late), last=True)
+def _stop_on_request(loop: _ReplayLoop) -> None:
+    """Stop the loop when the runner asks for it or dies, and end the process if it takes too long."""
+    line = sys.stdin.readline()  # empty when the runner has died and its end of the pipe is closed
+    timeout_s = float(json.loads(line)["stop_s"]) if line else _GRACE_S
+    loop.stop_event.set()
+    time.sleep(timeout_s)
+    reason = loop.status.reason or f"the tracker did not take everything in {timeout_s:g} s"
+    unfinished = TrackerStatus(ok=False, reason=None, values=loop.status.values)
+    loop._report(_degrade(reason, unfinished), is_last=True)
     os._exit(3)
 
 
 def main() -> None:
-    """Run the tracker process: its task is the first line of stdin, status lines go to stdout."""
-    # Whatever the libraries print belongs in the log.
+    """Run the tracker process: its task is the first line of stdin, its status lines go to stdout."""
+    # The output of libraries goes to the log instead.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     with contextlib.suppress(OSError):
         os.nice(5)
-    first = sys.stdin.readline()
-    if not first:
+    task = sys.stdin.readline()
+    if not task:
         return
-    sending = _Sending(json.loads(first), out)
-    threading.Thread(target=_until_told, args=(sending,), daemon=True).start()
-    sending.loop()
+    loop = _ReplayLoop(json.loads(task), out)
+    threading.Thread(target=_stop_on_request, args=(loop,), daemon=True).start()
+    loop.run()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""MLflow's own pages on a results folder: on this machine only, and gone without a trace when stopped."""
+"""MLflow's UI on a results folder: served on this machine only, and stopped with all its processes."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from types import FrameType
 from typing import IO
 
 from moebench.errors import UsageError
-from moebench.tracking.mlflow_store import damage, default_uri, redact_credentials, sqlite_path
+from moebench.tracking.mlflow_store import default_uri, find_database_defect, redact_credentials, sqlite_path
 
 _START_LIMIT_S = 120.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -35,17 +35,17 @@ def serve(
     port: int = 5000,
     on_ready: Callable[[str], None] = print,
 ) -> int:
-    """Serve the pages until a signal arrives; ``on_ready`` gets their address once they answer.
+    """Serve MLflow's UI until a signal arrives; call `on_ready` with its address once it responds.
 
-    Returns 130 after Ctrl-C, 143 after a termination, 1 when the server fails by itself. Raises UsageError
-    for a database that is missing or damaged, a tracker that is a server itself, and a port in use.
+    Returns the exit code: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, 1 when the server ends by itself.
+    Raises UsageError for a database that is missing or damaged, a tracker that is a server, and a port in use.
     """
     uri = uri or default_uri(results)
     _check_database(uri)
     _check_port(host, port)
     log = results / "ui.log"
     url = f"http://{host}:{port}"
-    with _signals() as received, log.open("w") as output:
+    with _record_signals() as received, log.open("w") as output:
         server = _launch(uri, results, host, port, output)
         try:
             if _wait_until_ready(server, url, log, received):
@@ -53,7 +53,7 @@ def serve(
             while not received and server.poll() is None:
                 time.sleep(0.1)
         finally:
-            _end_group(server)
+            _stop_process_group(server)
     return 128 + received[0] if received else 1
 
 
@@ -66,7 +66,7 @@ def _launch(uri: str, results: Path, host: str, port: int, output: IO[str]) -> s
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
-        # A group of its own: MLflow's children outlive their parent when only the parent is stopped.
+        # A process group of its own: MLflow's child processes survive when only their parent is stopped.
         start_new_session=True,
         env={**os.environ, **_ENVIRONMENT},
     )
@@ -78,36 +78,37 @@ def _wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path, rece
         if server.poll() is not None or time.monotonic() > deadline:
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             raise UsageError(f"MLflow's server did not start: {lines[-1] if lines else 'no message'} ({log})")
-        # OSError holds refused connections, timeouts and HTTP errors.
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
-            if answer.status == 200:
+        # OSError covers refused connections, timeouts and HTTP errors.
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=2) as response:
+            if response.status == 200:
                 return True
         time.sleep(0.2)
     return False
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def _record_signals() -> Iterator[list[int]]:
+    """Yield the list of signals received so far, in place of their default action."""
     received: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def record(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in _SIGNALS}
+    previous = {number: signal.signal(number, record) for number in _SIGNALS}
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _end_group(server: subprocess.Popen[bytes]) -> None:
-    for number, patience_s in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
-        deadline = time.monotonic() + patience_s
+def _stop_process_group(server: subprocess.Popen[bytes]) -> None:
+    for number, timeout_s in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+        deadline = time.monotonic() + timeout_s
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, number)
             while time.monotonic() < deadline:
-                # Signal 0 asks only whether anybody of the group is left; poll() buries its leader.
+                # Signal 0 tests whether the group has processes left; poll() reaps its leader.
                 server.poll()
                 os.killpg(server.pid, 0)
                 time.sleep(0.05)
@@ -117,19 +118,19 @@ def _end_group(server: subprocess.Popen[bytes]) -> None:
 def _check_database(uri: str) -> None:
     path = sqlite_path(uri)
     if path is None:
-        raise UsageError(f"tracker {redact_credentials(uri)} is a server with pages of its own: open it in a browser")
+        raise UsageError(f"tracker {redact_credentials(uri)} is a server with its own UI: open it in a browser")
     if not path.exists():
         raise UsageError(f"{path} does not exist: run an experiment first (`moebench run`)")
-    reason = damage(path)
+    reason = find_database_defect(path)
     if reason:
         raise UsageError(f"{path} {reason}: move it away and run `moebench sync` to fill a new one")
 
 
 def _check_port(host: str, port: int) -> None:
     if host not in ("127.0.0.1", "localhost"):
-        raise UsageError(f"--host {host}: the pages have no password; allowed are 127.0.0.1 and localhost")
+        raise UsageError(f"--host {host}: the UI has no password; allowed: 127.0.0.1, localhost")
     if not 1 <= port <= 65535:
-        raise UsageError(f"--port {port}: allowed are 1 to 65535")
+        raise UsageError(f"--port {port}: allowed: 1 to 65535")
     try:
         _bind(host, port)
     except OSError as error:
@@ -137,8 +138,8 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _bind(host: str, port: int) -> int:
-    with socket.socket(socket.AF_INET) as probe:
-        # As the server does: a port in the wait after a close is free.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((host, port))
-        return int(probe.getsockname()[1])
+    with socket.socket(socket.AF_INET) as listener:
+        # As the server does: a port in TIME_WAIT is free.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        return int(listener.getsockname()[1])

@@ -1,1 +1,1 @@
-"""Training one cell: model, step, evaluation, checkpoints, the worker process."""
+"""Training one cell: batches, step, evaluation, checkpoints, result."""

@@ -1,16 +1,13 @@
-"""Training one cell from its configuration to its result, in this process; resumes at the newest good checkpoint."""
+"""Training one cell in this process, from its newest valid checkpoint to its result."""
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning
 import torch
 
-from moebench.compatibility import list_marks
-from moebench.config import to_plain
 from moebench.parallel.checkpoint import (
     VerifiedCheckpointIO,
     find_newest_valid,
@@ -24,112 +21,74 @@ from moebench.parallel.strategy import build_strategy
 from moebench.runs.result import RunResult
 from moebench.schema import CellConfig, TrainConfig
 from moebench.tasks.task import Task
-from moebench.training.batches import StepBatches, train_tokens
+from moebench.training.batches import StepBatches
 from moebench.training.callback import CellCallback, RunContext
-from moebench.training.model import Model, initialised_model, model_cost
+from moebench.training.label_tables import label_tables_to_json
+from moebench.training.model import initialised_model
 from moebench.training.module import CellModule
+from moebench.training.result import build_result
 from moebench.training.step_timer import StepTimer
 
 
 def train_cell(
     config: CellConfig,
     task: Task,
-    checkpoints: Path,
-    hooks: RunContext,
+    context: RunContext,
     *,
     cell_id: str,
     arm: str,
     mesh: Mesh = SINGLE_PROCESS_MESH,
 ) -> RunResult | None:
-    """Train (or go on training) one cell and evaluate it on both splits; all processes of a mesh call it.
+    """Train a cell, or resume it, and evaluate it on the validation and the test split.
 
-    Returns None when it was asked to stop; what was done lies in the checkpoint. Raises NonFiniteError before an
-    update with a loss or gradient that is not a number.
+    All processes of the mesh call it. Returns None when the run was asked to stop; its progress is in the checkpoint.
+    Raises NonFiniteError before an update whose loss or gradient is not finite.
     """
-    started = time.perf_counter()
-    resume = _last_good(checkpoints, hooks, mesh)
-    first_step = parse_step(resume) if resume else 0
+    start_s = time.perf_counter()
+    checkpoint = _find_checkpoint(context, mesh)
     model = initialised_model(config, task, mesh)
     timer = StepTimer()
-    module = CellModule(config, model, task, mesh, hooks.should_stop)
-    callback = CellCallback(hooks, checkpoints, meter)
-    fit(build_trainer(config, [callback], mesh), module, timer, resume, first_step)
-    if callback.stopped:
+    module = CellModule(config, model, task, mesh, context.should_stop)
+    callback = CellCallback(context, timer)
+    first_step = parse_step(checkpoint) if checkpoint else 0
+    fit(build_trainer(config, [callback], mesh), module, timer, checkpoint, first_step)
+    if callback.is_stopped:
         return None
-    # Killed between the last checkpoint and the result: the journal has the evaluations, the result does not.
-    # (Lightning has taken the module back to the host.)
-    validation = callback.validation or module.to(mesh.device).evaluate("validation")
-    final = callback.final or module.to(mesh.device).evaluate_trained()
-    if final.labels:
-        hooks.recorder.record_labels(config.train.steps, final.labels)
+    # A run that was killed between its last checkpoint and its result has no step left that would evaluate it.
+    # `to`: Lightning has moved the module back to the host.
+    callback.validation = callback.validation or module.to(mesh.device).evaluate("validation")
+    callback.final = callback.final or module.to(mesh.device).evaluate_trained()
+    if callback.final.labels:
+        context.recorder.record_labels(label_tables_to_json(config.train.steps, callback.final.labels))
     if mesh.is_first:
-        keep_newest_checkpoints(1, checkpoints)  # there is nothing left to fall back from
-    executed = callback.execution
-    losses = {f"load/train_{name}": value for name, value in executed.losses().items()}
-    speed = {"tokens_per_s": meter.tokens_per_s, "step_s": meter.step_s, "train_s": sum(meter.seconds)}
-    speed["data_share"] = meter.data_share
-    return RunResult(
-        id=cell_id,
-        arm=arm,
-        seed=config.seed,
-        status="done",
-        error=None,
-        step=config.train.steps,
-        metrics=final.metrics | losses,
-        cost=_cost(config, model, task, executed.metrics(model, task), final.load),
-        throughput=speed | callback.parallel.means() | {"total_s": time.perf_counter() - started},
-        data_digest=task.digest,
-        eval_digest=task.eval_digest,
-        marks=list_marks(config),
-        config=to_plain(config),
-        validation=validation.metrics | losses,
-    )
+        keep_newest_checkpoints(1, context.checkpoints)  # a finished run needs no fallback
+    return build_result(module, callback, cell_id=cell_id, arm=arm, start_s=start_s)
 
 
-def _cost(
-    config: CellConfig, model: Model, task: Task, trained: Mapping[str, float], evaluated: Mapping[str, float]
-) -> dict[str, float]:
-    """Return what a cell cost: as planned, and as executed per token in training and on the test split.
-
-    `trained`, `evaluated`: what the MoE layers executed (see `ExecutedCost.metrics`); a dense model has none, so its
-    executed cost is the planned one. Training counts each pass that it makes over a token.
-    """
-    planned = model_cost(model, task.sequence_length, task.decoder_length)
-    cost = {name: float(value) for name, value in asdict(planned).items()}
-    for quantity in ("flops_per_token", "experts_per_token"):
-        name = f"load/{quantity}"
-        cost[f"train_{quantity}"] = planned.train_passes * trained.get(name, cost[quantity])
-        cost[f"eval_{quantity}"] = evaluated.get(name, cost[quantity])
-    cost["train_flops_per_token"] += planned.training_only_flops
-    return cost | {"train_tokens": float(train_tokens(config, task))}
-
-
-def _last_good(checkpoints: Path, hooks: RunContext, mesh: Mesh) -> Path | None:
-    """Return the checkpoint to go on from, the same on all processes, and clear away what came after it."""
-    resume, damaged = find_newest_valid(checkpoints, mesh)
+def _find_checkpoint(context: RunContext, mesh: Mesh) -> Path | None:
+    """Return the checkpoint to resume from, the same on all processes, and remove what was written after it."""
+    checkpoint, damaged = find_newest_valid(context.checkpoints, mesh)
     if mesh.is_first:
         for line in damaged:
             print(line, flush=True)
-        first_step = parse_step(resume) if resume else 0
-        remove_checkpoints_after(first_step, checkpoints)
-        hooks.recorder.truncate_after(first_step)
+        step = parse_step(checkpoint) if checkpoint else 0
+        remove_checkpoints_after(step, context.checkpoints)
+        context.recorder.truncate_after(step)
     mesh.barrier()
-    return resume
+    return checkpoint
 
 
 def build_trainer(
     config: CellConfig, callbacks: Sequence[lightning.Callback], mesh: Mesh = SINGLE_PROCESS_MESH
 ) -> lightning.Trainer:
-    """Return the trainer of a cell; all that happens between steps is in the callbacks."""
-    strategy = build_strategy(mesh, VerifiedCheckpointIO(mesh))
+    """Build the trainer of a cell; everything between steps is done by the callbacks."""
     on_gpu = mesh.device.type == "cuda"
+    has_group = mesh.process_info.has_group
     return lightning.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
-        devices=[mesh.device.index or 0]
-        if on_gpu and not mesh.process_info.has_group
-        else mesh.process_info.local_world_size,
+        devices=[mesh.device.index or 0] if on_gpu and not has_group else mesh.process_info.local_world_size,
         num_nodes=mesh.process_info.num_nodes,
-        strategy=strategy,
+        strategy=build_strategy(mesh, VerifiedCheckpointIO(mesh)),
         precision="bf16-mixed" if config.train.precision == "bf16" else "32-true",
         accumulate_grad_batches=config.train.accumulate,
         max_steps=config.train.steps,
@@ -145,18 +104,22 @@ def build_trainer(
 
 
 def fit(
-    trainer: lightning.Trainer, module: CellModule, meter: StepTimer, resume: Path | None = None, first_step: int = 0
+    trainer: lightning.Trainer,
+    module: CellModule,
+    timer: StepTimer,
+    checkpoint: Path | None = None,
+    first_step: int = 0,
 ) -> None:
-    """Train a cell's module from a step on, with the batches of its task; the meter hears how long they take."""
-    batches = StepBatches(module.config, module.task, first_step, module.mesh, meter.wait)
+    """Train a module from `first_step` on, which is that of the checkpoint; `timer` adds up the waits for batches."""
+    batches = StepBatches(module.config, module.task, first_step, module.mesh, timer.add_data_wait)
     with warnings.catch_warnings():
-        # The batches begin at the resumed step by themselves: nothing is replayed, the state needs no loader.
+        # `batches` starts at the resumed step: there is nothing to replay, and no loader state to restore.
         warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")
-        trainer.fit(module, batches, ckpt_path=resume)
+        trainer.fit(module, batches, ckpt_path=checkpoint)
 
 
 def select_device(train: TrainConfig, process_info: ProcessInfo = SINGLE_PROCESS) -> torch.device:
-    """Return the device of a process: on a node each has a GPU of its own."""
+    """Return the device of a process: the GPU of its local rank, or the CPU."""
     if train.device == "cuda" or (train.device == "auto" and torch.cuda.is_available()):
         return torch.device("cuda", process_info.local_rank)
     return torch.device("cpu")

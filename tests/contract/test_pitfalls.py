@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from moebench.training.evaluation import batch_context
 from support.cases import Case, Tokens, route, run
 from support.mesh_cases import case as tiny_cell
 from support.process_group import ALONE, Shape
@@ -24,6 +23,7 @@ from moebench.experts.layer import MoELayer
 from moebench.routing.losses import load_balance
 from moebench.routing.router import ROUTERS
 from moebench.routing.values import LayerRecord, Routing
+from moebench.training.evaluation import batch_context
 from moebench.training.model import initialised_model, prepare_task
 from moebench.training.objective import compute_objective
 

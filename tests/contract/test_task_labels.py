@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from moebench.training.evaluation import batch_context, evaluate
 from support.cases import randomise_parameters
 from support.task_data import write_data
 from support.training_cases import TINY
@@ -13,6 +12,7 @@ from support.training_cases import TINY
 from moebench.config import merge_settings, resolve
 from moebench.models.transformer import BatchContext
 from moebench.tasks.task import TASKS, Batch, Task
+from moebench.training.evaluation import batch_context, evaluate
 from moebench.training.model import initialised_model, prepare_task
 
 KINDS = {

@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from moebench.compatibility import check_cell
-from moebench.training.evaluation import batch_context, evaluate
 from support.case_selection import PLAIN_LAYOUT
 from support.task_data import write_data
 from support.training_cases import TINY
 
+from moebench.compatibility import check_cell
 from moebench.config import merge_settings, resolve
 from moebench.errors import UsageError
 from moebench.experts.layout import LAYOUTS
 from moebench.routing.router import ROUTERS
 from moebench.schema import CellConfig
 from moebench.tasks.task import TASKS, Task
+from moebench.training.evaluation import batch_context, evaluate
 from moebench.training.model import initialised_model, prepare_task
 from moebench.training.module import CellModule
 

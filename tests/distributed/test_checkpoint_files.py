@@ -1,4 +1,4 @@
-"""Each process brings its own files of a checkpoint to the disk, and reads its share of one that is loaded."""
+"""Every process flushes and hashes the files that it wrote, and verifies a part of the files when loading."""
 
 import hashlib
 import json
@@ -13,44 +13,43 @@ import moebench.parallel.checkpoint as files
 from moebench.parallel.checkpoint import VerifiedCheckpointIO, checkpoint_path, find_newest_valid
 
 
-def read_by(mesh: Mesh, job: Any) -> tuple[Any, list[str]]:
-    """Return what a job returns, and the files of which it made a checksum on this process."""
-    seen: list[str] = []
+def record_digests(job: Any) -> tuple[Any, list[str]]:
+    """Return the result of a job, and the names of the files that it hashed on this process."""
+    names: list[str] = []
     digest = files._digest
 
-    def noted(file: Path) -> str:
-        seen.append(file.name)
+    def record_and_hash(file: Path) -> str:
+        names.append(file.name)
         return digest(file)
 
-    files._digest = noted
+    files._digest = record_and_hash
     try:
-        return job(), sorted(seen)
+        return job(), sorted(names)
     finally:
         files._digest = digest
 
 
 def content(mesh: Mesh) -> dict[str, Any]:
-    """Return a checkpoint of which each process holds a part."""
+    """Return a checkpoint with a tensor that is sharded over the processes."""
     assert mesh.device_mesh is not None
-    own = torch.full((2, 3), float(mesh.rank))
-    spread = DTensor.from_local(own, mesh.device_mesh, [Replicate(), Shard(0)], run_check=False)
-    return {"state_dict": {"w": spread, "b": torch.ones(4)}, "optimizer_states": [{"step.w": 3}]}
+    shard = torch.full((2, 3), float(mesh.rank))
+    sharded = DTensor.from_local(shard, mesh.device_mesh, [Replicate(), Shard(0)], run_check=False)
+    return {"state_dict": {"w": sharded, "b": torch.ones(4)}, "optimizer_states": [{"step.w": 3}]}
 
 
 def save(mesh: Mesh, folder: Path) -> list[str]:
     for step in (1, 2):
-        _, seen = read_by(
-            mesh,
+        _, names = record_digests(
             lambda step=step: VerifiedCheckpointIO(mesh).save_checkpoint(content(mesh), checkpoint_path(folder, step)),
         )
-    return seen
+    return names
 
 
 def load(mesh: Mesh, folder: Path) -> tuple[tuple[Path | None, list[str]], list[str]]:
-    return read_by(mesh, lambda: find_newest_valid(folder, mesh))
+    return record_digests(lambda: find_newest_valid(folder, mesh))
 
 
-def test_every_process_has_its_own_files(tmp_path: Path) -> None:
+def test_every_process_hashes_the_files_it_wrote(tmp_path: Path) -> None:
     first, second = Shape(1, 2).run(save, tmp_path)
     assert first == [".metadata", "__0_0.distcp", "rest.pt"]
     assert second == ["__1_0.distcp"]
@@ -62,22 +61,17 @@ def test_every_process_has_its_own_files(tmp_path: Path) -> None:
     assert manifest["step"] == 2
 
 
-def test_the_files_are_checked_once_by_all_together(tmp_path: Path) -> None:
+def test_each_file_is_verified_by_one_process(tmp_path: Path) -> None:
     Shape(1, 2).run(save, tmp_path)
     newest, before = checkpoint_path(tmp_path, 2), checkpoint_path(tmp_path, 1)
-    for shape in (
-        Shape(1, 2),
-        Shape(2, 1),
-        Shape(has_group=True),
-        Shape(),
-    ):  # by processes that wrote it, and by others
-        found = shape.run(load, tmp_path)
-        assert [result for result, _ in found] == [(newest, [])] * shape.size
-        seen = [name for _, names in found for name in names]
-        assert sorted(seen) == [".metadata", "__0_0.distcp", "__1_0.distcp", "rest.pt"]
-        assert max(len(names) for _, names in found) == 4 // shape.size
+    for shape in (Shape(1, 2), Shape(2, 1), Shape(has_group=True), Shape()):  # the mesh that wrote it, and others
+        results = shape.run(load, tmp_path)
+        assert [result for result, _ in results] == [(newest, [])] * shape.size
+        verified = [name for _, names in results for name in names]
+        assert sorted(verified) == [".metadata", "__0_0.distcp", "__1_0.distcp", "rest.pt"]
+        assert max(len(names) for _, names in results) == 4 // shape.size
 
-    for name in ("__0_0.distcp", "__1_0.distcp"):  # in the share of one and of the other
+    for name in ("__0_0.distcp", "__1_0.distcp"):  # one verified by each process
         data = bytearray((newest / name).read_bytes())
         data[-1] ^= 1
         (newest / name).write_bytes(data)
@@ -91,15 +85,15 @@ def test_the_files_are_checked_once_by_all_together(tmp_path: Path) -> None:
         assert "__1_0.distcp" in lines[1]
 
 
-class Queued:
-    """Ranks whose sums are only asked for, as those of a GPU, until they are read."""
+class AsynchronousRanks:
+    """Ranks whose sums, as on a GPU, are not complete until they are read."""
 
     size, rank = 2, 0
 
     def __init__(self) -> None:
         self.num_read = 0
 
-    def sum(self, value: torch.Tensor) -> "Queued":
+    def sum(self, value: torch.Tensor) -> "AsynchronousRanks":
         assert value.tolist() == [0.0]
         return self
 
@@ -108,7 +102,7 @@ class Queued:
         return 0.0
 
 
-def test_waiting_holds_the_host() -> None:
-    ranks: Any = Queued()
+def test_barrier_blocks_the_host() -> None:
+    ranks: Any = AsynchronousRanks()
     Mesh(world=ranks).barrier()
     assert ranks.num_read == 1

@@ -1,4 +1,4 @@
-"""Whatever is sent lies on the device of the processes, as NCCL needs it: tried on a CPU, as if it were another."""
+"""Collectives send tensors of the process's device only, as NCCL requires; tested with a simulated device on a CPU."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,8 +23,8 @@ from moebench.tasks.task import TASKS
 from moebench.training.model import prepare_task
 
 MESHES = [Shape(has_group=True), Shape(2, 1), Shape(1, 2), Shape(2, 2)]
-SENDING = {
-    "top_2": case(),  # with the costs of the processes logged in every second step
+CASES = {
+    "top_2": case(),  # every second step logs the communication cost
     "experts on both": case(layout={"name": "zero_computation", "num_experts": 8, "match": "none"}),
     "router loss_free": case(router={"name": "loss_free"}),
     "router expert_choice": case(router={"name": "expert_choice"}),
@@ -43,7 +43,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text"))
 
 
-def test_a_tensor_knows_where_it_lies() -> None:
+def test_simulated_device_tracks_tensors() -> None:
     with separate_device() as device:
         near, far = torch.zeros(3), torch.zeros(3, device=device)
         assert [x.device for x in (near, near + 1, far.cpu(), far.to("cpu"), near.double(), near.view(3, 1))] == [
@@ -70,68 +70,70 @@ def test_a_tensor_knows_where_it_lies() -> None:
     assert torch.zeros(3).to("cpu").device == HOST
 
 
-def refused(mesh: Mesh) -> list[str]:
-    """Return what each collective says to a tensor of the host; those of the device are sent."""
-    own, near = torch.ones(2, device=mesh.device), torch.ones(2)
-    assert mesh.world.sum(own).tolist() == [mesh.size] * 2
-    assert mesh.world.gather(own).shape == (2 * mesh.size,)
-    assert mesh.broadcast_object({"said": mesh.rank}) == {"said": 0}
+def send_from_host(mesh: Mesh) -> list[str]:
+    """Return the error of each collective for a tensor on the host; check that it accepts one on the device."""
+    on_device, on_host = torch.ones(2, device=mesh.device), torch.ones(2)
+    assert mesh.world.sum(on_device).tolist() == [mesh.size] * 2
+    assert mesh.world.gather(on_device).shape == (2 * mesh.size,)
+    assert mesh.broadcast_object({"rank": mesh.rank}) == {"rank": 0}
     assert mesh.gather_objects(mesh.rank) == list(range(mesh.size))
     mesh.barrier()
-    calls: list[Callable[[], Any]] = [lambda: mesh.world.sum(near), lambda: mesh.world.gather(near)]
+    calls: list[Callable[[], Any]] = [lambda: mesh.world.sum(on_host), lambda: mesh.world.gather(on_host)]
     if mesh.process_info.has_group:
         calls += [
-            lambda: dist.all_reduce(near),
-            lambda: dist.broadcast(near, 0),
-            lambda: dist.all_to_all_single(own.clone(), near),
-            lambda: dist.all_gather_into_tensor(own.new_empty(2 * mesh.size), near),
+            lambda: dist.all_reduce(on_host),
+            lambda: dist.broadcast(on_host, 0),
+            lambda: dist.all_to_all_single(on_device.clone(), on_host),
+            lambda: dist.all_gather_into_tensor(on_device.new_empty(2 * mesh.size), on_host),
         ]
-    said = []
+    errors = []
     for call in calls:
         try:
             call()
-            said.append("sent")
+            errors.append("none")
         except (DeviceError, ValueError) as error:
-            said.append(str(error))
-    return said
+            errors.append(str(error))
+    return errors
 
 
 @pytest.mark.parametrize("shape", [Shape(), *MESHES[:2]], ids=["alone", "group of one", "two"])
-def test_no_collective_takes_a_tensor_of_the_host(shape: Shape) -> None:
-    for said in replace(shape, is_separate=True).run(refused):
-        assert said[:2] == ["cannot exchange a tensor on cpu: the process group uses cpu:0"] * 2
-        assert all("on the host, cannot be sent" in text for text in said[2:])
-        assert len(said) == (2 if not shape.has_group and shape.size == 1 else 6)
+def test_no_collective_accepts_a_tensor_on_the_host(shape: Shape) -> None:
+    for errors in replace(shape, is_separate=True).run(send_from_host):
+        assert errors[:2] == ["cannot exchange a tensor on cpu: the process group uses cpu:0"] * 2
+        assert all("on the host, cannot be sent" in error for error in errors[2:])
+        assert len(errors) == (2 if not shape.has_group and shape.size == 1 else 6)
 
 
 @pytest.fixture(scope="module")
 def alone(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    (found,) = ALONE.run(train_all, text, SENDING, tmp_path_factory.mktemp("alone"))
-    return found
+    (runs,) = ALONE.run(train_all, text, CASES, tmp_path_factory.mktemp("alone"))
+    return runs
 
 
 @pytest.mark.parametrize(
     "shape", [pytest.param(shape, marks=pytest.mark.slow if shape.data > 1 else ()) for shape in MESHES], ids=str
 )
-def test_training_sends_from_the_device_alone(shape: Shape, text: Path, alone: dict[str, Any], tmp_path: Path) -> None:
-    cases = {name: shape.over(overrides) for name, overrides in SENDING.items()}
-    found = replace(shape, is_separate=True).run(train_all, text, cases, tmp_path)
+def test_training_sends_tensors_on_the_device_only(
+    shape: Shape, text: Path, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    cases = {name: shape.over(overrides) for name, overrides in CASES.items()}
+    by_rank = replace(shape, is_separate=True).run(train_all, text, cases, tmp_path)
     for name in cases:
-        wrong = [of_rank[name] for of_rank in found if isinstance(of_rank.get(name, "missing"), str)]
-        assert not wrong, "\n".join([name, *wrong])
+        errors = [runs.get(name, "missing") for runs in by_rank if isinstance(runs.get(name, "missing"), str)]
+        assert not errors, "\n".join([name, *errors])
         tolerance = TOLERANCES.get(name, {})
-        assert_same_training(trained_alike([of_rank[name] for of_rank in found]), alone[name], **tolerance)
+        assert_same_training(trained_alike([runs[name] for runs in by_rank]), alone[name], **tolerance)
         if name == "top_2":
-            assert '"parallel/rows/rank_0"' in found[0][name]["journal"]
+            assert '"parallel/rows/rank_0"' in by_rank[0][name]["journal"]
 
 
 @pytest.mark.parametrize("shape", [Shape(), Shape(1, 2)], ids=str)
-def test_a_run_that_only_lacks_its_result_is_evaluated_on_the_device(shape: Shape, text: Path, tmp_path: Path) -> None:
-    """Killed between its last checkpoint and its result: by then lightning has the module back on the host."""
+def test_run_without_result_is_evaluated_on_the_device(shape: Shape, text: Path, tmp_path: Path) -> None:
+    # Killed between its last checkpoint and its result: by then lightning has moved the module back to the host.
     overrides = shape.over(case(train={"steps": 2}))
     separate = replace(shape, is_separate=True)
-    whole = separate.run(train, text, overrides, tmp_path)
-    assert separate.run(finish, text, overrides, tmp_path) == whole
+    finished = separate.run(train, text, overrides, tmp_path)
+    assert separate.run(finish, text, overrides, tmp_path) == finished
 
 
 def finish(mesh: Mesh, text: Path, overrides: dict[str, Any], folder: Path) -> dict[str, float]:
@@ -142,8 +144,8 @@ def finish(mesh: Mesh, text: Path, overrides: dict[str, Any], folder: Path) -> d
     "name", [pytest.param(name, marks=() if name in SHORT else pytest.mark.slow) for name in matrix()]
 )
 def test_one_process_trains_on_its_device(name: str, text: Path, tmp_path: Path) -> None:
-    (found,) = Shape(is_separate=True).run(train_steps, text, matrix()[name], tmp_path)
-    assert len(found["steps"]) == 3
+    (run,) = Shape(is_separate=True).run(train_steps, text, matrix()[name], tmp_path)
+    assert len(run["steps"]) == 3
 
 
 @pytest.mark.parametrize("task", TASKS.names())
@@ -151,5 +153,5 @@ def test_every_task_trains_on_its_device(task: str, text: Path, tmp_path: Path) 
     options = {"name": task, **write_data(tmp_path).get(task, {})}
     overrides = case(task=options, train={"steps": 2})
     prepare_task(tiny_config(text, **overrides), tmp_path)  # on the host
-    (found,) = Shape(is_separate=True).run(train_steps, text, overrides, tmp_path)
-    assert len(found["steps"]) == 2
+    (run,) = Shape(is_separate=True).run(train_steps, text, overrides, tmp_path)
+    assert len(run["steps"]) == 2

@@ -1,4 +1,4 @@
-"""The probe on classes held out, with the images of each batch divided among processes."""
+"""The few-shot probe on held-out classes, with the images of each batch divided among processes."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ CASES = [(Shape(2, 1), "mean"), (Shape(1, 2), "mean"), (Shape(2, 2), "class_toke
 
 
 def write_noisy(folder: Path) -> Path:
-    """Write five classes of 40 pictures of 8 x 8 whose greys overlap: the probe must err, or it could not differ."""
+    """Write 40 pictures of 8 x 8 in each of five classes whose greys overlap, so that the probe makes errors."""
     draw = np.random.default_rng(0)
     for label in range(5):
         (folder / f"class{label}").mkdir(parents=True)
@@ -31,19 +31,19 @@ def overrides(pictures: Path, pooling: str) -> dict[str, Any]:
         "patch": 4,
         "pooling": pooling,
         "data": {"path": str(pictures), "size": 8, "held_out_classes": [1, 2, 4]},
-        # 3 classes · 2 draws · 3 shots: batches of 5 end in one of 3, and the 12 queries in one of 2: less than 4
-        # processes, so that some have no image.
+        # 3 classes · 2 draws · 3 shots in batches of 5: the last batch has 3 images, that of the 12 queries has 2.
+        # These are fewer than 4 processes, so that some have no image.
         "few_shot": {"shots": [1, 3], "draws": 2},
     }
     return case(task=task, router={"name": "top_k"}, train={"batch_size": 5})
 
 
 @pytest.mark.parametrize(("shape", "pooling"), CASES, ids=str)
-def test_the_probe_is_the_same_on_any_mesh(tmp_path: Path, shape: Shape, pooling: str) -> None:
-    text, wanted = write_text(tmp_path), overrides(write_noisy(tmp_path / "pictures"), pooling)
-    (alone,) = ALONE.run(train_steps, text, wanted, tmp_path)
-    found = trained_alike(shape.run(train_steps, text, shape.over(wanted), tmp_path))
-    assert_same_training(found, alone)
+def test_probe_is_the_same_on_any_mesh(tmp_path: Path, shape: Shape, pooling: str) -> None:
+    text, config = write_text(tmp_path), overrides(write_noisy(tmp_path / "pictures"), pooling)
+    (alone,) = ALONE.run(train_steps, text, config, tmp_path)
+    trained = trained_alike(shape.run(train_steps, text, shape.over(config), tmp_path))
+    assert_same_training(trained, alone)
     for name in ("few_shot/1", "few_shot/3"):
-        assert found["final"][name] == alone["final"][name]
+        assert trained["final"][name] == alone["final"][name]
         assert 1 / 3 < alone["final"][name] < 1

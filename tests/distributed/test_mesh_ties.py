@@ -1,7 +1,7 @@
 """Many steps with routers that rank: the same losses and parameters on one process and on every mesh.
 
-Some bytes of a text have the same vector, or nearly, and an auction compares values that are nearly alike: where the
-last bits of a sum decide, a mesh parts from one process within 10 to 40 steps of this setting.
+Some bytes of a text have nearly equal vectors, and an auction compares nearly equal values. If the last bits of a sum
+decided, a mesh would diverge from one process within 10 to 40 steps in this setting.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "base": ("base", {}),
 }
 FEW, MANY = 40, 100
-"""Steps: enough for each of the last three arms to part, and what docs/parallel.md reports."""
+"""Steps: enough for each of the last three arms to diverge, and the number in docs/parallel.md."""
 CASES = [
     *((shape, arm, FEW) for shape in SHAPES[:2] for arm in ("top_k", "expert_choice", "base")),
     *(pytest.param(shape, arm, MANY, marks=pytest.mark.slow) for shape in SHAPES for arm in ARMS),
@@ -31,7 +31,7 @@ CASES = [
 
 
 def config_of(arm: str, steps: int) -> dict[str, Any]:
-    """Return the overrides of an arm: 512 bytes of the embedded text a step, 8 experts in both of 2 blocks."""
+    """Return the overrides of an arm: 512 bytes of the built-in text per step, 8 experts in each of 2 blocks."""
     router, layout = ARMS[arm]
     return {
         "task": {"sequence_length": 64, "eval_windows": 2, "data": {"path": None}},
@@ -44,40 +44,40 @@ def config_of(arm: str, steps: int) -> dict[str, Any]:
 
 
 def train_arms(mesh: Mesh, arms: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """Train the arms one after the other; return the losses and the parameters of each."""
-    found = {}
+    """Train the arms one after another; return the losses and the parameters of each."""
+    results = {}
     for arm, overrides in arms.items():
-        own = folder / f"{arm}_{overrides['train']['steps']}"
-        own.mkdir(exist_ok=True)
-        trained = train_steps(mesh, folder, overrides, own)
-        found[arm] = {"losses": [step["loss"] for step in trained["steps"]], "state": trained["state"]}
-    return found
+        arm_folder = folder / f"{arm}_{overrides['train']['steps']}"
+        arm_folder.mkdir(exist_ok=True)
+        trained = train_steps(mesh, folder, overrides, arm_folder)
+        results[arm] = {"losses": [step["loss"] for step in trained["steps"]], "state": trained["state"]}
+    return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Callable[[Shape, int], Any]:
-    """Return what trains the wanted arms for some steps on a mesh, once."""
+    """Return a cached function that trains the requested arms for some steps on a mesh."""
     folder = tmp_path_factory.mktemp("ties")
-    wanted = [item.callspec.params for item in request.session.items if item.module is request.module]
+    requested = [item.callspec.params for item in request.session.items if item.module is request.module]
 
     @cache
     def train(data: int, expert: int, steps: int) -> dict[str, Any]:
         shape = Shape(data, expert)
-        names = dict.fromkeys(params["arm"] for params in wanted if params["steps"] == steps)
+        names = dict.fromkeys(params["arm"] for params in requested if params["steps"] == steps)
         return shape.run(train_arms, {arm: shape.over(config_of(arm, steps)) for arm in names}, folder)[0]
 
     return lambda shape, steps: train(shape.data, shape.expert, steps)
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[float, float]:
-    """Return the largest difference of the losses of a step, and of the parameters at the end."""
+    """Return the largest difference between the losses of a step, and between the final parameters."""
     losses = zip(ours["losses"], theirs["losses"], strict=True)
     states = ((ours["state"][name].double(), state.double()) for name, state in theirs["state"].items())
     return max(abs(our - their) for our, their in losses), max(float((our - s).abs().max()) for our, s in states)
 
 
 @pytest.mark.parametrize(("shape", "arm", "steps"), CASES, ids=str)
-def test_a_mesh_trains_what_one_process_trains(
+def test_mesh_trains_as_one_process_does(
     results: Callable[[Shape, int], Any], shape: Shape, arm: str, steps: int
 ) -> None:
     loss, parameter = differences(results(shape, steps)[arm], results(ALONE, steps)[arm])

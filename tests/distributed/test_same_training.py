@@ -1,4 +1,4 @@
-"""The same batch gives the same losses, gradients, norms and updates on one process and on any mesh of them."""
+"""Losses, gradients, norms and updates are the same on one process and on any mesh."""
 
 import traceback
 from collections.abc import Callable
@@ -18,57 +18,57 @@ from moebench.routing.router import ROUTERS
 
 PLUGINS = [Path(__file__).parents[1] / "support" / name for name in ("collapsed_router.py", "padded_task.py")]
 TOLERANCES = {
-    # 8 bits: another split of a sum rounds differently, and a near tie is then routed differently.
+    # 8 bits of precision: sums over another split round differently, which may route a near tie differently.
     "bf16": {"tolerance": 3e-2},
-    # It learns from differences of losses that are nearly alike: what rounds in the loss weighs more in them.
+    # It learns from differences between nearly equal losses, which amplify rounding.
     "router ponder_net": {"tolerance": 1e-4},
 }
 
 
 def train_all(mesh: Mesh, text: Path, cases: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """Train one case after the other in the same processes: starting them costs more than training."""
+    """Train the cases one after another in the same processes, which take longer to start than to train."""
     if "collapsed" not in ROUTERS.names():
         for plugin in PLUGINS:
             load_plugin(str(plugin))
-    found: dict[str, Any] = {}
+    runs: dict[str, Any] = {}
     for name, overrides in cases.items():
-        own = folder / name.replace(" ", "_")
-        own.mkdir(exist_ok=True)
+        case_folder = folder / name.replace(" ", "_")
+        case_folder.mkdir(exist_ok=True)
         try:
-            found[name] = train_steps(mesh, text, overrides, own)
+            runs[name] = train_steps(mesh, text, overrides, case_folder)
         except UsageError as error:  # before anything is built, and on every rank
-            found[name] = str(error)
+            runs[name] = str(error)
         except Exception:
-            found[name] = traceback.format_exc()
+            runs[name] = traceback.format_exc()
             if mesh.size > 1:
-                break  # the others may wait where nobody comes: what follows could not be believed
-    return found
+                break  # the other processes may be blocked in a collective of this case
+    return runs
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Callable[[Shape], Any]:
-    """Return what trains all wanted cases on a mesh, once."""
+    """Return a cached function that trains all requested cases on a mesh."""
     folder = tmp_path_factory.mktemp("matrix")
     text = write_text(folder)
-    wanted = {item.callspec.params["name"] for item in request.session.items if item.module is request.module}
+    requested = {item.callspec.params["name"] for item in request.session.items if item.module is request.module}
 
     @cache
     def train(key: tuple[int, int]) -> list[dict[str, Any]]:
         shape = Shape(*key)
-        cases = {name: shape.over(overrides) for name, overrides in matrix().items() if name in wanted}
+        cases = {name: shape.over(overrides) for name, overrides in matrix().items() if name in requested}
         cases = {name: overrides for name, overrides in cases.items() if fits(name, shape)}
         return shape.run(train_all, text, cases, folder)
 
     return lambda shape: train((shape.data, shape.expert))
 
 
-def the_case(results: Callable[[Shape], Any], shape: Shape, name: str) -> dict[str, Any]:
-    """Return what a case found on a mesh, the same on all ranks."""
-    found = [of_rank.get(name, "a case before it failed") for of_rank in results(shape)]
-    errors = [value for value in found if isinstance(value, str)]
+def select_run(results: Callable[[Shape], Any], shape: Shape, name: str) -> dict[str, Any]:
+    """Return the run of a case on a mesh; fail if it ended with an error or differs between ranks."""
+    by_rank = [runs.get(name, "an earlier case failed") for runs in results(shape)]
+    errors = [run for run in by_rank if isinstance(run, str)]
     if errors:
         pytest.fail("\n".join(errors), pytrace=False)
-    return trained_alike(found)
+    return trained_alike(by_rank)
 
 
 CASES = [
@@ -82,4 +82,4 @@ CASES = [
 @pytest.mark.parametrize(("shape", "name"), CASES)
 def test_same_training(results: Callable[[Shape], Any], shape: Shape, name: str) -> None:
     tolerance = TOLERANCES.get(name, {})
-    assert_same_training(the_case(results, shape, name), the_case(results, ALONE, name), **tolerance)
+    assert_same_training(select_run(results, shape, name), select_run(results, ALONE, name), **tolerance)

@@ -1,17 +1,25 @@
-"""Run folders on disk arrive in a real MLflow database, completely and once."""
+"""Run folders arrive in a real MLflow database, completely and once."""
 
 import json
 import math
 import shutil
 import sqlite3
 import time
-from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.run_folders import write_result
+from support.tracked_runs import (
+    DIGEST,
+    STEPS,
+    build_cell,
+    build_experiment,
+    draw_figure,
+    write_checkpoint,
+    write_final_files,
+    write_steps,
+)
 
 from moebench.errors import UsageError
 from moebench.runs.journal import Journal
@@ -19,15 +27,13 @@ from moebench.tracking.mlflow_store import MlflowStore, default_uri, quiet_mlflo
 from moebench.tracking.replay import replay
 from moebench.tracking.tracker import Tracker
 
-STEPS = 30
-DIGEST = "9f" * 32
-ONE = {"id": "0" * 12, "arm": "a", "seed": 0}
+CELL = {"id": "0" * 12, "arm": "a", "seed": 0}
 TABLES = "mlflow.loggedArtifacts"
 
 
 @pytest.fixture(scope="module")
 def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty database of MLflow: making one takes a second."""
+    """An empty MLflow database, whose migrations take a second."""
     results = tmp_path_factory.mktemp("migrated")
     MlflowStore(default_uri(results), results / "mlartifacts", "unused")
     return results / "mlflow.db"
@@ -35,73 +41,8 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    if "fresh" not in request.node.name:
+    if "new_database" not in request.node.name:
         shutil.copy(request.getfixturevalue("migrated"), tmp_path / "mlflow.db")
-
-
-def build_experiment(results: Path, name: str = "quickstart") -> list[Path]:
-    """A finished experiment of two arms and two seeds, as the runner leaves it."""
-    grid = [(arm, seed) for arm in ("switch", "dense") for seed in (0, 1)]
-    cells = [{"id": f"{index:012x}", "arm": arm, "seed": seed} for index, (arm, seed) in enumerate(grid, 1)]
-    record = {"name": name, "question": "Does switch beat dense?", "file": f"{name}.yaml"}
-    (results / "experiments" / name).mkdir(parents=True)
-    path = results / "experiments" / f"{name}.json"
-    path.write_text(json.dumps({**record, "baseline": "dense", "cells": cells, "time": time.time()}))
-    draw(results / "experiments" / name / "curves.png")
-    folders = [build_cell(results, name, cell) for cell in cells]
-    for folder in folders:
-        train(folder, 1, STEPS)
-        finish(folder)
-    return folders
-
-
-def build_cell(results: Path, experiment: str, cell: Mapping[str, Any]) -> Path:
-    folder = results / "runs" / str(cell["id"])
-    folder.mkdir(parents=True)
-    config = {"router": {"name": cell["arm"]}, "training": {"steps": STEPS}}
-    content = {**cell, "config": config, "data": {"name": "shakespeare", "digest": DIGEST}}
-    varies = {"router.name": cell["arm"], "seed": str(cell["seed"])}
-    (folder / "cell.json").write_text(json.dumps({**content, "varies": varies, "experiment": experiment}))
-    environment = {"python": "3.11", "git_commit": "abc123", "git_dirty": False}
-    (folder / "environment.json").write_text(json.dumps(environment))
-    return folder
-
-
-def train(folder: Path, first: int, last: int) -> None:
-    with Journal(folder / "journal.jsonl") as journal:
-        for step in range(first, last + 1):
-            journal.append(step, {"loss/task": 3 / step + 1, "train/learning_rate": 1e-3}, time=1e9 + step)
-            if step % 10 == 0:
-                journal.append(step, {"eval/bits_per_byte": 2.0 + 1 / step}, time=1e9 + step)
-                layers = {"encoder.1": [step, 2, 3, 4], "decoder.0": [1, 1, 1, 1]}  # names, or "1", "3"
-                with (folder / "load.jsonl").open("a") as file:
-                    file.write(json.dumps({"step": step, "layers": layers}) + "\n")
-
-
-def checkpoint(folder: Path, step: int) -> None:
-    (folder / "checkpoints").mkdir(exist_ok=True)
-    (folder / "checkpoints" / f"step_{step}.json").write_text("{}")
-
-
-def finish(folder: Path, status: str = "done", error: str | None = None) -> None:
-    draw(folder / "load.png")
-    (folder / "log.txt").write_text("step 30\n")
-    final = {"bits_per_byte": 2.03, "load/dead_experts": math.nan} if status == "done" else {}
-    rest = {"cost": {"active_params": 1e6}, "throughput": {"tokens_per_s": 1e4}}
-    write_result(folder, status=status, error=error, step=STEPS, metrics=final, **rest)
-
-
-def draw(path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(4, 3))
-    axes.bar(["expert 0", "expert 1", "expert 2"], [5, 2, 3])
-    axes.set_title("Load of layer 1")
-    figure.savefig(path)
-    pyplot.close(figure)
 
 
 def client(results: Path) -> Any:
@@ -111,29 +52,31 @@ def client(results: Path) -> Any:
         return MlflowClient(default_uri(results))
 
 
-def stored(results: Path, experiment: str = "quickstart") -> dict[str, Any]:
+def stored_runs(results: Path, experiment: str = "quickstart") -> dict[str, Any]:
+    """Return the runs of an experiment in the tracker, by cell."""
     mlflow = client(results)
     runs = mlflow.search_runs([mlflow.get_experiment_by_name(experiment).experiment_id])
     return {run.data.tags["moebench.cell"]: run for run in runs}
 
 
-def doubles(results: Path) -> int:
-    twice = "select 1 from metrics group by run_uuid, key, step having count(*) > 1"
+def count_duplicates(results: Path) -> int:
+    """Count the values that the tracker has more than once."""
+    query = "select 1 from metrics group by run_uuid, key, step having count(*) > 1"
     with closing(sqlite3.connect(results / "mlflow.db")) as database:
-        return len(database.execute(twice).fetchall())
+        return len(database.execute(query).fetchall())
 
 
-def steps(results: Path, cell: str, key: str = "loss/task") -> list[int]:
-    run = stored(results)[cell]
+def stored_steps(results: Path, cell: str, key: str = "loss/task") -> list[int]:
+    run = stored_runs(results)[cell]
     return [point.step for point in client(results).get_metric_history(run.info.run_id, key)]
 
 
-def test_everything_of_an_experiment_arrives(tmp_path: Path) -> None:
+def test_everything_of_an_experiment_is_sent(tmp_path: Path) -> None:
     folders = build_experiment(tmp_path)
     report = replay(tmp_path, default_uri(tmp_path))
     # 30 steps of 2 metrics and 3 evaluations in the journal; then 1 finite result, 1 cost and 1 throughput.
     assert (report.experiments, report.runs, report.values, report.problems) == (1, 4, 4 * 63, ())
-    runs = stored(tmp_path)
+    runs = stored_runs(tmp_path)
     parent = runs.pop("experiment")
     assert parent.info.run_name == "quickstart"
     assert parent.info.status == "FINISHED"
@@ -159,11 +102,11 @@ def test_everything_of_an_experiment_arrives(tmp_path: Path) -> None:
     ]
 
 
-def test_artifacts_load_table_and_figures_arrive(tmp_path: Path) -> None:
+def test_artifacts_load_table_and_figures_are_sent(tmp_path: Path) -> None:
     folders = build_experiment(tmp_path)
     (folders[0] / "labels.json").write_text('{"kinds": {}}')
     replay(tmp_path, default_uri(tmp_path))
-    mlflow, runs = client(tmp_path), stored(tmp_path)
+    mlflow, runs = client(tmp_path), stored_runs(tmp_path)
     run_id = runs[folders[0].name].info.run_id
     names = {file.path for file in mlflow.list_artifacts(run_id)}
     files = {"environment.json", "result.json", "labels.json", "log.txt", "load.png"}
@@ -179,7 +122,7 @@ def test_artifacts_load_table_and_figures_arrive(tmp_path: Path) -> None:
     assert "name: switch" in Path(mlflow.download_artifacts(run_id, "config.yaml", str(tmp_path))).read_text()
 
 
-def test_a_second_replay_sends_nothing_even_without_its_local_cursor(tmp_path: Path) -> None:
+def test_second_replay_sends_nothing_even_without_its_local_cursor(tmp_path: Path) -> None:
     folders = build_experiment(tmp_path)
     replay(tmp_path, default_uri(tmp_path))
     assert replay(tmp_path, default_uri(tmp_path)).values == 0
@@ -189,77 +132,77 @@ def test_a_second_replay_sends_nothing_even_without_its_local_cursor(tmp_path: P
         assert entry["quickstart"]["finished"]
         (folder / "tracking.json").unlink()
     assert replay(tmp_path, default_uri(tmp_path)).values == 0
-    assert len(stored(tmp_path)) == 5
-    assert doubles(tmp_path) == 0
+    assert len(stored_runs(tmp_path)) == 5
+    assert count_duplicates(tmp_path) == 0
 
 
-def test_a_crash_between_a_batch_and_its_cursor_doubles_nothing(tmp_path: Path) -> None:
+def test_crash_between_a_batch_and_its_cursor_duplicates_nothing(tmp_path: Path) -> None:
     folders = build_experiment(tmp_path)
     replay(tmp_path, default_uri(tmp_path))
-    for run in stored(tmp_path).values():
+    for run in stored_runs(tmp_path).values():
         for tag in ("moebench.cursor", "moebench.sent", "moebench.described"):
             if tag in run.data.tags:
                 client(tmp_path).delete_tag(run.info.run_id, tag)
     replay(tmp_path, default_uri(tmp_path))
-    assert doubles(tmp_path) == 0
-    assert steps(tmp_path, folders[0].name) == [*range(1, STEPS + 1)]
-    assert len(stored(tmp_path)[folders[0].name].inputs.dataset_inputs) == 1
+    assert count_duplicates(tmp_path) == 0
+    assert stored_steps(tmp_path, folders[0].name) == [*range(1, STEPS + 1)]
+    assert len(stored_runs(tmp_path)[folders[0].name].inputs.dataset_inputs) == 1
 
 
-def test_a_tracker_that_was_emptied_is_filled_again(tmp_path: Path) -> None:
+def test_empty_tracker_is_filled_again(tmp_path: Path) -> None:
     build_experiment(tmp_path)
     other = f"sqlite:///{tmp_path / 'other.db'}"
     first = replay(tmp_path, default_uri(tmp_path))
     assert replay(tmp_path, other).values == first.values
 
 
-def test_a_resumed_run_has_one_value_for_each_step(tmp_path: Path) -> None:
-    uri, folder = default_uri(tmp_path), build_cell(tmp_path, "quickstart", ONE)
-    train(folder, 1, 15)
-    assert replay(tmp_path, uri, live=True).values == 0  # no checkpoint: all of it may be repeated
-    checkpoint(folder, 10)
+def test_resumed_run_has_one_value_for_each_step(tmp_path: Path) -> None:
+    uri, folder = default_uri(tmp_path), build_cell(tmp_path, "quickstart", CELL)
+    write_steps(folder, 1, 15)
+    assert replay(tmp_path, uri, live=True).values == 0  # no checkpoint: all steps may be repeated
+    write_checkpoint(folder, 10)
     assert replay(tmp_path, uri, live=True).values == 21
-    assert stored(tmp_path)[folder.name].info.status == "RUNNING"
+    assert stored_runs(tmp_path)[folder.name].info.status == "RUNNING"
     replay(tmp_path, uri)  # the worker was killed
-    assert stored(tmp_path)[folder.name].info.status == "KILLED"
+    assert stored_runs(tmp_path)[folder.name].info.status == "KILLED"
     time.sleep(0.01)
     with Journal(folder / "journal.jsonl") as journal:
         journal.truncate_after(10)
     replay(tmp_path, uri, live=True)
-    assert stored(tmp_path)[folder.name].info.status == "RUNNING"
-    train(folder, 11, STEPS)
-    finish(folder)
+    assert stored_runs(tmp_path)[folder.name].info.status == "RUNNING"
+    write_steps(folder, 11, STEPS)
+    write_final_files(folder)
     replay(tmp_path, uri)
-    assert stored(tmp_path)[folder.name].info.status == "FINISHED"
-    assert steps(tmp_path, folder.name) == [*range(1, STEPS + 1)]
-    assert doubles(tmp_path) == 0
+    assert stored_runs(tmp_path)[folder.name].info.status == "FINISHED"
+    assert stored_steps(tmp_path, folder.name) == [*range(1, STEPS + 1)]
+    assert count_duplicates(tmp_path) == 0
 
 
-def test_a_run_resumed_before_the_cursor_sends_no_step_again(tmp_path: Path) -> None:
-    """The newest checkpoint was damaged: training went back further than what was sent."""
-    uri, folder = default_uri(tmp_path), build_cell(tmp_path, "quickstart", ONE)
-    train(folder, 1, 20)
-    checkpoint(folder, 20)
+def test_run_resumed_before_the_cursor_sends_no_step_twice(tmp_path: Path) -> None:
+    # The newest checkpoint was damaged, so the run resumed from an earlier step than the last one sent.
+    uri, folder = default_uri(tmp_path), build_cell(tmp_path, "quickstart", CELL)
+    write_steps(folder, 1, 20)
+    write_checkpoint(folder, 20)
     replay(tmp_path, uri, live=True)
     with Journal(folder / "journal.jsonl") as journal:
         journal.truncate_after(10)
         for step in range(11, STEPS + 1):
             journal.append(step, {"loss/task": 3 / step + 1}, time=2e9 + step)
-    finish(folder)
+    write_final_files(folder)
     replay(tmp_path, uri)
-    assert steps(tmp_path, folder.name) == [*range(1, STEPS + 1)]
-    assert doubles(tmp_path) == 0
+    assert stored_steps(tmp_path, folder.name) == [*range(1, STEPS + 1)]
+    assert count_duplicates(tmp_path) == 0
 
 
-def test_a_failed_run_says_why_and_a_retry_replaces_the_status(tmp_path: Path) -> None:
-    uri, folder = default_uri(tmp_path), build_cell(tmp_path, "quickstart", ONE)
-    train(folder, 1, 12)
+def test_failed_run_has_its_reason_and_a_retry_replaces_the_status(tmp_path: Path) -> None:
+    uri, folder = default_uri(tmp_path), build_cell(tmp_path, "quickstart", CELL)
+    write_steps(folder, 1, 12)
     with Journal(folder / "journal.jsonl") as journal:
         journal.append(13, {"loss/task": math.nan, "train/grad_norm": math.inf})
-    finish(folder, "failed", "loss is not finite at step 13")
+    write_final_files(folder, "failed", "loss is not finite at step 13")
     report = replay(tmp_path, uri)
     assert report.non_finite == 2
-    run = stored(tmp_path)[folder.name]
+    run = stored_runs(tmp_path)[folder.name]
     assert run.info.status == "FAILED"
     assert run.data.tags["moebench.error"] == "loss is not finite at step 13"
     assert run.data.tags["moebench.non_finite"] == "first: loss/task at step 13"
@@ -267,70 +210,70 @@ def test_a_failed_run_says_why_and_a_retry_replaces_the_status(tmp_path: Path) -
     (folder / "result.json").unlink()
     with Journal(folder / "journal.jsonl") as journal:
         journal.truncate_after(0)
-    train(folder, 1, STEPS)
-    finish(folder)
+    write_steps(folder, 1, STEPS)
+    write_final_files(folder)
     replay(tmp_path, uri)
-    assert stored(tmp_path)[folder.name].info.status == "FINISHED"
-    assert steps(tmp_path, folder.name) == [*range(1, STEPS + 1)]
+    assert stored_runs(tmp_path)[folder.name].info.status == "FINISHED"
+    assert stored_steps(tmp_path, folder.name) == [*range(1, STEPS + 1)]
 
 
-def test_one_damaged_journal_does_not_stop_the_others(tmp_path: Path) -> None:
+def test_damaged_journal_does_not_affect_other_runs(tmp_path: Path) -> None:
     folders = build_experiment(tmp_path)
     (folders[1] / "journal.jsonl").write_text("broken\n")
     report = replay(tmp_path, default_uri(tmp_path))
     (problem,) = report.problems
     assert f"{folders[1].name}/journal.jsonl, line 1" in problem
-    assert steps(tmp_path, folders[3].name) == [*range(1, STEPS + 1)]
+    assert stored_steps(tmp_path, folders[3].name) == [*range(1, STEPS + 1)]
 
 
-def test_a_figure_made_later_is_sent_later(tmp_path: Path) -> None:
+def test_later_figures_are_sent_by_the_next_replay(tmp_path: Path) -> None:
     folders = build_experiment(tmp_path)
     replay(tmp_path, default_uri(tmp_path))
-    draw(folders[0] / "probe.png")
-    draw(tmp_path / "experiments" / "quickstart" / "pareto.png")
+    draw_figure(folders[0] / "probe.png")
+    draw_figure(tmp_path / "experiments" / "quickstart" / "pareto.png")
     replay(tmp_path, default_uri(tmp_path))
-    mlflow, runs = client(tmp_path), stored(tmp_path)
+    mlflow, runs = client(tmp_path), stored_runs(tmp_path)
     assert "probe.png" in {f.path for f in mlflow.list_artifacts(runs[folders[0].name].info.run_id)}
     assert "pareto.png" in {f.path for f in mlflow.list_artifacts(runs["experiment"].info.run_id)}
-    assert doubles(tmp_path) == 0
+    assert count_duplicates(tmp_path) == 0
 
 
-def test_a_cell_of_two_experiments_is_in_both(tmp_path: Path) -> None:
+def test_cell_of_two_experiments_is_in_both(tmp_path: Path) -> None:
     build_experiment(tmp_path)
     record = json.loads((tmp_path / "experiments" / "quickstart.json").read_text())
     (tmp_path / "experiments" / "wide.json").write_text(json.dumps({**record, "name": "wide"}))
     replay(tmp_path, default_uri(tmp_path))
-    assert len(stored(tmp_path, "wide")) == len(stored(tmp_path, "quickstart")) == 5
+    assert len(stored_runs(tmp_path, "wide")) == len(stored_runs(tmp_path, "quickstart")) == 5
 
 
-def test_an_unknown_experiment_is_named(tmp_path: Path) -> None:
+def test_unknown_experiment_is_refused(tmp_path: Path) -> None:
     build_experiment(tmp_path)
     with pytest.raises(UsageError, match="Did you mean 'quickstart'"):
         replay(tmp_path, default_uri(tmp_path), "quickstrat")
 
 
-def test_the_live_tracker_follows_a_run_into_a_fresh_database(tmp_path: Path) -> None:
-    folder = build_cell(tmp_path, "quickstart", ONE)
+def test_live_tracker_follows_a_run_into_a_new_database(tmp_path: Path) -> None:
+    folder = build_cell(tmp_path, "quickstart", CELL)
     tracker = Tracker(tmp_path, default_uri(tmp_path), interval_s=0.1)
-    began = time.monotonic()
+    start_s = time.monotonic()
     tracker.start()
-    assert time.monotonic() - began < 1
-    train(folder, 1, 10)
-    checkpoint(folder, 10)
+    assert time.monotonic() - start_s < 1
+    write_steps(folder, 1, 10)
+    write_checkpoint(folder, 10)
     deadline = time.monotonic() + 30
     while not (folder / "tracking.json").exists():
         assert time.monotonic() < deadline, (tmp_path / "tracking.log").read_text()
         time.sleep(0.05)
-    train(folder, 11, STEPS)
-    finish(folder)
+    write_steps(folder, 11, STEPS)
+    write_final_files(folder)
     status = tracker.stop()
     assert (status.ok, status.reason, tracker.poll()) == (True, None, None)
-    assert steps(tmp_path, folder.name) == [*range(1, STEPS + 1)]
-    assert stored(tmp_path)[folder.name].info.status == "FINISHED"
+    assert stored_steps(tmp_path, folder.name) == [*range(1, STEPS + 1)]
+    assert stored_runs(tmp_path)[folder.name].info.status == "FINISHED"
     assert (tmp_path / "tracking.log").read_text() == ""
 
 
-def test_a_tracker_without_any_run_ends_well(tmp_path: Path) -> None:
+def test_tracker_without_runs_ends_without_error(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, default_uri(tmp_path), "quickstart", interval_s=0.1)
     tracker.start()
     assert tracker.stop().ok

@@ -1,4 +1,4 @@
-"""A person opens the pages of a results folder in a real browser and sees the experiment."""
+"""MLflow's UI of a results folder, in a real browser, shows the experiment."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "screenshot_ui.py"
 CELLS = {"a00000000001": ("switch", 0), "a00000000002": ("dense", 0)}
 
 
-def script() -> ModuleType:
+def load_script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("screenshot_ui", SCRIPT)
     assert spec
     assert spec.loader
@@ -57,8 +57,8 @@ def draw(path: Path) -> None:
 
 @pytest.mark.slow
 def test_experiment_child_runs_charts_and_load_figure_are_visible(tmp_path: Path) -> None:
-    photo = script()
-    if photo.chromium() is None:
+    screenshots = load_script()
+    if screenshots.chromium() is None:
         pytest.skip("no chromium with chromedriver on this machine (Debian: apt-get install chromium-driver)")
     build(tmp_path)
     replay(tmp_path, default_uri(tmp_path))
@@ -69,18 +69,18 @@ def test_experiment_child_runs_charts_and_load_figure_are_visible(tmp_path: Path
         number = client.get_experiment_by_name("quickstart").experiment_id
         run = client.search_runs([number], "tags.`moebench.arm` = 'switch'")[0].info.run_id
     children = ("switch seed 0", "dense seed 0")
-    with photo.pages(tmp_path) as url, photo.browser() as driver:
-        photo.open_page(driver, f"{url}/#/experiments", ("quickstart",))
+    with screenshots.pages(tmp_path) as url, screenshots.browser() as driver:
+        screenshots.open_page(driver, f"{url}/#/experiments", ("quickstart",))
         driver.save_screenshot(str(tmp_path / "experiments.png"))
-        assert photo.show_charts(driver, url, number, "quickstart", children) >= 2
+        assert screenshots.show_charts(driver, url, number, "quickstart", children) >= 2
         text = driver.execute_script("return document.body.innerText")
         assert all(word in text for word in ("quickstart", *children, "loss/task", "eval/bits_per_byte"))
-        # A chart is seen when its lines are: one path for each run that has the metric.
+        # A chart is drawn when it has a path for each run that has the metric.
         lines = "return document.querySelectorAll('.js-plotly-plot .scatterlayer path').length"
         assert driver.execute_script(lines) >= len(children)
         driver.save_screenshot(str(tmp_path / "charts.png"))
-        width, height = photo.show_figure(driver, url, number, run, "load.png")
-        # 5 x 3 inches at 100 dots: whatever the zoom, the picture keeps its proportions.
+        width, height = screenshots.show_figure(driver, url, number, run, "load.png")
+        # 5 x 3 inches: the proportions do not depend on the zoom.
         assert width / height == pytest.approx(5 / 3, rel=0.05)
         driver.save_screenshot(str(tmp_path / "load.png"))
     sizes = [(tmp_path / name).stat().st_size for name in ("experiments.png", "charts.png", "load.png")]

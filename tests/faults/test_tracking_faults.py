@@ -1,4 +1,4 @@
-"""What a broken tracker does to a run: nothing but a line that says so."""
+"""Broken trackers: the run is not affected, and one line reports the tracker."""
 
 import json
 import math
@@ -42,9 +42,9 @@ def build(results: Path, steps: int = 20, cell: str = CELL) -> Path:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def metric_steps(database: Path) -> list[int]:
@@ -54,23 +54,23 @@ def metric_steps(database: Path) -> list[int]:
     return [row[0] for row in rows]
 
 
-def until(condition: object, limit_s: float = 30) -> None:
-    deadline = time.monotonic() + limit_s
+def wait_until(condition: object, timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def test_a_dead_server_degrades_and_loses_nothing(tmp_path: Path) -> None:
+def test_unreachable_server_degrades_and_loses_nothing(tmp_path: Path) -> None:
     folder = build(tmp_path)
     before = (folder / "journal.jsonl").read_bytes()
     uri = f"http://user:secret@127.0.0.1:{free_port()}"
     tracker = Tracker(tmp_path, uri, interval_s=0.1)
-    began = time.monotonic()
+    start_s = time.monotonic()
     tracker.start()
-    until(tracker.poll, 20)
+    wait_until(tracker.poll, 20)
     status = tracker.stop(10)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - start_s < 20
     assert not status.ok
     assert status.reason is not None
     assert "\n" not in status.reason
@@ -83,7 +83,7 @@ def test_a_dead_server_degrades_and_loses_nothing(tmp_path: Path) -> None:
     assert metric_steps(tmp_path / "mlflow.db") == [*range(1, 21)]
 
 
-def test_a_server_that_never_answers_is_bounded(tmp_path: Path) -> None:
+def test_server_that_never_responds_is_bounded_in_time(tmp_path: Path) -> None:
     build(tmp_path)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -91,16 +91,16 @@ def test_a_server_that_never_answers_is_bounded(tmp_path: Path) -> None:
         tracker = Tracker(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}", interval_s=0.1)
         tracker.start()
         time.sleep(3)
-        began = time.monotonic()
+        start_s = time.monotonic()
         status = tracker.stop(1)
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - start_s < 4
     assert str(status.reason).startswith("the tracker did not take everything in 1 s; nothing is lost")
 
 
 @pytest.mark.parametrize(
     "content", [b"not a database" * 100, b"SQLite format 3\0" + b"\xff" * 5000], ids=["text", "broken pages"]
 )
-def test_a_damaged_database_is_named_and_never_touched(tmp_path: Path, content: bytes) -> None:
+def test_damaged_database_is_reported_and_never_modified(tmp_path: Path, content: bytes) -> None:
     build(tmp_path)
     database = tmp_path / "mlflow.db"
     database.write_bytes(content)
@@ -116,20 +116,20 @@ def test_a_damaged_database_is_named_and_never_touched(tmp_path: Path, content: 
     assert database.read_bytes() == content
 
 
-def test_a_place_that_does_not_exist_is_named(tmp_path: Path) -> None:
+def test_missing_folder_is_reported(tmp_path: Path) -> None:
     build(tmp_path)
     with pytest.raises(TrackerError, match=r"nowhere/mlflow\.db cannot be created"):
         replay(tmp_path, f"sqlite:///{tmp_path}/nowhere/mlflow.db")
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_an_unknown_kind_of_tracker_is_one_line(tmp_path: Path) -> None:
+def test_unknown_kind_of_tracker_is_a_one_line_error(tmp_path: Path) -> None:
     build(tmp_path)
     with pytest.raises(TrackerError, match=r"^tracker ftp://nobody cannot be used \([^\n]*$"):
         replay(tmp_path, "ftp://nobody")
 
 
-RACE = """
+CONCURRENT_REPLAYS = """
 import os, sys
 from pathlib import Path
 from moebench.tracking.mlflow_store import quiet_mlflow
@@ -137,57 +137,57 @@ from moebench.tracking.replay import replay
 with quiet_mlflow():
     from mlflow import MlflowClient
 uri, *folders = sys.argv[1:]
-racers = []
+children = []
 for folder in folders:
-    racers.append(os.fork())
-    if not racers[-1]:
+    children.append(os.fork())
+    if not children[-1]:
         os.write(1, f"{replay(Path(folder), uri).values}\\n".encode())
         os._exit(0)
-print([os.waitstatus_to_exitcode(os.waitpid(racer, 0)[1]) for racer in racers])
+print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
 """
 
 
-def race(uri: str, *folders: Path) -> list[str]:
-    """Replay each folder in a process of its own, all forked at one moment by one that has done the imports."""
-    command = [sys.executable, "-c", RACE, uri, *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    *answers, codes = done.stdout.splitlines()
-    assert codes == str([0] * len(folders)), done.stderr
-    return answers
+def replay_concurrently(uri: str, *folders: Path) -> list[str]:
+    """Replay each folder in a process of its own, all forked at once after the imports; return their output."""
+    command = [sys.executable, "-c", CONCURRENT_REPLAYS, uri, *map(str, folders)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    *outputs, exit_codes = process.stdout.splitlines()
+    assert exit_codes == str([0] * len(folders)), process.stderr
+    return outputs
 
 
-def test_four_processes_open_one_fresh_database_at_once(tmp_path: Path) -> None:
+def test_four_processes_create_one_database_at_once(tmp_path: Path) -> None:
     for number in range(4):
         build(tmp_path / str(number), cell=f"{number:012x}")
-    assert race(default_uri(tmp_path), *(tmp_path / str(number) for number in range(4))) == ["20"] * 4
+    assert replay_concurrently(default_uri(tmp_path), *(tmp_path / str(number) for number in range(4))) == ["20"] * 4
     assert metric_steps(tmp_path / "mlflow.db") == sorted([*range(1, 21)] * 4)
 
 
-def test_two_processes_that_send_the_same_runs_double_nothing(tmp_path: Path) -> None:
+def test_two_processes_that_send_the_same_runs_duplicate_nothing(tmp_path: Path) -> None:
     build(tmp_path, steps=2500)
-    race(default_uri(tmp_path), tmp_path, tmp_path)
+    replay_concurrently(default_uri(tmp_path), tmp_path, tmp_path)
     assert metric_steps(tmp_path / "mlflow.db") == [*range(1, 2501)]
 
 
 @pytest.mark.slow
-def test_a_sender_killed_at_any_time_leaves_nothing_doubled(tmp_path: Path) -> None:
+def test_replay_killed_at_any_time_duplicates_nothing(tmp_path: Path) -> None:
     build(tmp_path, steps=5000)
     program = "import sys; from pathlib import Path; from moebench.tracking.replay import replay\n"
     program += "print('go', flush=True); replay(Path(sys.argv[1]), sys.argv[2])"
     command = [sys.executable, "-c", program, str(tmp_path), default_uri(tmp_path)]
-    # Within the import, the migrations of the fresh database and the batches, as fast as the machine is.
+    # During the imports, the migrations of the new database or the batches, depending on the machine.
     for delay_s in (1.6, 2.0, 2.4, 2.8):
-        victim = subprocess.Popen(command, stdout=subprocess.PIPE)
-        assert victim.stdout
-        victim.stdout.readline()
+        sender = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert sender.stdout
+        sender.stdout.readline()
         time.sleep(delay_s)
-        victim.kill()
-        victim.communicate()
+        sender.kill()
+        sender.communicate()
     replay(tmp_path, default_uri(tmp_path))
     assert metric_steps(tmp_path / "mlflow.db") == [*range(1, 5001)]
 
 
-def test_the_tracker_dies_with_its_runner(tmp_path: Path) -> None:
+def test_tracker_exits_when_its_runner_dies(tmp_path: Path) -> None:
     build(tmp_path)
     program = (
         "import sys, time; from pathlib import Path; from moebench.tracking.tracker import Tracker\n"
@@ -198,19 +198,19 @@ def test_the_tracker_dies_with_its_runner(tmp_path: Path) -> None:
     runner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert runner.stdout
     pid = int(runner.stdout.readline())
-    until((tmp_path / "runs" / CELL / "tracking.json").exists)
+    wait_until((tmp_path / "runs" / CELL / "tracking.json").exists)
     runner.send_signal(signal.SIGKILL)
     runner.communicate()
-    until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, 15)
+    wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, 15)
 
 
-def test_a_killed_tracker_is_reported(tmp_path: Path) -> None:
+def test_killed_tracker_is_reported(tmp_path: Path) -> None:
     build(tmp_path)
     tracker = Tracker(tmp_path, default_uri(tmp_path), interval_s=60)
     tracker.start()
     assert tracker.pid
     os.kill(tracker.pid, signal.SIGKILL)
-    until(tracker.poll)
+    wait_until(tracker.poll)
     status = tracker.stop(1)
     assert not status.ok
     assert "ended early" in str(status.reason)
@@ -219,8 +219,8 @@ def test_a_killed_tracker_is_reported(tmp_path: Path) -> None:
 def start_ui(results: Path, port: int) -> "subprocess.Popen[str]":
     program = (
         "import sys; from pathlib import Path; from moebench.tracking.ui import serve\n"
-        "say = lambda url: print(url, flush=True)\n"
-        "sys.exit(serve(Path(sys.argv[1]), port=int(sys.argv[2]), on_ready=say))"
+        "on_ready = lambda url: print(url, flush=True)\n"
+        "sys.exit(serve(Path(sys.argv[1]), port=int(sys.argv[2]), on_ready=on_ready))"
     )
     command = [sys.executable, "-c", program, str(results), str(port)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -229,7 +229,7 @@ def start_ui(results: Path, port: int) -> "subprocess.Popen[str]":
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )
-def test_the_pages_are_local_and_leave_nothing_behind(tmp_path: Path, number: int, code: int) -> None:
+def test_ui_is_local_and_leaves_no_process_behind(tmp_path: Path, number: int, code: int) -> None:
     build(tmp_path)
     replay(tmp_path, default_uri(tmp_path))
     port = free_port()
@@ -237,27 +237,27 @@ def test_the_pages_are_local_and_leave_nothing_behind(tmp_path: Path, number: in
     assert ui.stdout
     url = ui.stdout.readline().strip()
     assert url == f"http://127.0.0.1:{port}", (tmp_path / "ui.log").read_text()
-    with urllib.request.urlopen(f"{url}/health") as answer:
-        assert answer.status == 200
-    foreign = urllib.request.Request(f"{url}/api/2.0/mlflow/experiments/get?experiment_id=0")
-    foreign.add_header("Host", "evil.example")
-    with pytest.raises(urllib.error.HTTPError, match="403") as refused:
-        urllib.request.urlopen(foreign)
-    refused.value.close()
+    with urllib.request.urlopen(f"{url}/health") as response:
+        assert response.status == 200
+    foreign_request = urllib.request.Request(f"{url}/api/2.0/mlflow/experiments/get?experiment_id=0")
+    foreign_request.add_header("Host", "evil.example")
+    with pytest.raises(urllib.error.HTTPError, match="403") as refusal:
+        urllib.request.urlopen(foreign_request)
+    refusal.value.close()
     with pytest.raises(UsageError, match=rf"--port {port}: Address already in use; free is \d+"):
         serve(tmp_path, port=port)
-    family = psutil.Process(ui.pid).children(recursive=True)
-    assert 1 <= len(family) <= 3
-    listening = {c.laddr.ip for p in family for c in p.net_connections("tcp") if c.status == "LISTEN"}
+    children = psutil.Process(ui.pid).children(recursive=True)
+    assert 1 <= len(children) <= 3
+    listening = {c.laddr.ip for p in children for c in p.net_connections("tcp") if c.status == "LISTEN"}
     assert listening == {"127.0.0.1"}
     ui.send_signal(number)
     assert ui.wait(15) == code
     ui.communicate()
-    until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family), 5)
+    wait_until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in children), 5)
 
 
-def test_pages_without_a_database_say_what_to_do(tmp_path: Path) -> None:
+def test_ui_without_a_database_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="run an experiment first"):
         serve(tmp_path)
-    with pytest.raises(UsageError, match="server with pages of its own"):
+    with pytest.raises(UsageError, match="server with its own UI"):
         serve(tmp_path, uri="http://tracker:5000")

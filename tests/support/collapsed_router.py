@@ -19,7 +19,7 @@ from moebench.routing.values import Routing
     )
 )
 class Collapsed(Router):
-    """Everything to expert 0, with a weight that learns."""
+    """All tokens to expert 0, with a trainable weight."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(RouterConfig):

@@ -1,4 +1,4 @@
-"""What is trained on every mesh: one entry for each thing that could be different there."""
+"""The cases that are trained on every mesh: one for each feature that could behave differently there."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ SHORT = (
     "padded",
     "encoder-decoder",
 )
-"""Of the matrix, what every test run trains."""
+"""Cases of the matrix that every test run trains."""
 
 
 def case(**overrides: Any) -> dict[str, Any]:
@@ -42,12 +42,17 @@ def _router(name: str) -> dict[str, Any]:
 
 
 def _capacity(drop_order: str, overflow: str = "drop", router: str = "top_k", **options: Any) -> dict[str, Any]:
-    limits = {"capacity_factor_train": 0.7, "capacity_factor_eval": 0.9, "drop_order": drop_order, "overflow": overflow}
-    return case(layout=EVERY_N | limits, router={"name": router, **options})
+    capacity = {
+        "capacity_factor_train": 0.7,
+        "capacity_factor_eval": 0.9,
+        "drop_order": drop_order,
+        "overflow": overflow,
+    }
+    return case(layout=EVERY_N | capacity, router={"name": router, **options})
 
 
 def matrix() -> dict[str, dict[str, Any]]:
-    """Return every case by its name."""
+    """Return every case by name."""
     cases = {"top_2": case(), "bf16": case(train={"precision": "bf16"}), "dense": _router("dense")}
     cases |= {f"router {entry.name}": _router(entry.name) for entry in ROUTERS.entries() if entry.name != "dense"}
     cases["router oracle"] |= {"task": {"name": "clustered"}}  # the others read text
@@ -64,7 +69,7 @@ def matrix() -> dict[str, dict[str, Any]]:
         "two passes over micro-batches": case(router={"name": "thor"}, train={"accumulate": 2}),
         "zero rows": case(train={"batch_size": 1}),
         "ragged": case(train={"batch_size": 3}),
-        # One expert for all: the others idle, and so do the processes that hold them.
+        # One expert for all tokens: the other experts, and the processes that hold them, are idle.
         "idle experts": case(router={"name": "collapsed"}),
         "grouped expert choice": case(
             layout={"name": "prototypes", "groups": 2, "num_experts": 8, "match": "none"},
@@ -76,7 +81,7 @@ def matrix() -> dict[str, dict[str, Any]]:
         "shared and residual, recomputed": case(
             layout={"name": "residual", "num_experts": 8, "recompute": True, "match": "none"}, router={"name": "switch"}
         ),
-        # Four processes for three groups, and an evaluation that ends in a smaller one.
+        # Three groups on four processes, and a smaller group at the end of the evaluation.
         "groups of sequences": case(
             router={"name": "mixture_of_tokens", "group_size": 2}, train={"batch_size": 6}, task={"eval_windows": 3}
         ),
@@ -92,7 +97,7 @@ def matrix() -> dict[str, dict[str, Any]]:
 
 
 def fits(name: str, shape: Shape) -> bool:
-    """Return whether a case can be trained on a mesh at all."""
+    """Return whether a case can be trained on a mesh."""
     if shape.expert == 1:
         return True
     router = ROUTERS.get(name.removeprefix("router ")).item if name.startswith("router ") else None

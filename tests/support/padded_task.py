@@ -1,4 +1,4 @@
-"""A task whose sequences differ in length: each process gets another share of the padding."""
+"""A task whose sequences differ in length, so that processes have different amounts of padding."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from moebench.tasks.language import TokenEmbedding, TokenHead
 from moebench.tasks.task import ALL, TASKS, Batch, Task, TaskFacts, average_by_domain
 
 
-@TASKS.register(TaskFacts(causal=False, metric="nats", lower_is_better=True, data="random symbols, made here"))
+@TASKS.register(TaskFacts(causal=False, metric="nats", lower_is_better=True, data="random symbols, generated"))
 class Padded(Task):
-    """Say how each symbol differs from the last one of its sequence; lengths from 0 to `sequence_length`."""
+    """Predict how each symbol differs from the last one of its sequence; lengths from 0 to `sequence_length`."""
 
     vocab_size = 16
     domains = ("even", "odd")
@@ -28,7 +28,7 @@ class Padded(Task):
 
         name: str = "padded"
         sequence_length: int = 12
-        """Places of a sequence, most of them padding in some."""
+        """Positions of a sequence, padding included."""
 
     def __init__(self, config: Config) -> None:
         self.sequence_length = config.sequence_length
@@ -46,7 +46,7 @@ class Padded(Task):
         source, length = make_generator("padded", *purpose), self.sequence_length
         token_BL = torch.randint(self.vocab_size, (size, length), generator=source)
         length_B = torch.randint(length + 1, (size,), generator=source)
-        length_B[0] = 0  # nothing but padding
+        length_B[0] = 0  # padding only
         valid_BL = torch.arange(length) < length_B[:, None]
         last_BL = token_BL.gather(1, (length_B - 1).clamp(min=0)[:, None])
         return Batch(

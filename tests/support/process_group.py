@@ -1,4 +1,4 @@
-"""Real processes that join a mesh and run a function of a test; each result, or each error, comes back."""
+"""Processes that join a mesh and run a function of a test; their results or errors are collected."""
 
 import contextlib
 import os
@@ -11,26 +11,26 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
-from moebench.parallel.process_info import ProcessInfo
 from support.separate_device import DEVICE, separate_device
 from torch.distributed import TCPStore
 
 from moebench.config import merge_settings
 from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh, open_mesh
+from moebench.parallel.process_info import ProcessInfo
 from moebench.schema import ParallelConfig
 
 LIMIT_S = 280
-"""How long a team may take; whoever is still there then is killed."""
+"""Seconds without a result after which the processes are killed."""
 
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(["moebench.training.train"])
 
 Job = Callable[..., Any]
-"""(mesh, *arguments) -> anything that can be sent through a pipe."""
+"""(mesh, *arguments) -> anything that can be pickled."""
 
 
-class TeamError(Exception):
-    """What some processes said when they failed."""
+class ProcessGroupError(Exception):
+    """Errors of the processes that failed."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Shape:
     expert: int = 1
     options: dict[str, Any] = field(default_factory=dict)
     has_group: bool = False
-    """Whether one process joins a group of its own as well."""
+    """Whether a single process joins a process group of size 1."""
     is_separate: bool = False
-    """Whether the device of the processes is not the host: see `separate_device`."""
+    """Whether the processes use a simulated device (see `separate_device`)."""
 
     def __str__(self) -> str:
         return f"dp{self.data}ep{self.expert}"
@@ -53,11 +53,11 @@ class Shape:
         return self.data * self.expert
 
     def over(self, overrides: dict[str, Any]) -> dict[str, Any]:
-        """Return a cell's overrides with this mesh in them."""
+        """Return a cell's overrides with the sizes of this mesh."""
         return merge_settings(overrides, {"parallel": {"data": self.data, "expert": self.expert, **self.options}})
 
     def run(self, job: Job, *arguments: Any) -> list[Any]:
-        """Return what the job returned on each rank."""
+        """Run the job on each rank and return the results by rank."""
         if self.size == 1 and not self.has_group:
             with separate_device() if self.is_separate else contextlib.nullcontext():
                 return [job(Mesh(device=DEVICE) if self.is_separate else SINGLE_PROCESS_MESH, *arguments)]
@@ -96,21 +96,23 @@ ALONE = Shape()
 
 
 def _collect(pipes: list[Connection]) -> list[Any]:
-    found: dict[int, Any] = {}
-    while len(found) < len(pipes):
-        ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in found], LIMIT_S)
+    results: dict[int, tuple[str, Any]] = {}
+    while len(results) < len(pipes):
+        ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in results], LIMIT_S)
         if not ready:
-            raise TeamError(f"ranks {sorted(set(range(len(pipes))) - set(found))} said nothing for {LIMIT_S} s")
+            raise ProcessGroupError(
+                f"ranks {sorted(set(range(len(pipes))) - set(results))} sent no result in {LIMIT_S} s"
+            )
         for rank, pipe in enumerate(pipes):
-            if pipe in ready and rank not in found:
+            if pipe in ready and rank not in results:
                 try:
-                    found[rank] = pickle.loads(pipe.recv_bytes())
+                    results[rank] = pickle.loads(pipe.recv_bytes())
                 except EOFError:
-                    found[rank] = ("error", "ended without a word")
-    errors = [f"rank {rank}: {value}" for rank, (kind, value) in sorted(found.items()) if kind == "error"]
+                    results[rank] = ("error", "ended without a result")
+    errors = [f"rank {rank}: {value}" for rank, (kind, value) in sorted(results.items()) if kind == "error"]
     if errors:
-        raise TeamError("\n".join(errors))
-    return [found[rank][1] for rank in range(len(pipes))]
+        raise ProcessGroupError("\n".join(errors))
+    return [results[rank][1] for rank in range(len(pipes))]
 
 
 def _member(
@@ -128,15 +130,15 @@ def _member(
             separate_device() if is_separate else contextlib.nullcontext(),
             open_mesh(config, process_info, device) as mesh,
         ):
-            _say(pipe, "value", job(mesh, *arguments))
+            _send(pipe, "value", job(mesh, *arguments))
     except BaseException:
-        _say(pipe, "error", traceback.format_exc())
+        _send(pipe, "error", traceback.format_exc())
     pipe.close()
-    os._exit(0)  # threads of a broken group must not keep it
+    os._exit(0)  # without waiting for threads of a broken process group
 
 
-def _say(pipe: Connection, kind: str, value: Any) -> None:
-    pipe.send_bytes(pickle.dumps((kind, value)))  # by value: tensors in shared memory would go with their process
+def _send(pipe: Connection, kind: str, value: Any) -> None:
+    pipe.send_bytes(pickle.dumps((kind, value)))  # by value: shared memory of tensors would vanish with the process
 
 
-__all__ = ["ALONE", "LIMIT_S", "SHAPES", "Mesh", "Shape", "TeamError"]
+__all__ = ["ALONE", "LIMIT_S", "SHAPES", "Mesh", "ProcessGroupError", "Shape"]

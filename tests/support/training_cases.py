@@ -1,4 +1,4 @@
-"""A task and a model so small that a test can train them, through the same code as any run."""
+"""A cell so small that a test can train it, through the code of every run."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moebench.runs.recorder import RunRecorder
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from moebench.config import component_keys, merge_settings, resolve
@@ -15,6 +14,7 @@ from moebench.parallel.checkpoint import REST
 from moebench.parallel.mesh import Mesh
 from moebench.runs.folder import RunFolder
 from moebench.runs.journal import read_journal
+from moebench.runs.recorder import RunRecorder
 from moebench.runs.result import RunResult
 from moebench.schema import CellConfig
 from moebench.tasks.language import Language
@@ -39,7 +39,7 @@ TINY: dict[str, Any] = {
 }
 
 UNREPEATABLE = ("train/tokens_per_s", "time/data_share")
-"""What the clock decides."""
+"""Metrics that depend on time."""
 
 
 def write_text(folder: Path) -> Path:
@@ -51,7 +51,7 @@ def write_text(folder: Path) -> Path:
 
 
 def tiny_config(text: Path, **overrides: Any) -> CellConfig:
-    """Return the configuration of a tiny cell; a section given as a keyword is merged in."""
+    """Return the configuration of a tiny cell, with the sections given as keywords merged in."""
     raw = merge_settings(TINY, overrides)
     task = raw["task"]
     if "data" in component_keys("task", task.get("name", "language")):
@@ -61,7 +61,7 @@ def tiny_config(text: Path, **overrides: Any) -> CellConfig:
 
 @dataclass
 class Run:
-    """One training of a cell in a folder; call it again to resume."""
+    """The training of a cell in a folder; call it again to resume."""
 
     config: CellConfig
     folder: Path
@@ -70,12 +70,13 @@ class Run:
     step: int = 0
 
     def __call__(self, stop_at: int | None = None) -> RunResult | None:
-        """Train to the end, or ask to stop after a step."""
+        """Train to the end, or until after step `stop_at`."""
         task = self.task or prepare_task(self.config, self.folder)
         with RunRecorder(RunFolder(self.folder)) as recorder:
-            hooks = RunContext(
+            context = RunContext(
                 recorder=recorder,
-                progress=self._follow,
+                checkpoints=self.checkpoints,
+                report_progress=self._follow,
                 should_stop=lambda: self.step == stop_at,
             )
             mesh = Mesh(device=select_device(self.config.train))
@@ -92,11 +93,11 @@ class Run:
         return [(line["step"], line["layers"]) for line in lines]
 
     def _follow(self, message: dict[str, Any]) -> None:
-        self.step = message["step"] + 1  # asked before the progress of a step is told
+        self.step = message["step"] + 1  # `should_stop` is called before the progress of a step is reported
         self.progress(message)
 
     def points(self) -> list[tuple[int, dict[str, float]]]:
-        """Return the journal without what the clock decides."""
+        """Return the points of the journal without the metrics that depend on time."""
         points, _ = read_journal(self.folder / "journal.jsonl")
         return [
             (point.step, {name: value for name, value in point.metrics.items() if name not in UNREPEATABLE})
@@ -109,16 +110,16 @@ class Run:
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """Return all tensors of a checkpoint, whole, and what else is in it."""
-    whole = folder.parent / f"{folder.name}.whole"
-    dcp_to_torch_save(folder, whole)
-    content: dict[str, Any] = torch.load(whole, map_location="cpu", weights_only=False)
-    whole.unlink()
+    """Return the content of a checkpoint, with full tensors."""
+    merged = folder.parent / f"{folder.name}.whole"
+    dcp_to_torch_save(folder, merged)
+    content: dict[str, Any] = torch.load(merged, map_location="cpu", weights_only=False)
+    merged.unlink()
     return content | torch.load(folder / REST, map_location="cpu", weights_only=True)
 
 
 class Watched(Language):
-    """The language task, remembering which batches it gave and spoiling the loss of one step (from 1)."""
+    """The language task; records the inputs of its batches, and passes the loss of step `at` (from 1) to `spoil`."""
 
     def __init__(self, task: Language, spoil: Callable[[torch.Tensor], torch.Tensor] | None = None, at: int = 4):
         super().__init__(task.config, task.text)

@@ -1,33 +1,33 @@
-"""A few real training steps on a mesh, with all that must be the same on any other mesh."""
+"""A few training steps on a mesh, with everything that must be the same on any other mesh."""
 
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from moebench.runs.recorder import RunRecorder
-from moebench.training.step_timer import StepTimer
 from support.process_group import Mesh
 from support.training_cases import tiny_config
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moebench.runs.folder import RunFolder
+from moebench.runs.recorder import RunRecorder
 from moebench.training.callback import CellCallback, RunContext
 from moebench.training.model import initialised_model, prepare_task
 from moebench.training.module import CellModule
+from moebench.training.step_timer import StepTimer
 from moebench.training.train import build_trainer, fit
 
 TOLERANCE = 1e-5
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor, wherever it lies."""
+    """Return a copy of the full tensor, whether it is sharded or not."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 class Watcher(lightning.Callback):
-    """Notes what every step finds."""
+    """Records the loss, the gradient norm and the gradients of every step."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Any]] = []
@@ -43,37 +43,38 @@ class Watcher(lightning.Callback):
 
 
 def train_steps(mesh: Mesh, text: Path, overrides: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Train a tiny cell; return its steps, its parameters and state at the end, its evaluation and its journal."""
+    """Train a tiny cell; return its steps, its final state, its evaluation and its journal."""
     config = tiny_config(text, **overrides)
     task = prepare_task(config, folder)
     module = CellModule(config, initialised_model(config, task, mesh), task, mesh)
     watcher = Watcher()
-    own = folder / f"rank_{mesh.rank}_of_{mesh.size}"
-    own.mkdir(exist_ok=True)
-    with RunRecorder(RunFolder(own)) as recorder:
+    rank_folder = folder / f"rank_{mesh.rank}_of_{mesh.size}"
+    rank_folder.mkdir(exist_ok=True)
+    with RunRecorder(RunFolder(rank_folder)) as recorder:
         timer = StepTimer()
         callback = CellCallback(RunContext(recorder=recorder, checkpoints=folder / f"checkpoints_{mesh.size}"), timer)
         fit(build_trainer(config, [watcher, callback], mesh), module, timer)
     assert callback.final is not None
-    state = module.to(mesh.device).model.state_dict()  # lightning leaves it on the host
+    state = module.to(mesh.device).model.state_dict()  # lightning has moved it to the host
     return {
         "steps": watcher.steps,
         "state": {name: whole(tensor) for name, tensor in state.items()},
         "final": callback.final.metrics,
         "loads": callback.final.load_by_layer,
         "labels": {name: table.layers for name, table in callback.final.labels.items()},
-        "journal": (own / "journal.jsonl").read_text(),
+        "journal": (rank_folder / "journal.jsonl").read_text(),
     }
 
 
-def trained_alike(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what all ranks have found: the same."""
-    for other in found[1:]:
-        for name, tensor in found[0]["state"].items():
+def trained_alike(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Check that the runs of all ranks are the same, and return one of them."""
+    first = runs[0]
+    for other in runs[1:]:
+        for name, tensor in first["state"].items():
             assert torch.equal(other["state"][name], tensor), f"{name} differs between ranks"
-        assert [step["norm"] for step in other["steps"]] == [step["norm"] for step in found[0]["steps"]]
-        assert other["final"] == found[0]["final"]
-    return found[0]
+        assert [step["norm"] for step in other["steps"]] == [step["norm"] for step in first["steps"]]
+        assert other["final"] == first["final"]
+    return first
 
 
 def assert_same_training(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float = TOLERANCE) -> None:
@@ -88,19 +89,21 @@ def assert_same_training(ours: dict[str, Any], theirs: dict[str, Any], tolerance
             close(our["grads"][name], grad, tolerance, f"{what}: gradient of {name}")
     assert ours["state"].keys() == theirs["state"].keys()
     for name, tensor in theirs["state"].items():
-        close(ours["state"][name], tensor, tolerance, name, least=1.0)  # AdamW makes steps of one size of any gradient
+        close(
+            ours["state"][name], tensor, tolerance, name, least=1.0
+        )  # the size of AdamW's steps does not depend on that of the gradient
     assert ours["final"].keys() == theirs["final"].keys()
     for name, value in theirs["final"].items():
         assert abs(ours["final"][name] - value) <= 10 * tolerance * max(1.0, abs(value)), name
     assert ours["loads"] == theirs["loads"]
     assert ours["labels"].keys() == theirs["labels"].keys()
     for kind, layers in theirs["labels"].items():
-        for layer, table in layers.items():  # whole numbers, but for soft and merged experts
+        for layer, table in layers.items():  # integers, except for soft and merging routers
             close(ours["labels"][kind][layer], table, tolerance, f"{kind} of the experts of layer {layer}")
 
 
 def close(ours: Tensor, theirs: Tensor, tolerance: float, what: str, least: float = 1e-3) -> None:
-    """Compare relative to the largest value of the tensor, or to `least` if that is larger."""
+    """Compare relative to the largest absolute value of the tensor, at least `least`."""
     assert ours.shape == theirs.shape, what
     scale = max(float(theirs.double().abs().max()), least) if theirs.numel() else 1.0
     worst = float((ours.double() - theirs.double()).abs().max()) / scale if theirs.numel() else 0.0

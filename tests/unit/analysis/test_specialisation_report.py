@@ -9,11 +9,11 @@ import torch
 from matplotlib.image import imread
 from moebench.analysis.figures import Figures
 from moebench.analysis.specialisation.figures import draw_labels, preference, spaced, telling_labels
-from moebench.training.label_tables import LabelTable, label_tables_to_json
 
 from moebench.analysis.specialisation.report import build_label_rows, find_best_layer, report_of
 from moebench.errors import UsageError
 from moebench.runs.folder import RunFolder
+from moebench.training.label_tables import LabelTable, label_tables_to_json
 
 COUNTS = torch.tensor([[6.0, 2.0, 0.0], [1.0, 1.0, 0.0], [1.0, 5.0, 0.0]], dtype=torch.float64)
 EVEN = torch.tensor([[4.0, 4.0, 0.0], [1.0, 1.0, 0.0], [3.0, 3.0, 0.0]], dtype=torch.float64)

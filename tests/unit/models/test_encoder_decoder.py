@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from moebench.compatibility import check_cell, list_marks
-from moebench.training.evaluation import batch_context
 from support.cases import randomise_parameters
 from support.training_cases import Run, tiny_config, write_text
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from moebench.compatibility import check_cell, list_marks
 from moebench.config import resolve
 from moebench.errors import UsageError
 from moebench.models.attention import CrossAttention, EncoderOutput
 from moebench.schema import CellConfig
 from moebench.tasks.task import Batch
+from moebench.training.evaluation import batch_context
 from moebench.training.model import Model, initialised_model, model_cost, prepare_task
 from moebench.training.objective import add_token_loss, compute_objective
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from moebench.training.evaluation import batch_context
 from support.training_cases import tiny_config, write_text
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,6 +17,7 @@ from moebench.models.build import build_backbone
 from moebench.models.cost import cost_of
 from moebench.routing.context import DataSummary
 from moebench.routing.router import ROUTERS
+from moebench.training.evaluation import batch_context
 from moebench.training.model import initialised_model, model_cost, prepare_task
 
 ROUTERS_COUNTED = [

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from moebench.compatibility import check_cell
-from moebench.training.evaluation import batch_context
 from support.training_cases import Run, tiny_config, write_text
 from torch import Tensor
 
+from moebench.compatibility import check_cell
 from moebench.errors import UsageError
 from moebench.tasks.task import Batch
+from moebench.training.evaluation import batch_context
 from moebench.training.model import initialised_model, model_cost, prepare_task
 from moebench.training.module import CellModule
 

@@ -28,15 +28,15 @@ def content(step: int) -> dict[str, Any]:
 
 def read(path: Path) -> dict[str, Any]:
     state = content(0)
-    rest = VerifiedCheckpointIO().load_into(state, path)
-    return state | rest
+    other_state = VerifiedCheckpointIO().load_into(state, path)
+    return state | other_state
 
 
-def tear(file: Path) -> None:
+def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def flip(file: Path) -> None:
+def flip_bit(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(bytes(content))
@@ -46,21 +46,21 @@ def empty(file: Path) -> None:
     file.write_bytes(b"")
 
 
-def damages() -> list:
+def list_damages() -> list:
     return [
         pytest.param(damage, name, id=f"{damage.__name__} {name}")
         for name in ("", "ckpt/.metadata", "ckpt/__0_0.distcp", "ckpt/rest.pt", "json")
-        for damage in ((tear, flip, empty, Path.unlink) if name else (shutil.rmtree,))
+        for damage in ((truncate, flip_bit, empty, Path.unlink) if name else (shutil.rmtree,))
     ]
 
 
-def part_of(path: Path, name: str) -> Path:
-    """Return a file of a checkpoint, its manifest, or (for no name) its folder."""
+def file_of(path: Path, name: str) -> Path:
+    """Return the path of a file of a checkpoint, of its manifest, or of its folder (for an empty name)."""
     suffix, _, file = name.partition("/")
     return path.with_suffix(f".{suffix}") / file if file else path.with_suffix(f".{suffix or 'ckpt'}")
 
 
-def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
+def test_saved_checkpoint_is_read_back(tmp_path: Path) -> None:
     save(tmp_path, 3)
     file, damaged = find_newest_valid(tmp_path)
     assert file == checkpoint_path(tmp_path, 3)
@@ -69,39 +69,39 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     assert_same_tree(read(file), content(3))
 
 
-def test_newest_is_found_by_number_not_by_name(tmp_path: Path) -> None:
+def test_newest_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> None:
     save(tmp_path, 9_999_999, 10_000_000)
     assert find_newest_valid(tmp_path)[0] == checkpoint_path(tmp_path, 10_000_000)
 
 
-def test_nothing_saved_is_no_checkpoint(tmp_path: Path) -> None:
+def test_missing_folder_has_no_checkpoint(tmp_path: Path) -> None:
     assert find_newest_valid(tmp_path / "missing") == (None, [])
 
 
-@pytest.mark.parametrize(("damage", "name"), damages())
-def test_damaged_checkpoint_falls_back_and_says_so(tmp_path: Path, damage, name: str) -> None:
+@pytest.mark.parametrize(("damage", "name"), list_damages())
+def test_damaged_checkpoint_is_reported_and_passed_over(tmp_path: Path, damage, name: str) -> None:
     save(tmp_path, 5, 10)
-    damage(part_of(checkpoint_path(tmp_path, 10), name))
+    damage(file_of(checkpoint_path(tmp_path, 10), name))
     file, damaged = find_newest_valid(tmp_path)
     assert file == checkpoint_path(tmp_path, 5)
     if name == "json" and damage is Path.unlink:
-        return  # died between the checkpoint and its manifest: it never counted
+        return  # as if killed before the manifest was written: the checkpoint does not count
     assert len(damaged) == 1
     assert damaged[0].startswith("step_0000010.ckpt: ")
     assert "the one before is used" in damaged[0]
     assert "\n" not in damaged[0]
 
 
-def test_all_damaged_means_from_the_start(tmp_path: Path) -> None:
+def test_no_checkpoint_is_found_if_all_are_damaged(tmp_path: Path) -> None:
     save(tmp_path, 5, 10)
     for step in (5, 10):
-        flip(checkpoint_path(tmp_path, step) / "__0_0.distcp")
+        flip_bit(checkpoint_path(tmp_path, step) / "__0_0.distcp")
     file, damaged = find_newest_valid(tmp_path)
     assert file is None
     assert len(damaged) == 2
 
 
-def test_two_are_kept_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_two_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     save(tmp_path, 1, 2, 3, 10)
     assert KEEP == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -112,7 +112,7 @@ def test_two_are_kept_and_nothing_else_is_left(tmp_path: Path) -> None:
     ]
 
 
-def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+def test_failed_save_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 1)
     with pytest.raises(Exception, match="pickle"):
         VerifiedCheckpointIO().save_checkpoint(content(2) | {"bad": lambda: None}, checkpoint_path(tmp_path, 2))
@@ -120,53 +120,53 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     assert find_newest_valid(tmp_path)[0] == checkpoint_path(tmp_path, 1)
 
 
-class Trap:
-    """What would print when it is unpickled."""
+class PrintsWhenUnpickled:
+    """Prints when it is unpickled."""
 
     def __reduce__(self):
         return (print, ("this must not run",))
 
 
-def test_checkpoint_does_not_run_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_loading_a_checkpoint_executes_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path, 1, 2)
-    torch.save({"x": Trap()}, checkpoint_path(tmp_path, 1) / "rest.pt")
+    torch.save({"x": PrintsWhenUnpickled()}, checkpoint_path(tmp_path, 1) / "rest.pt")
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
         read(checkpoint_path(tmp_path, 1))
-    (checkpoint_path(tmp_path, 2) / ".metadata").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(Exception, match=r"must not name builtins\.print"):
+    (checkpoint_path(tmp_path, 2) / ".metadata").write_bytes(pickle.dumps(PrintsWhenUnpickled()))
+    with pytest.raises(Exception, match=r"must not refer to builtins\.print"):
         read(checkpoint_path(tmp_path, 2))
     assert "this must not run" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("damage", "name"), damages())
-def test_run_goes_on_from_the_one_before(text: Path, tmp_path: Path, capsys, damage, name: str) -> None:
+@pytest.mark.parametrize(("damage", "name"), list_damages())
+def test_run_resumes_from_the_previous_checkpoint(text: Path, tmp_path: Path, capsys, damage, name: str) -> None:
     config = tiny_config(text, train={"checkpoint_every": 3})
-    whole, parts = Run(config, tmp_path / "whole"), Run(config, tmp_path / "parts")
-    whole()
+    full, parts = Run(config, tmp_path / "full"), Run(config, tmp_path / "parts")
+    full()
     parts(stop_at=6)
-    damage(part_of(parts.checkpoints / "step_0000006.ckpt", name))
+    damage(file_of(parts.checkpoints / "step_0000006.ckpt", name))
     capsys.readouterr()
     parts()
-    said = "step_0000006.ckpt" in capsys.readouterr().out
-    assert said is not (name == "json" and damage is Path.unlink)
-    assert_same_tree(whole.checkpoint(12)["state_dict"], parts.checkpoint(12)["state_dict"])
-    assert whole.points() == parts.points()
+    is_reported = "step_0000006.ckpt" in capsys.readouterr().out
+    assert is_reported is not (name == "json" and damage is Path.unlink)
+    assert_same_tree(full.checkpoint(12)["state_dict"], parts.checkpoint(12)["state_dict"])
+    assert full.points() == parts.points()
     assert not [path for path in parts.checkpoints.iterdir() if path.name.startswith(".")]
 
 
-def test_damaged_checkpoints_do_not_push_out_good_ones(text: Path, tmp_path: Path) -> None:
-    # Both checkpoints are damaged and the run starts again; what it saves then must survive the next stop.
+def test_damaged_checkpoints_do_not_displace_valid_ones(text: Path, tmp_path: Path) -> None:
+    # Both checkpoints are damaged and the run starts anew; its next checkpoints must not be removed as older ones.
     config = tiny_config(text, train={"checkpoint_every": 4})
     run = Run(config, tmp_path / "run")
     run(stop_at=9)
     for step in (8, 9):
-        flip(checkpoint_path(run.checkpoints, step) / "__0_0.distcp")
+        flip_bit(checkpoint_path(run.checkpoints, step) / "__0_0.distcp")
     run.step = 0
     assert run(stop_at=5) is None
     assert find_newest_valid(run.checkpoints)[0] == checkpoint_path(run.checkpoints, 5)
 
 
-def test_orphans_of_a_killed_write_are_cleared(text: Path, tmp_path: Path) -> None:
+def test_unfinished_checkpoints_of_a_killed_process_are_removed(text: Path, tmp_path: Path) -> None:
     run = Run(tiny_config(text), tmp_path / "run")
     run.checkpoints.mkdir(parents=True)
     (run.checkpoints / ".step_0000003.ckpt.4242.tmp").write_bytes(b"half")

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from moebench.compatibility import check_cell
 from support.cases import Tokens
 from support.training_cases import Run, tiny_config
 
+from moebench.compatibility import check_cell
 from moebench.config import resolve
 from moebench.errors import UsageError
 from moebench.routing.features.token_labels import TokenLabels

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from moebench.training.evaluation import evaluate
 from support.training_cases import tiny_config
 
 from moebench.errors import UsageError
 from moebench.tasks.task import average_by_domain
 from moebench.tasks.text.documents import TextDataConfig, source_digest
 from moebench.tasks.text.windows import prepare
+from moebench.training.evaluation import evaluate
 from moebench.training.model import initialised_model, prepare_task
 
 TASKS = ("language", "masked_language", "span_corruption")

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from moebench.compatibility import check_cell
 from scipy.stats import binom
 from support.training_cases import Run, tiny_config, write_text
 from torch.nn import functional
 
+from moebench.compatibility import check_cell
 from moebench.errors import UsageError
 from moebench.tasks.language import Language
 from moebench.tasks.masked_language import MaskedLanguage

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from moebench.training.evaluation import batch_context
 from support.task_data import WORDS, write_words
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from moebench.errors import UsageError
 from moebench.tasks.audio.clips import AudioDataConfig
 from moebench.tasks.audio.utterances import prepare
 from moebench.tasks.speech import Keyword, Speech
+from moebench.training.evaluation import batch_context
 from moebench.training.model import initialised_model
 
 

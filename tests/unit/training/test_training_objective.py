@@ -3,7 +3,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from moebench.training.evaluation import batch_context, evaluate
 from support.training_cases import Run, Watched, tiny_config, write_text
 
 from moebench.ranks import SINGLE_RANK
@@ -11,6 +10,7 @@ from moebench.routing.layer_name import LayerName
 from moebench.routing.values import LayerRecord, Routing
 from moebench.schema import TrainConfig
 from moebench.tasks.task import Batch
+from moebench.training.evaluation import batch_context, evaluate
 from moebench.training.model import initialised_model, prepare_task
 from moebench.training.module import CellModule, NonFiniteError, rate_at
 from moebench.training.objective import LossNormalizer, Objective, add_token_loss, average_objectives, compute_objective
@@ -21,13 +21,13 @@ def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text"))
 
 
-def found(text, tmp_path, losses: dict[str, float], router: str = "switch") -> tuple[Objective, dict]:
+def objective_and_gradients(text, tmp_path, losses: dict[str, float], router: str = "switch") -> tuple[Objective, dict]:
     """Return the objective of the first batch, and the gradients of the routers."""
     config = tiny_config(text, router={"name": router, "losses": losses})
     task = prepare_task(config, tmp_path)
     module = CellModule(config, initialised_model(config, task), task)
     batch = task.train_batch(4, 0, 0)
-    with torch.no_grad():  # the head starts at zero and would let no gradient through
+    with torch.no_grad():  # the head is initialised to zero, which blocks the gradient
         module.model.head.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     output, records = module.model(batch, batch_context(batch, training=True, seed=0))
     result = compute_objective(task.loss(output, batch), batch, module.layers, records, losses)
@@ -35,8 +35,8 @@ def found(text, tmp_path, losses: dict[str, float], router: str = "switch") -> t
     return result, {name: p.grad for name, p in module.named_parameters() if "router" in name}
 
 
-def test_task_loss_is_logged_apart_from_the_others(text, tmp_path) -> None:
-    result, _ = found(text, tmp_path, {"load_balance": 0.5, "z": 0.25})
+def test_every_loss_is_logged_separately(text, tmp_path) -> None:
+    result, _ = objective_and_gradients(text, tmp_path, {"load_balance": 0.5, "z": 0.25})
     log = average_objectives([result], SINGLE_RANK)
     assert set(log) == {
         "loss/task", "loss/total", "loss/load_balance", "loss/z", "balance/load_balance", "balance/z",
@@ -44,12 +44,12 @@ def test_task_loss_is_logged_apart_from_the_others(text, tmp_path) -> None:
     assert log["loss/load_balance"] == pytest.approx(0.5 * log["balance/load_balance"])
     assert log["loss/z"] == pytest.approx(0.25 * log["balance/z"])
     assert log["loss/total"] == pytest.approx(log["loss/task"] + log["loss/load_balance"] + log["loss/z"])
-    without, _ = found(text, tmp_path, {})
+    without, _ = objective_and_gradients(text, tmp_path, {})
     assert average_objectives([without], SINGLE_RANK) == {"loss/task": log["loss/task"], "loss/total": log["loss/task"]}
 
 
-def test_coefficient_decides_the_router_gradient(text, tmp_path) -> None:
-    gradients = {c: found(text, tmp_path, {"load_balance": c})[1] for c in (0.0, 1.0, 2.0)}
+def test_coefficient_scales_the_gradient_of_the_router(text, tmp_path) -> None:
+    gradients = {c: objective_and_gradients(text, tmp_path, {"load_balance": c})[1] for c in (0.0, 1.0, 2.0)}
     for name in gradients[0.0]:
         off, one, two = (gradients[c][name] for c in (0.0, 1.0, 2.0))
         assert off.norm() > 0, "the task loss alone reaches the router"
@@ -57,21 +57,21 @@ def test_coefficient_decides_the_router_gradient(text, tmp_path) -> None:
         torch.testing.assert_close(two - off, 2 * (one - off), rtol=1e-3, atol=1e-6)
 
 
-def test_coefficient_of_0_measures_without_using(text, tmp_path) -> None:
-    measured, gradients = found(text, tmp_path, {"load_balance": 0.0})
-    _, without = found(text, tmp_path, {})
+def test_loss_with_coefficient_0_is_only_measured(text, tmp_path) -> None:
+    measured, gradients = objective_and_gradients(text, tmp_path, {"load_balance": 0.0})
+    _, without = objective_and_gradients(text, tmp_path, {})
     assert measured.raw["load_balance"] > 0
     assert measured.total.item() == measured.task.item()
     assert all(torch.equal(gradients[name], without[name]) for name in without)
 
 
-def test_own_losses_are_logged_by_their_names(text, tmp_path) -> None:
-    result, _ = found(text, tmp_path, {"importance": 0.1, "load": 0.1}, router="noisy_top_k")
+def test_losses_of_the_router_are_logged_by_name(text, tmp_path) -> None:
+    result, _ = objective_and_gradients(text, tmp_path, {"importance": 0.1, "load": 0.1}, router="noisy_top_k")
     assert set(result.raw) == {"importance", "load"}
 
 
-class Bystander(torch.nn.Module):
-    """Stands for a layer whose router brings nothing of its own."""
+class LayerWithoutLosses(torch.nn.Module):
+    """A layer whose router has no losses and no objective."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,38 +89,38 @@ def batch_of(loss_BP: torch.Tensor, count_BP: torch.Tensor | None = None) -> Bat
     return Batch(input_BL=zeros_BP, target_BP=zeros_BP, weight_BP=zeros_BP, domain_B=zeros_BP[:, 0], count_BP=count_BP)
 
 
-def collapsed(layer: int, expert: int) -> LayerRecord:
-    """Return the record of a layer where all of 6 tokens go to one of 3 experts with certainty."""
+def collapsed_record(layer: int, expert: int) -> LayerRecord:
+    """Return the record of a layer where all 6 tokens go to one of 3 experts with probability 1."""
     scores_TE = torch.nn.functional.one_hot(torch.full((6,), expert), 3).float()
     expert_TK = torch.full((6, 1), expert)
     routing = Routing.from_top_k(expert_TK, torch.ones(6, 1), num_experts=3, scores_TE=scores_TE)
     return LayerRecord(layer=LayerName(layer), routing=routing, kept=routing)
 
 
-def test_layers_are_averaged_and_never_pooled() -> None:
-    # Three layers, each collapsed on another expert: pooled over layers f and P would be even and read 1.
-    records = [collapsed(layer, expert=layer) for layer in range(3)]
+def test_losses_are_averaged_over_layers_not_pooled() -> None:
+    # Three layers, each collapsed to another expert: pooled over layers, f and P would be even and the loss 1.
+    records = [collapsed_record(layer, expert=layer) for layer in range(3)]
     loss_BL = torch.ones(2, 3)
     for count in (1, 3):
-        result = compute_objective(
-            loss_BL, batch_of(loss_BL), [Bystander()] * count, records[:count], {"load_balance": 1.0}
+        result = objective(
+            loss_BL, batch_of(loss_BL), [LayerWithoutLosses()] * count, records[:count], {"load_balance": 1.0}
         )
         assert result.raw["load_balance"].item() == pytest.approx(3.0)  # E / k, whatever the number of layers
         assert result.total.item() == pytest.approx(1.0 + 3.0)
 
 
-def test_task_loss_is_the_mean_over_what_is_predicted() -> None:
+def test_task_loss_is_the_mean_over_predictions() -> None:
     loss_BP = torch.tensor([[1.0, 2.0], [3.0, 100.0]])
     assert compute_objective(loss_BP, batch_of(loss_BP), [], [], {}).task.item() == pytest.approx(26.5)
     count_BP = torch.tensor([[1, 1], [1, 0]])
     assert compute_objective(loss_BP, batch_of(loss_BP, count_BP), [], [], {}).task.item() == pytest.approx(2.0)
-    # One loss for many symbols: 6 nats for 2 and 8 nats for 5 symbols are 2 nats for a symbol.
+    # Losses of several symbols each: 6 nats for 2 and 8 nats for 5 symbols are 2 nats per symbol.
     loss_BP, count_BP = torch.tensor([[6.0], [8.0]]), torch.tensor([[2], [5]])
     assert compute_objective(loss_BP, batch_of(loss_BP, count_BP), [], [], {}).task.item() == pytest.approx(2.0)
 
 
-def test_a_token_without_a_prediction_of_its_own_has_its_sequence_s_loss() -> None:
-    record = collapsed(0, expert=0)  # 6 tokens
+def test_token_without_prediction_has_the_mean_loss_of_its_sequence() -> None:
+    record = collapsed_record(0, expert=0)  # 6 tokens
     loss_BP = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, math.nan]])
     batch = batch_of(loss_BP, torch.tensor([[1, 1, 1], [1, 1, 0]]))
     assert add_token_loss([record], loss_BP, batch)[0].token_loss_T.tolist() == [1.0, 2.0, 3.0, 4.0, 5.0, 0.0]
@@ -129,13 +129,13 @@ def test_a_token_without_a_prediction_of_its_own_has_its_sequence_s_loss() -> No
     assert add_token_loss([record], loss_BP, batch)[0].token_loss_T.tolist() == pytest.approx([3.0] * 3 + [1.6] * 3)
 
 
-def test_numbers_of_tokens_are_shared_out_as_the_predictions_are() -> None:
+def test_mean_over_tokens_is_weighted_by_predictions() -> None:
     value_T = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 60.0])
     batch = batch_of(torch.zeros(2, 3), torch.tensor([[1, 1, 1], [1, 1, 0]]))
     assert LossNormalizer.of_single_batch(batch).mean_over_tokens(
         value_T, batch, own_predictions=True
     ).item() == pytest.approx(15 / 5)
-    # One prediction of 2 and one of 5 symbols, the last token padding: (2 · 2 + 5 · 4.5) / 7.
+    # One prediction of 2 and one of 5 symbols, and the last token is padding: (2 · 2 + 5 · 4.5) / 7.
     batch = replace(
         batch_of(torch.zeros(2, 1), torch.tensor([[2], [5]])),
         valid_BL=torch.tensor([[True, True, True], [True, True, False]]),
@@ -159,13 +159,13 @@ def test_learning_rate_by_hand() -> None:
     assert rate_at(12, train) == rate_at(99, train) == pytest.approx(0.1)
 
 
-def test_learning_rate_without_warm_up_and_with_nothing_else() -> None:
+def test_learning_rate_without_and_with_only_warm_up() -> None:
     assert rate_at(0, TrainConfig(steps=5, warmup_steps=0)) == 1.0
-    only = TrainConfig(steps=3, warmup_steps=10)
-    assert [rate_at(step, only) for step in range(3)] == pytest.approx([0.1, 0.2, 0.3])
+    warm_up_only = TrainConfig(steps=3, warmup_steps=10)
+    assert [rate_at(step, warm_up_only) for step in range(3)] == pytest.approx([0.1, 0.2, 0.3])
 
 
-def test_journal_holds_the_schedule(text, tmp_path) -> None:
+def test_learning_rates_are_in_the_journal(text, tmp_path) -> None:
     config = tiny_config(text, train={"learning_rate": 0.01})
     run = Run(config, tmp_path)
     run()
@@ -178,7 +178,7 @@ def nan_loss(loss_BL: torch.Tensor) -> torch.Tensor:
 
 
 class InfiniteGradient(torch.autograd.Function):
-    """Passes a value on as it is and an infinite gradient back."""
+    """The identity, with an infinite gradient."""
 
     @staticmethod
     def forward(ctx, value: torch.Tensor) -> torch.Tensor:
@@ -197,17 +197,17 @@ class InfiniteGradient(torch.autograd.Function):
     ],
     ids=["loss", "gradient"],
 )
-def test_non_finite_numbers_stop_before_the_update(text, tmp_path, monkeypatch, spoil, reason: str) -> None:
+def test_non_finite_numbers_are_refused_before_the_update(text, tmp_path, monkeypatch, spoil, reason: str) -> None:
     config = tiny_config(text, train={"checkpoint_every": 1})
     task = Watched(prepare_task(config, tmp_path), spoil, at=4)
     modules: list[CellModule] = []
     original = CellModule.__init__
 
-    def remember(self, *args) -> None:
+    def record(self, *args) -> None:
         original(self, *args)
         modules.append(self)
 
-    monkeypatch.setattr(CellModule, "__init__", remember)
+    monkeypatch.setattr(CellModule, "__init__", record)
     run = Run(config, tmp_path / "run", task=task)
     with pytest.raises(NonFiniteError, match=reason):
         run()
@@ -219,7 +219,7 @@ def test_non_finite_numbers_stop_before_the_update(text, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("router", ["switch", "noisy_top_k", "random"])
-def test_evaluation_leaves_no_trace(text, tmp_path, router: str) -> None:
+def test_evaluation_has_no_side_effects(text, tmp_path, router: str) -> None:
     config = tiny_config(text, router=router)
     task = prepare_task(config, tmp_path)
     model = initialised_model(config, task).train()
@@ -241,15 +241,15 @@ def test_evaluation_does_not_depend_on_the_batch_size(text, tmp_path) -> None:
     model = initialised_model(config, task)
     with torch.no_grad():
         model.head.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-    one, all_ = (evaluate(model, task, task.eval_batches("validation", size), 0, "cpu") for size in (1, 100))
-    assert one.metrics == pytest.approx(all_.metrics, rel=1e-5)
-    assert one.load_by_layer == all_.load_by_layer
+    single, batched = (evaluate(model, task, task.eval_batches("validation", size), 0, "cpu") for size in (1, 100))
+    assert single.metrics == pytest.approx(batched.metrics, rel=1e-5)
+    assert single.load_by_layer == batched.load_by_layer
 
 
-def test_untrained_model_costs_the_logarithm_of_the_vocabulary(text, tmp_path) -> None:
+def test_untrained_model_has_the_loss_of_a_uniform_prediction(text, tmp_path) -> None:
     config = tiny_config(text)
     task = prepare_task(config, tmp_path)
     model = initialised_model(config, task)
     evaluation = evaluate(model, task, task.eval_batches("test", 4), 0, "cpu")
-    # 257 byte tokens, uniform: log2(257) bits for each byte, the separator's bytes aside.
+    # 257 equally likely byte tokens: log2(257) bits per byte, except for the bytes of the separator.
     assert evaluation.quality["bits_per_byte"] == pytest.approx(math.log2(257), rel=0.05)

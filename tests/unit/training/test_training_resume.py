@@ -1,4 +1,4 @@
-"""Stopping and resuming anywhere gives the same numbers, bit for bit; arms with the same seed see the same data."""
+"""A resumed run is bit-identical to an uninterrupted one; arms with the same seed see the same data."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +32,7 @@ from moebench.routing.routers.switch import Switch
     )
 )
 class Counting(Switch):
-    """Keeps state: how many assignments each expert had in all steps."""
+    """Counts the assignments of each expert over all steps in a buffer."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Switch.Config):
@@ -60,10 +60,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Mapping[str, 
 
 
 @pytest.mark.parametrize("router", ROUTERS_WITH_AND_WITHOUT_DRAWS)
-def test_stopped_and_resumed_is_never_stopped(text: Path, tmp_path: Path, router: str) -> None:
+def test_resumed_run_equals_an_uninterrupted_one(text: Path, tmp_path: Path, router: str) -> None:
     config = tiny_config(text, router=router)
-    whole, parts = Run(config, tmp_path / "whole"), Run(config, tmp_path / "parts")
-    result = whole()
+    full, parts = Run(config, tmp_path / "full"), Run(config, tmp_path / "parts")
+    result = full()
     assert parts(stop_at=5) is None
     assert parts.checkpoint(5)["global_step"] == 5
     resumed = parts()
@@ -71,28 +71,28 @@ def test_stopped_and_resumed_is_never_stopped(text: Path, tmp_path: Path, router
     assert resumed is not None
     assert resumed.metrics == result.metrics
     assert resumed.step == result.step == 12
-    assert_same_runs(whole, parts)
+    assert_same_runs(full, parts)
 
 
 @pytest.mark.parametrize("task", TASKS.names())
-def test_every_task_goes_on_exactly(
+def test_every_task_resumes_exactly(
     task: str, data: Mapping[str, Mapping[str, Any]], text: Path, tmp_path: Path
 ) -> None:
-    # 12 steps of 8 are more than an epoch of some; a step is two micro-batches.
+    # 12 steps of 8 are more than an epoch of some tasks; a step has two micro-batches.
     train = {"batch_size": 8, "accumulate": 2, "checkpoint_every": 5}
     options = {"name": task, **data[task]} | ({"mirror": ["all"]} if task == "vision" else {})
     config = tiny_config(text, router="noisy_top_k", task=options, train=train, allow_noncausal=True)
-    whole, parts = Run(config, tmp_path / "whole"), Run(config, tmp_path / "parts")
-    assert whole() is not None
+    full, parts = Run(config, tmp_path / "full"), Run(config, tmp_path / "parts")
+    assert full() is not None
     assert parts(stop_at=7) is None
     assert parts() is not None
-    assert_same_runs(whole, parts)
-    losses = [metrics["loss/task"] for _, metrics in whole.points() if "loss/task" in metrics]
+    assert_same_runs(full, parts)
+    losses = [metrics["loss/task"] for _, metrics in full.points() if "loss/task" in metrics]
     assert len(set(losses)) == 12
 
 
-def test_points_behind_the_checkpoint_are_repeated_not_doubled(text: Path, tmp_path: Path) -> None:
-    # A process killed at step 8 leaves points behind its checkpoint of step 4.
+def test_points_after_the_checkpoint_are_replaced(text: Path, tmp_path: Path) -> None:
+    # A process killed at step 8 leaves points that are later than its checkpoint of step 4.
     class KilledError(Exception):
         pass
 
@@ -101,65 +101,66 @@ def test_points_behind_the_checkpoint_are_repeated_not_doubled(text: Path, tmp_p
             raise KilledError
 
     config = tiny_config(text, train={"checkpoint_every": 4, "eval_every": 3})
-    whole, parts = Run(config, tmp_path / "whole"), Run(config, tmp_path / "parts", progress=kill)
-    whole()
+    full, parts = Run(config, tmp_path / "full"), Run(config, tmp_path / "parts", progress=kill)
+    full()
     with pytest.raises(KilledError):
         parts()
-    (parts.checkpoints / "step_0000008.json").unlink()  # died before its manifest was written
+    (parts.checkpoints / "step_0000008.json").unlink()  # killed before its manifest was written
     parts.progress = lambda message: None
     parts()
-    assert_same_runs(whole, parts)
+    assert_same_runs(full, parts)
 
 
-def test_router_state_is_resumed_exactly(text: Path, tmp_path: Path, plugin) -> None:
+def test_router_state_is_restored_exactly(text: Path, tmp_path: Path, plugin) -> None:
     load_plugin(plugin.write(COUNTING, name="counting.py"))
     assert "counting" in ROUTERS.names()
     config = tiny_config(text, router="counting")
-    whole, parts = Run(config, tmp_path / "whole"), Run(config, tmp_path / "parts")
-    whole()
+    full, parts = Run(config, tmp_path / "full"), Run(config, tmp_path / "parts")
+    full()
     parts(stop_at=5)
     # 5 steps of 4 sequences of 8 tokens, each with one expert, in each of the two layers
     state = parts.checkpoint(5)["state_dict"]
     totals = [int(value.sum()) for name, value in state.items() if name.endswith("total_E")]
     assert totals == [5 * 4 * 8] * 2
     parts()
-    assert_same_runs(whole, parts)
+    assert_same_runs(full, parts)
 
 
-def test_same_cell_twice_is_the_same(text: Path, tmp_path: Path) -> None:
+def test_cell_trained_twice_is_bit_identical(text: Path, tmp_path: Path) -> None:
     config = tiny_config(text, router="gshard")
     runs = [Run(config, tmp_path / name) for name in ("one", "two")]
     for run in runs:
-        torch.manual_seed(hash(run.folder.name) % 1000)  # what came before in the process does not matter
+        torch.manual_seed(hash(run.folder.name) % 1000)  # earlier use of torch's generator does not matter
         run()
     assert_same_runs(*runs)
 
 
 def test_arms_with_the_same_seed_see_the_same_data(text: Path, tmp_path: Path) -> None:
-    seen = {}
+    inputs = {}
     for arm, seed in [("dense", 0), ("switch", 0), ("noisy_top_k", 0), ("switch", 1)]:
         config = tiny_config(text, router=arm, seed=seed)
         task = Watched(prepare_task(config, tmp_path))
         Run(config, tmp_path / f"{arm}{seed}", task=task)()
-        seen[arm, seed] = torch.stack(task.seen[:12])
-    assert torch.equal(seen["dense", 0], seen["switch", 0])
-    assert torch.equal(seen["dense", 0], seen["noisy_top_k", 0])
-    assert not torch.equal(seen["switch", 0], seen["switch", 1])
+        inputs[arm, seed] = torch.stack(task.seen[:12])
+    assert torch.equal(inputs["dense", 0], inputs["switch", 0])
+    assert torch.equal(inputs["dense", 0], inputs["noisy_top_k", 0])
+    assert not torch.equal(inputs["switch", 0], inputs["switch", 1])
 
 
-def test_arms_with_the_same_seed_start_alike(text: Path, tmp_path: Path) -> None:
+def test_arms_with_the_same_seed_have_the_same_initial_weights(text: Path, tmp_path: Path) -> None:
     def weights(router: str, seed: int) -> dict[str, torch.Tensor]:
         config = tiny_config(text, router=router, seed=seed)
         return initialised_model(config, prepare_task(config, tmp_path)).state_dict()
 
-    switch, top_k, dense, other = weights("switch", 0), weights("top_k", 0), weights("dense", 0), weights("switch", 1)
+    switch, top_k, dense = (weights(router, 0) for router in ("switch", "top_k", "dense"))
+    other_seed = weights("switch", 1)
     assert switch.keys() == top_k.keys()
     assert all(torch.equal(switch[name], top_k[name]) for name in switch)
     shared = [name for name in dense if "feed_forward." not in name]
     assert len(shared) == 2 + 2 * 4 + 1  # embedding, head; per block two norms, qkv and out; final norm
     assert all(torch.equal(dense[name], switch[name]) for name in shared)
     for name in ("embedding.weight", "backbone.blocks.0.attention.qkv.weight"):
-        assert not torch.equal(switch[name], other[name])
+        assert not torch.equal(switch[name], other_seed[name])
     assert not torch.equal(
         switch["backbone.blocks.0.attention.qkv.weight"], switch["backbone.blocks.1.attention.qkv.weight"]
     )

@@ -7,12 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from moebench.compatibility import check_cell
+from moebench.experts.bank_pass import BankPass
 from support.cases import D_MODEL, Case, Tokens, build_context, merge_loop, randomise_parameters, route, run
 from support.layout_models import backbone_of, batch, config_of
 from support.training_cases import tiny_config, write_text
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from moebench.compatibility import check_cell
 from moebench.errors import UsageError
 from moebench.experts.bank import merge_weights
 from moebench.experts.bank_pass import BankPass

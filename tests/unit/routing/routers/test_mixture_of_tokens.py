@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from moebench.compatibility import check_cell
 from support.cases import D_MODEL, Case, Tokens, route, run
 from support.training_cases import tiny_config, write_text
 from torch.utils.flop_counter import FlopCounterMode
 
+from moebench.compatibility import check_cell
 from moebench.errors import UsageError
 from moebench.parallel.mesh import Mesh
 from moebench.ranks import SingleRank

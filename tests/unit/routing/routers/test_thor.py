@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from moebench.training.evaluation import batch_context
 from support.cases import Case, Tokens, route, run
 from support.task_data import write_pictures
 from support.training_cases import tiny_config, write_text
@@ -20,6 +19,7 @@ from moebench.routing.features.consistency import divergence
 from moebench.routing.features.feature import count_passes
 from moebench.routing.router import ROUTERS
 from moebench.training.batches import build_loss_normalizer
+from moebench.training.evaluation import batch_context
 from moebench.training.model import initialised_model, model_cost, prepare_task
 from moebench.training.module import CellModule
 

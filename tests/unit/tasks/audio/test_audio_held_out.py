@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
-from moebench.training.evaluation import evaluate
 from support.task_data import WORDS, write_words
 
 from moebench.config import resolve
 from moebench.errors import UsageError
 from moebench.tasks.audio.clips import AudioDataConfig, source_digest
 from moebench.tasks.speech import Keyword, Speech
+from moebench.training.evaluation import evaluate
 from moebench.training.model import initialised_model
 
 

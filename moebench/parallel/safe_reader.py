@@ -1,4 +1,4 @@
-"""Reading a checkpoint's table of contents without running what it might hold."""
+"""Reading checkpoints without executing code that their metadata might contain."""
 
 import pickle
 from pathlib import Path
@@ -6,9 +6,13 @@ from typing import Any
 
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from typing_extensions import override
 
-PLAIN = {
+ALLOWED_CLASSES = {
     "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath"},
+    "torch": {
+        "Size", "bfloat16", "bool", "float16", "float32", "float64", "int16", "int32", "int64", "int8", "uint8"
+    },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -21,17 +25,18 @@ PLAIN = {
         "_MEM_FORMAT_ENCODING",
     },
     "torch.serialization": {"_get_layout"},
-}
-"""What a table of contents is made of, by module."""
-DTYPES = {"Size", "bfloat16", "bool", "float16", "float32", "float64", "int16", "int32", "int64", "int8", "uint8"}
-"""The same of torch itself."""
+}  # fmt: skip
+"""Globals that the metadata of a checkpoint may refer to, by module."""
 
 
-class PlainReader(FileSystemReader):
-    """Reads a checkpoint folder whose table of contents, a pickle, may hold plain descriptions and nothing else."""
+class SafeReader(FileSystemReader):
+    """Reads a checkpoint folder whose metadata, a pickle, may refer to plain descriptions only.
 
+    Raises UnpicklingError where the metadata refers to anything else.
+    """
+
+    @override
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the table of contents; raise UnpicklingError where it holds anything that could run."""
         with (Path(self.path) / ".metadata").open("rb") as handle:
             metadata: Metadata = _Unpickler(handle).load()
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
@@ -40,8 +45,8 @@ class PlainReader(FileSystemReader):
 
 
 class _Unpickler(pickle.Unpickler):
+    @override
     def find_class(self, module_name: str, global_name: str, /) -> Any:
-        """Return one of the plain classes."""
-        if global_name in PLAIN.get(module_name, ()) or (module_name == "torch" and global_name in DTYPES):
+        if global_name in ALLOWED_CLASSES.get(module_name, ()):
             return super().find_class(module_name, global_name)
-        raise pickle.UnpicklingError(f"a checkpoint's table of contents must not name {module_name}.{global_name}")
+        raise pickle.UnpicklingError(f"a checkpoint's metadata must not refer to {module_name}.{global_name}")

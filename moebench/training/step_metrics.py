@@ -1,0 +1,98 @@
+"""Metrics of one logged step: expert load over all processes, and what communication between them cost."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from moebench.experts.layer import MoELayer
+from moebench.parallel.mesh import Mesh
+from moebench.parallel.traffic import peak_memory_gib, predicted_bytes
+from moebench.routing.metrics import LoadCount, summarise_load
+from moebench.routing.values import LayerRecord
+from moebench.training.executed_cost import ExecutedCost
+from moebench.training.module import CellModule
+from moebench.training.step_timer import StepTimer
+
+MIB = 2**20
+
+
+@dataclass
+class ParallelCosts:
+    """Sums of the parallel metrics over the logged steps of a run."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    num_steps: int = 0
+
+    def add(self, step: int, metrics: dict[str, float]) -> None:
+        """Add the metrics of a step; the first step is left out because it allocates."""
+        if step > 1 and metrics:
+            self.num_steps += 1
+            for name, value in metrics.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of each metric over steps."""
+        return {name: total / self.num_steps for name, total in self.sums.items()}
+
+
+def compute_load_metrics(module: CellModule) -> dict[str, float]:
+    """Compute the load metrics and executed cost of the current step over all processes; empty for a dense model.
+
+    Raises RouterContractError if a router uses another number of experts per token than it declares.
+    """
+    if not module.records:
+        return {}
+    mesh, executed_cost = module.mesh, ExecutedCost(module.layers)
+    layers = [[LoadCount.from_record(record) for record in layer] for layer in zip(*module.records, strict=True)]
+    for records in module.records:
+        executed_cost.add(records)
+    executed_cost.all_reduce(mesh)
+    executed_cost.check_experts_per_token()
+    load = summarise_load([sum(counts[1:], counts[0]).sum_over(mesh.world) for counts in layers])
+    return load | executed_cost.metrics(module.model, module.task)
+
+
+def compute_parallel_metrics(module: CellModule, timer: StepTimer) -> dict[str, float]:
+    """Compute what communication cost in the current step, which must be timed; empty without a process group.
+
+    Seconds and shares are means over processes, memory is the maximum.
+    """
+    mesh = module.mesh
+    if not mesh.process_info.has_group:
+        return {}
+    traffic, step_s, num_tokens = mesh.traffic, timer.durations_s[-1], timer.num_tokens[-1]
+    element_size = 2 if module.config.train.precision == "bf16" else 4
+    predicted = sum(predicted_bytes(module.layers, records, element_size) for records in module.records)
+    values = [step_s, traffic.transfer_s, traffic.wait_s, traffic.num_bytes, predicted, peak_memory_gib(mesh.device)]
+    values.append(_count_rows(module.layers, module.records, mesh))
+    values_1N = torch.tensor([values], dtype=torch.float64, device=mesh.device)
+    step_W, transfer_W, wait_W, sent_W, predicted_W, memory_W, rows_W = mesh.world.gather(values_1N).cpu().T
+    slowest_s = float(step_W.max())
+    metrics = {
+        "parallel/processes": float(mesh.size),
+        "parallel/step_s_max": slowest_s,
+        "parallel/all_to_all_s": float(transfer_W.mean()),
+        "parallel/all_to_all_share": float((transfer_W / step_W).mean()),
+        "parallel/wait_s": float(wait_W.mean()),
+        "parallel/wait_share": float((wait_W / step_W).mean()),
+        "parallel/sent_mib": float(sent_W.mean()) / MIB,
+        "parallel/predicted_mib": float(predicted_W.mean()) / MIB,
+        "parallel/tokens_per_s_per_device": num_tokens / slowest_s / mesh.size,
+        "parallel/peak_memory_gib": float(memory_W.max()),
+        "parallel/rank_load_max": float(rows_W.max() / rows_W.mean().clamp(min=1)),
+    }
+    metrics |= {f"parallel/rows/rank_{rank}": float(n) for rank, n in enumerate(rows_W.tolist())}
+    return metrics | {f"parallel/memory_gib/rank_{rank}": float(n) for rank, n in enumerate(memory_W.tolist())}
+
+
+def _count_rows(layers: Sequence[MoELayer], records: Sequence[Sequence[LayerRecord]], mesh: Mesh) -> int:
+    """Count the rows that this process's experts computed in a step, for the tokens of all processes."""
+    total = 0
+    for layer, layer_records in zip(layers, zip(*records, strict=True), strict=True):
+        load_E = torch.stack([record.kept.load_E for record in layer_records]).sum(0)
+        load_WE = mesh.world.gather(load_E.unsqueeze(0))
+        row = mesh.rank // mesh.config.expert
+        row_load_E = load_WE.view(mesh.config.data, mesh.config.expert, -1)[row].sum(0)
+        total += layer.bank.count_computed_rows(load_E, row_load_E)
+    return total

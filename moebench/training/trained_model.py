@@ -1,0 +1,61 @@
+"""A trained model under other settings: the weights of a finished run with a changed configuration."""
+
+from pathlib import Path
+
+import torch
+
+from moebench.compatibility import check_cell
+from moebench.config import apply_overrides, merge_settings, resolve, to_plain
+from moebench.errors import UsageError
+from moebench.parallel.checkpoint import VerifiedCheckpointIO, find_newest_valid
+from moebench.schema import CellConfig, ExperimentConfig
+from moebench.tasks.task import Task
+from moebench.training.model import Model, build_model
+
+EVALUATION_SECTIONS = ("layout", "router")
+"""Sections of the configuration with settings that affect evaluation."""
+TRAINING_ONLY_KEYS = ("layout.capacity_factor_train", "layout.expert_dropout", "layout.recompute")
+STATE_DICT_PREFIX = "model."
+"""Prefix of the names of a model's weights in a checkpoint."""
+
+
+def apply_evaluation_settings(config: CellConfig, assignments: list[str]) -> CellConfig:
+    """Return the configuration with `key=value` applied; raise UsageError for keys that do not affect evaluation."""
+    for key in (assignment.partition("=")[0] for assignment in assignments):
+        section, _, option = key.partition(".")
+        is_fixed = option in ("", "name") or option.startswith("losses") or key in TRAINING_ONLY_KEYS
+        if section not in EVALUATION_SECTIONS or is_fixed:
+            raise UsageError(
+                f"{key}: is no setting of the evaluation of a trained model (allowed: keys of layout and router that"
+                " do not affect training alone, such as layout.capacity_factor_eval, layout.drop_order, router.top_k)"
+            )
+    _, settings = apply_overrides(ExperimentConfig(), assignments)
+    config = resolve(merge_settings(to_plain(config), settings))
+    check_cell(config)
+    return config
+
+
+def check_same_parameters(config: CellConfig, trained: CellConfig, task: Task, what: str) -> None:
+    """Raise UsageError, naming `what` was changed, if a configuration has other parameters than the trained one."""
+    with torch.device("meta"):
+        changed, original = (build_model(cell, task, sized_as=trained).state_dict() for cell in (config, trained))
+    if {name: value.shape for name, value in changed.items()} != {
+        name: value.shape for name, value in original.items()
+    }:
+        raise UsageError(f"{what}: changes the parameters of the model, so no trained model has it")
+
+
+def load_trained_model(config: CellConfig, trained: CellConfig, task: Task, checkpoints: Path) -> Model:
+    """Build the model of `config` with the weights of the newest checkpoint of the run that trained `trained`.
+
+    Raises UsageError when no checkpoint can be read.
+    """
+    checkpoint, _ = find_newest_valid(checkpoints)
+    if checkpoint is None:
+        raise UsageError(f"{checkpoints}: no checkpoint there can be read")
+    model = build_model(config, task, sized_as=trained)
+    weights = model.state_dict()
+    named = {f"{STATE_DICT_PREFIX}{name}": value for name, value in weights.items()}
+    VerifiedCheckpointIO().load_weights(named, checkpoint)
+    model.load_state_dict(weights)
+    return model
