@@ -6,6 +6,7 @@ from typing import Any
 
 from moebench.errors import UsageError
 from moebench.experts.bank import Bank
+from moebench.experts.capacity import Capacity
 from moebench.experts.feed_forward import FeedForward
 from moebench.experts.layer import MoELayer
 from moebench.experts.layout import Experts, LayoutConfig
@@ -103,7 +104,7 @@ def moe_layer(
         router,
         bank,
         experts_per_token=routed.experts_per_token,
-        capacity=layout.capacity,
+        capacity=Capacity.from_layout(layout),
         layer=layer,
         shared=shared,
         residual=routed.experts.residual,

@@ -1,25 +1,17 @@
 """What a router is: a small module that assigns tokens to experts, with a typed Config and facts about itself."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from moebench.components import RouterConfig as RouterConfig
 from moebench.errors import UsageError
 from moebench.registry import Registry
 from moebench.routing.context import RouteContext
 from moebench.routing.level import SINGLE_LEVEL, Level
 from moebench.routing.values import AnyRouting, LayerRecord
-
-
-@dataclass(frozen=True, kw_only=True)
-class RouterConfig:
-    """Options that every router has; each router's own Config adds its name and its options."""
-
-    name: str
-    losses: dict[str, float] = field(default_factory=dict)
-    """Coefficient of each auxiliary loss, by name; the raw loss is logged as balance/NAME, the product as loss/NAME."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 import torch
 
 from moebench.errors import UsageError
+from moebench.experts.capacity import Capacity
 from moebench.models.plan import plan_blocks
 from moebench.parallel.expert_sharding import check_spread
 from moebench.routing.router import ROUTERS
@@ -41,7 +42,9 @@ def _in_encoder(config: CellConfig) -> str:
 def _check_overflow(config: CellConfig) -> None:
     """Refuse to send assignments on to the next best expert where nothing says which that is."""
     router = ROUTERS.get(config.router.name)
-    nothing_over = router.item.form.is_dense or router.item.form.is_mixture or config.layout.capacity.is_dropless
+    nothing_over = (
+        router.item.form.is_dense or router.item.form.is_mixture or Capacity.from_layout(config.layout).is_dropless
+    )
     if config.layout.overflow == "reroute" and not router.facts.makes_scores and not nothing_over:
         raise UsageError(
             f"layout.overflow: 'reroute' needs scores, which router '{config.router.name}' does not make"
@@ -115,7 +118,7 @@ def _experts_must_be_causal(config: CellConfig) -> bool:
 
 def _leak(config: CellConfig) -> str | None:
     """Return how a token's output comes to depend on later tokens, None when it does not."""
-    router, capacity = ROUTERS.get(config.router.name), config.layout.capacity
+    router, capacity = ROUTERS.get(config.router.name), Capacity.from_layout(config.layout)
     named = f"router.name: '{config.router.name}' is not causal"
     if not router.facts.causality.causal:
         return f"{named}: {router.facts.causality.reason}"
