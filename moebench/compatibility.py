@@ -15,6 +15,7 @@ import torch
 
 from moebench.errors import UsageError, unknown
 from moebench.experts.assembly import RouterPlan
+from moebench.experts.capacity import Capacity
 from moebench.experts.layout import LAYOUTS, BlockPlan, Experts
 from moebench.experts.mixed import WITHOUT_NETWORK
 from moebench.registry import Entry
@@ -68,7 +69,7 @@ class Combination:
         return (
             self.router.item.form.is_dense
             or self.router.item.form.is_mixture
-            or self.config.layout.capacity.is_dropless
+            or Capacity.from_layout(self.config.layout).is_dropless
         )
 
     def check(self, rules: Sequence["Rule"]) -> None:
@@ -255,7 +256,7 @@ def _must_be_causal(c: Combination) -> bool:
 
 def _find_leak(c: Combination) -> str | None:
     """Return how a token's output depends on later tokens, None if it does not."""
-    drop_order = c.config.layout.capacity.drop_order
+    drop_order = c.config.layout.drop_order
     not_causal = f"router.name: '{c.config.router.name}' is not causal"
     if not c.router.facts.causality.causal:
         return f"{not_causal}: {c.router.facts.causality.reason}"

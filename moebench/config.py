@@ -1,4 +1,4 @@
-"""Reading configurations: YAML files, overrides, errors that name the key."""
+"""Read configurations from YAML files and overrides, and compute the ids of cells."""
 
 import dataclasses
 import hashlib
@@ -17,7 +17,7 @@ from moebench.schema import COMPONENTS, DEFAULT_NAMES, SECTIONS, CellConfig, Exp
 from moebench.yaml_text import parse_override, parse_yaml
 
 SCHEMA = 3
-"""Part of every cell's id: raised when a change makes old results incomparable."""
+"""Part of every cell id: raised when a change makes older results incomparable."""
 
 NOT_IN_ID = {
     "train": ("log_every", "eval_every", "checkpoint_every", "device"),
@@ -25,37 +25,37 @@ NOT_IN_ID = {
     "layout": ("recompute",),
     "parallel": ("devices", "nodes", "timeout_s", "check_every", "overlap"),
 }
-"""Keys that do not change a result, by section; a task adds its own (paths) in `Config.NOT_IN_ID`."""
+"""Keys that do not change a result, by section; a task adds others (paths) in `Config.NOT_IN_ID`."""
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> tuple[ExperimentConfig, dict[str, Any]]:
-    """Read an experiment file; return it, and the overrides that belong to the cells (`router.top_k=4`)."""
+    """Return the experiment of a file and the overrides that belong to its cells (`router.top_k=4`)."""
     return apply_overrides(apply_values(ExperimentConfig(), read_yaml(path)), overrides)
 
 
 def apply_overrides(experiment: ExperimentConfig, overrides: Sequence[str]) -> tuple[ExperimentConfig, dict[str, Any]]:
-    """Apply the overrides that change the experiment itself (grid, seeds, baseline, question); return the rest.
+    """Apply the overrides of the experiment itself (grid, seeds, baseline, question); return it and the other ones.
 
-    What is returned is not typed yet: a key's type depends on the component that it belongs to.
+    The others are still untyped: the type of a key depends on the component that it belongs to.
     """
-    own = {entry.name for entry in dataclasses.fields(ExperimentConfig)} - {"base"}
-    experiment_level: dict[str, Any] = {}
-    cell_level: dict[str, Any] = {}
+    experiment_keys = {entry.name for entry in dataclasses.fields(ExperimentConfig)} - {"base"}
+    experiment_values: dict[str, Any] = {}
+    cell_values: dict[str, Any] = {}
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not all(key.split(".")):
             raise UsageError(f"'{override}' is not of the form key=value (for example train.steps=500)")
         head, _, rest = key.partition(".")
         value = parse_override(text)
-        if head in own:
-            experiment_level = _merge(experiment_level, {head: {rest: value} if rest else value})
+        if head in experiment_keys:
+            experiment_values = _merge_overrides(experiment_values, {head: {rest: value} if rest else value})
         else:
-            cell_level = _merge(cell_level, nest(key.removeprefix("base."), value))
-    return apply_values(experiment, experiment_level), cell_level
+            cell_values = _merge_overrides(cell_values, nest(key.removeprefix("base."), value))
+    return apply_values(experiment, experiment_values), cell_values
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping, its scalars as text; raise UsageError in one line for a file that cannot be read as one."""
+    """Return the mapping of a YAML file with untyped scalars; raise UsageError if it cannot be read or is none."""
     try:
         loaded = parse_yaml(path.read_text(encoding="utf-8"), path.name)
     except FileNotFoundError as error:
@@ -70,32 +70,32 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def nest(key: str, value: Any) -> dict[str, Any]:
-    """Return a mapping of mappings with a value at a dotted key."""
+    """Return nested mappings that have `value` at a dotted key."""
     for part in reversed(key.split(".")):
         value = {part: value}
     return dict(value)
 
 
 def merge_settings(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge two untyped cell mappings; a component whose `name` changes loses the lower options.
+    """Merge two untyped cell mappings, where `upper` wins; a component whose `name` changes drops its lower options.
 
-    Otherwise the options of one router would be unknown keys of the next.
+    Otherwise the options of one router would be unknown keys of another one.
     """
     merged = dict(lower)
     for key, value in upper.items():
-        below = merged.get(key)
+        current = merged.get(key)
         if isinstance(value, str) and key in COMPONENTS:
             value = {"name": value}
-        if isinstance(value, Mapping) and isinstance(below, Mapping):
-            renamed = key in COMPONENTS and "name" in value and value["name"] != below.get("name")
-            merged[key] = dict(value) if renamed else merge_settings(below, value)
+        if isinstance(value, Mapping) and isinstance(current, Mapping):
+            renamed = key in COMPONENTS and "name" in value and value["name"] != current.get("name")
+            merged[key] = dict(value) if renamed else merge_settings(current, value)
         else:
             merged[key] = value
     return merged
 
 
 def resolve(raw: Mapping[str, Any]) -> CellConfig:
-    """Turn an untyped mapping into a CellConfig: defaults filled in, every key known, every type and range right."""
+    """Return the CellConfig of an untyped mapping; raise UsageError for unknown keys and invalid values."""
     sections: dict[str, Any] = {}
     for section in SECTIONS:
         if not isinstance(raw.get(section, {}), Mapping):
@@ -113,12 +113,12 @@ def resolve(raw: Mapping[str, Any]) -> CellConfig:
 
 
 def component_keys(kind: str, name: str) -> set[str]:
-    """Return the keys that a component's Config has."""
+    """Return the keys of the Config of a component."""
     return {entry.name for entry in dataclasses.fields(registry_of(kind).get(name, where=f"{kind}.name").item.Config)}
 
 
 def to_plain(config: Any) -> dict[str, Any]:
-    """Return a configuration as plain dictionaries, lists and scalars, ready for JSON and YAML."""
+    """Return a configuration as dictionaries, lists and scalars, ready for JSON and YAML."""
     return dataclasses.asdict(config)
 
 
@@ -129,7 +129,7 @@ def to_yaml(config: Any) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Escapes the characters of a text that YAML would take for the end of a line."""
+    """A dumper that escapes characters which YAML would interpret as line breaks."""
 
 
 _Dumper.add_representer(
@@ -141,9 +141,9 @@ _Dumper.add_representer(
 
 
 def cell_id(config: CellConfig, data_digest: str, plugin_digests: Sequence[str] = ()) -> str:
-    """Return the 12 hexadecimal digits that name a cell: a hash of all that decides its numbers.
+    """Return the id of a cell, 12 hexadecimal digits: a hash of everything that determines its numbers.
 
-    Paths, log cadence and names of arms stay out; the content of the data and of plugin files goes in.
+    It covers the content of data and plugin files, but not paths, cadences of logging or names of arms.
     """
     plain = to_plain(config)
     for section, keys in NOT_IN_ID.items():
@@ -163,15 +163,15 @@ def _defaults(kind: str, name: str) -> Any:
     return registry_of(kind).get(name, where=f"{kind}.name").item.Config()
 
 
-def _merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge the keys of two overrides; the later one wins, and the name of a component is one of its keys."""
+def _merge_overrides(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge two overrides, where the later one wins; a component given by name keeps its name as a key."""
     merged = dict(lower)
     for key, value in upper.items():
-        below = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(below, str) and key in COMPONENTS:
-            below = {"name": below}
-        if isinstance(value, Mapping) and isinstance(below, Mapping):
-            merged[key] = _merge(below, value)
+        current = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(current, str) and key in COMPONENTS:
+            current = {"name": current}
+        if isinstance(value, Mapping) and isinstance(current, Mapping):
+            merged[key] = _merge_overrides(current, value)
         else:
             merged[key] = value
     return merged

@@ -1,4 +1,4 @@
-"""From what was written to values of the types that a configuration's keys have."""
+"""Convert untyped values from files and command lines to the types of configuration keys."""
 
 import dataclasses
 import re
@@ -13,7 +13,7 @@ from moebench.yaml_text import MalformedYaml, Plain
 T = TypeVar("T")
 
 Untyped = Annotated[Any, "typed later, by the key of a cell that it is for"]
-"""The type of a key whose value is kept as it was written."""
+"""Type of a key whose value is converted later, when the component that it belongs to is known."""
 
 NULL = ("null", "Null", "NULL", "~", "")
 TRUTH = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
@@ -21,18 +21,18 @@ INTEGER = re.compile(r"(?P<decimal>[-+]?[0-9]{1,3000})|0o(?P<octal>[0-7]{1,3000}
 """Whole numbers of YAML 1.2's core schema: a leading zero does not make them octal."""
 NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.?(inf(inity)?|nan)", re.IGNORECASE)
 """Numbers of YAML 1.2's core schema; infinity and nan also as JSON and Python write them."""
-LONGEST_SHOWN = 100
+MAX_SHOWN_LENGTH = 100
+"""Longest value, in characters, that an error message shows whole."""
 
 
-class _UnfitError(Exception):
-    """A value that is not of the type."""
+class _MismatchError(Exception):
+    """A value does not have the type."""
 
 
 def apply_values(config: T, raw: Mapping[str, Any], key: str = "") -> T:
-    """Return a configuration with the keys of `raw` set; `key`: where it stands in a cell.
+    """Return a configuration with the values of `raw` set; `key` is its own key in a cell.
 
-    What the configuration has of a mapping stays, as in `router.losses`. Raises UsageError for a key that it does not
-    have and a value that is not of the key's type.
+    Mappings such as `router.losses` are merged. Raises UsageError for unknown keys and for values of another type.
     """
     hints = _field_types(type(config))  # type: ignore[arg-type]
     values: dict[str, Any] = {}
@@ -40,21 +40,21 @@ def apply_values(config: T, raw: Mapping[str, Any], key: str = "") -> T:
         path = f"{key}.{name}" if key else str(name)
         if name not in hints:
             raise _unknown_key(config, path, hints)
-        below = getattr(config, name)
-        if dataclasses.is_dataclass(below):
-            values[name] = apply_values(below, _require_mapping(value, path), path)
+        current = getattr(config, name)
+        if dataclasses.is_dataclass(current):
+            values[name] = apply_values(current, _require_mapping(value, path), path)
         else:
             given = convert(value, hints[name], path)
-            values[name] = {**below, **given} if isinstance(below, dict) and isinstance(given, dict) else given
+            values[name] = {**current, **given} if isinstance(current, dict) and isinstance(given, dict) else given
     changed: T = dataclasses.replace(config, **values)  # type: ignore[type-var]
     return changed
 
 
 def convert(value: Any, kind: Any, key: str) -> Any:
-    """Return a value as one of type `kind`; raise UsageError, which names the key, for one that does not fit."""
+    """Return a value converted to the type `kind`; raise UsageError naming the key if it does not fit."""
     try:
         return _fit(value, kind, key)
-    except _UnfitError:
+    except _MismatchError:
         allowed = _describe(kind)
         if isinstance(value, str) and not isinstance(value, Plain) and _fits(Plain(value), kind, key):
             allowed += ", without quotes"
@@ -65,7 +65,7 @@ def convert(value: Any, kind: Any, key: str) -> Any:
 
 
 def _fit(value: Any, kind: Any, key: str) -> Any:
-    """Return a value as one of type `kind`, or raise `_UnfitError`."""
+    """Return a value converted to the type `kind`, or raise _MismatchError."""
     if kind == Untyped:
         return value
     if dataclasses.is_dataclass(kind):
@@ -79,14 +79,14 @@ def _fit(value: Any, kind: Any, key: str) -> Any:
 def _fits(value: Any, kind: Any, key: str) -> bool:
     try:
         _fit(value, kind, key)
-    except (_UnfitError, UsageError):
+    except (_MismatchError, UsageError):
         return False
     return True
 
 
 def _read_null(value: Any, kind: Any, key: str) -> None:
     if value is not None and not (isinstance(value, Plain) and value in NULL):
-        raise _UnfitError
+        raise _MismatchError
 
 
 def _read_bool(value: Any, kind: Any, key: str) -> bool:
@@ -94,7 +94,7 @@ def _read_bool(value: Any, kind: Any, key: str) -> bool:
         return value
     if isinstance(value, Plain) and value.strip() in TRUTH:
         return TRUTH[value.strip()]
-    raise _UnfitError
+    raise _MismatchError
 
 
 def _read_int(value: Any, kind: Any, key: str) -> int:
@@ -102,16 +102,16 @@ def _read_int(value: Any, kind: Any, key: str) -> int:
         return value
     spelled = INTEGER.fullmatch(value.strip()) if isinstance(value, Plain) else None
     if spelled is None:
-        raise _UnfitError
+        raise _MismatchError
     base = {"decimal": 10, "octal": 8, "hex": 16}[spelled.lastgroup or "decimal"]
     return int(spelled[spelled.lastgroup or "decimal"], base)
 
 
 def _read_float(value: Any, kind: Any, key: str) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(str(value))  # infinity, and no error, for an integer that is too large
+        return float(str(value))  # infinity instead of an error for very large integers
     if not isinstance(value, Plain) or not NUMBER.fullmatch(value.strip()):
-        raise _UnfitError
+        raise _MismatchError
     text = value.strip()
     return float(re.sub(r"\.(?=[in])", "", text.lower()))
 
@@ -120,7 +120,7 @@ def _read_text(value: Any, kind: Any, key: str) -> str:
     if hasattr(value, "source"):
         return str(value.source)
     if not isinstance(value, str) or (isinstance(value, Plain) and value in NULL):
-        raise _UnfitError
+        raise _MismatchError
     return str(value)
 
 
@@ -128,7 +128,7 @@ def _read_literal(value: Any, kind: Any, key: str) -> Any:
     for option in get_args(kind):
         if _fits(value, type(option), key) and _fit(value, type(option), key) == option:
             return option
-    raise _UnfitError
+    raise _MismatchError
 
 
 def _read_union(value: Any, kind: Any, key: str) -> Any:
@@ -139,27 +139,27 @@ def _read_union(value: Any, kind: Any, key: str) -> Any:
     for member in members:
         if _fits(value, member, key):
             return _fit(value, member, key)
-    if len(members) == 2 and members[0] is types.NoneType:  # the error names the place inside the list
+    if len(members) == 2 and members[0] is types.NoneType:  # so that the error names the position in a list
         return _fit(value, members[1], key)
-    raise _UnfitError
+    raise _MismatchError
 
 
 def _read_list(value: Any, kind: Any, key: str) -> list[Any]:
     if not isinstance(value, list | tuple):
-        raise _UnfitError
+        raise _MismatchError
     (member,) = get_args(kind) or (Any,)
-    return [convert(item, member, f"{key}[{place}]") for place, item in enumerate(value)]
+    return [convert(item, member, f"{key}[{index}]") for index, item in enumerate(value)]
 
 
 def _read_dict(value: Any, kind: Any, key: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise _UnfitError
+        raise _MismatchError
     _, member = get_args(kind) or (str, Any)
     return {str(name): convert(item, member, f"{key}.{name}") for name, item in value.items()}
 
 
 def _read_any(value: Any, kind: Any, key: str) -> Any:
-    """Decide by the looks of a scalar, where the key has no type."""
+    """Infer the type of a scalar from its text, for keys without a type."""
     if isinstance(value, Mapping):
         return {str(name): _read_any(item, kind, key) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -186,7 +186,7 @@ _READERS: dict[Any, Callable[[Any, Any, str], Any]] = {
 
 
 def _build_record(value: Any, kind: Any, key: str) -> Any:
-    """Return an entry of a list of dataclasses."""
+    """Return a mapping as an instance of the dataclass `kind`."""
     if isinstance(value, kind):
         return value
     hints = _field_types(kind)
@@ -225,11 +225,11 @@ def _show(value: Any) -> str:
     if value is None or (isinstance(value, Plain) and value in NULL):
         return "null"
     shown = repr(str(getattr(value, "source", value))) if isinstance(value, str | list | dict) else str(value)
-    return shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
+    return shown if len(shown) <= MAX_SHOWN_LENGTH else f"{shown[:MAX_SHOWN_LENGTH]}..."
 
 
 def _describe(kind: Any) -> str:
-    """Say what a type allows."""
+    """Return the allowed values of a type as text."""
     origin, members = get_origin(kind) or kind, get_args(kind)
     if kind in (Any, Untyped):
         return "anything"

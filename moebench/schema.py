@@ -1,138 +1,173 @@
-"""The schema of a configuration: what a cell and an experiment are, every key with its default and its meaning."""
+"""The schema of a configuration: every key of a cell and of an experiment, with its default, range and meaning."""
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
+from moebench.components import LayoutConfig, RouterConfig, TaskConfig
 from moebench.conversion import Untyped
 from moebench.errors import require
+from moebench.ranges import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    BELOW_1,
+    FRACTION,
+    POSITIVE,
+    POSITIVE_FINITE,
+    Range,
+    check_ranges,
+)
 
 COMPONENTS = ("task", "layout", "router")
 """The sections of a cell that a `name` picks from a registry."""
 SECTIONS = ("model", "train", "balance", "parallel")
-"""The sections that are the same for every cell."""
+"""The sections that have the same keys in every cell."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The transformer around the experts."""
+    """The transformer around the experts: pre-norm blocks with RMSNorm, rotary positions."""
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        **dict.fromkeys(("d_model", "num_layers", "num_heads", "ffn_width"), AT_LEAST_1),
+        "rope_theta": POSITIVE,
+    }
 
     d_model: int = 64
     """Width of the residual stream."""
     num_layers: int = 2
     """Transformer blocks."""
     num_heads: int = 2
-    """Attention heads; d_model / num_heads must be even."""
+    """Attention heads; d_model / num_heads must be an even whole number."""
     ffn_width: int = 128
-    """Hidden width that one token uses: of the dense network, and of its active experts together."""
+    """Hidden width per token: of the dense feed-forward network, and of a token's active experts together."""
     activation: Literal["gelu", "swiglu"] = "gelu"
-    """Of dense networks and experts alike."""
+    """Activation of dense networks and of experts, unless layout.expert_activation is set."""
     rope_theta: float = 10000.0
     """Base of the rotary position angles."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that make no model."""
-        for key in ("d_model", "num_layers", "num_heads", "ffn_width"):
-            require(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "at least 1")
-        fits = self.d_model % self.num_heads == 0 and self.d_model // self.num_heads % 2 == 0
-        require(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "greater than 0")
-        require(fits, "model.num_heads", self.num_heads, f"a divisor of d_model={self.d_model} with an even quotient")
+        check_ranges(self, "model")
+        is_even = self.d_model % self.num_heads == 0 and self.d_model // self.num_heads % 2 == 0
+        allowed = f"a divisor of d_model={self.d_model} with an even quotient"
+        require(is_even, "model.num_heads", self.num_heads, allowed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How every arm is trained: the same for all of them."""
+    """Optimizer, schedule and cadence of training: the same for every arm of a comparison.
+
+    Schedule: linear warm-up, then a cosine. The learning rate of update u = 0, 1, ..., steps - 1 is learning_rate times
+
+        (u + 1) / warmup_steps                                   if u < warmup_steps
+        final_rate + (1 - final_rate) * (1 + cos(pi * p)) / 2    otherwise
+
+    with p = min(1, (u - warmup_steps) / max(1, steps - warmup_steps)).
+
+    Optimizer: AdamW (arXiv:1711.05101), the fused update of torch with eps = 1e-8. weight_decay applies to parameters
+    of two or more dimensions (projections, embedding tables, stacked expert weights); gains of norms and biases are
+    not decayed. Experts that are spread over processes are a parameter group of their own with the same settings.
+    Before each update the gradient of all parameters together, over all processes, is scaled down to clip_norm where
+    its L2 norm is larger; a loss or norm that is not finite ends the run as diverged, without the update.
+
+    State and precision: parameters, gradients, both moments of AdamW and router computations are fp32. precision=bf16
+    runs forward passes under torch.autocast, in training and evaluation. A checkpoint holds parameters, moments, the
+    step and the state of routers; batches and noise are functions of the seed and the step, so resuming repeats a run
+    exactly.
+    """
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        **dict.fromkeys(("steps", "batch_size", "accumulate", "threads"), AT_LEAST_1),
+        **dict.fromkeys(("eval_every", "log_every", "checkpoint_every"), AT_LEAST_1),
+        **dict.fromkeys(("learning_rate", "clip_norm"), POSITIVE_FINITE),
+        **dict.fromkeys(("weight_decay", "warmup_steps"), AT_LEAST_0),
+        **dict.fromkeys(("beta1", "beta2"), BELOW_1),
+        "final_rate": FRACTION,
+    }
 
     steps: int = 1800
-    """Optimizer steps."""
+    """Optimizer updates."""
     batch_size: int = 8
-    """Sequences per step, of all processes together."""
+    """Sequences per update, over all processes."""
     accumulate: int = 1
-    """Micro-batches that a step's batch is cut into; capacity and balance losses then see one at a time."""
+    """Micro-batches per update; capacity and balance losses are computed per micro-batch."""
     learning_rate: float = 2e-3
-    """Peak of the schedule: linear warm-up, then a cosine down to final_rate of it."""
+    """Peak of the schedule."""
     warmup_steps: int = 100
-    """Steps of the linear warm-up."""
+    """Updates of linear warm-up."""
     final_rate: float = 0.0
-    """Learning rate at the end, as a share of the peak."""
+    """Learning rate at the end, as a fraction of the peak."""
     weight_decay: float = 0.1
-    """AdamW's decay, on matrices only."""
+    """AdamW's weight decay, for parameters of two or more dimensions."""
     beta1: float = 0.9
-    """AdamW's decay of the mean gradient."""
+    """AdamW's coefficient of the running mean of gradients."""
     beta2: float = 0.95
-    """AdamW's decay of the squared gradient."""
+    """AdamW's coefficient of the running mean of squared gradients."""
     clip_norm: float = 1.0
-    """Largest norm of the whole gradient."""
+    """Largest L2 norm of the gradient of all parameters."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 is autocast, in training and evaluation; parameters, optimizer and routing stay fp32."""
+    """Precision of forward passes: bf16 is autocast; parameters, optimizer state and routing stay fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a CUDA device where there is one."""
+    """Device of the run; auto is CUDA where a device is available, else the CPU."""
     threads: int = 1
-    """CPU threads of one cell; part of the cell, because sums change with it in the last bit."""
+    """CPU threads of one process; part of the cell's id, because they change the last bit of sums."""
     eval_every: int = 300
-    """Steps between evaluations on the validation split."""
+    """Updates between evaluations on the validation split."""
     log_every: int = 20
-    """Steps between points in the journal."""
+    """Updates between points of the journal."""
     checkpoint_every: int = 300
-    """Steps between checkpoints."""
+    """Updates between checkpoints."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        for key in ("steps", "batch_size", "accumulate", "threads", "eval_every", "log_every", "checkpoint_every"):
-            require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
+        check_ranges(self, "train")
         divides = self.batch_size % self.accumulate == 0
         require(divides, "train.accumulate", self.accumulate, f"a divisor of train.batch_size={self.batch_size}")
-        for key in ("learning_rate", "clip_norm"):
-            require(0 < getattr(self, key) < math.inf, f"train.{key}", getattr(self, key), "greater than 0 and finite")
-        for key in ("weight_decay", "warmup_steps"):
-            require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "at least 0")
-        for key in ("beta1", "beta2"):
-            require(0 <= getattr(self, key) < 1, f"train.{key}", getattr(self, key), "at least 0 and below 1")
-        require(0 <= self.final_rate <= 1, "train.final_rate", self.final_rate, "between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BalanceConfig:
-    """Over what the auxiliary losses measure the balance of experts."""
+    """How auxiliary losses see the batch when several processes share it."""
 
     scope: Literal["global", "local"] = "global"
-    """global: the batch of all processes, as one process would; local: each process's own part, then the mean."""
+    """Tokens that balance losses are computed over: those of all processes, or each process's own, then averaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """The processes of one run: data · expert of them, each with a part of the batch."""
+    """The mesh of processes of one run, data x expert; each process has a part of the batch."""
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        **dict.fromkeys(("data", "expert", "nodes", "check_every"), AT_LEAST_1),
+        "timeout_s": POSITIVE,
+    }
 
     data: int = 1
-    """Copies of the experts; everything else has a copy in every process (DDP)."""
+    """Replicas of the experts; all other parameters are replicated on every process (DDP)."""
     expert: int = 1
-    """Processes that each copy of the experts is spread over."""
+    """Processes that the experts of one replica are spread over (expert parallelism)."""
     scope: Literal["global", "local"] = "global"
-    """Whether capacity and routers that choose from the whole batch see all processes' tokens, or their own."""
+    """Tokens that capacity, and routers that choose from the whole batch, see: of all processes, or of their own."""
     devices: int | None = None
-    """Processes on each node; null: all there are to be, divided by nodes."""
+    """Processes per node; null: data * expert / nodes."""
     nodes: int = 1
-    """Machines; more than one are started by torchrun or SLURM."""
+    """Machines; more than one needs torchrun or SLURM."""
     timeout_s: float = 600.0
-    """How long a process waits for another one before the run ends as failed."""
+    """Seconds that a process waits for another one before the run fails."""
     check_every: int = 100
-    """Steps between comparisons of the copies bit by bit; a difference ends the run."""
+    """Steps between bit-by-bit comparisons of replicas; a difference ends the run."""
     overlap: bool = True
-    """Compute shared experts while rows are on their way to routed ones."""
+    """Compute shared experts while tokens are in flight to routed experts."""
 
     @property
     def world_size(self) -> int:
-        """Processes of the run."""
+        """Number of processes of the run."""
         return self.data * self.expert
 
     def __post_init__(self) -> None:
-        """Refuse sizes that make no mesh of processes."""
-        for key in ("data", "expert", "nodes", "check_every"):
-            require(getattr(self, key) >= 1, f"parallel.{key}", getattr(self, key), "at least 1")
-        require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "greater than 0")
+        check_ranges(self, "parallel")
         product = f"parallel.data={self.data} times parallel.expert={self.expert}"
-        fits = self.world_size % self.nodes == 0
-        require(fits, "parallel.nodes", self.nodes, f"a divisor of {product} = {self.world_size}")
+        divides = self.world_size % self.nodes == 0
+        require(divides, "parallel.nodes", self.nodes, f"a divisor of {product} = {self.world_size}")
         per_node = self.world_size // self.nodes
         fits = self.devices is None or self.devices == per_node
         require(fits, "parallel.devices", self.devices, f"{per_node}, or null: {product} on {self.nodes} nodes")
@@ -140,48 +175,50 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CellConfig:
-    """One training run, complete: together with the data it decides every number."""
+    """One training run: together with the content of the data it determines every number.
 
-    task: Any
+    Besides the keys below a cell has the sections task, model, layout, router, train, balance and parallel.
+    """
+
+    task: TaskConfig
     """Data, input, head and metrics: the Config of a registered task."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    layout: Any
-    """Which blocks hold experts, and what they are: the Config of a registered layout."""
-    router: Any
+    layout: LayoutConfig
+    """Which blocks hold experts, and of which shape: the Config of a registered layout."""
+    router: RouterConfig
     """The routing algorithm: the Config of a registered router."""
     train: TrainConfig = field(default_factory=TrainConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     seed: int = 0
-    """Initial weights, data order and routing noise."""
+    """Seed of initial weights, data order and routing noise; from 0 to 2^31 - 1."""
     allow_noncausal: bool = False
-    """Let a router that sees the future run on a causal task; every table marks the arm."""
+    """Allow a router that depends on later tokens on a causal task; every table marks the arm."""
 
     def __post_init__(self) -> None:
-        """Refuse seeds that no generator takes."""
         require(0 <= self.seed < 2**31, "seed", self.seed, "at least 0 and below 2^31")
 
 
 DEFAULT_NAMES = {"task": "language", "layout": "every_n", "router": "switch"}
+"""The component of each kind that a cell has when it names none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
-    """An experiment file: a question, a base configuration and a grid."""
+    """An experiment file: a question, a base configuration, a grid and seeds."""
 
     question: str = ""
-    """What the experiment answers, in a sentence."""
+    """The question that the experiment answers, in one sentence."""
     base: Untyped = field(default_factory=dict)
-    """The keys of a cell that are the same everywhere."""
+    """Keys of a cell that are the same in every arm."""
     grid: dict[str, list[Untyped]] = field(default_factory=dict)
-    """Key -> values: one arm for each combination. The key `arm` takes labelled mappings of several keys."""
+    """Key -> values; one arm per combination. The key `arm` takes mappings of several keys, each with a label."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """One run of every arm for each seed; the same seed means the same data order and shared initial weights."""
+    """One run of every arm per seed; equal seeds mean equal data order and equal initial weights of shared parts."""
     baseline: str | None = None
-    """The arm that the others are compared with; null takes the first."""
+    """The arm that the others are compared with; null: the first."""
 
     def __post_init__(self) -> None:
-        """Refuse grids and seeds that make no cells."""
         require(len(self.seeds) > 0, "seeds", self.seeds, "a list with at least one seed")
         require(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "a list that names each seed once")
         for key, values in self.grid.items():

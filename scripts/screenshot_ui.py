@@ -1,9 +1,9 @@
-"""Photograph MLflow's pages of a real results folder for the README.
+"""Take screenshots of the MLflow pages of a results folder for the README.
 
     python scripts/screenshot_ui.py RESULTS OUT.png [EXPERIMENT]
 
-writes OUT.png (the experiment: its runs and charts) and OUT-load.png (one run: the figure of its load). Needs
-chromium and chromedriver.
+Writes OUT.png (runs and charts of the experiment) and OUT-load.png (the load figure of one run). Requires chromium and
+chromedriver.
 """
 
 import shutil
@@ -34,21 +34,21 @@ _FLAGS = (
 _SEARCH = 'input[placeholder="Search metric charts"]'
 
 
-def chromium() -> str | None:
-    """Return the browser's path, None when there is none (or no driver for it)."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    return found if shutil.which("chromedriver") else None
+def find_chromium() -> str | None:
+    """Return the path of the browser; None if it or its driver is missing."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    return path if shutil.which("chromedriver") else None
 
 
 @contextmanager
 def browser() -> Iterator[Any]:
-    """Open a headless browser with a profile of its own."""
+    """Open a headless browser with a temporary profile."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         options = webdriver.ChromeOptions()
-        options.binary_location = str(chromium())
+        options.binary_location = str(find_chromium())
         for flag in (*_FLAGS, f"--user-data-dir={profile}"):
             options.add_argument(flag)
         driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
@@ -60,17 +60,17 @@ def browser() -> Iterator[Any]:
 
 
 def wait_for(driver: Any, script: str, what: str, limit_s: float = 60) -> Any:
-    """Run a script in the page until it returns something true; raises TimeoutError naming ``what``."""
+    """Run a script in the page until it returns a true value; raise TimeoutError naming `what` otherwise."""
     deadline = time.monotonic() + limit_s
-    while not (found := driver.execute_script(script)):
+    while not (value := driver.execute_script(script)):
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} did not appear in {limit_s:g} s: {driver.current_url}")
         time.sleep(0.3)
-    return found
+    return value
 
 
 def open_page(driver: Any, url: str, texts: tuple[str, ...]) -> None:
-    """Open an address without MLflow's assistant beside it, and wait until the page shows every text."""
+    """Open a page without the panel of the MLflow assistant, and wait until it shows every text."""
     driver.get(url)
     driver.execute_script(
         "localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false');"
@@ -84,15 +84,15 @@ def open_page(driver: Any, url: str, texts: tuple[str, ...]) -> None:
 
 
 def show_charts(driver: Any, url: str, experiment_id: str, parent: str, children: tuple[str, ...]) -> int:
-    """Open the charts of an experiment with its child runs unfolded and return how many are drawn."""
+    """Open the charts of an experiment with expanded child runs; return the number of charts."""
     open_page(driver, f"{url}/#/experiments/{experiment_id}/runs?compareRunsMode=CHART", (parent,))
-    # MLflow folds child runs, and draws no chart for what is folded.
+    # Child runs are collapsed at first, and MLflow draws no charts of collapsed runs.
     unfold = "[data-component-id*=runnamecellrenderer]"
-    wait_for(driver, f"return document.querySelector('{unfold}')", "the button that unfolds").click()
+    wait_for(driver, f"return document.querySelector('{unfold}')", "the button that expands runs").click()
     for child in children:
         wait_for(driver, f"return document.body.innerText.includes({child!r})", child)
     wait_for(driver, "return document.querySelectorAll('.js-plotly-plot').length", "a chart")
-    search = wait_for(driver, f"return document.querySelector({_SEARCH!r})", "the search of charts")
+    search = wait_for(driver, f"return document.querySelector({_SEARCH!r})", "the chart search")
     search.send_keys("eval/bits_per_byte$|loss/task")
     time.sleep(4)
     count = wait_for(driver, "return document.querySelectorAll('.js-plotly-plot').length", "a chart")
@@ -102,7 +102,7 @@ def show_charts(driver: Any, url: str, experiment_id: str, parent: str, children
 def show_figure(driver: Any, url: str, experiment_id: str, run_id: str, name: str) -> tuple[int, int]:
     """Open a figure of a run and return its size in pixels."""
     open_page(driver, f"{url}/#/experiments/{experiment_id}/runs/{run_id}/artifacts/{name}", (name,))
-    # MLflow draws the figure as the background of a box or as a picture larger than its icons.
+    # The figure is the background of an element, or an image larger than icons.
     figure = (
         "return [...document.querySelectorAll('img, canvas, .rc-image-img, [style*=blob]')]"
         ".map(i => i.getBoundingClientRect()).filter(b => b.width > 200).map(b => [b.width, b.height])[0]"
@@ -113,8 +113,8 @@ def show_figure(driver: Any, url: str, experiment_id: str, run_id: str, name: st
 
 
 @contextmanager
-def pages(results: Path) -> Iterator[str]:
-    """Serve the pages in a process of their own and give their address."""
+def serve_pages(results: Path) -> Iterator[str]:
+    """Serve the pages in a subprocess; yield their address."""
     program = (
         "import sys; from pathlib import Path; from moebench.tracking.ui import serve\n"
         "say = lambda url: print(url, flush=True)\n"
@@ -130,7 +130,7 @@ def pages(results: Path) -> Iterator[str]:
         assert server.stdout
         url = server.stdout.readline().strip()
         if not url:
-            raise RuntimeError(f"the pages did not start, see {results / 'ui.log'}")
+            raise RuntimeError(f"the server did not start, see {results / 'ui.log'}")
         yield url
     finally:
         server.terminate()
@@ -138,22 +138,22 @@ def pages(results: Path) -> Iterator[str]:
 
 
 def main(results: Path, target: Path, experiment: str | None = None) -> None:
-    """Write the two pictures."""
+    """Write the two screenshots."""
     with quiet_mlflow():
         from mlflow import MlflowClient
 
         client = MlflowClient(default_uri(results))
-        known = [found for found in client.search_experiments() if experiment in (None, found.name)]
-        chosen = max(known, key=lambda found: found.creation_time)
-        runs = client.search_runs([chosen.experiment_id])
+        candidates = [entry for entry in client.search_experiments() if experiment in (None, entry.name)]
+        newest = max(candidates, key=lambda entry: entry.creation_time)
+        runs = client.search_runs([newest.experiment_id])
     children = [run for run in runs if "moebench.arm" in run.data.tags]
     names = tuple(run.info.run_name for run in children[:2])
     ids = [run.info.run_id for run in children]
-    pictured = next(i for i in ids if "load.png" in {file.path for file in client.list_artifacts(i)})
-    with pages(results) as url, browser() as driver:
-        show_charts(driver, url, chosen.experiment_id, chosen.name, names)
+    run_with_figure = next(i for i in ids if "load.png" in {file.path for file in client.list_artifacts(i)})
+    with serve_pages(results) as url, browser() as driver:
+        show_charts(driver, url, newest.experiment_id, newest.name, names)
         driver.save_screenshot(str(target))
-        show_figure(driver, url, chosen.experiment_id, pictured, "load.png")
+        show_figure(driver, url, newest.experiment_id, run_with_figure, "load.png")
         driver.save_screenshot(str(target.with_name(f"{target.stem}-load{target.suffix}")))
 
 

@@ -1,12 +1,11 @@
 """What is known about a registered component, for reading: facts, options with their defaults, source."""
 
 import dataclasses
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
-from moebench.config import to_plain
+from moebench.catalogue.options import list_options
 from moebench.errors import UsageError, nearest
-from moebench.registry import field_docs, registry_of
+from moebench.registry import registry_of
 
 KINDS = ("router", "layout", "task", "loss")
 CAUSALITY_KEYS = {
@@ -30,7 +29,7 @@ def describe(name: str) -> dict[str, Any]:
                 "kind": kind,
                 **facts_to_dict(entry.facts),
                 "about": entry.doc,
-                "options": _options(config) if config else [],
+                "options": [option.to_dict() for option in list_options(config(), kind)] if config else [],
                 "source": entry.origin,
             }
         known += registry.names()
@@ -44,40 +43,6 @@ def facts_to_dict(facts: Any) -> dict[str, Any]:
     return values | {CAUSALITY_KEYS.get(name, name): value for name, value in causality.items()}
 
 
-def _options(config: Any) -> list[dict[str, Any]]:
-    docs = field_docs(config)
-    defaults = to_plain(config())
-    return [
-        {
-            "name": field.name,
-            "type": type_name(field.type),
-            "default": defaults[field.name],
-            "about": docs.get(field.name, ""),
-        }
-        for field in own_first(config)
-    ]
-
-
-def own_first(config: Any) -> list[Any]:
-    """Return the fields of a Config without its name: its own before those that all of its kind have."""
-    parent = config.__mro__[1]
-    shared = {field.name for field in dataclasses.fields(parent)} if dataclasses.is_dataclass(parent) else set()
-    fields = [field for field in dataclasses.fields(config) if field.name != "name"]
-    return sorted(fields, key=lambda field: field.name in shared)
-
-
-def type_name(annotation: Any) -> str:
-    """Return a type as a user writes its values: choices as they are, other types by name."""
-    if get_origin(annotation) is Literal:
-        return " | ".join(str(choice) for choice in get_args(annotation))
-    choices = get_args(annotation)
-    if get_origin(annotation) in (Union, UnionType):
-        return " | ".join(type_name(choice) for choice in choices)
-    if choices:
-        return f"{get_origin(annotation).__name__}[{', '.join(type_name(choice) for choice in choices)}]"
-    return "None" if annotation is type(None) else str(getattr(annotation, "__name__", annotation))
-
-
 def to_text(value: Any) -> str:
     """Return a fact or a default as text: yes and no, lists with commas, what YAML calls null."""
     if isinstance(value, bool):
@@ -85,3 +50,15 @@ def to_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return "null" if value is None else str(value)
+
+
+def unwrap(text: str) -> str:
+    """Join the lines of each paragraph, so that a terminal of any width can wrap them; indented lines stay."""
+    lines: list[str] = []
+    for line in text.split("\n"):
+        continues = bool(lines and lines[-1] and line) and not line.startswith((" ", "- ")) and lines[-1][0] != " "
+        if continues:
+            lines[-1] += f" {line}"
+        else:
+            lines.append(line)
+    return "\n".join(lines)

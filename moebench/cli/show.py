@@ -1,4 +1,4 @@
-"""`moebench show`: what a router, layout, task or loss is."""
+"""`moebench show`: describe a router, layout, task or loss, or a section of the configuration."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,10 +12,20 @@ from moebench.errors import UsageError
 def show(
     name: Annotated[
         str | None,
-        typer.Argument(help="A router, layout, task or loss (`moebench list`).", autocompletion=complete_component),
+        typer.Argument(
+            help="A router, layout, task or loss (`moebench list`); a section of the configuration (train, model, data,"
+            " ...); or a key (train.steps).",
+            autocompletion=complete_component,
+        ),
     ] = None,
     all_routers: Annotated[
         bool, typer.Option("--all-routers", help="All routers instead of one name, as the Markdown of docs/routers.md.")
+    ] = False,
+    all_options: Annotated[
+        bool,
+        typer.Option(
+            "--all-options", help="All options instead of one name, as the Markdown of docs/configuration.md."
+        ),
     ] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw how a router sends a few tokens to experts, into this PNG file.")
@@ -23,68 +33,76 @@ def show(
     plugin: Plugins = None,
     json: Json = False,
 ) -> None:
-    """Show what something is: equation, facts, options with their defaults, source."""
-    if (name is None) is not all_routers:
-        raise UsageError("show: give a name (`moebench list`), or --all-routers")
-    if all_routers and plot:
-        raise UsageError("--plot: draws one router, give its name instead of --all-routers")
-    from moebench.catalogue.describe import describe
-    from moebench.registry import load_plugin, registry_of
+    """Show equation, facts, options with defaults and source of a component, or the options of a section."""
+    if [name is not None, all_routers, all_options].count(True) != 1:
+        raise UsageError("show: give one of a name (`moebench list`), --all-routers and --all-options")
+    if plot and name is None:
+        raise UsageError("--plot: draws one router; give its name")
+    from moebench.registry import load_plugin
 
     for path in plugin or ():
         load_plugin(path)
-    found = [describe(one) for one in ([name] if name else registry_of("router").names())]
+    descriptions = _describe(name, all_routers=all_routers)
     if plot:
-        _draw(found[0], plot)
+        _draw(descriptions[0], plot)
     if json:
         import json as json_module
 
-        print(json_module.dumps(found[0] if name else found, indent=1, ensure_ascii=False))
+        print(json_module.dumps(descriptions[0] if name else descriptions, indent=1, ensure_ascii=False))
     elif name:
-        _print(found[0])
+        _print(descriptions[0])
     else:
+        from moebench.catalogue.configuration import configuration_page
         from moebench.catalogue.pages import render_routers_page
 
-        print(render_routers_page(), end="")
+        print(render_routers_page() if all_routers else configuration_page(), end="")
 
 
-def _draw(found: dict[str, Any], plot: Path) -> None:
-    if found["kind"] != "router":
-        raise UsageError(f"--plot: '{found['name']}' is a {found['kind']}; only routers are drawn")
+def _describe(name: str | None, *, all_routers: bool) -> list[dict[str, Any]]:
+    from moebench.catalogue.configuration import SECTIONS, describe_name, describe_section
+    from moebench.catalogue.describe import describe
+    from moebench.registry import registry_of
+
+    if name is not None:
+        return [describe_name(name)]
+    if all_routers:
+        return [describe(router) for router in registry_of("router").names()]
+    return [describe_section(section) for section in SECTIONS]
+
+
+def _draw(description: dict[str, Any], plot: Path) -> None:
+    if description["kind"] != "router":
+        raise UsageError(f"--plot: '{description['name']}' is a {description['kind']}; only routers are drawn")
     if plot.is_dir() or not plot.parent.is_dir():
         raise UsageError(f"--plot {plot}: must be a file in a folder that exists")
     from moebench.catalogue.figure import draw_router
 
-    draw_router(found["name"], plot)
+    draw_router(description["name"], plot)
 
 
-def _print(found: dict[str, Any]) -> None:
+def _print(description: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.padding import Padding
 
-    from moebench.catalogue.describe import to_text
-    from moebench.cli.output import print_table
+    from moebench.catalogue.configuration import format_option
+    from moebench.catalogue.describe import to_text, unwrap
 
-    console = Console()
-
-    def say(text: str = "") -> None:
-        console.print(text, highlight=False, markup=False)
-
-    say(f"{found['name']}  ({found['kind']})")
-    say()
-    say(found["about"])
-    say()
+    console = Console(highlight=False, markup=False)
+    console.print(f"{description['name']}  ({description['kind']})\n")
+    if description["about"]:
+        console.print(f"{unwrap(description['about'])}\n")
     for title, key in (("When to use it", "use"), ("What can go wrong", "beware")):
-        if found.get(key):
-            say(f"{title}: {found[key]}")
-            say()
-    shown = {"name", "kind", "about", "options", "source", "use", "beware"}
-    for key, value in found.items():
-        if key not in shown and value not in (None, (), []):
+        if description.get(key):
+            console.print(f"{title}: {description[key]}\n")
+    elsewhere = {"name", "kind", "about", "options", "use", "beware"}
+    facts = {key: value for key, value in description.items() if key not in elsewhere}
+    for key, value in facts.items():
+        if value not in (None, "", (), []):
             text = f"O({value})" if key == "cost" else to_text(value)
-            say(f"{key.replace('_', ' '):<22}{text}")
-    say(f"{'source':<22}{found['source']}")
-    if found["options"]:
-        say()
-        columns = ("name", "default", "type", "about")
-        lines = [[str(option[column]) for column in columns] for option in found["options"]]
-        print_table(["option", *columns[1:]], lines, no_wrap=("option",))
+            console.print(f"{key.replace('_', ' '):<22}{text}")
+    if facts and description["options"]:
+        console.print()
+    for option in description["options"]:
+        heading, meaning = format_option(option)
+        console.print(heading)
+        console.print(Padding(meaning, (0, 0, 0, 4)))

@@ -6,6 +6,7 @@ from typing import Any
 
 from moebench.errors import UsageError
 from moebench.experts.bank import Bank
+from moebench.experts.capacity import Capacity
 from moebench.experts.feed_forward import FeedForward
 from moebench.experts.layer import LayerOptions, MoELayer
 from moebench.experts.layout import Experts, LayoutConfig
@@ -118,7 +119,7 @@ def build_moe_layer(
     """Build the layer of a router and a bank."""
     options = LayerOptions(
         experts_per_token=plan.experts_per_token,
-        capacity=layout.capacity,
+        capacity=Capacity.from_layout(layout),
         expert_dropout=layout.expert_dropout,
         residual=plan.experts.residual,
         name=name,

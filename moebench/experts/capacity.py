@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
+from moebench.components import LayoutConfig
 from moebench.routing.ranking import log_scores, rank_all
 from moebench.routing.values import Routing
 
@@ -29,6 +30,17 @@ class Capacity:
     drop_order: DropOrder = "router"
     rule: CapacityRule = "megatron"
     overflow: Overflow = "drop"
+
+    @classmethod
+    def from_layout(cls, layout: LayoutConfig) -> "Capacity":
+        """Return the capacity that the options of a layout describe."""
+        return cls(
+            train=layout.capacity_factor_train,
+            eval=layout.capacity_factor_eval,
+            drop_order=layout.drop_order,
+            rule=layout.capacity_rule,
+            overflow=layout.overflow,
+        )
 
     @property
     def is_dropless(self) -> bool:

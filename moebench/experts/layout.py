@@ -2,27 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
+from moebench.components import ExpertShape as ExpertShape
+from moebench.components import LayoutConfig as LayoutConfig
 from moebench.errors import UsageError, require
-from moebench.experts.capacity import Capacity
 from moebench.registry import Registry
-
-Kind = Literal["ffn", "zero", "copy", "constant", "projection", "shared_projection", "head", "stack"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpertShape:
-    """One expert: what it computes, how wide and how deep."""
-
-    kind: Kind = "ffn"
-    """ffn, or without a network: zero (y = 0), copy (y = x), constant (a mix of x and a vector). In attention:
-    projection (queries, keys and values), shared_projection (queries, and keys that are the values too), head (queries
-    and output). stack: all blocks of a model."""
-    width: float = 1.0
-    """Hidden width in units; matching solves for the unit."""
-    depth: int = 1
-    """Networks one after another, each added to the stream inside the expert; the cost is linear in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,74 +49,6 @@ class BlockPlan:
     def banks(self) -> tuple[Experts, ...]:
         """Banks of the block, in the order of the forward pass."""
         return tuple(bank for bank in (self.stack, self.attention, self.feed_forward) if bank is not None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayoutConfig:
-    """Options of every layout; each layout's own Config adds its name and its options."""
-
-    name: str
-    num_experts: int = 16
-    """Experts in each bank."""
-    experts_in: Literal["both", "encoder", "decoder"] = "both"
-    """Which half of an encoder-decoder model has experts, as the layout places them; the other half is dense."""
-    expert_width: int | None = None
-    """Hidden width of one expert, of one unit where widths differ; null: `match` decides."""
-    expert_activation: Literal["gelu", "swiglu"] | None = None
-    """Activation of routed and shared experts; null is the model's."""
-    match: Literal["flops", "params", "none"] = "flops"
-    """What the width of experts is solved for: FLOPs per token or total parameters; none takes ffn_width."""
-    total_params: float = 1.0
-    """With match=params: parameters of a block with experts, as a multiple of the dense block's."""
-    depth: int = 1
-    """Feed-forward networks in one expert, one after another."""
-    capacity_factor_train: float | None = None
-    """Slots of an expert as a multiple of the even load T·k/E; null is dropless."""
-    capacity_factor_eval: float | None = None
-    """The same in evaluation; null is dropless, the number to trust."""
-    capacity_rule: Literal["megatron", "vmoe", "switch", "deepspeed"] = "megatron"
-    """Slots: ceil(T·k·f/E); vmoe: up to a multiple of 4; deepspeed: at least 4; switch: int(T·f/E), at least 4."""
-    drop_order: Literal["router", "position", "score", "priority", "random"] = "router"
-    """Who keeps a slot: router (its own priority, else position), position, score (largest weight, whichever choice it
-    is), priority (first choices before second ones, each by the token's largest weight, as in V-MoE), random."""
-    overflow: Literal["drop", "reroute", "pass"] = "drop"
-    """Without a slot: drop (nothing), reroute (one of the three next best experts), pass (weight times input)."""
-    expert_dropout: float = 0.0
-    """Dropout on the hidden activations of experts, in training."""
-    recompute: bool = False
-    """Compute the activation inside experts again in the backward pass instead of keeping it: less memory."""
-
-    def __post_init__(self) -> None:
-        require(self.num_experts >= 1, "layout.num_experts", self.num_experts, "at least 1")
-        width_fits = self.expert_width is None or self.expert_width >= 1
-        require(width_fits, "layout.expert_width", self.expert_width, "at least 1 or null")
-        require(self.depth >= 1, "layout.depth", self.depth, "at least 1")
-        require(0 < self.total_params < float("inf"), "layout.total_params", self.total_params, "greater than 0")
-        for key in ("capacity_factor_train", "capacity_factor_eval"):
-            factor = getattr(self, key)
-            if factor is not None and not factor > 0:
-                raise UsageError(f"layout.{key} must be greater than 0, or null for dropless; got {factor}")
-        require(0 <= self.expert_dropout < 1, "layout.expert_dropout", self.expert_dropout, "at least 0 and below 1")
-
-    @property
-    def capacity(self) -> Capacity:
-        """The capacity rule of the layout's layers."""
-        return Capacity(
-            train=self.capacity_factor_train,
-            eval=self.capacity_factor_eval,
-            drop_order=self.drop_order,
-            rule=self.capacity_rule,
-            overflow=self.overflow,
-        )
-
-    @property
-    def shapes(self) -> tuple[ExpertShape, ...]:
-        """The plain bank: num_experts feed-forward experts of one width."""
-        return (ExpertShape(depth=self.depth),) * self.num_experts
-
-    def require_depth_1(self, reason: str) -> None:
-        """Raise UsageError when `depth` is set in a layout where it has no meaning."""
-        require(self.depth == 1, "layout.depth", self.depth, f"1 in layout '{self.name}' ({reason})")
 
 
 @dataclass(frozen=True, kw_only=True)

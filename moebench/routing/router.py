@@ -1,13 +1,14 @@
 """The contract of a router: a module that assigns tokens to experts, with a typed Config and declared facts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, Generic
 
 from torch import Tensor
 from typing_extensions import TypeVar
 
+from moebench.components import RouterConfig as RouterConfig
 from moebench.errors import UsageError
 from moebench.registry import Registry
 from moebench.routing.context import NO_DATA, DataSummary, RouteContext
@@ -15,15 +16,6 @@ from moebench.routing.cost import RouterCost
 from moebench.routing.features.feature import Feature
 from moebench.routing.level import SINGLE_LEVEL, Level
 from moebench.routing.values import AnyRouting, LayerRecord
-
-
-@dataclass(frozen=True, kw_only=True)
-class RouterConfig:
-    """Options that every router has; each router's own Config adds its name and its options."""
-
-    name: str
-    losses: dict[str, float] = field(default_factory=dict)
-    """Coefficient of each auxiliary loss, by name; the raw loss is logged as balance/NAME, the product as loss/NAME."""
 
 
 ConfigT = TypeVar("ConfigT", bound=RouterConfig, default=Any)

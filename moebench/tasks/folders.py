@@ -1,4 +1,4 @@
-"""Which files of a folder are read, and what a folder's names say about the split."""
+"""The files below a folder, and the splits that names of folders and files assign."""
 
 import re
 from collections import Counter
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from moebench.errors import UsageError, nearest
-from moebench.tasks.sources import first_line, note
+from moebench.tasks.sources import first_line, warn
 
 TRAIN, VALIDATION, TEST = PARTS = ("train", "validation", "test")
 _WORD = "(?P<train>train(ing)?)|(?P<validation>val(id(ation)?)?|dev)|(?P<test>test(ing)?)"
@@ -14,10 +14,10 @@ _FOLDER = re.compile(_WORD, re.IGNORECASE)
 _FILE = re.compile(rf"({_WORD})(?![a-z])", re.IGNORECASE)
 
 
-def existing(path: str, advice: str = "") -> Path:
+def find_source(path: str, advice: str = "") -> Path:
     """Return the file or folder that task.data.path names.
 
-    Raises `UsageError` with the nearest name, and the advice, where it is not.
+    Raises UsageError with the nearest name and `advice` if it does not exist.
     """
     root = Path(path).expanduser()
     try:
@@ -29,63 +29,66 @@ def existing(path: str, advice: str = "") -> Path:
     raise UsageError(f"task.data.path: '{path}' does not exist.{near}{advice}")
 
 
-def files_below(root: Path, endings: Sequence[str]) -> dict[str, Path]:
-    """Return the files that end so by their name inside the folder, sorted; a file by its own name.
+def list_files(root: Path, endings: Sequence[str]) -> dict[str, Path]:
+    """Return the files below `root` with one of the endings, sorted, by their path relative to it.
 
-    Links are followed. Left out is what is hidden: names that begin with a dot, folders that begin with two
-    underscores. A link to nothing stays: whoever reads it says so. Raises `UsageError` for a folder that cannot be
-    listed.
+    If `root` is a file, it is returned by its name. Links are followed. Hidden names are skipped: those that begin with
+    a dot, and folders that begin with two underscores. Broken links are kept, so that reading them fails. Raises
+    UsageError for a folder that cannot be listed.
     """
-    paths = [root] if root.is_file() else _below(root, frozenset())
-    ended = (path for path in paths if path.name.lower().endswith(tuple(endings)))
-    return {path.relative_to(root).as_posix() if path != root else root.name: path for path in ended}
+    paths = [root] if root.is_file() else _walk(root, frozenset())
+    matching = (path for path in paths if path.name.lower().endswith(tuple(endings)))
+    return {path.relative_to(root).as_posix() if path != root else root.name: path for path in matching}
 
 
-def tell_unread(path: str | None, endings: Sequence[str]) -> None:
-    """Say on standard error how many files of a folder end otherwise, so that none is left out in silence."""
-    root = None if path is None else existing(path)
+def warn_unread_files(path: str | None, endings: Sequence[str]) -> None:
+    """Print how many files of a folder have other endings and are therefore not read."""
+    root = None if path is None else find_source(path)
     if root is None or root.is_file():
         return
-    others = [file for file in _below(root, frozenset()) if not file.name.lower().endswith(tuple(endings))]
+    others = [file for file in _walk(root, frozenset()) if not file.name.lower().endswith(tuple(endings))]
     if others:
         kinds = Counter(file.suffix.lower() or "no ending" for file in others)
-        listed = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(5))
-        note(f"below '{path}' lie {len(others)} file(s) of other kinds, which are not read ({listed})")
+        counts = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(5))
+        warn(f"'{path}' has {len(others)} file(s) of other kinds, which are not read ({counts})")
 
 
-def parts_of(names: Iterable[str], *, by_file: bool) -> dict[str, str]:
-    """Return which part (train, validation or test) each file belongs to, or nothing if the names do not say.
+def assign_parts(names: Iterable[str], *, by_file: bool) -> dict[str, str]:
+    """Return the part (train, validation or test) of each file, or an empty mapping if names assign none.
 
-    They say it where each file lies in a folder called train, val, test or the like; with `by_file`, also where its
-    own name begins so, as in train-0.parquet. A single such part is all there is, and is divided like any other.
-    Raises `UsageError` where some files have a part and others have none.
+    A file is assigned by a folder named train, val, test or the like; with `by_file` also by the beginning of its own
+    name, as in train-0.parquet. If there is a single part, it is all of the data, to be divided like unassigned data.
+    Raises UsageError if some files have a part and others have none.
     """
-    found = {name: _part(name, by_file=by_file) for name in names}
-    kinds = set(found.values())
-    by_name = any(part and not _part(name, by_file=False) for name, part in found.items())
-    if "" in kinds and len(kinds) <= 2 and not by_name:  # one folder called so may be a class: trains on pictures
+    part_of = {name: _part(name, by_file=by_file) for name in names}
+    parts = set(part_of.values())
+    by_own_name = any(part and not _part(name, by_file=False) for name, part in part_of.items())
+    if "" in parts and len(parts) <= 2 and not by_own_name:  # a single folder `train` may be a class of images
         return {}
-    if "" in kinds:
-        stray = next(name for name, part in found.items() if not part)
-        raise UsageError(f"task.data.path: '{stray}' lies beside the parts {_listed(kinds)}, and is in none; move it")
-    if len(kinds) == 1:
-        return dict.fromkeys(found, TRAIN)
-    if TRAIN not in kinds:
-        raise UsageError(f"task.data.path: there are the parts {_listed(kinds)}, and no train")
-    return found
+    if "" in parts:
+        stray = next(name for name, part in part_of.items() if not part)
+        raise UsageError(
+            f"task.data.path: '{stray}' belongs to no part, but other files belong to {_join_parts(parts)}; move it"
+        )
+    if len(parts) == 1:
+        return dict.fromkeys(part_of, TRAIN)
+    if TRAIN not in parts:
+        raise UsageError(f"task.data.path: there are the parts {_join_parts(parts)}, but no train")
+    return part_of
 
 
 def folders_of(name: str, *, divided: bool) -> list[str]:
-    """Return the folders that a file lies in, from the top, without the one that names its part."""
+    """Return the folders of a file from the top; if files are divided into parts, without the folder of its part."""
     folders = name.split("/")[:-1]
-    place = next((place for place, folder in enumerate(folders) if divided and _FOLDER.fullmatch(folder)), len(folders))
-    return folders[:place] + folders[place + 1 :]
+    matches = (i for i, folder in enumerate(folders) if divided and _FOLDER.fullmatch(folder))
+    index = next(matches, len(folders))
+    return folders[:index] + folders[index + 1 :]
 
 
-def _below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+def _walk(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
     try:
         real = folder.resolve()
-        paths = [] if real in above else sorted(folder.iterdir())  # a link to a folder above it would never end
+        paths = [] if real in above else sorted(folder.iterdir())  # do not follow links to a parent
     except OSError as error:
         raise UsageError(f"task.data.path: folder '{folder}' cannot be listed ({first_line(error)})") from error
     for path in paths:
@@ -93,18 +96,18 @@ def _below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
             continue
         if path.is_dir():
             if not path.name.startswith("__"):
-                yield from _below(path, above | {real})
-        elif path.is_file() or not path.exists():  # neither sockets nor pipes, which would wait for ever
+                yield from _walk(path, above | {real})
+        elif path.is_file() or not path.exists():  # not sockets or pipes, which would block
             yield path
 
 
 def _part(name: str, *, by_file: bool) -> str:
     *folders, file = name.split("/")
-    found = next((match for folder in folders if (match := _FOLDER.fullmatch(folder))), None)
-    if found is None and by_file:
-        found = _FILE.match(file)
-    return next((part for part in PARTS if found is not None and found[part]), "")
+    match = next((match for folder in folders if (match := _FOLDER.fullmatch(folder))), None)
+    if match is None and by_file:
+        match = _FILE.match(file)
+    return next((part for part in PARTS if match is not None and match[part]), "")
 
 
-def _listed(kinds: Iterable[str]) -> str:
-    return " and ".join(part for part in PARTS if part in kinds)
+def _join_parts(parts: Iterable[str]) -> str:
+    return " and ".join(part for part in PARTS if part in parts)

@@ -1,4 +1,4 @@
-"""Tasks on text, and the first of them: predict the next token; quality in bits per byte, whatever the tokenizer."""
+"""What the tasks on text share, and `language`: next-token prediction, measured in bits per byte for any tokenizer."""
 
 import hashlib
 import math
@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
-from moebench.errors import UsageError, require
+from moebench.errors import UsageError
+from moebench.ranges import AT_LEAST_1, Range, check_ranges
 from moebench.ranks import Span
 from moebench.seeds import make_generator
-from moebench.tasks.task import ALL, TASKS, Batch, LabelKind, Task, TaskFacts, average_by_domain
+from moebench.tasks.task import ALL, TASKS, Batch, LabelKind, Task, TaskConfig, TaskFacts, average_by_domain
 from moebench.tasks.text.documents import TextDataConfig, source_digest
 from moebench.tasks.text.kinds import TOKEN_KINDS
 from moebench.tasks.text.windows import (
@@ -32,7 +34,7 @@ class TokenEmbedding(nn.Embedding):
     """A table of token vectors."""
 
     def init_weights(self, generator: Generator) -> None:
-        """Draw unit-variance vectors: the first norm brings any scale to 1 anyway."""
+        """Draw vectors of unit variance: the first norm rescales them anyway."""
         nn.init.normal_(self.weight, generator=generator)
 
 
@@ -40,47 +42,40 @@ class TokenHead(nn.Linear):
     """The projection to the vocabulary."""
 
     def init_weights(self, generator: Generator) -> None:
-        """Start at zero: the first prediction is uniform, ln V nats per token."""
+        """Set the weights to zero: the first prediction is uniform, ln V nats per token."""
         nn.init.zeros_(self.weight)
 
 
 Uniform = Callable[[int], Tensor]
-"""n -> [B, n] draws in [0, 1), fp64: those of some sequences, whichever process asks."""
+"""n -> uniform draws [B, n] in [0, 1) (fp64) for the sequences of a batch, independent of how processes share it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextConfig:
+class TextConfig(TaskConfig):
     """Options of every task on text; each task's own Config adds its name and its options."""
 
     NOT_IN_ID: ClassVar[tuple[str, ...]] = ("data.path", "data.made_by")
+    RANGES: ClassVar[Mapping[str, Range]] = {"sequence_length": Range(low=2), "eval_windows": AT_LEAST_1}
 
-    name: str
     sequence_length: int = 64
     """Tokens per sequence."""
     eval_windows: int | None = 128
-    """Sequences of each domain in an evaluation, evenly spaced over the split; null takes all."""
+    """Sequences per domain in an evaluation, evenly spaced over the split; null: all."""
     data: TextDataConfig = field(default_factory=TextDataConfig)
-    """Where the text comes from."""
+    """Source of the text."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        require(self.sequence_length >= 2, "task.sequence_length", self.sequence_length, "at least 2")
-        require(
-            self.eval_windows is None or self.eval_windows >= 1,
-            "task.eval_windows",
-            self.eval_windows,
-            "at least 1, or null for all",
-        )
+        check_ranges(self, "task")
 
 
-MOST_PAIRED = 8192
-"""Ids whose pairs are counted in one table: half a gigabyte."""
+MAX_PAIR_VOCAB = 8192
+"""Largest vocabulary whose pairs are counted, in a table of half a gigabyte."""
 
 
 class TextTask(Task):
-    """What tasks on text share: data, splits by group (book, president, module ...), windows, token table and loss.
+    """Data, splits by group (book, president, module, ...), windows, token embedding and loss of the tasks on text.
 
-    A task of its own says what a model reads and what it should say (`make`).
+    Subclasses implement `make_batch`: inputs and targets of a window.
     """
 
     metric: ClassVar[str] = "bits_per_byte"
@@ -93,102 +88,100 @@ class TextTask(Task):
         self.domains = text.domains
         self.num_held_out = text.num_held_out
         self.digest = text.digest
-        shape = (text.digest, config.sequence_length, config.eval_windows, self.metric, *self.decides(config))
+        shape = (text.digest, config.sequence_length, config.eval_windows, self.metric, *self.eval_options(config))
         self.eval_digest = hashlib.sha256(repr(shape).encode()).hexdigest()[:12]
         self.sequence_length = config.sequence_length
         self.vocab_size = text.vocab_size
         self.token_count_V = torch.tensor(text.token_count_V)
 
     @staticmethod
-    def decides(config: Any) -> tuple[object, ...]:
-        """Return the options that change the evaluation set, besides those that every text task has."""
+    def eval_options(config: Any) -> tuple[object, ...]:
+        """Return the options that change the evaluation set, besides those that every task on text has."""
         return ()
 
+    @override
     @classmethod
     def source_digest(cls, config: Any) -> str:
-        """Digest the text source and the tokenizer."""
         return source_digest(config.data)
 
+    @override
     @classmethod
     def prepare(cls, config: Any, cache: Path) -> "TextTask":
-        """Split and encode the text, or take it from the cache."""
         return cls(config, prepare(config.data, cache, config.sequence_length))
 
+    @override
     def token_pairs(self) -> Tensor:
-        """Count in the training text; ids that stand for nothing in it, such as a mask, have no neighbours."""
-        if self.vocab_size > MOST_PAIRED:
+        # Ids that a task adds to the vocabulary, such as a mask, have no neighbours in the text.
+        if self.vocab_size > MAX_PAIR_VOCAB:
             raise UsageError(
-                f"router.table: 'clustered' counts pairs of {self.vocab_size} ids (allowed: at most {MOST_PAIRED})"
+                f"router.table: 'clustered' counts pairs of {self.vocab_size} ids (allowed: at most {MAX_PAIR_VOCAB})"
             )
         token_N = np.asarray(self.text.train.tokens_N, dtype=np.int64)
         pair_N = token_N[:-1] * self.vocab_size + token_N[1:]
         pairs_VV = np.bincount(pair_N, minlength=self.vocab_size**2).reshape(self.vocab_size, self.vocab_size)
         return torch.from_numpy(pairs_VV)
 
+    @override
     def label_kinds(self) -> tuple[LabelKind, ...]:
-        """Add the kind of token: the start of a word, a digit, and so on."""
-        kinds = self.text.kinds.extended(self.vocab_size)
+        kinds = self.text.kinds.pad_vocab(self.vocab_size)
 
         def read(batch: Batch) -> Tensor:
-            return kinds.label(batch.input_BL, self.text_of(batch))
+            return kinds.label(batch.input_BL, self.context_tokens(batch))
 
         return *super().label_kinds(), LabelKind(name="token", values=TOKEN_KINDS, read=read)
 
-    def text_of(self, batch: Batch) -> Tensor:
-        """Return the tokens that say where words begin, one for each that is read: those themselves."""
+    def context_tokens(self, batch: Batch) -> Tensor:
+        """Return the token at each position from which the starts of words are determined: by default the input."""
         return batch.input_BL
 
     @abstractmethod
-    def make(self, token_BM: Tensor, byte_BM: Tensor, domain_B: Tensor, uniform: Uniform) -> Batch:
-        """Return the batch of some windows: L + 1 tokens each, the bytes of each token, and their domain."""
+    def make_batch(self, token_BM: Tensor, byte_BM: Tensor, domain_B: Tensor, uniform: Uniform) -> Batch:
+        """Return the batch of windows of M = L + 1 tokens; `byte_BM`: UTF-8 bytes of each token."""
 
+    @override
     def train_batch(self, batch_size: int, seed: int, step: int, part: slice = ALL) -> Batch:
-        """Take the windows of this step in the epoch's shuffled order; what is drawn is drawn for all of them."""
         split = self.text.train
         window_B = train_window_indices(split.num_windows, batch_size, seed, step)[part]
-        return self._of_windows(split, window_B, uniform_draws(batch_size, self.config.name, seed, step, part=part))
+        return self._read_windows(split, window_B, uniform_draws(batch_size, self.config.name, seed, step, part=part))
 
+    @override
     def eval_batches(self, split: str, batch_size: int) -> Sequence[Batch]:
-        """Take evenly spaced windows, the same number of each domain; what is drawn does not depend on the batch.
+        text: TextSplit = getattr(self.text, split)
+        window_W = evaluation_windows(text, self.config.eval_windows)
+        # Drawn for all windows at once, so that masks do not depend on the batch size.
+        every = self._read_windows(text, window_W, uniform_draws(len(window_W), self.config.name, split))
+        num_trained = int((text.domain_W[window_W] < self.num_trained_domains).sum())
+        starts = [*range(0, num_trained, batch_size), *range(num_trained, len(window_W), batch_size)]
+        ends = [*starts[1:], len(window_W)]
+        spans = [Span(start=a, length=b - a, total=len(window_W)) for a, b in zip(starts, ends, strict=True)]
+        return [replace(every.part(span), span=None) for span in spans]
 
-        Domains that were held out of training come last, in batches of their own.
-        """
-        part: TextSplit = getattr(self.text, split)
-        chosen = evaluation_windows(part, self.config.eval_windows)
-        whole = self._of_windows(part, chosen, uniform_draws(len(chosen), self.config.name, split))
-        first = int((part.domain_W[chosen] < self.num_trained_domains).sum())
-        starts = [*range(0, first, batch_size), *range(first, len(chosen), batch_size)]
-        ends = [*starts[1:], len(chosen)]
-        spans = [Span(start=a, length=b - a, total=len(chosen)) for a, b in zip(starts, ends, strict=True)]
-        return [replace(whole.part(span), span=None) for span in spans]
-
-    def _of_windows(self, split: TextSplit, window_B: np.ndarray, uniform: Uniform) -> Batch:
+    def _read_windows(self, split: TextSplit, window_B: np.ndarray, uniform: Uniform) -> Batch:
         token_BM, byte_BM = map(torch.from_numpy, split.window(window_B))
-        return self.make(token_BM, byte_BM, torch.from_numpy(split.domain_W[window_B].astype(np.int64)), uniform)
+        return self.make_batch(token_BM, byte_BM, torch.from_numpy(split.domain_W[window_B].astype(np.int64)), uniform)
 
+    @override
     def build_embedding(self, d_model: int) -> nn.Module:
-        """Return a token table."""
         return TokenEmbedding(self.vocab_size, d_model)
 
+    @override
     def build_head(self, d_model: int) -> nn.Module:
-        """Return the projection to the vocabulary."""
         return TokenHead(d_model, self.vocab_size, bias=False)
 
+    @override
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        """Return the cross-entropy of each position in nats, in fp32."""
         logits_TV = output.flatten(0, 1).float()
         loss_T = functional.cross_entropy(logits_TV, batch.target_BP.reshape(-1), reduction="none")
         return loss_T.view_as(batch.target_BP)
 
+    @override
     def compute_quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return bits per byte over the domains of training, out of domain and for each: code length over bytes."""
-        return average_by_domain(
-            self.metric, sums["nats"] / math.log(2), sums["weight"], self.domains, self.num_held_out
-        )
+        bits_D = sums["nats"] / math.log(2)
+        return average_by_domain(self.metric, bits_D, sums["weight"], self.domains, self.num_held_out)
 
 
 def uniform_draws(num_sequences: int, *purpose: object, part: slice = ALL) -> Uniform:
-    """Return what draws for `num_sequences` and keeps a part: a process draws what one process would."""
+    """Return a function that draws for all `num_sequences` and returns `part`, so that processes draw as one would."""
     source = make_generator(*purpose)
     return lambda number: torch.rand(num_sequences, number, dtype=torch.float64, generator=source)[part]
 
@@ -202,7 +195,7 @@ def uniform_draws(num_sequences: int, *purpose: object, part: slice = ALL) -> Un
     )
 )
 class Language(TextTask):
-    """Next-token prediction on text; splits by group (book, president, module ...), never by random windows."""
+    """Next-token prediction on text, split by group (book, president, module, ...), never by random windows."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(TextConfig):
@@ -210,6 +203,6 @@ class Language(TextTask):
 
         name: str = "language"
 
-    def make(self, token_BM: Tensor, byte_BM: Tensor, domain_B: Tensor, uniform: Uniform) -> Batch:
-        """Let each token predict the next one."""
+    @override
+    def make_batch(self, token_BM: Tensor, byte_BM: Tensor, domain_B: Tensor, uniform: Uniform) -> Batch:
         return Batch(input_BL=token_BM[:, :-1], target_BP=token_BM[:, 1:], weight_BP=byte_BM[:, 1:], domain_B=domain_B)

@@ -1,13 +1,15 @@
-"""Span corruption: an encoder reads a text with holes, a decoder says what was in them."""
+"""Span corruption: an encoder reads a text with spans removed, a decoder predicts the removed spans."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from moebench.errors import require
+from moebench.ranges import AT_LEAST_1, Range
 from moebench.tasks.language import TextConfig, TextTask, Uniform
 from moebench.tasks.task import TASKS, Batch, LabelKind, TaskFacts
 from moebench.tasks.text.windows import PreparedText
@@ -25,74 +27,74 @@ from moebench.tasks.text.windows import PreparedText
 class SpanCorruption(TextTask):
     """T5's objective (arXiv:1910.10683, section 3.1.4) on an encoder-decoder model.
 
-    Spans of tokens are taken out of a window and each is replaced by a sentinel, an id of its own. The target is each
-    sentinel followed by the tokens that it stands for, and one sentinel more at the end. How many tokens and spans
-    there are is fixed, as in T5's code, so that nothing has to be padded; where they are is a function of the seed and
-    the step, fixed in evaluation. As there, a window begins with text and ends with a span.
+    Spans of tokens are removed from a window and each is replaced by a sentinel, an id of its own. The target is each
+    sentinel followed by the tokens that it replaced, and a last sentinel. As in T5's code, the number of removed tokens
+    and of spans is fixed, so that nothing is padded, and a window begins with text and ends with a span. Positions of
+    spans are a function of the seed and the step, fixed in evaluation.
 
-    The metric is the code length of the whole target, sentinels too (they say where a span ends), over the bytes of
-    the text in it: sentinels have none.
+    The metric is the code length of the whole target, including sentinels (they mark the end of a span), divided by the
+    bytes of text in it: sentinels have no bytes.
     """
 
     metric = "span_bits_per_byte"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(TextConfig):
-        """Options of span corruption; `sequence_length` is that of the text before anything is taken out."""
+        """Options of span corruption; `sequence_length` is that of the text before spans are removed."""
+
+        RANGES: ClassVar[Mapping[str, Range]] = {
+            "noise_density": Range(low=0, high=1, includes_low=False, includes_high=False),
+            "mean_span": AT_LEAST_1,
+        }
 
         name: str = "span_corruption"
         noise_density: float = 0.15
-        """Share of the tokens that are taken out."""
+        """Share of the tokens that are removed."""
         mean_span: float = 3.0
-        """Tokens in a span, on average."""
-
-        def __post_init__(self) -> None:
-            """Refuse values out of range."""
-            super().__post_init__()
-            require(0 < self.noise_density < 1, "task.noise_density", self.noise_density, "between 0 and 1")
-            require(self.mean_span >= 1, "task.mean_span", self.mean_span, "at least 1")
+        """Mean length of a span in tokens."""
 
         @property
         def num_noise(self) -> int:
-            """Tokens that are taken out of a window: at least one is, and one stays."""
+            """Number of tokens removed from a window: at least one, and at least one remains."""
             length = self.sequence_length
             return min(max(round(length * self.noise_density), 1), length - 1)
 
         @property
         def num_spans(self) -> int:
-            """Spans that they make: none is empty, and there is text before each."""
-            wanted = max(round(self.num_noise / self.mean_span), 1)
-            return min(wanted, self.num_noise, self.sequence_length - self.num_noise)
+            """Number of spans: none is empty, and each follows some text."""
+            rounded = max(round(self.num_noise / self.mean_span), 1)
+            return min(rounded, self.num_noise, self.sequence_length - self.num_noise)
 
     def __init__(self, config: Any, text: PreparedText) -> None:
         super().__init__(config, text)
         self.sequence_length = config.sequence_length - config.num_noise + config.num_spans
         self.decoder_length = config.num_noise + config.num_spans + 1
         self.first_sentinel = text.vocab_size
-        self.start = text.vocab_size + config.num_spans + 1
-        self.vocab_size = self.start + 1
-        # Each sentinel but the last, which is said and never read, and the start stand in every window.
-        in_all = torch.full((config.num_spans,), text.train.num_windows)
-        self.token_count_V = torch.cat([self.token_count_V, in_all, in_all.new_zeros(1), in_all[:1]])
+        self.start_id = text.vocab_size + config.num_spans + 1
+        self.vocab_size = self.start_id + 1
+        # Every window has the start id and each sentinel but the last, which is a target and never an input.
+        per_window = torch.full((config.num_spans,), text.train.num_windows)
+        self.token_count_V = torch.cat([self.token_count_V, per_window, per_window.new_zeros(1), per_window[:1]])
 
+    @override
     @staticmethod
-    def decides(config: Any) -> tuple[object, ...]:
-        """Return how much is taken out and in how many pieces."""
+    def eval_options(config: Any) -> tuple[object, ...]:
         return config.noise_density, config.mean_span
 
+    @override
     def label_kinds(self) -> tuple[LabelKind, ...]:
-        """Add whether a token is a sentinel: ST-MoE's encoder has experts for these (arXiv:2202.08906, section 7)."""
+        # ST-MoE's encoder has experts for sentinels (arXiv:2202.08906, section 7).
         return *super().label_kinds(), LabelKind(name="sentinel", values=("text", "sentinel"), read=self._sentinel_BL)
 
     def _sentinel_BL(self, batch: Batch) -> Tensor:
-        is_sentinel_BL: Tensor = (batch.input_BL >= self.first_sentinel) & (batch.input_BL < self.start)
+        is_sentinel_BL: Tensor = (batch.input_BL >= self.first_sentinel) & (batch.input_BL < self.start_id)
         return is_sentinel_BL.long()
 
-    def make(self, token_BM: Tensor, byte_BM: Tensor, domain_B: Tensor, uniform: Uniform) -> Batch:
-        """Take spans out of the tokens that `language` predicts in these windows."""
+    @override
+    def make_batch(self, token_BM: Tensor, byte_BM: Tensor, domain_B: Tensor, uniform: Uniform) -> Batch:
         noise_BL = noise_mask(self.config.sequence_length, self.config.num_noise, self.config.num_spans, uniform)
         input_BL, target_BP, byte_BP = corrupt(token_BM[:, 1:], byte_BM[:, 1:], noise_BL, self.first_sentinel)
-        start_B1 = torch.full_like(target_BP[:, :1], self.start)
+        start_B1 = torch.full_like(target_BP[:, :1], self.start_id)
         return Batch(
             input_BL=input_BL,
             decoder_input_BP=torch.cat([start_B1, target_BP[:, :-1]], dim=1),
@@ -103,46 +105,47 @@ class SpanCorruption(TextTask):
 
 
 def noise_mask(length: int, num_noise: int, num_spans: int, uniform: Uniform) -> Tensor:
-    """Return which tokens are taken out, bool [B, length]: text and spans take turns, text first, all divisions alike.
+    """Return which tokens are removed, bool [B, length]: text and spans alternate, text first.
 
-    Published code: `random_spans_noise_mask` of T5.
+    All divisions of text and noise into `num_spans` parts are equally likely. Published code: `random_spans_noise_mask`
+    of T5.
     """
-    text_BS = _divided(length - num_noise, num_spans, uniform)
-    span_BS = _divided(num_noise, num_spans, uniform)
+    text_BS = _random_partition(length - num_noise, num_spans, uniform)
+    span_BS = _random_partition(num_noise, num_spans, uniform)
     end_BN = np.stack([text_BS, span_BS], axis=-1).reshape(len(text_BS), -1).cumsum(1)
-    turns_BM = np.zeros((len(end_BN), length + 1), dtype=bool)  # no part is empty, so no two ends meet
-    np.put_along_axis(turns_BM, end_BN, True, axis=1)
-    return torch.from_numpy(np.logical_xor.accumulate(turns_BM[:, :length], axis=1))
+    boundary_BM = np.zeros((len(end_BN), length + 1), dtype=bool)  # no part is empty, so no two ends meet
+    np.put_along_axis(boundary_BM, end_BN, True, axis=1)
+    return torch.from_numpy(np.logical_xor.accumulate(boundary_BM[:, :length], axis=1))
 
 
 def corrupt(token_BL: Tensor, byte_BL: Tensor, noise_BL: Tensor, first_sentinel: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what the encoder reads, what the decoder should say, and the bytes of each token of the latter.
+    """Return the input of the encoder, the target of the decoder, and the bytes of each target token.
 
-    Every sequence begins with text and has as much noise in as many spans as the others.
+    Every sequence begins with text, and all have the same number of removed tokens and of spans.
     """
     # NumPy's calls on arrays this small take a third of torch's time, and the trainer waits for them.
     is_noise_BL, end_B1 = noise_BL.numpy(), np.zeros((len(token_BL), 1), dtype=np.int64)
-    token_BM, byte_BM = (np.concatenate([found_BL.numpy(), end_B1], axis=1) for found_BL in (token_BL, byte_BL))
-    input_BL, _ = _with_sentinels(token_BM[:, :-1], byte_BM[:, :-1], is_noise_BL, first_sentinel)
-    # The target is the same with text and noise exchanged, and text behind the end: the last sentinel stands for it.
+    token_BM, byte_BM = (np.concatenate([of_BL.numpy(), end_B1], axis=1) for of_BL in (token_BL, byte_BL))
+    input_BL, _ = _replace_by_sentinels(token_BM[:, :-1], byte_BM[:, :-1], is_noise_BL, first_sentinel)
+    # The target is the same with text and noise exchanged, and text appended: the last sentinel replaces it.
     is_text_BM = np.concatenate([~is_noise_BL, end_B1 == 0], axis=1)
-    target_BP, byte_BP = _with_sentinels(token_BM, byte_BM, is_text_BM, first_sentinel)
+    target_BP, byte_BP = _replace_by_sentinels(token_BM, byte_BM, is_text_BM, first_sentinel)
     return torch.from_numpy(input_BL), torch.from_numpy(target_BP), torch.from_numpy(byte_BP)
 
 
-def _with_sentinels(
-    token_BL: np.ndarray, byte_BL: np.ndarray, out_BL: np.ndarray, first_sentinel: int
+def _replace_by_sentinels(
+    token_BL: np.ndarray, byte_BL: np.ndarray, removed_BL: np.ndarray, first_sentinel: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens, and the bytes of each, with one sentinel of no bytes in the place of each stretch left out."""
-    first_BL = out_BL.copy()
-    first_BL[:, 1:] &= ~out_BL[:, :-1]
-    kept_BL, shape = ~out_BL | first_BL, (len(token_BL), -1)
-    said_BL = np.where(first_BL, first_sentinel - 1 + first_BL.cumsum(1), token_BL)
-    return said_BL[kept_BL].reshape(shape), np.where(first_BL, 0, byte_BL)[kept_BL].reshape(shape)
+    """Return tokens and the bytes of each, with one sentinel of no bytes in place of each removed span."""
+    first_BL = removed_BL.copy()
+    first_BL[:, 1:] &= ~removed_BL[:, :-1]
+    kept_BL, shape = ~removed_BL | first_BL, (len(token_BL), -1)
+    marked_BL = np.where(first_BL, first_sentinel - 1 + first_BL.cumsum(1), token_BL)
+    return marked_BL[kept_BL].reshape(shape), np.where(first_BL, 0, byte_BL)[kept_BL].reshape(shape)
 
 
-def _divided(number: int, parts: int, uniform: Uniform) -> np.ndarray:
-    """Return the sizes [B, parts] of a random division of `number` things in a row, no part empty."""
+def _random_partition(number: int, parts: int, uniform: Uniform) -> np.ndarray:
+    """Return the sizes [B, parts] of a random partition of `number` items into non-empty contiguous parts."""
     cut_BC = np.sort(uniform(number - 1).numpy().argsort(1)[:, : parts - 1], axis=1) + 1
     zero_B1 = np.zeros_like(cut_BC, shape=(len(cut_BC), 1))
     return np.diff(np.concatenate([zero_B1, cut_BC, zero_B1 + number], axis=1))

@@ -1,4 +1,4 @@
-"""What a task is: data, input embedding, head, loss and metric; it knows nothing about routing."""
+"""The contract of a task: data, input embedding, head, loss and metrics. A task knows nothing about routing."""
 
 import re
 import unicodedata
@@ -13,46 +13,49 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from moebench.components import TaskConfig as TaskConfig
 from moebench.errors import UsageError
 from moebench.ranks import Span
 from moebench.registry import Registry
 
 ALL = slice(None)
-"""Every sequence of a batch."""
+"""Selects every sequence of a batch."""
 OUT_OF_DOMAIN = "out_of_domain"
-"""Ends the names of metrics over the domains that training did not see."""
+"""Suffix of metrics over the domains that are held out of training."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """One batch of sequences, as tensors on one device: B sequences of L positions, with P predictions each."""
+    """One batch on one device: B sequences of L positions, with P predictions each.
+
+    Of an encoder-decoder model, `input_BL`, `label_BL` and `valid_BL` belong to the encoder; `decoder_batch` is the
+    decoder's view.
+    """
 
     input_BL: Tensor
-    """What the embedding reads: token ids [B, L] (int64), or vectors, patches or frames [B, L, width] (floating)."""
+    """Input of the embedding: token ids [B, L] (int64), or vectors, patches or frames [B, L, width] (floating)."""
     target_BP: Tensor
-    """What the head should say: a token at each position (P = L), a class of the whole sequence (P = 1), a vector
-    [B, P, width], or [B, S] the symbols of a transcript whose loss is one number (P = 1)."""
+    """Targets: token ids of each position (P = L), a class of the whole sequence (P = 1), vectors [B, P, width], or the
+    symbols [B, S] of a transcript, whose loss is one number (P = 1)."""
     weight_BP: Tensor
-    """Size of each prediction in units of the metric (bytes for language)."""
+    """Size of each prediction in units of the metric: bytes of text, for example."""
     domain_B: Tensor
-    """int64 index into the task's domains."""
+    """Index (int64) into the domains of the task."""
     label_BL: Tensor | None = None
-    """int64 label of each position that the experts see, where the task knows which of them belong together."""
+    """Label (int64) of each position, where the data determine which positions belong to one expert."""
     valid_BL: Tensor | None = None
-    """bool, False at padding, for each position that the experts see; None when nothing is padded. Padding takes part
-    in no routing and no attention."""
+    """False at padding (bool); None: no padding. Padding takes part in neither routing nor attention."""
     decoder_input_BP: Tensor | None = None
-    """What the decoder reads at each position, of a model that has one: token ids (int64); `input_BL` is then what the
-    encoder reads."""
+    """Input of the decoder of an encoder-decoder model: token ids (int64)."""
     decoder_valid_BP: Tensor | None = None
-    """bool, as `valid_BL`, for the positions of the decoder."""
+    """Like `valid_BL`, for the positions of the decoder."""
     count_BP: Tensor | None = None
-    """int64: by how many the loss of a prediction is divided in the mean: 0 where nothing is to be predicted, the
-    number of symbols where one loss is that of many; None: 1 each."""
+    """Weight (int64) of each prediction in the denominator of the mean loss: 0 where nothing is predicted, the number
+    of symbols where one loss covers a transcript; None: all 1."""
     span: Span | None = None
-    """Which sequences of a batch that is divided among processes these are; None: all."""
+    """Sequences of the batch of all processes that are in this part; None: all."""
     count_in_step: Tensor | None = None
-    """int64: the sum of `count_BP` over all micro-batches of the step that are here; None where that is None."""
+    """Sum of `count_BP` over the local micro-batches of the step (int64); None where `count_BP` is None."""
 
     @property
     def token_id_BL(self) -> Tensor | None:
@@ -61,147 +64,153 @@ class Batch:
 
     @property
     def num_predictions(self) -> int:
-        """P."""
+        """Number of predictions P per sequence."""
         return self.weight_BP.shape[1]
 
     @property
     def decoder_batch(self) -> "Batch":
-        """Return the batch as the decoder sees it: `input_BL` and `valid_BL` are those of its positions."""
+        """The batch as the decoder sees it: `input_BL` and `valid_BL` are those of its positions."""
         assert self.decoder_input_BP is not None
-        own = replace(self, input_BL=self.decoder_input_BP, valid_BL=self.decoder_valid_BP, label_BL=None)
-        return replace(own, decoder_input_BP=None, decoder_valid_BP=None)
+        batch = replace(self, input_BL=self.decoder_input_BP, valid_BL=self.decoder_valid_BP, label_BL=None)
+        return replace(batch, decoder_input_BP=None, decoder_valid_BP=None)
 
     def to(self, device: Any) -> "Batch":
-        """Return the batch on another device."""
-        return self._each(lambda tensor: tensor.to(device))
+        """Return the batch with its tensors on another device."""
+        return self._map_tensors(lambda tensor: tensor.to(device))
 
     def part(self, span: Span) -> "Batch":
-        """Return the sequences of one process."""
-        return replace(self._each(lambda tensor: tensor[span.as_slice] if tensor.dim() else tensor), span=span)
+        """Return the sequences of one process, which `span` selects."""
+        return replace(self._map_tensors(lambda tensor: tensor[span.as_slice] if tensor.dim() else tensor), span=span)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: Any = {name: change(x) for name, x in tensors.items() if isinstance(x, Tensor)}
-        return replace(self, **changed)
+    def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        mapped: Any = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **mapped)
 
 
 NUM_PARTS = 8
-"""Parts that positions of a sequence are told apart by."""
+"""Parts of a sequence that the label kind `position` distinguishes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelKind:
-    """One kind of label that every position has: what an evaluation asks the experts to know."""
+    """A kind of label that every position has; evaluations measure how much experts know of it."""
 
     name: str
-    """Of the metric, load/information/NAME."""
+    """Suffix of the metric load/information/NAME."""
     values: tuple[str, ...]
-    """What the labels 0, 1, ... stand for."""
+    """Names of the labels 0, 1, ..."""
     read: Callable[[Batch], Tensor]
-    """The label of each position of a batch that the experts see, int64, of a shape that broadcasts to [B, L]; at
-    padding any of the labels. An encoder-decoder is asked for each half apart (`Batch.decoder_batch`)."""
+    """Returns the label (int64) of each position of a batch, in a shape that broadcasts to [B, L]; any value at
+    padding. For an encoder-decoder model it is called for each half (`Batch.decoder_batch`)."""
 
 
 def domain_label_kind(domains: Sequence[str]) -> LabelKind:
-    """Return the domain of a token's sequence as a kind of label."""
+    """Return the label kind whose labels are the domains of sequences."""
     return LabelKind(name="domain", values=tuple(domains), read=lambda batch: batch.domain_B.unsqueeze(1))
 
 
 def position_label_kind() -> LabelKind:
-    """Return the part of its sequence in which a token stands, of NUM_PARTS as long as each other."""
-    parts = tuple(f"{part + 1}/{NUM_PARTS}" for part in range(NUM_PARTS))
-    return LabelKind(name="position", values=parts, read=_part_BL)
+    """Return the label kind whose labels are the `NUM_PARTS` equal parts of a sequence."""
+    names = tuple(f"{part + 1}/{NUM_PARTS}" for part in range(NUM_PARTS))
+    return LabelKind(name="position", values=names, read=_part_BL)
 
 
 def _part_BL(batch: Batch) -> Tensor:
     length = batch.input_BL.shape[1]
-    place_1L = torch.arange(length, device=batch.input_BL.device).unsqueeze(0)
+    position_1L = torch.arange(length, device=batch.input_BL.device).unsqueeze(0)
     if batch.valid_BL is None:
-        return place_1L * NUM_PARTS // max(length, 1)
-    # Parts of what is there: padding behind a short sequence belongs to none.
+        return position_1L * NUM_PARTS // max(length, 1)
+    # Relative to the length without padding; the clamp is for padding, whose label is ignored.
     length_B1 = batch.valid_BL.sum(1, keepdim=True).clamp(min=1)
-    return (place_1L * NUM_PARTS // length_B1).clamp(max=NUM_PARTS - 1)
+    return (position_1L * NUM_PARTS // length_B1).clamp(max=NUM_PARTS - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskFacts:
-    """What is known about a task."""
+    """Facts about a task, for `list`, `show` and the checks of a cell."""
 
     causal: bool
-    """A router that sees later tokens of a sequence would cheat; with an encoder and a decoder, in the decoder."""
+    """Routing may not depend on later positions; for an encoder-decoder model this concerns the decoder."""
     metric: str
-    """The quality that arms are compared by."""
+    """Name of the metric that arms are compared by."""
     lower_is_better: bool
     data: str
-    """The data it uses unless told otherwise."""
+    """Description of the default data."""
     labels: str = ""
-    """What the label of a token is, where the data says which tokens belong to one expert; empty where it does not."""
+    """Meaning of `Batch.label_BL`, where the data determine which tokens belong to one expert; else empty."""
     is_encoder_decoder: bool = False
-    """The model is an encoder, and a decoder that says the targets."""
 
 
 class Task(ABC):
-    """A task, with its data ready: built once per process by `prepare`."""
+    """A task with its data ready.
 
-    Config: ClassVar[type]
+    `prepare` builds it once per process. The trainer then calls, for each step, `train_batch`, the modules of
+    `build_embedding` and `build_head` around the transformer, and `loss`; for each evaluation `eval_batches`,
+    `compute_sums` per batch and `compute_quality` once. All data are deterministic: a batch is a function of seed and
+    step, so that any step can be resumed, and evaluation sets are fixed.
+    """
+
+    Config: ClassVar[type[TaskConfig]]
     domains: tuple[str, ...]
+    """Names of the domains; metrics are also reported per domain."""
     num_held_out: int = 0
-    """How many domains, the last of them, are in no training batch and not in the validation split."""
+    """Number of domains, the last ones, that occur in the test split only."""
     digest: str
     """Identifies the prepared data."""
     eval_digest: str
-    """Identifies the evaluation set and the metric: arms with different ones cannot be compared."""
+    """Identifies evaluation set and metric: arms with different digests cannot be compared."""
     sequence_length: int
-    """Positions of a sequence, for which costs are counted; the rounded mean where sequences differ in length."""
+    """Positions per sequence for which costs are counted; the rounded mean where lengths differ."""
     decoder_length: int | None = None
-    """Positions of the decoder, where there is one; `sequence_length` is then that of the encoder."""
+    """Positions of the decoder of an encoder-decoder model, where `sequence_length` is that of the encoder."""
     vocab_size: int | None = None
     token_count_V: Tensor | None = None
 
     @property
     def num_trained_domains(self) -> int:
-        """Domains that training sees, the first ones."""
+        """Number of domains, the first ones, that training sees."""
         return len(self.domains) - self.num_held_out
 
     @property
     def tokens_per_sequence(self) -> int:
-        """Positions that the model computes for one sequence: what a run's tokens are counted in."""
+        """Positions that the model computes per sequence, encoder and decoder together."""
         return self.sequence_length + (self.decoder_length or 0)
 
     @classmethod
     @abstractmethod
     def source_digest(cls, config: Any) -> str:
-        """Return a digest of the data that the configuration names: quick, and without preparing it."""
+        """Return a digest of the data that the configuration names, without preparing them.
+
+        It is part of every cell's id, so it must be cheap and must not depend on where files are.
+        """
 
     @classmethod
     @abstractmethod
     def prepare(cls, config: Any, cache: Path) -> "Task":
-        """Read, split and encode the data (or take it from the cache) and return the task."""
+        """Read, split and encode the data, or load them from the folder `cache`; return the task."""
 
     @abstractmethod
     def train_batch(self, batch_size: int, seed: int, step: int, part: slice = ALL) -> Batch:
-        """Return a part of the training batch of one step: a function of its arguments, so any step can be resumed.
-
-        `part`: the sequences that this process needs, of `batch_size`.
-        """
+        """Return the sequences `part` of the training batch of one step, a function of the arguments only."""
 
     def token_pairs(self) -> Tensor:
-        """Return how often each token id is followed by each in the training split, int64 [V, V]."""
-        raise UsageError("router.table: 'clustered' needs a text, which this task does not read")
+        """Count how often each token id is followed by each other one in the training split: int64 [V, V]."""
+        raise UsageError("router.table: 'clustered' needs a task on text")
 
     def label_kinds(self) -> tuple[LabelKind, ...]:
-        """Return the kinds of labels of tokens, of which an evaluation says how much of each the experts know."""
+        """Return the kinds of labels for which evaluations measure the information in a token's expert."""
         return domain_label_kind(self.domains), position_label_kind()
 
     def count_positions(self, batch_size: int, seed: int, step: int) -> int:
-        """Count the positions of the training batch of one step, padding left out: what throughput is measured in."""
+        """Return the number of positions in the training batch of one step without padding, the unit of throughput."""
         return batch_size * self.tokens_per_sequence
 
     @abstractmethod
     def eval_batches(self, split: str, batch_size: int) -> Sequence[Batch]:
         """Return the fixed evaluation set of a split ("validation" or "test"), the same for every arm.
 
-        No batch has sequences of both trained and held-out domains: what is found in domain depends on nothing else.
+        No batch mixes trained and held-out domains, so that results in domain do not depend on held-out data.
         """
 
     @abstractmethod
@@ -210,14 +219,14 @@ class Task(ABC):
 
     @abstractmethod
     def build_head(self, d_model: int) -> nn.Module:
-        """Return the module x_BLD -> whatever `loss` reads."""
+        """Return the module x_BLD -> the output that `loss` reads."""
 
     @abstractmethod
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        """Return loss_BP in nats, one number for each prediction; what it is where `count_BP` is 0 does not matter."""
+        """Return loss_BP in nats, one value per prediction; values where `count_BP` is 0 are ignored."""
 
     def compute_sums(self, output: Tensor, batch: Batch) -> Mapping[str, Tensor]:
-        """Return what `quality` needs, summed over each sequence: tensors whose first dimension is B."""
+        """Return the sums over each sequence that `compute_quality` needs: tensors whose first dimension is B."""
         nats_BP, weight_BP = self.loss(output, batch).double(), batch.weight_BP.double()
         if batch.count_BP is not None:
             counted_BP = batch.count_BP > 0
@@ -225,47 +234,50 @@ class Task(ABC):
         return {"nats": nats_BP.sum(1), "weight": weight_BP.sum(1)}
 
     def log_probabilities(self, output: Tensor) -> Tensor:
-        """Return what the output says as fp32 log-probabilities, classes last; heads that give no logits override."""
+        """Return the log-probabilities (fp32, classes last) of an output; override for heads without logits."""
         return output.float().log_softmax(-1)
 
     def probe(self, read: Callable[[Batch], Tensor], batch_size: int) -> dict[str, float]:
-        """Return more metrics of a model that has been trained; most tasks have none.
+        """Return additional metrics of a trained model, such as few-shot accuracy; none by default.
 
-        `read`: a batch to the vectors x_BLD that the head would read.
+        `read` maps a batch to the features x_BLD that enter the head.
         """
         return {}
 
     @abstractmethod
     def compute_quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return the metrics from what `sums` returned, added up over an evaluation set: by domain, in fp64."""
+        """Return the metrics of an evaluation set.
+
+        `sums` has the entries of `compute_sums`, added up per domain: fp64, first dimension the domains.
+        """
 
 
 def average_by_domain(
     name: str, sum_D: Tensor, weight_D: Tensor, domains: Sequence[str], num_held_out: int = 0
 ) -> dict[str, float]:
-    """Return `name`, the ratio of the sums over all domains, and `name/DOMAIN` for each domain with any weight.
+    """Return weighted means: `name` over the trained domains, and `name/DOMAIN` for each domain with any weight.
 
-    The last `num_held_out` domains are not in the first; `name/out_of_domain` is the ratio over them.
+    If held-out domains, the last `num_held_out`, have any weight, `name/out_of_domain` is the mean over them.
     """
 
-    def ratio(part: slice) -> float:
+    def mean(part: slice) -> float:
         return (sum_D[part].sum() / weight_D[part].sum().clamp(min=1)).item()
 
-    first = len(domains) - num_held_out
-    found = {name: ratio(slice(first))}
-    if weight_D[first:].any():
-        found[f"{name}/{OUT_OF_DOMAIN}"] = ratio(slice(first, None))
+    num_trained = len(domains) - num_held_out
+    metrics = {name: mean(slice(num_trained))}
+    if weight_D[num_trained:].any():
+        metrics[f"{name}/{OUT_OF_DOMAIN}"] = mean(slice(num_trained, None))
     for domain, value, weight in zip(metric_names(tuple(domains)), sum_D.tolist(), weight_D.tolist(), strict=True):
         if weight:
-            found[f"{name}/{domain}"] = value / weight
-    return found
+            metrics[f"{name}/{domain}"] = value / weight
+    return metrics
 
 
 @lru_cache(maxsize=64)
 def metric_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return names of data as parts of metrics' names, which trackers restrict: accents go, other signs become `_`.
+    """Return names of domains or classes as parts of metric names, whose characters trackers restrict.
 
-    Names that would be the same, or nothing, get their place in the list.
+    Accents are dropped and other characters become `_`. Names that collide or become empty get their index appended.
     """
     plain = []
     for name in names:

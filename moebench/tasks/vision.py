@@ -1,4 +1,4 @@
-"""Image classification: a transformer on patches says what a picture shows; quality in accuracy."""
+"""Image classification with a transformer on patches."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -10,20 +10,31 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from typing_extensions import override
 
 from moebench.errors import UsageError, require, unknown
+from moebench.ranges import AT_LEAST_1, BELOW_1, Range, check_ranges
 from moebench.tasks.images.augment import Augmentation
 from moebench.tasks.images.calibration import bin_sums, brier_B, calibration_error
-from moebench.tasks.images.config import ImageDataConfig
 from moebench.tasks.images.few_shot import FewShotConfig, few_shot_accuracy
-from moebench.tasks.images.patches import ClassHead, PatchEmbedding, patch_labels, patches_of, pooled
+from moebench.tasks.images.patches import ClassHead, PatchEmbedding, extract_patches, patch_labels, pool
 from moebench.tasks.images.prepared import ImageSplit, PreparedImages, prepare
-from moebench.tasks.images.sources import source_digest
-from moebench.tasks.task import ALL, TASKS, Batch, LabelKind, Task, TaskFacts, average_by_domain, domain_label_kind
+from moebench.tasks.images.sources import ImageDataConfig, source_digest
+from moebench.tasks.task import (
+    ALL,
+    TASKS,
+    Batch,
+    LabelKind,
+    Task,
+    TaskConfig,
+    TaskFacts,
+    average_by_domain,
+    domain_label_kind,
+)
 from moebench.tasks.text.windows import train_window_indices
 
-MOST_CLASSES = 32
-"""Up to so many, the accuracy of each class is a metric of its own."""
+MAX_CLASS_METRICS = 32
+"""Up to this number of classes, the accuracy of each class is a metric."""
 
 
 @TASKS.register(
@@ -31,55 +42,52 @@ MOST_CLASSES = 32
         causal=False,
         metric="accuracy",
         lower_is_better=False,
-        data="Fashion-MNIST, 20,000 images to train and validate on and 4,000 to test on",
+        data="Fashion-MNIST: 20,000 images for training and validation, 4,000 for testing",
     )
 )
 class Vision(Task):
-    """What does the picture show? The official test split, and a tenth of the training images of each class held back.
+    """Image classification on the official test split; a tenth of the training images of each class validates.
 
-    An image is cut into squares; each becomes a vector by one linear map plus a learned vector for its place (ViT,
-    arXiv:2010.11929). The blocks add their rotary angles, along the rows. Training shifts images and mirrors them.
+    An image is cut into patches, which a linear map and a learned position embedding turn into tokens (ViT,
+    arXiv:2010.11929). Blocks also use rotary positions, in row-major order. Training shifts and mirrors images.
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(TaskConfig):
         """Options of the vision task."""
 
         NOT_IN_ID: ClassVar[tuple[str, ...]] = ("data.path",)
+        RANGES: ClassVar[Mapping[str, Range]] = {"label_smoothing": BELOW_1, "eval_images": AT_LEAST_1}
 
         name: str = "vision"
         patch: int = 4
-        """Height and width of the squares that an image is cut into, in pixels: one vector each."""
+        """Height and width of a patch in pixels; a divisor of data.size."""
         pooling: Literal["mean", "class_token"] = "mean"
-        """What the head reads: the mean of all vectors, or one vector more that stands before them."""
+        """Input of the head: the mean of all tokens, or a class token before them."""
         shift: int = 2
-        """Pixels by which training moves an image at most, up or down and left or right."""
+        """Largest shift of training images in pixels, vertically and horizontally; below data.size."""
         mirror: list[str] | None = None
-        """Domains whose images training mirrors half of the time; null: fashion, if it is the embedded one."""
+        """Domains whose training images are mirrored with probability 1/2; null: fashion, if it is the embedded set."""
         label_smoothing: float = 0.0
-        """Share of a training target that is spread evenly over all classes; evaluation has none."""
+        """Share of a training target that is spread evenly over all classes; not used in evaluation."""
         eval_images: int | None = None
-        """Images of each domain in an evaluation; null takes all."""
+        """Images per domain in an evaluation; null: all."""
         few_shot: FewShotConfig = field(default_factory=FewShotConfig)
-        """The probe on frozen features, after the training, with data.held_out_classes."""
+        """The few-shot probe on frozen features after training, for data.held_out_classes."""
         data: ImageDataConfig = field(default_factory=ImageDataConfig)
-        """Where the images come from."""
+        """Source of the images."""
 
         def __post_init__(self) -> None:
-            """Refuse values out of range."""
             size = self.data.size
             allowed = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
             fits = self.patch >= 1 and size % self.patch == 0
             require(fits, "task.patch", self.patch, f"a divisor of task.data.size={size} ({allowed})")
             require(0 <= self.shift < size, "task.shift", self.shift, f"at least 0 and below task.data.size={size}")
-            smoothing = self.label_smoothing
-            require(0 <= smoothing < 1, "task.label_smoothing", smoothing, "at least 0 and below 1")
-            some = self.eval_images is None or self.eval_images >= 1
-            require(some, "task.eval_images", self.eval_images, "at least 1, or null for all")
+            check_ranges(self, "task")
 
         @property
         def sequence_length(self) -> int:
-            """Vectors that an image becomes."""
+            """Number of tokens per image."""
             return int((self.data.size // self.patch) ** 2) + (self.pooling == "class_token")
 
     def __init__(self, config: Config, images: PreparedImages) -> None:
@@ -101,56 +109,56 @@ class Vision(Task):
         self.digest = _digest(images.digest, sorted(held_out))
         self.eval_digest = _digest(self.digest, config.eval_images, "accuracy")
         self.sequence_length = config.sequence_length
-        # Of each number in a square, whose channels take turns.
+        # Of each component of a patch, in which channels alternate.
         self.mean_X, self.std_X = (np.tile(of_C, config.patch**2) for of_C in (images.mean_C, images.std_C))
         self.train_I = np.flatnonzero(self.output_of_C[images.train.label_N] >= 0)
-        """The images of the training split that are trained on."""
+        """Images of the training split without held-out classes."""
 
+    @override
     @classmethod
     def source_digest(cls, config: Any) -> str:
-        """Digest the images and how they are decoded."""
         return source_digest(config.data)
 
+    @override
     @classmethod
     def prepare(cls, config: Any, cache: Path) -> "Vision":
-        """Decode and divide the images, or take them from the cache."""
         return cls(config, prepare(config.data, cache))
 
+    @override
     def label_kinds(self) -> tuple[LabelKind, ...]:
-        """Return the domain and the class of the image, and the place of the square in it."""
         config = self.config
         names = tuple(self.images.classes[label] for label in self.class_of_K)
-        places, label_L = patch_labels(config.data.size // config.patch, with_class_token=config.pooling != "mean")
+        positions, label_L = patch_labels(config.data.size // config.patch, with_class_token=config.pooling != "mean")
         return (
             domain_label_kind(self.domains),
             LabelKind(name="class", values=names, read=lambda batch: batch.target_BP),
-            LabelKind(name="position", values=places, read=lambda batch: label_L.to(batch.target_BP.device)[None]),
+            LabelKind(name="position", values=positions, read=lambda batch: label_L.to(batch.target_BP.device)[None]),
         )
 
+    @override
     def train_batch(self, batch_size: int, seed: int, step: int, part: slice = ALL) -> Batch:
-        """Take the images of this step in the epoch's shuffled order, each changed in its own way."""
-        chosen_B = self.train_I[train_window_indices(len(self.train_I), batch_size, seed, step)[part]]
-        split = self.images.train.of(chosen_B)
-        change = Augmentation.drawn(batch_size, self.config.shift, seed, step)
-        pixel_BHWC = change.of(part, self.mirror_D[split.domain_N])(split.pixel_NHWC)
+        index_B = self.train_I[train_window_indices(len(self.train_I), batch_size, seed, step)[part]]
+        split = self.images.train.select(index_B)
+        augmentation = Augmentation.draw(batch_size, self.config.shift, seed, step)
+        pixel_BHWC = augmentation.select(part, self.mirror_D[split.domain_N])(split.pixel_NHWC)
         return self._batch(pixel_BHWC, self.output_of_C[split.label_N], split.domain_N)
 
+    @override
     def eval_batches(self, split: str, batch_size: int) -> Sequence[Batch]:
-        """Take the images as they are, the same number of each domain."""
-        whole: ImageSplit = getattr(self.images, split)
-        is_kept_N, limit = self.output_of_C[whole.label_N] >= 0, self.config.eval_images
-        by_domain_D = [np.flatnonzero(is_kept_N & (whole.domain_N == domain)) for domain in range(len(self.domains))]
-        # In the drawn order again, or capacity would be shared by images of one domain.
-        chosen_I = np.sort(np.concatenate([index_I[:limit] for index_I in by_domain_D]))
-        return self._plain_batches(whole, chosen_I, batch_size)
+        images: ImageSplit = getattr(self.images, split)
+        is_kept_N, limit = self.output_of_C[images.label_N] >= 0, self.config.eval_images
+        of_domain_D = [np.flatnonzero(is_kept_N & (images.domain_N == domain)) for domain in range(len(self.domains))]
+        # In random order, so that the images that share the capacity of a batch are of all domains.
+        index_I = np.sort(np.concatenate([member_I[:limit] for member_I in of_domain_D]))
+        return self._unaugmented_batches(images, index_I, batch_size)
 
-    def _plain_batches(self, split: ImageSplit, index_I: np.ndarray, batch_size: int) -> list[Batch]:
-        parts = [split.of(index_I[start : start + batch_size]) for start in range(0, len(index_I), batch_size)]
+    def _unaugmented_batches(self, split: ImageSplit, index_I: np.ndarray, batch_size: int) -> list[Batch]:
+        parts = [split.select(index_I[start : start + batch_size]) for start in range(0, len(index_I), batch_size)]
         return [self._batch(part.pixel_NHWC, self.output_of_C[part.label_N], part.domain_N) for part in parts]
 
     def _batch(self, pixel_BHWC: np.ndarray, target_B: np.ndarray, domain_B: np.ndarray) -> Batch:
-        # Cut while a pixel is one byte, and changed in place: the trainer waits for this.
-        patch_BLX = patches_of(torch.from_numpy(pixel_BHWC), self.config.patch).numpy().astype(np.float32)
+        # Cut while a pixel is one byte, and normalised in place: the trainer waits for this.
+        patch_BLX = extract_patches(torch.from_numpy(pixel_BHWC), self.config.patch).numpy().astype(np.float32)
         patch_BLX /= 255
         patch_BLX -= self.mean_X
         patch_BLX /= self.std_X
@@ -162,26 +170,26 @@ class Vision(Task):
             domain_B=torch.from_numpy(domain_B.astype(np.int64)),
         )
 
+    @override
     def build_embedding(self, d_model: int) -> PatchEmbedding:
-        """Return the map of patches to vectors."""
         data, with_class_token = self.config.data, self.config.pooling == "class_token"
         num_patches = self.sequence_length - with_class_token
         width = self.config.patch**2 * data.num_channels
         return PatchEmbedding(num_patches, width, d_model, with_class_token=with_class_token)
 
+    @override
     def build_head(self, d_model: int) -> ClassHead:
-        """Return the pooling and the projection to the classes."""
         return ClassHead(d_model, len(self.class_of_K), self.config.pooling)
 
+    @override
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        """Return the cross-entropy of each image in nats, with smoothed labels, in fp32."""
         target_B = batch.target_BP[:, 0]
         smoothing = self.config.label_smoothing
         loss_B = functional.cross_entropy(output.float(), target_B, label_smoothing=smoothing, reduction="none")
         return loss_B[:, None]
 
+    @override
     def compute_sums(self, output: Tensor, batch: Batch) -> Mapping[str, Tensor]:
-        """Return for each image what the metrics are made of."""
         target_B, logits_BK = batch.target_BP[:, 0], output.float()
         score_BK = logits_BK.softmax(-1)
         confidence_B, predicted_B = score_BK.max(-1)
@@ -197,24 +205,24 @@ class Vision(Task):
             "class_correct": one_hot_BK * correct_B[:, None],
         }
 
+    @override
     def compute_quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return accuracy over all domains and for each, nats, Brier score, calibration error, accuracy by class."""
         weight = sums["weight"].sum().clamp(min=1)
-        found = average_by_domain("accuracy", sums["correct"], sums["weight"], self.domains)
-        found |= {name: (sums[name].sum() / weight).item() for name in ("nats", "brier")}
-        found["ece"] = calibration_error(sums["bins"].sum(0))
-        if len(self.class_of_K) <= MOST_CLASSES:
+        metrics = average_by_domain("accuracy", sums["correct"], sums["weight"], self.domains)
+        metrics |= {name: (sums[name].sum() / weight).item() for name in ("nats", "brier")}
+        metrics["ece"] = calibration_error(sums["bins"].sum(0))
+        if len(self.class_of_K) <= MAX_CLASS_METRICS:
             names = [self.images.classes[label] for label in self.class_of_K]
             by_class = average_by_domain(
                 "class_accuracy", sums["class_correct"].sum(0), sums["class_weight"].sum(0), names
             )
-            found |= {name: value for name, value in by_class.items() if name != "class_accuracy"}
+            metrics |= {name: value for name, value in by_class.items() if name != "class_accuracy"}
         if self.config.data.skip_broken:
-            found["skipped_images"] = float(self.images.num_skipped)
-        return found
+            metrics["skipped_images"] = float(self.images.num_skipped)
+        return metrics
 
+    @override
     def probe(self, read: Callable[[Batch], Tensor], batch_size: int) -> dict[str, float]:
-        """Return few_shot/K: the test accuracy among classes held out, from K training images of each."""
         held_out, config = self.config.data.held_out_classes, self.config.few_shot
         if not held_out or not config.shots:
             return {}
@@ -225,8 +233,8 @@ class Vision(Task):
         label_Q = torch.tensor([held_out.index(label) for label in test.label_N[query_I]])
 
         def features(split: ImageSplit, index_I: np.ndarray) -> Tensor:
-            batches = self._plain_batches(split, index_I, batch_size)
-            return torch.cat([pooled(read(batch), self.config.pooling).cpu() for batch in batches])
+            batches = self._unaugmented_batches(split, index_I, batch_size)
+            return torch.cat([pool(read(batch), self.config.pooling).cpu() for batch in batches])
 
         support_CND = features(train, support_I).view(len(held_out), number, -1)
         return few_shot_accuracy(support_CND, features(test, query_I), label_Q, config)
@@ -237,17 +245,17 @@ def _images_per_class(config: FewShotConfig) -> int:
 
 
 def _check_held_out(kept: Sequence[int], images: PreparedImages, config: Any) -> None:
-    """Refuse held-out classes that do not exist, leave too few, or have too few images for the probe."""
+    """Raise UsageError for held-out classes that do not exist, leave fewer than two, or have too few images."""
     held_out, last = config.data.held_out_classes, len(images.classes) - 1
     fits = all(label <= last for label in held_out) and len(kept) >= 2
-    require(fits, "task.data.held_out_classes", held_out, f"classes from 0 to {last}, at least two of them left")
+    require(fits, "task.data.held_out_classes", held_out, f"classes from 0 to {last}, so that at least two are left")
     needed = _images_per_class(config.few_shot)
     for label in held_out:
         number = int((images.train.label_N == label).sum())
         if number < needed:
             raise UsageError(
                 f"task.few_shot: {config.few_shot.draws} draws of {max(config.few_shot.shots)} images need {needed} of"
-                f" class '{images.classes[label]}', which has {number} to train on; lower draws or shots"
+                f" class '{images.classes[label]}', which has {number} for training; lower draws or shots"
             )
 
 

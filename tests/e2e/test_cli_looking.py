@@ -194,7 +194,8 @@ def test_a_router_in_a_file_of_ones_own(cli: CommandLine, warm: WarmCommandLine)
     assert [*found.json["arms"]] == ["my_router"]
     shown = warm(cli, "show", "my_router", "--plugin", "my_router.py", "--json").json
     assert shown["family"] == "static"
-    assert {"name": "shift", "type": "int", "default": 0, "about": "Added to the token id."} in shown["options"]
+    (shift,) = [option for option in shown["options"] if option["key"] == "router.shift"]
+    assert (shift["type"], shift["default"], shift["about"]) == ("int", 0, "Added to the token id.")
     assert "my_router" in warm(cli, "list", "routers", "--plugin", "my_router.py").out
     # The content of the file is part of the cell: the same file is the same cell, a changed one is another.
     plan = ["plan", "./tiny.yaml", *grid, "--json", "--plugin"]

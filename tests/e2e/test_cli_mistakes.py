@@ -129,7 +129,7 @@ VISION_MISTAKES = {
     "task.data.path=bad.parquet": ["task.data.path", "'bad.parquet'", "cannot be read"],
     "task.data.path=columns.csv": ["task.data.image_column", "'image'", "columns of columns.csv: texts, dom"],
     "task.data.path=empty.txt": ["task.data.path", "'empty.txt'", ".parquet, .csv"],
-    "task.data.path=text": ["task.data.path", "'text'", "holds no images"],
+    "task.data.path=text": ["task.data.path", "'text'", "has no images"],
     "task.data.sources=[fashion,mnis]": ["task.data.sources", "'mnis'", "Did you mean 'mnist'?"],
     "task.data.colour=gray": ["task.data.colour", "gray"],
     "task.data.dataset=text": ["task.data.dataset", "'text' is a local path", "task.data.path=text"],

@@ -63,8 +63,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
 def test_images_of_odd_names_train_and_what_is_left_out_is_said(work: CommandLine) -> None:
     ended = work.train("task.data.skip_broken=true", name="./vision.yaml")
     assert ended.code == 0, ended.err
-    assert "task.data: 1 of 31 images cannot be read and are left out" in ended.err
-    assert "lie 1 file(s) of other kinds, which are not read (1 .doc)" in ended.err
+    assert "task.data: 1 of 31 images cannot be read and are skipped" in ended.err
+    assert "has 1 file(s) of other kinds, which are not read (1 .doc)" in ended.err
     result = Results(work.folder / "results").result("switch", 0)["metrics"]
     assert {name for name in result if name.startswith("class_")} == {
         f"class_accuracy/{c}" for c in ("C__", "__", "a b")
@@ -76,11 +76,11 @@ MISTAKES = {
     "vision task.data.dataset=mnist task.data.path=null": ["task.data.dataset: 'mnist'", "task.data.path=..."],
     "vision": ["'train/C++/torn.png'", "skip_broken=true"],
     "vision task.data.path=one": ["all images are of one class, 'cat'"],
-    "vision task.data.path=one/cat": ["'1.png' lies in no class folder"],
+    "vision task.data.path=one/cat": ["'1.png' is in no class folder"],
     "vision task.data.path=semicolons.csv": ["no column 'image'", "columns of semicolons.csv: image;label"],
-    "vision task.data.path=texts": ["holds no images"],
+    "vision task.data.path=texts": ["has no images"],
     "language task.data.path=texts": ["'latin.txt'", "not UTF-8", "iconv"],
-    "language task.data.path=blank": ["holds no text"],
+    "language task.data.path=blank": ["has no text"],
     "language task.data.path=loose.wav": ["must end in .parquet"],
     "language task.data.dataset=./texts": ["task.data.dataset", "'./texts' is a local path", "task.data.path=./texts"],
     "speech task.data.dataset=words": ["task.data.dataset", "'words' is a local path", "task.data.path=words"],
@@ -89,7 +89,7 @@ MISTAKES = {
     "speech task.data.path=list.parquet": ["'text' of list.parquet, row 0 is list"],
     "speech task.data.path=loose.wav": ["'loose.wav' has no transcript"],
     "speech task.data.dataset=a/b": ["task.data.dataset: 'a/b' cannot be read", "task.data.path=..."],
-    "keyword task.data.path=words": ["lies in no folder that names its class"],
+    "keyword task.data.path=words": ["is in no folder that names its class"],
 }
 
 

@@ -23,7 +23,7 @@ def tones(word: str) -> np.ndarray:
 
 
 def write_recordings(folder: Path) -> None:
-    """The same 18 words as a table, and files that are broken in several ways."""
+    """Write the same 18 words as a table, and files that are broken in several ways."""
     words = [x + y for x in "abc" for y in "abc"] + [x + y + x for x in "abc" for y in "abc"]
     (folder / "clips").mkdir()
     for word in words:
@@ -40,10 +40,10 @@ def write_recordings(folder: Path) -> None:
 
 
 def experiment(name: str, **task: Any) -> dict[str, Any]:
-    found = tiny(seeds=[0], grid={"router": ["dense", "switch"]})
-    found["base"]["task"] = {"name": name, "data": {"path": "words.parquet", **task}}
-    found["base"]["train"]["batch_size"] = 4
-    return found
+    experiment = tiny(seeds=[0], grid={"router": ["dense", "switch"]})
+    experiment["base"]["task"] = {"name": name, "data": {"path": "words.parquet", **task}}
+    experiment["base"]["train"]["batch_size"] = 4
+    return experiment
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +61,10 @@ def test_a_tiny_run(work: CommandLine, name: str, metrics: set[str]) -> None:
     results = f"results_{name}"
     ended = work.train(name=f"./{name}.yaml", results=results)
     assert ended.code == 0, ended.err
-    found = Results(work.folder / results)
-    assert found.statuses() == {("dense", 0): "done", ("switch", 0): "done"}
+    results_of = Results(work.folder / results)
+    assert results_of.statuses() == {("dense", 0): "done", ("switch", 0): "done"}
     for arm in ("dense", "switch"):
-        result = found.result(arm, 0)
+        result = results_of.result(arm, 0)
         values = {key: value for key, value in result["metrics"].items() if not key.startswith("load/")}
         assert set(values) == {key + domain for key in metrics for domain in ("", "/x", "/y")}
         assert all(math.isfinite(value) for value in values.values())
@@ -74,20 +74,20 @@ def test_a_tiny_run(work: CommandLine, name: str, metrics: set[str]) -> None:
     assert compared.code == 0, compared.err
     planned = work("plan", f"./{name}.yaml", "--results", results, "--json")
     cells = {cell["arm"]: cell for cell in planned.json["cells"]}
-    assert cells["dense"]["train_tokens"] == found.result("dense", 0)["cost"]["train_tokens"]
+    assert cells["dense"]["train_tokens"] == results_of.result("dense", 0)["cost"]["train_tokens"]
 
 
 MISTAKES = {
     "task.data.path=nosuch": ["task.data.path", "'nosuch'", "does not exist"],
     "task.data.path=not.parquet": ["task.data.path", "'not.parquet'", "cannot be read"],
-    "task.data.path=nothing": ["task.data.path", "'nothing'", "holds no file", ".flac"],
+    "task.data.path=nothing": ["task.data.path", "'nothing'", "has no file", ".flac"],
     "task.data.path=broken.parquet": ["task.data.path", "row 4 (4.wav)", "task.data.skip_broken=true"],
     "task.data.path=gone.csv": ["task.data.path", "clips/gone.wav", "no such file"],
     "task.data.path=clips": ["'aa.wav' has no transcript", "aa.txt"],
     "task.data.target_column=txt": ["task.data.target_column", "Did you mean 'text'?", "audio, text, language, first"],
-    "task.data.sample_rate=0": ["task.data.sample_rate", "4000 to 192000"],
+    "task.data.sample_rate=0": ["task.data.sample_rate", "between 4000 and 192000"],
     "task.data.digits=spell": ["task.data.digits", "spell"],
-    "task.stack=0": ["task.stack", "1 to 16"],
+    "task.stack=0": ["task.stack", "between 1 and 16"],
     "task.sequence_length=64": ["task.sequence_length", "task 'speech' has no key"],
     "task.name=keyword": ["task.data.path", "no labelled audio"],
     "task={name: keyword, data: {path: words.parquet}}": ["task.data.target_column", "no column 'label'"],

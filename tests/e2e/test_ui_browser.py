@@ -58,7 +58,7 @@ def draw(path: Path) -> None:
 @pytest.mark.slow
 def test_experiment_child_runs_charts_and_load_figure_are_visible(tmp_path: Path) -> None:
     screenshots = load_script()
-    if screenshots.chromium() is None:
+    if screenshots.find_chromium() is None:
         pytest.skip("no chromium with chromedriver on this machine (Debian: apt-get install chromium-driver)")
     build(tmp_path)
     replay(tmp_path, default_uri(tmp_path))
@@ -69,7 +69,7 @@ def test_experiment_child_runs_charts_and_load_figure_are_visible(tmp_path: Path
         number = client.get_experiment_by_name("quickstart").experiment_id
         run = client.search_runs([number], "tags.`moebench.arm` = 'switch'")[0].info.run_id
     children = ("switch seed 0", "dense seed 0")
-    with screenshots.pages(tmp_path) as url, screenshots.browser() as driver:
+    with screenshots.serve_pages(tmp_path) as url, screenshots.browser() as driver:
         screenshots.open_page(driver, f"{url}/#/experiments", ("quickstart",))
         driver.save_screenshot(str(tmp_path / "experiments.png"))
         assert screenshots.show_charts(driver, url, number, "quickstart", children) >= 2

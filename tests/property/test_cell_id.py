@@ -76,7 +76,7 @@ NO_CHANGES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nest_keys(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Turn dotted keys into nested mappings."""
     tree: dict[str, Any] = {}
     for key, value in flat.items():
@@ -88,13 +88,13 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def shuffled(tree: Any, order: random.Random) -> Any:
+def shuffle(tree: Any, order: random.Random) -> Any:
     """Return the same mapping with its keys in another order."""
     if not isinstance(tree, dict):
         return tree
     keys = list(tree)
     order.shuffle(keys)
-    return {key: shuffled(tree[key], order) for key in keys}
+    return {key: shuffle(tree[key], order) for key in keys}
 
 
 def identity(raw: Mapping[str, Any]) -> str:
@@ -108,8 +108,8 @@ def choices_of(table: Mapping[str, tuple[Any, ...]]) -> st.SearchStrategy[dict[s
 
 @given(choices_of(CHANGES), choices_of(NO_CHANGES), st.randoms(use_true_random=False))
 def test_cell_id_ignores_order_and_cadence(chosen, cadence, order) -> None:
-    assert identity(nested(chosen)) == identity(shuffled(nested({**chosen, **cadence}), order))
-    assert re.fullmatch(r"[0-9a-f]{12}", identity(nested(chosen)))
+    assert identity(nest_keys(chosen)) == identity(shuffle(nest_keys({**chosen, **cadence}), order))
+    assert re.fullmatch(r"[0-9a-f]{12}", identity(nest_keys(chosen)))
 
 
 def test_cell_id_ignores_on_which_machines_its_processes_are() -> None:
@@ -126,16 +126,16 @@ def test_cell_id_ignores_how_a_file_is_made() -> None:
 def test_cell_id_follows_every_other_key(chosen, key) -> None:
     without = {name: value for name, value in chosen.items() if name != key}
     for value in CHANGES[key]:
-        assert identity(nested(without)) != identity(nested({**without, key: value}))
+        assert identity(nest_keys(without)) != identity(nest_keys({**without, key: value}))
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> set[str]:
     """Return the dotted keys of a nested mapping."""
-    found = set()
+    keys = set()
     for key, value in tree.items():
         inner = isinstance(value, dict) and value and key != "losses"
-        found |= leaves(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}"}
-    return found
+        keys |= leaves(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}"}
+    return keys
 
 
 def test_the_tables_above_leave_no_key_out() -> None:

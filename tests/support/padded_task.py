@@ -11,7 +11,7 @@ from torch.nn import functional
 from moebench.ranks import Span
 from moebench.seeds import make_generator
 from moebench.tasks.language import TokenEmbedding, TokenHead
-from moebench.tasks.task import ALL, TASKS, Batch, Task, TaskFacts, average_by_domain
+from moebench.tasks.task import ALL, TASKS, Batch, Task, TaskConfig, TaskFacts, average_by_domain
 
 
 @TASKS.register(TaskFacts(causal=False, metric="nats", lower_is_better=True, data="random symbols, generated"))
@@ -23,7 +23,7 @@ class Padded(Task):
     digest = eval_digest = "padded-1"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(TaskConfig):
         """Options."""
 
         name: str = "padded"

@@ -12,7 +12,8 @@ PACKAGE = Path(moebench.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     ("errors", "interrupts", "cores", "ranks", "seeds", "plugin_sources"),
-    ("registry", "yaml_text"),
+    ("ranges",),
+    ("components", "registry", "yaml_text"),
     ("conversion",),
     ("schema",),
     ("config",),

@@ -69,7 +69,7 @@ def test_a_comparison_of_images_finds_a_changed_one(
     arguments = ("build_images.py", "--fashion", tmp_path / "source", "--per-class", 15, 10, "--out")
     run(*arguments, tmp_path / "one")
     run(*arguments, tmp_path / "two", "--compare", tmp_path / "one")
-    assert "fashion_train.parquet: 30 rows, 30 of them the same here, where there are 30" in capsys.readouterr().out
+    assert "fashion_train.parquet: 30 rows, 30 of them equal to the 30 rebuilt ones" in capsys.readouterr().out
     sets["train"][0][7, 0, 0] ^= 1
     write_idx(tmp_path / "source" / "deep" / "train-images-idx3-ubyte", sets["train"][0])
     with pytest.raises(SystemExit, match="not the same"):
@@ -82,10 +82,10 @@ def test_a_missing_or_foreign_file_of_images_is_named(tmp_path: Path, run: Any) 
     file = tmp_path / "source" / "deep" / "t10k-labels-idx1-ubyte"
     file.write_bytes(b"no IDX")
     arguments = ("build_images.py", "--mnist", tmp_path / "source", "--out", tmp_path / "out", "--per-class", 5, 3)
-    with pytest.raises(SystemExit, match="t10k-labels-idx1-ubyte: this is no IDX file"):
+    with pytest.raises(SystemExit, match="t10k-labels-idx1-ubyte: not an IDX file"):
         run(*arguments)
     file.unlink()
-    with pytest.raises(SystemExit, match="one file called t10k-labels-idx1-ubyte"):
+    with pytest.raises(SystemExit, match="needs one file named t10k-labels-idx1-ubyte"):
         run(*arguments)
 
 
@@ -109,8 +109,8 @@ def test_prompts_are_those_that_speak_and_are_neither_short_nor_long(tmp_path: P
     write_prompts(tmp_path / "source")
     run("build_speech.py", tmp_path / "source", "--out", tmp_path / "out.parquet")
     rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
-    said = [(row["language"], row["prompt"], row["text"], row["license"]) for row in rows]
-    assert said == [
+    metadata = [(row["language"], row["prompt"], row["text"], row["license"]) for row in rows]
+    assert metadata == [
         ("en", "later", "Once more: later.", "CC-BY-SA-3.0"),
         ("en", "sub/first", "Primero", "CC-BY-SA-3.0"),
         ("en", "twice", "two", "CC-BY-SA-3.0"),
@@ -134,7 +134,7 @@ def test_a_comparison_of_prompts_finds_a_changed_one(
     run("build_speech.py", tmp_path / "source", "--out", tmp_path / "one.parquet")
     arguments = ("build_speech.py", tmp_path / "source", "--out", tmp_path / "two.parquet", "--compare")
     run(*arguments, tmp_path / "one.parquet")
-    assert "6 rows, 6 of them the same here, where there are 6" in capsys.readouterr().out
+    assert "6 rows, 6 of them equal to the 6 rebuilt ones" in capsys.readouterr().out
     soundfile.write(next((tmp_path / "source").rglob("it_IT_m_Carlo")) / "later.wav", ONE_S // 2, 8000)
     with pytest.raises(SystemExit, match="not the same"):
         run(*arguments, tmp_path / "one.parquet")

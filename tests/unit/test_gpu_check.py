@@ -1,4 +1,4 @@
-"""The prepared check of a GPU machine: a stage that hangs is cut, those behind it run, what ended is not lost."""
+"""scripts/gpu_check.sh: a stage that hangs is stopped, later stages run, and finished results are kept."""
 
 import os
 import shutil
@@ -48,7 +48,7 @@ def check(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen
     )
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+def wait_for(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
 
@@ -56,15 +56,15 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 def summary(out: Path) -> dict[str, str]:
     """Return what the summary says of each stage, without its seconds."""
     lines = [line.partition(": ") for line in (out / "summary.txt").read_text().splitlines()]
-    return {name: said.partition(" s")[0].rstrip("0123456789").rstrip(" ,") for name, _, said in lines}
+    return {name: state.partition(" s")[0].rstrip("0123456789").rstrip(" ,") for name, _, state in lines}
 
 
 def test_a_stage_that_hangs_is_cut_and_the_others_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    code, said, _ = ended(check(tmp_path, str(out), "--each", "1", "--limit", "90"))
+    code, printed, _ = wait_for(check(tmp_path, str(out), "--each", "1", "--limit", "90"))
     assert code == 1
     text = (out / "summary.txt").read_text()
-    assert said == text  # as it goes
+    assert printed == text  # as it goes
     assert "cuda, 90 s in all: Python 3.12.3 torch 2.11.0 NVIDIA H200" in text
     assert "tests: cut after 1 s; what there is stands in tests.log\n" in text
     assert "layer: failed with exit code 3, 0 s: error: it broke\n" in text
@@ -81,7 +81,7 @@ def test_a_stage_that_hangs_is_cut_and_the_others_run(tmp_path: Path) -> None:
 def test_one_that_does_not_hear_is_killed(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = (str(out), "--each", "1", "--grace", "1", "--stages", "tests,step")
-    code, _, _ = ended(check(tmp_path, *arguments, DEAF="yes"))
+    code, _, _ = wait_for(check(tmp_path, *arguments, DEAF="yes"))
     assert code == 1
     assert summary(out)["tests"] == "cut after"
     assert summary(out)["step"] == "ok"
@@ -90,12 +90,12 @@ def test_one_that_does_not_hear_is_killed(tmp_path: Path) -> None:
 def test_when_the_time_is_over_nothing_more_is_begun(tmp_path: Path) -> None:
     out = tmp_path / "out"
     begin = time.monotonic()
-    code, _, _ = ended(check(tmp_path, str(out), "--limit", "4", "--grace", "1"))
+    code, _, _ = wait_for(check(tmp_path, str(out), "--limit", "4", "--grace", "1"))
     assert code == 1
     assert time.monotonic() - begin < 60
-    said = summary(out)
-    assert said["tests"] == "cut after"
-    assert {said[name] for name in ("step", "layer", "step_512", "step_1152", "long")} == {
+    states = summary(out)
+    assert states["tests"] == "cut after"
+    assert {states[name] for name in ("step", "layer", "step_512", "step_1152", "long")} == {
         "not begun, the time is over"
     }
 
@@ -108,18 +108,18 @@ def test_a_machine_that_is_taken_away_takes_nothing_with_it(tmp_path: Path) -> N
             time.sleep(0.05)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
-    ended(process)
+    wait_for(process)
     assert "setup: 0 wheels" in (out / "summary.txt").read_text()
     assert (out / "tests.log").read_text() == "half a result\n"
 
 
 def test_well_is_0(tmp_path: Path) -> None:
-    code, _, err = ended(check(tmp_path, str(tmp_path / "out"), "--stages", "step,long"))
+    code, _, err = wait_for(check(tmp_path, str(tmp_path / "out"), "--stages", "step,long"))
     assert (code, err) == (0, "")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "said"),
+    ("arguments", "environment", "message"),
     [
         ((), {"NO_CUDA": "1"}, "torch finds no CUDA device (MOEBENCH_TEST_DEVICE=cpu tries the script without one)"),
         ((), {"NO_TORCH": "1"}, "has no torch (PYTHON names another interpreter)"),
@@ -131,12 +131,12 @@ def test_well_is_0(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_said_in_a_line(
-    tmp_path: Path, arguments: tuple[str, ...], environment: dict[str, str], said: str
+    tmp_path: Path, arguments: tuple[str, ...], environment: dict[str, str], message: str
 ) -> None:
-    code, out, err = ended(check(tmp_path, *arguments, **environment))
+    code, out, err = wait_for(check(tmp_path, *arguments, **environment))
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("gpu_check: ")
-    assert said in err
+    assert message in err
 
 
 def wheel(folder: Path, name: str, version: str) -> None:
@@ -157,7 +157,7 @@ def test_only_wheels_of_what_is_missing_are_installed(tmp_path: Path) -> None:
     wheel(wheels, "moebench_never_there", "1.0")
     wheel(wheels, "torch", "99.0")  # newer than what is here, which is new enough
     arguments = (str(out), "--wheels", str(wheels), "--stages", "tests", "--each", "1", "--grace", "1")
-    ended(check(tmp_path, *arguments, PYTHON=sys.executable, MOEBENCH_TEST_DEVICE="cpu"))
+    wait_for(check(tmp_path, *arguments, PYTHON=sys.executable, MOEBENCH_TEST_DEVICE="cpu"))
     text = (out / "summary.txt").read_text()
     assert "setup: 1 wheels to install moebench_never_there-1.0-py3-none-any.whl\n" in text
 

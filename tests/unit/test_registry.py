@@ -45,7 +45,7 @@ class Mine(Switch):
 '''
 
 
-def refused(path: str) -> str:
+def load_error(path: str) -> str:
     """Load a plugin that cannot be loaded and return the error's one line."""
     with pytest.raises(UsageError) as caught:
         load_plugin(path)
@@ -108,7 +108,7 @@ def test_plugin_joins_the_registry_once(plugin) -> None:
 
 
 def test_plugin_that_takes_a_name_is_refused(plugin) -> None:
-    message = refused(plugin.write(ROUTER.replace("NAME", "switch")))
+    message = load_error(plugin.write(ROUTER.replace("NAME", "switch")))
     assert "plugin.py:" in message
     assert "router 'switch' is already defined in" in message
     assert ROUTERS.get("switch").item.__name__ == "Switch"
@@ -117,34 +117,34 @@ def test_plugin_that_takes_a_name_is_refused(plugin) -> None:
 @pytest.mark.parametrize("name", ["missing.py", "."])
 def test_missing_plugin(plugin, name: str) -> None:
     path = str(plugin.folder / name)
-    assert refused(path) == f"--plugin {path}: no such file"
+    assert load_error(path) == f"--plugin {path}: no such file"
 
 
 def test_plugin_with_a_syntax_error(plugin) -> None:
     path = plugin.write("x = 1\ndef broken(:\n    pass\n")
-    message = refused(path)
+    message = load_error(path)
     assert message.startswith(f"--plugin {path}: SyntaxError: ")
     assert "line 2" in message
 
 
 def test_plugin_that_raises(plugin) -> None:
     path = plugin.write("def f():\n    return 1 / 0\n\n\nf()\n")
-    assert refused(path) == f"--plugin {path}: ZeroDivisionError: division by zero (line 2)"
+    assert load_error(path) == f"--plugin {path}: ZeroDivisionError: division by zero (line 2)"
 
 
 def test_plugin_that_imports_what_is_not_there(plugin) -> None:
     path = plugin.write("import torch\nimport no_such_package\n")
-    message = refused(path)
+    message = load_error(path)
     assert message == f"--plugin {path}: ModuleNotFoundError: No module named 'no_such_package' (line 2)"
 
 
 def test_plugin_that_is_not_python(plugin) -> None:
     path = plugin.write("name: switch\n", name="plugin.yaml")
-    assert refused(path) == f"--plugin {path}: not a Python file (a name ending in .py)"
+    assert load_error(path) == f"--plugin {path}: not a Python file (a name ending in .py)"
 
 
 def test_repaired_plugin_loads(plugin) -> None:
-    refused(plugin.write("raise ValueError('not yet')\n"))
+    load_error(plugin.write("raise ValueError('not yet')\n"))
     load_plugin(plugin.write(ROUTER.replace("NAME", "repaired")))
     assert "repaired" in ROUTERS.names()
 
@@ -162,14 +162,14 @@ def test_every_kind_has_a_home() -> None:
 
 
 def config_classes() -> list[type]:
-    found: list[type] = [ModelConfig, TrainConfig, ExperimentConfig]
+    configs: list[type] = [ModelConfig, TrainConfig, ExperimentConfig]
     pending = [entry.item.Config for kind in FOLDERS for entry in registry_of(kind).entries()]
     while pending:
         config_class = pending.pop()
-        found.append(config_class)
+        configs.append(config_class)
         types = [field.type for field in dataclasses.fields(config_class)]
         pending += [found_type for found_type in types if dataclasses.is_dataclass(found_type)]
-    return found
+    return configs
 
 
 @pytest.mark.parametrize("config_class", config_classes(), ids=lambda cls: cls.__qualname__)
@@ -183,8 +183,8 @@ def test_every_option_has_a_doc(config_class: type) -> None:
 
 def test_docs_of_fields_that_follow_each_other() -> None:
     docs = field_docs(TrainConfig)
-    assert docs["clip_norm"] == "Largest norm of the whole gradient."
-    assert docs["device"] == "auto takes a CUDA device where there is one."
+    assert docs["clip_norm"] == "Largest L2 norm of the gradient of all parameters."
+    assert docs["device"] == "Device of the run; auto is CUDA where a device is available, else the CPU."
 
 
 def test_every_component_says_where_it_is() -> None:

@@ -31,7 +31,7 @@ def cell_of(*overrides: str, **raw: Any) -> CellConfig:
     return resolve(raw | values)
 
 
-def quoted(text: str) -> str:
+def quote(text: str) -> str:
     """Write a text between quotes, as YAML does."""
     return str(yaml.safe_dump(text, default_style='"', width=math.inf)).rstrip("\n")
 
@@ -50,9 +50,9 @@ def test_any_text_comes_back_from_a_file(text: str) -> None:
 
 @round_trips
 def test_any_text_comes_back_from_an_override_in_quotes(text: str) -> None:
-    experiment, _ = apply_overrides(ExperimentConfig(), [f"question={quoted(text)}", f"baseline={quoted(text)}"])
+    experiment, _ = apply_overrides(ExperimentConfig(), [f"question={quote(text)}", f"baseline={quote(text)}"])
     assert (experiment.question, experiment.baseline) == (text, text)
-    cell = cell_of(f"task.data.held_out_domains=[{quoted(text)}, {quoted(text + '1')}]")
+    cell = cell_of(f"task.data.held_out_domains=[{quote(text)}, {quote(text + '1')}]")
     assert cell.task.data.held_out_domains == [text, f"{text}1"]
 
 
@@ -66,7 +66,7 @@ def test_a_text_on_the_command_line_is_what_stands_there(text: str) -> None:
 
 
 def is_plain(text: str) -> bool:
-    """Whether YAML reads a scalar of just this text without quotes: no comment, list or anchor."""
+    """Return whether YAML reads a scalar of just this text without quotes: no comment, list or anchor."""
     try:
         node = yaml.compose(f"question: {text}\n").value[0][1]
     except yaml.YAMLError:
@@ -123,8 +123,8 @@ def test_numbers_are_those_of_yaml_1_2(text: str, values: tuple[int | None, floa
                 with pytest.raises(UsageError, match=r"^train\.x: .* was given\. Allowed: a (whole )?number"):
                     convert(given_value, kind, "train.x")
             else:
-                found = convert(given_value, kind, "train.x")
-                assert (type(found), found) == (kind, value)
+                value_read = convert(given_value, kind, "train.x")
+                assert (type(value_read), value_read) == (kind, value)
 
 
 def test_not_a_number_is_a_number() -> None:
@@ -202,11 +202,11 @@ class Options:
 
 def test_options_of_every_kind() -> None:
     raw = parse_yaml("{entries: [{at: 1}, {at: 02, width: 3}], either: 1e3, level: on, free: [010, on, ~, 1.5, x]}")
-    found = apply_values(Options(), {**raw, "texts": {"a": Plain("007")}})
-    assert found.entries == [Entry(at=1), Entry(at=2, width=3.0)]
-    assert (found.either, found.level) == ("1e3", "on")
-    assert found.free == [10, "on", None, 1.5, "x"]
-    assert found.texts == {"a": "007"}
+    options = apply_values(Options(), {**raw, "texts": {"a": Plain("007")}})
+    assert options.entries == [Entry(at=1), Entry(at=2, width=3.0)]
+    assert (options.either, options.level) == ("1e3", "on")
+    assert options.free == [10, "on", None, 1.5, "x"]
+    assert options.texts == {"a": "007"}
     assert apply_values(Options(), {"either": Plain("7")}).either == 7
     assert apply_values(Options(), {"either": "7"}).either == "7"
     assert apply_values(Options(), {"level": Plain("2")}).level == 2
@@ -236,12 +236,12 @@ other: {<<: *base, b: 3}
 both: {<<: [{a: 5}, *base], c: "4"}
 again: *base
 """
-    found = parse_yaml(text)
-    assert found["other"] == {"a": "1", "b": "3"}
-    assert found["both"] == {"a": "5", "b": "2", "c": "4"}  # the first mapping wins
-    assert found["again"] == {"a": "1", "b": "2"}
-    assert isinstance(found["other"]["a"], Plain)
-    assert not isinstance(found["both"]["c"], Plain)
+    values = parse_yaml(text)
+    assert values["other"] == {"a": "1", "b": "3"}
+    assert values["both"] == {"a": "5", "b": "2", "c": "4"}  # the first mapping wins
+    assert values["again"] == {"a": "1", "b": "2"}
+    assert isinstance(values["other"]["a"], Plain)
+    assert not isinstance(values["both"]["c"], Plain)
 
 
 @pytest.mark.parametrize(
@@ -250,8 +250,8 @@ again: *base
         ("a: 1\n'a': 2\n", "found duplicate key 'a'"),
         ("a: {<<: {b: 1}, <<: {c: 1}}\n", "found duplicate key '<<'"),
         ("a: {<<: 5}\n", "'<<' needs a mapping"),
-        ("? [a]\n: b\n", "a key that is no scalar"),
-        ("a: &x [*x]\n", "an anchor inside what it stands for"),
+        ("? [a]\n: b\n", "a key that is not a scalar"),
+        ("a: &x [*x]\n", "an anchor inside its own value"),
         ("a: !!python/object/apply:os.system ['touch hacked']\n", "python/object"),
         ("a: !!python/name:os.system\n", "python/name"),
         ("a: !!binary aGk=\n", "binary"),
@@ -272,6 +272,6 @@ def test_what_is_refused_in_a_file(tmp_path: Path, text: str, problem: str) -> N
 
 
 def test_tags_of_json_types_leave_the_type_to_the_key() -> None:
-    found = parse_yaml("{a: !!int 7, b: !!str 7, c: ! 7, d: !!null ''}")
-    assert found == {"a": "7", "b": "7", "c": "7", "d": ""}
-    assert {key for key, value in found.items() if isinstance(value, Plain)} == {"a", "d"}
+    values = parse_yaml("{a: !!int 7, b: !!str 7, c: ! 7, d: !!null ''}")
+    assert values == {"a": "7", "b": "7", "c": "7", "d": ""}
+    assert {key for key, value in values.items() if isinstance(value, Plain)} == {"a", "d"}

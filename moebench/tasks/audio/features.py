@@ -1,4 +1,4 @@
-"""From a file's bytes to log-mel frames."""
+"""Decode audio files and compute log-mel spectrograms."""
 
 import io
 import math
@@ -15,20 +15,19 @@ from moebench.tasks.sources import first_line
 
 WINDOW_S, HOP_S = 0.025, 0.010
 FLOOR = 1e-6
-"""Added to the energy of a band: digital silence has a logarithm too."""
+"""Added to the energy of a band, so that digital silence has a finite logarithm."""
 
 
 class BrokenAudioError(Exception):
-    """Audio that is missing, empty or cannot be decoded; says why in one line."""
+    """Audio is missing, empty or cannot be decoded; the message is the reason in one line."""
 
 
 def decode(
     audio: bytes | Path | None, sample_rate: int, seconds: float | None = None, longest_s: float = math.inf
 ) -> np.ndarray:
-    """Return the samples of a file (float32, mono) at a sample rate, cut to `seconds` where those are known.
+    """Return the samples of a file (float32, mono) at a sample rate, cut to `seconds` if given.
 
-    Of a file longer than `longest_s` no more is read than shows that it is. Raises BrokenAudioError where there is no
-    sound.
+    At most one second beyond `longest_s` is read. Raises BrokenAudioError if there are no finite samples.
     """
     if audio is None:
         raise BrokenAudioError("no audio")
@@ -56,7 +55,7 @@ def _read(audio: bytes | Path, longest_s: float) -> tuple[np.ndarray, int]:
             limit = file.frames if longest_s == math.inf else math.ceil(longest_s * file.samplerate)
             return file.read(limit, dtype="float32", always_2d=True), file.samplerate
     except (RuntimeError, OSError, ValueError, TypeError) as error:  # soundfile's own errors are RuntimeErrors
-        # What the library says besides names the address of a buffer.
+        # The full message of the library contains the address of a buffer.
         raise BrokenAudioError(getattr(error, "error_string", "") or first_line(error)) from error
 
 
@@ -76,8 +75,8 @@ def log_mel(samples_S: np.ndarray, sample_rate: int, num_mels: int) -> Tensor:
     return (energy_NF @ mel_filters(sample_rate, num_bins, num_mels) + FLOOR).log()
 
 
-def most_mels(sample_rate: int) -> int:
-    """Return how many bands there may be (80 at most) so that each holds a frequency of the spectrum."""
+def max_num_mels(sample_rate: int) -> int:
+    """Return the largest number of mel bands, at most 80, for which each band has a frequency of the spectrum."""
     bins = _num_bins(sample_rate)
     return next(number for number in range(80, 0, -1) if (mel_filters(sample_rate, bins, number).sum(0) > 0).all())
 
@@ -86,8 +85,8 @@ def _num_bins(sample_rate: int) -> int:
     return 1 << (round(WINDOW_S * sample_rate) - 1).bit_length()
 
 
-def normalised(mel_NM: Tensor) -> Tensor:
-    """Return the frames with mean 0 and variance 1 in each band: loudness and channel of a clip say nothing."""
+def normalise_bands(mel_NM: Tensor) -> Tensor:
+    """Return the frames with mean 0 and variance 1 per band, which removes loudness and channel of a clip."""
     mean_M, std_M = mel_NM.mean(0), mel_NM.std(0, unbiased=False)
     return (mel_NM - mean_M) / (std_M + 1e-3)
 

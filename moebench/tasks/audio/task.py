@@ -1,8 +1,8 @@
-"""What the tasks on audio have in common: options, batches, features, evaluation sets."""
+"""What the tasks on audio share: options, batches, features and evaluation sets."""
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,67 +10,68 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
+from typing_extensions import override
 
-from moebench.errors import require
+from moebench.ranges import AT_LEAST_0, AT_LEAST_1, Range, check_ranges
 from moebench.tasks.audio.batches import (
     Masking,
+    draw_masks,
     evaluation_indices,
-    hidden,
-    joined,
-    padded_frames,
-    padded_symbols,
+    pad_frames,
+    pad_symbols,
+    stack_frames,
     train_indices,
 )
 from moebench.tasks.audio.clips import AudioDataConfig, Target, source_digest
 from moebench.tasks.audio.utterances import PreparedAudio, Utterances, prepare
 from moebench.tasks.language import TokenHead
-from moebench.tasks.task import ALL, Batch, Task
+from moebench.tasks.task import ALL, Batch, Task, TaskConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class AudioConfig:
-    """What the tasks on audio have in common."""
+class AudioConfig(TaskConfig):
+    """Options of every task on audio; each task's own Config adds its name and its options."""
 
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        **dict.fromkeys(("context", "band_masks", "band_mask_mels", "time_masks", "time_mask_frames"), AT_LEAST_0),
+        "stack": Range(low=1, high=16),
+        "eval_utterances": AT_LEAST_1,
+    }
     NOT_IN_ID: ClassVar[tuple[str, ...]] = ("data.path",)
 
     stack: int = 4
-    """Frames of 10 ms that are joined to one position."""
+    """Consecutive frames of 10 ms per position."""
     context: int = 4
-    """Frames before and behind those that a position sees as well; 0 for none."""
+    """Additional frames before and after those of a position in its input."""
     band_masks: int = 1
-    """Stretches of mel bands hidden in each utterance of a training batch; 0 for none."""
+    """Frequency masks per utterance in training."""
     band_mask_mels: int = 8
-    """Bands of such a stretch, at most."""
+    """Largest width of a frequency mask, in mel bands."""
     time_masks: int = 1
-    """Stretches of time hidden in each utterance of a training batch; 0 for none."""
+    """Time masks per utterance in training."""
     time_mask_frames: int = 20
-    """Frames of such a stretch, at most; never more than a fifth of the utterance."""
+    """Largest width of a time mask, in frames; never more than a fifth of the utterance."""
     eval_utterances: int | None = None
-    """Utterances of each domain in an evaluation, evenly spaced over the split; null takes all."""
+    """Utterances per domain in an evaluation, evenly spaced over the split; null: all."""
     data: AudioDataConfig = field(default_factory=AudioDataConfig)
-    """Where the recordings come from."""
+    """Source of the recordings."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        require(1 <= self.stack <= 16, "task.stack", self.stack, "1 to 16")
-        for name in ("context", "band_masks", "band_mask_mels", "time_masks", "time_mask_frames"):
-            require(getattr(self, name) >= 0, f"task.{name}", getattr(self, name), "at least 0")
-        given = self.eval_utterances
-        require(given is None or given >= 1, "task.eval_utterances", given, "at least 1, or null for all")
+        check_ranges(self, "task")
 
     @property
     def masking(self) -> Masking:
-        """What training hides."""
+        """The masks of training batches."""
         return Masking(
-            num_bands=self.band_masks,
-            mels=self.band_mask_mels,
-            num_times=self.time_masks,
-            frames=self.time_mask_frames,
+            num_band_masks=self.band_masks,
+            max_bands=self.band_mask_mels,
+            num_time_masks=self.time_masks,
+            max_frames=self.time_mask_frames,
         )
 
 
 class FrameEmbedding(nn.Linear):
-    """The projection of the joined frames of a position."""
+    """The projection of the frames of a position."""
 
     def init_weights(self, generator: Generator) -> None:
         """Draw normal weights with variance 1 / fan-in."""
@@ -78,7 +79,7 @@ class FrameEmbedding(nn.Linear):
 
 
 class AudioTask(Task):
-    """Recordings in, something said about each out: batches, features and evaluation sets of both tasks."""
+    """A task that reads recordings; subclasses define classes, targets and loss."""
 
     target: ClassVar[Target]
 
@@ -92,60 +93,60 @@ class AudioTask(Task):
         self.eval_digest = hashlib.sha256(repr(shape).encode()).hexdigest()[:12]
         self.sequence_length = max(1, round(self._lengths(audio.train).mean()))
 
+    @override
     @classmethod
     def source_digest(cls, config: Any) -> str:
-        """Digest the audio source and what becomes of it."""
         return source_digest(config.data, cls.target)
 
+    @override
     @classmethod
     def prepare(cls, config: Any, cache: Path) -> "AudioTask":
-        """Decode and split the recordings, or take them from the cache."""
         return cls(config, prepare(config.data, cache, cls.target))
 
+    @override
     def count_positions(self, batch_size: int, seed: int, step: int) -> int:
-        """Count the positions of a step's batch without its padding."""
         train = self.audio.train
         return int(self._lengths(train)[train_indices(train, batch_size, seed, step)].sum())
 
+    @override
     def train_batch(self, batch_size: int, seed: int, step: int, part: slice = ALL) -> Batch:
-        """Take the utterances of this step in the epoch's order, with stretches hidden."""
         index_B = train_indices(self.audio.train, batch_size, seed, step)
-        return self._batch(self.audio.train, index_B, part, seed=(seed, step))
+        return self._batch(self.audio.train, index_B, part, mask_seed=(seed, step))
 
+    @override
     def eval_batches(self, split: str, batch_size: int) -> Sequence[Batch]:
-        """Take all utterances of a split or evenly spaced ones, those of similar length together.
-
-        Domains that were held out of training come last, in batches of their own.
-        """
-        part: Utterances = getattr(self.audio, split)
-        chosen = evaluation_indices(part, self.config.eval_utterances)
-        is_trained = part.domain_U[chosen] < self.num_trained_domains
+        utterances: Utterances = getattr(self.audio, split)
+        index_U = evaluation_indices(utterances, self.config.eval_utterances)
+        is_trained_U = utterances.domain_U[index_U] < self.num_trained_domains
         return [
-            self._batch(part, kind[i : i + batch_size])
-            for kind in (chosen[is_trained], chosen[~is_trained])
-            for i in range(0, len(kind), batch_size)
+            self._batch(utterances, member_U[i : i + batch_size])
+            for member_U in (index_U[is_trained_U], index_U[~is_trained_U])
+            for i in range(0, len(member_U), batch_size)
         ]
 
     def _lengths(self, utterances: Utterances) -> np.ndarray:
         return -(-utterances.num_frames_U // self.config.stack)
 
     def _batch(
-        self, utterances: Utterances, index_B: np.ndarray, part: slice = ALL, seed: tuple[int, int] | None = None
+        self, utterances: Utterances, index_B: np.ndarray, part: slice = ALL, mask_seed: tuple[int, int] | None = None
     ) -> Batch:
-        """Return the utterances of a part, padded to the longest of the whole batch: the same in every process."""
+        """Return the utterances `part`, padded to the longest one of the whole batch, as in every other process.
+
+        They are masked if there is a `mask_seed`.
+        """
         length_B = self._lengths(utterances)[index_B]
         length = int(length_B.max())
-        frames_BNM = padded_frames(utterances, index_B[part], length * self.config.stack)
-        if seed is not None and self.config.masking.hides:
+        frames_BNM = pad_frames(utterances, index_B[part], length * self.config.stack)
+        if mask_seed is not None and self.config.masking.is_active:
             num_frames, num_mels = frames_BNM.shape[1:]
             num_frames_B = utterances.num_frames_U[index_B]
-            hidden_BNM = hidden(num_frames_B, num_frames, num_mels, self.config.masking, seed)
-            frames_BNM[hidden_BNM[part]] = 0
-        symbol_BS = torch.from_numpy(padded_symbols(utterances, index_B)[part])
+            masked_BNM = draw_masks(num_frames_B, num_frames, num_mels, self.config.masking, mask_seed)
+            frames_BNM[masked_BNM[part]] = 0
+        symbol_BS = torch.from_numpy(pad_symbols(utterances, index_B)[part])
         length_B = torch.from_numpy(length_B[part])
         target_BP, weight_BP, count_BP = self._targets(symbol_BS, length_B)
         return Batch(
-            input_BL=joined(torch.from_numpy(frames_BNM).float(), self.config.stack, self.config.context),
+            input_BL=stack_frames(torch.from_numpy(frames_BNM).float(), self.config.stack, self.config.context),
             target_BP=target_BP,
             weight_BP=weight_BP,
             domain_B=torch.from_numpy(utterances.domain_U[index_B[part]]),
@@ -156,17 +157,17 @@ class AudioTask(Task):
     @property
     @abstractmethod
     def num_classes(self) -> int:
-        """Outputs of the head."""
+        """Number of outputs of the head."""
 
     @abstractmethod
     def _targets(self, symbol_BS: Tensor, length_B: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return target_BP, weight_BP and count_BP of utterances of `length_B` positions."""
 
+    @override
     def build_embedding(self, d_model: int) -> nn.Module:
-        """Return the projection of joined frames."""
         width = (self.config.stack + 2 * self.config.context) * self.config.data.num_mels
         return FrameEmbedding(width, d_model, bias=False)
 
+    @override
     def build_head(self, d_model: int) -> nn.Module:
-        """Return the projection to the classes, at each position."""
         return TokenHead(d_model, self.num_classes, bias=False)

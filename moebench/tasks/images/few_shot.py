@@ -1,39 +1,42 @@
-"""The probe on few images: how well a linear map of frozen features tells classes that training never saw."""
+"""Few-shot probe: accuracy of a linear classifier on frozen features for classes that training never saw."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from moebench.errors import require
+from moebench.ranges import AT_LEAST_1, POSITIVE, Range, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
 class FewShotConfig:
-    """Options of the probe; it needs task.data.held_out_classes."""
+    """Options of the few-shot probe; it needs task.data.held_out_classes."""
+
+    RANGES: ClassVar[Mapping[str, Range]] = {"draws": AT_LEAST_1, "ridge": POSITIVE}
 
     shots: list[int] = field(default_factory=lambda: [1, 5, 10])
-    """Training images of each held-out class; one metric few_shot/K for each number."""
+    """Training images per held-out class; one metric few_shot/K for each number K."""
     draws: int = 5
-    """Choices of training images, each disjoint from the others; the metric is their mean."""
+    """Disjoint sets of training images; the metric is the mean over them."""
     ridge: float = 0.1
-    """Regularisation, in units of the mean squared length of the centred features."""
+    """Regularisation, in units of the mean squared norm of the centred features."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        once = len(set(self.shots)) == len(self.shots) and all(shots >= 1 for shots in self.shots)
-        require(once, "task.few_shot.shots", self.shots, "a list of different numbers of at least 1")
-        require(self.draws >= 1, "task.few_shot.draws", self.draws, "at least 1")
-        require(self.ridge > 0, "task.few_shot.ridge", self.ridge, "greater than 0")
+        is_unique = len(set(self.shots)) == len(self.shots) and all(shots >= 1 for shots in self.shots)
+        require(is_unique, "task.few_shot.shots", self.shots, "a list of different numbers of at least 1")
+        check_ranges(self, "task.few_shot")
 
 
 def ridge_predictions(x_SD: Tensor, label_S: Tensor, x_QD: Tensor, num_classes: int, ridge: float) -> Tensor:
     """Return the class (int64) of each query by ridge regression of one-hot labels on the support's features.
 
     W = argmin Σ |x W - y|² + λ |W|² on centred x and y, in closed form by its S × S dual:
-    W = Xᵀ (X Xᵀ + λ I)⁻¹ Y, with λ = `ridge` times the mean squared length of a row of X. In fp64.
-    (ViT, arXiv:2010.11929, measures few-shot accuracy by such a regression.)
+    W = Xᵀ (X Xᵀ + λ I)⁻¹ Y, where λ is `ridge` times the mean squared norm of a row of X. In fp64.
+    ViT (arXiv:2010.11929) measures few-shot accuracy by such a regression.
     """
     x_SD, x_QD = x_SD.double(), x_QD.double()
     mean_D = x_SD.mean(0)
@@ -49,10 +52,10 @@ def ridge_predictions(x_SD: Tensor, label_S: Tensor, x_QD: Tensor, num_classes: 
 def few_shot_accuracy(support_CND: Tensor, x_QD: Tensor, label_Q: Tensor, config: FewShotConfig) -> dict[str, float]:
     """Return few_shot/K for each number of shots, the mean over draws.
 
-    `support_CND`: features of draws · largest number of shots images of each class; draw i takes its own stretch.
+    `support_CND` has draws · max(shots) images per class; draw i uses those from i · max(shots) onwards.
     """
     num_classes, largest = support_CND.shape[0], max(config.shots, default=0)
-    found = {}
+    accuracy = {}
     for shots in config.shots:
         hits = []
         for draw in range(config.draws):
@@ -60,5 +63,5 @@ def few_shot_accuracy(support_CND: Tensor, x_QD: Tensor, label_Q: Tensor, config
             label_S = torch.arange(num_classes).repeat_interleave(shots)
             predicted_Q = ridge_predictions(x_CKD.flatten(0, 1), label_S, x_QD, num_classes, config.ridge)
             hits.append((predicted_Q == label_Q).double().mean())
-        found[f"few_shot/{shots}"] = float(torch.stack(hits).mean())
-    return found
+        accuracy[f"few_shot/{shots}"] = float(torch.stack(hits).mean())
+    return accuracy

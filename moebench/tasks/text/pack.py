@@ -1,19 +1,20 @@
-"""The text that moebench carries, and which of its documents belong together."""
+"""The embedded text and the groups of its documents."""
 
 import re
 from pathlib import Path
 
 PACK = Path(__file__).parent.parent / "data" / "text_domains.parquet"
-# Scripture retells itself: these books share long passages and must not be told apart.
+"""File of the embedded text."""
 SCRIPTURE = {
     **dict.fromkeys(("Samuel", "Kings", "Chronicles", "Isaiah"), "Samuel+Kings+Chronicles+Isaiah"),
     **dict.fromkeys(("Matthew", "Mark", "Luke"), "Matthew+Mark+Luke"),
     **dict.fromkeys(("Ezra", "Nehemiah"), "Ezra+Nehemiah"),
 }
+"""Book -> group of books that share long passages."""
 
 
 def pack_group(domain: str, doc_id: str) -> str:
-    """Return the group of a document of the embedded pack: what would leak if it were divided."""
+    """Return the group of an embedded document: documents that would leak text if they were in different splits."""
     if domain in ("code", "docs"):  # the documentation of a module quotes the module
         name = doc_id.split("/")[0] if domain == "code" else doc_id.rsplit("/", 1)[-1]
         module = re.match(r"[A-Za-z_]\w*", name)

@@ -1,4 +1,4 @@
-"""Folders and tables as people have them: what is read, what is said about the rest, and what stays apart."""
+"""Local folders and tables: which files are read, warnings about others, and splits by name."""
 
 import gzip
 import json
@@ -12,11 +12,10 @@ import pytest
 from moebench.errors import UsageError
 from moebench.runs.journal import is_valid_metric_name
 from moebench.tasks.audio.clips import AudioDataConfig, load_clips
-from moebench.tasks.folders import existing, files_below, folders_of, parts_of, tell_unread
-from moebench.tasks.images.config import ImageDataConfig
-from moebench.tasks.images.sources import read_entries
+from moebench.tasks.folders import assign_parts, find_source, folders_of, list_files, warn_unread_files
+from moebench.tasks.images.sources import ImageDataConfig, read_entries
 from moebench.tasks.sources import LOADERS
-from moebench.tasks.tables import Table, local_table, named
+from moebench.tasks.tables import Table, open_table, read_name
 from moebench.tasks.task import metric_names
 from moebench.tasks.text.documents import TextDataConfig
 
@@ -30,7 +29,7 @@ def write(root: Path, *names: str) -> None:
 def test_all_files_are_found_but_hidden_ones(tmp_path: Path) -> None:
     seen = ["A/one.PNG", "a b/zwei drei.png", "_DSC1.png", "é/ü.png", "deep/er/still.png"]
     write(tmp_path / "set", *seen, ".hidden.png", ".cache/x.png", "__MACOSX/x.png", "other.txt", "png")
-    assert sorted(files_below(tmp_path / "set", (".png",))) == sorted(seen)
+    assert sorted(list_files(tmp_path / "set", (".png",))) == sorted(seen)
 
 
 def test_links_are_followed_and_those_to_nothing_are_not_forgotten(tmp_path: Path) -> None:
@@ -40,17 +39,17 @@ def test_links_are_followed_and_those_to_nothing_are_not_forgotten(tmp_path: Pat
     (tmp_path / "set" / "one.png").symlink_to(tmp_path / "elsewhere" / "x.png")
     (tmp_path / "set" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (tmp_path / "set" / "again").symlink_to(tmp_path / "set")  # never ends, if it were followed
-    assert list(files_below(tmp_path / "set", (".png",))) == ["cat/x.png", "cat/y.png", "gone.png", "one.png"]
+    assert list(list_files(tmp_path / "set", (".png",))) == ["cat/x.png", "cat/y.png", "gone.png", "one.png"]
 
 
 def test_files_of_other_kinds_are_counted_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, "a.png", "b.heic", "c.HEIC", "d", ".hidden.doc")
-    tell_unread(str(tmp_path), (".png",))
+    warn_unread_files(str(tmp_path), (".png",))
     assert capsys.readouterr().err == (
-        f"task.data: below '{tmp_path}' lie 3 file(s) of other kinds, which are not read (2 .heic, 1 no ending)\n"
+        f"task.data: '{tmp_path}' has 3 file(s) of other kinds, which are not read (2 .heic, 1 no ending)\n"
     )
-    tell_unread(str(tmp_path / "a.png"), ())
-    tell_unread(None, ())
+    warn_unread_files(str(tmp_path / "a.png"), ())
+    warn_unread_files(None, ())
     assert capsys.readouterr().err == ""
 
 
@@ -58,7 +57,7 @@ def test_files_of_other_kinds_are_counted_aloud(tmp_path: Path, capsys: pytest.C
 def test_a_path_to_nothing_is_one_line(tmp_path: Path, name: str) -> None:
     write(tmp_path, "gone", "a.png")
     with pytest.raises(UsageError, match=r"^task\.data\.path: '") as caught:
-        existing(str(tmp_path / name))
+        find_source(str(tmp_path / name))
     assert "\n" not in str(caught.value)
     assert ("Did you mean 'gone'?" in str(caught.value)) == (name == "gon")
 
@@ -82,20 +81,20 @@ PARTS = {
 
 @pytest.mark.parametrize(("names", "parts"), PARTS.items(), ids=PARTS)
 def test_names_say_which_part_a_file_is(names: str, parts: str | None) -> None:
-    found = parts_of(names.split(), by_file=True)
-    assert list(found.values()) == (parts.split() if parts else [])
-    by_folder = parts_of(names.split(), by_file=False)
-    assert by_folder == (found if "/" in names else {})
+    part_of = assign_parts(names.split(), by_file=True)
+    assert list(part_of.values()) == (parts.split() if parts else [])
+    by_folder = assign_parts(names.split(), by_file=False)
+    assert by_folder == (part_of if "/" in names else {})
 
 
 def test_parts_that_cannot_be_told_are_refused() -> None:
-    with pytest.raises(UsageError, match="'extra/a' lies beside the parts train and test, and is in none"):
-        parts_of(["train/a", "test/a", "extra/a"], by_file=False)
-    with pytest.raises(UsageError, match="there are the parts validation and test, and no train"):
-        parts_of(["val/a", "test/a"], by_file=False)
+    with pytest.raises(UsageError, match="'extra/a' belongs to no part, but other files belong to train and test"):
+        assign_parts(["train/a", "test/a", "extra/a"], by_file=False)
+    with pytest.raises(UsageError, match="there are the parts validation and test, but no train"):
+        assign_parts(["val/a", "test/a"], by_file=False)
     # A table called so is no class: rows that were kept apart must not be trained on.
-    with pytest.raises(UsageError, match=r"'data\.csv' lies beside the parts test, and is in none"):
-        parts_of(["data.csv", "test.csv"], by_file=True)
+    with pytest.raises(UsageError, match=r"'data\.csv' belongs to no part, but other files belong to test"):
+        assign_parts(["data.csv", "test.csv"], by_file=True)
     assert folders_of("en/train/a.txt", divided=True) == ["en"]
     assert folders_of("train/cat/small/a.png", divided=True) == ["cat", "small"]
     assert folders_of("train/cat/a.png", divided=False) == ["train", "cat"]
@@ -129,7 +128,7 @@ def test_cells_come_as_they_were_written(tmp_path: Path, name: str, mark: str) -
     else:
         data = (mark + text["." + lower.split(".")[1]]).encode()
         (tmp_path / name).write_bytes(gzip.compress(data) if lower.endswith(".gz") else data)
-    table = local_table(tmp_path / name)
+    table = open_table(tmp_path / name)
     assert list(table.columns) == ["text", "label"]
     assert read(table, "text", "label", "text") == CELLS
 
@@ -146,7 +145,7 @@ def test_columns_of_every_type_of_parquet(tmp_path: Path) -> None:
     features["nested"] = [{"b": {"_type": "Value"}}]  # as older versions of datasets write a list
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     pq.write_table(pa.table(columns).replace_schema_metadata(metadata), tmp_path / "a.parquet")
-    assert read(local_table(tmp_path / "a.parquet"), *columns) == [
+    assert read(open_table(tmp_path / "a.parquet"), *columns) == [
         {"large": "a", "coded": "x", "nested": {"a": {"b": 1}}, "class": "dog", "plain": 1},
         {"large": "b", "coded": "y", "nested": None, "class": None, "plain": -1},
     ]
@@ -158,7 +157,7 @@ def test_columns_are_those_of_the_whole_file(tmp_path: Path, name: str) -> None:
     rows += [{"text": "1100", "domain": "d", "label": 7}, {"speaker": "s"}]
     text = json.dumps(rows) if ".jsonl" not in name else "\n".join(map(json.dumps, rows))
     (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
-    table = local_table(tmp_path / name)
+    table = open_table(tmp_path / name)
     assert table.columns == ["text", "domain", "label", "speaker"]
     cells = [tuple(row.values()) for row in read(table, "speaker", "domain")]
     assert cells[1099:] == [(None, None), (None, "d"), ("s", None)]
@@ -167,17 +166,19 @@ def test_columns_are_those_of_the_whole_file(tmp_path: Path, name: str) -> None:
 def test_a_column_that_comes_late_counts_for_pictures_and_sounds(tmp_path: Path) -> None:
     pictures = [{"image": f"{number}.png"} for number in range(1100)] + [{"image": "x.png", "label": 1}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, pictures)))
-    with pytest.raises(UsageError, match=r"'label' of a\.jsonl, row 0 is empty \(null\), no whole number or name"):
+    with pytest.raises(UsageError, match=r"'label' of a\.jsonl, row 0 is empty \(null\), not a whole number or name"):
         read_entries(ImageDataConfig(path=str(tmp_path / "a.jsonl")))
     sounds = [{"file": f"{number}.wav", "text": "a"} for number in range(1100)]
     sounds += [{"file": "x.wav", "text": "b", "language": "en"}]
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, sounds)))
-    with pytest.raises(UsageError, match=r"domain_column: 'language' of b\.jsonl, row 0 is empty, no name or number"):
+    with pytest.raises(
+        UsageError, match=r"domain_column: 'language' of b\.jsonl, row 0 is empty, not a name or number"
+    ):
         list(load_clips(AudioDataConfig(path=str(tmp_path / "b.jsonl")), "transcript"))
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a.csv").write_text("file,text,language\na.wav,a,en\n")
     (tmp_path / "set" / "b.csv").write_text("file,text\nb.wav,a\n")
-    with pytest.raises(UsageError, match=r"'language' is a column of a\.csv and not of b\.csv; give it to every file"):
+    with pytest.raises(UsageError, match=r"'language' is a column of a\.csv and not of b\.csv; add it to every file"):
         list(load_clips(AudioDataConfig(path=str(tmp_path / "set")), "transcript"))
     clips = load_clips(AudioDataConfig(path=str(tmp_path / "set"), domain_column=None), "transcript")
     assert [clip.domain for clip in clips] == ["all", "all"]
@@ -194,10 +195,10 @@ def test_files_under_the_key_of_the_hub_are_refused(tmp_path: Path, monkeypatch,
         with pytest.raises(UsageError) as caught:
             config(dataset=name)
         assert str(caught.value) == (
-            f"task.data.dataset: '{name}' is a local path, and the name of a data set on the hub is wanted;"
+            f"task.data.dataset: '{name}' is a local path, not the name of a data set on the hub;"
             f" give task.data.path={name}"
         )
-    with pytest.raises(UsageError, match=r"'imagefolder' is a reader of local files.*task\.data\.path=\.\.\."):
+    with pytest.raises(UsageError, match=r"'imagefolder' is a loader of local files.*task\.data\.path=\.\.\."):
         config(dataset="imagefolder")
     for name in ("mnist", "owner/other", "x" * 5000, "a\0b"):
         assert config(dataset=name).dataset == name
@@ -220,8 +221,8 @@ BAD_TABLES: dict[str, tuple[bytes, str]] = {
     "empty.csv": (b"", "no rows"),
     "empty.jsonl": (b"\n", "no rows"),
     "torn.jsonl": (b'{"text": "x"}\n{"text": ', "line 2: "),
-    "list.jsonl": (b'["text"]\n', "cannot be read|no object"),
-    "list.json": (b'["text"]', "row 0 of 'list.json' is str, no object"),
+    "list.jsonl": (b'["text"]\n', "cannot be read|not an object"),
+    "list.json": (b'["text"]', "row 0 of 'list.json' is str, not an object"),
     "gz.csv.gz": (b"text\nx\n", "[Nn]ot a gzip"),
     "torn.csv.gz": (gzip.compress(b"text\n" + bytes(range(97, 120)) * 99)[:-20], "cannot be read"),
     "empty.parquet": (b"", "cannot be read"),
@@ -233,13 +234,13 @@ def test_a_bad_table_is_one_line_with_its_name(tmp_path: Path, name: str) -> Non
     content, words = BAD_TABLES[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=words) as caught:
-        list(local_table(tmp_path / name).read(["text"]))
+        list(open_table(tmp_path / name).read(["text"]))
     assert f"'{name}'" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_cells_that_name_something() -> None:
-    assert [named(value, "k", "c", "p") for value in ("x", 3, 0.5, True)] == ["x", "3", "0.5", "True"]
+    assert [read_name(value, "k", "c", "p") for value in ("x", 3, 0.5, True)] == ["x", "3", "0.5", "True"]
     for value, kind in (
         (None, "empty"),
         ("", "empty"),
@@ -248,13 +249,13 @@ def test_cells_that_name_something() -> None:
         (["x"], "list"),
         ({}, "dict"),
     ):
-        with pytest.raises(UsageError, match=rf"^task\.data\.k: 'c' of p is {kind}.*, no name or number$"):
-            named(value, "k", "c", "p")
+        with pytest.raises(UsageError, match=rf"^task\.data\.k: 'c' of p is {kind}.*, not a name or number$"):
+            read_name(value, "k", "c", "p")
 
 
 def test_names_of_data_become_names_that_trackers_take() -> None:
     names = ("fashion/t-shirt", "C++", "C--", "été", "日本", "中国", "../x", "a//b", "x" * 300, "", " ")
-    found = metric_names(names)
-    assert found[:5] == ("fashion/t-shirt", "C__", "C--", "ete", "___4")
-    assert len(set(found)) == len(names)
-    assert all(is_valid_metric_name(f"class_accuracy/{name}") for name in found)
+    plain = metric_names(names)
+    assert plain[:5] == ("fashion/t-shirt", "C__", "C--", "ete", "___4")
+    assert len(set(plain)) == len(names)
+    assert all(is_valid_metric_name(f"class_accuracy/{name}") for name in plain)

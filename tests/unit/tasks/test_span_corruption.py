@@ -1,4 +1,4 @@
-"""Span corruption: the paper's example by hand, nothing lost, and fixed lengths."""
+"""Span corruption: the example of the paper, lossless targets, and fixed lengths."""
 
 from pathlib import Path
 
@@ -22,35 +22,35 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text"))
 
 
-def spans(text: Path, folder: Path, **options: object) -> SpanCorruption:
+def make_task(text: Path, folder: Path, **options: object) -> SpanCorruption:
     task = {"name": "span_corruption", "sequence_length": 20, "eval_windows": 2, **options}
-    found = prepare_task(tiny_config(text, task=task), folder)
-    assert isinstance(found, SpanCorruption)
-    return found
+    prepared = prepare_task(tiny_config(text, task=task), folder)
+    assert isinstance(prepared, SpanCorruption)
+    return prepared
 
 
-def restored(input_L: list[int], target_P: list[int], is_sentinel: range) -> list[int]:
-    """Put the spans of the target back to where their sentinels stand in the input: slow and obvious."""
-    held: dict[int, list[int]] = {}
+def restore_text(input_L: list[int], target_P: list[int], is_sentinel: range) -> list[int]:
+    """Insert the spans of the target in place of their sentinels in the input."""
+    span_of: dict[int, list[int]] = {}
     for token in target_P:
         if token in is_sentinel:
-            held[token] = []
+            span_of[token] = []
         else:
-            held[list(held)[-1]].append(token)
-    whole: list[int] = []
+            span_of[list(span_of)[-1]].append(token)
+    text_L: list[int] = []
     for token in input_L:
-        whole += held[token] if token in is_sentinel else [token]
-    return whole
+        text_L += span_of[token] if token in is_sentinel else [token]
+    return text_L
 
 
 def test_the_example_of_the_paper() -> None:
     # Thank you [for inviting] me to your party [last] week -> Thank you <X> me to your party <Y> week,
     # and <X> for inviting <Y> last <Z> (figure 2 there).
-    words = ["Thank", "you", "for", "inviting", "me", "to", "your", "party", "last", "week"]
+    sentence = ["Thank", "you", "for", "inviting", "me", "to", "your", "party", "last", "week"]
     noise_BL = torch.tensor([[False, False, True, True, False, False, False, False, True, False]])
-    bytes_BL = torch.tensor([[len(word) for word in words]])
+    bytes_BL = torch.tensor([[len(word) for word in sentence]])
     input_BL, target_BP, byte_BP = corrupt(torch.arange(10)[None], bytes_BL, noise_BL, SENTINEL)
-    names = [*words, *[""] * 990, "<X>", "<Y>", "<Z>"]
+    names = [*sentence, *[""] * 990, "<X>", "<Y>", "<Z>"]
     assert [names[i] for i in input_BL[0]] == ["Thank", "you", "<X>", "me", "to", "your", "party", "<Y>", "week"]
     assert [names[i] for i in target_BP[0]] == ["<X>", "for", "inviting", "<Y>", "last", "<Z>"]
     assert byte_BP.tolist() == [[0, 3, 8, 0, 4, 0]]
@@ -65,7 +65,7 @@ def test_the_example_of_the_paper_ending_with_a_span() -> None:
 
 
 @given(st.integers(2, 60), st.data())
-def test_as_many_tokens_and_spans_as_asked_for(length: int, data: st.DataObject) -> None:
+def test_the_mask_has_the_requested_tokens_and_spans(length: int, data: st.DataObject) -> None:
     num_noise = data.draw(st.integers(1, length - 1))
     num_spans = data.draw(st.integers(1, min(num_noise, length - num_noise)))
     noise_BL = noise_mask(length, num_noise, num_spans, uniform_draws(5, length, num_noise, num_spans))
@@ -77,7 +77,7 @@ def test_as_many_tokens_and_spans_as_asked_for(length: int, data: st.DataObject)
     assert noise_BL[:, -1].all()
 
 
-def test_every_division_is_as_likely() -> None:
+def test_all_divisions_are_equally_likely() -> None:
     # 4 tokens of text and 3 of noise in two spans: 3 · 2 divisions, each 1,000 times expected, standard deviation 29.
     noise_BL = noise_mask(7, 3, 2, uniform_draws(6000, "all"))
     _, counts = noise_BL.unique(dim=0, return_counts=True)
@@ -86,19 +86,19 @@ def test_every_division_is_as_likely() -> None:
     assert counts.max() < 1000 + 5 * 29
 
 
-def test_input_and_target_give_the_text_back(text: Path, tmp_path: Path) -> None:
-    task = spans(text, tmp_path, noise_density=0.3)
-    whole_BL = Language(task.config, task.text).train_batch(16, 3, 1).target_BP
+def test_input_and_target_determine_the_text(text: Path, tmp_path: Path) -> None:
+    task = make_task(text, tmp_path, noise_density=0.3)
+    text_BL = Language(task.config, task.text).train_batch(16, 3, 1).target_BP
     batch = task.train_batch(16, 3, 1)
-    sentinels = range(task.first_sentinel, task.start)
-    for input_L, target_P, whole_L in zip(batch.input_BL, batch.target_BP, whole_BL, strict=True):
-        assert restored(input_L.tolist(), target_P.tolist(), sentinels) == whole_L.tolist()
+    sentinels = range(task.first_sentinel, task.start_id)
+    for input_L, target_P, text_L in zip(batch.input_BL, batch.target_BP, text_BL, strict=True):
+        assert restore_text(input_L.tolist(), target_P.tolist(), sentinels) == text_L.tolist()
 
 
 def test_lengths_and_ids_by_hand(text: Path, tmp_path: Path) -> None:
-    task = spans(text, tmp_path)  # of 20 tokens 3 are taken out, in one span
+    task = make_task(text, tmp_path)  # 3 of 20 tokens are removed, in one span
     assert (task.sequence_length, task.decoder_length, task.tokens_per_sequence) == (18, 5, 23)
-    assert (task.first_sentinel, task.start, task.vocab_size) == (257, 259, 260)
+    assert (task.first_sentinel, task.start_id, task.vocab_size) == (257, 259, 260)
     batch = task.train_batch(4, 0, 0)
     assert batch.input_BL.shape == (4, 18)
     assert batch.target_BP.shape == batch.decoder_input_BP.shape == (4, 5)
@@ -111,8 +111,8 @@ def test_lengths_and_ids_by_hand(text: Path, tmp_path: Path) -> None:
     assert (large.num_noise, large.num_spans) == (77, 26)
 
 
-def test_holes_are_a_function_of_seed_and_step(text: Path, tmp_path: Path) -> None:
-    task = spans(text, tmp_path)
+def test_spans_are_a_function_of_seed_and_step(text: Path, tmp_path: Path) -> None:
+    task = make_task(text, tmp_path)
     first = task.train_batch(8, 3, 5)
     part = task.train_batch(8, 3, 5, slice(2, 5))
     assert torch.equal(part.input_BL, first.input_BL[2:5])
@@ -121,13 +121,13 @@ def test_holes_are_a_function_of_seed_and_step(text: Path, tmp_path: Path) -> No
         torch.cat([batch.input_BL for batch in task.eval_batches("test", size)]) for size in (100, 3)
     ]
     assert torch.equal(*evaluations)
-    digests = {task.eval_digest, spans(text, tmp_path, mean_span=2.0).eval_digest}
-    digests |= {spans(text, tmp_path, noise_density=0.5).eval_digest, Language(task.config, task.text).eval_digest}
+    digests = {task.eval_digest, make_task(text, tmp_path, mean_span=2.0).eval_digest}
+    digests |= {make_task(text, tmp_path, noise_density=0.5).eval_digest, Language(task.config, task.text).eval_digest}
     assert len(digests) == 4
 
 
-def test_the_metric_counts_code_of_all_and_bytes_of_the_text(text: Path, tmp_path: Path) -> None:
-    task = spans(text, tmp_path)
+def test_the_metric_divides_the_code_length_of_the_target_by_the_bytes_of_the_text(text: Path, tmp_path: Path) -> None:
+    task = make_task(text, tmp_path)
     batch = task.train_batch(4, 0, 0)
     output = torch.zeros(4, 5, 260)
     sums = task.compute_sums(output, batch)
@@ -141,11 +141,11 @@ def test_the_metric_counts_code_of_all_and_bytes_of_the_text(text: Path, tmp_pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"noise_density": 0.0}, r"task\.noise_density must be between 0 and 1, got 0"),
-        ({"noise_density": 1.0}, r"task\.noise_density must be between 0 and 1, got 1"),
+        ({"noise_density": 0.0}, r"task\.noise_density must be greater than 0 and below 1, got 0"),
+        ({"noise_density": 1.0}, r"task\.noise_density must be greater than 0 and below 1, got 1"),
         ({"mean_span": 0.5}, r"task\.mean_span must be at least 1, got 0\.5"),
     ],
 )
 def test_options_out_of_range_are_refused(text: Path, tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        spans(text, tmp_path, **options)
+        make_task(text, tmp_path, **options)

@@ -1,4 +1,4 @@
-"""The tasks on audio from end to end in one process, on tones that the tests write."""
+"""The tasks on audio end to end in one process, on synthetic tones."""
 
 import math
 from itertools import pairwise
@@ -15,7 +15,8 @@ from moebench.config import resolve
 from moebench.errors import UsageError
 from moebench.tasks.audio.clips import AudioDataConfig
 from moebench.tasks.audio.utterances import prepare
-from moebench.tasks.speech import Keyword, Speech
+from moebench.tasks.keyword import Keyword
+from moebench.tasks.speech import Speech
 from moebench.training.evaluation import batch_context
 from moebench.training.model import initialised_model
 
@@ -37,28 +38,28 @@ def keyword(folder, tmp_path_factory) -> Keyword:
     return Keyword.prepare(config, tmp_path_factory.mktemp("cache"))
 
 
-def said(task: Speech, split: str) -> list[str]:
+def read_transcripts(task: Speech, split: str) -> list[str]:
     part = getattr(task.audio, split)
     return ["".join(task.audio.symbols[s] for s in part.symbols(i)) for i in range(len(part.domain_U))]
 
 
-def as_path(task: Speech, text: str, length: int) -> Tensor:
-    """Logits [1, L, V] whose best class spells a text, blanks between and behind its characters."""
+def make_logits(task: Speech, text: str, length: int) -> Tensor:
+    """Return logits [1, L, V] whose best classes are a text, with blanks after each character."""
     classes = [c for letter in text for c in (1 + task.audio.symbols.index(letter), 0)]
     best_L = torch.tensor([*classes, *[0] * length][:length])
     return 9.0 * torch.nn.functional.one_hot(best_L, task.num_classes).float()[None]
 
 
-def test_splits_divide_the_words(speech):
-    found = [said(speech, split) for split in ("train", "validation", "test")]
-    assert sorted(word for words in found for word in words) == WORDS
+def test_splits_are_a_partition_of_the_words(speech):
+    splits = [read_transcripts(speech, split) for split in ("train", "validation", "test")]
+    assert sorted(word for words in splits for word in words) == WORDS
     assert speech.domains == ("a", "b", "c")
-    assert all({word[0] for word in words} == {"a", "b", "c"} for words in found)
-    assert len(found[0]) >= 20
+    assert all({word[0] for word in words} == {"a", "b", "c"} for words in splits)
+    assert len(splits[0]) >= 20
 
 
 @pytest.mark.slow
-def test_the_packs_splits_share_no_prompt_and_no_text(tmp_path):
+def test_splits_of_the_embedded_pack_share_no_text(tmp_path):
     audio = prepare(AudioDataConfig(), tmp_path, "transcript")
     splits = (audio.train, audio.validation, audio.test)
     texts = [{tuple(part.symbols(i)) for i in range(len(part.domain_U))} for part in splits]
@@ -78,10 +79,10 @@ def test_batches(speech):
     assert batch.input_BL.dtype == torch.float32
     assert batch.input_BL.shape[2] == (4 + 2 * 4) * 40
     assert batch.valid_BL.any(0).all()  # padded to the longest and no further
-    assert batch.valid_BL.sum() == speech.num_positions(5, 0, 3)
+    assert batch.valid_BL.sum() == speech.count_positions(5, 0, 3)
     assert batch.count_BP.tolist() == batch.weight_BP.tolist() == [[3]] * 5
     assert batch.token_id_BL is None
-    # A process gets its part of the same batch, as long as the whole one is.
+    # A process gets its part of the same batch, padded to the length of the whole batch.
     part = speech.train_batch(5, 0, 3, slice(2, 4))
     for name in ("input_BL", "target_BP", "valid_BL", "count_BP", "domain_B"):
         assert torch.equal(getattr(part, name), getattr(batch, name)[2:4]), name
@@ -89,7 +90,7 @@ def test_batches(speech):
     assert speech.sequence_length == round(np.ceil(speech.audio.train.num_frames_U / 4).mean())
 
 
-def test_training_hides_what_evaluation_shows(folder, tmp_path):
+def test_only_training_is_masked(folder, tmp_path):
     data = AudioDataConfig(path=str(folder))
     plain = Speech.prepare(Speech.Config(data=data, band_masks=0, time_masks=0), tmp_path)
     masked = Speech.prepare(Speech.Config(data=data, band_masks=1, time_masks=0), tmp_path)
@@ -111,10 +112,10 @@ def test_ctc_by_hand(speech):
     paths = math.comb(length + len(text) - repeats, 2 * len(text))
     expected = length * math.log(num_classes) - math.log(paths)
     assert speech.loss(uniform, batch).item() == pytest.approx(expected, rel=1e-5)
-    assert speech.answers(as_path(speech, text, length), batch) == [text]
+    assert speech.transcribe(make_logits(speech, text, length), batch) == [text]
 
 
-def test_a_transcript_that_is_too_long_counts_for_nothing(folder, tmp_path):
+def test_a_transcript_that_is_too_long_has_no_loss(folder, tmp_path):
     config = Speech.Config(data=AudioDataConfig(path=str(folder)), stack=16)
     task = Speech.prepare(config, tmp_path)
     batches = task.eval_batches("train", 1)
@@ -136,15 +137,15 @@ def test_error_rates_by_hand(speech):
     for number, batch in enumerate(batches):
         text = "".join(speech.audio.symbols[c - 1] for c in batch.target_BP[0].tolist())
         answer = text if number else text[:1]  # the first utterance lacks two letters, so its word is wrong
-        output = as_path(speech, answer, batch.input_BL.shape[1])
-        for name, value in speech.sums(output, batch).items():
+        output = make_logits(speech, answer, batch.input_BL.shape[1])
+        for name, value in speech.compute_sums(output, batch).items():
             zeros = torch.zeros(3, dtype=torch.float64)
             totals[name] = totals.get(name, zeros).index_add(0, batch.domain_B, value.double())
-    found = speech.quality(totals)
-    assert found["cer"] == pytest.approx(2 / (3 * len(batches)))
-    assert found["wer"] == pytest.approx(1 / len(batches))
+    quality = speech.compute_quality(totals)
+    assert quality["cer"] == pytest.approx(2 / (3 * len(batches)))
+    assert quality["wer"] == pytest.approx(1 / len(batches))
     wrong = speech.domains[batches[0].domain_B.item()]
-    assert [name for name in speech.domains if found[f"cer/{name}"] > 0] == [wrong]
+    assert [name for name in speech.domains if quality[f"cer/{name}"] > 0] == [wrong]
 
 
 @pytest.mark.parametrize("router", ["dense", "switch", "expert_choice"])
@@ -155,10 +156,10 @@ def test_padding_changes_neither_output_nor_loss(speech, keyword, name, router):
     config = resolve({"task": {"name": name}, "model": cell, "router": router, "layout": {"num_experts": 4}})
     model = initialised_model(config, task).eval()
     torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
-    (whole,) = task.eval_batches("test", 99)
-    assert not whole.valid_BL.all()
-    output_BLV, _ = model(whole, batch_context(whole, training=False, seed=0))
-    loss_BP = task.loss(output_BLV, whole)
+    (batch_of_all,) = task.eval_batches("test", 99)
+    assert not batch_of_all.valid_BL.all()
+    output_BLV, _ = model(batch_of_all, batch_context(batch_of_all, training=False, seed=0))
+    loss_BP = task.loss(output_BLV, batch_of_all)
     for row, batch in enumerate(task.eval_batches("test", 1)):
         length = batch.input_BL.shape[1]
         alone_LV = model(batch, batch_context(batch, training=False, seed=0))[0][0]
@@ -169,7 +170,7 @@ def test_padding_changes_neither_output_nor_loss(speech, keyword, name, router):
         assert torch.allclose(loss_BP[row], task.loss(alone_LV[None], batch)[0], atol=1e-4)
 
 
-def test_what_stands_at_padding_does_not_matter(speech):
+def test_values_at_padding_do_not_matter(speech):
     cell = {"d_model": 16, "num_layers": 2, "num_heads": 2, "ffn_width": 16}
     for router in ("switch", "expert_choice"):
         config = resolve({"task": "speech", "model": cell, "router": router, "layout": {"num_experts": 4}})
@@ -187,21 +188,21 @@ def test_what_stands_at_padding_does_not_matter(speech):
         assert torch.allclose(*losses, atol=1e-4)
 
 
-def test_classes_are_named_by_the_mean_of_valid_positions(keyword):
+def test_classes_are_predicted_from_the_mean_of_valid_positions(keyword):
     assert keyword.audio.symbols == ("a", "b", "c")
     (batch,) = keyword.eval_batches("test", 99)
     assert batch.count_BP is None
     size, length = batch.valid_BL.shape
     output_BLV = torch.zeros(size, length, 3)
     output_BLV[torch.arange(size), 0, batch.target_BP[:, 0]] = 1.0  # one position for the right class
-    output_BLV[~batch.valid_BL] = torch.tensor([50.0, 0.0, -50.0])  # padding shouts
-    assert keyword.sums(output_BLV, batch)["right"].all()
+    output_BLV[~batch.valid_BL] = torch.tensor([50.0, 0.0, -50.0])  # large logits at padding
+    assert keyword.compute_sums(output_BLV, batch)["correct"].all()
     num_valid_B = batch.valid_BL.sum(1)
     # Logits 1/n for the right class, 0 for the two others.
     expected_B = torch.log(torch.exp(1 / num_valid_B) + 2) - 1 / num_valid_B
     assert torch.allclose(keyword.loss(output_BLV, batch)[:, 0], expected_B)
-    sums = {"right": torch.tensor([2.0]), "weight": torch.tensor([3.0]), "nats": torch.tensor([1.5])}
-    quality = keyword.quality(sums)
+    sums = {"correct": torch.tensor([2.0]), "weight": torch.tensor([3.0]), "nats": torch.tensor([1.5])}
+    quality = keyword.compute_quality(sums)
     assert (quality["accuracy"], quality["nats"], quality["accuracy/all"]) == (
         pytest.approx(2 / 3),
         0.5,

@@ -15,7 +15,7 @@ from moebench.models.transformer import init_weights
 from moebench.tasks.images.augment import Augmentation
 from moebench.tasks.images.calibration import NUM_BINS, bin_sums, brier_B, calibration_error
 from moebench.tasks.images.few_shot import FewShotConfig, few_shot_accuracy, ridge_predictions
-from moebench.tasks.images.patches import ClassHead, PatchEmbedding, patches_of
+from moebench.tasks.images.patches import ClassHead, PatchEmbedding, extract_patches
 from moebench.tasks.task import Batch
 from moebench.tasks.vision import Vision
 
@@ -50,8 +50,8 @@ def task_of(pictures: Path, tmp_path: Path, **options: Any) -> Vision:
 
 def test_patches_by_hand() -> None:
     pixel_BHWC = torch.arange(2 * 4 * 4 * 3).view(2, 4, 4, 3)
-    found = patches_of(pixel_BHWC, 2)
-    assert found.shape == (2, 4, 12)
+    patches = extract_patches(pixel_BHWC, 2)
+    assert patches.shape == (2, 4, 12)
     for image in range(2):
         for row in range(2):
             for column in range(2):
@@ -59,7 +59,7 @@ def test_patches_by_hand() -> None:
                     pixel_BHWC[image, 2 * row + y, 2 * column + x, c].item()
                     for y in range(2) for x in range(2) for c in range(3)
                 ]  # fmt: skip
-                assert found[image, 2 * row + column].tolist() == by_hand
+                assert patches[image, 2 * row + column].tolist() == by_hand
 
 
 @pytest.mark.parametrize("with_class_token", [False, True])
@@ -102,7 +102,7 @@ def test_a_training_batch_is_a_function_of_seed_and_step(pictures: Path, tmp_pat
     assert torch.equal(ours.target_BP, again.target_BP)
     for seed, step in ((0, 8), (1, 7)):
         assert not torch.equal(ours.input_BL, task.train_batch(4, seed, step).input_BL)
-    # The parts of several processes are the whole.
+    # The parts of several processes are the full.
     parts = [task.train_batch(4, 0, 7, slice(start, start + 2)) for start in (0, 2)]
     assert torch.equal(torch.cat([part.input_BL for part in parts]), ours.input_BL)
     # The draws move pictures: with none allowed the batch is another, and then the same in every epoch but for order.
@@ -112,7 +112,7 @@ def test_a_training_batch_is_a_function_of_seed_and_step(pictures: Path, tmp_pat
 
 
 def test_draws_cover_all_shifts_evenly_and_mirror_half() -> None:
-    drawn = Augmentation.drawn(20000, 2, 0, 0)
+    drawn = Augmentation.draw(20000, 2, 0, 0)
     shares = np.bincount(drawn.shift_B2.reshape(-1) + 2, minlength=5) / 40000
     assert np.abs(shares - 0.2).max() < 0.01  # five SD of a share are 0.01
     assert abs(drawn.mirrored_B.mean() - 0.5) < 0.02
@@ -153,11 +153,11 @@ def test_metrics_by_hand(pictures: Path, tmp_path: Path) -> None:
     zeros_B = torch.zeros(3, dtype=torch.int64)
     batch = Batch(input_BL=torch.zeros(3, 4, 16), target_BP=target_BP, weight_BP=target_BP * 0 + 1, domain_B=zeros_B)
     sums = {name: value.double().sum(0, keepdim=True) for name, value in task.compute_sums(logits, batch).items()}
-    found = task.compute_quality(sums)
-    assert found["accuracy"] == found["accuracy/all"] == pytest.approx(2 / 3)
+    quality = task.compute_quality(sums)
+    assert quality["accuracy"] == quality["accuracy/all"] == pytest.approx(2 / 3)
     nats = -logits.log_softmax(-1)[torch.arange(3), target_BP[:, 0]].mean().item()
-    assert found["nats"] == pytest.approx(nats, rel=1e-6)
-    assert {name: value for name, value in found.items() if name.startswith("class_")} == {
+    assert quality["nats"] == pytest.approx(nats, rel=1e-6)
+    assert {name: value for name, value in quality.items() if name.startswith("class_")} == {
         "class_accuracy/class0": 1, "class_accuracy/class2": 1, "class_accuracy/class3": 0,
     }  # fmt: skip
     assert task.loss(logits, batch).mean().item() == pytest.approx(nats, rel=1e-6)
@@ -170,21 +170,21 @@ def test_smoothing_is_in_the_loss_and_not_in_the_metric(pictures: Path, tmp_path
     log_BC, target_B = output.log_softmax(-1), batch.target_BP[:, 0]
     by_hand_B = -(0.8 * log_BC[torch.arange(4), target_B] + 0.2 * log_BC.mean(-1))
     torch.testing.assert_close(task.loss(output, batch)[:, 0], by_hand_B)
-    assert torch.equal(task.compute_sums(output, batch)["nats"], plain.sums(output, batch)["nats"])
+    assert torch.equal(task.compute_sums(output, batch)["nats"], plain.compute_sums(output, batch)["nats"])
 
 
 def test_held_out_classes_are_nowhere_in_training_and_evaluation(pictures: Path, tmp_path: Path) -> None:
     options = {"data": {"held_out_classes": [1, 3]}, "few_shot": {"shots": [1, 2], "draws": 2}}
-    task, whole = task_of(pictures, tmp_path, **options), task_of(pictures, tmp_path)
+    task, full = task_of(pictures, tmp_path, **options), task_of(pictures, tmp_path)
     assert task.class_of_K.tolist() == [0, 2]
     assert task.build_head(8).linear.out_features == 2
     seen = {target for step in range(20) for target in task.train_batch(4, 0, step).target_BP[:, 0].tolist()}
     assert seen == {0, 1}  # outputs of the head, for classes 0 and 2
     for split in ("validation", "test"):
         ours = sum(len(batch.domain_B) for batch in task.eval_batches(split, 3))
-        assert ours * 2 == sum(len(batch.domain_B) for batch in whole.eval_batches(split, 3))
-    assert task.eval_digest != whole.eval_digest
-    assert task.digest != whole.digest
+        assert ours * 2 == sum(len(batch.domain_B) for batch in full.eval_batches(split, 3))
+    assert task.eval_digest != full.eval_digest
+    assert task.digest != full.digest
     for wrong, words in (([4], "from 0 to 3"), ([0, 1, 2], "at least two")):
         with pytest.raises(UsageError, match=rf"task\.data\.held_out_classes .*{words}"):
             task_of(pictures, tmp_path, data={"held_out_classes": wrong})
@@ -213,8 +213,8 @@ def test_the_probe_tells_classes_that_lie_apart() -> None:
     support_CND = centre_CD[:, None] + torch.randn(3, 10, 6, generator=draw)
     label_Q = torch.arange(3).repeat(50)
     x_QD = centre_CD[label_Q] + torch.randn(150, 6, generator=draw)
-    found = few_shot_accuracy(support_CND, x_QD, label_Q, FewShotConfig(shots=[1, 5], draws=2))
-    assert found["few_shot/5"] > 0.95
+    accuracy = few_shot_accuracy(support_CND, x_QD, label_Q, FewShotConfig(shots=[1, 5], draws=2))
+    assert accuracy["few_shot/5"] > 0.95
     shuffled = few_shot_accuracy(support_CND, x_QD, label_Q.roll(1), FewShotConfig(shots=[5], draws=2))
     assert shuffled["few_shot/5"] < 0.1
     same = few_shot_accuracy(torch.ones(3, 4, 6), x_QD, label_Q, FewShotConfig(shots=[2], draws=2))

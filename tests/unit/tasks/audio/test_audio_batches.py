@@ -6,9 +6,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebench.tasks.audio.batches import Masking, evaluation_indices, hidden, joined, padded_symbols, train_indices
+from moebench.tasks.audio.batches import (
+    Masking,
+    draw_masks,
+    evaluation_indices,
+    pad_symbols,
+    stack_frames,
+    train_indices,
+)
 from moebench.tasks.audio.utterances import Utterances
-from moebench.tasks.text.splits import groups_of
+from moebench.tasks.text.splits import merge_groups
 
 
 def utterances(num_frames: list[int], domains: list[int] | None = None) -> Utterances:
@@ -58,42 +65,42 @@ def test_an_evaluation_takes_evenly_spaced_utterances_of_each_domain():
 
 def test_joined_frames_by_hand():
     frames_BNM = torch.arange(1.0, 5.0).view(1, 4, 1)
-    assert joined(frames_BNM, 2, 0).tolist() == [[[1, 2], [3, 4]]]
-    assert joined(frames_BNM, 2, 1).tolist() == [[[0, 1, 2, 3], [2, 3, 4, 0]]]
+    assert stack_frames(frames_BNM, 2, 0).tolist() == [[[1, 2], [3, 4]]]
+    assert stack_frames(frames_BNM, 2, 1).tolist() == [[[0, 1, 2, 3], [2, 3, 4, 0]]]
     # The bands of a frame stay side by side.
-    assert joined(torch.arange(4.0).view(1, 2, 2), 2, 0).tolist() == [[[0, 1, 2, 3]]]
+    assert stack_frames(torch.arange(4.0).view(1, 2, 2), 2, 0).tolist() == [[[0, 1, 2, 3]]]
 
 
 def test_symbols_are_padded_with_zeros():
     part = replace(utterances([1, 1]), symbols_N=np.array([0, 4, 2]), symbol_start_U1=np.array([0, 1, 3]))
-    assert padded_symbols(part, np.array([1, 0])).tolist() == [[5, 3], [1, 0]]
+    assert pad_symbols(part, np.array([1, 0])).tolist() == [[5, 3], [1, 0]]
 
 
 def test_masks_are_no_longer_than_they_may_be():
     num_frames_B = np.array([100, 10, 4] * 100)
-    masking = Masking(num_bands=1, mels=3, num_times=1, frames=15)
-    found_BNM = hidden(num_frames_B, 100, 8, masking, (0, 1))
+    masking = Masking(num_band_masks=1, max_bands=3, num_time_masks=1, max_frames=15)
+    found_BNM = draw_masks(num_frames_B, 100, 8, masking, (0, 1))
     time_BN, band_BM = found_BNM.all(2), found_BNM.all(1)
     widths = time_BN.sum(1).reshape(100, 3).max(0)
     assert widths.tolist() == [15, 2, 0]  # at most 15, and a fifth of 100, 10, 4
     assert not time_BN[num_frames_B == 10, 10:].any()
     assert set(band_BM.sum(1)) == {0, 1, 2, 3}
-    assert (hidden(num_frames_B, 100, 8, masking, (0, 1)) == found_BNM).all()
-    assert (hidden(num_frames_B, 100, 8, masking, (0, 2)) != found_BNM).any()
-    assert not hidden(num_frames_B, 100, 8, replace(masking, num_bands=0, num_times=0), (0, 1)).any()
+    assert (draw_masks(num_frames_B, 100, 8, masking, (0, 1)) == found_BNM).all()
+    assert (draw_masks(num_frames_B, 100, 8, masking, (0, 2)) != found_BNM).any()
+    assert not draw_masks(num_frames_B, 100, 8, replace(masking, num_band_masks=0, num_time_masks=0), (0, 1)).any()
 
 
 def test_equal_texts_unite_groups():
     heard = [("a", "yes"), ("b", "no"), ("c", "yes"), ("b", "stop"), ("d", "stop"), ("e", "go")]
-    names = groups_of(heard)
+    names = merge_groups(heard)
     assert names[0] == names[2]  # "yes"
     assert names[1] == names[3] == names[4]  # b says "no" and "stop", d says "stop"
     assert len(set(names)) == 3
-    assert groups_of([("x", "x"), ("y", "y")]) == ["x", "y"]
+    assert merge_groups([("x", "x"), ("y", "y")]) == ["x", "y"]
 
 
 @pytest.mark.parametrize("step", [0, 3, 7])
 def test_few_utterances_fill_a_large_batch(step):
-    found = train_indices(utterances([5, 6, 7]), 8, 0, step)
-    assert len(found) == 8
-    assert np.bincount(found).max() - np.bincount(found).min() <= 2
+    index_B = train_indices(utterances([5, 6, 7]), 8, 0, step)
+    assert len(index_B) == 8
+    assert np.bincount(index_B).max() - np.bincount(index_B).min() <= 2

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-from support.sounds import encoded, tone
+from support.sounds import encode_wav, tone
 
 from moebench.errors import UsageError
 from moebench.tasks.audio.clips import AudioDataConfig, load_clips, source_digest
@@ -19,7 +19,7 @@ from moebench.tasks.audio.utterances import prepare
 
 def write_parquet(path: Path, number: int = 6, **columns: list[object]) -> str:
     rows = {
-        "audio": [{"bytes": encoded(tone(300 + 50 * i)), "path": f"{i}.wav"} for i in range(number)],
+        "audio": [{"bytes": encode_wav(tone(300 + 50 * i)), "path": f"{i}.wav"} for i in range(number)],
         "text": [f"text {'abcdefghijkl'[i]}" for i in range(number)],
         "language": ["xy"[i % 2] for i in range(number)],
     }
@@ -47,7 +47,7 @@ def test_the_pack_has_five_languages_and_cuts_the_codecs_padding():
     ],
 )
 def test_every_format_and_rate_gives_the_same_tone(rate, options):
-    samples = decode(encoded(tone(440, rate=rate), rate, **options), 8000, 0.5)
+    samples = decode(encode_wav(tone(440, rate=rate), rate, **options), 8000, 0.5)
     assert samples.dtype == np.float32
     assert abs(len(samples) - 4000) <= 1
     spectrum = np.abs(np.fft.rfft(samples * np.hanning(len(samples))))
@@ -58,20 +58,20 @@ def test_every_format_and_rate_gives_the_same_tone(rate, options):
 
 def test_stereo_becomes_the_mean_of_its_channels():
     both = np.stack([tone(440), np.zeros(4000)], axis=1)
-    assert decode(encoded(both), 8000) == pytest.approx(tone(440) / 2, abs=1e-4)
+    assert decode(encode_wav(both), 8000) == pytest.approx(tone(440) / 2, abs=1e-4)
 
 
 def test_what_is_no_sound_says_why(tmp_path):
     with pytest.raises(BrokenAudioError, match="no such file"):
         decode(tmp_path / "gone.wav", 8000)
     with pytest.raises(BrokenAudioError, match="no samples"):
-        decode(encoded(np.zeros(0)), 8000)
+        decode(encode_wav(np.zeros(0)), 8000)
     with pytest.raises(BrokenAudioError, match="no audio"):
         decode(None, 8000)
     with pytest.raises(BrokenAudioError) as caught:
         decode(b"RIFF no sound", 8000)
     assert "\n" not in str(caught.value)
-    not_numbers = encoded(np.full(100, np.nan, dtype=np.float32), subtype="FLOAT")
+    not_numbers = encode_wav(np.full(100, np.nan, dtype=np.float32), subtype="FLOAT")
     with pytest.raises(BrokenAudioError, match="not numbers"):
         decode(not_numbers, 8000)
 
@@ -89,8 +89,8 @@ def test_other_columns_of_a_parquet_file(tmp_path):
         domain_column="accent",
         group_column="who",
     )
-    found = [(c.target, c.domain, c.group) for c in load_clips(config, "transcript")]
-    assert found == [("one", "a", "group/7"), ("two", "b", "group/8"), ("three", "a", "group/7")]
+    clips = [(c.target, c.domain, c.group) for c in load_clips(config, "transcript")]
+    assert clips == [("one", "a", "group/7"), ("two", "b", "group/8"), ("three", "a", "group/7")]
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
@@ -125,7 +125,7 @@ def test_a_folder_with_a_text_beside_each_file(tmp_path):
     with pytest.raises(UsageError, match=r"'b/two\.ogg' has no transcript; give 'two\.txt' beside it"):
         list(load_clips(config, "transcript"))
     soundfile.write(tmp_path / "loose.wav", tone(440), 8000)
-    with pytest.raises(UsageError, match=r"'loose\.wav' lies in no folder that names its class"):
+    with pytest.raises(UsageError, match=r"'loose\.wav' is in no folder that names its class"):
         list(load_clips(config, "label"))
 
 
@@ -154,7 +154,7 @@ def test_wrong_columns_are_answered_with_those_that_exist(tmp_path, options, wor
         ({"path": "a", "dataset": "b"}, ["task.data.path", "task.data.dataset"]),
         ({"split": "test"}, ["task.data.split", "'test'", "task.data.dataset"]),
         ({"target_column": ""}, ["task.data.target_column"]),
-        ({"sample_rate": 100}, ["task.data.sample_rate", "4000 to 192000", "100"]),
+        ({"sample_rate": 100}, ["task.data.sample_rate", "between 4000 and 192000", "100"]),
         ({"num_mels": 2}, ["task.data.num_mels", "2"]),
         ({"max_seconds": 0.0}, ["task.data.max_seconds"]),
     ],
@@ -166,46 +166,48 @@ def test_meaningless_configurations_are_refused(options, words):
 
 
 def test_bad_sources_are_named(tmp_path):
-    def refused(path: Path, match: str) -> None:
+    def assert_refused(path: Path, match: str) -> None:
         with pytest.raises(UsageError, match=match):
             list(load_clips(AudioDataConfig(path=str(path)), "transcript"))
 
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
-    refused(tmp_path / "bad.parquet", "'bad.parquet' cannot be read .*; give task.data.path=... a whole file")
-    refused(tmp_path / "bad.parqet", "does not exist. Did you mean 'bad.parquet'")
+    assert_refused(
+        tmp_path / "bad.parquet", "'bad.parquet' cannot be read .*; give a complete file with task.data.path"
+    )
+    assert_refused(tmp_path / "bad.parqet", "does not exist. Did you mean 'bad.parquet'")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", r"holds no file that ends in \.parquet, \.csv, \.jsonl, \.wav, \.flac, \.ogg")
+    assert_refused(tmp_path / "empty", r"has no file that ends in \.parquet, \.csv, \.jsonl, \.wav, \.flac, \.ogg")
     (tmp_path / "empty" / "a.csv").write_text("path,text\n")
-    refused(tmp_path / "empty", "'a.csv' has no rows")
-    with pytest.raises(UsageError, match="moebench carries no labelled audio"):
+    assert_refused(tmp_path / "empty", "'a.csv' has no rows")
+    with pytest.raises(UsageError, match="no embedded labelled audio"):
         list(load_clips(AudioDataConfig(), "label"))
 
 
 def test_broken_files_end_the_preparation_or_are_counted(tmp_path, capsys):
-    audio = [{"bytes": encoded(tone(300 + 50 * i)), "path": f"{i}.wav"} for i in range(8)]
+    audio = [{"bytes": encode_wav(tone(300 + 50 * i)), "path": f"{i}.wav"} for i in range(8)]
     audio[2] = {"bytes": b"RIFF broken", "path": "2.wav"}
-    audio[5] = {"bytes": encoded(np.zeros(0)), "path": "5.wav"}
+    audio[5] = {"bytes": encode_wav(np.zeros(0)), "path": "5.wav"}
     path = write_parquet(tmp_path / "a.parquet", 8, audio=audio)
     with pytest.raises(UsageError, match=r"a\.parquet, row 2 \(2\.wav\) cannot be used .*task\.data\.skip_broken=true"):
         prepare(AudioDataConfig(path=path, domain_column=None), tmp_path / "cache", "transcript")
-    found = prepare(AudioDataConfig(path=path, domain_column=None, skip_broken=True), tmp_path / "cache", "transcript")
-    assert found.left_out == {"broken": 2}
+    audio = prepare(AudioDataConfig(path=path, domain_column=None, skip_broken=True), tmp_path / "cache", "transcript")
+    assert audio.left_out == {"broken": 2}
     assert capsys.readouterr().err == "task.data: of 8 clips left out: 2 broken\n"
 
 
 def test_digits_long_clips_and_empty_transcripts_are_left_out_and_counted(tmp_path):
-    audio = [{"bytes": encoded(tone(300, 0.3 if i else 2.0)), "path": None} for i in range(8)]
+    audio = [{"bytes": encode_wav(tone(300, 0.3 if i else 2.0)), "path": None} for i in range(8)]
     texts = ["long", "call 911", "[beep]", *"abcde"]
     path = write_parquet(tmp_path / "a.parquet", 8, audio=audio, text=texts, language=["z"] * 8)
-    found = prepare(AudioDataConfig(path=path, max_seconds=1.0), tmp_path / "cache", "transcript")
-    assert found.left_out == {
+    audio = prepare(AudioDataConfig(path=path, max_seconds=1.0), tmp_path / "cache", "transcript")
+    assert audio.left_out == {
         "longer than 1 s": 1,
         "with digits in the transcript": 1,
         "without a transcript": 1,
     }
     kept = prepare(AudioDataConfig(path=path, max_seconds=1.0, digits="keep"), tmp_path / "cache", "transcript")
     assert "with digits in the transcript" not in kept.left_out
-    with pytest.raises(UsageError, match=r"gives no clips to train on \(8 longer than 0\.1 s\)"):
+    with pytest.raises(UsageError, match=r"has no clips to train on \(8 longer than 0\.1 s\)"):
         prepare(AudioDataConfig(path=path, max_seconds=0.1, digits="keep"), tmp_path / "cache", "label")
 
 

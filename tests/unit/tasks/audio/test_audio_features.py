@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from moebench.tasks.audio.features import log_mel, mel_filters, normalised
+from moebench.tasks.audio.features import log_mel, mel_filters, normalise_bands
 
 
 def mel(hz: float) -> float:
@@ -19,11 +19,11 @@ def sine(hz: float, rate: int, seconds: float = 0.5) -> np.ndarray:
 @pytest.mark.parametrize("hz", [250, 1000, 3000])
 def test_a_sine_has_its_peak_in_the_band_around_its_frequency(rate, hz):
     num_mels = 40
-    found = int(log_mel(sine(hz, rate), rate, num_mels).mean(0).argmax())
+    band = int(log_mel(sine(hz, rate), rate, num_mels).mean(0).argmax())
     lowest, highest = mel(20), mel(rate / 2)
     # Band b has its peak b + 1 steps of (highest - lowest) / 41 above the lowest edge.
     expected = (mel(hz) - lowest) / ((highest - lowest) / (num_mels + 1)) - 1
-    assert abs(found - expected) <= 1
+    assert abs(band - expected) <= 1
 
 
 def test_frames_are_10_ms_apart_and_begin_with_the_sound():
@@ -49,8 +49,8 @@ def test_filters_are_triangles_that_reach_from_peak_to_peak():
 
 def test_loudness_does_not_matter_once_normalised():
     samples = np.random.default_rng(0).normal(size=4000).astype(np.float32)
-    frames_NM = normalised(log_mel(samples, 8000, 40))
+    frames_NM = normalise_bands(log_mel(samples, 8000, 40))
     assert frames_NM.mean(0).abs().max() < 1e-5
     assert torch.allclose(frames_NM.std(0, unbiased=False), torch.ones(40), atol=5e-3)
-    assert torch.allclose(frames_NM, normalised(log_mel(3 * samples, 8000, 40)), atol=1e-3)
-    assert normalised(torch.ones(1, 40)).abs().max() == 0  # a single frame
+    assert torch.allclose(frames_NM, normalise_bands(log_mel(3 * samples, 8000, 40)), atol=1e-3)
+    assert normalise_bands(torch.ones(1, 40)).abs().max() == 0  # a single frame

@@ -1,4 +1,4 @@
-"""Recordings of domains that are held out of training: where they are, and what is refused."""
+"""Recordings of domains that are held out of training: splits and invalid configurations."""
 
 from pathlib import Path
 
@@ -8,7 +8,8 @@ from support.task_data import WORDS, write_words
 from moebench.config import resolve
 from moebench.errors import UsageError
 from moebench.tasks.audio.clips import AudioDataConfig, source_digest
-from moebench.tasks.speech import Keyword, Speech
+from moebench.tasks.keyword import Keyword
+from moebench.tasks.speech import Speech
 from moebench.training.evaluation import evaluate
 from moebench.training.model import initialised_model
 
@@ -24,7 +25,7 @@ def speech(folder, tmp_path_factory) -> Speech:
     return Speech.prepare(config, tmp_path_factory.mktemp("cache"))
 
 
-def said(task: Speech, split: str) -> list[str]:
+def read_transcripts(task: Speech, split: str) -> list[str]:
     part = getattr(task.audio, split)
     return ["".join(task.audio.symbols[s] for s in part.symbols(i)) for i in range(len(part.domain_U))]
 
@@ -33,9 +34,9 @@ def test_training_and_validation_have_none_of_it_and_the_test_has_all(speech, fo
     assert (speech.domains, speech.num_held_out) == (("a", "c", "b"), 1)
     plain = Speech.prepare(Speech.Config(data=AudioDataConfig(path=str(folder))), tmp_path)
     for split in ("train", "validation"):
-        assert said(speech, split) == [word for word in said(plain, split) if word[0] != "b"]
-    assert said(speech, "test") == said(plain, "test")
-    assert {word[0] for word in said(speech, "test")} == {"a", "b", "c"}
+        assert read_transcripts(speech, split) == [word for word in read_transcripts(plain, split) if word[0] != "b"]
+    assert read_transcripts(speech, "test") == read_transcripts(plain, "test")
+    assert {word[0] for word in read_transcripts(speech, "test")} == {"a", "b", "c"}
     kinds = [set((batch.domain_B < 2).tolist()) for batch in speech.eval_batches("test", 2)]
     assert kinds == sorted(kinds, key=lambda kind: False in kind)
     assert all(len(kind) == 1 for kind in kinds)
@@ -47,13 +48,13 @@ def test_the_error_rate_is_of_the_trained_domains(speech):
     batches = speech.eval_batches("test", 2)
     inside = sum(int(batch.domain_B.max() < 2) for batch in batches)
     model = initialised_model(config, speech)
-    whole, known, others = (
+    full, known, others = (
         evaluate(model, speech, part, 0, "cpu") for part in (batches, batches[:inside], batches[inside:])
     )
     for metric in ("cer", "wer", "nats"):
-        assert whole.quality[metric] == pytest.approx(known.quality[metric], rel=1e-12)
-        assert whole.quality[f"{metric}/out_of_domain"] == pytest.approx(others.quality[f"{metric}/b"], rel=1e-12)
-    assert whole.load == known.load | others.load
+        assert full.quality[metric] == pytest.approx(known.quality[metric], rel=1e-12)
+        assert full.quality[f"{metric}/out_of_domain"] == pytest.approx(others.quality[f"{metric}/b"], rel=1e-12)
+    assert full.load == known.load | others.load
 
 
 def test_what_cannot_be_held_out_is_refused(folder, tmp_path):
@@ -71,5 +72,5 @@ def test_what_cannot_be_held_out_is_refused(folder, tmp_path):
 
 
 def test_the_cache_knows_what_is_held_out(folder):
-    found = [source_digest(AudioDataConfig(path=str(folder), held_out_domains=d), "transcript") for d in ([], ["a"])]
-    assert found[0] != found[1]
+    digests = [source_digest(AudioDataConfig(path=str(folder), held_out_domains=d), "transcript") for d in ([], ["a"])]
+    assert digests[0] != digests[1]

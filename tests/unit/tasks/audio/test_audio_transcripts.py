@@ -2,11 +2,18 @@ import random
 
 import pytest
 
-from moebench.tasks.audio.transcripts import UNKNOWN, alphabet, character_errors, collapsed, normalise, word_errors
+from moebench.tasks.audio.transcripts import (
+    UNKNOWN,
+    build_alphabet,
+    collapse_path,
+    count_character_errors,
+    count_word_errors,
+    normalise,
+)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("Please  enter, the NUMBER.", "please enter the number"),
         ("It's the caller's 'own'", "it's the caller's own"),
@@ -18,31 +25,31 @@ from moebench.tasks.audio.transcripts import UNKNOWN, alphabet, character_errors
         ("...", ""),
     ],
 )
-def test_normalise(text, said):
-    assert normalise(text) == said
+def test_normalise(text, expected):
+    assert normalise(text) == expected
 
 
 def test_alphabet_leads_with_the_unknown():
-    assert alphabet(["ab", "ca "]) == [UNKNOWN, " ", "a", "b", "c"]
+    assert build_alphabet(["ab", "ca "]) == [UNKNOWN, " ", "a", "b", "c"]
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "expected"),
     [([0, 1, 1, 0, 1, 2, 2], [1, 1, 2]), ([1, 1, 1], [1]), ([0, 0], []), ([3, 0, 3], [3, 3]), ([], [])],
 )
-def test_a_path_is_collapsed_as_ctc_says(path, said):
-    assert collapsed(path) == said
+def test_a_path_is_collapsed_as_in_ctc(path, expected):
+    assert collapse_path(path) == expected
 
 
 def test_character_errors_by_hand():
     # kitten -> sitting: k/s, e/i, +g; an empty answer lacks all characters.
-    assert character_errors(["kitten", "", "same", "xsame"], ["sitting", "abc", "same", "same"]) == [3, 3, 0, 1]
+    assert count_character_errors(["kitten", "", "same", "xsame"], ["sitting", "abc", "same", "same"]) == [3, 3, 0, 1]
 
 
 def test_word_errors_by_hand():
     # "a cat sat" for "the cat sat down": one word replaced, one missing. "dog cat": both replaced.
     answers, texts = ["a cat sat", "dog cat", ""], ["the cat sat down", "cat dog", "one two"]
-    assert word_errors(answers, texts) == [2, 2, 2]
+    assert count_word_errors(answers, texts) == [2, 2, 2]
 
 
 def test_errors_over_a_set_are_those_of_torchmetrics():
@@ -53,7 +60,7 @@ def test_errors_over_a_set_are_those_of_torchmetrics():
     texts, answers = ([" ".join(draw.choices(words, k=draw.randint(1, 6))) for _ in range(40)] for _ in range(2))
     answers[3] = ""
     num_characters, num_words = sum(map(len, texts)), sum(len(text.split()) for text in texts)
-    assert sum(character_errors(answers, texts)) / num_characters == pytest.approx(
+    assert sum(count_character_errors(answers, texts)) / num_characters == pytest.approx(
         float(char_error_rate(answers, texts))
     )
-    assert sum(word_errors(answers, texts)) / num_words == pytest.approx(float(word_error_rate(answers, texts)))
+    assert sum(count_word_errors(answers, texts)) / num_words == pytest.approx(float(word_error_rate(answers, texts)))

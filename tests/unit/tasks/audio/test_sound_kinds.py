@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 from scipy.signal import resample_poly
-from support.sounds import encoded, tone
+from support.sounds import encode_wav, tone
 
 from moebench.errors import UsageError
 from moebench.tasks.audio.clips import AudioDataConfig, Target, load_clips, source_digest
@@ -39,23 +39,23 @@ KINDS = [
 @pytest.mark.parametrize(("rate", "kind", "subtype"), KINDS)
 def test_a_tone_keeps_its_pitch_its_length_and_its_loudness(rate: int, kind: str, subtype: str, channels: int) -> None:
     samples = np.repeat(tone(440, 1.0, rate)[:, None], channels, 1)
-    found = decode(encoded(samples, rate, format=kind, subtype=subtype), 8000)
-    assert abs(len(found) - 8000) <= (400 if kind == "MP3" else 1)  # MP3 is made of blocks
-    middle = found[2000:6000]
+    samples_S = decode(encode_wav(samples, rate, format=kind, subtype=subtype), 8000)
+    assert abs(len(samples_S) - 8000) <= (400 if kind == "MP3" else 1)  # MP3 is made of blocks
+    middle = samples_S[2000:6000]
     spectrum = np.abs(np.fft.rfft(middle * np.hanning(4000)))
     assert abs(int(spectrum.argmax()) - 220) <= 1  # 2 Hz from bin to bin
     assert np.abs(middle).max() == pytest.approx(0.5, abs=0.04)
 
 
 def test_what_lies_above_half_the_rate_does_not_come_back_as_another_pitch() -> None:
-    high = decode(encoded(tone(5000, 0.5, 16000), 16000), 8000)
+    high = decode(encode_wav(tone(5000, 0.5, 16000), 16000), 8000)
     assert np.abs(high[200:-200]).max() < 0.01  # cut without a filter it would sound at 3,000 Hz
     expected = resample_poly(tone(440, 0.5, 44100).astype(np.float32), 80, 441)
-    assert np.abs(decode(encoded(tone(440, 0.5, 44100), 44100, subtype="FLOAT"), 8000) - expected).max() < 1e-6
+    assert np.abs(decode(encode_wav(tone(440, 0.5, 44100), 44100, subtype="FLOAT"), 8000) - expected).max() < 1e-6
 
 
 def test_of_a_long_recording_no_more_is_read_than_shows_that_it_is_long() -> None:
-    long = encoded(np.zeros(8000 * 100), subtype="PCM_16")
+    long = encode_wav(np.zeros(8000 * 100), subtype="PCM_16")
     assert len(decode(long, 8000)) == 800_000
     assert len(decode(long, 8000, longest_s=6)) == 7 * 8000
     assert len(decode(long, 8000, 2.0, longest_s=6)) == 2 * 8000
@@ -94,9 +94,9 @@ def test_more_bands_than_a_rate_can_tell_apart_are_refused() -> None:
 BROKEN: dict[str, tuple[Any, str]] = {
     "null": (None, "no audio"),
     "empty": (b"", "no audio"),
-    "torn": (encoded(tone(440), format="FLAC")[:30], ""),
+    "torn": (encode_wav(tone(440), format="FLAC")[:30], ""),
     "picture": (b"\x89PNG\r\n\x1a\n" + bytes(100), "not recognised|unknown"),
-    "no samples": (encoded(np.zeros(0)), "no samples"),
+    "no samples": (encode_wav(np.zeros(0)), "no samples"),
     "numbers": ([0.0, 0.1], "no audio"),
 }
 
@@ -114,7 +114,7 @@ def test_a_broken_recording_is_named_or_counted(
         with pytest.raises(UsageError, match=r"a\.parquet, row 0 cannot be used \(no audio\)"):
             prepare(AudioDataConfig(path=str(tmp_path / "a.parquet")), tmp_path / "cache", target)
         return
-    cells = [encoded(tone(300 + 20 * i)) for i in range(12)] + [audio]
+    cells = [encode_wav(tone(300 + 20 * i)) for i in range(12)] + [audio]
     texts = [f"text {'abcdefghijkl'[i]}" if target == "transcript" else "ab"[i % 2] for i in range(12)] + ["a"]
     pq.write_table(pa.table({"audio": cells, "text": texts}), tmp_path / "a.parquet")
     with pytest.raises(UsageError, match=r"a\.parquet, row 12 cannot be used \(.*skip_broken=true$") as caught:
@@ -123,8 +123,8 @@ def test_a_broken_recording_is_named_or_counted(
     if words:
         with pytest.raises(UsageError, match=words):
             raise caught.value
-    found = prepare(AudioDataConfig(path=str(tmp_path / "a.parquet"), skip_broken=True), tmp_path / "cache", target)
-    assert found.left_out == {"broken": 1}
+    audio = prepare(AudioDataConfig(path=str(tmp_path / "a.parquet"), skip_broken=True), tmp_path / "cache", target)
+    assert audio.left_out == {"broken": 1}
     assert capsys.readouterr().err == "task.data: of 13 clips left out: 1 broken\n"
 
 
@@ -135,7 +135,7 @@ def test_a_name_that_is_no_name_is_a_broken_recording(tmp_path: Path) -> None:
 
 
 def test_one_sample_is_a_recording() -> None:
-    assert log_mel(decode(encoded(np.ones(1), 44100), 8000), 8000, 40).shape == (1, 40)
+    assert log_mel(decode(encode_wav(np.ones(1), 44100), 8000), 8000, 40).shape == (1, 40)
 
 
 def write(root: Path, *names: str, first: int = 0) -> None:
@@ -197,7 +197,7 @@ def test_three_parts_stay_what_they_are(tmp_path: Path, target: Target) -> None:
 def test_tables_of_two_parts_stay_apart_and_the_third_is_taken_from_the_first(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     for part, number, hz in (("train-0", 20, 300), ("test-0", 4, 1000)):
-        cells = [encoded(tone(hz + 20 * i)) for i in range(number)]
+        cells = [encode_wav(tone(hz + 20 * i)) for i in range(number)]
         table = pa.table({"audio": cells, "text": [f"{part[:2]} {chr(97 + i)}" for i in range(number)]})
         pq.write_table(table, tmp_path / "set" / f"{part}.parquet")
     audio = of(tmp_path / "set")
@@ -213,15 +213,15 @@ def test_equal_recordings_of_a_class_are_on_one_side(tmp_path: Path, capsys: pyt
     held = [{part.frames(i).tobytes() for i in range(len(part.domain_U))} for part in parts]
     assert sum(map(len, held)) == 12  # different ones: none in two splits
     assert sum(sizes(audio)) == 36
-    assert "trained on too" not in capsys.readouterr().err
+    assert "also in the training split" not in capsys.readouterr().err
 
 
-def test_a_test_set_that_is_trained_on_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_test_set_that_is_trained_on_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "set" / "train", *(f"{i}.wav" for i in range(5)))
     write(tmp_path / "set" / "val", "a.wav", first=6)
     write(tmp_path / "set" / "test", "a.wav", "b.wav", first=4)
     of(tmp_path / "set")
-    assert capsys.readouterr().err == "task.data: 1 of 2 test clips are trained on too, sample for sample\n"
+    assert capsys.readouterr().err == "task.data: 1 of 2 test clips are also in the training split, sample for sample\n"
 
 
 CELLS: dict[str, tuple[dict[str, list[Any]], dict[str, Any], str]] = {
@@ -239,7 +239,7 @@ CELLS: dict[str, tuple[dict[str, list[Any]], dict[str, Any], str]] = {
 @pytest.mark.parametrize("kind", CELLS)
 def test_cells_of_the_wrong_type_are_refused_in_one_line(tmp_path: Path, kind: str) -> None:
     columns, options, words = CELLS[kind]
-    rows = {"audio": [encoded(tone(300 + 20 * i)) for i in range(4)], "text": [*"abcd"]} | columns
+    rows = {"audio": [encode_wav(tone(300 + 20 * i)) for i in range(4)], "text": [*"abcd"]} | columns
     pq.write_table(pa.table(rows), tmp_path / "a.parquet")
     with pytest.raises(UsageError) as caught:
         of(tmp_path / "a.parquet", **options)

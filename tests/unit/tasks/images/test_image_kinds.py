@@ -14,13 +14,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from moebench.errors import UsageError
-from moebench.tasks.images.config import ImageDataConfig
-from moebench.tasks.images.prepared import PreparedImages, divide, pixels_of, prepare
+from moebench.tasks.images.prepared import PreparedImages, decode_image, prepare, split_images
+from moebench.tasks.images.sources import ImageDataConfig
 
 HALF = np.array([[40, 200]], dtype=np.uint8).repeat(8, 0).repeat(4, 1)  # 8 x 8: dark on the left
 
 
-def saved(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+def encode(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
     picture.save(file, kind, **options)
     return file.getvalue()
@@ -30,11 +30,11 @@ def grey() -> Image.Image:
     return Image.fromarray(HALF)
 
 
-def turned() -> bytes:
+def rotated_by_exif() -> bytes:
     """Dark at the top in the file; the camera says that the right side of the file is at the top."""
     exif = Image.Exif()
     exif[0x0112] = 8  # to be turned by 90 degrees, counter-clockwise: what is on top goes to the left
-    return saved(grey().transpose(Image.Transpose.ROTATE_270), "JPEG", exif=exif, quality=95)
+    return encode(grey().transpose(Image.Transpose.ROTATE_270), "JPEG", exif=exif, quality=95)
 
 
 def palette() -> Image.Image:
@@ -51,27 +51,27 @@ def with_alpha(mode: str) -> Image.Image:
 
 
 def animation() -> bytes:
-    return saved(grey(), "GIF", save_all=True, append_images=[Image.new("L", (8, 8), 255)])
+    return encode(grey(), "GIF", save_all=True, append_images=[Image.new("L", (8, 8), 255)])
 
 
 KINDS: dict[str, Callable[[], bytes]] = {
-    "grey": lambda: saved(grey()),
-    "rgb": lambda: saved(grey().convert("RGB")),
-    "two colours": lambda: saved(Image.fromarray(HALF > 100)),
-    "palette": lambda: saved(palette()),
-    "rgba": lambda: saved(with_alpha("RGBA")),
-    "grey with alpha": lambda: saved(with_alpha("LA")),
-    "transparent index": lambda: saved(palette(), transparency=1),
-    "16 bits png": lambda: saved(Image.fromarray(HALF.astype(np.uint16) * 256)),
-    "16 bits tiff": lambda: saved(Image.fromarray(HALF.astype(np.uint16) * 256), "TIFF"),
+    "grey": lambda: encode(grey()),
+    "rgb": lambda: encode(grey().convert("RGB")),
+    "two colours": lambda: encode(Image.fromarray(HALF > 100)),
+    "palette": lambda: encode(palette()),
+    "rgba": lambda: encode(with_alpha("RGBA")),
+    "grey with alpha": lambda: encode(with_alpha("LA")),
+    "transparent index": lambda: encode(palette(), transparency=1),
+    "16 bits png": lambda: encode(Image.fromarray(HALF.astype(np.uint16) * 256)),
+    "16 bits tiff": lambda: encode(Image.fromarray(HALF.astype(np.uint16) * 256), "TIFF"),
     "16 bits pgm": lambda: b"P5 8 8 65535\n" + (HALF.astype(np.uint16) * 256).astype(">u2").tobytes(),
-    "cmyk": lambda: saved(grey().convert("RGB").convert("CMYK"), "TIFF"),
-    "cmyk jpeg": lambda: saved(grey().convert("RGB").convert("CMYK"), "JPEG", quality=95),
+    "cmyk": lambda: encode(grey().convert("RGB").convert("CMYK"), "TIFF"),
+    "cmyk jpeg": lambda: encode(grey().convert("RGB").convert("CMYK"), "JPEG", quality=95),
     "animation": animation,
-    "webp": lambda: saved(grey().convert("RGB"), "WEBP", lossless=True),
-    "bmp": lambda: saved(grey(), "BMP"),
-    "turned by the camera": turned,
-    "a text inside": lambda: saved(grey(), pnginfo=_text()),
+    "webp": lambda: encode(grey().convert("RGB"), "WEBP", lossless=True),
+    "bmp": lambda: encode(grey(), "BMP"),
+    "turned by the camera": rotated_by_exif,
+    "a text inside": lambda: encode(grey(), pnginfo=_text()),
 }
 
 
@@ -89,50 +89,50 @@ def test_every_kind_of_picture_shows_the_same(kind: str) -> None:
     if kind == "transparent index":
         expected = np.where(HALF > 100, 255, HALF).astype(int)  # the bright half is transparent: white
     for colour in ("grey", "rgb"):
-        found = pixels_of(KINDS[kind](), 8, colour).astype(int)
-        assert np.abs(found - expected[:, :, None]).max() <= 4, found[:, :, 0]
+        pixels = decode_image(KINDS[kind](), 8, colour).astype(int)
+        assert np.abs(pixels - expected[:, :, None]).max() <= 4, pixels[:, :, 0]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (5000, 4)])
 def test_every_size_of_picture(size: tuple[int, int]) -> None:
-    assert (pixels_of(saved(Image.new("L", size, 77)), 8, "grey") == 77).all()
+    assert (decode_image(encode(Image.new("L", size, 77)), 8, "grey") == 77).all()
 
 
 def test_a_small_picture_of_a_large_one_is_its_mean_and_not_some_of_its_pixels() -> None:
     checks = (np.indices((256, 256)).sum(0) % 2 * 254).astype(np.uint8)
-    assert np.abs(pixels_of(saved(Image.fromarray(checks)), 8, "grey").astype(int) - 127).max() <= 2
+    assert np.abs(decode_image(encode(Image.fromarray(checks)), 8, "grey").astype(int) - 127).max() <= 2
 
 
 @pytest.mark.parametrize(
     ("image", "words"),
     [
-        (saved(Image.fromarray(np.full((4, 4), 0.5, np.float32)), "TIFF"), "32 bits"),
-        (saved(Image.fromarray(np.full((4, 4), 1 << 20, np.int32)), "TIFF"), "32 bits"),
-        (saved(grey(), "TIFF")[:-60], None),
-        (saved(grey(), "GIF")[:12], None),
-        (saved(grey().convert("RGB"), "WEBP")[:40], None),
+        (encode(Image.fromarray(np.full((4, 4), 0.5, np.float32)), "TIFF"), "32 bits"),
+        (encode(Image.fromarray(np.full((4, 4), 1 << 20, np.int32)), "TIFF"), "32 bits"),
+        (encode(grey(), "TIFF")[:-60], None),
+        (encode(grey(), "GIF")[:12], None),
+        (encode(grey().convert("RGB"), "WEBP")[:40], None),
         (b"", "empty"),
         (None, "empty"),
         ([1, 2, 3], "list"),
         (17, "int"),
     ],
 )
-def test_what_is_no_picture_is_named_or_counted(
+def test_broken_images_are_named_or_counted(
     tmp_path: Path, image: Any, words: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(Exception, match=words):
-        pixels_of(image, 8, "grey")
+        decode_image(image, 8, "grey")
     if isinstance(image, bytes):
         table = pa.table({"image": [png(i) for i in range(20)] + [image], "label": [i % 2 for i in range(21)]})
         pq.write_table(table, tmp_path / "a.parquet")
         with pytest.raises(UsageError, match=r"'a\.parquet, row 20' cannot be read as an image .*skip_broken=true$"):
             of(tmp_path / "a.parquet")
         assert of(tmp_path / "a.parquet", skip_broken=True).num_skipped == 1
-        assert capsys.readouterr().err == "task.data: 1 of 21 images cannot be read and are left out\n"
+        assert capsys.readouterr().err == "task.data: 1 of 21 images cannot be read and are skipped\n"
 
 
 def png(value: int) -> bytes:
-    return saved(Image.new("L", (4, 4), value))
+    return encode(Image.new("L", (4, 4), value))
 
 
 def of(path: Path, **options: Any) -> PreparedImages:
@@ -165,9 +165,9 @@ def test_three_parts_stay_what_they_are(tmp_path: Path, word: str) -> None:
 def test_a_missing_part_is_taken_from_the_training_part(tmp_path: Path) -> None:
     write(tmp_path / "set" / "train", *(f"{c}/{i}.png" for c in "ab" for i in range(10)))
     write(tmp_path / "set" / "val", "a/x.png", "b/x.png", value=100)
-    found = first_pixels(of(tmp_path / "set"))
-    assert found["validation"] == {100, 101}
-    assert (len(found["train"]), len(found["test"])) == (18, 2)
+    splits = first_pixels(of(tmp_path / "set"))
+    assert splits["validation"] == {100, 101}
+    assert (len(splits["train"]), len(splits["test"])) == (18, 2)
     write(tmp_path / "one" / "train", *(f"{c}/{i}.png" for c in "ab" for i in range(10)))
     assert of(tmp_path / "one").classes == ("a", "b")  # a folder called train is no class
 
@@ -177,8 +177,8 @@ def test_tables_of_three_parts_stay_what_they_are(tmp_path: Path) -> None:
     for place, part in enumerate(("train-00000-of-00001", "validation-00000-of-00001", "test-00000-of-00001")):
         table = pa.table({"image": [png(10 * place + i) for i in range(4)], "label": [0, 0, 1, 1]})
         pq.write_table(table, tmp_path / "set" / f"{part}.parquet")
-    found = first_pixels(of(tmp_path / "set"))
-    assert found == {"train": {0, 1, 2, 3}, "validation": {10, 11, 12, 13}, "test": {20, 21, 22, 23}}
+    splits = first_pixels(of(tmp_path / "set"))
+    assert splits == {"train": {0, 1, 2, 3}, "validation": {10, 11, 12, 13}, "test": {20, 21, 22, 23}}
 
 
 def test_equal_pictures_are_on_one_side_of_the_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,28 +186,28 @@ def test_equal_pictures_are_on_one_side_of_the_split(tmp_path: Path, capsys: pyt
         for copy in range(4):
             write(tmp_path / "set", *(f"{label}/{i}-{copy}.png" for i in range(10)), value=first)
     images = of(tmp_path / "set")
-    found = first_pixels(images)
-    assert not found["train"] & found["test"]
-    assert not found["train"] & found["validation"]
-    assert not found["validation"] & found["test"]
-    assert [len(getattr(images, name).label_N) for name in found] == [64, 8, 8]  # 4 of 40 are one picture, 4 times
+    splits = first_pixels(images)
+    assert not splits["train"] & splits["test"]
+    assert not splits["train"] & splits["validation"]
+    assert not splits["validation"] & splits["test"]
+    assert [len(getattr(images, name).label_N) for name in splits] == [64, 8, 8]  # 4 of 40 are one picture, 4 times
     assert capsys.readouterr().err == ""
 
 
-def test_a_test_set_that_is_trained_on_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_test_set_that_is_trained_on_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "set" / "train", "a/1.png", "a/2.png", "b/1.png", "b/2.png")
     write(tmp_path / "set" / "val", "a/1.png", "b/1.png", value=50)
     write(tmp_path / "set" / "test", "a/1.png", "b/1.png", "b/2.png", value=3)  # 3 is b/2.png of the training part
     of(tmp_path / "set")
-    assert capsys.readouterr().err == "task.data: 1 of 3 test images are trained on too, pixel for pixel\n"
+    assert capsys.readouterr().err == "task.data: 1 of 3 test images are also in the training split, pixel for pixel\n"
 
 
 def test_few_different_pictures_leave_one_for_each_split() -> None:
     key_N = np.array([0] * 30 + [1, 2])
-    found = divide(np.zeros(32, int), ["train"] * 32, ["a"], key_N)
-    assert sorted(len(set(key_N[index_N])) for index_N in found.values()) == [1, 1, 1]
+    index_of = split_images(np.zeros(32, int), ["train"] * 32, ["a"], key_N)
+    assert sorted(len(set(key_N[index_N])) for index_N in index_of.values()) == [1, 1, 1]
     with pytest.raises(UsageError, match="class 'a' has 2 different images"):
-        divide(np.zeros(32, int), ["train"] * 32, ["a"], np.minimum(key_N, 1))
+        split_images(np.zeros(32, int), ["train"] * 32, ["a"], np.minimum(key_N, 1))
 
 
 def test_classes_have_the_names_that_the_file_brings(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_classes_are_ordered_by_number_where_all_are(tmp_path: Path) -> None:
 def test_a_thousand_classes(tmp_path: Path) -> None:
     size = 3000
     pixels = [np.array([[i % 256, i // 256]], dtype=np.uint8) for i in range(size)]
-    cells = [saved(Image.fromarray(pixel).resize((4, 4), Image.Resampling.NEAREST)) for pixel in pixels]
+    cells = [encode(Image.fromarray(pixel).resize((4, 4), Image.Resampling.NEAREST)) for pixel in pixels]
     pq.write_table(pa.table({"image": cells, "label": [i % 1000 for i in range(size)]}), tmp_path / "a.parquet")
     images = of(tmp_path / "a.parquet")
     assert [len(set(getattr(images, name).label_N)) for name in ("train", "validation", "test")] == [1000] * 3
@@ -239,7 +239,7 @@ def test_a_thousand_classes(tmp_path: Path) -> None:
 
 def test_labels_that_do_not_do_are_explained(tmp_path: Path) -> None:
     write(tmp_path / "one", "a/1.png", "a/2.png", "a/3.png")
-    with pytest.raises(UsageError, match="all images are of one class, 'a'; give a folder for each class"):
+    with pytest.raises(UsageError, match="all images are of one class, 'a'; give one folder per class"):
         of(tmp_path / "one")
     write(tmp_path / "only" / "train", "a/1.png", "a/2.png", "b/1.png", "b/2.png")
     write(tmp_path / "only" / "test", "a/1.png", "c/1.png", value=9)

@@ -14,13 +14,12 @@ import pytest
 from PIL import Image
 
 from moebench.errors import UsageError
-from moebench.tasks.images.config import ImageDataConfig
-from moebench.tasks.images.prepared import decoded, divide, pixels_of, prepare
-from moebench.tasks.images.sources import class_names, read_entries, source_digest
+from moebench.tasks.images.prepared import decode_entries, decode_image, prepare, split_images
+from moebench.tasks.images.sources import ImageDataConfig, class_names, read_entries, source_digest
 
 
 def png(value: int, size: tuple[int, int] = (4, 4), mode: str = "L") -> bytes:
-    """A picture of one grey."""
+    """Return a PNG of one grey."""
     file = io.BytesIO()
     Image.new(mode, size, value if mode == "L" else (value, 0, 0)).save(file, "PNG")
     return file.getvalue()
@@ -59,9 +58,9 @@ def test_folder_parquet_and_csv_give_the_same_arrays(tmp_path: Path) -> None:
     assert expected.classes == ("cat", "dog")
     for name in ("a.parquet", "plain.parquet", "a.csv"):
         config = ImageDataConfig(path=str(tmp_path / name), size=4, image_column="picture", label_column="what")
-        found = prepare(config, tmp_path / "cache")
-        assert found.digest == expected.digest
-        assert np.array_equal(found.train.pixel_NHWC, expected.train.pixel_NHWC)
+        images = prepare(config, tmp_path / "cache")
+        assert images.digest == expected.digest
+        assert np.array_equal(images.train.pixel_NHWC, expected.train.pixel_NHWC)
 
 
 def test_a_folder_with_train_and_test_keeps_them_apart(tmp_path: Path) -> None:
@@ -86,8 +85,8 @@ def test_tables_called_train_and_test_are_kept_apart(tmp_path: Path) -> None:
     ("colour", "size", "shape"), [("grey", 4, (4, 4, 1)), ("rgb", 4, (4, 4, 3)), ("rgb", 7, (7, 7, 3))]
 )
 def test_colour_and_size(colour: str, size: int, shape: tuple[int, ...]) -> None:
-    assert pixels_of(png(80, (9, 5)), size, colour).shape == shape
-    red = pixels_of(png(100, (9, 5), "RGB"), size, colour)
+    assert decode_image(png(80, (9, 5)), size, colour).shape == shape
+    red = decode_image(png(100, (9, 5), "RGB"), size, colour)
     # ITU-R 601: red counts 0.299 of its value in grey.
     assert (red[0, 0] == ([30] if colour == "grey" else [100, 0, 0])).all()
 
@@ -99,7 +98,7 @@ def test_sixteen_bits_are_scaled_and_not_cut() -> None:
         assert picture.size == (3, 1)
     square = io.BytesIO()
     Image.fromarray(np.full((2, 2), 25600, dtype=np.uint16)).save(square, "PNG")
-    assert pixels_of(square.getvalue(), 2, "grey").tolist() == [[[100], [100]], [[100], [100]]]  # 25600 / 256
+    assert decode_image(square.getvalue(), 2, "grey").tolist() == [[[100], [100]], [[100], [100]]]  # 25600 / 256
 
 
 @pytest.mark.parametrize(
@@ -129,26 +128,26 @@ def test_a_broken_row_is_named(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "a.parquet")
     config = ImageDataConfig(path=str(tmp_path / "a.parquet"), size=4)
     with pytest.raises(UsageError, match=r"'a\.parquet, row 1' cannot be read as an image"):
-        decoded(read_entries(config), config)
+        decode_entries(read_entries(config), config)
     config = ImageDataConfig(path=str(tmp_path / "a.parquet"), size=4, skip_broken=True)
     broken = read_entries(config)[1:2]
-    with pytest.raises(UsageError, match="not one of the 1 images"):
-        decoded(broken, config)
+    with pytest.raises(UsageError, match="none of the 1 images"):
+        decode_entries(broken, config)
 
 
 def test_folders_that_hold_nothing_are_named(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "set")
     (tmp_path / "set" / "bird").mkdir()
-    with pytest.raises(UsageError, match=r"task\.data\.path: folder 'bird' holds no images"):
+    with pytest.raises(UsageError, match=r"task\.data\.path: folder 'bird' has no images"):
         read_entries(ImageDataConfig(path=folder))
     assert len(read_entries(ImageDataConfig(path=folder, skip_broken=True))) == 20
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match=r"'.*empty' holds no images"):
+    with pytest.raises(UsageError, match=r"'.*empty' has no images"):
         read_entries(ImageDataConfig(path=str(tmp_path / "empty")))
     with pytest.raises(UsageError, match=r"sett' does not exist\. Did you mean 'set'"):
         read_entries(ImageDataConfig(path=str(tmp_path / "sett")))
     (tmp_path / "set" / "loose.png").write_bytes(png(1))
-    with pytest.raises(UsageError, match=r"'loose\.png' lies in no class folder"):
+    with pytest.raises(UsageError, match=r"'loose\.png' is in no class folder"):
         read_entries(ImageDataConfig(path=folder))
     with pytest.raises(UsageError, match=r"must be a folder of images, or end in \.parquet, \.csv"):
         read_entries(ImageDataConfig(path=str(tmp_path / "set" / "loose.png")))
@@ -176,11 +175,11 @@ def test_wrong_columns_are_answered_with_those_that_exist(tmp_path: Path, option
 
 def test_files_that_are_no_tables_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(UsageError, match=r"task\.data\.path: .*bad\.parquet' cannot be read \(.*give task\.data\.path"):
+    with pytest.raises(UsageError, match=r"task\.data\.path: .*bad\.parquet' cannot be read \(.*give .* with"):
         read_entries(ImageDataConfig(path=str(tmp_path / "bad.parquet")))
     (tmp_path / "mixed.csv").write_text("image,label\na.png,1\nb.png,x\n")
     pq.write_table(pa.table({"image": [png(1)], "label": [1.5]}), tmp_path / "float.parquet")
-    with pytest.raises(UsageError, match=r"row 0 is float, no whole number or name"):
+    with pytest.raises(UsageError, match=r"row 0 is float, not a whole number or name"):
         read_entries(ImageDataConfig(path=str(tmp_path / "float.parquet")))
 
 
@@ -223,7 +222,7 @@ def test_a_named_data_set_is_read_like_a_file(hub: Path) -> None:
         pq.write_table(table, hub / f"{split}.parquet")
     config = ImageDataConfig(dataset="on/hub", test_split="test", size=4)
     assert Counter(entry.part for entry in read_entries(config)) == {"train": 20, "test": 4}
-    _, pixel_NHWC = decoded(read_entries(config), config)
+    _, pixel_NHWC = decode_entries(read_entries(config), config)
     assert pixel_NHWC[:20, 0, 0, 0].tolist() == list(range(20))
     with pytest.raises(
         UsageError, match=r"task\.data\.image_column: there is no column 'picture'\. columns of on/hub/train: image"
@@ -251,20 +250,20 @@ def test_digest_of_a_table_sees_the_images_that_it_names(tmp_path: Path) -> None
     assert source_digest(config) != digest
     (tmp_path / "set" / "cat" / "0.png").unlink()
     with pytest.raises(UsageError, match=r"'a\.csv, row 0' cannot be read as an image \(.*No such file"):
-        decoded(read_entries(config), config)
+        decode_entries(read_entries(config), config)
 
 
 def test_splits_are_stratified_disjoint_and_complete() -> None:
     label_N = np.array([0] * 50 + [1] * 30 + [2] * 4)
-    found = divide(label_N, ["train"] * 84, ["a", "b", "c"], np.arange(84))
-    assert sorted(np.concatenate([*found.values()]).tolist()) == list(range(84))
-    counts = {name: np.bincount(label_N[index_N]).tolist() for name, index_N in found.items()}
+    index_of = split_images(label_N, ["train"] * 84, ["a", "b", "c"], np.arange(84))
+    assert sorted(np.concatenate([*index_of.values()]).tolist()) == list(range(84))
+    counts = {name: np.bincount(label_N[index_N]).tolist() for name, index_N in index_of.items()}
     assert counts == {"train": [40, 24, 2], "validation": [5, 3, 1], "test": [5, 3, 1]}
-    again = divide(label_N, ["train"] * 84, ["a", "b", "c"], np.arange(84))
-    assert all(np.array_equal(found[name], again[name]) for name in found)
+    again = split_images(label_N, ["train"] * 84, ["a", "b", "c"], np.arange(84))
+    assert all(np.array_equal(index_of[name], again[name]) for name in index_of)
     # With a test set of its own, none of it is trained on and nothing else is tested on.
     part_N = ["test" if index % 5 == 0 else "train" for index in range(84)]
-    kept = divide(label_N, part_N, ["a", "b", "c"], np.arange(84))
+    kept = split_images(label_N, part_N, ["a", "b", "c"], np.arange(84))
     assert sorted(kept["test"].tolist()) == list(range(0, 84, 5))
     assert np.bincount(label_N[kept["validation"]]).tolist() == [4, 2, 1]  # a tenth of 40, 24 and 3
     assert len(np.unique(np.concatenate([*kept.values()]))) == 84
@@ -272,4 +271,4 @@ def test_splits_are_stratified_disjoint_and_complete() -> None:
 
 def test_a_class_with_too_few_images_is_named() -> None:
     with pytest.raises(UsageError, match=r"class 'b' has 2 different images .* at least 3"):
-        divide(np.array([0] * 9 + [1] * 2), ["train"] * 11, ["a", "b"], np.arange(11))
+        split_images(np.array([0] * 9 + [1] * 2), ["train"] * 11, ["a", "b"], np.arange(11))

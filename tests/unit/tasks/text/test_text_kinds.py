@@ -52,9 +52,9 @@ def test_what_is_no_utf_8_is_named(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("content", ["", " \n\t\r\n ", "\ufeff"])
-def test_blank_texts_are_no_texts(tmp_path: Path, content: str) -> None:
+def test_blank_texts_are_skipped(tmp_path: Path, content: str) -> None:
     write(tmp_path / "set", blank=content)
-    with pytest.raises(UsageError, match=r"task\.data\.path: '.*set' holds no text"):
+    with pytest.raises(UsageError, match=r"task\.data\.path: '.*set' has no text"):
         documents(tmp_path / "set")
     write(tmp_path / "set", good="good")
     assert [d.text for d in documents(tmp_path / "set")] == ["good"]
@@ -119,8 +119,8 @@ def test_a_folder_of_texts_as_people_have_them(tmp_path: Path) -> None:
     )
     write(root / ".git", x="no")
     (root / "more").symlink_to(tmp_path / "elsewhere")
-    found = {(d.domain, d.text) for d in documents(root)}
-    assert found == {("UPPER", "upper"), ("news", "a"), ("two words", "words"), ("é", "z"), ("more", "linked")}
+    texts_of = {(d.domain, d.text) for d in documents(root)}
+    assert texts_of == {("UPPER", "upper"), ("news", "a"), ("two words", "words"), ("é", "z"), ("more", "linked")}
     (root / "gone.txt").symlink_to(tmp_path / "nowhere")
     source_digest(TextDataConfig(path=str(root)))
     with pytest.raises(UsageError, match=r"'gone\.txt' cannot be read \(.*No such file"):
@@ -137,7 +137,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
 
 
 def texts(split: dict[str, list[Document]]) -> dict[str, list[str]]:
-    return {name: sorted(d.text for d in found) for name, found in split.items()}
+    return {name: sorted(d.text for d in members) for name, members in split.items()}
 
 
 def test_three_parts_stay_what_they_are(tmp_path: Path) -> None:
@@ -148,63 +148,63 @@ def test_three_parts_stay_what_they_are(tmp_path: Path) -> None:
         **{f"{n}.jsonl": json.dumps({"text": t}) for n, t in (("train", "one"), ("dev", "two"), ("test", "three"))},
     )
     for name, domain in (("a", "all"), ("b", "x"), ("c", "all")):
-        found = documents(tmp_path / name)
-        assert {d.domain for d in found} == {domain}
-        assert texts(split_documents(found)) == {"train": ["one"], "validation": ["two"], "test": ["three"]}
+        members = documents(tmp_path / name)
+        assert {d.domain for d in members} == {domain}
+        assert texts(split_documents(members)) == {"train": ["one"], "validation": ["two"], "test": ["three"]}
 
 
 def test_a_missing_part_is_taken_from_the_training_part(tmp_path: Path) -> None:
     write(tmp_path / "set", **{f"train__{i}": f"text {i} " * 10 for i in range(20)}, test__a="held")
-    found = texts(split_documents(documents(tmp_path / "set", domain_column=None)))
-    assert found["test"] == ["held"]
-    assert (len(found["train"]), len(found["validation"])) == (18, 2)
+    split = texts(split_documents(documents(tmp_path / "set", domain_column=None)))
+    assert split["test"] == ["held"]
+    assert (len(split["train"]), len(split["validation"])) == (18, 2)
 
 
 def test_equal_texts_are_on_one_side_of_the_split() -> None:
-    found = [Document(text=f"text {i % 10}", domain="d", group=f"g{i}") for i in range(40)]
-    split = texts(split_documents(found))
+    members = [Document(text=f"text {i % 10}", domain="d", group=f"g{i}") for i in range(40)]
+    split = texts(split_documents(members))
     assert sum(len(set(part)) for part in split.values()) == 10
     assert sum(map(len, split.values())) == 40
 
 
-def prepared(path: Path, length: int = 4, **options: Any) -> PreparedText:
+def prepare_file(path: Path, length: int = 4, **options: Any) -> PreparedText:
     return prepare(TextDataConfig(path=str(path), **options), path.parent / "cache", length)
 
 
-def test_a_test_text_that_is_trained_on_is_told_and_so_are_other_files(
+def test_a_test_text_that_is_trained_on_is_reported_and_so_are_other_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copied = "This stands in both of them."
     write(tmp_path / "set", train__a=copied, train__b="And this in one.", val__a="Another one", test__a=copied)
     write(tmp_path / "set", **{"notes.md": "x"})
-    prepared(tmp_path / "set", domain_column=None)
+    prepare_file(tmp_path / "set", domain_column=None)
     assert capsys.readouterr().err == (
-        f"task.data: below '{tmp_path / 'set'}' lie 1 file(s) of other kinds, which are not read (1 .md)\n"
-        "task.data: 1 of 1 test documents are trained on too, word for word\n"
+        f"task.data: '{tmp_path / 'set'}' has 1 file(s) of other kinds, which are not read (1 .md)\n"
+        "task.data: 1 of 1 test documents are also in the training split, word for word\n"
     )
-    prepared(tmp_path / "set", domain_column=None)
+    prepare_file(tmp_path / "set", domain_column=None)
     assert capsys.readouterr().err == ""  # once, when it is prepared
 
 
 def test_one_giant_line_is_divided_and_too_short_a_text_is_refused(tmp_path: Path) -> None:
     write(tmp_path, giant="x" * 1_000_000, short="abc")
-    text = prepared(tmp_path / "giant.txt", 64)
+    text = prepare_file(tmp_path / "giant.txt", 64)
     assert [len(s.tokens_N) for s in (text.train, text.validation, text.test)] == [800_001, 100_001, 100_001]
     with pytest.raises(UsageError, match=r"domain 'all' has \d+ tokens of train text, less than one window of 65"):
-        prepared(tmp_path / "short.txt", 64)
+        prepare_file(tmp_path / "short.txt", 64)
     assert not list((tmp_path / "cache").glob("text-*.[a-z0-9_]*/"))  # nothing half written
 
 
 def test_a_budget_below_a_byte_for_each_domain_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "set", **{f"d{i}": "text" for i in range(9)})
-    with pytest.raises(UsageError, match=r"task\.data\.max_bytes: 8 for 9 domains is less than a byte for each"):
+    with pytest.raises(UsageError, match=r"task\.data\.max_bytes: 8 for 9 domains is less than one byte each"):
         documents(tmp_path / "set", max_bytes=8)
 
 
 def test_each_part_has_its_share_of_a_budget(tmp_path: Path) -> None:
     write(tmp_path / "set", dev__a="d" * 400, test__a="t" * 400, train__a="x" * 800)
-    found = documents(tmp_path / "set", max_bytes=400)
-    assert {d.part: len(d.text) for d in found} == {"validation": 100, "test": 100, "train": 200}
+    members = documents(tmp_path / "set", max_bytes=400)
+    assert {d.part: len(d.text) for d in members} == {"validation": 100, "test": 100, "train": 200}
 
 
 def test_the_digest_of_a_folder_sees_the_names_that_become_domains(tmp_path: Path) -> None:

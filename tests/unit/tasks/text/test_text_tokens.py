@@ -23,7 +23,7 @@ HARD = [
 
 
 def byte_level() -> Tokenizer:
-    """A byte-level BPE, as GPT-2 and Llama 3 have; one emoji is several tokens with the same offsets."""
+    """Return a byte-level BPE, as GPT-2 and Llama 3 have; one emoji is several tokens with the same offsets."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -38,7 +38,7 @@ def byte_level() -> Tokenizer:
 
 
 def word_piece() -> Tokenizer:
-    """A tokenizer that normalises, drops white space, has an unknown token and no end token."""
+    """Return a tokenizer that normalises, drops white space, has an unknown token and no end token."""
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "and": 3, "words": 7}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]

@@ -118,8 +118,8 @@ def test_a_tokenizer_that_loses_a_part_of_one_domain_is_refused(tmp_path):
             f" back as '{before} abca'. Allowed: at least 99.9 %"
         )
         assert "\n" not in str(caught.value)
-    whole = save_tokenizer(tmp_path / "whole.json", "abc abd abefghij αβγδ")
-    prepared = prepare(TextDataConfig(path=path, tokenizer=whole), tmp_path / "cache", 8)
+    lossless = save_tokenizer(tmp_path / "whole.json", "abc abd abefghij αβγδ")
+    prepared = prepare(TextDataConfig(path=path, tokenizer=lossless), tmp_path / "cache", 8)
     splits = (prepared.train, prepared.validation, prepared.test)
     assert sum(int(split.bytes_N.sum()) for split in splits) == 20 * 1201
 

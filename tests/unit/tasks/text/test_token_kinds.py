@@ -1,4 +1,4 @@
-"""Kinds of tokens, by their bytes, in every way that tokenizers write these."""
+"""Kinds of tokens by their bytes, in the notation of each type of tokenizer."""
 
 from pathlib import Path
 
@@ -15,26 +15,26 @@ from moebench.tasks.text.windows import prepare
 LETTERS = {"word start": "s", "inside word": "i", "digit": "9", "punctuation": ".", "space": "_", "special": "x"}
 
 
-def spelled(kinds: TokenKinds, token_L: list[int]) -> str:
+def spell_kinds(kinds: TokenKinds, token_L: list[int]) -> str:
     """Return one letter for the kind of each token."""
     token_BL = torch.tensor([token_L])
     return "".join(LETTERS[TOKEN_KINDS[kind]] for kind in kinds.label(token_BL, token_BL)[0].tolist())
 
 
 def test_bytes_by_hand() -> None:
-    kinds = TokenKinds.of_pieces(ByteTokenizer().pieces())
+    kinds = TokenKinds.from_pieces(ByteTokenizer().pieces())
     for text, expected in (
         ("two words", "sii_siiii"),
         ("a1b, don't", "s9s._sii.s"),  # a letter behind anything but a letter begins a word
         ("été\n\n3.5", "siiii__9.9"),  # bytes beyond ASCII count as letters
     ):
-        assert spelled(kinds, list(text.encode())) == expected
-    assert spelled(kinds, [ord("a"), 256, ord("a")]) == "sxs"
-    assert spelled(kinds.extended(260), [ord("a"), 259, ord("b"), ord("c")]) == "sxsi"
+        assert spell_kinds(kinds, list(text.encode())) == expected
+    assert spell_kinds(kinds, [ord("a"), 256, ord("a")]) == "sxs"
+    assert spell_kinds(kinds.pad_vocab(260), [ord("a"), 259, ord("b"), ord("c")]) == "sxsi"
 
 
-def test_what_stands_before_comes_from_the_text() -> None:
-    kinds = TokenKinds.of_pieces(ByteTokenizer().pieces()).extended(258)
+def test_the_previous_token_is_that_of_the_text() -> None:
+    kinds = TokenKinds.from_pieces(ByteTokenizer().pieces()).pad_vocab(258)
     read_BL, text_BL = torch.tensor([[97, 257, 99]]), torch.tensor([[97, 98, 99]])  # a?c of abc
     assert [TOKEN_KINDS[kind] for kind in kinds.label(read_BL, text_BL)[0].tolist()] == [
         "word start", "special", "inside word"
@@ -80,12 +80,12 @@ WORD_PIECE = [b"", b" the", b"re", b" ,", b" 7", b""]
     ids=["byte_level", "sentence_piece", "word_piece"],
 )
 def test_vocabularies_by_hand(trained: Tokenizer, pieces: list[bytes], sentence: list[int], expected: str) -> None:
-    found = SubwordTokenizer(trained).pieces()
-    assert found == pieces
-    assert spelled(TokenKinds.of_pieces(found), sentence) == expected
+    read = SubwordTokenizer(trained).pieces()
+    assert read == pieces
+    assert spell_kinds(TokenKinds.from_pieces(read), sentence) == expected
 
 
-def test_kinds_are_kept_apart_from_the_text(tmp_path: Path) -> None:
+def test_kinds_are_cached_separately_from_the_text(tmp_path: Path) -> None:
     config, cache = TextDataConfig(path=str(write_text(tmp_path))), tmp_path / "cache"
     first, second = (prepare(config, cache, 8) for _ in range(2))
     assert torch.equal(first.kinds.alone_V, second.kinds.alone_V)
@@ -96,4 +96,4 @@ def test_kinds_are_kept_apart_from_the_text(tmp_path: Path) -> None:
     folder.rmdir()  # a cache of an earlier version has none
     third = prepare(config, cache, 8)
     assert third.digest == first.digest
-    assert spelled(third.kinds, list(b"a b")) == "s_s"
+    assert spell_kinds(third.kinds, list(b"a b")) == "s_s"

@@ -1,4 +1,4 @@
-"""Prepared data on disk: found by its content, made once by many processes, never believed when it is damaged."""
+"""The cache of prepared data: keyed by content, created once by many processes, recreated when damaged."""
 
 import shutil
 import subprocess
@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from moebench.tasks.cache import Arrays, stored
 from PIL import Image
 from support.task_data import write_data
 
 from moebench.config import resolve
+from moebench.tasks.cache import Arrays, load_or_create
 from moebench.tasks.task import Task
 from moebench.training.model import prepare_task
 
 META = {"names": ["a", "b"]}
 
 
-def made() -> tuple[dict[str, Any], Arrays]:
+def create() -> tuple[dict[str, Any], Arrays]:
     """Return two arrays."""
     return dict(META), {"one": np.arange(1000, dtype=np.int32), "two": np.linspace(0, 1, 7)}
 
@@ -29,7 +29,7 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from moebench.tasks.cache import stored
+from moebench.tasks.cache import load_or_create
 
 def make():
     with open(sys.argv[2], "a") as log:
@@ -39,7 +39,7 @@ def make():
 
 print("ready", flush=True)
 sys.stdin.readline()
-meta, arrays = stored(Path(sys.argv[1]), make)
+meta, arrays = load_or_create(Path(sys.argv[1]), make)
 print(meta["digest"], arrays["one"].sum())
 """
 
@@ -49,8 +49,8 @@ def refuse() -> tuple[dict[str, Any], Arrays]:
 
 
 def test_what_is_there_is_read_in_place(tmp_path: Path) -> None:
-    stored(tmp_path / "entry", made)
-    meta, arrays = stored(tmp_path / "entry", refuse)
+    load_or_create(tmp_path / "entry", create)
+    meta, arrays = load_or_create(tmp_path / "entry", refuse)
     assert meta["names"] == ["a", "b"]
     assert arrays["one"].tolist() == [*range(1000)]
     assert type(arrays["one"]) is np.ndarray
@@ -116,15 +116,15 @@ DAMAGES = (
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_what_is_damaged_is_made_again(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     folder = tmp_path / "entry"
-    before, _ = stored(folder, made)
+    before, _ = load_or_create(folder, create)
     damage(folder)
     calls = []
-    meta, arrays = stored(folder, lambda: calls.append(1) or made())
+    meta, arrays = load_or_create(folder, lambda: calls.append(1) or create())
     assert len(calls) == 1
     assert meta == before
     assert arrays["one"].tolist() == [*range(1000)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["entry", "entry.lock"]
-    stored(folder, refuse)
+    load_or_create(folder, refuse)
 
 
 def test_processes_that_come_at_once_make_it_once(tmp_path: Path) -> None:
@@ -137,16 +137,16 @@ def test_processes_that_come_at_once_make_it_once(tmp_path: Path) -> None:
     for process in processes:
         process.stdin.write("go\n")
         process.stdin.flush()
-    found = {process.communicate()[0] for process in processes}
-    assert found == {f"{stored(folder, refuse)[0]['digest']} 499500\n"}
+    outputs = {process.communicate()[0] for process in processes}
+    assert outputs == {f"{load_or_create(folder, refuse)[0]['digest']} 499500\n"}
     assert log.read_text() == "made\n"
 
 
 def test_one_that_fails_leaves_nothing_and_the_next_makes_it(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="made again"):
-        stored(tmp_path / "entry", refuse)
+        load_or_create(tmp_path / "entry", refuse)
     assert [path.name for path in tmp_path.iterdir()] == ["entry.lock"]
-    assert stored(tmp_path / "entry", made)[0]["names"] == ["a", "b"]
+    assert load_or_create(tmp_path / "entry", create)[0]["names"] == ["a", "b"]
 
 
 def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
     for folder in (half, other):
         folder.mkdir()
         (folder / "one.npy").write_bytes(b"half")
-    stored(tmp_path / "entry", made)
+    load_or_create(tmp_path / "entry", create)
     assert not half.exists()
     assert other.exists()  # of another entry, whose lock is not held here
 
@@ -165,11 +165,11 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
 @pytest.fixture
 def options(tmp_path: Path) -> Mapping[str, Mapping[str, Any]]:
     (tmp_path / "data").mkdir()
-    found = write_data(tmp_path / "data")
+    options = write_data(tmp_path / "data")
     picture = tmp_path / "data" / "pictures" / "class0" / "0.png"
     Image.open(picture).save(picture.with_suffix(".bmp"))  # where a byte is a pixel
     picture.unlink()
-    return found
+    return options
 
 
 SOURCES = {
@@ -180,7 +180,7 @@ SOURCES = {
 }
 
 
-def prepared(name: str, options: Mapping[str, Mapping[str, Any]], tmp_path: Path) -> Task:
+def prepare_named(name: str, options: Mapping[str, Mapping[str, Any]], tmp_path: Path) -> Task:
     return prepare_task(resolve({"task": {"name": name, **options[name]}}), tmp_path)
 
 
@@ -194,26 +194,26 @@ def entries(tmp_path: Path) -> dict[str, int]:
 def test_one_changed_byte_is_another_entry(name: str, options: Mapping[str, Any], tmp_path: Path) -> None:
     where, place = SOURCES[name]
     file = tmp_path / "data" / where
-    first, before = prepared(name, options, tmp_path), entries(tmp_path)
+    first, before = prepare_named(name, options, tmp_path), entries(tmp_path)
     assert len(before) == 1
     original = file.read_bytes()
     changed = bytearray(original)
     changed[place] ^= 1
     file.write_bytes(changed)
-    second, after = prepared(name, options, tmp_path), entries(tmp_path)
+    second, after = prepare_named(name, options, tmp_path), entries(tmp_path)
     assert len(after) == 2
     assert before.items() <= after.items()
     assert second.digest != first.digest
     file.write_bytes(original)
-    assert prepared(name, options, tmp_path).digest == first.digest
+    assert prepare_named(name, options, tmp_path).digest == first.digest
     assert entries(tmp_path) == after
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_task_makes_truncated_data_again(name: str, options: Mapping[str, Any], tmp_path: Path) -> None:
-    digest = prepared(name, options, tmp_path).digest
+    digest = prepare_named(name, options, tmp_path).digest
     (entry,) = entries(tmp_path)
     largest = max((tmp_path / "cache" / entry).glob("*.npy"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-    assert prepared(name, options, tmp_path).digest == digest
+    assert prepare_named(name, options, tmp_path).digest == digest
     assert np.load(largest, mmap_mode="r").size > 0

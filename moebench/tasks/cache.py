@@ -1,4 +1,4 @@
-"""Prepared data on disk: arrays that runs read in place, and what is known about them; made once."""
+"""Cache of prepared data on disk: memory-mapped arrays and their metadata, created once."""
 
 import hashlib
 import json
@@ -18,28 +18,28 @@ from moebench.errors import UsageError
 Arrays = dict[str, np.ndarray]
 
 
-def stored(folder: Path, make: Callable[[], tuple[dict[str, Any], Arrays]]) -> tuple[dict[str, Any], Arrays]:
-    """Return what lies in the folder, or else make it and put it there; safe in parallel processes.
+def load_or_create(folder: Path, create: Callable[[], tuple[dict[str, Any], Arrays]]) -> tuple[dict[str, Any], Arrays]:
+    """Return the metadata and arrays in the folder, creating them first if needed; safe in parallel processes.
 
-    `make` returns what is known (JSON) and the arrays; "digest" is added, a SHA-256 (hex) of both.
+    `create` returns metadata (JSON) and arrays; a "digest" is added to the metadata, a SHA-256 (hex) of both.
     """
-    found = _read(folder)
-    if found is None:
+    entry = _read(folder)
+    if entry is None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            found = _read(folder)  # another process may have made it while this one waited
-            if found is None:
-                for left in folder.parent.glob(f"{folder.name}.*/"):  # by a process that was killed as it wrote
-                    shutil.rmtree(left, ignore_errors=True)
-                _write(folder, *make())
-                found = _read(folder)
-    if found is None:
+            entry = _read(folder)  # another process may have created it in the meantime
+            if entry is None:
+                for leftover in folder.parent.glob(f"{folder.name}.*/"):  # of a process that was killed while writing
+                    shutil.rmtree(leftover, ignore_errors=True)
+                _write(folder, *create())
+                entry = _read(folder)
+    if entry is None:
         raise UsageError(f"cache: '{folder}' cannot be read back after writing; check the disk")
-    return found
+    return entry
 
 
 def digest_of(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
-    """Return a SHA-256 (hex) of both."""
+    """Return a SHA-256 (hex) of metadata and arrays."""
     digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
     for name in sorted(arrays):
         digest.update(f"{name}{arrays[name].dtype.str}{arrays[name].shape}".encode())
@@ -48,10 +48,10 @@ def digest_of(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], Arrays] | None:
-    """Return what lies in the folder, or None when it is absent, of another form or damaged."""
+    """Return the content of the folder; None if it is absent, damaged or of another format."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        # As plain arrays: np.memmap does work of its own in Python for each slice, and batches are made of slices.
+        # As plain arrays, because slicing np.memmap is slow and batches are made of slices.
         arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in meta["checksums"]}
         if any(_checksum(array) != meta["checksums"][name] for name, array in arrays.items()):
             return None
@@ -63,20 +63,20 @@ def _read(folder: Path) -> tuple[dict[str, Any], Arrays] | None:
 
 
 def _write(folder: Path, meta: dict[str, Any], arrays: Arrays) -> None:
-    """Write everything beside the folder, then put it in its place at once."""
+    """Write into a temporary folder, then replace the folder atomically."""
     meta = meta | {"digest": digest_of(meta, arrays)}
     meta["checksums"] = {name: _checksum(array) for name, array in arrays.items()}
     meta["checksum"] = _meta_checksum(meta)
-    made = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         for name, array in arrays.items():
-            np.save(made / f"{name}.npy", array)
-        (made / "meta.json").write_text(json.dumps(meta))
-        made.chmod(0o755)  # mkdtemp makes it private, but a cache may be shared
+            np.save(temporary / f"{name}.npy", array)
+        (temporary / "meta.json").write_text(json.dumps(meta))
+        temporary.chmod(0o755)  # mkdtemp creates it private, but a cache may be shared
         shutil.rmtree(folder) if folder.is_dir() else folder.unlink(missing_ok=True)
-        os.replace(made, folder)
+        os.replace(temporary, folder)
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _checksum(array: np.ndarray) -> str:

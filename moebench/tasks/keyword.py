@@ -1,0 +1,71 @@
+"""Keyword recognition: which of a set of classes a recording is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from typing_extensions import override
+
+from moebench.tasks.audio.clips import AudioDataConfig
+from moebench.tasks.audio.task import AudioConfig, AudioTask
+from moebench.tasks.task import TASKS, Batch, LabelKind, TaskFacts, average_by_domain
+
+
+@TASKS.register(
+    TaskFacts(
+        causal=False,
+        metric="accuracy",
+        lower_is_better=False,
+        data="no default: labelled recordings given by task.data.path or task.data.dataset",
+    )
+)
+class Keyword(AudioTask):
+    """Classify recordings: the logits are the mean of the head over the positions of a recording."""
+
+    target = "label"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AudioConfig):
+        """Options of the keyword task."""
+
+        name: str = "keyword"
+        data: AudioDataConfig = field(default_factory=lambda: AudioDataConfig(target_column="label"))
+        """Source of the recordings: a table with a column of classes, or a folder with one subfolder per class."""
+
+    @override
+    @property
+    def num_classes(self) -> int:
+        return len(self.audio.symbols)
+
+    @override
+    def label_kinds(self) -> tuple[LabelKind, ...]:
+        class_kind = LabelKind(name="class", values=self.audio.symbols, read=lambda batch: batch.target_BP)
+        return *super().label_kinds(), class_kind
+
+    @override
+    def _targets(self, symbol_BS: Tensor, length_B: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        return symbol_BS - 1, torch.ones_like(symbol_BS), None
+
+    def _logits(self, output: Tensor, batch: Batch) -> Tensor:
+        assert batch.valid_BL is not None
+        valid_BL1 = batch.valid_BL.unsqueeze(-1)
+        return output.float().where(valid_BL1, 0.0).sum(1) / valid_BL1.sum(1)
+
+    @override
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        loss_B = functional.cross_entropy(self._logits(output, batch), batch.target_BP[:, 0], reduction="none")
+        return loss_B.unsqueeze(1)
+
+    @override
+    def compute_sums(self, output: Tensor, batch: Batch) -> Mapping[str, Tensor]:
+        correct_B = self._logits(output, batch).argmax(-1) == batch.target_BP[:, 0]
+        return {**super().compute_sums(output, batch), "correct": correct_B}
+
+    @override
+    def compute_quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        return {
+            **average_by_domain("accuracy", sums["correct"], sums["weight"], self.domains, self.num_held_out),
+            **average_by_domain("nats", sums["nats"], sums["weight"], self.domains, self.num_held_out),
+        }
