@@ -2,20 +2,20 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import lightning
 import torch
 
 from moebench.parallel.checkpoint import checkpoint_path
 from moebench.parallel.replicas import check_replicas
+from moebench.runs.recorder import RunRecorder
 from moebench.schema import TrainConfig
 from moebench.training.evaluation import Evaluation
 from moebench.training.executed_cost import ExecutedCost
-from moebench.training.label_tables import LabelTable
 from moebench.training.module import CellModule
 from moebench.training.objective import average_objectives
 from moebench.training.step_metrics import ParallelCosts, load_metrics, parallel_metrics
@@ -26,30 +26,11 @@ RECENT_STEPS = 32
 """Steps that the speed shown while a cell trains is taken from."""
 
 
-class Recorder(Protocol):
-    """Where points go: the journal of the run's folder, and what the experts did beside it."""
-
-    def append(self, step: int, metrics: dict[str, float]) -> None:
-        """Record one point."""
-
-    def record_load(self, step: int, layers: dict[str, list[int]]) -> None:
-        """Record the load of every expert of each MoE layer."""
-
-    def record_labels(self, step: int, tables: Mapping[str, LabelTable]) -> None:
-        """Record which expert takes tokens of which label, of the trained model."""
-
-    def flush(self) -> None:
-        """Return when every point is on the disk."""
-
-    def truncate_after(self, step: int) -> None:
-        """Drop the points of steps that will be repeated."""
-
-
 @dataclass(frozen=True)
 class RunContext:
     """How a cell talks to the world while it trains."""
 
-    recorder: Recorder
+    recorder: RunRecorder
     progress: Callable[[dict[str, Any]], None] = lambda message: None
     """Called after every step with step, loss and tokens_per_s."""
     should_stop: Callable[[], bool] = lambda: False

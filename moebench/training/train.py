@@ -26,6 +26,7 @@ from moebench.schema import CellConfig, TrainConfig
 from moebench.tasks.task import Task
 from moebench.training.batches import StepBatches, train_tokens
 from moebench.training.callback import CellCallback, RunContext
+from moebench.training.label_tables import label_tables_to_json
 from moebench.training.model import Model, initialised_model, model_cost
 from moebench.training.module import CellModule
 from moebench.training.step_timer import StepTimer
@@ -61,7 +62,7 @@ def train_cell(
     validation = callback.validation or module.to(mesh.device).evaluate("validation")
     final = callback.final or module.to(mesh.device).evaluate_trained()
     if final.labels:
-        hooks.recorder.record_labels(config.train.steps, final.labels)
+        hooks.recorder.record_labels(label_tables_to_json(config.train.steps, final.labels))
     if mesh.is_first:
         keep_newest_checkpoints(1, checkpoints)  # there is nothing left to fall back from
     executed = callback.execution

@@ -10,6 +10,7 @@ from support.process_group import ALONE, Mesh, Shape
 from support.training_cases import assert_same_tree, read_checkpoint, tiny_config, write_text
 
 from moebench.parallel.checkpoint import checkpoint_path
+from moebench.runs.recorder import RunRecorder
 from moebench.training.callback import CellCallback, RunContext
 from moebench.training.model import initialised_model, prepare_task
 from moebench.training.module import CellModule
@@ -18,16 +19,6 @@ from moebench.training.train import build_trainer, fit, train_cell
 TRAIN = {"steps": 6, "batch_size": 4, "learning_rate": 2e-3, "warmup_steps": 0, "checkpoint_every": 3}
 OVERRIDES = case(train=TRAIN, layout={"name": "zero_computation", "num_experts": 8, "match": "none"})
 CHAIN = [Shape(), Shape(1, 2), Shape(2, 2), Shape(1, 4), Shape(2, 1), Shape()]
-
-
-class Silent:
-    """A recorder for tests that look elsewhere."""
-
-    def append(self, step: int, metrics: dict[str, float]) -> None: ...
-    def record_load(self, step: int, layers: dict[str, list[int]]) -> None: ...
-    def record_labels(self, step: int, tables: dict[str, Any]) -> None: ...
-    def flush(self) -> None: ...
-    def truncate_after(self, step: int) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +37,7 @@ def train(
     task = prepare_task(config, folder)
     done = [0]
     hooks = RunContext(
-        Silent(),
+        RunRecorder(None),
         progress=lambda message: done.append(message["step"]),
         should_stop=lambda: mesh.is_first and done[-1] + 1 == stop_at,
     )
@@ -62,7 +53,7 @@ def pass_on(mesh: Mesh, text: Path, overrides: dict[str, Any], source: Path, tar
     task = prepare_task(config, work)
     module = CellModule(config, initialised_model(config, task, mesh), task, mesh)
     timer = StepTimer()
-    trainer = build_trainer(config, [CellCallback(RunContext(Silent()), work, meter)], mesh)
+    trainer = build_trainer(config, [CellCallback(RunContext(RunRecorder(None)), work, meter)], mesh)
     fit(trainer, module, timer, source, config.train.steps)
     trainer.save_checkpoint(target)
 

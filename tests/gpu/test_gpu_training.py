@@ -8,8 +8,6 @@ import pytest
 import torch
 from contract.test_tasks import NUM_EXPERTS, one_of_each_family
 from moebench.compatibility import check_cell
-from moebench.parallel.process_info import ProcessInfo
-from moebench.runs.recorder import RunRecorder
 from support.command_line import CommandLine
 from support.task_data import write_data
 from support.training_cases import TINY, Run, assert_same_runs, read_checkpoint, tiny_config, write_text
@@ -21,7 +19,9 @@ from moebench.experts.layout import LAYOUTS
 from moebench.parallel.collectives import AsyncAllToAll
 from moebench.parallel.exchange import ExpertExchange
 from moebench.parallel.mesh import Mesh, open_mesh
+from moebench.parallel.process_info import ProcessInfo
 from moebench.runs.folder import RunFolder
+from moebench.runs.recorder import RunRecorder
 from moebench.schema import ParallelConfig
 from moebench.tasks.task import TASKS
 from moebench.training.callback import RunContext

@@ -11,12 +11,12 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
-from moebench.parallel.process_info import ProcessInfo
 from support.separate_device import DEVICE, separate_device
 from torch.distributed import TCPStore
 
 from moebench.config import merge_settings
 from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh, open_mesh
+from moebench.parallel.process_info import ProcessInfo
 from moebench.schema import ParallelConfig
 
 LIMIT_S = 280

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moebench.runs.recorder import RunRecorder
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from moebench.config import component_keys, merge_settings, resolve
@@ -15,6 +14,7 @@ from moebench.parallel.checkpoint import REST
 from moebench.parallel.mesh import Mesh
 from moebench.runs.folder import RunFolder
 from moebench.runs.journal import read_journal
+from moebench.runs.recorder import RunRecorder
 from moebench.runs.result import RunResult
 from moebench.schema import CellConfig
 from moebench.tasks.language import Language

@@ -5,7 +5,6 @@ from typing import Any
 
 import lightning
 import torch
-from moebench.runs.recorder import RunRecorder
 from moebench.training.step_timer import StepTimer
 from support.process_group import Mesh
 from support.training_cases import tiny_config
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moebench.runs.folder import RunFolder
+from moebench.runs.recorder import RunRecorder
 from moebench.training.callback import CellCallback, RunContext
 from moebench.training.model import initialised_model, prepare_task
 from moebench.training.module import CellModule
