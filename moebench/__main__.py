@@ -1,4 +1,4 @@
-"""The entry point: runs a command, and turns a user's mistake into one line and exit code 2."""
+"""The entry point: runs a command, and prints a user's mistake as one line, with exit code 2."""
 
 import sys
 
@@ -7,10 +7,10 @@ from moebench import interrupts
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    interrupts.remember()
+    interrupts.record_interrupts()
     try:
         code = _run()
-        sys.exit(130 if interrupts.heard and code == 0 else code)
+        sys.exit(130 if interrupts.received and code == 0 else code)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -1,28 +1,29 @@
-"""How many cores this process may use: fewer than the machine has, on a shared node or in a container."""
+"""Count the cores that this process may use: on a shared node or in a container, fewer than the machine has."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-OWN_GROUPS = Path("/proc/self/cgroup")
+PROCESS_GROUPS = Path("/proc/self/cgroup")
 GROUPS = Path("/sys/fs/cgroup")
 
 
-def available_cores(own_groups: Path = OWN_GROUPS, groups: Path = GROUPS) -> int:
+def available_cores(process_groups: Path = PROCESS_GROUPS, groups: Path = GROUPS) -> int:
     """Return the whole cores that this process may keep busy, at least 1.
 
-    These are the CPUs of its affinity mask (cpusets and `taskset` are in it), or what the CPU quotas of its control
-    groups come to, if that is less: each group's, and each group's above it. Of 1.5 cores one is counted, since a
-    second thread would spend half of its time stopped. `own_groups` and `groups` are where Linux tells of them.
+    The number is that of the CPUs in the affinity mask (set by cpusets and `taskset`), or the smallest CPU quota of
+    its control groups and their parents, if that is less. A quota of 1.5 cores counts as one, since a second thread
+    would be throttled for half of its time. `process_groups` lists the control groups of this process, `groups` is
+    the file system with all of them.
     """
     mask = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, int(min([float(mask), *_quotas(own_groups, groups)])))
+    return max(1, int(min([float(mask), *_quotas(process_groups, groups)])))
 
 
-def _quotas(own_groups: Path, groups: Path) -> Iterator[float]:
-    """Yield the CPU quotas, in cores, that this process is under; see cgroups(7)."""
+def _quotas(process_groups: Path, groups: Path) -> Iterator[float]:
+    """Yield the CPU quotas, in cores, that apply to this process; see cgroups(7)."""
     try:
-        lines = own_groups.read_text().splitlines()
+        lines = process_groups.read_text().splitlines()
     except OSError:
         return
     for line in lines:
@@ -35,22 +36,22 @@ def _quotas(own_groups: Path, groups: Path) -> Iterator[float]:
         else:
             continue
         mount = next((mount for mount in mounts if mount.is_dir()), groups)
-        # In a container the path may be that of the host, which is not mounted: what is found on the way is the own.
+        # In a container the path may be that of the host and not be mounted; its mounted parents still apply.
         group = Path(os.path.normpath("/" + path.lstrip("/"))).relative_to("/")
-        for above in (group, *group.parents):
-            quota = quota_of(mount / above)
+        for ancestor in (group, *group.parents):
+            quota = quota_of(mount / ancestor)
             if quota is not None:
                 yield quota
 
 
 def _quota_of_v2(folder: Path) -> float | None:
-    """Read "max 100000" or "150000 100000": microseconds in each period."""
-    words = _read(folder / "cpu.max").split()
-    return _cores(words[0], words[1]) if len(words) == 2 else None
+    """Parse "max 100000" or "150000 100000": microseconds in each period."""
+    parts = _read(folder / "cpu.max").split()
+    return _cores(parts[0], parts[1]) if len(parts) == 2 else None
 
 
 def _quota_of_v1(folder: Path) -> float | None:
-    """Read two files; the quota is -1 where there is none."""
+    """Parse two files; the quota is -1 if there is none."""
     return _cores(_read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us"))
 
 

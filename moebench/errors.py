@@ -1,21 +1,21 @@
-"""The error that a user's mistake becomes: one line that names the key or file, what was given, what is allowed."""
+"""The error for a user's mistake: one line with the key or file, what was given, what is allowed."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class UsageError(Exception):
-    """A mistake in a command, a configuration, a file or a machine: shown as one line, exit code 2."""
+    """A mistake in a command, a configuration, a file or a machine: printed as one line, exit code 2."""
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:
-    """Return `` Did you mean 'x'?`` for the closest allowed name, or an empty string when none is close."""
+    """Return the text " Did you mean 'x'?" for the closest allowed name, or an empty string if none is close."""
     close = get_close_matches(given, list(allowed), n=1, cutoff=0.55)
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def unknown(kind: str, given: str, allowed: Iterable[str]) -> UsageError:
-    """Build the error for a name that is not in a list: what was given, the nearest, all that are allowed."""
+    """Return the error for an unknown name, with the closest and all allowed ones."""
     names = sorted(allowed)
     return UsageError(f"{kind}: '{given}' is unknown.{nearest(given, names)} Allowed: {', '.join(names)}")
 

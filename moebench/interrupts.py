@@ -1,17 +1,33 @@
-"""Ctrl-C while nobody listens for it yet: remembered, for a library that swallows the exception must not lose it."""
+"""SIGINT and SIGTERM: collected by a handler, and Ctrl-C before there is one remembered."""
 
+import contextlib
 import signal
+from collections.abc import Callable, Iterator
 from typing import Any
 
-heard: list[int] = []
-"""Signals that came before a runner listened."""
+received: list[int] = []
+"""Signals received before `handle_signals`: a library may swallow the KeyboardInterrupt, not the signal."""
 
 
-def remember() -> None:
-    """From now on, note a Ctrl-C as well as raising KeyboardInterrupt."""
+def record_interrupts() -> None:
+    """From now on, append each SIGINT to `received` and raise KeyboardInterrupt."""
     signal.signal(signal.SIGINT, _interrupt)
 
 
+@contextlib.contextmanager
+def handle_signals(handler: Callable[[int], None]) -> Iterator[None]:
+    """Call `handler` with the number of each SIGINT and SIGTERM, those in `received` first, instead of ending."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, lambda received, frame: handler(received)) for number in numbers}
+    for number in received:
+        handler(number)
+    try:
+        yield
+    finally:
+        for number, previous_handler in previous.items():
+            signal.signal(number, previous_handler)
+
+
 def _interrupt(number: int, frame: Any) -> None:
-    heard.append(number)
+    received.append(number)
     raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""The command line: one short file per command; nothing here computes, heavy imports only inside commands."""
+"""The command line: one file per command; heavy imports are inside the commands."""
 
 import typer
 
@@ -7,7 +7,7 @@ from moebench.cli import bench, compare, curve, listing, plan, probe, run, show,
 
 app = typer.Typer(
     help="Which router? Trains the same sparse-expert model with different routing algorithms, under matched"
-    " conditions, and says which is better, by how much, and how sure one can be.",
+    " conditions, and says which is better, by how much, with what confidence.",
     epilog="Start with: moebench run quickstart, then moebench compare quickstart, then moebench ui.",
     invoke_without_command=True,
     rich_markup_mode=None,
@@ -25,8 +25,8 @@ app.command("sync")(sync.sync)
 app.add_typer(bench.app, name="bench")
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         typer.echo(f"moebench {__version__}")
         raise typer.Exit
 
@@ -34,7 +34,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     context: typer.Context,
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show it."),
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Show it."),
 ) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

@@ -1,4 +1,4 @@
-"""`moebench bench`: how fast the layer and the training step are, against a dense twin and against other libraries."""
+"""`moebench bench`: speed of the layer, the routers and the training step, against a dense twin and other libraries."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,27 +11,28 @@ from moebench.cli.options import (
     Json,
     Plugins,
     Results,
+    check_plot,
     complete_experiment,
     complete_router,
-    experiment_file,
 )
 from moebench.errors import UsageError
+from moebench.experiment.files import find_experiment
 
 if TYPE_CHECKING:
     from moebench.reporting.report import Report
 
 app = typer.Typer(
-    help="Measure speed: variants interleaved in one process, ratios to a dense twin, busy rounds thrown out.",
+    help="Measure speed: variants interleaved in one process, ratios to a dense twin, busy rounds discarded.",
     no_args_is_help=False,
     invoke_without_command=True,
 )
 
-Rounds = Annotated[int, typer.Option(min=1, help="Rounds that are kept.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Valid rounds to measure.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of weights and inputs.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of weights and inputs.")]
 Allocator = Annotated[
-    str, typer.Option(help="keep: glibc keeps freed memory, for all variants alike; default: as it is.")
+    str, typer.Option(help="keep: glibc keeps freed memory, for all variants alike; default: glibc's setting.")
 ]
 Plot = Annotated[Path | None, typer.Option(help="Write a figure to this PNG file.")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")]
@@ -47,11 +48,11 @@ def _root(context: typer.Context) -> None:
 def layer(
     shape: Annotated[
         list[str] | None,
-        typer.Option(metavar="T,d,hidden,E,k,activation", help="A shape of one's own; hidden is one expert's width."),
+        typer.Option(metavar="T,d,hidden,E,k,activation", help="A custom shape; hidden is the width of one expert."),
     ] = None,
     only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A preset; or gpu. Repeatable.")] = None,
     load: Annotated[
-        list[str] | None, typer.Option(metavar="LOAD", help="balanced, router or zipf. Default: each preset's own.")
+        list[str] | None, typer.Option(metavar="LOAD", help="balanced, router or zipf. Default: that of each preset.")
     ] = None,
     rounds: Rounds = 7,
     threads: Threads = None,
@@ -65,7 +66,7 @@ def layer(
     """Time one expert layer against a dense layer of equal FLOPs and against the libraries that are installed.
 
     All get the same weights and the same inputs, crafted so that every gate makes the same load. Presets are
-    fp32 on a CPU, bf16 on CUDA. A round in which other processes used more than 8 % of the machine is thrown out.
+    fp32 on a CPU, bf16 on CUDA. A round in which other processes used more than 8 % of the machine is discarded.
     """
     check_plot(plot)
     from moebench.bench.layer.measure import Settings, measure
@@ -81,12 +82,12 @@ def layer(
         seed=seed,
         allocator=allocator,
     )
-    bench = measure(settings, say)
+    bench = measure(settings, print_progress)
     if plot:
         from moebench.bench.layer.figure import draw_figure
 
         draw_figure(bench, plot)
-    show(build_report(bench), json=json, markdown=markdown)
+    print_report(build_report(bench), json=json, markdown=markdown)
 
 
 @app.command("router")
@@ -126,10 +127,10 @@ def router(
         device=device,
         seed=seed,
     )
-    bench = measure(settings, say)
+    bench = measure(settings, print_progress)
     if plot:
         draw_figure(bench, plot)
-    show(build_report(bench), json=json, markdown=markdown)
+    print_report(build_report(bench), json=json, markdown=markdown)
 
 
 @app.command("step")
@@ -166,7 +167,7 @@ def step(
     from moebench.bench.step.report import build_report
 
     settings = Settings(
-        experiment=chosen_experiment(names or (), router or ()),
+        experiment=find_step_experiment(names or (), router or ()),
         routers=router or (),
         overrides=[name for name in names or () if "=" in name],
         plugins=plugin or (),
@@ -177,12 +178,12 @@ def step(
         device=device,
         allocator=allocator,
     )
-    bench = measure(settings, say)
+    bench = measure(settings, print_progress)
     if plot:
         from moebench.bench.step.figure import draw_figure
 
         draw_figure(bench, plot)
-    show(build_report(bench), json=json, markdown=markdown)
+    print_report(build_report(bench), json=json, markdown=markdown)
 
 
 @app.command("parallel")
@@ -203,7 +204,7 @@ def parallel(
     """Time the same global batch on one process and on every mesh of several.
 
     Real runs, each in processes of its own, that take turns; nothing is kept. On a CPU more processes than cores
-    measure the exchange, not a speed that anybody wants.
+    measure the exchange rather than a useful speed.
     """
     check_plot(plot)
     from moebench.bench.parallel.measure import Settings, measure
@@ -220,14 +221,14 @@ def parallel(
         overrides=overrides or (),
         results=results,
     )
-    bench = measure(settings, say)
+    bench = measure(settings, print_progress)
     if plot:
         draw_figure(bench, plot)
-    show(build_report(bench), json=json, markdown=markdown)
+    print_report(build_report(bench), json=json, markdown=markdown)
 
 
-def chosen_experiment(names: Sequence[str], routers: Sequence[str]) -> Path | None:
-    """Return the file of the experiment among names and overrides, None without one; refuse two subjects."""
+def find_step_experiment(names: Sequence[str], routers: Sequence[str]) -> Path | None:
+    """Return the file of the experiment among the arguments, or None; raise UsageError for two subjects."""
     subjects = [name for name in names if "=" not in name]
     if len(subjects) > 1 or (subjects and routers):
         given = ", ".join([*subjects, *(f"--router {name}" for name in routers)])
@@ -235,19 +236,13 @@ def chosen_experiment(names: Sequence[str], routers: Sequence[str]) -> Path | No
     return find_experiment(subjects[0]) if subjects else None
 
 
-def check_plot(plot: Path | None) -> None:
-    """Refuse a figure file that cannot be written, before anything is measured."""
-    if plot and (plot.is_dir() or not plot.parent.is_dir()):
-        raise UsageError(f"--plot {plot}: must be a file in a folder that exists")
-
-
-def say(text: str) -> None:
+def print_progress(text: str) -> None:
     """Print a line of progress on standard error."""
     typer.echo(text, err=True)
 
 
-def show(report: "Report", *, json: bool, markdown: bool) -> None:
-    """Print a report in the wanted form."""
+def print_report(report: "Report", *, json: bool, markdown: bool) -> None:
+    """Print a report as a table, Markdown or JSON."""
     if json:
         print(report.to_json())
     elif markdown:

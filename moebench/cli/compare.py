@@ -1,4 +1,4 @@
-"""`moebench compare`: which arm is better, by how much, and how sure one can be."""
+"""`moebench compare`: which arm is better, by how much, with what confidence."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -11,11 +11,11 @@ from moebench.cli.options import (
     Json,
     Plugins,
     Results,
+    check_plot,
     complete_experiment_or_router,
-    experiment_file,
-    experiment_names,
 )
 from moebench.errors import UsageError
+from moebench.experiment.files import find_experiment, list_experiments
 
 if TYPE_CHECKING:
     from moebench.experiment.grid import Experiment
@@ -70,8 +70,7 @@ def compare(
 
     overrides = [name for name in names if "=" in name]
     subjects = [name for name in names if "=" not in name]
-    if plot and (plot.is_dir() or not plot.parent.is_dir()):
-        raise UsageError(f"--plot {plot}: must be a file in a folder that exists")
+    check_plot(plot)
     if is_experiment(subjects):
         grid = expand(find_experiment(subjects[0]), overrides, plugin or ())
     else:
@@ -89,16 +88,16 @@ def compare(
 
 
 def is_experiment(subjects: list[str]) -> bool:
-    """Tell an experiment (a file, or a name in experiments/) from a list of routers."""
+    """Return whether the subject is an experiment rather than routers; raise UsageError for a mixture."""
     experiments = [name for name in subjects if name.endswith((".yaml", ".yml")) or "/" in name]
-    experiments += [name for name in subjects if name in experiment_names()]
+    experiments += [name for name in subjects if name in list_experiments()]
     if not subjects or (experiments and len(subjects) > 1):
         raise UsageError(f"compare: give one experiment, or routers only; got {', '.join(subjects) or 'neither'}")
     return bool(experiments)
 
 
 def train_missing(grid: "Experiment", results: Path, jobs: int) -> None:
-    """Train the cells that are not done; UsageError when none of an arm could be."""
+    """Train the cells that are not done; exit if interrupted."""
     from rich.console import Console
 
     from moebench.analysis.figures import Figures

@@ -12,9 +12,10 @@ from moebench.cli.options import (
     Overrides,
     Plugins,
     Results,
-    experiment_file,
+    check_plot,
+    print_json,
 )
-from moebench.errors import UsageError
+from moebench.experiment.files import find_experiment
 
 if TYPE_CHECKING:
     from moebench.analysis.sweep.measure import SettingCurve
@@ -48,33 +49,30 @@ def curve(
     from moebench.analysis.sweep.measure import Setting, measure
     from moebench.experiment.grid import expand
 
-    if plot and (plot.is_dir() or not plot.parent.is_dir()):
-        raise UsageError(f"--plot {plot}: must be a file in a folder that exists")
+    check_plot(plot)
     settings = Setting.parse(vary, "--vary"), Setting.parse(by, "--by") if by is not None else None
     grid = expand(find_experiment(experiment), overrides or (), plugin or ())
     console = Console(stderr=True)
-    found = measure(
+    setting_curve = measure(
         grid, results, *settings, report_progress=lambda line: console.print(line, highlight=False, markup=False)
     )
     if plot:
-        draw_curve(found, plot)
-    _print(found, as_json=json, as_markdown=markdown)
+        draw_curve(setting_curve, plot)
+    _print(setting_curve, as_json=json, as_markdown=markdown)
 
 
-def _print(found: "SettingCurve", *, as_json: bool, as_markdown: bool) -> None:
+def _print(setting_curve: "SettingCurve", *, as_json: bool, as_markdown: bool) -> None:
     from rich.console import Console
 
     from moebench.analysis.compare.table import markdown_grid, rich_grid
     from moebench.analysis.sweep.figure import setting_grid
 
     if as_json:
-        import json
-
-        print(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
+        print_json(setting_curve.to_dict())
     elif as_markdown:
-        print("\n\n".join([markdown_grid(setting_grid(found)), *(f"- {note}" for note in found.notes)]))
+        print("\n\n".join([markdown_grid(setting_grid(setting_curve)), *(f"- {note}" for note in setting_curve.notes)]))
     else:
         console = Console()
-        console.print(rich_grid(setting_grid(found)))
-        for note in found.notes:
+        console.print(rich_grid(setting_grid(setting_curve)))
+        for note in setting_curve.notes:
             console.print(f"Note: {note}", highlight=False, markup=False)

@@ -1,11 +1,14 @@
-"""`moebench list`: what there is."""
+"""`moebench list`: routers, layouts, tasks, losses, experiments, runs."""
 
+from dataclasses import asdict
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from moebench.cli.options import DEFAULT_RESULTS, Json, Plugins, Results
+from moebench.cli.options import DEFAULT_RESULTS, Json, Plugins, Results, print_json
+from moebench.experiment.files import list_experiments
 
 
 class Kind(StrEnum):
@@ -19,6 +22,17 @@ class Kind(StrEnum):
     RUNS = "runs"
 
 
+COLUMNS = {
+    Kind.LAYOUTS: ("name", "experts", "placement", "paper"),
+    Kind.TASKS: ("name", "causal", "metric", "data"),
+    Kind.LOSSES: ("name", "equation", "uniform", "collapsed", "paper"),
+    Kind.EXPERIMENTS: ("name", "origin", "question"),
+    Kind.RUNS: ("id", "experiment", "arm", "seed", "state", "error"),
+}
+"""Of the table; routers have a table of their own."""
+SINGULAR = {Kind.ROUTERS: "router", Kind.LAYOUTS: "layout", Kind.TASKS: "task", Kind.LOSSES: "loss"}
+
+
 def list_(
     kind: Annotated[Kind, typer.Argument(help="What to list.")] = Kind.ROUTERS,
     results: Results = DEFAULT_RESULTS,
@@ -30,42 +44,43 @@ def list_(
 
     for path in plugin or ():
         load_plugin(path)
-    rows = _rows(kind, results)
-    if json:
-        import json as json_module
-
-        print(json_module.dumps(rows, indent=1, ensure_ascii=False))
-        return
-    _print(rows, kind)
-
-
-def _rows(kind: Kind, results: Any) -> list[dict[str, Any]]:
     if kind is Kind.EXPERIMENTS:
-        return _experiments()
-    if kind is Kind.RUNS:
-        return _runs(results)
+        rows = _experiment_rows()
+    elif kind is Kind.RUNS:
+        rows = _run_rows(results)
+    else:
+        rows = _component_rows(SINGULAR[kind])
+    if json:
+        print_json(rows)
+    else:
+        _print(rows, kind)
+
+
+def _component_rows(kind: str) -> list[dict[str, Any]]:
     from moebench.catalogue.describe import facts_to_dict
     from moebench.registry import registry_of
 
-    singular = {"routers": "router", "layouts": "layout", "tasks": "task", "losses": "loss"}[kind.value]
     return [
         {"name": entry.name, **facts_to_dict(entry.facts), "summary": entry.doc.split("\n")[0]}
-        for entry in registry_of(singular).entries()
+        for entry in registry_of(kind).entries()
     ]
 
 
-def _experiments() -> list[dict[str, Any]]:
+def _experiment_rows() -> list[dict[str, Any]]:
     from moebench.config import load_experiment
-    from moebench.experiment.files import experiment_names, find_experiment
 
-    rows = []
-    for name in experiment_names():
-        file = find_experiment(name)
-        rows.append({"name": name, "file": str(file), "question": load_experiment(file)[0].question})
-    return rows
+    return [
+        {
+            "name": name,
+            "origin": experiment.origin,
+            "file": str(experiment.file),
+            "question": load_experiment(experiment.file)[0].question,
+        }
+        for name, experiment in list_experiments().items()
+    ]
 
 
-def _runs(results: Any) -> list[dict[str, Any]]:
+def _run_rows(results: Path) -> list[dict[str, Any]]:
     from moebench.runs.folder import RunFolder
 
     rows = []
@@ -87,15 +102,6 @@ def _runs(results: Any) -> list[dict[str, Any]]:
     return rows
 
 
-COLUMNS = {
-    Kind.LAYOUTS: ("name", "experts", "placement", "paper"),
-    Kind.TASKS: ("name", "causal", "metric", "data"),
-    Kind.LOSSES: ("name", "equation", "uniform", "collapsed", "paper"),
-    Kind.EXPERIMENTS: ("name", "question"),
-    Kind.RUNS: ("id", "experiment", "arm", "seed", "state", "error"),
-}
-
-
 def _print(rows: list[dict[str, Any]], kind: Kind) -> None:
     from moebench.catalogue.describe import to_text
     from moebench.cli.output import print_table
@@ -106,15 +112,15 @@ def _print(rows: list[dict[str, Any]], kind: Kind) -> None:
     if kind is Kind.ROUTERS:
         from moebench.catalogue.pages import summarize
 
-        columns, lines = _in_two_lines([summarize(row) for row in rows])
+        columns, lines = _stack_columns([summarize(row) for row in rows])
     else:
         columns = COLUMNS[kind]
         lines = [["" if row[column] is None else to_text(row[column]) for column in columns] for row in rows]
     print_table(columns, lines, no_wrap=("id", "name", "router\nfamily", "causal", "batch", "any k", "even", "learns"))
 
 
-def _in_two_lines(cells: list[dict[str, str]]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """Put family and losses below name and paper: else 80 columns are too few."""
+def _stack_columns(cells: list[dict[str, str]]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Put the family below the name and the losses below the paper, so that the table fits into 80 columns."""
     below = {"router": "family", "paper": "own losses"}
     columns = tuple(name for name in cells[0] if name not in below.values())
     lines = [

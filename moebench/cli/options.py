@@ -1,30 +1,24 @@
-"""Arguments that several commands share, and the completion of names, which imports nothing heavy."""
+"""Arguments shared by several commands, and the completion of names, which imports nothing heavy."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from moebench.errors import UsageError, nearest
+from moebench.errors import UsageError
+from moebench.experiment.files import list_experiments
 from moebench.registry import names_without_import
-
-EXPERIMENTS = Path("experiments")
-"""Where an experiment's name is looked up when it is not a path."""
 
 
 def _completion(kind: str) -> Callable[[str], list[str]]:
     return lambda incomplete: [name for name in names_without_import(kind) if name.startswith(incomplete)]
 
 
-def experiment_names() -> list[str]:
-    """Return the names of the experiment files in the folder `experiments`."""
-    return sorted(file.stem for file in EXPERIMENTS.glob("*.yaml"))
-
-
 def complete_experiment(incomplete: str) -> list[str]:
     """Complete the name of an experiment."""
-    return [name for name in experiment_names() if name.startswith(incomplete)]
+    return [name for name in list_experiments() if name.startswith(incomplete)]
 
 
 def complete_component(incomplete: str) -> list[str]:
@@ -57,7 +51,7 @@ ExperimentName = Annotated[
     str,
     typer.Argument(
         metavar="EXPERIMENT",
-        help="An experiment file, or the name of one in experiments/.",
+        help="An experiment file, or a name (list experiments).",
         autocompletion=complete_experiment,
     ),
 ]
@@ -68,15 +62,12 @@ Overrides = Annotated[
 DEFAULT_RESULTS = Path("results")
 
 
-def find_experiment(name: str) -> Path:
-    """Return the file of an experiment given by path or name; raise UsageError when there is none."""
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") or "/" in name:
-        if not path.is_file():
-            raise UsageError(f"{name}: no such experiment file.{nearest(path.stem, experiment_names())}")
-        return path
-    file = EXPERIMENTS / f"{name}.yaml"
-    if not file.is_file():
-        names = ", ".join(experiment_names()) or "none in the folder experiments/ here"
-        raise UsageError(f"experiment '{name}' is unknown.{nearest(name, experiment_names())} Allowed: {names}")
-    return file
+def check_plot(plot: Path | None) -> None:
+    """Raise UsageError for a figure file that cannot be written, before anything is computed."""
+    if plot and (plot.is_dir() or not plot.parent.is_dir()):
+        raise UsageError(f"--plot {plot}: must be a file in a folder that exists")
+
+
+def print_json(value: Any, indent: int | None = 1) -> None:
+    """Print a value as JSON on standard output."""
+    print(json.dumps(value, indent=indent, ensure_ascii=False), flush=True)

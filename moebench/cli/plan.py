@@ -1,6 +1,6 @@
-"""`moebench plan`: every cell before it runs."""
+"""`moebench plan`: the cells of an experiment before they are trained."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moebench.cli.options import (
     DEFAULT_RESULTS,
@@ -9,8 +9,12 @@ from moebench.cli.options import (
     Overrides,
     Plugins,
     Results,
-    experiment_file,
+    print_json,
 )
+from moebench.experiment.files import find_experiment
+
+if TYPE_CHECKING:
+    from moebench.experiment.grid import Experiment
 
 
 def plan(
@@ -32,14 +36,12 @@ def plan(
     grid = expand(find_experiment(experiment), overrides or (), plugin or ())
     rows = plan_cells(grid, results)
     if json:
-        import json as json_module
-
-        print(json_module.dumps({"experiment": grid.name, "question": grid.question, "cells": rows}, indent=1))
+        print_json({"experiment": grid.name, "question": grid.question, "cells": rows})
         return
     _print(grid, rows)
 
 
-def _print(grid: Any, rows: list[dict[str, Any]]) -> None:
+def _print(grid: "Experiment", rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
 
     from moebench.cli.output import print_table
@@ -61,15 +63,15 @@ def _print(grid: Any, rows: list[dict[str, Any]]) -> None:
             format_count(row["active_params"]),
             format_count(row["total_params"]),
             format_count(row["flops_per_token"]) + (f" × {row['train_passes']}" if row["train_passes"] > 1 else ""),
-            _difference(row),
+            _format_difference(row),
         )
         for row in rows
     ]
     print_table(columns, lines, right=numbers, no_wrap=(*columns[:1], *columns[2:]))
 
 
-def _difference(row: dict[str, Any]) -> str:
-    """Return how far the arm is from the baseline in what its layout matches."""
+def _format_difference(row: dict[str, Any]) -> str:
+    """Return the difference to the baseline in the quantity that the layout matches: FLOPs or parameters."""
     if row["match"] == "params":
         return f"{row['params_vs_baseline']:+.2%} params"
     return f"{row['flops_vs_baseline']:+.2%}"

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,14 +14,17 @@ from moebench.cli.options import (
     Overrides,
     Plugins,
     Results,
-    experiment_file,
+    print_json,
 )
+from moebench.errors import UsageError
+from moebench.experiment.files import find_experiment
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from moebench.experiment.runner import RunOptions, RunReport
-    from moebench.launch.launcher import Given, Launch
+    from moebench.launch.cluster_environment import ClusterEnvironment
+    from moebench.launch.launcher import Launcher
 
 EXIT_FAILED, EXIT_TRACKER = 1, 3
 
@@ -38,10 +41,12 @@ def run(
     ] = None,
     reshard: Annotated[
         bool,
-        typer.Option(
-            "--reshard", help="Begin a new cell from the checkpoint of the same one on other processes, if it is there."
-        ),
+        typer.Option("--reshard", help="Start new cells from the checkpoints of the same cells on another mesh."),
     ] = False,
+    foreground: Annotated[
+        str | None,
+        typer.Option(metavar="CELL", help="Train one cell in this process, for a debugger: ARM, ARM/SEED or its id."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Train every cell that is not done and resume those half done.
@@ -50,51 +55,89 @@ def run(
     everything saved; the same command goes on from there. Started by torchrun or SLURM, it trains over the processes
     that are there.
 
+    With --foreground a breakpoint() in a plug-in stops at a prompt, and a failure shows its traceback; no tracker.
+
     Exit codes: 0 all done, 1 some cells failed, 2 mistake in the command or configuration, 3 the tracker missed
     something (nothing is lost: `moebench sync`), 130 and 143 interrupted.
     """
     from rich.console import Console
 
     from moebench.experiment.runner import RunOptions
-    from moebench.launch.launcher import LocalLauncher, given_processes
+    from moebench.launch.cluster_environment import detect_cluster
+    from moebench.launch.launcher import LocalLauncher
 
-    options = RunOptions(jobs=jobs, tracker=tracker, reshard=reshard)
     console = Console(stderr=True)
-    given = given_processes()
-    work = partial(_run, experiment, overrides, results, plugin, options, console, json=json)
-    code = work(LocalLauncher()) if given is None else _joined(given, work, console)
+    cluster = detect_cluster()
+    if foreground is not None:
+        _check_foreground({"--json": json, "--jobs": jobs > 0, "--reshard": reshard}, cluster)
+        code = _run_one_cell(experiment, overrides, plugin, foreground, results, console)
+    else:
+        options = RunOptions(jobs=jobs, tracker=tracker, reshard=reshard)
+        run_grid = partial(_run_grid, experiment, overrides, plugin, results, options, console, json=json)
+        code = run_grid(LocalLauncher()) if cluster is None else _run_in_cluster(cluster, run_grid, console)
     if code:
         raise typer.Exit(code)
 
 
-def _joined(given: "Given", work: "Callable[[Launch], int]", console: "Console") -> int:
-    """Do the work as the first of the processes that are there, or follow the first; return the exit code."""
-    from moebench.launch.cluster import follow, leading
-    from moebench.launch.rendezvous import AbandonedError
+def _check_foreground(options: dict[str, bool], cluster: "ClusterEnvironment | None") -> None:
+    """Refuse what makes no sense for one cell in this process."""
+    for option, is_given in options.items():
+        if is_given:
+            raise UsageError(f"{option}: not with --foreground, which trains one cell in this process")
+    if cluster is not None:
+        raise UsageError(
+            "--foreground: trains one cell in this process; torchrun or SLURM started"
+            f" {cluster.process_info.world_size} (allowed: 1)"
+        )
 
-    if given.process_info.rank > 0:
-        return follow(given)
+
+def _run_one_cell(
+    experiment: str,
+    overrides: list[str] | None,
+    plugins: list[str] | None,
+    cell_name: str,
+    results: Path,
+    console: "Console",
+) -> int:
+    """Train one cell in this process and return the exit code."""
+    from moebench.analysis.figures import Figures
+    from moebench.experiment.foreground import run_foreground, select_cell
+    from moebench.experiment.grid import expand
+
+    grid = expand(find_experiment(experiment), overrides or (), plugins or ())
+    cell = select_cell(grid.cells, cell_name)
+    return run_foreground(grid, cell, results, console=console, figures=Figures())
+
+
+def _run_in_cluster(cluster: "ClusterEnvironment", run_grid: "Callable[[Launcher], int]", console: "Console") -> int:
+    """Run the grid as rank 0, or participate as another rank; return the exit code."""
+    from moebench.launch.cluster import coordinate, participate
+    from moebench.launch.rendezvous import RendezvousError
+
+    if cluster.process_info.rank > 0:
+        return participate(cluster)
     try:
-        with leading(given) as launch:
-            launch.exit_code = work(launch)
-            return launch.exit_code
-    except AbandonedError as error:
+        with coordinate(cluster) as launcher:
+            launcher.exit_code = run_grid(launcher)
+            return launcher.exit_code
+    except RendezvousError as error:
         console.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
         return EXIT_FAILED
 
 
-def _run(
+def _run_grid(
     experiment: str,
     overrides: list[str] | None,
-    results: Path,
     plugins: list[str] | None,
+    results: Path,
     options: "RunOptions",
     console: "Console",
-    launch: "Launch",
+    launcher: "Launcher",
     *,
     json: bool,
 ) -> int:
-    """Run the grid, say what came of it, and return the exit code."""
+    """Run the grid, print a summary and return the exit code."""
+    from moebench.analysis.figures import Figures
     from moebench.experiment.grid import expand
     from moebench.experiment.runner import run_experiment
     from moebench.tracking.mlflow_store import check_uri
@@ -102,20 +145,12 @@ def _run(
     if options.tracker not in (None, "none"):
         check_uri(options.tracker)
     grid = expand(find_experiment(experiment), overrides or (), plugins or ())
-    report = run_experiment(grid, results, options, launch=launch, console=console, figures=_figures())
+    report = run_experiment(grid, results, options, launcher=launcher, console=console, figures=Figures())
     if json:
-        import json as json_module
-
-        print(json_module.dumps(report.to_dict(), indent=1), flush=True)
+        print_json(report.to_dict())
     else:
-        _say(report, experiment, console)
+        _print_summary(report, experiment, console)
     return _exit_code(report)
-
-
-def _figures() -> Any:
-    from moebench.analysis.figures import Figures
-
-    return Figures()
 
 
 def _exit_code(report: "RunReport") -> int:
@@ -126,16 +161,17 @@ def _exit_code(report: "RunReport") -> int:
     return EXIT_TRACKER if report.tracker_problem else 0
 
 
-def _say(report: "RunReport", experiment: str, console: Any) -> None:
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    say(f"{report.num_done} of {report.num_cells} cells done, {len(report.trained)} of them trained now")
-    for outcome in report.failed:
-        say(f"failed: {outcome.cell.arm} seed {outcome.cell.seed}: {outcome.error} (log: {report.log_of(outcome)})")
+def _print_summary(report: "RunReport", experiment: str, console: "Console") -> None:
+    lines = [f"{report.num_done} of {report.num_cells} cells done, {len(report.trained)} of them trained now"]
+    lines += [
+        f"failed: {outcome.cell.arm} seed {outcome.cell.seed}: {outcome.error} (log: {report.log_path(outcome)})"
+        for outcome in report.failed
+    ]
     if report.tracker_problem:
-        say(f"tracker: {report.tracker_problem}")
+        lines.append(f"tracker: {report.tracker_problem}")
     if report.interrupted:
-        say(f"interrupted; go on with: moebench run {experiment}")
+        lines.append(f"interrupted; go on with: moebench run {experiment}")
     else:
-        say(f"next: moebench compare {experiment}  |  moebench ui")
+        lines.append(f"next: moebench compare {experiment}  |  moebench ui")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

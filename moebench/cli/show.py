@@ -1,12 +1,13 @@
-"""`moebench show`: describe a router, layout, task or loss, or a section of the configuration."""
+"""`moebench show`: describe a component or a section of the configuration, or print the file of an experiment."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from moebench.cli.options import Json, Plugins, complete_component
+from moebench.cli.options import Json, Plugins, check_plot, complete_component, print_json
 from moebench.errors import UsageError
+from moebench.experiment.files import find_experiment
 
 
 def show(
@@ -14,9 +15,12 @@ def show(
         str | None,
         typer.Argument(
             help="A router, layout, task or loss (`moebench list`); a section of the configuration (train, model, data,"
-            " ...); or a key (train.steps).",
+            " ...); a key (train.steps); or the word `experiment`.",
             autocompletion=complete_component,
         ),
+    ] = None,
+    experiment: Annotated[
+        str | None, typer.Argument(metavar="[EXPERIMENT]", help="After `experiment`: whose file to print.")
     ] = None,
     all_routers: Annotated[
         bool, typer.Option("--all-routers", help="All routers instead of one name, as the Markdown of docs/routers.md.")
@@ -33,9 +37,17 @@ def show(
     plugin: Plugins = None,
     json: Json = False,
 ) -> None:
-    """Show equation, facts, options with defaults and source of a component, or the options of a section."""
-    if [name is not None, all_routers, all_options].count(True) != 1:
-        raise UsageError("show: give one of a name (`moebench list`), --all-routers and --all-options")
+    """Show equation, facts, options with defaults and source of a component, or the options of a section.
+
+    `moebench show experiment quickstart > mine.yaml` copies an experiment, to be changed.
+    """
+    if name == "experiment" and experiment is not None:
+        _print_experiment(experiment, json=json)
+        return
+    if experiment is not None or [name is not None, all_routers, all_options].count(True) != 1:
+        raise UsageError(
+            "show: give one of a name (`moebench list`), `experiment` and a name, --all-routers and --all-options"
+        )
     if plot and name is None:
         raise UsageError("--plot: draws one router; give its name")
     from moebench.registry import load_plugin
@@ -46,9 +58,7 @@ def show(
     if plot:
         _draw(descriptions[0], plot)
     if json:
-        import json as json_module
-
-        print(json_module.dumps(descriptions[0] if name else descriptions, indent=1, ensure_ascii=False))
+        print_json(descriptions[0] if name else descriptions)
     elif name:
         _print(descriptions[0])
     else:
@@ -70,11 +80,16 @@ def _describe(name: str | None, *, all_routers: bool) -> list[dict[str, Any]]:
     return [describe_section(section) for section in SECTIONS]
 
 
+def _print_experiment(name: str, *, json: bool) -> None:
+    file = find_experiment(name)
+    text = file.read_text(encoding="utf-8")
+    print_json({"name": file.stem, "file": str(file), "text": text}) if json else print(text, end="")
+
+
 def _draw(description: dict[str, Any], plot: Path) -> None:
     if description["kind"] != "router":
         raise UsageError(f"--plot: '{description['name']}' is a {description['kind']}; only routers are drawn")
-    if plot.is_dir() or not plot.parent.is_dir():
-        raise UsageError(f"--plot {plot}: must be a file in a folder that exists")
+    check_plot(plot)
     from moebench.catalogue.figure import draw_router
 
     draw_router(description["name"], plot)

@@ -1,10 +1,12 @@
-"""`moebench sync`: send what the journals hold and the tracker does not."""
+"""`moebench sync`: send to the tracker what it has missed."""
 
+import sys
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from moebench.cli.options import DEFAULT_RESULTS, Json, Results
+from moebench.cli.options import DEFAULT_RESULTS, Json, Results, print_json
 
 EXIT_DEGRADED = 3
 
@@ -17,10 +19,6 @@ def sync(
     json: Json = False,
 ) -> None:
     """Send everything in the run folders that the tracker does not have; nothing is sent twice."""
-    import json as json_module
-    import sys
-    from dataclasses import asdict
-
     from moebench.tracking.mlflow_store import TrackerError, default_uri, redact_credentials
     from moebench.tracking.replay import replay
 
@@ -30,7 +28,7 @@ def sync(
         print(f"tracker: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_DEGRADED) from error
     if json:
-        print(json_module.dumps(asdict(report)))
+        print_json(asdict(report), indent=None)
     else:
         address = redact_credentials(tracker or default_uri(results))
         print(f"{report.values} values of {report.runs} runs sent to {address}")

@@ -1,4 +1,4 @@
-"""Tables on the terminal: no lines but the one under the head, so that 80 columns are enough."""
+"""Tables on the terminal, with a rule under the head only, so that 80 columns are enough."""
 
 from collections.abc import Collection, Iterable, Sequence
 
@@ -10,7 +10,7 @@ from rich.table import Table
 def print_table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collection[str] = (), whole: Collection[str] = ()
 ) -> None:
-    """Print rows under their columns; `right` are numbers, `whole` are never cut or wrapped."""
+    """Print rows under their columns; columns in `right` are right-aligned, those in `whole` are never wrapped."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     for column in columns:
         table.add_column(

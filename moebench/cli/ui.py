@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from moebench.cli.options import DEFAULT_RESULTS, Json, Results
+from moebench.cli.options import DEFAULT_RESULTS, Json, Results, print_json
 
 
 def ui(
@@ -18,12 +18,13 @@ def ui(
 
     One worker, reachable from this machine only, no telemetry.
     """
-    import json as json_module
-
     from moebench.tracking.mlflow_store import default_uri
     from moebench.tracking.ui import serve
 
-    def say(url: str) -> None:
-        print(json_module.dumps({"url": url}) if json else f"MLflow UI at {url}  (Ctrl-C stops it)", flush=True)
+    def print_url(url: str) -> None:
+        if json:
+            print_json({"url": url}, indent=None)
+        else:
+            print(f"MLflow UI at {url}  (Ctrl-C stops it)", flush=True)
 
-    raise typer.Exit(serve(results, tracker or default_uri(results), host=host, port=port, on_ready=say))
+    raise typer.Exit(serve(results, tracker or default_uri(results), host=host, port=port, on_ready=print_url))

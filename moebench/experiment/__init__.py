@@ -1,1 +1,1 @@
-"""Experiments: the grid, its cells on disk, and the scheduler that runs each cell in its own process."""
+"""Experiments: from a file to its cells, and running them."""

@@ -23,31 +23,33 @@ class Arm:
 
     label: str
     config: CellConfig
-    """Of every seed, its own left out."""
+    """Of every seed; its own `seed` is not used."""
     varies: Mapping[str, Any]
-    """What tells it from the other arms: configuration key -> value."""
+    """The configuration keys in which the arms differ, with this arm's values."""
     data_digest: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Point:
-    """One combination of the grid, as it was written."""
+    """One combination of grid values, as written in the file."""
 
     choices: tuple[tuple[str, Any], ...]
-    """Grid key and value, the label still in it."""
+    """Grid key and value, with the label."""
     raw: Mapping[str, Any]
     """The cell's configuration without overrides, untyped."""
 
 
 def resolve_arms(config: ExperimentConfig, overrides: Mapping[str, Any], where: str) -> list[Arm]:
-    """Check every arm, before anything is trained; raise UsageError for one that could not be, or is another one."""
+    """Resolve and check every arm; raise UsageError if one could not be trained or equals another."""
     require(isinstance(config.base, Mapping), "base", str(config.base) or "null", "a mapping of keys to values")
     if "seed" in config.base or "seed" in overrides:
         raise UsageError("seed: the experiment sets it; choose with seeds=[...] instead")
     points = list(_combine(config.grid, merge_settings({}, config.base)))
     _refuse_unknown(overrides, [point.raw for point in points], config.grid)
-    configs = [resolve(merge_settings(point.raw, _applicable(overrides, point.raw, config.grid))) for point in points]
-    labels = [_label_of(point, config.grid, cell) for point, cell in zip(points, configs, strict=True)]
+    configs = [
+        resolve(merge_settings(point.raw, _select_applicable(overrides, point.raw, config.grid))) for point in points
+    ]
+    labels = [_arm_label(point, config.grid, cell) for point, cell in zip(points, configs, strict=True)]
     _refuse_equal_labels(labels, configs, where)
     arms = []
     for point, label, cell in zip(points, labels, configs, strict=True):
@@ -59,13 +61,13 @@ def resolve_arms(config: ExperimentConfig, overrides: Mapping[str, Any], where: 
 
 
 def unused_overrides(overrides: Mapping[str, Any], arms: Sequence[Arm], grid: Mapping[str, Any]) -> tuple[str, ...]:
-    """Note each override that only some arms know."""
+    """Return a note for each override that applies to some arms only."""
     notes = []
     for kind in _varied_components(overrides, grid):
         for option in overrides[kind]:
-            having = [arm.label for arm in arms if hasattr(getattr(arm.config, kind), option)]
-            if len(having) < len(arms):
-                notes.append(f"{kind}.{option} applies to {', '.join(having)}; the other arms have no such key")
+            labels = [arm.label for arm in arms if hasattr(getattr(arm.config, kind), option)]
+            if len(labels) < len(arms):
+                notes.append(f"{kind}.{option} applies to {', '.join(labels)}; the other arms have no such key")
     return tuple(notes)
 
 
@@ -75,12 +77,12 @@ def _combine(grid: Mapping[str, Sequence[Any]], base: Mapping[str, Any]) -> Iter
     for choices in itertools.product(*axes):
         raw = dict(base)
         for key, value in choices:
-            for part, setting in _settings(key, value).items():
+            for part, setting in _expand_settings(key, value).items():
                 raw = merge_settings(raw, nest(part, setting))
         yield _Point(choices=choices, raw=raw)
 
 
-def _settings(key: str, value: Any) -> dict[str, Any]:
+def _expand_settings(key: str, value: Any) -> dict[str, Any]:
     """Return the keys of a cell that a grid value sets."""
     if key == ARM and not (isinstance(value, Mapping) and "label" in value):
         raise UsageError(f"grid.{ARM}: each entry is a mapping of keys to values with a label, got {value}")
@@ -90,14 +92,14 @@ def _settings(key: str, value: Any) -> dict[str, Any]:
     return rest if key == ARM else {key: rest}
 
 
-def _label_of(point: _Point, grid: Mapping[str, Sequence[Any]], cell: CellConfig) -> str:
-    """Return the name of an arm: what was chosen on each axis."""
+def _arm_label(point: _Point, grid: Mapping[str, Sequence[Any]], cell: CellConfig) -> str:
+    """Return the label of an arm: its value on each axis."""
     plain = to_plain(cell)
-    labels = [_label(key, value, grid[key], plain) for key, value in point.choices]
+    labels = [_format_choice(key, value, grid[key], plain) for key, value in point.choices]
     return ", ".join(labels) or str(cell.router.name)
 
 
-def _label(key: str, value: Any, values: Sequence[Any], plain: Mapping[str, Any]) -> str:
+def _format_choice(key: str, value: Any, values: Sequence[Any], plain: Mapping[str, Any]) -> str:
     if isinstance(value, Mapping) and "label" in value:
         return str(convert(value["label"], str, f"grid.{key}: label"))
     if not isinstance(value, Mapping):
@@ -113,21 +115,21 @@ def _list_varied_keys(point: _Point, cell: CellConfig) -> dict[str, Any]:
     plain = to_plain(cell)
     varies: dict[str, Any] = {}
     for key, value in point.choices:
-        for part, setting in _settings(key, value).items():
+        for part, setting in _expand_settings(key, value).items():
             named = {"name": setting} if part in COMPONENTS and isinstance(setting, str) else setting
             varies |= _flatten(part, _pick_typed(named, _look_up(plain, part)))
     return varies
 
 
 def _look_up(plain: Any, key: str) -> Any:
-    """Return what a resolved cell has at a dotted key; None where an override has removed it."""
+    """Return the value of a resolved cell at a dotted key, None if an override has removed it."""
     for part in key.split("."):
         plain = plain.get(part) if isinstance(plain, Mapping) else None
     return plain
 
 
 def _pick_typed(given: Any, resolved: Any) -> Any:
-    """Return the values of a resolved cell for the keys that were given, without its defaults."""
+    """Return the values of a resolved cell for the given keys only, without its defaults."""
     if isinstance(given, Mapping):
         return {key: _pick_typed(value, _look_up(resolved, key)) for key, value in given.items()}
     if isinstance(given, list) and isinstance(resolved, list) and len(given) == len(resolved):
@@ -145,14 +147,14 @@ def _refuse_equal_labels(labels: Sequence[str], configs: Sequence[CellConfig], w
 
 
 def _refuse_equal_cells(arms: Sequence[Arm], where: str) -> None:
-    """Refuse arms that are one training run under two names: a comparison of it with itself."""
+    """Raise UsageError for arms that are one training run under two names."""
     seen: dict[str, Arm] = {}
     for arm in arms:
         twin = seen.setdefault(cell_id(arm.config, arm.data_digest), arm)
         if twin is arm:
             continue
-        one, other = (_flatten("", to_plain(each.config)) for each in (twin, arm))
-        differing = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+        first, second = (_flatten("", to_plain(each.config)) for each in (twin, arm))
+        differing = sorted(key for key in {*first, *second} if first.get(key) != second.get(key))
         keys = f"differ only in {', '.join(differing)}, which changes no result" if differing else "have equal settings"
         raise UsageError(
             f"{where}: grid: the arms '{twin.label}' and '{arm.label}' are the same cells: they {keys}; leave one out"
@@ -160,12 +162,12 @@ def _refuse_equal_cells(arms: Sequence[Arm], where: str) -> None:
 
 
 def _refuse_unknown(overrides: Mapping[str, Any], raws: Sequence[Mapping[str, Any]], grid: Mapping[str, Any]) -> None:
-    """Refuse an override of a varied component that no arm knows."""
+    """Raise UsageError for an override of a varied component that no arm has."""
     for kind in _varied_components(overrides, grid):
         options = overrides[kind]
         if not isinstance(options, Mapping) or "name" in options:
             raise UsageError(f"{kind}: the grid varies it; choose with 'grid.{kind}=[...]' instead")
-        known = set().union(*(component_keys(kind, _name_of(raw, kind)) for raw in raws)) - {"name"}
+        known = set().union(*(component_keys(kind, _component_name(raw, kind)) for raw in raws)) - {"name"}
         for option in options:
             if option not in known:
                 raise UsageError(
@@ -174,11 +176,11 @@ def _refuse_unknown(overrides: Mapping[str, Any], raws: Sequence[Mapping[str, An
                 )
 
 
-def _applicable(overrides: Mapping[str, Any], raw: Mapping[str, Any], grid: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the overrides that this arm has: in a grid of routers, an option belongs to the routers that know it."""
+def _select_applicable(overrides: Mapping[str, Any], raw: Mapping[str, Any], grid: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the overrides that apply to an arm: in a grid of routers, an option applies to those that have it."""
     kept = dict(overrides)
     for kind in _varied_components(overrides, grid):
-        fields = component_keys(kind, _name_of(raw, kind))
+        fields = component_keys(kind, _component_name(raw, kind))
         kept[kind] = {key: value for key, value in overrides[kind].items() if key in fields}
     return kept
 
@@ -190,7 +192,7 @@ def _varied_components(overrides: Mapping[str, Any], grid: Mapping[str, Any]) ->
     return [kind for kind in COMPONENTS if kind in keys and kind in overrides]
 
 
-def _name_of(raw: Mapping[str, Any], kind: str) -> str:
+def _component_name(raw: Mapping[str, Any], kind: str) -> str:
     value = raw.get(kind, {})
     return str(value.get("name", DEFAULT_NAMES[kind]) if isinstance(value, Mapping) else value)
 

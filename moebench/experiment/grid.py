@@ -1,4 +1,4 @@
-"""From an experiment file to its cells: every arm for every seed, seeds outermost."""
+"""Build the cells of an experiment: every arm for every seed, seeds outermost."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -13,12 +13,12 @@ from moebench.runs.cell import Cell
 from moebench.schema import ExperimentConfig
 
 BASELINE = "dense"
-"""What routers are compared with when no experiment says otherwise."""
+"""The baseline of `compare ROUTER...`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """An experiment with its cells, every one of them checked."""
+    """An experiment and its cells, which have been checked."""
 
     name: str
     file: str
@@ -27,7 +27,7 @@ class Experiment:
     cells: tuple[Cell, ...]
     """Seeds outermost, so that every prefix of the grid is a fair comparison."""
     notes: tuple[str, ...]
-    """What a user should know before it runs."""
+    """Lines for the user to read before training."""
 
     @property
     def arms(self) -> list[str]:
@@ -36,11 +36,11 @@ class Experiment:
 
 
 def expand(path: Path, overrides: Sequence[str] = (), plugins: Sequence[str] = ()) -> Experiment:
-    """Read an experiment file and build its cells; raise UsageError for anything that could not be trained."""
-    loaded = [load_plugin(plugin) for plugin in plugins]  # first: they may name what the file uses
+    """Read an experiment file and build its cells; raise UsageError if one could not be trained."""
+    loaded = [load_plugin(plugin) for plugin in plugins]  # first: the file may use what they register
     config, cell_overrides = load_experiment(path, overrides)
-    regridded = any(override.startswith(("grid", "seeds")) for override in overrides)
-    return _build(path, config, cell_overrides, loaded, regridded=regridded)
+    is_regridded = any(override.startswith(("grid", "seeds")) for override in overrides)
+    return _build(path, config, cell_overrides, loaded, is_regridded=is_regridded)
 
 
 def expand_routers(
@@ -61,9 +61,9 @@ def expand_routers(
 def expand_config(
     name: str, config: ExperimentConfig, overrides: Sequence[str] = (), plugins: Sequence[Plugin] = ()
 ) -> Experiment:
-    """Build the cells of an experiment that no file describes."""
+    """Build the cells of an experiment that has no file."""
     config, cell_overrides = apply_overrides(config, overrides)
-    return _build(Path(name), config, cell_overrides, plugins, regridded=False)
+    return _build(Path(name), config, cell_overrides, plugins, is_regridded=False)
 
 
 def _build(
@@ -72,23 +72,25 @@ def _build(
     cell_overrides: Mapping[str, Any],
     plugins: Sequence[Plugin],
     *,
-    regridded: bool,
+    is_regridded: bool,
 ) -> Experiment:
     arms = resolve_arms(config, cell_overrides, str(path))
-    baseline, note = _baseline(config.baseline, [arm.label for arm in arms], regridded=regridded)
-    needed = [select_plugins(plugins, _collect_words(arm.config)) for arm in arms]
-    cells = [_cell(arm, seed, own) for seed in config.seeds for arm, own in zip(arms, needed, strict=True)]
+    baseline, notes = _choose_baseline(config.baseline, [arm.label for arm in arms], is_regridded=is_regridded)
+    arm_plugins = [select_plugins(plugins, _collect_names(arm.config)) for arm in arms]
+    cells = [
+        _build_cell(arm, seed, needed) for seed in config.seeds for arm, needed in zip(arms, arm_plugins, strict=True)
+    ]
     return Experiment(
         name=path.stem,
         file=str(path),
         question=config.question,
         baseline=baseline,
         cells=tuple(cells),
-        notes=(*unused_overrides(cell_overrides, arms, config.grid), *note),
+        notes=(*unused_overrides(cell_overrides, arms, config.grid), *notes),
     )
 
 
-def _cell(arm: Arm, seed: int, plugins: Sequence[Plugin]) -> Cell:
+def _build_cell(arm: Arm, seed: int, plugins: Sequence[Plugin]) -> Cell:
     config = replace(arm.config, seed=seed)
     return Cell(
         id=cell_id(config, arm.data_digest, [plugin.digest for plugin in plugins]),
@@ -101,24 +103,24 @@ def _cell(arm: Arm, seed: int, plugins: Sequence[Plugin]) -> Cell:
     )
 
 
-def _collect_words(value: Any) -> Iterator[str]:
-    """Yield all that a configuration may name a component by: its texts, and the keys of its mappings."""
+def _collect_names(value: Any) -> Iterator[str]:
+    """Yield all strings that may be names of components: string values, and keys of mappings."""
     if isinstance(value, str):
         yield value
     elif is_dataclass(value):
         for option in fields(value):
-            yield from _collect_words(getattr(value, option.name))
+            yield from _collect_names(getattr(value, option.name))
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _collect_words(item)
+            yield from _collect_names(item)
     elif isinstance(value, Mapping):
         yield from value
-        yield from _collect_words(list(value.values()))
+        yield from _collect_names(list(value.values()))
 
 
-def _baseline(wanted: str | None, arms: Sequence[str], *, regridded: bool) -> tuple[str, tuple[str, ...]]:
-    if wanted is None or wanted in arms:
-        return wanted or arms[0], ()
-    if regridded:
-        return arms[0], (f"baseline '{wanted}' is not in this grid; '{arms[0]}' takes its place",)
-    raise unknown("baseline", wanted, arms)
+def _choose_baseline(requested: str | None, arms: Sequence[str], *, is_regridded: bool) -> tuple[str, tuple[str, ...]]:
+    if requested is None or requested in arms:
+        return requested or arms[0], ()
+    if is_regridded:
+        return arms[0], (f"baseline '{requested}' is not in this grid; '{arms[0]}' replaces it",)
+    raise unknown("baseline", requested, arms)

@@ -1,4 +1,4 @@
-"""What each cell will be: state, parameters and FLOPs, counted on a model without memory."""
+"""State, parameters and FLOPs of each cell, counted on a model without storage."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ BACKWARD = 2
 
 
 def plan_cells(experiment: Experiment, results: Path) -> list[dict[str, Any]]:
-    """Return one row per cell, ready for JSON; prepares the data (its vocabulary is part of the model)."""
+    """Return one JSON-ready row per cell; prepares the data, because its vocabulary is part of the model."""
     tasks = {cell.arm: prepare_task(cell.config, results) for cell in experiment.cells}
     costs = {cell.arm: cell_cost(cell, tasks[cell.arm]) for cell in experiment.cells}
     tokens = {cell.id: train_tokens(cell.config, tasks[cell.arm]) for cell in experiment.cells}
@@ -29,7 +29,7 @@ def plan_cells(experiment: Experiment, results: Path) -> list[dict[str, Any]]:
             "id": cell.id,
             "arm": cell.arm,
             "seed": cell.seed,
-            "state": state_of(results, cell),
+            "state": cell_state(results, cell),
             "marks": list(list_marks(cell.config)),
             "active_params": costs[cell.arm].active_params,
             "total_params": costs[cell.arm].total_params,
@@ -47,13 +47,13 @@ def plan_cells(experiment: Experiment, results: Path) -> list[dict[str, Any]]:
     ]
 
 
-def state_of(results: Path, cell: Cell) -> str:
+def cell_state(results: Path, cell: Cell) -> str:
     """Return done, failed, resumable or new."""
     return RunFolder.of(results, cell.id).state()
 
 
 def cell_cost(cell: Cell, task: Task) -> Cost:
-    """Count a cell's model without allocating its weights."""
+    """Return the cost of a cell's model without allocating its weights."""
     with torch.device("meta"):
         model = build_model(cell.config, task)
     return model_cost(model, task.sequence_length, task.decoder_length)

@@ -1,4 +1,4 @@
-"""A cell on another mesh is another cell; with `--reshard` it begins where its twin on the old mesh has come to."""
+"""`run --reshard`: start a cell from the checkpoints of the same cell on another mesh, whose id is different."""
 
 import shutil
 from collections.abc import Iterator
@@ -13,70 +13,72 @@ from moebench.registry import load_plugin
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 
-Size = tuple[int, int]
+MeshSize = tuple[int, int]
 """parallel.data and parallel.expert."""
 
 
 def reshard(results: Path, cells: list[Cell]) -> Iterator[str]:
-    """Let each new cell begin from a copy of its twin's checkpoints, if it has an unfinished twin; say so in a line.
+    """Copy to each new cell the checkpoints of its twin, if that is unfinished; yield a line for each copy.
 
-    The twin is the same cell but for parallel.data and parallel.expert, and is left as it is.
+    The twin is the cell that differs only in parallel.data and parallel.expert; its folder is not changed.
     """
-    sizes = _sizes(results)
+    mesh_sizes = _list_mesh_sizes(results)
     for cell in cells:
-        own = RunFolder.of(results, cell.id)
-        if own.checkpointed_step >= 0:
+        target = RunFolder.of(results, cell.id)
+        if target.checkpointed_step >= 0:
             continue
-        twins = [(RunFolder.of(results, twin), size) for twin, size in _twins(cell, sizes)]
-        unfinished = [(t, size) for t, size in twins if t.checkpointed_step >= 0 and t.state() != "done"]
+        candidates = [(RunFolder.of(results, twin_id), size) for twin_id, size in _twin_ids(cell, mesh_sizes)]
+        unfinished = [
+            (folder, size) for folder, size in candidates if folder.checkpointed_step >= 0 and folder.state() != "done"
+        ]
         if not unfinished:
             continue
-        twin, (data, expert) = max(unfinished, key=lambda found: found[0].checkpointed_step)
-        what = f"{cell.arm} seed {cell.seed}: {twin.path.name} (parallel.data={data} parallel.expert={expert})"
+        twin, (data, expert) = max(unfinished, key=lambda candidate: candidate[0].checkpointed_step)
+        prefix = f"{cell.arm} seed {cell.seed}: {twin.path.name} (parallel.data={data} parallel.expert={expert})"
         try:
-            _copy(twin, own)
+            _copy(twin, target)
         except Timeout:
-            yield f"{what} is being trained by another process; not copied"
+            yield f"{prefix} is being trained by another process; not copied"
         else:
-            yield f"{what} is copied; it goes on from step {own.checkpointed_step}"
+            yield f"{prefix} is copied; it goes on from step {target.checkpointed_step}"
 
 
-def _sizes(results: Path) -> list[Size]:
+def _list_mesh_sizes(results: Path) -> list[MeshSize]:
     """Return the meshes of all runs."""
-    found: set[Size] = set()
+    sizes: set[MeshSize] = set()
     for file in (results / "runs").glob("*/cell.json"):
         try:
             parallel = RunFolder(file.parent).read_cell()["config"]["parallel"]
-            found.add((int(parallel["data"]), int(parallel["expert"])))
+            sizes.add((int(parallel["data"]), int(parallel["expert"])))
         except (UsageError, KeyError, TypeError):
-            continue  # damaged or of an earlier version: nobody's twin
-    return sorted(found)
+            continue  # damaged, or written by an earlier version
+    return sorted(sizes)
 
 
-def _twins(cell: Cell, sizes: list[Size]) -> Iterator[tuple[str, Size]]:
-    """Yield the ids that the cell would have on other meshes."""
+def _twin_ids(cell: Cell, sizes: list[MeshSize]) -> Iterator[tuple[str, MeshSize]]:
+    """Yield the ids of the cell on other meshes."""
     plugins = [load_plugin(plugin).digest for plugin in cell.plugins]
     for data, expert in sizes:
         parallel = replace(cell.config.parallel, data=data, expert=expert, nodes=1, devices=None)
-        twin = cell_id(replace(cell.config, parallel=parallel), cell.data_digest, plugins)
-        if twin != cell.id:
-            yield twin, (data, expert)
+        twin_id = cell_id(replace(cell.config, parallel=parallel), cell.data_digest, plugins)
+        if twin_id != cell.id:
+            yield twin_id, (data, expert)
 
 
-def _copy(twin: RunFolder, own: RunFolder) -> None:
-    """Copy journal, loads and checkpoints; the checkpoints, which make the rest count, appear last and all at once."""
-    own.path.mkdir(parents=True, exist_ok=True)
-    half = own.path / ".reshard.tmp"
-    with FileLock(twin.path / ".lock", timeout=0), FileLock(own.path / ".lock", timeout=0):
-        shutil.rmtree(half, ignore_errors=True)
-        half.mkdir()
+def _copy(source: RunFolder, target: RunFolder) -> None:
+    """Copy journal, loads and checkpoints; the checkpoints, which make the cell resumable, last and atomically."""
+    target.path.mkdir(parents=True, exist_ok=True)
+    temporary = target.path / ".reshard.tmp"
+    with FileLock(source.lock, timeout=0), FileLock(target.lock, timeout=0):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         try:
-            own.result.unlink(missing_ok=True)  # of an attempt that failed before its first checkpoint
-            for theirs, ours in ((twin.journal, own.journal), (twin.loads, own.loads)):
-                if theirs.exists():
-                    shutil.copyfile(theirs, half / ours.name).replace(ours)
-            shutil.copytree(twin.checkpoints, half / "checkpoints", ignore=shutil.ignore_patterns(".step_*"))
-            shutil.rmtree(own.checkpoints, ignore_errors=True)
-            (half / "checkpoints").replace(own.checkpoints)
+            target.result.unlink(missing_ok=True)  # of an attempt that failed before its first checkpoint
+            for original, copy in ((source.journal, target.journal), (source.loads, target.loads)):
+                if original.exists():
+                    shutil.copyfile(original, temporary / copy.name).replace(copy)
+            shutil.copytree(source.checkpoints, temporary / "checkpoints", ignore=shutil.ignore_patterns(".step_*"))
+            shutil.rmtree(target.checkpoints, ignore_errors=True)
+            (temporary / "checkpoints").replace(target.checkpoints)
         finally:
-            shutil.rmtree(half, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""One call of `run`: the cells that are missing, their display, the tracker beside them, the figures at the end."""
+"""`moebench run`: train the missing cells with a display and a tracker, then draw the figures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from rich.console import Console
 from moebench.cores import available_cores
 from moebench.experiment.display import LineDisplay, LiveDisplay
 from moebench.experiment.grid import Experiment
-from moebench.experiment.plan import state_of
+from moebench.experiment.plan import cell_state
 from moebench.experiment.reshard import reshard
-from moebench.experiment.store import open_results, record_experiment, require_room, unfinished
+from moebench.experiment.store import open_results, record_experiment, require_disk_space, select_unfinished
 from moebench.launch.devices import uses_gpu, visible_devices
-from moebench.launch.launcher import Launch
+from moebench.launch.launcher import Launcher
 from moebench.launch.scheduler import Interrupted, Outcome, Scheduler
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
@@ -25,7 +25,7 @@ from moebench.training.model import prepare_task
 
 
 class Figures(Protocol):
-    """Draws what the tracker shows beside the numbers."""
+    """Draws the figures that are stored with the results."""
 
     def draw_run_figures(self, folder: RunFolder, title: str) -> None:
         """Draw the expert loads of one finished run into its folder."""
@@ -36,29 +36,29 @@ class Figures(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How a grid is run; none of it changes a result."""
+    """How a grid is run; no option changes a result."""
 
     jobs: int = 0
     """Cells at a time, 0: as many as fit this machine."""
     tracker: str | None = None
-    """MLflow URI, "none" for no tracker, None for the one in the results folder."""
+    """MLflow URI; "none": no tracker; None: the database in the results folder."""
     reshard: bool = False
-    """Whether new cells begin from the checkpoints of the same cells on another mesh."""
+    """Whether new cells start from the checkpoints of the same cells on another mesh."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
-    """What one call of `run` did."""
+    """Summary of one call of `run`."""
 
     experiment: Experiment
     results: Path
     num_done: int
-    """Cells of the grid that are done now."""
+    """Cells of the grid that are done after the call."""
     outcomes: Sequence[Outcome]
     """Cells that were run in this call."""
     tracker_problem: str | None
     interrupted: int
-    """Number of the signal that ended it, 0 for none."""
+    """Number of the signal that ended the call, 0 for none."""
 
     @property
     def num_cells(self) -> int:
@@ -72,24 +72,24 @@ class RunReport:
 
     @property
     def failed(self) -> list[Outcome]:
-        """Cells that failed, or are held by another process."""
+        """Cells that failed or are being trained by another process."""
         return [outcome for outcome in self.outcomes if outcome.status in ("failed", "busy")]
 
-    def log_of(self, outcome: Outcome) -> Path:
+    def log_path(self, outcome: Outcome) -> Path:
         """Return the log of a cell."""
         return RunFolder.of(self.results, outcome.cell.id).log
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report, ready for JSON."""
+        """Return the report as JSON-ready values."""
         return {
             "experiment": self.experiment.name,
             "cells": [
-                {"id": cell.id, "arm": cell.arm, "seed": cell.seed, "state": state_of(self.results, cell)}
+                {"id": cell.id, "arm": cell.arm, "seed": cell.seed, "state": cell_state(self.results, cell)}
                 for cell in self.experiment.cells
             ],
             "trained": [outcome.cell.id for outcome in self.trained],
             "failed": [
-                {"id": outcome.cell.id, "error": outcome.error, "log": str(self.log_of(outcome))}
+                {"id": outcome.cell.id, "error": outcome.error, "log": str(self.log_path(outcome))}
                 for outcome in self.failed
             ],
             "tracker": self.tracker_problem,
@@ -98,33 +98,39 @@ class RunReport:
 
 
 def run_experiment(
-    experiment: Experiment, results: Path, options: RunOptions, *, launch: Launch, console: Console, figures: Figures
+    experiment: Experiment,
+    results: Path,
+    options: RunOptions,
+    *,
+    launcher: Launcher,
+    console: Console,
+    figures: Figures,
 ) -> RunReport:
-    """Train the cells that are not done; raise UsageError before anything is trained when that cannot work."""
-    launch.check(experiment.cells)
+    """Train the cells that are not done; raise UsageError before training if a cell cannot be trained."""
+    launcher.check(experiment.cells)
     open_results(results)
-    todo = unfinished(results, experiment)
+    cells = select_unfinished(results, experiment)
     for note in experiment.notes:
-        _note(console, note)
-    require_room(results, experiment, todo)
+        print_note(console, note)
+    require_disk_space(results, experiment, cells)
     record_experiment(results, experiment)
-    for config in {cell.data_digest: cell.config for cell in todo}.values():
-        prepare_task(config, results)  # once, here: the workers find it in the cache
-    for note in reshard(results, todo) if options.reshard else ():
-        _note(console, note)
+    for config in {cell.data_digest: cell.config for cell in cells}.values():
+        prepare_task(config, results)  # once, so that the workers read it from the cache
+    for note in reshard(results, cells) if options.reshard else ():
+        print_note(console, note)
     uri = options.tracker or default_uri(results)
-    tracking = None if uri == "none" else Tracker(results, uri, experiment.name)
-    if tracking:
-        tracking.start()
-    work = _Work(experiment, results, todo, launch, console, figures, tracking)
-    outcomes, interrupted = work.train(options.jobs or default_jobs(todo))
-    if todo and not interrupted:
+    tracker = None if uri == "none" else Tracker(results, uri, experiment.name)
+    if tracker:
+        tracker.start()
+    grid_run = _GridRun(experiment, results, cells, launcher, console, figures, tracker)
+    outcomes, interrupted = grid_run.train(options.jobs or default_jobs(cells))
+    if cells and not interrupted:
         figures.draw_experiment_figures(experiment, results)
-    status = tracking.stop() if tracking else None
+    status = tracker.stop() if tracker else None
     return RunReport(
         experiment=experiment,
         results=results,
-        num_done=sum(state_of(results, cell) == "done" for cell in experiment.cells),
+        num_done=sum(cell_state(results, cell) == "done" for cell in experiment.cells),
         outcomes=outcomes,
         tracker_problem=status.reason if status and not status.ok else None,
         interrupted=interrupted,
@@ -132,32 +138,32 @@ def run_experiment(
 
 
 @dataclass(frozen=True)
-class _Work:
+class _GridRun:
     experiment: Experiment
     results: Path
-    todo: list[Cell]
-    launch: Launch
+    cells: list[Cell]
+    launcher: Launcher
     console: Console
     figures: Figures
-    tracking: Tracker | None
+    tracker: Tracker | None
 
     def train(self, jobs: int) -> tuple[list[Outcome], int]:
-        """Return how the cells ended and the signal that cut it short (0: none)."""
-        if not self.todo:
+        """Return the outcomes, and the number of the signal that interrupted the training (0: none)."""
+        if not self.cells:
             return [], 0
-        metric = TASKS.get(self.todo[0].config.task.name).facts.metric
-        warned: list[str] = []
-        with (LiveDisplay if self.console.is_terminal else LineDisplay)(self.console, self.todo, metric) as display:
+        metric = TASKS.get(self.cells[0].config.task.name).facts.metric
+        warnings: list[str] = []
+        with (LiveDisplay if self.console.is_terminal else LineDisplay)(self.console, self.cells, metric) as display:
 
-            def look_at_tracker() -> None:
-                problem = self.tracking.poll() if self.tracking else None
-                if problem and not warned:
-                    warned.append(problem)
+            def poll_tracker() -> None:
+                problem = self.tracker.poll() if self.tracker else None
+                if problem and not warnings:
+                    warnings.append(problem)
                     display.note(f"tracker: {problem}; training goes on")
 
-            scheduler = Scheduler(self.results, self.experiment.name, jobs, display, self.launch)
+            scheduler = Scheduler(self.results, self.experiment.name, jobs, display, self.launcher)
             try:
-                return scheduler.run(self.todo, on_tick=look_at_tracker, on_end=self._draw), 0
+                return scheduler.run(self.cells, on_tick=poll_tracker, on_end=self._draw), 0
             except Interrupted as interrupted:
                 return list(interrupted.outcomes), interrupted.signal_number
 
@@ -166,16 +172,20 @@ class _Work:
         self.figures.draw_run_figures(RunFolder.of(self.results, cell.id), f"{cell.arm}, seed {cell.seed}")
 
 
-def _note(console: Console, text: str) -> None:
+def print_note(console: Console, text: str) -> None:
+    """Print a line that the user should read before training starts."""
     console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 def default_jobs(cells: Sequence[Cell]) -> int:
-    """Return how many of the cells fit this machine at a time: GPUs by processes, or cores by processes and threads."""
-    on_gpu = {cell.config.parallel.world_size for cell in cells if uses_gpu(cell.config.train)}
-    threads = {
+    """Return how many of the cells this machine can run at a time.
+
+    With GPUs: GPUs / processes of a cell; without: cores / (processes · threads). The largest cell decides.
+    """
+    gpu_processes = {cell.config.parallel.world_size for cell in cells if uses_gpu(cell.config.train)}
+    cpu_threads = {
         cell.config.parallel.world_size * cell.config.train.threads for cell in cells if not uses_gpu(cell.config.train)
     }
-    fit = [len(visible_devices()) // max(on_gpu)] if on_gpu else []
-    fit += [available_cores() // max(threads)] if threads else []
-    return max(1, min(fit, default=1))
+    limits = [len(visible_devices()) // max(gpu_processes)] if gpu_processes else []
+    limits += [available_cores() // max(cpu_threads)] if cpu_threads else []
+    return max(1, min(limits, default=1))

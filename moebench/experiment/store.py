@@ -1,4 +1,4 @@
-"""The results folder: opened and checked before anything is trained."""
+"""The results folder: checked before anything is trained, and the record of an experiment in it."""
 
 import shutil
 import time
@@ -7,19 +7,19 @@ from typing import Any
 
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
-from moebench.experiment.plan import cell_cost, state_of
+from moebench.experiment.plan import cell_cost, cell_state
 from moebench.runs.cell import Cell
 from moebench.runs.folder import write_json
 from moebench.training.model import prepare_task
 
 CHECKPOINT_BYTES_PER_PARAM = 12
 """fp32 weight and two moments of AdamW."""
-SPARE_BYTES = 64 * 2**20
-"""Room for journals, logs and the tracker's database."""
+RESERVED_BYTES = 64 * 2**20
+"""For journals, logs and the tracker's database."""
 
 
 def open_results(results: Path) -> None:
-    """Make the results folder if needed; raise UsageError where nothing can be written."""
+    """Create the results folder if needed; raise UsageError if it cannot be written."""
     probe = results / ".writable"
     try:
         results.mkdir(parents=True, exist_ok=True)
@@ -31,8 +31,8 @@ def open_results(results: Path) -> None:
         ) from error
 
 
-def require_room(results: Path, experiment: Experiment, cells: list[Cell]) -> None:
-    """Raise UsageError when the disk cannot hold the checkpoints of the cells that are to be trained."""
+def require_disk_space(results: Path, experiment: Experiment, cells: list[Cell]) -> None:
+    """Raise UsageError if the disk cannot hold the checkpoints of the cells to train."""
     if not cells:
         return
     largest = max(
@@ -40,7 +40,7 @@ def require_room(results: Path, experiment: Experiment, cells: list[Cell]) -> No
         for cell in {cell.arm: cell for cell in cells}.values()
     )
     # A finished cell keeps one checkpoint; one that trains keeps two and writes a third before it drops the oldest.
-    needed = SPARE_BYTES + CHECKPOINT_BYTES_PER_PARAM * largest * (len(cells) + 2)
+    needed = RESERVED_BYTES + CHECKPOINT_BYTES_PER_PARAM * largest * (len(cells) + 2)
     free = shutil.disk_usage(results).free
     if free < needed:
         raise UsageError(
@@ -50,7 +50,7 @@ def require_room(results: Path, experiment: Experiment, cells: list[Cell]) -> No
 
 
 def record_experiment(results: Path, experiment: Experiment) -> None:
-    """Write what the experiment asks and which cells answer it."""
+    """Write the question of the experiment and the ids of its cells."""
     record: dict[str, Any] = {
         "name": experiment.name,
         "question": experiment.question,
@@ -62,7 +62,7 @@ def record_experiment(results: Path, experiment: Experiment) -> None:
     write_json(results / "experiments" / f"{experiment.name}.json", record)
 
 
-def unfinished(results: Path, experiment: Experiment) -> list[Cell]:
-    """Return the cells that are not done, in order; the same cell is never listed twice."""
+def select_unfinished(results: Path, experiment: Experiment) -> list[Cell]:
+    """Return the cells that are not done, in order, without duplicates."""
     cells = {cell.id: cell for cell in experiment.cells}
-    return [cell for cell in cells.values() if state_of(results, cell) != "done"]
+    return [cell for cell in cells.values() if cell_state(results, cell) != "done"]

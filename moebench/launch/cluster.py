@@ -1,7 +1,7 @@
-"""Cells over processes that torchrun or SLURM has started: the first program leads, the others follow its word.
+"""Run cells over the programs that torchrun or SLURM has started: rank 0 coordinates, the others participate.
 
-The first is the runner, exactly as alone. Each of the others waits for its word, which names a cell, runs its part in a
-process of its own (so that what crashes there does not take the follower with it), and says how that ended.
+Rank 0 is the runner, as without a cluster. Each participant waits for an assignment, which names a cell, runs its rank
+of that cell in a process of its own (so that a crash does not end the participant) and reports how it ended.
 """
 
 import contextlib
@@ -14,219 +14,243 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from moebench.errors import UsageError
-from moebench.launch.diagnosis import Ending
-from moebench.launch.launcher import Given, require_devices
-from moebench.launch.local_worker import Member, NearMember, signals_noted, start_server
-from moebench.launch.rendezvous import LOST_S, START_S, AbandonedError, Pulse, Wire
+from moebench.interrupts import handle_signals
+from moebench.launch.cluster_environment import ClusterEnvironment
+from moebench.launch.devices import require_devices
+from moebench.launch.diagnosis import ExitReport
+from moebench.launch.launcher import Launcher
+from moebench.launch.local_worker import LocalWorker, Worker, start_fork_server
+from moebench.launch.rendezvous import (
+    HEARTBEAT_TIMEOUT_S,
+    STARTUP_TIMEOUT_S,
+    HeartbeatMonitor,
+    Rendezvous,
+    RendezvousError,
+)
 from moebench.parallel.mesh import check_world_size
 from moebench.parallel.process_info import SINGLE_PROCESS
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 
-POLL_S = 0.1
-GONE_S = 3.0
-"""A program without a heartbeat for so long is named as gone when something has failed anyway."""
-FAREWELL_S = 5.0
-"""How long the first waits for the others to have heard its last word."""
+POLL_INTERVAL_S = 0.1
+UNREACHABLE_S = 3.0
+"""After a failure, a program without a heartbeat for this long counts as unreachable."""
+SHUTDOWN_TIMEOUT_S = 5.0
+"""How long rank 0 waits for the participants to acknowledge the exit code."""
 
 
-class FarMember:
-    """A process of a cell that another program runs."""
+class RemoteWorker(Worker):
+    """A process of a cell that a participant runs."""
 
-    def __init__(self, wire: Wire, number: int, pulse: Pulse) -> None:
-        self.rank = pulse.rank
+    def __init__(self, rendezvous: Rendezvous, assignment: int, monitor: HeartbeatMonitor) -> None:
+        self.rank = monitor.rank
         self.has_ended = False
-        self.key = f"{number}/{self.rank}"
-        self.wire = wire
-        self.pulse = pulse
-        self.heard_at = time.monotonic()
-        self.word: dict[str, Any] = {}
-        """How it stands, as its program says."""
+        self.key = f"{assignment}/{self.rank}"
+        self.rendezvous = rendezvous
+        self.monitor = monitor
+        self.last_message_at = time.monotonic()
+        self.state: dict[str, Any] = {}
+        """The newest message of the participant."""
 
     @property
+    @override
     def waitables(self) -> list[Any]:
-        """None: the store is asked."""
-        return []
+        return []  # the store can only be polled
 
-    def look(self) -> dict[str, Any] | None:
-        """Read what its program says, and whether that lives."""
-        word = self.wire.hear(f"state/{self.key}")
-        if word is not None and word != self.word:
-            self.word, self.heard_at = word, time.monotonic()
-        self.has_ended = bool(self.word.get("has_ended")) or self.pulse.silent_s() > LOST_S
+    @override
+    def poll(self) -> dict[str, Any] | None:
+        state = self.rendezvous.get(f"state/{self.key}")
+        if state is not None and state != self.state:
+            self.state, self.last_message_at = state, time.monotonic()
+        self.has_ended = bool(self.state.get("has_ended")) or self.monitor.silent_s() > HEARTBEAT_TIMEOUT_S
         return None
 
-    def stop(self) -> None:
-        """Have it asked to save and end."""
-        self.wire.say(f"stop/{self.key}", {})
+    @override
+    def request_stop(self) -> None:
+        self.rendezvous.put(f"stop/{self.key}", {})
 
+    @override
     def kill(self) -> None:
-        """Have it ended; its program does so before it listens to anything else."""
         if not self.has_ended:
-            with contextlib.suppress(AbandonedError):
-                self.wire.say(f"kill/{self.key}", {})
+            with contextlib.suppress(RendezvousError):
+                self.rendezvous.put(f"kill/{self.key}", {})
 
-    def ending(self) -> Ending:
-        """Return how it ended."""
-        known = {key: value for key, value in self.word.items() if key != "has_ended"}
-        silent_s = self.pulse.silent_s()
-        gone = silent_s > GONE_S and not self.word.get("has_ended")
-        silent_s = silent_s if gone else time.monotonic() - self.heard_at
-        return Ending(rank=self.rank, **known, is_gone=gone, silent_s=silent_s)
+    @override
+    def exit_report(self) -> ExitReport:
+        fields = {key: value for key, value in self.state.items() if key != "has_ended"}
+        silent_s = self.monitor.silent_s()
+        is_unreachable = silent_s > UNREACHABLE_S and not self.state.get("has_ended")
+        silent_s = silent_s if is_unreachable else time.monotonic() - self.last_message_at
+        return ExitReport(rank=self.rank, **fields, is_unreachable=is_unreachable, silent_s=silent_s)
 
 
-class ClusterLauncher:
-    """Starts this node's first process of a cell here and has the others started where they are."""
+class ClusterLauncher(Launcher):
+    """Starts rank 0 of a cell in this program and has the participants start the other ranks."""
 
-    most_jobs = 1
-    patience_s = 2.0
+    max_jobs = 1
+    message_delay_s = 2.0
 
-    def __init__(self, given: Given, wire: Wire) -> None:
-        self.process_info = given.process_info
-        self.wire = wire
-        self.pulses = [Pulse(wire, rank) for rank in range(1, given.process_info.world_size)]
-        self.numbers = count()
+    def __init__(self, environment: ClusterEnvironment, rendezvous: Rendezvous) -> None:
+        self.process_info = environment.process_info
+        self.rendezvous = rendezvous
+        self.monitors = [HeartbeatMonitor(rendezvous, rank) for rank in range(1, self.process_info.world_size)]
+        self.assignments = count()
         self.exit_code = 1
-        """What all end with; set before the end."""
+        """Exit code of all programs, set before `shut_down`."""
 
+    @override
     def check(self, cells: Sequence[Cell]) -> None:
-        """Raise UsageError unless every cell wants as many processes as there are, and each can have its device."""
         for cell in cells:
             check_world_size(cell.config.parallel, self.process_info)
             require_devices(cell.config.train, self.process_info.local_world_size)
 
-    def await_all(self) -> None:
-        """Return when every program has shown itself; raise UsageError when one does not come."""
-        deadline = time.monotonic() + START_S
-        for pulse in self.pulses:
-            while pulse.silent_s() >= 0 and not pulse.has_begun:
+    def wait_for_participants(self) -> None:
+        """Block until every participant has sent a heartbeat; raise UsageError if one does not."""
+        deadline = time.monotonic() + STARTUP_TIMEOUT_S
+        for monitor in self.monitors:
+            while monitor.silent_s() >= 0 and not monitor.has_started:
                 if time.monotonic() > deadline:
                     raise UsageError(
-                        f"rank {pulse.rank} of {self.process_info.world_size} has not come within {START_S:.0f} s"
-                        " (under SLURM every process is started by srun)"
+                        f"rank {monitor.rank} of {self.process_info.world_size} has not started within"
+                        f" {STARTUP_TIMEOUT_S:.0f} s (under SLURM every process is started by srun)"
                     )
-                time.sleep(POLL_S)
+                time.sleep(POLL_INTERVAL_S)
 
-    def members(self, cell: Cell, results: Path) -> list[Member]:
-        """Start the processes of a cell: the first here, the others by a word."""
+    @override
+    def start(self, cell: Cell, results: Path) -> list[Worker]:
         folder = RunFolder.of(results, cell.id).path
         if self.process_info.world_size == 1:
-            return [NearMember(folder, results, SINGLE_PROCESS)]
-        number = next(self.numbers)
+            return [LocalWorker(folder, results, SINGLE_PROCESS)]
+        number = next(self.assignments)
         process_info = replace(self.process_info, namespace=f"{self.process_info.namespace}/cell/{number}")
-        word = {"folder": str(folder.absolute()), "results": str(results.absolute()), "meeting": process_info.namespace}
-        self.wire.say(f"word/{number}", word)
-        far = [FarMember(self.wire, number, pulse) for pulse in self.pulses]
-        return [NearMember(folder, results, process_info), *far]
+        assignment = {
+            "folder": str(folder.absolute()),
+            "results": str(results.absolute()),
+            "namespace": process_info.namespace,
+        }
+        self.rendezvous.put(f"assignment/{number}", assignment)
+        remote = [RemoteWorker(self.rendezvous, number, monitor) for monitor in self.monitors]
+        return [LocalWorker(folder, results, process_info), *remote]
 
+    @override
     def release(self, cell: Cell) -> None:
-        """Nothing: each program has its GPU for good."""
+        pass  # each program keeps its GPU
 
-    def stop_wish(self) -> int | None:
-        """Return the signal that another program was sent."""
-        word = self.wire.hear("wish")
-        return int(word["signal"]) if word else None
+    @override
+    def stop_signal(self) -> int | None:
+        request = self.rendezvous.get("stop_request")
+        return int(request["signal"]) if request else None
 
-    def end(self) -> None:
-        """Tell the others the exit code and give them time to hear it."""
-        with contextlib.suppress(AbandonedError):
-            self.wire.say(f"word/{next(self.numbers)}", {"exit_code": self.exit_code})
-            deadline = time.monotonic() + FAREWELL_S
-            for pulse in self.pulses:
-                while time.monotonic() < deadline and not self.wire.hear(f"bye/{pulse.rank}"):
-                    time.sleep(POLL_S)
+    def shut_down(self) -> None:
+        """Send the exit code to the participants and wait until they have received it."""
+        with contextlib.suppress(RendezvousError):
+            self.rendezvous.put(f"assignment/{next(self.assignments)}", {"exit_code": self.exit_code})
+            deadline = time.monotonic() + SHUTDOWN_TIMEOUT_S
+            for monitor in self.monitors:
+                while time.monotonic() < deadline and not self.rendezvous.get(f"acknowledged/{monitor.rank}"):
+                    time.sleep(POLL_INTERVAL_S)
 
 
 @contextlib.contextmanager
-def leading(given: Given) -> Iterator[ClusterLauncher]:
-    """Lead the programs of this start; whatever happens, they hear of the end."""
-    wire = Wire(given)
-    launch = ClusterLauncher(given, wire)
+def coordinate(environment: ClusterEnvironment) -> Iterator[ClusterLauncher]:
+    """Yield the launcher of rank 0; at the end, also after an error, all participants are shut down."""
+    rendezvous = Rendezvous(environment)
+    launcher = ClusterLauncher(environment, rendezvous)
     try:
-        launch.await_all()
-        yield launch
+        launcher.wait_for_participants()
+        yield launcher
     except UsageError:
-        launch.exit_code = 2
+        launcher.exit_code = 2
         raise
     finally:
-        launch.end()
-        wire.close()
+        launcher.shut_down()
+        rendezvous.close()
 
 
-def follow(given: Given) -> int:
-    """Do what the first program says until it ends, and return its exit code; silent unless it is lost."""
+def participate(environment: ClusterEnvironment) -> int:
+    """Run the assignments of rank 0 until it shuts down, and return its exit code.
+
+    Prints nothing unless rank 0 is lost.
+    """
     try:
-        wire = Wire(given)
+        rendezvous = Rendezvous(environment)
         try:
-            return _Follower(given, wire).run()
+            return _Participant(environment, rendezvous).run()
         finally:
-            wire.close()
-    except AbandonedError as error:
+            rendezvous.close()
+    except RendezvousError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
-class _Follower:
-    def __init__(self, given: Given, wire: Wire) -> None:
-        self.process_info = given.process_info
-        self.wire = wire
-        self.leader = Pulse(wire, 0)
+class _Participant:
+    def __init__(self, environment: ClusterEnvironment, rendezvous: Rendezvous) -> None:
+        self.process_info = environment.process_info
+        self.rendezvous = rendezvous
+        self.coordinator = HeartbeatMonitor(rendezvous, 0)
         self.signals: list[int] = []
-        self.passed_on = False
+        self.has_requested_stop = False
 
     def run(self) -> int:
-        with signals_noted(self.signals.append):
-            start_server()
+        with handle_signals(self.signals.append):
+            start_fork_server()
             for number in count():
-                while not (word := self.wire.hear(f"word/{number}")):
-                    self._attend()
-                    time.sleep(POLL_S)
-                if "exit_code" in word:
-                    self.wire.say(f"bye/{self.process_info.rank}", {"exit_code": word["exit_code"]})
-                    return int(word["exit_code"])
-                self._take_part(word, f"{number}/{self.process_info.rank}")
-        raise AssertionError("numbers do not end")
+                while not (assignment := self.rendezvous.get(f"assignment/{number}")):
+                    self._check_coordinator()
+                    time.sleep(POLL_INTERVAL_S)
+                if "exit_code" in assignment:
+                    self.rendezvous.put(
+                        f"acknowledged/{self.process_info.rank}", {"exit_code": assignment["exit_code"]}
+                    )
+                    return int(assignment["exit_code"])
+                self._run_assignment(assignment, f"{number}/{self.process_info.rank}")
+        raise AssertionError("the loop ends by returning")
 
-    def _take_part(self, word: dict[str, Any], key: str) -> None:
-        """Run this program's process of a cell; its end, and what it says, is told to the first."""
-        process_info = replace(self.process_info, namespace=word["meeting"])
-        member = NearMember(Path(word["folder"]), Path(word["results"]), process_info)
-        told, asked = None, False
+    def _run_assignment(self, assignment: dict[str, Any], key: str) -> None:
+        """Run this rank's process of a cell, and report its state to rank 0."""
+        process_info = replace(self.process_info, namespace=assignment["namespace"])
+        worker = LocalWorker(Path(assignment["folder"]), Path(assignment["results"]), process_info)
+        reported_state, is_stopping = None, False
         try:
-            while not member.has_ended:
-                wait(member.waitables, 2 * POLL_S)
-                member.look()
-                if (state := _state(member)) != told:
-                    told = state
-                    self.wire.say(f"state/{key}", state)
-                if not asked and self.wire.hear(f"stop/{key}") is not None:
-                    asked = True
-                    member.stop()
-                if self.wire.hear(f"kill/{key}") is not None:
+            while not worker.has_ended:
+                wait(worker.waitables, 2 * POLL_INTERVAL_S)
+                worker.poll()
+                if (state := _worker_state(worker)) != reported_state:
+                    reported_state = state
+                    self.rendezvous.put(f"state/{key}", state)
+                if not is_stopping and self.rendezvous.get(f"stop/{key}") is not None:
+                    is_stopping = True
+                    worker.request_stop()
+                if self.rendezvous.get(f"kill/{key}") is not None:
                     return
-                self._attend()
+                self._check_coordinator()
         finally:
-            member.kill()
+            worker.kill()
 
-    def _attend(self) -> None:
-        """Pass on a wish to stop; raise AbandonedError when the first program is lost."""
-        if self.signals and not self.passed_on:
-            self.passed_on = True
-            self.wire.say("wish", {"signal": self.signals[0]})
-        silent_s = self.leader.silent_s()
-        bound_s = START_S if not self.leader.has_begun else GONE_S if self.signals else LOST_S
-        if silent_s > bound_s:
-            raise AbandonedError(f"rank {self.process_info.rank}: no word from rank 0 for {silent_s:.0f} s")
+    def _check_coordinator(self) -> None:
+        """Raise RendezvousError if rank 0 is lost; send it a stop request if this program has received a signal."""
+        if self.signals and not self.has_requested_stop:
+            self.has_requested_stop = True
+            self.rendezvous.put("stop_request", {"signal": self.signals[0]})
+        silent_s = self.coordinator.silent_s()
+        if not self.coordinator.has_started:
+            timeout_s = STARTUP_TIMEOUT_S
+        else:
+            timeout_s = UNREACHABLE_S if self.signals else HEARTBEAT_TIMEOUT_S
+        if silent_s > timeout_s:
+            raise RendezvousError(f"rank {self.process_info.rank}: no heartbeat from rank 0 for {silent_s:.0f} s")
 
 
-def _state(member: NearMember) -> dict[str, Any]:
-    ending = member.ending()
+def _worker_state(worker: LocalWorker) -> dict[str, Any]:
+    report = worker.exit_report()
     return {
-        "step": ending.step,
-        "status": ending.status,
-        "error": ending.error,
-        "fault": ending.fault,
-        "exit_code": ending.exit_code,
-        "has_ended": member.has_ended,
+        "step": report.step,
+        "status": report.status,
+        "error": report.error,
+        "fault": report.fault,
+        "exit_code": report.exit_code,
+        "has_ended": worker.has_ended,
     }

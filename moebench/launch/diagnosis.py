@@ -1,4 +1,4 @@
-"""How a cell ended, from how its processes ended: when one fails the others fail too, and only one is to blame."""
+"""Find the first cause when the processes of a cell fail: one fails by itself, the others because of it."""
 
 import signal
 from collections.abc import Sequence
@@ -6,39 +6,31 @@ from dataclasses import dataclass, field
 
 from moebench.runs.result import Fault
 
-OWN, COMMON, WAITED, LOST = "own", "common", "waited", "lost"
-"""Faults: an error of one process; the same error in all by design; another was waited for in vain; it hung up.
-
-One more, `DIVERGED`, is the same error in all as well, and kept apart because it is an outcome of the algorithm.
-"""
-OUTSIDE = "outside"
-"""Killed, hung or gone: nothing that the program itself said."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class Ending:
-    """How one process ended."""
+class ExitReport:
+    """How one process ended, or that it has not."""
 
     rank: int
     step: int = 0
-    """The last that it is known to have finished."""
+    """The last step that it is known to have completed."""
     status: str | None = None
-    """Its last word: done, stopped, found, busy or failed; None: it said nothing."""
+    """Reported by the process: done, stopped, skipped, busy or failed; None: it reported nothing."""
     error: str | None = None
     fault: str = ""
-    """What kind of error."""
+    """The `Fault` of the error."""
     exit_code: int | None = None
-    """Minus the signal that killed it; None: it did not end by itself."""
-    is_gone: bool = False
-    """On another node, and nobody there answers."""
+    """Minus the number of the signal that killed it; None: it has not ended by itself."""
+    is_unreachable: bool = False
+    """Whether its node sends no heartbeats any more."""
     silent_s: float = 0.0
-    """Since its last sign of life."""
+    """Seconds since its last message, or heartbeat if it is unreachable."""
     metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """How the cell ended: done, stopped, found, busy or failed, and of a failure what kind."""
+class Diagnosis:
+    """How a cell ended: done, stopped, skipped, busy or failed; for a failure, the first cause and its `Fault`."""
 
     status: str
     error: str | None = None
@@ -46,38 +38,40 @@ class Verdict:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def judge(endings: Sequence[Ending], timeout_s: float) -> Verdict:
-    """Return how a cell ended, with the first cause; `endings` by rank, `timeout_s`: how long they wait for each other.
+def diagnose(reports: Sequence[ExitReport], timeout_s: float) -> Diagnosis:
+    """Return how a cell ended.
 
-    The first process writes the result: when it is through, so is the cell.
+    `reports` are in order of rank; `timeout_s` is the timeout of collectives. Rank 0 writes the result: if it
+    completed, so did the cell.
     """
-    first = endings[0]
+    first = reports[0]
     if first.status not in (None, "failed"):
-        return Verdict(status=str(first.status), error=first.error, metrics=first.metrics)
+        return Diagnosis(status=str(first.status), error=first.error, metrics=first.metrics)
     for fault, error in (
-        (OUTSIDE, _killed(endings)),
-        *_errors(endings),
-        (OUTSIDE, _hung(endings, timeout_s)),
-        (OUTSIDE, _killed(endings, aborted=True)),
-        (WAITED, _all_waited(endings, timeout_s)),
-        *((ending.fault, f"{_name(ending, endings)}: {ending.error}") for ending in endings if ending.error),
+        (Fault.EXTERNAL, _describe_kill(reports)),
+        *_list_errors(reports),
+        (Fault.EXTERNAL, _describe_hang(reports, timeout_s)),
+        (Fault.EXTERNAL, _describe_kill(reports, aborted=True)),
+        (Fault.TIMEOUT, _describe_timeout(reports, timeout_s)),
+        *((report.fault, f"{_process_name(report, reports)}: {report.error}") for report in reports if report.error),
     ):
         if error:
-            return Verdict(status="failed", error=error, fault=fault)
-    return Verdict(status="failed", error="no process said why", fault=OUTSIDE)
+            return Diagnosis(status="failed", error=error, fault=fault)
+    return Diagnosis(status="failed", error="no process reported a reason", fault=Fault.EXTERNAL)
 
 
-def _killed(endings: Sequence[Ending], *, aborted: bool = False) -> str | None:
-    """Name the process that ended without a word.
+def _describe_kill(reports: Sequence[ExitReport], *, aborted: bool = False) -> str | None:
+    """Describe the first process that ended without a report, or return None.
 
-    One that aborts itself is looked at later: on GPUs that is how those end that have waited in vain.
+    A process that aborted itself (SIGABRT) counts only with `aborted`: on GPUs the watchdog of the collectives aborts
+    the processes that waited for another one.
     """
-    for ending in endings:
-        name = _name(ending, endings)
-        if ending.is_gone:
-            return f"{name} is unreachable: no heartbeat from its node for {ending.silent_s:.0f} s"
-        code = ending.exit_code
-        if ending.status is not None or code is None or (code == -signal.SIGABRT) != aborted:
+    for report in reports:
+        name = _process_name(report, reports)
+        if report.is_unreachable:
+            return f"{name} is unreachable: no heartbeat from its node for {report.silent_s:.0f} s"
+        code = report.exit_code
+        if report.status is not None or code is None or (code == -signal.SIGABRT) != aborted:
             continue
         if code >= 0:
             return f"{name} ended with exit code {code}"
@@ -86,44 +80,46 @@ def _killed(endings: Sequence[Ending], *, aborted: bool = False) -> str | None:
     return None
 
 
-def _errors(endings: Sequence[Ending]) -> list[tuple[str, str]]:
-    """Return the errors that are not about other processes; of one process alone with its rank."""
-    own = [ending for ending in endings if ending.error and ending.fault == OWN]
-    common = [(ending.fault, str(ending.error)) for ending in endings if ending.fault in (COMMON, Fault.DIVERGED)]
-    if own and (len(endings) == 1 or {ending.error for ending in endings} == {own[0].error}):
-        return [(OWN, str(own[0].error))]
-    return [(OWN, f"{_name(ending, endings)}: {ending.error}") for ending in own] + common
+def _list_errors(reports: Sequence[ExitReport]) -> list[tuple[str, str]]:
+    """Return fault and text of each error that was not caused by another process, with the rank if it is of one."""
+    failed = [report for report in reports if report.error and report.fault == Fault.PROCESS_ERROR]
+    common = [
+        (report.fault, str(report.error)) for report in reports if report.fault in (Fault.COMMON_ERROR, Fault.DIVERGED)
+    ]
+    if failed and (len(reports) == 1 or {report.error for report in reports} == {failed[0].error}):
+        return [(Fault.PROCESS_ERROR, str(failed[0].error))]
+    return [(Fault.PROCESS_ERROR, f"{_process_name(report, reports)}: {report.error}") for report in failed] + common
 
 
-def _hung(endings: Sequence[Ending], timeout_s: float) -> str | None:
-    """Name the process that others waited for."""
-    waited = [ending for ending in endings if ending.fault == WAITED]
-    # Aborted by the watchdog of a GPU's collectives, or for another reason: then nobody has been silent for long.
-    aborted = [ending for ending in endings if ending.status is None and ending.exit_code == -signal.SIGABRT]
-    alive = [ending for ending in endings if ending.status is None and ending.exit_code is None]
-    if not waited and aborted:
-        alive = [ending for ending in alive if ending.silent_s > timeout_s / 2]
-    if alive and (waited or aborted or len(alive) < len(endings)):
-        ending = max(alive, key=lambda ending: ending.silent_s)
-        return f"{_name(ending, endings)} hung: no progress for {ending.silent_s:.0f} s after step {ending.step}"
-    if not waited:
+def _describe_hang(reports: Sequence[ExitReport], timeout_s: float) -> str | None:
+    """Describe the process that the others waited for, or return None."""
+    timed_out = [report for report in reports if report.fault == Fault.TIMEOUT]
+    aborted = [report for report in reports if report.status is None and report.exit_code == -signal.SIGABRT]
+    alive = [report for report in reports if report.status is None and report.exit_code is None]
+    if not timed_out and aborted:
+        # The watchdog aborts after a timeout; if nobody has been silent for long, there was another reason.
+        alive = [report for report in alive if report.silent_s > timeout_s / 2]
+    if alive and (timed_out or aborted or len(alive) < len(reports)):
+        hung = max(alive, key=lambda report: report.silent_s)
+        return f"{_process_name(hung, reports)} hung: no progress for {hung.silent_s:.0f} s after step {hung.step}"
+    if not timed_out:
         return None
-    behind = [ending for ending in endings if ending.step < max(waited, key=lambda ending: ending.step).step]
-    late = behind or [ending for ending in endings if ending.fault != WAITED]
+    last_step = max(report.step for report in timed_out)
+    late = [report for report in reports if report.step < last_step]
+    late = late or [report for report in reports if report.fault != Fault.TIMEOUT]
     if len(late) != 1:
         return None
-    what = f"was late: the others waited for {timeout_s:.0f} s (parallel.timeout_s)"
-    return f"{_name(late[0], endings)} {what} after step {late[0].step}"
+    reason = f"was late: the others waited for {timeout_s:.0f} s (parallel.timeout_s)"
+    return f"{_process_name(late[0], reports)} {reason} after step {late[0].step}"
 
 
-def _all_waited(endings: Sequence[Ending], timeout_s: float) -> str | None:
-    """Say that nobody can be blamed."""
-    waited = [ending for ending in endings if ending.fault == WAITED]
-    if not waited:
+def _describe_timeout(reports: Sequence[ExitReport], timeout_s: float) -> str | None:
+    """Describe a timeout that no single process caused, or return None."""
+    if all(report.fault != Fault.TIMEOUT for report in reports):
         return None
-    step = min(ending.step for ending in endings)
+    step = min(report.step for report in reports)
     return f"the processes waited for each other for {timeout_s:.0f} s (parallel.timeout_s) after step {step}"
 
 
-def _name(ending: Ending, endings: Sequence[Ending]) -> str:
-    return f"rank {ending.rank}" if len(endings) > 1 else "the process"
+def _process_name(report: ExitReport, reports: Sequence[ExitReport]) -> str:
+    return f"rank {report.rank}" if len(reports) > 1 else "the process"

@@ -1,4 +1,4 @@
-"""What a failure becomes: one line, what kind of fault it is, and the result of the cell."""
+"""Turn an exception into the result of a failed cell: one line of text, a `Fault`, a `RunResult`."""
 
 import contextlib
 import errno
@@ -11,57 +11,54 @@ from torch.distributed.checkpoint.api import CheckpointException
 from moebench.compatibility import list_marks
 from moebench.config import resolve
 from moebench.errors import UsageError
-from moebench.launch.diagnosis import COMMON, LOST, OWN, WAITED
 from moebench.parallel.replicas import ReplicaError
 from moebench.runs.result import Fault, RunResult
 from moebench.training.module import NonFiniteError
 
-TRANSPORT = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "TCPStore", "ProcessGroup")
-"""Words in the errors of communication, which have no class of their own."""
+TRANSPORT_NAMES = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "TCPStore", "ProcessGroup")
+"""Substrings of communication errors, which torch raises as plain RuntimeError."""
 
 
-def disk_reason(error: OSError) -> str:
-    """Return why a file could not be written, in one line."""
-    what = error.filename or "a file"
+def describe_disk_error(error: OSError) -> str:
+    """Return in one line why a file could not be written."""
+    file = error.filename or "a file"
     return (
-        f"disk full while writing {what}" if error.errno == errno.ENOSPC else f"cannot write {what}: {error.strerror}"
+        f"disk full while writing {file}" if error.errno == errno.ENOSPC else f"cannot write {file}: {error.strerror}"
     )
 
 
-def explain(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return the reason of a failure in one line."""
     if isinstance(error, NonFiniteError | UsageError):
         return str(error)
     if isinstance(error, CheckpointException):
         rank, (cause, _) = min(error.failures.items())
-        return explain(cause) if len(error.failures) == 1 and rank == 0 else f"rank {rank}: {explain(cause)}"
+        is_of_first_rank = len(error.failures) == 1 and rank == 0
+        return describe_error(cause) if is_of_first_rank else f"rank {rank}: {describe_error(cause)}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return disk_reason(error)
+        return describe_disk_error(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return f"out of memory: {' '.join(str(error).split())[:200]}"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def fault_of(error: BaseException) -> str:
-    """Return whose fault an error is: see `judgement`."""
+def classify_error(error: BaseException) -> Fault:
+    """Return the kind of an error."""
     if isinstance(error, NonFiniteError):
         return Fault.DIVERGED
     if isinstance(error, UsageError | ReplicaError | CheckpointException):
-        return COMMON
+        return Fault.COMMON_ERROR
     text = str(error)
-    if not isinstance(error, DistError) and not (isinstance(error, RuntimeError) and _is_transport(text)):
-        return OWN
-    return WAITED if "timed out" in text.lower() or "timeout" in text.lower() else LOST
+    is_transport = isinstance(error, RuntimeError) and any(name in text for name in TRANSPORT_NAMES)
+    if not isinstance(error, DistError) and not is_transport:
+        return Fault.PROCESS_ERROR
+    return Fault.TIMEOUT if "timed out" in text.lower() or "timeout" in text.lower() else Fault.DISCONNECTED
 
 
-def _is_transport(text: str) -> bool:
-    return any(word in text for word in TRANSPORT)
-
-
-def failed_result(
+def build_failed_result(
     cell: dict[str, Any], reason: str, *, fault: str = "", step: int = 0, total_s: float = 0.0
 ) -> RunResult:
-    """Return the result of a cell that failed after `step` steps: nothing is left out of a table, not even this."""
+    """Return the result of a cell that failed after `step` steps; `cell` is the content of its `cell.json`."""
     marks: tuple[str, ...] = ()
     with contextlib.suppress(UsageError):
         marks = list_marks(resolve(cell["config"]))

@@ -1,4 +1,4 @@
-"""What the programs that torchrun or SLURM has started tell each other: words and heartbeats in a key-value store."""
+"""How the programs that torchrun or SLURM has started communicate: messages and heartbeats in a key-value store."""
 
 import contextlib
 import json
@@ -12,120 +12,122 @@ from typing import Any
 
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from moebench.launch.launcher import Given
+from moebench.launch.cluster_environment import ClusterEnvironment
 
-START_S = 300.0
-"""How long the others may take to start: nodes of a cluster do not begin at the same moment."""
-ANSWER_S = 20.0
+STARTUP_TIMEOUT_S = 300.0
+"""How long the other programs may take to start: the nodes of a cluster do not start at the same moment."""
+STORE_TIMEOUT_S = 20.0
 """How long the store may take to answer."""
-BEAT_S = 0.5
-"""Seconds between heartbeats."""
-LOST_S = 15.0
-"""Without a heartbeat for so long a program is lost."""
+HEARTBEAT_INTERVAL_S = 0.5
+HEARTBEAT_TIMEOUT_S = 15.0
+"""A program without a heartbeat for this long counts as lost."""
 
 
-class AbandonedError(Exception):
-    """The other programs of this start, or the store where they met, are gone."""
+class RendezvousError(Exception):
+    """The other programs of this launch, or the store, cannot be reached."""
 
 
-class Wire:
-    """One program's end of the line; it beats like a heart from the start to `close`."""
+class Rendezvous:
+    """Client of the store that all programs of a launch share; sends heartbeats until it is closed."""
 
-    def __init__(self, given: Given) -> None:
-        process_info = given.process_info
+    def __init__(self, environment: ClusterEnvironment) -> None:
+        process_info = environment.process_info
         self.rank = process_info.rank
         self.world_size = process_info.world_size
-        where = f"{process_info.store_host}:{process_info.store_port}"
+        address = f"{process_info.store_host}:{process_info.store_port}"
         try:
             store = TCPStore(
                 process_info.store_host,
                 process_info.store_port,
-                is_master=given.hosts_store and process_info.rank == 0,
+                is_master=environment.hosts_store and process_info.rank == 0,
                 wait_for_workers=False,
-                timeout=timedelta(seconds=START_S),
+                timeout=timedelta(seconds=STARTUP_TIMEOUT_S),
             )
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            raise AbandonedError(f"rank {process_info.rank} cannot meet the others at {where}: {reason}") from error
-        store.set_timeout(timedelta(seconds=ANSWER_S))
+            raise RendezvousError(f"rank {self.rank} cannot connect to the store at {address}: {reason}") from error
+        store.set_timeout(timedelta(seconds=STORE_TIMEOUT_S))
         self.store = PrefixStore(process_info.namespace, store)
         self._closed = threading.Event()
-        self._asked_at: float | None = None
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._guard)]
+        self._call_started_at: float | None = None
+        self._threads = [
+            threading.Thread(target=target, daemon=True) for target in (self._send_heartbeats, self._exit_on_timeout)
+        ]
         for thread in self._threads:
             thread.start()
 
-    def say(self, key: str, word: dict[str, Any]) -> None:
-        """Write a word for whoever reads this key."""
-        with self._asking():
-            self.store.set(key, json.dumps(word))
+    def put(self, key: str, message: dict[str, Any]) -> None:
+        """Store a message under a key."""
+        with self._store_call():
+            self.store.set(key, json.dumps(message))
 
-    def hear(self, key: str) -> dict[str, Any] | None:
-        """Return the word at a key, None when there is none yet."""
-        with self._asking():
-            word: dict[str, Any] | None = json.loads(self.store.get(key)) if self.store.check([key]) else None
-        return word
+    def get(self, key: str) -> dict[str, Any] | None:
+        """Return the message under a key, or None if there is none yet."""
+        message: dict[str, Any] | None = None
+        with self._store_call():
+            if self.store.check([key]):
+                message = json.loads(self.store.get(key))
+        return message
 
-    def beats(self, rank: int) -> int:
-        """Return how often a program's heart has beaten."""
-        with self._asking():
-            count = int(self.store.add(f"beat/{rank}", 0))
+    def heartbeat_count(self, rank: int) -> int:
+        """Return the number of heartbeats that a program has sent."""
+        count = 0
+        with self._store_call():
+            count = int(self.store.add(f"heartbeat/{rank}", 0))
         return count
 
     @contextlib.contextmanager
-    def _asking(self) -> Iterator[None]:
-        self._asked_at = time.monotonic()
+    def _store_call(self) -> Iterator[None]:
+        self._call_started_at = time.monotonic()
         try:
             yield
         except RuntimeError as error:
-            raise AbandonedError("the store where the processes met is gone") from error
+            raise RendezvousError("the store of this launch has ended") from error
         finally:
-            self._asked_at = None
+            self._call_started_at = None
 
     def close(self) -> None:
-        """Stop beating."""
+        """Stop the heartbeats."""
         self._closed.set()
-        for thread in self._threads:  # one inside the store must not meet the end of the interpreter
-            thread.join(timeout=ANSWER_S)
+        for thread in self._threads:  # a thread inside the store must not outlive the interpreter
+            thread.join(timeout=STORE_TIMEOUT_S)
 
-    def _beat(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the program's own calls will say so
+    def _send_heartbeats(self) -> None:
+        with contextlib.suppress(RuntimeError):  # calls of the main thread raise the same error
             while not self._closed.is_set():
-                self.store.add(f"beat/{self.rank}", 1)
-                self._closed.wait(BEAT_S)
+                self.store.add(f"heartbeat/{self.rank}", 1)
+                self._closed.wait(HEARTBEAT_INTERVAL_S)
 
-    def _guard(self) -> None:
-        """End this program when the store, whose host may be stopped, leaves a question open: it would wait forever.
+    def _exit_on_timeout(self) -> None:
+        """End this program, and with it its workers, when a store call hangs.
 
-        What it has started ends with it.
+        The store's own timeout does not cover a host that is stopped: the call would block forever.
         """
         while not self._closed.wait(1.0):
-            asked_at = self._asked_at
-            if asked_at is not None and time.monotonic() - asked_at > ANSWER_S:
-                text = (
-                    f"error: rank {self.rank}: the store where the processes met has not answered for {ANSWER_S:.0f} s"
-                )
+            started_at = self._call_started_at
+            if started_at is not None and time.monotonic() - started_at > STORE_TIMEOUT_S:
+                text = f"error: rank {self.rank}: the store of this launch has not answered for {STORE_TIMEOUT_S:.0f} s"
                 print(text, file=sys.stderr, flush=True)
                 os._exit(1)
 
 
-class Pulse:
-    """Feels whether another program lives."""
+class HeartbeatMonitor:
+    """Watches the heartbeats of another program."""
 
-    def __init__(self, wire: Wire, rank: int) -> None:
-        self.wire = wire
+    def __init__(self, rendezvous: Rendezvous, rank: int) -> None:
+        self.rendezvous = rendezvous
         self.rank = rank
-        self._beats = 0
-        self._felt_at = time.monotonic()
+        self._count = 0
+        self._last_at = time.monotonic()
 
     @property
-    def has_begun(self) -> bool:
-        """Whether there was ever a heartbeat."""
-        return self._beats > 0
+    def has_started(self) -> bool:
+        """Whether the program has sent a heartbeat."""
+        return self._count > 0
 
     def silent_s(self) -> float:
         """Return the seconds since the last heartbeat."""
-        beats = self.wire.beats(self.rank)
-        if beats != self._beats:
-            self._beats, self._felt_at = beats, time.monotonic()
-        return time.monotonic() - self._felt_at
+        count = self.rendezvous.heartbeat_count(self.rank)
+        if count != self._count:
+            self._count, self._last_at = count, time.monotonic()
+        return time.monotonic() - self._last_at

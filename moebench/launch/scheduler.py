@@ -1,4 +1,4 @@
-"""Runs cells, each in processes of its own: a crash stays there, the others go on, and a stop leaves all resumable."""
+"""Run cells, each in processes of its own: a crash ends one cell, and a stop leaves all cells resumable."""
 
 import contextlib
 import json
@@ -10,25 +10,26 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol
 
-from moebench.launch.diagnosis import COMMON, OWN, Verdict
-from moebench.launch.failure import disk_reason, failed_result
-from moebench.launch.launcher import Launch
-from moebench.launch.local_worker import signals_noted, start_server
-from moebench.launch.worker_group import Team
+from moebench.interrupts import handle_signals
+from moebench.launch.diagnosis import Diagnosis
+from moebench.launch.failure import build_failed_result, describe_disk_error
+from moebench.launch.launcher import Launcher
+from moebench.launch.local_worker import start_fork_server
+from moebench.launch.worker_group import WorkerGroup
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder, write_json
-from moebench.runs.journal import read_journal
+from moebench.runs.journal import read_last_step
 from moebench.runs.result import Fault
 
-STOP_GRACE_S = 60.0
-"""How long a cell may take to reach the end of its step and save, after the first Ctrl-C."""
-SAME_WISH_S = 3.0
-"""A terminal, torchrun and SLURM may each pass on the same Ctrl-C."""
+STOP_TIMEOUT_S = 60.0
+"""How long the cells may take to complete their step and save, after the first Ctrl-C."""
+SAME_SIGNAL_S = 3.0
+"""A terminal, torchrun and SLURM may each forward the same Ctrl-C, within this time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How one cell ended in this call: done, failed, stopped, found (done by another runner) or busy (with it)."""
+    """How one cell ended in this call: done, failed, stopped, skipped (another runner completed it) or busy."""
 
     cell: Cell
     status: str
@@ -38,23 +39,23 @@ class Outcome:
 
 
 class Display(Protocol):
-    """What shows the progress of a grid."""
+    """Shows the progress of a grid."""
 
     def on_start(self, cell: Cell) -> None:
-        """A cell has got its processes."""
+        """Show that the processes of a cell are started."""
 
     def on_progress(self, cell: Cell, message: dict[str, Any]) -> None:
-        """A cell has finished a step: step, loss, tokens_per_s."""
+        """Show that a cell has completed a step; the message has step, loss, tokens_per_s."""
 
     def on_end(self, outcome: Outcome) -> None:
-        """A cell has ended."""
+        """Show that a cell has ended."""
 
     def note(self, text: str) -> None:
-        """Something else worth a line."""
+        """Show a line of text."""
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: the user's wish
-    """The runner was asked to stop; `signal_number` says how, `outcomes` what had ended."""
+class Interrupted(Exception):  # noqa: N818 - not an error: the user asked for it
+    """The runner received a signal; `outcomes` are those of the cells that had ended."""
 
     def __init__(self, signal_number: int, outcomes: Sequence[Outcome]) -> None:
         super().__init__(signal.Signals(signal_number).name)
@@ -63,17 +64,17 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the user's wish
 
 
 class Scheduler:
-    """Runs at most `jobs` cells at a time; `launch` starts their processes."""
+    """Runs at most `jobs` cells at a time; `launcher` starts their processes."""
 
-    def __init__(self, results: Path, experiment: str, jobs: int, display: Display, launch: Launch) -> None:
+    def __init__(self, results: Path, experiment: str, jobs: int, display: Display, launcher: Launcher) -> None:
         self.results = results
         self.experiment = experiment
-        self.jobs = min(jobs, launch.most_jobs) if launch.most_jobs else jobs
+        self.jobs = min(jobs, launcher.max_jobs) if launcher.max_jobs else jobs
         self.display = display
-        self.launch = launch
-        self.teams: list[Team] = []
+        self.launcher = launcher
+        self.groups: list[WorkerGroup] = []
         self.signals: list[tuple[int, float]] = []
-        """Number and time of each."""
+        """Number and time of each signal."""
 
     def run(
         self,
@@ -81,17 +82,17 @@ class Scheduler:
         on_tick: Callable[[], None] = lambda: None,
         on_end: Callable[[Outcome], None] = lambda outcome: None,
     ) -> list[Outcome]:
-        """Train the cells in order and return how each ended; raise Interrupted after Ctrl-C or SIGTERM.
+        """Train the cells in order and return their outcomes; raise Interrupted after Ctrl-C or SIGTERM.
 
         `on_tick` is called a few times a second, `on_end` after each cell.
         """
-        waiting = list(cells)
+        queue = list(cells)
         outcomes: list[Outcome] = []
-        with signals_noted(self._note_signal):
-            start_server()
+        with handle_signals(self._record_signal):
+            start_fork_server()
             try:
-                while (waiting and not self.signals) or self.teams:
-                    for outcome in (*self._fill(waiting), *self._gather()):
+                while (queue and not self.signals) or self.groups:
+                    for outcome in (*self._start_cells(queue), *self._poll()):
                         outcomes.append(outcome)
                         on_end(outcome)
                     on_tick()
@@ -99,97 +100,93 @@ class Scheduler:
                         outcomes += self._stop_all()
                         break
             finally:
-                for team in self.teams:
-                    team.kill()
-                    self.launch.release(team.cell)
+                for group in self.groups:
+                    group.kill()
+                    self.launcher.release(group.cell)
         if self.signals:
             raise Interrupted(self.signals[0][0], outcomes)
         return outcomes
 
-    def _note_signal(self, number: int) -> None:
+    def _record_signal(self, number: int) -> None:
         self.signals.append((number, time.monotonic()))
 
-    def _fill(self, waiting: list[Cell]) -> Iterator[Outcome]:
-        """Start cells until every place is taken; yield the end of those that could not even be described on disk."""
-        while waiting and not self.signals and len(self.teams) < self.jobs:
-            cell = waiting.pop(0)
-            self.display.started(cell)
+    def _start_cells(self, queue: list[Cell]) -> Iterator[Outcome]:
+        """Start cells until `jobs` are running; yield the outcome of each cell whose run folder cannot be written."""
+        while queue and not self.signals and len(self.groups) < self.jobs:
+            cell = queue.pop(0)
+            self.display.on_start(cell)
             try:
                 write_json(RunFolder.of(self.results, cell.id).cell, cell.to_dict(self.experiment))
-                members = self.launch.members(cell, self.results)
-                self.teams.append(Team(cell, members, self.launch.patience_s))
+                workers = self.launcher.start(cell, self.results)
+                self.groups.append(WorkerGroup(cell, workers, self.launcher.message_delay_s))
             except OSError as error:
-                self.launch.release(cell)
-                outcome = Outcome(cell=cell, status="failed", error=disk_reason(error))
-                self.display.ended(outcome)
+                self.launcher.release(cell)
+                outcome = Outcome(cell=cell, status="failed", error=describe_disk_error(error))
+                self.display.on_end(outcome)
                 yield outcome
 
-    def _gather(self, timeout: float = 0.2) -> Iterator[Outcome]:
-        """Hear what the cells say, and let go of those that have ended."""
-        waitables = [thing for team in self.teams for thing in team.waitables]
+    def _poll(self, timeout: float = 0.2) -> Iterator[Outcome]:
+        """Read the messages of all cells, and yield the outcomes of those that have ended."""
+        waitables = [waitable for group in self.groups for waitable in group.waitables]
         if waitables:
             wait(waitables, timeout)
         else:
             time.sleep(timeout)
-        over = []
-        for team in self.teams:
-            news = team.look()
-            if news is not None:
-                self.display.progress(team.cell, news)
-            if team.is_over:
-                over.append(team)
-        wish = self.launch.stop_wish()
-        if wish is not None and not self.signals:
-            self._note_signal(wish)
-        for team in over:
-            self.teams.remove(team)
-            yield self._conclude(team)
+        ended = []
+        for group in self.groups:
+            progress = group.poll()
+            if progress is not None:
+                self.display.on_progress(group.cell, progress)
+            if group.is_over:
+                ended.append(group)
+        stop_signal = self.launcher.stop_signal()
+        if stop_signal is not None and not self.signals:
+            self._record_signal(stop_signal)
+        for group in ended:
+            self.groups.remove(group)
+            yield self._close(group)
 
-    def _conclude(self, team: Team) -> Outcome:
-        verdict = team.close()
-        self.launch.release(team.cell)
-        if verdict.status == "failed" and self.signals and verdict.fault not in (OWN, COMMON, Fault.DIVERGED):
-            verdict = Verdict(status="stopped")  # what asked us to end has ended some of the processes as well
-        if verdict.status == "failed":
-            self._write_failed(team, str(verdict.error), verdict.fault)
+    def _close(self, group: WorkerGroup) -> Outcome:
+        diagnosis = group.close()
+        self.launcher.release(group.cell)
+        has_failed = diagnosis.status == "failed"
+        errors = (Fault.PROCESS_ERROR, Fault.COMMON_ERROR, Fault.DIVERGED)
+        if has_failed and self.signals and diagnosis.fault not in errors:
+            diagnosis = Diagnosis(status="stopped")  # the signal to the runner has ended some of the workers as well
+        elif has_failed:
+            self._write_failed_result(group, str(diagnosis.error), diagnosis.fault)
         outcome = Outcome(
-            cell=team.cell,
-            status=verdict.status,
-            error=verdict.error,
-            metrics=verdict.metrics,
-            seconds=team.seconds,
+            cell=group.cell,
+            status=diagnosis.status,
+            error=diagnosis.error,
+            metrics=diagnosis.metrics,
+            seconds=group.elapsed_s,
         )
-        self.display.ended(outcome)
+        self.display.on_end(outcome)
         return outcome
 
-    def _write_failed(self, team: Team, reason: str, fault: str) -> None:
-        """Write the result of a failure: only here all processes of the cell were heard."""
-        folder = RunFolder.of(self.results, team.cell.id)
-        cell = json.loads(json.dumps(team.cell.to_dict(self.experiment)))
+    def _write_failed_result(self, group: WorkerGroup, reason: str, fault: str) -> None:
+        """Write the result of a failure; only the runner has the reports of all processes."""
+        folder = RunFolder.of(self.results, group.cell.id)
         with contextlib.suppress(OSError):  # a full disk, perhaps the very reason
-            step = last_step(folder.journal)
-            failed = failed_result(cell, reason, fault=fault, step=step, total_s=team.seconds)
-            write_json(folder.result, failed.to_dict())
+            step = read_last_step(folder.journal)
+            cell = json.loads(json.dumps(group.cell.to_dict(self.experiment)))
+            result = build_failed_result(cell, reason, fault=fault, step=step, total_s=group.elapsed_s)
+            write_json(folder.result, result.to_dict())
 
     def _stop_all(self) -> list[Outcome]:
-        """Ask the cells to save and end; a second signal ends the wait."""
+        """Ask the cells to save and end, and wait until they have; a second signal ends the wait."""
         self.display.note("stopping: saving checkpoints (once more: stop now, from the last checkpoint)")
-        for team in self.teams:
-            team.stop()
-        deadline = time.monotonic() + STOP_GRACE_S
+        for group in self.groups:
+            group.request_stop()
+        deadline = time.monotonic() + STOP_TIMEOUT_S
         outcomes: list[Outcome] = []
-        while self.teams and not self._is_pressed and time.monotonic() < deadline:
-            outcomes += self._gather()
+        while self.groups and not self._is_signalled_twice and time.monotonic() < deadline:
+            outcomes += self._poll()
         return outcomes
 
     @property
-    def _is_pressed(self) -> bool:
-        """Whether the wish to stop came twice; among processes started by others the same one arrives by many ways."""
-        first = self.signals[0][1] + (SAME_WISH_S if self.launch.most_jobs else 0.0)
-        return any(at > first for _, at in self.signals[1:])
-
-
-def last_step(journal: Path) -> int:
-    """Return the last step that a journal knows of, 0 for none."""
-    points, _ = read_journal(journal)
-    return max((point.step for point in points), default=0)
+    def _is_signalled_twice(self) -> bool:
+        """Whether the user has asked twice; in a cluster the same signal may arrive several times."""
+        first_until = self.signals[0][1] + (SAME_SIGNAL_S if self.launcher.max_jobs else 0.0)
+        return any(received_at > first_until for _, received_at in self.signals[1:])

@@ -1,71 +1,73 @@
-"""The processes of one cell: waited for together, and within bounds when one of them fails."""
+"""The processes of one cell: they are watched together, and ended in bounded time when one of them fails."""
 
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from moebench.launch.diagnosis import Verdict, judge
-from moebench.launch.local_worker import Member
+from moebench.launch.diagnosis import Diagnosis, diagnose
+from moebench.launch.local_worker import Worker
 from moebench.runs.cell import Cell
 
-GRACE_S = 4.0
-"""How long the others may take to say what they know after the first failure: its cause may be among it."""
+REPORT_TIMEOUT_S = 4.0
+"""How long the other processes may take to report after the first failure: one of them may have the cause."""
 
 
-class Team:
-    """One cell at work; `patience_s` is added to the grace where words travel over a network."""
+class WorkerGroup:
+    """A running cell; `message_delay_s` is how much later messages arrive over a network than through a pipe."""
 
-    def __init__(self, cell: Cell, members: Sequence[Member], patience_s: float = 0.0) -> None:
+    def __init__(self, cell: Cell, workers: Sequence[Worker], message_delay_s: float = 0.0) -> None:
         self.cell = cell
-        self.members = members
-        self.timeout_s = cell.config.parallel.timeout_s
-        self.grace_s = GRACE_S + patience_s
-        self.started = time.monotonic()
+        self.workers = workers
+        self.collective_timeout_s = cell.config.parallel.timeout_s
+        self.report_timeout_s = REPORT_TIMEOUT_S + message_delay_s
+        self.started_at = time.monotonic()
         self.deadline = float("inf")
 
     @property
-    def seconds(self) -> float:
-        """Since the start."""
-        return time.monotonic() - self.started
+    def elapsed_s(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started_at
 
     @property
     def waitables(self) -> list[Any]:
-        """What becomes readable when there is something to look at."""
-        return [thing for member in self.members for thing in member.waitables]
+        """Objects for `multiprocessing.connection.wait`, of all processes."""
+        return [waitable for worker in self.workers for waitable in worker.waitables]
 
-    def look(self) -> dict[str, Any] | None:
-        """Take note of what there is to know; return the newest progress of the first process."""
-        news = [member.look() for member in self.members]
-        self.deadline = min(self.deadline, time.monotonic() + self._left_s())
-        return news[0]
+    def poll(self) -> dict[str, Any] | None:
+        """Read the messages of all processes; return the newest progress of rank 0, or None."""
+        progress = [worker.poll() for worker in self.workers]
+        self.deadline = min(self.deadline, time.monotonic() + self._remaining_s())
+        return progress[0]
 
     @property
     def is_over(self) -> bool:
-        """Whether all have ended, or those that have not were waited for long enough."""
-        return all(member.has_ended for member in self.members) or time.monotonic() >= self.deadline
+        """Whether all processes have ended or the time for the remaining ones is up."""
+        return all(worker.has_ended for worker in self.workers) or time.monotonic() >= self.deadline
 
-    def _left_s(self) -> float:
-        """Return how long the others may take once one of them has said its last word, or ended without any."""
-        words = [member.ending().status for member in self.members]
-        if words[0] in ("found", "busy"):
-            return 0.0  # the others wait for one that will not come
-        silent = any(member.has_ended and word is None for member, word in zip(self.members, words, strict=True))
-        if silent or "failed" in words or words[0] is not None:
-            return self.grace_s
-        return float("inf") if words == [None] * len(words) else self.timeout_s + self.grace_s
+    def _remaining_s(self) -> float:
+        """Return how long the others may take once one process has reported its exit, or ended without a report."""
+        statuses = [worker.exit_report().status for worker in self.workers]
+        if statuses[0] in ("skipped", "busy"):
+            return 0.0  # the others wait for rank 0, which does not train
+        has_crashed = any(w.has_ended and status is None for w, status in zip(self.workers, statuses, strict=True))
+        if has_crashed or "failed" in statuses or statuses[0] is not None:
+            return self.report_timeout_s
+        if all(status is None for status in statuses):
+            return float("inf")
+        return self.collective_timeout_s + self.report_timeout_s
 
-    def stop(self) -> None:
-        """Ask all to save and end: they agree on the step among themselves."""
-        for member in self.members:
-            member.stop()
+    def request_stop(self) -> None:
+        """Ask all processes to save a checkpoint and end; they agree on the step by a collective."""
+        for worker in self.workers:
+            worker.request_stop()
 
     def kill(self) -> None:
-        """End all that have not ended."""
-        for member in self.members:
-            member.kill()
+        """Kill all processes that have not ended."""
+        for worker in self.workers:
+            worker.kill()
 
-    def close(self) -> Verdict:
-        """Judge how it ended, and leave no process behind."""
-        verdict = judge([member.ending() for member in self.members], self.timeout_s)
+    def close(self) -> Diagnosis:
+        """Return how the cell ended, and leave no process behind."""
+        diagnosis = diagnose([worker.exit_report() for worker in self.workers], self.collective_timeout_s)
         self.kill()
-        return verdict
+        return diagnosis

@@ -10,18 +10,18 @@ from moebench.schema import CellConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One point of the grid: a training run, wanted or done."""
+    """One training run of an experiment, done or not."""
 
     id: str
     arm: str
     seed: int
     config: CellConfig
     varies: Mapping[str, Any]
-    """What tells this cell from the others: configuration key -> value."""
+    """The configuration keys in which cells of the experiment differ, with this cell's values."""
     plugins: tuple[str, ...]
-    """Plugin files that must be loaded before it can be built: those that it needs, of all that were given."""
+    """Plugin files that must be loaded before the cell can be built."""
     data_digest: str
-    """Of the data source, as it entered the id."""
+    """Digest of the data source, as it entered the id."""
 
     def to_dict(self, experiment: str) -> dict[str, Any]:
         """Return the cell as written to its run folder."""

@@ -1,4 +1,4 @@
-"""What a result was measured on: versions, machine, state of the code."""
+"""The environment of a run: versions, machine, state of the code."""
 
 import platform
 import subprocess
@@ -15,7 +15,7 @@ PACKAGES = ("torch", "lightning", "numpy", "datasets", "tokenizers", "mlflow", "
 
 
 def collect_environment(threads: int) -> dict[str, Any]:
-    """Return the environment of a run, ready for JSON."""
+    """Return the environment of a run as JSON-ready values."""
     commit = _git("rev-parse", "HEAD")
     return {
         "moebench": moebench.__version__,
@@ -49,10 +49,10 @@ def _processor() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """Ask git about the code that moebench is imported from; None when it is not a checkout."""
+    """Run git on the code that moebench is imported from; return None if it is not a checkout."""
     folder = Path(moebench.__file__).parent
     try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+        completed = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return completed.stdout.strip() if completed.returncode == 0 else None

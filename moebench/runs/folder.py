@@ -1,4 +1,4 @@
-"""The folder of one run: where each of its files lies, and what state they say the run is in."""
+"""The folder of one run: the paths of its files, and the state of the run that they tell."""
 
 import json
 import os
@@ -39,12 +39,12 @@ class RunFolder:
 
     @property
     def labels(self) -> Path:
-        """Which expert takes tokens of which label, in the end."""
+        """Assignments of each label to each expert, of the trained model."""
         return self.path / "labels.json"
 
     @property
     def result(self) -> Path:
-        """The RunResult; there when the run is done or has failed."""
+        """The RunResult; exists when the run is done or has failed."""
         return self.path / "result.json"
 
     @property
@@ -54,10 +54,10 @@ class RunFolder:
 
     @property
     def log(self) -> Path:
-        """What the worker printed, with the traceback of a failure."""
-        return self.log_of(0)
+        """Output of rank 0, with the traceback of a failure."""
+        return self.log_for_rank(0)
 
-    def log_of(self, rank: int) -> Path:
+    def log_for_rank(self, rank: int) -> Path:
         """Return the log of one of the cell's processes."""
         return self.path / (f"log.rank{rank}.txt" if rank else "log.txt")
 
@@ -66,12 +66,17 @@ class RunFolder:
         """Checkpoints and their manifests."""
         return self.path / "checkpoints"
 
+    @property
+    def lock(self) -> Path:
+        """Lock file, held while the cell is trained."""
+        return self.path / ".lock"
+
     def read_cell(self) -> dict[str, Any]:
-        """Return what was to be run; raise UsageError when the file is missing or damaged."""
+        """Return the content of `cell.json`; raise UsageError if it is missing or damaged."""
         return read_json(self.cell)
 
     def read_result(self) -> RunResult | None:
-        """Return the result, or None when there is none yet; raise UsageError when the file is damaged."""
+        """Return the result, or None if there is none yet; raise UsageError if the file is damaged."""
         try:
             return RunResult.from_dict(json.loads(self.result.read_text()))
         except FileNotFoundError:
@@ -90,12 +95,12 @@ class RunFolder:
 
     @property
     def checkpointed_step(self) -> int:
-        """The last step with a checkpoint, -1 without one: a resumed run repeats only what comes after."""
+        """Step of the newest checkpoint, -1 without one: a resumed run repeats only later steps."""
         return max((int(path.stem.removeprefix("step_")) for path in self.checkpoints.glob("step_*.json")), default=-1)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raises UsageError naming the file when it is missing or damaged."""
+    """Read a JSON object; raise UsageError naming the file if it is missing or damaged."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -106,7 +111,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old or the new one, never half of it."""
+    """Write a text file so that a reader sees the old or the new content, never a part of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:

@@ -1,4 +1,4 @@
-"""The local record: a journal with a line for every point a run measures."""
+"""The journal of a run: a file with one line for every point that the run records."""
 
 import errno
 import json
@@ -21,17 +21,19 @@ _NAME = re.compile(r"[A-Za-z0-9_\-.:/ ]{1,250}")
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """The metrics of one step at one time (unix seconds); ``end`` is the byte behind its line."""
+    """The metrics of one step."""
 
     step: int
     time: float
+    """When it was measured, in unix seconds."""
     metrics: Mapping[str, float]
     end: int
+    """Offset of the byte after its line."""
 
 
 @lru_cache(maxsize=4096)
 def is_valid_metric_name(name: str) -> bool:
-    """Say whether a tracker accepts this metric name: one bad name would make it refuse a whole batch."""
+    """Return whether a tracker accepts this metric name: one bad name would make it refuse a whole batch."""
     # Names are also paths in some stores: 'a//b' and '../a' are refused there.
     escapes = name.startswith(("/", "..")) or name == "."
     return bool(_NAME.fullmatch(name)) and posixpath.normpath(name) == name and not escapes
@@ -40,8 +42,8 @@ def is_valid_metric_name(name: str) -> bool:
 class Journal:
     """An append-only file of points that survives a crash at any byte.
 
-    Opening it drops a torn last line. Each append is one write to the operating system, so a killed process
-    loses nothing that was appended; ``flush`` also guards against a power loss.
+    Opening it drops a torn last line. Each append is one write to the operating system, so a killed process loses no
+    point that was appended; `flush` also guards against a power loss.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,7 +53,7 @@ class Journal:
         self._file = path.open("ab", buffering=0)
 
     def append(self, step: int, metrics: Mapping[str, float], time: float | None = None) -> None:
-        """Add one point, measured now unless ``time`` (unix seconds) is given.
+        """Add one point, measured now unless `time` (unix seconds) is given.
 
         Raises ValueError for a metric name that no tracker would accept and OSError for a full disk.
         """
@@ -65,25 +67,25 @@ class Journal:
             raise OSError(errno.ENOSPC, "the disk is full", str(self.path))
 
     def flush(self) -> None:
-        """Return when every point is on the disk itself."""
+        """Block until every point is on the disk."""
         os.fsync(self._file.fileno())
 
     def truncate_after(self, step: int) -> None:
-        """Drop the points beyond a checkpointed step, so that a resumed run never has a step twice."""
+        """Drop the points of later steps, so that a resumed run never has a step twice."""
         lines = self.path.read_bytes().splitlines(keepends=True)
         points, _ = read_journal(self.path)
         kept = b"".join(line for line, point in zip(lines, points, strict=False) if point.step <= step)
         self._file.close()
-        fresh = self.path.with_name(self.path.name + ".tmp")
-        with fresh.open("wb") as file:
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        with temporary.open("wb") as file:
             file.write(kept)
             file.flush()
             os.fsync(file.fileno())
-        fresh.replace(self.path)
+        temporary.replace(self.path)
         self._file = self.path.open("ab", buffering=0)
 
     def close(self) -> None:
-        """Put everything on the disk and close the file."""
+        """Flush and close the file."""
         if not self._file.closed:
             self.flush()
             self._file.close()
@@ -98,28 +100,34 @@ class Journal:
 
 
 def read_journal(path: Path, offset: int = 0) -> tuple[list[Point], int]:
-    """Return the points from byte ``offset`` on, and the offset to continue from.
+    """Return the points from byte `offset` on, and the offset to continue from.
 
-    A last line without its end is a crash or a write in progress: it is left for the next call. A missing
-    file is an empty journal. Raises UsageError naming file and line for any other damage.
+    An incomplete last line, left by a crash or a write in progress, is left for the next call. A missing file is an
+    empty journal. Raises UsageError with file and line for any other damage.
     """
     if not path.exists():
         return [], offset
     with path.open("rb") as file:
         file.seek(offset)
         content = file.read()
-    points = list(_points(path, content, offset))
+    points = list(_parse_lines(path, content, offset))
     return points, points[-1].end if points else offset
 
 
-def _points(path: Path, content: bytes, offset: int) -> Iterator[Point]:
+def read_last_step(path: Path) -> int:
+    """Return the largest step in a journal, 0 if it is empty."""
+    points, _ = read_journal(path)
+    return max((point.step for point in points), default=0)
+
+
+def _parse_lines(path: Path, content: bytes, offset: int) -> Iterator[Point]:
     end = offset
     for line in content.splitlines(keepends=True):
         if not line.endswith(b"\n"):
             return
         end += len(line)
         try:
-            yield _parse(line, end)
+            yield _parse_line(line, end)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             number = path.read_bytes()[:end].count(b"\n")
             raise UsageError(
@@ -127,17 +135,17 @@ def _points(path: Path, content: bytes, offset: int) -> Iterator[Point]:
             ) from error
 
 
-def _parse(line: bytes, end: int) -> Point:
+def _parse_line(line: bytes, end: int) -> Point:
     raw = json.loads(line)
     metrics = {name: float(value) for name, value in raw["metrics"].items()}
-    bad = [name for name in metrics if not is_valid_metric_name(name)]
-    if bad:
-        raise ValueError(f"metric name {bad[0]!r}")
+    invalid = [name for name in metrics if not is_valid_metric_name(name)]
+    if invalid:
+        raise ValueError(f"metric name {invalid[0]!r}")
     return Point(step=int(raw["step"]), time=float(raw["time"]), metrics=metrics, end=end)
 
 
 def _to_json(value: float) -> float | str:
-    # JSON has no NaN or infinity; float() reads these words back.
+    # JSON has no NaN or infinity; float() parses these strings.
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
@@ -147,6 +155,6 @@ def _drop_torn_line(path: Path) -> None:
     if not path.exists():
         return
     content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole != len(content):
-        os.truncate(path, whole)
+    complete_bytes = content.rfind(b"\n") + 1
+    if complete_bytes != len(content):
+        os.truncate(path, complete_bytes)

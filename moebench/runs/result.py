@@ -1,35 +1,60 @@
-"""The result of one run: what the trainer hands to the store and the store to the analysis."""
+"""The result of one run: what the trainer hands to the runner and the runner to the analysis."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from typing import Any
 
-DIVERGED = "diverged"
-"""The `fault` of a run whose loss or gradient was not a finite number: an outcome of its arm, not of the machine."""
+
+class Fault(StrEnum):
+    """The kind of failure, as stored in `result.json`."""
+
+    PROCESS_ERROR = "own"
+    """An exception in one process."""
+    COMMON_ERROR = "common"
+    """An exception that every process raises by design, such as an invalid configuration."""
+    DIVERGED = "diverged"
+    """A loss or gradient was not finite: an outcome of the arm, not of the machine."""
+    TIMEOUT = "waited"
+    """A collective timed out: another process did not take part."""
+    DISCONNECTED = "lost"
+    """The connection to another process broke."""
+    EXTERNAL = "outside"
+    """The process was killed, hung or became unreachable; it raised no exception."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """One cell after training; a failed or stopped run is a result too and says why in `error`."""
+    """Result of one cell; a failed or stopped run has one too, with the reason in `error`."""
 
     id: str
     arm: str
     seed: int
-    status: str  # "done" | "failed" | "stopped"
-    error: str | None  # one line, when failed
-    step: int  # optimizer steps completed
-    metrics: dict[str, float]  # final, on the test split; empty when failed early
+    status: str
+    """`done`, `failed` or `stopped`."""
+    error: str | None
+    """One line if the run failed."""
+    step: int
+    """Optimizer steps completed."""
+    metrics: dict[str, float]
+    """Final metrics on the test split; empty if the run failed."""
     cost: dict[str, float]
     """active_params, total_params, train_passes, train_tokens; flops_per_token (forward) and experts_per_token as
     planned; both with the prefixes train_ and eval_ as executed: mean over all steps of training, and on the test
     split."""
-    throughput: dict[str, float]  # tokens_per_s (median inside the step), step_s, train_s, total_s, data_share
+    throughput: dict[str, float]
+    """tokens_per_s (median inside the step), step_s, train_s, total_s, data_share."""
     data_digest: str
-    eval_digest: str  # of the evaluation set and the metric's definition: arms must agree
-    marks: tuple[str, ...]  # such as "non-causal"
-    config: dict[str, Any]  # resolved
-    validation: dict[str, float] = field(default_factory=dict)  # final, on the validation split
-    fault: str = ""  # of a failure, its kind: Fault.DIVERGED, or one of `judgement`
+    eval_digest: str
+    """Digest of the evaluation set and of the metric's definition: arms must agree."""
+    marks: tuple[str, ...]
+    """Warnings shown beside the arm, such as `non-causal`."""
+    config: dict[str, Any]
+    """The resolved configuration."""
+    validation: dict[str, float] = field(default_factory=dict)
+    """Final metrics on the validation split."""
+    fault: str = ""
+    """A `Fault` if the run failed."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON-ready values."""

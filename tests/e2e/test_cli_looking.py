@@ -1,11 +1,11 @@
-"""`plan`, `list`, `show` and plugins: what there is, what it is, what would happen."""
+"""`plan`, `list`, `show`, and plug-ins in them."""
 
 import re
 import subprocess
 import sys
 
 import pytest
-from support.command_line import ARMS, CommandLine, Results, WarmCommandLine
+from support.command_line import ARMS, ROOT, CommandLine, Results, WarmCommandLine
 
 PLUGIN = '''
 """Round robin over the experts by token id, weighted by a learned gate: not part of moebench."""
@@ -29,7 +29,7 @@ from moebench.routing.values import Routing
     )
 )
 class MyRouter(Router):
-    """A token goes to the expert that its id names."""
+    """Sends a token to the expert with the number of its id."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(RouterConfig):
@@ -61,7 +61,7 @@ class MyRouter(Router):
 
 
 def names() -> list[str]:
-    """Every registered name, asked of the registry itself in a process of its own."""
+    """Return every registered name, from the registry in a process of its own."""
     code = (
         "from moebench.registry import HOMES, registry_of\n"
         "print(*(name for kind in HOMES for name in registry_of(kind).names()))"
@@ -81,14 +81,14 @@ def test_plan_shows_every_cell_and_trains_nothing(cli: CommandLine, warm: WarmCo
         assert cell["train_tokens"] == 12 * 2 * 32
         assert cell["train_flops"] == 3 * cell["flops_per_token"] * cell["train_tokens"]
         assert abs(cell["flops_vs_baseline"]) <= 0.02
-    left = {path.name for path in (cli.folder / "results").iterdir()} if (cli.folder / "results").exists() else set()
-    assert left <= {"cache"}  # no tracker, no run, no record of an experiment
+    files = {path.name for path in (cli.folder / "results").iterdir()} if (cli.folder / "results").exists() else set()
+    assert files <= {"cache"}  # no tracker, no run, no record of an experiment
     table = warm(cli, "plan", "./tiny.yaml")
     assert (table.code, table.err) == (0, "")
     assert all(cell["id"] in table.out for cell in cells)
 
 
-def test_plan_counts_what_training_then_measures(finished: CommandLine, warm: WarmCommandLine) -> None:
+def test_planned_costs_equal_executed_costs(finished: CommandLine, warm: WarmCommandLine) -> None:
     results = Results(finished.folder / "results")
     for cell in warm(finished, "plan", "./tiny.yaml", "--json").json["cells"]:
         cost = results.result(cell["arm"], cell["seed"])["cost"]
@@ -116,9 +116,34 @@ def test_list_every_kind(finished: CommandLine, warm: WarmCommandLine, kind: str
             (arm, seed, "done") for arm in ARMS for seed in (0, 1, 2)
         }
     elif kind == "experiments":
-        assert listed.json == []  # there is no folder `experiments` here
+        assert {row["origin"] for row in listed.json} == {"packaged"}  # there is no folder `experiments` here
+        assert "quickstart" in {row["name"] for row in listed.json}
     else:
         assert {row["name"] for row in listed.json} <= set(names())
+
+
+def test_a_local_experiment_replaces_a_packaged_one_of_its_name(cli: CommandLine, warm: WarmCommandLine) -> None:
+    packaged = warm(cli, "show", "experiment", "quickstart")
+    assert (packaged.code, packaged.err) == (0, "")
+    assert packaged.out == (ROOT / "moebench" / "experiments" / "quickstart.yaml").read_text()
+    assert warm(cli, "show", "experiment", "experiments/quickstart.yaml").out == packaged.out
+    (cli.folder / "experiments").mkdir()
+    cli.write("experiments/quickstart.yaml", question="Mine?")
+    cli.write("experiments/mine.yaml", question="Another?")
+    rows = {row["name"]: row for row in warm(cli, "list", "experiments", "--json").json}
+    assert (rows["mine"]["origin"], rows["mine"]["question"]) == ("local", "Another?")
+    assert (rows["quickstart"]["origin"], rows["quickstart"]["question"]) == (
+        "local, replaces the packaged one",
+        "Mine?",
+    )
+    assert rows["vision"]["origin"] == "packaged"
+    table = warm(cli, "list", "experiments").out
+    assert "replaces the" in table
+    assert '"Mine?"' in warm(cli, "show", "experiment", "quickstart").out
+    assert warm(cli, "plan", "quickstart", "--json").json["question"] == "Mine?"
+    unknown = warm(cli, "show", "experiment", "quickstrt")
+    assert (unknown.code, unknown.err.count("\n")) == (2, 1)
+    assert "experiment 'quickstrt' is unknown. Did you mean 'quickstart'?" in unknown.err
 
 
 def test_list_of_a_folder_without_runs(cli: CommandLine, warm: WarmCommandLine) -> None:
@@ -128,33 +153,33 @@ def test_list_of_a_folder_without_runs(cli: CommandLine, warm: WarmCommandLine) 
 
 def test_show_every_registered_name(finished: CommandLine, warm: WarmCommandLine) -> None:
     for name in names():
-        found = warm(finished, "show", name, "--json")
-        assert (found.code, found.err) == (0, ""), name
-        assert found.json["name"] == name
-        assert found.json["about"]
-        assert re.search(r"\.py:\d+$", found.json["source"])
-        for option in found.json["options"]:
+        shown = warm(finished, "show", name, "--json")
+        assert (shown.code, shown.err) == (0, ""), name
+        assert shown.json["name"] == name
+        assert shown.json["about"]
+        assert re.search(r"\.py:\d+$", shown.json["source"])
+        for option in shown.json["options"]:
             assert option["about"] or option["name"] == "name", f"{name}: {option['name']} is not explained"
 
 
 @pytest.mark.parametrize("name", ["switch", "every_n", "language", "load_balance"])
-def test_show_reads_well(finished: CommandLine, warm: WarmCommandLine, name: str) -> None:
-    found, text = warm(finished, "show", name, "--json").json, warm(finished, "show", name)
+def test_show_prints_name_kind_and_options(finished: CommandLine, warm: WarmCommandLine, name: str) -> None:
+    description, text = warm(finished, "show", name, "--json").json, warm(finished, "show", name)
     assert (text.code, text.err) == (0, "")
-    assert text.out.startswith(f"{name}  ({found['kind']})\n")
-    assert found["about"].split("\n")[0] in text.out
-    assert all(option["name"] in text.out for option in found["options"])
+    assert text.out.startswith(f"{name}  ({description['kind']})\n")
+    assert description["about"].split("\n")[0] in text.out
+    assert all(option["name"] in text.out for option in description["options"])
 
 
-def test_show_says_when_to_use_a_router_and_what_can_go_wrong(cli: CommandLine, warm: WarmCommandLine) -> None:
-    found, text = warm(cli, "show", "base", "--json").json, " ".join(warm(cli, "show", "base").out.split())
-    assert f"When to use it: {found['use']}" in text
-    assert f"What can go wrong: {found['beware']}" in text
+def test_show_prints_use_and_pitfalls_of_a_router(cli: CommandLine, warm: WarmCommandLine) -> None:
+    description, text = warm(cli, "show", "base", "--json").json, " ".join(warm(cli, "show", "base").out.split())
+    assert f"When to use it: {description['use']}" in text
+    assert f"What can go wrong: {description['beware']}" in text
     page = warm(cli, "show", "--all-routers")
     assert (page.code, page.err) == (0, "")
-    assert f"**When to use it.** {found['use']}" in page.out
+    assert f"**When to use it.** {description['use']}" in page.out
     every = warm(cli, "show", "--all-routers", "--json").json
-    assert found in every
+    assert description in every
 
 
 @pytest.mark.parametrize("router", ["top_k", "expert_choice", "base", "hash", "soft_moe", "olmoe"])
@@ -170,6 +195,8 @@ def test_show_draws_a_worked_example(cli: CommandLine, warm: WarmCommandLine, ro
     [
         ([], ["show", "--all-routers"]),
         (["base", "--all-routers"], ["show", "--all-routers"]),
+        (["experiment"], ["show experiment", "moebench list experiments"]),
+        (["base", "switch"], ["show", "one name"]),
         (["--all-routers", "--plot", "x.png"], ["--plot", "one router"]),
         (["every_n", "--plot", "x.png"], ["--plot", "'every_n' is a layout"]),
         (["base", "--plot", "nowhere/x.png"], ["--plot nowhere/x.png"]),
@@ -181,7 +208,7 @@ def test_a_mistake_in_show(cli: CommandLine, warm: WarmCommandLine, arguments: l
     assert all(word in ended.err for word in words)
 
 
-def test_a_router_in_a_file_of_ones_own(cli: CommandLine, warm: WarmCommandLine) -> None:
+def test_a_plugin_router_is_trained_listed_and_shown(cli: CommandLine, warm: WarmCommandLine) -> None:
     (cli.folder / "my_router.py").write_text(PLUGIN)
     grid = ["grid.router=[my_router]", "seeds=[0]", "router.shift=1"]
     ended = cli.train("--plugin", "my_router.py", *grid, "--json")
@@ -190,14 +217,14 @@ def test_a_router_in_a_file_of_ones_own(cli: CommandLine, warm: WarmCommandLine)
     result = results.result("my_router", 0)
     assert (result["status"], result["config"]["router"]["shift"]) == ("done", 1)
     assert "load/max_violation" in result["metrics"]
-    found = warm(cli, "compare", "./tiny.yaml", "--plugin", "my_router.py", *grid, "--json")
-    assert [*found.json["arms"]] == ["my_router"]
+    compared = warm(cli, "compare", "./tiny.yaml", "--plugin", "my_router.py", *grid, "--json")
+    assert [*compared.json["arms"]] == ["my_router"]
     shown = warm(cli, "show", "my_router", "--plugin", "my_router.py", "--json").json
     assert shown["family"] == "static"
     (shift,) = [option for option in shown["options"] if option["key"] == "router.shift"]
     assert (shift["type"], shift["default"], shift["about"]) == ("int", 0, "Added to the token id.")
     assert "my_router" in warm(cli, "list", "routers", "--plugin", "my_router.py").out
-    # The content of the file is part of the cell: the same file is the same cell, a changed one is another.
+    # The content of the file is part of the cell's id.
     plan = ["plan", "./tiny.yaml", *grid, "--json", "--plugin"]
     assert [cell["state"] for cell in warm(cli, *plan, "./my_router.py").json["cells"]] == ["done"]
     (cli.folder / "my_router.py").write_text(PLUGIN.replace("num_experts)[:, None]", "num_experts)[:, None].clone()"))

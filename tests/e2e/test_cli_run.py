@@ -1,4 +1,4 @@
-"""`moebench run` as real processes: what it leaves on disk, what it says, and that the same cell is the same bits."""
+"""`moebench run` in real processes: its files, its output, and that the same cell gives the same bits."""
 
 import json
 import math
@@ -8,7 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support.command_line import ARMS, ROOT, CommandLine, Results, WarmCommandLine, journal, on_terminal, repeatable
+from support.command_line import (
+    ARMS,
+    ROOT,
+    CommandLine,
+    Results,
+    WarmCommandLine,
+    deterministic_points,
+    journal,
+)
+from support.terminal import run_in_terminal
 
 RESULT_KEYS = {"id", "arm", "seed", "status", "error", "step", "metrics", "cost", "throughput", "data_digest"}
 RESULT_KEYS |= {"eval_digest", "marks", "config"}
@@ -40,16 +49,16 @@ def test_a_finished_run_reports_json_on_stdout_and_progress_on_stderr(finished: 
     assert {cell["state"] for cell in report["cells"]} == {"done"}
     assert sorted(report["trained"]) == sorted(cell["id"] for cell in report["cells"])
     assert (report["failed"], report["tracker"], report["interrupted"]) == ([], None, 0)
-    said = (finished.folder / "run.err").read_text()
-    assert "\x1b" not in said  # a pipe gets plain lines
-    starts = re.findall(r"^start    (\w+) · seed (\d)  [0-9a-f]{12}$", said, re.M)
+    stderr = (finished.folder / "run.err").read_text()
+    assert "\x1b" not in stderr  # a pipe gets plain lines
+    starts = re.findall(r"^start    (\w+) · seed (\d)  [0-9a-f]{12}$", stderr, re.M)
     assert starts == [(arm, str(seed)) for seed in (0, 1, 2) for arm in ARMS]  # seeds outermost
-    ends = re.findall(r"^done     (\w+) · seed (\d) +\d+\.\d{4} bits per byte  \(\d+ s\)  \[(\d)/9\]$", said, re.M)
+    ends = re.findall(r"^done     (\w+) · seed (\d) +\d+\.\d{4} bits per byte  \(\d+ s\)  \[(\d)/9\]$", stderr, re.M)
     assert len(ends) == 9
     assert [number for _, _, number in ends] == [str(n) for n in range(1, 10)]
 
 
-def test_the_run_folder_keeps_its_contract(finished: CommandLine) -> None:
+def test_the_files_of_a_run_folder(finished: CommandLine) -> None:
     results = Results(finished.folder / "results")
     assert len(results.folders()) == 9
     for folder in results.folders():
@@ -77,7 +86,7 @@ def check_numbers(result: dict, *, dense: bool) -> None:
     metrics, cost, speed = result["metrics"], result["cost"], result["throughput"]
     assert {"bits_per_byte", "bits_per_byte/a", "bits_per_byte/b"} <= set(metrics)
     assert all(math.isfinite(value) for value in [*metrics.values(), *cost.values(), *speed.values()])
-    assert 0 < metrics["bits_per_byte"] < 9  # 8 bits per byte is knowing nothing
+    assert 0 < metrics["bits_per_byte"] < 9  # 8 bits per byte: a uniform guess
     assert {key for key in metrics if key.startswith("load/")} == (set() if dense else LOAD_KEYS)
     assert cost["train_tokens"] == 12 * 2 * 32  # steps · sequences · tokens
     assert 0 < cost["active_params"] <= cost["total_params"]
@@ -86,7 +95,7 @@ def check_numbers(result: dict, *, dense: bool) -> None:
     assert 0 < speed["data_share"] < 1
 
 
-def test_the_journal_has_every_step_once_under_the_agreed_names(finished: CommandLine) -> None:
+def test_the_journal_has_every_step_once_with_the_documented_metrics(finished: CommandLine) -> None:
     for folder in Results(finished.folder / "results").folders():
         points = journal(folder)
         assert [p["step"] for p in points if "loss/task" in p["metrics"]] == [*range(1, 13)]
@@ -113,7 +122,7 @@ def test_the_journal_has_every_step_once_under_the_agreed_names(finished: Comman
         assert math.isclose(first["loss/load_balance"], coefficient * first["balance/load_balance"], rel_tol=1e-5)
         loads = [json.loads(line) for line in (folder / "load.jsonl").read_text().splitlines()]
         assert [line["step"] for line in loads] == [6, 12]
-        # n=2 of 2 blocks: block 1 holds the experts; every one of 4 is counted, and all assignments are there.
+        # n=2 of 2 blocks: block 1 has the 4 experts; all assignments are counted.
         per_token = 2 if arm == "top_k" else 1
         sums = {sum(load) for line in loads for load in line["layers"].values()}
         assert [list(line["layers"]) for line in loads] == [["1"], ["1"]]
@@ -140,13 +149,13 @@ def test_the_figures_are_drawn(finished: CommandLine) -> None:
     assert all((folder / "labels.json").exists() for folder in labels)
 
 
-def test_only_what_is_missing_is_trained_and_the_same_cells_elsewhere_are_bit_equal(
+def test_only_missing_cells_are_trained_and_equal_those_of_another_folder(
     cli: CommandLine, finished: CommandLine, warm: WarmCommandLine
 ) -> None:
-    # Two cells of the finished grid are there; the others are trained in another folder, another number at a time.
-    results, elsewhere = Results(cli.folder / "results"), Results(finished.folder / "results")
+    # Two cells are copied from the finished grid; the others are trained in this folder, with another --jobs.
+    results, reference = Results(cli.folder / "results"), Results(finished.folder / "results")
     for arm in ("dense", "switch"):
-        done = elsewhere.folder(arm, 0)
+        done = reference.folder(arm, 0)
         shutil.copytree(done, results.path / "runs" / done.name)
     before = results.written_at()
     first = cli.train("--jobs", "1")
@@ -160,17 +169,17 @@ def test_only_what_is_missing_is_trained_and_the_same_cells_elsewhere_are_bit_eq
     assert results.written_at() == after
     assert len(after) == 6
     for folder in results.folders():
-        twin = elsewhere.path / "runs" / folder.name
-        ours, theirs = (json.loads((path / "result.json").read_text()) for path in (folder, twin))
-        was_there = str(folder / "result.json") in before
-        assert (ours.pop("throughput") == theirs.pop("throughput")) is was_there
-        assert ours == theirs
-        assert repeatable(folder) == repeatable(twin)
+        twin = reference.path / "runs" / folder.name
+        result, expected = (json.loads((path / "result.json").read_text()) for path in (folder, twin))
+        was_copied = str(folder / "result.json") in before
+        assert (result.pop("throughput") == expected.pop("throughput")) is was_copied
+        assert result == expected
+        assert deterministic_points(folder) == deterministic_points(twin)
         if (folder / "load.jsonl").exists():
             assert (folder / "load.jsonl").read_text() == (twin / "load.jsonl").read_text()
 
 
-def test_a_cell_is_its_configuration_and_its_data_and_nothing_else(
+def test_the_id_of_a_cell_depends_on_configuration_and_data_only(
     finished: CommandLine, warm: WarmCommandLine, tmp_path: Path
 ) -> None:
     def states(*changes: str) -> set[str]:
@@ -189,7 +198,7 @@ def test_a_cell_is_its_configuration_and_its_data_and_nothing_else(
     assert states(moved) == {"new"}
 
 
-def test_an_override_that_only_some_arms_know_is_said(cli: CommandLine, warm: WarmCommandLine) -> None:
+def test_an_override_for_some_arms_is_noted(cli: CommandLine, warm: WarmCommandLine) -> None:
     changes = ("seeds=[0]", "router.jitter=0.0", "train.steps=2", "grid.router=[dense,switch]")
     ended = warm(cli, "run", "./tiny.yaml", "--tracker", "none", *changes)
     assert ended.code == 0, ended.err
@@ -197,12 +206,12 @@ def test_an_override_that_only_some_arms_know_is_said(cli: CommandLine, warm: Wa
     assert Results(cli.folder / "results").result("switch", 0)["config"]["router"]["jitter"] == 0.0
 
 
-def test_a_terminal_shows_the_grid_and_the_cells(cli: CommandLine) -> None:
+def test_a_terminal_shows_a_live_display(cli: CommandLine) -> None:
     arguments = ["run", "./tiny.yaml", "--tracker", "none", "seeds=[0]", "train.steps=60", "train.log_every=20"]
-    code, screen = on_terminal(cli, arguments)
+    code, screen = run_in_terminal(cli, arguments)
     assert code == 0, screen
     assert "Traceback" not in screen
-    assert "\x1b[" in screen  # it is drawn, not printed
+    assert "\x1b[" in screen  # a live display
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen)
     assert re.search(r"grid .*/180 cell \d/3", plain)
     for arm in ARMS:
@@ -212,7 +221,7 @@ def test_a_terminal_shows_the_grid_and_the_cells(cli: CommandLine) -> None:
     assert "3 of 3 cells done, 3 of them trained now" in plain
 
 
-def test_results_may_come_from_the_environment(cli: CommandLine) -> None:
+def test_the_results_folder_from_the_environment(cli: CommandLine) -> None:
     environment = cli.environment | {"MOEBENCH_RESULTS": "there"}
     command = [sys.executable, "-m", "moebench", "plan", "./tiny.yaml"]
     done = subprocess.run(command, cwd=cli.folder, env=environment, capture_output=True, text=True, timeout=90)
@@ -226,12 +235,20 @@ def test_an_experiment_in_the_folder_experiments_is_known_by_its_name(cli: Comma
     (cli.folder / "tiny.yaml").rename(cli.folder / "experiments/mine.yaml")
     ended = warm(cli, "plan", "mine", "--json")
     assert (ended.code, ended.json["experiment"]) == (0, "mine"), ended.err
-    assert [row["name"] for row in warm(cli, "list", "experiments", "--json").json] == ["mine"]
+
+
+def test_a_packaged_experiment_is_known_by_its_name_and_path(cli: CommandLine, warm: WarmCommandLine) -> None:
+    for name in ("quickstart", "experiments/quickstart.yaml"):
+        ended = warm(cli, "plan", name, "--json", "grid.router=[dense]", "seeds=[0]")
+        assert (ended.code, ended.json["experiment"]) == (0, "quickstart"), ended.err
+    ended = warm(cli, "plan", "experiments/quickstrt.yaml")
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert "experiments/quickstrt.yaml: no such experiment file. Did you mean 'quickstart'?" in ended.err
 
 
 def test_the_shipped_experiments_are_valid(cli: CommandLine, warm: WarmCommandLine) -> None:
     for file in sorted((ROOT / "moebench" / "experiments").glob("*.yaml")):
-        if file.stem == "languages":  # its data are not here: test_cli_languages.py makes some
+        if file.stem == "languages":  # its data are not included: test_cli_languages.py creates some
             continue
         ended = warm(cli, "plan", str(file), "--json", "--results", "plans")
         assert ended.code == 0, ended.err

@@ -1,4 +1,4 @@
-"""What answers at once loads nothing heavy."""
+"""Help and completion import nothing heavy."""
 
 import subprocess
 import sys

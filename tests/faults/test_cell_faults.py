@@ -1,4 +1,4 @@
-"""A cell that fails, whatever the way, is reported with its reason; the others are trained, the next call repairs."""
+"""A cell that fails is reported with its reason; the others are trained, and the next call trains it again."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from moebench.routing.routers.switch import Switch
 @ROUTERS.register(Facts(family="token choice", equation="-", paper="-",
         causality=Causality(causal=True, reason="-", batch_dependent=False)))
 class Faulty(Switch):
-    '''Switch, with a fault in its sixth step unless a file says that it is repaired.'''
+    '''Switch, with a fault in its sixth step unless the file `repaired` exists.'''
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Switch.Config):
@@ -36,7 +36,7 @@ class Faulty(Switch):
         if not ctx.training or ctx.step != 5 or Path("repaired").exists():
             return routing
         if self.config.fault == "raise":
-            raise RuntimeError("the router broke\\nin two lines")
+            raise RuntimeError("the router failed\\nin two lines")
         if self.config.fault == "exit":
             raise SystemExit(3)
         if self.config.fault == "die":
@@ -48,7 +48,7 @@ GRID = {"router": ["dense", *({"name": "faulty", "fault": fault, "label": fault}
 RUN = ("run", "./tiny.yaml", "--tracker", "none", "--plugin", "faulty.py", "--json")
 
 
-def test_every_fault_is_reported_and_repaired(cli: CommandLine, warm: WarmCommandLine) -> None:
+def test_every_fault_is_reported_and_the_next_call_repairs(cli: CommandLine, warm: WarmCommandLine) -> None:
     cli.write(grid=GRID, seeds=[0], train={"checkpoint_every": 1})
     (cli.folder / "faulty.py").write_text(FAULTY)
     ended = warm(cli, *RUN)
@@ -58,7 +58,7 @@ def test_every_fault_is_reported_and_repaired(cli: CommandLine, warm: WarmComman
     results = Results(cli.folder / "results")
     assert results.statuses() == {("dense", 0): "done", **{(arm, 0): "failed" for arm in ARMS}}
     errors = {arm: results.result(arm, 0)["error"] for arm in ARMS}
-    assert errors["raise"] == "RuntimeError: the router broke in two lines"
+    assert errors["raise"] == "RuntimeError: the router failed in two lines"
     assert "exit code 3" in errors["exit"]
     assert "SIGSEGV" in errors["die"]
     assert errors["nan"].startswith("loss is nan at step 6")
@@ -71,7 +71,7 @@ def test_every_fault_is_reported_and_repaired(cli: CommandLine, warm: WarmComman
         assert Path(cli.folder / reported[folder.name]["log"]) == folder / "log.txt"
         assert results.result(arm, 0)["metrics"] == {}
     assert "in two lines" in (results.folder("raise", 0) / "log.txt").read_text()
-    assert 'raise RuntimeError("the router broke' in (results.folder("raise", 0) / "log.txt").read_text()
+    assert 'raise RuntimeError("the router failed' in (results.folder("raise", 0) / "log.txt").read_text()
     check_reports(cli, warm, errors)
     check_parameters_before_the_nan(results.folder("nan", 0))
     (cli.folder / "repaired").touch()
@@ -83,7 +83,7 @@ def test_every_fault_is_reported_and_repaired(cli: CommandLine, warm: WarmComman
         assert (result["status"], result["step"], result["error"]) == ("done", 12, None)
         steps = [point["step"] for point in journal(results.folder(arm, 0)) if "loss/task" in point["metrics"]]
         assert steps == [*range(1, 13)]
-    # Four names of one algorithm: what was repaired and resumed cannot be told from the others.
+    # The arms are one algorithm: all have the same result after being repaired and resumed.
     assert len({results.result(arm, 0)["metrics"]["bits_per_byte"] for arm in ARMS}) == 1
 
 
@@ -95,16 +95,16 @@ def check_reports(cli: CommandLine, warm: WarmCommandLine, errors: dict[str, str
     compare = ("compare", "./tiny.yaml", "--plugin", "faulty.py")
     comparison = warm(cli, *compare, "--json").json
     assert {cell["arm"]: cell["reason"] for cell in comparison["failed"]} == errors
-    for arm in ARMS:  # only a loss that is not a number is an outcome of the algorithm
-        diverged = arm == "nan"
-        assert comparison["arms"][arm]["runs"] == {"done": 0, "failed": 1, "diverged": int(diverged), "missing": 0}
-        assert (comparison["arms"][arm]["difference"]["verdict"] == "diverged") is diverged
+    for arm in ARMS:  # only divergence is an outcome of the algorithm
+        has_diverged = arm == "nan"
+        assert comparison["arms"][arm]["runs"] == {"done": 0, "failed": 1, "diverged": int(has_diverged), "missing": 0}
+        assert (comparison["arms"][arm]["difference"]["verdict"] == "diverged") is has_diverged
     markdown = warm(cli, *compare, "--markdown").out
     assert all(f"FAILED {arm}, seed 0" in markdown for arm in ARMS)
 
 
 def check_parameters_before_the_nan(folder: Path) -> None:
-    """The newest checkpoint is that of the step before, whole and finite; the journal has no nan step."""
+    """Check that the newest checkpoint is that of the step before, and finite; the journal has no nan step."""
     newest = max(folder.glob("checkpoints/step_*.ckpt"))
     assert newest.name == "step_0000005.ckpt"
     weights = read_checkpoint(newest)["state_dict"]
@@ -112,15 +112,14 @@ def check_parameters_before_the_nan(folder: Path) -> None:
     assert [point["step"] for point in journal(folder)][-1] == 5
 
 
-def test_a_failed_result_says_how_far_it_came(cli: CommandLine, warm: WarmCommandLine) -> None:
-    """`step` of a result: optimizer steps completed."""
+def test_a_failed_result_has_the_last_step(cli: CommandLine, warm: WarmCommandLine) -> None:
     cli.write(grid={"router": [{"name": "faulty", "fault": "nan"}]}, seeds=[0], baseline="faulty")
     (cli.folder / "faulty.py").write_text(FAULTY)
     assert warm(cli, *RUN).code == 1
     assert Results(cli.folder / "results").result("faulty", 0)["step"] == 5
 
 
-def test_a_learning_rate_that_blows_up_is_stopped_before_the_update(cli: CommandLine, warm: WarmCommandLine) -> None:
+def test_divergence_is_detected_before_the_update(cli: CommandLine, warm: WarmCommandLine) -> None:
     cli.write(train={"learning_rate": 1e30, "checkpoint_every": 1}, seeds=[0])
     ended = warm(cli, "run", "./tiny.yaml", "--tracker", "none", "--json")
     assert ended.code == 1, ended.err

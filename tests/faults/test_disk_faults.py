@@ -1,4 +1,4 @@
-"""A full disk: refused before training when it can be foreseen, one cell's failure when it cannot."""
+"""A full disk: refused before training if it can be predicted, otherwise a failure of one cell."""
 
 import json
 import os
@@ -15,7 +15,7 @@ Mount = Callable[[int], Path]
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Mount]:
-    """Mounts a file system of so many MiB."""
+    """Return a function that mounts a file system of a size in MiB."""
     mounted: list[Path] = []
 
     def mount(size_mib: int) -> Path:
@@ -24,7 +24,7 @@ def small_disk(tmp_path: Path) -> Iterator[Mount]:
         command = ["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "tmpfs", str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
         if done.returncode:
-            pytest.skip(f"this machine mounts no file system for us: {done.stderr.strip()}")
+            pytest.skip(f"this machine does not allow to mount a file system: {done.stderr.strip()}")
         mounted.append(folder)
         return folder
 
@@ -34,7 +34,7 @@ def small_disk(tmp_path: Path) -> Iterator[Mount]:
 
 
 def fill(folder: Path) -> Path:
-    """Take every byte that is left."""
+    """Write a file that takes all free space."""
     file = folder / "filler"
     with file.open("wb", buffering=0) as handle:
         for size in (2**20, 4096, 1):
@@ -60,7 +60,7 @@ def test_a_disk_too_small_is_refused_before_training(
 @pytest.mark.parametrize(
     "moment", [pytest.param("while a cell trains", marks=pytest.mark.slow), "before the data is prepared"]
 )
-def test_a_disk_that_fills_up_costs_no_finished_cell(
+def test_a_disk_that_fills_up_loses_no_finished_cell(
     cli: CommandLine, warm: WarmCommandLine, small_disk: Mount, moment: str
 ) -> None:
     disk = small_disk(90)
@@ -84,17 +84,17 @@ def test_a_disk_that_fills_up_costs_no_finished_cell(
     reasons = [cell["error"] for cell in ended.json["failed"]]
     assert reasons
     assert all("disk" in reason and "full" in reason for reason in reasons), reasons
-    intact = {folder.name: (folder / "result.json") for folder in results.folders() if is_done(folder)}
-    assert intact
-    before = {name: os.stat(file).st_mtime_ns for name, file in intact.items()}
+    finished = {folder.name: (folder / "result.json") for folder in results.folders() if is_done(folder)}
+    assert finished
+    before = {name: os.stat(file).st_mtime_ns for name, file in finished.items()}
     filler.unlink()
     again = warm(cli, "run", "./tiny.yaml", "--tracker", "none", "--results", str(results.path), "--json")
     assert again.code == 0, again.err
-    assert {name: os.stat(file).st_mtime_ns for name, file in intact.items()} == before
-    assert len(again.json["trained"]) == 4 - len(intact)
+    assert {name: os.stat(file).st_mtime_ns for name, file in finished.items()} == before
+    assert len(again.json["trained"]) == 4 - len(finished)
 
 
 def is_done(folder: Path) -> bool:
-    """A result is whole or absent, never half."""
+    """Return whether the run has a result with the status done; fail if the file is incomplete."""
     file = folder / "result.json"
     return file.exists() and json.loads(file.read_text())["status"] == "done"

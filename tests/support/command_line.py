@@ -1,8 +1,7 @@
-"""The command line as its user has it: real processes, a results folder, a tiny experiment, a look at what is left."""
+"""Run the command line in real processes, on a tiny experiment, and read what they leave in the results folder."""
 
 import json
 import os
-import pty
 import random
 import select
 import signal
@@ -10,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,15 @@ import psutil
 ROOT = Path(__file__).parents[2]
 MARK = "MOEBENCH_TEST_PROCESS"
 TIMEOUT_S = 90
-PATIENCE_S = 150.0
-"""For what only a very busy machine makes slow."""
+BUSY_TIMEOUT_S = 150.0
+"""For waiting on a busy machine."""
 ARMS = ("dense", "switch", "top_k")
-UNREPEATABLE = ("train/tokens_per_s", "time/data_share")
-"""Names in a journal that measure the machine, not the model."""
+TIMING_METRICS = ("train/tokens_per_s", "time/data_share")
+"""Metrics of a journal that measure the machine, not the model."""
 
 
 def tiny(**changes: Any) -> dict[str, Any]:
-    """A grid of 3 arms and 2 seeds that trains in seconds; `changes` replace whole sections, or keys of `train`."""
+    """Return an experiment of 3 arms and 2 seeds that trains in seconds; `changes` replace sections or `train` keys."""
     train = {"steps": 12, "batch_size": 2, "learning_rate": 5e-3, "warmup_steps": 4, "eval_every": 6, "log_every": 1}
     train |= {"checkpoint_every": 4, "device": "cpu"} | changes.pop("train", {})
     base = {
@@ -43,18 +42,18 @@ def tiny(**changes: Any) -> dict[str, Any]:
 
 
 def write_text(folder: Path) -> None:
-    """Two domains of six documents each, the same on every call."""
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 6))) for _ in range(200)]
+    """Write two domains of six documents each, the same on every call."""
+    rng = random.Random(0)
+    vocabulary = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 6))) for _ in range(200)]
     for number in range(12):
         file = folder / "ab"[number % 2] / f"document{number}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(" ".join(draw.choices(words, k=500)))
+        file.write_text(" ".join(rng.choices(vocabulary, k=500)))
 
 
 @dataclass(frozen=True)
 class CommandResult:
-    """What a finished call left: exit code and both streams."""
+    """Exit code and both streams of a call that has ended."""
 
     code: int
     out: str
@@ -62,31 +61,29 @@ class CommandResult:
 
     @property
     def json(self) -> Any:
-        """Standard output as JSON: fails when anything else is on it."""
+        """Standard output as JSON; fails if there is anything else."""
         return json.loads(self.out)
 
 
 @dataclass
 class CommandLine:
-    """Calls `moebench` in a folder of its own; whatever it starts carries a mark and is found again."""
+    """Calls `moebench` in a folder of its own; an environment variable marks all processes that it starts."""
 
     folder: Path
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
     def environment(self) -> dict[str, str]:
-        """One thread per process, no network, no settings of the person who runs the tests."""
+        """One thread per process, no network, no settings from outside."""
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("MOEBENCH_")}
-        ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160", MARK: self.mark}
-        return inherited | ours | {"PYTHONPATH": str(ROOT)}
+        settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160", MARK: self.mark}
+        return inherited | settings | {"PYTHONPATH": str(ROOT)}
 
     def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
         """Start a call in a session of its own, as a terminal does: signals can be sent to its group."""
-        given: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        defaults: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": self.environment}
         command = [sys.executable, "-m", "moebench", *arguments]
-        return subprocess.Popen(
-            command, cwd=self.folder, env=self.environment, start_new_session=True, **given | options
-        )
+        return subprocess.Popen(command, cwd=self.folder, text=True, start_new_session=True, **defaults | options)
 
     def __call__(self, *arguments: str, timeout: float = TIMEOUT_S) -> CommandResult:
         """Run a command to its end."""
@@ -102,7 +99,7 @@ class CommandLine:
         return self("run", name, "--results", results, "--tracker", "none", *arguments)
 
     def start_training(self, *arguments: str, results: str = "results", name: str = "./tiny.yaml") -> Any:
-        """The same in the background, one cell at a time unless told otherwise."""
+        """Start `run` without a tracker in the background, one cell at a time unless `--jobs` is given."""
         jobs = () if "--jobs" in arguments else ("--jobs", "1")
         return self.start("run", name, "--results", results, "--tracker", "none", *jobs, *arguments)
 
@@ -113,33 +110,33 @@ class CommandLine:
         (self.folder / name).write_text(json.dumps(tiny(**changes), indent=1))
 
     def processes(self) -> list[psutil.Process]:
-        """Every living process that a call from here started, whoever its parent is now."""
-        found = []
+        """Return all living processes that calls have started, whatever their parent is now."""
+        processes = []
         for process in psutil.process_iter():
             try:
                 if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
+                    processes.append(process)
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
-        return found
+        return processes
 
     def workers(self) -> list[psutil.Process]:
-        """The processes of cells: they write to the log of a run."""
-        found = []
+        """Return the workers of rank 0: their standard output is the log of a run."""
+        processes = []
         for process in self.processes():
             try:
                 if os.readlink(f"/proc/{process.pid}/fd/1").endswith("/log.txt"):
-                    found.append(process)
+                    processes.append(process)
             except OSError:
                 continue
-        return found
+        return processes
 
     def assert_no_process_is_left(self, within_s: float = 10.0) -> None:
-        """Fail unless everything that was started ends by itself."""
+        """Fail unless all processes end by themselves."""
         wait_until(lambda: not self.processes(), f"processes are left: {self.processes()}", within_s)
 
     def kill_leftovers(self) -> None:
-        """End what a failed test left running."""
+        """Kill the processes that a failed test has left."""
         for process in self.processes():
             try:
                 process.kill()
@@ -181,7 +178,7 @@ for line in sys.stdin:
 
 
 class WarmCommandLine:
-    """Runs each call in a process of its own, forked from one that has done the imports: 10 times as many tests."""
+    """Runs each call in a process forked from one that has done the imports: ten times faster."""
 
     def __init__(self, environment: Mapping[str, str], scratch: Path) -> None:
         self.scratch = scratch
@@ -208,54 +205,54 @@ class WarmCommandLine:
 
 @dataclass(frozen=True)
 class Results:
-    """Reads a results folder without a line of moebench."""
+    """Reads a results folder without using moebench."""
 
     path: Path
 
     def folders(self) -> list[Path]:
-        """The folders of all runs."""
+        """Return the folders of all runs."""
         return sorted(file.parent for file in (self.path / "runs").glob("*/cell.json"))
 
     def folder(self, arm: str, seed: int) -> Path:
-        """The folder of one run."""
+        """Return the folder of one run."""
         cells = {folder: json.loads((folder / "cell.json").read_text()) for folder in self.folders()}
-        (found,) = [path for path, cell in cells.items() if (cell["arm"], cell["seed"]) == (arm, seed)]
-        return found
+        (folder,) = [path for path, cell in cells.items() if (cell["arm"], cell["seed"]) == (arm, seed)]
+        return folder
 
     def result(self, arm: str, seed: int) -> dict[str, Any]:
-        """The result of one run; fails when it is missing or not JSON."""
+        """Return the result of one run; fail if it is missing or not JSON."""
         result: dict[str, Any] = json.loads((self.folder(arm, seed) / "result.json").read_text())
         return result
 
     def statuses(self) -> dict[tuple[str, int], str]:
-        """(arm, seed) -> status, of the runs that have a result."""
-        found = [json.loads(file.read_text()) for file in sorted((self.path / "runs").glob("*/result.json"))]
-        return {(result["arm"], result["seed"]): result["status"] for result in found}
+        """Return (arm, seed) -> status of the runs that have a result."""
+        results = [json.loads(file.read_text()) for file in sorted((self.path / "runs").glob("*/result.json"))]
+        return {(result["arm"], result["seed"]): result["status"] for result in results}
 
     def written_at(self) -> dict[str, int]:
-        """Result file -> time of its last change, in nanoseconds."""
+        """Return result file -> time of its last change, in nanoseconds."""
         return {str(file): file.stat().st_mtime_ns for file in (self.path / "runs").glob("*/result.json")}
 
 
 def journal(folder: Path) -> list[dict[str, Any]]:
-    """The points of a run."""
+    """Return the points of a run."""
     return [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
 
 
-def repeatable(folder: Path) -> list[tuple[int, dict[str, float]]]:
-    """The points of a run without times and speeds: the same cell must give the same, bit for bit."""
+def deterministic_points(folder: Path) -> list[tuple[int, dict[str, float]]]:
+    """Return steps and metrics of a run without times and speeds: equal, bit for bit, for the same cell."""
     points = journal(folder)
-    return [(p["step"], {k: v for k, v in p["metrics"].items() if k not in UNREPEATABLE}) for p in points]
+    return [(p["step"], {k: v for k, v in p["metrics"].items() if k not in TIMING_METRICS}) for p in points]
 
 
-def without_speed(comparison: Mapping[str, Any]) -> dict[str, Any]:
-    """A comparison as JSON without what measures the machine."""
+def drop_throughput(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a comparison without the throughput of its arms."""
     arms = {arm: {k: v for k, v in row.items() if k != "throughput"} for arm, row in comparison["arms"].items()}
     return {**comparison, "arms": arms}
 
 
 def last_step(folder: Path) -> int:
-    """The step that a run has reached, 0 before the first."""
+    """Return the last step in the journal of a run, 0 if there is none."""
     try:
         lines = (folder / "journal.jsonl").read_text().splitlines()
         return int(json.loads(lines[-1])["step"]) if lines else 0
@@ -263,57 +260,25 @@ def last_step(folder: Path) -> int:
         return 0
 
 
-def wait_until(condition: Callable[[], bool], what: str, within_s: float = PATIENCE_S) -> None:
-    """Poll until the condition holds; fail saying `what` after the time."""
+def wait_until(condition: Callable[[], bool], failure: str, within_s: float = BUSY_TIMEOUT_S) -> None:
+    """Poll until the condition holds; fail with the message `failure` after `within_s`."""
     deadline = time.monotonic() + within_s
     while not condition():
-        assert time.monotonic() < deadline, f"after {within_s:.0f} s: {what}"
+        assert time.monotonic() < deadline, f"after {within_s:.0f} s: {failure}"
         time.sleep(0.02)
 
 
 def wait_for_step(results: Results, step: int, num_done: int = 0) -> Path:
     """Wait until `num_done` cells are done and another has reached the step; return its folder."""
-    found: list[Path] = []
+    folders: list[Path] = []
 
-    def reached() -> bool:
+    def has_reached() -> bool:
         done = sum(status == "done" for status in results.statuses().values())
-        found[:] = [f for f in results.folders() if not (f / "result.json").exists() and last_step(f) >= step]
-        return done >= num_done and bool(found)
+        folders[:] = [f for f in results.folders() if not (f / "result.json").exists() and last_step(f) >= step]
+        return done >= num_done and bool(folders)
 
-    wait_until(reached, f"no cell has reached step {step}")
-    return found[0]
-
-
-def on_terminal(cli: CommandLine, arguments: Sequence[str], timeout: float = TIMEOUT_S) -> tuple[int, str]:
-    """Run a call whose three streams are one terminal of 100 columns; return its exit code and all it wrote."""
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moebench", *arguments],
-        cwd=cli.folder,
-        env=cli.environment | {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"},
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-    )
-    os.close(theirs)
-    written = b"".join(_read_terminal(ours, time.monotonic() + timeout))
-    os.close(ours)
-    return process.wait(timeout=10), written.decode()
-
-
-def _read_terminal(descriptor: int, deadline: float) -> Iterator[bytes]:
-    while time.monotonic() < deadline:
-        if not select.select([descriptor], [], [], 0.2)[0]:
-            continue
-        try:
-            chunk = os.read(descriptor, 65536)
-        except OSError:  # the other side is closed
-            return
-        if not chunk:
-            return
-        yield chunk
-    raise AssertionError("the call on a terminal did not end in time")
+    wait_until(has_reached, f"no cell has reached step {step}")
+    return folders[0]
 
 
 def send(process: subprocess.Popen[str], number: signal.Signals, *, group: bool = False) -> None:

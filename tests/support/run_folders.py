@@ -1,4 +1,4 @@
-"""Builds the files of run folders for tests that need runs without training them."""
+"""Write the files of run folders, for tests that need runs without training."""
 
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,8 @@ from moebench.runs.result import RunResult
 
 
 def write_result(folder: Path, **fields: Any) -> None:
-    """Write result.json of a run folder; what is not given is as plain as can be."""
-    plain: dict[str, Any] = {
+    """Write result.json of a run folder; fields that are not given have minimal values."""
+    defaults: dict[str, Any] = {
         "id": folder.name,
         "arm": "switch",
         "seed": 0,
@@ -24,4 +24,4 @@ def write_result(folder: Path, **fields: Any) -> None:
         "marks": (),
         "config": {},
     }
-    write_json(folder / "result.json", RunResult(**{**plain, **fields}).to_dict())
+    write_json(folder / "result.json", RunResult(**{**defaults, **fields}).to_dict())

@@ -1,4 +1,4 @@
-"""The cores that a process may use, from faked affinity masks and control groups."""
+"""The cores that a process may use, from mocked affinity masks and control groups."""
 
 import os
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 from moebench.cores import available_cores
 
 
-def written(folder: Path, files: dict[str, str]) -> tuple[Path, Path]:
-    """Write a tree of control groups and the list of the own ones; return where both are."""
+def write_files(folder: Path, files: dict[str, str]) -> tuple[Path, Path]:
+    """Write the list of the process's control groups and the tree of all; return both paths."""
     for name, text in files.items():
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -65,34 +65,34 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_quotas_and_the_mask(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quotas_and_affinity_mask(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files, cores = CASES[name]
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    assert available_cores(*written(tmp_path, files)) == cores
+    assert available_cores(*write_files(tmp_path, files)) == cores
 
 
-def test_the_mask_may_be_smaller_than_the_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_that_is_smaller_than_the_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 17})
     files = {"self": "0::/user\n", "sys/user/cpu.max": "400000 100000\n"}
-    assert available_cores(*written(tmp_path, files)) == 2
+    assert available_cores(*write_files(tmp_path, files)) == 2
 
 
-def test_without_masks_the_machine_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_masks_all_cores_of_the_machine_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 5)
-    assert available_cores(*written(tmp_path, {})) == 5
+    assert available_cores(*write_files(tmp_path, {})) == 5
     monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert available_cores(*written(tmp_path, {})) == 1
+    assert available_cores(*write_files(tmp_path, {})) == 1
 
 
-def test_this_machine_has_some() -> None:
+def test_this_machine_has_a_core() -> None:
     assert 1 <= available_cores() <= (os.cpu_count() or 1)
 
 
-def test_nothing_else_counts_the_cores_of_the_machine() -> None:
+def test_no_other_module_counts_cores() -> None:
     import moebench
 
     package = Path(moebench.__file__).parent
     users = {str(file.relative_to(package)) for file in package.rglob("*.py") if "cpu_count" in file.read_text()}
-    assert users == {"cores.py", "bench/contention.py"}  # the second compares with what all cores of it have done
+    assert users == {"cores.py", "bench/contention.py"}  # the second needs all cores, to measure their load

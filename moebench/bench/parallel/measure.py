@@ -120,13 +120,13 @@ def _run(
 ) -> dict[tuple[str, int], RunResult]:
     """Return the result of every arm and round; raise UsageError with the reason when one fails."""
     open_results(folder)
-    launch = LocalLauncher()
-    launch.check(experiment.cells)
+    launcher = LocalLauncher()
+    launcher.check(experiment.cells)
     cache = folder / "cache"
     cache.symlink_to((settings.results / "cache").absolute()) if not cache.exists() else None
     (settings.results / "cache").mkdir(parents=True, exist_ok=True)
     prepare_task(experiment.cells[0].config, folder)
-    outcomes = Scheduler(folder, experiment.name, 1, Quiet(say), launch).run(experiment.cells)
+    outcomes = Scheduler(folder, experiment.name, 1, Quiet(say), launcher).run(experiment.cells)
     found = {}
     for outcome in outcomes:
         result = RunFolder.of(folder, outcome.cell.id).read_result()

@@ -1,4 +1,4 @@
-"""From a grid to its cells: arms of several keys, arms that are none, plugins."""
+"""From a grid to its cells: arms of several keys, equal arms, plug-ins."""
 
 import json
 import sys
@@ -30,9 +30,9 @@ def experiment(tmp_path: Path, *overrides: str, **grid: object) -> Experiment:
 
 
 def test_each_arm_sets_its_own_keys(tmp_path: Path) -> None:
-    found = experiment(tmp_path)
-    assert found.arms == ["dense", "low", "wide"]
-    dense, low, wide = (cell.config for cell in found.cells)
+    expanded = experiment(tmp_path)
+    assert expanded.arms == ["dense", "low", "wide"]
+    dense, low, wide = (cell.config for cell in expanded.cells)
     assert (dense.router.name, dense.layout.name) == ("dense", "every_n")
     assert (low.router.name, low.router.jitter, low.layout.name, low.layout.num_experts) == (
         "switch",
@@ -41,8 +41,8 @@ def test_each_arm_sets_its_own_keys(tmp_path: Path) -> None:
         4,
     )
     assert (wide.router.top_k, wide.layout.name, wide.layout.depth, wide.train.steps) == (4, "every_n", 2, 7)
-    assert found.cells[0].varies == {"router.name": "dense", "seed": 0}
-    assert found.cells[2].varies == {
+    assert expanded.cells[0].varies == {"router.name": "dense", "seed": 0}
+    assert expanded.cells[2].varies == {
         "router.name": "top_k",
         "router.top_k": 4,
         "layout.depth": 2,
@@ -52,15 +52,15 @@ def test_each_arm_sets_its_own_keys(tmp_path: Path) -> None:
 
 
 def test_arms_times_another_axis(tmp_path: Path) -> None:
-    found = experiment(tmp_path, **{"arm": ARMS[:2], "train.steps": [3, 5]})
-    assert found.arms == ["dense, steps=3", "dense, steps=5", "low, steps=3", "low, steps=5"]
+    expanded = experiment(tmp_path, **{"arm": ARMS[:2], "train.steps": [3, 5]})
+    assert expanded.arms == ["dense, steps=3", "dense, steps=5", "low, steps=3", "low, steps=5"]
 
 
 def test_an_override_goes_to_the_arms_that_have_the_key(tmp_path: Path) -> None:
-    found = experiment(tmp_path, "layout.n=2", "router.top_k=3")
-    assert [getattr(cell.config.layout, "n", None) for cell in found.cells] == [2, 2, 2]
-    assert found.cells[2].config.router.top_k == 3
-    assert found.notes == ("router.top_k applies to wide; the other arms have no such key",)
+    expanded = experiment(tmp_path, "layout.n=2", "router.top_k=3")
+    assert [getattr(cell.config.layout, "n", None) for cell in expanded.cells] == [2, 2, 2]
+    assert expanded.cells[2].config.router.top_k == 3
+    assert expanded.notes == ("router.top_k applies to wide; the other arms have no such key",)
     with pytest.raises(UsageError, match=r"layout: the grid varies it; choose with 'grid.layout=\[...\]' instead"):
         experiment(tmp_path, "layout.name=every_n")
 
@@ -70,7 +70,7 @@ def test_two_arms_need_two_labels(tmp_path: Path) -> None:
         experiment(tmp_path, arm=[ARMS[0], {**ARMS[1], "label": "dense"}])
 
 
-def refused(tmp_path: Path, *overrides: str, **grid: object) -> str:
+def refusal(tmp_path: Path, *overrides: str, **grid: object) -> str:
     with pytest.raises(UsageError) as caught:
         experiment(tmp_path, *overrides, **grid)
     assert "\n" not in str(caught.value)
@@ -78,32 +78,32 @@ def refused(tmp_path: Path, *overrides: str, **grid: object) -> str:
 
 
 def test_arms_that_differ_in_keys_outside_the_id_are_one_cell(tmp_path: Path) -> None:
-    message = refused(tmp_path, **{"train.eval_every": [10, 20]})
+    message = refusal(tmp_path, **{"train.eval_every": [10, 20]})
     assert "the arms 'eval_every=10' and 'eval_every=20' are the same cells" in message
     assert "they differ only in train.eval_every, which changes no result; leave one out" in message
     arms = [
         {"label": "a", "train": {"log_every": 1}},
         {"label": "b", "layout.recompute": True, "parallel.timeout_s": 5},
     ]
-    message = refused(tmp_path, arm=arms)
+    message = refusal(tmp_path, arm=arms)
     assert "'a' and 'b'" in message
     assert "differ only in layout.recompute, parallel.timeout_s, train.log_every, which" in message
-    # One key that counts is enough.
+    # One key that enters the id is enough.
     assert experiment(tmp_path, arm=[arms[0], {**arms[1], "train.threads": 2}]).arms == ["a", "b"]
 
 
-def test_a_copy_of_the_data_makes_no_other_arm(tmp_path: Path) -> None:
+def test_a_copy_of_the_data_is_the_same_cell(tmp_path: Path) -> None:
     paths = [tmp_path / "one.txt", tmp_path / "two.txt"]
     for path in paths:
         path.write_text("the same words " * 200)
     named = {"task.data.path": [str(path) for path in paths]}
-    assert "differ only in task.data.path, which changes no result" in refused(tmp_path, **named)
+    assert "differ only in task.data.path, which changes no result" in refusal(tmp_path, **named)
     paths[1].write_text("other words " * 200)
     assert len(experiment(tmp_path, **named).arms) == 2
 
 
-def test_two_labels_of_one_cell_are_refused(tmp_path: Path) -> None:
-    message = refused(tmp_path, arm=[{"label": "a", "router": "top_k"}, {"label": "b", "router": {"name": "top_k"}}])
+def test_two_labels_of_one_cell_are_refusal(tmp_path: Path) -> None:
+    message = refusal(tmp_path, arm=[{"label": "a", "router": "top_k"}, {"label": "b", "router": {"name": "top_k"}}])
     assert "the arms 'a' and 'b' are the same cells: they have equal settings; leave one out" in message
 
 
@@ -116,33 +116,33 @@ def test_two_labels_of_one_cell_are_refused(tmp_path: Path) -> None:
         (["top_k", {"name": "top_k", "losses": {"z": 0.001}}], None),
     ],
 )
-def test_a_router_twice_by_another_spelling(tmp_path: Path, routers: list[object], parts: str | None) -> None:
+def test_a_router_that_is_listed_twice(tmp_path: Path, routers: list[object], parts: str | None) -> None:
     if parts is None:
         assert experiment(tmp_path, router=routers).arms == ["top_k", "top_k losses={'z': 0.001}"]
     else:
-        assert parts in refused(tmp_path, router=routers)
+        assert parts in refusal(tmp_path, router=routers)
 
 
-def test_an_override_that_makes_arms_equal_is_refused(tmp_path: Path) -> None:
+def test_an_override_that_makes_arms_equal_is_refusal(tmp_path: Path) -> None:
     grid = {"train.steps": [3, 5]}
-    assert "the arm 'steps=7' is there twice" in refused(tmp_path, "train.steps=7", **grid)
+    assert "the arm 'steps=7' is there twice" in refusal(tmp_path, "train.steps=7", **grid)
 
 
-def test_labels_are_of_typed_values(tmp_path: Path) -> None:
+def test_labels_have_typed_values(tmp_path: Path) -> None:
     file = tmp_path / "typed.yaml"
     file.write_text(
         "grid:\n  task.data.domain_column: [on, 007, 7, null]\n  train.learning_rate: [1.0e-3, 5]\nseeds: [010]\n"
     )
-    found = expand(file)
-    assert found.arms[:3] == [
+    expanded = expand(file)
+    assert expanded.arms[:3] == [
         "domain_column=on, learning_rate=0.001",
         "domain_column=on, learning_rate=5.0",
         "domain_column=007, learning_rate=0.001",
     ]
-    assert [cell.config.task.data.domain_column for cell in found.cells[::2]] == ["on", "007", "7", None]
+    assert [cell.config.task.data.domain_column for cell in expanded.cells[::2]] == ["on", "007", "7", None]
     varies = {"task.data.domain_column": "007", "train.learning_rate": 5.0, "seed": 10}
-    assert found.cells[3].varies == varies
-    json.dumps(found.cells[3].to_dict("typed"))
+    assert expanded.cells[3].varies == varies
+    json.dumps(expanded.cells[3].to_dict("typed"))
     file.write_text("grid: {arm: [{label: on}, {label: 1e3, router: dense}]}\nseeds: [0]\n")
     assert expand(file).arms == ["on", "1e3"]
     file.write_text("grid: {arm: [{label: null}, {label: b, router: dense}]}\n")
@@ -190,7 +190,7 @@ def by_arm(folder: Path, routers: list[str], *plugins: str) -> dict[str, Cell]:
     return {cell.arm: cell for cell in expand(file, (), plugins).cells}
 
 
-def test_a_plugin_enters_the_cells_that_use_it(plugin) -> None:
+def test_a_plugin_enters_the_ids_of_cells_that_use_it(plugin) -> None:
     alone = by_arm(plugin.folder, ["dense", "switch"])
     path = plugin.write(plugin_text("mine"))
     first = by_arm(plugin.folder, ["dense", "switch", "mine"], path)
@@ -203,7 +203,7 @@ def test_a_plugin_enters_the_cells_that_use_it(plugin) -> None:
     assert first["mine"].plugins == (str(Path(path).resolve()),)
 
 
-def test_a_plugin_that_another_builds_on_is_needed_too(plugin) -> None:
+def test_a_plugin_enters_the_ids_of_plugins_built_on_it(plugin) -> None:
     below = plugin.write(plugin_text("below"), "below.py")
     above = plugin.write(plugin_text("above", parent="below"), "above.py")
     other = plugin.write(plugin_text("other"), "other.py")
@@ -215,13 +215,13 @@ def test_a_plugin_that_another_builds_on_is_needed_too(plugin) -> None:
     assert [first[name].id == second[name].id for name in routers] == [True, False, False, True]
 
 
-def test_a_plugin_that_registers_nothing_may_change_every_cell(plugin) -> None:
+def test_a_plugin_that_registers_nothing_enters_all_ids(plugin) -> None:
     path = plugin.write("import torch\n", "patch.py")
     alone, patched = (by_arm(plugin.folder, ["dense", "switch"], *given) for given in ((), (path,)))
     assert all(alone[name].id != patched[name].id for name in ("dense", "switch"))
 
 
-def test_a_loss_of_a_plugin_enters_the_cells_that_name_it(plugin) -> None:
+def test_a_loss_of_a_plugin_enters_the_ids_of_cells_that_name_it(plugin) -> None:
     path = plugin.write(
         "from moebench.routing.losses import LOSSES, LossFacts\n\n\n"
         "@LOSSES.register(LossFacts(equation='0', paper='none', uniform='0', collapsed='0'), name='mine')\n"
@@ -237,7 +237,7 @@ def test_a_loss_of_a_plugin_enters_the_cells_that_name_it(plugin) -> None:
     assert (plain.plugins, with_loss.plugins) == ((), (str(Path(path).resolve()),))
 
 
-def test_what_a_plugin_imports_from_beside_it_counts(plugin, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modules_beside_a_plugin_enter_the_id_if_imported(plugin, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(plugin.folder)
     plugin.write("from rest_of_plugin.inner import WIDTH\n" + plugin_text("mine"))
     (plugin.folder / "rest_of_plugin").mkdir()
@@ -255,5 +255,5 @@ def test_what_a_plugin_imports_from_beside_it_counts(plugin, monkeypatch: pytest
         ids.append(by_arm(plugin.folder, ["dense", "mine"], path)["mine"].id)
     for module in [module for module in sys.modules if module.startswith("rest_of_plugin")]:
         del sys.modules[module]
-    assert ids[0] == ids[1]  # nobody imports it
+    assert ids[0] == ids[1]  # `unused` is not imported
     assert len(set(ids)) == 4

@@ -1,4 +1,4 @@
-"""Each cell at work has GPUs of its own, which go back however it ends; the GPUs are faked."""
+"""Each running cell has its own GPUs, which are released however it ends; the GPUs are mocked."""
 
 import json
 from collections import Counter
@@ -17,7 +17,7 @@ from moebench.launch.launcher import LocalLauncher
 from moebench.launch.scheduler import Outcome, Scheduler
 from moebench.runs.cell import Cell
 
-NOTING = """
+RECORDING_ROUTER = """
 import json, os, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,23 +28,23 @@ from moebench.routing.routers.switch import Switch
 
 @ROUTERS.register(Facts(family="token choice", equation="-", paper="-",
         causality=Causality(causal=True, reason="-", batch_dependent=False)))
-class Noting(Switch):
-    '''Switch that notes which GPUs it may see, and may break.'''
+class Recording(Switch):
+    '''Switch that records which GPUs are visible, and may raise an error.'''
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Switch.Config):
         '''Options.'''
 
-        name: str = "noting"
-        breaks: bool = False
+        name: str = "recording"
+        fails: bool = False
         '''Whether it raises in its second step.'''
 
     def forward(self, x_TD, ctx):
         if ctx.training and ctx.step == 1:
             name = os.environ.get("CUDA_VISIBLE_DEVICES", "all").replace(",", "+")
             Path("HERE", f"{name}-{os.getpid()}").touch()
-            if self.config.breaks:
-                raise RuntimeError("broke")
+            if self.config.fails:
+                raise RuntimeError("failed")
         return super().forward(x_TD, ctx)
 """
 
@@ -58,26 +58,26 @@ def fake_gpus(monkeypatch: pytest.MonkeyPatch, number: int, visible: str | None 
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
 
 
-def noting_in(folder: Path) -> str:
-    """Return the text of the plugin that notes what it sees in a folder."""
+def recording_plugin(folder: Path) -> str:
+    """Return the text of the plugin that records the visible GPUs in a folder."""
     (folder / "seen").mkdir()
-    return NOTING.replace("HERE", str(folder / "seen"))
+    return RECORDING_ROUTER.replace("HERE", str(folder / "seen"))
 
 
-def seen_in(folder: Path) -> Counter[str]:
+def count_visible_devices(folder: Path) -> Counter[str]:
     """Return how many processes saw which GPUs."""
     return Counter(file.name.partition("-")[0] for file in (folder / "seen").iterdir())
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     write_text(tmp_path / "text")
     return tmp_path
 
 
 def cells_of(folder: Path, *overrides: str, plugins: tuple[str, ...] = (), **changes: Any) -> Experiment:
     experiment = tiny(train={"device": "auto"}, **changes)
-    experiment["base"]["task"]["data"]["path"] = str(folder / "text")  # the workers do not stand in this folder
+    experiment["base"]["task"]["data"]["path"] = str(folder / "text")  # workers have another working directory
     (folder / "tiny.yaml").write_text(json.dumps(experiment))
     return expand(folder / "tiny.yaml", overrides, plugins)
 
@@ -86,25 +86,25 @@ def cells_of(folder: Path, *overrides: str, plugins: tuple[str, ...] = (), **cha
     ("number", "visible", "names"),
     [(0, None, ()), (3, None, ("0", "1", "2")), (2, "5, 3", ("5", "3")), (1, "GPU-ab,9", ("GPU-ab",)), (0, "-1", ())],
 )
-def test_names_are_those_that_the_user_left_visible(
+def test_visible_devices_have_the_names_of_the_environment(
     monkeypatch: pytest.MonkeyPatch, number: int, visible: str | None, names: tuple[str, ...]
 ) -> None:
     fake_gpus(monkeypatch, number, visible)
     assert visible_devices() == names
 
 
-def test_the_pool_lends_what_fewest_have() -> None:
+def test_the_pool_assigns_the_least_used_devices() -> None:
     pool = DevicePool(["a", "b", "c", "d"])
-    assert pool.lend("one", 1) == ("a",)
-    assert pool.lend("three", 2) == ("b", "c")
-    assert pool.lend("four", 1) == ("d",)
-    pool.take_back("three")
-    pool.take_back("three")  # once is enough
-    assert pool.lend("five", 1) == ("b",)
-    assert pool.lend("six", 2) == ("c", "a")  # more cells than fit: shared, and never one GPU twice in a cell
+    assert pool.acquire("one", 1) == ("a",)
+    assert pool.acquire("three", 2) == ("b", "c")
+    assert pool.acquire("four", 1) == ("d",)
+    pool.release("three")
+    pool.release("three")  # once is enough
+    assert pool.acquire("five", 1) == ("b",)
+    assert pool.acquire("six", 2) == ("c", "a")  # more cells than fit: shared, and never one GPU twice in a cell
     assert pool.num_users == {"a": 2, "b": 1, "c": 1, "d": 1}
     for name in ("one", "four", "five", "six", "unknown"):
-        pool.take_back(name)
+        pool.release(name)
     assert set(pool.num_users.values()) == {0}
 
 
@@ -121,14 +121,14 @@ def test_the_pool_lends_what_fewest_have() -> None:
     ],
 )
 def test_default_jobs(
-    here: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, overrides: tuple[str, ...], jobs: int
+    folder: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, overrides: tuple[str, ...], jobs: int
 ) -> None:
     fake_gpus(monkeypatch, gpus)
     monkeypatch.setattr("moebench.experiment.runner.available_cores", lambda: 6)
-    assert default_jobs(cells_of(here, *overrides).cells) == jobs
+    assert default_jobs(cells_of(folder, *overrides).cells) == jobs
 
 
-def test_a_mixed_grid_runs_as_many_cells_as_the_largest_allows(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_largest_cell_of_a_mixed_grid_limits_the_jobs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpus(monkeypatch, 8)
     monkeypatch.setattr("moebench.experiment.runner.available_cores", lambda: 3)
     arms = [
@@ -136,85 +136,87 @@ def test_a_mixed_grid_runs_as_many_cells_as_the_largest_allows(here: Path, monke
         {"label": "two", "parallel": {"data": 2}},
         {"label": "cpu", "router": "hash", "train.device": "cpu"},
     ]
-    cells = cells_of(here, grid={"arm": arms}, baseline="gpu").cells
+    cells = cells_of(folder, grid={"arm": arms}, baseline="gpu").cells
     assert default_jobs(cells) == 3
     assert default_jobs([cell for cell in cells if cell.arm != "cpu"]) == 4
     assert default_jobs([]) == 1
 
 
-class Watching:
-    """A display that sees which GPUs the cells at work have."""
+class DeviceDisplay:
+    """A display that records the most users of each GPU."""
 
-    def __init__(self, launch: LocalLauncher) -> None:
-        self.launch = launch
-        self.most = Counter[str]()
+    def __init__(self, launcher: LocalLauncher) -> None:
+        self.launcher = launcher
+        self.max_users = Counter[str]()
 
     def on_start(self, cell: Cell) -> None: ...
 
     def on_progress(self, cell: Cell, message: dict[str, Any]) -> None:
-        for name, number in self.launch.devices.num_users.items():
-            self.most[name] = max(self.most[name], number)
+        for name, number in self.launcher.devices.num_users.items():
+            self.max_users[name] = max(self.max_users[name], number)
 
     def on_end(self, outcome: Outcome) -> None: ...
     def note(self, text: str) -> None: ...
 
 
-def test_cells_see_their_own_gpu_alone_and_give_it_back(
-    here: Path, monkeypatch: pytest.MonkeyPatch, plugin: Any
+def test_cells_see_only_their_own_gpu_and_release_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, plugin: Any
 ) -> None:
     fake_gpus(monkeypatch, 2, "6,7")
     arms = [
-        {"label": "breaks", "router": {"name": "noting", "breaks": True}},
-        {"label": "well", "router": {"name": "noting"}},
-        {"label": "two", "router": {"name": "noting"}, "parallel": {"data": 2}},
-        {"label": "on the cpu", "router": {"name": "noting", "jitter": 0.0}, "train.device": "cpu"},
+        {"label": "fails", "router": {"name": "recording", "fails": True}},
+        {"label": "works", "router": {"name": "recording"}},
+        {"label": "two", "router": {"name": "recording"}, "parallel": {"data": 2}},
+        {"label": "on the cpu", "router": {"name": "recording", "jitter": 0.0}, "train.device": "cpu"},
     ]
-    plugins = (plugin.write(noting_in(here)),)
-    experiment = cells_of(here, plugins=plugins, grid={"arm": arms}, seeds=[0], baseline="well")
-    launch = LocalLauncher()
-    outcomes = Scheduler(here / "results", "tiny", 1, Watching(launch), launch).run(experiment.cells)
+    plugins = (plugin.write(recording_plugin(folder)),)
+    experiment = cells_of(folder, plugins=plugins, grid={"arm": arms}, seeds=[0], baseline="works")
+    launcher = LocalLauncher()
+    outcomes = Scheduler(folder / "results", "tiny", 1, DeviceDisplay(launcher), launcher).run(experiment.cells)
     ends = {outcome.cell.arm: outcome.status for outcome in outcomes}
-    assert ends == {"breaks": "failed", "well": "done", "two": "done", "on the cpu": "done"}
-    assert launch.devices.num_users == {"6": 0, "7": 0}
-    # One after the other: a cell of one process gets the first; those of two see both, by their local rank; what the
-    # user wants on the CPU is given none, and sees what the fork server was started with (all, if by another test).
-    seen = seen_in(here)
-    assert seen["6"] == 2
-    assert (seen["6+7"], seen["all"]) in ((3, 0), (2, 1))
+    assert ends == {"fails": "failed", "works": "done", "two": "done", "on the cpu": "done"}
+    assert launcher.devices.num_users == {"6": 0, "7": 0}
+    # One after another: a cell of one process gets the first GPU; one of two processes gets both. A cell on the CPU
+    # gets none, and inherits the environment of the fork server (all GPUs, if another test started it).
+    counts = count_visible_devices(folder)
+    assert counts["6"] == 2
+    assert (counts["6+7"], counts["all"]) in ((3, 0), (2, 1))
 
 
-def test_cells_at_the_same_time_have_different_gpus(here: Path, monkeypatch: pytest.MonkeyPatch, plugin: Any) -> None:
+def test_cells_at_the_same_time_have_different_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch, plugin: Any) -> None:
     fake_gpus(monkeypatch, 2)
-    plugins = (plugin.write(noting_in(here)),)
-    cells = cells_of(here, plugins=plugins, grid={"router": ["noting"]}, seeds=[0, 1, 2], baseline="noting").cells
-    launch = LocalLauncher()
-    display = Watching(launch)
-    outcomes = Scheduler(here / "results", "tiny", default_jobs(cells), display, launch).run(cells)
+    plugins = (plugin.write(recording_plugin(folder)),)
+    cells = cells_of(
+        folder, plugins=plugins, grid={"router": ["recording"]}, seeds=[0, 1, 2], baseline="recording"
+    ).cells
+    launcher = LocalLauncher()
+    display = DeviceDisplay(launcher)
+    outcomes = Scheduler(folder / "results", "tiny", default_jobs(cells), display, launcher).run(cells)
     assert [outcome.status for outcome in outcomes] == ["done"] * 3
-    assert display.most == {"0": 1, "1": 1}
-    seen = seen_in(here)
-    assert set(seen) == {"0", "1"}
-    assert seen.total() == 3
+    assert display.max_users == {"0": 1, "1": 1}
+    counts = count_visible_devices(folder)
+    assert set(counts) == {"0", "1"}
+    assert counts.total() == 3
 
 
-def test_gpus_go_back_when_a_cell_cannot_even_be_started(
-    here: Path, monkeypatch: pytest.MonkeyPatch, plugin: Any
+def test_gpus_are_released_if_a_cell_cannot_be_started(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, plugin: Any
 ) -> None:
     fake_gpus(monkeypatch, 1)
 
-    def no_process(*arguments: Any) -> None:
+    def raise_os_error(*arguments: Any) -> None:
         raise OSError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr("moebench.launch.launcher.NearMember", no_process)
-    launch = LocalLauncher()
-    cells = cells_of(here, seeds=[0]).cells
-    outcomes = Scheduler(here / "results", "tiny", 1, Watching(launch), launch).run(cells)
+    monkeypatch.setattr("moebench.launch.launcher.LocalWorker", raise_os_error)
+    launcher = LocalLauncher()
+    cells = cells_of(folder, seeds=[0]).cells
+    outcomes = Scheduler(folder / "results", "tiny", 1, DeviceDisplay(launcher), launcher).run(cells)
     assert [outcome.status for outcome in outcomes] == ["failed"] * len(cells)
-    assert launch.devices.num_users == {"0": 0}
+    assert launcher.devices.num_users == {"0": 0}
 
 
-def test_more_processes_than_gpus_are_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_processes_than_gpus_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpus(monkeypatch, 3)
     with pytest.raises(UsageError, match=r"4 processes on this node and 3 GPU\(s\)"):
-        LocalLauncher().check(cells_of(here, "parallel.data=4", "train.batch_size=4").cells)
-    LocalLauncher().check(cells_of(here, "parallel.data=4", "train.batch_size=4", "train.device=cpu").cells)
+        LocalLauncher().check(cells_of(folder, "parallel.data=4", "train.batch_size=4").cells)
+    LocalLauncher().check(cells_of(folder, "parallel.data=4", "train.batch_size=4", "train.device=cpu").cells)

@@ -18,7 +18,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "runs" / "0123456789ab" / "journal.jsonl"
 
 
-def test_what_is_appended_is_read_back(path: Path) -> None:
+def test_appended_points_are_read_back(path: Path) -> None:
     with Journal(path) as journal:
         journal.append(1, {"loss/task": 2.5, "eval/bits_per_byte": 1.25}, time=1000.125)
         journal.append(2, {"loss/task": 2.25})
@@ -31,7 +31,7 @@ def test_what_is_appended_is_read_back(path: Path) -> None:
     assert end == points[-1].end == path.stat().st_size
 
 
-def test_reading_goes_on_from_an_offset(path: Path) -> None:
+def test_reading_continues_from_an_offset(path: Path) -> None:
     with Journal(path) as journal:
         journal.append(1, {"a": 1.0})
         points, offset = read_journal(path)
@@ -57,15 +57,15 @@ def test_non_finite_values_keep_the_file_json(path: Path) -> None:
 
 
 @given(cut=st.integers(min_value=0, max_value=200))
-def test_a_crash_costs_at_most_the_last_point(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+def test_a_crash_loses_at_most_the_last_point(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     path = tmp_path_factory.mktemp("torn") / "journal.jsonl"
     with Journal(path) as journal:
         for step in range(4):
             journal.append(step, {"loss/task": 1.0 / (step + 1)}, time=float(step))
-    whole = path.read_bytes()
-    cut = min(cut, len(whole))
+    content = path.read_bytes()
+    cut = min(cut, len(content))
     os.truncate(path, cut)
-    expected = whole[:cut].count(b"\n")
+    expected = content[:cut].count(b"\n")
     assert len(read_journal(path)[0]) == expected
     with Journal(path) as journal:
         journal.append(9, {"loss/task": 0.5})
@@ -76,14 +76,14 @@ def test_a_crash_costs_at_most_the_last_point(tmp_path_factory: pytest.TempPathF
     "line",
     [b"not json\n", b"{}\n", b"[1]\n", b'{"step": 1, "time": 1, "metrics": {"a@b": 1}}\n', b"\0\0\0\0\n"],
 )
-def test_other_damage_is_refused_with_file_and_line(path: Path, line: bytes) -> None:
+def test_other_damage_is_reported_with_file_and_line(path: Path, line: bytes) -> None:
     with Journal(path) as journal:
         journal.append(1, {"a": 1.0})
     first = path.read_bytes()
     path.write_bytes(first + line + first)
     with pytest.raises(UsageError, match=r"journal\.jsonl, line 2: "):
         read_journal(path)
-    # The line number does not depend on where the reading began.
+    # The line number does not depend on the offset.
     with pytest.raises(UsageError, match=r"line 2: "):
         read_journal(path, len(first))
 
@@ -104,7 +104,7 @@ def test_truncation_leaves_one_value_per_step_after_a_resume(path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["a@b", "a[0]", "", "/a", "a//b", "../a", "a/", "x" * 251, "ä"])
-def test_a_name_no_tracker_takes_is_refused_at_once(path: Path, name: str) -> None:
+def test_a_name_that_no_tracker_accepts_is_refused(path: Path, name: str) -> None:
     with Journal(path) as journal:
         with pytest.raises(ValueError, match="metric name"):
             journal.append(1, {name: 1.0})

@@ -1,4 +1,4 @@
-"""Cells over several processes that the runner starts itself: they end as one run, and what fails is named."""
+"""Cells over several processes on this machine: they are one run, and the first cause of a failure is named."""
 
 import json
 import re
@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from support.command_line import CommandLine, Results, WarmCommandLine, journal, repeatable, send, wait_until
-from support.start_methods import EXPERT_2, SIGNALS, TIMEOUT_S, ranks, wait_for_first_steps, write_faulty
+from support.command_line import CommandLine, Results, WarmCommandLine, deterministic_points, journal, send, wait_until
+from support.start_methods import EXPERT_2, SIGNALS, TIMEOUT_S, wait_for_first_steps, workers_by_rank, write_faulty
 
 from moebench.tracking.mlflow_store import default_uri, quiet_mlflow
 
@@ -16,19 +16,19 @@ pytestmark = pytest.mark.timeout(400)
 RUN = ("run", "./tiny.yaml", "--tracker", "none", "--plugin", "faulty.py", "--json", *EXPERT_2)
 
 
-def assert_all_equal_the_undisturbed(results: Results, arms: tuple[str, ...]) -> None:
-    """The arms are one algorithm under several names: what was interrupted and resumed must not differ by a bit."""
-    whole = results.folder("none 0", 0)
+def assert_arms_equal_the_faultless_one(results: Results, arms: tuple[str, ...]) -> None:
+    """Check that the arms, which are one algorithm, have equal results after being interrupted and resumed."""
+    expected = results.folder("none 0", 0)
     for arm in arms:
         folder = results.folder(arm, 0)
         assert results.result(arm, 0)["metrics"] == results.result("none 0", 0)["metrics"]
-        assert repeatable_everywhere(folder) == repeatable_everywhere(whole)
-        assert (folder / "load.jsonl").read_text() == (whole / "load.jsonl").read_text()
+        assert model_points(folder) == model_points(expected)
+        assert (folder / "load.jsonl").read_text() == (expected / "load.jsonl").read_text()
 
 
-def repeatable_everywhere(folder: Path) -> list[tuple[int, dict[str, float]]]:
-    """The points of a run without what the machine decides, times of transfers included."""
-    return [(s, {k: v for k, v in m.items() if not k.startswith("parallel/")}) for s, m in repeatable(folder)]
+def model_points(folder: Path) -> list[tuple[int, dict[str, float]]]:
+    """Return the points of a run without times, those of transfers included."""
+    return [(s, {k: v for k, v in m.items() if not k.startswith("parallel/")}) for s, m in deterministic_points(folder)]
 
 
 def test_one_process_that_fails_is_named_and_the_next_call_repairs(cli: CommandLine, warm: WarmCommandLine) -> None:
@@ -40,7 +40,7 @@ def test_one_process_that_fails_is_named_and_the_next_call_repairs(cli: CommandL
     cli.assert_no_process_is_left()
     results = Results(cli.folder / "results")
     errors = {cell["id"]: cell["error"] for cell in ended.json["failed"]}
-    assert errors[results.folder("raise 1", 0).name] == "rank 1: ValueError: the router broke in two lines"
+    assert errors[results.folder("raise 1", 0).name] == "rank 1: ValueError: the router failed in two lines"
     assert errors[results.folder("kill 1", 0).name] == "rank 1 was killed by SIGKILL (out of memory?)"
     assert "Traceback" not in ended.err
     for arm in ("raise 1", "kill 1"):
@@ -50,7 +50,7 @@ def test_one_process_that_fails_is_named_and_the_next_call_repairs(cli: CommandL
     (cli.folder / "repaired").touch()
     again = warm(cli, *RUN, timeout=TIMEOUT_S)
     assert (again.code, len(again.json["trained"])) == (0, 2), again.err
-    assert_all_equal_the_undisturbed(results, ("raise 1", "kill 1"))
+    assert_arms_equal_the_faultless_one(results, ("raise 1", "kill 1"))
 
 
 @pytest.mark.slow
@@ -64,18 +64,18 @@ def test_other_ways_to_fail(cli: CommandLine, warm: WarmCommandLine) -> None:
     errors = {arm: results.result(arm, 0)["error"] for arm in arms}
     assert errors["exit 1"] == "rank 1 ended with exit code 7"
     assert errors["kill 0"] == "rank 0 was killed by SIGKILL (out of memory?)"
-    assert errors["nan 1"].startswith("loss is nan at step 8; no update was made")  # once, though both found it
-    assert errors["raise 0"] == "rank 0: ValueError: the router broke in two lines"
+    assert errors["nan 1"].startswith("loss is nan at step 8; no update was made")  # once, although both ranks raise it
+    assert errors["raise 0"] == "rank 0: ValueError: the router failed in two lines"
     faults = [results.result(arm, 0)["fault"] for arm in arms]
     assert faults == ["outside", "outside", "diverged", "own"]
     (cli.folder / "repaired").touch()
     again = warm(cli, *RUN, timeout=TIMEOUT_S)
     assert (again.code, len(again.json["trained"])) == (0, 4), again.err
-    assert_all_equal_the_undisturbed(results, arms)
+    assert_arms_equal_the_faultless_one(results, arms)
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_ends_the_run_in_bounded_time(cli: CommandLine, warm: WarmCommandLine) -> None:
+def test_a_process_that_hangs_ends_the_cell_in_bounded_time(cli: CommandLine, warm: WarmCommandLine) -> None:
     arms = ("stop 1", "stop 0", "sleep 1")
     write_faulty(cli, "none 0", *arms)
     ended = warm(cli, *RUN, "parallel.timeout_s=10", timeout=2 * TIMEOUT_S)
@@ -84,13 +84,13 @@ def test_a_process_that_hangs_ends_the_run_in_bounded_time(cli: CommandLine, war
     results = Results(cli.folder / "results")
     for arm in arms:
         result = results.result(arm, 0)
-        # A process that stops right behind a step has not yet told of it.
+        # A process that stops right after a step has not reported it yet.
         assert re.fullmatch(rf"rank {arm[-1]} hung: no progress for 1\d s after step [3-7]", result["error"])
         assert result["throughput"]["total_s"] < 60
     (cli.folder / "repaired").touch()
     again = warm(cli, *RUN, timeout=TIMEOUT_S)
     assert (again.code, len(again.json["trained"])) == (0, 3), again.err
-    assert_all_equal_the_undisturbed(results, arms)
+    assert_arms_equal_the_faultless_one(results, arms)
 
 
 @pytest.mark.slow
@@ -112,7 +112,7 @@ def test_a_run_over_two_processes_is_one_run_for_the_tracker(cli: CommandLine) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_saves_on_all_processes_and_goes_on_bit_for_bit(
+def test_a_signal_saves_on_all_processes_and_the_cell_resumes_bit_for_bit(
     cli: CommandLine, warm: WarmCommandLine, number: signal.Signals
 ) -> None:
     train = {"steps": 60, "checkpoint_every": 25, "eval_every": 20}
@@ -127,15 +127,15 @@ def test_a_stop_saves_on_all_processes_and_goes_on_bit_for_bit(
     assert saved == journal(folder)[-1]["step"]
     assert saved < 60
     assert not (folder / "result.json").exists()
-    for name in ("results", "whole"):
+    for name in ("results", "reference"):
         again = warm(cli, "run", "./tiny.yaml", "--tracker", "none", "--results", name, *EXPERT_2, timeout=TIMEOUT_S)
         assert again.code == 0, again.err
-    whole = Results(cli.folder / "whole").folder("switch", 0)
+    reference = Results(cli.folder / "reference").folder("switch", 0)
     assert (
         json.loads((folder / "result.json").read_text())["metrics"]
-        == json.loads((whole / "result.json").read_text())["metrics"]
+        == json.loads((reference / "result.json").read_text())["metrics"]
     )
-    assert repeatable_everywhere(folder) == repeatable_everywhere(whole)
+    assert model_points(folder) == model_points(reference)
 
 
 @pytest.mark.slow
@@ -143,13 +143,13 @@ def test_kill_of_the_runner_leaves_no_process_even_if_one_is_stopped(cli: Comman
     write_faulty(cli, "stop 1")
     process = cli.start_training("--plugin", "faulty.py", *EXPERT_2)
     wait_until((cli.folder / "pid_stop").exists, "rank 1 has not stopped itself", TIMEOUT_S)
-    assert set(ranks(cli)) == {0, 1}
+    assert set(workers_by_rank(cli)) == {0, 1}
     send(process, signal.SIGKILL)
     process.communicate(timeout=20)
     cli.assert_no_process_is_left()
 
 
-def test_what_cannot_be_started_here_is_refused_in_one_line(cli: CommandLine, warm: WarmCommandLine) -> None:
+def test_several_nodes_need_torchrun_or_slurm(cli: CommandLine, warm: WarmCommandLine) -> None:
     run = ("run", "./tiny.yaml", "--tracker", "none")
     several = warm(cli, *run, "parallel.expert=2", "parallel.nodes=2")
     assert (several.code, several.err.count("\n")) == (2, 1)

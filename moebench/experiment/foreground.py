@@ -1,0 +1,153 @@
+"""`run --foreground`: train one cell in this process, where a debugger can stop it."""
+
+import bdb
+import contextlib
+import json
+import logging
+import signal
+import time
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+from torch.distributed.checkpoint.api import CheckpointException
+
+from moebench.errors import UsageError, nearest
+from moebench.experiment.display import LineDisplay, cell_title
+from moebench.experiment.grid import Experiment
+from moebench.experiment.runner import Figures, print_note
+from moebench.experiment.store import open_results, record_experiment, require_disk_space
+from moebench.interrupts import handle_signals
+from moebench.launch.devices import require_devices
+from moebench.launch.failure import build_failed_result, classify_error, describe_error
+from moebench.launch.folder_training import train_from_folder
+from moebench.launch.scheduler import Outcome
+from moebench.parallel.process_info import SINGLE_PROCESS
+from moebench.runs.cell import Cell
+from moebench.runs.folder import RunFolder, write_json
+from moebench.runs.journal import read_last_step
+from moebench.tasks.task import TASKS
+
+EXIT_BUSY = 1
+
+
+def select_cell(cells: Sequence[Cell], name: str) -> Cell:
+    """Return the cell named `ARM` (its first seed), `ARM/SEED` or by a prefix of its id.
+
+    Raises UsageError for any other name.
+    """
+    named: dict[str, Cell] = {}
+    for cell in cells:
+        named.setdefault(cell.arm, cell)
+        named[f"{cell.arm}/{cell.seed}"] = cell
+    if name in named:
+        return named[name]
+    by_id = {cell.id: cell for cell in cells if name and cell.id.startswith(name)}
+    if len(by_id) == 1:
+        return next(iter(by_id.values()))
+    if by_id:
+        raise UsageError(f"--foreground: '{name}' begins several ids: {', '.join(by_id)}")
+    arms = ", ".join(dict.fromkeys(cell.arm for cell in cells))
+    seeds = ", ".join(dict.fromkeys(str(cell.seed) for cell in cells))
+    raise UsageError(
+        f"--foreground: there is no cell '{name}'.{nearest(name, named)} Allowed: ARM, ARM/SEED or the start of an id;"
+        f" arms: {arms}; seeds: {seeds}"
+    )
+
+
+def run_foreground(experiment: Experiment, cell: Cell, results: Path, *, console: Console, figures: Figures) -> int:
+    """Train one cell in this process and return the exit code.
+
+    Lock, journal, checkpoints and result are in the run folder as usual; output goes to the terminal, and nothing to
+    the tracker. An error in training is raised again after the failed result is written, for the debugger.
+    """
+    world_size = cell.config.parallel.world_size
+    if world_size > 1:
+        raise UsageError(
+            f"--foreground: {cell_title(cell)} needs {world_size} processes; add parallel.data=1 parallel.expert=1 to"
+            " train the same model in one"
+        )
+    require_devices(cell.config.train, 1)
+    open_results(results)
+    for note in experiment.notes:
+        print_note(console, note)
+    require_disk_space(results, experiment, [cell])
+    record_experiment(results, experiment)
+    folder = RunFolder.of(results, cell.id)
+    write_json(folder.cell, cell.to_dict(experiment.name))
+    try:
+        with FileLock(folder.lock, timeout=0):
+            if folder.state() == "done":
+                print_note(console, f"{cell_title(cell)} is done; --results FOLDER trains it again in another folder")
+                return 0
+            code = _train(cell, folder, results, console)
+    except Timeout:
+        console.print(f"error: another process is training {cell_title(cell)}", highlight=False, markup=False)
+        return EXIT_BUSY
+    figures.draw_run_figures(folder, f"{cell.arm}, seed {cell.seed}")
+    return code
+
+
+def _train(cell: Cell, folder: RunFolder, results: Path, console: Console) -> int:
+    started_at = time.monotonic()
+    display = LineDisplay(console, [cell], TASKS.get(cell.config.task.name).facts.metric)
+    signals: list[int] = []
+
+    def request_stop(number: int) -> None:
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+        if number == signal.SIGINT:  # after SIGTERM lightning ends the training at once
+            display.note("stopping: saving a checkpoint (once more: stop now, from the last checkpoint)")
+
+    _silence_lightning()
+    display.on_start(cell)
+    try:
+        with handle_signals(request_stop):
+            result = train_from_folder(
+                folder,
+                results,
+                SINGLE_PROCESS,
+                progress=partial(display.on_progress, cell),
+                should_stop=lambda: bool(signals),
+            )
+    except bdb.BdbQuit:  # the user left the debugger: the cell can be resumed
+        return 128 + signal.SIGINT
+    except (Exception, SystemExit, CheckpointException) as error:
+        if signals and isinstance(error, SystemExit):
+            return 128 + signals[0]
+        _write_failed_result(folder, error, time.monotonic() - started_at)
+        if isinstance(error, UsageError | SystemExit):  # the command line would not show their tracebacks
+            raise RuntimeError(f"{cell_title(cell)} failed") from error
+        raise
+    outcome = Outcome(
+        cell=cell,
+        status="done" if result else "stopped",
+        error=None,
+        metrics=result.metrics if result else {},
+        seconds=time.monotonic() - started_at,
+    )
+    display.on_end(outcome)
+    return 0 if result else 128 + signals[0]
+
+
+def _silence_lightning() -> None:
+    """Keep lightning's hints, which a worker writes to the log of its run, out of the terminal."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
+
+
+def _write_failed_result(folder: RunFolder, error: BaseException, total_s: float) -> None:
+    with contextlib.suppress(OSError):  # a full disk, perhaps the very reason
+        result = build_failed_result(
+            json.loads(folder.cell.read_text()),
+            describe_error(error),
+            fault=classify_error(error),
+            step=read_last_step(folder.journal),
+            total_s=total_s,
+        )
+        write_json(folder.result, result.to_dict())

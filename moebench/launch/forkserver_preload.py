@@ -1,0 +1,5 @@
+"""Preloaded by the fork server, which forks the workers; not to be imported elsewhere."""
+
+from moebench.launch.worker_process import exit_with_parent
+
+exit_with_parent()

@@ -1,0 +1,139 @@
+"""Entry point of a worker: a process that trains a cell, reports to the runner and ends with it."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import traceback
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NoReturn
+
+from filelock import FileLock, Timeout
+from torch.distributed.checkpoint.api import CheckpointException
+
+from moebench.launch.failure import classify_error, describe_error
+from moebench.launch.folder_training import train_from_folder
+from moebench.parallel.process_info import ProcessInfo
+from moebench.runs.folder import RunFolder
+
+PROGRESS_INTERVAL_S = 0.2
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class RunnerConnection:
+    """The pipe to the runner: it carries progress and the exit report to it, and a stop request from it."""
+
+    pipe: Connection
+    stop_requested: threading.Event = field(default_factory=threading.Event)
+    step: int = 0
+    """The last step completed."""
+    _progress: dict[str, Any] | None = None
+    """The newest message that has not been sent."""
+    _send_lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def start(self) -> None:
+        """Start the thread that sends and receives; it ends this process at once when the runner has ended."""
+
+        def relay() -> None:
+            try:
+                while True:
+                    if self.pipe.poll(PROGRESS_INTERVAL_S):
+                        self.pipe.recv()
+                        self.stop_requested.set()
+                    self._send_progress()
+            except (EOFError, OSError):
+                os._exit(1)  # steps after the last checkpoint are lost, and repeated by the next run
+
+        threading.Thread(target=relay, daemon=True).start()
+
+    def report_progress(self, message: dict[str, Any]) -> None:
+        """Store a message for the thread to send, so that the training step does not wait for the pipe."""
+        self.step = message["step"]
+        self._progress = {"kind": "progress", **message}
+
+    def report_exit(self, report: dict[str, Any]) -> None:
+        """Send the last message; if the runner has ended, the thread of `start` ends this process."""
+        with self._send_lock, contextlib.suppress(OSError):
+            self.pipe.send({"kind": "exit", "step": self.step, **report})
+
+    def _send_progress(self) -> None:
+        with self._send_lock:
+            message, self._progress = self._progress, None
+            if message is not None:
+                self.pipe.send(message)
+
+
+def run_worker(path: str, results: str, process_info: ProcessInfo, pipe: Connection) -> NoReturn:
+    """Train the cell whose folder is `path` as one of its processes, then exit."""
+    # A terminal or batch system signals the whole process group, and the runner decides. Blocked rather than ignored:
+    # lightning would install a handler that communicates with the other processes in the middle of a collective.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    exit_with_parent()
+    folder = RunFolder(Path(path))
+    _redirect_output(folder.log_for_rank(process_info.rank))
+    connection = RunnerConnection(pipe)
+    connection.start()
+    code = 0
+    try:
+        with FileLock(folder.lock, timeout=0) if process_info.rank == 0 else contextlib.nullcontext():
+            # Another runner may have completed the cell since ours read its state.
+            is_done = process_info.rank == 0 and folder.state() == "done"
+            report = {"status": "skipped"} if is_done else _train(folder, Path(results), process_info, connection)
+            connection.report_exit(report)
+    except Timeout:
+        connection.report_exit({"status": "busy", "error": "another process is training this cell"})
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        code = 1
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+    with contextlib.suppress(OSError):  # a full disk has no room for the log either
+        sys.stdout.flush()
+    os._exit(code)  # a normal exit would wait for the threads of a broken process group
+
+
+def _train(folder: RunFolder, results: Path, process_info: ProcessInfo, connection: RunnerConnection) -> dict[str, Any]:
+    """Train, and return the exit report; the runner, which has the reports of all processes, writes a failed result."""
+    try:
+        result = train_from_folder(
+            folder,
+            results,
+            process_info,
+            progress=connection.report_progress,
+            should_stop=connection.stop_requested.is_set,
+        )
+    except (Exception, CheckpointException) as error:
+        with contextlib.suppress(OSError):  # a full disk: the runner still gets the reason
+            traceback.print_exc()
+        return {"status": "failed", "error": describe_error(error), "fault": classify_error(error)}
+    return {"status": "done", "metrics": result.metrics} if result else {"status": "stopped"}
+
+
+def exit_with_parent() -> None:
+    """Have Linux kill this process when its parent ends, for whatever reason.
+
+    The runner starts the fork server, which forks the workers: all end with the runner. `RunnerConnection` notices the
+    end of the runner too, but not in a process that is stopped or hangs in C, and the fork server waits for all
+    processes that it has forked.
+    """
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended just before
+            os._exit(1)
+
+
+def _redirect_output(log: Path) -> None:
+    """Send everything that this process prints, C libraries included, to the log of the run."""
+    handle = log.open("a", buffering=1, encoding="utf-8")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(handle.fileno(), 1)
+    os.dup2(handle.fileno(), 2)
+    sys.stdout = sys.stderr = handle

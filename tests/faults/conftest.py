@@ -1,0 +1,21 @@
+"""The grid that tests interrupt, and the reference that was trained without interruption."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.command_line import CommandLine, Results
+from support.interrupted_grid import train_without_interruption, write_grid
+
+
+@pytest.fixture(scope="session")
+def reference(built_once: Callable[[str, Callable[[Path], Any]], Path]) -> CommandLine:
+    """The grid trained and compared without interruption: the result that interrupted grids must have."""
+    return CommandLine(built_once("reference", train_without_interruption))
+
+
+@pytest.fixture
+def results(cli: CommandLine) -> Results:
+    write_grid(cli)
+    return Results(cli.folder / "results")
