@@ -38,8 +38,9 @@ bench: $(VENV)/installed  ## speed of the layer, of each router, of a training s
 	$(BIN)/moebench bench step
 	$(BIN)/moebench bench parallel
 
-docs: $(VENV)/installed  ## write docs/routers.md from what the routers say of themselves
+docs: $(VENV)/installed  ## write docs/routers.md and docs/metrics.md from the registries
 	$(BIN)/moebench show --all-routers > docs/routers.md
+	$(BIN)/moebench list metrics --markdown > docs/metrics.md
 
 lint: $(VENV)/installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,8 +1,8 @@
-"""`moebench bench`: how fast the layer and the training step are, against a dense twin and against other libraries."""
+"""`moebench bench`: speed of the layer, the routers and the training step, against a dense twin and other libraries."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -15,10 +15,8 @@ from moebench.cli.options import (
     complete_router,
     experiment_file,
 )
+from moebench.cli.output import print_report
 from moebench.errors import UsageError
-
-if TYPE_CHECKING:
-    from moebench.reporting.report import Report
 
 app = typer.Typer(
     help="Measure speed: variants interleaved in one process, ratios to a dense twin, busy rounds thrown out.",
@@ -81,12 +79,12 @@ def layer(
         seed=seed,
         allocator=allocator,
     )
-    bench = measure(settings, say)
+    bench = measure(settings, print_progress)
     if plot:
         from moebench.bench.layer.figure import draw_figure
 
         draw_figure(bench, plot)
-    show(build_report(bench), json=json, markdown=markdown)
+    print_report(build_report(bench), json=json, markdown=markdown)
 
 
 @app.command("router")
@@ -126,10 +124,10 @@ def router(
         device=device,
         seed=seed,
     )
-    bench = measure(settings, say)
+    bench = measure(settings, print_progress)
     if plot:
         draw_figure(bench, plot)
-    show(build_report(bench), json=json, markdown=markdown)
+    print_report(build_report(bench), json=json, markdown=markdown)
 
 
 @app.command("step")
@@ -166,7 +164,7 @@ def step(
     from moebench.bench.step.report import build_report
 
     settings = Settings(
-        experiment=chosen_experiment(names or (), router or ()),
+        experiment=find_step_experiment(names or (), router or ()),
         routers=router or (),
         overrides=[name for name in names or () if "=" in name],
         plugins=plugin or (),
@@ -177,12 +175,12 @@ def step(
         device=device,
         allocator=allocator,
     )
-    bench = measure(settings, say)
+    bench = measure(settings, print_progress)
     if plot:
         from moebench.bench.step.figure import draw_figure
 
         draw_figure(bench, plot)
-    show(build_report(bench), json=json, markdown=markdown)
+    print_report(build_report(bench), json=json, markdown=markdown)
 
 
 @app.command("parallel")
@@ -203,7 +201,7 @@ def parallel(
     """Time the same global batch on one process and on every mesh of several.
 
     Real runs, each in processes of its own, that take turns; nothing is kept. On a CPU more processes than cores
-    measure the exchange, not a speed that anybody wants.
+    measure the exchange rather than a useful speed.
     """
     check_plot(plot)
     from moebench.bench.parallel.measure import Settings, measure
@@ -220,14 +218,14 @@ def parallel(
         overrides=overrides or (),
         results=results,
     )
-    bench = measure(settings, say)
+    bench = measure(settings, print_progress)
     if plot:
         draw_figure(bench, plot)
-    show(build_report(bench), json=json, markdown=markdown)
+    print_report(build_report(bench), json=json, markdown=markdown)
 
 
-def chosen_experiment(names: Sequence[str], routers: Sequence[str]) -> Path | None:
-    """Return the file of the experiment among names and overrides, None without one; refuse two subjects."""
+def find_step_experiment(names: Sequence[str], routers: Sequence[str]) -> Path | None:
+    """Return the file of the experiment among the arguments, or None; raise UsageError for two subjects."""
     subjects = [name for name in names if "=" not in name]
     if len(subjects) > 1 or (subjects and routers):
         given = ", ".join([*subjects, *(f"--router {name}" for name in routers)])
@@ -241,18 +239,6 @@ def check_plot(plot: Path | None) -> None:
         raise UsageError(f"--plot {plot}: must be a file in a folder that exists")
 
 
-def say(text: str) -> None:
+def print_progress(text: str) -> None:
     """Print a line of progress on standard error."""
     typer.echo(text, err=True)
-
-
-def show(report: "Report", *, json: bool, markdown: bool) -> None:
-    """Print a report in the wanted form."""
-    if json:
-        print(report.to_json())
-    elif markdown:
-        print(report.to_markdown())
-    else:
-        from rich.console import Console
-
-        Console().print(report.to_rich())

@@ -1,7 +1,7 @@
 """`moebench curve`: trained models evaluated again under other settings."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -14,10 +14,8 @@ from moebench.cli.options import (
     Results,
     experiment_file,
 )
+from moebench.cli.output import print_report
 from moebench.errors import UsageError
-
-if TYPE_CHECKING:
-    from moebench.analysis.sweep.measure import SettingCurve
 
 
 def curve(
@@ -53,28 +51,9 @@ def curve(
     settings = Setting.parse(vary, "--vary"), Setting.parse(by, "--by") if by is not None else None
     grid = expand(find_experiment(experiment), overrides or (), plugin or ())
     console = Console(stderr=True)
-    found = measure(
+    setting_curve = measure(
         grid, results, *settings, report_progress=lambda line: console.print(line, highlight=False, markup=False)
     )
     if plot:
-        draw_curve(found, plot)
-    _print(found, as_json=json, as_markdown=markdown)
-
-
-def _print(found: "SettingCurve", *, as_json: bool, as_markdown: bool) -> None:
-    from rich.console import Console
-
-    from moebench.analysis.compare.table import markdown_grid, rich_grid
-    from moebench.analysis.sweep.figure import setting_grid
-
-    if as_json:
-        import json
-
-        print(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
-    elif as_markdown:
-        print("\n\n".join([markdown_grid(setting_grid(found)), *(f"- {note}" for note in found.notes)]))
-    else:
-        console = Console()
-        console.print(rich_grid(setting_grid(found)))
-        for note in found.notes:
-            console.print(f"Note: {note}", highlight=False, markup=False)
+        draw_curve(setting_curve, plot)
+    print_report(build_report(setting_curve), json=json, markdown=markdown)

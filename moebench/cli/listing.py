@@ -15,6 +15,7 @@ class Kind(StrEnum):
     LAYOUTS = "layouts"
     TASKS = "tasks"
     LOSSES = "losses"
+    METRICS = "metrics"
     EXPERIMENTS = "experiments"
     RUNS = "runs"
 
@@ -23,9 +24,13 @@ def list_(
     kind: Annotated[Kind, typer.Argument(help="What to list.")] = Kind.ROUTERS,
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
     json: Json = False,
 ) -> None:
-    """List routers (with their family, causality and source), layouts, tasks, losses, experiments or runs."""
+    """List routers (with their family, causality and source), layouts, tasks, losses, metrics, experiments or runs."""
+    if kind is Kind.METRICS:
+        _print_metrics(json=json, markdown=markdown)
+        return
     from moebench.registry import load_plugin
 
     for path in plugin or ():
@@ -36,7 +41,7 @@ def list_(
 
         print(json_module.dumps(rows, indent=1, ensure_ascii=False))
         return
-    _print(rows, kind)
+    _print(rows, kind, markdown=markdown)
 
 
 def _rows(kind: Kind, results: Any) -> list[dict[str, Any]]:
@@ -97,7 +102,17 @@ COLUMNS = {
 }
 
 
-def _print(rows: list[dict[str, Any]], kind: Kind) -> None:
+def _print_metrics(*, json: bool, markdown: bool) -> None:
+    from moebench.catalogue.metrics import build_metrics_report, render_metrics_page
+    from moebench.cli.output import print_report
+
+    if markdown and not json:
+        print(render_metrics_page(), end="")
+    else:
+        print_report(build_metrics_report(), json=json, markdown=False)
+
+
+def _print(rows: list[dict[str, Any]], kind: Kind, *, markdown: bool) -> None:
     from moebench.catalogue.describe import to_text
     from moebench.cli.output import print_table
 
@@ -111,7 +126,8 @@ def _print(rows: list[dict[str, Any]], kind: Kind) -> None:
     else:
         columns = COLUMNS[kind]
         lines = [["" if row[column] is None else to_text(row[column]) for column in columns] for row in rows]
-    print_table(columns, lines, no_wrap=("id", "name", "router\nfamily", "causal", "batch", "any k", "even", "learns"))
+    no_wrap = ("id", "name", "router\nfamily", "causal", "batch", "any k", "even", "learns")
+    print_table(columns, lines, no_wrap=no_wrap, markdown=markdown)
 
 
 def _in_two_lines(cells: list[dict[str, str]]) -> tuple[tuple[str, ...], list[list[str]]]:

@@ -12,7 +12,7 @@ PACKAGE = Path(moebench.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     ("errors", "interrupts", "cores", "ranks", "seeds"),
-    ("registry", "yaml_text"),
+    ("registry", "yaml_text", "metrics"),
     ("conversion",),
     ("schema",),
     ("config",),
