@@ -1,11 +1,11 @@
-"""What a benchmark ran on, chosen and described."""
+"""The machine that a benchmark runs on: choose the device, prepare the process, describe both."""
 
 from typing import Any
 
 import torch
 
 from moebench.bench.allocator import keep_freed_memory
-from moebench.bench.layer.peers.register import versions
+from moebench.bench.layer.peers.register import list_versions
 from moebench.bench.layer.variants import has_bf16_units
 from moebench.cores import available_cores
 from moebench.errors import UsageError, unknown
@@ -16,34 +16,34 @@ ALLOCATORS = ("keep", "default")
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of an option; raise UsageError when there is no such device."""
+    """Return the device named by an option; raise UsageError when there is no such device."""
     if name not in DEVICES:
         raise unknown("--device", name, DEVICES)
     if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device: 'cuda' was asked for, but torch finds no CUDA device (allowed: auto, cpu)")
+        raise UsageError("--device: 'cuda' was given, but torch finds no CUDA device (allowed: auto, cpu)")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())  # with its number: lightning asks for one
+    return torch.device("cuda", torch.cuda.current_device())  # lightning needs the index
 
 
-def prepare(*, threads: int | None, allocator: str, device: torch.device) -> dict[str, Any]:
-    """Set threads and allocator for this process; return the description of the machine, ready for JSON."""
+def prepare_machine(*, threads: int | None, allocator: str, device: torch.device) -> dict[str, Any]:
+    """Set threads and allocator of this process; return a JSON-ready description of the machine."""
     if allocator not in ALLOCATORS:
         raise unknown("--allocator", allocator, ALLOCATORS)
     torch.set_num_threads(threads or available_cores())
-    kept = allocator == "keep" and keep_freed_memory()
+    keeps_memory = allocator == "keep" and keep_freed_memory()
     return collect_environment(torch.get_num_threads()) | {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "allocator": "keeps freed memory" if kept else "default",
+        "allocator": "keeps freed memory" if keeps_memory else "default",
         "bf16_units": has_bf16_units(device),
-        "peers": versions(),
+        "peers": list_versions(),
     }
 
 
-def in_words(machine: dict[str, Any]) -> str:
-    """Return the description as a line."""
-    where = machine["device"] if machine["device"] != "cpu" else machine["processor"]
+def describe_machine(machine: dict[str, Any]) -> str:
+    """Return the description of the machine as one line."""
+    name = machine["device"] if machine["device"] != "cpu" else machine["processor"]
     return (
-        f"{where}, {machine['threads']} threads on {machine['cores']} cores, torch {machine['torch']},"
+        f"{name}, {machine['threads']} threads on {machine['cores']} cores, torch {machine['torch']},"
         f" allocator: {machine['allocator']}"
     )

@@ -1,4 +1,4 @@
-"""Timing that survives a shared machine: variants interleaved, order reversed each round, ratios within a round."""
+"""Timing on a shared machine: variants interleaved, order reversed each round, ratios within a round."""
 
 import gc
 import statistics
@@ -10,21 +10,21 @@ from functools import partial
 
 import torch
 
-from moebench.bench.contention import share_since, usage
+from moebench.bench.contention import read_usage, share_since
 
 WARM_UP_CALLS = 2
 MAX_CONTENTION = 0.08
-"""Share of the machine that others may use in a round that is kept."""
+"""Share of the machine that others may use in a round that counts."""
 MAX_TRIES = 3
-"""Rounds at most, as a multiple of those wanted; then the least contended ones are kept."""
-SHORTEST_S = 0.02
-"""A call shorter than this is repeated within its turn: clocks of contention tick every 10 ms."""
-MOST_REPEATS = 50
+"""Maximum number of rounds as a multiple of those requested; then the least contended ones are kept."""
+MIN_TURN_S = 0.02
+"""A shorter call is repeated within its turn: the clocks of contention tick every 10 ms."""
+MAX_REPEATS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timed:
-    """What is timed: `prepare` (not timed) and then `call`."""
+class TimedCall:
+    """A call to time, after `prepare`, which is not timed."""
 
     call: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
@@ -36,7 +36,7 @@ class Round:
 
     seconds: Mapping[str, float]
     others: float | None = None
-    """Share of the machine that other processes used meanwhile; None where unknown."""
+    """Share of the machine that other processes used; None where unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,71 +58,71 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """The rounds that count, and how many did not."""
+    """The rounds that count."""
 
     rounds: tuple[Round, ...]
     num_rejected: int
     num_contended: int
-    """Kept rounds in which others used more than MAX_CONTENTION: all that could be had on a busy machine."""
+    """Kept rounds in which others used more than MAX_CONTENTION: the machine was too busy for better ones."""
 
     @classmethod
-    def choose(cls, rounds: Sequence[Round], wanted: int) -> "Timings":
-        """Keep the wanted number of rounds, quiet ones first, then the least contended; time order is kept."""
+    def choose(cls, rounds: Sequence[Round], num_rounds: int) -> "Timings":
+        """Keep `num_rounds` of the rounds, quiet ones first, then the least contended, in the order of time."""
         ranked = sorted(range(len(rounds)), key=lambda index: (max(_excess(rounds[index]), 0.0), index))
-        kept = [rounds[index] for index in sorted(ranked[:wanted])]
-        contended = sum(_excess(one) > 0 for one in kept)
+        kept = [rounds[index] for index in sorted(ranked[:num_rounds])]
+        contended = sum(_excess(round_) > 0 for round_ in kept)
         return cls(rounds=tuple(kept), num_rejected=len(rounds) - len(kept), num_contended=contended)
 
     def median_ms(self, name: str) -> float:
         """Return the median time of a variant in milliseconds."""
-        return 1e3 * statistics.median(one.seconds[name] for one in self.rounds)
+        return 1e3 * statistics.median(round_.seconds[name] for round_ in self.rounds)
 
     def ratio(self, name: str, reference: str) -> Spread:
-        """Return the time of a variant over that of the reference, round by round."""
-        return Spread.of([one.seconds[name] / one.seconds[reference] for one in self.rounds])
+        """Return the time of a variant over that of the reference in the same round."""
+        return Spread.of([round_.seconds[name] / round_.seconds[reference] for round_ in self.rounds])
 
 
-def _excess(one: Round) -> float:
-    return (one.others or 0.0) - MAX_CONTENTION
+def _excess(round_: Round) -> float:
+    return (round_.others or 0.0) - MAX_CONTENTION
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How a measurement is made."""
+    """Number of rounds, device, warm-up and retries of a measurement."""
 
     rounds: int = 7
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     warm_up: int = WARM_UP_CALLS
     tries: int = MAX_TRIES
 
-    def measure(self, variants: Mapping[str, Timed]) -> Timings:
+    def measure(self, variants: Mapping[str, TimedCall]) -> Timings:
         """Time every variant in rounds until enough of them were quiet."""
-        with collector_off():
+        with collector_disabled():
             repeats = {name: self._warm_up(variant) for name, variant in variants.items()}
         turns = {name: partial(self._turn, variant, repeats[name]) for name, variant in variants.items()}
         return self.repeat(turns)
 
     def repeat(self, turns: Mapping[str, Callable[[], float]]) -> Timings:
-        """Take turns, each of which returns its own seconds, in rounds until enough of them were quiet."""
+        """Call the turns, each of which returns its seconds, in rounds until enough of them were quiet."""
         rounds: list[Round] = []
         while len(rounds) < self.tries * self.rounds and sum(_excess(r) <= 0 for r in rounds) < self.rounds:
             order = list(turns)[:: 1 if len(rounds) % 2 == 0 else -1]
-            with collector_off():
+            with collector_disabled():
                 rounds.append(self._round({name: turns[name] for name in order}))
         return Timings.choose(rounds, self.rounds)
 
-    def _warm_up(self, variant: Timed) -> int:
-        """Call a variant as often as it needs to be warm; return how often it is called in its turn."""
+    def _warm_up(self, variant: TimedCall) -> int:
+        """Call a variant until it is warm; return the number of calls in each of its turns."""
         for _ in range(self.warm_up):
             seconds = self._turn(variant, 1)
-        return min(max(round(SHORTEST_S / max(seconds, 1e-6)), 1), MOST_REPEATS)
+        return min(max(round(MIN_TURN_S / max(seconds, 1e-6)), 1), MAX_REPEATS)
 
     def _round(self, turns: Mapping[str, Callable[[], float]]) -> Round:
-        start = usage() if self.device.type == "cpu" else None
+        start = read_usage() if self.device.type == "cpu" else None
         seconds = {name: turn() for name, turn in turns.items()}
         return Round(seconds=seconds, others=share_since(start))
 
-    def _turn(self, variant: Timed, repeats: int) -> float:
+    def _turn(self, variant: TimedCall, repeats: int) -> float:
         clock = _cuda_seconds if self.device.type == "cuda" else _wall_seconds
         total = 0.0
         for _ in range(repeats):
@@ -147,8 +147,8 @@ def _cuda_seconds(call: Callable[[], object]) -> float:
 
 
 @contextmanager
-def collector_off() -> Iterator[None]:
-    """Keep Python's garbage collector from running in the middle of a timed call."""
+def collector_disabled() -> Iterator[None]:
+    """Disable Python's garbage collector: it would run in the middle of a timed call."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -1,4 +1,4 @@
-"""A worked example as a picture: two short sentences, a few experts, and what one router makes of them."""
+"""The figure of a worked example: how one router sends the tokens of two short sentences to a few experts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from moebench.experts.capacity import Capacity
 from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.layer import LayerOptions, MoELayer
 from moebench.models.transformer import BatchContext, init_weights
-from moebench.reporting.canvas import GREY, PALETTE, sheet
+from moebench.reporting.canvas import GREY, PALETTE, new_figure
 from moebench.routing.context import DataSummary
 from moebench.routing.features.token_labels import TokenLabels
 from moebench.routing.layer_name import LayerName
@@ -28,16 +28,16 @@ from moebench.seeds import make_generator
 SENTENCES = ("the cat sat on the mat today .", "we train the model and it learns .")
 D_MODEL = 16
 SIZES = (4, 8, 16)
-"""Numbers of experts: the first at which a token leaves some of them out."""
-LIKE_NEIGHBOURS = 0.4
-"""How much all tokens have in common: then some experts are in demand, and a capacity drops."""
+"""Numbers of experts to try; the example has the first at which a token does not use all of them."""
+COMMON_SCALE = 0.4
+"""Scale of the vector that all tokens share: it makes the load uneven, so that a capacity drops."""
 SCORES = LinearSegmentedColormap.from_list("scores", ["#FFFFFF", PALETTE[5], PALETTE[1]])
 DROPPED = PALETTE[2]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """A table of tokens × experts (or slots), with what was dropped from it."""
+    """A table of tokens × experts (or slots) with the dropped assignments."""
 
     title: str
     column: str
@@ -46,29 +46,29 @@ class Panel:
     dropped_TE: Tensor | None = None
     load_E: Sequence[int] | None = None
     slots: int | None = None
-    """Most tokens of one expert; None: no limit."""
+    """Capacity of one expert; None: no limit."""
 
     @property
     def unserved_T(self) -> Tensor:
-        """bool: tokens that no expert computes."""
+        """Tokens that no expert computes (bool)."""
         kept_TE = self.chosen_TE if self.dropped_TE is None else self.chosen_TE & ~self.dropped_TE
         return ~kept_TE.any(1)
 
 
 def draw_router(name: str, path: Path, seed: int = 0) -> Path:
-    """Draw scores, training with a capacity of an even share, and evaluation without; of soft routing both mixtures."""
+    """Draw scores, training with capacity factor 1, and dropless evaluation; of soft routing both mixtures."""
     example = Example(name, seed)
-    panels = example.panels()
-    most = max(panel.weight_TE.shape[1] for panel in panels)
+    panels = example.build_panels()
+    max_columns = max(panel.weight_TE.shape[1] for panel in panels)
     width = 1.1 + sum(1.2 + 0.36 * max(panel.weight_TE.shape[1], 4) for panel in panels)
     title = f"{name}: {len(example.words)} tokens, {example.num_experts} experts"
     height = 2.1 + 0.27 * len(example.words)
-    with sheet(path, title, width=max(width, 7.0), height=height) as figure:
+    with new_figure(path, title, width=max(width, 7.0), height=height) as figure:
         ratios = [max(panel.weight_TE.shape[1], 4) for panel in panels]
         axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=ratios, sharey=True).ravel()
         for ax, panel in zip(axes, panels, strict=True):
-            _draw_panel(ax, panel, example, small=most > SIZES[1])
-        figure.supxlabel(_words(panels), fontsize=8, color=GREY)
+            _draw_panel(ax, panel, example, small=max_columns > SIZES[1])
+        figure.supxlabel(_caption(panels), fontsize=8, color=GREY)
     return path
 
 
@@ -83,7 +83,7 @@ class Example:
         self.token_id_BL = torch.tensor([vocabulary.index(word) for word in self.words]).view(-1, self.length)
         entry = ROUTERS.get(name)
         self.config = entry.item.Config()  # type: ignore[call-arg]  # its own Config has its name as a default
-        self.num_experts = _num_experts(entry.item, self.config)
+        self.num_experts = _choose_num_experts(entry.item, self.config)
         context = RouterBuildContext(
             d_model=D_MODEL,
             num_experts=self.num_experts,
@@ -94,13 +94,13 @@ class Example:
                 num_domains=len(SENTENCES),
             ),
         )
-        self.layer = self._layer(entry.item, context)
+        self.layer = self._build_layer(entry.item, context)
 
-    def _layer(self, router_class: type[Router], context: RouterBuildContext) -> MoELayer:
+    def _build_layer(self, router_class: type[Router], context: RouterBuildContext) -> MoELayer:
         router = router_class(self.config, context)
         init_weights(router, self.seed)
         draw = make_generator(self.seed, "worked example")
-        for parameter in router.parameters():  # fresh gates are nearly undecided, which is no example of anything
+        for parameter in router.parameters():  # initial gates are too small for visible choices
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.3, generator=draw)
         bank = ExpertBank(D_MODEL, 1, self.num_experts, "gelu")
@@ -115,13 +115,13 @@ class Example:
         )
 
     @torch.no_grad()
-    def record(self, *, training: bool) -> LayerRecord:
-        """Route the tokens: a word has its own vector, changed a little by where it stands."""
+    def route_tokens(self, *, training: bool) -> LayerRecord:
+        """Route the tokens, each the vector of its word plus a small one of its position."""
         draw = make_generator(self.seed, "worked example", "tokens")
         common_D = torch.randn(D_MODEL, generator=draw)
         word_VD = torch.randn(len(set(self.words)), D_MODEL, generator=draw)
-        place_TD = torch.randn(len(self.words), D_MODEL, generator=draw)
-        x_TD = word_VD[self.token_id_BL.flatten()] + LIKE_NEIGHBOURS * common_D + 0.3 * place_TD
+        position_TD = torch.randn(len(self.words), D_MODEL, generator=draw)
+        x_TD = word_VD[self.token_id_BL.flatten()] + COMMON_SCALE * common_D + 0.3 * position_TD
         domain_B = torch.arange(len(SENTENCES))
         ctx = BatchContext(
             training=training,
@@ -132,28 +132,28 @@ class Example:
         )
         return self.layer.train(training).route(x_TD, ctx.route(LayerName(), self.length, x_TD.device))
 
-    def panels(self) -> list[Panel]:
-        """Return what is drawn, from left to right."""
-        trained = self.record(training=True)
+    def build_panels(self) -> list[Panel]:
+        """Return the panels from left to right."""
+        trained = self.route_tokens(training=True)
         if isinstance(trained.routing, SoftRouting):
-            return _mixtures(trained.routing)
-        evaluated = self.record(training=False)
+            return _mixture_panels(trained.routing)
+        evaluated = self.route_tokens(training=False)
         if isinstance(evaluated.routing, MergeRouting):
-            return [_merge(evaluated.routing)]
-        chain = self.layer.router.form.is_chain  # no step can be left out for lack of a slot
+            return [_merge_panel(evaluated.routing)]
+        chain = self.layer.router.form.is_chain  # a chain has no capacity
         title = "training" if chain else "training, capacity factor 1"
-        panels = [_choice(title, trained, None if chain else self.slots)]
-        panels.append(_choice("evaluation, dropless", evaluated, None))
+        panels = [_assignment_panel(title, trained, None if chain else self.slots)]
+        panels.append(_assignment_panel("evaluation, dropless", evaluated, None))
         assert isinstance(evaluated.routing, Routing)
         scores_TE = evaluated.routing.scores_TE
         if scores_TE is not None:
-            nothing_TE = torch.ones_like(scores_TE, dtype=torch.bool)
-            panels.insert(0, Panel(title="scores", column="expert", weight_TE=scores_TE, chosen_TE=nothing_TE))
+            all_TE = torch.ones_like(scores_TE, dtype=torch.bool)
+            panels.insert(0, Panel(title="scores", column="expert", weight_TE=scores_TE, chosen_TE=all_TE))
         return panels
 
     @property
     def slots(self) -> int | None:
-        """Most tokens of an expert in training."""
+        """Capacity of an expert in training."""
         return self.layer.capacity.slots(
             training=True,
             num_tokens=len(self.words),
@@ -162,7 +162,7 @@ class Example:
         )
 
 
-def _num_experts(router_class: type[Router], config: Any) -> int:
+def _choose_num_experts(router_class: type[Router], config: Any) -> int:
     for number in SIZES:
         try:
             router_class.check(config, number)
@@ -173,25 +173,25 @@ def _num_experts(router_class: type[Router], config: Any) -> int:
     return SIZES[0]
 
 
-def _choice(title: str, record: LayerRecord, slots: int | None) -> Panel:
+def _assignment_panel(title: str, record: LayerRecord, slots: int | None) -> Panel:
     routing, kept = record.routing, record.kept
     assert isinstance(routing, Routing)
     assert isinstance(kept, Routing)
     shape = (routing.num_tokens, routing.num_experts)
-    place = (routing.token_N, routing.expert_N)
+    index = (routing.token_N, routing.expert_N)
     dropped_N = routing.counted_N & ~kept.counted_N
     return Panel(
         title=title,
         column="expert",
-        weight_TE=torch.zeros(shape).index_put(place, routing.weight_N),
-        chosen_TE=torch.zeros(shape, dtype=torch.bool).index_put(place, routing.counted_N),
-        dropped_TE=torch.zeros(shape, dtype=torch.bool).index_put(place, dropped_N),
+        weight_TE=torch.zeros(shape).index_put(index, routing.weight_N),
+        chosen_TE=torch.zeros(shape, dtype=torch.bool).index_put(index, routing.counted_N),
+        dropped_TE=torch.zeros(shape, dtype=torch.bool).index_put(index, dropped_N),
         load_E=routing.load_E.tolist(),
         slots=slots,
     )
 
 
-def _mixtures(routing: SoftRouting) -> list[Panel]:
+def _mixture_panels(routing: SoftRouting) -> list[Panel]:
     tables = {
         "dispatch: how much of a token is in a slot": routing.dispatch_BLS,
         "combine: how much of a slot a token gets": routing.combine_BLS,
@@ -202,7 +202,7 @@ def _mixtures(routing: SoftRouting) -> list[Panel]:
     ]
 
 
-def _merge(routing: MergeRouting) -> Panel:
+def _merge_panel(routing: MergeRouting) -> Panel:
     weight_TE = routing.weight_TE
     title = "share of an expert's parameters\nin a token's network"
     return Panel(title=title, column="expert", weight_TE=weight_TE, chosen_TE=weight_TE > 0)
@@ -236,7 +236,7 @@ def _draw_frame(ax: Axes, panel: Panel, example: Example) -> None:
     ax.tick_params(which="both", length=0)
     if panel.load_E is None:
         per_expert = num_columns // example.num_experts
-        labels = [f"{place // per_expert}" for place in range(num_columns)]
+        labels = [f"{column // per_expert}" for column in range(num_columns)]
         ax.set_xticks(range(num_columns), labels)
         ax.set_xlabel("expert" if panel.column == "expert" else "expert of the slot")
     else:
@@ -248,7 +248,7 @@ def _draw_frame(ax: Axes, panel: Panel, example: Example) -> None:
             ax.text(num_columns - 0.4, token, "unserved", va="center", fontsize=6.5, color=DROPPED, clip_on=False)
 
 
-def _words(panels: Sequence[Panel]) -> str:
+def _caption(panels: Sequence[Panel]) -> str:
     if panels[-1].column == "slot":
         return "each sentence has its own slots; columns of dispatch and rows of combine sum to 1 in a sentence"
     return "numbers: the weight of the expert's output; ×: chosen, and dropped because the expert was full"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -15,11 +15,9 @@ from moebench.cli.options import (
     complete_experiment,
     complete_router,
 )
+from moebench.cli.output import print_report
 from moebench.errors import UsageError
 from moebench.experiment.files import find_experiment
-
-if TYPE_CHECKING:
-    from moebench.reporting.report import Report
 
 app = typer.Typer(
     help="Measure speed: variants interleaved in one process, ratios to a dense twin, busy rounds discarded.",
@@ -239,15 +237,3 @@ def find_step_experiment(names: Sequence[str], routers: Sequence[str]) -> Path |
 def print_progress(text: str) -> None:
     """Print a line of progress on standard error."""
     typer.echo(text, err=True)
-
-
-def print_report(report: "Report", *, json: bool, markdown: bool) -> None:
-    """Print a report as a table, Markdown or JSON."""
-    if json:
-        print(report.to_json())
-    elif markdown:
-        print(report.to_markdown())
-    else:
-        from rich.console import Console
-
-        Console().print(report.to_rich())

@@ -14,6 +14,7 @@ from moebench.cli.options import (
     check_plot,
     complete_experiment_or_router,
 )
+from moebench.cli.output import print_report
 from moebench.errors import UsageError
 from moebench.experiment.files import find_experiment, list_experiments
 
@@ -62,10 +63,8 @@ def compare(
     comparisons (Holm). Arms whose executed FLOPs differ by more than 2 % get no verdict. Works on a grid that is
     still running. Given routers instead of an experiment, trains what is missing first.
     """
-    from rich.console import Console
-
     from moebench.analysis.compare.experiment import compare_experiment, draw_experiment
-    from moebench.analysis.compare.table import to_json, to_markdown, to_rich
+    from moebench.analysis.compare.report import build_report
     from moebench.experiment.grid import expand, expand_routers
 
     overrides = [name for name in names if "=" in name]
@@ -79,12 +78,7 @@ def compare(
     comparison = compare_experiment(grid, results, allow_mismatch=allow_mismatch, split=split.value)
     if plot:
         draw_experiment(grid, results, plot, comparison)
-    if json:
-        print(to_json(comparison))
-    elif markdown:
-        print(to_markdown(comparison))
-    else:
-        Console().print(build_report(comparison).to_rich())
+    print_report(build_report(comparison), json=json, markdown=markdown)
 
 
 def is_experiment(subjects: list[str]) -> bool:

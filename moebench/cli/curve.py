@@ -1,7 +1,7 @@
 """`moebench curve`: trained models evaluated again under other settings."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -15,10 +15,9 @@ from moebench.cli.options import (
     check_plot,
     print_json,
 )
+from moebench.cli.output import print_report
+from moebench.errors import UsageError
 from moebench.experiment.files import find_experiment
-
-if TYPE_CHECKING:
-    from moebench.analysis.sweep.measure import SettingCurve
 
 
 def curve(
@@ -58,21 +57,4 @@ def curve(
     )
     if plot:
         draw_curve(setting_curve, plot)
-    _print(setting_curve, as_json=json, as_markdown=markdown)
-
-
-def _print(setting_curve: "SettingCurve", *, as_json: bool, as_markdown: bool) -> None:
-    from rich.console import Console
-
-    from moebench.analysis.compare.table import markdown_grid, rich_grid
-    from moebench.analysis.sweep.figure import setting_grid
-
-    if as_json:
-        print_json(setting_curve.to_dict())
-    elif as_markdown:
-        print("\n\n".join([markdown_grid(setting_grid(setting_curve)), *(f"- {note}" for note in setting_curve.notes)]))
-    else:
-        console = Console()
-        console.print(rich_grid(setting_grid(setting_curve)))
-        for note in setting_curve.notes:
-            console.print(f"Note: {note}", highlight=False, markup=False)
+    print_report(build_report(setting_curve), json=json, markdown=markdown)

@@ -1,6 +1,5 @@
 """`moebench list`: routers, layouts, tasks, losses, experiments, runs."""
 
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +17,7 @@ class Kind(StrEnum):
     LAYOUTS = "layouts"
     TASKS = "tasks"
     LOSSES = "losses"
+    METRICS = "metrics"
     EXPERIMENTS = "experiments"
     RUNS = "runs"
 
@@ -37,9 +37,13 @@ def list_(
     kind: Annotated[Kind, typer.Argument(help="What to list.")] = Kind.ROUTERS,
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
     json: Json = False,
 ) -> None:
-    """List routers (with their family, causality and source), layouts, tasks, losses, experiments or runs."""
+    """List routers (with their family, causality and source), layouts, tasks, losses, metrics, experiments or runs."""
+    if kind is Kind.METRICS:
+        _print_metrics(json=json, markdown=markdown)
+        return
     from moebench.registry import load_plugin
 
     for path in plugin or ():
@@ -53,7 +57,7 @@ def list_(
     if json:
         print_json(rows)
     else:
-        _print(rows, kind)
+        _print(rows, kind, markdown=markdown)
 
 
 def _component_rows(kind: str) -> list[dict[str, Any]]:
@@ -102,7 +106,17 @@ def _run_rows(results: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _print(rows: list[dict[str, Any]], kind: Kind) -> None:
+def _print_metrics(*, json: bool, markdown: bool) -> None:
+    from moebench.catalogue.metrics import build_metrics_report, render_metrics_page
+    from moebench.cli.output import print_report
+
+    if markdown and not json:
+        print(render_metrics_page(), end="")
+    else:
+        print_report(build_metrics_report(), json=json, markdown=False)
+
+
+def _print(rows: list[dict[str, Any]], kind: Kind, *, markdown: bool) -> None:
     from moebench.catalogue.describe import to_text
     from moebench.cli.output import print_table
 
@@ -116,7 +130,8 @@ def _print(rows: list[dict[str, Any]], kind: Kind) -> None:
     else:
         columns = COLUMNS[kind]
         lines = [["" if row[column] is None else to_text(row[column]) for column in columns] for row in rows]
-    print_table(columns, lines, no_wrap=("id", "name", "router\nfamily", "causal", "batch", "any k", "even", "learns"))
+    no_wrap = ("id", "name", "router\nfamily", "causal", "batch", "any k", "even", "learns")
+    print_table(columns, lines, no_wrap=no_wrap, markdown=markdown)
 
 
 def _stack_columns(cells: list[dict[str, str]]) -> tuple[tuple[str, ...], list[list[str]]]:

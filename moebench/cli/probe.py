@@ -56,7 +56,7 @@ def _print(report: "LabelReport", layer: str | None) -> None:
         print(f"\n{kind}: " + ", ".join(f"layer {name} {value:.3f}" for name, value in table.information.items()))
         rows = build_label_rows(table, shown)
         heads = (kind, "share", "of what is known", f"experts of layer {shown}")
-        print_table(heads, rows, right=heads[1:3], whole=heads[1:3])
+        print_table(heads, rows, right=heads[1:3], no_wrap=heads[1:3])
         num_labels = int(table.layers[shown].any(1).sum())
         if len(rows) - 1 < num_labels:
             print(f"{len(rows) - 1} of {num_labels} labels: those of which the layer knows most")

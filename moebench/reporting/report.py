@@ -1,77 +1,40 @@
-"""What a benchmark says, once for the terminal, once as Markdown, once as JSON."""
+"""A report: tables with notes, and the same values with all digits for JSON."""
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
-
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """A table as text: a title, what stands below it, a header and rows; all columns but the first are numbers."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    below: tuple[str, ...] = ()
-    marked: bool = False
-    """The numbers are not to be trusted; `below` says why."""
+from moebench.reporting.table import Table
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Tables, notes in plain words, and the same with all digits."""
+    """What a command prints, in three forms."""
 
-    grids: tuple[Grid, ...]
-    notes: tuple[str, ...]
-    values: dict[str, Any]
+    tables: tuple[Table, ...]
+    problems: tuple[str, ...] = ()
+    """Results that are missing or failed, one line each; those that begin with FAILED stand out."""
+    notes: tuple[str, ...] = ()
+    values: Any
+    """The same numbers, unrounded and ready for JSON."""
 
     def to_rich(self) -> RenderableType:
-        """Return it for a terminal of 80 columns or more."""
+        """Return the report for a terminal of 80 columns or more."""
         parts: list[RenderableType] = []
-        for grid in self.grids:
-            style = "yellow" if grid.marked else "dim"
-            parts += [_rich_grid(grid), *(Text(line, style=style) for line in grid.below), Text()]
+        for table in self.tables:
+            parts += [table.to_rich(), Text()]
+        parts += [Text(line, style="red" if line.startswith("FAILED") else "yellow") for line in self.problems]
         return Group(*parts, *(Text(note, style="dim") for note in self.notes))
 
     def to_markdown(self) -> str:
-        """Return it as Markdown, ending in a newline."""
-        parts = []
-        for grid in self.grids:
-            parts += [_markdown_grid(grid), *(["\n".join(f"- {line}" for line in grid.below)] if grid.below else [])]
-        parts.append("\n".join(f"- {note}" for note in self.notes))
+        """Return the report as Markdown, ending in a newline."""
+        parts = [table.to_markdown() for table in self.tables]
+        parts += ["\n".join(f"- {line}" for line in lines) for lines in (self.problems, self.notes)]
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def to_json(self) -> str:
-        """Return everything as one JSON object, numbers unrounded."""
-        return json.dumps(self.values, indent=1, ensure_ascii=False, allow_nan=False)
-
-
-def _rich_grid(grid: Grid) -> Table:
-    table = Table(
-        title=grid.title,
-        title_justify="left",
-        title_style="bold yellow" if grid.marked else "bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        show_edge=False,
-    )
-    for index, name in enumerate(grid.header):
-        table.add_column(name, justify="right" if index else "left", no_wrap=True)
-    for row in grid.rows:
-        table.add_row(*map(Text, row))
-    return table
-
-
-def _markdown_grid(grid: Grid) -> str:
-    lines = [grid.header, ["--:" if index else ":--" for index in range(len(grid.header))], *grid.rows]
-    return "\n".join([f"**{grid.title}**", "", *(_markdown_line(line) for line in lines)])
-
-
-def _markdown_line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+        """Return the values as JSON."""
+        return json.dumps(self.values, indent=1, ensure_ascii=False)

@@ -93,10 +93,10 @@ def test_layer_as_tables(cli: CommandLine, warm: WarmCommandLine) -> None:
 def test_a_mistake_in_bench_layer(
     cli: CommandLine, warm: WarmCommandLine, arguments: list[str], words: list[str]
 ) -> None:
-    refused(warm(cli, "bench", "layer", *arguments), words)
+    assert_refused(warm(cli, "bench", "layer", *arguments), words)
 
 
-def refused(ended: Any, words: list[str]) -> None:
+def assert_refused(ended: Any, words: list[str]) -> None:
     assert ended.code == 2, ended.err
     assert ended.out == ""
     last = ended.err.splitlines()[-1]
@@ -164,7 +164,7 @@ def test_routers_as_tables(cli: CommandLine, warm: WarmCommandLine) -> None:
 def test_a_mistake_in_bench_router(
     cli: CommandLine, warm: WarmCommandLine, arguments: list[str], words: list[str]
 ) -> None:
-    refused(warm(cli, "bench", "router", *arguments), words)
+    assert_refused(warm(cli, "bench", "router", *arguments), words)
 
 
 @pytest.fixture(scope="session")
@@ -216,10 +216,10 @@ def test_step_divides_a_step_into_its_parts(step: Any) -> None:
 def test_a_mistake_in_bench_step(
     cli: CommandLine, warm: WarmCommandLine, arguments: list[str], words: list[str]
 ) -> None:
-    refused(warm(cli, "bench", "step", *arguments), words)
+    assert_refused(warm(cli, "bench", "step", *arguments), words)
 
 
-def test_bench_alone_says_what_there_is(cli: CommandLine, warm: WarmCommandLine) -> None:
+def test_bench_alone_prints_its_help(cli: CommandLine, warm: WarmCommandLine) -> None:
     ended = warm(cli, "bench")
     assert ended.code == 0
     assert "layer" in ended.out

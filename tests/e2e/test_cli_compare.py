@@ -7,17 +7,23 @@ from pathlib import Path
 import pytest
 from support.command_line import ARMS, CommandLine, Results, WarmCommandLine, journal
 
+from moebench.metrics import find_metric
+
 SPLITS = ("test", "validation")
 
 
-def test_json_says_what_an_engineer_needs(finished: CommandLine, warm: WarmCommandLine) -> None:
+def test_json_has_quality_speed_and_cost_of_each_arm(finished: CommandLine, warm: WarmCommandLine) -> None:
     ended = warm(finished, "compare", "./tiny.yaml", "--json")
     assert (ended.code, ended.err) == (0, "")
-    found, results = ended.json, Results(finished.folder / "results")
-    assert (found["metric"], found["lower_is_better"], found["baseline"]) == ("bits_per_byte", True, "dense")
-    assert [*found["arms"]] == [*ARMS]
-    assert (found["failed"], found["missing"], found["num_comparisons"]) == ([], [], 2)
-    for name, arm in found["arms"].items():
+    comparison, results = ended.json, Results(finished.folder / "results")
+    assert (comparison["metric"], comparison["lower_is_better"], comparison["baseline"]) == (
+        "bits_per_byte",
+        True,
+        "dense",
+    )
+    assert [*comparison["arms"]] == [*ARMS]
+    assert (comparison["failed"], comparison["missing"], comparison["num_comparisons"]) == ([], [], 2)
+    for name, arm in comparison["arms"].items():
         finals = {str(seed): results.result(name, seed)["metrics"]["bits_per_byte"] for seed in (0, 1, 2)}
         quality = arm["bits_per_byte"]
         assert quality["seeds"] == finals
@@ -28,12 +34,16 @@ def test_json_says_what_an_engineer_needs(finished: CommandLine, warm: WarmComma
         assert {"flops_per_token", "active_params", "total_params", "train_tokens"} <= set(arm["cost"])
         assert {"a", "b"} == set(arm["domains"])
         assert arm["runs"] == {"done": 3, "failed": 0, "diverged": 0, "missing": 0}
-    assert found["arms"]["dense"]["difference"] is None
-    assert found["arms"]["dense"]["load"] == {}
-    assert found["arms"]["dense"]["throughput"]["share_of_baseline"] == 1
-    base = found["arms"]["dense"]["bits_per_byte"]["seeds"]
+    assert comparison["arms"]["dense"]["difference"] is None
+    assert comparison["arms"]["dense"]["load"] == {}
+    assert comparison["arms"]["dense"]["throughput"]["share_of_baseline"] == 1
+
+
+def test_json_has_load_and_difference_of_each_sparse_arm(finished: CommandLine, warm: WarmCommandLine) -> None:
+    comparison = warm(finished, "compare", "./tiny.yaml", "--json").json
+    base = comparison["arms"]["dense"]["bits_per_byte"]["seeds"]
     for name in ("switch", "top_k"):
-        arm = found["arms"][name]
+        arm = comparison["arms"][name]
         assert {
             "max_violation",
             "cv",
@@ -58,10 +68,21 @@ def test_json_says_what_an_engineer_needs(finished: CommandLine, warm: WarmComma
         assert difference["p"] <= difference["p_holm"] <= 1
         assert difference["baseline"] == "dense"
         assert difference["verdict"] in ("better", "worse", "no difference shown")
-        assert abs(arm["cost"]["flops_per_token"] / found["arms"]["dense"]["cost"]["flops_per_token"] - 1) <= 0.02
+        assert abs(arm["cost"]["flops_per_token"] / comparison["arms"]["dense"]["cost"]["flops_per_token"] - 1) <= 0.02
 
 
-def test_tables_for_people(finished: CommandLine, warm: WarmCommandLine) -> None:
+def test_every_recorded_metric_is_declared(finished: CommandLine) -> None:
+    results = Results(finished.folder / "results")
+    names: set[str] = set()
+    for arm in ARMS:
+        result = results.result(arm, 0)
+        names |= {*result["metrics"], *result["validation"], *result["cost"], *result["throughput"]}
+        names |= {name for point in journal(results.folder(arm, 0)) for name in point["metrics"]}
+    assert len(names) > 60
+    assert [name for name in sorted(names) if find_metric(name) is None] == []
+
+
+def test_tables_as_markdown_and_text(finished: CommandLine, warm: WarmCommandLine) -> None:
     markdown = warm(finished, "compare", "./tiny.yaml", "--markdown")
     assert (markdown.code, markdown.err) == (0, "")
     assert "| arm | seeds | mean |" in markdown.out
@@ -102,10 +123,10 @@ def test_a_half_done_grid_is_an_early_look(finished: CommandLine, warm: WarmComm
 
 @pytest.mark.parametrize("seeds", ["[0]", "[0,1]"])
 def test_few_seeds_decide_nothing(finished: CommandLine, warm: WarmCommandLine, seeds: str) -> None:
-    found = warm(finished, "compare", "./tiny.yaml", f"seeds={seeds}", "--json").json
+    comparison = warm(finished, "compare", "./tiny.yaml", f"seeds={seeds}", "--json").json
     for arm in ARMS[1:]:
-        assert found["arms"][arm]["difference"]["verdict"] == "too few seeds"
-        assert "best" not in found["arms"][arm]["marks"]
+        assert comparison["arms"][arm]["difference"]["verdict"] == "too few seeds"
+        assert "best" not in comparison["arms"][arm]["marks"]
     table = warm(finished, "compare", "./tiny.yaml", f"seeds={seeds}").out
     assert "too few seeds" in table
     assert "best" not in table
@@ -132,9 +153,9 @@ def test_a_non_causal_router_runs_when_allowed_and_is_marked(cli: CommandLine, w
     ended = warm(cli, "run", "./tiny.yaml", *grid, "--tracker", "none")
     assert ended.code == 0, ended.err
     assert Results(cli.folder / "results").result("expert_choice", 0)["marks"] == ["non-causal"]
-    found = warm(cli, "compare", "./tiny.yaml", *grid, "--json").json
-    assert found["arms"]["expert_choice"]["marks"] == ["non-causal"]
-    assert found["arms"]["dense"]["marks"] == []
+    comparison = warm(cli, "compare", "./tiny.yaml", *grid, "--json").json
+    assert comparison["arms"]["expert_choice"]["marks"] == ["non-causal"]
+    assert comparison["arms"]["dense"]["marks"] == []
     assert "expert_choice (non-causal)" in warm(cli, "compare", "./tiny.yaml", *grid).out
     plan = warm(cli, "plan", "./tiny.yaml", *grid, "--json").json
     assert {cell["arm"]: cell["marks"] for cell in plan["cells"]} == {"dense": [], "expert_choice": ["non-causal"]}
@@ -159,10 +180,10 @@ def test_given_routers_it_trains_what_is_missing(cli: CommandLine, warm: WarmCom
 
 def test_settings_are_chosen_on_the_validation_split(finished: CommandLine, warm: WarmCommandLine) -> None:
     results = Results(finished.folder / "results")
-    found = {split: warm(finished, "compare", "./tiny.yaml", "--split", split, "--json").json for split in SPLITS}
-    assert warm(finished, "compare", "./tiny.yaml", "--json").json == found["test"]
+    comparison = {split: warm(finished, "compare", "./tiny.yaml", "--split", split, "--json").json for split in SPLITS}
+    assert warm(finished, "compare", "./tiny.yaml", "--json").json == comparison["test"]
     for split in SPLITS:
-        assert found[split]["split"] == split
+        assert comparison[split]["split"] == split
         table = warm(finished, "compare", "./tiny.yaml", "--split", split).out
         assert f"Quality: bits per byte on the {split} split, lower is better" in table
     for arm in ARMS:
@@ -170,7 +191,7 @@ def test_settings_are_chosen_on_the_validation_split(finished: CommandLine, warm
             result, last = results.result(arm, seed), evaluations(results.folder(arm, seed))[-1]
             of_training = {key: value for key, value in result["metrics"].items() if key.startswith("load/train_")}
             assert result["validation"] == last | of_training  # the journal's, at the last step
-            value = found["validation"]["arms"][arm]["bits_per_byte"]["seeds"][str(seed)]
+            value = comparison["validation"]["arms"][arm]["bits_per_byte"]["seeds"][str(seed)]
             assert value == last["bits_per_byte"] != result["metrics"]["bits_per_byte"]
     wrong = warm(finished, "compare", "./tiny.yaml", "--split", "train")
     assert (wrong.code, wrong.out, wrong.err.count("\n")) == (2, "", 1)
@@ -178,7 +199,7 @@ def test_settings_are_chosen_on_the_validation_split(finished: CommandLine, warm
 
 
 def evaluations(folder: Path) -> list[dict[str, float]]:
-    """The metrics of each evaluation on the validation split."""
+    """Return the metrics of each evaluation on the validation split."""
     points = [point["metrics"] for point in journal(folder) if "eval/bits_per_byte" in point["metrics"]]
     return [{key[5:]: value for key, value in point.items() if key.startswith("eval/")} for point in points]
 
@@ -209,10 +230,10 @@ def test_a_learning_rate_that_diverges_is_an_outcome(cli: CommandLine, warm: War
     good, other, bad = (f"top_k, learning_rate={rate}" for rate in rates)
     cli.write(grid={"router": ["top_k"], "train.learning_rate": rates}, baseline=good, seeds=[0], train={"steps": 3})
     assert warm(cli, "run", "./tiny.yaml", "--tracker", "none").code == 1
-    found = warm(cli, "compare", "./tiny.yaml", "--json").json
-    assert found["arms"][bad]["difference"]["verdict"] == "diverged"
-    assert found["arms"][other]["difference"]["verdict"] == "too few seeds"
-    assert found["arms"][bad]["runs"] == {"done": 0, "failed": 1, "diverged": 1, "missing": 0}
+    comparison = warm(cli, "compare", "./tiny.yaml", "--json").json
+    assert comparison["arms"][bad]["difference"]["verdict"] == "diverged"
+    assert comparison["arms"][other]["difference"]["verdict"] == "too few seeds"
+    assert comparison["arms"][bad]["runs"] == {"done": 0, "failed": 1, "diverged": 1, "missing": 0}
     table = warm(cli, "compare", "./tiny.yaml", "--markdown", "--plot", str(tmp_path / "figure.png"))
     assert table.code == 0, table.err
     assert f"| {bad} | 0 of 1 | – | – | – | 1 of 1 diverged |" in table.out

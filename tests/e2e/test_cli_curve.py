@@ -11,13 +11,13 @@ from support.command_line import CommandLine, Results, WarmCommandLine
 def test_the_trained_setting_gives_the_trained_result(finished: CommandLine, warm: WarmCommandLine) -> None:
     ended = warm(finished, "curve", "./tiny.yaml", "--vary", "layout.capacity_factor_eval=null,0.25", "--json")
     assert ended.code == 0, ended.err
-    found, results = ended.json, Results(finished.folder / "results")
-    assert (found["metric"], found["lower_is_better"], found["by"]) == ("bits_per_byte", True, None)
-    assert [(point["arm"], point["value"]) for point in found["points"]] == [
+    curve, results = ended.json, Results(finished.folder / "results")
+    assert (curve["metric"], curve["lower_is_better"], curve["by"]) == ("bits_per_byte", True, None)
+    assert [(point["arm"], point["value"]) for point in curve["points"]] == [
         (arm, value) for arm in ("switch", "top_k") for value in ("null", "0.25")
     ]
-    assert found["notes"] == ["dense: has no experts, or no layout.capacity_factor_eval"]
-    for dropless, scarce in zip(found["points"][::2], found["points"][1::2], strict=True):
+    assert curve["notes"] == ["dense: has no experts, or no layout.capacity_factor_eval"]
+    for dropless, scarce in zip(curve["points"][::2], curve["points"][1::2], strict=True):
         # As trained: the same number to the last bit, and the same cost.
         finals = {str(s): results.result(dropless["arm"], s)["metrics"]["bits_per_byte"] for s in (0, 1, 2)}
         assert dropless["seeds"] == finals
@@ -39,9 +39,9 @@ def test_more_experts_per_token_cost_more(finished: CommandLine, warm: WarmComma
     assert "- switch: has no experts, or no router.top_k" in ended.out
     assert "| top_k | 2 | drop | 3 |" in ended.out
     assert figure.read_bytes().startswith(b"\x89PNG")
-    found = warm(finished, *line, "--json").json["points"]
-    assert [point["relative_flops"] for point in found[:1]] == [1]
-    assert found[1]["relative_flops"] > 1.1
+    curve = warm(finished, *line, "--json").json["points"]
+    assert [point["relative_flops"] for point in curve[:1]] == [1]
+    assert curve[1]["relative_flops"] > 1.1
     table = warm(finished, *line)
     assert table.code == 0
     assert "bits per byte by router.top_k" in table.out

@@ -13,18 +13,18 @@ def id_of(finished: CommandLine, arm: str) -> str:
 def test_tables_of_a_run_as_json(finished: CommandLine, warm: WarmCommandLine) -> None:
     ended = warm(finished, "probe", id_of(finished, "top_k"), "--json")
     assert (ended.code, ended.err) == (0, "")
-    found = ended.json
-    assert (found["id"], found["arm"], found["seed"]) == (id_of(finished, "top_k"), "top_k", 0)
-    assert set(found["labels"]) == {"domain", "position", "token"}
-    domain = found["labels"]["domain"]
+    report = ended.json
+    assert (report["id"], report["arm"], report["seed"]) == (id_of(finished, "top_k"), "top_k", 0)
+    assert set(report["labels"]) == {"domain", "position", "token"}
+    domain = report["labels"]["domain"]
     assert domain["values"] == ["a", "b"]
     assert [sum(row) for row in domain["layers"]["1"]] == [4 * 32 * 2] * 2  # windows · tokens · experts of each
     metrics = Results(finished.folder / "results").result("top_k", 0)["metrics"]
-    for kind, table in found["labels"].items():
+    for kind, table in report["labels"].items():
         assert table["information"]["1"] == pytest.approx(metrics[f"load/information/{kind}"])
 
 
-def test_a_run_in_words_and_as_a_figure(finished: CommandLine, warm: WarmCommandLine, tmp_path: Path) -> None:
+def test_a_run_as_text_and_as_a_figure(finished: CommandLine, warm: WarmCommandLine, tmp_path: Path) -> None:
     file = tmp_path / "labels.png"
     ended = warm(finished, "probe", id_of(finished, "switch"), "--label", "token", "--plot", str(file))
     assert (ended.code, ended.err) == (0, "")

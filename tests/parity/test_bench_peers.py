@@ -6,36 +6,36 @@ from typing import Any
 import pytest
 import torch
 
-from moebench.bench.layer.peers.register import PEERS, absence
+from moebench.bench.layer.peers.register import PACKAGE, PEERS, find_absence_reason
 from moebench.bench.layer.problem import Candidate, Problem, Skipped, make_problem
 from moebench.bench.layer.row import compare_outputs
-from moebench.bench.layer.shapes import parse
-from moebench.bench.layer.variants import CAPACITY, own_variants, route_context
+from moebench.bench.layer.shapes import parse_shape
+from moebench.bench.layer.variants import CAPACITY, build_variants, route_context
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
 
 def problem_of(shape: str, load: str = "zipf") -> Problem:
-    return make_problem(parse(shape), load, seed=0, device=torch.device("cpu"))
+    return make_problem(parse_shape(shape), load, seed=0, device=torch.device("cpu"))
 
 
 def adapter(package: str) -> Any:
     peer = next(peer for peer in PEERS if peer.package == package)
     pytest.importorskip(peer.module)
-    assert absence(peer) is None
+    assert find_absence_reason(peer) is None
     import importlib
 
-    module: ModuleType = importlib.import_module(f"moebench.bench.layer.peers.{peer.adapter}")
+    module: ModuleType = importlib.import_module(f"{PACKAGE}.{peer.adapter}")
     return module
 
 
 def layers(package: str, problem: Problem) -> dict[str, Candidate]:
-    found = adapter(package).build_candidates(problem)
-    return {one.name: one for one in found if isinstance(one, Candidate)}
+    candidates = adapter(package).build_candidates(problem)
+    return {one.name: one for one in candidates if isinstance(one, Candidate)}
 
 
 def own(problem: Problem) -> list[Candidate]:
-    return [one for one in own_variants(problem) if isinstance(one, Candidate)]
+    return [one for one in build_variants(problem) if isinstance(one, Candidate)]
 
 
 BLOCKS = ("Mixtral", "Qwen3-MoE", "OLMoE")
@@ -44,10 +44,10 @@ BLOCKS = ("Mixtral", "Qwen3-MoE", "OLMoE")
 @pytest.mark.parametrize(("shape", "names"), [("32,8,16,4,2,swiglu", BLOCKS[:2]), ("16,64,8,64,8,swiglu", BLOCKS)])
 def test_transformers_blocks_agree(shape: str, names: tuple[str, ...]) -> None:
     problem = problem_of(shape)
-    found = layers("transformers", problem)
-    assert set(found) == {f"{name} {how}" for name in names for how in ("eager", "grouped_mm", "batched_mm")}
-    differences = compare_outputs(problem, [*own(problem), *found.values()])
-    for name in found:
+    candidates = layers("transformers", problem)
+    assert set(candidates) == {f"{name} {how}" for name in names for how in ("eager", "grouped_mm", "batched_mm")}
+    differences = compare_outputs(problem, [*own(problem), *candidates.values()])
+    for name in candidates:
         assert differences[name] is not None
         assert differences[name][0] <= 1e-5, name
 
@@ -70,16 +70,16 @@ def test_transformers_switch_drops_what_our_capacity_drops() -> None:
     problem = problem_of("32,8,16,4,1,gelu")
     (switch,) = layers("transformers", problem).values()
     ours = next(one for one in own(problem) if one.name == CAPACITY)
-    assert switch.dropped() == pytest.approx(ours.dropped())
-    assert ours.dropped() > 0
+    assert switch.measure_dropped() == pytest.approx(ours.measure_dropped())
+    assert ours.measure_dropped() > 0
     differences = compare_outputs(problem, [*own(problem), switch])
     assert differences[switch.name] is not None
     assert differences[switch.name][0] <= 1e-5
 
 
 def test_batched_mm_is_refused_where_it_copies_too_much() -> None:
-    found = adapter("transformers").build_candidates(problem_of("512,8,8,4,2,swiglu", "balanced"))
-    skipped = [one for one in found if isinstance(one, Skipped)]
+    candidates = adapter("transformers").build_candidates(problem_of("512,8,8,4,2,swiglu", "balanced"))
+    skipped = [one for one in candidates if isinstance(one, Skipped)]
     assert [one.name for one in skipped] == ["Mixtral batched_mm", "Qwen3-MoE batched_mm"]
 
 
@@ -94,13 +94,13 @@ def test_mixture_of_experts_agrees_when_it_drops_nothing() -> None:
 def test_mixture_of_experts_says_what_it_drops() -> None:
     problem = problem_of("32,8,16,4,2,gelu")
     (moe,) = layers("mixture-of-experts", problem).values()
-    assert moe.dropped() == 11 / 64  # loads 31 15 10 8 over 20 slots, as ours
+    assert moe.measure_dropped() == 11 / 64  # loads 31 15 10 8 over 20 slots, as ours
 
 
 def test_st_moe_drops_what_our_capacity_drops() -> None:
     problem = problem_of("32,8,16,4,2,swiglu")
     (moe,) = layers("st-moe-pytorch", problem).values()
-    assert moe.dropped() == 11 / 64
+    assert moe.measure_dropped() == 11 / 64
     assert moe.forward(problem.x_TD).shape == problem.x_TD.shape
 
 

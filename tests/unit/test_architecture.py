@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     ("errors", "interrupts", "cores", "ranks", "seeds", "plugin_sources"),
     ("ranges",),
-    ("components", "registry", "yaml_text"),
+    ("components", "registry", "yaml_text", "metrics"),
     ("conversion",),
     ("schema",),
     ("config",),

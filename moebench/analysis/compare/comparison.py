@@ -1,7 +1,7 @@
-"""The comparison of arms: from the results of runs to differences with intervals and verdicts.
+"""The comparison of arms: differences to a baseline with intervals and verdicts, from the results of runs.
 
-Every arm is compared with one baseline over the seeds both have finished; Holm corrects for the number of
-arms. Nothing is left out: failed and missing cells, dropped seeds and mismatches are part of the value.
+Every arm is compared with the baseline over the seeds that both have finished; Holm corrects for the number of
+arms. Failed and missing cells, seeds without a partner and mismatches are part of the comparison.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -10,25 +10,22 @@ from math import isfinite
 from statistics import fmean, median
 
 from moebench.analysis.compare import statistics as st
-from moebench.analysis.compare.matching import arms_without_verdict, cost_ratio, matched_or_refuse
-from moebench.analysis.compare.result_grid import Expected, Sorted, sort_results
-from moebench.analysis.compare.settings import settings_notes
+from moebench.analysis.compare.matching import check_matching, compute_cost_ratio, list_unmatched_arms
+from moebench.analysis.compare.result_grid import Expected, ResultGrid, arrange_results
+from moebench.analysis.compare.settings import note_varied_settings
 from moebench.analysis.compare.values import (
     BEST,
     BITS_PER_BYTE,
     NON_CAUSAL,
     ArmSummary,
     Comparison,
+    ComparisonMetric,
     Difference,
-    LostCell,
-    Metric,
     Verdict,
 )
-from moebench.reporting.formatting import count
+from moebench.reporting.formatting import format_plural
 from moebench.runs.result import RunResult
 from moebench.tasks.task import OUT_OF_DOMAIN
-
-__all__ = ["ArmSummary", "Comparison", "Difference", "LostCell", "Metric", "compare"]
 
 
 def compare(
@@ -36,23 +33,23 @@ def compare(
     *,
     expected: Expected,
     baseline: str,
-    metric: Metric = BITS_PER_BYTE,
+    metric: ComparisonMetric = BITS_PER_BYTE,
     allow_mismatch: bool = False,
 ) -> Comparison:
     """Compare the arms of a grid with its baseline; `expected` holds (arm, seed, cell id) of every cell.
 
     Arms whose executed cost is not within 2 % of the baseline's are marked and get no verdict unless `allow_mismatch`
     is set. Raises UsageError for an unknown baseline or metric, a cell named twice, two arms of one cell, results
-    without the metrics of the wanted split, and (unless `allow_mismatch` is set) for arms of other training tokens,
+    without metrics of the split, and (unless `allow_mismatch` is set) for arms of other training tokens,
     data or evaluation.
     """
-    grid = sort_results(results, expected, baseline=baseline, metric=metric)
+    grid = arrange_results(results, expected, baseline=baseline, metric=metric)
     runs = {arm: list(grid.done[arm].values()) for arm in grid.arms}
-    mismatched = matched_or_refuse(runs, baseline, allow=allow_mismatch)
-    unmatched = arms_without_verdict(mismatched, allow=allow_mismatch)
+    mismatches = check_matching(runs, baseline, allow=allow_mismatch)
+    unmatched = list_unmatched_arms(mismatches, allow=allow_mismatch)
     differences = compare_pairs(grid, unmatched=unmatched)
-    arms = tuple(_summary(arm, grid, [mismatch.mark for mismatch in mismatched.get(arm, ())]) for arm in grid.arms)
-    best, remarks = _best(grid, arms, unmatched)
+    arms = tuple(_summarize(arm, grid, [mismatch.mark for mismatch in mismatches.get(arm, ())]) for arm in grid.arms)
+    best, best_notes = _find_best(grid, arms, unmatched)
     return Comparison(
         metric=metric.name,
         split=metric.split,
@@ -63,45 +60,45 @@ def compare(
         failed=grid.failed,
         missing=grid.missing,
         notes=(
-            *(f"{arm}: {mismatch.reason}" for arm, found in mismatched.items() for mismatch in found),
+            *(f"{arm}: {mismatch.reason}" for arm, of_arm in mismatches.items() for mismatch in of_arm),
             *_notes(grid, differences, len(expected)),
-            *remarks,
-            *settings_notes([run.config for of_arm in runs.values() for run in of_arm], metric.split),
+            *best_notes,
+            *note_varied_settings([run.config for of_arm in runs.values() for run in of_arm], metric.split),
         ),
     )
 
 
-def compare_pairs(grid: Sorted, *, unmatched: Collection[str] = ()) -> tuple[Difference, ...]:
-    """Compare every other arm with the baseline; all the p values shown are one family for Holm."""
+def compare_pairs(grid: ResultGrid, *, unmatched: Collection[str] = ()) -> tuple[Difference, ...]:
+    """Return the difference of every other arm to the baseline; their p values are one family for Holm."""
     others = [arm for arm in grid.arms if arm != grid.baseline]
     pairs = {
-        arm: st.paired_difference(grid.quality(arm, seeds), grid.quality(grid.baseline, seeds))
+        arm: st.paired_difference(grid.get_quality(arm, seeds), grid.get_quality(grid.baseline, seeds))
         for arm in others
         if (seeds := grid.common_seeds(arm))
     }
     tested = {arm: pair.p for arm, pair in pairs.items() if pair.p is not None}
     p_holm = dict(zip(tested, st.holm(list(tested.values())), strict=True))
     spread = _pooled_spread(grid, [arm for arm, pair in pairs.items() if pair.sd])
-    found = []
+    differences = []
     for arm in others:
         pair = pairs.get(arm)
-        difference = _difference(arm, grid, pair, p_holm.get(arm), _detectable(pair, spread, len(tested)))
-        found.append(difference if arm not in unmatched else replace(difference, verdict="not matched"))
-    return tuple(found)
+        difference = _difference(arm, grid, pair, p_holm.get(arm), _smallest_detectable(pair, spread, len(tested)))
+        differences.append(difference if arm not in unmatched else replace(difference, verdict="not matched"))
+    return tuple(differences)
 
 
-def _pooled_spread(grid: Sorted, arms: Sequence[str]) -> st.SpreadEstimate | None:
+def _pooled_spread(grid: ResultGrid, arms: Sequence[str]) -> st.SpreadEstimate | None:
     """Estimate the SD of the paired differences over the seeds that all these arms and the baseline have."""
     seeds = [seed for seed in grid.done[grid.baseline] if all(seed in grid.done[arm] for arm in arms)]
     if not arms or len(seeds) < st.MIN_SEEDS:
         return None
-    return st.pooled_spread([grid.quality(arm, seeds) for arm in arms], grid.quality(grid.baseline, seeds))
+    return st.pooled_spread([grid.get_quality(arm, seeds) for arm in arms], grid.get_quality(grid.baseline, seeds))
 
 
-def _detectable(
+def _smallest_detectable(
     pair: st.PairedDifference | None, spread: st.SpreadEstimate | None, num_comparisons: int
 ) -> float | None:
-    """Return the smallest detectable difference; from the arm's own pairs where arms have too few seeds in common."""
+    """Return the smallest detectable difference, from the pairs of this arm alone if arms share too few seeds."""
     if pair is None or not pair.sd:
         return None
     if spread is None:
@@ -110,9 +107,9 @@ def _detectable(
 
 
 def _difference(
-    arm: str, grid: Sorted, pair: st.PairedDifference | None, p_holm: float | None, detectable: float | None
+    arm: str, grid: ResultGrid, pair: st.PairedDifference | None, p_holm: float | None, detectable: float | None
 ) -> Difference:
-    has_diverged = grid.num_diverged(arm) + grid.num_diverged(grid.baseline) > 0
+    has_diverged = grid.count_diverged(arm) + grid.count_diverged(grid.baseline) > 0
     return Difference(
         arm=arm,
         baseline=grid.baseline,
@@ -136,50 +133,50 @@ def _verdict(pair: st.PairedDifference | None, p_holm: float | None, lower_is_be
     return "better" if (pair.mean < 0) == lower_is_better else "worse"
 
 
-def _summary(arm: str, grid: Sorted, mismatch_marks: Iterable[str]) -> ArmSummary:
+def _summarize(arm: str, grid: ResultGrid, mismatch_marks: Iterable[str]) -> ArmSummary:
     runs, seeds = list(grid.done[arm].values()), tuple(grid.done[arm])
-    quality = grid.quality(arm, seeds)
+    quality = grid.get_quality(arm, seeds)
     speeds = _finite(run.throughput.get("tokens_per_s") for run in runs)
     return ArmSummary(
         arm=arm,
         seeds=seeds,
         num_failed=sum(cell.arm == arm for cell in grid.failed),
-        num_diverged=grid.num_diverged(arm),
+        num_diverged=grid.count_diverged(arm),
         num_missing=sum(cell.arm == arm for cell in grid.missing),
         mean=fmean(quality) if quality else None,
         interval=st.mean_interval(quality) if quality else None,
         values=dict(zip(seeds, quality, strict=True)),
-        outside=_outside(arm, grid),
-        domains=_domains([run.metrics for run in runs], grid.metric.name),
-        load=_means([run.metrics for run in runs], "load/"),
+        out_of_domain=_out_of_domain(arm, grid),
+        domains=_average_domains([run.metrics for run in runs], grid.metric.name),
+        load=_average_metrics([run.metrics for run in runs], "load/"),
         tokens_per_s=fmean(speeds) if speeds else None,
         throughput_share=_throughput_share(arm, grid),
-        cost=_means([run.cost for run in runs], ""),
+        cost=_average_metrics([run.cost for run in runs], ""),
         flops_vs_baseline=_flops_vs_baseline(runs, list(grid.done[grid.baseline].values())),
-        parallel=_means([run.throughput for run in runs], "parallel/"),
+        parallel=_average_metrics([run.throughput for run in runs], "parallel/"),
         marks=tuple(dict.fromkeys([*(mark for run in runs for mark in run.marks), *mismatch_marks])),
     )
 
 
 def _flops_vs_baseline(runs: Sequence[RunResult], baseline_runs: Sequence[RunResult]) -> dict[str, float]:
     keys = {"training": "train_flops_per_token", "evaluation": "eval_flops_per_token"}
-    ratios = {when: cost_ratio(key, runs, baseline_runs) for when, key in keys.items()}
-    return {when: ratio for when, ratio in ratios.items() if ratio is not None}
+    ratios = {phase: compute_cost_ratio(key, runs, baseline_runs) for phase, key in keys.items()}
+    return {phase: ratio for phase, ratio in ratios.items() if ratio is not None}
 
 
-def _outside(arm: str, grid: Sorted) -> dict[int, float]:
+def _out_of_domain(arm: str, grid: ResultGrid) -> dict[int, float]:
     """Return the metric out of domain of each seed that has a finite one."""
-    found = {seed: run.metrics.get(f"{grid.metric.name}/{OUT_OF_DOMAIN}") for seed, run in grid.done[arm].items()}
-    return {seed: value for seed, value in found.items() if value is not None and isfinite(value)}
+    values = {seed: run.metrics.get(f"{grid.metric.name}/{OUT_OF_DOMAIN}") for seed, run in grid.done[arm].items()}
+    return {seed: value for seed, value in values.items() if value is not None and isfinite(value)}
 
 
-def _domains(metrics: Sequence[Mapping[str, float]], metric: str) -> dict[str, float]:
+def _average_domains(metrics: Sequence[Mapping[str, float]], metric: str) -> dict[str, float]:
     """Return the mean of the metric in each domain."""
-    return {name: value for name, value in _means(metrics, f"{metric}/").items() if name != OUT_OF_DOMAIN}
+    return {name: value for name, value in _average_metrics(metrics, f"{metric}/").items() if name != OUT_OF_DOMAIN}
 
 
-def _throughput_share(arm: str, grid: Sorted) -> float | None:
-    """Median speed over the common seeds as a share of the baseline's: one slow run does not decide."""
+def _throughput_share(arm: str, grid: ResultGrid) -> float | None:
+    """Return the median speed over the common seeds as a share of the baseline's median: robust to one slow run."""
     seeds = grid.common_seeds(arm)
     ours, theirs = (
         _finite(grid.done[name][seed].throughput.get("tokens_per_s") for seed in seeds) for name in (arm, grid.baseline)
@@ -189,58 +186,67 @@ def _throughput_share(arm: str, grid: Sorted) -> float | None:
     return median(ours) / median(theirs)
 
 
-def _means(values: Sequence[Mapping[str, float]], prefix: str) -> dict[str, float]:
+def _average_metrics(values: Sequence[Mapping[str, float]], prefix: str) -> dict[str, float]:
     """Average over runs every value whose name begins with the prefix, which is cut off."""
     names = dict.fromkeys(name for run in values for name in run if name.startswith(prefix))
-    found = {name: _finite(run.get(name) for run in values) for name in names}
-    return {name.removeprefix(prefix): fmean(numbers) for name, numbers in found.items() if numbers}
+    finite = {name: _finite(run.get(name) for run in values) for name in names}
+    return {name.removeprefix(prefix): fmean(numbers) for name, numbers in finite.items() if numbers}
 
 
 def _finite(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None and isfinite(value)]
 
 
-def _best(grid: Sorted, arms: Sequence[ArmSummary], unmatched: Collection[str]) -> tuple[str | None, list[str]]:
-    """Name the arm that may be called best, or say why the one with the best mean may not.
+def _find_best(
+    grid: ResultGrid, arms: Sequence[ArmSummary], unmatched: Collection[str]
+) -> tuple[str | None, list[str]]:
+    """Return the best arm, or None and a note why the arm with the best mean is not.
 
-    Best is what is better than every other matched arm, each pair tested over its common seeds and the p values
-    corrected as one family; not what happens to have the best mean. An arm that sees later tokens, or of which a seed
-    diverged, never is; a rival of which some diverged counts by the seeds that did not.
+    The best arm is better than every other matched arm, each pair tested over its common seeds and the p values
+    corrected as one family. An arm that sees later tokens or has a diverged seed is never best; another arm with
+    diverged seeds is compared by its other seeds.
     """
-    if not grid.done[grid.baseline]:  # whether arms are matched is not known
+    if not grid.done[grid.baseline]:  # matching was not checked
         return None, []
     contenders = [arm for arm in arms if arm.mean is not None and arm.arm not in unmatched]
     if len(contenders) < 2 or min(arm.num_done for arm in contenders) < st.MIN_SEEDS:
         return None, []
     seeds = [seed for seed in contenders[0].seeds if all(seed in arm.seeds for arm in contenders)]
+    num_seeds = format_plural(len(seeds), "seed")
     if len(seeds) < st.MIN_SEEDS:
-        return None, [f"no arm is called best: {count(len(seeds), 'seed')} finished by all arms, {st.MIN_SEEDS} needed"]
-    choose = min if grid.metric.lower_is_better else max
-    leader = choose(contenders, key=lambda arm: fmean(arm.values[seed] for seed in seeds))
-    leads = f"{leader.arm} has the best mean"
+        return None, [f"no arm is called best: {num_seeds} finished by all arms, {st.MIN_SEEDS} needed"]
+    select = min if grid.metric.lower_is_better else max
+    leader = select(contenders, key=lambda arm: fmean(arm.values[seed] for seed in seeds))
+    statement = f"{leader.arm} has the best mean"
     if any(len(arm.seeds) > len(seeds) for arm in contenders):
-        leads += f" over the {count(len(seeds), 'seed')} that all arms have finished"
+        statement += f" over the {num_seeds} that all arms have finished"
+    obstacle = _find_obstacle(grid, leader, contenders, unmatched)
+    return (None, [f"{statement}{obstacle}"]) if obstacle else (leader.arm, [])
+
+
+def _find_obstacle(
+    grid: ResultGrid, leader: ArmSummary, contenders: Sequence[ArmSummary], unmatched: Collection[str]
+) -> str | None:
+    """Return why the arm with the best mean is not called best; None if it is."""
     if leader.num_diverged:
-        return None, [f"{leads} and is not called best: {leader.num_diverged} of {leader.num_planned} seeds diverged"]
+        return f" and is not called best: {leader.num_diverged} of {leader.num_planned} seeds diverged"
     if NON_CAUSAL in leader.marks:
-        return None, [f"{leads} and is not called best: its routing sees later tokens"]
-    survivors = replace(grid, baseline=leader.arm, failed=())  # a rival's divergence does not stand in the leader's way
-    against = compare_pairs(survivors, unmatched=unmatched)
-    rivals = [difference for difference in against if difference.arm in {arm.arm for arm in contenders}]
-    near = [rival.arm for rival in rivals if rival.verdict != "worse"]
-    if near:
-        return None, [f"{leads}, but is not shown to be better than {', '.join(near)}"]
-    return leader.arm, []
+        return " and is not called best: its routing sees later tokens"
+    against_leader = compare_pairs(replace(grid, baseline=leader.arm, failed=()), unmatched=unmatched)
+    others = {arm.arm for arm in contenders}
+    undecided = [pair.arm for pair in against_leader if pair.arm in others and pair.verdict != "worse"]
+    return f", but is not shown to be better than {', '.join(undecided)}" if undecided else None
 
 
-def _notes(grid: Sorted, differences: Sequence[Difference], num_expected: int) -> list[str]:
+def _notes(grid: ResultGrid, differences: Sequence[Difference], num_expected: int) -> list[str]:
     notes = []
     if grid.missing:
         notes.append(f"{len(grid.missing)} of {num_expected} cells have no result yet: this is an early look")
     if not grid.done[grid.baseline]:
         notes.append(f"{grid.baseline}, the baseline, has no finished run: no differences, matching not checked")
-    if grid.foreign:
-        notes.append(f"{len(grid.foreign)} results belong to no cell of this grid: {', '.join(grid.foreign)}")
+    if grid.unexpected:
+        ids = ", ".join(grid.unexpected)
+        notes.append(f"{len(grid.unexpected)} results belong to no cell of this grid: {ids}")
     for difference in differences:
         ours, theirs = set(grid.done[difference.arm]), set(grid.done[grid.baseline])
         if ours and theirs and ours != theirs:

@@ -1,8 +1,10 @@
-"""What the signs in a comparison's tables mean, in plain words."""
+"""The legend of a comparison: what the columns and marks in its tables mean."""
 
 from moebench.analysis.compare import statistics as st
 from moebench.analysis.compare.values import NON_CAUSAL, Comparison
-from moebench.reporting.formatting import count
+from moebench.metrics import EXECUTED
+from moebench.reporting.formatting import format_plural
+from moebench.reporting.metrics import explain_metrics
 
 MARK_MEANINGS = {
     "≠FLOPs": "executed FLOPs per token differ from the baseline's by more than 2 % in training or in evaluation",
@@ -17,20 +19,19 @@ MARK_MEANINGS = {
 }
 
 
-def legend(comparison: Comparison) -> tuple[str, ...]:
-    """Explain every sign in the tables in plain words, with the power of the comparison."""
+def build_legend(comparison: Comparison) -> tuple[str, ...]:
+    """Return an explanation of every column and mark that the tables of this comparison have, then its notes."""
     marks = dict.fromkeys(mark for arm in comparison.arms for mark in arm.marks)
     return (
-        *_statistics_legend(comparison),
-        *_compute_legend(comparison),
-        *_information_legend(comparison),
-        *_parallel_legend(comparison),
+        *_explain_means(comparison),
+        *_explain_statistics(comparison),
+        *_explain_metrics(comparison),
         *(f"{mark}: {MARK_MEANINGS[mark]}." for mark in marks if mark in MARK_MEANINGS),
         *(f"Note: {note}." for note in comparison.notes),
     )
 
 
-def _statistics_legend(comparison: Comparison) -> list[str]:
+def _explain_means(comparison: Comparison) -> list[str]:
     lines = []
     if any(arm.num_diverged for arm in comparison.arms):
         lines.append(
@@ -39,22 +40,26 @@ def _statistics_legend(comparison: Comparison) -> list[str]:
         )
     if any(arm.interval for arm in comparison.arms):
         lines.append("± half of the 95 % t interval over seeds.")
-    if any(arm.outside for arm in comparison.arms):
+    if any(arm.out_of_domain for arm in comparison.arms):
         lines.append(
             "Out of domain: over the domains that task.data.held_out_domains keeps out of training. All else is of the "
             "other domains, verdicts and expert loads too."
         )
+    return lines
+
+
+def _explain_statistics(comparison: Comparison) -> list[str]:
+    lines = []
     if comparison.num_comparisons:
+        num_comparisons = format_plural(comparison.num_comparisons, "comparison")
         lines.append(
-            "p Holm: p of the paired t-test, corrected for "
-            f"{count(comparison.num_comparisons, 'comparison')}; better or worse means p Holm ≤ {st.ALPHA}. "
-            "exact p: sign flips, 6 seeds or more, not corrected. seed SD: the difference over the SD "
-            f"between seeds, as {_seeds(comparison)} estimate it. detectable: the smallest true difference that 4 of 5 "
-            "repeats would show, the differences of all arms taken to vary alike."
+            f"p Holm: p of the paired t-test, corrected for {num_comparisons}; better or worse means p Holm ≤"
+            f" {st.ALPHA}. {explain_metrics('p_exact')} seed SD: the difference over the SD between seeds, as"
+            f" {_seed_range(comparison)} estimate it. {explain_metrics('smallest_detectable')}"
         )
-        together = "Each interval is one of 95 %, not all together. " if comparison.num_comparisons > 1 else ""
+        separate = "Each interval is one of 95 %, not all together. " if comparison.num_comparisons > 1 else ""
         lines.append(
-            f"{together}Arms with rare bad seeds get false verdicts more often than {100 * st.ALPHA:.0f} % "
+            f"{separate}Arms with rare bad seeds get false verdicts more often than {100 * st.ALPHA:.0f} % "
             "(docs/comparing.md)."
         )
     if any(difference.low_power for difference in comparison.differences):
@@ -64,32 +69,20 @@ def _statistics_legend(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _seeds(comparison: Comparison) -> str:
+def _seed_range(comparison: Comparison) -> str:
     numbers = [len(difference.seeds) for difference in comparison.differences if difference.p is not None]
     fewest, most = min(numbers), max(numbers)
-    return count(most, "seed") if fewest == most else f"{fewest} to {most} seeds"
+    return format_plural(most, "seed") if fewest == most else f"{fewest} to {most} seeds"
 
 
-def _compute_legend(comparison: Comparison) -> list[str]:
-    if not any(arm.cost.get("experts_per_token") for arm in comparison.arms):
-        return []
-    return [
-        "executed: forward FLOPs of the whole model and rows computed by experts, per token, mean over all steps of "
-        "training (each pass counts) and on the test split; × baseline: training / evaluation. in training: share "
-        "of assignments dropped, mean over all steps."
-    ]
-
-
-def _information_legend(comparison: Comparison) -> list[str]:
-    if not any(arm.known for arm in comparison.arms):
-        return []
-    return ["what experts know: I(label; expert) / H(label), from 0 to 1, mean over expert layers."]
-
-
-def _parallel_legend(comparison: Comparison) -> list[str]:
-    if not any(arm.parallel for arm in comparison.arms):
-        return []
-    return [
-        "all-to-all and waiting: shares of a step that was timed, in which every process waits for the slowest before "
-        "each exchange. busiest: rows of the process with the most over the mean. memory: of the process with the most."
-    ]
+def _explain_metrics(comparison: Comparison) -> list[str]:
+    lines = []
+    if any(arm.cost.get("experts_per_token") for arm in comparison.arms):
+        dropped = explain_metrics("load/train_drop_rate")
+        lines.append(f"executed: {EXECUTED}; × baseline: training / evaluation. {dropped}")
+    if any(arm.information for arm in comparison.arms):
+        lines.append(explain_metrics("load/information/KIND"))
+    if any(arm.parallel for arm in comparison.arms):
+        names = ("all_to_all_share", "wait_share", "rank_load_max", "peak_memory_gib")
+        lines.append(explain_metrics(*(f"parallel/{name}" for name in names)))
+    return lines

@@ -1,7 +1,7 @@
-"""Statistics of paired seeds: how far apart two arms are, and how sure one can be with three to ten seeds.
+"""Statistics of paired seeds: the difference of two arms, its interval and power, for three to ten seeds.
 
-Bootstrap intervals cover 70 to 85 % where they promise 95 % at three to five seeds; t intervals keep their
-promise, so everything here rests on the t distribution. The suffix _S is the axis of the seeds.
+Bootstrap intervals with a nominal coverage of 95 % cover 70 to 85 % at three to five seeds; t intervals keep their
+coverage, so all intervals here are based on the t distribution. The suffix _S is the axis of the seeds.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,18 @@ from scipy import special, stats
 from scipy.optimize import brentq
 from statsmodels.stats.multitest import multipletests
 
-ALPHA = 0.05  # of a family of comparisons, after Holm
+ALPHA = 0.05
+"""Level of a family of comparisons, after Holm's correction."""
 CONFIDENCE = 0.95
 POWER = 0.8
-MIN_SEEDS = 3  # below: descriptive only
-EXACT_SEEDS = 6  # below, the smallest possible sign-flip p is 2 / 2**5 = 0.0625
-MAX_EXACT_SEEDS = 16  # 2**16 sign patterns are still counted at once; beyond, the t-test needs no help
-NUM_QUANTILES = 32  # of an estimated SD, over which its power is averaged
+MIN_SEEDS = 3
+"""With fewer seeds, results are descriptive only."""
+EXACT_SEEDS = 6
+"""With fewer seeds, the smallest possible sign-flip p is 2 / 2**5 = 0.0625."""
+MAX_EXACT_SEEDS = 16
+"""Limit of the sign-flip test, which enumerates 2**16 patterns; with more seeds the t-test suffices."""
+NUM_QUANTILES = 32
+"""Quantiles of an estimated SD over which the power is averaged."""
 
 Interval = tuple[float, float]
 Values = NDArray[np.float64]
@@ -32,7 +37,7 @@ class PairedDifference:
     """Arm minus baseline over the seeds both have, in the unit of the metric.
 
     `interval` and `p` are None below three seeds, and where every seed shows the same non-zero difference:
-    seeds that change nothing give no spread to judge by. `p_exact` (sign flips) needs 6 to 16 seeds.
+    without a spread there is no test. `p_exact` (sign flips) needs 6 to 16 seeds.
     """
 
     num_seeds: int
@@ -45,19 +50,19 @@ class PairedDifference:
 
 
 def paired_difference(arm_S: ArrayLike, baseline_S: ArrayLike) -> PairedDifference:
-    """Compare two arms seed by seed; both hold one value per seed, in the same order of seeds.
+    """Return the difference of two arms; both hold one value per seed, in the same order of seeds.
 
     Raises ValueError when the lengths differ, when they are empty, or when a value is not finite.
     """
-    a_S, b_S = _checked(arm_S), _checked(baseline_S)
+    a_S, b_S = _as_values(arm_S), _as_values(baseline_S)
     if a_S.size != b_S.size:
         raise ValueError(f"pairs need one value per seed on both sides, given {a_S.size} and {b_S.size}")
     difference_S = a_S - b_S
     mean, interval, p, sd = float(difference_S.mean()), None, None, None
     if a_S.size >= MIN_SEEDS:
-        if _constant(difference_S, float(max(np.abs(a_S).max(), np.abs(b_S).max()))):
+        if _is_constant(difference_S, float(max(np.abs(a_S).max(), np.abs(b_S).max()))):
             sd = 0.0
-            if not np.any(difference_S):  # copies of each other: certainly no difference
+            if not np.any(difference_S):  # identical arms
                 interval, p = (0.0, 0.0), 1.0
         else:
             test = stats.ttest_rel(a_S, b_S)
@@ -76,29 +81,32 @@ def paired_difference(arm_S: ArrayLike, baseline_S: ArrayLike) -> PairedDifferen
 
 
 def mean_interval(values_S: ArrayLike) -> Interval | None:
-    """Return the 95 % t interval of the mean over seeds, or None below three seeds; raises on NaN and inf."""
-    x_S = _checked(values_S)
+    """Return the 95 % t interval of the mean over seeds, or None below three seeds.
+
+    Raises ValueError for NaN and infinity.
+    """
+    x_S = _as_values(values_S)
     if x_S.size < MIN_SEEDS:
         return None
     mean = float(x_S.mean())
-    if _constant(x_S, float(np.abs(x_S).max())):
+    if _is_constant(x_S, float(np.abs(x_S).max())):
         return mean, mean
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, x_S.size - 1) * x_S.std(ddof=1) / sqrt(x_S.size))
     return mean - half, mean + half
 
 
 def sign_flip_p(differences_S: ArrayLike) -> float | None:
-    """Return the exact two-sided p of "the sign of every difference is a coin flip", for 6 to 16 seeds."""
-    d_S = _checked(differences_S)
+    """Return the exact two-sided p of the sign-flip test for 6 to 16 seeds, else None."""
+    d_S = _as_values(differences_S)
     if not EXACT_SEEDS <= d_S.size <= MAX_EXACT_SEEDS:
         return None
-    # All 2**n patterns are counted (n_resamples above their number), so no random generator is needed.
+    # n_resamples of at least the number of patterns: they are enumerated, without a random generator.
     test = stats.permutation_test((d_S,), np.mean, permutation_type="samples", n_resamples=2**d_S.size)
     return float(test.pvalue)
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
-    """Return the p values corrected by Holm for being a family: the chance of one false claim stays 5 %."""
+    """Return the p values of a family, corrected by Holm: the chance of any false claim is at most 5 %."""
     if not p_values:
         return ()
     return tuple(float(p) for p in multipletests(p_values, alpha=ALPHA, method="holm")[1])
@@ -107,10 +115,10 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
 def effect_in_seed_sd(arm_S: ArrayLike, baseline_S: ArrayLike) -> float | None:
     """Return the mean paired difference divided by the pooled seed SD, sqrt((s_arm^2 + s_baseline^2) / 2).
 
-    It says how the difference compares with the change of a seed; the sign is that of arm - baseline.
+    It relates the difference to the effect of another seed; the sign is that of arm - baseline.
     None below three seeds, and when seeds change neither arm although the arms differ.
     """
-    a_S, b_S = _checked(arm_S), _checked(baseline_S)
+    a_S, b_S = _as_values(arm_S), _as_values(baseline_S)
     if a_S.size < MIN_SEEDS:
         return None
     mean = float((a_S - b_S).mean())
@@ -122,41 +130,40 @@ def effect_in_seed_sd(arm_S: ArrayLike, baseline_S: ArrayLike) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class SpreadEstimate:
-    """The SD of paired differences as several arms together say it; `df`: degrees of freedom that it rests on."""
+    """The SD of paired differences, estimated from several arms with `df` degrees of freedom."""
 
     sd: float
     df: float
 
 
 def pooled_spread(arm_AS: ArrayLike, baseline_S: ArrayLike) -> SpreadEstimate | None:
-    """Estimate the SD of arm minus baseline from all arms, which are taken to vary alike; None where it is zero.
+    """Estimate the SD of arm minus baseline from all arms, assumed to vary alike; None where it is zero.
 
-    The mean variance of the differences d_as is that of their mean over arms, B, which all share with the baseline,
-    plus A, the residual of the two-way table arms × seeds. Both are independent, so that Satterthwaite's formula
-    (Biometrics Bulletin 2, 1946) gives the degrees of freedom. The residual of a table that holds the baseline as an
-    arm like the others would be smaller than the truth wherever the other arms are paired with each other and not
-    with the baseline, as sparse arms are that share initial weights with no dense network.
+    The estimate is B + A. B is the variance over seeds of the mean difference, which all arms share with the baseline;
+    A is the residual variance of the two-way table arms × seeds. They are independent, so Satterthwaite's formula
+    (Biometrics Bulletin 2, 1946) gives the degrees of freedom. A table with the baseline as one more arm would
+    underestimate the SD wherever the other arms are correlated with each other but not with the baseline, as sparse
+    arms with shared initial weights are.
     """
-    difference_AS = np.asarray(arm_AS, dtype=np.float64) - _checked(baseline_S)
+    difference_AS = np.asarray(arm_AS, dtype=np.float64) - _as_values(baseline_S)
     num_arms, num_seeds = difference_AS.shape
     deviation_AS = difference_AS - difference_AS.mean(1, keepdims=True)
     shared_S = deviation_AS.mean(0)
-    df_shared, df_own = num_seeds - 1, (num_arms - 1) * (num_seeds - 1)
+    df_shared, df_residual = num_seeds - 1, (num_arms - 1) * (num_seeds - 1)
     shared = float((shared_S**2).sum()) / df_shared
-    own = float(((deviation_AS - shared_S) ** 2).sum()) / (num_arms * df_shared)
-    if shared + own == 0:
+    residual = float(((deviation_AS - shared_S) ** 2).sum()) / (num_arms * df_shared)
+    if shared + residual == 0:
         return None
-    df = (shared + own) ** 2 / (shared**2 / df_shared + (own**2 / df_own if df_own else 0.0))
-    return SpreadEstimate(sd=sqrt(shared + own), df=df)
+    df = (shared + residual) ** 2 / (shared**2 / df_shared + (residual**2 / df_residual if df_residual else 0.0))
+    return SpreadEstimate(sd=sqrt(shared + residual), df=df)
 
 
 def smallest_detectable(sd: float | None, num_seeds: int, num_comparisons: int, sd_df: float = inf) -> float | None:
-    """Return the true difference that would be shown in 80 % of repeats, in the unit of `sd`.
+    """Return the true difference that 80 % of repeated experiments would show, in the unit of `sd`.
 
-    `sd` is the SD of the paired differences, estimated with `sd_df` degrees of freedom: the difference is so much
-    larger than with a known SD (inf) that the power is 80 % on average over the estimates. The test is the paired t at
-    Holm's strictest level, 0.05 divided by the number of comparisons. None below three seeds and where the SD is
-    unknown or zero.
+    `sd` is the SD of the paired differences, estimated with `sd_df` degrees of freedom (inf: known): the power is
+    80 % on average over the estimates. The test is the paired t-test at Holm's strictest level, 0.05 divided by the
+    number of comparisons. None below three seeds and where the SD is unknown or zero.
     """
     if sd is None or sd == 0 or num_seeds < MIN_SEEDS:
         return None
@@ -166,7 +173,7 @@ def smallest_detectable(sd: float | None, num_seeds: int, num_comparisons: int, 
 @lru_cache(maxsize=256)
 def _detectable_sds(num_seeds: int, alpha: float, sd_df: float) -> float:
     """Return the smallest detectable difference in units of an SD estimated with `sd_df` degrees of freedom."""
-    estimate_Q = np.ones(1)  # over the true SD
+    estimate_Q = np.ones(1)  # estimate over the true SD
     if isfinite(sd_df):
         estimate_Q = np.sqrt(stats.chi2.ppf((np.arange(NUM_QUANTILES) + 0.5) / NUM_QUANTILES, sd_df) / sd_df)
 
@@ -182,8 +189,8 @@ def _detectable_sds(num_seeds: int, alpha: float, sd_df: float) -> float:
 def t_power(effect: float, num_seeds: int, alpha: float) -> float:
     """Return the power of the two-sided paired t-test for a true difference of `effect` SDs of the pairs.
 
-    The library routines (scipy.stats.nct, statsmodels TTestPower) answer NaN or silently stop short of the
-    asked power at 3 to 5 seeds and strict levels. This sums P(reject | s) over the sampled SD s instead.
+    scipy.stats.nct and statsmodels' TTestPower return NaN or too small a power at 3 to 5 seeds and strict levels.
+    This integrates P(reject | s) over the sampled SD s instead.
     """
     return float(_powers(np.array([effect]), num_seeds, alpha)[0])
 
@@ -204,20 +211,20 @@ def _sampled_sds() -> tuple[Values, Values]:
     return 4 * (node_Q + 1), 4 * weight_Q
 
 
-def _checked(values_S: ArrayLike) -> Values:
+def _as_values(values_S: ArrayLike) -> Values:
     x_S = np.asarray(values_S, dtype=np.float64)
     if x_S.ndim != 1 or x_S.size == 0:
         raise ValueError(f"one value per seed is needed, given an array of shape {x_S.shape}")
     if not np.isfinite(x_S).all():
         bad = [float(x) for x in x_S if not isfinite(x)]
-        raise ValueError(f"a diverged run has no place in a mean: {bad[0]} among {x_S.size} values")
+        raise ValueError(f"a mean over seeds needs finite values: {bad[0]} among {x_S.size}")
     return x_S
 
 
-def _constant(x_S: Values, scale: float) -> bool:
-    """Say whether the values differ by nothing but the rounding of numbers of this scale."""
+def _is_constant(x_S: Values, scale: float) -> bool:
+    """Return whether the values are equal up to the rounding of numbers of this scale."""
     return bool(np.ptp(x_S) <= 64 * np.finfo(np.float64).eps * scale)
 
 
 def _variance(x_S: Values) -> float:
-    return 0.0 if _constant(x_S, float(np.abs(x_S).max())) else float(x_S.var(ddof=1))
+    return 0.0 if _is_constant(x_S, float(np.abs(x_S).max())) else float(x_S.var(ddof=1))

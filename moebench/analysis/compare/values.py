@@ -1,4 +1,4 @@
-"""The values of a comparison: what each arm did, how it differs from the baseline, and what is missing."""
+"""The values of a comparison: a summary of each arm, its difference to the baseline, the cells without a result."""
 
 from dataclasses import asdict, dataclass
 from statistics import fmean
@@ -14,26 +14,30 @@ Split = Literal["test", "validation"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Metric:
-    """What arms are compared by, and on which split: settings are chosen on validation, what is claimed is of test."""
+class ComparisonMetric:
+    """The metric and the split that arms are compared by.
+
+    Settings are chosen on the validation split, claims are made on the test split.
+    """
 
     name: str
     lower_is_better: bool
     split: Split = "test"
 
 
-BITS_PER_BYTE = Metric(name="bits_per_byte", lower_is_better=True)
+BITS_PER_BYTE = ComparisonMetric(name="bits_per_byte", lower_is_better=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LostCell:
-    """An expected cell without a usable result, and why."""
+    """An expected cell without a usable result, with the reason."""
 
     arm: str
     seed: int
     id: str
     reason: str
-    diverged: bool  # not finite in training or evaluation: an outcome of the arm, where another failure is none
+    diverged: bool
+    """Not finite in training or evaluation: an outcome of the arm, which other failures are not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,38 +47,44 @@ class ArmSummary:
     arm: str
     seeds: tuple[int, ...]
     num_failed: int
-    num_diverged: int  # of those that failed
+    num_diverged: int
+    """Counted in `num_failed` too."""
     num_missing: int
     mean: float | None
     interval: st.Interval | None
-    values: dict[int, float]  # seed -> final metric
-    outside: dict[int, float]  # seed -> the same metric over the domains held out of training; empty: none are
+    values: dict[int, float]
+    """Seed -> final metric."""
+    out_of_domain: dict[int, float]
+    """Seed -> the same metric over the domains held out of training; empty if there are none."""
     domains: dict[str, float]
-    load: dict[str, float]  # over the domains of training; what ends in /out_of_domain: over those held out
+    load: dict[str, float]
+    """Over the domains of training; names that end in /out_of_domain: over those held out."""
     tokens_per_s: float | None
-    throughput_share: float | None  # ratio of the medians over common seeds, baseline = 1
+    throughput_share: float | None
+    """Ratio of the medians over common seeds, baseline = 1."""
     cost: dict[str, float]
     flops_vs_baseline: dict[str, float]
-    """Executed FLOPs per token over the baseline's, in "training" and "evaluation"; empty where not known."""
-    parallel: dict[str, float]  # what the processes cost each other; empty for one process
+    """Executed FLOPs per token over the baseline's, in "training" and "evaluation"; empty where unknown."""
+    parallel: dict[str, float]
+    """Cost of communication between processes; empty for one process."""
     marks: tuple[str, ...]
 
     @property
-    def outside_mean(self) -> float | None:
+    def out_of_domain_mean(self) -> float | None:
         """Mean over seeds of the metric out of domain; None where no domain was held out."""
-        return fmean(self.outside.values()) if self.outside else None
+        return fmean(self.out_of_domain.values()) if self.out_of_domain else None
 
     @property
-    def outside_interval(self) -> st.Interval | None:
-        """Its 95 % t interval over seeds."""
-        return st.mean_interval(list(self.outside.values())) if self.outside else None
+    def out_of_domain_interval(self) -> st.Interval | None:
+        """95 % t interval of `out_of_domain_mean` over seeds."""
+        return st.mean_interval(list(self.out_of_domain.values())) if self.out_of_domain else None
 
     @property
-    def known(self) -> dict[str, float]:
-        """Kind of label -> what experts know of it, over the domains of training."""
-        split = {key: key.split("/") for key in self.load}
+    def information(self) -> dict[str, float]:
+        """Kind of label -> I(label; expert) / H(label), over the domains of training."""
+        names = {name: name.split("/") for name in self.load}
         return {
-            parts[1]: self.load[key] for key, parts in split.items() if parts[0] == "information" and len(parts) == 2
+            parts[1]: self.load[name] for name, parts in names.items() if parts[0] == "information" and len(parts) == 2
         }
 
     @property
@@ -84,7 +94,7 @@ class ArmSummary:
 
     @property
     def num_planned(self) -> int:
-        """Number of seeds that the grid has."""
+        """Number of seeds in the grid."""
         return self.num_done + self.num_failed + self.num_missing
 
 
@@ -115,7 +125,7 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What a grid of runs says about its arms; works on a half-finished grid."""
+    """The arms of a grid of runs, compared; the grid may be half finished."""
 
     metric: str
     lower_is_better: bool
@@ -132,28 +142,27 @@ class Comparison:
         """Size of the family that Holm corrects for."""
         return sum(difference.p is not None for difference in self.differences)
 
-    def outside_difference(self, arm: ArmSummary) -> st.PairedDifference | None:
+    def out_of_domain_difference(self, arm: ArmSummary) -> st.PairedDifference | None:
         """Return the arm minus the baseline out of domain over common seeds; None for the baseline, or without any."""
-        theirs = next(other.outside for other in self.arms if other.arm == self.baseline)
-        seeds = [seed for seed in arm.outside if seed in theirs]
+        baseline = next(other.out_of_domain for other in self.arms if other.arm == self.baseline)
+        seeds = [seed for seed in arm.out_of_domain if seed in baseline]
         if arm.arm == self.baseline or not seeds:
             return None
-        return st.paired_difference([arm.outside[seed] for seed in seeds], [theirs[seed] for seed in seeds])
+        return st.paired_difference([arm.out_of_domain[seed] for seed in seeds], [baseline[seed] for seed in seeds])
 
     def find_difference(self, arm: str) -> Difference | None:
-        """Return the difference of an arm to the baseline, None for the baseline itself."""
+        """Return the difference of an arm to the baseline; None for the baseline itself."""
         return next((difference for difference in self.differences if difference.arm == arm), None)
 
     def describe_verdict(self, arm: str) -> str:
         """Return the verdict on an arm as tables and figures show it: with the number of seeds that diverged."""
-        diverged = {summary.arm: _diverged(summary) for summary in self.arms}
-        own, of_baseline = diverged.get(arm, ""), diverged.get(self.baseline, "")
+        diverged = {summary.arm: _describe_divergence(summary) for summary in self.arms}
+        arm_diverged = diverged.get(arm, "")
         difference = self.find_difference(arm)
-        if difference is None:
-            return f"baseline, {own}" if own else "baseline"
-        if difference.verdict != "diverged":
-            return f"{difference.verdict}, {own}" if own and difference.verdict == "not matched" else difference.verdict
-        return own or f"baseline: {of_baseline}"
+        verdict = "baseline" if difference is None else difference.verdict
+        if verdict == "diverged":
+            return arm_diverged or f"baseline: {diverged.get(self.baseline, '')}"
+        return f"{verdict}, {arm_diverged}" if arm_diverged and verdict in ("baseline", "not matched") else verdict
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready values; the quality of an arm stands under the name of the metric."""
@@ -173,7 +182,7 @@ class Comparison:
         difference = self.find_difference(arm.arm)
         return {
             self.metric: _quality_dict(arm.mean, arm.interval, arm.values),
-            OUT_OF_DOMAIN: self._outside_dict(arm) if arm.outside else None,
+            OUT_OF_DOMAIN: self._out_of_domain_dict(arm) if arm.out_of_domain else None,
             "difference": _difference_dict(difference) if difference else None,
             "load": arm.load,
             "throughput": {"tokens_per_s": arm.tokens_per_s, "share_of_baseline": arm.throughput_share},
@@ -190,14 +199,15 @@ class Comparison:
             },
         }
 
-    def _outside_dict(self, arm: ArmSummary) -> dict[str, Any]:
-        pair = self.outside_difference(arm)
+    def _out_of_domain_dict(self, arm: ArmSummary) -> dict[str, Any]:
+        pair = self.out_of_domain_difference(arm)
         interval = list(pair.interval) if pair and pair.interval else None
         difference = {"mean": pair.mean, "interval": interval} if pair else None
-        return _quality_dict(arm.outside_mean, arm.outside_interval, arm.outside) | {"difference": difference}
+        quality = _quality_dict(arm.out_of_domain_mean, arm.out_of_domain_interval, arm.out_of_domain)
+        return quality | {"difference": difference}
 
 
-def _diverged(arm: ArmSummary) -> str:
+def _describe_divergence(arm: ArmSummary) -> str:
     return f"{arm.num_diverged} of {arm.num_planned} diverged" if arm.num_diverged else ""
 
 

@@ -1,4 +1,4 @@
-"""What the experts of one finished run specialise in, for reading: its tables of labels and experts."""
+"""The specialisation of the experts of one finished run: its tables of labels and experts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from moebench.analysis.specialisation.figures import telling_labels
+from moebench.analysis.specialisation.figures import informative_labels
 from moebench.errors import UsageError, unknown
 from moebench.routing.metrics import label_parts
 from moebench.runs.folder import RunFolder
 from moebench.training.label_tables import LabelTable, read_label_tables
 
-MOST_EXPERTS = 3
+NUM_EXPERTS = 3
 """Experts named for each label."""
 
 
@@ -32,7 +32,7 @@ class LabelReport:
 
 
 def read_label_report(results: Path, run: str, kind: str | None = None) -> LabelReport:
-    """Return what a run left, of all kinds of labels or of one; raise UsageError for an unknown run or kind."""
+    """Return the tables of a run, of all kinds of labels or of one; raise UsageError for an unknown run or kind."""
     folder = find_run(results, run)
     cell, tables = folder.read_cell(), read_label_tables(folder.labels)
     if kind is not None:
@@ -43,44 +43,44 @@ def read_label_report(results: Path, run: str, kind: str | None = None) -> Label
 
 
 def find_run(results: Path, run: str) -> RunFolder:
-    """Return the folder of the run whose id begins with `run`; raise UsageError unless it is exactly one."""
+    """Return the folder of the run whose id begins with `run`; raise UsageError unless exactly one does."""
     ids = [path.parent.name for path in sorted((results / "runs").glob("*/cell.json"))]
     if not ids:
-        raise UsageError(f"{results}: holds no run (moebench run makes them; --results, MOEBENCH_RESULTS)")
-    found = [run_id for run_id in ids if run and run_id.startswith(run)]
-    if len(found) > 1:
-        raise UsageError(f"run: '{run}' begins {len(found)} ids ({', '.join(found)}); give more of it")
-    if not found:
+        raise UsageError(f"{results}: has no runs (moebench run makes them; --results, MOEBENCH_RESULTS)")
+    matching = [run_id for run_id in ids if run and run_id.startswith(run)]
+    if len(matching) > 1:
+        raise UsageError(f"run: '{run}' begins {len(matching)} ids ({', '.join(matching)}); give a longer prefix")
+    if not matching:
         raise unknown("run", run, ids)
-    return RunFolder.of(results, found[0])
+    return RunFolder.of(results, matching[0])
 
 
 def find_best_layer(table: LabelTable) -> str:
-    """Return the layer whose experts know most of the label."""
+    """Return the layer whose experts have the most information about the label."""
     return max(table.information, key=table.information.__getitem__)
 
 
 def build_label_rows(table: LabelTable, layer: str) -> list[tuple[str, str, str, str]]:
-    """Return for each label its name, its share of all assignments and of the information, and who takes it most.
+    """Return for each label its name, its shares of all assignments and of the information, and its main experts.
 
-    The labels are those of which the layer knows most; the last row is all tokens, to compare with.
+    The labels are the most informative ones of the layer; the last row, for comparison, is over all tokens.
     """
     table_YE = table.layers[layer]
-    part_Y, total = label_parts(table_YE), float(table_YE.sum())
-    information = max(float(part_Y.sum()), 1e-300)
+    information_Y, total = label_parts(table_YE), float(table_YE.sum())
+    information = max(float(information_Y.sum()), 1e-300)
     rows = [
         (
             table.values[label],
             f"{100 * float(table_YE[label].sum()) / total:.1f} %",
-            f"{100 * float(part_Y[label]) / information:.1f} %",
-            _busiest(table_YE[label]),
+            f"{100 * float(information_Y[label]) / information:.1f} %",
+            _format_main_experts(table_YE[label]),
         )
-        for label in telling_labels([table_YE])
+        for label in informative_labels([table_YE])
     ]
-    return [*rows, ("all", "100.0 %", "100.0 %", _busiest(table_YE.sum(0)))]
+    return [*rows, ("all", "100.0 %", "100.0 %", _format_main_experts(table_YE.sum(0)))]
 
 
-def _busiest(load_E: Tensor) -> str:
-    experts = load_E.argsort(descending=True, stable=True)[:MOST_EXPERTS].tolist()
-    taken = [(expert, 100 * float(load_E[expert] / load_E.sum())) for expert in experts]
-    return ", ".join(f"{expert}: {share:.0f} %" for expert, share in taken if share > 0)
+def _format_main_experts(load_E: Tensor) -> str:
+    experts = load_E.argsort(descending=True, stable=True)[:NUM_EXPERTS].tolist()
+    shares = [(expert, 100 * float(load_E[expert] / load_E.sum())) for expert in experts]
+    return ", ".join(f"{expert}: {share:.0f} %" for expert, share in shares if share > 0)

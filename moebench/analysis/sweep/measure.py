@@ -1,4 +1,4 @@
-"""What a setting does to trained models: each finished run, evaluated again for each of its values."""
+"""Trained models under another setting: each finished run, evaluated again for each of the setting's values."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,19 +22,20 @@ from moebench.training.model import model_cost, prepare_task
 from moebench.training.train import select_device
 from moebench.training.trained_model import apply_evaluation_settings, check_same_parameters, load_trained_model
 
-SHOWN_LOAD = ("load/drop_rate", "load/unserved")
+LOAD_METRICS = ("load/drop_rate", "load/unserved")
+"""Measured beside the quality."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A configuration key and the values that it takes."""
+    """A configuration key and the values to evaluate."""
 
     key: str
     values: tuple[str, ...]
 
     @classmethod
     def parse(cls, text: str, option: str) -> "Setting":
-        """Read KEY=v1,v2,...; raise UsageError for another form."""
+        """Parse KEY=v1,v2,...; raise UsageError for another form."""
         key, separator, rest = text.partition("=")
         values = tuple(value.strip() for value in rest.split(","))
         if not separator or not key or not all(values):
@@ -46,18 +47,18 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One arm at one value, over its seeds."""
+    """One arm at one value of the setting, over its seeds."""
 
     arm: str
     by: str | None
-    """Value of the second key; None without one, or for arms that do not have it."""
+    """Value of the second setting; None without one, or for arms that do not have it."""
     value: str
     quality: Mapping[int, float]
     """Seed -> metric."""
     load: Mapping[str, float]
     """Means over the seeds."""
     relative_flops: float
-    """Forward FLOPs over those of the same arm as it was trained, dropless: lost assignments cost nothing."""
+    """Forward FLOPs over those of the same arm as trained, dropless: dropped assignments cost nothing."""
 
     @property
     def mean(self) -> float:
@@ -85,7 +86,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class SettingCurve:
-    """The points of all arms, and what is missing."""
+    """The points of all arms, with a note for each arm or cell that is left out."""
 
     title: str
     metric: str
@@ -95,15 +96,15 @@ class SettingCurve:
     points: tuple[Point, ...]
     notes: tuple[str, ...]
 
-    def lines(self) -> dict[str, list[Point]]:
-        """Return the points of each line of the figure, by its name."""
-        several = len({point.arm for point in self.points}) > 1
-        found: dict[str, list[Point]] = {}
+    def group_by_line(self) -> dict[str, list[Point]]:
+        """Return line of the figure -> its points."""
+        has_several_arms = len({point.arm for point in self.points}) > 1
+        lines: dict[str, list[Point]] = {}
         for point in self.points:
             by = f"{self.by.key.split('.')[-1]}={point.by}" if self.by and point.by is not None else ""
-            names = (point.arm if several or not by else "", by)
-            found.setdefault(", ".join(name for name in names if name), []).append(point)
-        return found
+            names = (point.arm if has_several_arms or not by else "", by)
+            lines.setdefault(", ".join(name for name in names if name), []).append(point)
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""
@@ -122,16 +123,16 @@ def measure(
     results: Path,
     vary: Setting,
     by: Setting | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    report_progress: Callable[[str], None] = lambda line: None,
 ) -> SettingCurve:
-    """Evaluate the last checkpoint of each finished cell on the test split under each value; nothing is trained.
+    """Evaluate the last checkpoint of each finished cell on the test split under each value, without training.
 
-    Raises UsageError, before anything is evaluated, for a key that no arm has or that changes parameters, and when no
-    cell is finished.
+    Raises UsageError before the first evaluation for a key that no arm has or that changes parameters, and when no cell
+    is finished.
     """
     facts = TASKS.get(experiment.cells[0].config.task.name).facts
-    plans, notes = _plans(experiment, results, vary, by)
-    points = [point for plan in plans for point in _points(plan, results, vary, by, facts.metric, say)]
+    plans, notes = _plan_arms(experiment, results, vary, by)
+    points = [point for plan in plans for point in _measure_arm(plan, results, vary, by, facts.metric, report_progress)]
     return SettingCurve(
         title=experiment.question or experiment.name,
         metric=facts.metric,
@@ -144,78 +145,87 @@ def measure(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """What is to be done for one arm."""
+class _ArmPlan:
+    """The evaluations of one arm."""
 
     arm: str
     cells: Sequence[Cell]
     by_values: tuple[str | None, ...]
 
 
-def _plans(experiment: Experiment, results: Path, vary: Setting, by: Setting | None) -> tuple[list[_Plan], list[str]]:
-    """Return what each arm with finished cells is evaluated for, and what a reader should know is missing."""
+def _plan_arms(
+    experiment: Experiment, results: Path, vary: Setting, by: Setting | None
+) -> tuple[list[_ArmPlan], list[str]]:
+    """Return a plan for each arm with finished cells, and notes on what is left out."""
     arms = {arm: [cell for cell in experiment.cells if cell.arm == arm] for arm in experiment.arms}
-    with_key = {arm: cells for arm, cells in arms.items() if _has(cells[0].config, vary.key)}
+    with_key = {arm: cells for arm, cells in arms.items() if _has_key(cells[0].config, vary.key)}
     notes = [f"{arm}: has no experts, or no {vary.key}" for arm in arms if arm not in with_key]
     plans = []
     for arm, cells in (with_key or arms).items():
-        by_values = by.values if by and (_has(cells[0].config, by.key) or len(with_key) == 1) else (None,)
-        _check(cells[0], results, vary, by, by_values)
+        by_values = by.values if by and (_has_key(cells[0].config, by.key) or len(with_key) == 1) else (None,)
+        _check_parameters(cells[0], results, vary, by, by_values)
         done = [cell for cell in cells if RunFolder.of(results, cell.id).state() == "done"]
         if len(done) < len(cells):
             notes.append(f"{arm}: {len(done)} of {len(cells)} cells are done; the others are left out")
         if done:
-            plans.append(_Plan(arm=arm, cells=done, by_values=by_values))
+            plans.append(_ArmPlan(arm=arm, cells=done, by_values=by_values))
     if not plans:
         raise UsageError(f"{results}: no cell of '{experiment.name}' is done there (moebench run makes them)")
     return plans, notes
 
 
-def _has(config: CellConfig, key: str) -> bool:
+def _has_key(config: CellConfig, key: str) -> bool:
     section, _, option = key.partition(".")
     has_experts = not ROUTERS.get(config.router.name).item.form.is_dense
     return has_experts and section in ("layout", "router") and hasattr(getattr(config, section), option.split(".")[0])
 
 
-def _check(cell: Cell, results: Path, vary: Setting, by: Setting | None, by_values: Sequence[str | None]) -> None:
+def _check_parameters(
+    cell: Cell, results: Path, vary: Setting, by: Setting | None, by_values: Sequence[str | None]
+) -> None:
     task = prepare_task(cell.config, results)
     for by_value in by_values:
         for value in vary.values:
-            assignments = _assignments(vary, value, by, by_value)
+            assignments = _overrides(vary, value, by, by_value)
             config = apply_evaluation_settings(cell.config, assignments)
             check_same_parameters(config, cell.config, task, ", ".join(assignments))
 
 
-def _assignments(vary: Setting, value: str, by: Setting | None, by_value: str | None) -> list[str]:
+def _overrides(vary: Setting, value: str, by: Setting | None, by_value: str | None) -> list[str]:
     second = [f"{by.key}={by_value}"] if by is not None and by_value is not None else []
     return [f"{vary.key}={value}", *second]
 
 
-def _points(
-    plan: _Plan, results: Path, vary: Setting, by: Setting | None, metric: str, say: Callable[[str], None]
+def _measure_arm(
+    plan: _ArmPlan,
+    results: Path,
+    vary: Setting,
+    by: Setting | None,
+    metric: str,
+    report_progress: Callable[[str], None],
 ) -> list[Point]:
-    found = []
+    points = []
     task = prepare_task(plan.cells[0].config, results)
     for by_value in plan.by_values:
         for value in vary.values:
-            assignments = _assignments(vary, value, by, by_value)
-            runs = {cell.seed: _evaluated(cell, task, results, assignments) for cell in plan.cells}
-            shown = [name for name in SHOWN_LOAD if all(name in metrics for metrics, _ in runs.values())]
+            assignments = _overrides(vary, value, by, by_value)
+            runs = {cell.seed: _evaluate_run(cell, task, results, assignments) for cell in plan.cells}
+            measured = [name for name in LOAD_METRICS if all(name in metrics for metrics, _ in runs.values())]
             point = Point(
                 arm=plan.arm,
                 by=by_value,
                 value=value,
                 quality={seed: metrics[metric] for seed, (metrics, _) in runs.items()},
-                load={name: fmean(metrics[name] for metrics, _ in runs.values()) for name in shown},
+                load={name: fmean(metrics[name] for metrics, _ in runs.values()) for name in measured},
                 relative_flops=fmean(flops for _, flops in runs.values()),
             )
-            say(f"{plan.arm}: {', '.join(assignments)}: {metric} {point.mean:.4f}")
-            found.append(point)
-    return found
+            report_progress(f"{plan.arm}: {', '.join(assignments)}: {metric} {point.mean:.4f}")
+            points.append(point)
+    return points
 
 
-def _evaluated(cell: Cell, task: Task, results: Path, assignments: list[str]) -> tuple[dict[str, float], float]:
-    """Return the metrics of a run under other settings, and its FLOPs over those that it was trained with."""
+def _evaluate_run(cell: Cell, task: Task, results: Path, assignments: list[str]) -> tuple[dict[str, float], float]:
+    """Return the metrics of a run under other settings, and its FLOPs over those of the run as trained."""
     folder = RunFolder.of(results, cell.id)
     train = cell.config.train
     torch.set_num_threads(train.threads)

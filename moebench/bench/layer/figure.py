@@ -11,53 +11,53 @@ from moebench.bench.layer.measure import Benchmark
 from moebench.bench.layer.plain import NAME as PLAIN
 from moebench.bench.layer.row import Line, Row
 from moebench.bench.layer.variants import DENSE, OURS
-from moebench.reporting.canvas import GREY, PALETTE, sheet
+from moebench.reporting.canvas import GREY, PALETTE, new_figure
 
-OWN, OTHERS = PALETTE[1], PALETTE[2]
+OURS_COLOR, PEER_COLOR = PALETTE[1], PALETTE[2]
 TICKS = (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 COLUMNS = 2
 
 
 def draw_figure(bench: Benchmark, path: Path) -> Path:
-    """Draw the ratios of all rows; what is only estimated is written, not drawn."""
+    """Draw the measured ratios of all rows, without estimates."""
     rows = bench.rows
     columns = min(COLUMNS, len(rows))
     lines = ceil(len(rows) / columns)
-    heights = [max(_num_dots(row) for row in rows[columns * i : columns * (i + 1)]) for i in range(lines)]
+    heights = [max(len(_measured_lines(row)) for row in rows[columns * i : columns * (i + 1)]) for i in range(lines)]
     height = 1.2 + sum(0.55 + 0.2 * number for number in heights)
-    with sheet(path, "Time over that of a dense layer of equal FLOPs", width=6.2 * columns, height=height) as figure:
+    with new_figure(
+        path, "Time over that of a dense layer of equal FLOPs", width=6.2 * columns, height=height
+    ) as figure:
         panels = figure.subplots(lines, columns, squeeze=False, height_ratios=[2.5 + n for n in heights]).ravel()
         for ax, row in zip(panels, rows, strict=False):
             _draw_row(ax, row)
         for ax in panels[len(rows) :]:
             ax.remove()
-        words = "filled: forward and backward, with quartiles; open: forward; line: dense layer = 1; left is faster"
-        figure.supxlabel(words, fontsize=9)
+        caption = "filled: forward and backward, with quartiles; open: forward; line: dense layer = 1; left is faster"
+        figure.supxlabel(caption, fontsize=9)
     return path
 
 
-def _dots(row: Row) -> list[Line]:
+def _measured_lines(row: Row) -> list[Line]:
     return [line for line in row.lines if line.name != DENSE and not line.approximate]
 
 
-def _num_dots(row: Row) -> int:
-    return len(_dots(row))
-
-
 def _draw_row(ax: Axes, row: Row) -> None:
-    lines = _dots(row)
-    for place, line in enumerate(lines):
-        color = OWN if line.name.startswith(OURS) else GREY if line.name == PLAIN else OTHERS
-        ax.plot([line.train.low, line.train.high], [place, place], color=color, linewidth=2.2, solid_capstyle="round")
-        ax.plot(line.forward.median, place, "o", color=color, markersize=5, markerfacecolor="white")
-        ax.plot(line.train.median, place, "o", color=color, markersize=6)
+    lines = _measured_lines(row)
+    for position, line in enumerate(lines):
+        color = OURS_COLOR if line.name.startswith(OURS) else GREY if line.name == PLAIN else PEER_COLOR
+        ax.plot(
+            [line.train.low, line.train.high], [position, position], color=color, linewidth=2.2, solid_capstyle="round"
+        )
+        ax.plot(line.forward.median, position, "o", color=color, markersize=5, markerfacecolor="white")
+        ax.plot(line.train.median, position, "o", color=color, markersize=6)
     values = [value for line in lines for value in (line.forward.median, line.train.low, line.train.high)]
-    as_ratios(ax, [_label(line) for line in lines], values)
-    ax.set_title(_title(row), loc="left", fontsize=8)
+    format_ratio_axis(ax, [_format_label(line) for line in lines], values)
+    ax.set_title(_format_title(row), loc="left", fontsize=8)
 
 
-def as_ratios(ax: Axes, labels: Sequence[str], values: Sequence[float]) -> None:
-    """Make the axis of ratios logarithmic around 1, with a label for each line of dots."""
+def format_ratio_axis(ax: Axes, labels: Sequence[str], values: Sequence[float]) -> None:
+    """Format a logarithmic axis of ratios with a line at 1 and a label for each row of dots."""
     ax.axvline(1.0, color="black", linewidth=1.0, linestyle="--", zorder=1)
     ax.set_yticks(range(len(labels)), labels, fontsize=8)
     ax.set_ylim(len(labels) - 0.4, -0.6)  # the first on top
@@ -71,10 +71,10 @@ def as_ratios(ax: Axes, labels: Sequence[str], values: Sequence[float]) -> None:
     ax.tick_params(axis="y", length=0)
 
 
-def _label(line: Line) -> str:
+def _format_label(line: Line) -> str:
     return f"{line.name} (drops {100 * line.dropped:.1f} %)" if line.dropped > 0 else line.name
 
 
-def _title(row: Row) -> str:
-    busy = row.busy or not row.certified
-    return f"{row.problem.shape.sizes}, {row.problem.load}" + (" (BUSY MACHINE)" if busy else "")
+def _format_title(row: Row) -> str:
+    is_marked = row.is_busy or not row.is_certified
+    return f"{row.problem.shape.sizes}, {row.problem.load}" + (" (BUSY MACHINE)" if is_marked else "")

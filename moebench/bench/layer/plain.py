@@ -1,4 +1,4 @@
-"""The plain way with today's torch: sort, gather, two grouped products, weighted index_add, all left to autograd."""
+"""The plain layer with torch's grouped_mm: sort, gather, two grouped products, weighted index_add, autograd."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ NAME = "plain grouped_mm"
 
 
 class PlainGroupedMM(nn.Module):
-    """A softmax top-k layer as one would write it: the reference for memory where no other library is installed."""
+    """A softmax top-k layer in plain torch: the reference for memory where no other library is installed."""
 
     def __init__(self, gate_ED: Tensor, w_in_EDF: Tensor, w_out_EFD: Tensor, top_k: int, activation: str) -> None:
         super().__init__()
@@ -36,12 +36,12 @@ class PlainGroupedMM(nn.Module):
         return torch.zeros_like(x_TD).index_add_(0, token_R, weighted_RD)
 
 
-def plain_grouped_mm(problem: Problem) -> Candidate | Skipped:
+def build_plain_layer(problem: Problem) -> Candidate | Skipped:
     """Return the plain layer with the row's weights."""
     bank, size = problem.bank, problem.x_TD.element_size()
     widths = (problem.shape.d_model, *bank.w_in_EDF.shape[2:], problem.shape.hidden)
     if any(width * size % 16 for width in widths):
-        return Skipped(name=NAME, reason="grouped_mm wants rows that are multiples of 16 bytes")
+        return Skipped(name=NAME, reason="grouped_mm needs rows of a multiple of 16 bytes")
     module = PlainGroupedMM(
         problem.gate_ED, bank.w_in_EDF.detach(), bank.w_out_EFD.detach(), problem.shape.top_k, problem.shape.activation
     )

@@ -1,4 +1,4 @@
-"""One row of the layer benchmark as a problem that every library is given: the same weights and the same input."""
+"""The problem of one row of the layer benchmark: the same weights and the same input for every library."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,9 +18,9 @@ from moebench.routing.router import ROUTERS, Router, RouterBuildContext
 from moebench.seeds import make_generator
 
 SEQUENCE = 256
-"""Tokens per sequence for libraries that route each sequence by itself, where it divides the tokens."""
-AGREE_WITHIN = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-"""Largest difference of two outputs of the same formula, as a share of the largest output."""
+"""Tokens per sequence for libraries that route each sequence separately, where it divides the tokens."""
+MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+"""Allowed difference of two outputs of the same formula, as a share of the largest output."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,7 +33,7 @@ class Problem:
     device: torch.device
     dtype: torch.dtype
     dense: FeedForward
-    """The twin of equal active FLOPs: width k·hidden."""
+    """Dense network of equal active FLOPs: width k·hidden."""
     layer: MoELayer
     """moebench's own layer, dropless; the other libraries copy its weights."""
     x_TD: Tensor
@@ -52,7 +52,7 @@ class Problem:
         return self.layer.bank
 
     @property
-    def gated(self) -> bool:
+    def is_gated(self) -> bool:
         """Whether the activation has a second input projection."""
         return GATED[self.shape.activation]
 
@@ -62,8 +62,8 @@ class Problem:
         tokens = self.shape.num_tokens
         return SEQUENCE if tokens % SEQUENCE == 0 else tokens
 
-    def settle(self, module: nn.Module) -> nn.Module:
-        """Return another library's module with this row's device and precision."""
+    def place_module(self, module: nn.Module) -> nn.Module:
+        """Move another library's module to this row's device and precision."""
         return module.to(device=self.device, dtype=self.dtype)
 
 
@@ -78,13 +78,13 @@ class Candidate:
     note: str = ""
     agrees_with: str | None = "moebench"
     """Whose output it must equal; None where the formula differs or other assignments are dropped."""
-    dropped: Callable[[], float] = field(default=lambda: 0.0)
-    """Share of the assignments that it does not compute on this input, in training mode."""
+    measure_dropped: Callable[[], float] = field(default=lambda: 0.0)
+    """Return the share of assignments that it does not compute on this input, in training mode."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """A variant or library that is not measured, and why."""
+    """A variant or library that is not measured, with the reason."""
 
     name: str
     reason: str
@@ -93,7 +93,7 @@ class Skipped:
 def make_problem(
     shape: Shape, load: str, *, seed: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Problem:
-    """Draw the weights and the input of a row."""
+    """Return the problem of a row, with weights and input drawn from the seed."""
     parts = nn.ModuleDict(
         {
             "dense": FeedForward(shape.d_model, shape.top_k * shape.hidden, shape.activation),

@@ -1,4 +1,4 @@
-"""The shapes that are measured: presets by name, and one's own as T,d,hidden,E,k,activation."""
+"""Shapes to measure: presets by name, and shapes of the command line as T,d,hidden,E,k,activation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _FORM = "T,d,hidden,E,k,activation"
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The sizes of one layer and its batch."""
+    """The sizes of a layer and its batch."""
 
     name: str
     num_tokens: int
@@ -29,7 +29,7 @@ class Shape:
 
     @property
     def num_assignments(self) -> int:
-        """Rows that the experts compute when nothing is dropped: T·k."""
+        """Rows that the experts compute without drops: T·k."""
         return self.num_tokens * self.top_k
 
     @property
@@ -39,7 +39,7 @@ class Shape:
 
     @property
     def sizes(self) -> str:
-        """The sizes in a line."""
+        """All sizes as text."""
         return (
             f"T{self.num_tokens} d{self.d_model} hidden{self.hidden} E{self.num_experts} k{self.top_k}"
             f" {self.activation}"
@@ -80,12 +80,12 @@ GPU_PRESETS = (
 """Measured with --only gpu: hours on a CPU."""
 
 
-def parse(text: str) -> Shape:
-    """Read a shape of one's own; raise UsageError naming the part that is wrong."""
+def parse_shape(text: str) -> Shape:
+    """Parse T,d,hidden,E,k,activation; raise UsageError naming the part that is wrong."""
     parts = [part.strip() for part in text.split(",")]
     if len(parts) != 6:
         raise UsageError(f"--shape {text}: must be six values {_FORM}, got {len(parts)} (try 2048,256,512,16,2,swiglu)")
-    numbers = [_whole(text, key, part) for key, part in zip(_FORM.split(","), parts[:5], strict=False)]
+    numbers = [_parse_size(text, key, part) for key, part in zip(_FORM.split(","), parts[:5], strict=False)]
     activation = parts[5]
     if activation not in GATED:
         raise unknown(f"--shape {text}: activation", activation, GATED)
@@ -94,26 +94,26 @@ def parse(text: str) -> Shape:
     return _preset(text, tuple(numbers), activation, "router")
 
 
-def _whole(text: str, key: str, part: str) -> int:
+def _parse_size(text: str, key: str, part: str) -> int:
     if not part.isdecimal() or int(part) < 1:
         raise UsageError(f"--shape {text}: {key} must be a whole number of at least 1, got '{part}'")
     return int(part)
 
 
-def choose(shapes: Sequence[str], only: Sequence[str]) -> tuple[Shape, ...]:
-    """Return one's own shapes and the presets that are named, all default presets when neither is given."""
+def choose_shapes(shapes: Sequence[str], only: Sequence[str]) -> tuple[Shape, ...]:
+    """Return the given shapes and the named presets, or all default presets when there are neither."""
     named = {shape.name: shape for shape in (*PRESETS, *GPU_PRESETS)}
-    found = [parse(text) for text in shapes]
+    chosen = [parse_shape(text) for text in shapes]
     for name in only:
         if name != "gpu" and name not in named:
             allowed = (*named, "gpu")
             raise UsageError(f"--only: '{name}' is unknown.{nearest(name, allowed)} Allowed: {', '.join(allowed)}")
-        found += GPU_PRESETS if name == "gpu" else [named[name]]
-    return tuple(found) if found else PRESETS
+        chosen += GPU_PRESETS if name == "gpu" else [named[name]]
+    return tuple(chosen) if chosen else PRESETS
 
 
 def check_loads(loads: Sequence[str]) -> tuple[str, ...]:
-    """Return the loads; raise UsageError for one that is unknown."""
+    """Return the loads without repetitions; raise UsageError for an unknown one."""
     for load in loads:
         if load not in LOADS:
             raise unknown("--load", load, LOADS)

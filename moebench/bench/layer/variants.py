@@ -1,4 +1,4 @@
-"""moebench's own layer in its variants, and the dense twin that all ratios refer to."""
+"""moebench's layer in several variants, and the dense twin that all ratios refer to."""
 
 from collections.abc import Callable
 
@@ -17,23 +17,23 @@ from moebench.routing.layer_name import LayerName
 DENSE, OURS, CAPACITY = "dense", "moebench", "moebench capacity 1.25"
 CAPACITY_FACTOR = 1.25
 LOOP_ASSIGNMENTS = 64
-"""The double loop is measured on as many tokens as make this number of assignments, and scaled up."""
+"""Assignments that the double loop is measured on; its time is scaled to all tokens."""
 
 
 def route_context(problem: Problem, num_tokens: int | None = None, *, training: bool = True) -> RouteContext:
-    """Return what a router gets in training: a context with a generator made anew for the step and the layer."""
+    """Return a router's context, with a new generator."""
     tokens = num_tokens or problem.shape.num_tokens
     length = min(problem.sequence_length, tokens)
     return BatchContext(training=training, seed=problem.seed).route(LayerName(), length, problem.device)
 
 
-def dense_twin(problem: Problem) -> Candidate:
-    """Return the ordinary network of equal active FLOPs."""
+def build_dense_twin(problem: Problem) -> Candidate:
+    """Return the dense network of equal active FLOPs."""
     return Candidate(name=DENSE, module=problem.dense, forward=problem.dense, agrees_with=None)
 
 
-def own_variants(problem: Problem) -> list[Candidate | Skipped]:
-    """Return the dropless layer, then what differs from it in one thing."""
+def build_variants(problem: Problem) -> list[Candidate | Skipped]:
+    """Return the dropless layer, then variants that differ from it in one respect."""
     ours = Candidate(name=OURS, module=problem.layer, forward=_forward(problem, problem.layer), agrees_with=None)
     return [ours, _with_capacity(problem), _with_recompute(problem), _in_bf16(problem)]
 
@@ -50,7 +50,7 @@ def _forward(problem: Problem, layer: MoELayer) -> Callable[[Tensor], Tensor]:
 def _with_capacity(problem: Problem) -> Candidate:
     layer = make_layer(problem.shape, problem.bank, problem.layer.router, CAPACITY_FACTOR)
 
-    def dropped() -> float:
+    def measure_dropped() -> float:
         with torch.no_grad():
             _, record = layer(problem.x_TD, route_context(problem))
         return int(record.num_dropped) / problem.shape.num_assignments
@@ -61,7 +61,7 @@ def _with_capacity(problem: Problem) -> Candidate:
         forward=_forward(problem, layer),
         note="earlier tokens keep their slot",
         agrees_with=None,
-        dropped=dropped,
+        measure_dropped=measure_dropped,
     )
 
 
@@ -91,15 +91,15 @@ def _in_bf16(problem: Problem) -> Candidate | Skipped:
 
 
 def has_bf16_units(device: torch.device) -> bool:
-    """Whether bf16 products are faster than fp32 here; without such units they run about 100 times slower."""
+    """Return whether the device has bf16 units; without them bf16 products are about 100 times slower than fp32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
-    questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, name, bool)()) for name in questions)
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, name, bool)()) for name in checks)
 
 
-def router_and_plan(problem: Problem) -> Callable[[Tensor], Tensor]:
-    """Return the part of the layer before the experts: router, and sorting the assignments; gives the weights."""
+def build_router_call(problem: Problem) -> Callable[[Tensor], Tensor]:
+    """Return the part of the layer before the experts, router and dispatch plan, as a function x_TD -> weight_N."""
 
     def forward(x_TD: Tensor) -> Tensor:
         routing = problem.layer.router(x_TD.float(), route_context(problem))
@@ -110,13 +110,13 @@ def router_and_plan(problem: Problem) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def loop_tokens(problem: Problem) -> int:
+def count_loop_tokens(problem: Problem) -> int:
     """Return the number of tokens that the double loop is measured on."""
     return max(1, min(problem.shape.num_tokens, LOOP_ASSIGNMENTS // problem.shape.top_k))
 
 
-def loop_forward(problem: Problem) -> Callable[[Tensor], Tensor]:
-    """Return the slow, obvious form: a Python loop over assignments."""
+def build_loop_call(problem: Problem) -> Callable[[Tensor], Tensor]:
+    """Return the reference implementation, a Python loop over assignments, as a function x_TD -> y_TD."""
 
     def forward(x_TD: Tensor) -> Tensor:
         routing = problem.layer.router(x_TD.float(), route_context(problem, len(x_TD)))

@@ -1,4 +1,4 @@
-"""The parallel benchmark: the same step, of the same global batch, on one process and on meshes of several."""
+"""The parallel benchmark: a step of the same global batch on one process and on meshes of several."""
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moebench.bench.machine import choose_device, prepare
+from moebench.bench.machine import choose_device, prepare_machine
 from moebench.bench.timing import Spread
 from moebench.cores import available_cores
 from moebench.errors import UsageError
@@ -20,21 +20,21 @@ from moebench.runs.result import RunResult
 from moebench.schema import ExperimentConfig
 from moebench.training.model import prepare_task
 
-ALONE, ALL_CORES = "1 process", "1 process, all cores"
+SINGLE, ALL_CORES = "1 process", "1 process, all cores"
 LOG_EVERY = 8
-"""One step in so many is timed exchange by exchange, which slows it; the median step is none of these."""
+"""Steps from one whose exchanges are timed, and slowed down, to the next; the median step is not among them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the command line can choose."""
+    """The options of the command line."""
 
     processes: Sequence[int] = (1, 2, 4)
     widths: Sequence[int] = (128, 512)
-    """Hidden width of one expert, each a model of its own."""
+    """Hidden width of one expert; each is a separate model."""
     experts: int = 8
     batch_size: int = 16
-    """Sequences of 64 tokens per step, of all processes together."""
+    """Sequences of 64 tokens per step over all processes."""
     steps: int = 24
     rounds: int = 3
     device: str = "auto"
@@ -48,18 +48,18 @@ class Settings:
                 raise UsageError(f"--processes {size}: must be at least 1 and divide --experts {self.experts}")
 
     def meshes(self) -> dict[str, dict[str, Any]]:
-        """Return by name what each mesh sets: every way to write its number of processes as data times expert."""
-        found: dict[str, dict[str, Any]] = {ALONE: {}}
+        """Return name -> configuration of each mesh: every factorisation of its processes as data times expert."""
+        meshes: dict[str, dict[str, Any]] = {SINGLE: {}}
         if choose_device(self.device).type == "cpu" and available_cores() > 1:
-            found[ALL_CORES] = {"train": {"threads": available_cores()}}
+            meshes[ALL_CORES] = {"train": {"threads": available_cores()}}
         for size in self.processes:
             for expert in (n for n in range(1, size + 1) if size % n == 0 and size > 1):
                 mesh = {"data": size // expert, "expert": expert}
-                found[f"data {size // expert} x expert {expert}"] = {"parallel": mesh}
-        return found
+                meshes[f"data {size // expert} x expert {expert}"] = {"parallel": mesh}
+        return meshes
 
-    def experiment(self, width: int) -> Experiment:
-        """Return the cells of one expert size, a seed for each round, so that meshes take turns."""
+    def build_experiment(self, width: int) -> Experiment:
+        """Return the cells of one expert width, with a seed for each round, so that meshes take turns."""
         device = choose_device(self.device).type
         base = {
             "task": {"sequence_length": 64, "eval_windows": 1},
@@ -76,7 +76,7 @@ class Settings:
             },
         }
         arms = [{"label": name, **mesh} for name, mesh in self.meshes().items()]
-        config = ExperimentConfig(base=base, grid={"arm": arms}, seeds=list(range(self.rounds)), baseline=ALONE)
+        config = ExperimentConfig(base=base, grid={"arm": arms}, seeds=list(range(self.rounds)), baseline=SINGLE)
         return expand_config(f"bench-parallel-{width}", config, self.overrides)
 
 
@@ -91,32 +91,32 @@ class MeshTimes:
     over_alone: Spread
     """Speed over that of one process in the same round."""
     costs: Mapping[str, float]
-    """What the processes cost each other, mean over rounds; empty for one process."""
+    """Cost of communication, mean over rounds; empty for one process."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """All meshes and what they were measured on."""
+    """All meshes and the machine that they were measured on."""
 
     meshes: tuple[MeshTimes, ...]
     machine: dict[str, Any]
     settings: Settings
 
 
-def measure(settings: Settings, say: Callable[[str], None] = lambda text: None) -> Benchmark:
-    """Train a few steps on every mesh, meshes taking turns; `say` hears a line for each run."""
-    machine = prepare(threads=1, allocator="default", device=choose_device(settings.device))
-    found: list[MeshTimes] = []
+def measure(settings: Settings, report_progress: Callable[[str], None] = lambda text: None) -> Benchmark:
+    """Train a few steps on every mesh, meshes taking turns; call `report_progress` with a line for each run."""
+    machine = prepare_machine(threads=1, allocator="default", device=choose_device(settings.device))
+    meshes: list[MeshTimes] = []
     with tempfile.TemporaryDirectory(prefix="moebench-") as folder:
         for width in settings.widths:
-            experiment = settings.experiment(width)
-            results = _run(experiment, settings, Path(folder), say)
-            found += [_summary(arm, width, results) for arm in experiment.arms]
-    return Benchmark(meshes=tuple(found), machine=machine, settings=settings)
+            experiment = settings.build_experiment(width)
+            results = _run(experiment, settings, Path(folder), report_progress)
+            meshes += [_summarize(arm, width, results) for arm in experiment.arms]
+    return Benchmark(meshes=tuple(meshes), machine=machine, settings=settings)
 
 
 def _run(
-    experiment: Experiment, settings: Settings, folder: Path, say: Callable[[str], None]
+    experiment: Experiment, settings: Settings, folder: Path, report_progress: Callable[[str], None]
 ) -> dict[tuple[str, int], RunResult]:
     """Return the result of every arm and round; raise UsageError with the reason when one fails."""
     open_results(folder)
@@ -126,47 +126,47 @@ def _run(
     cache.symlink_to((settings.results / "cache").absolute()) if not cache.exists() else None
     (settings.results / "cache").mkdir(parents=True, exist_ok=True)
     prepare_task(experiment.cells[0].config, folder)
-    outcomes = Scheduler(folder, experiment.name, 1, Quiet(say), launcher).run(experiment.cells)
-    found = {}
+    outcomes = Scheduler(folder, experiment.name, 1, ProgressLines(report_progress), launcher).run(experiment.cells)
+    results = {}
     for outcome in outcomes:
         result = RunFolder.of(folder, outcome.cell.id).read_result()
         if outcome.status != "done" or result is None:
             raise UsageError(f"{outcome.cell.arm}: {outcome.error}")
-        found[outcome.cell.arm, outcome.cell.seed] = result
-    return found
+        results[outcome.cell.arm, outcome.cell.seed] = result
+    return results
 
 
-def _summary(arm: str, width: int, results: Mapping[tuple[str, int], RunResult]) -> MeshTimes:
-    own = {seed: result.throughput for (name, seed), result in results.items() if name == arm}
-    alone = {seed: result.throughput for (name, seed), result in results.items() if name == ALONE}
-    shared = [{key: x for key, x in values.items() if key.startswith("parallel/")} for values in own.values()]
-    costs = {key.removeprefix("parallel/"): sum(x[key] for x in shared) / len(shared) for key in shared[0]}
+def _summarize(arm: str, width: int, results: Mapping[tuple[str, int], RunResult]) -> MeshTimes:
+    of_arm = {seed: result.throughput for (name, seed), result in results.items() if name == arm}
+    single = {seed: result.throughput for (name, seed), result in results.items() if name == SINGLE}
+    parallel = [{key: x for key, x in values.items() if key.startswith("parallel/")} for values in of_arm.values()]
+    costs = {key.removeprefix("parallel/"): sum(x[key] for x in parallel) / len(parallel) for key in parallel[0]}
     return MeshTimes(
         name=arm,
         width=width,
         processes=int(costs.get("processes", 1)),
-        tokens_per_s=Spread.of([values["tokens_per_s"] for values in own.values()]),
-        over_alone=Spread.of([own[seed]["tokens_per_s"] / alone[seed]["tokens_per_s"] for seed in own]),
+        tokens_per_s=Spread.of([values["tokens_per_s"] for values in of_arm.values()]),
+        over_alone=Spread.of([of_arm[seed]["tokens_per_s"] / single[seed]["tokens_per_s"] for seed in of_arm]),
         costs=costs,
     )
 
 
-class Quiet:
-    """Shows the start of each run and nothing else."""
+class ProgressLines:
+    """A display that reports the start of each run and notes."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self.report = report
 
     def on_start(self, cell: Cell) -> None:
-        """Say which mesh it is."""
-        self.say(f"round {cell.seed + 1}: {cell.arm}, experts of width {cell.config.layout.expert_width}")
+        """Report the mesh of a run."""
+        self.report(f"round {cell.seed + 1}: {cell.arm}, experts of width {cell.config.layout.expert_width}")
 
     def on_progress(self, cell: Cell, message: dict[str, Any]) -> None:
-        """Steps are short."""
+        """Do nothing: steps are short."""
 
     def on_end(self, outcome: Outcome) -> None:
-        """The table will say how."""
+        """Do nothing: the table has the result."""
 
     def note(self, text: str) -> None:
-        """Pass it on."""
-        self.say(text)
+        """Report a note."""
+        self.report(text)

@@ -1,4 +1,4 @@
-"""The router benchmark: what choosing costs, every router alone against plain softmax top-k in the same rounds."""
+"""The router benchmark: the cost of each router alone against plain softmax top-k in the same rounds."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebench.bench.machine import choose_device, prepare
-from moebench.bench.timing import Protocol, Spread, Timed, Timings
+from moebench.bench.machine import choose_device, prepare_machine
+from moebench.bench.timing import Protocol, Spread, TimedCall, Timings
 from moebench.errors import UsageError
 from moebench.models.transformer import BatchContext, init_weights
 from moebench.routing.assignment import solve_balanced_assignment
@@ -23,20 +23,20 @@ from moebench.routing.values import AnyRouting, LayerRecord, Routing
 from moebench.seeds import make_generator
 
 D_MODEL, SEQUENCE, VOCAB, DOMAINS = 64, 256, 1000, 8
-ORDINARY = "T·E"
-"""The growth of a plain top-k, whose routers share one goal."""
-GOAL_ORDINARY = 3.0
+TOP_K_COST = "T·E"
+"""Growth of a plain top-k; routers of this cost share one goal."""
+TOP_K_COST_GOAL = 3.0
 GOALS = {"sinkhorn": 8.0, "base": 30.0}
-"""Most times of top-k's time, forward and backward, that a router should take; others have no goal."""
+"""Largest acceptable ratio to top-k's time, forward and backward; routers of other costs have no goal."""
 VARIANTS: Mapping[str, Sequence[Mapping[str, Any]]] = {"base": ({}, {"solver": "auction"}, {"solver": "exact"})}
 """Options that get a row of their own."""
 EXACT_TOKENS = 2048
-"""The exact assignment is only solved for so many tokens: its time grows with their cube."""
+"""Maximum number of tokens for the exact assignment, whose time grows with their cube."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the command line can choose."""
+    """The options of the command line."""
 
     routers: Sequence[str] = ()
     """Empty: all."""
@@ -47,8 +47,8 @@ class Settings:
     device: str = "auto"
     seed: int = 0
 
-    def cells(self) -> Iterator[tuple[int, int]]:
-        """Yield tokens and experts of every table; raise UsageError for tokens that make no whole sequences."""
+    def sizes(self) -> Iterator[tuple[int, int]]:
+        """Yield tokens and experts of every table; raise UsageError for tokens that are not whole sequences."""
         for num_tokens in self.tokens:
             if num_tokens > SEQUENCE and num_tokens % SEQUENCE:
                 raise UsageError(f"--tokens must be at most {SEQUENCE} or a multiple of it, got {num_tokens}")
@@ -57,7 +57,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A router with its options, at one number of experts."""
+    """A router with its options and a number of experts."""
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Subject:
 
     @property
     def label(self) -> str:
-        """The name of its row."""
+        """Name of its row."""
         return " ".join([self.name, *(f"{key}={value}" for key, value in self.options.items())])
 
     @property
@@ -80,21 +80,21 @@ class Subject:
 
     @property
     def top_k(self) -> int:
-        """Experts per token, on average where it varies."""
+        """Experts per token; the mean where it varies."""
         return self.router_class.experts_per_token(self.config, self.num_experts)
 
     @property
     def cost(self) -> str:
-        """How the time grows."""
+        """Growth of the time with T, E and K."""
         return ROUTERS.get(self.name).facts.cost
 
     @property
     def goal(self) -> float | None:
-        """Most times of top-k's time; None where there is no goal."""
-        return GOALS.get(self.name, GOAL_ORDINARY if self.cost == ORDINARY else None)
+        """Largest acceptable ratio to top-k's time; None without a goal."""
+        return GOALS.get(self.name, TOP_K_COST_GOAL if self.cost == TOP_K_COST else None)
 
-    def refusal(self, num_tokens: int) -> str | None:
-        """Return why it is not measured; None when it is."""
+    def find_skip_reason(self, num_tokens: int) -> str | None:
+        """Return why it is not measured; None if it is."""
         if self.options.get("solver") == "exact" and num_tokens > EXACT_TOKENS:
             return f"solved for at most {EXACT_TOKENS} tokens"
         try:
@@ -111,7 +111,7 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A measured router; ratios are to top-k with as many experts per token, in the same round."""
+    """A measured router; ratios are to top-k with as many experts per token in the same round."""
 
     name: str
     top_k: int
@@ -123,17 +123,17 @@ class Line:
     forward: Spread
     train: Spread
     share_of_optimum: float | None = None
-    """Of assignments: the gain over a random balanced one, as a share of the best one's gain."""
+    """Gain of its assignment over a random balanced one, as a share of the gain of the best one."""
 
     @property
     def reaches_goal(self) -> bool | None:
-        """Whether it is as fast as it should be; None without a goal."""
+        """Whether it is within its goal; None without one."""
         return None if self.goal is None else self.train.median <= self.goal
 
 
 @dataclass(frozen=True, kw_only=True)
 class SizeResult:
-    """All routers with one number of tokens and experts."""
+    """All routers at one number of tokens and experts."""
 
     num_tokens: int
     num_experts: int
@@ -144,59 +144,59 @@ class SizeResult:
     train_rounds: Timings
 
     @property
-    def busy(self) -> bool:
-        """Whether others used the machine in rounds that had to be kept."""
+    def is_busy(self) -> bool:
+        """Whether other processes used the machine in rounds that count."""
         return self.forward_rounds.num_contended > 0 or self.train_rounds.num_contended > 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """All tables and what they were measured on."""
+    """All tables and the machine that they were measured on."""
 
     tables: tuple[SizeResult, ...]
     machine: dict[str, Any]
     settings: Settings
 
 
-def measure(settings: Settings, say: Callable[[str], None] = lambda text: None) -> Benchmark:
-    """Measure every table; `say` hears a line of progress before each."""
+def measure(settings: Settings, report_progress: Callable[[str], None] = lambda text: None) -> Benchmark:
+    """Measure every table; call `report_progress` with a line before each."""
     device = choose_device(settings.device)
     names = [ROUTERS.get(name, where="--router").name for name in settings.routers or ROUTERS.names()]
-    cells = list(settings.cells())
-    machine = prepare(threads=settings.threads, allocator="keep", device=device)
+    sizes = list(settings.sizes())
+    machine = prepare_machine(threads=settings.threads, allocator="keep", device=device)
     protocol = Protocol(rounds=settings.rounds, device=device)
     tables = []
-    for number, (num_tokens, num_experts) in enumerate(cells, start=1):
-        say(f"[{number}/{len(cells)}] {len(names)} routers, T{num_tokens} E{num_experts}")
-        tables.append(_measure(names, num_tokens, num_experts, settings.seed, protocol))
+    for number, (num_tokens, num_experts) in enumerate(sizes, start=1):
+        report_progress(f"[{number}/{len(sizes)}] {len(names)} routers, T{num_tokens} E{num_experts}")
+        tables.append(_measure_size(names, num_tokens, num_experts, settings.seed, protocol))
     return Benchmark(tables=tuple(tables), machine=machine, settings=settings)
 
 
-def _measure(names: Sequence[str], num_tokens: int, num_experts: int, seed: int, protocol: Protocol) -> SizeResult:
+def _measure_size(names: Sequence[str], num_tokens: int, num_experts: int, seed: int, protocol: Protocol) -> SizeResult:
     subjects = [
         Subject(name=name, options=options, num_experts=num_experts)
         for name in names
         for options in VARIANTS.get(name, ({},))
     ]
-    skipped = {one.label: reason for one in subjects if (reason := one.refusal(num_tokens))}
-    subjects = [one for one in subjects if one.label not in skipped]
-    runnable = {one.label: one for each in subjects for one in (each.reference(), each)}
-    calls = {label: RouterCall(one, num_tokens, seed, protocol.device) for label, one in runnable.items()}
-    forward = protocol.measure({label: Timed(call=call.forward) for label, call in calls.items()})
-    train = protocol.measure({label: Timed(call=call.train, prepare=call.clear) for label, call in calls.items()})
+    skipped = {subject.label: reason for subject in subjects if (reason := subject.find_skip_reason(num_tokens))}
+    subjects = [subject for subject in subjects if subject.label not in skipped]
+    timed = {router.label: router for subject in subjects for router in (subject.reference(), subject)}
+    calls = {label: RouterCall(subject, num_tokens, seed, protocol.device) for label, subject in timed.items()}
+    forward = protocol.measure({label: TimedCall(call=call.forward) for label, call in calls.items()})
+    train = protocol.measure({label: TimedCall(call=call.train, prepare=call.clear) for label, call in calls.items()})
     lines = [
         Line(
-            name=one.label,
-            top_k=one.top_k,
-            cost=one.cost,
-            goal=one.goal,
-            forward_ms=forward.median_ms(one.label),
-            train_ms=train.median_ms(one.label),
-            forward=forward.ratio(one.label, one.reference().label),
-            train=train.ratio(one.label, one.reference().label),
-            share_of_optimum=calls[one.label].share_of_optimum() if one.name == "base" else None,
+            name=subject.label,
+            top_k=subject.top_k,
+            cost=subject.cost,
+            goal=subject.goal,
+            forward_ms=forward.median_ms(subject.label),
+            train_ms=train.median_ms(subject.label),
+            forward=forward.ratio(subject.label, subject.reference().label),
+            train=train.ratio(subject.label, subject.reference().label),
+            share_of_optimum=calls[subject.label].measure_optimality() if subject.name == "base" else None,
         )
-        for one in subjects
+        for subject in subjects
     ]
     return SizeResult(
         num_tokens=num_tokens,
@@ -247,7 +247,7 @@ class RouterCall:
         return LayerRecord(routing=routing, kept=routing, sequence_length=self.length)
 
     def losses(self, record: LayerRecord) -> list[Tensor]:
-        """Return the losses that training would add."""
+        """Return the weighted auxiliary losses of training."""
         raw = compute_raw_losses(self.router, record, self.coefficients)
         return [self.coefficients[name] * value for name, value in raw.items()]
 
@@ -259,18 +259,18 @@ class RouterCall:
     def train(self) -> None:
         """Route, compute the losses and differentiate them and the weights."""
         record = self.record()
-        reached = [value for value in [*_weights(record.routing), *self.losses(record)] if value.requires_grad]
-        if reached:  # static routers have nothing to differentiate
-            torch.autograd.backward(reached, [torch.ones_like(value) for value in reached])
+        differentiable = [value for value in [*_weights(record.routing), *self.losses(record)] if value.requires_grad]
+        if differentiable:  # empty for static routers
+            torch.autograd.backward(differentiable, [torch.ones_like(value) for value in differentiable])
 
     def clear(self) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
         self.x_TD.grad = None
         self.router.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def share_of_optimum(self) -> float | None:
-        """Compare an assignment of each token to one expert with the best balanced one; None for too many tokens."""
+    def measure_optimality(self) -> float | None:
+        """Return the gain of the top-1 assignment over that of the best balanced one; None for too many tokens."""
         routing = self.record().routing
         if not isinstance(routing, Routing) or routing.logits_TE is None or routing.num_tokens > EXACT_TOKENS:
             return None
@@ -284,7 +284,7 @@ class RouterCall:
 
 
 def _weights(routing: AnyRouting) -> list[Tensor]:
-    """Return what the experts' outputs, tokens or parameters are weighed by."""
+    """Return the weights of the experts' outputs, of tokens in slots, or of merged parameters."""
     if isinstance(routing, SoftRouting):
         return [routing.dispatch_BLS, routing.combine_BLS]
     return [routing.weight_GE if isinstance(routing, MergeRouting) else routing.weight_N]

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 
 from moebench.bench.step.measure import GOAL, Benchmark
 from moebench.bench.step.parts import PARTS
-from moebench.reporting.canvas import GREY, PALETTE, sheet
+from moebench.reporting.canvas import GREY, PALETTE, new_figure
 
 COLORS = {
     "data": "#999999",
@@ -24,7 +24,7 @@ COLORS = {
 def draw_figure(bench: Benchmark, path: Path) -> Path:
     """Draw milliseconds by part on the left, the trainer's overhead with quartiles on the right."""
     height = 2.0 + 0.42 * len(bench.arms)
-    with sheet(path, f"A training step: {bench.name}", width=11.0, height=height) as figure:
+    with new_figure(path, f"A training step: {bench.name}", width=11.0, height=height) as figure:
         left, right = figure.subplots(1, 2, width_ratios=[2.2, 1], sharey=True)
         _draw_parts(left, bench)
         _draw_overhead(right, bench)
@@ -47,10 +47,10 @@ def _draw_parts(ax: Axes, bench: Benchmark) -> None:
 
 
 def _draw_overhead(ax: Axes, bench: Benchmark) -> None:
-    for place, arm in enumerate(bench.arms):
+    for position, arm in enumerate(bench.arms):
         low, high = 100 * arm.overhead.low, 100 * arm.overhead.high
-        ax.plot([low, high], [place, place], color=PALETTE[1], linewidth=2.2, solid_capstyle="round")
-        ax.plot(100 * arm.overhead.median, place, "o", color=PALETTE[1])
+        ax.plot([low, high], [position, position], color=PALETTE[1], linewidth=2.2, solid_capstyle="round")
+        ax.plot(100 * arm.overhead.median, position, "o", color=PALETTE[1])
     ax.axvline(0, color=GREY, linewidth=0.9, linestyle="--")
     ax.axvline(100 * GOAL, color=PALETTE[2], linewidth=0.9, linestyle=":")
     ax.margins(x=0.12)

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: timers around the forward parts, the backward pass as a whole."""
+"""The time of a training step by part: timers around the forward parts, the backward pass as one part."""
 
 import time
 from collections import defaultdict
@@ -24,38 +24,38 @@ PARTS = (
     "backward",
     "optimizer, clip",
 )
-"""In the order of a step; the router's time is not in that of the experts, whose layer holds it."""
+"""In the order of a step; the time of the experts does not include that of the router."""
 
 
 class Stopwatch:
-    """Seconds by part since the last reset; on a GPU each reading waits for the kernels before it."""
+    """Seconds by part since the last reset; on a GPU each reading waits for all kernels before it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: dict[str, float] = defaultdict(float)
 
     def reset(self) -> None:
-        """Start from zero."""
+        """Set all parts to zero."""
         self.seconds.clear()
 
     def now(self) -> float:
-        """Read the clock when everything before is done."""
+        """Return the time after all previous work on the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def time_part(self, name: str) -> Iterator[None]:
         """Add the time of the block to a part."""
         start = self.now()
         yield
         self.seconds[name] += self.now() - start
 
     @contextmanager
-    def watching(self, model: Model) -> Iterator[None]:
-        """Time the model's parts by hooks while the block runs."""
+    def time_modules(self, model: Model) -> Iterator[None]:
+        """Time the parts of the model by hooks while the block runs."""
         handles = []
-        for module, name in named_parts(model):
+        for module, name in iter_timed_modules(model):
             starts: list[float] = []
             handles.append(module.register_forward_pre_hook(self._before(starts)))
             handles.append(module.register_forward_hook(self._after(starts, name)))
@@ -74,18 +74,18 @@ class Stopwatch:
 
         return hook
 
-    def by_part(self, num_steps: int) -> dict[str, float]:
-        """Return the seconds of one step by part; what no timer saw of the forward pass is its rest."""
-        found = {name: self.seconds.get(name, 0.0) for name in PARTS}
-        found["dispatch, experts"] -= found["router"]
-        inside = sum(found[name] for name in ("attention", "router", "dispatch, experts", "dense FFN"))
-        ends = found["embedding, head, loss"]
-        found["rest of forward"] = max(self.seconds.get("forward", 0.0) - inside - ends, 0.0)
-        return {name: seconds / num_steps for name, seconds in found.items()}
+    def average_parts(self, num_steps: int) -> dict[str, float]:
+        """Return the seconds of one step by part; the rest of forward is what no timer covers."""
+        seconds = {name: self.seconds.get(name, 0.0) for name in PARTS}
+        seconds["dispatch, experts"] -= seconds["router"]
+        backbone = sum(seconds[name] for name in ("attention", "router", "dispatch, experts", "dense FFN"))
+        around = seconds["embedding, head, loss"]
+        seconds["rest of forward"] = max(self.seconds.get("forward", 0.0) - backbone - around, 0.0)
+        return {name: total / num_steps for name, total in seconds.items()}
 
 
-def named_parts(model: Model) -> Iterator[tuple[nn.Module, str]]:
-    """Yield the modules that are timed and the part each belongs to."""
+def iter_timed_modules(model: Model) -> Iterator[tuple[nn.Module, str]]:
+    """Yield each module to time with the name of its part."""
     yield model.embedding, "embedding, head, loss"
     yield model.head, "embedding, head, loss"
     for block in model.backbone.blocks:

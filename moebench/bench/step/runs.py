@@ -1,4 +1,4 @@
-"""Blocks of training steps: through the real trainer with its journal, and through a loop that does nothing else."""
+"""Blocks of training steps: through the real trainer with its journal, and through a plain loop."""
 
 import contextlib
 import logging
@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning
 import torch
+from typing_extensions import override
 
 from moebench.bench.step.parts import Stopwatch
 from moebench.parallel.mesh import Mesh
@@ -26,17 +27,17 @@ from moebench.training.step_timer import StepTimer
 from moebench.training.train import build_trainer, fit
 
 WARM_UP_STEPS = 3
-"""Steps at the start of every block that are not timed: the optimizer makes its state in the first."""
+"""Untimed steps at the start of every block: the first allocates the optimizer's state."""
 NEVER = 10**9
 
 
-def endless(config: CellConfig) -> CellConfig:
-    """Return the cell without evaluations and checkpoints, and without an end: what is left is the step."""
+def isolate_steps(config: CellConfig) -> CellConfig:
+    """Return the cell without evaluations, checkpoints and last step."""
     train = replace(config.train, steps=NEVER, eval_every=NEVER, checkpoint_every=NEVER)
     return replace(config, train=train)
 
 
-def new_module(config: CellConfig, task: Task, device: torch.device) -> CellModule:
+def build_module(config: CellConfig, task: Task, device: torch.device) -> CellModule:
     """Return the cell's module with its initial weights."""
     module = CellModule(config, initialised_model(config, task), task, Mesh(device=device))
     module.to(device)
@@ -44,29 +45,30 @@ def new_module(config: CellConfig, task: Task, device: torch.device) -> CellModu
 
 
 class Clock(lightning.Callback):
-    """Notes when each step begins, and ends the block after the last."""
+    """Records the start of each step and ends the block after the last."""
 
     def __init__(self, num_steps: int, now: Callable[[], float]) -> None:
         self.num_steps = num_steps
         self.now = now
-        self.begins: list[float] = []
+        self.starts: list[float] = []
 
+    @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Note the time: everything between two steps is in it."""
-        self.begins.append(self.now())
+        self.starts.append(self.now())
 
+    @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stop one step after the last timed one, whose end is the next one's beginning."""
-        trainer.should_stop = trainer.should_stop or len(self.begins) > WARM_UP_STEPS + self.num_steps
+        # One step more than are timed: the end of a step is the start of the next.
+        trainer.should_stop = trainer.should_stop or len(self.starts) > WARM_UP_STEPS + self.num_steps
 
     @property
     def seconds_per_step(self) -> float:
-        """Wall time of a step, mean over the timed ones."""
-        return (self.begins[-1] - self.begins[WARM_UP_STEPS]) / self.num_steps
+        """Mean wall time of the timed steps."""
+        return (self.starts[-1] - self.starts[WARM_UP_STEPS]) / self.num_steps
 
 
-def trainer_block(module: CellModule, num_steps: int, folder: Path) -> float:
-    """Train as a run does, with journal, logging and metrics at the cell's cadence; return seconds per step."""
+def time_trainer_block(module: CellModule, num_steps: int, folder: Path) -> float:
+    """Train with journal, logging and metrics as configured; return the seconds per step."""
     clock = Clock(num_steps, Stopwatch(module.device).now)
     with RunRecorder(RunFolder(folder)) as recorder, quiet_lightning():
         timer = StepTimer()
@@ -77,7 +79,7 @@ def trainer_block(module: CellModule, num_steps: int, folder: Path) -> float:
 
 @contextlib.contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Keep lightning's hints out of the terminal: a block is not a run, whose log would take them."""
+    """Suppress lightning's hints, which go to the log of a run but to the terminal here."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -97,29 +99,29 @@ class PlainLoop:
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """Device of the model."""
         return self.module.device
 
-    def block(self, num_steps: int, watch: Stopwatch | None = None) -> float:
-        """Take the steps of a block; return seconds per step, data included."""
-        watch = watch or _NoWatch(self.device)
+    def time_block(self, num_steps: int, watch: Stopwatch | None = None) -> float:
+        """Take the steps of a block; return the seconds per step, data included."""
+        watch = watch or _IdleStopwatch(self.device)
         optimizers: Any = self.module.configure_optimizers()
         self.module.train()
-        with watch.watching(self.module.model):
+        with watch.time_modules(self.module.model):
             for step in range(WARM_UP_STEPS + num_steps):
                 if step == WARM_UP_STEPS:
                     watch.reset()
                     start = watch.now()
                 self._step(step, optimizers["optimizer"], optimizers["lr_scheduler"]["scheduler"], watch)
             seconds = watch.now() - start
-        by_part = dict(watch.seconds)
+        timed_seconds = dict(watch.seconds)
         self._step(WARM_UP_STEPS + num_steps, optimizers["optimizer"], optimizers["lr_scheduler"]["scheduler"], watch)
         watch.seconds.clear()
-        watch.seconds.update(by_part)  # the last step only keeps the two ways at the same number of updates
+        watch.seconds.update(timed_seconds)  # the last step only equals the number of updates of the trainer
         return seconds / num_steps
 
-    def records(self) -> Sequence[LayerRecord]:
-        """Return what one forward pass routes, without a change of anything."""
+    def route_batch(self) -> Sequence[LayerRecord]:
+        """Return the records of one forward pass without side effects."""
         config = self.module.config
         batch = self.module.task.train_batch(config.train.batch_size, config.seed, 0).to(self.device)
         with torch.no_grad():
@@ -128,17 +130,17 @@ class PlainLoop:
 
     def _step(self, step: int, optimizer: torch.optim.Optimizer, schedule: Any, watch: Stopwatch) -> None:
         module, config = self.module, self.module.config
-        with watch.part("data"):
+        with watch.time_part("data"):
             batch = module.task.train_batch(config.train.batch_size, config.seed, step).to(self.device)
         with (
-            watch.part("forward"),
+            watch.time_part("forward"),
             torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=config.train.precision == "bf16"),
         ):
             loss, records = self._loss(batch, step, watch)
-        with watch.part("backward"):
+        with watch.time_part("backward"):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-        with watch.part("optimizer, clip"):
+        with watch.time_part("optimizer, clip"):
             torch.nn.utils.clip_grad_norm_(module.parameters(), config.train.clip_norm)
             optimizer.step()
             schedule.step()
@@ -149,25 +151,27 @@ class PlainLoop:
         module, config = self.module, self.module.config
         ctx = batch_context(batch, training=True, seed=config.seed, step=step)
         outputs, records = module.run_passes(batch, ctx)
-        with watch.part("embedding, head, loss"):
+        with watch.time_part("embedding, head, loss"):
             objective, records = module.compute_loss(batch, outputs, records)
         return objective.total, records
 
 
-class _NoWatch(Stopwatch):
-    """A stopwatch that is only looked at when a block begins and ends: a GPU runs on meanwhile."""
+class _IdleStopwatch(Stopwatch):
+    """A stopwatch that is read only at the start and end of a block, so that a GPU never waits in between."""
 
+    @override
     @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def time_part(self, name: str) -> Iterator[None]:
         yield
 
+    @override
     @contextlib.contextmanager
-    def watching(self, model: Any) -> Iterator[None]:
+    def time_modules(self, model: Any) -> Iterator[None]:
         yield
 
 
-def same_weights(one: CellModule, other: CellModule) -> float:
-    """Return the largest difference of two modules' parameters: 0.0 when both ways made the same updates."""
-    pairs = zip(one.parameters(), other.parameters(), strict=True)
+def compare_weights(module: CellModule, other: CellModule) -> float:
+    """Return the largest difference of two modules' parameters: 0.0 after the same updates."""
+    pairs = zip(module.parameters(), other.parameters(), strict=True)
     with torch.no_grad():
         return max(float((first.cpu() - second.cpu()).abs().max()) for first, second in pairs)

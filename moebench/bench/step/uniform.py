@@ -1,10 +1,11 @@
-"""A router whose load is forced to be even: what the same layer costs when no expert waits for another."""
+"""A router with a forced even load: the cost of the same layer without load imbalance."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moebench.experts.layer import MoELayer
 from moebench.routing.context import RouteContext
@@ -13,7 +14,10 @@ from moebench.routing.values import LayerRecord, Routing
 
 
 class UniformLoad(Router):
-    """Asks a router, keeps its weights, and deals the experts round: token t gets t·k, t·k+1 ... modulo E."""
+    """Keeps the weights of a router and replaces its experts: token t gets t·k, t·k+1 ... modulo E.
+
+    A routing with a varying number of experts per token stays as it is.
+    """
 
     def __init__(self, inner: Router) -> None:
         nn.Module.__init__(self)
@@ -22,38 +26,38 @@ class UniformLoad(Router):
         self.form = inner.form
         self.num_experts = inner.num_experts
 
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Return the routing with other experts; a list that is no rectangle stays as it is."""
         routing: Routing = self.inner(x_TD, ctx)
         if routing.top_k is None:
             return routing
-        dealt_N = torch.arange(routing.expert_N.numel(), device=routing.expert_N.device) % self.num_experts
-        return replace(routing, expert_N=dealt_N)
+        even_N = torch.arange(routing.expert_N.numel(), device=routing.expert_N.device) % self.num_experts
+        return replace(routing, expert_N=even_N)
 
+    @override
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
-        """Return the router's own losses."""
         return self.inner.losses(record)
 
+    @override
     def objective(self, record: LayerRecord) -> Tensor | None:
-        """Return the router's own objective."""
         return self.inner.objective(record)
 
+    @override
     def statistics(self, record: LayerRecord) -> dict[str, Tensor]:
-        """Return what the router's state needs."""
         return self.inner.statistics(record)
 
+    @override
     def after_step(self, load_E: Tensor, statistics: Mapping[str, Tensor]) -> None:
-        """Update the router's state."""
         self.inner.after_step(load_E, statistics)
 
 
 def force_uniform_load(layers: list[MoELayer]) -> None:
-    """Put the forced load before the experts of each layer."""
+    """Wrap the router of each layer in `UniformLoad`."""
     for layer in layers:
         layer.router = UniformLoad(layer.router)
 
 
 def can_force(records: Sequence[LayerRecord]) -> bool:
-    """Whether there is a load to force: some layer, and in each k experts for every token."""
+    """Return whether a load can be forced: there are layers, each with k experts for every token."""
     routings = [record.routing for record in records]
     return bool(routings) and all(isinstance(routing, Routing) and routing.top_k is not None for routing in routings)

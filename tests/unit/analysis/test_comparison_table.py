@@ -1,4 +1,4 @@
-"""The tables as they are read: golden text, widths, every mark and failure in words."""
+"""The tables of a comparison: golden text, widths, marks and failures."""
 
 import json
 from dataclasses import replace
@@ -8,9 +8,8 @@ import pytest
 from rich.console import Console
 
 from moebench.analysis.compare.comparison import compare
-from moebench.analysis.compare.table import to_json, to_markdown, to_rich
+from moebench.analysis.compare.report import build_report
 from moebench.analysis.compare.values import BITS_PER_BYTE
-from moebench.reporting.formatting import format_count, number, p_value, signed
 from moebench.runs.result import Fault, RunResult
 
 DENSE = (2.00, 2.02, 1.98, 2.01, 1.99)
@@ -80,7 +79,7 @@ def half_finished():
     return compare([*results[:4], failed, *results[5:-1]], expected=expected, baseline="dense")
 
 
-def rendered(comparison, width):
+def render(comparison, width):
     out = StringIO()
     Console(file=out, width=width, color_system=None).print(build_report(comparison).to_rich())
     return out.getvalue()
@@ -144,18 +143,18 @@ Note: switch has the best mean over the 3 seeds that all arms have finished and 
 
 
 def test_golden_table():
-    text = "\n".join(line.rstrip() for line in rendered(half_finished(), 100).splitlines())
+    text = "\n".join(line.rstrip() for line in render(half_finished(), 100).splitlines())
     assert text == GOLDEN
 
 
-def test_what_experts_know_has_a_table_of_its_own():
+def test_information_of_experts_has_a_table():
     known = {"switch": {"domain": 0.1234}, "expert_choice": {"domain": 0.5, "class": 0.25}}
     results = [
         replace(r, metrics=r.metrics | {f"load/information/{kind}": x for kind, x in known.get(r.arm, {}).items()})
         for r in grid()
     ]
     comparison = compare(results, expected=cells(results), baseline="dense", allow_mismatch=True)
-    lines = to_markdown(comparison).splitlines()
+    lines = build_report(comparison).to_markdown().splitlines()
     at = lines.index("**What experts know of a token**")
     assert lines[at + 2 : at + 7] == [
         "| arm | domain | class |",
@@ -169,9 +168,9 @@ def test_what_experts_know_has_a_table_of_its_own():
 
 
 @pytest.mark.parametrize("width", [80, 100])
-def test_every_figure_is_whole_at_this_width(width):
+def test_every_number_is_complete_at_this_width(width):
     results = grid()
-    text = rendered(compare(results, expected=cells(results), baseline="dense"), width)
+    text = render(compare(results, expected=cells(results), baseline="dense"), width)
     assert max(len(line) for line in text.splitlines()) <= width
     for figure in (
         "1.9900 ± 0.0181",
@@ -189,7 +188,7 @@ def test_every_figure_is_whole_at_this_width(width):
 
 def test_legend_explains_marks_power_and_correction():
     results = grid()
-    text = to_markdown(compare(results, expected=cells(results), baseline="dense"))
+    text = build_report(compare(results, expected=cells(results), baseline="dense")).to_markdown()
     assert "corrected for 3 comparisons" in text
     assert "low power: 3 to 5 seeds" in text
     assert "non-causal: its routing sees later tokens" in text
@@ -198,7 +197,7 @@ def test_legend_explains_marks_power_and_correction():
 
 def test_one_seed_shows_no_p_no_interval_no_best():
     results = grid(num_seeds=1)
-    text = to_markdown(compare(results, expected=cells(results), baseline="dense"))
+    text = build_report(compare(results, expected=cells(results), baseline="dense")).to_markdown()
     assert "| switch | 1 | 1.9910 | −0.0090 | – | too few seeds |" in text
     assert "best" not in text
     assert "±" not in text
@@ -207,7 +206,7 @@ def test_one_seed_shows_no_p_no_interval_no_best():
 
 def test_mismatch_is_marked_and_explained():
     results = [replace(r, data_digest="other") if r.arm == "switch" else r for r in grid()]
-    text = to_markdown(compare(results, expected=cells(results), baseline="dense", allow_mismatch=True))
+    text = build_report(compare(results, expected=cells(results), baseline="dense", allow_mismatch=True)).to_markdown()
     assert "| switch (≠data) | 5 |" in text
     assert "| not matched |" in text
     assert "- ≠data: trained on other data." in text
@@ -217,40 +216,24 @@ def test_mismatch_is_marked_and_explained():
 def test_names_with_signs_of_the_markup_survive():
     results = [replace(r, arm="top[bold]|k") if r.arm == "switch" else r for r in grid()]
     comparison = compare(results, expected=cells(results), baseline="dense")
-    assert "top[bold]|k" in rendered(comparison, 100)
-    assert "| top[bold]\\|k |" in to_markdown(comparison)
+    assert "top[bold]|k" in render(comparison, 100)
+    assert "| top[bold]\\|k |" in build_report(comparison).to_markdown()
 
 
 def test_json_is_the_comparison():
     comparison = half_finished()
-    assert json.loads(to_json(comparison)) == comparison.to_dict()
+    assert json.loads(build_report(comparison).to_json()) == comparison.to_dict()
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(None, "–"), (7, "7"), (999.6, "1.00k"), (14_650, "14.7k"), (1.234e6, "1.23M"), (2.5e11, "250B")],
-)
-def test_human(value, text):
-    assert format_count(value) == text
-
-
-def test_numbers():
-    assert [number(x) for x in (1.23456, -0.5, 12.346, 123456.7, 0.0, 0.00003)] == [
-        "1.2346", "−0.5000", "12.35", "123,457", "0.0000", "3e−05"
-    ]  # fmt: skip
-    assert [signed(x) for x in (0.01, -0.01)] == ["+0.0100", "−0.0100"]
-    assert [p_value(p) for p in (None, 0.0004, 0.0496)] == ["–", "<0.001", "0.050"]
-
-
-def test_out_of_domain_stands_beside_and_decides_nothing():
+def test_out_of_domain_does_not_change_verdicts():
     plain = grid(3)
     results = [
         replace(r, metrics={**r.metrics, **{f"bits_per_byte/{name}": v for name in ("b", "out_of_domain")}})
         for r, v in zip(plain, [3.0 + r.seed + (r.arm == "switch") * (r.seed + 1) / 2 for r in plain], strict=True)
     ]
-    found, without = (compare(r, expected=cells(plain), baseline="dense") for r in (results, plain))
-    assert found.differences == without.differences
-    arms = json.loads(to_json(found))["arms"]
+    comparison, without = (compare(r, expected=cells(plain), baseline="dense") for r in (results, plain))
+    assert comparison.differences == without.differences
+    arms = json.loads(build_report(comparison).to_json())["arms"]
     low, high = arms["switch"]["out_of_domain"].pop("interval")
     assert low < 5 < high
     # Half of a 95 % t interval of 3 seeds is 4.3027 / sqrt(3) = 2.4841 times their SD: 1, 1.5 and of the pairs 0.5.
@@ -262,13 +245,13 @@ def test_out_of_domain_stands_beside_and_decides_nothing():
     }
     assert arms["dense"]["out_of_domain"]["difference"] is None
     assert arms["switch"]["domains"] == {"b": 5.0}
-    assert json.loads(to_json(without))["arms"]["switch"]["out_of_domain"] is None
-    table = to_markdown(found)
+    assert json.loads(build_report(without).to_json())["arms"]["switch"]["out_of_domain"] is None
+    table = build_report(comparison).to_markdown()
     assert "| dense | 3 | 4.0000 ± 2.4841 | – | +2.0000 |" in table
     assert "| switch | 3 | 5.0000 ± 3.7262 | +1.0000 ± 1.2421 | +3.0093 |" in table  # in domain 2 and 1.9907
     assert "held_out_domains" in table
-    assert "ut of domain" not in to_markdown(without)
-    assert all(len(line) <= 80 for line in rendered(found, 80).splitlines())
+    assert "ut of domain" not in build_report(without).to_markdown()
+    assert all(len(line) <= 80 for line in render(comparison, 80).splitlines())
 
 
 def test_out_of_domain_over_common_seeds_only():
@@ -277,12 +260,12 @@ def test_out_of_domain_over_common_seeds_only():
         for r in grid(2)
         if (r.arm, r.seed) not in (("dense", 1), ("switch", 0))
     ]
-    found = compare(results, expected=cells(grid(2)), baseline="dense")
-    assert "| switch | 1 | 5.0000 | – |" in to_markdown(found)
-    assert json.loads(to_json(found))["arms"]["switch"]["out_of_domain"]["difference"] is None
+    comparison = compare(results, expected=cells(grid(2)), baseline="dense")
+    assert "| switch | 1 | 5.0000 | – |" in build_report(comparison).to_markdown()
+    assert json.loads(build_report(comparison).to_json())["arms"]["switch"]["out_of_domain"]["difference"] is None
 
 
-def test_a_divergence_never_reads_as_a_win():
+def test_a_diverged_arm_is_never_better():
     results = [r for r in grid() if r.arm in ("dense", "switch")]
     for lost, rows in (
         ("switch", ("| dense | 5 | 2.0000 ± 0.0196 | – | – | baseline |", "| 2 of 5 diverged |")),
@@ -291,19 +274,19 @@ def test_a_divergence_never_reads_as_a_win():
         failure = {"status": "failed", "error": "loss is nan", "fault": Fault.DIVERGED, "metrics": {}}
         ended = [replace(r, **failure) if (r.arm, r.seed % 3) == (lost, 1) else r for r in results]
         comparison = compare(ended, expected=cells(results), baseline="dense")
-        for text in (to_markdown(comparison), rendered(comparison, 120)):
+        for text in (build_report(comparison).to_markdown(), render(comparison, 120)):
             assert not any("better" in line for line in text.splitlines() if line.startswith(("|", "switch", "dense")))
             assert "diverged: the loss, a gradient or the final metric was not finite." in text
-        assert all(row in to_markdown(comparison) for row in rows)
-        assert json.loads(to_json(comparison))["arms"]["switch"]["difference"]["verdict"] == "diverged"
-        assert max(len(line) for line in rendered(comparison, 80).splitlines()) <= 80
+        assert all(row in build_report(comparison).to_markdown() for row in rows)
+        assert json.loads(build_report(comparison).to_json())["arms"]["switch"]["difference"]["verdict"] == "diverged"
+        assert max(len(line) for line in render(comparison, 80).splitlines()) <= 80
 
 
-def test_the_split_stands_above_the_table():
+def test_the_title_names_the_split():
     results = [replace(r, validation={"bits_per_byte": 3.0 + 0.1 * r.seed}) for r in grid()]
     for split in ("test", "validation"):
         metric = replace(BITS_PER_BYTE, split=split)
-        text = to_markdown(compare(results, expected=cells(results), baseline="dense", metric=metric))
+        text = build_report(compare(results, expected=cells(results), baseline="dense", metric=metric)).to_markdown()
         assert text.startswith(f"**Quality: bits per byte on the {split} split, lower is better**")
 
 
@@ -312,6 +295,6 @@ def test_out_of_domain_and_in_domain_are_of_the_same_seeds():
         replace(r, metrics={**r.metrics, "bits_per_byte/out_of_domain": 3.0 if r.seed < 2 else float("nan")})
         for r in grid(3)
     ]
-    text = to_markdown(compare(results, expected=cells(results), baseline="dense"))
+    text = build_report(compare(results, expected=cells(results), baseline="dense")).to_markdown()
     # dense in domain: 2.00, 2.02 and 1.98, of which the last has no number outside; 3 - 2.01 and not 3 - 2.00
     assert "| dense | 2 | 3.0000 | – | +0.9900 |" in text

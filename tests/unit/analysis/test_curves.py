@@ -1,4 +1,4 @@
-"""The figures: what the lines average, where the labels go, and that a picture comes out."""
+"""The figures of comparisons and loads: means, bands, positions of labels, written files."""
 
 from itertools import pairwise
 
@@ -8,9 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.image import imread
 
 from moebench.analysis.compare.comparison import compare
-from moebench.analysis.compare.curves import _end_label, _limits, draw_curves, draw_load, spread
-from moebench.analysis.compare.learning_curve import arm_curve
+from moebench.analysis.compare.figure import draw_comparison
+from moebench.analysis.compare.learning_curve import _find_limits, average_seeds, format_curve_label, spread_labels
 from moebench.analysis.compare.values import Comparison, Difference
+from moebench.analysis.specialisation.figures import draw_load
 from moebench.runs.journal import Point
 from moebench.runs.result import Fault, RunResult
 
@@ -49,7 +50,7 @@ def points(values, every=10):
 
 
 def test_mean_and_t_band_by_hand():
-    curve = arm_curve("a", {0: points([4, 1]), 1: points([4, 2]), 2: points([4, 3])}, METRIC)
+    curve = average_seeds("a", {0: points([4, 1]), 1: points([4, 2]), 2: points([4, 3])}, METRIC)
     assert curve.steps.tolist() == [0, 10]
     assert curve.means.tolist() == [4, 2]
     # [1, 2, 3]: half 2.484138 as in the statistics; [4, 4, 4] has no width
@@ -59,13 +60,13 @@ def test_mean_and_t_band_by_hand():
 
 
 def test_below_three_seeds_the_band_is_the_range():
-    two = arm_curve("a", {0: points([4, 1]), 1: points([5, 2])}, METRIC)
+    two = average_seeds("a", {0: points([4, 1]), 1: points([5, 2])}, METRIC)
     assert (two.lows.tolist(), two.highs.tolist(), two.band) == ([4, 1], [5, 2], "range")
-    assert arm_curve("a", {0: points([4, 1])}, METRIC).band == "none"
+    assert average_seeds("a", {0: points([4, 1])}, METRIC).band == "none"
 
 
-def test_seeds_behind_the_furthest_do_not_bend_the_mean():
-    curve = arm_curve("a", {0: points([4, 2, 1]), 1: points([9, 9]), 2: points([4, 2, float("nan")])}, METRIC)
+def test_incomplete_seeds_are_left_out_of_the_mean():
+    curve = average_seeds("a", {0: points([4, 2, 1]), 1: points([9, 9]), 2: points([4, 2, float("nan")])}, METRIC)
     assert curve.means.tolist() == [4, 2, 1]
     assert (curve.num_seeds, curve.num_started) == (1, 3)
 
@@ -73,51 +74,48 @@ def test_seeds_behind_the_furthest_do_not_bend_the_mean():
 def test_points_written_again_after_a_resume_count_once():
     again = [*points([4, 3]), point(10, {METRIC: 2.0, "other": 0.0})]
     again.append(point(20, {"loss/task": 9.0}))
-    assert arm_curve("a", {0: again}, METRIC).means.tolist() == [4, 2]
-    assert arm_curve("a", {0: points([])}, METRIC) is None
+    assert average_seeds("a", {0: again}, METRIC).means.tolist() == [4, 2]
+    assert average_seeds("a", {0: points([])}, METRIC) is None
 
 
-def test_limits_leave_the_steep_start_out():
-    curve = arm_curve("a", {0: points([9, 5, 2.2, 2.1, 2.0])}, METRIC)
-    bottom, top = _limits([curve], last=40)
+def test_limits_exclude_the_warm_up():
+    curve = average_seeds("a", {0: points([9, 5, 2.2, 2.1, 2.0])}, METRIC)
+    bottom, top = _find_limits([curve], last=40)
     assert 1.9 < bottom < 2.0
     assert 2.2 < top < 2.3
 
 
 def test_labels_are_spread_in_order_and_in_bounds():
-    places = spread([0.1, 0.11, 0.12, 0.9, 3.0], gap=0.05)
-    assert places[:3] == pytest.approx([0.06, 0.11, 0.16])  # a stack around the mean of its wishes
+    places = spread_labels([0.1, 0.11, 0.12, 0.9, 3.0], gap=0.05)
+    assert places[:3] == pytest.approx([0.06, 0.11, 0.16])  # a stack centred on its mean
     assert all(high - low >= 0.05 - 1e-9 for low, high in pairwise(places))
     assert places[0] >= 0
     assert places[-1] <= 0.97
 
 
-def test_draw_curves_with_the_differences(tmp_path):
+def test_draw_comparison_with_the_differences(tmp_path):
     rng = np.random.default_rng(0)
     journals = {
         arm: {seed: points(1.8 + 5 / np.arange(1, 21) + rng.normal(0, 0.01, 20)) for seed in range(3)}
         for arm in ("dense", "switch", "sigmoid_bias_free")
     }
     journals["switch"][2] = journals["switch"][2][:3]
-    path = draw_curves(
-        journals, path=tmp_path / "new" / "curves.png", title="which?", comparison=COMPARISON,
-        tokens_per_step=8192,
-    )  # fmt: skip
+    path = draw_comparison(journals, path=tmp_path / "new" / "curves.png", title="which?", comparison=COMPARISON)
     assert path == tmp_path / "new" / "curves.png"
     image_HWC = imread(path)
     assert image_HWC.shape[:2] == (660, 1800)  # 12 x 4.4 inches of 150 dots
     assert image_HWC.std() > 0.05  # not an empty sheet
 
 
-def test_draw_curves_of_many_arms_one_of_them_dead_early(tmp_path):
+def test_draw_comparison_of_many_arms_one_of_them_dead_early(tmp_path):
     journals = {f"arm_{i}": {0: points(2 + 0.01 * i + 5 / np.arange(1, 21))} for i in range(9)}
     journals["dead"] = {0: points([7.0, 6.0])}
-    assert draw_curves(journals, path=tmp_path / "many.png", title="ten arms").stat().st_size > 10_000
+    assert draw_comparison(journals, path=tmp_path / "many.png", title="ten arms").stat().st_size > 10_000
 
 
-def test_draw_curves_refuses_to_draw_nothing(tmp_path):
+def test_draw_comparison_refuses_to_draw_nothing(tmp_path):
     with pytest.raises(ValueError, match="no point of eval/bits_per_byte in the journals of dense"):
-        draw_curves({"dense": {0: []}}, path=tmp_path / "none.png", title="nothing")
+        draw_comparison({"dense": {0: []}}, path=tmp_path / "none.png", title="nothing")
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4])
@@ -133,7 +131,7 @@ def test_draw_load_refuses_to_draw_nothing(tmp_path):
 
 
 def run(arm, seed, value):
-    """A run, diverged where it has no value."""
+    """Return a run, which diverged if it has no value."""
     how = {"status": "failed", "error": "loss is nan", "fault": Fault.DIVERGED} if value is None else {}
     plain = {"status": "done", "error": None, "step": 20, "throughput": {}, "marks": (), "config": {}}
     cost = {"train_flops_per_token": 1.0, "eval_flops_per_token": 1.0, "train_tokens": 1.0}
@@ -151,21 +149,21 @@ def test_the_figure_says_which_seeds_diverged(tmp_path, monkeypatch):
     written = []
     annotate = Axes.annotate
     monkeypatch.setattr(Axes, "annotate", lambda ax, text, **where: written.append(text) or annotate(ax, text, **where))
-    draw_curves(journals, path=tmp_path / "curves.png", title="which?", comparison=comparison)
+    draw_comparison(journals, path=tmp_path / "curves.png", title="which?", comparison=comparison)
     assert "switch (3 of 4 seeds, 1 diverged)" in written
     assert "1 of 4 diverged, 3 seeds" in written
     assert not any("better" in text for text in written)
     # Diverged before its first evaluation: it has no points, and is not forgotten.
     del journals["switch"][3]
     written.clear()
-    draw_curves(journals, path=tmp_path / "curves.png", title="which?", comparison=comparison)
+    draw_comparison(journals, path=tmp_path / "curves.png", title="which?", comparison=comparison)
     assert "switch (1 diverged)" in written
     # Diverged in every seed: no curve and no difference, but a row.
     lost = [run(arm, seed, None if arm == "switch" else value) for arm, seed, value in
             ((r.arm, r.seed, r.metrics.get("bits_per_byte")) for r in results)]  # fmt: skip
     comparison = compare(lost, expected=[(r.arm, r.seed, r.id) for r in lost], baseline="dense")
     written.clear()
-    draw_curves({"dense": journals["dense"]}, path=tmp_path / "curves.png", title="which?", comparison=comparison)
+    draw_comparison({"dense": journals["dense"]}, path=tmp_path / "curves.png", title="which?", comparison=comparison)
     assert "4 of 4 diverged" in written
-    plain = arm_curve("dense", journals["dense"], METRIC)
-    assert _end_label(plain, seen=True) == "dense"
+    plain = average_seeds("dense", journals["dense"], METRIC)
+    assert format_curve_label(plain, is_visible=True) == "dense"

@@ -1,4 +1,4 @@
-"""Who takes what, for people: the figure, the rows of a table, and which run is meant."""
+"""Which expert takes which label: the figure, the rows of the table, and the run that a prefix names."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
-from moebench.analysis.figures import Figures
-from moebench.analysis.specialisation.figures import draw_labels, preference, spaced, telling_labels
+from moebench.training.label_tables import LabelTable, label_tables_to_json
 
-from moebench.analysis.specialisation.report import build_label_rows, find_best_layer, report_of
+from moebench.analysis.figures import Figures
+from moebench.analysis.specialisation.figures import draw_labels, expert_preference, informative_labels, spaced_layers
+from moebench.analysis.specialisation.report import build_label_rows, find_best_layer, read_label_report
 from moebench.errors import UsageError
 from moebench.runs.folder import RunFolder
 from moebench.training.label_tables import LabelTable, label_tables_to_json
@@ -22,21 +23,21 @@ TABLE = LabelTable(values=("cat", "dog", "cow"), layers={"0": EVEN, "3": COUNTS}
 
 def test_preference_by_hand() -> None:
     # Both experts have half of all; label 0 has 3/4 and 1/4 of them, the third has no token at all.
-    found = preference(COUNTS)
-    assert found[:, :2].tolist() == [[1.5, 0.5], [1, 1], pytest.approx([1 / 3, 5 / 3])]
-    assert np.isnan(found[:, 2]).all()
+    preference = expert_preference(COUNTS)
+    assert preference[:, :2].tolist() == [[1.5, 0.5], [1, 1], pytest.approx([1 / 3, 5 / 3])]
+    assert np.isnan(preference[:, 2]).all()
 
 
-def test_labels_that_tell_nothing_give_way() -> None:
-    assert telling_labels([EVEN, COUNTS]) == [0, 1, 2]
-    assert telling_labels([COUNTS], most=2) == [0, 2]
+def test_uninformative_labels_are_left_out() -> None:
+    assert informative_labels([EVEN, COUNTS]) == [0, 1, 2]
+    assert informative_labels([COUNTS], num_labels=2) == [0, 2]
     absent = torch.cat([COUNTS, torch.zeros(1, 3)])
-    assert telling_labels([absent]) == [0, 1, 2]
+    assert informative_labels([absent]) == [0, 1, 2]
 
 
 def test_layers_are_drawn_from_the_first_to_the_last() -> None:
-    assert spaced(["0", "1"]) == ["0", "1"]
-    assert spaced([str(layer) for layer in range(11)]) == ["0", "2", "4", "6", "8", "10"]
+    assert spaced_layers(["0", "1"]) == ["0", "1"]
+    assert spaced_layers([str(layer) for layer in range(11)]) == ["0", "2", "4", "6", "8", "10"]
 
 
 def test_rows_by_hand() -> None:
@@ -74,15 +75,15 @@ def write_run(results: Path, run_id: str) -> RunFolder:
 
 
 def test_a_run_is_named_by_how_its_id_begins(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no run"):
+    with pytest.raises(UsageError, match="has no runs"):
         read_label_report(tmp_path, "aa")
     for run_id in ("aabb", "aacc", "dddd"):
         write_run(tmp_path, run_id).labels.write_text(label_tables_to_json(7, {"class": TABLE}))
     report = read_label_report(tmp_path, "aab")
     assert (report.id, report.arm, report.seed) == ("aabb", "switch", 3)
-    found = report.to_dict()["labels"]["class"]
-    assert (found["values"], found["layers"]["3"]) == (["cat", "dog", "cow"], COUNTS.tolist())
-    assert found["information"] == TABLE.information
+    table = report.to_dict()["labels"]["class"]
+    assert (table["values"], table["layers"]["3"]) == (["cat", "dog", "cow"], COUNTS.tolist())
+    assert table["information"] == TABLE.information
     for name, words in (("aa", "begins 2 ids"), ("dddx", "Did you mean 'dddd'"), ("", "unknown")):
         with pytest.raises(UsageError, match=words):
             read_label_report(tmp_path, name)

@@ -5,9 +5,9 @@ import torch
 from moebench.bench.allocator import keep_freed_memory
 from moebench.bench.layer.problem import make_problem
 from moebench.bench.layer.row import compare_outputs
-from moebench.bench.layer.saved import least_bytes, saved_bytes
-from moebench.bench.layer.shapes import parse
-from moebench.bench.layer.variants import DENSE, OURS, dense_twin, own_variants, route_context
+from moebench.bench.layer.saved import count_saved_bytes, min_saved_bytes
+from moebench.bench.layer.shapes import parse_shape
+from moebench.bench.layer.variants import DENSE, OURS, build_dense_twin, build_variants, route_context
 from moebench.bench.step.uniform import UniformLoad
 
 
@@ -29,33 +29,33 @@ def test_a_view_keeps_its_whole_storage() -> None:
     assert count_saved_bytes(lambda: x[:, :2] @ weight, [weight]) == 10 * 4 * 4
 
 
-def test_the_least_that_a_layer_keeps() -> None:
-    assert least_bytes(64, d_model=8, hidden=16, gated=False, element_size=4) == 64 * 24 * 4
-    assert least_bytes(64, d_model=8, hidden=16, gated=True, element_size=2) == 64 * 40 * 2
+def test_min_saved_bytes() -> None:
+    assert min_saved_bytes(64, d_model=8, hidden=16, gated=False, element_size=4) == 64 * 24 * 4
+    assert min_saved_bytes(64, d_model=8, hidden=16, gated=True, element_size=2) == 64 * 40 * 2
 
 
 def test_dense_gelu_saves_hidden_values_before_and_after_the_activation() -> None:
-    problem = make_problem(parse("32,8,16,4,2,gelu"), "router", seed=0, device=torch.device("cpu"))
-    dense = dense_twin(problem)
+    problem = make_problem(parse_shape("32,8,16,4,2,gelu"), "router", seed=0, device=torch.device("cpu"))
+    dense = build_dense_twin(problem)
     assert (dense.name, problem.dense.w_in_DF.shape) == (DENSE, (8, 32))
     excluded = [problem.x_TD, *dense.module.parameters()]
     assert count_saved_bytes(lambda: dense.forward(problem.x_TD), excluded) == 2 * 32 * 32 * 4
 
 
-def test_our_layer_equals_the_double_loop_and_capacity_says_what_it_drops() -> None:
-    problem = make_problem(parse("32,8,16,4,2,swiglu"), "zipf", seed=0, device=torch.device("cpu"))
-    variants = [one for one in own_variants(problem) if hasattr(one, "forward")]
+def test_our_layer_equals_the_double_loop_and_capacity_counts_its_drops() -> None:
+    problem = make_problem(parse_shape("32,8,16,4,2,swiglu"), "zipf", seed=0, device=torch.device("cpu"))
+    variants = [one for one in build_variants(problem) if hasattr(one, "forward")]
     differences = compare_outputs(problem, variants)
     assert differences[OURS] is not None
     assert differences[OURS][0] < 1e-6
     # 64 assignments, zipf 31 15 10 8 -> capacity ceil(1.25 · 64 / 4) = 20 keeps 20 15 10 8 = 53
     load_E = problem.layer.router(problem.x_TD, route_context(problem)).load_E
     assert load_E.tolist() == [31, 15, 10, 8]
-    assert variants[1].dropped() == 11 / 64
+    assert variants[1].measure_dropped() == 11 / 64
 
 
-def test_a_forced_even_load_deals_the_experts_round() -> None:
-    problem = make_problem(parse("32,8,16,4,2,swiglu"), "zipf", seed=0, device=torch.device("cpu"))
+def test_a_forced_even_load_cycles_through_the_experts() -> None:
+    problem = make_problem(parse_shape("32,8,16,4,2,swiglu"), "zipf", seed=0, device=torch.device("cpu"))
     ctx = route_context(problem)
     own, forced = problem.layer.router(problem.x_TD, ctx), UniformLoad(problem.layer.router)(problem.x_TD, ctx)
     assert forced.load_E.tolist() == [16, 16, 16, 16]
@@ -63,5 +63,5 @@ def test_a_forced_even_load_deals_the_experts_round() -> None:
     assert torch.equal(forced.weight_N, own.weight_N)
 
 
-def test_the_allocator_can_be_told_again() -> None:
+def test_keep_freed_memory_is_idempotent() -> None:
     assert keep_freed_memory() == keep_freed_memory()

@@ -24,8 +24,8 @@ BATCHED_UP_TO = 512
 def build_candidates(problem: Problem) -> list[Candidate | Skipped]:
     """Return the blocks that compute this row's formula."""
     if problem.shape.top_k == 1:
-        return [] if problem.gated else [_switch(problem)]
-    if not problem.gated:
+        return [] if problem.is_gated else [_switch(problem)]
+    if not problem.is_gated:
         return []
     blocks: dict[str, Callable[[Shape], Any]] = {"Mixtral": _mixtral, "Qwen3-MoE": _qwen3}
     if (problem.shape.num_experts, problem.shape.top_k) == (64, 8):
@@ -37,7 +37,7 @@ def _block(problem: Problem, name: str, build: Callable[[Shape], Any], implement
     name = f"{name} {implementation}"
     if implementation == "batched_mm" and problem.shape.num_assignments > BATCHED_UP_TO:
         return Skipped(name=name, reason=f"copies the weights for each assignment: only up to T·k = {BATCHED_UP_TO}")
-    block: Any = problem.settle(build(problem.shape))
+    block: Any = problem.place_module(build(problem.shape))
     block.experts.config._experts_implementation = implementation
     with torch.no_grad():
         block.gate.weight.copy_(problem.gate_ED)
@@ -98,7 +98,7 @@ def _switch(problem: Problem) -> Candidate:
         dropout_rate=0.0,
         dense_act_fn="gelu",
     )
-    block: Any = problem.settle(SwitchTransformersSparseMLP(config))
+    block: Any = problem.place_module(SwitchTransformersSparseMLP(config))
     with torch.no_grad():
         block.router.classifier.weight.copy_(problem.gate_ED)
         for index in range(shape.num_experts):
@@ -106,7 +106,7 @@ def _switch(problem: Problem) -> Candidate:
             expert.wi.weight.copy_(problem.bank.w_in_EDF[index].t())
             expert.wo.weight.copy_(problem.bank.w_out_EFD[index].t())
 
-    def dropped() -> float:
+    def measure_dropped() -> float:
         with torch.no_grad():
             chosen_BLE, _, _ = block.router(problem.x_TD.unsqueeze(0))
         return 1 - float(chosen_BLE.sum()) / shape.num_assignments
@@ -117,5 +117,5 @@ def _switch(problem: Problem) -> Candidate:
         forward=lambda x_TD: _output(block(x_TD.unsqueeze(0))),
         note="drops over its capacity",
         agrees_with=CAPACITY,
-        dropped=dropped,
+        measure_dropped=measure_dropped,
     )

@@ -6,7 +6,12 @@ import torch
 from mixture_of_experts import MoE
 from torch import Tensor, nn
 
-from moebench.bench.layer.peers.sequences import LARGEST_PLAN_BYTES, by_sequence, dropped_share, plan_bytes
+from moebench.bench.layer.peers.sequences import (
+    MAX_PLAN_BYTES,
+    compute_plan_bytes,
+    measure_dropped_share,
+    split_sequences,
+)
 from moebench.bench.layer.problem import Candidate, Problem, Skipped
 from moebench.bench.layer.variants import CAPACITY_FACTOR
 
@@ -16,9 +21,9 @@ NAME = "mixture-of-experts"
 def build_candidates(problem: Problem) -> list[Candidate | Skipped]:
     """Return its layer on rows with GELU and k = 2."""
     shape = problem.shape
-    if problem.gated or shape.top_k != 2:
+    if problem.is_gated or shape.top_k != 2:
         return []
-    if plan_bytes(problem) > LARGEST_PLAN_BYTES:
+    if compute_plan_bytes(problem) > MAX_PLAN_BYTES:
         return [Skipped(name=NAME, reason="its one-hot plan (tokens x experts x capacity) would not fit")]
     moe = build(problem, CAPACITY_FACTOR)
     return [
@@ -28,7 +33,7 @@ def build_candidates(problem: Problem) -> list[Candidate | Skipped]:
             forward=forward_of(problem, moe),
             note="capacity 1.25 per sequence, second choices drop first",
             agrees_with=None,
-            dropped=lambda: dropped_share(problem, moe.gate),
+            measure_dropped=lambda: measure_dropped_share(problem, moe.gate),
         )
     ]
 
@@ -47,7 +52,7 @@ def build(problem: Problem, capacity_factor: float) -> Any:
         capacity_factor_train=factor,
         capacity_factor_eval=factor,
     )
-    problem.settle(moe)
+    problem.place_module(moe)
     with torch.no_grad():
         moe.gate.w_gating.copy_(problem.gate_ED.t())
         moe.experts.w1.copy_(problem.bank.w_in_EDF)
@@ -59,7 +64,7 @@ def forward_of(problem: Problem, moe: Any) -> Any:
     """Return its forward pass on x_TD."""
 
     def forward(x_TD: Tensor) -> Tensor:
-        y_BLD: Tensor = moe(by_sequence(problem, x_TD))[0]
+        y_BLD: Tensor = moe(split_sequences(problem, x_TD))[0]
         return y_BLD.flatten(0, 1)
 
     return forward

@@ -1,4 +1,4 @@
-"""Which libraries are compared with, and whether they are here."""
+"""The libraries that the layer is compared with, as far as they are installed."""
 
 import importlib
 import importlib.util
@@ -17,8 +17,9 @@ class Peer:
     module: str
     """Name to import."""
     adapter: str | None
-    """File in this folder; None: named, but not run."""
-    why_not: str = ""
+    """File in this folder; None: never run."""
+    reason: str = ""
+    """Why it is not run."""
 
 
 PEERS = (
@@ -26,21 +27,23 @@ PEERS = (
     Peer(package="st-moe-pytorch", module="st_moe_pytorch", adapter="st_moe"),
     Peer(package="mixture-of-experts", module="mixture_of_experts", adapter="mixture"),
     Peer(package="soft-moe-pytorch", module="soft_moe_pytorch", adapter="soft_moe"),
-    Peer(package="deepspeed", module="deepspeed", adapter=None, why_not="no adapter: its layer was not run on a CPU"),
+    Peer(package="deepspeed", module="deepspeed", adapter=None, reason="no adapter: its layer was not run on a CPU"),
 )
+PACKAGE = "moebench.bench.layer.peers"
+"""Where the adapters are."""
 INSTALL = "pip install 'moebench[peers]'"
 
 
-def absence(peer: Peer) -> str | None:
-    """Return why a library cannot take part; None when it can."""
+def find_absence_reason(peer: Peer) -> str | None:
+    """Return why a library cannot be measured; None if it can."""
     if importlib.util.find_spec(peer.module) is None:
         hint = f" ({INSTALL})" if peer.adapter else ""
-        return f"not installed{hint}" + (f"; {peer.why_not}" if peer.why_not else "")
-    return peer.why_not or None
+        return f"not installed{hint}" + (f"; {peer.reason}" if peer.reason else "")
+    return peer.reason or None
 
 
-def versions() -> dict[str, str | None]:
-    """Return package -> version, None where it is not installed."""
+def list_versions() -> dict[str, str | None]:
+    """Return package -> version; None where it is not installed."""
     return {peer.package: _version(peer.package) for peer in PEERS}
 
 
@@ -51,32 +54,32 @@ def _version(package: str) -> str | None:
         return None
 
 
-def peer_contestants(problem: Problem) -> list[Candidate | Skipped]:
-    """Return the layers of every library that is here; a library that fails to import or build says why."""
-    found: list[Candidate | Skipped] = []
+def build_peer_candidates(problem: Problem) -> list[Candidate | Skipped]:
+    """Return the layers of every installed library, or why one fails to import or build."""
+    candidates: list[Candidate | Skipped] = []
     for peer in PEERS:
-        if absence(peer) is None:
-            found += _contestants(peer, problem)
-    return found
+        if find_absence_reason(peer) is None:
+            candidates += _build_candidates(peer, problem)
+    return candidates
 
 
-def _contestants(peer: Peer, problem: Problem) -> list[Candidate | Skipped]:
+def _build_candidates(peer: Peer, problem: Problem) -> list[Candidate | Skipped]:
     try:
-        adapter = importlib.import_module(f"moebench.bench.layer.peers.{peer.adapter}")
-        found: list[Candidate | Skipped] = adapter.build_candidates(problem)
-    except Exception as error:  # another library's release may change anything; the row goes on without it
-        return [Skipped(name=peer.package, reason=_in_a_line(error))]
-    return [_tried(one, problem) if isinstance(one, Candidate) else one for one in found]
+        adapter = importlib.import_module(f"{PACKAGE}.{peer.adapter}")
+        candidates: list[Candidate | Skipped] = adapter.build_candidates(problem)
+    except Exception as error:  # any release of another library may break its adapter; the row goes on without it
+        return [Skipped(name=peer.package, reason=_one_line(error))]
+    return [_try_out(layer, problem) if isinstance(layer, Candidate) else layer for layer in candidates]
 
 
-def _tried(one: Candidate, problem: Problem) -> Candidate | Skipped:
-    """Return a layer that can go forward and back once, else the reason why it cannot."""
+def _try_out(layer: Candidate, problem: Problem) -> Candidate | Skipped:
+    """Run a layer forward and backward once; return it, or the reason why it failed."""
     try:
-        one.forward(problem.x_TD).sum().backward()  # type: ignore[no-untyped-call]
+        layer.forward(problem.x_TD).sum().backward()  # type: ignore[no-untyped-call]
     except Exception as error:
-        return Skipped(name=one.name, reason=_in_a_line(error))
-    return one
+        return Skipped(name=layer.name, reason=_one_line(error))
+    return layer
 
 
-def _in_a_line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"

@@ -6,7 +6,12 @@ import torch
 from st_moe_pytorch import MoE
 from torch import Tensor
 
-from moebench.bench.layer.peers.sequences import LARGEST_PLAN_BYTES, by_sequence, dropped_share, plan_bytes
+from moebench.bench.layer.peers.sequences import (
+    MAX_PLAN_BYTES,
+    compute_plan_bytes,
+    measure_dropped_share,
+    split_sequences,
+)
 from moebench.bench.layer.problem import Candidate, Problem, Skipped
 from moebench.bench.layer.variants import CAPACITY_FACTOR
 
@@ -16,9 +21,9 @@ NAME = "st-moe-pytorch"
 def build_candidates(problem: Problem) -> list[Candidate | Skipped]:
     """Return its layer on rows with a gated activation and k > 1."""
     shape = problem.shape
-    if not problem.gated or shape.top_k < 2:
+    if not problem.is_gated or shape.top_k < 2:
         return []
-    if plan_bytes(problem) > LARGEST_PLAN_BYTES:
+    if compute_plan_bytes(problem) > MAX_PLAN_BYTES:
         return [Skipped(name=NAME, reason="its one-hot plan (tokens x experts x capacity) would not fit")]
     factor = CAPACITY_FACTOR * shape.top_k  # its factor leaves k out
     moe: Any = MoE(
@@ -31,7 +36,7 @@ def build_candidates(problem: Problem) -> list[Candidate | Skipped]:
         capacity_factor_train=factor,
         capacity_factor_eval=factor,
     )
-    problem.settle(moe)
+    problem.place_module(moe)
     width = moe.experts.experts[0].net[-1].in_features
     if width != shape.hidden:
         return [Skipped(name=NAME, reason=f"its width is {width}, not {shape.hidden}")]
@@ -39,7 +44,7 @@ def build_candidates(problem: Problem) -> list[Candidate | Skipped]:
         moe.gate.to_gates.weight.copy_(problem.gate_ED)
 
     def forward(x_TD: Tensor) -> Tensor:
-        y_BLD: Tensor = moe(by_sequence(problem, x_TD)).outputs
+        y_BLD: Tensor = moe(split_sequences(problem, x_TD)).outputs
         return y_BLD.flatten(0, 1)
 
     return [
@@ -49,6 +54,6 @@ def build_candidates(problem: Problem) -> list[Candidate | Skipped]:
             forward=forward,
             note="GEGLU with biases, capacity 1.25 per sequence: same gate, not the same formula",
             agrees_with=None,
-            dropped=lambda: dropped_share(problem, moe.gate),
+            measure_dropped=lambda: measure_dropped_share(problem, moe.gate),
         )
     ]

@@ -1,27 +1,30 @@
-"""The results of a grid, sorted: which cells are finished, which failed and why, which are missing."""
+"""The results of a grid by arm and seed, with the cells that failed or are missing."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 
-from moebench.analysis.compare.values import LostCell, Metric
+from moebench.analysis.compare.values import ComparisonMetric, LostCell
 from moebench.errors import UsageError, unknown
 from moebench.runs.result import Fault, RunResult
 
-Expected = Sequence[tuple[str, int, str]]  # (arm, seed, cell id)
+Expected = Sequence[tuple[str, int, str]]
+"""Arm, seed and id of every cell."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sorted:
-    """Every expected cell in one of three places; `done` maps arm -> seed -> result, seeds ascending."""
+class ResultGrid:
+    """Every expected cell as done, failed or missing."""
 
-    metric: Metric
+    metric: ComparisonMetric
     baseline: str
     done: Mapping[str, Mapping[int, RunResult]]
+    """Arm -> seed -> result, seeds ascending; arms in the order of the grid."""
     failed: tuple[LostCell, ...]
     missing: tuple[LostCell, ...]
-    foreign: tuple[str, ...]  # ids of results that no expected cell asked for
+    unexpected: tuple[str, ...]
+    """Ids of results that belong to no expected cell."""
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -29,30 +32,32 @@ class Sorted:
         return tuple(self.done)
 
     def common_seeds(self, arm: str) -> tuple[int, ...]:
-        """Return the seeds that both the arm and the baseline have finished."""
+        """Return the seeds finished by both the arm and the baseline."""
         return tuple(seed for seed in self.done[arm] if seed in self.done[self.baseline])
 
-    def quality(self, arm: str, seeds: Sequence[int]) -> list[float]:
+    def get_quality(self, arm: str, seeds: Sequence[int]) -> list[float]:
         """Return the final metric of an arm for these seeds."""
         return [self.done[arm][seed].metrics[self.metric.name] for seed in seeds]
 
-    def num_diverged(self, arm: str) -> int:
-        """Return how many seeds of an arm diverged."""
+    def count_diverged(self, arm: str) -> int:
+        """Return the number of seeds of an arm that diverged."""
         return sum(cell.arm == arm and cell.diverged for cell in self.failed)
 
 
-def sort_results(results: Sequence[RunResult], expected: Expected, *, baseline: str, metric: Metric) -> Sorted:
-    """Sort the expected cells, with the metrics of the wanted split.
+def arrange_results(
+    results: Sequence[RunResult], expected: Expected, *, baseline: str, metric: ComparisonMetric
+) -> ResultGrid:
+    """Return the expected cells with their results, whose metrics are those of the metric's split.
 
-    Raises UsageError for an unknown baseline or metric, a cell named twice and results without the wanted split.
+    Raises UsageError for an unknown baseline or metric, a cell named twice and results without metrics of the split.
     """
     done: dict[str, dict[int, RunResult]] = {arm: {} for arm, _, _ in expected}
     if baseline not in done:
         raise unknown("baseline", baseline, done)
     if len({(arm, seed) for arm, seed, _ in expected}) < len(expected):
         raise UsageError("an arm has the same seed twice in this grid; give each configuration its own arm name")
-    _refuse_copies(results, expected)
-    results = _of_split(results, metric)
+    _check_unique(results, expected)
+    results = _select_split(results, metric)
     by_id = {result.id: result for result in results}
     _require_metric(results, metric.name)
     failed, missing = [], []
@@ -60,23 +65,23 @@ def sort_results(results: Sequence[RunResult], expected: Expected, *, baseline: 
         result = by_id.get(cell_id)
         if result is None:
             missing.append(LostCell(arm=arm, seed=seed, id=cell_id, reason="no result yet", diverged=False))
-        elif reason := _fault(result, metric.name):
+        elif reason := _describe_fault(result, metric.name):
             diverged = _has_diverged(result, metric.name)
             failed.append(LostCell(arm=arm, seed=seed, id=cell_id, reason=reason, diverged=diverged))
         else:
             done[arm][seed] = result
-    return Sorted(
+    return ResultGrid(
         metric=metric,
         baseline=baseline,
         done=done,
         failed=tuple(failed),
         missing=tuple(missing),
-        foreign=tuple(sorted(by_id.keys() - {cell_id for _, _, cell_id in expected})),
+        unexpected=tuple(sorted(by_id.keys() - {cell_id for _, _, cell_id in expected})),
     )
 
 
-def _refuse_copies(results: Sequence[RunResult], expected: Expected) -> None:
-    """Refuse one run under two names: compared with itself, or counted twice by Holm, it says nothing."""
+def _check_unique(results: Sequence[RunResult], expected: Expected) -> None:
+    """Raise UsageError for one run under two names: it would be compared with itself, or counted twice by Holm."""
     seen: dict[str, tuple[str, int]] = {}
     for arm, seed, cell_id in expected:
         if cell_id in seen:
@@ -91,8 +96,8 @@ def _refuse_copies(results: Sequence[RunResult], expected: Expected) -> None:
             raise UsageError(f"{cell_id}: {times} results of one cell are given; which of them counts?")
 
 
-def _of_split(results: Sequence[RunResult], metric: Metric) -> list[RunResult]:
-    """Return the results with the metrics of the split that is compared on as their metrics."""
+def _select_split(results: Sequence[RunResult], metric: ComparisonMetric) -> list[RunResult]:
+    """Return the results with the metrics of the compared split in `metrics`."""
     if metric.split == "test":
         return list(results)
     without = [result for result in results if result.status == "done" and not result.validation]
@@ -118,8 +123,8 @@ def _has_diverged(result: RunResult, metric: str) -> bool:
     return not isfinite(result.metrics.get(metric, 0.0))
 
 
-def _fault(result: RunResult, metric: str) -> str | None:
-    """Say why a result cannot be used, None when it can."""
+def _describe_fault(result: RunResult, metric: str) -> str | None:
+    """Return the reason why a result cannot be used; None when it can."""
     if result.status != "done":
         return result.error or f"{result.status} at step {result.step}"
     if metric not in result.metrics:

@@ -1,0 +1,42 @@
+"""The figures of runs and experiments, drawn into their folders, from where the tracker takes them."""
+
+import contextlib
+import json
+from pathlib import Path
+
+from moebench.analysis.compare.experiment import compare_experiment, draw_experiment
+from moebench.analysis.specialisation.figures import draw_labels, draw_load
+from moebench.errors import UsageError
+from moebench.experiment.grid import Experiment
+from moebench.runs.folder import RunFolder
+from moebench.training.label_tables import read_label_tables
+
+
+class Figures:
+    """Draws the load and the specialisation of the experts of each run, and the curves of an experiment."""
+
+    def draw_run_figures(self, folder: RunFolder, title: str) -> None:
+        """Draw load.png and labels.png; nothing for a dense or failed run.
+
+        load.png: load of every expert in the last evaluation. labels.png: share of each label that each expert of the
+        trained model takes; left out where all tokens have one label.
+        """
+        if not folder.loads.exists() or not folder.result.exists():
+            return
+        last = json.loads(folder.loads.read_text().splitlines()[-1])
+        with contextlib.suppress(OSError):  # a full disk must not stop the other runs
+            draw_load(last["layers"], path=folder.path / "load.png", title=f"Load of the experts: {title}")
+        with contextlib.suppress(OSError, UsageError):
+            draw_labels(
+                read_label_tables(folder.labels), path=folder.path / "labels.png", title=f"Who takes what: {title}"
+            )
+
+    def draw_experiment_figures(self, experiment: Experiment, results: Path) -> None:
+        """Draw the curves of all arms, with the paired differences where they can be compared."""
+        try:
+            comparison = compare_experiment(experiment, results)
+        except UsageError:
+            comparison = None  # unmatched or without a baseline: the curves alone
+        with contextlib.suppress(OSError):
+            file = results / "experiments" / experiment.name / "curves.png"
+            draw_experiment(experiment, results, file, comparison)

@@ -1,0 +1,267 @@
+"""Every metric that a run records or a table shows, declared once: name, unit, direction, format, meaning.
+
+Headers and number formats of tables, legends, `moebench list metrics` and docs/metrics.md come from here. A test
+compares the declarations with what runs record. Tasks and routers of plugins may record further metrics.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+Direction = Literal["lower", "higher", "neither"]
+Format = Literal["number", "signed", "count", "percent", "whole percent", "p", ".0f", ".1f", ".2f", ".3f"]
+"""How tables write a value (see `moebench.reporting.metrics`)."""
+
+VARIABLE = re.compile(r"[A-Z]{3,}")
+"""A word in capitals stands for any name: `balance/NAME`."""
+VALIDATION, TEST, STEP, FINAL = "eval/", "test/", "train/", "final/"
+"""Prefixes of recorded names: the validation split, the test split, one logged training step; and, in MLflow alone, the
+finished run, of which result.json has the same values without the prefix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One metric, or a family of them whose name has a variable part."""
+
+    name: str
+    """As in result.json; in the journal and in MLflow one of `prefixes` may stand before it."""
+    header: str = ""
+    """Column header; empty: no table shows it."""
+    unit: str = ""
+    format: Format = "number"
+    better: Direction = "neither"
+    meaning: str
+    """One sentence."""
+    prefixes: tuple[str, ...] = ()
+    suffix: str = ""
+    """Variable part that may follow the name after a slash."""
+
+    def matches(self, recorded_name: str) -> bool:
+        """Return whether this is the metric that a journal, a result or MLflow calls `recorded_name`."""
+        return bool(self._pattern.fullmatch(recorded_name))
+
+    @property
+    def is_family(self) -> bool:
+        """Whether the name has a variable part."""
+        return bool(VARIABLE.search(self.name))
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        prefix = f"(?:{'|'.join(self.prefixes)})?" if self.prefixes else ""
+        return re.compile(prefix + VARIABLE.sub(".+", re.escape(self.name)) + ("(?:/.+)?" if self.suffix else ""))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricGroup:
+    """Metrics that are measured together."""
+
+    title: str
+    about: str
+    """Where they are measured and recorded."""
+    metrics: tuple[Metric, ...]
+
+
+Declaration = tuple[str, str, str, Format, Direction, str]
+"""Name, header, unit, format, direction, meaning."""
+
+
+def _group(
+    title: str,
+    about: str,
+    declarations: Sequence[Declaration],
+    *,
+    stem: str = "",
+    prefixes: tuple[str, ...] = (FINAL,),
+    suffix: str = "",
+) -> MetricGroup:
+    metrics = [
+        Metric(
+            name=stem + name,
+            header=header,
+            unit=unit,
+            format=form,
+            better=better,
+            meaning=meaning,
+            prefixes=prefixes,
+            suffix=suffix,
+        )
+        for name, header, unit, form, better, meaning in declarations
+    ]
+    return MetricGroup(title=title, about=about, metrics=tuple(metrics))
+
+
+QUALITY: tuple[Declaration, ...] = (
+    ("bits_per_byte", "", "bits", "number", "lower", "Code length of the text over its number of bytes."),
+    ("masked_bits_per_byte", "", "bits", "number", "lower", "Code length of the masked tokens over their bytes."),
+    ("masked_accuracy", "", "share", "number", "higher", "Share of masked tokens whose most likely token is right."),
+    ("span_bits_per_byte", "", "bits", "number", "lower", "Code length of the removed spans over their bytes."),
+    ("accuracy", "", "share", "number", "higher", "Share of images or recordings whose most likely class is right."),
+    ("class_accuracy/CLASS", "", "share", "number", "higher", "Accuracy on the images of one class."),
+    ("nats", "", "nats", "number", "lower", "Negative log-likelihood per image, recording or character."),
+    ("brier", "", "", "number", "lower", "Brier score: squared distance of the probabilities from the one-hot class."),
+    ("ece", "", "", "number", "lower", "Expected calibration error: mean gap between confidence and accuracy."),
+    ("few_shot/SHOTS", "", "share", "number", "higher", "Accuracy on held-out classes from so many images of each."),
+    ("skipped_images", "", "images", ".0f", "neither", "Images left out because they could not be read."),
+    ("cer", "", "share", "number", "lower", "Character error rate: edit distance to the transcript over its length."),
+    ("wer", "", "share", "number", "lower", "Word error rate: the same in words."),
+    ("mse", "", "", "number", "lower", "Mean squared error."),
+    ("oracle_gap", "", "", "number", "lower", "Mean squared error minus that of the maps that generated the data."),
+)
+LOAD: tuple[Declaration, ...] = (
+    ("max_violation", "MaxVio", "", ".2f", "lower", "Largest load over the mean load, minus 1: 0 when even."),
+    ("cv", "CV", "", ".2f", "lower", "Coefficient of variation of the load over experts: 0 when even."),
+    ("entropy", "entropy", "", ".2f", "higher", "Entropy of the load over ln E: 1 when even, 0 for a single expert."),
+    ("dead_experts", "dead", "experts", ".1f", "lower", "Experts with less than 1 % of an even load."),
+    ("drop_rate", "dropped", "share", "percent", "lower", "Share of assignments that no expert computed."),
+    ("reroute_rate", "rerouted", "share", "percent", "lower", "Share of assignments computed by another expert."),
+    ("unserved", "unserved", "share", "percent", "lower", "Share of tokens that no expert computed."),
+    ("flops_per_token", "", "FLOPs", "count", "neither", "Forward FLOPs of the whole model per token, as executed."),
+    ("experts_per_token", "", "rows", ".2f", "neither", "Rows that experts computed per token, as executed."),
+    (
+        "information/KIND",
+        "what experts know",
+        "share",
+        ".3f",
+        "neither",
+        "I(label; expert) / H(label), from 0 to 1, mean over expert layers.",
+    ),
+)
+DROPS: tuple[Declaration, ...] = (
+    (
+        "train_drop_rate",
+        "in training",
+        "share",
+        "percent",
+        "lower",
+        "Share of assignments dropped, mean over all steps.",
+    ),
+    (
+        "train_unserved",
+        "",
+        "share",
+        "percent",
+        "lower",
+        "Share of tokens that no expert computed, mean over all steps.",
+    ),
+)
+TRAINING: tuple[Declaration, ...] = (
+    ("loss/task", "", "", "number", "lower", "Loss of the task without auxiliary losses."),
+    ("loss/total", "", "", "number", "lower", "Sum of the task's loss and the weighted auxiliary losses."),
+    ("loss/NAME", "", "", "number", "neither", "Auxiliary loss times its coefficient."),
+    ("balance/NAME", "", "", "number", "neither", "Auxiliary loss without its coefficient."),
+    ("train/learning_rate", "", "", "number", "neither", "Learning rate of the step."),
+    ("train/grad_norm", "", "", "number", "neither", "Norm of the gradient before clipping."),
+    ("train/tokens_per_s", "", "tokens/s", "count", "higher", "Speed of the step."),
+    ("time/data_share", "", "share", "percent", "lower", "Share of the time so far spent waiting for batches."),
+)
+PROCESSES: tuple[Declaration, ...] = (
+    ("processes", "processes", "", ".0f", "neither", "Number of processes."),
+    ("step_s_max", "", "s", "number", "lower", "Time of the step on the slowest process."),
+    ("all_to_all_s", "", "s", "number", "lower", "Time inside all-to-alls."),
+    ("all_to_all_share", "all-to-all", "share", "percent", "lower", "Share of a timed step inside all-to-alls."),
+    ("wait_s", "", "s", "number", "lower", "Time of waiting for the slowest process."),
+    (
+        "wait_share",
+        "waiting",
+        "share",
+        "percent",
+        "lower",
+        "Share of a timed step, in which every process waits for the slowest before each exchange.",
+    ),
+    ("sent_mib", "sent/step", "MiB", ".2f", "lower", "Sent by one process in one step to others."),
+    ("predicted_mib", "", "MiB", ".2f", "lower", "The same as computed from the routing alone."),
+    ("rank_load_max", "busiest", "", ".2f", "lower", "Rows of the process with the most over the mean."),
+    ("tokens_per_s_per_device", "tokens/s each", "tokens/s", "count", "higher", "Speed of the step per process."),
+    ("peak_memory_gib", "memory", "GiB", ".2f", "lower", "Peak memory of the process with the most."),
+    ("rows/rank_RANK", "", "rows", "count", "neither", "Rows that the experts of one process computed."),
+    ("memory_gib/rank_RANK", "", "GiB", ".2f", "lower", "Peak memory of one process."),
+)
+COST: tuple[Declaration, ...] = (
+    ("active_params", "active", "parameters", "count", "neither", "Parameters that one token uses on average."),
+    ("total_params", "total", "parameters", "count", "neither", "Parameters of the model."),
+    ("flops_per_token", "FLOPs", "FLOPs", "count", "neither", "Forward FLOPs per token as planned."),
+    ("experts_per_token", "experts", "rows", ".2f", "neither", "Rows that experts compute per token as planned."),
+    ("train_flops_per_token", "train", "FLOPs", "count", "neither", "Forward FLOPs per token executed in training."),
+    ("train_experts_per_token", "train", "rows", ".2f", "neither", "Rows per token executed in training."),
+    ("eval_flops_per_token", "eval", "FLOPs", "count", "neither", "Forward FLOPs per token executed in evaluation."),
+    ("eval_experts_per_token", "eval", "rows", ".2f", "neither", "Rows per token executed in evaluation."),
+    ("train_passes", "", "passes", ".0f", "neither", "Times that training runs each token through the model."),
+    ("training_only_flops", "", "FLOPs", "count", "neither", "Forward FLOPs per token that training alone computes."),
+    ("train_tokens", "", "tokens", "count", "neither", "Tokens that the model was trained on."),
+)
+SPEED: tuple[Declaration, ...] = (
+    ("tokens_per_s", "tokens/s", "tokens/s", "count", "higher", "Speed of the median training step."),
+    ("step_s", "", "s", "number", "lower", "Time of the median training step."),
+    ("train_s", "", "s", "number", "lower", "Time of all training steps."),
+    ("total_s", "", "s", "number", "lower", "Time of the run, evaluations included, since its last start."),
+    ("data_share", "", "share", "percent", "lower", "Share of the training time spent waiting for batches."),
+)
+COMPARISON: tuple[Declaration, ...] = (
+    ("mean", "mean", "", "number", "neither", "Mean over seeds of the metric that arms are compared by."),
+    ("p", "p", "", "p", "lower", "P value of the paired t-test."),
+    ("p_holm", "p Holm", "", "p", "lower", "P value of the paired t-test, corrected for all comparisons."),
+    ("p_exact", "exact p", "", "p", "lower", "Sign flips, 6 seeds or more, not corrected."),
+    ("effect_sd", "seed SD", "", "signed", "neither", "The difference over the SD between seeds."),
+    (
+        "smallest_detectable",
+        "detectable",
+        "",
+        "number",
+        "lower",
+        "The smallest true difference that 4 of 5 repeats would show, the differences of all arms taken to vary alike.",
+    ),
+    ("share_of_baseline", "of baseline", "share", "whole percent", "higher", "Speed over that of the baseline."),
+    ("relative_flops", "FLOPs", "share", "percent", "neither", "Forward FLOPs over those of the arm as trained."),
+)
+
+EVALUATED = (VALIDATION, TEST, FINAL)
+EXECUTED = (
+    "forward FLOPs of the whole model and rows computed by experts, per token, mean over all steps of training (each"
+    " pass counts) and on the test split"
+)
+GROUPS = (
+    _group(
+        "Quality",
+        "On the validation split (`eval/`) and the test split (`test/`), as far as the task measures it. `/DOMAIN`: of"
+        " one domain; `/out_of_domain`: of those held out of training, which the plain name leaves out.",
+        QUALITY,
+        prefixes=EVALUATED,
+        suffix="DOMAIN",
+    ),
+    _group(
+        "Expert load",
+        "Mean over expert layers; none for a dense model. Of a logged training step (`train/`), the validation split"
+        " (`eval/`) and the test split (`test/`); `/out_of_domain`: of the domains held out of training, which the"
+        " plain name leaves out.",
+        LOAD,
+        stem="load/",
+        prefixes=(STEP, *EVALUATED),
+        suffix="out_of_domain",
+    ),
+    _group("Drops in training", "Of all steps, mean over expert layers; in the result.", DROPS, stem="load/"),
+    _group(
+        "Training",
+        "Of a logged training step: the first, every `train.log_every`-th, the last. In the journal.",
+        TRAINING,
+        prefixes=(),
+    ),
+    _group(
+        "Processes",
+        "Of a logged training step on several processes, mean over processes where no other is named. The journal has"
+        " every such step, the result their mean.",
+        PROCESSES,
+        stem="parallel/",
+    ),
+    _group("Cost", f"In the result. Planned: before the run. Executed: {EXECUTED}.", COST),
+    _group("Speed", "Of the whole run; in the result.", SPEED),
+    _group("Comparison", "Of `moebench compare` and `moebench curve`, from several runs.", COMPARISON, prefixes=()),
+)
+METRICS: Mapping[str, Metric] = {metric.name: metric for group in GROUPS for metric in group.metrics}
+
+
+def find_metric(recorded_name: str) -> Metric | None:
+    """Return the metric that a journal, a result or MLflow calls `recorded_name`; None if it is not declared."""
+    matching = [metric for metric in METRICS.values() if metric.matches(recorded_name)]
+    return min(matching, key=lambda metric: metric.is_family, default=None)  # loss/task before loss/NAME
