@@ -20,6 +20,7 @@ ORDER = (
     ("experts",),
     ("parallel",),
     ("models",),
+    ("standalone",),
     ("tasks",),
     ("runs",),
     ("reporting",),
@@ -31,6 +32,7 @@ ORDER = (
     ("catalogue",),
     ("bench",),
     ("cli",),
+    ("api",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 LONGEST_FILE, LONGEST_FUNCTION = 300, 50
