@@ -33,6 +33,7 @@ ORDER = (
     ("catalogue",),
     ("bench",),
     ("cli",),
+    ("api",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 LONGEST_FILE, LONGEST_FUNCTION = 300, 50

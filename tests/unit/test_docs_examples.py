@@ -1,17 +1,25 @@
-"""The experiment files that the pages show can be planned."""
+"""What the pages in docs/ show: experiment files can be planned, Python code runs, links lead somewhere."""
 
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
+from support.command_line import ROOT, CommandLine, WarmCommandLine
 
 from moebench.experiment.grid import expand
 from moebench.models.cost import cost_of
 from moebench.training.model import build_model, prepare_task
 
-PAGE = Path(__file__).parents[2] / "docs" / "running.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_the_files_of_the_page_on_running_fit_their_models(tmp_path: Path) -> None:
-    first, arms = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)[:2]
+    page = (ROOT / "docs" / "running.md").read_text()
+    first, arms = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[:2]
     assert "grid:\n  arm:" in arms
     base, _, rest = first.partition("grid:")
     with_arms = base + arms + "seeds:" + rest.partition("seeds:")[2]
@@ -21,3 +29,67 @@ def test_the_files_of_the_page_on_running_fit_their_models(tmp_path: Path) -> No
         for cell in expand(file).cells[:4]:
             model = build_model(cell.config, prepare_task(cell.config, tmp_path))
             assert cost_of(model.backbone, [], 128).flops_per_token > 0
+
+
+def test_the_code_of_the_page_on_the_api_runs(cli: CommandLine) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), re.DOTALL)
+    code = "\n".join(blocks)
+    assert "train.steps=200" in code
+    shutil.copytree(ROOT / "experiments", cli.folder / "experiments")
+    (cli.folder / "page.py").write_text(
+        code.replace("train.steps=200", "train.steps=2").replace("eval_windows=16", "eval_windows=4")
+    )
+    done = subprocess.run(
+        [sys.executable, "page.py"], cwd=cli.folder, env=cli.environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert "9 ['dense', 'switch', 'top_k']" in done.stdout
+    assert "Quality: bits per byte on the test split" in done.stdout
+
+
+def test_the_commands_of_the_tutorial_work(cli: CommandLine, warm: WarmCommandLine) -> None:
+    page = (ROOT / "docs" / "tutorial.md").read_text()
+    [experiment] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    router, table = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    small = re.sub(r"steps: 600.*?}", "steps: 4, batch_size: 2}", experiment).replace("[0, 1, 2]", "[0]")
+    (cli.folder / "first.yaml").write_text(small.replace("eval_windows: 64", "eval_windows: 4"))
+    (cli.folder / "my_router.py").write_text(router)
+    commands = re.findall(
+        r"^moebench ((?:plan|run|compare|curve) first.yaml.*?)(?:  +#.*| {4,}.*)?$", page, re.MULTILINE
+    )
+    assert len(commands) == 7
+    for command in commands:
+        without_tracker = ["--tracker", "none"] if command.startswith("run") else []
+        done = warm(cli, *shlex.split(command), *without_tracker, timeout=200)
+        assert done.code == 0, done.err
+    code = [sys.executable, "-c", table]
+    done = subprocess.run(code, cwd=cli.folder, env=cli.environment, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    assert "my_router" in done.stdout
+
+
+@pytest.mark.parametrize("page", ["architecture.md", "experts.md"])
+def test_the_source_files_that_a_page_names_exist(page: str) -> None:
+    names = re.findall(r"`((?:\w+/)*\w+(?:\.py|/))`", (ROOT / "docs" / page).read_text())
+    assert len(names) > 5
+    folders = [ROOT, *(ROOT / "moebench").rglob("")]
+    assert not [name for name in names if not any((folder / name).exists() for folder in folders)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if target.startswith("http"):
+            continue
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append(target)
+    assert not broken
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

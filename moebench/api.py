@@ -1,0 +1,230 @@
+"""The Python API: one layer, whole experiments, and their results. `import moebench` re-exports it.
+
+Heavy libraries are imported inside the functions that need them.
+"""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moebench.errors import UsageError
+from moebench.standalone import MoE, MoERecord, balance_loss, moe_layer
+
+if TYPE_CHECKING:
+    import pandas
+
+    from moebench.analysis.compare.values import Comparison, Split
+    from moebench.experiment.grid import Experiment
+    from moebench.experiment.runner import RunReport
+    from moebench.runs.folder import RunFolder
+    from moebench.tasks.task import Task
+    from moebench.training.model import Model
+
+__all__ = [
+    "MoE",
+    "MoERecord",
+    "UsageError",
+    "balance_loss",
+    "compare",
+    "load_experiment",
+    "load_model",
+    "load_runs",
+    "moe_layer",
+    "run",
+    "to_text",
+]
+DEFAULT_BASELINE = "dense"
+
+
+def load_experiment(
+    path_or_name: str | Path, overrides: Sequence[str] = (), plugins: Sequence[str | Path] = ()
+) -> "Experiment":
+    """Read an experiment file, or the one called `path_or_name` in the folder `experiments`, and check every cell.
+
+    `overrides`: changes in the form `key=value`, as on the command line. `plugins`: Python files that register
+    routers, layouts or tasks. Raises UsageError for anything that could not be trained.
+    """
+    from moebench.experiment.files import find_experiment
+    from moebench.experiment.grid import expand
+
+    return expand(find_experiment(str(path_or_name)), list(overrides), [str(plugin) for plugin in plugins])
+
+
+def run(
+    experiment: "Experiment | str | Path",
+    results: str | Path = "results",
+    *,
+    jobs: int = 0,
+    tracker: str | None = None,
+    quiet: bool = False,
+) -> "RunReport":
+    """Train every cell of an experiment that is not done, as `moebench run` does, and report what happened.
+
+    Each cell trains in its own process; a cell that fails stands in `report.failed`, and the others go on. `jobs`:
+    cells at a time; 0: as many as fit the machine. `tracker`: MLflow URI, "none" for no tracker, None for SQLite in
+    the results folder. `quiet`: print no progress. After Ctrl-C it saves checkpoints and raises KeyboardInterrupt,
+    after SIGTERM SystemExit. Works in the main thread only.
+    """
+    from rich.console import Console
+
+    from moebench.analysis.figures import Figures
+    from moebench.experiment.runner import RunOptions, run_experiment
+    from moebench.launch.launcher import LocalLauncher
+
+    options = RunOptions(jobs=jobs, tracker=tracker)
+    console = Console(stderr=True, quiet=quiet)
+    with _main_module_hidden():
+        report = run_experiment(
+            _as_experiment(experiment),
+            Path(results),
+            options,
+            launcher=LocalLauncher(),
+            console=console,
+            figures=Figures(),
+        )
+    if report.interrupted:
+        raise KeyboardInterrupt if report.interrupted == signal.SIGINT else SystemExit(128 + report.interrupted)
+    return report
+
+
+def compare(
+    runs: "Experiment | str | Path | Iterable[str]",
+    results: str | Path = "results",
+    *,
+    baseline: str | None = None,
+    split: "Split" = "test",
+    allow_mismatch: bool = False,
+) -> "Comparison":
+    """Compare arms with a baseline over paired seeds, as `moebench compare` does.
+
+    `runs`: an experiment, its file or name, or ids of runs (a column of `load_runs`). `baseline`: an arm; None takes
+    that of the experiment, or "dense" among runs. `split`: "test" or "validation". `allow_mismatch`: give arms of
+    unequal cost a verdict. The value has `to_dict()`; `to_text` makes tables of it.
+    """
+    from dataclasses import replace
+
+    from moebench.analysis.compare.experiment import compare_experiment
+    from moebench.experiment.grid import Experiment
+
+    if not isinstance(runs, Experiment | str | Path):
+        return _compare_runs(list(runs), Path(results), baseline, split, allow_mismatch=allow_mismatch)
+    experiment = _as_experiment(runs)
+    if baseline is not None:
+        experiment = replace(experiment, baseline=baseline)
+    return compare_experiment(experiment, Path(results), allow_mismatch=allow_mismatch, split=split)
+
+
+def to_text(comparison: "Comparison", width: int = 100) -> str:
+    """Return the tables of a comparison as plain text, `width` columns wide."""
+    import io
+
+    from rich.console import Console
+
+    from moebench.analysis.compare.report import build_report
+
+    stream = io.StringIO()
+    Console(file=stream, width=width, color_system=None).print(build_report(comparison).to_rich())
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
+
+
+def load_runs(results: str | Path = "results") -> "pandas.DataFrame":
+    """Return a DataFrame with one row for each run in a results folder.
+
+    Columns: id, experiment, arm, seed, status, error; each setting by its key (`train.steps`, `router.name`); final
+    metrics as `test/METRIC` and `validation/METRIC`; `cost/...` and `throughput/...`. What a run does not have is NaN.
+    """
+    import pandas
+
+    from moebench.runs.folder import RunFolder
+
+    paths = sorted((Path(results) / "runs").glob("*/cell.json"))
+    return pandas.DataFrame([_row(RunFolder(path.parent)) for path in paths])
+
+
+def load_model(run: str | Path, results: str | Path = "results") -> "tuple[Model, Task]":
+    """Return the trained model of a run, in eval mode on the CPU, and its task.
+
+    `run`: the folder of a run, or the beginning of its id in `results`. The weights are those of the last checkpoint.
+    Raises UsageError for an unknown run and where no checkpoint can be read.
+    """
+    from moebench.config import resolve
+    from moebench.registry import load_plugin
+    from moebench.training.model import prepare_task
+    from moebench.training.trained_model import load_trained_model
+
+    folder = _find_run(run, Path(results))
+    cell = folder.read_cell()
+    for plugin in cell["plugins"]:
+        load_plugin(plugin)
+    config = resolve(cell["config"])
+    task = prepare_task(config, folder.path.parent.parent)
+    return load_trained_model(config, config, task, folder.checkpoints).eval(), task
+
+
+def _as_experiment(experiment: "Experiment | str | Path") -> "Experiment":
+    return load_experiment(experiment) if isinstance(experiment, str | Path) else experiment
+
+
+def _compare_runs(
+    ids: Sequence[str], results: Path, baseline: str | None, split: "Split", *, allow_mismatch: bool
+) -> "Comparison":
+    from moebench.analysis.compare.comparison import compare as compare_results
+    from moebench.analysis.compare.values import ComparisonMetric
+    from moebench.tasks.task import TASKS
+
+    if not ids:
+        raise UsageError("compare: got no run (allowed: an experiment, or ids of runs)")
+    folders = [_find_run(run_id, results) for run_id in ids]
+    cells = [folder.read_cell() for folder in folders]
+    arms = [cell["arm"] for cell in cells]
+    facts = TASKS.get(cells[0]["config"]["task"]["name"]).facts
+    return compare_results(
+        [result for folder in folders if (result := folder.read_result()) is not None],
+        expected=[(cell["arm"], cell["seed"], cell["id"]) for cell in cells],
+        baseline=baseline or (DEFAULT_BASELINE if DEFAULT_BASELINE in arms else arms[0]),
+        metric=ComparisonMetric(name=facts.metric, lower_is_better=facts.lower_is_better, split=split),
+        allow_mismatch=allow_mismatch,
+    )
+
+
+def _find_run(run: str | Path, results: Path) -> "RunFolder":
+    from moebench.analysis.specialisation.report import find_run
+    from moebench.runs.folder import RunFolder
+
+    return RunFolder(Path(run)) if (Path(run) / "cell.json").is_file() else find_run(results, str(run))
+
+
+def _row(folder: "RunFolder") -> dict[str, Any]:
+    """Return the settings and the results of one run, by the names of the columns."""
+    cell, result = folder.read_cell(), folder.read_result()
+    row = {key: cell[key] for key in ("id", "experiment", "arm", "seed")}
+    row |= {"status": folder.state(), "error": result.error if result else None}
+    row |= {key: value for key, value in _flatten(cell["config"]) if key != "seed"}
+    if result is not None:
+        groups = {"test": result.metrics, "validation": result.validation}
+        groups |= {"cost": result.cost, "throughput": result.throughput}
+        row |= {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
+    return row
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+@contextlib.contextmanager
+def _main_module_hidden() -> Iterator[None]:
+    """Keep worker processes from importing the calling script, which would run it once more in each of them."""
+    main = vars(sys.modules["__main__"])
+    hidden: dict[str, Any] = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
+    main["__spec__"] = None
+    try:
+        yield
+    finally:
+        main.update(hidden)

@@ -1,0 +1,222 @@
+"""The MoE layer for models outside moebench: built from options, called like any `nn.Module`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moebench.config import resolve, to_plain
+from moebench.errors import UsageError, require, unknown
+from moebench.experts.layer import MoELayer
+from moebench.experts.layout import LayoutConfig
+from moebench.models.build import build_backbone
+from moebench.models.plan import plan_blocks
+from moebench.models.transformer import init_weights
+from moebench.routing.context import RouteContext
+from moebench.routing.losses import compute_raw_losses
+from moebench.routing.router import ROUTERS, Router
+from moebench.routing.values import LayerRecord
+from moebench.schema import CellConfig
+from moebench.seeds import make_generator
+
+MODEL_OPTIONS = ("ffn_width", "activation")
+"""Keys of `layout` that describe the dense network which the layer replaces."""
+DATA_KEYS = ("vocab_size", "token_count", "num_domains", "sequence_length")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MoERecord(LayerRecord):
+    """The record of one forward pass, with what is needed to compute the router's auxiliary losses."""
+
+    router: Router
+    coefficients: Mapping[str, float]
+    """Coefficient of each auxiliary loss, as configured."""
+
+    @property
+    def compute_raw_losses(self) -> dict[str, Tensor]:
+        """Auxiliary losses before their coefficient, by name."""
+        return compute_raw_losses(self.router, self, self.coefficients)
+
+
+class MoE(nn.Module):
+    """A router, its experts and their capacity behind one call; `moe_layer` builds it.
+
+    Nothing is stored during `forward`. The mode of the module (`train()`, `eval()`) decides whether the router adds
+    noise and which capacity factor applies.
+    """
+
+    def __init__(self, layer: MoELayer, config: CellConfig, data: Mapping[str, Any], seed: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.d_model = config.model.d_model
+        self.coefficients: Mapping[str, float] = config.router.losses
+        self.needs_token_ids = "vocab_size" in data
+        self.needs_domain_ids = "num_domains" in data
+        self.seed = seed
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        step: int | None = None,
+        token_ids: Tensor | None = None,
+        domain_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, MoERecord]:
+        """Return y, shaped like `x`, and the record of what was routed where.
+
+        `x`: (B, L, D), or (T, D) for one sequence of T tokens. `step`: number of the optimizer step, required in
+        training mode; routing noise is a function of the seed and the step, so a resumed run draws the same.
+        `token_ids`: int64, (B, L) or (T,). `domain_ids`: int64, one per sequence or per token. Both are ignored unless
+        the layer was built with `data` that describes them. `mask`: bool, False at padding, (B, L) or (T,). Raises
+        UsageError for another shape and for a missing input.
+        """
+        shape = tuple(x.shape)
+        require(x.dim() in (2, 3) and shape[-1] == self.d_model, "x", shape, f"(B, L, {self.d_model}) or (T, ...)")
+        if self.training and step is None:
+            raise UsageError("step: required in training mode, got None (the number of the optimizer step)")
+        _require_given("token_ids", token_ids, needed=self.needs_token_ids)
+        _require_given("domain_ids", domain_ids, needed=self.needs_domain_ids)
+        purpose = ("router", step) if self.training else ("router in evaluation",)
+        ctx = RouteContext(
+            training=self.training,
+            generator=make_generator(self.seed, *purpose, device=x.device),
+            sequence_length=shape[-2],
+            token_id_T=_per_token("token_ids", token_ids if self.needs_token_ids else None, shape[:-1]),
+            valid_T=_per_token("mask", mask, shape[:-1]),
+            domain_T=_per_token("domain_ids", domain_ids if self.needs_domain_ids else None, shape[:-1]),
+            step=step or 0,
+        )
+        y_TD, record = self.layer(x.reshape(-1, self.d_model), ctx)
+        values = {field.name: getattr(record, field.name) for field in fields(LayerRecord)}
+        return y_TD.view_as(x), MoERecord(**values, router=self.layer.router, coefficients=self.coefficients)
+
+    def after_step(self, records: LayerRecord | Sequence[LayerRecord]) -> None:
+        """Update the router's state, such as a selection bias: call it once after each optimizer step.
+
+        `records`: those of the step's forward passes, one for each micro-batch. Routers without state ignore it.
+        """
+        self.layer.after_step([records] if isinstance(records, LayerRecord) else records)
+
+    @property
+    def flops_per_token(self) -> int:
+        """Forward FLOPs of one token as planned, 2 for a multiplication and an addition."""
+        return self.layer.flops_per_token()
+
+
+def moe_layer(
+    d_model: int,
+    num_experts: int,
+    router: str | Mapping[str, Any] = "top_k",
+    layout: LayoutConfig | Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    seed: int | torch.Generator = 0,
+) -> MoE:
+    """Build an MoE layer with initialised weights.
+
+    `router`: a name, or a mapping of a name and options (`{"name": "top_k", "top_k": 4}`). `layout`: options of an
+    expert layout, such as `name`, `expert_width`, `capacity_factor_train`, `shared`; and `ffn_width` (default
+    4 · d_model) and `activation` ("gelu" or "swiglu") of the dense network that the layer replaces. Unless
+    `expert_width` is given, experts are as wide as makes router and active experts cost the FLOPs per token of that
+    network. `data`: what some routers know of the data beforehand: `vocab_size`, `token_count` (int64 [V], how often
+    each id occurs), `num_domains`, `sequence_length`; ids are then arguments of each call. `seed`: of the weights and
+    the routing noise; a generator gives every layer of a model a seed of its own. Raises UsageError for options that
+    do not fit each other, and for routers that need a whole model or task.
+    """
+    data = dict(data or {})
+    for key in data:
+        if key not in DATA_KEYS:
+            raise unknown("data", key, DATA_KEYS)
+    config = _resolve(d_model, num_experts, router, layout)
+    _refuse_incomplete(config)
+    count_V = data.get("token_count")
+    if count_V is None and "vocab_size" in data:
+        count_V = torch.ones(data["vocab_size"], dtype=torch.int64)
+    if count_V is not None:
+        data["vocab_size"] = len(count_V)
+    backbone = build_backbone(
+        config,
+        causal=False,
+        vocab_size=data.get("vocab_size"),
+        token_count_V=count_V,
+        sequence_length=data.get("sequence_length"),
+        num_domains=data.get("num_domains"),
+    )
+    [layer] = backbone.moe_layers()
+    seed = int(torch.randint(2**31, (), generator=seed)) if isinstance(seed, torch.Generator) else seed
+    module = MoE(layer, config, data, seed)
+    init_weights(module, seed)
+    return module
+
+
+def balance_loss(records: MoERecord | Sequence[MoERecord]) -> Tensor:
+    """Return the sum of the router's auxiliary losses, each times its configured coefficient: a scalar.
+
+    Of several layers it is the mean over layers, as in moebench's own training. 0 for a router without losses.
+    """
+    records = [records] if isinstance(records, LayerRecord) else records
+    if not records:
+        raise UsageError("balance_loss: got no record (allowed: one record, or a list of one for each layer)")
+    return torch.stack([_weighted_sum(record) for record in records]).mean()
+
+
+def _weighted_sum(record: MoERecord) -> Tensor:
+    zero = torch.zeros((), device=record.routing.load_E.device)
+    return sum((record.coefficients[name] * loss for name, loss in record.compute_raw_losses.items()), start=zero)
+
+
+def _resolve(
+    d_model: int,
+    num_experts: int,
+    router: str | Mapping[str, Any],
+    layout: LayoutConfig | Mapping[str, Any] | None,
+) -> CellConfig:
+    """Return the configuration of a model of one block, which holds the layer."""
+    require(d_model > 0 and d_model % 2 == 0, "d_model", d_model, "an even number above 0")
+    options = to_plain(layout) if isinstance(layout, LayoutConfig) else dict(layout or {})
+    model = {"d_model": d_model, "num_layers": 1, "num_heads": 1, "ffn_width": 4 * d_model}
+    model |= {key: options.pop(key) for key in MODEL_OPTIONS if key in options}
+    options["num_experts"] = num_experts
+    if options.setdefault("name", "every_n") == "every_n":
+        options["n"] = 1
+    if isinstance(router, Mapping) and "name" not in router:
+        raise UsageError(f"router: needs a name, got {dict(router)} (for example {{'name': 'top_k', 'top_k': 4}})")
+    return resolve({"model": model, "layout": options, "router": router})
+
+
+def _refuse_incomplete(config: CellConfig) -> None:
+    """Raise UsageError for layouts and routers that are more than a layer between vectors."""
+    name, entry = config.router.name, ROUTERS.get(config.router.name, where="router.name")
+    router_class = entry.item
+    if router_class.form.is_dense:
+        raise UsageError(f"router.name: '{name}' has no experts (allowed: any other router)")
+    plan = plan_blocks(config)
+    if any(block.attention or block.stack or not block.feed_forward for block in plan):
+        raise UsageError(f"layout.name: '{config.layout.name}' has experts outside the feed-forward part")
+    is_reinforced = router_class.objective is not Router.objective or entry.facts.family == "reinforcement"
+    needs = {
+        "the label of each token": entry.facts.needs_labels,
+        "the task's loss of each token": is_reinforced,
+        "an embedding that all routers of a model share": router_class.embedding(config.router)[0] > 0,
+        "two forward passes over a batch": getattr(config.router, "consistency", 0) > 0,
+    }
+    for what, is_needed in needs.items():
+        if is_needed:
+            raise UsageError(f"router.name: '{name}' needs {what}; train it by `moebench run`")
+
+
+def _require_given(name: str, value: Tensor | None, *, needed: bool) -> None:
+    if needed and value is None:
+        raise UsageError(f"{name}: required, since the layer was built with `data` that describes them")
+
+
+def _per_token(name: str, value: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """Return one value per token, [T], from one per token or one per sequence."""
+    if value is None:
+        return None
+    if value.shape == shape:
+        return value.reshape(-1)
+    require(name == "domain_ids" and value.shape == shape[:1], name, tuple(value.shape), str(shape))
+    return value.repeat_interleave(shape[1])

@@ -1,0 +1,42 @@
+"""The programs in examples/, run as a reader runs them."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from support.command_line import ROOT, CommandLine
+
+SMALL = ("train.steps=6", "seeds=[0,1,2]", "task.eval_windows=4")
+
+
+def run_example(cli: CommandLine, name: str, *arguments: str) -> str:
+    """Run one program in the folder of a command line, beside the experiments, and return what it printed."""
+    if not (cli.folder / "experiments").exists():
+        shutil.copytree(ROOT / "experiments", cli.folder / "experiments")
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+    done = subprocess.run(command, cwd=cli.folder, env=cli.environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_layer_learns_in_a_plain_training_loop(cli: CommandLine) -> None:
+    assert "accuracy 1.00" in run_example(cli, "layer.py", "120")
+
+
+def test_a_router_of_ones_own_is_compared_and_read_with_pandas(cli: CommandLine) -> None:
+    compared = run_example(cli, "own_router.py", "results", *SMALL)
+    assert "sigmoid_router" in compared
+    assert "Quality: bits per byte on the test split" in compared
+    table = run_example(cli, "results.py", "results")
+    assert "test/bits_per_byte" in table
+    assert "settings that differ: router.name" in table
+
+
+def test_every_example_is_tested() -> None:
+    assert sorted(file.name for file in (ROOT / "examples").glob("*.py")) == ["layer.py", "own_router.py", "results.py"]
+
+
+@pytest.mark.parametrize("name", ["layer.py", "own_router.py", "results.py"])
+def test_every_example_is_linked_from_the_page_on_the_api(name: str) -> None:
+    assert f"(../examples/{name})" in (ROOT / "docs" / "api.md").read_text()
