@@ -1,5 +1,6 @@
 """Options of the test run: plugin files whose routers the contract tests cover too, and one router alone."""
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,13 @@ def pytest_configure(config: pytest.Config) -> None:
             ROUTERS.get(config.getoption("--router"), where="--router")
     except UsageError as error:
         raise pytest.UsageError(str(error)) from error
+
+
+def pytest_collection_finish() -> None:
+    # Imports and thousands of items: a full collection, which statsmodels asks for in every correction, would walk
+    # over all of them.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

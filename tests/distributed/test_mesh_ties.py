@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.mesh_cases import TRAIN
 from support.process_group import ALONE, SHAPES, Mesh, Shape
 from support.training_steps import train_steps
@@ -55,16 +56,22 @@ def train_arms(mesh: Mesh, arms: dict[str, dict[str, Any]], folder: Path) -> dic
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Callable[[Shape, int], Any]:
-    """Return a cached function that trains the requested arms for some steps on a mesh."""
-    folder = tmp_path_factory.mktemp("ties")
+def results(
+    built_once: Callable[[str, Callable[[Path], Any]], Path], request: pytest.FixtureRequest
+) -> Callable[[Shape, int], Any]:
+    """Return a function that trains the selected arms for some steps on a mesh, once in a test run."""
     requested = [item.callspec.params for item in request.session.items if item.module is request.module]
 
     @cache
     def train(data: int, expert: int, steps: int) -> dict[str, Any]:
         shape = Shape(data, expert)
         names = dict.fromkeys(params["arm"] for params in requested if params["steps"] == steps)
-        return shape.run(train_arms, {arm: shape.over(config_of(arm, steps)) for arm in names}, folder)[0]
+        arms = {arm: shape.over(config_of(arm, steps)) for arm in names}
+
+        def build(folder: Path) -> None:
+            torch.save(shape.run(train_arms, arms, folder)[0], folder / "results.pt")
+
+        return torch.load(built_once(f"mesh_ties_{shape}_{steps}", build) / "results.pt", weights_only=False)
 
     return lambda shape, steps: train(shape.data, shape.expert, steps)
 

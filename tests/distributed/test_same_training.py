@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.mesh_cases import SHORT, fits, matrix
 from support.process_group import ALONE, SHAPES, Mesh, Shape
 from support.training_cases import write_text
@@ -46,10 +47,10 @@ def train_all(mesh: Mesh, text: Path, cases: dict[str, dict[str, Any]], folder: 
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Callable[[Shape], Any]:
-    """Return a cached function that trains all requested cases on a mesh."""
-    folder = tmp_path_factory.mktemp("matrix")
-    text = write_text(folder)
+def results(
+    built_once: Callable[[str, Callable[[Path], Any]], Path], request: pytest.FixtureRequest
+) -> Callable[[Shape], Any]:
+    """Return a function that trains all selected cases on a mesh, once in a test run."""
     requested = {item.callspec.params["name"] for item in request.session.items if item.module is request.module}
 
     @cache
@@ -57,7 +58,11 @@ def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
         shape = Shape(*key)
         cases = {name: shape.over(overrides) for name, overrides in matrix().items() if name in requested}
         cases = {name: overrides for name, overrides in cases.items() if fits(name, shape)}
-        return shape.run(train_all, text, cases, folder)
+
+        def build(folder: Path) -> None:
+            torch.save(shape.run(train_all, write_text(folder), cases, folder), folder / "results.pt")
+
+        return torch.load(built_once(f"same_training_{shape}", build) / "results.pt", weights_only=False)
 
     return lambda shape: train((shape.data, shape.expert))
 

@@ -8,7 +8,7 @@ HELD_OUT = "task.data.held_out_domains=[b]"
 
 def test_a_run_is_measured_out_of_domain(cli: CommandLine, warm: WarmCommandLine) -> None:
     cli.write(grid={"router": ["dense", "top_k", "domain_posterior"]}, seeds=[0])
-    ended = cli.train(HELD_OUT)
+    ended = warm.train(cli, HELD_OUT)
     assert ended.code == 0, ended.err
     results = Results(cli.folder / "results")
     arms = warm(cli, "compare", "./tiny.yaml", HELD_OUT, "--json").json["arms"]
@@ -35,12 +35,12 @@ def test_a_run_is_measured_out_of_domain(cli: CommandLine, warm: WarmCommandLine
     assert f"{arms['top_k']['out_of_domain']['mean']:.4f}" in table.out
 
 
-def test_processes_agree_on_what_was_held_out(cli: CommandLine) -> None:
+def test_processes_agree_on_what_was_held_out(cli: CommandLine, warm: WarmCommandLine) -> None:
     # Batches of 2 over 2 processes, and a set of 4 + 4 windows of which the last batches are out of domain.
     cli.write(grid={"router": ["top_k"]}, seeds=[0], baseline="top_k")
     metrics_of = []
     for number, mesh in enumerate(([], ["parallel.data=2"], ["parallel.expert=2"])):
-        ended = cli.train(HELD_OUT, *mesh, results=f"results{number}")
+        ended = warm.train(cli, HELD_OUT, *mesh, results=f"results{number}")
         assert ended.code == 0, ended.err
         metrics_of.append(Results(cli.folder / f"results{number}").result("top_k", 0)["metrics"])
     assert "load/cv/out_of_domain" in metrics_of[0]

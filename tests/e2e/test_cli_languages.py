@@ -115,9 +115,9 @@ def test_what_is_no_source_is_refused_and_nothing_is_written(tmp_path: Path, sou
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.zip", "text.db"]
 
 
-def test_the_experiment_trains_on_it(built: Path, cli: CommandLine) -> None:
+def test_the_experiment_trains_on_it(built: Path, cli: CommandLine, warm: WarmCommandLine) -> None:
     data = f"task.data.path={built / 'made.parquet'}"
-    ended = cli.train(data, "seeds=[0]", *SMALL, name=EXPERIMENT)
+    ended = warm.train(cli, data, "seeds=[0]", *SMALL, name=EXPERIMENT)
     assert ended.code == 0, ended.err
     metrics = Results(cli.folder / "results").result("domain", 0)["metrics"]
     assert {f"bits_per_byte/{language}" for language in BIBLES} <= set(metrics)

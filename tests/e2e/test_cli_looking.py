@@ -211,7 +211,7 @@ def test_a_mistake_in_show(cli: CommandLine, warm: WarmCommandLine, arguments: l
 def test_a_plugin_router_is_trained_listed_and_shown(cli: CommandLine, warm: WarmCommandLine) -> None:
     (cli.folder / "my_router.py").write_text(PLUGIN)
     grid = ["grid.router=[my_router]", "seeds=[0]", "router.shift=1"]
-    ended = cli.train("--plugin", "my_router.py", *grid, "--json")
+    ended = warm.train(cli, "--plugin", "my_router.py", *grid, "--json")
     assert ended.code == 0, ended.err
     results = Results(cli.folder / "results")
     result = results.result("my_router", 0)

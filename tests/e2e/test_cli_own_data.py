@@ -60,8 +60,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
     cli.kill_leftovers()
 
 
-def test_images_of_odd_names_train_and_what_is_left_out_is_said(work: CommandLine) -> None:
-    ended = work.train("task.data.skip_broken=true", name="./vision.yaml")
+def test_images_of_odd_names_train_and_what_is_left_out_is_said(work: CommandLine, warm: WarmCommandLine) -> None:
+    ended = warm.train(work, "task.data.skip_broken=true", name="./vision.yaml")
     assert ended.code == 0, ended.err
     assert "task.data: 1 of 31 images cannot be read and are skipped" in ended.err
     assert "has 1 file(s) of other kinds, which are not read (1 .doc)" in ended.err

@@ -57,9 +57,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
 
 
 @pytest.mark.parametrize(("name", "metrics"), [("speech", {"cer", "wer", "nats"}), ("keyword", {"accuracy", "nats"})])
-def test_a_tiny_run(work: CommandLine, name: str, metrics: set[str]) -> None:
+def test_a_tiny_run(work: CommandLine, warm: WarmCommandLine, name: str, metrics: set[str]) -> None:
     results = f"results_{name}"
-    ended = work.train(name=f"./{name}.yaml", results=results)
+    ended = warm.train(work, name=f"./{name}.yaml", results=results)
     assert ended.code == 0, ended.err
     results_of = Results(work.folder / results)
     assert results_of.statuses() == {("dense", 0): "done", ("switch", 0): "done"}
@@ -70,9 +70,9 @@ def test_a_tiny_run(work: CommandLine, name: str, metrics: set[str]) -> None:
         assert all(math.isfinite(value) for value in values.values())
         # 18 words of 2 or 3 letters of 200 ms: 10 or 15 positions; 12 steps of 4.
         assert 12 * 4 * 10 <= result["cost"]["train_tokens"] <= 12 * 4 * 15
-    compared = work("compare", f"./{name}.yaml", "--results", results, "--json")
+    compared = warm(work, "compare", f"./{name}.yaml", "--results", results, "--json")
     assert compared.code == 0, compared.err
-    planned = work("plan", f"./{name}.yaml", "--results", results, "--json")
+    planned = warm(work, "plan", f"./{name}.yaml", "--results", results, "--json")
     cells = {cell["arm"]: cell for cell in planned.json["cells"]}
     assert cells["dense"]["train_tokens"] == results_of.result("dense", 0)["cost"]["train_tokens"]
 

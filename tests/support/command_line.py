@@ -197,6 +197,12 @@ class WarmCommandLine:
         code = int(self.server.stdout.readline())
         return CommandResult(code, out.read_text(), err.read_text())
 
+    def train(
+        self, cli: CommandLine, *arguments: str, results: str = "results", name: str = "./tiny.yaml"
+    ) -> CommandResult:
+        """Call `run` without a tracker."""
+        return self(cli, "run", name, "--results", results, "--tracker", "none", *arguments)
+
     def close(self) -> None:
         """End the server."""
         self.server.kill()

@@ -23,6 +23,7 @@ ORDER = (
     ("tasks",),
     ("compatibility",),
     ("models",),
+    ("standalone",),
     ("runs",),
     ("reporting",),
     ("training",),
