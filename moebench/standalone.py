@@ -14,15 +14,21 @@ from moebench.experts.layout import LayoutConfig
 from moebench.models.build import build_backbone
 from moebench.models.plan import plan_blocks
 from moebench.models.transformer import init_weights
-from moebench.routing.context import RouteContext
+from moebench.routing.context import DataSummary, RouteContext
+from moebench.routing.features.consistency import Consistency
+from moebench.routing.features.padding_mask import PaddingMask
+from moebench.routing.features.shared_embedding import SharedEmbedding
+from moebench.routing.features.token_labels import TokenLabels
 from moebench.routing.losses import compute_raw_losses
-from moebench.routing.router import ROUTERS, Router
+from moebench.routing.router import ROUTERS, Router, required_features
 from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig
 from moebench.seeds import make_generator
 
 MODEL_OPTIONS = ("ffn_width", "activation")
 """Keys of `layout` that describe the dense network which the layer replaces."""
+MODEL_FEATURES = (Consistency, SharedEmbedding, TokenLabels)
+"""Context features that only a whole model or a task supplies."""
 DATA_KEYS = ("vocab_size", "token_count", "num_domains", "sequence_length")
 
 
@@ -35,7 +41,7 @@ class MoERecord(LayerRecord):
     """Coefficient of each auxiliary loss, as configured."""
 
     @property
-    def compute_raw_losses(self) -> dict[str, Tensor]:
+    def raw_losses(self) -> dict[str, Tensor]:
         """Auxiliary losses before their coefficient, by name."""
         return compute_raw_losses(self.router, self, self.coefficients)
 
@@ -80,14 +86,16 @@ class MoE(nn.Module):
         _require_given("token_ids", token_ids, needed=self.needs_token_ids)
         _require_given("domain_ids", domain_ids, needed=self.needs_domain_ids)
         purpose = ("router", step) if self.training else ("router in evaluation",)
+        valid_T = _per_token("mask", mask, shape[:-1])
         ctx = RouteContext(
             training=self.training,
             generator=make_generator(self.seed, *purpose, device=x.device),
             sequence_length=shape[-2],
             token_id_T=_per_token("token_ids", token_ids if self.needs_token_ids else None, shape[:-1]),
-            valid_T=_per_token("mask", mask, shape[:-1]),
+            valid_T=valid_T,
             domain_T=_per_token("domain_ids", domain_ids if self.needs_domain_ids else None, shape[:-1]),
             step=step or 0,
+            features={} if valid_T is None else {PaddingMask: valid_T},
         )
         y_TD, record = self.layer(x.reshape(-1, self.d_model), ctx)
         values = {field.name: getattr(record, field.name) for field in fields(LayerRecord)}
@@ -136,14 +144,13 @@ def moe_layer(
         count_V = torch.ones(data["vocab_size"], dtype=torch.int64)
     if count_V is not None:
         data["vocab_size"] = len(count_V)
-    backbone = build_backbone(
-        config,
-        causal=False,
+    summary = DataSummary(
         vocab_size=data.get("vocab_size"),
         token_count_V=count_V,
         sequence_length=data.get("sequence_length"),
         num_domains=data.get("num_domains"),
     )
+    backbone = build_backbone(config, causal=False, data=summary)
     [layer] = backbone.moe_layers()
     seed = int(torch.randint(2**31, (), generator=seed)) if isinstance(seed, torch.Generator) else seed
     module = MoE(layer, config, data, seed)
@@ -164,7 +171,7 @@ def balance_loss(records: MoERecord | Sequence[MoERecord]) -> Tensor:
 
 def _weighted_sum(record: MoERecord) -> Tensor:
     zero = torch.zeros((), device=record.routing.load_E.device)
-    return sum((record.coefficients[name] * loss for name, loss in record.compute_raw_losses.items()), start=zero)
+    return sum((record.coefficients[name] * loss for name, loss in record.raw_losses.items()), start=zero)
 
 
 def _resolve(
@@ -196,15 +203,11 @@ def _refuse_incomplete(config: CellConfig) -> None:
     if any(block.attention or block.stack or not block.feed_forward for block in plan):
         raise UsageError(f"layout.name: '{config.layout.name}' has experts outside the feed-forward part")
     is_reinforced = router_class.objective is not Router.objective or entry.facts.family == "reinforcement"
-    needs = {
-        "the label of each token": entry.facts.needs_labels,
-        "the task's loss of each token": is_reinforced,
-        "an embedding that all routers of a model share": router_class.embedding(config.router)[0] > 0,
-        "two forward passes over a batch": getattr(config.router, "consistency", 0) > 0,
-    }
-    for what, is_needed in needs.items():
-        if is_needed:
-            raise UsageError(f"router.name: '{name}' needs {what}; train it by `moebench run`")
+    unavailable = [f.description for f in required_features(config.router) if isinstance(f, MODEL_FEATURES)]
+    if is_reinforced:
+        unavailable.append("the task's loss of each token")
+    if unavailable:
+        raise UsageError(f"router.name: '{name}' needs {unavailable[0]}; train it by `moebench run`")
 
 
 def _require_given(name: str, value: Tensor | None, *, needed: bool) -> None:

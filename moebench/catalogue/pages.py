@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from moebench.catalogue.describe import describe, to_text
-from moebench.routing.context import DataSummary
 from moebench.reporting.table import Column, Table
+from moebench.routing.context import DataSummary
 from moebench.routing.router import ROUTERS, Router, RouterBuildContext
 
 HEAD = """# The routers

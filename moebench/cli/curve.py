@@ -13,10 +13,8 @@ from moebench.cli.options import (
     Plugins,
     Results,
     check_plot,
-    print_json,
 )
 from moebench.cli.output import print_report
-from moebench.errors import UsageError
 from moebench.experiment.files import find_experiment
 
 

@@ -22,8 +22,8 @@ from moebench.models.transformer import Block, Transformer
 from moebench.models.whole_model import StackBank, WholeModels
 from moebench.routing.context import NO_DATA, DataSummary
 from moebench.routing.features.feature import Feature
-from moebench.routing.router import Router, RouterBuildContext, required_features
 from moebench.routing.layer_name import LayerName
+from moebench.routing.router import Router, RouterBuildContext, required_features
 from moebench.schema import CellConfig
 
 NO_FEATURES: Mapping[type[Feature], Any] = MappingProxyType({})

@@ -1,7 +1,7 @@
 """The contract of a router: a module that assigns tokens to experts, with a typed Config and declared facts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, Generic
 
@@ -16,7 +16,6 @@ from moebench.routing.cost import RouterCost
 from moebench.routing.features.feature import Feature
 from moebench.routing.level import SINGLE_LEVEL, Level
 from moebench.routing.values import AnyRouting, LayerRecord
-
 
 ConfigT = TypeVar("ConfigT", bound=RouterConfig, default=Any)
 """The Config of a router: `class Mine(Router["Mine.Config"])`; left out, configs are not type-checked."""

@@ -100,7 +100,7 @@ def build_model(config: CellConfig, task: Task, sized_as: CellConfig | None = No
     else:
         backbone = build(causal=facts.causal, data=data)
     d_model = config.model.d_model
-    modules = collect(features, lambda feature: feature.build_module(d_model, task.head))
+    modules = collect(features, lambda feature: feature.build_module(d_model, task.build_head))
     return Model(task.build_embedding(d_model), backbone, task.build_head(d_model), features, modules)
 
 

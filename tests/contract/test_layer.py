@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from moebench.experts.reference import double_loop
 from support.case_selection import parametrize_cases
 from support.cases import (
     D_MODEL,

@@ -25,7 +25,7 @@ def slow_heads(
     query_LH: Tensor, key_LH: Tensor, value_LH: Tensor, positions: list[int], causal: bool, only: int | None = None
 ) -> Tensor:
     """Compute softmax attention of one sequence, or of one position, by loops over heads and positions."""
-    cos, sin = rotation(LENGTH, HEAD_WIDTH, 10000.0, query_LH.device)
+    cos, sin = rotary_table(LENGTH, HEAD_WIDTH, 10000.0, query_LH.device)
     rows = []
     for place, position in enumerate(positions):
         if only not in (None, place):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from moebench.experts.reference import double_loop
 from support.case_selection import parametrize_pairs
 from support.cases import Tokens, randomise_parameters
 from support.layout_models import BATCH, LENGTH, backbone_of, batch, config_of, may_refuse

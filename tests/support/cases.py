@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from moebench.experts.reference import chain_loop, slot_loop
 from support.router_options import OPTIONS
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from moebench.experts.bank import Bank
 from moebench.experts.capacity import Capacity
 from moebench.experts.feed_forward import ExpertBank, FeedForward
 from moebench.experts.layer import LayerOptions, MoELayer
+from moebench.experts.reference import chain_loop, double_loop, slot_loop
 from moebench.models.transformer import init_weights
 from moebench.routing.context import DataSummary, RouteContext
 from moebench.routing.contract import ROUTING_OF_FORM

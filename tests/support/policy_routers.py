@@ -6,7 +6,7 @@ import torch
 from support.cases import randomise_parameters
 from torch import Tensor
 
-from moebench.routing.context import RouteContext
+from moebench.routing.context import DataSummary, RouteContext
 from moebench.routing.router import ROUTERS, RouterBuildContext
 from moebench.routing.values import LayerRecord, Routing
 

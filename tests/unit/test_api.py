@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from moebench.training.evaluation import evaluate
 from support.command_line import CommandLine, Results, send, wait_for_step
 
 import moebench
 from moebench import UsageError
+from moebench.training.evaluation import evaluate
 
 HEAVY = "lightning mlflow pandas statsmodels matplotlib datasets"
 

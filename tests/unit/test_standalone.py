@@ -15,8 +15,8 @@ D_MODEL, NUM_EXPERTS = 16, 8
 DATA = {"vocab_size": 50, "num_domains": 3, "sequence_length": 6}
 FOR_WHOLE_MODELS = {
     "dense": "has no experts",
-    "oracle": "needs the label of each token",
-    "thor": "needs two forward passes",
+    "oracle": "needs a label of each token",
+    "thor": "needs two passes over each batch",
     **dict.fromkeys(
         ["reinforce", "routing_networks", "routing_networks_wpl", "conditional_computation", "ponder_net"],
         "needs the task's loss of each token",
@@ -136,7 +136,7 @@ def test_the_balance_loss_is_the_sum_of_the_raw_losses_times_their_coefficients(
     layer = moe_layer(D_MODEL, NUM_EXPERTS, router)
     _, first = layer(tokens(2, 6), step=0)
     _, second = layer(tokens(2, 6, seed=1), step=0)
-    expected = 0.5 * first.compute_raw_losses["load_balance"] + 0.25 * first.compute_raw_losses["z"]
+    expected = 0.5 * first.raw_losses["load_balance"] + 0.25 * first.raw_losses["z"]
     torch.testing.assert_close(balance_loss(first), expected)
     torch.testing.assert_close(balance_loss([first, second]), (balance_loss(first) + balance_loss(second)) / 2)
     without = moe_layer(D_MODEL, NUM_EXPERTS, "random")(tokens(2, 6), step=0)[1]

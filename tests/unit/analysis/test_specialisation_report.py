@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
-from moebench.training.label_tables import LabelTable, label_tables_to_json
 
 from moebench.analysis.figures import Figures
 from moebench.analysis.specialisation.figures import draw_labels, expert_preference, informative_labels, spaced_layers

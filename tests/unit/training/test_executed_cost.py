@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from moebench.training.evaluation import batch_context
-from moebench.training.executed_cost import ExecutedCost
 from support.cases import Case
 from support.layout_models import backbone_of, batch, config_of
 from support.training_cases import Run, tiny_config, write_text
@@ -22,7 +20,7 @@ from moebench.routing.contract import RouterContractError
 from moebench.routing.routers.top_k import TopK
 from moebench.routing.values import LayerRecord, Routing
 from moebench.training.evaluation import batch_context
-from moebench.training.executed_cost import ExecutedCost, RouterContractError
+from moebench.training.executed_cost import ExecutedCost
 from moebench.training.model import initialised_model, prepare_task
 
 MEASURED = ("train_flops_per_token", "eval_flops_per_token", "train_experts_per_token", "eval_experts_per_token")

@@ -102,7 +102,7 @@ def test_losses_are_averaged_over_layers_not_pooled() -> None:
     records = [collapsed_record(layer, expert=layer) for layer in range(3)]
     loss_BL = torch.ones(2, 3)
     for count in (1, 3):
-        result = objective(
+        result = compute_objective(
             loss_BL, batch_of(loss_BL), [LayerWithoutLosses()] * count, records[:count], {"load_balance": 1.0}
         )
         assert result.raw["load_balance"].item() == pytest.approx(3.0)  # E / k, whatever the number of layers

@@ -6,8 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from moebench.compatibility import check_cell
-from moebench.experts.bank_pass import BankPass
 from support.cases import D_MODEL, Case, Tokens, build_context, merge_loop, randomise_parameters, route, run
 from support.layout_models import backbone_of, batch, config_of
 from support.training_cases import tiny_config, write_text
