@@ -9,16 +9,14 @@ import moebench
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.ranking import rank_top_k
-from moebench.routing.router import ROUTERS, Facts, Router, RouterConfig, Site
+from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig
 from moebench.routing.values import Routing
 
 FACTS = Facts(
     family="token choice",
     equation="s = sigmoid(W x),  i = argmax_e s_e,  y = s_i · E_i(x)",
     paper="arXiv:2310.10837",
-    causal=True,
-    causal_reason="each token is routed by its own vector",
-    batch_dependent=False,
+    causality=Causality(causal=True, reason="each token is routed by its own vector", batch_dependent=False),
 )
 
 
@@ -32,9 +30,9 @@ class SigmoidRouter(Router):
         name: str = "sigmoid_router"
         losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
 
-    def __init__(self, config: Config, site: Site) -> None:
-        super().__init__(config, site)
-        self.gate = Gate(site.d_model, site.num_experts)
+    def __init__(self, config: Config, context: RouterBuildContext) -> None:
+        super().__init__(config, context)
+        self.gate = Gate(context.d_model, context.num_experts)
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         """Send each token to the expert with the highest score."""

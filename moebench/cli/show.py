@@ -9,31 +9,33 @@ from moebench.cli.options import Json, Plugins, check_plot, complete_component, 
 from moebench.errors import UsageError
 from moebench.experiment.files import find_experiment
 
+Name = Annotated[
+    str | None,
+    typer.Argument(
+        help="A router, layout, task or loss (`moebench list`); a section of the configuration (train, model,"
+        " data, ...); a key (train.steps); or the word `experiment`.",
+        autocompletion=complete_component,
+    ),
+]
+ExperimentFile = Annotated[
+    str | None, typer.Argument(metavar="[EXPERIMENT]", help="After `experiment`: whose file to print.")
+]
+AllRouters = Annotated[
+    bool, typer.Option("--all-routers", help="All routers instead of one name, as the Markdown of docs/routers.md.")
+]
+AllOptions = Annotated[
+    bool,
+    typer.Option("--all-options", help="All options instead of one name, as the Markdown of docs/configuration.md."),
+]
+Plot = Annotated[Path | None, typer.Option(help="Draw how a router sends a few tokens to experts, into this PNG file.")]
+
 
 def show(
-    name: Annotated[
-        str | None,
-        typer.Argument(
-            help="A router, layout, task or loss (`moebench list`); a section of the configuration (train, model, data,"
-            " ...); a key (train.steps); or the word `experiment`.",
-            autocompletion=complete_component,
-        ),
-    ] = None,
-    experiment: Annotated[
-        str | None, typer.Argument(metavar="[EXPERIMENT]", help="After `experiment`: whose file to print.")
-    ] = None,
-    all_routers: Annotated[
-        bool, typer.Option("--all-routers", help="All routers instead of one name, as the Markdown of docs/routers.md.")
-    ] = False,
-    all_options: Annotated[
-        bool,
-        typer.Option(
-            "--all-options", help="All options instead of one name, as the Markdown of docs/configuration.md."
-        ),
-    ] = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw how a router sends a few tokens to experts, into this PNG file.")
-    ] = None,
+    name: Name = None,
+    experiment: ExperimentFile = None,
+    all_routers: AllRouters = False,
+    all_options: AllOptions = False,
+    plot: Plot = None,
     plugin: Plugins = None,
     json: Json = False,
 ) -> None:

@@ -195,8 +195,7 @@ def test_show_draws_a_worked_example(cli: CommandLine, warm: WarmCommandLine, ro
     [
         ([], ["show", "--all-routers"]),
         (["base", "--all-routers"], ["show", "--all-routers"]),
-        (["experiment"], ["show experiment", "moebench list experiments"]),
-        (["base", "switch"], ["show", "one name"]),
+        (["base", "switch"], ["show", "give one of a name"]),
         (["--all-routers", "--plot", "x.png"], ["--plot", "one router"]),
         (["every_n", "--plot", "x.png"], ["--plot", "'every_n' is a layout"]),
         (["base", "--plot", "nowhere/x.png"], ["--plot nowhere/x.png"]),

@@ -89,7 +89,7 @@ MISTAKES = {
     "task.data.digits=spell": ["task.data.digits", "spell"],
     "task.stack=0": ["task.stack", "between 1 and 16"],
     "task.sequence_length=64": ["task.sequence_length", "task 'speech' has no key"],
-    "task.name=keyword": ["task.data.path", "no labelled audio"],
+    "task.name=keyword": ["task.data.path", "no embedded labelled audio"],
     "task={name: keyword, data: {path: words.parquet}}": ["task.data.target_column", "no column 'label'"],
     "task={name: keyword, data: {path: words.parquet, target_column: text}}": ["class 'aa' has 1 group(s)"],
 }

@@ -1,6 +1,5 @@
 """The programs in examples/, run as a reader runs them."""
 
-import shutil
 import subprocess
 import sys
 
@@ -12,8 +11,6 @@ SMALL = ("train.steps=6", "seeds=[0,1,2]", "task.eval_windows=4")
 
 def run_example(cli: CommandLine, name: str, *arguments: str) -> str:
     """Run one program in the folder of a command line, beside the experiments, and return what it printed."""
-    if not (cli.folder / "experiments").exists():
-        shutil.copytree(ROOT / "experiments", cli.folder / "experiments")
     command = [sys.executable, str(ROOT / "examples" / name), *arguments]
     done = subprocess.run(command, cwd=cli.folder, env=cli.environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

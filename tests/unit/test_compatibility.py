@@ -132,7 +132,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     (
         "refuse_missing_features",
         {"router": "oracle"},
-        "router.name: 'oracle' needs the expert of each token, which task 'language' does not have (tasks that have",
+        "router.name: 'oracle' needs a label of each token, which task 'language' does not have (tasks that have",
     ),
     (
         "refuse_missing_features",

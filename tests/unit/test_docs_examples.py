@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +34,6 @@ def test_the_code_of_the_page_on_the_api_runs(cli: CommandLine) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), re.DOTALL)
     code = "\n".join(blocks)
     assert "train.steps=200" in code
-    shutil.copytree(ROOT / "experiments", cli.folder / "experiments")
     (cli.folder / "page.py").write_text(
         code.replace("train.steps=200", "train.steps=2").replace("eval_windows=16", "eval_windows=4")
     )

@@ -61,9 +61,9 @@ def test_a_flat_input_is_one_sequence() -> None:
 def test_forward_stores_nothing() -> None:
     layer = moe_layer(D_MODEL, NUM_EXPERTS, "loss_free")
     before = {name: value.clone() for name, value in layer.state_dict().items()}
-    attributes = {*vars(layer.name)}
+    attributes = {*vars(layer.layer)}
     _, record = layer(tokens(2, 6), step=0)
-    assert {*vars(layer.name)} == attributes
+    assert {*vars(layer.layer)} == attributes
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
     layer.after_step(record)
     assert [name for name, value in layer.state_dict().items() if not torch.equal(value, before[name])] == [
@@ -74,7 +74,7 @@ def test_forward_stores_nothing() -> None:
 def test_noise_is_a_function_of_the_step_and_absent_in_evaluation() -> None:
     layer = moe_layer(D_MODEL, NUM_EXPERTS, "noisy_top_k")
     x = tokens(2, 6)
-    torch.nn.init.normal_(layer.name.router.noise_gate.weight_ED, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.normal_(layer.layer.router.noise_gate.weight_ED, generator=torch.Generator().manual_seed(1))
     first, again, second = (layer(x, step=step)[0] for step in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, second)

@@ -54,7 +54,7 @@ def record_actions(router: Any, action_T: Tensor, loss_T: Tensor, agent_T: Tenso
         action_T.clamp(max=router.num_experts - 1).unsqueeze(-1),
         torch.ones(num_tokens, 1),
         num_experts=router.num_experts,
-        extras=extras,
+        token_extras=extras,
     )
     return record_of(routing.keep(action_T < router.num_experts), loss_T)
 
