@@ -138,3 +138,22 @@ def built_once(
         return folder
 
     return folder_of
+
+
+@pytest.fixture(scope="session")
+def finished(built_once: Callable[[str, Callable[[Path], Any]], Path]) -> CommandLine:
+    """The tiny experiment with three seeds, trained once: for reading only."""
+    return CommandLine(built_once("finished", train_tiny_experiment))
+
+
+def train_tiny_experiment(folder: Path) -> None:
+    """Train the tiny experiment from the command line, and keep what it printed."""
+    command_line = CommandLine(folder)
+    command_line.write(seeds=[0, 1, 2])
+    try:
+        ended = command_line.train("--json")
+    finally:
+        command_line.kill_leftovers()
+    assert ended.code == 0, ended.err
+    (folder / "run.json").write_text(ended.out)
+    (folder / "run.err").write_text(ended.err)

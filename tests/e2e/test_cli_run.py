@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support.command_line import (
     ARMS,
     ROOT,
@@ -18,6 +19,8 @@ from support.command_line import (
     journal,
 )
 from support.terminal import run_in_terminal
+
+from moebench.experiment.grid import expand
 
 RESULT_KEYS = {"id", "arm", "seed", "status", "error", "step", "metrics", "cost", "throughput", "data_digest"}
 RESULT_KEYS |= {"eval_digest", "marks", "config"}
@@ -246,7 +249,14 @@ def test_a_packaged_experiment_is_known_by_its_name_and_path(cli: CommandLine, w
     assert "experiments/quickstrt.yaml: no such experiment file. Did you mean 'quickstart'?" in ended.err
 
 
-def test_the_shipped_experiments_are_valid(cli: CommandLine, warm: WarmCommandLine) -> None:
+def test_the_cells_of_the_packaged_experiments_are_valid() -> None:
+    for file in sorted((ROOT / "moebench" / "experiments").glob("*.yaml")):
+        if file.stem != "languages":  # its data are not included: test_cli_languages.py creates some
+            assert expand(file).cells, file
+
+
+@pytest.mark.slow
+def test_the_packaged_experiments_can_be_planned(cli: CommandLine, warm: WarmCommandLine) -> None:
     for file in sorted((ROOT / "moebench" / "experiments").glob("*.yaml")):
         if file.stem == "languages":  # its data are not included: test_cli_languages.py creates some
             continue

@@ -1,5 +1,6 @@
 """The Python API: what importing it loads, and experiments run and read from Python."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,18 +42,19 @@ def test_the_package_lists_its_public_names() -> None:
 SCRIPT = """
 import moebench
 report = moebench.run(moebench.load_experiment("./tiny.yaml"), tracker="none", quiet=True)
-assert (report.num_done, len(report.trained), report.failed) == (9, 9, []), report.failed
+assert (report.num_done, len(report.trained), report.failed) == (9, 1, []), report.failed
 """
 """Without `if __name__ == "__main__"`: workers do not import the script."""
 
 
 @pytest.fixture(scope="session")
-def trained(built_once: Callable[[str, Callable[[Path], Any]], Path]) -> Path:
-    """A folder with the tiny experiment, trained by `moebench.run` in a script."""
+def trained(built_once: Callable[[str, Callable[[Path], Any]], Path], finished: CommandLine) -> Path:
+    """A folder with the tiny experiment, whose last missing cell was trained by `moebench.run` in a script."""
 
     def train(folder: Path) -> None:
         command_line = CommandLine(folder)
-        command_line.write(seeds=[0, 1, 2])
+        shutil.copytree(finished.folder, folder, dirs_exist_ok=True)
+        shutil.rmtree(Results(folder / "results").folder("switch", 1))
         (folder / "script.py").write_text(SCRIPT)
         done = subprocess.run(
             [sys.executable, "script.py"],
