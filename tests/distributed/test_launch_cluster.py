@@ -86,6 +86,7 @@ def test_two_nodes(cli: CommandLine, warm: WarmCommandLine) -> None:
     assert metrics_of(Results(cli.folder / "results")) == train_locally(cli, warm, *EXPERT_2)
 
 
+@pytest.mark.slow
 def test_a_wrong_number_of_processes_is_refused_once(cli: CommandLine) -> None:
     first, second = wait_for_all(slurm(cli, "parallel.expert=4"))
     assert (first[0], first[1]) == (2, ""), first

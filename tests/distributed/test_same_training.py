@@ -77,7 +77,9 @@ def select_run(results: Callable[[Shape], Any], shape: Shape, name: str) -> dict
 
 
 CASES = [
-    pytest.param(shape, name, id=f"{shape}-{name}", marks=() if name in SHORT else pytest.mark.slow)
+    pytest.param(
+        shape, name, id=f"{shape}-{name}", marks=() if name in SHORT and shape.expert <= 2 else pytest.mark.slow
+    )
     for shape in SHAPES
     for name in matrix()
     if fits(name, shape)

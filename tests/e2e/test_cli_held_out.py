@@ -35,6 +35,7 @@ def test_a_run_is_measured_out_of_domain(cli: CommandLine, warm: WarmCommandLine
     assert f"{arms['top_k']['out_of_domain']['mean']:.4f}" in table.out
 
 
+@pytest.mark.slow
 def test_processes_agree_on_what_was_held_out(cli: CommandLine, warm: WarmCommandLine) -> None:
     # Batches of 2 over 2 processes, and a set of 4 + 4 windows of which the last batches are out of domain.
     cli.write(grid={"router": ["top_k"]}, seeds=[0], baseline="top_k")

@@ -56,7 +56,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
     cli.kill_leftovers()
 
 
-@pytest.mark.parametrize(("name", "metrics"), [("speech", {"cer", "wer", "nats"}), ("keyword", {"accuracy", "nats"})])
+@pytest.mark.parametrize(
+    ("name", "metrics"),
+    [
+        ("speech", {"cer", "wer", "nats"}),
+        pytest.param("keyword", {"accuracy", "nats"}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_tiny_run(work: CommandLine, warm: WarmCommandLine, name: str, metrics: set[str]) -> None:
     results = f"results_{name}"
     ended = warm.train(work, name=f"./{name}.yaml", results=results)

@@ -36,6 +36,7 @@ def test_kill_of_the_runner(cli: CommandLine, results: Results, reference: Comma
     assert_equal_to(reference, cli, warm)
 
 
+@pytest.mark.slow
 def test_kill_of_one_worker(cli: CommandLine, results: Results, reference: CommandLine, warm: WarmCommandLine) -> None:
     process = cli.start_training("--json")
     folder = wait_for_step(results, step=CHECKPOINT_EVERY + 5, num_done=1)

@@ -134,6 +134,7 @@ def test_mistakes_about_runs_are_refused_in_one_line(results: Path, call: Callab
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_saves_a_checkpoint_and_raises(cli: CommandLine) -> None:
     grid = {"grid": {"router": ["switch"]}, "baseline": "switch", "seeds": [0]}
     cli.write(train={"steps": 3000, "checkpoint_every": 500, "eval_every": 1000}, **grid)

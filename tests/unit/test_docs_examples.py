@@ -45,6 +45,7 @@ def test_the_code_of_the_page_on_the_api_runs(cli: CommandLine) -> None:
     assert "Quality: bits per byte on the test split" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_tutorial_work(cli: CommandLine, warm: WarmCommandLine) -> None:
     page = (ROOT / "docs" / "tutorial.md").read_text()
     [experiment] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
