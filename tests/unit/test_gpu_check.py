@@ -32,7 +32,7 @@ esac
 
 
 def check(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """Start the script with an interpreter that is none."""
+    """Start the script with a stub in place of the interpreter."""
     stub = folder / "python"
     stub.write_text(STUB)
     stub.chmod(0o755)
@@ -54,12 +54,12 @@ def wait_for(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 def summary(out: Path) -> dict[str, str]:
-    """Return what the summary says of each stage, without its seconds."""
+    """Return the outcome of each stage in the summary, without its seconds."""
     lines = [line.partition(": ") for line in (out / "summary.txt").read_text().splitlines()]
     return {name: state.partition(" s")[0].rstrip("0123456789").rstrip(" ,") for name, _, state in lines}
 
 
-def test_a_stage_that_hangs_is_cut_and_the_others_run(tmp_path: Path) -> None:
+def test_a_stage_that_hangs_is_stopped_and_the_others_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, printed, _ = wait_for(check(tmp_path, str(out), "--each", "1", "--limit", "90"))
     assert code == 1
@@ -78,7 +78,7 @@ def test_a_stage_that_hangs_is_cut_and_the_others_run(tmp_path: Path) -> None:
     assert (out / "results.jsonl").read_text() == '{"id":"a"}\n'
 
 
-def test_one_that_does_not_hear_is_killed(tmp_path: Path) -> None:
+def test_a_stage_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = (str(out), "--each", "1", "--grace", "1", "--stages", "tests,step")
     code, _, _ = wait_for(check(tmp_path, *arguments, DEAF="yes"))
@@ -87,7 +87,7 @@ def test_one_that_does_not_hear_is_killed(tmp_path: Path) -> None:
     assert summary(out)["step"] == "ok"
 
 
-def test_when_the_time_is_over_nothing_more_is_begun(tmp_path: Path) -> None:
+def test_no_stage_starts_after_the_time_limit(tmp_path: Path) -> None:
     out = tmp_path / "out"
     begin = time.monotonic()
     code, _, _ = wait_for(check(tmp_path, str(out), "--limit", "4", "--grace", "1"))
@@ -100,7 +100,7 @@ def test_when_the_time_is_over_nothing_more_is_begun(tmp_path: Path) -> None:
     }
 
 
-def test_a_machine_that_is_taken_away_takes_nothing_with_it(tmp_path: Path) -> None:
+def test_finished_stages_survive_the_loss_of_the_machine(tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = check(tmp_path, str(out), "--stages", "tests")
     try:
@@ -113,7 +113,7 @@ def test_a_machine_that_is_taken_away_takes_nothing_with_it(tmp_path: Path) -> N
     assert (out / "tests.log").read_text() == "half a result\n"
 
 
-def test_well_is_0(tmp_path: Path) -> None:
+def test_exit_code_is_0_if_all_stages_succeed(tmp_path: Path) -> None:
     code, _, err = wait_for(check(tmp_path, str(tmp_path / "out"), "--stages", "step,long"))
     assert (code, err) == (0, "")
 
@@ -130,7 +130,7 @@ def test_well_is_0(tmp_path: Path) -> None:
         ((), {"MOEBENCH_TEST_DEVICE": "tpu"}, "MOEBENCH_TEST_DEVICE: 'tpu' is unknown (allowed: cuda, cpu)"),
     ],
 )
-def test_mistakes_are_said_in_a_line(
+def test_mistakes_are_named_in_one_line(
     tmp_path: Path, arguments: tuple[str, ...], environment: dict[str, str], message: str
 ) -> None:
     code, out, err = wait_for(check(tmp_path, *arguments, **environment))
@@ -162,7 +162,7 @@ def test_only_wheels_of_what_is_missing_are_installed(tmp_path: Path) -> None:
     assert "setup: 1 wheels to install moebench_never_there-1.0-py3-none-any.whl\n" in text
 
 
-def test_the_shell_is_sound() -> None:
+def test_the_script_passes_bash_and_shellcheck() -> None:
     subprocess.run(["bash", "-n", SCRIPT], cwd=ROOT, check=True)
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", SCRIPT], cwd=ROOT, check=True)
