@@ -1,6 +1,7 @@
 """scripts/gpu_check.sh: a stage that hangs is stopped, later stages run, and finished results are kept."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -65,8 +66,8 @@ def test_a_stage_that_hangs_is_stopped_and_the_others_run(tmp_path: Path) -> Non
     assert code == 1
     text = (out / "summary.txt").read_text()
     assert printed == text  # as it goes
-    assert "cuda, 90 s in all: Python 3.12.3 torch 2.11.0 NVIDIA H200" in text
-    assert "tests: cut after 1 s; what there is stands in tests.log\n" in text
+    assert "cuda, limit 90 s: Python 3.12.3 torch 2.11.0 NVIDIA H200" in text
+    assert "tests: stopped after 1 s; partial output in tests.log\n" in text
     assert "layer: failed with exit code 3, 0 s: error: it broke\n" in text
     assert [name for name, what in summary(out).items() if what == "ok"] == ["step", "step_512", "step_1152", "long"]
     assert (out / "tests.log").read_text() == "half a result\n"
@@ -83,7 +84,7 @@ def test_a_stage_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     arguments = (str(out), "--each", "1", "--grace", "1", "--stages", "tests,step")
     code, _, _ = wait_for(check(tmp_path, *arguments, DEAF="yes"))
     assert code == 1
-    assert summary(out)["tests"] == "cut after"
+    assert summary(out)["tests"] == "stopped after"
     assert summary(out)["step"] == "ok"
 
 
@@ -94,10 +95,8 @@ def test_no_stage_starts_after_the_time_limit(tmp_path: Path) -> None:
     assert code == 1
     assert time.monotonic() - begin < 60
     states = summary(out)
-    assert states["tests"] == "cut after"
-    assert {states[name] for name in ("step", "layer", "step_512", "step_1152", "long")} == {
-        "not begun, the time is over"
-    }
+    assert states["tests"] == "stopped after"
+    assert {states[name] for name in ("step", "layer", "step_512", "step_1152", "long")} == {"not run: out of time"}
 
 
 def test_finished_stages_survive_the_loss_of_the_machine(tmp_path: Path) -> None:
@@ -125,7 +124,7 @@ def test_exit_code_is_0_if_all_stages_succeed(tmp_path: Path) -> None:
         ((), {"NO_TORCH": "1"}, "has no torch (PYTHON names another interpreter)"),
         (("--fast",), {}, "--fast: no such option (allowed: --collect"),
         (("--limit",), {}, "--limit: a value is missing"),
-        (("--limit", "soon"), {}, "'soon' is no whole number of seconds"),
+        (("--limit", "soon"), {}, "'soon' is not a whole number of seconds"),
         (("--stages", "step,all"), {}, "'all' is unknown (allowed: tests step layer step_512 step_1152 long)"),
         ((), {"MOEBENCH_TEST_DEVICE": "tpu"}, "MOEBENCH_TEST_DEVICE: 'tpu' is unknown (allowed: cuda, cpu)"),
     ],
@@ -160,6 +159,14 @@ def test_only_wheels_of_what_is_missing_are_installed(tmp_path: Path) -> None:
     wait_for(check(tmp_path, *arguments, PYTHON=sys.executable, MOEBENCH_TEST_DEVICE="cpu"))
     text = (out / "summary.txt").read_text()
     assert "setup: 1 wheels to install moebench_never_there-1.0-py3-none-any.whl\n" in text
+
+
+def test_every_selected_name_is_in_a_gpu_test() -> None:
+    selections = re.findall(r"^  TESTS='(.*)'$", (ROOT / SCRIPT).read_text(), re.MULTILINE)
+    files = [*(ROOT / "tests" / "gpu").glob("test_*.py"), ROOT / "tests" / "contract" / "test_execution.py"]
+    names = " ".join(name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE))
+    assert len(selections) == 2
+    assert not [word for words in selections for word in words.split(" or ") if word not in names]
 
 
 def test_the_script_passes_bash_and_shellcheck() -> None:
