@@ -1,6 +1,7 @@
 """The architecture: imports go one way, light packages stay light, files and functions stay short."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -73,6 +74,17 @@ def test_imports_go_one_way() -> None:
             if parts[0] == "moebench" and len(parts) > 1 and parts[1] in RANK and RANK[parts[1]] > RANK[part]:
                 wrong.append(f"{file}:{line} imports {module}")
     assert not wrong
+
+
+def test_the_documented_order_of_imports_is_the_tested_one() -> None:
+    contributing = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    [order] = re.findall(r"Imports go one way: (.*?)\.", contributing, re.DOTALL)
+    assert [tuple(re.findall(r"`(\w+)`", level)) for level in order.split("<")] == [*ORDER]
+    architecture = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?`) \|", architecture.split("```mermaid")[0], re.MULTILINE)
+    documented = [name for row in rows for name in re.findall(r"`(\w+)(?:\.py|/)`", row)]
+    assert sorted(documented) == sorted(RANK)
+    assert [RANK[name] for name in documented] == sorted(RANK.values())
 
 
 def test_only_two_files_import_yaml() -> None:

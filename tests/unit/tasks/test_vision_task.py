@@ -102,7 +102,7 @@ def test_a_training_batch_is_a_function_of_seed_and_step(pictures: Path, tmp_pat
     assert torch.equal(ours.target_BP, again.target_BP)
     for seed, step in ((0, 8), (1, 7)):
         assert not torch.equal(ours.input_BL, task.train_batch(4, seed, step).input_BL)
-    # The parts of several processes are the full.
+    # The parts of several processes make up the whole batch.
     parts = [task.train_batch(4, 0, 7, slice(start, start + 2)) for start in (0, 2)]
     assert torch.equal(torch.cat([part.input_BL for part in parts]), ours.input_BL)
     # The draws move pictures: with none allowed the batch is another, and then the same in every epoch but for order.
