@@ -2,12 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# A process that has nothing left to do takes tests from the other: tests that wait for processes stand side by side.
+# worksteal: an idle process takes tests from the other one, so that slow tests do not end up in one process.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test test-all test-distributed test-gpu bench docs lint format clean help
 
-help:  ## show this list
+help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/  -/'
 
 demo: $(VENV)/installed  ## install, run the quickstart experiment, print the comparison
@@ -16,20 +16,20 @@ demo: $(VENV)/installed  ## install, run the quickstart experiment, print the co
 	@echo
 	@echo "Where to look next (source $(BIN)/activate first):"
 	@echo "  moebench ui                          curves and expert loads in the browser"
-	@echo "  moebench list routers                what can be compared; moebench show switch says what one is"
+	@echo "  moebench list routers                what can be compared; moebench show switch explains one"
 	@echo "  moebench compare switch gshard       any routers against the dense model"
 	@echo "  results/experiments/quickstart/curves.png"
 
 test: $(VENV)/installed-dev  ## the tests, in a few minutes on two cores
 	$(PYTEST) -m "not slow and not gpu"
 
-test-all: $(VENV)/installed-dev  ## the tests and the long proofs (the tracking UI is looked at with chromium, if there is one)
+test-all: $(VENV)/installed-dev  ## all tests, with all combinations and the long simulations (the UI test needs chromium)
 	$(PYTEST) --hypothesis-profile=full
 
-test-distributed: $(VENV)/installed-dev  ## the tests of many processes: meshes, torchrun, SLURM, processes that are killed or hang
+test-distributed: $(VENV)/installed-dev  ## the tests of several processes: meshes, torchrun, SLURM, processes that are killed or hang
 	$(PYTEST) -n 2 --timeout 600 tests/distributed
 
-test-gpu: $(VENV)/installed-dev  ## the tests that need a CUDA device (MOEBENCH_TEST_DEVICE=cpu tries them without one)
+test-gpu: $(VENV)/installed-dev  ## the tests that need a CUDA device (MOEBENCH_TEST_DEVICE=cpu runs them without one)
 	$(PYTEST) -m gpu tests/gpu tests/contract/test_execution.py
 
 bench: $(VENV)/installed  ## speed of the layer, of each router, of a training step and of several processes, as ratios; with the libraries of the extra `peers` where installed
@@ -48,7 +48,7 @@ lint: $(VENV)/installed-dev  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/installed-dev  ## let ruff lay the code out
+format: $(VENV)/installed-dev  ## format the code with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# What a machine with one GPU, and without a network, is asked when it can be had for a quarter of an hour.
+# The most important checks on a machine with one GPU, within a quarter of an hour and without a network.
 #
-#   scripts/gpu_check.sh --collect [--all]     beforehand, where there is a package index: download the wheels
-#   scripts/gpu_check.sh [OUT]                 there, from the root of the repository: run the stages, write OUT
+#   scripts/gpu_check.sh --collect [--all]     first, where there is a package index: download the wheels
+#   scripts/gpu_check.sh [OUT]                 on that machine, from the repository root: run the stages, write OUT
 #
-#   --wheels DIR    where the wheels lie (wheels)
+#   --wheels DIR    folder of the wheels (wheels)
 #   --python 3.12   the Python that the wheels are for
-#   --all           with what a machine that computes has anyway: numpy, scipy, pyarrow, ... and transformers
+#   --all           with packages that a machine for training usually has: numpy, scipy, ..., transformers
 #   --limit S       seconds for everything (880)
-#   --each S        no stage takes longer than this
-#   --grace S       from the wish that a stage ends to its end (20): a run saves a checkpoint
-#   --stages A,B    these stages alone: tests, step, layer, step_512, step_1152, long
+#   --each S        limit of each stage (880)
+#   --grace S       seconds from SIGTERM to SIGKILL (20): a run saves a checkpoint
+#   --stages A,B    only these stages: tests, step, layer, step_512, step_1152, long
 #
-# PYTHON names the interpreter, which must have torch with CUDA; what else it lacks is installed from the wheels into a
-# folder that is thrown away. Stages come in the order of what is most wanted, each with a limit of its own. OUT has one
-# log for each, and summary.txt, to which a line is added as each ends: a machine that is taken away takes nothing with
-# it. With MOEBENCH_TEST_DEVICE=cpu all of it is tried on a CPU, in small sizes.
+# PYTHON names the interpreter, which must have torch with CUDA; missing packages are installed from the
+# wheels into a temporary folder. The most important stages come first, each with its own limit. OUT has one log for
+# each, and summary.txt, to which a line is added as each ends, so results survive the loss of the machine.
+# MOEBENCH_TEST_DEVICE=cpu tries everything on a CPU, in small sizes.
 #
-# Ends with 0 if every stage went well, 1 if not, 2 if there is no GPU, no torch, or an option that does not exist.
+# Exit codes: 0 all stages succeeded, 1 some failed, 2 no GPU, no torch, or an unknown option.
 set -uo pipefail
 
 PYTHON=${PYTHON:-python3}
@@ -25,7 +25,7 @@ DEVICE=${MOEBENCH_TEST_DEVICE:-cuda}
 OUT=gpu_check WHEELS=wheels LIMIT_S=880 EACH_S=880 GRACE_S=20 FOR_PYTHON=3.12 STAGES='' COLLECT='' ALL=''
 ALL_STAGES=(tests step layer step_512 step_1152 long)
 
-# Beside torch and its own needs; mlflow and datasets are not needed: no tracker runs, and the data are in the package.
+# Besides torch and its dependencies; without mlflow and datasets: no tracker runs, and the data are in the package.
 SMALL=(PyYAML lightning lightning-utilities torchmetrics packaging tqdm typer annotated-doc shellingham rich
   markdown-it-py mdurl pygments pydantic pydantic-core annotated-types typing-inspection filelock psutil
   soundfile cffi pycparser pytest pytest-timeout pytest-xdist execnet
@@ -63,13 +63,13 @@ while (($#)); do
   shift
 done
 for seconds in "$LIMIT_S" "$EACH_S" "$GRACE_S"; do
-  [[ $seconds =~ ^[0-9]+$ ]] || die "--limit, --each, --grace: '$seconds' is no whole number of seconds"
+  [[ $seconds =~ ^[0-9]+$ ]] || die "--limit, --each, --grace: '$seconds' is not a whole number of seconds"
 done
 for stage in ${STAGES//,/ }; do
   [[ " ${ALL_STAGES[*]} " == *" $stage "* ]] || die "--stages: '$stage' is unknown (allowed: ${ALL_STAGES[*]})"
 done
 [[ $DEVICE == cpu || $DEVICE == cuda ]] || die "MOEBENCH_TEST_DEVICE: '$DEVICE' is unknown (allowed: cuda, cpu)"
-[[ -f pyproject.toml && -d moebench ]] || die "call it from the root of the repository"
+[[ -f pyproject.toml && -d moebench ]] || die "run it from the repository root"
 
 collect() {
   local wanted=("${SMALL[@]}" "${PEERS[@]}") platforms=() name
@@ -101,7 +101,7 @@ trap 'rm -rf "$WORK"' EXIT
 export PYTHONPATH=$PWD:$WORK/site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 COLUMNS=160
 export MOEBENCH_RESULTS=$WORK/results
 
-say() { # a line on the screen and in the summary
+report() { # print a line, and append it to the summary
   echo "$*" | tee -a "$SUMMARY"
 }
 
@@ -109,31 +109,31 @@ left_s() {
   echo $((LIMIT_S - (SECONDS - BEGIN_S)))
 }
 
-# run_stage NAME SECONDS COMMAND...: runs it, at most so long, and writes how it ended; whatever happens goes on behind.
+# run_stage NAME SECONDS COMMAND...: run a command with a time limit and report its outcome; later stages run anyway.
 run_stage() {
   local name=$1 limit=$2 left begin=$SECONDS code
   shift 2
   [[ -z $STAGES || ,$STAGES, == *,$name,* ]] || return 0
   left=$(($(left_s) - GRACE_S))
   if ((left < 1)); then
-    say "$name: not begun, the time is over"
+    report "$name: not run: out of time"
     FAILED=1
     return 0
   fi
-  [[ $DEVICE == cuda ]] || limit=$((limit * 3)) # a try on a CPU that others use
+  [[ $DEVICE == cuda ]] || limit=$((limit * 3)) # a trial run on a shared CPU
   ((limit < EACH_S)) || limit=$EACH_S
   ((limit < left)) || limit=$left
   timeout --kill-after="$GRACE_S" "$limit" "$@" >"$OUT/$name.log" 2>&1 </dev/null
   code=$?
   case $code in
-    0) say "$name: ok, $((SECONDS - begin)) s" ;;
-    124 | 137) say "$name: cut after $limit s; what there is stands in $name.log" ;;
-    *) say "$name: failed with exit code $code, $((SECONDS - begin)) s: $(grep -v '^\s*$' "$OUT/$name.log" | tail -n 1 | cut -c 1-200)" ;;
+    0) report "$name: ok, $((SECONDS - begin)) s" ;;
+    124 | 137) report "$name: stopped after $limit s; partial output in $name.log" ;;
+    *) report "$name: failed with exit code $code, $((SECONDS - begin)) s: $(grep -v '^\s*$' "$OUT/$name.log" | tail -n 1 | cut -c 1-200)" ;;
   esac
   ((code == 0)) || FAILED=1
 }
 
-# What is missing, or too old for pyproject.toml, and only that: torch and its companions stay as they are.
+# Install only packages that are missing or too old for pyproject.toml: torch and its companions are left as they are.
 install_wheels() {
   "$PYTHON" - "$WHEELS" "$WORK/site" <<'PYTHON'
 import re, subprocess, sys, tomllib
@@ -162,14 +162,14 @@ if chosen:
 PYTHON
 }
 
-# What the run is interrupted in counts too: the results of finished cells are kept, one a line.
+# Keep the results of finished cells, also of an interrupted run, one per line.
 keep_results() {
   find "$MOEBENCH_RESULTS/runs" -name result.json -exec sh -c 'tr -d "\n" <"$1"; echo' _ {} \; >"$OUT/results.jsonl" 2>/dev/null
-  say "results: $(wc -l <"$OUT/results.jsonl") finished cells"
+  report "results: $(wc -l <"$OUT/results.jsonl") finished cells"
 }
 
 if [[ $DEVICE == cuda ]]; then
-  TESTS='group_of_one or one_process or exchange or no_multiple or evaluated or nothing_waits or resumed'
+  TESTS='group_of_one or one_process or exchange or no_multiple or evaluated or synchronise or resumed'
   STEP=(--steps 20 --rounds 3) LAYER=(--only gpu --rounds 3) ROUTERS=(--router dense --router switch --router top_k)
   WIDE=(task.sequence_length=512 model.num_layers=8 layout.num_experts=16 train.batch_size=16)
   W512=(model.d_model=512 model.num_heads=8 model.ffn_width=2048)
@@ -188,13 +188,13 @@ run_module=("$PYTHON" -m)
 STEP_BENCH=("${run_module[@]}" moebench bench step --device "$DEVICE" --markdown "${STEP[@]}" "${ROUTERS[@]}")
 HALF=$([[ $DEVICE == cuda ]] && echo bf16 || echo fp32)
 
-say "$(date -u +%FT%TZ), $DEVICE, $LIMIT_S s in all: $("$PYTHON" -c 'import platform, torch
+report "$(date -u +%FT%TZ), $DEVICE, limit $LIMIT_S s: $("$PYTHON" -c 'import platform, torch
 print("Python", platform.python_version(), "torch", torch.__version__, *[torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())])')"
-# Not a stage: the others need it.
+# Not a stage, because all stages need it.
 if install_wheels >"$WORK/setup.log" 2>&1; then
-  say "setup: $(head -n 1 "$WORK/setup.log" | cut -c 1-500)"
+  report "setup: $(head -n 1 "$WORK/setup.log" | cut -c 1-500)"
 else
-  say "setup: failed: $(tail -n 1 "$WORK/setup.log" | cut -c 1-500)"
+  report "setup: failed: $(tail -n 1 "$WORK/setup.log" | cut -c 1-500)"
   FAILED=1
 fi
 
@@ -206,5 +206,5 @@ run_stage step_1152 90 "${STEP_BENCH[@]}" "${WIDE[@]}" "${W1152[@]}" train.preci
 run_stage long 600 "${run_module[@]}" moebench run experiments/language_long.yaml --jobs 6 --tracker none \
   'grid.router=[{name: top_k, top_k: 2}, loss_free]' train.device="$DEVICE" "${LONG[@]}"
 keep_results
-say "$((SECONDS - BEGIN_S)) s in all"
+report "total: $((SECONDS - BEGIN_S)) s"
 exit $FAILED

@@ -15,7 +15,7 @@ from moebench.errors import UsageError
 from moebench.registry import load_plugin
 from moebench.routing.router import ROUTERS
 
-# The same examples in every run, and no time limit for one: a busy machine is not a failure. `make test-all` asks for
+# The same examples in every run, and no time limit for one: a busy machine is not a failure. `make test-all` runs
 # the second number of examples by --hypothesis-profile=full, without which the first is used.
 settings.register_profile("quick", deadline=None, derandomize=True, max_examples=30)
 settings.register_profile("full", deadline=None, derandomize=True, max_examples=150)
@@ -112,7 +112,7 @@ def cli(tmp_path: Path) -> Iterator[CommandLine]:
 
 @pytest.fixture(scope="session")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmCommandLine]:
-    """Calls that need no start-up: for the many that only look or are refused."""
+    """Calls without start-up time, for commands that only read or are refused."""
     scratch = tmp_path_factory.mktemp("warm")
     command_line = WarmCommandLine(CommandLine(scratch).environment, scratch)
     yield command_line
@@ -124,15 +124,15 @@ def built_once(
     tmp_path_factory: pytest.TempPathFactory, worker_id: str
 ) -> Callable[[str, Callable[[Path], Any]], Path]:
     """Build a folder once for all processes of the test run, whichever comes first, and return it: for reading only."""
-    own = tmp_path_factory.getbasetemp()
-    above = own if worker_id == "master" else own.parent
+    folder_of_process = tmp_path_factory.getbasetemp()
+    shared = folder_of_process if worker_id == "master" else folder_of_process.parent
 
     def folder_of(name: str, build: Callable[[Path], Any]) -> Path:
-        folder = above / name
-        with FileLock(above / f"{name}.lock"):
+        folder = shared / name
+        with FileLock(shared / f"{name}.lock"):
             if not folder.exists():
-                unfinished = above / f"{name}.unfinished"
-                unfinished.mkdir()  # a second try after a failure fails here, and the first says why
+                unfinished = shared / f"{name}.unfinished"
+                unfinished.mkdir()  # after a failure the next try fails here; the first has the reason
                 build(unfinished)
                 unfinished.rename(folder)
         return folder

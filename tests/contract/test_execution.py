@@ -86,7 +86,7 @@ def without_loads_on_host(load_E: Tensor, *, may_pad: bool = False) -> Groups:
 
 
 def use_gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the path of a device that is not asked for its loads, on tensors that can be read."""
+    """Take the code path that does not read loads from the device, on tensors that can be read."""
     monkeypatch.setattr(grouped, "KERNELS", (PackedKernel,))
     for module in (grouped, dispatch):
         monkeypatch.setattr(module, "group_rows", without_loads_on_host)

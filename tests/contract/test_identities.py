@@ -68,7 +68,7 @@ def test_capacity_factor_of_e_is_dropless(case: Case, rule, factor: float) -> No
     for overflow in ("drop", "pass", "reroute"):
         capacity = Capacity(train=factor, rule=rule, overflow=overflow)
         if overflow == "reroute" and not (case.facts.makes_scores or case.is_soft or capacity.is_dropless):
-            continue  # refused: nothing says which expert is next best
+            continue  # refused: without scores no expert is the next best
         _, record = run(case.layer(capacity=capacity), Tokens.draw(24), training=True)
         assert record.num_dropped == record.num_rerouted == 0
         assert_layers_agree(*pair_of_layers(case, case, capacity=capacity), exactly=False)

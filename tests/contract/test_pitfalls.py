@@ -74,11 +74,11 @@ def router_gradient(text: Path, folder: Path, coefficient: float) -> tuple[Tenso
     batch = task.train_batch(4, 0, 0)
     output, records = model(batch, batch_context(batch, training=True, seed=0))
     layers = [module for module in model.modules() if isinstance(module, MoELayer)]
-    found = compute_objective(task.loss(output, batch), batch, layers, records, config.router.losses)
-    found.total.backward()
+    objective = compute_objective(task.loss(output, batch), batch, layers, records, config.router.losses)
+    objective.total.backward()
     gradient = layers[0].router.gate.weight_ED.grad
     assert gradient is not None
-    return gradient, found.task.item(), found.total.item()
+    return gradient, objective.task.item(), objective.total.item()
 
 
 def test_pitfall_01_scale_of_a_loss_depends_on_k_layers_or_micro_batches(trained: Callable[..., dict]) -> None:

@@ -78,10 +78,10 @@ def test_label_tables_count_each_assignment_once_without_padding(
                 pairs = zip(record.routing.token_N.tolist(), record.routing.expert_N.tolist(), strict=True)
                 for token, expert in pairs:
                     table[label_T[token], expert] += float(valid.reshape(-1)[token])
-    found = evaluate(model, task, batches, 0, "cpu").labels
+    tables = evaluate(model, task, batches, 0, "cpu").labels
     several = {kind.name for kind in task.label_kinds() if (expected[kind.name].popitem()[1].sum(1) > 0).sum() > 1}
-    assert set(found) == several
-    for name_of_kind, table in found.items():
+    assert set(tables) == several
+    for name_of_kind, table in tables.items():
         for layer, rows in expected[name_of_kind].items():
             assert torch.equal(table.layers[layer].float(), rows), (name_of_kind, layer)
 

@@ -129,7 +129,7 @@ LONG = {"steps": 4000, "checkpoint_every": 1000, "eval_every": 2000}
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_program_ends_the_others(cli: CommandLine, lost: int, number: signal.Signals) -> None:
+def test_the_loss_of_one_program_ends_the_others(cli: CommandLine, lost: int, number: signal.Signals) -> None:
     write(cli, train=LONG)
     processes = slurm(cli, *EXPERT_2, "parallel.timeout_s=10")
     try:

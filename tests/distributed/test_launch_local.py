@@ -54,7 +54,7 @@ def test_one_process_that_fails_is_named_and_the_next_call_repairs(cli: CommandL
 
 
 @pytest.mark.slow
-def test_other_ways_to_fail(cli: CommandLine, warm: WarmCommandLine) -> None:
+def test_exits_kills_nans_and_errors_are_named(cli: CommandLine, warm: WarmCommandLine) -> None:
     arms = ("exit 1", "kill 0", "nan 1", "raise 0")
     write_faulty(cli, "none 0", *arms)
     ended = warm(cli, *RUN, timeout=TIMEOUT_S)

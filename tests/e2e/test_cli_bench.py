@@ -46,12 +46,12 @@ def test_layer_reports_every_variant_with_its_numbers(layer: Any) -> None:
 def test_layers_of_one_formula_agree(layer: Any) -> None:
     for row in layer["rows"]:
         agrees = {line["name"]: line["agrees"] for line in row["lines"]}
-        assert agrees["moebench"] is True  # the double loop says the same
+        assert agrees["moebench"] is True  # the double loop agrees
         assert agrees["plain grouped_mm"] is True
         assert False not in agrees.values()
 
 
-def test_capacity_says_what_it_drops(layer: Any) -> None:
+def test_capacity_reports_its_drops(layer: Any) -> None:
     dropped = [{line["name"]: line["dropped"] for line in row["lines"]} for row in layer["rows"]]
     assert dropped[0]["moebench capacity 1.25"] == 11 / 64  # loads 31 15 10 8 over 20 slots
     assert dropped[1]["moebench capacity 1.25"] == 0
@@ -134,7 +134,7 @@ def test_every_router_is_compared_with_top_k(routers: Any) -> None:
         assert line["reaches_goal"] is reaches
 
 
-def test_solvers_of_base_say_how_good_their_assignment_is(routers: Any) -> None:
+def test_solvers_of_base_report_the_gain_of_their_assignment(routers: Any) -> None:
     for table in routers["tables"]:
         shares = {line["name"]: line["share_of_optimum"] for line in table["lines"]}
         assert shares["base solver=exact"] == pytest.approx(1.0)

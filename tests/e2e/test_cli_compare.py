@@ -204,7 +204,7 @@ def evaluations(folder: Path) -> list[dict[str, float]]:
     return [{key[5:]: value for key, value in point.items() if key.startswith("eval/")} for point in points]
 
 
-def test_a_result_of_before_gets_its_validation_metrics(
+def test_a_result_of_an_earlier_version_gets_validation_metrics(
     finished: CommandLine, warm: WarmCommandLine, tmp_path: Path
 ) -> None:
     shutil.copytree(finished.folder / "results", tmp_path / "results")

@@ -23,7 +23,7 @@ SMALL = ("train.steps=2", "train.eval_every=2", "task.eval_windows=1", "task.seq
 
 
 def write_database(file: Path) -> Path:
-    """Write seven Bibles and one that is to be left alone; book b's verses have b + 1 words, all in other letters."""
+    """Write seven Bibles and one that must be ignored; book b's verses have b + 1 words, each in different letters."""
     draw = random.Random(0)
     file.parent.mkdir(parents=True, exist_ok=True)
     database = sqlite3.connect(file)
@@ -105,7 +105,7 @@ def test_a_book_is_in_one_split_in_all_languages(built: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["nothing.whl", "text.db", "empty.zip"])
-def test_what_is_no_source_is_refused_and_nothing_is_written(tmp_path: Path, source: str) -> None:
+def test_an_unusable_source_is_refused_and_nothing_is_written(tmp_path: Path, source: str) -> None:
     (tmp_path / "text.db").write_text("no database " * 100)
     zipfile.ZipFile(tmp_path / "empty.zip", "w").close()
     ended = build(tmp_path, tmp_path / source)
@@ -121,7 +121,7 @@ def test_the_experiment_trains_on_it(built: Path, cli: CommandLine, warm: WarmCo
     assert ended.code == 0, ended.err
     metrics = Results(cli.folder / "results").result("domain", 0)["metrics"]
     assert {f"bits_per_byte/{language}" for language in BIBLES} <= set(metrics)
-    # Eight experts and seven languages: each knows its own and no other.
+    # Eight experts and seven languages: each expert has tokens of one language only.
     assert metrics["load/information/domain"] == pytest.approx(1)
 
 

@@ -60,7 +60,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
     cli.kill_leftovers()
 
 
-def test_images_of_odd_names_train_and_what_is_left_out_is_said(work: CommandLine, warm: WarmCommandLine) -> None:
+def test_images_with_odd_names_train_and_omissions_are_reported(work: CommandLine, warm: WarmCommandLine) -> None:
     ended = warm.train(work, "task.data.skip_broken=true", name="./vision.yaml")
     assert ended.code == 0, ended.err
     assert "task.data: 1 of 31 images cannot be read and are skipped" in ended.err
@@ -94,7 +94,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("command", MISTAKES)
-def test_a_mistake_costs_one_line_and_leaves_nothing(work: CommandLine, warm: WarmCommandLine, command: str) -> None:
+def test_a_mistake_is_reported_in_one_line_and_leaves_no_files(
+    work: CommandLine, warm: WarmCommandLine, command: str
+) -> None:
     name, *overrides = command.split()
     ended = warm(work, "run", f"./{name}.yaml", *overrides, "--results", "refused", "--tracker", "none", timeout=60)
     assert ended.code == 2, ended.err[-1500:]

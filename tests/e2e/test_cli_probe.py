@@ -1,4 +1,4 @@
-"""`moebench probe`: what the experts of a finished run have learned to tell apart."""
+"""`moebench probe`: which labels the experts of a finished run separate."""
 
 from pathlib import Path
 

@@ -102,7 +102,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("override", "words"), MISTAKES.items(), ids=MISTAKES)
-def test_a_mistake_costs_one_line(work: CommandLine, warm: WarmCommandLine, override: str, words: list[str]) -> None:
+def test_a_mistake_is_reported_in_one_line(
+    work: CommandLine, warm: WarmCommandLine, override: str, words: list[str]
+) -> None:
     ended = warm(work, "run", "./speech.yaml", override, "--results", "refused", "--tracker", "none", timeout=60)
     assert ended.code == 2, ended.err[-1500:]
     assert ended.out == ""

@@ -1,4 +1,4 @@
-"""Does a router find what is there to be found? Each trains on data whose right experts are known.
+"""Whether routers find structure that exists: each trains on data whose right experts are known.
 
 Slow: some seconds for each router. The numbers of docs/tasks.md are what these runs measure.
 """
@@ -37,11 +37,11 @@ class Expected:
     """What a router must reach."""
 
     share: float
-    """Of the information about the cluster that its experts could have: (ln E - ln k) / ln C for k per token."""
+    """Minimum share of the maximum information about the cluster, (ln E - ln k) / ln C for k experts per token."""
     gap: float
     """Most that its error may exceed that of the oracle router by; the dense model's excess is 0.16."""
     why: str = ""
-    """Why it is not 0.9 of the information."""
+    """Why the expected share is below 0.9."""
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -75,7 +75,7 @@ DEFAULTS: dict[str, Expected] = {
     "two_sided": Expected(0.3, 0.03, PAIRS),
     "expert_choice_by_position": Expected(0.3, 0.03, PAIRS),
     "expert_threshold": Expected(0.2, 0.04, PAIRS),
-    # Nothing to be known.
+    # The choice of experts carries no information.
     **dict.fromkeys(("all_experts", "multi_gate", "olmoe", "deepseek_v3"), Expected(0.0, 0.05, ALL)),
     "soft_moe": Expected(0.0, 0.8, "a slot mixes tokens of several clusters, and the map of one does not fit the mean"),
     **dict.fromkeys(("sentence_level", "task_level"), Expected(0.0, 0.2, SEQUENCE)),
@@ -92,10 +92,10 @@ ONE_EACH: dict[str, Expected] = {
     "mlp_top_k": Expected(0.5, 0.04, "clusters that share an expert stay together", options={"top_k": 1}),
     "sparse_mixer": Expected(0.6, 0.08, "clusters that share an expert stay together", options={"top_k": 1}),
 }
-UNLISTED = Expected(0.0, 0.3, "not looked at yet: it must beat routing at random, which costs 0.32")
+UNLISTED = Expected(0.0, 0.3, "not measured yet: it must beat random routing, which costs 0.32")
 
 
-def learned() -> list[Any]:
+def learned_cases() -> list[Any]:
     """Return every learned router with its defaults, and with one expert per token where that is an option."""
     names = [entry.name for entry in ROUTERS.entries() if entry.facts.learned and not entry.item.form.is_dense]
     cases = [(name, DEFAULTS.get(name, UNLISTED)) for name in names] + list(ONE_EACH.items())
@@ -105,7 +105,7 @@ def learned() -> list[Any]:
     ]
 
 
-def trained(router: dict[str, Any], folder: Path) -> dict[str, float]:
+def train_router(router: dict[str, Any], folder: Path) -> dict[str, float]:
     """Train a cell; return its metrics on the test split."""
     result = Run(resolve({**CELL, "router": router}), folder)()
     assert result is not None
@@ -114,41 +114,41 @@ def trained(router: dict[str, Any], folder: Path) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """What the router that knows the clusters reaches."""
-    return trained({"name": "oracle"}, tmp_path_factory.mktemp("oracle"))
+    """Metrics of the router that knows the clusters."""
+    return train_router({"name": "oracle"}, tmp_path_factory.mktemp("oracle"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "expected"), learned())
+@pytest.mark.parametrize(("name", "expected"), learned_cases())
 def test_a_learned_router_finds_the_clusters(
     name: str, expected: Expected, oracle: dict[str, float], tmp_path: Path
 ) -> None:
     router = {"name": name, **expected.options}
-    found = trained(router, tmp_path)
-    assert found["oracle_gap"] - oracle["oracle_gap"] < expected.gap
+    metrics = train_router(router, tmp_path)
+    assert metrics["oracle_gap"] - oracle["oracle_gap"] < expected.gap
     config = resolve({**CELL, "router": router}).router
     per_token = ROUTERS.get(name).item.experts_per_token(config, EXPERTS)
     most = min(math.log(EXPERTS / per_token) / math.log(CLUSTERS), 1.0)
-    assert found["load/information/cluster"] >= expected.share * most - 1e-9
+    assert metrics["load/information/cluster"] >= expected.share * most - 1e-9
 
 
 @pytest.mark.slow
-def test_the_oracle_knows_all_and_is_near_the_generating_maps(oracle: dict[str, float]) -> None:
+def test_the_oracle_has_full_information_and_nearly_no_gap(oracle: dict[str, float]) -> None:
     assert oracle["load/information/cluster"] == pytest.approx(1.0)
     assert oracle["oracle_gap"] < 0.03
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["random", "hash_position", "domain"])
-def test_who_does_not_look_knows_nothing(name: str, oracle: dict[str, float], tmp_path: Path) -> None:
-    found = trained({"name": name}, tmp_path)
+def test_content_independent_routers_have_no_information(name: str, oracle: dict[str, float], tmp_path: Path) -> None:
+    metrics = train_router({"name": name}, tmp_path)
     # 1,024 tokens by chance: (8 - 1)² / (2 · 1,024 · ln 8) = 0.012 expected.
-    assert found["load/information/cluster"] < 0.03
-    assert found["oracle_gap"] > 5 * oracle["oracle_gap"]
+    assert metrics["load/information/cluster"] < 0.03
+    assert metrics["oracle_gap"] > 5 * oracle["oracle_gap"]
 
 
 @pytest.mark.slow
 def test_one_network_for_all_clusters_is_worse(oracle: dict[str, float], tmp_path: Path) -> None:
-    found = trained({"name": "dense"}, tmp_path)
-    assert "load/information/cluster" not in found
-    assert found["oracle_gap"] > 5 * oracle["oracle_gap"]
+    metrics = train_router({"name": "dense"}, tmp_path)
+    assert "load/information/cluster" not in metrics
+    assert metrics["oracle_gap"] > 5 * oracle["oracle_gap"]

@@ -1,4 +1,4 @@
-"""The device of these tests: CUDA, or what MOEBENCH_TEST_DEVICE says (`cpu` tries the tests themselves)."""
+"""The device of these tests: CUDA, or the value of MOEBENCH_TEST_DEVICE (`cpu` tries the tests themselves)."""
 
 import os
 

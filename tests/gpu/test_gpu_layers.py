@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 TIGHT = Capacity(train=0.75, eval=0.75)
 
 
-def moved(tokens: Tokens, device: torch.device) -> Tokens:
+def to_device(tokens: Tokens, device: torch.device) -> Tokens:
     """Return the tokens on a device."""
     return replace(tokens, x_TD=tokens.x_TD.to(device), token_id_T=tokens.token_id_T.to(device))
 
@@ -32,7 +32,7 @@ def context(tokens: Tokens, *, training: bool) -> RouteContext:
     return replace(made, generator=torch.Generator(tokens.x_TD.device).manual_seed(0))
 
 
-def trained(layer: MoELayer, tokens: Tokens, *, half: bool = False) -> tuple[LayerRecord, list[Tensor]]:
+def train_layer(layer: MoELayer, tokens: Tokens, *, half: bool = False) -> tuple[LayerRecord, list[Tensor]]:
     """Return the record of a training pass, and output and gradients of all parameters and of the input."""
     layer.train()
     x_TD = tokens.x_TD.clone().requires_grad_()
@@ -47,8 +47,8 @@ def leaves_of(layer: MoELayer) -> list[Tensor]:
 
 
 def gradients(y_TD: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    found = torch.autograd.grad(y_TD.float().square().sum(), leaves, allow_unused=True, retain_graph=True)
-    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
+    grads = torch.autograd.grad(y_TD.float().square().sum(), leaves, allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
 
 
 def layer_of(case: Case, device: torch.device, **options: Any) -> MoELayer:
@@ -59,7 +59,7 @@ def layer_of(case: Case, device: torch.device, **options: Any) -> MoELayer:
 @pytest.mark.parametrize("capacity", [Capacity(), TIGHT], ids=["dropless", "tight"])
 @pytest.mark.parametrize("case", cases_of(8), ids=str)
 def test_the_loop_agrees(case: Case, capacity: Capacity, device: torch.device) -> None:
-    layer, tokens = layer_of(case, device, capacity=capacity, activation="swiglu"), moved(Tokens.draw(24), device)
+    layer, tokens = layer_of(case, device, capacity=capacity, activation="swiglu"), to_device(Tokens.draw(24), device)
     layer.train()
     x_TD = tokens.x_TD.clone().requires_grad_()
     y_TD, record = layer(x_TD, context(tokens, training=True))
@@ -72,8 +72,8 @@ def test_the_loop_agrees(case: Case, capacity: Capacity, device: torch.device) -
 
 @pytest.mark.parametrize("case", default_cases(), ids=str)
 def test_bf16_is_the_loop_within_its_precision(case: Case, device: torch.device) -> None:
-    layer, tokens = layer_of(case, device, activation="swiglu"), moved(Tokens.draw(64), device)
-    record, (y_TD, *grads) = trained(layer, tokens, half=True)
+    layer, tokens = layer_of(case, device, activation="swiglu"), to_device(Tokens.draw(64), device)
+    record, (y_TD, *grads) = train_layer(layer, tokens, half=True)
     slow_TD = slow_mixture(layer.bank, tokens.x_TD, record.kept)
     assert y_TD.device.type == device.type
     assert (y_TD.float() - slow_TD).norm() <= 2e-2 * slow_TD.norm() + 1e-6
@@ -83,8 +83,8 @@ def test_bf16_is_the_loop_within_its_precision(case: Case, device: torch.device)
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("case", default_cases(), ids=str)
 def test_a_repeat_changes_no_bit(case: Case, half: bool, device: torch.device) -> None:
-    layer, tokens = layer_of(case, device, capacity=TIGHT), moved(Tokens.draw(96, length=32), device)
-    first, again = (trained(layer, tokens, half=half)[1] for _ in range(2))
+    layer, tokens = layer_of(case, device, capacity=TIGHT), to_device(Tokens.draw(96, length=32), device)
+    first, again = (train_layer(layer, tokens, half=half)[1] for _ in range(2))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, again, strict=True))
 
 
@@ -97,11 +97,11 @@ def test_widths_that_are_no_multiple_of_16_bytes_are_padded(hidden: int, activat
     layer.bank = ExpertBank(D_MODEL, hidden, layer.bank.num_experts, activation)
     init_weights(layer.bank, 0)
     layer.to(device)
-    tokens = moved(Tokens.draw(64), device)
+    tokens = to_device(Tokens.draw(64), device)
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
-        record, (y_TD, *grads) = trained(layer, tokens, half=True)
+        record, (y_TD, *grads) = train_layer(layer, tokens, half=True)
     finally:
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
@@ -118,6 +118,6 @@ def test_evaluation_routes_as_on_a_cpu(case: Case, device: torch.device) -> None
     layer = case.layer().eval()
     with torch.no_grad():
         near_TD, _ = layer(tokens.x_TD, tokens.context(training=False))
-        there = moved(tokens, device)
+        there = to_device(tokens, device)
         far_TD, _ = layer.to(device)(there.x_TD, context(there, training=False))
     torch.testing.assert_close(far_TD.cpu(), near_TD, rtol=1e-4, atol=1e-4)  # another expert is another output

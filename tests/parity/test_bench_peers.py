@@ -91,7 +91,7 @@ def test_mixture_of_experts_agrees_when_it_drops_nothing() -> None:
     torch.testing.assert_close(forward(problem.x_TD), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_mixture_of_experts_says_what_it_drops() -> None:
+def test_mixture_of_experts_reports_its_drops() -> None:
     problem = problem_of("32,8,16,4,2,gelu")
     (moe,) = layers("mixture-of-experts", problem).values()
     assert moe.measure_dropped() == 11 / 64  # loads 31 15 10 8 over 20 slots, as ours

@@ -24,7 +24,7 @@ def kept_within(routing: Routing, slots: int, order: DropOrder, generator: torch
 
 
 def queue(routing: Routing, order: str) -> list[int]:
-    """Return the assignments from the first to be kept to the last, the slow and obvious way."""
+    """Return the assignments from the first to be kept to the last, by plain sorting."""
     tokens, weights = routing.token_N.tolist(), routing.weight_N.tolist()
     if order == "router" and routing.priority_N is not None:
         priority = routing.priority_N.tolist()
@@ -32,9 +32,9 @@ def queue(routing: Routing, order: str) -> list[int]:
     if order == "score":
         return sorted(range(len(tokens)), key=lambda n: (-weights[n], n))
     if order == "priority":
-        own = {t: sorted((-w, n) for n, w in enumerate(weights) if tokens[n] == t) for t in set(tokens)}
-        choice = {n: place for pairs in own.values() for place, (_, n) in enumerate(pairs)}
-        return sorted(range(len(tokens)), key=lambda n: (choice[n], own[tokens[n]][0], tokens[n]))
+        choices_of = {t: sorted((-w, n) for n, w in enumerate(weights) if tokens[n] == t) for t in set(tokens)}
+        choice = {n: place for pairs in choices_of.values() for place, (_, n) in enumerate(pairs)}
+        return sorted(range(len(tokens)), key=lambda n: (choice[n], choices_of[tokens[n]][0], tokens[n]))
     if order == "random":
         return torch.randperm(len(tokens), generator=make_generator()).tolist()
     return sorted(range(len(tokens)), key=lambda n: (tokens[n], n))
@@ -213,7 +213,7 @@ def test_every_assignment_that_counts_has_a_row_of_its_expert(
 
 
 @given(st.integers(0, 9), st.integers(1, 5), st.booleans(), st.data())
-def test_identity_experts_give_the_tokens_back(num_tokens: int, num_experts: int, whole: bool, data) -> None:
+def test_identity_experts_return_the_tokens(num_tokens: int, num_experts: int, whole: bool, data) -> None:
     top_k = data.draw(st.integers(1, num_experts))
     generator = make_generator(data.draw(st.integers(0, 100)))
     expert_TK = torch.rand(num_tokens, num_experts, generator=generator).topk(top_k, dim=-1).indices

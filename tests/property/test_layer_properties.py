@@ -42,7 +42,7 @@ class Drawn:
     def of(cls, routing: Routing, capacity: Capacity, around: dict[str, bool], padded: bool) -> "Drawn":
         weight_N, score_TE = routing.weight_N.clone(), routing.scores_TE.clone()
         leaves = [weight_N.requires_grad_(), score_TE.requires_grad_()]
-        counted_N = routing.counted_N  # the weight of what does not count is 0 and reaches nobody
+        counted_N = routing.counted_N  # assignments that do not count have weight 0
         routing = replace(routing, weight_N=weight_N.where(counted_N, 0.0), scores_TE=score_TE)
         bank = randomise_parameters(ExpertBank(D_MODEL, 4, routing.num_experts, "gelu"))
         shared = randomise_parameters(FeedForward(D_MODEL, 4, "gelu"), seed=1) if around.get("shared") else None

@@ -1,4 +1,4 @@
-"""Rerouting and passing on, against a slow and obvious way, on arbitrary routings."""
+"""Rerouting and identity overflow, against plain loops, on arbitrary routings."""
 
 from collections import Counter
 from dataclasses import replace
@@ -24,32 +24,32 @@ def limit(routing: Routing, slots: int, order: str, overflow: str = "reroute") -
 
 
 def slow_reroute(routing: Routing, slots: int, queue: list[int]) -> dict[int, int]:
-    """Return which expert computes which assignment, by loops; assignments that nobody computes are missing."""
+    """Return which expert computes which assignment, by loops; assignments that no expert computes are missing."""
     token, expert, scores = routing.token_N.tolist(), routing.expert_N.tolist(), routing.scores_TE.tolist()
     load: Counter[int] = Counter()
     where: dict[int, int] = {}
 
-    def ask(n: int, wanted: int) -> None:
+    def request(n: int, wanted: int) -> None:
         if load[wanted] < slots:
             where[n] = wanted
             load[wanted] += 1
 
     for n in (n for n in queue if routing.counted_N[n]):
-        ask(n, expert[n])
+        request(n, expert[n])
     for turn in range(3):
         waiting = [n for n in queue if routing.counted_N[n] and n not in where]
         first_of = {token[n]: n for n in reversed(waiting)}
         for n in (n for n in waiting if first_of[token[n]] == n):
             others = others_of(token, expert, scores, token[n])
             if turn < len(others):
-                ask(n, others[turn])
+                request(n, others[turn])
     return where
 
 
 def others_of(token: list[int], expert: list[int], scores: list[list[float]], t: int) -> list[int]:
     """Return the experts that are not in a token's list, from the highest score to the lowest."""
-    own = {e for other, e in zip(token, expert, strict=True) if other == t}
-    return sorted(set(range(len(scores[t]))) - own, key=lambda e: (-scores[t][e], e))
+    listed = {e for other, e in zip(token, expert, strict=True) if other == t}
+    return sorted(set(range(len(scores[t]))) - listed, key=lambda e: (-scores[t][e], e))
 
 
 @given(any_routing, st.integers(0, 4), orders)
@@ -74,7 +74,7 @@ def test_a_rerouted_routing_is_within_capacity_and_complete(routing: Routing, sl
     assert record.num_unserved == int((kept.experts_per_token_T == 0).sum())
     pairs = list(zip(kept.token_N.tolist(), kept.expert_N.tolist(), strict=True))
     assert len(set(pairs)) == len(pairs), "no pair occurs twice"
-    # Who is still without an expert has asked the three best of its others, or got one of them: none has a slot left.
+    # An assignment without an expert has requested its token's three best other experts: none has a free slot.
     lists = routing.token_N.tolist(), routing.expert_N.tolist(), routing.scores_TE.tolist()
     for n in torch.nonzero(routing.counted_N & ~kept.counted_N).flatten().tolist():
         token = int(routing.token_N[n])
@@ -108,9 +108,9 @@ def test_reroute_by_hand() -> None:
     assert (record.num_dropped, record.num_rerouted, record.num_unserved) == (0, 2, 0)
 
 
-def test_a_round_asks_for_one_choice_whether_it_is_free_or_not() -> None:
-    # One slot. Tokens 0 and 1 have their experts, 2 and 3 wait for expert 0. Round 1: token 2 asks for expert 1, which
-    # is full, and token 3 gets expert 2. Round 2: token 2 asks for expert 2, now full. Round 3: it gets its fourth.
+def test_a_round_requests_one_expert_whether_or_not_it_has_a_free_slot() -> None:
+    # One slot. Tokens 0 and 1 have their experts, 2 and 3 wait for expert 0. Round 1: token 2 requests expert 1, which
+    # is full, and token 3 gets expert 2. Round 2: token 2 requests expert 2, now full. Round 3: it gets its fourth.
     probability_TE = torch.tensor(
         [[0.97, 0.01, 0.01, 0.01], [0.01, 0.97, 0.01, 0.01], [0.4, 0.3, 0.2, 0.1], [0.4, 0.1, 0.3, 0.2]]
     )
@@ -121,7 +121,7 @@ def test_a_round_asks_for_one_choice_whether_it_is_free_or_not() -> None:
 
 
 @pytest.mark.parametrize(("rank", "served"), [(4, True), (5, False)])
-def test_a_token_asks_for_its_four_best_experts_and_no_more(rank: int, served: bool) -> None:
+def test_a_token_requests_at_most_its_four_best_experts(rank: int, served: bool) -> None:
     # Five experts with one slot. Token 0 has expert 0, which is token 1's first choice, and the tokens behind have its
     # second, third and so on: the first free one is its `rank`-th.
     probability_TE = torch.full((rank, 5), 0.01)
@@ -133,12 +133,12 @@ def test_a_token_asks_for_its_four_best_experts_and_no_more(rank: int, served: b
     assert int(kept.expert_N[1]) == (rank - 1 if served else 0)
 
 
-def test_two_waiting_assignments_of_a_token_ask_one_after_the_other() -> None:
+def test_two_waiting_assignments_of_a_token_make_requests_in_turn() -> None:
     # Both tokens choose experts 0 and 1. Token 1's first waits for expert 2 in round 1, its second for 3 in round 2.
     scores_TE = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).expand(2, -1)
     routing = Routing.from_top_k(torch.tensor([[0, 1], [0, 1]]), scores_TE[:, :2], num_experts=4, scores_TE=scores_TE)
     assert limit(routing, 1, "position").expert_N.tolist() == [0, 1, 2, 3]
-    # Three tokens: in round 1 token 1 fills expert 2; in round 2 its second and token 2's first ask for expert 3.
+    # Three tokens: in round 1 token 1 fills expert 2; in round 2 its second and token 2's first request expert 3.
     scores_TE = scores_TE[:1].expand(3, -1)
     routing = Routing.from_top_k(
         torch.tensor([[0, 1]]).expand(3, -1), scores_TE[:, :2], num_experts=4, scores_TE=scores_TE
@@ -180,7 +180,7 @@ def test_reroute_without_scores_names_the_key() -> None:
 
 
 @given(any_routing, st.integers(0, 4), orders)
-def test_what_is_passed_on_is_what_was_dropped(routing: Routing, slots: int, order: str) -> None:
+def test_assignments_passed_on_are_those_without_a_slot(routing: Routing, slots: int, order: str) -> None:
     kept = limit(routing, slots, order, "pass")
     assert torch.equal(kept.counted_N, limit(routing, slots, order, "drop").counted_N)
     x_TD = torch.randn(routing.num_tokens, 3, generator=make_generator())

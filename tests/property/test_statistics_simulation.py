@@ -1,4 +1,4 @@
-"""What the statistics promise, and what docs/comparing.md says that they do not, simulated.
+"""What the statistics guarantee, and what they do not (docs/comparing.md), in simulations.
 
 Few false claims when all arms are equal, intervals that cover, a detectable difference that is shown.
 """
@@ -19,7 +19,7 @@ SKEWED = 0.3
 
 
 @pytest.mark.parametrize("num_seeds", [3, 5])
-def test_equal_arms_are_rarely_told_apart(num_seeds):
+def test_equal_arms_rarely_get_a_verdict(num_seeds):
     # Six arms without any true difference; the seed moves all of them alike (correlation 0.67).
     rng = np.random.default_rng(num_seeds)
     false_claims = 0

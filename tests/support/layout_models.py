@@ -1,4 +1,4 @@
-"""Small models of every layout with every router, and what the contract tests ask of them."""
+"""Small models of every layout with every router, for the contract tests."""
 
 from collections.abc import Mapping
 from typing import Any

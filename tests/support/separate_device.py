@@ -1,8 +1,8 @@
-"""A device that is not the host's, pretended on a CPU: what a GPU would refuse is refused here.
+"""A simulated device that is not the host, on a CPU: what a GPU would refuse is refused here.
 
 `DEVICE` is "cpu:0". To torch that is the CPU, and everything is computed there; inside `separate_device()` tensors that
-were made without a device, or moved to "cpu", count as the host's and say so (`tensor.device` is "cpu"), all others lie
-on the device ("cpu:0"). A tensor of the host raises DeviceError in a collective (NCCL has no way to send it), and in an
+were made without a device, or moved to "cpu", count as on the host (`tensor.device` is "cpu"), all others as on the
+device ("cpu:0"). A tensor of the host raises DeviceError in a collective (NCCL has no way to send it), and in an
 operation together with tensors of the device, where CUDA raises too.
 """
 
@@ -24,7 +24,7 @@ DEVICE = torch.device("cpu", 0)
 HOST = torch.device("cpu")
 
 COLLECTIVES = ("c10d", "c10d_functional", "_c10d_functional")
-"""Namespaces of the operations that send: whoever calls a collective (DDP, DTensor, checkpoints) ends there."""
+"""Namespaces of the operations that send: every collective (of DDP, DTensor, checkpoints) ends there."""
 ACROSS = {"copy_", "_to_copy", "index", "index_put", "index_put_", "_index_put_impl_", "_local_scalar_dense", "set_"}
 """Operations that CUDA allows between devices, indices on the host among them."""
 
@@ -34,7 +34,7 @@ class DeviceError(Exception):
 
 
 class _Places:
-    """Where storages lie; those that torch makes for itself have no place, and may meet any other.
+    """Device of each storage; those that torch makes internally have none, and may be combined with any other.
 
     Weak references keep an address from being given to another storage.
     """
@@ -43,8 +43,8 @@ class _Places:
         self.known: dict[int, tuple[torch.device, StorageWeakRef]] = {}
 
     def of(self, tensor: Tensor) -> torch.device | None:
-        found = self.known.get(_address(tensor))
-        return found[0] if found else None
+        entry = self.known.get(_address(tensor))
+        return entry[0] if entry else None
 
     def put(self, tensor: Tensor, device: torch.device) -> Tensor:
         self.known[_address(tensor)] = device, StorageWeakRef(_local(tensor).untyped_storage())
@@ -64,7 +64,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 class _Generator(torch.Generator):
-    """A generator that says which device it was made for."""
+    """A generator that reports the device that it was made for."""
 
     def __new__(cls, device: torch.device | str = HOST) -> "_Generator":
         made = super().__new__(cls, HOST)
@@ -77,7 +77,7 @@ class _Generator(torch.Generator):
 
 
 class _Calls(TorchFunctionMode):
-    """Sees what Python asks for: on which device a tensor is made, where it is moved, where it lies."""
+    """Intercepts calls from Python: on which device a tensor is made, where it is moved, where it is."""
 
     def __init__(self, places: _Places) -> None:
         super().__init__()
@@ -86,11 +86,11 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if isinstance(func, torch._ops.OpOverload):
-            return func(*args, **kwargs)  # no call of Python's: `_Operations` runs what C++ asks for
+            return func(*args, **kwargs)  # not a call from Python: `_Operations` handles those from C++
         if func == Tensor.device.__get__:  # type: ignore[attr-defined]
             return self.places.of(args[0]) or DEVICE
         if func is Tensor.cpu or func is Tensor.to:
-            return self._moved(func, args, kwargs)
+            return self._move(func, args, kwargs)
         made = func(*args, **kwargs)
         given, generator = kwargs.get("device"), kwargs.get("generator")
         is_maker = not _tensors((args, kwargs))
@@ -101,7 +101,7 @@ class _Calls(TorchFunctionMode):
                 self.places.put(tensor, torch.device(given or HOST))
         return made
 
-    def _moved(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    def _move(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
         tensor, *rest = args
         if func is Tensor.cpu:
             device, dtype, copy = HOST, None, False
@@ -110,14 +110,14 @@ class _Calls(TorchFunctionMode):
         else:
             copy = kwargs.pop("copy", False)
             device, dtype, *_ = torch._C._nn._parse_to(*rest, **kwargs)
-        # torch would copy from "cpu" to "cpu:0" each time, and never from there to "cpu": it is not told of devices.
+        # torch would copy from "cpu" to "cpu:0" each time, and never from there to "cpu": the device is not passed on.
         made = Tensor.to(tensor, dtype) if dtype else tensor
         if device is not None and (self.places.of(tensor) or device) != device:
-            return _Moved.apply(made, device, self.places)  # type: ignore[no-any-return, no-untyped-call]
+            return _MoveToDevice.apply(made, device, self.places)  # type: ignore[no-any-return, no-untyped-call]
         return tensor.clone() if copy and made is tensor else made
 
 
-class _Moved(torch.autograd.Function):
+class _MoveToDevice(torch.autograd.Function):
     """A copy on the other device; the gradient comes back."""
 
     @staticmethod
@@ -131,7 +131,7 @@ class _Moved(torch.autograd.Function):
 
 
 class _Operations(TorchDispatchMode):
-    """Sees every operation, those of the backward pass and of torch's own code included."""
+    """Intercepts every operation, those of the backward pass and of torch's own code included."""
 
     def __init__(self, places: _Places) -> None:
         super().__init__()

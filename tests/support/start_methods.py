@@ -14,7 +14,7 @@ from support.command_line import CommandLine, Results, last_step, wait_until
 EXPERT_2 = ("parallel.expert=2",)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 TIMEOUT_S = 200.0
-"""Of one call; starting takes 10 s on an idle machine."""
+"""Timeout of one call; starting takes 10 s on an idle machine."""
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 PROCESSES: list[Any] = []
 """The processes that `kill_all` ends."""

@@ -35,7 +35,7 @@ def write_pictures(folder: Path) -> Path:
 
 
 def write_data(root: Path) -> dict[str, dict[str, object]]:
-    """Write all of it; return the options of each task that has it read."""
+    """Write all data; return the options of each task that reads it."""
     for name in ("text", "pictures", "words"):
         (root / name).mkdir()
     text = {"sequence_length": 16, "eval_windows": 2, "data": {"path": str(write_text(root / "text"))}}

@@ -1,6 +1,7 @@
-"""The house: imports go one way, light parts stay light, files and functions stay short."""
+"""The architecture: imports go one way, light packages stay light, files and functions stay short."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ TREES = {file: ast.parse(file.read_text()) for file in FILES}
 
 
 def part_of(file: Path) -> str:
-    """Return the part of the house that a file belongs to."""
+    """Return the package or top-level module that a file belongs to."""
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -64,24 +65,35 @@ def imported_modules(tree: ast.AST, file: Path) -> Iterator[tuple[str, int]]:
 def test_imports_go_one_way() -> None:
     wrong = []
     for file, tree in TREES.items():
-        own = part_of(file)
-        if own in ("__init__", "__main__"):
+        part = part_of(file)
+        if part in ("__init__", "__main__"):
             continue
-        assert own in RANK, f"{own} has no place in the order of imports"
+        assert part in RANK, f"{part} has no place in the order of imports"
         for module, line in imported_modules(tree, file):
             parts = module.split(".")
-            if parts[0] == "moebench" and len(parts) > 1 and parts[1] in RANK and RANK[parts[1]] > RANK[own]:
+            if parts[0] == "moebench" and len(parts) > 1 and parts[1] in RANK and RANK[parts[1]] > RANK[part]:
                 wrong.append(f"{file}:{line} imports {module}")
     assert not wrong
 
 
-def test_only_two_files_know_yaml() -> None:
-    knowing = [
+def test_the_documented_order_of_imports_is_the_tested_one() -> None:
+    contributing = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    [order] = re.findall(r"Imports go one way: (.*?)\.", contributing, re.DOTALL)
+    assert [tuple(re.findall(r"`(\w+)`", level)) for level in order.split("<")] == [*ORDER]
+    architecture = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?`) \|", architecture.split("```mermaid")[0], re.MULTILINE)
+    documented = [name for row in rows for name in re.findall(r"`(\w+)(?:\.py|/)`", row)]
+    assert sorted(documented) == sorted(RANK)
+    assert [RANK[name] for name in documented] == sorted(RANK.values())
+
+
+def test_only_two_files_import_yaml() -> None:
+    importing = [
         file
         for file, tree in TREES.items()
         if "yaml" in {module.split(".")[0] for module, _ in imported_modules(tree, file)}
     ]
-    assert knowing == [PACKAGE / "config.py", PACKAGE / "yaml_text.py"]
+    assert importing == [PACKAGE / "config.py", PACKAGE / "yaml_text.py"]
 
 
 def test_files_are_short() -> None:
@@ -99,9 +111,9 @@ def test_files_are_short() -> None:
     assert not long
 
 
-def test_no_file_is_a_drawer() -> None:
-    drawers = {"utils", "util", "helper", "helpers", "manager", "misc", "common", "base"}
-    assert not [file for file in FILES if drawers & {*file.stem.split("_")}]
+def test_no_file_has_a_catch_all_name() -> None:
+    catch_all = {"utils", "util", "helper", "helpers", "manager", "misc", "common", "base"}
+    assert not [file for file in FILES if catch_all & {*file.stem.split("_")}]
 
 
 def loaded_by(program: str) -> set[str]:
@@ -119,7 +131,7 @@ def loaded_by(program: str) -> set[str]:
 
 
 def modules_of(*parts: str) -> list[str]:
-    """Return the dotted names of all modules of some parts."""
+    """Return the dotted names of all modules of some packages."""
     files = [file for file in FILES if part_of(file) in parts]
     return [".".join(("moebench", *file.relative_to(PACKAGE).with_suffix("").parts)) for file in files]
 

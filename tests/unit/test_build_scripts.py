@@ -105,7 +105,7 @@ def write_prompts(folder: Path) -> None:
         soundfile.write(root / "long.wav", np.tile(ONE_S, 7), 8000)
 
 
-def test_prompts_are_those_that_speak_and_are_neither_short_nor_long(tmp_path: Path, run: Any) -> None:
+def test_prompts_are_spoken_and_neither_short_nor_long(tmp_path: Path, run: Any) -> None:
     write_prompts(tmp_path / "source")
     run("build_speech.py", tmp_path / "source", "--out", tmp_path / "out.parquet")
     rows = pq.read_table(tmp_path / "out.parquet").to_pylist()

@@ -104,7 +104,7 @@ def message_of(raw: Mapping[str, Any]) -> str:
     ],
     ids=lambda value: re.sub(r"[^a-z0-9_.-]+", " ", json.dumps(value)) if isinstance(value, dict) else "",
 )
-def test_mistakes_are_answered_in_one_line(raw: Mapping[str, Any], parts: list[str]) -> None:
+def test_mistakes_are_reported_in_one_line(raw: Mapping[str, Any], parts: list[str]) -> None:
     message = message_of(raw)
     for part in parts:
         assert part in message
@@ -178,7 +178,7 @@ def test_experiment_file_and_overrides(tmp_path: Path) -> None:
         ("- a\n", ["must be a mapping with keys such as base"]),
     ],
 )
-def test_mistakes_in_a_file_are_answered_in_one_line(tmp_path: Path, text: str, parts: list[str]) -> None:
+def test_mistakes_in_a_file_are_reported_in_one_line(tmp_path: Path, text: str, parts: list[str]) -> None:
     file = tmp_path / "e.yaml"
     file.write_text(text)
     with pytest.raises(UsageError) as caught:
@@ -188,7 +188,7 @@ def test_mistakes_in_a_file_are_answered_in_one_line(tmp_path: Path, text: str, 
         assert part in str(caught.value)
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_files_that_cannot_be_read_as_yaml_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file"):
         read_yaml(tmp_path / "missing.yaml")
     with pytest.raises(UsageError, match="is a folder"):

@@ -1,6 +1,7 @@
 """scripts/gpu_check.sh: a stage that hangs is stopped, later stages run, and finished results are kept."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -32,7 +33,7 @@ esac
 
 
 def check(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """Start the script with an interpreter that is none."""
+    """Start the script with a stub in place of the interpreter."""
     stub = folder / "python"
     stub.write_text(STUB)
     stub.chmod(0o755)
@@ -54,19 +55,19 @@ def wait_for(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 def summary(out: Path) -> dict[str, str]:
-    """Return what the summary says of each stage, without its seconds."""
+    """Return the outcome of each stage in the summary, without its seconds."""
     lines = [line.partition(": ") for line in (out / "summary.txt").read_text().splitlines()]
     return {name: state.partition(" s")[0].rstrip("0123456789").rstrip(" ,") for name, _, state in lines}
 
 
-def test_a_stage_that_hangs_is_cut_and_the_others_run(tmp_path: Path) -> None:
+def test_a_stage_that_hangs_is_stopped_and_the_others_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, printed, _ = wait_for(check(tmp_path, str(out), "--each", "1", "--limit", "90"))
     assert code == 1
     text = (out / "summary.txt").read_text()
     assert printed == text  # as it goes
-    assert "cuda, 90 s in all: Python 3.12.3 torch 2.11.0 NVIDIA H200" in text
-    assert "tests: cut after 1 s; what there is stands in tests.log\n" in text
+    assert "cuda, limit 90 s: Python 3.12.3 torch 2.11.0 NVIDIA H200" in text
+    assert "tests: stopped after 1 s; partial output in tests.log\n" in text
     assert "layer: failed with exit code 3, 0 s: error: it broke\n" in text
     assert [name for name, what in summary(out).items() if what == "ok"] == ["step", "step_512", "step_1152", "long"]
     assert (out / "tests.log").read_text() == "half a result\n"
@@ -78,29 +79,27 @@ def test_a_stage_that_hangs_is_cut_and_the_others_run(tmp_path: Path) -> None:
     assert (out / "results.jsonl").read_text() == '{"id":"a"}\n'
 
 
-def test_one_that_does_not_hear_is_killed(tmp_path: Path) -> None:
+def test_a_stage_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = (str(out), "--each", "1", "--grace", "1", "--stages", "tests,step")
     code, _, _ = wait_for(check(tmp_path, *arguments, DEAF="yes"))
     assert code == 1
-    assert summary(out)["tests"] == "cut after"
+    assert summary(out)["tests"] == "stopped after"
     assert summary(out)["step"] == "ok"
 
 
-def test_when_the_time_is_over_nothing_more_is_begun(tmp_path: Path) -> None:
+def test_no_stage_starts_after_the_time_limit(tmp_path: Path) -> None:
     out = tmp_path / "out"
     begin = time.monotonic()
     code, _, _ = wait_for(check(tmp_path, str(out), "--limit", "4", "--grace", "1"))
     assert code == 1
     assert time.monotonic() - begin < 60
     states = summary(out)
-    assert states["tests"] == "cut after"
-    assert {states[name] for name in ("step", "layer", "step_512", "step_1152", "long")} == {
-        "not begun, the time is over"
-    }
+    assert states["tests"] == "stopped after"
+    assert {states[name] for name in ("step", "layer", "step_512", "step_1152", "long")} == {"not run: out of time"}
 
 
-def test_a_machine_that_is_taken_away_takes_nothing_with_it(tmp_path: Path) -> None:
+def test_finished_stages_survive_the_loss_of_the_machine(tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = check(tmp_path, str(out), "--stages", "tests")
     try:
@@ -113,7 +112,7 @@ def test_a_machine_that_is_taken_away_takes_nothing_with_it(tmp_path: Path) -> N
     assert (out / "tests.log").read_text() == "half a result\n"
 
 
-def test_well_is_0(tmp_path: Path) -> None:
+def test_exit_code_is_0_if_all_stages_succeed(tmp_path: Path) -> None:
     code, _, err = wait_for(check(tmp_path, str(tmp_path / "out"), "--stages", "step,long"))
     assert (code, err) == (0, "")
 
@@ -125,12 +124,12 @@ def test_well_is_0(tmp_path: Path) -> None:
         ((), {"NO_TORCH": "1"}, "has no torch (PYTHON names another interpreter)"),
         (("--fast",), {}, "--fast: no such option (allowed: --collect"),
         (("--limit",), {}, "--limit: a value is missing"),
-        (("--limit", "soon"), {}, "'soon' is no whole number of seconds"),
+        (("--limit", "soon"), {}, "'soon' is not a whole number of seconds"),
         (("--stages", "step,all"), {}, "'all' is unknown (allowed: tests step layer step_512 step_1152 long)"),
         ((), {"MOEBENCH_TEST_DEVICE": "tpu"}, "MOEBENCH_TEST_DEVICE: 'tpu' is unknown (allowed: cuda, cpu)"),
     ],
 )
-def test_mistakes_are_said_in_a_line(
+def test_mistakes_are_named_in_one_line(
     tmp_path: Path, arguments: tuple[str, ...], environment: dict[str, str], message: str
 ) -> None:
     code, out, err = wait_for(check(tmp_path, *arguments, **environment))
@@ -162,7 +161,15 @@ def test_only_wheels_of_what_is_missing_are_installed(tmp_path: Path) -> None:
     assert "setup: 1 wheels to install moebench_never_there-1.0-py3-none-any.whl\n" in text
 
 
-def test_the_shell_is_sound() -> None:
+def test_every_selected_name_is_in_a_gpu_test() -> None:
+    selections = re.findall(r"^  TESTS='(.*)'$", (ROOT / SCRIPT).read_text(), re.MULTILINE)
+    files = [*(ROOT / "tests" / "gpu").glob("test_*.py"), ROOT / "tests" / "contract" / "test_execution.py"]
+    names = " ".join(name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE))
+    assert len(selections) == 2
+    assert not [word for words in selections for word in words.split(" or ") if word not in names]
+
+
+def test_the_script_passes_bash_and_shellcheck() -> None:
     subprocess.run(["bash", "-n", SCRIPT], cwd=ROOT, check=True)
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", SCRIPT], cwd=ROOT, check=True)

@@ -53,7 +53,7 @@ def load_error(path: str) -> str:
     return str(caught.value)
 
 
-def test_wrong_name_is_answered_with_the_nearest() -> None:
+def test_wrong_name_is_refused_with_the_nearest() -> None:
     with pytest.raises(UsageError) as caught:
         ROUTERS.get("swich", where="router.name")
     message = str(caught.value)
@@ -63,7 +63,7 @@ def test_wrong_name_is_answered_with_the_nearest() -> None:
         ROUTERS.get("zzz")
 
 
-def test_nearest_says_nothing_when_nothing_is_near() -> None:
+def test_nearest_is_empty_when_nothing_is_near() -> None:
     assert nearest("zzzzz", ["switch", "hash"]) == ""
     assert nearest("hsah", ["switch", "hash"]) == " Did you mean 'hash'?"
 
@@ -155,7 +155,7 @@ def test_names_read_from_source_are_the_real_ones(kind: str) -> None:
     assert names_without_import(kind) == built_in
 
 
-def test_every_kind_has_a_home() -> None:
+def test_every_kind_has_a_registry() -> None:
     for kind in HOMES:
         assert registry_of(kind).kind == kind
         assert registry_of(kind).names()
@@ -187,7 +187,7 @@ def test_docs_of_fields_that_follow_each_other() -> None:
     assert docs["device"] == "Device of the run; auto is CUDA where a device is available, else the CPU."
 
 
-def test_every_component_says_where_it_is() -> None:
+def test_every_component_has_a_source_location() -> None:
     for kind in HOMES:
         for entry in registry_of(kind).entries():
             file, _, line = entry.origin.rpartition(":")

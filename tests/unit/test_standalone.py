@@ -105,7 +105,7 @@ def test_layout_options_set_widths_activation_capacity_and_shared_experts() -> N
     assert shared.layer.shared is not None
 
 
-def test_a_layout_config_is_taken_like_its_options() -> None:
+def test_a_layout_config_equals_its_options_as_a_mapping() -> None:
     config = EveryN.Config(n=1, expert_width=24)
     by_config, by_options = (
         moe_layer(D_MODEL, NUM_EXPERTS, layout=layout) for layout in (config, {"expert_width": 24})

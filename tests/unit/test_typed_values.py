@@ -1,4 +1,4 @@
-"""What a value is, the type of its key decides: in a file, on the command line and in a grid."""
+"""Values are read by the type of their key: in a file, on the command line and in a grid."""
 
 import math
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ TRAPS = [
     *("${oc.env:HOME}", "a${b}", "%x", "@x", "`x`", "a,b", "{a", "[a", "[a] b", "'a' 'b'", '"a" "b"', "|", ">", "?"),
     *(" a ", "a\nb", "\ta", "a\\b", "\\${x}", "é日本\U0001f9ff", "\x85", "\u2028", "\ufeff", "\x00", "\x7f", "a: b #c"),
 ]
-"""Texts that YAML, or a reader of it, takes for something else."""
+"""Texts that YAML, or one of its parsers, reads as another type."""
 
 
 def cell_of(*overrides: str, **raw: Any) -> CellConfig:
@@ -43,13 +43,13 @@ def round_trips(check: Any) -> Any:
 
 
 @round_trips
-def test_any_text_comes_back_from_a_file(text: str) -> None:
+def test_any_text_survives_a_file(text: str) -> None:
     config = resolve({"task": {"data": {"path": text or None, "held_out_domains": [text]}}})
     assert resolve(parse_yaml(to_yaml(config))) == config
 
 
 @round_trips
-def test_any_text_comes_back_from_an_override_in_quotes(text: str) -> None:
+def test_any_text_survives_a_quoted_override(text: str) -> None:
     experiment, _ = apply_overrides(ExperimentConfig(), [f"question={quote(text)}", f"baseline={quote(text)}"])
     assert (experiment.question, experiment.baseline) == (text, text)
     cell = cell_of(f"task.data.held_out_domains=[{quote(text)}, {quote(text + '1')}]")
@@ -57,7 +57,7 @@ def test_any_text_comes_back_from_an_override_in_quotes(text: str) -> None:
 
 
 @round_trips
-def test_a_text_on_the_command_line_is_what_stands_there(text: str) -> None:
+def test_text_on_the_command_line_is_taken_literally(text: str) -> None:
     bare = text.strip()
     if text in ("null", "Null", "NULL", "~") or (bare and bare[0] == bare[-1] and bare[0] in "'\""):
         return  # null, and texts in quotes, are the two exceptions
@@ -75,7 +75,7 @@ def is_plain(text: str) -> bool:
 
 
 @pytest.mark.parametrize("text", [*filter(is_plain, TRAPS)])
-def test_a_text_without_quotes_in_a_file_is_what_stands_there(tmp_path: Path, text: str) -> None:
+def test_unquoted_text_in_a_file_is_taken_literally(tmp_path: Path, text: str) -> None:
     (tmp_path / "e.yaml").write_text(f"question: {text}\nbase:\n  task:\n    data:\n      path: {text}\n")
     experiment, _ = load_experiment(tmp_path / "e.yaml")
     assert experiment.question == text
@@ -127,13 +127,13 @@ def test_numbers_are_those_of_yaml_1_2(text: str, values: tuple[int | None, floa
                 assert (type(value_read), value_read) == (kind, value)
 
 
-def test_not_a_number_is_a_number() -> None:
+def test_nan_is_a_number() -> None:
     for text in (".nan", ".NaN", "nan", "NaN"):
         assert math.isnan(convert(Plain(text), float, "k"))
 
 
 @pytest.mark.parametrize("text", ["on", "yes", "1", "0", "y", "null", "", "'true'", "tRue"])
-def test_a_truth_value_is_true_or_false(text: str) -> None:
+def test_a_boolean_is_true_or_false(text: str) -> None:
     assert cell_of("allow_noncausal=True").allow_noncausal is True
     assert cell_of("allow_noncausal=false").allow_noncausal is False
     with pytest.raises(UsageError, match=r"^allow_noncausal: .* was given\. .*Allowed: true or false"):
@@ -223,7 +223,7 @@ def test_options_of_every_kind() -> None:
         assert str(caught.value).startswith(line)
 
 
-def test_a_long_value_is_not_shown_whole() -> None:
+def test_a_long_value_is_truncated() -> None:
     with pytest.raises(UsageError) as caught:
         cell_of(f"train.steps={'x' * 20_000}")
     assert len(str(caught.value)) < 200
@@ -261,7 +261,7 @@ again: *base
         ("a: 1\n---\nb: 2\n", "single document"),
     ],
 )
-def test_what_is_refused_in_a_file(tmp_path: Path, text: str, problem: str) -> None:
+def test_malformed_yaml_is_refused_in_one_line(tmp_path: Path, text: str, problem: str) -> None:
     (tmp_path / "e.yaml").write_text(text)
     with pytest.raises(UsageError) as caught:
         load_experiment(tmp_path / "e.yaml")

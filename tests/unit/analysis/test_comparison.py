@@ -165,7 +165,7 @@ def test_load_speed_and_cost_are_averaged_over_seeds():
     assert switch.cost == COST
 
 
-def test_equal_differences_for_every_seed_are_called_out():
+def test_equal_differences_for_every_seed_are_noted():
     results = make_results({"dense": 0}) + [make_result("copy", seed, value - 0.25) for seed, value in enumerate(DENSE)]
     comparison = compare(results, expected=list_cells(results), baseline="dense")
     assert comparison.differences[0].verdict == "no difference shown"
@@ -201,7 +201,7 @@ def test_a_copy_of_the_baseline_does_not_make_differences_easy_to_detect():
         assert values[0] < values[1] < 1.3 * values[0]
 
 
-def test_the_leader_is_found_over_the_seeds_that_all_have():
+def test_the_best_arm_is_found_over_the_common_seeds():
     # Seeds 3 and 4 are hard, and `late` has not come to them: its own mean is the lowest, its differences are not.
     hard = {0: 0, 1: 0, 2: 0, 3: 1, 4: 1}
     results = [replace(r, metrics={"bits_per_byte": r.metrics["bits_per_byte"] + hard[r.seed]}) for r in (

@@ -213,7 +213,7 @@ def test_mismatch_is_marked_and_explained():
     assert "- Note: switch: data_digest is other, the baseline's data." in text
 
 
-def test_names_with_signs_of_the_markup_survive():
+def test_names_with_markup_characters_are_kept():
     results = [replace(r, arm="top[bold]|k") if r.arm == "switch" else r for r in grid()]
     comparison = compare(results, expected=cells(results), baseline="dense")
     assert "top[bold]|k" in render(comparison, 100)

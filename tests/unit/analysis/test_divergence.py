@@ -72,7 +72,7 @@ def test_an_arm_that_diverged_throughout_says_so():
 
 @pytest.mark.parametrize("fault", [Fault.DIVERGED, "outside"])
 def test_without_a_baseline_none_is_best(fault):
-    # Nothing says whether the arms are matched.
+    # Whether the arms are matched is unknown.
     results = with_own_jitter(make_results({"dense": 0, "switch": -0.03, "top_k": 0.03}))
     lost = fail_seeds(results, "dense", (0, 1, 2, 3, 4), fault)
     comparison = compare(lost, expected=list_cells(results), baseline="dense")

@@ -13,7 +13,7 @@ from moebench.runs.result import Fault
 VALIDATION = replace(BITS_PER_BYTE, split="validation")
 
 
-def test_the_split_is_chosen_and_said():
+def test_the_split_can_be_chosen_and_is_named():
     results = make_results({"dense": 0, "switch": -0.01})
     results = [replace(r, validation={"bits_per_byte": 4 - r.metrics["bits_per_byte"]}) for r in results]
     on_test, on_validation = (

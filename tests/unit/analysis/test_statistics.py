@@ -69,7 +69,7 @@ def test_copies_are_certainly_not_different():
     assert st.mean_interval([1.8, 1.8, 1.8]) == (1.8, 1.8)
 
 
-def test_seeds_that_change_nothing_prove_nothing():
+def test_differences_that_are_equal_for_all_seeds_have_no_p_value():
     # 0.1 + 0.2 style rounding must not be taken for a spread: t would be 1e15 and p 0.
     result = st.paired_difference([1.5 + 0.1, 2.5 + 0.1, 3.6 + 0.1], [1.5, 2.5, 3.6])
     assert result.mean == pytest.approx(0.1)

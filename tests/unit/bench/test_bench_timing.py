@@ -1,4 +1,4 @@
-"""Timing rules on given numbers: which rounds count, and what a ratio is. No test here looks at a clock."""
+"""Timing rules on given numbers: which rounds count, and what a ratio is. No test here measures time."""
 
 import gc
 

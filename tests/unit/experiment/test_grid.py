@@ -102,7 +102,7 @@ def test_a_copy_of_the_data_is_the_same_cell(tmp_path: Path) -> None:
     assert len(experiment(tmp_path, **named).arms) == 2
 
 
-def test_two_labels_of_one_cell_are_refusal(tmp_path: Path) -> None:
+def test_two_labels_of_one_cell_are_refused(tmp_path: Path) -> None:
     message = refusal(tmp_path, arm=[{"label": "a", "router": "top_k"}, {"label": "b", "router": {"name": "top_k"}}])
     assert "the arms 'a' and 'b' are the same cells: they have equal settings; leave one out" in message
 
@@ -123,7 +123,7 @@ def test_a_router_that_is_listed_twice(tmp_path: Path, routers: list[object], pa
         assert parts in refusal(tmp_path, router=routers)
 
 
-def test_an_override_that_makes_arms_equal_is_refusal(tmp_path: Path) -> None:
+def test_an_override_that_makes_arms_equal_is_refused(tmp_path: Path) -> None:
     grid = {"train.steps": [3, 5]}
     assert "the arm 'steps=7' is there twice" in refusal(tmp_path, "train.steps=7", **grid)
 

@@ -91,7 +91,7 @@ def test_narrow_matrices(name: str, num_in: int, num_out: int, transposed: bool)
 
 
 @pytest.mark.parametrize("name", ["grouped_mm", "loop"])
-def test_rows_behind_the_last_expert_are_left_alone(name: str) -> None:
+def test_rows_behind_the_last_expert_are_not_touched(name: str) -> None:
     kernel, groups = kernel_of(name), pack_rows([2, 1])
     x_RI, weight_EIO = normal(5, 8), normal(2, 8, 4, seed=1)
     expected_RO = multiply_in_loop(x_RI[:3], weight_EIO, [2, 1])

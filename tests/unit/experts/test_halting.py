@@ -90,7 +90,7 @@ def test_ponder_net_draws_the_step_from_p() -> None:
 @both
 @pytest.mark.parametrize("bias", [1e4, math.inf])
 @pytest.mark.parametrize("training", [True, False])
-def test_a_token_that_is_sure_takes_one_step(name: str, bias: float, training: bool) -> None:
+def test_a_token_that_halts_with_certainty_takes_one_step(name: str, bias: float, training: bool) -> None:
     layer, tokens = layer_of(name, bias=bias), Tokens.draw(6)
     y_TD, record = run(layer, tokens, training=training)
     assert record.routing.load_E.tolist() == [6, 0, 0, 0]
@@ -99,7 +99,7 @@ def test_a_token_that_is_sure_takes_one_step(name: str, bias: float, training: b
 
 @both
 @pytest.mark.parametrize("training", [True, False])
-def test_a_token_that_never_stops_takes_all_steps_and_no_more(name: str, training: bool) -> None:
+def test_a_token_that_never_halts_takes_all_steps(name: str, training: bool) -> None:
     layer, tokens = layer_of(name, bias=-1e4), Tokens.draw(6)
     y_TD, record = run(layer, tokens, training=training)
     assert record.routing.load_E.tolist() == [6] * 4
@@ -163,14 +163,14 @@ def test_capacity_is_not_for_chains(name: str) -> None:
 
 
 @both
-def test_alone_a_router_sees_tokens_that_no_expert_changes(name: str) -> None:
+def test_without_a_layer_a_router_sees_tokens_that_no_expert_changes(name: str) -> None:
     # p = sigmoid(-.5) = .378: the third step is the first to pass .99, the second the first to pass one half.
     router, tokens = layer_of(name, bias=-0.5).router, Tokens.draw(3)
     steps = route(router, tokens, training=False).experts_per_token_T.tolist()
     assert steps == [3 if name == "act" else 2] * 3
 
 
-def test_the_prior_cut_and_normalised_by_hand() -> None:
+def test_the_truncated_and_normalised_prior_by_hand() -> None:
     # λ = 1/2, three steps: 4/7, 2/7, 1/7. Stopping once reached: 4/7, (2/7)/(3/7), 1. Mean 1·4/7 + 2·2/7 + 3/7.
     assert compute_hazards(0.5, 3) == pytest.approx([4 / 7, 2 / 3, 1])
     assert compute_mean_steps(0.5, 3) == pytest.approx(11 / 7)
@@ -194,8 +194,8 @@ def geometric_of(hazard_N: list[float], prior: float, num_tokens: int) -> tuple[
         cut = {key: value[part::20] for key, value in extras.items()}
         value = router.losses(replace(record, routing=replace(record.routing, token_extras=cut)))["geometric"]
         values.append(value.item())
-    found = torch.tensor(values)
-    return found.mean().item(), found.std().item() / 20**0.5
+    value_P = torch.tensor(values)
+    return value_P.mean().item(), value_P.std().item() / 20**0.5
 
 
 def test_geometric_is_the_kl_from_p_to_the_prior() -> None:
@@ -295,7 +295,7 @@ def test_bad_options_of_halting_are_refused(name: str, options, key: str) -> Non
     ],
     ids=str,
 )
-def test_where_a_chain_cannot_be_is_one_line(name: str, layout, words: str) -> None:
+def test_layouts_without_chains_are_refused_in_one_line(name: str, layout, words: str) -> None:
     layout = dict(layout)
     with pytest.raises(UsageError, match=words) as caught:
         plan_blocks(config_of(layout.pop("name"), name, **layout))

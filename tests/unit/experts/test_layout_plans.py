@@ -118,7 +118,7 @@ def test_mixed_bank_is_matched_at_an_even_load() -> None:
     assert layer.flops_per_token() == 2 * 8 * 6 + 4 * 92 * 32 // 6
 
 
-def test_relative_widths_and_depths_are_dealt_out() -> None:
+def test_relative_widths_and_depths_are_distributed_over_experts() -> None:
     layout = {"name": "heterogeneous", "num_experts": 4, "widths": [0.5, 1.5], "depths": [1, 2], "expert_width": 8}
     (layer, *_) = backbone_of(layout).moe_layers()
     assert layer.bank.flops_per_row_E() == (4 * 32, 4 * 32, 2 * 12 * 32, 2 * 12 * 32)
@@ -157,7 +157,7 @@ def test_attention_experts_make_the_network_narrower() -> None:
     assert 2 * 8 * 66 - 64 + 32 == 2 * 8 * 64
 
 
-def test_heads_are_dealt_out_to_experts() -> None:
+def test_heads_are_distributed_over_experts() -> None:
     # Two experts per token and two heads: one head each, keys and values of one head instead of two.
     attention = backbone_of({"name": "moduleformer", "num_experts": 4}, "top_k").blocks[0].attention
     assert (attention.heads_per_expert, attention.head_width) == (1, 4)

@@ -93,10 +93,10 @@ def test_padding_on_both_sides_changes_nothing(text: Path, tmp_path: Path, route
         decoder_valid_BP=valid(batch.decoder_input_BP, 3),
     )
     length = batch.target_BP.shape[1]
-    whole = out_of(model, batch)
-    torch.testing.assert_close(out_of(model, padded)[:, :length], whole, rtol=1e-4, atol=1e-4)
+    unpadded = out_of(model, batch)
+    torch.testing.assert_close(out_of(model, padded)[:, :length], unpadded, rtol=1e-4, atol=1e-4)
     unmasked = replace(padded, valid_BL=None)
-    assert not torch.allclose(out_of(model, unmasked)[:, :length], whole, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(out_of(model, unmasked)[:, :length], unpadded, rtol=1e-4, atol=1e-4)
 
 
 def test_cross_attention_equals_a_loop() -> None:
@@ -197,16 +197,16 @@ def test_reinforcement_in_the_encoder_gets_the_loss_of_the_sequence(text: Path, 
     seen: dict[str, Tensor] = {}
     config = tiny_config(text, task=SPANS | {"sequence_length": 21, "noise_density": 0.48, "mean_span": 10.0})
     model, batch = model_of(config, tmp_path)
-    assert batch.input_BL.shape == batch.target_BP.shape  # so only the layer's name tells the halves apart
+    assert batch.input_BL.shape == batch.target_BP.shape  # so only the layer's name distinguishes the halves
     output, records = model(batch, batch_context(batch, training=True, seed=0))
     loss_BP = prepare_task(config, tmp_path).loss(output, batch)
     layers = model.backbone.moe_layers()
     for layer in layers:
 
-        def learned(record, name=str(layer.name)):
+        def record_loss(record, name=str(layer.name)):
             seen[name] = record.token_loss_T
 
-        layer.router.objective = learned
+        layer.router.objective = record_loss
     compute_objective(loss_BP, batch, layers, add_token_loss(records, loss_BP, batch), {})
     mean_BP = loss_BP.mean(1, keepdim=True).expand_as(loss_BP)
     torch.testing.assert_close(seen["encoder.1"], mean_BP.reshape(-1))
@@ -223,7 +223,7 @@ def test_it_trains(text: Path, tmp_path: Path, router: str, where: str) -> None:
     result = run()
     assert result is not None
     assert result.marks == ()
-    assert result.cost["train_tokens"] == 60 * 4 * (16 + 9)  # 6 of 20 tokens in 2 spans: 16 are read, 9 are said
+    assert result.cost["train_tokens"] == 60 * 4 * (16 + 9)  # 6 of 20 tokens in 2 spans: 16 are read, 9 are predicted
     assert result.metrics["span_bits_per_byte"] < 9  # at the start 9 · log2(261) / 6 = 12.04
     if router != "dense":
         halves = ("encoder", "decoder") if where == "both" else (where,)

@@ -151,7 +151,7 @@ def test_router_noise_belongs_to_seed_step_and_layer() -> None:
     assert draws(batch(training=True, step=4), 1) != base
     assert draws(batch(training=True, step=3), 2) != base
     assert draws(batch(training=True, step=3, seed=1), 1) != base
-    # In evaluation the step does not matter: the same model gives the same numbers whenever it is asked.
+    # In evaluation the step does not matter: the same model gives the same numbers at any step.
     assert draws(batch(step=3), 1) == draws(batch(step=9), 1) != base
 
 

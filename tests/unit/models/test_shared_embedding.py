@@ -1,4 +1,4 @@
-"""The embedding that all routers of a model share: who reads it, what it learns from, what it costs."""
+"""The embedding that all routers of a model share: which routers read it, what trains it, what it costs."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def judge(module: CellModule):
     return module.compute_loss(batch, outputs, records)[0], outputs, batch
 
 
-def test_its_own_loss_is_that_of_the_task_on_what_it_says(text: Path, tmp_path: Path) -> None:
+def test_loss_of_the_shared_embedding_is_the_task_loss_of_its_own_prediction(text: Path, tmp_path: Path) -> None:
     module = module_of(text, tmp_path, embedding_loss=0.5)
     found, outputs, batch = judge(module)
     alone = module.task.loss(predict(module, batch), batch).mean()
@@ -54,12 +54,14 @@ def test_its_own_loss_is_that_of_the_task_on_what_it_says(text: Path, tmp_path: 
     torch.testing.assert_close(found.total, found.task + sum(found.weighted.values()))
 
 
-def test_it_learns_from_its_loss_and_from_the_routers_and_nothing_below_it_does(text: Path, tmp_path: Path) -> None:
+def test_the_shared_embedding_learns_from_its_loss_and_the_routers_and_passes_no_gradient_down(
+    text: Path, tmp_path: Path
+) -> None:
     module = module_of(text, tmp_path)
     batch = module.task.train_batch(4, 0, 0)
-    own = module.task.loss(predict(module, batch), batch).sum()
+    embedding_loss = module.task.loss(predict(module, batch), batch).sum()
     first, table = module.model.shared.first.weight, module.model.embedding.weight
-    by_own, below = torch.autograd.grad(own, [first, table], allow_unused=True)
+    by_own, below = torch.autograd.grad(embedding_loss, [first, table], allow_unused=True)
     assert by_own.norm() > 1e-4
     assert below is None
     _, outputs, _ = judge(module)
@@ -67,7 +69,7 @@ def test_it_learns_from_its_loss_and_from_the_routers_and_nothing_below_it_does(
     assert by_task.norm() > 1e-6  # through the gates of all layers
 
 
-def test_every_router_reads_it(text: Path, tmp_path: Path) -> None:
+def test_every_router_reads_the_shared_embedding(text: Path, tmp_path: Path) -> None:
     module = module_of(text, tmp_path)
     batch = module.task.train_batch(4, 0, 0)
     ctx = batch_context(batch, training=False, seed=0)

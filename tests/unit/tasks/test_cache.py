@@ -48,7 +48,7 @@ def refuse() -> tuple[dict[str, Any], Arrays]:
     raise AssertionError("what is there was made again")
 
 
-def test_what_is_there_is_read_in_place(tmp_path: Path) -> None:
+def test_an_existing_entry_is_memory_mapped(tmp_path: Path) -> None:
     load_or_create(tmp_path / "entry", create)
     meta, arrays = load_or_create(tmp_path / "entry", refuse)
     assert meta["names"] == ["a", "b"]
@@ -82,7 +82,7 @@ def flip(folder: Path) -> None:
 
 
 def reshape(folder: Path) -> None:
-    """Keep all bytes of the numbers and say something else of them."""
+    """Keep the bytes of the numbers and change their description."""
     np.save(folder / "one.npy", np.load(folder / "one.npy").reshape(10, 100))
 
 
@@ -99,7 +99,7 @@ def other_meta(folder: Path) -> None:
 
 
 def changed_meta(folder: Path) -> None:
-    """Change a name, in JSON that is as good as before."""
+    """Change a name and keep the JSON valid."""
     (folder / "meta.json").write_text((folder / "meta.json").read_text().replace('"b"', '"c"'))
 
 
@@ -114,7 +114,7 @@ DAMAGES = (
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_what_is_damaged_is_made_again(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+def test_a_damaged_entry_is_recreated(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     folder = tmp_path / "entry"
     before, _ = load_or_create(folder, create)
     damage(folder)
@@ -127,7 +127,7 @@ def test_what_is_damaged_is_made_again(tmp_path: Path, damage: Callable[[Path], 
     load_or_create(folder, refuse)
 
 
-def test_processes_that_come_at_once_make_it_once(tmp_path: Path) -> None:
+def test_concurrent_processes_create_an_entry_once(tmp_path: Path) -> None:
     folder, log = tmp_path / "cache" / "entry", tmp_path / "log"
     command = [sys.executable, "-c", PROGRAM, str(folder), str(log)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -142,14 +142,14 @@ def test_processes_that_come_at_once_make_it_once(tmp_path: Path) -> None:
     assert log.read_text() == "made\n"
 
 
-def test_one_that_fails_leaves_nothing_and_the_next_makes_it(tmp_path: Path) -> None:
+def test_a_failed_creation_leaves_no_entry_and_the_next_one_succeeds(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="made again"):
         load_or_create(tmp_path / "entry", refuse)
     assert [path.name for path in tmp_path.iterdir()] == ["entry.lock"]
     assert load_or_create(tmp_path / "entry", create)[0]["names"] == ["a", "b"]
 
 
-def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
+def test_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     half, other = tmp_path / "entry.x7d_", tmp_path / "entry2.x7d_"
     for folder in (half, other):
         folder.mkdir()

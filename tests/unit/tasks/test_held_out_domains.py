@@ -117,7 +117,7 @@ def test_metrics_cover_trained_or_held_out_domains(path: str, tmp_path: Path, na
     assert result.load_by_layer == inside.load_by_layer
     assert result.load == inside.load | outside.load
     assert "load/max_violation/out_of_domain" in result.load
-    # One held-out domain: that tokens are of it is known, whoever serves them.
+    # One held-out domain: its label is constant, so experts have no information on it.
     assert "load/information/domain" in result.load
     assert "load/information/domain/out_of_domain" not in result.load
     validated = evaluate(model, task, task.eval_batches("validation", 4), 0, "cpu").metrics
@@ -154,7 +154,7 @@ def test_the_source_digest_depends_on_held_out_domains(path: str) -> None:
         (["x", "y", "z"], ["some of x, y, z", "so that some are left"]),
     ],
 )
-def test_what_cannot_be_held_out_is_refused(path: str, tmp_path: Path, held_out: list[str], words: list[str]) -> None:
+def test_invalid_held_out_domains_are_refused(path: str, tmp_path: Path, held_out: list[str], words: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
         prepare(TextDataConfig(**options(path, *held_out)), tmp_path, 16)
     assert all(word in str(caught.value) for word in ["task.data.held_out_domains", *words])

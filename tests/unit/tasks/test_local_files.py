@@ -32,7 +32,7 @@ def test_all_files_are_found_but_hidden_ones(tmp_path: Path) -> None:
     assert sorted(list_files(tmp_path / "set", (".png",))) == sorted(seen)
 
 
-def test_links_are_followed_and_those_to_nothing_are_not_forgotten(tmp_path: Path) -> None:
+def test_links_are_followed_and_broken_ones_are_reported(tmp_path: Path) -> None:
     write(tmp_path / "elsewhere", "x.png", "y.png")
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "cat").symlink_to(tmp_path / "elsewhere")
@@ -42,7 +42,7 @@ def test_links_are_followed_and_those_to_nothing_are_not_forgotten(tmp_path: Pat
     assert list(list_files(tmp_path / "set", (".png",))) == ["cat/x.png", "cat/y.png", "gone.png", "one.png"]
 
 
-def test_files_of_other_kinds_are_counted_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_of_other_kinds_are_counted_in_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, "a.png", "b.heic", "c.HEIC", "d", ".hidden.doc")
     warn_unread_files(str(tmp_path), (".png",))
     assert capsys.readouterr().err == (
@@ -54,7 +54,7 @@ def test_files_of_other_kinds_are_counted_aloud(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("name", ["gon", "x" * 300, "a\0b", "a.png/b"])
-def test_a_path_to_nothing_is_one_line(tmp_path: Path, name: str) -> None:
+def test_a_missing_path_is_reported_in_one_line(tmp_path: Path, name: str) -> None:
     write(tmp_path, "gone", "a.png")
     with pytest.raises(UsageError, match=r"^task\.data\.path: '") as caught:
         find_source(str(tmp_path / name))
@@ -75,19 +75,19 @@ PARTS = {
     "cat/a.x dog/a.x": None,
     "train/a.x plane/a.x": None,  # a class of pictures of trains
     "trainees.x testament.x": None,
-    "train-station/a.x test-tube/a.x": None,  # folders say it alone or not at all
+    "train-station/a.x test-tube/a.x": None,  # the whole name of a folder counts
 }
 
 
 @pytest.mark.parametrize(("names", "parts"), PARTS.items(), ids=PARTS)
-def test_names_say_which_part_a_file_is(names: str, parts: str | None) -> None:
+def test_names_determine_the_split_of_a_file(names: str, parts: str | None) -> None:
     part_of = assign_parts(names.split(), by_file=True)
     assert list(part_of.values()) == (parts.split() if parts else [])
     by_folder = assign_parts(names.split(), by_file=False)
     assert by_folder == (part_of if "/" in names else {})
 
 
-def test_parts_that_cannot_be_told_are_refused() -> None:
+def test_ambiguous_splits_are_refused() -> None:
     with pytest.raises(UsageError, match="'extra/a' belongs to no part, but other files belong to train and test"):
         assign_parts(["train/a", "test/a", "extra/a"], by_file=False)
     with pytest.raises(UsageError, match="there are the parts validation and test, but no train"):
@@ -114,7 +114,7 @@ CELLS = [
 
 @pytest.mark.parametrize("name", ["a.csv", "A.CSV", "a.csv.gz", "a.jsonl", "a.JSONL.GZ", "a.json", "a.parquet"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_cells_come_as_they_were_written(tmp_path: Path, name: str, mark: str) -> None:
+def test_cells_keep_their_text(tmp_path: Path, name: str, mark: str) -> None:
     lower = name.lower()
     text = {
         ".csv": "\r\n".join(
@@ -163,7 +163,7 @@ def test_columns_are_those_of_the_whole_file(tmp_path: Path, name: str) -> None:
     assert cells[1099:] == [(None, None), (None, "d"), ("s", None)]
 
 
-def test_a_column_that_comes_late_counts_for_pictures_and_sounds(tmp_path: Path) -> None:
+def test_a_column_of_late_rows_counts_for_images_and_recordings(tmp_path: Path) -> None:
     pictures = [{"image": f"{number}.png"} for number in range(1100)] + [{"image": "x.png", "label": 1}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, pictures)))
     with pytest.raises(UsageError, match=r"'label' of a\.jsonl, row 0 is empty \(null\), not a whole number or name"):
@@ -253,7 +253,7 @@ def test_cells_that_name_something() -> None:
             read_name(value, "k", "c", "p")
 
 
-def test_names_of_data_become_names_that_trackers_take() -> None:
+def test_names_of_data_become_names_that_trackers_accept() -> None:
     names = ("fashion/t-shirt", "C++", "C--", "été", "日本", "中国", "../x", "a//b", "x" * 300, "", " ")
     plain = metric_names(names)
     assert plain[:5] == ("fashion/t-shirt", "C__", "C--", "ete", "___4")

@@ -77,7 +77,7 @@ def test_embedding_by_hand(with_class_token: bool) -> None:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "class_token"])
-def test_the_head_starts_uniform_and_reads_what_it_says(pooling: str) -> None:
+def test_the_head_starts_uniform_and_reads_the_pooled_vector(pooling: str) -> None:
     head = ClassHead(6, 3, pooling)
     init_weights(head, 0)
     x_BLD = torch.randn(2, 5, 6)
@@ -102,7 +102,7 @@ def test_a_training_batch_is_a_function_of_seed_and_step(pictures: Path, tmp_pat
     assert torch.equal(ours.target_BP, again.target_BP)
     for seed, step in ((0, 8), (1, 7)):
         assert not torch.equal(ours.input_BL, task.train_batch(4, seed, step).input_BL)
-    # The parts of several processes are the full.
+    # The parts of several processes make up the whole batch.
     parts = [task.train_batch(4, 0, 7, slice(start, start + 2)) for start in (0, 2)]
     assert torch.equal(torch.cat([part.input_BL for part in parts]), ours.input_BL)
     # The draws move pictures: with none allowed the batch is another, and then the same in every epoch but for order.
@@ -118,7 +118,7 @@ def test_draws_cover_all_shifts_evenly_and_mirror_half() -> None:
     assert abs(drawn.mirrored_B.mean() - 0.5) < 0.02
 
 
-def test_mirroring_is_for_fashion_alone_unless_said_otherwise(pictures: Path, tmp_path: Path) -> None:
+def test_only_fashion_is_mirrored_by_default(pictures: Path, tmp_path: Path) -> None:
     assert not task_of(pictures, tmp_path).mirror_D.any()
     assert task_of(pictures, tmp_path, mirror=["all"]).mirror_D.all()
     with pytest.raises(UsageError, match=r"task\.mirror: 'al' is unknown\. Did you mean 'all'"):
@@ -207,7 +207,7 @@ def test_ridge_is_the_regression_of_the_normal_equations() -> None:
     assert torch.equal(ridge_predictions(x_SD, label_S, x_QD, 3, 0.1), expected_Q)
 
 
-def test_the_probe_tells_classes_that_lie_apart() -> None:
+def test_the_probe_separates_distant_classes() -> None:
     draw = torch.Generator().manual_seed(0)
     centre_CD = 5 * torch.eye(3, 6)
     support_CND = centre_CD[:, None] + torch.randn(3, 10, 6, generator=draw)
@@ -218,7 +218,7 @@ def test_the_probe_tells_classes_that_lie_apart() -> None:
     shuffled = few_shot_accuracy(support_CND, x_QD, label_Q.roll(1), FewShotConfig(shots=[5], draws=2))
     assert shuffled["few_shot/5"] < 0.1
     same = few_shot_accuracy(torch.ones(3, 4, 6), x_QD, label_Q, FewShotConfig(shots=[2], draws=2))
-    assert same["few_shot/2"] == pytest.approx(1 / 3)  # nothing to tell them by
+    assert same["few_shot/2"] == pytest.approx(1 / 3)  # nothing distinguishes them
 
 
 LAYOUTS = {
@@ -251,7 +251,7 @@ def test_routers_that_see_the_whole_image_are_not_marked(pictures: Path, tmp_pat
     assert result.marks == ()
 
 
-def test_a_run_learns_and_its_features_tell_new_classes(pictures: Path, tmp_path: Path) -> None:
+def test_a_run_learns_and_its_features_separate_new_classes(pictures: Path, tmp_path: Path) -> None:
     options = {"data": {"held_out_classes": [1, 3]}, "few_shot": {"shots": [1, 4], "draws": 2}}
     train = {"steps": 60, "batch_size": 8, "learning_rate": 0.01}
     result = Run(tiny(pictures, router="switch", task=options, train=train), tmp_path)()

@@ -60,9 +60,7 @@ def test_information_by_hand() -> None:
     # Four labels, each with two of four experts, every expert shared by two: ln 4 - ln 2 of ln 4.
     shared = routing_of([[0, 1], [1, 2], [2, 3], [3, 0]], 4)
     assert label_information(shared.tabulate_labels(torch.arange(4), 4)) == pytest.approx(0.5)
-    assert (
-        label_information(torch.tensor([[3.0, 1.0], [0.0, 0.0]])) is None
-    )  # a single label: nothing to be informed about
+    assert label_information(torch.tensor([[3.0, 1.0], [0.0, 0.0]])) is None  # a single label carries no information
     assert label_information(torch.zeros(2, 2)) is None
 
 

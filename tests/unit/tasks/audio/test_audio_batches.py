@@ -32,7 +32,7 @@ def utterances(num_frames: list[int], domains: list[int] | None = None) -> Utter
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 5))
 def test_each_utterance_comes_once_an_epoch(number, batch_size, seed):
     train = utterances([3 + 7 * i % 11 for i in range(number)])
-    # As many steps as it takes for whole epochs to end with a step.
+    # `number` steps of `batch_size` utterances are exactly `batch_size` epochs.
     stream = np.concatenate([train_indices(train, batch_size, seed, step) for step in range(number)])
     for epoch in stream.reshape(batch_size, number):
         assert sorted(epoch) == list(range(number))
@@ -47,7 +47,7 @@ def test_batches_are_a_function_of_seed_and_step():
     assert first[:6] != first[6:12]
 
 
-def test_utterances_of_similar_length_stand_together():
+def test_utterances_of_similar_length_are_batched_together():
     lengths = np.random.default_rng(0).permutation(800).tolist()
     train = utterances(lengths)
     spread = [np.ptp(np.array(lengths)[train_indices(train, 8, 0, step)]) for step in range(100)]
@@ -76,7 +76,7 @@ def test_symbols_are_padded_with_zeros():
     assert pad_symbols(part, np.array([1, 0])).tolist() == [[5, 3], [1, 0]]
 
 
-def test_masks_are_no_longer_than_they_may_be():
+def test_masks_do_not_exceed_their_maximum_length():
     num_frames_B = np.array([100, 10, 4] * 100)
     masking = Masking(num_band_masks=1, max_bands=3, num_time_masks=1, max_frames=15)
     found_BNM = draw_masks(num_frames_B, 100, 8, masking, (0, 1))

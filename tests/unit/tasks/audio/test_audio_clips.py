@@ -61,7 +61,7 @@ def test_stereo_becomes_the_mean_of_its_channels():
     assert decode(encode_wav(both), 8000) == pytest.approx(tone(440) / 2, abs=1e-4)
 
 
-def test_what_is_no_sound_says_why(tmp_path):
+def test_files_that_are_not_audio_are_refused_with_a_reason(tmp_path):
     with pytest.raises(BrokenAudioError, match="no such file"):
         decode(tmp_path / "gone.wav", 8000)
     with pytest.raises(BrokenAudioError, match="no samples"):
@@ -141,7 +141,7 @@ def test_a_folder_with_a_text_beside_each_file(tmp_path):
         ({"group_column": "speaker"}, ["task.data.group_column", "'speaker'"]),
     ],
 )
-def test_wrong_columns_are_answered_with_those_that_exist(tmp_path, options, words):
+def test_wrong_columns_are_refused_with_the_existing_ones(tmp_path, options, words):
     path = write_parquet(tmp_path / "a.parquet")
     with pytest.raises(UsageError) as caught:
         list(load_clips(AudioDataConfig(path=path, **options), "transcript"))
@@ -226,7 +226,7 @@ def test_hub_that_cannot_be_reached_says_how_to_give_local_files():
 
 
 def test_a_named_data_set_is_read_without_its_decoder(hub):
-    # The file says that its column is audio, which `datasets` would decode with a library that is not installed.
+    # The file declares its column as audio, which `datasets` would decode with a library that is not installed.
     write_parquet(hub / "train.parquet", 4)
     table = pq.read_table(hub / "train.parquet")
     features = {"audio": {"_type": "Audio"}, "text": {"dtype": "string", "_type": "Value"}}
@@ -239,7 +239,7 @@ def test_a_named_data_set_is_read_without_its_decoder(hub):
     assert len(decode(clips[0].audio, 8000)) == 4000
 
 
-def test_digest_is_of_the_content_and_not_of_the_place(tmp_path):
+def test_digest_is_of_the_content_and_not_of_the_location(tmp_path):
     first = write_parquet(tmp_path / "a.parquet")
     (tmp_path / "other").mkdir()
     second = write_parquet(tmp_path / "other" / "a.parquet")

@@ -47,7 +47,7 @@ def test_filters_are_triangles_that_reach_from_peak_to_peak():
     assert filters_FM[first + 1 : last].sum(1) == pytest.approx(1.0, abs=1e-6)
 
 
-def test_loudness_does_not_matter_once_normalised():
+def test_normalised_features_do_not_depend_on_loudness():
     samples = np.random.default_rng(0).normal(size=4000).astype(np.float32)
     frames_NM = normalise_bands(log_mel(samples, 8000, 40))
     assert frames_NM.mean(0).abs().max() < 1e-5

@@ -57,7 +57,7 @@ def test_the_error_rate_is_of_the_trained_domains(speech):
     assert full.load == known.load | others.load
 
 
-def test_what_cannot_be_held_out_is_refused(folder, tmp_path):
+def test_invalid_held_out_domains_are_refused(folder, tmp_path):
     words = AudioDataConfig(path=str(folder), held_out_domains=["d"])
     with pytest.raises(UsageError, match=r"task\.data\.held_out_domains: 'd' is unknown.* Allowed: a, b, c"):
         Speech.prepare(Speech.Config(data=words), tmp_path)
@@ -71,6 +71,6 @@ def test_what_cannot_be_held_out_is_refused(folder, tmp_path):
     table.unlink()
 
 
-def test_the_cache_knows_what_is_held_out(folder):
+def test_the_cache_key_contains_the_held_out_domains(folder):
     digests = [source_digest(AudioDataConfig(path=str(folder), held_out_domains=d), "transcript") for d in ([], ["a"])]
     assert digests[0] != digests[1]

@@ -1,4 +1,4 @@
-"""Recordings of every kind and layout that people have: at the right speed, or named when they do not do."""
+"""Recordings of many formats and layouts: read at the right speed, or named when they cannot be read."""
 
 import json
 from pathlib import Path
@@ -47,14 +47,14 @@ def test_a_tone_keeps_its_pitch_its_length_and_its_loudness(rate: int, kind: str
     assert np.abs(middle).max() == pytest.approx(0.5, abs=0.04)
 
 
-def test_what_lies_above_half_the_rate_does_not_come_back_as_another_pitch() -> None:
+def test_resampling_does_not_alias() -> None:
     high = decode(encode_wav(tone(5000, 0.5, 16000), 16000), 8000)
     assert np.abs(high[200:-200]).max() < 0.01  # cut without a filter it would sound at 3,000 Hz
     expected = resample_poly(tone(440, 0.5, 44100).astype(np.float32), 80, 441)
     assert np.abs(decode(encode_wav(tone(440, 0.5, 44100), 44100, subtype="FLOAT"), 8000) - expected).max() < 1e-6
 
 
-def test_of_a_long_recording_no_more_is_read_than_shows_that_it_is_long() -> None:
+def test_a_long_recording_is_read_only_as_far_as_needed_to_refuse_it() -> None:
     long = encode_wav(np.zeros(8000 * 100), subtype="PCM_16")
     assert len(decode(long, 8000)) == 800_000
     assert len(decode(long, 8000, longest_s=6)) == 7 * 8000
@@ -84,7 +84,7 @@ def test_bands_are_those_of_a_slow_sum(rate: int) -> None:
             assert found_NM[frame, band] == pytest.approx(np.log(energy @ weight + 1e-6), abs=2e-3)
 
 
-def test_more_bands_than_a_rate_can_tell_apart_are_refused() -> None:
+def test_more_bands_than_a_sample_rate_resolves_are_refused() -> None:
     with pytest.raises(UsageError, match=r"task\.data\.num_mels must be at most 66 at task\.data\.sample_rate=4000"):
         AudioDataConfig(sample_rate=4000, num_mels=80)
     config = AudioDataConfig(sample_rate=4000, num_mels=66)
@@ -128,7 +128,7 @@ def test_a_broken_recording_is_named_or_counted(
     assert capsys.readouterr().err == "task.data: of 13 clips left out: 1 broken\n"
 
 
-def test_a_name_that_is_no_name_is_a_broken_recording(tmp_path: Path) -> None:
+def test_an_impossible_file_name_is_a_broken_recording(tmp_path: Path) -> None:
     for name in ("x" * 5000, "a\0b", str(tmp_path)):
         with pytest.raises(BrokenAudioError):
             decode(tmp_path / name, 8000)
@@ -139,7 +139,7 @@ def test_one_sample_is_a_recording() -> None:
 
 
 def write(root: Path, *names: str, first: int = 0) -> None:
-    """Write recordings, each of another pitch, with a transcript beside it."""
+    """Write recordings, each of a different pitch, with a transcript beside it."""
     for number, name in enumerate(names, first):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(root / name, tone(300 + 7 * number, 0.1), 48000 if name.endswith("opus") else 8000, format=(
@@ -172,7 +172,7 @@ def test_the_class_is_the_first_folder_and_speakers_may_lie_below(tmp_path: Path
     assert of(tmp_path / "set", "label").symbols == ("no", "yes")
 
 
-def test_a_speaker_of_speech_commands_is_on_one_side(tmp_path: Path) -> None:
+def test_a_speaker_of_speech_commands_is_in_one_split(tmp_path: Path) -> None:
     names = [f"{c}/{speaker:08x}_nohash_{i}.wav" for c in ("yes", "no") for speaker in range(6) for i in range(2)]
     write(tmp_path / "set", *names)
     clips = list(load_clips(AudioDataConfig(path=str(tmp_path / "set")), "label"))
@@ -182,7 +182,7 @@ def test_a_speaker_of_speech_commands_is_on_one_side(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["transcript", "label"])
-def test_three_parts_stay_what_they_are(tmp_path: Path, target: Target) -> None:
+def test_three_splits_stay_as_given(tmp_path: Path, target: Target) -> None:
     for place, (part, number) in enumerate((("train", 5), ("dev", 2), ("test", 3))):
         write(tmp_path / "set" / part, *(f"{c}/{i}.wav" for c in "ab" for i in range(number)), first=6 * place)
     audio = of(tmp_path / "set", target)
@@ -194,7 +194,7 @@ def test_three_parts_stay_what_they_are(tmp_path: Path, target: Target) -> None:
             of(tmp_path / "set", target)
 
 
-def test_tables_of_two_parts_stay_apart_and_the_third_is_taken_from_the_first(tmp_path: Path) -> None:
+def test_tables_of_two_splits_stay_separate_and_the_third_is_taken_from_the_first(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     for part, number, hz in (("train-0", 20, 300), ("test-0", 4, 1000)):
         cells = [encode_wav(tone(hz + 20 * i)) for i in range(number)]
@@ -204,7 +204,7 @@ def test_tables_of_two_parts_stay_apart_and_the_third_is_taken_from_the_first(tm
     assert sizes(audio) == [18, 2, 4]
 
 
-def test_equal_recordings_of_a_class_are_on_one_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_equal_recordings_of_a_class_are_in_one_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for copy in range(3):
         write(tmp_path / "set", *(f"{c}/{i}-{copy}.wav" for c in "a" for i in range(6)))
         write(tmp_path / "set", *(f"{c}/{i}-{copy}.wav" for c in "b" for i in range(6)), first=10)

@@ -1,4 +1,4 @@
-"""Pictures of every kind that people have, decoded as a viewer shows them."""
+"""Images of many kinds, decoded as a viewer shows them."""
 
 import io
 import json
@@ -31,7 +31,7 @@ def grey() -> Image.Image:
 
 
 def rotated_by_exif() -> bytes:
-    """Dark at the top in the file; the camera says that the right side of the file is at the top."""
+    """Dark at the top in the file; its orientation tag puts the right side of the file at the top."""
     exif = Image.Exif()
     exif[0x0112] = 8  # to be turned by 90 degrees, counter-clockwise: what is on top goes to the left
     return encode(grey().transpose(Image.Transpose.ROTATE_270), "JPEG", exif=exif, quality=95)
@@ -82,7 +82,7 @@ def _text() -> PngInfo:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_picture_shows_the_same(kind: str) -> None:
+def test_every_image_format_decodes_to_the_same_pixels(kind: str) -> None:
     expected = HALF.astype(int)
     if kind == "two colours":
         expected = np.where(HALF > 100, 255, 0)
@@ -94,11 +94,11 @@ def test_every_kind_of_picture_shows_the_same(kind: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (5000, 4)])
-def test_every_size_of_picture(size: tuple[int, int]) -> None:
+def test_every_size_of_image(size: tuple[int, int]) -> None:
     assert (decode_image(encode(Image.new("L", size, 77)), 8, "grey") == 77).all()
 
 
-def test_a_small_picture_of_a_large_one_is_its_mean_and_not_some_of_its_pixels() -> None:
+def test_downscaling_averages_pixels() -> None:
     checks = (np.indices((256, 256)).sum(0) % 2 * 254).astype(np.uint8)
     assert np.abs(decode_image(encode(Image.fromarray(checks)), 8, "grey").astype(int) - 127).max() <= 2
 
@@ -154,7 +154,7 @@ def first_pixels(images: PreparedImages) -> dict[str, set[int]]:
 
 
 @pytest.mark.parametrize("word", ["val", "validation", "valid", "dev"])
-def test_three_parts_stay_what_they_are(tmp_path: Path, word: str) -> None:
+def test_three_splits_stay_as_given(tmp_path: Path, word: str) -> None:
     for place, part in enumerate(("train", word, "test")):
         write(tmp_path / "set" / part, "a/1.png", "a/2.png", "b/1.png", "b/2.png", value=10 * place)
     images = of(tmp_path / "set")
@@ -172,7 +172,7 @@ def test_a_missing_part_is_taken_from_the_training_part(tmp_path: Path) -> None:
     assert of(tmp_path / "one").classes == ("a", "b")  # a folder called train is no class
 
 
-def test_tables_of_three_parts_stay_what_they_are(tmp_path: Path) -> None:
+def test_tables_of_three_splits_keep_their_splits(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     for place, part in enumerate(("train-00000-of-00001", "validation-00000-of-00001", "test-00000-of-00001")):
         table = pa.table({"image": [png(10 * place + i) for i in range(4)], "label": [0, 0, 1, 1]})
@@ -181,7 +181,7 @@ def test_tables_of_three_parts_stay_what_they_are(tmp_path: Path) -> None:
     assert splits == {"train": {0, 1, 2, 3}, "validation": {10, 11, 12, 13}, "test": {20, 21, 22, 23}}
 
 
-def test_equal_pictures_are_on_one_side_of_the_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_equal_images_are_in_one_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for label, first in (("a", 0), ("b", 100)):
         for copy in range(4):
             write(tmp_path / "set", *(f"{label}/{i}-{copy}.png" for i in range(10)), value=first)
@@ -202,7 +202,7 @@ def test_a_test_set_that_is_trained_on_is_reported(tmp_path: Path, capsys: pytes
     assert capsys.readouterr().err == "task.data: 1 of 3 test images are also in the training split, pixel for pixel\n"
 
 
-def test_few_different_pictures_leave_one_for_each_split() -> None:
+def test_few_different_images_leave_one_for_each_split() -> None:
     key_N = np.array([0] * 30 + [1, 2])
     index_of = split_images(np.zeros(32, int), ["train"] * 32, ["a"], key_N)
     assert sorted(len(set(key_N[index_N])) for index_N in index_of.values()) == [1, 1, 1]
@@ -210,7 +210,7 @@ def test_few_different_pictures_leave_one_for_each_split() -> None:
         split_images(np.zeros(32, int), ["train"] * 32, ["a"], np.minimum(key_N, 1))
 
 
-def test_classes_have_the_names_that_the_file_brings(tmp_path: Path) -> None:
+def test_classes_have_the_names_stored_in_the_file(tmp_path: Path) -> None:
     table = pa.table({"image": [png(i) for i in range(24)], "label": [2, 0, 1] * 8})
     features = {"label": {"_type": "ClassLabel", "names": ["zebra", "ant", "bee"]}}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
@@ -237,7 +237,7 @@ def test_a_thousand_classes(tmp_path: Path) -> None:
     assert [len(set(getattr(images, name).label_N)) for name in ("train", "validation", "test")] == [1000] * 3
 
 
-def test_labels_that_do_not_do_are_explained(tmp_path: Path) -> None:
+def test_unusable_labels_are_explained(tmp_path: Path) -> None:
     write(tmp_path / "one", "a/1.png", "a/2.png", "a/3.png")
     with pytest.raises(UsageError, match="all images are of one class, 'a'; give one folder per class"):
         of(tmp_path / "one")
@@ -251,7 +251,7 @@ def test_labels_that_do_not_do_are_explained(tmp_path: Path) -> None:
         of(tmp_path / "a.parquet", domain_column="kind")
 
 
-def test_a_link_to_nothing_is_a_broken_picture(tmp_path: Path) -> None:
+def test_a_broken_link_is_a_broken_image(tmp_path: Path) -> None:
     write(tmp_path / "set", *(f"{c}/{i}.png" for c in "ab" for i in range(5)))
     (tmp_path / "set" / "a" / "gone.png").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UsageError, match=r"'a/gone\.png' cannot be read as an image"):

@@ -135,7 +135,7 @@ def test_a_broken_row_is_named(tmp_path: Path) -> None:
         decode_entries(broken, config)
 
 
-def test_folders_that_hold_nothing_are_named(tmp_path: Path) -> None:
+def test_empty_folders_are_named(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "set")
     (tmp_path / "set" / "bird").mkdir()
     with pytest.raises(UsageError, match=r"task\.data\.path: folder 'bird' has no images"):
@@ -165,7 +165,7 @@ def test_folders_that_hold_nothing_are_named(tmp_path: Path) -> None:
         ({"label_column": "kind"}, ["task.data.label_column", "a.parquet, row 1", "null"]),
     ],
 )
-def test_wrong_columns_are_answered_with_those_that_exist(tmp_path: Path, options: dict, words: list[str]) -> None:
+def test_wrong_columns_are_refused_with_the_existing_ones(tmp_path: Path, options: dict, words: list[str]) -> None:
     table = pa.table({"image": [png(1), png(2)], "label": [0, 1], "kind": ["x", None]})
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(UsageError) as caught:
@@ -173,7 +173,7 @@ def test_wrong_columns_are_answered_with_those_that_exist(tmp_path: Path, option
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_files_that_are_no_tables_are_named(tmp_path: Path) -> None:
+def test_files_that_are_not_tables_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(UsageError, match=r"task\.data\.path: .*bad\.parquet' cannot be read \(.*give .* with"):
         read_entries(ImageDataConfig(path=str(tmp_path / "bad.parquet")))
@@ -230,7 +230,7 @@ def test_a_named_data_set_is_read_like_a_file(hub: Path) -> None:
         read_entries(ImageDataConfig(dataset="on/hub", image_column="picture"))
 
 
-def test_digest_is_of_the_content_and_not_of_the_place(tmp_path: Path) -> None:
+def test_digest_is_of_the_content_and_not_of_the_location(tmp_path: Path) -> None:
     first, second = (write_folder(tmp_path / name) for name in ("a", "b"))
     digest = source_digest(ImageDataConfig(path=first))
     assert digest == source_digest(ImageDataConfig(path=second))

@@ -203,7 +203,7 @@ LATE = [{"text": f"document {number}"} for number in range(1100)] + [{"text": "l
 
 @pytest.mark.parametrize("name", ["late.jsonl", "late.jsonl.gz", "late.json"])
 @pytest.mark.parametrize("streaming", [True, False])
-def test_a_domain_that_comes_late_is_not_overlooked(tmp_path, name, streaming):
+def test_a_domain_of_late_rows_is_not_overlooked(tmp_path, name, streaming):
     lines = "\n".join(map(json.dumps, LATE)) if "jsonl" in name else json.dumps(LATE)
     (tmp_path / name).write_bytes(gzip.compress(lines.encode()) if name.endswith("gz") else lines.encode())
     options = {"streaming": streaming, "max_bytes": 10**6}
@@ -235,7 +235,7 @@ def test_files_of_one_folder_have_all_domains_or_none(tmp_path, order):
 @pytest.mark.parametrize(
     "rows", [[{"text": "a"}, {"text": "b", "domain": "x"}], [{"text": "a", "domain": "x"}, {"text": "b"}]]
 )
-def test_rows_that_come_over_a_network_have_all_domains_or_none(monkeypatch, rows):
+def test_streamed_rows_have_all_domains_or_none(monkeypatch, rows):
     monkeypatch.setattr("moebench.tasks.text.documents.load_dataset", lambda *given, **options: rows)
     config = TextDataConfig(dataset="on/hub", streaming=True, max_bytes=100)
     having, lacking = (0, 1) if "domain" in rows[0] else (1, 0)
@@ -244,7 +244,7 @@ def test_rows_that_come_over_a_network_have_all_domains_or_none(monkeypatch, row
     assert texts(load_documents(replace(config, domain_column=None))) == ["a", "b"]
 
 
-def test_digest_is_of_the_content_and_not_of_the_place(tmp_path):
+def test_digest_is_of_the_content_and_not_of_the_location(tmp_path):
     first = write_jsonl(tmp_path / "a.jsonl", ROWS)
     second = write_jsonl(tmp_path / "b.jsonl", ROWS)
     digest = source_digest(TextDataConfig(path=first))

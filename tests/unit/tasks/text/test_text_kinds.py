@@ -1,4 +1,4 @@
-"""Texts of every kind that people have: encodings, layouts, parts, copies, and too little of it."""
+"""Texts of many kinds: encodings, layouts, splits, copies, and too little text."""
 
 import gzip
 import json
@@ -29,7 +29,7 @@ def documents(path: Path, **options: Any) -> list[Document]:
     return load_documents(TextDataConfig(path=str(path), **options))
 
 
-def test_a_mark_at_the_beginning_is_no_text_and_line_ends_are(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_removed_and_line_ends_are_kept(tmp_path: Path) -> None:
     write(tmp_path, a=b"\xef\xbb\xbfone\r\ntwo\n")
     assert [d.text for d in documents(tmp_path / "a.txt")] == ["one\r\ntwo\n"]
 
@@ -43,7 +43,7 @@ NO_TEXT: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("kind", NO_TEXT)
-def test_what_is_no_utf_8_is_named(tmp_path: Path, kind: str) -> None:
+def test_text_that_is_not_utf_8_is_named(tmp_path: Path, kind: str) -> None:
     content, words = NO_TEXT[kind]
     write(tmp_path / "set", good="good", sub__bad=content)
     with pytest.raises(UsageError, match=words) as caught:
@@ -108,7 +108,7 @@ def test_large_and_coded_strings_and_a_book_in_a_cell(tmp_path: Path) -> None:
         assert [(d.text, d.domain) for d in documents(tmp_path / name)] == [(book, "x"), ("b", "y")]
 
 
-def test_a_folder_of_texts_as_people_have_them(tmp_path: Path) -> None:
+def test_a_folder_of_texts_with_odd_names_and_encodings(tmp_path: Path) -> None:
     write(tmp_path / "elsewhere", linked="linked")
     root = tmp_path / "set"
     write(
@@ -140,7 +140,7 @@ def texts(split: dict[str, list[Document]]) -> dict[str, list[str]]:
     return {name: sorted(d.text for d in members) for name, members in split.items()}
 
 
-def test_three_parts_stay_what_they_are(tmp_path: Path) -> None:
+def test_three_splits_stay_as_given(tmp_path: Path) -> None:
     write(tmp_path / "a", train="one", valid="two", test="three")
     write(tmp_path / "b", train__x="one", val__x="two", test__x="three")
     write(
@@ -160,7 +160,7 @@ def test_a_missing_part_is_taken_from_the_training_part(tmp_path: Path) -> None:
     assert (len(split["train"]), len(split["validation"])) == (18, 2)
 
 
-def test_equal_texts_are_on_one_side_of_the_split() -> None:
+def test_equal_texts_are_in_one_split() -> None:
     members = [Document(text=f"text {i % 10}", domain="d", group=f"g{i}") for i in range(40)]
     split = texts(split_documents(members))
     assert sum(len(set(part)) for part in split.values()) == 10

@@ -38,7 +38,7 @@ def test_hand_worked_example():
 
 
 @given(ROWS, st.randoms(use_true_random=False))
-def test_groups_stay_whole_and_order_does_not_matter(rows, order: random.Random):
+def test_groups_are_not_divided_and_order_does_not_matter(rows, order: random.Random):
     try:
         assigned = assign(rows)
     except UsageError as error:
@@ -92,7 +92,7 @@ def test_one_text_file_is_divided_by_position():
 
 
 @given(st.text(max_size=400))
-def test_cut_loses_nothing(text):
+def test_cut_parts_join_to_the_text(text):
     assert "".join(cut(text)) == text
 
 

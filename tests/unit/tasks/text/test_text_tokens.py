@@ -133,13 +133,13 @@ def test_bytes_are_lost_by_none_that_has_all_of_them(text):
         assert tokenizer.decode(tokenizer.encode(text)[0]) == text
 
 
-def test_what_is_unknown_decodes_to_nothing():
+def test_unknown_ids_decode_to_nothing():
     assert WORDS.decode(WORDS.encode("words and é words")[0]) == " words and words"  # it has no decoder of its own
     unigram = SubwordTokenizer(Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -1.0)], unk_id=0)))
     assert unigram.decode(unigram.encode("abz")[0]) == "ab"
 
 
-def test_characters_without_spaces_between_them_come_back():
+def test_characters_without_spaces_between_them_are_restored():
     tokenizer = Tokenizer(models.BPE())  # the library's own decoding would put spaces between its tokens
     tokenizer.train_from_iterator(["abc abd abe"], trainers.BpeTrainer(show_progress=False, vocab_size=9))
     bare = SubwordTokenizer(tokenizer)
@@ -156,11 +156,11 @@ def test_characters_without_spaces_between_them_come_back():
         ("été", "ete", 4),  # two letters of two bytes
         ("e\u0301", "é", 3),  # e and an accent of two bytes
         ("日本", "本", 3),
-        ("a.b", "a . b", 2),  # added: nobody knows any more that none were there
+        ("a.b", "a . b", 2),  # added: the original spacing cannot be recovered
         ("a.b  c", "a . b c", 2),  # one space lost and two added: three pairs lost and four added
         ("a b", "b a", 1),  # not the same, however one counts
         ("abc", "", 3),
-        ("abc", " abc", 0),  # a space before everything says nothing
+        ("abc", " abc", 0),  # one space before the whole text is no loss
         (" abc", "abc", 1),
         (" abc", " abc", 0),
     ],

@@ -22,7 +22,7 @@ from moebench.tasks.text.windows import (
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> TextDataConfig:
-    """Two domains of ten documents; each text repeats its name, so that tokens tell where they are from."""
+    """Two domains of ten documents; each text repeats its name, so that tokens identify their source."""
     path = tmp_path_factory.mktemp("source") / "a.jsonl"
     rows = [{"text": f"{domain}{i} " * (40 + i), "domain": domain} for i in range(10) for domain in "xyz"[:2]]
     path.write_text("\n".join(json.dumps(row) for row in rows))
@@ -48,7 +48,7 @@ def test_pack_numbers(pack):
     assert sum(int((split.tokens_N == 256).sum()) for split in splits) == 627
 
 
-def test_second_call_takes_the_cache_and_does_not_import_datasets(pack):
+def test_second_call_uses_the_cache_and_does_not_import_datasets(pack):
     first, cache_dir = pack
     program = (
         "import sys; from pathlib import Path\n"
