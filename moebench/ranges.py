@@ -18,13 +18,13 @@ class Range:
     includes_high: bool = True
 
     def __contains__(self, value: float) -> bool:
-        """Return whether a number lies in the range."""
+        """Return whether a number is in the range."""
         above = self.low <= value if self.includes_low else self.low < value
         below = value <= self.high if self.includes_high else value < self.high
         return above and below
 
     def __str__(self) -> str:
-        """Return the range in the words of an error message."""
+        """Return the range as text for an error message."""
         if self.includes_low and self.includes_high and self.high < math.inf:
             return f"between {self.low:g} and {self.high:g}"
         parts = [f"{'at least' if self.includes_low else 'greater than'} {self.low:g}"]
@@ -60,7 +60,7 @@ def check_ranges(config: object, section: str) -> None:
 
 
 def describe_range(config_class: type, name: str) -> str:
-    """Return the range of an option in words, and whether it may be null; an empty string where it has no range."""
+    """Return the range of an option as text, and whether it may be null; an empty string where it has no range."""
     allowed = ranges_of(config_class).get(name)
     if allowed is None:
         return ""

@@ -39,7 +39,7 @@ FOLDERS = {"router": "routing/routers", "layout": "experts/layouts", "task": "ta
 
 @dataclass(frozen=True)
 class Entry(Generic[T, F]):
-    """One registered component: its name, the object, what is known about it, and the file it came from."""
+    """One registered component: its name, the object, its facts, and the file it came from."""
 
     name: str
     item: T

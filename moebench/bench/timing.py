@@ -67,7 +67,7 @@ class Timings:
 
     @classmethod
     def choose(cls, rounds: Sequence[Round], num_rounds: int) -> "Timings":
-        """Keep `num_rounds` of the rounds, quiet ones first, then the least contended, in the order of time."""
+        """Keep `num_rounds` of the rounds, the least contended ones, in the order of time."""
         ranked = sorted(range(len(rounds)), key=lambda index: (max(_excess(rounds[index]), 0.0), index))
         kept = [rounds[index] for index in sorted(ranked[:num_rounds])]
         contended = sum(_excess(round_) > 0 for round_ in kept)
@@ -96,14 +96,14 @@ class Protocol:
     tries: int = MAX_TRIES
 
     def measure(self, variants: Mapping[str, TimedCall]) -> Timings:
-        """Time every variant in rounds until enough of them were quiet."""
+        """Time every variant in rounds until enough of them were without contention."""
         with collector_disabled():
             repeats = {name: self._warm_up(variant) for name, variant in variants.items()}
         turns = {name: partial(self._turn, variant, repeats[name]) for name, variant in variants.items()}
         return self.repeat(turns)
 
     def repeat(self, turns: Mapping[str, Callable[[], float]]) -> Timings:
-        """Call the turns, each of which returns its seconds, in rounds until enough of them were quiet."""
+        """Call the turns, which return their seconds, in rounds until enough of them were without contention."""
         rounds: list[Round] = []
         while len(rounds) < self.tries * self.rounds and sum(_excess(r) <= 0 for r in rounds) < self.rounds:
             order = list(turns)[:: 1 if len(rounds) % 2 == 0 else -1]

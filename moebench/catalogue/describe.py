@@ -13,7 +13,7 @@ CAUSALITY_KEYS = {
     "with_capacity": "causal_with_capacity",
     "in_evaluation": "causal_in_evaluation",
 }
-"""Names of `Causality`'s fields in `list --json` and `show --json`, where they stand beside other facts."""
+"""Names of `Causality`'s fields in `list --json` and `show --json`, where they are listed beside other facts."""
 
 
 def describe(name: str) -> dict[str, Any]:

@@ -124,9 +124,9 @@ def _print(rows: list[dict[str, Any]], kind: Kind, *, markdown: bool) -> None:
         print(f"no {kind.value} here")
         return
     if kind is Kind.ROUTERS:
-        from moebench.catalogue.pages import summarize
+        from moebench.catalogue.pages import summarise
 
-        columns, lines = _stack_columns([summarize(row) for row in rows])
+        columns, lines = _stack_columns([summarise(row) for row in rows])
     else:
         columns = COLUMNS[kind]
         lines = [["" if row[column] is None else to_text(row[column]) for column in columns] for row in rows]

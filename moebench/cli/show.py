@@ -64,10 +64,10 @@ def show(
     elif name:
         _print(descriptions[0])
     else:
-        from moebench.catalogue.configuration import configuration_page
+        from moebench.catalogue.configuration import render_configuration_page
         from moebench.catalogue.pages import render_routers_page
 
-        print(render_routers_page() if all_routers else configuration_page(), end="")
+        print(render_routers_page() if all_routers else render_configuration_page(), end="")
 
 
 def _describe(name: str | None, *, all_routers: bool) -> list[dict[str, Any]]:

@@ -67,7 +67,7 @@ class BlocksConfig(LayoutConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutFacts:
-    """What is known about a layout."""
+    """Facts about a layout, shown by `list` and `show`."""
 
     placement: str
     """Description of the blocks that hold experts."""

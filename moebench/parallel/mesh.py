@@ -119,7 +119,7 @@ def open_mesh(config: ParallelConfig, process_info: ProcessInfo, device: torch.d
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
-    yield _mesh(config, process_info, device, timeout)
+    yield _build_mesh(config, process_info, device, timeout)
     dist.destroy_process_group()
 
 
@@ -135,7 +135,7 @@ def check_world_size(config: ParallelConfig, process_info: ProcessInfo) -> None:
         raise UsageError(f"parallel.nodes={config.nodes}, and the processes were started on {nodes} nodes")
 
 
-def _mesh(config: ParallelConfig, process_info: ProcessInfo, device: torch.device, timeout: timedelta) -> Mesh:
+def _build_mesh(config: ParallelConfig, process_info: ProcessInfo, device: torch.device, timeout: timedelta) -> Mesh:
     ranks_DE = torch.arange(config.world_size).view(config.data, config.expert)
     world = GroupRanks(dist.new_group(timeout=timeout), device)
     # Not init_device_mesh: its groups ignore the timeout, and one of the size of the world would be DDP's own.

@@ -18,10 +18,10 @@ from moebench.routing.values import LayerRecord
 
 @dataclass
 class Traffic(AllToAllObserver):
-    """Counts the all-to-alls since `reset`: read and reset between steps, without influence on the results.
+    """Counts the all-to-alls since `reset`: read and reset between steps; it does not change results.
 
-    In a timed step all processes synchronize before each all-to-all, so that waiting and transfer can be told apart;
-    nothing overlaps with communication then.
+    In a timed step all processes synchronize before each all-to-all, so that waiting and transfer are measured
+    separately; nothing overlaps with communication then.
     """
 
     is_timed: bool = False

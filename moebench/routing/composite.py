@@ -26,7 +26,7 @@ class GroupedRouting(Routing):
     """Routing over the groups, where a router picks them."""
 
     def slice_tokens(self, start: int, num_tokens: int) -> "GroupedRouting":
-        """Return the part that concerns some tokens, with that of what each router said."""
+        """Return the routing of a range of tokens, with that of each router."""
         routing = super().slice_tokens(start, num_tokens)
         assert isinstance(routing, GroupedRouting)
         return replace(

@@ -101,7 +101,7 @@ class ExecutedCost:
             mean = float(sums_X[Column.ASSIGNMENTS] / sums_X[Column.POSITIONS])
             raise RouterContractError(
                 f"{label_router(layer.router.config.name)} uses {mean:.4g} experts per token on average in layer"
-                f" {layer.name}, but experts_per_token says {layer.experts_per_token} for each (correct it, or set"
+                f" {layer.name}, but experts_per_token declares {layer.experts_per_token} for each (correct it, or set"
                 " Facts.variable_k=True)"
             )
 

@@ -32,7 +32,7 @@ class Model(nn.Module):
         features: Sequence[Feature] = (),
         feature_modules: Mapping[type[Feature], nn.Module] = NO_FEATURES,
     ) -> None:
-        """`features`: what the routers require. `feature_modules`: the modules of those that have one."""
+        """`features`: those that the routers require. `feature_modules`: the modules of features that have one."""
         super().__init__()
         self.embedding = embedding
         self.backbone = backbone
@@ -105,7 +105,7 @@ def build_model(config: CellConfig, task: Task, sized_as: CellConfig | None = No
 
 
 def summarise_data(task: Task) -> DataSummary:
-    """Return what a router may know of a task's data when it is built."""
+    """Return the facts about a task's data that routers may use when they are built."""
     return DataSummary(
         vocab_size=task.vocab_size,
         token_count_V=task.token_count_V,
@@ -114,7 +114,7 @@ def summarise_data(task: Task) -> DataSummary:
     )
 
 
-def initialised_model(config: CellConfig, task: Task, mesh: Mesh = SINGLE_PROCESS_MESH) -> Model:
+def build_initialised_model(config: CellConfig, task: Task, mesh: Mesh = SINGLE_PROCESS_MESH) -> Model:
     """Build the model, as one of the mesh's processes has it, and draw its weights from the cell's seed."""
     model = build_model(config, task)
     if mesh.process_info.has_group:

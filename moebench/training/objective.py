@@ -18,7 +18,7 @@ class Objective:
     """The loss of one batch and its parts."""
 
     total: Tensor
-    """What is differentiated."""
+    """The scalar to differentiate."""
     task: Tensor
     """Loss per prediction in nats, without any auxiliary loss: the mean over a step's micro-batches and processes is
     that over all its predictions."""

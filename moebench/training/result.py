@@ -6,7 +6,7 @@ from dataclasses import asdict
 from moebench.compatibility import list_marks
 from moebench.config import to_plain
 from moebench.runs.result import RunResult
-from moebench.training.batches import train_tokens
+from moebench.training.batches import count_train_tokens
 from moebench.training.callback import CellCallback
 from moebench.training.model import model_cost
 from moebench.training.module import CellModule
@@ -57,4 +57,4 @@ def _compute_cost(module: CellModule, callback: CellCallback) -> dict[str, float
         cost[f"train_{quantity}"] = planned.train_passes * trained.get(name, cost[quantity])
         cost[f"eval_{quantity}"] = evaluated.get(name, cost[quantity])
     cost["train_flops_per_token"] += planned.training_only_flops
-    return cost | {"train_tokens": float(train_tokens(module.config, task))}
+    return cost | {"train_tokens": float(count_train_tokens(module.config, task))}

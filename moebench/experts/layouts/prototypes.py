@@ -1,4 +1,4 @@
-"""k groups of experts, each routed on its own, the outputs added."""
+"""k groups of experts, each with a router of its own, the outputs added."""
 
 from dataclasses import dataclass
 

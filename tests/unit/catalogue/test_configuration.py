@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moebench.catalogue.configuration import SECTIONS, configuration_page, describe_name, describe_section
+from moebench.catalogue.configuration import SECTIONS, describe_name, describe_section, render_configuration_page
 from moebench.catalogue.options import COMPONENT_CONFIGS, component_options, format_default
 from moebench.config import resolve
 from moebench.errors import UsageError
@@ -22,7 +22,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "configuration.md"
 def test_the_page_is_current(request: pytest.FixtureRequest) -> None:
     if request.config.getoption("--plugin"):
         pytest.skip("the components of a plugin are not on the page")
-    assert PAGE.read_text() == configuration_page(), "docs/configuration.md is old: make docs"
+    assert PAGE.read_text() == render_configuration_page(), "docs/configuration.md is old: make docs"
 
 
 @pytest.mark.parametrize("section", SECTIONS)

@@ -18,7 +18,7 @@ from moebench.models.attention import CrossAttention, EncoderOutput
 from moebench.schema import CellConfig
 from moebench.tasks.task import Batch
 from moebench.training.evaluation import batch_context
-from moebench.training.model import Model, initialised_model, model_cost, prepare_task
+from moebench.training.model import Model, build_initialised_model, model_cost, prepare_task
 from moebench.training.objective import add_token_loss, compute_objective
 
 SPANS = {"name": "span_corruption", "sequence_length": 20, "eval_windows": 2, "noise_density": 0.3}
@@ -35,7 +35,7 @@ def config_of(text: Path, router: str = "top_k", **sections: object) -> CellConf
 
 def model_of(config: CellConfig, folder: Path) -> tuple[Model, Batch]:
     task = prepare_task(config, folder)
-    return initialised_model(config, task), task.train_batch(3, 0, 0)
+    return build_initialised_model(config, task), task.train_batch(3, 0, 0)
 
 
 def out_of(model: Model, batch: Batch, *, training: bool = False) -> Tensor:
@@ -121,7 +121,7 @@ def test_cross_attention_equals_a_loop() -> None:
 def test_flops_are_those_of_a_real_forward(text: Path, tmp_path: Path, router: str) -> None:
     config = config_of(text, router)
     task = prepare_task(config, tmp_path)
-    model = initialised_model(config, task).double()
+    model = build_initialised_model(config, task).double()
     batch = task.train_batch(4, 0, 0)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(batch, batch_context(batch, training=True, seed=0))

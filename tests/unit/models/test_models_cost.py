@@ -18,7 +18,7 @@ from moebench.models.cost import cost_of
 from moebench.routing.context import DataSummary
 from moebench.routing.router import ROUTERS
 from moebench.training.evaluation import batch_context
-from moebench.training.model import initialised_model, model_cost, prepare_task
+from moebench.training.model import build_initialised_model, model_cost, prepare_task
 
 ROUTERS_COUNTED = [
     "dense",
@@ -44,7 +44,7 @@ def text(tmp_path_factory):
 def test_flops_are_those_of_a_real_forward(text, tmp_path, router: str, activation: str) -> None:
     config = tiny_config(text, router=router, model={"activation": activation})
     task = prepare_task(config, tmp_path)
-    model = initialised_model(config, task).double()  # in fp64 every expert is a plain product, which is counted
+    model = build_initialised_model(config, task).double()  # in fp64 every expert is a plain product, which is counted
     batch = task.train_batch(4, 0, 0)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(batch, batch_context(batch, training=True, seed=0))
@@ -72,7 +72,7 @@ def test_cost_by_hand() -> None:
 def test_parameters_are_those_of_the_modules(text, tmp_path) -> None:
     for router in ROUTERS.names():
         config = tiny_config(text, router=router, layout={"num_experts": 8})
-        model = initialised_model(config, prepare_task(config, tmp_path))
+        model = build_initialised_model(config, prepare_task(config, tmp_path))
         cost = model_cost(model, 8)
         assert cost.total_params == sum(parameter.numel() for parameter in model.parameters())
         if router in ("dense", "all_experts"):
