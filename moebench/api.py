@@ -76,7 +76,7 @@ def run(
 
     options = RunOptions(jobs=jobs, tracker=tracker)
     console = Console(stderr=True, quiet=quiet)
-    with _main_module_hidden():
+    with _hide_main_module():
         report = run_experiment(
             _as_experiment(experiment),
             Path(results),
@@ -219,7 +219,7 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 @contextlib.contextmanager
-def _main_module_hidden() -> Iterator[None]:
+def _hide_main_module() -> Iterator[None]:
     """Keep worker processes from importing the calling script, which would run it again in each of them."""
     main = vars(sys.modules["__main__"])
     hidden: dict[str, Any] = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}

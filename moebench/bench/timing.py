@@ -97,7 +97,7 @@ class Protocol:
 
     def measure(self, variants: Mapping[str, TimedCall]) -> Timings:
         """Time every variant in rounds until enough of them were without contention."""
-        with collector_disabled():
+        with disable_collector():
             repeats = {name: self._warm_up(variant) for name, variant in variants.items()}
         turns = {name: partial(self._turn, variant, repeats[name]) for name, variant in variants.items()}
         return self.repeat(turns)
@@ -107,7 +107,7 @@ class Protocol:
         rounds: list[Round] = []
         while len(rounds) < self.tries * self.rounds and sum(_excess(r) <= 0 for r in rounds) < self.rounds:
             order = list(turns)[:: 1 if len(rounds) % 2 == 0 else -1]
-            with collector_disabled():
+            with disable_collector():
                 rounds.append(self._round({name: turns[name] for name in order}))
         return Timings.choose(rounds, self.rounds)
 
@@ -147,7 +147,7 @@ def _cuda_seconds(call: Callable[[], object]) -> float:
 
 
 @contextmanager
-def collector_disabled() -> Iterator[None]:
+def disable_collector() -> Iterator[None]:
     """Disable Python's garbage collector: it would run in the middle of a timed call."""
     enabled = gc.isenabled()
     gc.collect()

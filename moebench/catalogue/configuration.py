@@ -8,7 +8,7 @@ from typing import Any
 from moebench.catalogue.describe import KINDS, describe
 from moebench.catalogue.options import COMPONENT_CONFIGS, Option, component_options, format_default, list_options
 from moebench.errors import UsageError
-from moebench.registry import registry_of
+from moebench.registry import get_registry
 from moebench.reporting.table import format_markdown_row
 from moebench.schema import BalanceConfig, CellConfig, ExperimentConfig, ModelConfig, ParallelConfig, TrainConfig
 
@@ -32,7 +32,7 @@ def describe_name(name: str) -> dict[str, Any]:
 
     Raises UsageError with the nearest names where there is neither.
     """
-    components = [component for kind in KINDS for component in registry_of(kind).names()]
+    components = [component for kind in KINDS for component in get_registry(kind).names()]
     if name in components:
         return describe(name)
     if name.partition(".")[0] in SECTIONS:

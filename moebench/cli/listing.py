@@ -29,7 +29,7 @@ COLUMNS = {
     Kind.EXPERIMENTS: ("name", "origin", "question"),
     Kind.RUNS: ("id", "experiment", "arm", "seed", "state", "error"),
 }
-"""Of the table; routers have a table of their own."""
+"""Of the table; routers have their own table."""
 SINGULAR = {Kind.ROUTERS: "router", Kind.LAYOUTS: "layout", Kind.TASKS: "task", Kind.LOSSES: "loss"}
 
 
@@ -62,11 +62,11 @@ def list_(
 
 def _component_rows(kind: str) -> list[dict[str, Any]]:
     from moebench.catalogue.describe import facts_to_dict
-    from moebench.registry import registry_of
+    from moebench.registry import get_registry
 
     return [
         {"name": entry.name, **facts_to_dict(entry.facts), "summary": entry.doc.split("\n")[0]}
-        for entry in registry_of(kind).entries()
+        for entry in get_registry(kind).entries()
     ]
 
 

@@ -51,7 +51,7 @@ def run(
 ) -> None:
     """Train every cell that is not done and resume those half done.
 
-    Each cell runs in processes of its own: when one fails, the others continue. Press Ctrl-C once to stop with
+    Each cell runs in its own processes: when one fails, the others continue. Press Ctrl-C once to stop with
     everything saved; the same command continues from there. Started by torchrun or SLURM, it trains over the processes
     that these started.
 

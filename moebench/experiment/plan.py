@@ -12,7 +12,7 @@ from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.tasks.task import Task
 from moebench.training.batches import count_train_tokens
-from moebench.training.model import build_model, model_cost, prepare_task
+from moebench.training.model import build_model, compute_model_cost, prepare_task
 
 BACKWARD = 2
 """FLOPs of the backward pass over those of the forward pass."""
@@ -56,4 +56,4 @@ def cell_cost(cell: Cell, task: Task) -> Cost:
     """Return the cost of a cell's model without allocating its weights."""
     with torch.device("meta"):
         model = build_model(cell.config, task)
-    return model_cost(model, task.sequence_length, task.decoder_length)
+    return compute_model_cost(model, task.sequence_length, task.decoder_length)

@@ -1,4 +1,4 @@
-"""Run cells, each in processes of its own: a crash ends one cell, and a stop leaves all cells resumable."""
+"""Run cells, each in its own processes: a crash ends one cell, and a stop leaves all cells resumable."""
 
 import contextlib
 import json

@@ -37,7 +37,7 @@ class Cost:
         return self.train_passes * self.flops_per_token + self.training_only_flops
 
 
-def cost_of(
+def compute_cost(
     backbone: Backbone,
     extra: list[nn.Module],
     sequence_length: int,

@@ -29,7 +29,7 @@ class StackBank(Bank):
         routing = routing.compact()
         y_TD = torch.zeros_like(x_TD)
         for index in range(self.num_experts):
-            # Each stack gets a batch of its own shape, so the host needs its number of tokens: one synchronization.
+            # Each stack gets its own batch shape, so the host needs its number of tokens: one synchronization.
             assignment_R = (routing.expert_N == index).nonzero().squeeze(-1)
             assignment_R = assignment_R[routing.token_N[assignment_R].argsort()]
             token_R = routing.token_N[assignment_R]

@@ -31,7 +31,7 @@ class Mesh:
     process_info: ProcessInfo = SINGLE_PROCESS
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     world: Ranks = SINGLE_RANK
-    """All processes, with a communicator of their own: DDP's is busy in the backward pass."""
+    """All processes, with their own communicator: DDP's is busy in the backward pass."""
     expert_group: dist.ProcessGroup | None = None
     """The row of this process, which shares one copy of the experts; None: this process has all experts."""
     replica_group: dist.ProcessGroup | None = None

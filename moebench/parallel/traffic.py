@@ -61,7 +61,7 @@ def _synchronized_time_s(tensor: Tensor) -> float:
     return time.perf_counter()
 
 
-def predicted_bytes(layers: Sequence[MoELayer], records: Sequence[LayerRecord], element_size: int) -> int:
+def predict_bytes(layers: Sequence[MoELayer], records: Sequence[LayerRecord], element_size: int) -> int:
     """Compute the bytes that this process's tokens move in one training step, from the routing alone.
 
     Every row goes to its expert and back, in the forward and in the backward pass, with `element_size` bytes per

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from moebench.models.build import NO_FEATURES, build_backbone
-from moebench.models.cost import Cost, cost_of, count_flops
+from moebench.models.cost import Cost, compute_cost, count_flops
 from moebench.models.encoder_decoder import EncoderDecoder
 from moebench.models.transformer import BatchContext, Transformer, init_weights
 from moebench.parallel.expert_sharding import shard_experts
@@ -123,10 +123,12 @@ def build_initialised_model(config: CellConfig, task: Task, mesh: Mesh = SINGLE_
     return model
 
 
-def model_cost(model: Model, sequence_length: int, decoder_length: int | None = None) -> Cost:
+def compute_model_cost(model: Model, sequence_length: int, decoder_length: int | None = None) -> Cost:
     """Count parameters and forward FLOPs per token of a model."""
     modules = collect(model.features, model.feature_module)
-    cost = cost_of(model.backbone, [model.embedding, model.head, *modules.values()], sequence_length, decoder_length)
+    cost = compute_cost(
+        model.backbone, [model.embedding, model.head, *modules.values()], sequence_length, decoder_length
+    )
     count = partial(count_flops, length=sequence_length)
     training_only = [feature.count_training_flops(model.feature_module(feature), count) for feature in model.features]
     return replace(cost, train_passes=count_passes(model.features), training_only_flops=sum(training_only))

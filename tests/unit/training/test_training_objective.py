@@ -12,7 +12,7 @@ from moebench.schema import TrainConfig
 from moebench.tasks.task import Batch
 from moebench.training.evaluation import batch_context, evaluate
 from moebench.training.model import build_initialised_model, prepare_task
-from moebench.training.module import CellModule, NonFiniteError, rate_at
+from moebench.training.module import CellModule, NonFiniteError, compute_rate_factor
 from moebench.training.objective import LossNormalizer, Objective, add_token_loss, average_objectives, compute_objective
 
 
@@ -153,16 +153,16 @@ def test_one_value_per_sequence_is_divided_by_its_predictions() -> None:
 def test_learning_rate_by_hand() -> None:
     train = TrainConfig(steps=12, warmup_steps=2, final_rate=0.1)
     # 2 steps of warm-up: 1/2, 1. Then a cosine over 10 steps: 0.1 + 0.9 · (1 + cos(π p)) / 2.
-    assert [rate_at(step, train) for step in range(3)] == [0.5, 1.0, 1.0]
-    assert rate_at(7, train) == pytest.approx(0.1 + 0.9 * 0.5)  # half-way
-    assert rate_at(11, train) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 0.9)))
-    assert rate_at(12, train) == rate_at(99, train) == pytest.approx(0.1)
+    assert [compute_rate_factor(step, train) for step in range(3)] == [0.5, 1.0, 1.0]
+    assert compute_rate_factor(7, train) == pytest.approx(0.1 + 0.9 * 0.5)  # half-way
+    assert compute_rate_factor(11, train) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 0.9)))
+    assert compute_rate_factor(12, train) == compute_rate_factor(99, train) == pytest.approx(0.1)
 
 
 def test_learning_rate_without_and_with_only_warm_up() -> None:
-    assert rate_at(0, TrainConfig(steps=5, warmup_steps=0)) == 1.0
+    assert compute_rate_factor(0, TrainConfig(steps=5, warmup_steps=0)) == 1.0
     warm_up_only = TrainConfig(steps=3, warmup_steps=10)
-    assert [rate_at(step, warm_up_only) for step in range(3)] == pytest.approx([0.1, 0.2, 0.3])
+    assert [compute_rate_factor(step, warm_up_only) for step in range(3)] == pytest.approx([0.1, 0.2, 0.3])
 
 
 def test_learning_rates_are_in_the_journal(text, tmp_path) -> None:
@@ -170,7 +170,7 @@ def test_learning_rates_are_in_the_journal(text, tmp_path) -> None:
     run = Run(config, tmp_path)
     run()
     rates = [metrics["train/learning_rate"] for _, metrics in run.points() if "train/learning_rate" in metrics]
-    assert rates == pytest.approx([0.01 * rate_at(step, config.train) for step in range(12)])
+    assert rates == pytest.approx([0.01 * compute_rate_factor(step, config.train) for step in range(12)])
 
 
 def nan_loss(loss_BL: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from moebench.routing.features.feature import count_passes
 from moebench.routing.router import ROUTERS
 from moebench.training.batches import build_loss_normalizer
 from moebench.training.evaluation import batch_context
-from moebench.training.model import build_initialised_model, model_cost, prepare_task
+from moebench.training.model import build_initialised_model, compute_model_cost, prepare_task
 from moebench.training.module import CellModule
 
 SIGMAS = 5
@@ -127,7 +127,10 @@ def test_gradients_do_not_depend_on_micro_batches(text: Path, tmp_path: Path) ->
 
 
 def test_cost_includes_the_second_pass(text: Path, tmp_path: Path) -> None:
-    costs = [model_cost(module_of(text, tmp_path, {"consistency": consistency}).model, 8) for consistency in (0.0, 0.5)]
+    costs = [
+        compute_model_cost(module_of(text, tmp_path, {"consistency": consistency}).model, 8)
+        for consistency in (0.0, 0.5)
+    ]
     assert [cost.train_passes for cost in costs] == [1, 2]
     assert costs[1].training_flops == 2 * costs[0].training_flops == 2 * costs[0].flops_per_token
 
