@@ -216,7 +216,7 @@ def test_wrong_k_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
         Run(tiny_config(write_text(tmp_path), router="top_k"), tmp_path)()
     assert re.fullmatch(
         r"router 'top_k' \(.*top_k\.py:\d+\) uses 2 experts per token on average in layer 0, but experts_per_token"
-        r" says 1 for each \(correct it, or set Facts\.variable_k=True\)",
+        r" declares 1 for each \(correct it, or set Facts\.variable_k=True\)",
         str(error.value),
     )
 
