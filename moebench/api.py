@@ -63,7 +63,7 @@ def run(
 ) -> "RunReport":
     """Train every cell of an experiment that is not done, as `moebench run` does, and report what happened.
 
-    Each cell trains in its own process; a cell that fails stands in `report.failed`, and the others go on. `jobs`:
+    Each cell trains in its own process; a failed cell is listed in `report.failed`, and the others continue. `jobs`:
     cells at a time; 0: as many as fit the machine. `tracker`: MLflow URI, "none" for no tracker, None for SQLite in
     the results folder. `quiet`: print no progress. After Ctrl-C it saves checkpoints and raises KeyboardInterrupt,
     after SIGTERM SystemExit. Works in the main thread only.
@@ -76,7 +76,7 @@ def run(
 
     options = RunOptions(jobs=jobs, tracker=tracker)
     console = Console(stderr=True, quiet=quiet)
-    with _main_module_hidden():
+    with _hide_main_module():
         report = run_experiment(
             _as_experiment(experiment),
             Path(results),
@@ -219,8 +219,8 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 @contextlib.contextmanager
-def _main_module_hidden() -> Iterator[None]:
-    """Keep worker processes from importing the calling script, which would run it once more in each of them."""
+def _hide_main_module() -> Iterator[None]:
+    """Keep worker processes from importing the calling script, which would run it again in each of them."""
     main = vars(sys.modules["__main__"])
     hidden: dict[str, Any] = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
     main["__spec__"] = None

@@ -1,4 +1,4 @@
-"""Which tasks, layouts, routers and processes go together: every rule in one place.
+"""Which tasks, layouts, routers and processes are compatible: every rule in one place.
 
 A rule yields the message with which it refuses a combination. `MODEL_RULES` concern the router and the layout alone and
 are checked whenever a model is planned; `CELL_RULES` add the task, the batch and the processes and are checked before a

@@ -12,7 +12,7 @@ import yaml
 
 from moebench.conversion import apply_values
 from moebench.errors import UsageError
-from moebench.registry import registry_of
+from moebench.registry import get_registry
 from moebench.schema import COMPONENTS, DEFAULT_NAMES, SECTIONS, CellConfig, ExperimentConfig
 from moebench.yaml_text import parse_override, parse_yaml
 
@@ -114,7 +114,7 @@ def resolve(raw: Mapping[str, Any]) -> CellConfig:
 
 def component_keys(kind: str, name: str) -> set[str]:
     """Return the keys of the Config of a component."""
-    return {entry.name for entry in dataclasses.fields(registry_of(kind).get(name, where=f"{kind}.name").item.Config)}
+    return {entry.name for entry in dataclasses.fields(get_registry(kind).get(name, where=f"{kind}.name").item.Config)}
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _drop(plain: dict[str, Any], path: list[str]) -> None:
 
 
 def _defaults(kind: str, name: str) -> Any:
-    return registry_of(kind).get(name, where=f"{kind}.name").item.Config()
+    return get_registry(kind).get(name, where=f"{kind}.name").item.Config()
 
 
 def _merge_overrides(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,10 +15,10 @@ Format = Literal["number", "signed", "count", "percent", "whole percent", "p", "
 """How tables write a value (see `moebench.reporting.metrics`)."""
 
 VARIABLE = re.compile(r"[A-Z]{3,}")
-"""A word in capitals stands for any name: `balance/NAME`."""
+"""A word in capitals is a placeholder for a name: `balance/NAME`."""
 VALIDATION, TEST, STEP, FINAL = "eval/", "test/", "train/", "final/"
 """Prefixes of recorded names: the validation split, the test split, one logged training step; and, in MLflow alone, the
-finished run, of which result.json has the same values without the prefix."""
+finished run, whose values result.json has without the prefix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Metric:
     """One metric, or a family of them whose name has a variable part."""
 
     name: str
-    """As in result.json; in the journal and in MLflow one of `prefixes` may stand before it."""
+    """As in result.json; in the journal and in MLflow one of `prefixes` may precede it."""
     header: str = ""
     """Column header; empty: no table shows it."""
     unit: str = ""
@@ -105,7 +105,7 @@ QUALITY: tuple[Declaration, ...] = (
     ("few_shot/SHOTS", "", "share", "number", "higher", "Accuracy on held-out classes from so many images of each."),
     ("skipped_images", "", "images", ".0f", "neither", "Images left out because they could not be read."),
     ("cer", "", "share", "number", "lower", "Character error rate: edit distance to the transcript over its length."),
-    ("wer", "", "share", "number", "lower", "Word error rate: the same in words."),
+    ("wer", "", "share", "number", "lower", "Word error rate: edit distance in words over the number of words."),
     ("mse", "", "", "number", "lower", "Mean squared error."),
     ("oracle_gap", "", "", "number", "lower", "Mean squared error minus that of the maps that generated the data."),
 )
@@ -171,7 +171,7 @@ PROCESSES: tuple[Declaration, ...] = (
         "Share of a timed step, in which every process waits for the slowest before each exchange.",
     ),
     ("sent_mib", "sent/step", "MiB", ".2f", "lower", "Sent by one process in one step to others."),
-    ("predicted_mib", "", "MiB", ".2f", "lower", "The same as computed from the routing alone."),
+    ("predicted_mib", "", "MiB", ".2f", "lower", "Sent data per step as computed from the routing alone."),
     ("rank_load_max", "busiest", "", ".2f", "lower", "Rows of the process with the most over the mean."),
     ("tokens_per_s_per_device", "tokens/s each", "tokens/s", "count", "higher", "Speed of the step per process."),
     ("peak_memory_gib", "memory", "GiB", ".2f", "lower", "Peak memory of the process with the most."),

@@ -1,7 +1,7 @@
 """The processes that share a batch, as routers, layers and losses see them: usually one.
 
 Each process (rank) holds some sequences of the batch. A statistic over the whole batch goes through `Ranks`;
-`moebench.parallel` brings the implementation for several processes, chosen when the model is built.
+`moebench.parallel` has the implementation for several processes, chosen when the model is built.
 """
 
 from dataclasses import dataclass

@@ -31,7 +31,7 @@ HOMES = {
     "layout": "moebench.experts.layout:LAYOUTS",
     "task": "moebench.tasks.task:TASKS",
 }
-"""Module and name of each registry; `registry_of` imports it on first use."""
+"""Module and name of each registry; `get_registry` imports it on first use."""
 
 FOLDERS = {"router": "routing/routers", "layout": "experts/layouts", "task": "tasks"}
 """Folders of the built-in files of each kind."""
@@ -39,7 +39,7 @@ FOLDERS = {"router": "routing/routers", "layout": "experts/layouts", "task": "ta
 
 @dataclass(frozen=True)
 class Entry(Generic[T, F]):
-    """One registered component: its name, the object, what is known about it, and the file it came from."""
+    """One registered component: its name, the object, its facts, and the file it came from."""
 
     name: str
     item: T
@@ -144,7 +144,7 @@ def _check_component(item: object, item_type: type, label: str) -> None:
             raise UsageError(f"{label}: option '{field.name}' of its Config needs a default")
 
 
-def registry_of(kind: str) -> "Registry[Any, Any]":
+def get_registry(kind: str) -> "Registry[Any, Any]":
     """Return the registry of a kind ("router", "loss", "layout", "task"), importing its module if needed."""
     module, _, attribute = HOMES[kind].partition(":")
     registry: Registry[Any, Any] = getattr(importlib.import_module(module), attribute)
@@ -207,7 +207,7 @@ def select_plugins(plugins: Sequence[Plugin], words: Iterable[str]) -> list[Plug
 
 
 def _list_registered() -> list[tuple[str, str, Any]]:
-    return [(kind, entry.name, entry.item) for kind in HOMES for entry in registry_of(kind).entries()]
+    return [(kind, entry.name, entry.item) for kind in HOMES for entry in get_registry(kind).entries()]
 
 
 def _execute(name: str, path: str) -> None:

@@ -66,7 +66,7 @@ class TrainConfig:
 
     Optimizer: AdamW (arXiv:1711.05101), the fused update of torch with eps = 1e-8. weight_decay applies to parameters
     of two or more dimensions (projections, embedding tables, stacked expert weights); gains of norms and biases are
-    not decayed. Experts that are spread over processes are a parameter group of their own with the same settings.
+    not decayed. Experts that are sharded over processes are a separate parameter group with the same settings.
     Before each update the gradient of all parameters together, over all processes, is scaled down to clip_norm where
     its L2 norm is larger; a loss or norm that is not finite ends the run as diverged, without the update.
 
@@ -144,9 +144,9 @@ class ParallelConfig:
     data: int = 1
     """Replicas of the experts; all other parameters are replicated on every process (DDP)."""
     expert: int = 1
-    """Processes that the experts of one replica are spread over (expert parallelism)."""
+    """Processes over which the experts of one replica are sharded (expert parallelism)."""
     scope: Literal["global", "local"] = "global"
-    """Tokens that capacity, and routers that choose from the whole batch, see: of all processes, or of their own."""
+    """Tokens seen by capacity and by routers that choose from the whole batch: of all processes, or of one."""
     devices: int | None = None
     """Processes per node; null: data * expert / nodes."""
     nodes: int = 1

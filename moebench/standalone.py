@@ -128,10 +128,10 @@ def moe_layer(
     expert layout, such as `name`, `expert_width`, `capacity_factor_train`, `shared`; and `ffn_width` (default
     4 · d_model) and `activation` ("gelu" or "swiglu") of the dense network that the layer replaces. Unless
     `expert_width` is given, experts are as wide as makes router and active experts cost the FLOPs per token of that
-    network. `data`: what some routers know of the data beforehand: `vocab_size`, `token_count` (int64 [V], how often
-    each id occurs), `num_domains`, `sequence_length`; ids are then arguments of each call. `seed`: of the weights and
-    the routing noise; a generator gives every layer of a model a seed of its own. Raises UsageError for options that
-    do not fit each other, and for routers that need a whole model or task.
+    network. `data`: facts about the data that some routers need when they are built: `vocab_size`, `token_count` (int64
+    [V], how often each id occurs), `num_domains`, `sequence_length`; ids are then arguments of each call. `seed`: of
+    the weights and the routing noise; a generator gives every layer of a model its own seed. Raises UsageError for
+    incompatible options, and for routers that need a whole model or task.
     """
     data = dict(data or {})
     for key in data:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moebench.tracking.mlflow_store import default_uri, quiet_mlflow
+from moebench.tracking.mlflow_store import default_uri, silence_mlflow
 
 _FLAGS = (
     "--headless=new",
@@ -139,7 +139,7 @@ def serve_pages(results: Path) -> Iterator[str]:
 
 def main(results: Path, target: Path, experiment: str | None = None) -> None:
     """Write the two screenshots."""
-    with quiet_mlflow():
+    with silence_mlflow():
         from mlflow import MlflowClient
 
         client = MlflowClient(default_uri(results))

@@ -1,1 +1,1 @@
-"""What the runs say: statistics of paired seeds, the comparison of arms, its tables and its figures."""
+"""Analysis of runs: statistics of paired seeds, the comparison of arms, its tables and its figures."""

@@ -1,1 +1,1 @@
-"""HOW FAST: the layer and the training step, timed against a dense twin and against other libraries, in one run."""
+"""Benchmarks: the layer and the training step against a dense twin and other libraries, timed in one run."""

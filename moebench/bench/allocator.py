@@ -8,9 +8,9 @@ _NEVER_TRIM = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to serve every block from the heap and never to return memory; return whether it was told.
+    """Set glibc to serve every block from the heap and never to return memory; return whether it accepted.
 
-    By default glibc maps a block above 32 MB (DEFAULT_MMAP_THRESHOLD_MAX) anew for each allocation. The weight
+    By default glibc maps a new block above 32 MB (DEFAULT_MMAP_THRESHOLD_MAX) for each allocation. The weight
     gradients of a bank of many experts are such blocks: at every step the kernel then hands out and clears all of
     their pages. The price of keeping them: the process holds its peak memory until it ends. It speeds dense layers
     and other libraries as well, so a benchmark sets it for all or for none. Nothing happens, and False is

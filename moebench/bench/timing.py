@@ -67,7 +67,7 @@ class Timings:
 
     @classmethod
     def choose(cls, rounds: Sequence[Round], num_rounds: int) -> "Timings":
-        """Keep `num_rounds` of the rounds, quiet ones first, then the least contended, in the order of time."""
+        """Keep `num_rounds` of the rounds, the least contended ones, in the order of time."""
         ranked = sorted(range(len(rounds)), key=lambda index: (max(_excess(rounds[index]), 0.0), index))
         kept = [rounds[index] for index in sorted(ranked[:num_rounds])]
         contended = sum(_excess(round_) > 0 for round_ in kept)
@@ -96,18 +96,18 @@ class Protocol:
     tries: int = MAX_TRIES
 
     def measure(self, variants: Mapping[str, TimedCall]) -> Timings:
-        """Time every variant in rounds until enough of them were quiet."""
-        with collector_disabled():
+        """Time every variant in rounds until enough of them were without contention."""
+        with disable_collector():
             repeats = {name: self._warm_up(variant) for name, variant in variants.items()}
         turns = {name: partial(self._turn, variant, repeats[name]) for name, variant in variants.items()}
         return self.repeat(turns)
 
     def repeat(self, turns: Mapping[str, Callable[[], float]]) -> Timings:
-        """Call the turns, each of which returns its seconds, in rounds until enough of them were quiet."""
+        """Call the turns, which return their seconds, in rounds until enough of them were without contention."""
         rounds: list[Round] = []
         while len(rounds) < self.tries * self.rounds and sum(_excess(r) <= 0 for r in rounds) < self.rounds:
             order = list(turns)[:: 1 if len(rounds) % 2 == 0 else -1]
-            with collector_disabled():
+            with disable_collector():
                 rounds.append(self._round({name: turns[name] for name in order}))
         return Timings.choose(rounds, self.rounds)
 
@@ -147,7 +147,7 @@ def _cuda_seconds(call: Callable[[], object]) -> float:
 
 
 @contextmanager
-def collector_disabled() -> Iterator[None]:
+def disable_collector() -> Iterator[None]:
     """Disable Python's garbage collector: it would run in the middle of a timed call."""
     enabled = gc.isenabled()
     gc.collect()

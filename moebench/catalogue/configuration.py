@@ -8,7 +8,8 @@ from typing import Any
 from moebench.catalogue.describe import KINDS, describe
 from moebench.catalogue.options import COMPONENT_CONFIGS, Option, component_options, format_default, list_options
 from moebench.errors import UsageError
-from moebench.registry import registry_of
+from moebench.registry import get_registry
+from moebench.reporting.table import format_markdown_row
 from moebench.schema import BalanceConfig, CellConfig, ExperimentConfig, ModelConfig, ParallelConfig, TrainConfig
 
 PARTS = {"model": ModelConfig, "train": TrainConfig, "balance": BalanceConfig, "parallel": ParallelConfig}
@@ -31,7 +32,7 @@ def describe_name(name: str) -> dict[str, Any]:
 
     Raises UsageError with the nearest names where there is neither.
     """
-    components = [component for kind in KINDS for component in registry_of(kind).names()]
+    components = [component for kind in KINDS for component in get_registry(kind).names()]
     if name in components:
         return describe(name)
     if name.partition(".")[0] in SECTIONS:
@@ -94,7 +95,7 @@ def format_option(option: Mapping[str, Any]) -> tuple[str, str]:
     return heading, " ".join(option["about"].split())
 
 
-def configuration_page() -> str:
+def render_configuration_page() -> str:
     """Return docs/configuration.md as Markdown, ending in a newline."""
     sections = [name for name in SECTIONS if name != "data"]
     return "\n".join([HEAD, *("\n".join(_section(name)) for name in sections)])
@@ -120,5 +121,5 @@ def _option_table(options: Iterable[Option]) -> Iterator[str]:
     yield from ("| key | values | default | meaning |", "| --- | --- | --- | --- |")
     for option in options:
         cells = (f"`{option.key}`", option.values, f"`{format_default(option.default)}`", option.about)
-        yield f"| {' | '.join(' '.join(cell.replace('|', chr(92) + '|').split()) for cell in cells)} |"
+        yield format_markdown_row(cells)
     yield ""

@@ -5,7 +5,7 @@ from typing import Any
 
 from moebench.catalogue.options import list_options
 from moebench.errors import UsageError, nearest
-from moebench.registry import registry_of
+from moebench.registry import get_registry
 
 KINDS = ("router", "layout", "task", "loss")
 CAUSALITY_KEYS = {
@@ -13,14 +13,14 @@ CAUSALITY_KEYS = {
     "with_capacity": "causal_with_capacity",
     "in_evaluation": "causal_in_evaluation",
 }
-"""Names of `Causality`'s fields in `list --json` and `show --json`, where they stand beside other facts."""
+"""Names of `Causality`'s fields in `list --json` and `show --json`, where they are listed beside other facts."""
 
 
 def describe(name: str) -> dict[str, Any]:
     """Return everything known about a component; raise UsageError for an unknown name."""
     known: list[str] = []
     for kind in KINDS:
-        registry = registry_of(kind)
+        registry = get_registry(kind)
         if name in registry.names():
             entry = registry.get(name)
             config = getattr(entry.item, "Config", None)

@@ -10,7 +10,7 @@ from moebench.components import LayoutConfig, RouterConfig, TaskConfig
 from moebench.config import to_plain
 from moebench.conversion import Untyped
 from moebench.ranges import describe_range
-from moebench.registry import field_docs, registry_of
+from moebench.registry import field_docs, get_registry
 from moebench.schema import DEFAULT_NAMES
 
 COMPONENT_CONFIGS = {"task": TaskConfig, "layout": LayoutConfig, "router": RouterConfig}
@@ -85,7 +85,7 @@ def component_options(kind: str) -> list[Option]:
 
     An option that several components have with equal type, default and meaning is returned once, with their names.
     """
-    names = registry_of(kind).names()
+    names = get_registry(kind).names()
     name = Option(
         key=f"{kind}.name",
         name="name",
@@ -96,7 +96,7 @@ def component_options(kind: str) -> list[Option]:
     )
     shared = list_options(COMPONENT_CONFIGS[kind](name=""), kind)
     merged: dict[str, Option] = {repr(option): option for option in shared}
-    for entry in registry_of(kind).entries():
+    for entry in get_registry(kind).entries():
         for option in list_options(entry.item.Config(), kind):
             known = merged.setdefault(repr(option), option)
             if known not in shared:

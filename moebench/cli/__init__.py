@@ -7,7 +7,7 @@ from moebench.cli import bench, compare, curve, listing, plan, probe, run, show,
 
 app = typer.Typer(
     help="Which router? Trains the same sparse-expert model with different routing algorithms, under matched"
-    " conditions, and says which is better, by how much, with what confidence.",
+    " conditions, and reports which is better, by how much, with what confidence.",
     epilog="Start with: moebench run quickstart, then moebench compare quickstart, then moebench ui.",
     invoke_without_command=True,
     rich_markup_mode=None,

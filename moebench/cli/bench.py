@@ -201,7 +201,7 @@ def parallel(
 ) -> None:
     """Time the same global batch on one process and on every mesh of several.
 
-    Real runs, each in processes of its own, that take turns; nothing is kept. On a CPU more processes than cores
+    Real runs, each in its own processes, that take turns; nothing is kept. On a CPU more processes than cores
     measure the exchange rather than a useful speed.
     """
     check_plot(plot)

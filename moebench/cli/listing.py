@@ -29,7 +29,7 @@ COLUMNS = {
     Kind.EXPERIMENTS: ("name", "origin", "question"),
     Kind.RUNS: ("id", "experiment", "arm", "seed", "state", "error"),
 }
-"""Of the table; routers have a table of their own."""
+"""Of the table; routers have their own table."""
 SINGULAR = {Kind.ROUTERS: "router", Kind.LAYOUTS: "layout", Kind.TASKS: "task", Kind.LOSSES: "loss"}
 
 
@@ -62,11 +62,11 @@ def list_(
 
 def _component_rows(kind: str) -> list[dict[str, Any]]:
     from moebench.catalogue.describe import facts_to_dict
-    from moebench.registry import registry_of
+    from moebench.registry import get_registry
 
     return [
         {"name": entry.name, **facts_to_dict(entry.facts), "summary": entry.doc.split("\n")[0]}
-        for entry in registry_of(kind).entries()
+        for entry in get_registry(kind).entries()
     ]
 
 
@@ -124,9 +124,9 @@ def _print(rows: list[dict[str, Any]], kind: Kind, *, markdown: bool) -> None:
         print(f"no {kind.value} here")
         return
     if kind is Kind.ROUTERS:
-        from moebench.catalogue.pages import summarize
+        from moebench.catalogue.pages import summarise
 
-        columns, lines = _stack_columns([summarize(row) for row in rows])
+        columns, lines = _stack_columns([summarise(row) for row in rows])
     else:
         columns = COLUMNS[kind]
         lines = [["" if row[column] is None else to_text(row[column]) for column in columns] for row in rows]

@@ -59,4 +59,4 @@ def _print(report: "LabelReport", layer: str | None) -> None:
         print_table(heads, rows, right=heads[1:3], no_wrap=heads[1:3])
         num_labels = int(table.layers[shown].any(1).sum())
         if len(rows) - 1 < num_labels:
-            print(f"{len(rows) - 1} of {num_labels} labels: those of which the layer knows most")
+            print(f"{len(rows) - 1} of {num_labels} labels: those about which the layer has the most information")

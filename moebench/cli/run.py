@@ -51,9 +51,9 @@ def run(
 ) -> None:
     """Train every cell that is not done and resume those half done.
 
-    Each cell runs in processes of its own: when one fails, the others go on. Press Ctrl-C once to stop with
-    everything saved; the same command goes on from there. Started by torchrun or SLURM, it trains over the processes
-    that are there.
+    Each cell runs in its own processes: when one fails, the others continue. Press Ctrl-C once to stop with
+    everything saved; the same command continues from there. Started by torchrun or SLURM, it trains over the processes
+    that these started.
 
     With --foreground a breakpoint() in a plug-in stops at a prompt, and a failure shows its traceback; no tracker.
 
@@ -80,7 +80,7 @@ def run(
 
 
 def _check_foreground(options: dict[str, bool], cluster: "ClusterEnvironment | None") -> None:
-    """Refuse what makes no sense for one cell in this process."""
+    """Raise UsageError for options that do not apply to one cell in this process."""
     for option, is_given in options.items():
         if is_given:
             raise UsageError(f"{option}: not with --foreground, which trains one cell in this process")

@@ -64,21 +64,21 @@ def show(
     elif name:
         _print(descriptions[0])
     else:
-        from moebench.catalogue.configuration import configuration_page
+        from moebench.catalogue.configuration import render_configuration_page
         from moebench.catalogue.pages import render_routers_page
 
-        print(render_routers_page() if all_routers else configuration_page(), end="")
+        print(render_routers_page() if all_routers else render_configuration_page(), end="")
 
 
 def _describe(name: str | None, *, all_routers: bool) -> list[dict[str, Any]]:
     from moebench.catalogue.configuration import SECTIONS, describe_name, describe_section
     from moebench.catalogue.describe import describe
-    from moebench.registry import registry_of
+    from moebench.registry import get_registry
 
     if name is not None:
         return [describe_name(name)]
     if all_routers:
-        return [describe(router) for router in registry_of("router").names()]
+        return [describe(router) for router in get_registry("router").names()]
     return [describe_section(section) for section in SECTIONS]
 
 

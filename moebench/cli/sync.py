@@ -1,4 +1,4 @@
-"""`moebench sync`: send to the tracker what it has missed."""
+"""`moebench sync`: send pending values of runs to the tracker."""
 
 import sys
 from dataclasses import asdict

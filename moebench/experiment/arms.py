@@ -23,7 +23,7 @@ class Arm:
 
     label: str
     config: CellConfig
-    """Of every seed; its own `seed` is not used."""
+    """Configuration of every seed; its field `seed` is not used."""
     varies: Mapping[str, Any]
     """The configuration keys in which the arms differ, with this arm's values."""
     data_digest: str
@@ -60,7 +60,9 @@ def resolve_arms(config: ExperimentConfig, overrides: Mapping[str, Any], where: 
     return arms
 
 
-def unused_overrides(overrides: Mapping[str, Any], arms: Sequence[Arm], grid: Mapping[str, Any]) -> tuple[str, ...]:
+def note_partial_overrides(
+    overrides: Mapping[str, Any], arms: Sequence[Arm], grid: Mapping[str, Any]
+) -> tuple[str, ...]:
     """Return a note for each override that applies to some arms only."""
     notes = []
     for kind in _varied_components(overrides, grid):
@@ -142,7 +144,7 @@ def _refuse_equal_labels(labels: Sequence[str], configs: Sequence[CellConfig], w
         if count > 1:
             first, second, *_ = (config for name, config in zip(labels, configs, strict=True) if name == label)
             if first == second:
-                raise UsageError(f"{where}: grid: the arm '{label}' is there twice; leave one out")
+                raise UsageError(f"{where}: grid: the arm '{label}' occurs twice; leave one out")
             raise UsageError(f"{where}: grid: two arms are called '{label}'; give one of them a label: key")
 
 

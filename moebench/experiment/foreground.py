@@ -101,7 +101,7 @@ def _train(cell: Cell, folder: RunFolder, results: Path, console: Console) -> in
             raise KeyboardInterrupt
         signals.append(number)
         if number == signal.SIGINT:  # after SIGTERM lightning ends the training at once
-            display.note("stopping: saving a checkpoint (once more: stop now, from the last checkpoint)")
+            display.note("stopping: saving a checkpoint (again: stop now, from the last checkpoint)")
 
     _silence_lightning()
     display.on_start(cell)
@@ -142,7 +142,7 @@ def _silence_lightning() -> None:
 
 
 def _write_failed_result(folder: RunFolder, error: BaseException, total_s: float) -> None:
-    with contextlib.suppress(OSError):  # a full disk, perhaps the very reason
+    with contextlib.suppress(OSError):  # a full disk may be the reason of the failure
         result = build_failed_result(
             json.loads(folder.cell.read_text()),
             describe_error(error),

@@ -7,7 +7,7 @@ from typing import Any
 
 from moebench.config import apply_overrides, cell_id, load_experiment
 from moebench.errors import unknown
-from moebench.experiment.arms import Arm, resolve_arms, unused_overrides
+from moebench.experiment.arms import Arm, note_partial_overrides, resolve_arms
 from moebench.registry import Plugin, load_plugin, select_plugins
 from moebench.runs.cell import Cell
 from moebench.schema import ExperimentConfig
@@ -86,7 +86,7 @@ def _build(
         question=config.question,
         baseline=baseline,
         cells=tuple(cells),
-        notes=(*unused_overrides(cell_overrides, arms, config.grid), *notes),
+        notes=(*note_partial_overrides(cell_overrides, arms, config.grid), *notes),
     )
 
 

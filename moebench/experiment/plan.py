@@ -11,8 +11,8 @@ from moebench.models.cost import Cost
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.tasks.task import Task
-from moebench.training.batches import train_tokens
-from moebench.training.model import build_model, model_cost, prepare_task
+from moebench.training.batches import count_train_tokens
+from moebench.training.model import build_model, compute_model_cost, prepare_task
 
 BACKWARD = 2
 """FLOPs of the backward pass over those of the forward pass."""
@@ -22,7 +22,7 @@ def plan_cells(experiment: Experiment, results: Path) -> list[dict[str, Any]]:
     """Return one JSON-ready row per cell; prepares the data, because its vocabulary is part of the model."""
     tasks = {cell.arm: prepare_task(cell.config, results) for cell in experiment.cells}
     costs = {cell.arm: cell_cost(cell, tasks[cell.arm]) for cell in experiment.cells}
-    tokens = {cell.id: train_tokens(cell.config, tasks[cell.arm]) for cell in experiment.cells}
+    tokens = {cell.id: count_train_tokens(cell.config, tasks[cell.arm]) for cell in experiment.cells}
     baseline = costs[experiment.baseline]
     return [
         {
@@ -56,4 +56,4 @@ def cell_cost(cell: Cell, task: Task) -> Cost:
     """Return the cost of a cell's model without allocating its weights."""
     with torch.device("meta"):
         model = build_model(cell.config, task)
-    return model_cost(model, task.sequence_length, task.decoder_length)
+    return compute_model_cost(model, task.sequence_length, task.decoder_length)

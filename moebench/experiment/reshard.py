@@ -40,7 +40,7 @@ def reshard(results: Path, cells: list[Cell]) -> Iterator[str]:
         except Timeout:
             yield f"{prefix} is being trained by another process; not copied"
         else:
-            yield f"{prefix} is copied; it goes on from step {target.checkpointed_step}"
+            yield f"{prefix} is copied; it continues from step {target.checkpointed_step}"
 
 
 def _list_mesh_sizes(results: Path) -> list[MeshSize]:

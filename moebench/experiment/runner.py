@@ -123,7 +123,7 @@ def run_experiment(
     if tracker:
         tracker.start()
     grid_run = _GridRun(experiment, results, cells, launcher, console, figures, tracker)
-    outcomes, interrupted = grid_run.train(options.jobs or default_jobs(cells))
+    outcomes, interrupted = grid_run.train(options.jobs or choose_num_jobs(cells))
     if cells and not interrupted:
         figures.draw_experiment_figures(experiment, results)
     status = tracker.stop() if tracker else None
@@ -159,7 +159,7 @@ class _GridRun:
                 problem = self.tracker.poll() if self.tracker else None
                 if problem and not warnings:
                     warnings.append(problem)
-                    display.note(f"tracker: {problem}; training goes on")
+                    display.note(f"tracker: {problem}; training continues")
 
             scheduler = Scheduler(self.results, self.experiment.name, jobs, display, self.launcher)
             try:
@@ -177,7 +177,7 @@ def print_note(console: Console, text: str) -> None:
     console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
-def default_jobs(cells: Sequence[Cell]) -> int:
+def choose_num_jobs(cells: Sequence[Cell]) -> int:
     """Return how many of the cells this machine can run at a time.
 
     With GPUs: GPUs / processes of a cell; without: cores / (processes · threads). The largest cell decides.

@@ -1,4 +1,4 @@
-"""The results folder: checked before anything is trained, and the record of an experiment in it."""
+"""Check the results folder before training, and record an experiment in it."""
 
 import shutil
 import time

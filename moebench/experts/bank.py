@@ -39,17 +39,17 @@ class Bank(nn.Module):
     """E experts x_D -> y_D behind one way of computing a routing: dispatch, the experts on sorted rows, combine.
 
     A kind of expert defines `rows`, `expert`, `flops_per_row_E` and `init_weights`; one with a faster way than row by
-    row overrides `mixture`. Where the experts are spread over processes, `rows` computes those of this process.
+    row overrides `mixture`. Where the experts are sharded over processes, `rows` computes those of this process.
     """
 
     num_experts: int
     """Experts of all processes together."""
     needs_loads_on_host: ClassVar[bool] = False
-    """The number of rows of each expert must be known in Python: the host waits for the device."""
+    """Whether Python needs the number of rows of each expert: the host then waits for the device."""
     is_replicated: ClassVar[bool] = False
-    """Every process has all the experts, even where other banks are spread: computing is cheaper than sending."""
+    """Whether every process has all the experts even if other banks are sharded: computing is cheaper than sending."""
     exchange: Exchange | None = None
-    """Brings rows to their experts where these are spread over processes; None: all are on this process."""
+    """Brings rows to their experts where these are sharded over processes; None: all are on this process."""
 
     def forward(
         self,
@@ -71,7 +71,7 @@ class Bank(nn.Module):
         return self.exchange(compute, x_RI, load_E, while_in_flight)
 
     def init_weights(self, generator: Generator) -> None:
-        """Initialise the weights of all experts; banks made of modules that do so themselves have none of their own."""
+        """Initialise the weights of all experts; banks made of modules that initialise themselves have none."""
 
     def rows(self, x_RD: Tensor, load_E: Tensor, dropout: Dropout | None = None) -> Tensor:
         """Return y_RD: the first load_E[0] rows through expert 0, the next through expert 1, and so on.
@@ -96,7 +96,7 @@ class Bank(nn.Module):
         return int(own_E.sum()) if self.exchange is None else self.exchange.count_local_rows(shared_E)
 
     def expert(self, x_RD: Tensor, index: int) -> Tensor:
-        """Return the output of one expert: the slow, obvious form for oracles."""
+        """Return the output of one expert: slow, for reference computations."""
         raise NotImplementedError
 
     def compute_merged(self, x_GSD: Tensor, weight_GE: Tensor, dropout: Dropout | None = None) -> Tensor:
@@ -137,7 +137,7 @@ class Bank(nn.Module):
 
 
 def local_shard(parameter: Tensor) -> Tensor:
-    """Return the part of a parameter that is on this process: all of it unless experts are spread."""
+    """Return the part of a parameter that is on this process: all of it unless experts are sharded."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 

@@ -1,4 +1,4 @@
-"""One forward pass of a bank of experts over a batch of tokens: what a routing asks for, it computes."""
+"""One forward pass of a bank of experts over a batch of tokens, as a routing requests it."""
 
 from collections.abc import Callable
 

@@ -18,7 +18,7 @@ Overflow = Literal["drop", "reroute", "pass"]
 MINIMUM = 4
 """Slots that an expert has at least under the rules `switch` and `deepspeed`."""
 MULTIPLE = 4
-"""What the rule `vmoe` rounds slots up to."""
+"""The rule `vmoe` rounds slots up to a multiple of this."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,7 +57,7 @@ class MoELayer(nn.Module):
         self.shared = shared
         self.mix = Gate(shared.w_in_DF.shape[0], 2, bias=True) if options.residual and shared is not None else None
         self.scopes = Scopes()
-        """Processes whose tokens count beside those of this one; `parallel` sets it when the model is built."""
+        """Ranks over which tokens are counted; `parallel` sets them when the model is built."""
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> tuple[Tensor, LayerRecord]:
         """Return y_TD (without the residual stream) and the record."""
@@ -111,7 +111,7 @@ class MoELayer(nn.Module):
 
     def _apply_capacity(self, routing: Routing, ctx: RouteContext) -> Routing:
         if self.capacity.is_dropless:
-            return routing  # before padding is counted, for which the host would wait for a GPU
+            return routing  # before padding is counted, which would synchronize a GPU
         ranks = self.scopes.batch
         span = ctx.span if ctx.span and ranks.size > 1 else None
         num_tokens = span.total if span else routing.num_tokens

@@ -23,7 +23,7 @@ class Experts:
     top_k_factor: int = 1
     """Factor on the router's experts per token."""
     groups: int = 1
-    """Groups of equal size, side by side, each with a router of its own."""
+    """Groups of equal size, side by side, each with its own router."""
     pick_groups: bool = False
     """A router above the groups picks some for each token (two levels); otherwise every token uses every group."""
     unit: int | None = None
@@ -67,7 +67,7 @@ class BlocksConfig(LayoutConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutFacts:
-    """What is known about a layout."""
+    """Facts about a layout, shown by `list` and `show`."""
 
     placement: str
     """Description of the blocks that hold experts."""

@@ -1,4 +1,4 @@
-"""Banks of other experts: deeper ones, experts without a network, and banks whose experts differ."""
+"""Banks of deep experts, of experts without a network, and of experts that differ."""
 
 import itertools
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ class DeepBank(Bank):
 
     @override
     def compute_merged(self, x_GSD: Tensor, weight_GE: Tensor, dropout: Dropout | None = None) -> Tensor:
-        h_GSD = x_GSD  # each of the networks is merged on its own
+        h_GSD = x_GSD  # each network is merged separately
         for bank in self._banks:
             h_GSD = h_GSD + bank.compute_merged(h_GSD, weight_GE, dropout)
         return h_GSD - x_GSD

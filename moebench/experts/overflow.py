@@ -17,7 +17,7 @@ NUM_ROUNDS = 3
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BatchAssignments:
-    """The assignments of all processes, and where this process's begin."""
+    """The assignments of all processes, and the index of the first one of this process."""
 
     routing: Routing
     start: int = 0
@@ -108,11 +108,11 @@ def reroute(routing: Routing, kept_N: Tensor, slots: int, precedence_N: Tensor) 
 
 
 def move_assignments(routing: Routing, expert_N: Tensor, kept_N: Tensor) -> Routing:
-    """Return the routing with the assignments at the experts that rerouting found for them.
+    """Return the routing with rerouted assignments moved to their new experts.
 
     The weight shrinks as the score does: w · min(1, s_new / s_old). Where the weight is the score (Switch) this is
     the new expert's score, as in mesh-TensorFlow; where it was renormalised it is the new score under the old
-    normaliser. The gradient reaches the new score and treats the rest as constant.
+    normaliser. Only the new score receives a gradient.
     """
     assert routing.scores_TE is not None
     kept = routing.keep(kept_N)

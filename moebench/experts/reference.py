@@ -1,4 +1,4 @@
-"""Slow, obvious forms of every kind of routing: the oracles that tests and benchmarks compare the layer with."""
+"""Slow reference implementations of every kind of routing, for tests and benchmarks to compare the layer with."""
 
 import torch
 from torch import Tensor

@@ -38,7 +38,7 @@ def solve_widths(
 
     Except for rounding, `cost` is linear in the unit; two large units give the line. Widths are multiples of `step`
     where that is within 2 % of the dense feed-forward part, else of 1. Raises UsageError when no width is; the message
-    says that `what` does not fit and names the next ffn_width that does.
+    names `what`, which does not fit, and the next ffn_width that does.
     """
     low, high = cost(Widths(4096)), cost(Widths(8192))
     slope = (high - low) / 4096

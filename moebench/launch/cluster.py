@@ -1,7 +1,7 @@
 """Run cells over the programs that torchrun or SLURM has started: rank 0 coordinates, the others participate.
 
 Rank 0 is the runner, as without a cluster. Each participant waits for an assignment, which names a cell, runs its rank
-of that cell in a process of its own (so that a crash does not end the participant) and reports how it ended.
+of that cell in its own process (so that a crash does not end the participant) and reports how it ended.
 """
 
 import contextlib

@@ -22,7 +22,7 @@ class ExitReport:
     exit_code: int | None = None
     """Minus the number of the signal that killed it; None: it has not ended by itself."""
     is_unreachable: bool = False
-    """Whether its node sends no heartbeats any more."""
+    """Whether its node has stopped sending heartbeats."""
     silent_s: float = 0.0
     """Seconds since its last message, or heartbeat if it is unreachable."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -97,7 +97,7 @@ def _describe_hang(reports: Sequence[ExitReport], timeout_s: float) -> str | Non
     aborted = [report for report in reports if report.status is None and report.exit_code == -signal.SIGABRT]
     alive = [report for report in reports if report.status is None and report.exit_code is None]
     if not timed_out and aborted:
-        # The watchdog aborts after a timeout; if nobody has been silent for long, there was another reason.
+        # The watchdog aborts after a timeout; if no process has been silent for long, there was another reason.
         alive = [report for report in alive if report.silent_s > timeout_s / 2]
     if alive and (timed_out or aborted or len(alive) < len(reports)):
         hung = max(alive, key=lambda report: report.silent_s)

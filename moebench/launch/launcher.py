@@ -23,7 +23,7 @@ class Launcher(Protocol):
     """Starts the processes of cells."""
 
     max_jobs: int
-    """The most cells that it can run at a time; 0: any number."""
+    """Maximum number of cells that run at a time; 0: no limit."""
     message_delay_s: float
     """How much later the messages of workers may arrive than through a pipe."""
 

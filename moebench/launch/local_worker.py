@@ -121,13 +121,13 @@ class LocalWorker(Worker):
 
 
 def start_fork_server() -> None:
-    """Start the process that workers are forked from, with SIGINT and SIGTERM blocked from its first moment on.
+    """Start the process that workers are forked from, with SIGINT and SIGTERM blocked from the start.
 
     Ctrl-C reaches the whole process group, and would interrupt the server's imports with a traceback.
     """
     CONTEXT.set_forkserver_preload(["moebench.launch.forkserver_preload"])
     resource_tracker.ensure_running()  # starting it unblocks signals, so it comes first
-    # Blocked rather than ignored: child processes inherit both, but the runner gets a blocked signal afterwards.
+    # Blocked rather than ignored: child processes inherit both, but a blocked signal is delivered to the runner later.
     previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         forkserver.ensure_running()

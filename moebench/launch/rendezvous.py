@@ -1,4 +1,4 @@
-"""How the programs that torchrun or SLURM has started communicate: messages and heartbeats in a key-value store."""
+"""Communication between programs started by torchrun or SLURM: messages and heartbeats in a key-value store."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Run cells, each in processes of its own: a crash ends one cell, and a stop leaves all cells resumable."""
+"""Run cells, each in its own processes: a crash ends one cell, and a stop leaves all cells resumable."""
 
 import contextlib
 import json
@@ -168,7 +168,7 @@ class Scheduler:
     def _write_failed_result(self, group: WorkerGroup, reason: str, fault: str) -> None:
         """Write the result of a failure; only the runner has the reports of all processes."""
         folder = RunFolder.of(self.results, group.cell.id)
-        with contextlib.suppress(OSError):  # a full disk, perhaps the very reason
+        with contextlib.suppress(OSError):  # a full disk may be the reason of the failure
             step = read_last_step(folder.journal)
             cell = json.loads(json.dumps(group.cell.to_dict(self.experiment)))
             result = build_failed_result(cell, reason, fault=fault, step=step, total_s=group.elapsed_s)
@@ -176,7 +176,7 @@ class Scheduler:
 
     def _stop_all(self) -> list[Outcome]:
         """Ask the cells to save and end, and wait until they have; a second signal ends the wait."""
-        self.display.note("stopping: saving checkpoints (once more: stop now, from the last checkpoint)")
+        self.display.note("stopping: saving checkpoints (again: stop now, from the last checkpoint)")
         for group in self.groups:
             group.request_stop()
         deadline = time.monotonic() + STOP_TIMEOUT_S

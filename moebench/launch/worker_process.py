@@ -116,7 +116,7 @@ def _train(folder: RunFolder, results: Path, process_info: ProcessInfo, connecti
 
 
 def exit_with_parent() -> None:
-    """Have Linux kill this process when its parent ends, for whatever reason.
+    """Have Linux kill this process when its parent ends for any reason.
 
     The runner starts the fork server, which forks the workers: all end with the runner. `RunnerConnection` notices the
     end of the runner too, but not in a process that is stopped or hangs in C, and the fork server waits for all

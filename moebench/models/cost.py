@@ -37,13 +37,13 @@ class Cost:
         return self.train_passes * self.flops_per_token + self.training_only_flops
 
 
-def cost_of(
+def compute_cost(
     backbone: Backbone,
     extra: list[nn.Module],
     sequence_length: int,
     decoder_length: int | None = None,
 ) -> Cost:
-    """Count a backbone and the modules around it: 2 per weight of a linear map, or what `flops_per_token` says.
+    """Count a backbone and the modules around it: 2 per weight of a linear map, or their own `flops_per_token`.
 
     Where experts differ in size, what a token uses is the mean at an even load. Of two backbones, the active parameters
     are those that one token of each uses.

@@ -26,8 +26,8 @@ class EncoderDecoder(nn.Module):
     ) -> tuple[Tensor, list[LayerRecord]]:
         """Return the decoder's normed stream [B, P, D], and the records of the encoder and then of the decoder."""
         memory_BMD, records = self.encoder(x_BMD, ctx)
-        memory = EncoderOutput.of(memory_BMD, ctx.places)
-        y_BPD, decoder_records = self.decoder(x_BPD, replace(decoder_ctx, memory=memory))
+        encoder_output = EncoderOutput.of(memory_BMD, ctx.positions)
+        y_BPD, decoder_records = self.decoder(x_BPD, replace(decoder_ctx, encoder_output=encoder_output))
         return y_BPD, records + decoder_records
 
     def moe_layers(self) -> list[MoELayer]:

@@ -1,4 +1,4 @@
-"""Attention with experts in it: as projections, or as heads."""
+"""Attention with experts as its projections or as its heads."""
 
 import torch
 from torch import Generator, Tensor, nn

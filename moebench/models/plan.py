@@ -13,7 +13,7 @@ Half = Literal["encoder", "decoder"]
 def plan_blocks(config: CellConfig) -> tuple[BlockPlan, ...]:
     """Return the plan of each block, from the bottom; all dense for a dense router.
 
-    Raises UsageError when layout, router and their options do not go together, or a loss is unknown.
+    Raises UsageError when layout, router and their options are incompatible, or a loss is unknown.
     """
     combination = Combination.of(config)
     combination.check(MODEL_RULES)

@@ -30,8 +30,8 @@ class BatchContext:
     domain_B: Tensor | None = None
     features: Mapping[type[Feature], Tensor] = field(default_factory=dict)
     """Values of the features that routers require, by token: the first dimension is T."""
-    memory: EncoderOutput | None = None
-    """Output of the encoder, in a decoder."""
+    encoder_output: EncoderOutput | None = None
+    """What a decoder attends to; None in other models."""
     span: Span | None = None
     """Sequences of the batch that are on this process; None: all."""
     micro_batch: int = 0
@@ -40,7 +40,7 @@ class BatchContext:
     """Index of the pass over the batch, where training makes several: each draws its own noise."""
 
     @property
-    def places(self) -> PositionTable | None:
+    def positions(self) -> PositionTable | None:
         """Positions that are not padding; None where nothing is padded."""
         return None if self.valid_BL is None else PositionTable.of_padded(self.valid_BL)
 
@@ -89,24 +89,24 @@ class Block(nn.Module):
         self.feed_forward = feed_forward
 
     def forward(
-        self, x_BLD: Tensor, ctx: BatchContext, places: PositionTable | None = None
+        self, x_BLD: Tensor, ctx: BatchContext, positions: PositionTable | None = None
     ) -> tuple[Tensor, list[LayerRecord]]:
         """Return the new residual stream and the records of the block's MoE layers.
 
-        `places`: positions of the vectors in their sequences, when a dense block gets only some of them.
+        `positions`: positions of the vectors in their sequences, when a dense block gets only some of them.
         """
-        places = places or ctx.places
+        positions = positions or ctx.positions
         records = []
         x_normed_BLD = self.attention_norm(x_BLD)
         if isinstance(self.attention, Attention):
-            y_BLD = self.attention(x_normed_BLD, places)
+            y_BLD = self.attention(x_normed_BLD, positions)
         else:
-            y_BLD, record = self.attention(x_normed_BLD, ctx.route_in(self.attention.layer, x_BLD), places)
+            y_BLD, record = self.attention(x_normed_BLD, ctx.route_in(self.attention.layer, x_BLD), positions)
             records.append(record)
         x_BLD = x_BLD + y_BLD
         if self.cross_attention is not None and self.cross_attention_norm is not None:
-            assert ctx.memory is not None
-            x_BLD = x_BLD + self.cross_attention(self.cross_attention_norm(x_BLD), ctx.memory)
+            assert ctx.encoder_output is not None
+            x_BLD = x_BLD + self.cross_attention(self.cross_attention_norm(x_BLD), ctx.encoder_output)
         x_TD = self.feed_forward_norm(x_BLD).flatten(0, 1)
         if isinstance(self.feed_forward, MoELayer):
             y_TD, record = self.feed_forward(x_TD, ctx.route_in(self.feed_forward, x_BLD))
@@ -119,9 +119,9 @@ class Block(nn.Module):
         """Return forward FLOPs per token in a sequence of `length`, without cross-attention (`flops_across`)."""
         return self.attention.flops_per_token(length) + self.feed_forward.flops_per_token()
 
-    def flops_across(self, length: int, memory_length: int) -> int:
+    def flops_across(self, length: int, encoder_length: int) -> int:
         """Return the forward FLOPs of the cross-attention of one sequence."""
-        return 0 if self.cross_attention is None else self.cross_attention.flops(length, memory_length)
+        return 0 if self.cross_attention is None else self.cross_attention.flops(length, encoder_length)
 
 
 class Transformer(nn.Module):

@@ -29,7 +29,7 @@ class StackBank(Bank):
         routing = routing.compact()
         y_TD = torch.zeros_like(x_TD)
         for index in range(self.num_experts):
-            # Each stack gets a batch of its own shape, so the host must know how many tokens it has: one wait each.
+            # Each stack gets its own batch shape, so the host needs its number of tokens: one synchronization.
             assignment_R = (routing.expert_N == index).nonzero().squeeze(-1)
             assignment_R = assignment_R[routing.token_N[assignment_R].argsort()]
             token_R = routing.token_N[assignment_R]
@@ -110,7 +110,7 @@ class PackedTokens:
 
 
 class WholeModels(nn.Module):
-    """Models that are the experts of one router at the bottom."""
+    """Whole models as the experts of one router at the bottom."""
 
     def __init__(self, layer: MoELayer, d_model: int, num_layers: int) -> None:
         super().__init__()

@@ -93,7 +93,7 @@ class VerifiedCheckpointIO(CheckpointIO):
 
     @override
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
-        # What is no tensor of model or optimizer; only plain values are ever unpickled.
+        # Everything but tensors of model and optimizer; only plain values are ever unpickled.
         return torch.load(Path(path) / REST, map_location=map_location or "cpu", weights_only=True)
 
     @contextlib.contextmanager

@@ -180,5 +180,5 @@ class _Finish(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_RI: Tensor) -> tuple[Tensor, None]:
         ctx.exchange.gradient_RI = ctx.exchange.issue(grad_RI, is_backward=True)
-        # The gradient in flight has another shape than autograd expects here: it bypasses it, see `take_gradient`.
+        # The gradient in flight has another shape than autograd expects here and is returned by `take_gradient`.
         return grad_RI.new_zeros(()).expand(grad_RI.shape), None

@@ -1,4 +1,4 @@
-"""Expert parallelism: rows travel to the processes that hold their experts, and the results travel back."""
+"""Expert parallelism: send rows to the processes that hold their experts, and the results back."""
 
 from collections.abc import Callable
 from typing import Any

@@ -20,7 +20,7 @@ def average_expert_gradients(parameters: Iterable[nn.Parameter], mesh: Mesh) -> 
     for parameter in parameters:
         if not isinstance(parameter, DTensor):
             continue
-        if parameter.grad is None:  # the other processes of the column still wait for its part of the all-reduce
+        if parameter.grad is None:  # the other processes of the column still wait for its all-reduce
             parameter.grad = torch.zeros_like(parameter)
         assert isinstance(parameter.grad, DTensor)
         grads.append(parameter.grad.to_local())

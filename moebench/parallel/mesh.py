@@ -31,7 +31,7 @@ class Mesh:
     process_info: ProcessInfo = SINGLE_PROCESS
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     world: Ranks = SINGLE_RANK
-    """All processes, with a communicator of their own: DDP's is busy in the backward pass."""
+    """All processes, with their own communicator: DDP's is busy in the backward pass."""
     expert_group: dist.ProcessGroup | None = None
     """The row of this process, which shares one copy of the experts; None: this process has all experts."""
     replica_group: dist.ProcessGroup | None = None
@@ -119,7 +119,7 @@ def open_mesh(config: ParallelConfig, process_info: ProcessInfo, device: torch.d
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
-    yield _mesh(config, process_info, device, timeout)
+    yield _build_mesh(config, process_info, device, timeout)
     dist.destroy_process_group()
 
 
@@ -135,7 +135,7 @@ def check_world_size(config: ParallelConfig, process_info: ProcessInfo) -> None:
         raise UsageError(f"parallel.nodes={config.nodes}, and the processes were started on {nodes} nodes")
 
 
-def _mesh(config: ParallelConfig, process_info: ProcessInfo, device: torch.device, timeout: timedelta) -> Mesh:
+def _build_mesh(config: ParallelConfig, process_info: ProcessInfo, device: torch.device, timeout: timedelta) -> Mesh:
     ranks_DE = torch.arange(config.world_size).view(config.data, config.expert)
     world = GroupRanks(dist.new_group(timeout=timeout), device)
     # Not init_device_mesh: its groups ignore the timeout, and one of the size of the world would be DDP's own.

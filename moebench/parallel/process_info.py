@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessInfo:
-    """One process of a run: its ranks, and the key-value store at which the processes meet."""
+    """One process of a run: its ranks, and the key-value store for the rendezvous."""
 
     rank: int = 0
     """Rank over all nodes."""
@@ -24,7 +24,7 @@ class ProcessInfo:
 
     @property
     def has_group(self) -> bool:
-        """Whether the process belongs to a process group, if only one of size 1."""
+        """Whether the process belongs to a process group, even one of size 1."""
         return self.store_port > 0
 
 

@@ -30,7 +30,7 @@ def check_replicas(model: nn.Module, mesh: Mesh) -> None:
             differing = [rank for rank in group if not torch.equal(prints_WN2[rank, index], first)]
             if differing:
                 ranks = ", ".join(str(rank) for rank in differing)
-                raise ReplicaError(f"copies of {name} differ: rank {group[0]} and rank {ranks} hold other bits")
+                raise ReplicaError(f"copies of {name} differ: rank {group[0]} and rank {ranks} hold different bits")
 
 
 def fingerprint(tensor: Tensor) -> Tensor:

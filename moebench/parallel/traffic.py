@@ -18,10 +18,10 @@ from moebench.routing.values import LayerRecord
 
 @dataclass
 class Traffic(AllToAllObserver):
-    """Counts the all-to-alls since `reset`: read and reset between steps, without influence on the results.
+    """Counts the all-to-alls since `reset`: read and reset between steps; it does not change results.
 
-    In a timed step all processes synchronize before each all-to-all, so that waiting and transfer can be told apart;
-    nothing overlaps with communication then.
+    In a timed step all processes synchronize before each all-to-all, so that waiting and transfer are measured
+    separately; nothing overlaps with communication then.
     """
 
     is_timed: bool = False
@@ -61,7 +61,7 @@ def _synchronized_time_s(tensor: Tensor) -> float:
     return time.perf_counter()
 
 
-def predicted_bytes(layers: Sequence[MoELayer], records: Sequence[LayerRecord], element_size: int) -> int:
+def predict_bytes(layers: Sequence[MoELayer], records: Sequence[LayerRecord], element_size: int) -> int:
     """Compute the bytes that this process's tokens move in one training step, from the routing alone.
 
     Every row goes to its expert and back, in the forward and in the backward pass, with `element_size` bytes per

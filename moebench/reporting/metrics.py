@@ -18,7 +18,7 @@ FORMATTERS: Mapping[Format, Callable[[float], str]] = {
     ".3f": "{:.3f}".format,
 }
 UNITS_SHOWN = ("MiB", "GiB")
-"""Units that stand behind the value: the header does not name them."""
+"""Units that follow the value: the header does not name them."""
 
 
 def metric_headers(*names: str) -> tuple[str, ...]:
@@ -40,5 +40,5 @@ def explain_metrics(*names: str) -> str:
 
 
 def _uncapitalize(sentence: str) -> str:
-    """Return a sentence as it stands after a colon: a formula, as `I(x)`, keeps its capital."""
+    """Return a sentence for use after a colon: in lower case, but a formula such as `I(x)` keeps its capital."""
     return sentence[0].lower() + sentence[1:] if sentence[1:2].islower() or sentence[1:2] == " " else sentence

@@ -16,10 +16,10 @@ class Report:
 
     tables: tuple[Table, ...]
     problems: tuple[str, ...] = ()
-    """Results that are missing or failed, one line each; those that begin with FAILED stand out."""
+    """Results that are missing or failed, one line each; those that begin with FAILED are highlighted."""
     notes: tuple[str, ...] = ()
     values: Any
-    """The same numbers, unrounded and ready for JSON."""
+    """The numbers of the tables, unrounded and ready for JSON."""
 
     def to_rich(self) -> RenderableType:
         """Return the report for a terminal of 80 columns or more."""

@@ -44,7 +44,9 @@ class Table:
     def to_markdown(self) -> str:
         """Return the table as Markdown without a final newline."""
         rules = [MARKDOWN_RULE[column.align] for column in self.columns]
-        lines = [_markdown_line(cells) for cells in ([column.header for column in self.columns], rules, *self.rows)]
+        lines = [
+            format_markdown_row(cells) for cells in ([column.header for column in self.columns], rules, *self.rows)
+        ]
         title = [f"**{self.title}**", ""] if self.title else []
         notes = ["", *(f"- {note}" for note in self.notes)] if self.notes else []
         return "\n".join([*title, *lines, *notes])
@@ -72,5 +74,6 @@ def number_columns(*headers: str) -> tuple[Column, ...]:
     return tuple(Column(header=header) for header in headers)
 
 
-def _markdown_line(cells: Iterable[str]) -> str:
+def format_markdown_row(cells: Iterable[str]) -> str:
+    """Return one row of a Markdown table; pipes in cells are escaped, white space is collapsed."""
     return f"| {' | '.join(' '.join(cell.replace('|', chr(92) + '|').split()) for cell in cells)} |"

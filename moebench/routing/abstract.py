@@ -1,4 +1,4 @@
-"""What every kind of routing offers a layer, and what it asks of the experts that compute it."""
+"""The interfaces between a routing, the layer and the experts that compute the routing."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -34,12 +34,12 @@ class ExpertPass(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AbstractRouting(ABC):
-    """A decision of a router that knows how experts compute it."""
+    """The output of a router, which defines how experts compute it."""
 
     token_extras: Mapping[str, Tensor] = field(default_factory=dict)
     """What the router's own losses need of each token, by name: the first dimension is T."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
-    """What they need of the whole batch, by name."""
+    """Values for these losses that belong to the batch as a whole, by name."""
     computes_padding: ClassVar[bool]
     """Whether experts compute rows for padding."""
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moebench.errors import require
 from moebench.routing.context import RouteContext
-from moebench.routing.domains import check_domains, place_of
+from moebench.routing.domains import check_domains, get_domain_index
 from moebench.routing.router import RouterBuildContext, RouterConfig
 from moebench.routing.values import LayerRecord, Routing
 
@@ -40,7 +40,7 @@ def assign_agents(ctx: RouteContext, num_agents: int, x_TD: Tensor) -> Tensor:
     """Return the agent of each token, int64; index `num_agents` (their mean) for domains held out of training."""
     if num_agents == 1 or ctx.domain_T is None:
         return torch.zeros(x_TD.shape[0], dtype=torch.int64, device=x_TD.device)
-    return place_of(ctx.domain_T, num_agents)
+    return get_domain_index(ctx.domain_T, num_agents)
 
 
 def route_actions(action_T: Tensor, num_experts: int, num_actions: int, **tables: Any) -> Routing:

@@ -1,4 +1,4 @@
-"""Groups of experts, each with a router of its own, combined into one flat routing."""
+"""Groups of experts, each with its own router, combined into one flat routing."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,8 +25,8 @@ class GroupedRouting(Routing):
     outer: Routing | None = None
     """Routing over the groups, where a router picks them."""
 
+    @override
     def slice_tokens(self, start: int, num_tokens: int) -> "GroupedRouting":
-        """Return the part that concerns some tokens, with that of what each router said."""
         routing = super().slice_tokens(start, num_tokens)
         assert isinstance(routing, GroupedRouting)
         return replace(
@@ -63,11 +63,11 @@ class GroupedRouter(Router):
         above = replace(context, num_experts=groups, level=Level(num_below=self.group_size))
         self.outer = build_router(router_class, config, above) if pick_groups else None
         levels = [Level(num_above=groups) if pick_groups else Level(group=group) for group in range(groups)]
-        sites = [replace(context, num_experts=self.group_size, level=level) for level in levels]
-        self.inner = nn.ModuleList(build_router(router_class, config, below) for below in sites)
+        contexts = [replace(context, num_experts=self.group_size, level=level) for level in levels]
+        self.inner = nn.ModuleList(build_router(router_class, config, below) for below in contexts)
 
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        """Route over the groups, then within each group, and join the routings."""
         if self.outer is None:
             return join_groups([router(x_TD, ctx) for router in self._routers], self.group_size)
         outer = self.outer(x_TD, ctx)
@@ -106,13 +106,14 @@ class GroupedRouter(Router):
             has_state=any(each.has_state for each in traits),
         )
 
+    @override
     def losses(self, record: LayerRecord) -> dict[str, Tensor]:
-        """Return the mean over all routers of each loss that the algorithm defines."""
         per_router = [router.losses(part) for router, part in self._records(record)]
         return {name: torch.stack([losses[name] for losses in per_router]).mean() for name in per_router[0]}
 
+    @override
     def objective(self, record: LayerRecord) -> Tensor | None:
-        """Return the sum over all routers, each for its tokens: log-probabilities of a joint choice add up."""
+        # Summed over routers, each for its tokens: log-probabilities of a joint choice add up.
         objectives = [(router.objective(part), part.valid_T) for router, part in self._records(record)]
         learned = [
             loss_T if valid_T is None else loss_T.where(valid_T, 0.0)
@@ -121,16 +122,16 @@ class GroupedRouter(Router):
         ]
         return torch.stack(learned).sum(0) if learned else None
 
+    @override
     def statistics(self, record: LayerRecord) -> dict[str, Tensor]:
-        """Return the statistics of each router under its number; those of the router above come last."""
+        # Named by the index of the router; the router above comes last.
         numbered = enumerate(self._records(record))
         return {
             f"{n}.{name}": value for n, (router, part) in numbered for name, value in router.statistics(part).items()
         }
 
+    @override
     def after_step(self, load_E: Tensor, statistics: Mapping[str, Tensor]) -> None:
-        """Update each router with its loads and statistics; a group's load is its experts' load divided by their k."""
-
         def statistics_of(number: int) -> dict[str, Tensor]:
             prefix = f"{number}."
             return {name.removeprefix(prefix): value for name, value in statistics.items() if name.startswith(prefix)}
@@ -139,22 +140,25 @@ class GroupedRouter(Router):
         for number, (router, load) in enumerate(zip(self._routers, load_GE, strict=True)):
             router.after_step(load, statistics_of(number))
         if self.outer is not None:
+            # Each token of a group is counted by k of its experts.
             self.outer.after_step(load_GE.sum(-1) // self.inner_k, statistics_of(len(load_GE)))
 
+    @override
     def rows_per_token(self, experts_per_token: int) -> float:
-        """Return the rows of all groups, or of the groups that the router above picks."""
         inner = [router.rows_per_token(self.inner_k) for router in self._routers]
         if self.outer is None:
             return sum(inner)
         return self.outer.rows_per_token(experts_per_token // self.inner_k) * sum(inner) / len(inner)
 
+    @override
     def flops_per_token(self) -> int:
-        """Return the forward FLOPs for one token: the router of every group reads every token."""
+        # The router of every group reads every token.
         above = 0 if self.outer is None else self.outer.flops_per_token()
         return above + sum(router.flops_per_token() for router in self._routers)
 
+    @override
     def executed_flops(self, record: LayerRecord) -> Tensor:
-        """Return the forward FLOPs of all routers; those of groups read tokens of other groups too."""
+        # Routers of groups read tokens of other groups too.
         parts = [(router, replace(part, valid_T=record.valid_T)) for router, part in self._records(record)]
         return torch.stack([router.executed_flops(part) for router, part in parts]).sum()
 

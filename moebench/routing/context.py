@@ -12,7 +12,7 @@ from moebench.routing.features.feature import Feature
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DataSummary:
-    """What is known of a task's data before training; None where the task has no such thing."""
+    """Facts about a task's data before training; None where it does not apply."""
 
     vocab_size: int | None = None
     token_count_V: Tensor | None = None
@@ -24,7 +24,7 @@ class DataSummary:
 
 
 NO_DATA = DataSummary()
-"""The summary where nothing is known of the data."""
+"""The summary without any facts."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

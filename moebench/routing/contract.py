@@ -50,13 +50,13 @@ def check_routing(router: Router, routing: object) -> AnyRouting:
     if not isinstance(routing, expected):
         raise RouterContractError(
             f"{label_router(router.config.name)}: forward must return a {expected.__name__}, as"
-            f" form=Form.{router.form.name} says, got {type(routing).__name__}"
+            f" form=Form.{router.form.name} declares, got {type(routing).__name__}"
         )
     return routing  # type: ignore[return-value]  # one of the types above
 
 
 def label_router(name: str) -> str:
-    """Return a router's name and, where it is registered, its file: how messages begin."""
+    """Return a router's name and, where it is registered, its file, as the start of a message."""
     origins = {entry.name: f" ({entry.origin})" for entry in ROUTERS.entries()}
     return f"router '{name}'{origins.get(name, '')}"
 

@@ -20,5 +20,5 @@ class RouterCost(nn.Module):
         return sum(2 * parameter.numel() for parameter in self.parameters() if parameter.dim() == 2)
 
     def executed_flops(self, record: LayerRecord) -> Tensor:
-        """Return the forward FLOPs of the router for the positions of a record, fp64 scalar: one look at each."""
+        """Return the forward FLOPs of the router for the positions of a record, fp64 scalar: each is routed once."""
         return record.num_positions * self.flops_per_token()

@@ -1,4 +1,4 @@
-"""Helpers of routers by domain: the check that there are domains, and values for domains that were not trained on."""
+"""Domains in routers: the check that a task has them, and values for domains that were not trained on."""
 
 import torch
 from torch import Tensor
@@ -14,11 +14,11 @@ def check_domains(name: str, context: RouterBuildContext) -> int:
     return context.data.num_domains
 
 
-def with_mean(value: Tensor, dim: int = 0) -> Tensor:
+def append_mean(value: Tensor, dim: int = 0) -> Tensor:
     """Append the mean over domains, which is the value for domains that were not trained on."""
     return torch.cat([value, value.mean(dim, keepdim=True)], dim)
 
 
-def place_of(domain_T: Tensor, num_domains: int) -> Tensor:
-    """Return the index of each token's domain into `with_mean`: the last one for every domain not trained on."""
+def get_domain_index(domain_T: Tensor, num_domains: int) -> Tensor:
+    """Return the index of each token's domain into `append_mean`: the last one for every domain not trained on."""
     return domain_T.clamp(max=num_domains)

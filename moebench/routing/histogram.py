@@ -2,7 +2,7 @@
 
 The quantile of a whole step cannot be computed from the quantiles of its parts, but it can from the sum of their
 histograms. Routers that track a quantile count distances from its previous value: the less it moves, the finer the bins
-that resolve it, however close together the values lie.
+that resolve it, however close together the values are.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 BINS_PER_OCTAVE = 64
 """Bins between two powers of 2: relative resolution 1/128."""
 MIN_EXPONENT, MAX_EXPONENT = -24, 8
-"""Powers of 2 that bound the resolved range; below 2**-24 lies the rounding of fp32 values near 1."""
+"""Powers of 2 that bound the resolved range; 2**-24 is the rounding error of fp32 values near 1."""
 BINS_PER_SIGN = (MAX_EXPONENT - MIN_EXPONENT) * BINS_PER_OCTAVE
 """Bins of each sign; one more bin in the middle counts values below 2**MIN_EXPONENT."""
 

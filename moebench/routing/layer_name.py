@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class LayerName:
-    """Where an MoE layer stands in its model; as text "3", "3.attention", "encoder.3" or "encoder.3.attention"."""
+    """Position of an MoE layer in its model; as text "3", "3.attention", "encoder.3" or "encoder.3.attention"."""
 
     block: int = 0
     """Index of the block within its stack, from 0."""

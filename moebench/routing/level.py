@@ -24,11 +24,11 @@ class Level:
         """Return how many experts all levels choose among, where this one has `num_experts`."""
         return self.num_above * num_experts * self.num_below
 
-    def part_of(self, number: Tensor, num_experts: int) -> Tensor:
+    def select_part(self, number: Tensor, num_experts: int) -> Tensor:
         """Return this router's choice (int64, 0 ... num_experts - 1) for the index of one of all `total` experts."""
         return number // self.num_below % num_experts
 
-    def expert_of(self, number: Tensor, num_experts: int) -> Tensor:
+    def select_expert(self, number: Tensor, num_experts: int) -> Tensor:
         """Return the expert (int64, 0 ... num_experts - 1) for a non-negative integer: a position, a label, an id.
 
         A single router takes the number modulo E. On two levels, the choices of both together are the number modulo the
@@ -40,7 +40,7 @@ class Level:
         while digits and num_experts > 1:
             shift = shift + digits % num_experts * rest
             digits, rest = digits // num_experts, rest // num_experts
-        return self.part_of((number + shift) % self.total(num_experts), num_experts)
+        return self.select_part((number + shift) % self.total(num_experts), num_experts)
 
 
 SINGLE_LEVEL = Level()

@@ -1,4 +1,4 @@
-"""The values of routers that choose nothing: they mix tokens into slots, or experts into one network."""
+"""The output of routers that do not select: they mix tokens into slots, or experts into one network."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,8 +26,8 @@ class SoftRouting(AbstractRouting):
     """fp32: what a token gets back of each slot: 1 over the slots, or for each slot 1 over the tokens."""
     num_experts: int
     group_index_T: Tensor | None = None
-    """int64: position b · L + l of each token in the groups, of which some may stay empty (like padding they have no
-    weights); None: group after group, in order."""
+    """int64: position b · L + l of each token in the groups; positions may stay empty (like padding they have no
+    weights). None: group after group, in order."""
     logits_BLS: Tensor | None = None
     """fp32: the logits of both softmaxes."""
     logits_TE: ClassVar[None] = None
@@ -131,7 +131,7 @@ class MergeRouting(AbstractRouting):
     sequence_length: int
     segment_length: int
     logits_GE: Tensor | None = None
-    """fp32: what the weights are a softmax of."""
+    """fp32: the weights are their softmax."""
     valid_T: Tensor | None = None
     """bool, False at padding; None when nothing is padded."""
     scores_TE: ClassVar[None] = None
@@ -212,7 +212,7 @@ def softmax_over_tokens(logits_BLS: Tensor, valid_BL1: Tensor | None) -> Tensor:
     """Return the softmax over the tokens of each group without padding, which gets 0: all of a group may be padding."""
     if valid_BL1 is None:
         return logits_BLS.softmax(1)
-    # The lowest number and not -inf, of which a group of padding alone would make NaN.
+    # The lowest number and not -inf, which would give NaN in a group of padding alone.
     return logits_BLS.masked_fill(~valid_BL1, torch.finfo(logits_BLS.dtype).min).softmax(1) * valid_BL1
 
 

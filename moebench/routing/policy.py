@@ -26,7 +26,7 @@ class PolicyConfig(RouterConfig):
     entropy: float = 0.01
     """Coefficient of the policy's entropy (nats), which is maximised to keep the policy exploring."""
     baseline: Literal["mean", "learned", "none"] = "mean"
-    """What is subtracted from the reward: its running mean, the mean plus a learned linear function of the token, or
+    """Value subtracted from the reward: its running mean, the mean plus a learned linear function of the token, or
     nothing."""
     decay: float = 0.99
     """Decay of the running mean per step; the first steps are averaged evenly."""
@@ -62,7 +62,7 @@ class PolicyRouter(Router):
         require(0 <= config.decay < 1, "router.decay", config.decay, "at least 0 and below 1")
 
     def build_extras(self, x_TD: Tensor, log_policy_T: Tensor, entropy_T: Tensor) -> dict[str, Tensor]:
-        """Return what the routing must carry for `objective`: log π of the action and the entropy of π, in nats."""
+        """Return the extras of the routing for `objective`: log π of the action and the entropy of π, in nats."""
         extras = {"log_policy_T": log_policy_T, "entropy_T": entropy_T}
         if self.value is not None:  # the baseline's gradient must not reach the tokens
             extras["value_T"] = self.value(x_TD.detach()).squeeze(-1)

@@ -24,7 +24,7 @@ ranked by their logarithm, because among many experts they are small and an abso
 neighbours only grow together among millions of tokens."""
 
 QUANTUM = 2.0**-14
-"""For logits: 6e-5, so that at most one value in a hundred lies near a rounding boundary. Probabilities whose logits
+"""For logits: 6e-5, so that at most one value in a hundred is near a rounding boundary. Probabilities whose logits
 differ by this much differ by 0.006 %, sixty times less than one bit of bf16."""
 
 SCORE_QUANTUM = 2.0**-20

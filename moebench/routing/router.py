@@ -31,9 +31,9 @@ class Causality:
     batch_dependent: bool
     """In evaluation, the routing of a sequence depends on what else is in the batch."""
     with_capacity: bool | None = None
-    """`causal` when a capacity drops by this router's priority; None: the same."""
+    """`causal` when a capacity drops by this router's priority; None: as `causal`."""
     in_evaluation: bool | None = None
-    """`causal` in evaluation, for routers that balance over the batch in training alone; None: the same."""
+    """`causal` in evaluation, for routers that balance over the batch in training alone; None: as `causal`."""
     draws_in_evaluation: bool = False
     """Draws random numbers in evaluation too: by the batch and the position of a token in it, which then matter in no
     other way."""
@@ -45,7 +45,7 @@ class Causality:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known about a routing algorithm; shown by `list` and `show`, enforced by the contract tests."""
+    """Facts about a routing algorithm; shown by `list` and `show`, enforced by the contract tests."""
 
     family: str
     """The survey's families: token choice, expert choice, global assignment, static, stochastic, ... or baseline."""
@@ -125,7 +125,7 @@ class RouterBuildContext:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterTraits:
-    """What the layer and the checks must know of a router as it is built."""
+    """Properties of a router that depend on its options, for the layer and the checks."""
 
     needs_whole_batch: bool = False
     """A token's routing depends on other sequences of the batch: each process gathers all tokens, routes them and keeps
@@ -133,7 +133,7 @@ class RouterTraits:
     has_variable_k: bool = False
     """Tokens may use another number of experts than `experts_per_token`."""
     has_state: bool = False
-    """`after_step` does something."""
+    """Whether `after_step` updates state."""
 
 
 class Router(RouterCost, Generic[ConfigT]):

@@ -1,4 +1,4 @@
-"""The values that travel between a router, the MoE layer, the losses and the metrics.
+"""The values that a router, the MoE layer, the losses and the metrics exchange.
 
 Shape letters: B batch, L length, T tokens (B·L), D model width, F expert hidden width, E experts, K experts per
 token, C capacity, S slots, N assignments, R rows. Tensors carry them as a suffix; scalars carry none.
@@ -246,7 +246,7 @@ class LayerRecord:
     flops_E: tuple[int, ...] = ()
     """Forward FLOPs of one row through each expert of the layer; empty: unknown, taken to be equal."""
     ranks: Ranks = SINGLE_RANK
-    """Processes over whose tokens losses take their sums and means: all of them, or ALONE."""
+    """Processes over whose tokens losses take their sums and means: all of them, or SINGLE_RANK."""
     token_loss_T: Tensor | None = None
     """Task loss of each token in nats, without gradient; None until the task loss is known."""
 

@@ -28,11 +28,12 @@ def collect_environment(threads: int) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
         "git_commit": commit,
         "git_dirty": bool(_git("status", "--porcelain")) if commit else None,
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: find_version(name) for name in PACKAGES},
     }
 
 
-def _version(package: str) -> str | None:
+def find_version(package: str) -> str | None:
+    """Return the version of an installed package; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

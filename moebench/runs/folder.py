@@ -1,4 +1,4 @@
-"""The folder of one run: the paths of its files, and the state of the run that they tell."""
+"""The folder of one run: the paths of its files, and the state of the run that follows from them."""
 
 import json
 import os

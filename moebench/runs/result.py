@@ -1,4 +1,4 @@
-"""The result of one run: what the trainer hands to the runner and the runner to the analysis."""
+"""The result of one run, written by the trainer and read by the runner and the analysis."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field

@@ -1,4 +1,4 @@
-"""Synthetic regression whose best experts are known: each cluster of tokens has a linear map of its own."""
+"""Synthetic regression whose best experts are known: each cluster of tokens has its own linear map."""
 
 import hashlib
 from collections.abc import Mapping, Sequence

@@ -27,7 +27,7 @@ from moebench.tasks.text.windows import PreparedText
 class SpanCorruption(TextTask):
     """T5's objective (arXiv:1910.10683, section 3.1.4) on an encoder-decoder model.
 
-    Spans of tokens are removed from a window and each is replaced by a sentinel, an id of its own. The target is each
+    Spans of tokens are removed from a window and each is replaced by a sentinel, an additional id. The target is each
     sentinel followed by the tokens that it replaced, and a last sentinel. As in T5's code, the number of removed tokens
     and of spans is fixed, so that nothing is padded, and a window begins with text and ends with a span. Positions of
     spans are a function of the seed and the step, fixed in evaluation.

@@ -87,7 +87,7 @@ def file_errors(name: str) -> Iterator[None]:
 def require_same_columns(tables: Iterable[Table], key: str, column: str) -> Iterator[Table]:
     """Yield the tables; raise UsageError if only some have the optional `column`, the value of task.data.`key`.
 
-    Otherwise the rows of tables without it would silently form a domain of their own.
+    Otherwise the rows of tables without it would silently form their own domain.
     """
     first: Table | None = None
     for table in tables:

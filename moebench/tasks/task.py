@@ -1,4 +1,4 @@
-"""The contract of a task: data, input embedding, head, loss and metrics. A task knows nothing about routing."""
+"""The contract of a task: data, input embedding, head, loss and metrics. A task is independent of routing."""
 
 import re
 import unicodedata
@@ -94,7 +94,7 @@ NUM_PARTS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class LabelKind:
-    """A kind of label that every position has; evaluations measure how much experts know of it."""
+    """A kind of label that every position has; evaluations measure how much information experts have about it."""
 
     name: str
     """Suffix of the metric load/information/NAME."""

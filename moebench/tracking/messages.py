@@ -12,7 +12,7 @@ from moebench.tracking.mlflow_store import MAX_BATCH, MetricValue, MlflowStore
 
 
 def split_into_batches(points: list[Point]) -> Iterator[list[Point]]:
-    """Split the points into batches of at most `MAX_BATCH` values; a point with more is a batch of its own."""
+    """Split the points into batches of at most `MAX_BATCH` values; a point with more is its own batch."""
     batch: list[Point] = []
     size = 0
     for point in points:

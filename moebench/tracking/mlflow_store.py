@@ -107,7 +107,7 @@ def find_database_defect(path: Path) -> str | None:
 
 
 @contextmanager
-def quiet_mlflow() -> Iterator[None]:
+def silence_mlflow() -> Iterator[None]:
     """Suppress MLflow's telemetry, progress bars, log messages and deprecation warnings."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -125,7 +125,7 @@ def quiet_mlflow() -> Iterator[None]:
 def _tracker_errors(uri: str) -> Iterator[None]:
     """Convert every exception of MLflow and its dependencies into TrackerError."""
     try:
-        with quiet_mlflow():
+        with silence_mlflow():
             yield
     except (TrackerError, UsageError):
         raise

@@ -82,7 +82,7 @@ class Tracker:
         return self._status.reason
 
     def stop(self, timeout_s: float = 30.0) -> TrackerStatus:
-        """Send the rest within `timeout_s` seconds, end the process and return its status."""
+        """Send what is pending within `timeout_s` seconds, end the process and return its status."""
         process, self._process = self._process, None
         if process is None or self._reader is None:
             return self._status
@@ -143,7 +143,7 @@ class _ReplayLoop:
         self.status = TrackerStatus(ok=True)
 
     def run(self) -> None:
-        """Replay whenever there may be something new, until the stop event is set; then once more."""
+        """Replay whenever there may be something new, until the stop event is set; then one last time."""
         previous: object = ()
         wait_s = self.interval_s
         while not self.stop_event.wait(wait_s):

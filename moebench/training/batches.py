@@ -66,7 +66,7 @@ def build_loss_normalizer(batch: Batch, config: CellConfig, mesh: Mesh) -> LossN
     return LossNormalizer(num_predictions=num_predictions, num_parts=config.train.accumulate * mesh.size)
 
 
-def train_tokens(config: CellConfig, task: Task) -> int:
-    """Return the tokens that a cell is trained on, padding left out."""
+def count_train_tokens(config: CellConfig, task: Task) -> int:
+    """Return the number of tokens that a cell is trained on, without padding."""
     train = config.train
     return sum(task.count_positions(train.batch_size, config.seed, step) for step in range(train.steps))

@@ -22,7 +22,7 @@ from moebench.training.step_timer import StepTimer
 
 @dataclass(frozen=True)
 class RunContext:
-    """The surroundings of a training run: where it records, saves and reports, and what stops it."""
+    """Where a training run records, saves and reports, and what stops it."""
 
     recorder: RunRecorder
     checkpoints: Path
@@ -34,7 +34,7 @@ class RunContext:
 
 
 class CellCallback(lightning.Callback):
-    """Logs, evaluates and saves one cell as its configuration says.
+    """Logs, evaluates and saves one cell at the intervals of its configuration.
 
     Its state is part of every checkpoint, so that the means of a resumed run are those of all its steps.
     """

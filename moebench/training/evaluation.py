@@ -99,7 +99,7 @@ def _part_of_rank(batch: Batch, mesh: Mesh, model: Model) -> Batch:
 
 @dataclass
 class _ExpertCounts:
-    """What the experts of a model did, summed over batches."""
+    """Label counts, executed cost and load of the experts of a model, summed over batches."""
 
     labels: LabelCounts
     executed_cost: ExecutedCost
@@ -114,12 +114,12 @@ class _ExpertCounts:
         self.labels.add(batch, records)
         self.executed_cost.add(records)
 
-    def over(
+    def sum_over(
         self, mesh: Mesh, model: Model, task: Task
     ) -> tuple[dict[str, float], dict[str, list[int]], dict[str, LabelTable]]:
         """Return the load metrics, the load of each expert and the label tables, over all processes."""
         counts = {layer: count.sum_over(mesh.world) for layer, count in self.load.items()}
-        tables = self.labels.over(mesh.world)
+        tables = self.labels.sum_over(mesh.world)
         self.executed_cost.all_reduce(mesh)
         metrics = summarise_load(list(counts.values())) | self.executed_cost.metrics(model, task)
         load_by_layer = {str(layer): count.load_E.tolist() for layer, count in counts.items()}
@@ -142,9 +142,9 @@ def _evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, dev
         counts = held_out if bool((batch.domain_B >= task.num_trained_domains).any()) else trained
         counts.add(part, records)
     sums = {name: mesh.world.sum(value).cpu() for name, value in sums.items()}
-    load, load_by_layer, labels = trained.over(mesh, model, task)
+    load, load_by_layer, labels = trained.sum_over(mesh, model, task)
     trained.executed_cost.check_experts_per_token()  # only here: held-out domains may be routed by other rules
-    held_out_load, _, _ = held_out.over(mesh, model, task)
+    held_out_load, _, _ = held_out.sum_over(mesh, model, task)
     return Evaluation(
         quality=task.compute_quality(sums),
         load=load | {f"{name}/{OUT_OF_DOMAIN}": value for name, value in held_out_load.items()},

@@ -12,7 +12,7 @@ from moebench.parallel.mesh import Mesh
 from moebench.routing.contract import RouterContractError, label_router
 from moebench.routing.values import LayerRecord
 from moebench.tasks.task import Task
-from moebench.training.model import Model, model_cost
+from moebench.training.model import Model, compute_model_cost
 
 
 class Column(IntEnum):
@@ -70,7 +70,7 @@ class ExecutedCost:
         mean_LX = self.total_LX / positions_L.unsqueeze(1)
         excess_flops = {layer.name: float(mean_LX[n, Column.EXCESS_FLOPS]) for n, layer in enumerate(self.layers)}
         lengths = task.sequence_length, task.decoder_length
-        planned = model_cost(model, *lengths).flops_per_token
+        planned = compute_model_cost(model, *lengths).flops_per_token
         return {
             "load/flops_per_token": executed_flops_per_token(model.backbone, planned, excess_flops, *lengths),
             "load/experts_per_token": float(mean_LX[:, Column.ROWS].mean()),
@@ -101,7 +101,7 @@ class ExecutedCost:
             mean = float(sums_X[Column.ASSIGNMENTS] / sums_X[Column.POSITIONS])
             raise RouterContractError(
                 f"{label_router(layer.router.config.name)} uses {mean:.4g} experts per token on average in layer"
-                f" {layer.name}, but experts_per_token says {layer.experts_per_token} for each (correct it, or set"
+                f" {layer.name}, but experts_per_token declares {layer.experts_per_token} for each (correct it, or set"
                 " Facts.variable_k=True)"
             )
 

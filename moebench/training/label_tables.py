@@ -77,8 +77,8 @@ class LabelCounts:
         shape = len(batch.domain_B), record.sequence_length
         return [kind.read(batch).expand(shape).reshape(-1) for kind in self.kinds]
 
-    def over(self, ranks: Ranks) -> dict[str, LabelTable]:
-        """Return the table of each kind, summed over processes; kinds of which one label occurs are left out."""
+    def sum_over(self, ranks: Ranks) -> dict[str, LabelTable]:
+        """Return the table of each kind, summed over processes; kinds with a single label are left out."""
         sizes = [len(kind.values) for kind in self.kinds]
         parts = {str(layer): torch.split(ranks.sum(table).cpu(), sizes) for layer, table in self.tables.items()}
         tables = {
@@ -106,6 +106,6 @@ def read_label_tables(file: Path) -> dict[str, LabelTable]:
         kinds = json.loads(file.read_bytes())["kinds"]
         return {name: LabelTable.from_dict(table) for name, table in kinds.items()}
     except FileNotFoundError as error:
-        raise UsageError(f"{file}: is not there; a run has it when it is done and has experts") from error
+        raise UsageError(f"{file}: does not exist; a run has it when it is done and has experts") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(f"{file}: cannot be read ({type(error).__name__}); train the cell again") from error

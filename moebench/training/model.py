@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from moebench.models.build import NO_FEATURES, build_backbone
-from moebench.models.cost import Cost, cost_of, count_flops
+from moebench.models.cost import Cost, compute_cost, count_flops
 from moebench.models.encoder_decoder import EncoderDecoder
 from moebench.models.transformer import BatchContext, Transformer, init_weights
 from moebench.parallel.expert_sharding import shard_experts
@@ -32,7 +32,7 @@ class Model(nn.Module):
         features: Sequence[Feature] = (),
         feature_modules: Mapping[type[Feature], nn.Module] = NO_FEATURES,
     ) -> None:
-        """`features`: what the routers require. `feature_modules`: the modules of those that have one."""
+        """`features`: those that the routers require. `feature_modules`: the modules of features that have one."""
         super().__init__()
         self.embedding = embedding
         self.backbone = backbone
@@ -105,7 +105,7 @@ def build_model(config: CellConfig, task: Task, sized_as: CellConfig | None = No
 
 
 def summarise_data(task: Task) -> DataSummary:
-    """Return what a router may know of a task's data when it is built."""
+    """Return the facts about a task's data that routers may use when they are built."""
     return DataSummary(
         vocab_size=task.vocab_size,
         token_count_V=task.token_count_V,
@@ -114,7 +114,7 @@ def summarise_data(task: Task) -> DataSummary:
     )
 
 
-def initialised_model(config: CellConfig, task: Task, mesh: Mesh = SINGLE_PROCESS_MESH) -> Model:
+def build_initialised_model(config: CellConfig, task: Task, mesh: Mesh = SINGLE_PROCESS_MESH) -> Model:
     """Build the model, as one of the mesh's processes has it, and draw its weights from the cell's seed."""
     model = build_model(config, task)
     if mesh.process_info.has_group:
@@ -123,10 +123,12 @@ def initialised_model(config: CellConfig, task: Task, mesh: Mesh = SINGLE_PROCES
     return model
 
 
-def model_cost(model: Model, sequence_length: int, decoder_length: int | None = None) -> Cost:
+def compute_model_cost(model: Model, sequence_length: int, decoder_length: int | None = None) -> Cost:
     """Count parameters and forward FLOPs per token of a model."""
     modules = collect(model.features, model.feature_module)
-    cost = cost_of(model.backbone, [model.embedding, model.head, *modules.values()], sequence_length, decoder_length)
+    cost = compute_cost(
+        model.backbone, [model.embedding, model.head, *modules.values()], sequence_length, decoder_length
+    )
     count = partial(count_flops, length=sequence_length)
     training_only = [feature.count_training_flops(model.feature_module(feature), count) for feature in model.features]
     return replace(cost, train_passes=count_passes(model.features), training_only_flops=sum(training_only))

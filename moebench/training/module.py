@@ -175,11 +175,11 @@ class CellModule(lightning.LightningModule):
             weight_decay=train.weight_decay,
             fused=True,
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, train))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: compute_rate_factor(step, train))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def rate_at(step: int, train: TrainConfig) -> float:
+def compute_rate_factor(step: int, train: TrainConfig) -> float:
     """Return the learning rate of an update (counted from 0) as a fraction of the peak."""
     if step < train.warmup_steps:
         return (step + 1) / train.warmup_steps

@@ -18,7 +18,7 @@ class Objective:
     """The loss of one batch and its parts."""
 
     total: Tensor
-    """What is differentiated."""
+    """The scalar to differentiate."""
     task: Tensor
     """Loss per prediction in nats, without any auxiliary loss: the mean over a step's micro-batches and processes is
     that over all its predictions."""
@@ -111,7 +111,7 @@ def add_token_loss(records: Sequence[LayerRecord], loss_BP: Tensor, batch: Batch
 
 
 def _has_own_predictions(record: LayerRecord, batch: Batch) -> bool:
-    """Return whether each token of a layer has a prediction of its own: not in an encoder, whose decoder predicts."""
+    """Return whether each token of a layer has its own prediction: not in an encoder, whose decoder predicts."""
     return record.layer.half != "encoder" and record.routing.num_tokens == len(batch.domain_B) * batch.num_predictions
 
 

@@ -6,9 +6,9 @@ from dataclasses import asdict
 from moebench.compatibility import list_marks
 from moebench.config import to_plain
 from moebench.runs.result import RunResult
-from moebench.training.batches import train_tokens
+from moebench.training.batches import count_train_tokens
 from moebench.training.callback import CellCallback
-from moebench.training.model import model_cost
+from moebench.training.model import compute_model_cost
 from moebench.training.module import CellModule
 
 
@@ -49,7 +49,7 @@ def _compute_cost(module: CellModule, callback: CellCallback) -> dict[str, float
     """
     assert callback.final is not None
     task, model = module.task, module.model
-    planned = model_cost(model, task.sequence_length, task.decoder_length)
+    planned = compute_model_cost(model, task.sequence_length, task.decoder_length)
     trained, evaluated = callback.executed_cost.metrics(model, task), callback.final.load
     cost = {name: float(value) for name, value in asdict(planned).items()}
     for quantity in ("flops_per_token", "experts_per_token"):
@@ -57,4 +57,4 @@ def _compute_cost(module: CellModule, callback: CellCallback) -> dict[str, float
         cost[f"train_{quantity}"] = planned.train_passes * trained.get(name, cost[quantity])
         cost[f"eval_{quantity}"] = evaluated.get(name, cost[quantity])
     cost["train_flops_per_token"] += planned.training_only_flops
-    return cost | {"train_tokens": float(train_tokens(module.config, task))}
+    return cost | {"train_tokens": float(count_train_tokens(module.config, task))}

@@ -7,7 +7,7 @@ import torch
 
 from moebench.experts.layer import MoELayer
 from moebench.parallel.mesh import Mesh
-from moebench.parallel.traffic import peak_memory_gib, predicted_bytes
+from moebench.parallel.traffic import peak_memory_gib, predict_bytes
 from moebench.routing.metrics import LoadCount, summarise_load
 from moebench.routing.values import LayerRecord
 from moebench.training.executed_cost import ExecutedCost
@@ -63,7 +63,7 @@ def compute_parallel_metrics(module: CellModule, timer: StepTimer) -> dict[str, 
         return {}
     traffic, step_s, num_tokens = mesh.traffic, timer.durations_s[-1], timer.num_tokens[-1]
     element_size = 2 if module.config.train.precision == "bf16" else 4
-    predicted = sum(predicted_bytes(module.layers, records, element_size) for records in module.records)
+    predicted = sum(predict_bytes(module.layers, records, element_size) for records in module.records)
     values = [step_s, traffic.transfer_s, traffic.wait_s, traffic.num_bytes, predicted, peak_memory_gib(mesh.device)]
     values.append(_count_rows(module.layers, module.records, mesh))
     values_1N = torch.tensor([values], dtype=torch.float64, device=mesh.device)

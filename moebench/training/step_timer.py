@@ -42,7 +42,7 @@ class StepTimer:
         """Add seconds spent on a batch, ending now, to the step that ends next.
 
         The trainer fetches the next batch before it processes the last micro-batch of a step. With several
-        micro-batches this happens within the step, whose clock is stopped meanwhile.
+        micro-batches this happens within the step, and the wait is excluded from its duration.
         """
         self._pending_wait_s += seconds
         if self._is_running:

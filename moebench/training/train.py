@@ -24,7 +24,7 @@ from moebench.tasks.task import Task
 from moebench.training.batches import StepBatches
 from moebench.training.callback import CellCallback, RunContext
 from moebench.training.label_tables import label_tables_to_json
-from moebench.training.model import initialised_model
+from moebench.training.model import build_initialised_model
 from moebench.training.module import CellModule
 from moebench.training.result import build_result
 from moebench.training.step_timer import StepTimer
@@ -46,7 +46,7 @@ def train_cell(
     """
     start_s = time.perf_counter()
     checkpoint = _find_checkpoint(context, mesh)
-    model = initialised_model(config, task, mesh)
+    model = build_initialised_model(config, task, mesh)
     timer = StepTimer()
     module = CellModule(config, model, task, mesh, context.should_stop)
     callback = CellCallback(context, timer)

@@ -26,7 +26,7 @@ def apply_evaluation_settings(config: CellConfig, assignments: list[str]) -> Cel
         is_fixed = option in ("", "name") or option.startswith("losses") or key in TRAINING_ONLY_KEYS
         if section not in EVALUATION_SECTIONS or is_fixed:
             raise UsageError(
-                f"{key}: is no setting of the evaluation of a trained model (allowed: keys of layout and router that"
+                f"{key}: does not apply to the evaluation of a trained model (allowed: keys of layout and router that"
                 " do not affect training alone, such as layout.capacity_factor_eval, layout.drop_order, router.top_k)"
             )
     _, settings = apply_overrides(ExperimentConfig(), assignments)
@@ -42,7 +42,7 @@ def check_same_parameters(config: CellConfig, trained: CellConfig, task: Task, w
     if {name: value.shape for name, value in changed.items()} != {
         name: value.shape for name, value in original.items()
     }:
-        raise UsageError(f"{what}: changes the parameters of the model, so no trained model has it")
+        raise UsageError(f"{what}: changes the parameters of the model, so the trained weights do not fit")
 
 
 def load_trained_model(config: CellConfig, trained: CellConfig, task: Task, checkpoints: Path) -> Model:

@@ -16,7 +16,7 @@ from moebench.experts.projection import HeadBank, ProjectionBank
 from moebench.experts.reference import double_loop
 from moebench.experts.widths import MATCH_TOLERANCE
 from moebench.models.build import build_backbone
-from moebench.models.cost import cost_of, executed_flops_per_token
+from moebench.models.cost import compute_cost, executed_flops_per_token
 from moebench.models.transformer import BatchContext, Transformer
 from moebench.models.whole_model import StackBank
 from moebench.routing.context import DataSummary
@@ -44,7 +44,7 @@ def sum_executed_flops(backbone: Transformer, records: list[LayerRecord]) -> flo
     for layer, record in zip(backbone.moe_layers(), records, strict=True):
         beyond = layer.executed_flops(record) - NUM_TOKENS * layer.routed_flops_per_token(LENGTH)
         excess[layer.name] = float(beyond) / NUM_TOKENS
-    planned = cost_of(backbone, [], LENGTH).flops_per_token
+    planned = compute_cost(backbone, [], LENGTH).flops_per_token
     return NUM_TOKENS * executed_flops_per_token(backbone, planned, excess, LENGTH)
 
 
@@ -69,9 +69,9 @@ def test_planned_flops_match_torch(layout: str, router: str) -> None:
     assert x_BLD.grad is not None
     assert x_BLD.grad.isfinite().all()
     assert all(parameter.grad is not None for layer in layers for parameter in layer.bank.parameters())
-    cost = cost_of(backbone, [], LENGTH)
+    cost = compute_cost(backbone, [], LENGTH)
     assert cost.total_params == sum(parameter.numel() for parameter in backbone.parameters())
-    dense = cost_of(backbone_of(config_of(layout, "dense")), [], LENGTH)
+    dense = compute_cost(backbone_of(config_of(layout, "dense")), [], LENGTH)
     assert cost.flops_per_token == pytest.approx(dense.flops_per_token, rel=MATCH_TOLERANCE)
     assert cost.active_params <= cost.total_params
 
@@ -167,10 +167,10 @@ def test_small_capacity_drops_assignments(layout: str) -> None:
 
 @every_layout
 def test_cost_is_counted_on_the_meta_device(layout: str) -> None:
-    real = cost_of(backbone_of(config_of(layout)), [], LENGTH)
+    real = compute_cost(backbone_of(config_of(layout)), [], LENGTH)
     with torch.device("meta"):
         planned = build_backbone(config_of(layout), causal=True, data=DataSummary(sequence_length=LENGTH))
-    assert cost_of(planned, [], LENGTH) == real
+    assert compute_cost(planned, [], LENGTH) == real
 
 
 @every_layout
@@ -191,10 +191,10 @@ def test_shared_modules_have_equal_initial_weights_across_arms(layout: str) -> N
 def test_activation_option_applies_to_experts(layout: str) -> None:
     feed_forward = {"feed_forward": "experts"} if layout == "attention" else {}
     gelu, swiglu = (
-        cost_of(backbone_of(config_of(layout, "top_k", expert_activation=a, **feed_forward)), [], LENGTH)
+        compute_cost(backbone_of(config_of(layout, "top_k", expert_activation=a, **feed_forward)), [], LENGTH)
         for a in ("gelu", "swiglu")
     )
-    dense = cost_of(backbone_of(config_of(layout, "dense")), [], LENGTH)
+    dense = compute_cost(backbone_of(config_of(layout, "dense")), [], LENGTH)
     assert gelu.flops_per_token == pytest.approx(dense.flops_per_token, rel=MATCH_TOLERANCE)
     assert swiglu.flops_per_token == pytest.approx(dense.flops_per_token, rel=MATCH_TOLERANCE)
 

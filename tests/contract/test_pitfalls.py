@@ -24,7 +24,7 @@ from moebench.routing.losses import load_balance
 from moebench.routing.router import ROUTERS
 from moebench.routing.values import LayerRecord, Routing
 from moebench.training.evaluation import batch_context
-from moebench.training.model import initialised_model, prepare_task
+from moebench.training.model import build_initialised_model, prepare_task
 from moebench.training.objective import compute_objective
 
 HALVES = (torch.arange(0, 32), torch.arange(32, 64))
@@ -68,7 +68,7 @@ def router_gradient(text: Path, folder: Path, coefficient: float) -> tuple[Tenso
     """Return the first router's gradient, the logged task loss, and the minimised loss."""
     config = tiny_config(text, router={"name": "switch", "losses": {"load_balance": coefficient}})
     task = prepare_task(config, folder)
-    model = initialised_model(config, task)
+    model = build_initialised_model(config, task)
     with torch.no_grad():  # a zero head passes no gradient
         model.head.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     batch = task.train_batch(4, 0, 0)

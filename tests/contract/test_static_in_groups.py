@@ -158,13 +158,13 @@ def test_more_groups_than_experts_per_group_differ() -> None:
 
 def test_level_by_hand() -> None:
     # 3 groups of 4: 17 mod 12 = 5 is expert 1 of group 1.
-    assert Level(num_below=4).expert_of(torch.tensor([17]), 3).item() == 1
-    assert Level(num_above=3).expert_of(torch.tensor([17]), 4).item() == 1
+    assert Level(num_below=4).select_expert(torch.tensor([17]), 3).item() == 1
+    assert Level(num_above=3).select_expert(torch.tensor([17]), 4).item() == 1
     # Parallel groups of 4 experts: group 0 has 17 mod 4 = 1; group 1 shifts the fifth run by 4, group 2 by 8; group 5
     # is 11 in base 4: shifts of 4, and of 1 for the second run of sixteen.
-    experts = [Level(group=group).expert_of(torch.tensor([17]), 4).item() for group in (0, 1, 2, 5)]
+    experts = [Level(group=group).select_expert(torch.tensor([17]), 4).item() for group in (0, 1, 2, 5)]
     assert experts == [1, 1, 1, (17 + 4 + 1) % 4]
-    assert [Level(group=group).expert_of(torch.tensor([6]), 4).item() for group in (0, 1, 2)] == [2, 3, 0]
+    assert [Level(group=group).select_expert(torch.tensor([6]), 4).item() for group in (0, 1, 2)] == [2, 3, 0]
 
 
 def test_variants_of_the_balanced_table_are_even_and_differ() -> None:

@@ -13,7 +13,7 @@ from moebench.config import merge_settings, resolve
 from moebench.models.transformer import BatchContext
 from moebench.tasks.task import TASKS, Batch, Task
 from moebench.training.evaluation import batch_context, evaluate
-from moebench.training.model import initialised_model, prepare_task
+from moebench.training.model import build_initialised_model, prepare_task
 
 KINDS = {
     "language": {"domain", "position", "token"},
@@ -61,7 +61,7 @@ def test_label_tables_count_each_assignment_once_without_padding(
 ) -> None:
     config = config_of(name, data)
     task = prepare_task(config, tmp_path)
-    model = randomise_parameters(initialised_model(config, task))
+    model = randomise_parameters(build_initialised_model(config, task))
     batches = task.eval_batches("test", 4)
     expected: dict[str, dict[str, torch.Tensor]] = {}
     for batch in batches:  # by a loop over assignments and labels, layer by layer

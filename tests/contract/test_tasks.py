@@ -19,7 +19,7 @@ from moebench.routing.router import ROUTERS
 from moebench.schema import CellConfig
 from moebench.tasks.task import TASKS, Task
 from moebench.training.evaluation import batch_context, evaluate
-from moebench.training.model import initialised_model, prepare_task
+from moebench.training.model import build_initialised_model, prepare_task
 from moebench.training.module import CellModule
 
 NUM_EXPERTS = 4
@@ -81,7 +81,7 @@ def test_one_training_step_or_refusal(task: str, layout: str, router: str, data:
         config = resolve(merge_settings(plain, changes))
         check_cell(config)
         ready: Task = prepared(config)
-        module = CellModule(config, initialised_model(config, ready), ready)
+        module = CellModule(config, build_initialised_model(config, ready), ready)
     except UsageError as error:
         reason = str(error)
     else:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import moebench.parallel.replicas
 from moebench.parallel.replicas import ReplicaError, check_replicas, fingerprint
-from moebench.training.model import initialised_model, prepare_task
+from moebench.training.model import build_initialised_model, prepare_task
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_fingerprint_needs_little_memory(dtype: torch.dtype, is_transposed: bool
 def corrupt_and_check(mesh: Mesh, text: Path, folder: Path, overrides: dict[str, Any], what: str) -> str:
     """Change one bit on the last rank and return the message of the replica check."""
     config = tiny_config(text, **overrides)
-    model = initialised_model(config, prepare_task(config, folder), mesh)
+    model = build_initialised_model(config, prepare_task(config, folder), mesh)
     check_replicas(model, mesh)
     (corrupted,) = [tensor for name, tensor in model.state_dict().items() if name.endswith(what)]
     local = corrupted.to_local() if isinstance(corrupted, DTensor) else corrupted

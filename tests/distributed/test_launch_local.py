@@ -10,7 +10,7 @@ import pytest
 from support.command_line import CommandLine, Results, WarmCommandLine, deterministic_points, journal, send, wait_until
 from support.start_methods import EXPERT_2, SIGNALS, TIMEOUT_S, wait_for_first_steps, workers_by_rank, write_faulty
 
-from moebench.tracking.mlflow_store import default_uri, quiet_mlflow
+from moebench.tracking.mlflow_store import default_uri, silence_mlflow
 
 pytestmark = pytest.mark.timeout(400)
 RUN = ("run", "./tiny.yaml", "--tracker", "none", "--plugin", "faulty.py", "--json", *EXPERT_2)
@@ -100,7 +100,7 @@ def test_a_run_over_two_processes_is_one_run_for_the_tracker(cli: CommandLine) -
     assert ended.code == 0, ended.err
     (folder,) = Results(cli.folder / "results").folders()
     assert [p["step"] for p in journal(folder) if "loss/task" in p["metrics"]] == [*range(1, 13)]
-    with quiet_mlflow():
+    with silence_mlflow():
         from mlflow import MlflowClient
 
         client = MlflowClient(default_uri(cli.folder / "results"))

@@ -38,7 +38,7 @@ def test_cell_continues_on_another_mesh(
     times = {point["step"]: point["time"] for point in journal(twin)}
     ended = warm(cli, *RUN, *after, "--reshard", "--json", timeout=TIMEOUT_S)
     assert ended.code == 0, ended.err
-    assert f"is copied; it goes on from step {last_step}" in ended.err
+    assert f"is copied; it continues from step {last_step}" in ended.err
     assert contents(twin) == before_reshard
     (copy,) = [folder for folder in Results(cli.folder / "results").folders() if folder != twin]
     steps = [point["step"] for point in journal(copy) if "loss/task" in point["metrics"]]

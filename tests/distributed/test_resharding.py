@@ -11,7 +11,7 @@ from support.training_cases import assert_same_tree, read_checkpoint, tiny_confi
 from moebench.parallel.checkpoint import checkpoint_path
 from moebench.runs.recorder import RunRecorder
 from moebench.training.callback import CellCallback, RunContext
-from moebench.training.model import initialised_model, prepare_task
+from moebench.training.model import build_initialised_model, prepare_task
 from moebench.training.module import CellModule
 from moebench.training.step_timer import StepTimer
 from moebench.training.train import build_trainer, fit, train_cell
@@ -52,7 +52,7 @@ def load_and_save(mesh: Mesh, text: Path, overrides: dict[str, Any], source: Pat
     """Load a checkpoint of the last step and save it again without a step in between."""
     config = tiny_config(text, **overrides)
     task = prepare_task(config, work)
-    module = CellModule(config, initialised_model(config, task, mesh), task, mesh)
+    module = CellModule(config, build_initialised_model(config, task, mesh), task, mesh)
     timer = StepTimer()
     trainer = build_trainer(config, [CellCallback(RunContext(RunRecorder(None), work), timer)], mesh)
     fit(trainer, module, timer, source, config.train.steps)

@@ -154,7 +154,7 @@ def test_a_second_ctrl_c_ends_a_step_that_hangs(cli: CommandLine, results: Resul
     folder = wait_for_step(results, step=7)
     process.send_signal(signal.SIGINT)
     stderr = process.stderr
-    assert any("once more" in line for line in iter(stderr.readline, ""))
+    assert any("(again: stop now" in line for line in iter(stderr.readline, ""))
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
     assert process.returncode == 130

@@ -65,8 +65,8 @@ class MyRouter(Router):
 def names() -> list[str]:
     """Return every registered name, from the registry in a process of its own."""
     code = (
-        "from moebench.registry import HOMES, registry_of\n"
-        "print(*(name for kind in HOMES for name in registry_of(kind).names()))"
+        "from moebench.registry import HOMES, get_registry\n"
+        "print(*(name for kind in HOMES for name in get_registry(kind).names()))"
     )
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 

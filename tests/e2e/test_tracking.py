@@ -23,7 +23,7 @@ from support.tracked_runs import (
 
 from moebench.errors import UsageError
 from moebench.runs.journal import Journal
-from moebench.tracking.mlflow_store import MlflowStore, default_uri, quiet_mlflow
+from moebench.tracking.mlflow_store import MlflowStore, default_uri, silence_mlflow
 from moebench.tracking.replay import replay
 from moebench.tracking.tracker import Tracker
 
@@ -46,7 +46,7 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> None:
 
 
 def client(results: Path) -> Any:
-    with quiet_mlflow():
+    with silence_mlflow():
         from mlflow import MlflowClient
 
         return MlflowClient(default_uri(results))

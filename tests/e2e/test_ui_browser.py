@@ -10,7 +10,7 @@ import pytest
 from support.run_folders import write_result
 
 from moebench.runs.journal import Journal
-from moebench.tracking.mlflow_store import default_uri, quiet_mlflow
+from moebench.tracking.mlflow_store import default_uri, silence_mlflow
 from moebench.tracking.replay import replay
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "screenshot_ui.py"
@@ -62,7 +62,7 @@ def test_experiment_child_runs_charts_and_load_figure_are_visible(tmp_path: Path
         pytest.skip("no chromium with chromedriver on this machine (Debian: apt-get install chromium-driver)")
     build(tmp_path)
     replay(tmp_path, default_uri(tmp_path))
-    with quiet_mlflow():
+    with silence_mlflow():
         from mlflow import MlflowClient
 
         client = MlflowClient(default_uri(tmp_path))

@@ -132,9 +132,9 @@ def test_unknown_kind_of_tracker_is_a_one_line_error(tmp_path: Path) -> None:
 CONCURRENT_REPLAYS = """
 import os, sys
 from pathlib import Path
-from moebench.tracking.mlflow_store import quiet_mlflow
+from moebench.tracking.mlflow_store import silence_mlflow
 from moebench.tracking.replay import replay
-with quiet_mlflow():
+with silence_mlflow():
     from mlflow import MlflowClient
 uri, *folders = sys.argv[1:]
 children = []

@@ -25,7 +25,7 @@ from moebench.runs.recorder import RunRecorder
 from moebench.schema import ParallelConfig
 from moebench.tasks.task import TASKS
 from moebench.training.callback import RunContext
-from moebench.training.model import initialised_model, prepare_task
+from moebench.training.model import build_initialised_model, prepare_task
 from moebench.training.module import CellModule
 from moebench.training.train import select_device, train_cell
 
@@ -90,7 +90,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(precision: str, device: torch.dev
 def test_a_bf16_run_is_evaluated_in_bf16(device: torch.device, tmp_path: Path) -> None:
     config = tiny_config(write_text(tmp_path), train={"device": device.type, "precision": "bf16"})
     task = prepare_task(config, tmp_path)
-    module = CellModule(config, initialised_model(config, task), task, Mesh(device=select_device(config.train)))
+    module = CellModule(config, build_initialised_model(config, task), task, Mesh(device=select_device(config.train)))
     module.to(module.mesh.device)
     seen: set[torch.dtype] = set()
     module.model.head.register_forward_hook(lambda head, given, output: seen.add(output.dtype))

@@ -147,9 +147,9 @@ class CommandLine:
 SERVER = """
 import gc, json, os, sys, traceback
 import moebench.cli, moebench.experiment.runner, moebench.analysis.figures, moebench.analysis.compare.report
-from moebench.registry import HOMES, registry_of
+from moebench.registry import HOMES, get_registry
 for kind in HOMES:
-    registry_of(kind).names()
+    get_registry(kind).names()
 gc.freeze()
 for line in sys.stdin:
     call = json.loads(line)

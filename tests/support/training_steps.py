@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from moebench.runs.folder import RunFolder
 from moebench.runs.recorder import RunRecorder
 from moebench.training.callback import CellCallback, RunContext
-from moebench.training.model import initialised_model, prepare_task
+from moebench.training.model import build_initialised_model, prepare_task
 from moebench.training.module import CellModule
 from moebench.training.step_timer import StepTimer
 from moebench.training.train import build_trainer, fit
@@ -46,7 +46,7 @@ def train_steps(mesh: Mesh, text: Path, overrides: dict[str, Any], folder: Path)
     """Train a tiny cell; return its steps, its final state, its evaluation and its journal."""
     config = tiny_config(text, **overrides)
     task = prepare_task(config, folder)
-    module = CellModule(config, initialised_model(config, task, mesh), task, mesh)
+    module = CellModule(config, build_initialised_model(config, task, mesh), task, mesh)
     watcher = Watcher()
     rank_folder = folder / f"rank_{mesh.rank}_of_{mesh.size}"
     rank_folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The architecture: imports go one way, light packages stay light, files and functions stay short."""
+"""The architecture: direction of imports, light imports, and the size of files, functions and signatures."""
 
 import ast
 import re
@@ -38,12 +38,12 @@ ORDER = (
     ("api",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-LONGEST_FILE, LONGEST_FUNCTION = 300, 50
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 300, 50, 6
 TREES = {file: ast.parse(file.read_text()) for file in FILES}
 
 
-def part_of(file: Path) -> str:
-    """Return the package or top-level module that a file belongs to."""
+def package_of(file: Path) -> str:
+    """Return the package, or the module, directly below `moebench` that a file belongs to."""
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -65,13 +65,13 @@ def imported_modules(tree: ast.AST, file: Path) -> Iterator[tuple[str, int]]:
 def test_imports_go_one_way() -> None:
     wrong = []
     for file, tree in TREES.items():
-        part = part_of(file)
-        if part in ("__init__", "__main__"):
+        package = package_of(file)
+        if package in ("__init__", "__main__"):
             continue
-        assert part in RANK, f"{part} has no place in the order of imports"
+        assert package in RANK, f"{package} is missing in the order of imports"
         for module, line in imported_modules(tree, file):
             parts = module.split(".")
-            if parts[0] == "moebench" and len(parts) > 1 and parts[1] in RANK and RANK[parts[1]] > RANK[part]:
+            if parts[0] == "moebench" and len(parts) > 1 and parts[1] in RANK and RANK[parts[1]] > RANK[package]:
                 wrong.append(f"{file}:{line} imports {module}")
     assert not wrong
 
@@ -96,24 +96,43 @@ def test_only_two_files_import_yaml() -> None:
     assert importing == [PACKAGE / "config.py", PACKAGE / "yaml_text.py"]
 
 
-def test_files_are_short() -> None:
+def functions_of(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Yield the functions and methods of a module, nested ones included."""
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def test_files_and_functions_are_short() -> None:
     long = []
     for file, tree in TREES.items():
         num_lines = len(file.read_text().splitlines())
-        if num_lines > LONGEST_FILE:
+        if num_lines > MAX_FILE_LINES:
             long.append(f"{file} has {num_lines} lines")
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                assert node.end_lineno is not None
-                length = node.end_lineno - node.lineno + 1
-                if length > LONGEST_FUNCTION:
-                    long.append(f"{file}:{node.lineno} {node.name} has {length} lines")
+        for function in functions_of(tree):
+            assert function.end_lineno is not None
+            length = function.end_lineno - function.lineno + 1
+            if length > MAX_FUNCTION_LINES:
+                long.append(f"{file}:{function.lineno} {function.name} has {length} lines")
     assert not long
 
 
-def test_no_file_has_a_catch_all_name() -> None:
-    catch_all = {"utils", "util", "helper", "helpers", "manager", "misc", "common", "base"}
-    assert not [file for file in FILES if catch_all & {*file.stem.split("_")}]
+def test_functions_have_few_parameters() -> None:
+    """A command's parameters are its options, so `cli` is exempt; `self` and `cls` do not count."""
+    long = []
+    for file, tree in TREES.items():
+        if package_of(file) == "cli":
+            continue
+        for function in functions_of(tree):
+            arguments = function.args
+            names = [each.arg for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+            count = len([name for name in names if name not in ("self", "cls")])
+            if count > MAX_PARAMETERS:
+                long.append(f"{file}:{function.lineno} {function.name} has {count} parameters")
+    assert not long
+
+
+def test_file_names_state_their_content() -> None:
+    vague = {"utils", "util", "helper", "helpers", "manager", "misc", "common", "base"}
+    assert not [file for file in FILES if vague & {*file.stem.split("_")}]
 
 
 def loaded_by(program: str) -> set[str]:
@@ -130,9 +149,9 @@ def loaded_by(program: str) -> set[str]:
     return set(done.stdout.rsplit("LOADED", 1)[1].split())
 
 
-def modules_of(*parts: str) -> list[str]:
+def modules_of(*packages: str) -> list[str]:
     """Return the dotted names of all modules of some packages."""
-    files = [file for file in FILES if part_of(file) in parts]
+    files = [file for file in FILES if package_of(file) in packages]
     return [".".join(("moebench", *file.relative_to(PACKAGE).with_suffix("").parts)) for file in files]
 
 

@@ -10,7 +10,7 @@ import pytest
 from support.command_line import ROOT, CommandLine, WarmCommandLine
 
 from moebench.experiment.grid import expand
-from moebench.models.cost import cost_of
+from moebench.models.cost import compute_cost
 from moebench.training.model import build_model, prepare_task
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,7 +27,7 @@ def test_the_files_of_the_page_on_running_fit_their_models(tmp_path: Path) -> No
         file.write_text(text)
         for cell in expand(file).cells[:4]:
             model = build_model(cell.config, prepare_task(cell.config, tmp_path))
-            assert cost_of(model.backbone, [], 128).flops_per_token > 0
+            assert compute_cost(model.backbone, [], 128).flops_per_token > 0
 
 
 def test_the_code_of_the_page_on_the_api_runs(cli: CommandLine) -> None:

@@ -10,9 +10,9 @@ from moebench.registry import (
     HOMES,
     Registry,
     field_docs,
+    get_registry,
     load_plugin,
     names_without_import,
-    registry_of,
 )
 from moebench.routing.router import ROUTERS
 from moebench.schema import ExperimentConfig, ModelConfig, TrainConfig
@@ -151,19 +151,19 @@ def test_repaired_plugin_loads(plugin) -> None:
 
 @pytest.mark.parametrize("kind", list(FOLDERS))
 def test_names_read_from_source_are_the_real_ones(kind: str) -> None:
-    built_in = [entry.name for entry in registry_of(kind).entries() if "moebench/" in entry.origin]
+    built_in = [entry.name for entry in get_registry(kind).entries() if "moebench/" in entry.origin]
     assert names_without_import(kind) == built_in
 
 
 def test_every_kind_has_a_registry() -> None:
     for kind in HOMES:
-        assert registry_of(kind).kind == kind
-        assert registry_of(kind).names()
+        assert get_registry(kind).kind == kind
+        assert get_registry(kind).names()
 
 
 def config_classes() -> list[type]:
     configs: list[type] = [ModelConfig, TrainConfig, ExperimentConfig]
-    pending = [entry.item.Config for kind in FOLDERS for entry in registry_of(kind).entries()]
+    pending = [entry.item.Config for kind in FOLDERS for entry in get_registry(kind).entries()]
     while pending:
         config_class = pending.pop()
         configs.append(config_class)
@@ -189,7 +189,7 @@ def test_docs_of_fields_that_follow_each_other() -> None:
 
 def test_every_component_has_a_source_location() -> None:
     for kind in HOMES:
-        for entry in registry_of(kind).entries():
+        for entry in get_registry(kind).entries():
             file, _, line = entry.origin.rpartition(":")
             source = Path(file).read_text().splitlines()[int(line) - 1 :]
             assert source[0].lstrip().startswith(("@", "class ", "def ")), entry.origin

@@ -48,7 +48,7 @@ def compare(
     mismatches = check_matching(runs, baseline, allow=allow_mismatch)
     unmatched = list_unmatched_arms(mismatches, allow=allow_mismatch)
     differences = compare_pairs(grid, unmatched=unmatched)
-    arms = tuple(_summarize(arm, grid, [mismatch.mark for mismatch in mismatches.get(arm, ())]) for arm in grid.arms)
+    arms = tuple(_summarise(arm, grid, [mismatch.mark for mismatch in mismatches.get(arm, ())]) for arm in grid.arms)
     best, best_notes = _find_best(grid, arms, unmatched)
     return Comparison(
         metric=metric.name,
@@ -133,7 +133,7 @@ def _verdict(pair: st.PairedDifference | None, p_holm: float | None, lower_is_be
     return "better" if (pair.mean < 0) == lower_is_better else "worse"
 
 
-def _summarize(arm: str, grid: ResultGrid, mismatch_marks: Iterable[str]) -> ArmSummary:
+def _summarise(arm: str, grid: ResultGrid, mismatch_marks: Iterable[str]) -> ArmSummary:
     runs, seeds = list(grid.done[arm].values()), tuple(grid.done[arm])
     quality = grid.get_quality(arm, seeds)
     speeds = _finite(run.throughput.get("tokens_per_s") for run in runs)
@@ -253,5 +253,7 @@ def _notes(grid: ResultGrid, differences: Sequence[Difference], num_expected: in
             left_out = ", ".join(str(seed) for seed in sorted(ours ^ theirs))
             notes.append(f"{difference.arm}: difference over common seeds only, without seed {left_out}")
         if len(difference.seeds) >= st.MIN_SEEDS and difference.p is None:
-            notes.append(f"{difference.arm}: the same difference for every seed; nothing tells chance from effect")
+            notes.append(
+                f"{difference.arm}: the same difference for every seed, so chance and effect cannot be distinguished"
+            )
     return notes

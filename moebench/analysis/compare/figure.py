@@ -44,7 +44,7 @@ def draw_comparison(
 
 
 def _draw_differences(ax: Axes, comparison: Comparison, styles: Mapping[str, Mapping[str, str]]) -> None:
-    """Draw one row per arm: its difference to the baseline, the 95 % interval, the verdict."""
+    """Draw one row per arm: its difference to the baseline, the 95 % interval and the verdict."""
     shown = [pair for pair in comparison.differences if pair.mean is not None or pair.verdict == "diverged"]
     for row, difference in enumerate(shown):
         color = styles.get(difference.arm, {"color": GREY})["color"]

@@ -38,9 +38,9 @@ class LearningCurve:
     num_started: int
     """Seeds that have points."""
     band: Band
-    """What lows and highs are: a 95 % t interval, the range over seeds, or none for a single seed."""
+    """Meaning of lows and highs: a 95 % t interval, the range over seeds, or none for a single seed."""
     num_diverged: int = 0
-    """Of all planned seeds."""
+    """Number of diverged seeds among all planned ones."""
 
 
 def average_seeds(arm: str, seeds: Mapping[int, Points], metric: str) -> LearningCurve | None:
@@ -160,7 +160,7 @@ def format_curve_label(curve: LearningCurve, *, is_visible: bool) -> str:
 
 
 def spread_labels(positions: Sequence[float], gap: float) -> list[float]:
-    """Return ascending positions moved apart to at least `gap`, all between 0 and TOP_LABEL."""
+    """Return ascending positions with gaps of at least `gap`, all between 0 and TOP_LABEL."""
     stacks: list[list[float]] = []
     for position in positions:
         stacks.append([position])

@@ -63,7 +63,7 @@ def check_matching(
     clauses = [f"arm '{arm}': {m.reason}" for arm, of_arm in mismatches.items() for m in of_arm if not m.is_cost]
     if clauses and not allow:
         raise UsageError(
-            f"{'; '.join(clauses)} (baseline '{baseline}'). Arms not matched cannot say which router "
+            f"{'; '.join(clauses)} (baseline '{baseline}'). Unmatched arms do not show which router "
             "is better: match them, or give --allow-mismatch to see them side by side, marked."
         )
     return mismatches

@@ -57,7 +57,7 @@ def list_lost_cells(comparison: Comparison) -> tuple[str, ...]:
 
 
 def _columns(*headers: str) -> tuple[Column, ...]:
-    """Return a column for arms and others for numbers, of which the first ones stay on one line at any width."""
+    """Return a column for arms and columns for numbers; the first three of these never wrap."""
     numbers = (Column(header=header, wraps=index >= 3) for index, header in enumerate(headers))
     return (Column(header="arm", align="left", wraps=True), *numbers)
 
@@ -146,7 +146,7 @@ def _information_table(comparison: Comparison) -> Table:
     kinds = list(dict.fromkeys(kind for arm in arms for kind in arm.information))
     name = "load/information/KIND"
     return Table(
-        title="What experts know of a token",
+        title="Information of experts about tokens",
         columns=_columns(*kinds),
         rows=tuple((_label(arm), *(format_metric(name, arm.information.get(kind)) for kind in kinds)) for arm in arms),
     )
@@ -189,7 +189,7 @@ def _cost_row(arm: ArmSummary) -> tuple[str, ...]:
 def _process_table(comparison: Comparison) -> Table:
     names = [f"parallel/{name}" for name in PROCESSES]
     return Table(
-        title="Processes: what they cost each other, mean over the logged steps",
+        title="Cost of communication between processes, mean over the logged steps",
         columns=_columns(*metric_headers(*names)),
         rows=tuple(
             (_label(arm), *(format_metric(f"parallel/{name}", arm.parallel[name]) for name in PROCESSES))

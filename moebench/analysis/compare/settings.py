@@ -25,7 +25,7 @@ def find_varied_settings(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the keys of settings that differ between these configurations.
 
     A key of `SECTIONS` counts wherever it differs; a coefficient of an auxiliary loss where one and the same router
-    has several: other algorithms have losses of their own. All else in a router, layout or task belongs to the
+    has several: other algorithms have their own losses. All else in a router, layout or task belongs to the
     algorithm.
     """
     settings = {

@@ -165,7 +165,7 @@ class Comparison:
         return f"{verdict}, {arm_diverged}" if arm_diverged and verdict in ("baseline", "not matched") else verdict
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON-ready values; the quality of an arm stands under the name of the metric."""
+        """Return JSON-ready values; the quality of an arm has the name of the metric as key."""
         return {
             "metric": self.metric,
             "split": self.split,

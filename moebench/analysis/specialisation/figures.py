@@ -85,7 +85,7 @@ def draw_labels(tables: Mapping[str, LabelTable], *, path: Path, title: str) -> 
     """Draw a row for each kind of label and a column for each layer; None, and no file, when there is no table."""
     if not tables:
         return None
-    layers = spaced_layers(list(next(iter(tables.values())).layers))
+    layers = select_layers(list(next(iter(tables.values())).layers))
     labels = {name: informative_labels(list(table.layers.values())) for name, table in tables.items()}
     heights = [0.7 + 0.2 * len(labels[name]) for name in tables]
     with new_figure(path, title, width=2.6 + 2.4 * max(len(layers), 2), height=1.4 + sum(heights)) as figure:
@@ -101,7 +101,7 @@ def draw_labels(tables: Mapping[str, LabelTable], *, path: Path, title: str) -> 
     return path
 
 
-def spaced_layers(layers: Sequence[str]) -> list[str]:
+def select_layers(layers: Sequence[str]) -> list[str]:
     """Return at most MAX_LAYERS layers, evenly spaced, from the first to the last."""
     positions = np.linspace(0, len(layers) - 1, min(len(layers), MAX_LAYERS)).round().astype(int)
     return [layers[position] for position in positions]

@@ -18,7 +18,7 @@ from moebench.runs.folder import RunFolder
 from moebench.schema import CellConfig
 from moebench.tasks.task import TASKS, Task
 from moebench.training.evaluation import evaluate, training_precision
-from moebench.training.model import model_cost, prepare_task
+from moebench.training.model import compute_model_cost, prepare_task
 from moebench.training.train import select_device
 from moebench.training.trained_model import apply_evaluation_settings, check_same_parameters, load_trained_model
 
@@ -237,7 +237,7 @@ def _evaluate_run(cell: Cell, task: Task, results: Path, assignments: list[str])
     batches = task.eval_batches("test", train.batch_size)
     with training_precision(train, device):
         metrics = evaluate(model, task, batches, cell.config.seed, device, Mesh(device=device)).metrics
-    planned = model_cost(model, task.sequence_length, task.decoder_length).flops_per_token
+    planned = compute_model_cost(model, task.sequence_length, task.decoder_length).flops_per_token
     result = folder.read_result()
     assert result is not None
     return metrics, metrics.get("load/flops_per_token", planned) / result.cost["flops_per_token"]

@@ -21,7 +21,7 @@ class Settings:
     shapes: Sequence[str] = ()
     only: Sequence[str] = ()
     loads: Sequence[str] = ()
-    """Empty: each row's own."""
+    """Empty: the loads that each row defines."""
     rounds: int = 7
     threads: int | None = None
     device: str = "auto"

@@ -77,7 +77,7 @@ class Candidate:
     """x_TD -> y_TD."""
     note: str = ""
     agrees_with: str | None = "moebench"
-    """Whose output it must equal; None where the formula differs or other assignments are dropped."""
+    """Candidate with equal output; None where the formula differs or other assignments are dropped."""
     measure_dropped: Callable[[], float] = field(default=lambda: 0.0)
     """Return the share of assignments that it does not compute on this input, in training mode."""
 

@@ -43,7 +43,7 @@ class Line:
     forward: Spread
     train: Spread
     forward_tflops: float
-    """Per second, of the useful work: FLOPs of the active experts."""
+    """FLOPs of the active experts per second."""
     train_tflops: float
     saved_bytes: int | None
     dropped: float
@@ -111,7 +111,7 @@ def measure_row(problem: Problem, protocol: Protocol, *, with_loop: bool = True)
     forward = protocol.measure(timer.forward())
     train = protocol.measure(timer.train())
     differences = compare_outputs(problem, layers)
-    lines = [_summarize(problem, layer, forward, train, differences[layer.name]) for layer in layers]
+    lines = [_summarise(problem, layer, forward, train, differences[layer.name]) for layer in layers]
     if with_loop:
         lines.append(_measure_loop(problem, protocol, forward, train))
     with torch.no_grad():
@@ -186,7 +186,7 @@ class _Timer:
         return TimedCall(call=lambda: x_TD @ weight_DF)
 
 
-def _summarize(
+def _summarise(
     problem: Problem, layer: Candidate, forward: Timings, train: Timings, difference: tuple[float, float] | None
 ) -> Line:
     layer.module.train()

@@ -111,7 +111,7 @@ def measure(settings: Settings, report_progress: Callable[[str], None] = lambda 
         for width in settings.widths:
             experiment = settings.build_experiment(width)
             results = _run(experiment, settings, Path(folder), report_progress)
-            meshes += [_summarize(arm, width, results) for arm in experiment.arms]
+            meshes += [_summarise(arm, width, results) for arm in experiment.arms]
     return Benchmark(meshes=tuple(meshes), machine=machine, settings=settings)
 
 
@@ -136,7 +136,7 @@ def _run(
     return results
 
 
-def _summarize(arm: str, width: int, results: Mapping[tuple[str, int], RunResult]) -> MeshTimes:
+def _summarise(arm: str, width: int, results: Mapping[tuple[str, int], RunResult]) -> MeshTimes:
     of_arm = {seed: result.throughput for (name, seed), result in results.items() if name == arm}
     single = {seed: result.throughput for (name, seed), result in results.items() if name == SINGLE}
     parallel = [{key: x for key, x in values.items() if key.startswith("parallel/")} for values in of_arm.values()]

@@ -29,7 +29,7 @@ TOP_K_COST_GOAL = 3.0
 GOALS = {"sinkhorn": 8.0, "base": 30.0}
 """Largest acceptable ratio to top-k's time, forward and backward; routers of other costs have no goal."""
 VARIANTS: Mapping[str, Sequence[Mapping[str, Any]]] = {"base": ({}, {"solver": "auction"}, {"solver": "exact"})}
-"""Options that get a row of their own."""
+"""Options that get their own row."""
 EXACT_TOKENS = 2048
 """Maximum number of tokens for the exact assignment, whose time grows with their cube."""
 

@@ -29,7 +29,7 @@ BUILT_IN = (
 """A language model at about 100 ms a step on two cores of 2021."""
 GOAL = 0.05
 """Largest acceptable overhead of the trainer, as a share of a step of 100 ms."""
-TRAINER, PLAIN, TIMED, UNIFORM = "trainer", "plain", "parted", "uniform"
+TRAINER, PLAIN, TIMED, UNIFORM = "trainer", "plain", "timed", "uniform"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class ArmTimes:
 
     arm: str
     seconds: Mapping[str, float]
-    """Variant -> seconds: trainer, plain, parted (plain with timers), uniform (plain at a forced even load)."""
+    """Variant -> seconds: trainer, plain, timed (plain with timers), uniform (plain at a forced even load)."""
     overhead: Spread
     """Trainer over plain in the same round, minus 1."""
     uniform: Spread | None

@@ -75,7 +75,7 @@ class Stopwatch:
         return hook
 
     def average_parts(self, num_steps: int) -> dict[str, float]:
-        """Return the seconds of one step by part; the rest of forward is what no timer covers."""
+        """Return the seconds of one step by part; the remaining forward time is what no timer covers."""
         seconds = {name: self.seconds.get(name, 0.0) for name in PARTS}
         seconds["dispatch, experts"] -= seconds["router"]
         backbone = sum(seconds[name] for name in ("attention", "router", "dispatch, experts", "dense FFN"))

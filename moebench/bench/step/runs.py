@@ -21,7 +21,7 @@ from moebench.schema import CellConfig
 from moebench.tasks.task import Batch, Task
 from moebench.training.callback import CellCallback, RunContext
 from moebench.training.evaluation import batch_context
-from moebench.training.model import initialised_model
+from moebench.training.model import build_initialised_model
 from moebench.training.module import CellModule
 from moebench.training.step_timer import StepTimer
 from moebench.training.train import build_trainer, fit
@@ -39,7 +39,7 @@ def isolate_steps(config: CellConfig) -> CellConfig:
 
 def build_module(config: CellConfig, task: Task, device: torch.device) -> CellModule:
     """Return the cell's module with its initial weights."""
-    module = CellModule(config, initialised_model(config, task), task, Mesh(device=device))
+    module = CellModule(config, build_initialised_model(config, task), task, Mesh(device=device))
     module.to(device)
     return module
 
@@ -70,7 +70,7 @@ class Clock(lightning.Callback):
 def time_trainer_block(module: CellModule, num_steps: int, folder: Path) -> float:
     """Train with journal, logging and metrics as configured; return the seconds per step."""
     clock = Clock(num_steps, Stopwatch(module.device).now)
-    with RunRecorder(RunFolder(folder)) as recorder, quiet_lightning():
+    with RunRecorder(RunFolder(folder)) as recorder, silence_lightning():
         timer = StepTimer()
         callback = CellCallback(RunContext(recorder=recorder, checkpoints=folder / "checkpoints"), timer)
         fit(build_trainer(module.config, [callback, clock], module.mesh), module, timer)
@@ -78,7 +78,7 @@ def time_trainer_block(module: CellModule, num_steps: int, folder: Path) -> floa
 
 
 @contextlib.contextmanager
-def quiet_lightning() -> Iterator[None]:
+def silence_lightning() -> Iterator[None]:
     """Suppress lightning's hints, which go to the log of a run but to the terminal here."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level

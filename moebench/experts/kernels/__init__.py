@@ -1,1 +1,1 @@
-"""Kernels for grouped matrix products: each says whether it fits, multiplies rows, and computes weight gradients."""
+"""Kernels for grouped matrix products: each checks whether it applies, multiplies rows, computes weight gradients."""

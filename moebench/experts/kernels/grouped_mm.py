@@ -1,7 +1,7 @@
 """torch's grouped product, with the ends of the groups on the device.
 
 The kernel takes rows of 16- or 32-bit floats whose size is a multiple of 16 bytes. Where the loads are on a GPU, other
-widths are padded with zeros: that costs a copy, a loop over experts would wait for the loads.
+widths are padded with zeros: that costs a copy, whereas a loop over experts would wait for the loads.
 """
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch.nn import functional
 from moebench.experts.kernels.groups import Groups
 
 ROW_BYTES = 16
-"""Rows must have a multiple of so many bytes."""
+"""The size of a row in bytes must be a multiple of this."""
 
 
 def fits(groups: Groups, x_RI: Tensor, other: Tensor) -> bool:

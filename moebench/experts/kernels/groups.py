@@ -1,4 +1,4 @@
-"""Rows grouped by expert: what every kernel gets."""
+"""Rows grouped by expert: the input of every kernel."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from torch import Tensor
 class Groups:
     """How many rows each expert has, and how they are laid out.
 
-    Packed: the experts' rows lie one after another. Padded: every expert has `capacity` rows; the result of what is
-    padded is not used.
+    Packed: the experts' rows are contiguous. Padded: every expert has `capacity` rows; results of padding rows are
+    not used.
     """
 
     load_E: Tensor
     offset_E: Tensor
     """int32: end of each expert's rows when packed."""
     loads: tuple[int, ...] | None
-    """The loads on the host: known on a CPU; a GPU is not asked for them."""
+    """The loads on the host; None on a GPU, where reading them would synchronize."""
     capacity: int | None
     """Rows of every expert when padded; None when packed."""
 
@@ -31,6 +31,6 @@ class Groups:
         return sum(self.loads) if self.capacity is None else self.capacity * len(self.loads)
 
     def split(self, x_RI: Tensor) -> Sequence[Tensor]:
-        """Return the packed rows of each expert; rows behind the last expert's belong to none."""
+        """Return the packed rows of each expert; rows after the last expert's belong to none."""
         loads = list(self.loads or self.load_E.tolist())
         return torch.split(x_RI, [*loads, x_RI.shape[0] - sum(loads)])[:-1]

@@ -39,9 +39,9 @@ class AttentionExperts(Layout):
 
         name: str = "attention"
         keys_values: Literal["shared", "apart"] = "shared"
-        """Keys are the values too, from one map of each expert (the paper), or each has a map of its own."""
+        """Keys are the values too, from one map of each expert (the paper), or each has its own map."""
         feed_forward: Literal["dense", "experts"] = "dense"
-        """The other half of the block: dense, or num_experts experts behind a router of its own."""
+        """The other half of the block: dense, or num_experts experts behind its own router."""
 
         def __post_init__(self) -> None:
             super().__post_init__()

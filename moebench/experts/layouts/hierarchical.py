@@ -20,7 +20,7 @@ from moebench.experts.layout import (
     LayoutFacts(
         placement="all blocks, or those in `blocks`",
         paper="arXiv:1701.06538, appendix B",
-        experts="feed-forward networks in groups, each with a router of its own, and a router above",
+        experts="feed-forward networks in groups, each with its own router, and a router above",
     )
 )
 class Hierarchical(Layout):

@@ -1,4 +1,4 @@
-"""k groups of experts, each routed on its own, the outputs added."""
+"""k groups of experts, each with its own router, the outputs added."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from moebench.experts.layout import (
     LayoutFacts(
         placement="all blocks, or those in `blocks`",
         paper="arXiv:2105.15082 (M6-T)",
-        experts="feed-forward networks in groups, each with a router of its own; every group serves every token",
+        experts="feed-forward networks in groups, each with its own router; every group serves every token",
     )
 )
 class Prototypes(Layout):

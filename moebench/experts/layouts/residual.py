@@ -1,4 +1,4 @@
-"""A dense network that one expert corrects: the residual of PR-MoE."""
+"""A dense network plus the correction of one expert: the residual of PR-MoE."""
 
 from dataclasses import dataclass
 

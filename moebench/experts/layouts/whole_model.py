@@ -21,7 +21,7 @@ class WholeModel(Layout):
     states. A token with several experts is computed by each, and the router weights the sum of their outputs.
     Branch-train-merge trains each model separately on its own domain and mixes their next-token probabilities by a
     posterior over domains; here router and stacks are trained together, by one loss on the sum of what the stacks add.
-    Attention is cheaper (shorter), so the networks are wider.
+    Attention spans fewer tokens and costs less, so the networks are wider.
     """
 
     @dataclass(frozen=True, kw_only=True)

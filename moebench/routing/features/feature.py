@@ -1,4 +1,4 @@
-"""The interface of a context feature: what one router needs, and how shared code supplies it without knowing it."""
+"""The interface through which shared code supplies a context feature: an input that only some routers need."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class TaskFactsView(Protocol):
 
     @property
     def labels(self) -> str:
-        """What the label of a token is; empty where there are none."""
+        """Description of the label of a token; empty where there are none."""
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -24,7 +24,7 @@ class TaskFactsView(Protocol):
 
 
 class TaskView(Protocol):
-    """What features read of a task whose data is ready."""
+    """The part of a prepared task that features read."""
 
     token_count_V: Tensor | None
 
@@ -33,7 +33,7 @@ class TaskView(Protocol):
 
 
 class BatchView(Protocol):
-    """What features read of a batch."""
+    """The part of a batch that features read."""
 
     @property
     def label_BL(self) -> Tensor | None:
@@ -71,10 +71,10 @@ class FeatureLoss:
 
 
 class Feature:
-    """One thing that a router needs besides token vectors, ids and domains.
+    """An input that a router needs besides token vectors, ids and domains.
 
     A router lists its features in `Router.required_features`. Code that builds, runs or trains a model calls them
-    through this interface and knows none of them; the defaults supply and cost nothing. The value of a feature is
+    through this interface only; the defaults supply and cost nothing. The value of a feature is
     in `RouterBuildContext.features` or `RouteContext.features` under its class. Subclasses are frozen dataclasses whose
     fields are set from a router's configuration.
     """

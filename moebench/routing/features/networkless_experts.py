@@ -11,7 +11,7 @@ from moebench.routing.features.feature import Feature
 
 @dataclass(frozen=True)
 class NetworklessExperts(Feature):
-    """tuple[bool, ...], True for each expert without a network; known in a layout of one group when it is built."""
+    """tuple[bool, ...], True for each expert without a network; a build-time value of layouts of one group."""
 
     description = "the kinds of experts"
 

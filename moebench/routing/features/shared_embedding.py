@@ -44,7 +44,7 @@ class SharedEmbedding(Feature):
 
     width: int
     coefficient: float
-    """Of the network's own loss."""
+    """Coefficient of the network's own loss."""
     description = "one network before all layers (router.embedding=shared)"
     module_name = "shared"
 
@@ -71,4 +71,4 @@ class SharedEmbedding(Feature):
     @override
     def count_training_flops(self, module: nn.Module | None, count: Callable[[nn.Module], int]) -> int:
         assert isinstance(module, EmbeddingNetwork)
-        return count(module) + count(module.head)  # run once more for its own loss, through its own head
+        return count(module) + count(module.head)  # a second pass for its own loss, through its own head

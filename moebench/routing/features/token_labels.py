@@ -1,4 +1,4 @@
-"""Token labels: to which expert each token belongs, which only synthetic data says."""
+"""Token labels: the expert that each token belongs to, known in synthetic data only."""
 
 from dataclasses import dataclass
 

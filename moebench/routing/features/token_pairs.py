@@ -10,7 +10,7 @@ from moebench.routing.features.feature import Feature, TaskView
 
 @dataclass(frozen=True)
 class TokenPairs(Feature):
-    """int64 counts, [V, V]: row id followed by column id; known of tasks that read text, when the router is built."""
+    """int64 counts, [V, V]: row id followed by column id; a build-time value of tasks that read text."""
 
     description = "counts of pairs of token ids"
 

@@ -35,7 +35,7 @@ from moebench.routing.values import ChainRouting, LayerRecord, Routing
 class ACT(HaltingRouter):
     """Adaptive computation time (Graves 2016) over a chain: the experts of a layer are the steps.
 
-    The paper and the Universal Transformer repeat one network; here each step is an expert of its own, and attention is
+    The paper and the Universal Transformer repeat one network; here each step is its own expert, and attention is
     not part of the step. |h| is h divided by its root mean square; E_1 reads x itself. The loss `ponder` is the mean of
     N + R, at least 1: the number of steps N has no gradient, the remainder R has. x is subtracted because the residual
     connection of the block adds it again. Planned FLOPs use `expected_steps`; the load metrics show the steps taken.

@@ -63,7 +63,7 @@ class Domain(Router["Domain.Config"]):
     @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         assert ctx.domain_T is not None
-        expert_TK = self.level.expert_of(ctx.domain_T, self.num_experts).unsqueeze(-1)
+        expert_TK = self.level.select_expert(ctx.domain_T, self.num_experts).unsqueeze(-1)
         if ctx.training:
             weight_TK = torch.ones(expert_TK.shape, dtype=torch.float32, device=x_TD.device)
             return Routing.from_top_k(expert_TK, weight_TK, num_experts=self.num_experts)

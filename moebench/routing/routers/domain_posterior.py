@@ -80,7 +80,7 @@ class DomainPosterior(Domain):
         logits_TE = logits_TE if is_uniform else logits_TE + self.log_prior_E
         nats_T = logits_TE.new_zeros(x_TD.shape[0])
         if ctx.domain_T is not None:
-            target_T = self.level.expert_of(ctx.domain_T, self.num_experts)
+            target_T = self.level.select_expert(ctx.domain_T, self.num_experts)
             target_T = target_T.masked_fill(ctx.domain_T >= self.num_domains, NO_EXPERT)
             nats_T = functional.cross_entropy(logits_TE, target_T, ignore_index=NO_EXPERT, reduction="none")
         if ctx.training:

@@ -60,7 +60,7 @@ class Hash(Router["Hash.Config"]):
         if context.data.token_count_V is None:
             raise UsageError(f"router.name: '{config.name}' routes by token id, which this task does not have")
         table_V = build_table(getattr(config, "table", "balanced"), context.data.token_count_V, context)
-        self.register_buffer("table_V", context.level.part_of(table_V, context.num_experts))
+        self.register_buffer("table_V", context.level.select_part(table_V, context.num_experts))
 
     @classmethod
     @override
@@ -136,7 +136,7 @@ class HashBigram(Router["HashBigram.Config"]):
         first, second, third = self.factors
         mixed_BL = (first * (before_BL + 1) % PRIME + second * (id_BL + 1) % PRIME + third) % PRIME
         mixed_BL = mixed_BL * mixed_BL % PRIME  # a plain sum would shift the experts of one id by the other
-        expert_BL = self.level.part_of(mixed_BL % self.total, self.num_experts)
+        expert_BL = self.level.select_part(mixed_BL % self.total, self.num_experts)
         return route_to(expert_BL.reshape(-1), self.num_experts)
 
 
@@ -175,7 +175,7 @@ class HashPosition(Router["HashPosition.Config"]):
     @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         position_T = torch.arange(x_TD.shape[0], device=x_TD.device) % ctx.sequence_length
-        return route_to(self.level.expert_of(position_T, self.num_experts), self.num_experts)
+        return route_to(self.level.select_expert(position_T, self.num_experts), self.num_experts)
 
 
 @ROUTERS.register(

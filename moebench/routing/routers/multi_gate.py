@@ -12,7 +12,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from moebench.routing.context import RouteContext
-from moebench.routing.domains import check_domains, place_of, with_mean
+from moebench.routing.domains import append_mean, check_domains, get_domain_index
 from moebench.routing.gate import TRUNCATION
 from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
@@ -80,8 +80,8 @@ class MultiGate(Router["MultiGate.Config"]):
         assert ctx.domain_T is not None
         logits_TH = functional.linear(x_TD.float(), self.weight_EGD.flatten(0, 1).float())
         logits_TEG = logits_TH.view(-1, *self.weight_EGD.shape[:2])
-        gate_T = place_of(ctx.domain_T, logits_TEG.shape[2])
-        logits_TEG = logits_TEG if ctx.training else with_mean(logits_TEG, dim=2)
+        gate_T = get_domain_index(ctx.domain_T, logits_TEG.shape[2])
+        logits_TEG = logits_TEG if ctx.training else append_mean(logits_TEG, dim=2)
         logits_TE = logits_TEG.gather(2, gate_T.view(-1, 1, 1).expand(-1, self.num_experts, 1)).squeeze(2)
         scores_TE = logits_TE.softmax(-1)
         expert_TK = rank_top_k(logits_TE, self.top_k)

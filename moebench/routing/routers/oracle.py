@@ -50,6 +50,6 @@ class Oracle(Router["Oracle.Config"]):
 
     @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        expert_TK = self.level.expert_of(ctx.features[TokenLabels], self.num_experts).unsqueeze(-1)
+        expert_TK = self.level.select_expert(ctx.features[TokenLabels], self.num_experts).unsqueeze(-1)
         weight_TK = torch.ones(expert_TK.shape, dtype=torch.float32, device=x_TD.device)
         return Routing.from_top_k(expert_TK, weight_TK, num_experts=self.num_experts)

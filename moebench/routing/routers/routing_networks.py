@@ -20,7 +20,7 @@ from moebench.routing.agents import (
     route_actions,
 )
 from moebench.routing.context import RouteContext
-from moebench.routing.domains import with_mean
+from moebench.routing.domains import append_mean
 from moebench.routing.gate import Gate
 from moebench.routing.policy import (
     PolicyConfig,
@@ -93,7 +93,7 @@ class RoutingNetworks(PolicyRouter):
         input_TD = x_TD.detach() if self.config.detach_input else x_TD
         logits_TGA = self.gate(input_TD).view(-1, self.num_agents, self.num_actions)
         agent_T = assign_agents(ctx, self.num_agents, x_TD)
-        logits_TGA = logits_TGA if ctx.training else with_mean(logits_TGA, dim=1)
+        logits_TGA = logits_TGA if ctx.training else append_mean(logits_TGA, dim=1)
         logits_TA = logits_TGA[torch.arange(len(agent_T), device=x_TD.device), agent_T]
         action_T = sample_actions(logits_TA, ctx)
         extras = self.build_extras(x_TD, *log_prob_and_entropy(logits_TA, action_T)) | {"action_T": action_T}

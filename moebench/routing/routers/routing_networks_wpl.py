@@ -21,7 +21,7 @@ from moebench.routing.agents import (
     route_actions,
 )
 from moebench.routing.context import RouteContext
-from moebench.routing.domains import with_mean
+from moebench.routing.domains import append_mean
 from moebench.routing.policy import sample_actions, update_running_mean_
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterTraits
 from moebench.routing.values import LayerRecord, Routing
@@ -94,7 +94,7 @@ class RoutingNetworksWPL(Router["RoutingNetworksWPL.Config"]):
     @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         agent_T = assign_agents(ctx, self.num_agents, x_TD)
-        action_T = sample_actions(with_mean(self.policy_GA).log()[agent_T], ctx)
+        action_T = sample_actions(append_mean(self.policy_GA).log()[agent_T], ctx)
         extras = {"action_T": action_T, "agent_T": agent_T}
         return route_actions(action_T, self.num_experts, self.num_actions, token_extras=extras)
 

@@ -1,6 +1,6 @@
 """Sigma-MoE: top-k of sigmoid scores, so that experts do not compete for the weight (arXiv:2310.10837).
 
-Each expert scores a token with a sigmoid of its own; the k highest scores select the experts and are the weights.
+Each expert scores a token with its own sigmoid; the k highest scores select the experts and are the weights.
 Dropping experts at random in training and an entropy loss keep all of them in use.
 """
 

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from typing_extensions import override
 
 from moebench.routing.context import RouteContext
-from moebench.routing.domains import check_domains, place_of, with_mean
+from moebench.routing.domains import append_mean, check_domains, get_domain_index
 from moebench.routing.gate import Gate
 from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
@@ -71,8 +71,8 @@ class TaskLevel(Router["TaskLevel.Config"]):
     @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         assert ctx.domain_T is not None
-        row_T = place_of(ctx.domain_T, len(self.embedding_GD))
-        return self._route_logits(self.gate(with_mean(self.embedding_GD)[row_T]))
+        row_T = get_domain_index(ctx.domain_T, len(self.embedding_GD))
+        return self._route_logits(self.gate(append_mean(self.embedding_GD)[row_T]))
 
     def _route_logits(self, logits_TE: Tensor) -> Routing:
         scores_TE = logits_TE.softmax(-1)

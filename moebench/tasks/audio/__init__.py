@@ -1,1 +1,1 @@
-"""The data of the tasks on audio: clips, their split, their features and what is said in them."""
+"""The data of the tasks on audio: clips, their split, their features and their transcripts."""

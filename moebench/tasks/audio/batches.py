@@ -116,7 +116,7 @@ def _epoch_order(utterances: Utterances, batch_size: int, seed: int, epoch: int)
     num_utterances = len(utterances.domain_U)
     draw = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
     order_U = draw.permutation(num_utterances)
-    first = -epoch * num_utterances % batch_size  # the rest of a batch that began in the previous epoch
+    first = -epoch * num_utterances % batch_size  # the remaining items of a batch that began in the previous epoch
     num_batches = max(num_utterances - first, 0) // batch_size
     inside = slice(first, first + num_batches * batch_size)
     # Equal lengths stay in random order, so that batches differ between epochs.

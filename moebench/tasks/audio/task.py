@@ -1,4 +1,4 @@
-"""What the tasks on audio share: options, batches, features and evaluation sets."""
+"""Base class of the tasks on audio: options, batches, features and evaluation sets."""
 
 import hashlib
 from abc import abstractmethod

@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-"""Stands for characters that no training transcript has: a model never predicts it correctly."""
+"""Placeholder for characters that no training transcript has: a model never predicts it correctly."""
 
 
 def normalise(text: str) -> str:
@@ -38,7 +38,7 @@ def count_character_errors(answers: Sequence[str], texts: Sequence[str]) -> list
 
 
 def count_word_errors(answers: Sequence[str], texts: Sequence[str]) -> list[int]:
-    """Return the edit distance of each pair in words."""
+    """Return the word-level edit distance of each pair."""
     number = {word: i for i, word in enumerate({w: None for text in (*answers, *texts) for w in text.split()})}
 
     def encode_words(text: str) -> str:

@@ -1,1 +1,1 @@
-"""The data of the vision task: images, their split, what training does to them, and the probe on few of them."""
+"""The data of the vision task: images, their split, their augmentation in training, and the few-shot probe."""

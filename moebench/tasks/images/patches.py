@@ -19,7 +19,7 @@ MAX_ROWS = 8
 def patch_labels(rows: int, *, with_class_token: bool) -> tuple[tuple[str, ...], Tensor]:
     """Return the names of the positions in an image of rows × rows patches, and the position label_L of each token.
 
-    The class token, which comes first, has a position of its own, the last.
+    The class token, which comes first, has its own position, the last.
     """
     num_labelled = min(rows, MAX_ROWS)
     names = [f"row {row + 1}, column {column + 1}" for row in range(num_labelled) for column in range(num_labelled)]

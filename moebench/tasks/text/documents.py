@@ -60,7 +60,7 @@ class TextDataConfig:
     held_out_domains: list[str] = field(default_factory=list)
     """Domains that are excluded from training and validation, and measured out of domain in the test split."""
     streaming: bool = False
-    """Read only the first `max_bytes`, in the order of the source, without downloading or reading the rest."""
+    """Read only the first `max_bytes`, in the order of the source, without downloading or reading more."""
     max_bytes: int | None = None
     """Largest number of bytes of text (UTF-8) to use, divided equally among domains unless `streaming`; null: all."""
     tokenizer: str = "bytes"

@@ -22,7 +22,7 @@ from moebench.tasks.text.tokens import Tokenizer, load_tokenizer
 FORMAT = 3
 """Part of the name in the cache: raised when the split, the separators, the files or the checks change."""
 KINDS_FORMAT = 1
-"""The same for kinds of tokens."""
+"""Part of the name of the cached kinds of tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -155,7 +155,7 @@ def test_information_of_experts_has_a_table():
     ]
     comparison = compare(results, expected=cells(results), baseline="dense", allow_mismatch=True)
     lines = build_report(comparison).to_markdown().splitlines()
-    at = lines.index("**What experts know of a token**")
+    at = lines.index("**Information of experts about tokens**")
     assert lines[at + 2 : at + 7] == [
         "| arm | domain | class |",
         "| :-- | --: | --: |",

@@ -9,7 +9,7 @@ import torch
 from matplotlib.image import imread
 
 from moebench.analysis.figures import Figures
-from moebench.analysis.specialisation.figures import draw_labels, expert_preference, informative_labels, spaced_layers
+from moebench.analysis.specialisation.figures import draw_labels, expert_preference, informative_labels, select_layers
 from moebench.analysis.specialisation.report import build_label_rows, find_best_layer, read_label_report
 from moebench.errors import UsageError
 from moebench.runs.folder import RunFolder
@@ -35,8 +35,8 @@ def test_uninformative_labels_are_left_out() -> None:
 
 
 def test_layers_are_drawn_from_the_first_to_the_last() -> None:
-    assert spaced_layers(["0", "1"]) == ["0", "1"]
-    assert spaced_layers([str(layer) for layer in range(11)]) == ["0", "2", "4", "6", "8", "10"]
+    assert select_layers(["0", "1"]) == ["0", "1"]
+    assert select_layers([str(layer) for layer in range(11)]) == ["0", "2", "4", "6", "8", "10"]
 
 
 def test_rows_by_hand() -> None:

@@ -5,7 +5,7 @@ import gc
 import pytest
 
 from moebench.bench.contention import Usage, parse_busy_seconds
-from moebench.bench.timing import MAX_CONTENTION, Protocol, Round, Spread, TimedCall, Timings, collector_disabled
+from moebench.bench.timing import MAX_CONTENTION, Protocol, Round, Spread, TimedCall, Timings, disable_collector
 
 STAT = "cpu  100 20 30 1000 50 5 5 40 7 3\ncpu0 1 2 3 4 5 6 7 8 9 10\nintr 5\n"
 
@@ -102,6 +102,6 @@ def test_each_call_is_prepared_and_warmed_up(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_collector_is_restored_after_an_error() -> None:
-    with pytest.raises(KeyError), collector_disabled():
+    with pytest.raises(KeyError), disable_collector():
         raise KeyError
     assert gc.isenabled()

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from moebench.catalogue.configuration import SECTIONS, configuration_page, describe_name, describe_section
+from moebench.catalogue.configuration import SECTIONS, describe_name, describe_section, render_configuration_page
 from moebench.catalogue.options import COMPONENT_CONFIGS, component_options, format_default
 from moebench.config import resolve
 from moebench.errors import UsageError
-from moebench.ranges import Range, ranges_of
-from moebench.registry import registry_of
+from moebench.ranges import Range, get_ranges
+from moebench.registry import get_registry
 from moebench.schema import TrainConfig
-from moebench.training.module import rate_at
+from moebench.training.module import compute_rate_factor
 
 PAGE = Path(__file__).parents[3] / "docs" / "configuration.md"
 
@@ -22,7 +22,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "configuration.md"
 def test_the_page_is_current(request: pytest.FixtureRequest) -> None:
     if request.config.getoption("--plugin"):
         pytest.skip("the components of a plugin are not on the page")
-    assert PAGE.read_text() == configuration_page(), "docs/configuration.md is old: make docs"
+    assert PAGE.read_text() == render_configuration_page(), "docs/configuration.md is old: make docs"
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -37,13 +37,13 @@ def test_every_option_of_a_section_has_a_meaning(section: str) -> None:
 @pytest.mark.parametrize("kind", list(COMPONENT_CONFIGS))
 def test_the_options_of_a_kind_are_those_of_its_components(kind: str) -> None:
     options = component_options(kind)
-    for entry in registry_of(kind).entries():
+    for entry in get_registry(kind).entries():
         expected = {option["key"] for option in describe_name(entry.name)["options"]}
         assert {o.key for o in options if entry.name in o.components or not o.components} >= expected
 
 
 def test_no_component_has_the_name_of_a_section() -> None:
-    names = {name for kind in ("router", "layout", "task", "loss") for name in registry_of(kind).names()}
+    names = {name for kind in ("router", "layout", "task", "loss") for name in get_registry(kind).names()}
     assert not names & set(SECTIONS)
 
 
@@ -89,7 +89,7 @@ def numeric_options() -> list[tuple[str, dict[str, Any], Range]]:
     return [
         (f"{section}.{name}", {section: {name: allowed.low - 1}}, allowed)
         for section in ("train", "model", "parallel")
-        for name, allowed in ranges_of(type(getattr(config, section))).items()
+        for name, allowed in get_ranges(type(getattr(config, section))).items()
     ]
 
 
@@ -126,7 +126,7 @@ def test_the_documented_schedule_is_the_one_of_training() -> None:
         p = min(1, (u - train.warmup_steps) / max(1, train.steps - train.warmup_steps))
         names = {**vars(train), "u": u, "p": p, "cos": math.cos, "pi": math.pi}
         documented = eval(formula[1] if u < train.warmup_steps else formula[2], names)
-        assert documented == pytest.approx(rate_at(u, train))
+        assert documented == pytest.approx(compute_rate_factor(u, train))
 
 
 @pytest.mark.parametrize(

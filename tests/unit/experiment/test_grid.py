@@ -110,8 +110,8 @@ def test_two_labels_of_one_cell_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("routers", "parts"),
     [
-        (["top_k", "top_k"], "the arm 'top_k' is there twice; leave one out"),
-        (["top_k", {"name": "top_k"}], "the arm 'top_k' is there twice; leave one out"),
+        (["top_k", "top_k"], "the arm 'top_k' occurs twice; leave one out"),
+        (["top_k", {"name": "top_k"}], "the arm 'top_k' occurs twice; leave one out"),
         (["top_k", {"name": "top_k", "top_k": 2}], "'top_k' and 'top_k top_k=2' are the same cells"),  # the default
         (["top_k", {"name": "top_k", "losses": {"z": 0.001}}], None),
     ],
@@ -125,7 +125,7 @@ def test_a_router_that_is_listed_twice(tmp_path: Path, routers: list[object], pa
 
 def test_an_override_that_makes_arms_equal_is_refused(tmp_path: Path) -> None:
     grid = {"train.steps": [3, 5]}
-    assert "the arm 'steps=7' is there twice" in refusal(tmp_path, "train.steps=7", **grid)
+    assert "the arm 'steps=7' occurs twice" in refusal(tmp_path, "train.steps=7", **grid)
 
 
 def test_labels_have_typed_values(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from moebench.experts.layout import LAYOUTS, ExpertShape
 from moebench.experts.mixed import ConstantBank, DeepBank, MixedBank, build_bank
 from moebench.experts.widths import Widths
 from moebench.models.build import build_backbone
-from moebench.models.cost import Cost, cost_of
+from moebench.models.cost import Cost, compute_cost
 from moebench.models.plan import plan_blocks
 from moebench.models.transformer import BatchContext, Transformer
 from moebench.routing.context import DataSummary
@@ -34,7 +34,7 @@ def backbone_of(layout: dict[str, Any], router: Any = "switch", **model: Any) ->
 
 
 def cost(layout: dict[str, Any], router: Any = "switch", **model: Any) -> Cost:
-    return cost_of(backbone_of(layout, router, **model), [], 10)
+    return compute_cost(backbone_of(layout, router, **model), [], 10)
 
 
 def banks_of(layout: dict[str, Any], num_layers: int = 4) -> list[int]:

@@ -11,7 +11,7 @@ from support.command_line import tiny, write_text
 
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment, expand
-from moebench.experiment.runner import default_jobs
+from moebench.experiment.runner import choose_num_jobs
 from moebench.launch.devices import DevicePool, visible_devices
 from moebench.launch.launcher import LocalLauncher
 from moebench.launch.scheduler import Outcome, Scheduler
@@ -125,7 +125,7 @@ def test_default_jobs(
 ) -> None:
     fake_gpus(monkeypatch, gpus)
     monkeypatch.setattr("moebench.experiment.runner.available_cores", lambda: 6)
-    assert default_jobs(cells_of(folder, *overrides).cells) == jobs
+    assert choose_num_jobs(cells_of(folder, *overrides).cells) == jobs
 
 
 def test_the_largest_cell_of_a_mixed_grid_limits_the_jobs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,9 +137,9 @@ def test_the_largest_cell_of_a_mixed_grid_limits_the_jobs(folder: Path, monkeypa
         {"label": "cpu", "router": "hash", "train.device": "cpu"},
     ]
     cells = cells_of(folder, grid={"arm": arms}, baseline="gpu").cells
-    assert default_jobs(cells) == 3
-    assert default_jobs([cell for cell in cells if cell.arm != "cpu"]) == 4
-    assert default_jobs([]) == 1
+    assert choose_num_jobs(cells) == 3
+    assert choose_num_jobs([cell for cell in cells if cell.arm != "cpu"]) == 4
+    assert choose_num_jobs([]) == 1
 
 
 class DeviceDisplay:
@@ -191,7 +191,7 @@ def test_cells_at_the_same_time_have_different_gpus(folder: Path, monkeypatch: p
     ).cells
     launcher = LocalLauncher()
     display = DeviceDisplay(launcher)
-    outcomes = Scheduler(folder / "results", "tiny", default_jobs(cells), display, launcher).run(cells)
+    outcomes = Scheduler(folder / "results", "tiny", choose_num_jobs(cells), display, launcher).run(cells)
     assert [outcome.status for outcome in outcomes] == ["done"] * 3
     assert display.max_users == {"0": 1, "1": 1}
     counts = count_visible_devices(folder)

@@ -18,7 +18,7 @@ from moebench.models.attention import CrossAttention, EncoderOutput
 from moebench.schema import CellConfig
 from moebench.tasks.task import Batch
 from moebench.training.evaluation import batch_context
-from moebench.training.model import Model, initialised_model, model_cost, prepare_task
+from moebench.training.model import Model, build_initialised_model, compute_model_cost, prepare_task
 from moebench.training.objective import add_token_loss, compute_objective
 
 SPANS = {"name": "span_corruption", "sequence_length": 20, "eval_windows": 2, "noise_density": 0.3}
@@ -35,7 +35,7 @@ def config_of(text: Path, router: str = "top_k", **sections: object) -> CellConf
 
 def model_of(config: CellConfig, folder: Path) -> tuple[Model, Batch]:
     task = prepare_task(config, folder)
-    return initialised_model(config, task), task.train_batch(3, 0, 0)
+    return build_initialised_model(config, task), task.train_batch(3, 0, 0)
 
 
 def out_of(model: Model, batch: Batch, *, training: bool = False) -> Tensor:
@@ -121,12 +121,12 @@ def test_cross_attention_equals_a_loop() -> None:
 def test_flops_are_those_of_a_real_forward(text: Path, tmp_path: Path, router: str) -> None:
     config = config_of(text, router)
     task = prepare_task(config, tmp_path)
-    model = initialised_model(config, task).double()
+    model = build_initialised_model(config, task).double()
     batch = task.train_batch(4, 0, 0)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(batch, batch_context(batch, training=True, seed=0))
     counted = counter.get_total_flops() / (4 * task.tokens_per_sequence)
-    assert model_cost(model, task.sequence_length, task.decoder_length).flops_per_token == round(counted)
+    assert compute_model_cost(model, task.sequence_length, task.decoder_length).flops_per_token == round(counted)
 
 
 @pytest.mark.parametrize("where", ["both", "encoder", "decoder"])
@@ -141,7 +141,9 @@ def test_experts_are_where_the_layout_says(text: Path, tmp_path: Path, where: st
     lengths = {"encoder": batch.input_BL.shape[1], "decoder": batch.target_BP.shape[1]}
     assert [record.routing.num_tokens for record in records] == [3 * lengths[name.split(".")[0]] for name in names]
     dense, _ = model_of(config_of(text, "dense", layout=layout, model={"ffn_width": 64}), tmp_path)
-    ours, theirs = (model_cost(m, lengths["encoder"], lengths["decoder"]).flops_per_token for m in (model, dense))
+    ours, theirs = (
+        compute_model_cost(m, lengths["encoder"], lengths["decoder"]).flops_per_token for m in (model, dense)
+    )
     assert ours == pytest.approx(theirs, rel=0.02)
 
 

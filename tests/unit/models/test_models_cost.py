@@ -14,11 +14,11 @@ from moebench.errors import UsageError
 from moebench.experts.feed_forward import ffn_flops
 from moebench.experts.widths import MATCH_TOLERANCE, solve_widths
 from moebench.models.build import build_backbone
-from moebench.models.cost import cost_of
+from moebench.models.cost import compute_cost
 from moebench.routing.context import DataSummary
 from moebench.routing.router import ROUTERS
 from moebench.training.evaluation import batch_context
-from moebench.training.model import initialised_model, model_cost, prepare_task
+from moebench.training.model import build_initialised_model, compute_model_cost, prepare_task
 
 ROUTERS_COUNTED = [
     "dense",
@@ -44,11 +44,11 @@ def text(tmp_path_factory):
 def test_flops_are_those_of_a_real_forward(text, tmp_path, router: str, activation: str) -> None:
     config = tiny_config(text, router=router, model={"activation": activation})
     task = prepare_task(config, tmp_path)
-    model = initialised_model(config, task).double()  # in fp64 every expert is a plain product, which is counted
+    model = build_initialised_model(config, task).double()  # in fp64 every expert is a plain product, which is counted
     batch = task.train_batch(4, 0, 0)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(batch, batch_context(batch, training=True, seed=0))
-    assert model_cost(model, 8).flops_per_token == counter.get_total_flops() / (4 * 8)
+    assert compute_model_cost(model, 8).flops_per_token == counter.get_total_flops() / (4 * 8)
 
 
 def test_cost_by_hand() -> None:
@@ -60,7 +60,7 @@ def test_cost_by_hand() -> None:
         }
     )
     embedding, head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
-    cost = cost_of(build_backbone(config, causal=True), [embedding, head], 10)
+    cost = compute_cost(build_backbone(config, causal=True), [embedding, head], 10)
     attention, norms, dense = 4 * 64, 2 * 8, 2 * 8 * 16
     expert, gate, outer = 2 * 8 * 6, 4 * 8, 2 * 20 * 8 + 8
     assert cost.total_params == 2 * (attention + norms) + dense + 4 * expert + gate + outer
@@ -72,8 +72,8 @@ def test_cost_by_hand() -> None:
 def test_parameters_are_those_of_the_modules(text, tmp_path) -> None:
     for router in ROUTERS.names():
         config = tiny_config(text, router=router, layout={"num_experts": 8})
-        model = initialised_model(config, prepare_task(config, tmp_path))
-        cost = model_cost(model, 8)
+        model = build_initialised_model(config, prepare_task(config, tmp_path))
+        cost = compute_model_cost(model, 8)
         assert cost.total_params == sum(parameter.numel() for parameter in model.parameters())
         if router in ("dense", "all_experts"):
             assert cost.active_params == cost.total_params
@@ -93,7 +93,7 @@ def test_arms_are_matched_by_default(router: str, activation: str) -> None:
             causal=True,
             data=DataSummary(vocab_size=20, token_count_V=token_count_V, sequence_length=128, num_domains=2),
         )
-        return cost_of(backbone, [], 128).flops_per_token
+        return compute_cost(backbone, [], 128).flops_per_token
 
     assert flops(router) == pytest.approx(flops("dense"), rel=MATCH_TOLERANCE)
 

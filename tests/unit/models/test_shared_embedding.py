@@ -11,7 +11,7 @@ from moebench.compatibility import check_cell
 from moebench.errors import UsageError
 from moebench.tasks.task import Batch
 from moebench.training.evaluation import batch_context
-from moebench.training.model import initialised_model, model_cost, prepare_task
+from moebench.training.model import build_initialised_model, compute_model_cost, prepare_task
 from moebench.training.module import CellModule
 
 SHARED = {"name": "speech_moe", "embedding": "shared", "embedding_width": 6}
@@ -25,7 +25,7 @@ def text(tmp_path: Path) -> Path:
 def module_of(text: Path, folder: Path, **router: object) -> CellModule:
     config = tiny_config(text, router=SHARED | router)
     task = prepare_task(config, folder)
-    module = CellModule(config, initialised_model(config, task), task)
+    module = CellModule(config, build_initialised_model(config, task), task)
     with torch.no_grad():  # heads start at zero and would let no gradient through
         for head in (module.model.head, module.model.shared.head):
             head.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
@@ -82,8 +82,8 @@ def test_every_router_reads_the_shared_embedding(text: Path, tmp_path: Path) -> 
 
 
 def test_its_cost_is_counted(text: Path, tmp_path: Path) -> None:
-    with_it = model_cost(module_of(text, tmp_path).model, 8)
-    without = model_cost(module_of_layer(text, tmp_path), 8)
+    with_it = compute_model_cost(module_of(text, tmp_path).model, 8)
+    without = compute_model_cost(module_of_layer(text, tmp_path), 8)
     gates = 2 * 2 * 4 * 6  # two layers of 4 experts read 6 numbers more
     assert with_it.flops_per_token - without.flops_per_token == 2 * (8 * 6 + 6 * 6) + gates
     assert with_it.total_params - without.total_params == 8 * 6 + 6 * 6 + 6 * 257 + 2 * 4 * 6
@@ -91,7 +91,7 @@ def test_its_cost_is_counted(text: Path, tmp_path: Path) -> None:
 
 def module_of_layer(text: Path, folder: Path):
     config = tiny_config(text, router={"name": "speech_moe"})
-    return initialised_model(config, prepare_task(config, folder))
+    return build_initialised_model(config, prepare_task(config, folder))
 
 
 def test_it_trains_and_logs_its_loss(text: Path, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ ROUTING = {
         ["a SoftRouting", "form=Form.SOFT"],
     ),
     "nothing": ("        return Routing.from_top_k(", "        Routing.from_top_k(", ["got NoneType"]),
-    "another k": (".topk(1)", ".topk(2)", ["uses 2 experts per token", "experts_per_token says 1"]),
+    "another k": (".topk(1)", ".topk(2)", ["uses 2 experts per token", "experts_per_token declares 1"]),
 }
 """Fail the cell when it is trained."""
 

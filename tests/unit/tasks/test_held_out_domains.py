@@ -14,7 +14,7 @@ from moebench.tasks.task import average_by_domain
 from moebench.tasks.text.documents import TextDataConfig, source_digest
 from moebench.tasks.text.windows import prepare
 from moebench.training.evaluation import evaluate
-from moebench.training.model import initialised_model, prepare_task
+from moebench.training.model import build_initialised_model, prepare_task
 
 TASKS = ("language", "masked_language", "span_corruption")
 LETTERS = "xyz"
@@ -104,7 +104,7 @@ def test_metrics_by_hand() -> None:
 @pytest.mark.parametrize("name", TASKS)
 def test_metrics_cover_trained_or_held_out_domains(path: str, tmp_path: Path, name: str) -> None:
     config, task = tiny_task(path, tmp_path, name, "y")
-    model = initialised_model(config, task)
+    model = build_initialised_model(config, task)
     with torch.no_grad():  # x is likelier than anything else, so that domains differ
         model.head.weight.normal_(generator=torch.Generator().manual_seed(0))
     result = evaluate(model, task, task.eval_batches("test", 4), 0, "cpu")
@@ -126,7 +126,7 @@ def test_metrics_cover_trained_or_held_out_domains(path: str, tmp_path: Path, na
 
 def test_an_untrained_model_is_as_good_out_of_domain_as_in(path: str, tmp_path: Path) -> None:
     config, task = tiny_task(path, tmp_path, "language", "y")
-    quality = evaluate(initialised_model(config, task), task, task.eval_batches("test", 4), 0, "cpu").quality
+    quality = evaluate(build_initialised_model(config, task), task, task.eval_batches("test", 4), 0, "cpu").quality
     assert quality["bits_per_byte/out_of_domain"] == pytest.approx(math.log2(257), rel=0.1)
 
 
@@ -134,7 +134,7 @@ def test_an_untrained_model_is_as_good_out_of_domain_as_in(path: str, tmp_path: 
 def test_routers_on_domains_serve_held_out_domains(path: str, tmp_path: Path, router: str) -> None:
     config, task = tiny_task(path, tmp_path, "language", "y", "z")
     config = tiny_config(path, task={"name": "language", "sequence_length": 16}, router=router)
-    model = initialised_model(config, task)
+    model = build_initialised_model(config, task)
     metrics = evaluate(model, task, task.eval_batches("test", 4), 0, "cpu").metrics
     assert all(math.isfinite(value) for value in metrics.values())
     assert metrics["load/unserved/out_of_domain"] == 0

@@ -18,7 +18,7 @@ from moebench.tasks.audio.utterances import prepare
 from moebench.tasks.keyword import Keyword
 from moebench.tasks.speech import Speech
 from moebench.training.evaluation import batch_context
-from moebench.training.model import initialised_model
+from moebench.training.model import build_initialised_model
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_padding_changes_neither_output_nor_loss(speech, keyword, name, router):
     task = {"speech": speech, "keyword": keyword}[name]
     cell = {"d_model": 16, "num_layers": 2, "num_heads": 2, "ffn_width": 16}
     config = resolve({"task": {"name": name}, "model": cell, "router": router, "layout": {"num_experts": 4}})
-    model = initialised_model(config, task).eval()
+    model = build_initialised_model(config, task).eval()
     torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
     (batch_of_all,) = task.eval_batches("test", 99)
     assert not batch_of_all.valid_BL.all()
@@ -174,7 +174,7 @@ def test_values_at_padding_do_not_matter(speech):
     cell = {"d_model": 16, "num_layers": 2, "num_heads": 2, "ffn_width": 16}
     for router in ("switch", "expert_choice"):
         config = resolve({"task": "speech", "model": cell, "router": router, "layout": {"num_experts": 4}})
-        model = initialised_model(config, speech)
+        model = build_initialised_model(config, speech)
         torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
         batch = speech.train_batch(6, 0, 1)
         assert not batch.valid_BL.all()

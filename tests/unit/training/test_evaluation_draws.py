@@ -8,7 +8,7 @@ from moebench.ranks import Span
 from moebench.routing.router import ROUTERS
 from moebench.seeds import make_generator
 from moebench.training.evaluation import batch_context, evaluate, probe
-from moebench.training.model import initialised_model, prepare_task
+from moebench.training.model import build_initialised_model, prepare_task
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def test_every_batch_of_an_evaluation_draws_other_numbers(text, tmp_path) -> Non
     task = prepare_task(config, tmp_path)
     batches = task.eval_batches("validation", 2)
     assert len(batches) > 8
-    model = initialised_model(config, task)
+    model = build_initialised_model(config, task)
     load = torch.tensor(evaluate(model, task, batches, 5, "cpu").load_by_layer["0"])
     # The draws of batch n, repeated here: they depend on the seed, the number of the batch and the layer.
     slow = torch.zeros(4, dtype=torch.int64)
@@ -51,7 +51,7 @@ def test_every_batch_of_an_evaluation_draws_other_numbers(text, tmp_path) -> Non
 def test_router_that_draws_in_evaluation_draws_by_batch(text, tmp_path, name: str) -> None:
     config = tiny_config(text, router={"name": name})
     task = prepare_task(config, tmp_path)
-    model, batch = initialised_model(config, task).eval(), task.eval_batches("validation", 2)[0]
+    model, batch = build_initialised_model(config, task).eval(), task.eval_batches("validation", 2)[0]
     experts = []
     for number in (0, 1, 1):
         _, records = model(batch, batch_context(batch, training=False, seed=0, micro_batch=number))
@@ -63,7 +63,7 @@ def test_router_that_draws_in_evaluation_draws_by_batch(text, tmp_path, name: st
 def test_every_batch_of_a_probe_draws_other_numbers(text, tmp_path) -> None:
     config = tiny_config(text, router={"name": "random"})
     task = prepare_task(config, tmp_path)
-    model, batch = initialised_model(config, task), task.eval_batches("validation", 2)[0]
+    model, batch = build_initialised_model(config, task), task.eval_batches("validation", 2)[0]
     features: list[torch.Tensor] = []
 
     class TwoBatches:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moebench.routing.gate import Gate
 from moebench.tasks.images.few_shot import few_shot_accuracy
 from moebench.training.evaluation import batch_context, training_precision
-from moebench.training.model import initialised_model, prepare_task
+from moebench.training.model import build_initialised_model, prepare_task
 from moebench.training.module import CellModule
 
 
@@ -22,7 +22,7 @@ def build_random_module(folder: Path, **overrides: Any) -> CellModule:
     """Build a module whose weights are all random, so that its outputs differ between positions."""
     config = tiny_config(write_text(folder), **overrides)
     task = prepare_task(config, folder)
-    module = CellModule(config, initialised_model(config, task), task)
+    module = CellModule(config, build_initialised_model(config, task), task)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(std=1.0, generator=torch.Generator().manual_seed(parameter.numel()))

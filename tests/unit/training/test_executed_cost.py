@@ -21,7 +21,7 @@ from moebench.routing.routers.top_k import TopK
 from moebench.routing.values import LayerRecord, Routing
 from moebench.training.evaluation import batch_context
 from moebench.training.executed_cost import ExecutedCost
-from moebench.training.model import initialised_model, prepare_task
+from moebench.training.model import build_initialised_model, prepare_task
 
 MEASURED = ("train_flops_per_token", "eval_flops_per_token", "train_experts_per_token", "eval_experts_per_token")
 
@@ -105,7 +105,7 @@ def test_attention_experts_cost_nothing_at_padding() -> None:
 def test_training_cost_includes_the_loss_of_a_shared_embedding(tmp_path: Path) -> None:
     config = tiny_config(write_text(tmp_path), router={"name": "speech_moe", "embedding": "shared"})
     task = prepare_task(config, tmp_path)
-    model = initialised_model(config, task).double()
+    model = build_initialised_model(config, task).double()
     batch = task.train_batch(4, 0, 0)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(batch, batch_context(batch, training=True, seed=0))
@@ -154,7 +154,7 @@ def test_result_has_the_executed_cost(router: str, tmp_path: Path, monkeypatch: 
     counts = count_assignments(monkeypatch)
     result = Run(config, tmp_path)()
     assert result is not None
-    model = initialised_model(config, prepare_task(config, tmp_path))
+    model = build_initialised_model(config, prepare_task(config, tmp_path))
     layers = model.backbone.moe_layers()
     per_row = layers[0].bank.flops_per_row_E()[0]
     experts = counts[True][0] / counts[True][1]
@@ -216,7 +216,7 @@ def test_wrong_k_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
         Run(tiny_config(write_text(tmp_path), router="top_k"), tmp_path)()
     assert re.fullmatch(
         r"router 'top_k' \(.*top_k\.py:\d+\) uses 2 experts per token on average in layer 0, but experts_per_token"
-        r" says 1 for each \(correct it, or set Facts\.variable_k=True\)",
+        r" declares 1 for each \(correct it, or set Facts\.variable_k=True\)",
         str(error.value),
     )
 

@@ -26,7 +26,7 @@ from moebench.training.label_tables import (
     read_label_tables,
     summarise_information,
 )
-from moebench.training.model import initialised_model, prepare_task
+from moebench.training.model import build_initialised_model, prepare_task
 
 CLUSTERS = {"name": "clustered", "sequence_length": 6, "num_clusters": 4, "width": 3, "eval_sequences": 8}
 
@@ -131,7 +131,7 @@ def test_encoder_and_decoder_have_their_own_labels() -> None:
             record(LayerName(0, "decoder"), routing_of([[0], [1]], 2), 2),
         ]
         counts.add(batch, records)
-    tables = counts.over(SINGLE_RANK)
+    tables = counts.sum_over(SINGLE_RANK)
     assert list(tables) == ["token"]  # kinds with a single label are left out
     assert tables["token"].layers["encoder.0"].tolist() == [[2, 0], [0, 4], [0, 0]]
     assert tables["token"].layers["decoder.0"].tolist() == [[0, 2], [0, 0], [2, 0]]
@@ -147,7 +147,7 @@ def test_kinds_of_which_one_label_occurs_are_left_out() -> None:
     assert table.information == {}
     counts = LabelCounts([LabelKind(name="same", values=("a", "b"), read=lambda batch: batch.input_BL * 0)])
     counts.add(batch_of(torch.ones(1, 2).long()), [record(LayerName(), routing_of([[0], [1]], 2), 2)])
-    assert counts.over(SINGLE_RANK) == {}
+    assert counts.sum_over(SINGLE_RANK) == {}
 
 
 def test_process_without_sequences_counts_nothing() -> None:
@@ -160,7 +160,7 @@ def test_process_without_sequences_counts_nothing() -> None:
 
 def evaluate_untrained(config, folder: Path) -> Evaluation:
     task = prepare_task(config, folder)
-    model = randomise_parameters(initialised_model(config, task))
+    model = randomise_parameters(build_initialised_model(config, task))
     return evaluate(model, task, task.eval_batches("test", 4), 0, torch.device("cpu"))
 
 
@@ -230,7 +230,7 @@ def test_large_tables_are_measured_but_not_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"kinds": {"a": {"values": ["x"], "layers": {"0": [[1], [2]]}}}}'])
 def test_damaged_tables_are_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "labels.json"
-    with pytest.raises(UsageError, match=r"labels\.json: is not there"):
+    with pytest.raises(UsageError, match=r"labels\.json: does not exist"):
         read_label_tables(file)
     file.write_text(text)
     with pytest.raises(UsageError, match=r"labels\.json: cannot be read"):

@@ -11,8 +11,8 @@ from moebench.routing.values import LayerRecord, Routing
 from moebench.schema import TrainConfig
 from moebench.tasks.task import Batch
 from moebench.training.evaluation import batch_context, evaluate
-from moebench.training.model import initialised_model, prepare_task
-from moebench.training.module import CellModule, NonFiniteError, rate_at
+from moebench.training.model import build_initialised_model, prepare_task
+from moebench.training.module import CellModule, NonFiniteError, compute_rate_factor
 from moebench.training.objective import LossNormalizer, Objective, add_token_loss, average_objectives, compute_objective
 
 
@@ -25,7 +25,7 @@ def objective_and_gradients(text, tmp_path, losses: dict[str, float], router: st
     """Return the objective of the first batch, and the gradients of the routers."""
     config = tiny_config(text, router={"name": router, "losses": losses})
     task = prepare_task(config, tmp_path)
-    module = CellModule(config, initialised_model(config, task), task)
+    module = CellModule(config, build_initialised_model(config, task), task)
     batch = task.train_batch(4, 0, 0)
     with torch.no_grad():  # the head is initialised to zero, which blocks the gradient
         module.model.head.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
@@ -153,16 +153,16 @@ def test_one_value_per_sequence_is_divided_by_its_predictions() -> None:
 def test_learning_rate_by_hand() -> None:
     train = TrainConfig(steps=12, warmup_steps=2, final_rate=0.1)
     # 2 steps of warm-up: 1/2, 1. Then a cosine over 10 steps: 0.1 + 0.9 · (1 + cos(π p)) / 2.
-    assert [rate_at(step, train) for step in range(3)] == [0.5, 1.0, 1.0]
-    assert rate_at(7, train) == pytest.approx(0.1 + 0.9 * 0.5)  # half-way
-    assert rate_at(11, train) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 0.9)))
-    assert rate_at(12, train) == rate_at(99, train) == pytest.approx(0.1)
+    assert [compute_rate_factor(step, train) for step in range(3)] == [0.5, 1.0, 1.0]
+    assert compute_rate_factor(7, train) == pytest.approx(0.1 + 0.9 * 0.5)  # half-way
+    assert compute_rate_factor(11, train) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 0.9)))
+    assert compute_rate_factor(12, train) == compute_rate_factor(99, train) == pytest.approx(0.1)
 
 
 def test_learning_rate_without_and_with_only_warm_up() -> None:
-    assert rate_at(0, TrainConfig(steps=5, warmup_steps=0)) == 1.0
+    assert compute_rate_factor(0, TrainConfig(steps=5, warmup_steps=0)) == 1.0
     warm_up_only = TrainConfig(steps=3, warmup_steps=10)
-    assert [rate_at(step, warm_up_only) for step in range(3)] == pytest.approx([0.1, 0.2, 0.3])
+    assert [compute_rate_factor(step, warm_up_only) for step in range(3)] == pytest.approx([0.1, 0.2, 0.3])
 
 
 def test_learning_rates_are_in_the_journal(text, tmp_path) -> None:
@@ -170,7 +170,7 @@ def test_learning_rates_are_in_the_journal(text, tmp_path) -> None:
     run = Run(config, tmp_path)
     run()
     rates = [metrics["train/learning_rate"] for _, metrics in run.points() if "train/learning_rate" in metrics]
-    assert rates == pytest.approx([0.01 * rate_at(step, config.train) for step in range(12)])
+    assert rates == pytest.approx([0.01 * compute_rate_factor(step, config.train) for step in range(12)])
 
 
 def nan_loss(loss_BL: torch.Tensor) -> torch.Tensor:
@@ -222,7 +222,7 @@ def test_non_finite_numbers_are_refused_before_the_update(text, tmp_path, monkey
 def test_evaluation_has_no_side_effects(text, tmp_path, router: str) -> None:
     config = tiny_config(text, router=router)
     task = prepare_task(config, tmp_path)
-    model = initialised_model(config, task).train()
+    model = build_initialised_model(config, task).train()
     batches = task.eval_batches("validation", 3)
     state = torch.get_rng_state()
     first = evaluate(model, task, batches, 0, "cpu")
@@ -238,7 +238,7 @@ def test_evaluation_has_no_side_effects(text, tmp_path, router: str) -> None:
 def test_evaluation_does_not_depend_on_the_batch_size(text, tmp_path) -> None:
     config = tiny_config(text, router="switch")
     task = prepare_task(config, tmp_path)
-    model = initialised_model(config, task)
+    model = build_initialised_model(config, task)
     with torch.no_grad():
         model.head.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     single, batched = (evaluate(model, task, task.eval_batches("validation", size), 0, "cpu") for size in (1, 100))
@@ -249,7 +249,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(text, tmp_path) -> None:
 def test_untrained_model_has_the_loss_of_a_uniform_prediction(text, tmp_path) -> None:
     config = tiny_config(text)
     task = prepare_task(config, tmp_path)
-    model = initialised_model(config, task)
+    model = build_initialised_model(config, task)
     evaluation = evaluate(model, task, task.eval_batches("test", 4), 0, "cpu")
     # 257 equally likely byte tokens: log2(257) bits per byte, except for the bytes of the separator.
     assert evaluation.quality["bits_per_byte"] == pytest.approx(math.log2(257), rel=0.05)

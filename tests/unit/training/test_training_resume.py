@@ -12,7 +12,7 @@ from support.training_cases import Run, Watched, assert_same_runs, tiny_config, 
 from moebench.registry import load_plugin
 from moebench.routing.router import ROUTERS
 from moebench.tasks.task import TASKS
-from moebench.training.model import initialised_model, prepare_task
+from moebench.training.model import build_initialised_model, prepare_task
 
 ROUTERS_WITH_AND_WITHOUT_DRAWS = ["switch", "noisy_top_k", "random", "quantile_balancing"]
 
@@ -150,7 +150,7 @@ def test_arms_with_the_same_seed_see_the_same_data(text: Path, tmp_path: Path) -
 def test_arms_with_the_same_seed_have_the_same_initial_weights(text: Path, tmp_path: Path) -> None:
     def weights(router: str, seed: int) -> dict[str, torch.Tensor]:
         config = tiny_config(text, router=router, seed=seed)
-        return initialised_model(config, prepare_task(config, tmp_path)).state_dict()
+        return build_initialised_model(config, prepare_task(config, tmp_path)).state_dict()
 
     switch, top_k, dense = (weights(router, 0) for router in ("switch", "top_k", "dense"))
     other_seed = weights("switch", 1)

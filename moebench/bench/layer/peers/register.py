@@ -3,9 +3,9 @@
 import importlib
 import importlib.util
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 from moebench.bench.layer.problem import Candidate, Problem, Skipped
+from moebench.runs.environment import find_version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +44,7 @@ def find_absence_reason(peer: Peer) -> str | None:
 
 def list_versions() -> dict[str, str | None]:
     """Return package -> version; None where it is not installed."""
-    return {peer.package: _version(peer.package) for peer in PEERS}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    return {peer.package: find_version(peer.package) for peer in PEERS}
 
 
 def build_peer_candidates(problem: Problem) -> list[Candidate | Skipped]:
@@ -67,7 +60,7 @@ def _build_candidates(peer: Peer, problem: Problem) -> list[Candidate | Skipped]
     try:
         adapter = importlib.import_module(f"{PACKAGE}.{peer.adapter}")
         candidates: list[Candidate | Skipped] = adapter.build_candidates(problem)
-    except Exception as error:  # any release of another library may break its adapter; the row goes on without it
+    except Exception as error:  # any release of another library may break its adapter; the row continues without it
         return [Skipped(name=peer.package, reason=_one_line(error))]
     return [_try_out(layer, problem) if isinstance(layer, Candidate) else layer for layer in candidates]
 

@@ -1,4 +1,4 @@
-"""Adapters' common part for libraries that route each sequence separately through one-hot tensors."""
+"""Shared code of the adapters for libraries that route each sequence separately through one-hot tensors."""
 
 import math
 from typing import Any

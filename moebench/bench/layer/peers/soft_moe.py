@@ -1,4 +1,4 @@
-"""soft-moe-pytorch: every slot is a mixture of the tokens of a sequence; a formula of its own, nothing is dropped."""
+"""soft-moe-pytorch: every slot is a mixture of the tokens of a sequence; another formula, nothing is dropped."""
 
 from typing import Any
 

@@ -12,7 +12,7 @@ from moebench.errors import UsageError
 from moebench.experts.feed_forward import FeedForward
 from moebench.experts.layer import MoELayer
 from moebench.experts.reference import double_loop
-from moebench.models.cost import cost_of
+from moebench.models.cost import compute_cost
 
 
 def layer_of(num_experts: int = 8, **options) -> MoELayer:
@@ -120,7 +120,7 @@ def test_cost_is_proportional_to_the_share() -> None:
     expert, router = 2 * 2 * 8 * 8, 2 * (8 + 8 * 8 + 16 * 8 + 16)
     assert layer.flops_per_token() == expert // 4 + router
     backbone = backbone_of(config_of("every_n", {"name": "mixture_of_depths", "share": 0.25}, match="none"))
-    cost = cost_of(backbone, [], LENGTH)
+    cost = compute_cost(backbone, [], LENGTH)
     experts = sum(p.numel() for layer in backbone.moe_layers() for p in layer.bank.parameters())
     assert cost.total_params - cost.active_params == experts * 31 // 32  # a quarter of one of eight
 

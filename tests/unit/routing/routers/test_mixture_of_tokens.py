@@ -16,7 +16,7 @@ from moebench.parallel.mesh import Mesh
 from moebench.ranks import SingleRank
 from moebench.routing.mixing import SoftRouting
 from moebench.routing.router import ROUTERS
-from moebench.training.model import initialised_model, prepare_task
+from moebench.training.model import build_initialised_model, prepare_task
 
 
 def groups_of(size: int, num_experts: int = 8, **options: float) -> Case:
@@ -128,7 +128,7 @@ def test_batches_must_consist_of_full_groups(tmp_path) -> None:
         check_cell(tiny_config(text, router=router, train={"batch_size": 6, "accumulate": 3}))
     config = tiny_config(text, router=router, train={"batch_size": 6}, layout={"capacity_factor_train": 1.0})
     check_cell(config)  # causal with any capacity, which does not apply
-    assert initialised_model(config, prepare_task(config, tmp_path)).sequence_group_size == 3
+    assert build_initialised_model(config, prepare_task(config, tmp_path)).sequence_group_size == 3
 
 
 def test_options_out_of_range_are_refused() -> None:

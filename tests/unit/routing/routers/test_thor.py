@@ -20,7 +20,7 @@ from moebench.routing.features.feature import count_passes
 from moebench.routing.router import ROUTERS
 from moebench.training.batches import build_loss_normalizer
 from moebench.training.evaluation import batch_context
-from moebench.training.model import initialised_model, model_cost, prepare_task
+from moebench.training.model import build_initialised_model, compute_model_cost, prepare_task
 from moebench.training.module import CellModule
 
 SIGMAS = 5
@@ -34,7 +34,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def module_of(text: Path, folder: Path, router: dict[str, Any], **overrides: Any) -> CellModule:
     config = tiny_config(text, router={"name": "thor", **router}, **overrides)
     task = prepare_task(config, folder)
-    module = CellModule(config, initialised_model(config, task), task)
+    module = CellModule(config, build_initialised_model(config, task), task)
     with torch.no_grad():  # the head starts at zero, where all passes agree
         for parameter in module.model.head.parameters():
             parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
@@ -127,7 +127,10 @@ def test_gradients_do_not_depend_on_micro_batches(text: Path, tmp_path: Path) ->
 
 
 def test_cost_includes_the_second_pass(text: Path, tmp_path: Path) -> None:
-    costs = [model_cost(module_of(text, tmp_path, {"consistency": consistency}).model, 8) for consistency in (0.0, 0.5)]
+    costs = [
+        compute_model_cost(module_of(text, tmp_path, {"consistency": consistency}).model, 8)
+        for consistency in (0.0, 0.5)
+    ]
     assert [cost.train_passes for cost in costs] == [1, 2]
     assert costs[1].training_flops == 2 * costs[0].training_flops == 2 * costs[0].flops_per_token
 

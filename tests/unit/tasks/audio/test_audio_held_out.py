@@ -11,7 +11,7 @@ from moebench.tasks.audio.clips import AudioDataConfig, source_digest
 from moebench.tasks.keyword import Keyword
 from moebench.tasks.speech import Speech
 from moebench.training.evaluation import evaluate
-from moebench.training.model import initialised_model
+from moebench.training.model import build_initialised_model
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_the_error_rate_is_of_the_trained_domains(speech):
     config = resolve(raw | {"layout": {"n": 1, "num_experts": 4, "expert_width": 8}, "router": "switch"})
     batches = speech.eval_batches("test", 2)
     inside = sum(int(batch.domain_B.max() < 2) for batch in batches)
-    model = initialised_model(config, speech)
+    model = build_initialised_model(config, speech)
     full, known, others = (
         evaluate(model, speech, part, 0, "cpu") for part in (batches, batches[:inside], batches[inside:])
     )
