@@ -45,10 +45,16 @@ def build_router(router_class: type[Router], config: RouterConfig, context: Rout
 
 
 def check_router_class(router_class: type[Router], config: RouterConfig, num_experts: int) -> None:
-    """Raise RouterContractError unless a router's form and its experts per token are what shared code can read."""
+    """Raise RouterContractError unless a router's form losses and experts per token are what shared code can read."""
     if not isinstance(router_class.form, Form):
         raise RouterContractError(
             f"{label_router(config.name)}: form must be a member of Form, such as Form.LIST, got {router_class.form!r}"
+        )
+    if router_class.forward is Router.forward:
+        raise RouterContractError(f"{label_router(config.name)}: its class must define forward(x_TD, ctx)")
+    if not all(isinstance(coefficient, int | float) for coefficient in config.losses.values()):
+        raise RouterContractError(
+            f"{label_router(config.name)}: Config.losses: coefficients must be numbers, got {config.losses}"
         )
     try:
         num_used = router_class.experts_per_token(config, num_experts)

@@ -14,7 +14,7 @@ from moebench.schema import ExperimentConfig
 from moebench.training.model import build_model, prepare_task
 
 PLUGIN = '''
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +103,12 @@ PLANNING = {
         METHOD,
         f"    @staticmethod\n    def check(config, num_experts):\n        raise ValueError('no')\n\n{METHOD}",
         ["ValueError: no", "my_router.py:"],
+    ),
+    "no forward": ("    def forward(", "    def route(", ["must define forward(x_TD, ctx)"]),
+    "a coefficient that is text": (
+        '        name: str = "broken"\n',
+        '        name: str = "broken"\n        losses: dict[str, float] = field(default_factory=lambda: {"z": "x"})\n',
+        ["Config.losses: coefficients must be numbers, got {'z': 'x'}"],
     ),
     "features that are classes": (
         METHOD,
