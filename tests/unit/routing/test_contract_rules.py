@@ -104,6 +104,11 @@ PLANNING = {
         f"    @staticmethod\n    def check(config, num_experts):\n        raise ValueError('no')\n\n{METHOD}",
         ["ValueError: no", "my_router.py:"],
     ),
+    "no expert per token": (
+        METHOD,
+        f"    @staticmethod\n    def experts_per_token(config, num_experts):\n        return 0\n\n{METHOD}",
+        ["experts_per_token must be at least 1"],
+    ),
     "no forward": ("    def forward(", "    def route(", ["must define forward(x_TD, ctx)"]),
     "a coefficient that is text": (
         '        name: str = "broken"\n',
