@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moebench.errors import UsageError
+from moebench.errors import UsageError, unknown
 from moebench.standalone import MoE, MoERecord, balance_loss, moe_layer
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ __all__ = [
     "to_text",
 ]
 DEFAULT_BASELINE = "dense"
+CELL_COLUMNS = ("id", "experiment", "arm", "seed")
+SPLITS = ("test", "validation")
 
 
 def load_experiment(
@@ -109,6 +111,8 @@ def compare(
     from moebench.analysis.compare.experiment import compare_experiment
     from moebench.experiment.grid import Experiment
 
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
     if not isinstance(runs, Experiment | str | Path):
         return _compare_runs(list(runs), Path(results), baseline, split, allow_mismatch=allow_mismatch)
     experiment = _as_experiment(runs)
@@ -141,7 +145,8 @@ def load_runs(results: str | Path = "results") -> "pandas.DataFrame":
     from moebench.runs.folder import RunFolder
 
     paths = sorted((Path(results) / "runs").glob("*/cell.json"))
-    return pandas.DataFrame([_row(RunFolder(path.parent)) for path in paths])
+    rows = [_row(RunFolder(path.parent)) for path in paths]
+    return pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=[*CELL_COLUMNS, "status", "error"])
 
 
 def load_model(run: str | Path, results: str | Path = "results") -> "tuple[Model, Task]":
@@ -200,7 +205,7 @@ def _find_run(run: str | Path, results: Path) -> "RunFolder":
 def _row(folder: "RunFolder") -> dict[str, Any]:
     """Return the settings and the results of one run, by the names of the columns."""
     cell, result = folder.read_cell(), folder.read_result()
-    row = {key: cell[key] for key in ("id", "experiment", "arm", "seed")}
+    row = {key: cell[key] for key in CELL_COLUMNS}
     row |= {"status": folder.state(), "error": result.error if result else None}
     row |= {key: value for key, value in _flatten(cell["config"]) if key != "seed"}
     if result is not None:

@@ -19,6 +19,7 @@ from moebench.experts.capacity import Capacity
 from moebench.experts.layout import LAYOUTS, BlockPlan, Experts
 from moebench.experts.mixed import WITHOUT_NETWORK
 from moebench.registry import Entry
+from moebench.routing.contract import check_router_class
 from moebench.routing.features.feature import sequence_group_size
 from moebench.routing.losses import LOSSES
 from moebench.routing.router import ROUTERS, Facts, Router, required_features
@@ -41,6 +42,7 @@ class Combination:
         """Plan the blocks of a configuration; raise UsageError where the layout refuses its own options."""
         blocks = LAYOUTS.get(config.layout.name).item.plan(config.layout, config.model.num_layers)
         router = ROUTERS.get(config.router.name, where="router.name")
+        check_router_class(router.item, config.router, config.layout.num_experts)
         return cls(
             config=config,
             router=router,

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from moebench.conversion import apply_values
+from moebench.conversion import apply_values, require_readable
 from moebench.errors import UsageError
 from moebench.registry import get_registry
 from moebench.schema import COMPONENTS, DEFAULT_NAMES, SECTIONS, CellConfig, ExperimentConfig
@@ -160,7 +160,13 @@ def _drop(plain: dict[str, Any], path: list[str]) -> None:
 
 
 def _defaults(kind: str, name: str) -> Any:
-    return get_registry(kind).get(name, where=f"{kind}.name").item.Config()
+    entry = get_registry(kind).get(name, where=f"{kind}.name")
+    config_class = entry.item.Config
+    try:
+        require_readable(config_class)
+        return config_class()
+    except (UsageError, NameError, TypeError) as error:
+        raise UsageError(f"{kind} '{name}' ({entry.origin}): Config: {error}") from error
 
 
 def _merge_overrides(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:

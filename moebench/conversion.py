@@ -203,6 +203,22 @@ def _build_record(value: Any, kind: Any, key: str) -> Any:
 
 
 @lru_cache(maxsize=1024)
+def require_readable(config_class: type) -> None:
+    """Raise UsageError for an option of a type that no file can give, NameError for a type that is not defined."""
+    for name, kind in _field_types(config_class).items():
+        if not _is_readable(kind):
+            raise UsageError(f"option '{name}' has the type {kind}, which cannot be read from a configuration")
+
+
+def _is_readable(kind: Any) -> bool:
+    if kind == Untyped or get_origin(kind) is Literal:
+        return True
+    if dataclasses.is_dataclass(kind):
+        return all(map(_is_readable, _field_types(kind).values()))  # type: ignore[arg-type]
+    return (get_origin(kind) or kind) in _READERS and all(map(_is_readable, get_args(kind)))
+
+
+@lru_cache(maxsize=1024)
 def _field_types(config_class: type) -> dict[str, Any]:
     hints = get_type_hints(config_class, include_extras=True)
     return {option.name: hints[option.name] for option in dataclasses.fields(config_class)}

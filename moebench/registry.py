@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from moebench.errors import UsageError, unknown
+from moebench.plugin_errors import PLUGIN_MODULE, describe_error
 from moebench.plugin_sources import digest_sources
 
 T = TypeVar("T")
@@ -90,7 +91,7 @@ class Registry(Generic[T, F]):
                 _check_component(item, self.item_type, f"{origin}: this {self.kind}")
             if not key:
                 raise UsageError(f"{origin}: this {self.kind} has no name; give its Config a field name: str = '...'")
-            if key in self._entries:
+            if key in self._entries and not _is_same_definition(item, self._entries[key].item):
                 raise UsageError(f"{origin}: {self.kind} '{key}' is already defined in {self._entries[key].origin}")
             self._entries[key] = Entry(key, item, facts, origin)
             return item
@@ -128,6 +129,12 @@ class Registry(Generic[T, F]):
                     f"installed {self.kind} '{point.name}' ({point.value}): {describe_error(error)}"
                 ) from error
         self._loaded = True
+
+
+def _is_same_definition(item: object, earlier: object) -> bool:
+    """Whether a component defined in a session or notebook is executed again: the later definition replaces it."""
+    names = [(getattr(one, "__module__", ""), getattr(one, "__qualname__", "")) for one in (item, earlier)]
+    return names[0] == names[1] and names[0][0] == "__main__"
 
 
 def _check_component(item: object, item_type: type, label: str) -> None:
@@ -168,7 +175,6 @@ class Plugin:
 
 _PLUGINS: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
 """Names and parents of each plugin module: what it registers is seen once, when it is executed."""
-PLUGIN_MODULE = "moebench_plugin_"
 
 
 def load_plugin(path: str) -> Plugin:
@@ -263,14 +269,3 @@ def _origin(item: object) -> str:
         return f"{file}:{inspect.getsourcelines(item)[1]}"  # type: ignore[arg-type]
     except (OSError, TypeError):
         return f"{getattr(item, '__module__', '?')}"
-
-
-def describe_error(error: BaseException) -> str:
-    """Return an exception in one line, with the line of the plugin file that it comes from."""
-    place = ""
-    for frame in inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []:
-        if PLUGIN_MODULE in frame.frame.f_globals.get("__name__", ""):
-            place = f" (line {frame.lineno})"
-    if isinstance(error, SyntaxError):
-        place = f" (line {error.lineno})"
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"

@@ -53,13 +53,13 @@ class MoE(nn.Module):
     noise and which capacity factor applies.
     """
 
-    def __init__(self, layer: MoELayer, config: CellConfig, data: Mapping[str, Any], seed: int) -> None:
+    def __init__(self, layer: MoELayer, config: CellConfig, data: DataSummary, seed: int) -> None:
         super().__init__()
         self.layer = layer
         self.d_model = config.model.d_model
         self.coefficients: Mapping[str, float] = config.router.losses
-        self.needs_token_ids = "vocab_size" in data
-        self.needs_domain_ids = "num_domains" in data
+        self.vocab_size: int | None = data.vocab_size
+        self.num_domains: int | None = data.num_domains
         self.seed = seed
 
     def forward(
@@ -79,27 +79,41 @@ class MoE(nn.Module):
         the layer was built with `data` that describes them. `mask`: bool, False at padding, (B, L) or (T,). Raises
         UsageError for another shape and for a missing input.
         """
+        self._check_vectors(x)
         shape = tuple(x.shape)
-        require(x.dim() in (2, 3) and shape[-1] == self.d_model, "x", shape, f"(B, L, {self.d_model}) or (T, ...)")
         if self.training and step is None:
             raise UsageError("step: required in training mode, got None (the number of the optimizer step)")
-        _require_given("token_ids", token_ids, needed=self.needs_token_ids)
-        _require_given("domain_ids", domain_ids, needed=self.needs_domain_ids)
+        token_ids = _check_ids("token_ids", token_ids, self.vocab_size)
+        # in evaluation, larger ids are domains that were held out of training
+        domain_ids = _check_ids("domain_ids", domain_ids, self.num_domains, has_maximum=self.training)
+        require(mask is None or mask.dtype == torch.bool, "mask", getattr(mask, "dtype", None), "torch.bool")
         purpose = ("router", step) if self.training else ("router in evaluation",)
         valid_T = _per_token("mask", mask, shape[:-1])
         ctx = RouteContext(
             training=self.training,
             generator=make_generator(self.seed, *purpose, device=x.device),
             sequence_length=shape[-2],
-            token_id_T=_per_token("token_ids", token_ids if self.needs_token_ids else None, shape[:-1]),
+            token_id_T=_per_token("token_ids", token_ids, shape[:-1]),
             valid_T=valid_T,
-            domain_T=_per_token("domain_ids", domain_ids if self.needs_domain_ids else None, shape[:-1]),
+            domain_T=_per_token("domain_ids", domain_ids, shape[:-1]),
             step=step or 0,
             features={} if valid_T is None else {PaddingMask: valid_T},
         )
         y_TD, record = self.layer(x.reshape(-1, self.d_model), ctx)
         values = {field.name: getattr(record, field.name) for field in fields(LayerRecord)}
         return y_TD.view_as(x), MoERecord(**values, router=self.layer.router, coefficients=self.coefficients)
+
+    def _check_vectors(self, x: object) -> None:
+        if not isinstance(x, Tensor):
+            raise UsageError(f"x must be a tensor, got {type(x).__name__}")
+        shape = tuple(x.shape)
+        require(x.dim() in (2, 3) and shape[-1] == self.d_model, "x", shape, f"(B, L, {self.d_model}) or (T, ...)")
+        dtypes = {parameter.dtype for parameter in self.layer.bank.parameters() if parameter.is_floating_point()}
+        if not torch.is_autocast_enabled(x.device.type) and dtypes and x.dtype not in dtypes:
+            raise UsageError(
+                f"x must be {' or '.join(map(str, dtypes))} as the experts are, or be used within torch.autocast,"
+                f" got {x.dtype}"
+            )
 
     def after_step(self, records: LayerRecord | Sequence[LayerRecord]) -> None:
         """Update the router's state, such as a selection bias: call it once after each optimizer step.
@@ -133,29 +147,42 @@ def moe_layer(
     the weights and the routing noise; a generator gives every layer of a model its own seed. Raises UsageError for
     incompatible options, and for routers that need a whole model or task.
     """
-    data = dict(data or {})
-    for key in data:
-        if key not in DATA_KEYS:
-            raise unknown("data", key, DATA_KEYS)
     config = _resolve(d_model, num_experts, router, layout)
     _refuse_incomplete(config)
-    count_V = data.get("token_count")
-    if count_V is None and "vocab_size" in data:
-        count_V = torch.ones(data["vocab_size"], dtype=torch.int64)
-    if count_V is not None:
-        data["vocab_size"] = len(count_V)
-    summary = DataSummary(
-        vocab_size=data.get("vocab_size"),
-        token_count_V=count_V,
-        sequence_length=data.get("sequence_length"),
-        num_domains=data.get("num_domains"),
-    )
+    summary = _summarise(data)
     backbone = build_backbone(config, causal=False, data=summary)
     [layer] = backbone.moe_layers()
     seed = int(torch.randint(2**31, (), generator=seed)) if isinstance(seed, torch.Generator) else seed
-    module = MoE(layer, config, data, seed)
+    module = MoE(layer, config, summary, seed)
     init_weights(module, seed)
     return module
+
+
+def _summarise(data: Mapping[str, Any] | None) -> DataSummary:
+    """Return what routers know of the data; raise UsageError for an unknown key or a value that is no count."""
+    if not isinstance(data, Mapping | None):
+        raise UsageError(f"data must be a mapping, got {data!r}")
+    values = dict(data or {})
+    for key, value in values.items():
+        if key not in DATA_KEYS:
+            raise unknown("data", key, DATA_KEYS)
+        if key != "token_count":
+            require(type(value) is int and value > 0, f"data.{key}", repr(value), "a whole number above 0")
+    count_V = values.get("token_count")
+    if count_V is None and "vocab_size" in values:
+        count_V = torch.ones(values["vocab_size"], dtype=torch.int64)
+    if count_V is not None:
+        count_V = torch.as_tensor(count_V)
+        require(count_V.dim() == 1 and len(count_V) > 0, "data.token_count", tuple(count_V.shape), "(V,)")
+        vocab_size = values.get("vocab_size", len(count_V))
+        require(vocab_size == len(count_V), "data.vocab_size", vocab_size, f"{len(count_V)}, as token_count is long")
+        values["vocab_size"] = vocab_size
+    return DataSummary(
+        vocab_size=values.get("vocab_size"),
+        token_count_V=count_V,
+        sequence_length=values.get("sequence_length"),
+        num_domains=values.get("num_domains"),
+    )
 
 
 def balance_loss(records: MoERecord | Sequence[MoERecord]) -> Tensor:
@@ -164,8 +191,9 @@ def balance_loss(records: MoERecord | Sequence[MoERecord]) -> Tensor:
     Of several layers it is the mean over layers, as in moebench's own training. 0 for a router without losses.
     """
     records = [records] if isinstance(records, LayerRecord) else records
-    if not records:
-        raise UsageError("balance_loss: got no record (allowed: one record, or a list of one for each layer)")
+    if not records or not all(isinstance(record, MoERecord) for record in records):
+        given = "no record" if not records else type(records).__name__
+        raise UsageError(f"balance_loss: got {given} (allowed: one record, or a list of one for each layer)")
     return torch.stack([_weighted_sum(record) for record in records]).mean()
 
 
@@ -181,7 +209,10 @@ def _resolve(
     layout: LayoutConfig | Mapping[str, Any] | None,
 ) -> CellConfig:
     """Return the configuration of a model of one block, which holds the layer."""
-    require(d_model > 0 and d_model % 2 == 0, "d_model", d_model, "an even number above 0")
+    is_even = isinstance(d_model, int) and d_model > 0 and d_model % 2 == 0
+    require(is_even, "d_model", repr(d_model), "an even number above 0")
+    if not isinstance(layout, LayoutConfig | Mapping | None):
+        raise UsageError(f"layout must be a mapping of options or a LayoutConfig, got {layout!r}")
     options = to_plain(layout) if isinstance(layout, LayoutConfig) else dict(layout or {})
     model = {"d_model": d_model, "num_layers": 1, "num_heads": 1, "ffn_width": 4 * d_model}
     model |= {key: options.pop(key) for key in MODEL_OPTIONS if key in options}
@@ -210,9 +241,19 @@ def _refuse_incomplete(config: CellConfig) -> None:
         raise UsageError(f"router.name: '{name}' needs {unavailable[0]}; train it by `moebench run`")
 
 
-def _require_given(name: str, value: Tensor | None, *, needed: bool) -> None:
-    if needed and value is None:
-        raise UsageError(f"{name}: required, since the layer was built with `data` that describes them")
+def _check_ids(name: str, ids: Tensor | None, num_ids: int | None, *, has_maximum: bool = True) -> Tensor | None:
+    """Return the ids, or None where the layer was built without `data` that describes them."""
+    if num_ids is None:
+        return None
+    if ids is None:
+        raise UsageError(f"{name}: required, because the layer was built with `data` that describes them")
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise UsageError(f"{name} must be an int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}")
+    if ids.numel() and ids.device.type == "cpu":  # on another device the check would wait for it
+        smallest, largest = int(ids.min()), int(ids.max())
+        is_valid = smallest >= 0 and (largest < num_ids or not has_maximum)
+        require(is_valid, name, f"{smallest} to {largest}", f"0 to {num_ids - 1}" if has_maximum else "0 or more")
+    return ids.long()
 
 
 def _per_token(name: str, value: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:

@@ -8,6 +8,7 @@ from typing import Any
 from moebench.config import apply_overrides, cell_id, load_experiment
 from moebench.errors import unknown
 from moebench.experiment.arms import Arm, note_partial_overrides, resolve_arms
+from moebench.plugin_errors import plugin_errors_in_one_line
 from moebench.registry import Plugin, load_plugin, select_plugins
 from moebench.runs.cell import Cell
 from moebench.schema import ExperimentConfig
@@ -74,7 +75,8 @@ def _build(
     *,
     is_regridded: bool,
 ) -> Experiment:
-    arms = resolve_arms(config, cell_overrides, str(path))
+    with plugin_errors_in_one_line():
+        arms = resolve_arms(config, cell_overrides, str(path))
     baseline, notes = _choose_baseline(config.baseline, [arm.label for arm in arms], is_regridded=is_regridded)
     arm_plugins = [select_plugins(plugins, _collect_names(arm.config)) for arm in arms]
     cells = [

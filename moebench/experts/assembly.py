@@ -13,7 +13,7 @@ from moebench.experts.layout import Experts, LayoutConfig
 from moebench.experts.mixed import WITHOUT_NETWORK, build_bank
 from moebench.experts.widths import Widths
 from moebench.routing.composite import GroupedRouter
-from moebench.routing.contract import build_router
+from moebench.routing.contract import build_router, label_router
 from moebench.routing.features.feature import collect
 from moebench.routing.layer_name import LayerName
 from moebench.routing.router import ROUTERS, Router, RouterBuildContext
@@ -41,6 +41,8 @@ class RouterPlan:
                 router_class.check(scaled, size)
             except UsageError as error:
                 raise UsageError(f"{error} ({name})" if name else str(error)) from error
+        if plan.experts_per_token < 1:
+            raise UsageError(f"{label_router(config.name)}: experts_per_token must be at least 1")
         return plan
 
     def _levels(self) -> list[tuple[str, int]]:

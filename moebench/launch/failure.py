@@ -12,6 +12,7 @@ from moebench.compatibility import list_marks
 from moebench.config import resolve
 from moebench.errors import UsageError
 from moebench.parallel.replicas import ReplicaError
+from moebench.plugin_errors import find_plugin_line
 from moebench.runs.result import Fault, RunResult
 from moebench.training.module import NonFiniteError
 
@@ -39,7 +40,9 @@ def describe_error(error: BaseException) -> str:
         return describe_disk_error(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return f"out of memory: {' '.join(str(error).split())[:200]}"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    place = find_plugin_line(error)
+    where = f" ({place[0]}:{place[1]})" if place else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
 
 
 def classify_error(error: BaseException) -> Fault:

@@ -3,7 +3,7 @@
 import torch
 
 from moebench.errors import UsageError
-from moebench.registry import describe_error
+from moebench.plugin_errors import describe_error
 from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.router import ROUTERS, Form, Router, RouterBuildContext, RouterConfig
 from moebench.routing.values import AnyRouting, ChainRouting, Routing
@@ -42,6 +42,31 @@ def build_router(router_class: type[Router], config: RouterConfig, context: Rout
                 f"{label_router(config.name)}: parameter '{name}' must be float32, got {parameter.dtype}"
             )
     return router
+
+
+def check_router_class(router_class: type[Router], config: RouterConfig, num_experts: int) -> None:
+    """Raise RouterContractError unless a router's form losses and experts per token are what shared code can read."""
+    if not isinstance(router_class.form, Form):
+        raise RouterContractError(
+            f"{label_router(config.name)}: form must be a member of Form, such as Form.LIST, got {router_class.form!r}"
+        )
+    if router_class.forward is Router.forward:
+        raise RouterContractError(f"{label_router(config.name)}: its class must define forward(x_TD, ctx)")
+    if not all(isinstance(coefficient, int | float) for coefficient in config.losses.values()):
+        raise RouterContractError(
+            f"{label_router(config.name)}: Config.losses: coefficients must be numbers, got {config.losses}"
+        )
+    try:
+        num_used = router_class.experts_per_token(config, num_experts)
+    except TypeError as error:
+        raise RouterContractError(
+            f"{label_router(config.name)}: experts_per_token(config, num_experts) must be a static or class method:"
+            f" {describe_error(error)}"
+        ) from error
+    if not isinstance(num_used, int) or num_used < 0:
+        raise RouterContractError(
+            f"{label_router(config.name)}: experts_per_token must return a whole number, got {num_used!r}"
+        )
 
 
 def check_routing(router: Router, routing: object) -> AnyRouting:

@@ -226,4 +226,11 @@ ROUTERS: Registry[type[Router], Facts] = Registry(
 
 def required_features(config: RouterConfig) -> tuple[Feature, ...]:
     """Return the features that a configured router needs."""
-    return ROUTERS.get(config.name, where="router.name").item.required_features(config)
+    entry = ROUTERS.get(config.name, where="router.name")
+    features = entry.item.required_features(config)
+    if not (isinstance(features, tuple | list) and all(isinstance(feature, Feature) for feature in features)):
+        raise UsageError(
+            f"router '{config.name}' ({entry.origin}): required_features must return a tuple of Feature objects,"
+            f" got {features!r}"
+        )
+    return tuple(features)

@@ -20,7 +20,7 @@ from support.cases import (
     tabulate_assignments,
     tabulate_weights,
 )
-from support.router_checks import compute_raw_losses, is_taught, note_in_failure
+from support.router_checks import compute_raw_losses, learns_from_own_loss, note_in_failure
 
 from moebench.config import resolve, to_plain, to_yaml
 from moebench.errors import UsageError
@@ -149,7 +149,7 @@ def test_task_loss_reaches_the_router_if_it_learns(case: Case) -> None:
     gradients = {name: parameter.grad for name, parameter in layer.router.named_parameters()}
     assert gradients or not case.facts.learned
     for name, gradient in gradients.items():
-        if case.facts.learned and not is_taught(case, name):
+        if case.facts.learned and not learns_from_own_loss(case, name):
             assert gradient is not None, name
             assert gradient.norm() > 1e-4, name
         else:

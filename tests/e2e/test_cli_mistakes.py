@@ -144,7 +144,10 @@ CURVE_MISTAKES = {
     "curve ./tiny.yaml --vary layout.capacity_factor_eval": ["--vary", "KEY=v1,v2"],
     "curve ./tiny.yaml --vary router.top_k=1,1": ["--vary", "twice"],
     "curve ./tiny.yaml --vary train.steps=5": ["train.steps", "does not apply to the evaluation"],
-    "curve ./tiny.yaml --vary layout.capacity_factor_train=1": ["layout.capacity_factor_train", "does not apply to the evaluation"],
+    "curve ./tiny.yaml --vary layout.capacity_factor_train=1": [
+        "layout.capacity_factor_train",
+        "does not apply to the evaluation",
+    ],
     "curve ./tiny.yaml --vary layout.num_experts=8": ["layout.num_experts=8", "parameters"],
     "curve ./tiny.yaml --vary layout.capacity_eval=1": ["capacity_eval", "Did you mean 'capacity_factor_eval'?"],
     "curve ./tiny.yaml --vary layout.capacity_factor_eval=x": ["layout.capacity_factor_eval", "x"],

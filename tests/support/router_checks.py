@@ -29,6 +29,6 @@ def compute_raw_losses(router: Router, record: LayerRecord) -> dict[str, Tensor]
     return router_losses | shared
 
 
-def is_taught(case: Case, name: str) -> bool:
+def learns_from_own_loss(case: Case, name: str) -> bool:
     """Return whether a parameter is trained by the router's own losses or objective only."""
     return any(name == part or name.startswith(f"{part}.") for part in case.facts.trained_by_own_loss)

@@ -150,3 +150,14 @@ def test_an_interrupted_run_saves_a_checkpoint_and_raises(cli: CommandLine) -> N
     runs = moebench.load_runs(cli.folder / "results")
     assert runs["status"].tolist() == ["resumable"]
     cli.assert_no_process_is_left()
+
+
+def test_a_folder_without_runs_gives_a_table_without_rows(tmp_path: Path) -> None:
+    runs = moebench.load_runs(tmp_path)
+    assert len(runs) == 0
+    assert list(runs.columns) == ["id", "experiment", "arm", "seed", "status", "error"]
+
+
+def test_an_unknown_split_is_refused() -> None:
+    with pytest.raises(moebench.UsageError, match="split: 'tset' is unknown"):
+        moebench.compare(["a"], split="tset")

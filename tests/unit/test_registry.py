@@ -86,6 +86,16 @@ def test_second_component_of_a_name_is_refused() -> None:
     assert registry.names() == ["one"]
 
 
+def test_definition_executed_again_in_a_notebook_replaces_the_earlier_one() -> None:
+    registry: Registry[type, str] = Registry("thing", None)
+    cell = "@registry.register('facts', name='one')\nclass Mine:\n    version = VERSION\n"
+    for version in ("1", "2"):
+        exec(cell.replace("VERSION", version), {"__name__": "__main__", "registry": registry})
+    assert registry.get("one").item.version == 2
+    with pytest.raises(UsageError, match="'one' is already defined"):
+        exec(cell.replace("Mine", "Other").replace("VERSION", "3"), {"__name__": "__main__", "registry": registry})
+
+
 def test_component_without_a_name_is_refused() -> None:
     registry: Registry[type, str] = Registry("thing", None)
     with pytest.raises(UsageError, match="this thing has no name"):

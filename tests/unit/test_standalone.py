@@ -160,6 +160,14 @@ def test_the_balance_loss_is_the_sum_of_the_raw_losses_times_their_coefficients(
         ({"layout": {"name": "whole_model"}}, "'whole_model' has experts outside"),
         ({"data": {"vocab": 3}}, "data: 'vocab' is unknown. Did you mean 'vocab_size'?"),
         ({"router": "hash"}, "'hash' routes by token id"),
+        ({"d_model": "16"}, "d_model must be an even number above 0, got '16'"),
+        ({"layout": "fine_grained"}, "layout must be a mapping of options or a LayoutConfig, got 'fine_grained'"),
+        ({"data": [1]}, r"data must be a mapping, got \[1\]"),
+        ({"data": {"vocab_size": -1}}, "data.vocab_size must be a whole number above 0, got -1"),
+        (
+            {"data": {"vocab_size": 3, "token_count": [1, 2]}},
+            "data.vocab_size must be 2, as token_count .*, got 3",
+        ),
     ],
 )
 def test_mistakes_are_refused_in_one_line(options: dict[str, Any], message: str) -> None:
@@ -173,9 +181,49 @@ def test_mistakes_are_refused_in_one_line(options: dict[str, Any], message: str)
     [
         (tokens(2, 6), {}, "step: required in training mode"),
         (tokens(2, 6)[..., :8], {"step": 0}, r"x must be \(B, L, 16\) or \(T, ...\), got \(2, 6, 8\)"),
+        (tokens(2, 6).tolist(), {"step": 0}, "x must be a tensor, got list"),
+        (tokens(2, 6).bfloat16(), {"step": 0}, "x must be torch.float32 .* torch.autocast, got torch.bfloat16"),
+        (tokens(2, 6), {"step": 0, "mask": torch.ones(2, 6)}, "mask must be torch.bool, got torch.float32"),
         (tokens(2, 6), {"step": 0, "mask": torch.ones(2, 5, dtype=torch.bool)}, r"mask must be \(2, 6\), got \(2, 5\)"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(x: Tensor, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         moe_layer(D_MODEL, NUM_EXPERTS)(x, **options)
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "message"),
+    [
+        (None, "token_ids: required"),
+        (torch.full((2, 6), 50), "token_ids must be 0 to 49, got 50 to 50"),
+        (torch.full((2, 6), -1), "token_ids must be 0 to 49, got -1 to -1"),
+        (torch.ones(2, 6), "token_ids must be an int64 tensor, got torch.float32"),
+    ],
+)
+def test_ids_outside_the_vocabulary_are_refused(token_ids: Tensor | None, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        moe_layer(D_MODEL, NUM_EXPERTS, "hash", data=DATA)(tokens(2, 6), step=0, token_ids=token_ids)
+
+
+def test_domains_held_out_of_training_are_accepted_in_evaluation_alone() -> None:
+    layer = moe_layer(D_MODEL, NUM_EXPERTS, "limoe", data=DATA)
+    held_out = torch.tensor([0, 3])
+    with pytest.raises(UsageError, match="domain_ids must be 0 to 2, got 0 to 3"):
+        layer(tokens(2, 6), step=0, token_ids=ids()["token_ids"], domain_ids=held_out)
+    assert layer.eval()(tokens(2, 6), token_ids=ids()["token_ids"], domain_ids=held_out)[0].isfinite().all()
+
+
+def test_domain_ids_are_ignored_where_the_layer_was_built_without_domains() -> None:
+    _, record = moe_layer(D_MODEL, NUM_EXPERTS, "limoe")(tokens(2, 6), step=0, domain_ids=torch.tensor([0, 7]))
+    assert balance_loss(record).isfinite()
+
+
+def test_vectors_of_another_precision_work_within_autocast() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert moe_layer(D_MODEL, NUM_EXPERTS)(tokens(2, 6).bfloat16(), step=0)[0].dtype == torch.bfloat16
+
+
+def test_the_balance_loss_refuses_what_is_no_record() -> None:
+    with pytest.raises(UsageError, match="balance_loss: got tuple"):
+        balance_loss(moe_layer(D_MODEL, NUM_EXPERTS)(tokens(2, 6), step=0))

@@ -38,7 +38,7 @@ def predict(module: CellModule, batch: Batch) -> Tensor:
     return shared.head(shared(module.model.embedding(batch.input_BL)))
 
 
-def judge(module: CellModule):
+def compute_losses(module: CellModule):
     batch = module.task.train_batch(4, 0, 0)
     outputs, records = module.run_passes(batch, batch_context(batch, training=True, seed=0))
     return module.compute_loss(batch, outputs, records)[0], outputs, batch
@@ -46,7 +46,7 @@ def judge(module: CellModule):
 
 def test_loss_of_the_shared_embedding_is_the_task_loss_of_its_own_prediction(text: Path, tmp_path: Path) -> None:
     module = module_of(text, tmp_path, embedding_loss=0.5)
-    found, outputs, batch = judge(module)
+    found, outputs, batch = compute_losses(module)
     alone = module.task.loss(predict(module, batch), batch).mean()
     torch.testing.assert_close(found.raw["embedding"], alone)
     torch.testing.assert_close(found.weighted["embedding"], 0.5 * alone)
@@ -64,7 +64,7 @@ def test_the_shared_embedding_learns_from_its_loss_and_the_routers_and_passes_no
     by_own, below = torch.autograd.grad(embedding_loss, [first, table], allow_unused=True)
     assert by_own.norm() > 1e-4
     assert below is None
-    _, outputs, _ = judge(module)
+    _, outputs, _ = compute_losses(module)
     (by_task,) = torch.autograd.grad(module.task.loss(outputs[0], batch).sum(), [first])
     assert by_task.norm() > 1e-6  # through the gates of all layers
 

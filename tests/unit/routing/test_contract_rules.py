@@ -8,11 +8,13 @@ import torch
 from support.training_cases import Run, tiny_config, write_text
 
 from moebench.errors import UsageError
+from moebench.experiment.grid import expand_config
 from moebench.registry import load_plugin
+from moebench.schema import ExperimentConfig
 from moebench.training.model import build_model, prepare_task
 
 PLUGIN = '''
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +86,53 @@ BUILDING = {
 }
 """Refused when the cell is planned."""
 
+METHOD = "    def __init__"
+PLANNING = {
+    "a form that is text": (METHOD, f"    form = 'soft'\n\n{METHOD}", ["form must be a member of Form", "'soft'"]),
+    "experts_per_token of an instance": (
+        METHOD,
+        f"    def experts_per_token(self, config, num_experts):\n        return 1\n\n{METHOD}",
+        ["must be a static or class method"],
+    ),
+    "experts_per_token that is text": (
+        METHOD,
+        f"    @staticmethod\n    def experts_per_token(config, num_experts):\n        return 'two'\n\n{METHOD}",
+        ["must return a whole number, got 'two'"],
+    ),
+    "a check that fails": (
+        METHOD,
+        f"    @staticmethod\n    def check(config, num_experts):\n        raise ValueError('no')\n\n{METHOD}",
+        ["ValueError: no", "my_router.py:"],
+    ),
+    "no expert per token": (
+        METHOD,
+        f"    @staticmethod\n    def experts_per_token(config, num_experts):\n        return 0\n\n{METHOD}",
+        ["experts_per_token must be at least 1"],
+    ),
+    "no forward": ("    def forward(", "    def route(", ["must define forward(x_TD, ctx)"]),
+    "a coefficient that is text": (
+        '        name: str = "broken"\n',
+        '        name: str = "broken"\n        losses: dict[str, float] = field(default_factory=lambda: {"z": "x"})\n',
+        ["Config.losses: coefficients must be numbers, got {'z': 'x'}"],
+    ),
+    "features that are classes": (
+        METHOD,
+        f"    @staticmethod\n    def required_features(config):\n        return (Form,)\n\n{METHOD}",
+        ["required_features must return a tuple of Feature objects"],
+    ),
+    "an option of a type that is not defined": (
+        '        name: str = "broken"\n',
+        '        name: str = "broken"\n        depth: "Floot" = 1.0\n',
+        ["Config: name 'Floot' is not defined"],
+    ),
+    "an option of a type that no file can give": (
+        '        name: str = "broken"\n',
+        '        name: str = "broken"\n        depth: complex = 1j\n',
+        ["option 'depth' has the type <class 'complex'>"],
+    ),
+}
+"""Refused when an experiment is read."""
+
 ROUTING = {
     "a tensor": (".topk(1)\n", ".topk(1)\n        return weight_TK\n", ["forward must return a Routing", "got Tensor"]),
     "another form": (
@@ -138,6 +187,16 @@ def test_build_rules(
     with pytest.raises(UsageError) as caught, torch.device("meta"):
         build_model(config, task)
     assert_one_line(caught.value, [*words, "'broken'"], path)
+
+
+@pytest.mark.parametrize(("old", "new", "words"), PLANNING.values(), ids=PLANNING)
+def test_planning_rules(plugin: Any, text: Path, old: str, new: str, words: list[str]) -> None:
+    path = write_broken(plugin, old, new)
+    task = {"name": "language", "data": {"path": str(text)}}
+    config = ExperimentConfig(base={"task": task}, grid={"router": ["broken"]}, baseline="broken")
+    with pytest.raises(UsageError) as caught:
+        expand_config("broken", config, plugins=[load_plugin(path)])
+    assert_one_line(caught.value, words, path)
 
 
 @pytest.mark.parametrize(("old", "new", "words"), ROUTING.values(), ids=ROUTING)
