@@ -40,7 +40,8 @@ def test_one_process_that_fails_is_named_and_the_next_call_repairs(cli: CommandL
     cli.assert_no_process_is_left()
     results = Results(cli.folder / "results")
     errors = {cell["id"]: cell["error"] for cell in ended.json["failed"]}
-    assert errors[results.folder("raise 1", 0).name] == "rank 1: ValueError: the router failed in two lines"
+    failure = errors[results.folder("raise 1", 0).name]
+    assert re.fullmatch(r"rank 1: ValueError: the router failed in two lines \(.*faulty\.py:\d+\)", failure)
     assert errors[results.folder("kill 1", 0).name] == "rank 1 was killed by SIGKILL (out of memory?)"
     assert "Traceback" not in ended.err
     for arm in ("raise 1", "kill 1"):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -58,7 +59,7 @@ def test_every_fault_is_reported_and_the_next_call_repairs(cli: CommandLine, war
     results = Results(cli.folder / "results")
     assert results.statuses() == {("dense", 0): "done", **{(arm, 0): "failed" for arm in ARMS}}
     errors = {arm: results.result(arm, 0)["error"] for arm in ARMS}
-    assert errors["raise"] == "RuntimeError: the router failed in two lines"
+    assert re.fullmatch(r"RuntimeError: the router failed in two lines \(.*faulty\.py:\d+\)", errors["raise"])
     assert "exit code 3" in errors["exit"]
     assert "SIGSEGV" in errors["die"]
     assert errors["nan"].startswith("loss is nan at step 6")
