@@ -10,8 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moebench.errors import UsageError, unknown
-from moebench.standalone import MoE, MoERecord, balance_loss, moe_layer
+from moebench.errors import UsageError as UsageError
+from moebench.errors import unknown
+from moebench.standalone import MoE as MoE
+from moebench.standalone import MoERecord as MoERecord
+from moebench.standalone import balance_loss as balance_loss
+from moebench.standalone import moe_layer as moe_layer
 
 if TYPE_CHECKING:
     import pandas
@@ -23,19 +27,6 @@ if TYPE_CHECKING:
     from moebench.tasks.task import Task
     from moebench.training.model import Model
 
-__all__ = [
-    "MoE",
-    "MoERecord",
-    "UsageError",
-    "balance_loss",
-    "compare",
-    "load_experiment",
-    "load_model",
-    "load_runs",
-    "moe_layer",
-    "run",
-    "to_text",
-]
 DEFAULT_BASELINE = "dense"
 CELL_COLUMNS = ("id", "experiment", "arm", "seed")
 SPLITS = ("test", "validation")
@@ -44,7 +35,7 @@ SPLITS = ("test", "validation")
 def load_experiment(
     path_or_name: str | Path, overrides: Sequence[str] = (), plugins: Sequence[str | Path] = ()
 ) -> "Experiment":
-    """Read an experiment file, or the one called `path_or_name` in the folder `experiments`, and check every cell.
+    """Read an experiment, by its file or its name (see `moebench list experiments`), and check every cell.
 
     `overrides`: changes in the form `key=value`, as on the command line. `plugins`: Python files that register
     routers, layouts or tasks. Raises UsageError for anything that could not be trained.

@@ -20,7 +20,7 @@ class ExpertPass(Protocol):
 
     @property
     def added(self) -> Sequence[Tensor]:
-        """What each step of a chain of experts added to the state of every token, [T, D] each."""
+        """Return the change of the state of every token by each step of a chain of experts, [T, D] each."""
 
     def mix(self, routing: "Routing") -> Tensor:
         """Return y_TD: for each token the weighted sum of its experts' outputs; 0 for an unserved token."""

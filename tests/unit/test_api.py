@@ -77,11 +77,11 @@ def results(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_comparing_runs_by_id_equals_comparing_their_experiment(results: Path) -> None:
-    draw_experiment_figures = moebench.compare("./tiny.yaml", results)
+    of_experiment = moebench.compare("./tiny.yaml", results)
     of_runs = moebench.compare(moebench.load_runs(results)["id"], results)
-    assert {arm.arm for arm in draw_experiment_figures.arms} == {"dense", "switch", "top_k"}
-    assert of_runs.to_dict()["arms"] == draw_experiment_figures.to_dict()["arms"]
-    text = moebench.to_text(draw_experiment_figures)
+    assert {arm.arm for arm in of_experiment.arms} == {"dense", "switch", "top_k"}
+    assert of_runs.to_dict()["arms"] == of_experiment.to_dict()["arms"]
+    text = moebench.to_text(of_experiment)
     assert text.startswith("Quality: bits per byte on the test split")
     assert all(len(line) <= 100 and line == line.rstrip() for line in text.splitlines())
 
