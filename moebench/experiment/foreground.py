@@ -22,7 +22,8 @@ from moebench.experiment.runner import Figures, print_note
 from moebench.experiment.store import open_results, record_experiment, require_disk_space
 from moebench.interrupts import handle_signals
 from moebench.launch.devices import require_devices
-from moebench.launch.failure import build_failed_result, classify_error, describe_error
+from moebench.launch.error_report import classify_error, describe_error
+from moebench.launch.failure import build_failed_result
 from moebench.launch.folder_training import train_from_folder
 from moebench.launch.scheduler import Outcome
 from moebench.parallel.process_info import SINGLE_PROCESS

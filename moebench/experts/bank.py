@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeGuard
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from moebench.experts.activation import Dropout
 from moebench.experts.dispatch import DispatchPlan, combine, dispatch
 from moebench.experts.grouped import cast_for_autocast
 from moebench.routing.values import LayerRecord, Routing
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Compute = Callable[[Tensor, Tensor], Tensor]
 """(x_RI, load_E) -> y_RO: experts on rows that are sorted by expert."""
@@ -138,7 +140,12 @@ class Bank(nn.Module):
 
 def local_shard(parameter: Tensor) -> Tensor:
     """Return the part of a parameter that is on this process: all of it unless experts are sharded."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return parameter.to_local() if is_sharded(parameter) else parameter
+
+
+def is_sharded(parameter: Tensor) -> "TypeGuard[DTensor]":
+    """Return whether a parameter is a `DTensor`, without importing that class, which takes as long as half of torch."""
+    return hasattr(parameter, "device_mesh")
 
 
 def init_experts(parameter: Tensor, std: float, generator: Generator) -> None:
@@ -148,7 +155,7 @@ def init_experts(parameter: Tensor, std: float, generator: Generator) -> None:
     """
     local_EX = local_shard(parameter)
     num_local = local_EX.shape[0]
-    first = num_local * parameter.device_mesh.get_local_rank("expert") if isinstance(parameter, DTensor) else 0
+    first = num_local * parameter.device_mesh.get_local_rank("expert") if is_sharded(parameter) else 0
     with torch.no_grad():
         for expert in range(parameter.shape[0]):
             value_X = torch.empty(local_EX.shape[1:], dtype=local_EX.dtype).normal_(std=std, generator=generator)

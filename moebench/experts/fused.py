@@ -26,12 +26,20 @@ class _Step:
     recompute: bool
 
 
-# What is traced around it stays compiled; the choice of kernels depends on the loads.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def fused_mixture(
     x_TD: Tensor, routing: Routing, w_in_EDF: Tensor, w_out_EFD: Tensor, activation: str, *, recompute: bool
 ) -> Tensor:
     """Return Σ_e w_te E_e(x_t) for every token; with `recompute` the activation is computed again, not saved."""
+    # What is traced around it stays compiled; the choice of kernels depends on the loads. `torch.compiler.disable`
+    # as a decorator would import dynamo, as long as torch itself, in processes that never compute.
+    compute = torch.compiler.disable(_fused_mixture) if torch.compiler.is_compiling() else _fused_mixture  # type: ignore[no-untyped-call]
+    y_TD: Tensor = compute(x_TD, routing, w_in_EDF, w_out_EFD, activation, recompute=recompute)
+    return y_TD
+
+
+def _fused_mixture(
+    x_TD: Tensor, routing: Routing, w_in_EDF: Tensor, w_out_EFD: Tensor, activation: str, *, recompute: bool
+) -> Tensor:
     x_TD, w_in_EDF, w_out_EFD = cast_for_autocast(x_TD, w_in_EDF, w_out_EFD)
     plan = DispatchPlan.of(routing, may_pad=x_TD.element_size() <= 4)
     step = _Step(plan=plan, activation=activation, recompute=recompute)

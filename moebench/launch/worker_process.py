@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from filelock import FileLock, Timeout
 from torch.distributed.checkpoint.api import CheckpointException
 
-from moebench.launch.failure import classify_error, describe_error
+from moebench.launch.error_report import classify_error, describe_error
 from moebench.launch.folder_training import train_from_folder
 from moebench.parallel.process_info import ProcessInfo
 from moebench.runs.folder import RunFolder

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moebench.experts.bank import Bank
 from moebench.experts.layer import MoELayer
@@ -46,6 +45,9 @@ def iter_sharded_banks(bank: Bank) -> Iterator[Bank]:
 
 
 def _shard(bank: Bank, mesh: Mesh) -> None:
+    # Here because its import takes as long as half of torch, and most runs shard nothing.
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
     assert mesh.expert_group is not None
     assert mesh.device_mesh is not None
     bank.exchange = ExpertExchange(mesh.expert_group, mesh.traffic, overlap=mesh.config.overlap)

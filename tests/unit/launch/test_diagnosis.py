@@ -5,7 +5,7 @@ import torch
 
 from moebench.errors import UsageError
 from moebench.launch.diagnosis import ExitReport, diagnose
-from moebench.launch.failure import classify_error
+from moebench.launch.error_report import classify_error
 from moebench.runs.result import Fault
 from moebench.training.module import NonFiniteError
 
