@@ -114,7 +114,7 @@ def cli(tmp_path: Path) -> Iterator[CommandLine]:
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmCommandLine]:
     """Calls without start-up time, for commands that only read or are refused."""
     scratch = tmp_path_factory.mktemp("warm")
-    command_line = WarmCommandLine(CommandLine(scratch).environment, scratch)
+    command_line = WarmCommandLine(scratch)
     yield command_line
     command_line.close()
 

@@ -18,6 +18,10 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 MARK = "MOEBENCH_TEST_PROCESS"
+WARM_MARK = uuid.uuid4().hex
+"""Of the workers of warm calls: one process of the test run makes one call at a time."""
+SERVERS: set[int] = set()
+"""Processes that live as long as the test run."""
 TIMEOUT_S = 90
 BUSY_TIMEOUT_S = 150.0
 """For waiting on a busy machine."""
@@ -114,7 +118,9 @@ class CommandLine:
         processes = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                mark = process.environ().get(MARK)
+                is_ours = mark in (self.mark, WARM_MARK) and process.pid not in SERVERS
+                if is_ours and process.status() != psutil.STATUS_ZOMBIE:
                     processes.append(process)
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
@@ -145,12 +151,18 @@ class CommandLine:
 
 
 SERVER = """
-import gc, json, os, sys, traceback
+import gc, json, multiprocessing.process, os, sys, traceback
+from multiprocessing import forkserver, resource_tracker
+from moebench.launch.local_worker import start_fork_server
+start_fork_server()  # it imports while this process does
 import moebench.cli, moebench.experiment.runner, moebench.analysis.figures, moebench.analysis.compare.report
 from moebench.registry import HOMES, get_registry
 for kind in HOMES:
     get_registry(kind).names()
 gc.freeze()
+server = forkserver._forkserver
+server.ensure_running = forkserver.ensure_running = lambda: None  # it would wait for a process that is not its child
+print(json.dumps([os.getpid(), server._forkserver_pid, resource_tracker._resource_tracker._pid]), flush=True)
 for line in sys.stdin:
     call = json.loads(line)
     child = os.fork()
@@ -158,6 +170,7 @@ for line in sys.stdin:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
         continue
     os.chdir(call["folder"])
+    multiprocessing.process.ORIGINAL_DIR = call["folder"]  # where workers start
     for number, name in enumerate((os.devnull, call["out"], call["err"])):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
     os.environ[call["key"]] = call["mark"]
@@ -178,24 +191,40 @@ for line in sys.stdin:
 
 
 class WarmCommandLine:
-    """Runs each call in a process forked from one that has done the imports: ten times faster."""
+    """Runs each call in a process forked from one that has done the imports: ten times faster.
 
-    def __init__(self, environment: Mapping[str, str], scratch: Path) -> None:
+    Its calls share the server from which they fork their workers, too.
+    """
+
+    def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
-        self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+        self.server: subprocess.Popen[str] | None = None
 
     def __call__(self, cli: CommandLine, *arguments: str, timeout: float = TIMEOUT_S) -> CommandResult:
         """Run a command in the folder of a command line."""
+        server = self.server = self.server or self._start()
+        assert server.stdin is not None
+        assert server.stdout is not None
         out, err = self.scratch / "out", self.scratch / "err"
         call = {"folder": str(cli.folder), "out": str(out), "err": str(err), "arguments": arguments}
-        assert self.server.stdin is not None
-        assert self.server.stdout is not None
-        print(json.dumps(call | {"key": MARK, "mark": cli.mark}), file=self.server.stdin, flush=True)
-        assert select.select([self.server.stdout], [], [], timeout)[0], f"no answer to {arguments}"
-        code = int(self.server.stdout.readline())
+        print(json.dumps(call | {"key": MARK, "mark": cli.mark}), file=server.stdin, flush=True)
+        if not select.select([server.stdout], [], [], timeout)[0]:
+            self.close()  # a later call must not read the answer to this one
+            raise AssertionError(f"no answer to {arguments} within {timeout:.0f} s")
+        code = int(server.stdout.readline())
         return CommandResult(code, out.read_text(), err.read_text())
+
+    def _start(self) -> subprocess.Popen[str]:
+        server = subprocess.Popen(
+            [sys.executable, "-c", SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=CommandLine(self.scratch, WARM_MARK).environment,
+        )
+        assert server.stdout is not None
+        SERVERS.update(json.loads(server.stdout.readline()))
+        return server
 
     def train(
         self, cli: CommandLine, *arguments: str, results: str = "results", name: str = "./tiny.yaml"
@@ -204,9 +233,11 @@ class WarmCommandLine:
         return self(cli, "run", name, "--results", results, "--tracker", "none", *arguments)
 
     def close(self) -> None:
-        """End the server."""
-        self.server.kill()
-        self.server.communicate()
+        """End the server, and with it the one that forks workers."""
+        if self.server is not None:
+            self.server.kill()
+            self.server.communicate()
+            self.server = None
 
 
 @dataclass(frozen=True)
