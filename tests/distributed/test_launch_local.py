@@ -66,7 +66,7 @@ def test_exits_kills_nans_and_errors_are_named(cli: CommandLine, warm: WarmComma
     assert errors["exit 1"] == "rank 1 ended with exit code 7"
     assert errors["kill 0"] == "rank 0 was killed by SIGKILL (out of memory?)"
     assert errors["nan 1"].startswith("loss is nan at step 8; no update was made")  # once, although both ranks raise it
-    assert errors["raise 0"] == "rank 0: ValueError: the router failed in two lines"
+    assert re.fullmatch(r"rank 0: ValueError: the router failed in two lines \(.*faulty\.py:\d+\)", errors["raise 0"])
     faults = [results.result(arm, 0)["fault"] for arm in arms]
     assert faults == ["outside", "outside", "diverged", "own"]
     (cli.folder / "repaired").touch()

@@ -18,11 +18,15 @@ from moebench.registry import load_plugin
 from moebench.routing.router import ROUTERS
 
 PLUGINS = [Path(__file__).parents[1] / "support" / name for name in ("collapsed_router.py", "padded_task.py")]
-TOLERANCES = {
+TOLERANCES: dict[str, dict[str, Any]] = {
     # 8 bits of precision: sums over another split round differently, which may route a near tie differently.
     "bf16": {"tolerance": 3e-2},
     # It learns from differences between nearly equal losses, which amplify rounding.
     "router ponder_net": {"tolerance": 1e-4},
+    # Gradients of its second block are a thousandth of the head's, in fp32 sums of that size.
+    "layout every_n": {"tolerance": 5e-5},
+    # A stack runs on a rectangle as long as the longest sequence of its process, so two processes execute less.
+    "layout whole_model": {"differing": ("load/flops_per_token",)},
 }
 
 

@@ -34,7 +34,7 @@ def queue(routing: Routing, order: str) -> list[int]:
     if order == "priority":
         choices_of = {t: sorted((-w, n) for n, w in enumerate(weights) if tokens[n] == t) for t in set(tokens)}
         choice = {n: place for pairs in choices_of.values() for place, (_, n) in enumerate(pairs)}
-        return sorted(range(len(tokens)), key=lambda n: (choice[n], choices_of[tokens[n]][0], tokens[n]))
+        return sorted(range(len(tokens)), key=lambda n: (choice[n], choices_of[tokens[n]][0][0], tokens[n]))
     if order == "random":
         return torch.randperm(len(tokens), generator=make_generator()).tolist()
     return sorted(range(len(tokens)), key=lambda n: (tokens[n], n))
