@@ -140,21 +140,26 @@ def load_runs(results: str | Path = "results") -> "pandas.DataFrame":
     return pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=[*CELL_COLUMNS, "status", "error"])
 
 
-def load_model(run: str | Path, results: str | Path = "results") -> "tuple[Model, Task]":
+def load_model(
+    run: str | Path, results: str | Path = "results", plugins: Sequence[str | Path] = ()
+) -> "tuple[Model, Task]":
     """Return the trained model of a run, in eval mode on the CPU, and its task.
 
     `run`: the folder of a run, or the beginning of its id in `results`. The weights are those of the last checkpoint.
-    Raises UsageError for an unknown run and where no checkpoint can be read.
+    `plugins`: the plug-in files that the run needs, unless they are loaded already; those that its folder names are not
+    executed by themselves, because the folder may come from someone else. Raises UsageError for an unknown run, for a
+    plug-in that is not given, and where no checkpoint can be read.
     """
     from moebench.config import resolve
-    from moebench.registry import load_plugin
+    from moebench.registry import load_plugin, require_plugins
     from moebench.training.model import prepare_task
     from moebench.training.trained_model import load_trained_model
 
     folder = _find_run(run, Path(results))
     cell = folder.read_cell()
-    for plugin in cell["plugins"]:
-        load_plugin(plugin)
+    for plugin in plugins:
+        load_plugin(str(plugin))
+    require_plugins(cell["plugins"], f"run {folder.path.name}")
     config = resolve(cell["config"])
     task = prepare_task(config, folder.path.parent.parent)
     return load_trained_model(config, config, task, folder.checkpoints).eval(), task
