@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from filelock import FileLock, Timeout
 from torch.distributed.checkpoint.api import CheckpointException
 
+from moebench.file_access import open_to_write
 from moebench.launch.failure import classify_error, describe_error
 from moebench.launch.folder_training import train_from_folder
 from moebench.parallel.process_info import ProcessInfo
@@ -131,7 +132,7 @@ def exit_with_parent() -> None:
 
 def _redirect_output(log: Path) -> None:
     """Send everything that this process prints, C libraries included, to the log of the run."""
-    handle = log.open("a", buffering=1, encoding="utf-8")
+    handle = os.fdopen(open_to_write(log), "a", buffering=1, encoding="utf-8")
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(handle.fileno(), 1)

@@ -25,8 +25,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from typing_extensions import override
 
+from moebench.file_access import open_member
 from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
-from moebench.parallel.safe_reader import SafeReader, TensorPlanner, UnsafeCheckpointError, open_member
+from moebench.parallel.safe_reader import SafeReader, TensorPlanner, UnsafeCheckpointError
 
 KEEP = 2
 """Checkpoints kept: the older one is the fallback when the newest is damaged."""
@@ -127,7 +128,9 @@ def _refusals(checkpoint: Path) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not any(name in str(error) for name in CONTENT_ERRORS):
             raise
         reason = " ".join(str(error).split())[:300]
-        raise UnsafeCheckpointError(f"{checkpoint}: refused, it has other content than its run saves: {reason}") from error
+        raise UnsafeCheckpointError(
+            f"{checkpoint}: refused, it has other content than its run saves: {reason}"
+        ) from error
 
 
 def _split_tensors(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -247,7 +250,8 @@ def _digest(file: Path) -> str:
 def _write_atomically(file: Path, text: str) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as handle:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as handle:  # a new file, not one that a link with this name chooses
             handle.write(text.encode())
             handle.flush()
             os.fsync(handle.fileno())

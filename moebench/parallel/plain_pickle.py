@@ -26,7 +26,7 @@ class Name:
 
 @dataclass(eq=False)
 class Record:
-    """What a pickle would build by a call: the name of the class or function, the arguments, the state set afterwards."""
+    """What a pickle would build by a call: the name of the class or function, the arguments, the state set later."""
 
     name: str
     args: Any

@@ -7,10 +7,8 @@ bytes that exist in the files of the checkpoint.
 
 import math
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +26,13 @@ from torch.distributed.checkpoint.metadata import (
 from typing_extensions import override
 
 from moebench.errors import UsageError
+from moebench.file_access import is_plain_name, open_member
 from moebench.parallel.plain_pickle import Name, Pairs, Record, read_plain_pickle
 
 METADATA = ".metadata"
 MAX_METADATA_BYTES = 64 * 2**20
 """Larger descriptions are refused: 100,000 tensors need about 30 MB."""
-DTYPES = frozenset("bfloat16 bool float16 float32 float64 int16 int32 int64 int8 uint8".split())
+DTYPES = frozenset(["bfloat16", "bool", "float16", "float32", "float64", "int16", "int32", "int64", "int8", "uint8"])
 _MODULE = "torch.distributed.checkpoint.metadata."
 
 
@@ -60,26 +59,6 @@ class TensorPlanner(DefaultLoadPlanner):
     @override
     def load_bytes(self, read_item: Any, value: Any) -> None:
         raise UnsafeCheckpointError(f"'{read_item.dest_index.fqn}' is not a tensor: refused, loading it could run code")
-
-
-def open_member(folder: Path, name: str) -> BufferedReader:
-    """Open a file of a folder by its name, for reading.
-
-    Raises ValueError for a name that is a path, OSError for a link and anything else that is not a plain file, which
-    may lie elsewhere or have no end.
-    """
-    if not is_plain_name(name):
-        raise ValueError(f"'{name}' is not the name of a file in {folder.name}")
-    descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(f"'{name}' is not a plain file")
-    return os.fdopen(descriptor, "rb")
-
-
-def is_plain_name(name: object) -> bool:
-    """Return whether a value is the name of a file in a folder, not a path to another one."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
 def read_metadata(checkpoint: Path) -> Metadata:

@@ -31,7 +31,7 @@ def sign(checkpoint: Path) -> None:
 
 
 def edit_metadata(checkpoint: Path, edit: Callable[[Metadata, str], object]) -> None:
-    """Call `edit` with the description of a checkpoint and the name of one of its weights; write and sign the result."""
+    """Call `edit` with the description of a checkpoint and the name of one of its weights; write and sign it."""
     file = checkpoint / ".metadata"
     metadata = pickle.loads(file.read_bytes())
     edit(metadata, next(name for name in metadata.state_dict_metadata if name.startswith("state_dict.")))
