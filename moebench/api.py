@@ -61,14 +61,13 @@ def run(
     the results folder. `quiet`: print no progress. After Ctrl-C it saves checkpoints and raises KeyboardInterrupt,
     after SIGTERM SystemExit. Works in the main thread only.
     """
-    from rich.console import Console
-
     from moebench.analysis.figures import Figures
     from moebench.experiment.runner import RunOptions, run_experiment
     from moebench.launch.launcher import LocalLauncher
+    from moebench.reporting.console import SafeConsole
 
     options = RunOptions(jobs=jobs, tracker=tracker)
-    console = Console(stderr=True, quiet=quiet)
+    console = SafeConsole(stderr=True, quiet=quiet)
     with _hide_main_module():
         report = run_experiment(
             _as_experiment(experiment),
@@ -116,12 +115,11 @@ def to_text(comparison: "Comparison", width: int = 100) -> str:
     """Return the tables of a comparison as plain text, `width` columns wide."""
     import io
 
-    from rich.console import Console
-
     from moebench.analysis.compare.report import build_report
+    from moebench.reporting.console import SafeConsole
 
     stream = io.StringIO()
-    Console(file=stream, width=width, color_system=None).print(build_report(comparison).to_rich())
+    SafeConsole(file=stream, width=width, color_system=None).print(build_report(comparison).to_rich())
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
 
 
