@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from torch.distributed.checkpoint.api import CheckpointException
 
 from moebench.file_access import open_to_write
+from moebench.launch.descendants import adopt_orphans, kill_descendants
 from moebench.launch.failure import classify_error, describe_error
 from moebench.launch.folder_training import train_from_folder
 from moebench.parallel.process_info import ProcessInfo
@@ -75,6 +76,7 @@ def run_worker(path: str, results: str, process_info: ProcessInfo, pipe: Connect
     # lightning would install a handler that communicates with the other processes in the middle of a collective.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     exit_with_parent()
+    adopt_orphans()
     folder = RunFolder(Path(path))
     _redirect_output(folder.log_for_rank(process_info.rank))
     connection = RunnerConnection(pipe)
@@ -96,6 +98,7 @@ def run_worker(path: str, results: str, process_info: ProcessInfo, pipe: Connect
             traceback.print_exc()
     with contextlib.suppress(OSError):  # a full disk has no room for the log either
         sys.stdout.flush()
+    kill_descendants(os.getpid())
     os._exit(code)  # a normal exit would wait for the threads of a broken process group
 
 
