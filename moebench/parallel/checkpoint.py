@@ -200,7 +200,7 @@ def _verify_files(manifest: Path, rank: int, size: int) -> tuple[str | None, lis
     try:
         expected = json.loads(manifest.read_text())["sha256"]
         names = sorted(expected)[rank::size]
-        mismatches = [name for name in names if _digest_member(manifest.with_suffix(".ckpt"), name) != expected[name]]
+        mismatches = [name for name in names if _digest(manifest.with_suffix(".ckpt"), name) != expected[name]]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return f"not readable ({error})", []
     return None if expected else "the list of checksums does not match its manifest", mismatches
@@ -214,7 +214,7 @@ def _sync_files_of_rank(unfinished: Path, rank: int) -> dict[str, tuple[str, int
         if int(writer[1]) == rank if writer else rank == 0:
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-            written[file.name] = _digest(file), file.stat().st_size
+            written[file.name] = _digest(unfinished, file.name), file.stat().st_size
     return written
 
 
@@ -237,13 +237,8 @@ def _manifests(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*.json"), key=parse_step)
 
 
-def _digest_member(folder: Path, name: str) -> str:
+def _digest(folder: Path, name: str) -> str:
     with open_member(folder, name) as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
