@@ -20,11 +20,12 @@ def _run() -> int:
 
     from moebench.cli import app
     from moebench.errors import UsageError
+    from moebench.printable import print_error
 
     try:
         return int(app(prog_name="moebench", standalone_mode=False) or 0)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(str(error))
         return 2
     except typer.Abort:
         return 130
@@ -32,7 +33,7 @@ def _run() -> int:
         # An unknown command or option, a missing argument: the command-line library exports no class for them.
         if not hasattr(error, "format_message"):
             raise
-        print(f"error: {' '.join(error.format_message().split())} (moebench --help)", file=sys.stderr)
+        print_error(f"{' '.join(error.format_message().split())} (moebench --help)")
         return 2
 
 

@@ -61,14 +61,13 @@ def run(
     the results folder. `quiet`: print no progress. After Ctrl-C it saves checkpoints and raises KeyboardInterrupt,
     after SIGTERM SystemExit. Works in the main thread only.
     """
-    from rich.console import Console
-
     from moebench.analysis.figures import Figures
     from moebench.experiment.runner import RunOptions, run_experiment
     from moebench.launch.launcher import LocalLauncher
+    from moebench.reporting.console import SafeConsole
 
     options = RunOptions(jobs=jobs, tracker=tracker)
-    console = Console(stderr=True, quiet=quiet)
+    console = SafeConsole(stderr=True, quiet=quiet)
     with _hide_main_module():
         report = run_experiment(
             _as_experiment(experiment),
@@ -116,12 +115,11 @@ def to_text(comparison: "Comparison", width: int = 100) -> str:
     """Return the tables of a comparison as plain text, `width` columns wide."""
     import io
 
-    from rich.console import Console
-
     from moebench.analysis.compare.report import build_report
+    from moebench.reporting.console import SafeConsole
 
     stream = io.StringIO()
-    Console(file=stream, width=width, color_system=None).print(build_report(comparison).to_rich())
+    SafeConsole(file=stream, width=width, color_system=None).print(build_report(comparison).to_rich())
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
 
 
@@ -140,21 +138,26 @@ def load_runs(results: str | Path = "results") -> "pandas.DataFrame":
     return pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=[*CELL_COLUMNS, "status", "error"])
 
 
-def load_model(run: str | Path, results: str | Path = "results") -> "tuple[Model, Task]":
+def load_model(
+    run: str | Path, results: str | Path = "results", plugins: Sequence[str | Path] = ()
+) -> "tuple[Model, Task]":
     """Return the trained model of a run, in eval mode on the CPU, and its task.
 
     `run`: the folder of a run, or the beginning of its id in `results`. The weights are those of the last checkpoint.
-    Raises UsageError for an unknown run and where no checkpoint can be read.
+    `plugins`: the plug-in files that the run needs, unless they are loaded already; those that its folder names are not
+    executed by themselves, because the folder may come from someone else. Raises UsageError for an unknown run, for a
+    plug-in that is not given, and where no checkpoint can be read.
     """
     from moebench.config import resolve
-    from moebench.registry import load_plugin
+    from moebench.registry import load_plugin, require_plugins
     from moebench.training.model import prepare_task
     from moebench.training.trained_model import load_trained_model
 
     folder = _find_run(run, Path(results))
     cell = folder.read_cell()
-    for plugin in cell["plugins"]:
-        load_plugin(plugin)
+    for plugin in plugins:
+        load_plugin(str(plugin))
+    require_plugins(cell["plugins"], f"run {folder.path.name}")
     config = resolve(cell["config"])
     task = prepare_task(config, folder.path.parent.parent)
     return load_trained_model(config, config, task, folder.checkpoints).eval(), task

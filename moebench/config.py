@@ -14,7 +14,7 @@ from moebench.conversion import apply_values, require_readable
 from moebench.errors import UsageError
 from moebench.registry import get_registry
 from moebench.schema import COMPONENTS, DEFAULT_NAMES, SECTIONS, CellConfig, ExperimentConfig
-from moebench.yaml_text import parse_override, parse_yaml
+from moebench.yaml_text import MAX_CHARACTERS, parse_override, parse_yaml
 
 SCHEMA = 3
 """Part of every cell id: raised when a change makes older results incomparable."""
@@ -57,7 +57,8 @@ def apply_overrides(experiment: ExperimentConfig, overrides: Sequence[str]) -> t
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping of a YAML file with untyped scalars; raise UsageError if it cannot be read or is none."""
     try:
-        loaded = parse_yaml(path.read_text(encoding="utf-8"), path.name)
+        with path.open(encoding="utf-8") as file:
+            loaded = parse_yaml(file.read(MAX_CHARACTERS + 1), path.name)  # not all of a file without an end
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file") from error
     except IsADirectoryError as error:

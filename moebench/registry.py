@@ -173,6 +173,8 @@ class Plugin:
     """Modules of the plugins whose classes its own derive from."""
 
 
+DIGITS = 12
+"""Of the digest of a plugin file, in the name of its module."""
 _PLUGINS: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
 """Names and parents of each plugin module: what it registers is seen once, when it is executed."""
 
@@ -186,7 +188,7 @@ def load_plugin(path: str) -> Plugin:
     if not file.is_file():
         raise UsageError(f"--plugin {path}: no such file")
     # The content is part of the name: an edited plugin is another module, the same one is imported once.
-    name = f"{PLUGIN_MODULE}{file.stem}_{hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
+    name = f"{PLUGIN_MODULE}{file.stem}_{hashlib.sha256(file.read_bytes()).hexdigest()[:DIGITS]}"
     if name not in sys.modules:
         # Built-in files are loaded first, so that a name registered twice is the mistake of the plug-in.
         before = {(kind, key) for kind, key, _ in _list_registered()}
@@ -197,6 +199,17 @@ def load_plugin(path: str) -> Plugin:
         _PLUGINS[name] = frozenset(key for key, _ in entered), parents
     names, parents = _PLUGINS[name]
     return Plugin(file=file.resolve(), digest=digest_sources(file), names=names, module=name, parents=parents)
+
+
+def require_plugins(paths: Iterable[str], owner: str) -> None:
+    """Raise UsageError unless a plugin file of the same name as each path is loaded; execute none."""
+    loaded = {module.removeprefix(PLUGIN_MODULE)[: -len("_") - DIGITS] for module in _PLUGINS}
+    missing = [path for path in paths if Path(path).stem not in loaded]
+    if missing:
+        raise UsageError(
+            f"{owner} needs the plug-in {missing[0]}, which is code that the run's folder names; if you trust it, give"
+            f" plugins={missing}"
+        )
 
 
 def select_plugins(plugins: Sequence[Plugin], words: Iterable[str]) -> list[Plugin]:

@@ -17,6 +17,11 @@ PLAIN = f"{PREFIX}plain"
 TYPED = tuple(f"{PREFIX}{name}" for name in ("int", "float", "bool", "null"))
 """Explicit tags that are ignored, because the key determines the type."""
 MERGE = "<<"
+MAX_VALUES = 100_000
+"""Values that a document may have, each alias counted with all that its anchor has; 50 characters of text count as one.
+Nine anchors of ten aliases each, a file of 300 bytes, are a billion values."""
+MAX_CHARACTERS = 1 << 20
+"""Longest document: a minute of reading."""
 
 
 class Plain(str):
@@ -49,6 +54,8 @@ def parse_yaml(text: str, name: str = "the value") -> Any:
     Merge keys (`<<`) are applied. Raises yaml.YAMLError for invalid YAML, duplicate keys and tags other than those of
     JSON types.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise yaml.YAMLError(f"it has more than {MAX_CHARACTERS} characters")
     loader = _Loader(text)
     loader.name = name  # in error messages
     try:
@@ -101,6 +108,8 @@ class _NodeReader:
     def __init__(self) -> None:
         self._values: dict[int, Any] = {}
         self._in_progress: set[int] = set()
+        self._sizes: dict[int, int] = {}
+        """Number of values in the value of a node, with all aliases."""
 
     def read(self, node: Node) -> Any:
         if id(node) in self._in_progress:
@@ -109,7 +118,16 @@ class _NodeReader:
             self._in_progress.add(id(node))
             self._values[id(node)] = self._build(node)
             self._in_progress.remove(id(node))
+            self._sizes[id(node)] = self._count_values(node)
+            if self._sizes[id(node)] > MAX_VALUES:
+                raise _parse_error(node, f"its aliases stand for more than {MAX_VALUES} values")
         return self._values[id(node)]
+
+    def _count_values(self, node: Node) -> int:
+        if isinstance(node, ScalarNode):
+            return 1 + len(node.value) // 50
+        parts = (part for item in node.value for part in (item if isinstance(item, tuple) else (item,)))
+        return 1 + sum(self._sizes.get(id(part), 1) for part in parts)
 
     def _build(self, node: Node) -> Any:
         if isinstance(node, ScalarNode) and node.tag in (PLAIN, *TYPED):

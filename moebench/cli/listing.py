@@ -8,6 +8,7 @@ import typer
 
 from moebench.cli.options import DEFAULT_RESULTS, Json, Plugins, Results, print_json
 from moebench.experiment.files import list_experiments
+from moebench.printable import print_text
 
 
 class Kind(StrEnum):
@@ -111,7 +112,7 @@ def _print_metrics(*, json: bool, markdown: bool) -> None:
     from moebench.cli.output import print_report
 
     if markdown and not json:
-        print(render_metrics_page(), end="")
+        print_text(render_metrics_page(), end="")
     else:
         print_report(build_metrics_report(), json=json, markdown=False)
 
@@ -121,7 +122,7 @@ def _print(rows: list[dict[str, Any]], kind: Kind, *, markdown: bool) -> None:
     from moebench.cli.output import print_table
 
     if not rows:
-        print(f"no {kind.value} here")
+        print_text(f"no {kind.value} here")
         return
     if kind is Kind.ROUTERS:
         from moebench.catalogue.pages import summarise

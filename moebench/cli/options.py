@@ -1,6 +1,5 @@
 """Arguments shared by several commands, and the completion of names, which imports nothing heavy."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +8,7 @@ import typer
 
 from moebench.errors import UsageError
 from moebench.experiment.files import list_experiments
+from moebench.printable import format_json, print_text
 from moebench.registry import names_without_import
 
 
@@ -70,4 +70,4 @@ def check_plot(plot: Path | None) -> None:
 
 def print_json(value: Any, indent: int | None = 1) -> None:
     """Print a value as JSON on standard output."""
-    print(json.dumps(value, indent=indent, ensure_ascii=False), flush=True)
+    print_text(format_json(value, indent))

@@ -3,6 +3,8 @@
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from moebench.printable import print_text
+
 if TYPE_CHECKING:
     from moebench.reporting.report import Report
 
@@ -16,8 +18,7 @@ def print_table(
     markdown: bool = False,
 ) -> None:
     """Print rows under their headers; `right`, `no_wrap`: headers of the columns that are aligned so or never wrap."""
-    from rich.console import Console
-
+    from moebench.reporting.console import SafeConsole
     from moebench.reporting.table import Column, Table
 
     columns = (
@@ -26,18 +27,18 @@ def print_table(
     )
     table = Table(columns=tuple(columns), rows=tuple(tuple(row) for row in rows))
     if markdown:
-        print(table.to_markdown())
+        print_text(table.to_markdown())
     else:
-        Console().print(table.to_rich())
+        SafeConsole().print(table.to_rich())
 
 
 def print_report(report: "Report", *, json: bool, markdown: bool) -> None:
     """Print a report as JSON, as Markdown or for the terminal."""
     if json:
-        print(report.to_json())
+        print_text(report.to_json())
     elif markdown:
-        print(report.to_markdown())
+        print_text(report.to_markdown())
     else:
-        from rich.console import Console
+        from moebench.reporting.console import SafeConsole
 
-        Console().print(report.to_rich())
+        SafeConsole().print(report.to_rich())

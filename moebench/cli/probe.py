@@ -7,6 +7,7 @@ import typer
 
 from moebench.cli.options import DEFAULT_RESULTS, Json, Results, check_plot, print_json
 from moebench.errors import unknown
+from moebench.printable import print_text
 
 if TYPE_CHECKING:
     from moebench.analysis.specialisation.report import LabelReport
@@ -50,13 +51,13 @@ def _print(report: "LabelReport", layer: str | None) -> None:
     from moebench.analysis.specialisation.report import build_label_rows, find_best_layer
     from moebench.cli.output import print_table
 
-    print(f"{report.arm}, seed {report.seed} ({report.id})")
+    print_text(f"{report.arm}, seed {report.seed} ({report.id})")
     for kind, table in report.tables.items():
         shown = layer or find_best_layer(table)
-        print(f"\n{kind}: " + ", ".join(f"layer {name} {value:.3f}" for name, value in table.information.items()))
+        print_text(f"\n{kind}: " + ", ".join(f"layer {name} {value:.3f}" for name, value in table.information.items()))
         rows = build_label_rows(table, shown)
         heads = (kind, "share", "of what is known", f"experts of layer {shown}")
         print_table(heads, rows, right=heads[1:3], no_wrap=heads[1:3])
         num_labels = int(table.layers[shown].any(1).sum())
         if len(rows) - 1 < num_labels:
-            print(f"{len(rows) - 1} of {num_labels} labels: those about which the layer has the most information")
+            print_text(f"{len(rows) - 1} of {num_labels} labels: those about which the layer has the most information")

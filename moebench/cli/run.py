@@ -60,13 +60,12 @@ def run(
     Exit codes: 0 all done, 1 some cells failed, 2 mistake in the command or configuration, 3 the tracker missed
     something (nothing is lost: `moebench sync`), 130 and 143 interrupted.
     """
-    from rich.console import Console
-
     from moebench.experiment.runner import RunOptions
     from moebench.launch.cluster_environment import detect_cluster
     from moebench.launch.launcher import LocalLauncher
+    from moebench.reporting.console import SafeConsole
 
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
     cluster = detect_cluster()
     if foreground is not None:
         _check_foreground({"--json": json, "--jobs": jobs > 0, "--reshard": reshard}, cluster)

@@ -1,5 +1,6 @@
 """`moebench show`: describe a component or a section of the configuration, or print the file of an experiment."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +9,7 @@ import typer
 from moebench.cli.options import Json, Plugins, check_plot, complete_component, print_json
 from moebench.errors import UsageError
 from moebench.experiment.files import find_experiment
+from moebench.printable import print_text
 
 Name = Annotated[
     str | None,
@@ -67,7 +69,7 @@ def show(
         from moebench.catalogue.configuration import render_configuration_page
         from moebench.catalogue.pages import render_routers_page
 
-        print(render_routers_page() if all_routers else render_configuration_page(), end="")
+        print_text(render_routers_page() if all_routers else render_configuration_page(), end="")
 
 
 def _describe(name: str | None, *, all_routers: bool) -> list[dict[str, Any]]:
@@ -85,7 +87,12 @@ def _describe(name: str | None, *, all_routers: bool) -> list[dict[str, Any]]:
 def _print_experiment(name: str, *, json: bool) -> None:
     file = find_experiment(name)
     text = file.read_text(encoding="utf-8")
-    print_json({"name": file.stem, "file": str(file), "text": text}) if json else print(text, end="")
+    if json:
+        print_json({"name": file.stem, "file": str(file), "text": text})
+    elif sys.stdout.isatty():
+        print_text(text, end="")
+    else:
+        sys.stdout.write(text)  # a copy, character by character
 
 
 def _draw(description: dict[str, Any], plot: Path) -> None:
@@ -98,13 +105,13 @@ def _draw(description: dict[str, Any], plot: Path) -> None:
 
 
 def _print(description: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.padding import Padding
 
     from moebench.catalogue.configuration import format_option
     from moebench.catalogue.describe import to_text, unwrap
+    from moebench.reporting.console import SafeConsole
 
-    console = Console(highlight=False, markup=False)
+    console = SafeConsole(highlight=False, markup=False)
     console.print(f"{description['name']}  ({description['kind']})\n")
     if description["about"]:
         console.print(f"{unwrap(description['about'])}\n")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from moebench.cli.options import DEFAULT_RESULTS, Json, Results, print_json
+from moebench.printable import print_text
 
 EXIT_DEGRADED = 3
 
@@ -25,14 +26,14 @@ def sync(
     try:
         report = replay(results, tracker or default_uri(results))
     except TrackerError as error:
-        print(f"tracker: {error}", file=sys.stderr)
+        print_text(f"tracker: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_DEGRADED) from error
     if json:
         print_json(asdict(report), indent=None)
     else:
         address = redact_credentials(tracker or default_uri(results))
-        print(f"{report.values} values of {report.runs} runs sent to {address}")
+        print_text(f"{report.values} values of {report.runs} runs sent to {address}")
         for problem in report.problems:
-            print(f"not sent: {problem}", file=sys.stderr)
+            print_text(f"not sent: {problem}", file=sys.stderr)
     if report.problems:
         raise typer.Exit(EXIT_DEGRADED)

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from moebench.cli.options import DEFAULT_RESULTS, Json, Results, print_json
+from moebench.printable import print_text
 
 
 def ui(
@@ -25,6 +26,6 @@ def ui(
         if json:
             print_json({"url": url}, indent=None)
         else:
-            print(f"MLflow UI at {url}  (Ctrl-C stops it)", flush=True)
+            print_text(f"MLflow UI at {url}  (Ctrl-C stops it)")
 
     raise typer.Exit(serve(results, tracker or default_uri(results), host=host, port=port, on_ready=print_url))

@@ -8,6 +8,7 @@ from typing import Any
 from moebench.config import apply_overrides, cell_id, load_experiment
 from moebench.errors import unknown
 from moebench.experiment.arms import Arm, note_partial_overrides, resolve_arms
+from moebench.file_access import require_plain_name
 from moebench.plugin_errors import plugin_errors_in_one_line
 from moebench.registry import Plugin, load_plugin, select_plugins
 from moebench.runs.cell import Cell
@@ -83,7 +84,7 @@ def _build(
         _build_cell(arm, seed, needed) for seed in config.seeds for arm, needed in zip(arms, arm_plugins, strict=True)
     ]
     return Experiment(
-        name=path.stem,
+        name=require_plain_name(path.stem, f"{path}: name of the experiment, the file's without its ending"),
         file=str(path),
         question=config.question,
         baseline=baseline,

@@ -9,6 +9,7 @@ from filelock import FileLock, Timeout
 
 from moebench.config import cell_id
 from moebench.errors import UsageError
+from moebench.file_access import require_no_links
 from moebench.registry import load_plugin
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
@@ -69,6 +70,8 @@ def _copy(source: RunFolder, target: RunFolder) -> None:
     """Copy journal, loads and checkpoints; the checkpoints, which make the cell resumable, last and atomically."""
     target.path.mkdir(parents=True, exist_ok=True)
     temporary = target.path / ".reshard.tmp"
+    require_no_links(source.path, is_deep=True)
+    require_no_links(target.path, is_deep=True)
     with FileLock(source.lock, timeout=0), FileLock(target.lock, timeout=0):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()

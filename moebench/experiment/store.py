@@ -1,6 +1,7 @@
 """Check the results folder before training, and record an experiment in it."""
 
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
 from moebench.experiment.plan import cell_cost, cell_state
+from moebench.file_access import require_no_links
 from moebench.runs.cell import Cell
 from moebench.runs.folder import write_json
 from moebench.training.model import prepare_task
@@ -19,16 +21,18 @@ RESERVED_BYTES = 64 * 2**20
 
 
 def open_results(results: Path) -> None:
-    """Create the results folder if needed; raise UsageError if it cannot be written."""
-    probe = results / ".writable"
+    """Create the results folder if needed; raise UsageError if it cannot be written or has links in it."""
     try:
         results.mkdir(parents=True, exist_ok=True)
-        probe.write_text("x")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=results):
+            pass
     except OSError as error:
         raise UsageError(
             f"results folder {results}: cannot be written ({error.strerror}); choose another with --results"
         ) from error
+    require_no_links(results)
+    require_no_links(results / "runs")
+    require_no_links(results / "experiments")
 
 
 def require_disk_space(results: Path, experiment: Experiment, cells: list[Cell]) -> None:

@@ -5,7 +5,6 @@ of that cell in its own process (so that a crash does not end the participant) a
 """
 
 import contextlib
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -32,6 +31,7 @@ from moebench.launch.rendezvous import (
 )
 from moebench.parallel.mesh import check_world_size
 from moebench.parallel.process_info import SINGLE_PROCESS
+from moebench.printable import print_error
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 
@@ -182,7 +182,7 @@ def participate(environment: ClusterEnvironment) -> int:
         finally:
             rendezvous.close()
     except RendezvousError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(str(error))
         return 1
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moebench.config import resolve, to_yaml
+from moebench.file_access import require_no_links
 from moebench.parallel.mesh import open_mesh
 from moebench.parallel.process_info import ProcessInfo
 from moebench.registry import load_plugin
@@ -33,6 +34,8 @@ def train_from_folder(
 
     Rank 0 holds the lock of the folder; it writes the result, and deletes that of an earlier attempt.
     """
+    if process_info.rank == 0:
+        require_no_links(folder.path, is_deep=True)
     cell = folder.read_cell()
     is_first = process_info.rank == 0
     if is_first:

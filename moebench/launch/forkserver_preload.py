@@ -1,5 +1,10 @@
 """Preloaded by the fork server, which forks the workers; do not import it elsewhere."""
 
+import warnings
+
+from moebench.launch.descendants import adopt_orphans
 from moebench.launch.worker_process import exit_with_parent
 
 exit_with_parent()
+adopt_orphans()  # of workers that crash
+warnings.filterwarnings("ignore", message="forkserver: waitpid returned unexpected pid")  # that of an orphan

@@ -5,13 +5,15 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from multiprocessing import forkserver, get_context, resource_tracker
+from multiprocessing import active_children, forkserver, get_context, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 from typing_extensions import override
 
+from moebench.launch.descendants import kill_descendants, kill_processes, list_descendants
 from moebench.launch.diagnosis import ExitReport
 from moebench.parallel.process_info import ProcessInfo
 
@@ -59,6 +61,7 @@ class LocalWorker(Worker):
         )
         self.process.start()
         worker_pipe.close()
+        self.server_pid = _parent_of(self.process.pid)
         self.has_ended = False
         self.step = 0
         self.last_message_at = time.monotonic()
@@ -87,6 +90,9 @@ class LocalWorker(Worker):
             self.has_ended = True
             self.exit_code = self.process.exitcode
             self.pipe.close()
+            if not self.final_message:  # a crash: what it had started is now below the fork server
+                keep = {child.pid for child in active_children() if child.pid is not None}
+                kill_descendants(self.server_pid, keep)
         return progress
 
     def _receive(self) -> Iterator[dict[str, Any]]:
@@ -104,8 +110,10 @@ class LocalWorker(Worker):
     @override
     def kill(self) -> None:
         if not self.has_ended:
+            descendants = list_descendants(self.process.pid or 0)
             self.process.kill()
             self.process.join(timeout=5)
+            kill_processes(descendants)
             self.has_ended = True  # the exit code stays None: the process did not fail by itself
 
     @override
@@ -118,6 +126,14 @@ class LocalWorker(Worker):
             silent_s=time.monotonic() - self.last_message_at,
             **{key: message[key] for key in ("status", "error", "fault", "metrics") if key in message},
         )
+
+
+def _parent_of(pid: int | None) -> int:
+    """Return the id of the fork server, the parent of a worker; 0 if the worker has ended already."""
+    try:
+        return psutil.Process(pid).ppid()
+    except psutil.Error:
+        return 0
 
 
 def start_fork_server() -> None:

@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 from filelock import FileLock, Timeout
 from torch.distributed.checkpoint.api import CheckpointException
 
+from moebench.file_access import open_to_write
+from moebench.launch.descendants import adopt_orphans, kill_descendants
 from moebench.launch.error_report import classify_error, describe_error
 from moebench.launch.folder_training import train_from_folder
 from moebench.parallel.process_info import ProcessInfo
@@ -74,6 +76,7 @@ def run_worker(path: str, results: str, process_info: ProcessInfo, pipe: Connect
     # lightning would install a handler that communicates with the other processes in the middle of a collective.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     exit_with_parent()
+    adopt_orphans()
     folder = RunFolder(Path(path))
     _redirect_output(folder.log_for_rank(process_info.rank))
     connection = RunnerConnection(pipe)
@@ -95,6 +98,7 @@ def run_worker(path: str, results: str, process_info: ProcessInfo, pipe: Connect
             traceback.print_exc()
     with contextlib.suppress(OSError):  # a full disk has no room for the log either
         sys.stdout.flush()
+    kill_descendants(os.getpid())
     os._exit(code)  # a normal exit would wait for the threads of a broken process group
 
 
@@ -131,7 +135,7 @@ def exit_with_parent() -> None:
 
 def _redirect_output(log: Path) -> None:
     """Send everything that this process prints, C libraries included, to the log of the run."""
-    handle = log.open("a", buffering=1, encoding="utf-8")
+    handle = os.fdopen(open_to_write(log), "a", buffering=1, encoding="utf-8")
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(handle.fileno(), 1)

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -24,8 +25,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from typing_extensions import override
 
+from moebench.file_access import open_member
 from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
-from moebench.parallel.safe_reader import SafeReader
+from moebench.parallel.safe_reader import SafeReader, TensorPlanner, UnsafeCheckpointError
 
 KEEP = 2
 """Checkpoints kept: the older one is the fallback when the newest is damaged."""
@@ -33,6 +35,9 @@ FULL_BYTES = 2**20
 """A disk with fewer free bytes counts as full."""
 REST = "rest.pt"
 """File of a checkpoint with everything that is not a tensor of the model or the optimizer."""
+
+CONTENT_ERRORS = ("PytorchStreamReader", "Missing key in checkpoint", "record size")
+"""Parts of torch's messages about the content of a checkpoint, which it raises as plain RuntimeError."""
 
 
 class VerifiedCheckpointIO(CheckpointIO):
@@ -88,13 +93,15 @@ class VerifiedCheckpointIO(CheckpointIO):
         self._load({"state_dict": weights}, path)
 
     def _load(self, tensors: dict[str, Any], path: Path) -> None:
-        with self._torch_checkpoint_errors():
-            load(tensors, storage_reader=SafeReader(path), no_dist=not self.mesh.process_info.has_group)
+        reader, no_dist = SafeReader(path), not self.mesh.process_info.has_group
+        with _refusals(path), self._torch_checkpoint_errors():
+            load(tensors, storage_reader=reader, planner=TensorPlanner(), no_dist=no_dist)
 
     @override
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
         # Everything but tensors of model and optimizer; only plain values are ever unpickled.
-        return torch.load(Path(path) / REST, map_location=map_location or "cpu", weights_only=True)
+        with _refusals(Path(path)), open_member(Path(path), REST) as file:
+            return torch.load(file, map_location=map_location or "cpu", weights_only=True)
 
     @contextlib.contextmanager
     def _torch_checkpoint_errors(self) -> Iterator[None]:
@@ -110,6 +117,20 @@ class VerifiedCheckpointIO(CheckpointIO):
     @override
     def remove_checkpoint(self, path: Any) -> None:
         _remove(Path(path))
+
+
+@contextlib.contextmanager
+def _refusals(checkpoint: Path) -> Iterator[None]:
+    """Raise UnsafeCheckpointError, one line, where a file of a checkpoint has anything but tensors and plain values."""
+    try:
+        yield
+    except (pickle.UnpicklingError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in CONTENT_ERRORS):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise UnsafeCheckpointError(
+            f"{checkpoint}: refused, it has other content than its run saves: {reason}"
+        ) from error
 
 
 def _split_tensors(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -179,7 +200,7 @@ def _verify_files(manifest: Path, rank: int, size: int) -> tuple[str | None, lis
     try:
         expected = json.loads(manifest.read_text())["sha256"]
         names = sorted(expected)[rank::size]
-        mismatches = [name for name in names if _digest(manifest.with_suffix(".ckpt") / name) != expected[name]]
+        mismatches = [name for name in names if _digest(manifest.with_suffix(".ckpt"), name) != expected[name]]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return f"not readable ({error})", []
     return None if expected else "the list of checksums does not match its manifest", mismatches
@@ -193,7 +214,7 @@ def _sync_files_of_rank(unfinished: Path, rank: int) -> dict[str, tuple[str, int
         if int(writer[1]) == rank if writer else rank == 0:
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-            written[file.name] = _digest(file), file.stat().st_size
+            written[file.name] = _digest(unfinished, file.name), file.stat().st_size
     return written
 
 
@@ -216,15 +237,16 @@ def _manifests(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*.json"), key=parse_step)
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as handle:
+def _digest(folder: Path, name: str) -> str:
+    with open_member(folder, name) as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _write_atomically(file: Path, text: str) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as handle:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as handle:  # a new file, not one that a link with this name chooses
             handle.write(text.encode())
             handle.flush()
             os.fsync(handle.fileno())

@@ -1,12 +1,12 @@
 """A report: tables with notes, and the same values with all digits for JSON."""
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from moebench.printable import format_json
 from moebench.reporting.table import Table
 
 
@@ -37,4 +37,4 @@ class Report:
 
     def to_json(self) -> str:
         """Return the values as JSON."""
-        return json.dumps(self.values, indent=1, ensure_ascii=False)
+        return format_json(self.values)

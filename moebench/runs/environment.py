@@ -53,7 +53,9 @@ def _git(*arguments: str) -> str | None:
     """Run git on the code that moebench is imported from; return None if it is not a checkout."""
     folder = Path(moebench.__file__).parent
     try:
-        completed = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+        # Without the monitor that a repository's own settings may name: it is a program.
+        command = ["git", "-C", str(folder), "-c", "core.fsmonitor=false", *arguments]
+        completed = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return completed.stdout.strip() if completed.returncode == 0 else None

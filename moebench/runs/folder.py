@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moebench.errors import UsageError
+from moebench.file_access import require_plain_name
 from moebench.runs.result import RunResult
 
 
@@ -19,8 +20,8 @@ class RunFolder:
 
     @classmethod
     def of(cls, results: Path, cell_id: str) -> "RunFolder":
-        """Return the folder of a cell."""
-        return cls(results / "runs" / cell_id)
+        """Return the folder of a cell; raise UsageError for an id, read from a file, that is a path."""
+        return cls(results / "runs" / require_plain_name(cell_id, "id of a run"))
 
     @property
     def cell(self) -> Path:

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from moebench.errors import UsageError
+from moebench.file_access import open_to_write
 
 _NAME = re.compile(r"[A-Za-z0-9_\-.:/ ]{1,250}")
 
@@ -49,8 +50,8 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.fdopen(open_to_write(path), "ab", buffering=0)
         _drop_torn_line(path)
-        self._file = path.open("ab", buffering=0)
 
     def append(self, step: int, metrics: Mapping[str, float], time: float | None = None) -> None:
         """Add one point, measured now unless `time` (unix seconds) is given.
@@ -77,12 +78,13 @@ class Journal:
         kept = b"".join(line for line, point in zip(lines, points, strict=False) if point.step <= step)
         self._file.close()
         temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # a new file, not one that a link with this name chooses
             file.write(kept)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.path)
-        self._file = self.path.open("ab", buffering=0)
+        self._file = os.fdopen(open_to_write(self.path), "ab", buffering=0)
 
     def close(self) -> None:
         """Flush and close the file."""

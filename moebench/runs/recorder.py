@@ -1,10 +1,12 @@
 """The record that a run writes while it trains: journal, expert loads, labels."""
 
 import json
+import os
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
+from moebench.file_access import open_to_write
 from moebench.runs.folder import RunFolder, write_atomically
 from moebench.runs.journal import Journal
 
@@ -27,7 +29,7 @@ class RunRecorder:
     def record_load(self, step: int, layers: Mapping[str, list[int]]) -> None:
         """Add the loads of one evaluation: MoE layer -> assignments of each expert."""
         if self.folder:
-            with self.folder.loads.open("a", encoding="utf-8") as file:
+            with os.fdopen(open_to_write(self.folder.loads), "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "layers": layers}) + "\n")
 
     def record_labels(self, text: str) -> None:
@@ -62,6 +64,4 @@ def _truncate_loads(folder: RunFolder, step: int) -> None:
     lines = folder.loads.read_text(encoding="utf-8").splitlines(keepends=True)
     # A torn last line is later than the checkpoint: the journal is flushed before a checkpoint claims its steps.
     complete = [line for line in lines if line.endswith("\n")]
-    temporary = folder.loads.with_name(folder.loads.name + ".tmp")
-    temporary.write_text("".join(line for line in complete if json.loads(line)["step"] <= step), encoding="utf-8")
-    temporary.replace(folder.loads)
+    write_atomically(folder.loads, "".join(line for line in complete if json.loads(line)["step"] <= step))

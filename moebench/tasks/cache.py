@@ -14,6 +14,7 @@ import numpy as np
 from filelock import FileLock
 
 from moebench.errors import UsageError
+from moebench.file_access import is_plain_name
 
 Arrays = dict[str, np.ndarray]
 
@@ -26,6 +27,8 @@ def load_or_create(folder: Path, create: Callable[[], tuple[dict[str, Any], Arra
     entry = _read(folder)
     if entry is None:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.parent.is_symlink() or folder.is_symlink():
+            raise UsageError(f"cache: '{folder}' is or lies in a symbolic link, which is not followed; remove the link")
         with FileLock(f"{folder}.lock"):
             entry = _read(folder)  # another process may have created it in the meantime
             if entry is None:
@@ -52,12 +55,14 @@ def _read(folder: Path) -> tuple[dict[str, Any], Arrays] | None:
     try:
         meta = json.loads((folder / "meta.json").read_text())
         # As plain arrays, because slicing np.memmap is slow and batches are made of slices.
+        if not all(is_plain_name(name) for name in meta["checksums"]):
+            return None
         arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in meta["checksums"]}
         if any(_checksum(array) != meta["checksums"][name] for name, array in arrays.items()):
             return None
         if meta["checksum"] != _meta_checksum(meta):
             return None
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return meta, arrays
 

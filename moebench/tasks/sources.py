@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moebench.errors import UsageError, require, unknown
+from moebench.printable import print_text
 from moebench.tasks.task import OUT_OF_DOMAIN
 
 HUB_OPTIONS = ("config", "revision", "split", "test_split")
@@ -99,7 +100,7 @@ def file_digest(path: Path) -> str:
 
 def warn(message: str) -> None:
     """Print a message about the data on standard error, while they are prepared."""
-    print(f"task.data: {message}", file=sys.stderr)
+    print_text(f"task.data: {message}", file=sys.stderr)
 
 
 def load_dataset(*arguments: Any, **options: Any) -> Any:

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -59,10 +60,18 @@ def read_name(value: Any, key: str, column: str, location: str) -> str:
 
 
 def read_content(value: Any, folder: Path) -> Any:
-    """Return the content of a cell, or the path that it names, which may be relative to the folder of the table."""
+    """Return the content of a cell, or the path that it names, which may be relative to the folder of the table.
+
+    Raises UsageError for a path to a pipe, a device or a folder: reading one may never end.
+    """
     if isinstance(value, Mapping):  # the format of images and audio on the hub
         value = value.get("bytes") or value.get("path")
-    return folder / Path(value).expanduser() if isinstance(value, str) and value else value
+    if not isinstance(value, str) or not value:
+        return value
+    path = folder / Path(value).expanduser()
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UsageError(f"task.data.path: '{value}', which a table names, is not a plain file")
+    return path
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moebench.errors import UsageError, unknown
-from moebench.runs.folder import read_json
+from moebench.runs.folder import read_json, write_json
 from moebench.runs.journal import Point, read_journal
 from moebench.tracking.messages import (
     collect_final_values,
@@ -256,9 +256,7 @@ class _Sender:
             entries = {}
         progress = {"next_offset": cursor.offset, "last_step": cursor.step, "finished": is_finished}
         entries.setdefault(redact_credentials(self.uri), {})[self.name] = {"run_id": run_id, **progress}
-        temporary = path.with_name("tracking.json.tmp")
-        temporary.write_text(json.dumps(entries, indent=1))
-        temporary.replace(path)
+        write_json(path, entries)
 
 
 def _tail_checksum(path: Path, offset: int) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moebench.errors import UsageError
+from moebench.file_access import require_plain_name
 from moebench.runs.folder import RunFolder, read_json
 from moebench.runs.result import RunResult
 
@@ -46,7 +47,10 @@ class RunSource:
     def attachments(self) -> list[Path]:
         """Files that are sent as they are, including figures."""
         files = [self.folder.environment, self.folder.result, self.folder.labels, self.folder.log]
-        return [path for path in files if path.exists()] + sorted(self.folder.path.glob("*.png"))
+        # Not links: whoever made the folder could have other files of ours sent.
+        is_in_folder = not self.folder.path.is_symlink()
+        files += sorted(self.folder.path.glob("*.png"))
+        return [path for path in files if path.is_file() and not path.is_symlink() and is_in_folder]
 
     @cached_property
     def digest(self) -> str:
@@ -63,12 +67,12 @@ def list_recorded_experiments(results: Path) -> dict[str, dict[str, Any]]:
     if not results.is_dir():
         raise UsageError(f"results folder {results} does not exist (--results, MOEBENCH_RESULTS)")
     records = [read_json(path) for path in sorted((results / "experiments").glob("*.json"))]
-    recorded = {str(record["name"]): record for record in records}
+    recorded = {require_plain_name(record["name"], f"{results}/experiments: name"): record for record in records}
     listed_ids = {cell["id"] for record in records for cell in record["cells"]}
     unrecorded: dict[str, dict[str, Any]] = {}
     for path in sorted((results / "runs").glob("*/cell.json")):
         if path.parent.name not in listed_ids:
-            name = str(read_json(path).get("experiment", "unnamed"))
+            name = require_plain_name(read_json(path).get("experiment", "unnamed"), f"{path}: experiment")
             unrecorded.setdefault(name, {"name": name, "cells": []})["cells"].append({"id": path.parent.name})
     for name in unrecorded.keys() & recorded.keys():
         # Cells of an earlier version of the experiment.

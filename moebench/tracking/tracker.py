@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from moebench.file_access import open_to_write
+
 _GRACE_S = 10.0
 """Seconds for the last replay after the runner has died."""
 
@@ -58,7 +60,7 @@ class Tracker:
     def start(self) -> None:
         """Start the process; do not wait for it."""
         try:
-            with self._log.open("a") as log:
+            with os.fdopen(open_to_write(self._log), "a") as log:
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "moebench.tracking.tracker"],
                     stdin=subprocess.PIPE,

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import IO
 
 from moebench.errors import UsageError
+from moebench.file_access import open_to_write
 from moebench.tracking.mlflow_store import default_uri, find_database_defect, redact_credentials, sqlite_path
 
 _START_LIMIT_S = 120.0
@@ -45,7 +46,7 @@ def serve(
     _check_port(host, port)
     log = results / "ui.log"
     url = f"http://{host}:{port}"
-    with _record_signals() as received, log.open("w") as output:
+    with _record_signals() as received, os.fdopen(open_to_write(log, os.O_TRUNC), "w") as output:
         server = _launch(uri, results, host, port, output)
         try:
             if _wait_until_ready(server, url, log, received):

@@ -18,9 +18,9 @@ def record_digests(job: Any) -> tuple[Any, list[str]]:
     names: list[str] = []
     digest = files._digest
 
-    def record_and_hash(file: Path) -> str:
-        names.append(file.name)
-        return digest(file)
+    def record_and_hash(folder: Path, name: str) -> str:
+        names.append(name)
+        return digest(folder, name)
 
     files._digest = record_and_hash
     try:

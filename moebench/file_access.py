@@ -1,0 +1,68 @@
+"""Open files of folders that others may have made or written to: no links, no pipes, no path in place of a name."""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from io import BufferedReader
+from pathlib import Path
+
+from moebench.errors import UsageError
+
+
+def is_plain_name(name: object) -> bool:
+    """Return whether a value is the name of a file in a folder, not a path to another one."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+
+
+def require_plain_name(name: object, owner: str) -> str:
+    """Return a name that is used as the name of a file; raise UsageError, which begins with `owner`, for a path."""
+    if not is_plain_name(name):
+        raise UsageError(f"{owner}: {name!r} cannot be the name of a file (allowed: no slash, not empty, . or ..)")
+    return str(name)
+
+
+def open_member(folder: Path, name: str) -> BufferedReader:
+    """Open a file of a folder by its name, for reading.
+
+    Raises ValueError for a name that is a path, OSError for a link and anything else that is not a plain file, which
+    may lie elsewhere or have no end.
+    """
+    if not is_plain_name(name):
+        raise ValueError(f"'{name}' is not the name of a file in {folder.name}")
+    descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is not a plain file", str(folder / name))
+    return os.fdopen(descriptor, "rb")
+
+
+def open_to_write(file: Path, flags: int = os.O_APPEND) -> int:
+    """Return the descriptor of a file that is created if missing; raise OSError in place of following a link."""
+    try:
+        return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "it is a symbolic link, which is not followed", str(file)) from error
+        raise
+
+
+def require_no_links(folder: Path, *, is_deep: bool = False) -> None:
+    """Raise UsageError for a symbolic link in a folder (with `is_deep` also below it) that will be written to.
+
+    A link would let whoever made it choose another file of ours to be overwritten. A missing folder has none.
+    """
+    for path in _list_links(folder, is_deep=is_deep):
+        raise UsageError(f"{path}: is a symbolic link; moebench writes there and does not follow it. Remove the link")
+
+
+def _list_links(folder: Path, *, is_deep: bool) -> Iterator[Path]:
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:  # missing, or reported by what writes there
+        return
+    for entry in entries:
+        if entry.is_symlink():
+            yield Path(entry.path)
+        elif is_deep and entry.is_dir(follow_symlinks=False):
+            yield from _list_links(Path(entry.path), is_deep=True)

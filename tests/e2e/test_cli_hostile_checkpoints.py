@@ -1,0 +1,80 @@
+"""Checkpoints of an attacker, with right checksums: no command that meets one runs its code."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.command_line import CommandLine, Results, WarmCommandLine
+from support.hostile_checkpoint import ATTACKS, pickle_rest, store_object_as_weight
+
+import moebench
+from moebench import UsageError
+
+Attack = Callable[[Path, Path], None]
+
+
+@pytest.fixture
+def copied(finished: CommandLine, cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+    """A copy of finished runs, as one that was downloaded."""
+    shutil.copytree(finished.folder, cli.folder, dirs_exist_ok=True)
+    monkeypatch.chdir(cli.folder)  # where the data of the runs are
+    return cli
+
+
+def attack_run(cli: CommandLine, attack: Attack) -> tuple[Path, Path]:
+    """Rewrite the checkpoint of one run; return the run's folder and the file that the attack would write."""
+    folder, marker = Results(cli.folder / "results").folder("switch", 0), cli.folder / "marker"
+    (checkpoint,) = (folder / "checkpoints").glob("*.ckpt")
+    attack(checkpoint, marker)
+    return folder, marker
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_reading_commands_run_no_code_of_a_checkpoint(
+    copied: CommandLine, warm: WarmCommandLine, attack: Attack
+) -> None:
+    folder, marker = attack_run(copied, attack)
+    ended = warm(copied, "curve", "./tiny.yaml", "--vary", "layout.capacity_factor_eval=1", "--results", "results")
+    assert ended.code == 2
+    assert ended.err.splitlines()[-1].startswith(f"error: results/runs/{folder.name}/checkpoints/")
+    assert "refused" in ended.err
+    assert "Traceback" not in ended.err
+    for command in (("probe", folder.name), ("compare", "./tiny.yaml"), ("list", "runs"), ("plan", "./tiny.yaml")):
+        assert warm(copied, *command).code == 0
+    with pytest.raises(UsageError, match="refused"):
+        moebench.load_model(folder)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("attack", [store_object_as_weight, pickle_rest])
+def test_a_run_does_not_resume_from_a_checkpoint_with_code(copied: CommandLine, attack: Attack) -> None:
+    folder, marker = attack_run(copied, attack)
+    (folder / "result.json").unlink()  # unfinished, so that it is resumed
+    ended = copied.train()
+    assert ended.code == 1
+    assert "failed: switch seed 0" in ended.err
+    assert "refused" in ended.err
+    assert not marker.exists()
+
+
+def test_a_run_in_the_foreground_does_not_either(copied: CommandLine, warm: WarmCommandLine) -> None:
+    folder, marker = attack_run(copied, store_object_as_weight)
+    (folder / "result.json").unlink()
+    ended = warm.train(copied, "--foreground", "switch/0")
+    assert ended.code == 1
+    assert "refused" in ended.err
+    assert not marker.exists()
+
+
+def test_a_folder_cannot_name_a_plugin_to_run(copied: CommandLine) -> None:
+    folder, marker = Results(copied.folder / "results").folder("switch", 0), copied.folder / "marker"
+    plugin = copied.folder / "evil.py"
+    plugin.write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()")
+    cell = folder / "cell.json"
+    cell.write_text(cell.read_text().replace('"plugins": []', f'"plugins": ["{plugin}"]'))
+    with pytest.raises(UsageError, match=r"needs the plug-in .*evil\.py"):
+        moebench.load_model(folder)
+    assert not marker.exists()
+    assert moebench.load_model(folder, plugins=[plugin])[0] is not None
+    assert marker.exists()
