@@ -19,9 +19,12 @@ RESERVED_BYTES = 64 * 2**20
 
 
 def open_results(results: Path) -> None:
-    """Create the results folder if needed; raise UsageError if it cannot be written."""
+    """Create the results folder if needed; raise UsageError if it cannot be written or has a file for a folder."""
     probe = results / ".writable"
     try:
+        for folder in (results / "runs", results / "experiments", results / "cache"):
+            if folder.exists() and not folder.is_dir():
+                raise UsageError(f"results folder {results}: {folder.name} is a file, allowed: a folder; move it away")
         results.mkdir(parents=True, exist_ok=True)
         probe.write_text("x")
         probe.unlink()
@@ -59,7 +62,12 @@ def record_experiment(results: Path, experiment: Experiment) -> None:
         "cells": [{"id": cell.id, "arm": cell.arm, "seed": cell.seed} for cell in experiment.cells],
         "time": time.time(),
     }
-    write_json(results / "experiments" / f"{experiment.name}.json", record)
+    folder = results / "experiments"
+    try:
+        folder.mkdir(exist_ok=True)
+        write_json(folder / f"{experiment.name}.json", record)
+    except OSError as error:
+        raise UsageError(f"{folder / experiment.name}.json: cannot be written ({error.strerror})") from error
 
 
 def select_unfinished(results: Path, experiment: Experiment) -> list[Cell]:

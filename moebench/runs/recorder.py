@@ -1,12 +1,18 @@
 """The record that a run writes while it trains: journal, expert loads, labels."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from moebench.errors import UsageError
+from moebench.parallel.manifest import RecordPrefix
 from moebench.runs.folder import RunFolder, write_atomically
-from moebench.runs.journal import Journal
+from moebench.runs.journal import Journal, read_journal
 
 
 class RunRecorder:
@@ -29,6 +35,8 @@ class RunRecorder:
         if self.folder:
             with self.folder.loads.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "layers": layers}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # before a checkpoint claims the step
 
     def record_labels(self, text: str) -> None:
         """Write the label tables of the trained model, JSON from `training.label_tables`, atomically."""
@@ -40,11 +48,51 @@ class RunRecorder:
         if self.journal:
             self.journal.flush()
 
-    def truncate_after(self, step: int) -> None:
-        """Drop the points and loads of later steps, which a resumed run repeats."""
-        if self.journal and self.folder:
+    def describe(self) -> dict[str, dict[str, int | str]]:
+        """Return number and SHA-256 (hex) of the bytes of each file that grows, for the manifest of a checkpoint."""
+        if not (self.journal and self.folder):
+            return {}
+        summaries = {self.folder.journal.name: self.journal.summary}
+        if self.folder.loads.exists():
+            content = self.folder.loads.read_bytes()
+            summaries[self.folder.loads.name] = _summarise(content)
+        return summaries
+
+    def find_missing(self, records: Mapping[str, RecordPrefix]) -> str | None:
+        """Return which file no longer begins as it was when a checkpoint was written, or None.
+
+        Without `records`, of an earlier version, the files must be readable.
+        """
+        if not self.folder:
+            return None
+        if not records:
+            try:
+                read_journal(self.folder.journal)
+                list(_select_loads(self.folder.loads, 0) if self.folder.loads.exists() else ())
+            except (UsageError, ValueError, TypeError, KeyError) as error:
+                return str(error)
+        for name, expected in records.items():
+            path = self.folder.path / Path(name).name
+            content = path.read_bytes() if path.exists() else b""
+            if _summarise(content[: expected.bytes]) != asdict(expected):
+                return f"{name} does not have what it had when the checkpoint was written"
+        return None
+
+    def rewind(self, step: int, records: Mapping[str, RecordPrefix]) -> None:
+        """Drop what was recorded after a checkpoint, and the labels: a resumed run repeats it."""
+        if not (self.journal and self.folder):
+            return
+        journal, loads = (records.get(path.name) for path in (self.folder.journal, self.folder.loads))
+        if journal:
+            self.journal.truncate_to(journal.bytes)
+        else:
             self.journal.truncate_after(step)
-            _truncate_loads(self.folder, step)
+        if not self.folder.loads.exists():
+            return
+        if loads or records or step == 0:
+            _replace(self.folder.loads, self.folder.loads.read_bytes()[: loads.bytes if loads else 0])
+        else:
+            _replace(self.folder.loads, b"".join(_select_loads(self.folder.loads, step)))
 
     def __enter__(self) -> Self:
         return self
@@ -53,15 +101,22 @@ class RunRecorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.journal:
-            self.journal.close()
+            self.journal.__exit__(kind, error, trace)
 
 
-def _truncate_loads(folder: RunFolder, step: int) -> None:
-    if not folder.loads.exists():
-        return
-    lines = folder.loads.read_text(encoding="utf-8").splitlines(keepends=True)
-    # A torn last line is later than the checkpoint: the journal is flushed before a checkpoint claims its steps.
-    complete = [line for line in lines if line.endswith("\n")]
-    temporary = folder.loads.with_name(folder.loads.name + ".tmp")
-    temporary.write_text("".join(line for line in complete if json.loads(line)["step"] <= step), encoding="utf-8")
-    temporary.replace(folder.loads)
+def _summarise(content: bytes) -> dict[str, int | str]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _select_loads(file: Path, step: int) -> Iterator[bytes]:
+    """Yield the complete lines up to a step."""
+    for line in file.read_bytes().splitlines(keepends=True):
+        # A torn last line is later than the checkpoint: the journal is flushed before a checkpoint claims its steps.
+        if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+            yield line
+
+
+def _replace(file: Path, content: bytes) -> None:
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_bytes(content)
+    temporary.replace(file)

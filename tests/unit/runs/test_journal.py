@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.run_folders import write_cell
 
 from moebench.errors import UsageError
 from moebench.runs.journal import Journal, read_journal
@@ -133,8 +134,7 @@ def test_the_journal_imports_nothing_heavy() -> None:
 
 
 def test_runs_without_a_recorded_experiment_are_gathered_by_name(path: Path) -> None:
-    path.parent.mkdir(parents=True)
-    (path.parent / "cell.json").write_text('{"experiment": "probe"}')
+    write_cell(path.parent, experiment="probe")
     results = path.parents[2]
     assert list_recorded_experiments(results) == {"probe": {"name": "probe", "cells": [{"id": "0123456789ab"}]}}
     with pytest.raises(UsageError, match="does not exist"):
