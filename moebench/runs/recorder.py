@@ -59,24 +59,8 @@ class RunRecorder:
         return summaries
 
     def find_missing(self, records: Mapping[str, RecordPrefix]) -> str | None:
-        """Return which file no longer begins as it was when a checkpoint was written, or None.
-
-        Without `records`, of an earlier version, the files must be readable.
-        """
-        if not self.folder:
-            return None
-        if not records:
-            try:
-                read_journal(self.folder.journal)
-                list(_select_loads(self.folder.loads, 0) if self.folder.loads.exists() else ())
-            except (UsageError, ValueError, TypeError, KeyError) as error:
-                return str(error)
-        for name, expected in records.items():
-            path = self.folder.path / Path(name).name
-            content = path.read_bytes() if path.exists() else b""
-            if _summarise(content[: expected.bytes]) != asdict(expected):
-                return f"{name} does not have what it had when the checkpoint was written"
-        return None
+        """Return which file no longer begins as it was when a checkpoint was written, or None."""
+        return find_missing(self.folder, records) if self.folder else None
 
     def rewind(self, step: int, records: Mapping[str, RecordPrefix]) -> None:
         """Drop what was recorded after a checkpoint, and the labels: a resumed run repeats it."""
@@ -102,6 +86,37 @@ class RunRecorder:
     ) -> None:
         if self.journal:
             self.journal.__exit__(kind, error, trace)
+
+
+def find_missing(folder: RunFolder, records: Mapping[str, RecordPrefix]) -> str | None:
+    """Return which file of a run no longer begins as it was when a checkpoint was written, or None.
+
+    Without `records`, of an earlier version, the files must be readable.
+    """
+    if not records:
+        try:
+            read_journal(folder.journal)
+            read_loads(folder.loads)
+        except UsageError as error:
+            return str(error)
+    for name, expected in records.items():
+        path = folder.path / Path(name).name
+        content = path.read_bytes() if path.exists() else b""
+        if _summarise(content[: expected.bytes]) != asdict(expected):
+            return f"{name} does not have what it had when the checkpoint was written"
+    return None
+
+
+def read_loads(file: Path) -> dict[int, dict[str, list[int]]]:
+    """Return step -> MoE layer -> assignments of each expert; raise UsageError if the file is damaged."""
+    try:
+        lines = [json.loads(line) for line in file.read_bytes().splitlines()] if file.exists() else []
+        return {
+            int(line["step"]): {str(layer): list(map(int, load)) for layer, load in line["layers"].items()}
+            for line in lines
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{file}: not a record of load ({error})") from error
 
 
 def _summarise(content: bytes) -> dict[str, int | str]:
