@@ -136,6 +136,8 @@ def _check_checkpoints(folder: RunFolder) -> Iterator[Finding]:
             return f"it is of the cell {manifest.cell}"
         return find_missing(folder, manifest.records)
 
+    if folder.checkpoints.exists() and not folder.checkpoints.is_dir():
+        yield Finding(where=str(folder.checkpoints), problem="is a file, not a folder", remedy="delete it")
     for path in list_manifests(folder.checkpoints):
         damage = find_damage(path, check)
         if damage:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class Manifest:
         sums = values.get("sha256") if isinstance(values, dict) else None
         if not isinstance(sums, dict) or not all(_is_sum(name, digest) for name, digest in sums.items()):
             raise ValueError("the manifest has no list of checksums")
+        if not {*values} <= {entry.name for entry in fields(cls)}:
+            raise ValueError("the manifest has an unknown key")
         if values.get("step", -1) != parse_step(path):
             raise ValueError(f"it is the checkpoint of step {values.get('step')}, under another name")
         cell, records = values.get("cell"), values.get("records", {})

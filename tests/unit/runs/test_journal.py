@@ -1,3 +1,4 @@
+import hashlib
 import math
 import os
 import subprocess
@@ -139,3 +140,33 @@ def test_runs_without_a_recorded_experiment_are_gathered_by_name(path: Path) -> 
     assert list_recorded_experiments(results) == {"probe": {"name": "probe", "cells": [{"id": "0123456789ab"}]}}
     with pytest.raises(UsageError, match="does not exist"):
         list_recorded_experiments(results / "elsewhere")
+
+
+@pytest.mark.parametrize("lose", [Path.unlink, lambda path: path.rename(path.with_name("moved")), "replace", "cut"])
+def test_points_are_not_lost_in_silence_when_the_file_is(path: Path, lose) -> None:
+    journal = Journal(path)
+    journal.append(1, {"a": 1.0})
+    if lose == "replace":
+        path.unlink()
+        path.write_text("")
+    elif lose == "cut":
+        os.truncate(path, 10)
+    else:
+        lose(path)
+    for lost in (lambda: journal.append(2, {"a": 1.0}), journal.close):
+        with pytest.raises(UsageError, match=r"journal.jsonl: was (deleted or moved|changed by another program)"):
+            lost()
+
+
+def test_the_summary_is_that_of_the_file(path: Path) -> None:
+    with Journal(path) as journal:
+        journal.append(1, {"a": 1.0})
+        first = journal.summary
+        journal.append(2, {"a": 2.0})
+        journal.truncate_to(int(first["bytes"]))
+        assert journal.summary == first
+        journal.append(2, {"a": 2.0})
+        assert journal.summary == {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
