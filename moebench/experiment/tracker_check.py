@@ -31,7 +31,7 @@ def check_tracker(results: Path, uri: str | None = None) -> Iterator[Finding]:
     if path is None:
         yield Finding(where="tracker", problem="is a server: not checked", remedy="`moebench sync`", is_note=True)
         return
-    if not path.exists():
+    if not path.exists() or path.stat().st_size == 0:  # nothing was sent yet
         return
     try:
         defect = find_database_defect(path)
