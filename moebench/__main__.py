@@ -1,8 +1,26 @@
 """The entry point: runs a command, and prints a user's mistake as one line, with exit code 2."""
 
+import errno
 import sys
 
 from moebench import interrupts
+
+FILE_ERRORS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
+"""Errors of files and folders of the user, not of the code."""
 
 
 def main() -> None:
@@ -26,6 +44,12 @@ def _run() -> int:
         return int(app(prog_name="moebench", standalone_mode=False) or 0)
     except UsageError as error:
         print_error(str(error))
+        return 2
+    except OSError as error:
+        # A file that cannot be read or written, where no command says more about it.
+        if error.filename is None or error.errno not in FILE_ERRORS:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except typer.Abort:
         return 130

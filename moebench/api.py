@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 DEFAULT_BASELINE = "dense"
 CELL_COLUMNS = ("id", "experiment", "arm", "seed")
 SPLITS = ("test", "validation")
+DAMAGED = "damaged"
+"""Status of a run whose files cannot be read."""
 
 
 def load_experiment(
@@ -128,13 +130,13 @@ def load_runs(results: str | Path = "results") -> "pandas.DataFrame":
 
     Columns: id, experiment, arm, seed, status, error; each setting by its key (`train.steps`, `router.name`); final
     metrics as `test/METRIC` and `validation/METRIC`; `cost/...` and `throughput/...`. What a run does not have is NaN.
+    A run whose files are damaged has the status "damaged" and the reason in `error`.
     """
     import pandas
 
-    from moebench.runs.folder import RunFolder
+    from moebench.runs.folder import list_run_folders
 
-    paths = sorted((Path(results) / "runs").glob("*/cell.json"))
-    rows = [_row(RunFolder(path.parent)) for path in paths]
+    rows = [_row(folder) for folder in list_run_folders(Path(results))]
     return pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=[*CELL_COLUMNS, "status", "error"])
 
 
@@ -146,9 +148,10 @@ def load_model(
     `run`: the folder of a run, or the beginning of its id in `results`. The weights are those of the last checkpoint.
     `plugins`: the plug-in files that the run needs, unless they are loaded already; those that its folder names are not
     executed by themselves, because the folder may come from someone else. Raises UsageError for an unknown run, for a
-    plug-in that is not given, and where no checkpoint can be read.
+    plug-in that is not given, where no checkpoint can be read, and where the data was changed since.
     """
     from moebench.config import resolve
+    from moebench.launch.cell_check import require_unchanged_data
     from moebench.registry import load_plugin, require_plugins
     from moebench.training.model import prepare_task
     from moebench.training.trained_model import load_trained_model
@@ -159,8 +162,9 @@ def load_model(
         load_plugin(str(plugin))
     require_plugins(cell["plugins"], f"run {folder.path.name}")
     config = resolve(cell["config"])
+    require_unchanged_data(cell, config)
     task = prepare_task(config, folder.path.parent.parent)
-    return load_trained_model(config, config, task, folder.checkpoints).eval(), task
+    return load_trained_model(config, config, task, folder).eval(), task
 
 
 def _as_experiment(experiment: "Experiment | str | Path") -> "Experiment":
@@ -198,7 +202,10 @@ def _find_run(run: str | Path, results: Path) -> "RunFolder":
 
 def _row(folder: "RunFolder") -> dict[str, Any]:
     """Return the settings and the results of one run, by the names of the columns."""
-    cell, result = folder.read_cell(), folder.read_result()
+    try:
+        cell, result = folder.read_cell(), folder.read_result()
+    except UsageError as error:
+        return {"id": folder.path.name, "status": DAMAGED, "error": str(error)}
     row = {key: cell[key] for key in CELL_COLUMNS}
     row |= {"status": folder.state(), "error": result.error if result else None}
     row |= {key: value for key, value in _flatten(cell["config"]) if key != "seed"}

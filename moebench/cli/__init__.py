@@ -3,7 +3,7 @@
 import typer
 
 from moebench import __version__
-from moebench.cli import bench, compare, curve, listing, plan, probe, run, show, sync, ui
+from moebench.cli import bench, compare, curve, listing, plan, probe, rm, run, show, sync, ui, verify
 
 app = typer.Typer(
     help="Which router? Trains the same sparse-expert model with different routing algorithms, under matched"
@@ -22,6 +22,8 @@ app.command("show")(show.show)
 app.command("probe")(probe.probe)
 app.command("ui")(ui.ui)
 app.command("sync")(sync.sync)
+app.command("verify")(verify.verify)
+app.command("rm")(rm.rm)
 app.add_typer(bench.app, name="bench")
 
 

@@ -2,13 +2,17 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moebench.cli.options import DEFAULT_RESULTS, Json, Plugins, Results, print_json
+from moebench.errors import UsageError
 from moebench.experiment.files import list_experiments
 from moebench.printable import print_text
+
+if TYPE_CHECKING:
+    from moebench.runs.folder import RunFolder
 
 
 class Kind(StrEnum):
@@ -86,25 +90,20 @@ def _experiment_rows() -> list[dict[str, Any]]:
 
 
 def _run_rows(results: Path) -> list[dict[str, Any]]:
-    from moebench.runs.folder import RunFolder
+    from moebench.runs.folder import list_run_folders
 
-    rows = []
-    for path in sorted((results / "runs").glob("*/cell.json")):
-        folder = RunFolder(path.parent)
-        cell = folder.read_cell()
-        result = folder.read_result()
-        rows.append(
-            {
-                "id": cell["id"],
-                "experiment": cell["experiment"],
-                "arm": cell["arm"],
-                "seed": cell["seed"],
-                "state": folder.state(),
-                "error": result.error if result else None,
-                "folder": str(path.parent),
-            }
-        )
-    return rows
+    return [_run_row(folder) for folder in list_run_folders(results)]
+
+
+def _run_row(folder: "RunFolder") -> dict[str, Any]:
+    row: dict[str, Any] = {"id": folder.path.name, "experiment": None, "arm": None, "seed": None}
+    try:
+        cell, result = folder.read_cell(), folder.read_result()
+        row |= {key: cell[key] for key in row}
+        row |= {"state": folder.state(), "error": result.error if result else None}
+    except UsageError as error:
+        row |= {"state": "damaged", "error": str(error)}
+    return row | {"folder": str(folder.path)}
 
 
 def _print_metrics(*, json: bool, markdown: bool) -> None:

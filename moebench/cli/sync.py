@@ -1,7 +1,7 @@
 """`moebench sync`: send pending values of runs to the tracker."""
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated
 
 import typer
@@ -22,9 +22,11 @@ def sync(
     """Send everything in the run folders that the tracker does not have; nothing is sent twice."""
     from moebench.tracking.mlflow_store import TrackerError, default_uri, redact_credentials
     from moebench.tracking.replay import replay
+    from moebench.tracking.source import list_unreadable
 
     try:
         report = replay(results, tracker or default_uri(results))
+        report = replace(report, problems=(*report.problems, *list_unreadable(results)))
     except TrackerError as error:
         print_text(f"tracker: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_DEGRADED) from error

@@ -2,7 +2,6 @@
 
 import bdb
 import contextlib
-import json
 import logging
 import signal
 import time
@@ -28,7 +27,7 @@ from moebench.launch.folder_training import train_from_folder
 from moebench.launch.scheduler import Outcome
 from moebench.parallel.process_info import SINGLE_PROCESS
 from moebench.runs.cell import Cell
-from moebench.runs.folder import RunFolder, write_json
+from moebench.runs.folder import RunFolder
 from moebench.runs.journal import read_last_step
 from moebench.tasks.task import TASKS
 
@@ -78,7 +77,7 @@ def run_foreground(experiment: Experiment, cell: Cell, results: Path, *, console
     require_disk_space(results, experiment, [cell])
     record_experiment(results, experiment)
     folder = RunFolder.of(results, cell.id)
-    write_json(folder.cell, cell.to_dict(experiment.name))
+    folder.write_cell(cell.to_dict(experiment.name))
     try:
         with FileLock(folder.lock, timeout=0):
             if folder.state() == "done":
@@ -114,6 +113,7 @@ def _train(cell: Cell, folder: RunFolder, results: Path, console: Console) -> in
                 SINGLE_PROCESS,
                 progress=partial(display.on_progress, cell),
                 should_stop=lambda: bool(signals),
+                report_note=partial(print_note, console),
             )
     except bdb.BdbQuit:  # the user left the debugger: the cell can be resumed
         return 128 + signal.SIGINT
@@ -143,12 +143,12 @@ def _silence_lightning() -> None:
 
 
 def _write_failed_result(folder: RunFolder, error: BaseException, total_s: float) -> None:
-    with contextlib.suppress(OSError):  # a full disk may be the reason of the failure
+    with contextlib.suppress(OSError, UsageError):  # a full disk or a lost folder may be the reason of the failure
         result = build_failed_result(
-            json.loads(folder.cell.read_text()),
+            folder.read_cell(),
             describe_error(error),
             fault=classify_error(error),
             step=read_last_step(folder.journal),
             total_s=total_s,
         )
-        write_json(folder.result, result.to_dict())
+        folder.write_result(result)

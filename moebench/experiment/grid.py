@@ -102,6 +102,7 @@ def _build_cell(arm: Arm, seed: int, plugins: Sequence[Plugin]) -> Cell:
         config=config,
         varies={**arm.varies, "seed": seed},
         plugins=tuple(str(plugin.file) for plugin in plugins),
+        plugin_digests=tuple(plugin.digest for plugin in plugins),
         data_digest=arm.data_digest,
     )
 

@@ -10,9 +10,10 @@ from filelock import FileLock, Timeout
 from moebench.config import cell_id
 from moebench.errors import UsageError
 from moebench.file_access import require_no_links
+from moebench.parallel.manifest import Manifest, list_manifests
 from moebench.registry import load_plugin
 from moebench.runs.cell import Cell
-from moebench.runs.folder import RunFolder
+from moebench.runs.folder import RunFolder, list_run_folders
 
 MeshSize = tuple[int, int]
 """parallel.data and parallel.expert."""
@@ -47,9 +48,9 @@ def reshard(results: Path, cells: list[Cell]) -> Iterator[str]:
 def _list_mesh_sizes(results: Path) -> list[MeshSize]:
     """Return the meshes of all runs."""
     sizes: set[MeshSize] = set()
-    for file in (results / "runs").glob("*/cell.json"):
+    for folder in list_run_folders(results):
         try:
-            parallel = RunFolder(file.parent).read_cell()["config"]["parallel"]
+            parallel = folder.read_cell()["config"]["parallel"]
             sizes.add((int(parallel["data"]), int(parallel["expert"])))
         except (UsageError, KeyError, TypeError):
             continue  # damaged, or written by an earlier version
@@ -82,6 +83,8 @@ def _copy(source: RunFolder, target: RunFolder) -> None:
                     shutil.copyfile(original, temporary / copy.name).replace(copy)
             shutil.copytree(source.checkpoints, temporary / "checkpoints", ignore=shutil.ignore_patterns(".step_*"))
             shutil.rmtree(target.checkpoints, ignore_errors=True)
+            for path in list_manifests(temporary / "checkpoints"):
+                path.write_text(replace(Manifest.read(path), cell=target.path.name).to_json())
             (temporary / "checkpoints").replace(target.checkpoints)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -21,8 +21,14 @@ RESERVED_BYTES = 64 * 2**20
 
 
 def open_results(results: Path) -> None:
-    """Create the results folder if needed; raise UsageError if it cannot be written or has links in it."""
+    """Create the results folder if needed.
+
+    Raises UsageError if it cannot be written, has links in it or a file in place of a folder.
+    """
     try:
+        for folder in (results / "runs", results / "experiments", results / "cache"):
+            if folder.exists() and not folder.is_dir():
+                raise UsageError(f"results folder {results}: {folder.name} is a file, allowed: a folder; move it away")
         results.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=results):
             pass
@@ -63,7 +69,12 @@ def record_experiment(results: Path, experiment: Experiment) -> None:
         "cells": [{"id": cell.id, "arm": cell.arm, "seed": cell.seed} for cell in experiment.cells],
         "time": time.time(),
     }
-    write_json(results / "experiments" / f"{experiment.name}.json", record)
+    folder = results / "experiments"
+    try:
+        folder.mkdir(exist_ok=True)
+        write_json(folder / f"{experiment.name}.json", record)
+    except OSError as error:
+        raise UsageError(f"{folder / experiment.name}.json: cannot be written ({error.strerror})") from error
 
 
 def select_unfinished(results: Path, experiment: Experiment) -> list[Cell]:

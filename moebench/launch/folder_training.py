@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch
 
 from moebench.config import resolve, to_yaml
 from moebench.file_access import require_no_links
+from moebench.launch.cell_check import list_version_changes, load_unchanged_plugins, require_unchanged_data
 from moebench.parallel.mesh import open_mesh
 from moebench.parallel.process_info import ProcessInfo
-from moebench.registry import load_plugin
-from moebench.runs.environment import collect_environment
+from moebench.runs.environment import collect_environment, describe_version
 from moebench.runs.folder import RunFolder, write_atomically, write_json
 from moebench.runs.recorder import RunRecorder
 from moebench.runs.result import RunResult
@@ -29,6 +30,7 @@ def train_from_folder(
     *,
     progress: Callable[[dict[str, Any]], None],
     should_stop: Callable[[], bool],
+    report_note: Callable[[str], None] = print,
 ) -> RunResult | None:
     """Train a cell as one of its processes, from its newest checkpoint on; return None if it was asked to stop.
 
@@ -38,13 +40,14 @@ def train_from_folder(
         require_no_links(folder.path, is_deep=True)
     cell = folder.read_cell()
     is_first = process_info.rank == 0
-    if is_first:
-        folder.result.unlink(missing_ok=True)
-    for plugin in cell["plugins"]:
-        load_plugin(plugin)
+    load_unchanged_plugins(cell)
     config = resolve(cell["config"])
+    require_unchanged_data(cell, config)
     torch.set_num_threads(config.train.threads)
     if is_first:
+        folder.result.unlink(missing_ok=True)
+        for note in list_version_changes(folder, cell):
+            report_note(note)
         write_json(folder.environment, collect_environment(config.train.threads))
         write_atomically(folder.path / "config.yaml", to_yaml(config))
     task = prepare_task(config, results)
@@ -57,11 +60,17 @@ def train_from_folder(
         open_mesh(config.parallel, process_info, device) as mesh,
     ):
         context = RunContext(
-            recorder=recorder, checkpoints=folder.checkpoints, report_progress=progress, should_stop=should_stop
+            recorder=recorder,
+            checkpoints=folder.checkpoints,
+            report_progress=progress,
+            should_stop=should_stop,
+            report_note=report_note,
         )
         result = train_cell(config, task, context, cell_id=cell["id"], arm=cell["arm"], mesh=mesh)
-    if result is not None and is_first:
-        write_json(folder.result, result.to_dict())
+    if result is None or not is_first:
+        return result
+    result = replace(result, records=folder.digest_records(), version=describe_version())
+    folder.write_result(result)
     return result
 
 

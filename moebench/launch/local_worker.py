@@ -27,6 +27,8 @@ class Worker(Protocol):
     rank: int
     has_ended: bool
     """Whether no more messages will come."""
+    notes: Sequence[str] = ()
+    """Lines for the user that the process has sent."""
 
     @property
     def waitables(self) -> list[Any]:
@@ -82,8 +84,11 @@ class LocalWorker(Worker):
         for message in self._receive():
             self.last_message_at = time.monotonic()
             self.step = message.get("step", self.step)
-            if message.pop("kind") == "progress":
+            kind = message.pop("kind")
+            if kind == "progress":
                 progress = message
+            elif kind == "note":
+                self.notes = (*self.notes, message["text"])
             else:
                 self.final_message = message
         if not is_alive and not self.has_ended:

@@ -17,7 +17,8 @@ from moebench.launch.launcher import Launcher
 from moebench.launch.local_worker import start_fork_server
 from moebench.launch.worker_group import WorkerGroup
 from moebench.runs.cell import Cell
-from moebench.runs.folder import RunFolder, write_json
+from moebench.runs.folder import RunFolder
+from moebench.runs.folder_identity import FolderIdentity
 from moebench.runs.journal import read_last_step
 from moebench.runs.result import Fault
 
@@ -84,14 +85,17 @@ class Scheduler:
     ) -> list[Outcome]:
         """Train the cells in order and return their outcomes; raise Interrupted after Ctrl-C or SIGTERM.
 
-        `on_tick` is called a few times a second, `on_end` after each cell.
+        `on_tick` is called a few times a second, `on_end` after each cell. Raises UsageError when the results folder is
+        deleted or moved meanwhile.
         """
         queue = list(cells)
         outcomes: list[Outcome] = []
-        with handle_signals(self._record_signal):
+        self.results.mkdir(parents=True, exist_ok=True)
+        with handle_signals(self._record_signal), FolderIdentity(self.results) as place:
             start_fork_server()
             try:
                 while (queue and not self.signals) or self.groups:
+                    place.require_in_place()
                     for outcome in (*self._start_cells(queue), *self._poll()):
                         outcomes.append(outcome)
                         on_end(outcome)
@@ -99,6 +103,7 @@ class Scheduler:
                     if self.signals:
                         outcomes += self._stop_all()
                         break
+                place.require_in_place()
             finally:
                 for group in self.groups:
                     group.kill()
@@ -116,7 +121,7 @@ class Scheduler:
             cell = queue.pop(0)
             self.display.on_start(cell)
             try:
-                write_json(RunFolder.of(self.results, cell.id).cell, cell.to_dict(self.experiment))
+                RunFolder.of(self.results, cell.id).write_cell(cell.to_dict(self.experiment))
                 workers = self.launcher.start(cell, self.results)
                 self.groups.append(WorkerGroup(cell, workers, self.launcher.message_delay_s))
             except OSError as error:
@@ -135,6 +140,8 @@ class Scheduler:
         ended = []
         for group in self.groups:
             progress = group.poll()
+            for note in group.take_notes():
+                self.display.note(note)
             if progress is not None:
                 self.display.on_progress(group.cell, progress)
             if group.is_over:
@@ -172,7 +179,7 @@ class Scheduler:
             step = read_last_step(folder.journal)
             cell = json.loads(json.dumps(group.cell.to_dict(self.experiment)))
             result = build_failed_result(cell, reason, fault=fault, step=step, total_s=group.elapsed_s)
-            write_json(folder.result, result.to_dict())
+            folder.write_result(result)
 
     def _stop_all(self) -> list[Outcome]:
         """Ask the cells to save and end, and wait until they have; a second signal ends the wait."""

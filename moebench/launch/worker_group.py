@@ -33,6 +33,13 @@ class WorkerGroup:
         """Objects for `multiprocessing.connection.wait`, of all processes."""
         return [waitable for worker in self.workers for waitable in worker.waitables]
 
+    def take_notes(self) -> list[str]:
+        """Return the lines for the user that have arrived since the last call."""
+        notes = [f"{self.cell.arm} seed {self.cell.seed}: {note}" for worker in self.workers for note in worker.notes]
+        for worker in self.workers:
+            worker.notes = ()
+        return notes
+
     def poll(self) -> dict[str, Any] | None:
         """Read the messages of all processes; return the newest progress of rank 0, or None."""
         progress = [worker.poll() for worker in self.workers]

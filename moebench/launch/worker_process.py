@@ -58,6 +58,12 @@ class RunnerConnection:
         self.step = message["step"]
         self._progress = {"kind": "progress", **message}
 
+    def report_note(self, text: str) -> None:
+        """Send a line for the user, and write it to the log."""
+        print(text, flush=True)
+        with self._send_lock, contextlib.suppress(OSError):
+            self.pipe.send({"kind": "note", "text": text})
+
     def report_exit(self, report: dict[str, Any]) -> None:
         """Send the last message; if the runner has ended, the thread of `start` ends this process."""
         with self._send_lock, contextlib.suppress(OSError):
@@ -111,6 +117,7 @@ def _train(folder: RunFolder, results: Path, process_info: ProcessInfo, connecti
             process_info,
             progress=connection.report_progress,
             should_stop=connection.stop_requested.is_set,
+            report_note=connection.report_note,
         )
     except (Exception, CheckpointException) as error:
         with contextlib.suppress(OSError):  # a full disk: the runner still gets the reason

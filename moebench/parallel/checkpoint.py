@@ -8,7 +8,6 @@ gets its final name after all files are on the disk; the manifest with their SHA
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import pickle
 import re
@@ -26,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from typing_extensions import override
 
 from moebench.file_access import open_member
+from moebench.parallel.manifest import Check, Manifest, accept_all, list_manifests, list_unlisted, parse_step
 from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
 from moebench.parallel.safe_reader import SafeReader, TensorPlanner, UnsafeCheckpointError
 
@@ -33,6 +33,8 @@ KEEP = 2
 """Checkpoints kept: the older one is the fallback when the newest is damaged."""
 FULL_BYTES = 2**20
 """A disk with fewer free bytes counts as full."""
+METADATA = ".metadata"
+"""File of a checkpoint that says where each tensor is."""
 REST = "rest.pt"
 """File of a checkpoint with everything that is not a tensor of the model or the optimizer."""
 
@@ -43,7 +45,7 @@ CONTENT_ERRORS = ("PytorchStreamReader", "Missing key in checkpoint", "record si
 class VerifiedCheckpointIO(CheckpointIO):
     """Lightning's checkpoint I/O: writes the folder step_N.ckpt and then its manifest, step_N.json.
 
-    All processes of the mesh call every method.
+    All processes of the mesh call every method. `storage_options` of a save are further fields of the `Manifest`.
     """
 
     def __init__(self, mesh: Mesh = SINGLE_PROCESS_MESH) -> None:
@@ -64,7 +66,7 @@ class VerifiedCheckpointIO(CheckpointIO):
                 save(tensors, checkpoint_id=unfinished, no_dist=not self.mesh.process_info.has_group)
             written = self.mesh.gather_objects(_sync_files_of_rank(unfinished, self.mesh.rank))
             if self.mesh.is_first:
-                _publish(unfinished, folder, written)
+                _publish(unfinished, folder, written, storage_options or {})
                 keep_newest_checkpoints(KEEP, folder.parent)
         except RuntimeError as error:
             # torch's archive writer reports where it failed, but not that the disk is full.
@@ -150,7 +152,7 @@ def remove_checkpoints_after(step: int, folder: Path) -> None:
 
     Later ones are damaged, or the run would resume from them; as the newest they would displace valid ones.
     """
-    for manifest in _manifests(folder):
+    for manifest in list_manifests(folder):
         if parse_step(manifest) > step:
             _remove(manifest.with_suffix(".ckpt"))
     for unfinished in folder.glob(".step_*.tmp"):
@@ -159,7 +161,7 @@ def remove_checkpoints_after(step: int, folder: Path) -> None:
 
 def keep_newest_checkpoints(count: int, folder: Path) -> None:
     """Remove all but the newest `count` checkpoints of a folder."""
-    for manifest in _manifests(folder)[:-count]:
+    for manifest in list_manifests(folder)[:-count]:
         _remove(manifest.with_suffix(".ckpt"))
 
 
@@ -168,42 +170,36 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:07d}.ckpt"
 
 
-def parse_step(file: Path) -> int:
-    """Return the step in the name of a checkpoint or manifest."""
-    return int(file.stem.removeprefix("step_"))
+def find_newest_valid(
+    folder: Path, mesh: Mesh = SINGLE_PROCESS_MESH, check: Check = accept_all
+) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint that is complete, has correct checksums and passes `check`.
 
-
-def find_newest_valid(folder: Path, mesh: Mesh = SINGLE_PROCESS_MESH) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint with correct checksums, and one line for each newer one, which is damaged.
-
-    All processes of a mesh call it and get the same result; each verifies a part of the files.
+    The second value has one line for each newer one, which is damaged. All processes of a mesh call it and get the same
+    result; each verifies a part of the files.
     """
     damaged: list[str] = []
-    for manifest in mesh.broadcast_object(_manifests(folder)[::-1]):
-        checkpoint = manifest.with_suffix(".ckpt")
-        checks = mesh.gather_objects(_verify_files(manifest, mesh.rank, mesh.size))
-        problems = [problem for problem, _ in checks if problem]
-        mismatches = sorted(name for _, names in checks for name in names)
-        if mismatches and not problems:
-            problems = [f"checksum of {', '.join(mismatches)} does not match its manifest"]
+    for path in mesh.broadcast_object(list_manifests(folder)[::-1]):
+        problems = [problem for problem in mesh.gather_objects(find_damage(path, check, mesh)) if problem]
         if not problems:
-            return checkpoint, damaged
-        damaged.append(f"{checkpoint.name}: {problems[0]}; the one before is used")
-    return None, damaged
+            return path.with_suffix(".ckpt"), [f"{line}; the one before is used" for line in damaged]
+        damaged.append(f"{path.stem}.ckpt: damaged ({problems[0]})")
+    return None, [f"{line}; there is no valid one before" for line in damaged]
 
 
-def _verify_files(manifest: Path, rank: int, size: int) -> tuple[str | None, list[str]]:
-    """Verify every `size`-th file of a checkpoint, starting at `rank`.
-
-    Returns why the checkpoint cannot be read, None if it can, and the files whose checksums do not match.
-    """
+def find_damage(path: Path, check: Check = accept_all, mesh: Mesh = SINGLE_PROCESS_MESH) -> str | None:
+    """Return why a checkpoint, given by its manifest, cannot be used, or None; each process verifies a part of it."""
+    checkpoint = path.with_suffix(".ckpt")
     try:
-        expected = json.loads(manifest.read_text())["sha256"]
-        names = sorted(expected)[rank::size]
-        mismatches = [name for name in names if _digest(manifest.with_suffix(".ckpt"), name) != expected[name]]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        return f"not readable ({error})", []
-    return None if expected else "the list of checksums does not match its manifest", mismatches
+        manifest = Manifest.read(path)
+        problem = next(list_unlisted(manifest, checkpoint, (METADATA, REST)), None) or check(manifest)
+        names = sorted(manifest.sha256)[mesh.rank :: mesh.size] if not problem else []
+        mismatches = [name for name in names if _digest(checkpoint, name) != manifest.sha256[name]]
+    except (OSError, ValueError, RecursionError) as error:
+        return f"not readable: {error}"
+    if mismatches:
+        return f"checksum of {', '.join(mismatches)} does not match its manifest"
+    return problem
 
 
 def _sync_files_of_rank(unfinished: Path, rank: int) -> dict[str, tuple[str, int]]:
@@ -218,23 +214,26 @@ def _sync_files_of_rank(unfinished: Path, rank: int) -> dict[str, tuple[str, int
     return written
 
 
-def _publish(unfinished: Path, folder: Path, written: Sequence[Mapping[str, tuple[str, int]]]) -> None:
+def _publish(
+    unfinished: Path, folder: Path, written: Sequence[Mapping[str, tuple[str, int]]], fields: Mapping[str, Any]
+) -> None:
     """Give a checkpoint its final name and write its manifest, from the files that each process wrote."""
     files = {name: file for files_of_rank in written for name, file in sorted(files_of_rank.items())}
     sums = {name: digest for name, (digest, _) in files.items()}
-    manifest = {"step": parse_step(folder), "sha256": sums, "bytes": sum(size for _, size in files.values())}
+    num_bytes = sum(size for _, size in files.values())
+    manifest = Manifest(step=parse_step(folder), sha256=sums, bytes=num_bytes, **fields)
     _remove(folder)  # of an earlier attempt at this step
     os.replace(unfinished, folder)
-    _write_atomically(folder.with_suffix(".json"), json.dumps(manifest))
+    _write_atomically(folder.with_suffix(".json"), manifest.to_json())
 
 
 def _remove(checkpoint: Path) -> None:
-    checkpoint.with_suffix(".json").unlink(missing_ok=True)  # first: a checkpoint without manifest does not count
-    shutil.rmtree(checkpoint, ignore_errors=True)
-
-
-def _manifests(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step_*.json"), key=parse_step)
+    # The manifest first: a checkpoint without one does not count. Something else may have the name of either.
+    for path in (checkpoint.with_suffix(".json"), checkpoint):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _digest(folder: Path, name: str) -> str:

@@ -61,7 +61,7 @@ class _NamedStateStrategy(Strategy):
 
     @override
     def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any | None = None) -> None:
-        self.checkpoint_io.save_checkpoint(checkpoint, filepath)  # on all processes
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)  # on all processes
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

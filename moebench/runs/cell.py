@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moebench.config import to_plain
+from moebench.runs.environment import describe_version
 from moebench.schema import CellConfig
 
 
@@ -22,6 +23,8 @@ class Cell:
     """Plugin files that must be loaded before the cell can be built."""
     data_digest: str
     """Digest of the data source, as it entered the id."""
+    plugin_digests: tuple[str, ...] = ()
+    """Digests of the plugins, as they entered the id."""
 
     def to_dict(self, experiment: str) -> dict[str, Any]:
         """Return the cell as written to its run folder."""
@@ -33,5 +36,7 @@ class Cell:
             "config": to_plain(self.config),
             "varies": dict(self.varies),
             "plugins": list(self.plugins),
+            "plugin_digests": list(self.plugin_digests),
+            "version": describe_version(),
             "data": {"name": self.config.task.name, "digest": self.data_digest},
         }

@@ -1,7 +1,9 @@
 """The environment of a run: versions, machine, state of the code."""
 
+import hashlib
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ def collect_environment(threads: int) -> dict[str, Any]:
     commit = _git("rev-parse", "HEAD")
     return {
         "moebench": moebench.__version__,
+        "version": describe_version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
@@ -30,6 +33,16 @@ def collect_environment(threads: int) -> dict[str, Any]:
         "git_dirty": bool(_git("status", "--porcelain")) if commit else None,
         "packages": {name: find_version(name) for name in PACKAGES},
     }
+
+
+@cache
+def describe_version() -> str:
+    """Return the version of moebench and the first digits of the SHA-256 of its code."""
+    package = Path(moebench.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
+    return f"{moebench.__version__} ({digest.hexdigest()[:12]})"
 
 
 def find_version(package: str) -> str | None:

@@ -1,15 +1,34 @@
 """The folder of one run: the paths of its files, and the state of the run that follows from them."""
 
+import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moebench.errors import UsageError
 from moebench.file_access import require_plain_name
+from moebench.parallel.manifest import list_manifests, parse_step
+from moebench.runs.checked_json import Types, add_checksum, pop_checksum, require_types
+from moebench.runs.checked_json import read_json as read_json
 from moebench.runs.result import RunResult
+
+CELL_TYPES: dict[str, Types] = {
+    "id": str,
+    "arm": str,
+    "seed": int,
+    "experiment": str,
+    "config": dict,
+    "data": dict,
+    "varies": dict,
+    "plugins": list,
+    "plugin_digests": list,
+    "version": str,
+}
+CELL_OPTIONAL = ("varies", "plugins", "plugin_digests", "version")
 
 
 @dataclass(frozen=True)
@@ -72,20 +91,65 @@ class RunFolder:
         """Lock file, held while the cell is trained."""
         return self.path / ".lock"
 
+    @property
+    def records(self) -> list[Path]:
+        """Files that a finished run does not change any more."""
+        return [path for path in (self.journal, self.loads, self.labels) if path.exists()]
+
     def read_cell(self) -> dict[str, Any]:
-        """Return the content of `cell.json`; raise UsageError if it is missing or damaged."""
-        return read_json(self.cell)
+        """Return the content of `cell.json`; raise UsageError if it is missing, damaged or that of another cell."""
+        try:
+            cell = pop_checksum(read_json(self.cell))
+            require_types(cell, CELL_TYPES, CELL_OPTIONAL)
+            require_types(cell["data"], {"name": str, "digest": str})
+            self._require_id(cell["id"])
+        except ValueError as error:
+            raise UsageError(f"{self.cell}: damaged ({error}); `moebench run` of its experiment writes it") from error
+        return {"plugins": [], **cell}
+
+    def write_cell(self, cell: Mapping[str, Any]) -> None:
+        """Write `cell.json`, from `Cell.to_dict`, and create the folder if needed."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.cell, add_checksum(cell))
 
     def read_result(self) -> RunResult | None:
-        """Return the result, or None if there is none yet; raise UsageError if the file is damaged."""
+        """Return the result, or None if there is none yet; raise UsageError if it is damaged or that of another run."""
         try:
-            return RunResult.from_dict(json.loads(self.result.read_text()))
+            values = json.loads(self.result.read_bytes())
+            if not isinstance(values, dict):
+                raise ValueError(f"it holds a {type(values).__name__}, expected an object")
+            result = RunResult.from_dict(pop_checksum(values))
+            self._require_id(result.id)
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, KeyError) as error:
-            raise UsageError(
-                f"{self.result}: damaged ({type(error).__name__}); delete it to run the cell again"
-            ) from error
+        except OSError as error:
+            raise UsageError(f"{self.result}: cannot be read ({error.strerror})") from error
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise UsageError(f"{self.result}: damaged ({error}); delete it to run the cell again") from error
+        return result
+
+    def write_result(self, result: RunResult) -> None:
+        """Write `result.json`, with a checksum."""
+        write_json(self.result, add_checksum(result.to_dict()))
+
+    def _require_id(self, cell_id: str) -> None:
+        name = self.path.absolute().name
+        if cell_id != name:
+            raise ValueError(f"it is of the run {cell_id[:40]}, in the folder of {name}")
+
+    def digest_records(self) -> dict[str, str]:
+        """Return the SHA-256 (hex) of each of `records`, by name."""
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in self.records}
+
+    def require_unchanged(self, file: Path) -> None:
+        """Raise UsageError if one of `records` is not as it was when the run was done.
+
+        Passes where that is not recorded: the run is not done, or was trained by an earlier version.
+        """
+        result = self.read_result()
+        expected = result.records.get(file.name) if result else None
+        if expected is not None and self.digest_records().get(file.name) != expected:
+            raise UsageError(f"{file}: was changed after the run was done; restore it, or train the cell again")
 
     def state(self) -> str:
         """Return done, failed, resumable (a checkpoint exists) or new."""
@@ -97,23 +161,26 @@ class RunFolder:
     @property
     def checkpointed_step(self) -> int:
         """Step of the newest checkpoint, -1 without one: a resumed run repeats only later steps."""
-        return max((int(path.stem.removeprefix("step_")) for path in self.checkpoints.glob("step_*.json")), default=-1)
+        return max(map(parse_step, list_manifests(self.checkpoints)), default=-1)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raise UsageError naming the file if it is missing or damaged."""
+def list_run_folders(results: Path) -> list[RunFolder]:
+    """Return the folders of all runs, by id; raise UsageError if the results folder cannot be read."""
+    runs = results / "runs"
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: holds a {type(content).__name__}, expected an object")
-    return content
+        paths = sorted(path for path in runs.iterdir() if not path.name.startswith("."))
+        return [RunFolder(path) for path in paths if (path / "cell.json").exists()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UsageError(f"{runs}: cannot be read as the folder of runs ({error.strerror})") from error
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old or the new content, never a part of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Write a text file so that a reader sees the old or the new content, never a part of it.
+
+    Its folder must exist: a folder that was deleted during a run must not come back with a part of its files.
+    """
     descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as handle:

@@ -1,6 +1,8 @@
 """The journal of a run: a file with one line for every point that the run records."""
 
+import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -44,14 +46,20 @@ class Journal:
     """An append-only file of points that survives a crash at any byte.
 
     Opening it drops a torn last line. Each append is one write to the operating system, so a killed process loses no
-    point that was appended; `flush` also guards against a power loss.
+    point that was appended; `flush` also guards against a power loss. Appending to a file that was deleted or moved
+    would lose points in silence, so both raise UsageError then.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.fdopen(open_to_write(path), "ab", buffering=0)
         _drop_torn_line(path)
+        self._open()
+
+    def _open(self) -> None:
+        self._file = os.fdopen(open_to_write(self.path), "ab", buffering=0)
+        content = self.path.read_bytes()
+        self._digest, self._num_bytes = hashlib.sha256(content), len(content)
 
     def append(self, step: int, metrics: Mapping[str, float], time: float | None = None) -> None:
         """Add one point, measured now unless `time` (unix seconds) is given.
@@ -64,33 +72,66 @@ class Journal:
         values = {name: _to_json(float(value)) for name, value in metrics.items()}
         point = {"step": int(step), "time": clock.time() if time is None else float(time), "metrics": values}
         line = json.dumps(point, allow_nan=False).encode() + b"\n"
+        self._require_in_place()
         if self._file.write(line) != len(line):
             raise OSError(errno.ENOSPC, "the disk is full", str(self.path))
+        self._digest.update(line)
+        self._num_bytes += len(line)
 
     def flush(self) -> None:
         """Block until every point is on the disk."""
+        self._require_in_place()
         os.fsync(self._file.fileno())
+
+    @property
+    def summary(self) -> dict[str, int | str]:
+        """Number and SHA-256 (hex) of the bytes written so far."""
+        return {"bytes": self._num_bytes, "sha256": self._digest.hexdigest()}
+
+    def _require_in_place(self) -> None:
+        """Raise UsageError unless the path still leads to the file that is open, with the content written so far."""
+        status = os.fstat(self._file.fileno())
+        try:
+            is_in_place = os.path.samestat(status, os.stat(self.path))
+        except OSError:
+            is_in_place = False
+        if not is_in_place:
+            raise UsageError(f"{self.path}: was deleted or moved during the run; nothing more can be recorded")
+        if status.st_size != self._num_bytes:
+            raise UsageError(
+                f"{self.path}: was changed by another program during the run"
+                f" ({status.st_size} bytes, {self._num_bytes} were written)"
+            )
 
     def truncate_after(self, step: int) -> None:
         """Drop the points of later steps, so that a resumed run never has a step twice."""
         lines = self.path.read_bytes().splitlines(keepends=True)
-        points, _ = read_journal(self.path)
+        points, _ = read_journal(self.path) if step > 0 else ([], 0)  # a damaged journal may start anew
         kept = b"".join(line for line, point in zip(lines, points, strict=False) if point.step <= step)
+        self._replace(kept)
+
+    def truncate_to(self, num_bytes: int) -> None:
+        """Keep the first bytes alone."""
+        self._replace(self.path.read_bytes()[:num_bytes])
+
+    def _replace(self, content: bytes) -> None:
         self._file.close()
         temporary = self.path.with_name(self.path.name + ".tmp")
         temporary.unlink(missing_ok=True)
         with temporary.open("xb") as file:  # a new file, not one that a link with this name chooses
-            file.write(kept)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.path)
-        self._file = os.fdopen(open_to_write(self.path), "ab", buffering=0)
+        self._open()
 
     def close(self) -> None:
         """Flush and close the file."""
         if not self._file.closed:
-            self.flush()
-            self._file.close()
+            try:
+                self.flush()
+            finally:
+                self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -98,7 +139,11 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if error is None:
+            self.close()
+            return
+        with contextlib.suppress(UsageError, OSError):  # `error` came first
+            self.close()
 
 
 def read_journal(path: Path, offset: int = 0) -> tuple[list[Point], int]:
@@ -107,11 +152,14 @@ def read_journal(path: Path, offset: int = 0) -> tuple[list[Point], int]:
     An incomplete last line, left by a crash or a write in progress, is left for the next call. A missing file is an
     empty journal. Raises UsageError with file and line for any other damage.
     """
-    if not path.exists():
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            content = file.read()
+    except FileNotFoundError:
         return [], offset
-    with path.open("rb") as file:
-        file.seek(offset)
-        content = file.read()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
     points = list(_parse_lines(path, content, offset))
     return points, points[-1].end if points else offset
 
@@ -130,10 +178,11 @@ def _parse_lines(path: Path, content: bytes, offset: int) -> Iterator[Point]:
         end += len(line)
         try:
             yield _parse_line(line, end)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             number = path.read_bytes()[:end].count(b"\n")
             raise UsageError(
-                f"{path}, line {number}: not a point of a journal ({error}). Remove the line to go on."
+                f"{path}, line {number}: not a point of a journal ({error}); restore the file, or remove the run"
+                f" (moebench rm {path.parent.name}) and train it again"
             ) from error
 
 

@@ -1,14 +1,19 @@
 """The record that a run writes while it trains: journal, expert loads, labels."""
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from moebench.errors import UsageError
 from moebench.file_access import open_to_write
+from moebench.parallel.manifest import RecordPrefix
 from moebench.runs.folder import RunFolder, write_atomically
-from moebench.runs.journal import Journal
+from moebench.runs.journal import Journal, read_journal
 
 
 class RunRecorder:
@@ -31,6 +36,8 @@ class RunRecorder:
         if self.folder:
             with os.fdopen(open_to_write(self.folder.loads), "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "layers": layers}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # before a checkpoint claims the step
 
     def record_labels(self, text: str) -> None:
         """Write the label tables of the trained model, JSON from `training.label_tables`, atomically."""
@@ -42,11 +49,35 @@ class RunRecorder:
         if self.journal:
             self.journal.flush()
 
-    def truncate_after(self, step: int) -> None:
-        """Drop the points and loads of later steps, which a resumed run repeats."""
-        if self.journal and self.folder:
+    def describe(self) -> dict[str, dict[str, int | str]]:
+        """Return number and SHA-256 (hex) of the bytes of each file that grows, for the manifest of a checkpoint."""
+        if not (self.journal and self.folder):
+            return {}
+        summaries = {self.folder.journal.name: self.journal.summary}
+        if self.folder.loads.exists():
+            content = self.folder.loads.read_bytes()
+            summaries[self.folder.loads.name] = _summarise(content)
+        return summaries
+
+    def find_missing(self, records: Mapping[str, RecordPrefix]) -> str | None:
+        """Return which file no longer begins as it was when a checkpoint was written, or None."""
+        return find_missing(self.folder, records) if self.folder else None
+
+    def rewind(self, step: int, records: Mapping[str, RecordPrefix]) -> None:
+        """Drop what was recorded after a checkpoint, and the labels: a resumed run repeats it."""
+        if not (self.journal and self.folder):
+            return
+        journal, loads = (records.get(path.name) for path in (self.folder.journal, self.folder.loads))
+        if journal:
+            self.journal.truncate_to(journal.bytes)
+        else:
             self.journal.truncate_after(step)
-            _truncate_loads(self.folder, step)
+        if not self.folder.loads.exists():
+            return
+        if loads or records or step == 0:
+            _replace(self.folder.loads, self.folder.loads.read_bytes()[: loads.bytes if loads else 0])
+        else:
+            _replace(self.folder.loads, b"".join(_select_loads(self.folder.loads, step)))
 
     def __enter__(self) -> Self:
         return self
@@ -55,13 +86,55 @@ class RunRecorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.journal:
-            self.journal.close()
+            self.journal.__exit__(kind, error, trace)
 
 
-def _truncate_loads(folder: RunFolder, step: int) -> None:
-    if not folder.loads.exists():
-        return
-    lines = folder.loads.read_text(encoding="utf-8").splitlines(keepends=True)
-    # A torn last line is later than the checkpoint: the journal is flushed before a checkpoint claims its steps.
-    complete = [line for line in lines if line.endswith("\n")]
-    write_atomically(folder.loads, "".join(line for line in complete if json.loads(line)["step"] <= step))
+def find_missing(folder: RunFolder, records: Mapping[str, RecordPrefix]) -> str | None:
+    """Return which file of a run no longer begins as it was when a checkpoint was written, or None.
+
+    Without `records`, of an earlier version, the files must be readable.
+    """
+    if not records:
+        try:
+            read_journal(folder.journal)
+            read_loads(folder.loads)
+        except UsageError as error:
+            return str(error)
+    for name, expected in records.items():
+        path = folder.path / Path(name).name
+        content = path.read_bytes() if path.exists() else b""
+        if _summarise(content[: expected.bytes]) != asdict(expected):
+            return f"{name} does not have what it had when the checkpoint was written"
+    return None
+
+
+def read_loads(file: Path) -> dict[int, dict[str, list[int]]]:
+    """Return step -> MoE layer -> assignments of each expert; raise UsageError if the file is damaged."""
+    try:
+        lines = [json.loads(line) for line in file.read_bytes().splitlines()] if file.exists() else []
+        return {
+            int(line["step"]): {str(layer): list(map(int, load)) for layer, load in line["layers"].items()}
+            for line in lines
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{file}: not a record of load ({error})") from error
+
+
+def _summarise(content: bytes) -> dict[str, int | str]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _select_loads(file: Path, step: int) -> Iterator[bytes]:
+    """Yield the complete lines up to a step."""
+    for line in file.read_bytes().splitlines(keepends=True):
+        # A torn last line is later than the checkpoint: the journal is flushed before a checkpoint claims its steps.
+        if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+            yield line
+
+
+def _replace(file: Path, content: bytes) -> None:
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    with temporary.open("xb") as handle:  # a new file, not one that a link with this name chooses
+        handle.write(content)
+    temporary.replace(file)

@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from types import NoneType
 from typing import Any
+
+from moebench.runs.checked_json import Types, require_numbers, require_types
 
 
 class Fault(StrEnum):
@@ -55,6 +58,10 @@ class RunResult:
     """Final metrics on the validation split."""
     fault: str = ""
     """A `Fault` if the run failed."""
+    records: dict[str, str] = field(default_factory=dict)
+    """File of the run folder (journal, loads, labels) -> its SHA-256 when the run was done."""
+    version: str = ""
+    """The moebench that trained it; empty: not recorded."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON-ready values."""
@@ -62,5 +69,32 @@ class RunResult:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunResult":
-        """Rebuild a result from `to_dict`."""
+        """Rebuild a result from `to_dict`; raise ValueError or TypeError where it is damaged."""
+        require_types(values, TYPES, optional=("validation", "fault", "records", "version"))
+        for key in NUMBERS:
+            if key in values:
+                require_numbers(values, key)
+        if not all(isinstance(text, str) for text in (*values["marks"], *values.get("records", {}).values())):
+            raise ValueError("'marks' and 'records' must hold texts")
+        if values["status"] not in STATUSES:
+            raise ValueError(f"'status' is '{values['status']}', expected {', '.join(STATUSES)}")
         return cls(**{**values, "marks": tuple(values["marks"])})
+
+
+STATUSES = ("done", "failed", "stopped")
+NUMBERS = ("metrics", "cost", "throughput", "validation")
+"""Fields that map names to numbers."""
+TYPES: dict[str, Types] = {
+    "id": str,
+    "arm": str,
+    "seed": int,
+    "status": str,
+    "error": (str, NoneType),
+    "step": int,
+    **dict.fromkeys((*NUMBERS, "config", "records"), dict),
+    "data_digest": str,
+    "eval_digest": str,
+    "marks": (list, tuple),
+    "fault": str,
+    "version": str,
+}

@@ -1,5 +1,6 @@
 """Cache of prepared data on disk: memory-mapped arrays and their metadata, created once."""
 
+import errno
 import hashlib
 import json
 import os
@@ -22,20 +23,31 @@ Arrays = dict[str, np.ndarray]
 def load_or_create(folder: Path, create: Callable[[], tuple[dict[str, Any], Arrays]]) -> tuple[dict[str, Any], Arrays]:
     """Return the metadata and arrays in the folder, creating them first if needed; safe in parallel processes.
 
-    `create` returns metadata (JSON) and arrays; a "digest" is added to the metadata, a SHA-256 (hex) of both.
+    `create` returns metadata (JSON) and arrays; a "digest" is added to the metadata, a SHA-256 (hex) of both. Where the
+    cache must not be written, the entry is created in memory. Raises UsageError for a full disk.
     """
-    entry = _read(folder)
-    if entry is None:
+    entry = read_entry(folder)
+    if entry is not None:
+        return entry
+    lock = FileLock(f"{folder}.lock")
+    try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.parent.is_symlink() or folder.is_symlink():
             raise UsageError(f"cache: '{folder}' is or lies in a symbolic link, which is not followed; remove the link")
-        with FileLock(f"{folder}.lock"):
-            entry = _read(folder)  # another process may have created it in the meantime
-            if entry is None:
-                for leftover in folder.parent.glob(f"{folder.name}.*/"):  # of a process that was killed while writing
-                    shutil.rmtree(leftover, ignore_errors=True)
-                _write(folder, *create())
-                entry = _read(folder)
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UsageError(f"cache: '{folder}' cannot be written ({error.strerror})") from error
+        return _complete(*create())
+    try:
+        entry = read_entry(folder)  # another process may have created it in the meantime
+        if entry is None:
+            for leftover in folder.parent.glob(f"{folder.name}.*/"):  # of a process that was killed while writing
+                shutil.rmtree(leftover, ignore_errors=True)
+            _write(folder, *_complete(*create()))
+            entry = read_entry(folder)
+    finally:
+        lock.release()
     if entry is None:
         raise UsageError(f"cache: '{folder}' cannot be read back after writing; check the disk")
     return entry
@@ -50,7 +62,7 @@ def digest_of(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], Arrays] | None:
+def read_entry(folder: Path) -> tuple[dict[str, Any], Arrays] | None:
     """Return the content of the folder; None if it is absent, damaged or of another format."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
@@ -67,21 +79,33 @@ def _read(folder: Path) -> tuple[dict[str, Any], Arrays] | None:
     return meta, arrays
 
 
-def _write(folder: Path, meta: dict[str, Any], arrays: Arrays) -> None:
-    """Write into a temporary folder, then replace the folder atomically."""
+def _complete(meta: dict[str, Any], arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+    """Add the digest and the checksums to the metadata."""
     meta = meta | {"digest": digest_of(meta, arrays)}
     meta["checksums"] = {name: _checksum(array) for name, array in arrays.items()}
     meta["checksum"] = _meta_checksum(meta)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    return meta, arrays
+
+
+def _write(folder: Path, meta: dict[str, Any], arrays: Arrays) -> None:
+    """Write into a temporary folder, then replace the folder atomically; raise UsageError for a full disk."""
     try:
-        for name, array in arrays.items():
-            np.save(temporary / f"{name}.npy", array)
-        (temporary / "meta.json").write_text(json.dumps(meta))
-        temporary.chmod(0o755)  # mkdtemp creates it private, but a cache may be shared
-        shutil.rmtree(folder) if folder.is_dir() else folder.unlink(missing_ok=True)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+        try:
+            for name, array in arrays.items():
+                np.save(temporary / f"{name}.npy", array)
+            (temporary / "meta.json").write_text(json.dumps(meta))
+            temporary.chmod(0o755)  # mkdtemp creates it private, but a cache may be shared
+            shutil.rmtree(folder) if folder.is_dir() else folder.unlink(missing_ok=True)
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:  # NumPy reports a full disk without an error number
+        needed, free = sum(array.nbytes for array in arrays.values()), shutil.disk_usage(folder.parent).free
+        raise UsageError(
+            f"cache: '{folder}' cannot be written ({error.strerror or 'the disk is full'}):"
+            f" {needed / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free; choose another folder with --results"
+        ) from error
 
 
 def _checksum(array: np.ndarray) -> str:

@@ -1,5 +1,6 @@
 """What a tracker is sent: run folders, and the experiments that they belong to."""
 
+import contextlib
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,7 +9,8 @@ from typing import Any
 
 from moebench.errors import UsageError
 from moebench.file_access import require_plain_name
-from moebench.runs.folder import RunFolder, read_json
+from moebench.runs.experiment_record import read_records
+from moebench.runs.folder import RunFolder, list_run_folders
 from moebench.runs.result import RunResult
 
 
@@ -55,8 +57,11 @@ class RunSource:
     @cached_property
     def digest(self) -> str:
         """Checksum of the result and its files, which are sent again when it changes."""
-        files = [path for path in [*self.attachments, self.folder.loads] if path.exists()]
-        return f"{zlib.crc32(b''.join(path.name.encode() + path.read_bytes() for path in files)):08x}"
+        files = [path for path in [*self.attachments, self.folder.loads] if path.is_file()]
+        try:
+            return f"{zlib.crc32(b''.join(path.name.encode() + path.read_bytes() for path in files)):08x}"
+        except OSError as error:
+            raise UsageError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
 
 def list_recorded_experiments(results: Path) -> dict[str, dict[str, Any]]:
@@ -66,15 +71,28 @@ def list_recorded_experiments(results: Path) -> dict[str, dict[str, Any]]:
     """
     if not results.is_dir():
         raise UsageError(f"results folder {results} does not exist (--results, MOEBENCH_RESULTS)")
-    records = [read_json(path) for path in sorted((results / "experiments").glob("*.json"))]
-    recorded = {require_plain_name(record["name"], f"{results}/experiments: name"): record for record in records}
-    listed_ids = {cell["id"] for record in records for cell in record["cells"]}
+    recorded, _ = read_records(results)
+    listed_ids = {cell["id"] for record in recorded.values() for cell in record["cells"]}
     unrecorded: dict[str, dict[str, Any]] = {}
-    for path in sorted((results / "runs").glob("*/cell.json")):
-        if path.parent.name not in listed_ids:
-            name = require_plain_name(read_json(path).get("experiment", "unnamed"), f"{path}: experiment")
-            unrecorded.setdefault(name, {"name": name, "cells": []})["cells"].append({"id": path.parent.name})
+    for folder in list_run_folders(results):
+        if folder.path.name not in listed_ids:
+            with contextlib.suppress(UsageError):  # `list_unreadable` names it
+                name = require_plain_name(folder.read_cell()["experiment"], f"{folder.path}: experiment")
+                unrecorded.setdefault(name, {"name": name, "cells": []})["cells"].append({"id": folder.path.name})
     for name in unrecorded.keys() & recorded.keys():
         # Cells of an earlier version of the experiment.
         recorded[name]["cells"] = [*recorded[name]["cells"], *unrecorded[name]["cells"]]
     return {**unrecorded, **recorded}
+
+
+def list_unreadable(results: Path) -> list[str]:
+    """Return a line for each record of an experiment and each `cell.json` that is damaged, and so left out."""
+    recorded, problems = read_records(results)
+    listed_ids = {cell["id"] for record in recorded.values() for cell in record["cells"]}
+    for folder in list_run_folders(results):
+        try:
+            if folder.path.name not in listed_ids:
+                folder.read_cell()
+        except UsageError as error:
+            problems.append(str(error))
+    return problems

@@ -46,7 +46,7 @@ def serve(
     _check_port(host, port)
     log = results / "ui.log"
     url = f"http://{host}:{port}"
-    with _record_signals() as received, os.fdopen(open_to_write(log, os.O_TRUNC), "w") as output:
+    with _record_signals() as received, _open_log(log) as output:
         server = _launch(uri, results, host, port, output)
         try:
             if _wait_until_ready(server, url, log, received):
@@ -56,6 +56,13 @@ def serve(
         finally:
             _stop_process_group(server)
     return 128 + received[0] if received else 1
+
+
+def _open_log(log: Path) -> IO[str]:
+    try:
+        return os.fdopen(open_to_write(log, os.O_TRUNC), "w")
+    except OSError as error:
+        raise UsageError(f"{log}: cannot be written ({error.strerror}); the UI writes its log there") from error
 
 
 def _launch(uri: str, results: Path, host: str, port: int, output: IO[str]) -> subprocess.Popen[bytes]:

@@ -31,6 +31,8 @@ class RunContext:
     """Called after every step with step, loss and tokens_per_s."""
     should_stop: Callable[[], bool] = lambda: False
     """Called in every step; True ends the run after the step, with a checkpoint."""
+    report_note: Callable[[str], None] = print
+    """Called with a line for the user."""
 
 
 class CellCallback(lightning.Callback):
@@ -39,8 +41,10 @@ class CellCallback(lightning.Callback):
     Its state is part of every checkpoint, so that the means of a resumed run are those of all its steps.
     """
 
-    def __init__(self, context: RunContext, timer: StepTimer) -> None:
+    def __init__(self, context: RunContext, timer: StepTimer, cell_id: str | None = None) -> None:
+        """`cell_id`: whose checkpoints are written; None: it is not recorded in them."""
         self.context = context
+        self.cell_id = cell_id
         self.timer = timer
         self.is_stopped = False
         """Whether the run was stopped before its last step."""
@@ -140,4 +144,5 @@ class CellCallback(lightning.Callback):
     def _save(self, trainer: Any, module: CellModule, step: int) -> None:
         self.executed_cost.all_reduce(module.mesh)  # every process saves the sums over all of them
         self.context.recorder.flush()  # the journal is on the disk before a checkpoint claims its steps
-        trainer.save_checkpoint(checkpoint_path(self.context.checkpoints, step))
+        fields = {"cell": self.cell_id, "records": self.context.recorder.describe()}
+        trainer.save_checkpoint(checkpoint_path(self.context.checkpoints, step), storage_options=fields)

@@ -104,8 +104,11 @@ def read_label_tables(file: Path) -> dict[str, LabelTable]:
     """Read the tables of a finished run by kind; raise UsageError when the file is missing or damaged."""
     try:
         kinds = json.loads(file.read_bytes())["kinds"]
-        return {name: LabelTable.from_dict(table) for name, table in kinds.items()}
+        tables = {str(name): LabelTable.from_dict(table) for name, table in kinds.items()}
+        if not all(table.information for table in tables.values()):
+            raise ValueError("a table without information, which no run writes")
+        return tables
     except FileNotFoundError as error:
         raise UsageError(f"{file}: does not exist; a run has it when it is done and has experts") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise UsageError(f"{file}: cannot be read ({type(error).__name__}); train the cell again") from error

@@ -12,9 +12,9 @@ from moebench.parallel.checkpoint import (
     VerifiedCheckpointIO,
     find_newest_valid,
     keep_newest_checkpoints,
-    parse_step,
     remove_checkpoints_after,
 )
+from moebench.parallel.manifest import Manifest, parse_step
 from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
 from moebench.parallel.process_info import SINGLE_PROCESS, ProcessInfo
 from moebench.parallel.strategy import build_strategy
@@ -45,11 +45,11 @@ def train_cell(
     Raises NonFiniteError before an update whose loss or gradient is not finite.
     """
     start_s = time.perf_counter()
-    checkpoint = _find_checkpoint(context, mesh)
+    checkpoint = _find_checkpoint(context, cell_id, mesh)
     model = build_initialised_model(config, task, mesh)
     timer = StepTimer()
     module = CellModule(config, model, task, mesh, context.should_stop)
-    callback = CellCallback(context, timer)
+    callback = CellCallback(context, timer, cell_id)
     first_step = parse_step(checkpoint) if checkpoint else 0
     fit(build_trainer(config, [callback], mesh), module, timer, checkpoint, first_step)
     if callback.is_stopped:
@@ -65,15 +65,27 @@ def train_cell(
     return build_result(module, callback, cell_id=cell_id, arm=arm, start_s=start_s)
 
 
-def _find_checkpoint(context: RunContext, mesh: Mesh) -> Path | None:
-    """Return the checkpoint to resume from, the same on all processes, and remove what was written after it."""
-    checkpoint, damaged = find_newest_valid(context.checkpoints, mesh)
+def _find_checkpoint(context: RunContext, cell_id: str, mesh: Mesh) -> Path | None:
+    """Return the checkpoint to resume from, the same on all processes, and remove what was written after it.
+
+    It belongs to the cell, and to a journal that still has the points up to it.
+    """
+
+    def check(manifest: Manifest) -> str | None:
+        if manifest.cell not in (None, cell_id):
+            return f"it is of the cell {manifest.cell}"
+        return context.recorder.find_missing(manifest.records)
+
+    checkpoint, damaged = find_newest_valid(context.checkpoints, mesh, check)
     if mesh.is_first:
         for line in damaged:
-            print(line, flush=True)
+            context.report_note(line)
+        if not checkpoint and damaged:
+            context.report_note("training starts at step 0")
         step = parse_step(checkpoint) if checkpoint else 0
         remove_checkpoints_after(step, context.checkpoints)
-        context.recorder.truncate_after(step)
+        records = Manifest.read(checkpoint.with_suffix(".json")).records if checkpoint else {}
+        context.recorder.rewind(step, records)
     mesh.barrier()
     return checkpoint
 

@@ -1,6 +1,6 @@
 """A trained model under other settings: the weights of a finished run with a changed configuration."""
 
-from pathlib import Path
+import warnings
 
 import torch
 
@@ -8,6 +8,8 @@ from moebench.compatibility import check_cell
 from moebench.config import apply_overrides, merge_settings, resolve, to_plain
 from moebench.errors import UsageError
 from moebench.parallel.checkpoint import VerifiedCheckpointIO, find_newest_valid
+from moebench.parallel.manifest import parse_step
+from moebench.runs.folder import RunFolder
 from moebench.schema import CellConfig, ExperimentConfig
 from moebench.tasks.task import Task
 from moebench.training.model import Model, build_model
@@ -45,17 +47,30 @@ def check_same_parameters(config: CellConfig, trained: CellConfig, task: Task, w
         raise UsageError(f"{what}: changes the parameters of the model, so the trained weights do not fit")
 
 
-def load_trained_model(config: CellConfig, trained: CellConfig, task: Task, checkpoints: Path) -> Model:
+def load_trained_model(config: CellConfig, trained: CellConfig, task: Task, folder: RunFolder) -> Model:
     """Build the model of `config` with the weights of the newest checkpoint of the run that trained `trained`.
 
-    Raises UsageError when no checkpoint can be read.
+    Raises UsageError when no checkpoint can be read, and for a run that is done when its last one cannot. Warns where
+    an earlier checkpoint of an unfinished run is used.
     """
-    checkpoint, _ = find_newest_valid(checkpoints)
-    if checkpoint is None:
-        raise UsageError(f"{checkpoints}: no checkpoint there can be read")
+    cell_id = folder.read_cell()["id"]
+    checkpoint, damaged = find_newest_valid(
+        folder.checkpoints,
+        check=lambda manifest: None if manifest.cell in (None, cell_id) else f"it is of the cell {manifest.cell}",
+    )
+    is_last = checkpoint is not None and parse_step(checkpoint) == trained.train.steps
+    if checkpoint is None or (not is_last and folder.state() == "done"):
+        reason = damaged[0].partition(";")[0] if damaged else "no checkpoint there can be read"
+        raise UsageError(f"{folder.checkpoints}: {reason}")
+    for line in damaged:
+        warnings.warn(f"{folder.checkpoints}: {line}", stacklevel=2)
     model = build_model(config, task, sized_as=trained)
     weights = model.state_dict()
     named = {f"{STATE_DICT_PREFIX}{name}": value for name, value in weights.items()}
-    VerifiedCheckpointIO().load_weights(named, checkpoint)
+    try:
+        VerifiedCheckpointIO().load_weights(named, checkpoint)
+    except (ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"{checkpoint}: does not fit the model of its cell ({reason})") from error
     model.load_state_dict(weights)
     return model

@@ -278,7 +278,7 @@ def test_a_device_that_is_not_there(refused: Callable[..., None], device: str) -
 @pytest.mark.parametrize(
     ("command", "damage"),
     [("run ./tiny.yaml --tracker none", damage) for damage in ("{", "[]", "{}", "\x00\x01", "")]
-    + [("compare ./tiny.yaml", "{"), ("list runs", "{"), ("plan ./tiny.yaml", "{")],
+    + [("compare ./tiny.yaml", "{"), ("plan ./tiny.yaml", "{")],
 )
 def test_a_damaged_result(
     finished: CommandLine, warm: WarmCommandLine, tmp_path: Path, command: str, damage: str
@@ -294,8 +294,14 @@ def test_a_damaged_result(
 
 def test_a_damaged_cell_file(finished: CommandLine, warm: WarmCommandLine, tmp_path: Path) -> None:
     shutil.copytree(finished.folder / "results", tmp_path / "results")
-    (Results(tmp_path / "results").folder("switch", 1) / "cell.json").write_text("{")
-    assert_refused(warm(finished, "list", "runs", "--results", str(tmp_path / "results")), ["cell.json"])
+    folder = Results(tmp_path / "results").folder("switch", 1)
+    (folder / "cell.json").write_text("{")
+    assert_refused(warm(finished, "probe", folder.name, "--results", str(tmp_path / "results")), ["cell.json"])
+    listed = warm(finished, "list", "runs", "--json", "--results", str(tmp_path / "results"))
+    assert (listed.code, len(listed.json)) == (0, 9)  # the others are listed as before
+    (damaged,) = [row for row in listed.json if row["state"] != "done"]
+    assert (damaged["id"], damaged["state"]) == (folder.name, "damaged")
+    assert "cell.json" in damaged["error"]
 
 
 def test_a_forbidden_tag_runs_nothing(work: CommandLine) -> None:

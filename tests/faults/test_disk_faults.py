@@ -57,6 +57,19 @@ def test_a_disk_too_small_is_refused_before_training(
     assert not (disk / "results/runs").exists()
 
 
+def test_a_disk_too_small_for_prepared_data_is_one_line(
+    cli: CommandLine, warm: WarmCommandLine, small_disk: Mount
+) -> None:
+    disk = small_disk(8)
+    cli.write("packaged.yaml")
+    values = json.loads((cli.folder / "packaged.yaml").read_text())
+    del values["base"]["task"]["data"]  # the packaged text
+    (cli.folder / "packaged.yaml").write_text(json.dumps(values))
+    ended = warm(cli, "plan", "./packaged.yaml", "--results", str(disk / "results"))
+    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1), ended.err
+    assert re.match(r"error: cache: '.*' cannot be written \(.*\): \d+ MiB needed, \d+ MiB free", ended.err)
+
+
 @pytest.mark.parametrize(
     "moment", [pytest.param("while a cell trains", marks=pytest.mark.slow), "before the data is prepared"]
 )

@@ -282,6 +282,11 @@ def deterministic_points(folder: Path) -> list[tuple[int, dict[str, float]]]:
     return [(p["step"], {k: v for k, v in p["metrics"].items() if k not in TIMING_METRICS}) for p in points]
 
 
+def drop_measured(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a result without what depends on time: throughput, and the digests of files with times."""
+    return {key: value for key, value in result.items() if key not in ("throughput", "records", "checksum")}
+
+
 def drop_throughput(comparison: Mapping[str, Any]) -> dict[str, Any]:
     """Return a comparison without the throughput of its arms."""
     arms = {arm: {k: v for k, v in row.items() if k != "throughput"} for arm, row in comparison["arms"].items()}

@@ -3,8 +3,21 @@
 from pathlib import Path
 from typing import Any
 
-from moebench.runs.folder import write_json
+from moebench.runs.folder import RunFolder
 from moebench.runs.result import RunResult
+
+
+def write_cell(folder: Path, **fields: Any) -> None:
+    """Write cell.json of a run folder; fields that are not given have minimal values."""
+    defaults: dict[str, Any] = {
+        "id": folder.name,
+        "arm": "switch",
+        "seed": 0,
+        "experiment": "probe",
+        "config": {},
+        "data": {"name": "text", "digest": "d"},
+    }
+    RunFolder(folder).write_cell({**defaults, **fields})
 
 
 def write_result(folder: Path, **fields: Any) -> None:
@@ -24,4 +37,4 @@ def write_result(folder: Path, **fields: Any) -> None:
         "marks": (),
         "config": {},
     }
-    write_json(folder / "result.json", RunResult(**{**defaults, **fields}).to_dict())
+    RunFolder(folder).write_result(RunResult(**{**defaults, **fields}))

@@ -63,6 +63,7 @@ def compare(
             *(f"{arm}: {mismatch.reason}" for arm, of_arm in mismatches.items() for mismatch in of_arm),
             *_notes(grid, differences, len(expected)),
             *best_notes,
+            *_note_versions([run.version for of_arm in runs.values() for run in of_arm]),
             *note_varied_settings([run.config for of_arm in runs.values() for run in of_arm], metric.split),
         ),
     )
@@ -236,6 +237,12 @@ def _find_obstacle(
     others = {arm.arm for arm in contenders}
     undecided = [pair.arm for pair in against_leader if pair.arm in others and pair.verdict != "worse"]
     return f", but is not shown to be better than {', '.join(undecided)}" if undecided else None
+
+
+def _note_versions(versions: Sequence[str]) -> list[str]:
+    """Return a note if the runs were trained by several versions of moebench; those that are not known do not count."""
+    known = sorted({version for version in versions if version})
+    return [f"the runs were trained by different versions of moebench: {', '.join(known)}"] if len(known) > 1 else []
 
 
 def _notes(grid: ResultGrid, differences: Sequence[Difference], num_expected: int) -> list[str]:

@@ -45,7 +45,9 @@ def draw_experiment(experiment: Experiment, results: Path, file: Path, compariso
     """Draw the validation curves of every arm that has any; return the file, or None without a single point."""
     journals: dict[str, dict[int, Any]] = {}
     for cell in experiment.cells:
-        points, _ = read_journal(RunFolder.of(results, cell.id).journal)
+        folder = RunFolder.of(results, cell.id)
+        points, _ = read_journal(folder.journal)
+        folder.require_unchanged(folder.journal)
         if points:
             journals.setdefault(cell.arm, {})[cell.seed] = points
     facts = TASKS.get(experiment.cells[0].config.task.name).facts

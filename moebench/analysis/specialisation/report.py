@@ -9,7 +9,7 @@ from torch import Tensor
 from moebench.analysis.specialisation.figures import informative_labels
 from moebench.errors import UsageError, unknown
 from moebench.routing.metrics import label_parts
-from moebench.runs.folder import RunFolder
+from moebench.runs.folder import RunFolder, list_run_folders
 from moebench.training.label_tables import LabelTable, read_label_tables
 
 NUM_EXPERTS = 3
@@ -35,6 +35,7 @@ def read_label_report(results: Path, run: str, kind: str | None = None) -> Label
     """Return the tables of a run, of all kinds of labels or of one; raise UsageError for an unknown run or kind."""
     folder = find_run(results, run)
     cell, tables = folder.read_cell(), read_label_tables(folder.labels)
+    folder.require_unchanged(folder.labels)
     if kind is not None:
         if kind not in tables:
             raise unknown("--label", kind, tables)
@@ -44,7 +45,7 @@ def read_label_report(results: Path, run: str, kind: str | None = None) -> Label
 
 def find_run(results: Path, run: str) -> RunFolder:
     """Return the folder of the run whose id begins with `run`; raise UsageError unless exactly one does."""
-    ids = [path.parent.name for path in sorted((results / "runs").glob("*/cell.json"))]
+    ids = [folder.path.name for folder in list_run_folders(results)]
     if not ids:
         raise UsageError(f"{results}: has no runs (moebench run makes them; --results, MOEBENCH_RESULTS)")
     matching = [run_id for run_id in ids if run and run_id.startswith(run)]

@@ -229,9 +229,7 @@ def _evaluate_run(cell: Cell, task: Task, results: Path, assignments: list[str])
     folder = RunFolder.of(results, cell.id)
     train = cell.config.train
     torch.set_num_threads(train.threads)
-    model = load_trained_model(
-        apply_evaluation_settings(cell.config, assignments), cell.config, task, folder.checkpoints
-    )
+    model = load_trained_model(apply_evaluation_settings(cell.config, assignments), cell.config, task, folder)
     device = select_device(train)
     model.to(device)
     batches = task.eval_batches("test", train.batch_size)
@@ -239,5 +237,6 @@ def _evaluate_run(cell: Cell, task: Task, results: Path, assignments: list[str])
         metrics = evaluate(model, task, batches, cell.config.seed, device, Mesh(device=device)).metrics
     planned = compute_model_cost(model, task.sequence_length, task.decoder_length).flops_per_token
     result = folder.read_result()
-    assert result is not None
+    if result is None or "flops_per_token" not in result.cost:
+        raise UsageError(f"{folder.result}: has no cost of the run as trained; train the cell again")
     return metrics, metrics.get("load/flops_per_token", planned) / result.cost["flops_per_token"]

@@ -222,3 +222,12 @@ def test_without_three_seeds_in_common_none_is_best():
     assert [difference.verdict for difference in comparison.differences] == ["better", "worse"]
     assert all(arm.marks == () for arm in comparison.arms)
     assert "no arm is called best: 1 seed finished by all arms, 3 needed" in comparison.notes
+
+
+def test_runs_of_different_versions_are_noted() -> None:
+    results = make_results({"dense": 0.0, "switch": -0.1})
+    versions = {"dense": "1.0 (a)", "switch": "1.1 (b)"}
+    for known, is_noted in ((versions, True), ({"dense": "1.0 (a)", "switch": ""}, False)):
+        runs = [replace(result, version=known[result.arm]) for result in results]
+        notes = compare(runs, expected=list_cells(runs), baseline="dense").notes
+        assert any("different versions of moebench: 1.0 (a), 1.1 (b)" in note for note in notes) is is_noted

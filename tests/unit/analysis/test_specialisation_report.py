@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from support.run_folders import write_cell
 
 from moebench.analysis.figures import Figures
 from moebench.analysis.specialisation.figures import draw_labels, expert_preference, informative_labels, select_layers
@@ -68,8 +69,7 @@ def test_the_figure_has_many_labels_layers_and_dead_experts(tmp_path: Path) -> N
 
 def write_run(results: Path, run_id: str) -> RunFolder:
     folder = RunFolder.of(results, run_id)
-    folder.path.mkdir(parents=True)
-    folder.cell.write_text(json.dumps({"id": run_id, "arm": "switch", "seed": 3}))
+    write_cell(folder.path, seed=3)
     return folder
 
 

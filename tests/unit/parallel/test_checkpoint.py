@@ -6,7 +6,8 @@ import pytest
 import torch
 from support.training_cases import Run, assert_same_tree, tiny_config, write_text
 
-from moebench.parallel.checkpoint import KEEP, VerifiedCheckpointIO, checkpoint_path, find_newest_valid, parse_step
+from moebench.parallel.checkpoint import KEEP, VerifiedCheckpointIO, checkpoint_path, find_newest_valid
+from moebench.parallel.manifest import parse_step
 
 
 @pytest.fixture(scope="module")

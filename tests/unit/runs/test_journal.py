@@ -1,3 +1,4 @@
+import hashlib
 import math
 import os
 import subprocess
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.run_folders import write_cell
 
 from moebench.errors import UsageError
 from moebench.runs.journal import Journal, read_journal
@@ -133,9 +135,38 @@ def test_the_journal_imports_nothing_heavy() -> None:
 
 
 def test_runs_without_a_recorded_experiment_are_gathered_by_name(path: Path) -> None:
-    path.parent.mkdir(parents=True)
-    (path.parent / "cell.json").write_text('{"experiment": "probe"}')
+    write_cell(path.parent, experiment="probe")
     results = path.parents[2]
     assert list_recorded_experiments(results) == {"probe": {"name": "probe", "cells": [{"id": "0123456789ab"}]}}
     with pytest.raises(UsageError, match="does not exist"):
         list_recorded_experiments(results / "elsewhere")
+
+
+@pytest.mark.parametrize("lose", [Path.unlink, lambda path: path.rename(path.with_name("moved")), "replace", "cut"])
+def test_points_are_not_lost_in_silence_when_the_file_is(path: Path, lose) -> None:
+    journal = Journal(path)
+    journal.append(1, {"a": 1.0})
+    if lose == "replace":
+        path.unlink()
+        path.write_text("")
+    elif lose == "cut":
+        os.truncate(path, 10)
+    else:
+        lose(path)
+    for lost in (lambda: journal.append(2, {"a": 1.0}), journal.close):
+        with pytest.raises(UsageError, match=r"journal.jsonl: was (deleted or moved|changed by another program)"):
+            lost()
+
+
+def test_the_summary_is_that_of_the_file(path: Path) -> None:
+    with Journal(path) as journal:
+        journal.append(1, {"a": 1.0})
+        first = journal.summary
+        journal.append(2, {"a": 2.0})
+        journal.truncate_to(int(first["bytes"]))
+        assert journal.summary == first
+        journal.append(2, {"a": 2.0})
+        assert journal.summary == {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }

@@ -1,5 +1,6 @@
 """The cache of prepared data: keyed by content, created once by many processes, recreated when damaged."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from PIL import Image
 from support.task_data import write_data
 
 from moebench.config import resolve
+from moebench.errors import UsageError
 from moebench.tasks.cache import Arrays, load_or_create
 from moebench.tasks.task import Task
 from moebench.training.model import prepare_task
@@ -147,6 +149,33 @@ def test_a_failed_creation_leaves_no_entry_and_the_next_one_succeeds(tmp_path: P
         load_or_create(tmp_path / "entry", refuse)
     assert [path.name for path in tmp_path.iterdir()] == ["entry.lock"]
     assert load_or_create(tmp_path / "entry", create)[0]["names"] == ["a", "b"]
+
+
+def test_a_cache_that_must_not_be_written_is_replaced_by_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = load_or_create(tmp_path / "elsewhere" / "entry", create)
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o555)
+    monkeypatch.chdir(tmp_path)  # relative paths: another user must not search the folders above
+    tmp_path.chmod(0o755)
+    is_root = os.geteuid() == 0
+    if is_root:  # no permission applies to root
+        os.seteuid(65534)
+    try:
+        meta, arrays = load_or_create(Path("cache") / "entry", create)
+    finally:
+        if is_root:
+            os.seteuid(0)
+    assert meta == expected
+    assert arrays["one"].tolist() == [*range(1000)]
+    assert list(cache.iterdir()) == []
+
+
+def test_a_file_in_place_of_the_cache(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(UsageError, match=r"cache: '.*entry' cannot be written"):
+        load_or_create(tmp_path / "cache" / "entry", create)
 
 
 def test_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""`moebench rm`: remove a run, or an experiment with its runs."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from moebench.cli.options import DEFAULT_RESULTS, Json, Results, print_json
+from moebench.errors import UsageError
+
+EXIT_DEGRADED = 3
+
+
+def rm(
+    name: Annotated[
+        str, typer.Argument(metavar="RUN|EXPERIMENT", help="The id of a run, or how it begins; or an experiment.")
+    ],
+    results: Results = DEFAULT_RESULTS,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    tracker: Annotated[
+        str | None, typer.Option(envvar="MOEBENCH_TRACKER", help="MLflow URI. Default: SQLite in results.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Remove a run, or an experiment with the runs that no other experiment has.
+
+    Shows what will be removed and asks, on a terminal; elsewhere it needs --yes. A run that is being trained is never
+    removed. The tracker marks the runs as deleted.
+    """
+    from moebench.experiment.removal import plan_removal, remove
+    from moebench.tracking.mlflow_store import default_uri
+
+    removal = plan_removal(results, name)
+    values = removal.to_dict()
+    if not json:
+        for folder in removal.runs:
+            print(f"run {folder.path.name}  {folder.path}")
+        for cell_id in removal.kept:
+            print(f"kept: run {cell_id}, which another experiment has")
+        for path in removal.files:
+            print(f"file {path}")
+        print(f"{len(removal.runs)} runs, {values['bytes'] / 2**20:.1f} MiB")
+    if not yes:
+        if json or not sys.stdin.isatty():
+            raise UsageError(f"rm {name}: nothing was removed; add --yes to remove it without a question")
+        typer.confirm("Remove this?", abort=True)
+    problem = remove(results, removal, tracker or default_uri(results))
+    if json:
+        print_json(values | {"tracker": problem})
+    else:
+        print("removed")
+    if problem:
+        print(problem, file=sys.stderr)
+        raise typer.Exit(EXIT_DEGRADED)

@@ -1,0 +1,78 @@
+"""`moebench verify`: check a whole results folder, and repair what is safe to repair."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moebench.cli.options import DEFAULT_RESULTS, Json, Results, print_json
+from moebench.errors import UsageError
+
+if TYPE_CHECKING:
+    from moebench.experiment.verification import Finding
+
+EXIT_FINDINGS = 1
+
+
+def verify(
+    results: Results = DEFAULT_RESULTS,
+    fix: Annotated[bool, typer.Option("--fix", help="Repair what can be repaired without losing anything.")] = False,
+    json: Json = False,
+) -> None:
+    """Check runs, checkpoints, records, cache and tracker of a results folder, and the machine.
+
+    --fix sends the tracker what it lacks, drops points that it has twice, closes runs that it shows as running, removes
+    what killed processes left, and writes lost records of experiments again. Nothing that was measured is changed.
+
+    Exit codes: 0 clean, 1 findings are left (notes do not count), 2 the folder cannot be read.
+    """
+    from moebench.experiment.machine_check import describe_machine
+
+    findings = _collect(results)
+    fixed, failed = _fix(findings) if fix else ([], [])
+    left = _collect(results) if fixed else findings
+    problems = [finding for finding in left if not finding.is_note]
+    if json:
+        values = {"findings": [finding.to_dict() for finding in left], "machine": describe_machine(results)}
+        print_json(values | {"fixed": [finding.to_dict() for finding in fixed], "failed": failed})
+    else:
+        for finding in fixed:
+            print(f"fixed    {finding.where}: {finding.problem}: {finding.remedy}")
+        for line in failed:
+            print(f"failed   {line}")
+        for finding in left:
+            level = "note" if finding.is_note else "fixable" if finding.fix else "problem"
+            remedy = f"--fix: {finding.remedy}" if finding.fix else finding.remedy
+            print(f"{level:<8} {finding.where}: {finding.problem} ({remedy})")
+        print(f"{len(problems)} problems, {len(left) - len(problems)} notes in {results}")
+    if problems:
+        raise typer.Exit(EXIT_FINDINGS)
+
+
+def _collect(results: Path) -> "list[Finding]":
+    from moebench.experiment.machine_check import check_machine
+    from moebench.experiment.tracker_check import check_tracker
+    from moebench.experiment.verification import check_store
+
+    findings = list(check_store(results))
+    try:
+        findings += check_tracker(results)
+    except UsageError as error:
+        from moebench.experiment.verification import Finding
+
+        findings.append(Finding(where="tracker", problem=str(error), remedy="repair the store first"))
+    return [*findings, *check_machine(results)]
+
+
+def _fix(findings: "list[Finding]") -> "tuple[list[Finding], list[str]]":
+    """Repair what can be; return what was repaired, and a line for each repair that failed."""
+    fixed, failed = [], []
+    for finding in findings:
+        if finding.fix is None:
+            continue
+        try:
+            finding.fix()
+            fixed.append(finding)
+        except (OSError, UsageError) as error:
+            failed.append(f"{finding.where}: {error}")
+    return fixed, failed

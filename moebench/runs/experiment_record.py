@@ -1,0 +1,43 @@
+"""The records of experiments in a results folder: question, baseline and cells, one file for each experiment."""
+
+from pathlib import Path
+from typing import Any
+
+from moebench.errors import UsageError
+from moebench.runs.checked_json import read_json, require_types
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the record of an experiment, with a list `cells` of mappings with an `id`; raise UsageError for damage."""
+    record = read_json(path)
+    try:
+        require_types(record, {"name": str, "cells": list})
+        if record["name"] != path.stem:
+            raise ValueError(f"it is of the experiment '{record['name'][:40]}', under another name")
+        for cell in record["cells"]:
+            if not isinstance(cell, dict):
+                raise ValueError(f"'cells' has {str(cell)[:40]!r}, expected an object")
+            require_types(cell, {"id": str, "arm": str, "seed": int}, optional=("arm", "seed"))
+            if Path(cell["id"]).name != cell["id"]:  # it becomes a part of a path
+                raise ValueError(f"{cell['id'][:40]!r} is no id of a run")
+    except ValueError as error:
+        raise UsageError(f"{path}: damaged ({error}); `moebench run` of the experiment writes it again") from error
+    return record
+
+
+def read_records(results: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return the records by name, and a line for each that is damaged; raise UsageError if none can be listed."""
+    folder = results / "experiments"
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix == ".json" and not path.name.startswith("."))
+    except FileNotFoundError:
+        return {}, []
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be read as the folder of experiments ({error.strerror})") from error
+    records, problems = {}, []
+    for path in paths:
+        try:
+            records[path.stem] = read_record(path)
+        except UsageError as error:
+            problems.append(str(error))
+    return records, problems
