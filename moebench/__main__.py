@@ -1,12 +1,15 @@
 """The entry point: runs a command, and prints a user's mistake as one line, with exit code 2."""
 
+import os
 import sys
 
 from moebench import interrupts
+from moebench.process_setup import prepare_process
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    prepare_process()
     interrupts.record_interrupts()
     try:
         code = _run()
@@ -24,7 +27,7 @@ def _run() -> int:
     try:
         return int(app(prog_name="moebench", standalone_mode=False) or 0)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(f"error: {error}")
         return 2
     except typer.Abort:
         return 130
@@ -32,8 +35,15 @@ def _run() -> int:
         # An unknown command or option, a missing argument: the command-line library exports no class for them.
         if not hasattr(error, "format_message"):
             raise
-        print(f"error: {' '.join(error.format_message().split())} (moebench --help)", file=sys.stderr)
+        _print_error(f"error: {' '.join(error.format_message().split())} (moebench --help)")
         return 2
+
+
+def _print_error(line: str) -> None:
+    try:
+        print(line, file=sys.stderr)
+    except OSError:  # nobody reads it; the exit code still says it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,18 @@ from moebench.training.module import NonFiniteError
 TRANSPORT_NAMES = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "TCPStore", "ProcessGroup")
 """Substrings of communication errors, which torch raises as plain RuntimeError."""
 
+ALLOCATION_FAILURES = (
+    "DefaultCPUAllocator: ",
+    "not enough memory: you tried to allocate",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "std::bad_alloc",
+    "CUDA out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+)
+"""Substrings of failed allocations, which torch raises as plain RuntimeError."""
+
 
 def describe_disk_error(error: OSError) -> str:
     """Return in one line why a file could not be written."""
@@ -26,6 +38,11 @@ def describe_disk_error(error: OSError) -> str:
     return (
         f"disk full while writing {file}" if error.errno == errno.ENOSPC else f"cannot write {file}: {error.strerror}"
     )
+
+
+def describe_start_error(error: Exception) -> str:
+    """Return in one line why the processes of a cell could not be started."""
+    return describe_disk_error(error) if isinstance(error, OSError) and error.filename else describe_error(error)
 
 
 def describe_error(error: BaseException) -> str:
@@ -38,11 +55,18 @@ def describe_error(error: BaseException) -> str:
         return describe_error(cause) if is_of_first_rank else f"rank {rank}: {describe_error(cause)}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return describe_disk_error(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if is_out_of_memory(error):
         return f"out of memory: {' '.join(str(error).split())[:200]}"
     place = find_plugin_line(error)
     where = f" ({place[0]}:{place[1]})" if place else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an allocation failed; torch raises plain RuntimeError for one of host memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in ALLOCATION_FAILURES)
 
 
 def classify_error(error: BaseException) -> Fault:

@@ -28,6 +28,7 @@ def train_from_folder(
     *,
     progress: Callable[[dict[str, Any]], None],
     should_stop: Callable[[], bool],
+    report_activity: Callable[[str], None] = lambda phase: None,
 ) -> RunResult | None:
     """Train a cell as one of its processes, from its newest checkpoint on; return None if it was asked to stop.
 
@@ -54,7 +55,11 @@ def train_from_folder(
         open_mesh(config.parallel, process_info, device) as mesh,
     ):
         context = RunContext(
-            recorder=recorder, checkpoints=folder.checkpoints, report_progress=progress, should_stop=should_stop
+            recorder=recorder,
+            checkpoints=folder.checkpoints,
+            report_progress=progress,
+            should_stop=should_stop,
+            report_activity=report_activity,
         )
         result = train_cell(config, task, context, cell_id=cell["id"], arm=cell["arm"], mesh=mesh)
     if result is not None and is_first:

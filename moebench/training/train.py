@@ -1,6 +1,7 @@
 """Training one cell in this process, from its newest valid checkpoint to its result."""
 
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,8 @@ def train_cell(
     start_s = time.perf_counter()
     checkpoint = _find_checkpoint(context, mesh)
     model = build_initialised_model(config, task, mesh)
+    # Each batch passes the embedding: in training, in evaluations and where a task probes the trained model.
+    model.embedding.register_forward_hook(lambda *_: context.report_activity("active"))
     timer = StepTimer()
     module = CellModule(config, model, task, mesh, context.should_stop)
     callback = CellCallback(context, timer)
@@ -58,10 +61,15 @@ def train_cell(
     # `to`: Lightning has moved the module back to the host.
     callback.validation = callback.validation or module.to(mesh.device).evaluate("validation")
     callback.final = callback.final or module.to(mesh.device).evaluate_trained()
+    for split, evaluation in (("validation", callback.validation), ("test", callback.final)):
+        module.require_finite_quality(split, evaluation)
     if callback.final.labels:
         context.recorder.record_labels(label_tables_to_json(config.train.steps, callback.final.labels))
     if mesh.is_first:
-        keep_newest_checkpoints(1, context.checkpoints)  # a finished run needs no fallback
+        try:
+            keep_newest_checkpoints(1, context.checkpoints)  # a finished run needs no fallback
+        except OSError:
+            traceback.print_exc()  # into the log: a checkpoint too many does not make a trained cell a failure
     return build_result(module, callback, cell_id=cell_id, arm=arm, start_s=start_s)
 
 

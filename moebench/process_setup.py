@@ -1,0 +1,62 @@
+"""What the command line does to its process first, so that the user's environment changes no run. Imports nothing."""
+
+import io
+import os
+import sys
+from typing import NoReturn
+
+
+def prepare_process() -> None:
+    """Make this process, and those that it starts, independent of the working folder and the environment."""
+    _leave_working_folder()
+    _open_closed_streams()
+    # Of a notebook, for example: torchmetrics imports matplotlib, which refuses an unknown backend.
+    os.environ["MPLBACKEND"] = "Agg"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal in latin-1 has no en dash
+    _refuse_silent_exit()
+
+
+def _leave_working_folder() -> None:
+    """Import no module from the working folder, where a random.py or queue.py would take the place of a library's.
+
+    `python -m moebench` puts it first on the path, and child processes started by name do so too.
+    """
+    try:
+        working_folder = os.getcwd()
+    except OSError:  # it was deleted
+        working_folder = ""
+    if not sys.flags.safe_path and sys.path and sys.path[0] in ("", working_folder):
+        del sys.path[0]
+    package_folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if package_folder not in map(os.path.abspath, sys.path):  # not installed: found in the working folder
+        sys.path.append(package_folder)
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            path for path in (os.environ.get("PYTHONPATH"), package_folder) if path
+        )
+    os.environ["PYTHONSAFEPATH"] = "1"
+
+
+def _open_closed_streams() -> None:
+    """Open /dev/null in place of a standard stream that is closed: the next file would get its number."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+
+
+def _refuse_silent_exit() -> None:
+    """Let no code that the command line imports, such as a plug-in, end it by os._exit(0) as if all were done."""
+    exit_now, main_process = os._exit, os.getpid()
+
+    def exit_with_reason(status: int) -> NoReturn:
+        if status == 0 and os.getpid() == main_process:  # a forked child ends as it likes
+            caller = sys._getframe(1)
+            place = f"{caller.f_code.co_filename}:{caller.f_lineno}"
+            os.write(2, f"error: os._exit(0) was called at {place}: the command was not completed\n".encode())
+            status = 2
+        exit_now(status)
+
+    os._exit = exit_with_reason
