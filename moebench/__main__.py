@@ -4,7 +4,7 @@ import os
 import sys
 
 from moebench import interrupts
-from moebench.process_setup import prepare_process
+from moebench.process_setup import prepare_process, silent_exit_refused
 
 
 def main() -> None:
@@ -12,7 +12,8 @@ def main() -> None:
     prepare_process()
     interrupts.record_interrupts()
     try:
-        code = _run()
+        with silent_exit_refused():
+            code = _run()
         sys.exit(130 if interrupts.received and code == 0 else code)
     except KeyboardInterrupt:
         sys.exit(130)

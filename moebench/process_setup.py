@@ -1,8 +1,10 @@
 """What the command line does to its process first, so that the user's environment changes no run. Imports nothing."""
 
+import contextlib
 import io
 import os
 import sys
+from collections.abc import Iterator
 from typing import NoReturn
 
 
@@ -12,10 +14,10 @@ def prepare_process() -> None:
     _open_closed_streams()
     # Of a notebook, for example: torchmetrics imports matplotlib, which refuses an unknown backend.
     os.environ["MPLBACKEND"] = "Agg"
+    _replace_missing_home()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal in latin-1 has no en dash
-    _refuse_silent_exit()
 
 
 def _leave_working_folder() -> None:
@@ -38,6 +40,17 @@ def _leave_working_folder() -> None:
     os.environ["PYTHONSAFEPATH"] = "1"
 
 
+def _replace_missing_home() -> None:
+    """Give a user without a home folder, as in a container, one for the time of the command: libraries ask for it."""
+    if os.path.expanduser("~") == "~":
+        import atexit
+        import shutil
+        import tempfile
+
+        os.environ["HOME"] = folder = tempfile.mkdtemp(prefix="moebench-home-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
 def _open_closed_streams() -> None:
     """Open /dev/null in place of a standard stream that is closed: the next file would get its number."""
     for number in (0, 1, 2):
@@ -47,8 +60,9 @@ def _open_closed_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
 
 
-def _refuse_silent_exit() -> None:
-    """Let no code that the command line imports, such as a plug-in, end it by os._exit(0) as if all were done."""
+@contextlib.contextmanager
+def silent_exit_refused() -> Iterator[None]:
+    """Let no code that a command imports, such as a plug-in, end the process by os._exit(0) as if all were done."""
     exit_now, main_process = os._exit, os.getpid()
 
     def exit_with_reason(status: int) -> NoReturn:
@@ -60,3 +74,7 @@ def _refuse_silent_exit() -> None:
         exit_now(status)
 
     os._exit = exit_with_reason
+    try:
+        yield
+    finally:
+        os._exit = exit_now

@@ -100,8 +100,7 @@ def _train(cell: Cell, folder: RunFolder, results: Path, console: Console) -> in
         if signals:
             raise KeyboardInterrupt
         signals.append(number)
-        if number == signal.SIGINT:  # after SIGTERM lightning ends the training at once
-            display.note("stopping: saving a checkpoint (again: stop now, from the last checkpoint)")
+        display.note("stopping: saving a checkpoint (again: stop now, from the last checkpoint)")
 
     _silence_lightning()
     display.on_start(cell)

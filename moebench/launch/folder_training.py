@@ -2,6 +2,7 @@
 
 import os
 import socket
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def train_from_folder(
     config = resolve(cell["config"])
     torch.set_num_threads(config.train.threads)
     if is_first:
-        write_json(folder.environment, collect_environment(config.train.threads))
+        _record_environment(folder, config.train.threads)
         write_atomically(folder.path / "config.yaml", to_yaml(config))
     task = prepare_task(config, results)
     if process_info.has_group and process_info.num_nodes == 1:
@@ -65,6 +66,13 @@ def train_from_folder(
     if result is not None and is_first:
         write_json(folder.result, result.to_dict())
     return result
+
+
+def _record_environment(folder: RunFolder, threads: int) -> None:
+    try:
+        write_json(folder.environment, collect_environment(threads))
+    except Exception:  # the run does not depend on it
+        traceback.print_exc()
 
 
 def _loopback_interface() -> str:

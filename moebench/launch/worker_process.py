@@ -134,7 +134,10 @@ def _train(folder: RunFolder, results: Path, process_info: ProcessInfo, connecti
 
 def _redirect_output(log: Path) -> None:
     """Send everything that this process prints, C libraries included, to the log of the run."""
-    handle = log.open("a", buffering=1, encoding="utf-8")
+    try:
+        handle = log.open("a", buffering=1, encoding="utf-8", errors="replace")
+    except OSError:  # such as a folder of that name
+        handle = open(os.devnull, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - for the life of the process
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(handle.fileno(), 1)

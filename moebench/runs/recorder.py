@@ -59,9 +59,20 @@ class RunRecorder:
 def _truncate_loads(folder: RunFolder, step: int) -> None:
     if not folder.loads.exists():
         return
-    lines = folder.loads.read_text(encoding="utf-8").splitlines(keepends=True)
-    # A torn last line is later than the checkpoint: the journal is flushed before a checkpoint claims its steps.
-    complete = [line for line in lines if line.endswith("\n")]
+    lines = folder.loads.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     temporary = folder.loads.with_name(folder.loads.name + ".tmp")
-    temporary.write_text("".join(line for line in complete if json.loads(line)["step"] <= step), encoding="utf-8")
+    temporary.write_text("".join(line for line in lines if _is_load_until(step, line)), encoding="utf-8")
     temporary.replace(folder.loads)
+
+
+def _is_load_until(step: int, line: str) -> bool:
+    """Return whether a line holds the loads of a step up to this one.
+
+    A torn last line is later than the checkpoint: the journal is flushed before a checkpoint claims its steps. A
+    damaged one costs a figure, not the run.
+    """
+    try:
+        return line.endswith("\n") and int(json.loads(line)["step"]) <= step
+    except (ValueError, TypeError, KeyError):
+        print(f"load.jsonl: a damaged line was dropped: {line[:80]!r}", flush=True)
+        return False

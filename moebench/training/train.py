@@ -92,7 +92,7 @@ def build_trainer(
     """Build the trainer of a cell; everything between steps is done by the callbacks."""
     on_gpu = mesh.device.type == "cuda"
     has_group = mesh.process_info.has_group
-    return lightning.Trainer(
+    trainer = lightning.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=[mesh.device.index or 0] if on_gpu and not has_group else mesh.process_info.local_world_size,
         num_nodes=mesh.process_info.num_nodes,
@@ -109,6 +109,9 @@ def build_trainer(
         use_distributed_sampler=False,
         callbacks=list(callbacks),
     )
+    # The caller decides what a signal does; lightning would end the training at SIGTERM, without a checkpoint.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 def fit(

@@ -172,7 +172,9 @@ def test_cells_see_only_their_own_gpu_and_release_it(
     plugins = (plugin.write(recording_plugin(folder)),)
     experiment = cells_of(folder, plugins=plugins, grid={"arm": arms}, seeds=[0], baseline="works")
     launcher = LocalLauncher()
-    outcomes = Scheduler(folder / "results", "tiny", SchedulePolicy(), DeviceDisplay(launcher), launcher).run(experiment.cells)
+    outcomes = Scheduler(folder / "results", "tiny", SchedulePolicy(), DeviceDisplay(launcher), launcher).run(
+        experiment.cells
+    )
     ends = {outcome.cell.arm: outcome.status for outcome in outcomes}
     assert ends == {"fails": "failed", "works": "done", "two": "done", "on the cpu": "done"}
     assert launcher.devices.num_users == {"6": 0, "7": 0}
