@@ -22,29 +22,35 @@ def record_side_calls(
     """
     codes: dict[CodeType, None] = {}
     known: dict[CodeType, bool] = {}
-    depth, has_started = 0, False
+    has_started = False
 
-    def observe(frame: FrameType, event: str, argument: Any) -> None:
-        nonlocal depth, has_started
+    def is_side_frame(frame: FrameType) -> bool:
         code = frame.f_code
-        has_started |= code is start.__code__
-        if not has_started or event not in ("call", "return"):
-            return
         if code not in known:
             module = frame.f_globals.get("__name__", "")
             known[code] = module.startswith("moebench.") and is_side(f"{module}.{code.co_qualname}")
-        if known[code]:
-            if event == "call" and depth == 0:
-                codes[code] = None
-            depth += 1 if event == "call" else -1
+        return known[code]
+
+    def observe(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal has_started
+        has_started |= frame.f_code is start.__code__
+        if not has_started or event != "call" or frame.f_code in codes or not is_side_frame(frame):
+            return
+        caller = frame.f_back
+        while caller is not None and not is_side_frame(caller):
+            caller = caller.f_back
+        if caller is None:
+            codes[frame.f_code] = None
 
     sys.setprofile(observe)
     try:
         action()
     finally:
         sys.setprofile(None)
-    functions = (function for code in codes for function in gc.get_referrers(code))
-    return [each for each in functions if isinstance(each, FunctionType) and each.__code__ in codes]
+    gc.unfreeze()  # the test run has frozen what was imported first, and then it is not among the referrers
+    referrers = [function for code in codes for function in gc.get_referrers(code)]
+    gc.freeze()
+    return [each for each in referrers if isinstance(each, FunctionType) and each.__code__ in codes]
 
 
 @contextlib.contextmanager
