@@ -234,7 +234,7 @@ class Scheduler:
         """Write the result of a failure; only the runner has the reports of all processes."""
         folder = RunFolder.of(self.results, group.cell.id)
         step = group.step
-        with contextlib.suppress(UsageError, OSError):  # a damaged journal may be the reason of the failure
+        with self.containment.contain(f"journal of {group.cell.arm}, seed {group.cell.seed}"):
             step = read_last_step(folder.journal)
         with contextlib.suppress(OSError):  # a full disk as well
             cell = json.loads(json.dumps(group.cell.to_dict(self.experiment)))

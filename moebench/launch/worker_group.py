@@ -66,7 +66,7 @@ class WorkerGroup:
         if self.stop_requested_at is None or self.deadline != float("inf"):
             return False
         silent_s = min(self.activity.silent_s, time.monotonic() - self.stop_requested_at)
-        is_saving = any(worker.is_saving for worker in self.workers)
+        is_saving = any(worker.is_saving and not worker.describe_halt() for worker in self.workers)
         return silent_s > self.activity.stop_timeout_s(is_saving)
 
     @property

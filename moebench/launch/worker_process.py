@@ -60,7 +60,7 @@ class RunnerConnection:
     def report_progress(self, message: dict[str, Any]) -> None:
         """Store a message for the thread to send, so that the training step does not wait for the pipe."""
         self.step = message["step"]
-        self._progress = {"kind": "progress", **message}
+        self._progress, self._phase = {"kind": "progress", **message}, None
 
     def report_activity(self, phase: str) -> None:
         """Note that a batch was processed (`active`), or that a checkpoint is about to be written (`saving`)."""
@@ -138,8 +138,9 @@ def _redirect_output(log: Path) -> None:
         handle = log.open("a", buffering=1, encoding="utf-8", errors="replace")
     except OSError:  # such as a folder of that name
         handle = open(os.devnull, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - for the life of the process
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # it is None where the runner has no such stream
+            stream.flush()
     os.dup2(handle.fileno(), 1)
     os.dup2(handle.fileno(), 2)
     sys.stdout = sys.stderr = handle

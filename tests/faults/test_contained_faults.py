@@ -44,16 +44,10 @@ GRID = {
 }
 ESSENTIAL = ("api", "config", "experiment.plan", "experiment.runner", "interrupts", "launch", "registry", "schema")
 ESSENTIAL += ("runs.cell", "runs.folder", "runs.result", "tracking.tracker.TrackerStatus", "cores", "tasks")
-ESSENTIAL += ("experiment.display.open_display",)
+ESSENTIAL += ("experiment.display.open_display", "experiment.display._close", "reporting.streams")
 """Modules of the runner without which no cell can be trained; everything else that it calls may fail."""
-SIDE = (
-    "release",
-    "Scheduler._write_failed_result",
-    "Scheduler._record_attempt",
-    "_GridRun._draw",
-    "build_failed_result",
-)
-"""Ends of the names of functions in these modules that may fail as well."""
+SIDE = ("launch.launcher.LocalLauncher.release", "launch.failure.build_failed_result")
+"""Functions of these modules that may fail as well."""
 EXPECTED = ("Figures.draw_run_figures", "Figures.draw_experiment_figures", "LineDisplay.on_start", "Tracker.stop")
 EXPECTED += ("LineDisplay.on_end", "Tracker.start", "Tracker.poll", "read_last_step", "LocalLauncher.release")
 """Calls that the search must find, among others."""
@@ -62,7 +56,7 @@ EXPECTED += ("LineDisplay.on_end", "Tracker.start", "Tracker.poll", "read_last_s
 def is_side(name: str) -> bool:
     name = name.removeprefix("moebench.")
     is_essential = any(name == module or name.startswith(f"{module}.") for module in ESSENTIAL)
-    return name.endswith(SIDE) or not is_essential
+    return name in SIDE or not is_essential
 
 
 class Runs:

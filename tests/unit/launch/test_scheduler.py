@@ -93,6 +93,7 @@ def test_a_damaged_journal_fails_its_cell_alone(experiment: Experiment, tmp_path
     result = grid.folder("switch").read_result()
     assert result is not None
     assert (result.error, result.step) == ("ValueError: no", 3)  # the step that the worker had reported
+    assert "journal of switch, seed 0: UsageError" in grid.containment.problems[0]
 
 
 @pytest.mark.parametrize("error", [OSError(11, "Resource temporarily unavailable"), RuntimeError("no store")])
