@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # worksteal: an idle process takes tests from the other one, so that slow tests do not end up in one process.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all test-distributed test-gpu bench docs lint format clean help
+.PHONY: demo test test-all test-distributed test-faults test-gpu bench docs lint format clean help
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/  -/'
@@ -28,6 +28,9 @@ test-all: $(VENV)/installed-dev  ## all tests, with all combinations and the lon
 
 test-distributed: $(VENV)/installed-dev  ## the tests of several processes: meshes, torchrun, SLURM, processes that are killed or hang
 	$(PYTEST) -n 2 --timeout 600 tests/distributed
+
+test-faults: $(VENV)/installed-dev  ## kills, damage, full disks, broken trackers, processes that hang, strange environments
+	$(PYTEST) --timeout 900 tests/faults
 
 test-gpu: $(VENV)/installed-dev  ## the tests that need a CUDA device (MOEBENCH_TEST_DEVICE=cpu runs them without one)
 	$(PYTEST) -m gpu tests/gpu tests/contract/test_execution.py

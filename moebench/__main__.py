@@ -1,9 +1,11 @@
 """The entry point: runs a command, and prints a user's mistake as one line, with exit code 2."""
 
 import errno
+import os
 import sys
 
 from moebench import interrupts
+from moebench.process_setup import prepare_process, silent_exit_refused
 
 FILE_ERRORS = (
     errno.EACCES,
@@ -25,9 +27,11 @@ FILE_ERRORS = (
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    prepare_process()
     interrupts.record_interrupts()
     try:
-        code = _run()
+        with silent_exit_refused():
+            code = _run()
         sys.exit(130 if interrupts.received and code == 0 else code)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -38,18 +42,17 @@ def _run() -> int:
 
     from moebench.cli import app
     from moebench.errors import UsageError
-    from moebench.printable import print_error
 
     try:
         return int(app(prog_name="moebench", standalone_mode=False) or 0)
     except UsageError as error:
-        print_error(str(error))
+        _print_error(str(error))
         return 2
     except OSError as error:
         # A file that cannot be read or written, where no command says more about it.
         if error.filename is None or error.errno not in FILE_ERRORS:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        _print_error(f"{error.filename}: {error.strerror}")
         return 2
     except typer.Abort:
         return 130
@@ -57,8 +60,17 @@ def _run() -> int:
         # An unknown command or option, a missing argument: the command-line library exports no class for them.
         if not hasattr(error, "format_message"):
             raise
-        print_error(f"{' '.join(error.format_message().split())} (moebench --help)")
+        _print_error(f"{' '.join(error.format_message().split())} (moebench --help)")
         return 2
+
+
+def _print_error(text: str) -> None:
+    from moebench.printable import print_error
+
+    try:
+        print_error(text)
+    except OSError:  # nobody reads it; the exit code still says it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 if __name__ == "__main__":

@@ -54,22 +54,23 @@ def run(
     *,
     jobs: int = 0,
     tracker: str | None = None,
+    retries: int = 0,
     quiet: bool = False,
 ) -> "RunReport":
     """Train every cell of an experiment that is not done, as `moebench run` does, and report what happened.
 
     Each cell trains in its own process; a failed cell is listed in `report.failed`, and the others continue. `jobs`:
     cells at a time; 0: as many as fit the machine. `tracker`: MLflow URI, "none" for no tracker, None for SQLite in
-    the results folder. `quiet`: print no progress. After Ctrl-C it saves checkpoints and raises KeyboardInterrupt,
-    after SIGTERM SystemExit. Works in the main thread only.
+    the results folder. `retries`: how often a failed cell is tried again. `quiet`: print no progress. After Ctrl-C it
+    saves checkpoints and raises KeyboardInterrupt, after SIGTERM SystemExit. Works in the main thread only.
     """
     from moebench.analysis.figures import Figures
     from moebench.experiment.runner import RunOptions, run_experiment
     from moebench.launch.launcher import LocalLauncher
-    from moebench.reporting.console import SafeConsole
+    from moebench.reporting.streams import open_stderr_console
 
-    options = RunOptions(jobs=jobs, tracker=tracker)
-    console = SafeConsole(stderr=True, quiet=quiet)
+    options = RunOptions(jobs=jobs, tracker=tracker, retries=retries)
+    console = open_stderr_console(quiet=quiet)
     with _hide_main_module():
         report = run_experiment(
             _as_experiment(experiment),

@@ -1,9 +1,12 @@
-"""SIGINT and SIGTERM: collected by a handler, and Ctrl-C before there is one remembered."""
+"""Signals that stop a run: collected by a handler, and Ctrl-C before there is one remembered."""
 
 import contextlib
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Ctrl-C; a batch system, or `kill`; a terminal that is closed; the warning of SLURM before the time is up."""
 
 received: list[int] = []
 """Signals received before `handle_signals`: a library may swallow the KeyboardInterrupt, not the signal."""
@@ -16,8 +19,11 @@ def record_interrupts() -> None:
 
 @contextlib.contextmanager
 def handle_signals(handler: Callable[[int], None]) -> Iterator[None]:
-    """Call `handler` with the number of each SIGINT and SIGTERM, those in `received` first, instead of ending."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    """Call `handler` with the number of each stop signal, those in `received` first, instead of ending.
+
+    SIGHUP stays ignored where it is, as under `nohup`.
+    """
+    numbers = [number for number in STOP_SIGNALS if number != signal.SIGHUP or not _is_ignored(number)]
     previous = {number: signal.signal(number, lambda received, frame: handler(received)) for number in numbers}
     for number in received:
         handler(number)
@@ -26,6 +32,10 @@ def handle_signals(handler: Callable[[int], None]) -> Iterator[None]:
     finally:
         for number, previous_handler in previous.items():
             signal.signal(number, previous_handler)
+
+
+def _is_ignored(number: int) -> bool:
+    return signal.getsignal(number) == signal.SIG_IGN
 
 
 def _interrupt(number: int, frame: Any) -> None:

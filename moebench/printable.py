@@ -21,7 +21,8 @@ def make_printable(text: str) -> str:
 
 def format_json(value: Any, indent: int | None = 1) -> str:
     """Return a value as JSON of one meaning for programs and terminals: unprintable characters are escaped."""
-    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower()
+    text = json.dumps(value, indent=indent, ensure_ascii=not encoding.startswith("utf"))
     return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)  # they occur in JSON strings only
 
 

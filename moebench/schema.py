@@ -139,6 +139,7 @@ class ParallelConfig:
     RANGES: ClassVar[Mapping[str, Range]] = {
         **dict.fromkeys(("data", "expert", "nodes", "check_every"), AT_LEAST_1),
         "timeout_s": POSITIVE,
+        "stall_timeout_s": POSITIVE_FINITE,
     }
 
     data: int = 1
@@ -153,6 +154,8 @@ class ParallelConfig:
     """Machines; more than one needs torchrun or SLURM."""
     timeout_s: float = 600.0
     """Seconds that a process waits for another one before the run fails."""
+    stall_timeout_s: float = 600.0
+    """Seconds without a finished step or evaluation batch after which the run fails, also with one process."""
     check_every: int = 100
     """Steps between bit-by-bit comparisons of replicas; a difference ends the run."""
     overlap: bool = True

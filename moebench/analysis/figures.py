@@ -1,15 +1,15 @@
-"""The figures of runs and experiments, drawn into their folders, from where the tracker takes them."""
+"""The figures of runs and experiments, drawn into their folders, from where the tracker takes them.
+
+Drawing is imported when the first figure is drawn, so that an import that fails costs the figures alone.
+"""
 
 import contextlib
 import json
 from pathlib import Path
 
-from moebench.analysis.compare.experiment import compare_experiment, draw_experiment
-from moebench.analysis.specialisation.figures import draw_labels, draw_load
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
 from moebench.runs.folder import RunFolder
-from moebench.training.label_tables import read_label_tables
 
 
 class Figures:
@@ -23,20 +23,24 @@ class Figures:
         """
         if not folder.loads.exists() or not folder.result.exists():
             return
-        last = json.loads(folder.loads.read_text().splitlines()[-1])
-        with contextlib.suppress(OSError):  # a full disk must not stop the other runs
-            draw_load(last["layers"], path=folder.path / "load.png", title=f"Load of the experts: {title}")
-        with contextlib.suppress(OSError, UsageError):
+        from moebench.analysis.specialisation.figures import draw_labels, draw_load
+        from moebench.training.label_tables import read_label_tables
+
+        if lines := folder.loads.read_text(encoding="utf-8").splitlines():
+            layers = json.loads(lines[-1])["layers"]
+            draw_load(layers, path=folder.path / "load.png", title=f"Load of the experts: {title}")
+        with contextlib.suppress(UsageError):
             draw_labels(
                 read_label_tables(folder.labels), path=folder.path / "labels.png", title=f"Who takes what: {title}"
             )
 
     def draw_experiment_figures(self, experiment: Experiment, results: Path) -> None:
         """Draw the curves of all arms, with the paired differences where they can be compared."""
+        from moebench.analysis.compare.experiment import compare_experiment, draw_experiment
+
         try:
             comparison = compare_experiment(experiment, results)
         except UsageError:
             comparison = None  # unmatched or without a baseline: the curves alone
-        with contextlib.suppress(OSError):
-            file = results / "experiments" / experiment.name / "curves.png"
-            draw_experiment(experiment, results, file, comparison)
+        file = results / "experiments" / experiment.name / "curves.png"
+        draw_experiment(experiment, results, file, comparison)

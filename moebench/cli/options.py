@@ -1,5 +1,6 @@
 """Arguments shared by several commands, and the completion of names, which imports nothing heavy."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,10 +37,22 @@ def complete_experiment_or_router(incomplete: str) -> list[str]:
     return complete_experiment(incomplete) + complete_router(incomplete)
 
 
+def _expand_home(path: Path) -> Path:
+    """Return the path with the home folder for `~`, which the shell leaves in a variable and after `=`."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"results folder {path}: there is no such home folder ({error})") from error
+
+
 Results = Annotated[
     Path,
     typer.Option(
-        "--results", envvar="MOEBENCH_RESULTS", file_okay=False, help="Folder of runs, tracker database and cache."
+        "--results",
+        envvar="MOEBENCH_RESULTS",
+        file_okay=False,
+        callback=_expand_home,
+        help="Folder of runs, tracker database and cache.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
@@ -70,4 +83,7 @@ def check_plot(plot: Path | None) -> None:
 
 def print_json(value: Any, indent: int | None = 1) -> None:
     """Print a value as JSON on standard output."""
-    print_text(format_json(value, indent))
+    try:
+        print_text(format_json(value, indent))
+    except BrokenPipeError:  # nobody reads it any more; the exit code still counts
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

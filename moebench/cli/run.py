@@ -25,8 +25,32 @@ if TYPE_CHECKING:
     from moebench.experiment.runner import RunOptions, RunReport
     from moebench.launch.cluster_environment import ClusterEnvironment
     from moebench.launch.launcher import Launcher
+    from moebench.launch.scheduler import Outcome
 
 EXIT_FAILED, EXIT_TRACKER = 1, 3
+
+
+Jobs = Annotated[int, typer.Option(min=0, help="Cells at a time; 0: cores / train.threads, or one a GPU.")]
+TrackerUri = Annotated[
+    str | None,
+    typer.Option(envvar="MOEBENCH_TRACKER", help="MLflow URI; 'none' for no tracker. Default: SQLite in results."),
+]
+Retries = Annotated[
+    int, typer.Option(min=0, max=100, metavar="N", help="Try a failed cell again N times, from its last checkpoint.")
+]
+FailFast = Annotated[
+    bool, typer.Option("--fail-fast", help="Stop at the first cell that fails, and save the other ones.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show the cells that would be trained, with their state; write nothing.")
+]
+Reshard = Annotated[
+    bool, typer.Option("--reshard", help="Start new cells from the checkpoints of the same cells on another mesh.")
+]
+Foreground = Annotated[
+    str | None,
+    typer.Option(metavar="CELL", help="Train one cell in this process, for a debugger: ARM, ARM/SEED or its id."),
+]
 
 
 def run(
@@ -34,19 +58,13 @@ def run(
     overrides: Overrides = None,
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
-    jobs: Annotated[int, typer.Option(min=0, help="Cells at a time; 0: cores / train.threads, or one a GPU.")] = 0,
-    tracker: Annotated[
-        str | None,
-        typer.Option(envvar="MOEBENCH_TRACKER", help="MLflow URI; 'none' for no tracker. Default: SQLite in results."),
-    ] = None,
-    reshard: Annotated[
-        bool,
-        typer.Option("--reshard", help="Start new cells from the checkpoints of the same cells on another mesh."),
-    ] = False,
-    foreground: Annotated[
-        str | None,
-        typer.Option(metavar="CELL", help="Train one cell in this process, for a debugger: ARM, ARM/SEED or its id."),
-    ] = None,
+    jobs: Jobs = 0,
+    tracker: TrackerUri = None,
+    retries: Retries = 0,
+    fail_fast: FailFast = False,
+    dry_run: DryRun = False,
+    reshard: Reshard = False,
+    foreground: Foreground = None,
     json: Json = False,
 ) -> None:
     """Train every cell that is not done and resume those half done.
@@ -58,20 +76,25 @@ def run(
     With --foreground a breakpoint() in a plug-in stops at a prompt, and a failure shows its traceback; no tracker.
 
     Exit codes: 0 all done, 1 some cells failed, 2 mistake in the command or configuration, 3 the tracker missed
-    something (nothing is lost: `moebench sync`), 130 and 143 interrupted.
+    something (nothing is lost: `moebench sync`), 128 + the number of the signal that interrupted it (130: Ctrl-C).
     """
     from moebench.experiment.runner import RunOptions
     from moebench.launch.cluster_environment import detect_cluster
     from moebench.launch.launcher import LocalLauncher
-    from moebench.reporting.console import SafeConsole
+    from moebench.reporting.streams import open_stderr_console
 
-    console = SafeConsole(stderr=True)
+    console = open_stderr_console()
     cluster = detect_cluster()
     if foreground is not None:
-        _check_foreground({"--json": json, "--jobs": jobs > 0, "--reshard": reshard}, cluster)
+        changed = {"--json": json, "--jobs": jobs > 0, "--reshard": reshard, "--retries": retries > 0}
+        _check_foreground(changed | {"--fail-fast": fail_fast, "--dry-run": dry_run}, cluster)
         code = _run_one_cell(experiment, overrides, plugin, foreground, results, console)
+    elif dry_run:
+        is_first = cluster is None or cluster.process_info.rank == 0
+        launcher = LocalLauncher() if cluster is None else None  # under torchrun the run itself checks the mesh
+        code = _show_actions(experiment, overrides, plugin, results, launcher, json) if is_first else 0
     else:
-        options = RunOptions(jobs=jobs, tracker=tracker, reshard=reshard)
+        options = RunOptions(jobs=jobs, tracker=tracker, reshard=reshard, retries=retries, fail_fast=fail_fast)
         run_grid = partial(_run_grid, experiment, overrides, plugin, results, options, console, json=json)
         code = run_grid(LocalLauncher()) if cluster is None else _run_in_cluster(cluster, run_grid, console)
     if code:
@@ -106,6 +129,34 @@ def _run_one_cell(
     grid = expand(find_experiment(experiment), overrides or (), plugins or ())
     cell = select_cell(grid.cells, cell_name)
     return run_foreground(grid, cell, results, console=console, figures=Figures())
+
+
+def _show_actions(
+    experiment: str,
+    overrides: list[str] | None,
+    plugins: list[str] | None,
+    results: Path,
+    launcher: "Launcher | None",
+    json: bool,
+) -> int:
+    """Print what a run would do with each cell."""
+    from moebench.cli.output import print_table
+    from moebench.experiment.dry_run import list_actions, summarise_actions
+    from moebench.experiment.grid import expand
+
+    grid = expand(find_experiment(experiment), overrides or (), plugins or ())
+    if launcher is not None:
+        launcher.check(grid.cells)
+    rows = list_actions(grid, results)
+    if json:
+        print_json({"experiment": grid.name, "cells": rows})
+        return 0
+    columns = ("cell", "arm", "seed", "state", "action", "from step", "reason")
+    fields = ("id", "arm", "seed", "state", "action", "from_step", "error")
+    lines = [tuple("" if row[field] is None else str(row[field]) for field in fields) for row in rows]
+    print_table(columns, lines, right=("seed", "from step"), no_wrap=columns[:1])
+    print(summarise_actions(rows))
+    return 0
 
 
 def _run_in_cluster(cluster: "ClusterEnvironment", run_grid: "Callable[[Launcher], int]", console: "Console") -> int:
@@ -160,12 +211,18 @@ def _exit_code(report: "RunReport") -> int:
     return EXIT_TRACKER if report.tracker_problem else 0
 
 
+def _count_attempts(outcome: "Outcome") -> str:
+    return f", the last of {outcome.attempts} attempts" if outcome.attempts > 1 else ""
+
+
 def _print_summary(report: "RunReport", experiment: str, console: "Console") -> None:
     lines = [f"{report.num_done} of {report.num_cells} cells done, {len(report.trained)} of them trained now"]
     lines += [
-        f"failed: {outcome.cell.arm} seed {outcome.cell.seed}: {outcome.error} (log: {report.log_path(outcome)})"
+        f"failed: {outcome.cell.arm} seed {outcome.cell.seed}: {outcome.error}{_count_attempts(outcome)}"
+        f" (log: {report.log_path(outcome)})"
         for outcome in report.failed
     ]
+    lines += [f"warning: {problem}" for problem in report.problems]
     if report.tracker_problem:
         lines.append(f"tracker: {report.tracker_problem}")
     if report.interrupted:

@@ -1,12 +1,15 @@
 """Show a running grid on stderr: one live display on a terminal, plain lines in a pipe."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from typing_extensions import override
 
+from moebench.launch.containment import Containment
 from moebench.launch.scheduler import Display, Outcome
 from moebench.runs.cell import Cell
 
@@ -23,7 +26,59 @@ def format_outcome(outcome: Outcome, metric: str) -> str:
     """Return the line for a cell that has ended."""
     value = outcome.metrics.get(metric)
     text = f"{value:.4f} {metric.replace('_', ' ')}" if value is not None else (outcome.error or "")
+    if outcome.is_retried:
+        text += f"; attempt {outcome.attempts + 1} follows"
     return f"{outcome.status:<8} {cell_title(outcome.cell):<28} {text}  ({outcome.seconds:.0f} s)"
+
+
+@contextlib.contextmanager
+def open_display(console: Console, cells: list[Cell], metric: str, containment: Containment) -> Iterator[Display]:
+    """Yield the display for a console: bars on a terminal, else lines, also where FORCE_COLOR asks for colours.
+
+    One that cannot be opened is replaced by none.
+    """
+    with contextlib.ExitStack() as stack:
+        display: Display = NoDisplay()
+        with containment.contain("display"):
+            is_live = console.is_terminal and not console.is_dumb_terminal and _is_screen(console)
+            opened = (LiveDisplay if is_live else LineDisplay)(console, cells, metric)
+            opened.__enter__()
+            stack.callback(_close, opened, containment)
+            display = opened
+        yield display
+
+
+def _close(display: "LiveDisplay | LineDisplay", containment: Containment) -> None:
+    with containment.contain("display"):
+        display.__exit__()
+
+
+def _is_screen(console: Console) -> bool:
+    """Return whether the console's file is a terminal."""
+    try:
+        return bool(console.file.isatty())
+    except (AttributeError, ValueError, OSError):
+        return False
+
+
+class NoDisplay(Display):
+    """Shows nothing."""
+
+    @override
+    def on_start(self, cell: Cell) -> None:
+        pass
+
+    @override
+    def on_progress(self, cell: Cell, message: dict[str, Any]) -> None:
+        pass
+
+    @override
+    def on_end(self, outcome: Outcome) -> None:
+        pass
+
+    @override
+    def note(self, text: str) -> None:
+        pass
 
 
 class LiveDisplay(Display):
@@ -33,10 +88,10 @@ class LiveDisplay(Display):
         self.console = console
         self.metric = metric
         self.bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # labels of arms may contain brackets
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             TimeRemainingColumn(),
             console=console,
             transient=True,
@@ -68,7 +123,7 @@ class LiveDisplay(Display):
         steps = outcome.cell.config.train.steps
         self._move(outcome.cell, steps if outcome.status == "done" else 0, "")
         self.bars.remove_task(self.cell_bars.pop(outcome.cell.id))
-        self.num_ended += 1
+        self.num_ended += not outcome.is_retried
         self._show_count()
         self.console.print(format_outcome(outcome, self.metric), highlight=False, markup=False)
 
@@ -109,7 +164,7 @@ class LineDisplay(Display):
     @override
     def on_progress(self, cell: Cell, message: dict[str, Any]) -> None:
         now = time.monotonic()
-        if now - self.last_line_at[cell.id] >= LINE_INTERVAL_S:
+        if now - self.last_line_at.get(cell.id, 0.0) >= LINE_INTERVAL_S:
             self.last_line_at[cell.id] = now
             steps = cell.config.train.steps
             self.note(
@@ -119,7 +174,7 @@ class LineDisplay(Display):
 
     @override
     def on_end(self, outcome: Outcome) -> None:
-        self.num_ended += 1
+        self.num_ended += not outcome.is_retried
         self.note(f"{format_outcome(outcome, self.metric)}  [{self.num_ended}/{self.num_cells}]")
 
     @override

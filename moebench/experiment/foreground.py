@@ -26,6 +26,7 @@ from moebench.launch.failure import build_failed_result
 from moebench.launch.folder_training import train_from_folder
 from moebench.launch.scheduler import Outcome
 from moebench.parallel.process_info import SINGLE_PROCESS
+from moebench.runs.attempts import Attempt, record_attempt
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.runs.journal import read_last_step
@@ -100,8 +101,7 @@ def _train(cell: Cell, folder: RunFolder, results: Path, console: Console) -> in
         if signals:
             raise KeyboardInterrupt
         signals.append(number)
-        if number == signal.SIGINT:  # after SIGTERM lightning ends the training at once
-            display.note("stopping: saving a checkpoint (again: stop now, from the last checkpoint)")
+        display.note("stopping: saving a checkpoint (again: stop now, from the last checkpoint)")
 
     _silence_lightning()
     display.on_start(cell)
@@ -121,6 +121,7 @@ def _train(cell: Cell, folder: RunFolder, results: Path, console: Console) -> in
         if signals and isinstance(error, SystemExit):
             return 128 + signals[0]
         _write_failed_result(folder, error, time.monotonic() - started_at)
+        _record_attempt(folder, "failed", time.monotonic() - started_at, describe_error(error), classify_error(error))
         if isinstance(error, UsageError | SystemExit):  # the command line would not show their tracebacks
             raise RuntimeError(f"{cell_title(cell)} failed") from error
         raise
@@ -131,6 +132,7 @@ def _train(cell: Cell, folder: RunFolder, results: Path, console: Console) -> in
         metrics=result.metrics if result else {},
         seconds=time.monotonic() - started_at,
     )
+    _record_attempt(folder, outcome.status, outcome.seconds)
     display.on_end(outcome)
     return 0 if result else 128 + signals[0]
 
@@ -140,6 +142,19 @@ def _silence_lightning() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
+
+
+def _record_attempt(folder: RunFolder, status: str, seconds: float, error: str | None = None, fault: str = "") -> None:
+    with contextlib.suppress(OSError, UsageError):
+        attempt = Attempt(
+            started_at=time.time() - seconds,
+            seconds=seconds,
+            status=status,
+            error=error,
+            fault=fault,
+            step=read_last_step(folder.journal),
+        )
+        record_attempt(folder.attempts, attempt)
 
 
 def _write_failed_result(folder: RunFolder, error: BaseException, total_s: float) -> None:

@@ -8,20 +8,26 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from moebench.cores import available_cores
-from moebench.experiment.display import LineDisplay, LiveDisplay
+from moebench.errors import UsageError
+from moebench.experiment.display import open_display
 from moebench.experiment.grid import Experiment
 from moebench.experiment.plan import cell_state
 from moebench.experiment.reshard import reshard
-from moebench.experiment.store import open_results, record_experiment, require_disk_space, select_unfinished
+from moebench.experiment.store import DAMAGED, open_results, record_experiment, require_disk_space, split_unfinished
+from moebench.launch.containment import Containment
 from moebench.launch.devices import uses_gpu, visible_devices
 from moebench.launch.launcher import Launcher
-from moebench.launch.scheduler import Interrupted, Outcome, Scheduler
+from moebench.launch.scheduler import Interrupted, Outcome, SchedulePolicy, Scheduler
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.tasks.task import TASKS
 from moebench.tracking.mlflow_store import default_uri
 from moebench.tracking.tracker import Tracker
 from moebench.training.model import prepare_task
+
+UNKNOWN_TRACKING = (
+    "the tracker did not end as it should, and its state is unknown; nothing is lost: run `moebench sync` later"
+)
 
 
 class Figures(Protocol):
@@ -44,6 +50,10 @@ class RunOptions:
     """MLflow URI; "none": no tracker; None: the database in the results folder."""
     reshard: bool = False
     """Whether new cells start from the checkpoints of the same cells on another mesh."""
+    retries: int = 0
+    """How often a failed cell is tried again, from its last checkpoint."""
+    fail_fast: bool = False
+    """Whether the first failed cell stops the others, with everything saved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +69,8 @@ class RunReport:
     tracker_problem: str | None
     interrupted: int
     """Number of the signal that ended the call, 0 for none."""
+    problems: Sequence[str] = ()
+    """What could not be shown, drawn, tracked or tidied up, one line each; no result depends on it."""
 
     @property
     def num_cells(self) -> int:
@@ -84,16 +96,18 @@ class RunReport:
         return {
             "experiment": self.experiment.name,
             "cells": [
-                {"id": cell.id, "arm": cell.arm, "seed": cell.seed, "state": cell_state(self.results, cell)}
+                {"id": cell.id, "arm": cell.arm, "seed": cell.seed, "state": _read_state(self.results, cell)}
                 for cell in self.experiment.cells
             ],
             "trained": [outcome.cell.id for outcome in self.trained],
+            "attempts": {outcome.cell.id: outcome.attempts for outcome in self.outcomes},
             "failed": [
                 {"id": outcome.cell.id, "error": outcome.error, "log": str(self.log_path(outcome))}
                 for outcome in self.failed
             ],
             "tracker": self.tracker_problem,
             "interrupted": self.interrupted,
+            "problems": list(self.problems),
         }
 
 
@@ -109,7 +123,7 @@ def run_experiment(
     """Train the cells that are not done; raise UsageError before training if a cell cannot be trained."""
     launcher.check(experiment.cells)
     open_results(results)
-    cells = select_unfinished(results, experiment)
+    cells, damaged = split_unfinished(results, experiment)
     for note in experiment.notes:
         print_note(console, note)
     require_disk_space(results, experiment, cells)
@@ -118,23 +132,51 @@ def run_experiment(
         prepare_task(config, results)  # once, so that the workers read it from the cache
     for note in reshard(results, cells) if options.reshard else ():
         print_note(console, note)
-    uri = options.tracker or default_uri(results)
-    tracker = None if uri == "none" else Tracker(results, uri, experiment.name)
-    if tracker:
-        tracker.start()
-    grid_run = _GridRun(experiment, results, cells, launcher, console, figures, tracker)
-    outcomes, interrupted = grid_run.train(options.jobs or choose_num_jobs(cells))
+    containment = Containment(lambda line: print_note(console, f"{line}; training continues"))
+    tracker = None if options.tracker == "none" else _start_tracker(results, options.tracker, experiment, containment)
+    grid_run = _GridRun(experiment, results, cells, launcher, console, figures, tracker, containment)
+    outcomes, interrupted = grid_run.train(options)
     if cells and not interrupted:
-        figures.draw_experiment_figures(experiment, results)
-    status = tracker.stop() if tracker else None
+        with containment.contain("figure of the curves"):
+            figures.draw_experiment_figures(experiment, results)
+    tracker_problem = None if options.tracker == "none" else _stop_tracker(tracker, containment)
     return RunReport(
         experiment=experiment,
         results=results,
-        num_done=sum(cell_state(results, cell) == "done" for cell in experiment.cells),
-        outcomes=outcomes,
-        tracker_problem=status.reason if status and not status.ok else None,
+        num_done=sum(_read_state(results, cell) == "done" for cell in experiment.cells),
+        outcomes=[*damaged, *outcomes],
+        tracker_problem=tracker_problem,
         interrupted=interrupted,
+        problems=containment.problems,
     )
+
+
+def _start_tracker(results: Path, uri: str | None, experiment: Experiment, containment: Containment) -> Tracker | None:
+    """Return the tracker, or None if it cannot be started."""
+    started = None
+    with containment.contain("tracker"):
+        tracker = Tracker(results, uri or default_uri(results), experiment.name)
+        tracker.start()
+        started = tracker
+    return started
+
+
+def _stop_tracker(tracker: Tracker | None, containment: Containment) -> str | None:
+    """Send what is pending; return what the tracker has missed, or None."""
+    problem: str | None = UNKNOWN_TRACKING
+    if tracker is not None:
+        with containment.contain("tracker"):
+            status = tracker.stop()
+            problem = None if status.ok else status.reason
+    return problem
+
+
+def _read_state(results: Path, cell: Cell) -> str:
+    """Return the state of a cell for a report, which a damaged file must not prevent."""
+    try:
+        return cell_state(results, cell)
+    except UsageError:
+        return DAMAGED
 
 
 @dataclass(frozen=True)
@@ -146,14 +188,15 @@ class _GridRun:
     console: Console
     figures: Figures
     tracker: Tracker | None
+    containment: Containment
 
-    def train(self, jobs: int) -> tuple[list[Outcome], int]:
+    def train(self, options: RunOptions) -> tuple[list[Outcome], int]:
         """Return the outcomes, and the number of the signal that interrupted the training (0: none)."""
         if not self.cells:
             return [], 0
         metric = TASKS.get(self.cells[0].config.task.name).facts.metric
         warnings: list[str] = []
-        with (LiveDisplay if self.console.is_terminal else LineDisplay)(self.console, self.cells, metric) as display:
+        with open_display(self.console, self.cells, metric, self.containment) as display:
 
             def poll_tracker() -> None:
                 problem = self.tracker.poll() if self.tracker else None
@@ -161,7 +204,12 @@ class _GridRun:
                     warnings.append(problem)
                     display.note(f"tracker: {problem}; training continues")
 
-            scheduler = Scheduler(self.results, self.experiment.name, jobs, display, self.launcher)
+            policy = SchedulePolicy(
+                jobs=options.jobs or choose_num_jobs(self.cells),
+                retries=options.retries,
+                stops_at_failure=options.fail_fast,
+            )
+            scheduler = Scheduler(self.results, self.experiment.name, policy, display, self.launcher, self.containment)
             try:
                 return scheduler.run(self.cells, on_tick=poll_tracker, on_end=self._draw), 0
             except Interrupted as interrupted:
@@ -169,7 +217,8 @@ class _GridRun:
 
     def _draw(self, outcome: Outcome) -> None:
         cell = outcome.cell
-        self.figures.draw_run_figures(RunFolder.of(self.results, cell.id), f"{cell.arm}, seed {cell.seed}")
+        with self.containment.contain(f"figures of {cell.arm}, seed {cell.seed}"):
+            self.figures.draw_run_figures(RunFolder.of(self.results, cell.id), f"{cell.arm}, seed {cell.seed}")
 
 
 def print_note(console: Console, text: str) -> None:

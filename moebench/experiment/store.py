@@ -10,6 +10,7 @@ from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
 from moebench.experiment.plan import cell_cost, cell_state
 from moebench.file_access import require_no_links
+from moebench.launch.scheduler import Outcome
 from moebench.runs.cell import Cell
 from moebench.runs.folder import write_json
 from moebench.training.model import prepare_task
@@ -18,6 +19,9 @@ CHECKPOINT_BYTES_PER_PARAM = 12
 """fp32 weight and two moments of AdamW."""
 RESERVED_BYTES = 64 * 2**20
 """For journals, logs and the tracker's database."""
+
+DAMAGED = "damaged"
+"""State, in reports, of a cell whose result cannot be read."""
 
 
 def open_results(results: Path) -> None:
@@ -77,7 +81,16 @@ def record_experiment(results: Path, experiment: Experiment) -> None:
         raise UsageError(f"{folder / experiment.name}.json: cannot be written ({error.strerror})") from error
 
 
-def select_unfinished(results: Path, experiment: Experiment) -> list[Cell]:
-    """Return the cells that are not done, in order, without duplicates."""
-    cells = {cell.id: cell for cell in experiment.cells}
-    return [cell for cell in cells.values() if cell_state(results, cell) != "done"]
+def split_unfinished(results: Path, experiment: Experiment) -> tuple[list[Cell], list[Outcome]]:
+    """Return the cells that are not done, in order and without duplicates, and a failure for each damaged one.
+
+    A cell whose files cannot be read is not trained, because it may have a result; it does not keep others from it.
+    """
+    unfinished, damaged = [], []
+    for cell in {cell.id: cell for cell in experiment.cells}.values():
+        try:
+            if cell_state(results, cell) != "done":
+                unfinished.append(cell)
+        except UsageError as error:
+            damaged.append(Outcome(cell=cell, status="failed", error=str(error)))
+    return unfinished, damaged

@@ -20,8 +20,9 @@ from moebench.interrupts import handle_signals
 from moebench.launch.cluster_environment import ClusterEnvironment
 from moebench.launch.devices import require_devices
 from moebench.launch.diagnosis import ExitReport
+from moebench.launch.fork_server import start_fork_server
 from moebench.launch.launcher import Launcher
-from moebench.launch.local_worker import LocalWorker, Worker, start_fork_server
+from moebench.launch.local_worker import LocalWorker, Worker
 from moebench.launch.rendezvous import (
     HEARTBEAT_TIMEOUT_S,
     STARTUP_TIMEOUT_S,
@@ -47,7 +48,7 @@ class RemoteWorker(Worker):
 
     def __init__(self, rendezvous: Rendezvous, assignment: int, monitor: HeartbeatMonitor) -> None:
         self.rank = monitor.rank
-        self.has_ended = False
+        self.has_ended = self.is_saving = False
         self.key = f"{assignment}/{self.rank}"
         self.rendezvous = rendezvous
         self.monitor = monitor
@@ -85,6 +86,10 @@ class RemoteWorker(Worker):
         is_unreachable = silent_s > UNREACHABLE_S and not self.state.get("has_ended")
         silent_s = silent_s if is_unreachable else time.monotonic() - self.last_message_at
         return ExitReport(rank=self.rank, **fields, is_unreachable=is_unreachable, silent_s=silent_s)
+
+    @override
+    def describe_halt(self) -> str:
+        return ""
 
 
 class ClusterLauncher(Launcher):

@@ -60,6 +60,15 @@ def diagnose(reports: Sequence[ExitReport], timeout_s: float) -> Diagnosis:
     return Diagnosis(status="failed", error="no process reported a reason", fault=Fault.EXTERNAL)
 
 
+def describe_stall(reports: Sequence[ExitReport], halts: Sequence[str], silent_s: float) -> str:
+    """Describe a cell whose processes finish no step; `halts` say of each process why it cannot go on, if known."""
+    step = max(report.step for report in reports)
+    names = [_process_name(report, reports) for report in reports]
+    reasons = [f"{name} {halt}" for name, halt in zip(names, halts, strict=True) if halt]
+    text = f"no step and no evaluation batch was finished for {silent_s:.0f} s after step {step}"
+    return f"{text} (parallel.stall_timeout_s){': ' if reasons else ''}{', '.join(reasons)}"
+
+
 def _describe_kill(reports: Sequence[ExitReport], *, aborted: bool = False) -> str | None:
     """Describe the first process that ended without a report, or return None.
 

@@ -10,14 +10,25 @@ from torch.distributed import DistError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from moebench.errors import UsageError
-from moebench.launch.failure import describe_disk_error
+from moebench.launch.failure import describe_disk_error, describe_exception
 from moebench.parallel.replicas import ReplicaError
-from moebench.plugin_errors import find_plugin_line
 from moebench.runs.result import Fault
 from moebench.training.module import NonFiniteError
 
 TRANSPORT_NAMES = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "TCPStore", "ProcessGroup")
 """Substrings of communication errors, which torch raises as plain RuntimeError."""
+
+ALLOCATION_FAILURES = (
+    "DefaultCPUAllocator: ",
+    "not enough memory: you tried to allocate",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "std::bad_alloc",
+    "CUDA out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+)
+"""Substrings of failed allocations, which torch raises as plain RuntimeError."""
 
 
 def describe_error(error: BaseException) -> str:
@@ -30,11 +41,16 @@ def describe_error(error: BaseException) -> str:
         return describe_error(cause) if is_of_first_rank else f"rank {rank}: {describe_error(cause)}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return describe_disk_error(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if is_out_of_memory(error):
         return f"out of memory: {' '.join(str(error).split())[:200]}"
-    place = find_plugin_line(error)
-    where = f" ({place[0]}:{place[1]})" if place else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
+    return describe_exception(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an allocation failed; torch raises plain RuntimeError for one of host memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in ALLOCATION_FAILURES)
 
 
 def classify_error(error: BaseException) -> Fault:

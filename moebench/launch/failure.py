@@ -7,6 +7,7 @@ from typing import Any
 from moebench.compatibility import list_marks
 from moebench.config import resolve
 from moebench.errors import UsageError
+from moebench.plugin_errors import find_plugin_line
 from moebench.runs.result import RunResult
 
 
@@ -16,6 +17,20 @@ def describe_disk_error(error: OSError) -> str:
     return (
         f"disk full while writing {file}" if error.errno == errno.ENOSPC else f"cannot write {file}: {error.strerror}"
     )
+
+
+def describe_start_error(error: Exception) -> str:
+    """Return in one line why the processes of a cell could not be started."""
+    return describe_disk_error(error) if isinstance(error, OSError) and error.filename else describe_exception(error)
+
+
+def describe_exception(error: BaseException) -> str:
+    """Return type, text and, of one that a plug-in raised, file and line of an exception, in one line."""
+    if isinstance(error, UsageError):
+        return str(error)
+    place = find_plugin_line(error)
+    where = f" ({place[0]}:{place[1]})" if place else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
 
 
 def build_failed_result(

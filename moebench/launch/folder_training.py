@@ -2,6 +2,7 @@
 
 import os
 import socket
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ def train_from_folder(
     progress: Callable[[dict[str, Any]], None],
     should_stop: Callable[[], bool],
     report_note: Callable[[str], None] = print,
+    report_activity: Callable[[str], None] = lambda phase: None,
 ) -> RunResult | None:
     """Train a cell as one of its processes, from its newest checkpoint on; return None if it was asked to stop.
 
@@ -48,7 +50,7 @@ def train_from_folder(
         folder.result.unlink(missing_ok=True)
         for note in list_version_changes(folder, cell):
             report_note(note)
-        write_json(folder.environment, collect_environment(config.train.threads))
+        _record_environment(folder, config.train.threads)
         write_atomically(folder.path / "config.yaml", to_yaml(config))
     task = prepare_task(config, results)
     if process_info.has_group and process_info.num_nodes == 1:
@@ -65,6 +67,7 @@ def train_from_folder(
             report_progress=progress,
             should_stop=should_stop,
             report_note=report_note,
+            report_activity=report_activity,
         )
         result = train_cell(config, task, context, cell_id=cell["id"], arm=cell["arm"], mesh=mesh)
     if result is None or not is_first:
@@ -72,6 +75,13 @@ def train_from_folder(
     result = replace(result, records=folder.digest_records(), version=describe_version())
     folder.write_result(result)
     return result
+
+
+def _record_environment(folder: RunFolder, threads: int) -> None:
+    try:
+        write_json(folder.environment, collect_environment(threads))
+    except Exception:  # the run does not depend on it
+        traceback.print_exc()
 
 
 def _loopback_interface() -> str:

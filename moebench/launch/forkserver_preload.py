@@ -3,8 +3,10 @@
 import warnings
 
 from moebench.launch.descendants import adopt_orphans
-from moebench.launch.worker_process import exit_with_parent
+from moebench.launch.parent_death import exit_with_parent
 
 exit_with_parent()
 adopt_orphans()  # of workers that crash
 warnings.filterwarnings("ignore", message="forkserver: waitpid returned unexpected pid")  # that of an orphan
+
+import moebench.launch.worker_process  # noqa: E402, F401 - after the lines above, because it takes seconds

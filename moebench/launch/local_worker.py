@@ -2,10 +2,10 @@
 
 import contextlib
 import os
-import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from multiprocessing import active_children, forkserver, get_context, resource_tracker
+from multiprocessing import active_children
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,10 +15,15 @@ from typing_extensions import override
 
 from moebench.launch.descendants import kill_descendants, kill_processes, list_descendants
 from moebench.launch.diagnosis import ExitReport
+from moebench.launch.failure import describe_exception
+from moebench.launch.fork_server import CONTEXT, end_fork_server, resume_fork_server, start_fork_server
 from moebench.parallel.process_info import ProcessInfo
+from moebench.runs.result import Fault
 
-CONTEXT = get_context("forkserver")
-"""Workers are forked from a server that has imported torch and lightning: only the first one waits for the imports."""
+START_WAIT_S = 2.0
+"""How long the start of a process may block the runner: a fork takes milliseconds, the first one waits for imports."""
+RESUME_INTERVAL_S = 0.5
+KILL_WAIT_S = 1.0
 
 
 class Worker(Protocol):
@@ -29,6 +34,10 @@ class Worker(Protocol):
     """Whether no more messages will come."""
     notes: Sequence[str] = ()
     """Lines for the user that the process has sent."""
+    last_message_at: float
+    """Time of its newest message, or of its start, by `time.monotonic`."""
+    is_saving: bool
+    """Whether it has begun to write a checkpoint since its last step."""
 
     @property
     def waitables(self) -> list[Any]:
@@ -46,6 +55,9 @@ class Worker(Protocol):
     def exit_report(self) -> ExitReport:
         """Return how the process ended, or that it has not."""
 
+    def describe_halt(self) -> str:
+        """Return why the process cannot go on, such as a stop signal; an empty string if nothing is known."""
+
 
 class LocalWorker(Worker):
     """A process on this machine."""
@@ -61,35 +73,61 @@ class LocalWorker(Worker):
             name=f"rank {process_info.rank}",
             daemon=True,
         )
-        self.process.start()
-        worker_pipe.close()
-        self.server_pid = _parent_of(self.process.pid)
-        self.has_ended = False
+        self.has_ended = self.is_saving = False
         self.step = 0
         self.last_message_at = time.monotonic()
         self.final_message: dict[str, Any] = {}
         self.exit_code: int | None = None
+        self._is_killed = False
+        self.server_pid = 0
+        self._start_error: BaseException | None = None
+        self._server_checked_at = time.monotonic()
+        start_fork_server()  # in the main thread: the server ends with the thread that has started it
+        # In another thread, because a server that does not answer must not block the runner.
+        self._starter = threading.Thread(target=self._start, args=(worker_pipe,), daemon=True)
+        self._starter.start()
+        self._starter.join(START_WAIT_S)
+        if self._start_error is not None:
+            raise self._start_error
+
+    def _start(self, worker_pipe: Connection) -> None:
+        try:
+            self.process.start()
+            self.server_pid = _parent_of(self.process.pid)
+            if self._is_killed:
+                self.process.kill()
+        except BaseException as error:
+            self._start_error = error
+        finally:
+            worker_pipe.close()
 
     @property
     @override
     def waitables(self) -> list[Any]:
-        if self.has_ended:
+        if self.has_ended or self._starter.is_alive():
             return []
         return [self.process.sentinel] if self.pipe.closed else [self.process.sentinel, self.pipe]
 
     @override
     def poll(self) -> dict[str, Any] | None:
+        if self._starter.is_alive():
+            self._resume_server()
+            return None
+        if self._start_error is not None:
+            self._end_without_process(self._start_error)
+            return None
         is_alive = self.process.is_alive()  # first, so that the pipe of an ended process is read to its end
         progress = None
         for message in self._receive():
             self.last_message_at = time.monotonic()
             self.step = message.get("step", self.step)
             kind = message.pop("kind")
+            self.is_saving = kind == "saving"
             if kind == "progress":
                 progress = message
             elif kind == "note":
                 self.notes = (*self.notes, message["text"])
-            else:
+            elif kind == "exit":
                 self.final_message = message
         if not is_alive and not self.has_ended:
             self.has_ended = True
@@ -100,11 +138,21 @@ class LocalWorker(Worker):
                 kill_descendants(self.server_pid, keep)
         return progress
 
+    def _resume_server(self) -> None:
+        if time.monotonic() - self._server_checked_at > RESUME_INTERVAL_S:
+            self._server_checked_at = time.monotonic()
+            resume_fork_server()
+
+    def _end_without_process(self, error: BaseException) -> None:
+        self.has_ended = True
+        self.final_message = {"status": "failed", "error": describe_exception(error), "fault": Fault.PROCESS_ERROR}
+        self.pipe.close()
+
     def _receive(self) -> Iterator[dict[str, Any]]:
         try:
             while not self.pipe.closed and self.pipe.poll():
                 yield self.pipe.recv()
-        except (EOFError, OSError):
+        except Exception:  # it has ended, or something else has written to the pipe
             self.pipe.close()
 
     @override
@@ -114,12 +162,18 @@ class LocalWorker(Worker):
 
     @override
     def kill(self) -> None:
-        if not self.has_ended:
+        if self.has_ended:
+            return
+        self.has_ended = self._is_killed = True  # the exit code stays None: the process did not fail by itself
+        self._starter.join(KILL_WAIT_S)
+        if self._starter.is_alive():
+            end_fork_server()
+        elif self._start_error is None:
             descendants = list_descendants(self.process.pid or 0)
             self.process.kill()
+            resume_fork_server()  # which reports the end of the process
             self.process.join(timeout=5)
             kill_processes(descendants)
-            self.has_ended = True  # the exit code stays None: the process did not fail by itself
 
     @override
     def exit_report(self) -> ExitReport:
@@ -132,6 +186,16 @@ class LocalWorker(Worker):
             **{key: message[key] for key in ("status", "error", "fault", "metrics") if key in message},
         )
 
+    @override
+    def describe_halt(self) -> str:
+        if self._starter.is_alive():
+            return "has not been started: the fork server does not answer"
+        try:
+            is_stopped = psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED
+        except psutil.Error:
+            return ""
+        return "is stopped by a signal (SIGSTOP)" if is_stopped else ""
+
 
 def _parent_of(pid: int | None) -> int:
     """Return the id of the fork server, the parent of a worker; 0 if the worker has ended already."""
@@ -139,21 +203,6 @@ def _parent_of(pid: int | None) -> int:
         return psutil.Process(pid).ppid()
     except psutil.Error:
         return 0
-
-
-def start_fork_server() -> None:
-    """Start the process that workers are forked from, with SIGINT and SIGTERM blocked from the start.
-
-    Ctrl-C reaches the whole process group, and would interrupt the server's imports with a traceback.
-    """
-    CONTEXT.set_forkserver_preload(["moebench.launch.forkserver_preload"])
-    resource_tracker.ensure_running()  # starting it unblocks signals, so it comes first
-    # Blocked rather than ignored: child processes inherit both, but a blocked signal is delivered to the runner later.
-    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
 
 
 def _start_worker(

@@ -1,11 +1,11 @@
 """Entry point of a worker: a process that trains a cell, reports to the runner and ends with it."""
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -16,14 +16,17 @@ from filelock import FileLock, Timeout
 from torch.distributed.checkpoint.api import CheckpointException
 
 from moebench.file_access import open_to_write
+from moebench.interrupts import STOP_SIGNALS
 from moebench.launch.descendants import adopt_orphans, kill_descendants
 from moebench.launch.error_report import classify_error, describe_error
 from moebench.launch.folder_training import train_from_folder
+from moebench.launch.parent_death import exit_with_parent
 from moebench.parallel.process_info import ProcessInfo
 from moebench.runs.folder import RunFolder
 
 PROGRESS_INTERVAL_S = 0.2
-PR_SET_PDEATHSIG = 1
+ACTIVITY_INTERVAL_S = 1.0
+"""Seconds between messages that say nothing but that batches are being processed."""
 
 
 @dataclass
@@ -36,6 +39,9 @@ class RunnerConnection:
     """The last step completed."""
     _progress: dict[str, Any] | None = None
     """The newest message that has not been sent."""
+    _phase: str | None = None
+    """What was reported by `report_activity` since the last message."""
+    _sent_at: float = 0.0
     _send_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def start(self) -> None:
@@ -56,7 +62,11 @@ class RunnerConnection:
     def report_progress(self, message: dict[str, Any]) -> None:
         """Store a message for the thread to send, so that the training step does not wait for the pipe."""
         self.step = message["step"]
-        self._progress = {"kind": "progress", **message}
+        self._progress, self._phase = {"kind": "progress", **message}, None
+
+    def report_activity(self, phase: str) -> None:
+        """Note that a batch was processed (`active`), or that a checkpoint is about to be written (`saving`)."""
+        self._phase = phase
 
     def report_note(self, text: str) -> None:
         """Send a line for the user, and write it to the log."""
@@ -74,13 +84,19 @@ class RunnerConnection:
             message, self._progress = self._progress, None
             if message is not None:
                 self.pipe.send(message)
+                self._sent_at = time.monotonic()
+            is_due = self._phase == "saving" or time.monotonic() - self._sent_at > ACTIVITY_INTERVAL_S
+            if self._phase is not None and is_due:
+                phase, self._phase = self._phase, None
+                self.pipe.send({"kind": phase})
+                self._sent_at = time.monotonic()
 
 
 def run_worker(path: str, results: str, process_info: ProcessInfo, pipe: Connection) -> NoReturn:
     """Train the cell whose folder is `path` as one of its processes, then exit."""
     # A terminal or batch system signals the whole process group, and the runner decides. Blocked rather than ignored:
     # lightning would install a handler that communicates with the other processes in the middle of a collective.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     exit_with_parent()
     adopt_orphans()
     folder = RunFolder(Path(path))
@@ -118,6 +134,7 @@ def _train(folder: RunFolder, results: Path, process_info: ProcessInfo, connecti
             progress=connection.report_progress,
             should_stop=connection.stop_requested.is_set,
             report_note=connection.report_note,
+            report_activity=connection.report_activity,
         )
     except (Exception, CheckpointException) as error:
         with contextlib.suppress(OSError):  # a full disk: the runner still gets the reason
@@ -126,25 +143,15 @@ def _train(folder: RunFolder, results: Path, process_info: ProcessInfo, connecti
     return {"status": "done", "metrics": result.metrics} if result else {"status": "stopped"}
 
 
-def exit_with_parent() -> None:
-    """Have Linux kill this process when its parent ends for any reason.
-
-    The runner starts the fork server, which forks the workers: all end with the runner. `RunnerConnection` notices the
-    end of the runner too, but not in a process that is stopped or hangs in C, and the fork server waits for all
-    processes that it has forked.
-    """
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended just before
-            os._exit(1)
-
-
 def _redirect_output(log: Path) -> None:
     """Send everything that this process prints, C libraries included, to the log of the run."""
-    handle = os.fdopen(open_to_write(log), "a", buffering=1, encoding="utf-8")
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        handle = os.fdopen(open_to_write(log), "a", buffering=1, encoding="utf-8", errors="replace")
+    except OSError:  # such as a folder of that name, or a link
+        handle = open(os.devnull, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - for the life of the process
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # it is None where the runner has no such stream
+            stream.flush()
     os.dup2(handle.fileno(), 1)
     os.dup2(handle.fileno(), 2)
     sys.stdout = sys.stderr = handle

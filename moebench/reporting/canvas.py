@@ -25,8 +25,12 @@ def line_style(index: int) -> dict[str, str]:
 @contextmanager
 def new_figure(path: Path, title: str, *, width: float, height: float) -> Iterator[Figure]:
     """Yield a figure of `width` × `height` inches; write it as PNG when the block ends."""
+    # `parse_math`: a label such as `a{$` is text.
     style: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titlesize": 10}
-    with mpl.rc_context(style):
+    style |= {"text.parse_math": False}
+    with mpl.rc_context():
+        mpl.rcdefaults()  # whatever a matplotlibrc in the working folder says, such as text.usetex
+        mpl.rcParams.update(style)
         figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")

@@ -211,11 +211,14 @@ class Router(RouterCost, Generic[ConfigT]):
 
 def check_top_k(top_k: int, num_experts: int, smallest: int = 1, why: str = "", *, key: str = "top_k") -> None:
     """Raise UsageError unless smallest <= top_k <= num_experts; `key` is the option that sets k."""
+    if num_experts < smallest:  # no value of the option fits
+        reason = f" ({why})" if why else f": router.{key} is at least {smallest}"
+        raise UsageError(f"layout.num_experts must be at least {smallest} with this router, got {num_experts}{reason}")
     if not smallest <= top_k <= num_experts:
         reason = f"; {why}" if why and top_k < smallest else ""
+        allowed = f"{smallest} to {num_experts}" if smallest < num_experts else f"{smallest}"
         raise UsageError(
-            f"router.{key}={top_k} does not fit layout.num_experts={num_experts}"
-            f" (allowed: {smallest} to {num_experts}{reason})"
+            f"router.{key}={top_k} does not fit layout.num_experts={num_experts} (allowed: {allowed}{reason})"
         )
 
 

@@ -68,6 +68,11 @@ class RunFolder:
         return self.path / "result.json"
 
     @property
+    def attempts(self) -> Path:
+        """Each start of the run and how it ended, one per line."""
+        return self.path / "attempts.jsonl"
+
+    @property
     def environment(self) -> Path:
         """Versions and machine."""
         return self.path / "environment.json"

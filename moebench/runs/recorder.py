@@ -125,11 +125,14 @@ def _summarise(content: bytes) -> dict[str, int | str]:
 
 
 def _select_loads(file: Path, step: int) -> Iterator[bytes]:
-    """Yield the complete lines up to a step."""
+    """Yield the complete lines up to a step; a damaged one costs a figure, not the run."""
     for line in file.read_bytes().splitlines(keepends=True):
-        # A torn last line is later than the checkpoint: the journal is flushed before a checkpoint claims its steps.
-        if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-            yield line
+        try:
+            # A torn last line is later than the checkpoint: the journal is flushed before it is written.
+            if line.endswith(b"\n") and int(json.loads(line)["step"]) <= step:
+                yield line
+        except (ValueError, TypeError, KeyError):
+            print(f"load.jsonl: a damaged line was dropped: {line[:80]!r}", flush=True)
 
 
 def _replace(file: Path, content: bytes) -> None:

@@ -69,7 +69,8 @@ class Tracker:
                     text=True,
                     # Without the runner's Ctrl-C: the last points must still be sent.
                     start_new_session=True,
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    # Files of the working folder, such as mlflow.py, must not take the place of modules.
+                    env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
                 )
         except OSError as error:
             self._status = _degrade(f"the tracker process cannot be started ({error})")

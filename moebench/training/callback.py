@@ -33,6 +33,8 @@ class RunContext:
     """Called in every step; True ends the run after the step, with a checkpoint."""
     report_note: Callable[[str], None] = print
     """Called with a line for the user."""
+    report_activity: Callable[[str], None] = lambda phase: None
+    """Called with "active" for every batch, of training and of evaluations, and with "saving" before a checkpoint."""
 
 
 class CellCallback(lightning.Callback):
@@ -142,6 +144,7 @@ class CellCallback(lightning.Callback):
             self.context.recorder.record_load(step, self.validation.load_by_layer)
 
     def _save(self, trainer: Any, module: CellModule, step: int) -> None:
+        self.context.report_activity("saving")
         self.executed_cost.all_reduce(module.mesh)  # every process saves the sums over all of them
         self.context.recorder.flush()  # the journal is on the disk before a checkpoint claims its steps
         fields = {"cell": self.cell_id, "records": self.context.recorder.describe()}

@@ -18,7 +18,7 @@ from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
 from moebench.routing.features.feature import TrainingPasses, count_passes
 from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig, TrainConfig
-from moebench.tasks.task import Batch, Task
+from moebench.tasks.task import TASKS, Batch, Task
 from moebench.training.batches import build_loss_normalizer
 from moebench.training.evaluation import Evaluation, batch_context, evaluate, probe, training_precision
 from moebench.training.model import Model
@@ -26,7 +26,10 @@ from moebench.training.objective import LossNormalizer, Objective, add_token_los
 
 
 class NonFiniteError(Exception):
-    """A loss or gradient is not finite: raised before the update, so the parameters are unchanged."""
+    """A loss or gradient is not finite: raised before the update, so the parameters are unchanged.
+
+    Or the quality of the trained model is not.
+    """
 
 
 class CellModule(lightning.LightningModule):
@@ -138,6 +141,14 @@ class CellModule(lightning.LightningModule):
     def _require_finite(self, value: float, what: str) -> None:
         if not math.isfinite(value):
             raise NonFiniteError(f"{what} is {value} at step {self.global_step + 1}; no update was made")
+
+    def require_finite_quality(self, split: str, evaluation: Evaluation) -> None:
+        """Raise NonFiniteError if the metric that arms are compared by is not finite in the final evaluation."""
+        metric = TASKS.get(self.config.task.name).facts.metric
+        value = evaluation.quality.get(metric, 0.0)
+        if not math.isfinite(value):
+            steps = self.config.train.steps
+            raise NonFiniteError(f"{metric} of the {split} split is {value} after {steps} steps, all of them finite")
 
     def update_routers(self) -> None:
         """Update the state of routers from the loads of the step; call after the update and before a checkpoint."""

@@ -1,6 +1,7 @@
 """Training one cell in this process, from its newest valid checkpoint to its result."""
 
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,8 @@ def train_cell(
     start_s = time.perf_counter()
     checkpoint = _find_checkpoint(context, cell_id, mesh)
     model = build_initialised_model(config, task, mesh)
+    # Each batch passes the embedding: in training, in evaluations and where a task probes the trained model.
+    model.embedding.register_forward_hook(lambda *_: context.report_activity("active"))
     timer = StepTimer()
     module = CellModule(config, model, task, mesh, context.should_stop)
     callback = CellCallback(context, timer, cell_id)
@@ -58,10 +61,15 @@ def train_cell(
     # `to`: Lightning has moved the module back to the host.
     callback.validation = callback.validation or module.to(mesh.device).evaluate("validation")
     callback.final = callback.final or module.to(mesh.device).evaluate_trained()
+    for split, evaluation in (("validation", callback.validation), ("test", callback.final)):
+        module.require_finite_quality(split, evaluation)
     if callback.final.labels:
         context.recorder.record_labels(label_tables_to_json(config.train.steps, callback.final.labels))
     if mesh.is_first:
-        keep_newest_checkpoints(1, context.checkpoints)  # a finished run needs no fallback
+        try:
+            keep_newest_checkpoints(1, context.checkpoints)  # a finished run needs no fallback
+        except OSError:
+            traceback.print_exc()  # into the log: a checkpoint too many does not make a trained cell a failure
     return build_result(module, callback, cell_id=cell_id, arm=arm, start_s=start_s)
 
 
@@ -96,7 +104,7 @@ def build_trainer(
     """Build the trainer of a cell; everything between steps is done by the callbacks."""
     on_gpu = mesh.device.type == "cuda"
     has_group = mesh.process_info.has_group
-    return lightning.Trainer(
+    trainer = lightning.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=[mesh.device.index or 0] if on_gpu and not has_group else mesh.process_info.local_world_size,
         num_nodes=mesh.process_info.num_nodes,
@@ -113,6 +121,9 @@ def build_trainer(
         use_distributed_sampler=False,
         callbacks=list(callbacks),
     )
+    # The caller decides what a signal does; lightning would end the training at SIGTERM, without a checkpoint.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 def fit(

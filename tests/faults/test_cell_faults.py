@@ -134,3 +134,23 @@ def test_divergence_is_detected_before_the_update(cli: CommandLine, warm: WarmCo
             weights = read_checkpoint(newest)["state_dict"]
             assert all(torch.isfinite(tensor).all() for tensor in weights.values())
         assert all(math.isfinite(value) for point in journal(folder) for value in point["metrics"].values())
+
+
+NAN_IN_EVALUATION = FAULTY.replace("not ctx.training or ctx.step != 5", "ctx.training").replace(
+    'if self.config.fault == "raise"', 'if self.config.fault == "never"'
+)
+
+
+def test_a_final_evaluation_that_is_not_finite_fails_the_cell(cli: CommandLine, warm: WarmCommandLine) -> None:
+    arms = ["dense", {"name": "faulty", "fault": "nan", "label": "nan"}]
+    cli.write(grid={"router": arms}, seeds=[0])
+    (cli.folder / "faulty.py").write_text(NAN_IN_EVALUATION)
+    for _ in range(2):  # the second call evaluates the last checkpoint again
+        ended = warm(cli, *RUN)
+        assert ended.code == 1, ended.err
+        (failed,) = ended.json["failed"]
+        assert failed["error"] == "bits_per_byte of the validation split is nan after 12 steps, all of them finite"
+    results = Results(cli.folder / "results")
+    assert results.result("nan", 0)["fault"] == "diverged"
+    comparison = warm(cli, "compare", "./tiny.yaml", "--plugin", "faulty.py", "--json").json
+    assert [cell["reason"] for cell in comparison["failed"]] == [failed["error"]]

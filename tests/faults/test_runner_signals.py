@@ -18,7 +18,7 @@ from support.interrupted_grid import (
 )
 
 from moebench import interrupts
-from moebench.launch import local_worker
+from moebench.launch import fork_server
 
 
 @pytest.mark.parametrize(
@@ -148,9 +148,9 @@ def test_a_signal_during_start_up_shows_no_traceback(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_the_fork_server_starts_is_handled(number: signal.Signals, monkeypatch) -> None:
     received: list[int] = []
-    monkeypatch.setattr(local_worker.forkserver, "ensure_running", lambda: os.kill(os.getpid(), number))
+    monkeypatch.setattr(fork_server.forkserver, "ensure_running", lambda: os.kill(os.getpid(), number))
     with interrupts.handle_signals(received.append):
-        local_worker.start_fork_server()
+        fork_server.start_fork_server()
         assert received == [number]
 
 

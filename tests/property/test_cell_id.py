@@ -69,6 +69,7 @@ NO_CHANGES: dict[str, tuple[Any, ...]] = {
     "parallel.devices": (None,),
     "parallel.nodes": (1,),
     "parallel.timeout_s": (7.0,),
+    "parallel.stall_timeout_s": (7.0,),
     "parallel.check_every": (7,),
     "parallel.overlap": (False,),
     "task.data.path": ("/somewhere/else.txt",),

@@ -12,7 +12,18 @@ import moebench
 PACKAGE = Path(moebench.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    ("errors", "interrupts", "cores", "ranks", "seeds", "plugin_errors", "plugin_sources", "file_access", "printable"),
+    (
+        "errors",
+        "interrupts",
+        "process_setup",
+        "cores",
+        "ranks",
+        "seeds",
+        "plugin_errors",
+        "plugin_sources",
+        "file_access",
+        "printable",
+    ),
     ("ranges",),
     ("components", "registry", "yaml_text", "metrics"),
     ("conversion",),

@@ -13,7 +13,7 @@ from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment, expand_config
 from moebench.experiment.store import open_results
 from moebench.launch.launcher import LocalLauncher
-from moebench.launch.scheduler import Outcome, Scheduler
+from moebench.launch.scheduler import Outcome, SchedulePolicy, Scheduler
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.runs.result import RunResult
@@ -126,7 +126,8 @@ def _run(
     cache.symlink_to((settings.results / "cache").absolute()) if not cache.exists() else None
     (settings.results / "cache").mkdir(parents=True, exist_ok=True)
     prepare_task(experiment.cells[0].config, folder)
-    outcomes = Scheduler(folder, experiment.name, 1, ProgressLines(report_progress), launcher).run(experiment.cells)
+    display = ProgressLines(report_progress)
+    outcomes = Scheduler(folder, experiment.name, SchedulePolicy(), display, launcher).run(experiment.cells)
     results = {}
     for outcome in outcomes:
         result = RunFolder.of(folder, outcome.cell.id).read_result()

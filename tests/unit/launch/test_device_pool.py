@@ -14,7 +14,7 @@ from moebench.experiment.grid import Experiment, expand
 from moebench.experiment.runner import choose_num_jobs
 from moebench.launch.devices import DevicePool, visible_devices
 from moebench.launch.launcher import LocalLauncher
-from moebench.launch.scheduler import Outcome, Scheduler
+from moebench.launch.scheduler import Outcome, SchedulePolicy, Scheduler
 from moebench.runs.cell import Cell
 
 RECORDING_ROUTER = """
@@ -172,7 +172,9 @@ def test_cells_see_only_their_own_gpu_and_release_it(
     plugins = (plugin.write(recording_plugin(folder)),)
     experiment = cells_of(folder, plugins=plugins, grid={"arm": arms}, seeds=[0], baseline="works")
     launcher = LocalLauncher()
-    outcomes = Scheduler(folder / "results", "tiny", 1, DeviceDisplay(launcher), launcher).run(experiment.cells)
+    outcomes = Scheduler(folder / "results", "tiny", SchedulePolicy(), DeviceDisplay(launcher), launcher).run(
+        experiment.cells
+    )
     ends = {outcome.cell.arm: outcome.status for outcome in outcomes}
     assert ends == {"fails": "failed", "works": "done", "two": "done", "on the cpu": "done"}
     assert launcher.devices.num_users == {"6": 0, "7": 0}
@@ -191,7 +193,8 @@ def test_cells_at_the_same_time_have_different_gpus(folder: Path, monkeypatch: p
     ).cells
     launcher = LocalLauncher()
     display = DeviceDisplay(launcher)
-    outcomes = Scheduler(folder / "results", "tiny", choose_num_jobs(cells), display, launcher).run(cells)
+    policy = SchedulePolicy(jobs=choose_num_jobs(cells))
+    outcomes = Scheduler(folder / "results", "tiny", policy, display, launcher).run(cells)
     assert [outcome.status for outcome in outcomes] == ["done"] * 3
     assert display.max_users == {"0": 1, "1": 1}
     counts = count_visible_devices(folder)
@@ -210,7 +213,7 @@ def test_gpus_are_released_if_a_cell_cannot_be_started(
     monkeypatch.setattr("moebench.launch.launcher.LocalWorker", raise_os_error)
     launcher = LocalLauncher()
     cells = cells_of(folder, seeds=[0]).cells
-    outcomes = Scheduler(folder / "results", "tiny", 1, DeviceDisplay(launcher), launcher).run(cells)
+    outcomes = Scheduler(folder / "results", "tiny", SchedulePolicy(), DeviceDisplay(launcher), launcher).run(cells)
     assert [outcome.status for outcome in outcomes] == ["failed"] * len(cells)
     assert launcher.devices.num_users == {"0": 0}
 

@@ -1,0 +1,83 @@
+"""What the command line does to its process first, so that the user's environment changes no run. Imports nothing."""
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from typing import NoReturn
+
+
+def prepare_process() -> None:
+    """Make this process, and those that it starts, independent of the working folder and the environment."""
+    _leave_working_folder()
+    _open_closed_streams()
+    # Of a notebook, for example: torchmetrics imports matplotlib, which refuses an unknown backend.
+    os.environ["MPLBACKEND"] = "Agg"
+    _replace_missing_home()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal in latin-1 has no en dash
+
+
+def _leave_working_folder() -> None:
+    """Import no module from the working folder, where a random.py or queue.py would take the place of a library's.
+
+    `python -m moebench` puts it first on the path, and child processes started by name do so too.
+    """
+    try:
+        working_folder = os.getcwd()
+    except OSError:  # it was deleted
+        working_folder = ""
+    if not sys.flags.safe_path and sys.path and sys.path[0] in ("", working_folder):
+        del sys.path[0]
+    package_folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if package_folder not in map(os.path.abspath, sys.path):  # not installed: found in the working folder
+        sys.path.append(package_folder)
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            path for path in (os.environ.get("PYTHONPATH"), package_folder) if path
+        )
+    os.environ["PYTHONSAFEPATH"] = "1"
+
+
+def _replace_missing_home() -> None:
+    """Give a user without a home folder, as in a container, one for the time of the command: libraries ask for it."""
+    if os.path.expanduser("~") == "~":
+        import atexit
+        import shutil
+        import tempfile
+
+        os.environ["HOME"] = folder = tempfile.mkdtemp(prefix="moebench-home-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+def _open_closed_streams() -> None:
+    """Open /dev/null in place of a standard stream that is closed: the next file would get its number."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, which is this one
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", closefd=False))
+
+
+@contextlib.contextmanager
+def silent_exit_refused() -> Iterator[None]:
+    """Let no code that a command imports, such as a plug-in, end the process by os._exit(0) as if all were done."""
+    exit_now, main_process = os._exit, os.getpid()
+
+    def exit_with_reason(status: int) -> NoReturn:
+        if status == 0 and os.getpid() == main_process:  # a forked child ends as it likes
+            caller = sys._getframe(1)
+            place = f"{caller.f_code.co_filename}:{caller.f_lineno}"
+            os.write(2, f"error: os._exit(0) was called at {place}: the command was not completed\n".encode())
+            status = 2
+        exit_now(status)
+
+    os._exit = exit_with_reason
+    try:
+        yield
+    finally:
+        os._exit = exit_now
