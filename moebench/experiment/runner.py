@@ -1,5 +1,6 @@
 """`moebench run`: train the missing cells with a display and a tracker, then draw the figures."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,12 @@ from moebench.launch.scheduler import Interrupted, Outcome, Scheduler
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.tasks.task import TASKS
-from moebench.tracking.mlflow_store import default_uri
-from moebench.tracking.tracker import Tracker
+from moebench.tracking.address import NO_TRACKER, check_uri, default_uri
+from moebench.tracking.tracker import Tracker, TrackerStatus
 from moebench.training.model import prepare_task
+
+TRACKER_INTERRUPT_LIMIT_S = 2.5
+"""How long an interrupted run waits for its tracker."""
 
 
 class Figures(Protocol):
@@ -107,6 +111,8 @@ def run_experiment(
     figures: Figures,
 ) -> RunReport:
     """Train the cells that are not done; raise UsageError before training if a cell cannot be trained."""
+    if options.tracker not in (None, NO_TRACKER):
+        check_uri(options.tracker)
     launcher.check(experiment.cells)
     open_results(results)
     cells = select_unfinished(results, experiment)
@@ -119,14 +125,21 @@ def run_experiment(
     for note in reshard(results, cells) if options.reshard else ():
         print_note(console, note)
     uri = options.tracker or default_uri(results)
-    tracker = None if uri == "none" else Tracker(results, uri, experiment.name)
+    tracker = None if uri == NO_TRACKER else Tracker(results, uri, experiment.name)
     if tracker:
         tracker.start()
     grid_run = _GridRun(experiment, results, cells, launcher, console, figures, tracker)
-    outcomes, interrupted = grid_run.train(options.jobs or choose_num_jobs(cells))
-    if cells and not interrupted:
-        figures.draw_experiment_figures(experiment, results)
-    status = tracker.stop() if tracker else None
+    try:
+        outcomes, interrupted = grid_run.train(options.jobs or choose_num_jobs(cells))
+        if cells and not interrupted:
+            figures.draw_experiment_figures(experiment, results)
+    except BaseException:
+        if tracker:
+            tracker.kill()
+        raise
+    status = _stop_tracker(tracker, console, interrupted) if tracker else None
+    if status and status.note:
+        print_note(console, status.note)
     return RunReport(
         experiment=experiment,
         results=results,
@@ -170,6 +183,16 @@ class _GridRun:
     def _draw(self, outcome: Outcome) -> None:
         cell = outcome.cell
         self.figures.draw_run_figures(RunFolder.of(self.results, cell.id), f"{cell.arm}, seed {cell.seed}")
+
+
+def _stop_tracker(tracker: Tracker, console: Console, interrupted: int) -> TrackerStatus:
+    def show_wait(status: TrackerStatus) -> None:
+        print_note(
+            console,
+            f"waiting for the tracker ({status.values} values sent); Ctrl-C: do not wait, `moebench sync` sends the rest",
+        )
+
+    return tracker.stop(TRACKER_INTERRUPT_LIMIT_S if interrupted else math.inf, on_wait=show_wait)
 
 
 def print_note(console: Console, text: str) -> None:
