@@ -189,7 +189,7 @@ def _stop_tracker(tracker: Tracker, console: Console, interrupted: int) -> Track
     def show_wait(status: TrackerStatus) -> None:
         print_note(
             console,
-            f"waiting for the tracker ({status.values} values sent); Ctrl-C: do not wait, `moebench sync` sends the rest",
+            f"waiting for the tracker, {status.values} values sent (Ctrl-C: do not wait, `moebench sync` sends the rest)",
         )
 
     return tracker.stop(TRACKER_INTERRUPT_LIMIT_S if interrupted else math.inf, on_wait=show_wait)

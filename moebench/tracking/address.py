@@ -157,7 +157,7 @@ def _find_driver_defect(uri: str) -> str | None:
         url = make_url(uri)
         url.get_dialect().import_dbapi()
     except ModuleNotFoundError as error:
-        return f"its driver is not installed (pip install {error.name})"
+        return f"its driver {error.name} is not installed"
     except SQLAlchemyError:
         return f"'{urlsplit(uri).scheme}' has no driver of this name"
     return None if url.database else "has no database; write KIND://HOST/DATABASE"
