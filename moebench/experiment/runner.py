@@ -187,10 +187,8 @@ class _GridRun:
 
 def _stop_tracker(tracker: Tracker, console: Console, interrupted: int) -> TrackerStatus:
     def show_wait(status: TrackerStatus) -> None:
-        print_note(
-            console,
-            f"waiting for the tracker, {status.values} values sent (Ctrl-C: do not wait, `moebench sync` sends the rest)",
-        )
+        hint = "Ctrl-C: do not wait, `moebench sync` sends the rest"
+        print_note(console, f"waiting for the tracker, {status.values} values sent ({hint})")
 
     return tracker.stop(TRACKER_INTERRUPT_LIMIT_S if interrupted else math.inf, on_wait=show_wait)
 
