@@ -24,7 +24,7 @@ from moebench.tracking.address import NO_TRACKER, check_uri, default_uri
 from moebench.tracking.tracker import Tracker, TrackerStatus
 from moebench.training.model import prepare_task
 
-TRACKER_INTERRUPT_LIMIT_S = 2.5
+TRACKER_INTERRUPT_LIMIT_S = 2.0
 """How long an interrupted run waits for its tracker."""
 
 

@@ -127,9 +127,9 @@ class Tracker:
                     reason = f"no answer for {stall_limit_s:g} s"
         except KeyboardInterrupt:
             reason = "interrupted before everything was sent"
-        self._end(process)
-        if reason:
+        if reason:  # first: the end of the process is reported too
             self._status = self._status.degrade(f"tracker {redact_uri(str(self._task['uri']))}: {reason}")
+        self._end(process)
         return self._status
 
     def kill(self) -> None:
