@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moebench.tracking.mlflow_store import default_uri, silence_mlflow
+from moebench.tracking.address import default_uri
+from moebench.tracking.quiet import silence_mlflow
 
 _FLAGS = (
     "--headless=new",

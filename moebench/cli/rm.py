@@ -28,7 +28,7 @@ def rm(
     removed. The tracker marks the runs as deleted.
     """
     from moebench.experiment.removal import plan_removal, remove
-    from moebench.tracking.mlflow_store import default_uri
+    from moebench.tracking.address import default_uri
 
     removal = plan_removal(results, name)
     values = removal.to_dict()

@@ -190,10 +190,7 @@ def _run_grid(
     from moebench.analysis.figures import Figures
     from moebench.experiment.grid import expand
     from moebench.experiment.runner import run_experiment
-    from moebench.tracking.mlflow_store import check_uri
 
-    if options.tracker not in (None, "none"):
-        check_uri(options.tracker)
     grid = expand(find_experiment(experiment), overrides or (), plugins or ())
     report = run_experiment(grid, results, options, launcher=launcher, console=console, figures=Figures())
     if json:

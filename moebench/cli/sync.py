@@ -20,12 +20,16 @@ def sync(
     json: Json = False,
 ) -> None:
     """Send everything in the run folders that the tracker does not have; nothing is sent twice."""
-    from moebench.tracking.mlflow_store import TrackerError, default_uri, redact_credentials
+    from moebench.tracking.address import check_uri, default_uri, redact_uri
+    from moebench.tracking.mlflow_store import TrackerError
     from moebench.tracking.replay import replay
     from moebench.tracking.source import list_unreadable
 
+    if tracker:
+        check_uri(tracker)
+    uri = tracker or default_uri(results)
     try:
-        report = replay(results, tracker or default_uri(results))
+        report = replay(results, uri)
         report = replace(report, problems=(*report.problems, *list_unreadable(results)))
     except TrackerError as error:
         print_text(f"tracker: {error}", file=sys.stderr)
@@ -33,8 +37,9 @@ def sync(
     if json:
         print_json(asdict(report), indent=None)
     else:
-        address = redact_credentials(tracker or default_uri(results))
-        print_text(f"{report.values} values of {report.runs} runs sent to {address}")
+        print_text(f"{report.values} values of {report.runs} runs sent to {redact_uri(uri)}")
+        if report.note:
+            print_text(f"note: {report.note}")
         for problem in report.problems:
             print_text(f"not sent: {problem}", file=sys.stderr)
     if report.problems:

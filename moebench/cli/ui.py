@@ -19,7 +19,6 @@ def ui(
 
     One worker, reachable from this machine only, no telemetry.
     """
-    from moebench.tracking.mlflow_store import default_uri
     from moebench.tracking.ui import serve
 
     def print_url(url: str) -> None:
@@ -28,4 +27,4 @@ def ui(
         else:
             print_text(f"MLflow UI at {url}  (Ctrl-C stops it)")
 
-    raise typer.Exit(serve(results, tracker or default_uri(results), host=host, port=port, on_ready=print_url))
+    raise typer.Exit(serve(results, tracker, host=host, port=port, on_ready=print_url))

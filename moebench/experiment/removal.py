@@ -13,7 +13,9 @@ from filelock import FileLock, Timeout
 
 from moebench.errors import UsageError, unknown
 from moebench.runs.folder import RunFolder, list_run_folders
-from moebench.tracking.mlflow_store import TrackerError, silence_mlflow, sqlite_path
+from moebench.tracking.address import sqlite_path
+from moebench.tracking.mlflow_store import TrackerError
+from moebench.tracking.quiet import silence_mlflow
 from moebench.tracking.source import list_recorded_experiments
 
 RUNS = """

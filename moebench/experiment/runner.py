@@ -1,5 +1,6 @@
 """`moebench run`: train the missing cells with a display and a tracker, then draw the figures."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +22,15 @@ from moebench.launch.scheduler import Interrupted, Outcome, SchedulePolicy, Sche
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.tasks.task import TASKS
-from moebench.tracking.mlflow_store import default_uri
-from moebench.tracking.tracker import Tracker
+from moebench.tracking.address import NO_TRACKER, check_uri, default_uri
+from moebench.tracking.tracker import Tracker, TrackerStatus
 from moebench.training.model import prepare_task
 
 UNKNOWN_TRACKING = (
     "the tracker did not end as it should, and its state is unknown; nothing is lost: run `moebench sync` later"
 )
+TRACKER_INTERRUPT_LIMIT_S = 2.0
+"""How long an interrupted run waits for its tracker."""
 
 
 class Figures(Protocol):
@@ -121,6 +124,8 @@ def run_experiment(
     figures: Figures,
 ) -> RunReport:
     """Train the cells that are not done; raise UsageError before training if a cell cannot be trained."""
+    if options.tracker not in (None, NO_TRACKER):
+        check_uri(options.tracker)
     launcher.check(experiment.cells)
     open_results(results)
     cells, damaged = split_unfinished(results, experiment)
@@ -133,13 +138,21 @@ def run_experiment(
     for note in reshard(results, cells) if options.reshard else ():
         print_note(console, note)
     containment = Containment(lambda line: print_note(console, f"{line}; training continues"))
-    tracker = None if options.tracker == "none" else _start_tracker(results, options.tracker, experiment, containment)
+    tracker = None
+    if options.tracker != NO_TRACKER:
+        tracker = _start_tracker(results, options.tracker, experiment, containment)
     grid_run = _GridRun(experiment, results, cells, launcher, console, figures, tracker, containment)
-    outcomes, interrupted = grid_run.train(options)
-    if cells and not interrupted:
-        with containment.contain("figure of the curves"):
-            figures.draw_experiment_figures(experiment, results)
-    tracker_problem = None if options.tracker == "none" else _stop_tracker(tracker, containment)
+    try:
+        outcomes, interrupted = grid_run.train(options)
+        if cells and not interrupted:
+            with containment.contain("figure of the curves"):
+                figures.draw_experiment_figures(experiment, results)
+    except BaseException:
+        if tracker:
+            tracker.kill()
+        raise
+    has_tracker = options.tracker != NO_TRACKER
+    tracker_problem = _stop_tracker(tracker, console, interrupted, containment) if has_tracker else None
     return RunReport(
         experiment=experiment,
         results=results,
@@ -161,13 +174,20 @@ def _start_tracker(results: Path, uri: str | None, experiment: Experiment, conta
     return started
 
 
-def _stop_tracker(tracker: Tracker | None, containment: Containment) -> str | None:
+def _stop_tracker(tracker: Tracker | None, console: Console, interrupted: int, containment: Containment) -> str | None:
     """Send what is pending; return what the tracker has missed, or None."""
+
+    def show_wait(status: TrackerStatus) -> None:
+        hint = "Ctrl-C: do not wait, `moebench sync` sends the rest"
+        print_note(console, f"waiting for the tracker, {status.values} values sent ({hint})")
+
     problem: str | None = UNKNOWN_TRACKING
     if tracker is not None:
         with containment.contain("tracker"):
-            status = tracker.stop()
+            status = tracker.stop(TRACKER_INTERRUPT_LIMIT_S if interrupted else math.inf, on_wait=show_wait)
             problem = None if status.ok else status.reason
+            if status.note:
+                print_note(console, status.note)
     return problem
 
 

@@ -12,7 +12,10 @@ from moebench.errors import UsageError
 from moebench.experiment.verification import Finding
 from moebench.runs.folder import RunFolder
 from moebench.runs.journal import read_journal
-from moebench.tracking.mlflow_store import TrackerError, default_uri, find_database_defect, silence_mlflow, sqlite_path
+from moebench.tracking.address import default_uri, sqlite_path
+from moebench.tracking.database import find_database_defect
+from moebench.tracking.mlflow_store import TrackerError
+from moebench.tracking.quiet import silence_mlflow
 from moebench.tracking.replay import replay
 from moebench.tracking.source import list_recorded_experiments
 

@@ -267,7 +267,9 @@ def average_by_domain(
     metrics = {name: mean(slice(num_trained))}
     if weight_D[num_trained:].any():
         metrics[f"{name}/{OUT_OF_DOMAIN}"] = mean(slice(num_trained, None))
-    for domain, value, weight in zip(metric_names(tuple(domains)), sum_D.tolist(), weight_D.tolist(), strict=True):
+    parts = zip(metric_names(tuple(domains)), sum_D.tolist(), weight_D.tolist(), strict=True)
+    # By weight: of very many domains a tracker gets the first.
+    for domain, value, weight in sorted(parts, key=lambda part: -part[2]):
         if weight:
             metrics[f"{name}/{domain}"] = value / weight
     return metrics

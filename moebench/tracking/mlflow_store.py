@@ -1,37 +1,23 @@
-"""MLflow as the store of runs: the only module that imports it, and only when it is used."""
+"""MLflow as the store of runs: experiments, runs and their values. MLflow is imported only when it is used."""
 
 import json
-import logging
-import os
-import sqlite3
-import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from moebench.errors import UsageError
+from moebench.tracking.address import connection_uri, redact_text, redact_uri, sqlite_path
+from moebench.tracking.database import ARTIFACTS, prepare_database
+from moebench.tracking.quiet import silence_mlflow
 
 MAX_BATCH = 1000
 """Values that one call may send."""
-_SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
-_SQLITE = "sqlite:///"
 # Makes MLflow's UI show training runs first instead of traces of language model calls.
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
-_ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    # The defaults wait 246 s for a server that does not respond.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "8",
-    # One connection per transaction, so that no file stays open.
-    "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "GIT_PYTHON_REFRESH": "quiet",
-}
+_PARENT = "mlflow.parentRunId"
 
 
 class TrackerError(Exception):
@@ -56,69 +42,21 @@ class StoredRun:
     id: str
     status: str
     """MLflow's status: RUNNING, FINISHED, FAILED or KILLED."""
+    start_ms: int = 0
+    """Unix time of the start."""
     end_ms: int = 0
     """Unix time of the end; 0: the run has not ended."""
     tags: Mapping[str, str] = field(default_factory=dict)
     params: Mapping[str, str] = field(default_factory=dict)
+    last_steps: Mapping[str, int] = field(default_factory=dict)
+    """Highest step that each metric has a value of."""
+    last_values: Mapping[str, float] = field(default_factory=dict)
+    """Value of each metric at this step."""
 
-
-def default_uri(results: Path) -> str:
-    """Return the address of the SQLite database inside a results folder."""
-    return f"{_SQLITE}{(results / 'mlflow.db').absolute()}"
-
-
-def check_uri(uri: str) -> None:
-    """Raise UsageError for an address with a scheme that no tracker has."""
-    scheme = urlsplit(uri).scheme.partition("+")[0]
-    if scheme not in _SCHEMES:
-        raise UsageError(
-            f"--tracker {redact_credentials(uri)}: '{scheme}' is no kind of tracker;"
-            f" allowed: none, {', '.join(_SCHEMES)}"
-        )
-
-
-def sqlite_path(uri: str) -> Path | None:
-    """Return the file of a SQLite address, None for a server."""
-    return Path(uri[len(_SQLITE) :]) if uri.startswith(_SQLITE) else None
-
-
-def redact_credentials(uri: str) -> str:
-    """Return the address without user name and password, for files and messages."""
-    parts = urlsplit(uri)
-    return uri if "@" not in parts.netloc else parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-
-
-def find_database_defect(path: Path) -> str | None:
-    """Return why a database file cannot be used, None if it can be or does not exist yet."""
-    if not path.exists() or path.stat().st_size == 0:
-        return None
-    try:
-        with path.open("rb") as file:
-            if file.read(16) != b"SQLite format 3\x00":
-                return "is not a SQLite database"
-        connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
-        try:
-            connection.execute("select count(*) from sqlite_master").fetchone()
-        finally:
-            connection.close()
-    except (OSError, sqlite3.Error) as error:
-        return f"cannot be read ({error})"
-    return None if os.access(path, os.W_OK) else "cannot be written"
-
-
-@contextmanager
-def silence_mlflow() -> Iterator[None]:
-    """Suppress MLflow's telemetry, progress bars, log messages and deprecation warnings."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        # Importing MLflow sets the level of its loggers.
-        import mlflow  # noqa: F401
-
-        for name in ("mlflow", "alembic", "sqlalchemy"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        yield
+    @property
+    def parent(self) -> str:
+        """Id of the parent run, empty for none."""
+        return self.tags.get(_PARENT, "")
 
 
 @contextmanager
@@ -130,37 +68,45 @@ def _tracker_errors(uri: str) -> Iterator[None]:
     except (TrackerError, UsageError):
         raise
     except Exception as error:
-        # Some libraries quote the full address, with its password.
-        reason = str(error).replace(urlsplit(uri).netloc or uri, urlsplit(redact_credentials(uri)).netloc or uri)
-        reason = " ".join(reason.split())[:200] or type(error).__name__
+        reason = " ".join(redact_text(str(error), uri).split())[:200] or type(error).__name__
         raise build_tracker_error(uri, f"cannot be used ({reason})") from error
 
 
 def build_tracker_error(uri: str, reason: str) -> TrackerError:
     """Build the error with the tracker's address, the reason and the remedy."""
     path = sqlite_path(uri)
-    tracker = f"tracker file {path}" if path else f"tracker {redact_credentials(uri)}"
+    tracker = f"tracker file {path}" if path else f"tracker {redact_uri(uri)}"
     return TrackerError(f"{tracker} {reason}; nothing is lost: run `moebench sync` when it is repaired")
 
 
 class MlflowStore:
     """One experiment in one MLflow tracker: a parent run, and a child run for each cell.
 
-    A new SQLite database is created under a file lock, so that several processes may open it at once. Artifacts of a
-    SQLite tracker are stored under `artifact_root`; a server has its own storage. Every method raises TrackerError when
-    the tracker cannot be used. A damaged database is reported and never modified.
+    A new SQLite database is created under a file lock, so that several processes may open it at once. Its artifacts
+    are stored beside it; a server has its own storage. Every method raises TrackerError when the tracker cannot be
+    used. A damaged database is reported and never modified. `on_progress` is called after every call that the tracker
+    has answered. With `read_only` nothing is created, and an experiment that the tracker does not have has no runs.
     """
 
-    def __init__(self, uri: str, artifact_root: Path, experiment: str) -> None:
-        self.uri, self.experiment = uri, experiment
-        with _tracker_errors(uri):
-            self._client = _client(uri)
-            self._id = _experiment_id(self._client, experiment, artifact_root if sqlite_path(uri) else None)
+    def __init__(
+        self, uri: str, experiment: str, on_progress: Callable[[], None] = lambda: None, *, read_only: bool = False
+    ) -> None:
+        self.uri, self.experiment, self._on_progress = uri, experiment, on_progress
+        path = sqlite_path(uri)
+        with self._call():
+            self._client = _client(uri, on_progress)
+            if read_only:
+                stored = self._client.get_experiment_by_name(experiment)
+                self._id = str(stored.experiment_id) if stored else ""
+            else:
+                self._id = _experiment_id(self._client, experiment, path.parent / ARTIFACTS if path else None)
 
     def runs(self) -> list[StoredRun]:
         """Return all runs of the experiment that are not deleted."""
         runs: list[StoredRun] = []
-        with _tracker_errors(self.uri):
+        if not self._id:
+            return runs
+        with self._call():
             page = self._client.search_runs([self._id], max_results=1000)
             runs += [_stored_run(run) for run in page]
             while page.token:
@@ -170,8 +116,8 @@ class MlflowStore:
 
     def create(self, name: str, tags: Mapping[str, str], start_ms: int, parent: str = "") -> StoredRun:
         """Create a run, as a child of the run `parent` if given."""
-        parent_tag = {"mlflow.parentRunId": parent} if parent else {}
-        with _tracker_errors(self.uri):
+        parent_tag = {_PARENT: parent} if parent else {}
+        with self._call():
             return _stored_run(self._client.create_run(self._id, start_ms, {**tags, **parent_tag}, name))
 
     def log(
@@ -187,17 +133,30 @@ class MlflowStore:
         metrics = [Metric(v.name, v.value, v.time_ms, v.step) for v in values]
         run_tags = [RunTag(key, value) for key, value in (tags or {}).items()]
         run_params = [Param(key, value) for key, value in (params or {}).items()]
-        with _tracker_errors(self.uri):
+        with self._call():
             self._client.log_batch(run_id, metrics, run_params, run_tags)
 
-    def list_logged(self, run_id: str, names: Collection[str]) -> set[tuple[str, int]]:
-        """Return the name and step of every value that a run has of the given metrics."""
-        with _tracker_errors(self.uri):
-            return {(v.key, v.step) for name in names for v in self._client.get_metric_history(run_id, name)}
+    def list_logged(self, run_id: str, names: Collection[str]) -> Counter[tuple[str, int]]:
+        """Return how many values a run has of each of the given metrics at each step, by (name, step)."""
+        logged: Counter[tuple[str, int]] = Counter()
+        for name in names:
+            with self._call():
+                logged.update((name, value.step) for value in self._client.get_metric_history(run_id, name))
+        return logged
+
+    def set_parent(self, run_id: str, parent: str) -> None:
+        """Make a run a child of the run `parent`."""
+        with self._call():
+            self._client.set_tag(run_id, _PARENT, parent)
+
+    def delete(self, run_id: str) -> None:
+        """Move a run to MLflow's trash, from where it can be restored."""
+        with self._call():
+            self._client.delete_run(run_id)
 
     def log_dataset(self, run_id: str, name: str, digest: str) -> None:
         """Record the data of a run; MLflow stores 36 characters of the digest."""
-        with _tracker_errors(self.uri):
+        with self._call():
             from mlflow.data.code_dataset_source import CodeDatasetSource
             from mlflow.data.meta_dataset import MetaDataset
             from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -209,62 +168,46 @@ class MlflowStore:
 
     def log_file(self, run_id: str, path: Path) -> None:
         """Send a file under its own name, replacing an earlier version."""
-        with _tracker_errors(self.uri):
+        with self._call():
             self._client.log_artifact(run_id, str(path))
 
     def log_yaml(self, run_id: str, content: Mapping[str, Any], name: str) -> None:
         """Send a mapping as a YAML file, replacing an earlier version."""
-        with _tracker_errors(self.uri):
+        with self._call():
             self._client.log_dict(run_id, dict(content), name)
 
-    def log_table(self, run_id: str, table: Mapping[str, Sequence[Any]], name: str) -> None:
-        """Send a table with the keys `columns` and `data` (rows), replacing an earlier one of this name."""
-        with _tracker_errors(self.uri):
+    def log_tables(self, run_id: str, tables: Mapping[str, Mapping[str, Sequence[Any]]]) -> None:
+        """Send tables by file name, with the keys `columns` and `data` (rows), replacing earlier ones."""
+        with self._call():
             # MLflow's log_table appends to an existing table: a second replay would duplicate its rows.
-            self._client.log_text(run_id, json.dumps(table), name)
-            artifacts = json.dumps([{"path": name, "type": "table"}])
+            for name, table in tables.items():
+                self._client.log_text(run_id, json.dumps(table), name)
+            artifacts = json.dumps([{"path": name, "type": "table"} for name in tables])
             self._client.set_tag(run_id, "mlflow.loggedArtifacts", artifacts)
 
     def set_status(self, run_id: str, status: str, end_ms: int | None = None) -> None:
         """Set the status to RUNNING, or to FINISHED, FAILED or KILLED with the time of the end."""
-        with _tracker_errors(self.uri):
+        with self._call():
             if status == "RUNNING":
                 self._client.update_run(run_id, status="RUNNING")
             else:
                 self._client.set_terminated(run_id, status, end_ms)
 
-
-def _client(uri: str) -> Any:
-    path = sqlite_path(uri)
-    if path is None:
-        from mlflow import MlflowClient
-
-        return MlflowClient(uri)
-    from filelock import FileLock
-
-    if not path.parent.is_dir():
-        raise build_tracker_error(uri, "cannot be created: its folder does not exist")
-    # Concurrent migrations by several processes would corrupt the new database.
-    with FileLock(f"{path}.lock", timeout=120):
-        reason = find_database_defect(path)
-        if reason:
-            raise build_tracker_error(uri, reason)
-        if not path.exists() or path.stat().st_size == 0:
-            _create(path)
-        from mlflow import MlflowClient
-
-        return MlflowClient(uri)
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        with _tracker_errors(self.uri):
+            yield
+        self._on_progress()
 
 
-def _create(path: Path) -> None:
+def _client(uri: str, on_progress: Callable[[], None]) -> Any:
     from mlflow import MlflowClient
 
-    # In another file, renamed afterwards: a process killed during the migrations leaves an unusable database.
-    temporary = path.with_name(path.name + ".new")
-    for leftover in (temporary, temporary.with_name(temporary.name + "-journal")):
-        leftover.unlink(missing_ok=True)
-    MlflowClient(f"{_SQLITE}{temporary}").search_experiments(max_results=1)
-    temporary.replace(path)
+    path = sqlite_path(uri)
+    reason = prepare_database(path, on_progress) if path else None
+    if reason:
+        raise build_tracker_error(uri, reason)
+    return MlflowClient(connection_uri(uri))
 
 
 def _experiment_id(client: Any, name: str, artifact_root: Path | None) -> str:
@@ -272,7 +215,7 @@ def _experiment_id(client: Any, name: str, artifact_root: Path | None) -> str:
 
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        location = (artifact_root.absolute() / name).as_uri() if artifact_root else None
+        location = (artifact_root / name).absolute().as_uri() if artifact_root else None
         try:
             return str(client.create_experiment(name, artifact_location=location, tags=_KIND))
         except MlflowException as error:
@@ -286,10 +229,14 @@ def _experiment_id(client: Any, name: str, artifact_root: Path | None) -> str:
 
 
 def _stored_run(run: Any) -> StoredRun:
+    values = run.data.to_proto().metrics  # RunData.metrics has no steps
     return StoredRun(
         id=run.info.run_id,
         status=run.info.status,
+        start_ms=run.info.start_time or 0,
         end_ms=run.info.end_time or 0,
         tags=dict(run.data.tags),
         params=dict(run.data.params),
+        last_steps={value.key: int(value.step) for value in values},
+        last_values={value.key: float(value.value) for value in values},
     )

@@ -1,6 +1,7 @@
 """What a tracker is sent: run folders, and the experiments that they belong to."""
 
 import contextlib
+import uuid
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,8 @@ from typing import Any
 from moebench.errors import UsageError
 from moebench.file_access import require_plain_name
 from moebench.runs.experiment_record import read_records
-from moebench.runs.folder import RunFolder, list_run_folders
+from moebench.runs.folder import RunFolder, list_run_folders, write_atomically
+from moebench.runs.journal import Point, read_journal
 from moebench.runs.result import RunResult
 
 
@@ -45,6 +47,17 @@ class RunSource:
         """Whether the run has written anything."""
         return self.folder.journal.exists() or self.folder.result.exists()
 
+    def read_final_points(self, offset: int = 0) -> list[Point]:
+        """Return the points from byte `offset` of the journal on that no resumed run can repeat.
+
+        Those are all points of a run that has ended; of another one, those up to its last checkpoint.
+        """
+        points, _ = read_journal(self.folder.journal, offset)
+        if self.result is not None:
+            return points
+        last_step = self.folder.checkpointed_step
+        return [point for point in points if point.step <= last_step]
+
     @property
     def attachments(self) -> list[Path]:
         """Files that are sent as they are, including figures."""
@@ -62,6 +75,14 @@ class RunSource:
             return f"{zlib.crc32(b''.join(path.name.encode() + path.read_bytes() for path in files)):08x}"
         except OSError as error:
             raise UsageError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+def results_id(results: Path) -> str:
+    """Return what identifies a results folder in a tracker that several folders send to; make it if there is none."""
+    path = results / "tracking_id"
+    if not path.exists():
+        write_atomically(path, f"{uuid.uuid4().hex}\n")
+    return path.read_text().strip()
 
 
 def list_recorded_experiments(results: Path) -> dict[str, dict[str, Any]]:

@@ -6,19 +6,25 @@ end of the pipe is closed and the process exits.
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
 
 from moebench.file_access import open_to_write
+from moebench.tracking.address import redact_uri
 
-_GRACE_S = 10.0
-"""Seconds for the last replay after the runner has died."""
+STALL_LIMIT_S = 30.0
+"""Seconds that a stopping tracker may take without any progress."""
+_START_LIMIT_S = 120.0
+"""Seconds that the process may take to import MLflow, on a machine that is busy with other work."""
+_NOTICE_S = 2.0
+"""Seconds after which the user is told what is being waited for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +37,14 @@ class TrackerStatus:
     """Why not, in one line."""
     values: int = 0
     """Number of values sent."""
+    note: str = ""
+    """A line on what is not sent by design."""
+
+    def degrade(self, reason: str) -> "TrackerStatus":
+        """Return the status after a failure; the reason of an earlier one takes precedence."""
+        if "moebench sync" not in reason:
+            reason += "; nothing is lost: `moebench sync` or the next run sends the rest"
+        return replace(self, ok=False, reason=self.reason or reason)
 
 
 class Tracker:
@@ -51,6 +65,7 @@ class Tracker:
         self._status = TrackerStatus(ok=True)
         self._process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
+        self._progressed_at, self._has_started = 0.0, False
 
     @property
     def pid(self) -> int | None:
@@ -62,7 +77,7 @@ class Tracker:
         try:
             with os.fdopen(open_to_write(self._log), "a") as log:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "moebench.tracking.tracker"],
+                    [sys.executable, "-m", "moebench.tracking.tracker_process"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
@@ -73,7 +88,7 @@ class Tracker:
                     env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
                 )
         except OSError as error:
-            self._status = _degrade(f"the tracker process cannot be started ({error})")
+            self._status = self._status.degrade(f"the tracker process cannot be started ({error})")
             return
         # By the pipe: the address may contain a password, and a command line is public.
         self._write(self._task)
@@ -84,26 +99,57 @@ class Tracker:
         """Return why tracking is degraded, in one line, or None while it works; do not wait."""
         return self._status.reason
 
-    def stop(self, timeout_s: float = 30.0) -> TrackerStatus:
-        """Send what is pending within `timeout_s` seconds, end the process and return its status."""
+    def stop(
+        self,
+        limit_s: float = math.inf,
+        stall_limit_s: float = STALL_LIMIT_S,
+        on_wait: Callable[[TrackerStatus], None] = lambda status: None,
+    ) -> TrackerStatus:
+        """Send what is pending, end the process and return its status.
+
+        A tracker is waited for as long as it makes progress, but not longer than `limit_s`; KeyboardInterrupt ends the
+        wait at once. `on_wait` is called when there is something to wait for.
+        """
         process, self._process = self._process, None
         if process is None or self._reader is None:
             return self._status
-        self._write({"stop_s": timeout_s}, process)
+        self._write({"stop": True}, process)
+        stopped_at = self._progressed_at = time.monotonic()
+        reason = None
         try:
-            process.wait(timeout_s + 2)
-        except subprocess.TimeoutExpired:
-            last_status = self._status
+            while process.poll() is None and reason is None:
+                time.sleep(0.02)
+                now = time.monotonic()
+                if now - stopped_at > _NOTICE_S:
+                    on_wait(self._status)
+                    on_wait = _ignore
+                if now - stopped_at > limit_s:
+                    reason = f"not everything was sent within {limit_s:g} s"
+                elif now - self._progressed_at > (stall_limit_s if self._has_started else _START_LIMIT_S):
+                    reason = f"no answer for {stall_limit_s:g} s"
+        except KeyboardInterrupt:
+            reason = "interrupted before everything was sent"
+        if reason:  # first: the end of the process is reported too
+            self._status = self._status.degrade(f"tracker {redact_uri(str(self._task['uri']))}: {reason}")
+        self._end(process)
+        return self._status
+
+    def kill(self) -> None:
+        """End the process at once."""
+        process, self._process = self._process, None
+        if process:
+            self._end(process)
+
+    def _end(self, process: "subprocess.Popen[str]") -> None:
+        with contextlib.suppress(KeyboardInterrupt):
             process.kill()
             process.wait()
-            self._reader.join(2)
-            self._status = _degrade(f"the tracker did not take everything in {timeout_s:g} s", last_status)
-        self._reader.join(2)
+            if self._reader:
+                self._reader.join(2)
         for pipe in (process.stdin, process.stdout):
             with contextlib.suppress(OSError):
                 if pipe:
                     pipe.close()
-        return self._status
 
     def _write(self, message: object, process: "subprocess.Popen[str] | None" = None) -> None:
         process = process or self._process
@@ -119,102 +165,12 @@ class Tracker:
         has_ended = False
         for line in process.stdout:
             message = json.loads(line)
-            has_ended = bool(message.pop("last"))
+            self._progressed_at, self._has_started = time.monotonic(), True
+            has_ended = bool(message.pop("is_last"))
             self._status = TrackerStatus(**message)
         if not has_ended:
-            self._status = _degrade(f"the tracker process ended early, see {self._log}", self._status)
+            self._status = self._status.degrade(f"the tracker process ended early, see {self._log}")
 
 
-def _degrade(reason: str, previous: TrackerStatus | None = None) -> TrackerStatus:
-    """Return a degraded status; the reason of a status that was degraded before takes precedence."""
-    if previous and previous.reason:
-        reason = previous.reason
-    elif "moebench sync" not in reason:
-        reason += "; nothing is lost: run `moebench sync` later"
-    return TrackerStatus(ok=False, reason=reason, values=previous.values if previous else 0)
-
-
-class _ReplayLoop:
-    """The work of the tracker process."""
-
-    def __init__(self, task: dict[str, str], out: IO[str]) -> None:
-        self.results, self.uri = Path(task["results"]), task["uri"]
-        self.experiment = task["experiment"]
-        self.interval_s = float(task["interval_s"])
-        self.out = out
-        self.stop_event = threading.Event()
-        self.status = TrackerStatus(ok=True)
-
-    def run(self) -> None:
-        """Replay whenever there may be something new, until the stop event is set; then one last time."""
-        previous: object = ()
-        wait_s = self.interval_s
-        while not self.stop_event.wait(wait_s):
-            current = self._fingerprint()
-            if current != previous or not self.status.ok:
-                previous = current
-                self._report(self._replay(is_live=True))
-            # Exponential backoff while the tracker does not respond.
-            wait_s = self.interval_s if self.status.ok else min(30.0, 2 * wait_s)
-        self._report(self._replay(is_live=False) if self._fingerprint() else self.status, is_last=True)
-
-    def _fingerprint(self) -> object:
-        from moebench.errors import UsageError
-        from moebench.tracking.replay import fingerprint_sources
-
-        try:
-            return fingerprint_sources(self.results, self.experiment)
-        except UsageError as error:
-            return str(error)  # the replay reports it
-
-    def _replay(self, is_live: bool) -> TrackerStatus:
-        from moebench.errors import UsageError
-        from moebench.tracking.mlflow_store import TrackerError
-        from moebench.tracking.replay import replay
-
-        num_sent = self.status.values
-        try:
-            report = replay(self.results, self.uri, self.experiment, is_live)
-        except (TrackerError, UsageError) as error:
-            return TrackerStatus(ok=False, reason=str(error), values=num_sent)
-        problem = report.problems[0] if report.problems else None
-        return TrackerStatus(ok=not problem, reason=problem, values=num_sent + report.values)
-
-    def _report(self, status: TrackerStatus, is_last: bool = False) -> None:
-        if status != self.status or is_last:
-            self.status = status
-            line = {"ok": status.ok, "reason": status.reason, "values": status.values, "last": is_last}
-            # The runner may have died.
-            with contextlib.suppress(OSError):
-                print(json.dumps(line), file=self.out, flush=True)
-
-
-def _stop_on_request(loop: _ReplayLoop) -> None:
-    """Stop the loop when the runner asks for it or dies, and end the process if it takes too long."""
-    line = sys.stdin.readline()  # empty when the runner has died and its end of the pipe is closed
-    timeout_s = float(json.loads(line)["stop_s"]) if line else _GRACE_S
-    loop.stop_event.set()
-    time.sleep(timeout_s)
-    reason = loop.status.reason or f"the tracker did not take everything in {timeout_s:g} s"
-    unfinished = TrackerStatus(ok=False, reason=None, values=loop.status.values)
-    loop._report(_degrade(reason, unfinished), is_last=True)
-    os._exit(3)
-
-
-def main() -> None:
-    """Run the tracker process: its task is the first line of stdin, its status lines go to stdout."""
-    # The output of libraries goes to the log instead.
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    with contextlib.suppress(OSError):
-        os.nice(5)
-    task = sys.stdin.readline()
-    if not task:
-        return
-    loop = _ReplayLoop(json.loads(task), out)
-    threading.Thread(target=_stop_on_request, args=(loop,), daemon=True).start()
-    loop.run()
-
-
-if __name__ == "__main__":
-    main()
+def _ignore(status: TrackerStatus) -> None:
+    pass

@@ -17,7 +17,8 @@ from typing import IO
 
 from moebench.errors import UsageError
 from moebench.file_access import open_to_write
-from moebench.tracking.mlflow_store import default_uri, find_database_defect, redact_credentials, sqlite_path
+from moebench.tracking.address import check_uri, connection_uri, default_uri, redact_uri, sqlite_path, sqlite_uri
+from moebench.tracking.database import ARTIFACTS, find_database_defect, relocate_artifacts
 
 _START_LIMIT_S = 120.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -41,13 +42,14 @@ def serve(
     Returns the exit code: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, 1 when the server ends by itself.
     Raises UsageError for a database that is missing or damaged, a tracker that is a server, and a port in use.
     """
-    uri = uri or default_uri(results)
-    _check_database(uri)
+    if uri:
+        check_uri(uri)
+    database = _find_database(uri or default_uri(results))
     _check_port(host, port)
     log = results / "ui.log"
     url = f"http://{host}:{port}"
     with _record_signals() as received, _open_log(log) as output:
-        server = _launch(uri, results, host, port, output)
+        server = _launch(database, host, port, output)
         try:
             if _wait_until_ready(server, url, log, received):
                 on_ready(url)
@@ -65,10 +67,11 @@ def _open_log(log: Path) -> IO[str]:
         raise UsageError(f"{log}: cannot be written ({error.strerror}); the UI writes its log there") from error
 
 
-def _launch(uri: str, results: Path, host: str, port: int, output: IO[str]) -> subprocess.Popen[bytes]:
+def _launch(database: Path, host: str, port: int, output: IO[str]) -> subprocess.Popen[bytes]:
     address = ["--host", host, "--port", str(port), "--workers", "1"]
-    artifacts = (results / "mlartifacts").absolute()
-    stores = ["--backend-store-uri", uri, "--artifacts-destination", str(artifacts)]
+    artifacts = database.absolute().parent / ARTIFACTS
+    uri = connection_uri(sqlite_uri(database))
+    stores = ["--backend-store-uri", uri, "--artifacts-destination", artifacts.as_uri()]
     return subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server", *address, *stores],
         stdin=subprocess.DEVNULL,
@@ -82,12 +85,14 @@ def _launch(uri: str, results: Path, host: str, port: int, output: IO[str]) -> s
 
 def _wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path, received: list[int]) -> bool:
     deadline = time.monotonic() + _START_LIMIT_S
+    # This machine is asked, whatever http_proxy says.
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while not received:
         if server.poll() is not None or time.monotonic() > deadline:
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             raise UsageError(f"MLflow's server did not start: {lines[-1] if lines else 'no message'} ({log})")
         # OSError covers refused connections, timeouts and HTTP errors.
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=2) as response:
+        with contextlib.suppress(OSError), direct.open(f"{url}/health", timeout=2) as response:
             if response.status == 200:
                 return True
         time.sleep(0.2)
@@ -123,15 +128,18 @@ def _stop_process_group(server: subprocess.Popen[bytes]) -> None:
     server.wait()
 
 
-def _check_database(uri: str) -> None:
+def _find_database(uri: str) -> Path:
+    """Return the database of an address; raise UsageError if there is none that MLflow can show."""
     path = sqlite_path(uri)
     if path is None:
-        raise UsageError(f"tracker {redact_credentials(uri)} is a server with its own UI: open it in a browser")
+        raise UsageError(f"tracker {redact_uri(uri)} is a server with its own UI: open it in a browser")
     if not path.exists():
         raise UsageError(f"{path} does not exist: run an experiment first (`moebench run`)")
     reason = find_database_defect(path)
     if reason:
         raise UsageError(f"{path} {reason}: move it away and run `moebench sync` to fill a new one")
+    relocate_artifacts(path)
+    return path
 
 
 def _check_port(host: str, port: int) -> None:

@@ -10,7 +10,8 @@ import pytest
 from support.command_line import CommandLine, Results, WarmCommandLine, deterministic_points, journal, send, wait_until
 from support.start_methods import EXPERT_2, SIGNALS, TIMEOUT_S, wait_for_first_steps, workers_by_rank, write_faulty
 
-from moebench.tracking.mlflow_store import default_uri, silence_mlflow
+from moebench.tracking.address import default_uri
+from moebench.tracking.quiet import silence_mlflow
 
 pytestmark = pytest.mark.timeout(400)
 RUN = ("run", "./tiny.yaml", "--tracker", "none", "--plugin", "faulty.py", "--json", *EXPERT_2)

@@ -23,7 +23,9 @@ from support.tracked_runs import (
 
 from moebench.errors import UsageError
 from moebench.runs.journal import Journal
-from moebench.tracking.mlflow_store import MlflowStore, default_uri, silence_mlflow
+from moebench.tracking.address import default_uri
+from moebench.tracking.mlflow_store import MlflowStore
+from moebench.tracking.quiet import silence_mlflow
 from moebench.tracking.replay import replay
 from moebench.tracking.tracker import Tracker
 
@@ -35,7 +37,7 @@ TABLES = "mlflow.loggedArtifacts"
 def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty MLflow database, whose migrations take a second."""
     results = tmp_path_factory.mktemp("migrated")
-    MlflowStore(default_uri(results), results / "mlartifacts", "unused")
+    MlflowStore(default_uri(results), "unused")
     return results / "mlflow.db"
 
 

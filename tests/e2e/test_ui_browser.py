@@ -10,7 +10,8 @@ import pytest
 from support.run_folders import write_result
 
 from moebench.runs.journal import Journal
-from moebench.tracking.mlflow_store import default_uri, silence_mlflow
+from moebench.tracking.address import default_uri
+from moebench.tracking.quiet import silence_mlflow
 from moebench.tracking.replay import replay
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "screenshot_ui.py"

@@ -1,0 +1,104 @@
+"""The SQLite database of a tracker: created once, checked before use, and moved together with its artifacts."""
+
+import os
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
+
+from moebench.tracking.address import connection_uri, sqlite_uri
+from moebench.tracking.locks import hold_lock
+
+_LOCK_TIMEOUT_S = 120
+ARTIFACTS = "mlartifacts"
+"""Folder of the artifacts, beside the database."""
+
+
+def find_database_defect(path: Path) -> str | None:
+    """Return why a database file cannot be used, None if it can be or does not exist yet."""
+    if not path.exists() or path.stat().st_size == 0:
+        return None
+    try:
+        with path.open("rb") as file:
+            if file.read(16) != b"SQLite format 3\x00":
+                return "is not a SQLite database"
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            connection.execute("select count(*) from sqlite_master").fetchone()
+    except (OSError, sqlite3.Error) as error:
+        return f"cannot be read ({error})"
+    return None if os.access(path, os.W_OK) else "cannot be written"
+
+
+def prepare_database(path: Path, on_wait: Callable[[], None]) -> str | None:
+    """Create the database if there is none, and make its artifacts those beside it; return why it cannot be used.
+
+    Concurrent migrations by several processes would corrupt a new database: they take turns. `on_wait` is called while
+    another process has its turn.
+    """
+    from filelock import Timeout
+
+    if not path.parent.is_dir():
+        return "cannot be created: its folder does not exist"
+    try:
+        with hold_lock(Path(f"{path}.lock"), _LOCK_TIMEOUT_S, on_wait):
+            reason = find_database_defect(path)
+            if reason:
+                return reason
+            if not path.exists() or path.stat().st_size == 0:
+                _create(path)
+            else:
+                relocate_artifacts(path)
+    except Timeout:
+        return f"is being created by another process for more than {_LOCK_TIMEOUT_S} s"
+    return None
+
+
+def relocate_artifacts(path: Path) -> None:
+    """Make the artifacts of the experiments those beside the database, after its folder was moved or copied.
+
+    MLflow stores absolute addresses. An experiment whose artifacts are elsewhere on purpose is left alone.
+    """
+    root = path.absolute().parent / ARTIFACTS
+    with closing(sqlite3.connect(path, timeout=60, isolation_level=None)) as connection:
+        if not connection.execute("select 1 from sqlite_master where name = 'experiments'").fetchone():
+            return
+        query = "select experiment_id, name, artifact_location from experiments"
+        moves = {
+            experiment: (location, (root / name).as_uri())
+            for experiment, name, location in connection.execute(query)
+            if _has_moved(str(location or ""), root, name)
+        }
+        if not moves:
+            return
+        connection.execute("begin immediate")
+        for experiment, (old, new) in moves.items():
+            connection.execute(
+                "update experiments set artifact_location = ? where experiment_id = ?", (new, experiment)
+            )
+            connection.execute(
+                "update runs set artifact_uri = ? || substr(artifact_uri, ?)"
+                " where experiment_id = ? and substr(artifact_uri, 1, ?) = ?",
+                (new, len(old) + 1, experiment, len(old) + 1, f"{old}/"),
+            )
+        connection.execute("commit")
+
+
+def _has_moved(location: str, root: Path, name: str) -> bool:
+    """Return whether the artifacts of an experiment were beside the database, in another folder than now."""
+    if not location.endswith((f"/{ARTIFACTS}/{quote(name)}", f"/{ARTIFACTS}/{name}")):
+        return False
+    old = Path(unquote(urlsplit(location).path))
+    # The database of a results folder never leaves it; another one may serve several folders.
+    return old != root / name and ((root.parent / "runs").is_dir() or (root / name).is_dir() or not old.is_dir())
+
+
+def _create(path: Path) -> None:
+    from mlflow import MlflowClient
+
+    # In another file, renamed afterwards: a process killed during the migrations leaves an unusable database.
+    temporary = path.with_name(path.name + ".new")
+    for leftover in (temporary, temporary.with_name(temporary.name + "-journal")):
+        leftover.unlink(missing_ok=True)
+    MlflowClient(connection_uri(sqlite_uri(temporary))).search_experiments(max_results=1)
+    temporary.replace(path)
