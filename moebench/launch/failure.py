@@ -14,7 +14,7 @@ from moebench.errors import UsageError
 from moebench.parallel.replicas import ReplicaError
 from moebench.plugin_errors import find_plugin_line
 from moebench.runs.result import Fault, RunResult
-from moebench.training.module import NonFiniteError
+from moebench.training.divergence import DivergedError
 
 TRANSPORT_NAMES = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "TCPStore", "ProcessGroup")
 """Substrings of communication errors, which torch raises as plain RuntimeError."""
@@ -30,7 +30,7 @@ def describe_disk_error(error: OSError) -> str:
 
 def describe_error(error: BaseException) -> str:
     """Return the reason of a failure in one line."""
-    if isinstance(error, NonFiniteError | UsageError):
+    if isinstance(error, DivergedError | UsageError):
         return str(error)
     if isinstance(error, CheckpointException):
         rank, (cause, _) = min(error.failures.items())
@@ -47,7 +47,7 @@ def describe_error(error: BaseException) -> str:
 
 def classify_error(error: BaseException) -> Fault:
     """Return the kind of an error."""
-    if isinstance(error, NonFiniteError):
+    if isinstance(error, DivergedError):
         return Fault.DIVERGED
     if isinstance(error, UsageError | ReplicaError | CheckpointException):
         return Fault.COMMON_ERROR

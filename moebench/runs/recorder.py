@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from moebench.runs.folder import RunFolder, write_atomically
-from moebench.runs.journal import Journal
+from moebench.runs.journal import Journal, read_journal
 
 
 class RunRecorder:
@@ -23,6 +23,15 @@ class RunRecorder:
         """Add the metrics of one step to the journal."""
         if self.journal:
             self.journal.append(step, metrics)
+
+    def append_missing(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add those of the metrics that the journal does not have at this step."""
+        if self.journal and metrics:
+            points, _ = read_journal(self.journal.path)
+            present = {name for point in points if point.step == step for name in point.metrics}
+            missing = {name: value for name, value in metrics.items() if name not in present}
+            if missing:
+                self.journal.append(step, missing)
 
     def record_load(self, step: int, layers: Mapping[str, list[int]]) -> None:
         """Add the loads of one evaluation: MoE layer -> assignments of each expert."""
