@@ -68,8 +68,8 @@ class TrainConfig:
     of two or more dimensions (projections, embedding tables, stacked expert weights); gains of norms and biases are
     not decayed. Experts that are sharded over processes are a separate parameter group with the same settings.
     Before each update the gradient of all parameters together, over all processes, is scaled down to clip_norm where
-    its L2 norm is larger; a loss or norm that is not finite ends the run as diverged, without the update. What a spike of
-    the loss does is chosen by spike_policy.
+    its L2 norm is larger; a loss or norm that is not finite ends the run as diverged, without the update.
+    spike_policy chooses what happens after a spike of the loss.
 
     State and precision: parameters, gradients, both moments of AdamW and router computations are fp32. precision=bf16
     runs forward passes under torch.autocast, in training and evaluation. A checkpoint holds parameters, moments, the

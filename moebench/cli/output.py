@@ -1,10 +1,24 @@
 """Tables and reports on the terminal, as Markdown or as JSON."""
 
+import os
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from moebench.cli.options import prints_unicode
+
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from moebench.reporting.report import Report
+
+
+def make_console(*, stderr: bool = False) -> "Console":
+    """Return a console that prints text as it is; with NO_COLOR (no-color.org) neither colors nor bold."""
+    from rich.console import Console
+
+    return Console(
+        stderr=stderr, highlight=False, markup=False, color_system=None if os.environ.get("NO_COLOR") else "auto"
+    )
 
 
 def print_table(
@@ -16,8 +30,6 @@ def print_table(
     markdown: bool = False,
 ) -> None:
     """Print rows under their headers; `right`, `no_wrap`: headers of the columns that are aligned so or never wrap."""
-    from rich.console import Console
-
     from moebench.reporting.table import Column, Table
 
     columns = (
@@ -28,16 +40,14 @@ def print_table(
     if markdown:
         print(table.to_markdown())
     else:
-        Console().print(table.to_rich())
+        make_console().print(table.to_rich())
 
 
 def print_report(report: "Report", *, json: bool, markdown: bool) -> None:
     """Print a report as JSON, as Markdown or for the terminal."""
     if json:
-        print(report.to_json())
+        print(report.to_json(ascii_only=not prints_unicode()))
     elif markdown:
         print(report.to_markdown())
     else:
-        from rich.console import Console
-
-        Console().print(report.to_rich())
+        make_console().print(report.to_rich())

@@ -42,12 +42,10 @@ def plan(
 
 
 def _print(grid: "Experiment", rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-
-    from moebench.cli.output import print_table
+    from moebench.cli.output import make_console, print_table
     from moebench.reporting.formatting import format_count
 
-    console = Console()
+    console = make_console()
     console.print(f"{grid.name}: {grid.question}", highlight=False, markup=False)
     for note in grid.notes:
         console.print(f"note: {note}", highlight=False, markup=False)

@@ -9,6 +9,7 @@ import typer
 
 from moebench.cli.options import (
     DEFAULT_RESULTS,
+    CommandArguments,
     ExperimentName,
     Json,
     Overrides,
@@ -60,13 +61,12 @@ def run(
     Exit codes: 0 all done, 1 some cells failed, 2 mistake in the command or configuration, 3 the tracker missed
     something (nothing is lost: `moebench sync`), 130 and 143 interrupted.
     """
-    from rich.console import Console
-
+    from moebench.cli.output import make_console
     from moebench.experiment.runner import RunOptions
     from moebench.launch.cluster_environment import detect_cluster
     from moebench.launch.launcher import LocalLauncher
 
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     cluster = detect_cluster()
     if foreground is not None:
         _check_foreground({"--json": json, "--jobs": jobs > 0, "--reshard": reshard}, cluster)
@@ -149,7 +149,10 @@ def _run_grid(
     if json:
         print_json(report.to_dict())
     else:
-        _print_summary(report, experiment, console)
+        arguments = CommandArguments(
+            experiment=experiment, overrides=overrides or (), plugins=plugins or (), results=results
+        )
+        _print_summary(report, arguments, options, console)
     return _exit_code(report)
 
 
@@ -161,7 +164,7 @@ def _exit_code(report: "RunReport") -> int:
     return EXIT_TRACKER if report.tracker_problem else 0
 
 
-def _print_summary(report: "RunReport", experiment: str, console: "Console") -> None:
+def _print_summary(report: "RunReport", arguments: CommandArguments, options: "RunOptions", console: "Console") -> None:
     lines = [f"{report.num_done} of {report.num_cells} cells done, {len(report.trained)} of them trained now"]
     lines += [
         f"failed: {outcome.cell.arm} seed {outcome.cell.seed}: {outcome.error} (log: {report.log_path(outcome)})"
@@ -170,8 +173,13 @@ def _print_summary(report: "RunReport", experiment: str, console: "Console") -> 
     if report.tracker_problem:
         lines.append(f"tracker: {report.tracker_problem}")
     if report.interrupted:
-        lines.append(f"interrupted; go on with: moebench run {experiment}")
+        tracker = options.tracker or ""
+        given = ["--tracker", tracker] if tracker and not set(tracker) & set("@?") else []  # may hold a password
+        given += ["--jobs", str(options.jobs)] if options.jobs else []
+        given += ["--reshard"] if options.reshard else []
+        lines.append(f"interrupted; go on with: {arguments.format('run', *given)}")
     else:
-        lines.append(f"next: moebench compare {experiment}  |  moebench ui")
+        seen = "" if options.tracker == "none" else f"  |  {arguments.format_ui()}"
+        lines.append(f"next: {arguments.format('compare')}{seen}")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -98,13 +98,13 @@ def _draw(description: dict[str, Any], plot: Path) -> None:
 
 
 def _print(description: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.padding import Padding
 
     from moebench.catalogue.configuration import format_option
     from moebench.catalogue.describe import to_text, unwrap
+    from moebench.cli.output import make_console
 
-    console = Console(highlight=False, markup=False)
+    console = make_console()
     console.print(f"{description['name']}  ({description['kind']})\n")
     if description["about"]:
         console.print(f"{unwrap(description['about'])}\n")

@@ -35,6 +35,6 @@ class Report:
         parts += ["\n".join(f"- {line}" for line in lines) for lines in (self.problems, self.notes)]
         return "\n\n".join(part for part in parts if part) + "\n"
 
-    def to_json(self) -> str:
-        """Return the values as JSON."""
-        return json.dumps(self.values, indent=1, ensure_ascii=False)
+    def to_json(self, *, ascii_only: bool = False) -> str:
+        """Return the values as JSON; `ascii_only`: with other characters escaped."""
+        return json.dumps(self.values, indent=1, ensure_ascii=ascii_only)

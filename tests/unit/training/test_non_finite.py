@@ -17,6 +17,8 @@ from moebench.training.non_finite import FindingList
 ROUTER = Path(__file__).parents[2] / "support" / "spoiled_router.py"
 BATCH = r"batch 3 of seed 0 \(windows (\d+, ){3}\d+\)"
 
+pytestmark = pytest.mark.usefixtures("plugin")  # routers are taken back after each test
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -147,7 +147,7 @@ def test_stop_ends_the_run_before_the_update(start) -> None:
     assert max(step for step, _ in run.points()) == AT - 1
 
 
-def test_skip_leaves_parameters_moments_and_router_as_they_were(start, plugin) -> None:
+def test_skip_leaves_parameters_moments_and_router_as_they_were(start) -> None:
     run = start("skip", train={"checkpoint_every": 1}, router="loss_free")
     states = {}
 
@@ -253,7 +253,7 @@ def test_rewind_gives_up(start) -> None:
         run()
 
 
-def test_collapsed_router_and_plugin_spike_too(start, text: Path, tmp_path: Path) -> None:
+def test_router_of_a_plugin_that_has_collapsed_spikes_too(start, plugin) -> None:
     load_plugin(str(Path(__file__).parents[2] / "support" / "collapsed_router.py"))
     result = start("record", router="collapsed")()
     assert [spike["step"] for spike in result.spikes] == [AT]
