@@ -41,8 +41,10 @@ def _run() -> int:
     import typer
 
     from moebench.cli import app
+    from moebench.cli.encoding import use_replacements
     from moebench.errors import UsageError
 
+    use_replacements()
     try:
         return int(app(prog_name="moebench", standalone_mode=False) or 0)
     except UsageError as error:

@@ -27,6 +27,9 @@ NOT_IN_ID = {
 }
 """Keys that do not change a result, by section; a task adds others (paths) in `Config.NOT_IN_ID`."""
 
+SPIKE_KEYS = ("spike_policy", "spike_window", "spike_threshold")
+"""Keys of `train` that change a result only where the policy is another than to record spikes."""
+
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> tuple[ExperimentConfig, dict[str, Any]]:
     """Return the experiment of a file and the overrides that belong to its cells (`router.top_k=4`)."""
@@ -150,6 +153,11 @@ def cell_id(config: CellConfig, data_digest: str, plugin_digests: Sequence[str] 
     for section, keys in NOT_IN_ID.items():
         for key in (*keys, *getattr(getattr(config, section), "NOT_IN_ID", ())):
             _drop(plain[section], key.split("."))
+    if config.train.spike_policy == "record":
+        for key in SPIKE_KEYS:
+            _drop(plain["train"], [key])
+    elif config.train.spike_policy == "rewind":  # to a checkpoint
+        plain["train"]["checkpoint_every"] = config.train.checkpoint_every
     content = {"schema": SCHEMA, "config": plain, "data": data_digest, "plugins": sorted(plugin_digests)}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 

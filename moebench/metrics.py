@@ -156,6 +156,14 @@ TRAINING: tuple[Declaration, ...] = (
     ("train/tokens_per_s", "", "tokens/s", "count", "higher", "Speed of the step."),
     ("time/data_share", "", "share", "percent", "lower", "Share of the time so far spent waiting for batches."),
 )
+SPIKES: tuple[Declaration, ...] = (
+    ("spike/loss", "", "", "number", "lower", "Loss of the task in a step that is a spike."),
+    ("spike/loss_limit", "", "", "number", "neither", "Loss above which the step is a spike."),
+    ("spike/grad_norm", "", "", "number", "lower", "Norm of the gradient of the step before clipping."),
+    ("spike/grad_norm_limit", "", "", "number", "neither", "Norm above which its update is skipped, if at all."),
+    ("spike/batch", "", "", ".0f", "neither", "Number of the batch of the step, from 0."),
+    ("rewind/NUMBER/QUANTITY", "", "", "number", "neither", "The same of a spike after which training went back."),
+)
 PROCESSES: tuple[Declaration, ...] = (
     ("processes", "processes", "", ".0f", "neither", "Number of processes."),
     ("step_s_max", "", "s", "number", "lower", "Time of the step on the slowest process."),
@@ -245,6 +253,12 @@ GROUPS = (
         "Training",
         "Of a logged training step: the first, every `train.log_every`-th, the last. In the journal.",
         TRAINING,
+        prefixes=(),
+    ),
+    _group(
+        "Spikes",
+        "Of a training step whose loss is a spike; a rewind is at the step that it goes back to. In the journal.",
+        SPIKES,
         prefixes=(),
     ),
     _group(

@@ -69,6 +69,7 @@ class TrainConfig:
     not decayed. Experts that are sharded over processes are a separate parameter group with the same settings.
     Before each update the gradient of all parameters together, over all processes, is scaled down to clip_norm where
     its L2 norm is larger; a loss or norm that is not finite ends the run as diverged, without the update.
+    spike_policy chooses what happens after a spike of the loss.
 
     State and precision: parameters, gradients, both moments of AdamW and router computations are fp32. precision=bf16
     runs forward passes under torch.autocast, in training and evaluation. A checkpoint holds parameters, moments, the
@@ -83,6 +84,8 @@ class TrainConfig:
         **dict.fromkeys(("weight_decay", "warmup_steps"), AT_LEAST_0),
         **dict.fromkeys(("beta1", "beta2"), BELOW_1),
         "final_rate": FRACTION,
+        "spike_window": Range(low=8),
+        "spike_threshold": POSITIVE_FINITE,
     }
 
     steps: int = 1800
@@ -117,6 +120,13 @@ class TrainConfig:
     """Updates between points of the journal."""
     checkpoint_every: int = 300
     """Updates between checkpoints."""
+    spike_policy: Literal["record", "stop", "skip", "rewind"] = "record"
+    """After a loss spike: record it and go on; end the run; leave out the update, also where only the gradient norm
+    spikes; or go back to the last checkpoint and leave out the batches since then."""
+    spike_window: int = 128
+    """Earlier updates that a loss is compared with."""
+    spike_threshold: float = 6.0
+    """Robust standard deviations above the median of the window, from which on a loss is a spike."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "train")

@@ -93,11 +93,11 @@ def is_experiment(subjects: list[str]) -> bool:
 def train_missing(grid: "Experiment", results: Path, jobs: int) -> None:
     """Train the cells that are not done; exit if interrupted."""
     from moebench.analysis.figures import Figures
+    from moebench.cli.output import make_console
     from moebench.experiment.runner import RunOptions, run_experiment
     from moebench.launch.launcher import LocalLauncher
-    from moebench.reporting.console import SafeConsole
 
-    console = SafeConsole(stderr=True)
+    console = make_console(stderr=True)
     report = run_experiment(
         grid, results, RunOptions(jobs=jobs), launcher=LocalLauncher(), console=console, figures=Figures()
     )

@@ -42,13 +42,13 @@ def curve(
     """
     from moebench.analysis.sweep.figure import build_report, draw_curve
     from moebench.analysis.sweep.measure import Setting, measure
+    from moebench.cli.output import make_console
     from moebench.experiment.grid import expand
-    from moebench.reporting.console import SafeConsole
 
     check_plot(plot)
     settings = Setting.parse(vary, "--vary"), Setting.parse(by, "--by") if by is not None else None
     grid = expand(find_experiment(experiment), overrides or (), plugin or ())
-    console = SafeConsole(stderr=True)
+    console = make_console(stderr=True)
     setting_curve = measure(
         grid, results, *settings, report_progress=lambda line: console.print(line, highlight=False, markup=False)
     )

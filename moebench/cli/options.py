@@ -1,7 +1,9 @@
 """Arguments shared by several commands, and the completion of names, which imports nothing heavy."""
 
 import os
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,12 +75,38 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the experiment, for example train.steps=500."),
 ]
 DEFAULT_RESULTS = Path("results")
+PLOT_SUFFIXES = (".png", ".pdf", ".svg")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandArguments:
+    """What a command was called with, for the commands that it recommends: they can be pasted into a shell."""
+
+    experiment: str
+    overrides: Sequence[str] = ()
+    plugins: Sequence[str] = ()
+    results: Path = DEFAULT_RESULTS
+
+    def format(self, command: str, *options: str) -> str:
+        """Return a command on the same experiment, quoted for the shell."""
+        plugins = [part for plugin in self.plugins for part in ("--plugin", plugin)]
+        parts = [*command.split(), self.experiment, *self.overrides, *plugins, *self._results(), *options]
+        return shlex.join(["moebench", *parts])
+
+    def format_ui(self) -> str:
+        """Return the command that shows the tracker."""
+        return shlex.join(["moebench", "ui", *self._results()])
+
+    def _results(self) -> list[str]:
+        return [] if self.results == DEFAULT_RESULTS else ["--results", str(self.results)]
 
 
 def check_plot(plot: Path | None) -> None:
     """Raise UsageError for a figure file that cannot be written, before anything is computed."""
     if plot and (plot.is_dir() or not plot.parent.is_dir()):
         raise UsageError(f"--plot {plot}: must be a file in a folder that exists")
+    if plot and plot.suffix.lower() not in PLOT_SUFFIXES:
+        raise UsageError(f"--plot {plot}: the suffix chooses the format; allowed: {', '.join(PLOT_SUFFIXES)}")
 
 
 def print_json(value: Any, indent: int | None = 1) -> None:

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING
 from moebench.printable import print_text
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from moebench.reporting.report import Report
+
+
+def make_console(*, stderr: bool = False) -> "Console":
+    """Return a console that prints text as it is; with NO_COLOR (no-color.org) neither colors nor bold."""
+    from moebench.reporting.console import SafeConsole
+    from moebench.reporting.streams import open_stderr_console
+
+    return open_stderr_console() if stderr else SafeConsole()
 
 
 def print_table(
@@ -18,7 +28,6 @@ def print_table(
     markdown: bool = False,
 ) -> None:
     """Print rows under their headers; `right`, `no_wrap`: headers of the columns that are aligned so or never wrap."""
-    from moebench.reporting.console import SafeConsole
     from moebench.reporting.table import Column, Table
 
     columns = (
@@ -29,7 +38,7 @@ def print_table(
     if markdown:
         print_text(table.to_markdown())
     else:
-        SafeConsole().print(table.to_rich())
+        make_console().print(table.to_rich())
 
 
 def print_report(report: "Report", *, json: bool, markdown: bool) -> None:
@@ -39,6 +48,4 @@ def print_report(report: "Report", *, json: bool, markdown: bool) -> None:
     elif markdown:
         print_text(report.to_markdown())
     else:
-        from moebench.reporting.console import SafeConsole
-
-        SafeConsole().print(report.to_rich())
+        make_console().print(report.to_rich())

@@ -42,11 +42,10 @@ def plan(
 
 
 def _print(grid: "Experiment", rows: list[dict[str, Any]]) -> None:
-    from moebench.cli.output import print_table
-    from moebench.reporting.console import SafeConsole
+    from moebench.cli.output import make_console, print_table
     from moebench.reporting.formatting import format_count
 
-    console = SafeConsole()
+    console = make_console()
     console.print(f"{grid.name}: {grid.question}", highlight=False, markup=False)
     for note in grid.notes:
         console.print(f"note: {note}", highlight=False, markup=False)

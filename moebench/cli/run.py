@@ -9,6 +9,7 @@ import typer
 
 from moebench.cli.options import (
     DEFAULT_RESULTS,
+    CommandArguments,
     ExperimentName,
     Json,
     Overrides,
@@ -196,7 +197,10 @@ def _run_grid(
     if json:
         print_json(report.to_dict())
     else:
-        _print_summary(report, experiment, console)
+        arguments = CommandArguments(
+            experiment=experiment, overrides=overrides or (), plugins=plugins or (), results=results
+        )
+        _print_summary(report, arguments, options, console)
     return _exit_code(report)
 
 
@@ -212,7 +216,7 @@ def _count_attempts(outcome: "Outcome") -> str:
     return f", the last of {outcome.attempts} attempts" if outcome.attempts > 1 else ""
 
 
-def _print_summary(report: "RunReport", experiment: str, console: "Console") -> None:
+def _print_summary(report: "RunReport", arguments: CommandArguments, options: "RunOptions", console: "Console") -> None:
     lines = [f"{report.num_done} of {report.num_cells} cells done, {len(report.trained)} of them trained now"]
     lines += [
         f"failed: {outcome.cell.arm} seed {outcome.cell.seed}: {outcome.error}{_count_attempts(outcome)}"
@@ -223,8 +227,13 @@ def _print_summary(report: "RunReport", experiment: str, console: "Console") -> 
     if report.tracker_problem:
         lines.append(f"tracker: {report.tracker_problem}")
     if report.interrupted:
-        lines.append(f"interrupted; go on with: moebench run {experiment}")
+        tracker = options.tracker or ""
+        given = ["--tracker", tracker] if tracker and not set(tracker) & set("@?") else []  # may hold a password
+        given += ["--jobs", str(options.jobs)] if options.jobs else []
+        given += ["--reshard"] if options.reshard else []
+        lines.append(f"interrupted; go on with: {arguments.format('run', *given)}")
     else:
-        lines.append(f"next: moebench compare {experiment}  |  moebench ui")
+        seen = "" if options.tracker == "none" else f"  |  {arguments.format_ui()}"
+        lines.append(f"next: {arguments.format('compare')}{seen}")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

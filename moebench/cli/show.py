@@ -109,9 +109,9 @@ def _print(description: dict[str, Any]) -> None:
 
     from moebench.catalogue.configuration import format_option
     from moebench.catalogue.describe import to_text, unwrap
-    from moebench.reporting.console import SafeConsole
+    from moebench.cli.output import make_console
 
-    console = SafeConsole(highlight=False, markup=False)
+    console = make_console()
     console.print(f"{description['name']}  ({description['kind']})\n")
     if description["about"]:
         console.print(f"{unwrap(description['about'])}\n")

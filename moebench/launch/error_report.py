@@ -13,7 +13,7 @@ from moebench.errors import UsageError
 from moebench.launch.failure import describe_disk_error, describe_exception
 from moebench.parallel.replicas import ReplicaError
 from moebench.runs.result import Fault
-from moebench.training.module import NonFiniteError
+from moebench.training.divergence import DivergedError
 
 TRANSPORT_NAMES = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "TCPStore", "ProcessGroup")
 """Substrings of communication errors, which torch raises as plain RuntimeError."""
@@ -33,7 +33,7 @@ ALLOCATION_FAILURES = (
 
 def describe_error(error: BaseException) -> str:
     """Return the reason of a failure in one line."""
-    if isinstance(error, NonFiniteError | UsageError):
+    if isinstance(error, DivergedError | UsageError):
         return str(error)
     if isinstance(error, CheckpointException):
         rank, (cause, _) = min(error.failures.items())
@@ -55,7 +55,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def classify_error(error: BaseException) -> Fault:
     """Return the kind of an error."""
-    if isinstance(error, NonFiniteError):
+    if isinstance(error, DivergedError):
         return Fault.DIVERGED
     if isinstance(error, UsageError | ReplicaError | CheckpointException):
         return Fault.COMMON_ERROR

@@ -24,7 +24,7 @@ def line_style(index: int) -> dict[str, str]:
 
 @contextmanager
 def new_figure(path: Path, title: str, *, width: float, height: float) -> Iterator[Figure]:
-    """Yield a figure of `width` × `height` inches; write it as PNG when the block ends."""
+    """Yield a figure of `width` × `height` inches; write it when the block ends, in the format of the suffix."""
     # `parse_math`: a label such as `a{$` is text.
     style: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titlesize": 10}
     style |= {"text.parse_math": False}
@@ -36,4 +36,4 @@ def new_figure(path: Path, title: str, *, width: float, height: float) -> Iterat
         figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
         yield figure
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png")
+        figure.savefig(path, format=path.suffix.removeprefix(".").lower())

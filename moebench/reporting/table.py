@@ -1,11 +1,12 @@
 """One table for every command: the same value prints on a terminal and as Markdown."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -20,7 +21,8 @@ class Column:
     header: str
     align: Align = "right"
     wraps: bool = False
-    """Cells may break over several lines where the terminal is too narrow; else they are cut with an ellipsis."""
+    """Cells may break between words where the terminal is narrow; where that is not enough, no table is printed but a
+    line for each value."""
     style: Callable[[str], str] = lambda cell: ""
     """Return the rich style of a cell with this text."""
 
@@ -39,7 +41,9 @@ class Table:
     def to_rich(self) -> RenderableType:
         """Return the table for a terminal."""
         note_style = "yellow" if self.marked else "dim"
-        return Group(self._rich_table(), *(Text(note, style=note_style) for note in self.notes))
+        # Not the title of rich's table, which is wrapped at the width of the table.
+        title = [Text(self.title, style="bold yellow" if self.marked else "bold")] if self.title else []
+        return Group(*title, _FittedTable(self), *(Text(note, style=note_style) for note in self.notes))
 
     def to_markdown(self) -> str:
         """Return the table as Markdown without a final newline."""
@@ -51,22 +55,64 @@ class Table:
         notes = ["", *(f"- {note}" for note in self.notes)] if self.notes else []
         return "\n".join([*title, *lines, *notes])
 
-    def _rich_table(self) -> RichTable:
+    def fit_columns(self, width: int) -> list[int] | None:
+        """Return the width of each column in a terminal of `width` cells; None if one would lose characters.
+
+        Numbers are as wide as they are; the last columns of words, such as verdicts, break last.
+        """
+        texts = [(column.header, *(row[index] for row in self.rows)) for index, column in enumerate(self.columns)]
+        natural = [_measure(line for cell in cells for line in cell.splitlines()) for cells in texts]
+        least = [
+            _measure(word for cell in cells for word in cell.split()) if column.wraps else full
+            for column, cells, full in zip(self.columns, texts, natural, strict=True)
+        ]
+        spare = width - sum(least) - 2 * len(least) + 1  # padding of each column, and a space between two
+        if spare < 0:
+            return None
+        for index in reversed(range(len(least))):
+            extra = min(natural[index] - least[index], spare)
+            least[index] += extra
+            spare -= extra
+        return least
+
+    def build_rich_table(self, widths: Sequence[int]) -> RichTable:
+        """Return the table with columns of these widths."""
         table = RichTable(
-            title=Text(self.title, style="bold yellow" if self.marked else "bold") if self.title else None,
-            title_justify="left",
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
             show_edge=False,
         )
-        for column in self.columns:
+        for column, width in zip(self.columns, widths, strict=True):
             overflow: Literal["fold", "ellipsis"] = "fold" if column.wraps else "ellipsis"
             header = Text(column.header)  # not a string, in which rich would look for markup
-            table.add_column(header, justify=column.align, no_wrap=not column.wraps, overflow=overflow)
+            table.add_column(header, justify=column.align, no_wrap=not column.wraps, overflow=overflow, width=width)
         for row in self.rows:
             cells = zip(self.columns, row, strict=True)
             table.add_row(*(Text(cell, style=column.style(cell)) for column, cell in cells))
         return table
+
+
+@dataclass(frozen=True)
+class _FittedTable:
+    """A table where the terminal is wide enough for every column, else its rows one value per line."""
+
+    table: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        widths = self.table.fit_columns(options.max_width)
+        if widths is not None:
+            yield self.table.build_rich_table(widths)
+            return
+        first, *others = self.table.columns
+        for row in self.table.rows:
+            yield Text(f"{first.header} {row[0]}".strip(), style="bold", overflow="fold")
+            for column, cell in zip(others, row[1:], strict=True):
+                heading = " ".join(column.header.split())
+                yield Text.assemble(f"  {heading}: ", (" ".join(cell.split()), column.style(cell)), overflow="fold")
+
+
+def _measure(texts: Iterable[str]) -> int:
+    return max(map(cell_len, texts), default=0)
 
 
 def number_columns(*headers: str) -> tuple[Column, ...]:

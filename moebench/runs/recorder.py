@@ -31,6 +31,15 @@ class RunRecorder:
         if self.journal:
             self.journal.append(step, metrics)
 
+    def append_missing(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add those of the metrics that the journal does not have at this step."""
+        if self.journal and metrics:
+            points, _ = read_journal(self.journal.path)
+            present = {name for point in points if point.step == step for name in point.metrics}
+            missing = {name: value for name, value in metrics.items() if name not in present}
+            if missing:
+                self.journal.append(step, missing)
+
     def record_load(self, step: int, layers: Mapping[str, list[int]]) -> None:
         """Add the loads of one evaluation: MoE layer -> assignments of each expert."""
         if self.folder:

@@ -17,7 +17,7 @@ class Fault(StrEnum):
     COMMON_ERROR = "common"
     """An exception that every process raises by design, such as an invalid configuration."""
     DIVERGED = "diverged"
-    """A loss or gradient was not finite: an outcome of the arm, not of the machine."""
+    """A value was not finite, or a spike ended the run: an outcome of the arm, not of the machine."""
     TIMEOUT = "waited"
     """A collective timed out: another process did not take part."""
     DISCONNECTED = "lost"
@@ -62,6 +62,9 @@ class RunResult:
     """File of the run folder (journal, loads, labels) -> its SHA-256 when the run was done."""
     version: str = ""
     """The moebench that trained it; empty: not recorded."""
+    spikes: list[dict[str, Any]] = field(default_factory=list)
+    """Loss spikes of a finished run: step, loss, loss_limit, grad_norm, grad_norm_limit; seed, number and samples of
+    the batch; action: recorded, skipped (no update) or rewound."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON-ready values."""

@@ -79,6 +79,7 @@ class TextTask(Task):
     """
 
     metric: ClassVar[str] = "bits_per_byte"
+    sample_noun: ClassVar[str] = "windows"
     vocab_size: int
     token_count_V: Tensor
 
@@ -137,6 +138,10 @@ class TextTask(Task):
     @abstractmethod
     def make_batch(self, token_BM: Tensor, byte_BM: Tensor, domain_B: Tensor, uniform: Uniform) -> Batch:
         """Return the batch of windows of M = L + 1 tokens; `byte_BM`: UTF-8 bytes of each token."""
+
+    @override
+    def list_train_samples(self, batch_size: int, seed: int, step: int) -> list[int]:
+        return [int(index) for index in train_window_indices(self.text.train.num_windows, batch_size, seed, step)]
 
     @override
     def train_batch(self, batch_size: int, seed: int, step: int, part: slice = ALL) -> Batch:

@@ -166,6 +166,8 @@ class Task(ABC):
     """Positions of the decoder of an encoder-decoder model, where `sequence_length` is that of the encoder."""
     vocab_size: int | None = None
     token_count_V: Tensor | None = None
+    sample_noun: ClassVar[str] = "samples"
+    """What `list_train_samples` lists."""
 
     @property
     def num_trained_domains(self) -> int:
@@ -193,6 +195,10 @@ class Task(ABC):
     @abstractmethod
     def train_batch(self, batch_size: int, seed: int, step: int, part: slice = ALL) -> Batch:
         """Return the sequences `part` of the training batch of one step, a function of the arguments only."""
+
+    def list_train_samples(self, batch_size: int, seed: int, step: int) -> list[int]:
+        """Return the index in the training split of each sequence of a training batch; empty for generated data."""
+        return []
 
     def token_pairs(self) -> Tensor:
         """Count how often each token id is followed by each other one in the training split: int64 [V, V]."""

@@ -136,6 +136,10 @@ class Vision(Task):
         )
 
     @override
+    def list_train_samples(self, batch_size: int, seed: int, step: int) -> list[int]:
+        return [int(index) for index in self.train_I[train_window_indices(len(self.train_I), batch_size, seed, step)]]
+
+    @override
     def train_batch(self, batch_size: int, seed: int, step: int, part: slice = ALL) -> Batch:
         index_B = self.train_I[train_window_indices(len(self.train_I), batch_size, seed, step)[part]]
         split = self.images.train.select(index_B)

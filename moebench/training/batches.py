@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from moebench.routing.router import required_features
 from moebench.schema import CellConfig
 from moebench.tasks.task import Batch, Task
 from moebench.training.objective import LossNormalizer
+from moebench.training.rewinds import NO_REWINDS, Rewinds
+from moebench.training.spikes import BatchName
 
 
 class StepBatches:
@@ -26,36 +28,59 @@ class StepBatches:
     """
 
     def __init__(
-        self, config: CellConfig, task: Task, first_step: int, mesh: Mesh, on_wait: Callable[[float], None]
+        self,
+        source: "BatchSource",
+        first_step: int,
+        on_wait: Callable[[float], None],
     ) -> None:
         """`on_wait`: called with the seconds that the trainer waited for the batches of each step."""
-        self.config = config
-        self.task = task
+        self.source = source
         self.first_step = first_step
-        self.mesh = mesh
         self.on_wait = on_wait
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the micro-batches of the remaining steps."""
-        for step in range(self.first_step, self.config.train.steps):
+        for step in range(self.first_step, self.source.config.train.steps):
             begin = time.perf_counter()
-            batches = self._micro_batches(step)
+            batches = self.source.make_micro_batches(step)
             self.on_wait(time.perf_counter() - begin)
             yield from batches
 
-    def _micro_batches(self, step: int) -> list[Batch]:
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSource:
+    """Makes the batches of a cell on one of its processes."""
+
+    config: CellConfig
+    task: Task
+    mesh: Mesh
+    rewinds: Rewinds = NO_REWINDS
+
+    def make_micro_batches(self, step: int) -> list[Batch]:
+        """Return this process's part of the micro-batches of update `step`, from 0."""
         train = self.config.train
         size = train.batch_size // train.accumulate
         span = self.mesh.split_sequences(size, sequence_group_size(required_features(self.config.router)))
+        number = self.rewinds.batch_number(step)
         batches = []
         for start in range(0, train.batch_size, size):
             part = slice(start + span.start, start + span.start + span.length)
-            batch = self.task.train_batch(train.batch_size, self.config.seed, step, part)
+            batch = self.task.train_batch(train.batch_size, self.config.seed, number, part)
             batches.append(replace(batch, span=span if self.mesh.size > 1 else None))
         counts = [batch.count_BP.sum() for batch in batches if batch.count_BP is not None]
         if not counts:
             return batches
         return [replace(batch, count_in_step=torch.stack(counts).sum()) for batch in batches]
+
+    def name_batch(self, step: int) -> BatchName:
+        """Return what identifies the batch of update `step`, from 0."""
+        number = self.rewinds.batch_number(step)
+        return BatchName.of_task(self.task, self.config.train.batch_size, self.config.seed, number)
+
+    def count_positions(self, step: int) -> int:
+        """Return the number of positions in the batch of update `step`, from 0, over all processes, without padding."""
+        number = self.rewinds.batch_number(step)
+        return self.task.count_positions(self.config.train.batch_size, self.config.seed, number)
 
 
 def build_loss_normalizer(batch: Batch, config: CellConfig, mesh: Mesh) -> LossNormalizer:
@@ -66,7 +91,8 @@ def build_loss_normalizer(batch: Batch, config: CellConfig, mesh: Mesh) -> LossN
     return LossNormalizer(num_predictions=num_predictions, num_parts=config.train.accumulate * mesh.size)
 
 
-def count_train_tokens(config: CellConfig, task: Task) -> int:
-    """Return the number of tokens that a cell is trained on, without padding."""
+def count_train_tokens(config: CellConfig, task: Task, rewinds: Rewinds = NO_REWINDS) -> int:
+    """Return the number of tokens that a cell is trained on, without padding and without steps that were undone."""
     train = config.train
-    return sum(task.count_positions(train.batch_size, config.seed, step) for step in range(train.steps))
+    numbers = map(rewinds.batch_number, range(train.steps)) if rewinds.entries else range(train.steps)
+    return sum(task.count_positions(train.batch_size, config.seed, number) for number in numbers)

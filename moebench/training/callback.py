@@ -16,6 +16,7 @@ from moebench.training.evaluation import Evaluation
 from moebench.training.executed_cost import ExecutedCost
 from moebench.training.module import CellModule
 from moebench.training.objective import average_objectives
+from moebench.training.spikes import SpikeGuard
 from moebench.training.step_metrics import ParallelCosts, compute_load_metrics, compute_parallel_metrics
 from moebench.training.step_timer import StepTimer
 
@@ -53,6 +54,8 @@ class CellCallback(lightning.Callback):
         self.parallel_costs = ParallelCosts()
         self.executed_cost = ExecutedCost(())
         """Cost of all training steps."""
+        self.spike_guard: SpikeGuard | None = None
+        """That of the module, whose state is part of a checkpoint."""
         self.final: Evaluation | None = None
         """Evaluation on the test split, after the last step; None before."""
         self.validation: Evaluation | None = None
@@ -62,6 +65,7 @@ class CellCallback(lightning.Callback):
     def setup(self, trainer: Any, pl_module: lightning.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, CellModule)
         self.executed_cost = ExecutedCost(pl_module.layers)  # before a checkpoint is loaded
+        self.spike_guard = pl_module.spike_guard
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -72,6 +76,7 @@ class CellCallback(lightning.Callback):
             "parallel": self.parallel_costs.sums,
             "num_timed": self.parallel_costs.num_steps,
             "execution": self.executed_cost.to_list(),
+            "spikes": self.spike_guard.state_dict() if self.spike_guard else None,
         }
 
     @override
@@ -79,6 +84,8 @@ class CellCallback(lightning.Callback):
         self.executed_cost.load_list(state_dict["execution"])
         self.timer.restore(state_dict["seconds"], state_dict["tokens"], state_dict["waits"])
         self.parallel_costs = ParallelCosts(sums=state_dict["parallel"], num_steps=state_dict["num_timed"])
+        if self.spike_guard and state_dict.get("spikes"):  # earlier versions did not write them
+            self.spike_guard.load_state_dict(state_dict["spikes"])
 
     @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -99,12 +106,13 @@ class CellCallback(lightning.Callback):
     def _finish_step(self, trainer: Any, module: CellModule) -> None:
         module.update_routers()
         train, step = module.config.train, trainer.global_step
-        self.timer.stop(module.device, module.task.count_positions(train.batch_size, module.config.seed, step - 1))
+        self.timer.stop(module.device, module.source.count_positions(step - 1))
         for records in module.records:
             self.executed_cost.add(records)
         is_last = step == train.steps
         if self._is_logged(train, step):
             self._log(module, step)
+        self._record_spike(module)
         if step % module.config.parallel.check_every == 0 or is_last:
             check_replicas(module, module.mesh)
         if step % train.eval_every == 0 or is_last:
@@ -114,7 +122,9 @@ class CellCallback(lightning.Callback):
             metrics = {f"test/{name}": value for name, value in self.final.metrics.items()}
             self.context.recorder.append(step, metrics)
         self.is_stopped = not is_last and module.stop_agreed
-        if step % train.checkpoint_every == 0 or is_last or self.is_stopped:
+        # A rewind goes to the last checkpoint: one that depends on when the run was stopped would change the result.
+        saves_on_stop = self.is_stopped and train.spike_policy != "rewind"
+        if step % train.checkpoint_every == 0 or is_last or saves_on_stop:
             self._save(trainer, module, step)
         trainer.should_stop = trainer.should_stop or self.is_stopped
         speed = self.timer.recent_tokens_per_s
@@ -136,8 +146,20 @@ class CellCallback(lightning.Callback):
         self.parallel_costs.add(step, parallel_metrics)
         self.context.recorder.append(step, metrics | parallel_metrics)
 
+    def _record_spike(self, module: CellModule) -> None:
+        spike = module.spike_guard.latest
+        if spike is None:
+            return
+        action = "skipped" if module.is_update_skipped else "recorded"
+        module.spike_guard.record(spike, action)
+        self.context.recorder.append(spike.step, spike.metrics)
+        if module.mesh.is_first:
+            print(f"{spike}" + ("; its update is skipped" if module.is_update_skipped else ""), flush=True)
+
     def _validate(self, module: CellModule, step: int) -> None:
         self.validation = module.evaluate("validation")
+        if self.validation.problem and module.mesh.is_first:
+            print(self.validation.problem, flush=True)
         metrics = {f"eval/{name}": value for name, value in self.validation.metrics.items()}
         self.context.recorder.append(step, metrics)
         if self.validation.load_by_layer:
@@ -149,3 +171,4 @@ class CellCallback(lightning.Callback):
         self.context.recorder.flush()  # the journal is on the disk before a checkpoint claims its steps
         fields = {"cell": self.cell_id, "records": self.context.recorder.describe()}
         trainer.save_checkpoint(checkpoint_path(self.context.checkpoints, step), storage_options=fields)
+        self.context.recorder.append_missing(step, module.source.rewinds.metrics(step))

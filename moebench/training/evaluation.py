@@ -34,6 +34,10 @@ class Evaluation:
     """MoE layer -> assignments of each expert, over the domains of training."""
     labels: dict[str, LabelTable]
     """Kind of label -> assignments by label and expert, over the domains of training."""
+    is_finite: bool = True
+    """Whether the sums that the quality is computed from are finite; equal on all processes."""
+    problem: str = ""
+    """What is not finite and where it occurs first, in one line; empty if nothing is."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -49,7 +53,7 @@ def evaluate(
     Every process of the mesh evaluates its part of each batch, and all return the result of the full batches. The
     precision is that of the caller's autocast context (see `training_precision`).
     """
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         return _evaluate(model, task, batches, seed, device, mesh)
 
 
@@ -65,13 +69,13 @@ def probe(
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
     def compute_features(batch: Batch) -> Tensor:
-        batch = _part_of_rank(batch, mesh, model).to(device)
+        batch = part_of_rank(batch, mesh, model).to(device)
         with torch.autocast(kind, dtype=precision, enabled=precision is not None):
             ctx = batch_context(batch, training=False, seed=seed, micro_batch=next(batch_numbers))
             x_BLD, _ = model.compute_hidden(batch, ctx)
         return mesh.world.gather(x_BLD.float())
 
-    with _evaluation_mode(model), torch.autocast(kind, enabled=False):
+    with evaluation_mode(model), torch.autocast(kind, enabled=False):
         return task.probe(compute_features, batch_size)
 
 
@@ -81,7 +85,8 @@ def training_precision(train: TrainConfig, device: torch.device) -> torch.autoca
 
 
 @contextlib.contextmanager
-def _evaluation_mode(model: Model) -> Iterator[None]:
+def evaluation_mode(model: Model) -> Iterator[None]:
+    """Put a model into evaluation mode without gradients; restore its mode afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -91,7 +96,8 @@ def _evaluation_mode(model: Model) -> Iterator[None]:
         model.train(was_training)
 
 
-def _part_of_rank(batch: Batch, mesh: Mesh, model: Model) -> Batch:
+def part_of_rank(batch: Batch, mesh: Mesh, model: Model) -> Batch:
+    """Return the sequences of an evaluation batch that belong to this process."""
     if mesh.size == 1:
         return batch
     return batch.part(mesh.split_sequences(len(batch.domain_B), model.sequence_group_size))
@@ -131,7 +137,7 @@ def _evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, dev
     layers = model.backbone.moe_layers()
     trained, held_out = (_ExpertCounts(LabelCounts(task.label_kinds()), ExecutedCost(layers)) for _ in range(2))
     for number, batch in enumerate(batches):
-        part = _part_of_rank(batch, mesh, model).to(device)
+        part = part_of_rank(batch, mesh, model).to(device)
         # With the same noise in every batch, loads would depend on that noise.
         ctx = batch_context(part, training=False, seed=seed, micro_batch=number)
         output, records = model(part, ctx)
@@ -150,6 +156,7 @@ def _evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, dev
         load=load | {f"{name}/{OUT_OF_DOMAIN}": value for name, value in held_out_load.items()},
         load_by_layer=load_by_layer,
         labels=labels,
+        is_finite=all(bool(value.isfinite().all()) for value in sums.values()),
     )
 
 

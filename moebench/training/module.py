@@ -18,25 +18,23 @@ from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
 from moebench.routing.features.feature import TrainingPasses, count_passes
 from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig, TrainConfig
-from moebench.tasks.task import TASKS, Batch, Task
-from moebench.training.batches import build_loss_normalizer
+from moebench.tasks.task import Batch, Task
+from moebench.training.batches import BatchSource, build_loss_normalizer
+from moebench.training.divergence import NonFiniteError, SpikeError
 from moebench.training.evaluation import Evaluation, batch_context, evaluate, probe, training_precision
 from moebench.training.model import Model
+from moebench.training.non_finite import trace_evaluation, trace_step
 from moebench.training.objective import LossNormalizer, Objective, add_token_loss, average_passes, compute_objective
-
-
-class NonFiniteError(Exception):
-    """A loss or gradient is not finite: raised before the update, so the parameters are unchanged.
-
-    Or the quality of the trained model is not.
-    """
+from moebench.training.rewinds import NO_REWINDS, RewindRequest, Rewinds
+from moebench.training.spikes import SpikeGuard
 
 
 class CellModule(lightning.LightningModule):
     """Trains one model: AdamW with weight decay on matrices alone, linear warm-up and a cosine schedule.
 
     Losses and records of a step's micro-batches are kept until the next step. The gradient is clipped as a whole;
-    `NonFiniteError` is raised before the update if it or the loss is not finite.
+    `NonFiniteError` is raised before the update if it or the loss is not finite. A spike of the loss is
+    treated as `train.spike_policy` says.
     """
 
     def __init__(
@@ -46,14 +44,20 @@ class CellModule(lightning.LightningModule):
         task: Task,
         mesh: Mesh = SINGLE_PROCESS_MESH,
         should_stop: Callable[[], bool] = lambda: False,
+        rewinds: Rewinds = NO_REWINDS,
     ) -> None:
-        """`should_stop`: polled in every step; all processes stop together when it is true in one of them."""
+        """`should_stop`: polled in every step; all processes stop together when it is true in one of them.
+
+        `rewinds`: those of the run so far, which decide about the batch of each step.
+        """
         super().__init__()
         self.config = config
         self.model = model
         self.task = task
         self.mesh = mesh
         self.should_stop = should_stop
+        self.source = BatchSource(config=config, task=task, mesh=mesh, rewinds=rewinds)
+        self.spike_guard = SpikeGuard(config.train)
         self.layers = model.backbone.moe_layers()
         self.objectives: list[Objective] = []
         self.records: list[list[LayerRecord]] = []
@@ -137,21 +141,40 @@ class CellModule(lightning.LightningModule):
         self.last_grad_norm = clip_grad_norm(self.parameters(), self.config.train.clip_norm).item()
         self._require_finite(self.last_grad_norm, "gradient norm")
         self.last_rate = optimizer.param_groups[0]["lr"]  # of this update: the schedule moves on right after it
+        self._apply_spike_policy()
 
     def _require_finite(self, value: float, what: str) -> None:
         if not math.isfinite(value):
-            raise NonFiniteError(f"{what} is {value} at step {self.global_step + 1}; no update was made")
+            step = self.global_step
+            raise NonFiniteError(
+                f"{what} is {value} at step {step + 1}; no update was made; {self.source.name_batch(step)},"
+                f" {trace_step(self, step)}"
+            )
 
-    def require_finite_quality(self, split: str, evaluation: Evaluation) -> None:
-        """Raise NonFiniteError if the metric that arms are compared by is not finite in the final evaluation."""
-        metric = TASKS.get(self.config.task.name).facts.metric
-        value = evaluation.quality.get(metric, 0.0)
-        if not math.isfinite(value):
-            steps = self.config.train.steps
-            raise NonFiniteError(f"{metric} of the {split} split is {value} after {steps} steps, all of them finite")
+    def _apply_spike_policy(self) -> None:
+        """Compare the step with those before it, and do what the policy says; all processes decide alike."""
+        step, policy = self.global_step, self.spike_guard.policy
+        spike = self.spike_guard.check(
+            step + 1, self.last_loss, self.last_grad_norm, lambda: self.source.name_batch(step)
+        )
+        if spike is None:
+            return
+        if policy == "stop":
+            raise SpikeError(f"{spike}; no update was made (train.spike_policy=stop)")
+        if policy == "rewind":
+            raise RewindRequest(spike)
+        if policy == "skip":
+            self.zero_grad(set_to_none=True)  # AdamW leaves parameters, moments and their step counts as they are
+
+    @property
+    def is_update_skipped(self) -> bool:
+        """Whether the policy left out the update of the last step."""
+        return self.spike_guard.policy == "skip" and self.spike_guard.latest is not None
 
     def update_routers(self) -> None:
         """Update the state of routers from the loads of the step; call after the update and before a checkpoint."""
+        if self.is_update_skipped:
+            return
         for layer, records in zip(self.layers, zip(*self.records, strict=True), strict=True):
             layer.after_step(records)
 
@@ -159,7 +182,11 @@ class CellModule(lightning.LightningModule):
         """Evaluate the model on a split of the task's fixed evaluation set, in the precision of training."""
         batches = self.task.eval_batches(split, self.config.train.batch_size)
         with training_precision(self.config.train, self.device):
-            return evaluate(self.model, self.task, batches, self.config.seed, self.device, self.mesh)
+            evaluation = evaluate(self.model, self.task, batches, self.config.seed, self.device, self.mesh)
+        if evaluation.is_finite:
+            return evaluation
+        place = f"the {split} split gives values that are not finite after step {self.global_step}"
+        return replace(evaluation, problem=f"{place}: {trace_evaluation(self, batches)}")
 
     def evaluate_trained(self) -> Evaluation:
         """Evaluate on the test split, and add what the task measures only on a trained model."""

@@ -39,6 +39,7 @@ def build_result(module: CellModule, callback: CellCallback, *, cell_id: str, ar
         marks=list_marks(config),
         config=to_plain(config),
         validation=callback.validation.metrics | drop_rates,
+        spikes=module.source.rewinds.to_records() + module.spike_guard.records,
     )
 
 
@@ -57,4 +58,4 @@ def _compute_cost(module: CellModule, callback: CellCallback) -> dict[str, float
         cost[f"train_{quantity}"] = planned.train_passes * trained.get(name, cost[quantity])
         cost[f"eval_{quantity}"] = evaluated.get(name, cost[quantity])
     cost["train_flops_per_token"] += planned.training_only_flops
-    return cost | {"train_tokens": float(count_train_tokens(module.config, task))}
+    return cost | {"train_tokens": float(count_train_tokens(module.config, task, module.source.rewinds))}

@@ -24,10 +24,13 @@ from moebench.schema import CellConfig, TrainConfig
 from moebench.tasks.task import Task
 from moebench.training.batches import StepBatches
 from moebench.training.callback import CellCallback, RunContext
+from moebench.training.divergence import NonFiniteError, SpikeError
+from moebench.training.evaluation import Evaluation
 from moebench.training.label_tables import label_tables_to_json
 from moebench.training.model import build_initialised_model
 from moebench.training.module import CellModule
 from moebench.training.result import build_result
+from moebench.training.rewinds import MAX_REWINDS, RewindRequest, Rewinds
 from moebench.training.step_timer import StepTimer
 
 
@@ -43,26 +46,18 @@ def train_cell(
     """Train a cell, or resume it, and evaluate it on the validation and the test split.
 
     All processes of the mesh call it. Returns None when the run was asked to stop; its progress is in the checkpoint.
-    Raises NonFiniteError before an update whose loss or gradient is not finite.
+    Raises NonFiniteError before an update whose loss or gradient is not finite and for a final evaluation that is not,
+    and SpikeError where `train.spike_policy` says so.
     """
     start_s = time.perf_counter()
-    checkpoint = _find_checkpoint(context, cell_id, mesh)
-    model = build_initialised_model(config, task, mesh)
-    # Each batch passes the embedding: in training, in evaluations and where a task probes the trained model.
-    model.embedding.register_forward_hook(lambda *_: context.report_activity("active"))
-    timer = StepTimer()
-    module = CellModule(config, model, task, mesh, context.should_stop)
-    callback = CellCallback(context, timer, cell_id)
-    first_step = parse_step(checkpoint) if checkpoint else 0
-    fit(build_trainer(config, [callback], mesh), module, timer, checkpoint, first_step)
+    module, callback = _fit_with_rewinds(config, task, context, mesh, cell_id)
     if callback.is_stopped:
         return None
     # A run that was killed between its last checkpoint and its result has no step left that would evaluate it.
     # `to`: Lightning has moved the module back to the host.
     callback.validation = callback.validation or module.to(mesh.device).evaluate("validation")
     callback.final = callback.final or module.to(mesh.device).evaluate_trained()
-    for split, evaluation in (("validation", callback.validation), ("test", callback.final)):
-        module.require_finite_quality(split, evaluation)
+    _require_finite(callback.validation, callback.final)
     if callback.final.labels:
         context.recorder.record_labels(label_tables_to_json(config.train.steps, callback.final.labels))
     if mesh.is_first:
@@ -71,6 +66,49 @@ def train_cell(
         except OSError:
             traceback.print_exc()  # into the log: a checkpoint too many does not make a trained cell a failure
     return build_result(module, callback, cell_id=cell_id, arm=arm, start_s=start_s)
+
+
+def _fit_with_rewinds(
+    config: CellConfig, task: Task, context: RunContext, mesh: Mesh, cell_id: str
+) -> tuple[CellModule, CellCallback]:
+    """Train to the last step or a stop; after a spike under the policy `rewind`, again from the last checkpoint."""
+    rewinds: Rewinds = mesh.broadcast_object(Rewinds.read(context.checkpoints))
+    while True:
+        checkpoint = _find_checkpoint(context, cell_id, mesh)
+        first_step = parse_step(checkpoint) if checkpoint else 0
+        context.recorder.append_missing(first_step, rewinds.metrics(first_step))
+        model, timer = build_initialised_model(config, task, mesh), StepTimer()
+        # Each batch passes the embedding: in training, in evaluations and where a task probes the trained model.
+        model.embedding.register_forward_hook(lambda *_: context.report_activity("active"))
+        module = CellModule(config, model, task, mesh, context.should_stop, rewinds)
+        callback = CellCallback(context, timer, cell_id)
+        try:
+            fit(build_trainer(config, [callback], mesh), module, timer, checkpoint, first_step)
+        except RewindRequest as request:
+            rewinds = _add_rewind(rewinds, request, context, mesh, config.train)
+        else:
+            return module, callback
+
+
+def _add_rewind(
+    rewinds: Rewinds, request: RewindRequest, context: RunContext, mesh: Mesh, train: TrainConfig
+) -> Rewinds:
+    """Return the rewinds with one more, which is on the disk; raise SpikeError when there are too many."""
+    if len(rewinds.entries) >= MAX_REWINDS:
+        raise SpikeError(f"{request.spike}; {MAX_REWINDS} rewinds have not helped (train.spike_policy=rewind)")
+    rewinds = rewinds.after(request.spike, train.checkpoint_every)
+    if mesh.is_first:
+        rewinds.write(context.checkpoints)
+        print(rewinds.entries[-1], flush=True)
+    mesh.barrier()
+    return rewinds
+
+
+def _require_finite(*evaluations: Evaluation) -> None:
+    """Raise NonFiniteError for an evaluation of the trained model with values that are not finite."""
+    for evaluation in evaluations:
+        if evaluation.problem:
+            raise NonFiniteError(evaluation.problem)
 
 
 def _find_checkpoint(context: RunContext, cell_id: str, mesh: Mesh) -> Path | None:
@@ -134,7 +172,7 @@ def fit(
     first_step: int = 0,
 ) -> None:
     """Train a module from `first_step` on, which is that of the checkpoint; `timer` adds up the waits for batches."""
-    batches = StepBatches(module.config, module.task, first_step, module.mesh, timer.add_data_wait)
+    batches = StepBatches(module.source, first_step, timer.add_data_wait)
     with warnings.catch_warnings():
         # `batches` starts at the resumed step: there is nothing to replay, and no loader state to restore.
         warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")

@@ -119,27 +119,37 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 class Watched(Language):
-    """The language task; records the inputs of its batches, and passes the loss of step `at` (from 1) to `spoil`."""
+    """The language task; records its batches, and passes the training loss of some of them to `spoil`."""
 
     def __init__(self, task: Language, spoil: Callable[[torch.Tensor], torch.Tensor] | None = None, at: int = 4):
+        """`at`: number of the batch to spoil, from 1; however often a step with it is made."""
         super().__init__(task.config, task.text)
         self.seen: list[torch.Tensor] = []
+        self.numbers: list[int] = []
+        """Numbers of the batches made, from 0."""
         self.spoil = spoil
         self.at = at
-        self.trained = 0
 
     def train_batch(self, batch_size: int, seed: int, step: int, part: slice = ALL) -> Batch:
         batch = super().train_batch(batch_size, seed, step, part)
         self.seen.append(batch.input_BL)
+        self.numbers.append(step)
         return batch
 
     def loss(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
         loss_BP = super().loss(output, batch)
-        if output.requires_grad:
-            self.trained += 1
-            if self.spoil is not None and self.trained == self.at:
-                return self.spoil(loss_BP)
+        if output.requires_grad and self.spoil is not None and self.is_spoiled(self.find_number(batch)):
+            return self.spoil(loss_BP)
         return loss_BP
+
+    def is_spoiled(self, number: int) -> bool:
+        """Return whether the batch is to be spoiled."""
+        return number == self.at - 1
+
+    def find_number(self, batch: Batch) -> int:
+        """Return the number of a batch; the trainer makes one before it needs it."""
+        pairs = zip(self.numbers[-2:], self.seen[-2:], strict=True)
+        return next(number for number, input_BL in pairs if torch.equal(input_BL, batch.input_BL))
 
 
 def assert_same_tree(ours: Any, theirs: Any, path: str = "") -> None:
@@ -165,4 +175,6 @@ def assert_same_runs(whole: Run, parts: Run) -> None:
     ours, theirs = whole.checkpoint(last), parts.checkpoint(last)
     for key in ("state_dict", "optimizer", "lr_schedulers", "global_step"):
         assert_same_tree(ours[key], theirs[key], key)
+    spikes = [content["callbacks"]["CellCallback"]["spikes"] for content in (ours, theirs)]
+    assert_same_tree(*spikes, "spikes")
     assert whole.points() == parts.points()

@@ -109,6 +109,10 @@ class AudioTask(Task):
         return int(self._lengths(train)[train_indices(train, batch_size, seed, step)].sum())
 
     @override
+    def list_train_samples(self, batch_size: int, seed: int, step: int) -> list[int]:
+        return [int(index) for index in train_indices(self.audio.train, batch_size, seed, step)]
+
+    @override
     def train_batch(self, batch_size: int, seed: int, step: int, part: slice = ALL) -> Batch:
         index_B = train_indices(self.audio.train, batch_size, seed, step)
         return self._batch(self.audio.train, index_B, part, mask_seed=(seed, step))

@@ -41,15 +41,14 @@ def test_a_table_without_title_and_notes_is_only_rows() -> None:
     assert render(table) == "x\ny\n──\n1"
 
 
-def test_columns_that_do_not_wrap_are_cut_with_an_ellipsis() -> None:
+def test_columns_that_do_not_fit_become_lines() -> None:
     columns = (Column(header="long", align="left"), Column(header="text", align="left", wraps=True))
-    text = render(Table(columns=columns, rows=(("abcdefghij", "one two"),)), width=9)
-    assert "abcde" in text
-    assert "…" in text
+    text = render(Table(columns=columns, rows=(("abcde", "one two"),)), width=9)
+    assert text.split() == ["long", "abcde", "text:", "one", "two"]
 
 
 def test_a_row_needs_a_cell_for_each_column() -> None:
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(IndexError):
         render(Table(columns=(Column(header="x"), Column(header="y")), rows=(("1",),)))
 
 
