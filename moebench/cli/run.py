@@ -47,6 +47,10 @@ def run(
         str | None,
         typer.Option(metavar="CELL", help="Train one cell in this process, for a debugger: ARM, ARM/SEED or its id."),
     ] = None,
+    ignore_memory: Annotated[
+        bool,
+        typer.Option("--ignore-memory", help="Train cells that need more memory than there is, by the estimate."),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Train every cell that is not done and resume those half done.
@@ -70,9 +74,9 @@ def run(
     cluster = detect_cluster()
     if foreground is not None:
         _check_foreground({"--json": json, "--jobs": jobs > 0, "--reshard": reshard}, cluster)
-        code = _run_one_cell(experiment, overrides, plugin, foreground, results, console)
+        code = _run_one_cell(experiment, overrides, plugin, foreground, results, console, ignore_memory=ignore_memory)
     else:
-        options = RunOptions(jobs=jobs, tracker=tracker, reshard=reshard)
+        options = RunOptions(jobs=jobs, tracker=tracker, reshard=reshard, ignore_memory=ignore_memory)
         run_grid = partial(_run_grid, experiment, overrides, plugin, results, options, console, json=json)
         code = run_grid(LocalLauncher()) if cluster is None else _run_in_cluster(cluster, run_grid, console)
     if code:
@@ -98,6 +102,8 @@ def _run_one_cell(
     cell_name: str,
     results: Path,
     console: "Console",
+    *,
+    ignore_memory: bool,
 ) -> int:
     """Train one cell in this process and return the exit code."""
     from moebench.analysis.figures import Figures
@@ -106,7 +112,9 @@ def _run_one_cell(
 
     grid = expand(find_experiment(experiment), overrides or (), plugins or ())
     cell = select_cell(grid.cells, cell_name)
-    return run_foreground(grid, cell, results, console=console, figures=Figures())
+    return run_foreground(
+        grid, cell, results, console=console, figures=Figures(), ignore_memory=ignore_memory
+    )
 
 
 def _run_in_cluster(cluster: "ClusterEnvironment", run_grid: "Callable[[Launcher], int]", console: "Console") -> int:

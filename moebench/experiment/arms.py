@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +39,13 @@ class _Point:
     """The cell's configuration without overrides, untyped."""
 
 
-def resolve_arms(config: ExperimentConfig, overrides: Mapping[str, Any], where: str) -> list[Arm]:
-    """Resolve and check every arm; raise UsageError if one could not be trained or equals another."""
+def resolve_arms(
+    config: ExperimentConfig, overrides: Mapping[str, Any], where: str, on_progress: Callable[[int, int], None]
+) -> list[Arm]:
+    """Resolve and check every arm; raise UsageError if one could not be trained or equals another.
+
+    `on_progress` is called with the number of arms that are checked and that of all.
+    """
     require(isinstance(config.base, Mapping), "base", str(config.base) or "null", "a mapping of keys to values")
     if "seed" in config.base or "seed" in overrides:
         raise UsageError("seed: the experiment sets it; choose with seeds=[...] instead")
@@ -53,6 +58,7 @@ def resolve_arms(config: ExperimentConfig, overrides: Mapping[str, Any], where: 
     _refuse_equal_labels(labels, configs, where)
     arms = []
     for point, label, cell in zip(points, labels, configs, strict=True):
+        on_progress(len(arms), len(points))
         check_cell(cell)
         digest = TASKS.get(cell.task.name).item.source_digest(cell.task)
         arms.append(Arm(label=label, config=cell, varies=_list_varied_keys(point, cell), data_digest=digest))

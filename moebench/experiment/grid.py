@@ -1,6 +1,6 @@
 """Build the cells of an experiment: every arm for every seed, seeds outermost."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,24 @@ class Experiment:
         return list(dict.fromkeys(cell.arm for cell in self.cells))
 
 
-def expand(path: Path, overrides: Sequence[str] = (), plugins: Sequence[str] = ()) -> Experiment:
-    """Read an experiment file and build its cells; raise UsageError if one could not be trained."""
+def ignore_progress(number: int, total: int) -> None:
+    """Show nothing."""
+
+
+def expand(
+    path: Path,
+    overrides: Sequence[str] = (),
+    plugins: Sequence[str] = (),
+    on_progress: Callable[[int, int], None] = ignore_progress,
+) -> Experiment:
+    """Read an experiment file and build its cells; raise UsageError if one could not be trained.
+
+    `on_progress` is called with the number of arms that are checked and that of all arms.
+    """
     loaded = [load_plugin(plugin) for plugin in plugins]  # first: the file may use what they register
     config, cell_overrides = load_experiment(path, overrides)
     is_regridded = any(override.startswith(("grid", "seeds")) for override in overrides)
-    return _build(path, config, cell_overrides, loaded, is_regridded=is_regridded)
+    return _build(path, config, cell_overrides, loaded, is_regridded=is_regridded, on_progress=on_progress)
 
 
 def expand_routers(
@@ -74,9 +86,10 @@ def _build(
     plugins: Sequence[Plugin],
     *,
     is_regridded: bool,
+    on_progress: Callable[[int, int], None] = ignore_progress,
 ) -> Experiment:
     with plugin_errors_in_one_line():
-        arms = resolve_arms(config, cell_overrides, str(path))
+        arms = resolve_arms(config, cell_overrides, str(path), on_progress)
     baseline, notes = _choose_baseline(config.baseline, [arm.label for arm in arms], is_regridded=is_regridded)
     arm_plugins = [select_plugins(plugins, _collect_names(arm.config)) for arm in arms]
     cells = [

@@ -10,6 +10,8 @@ from rich.console import Console
 from moebench.cores import available_cores
 from moebench.experiment.display import LineDisplay, LiveDisplay
 from moebench.experiment.grid import Experiment
+from moebench.experiment.memory import count_fitting_cells, require_memory
+from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.plan import cell_state
 from moebench.experiment.reshard import reshard
 from moebench.experiment.store import open_results, record_experiment, require_disk_space, select_unfinished
@@ -44,6 +46,8 @@ class RunOptions:
     """MLflow URI; "none": no tracker; None: the database in the results folder."""
     reshard: bool = False
     """Whether new cells start from the checkpoints of the same cells on another mesh."""
+    ignore_memory: bool = False
+    """Whether to train cells whose estimated memory exceeds that of the machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +116,10 @@ def run_experiment(
     cells = select_unfinished(results, experiment)
     for note in experiment.notes:
         print_note(console, note)
-    require_disk_space(results, experiment, cells)
+    costs = ModelCosts(results)
+    if not options.ignore_memory:
+        require_memory(cells, costs)
+    require_disk_space(results, cells, costs)
     record_experiment(results, experiment)
     for config in {cell.data_digest: cell.config for cell in cells}.values():
         prepare_task(config, results)  # once, so that the workers read it from the cache
@@ -123,7 +130,7 @@ def run_experiment(
     if tracker:
         tracker.start()
     grid_run = _GridRun(experiment, results, cells, launcher, console, figures, tracker)
-    outcomes, interrupted = grid_run.train(options.jobs or choose_num_jobs(cells))
+    outcomes, interrupted = grid_run.train(options.jobs or min(choose_num_jobs(cells), count_fitting_cells(cells, costs)))
     if cells and not interrupted:
         figures.draw_experiment_figures(experiment, results)
     status = tracker.stop() if tracker else None

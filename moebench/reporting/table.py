@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -51,6 +52,14 @@ class Table:
         notes = ["", *(f"- {note}" for note in self.notes)] if self.notes else []
         return "\n".join([*title, *lines, *notes])
 
+    def to_text(self) -> str:
+        """Return header and rows as text, each column as wide as its longest cell, whatever the terminal's width."""
+        lines = (tuple(column.header for column in self.columns), *self.rows)
+        lines = tuple(tuple(cell if cell.isprintable() else repr(cell)[1:-1] for cell in line) for line in lines)
+        widths = [max(map(cell_len, cells)) for cells in zip(*lines, strict=True)]
+        aligned = (zip(self.columns, line, widths, strict=True) for line in lines)
+        return "\n".join("  ".join(_pad(*cell) for cell in line).rstrip() for line in aligned)
+
     def _rich_table(self) -> RichTable:
         table = RichTable(
             title=Text(self.title, style="bold yellow" if self.marked else "bold") if self.title else None,
@@ -67,6 +76,11 @@ class Table:
             cells = zip(self.columns, row, strict=True)
             table.add_row(*(Text(cell, style=column.style(cell)) for column, cell in cells))
         return table
+
+
+def _pad(column: Column, cell: str, width: int) -> str:
+    padding = " " * (width - cell_len(cell))
+    return padding + cell if column.align == "right" else cell + padding
 
 
 def number_columns(*headers: str) -> tuple[Column, ...]:

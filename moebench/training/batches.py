@@ -14,6 +14,9 @@ from moebench.schema import CellConfig
 from moebench.tasks.task import Batch, Task
 from moebench.training.objective import LossNormalizer
 
+MAX_COUNTED_STEPS = 100_000
+"""Steps whose tokens are counted one by one, where they differ."""
+
 
 class StepBatches:
     """Iterate over the training batches from one step on.
@@ -67,6 +70,13 @@ def build_loss_normalizer(batch: Batch, config: CellConfig, mesh: Mesh) -> LossN
 
 
 def count_train_tokens(config: CellConfig, task: Task) -> int:
-    """Return the number of tokens that a cell is trained on, without padding."""
+    """Return the number of tokens that a cell is trained on, without padding.
+
+    Where the lengths of sequences differ, the steps after the first `MAX_COUNTED_STEPS` count as their mean.
+    """
     train = config.train
-    return sum(task.count_positions(train.batch_size, config.seed, step) for step in range(train.steps))
+    if type(task).count_positions is Task.count_positions:
+        return train.steps * train.batch_size * task.tokens_per_sequence
+    num_counted = min(train.steps, MAX_COUNTED_STEPS)
+    counted = sum(task.count_positions(train.batch_size, config.seed, step) for step in range(num_counted))
+    return counted if num_counted == train.steps else counted * train.steps // num_counted
