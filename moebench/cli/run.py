@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 EXIT_FAILED, EXIT_TRACKER = 1, 3
 
+IgnoreMemory = Annotated[
+    bool, typer.Option("--ignore-memory", help="Train cells that need more memory than there is, by the estimate.")
+]
+
 
 def run(
     experiment: ExperimentName,
@@ -47,10 +51,7 @@ def run(
         str | None,
         typer.Option(metavar="CELL", help="Train one cell in this process, for a debugger: ARM, ARM/SEED or its id."),
     ] = None,
-    ignore_memory: Annotated[
-        bool,
-        typer.Option("--ignore-memory", help="Train cells that need more memory than there is, by the estimate."),
-    ] = False,
+    ignore_memory: IgnoreMemory = False,
     json: Json = False,
 ) -> None:
     """Train every cell that is not done and resume those half done.
@@ -112,9 +113,7 @@ def _run_one_cell(
 
     grid = expand(find_experiment(experiment), overrides or (), plugins or ())
     cell = select_cell(grid.cells, cell_name)
-    return run_foreground(
-        grid, cell, results, console=console, figures=Figures(), ignore_memory=ignore_memory
-    )
+    return run_foreground(grid, cell, results, console=console, figures=Figures(), ignore_memory=ignore_memory)
 
 
 def _run_in_cluster(cluster: "ClusterEnvironment", run_grid: "Callable[[Launcher], int]", console: "Console") -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from moebench.compatibility import check_cell
 from moebench.config import cell_id, component_keys, merge_settings, nest, resolve, to_plain
 from moebench.conversion import convert
-from moebench.errors import UsageError, nearest, require
+from moebench.errors import UsageError, nearest, require, require_text
 from moebench.schema import COMPONENTS, DEFAULT_NAMES, CellConfig, ExperimentConfig
 from moebench.tasks.task import TASKS
 
@@ -56,7 +56,7 @@ def resolve_arms(
     ]
     labels = [_arm_label(point, config.grid, cell) for point, cell in zip(points, configs, strict=True)]
     _refuse_equal_labels(labels, configs, where)
-    arms = []
+    arms: list[Arm] = []
     for point, label, cell in zip(points, labels, configs, strict=True):
         on_progress(len(arms), len(points))
         check_cell(cell)
@@ -109,7 +109,10 @@ def _arm_label(point: _Point, grid: Mapping[str, Sequence[Any]], cell: CellConfi
 
 def _format_choice(key: str, value: Any, values: Sequence[Any], plain: Mapping[str, Any]) -> str:
     if isinstance(value, Mapping) and "label" in value:
-        return str(convert(value["label"], str, f"grid.{key}: label"))
+        label: str = convert(value["label"], str, f"grid.{key}: label")
+        require(bool(label.strip()), f"grid.{key}: label", repr(label), "a text that is not blank")
+        require_text(label, f"grid.{key}: label")
+        return label
     if not isinstance(value, Mapping):
         return str(value) if key in COMPONENTS else f"{key.split('.')[-1]}={_pick_typed(value, _look_up(plain, key))}"
     name = str(value.get("name", key))

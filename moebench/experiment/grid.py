@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moebench.config import apply_overrides, cell_id, load_experiment
-from moebench.errors import unknown
+from moebench.errors import require_text, unknown
 from moebench.experiment.arms import Arm, note_partial_overrides, resolve_arms
 from moebench.plugin_errors import plugin_errors_in_one_line
 from moebench.registry import Plugin, load_plugin, select_plugins
@@ -88,6 +88,8 @@ def _build(
     is_regridded: bool,
     on_progress: Callable[[int, int], None] = ignore_progress,
 ) -> Experiment:
+    require_text(config.question, "question")
+    require_text(config.baseline, "baseline")
     with plugin_errors_in_one_line():
         arms = resolve_arms(config, cell_overrides, str(path), on_progress)
     baseline, notes = _choose_baseline(config.baseline, [arm.label for arm in arms], is_regridded=is_regridded)
@@ -101,8 +103,16 @@ def _build(
         question=config.question,
         baseline=baseline,
         cells=tuple(cells),
-        notes=(*note_partial_overrides(cell_overrides, arms, config.grid), *notes),
+        notes=(*note_partial_overrides(cell_overrides, arms, config.grid), *_note_long_warmup(arms), *notes),
     )
+
+
+def _note_long_warmup(arms: Sequence[Arm]) -> Iterator[str]:
+    """Yield a note for each pair of steps and warm-up with which the learning rate never reaches its peak."""
+    for steps, warmup in dict.fromkeys((arm.config.train.steps, arm.config.train.warmup_steps) for arm in arms):
+        if warmup > steps:
+            share = f"{steps / warmup:.0%} of train.learning_rate" if warmup < 2**63 else "its peak"
+            yield f"train.warmup_steps={warmup} is more than train.steps={steps}: the rate never exceeds {share}"
 
 
 def _build_cell(arm: Arm, seed: int, plugins: Sequence[Plugin]) -> Cell:

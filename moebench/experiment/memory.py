@@ -58,7 +58,8 @@ def require_memory(cells: Sequence[Cell], costs: ModelCosts) -> None:
         if estimate.total_bytes > available:
             processes = f" in {estimate.num_processes} processes" if estimate.num_processes > 1 else ""
             raise UsageError(
-                f"{cell.arm}: needs about {format_bytes(estimate.total_bytes)}{processes}, and {owner} has {format_bytes(available)}"
+                f"{cell.arm}: needs about {format_bytes(estimate.total_bytes)}{processes}, and {owner} has"
+                f" {format_bytes(available)}"
                 " (allowed: a smaller model, train.accumulate for smaller micro-batches, fewer processes, or"
                 " --ignore-memory)"
             )
@@ -69,4 +70,3 @@ def count_fitting_cells(cells: Sequence[Cell], costs: ModelCosts) -> int:
     on_cpu = [cell.config for cell in {cell.arm: cell for cell in cells}.values() if not uses_gpu(cell.config.train)]
     largest = max((estimate_memory(config, costs).total_bytes for config in on_cpu), default=0)
     return max(1, available_memory() // largest) if largest else len(cells)
-

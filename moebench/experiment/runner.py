@@ -130,7 +130,9 @@ def run_experiment(
     if tracker:
         tracker.start()
     grid_run = _GridRun(experiment, results, cells, launcher, console, figures, tracker)
-    outcomes, interrupted = grid_run.train(options.jobs or min(choose_num_jobs(cells), count_fitting_cells(cells, costs)))
+    outcomes, interrupted = grid_run.train(
+        options.jobs or min(choose_num_jobs(cells), count_fitting_cells(cells, costs))
+    )
     if cells and not interrupted:
         figures.draw_experiment_figures(experiment, results)
     status = tracker.stop() if tracker else None
