@@ -160,6 +160,8 @@ def refuse_losses(c: Combination) -> Iterator[str]:
             yield str(unknown("router.losses", loss, known))
         if not coefficient >= 0:
             yield f"router.losses.{loss} must be at least 0, got {coefficient}"
+        elif math.isinf(coefficient):
+            yield f"router.losses.{loss} must be finite, got {coefficient}"
 
 
 def refuse_missing_gpu(c: Combination) -> Iterator[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from moebench.errors import require
-from moebench.ranges import AT_LEAST_1, BELOW_1, POSITIVE, POSITIVE_FINITE, Range, check_ranges
+from moebench.ranges import BELOW_1, POSITIVE, POSITIVE_FINITE, Range, at_least_1_up_to, check_ranges
 
 ExpertKind = Literal["ffn", "zero", "copy", "constant", "projection", "shared_projection", "head", "stack"]
 
@@ -52,7 +52,9 @@ class LayoutConfig:
     """Options that every layout has; each layout's own Config adds its name and its options."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
-        **dict.fromkeys(("num_experts", "expert_width", "depth"), AT_LEAST_1),
+        "num_experts": at_least_1_up_to(2**14),
+        "expert_width": at_least_1_up_to(2**20),
+        "depth": at_least_1_up_to(1000),
         **dict.fromkeys(("capacity_factor_train", "capacity_factor_eval"), POSITIVE),
         "total_params": POSITIVE_FINITE,
         "expert_dropout": BELOW_1,

@@ -123,7 +123,18 @@ def component_keys(kind: str, name: str) -> set[str]:
 
 def to_plain(config: Any) -> dict[str, Any]:
     """Return a configuration as dictionaries, lists and scalars, ready for JSON and YAML."""
-    return dataclasses.asdict(config)
+    return {entry.name: _plain_value(getattr(config, entry.name)) for entry in dataclasses.fields(config)}
+
+
+def _plain_value(value: Any) -> Any:
+    # `dataclasses.asdict` copies scalars by `deepcopy`, which is most of the time of a grid of thousands of cells.
+    if dataclasses.is_dataclass(value):
+        return to_plain(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_plain_value(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _plain_value(item) for key, item in value.items()}
+    return value
 
 
 def to_yaml(config: Any) -> str:

@@ -1,8 +1,10 @@
-"""Count the cores that this process may use: on a shared node or in a container, fewer than the machine has."""
+"""Cores and memory that this process may use: on a shared node or in a container, less than the machine has."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 PROCESS_GROUPS = Path("/proc/self/cgroup")
 GROUPS = Path("/sys/fs/cgroup")
@@ -20,8 +22,23 @@ def available_cores(process_groups: Path = PROCESS_GROUPS, groups: Path = GROUPS
     return max(1, int(min([float(mask), *_quotas(process_groups, groups)])))
 
 
+def available_memory(process_groups: Path = PROCESS_GROUPS, groups: Path = GROUPS) -> int:
+    """Return the bytes of memory that this process may have: those of the machine, or the limit of a control group."""
+    names = ("memory.max", "memory.limit_in_bytes")  # version 2, version 1
+    limits = [_read(group / name) for group in _list_groups("memory", process_groups, groups) for name in names]
+    return min([psutil.virtual_memory().total, *(int(limit) for limit in limits if limit.isdecimal())])
+
+
 def _quotas(process_groups: Path, groups: Path) -> Iterator[float]:
     """Yield the CPU quotas, in cores, that apply to this process; see cgroups(7)."""
+    for group in _list_groups("cpu", process_groups, groups):
+        for quota in (_quota_of_v2(group), _quota_of_v1(group)):
+            if quota is not None:
+                yield quota
+
+
+def _list_groups(controller: str, process_groups: Path, groups: Path) -> Iterator[Path]:
+    """Yield the folders of the control groups of this process, and of their parents, that a controller limits."""
     try:
         lines = process_groups.read_text().splitlines()
     except OSError:
@@ -30,18 +47,16 @@ def _quotas(process_groups: Path, groups: Path) -> Iterator[float]:
         # "0::/path" is of version 2, "4:cpu,cpuacct:/path" of version 1.
         _, controllers, path = line.split(":", maxsplit=2)
         if not controllers:
-            mounts, quota_of = (groups, groups / "unified"), _quota_of_v2
-        elif "cpu" in controllers.split(","):
-            mounts, quota_of = (groups / controllers, groups / "cpu"), _quota_of_v1
+            mounts = (groups, groups / "unified")
+        elif controller in controllers.split(","):
+            mounts = (groups / controllers, groups / controller)
         else:
             continue
         mount = next((mount for mount in mounts if mount.is_dir()), groups)
         # In a container the path may be that of the host and not be mounted; its mounted parents still apply.
         group = Path(os.path.normpath("/" + path.lstrip("/"))).relative_to("/")
         for ancestor in (group, *group.parents):
-            quota = quota_of(mount / ancestor)
-            if quota is not None:
-                yield quota
+            yield mount / ancestor
 
 
 def _quota_of_v2(folder: Path) -> float | None:

@@ -7,6 +7,10 @@ from difflib import get_close_matches
 class UsageError(Exception):
     """A mistake in a command, a configuration, a file or a machine: printed as one line, exit code 2."""
 
+    def __init__(self, message: str) -> None:
+        """Line breaks, which a name from outside may have, become spaces."""
+        super().__init__(" ".join(message.splitlines()))
+
 
 def nearest(given: str, allowed: Iterable[str]) -> str:
     """Return the text " Did you mean 'x'?" for the closest allowed name, or an empty string if none is close."""
@@ -24,3 +28,16 @@ def require(condition: bool, key: str, given: object, allowed: str) -> None:
     """Raise UsageError naming the key, what was given and what is allowed, unless the condition holds."""
     if not condition:
         raise UsageError(f"{key} must be {allowed}, got {given}")
+
+
+MAX_TEXT_LENGTH = 1000
+"""Characters of a label or a question: they stand in tables, figures, run names and file names."""
+
+
+def require_text(text: str | None, key: str) -> None:
+    """Raise UsageError for a label or a question with NUL characters or of an impossible length."""
+    if text is None:
+        return
+    require("\0" not in text, key, "a NUL character", "text without NUL characters")
+    given = f"{len(text)} characters"
+    require(len(text) <= MAX_TEXT_LENGTH, key, given, f"text of at most {MAX_TEXT_LENGTH} characters")

@@ -7,6 +7,9 @@ from typing import get_args
 
 from moebench.errors import require
 
+MAX_DIGITS = 40
+"""Longest number that a message shows in full."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Range:
@@ -16,17 +19,21 @@ class Range:
     high: float = math.inf
     includes_low: bool = True
     includes_high: bool = True
+    limit: int | None = None
+    """Largest value of a size or a count: more could not be trained, and would only end in the allocator."""
 
     def __contains__(self, value: float) -> bool:
         """Return whether a number is in the range."""
         above = self.low <= value if self.includes_low else self.low < value
         below = value <= self.high if self.includes_high else value < self.high
-        return above and below
+        return above and below and (self.limit is None or value <= self.limit)
 
     def __str__(self) -> str:
         """Return the range as text for an error message."""
         if self.includes_low and self.includes_high and self.high < math.inf:
             return f"between {self.low:g} and {self.high:g}"
+        if self.limit is not None:
+            return f"{dataclasses.replace(self, limit=None)} and at most {self.limit}"
         parts = [f"{'at least' if self.includes_low else 'greater than'} {self.low:g}"]
         if self.high < math.inf:
             parts.append(f"{'at most' if self.includes_high else 'below'} {self.high:g}")
@@ -35,7 +42,13 @@ class Range:
         return " and ".join(parts)
 
 
+def at_least_1_up_to(limit: int) -> Range:
+    """Return the range of a size or a count that has a limit."""
+    return Range(low=1, limit=limit)
+
+
 AT_LEAST_0 = Range(low=0)
+AT_LEAST_0_FINITE = Range(low=0, includes_high=False)
 AT_LEAST_1 = Range(low=1)
 POSITIVE = Range(low=0, includes_low=False)
 POSITIVE_FINITE = Range(low=0, includes_low=False, includes_high=False)
@@ -56,13 +69,29 @@ def check_ranges(config: object, section: str) -> None:
     for name, allowed in get_ranges(type(config)).items():
         value = getattr(config, name)
         if value is not None and value not in allowed:
-            require(False, f"{section}.{name}", value, describe_range(type(config), name))
+            is_too_large = allowed.limit is not None and value > allowed.limit
+            text = f"at most {allowed.limit}" if is_too_large else describe_range(type(config), name, is_short=True)
+            require(False, f"{section}.{name}", _shorten(value), text)
 
 
-def describe_range(config_class: type, name: str) -> str:
-    """Return the range of an option as text, and whether it may be null; an empty string where it has no range."""
+def _shorten(value: object) -> str:
+    """Return a number as text; a whole number of hundreds of digits by its first ones."""
+    try:
+        text = str(value)
+    except ValueError:  # of more digits than Python converts
+        return "a number of thousands of digits"
+    return text if len(text) <= MAX_DIGITS else f"{text[:MAX_DIGITS]}... ({len(text)} digits)"
+
+
+def describe_range(config_class: type, name: str, *, is_short: bool = False) -> str:
+    """Return the range of an option as text, and whether it may be null; an empty string where it has no range.
+
+    `is_short`: without the limit of a size or a count.
+    """
     allowed = get_ranges(config_class).get(name)
     if allowed is None:
         return ""
+    if is_short:
+        allowed = dataclasses.replace(allowed, limit=None)
     field = config_class.__dataclass_fields__[name]  # type: ignore[attr-defined]
     return f"{allowed}, or null" if types.NoneType in get_args(field.type) else str(allowed)

@@ -1,5 +1,6 @@
 """The schema of a configuration: every key of a cell and of an experiment, with its default, range and meaning."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -9,12 +10,13 @@ from moebench.conversion import Untyped
 from moebench.errors import require
 from moebench.ranges import (
     AT_LEAST_0,
+    AT_LEAST_0_FINITE,
     AT_LEAST_1,
     BELOW_1,
     FRACTION,
-    POSITIVE,
     POSITIVE_FINITE,
     Range,
+    at_least_1_up_to,
     check_ranges,
 )
 
@@ -29,8 +31,10 @@ class ModelConfig:
     """The transformer around the experts: pre-norm blocks with RMSNorm, rotary positions."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
-        **dict.fromkeys(("d_model", "num_layers", "num_heads", "ffn_width"), AT_LEAST_1),
-        "rope_theta": POSITIVE,
+        **dict.fromkeys(("d_model", "num_heads"), at_least_1_up_to(2**16)),
+        "num_layers": at_least_1_up_to(1000),
+        "ffn_width": at_least_1_up_to(2**20),
+        "rope_theta": POSITIVE_FINITE,
     }
 
     d_model: int = 64
@@ -78,10 +82,13 @@ class TrainConfig:
     """
 
     RANGES: ClassVar[Mapping[str, Range]] = {
-        **dict.fromkeys(("steps", "batch_size", "accumulate", "threads"), AT_LEAST_1),
+        "steps": at_least_1_up_to(10**8),
+        **dict.fromkeys(("batch_size", "accumulate"), at_least_1_up_to(2**20)),
+        "threads": at_least_1_up_to(1024),
         **dict.fromkeys(("eval_every", "log_every", "checkpoint_every"), AT_LEAST_1),
         **dict.fromkeys(("learning_rate", "clip_norm"), POSITIVE_FINITE),
-        **dict.fromkeys(("weight_decay", "warmup_steps"), AT_LEAST_0),
+        "warmup_steps": AT_LEAST_0,
+        "weight_decay": AT_LEAST_0_FINITE,
         **dict.fromkeys(("beta1", "beta2"), BELOW_1),
         "final_rate": FRACTION,
         "spike_window": Range(low=8),
@@ -147,9 +154,10 @@ class ParallelConfig:
     """The mesh of processes of one run, data x expert; each process has a part of the batch."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
-        **dict.fromkeys(("data", "expert", "nodes", "check_every"), AT_LEAST_1),
-        "timeout_s": POSITIVE,
-        "stall_timeout_s": POSITIVE_FINITE,
+        **dict.fromkeys(("data", "expert", "nodes"), at_least_1_up_to(4096)),
+        "check_every": AT_LEAST_1,
+        "timeout_s": Range(low=0, includes_low=False, limit=10**7),
+        "stall_timeout_s": Range(low=0, includes_low=False, limit=10**7),
     }
 
     data: int = 1
@@ -215,6 +223,9 @@ class CellConfig:
 DEFAULT_NAMES = {"task": "language", "layout": "every_n", "router": "switch"}
 """The component of each kind that a cell has when it names none."""
 
+MAX_CELLS = 20_000
+"""Of one experiment: a longer grid takes minutes to check, and is mostly a mistake of anchors or ranges."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
@@ -236,3 +247,8 @@ class ExperimentConfig:
         require(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "a list that names each seed once")
         for key, values in self.grid.items():
             require(len(values) > 0, f"grid.{key}", values, "a list with at least one value")
+        num_cells = math.prod(map(len, self.grid.values())) * len(self.seeds)
+        combinations = " x ".join(str(len(values)) for values in (*self.grid.values(), self.seeds))
+        require(
+            num_cells <= MAX_CELLS, "grid times seeds", f"{combinations} = {num_cells}", f"at most {MAX_CELLS} cells"
+        )

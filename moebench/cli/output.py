@@ -1,6 +1,8 @@
 """Tables and reports on the terminal, as Markdown or as JSON."""
 
-from collections.abc import Collection, Iterable, Sequence
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from moebench.printable import print_text
@@ -17,6 +19,26 @@ def make_console(*, stderr: bool = False) -> "Console":
     from moebench.reporting.streams import open_stderr_console
 
     return open_stderr_console() if stderr else SafeConsole()
+
+
+PROGRESS_EVERY_S = 2.0
+"""Seconds between lines of progress; a command that is faster prints none."""
+
+MAX_FITTED_ROWS = 1000
+"""Longer tables are not fitted to the terminal, which would take milliseconds for each row."""
+
+
+def print_progress(what: str) -> Callable[[int, int], None]:
+    """Return a function of a number and a total that prints both on standard error, once in a while."""
+    printed_at = time.monotonic()
+
+    def show(number: int, total: int) -> None:
+        nonlocal printed_at
+        if time.monotonic() - printed_at >= PROGRESS_EVERY_S:
+            printed_at = time.monotonic()
+            print_text(f"{number:,} of {total:,} {what}", file=sys.stderr)
+
+    return show
 
 
 def print_table(
@@ -37,6 +59,8 @@ def print_table(
     table = Table(columns=tuple(columns), rows=tuple(tuple(row) for row in rows))
     if markdown:
         print_text(table.to_markdown())
+    elif len(table.rows) > MAX_FITTED_ROWS:
+        print_text(table.to_text())
     else:
         make_console().print(table.to_rich())
 

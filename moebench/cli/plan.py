@@ -28,13 +28,15 @@ def plan(
 
     FLOPs are of one forward pass, 2 for a multiplication and an addition; training costs three times as much, and
     twice that for a router that is trained on two passes: "vs base" counts both. Where experts differ in size, FLOPs
-    and active parameters are those of an even load.
+    and active parameters are those of an even load. "memory" is the estimated peak of the cell in training, over its
+    processes on one machine, or of one GPU; a cell that needs more than there is is refused by `run`.
     """
+    from moebench.cli.output import print_progress
     from moebench.experiment.grid import expand
     from moebench.experiment.plan import plan_cells
 
-    grid = expand(find_experiment(experiment), overrides or (), plugin or ())
-    rows = plan_cells(grid, results)
+    grid = expand(find_experiment(experiment), overrides or (), plugin or (), print_progress("arms checked"))
+    rows = plan_cells(grid, results, print_progress("cells counted"))
     if json:
         print_json({"experiment": grid.name, "question": grid.question, "cells": rows})
         return
@@ -43,14 +45,14 @@ def plan(
 
 def _print(grid: "Experiment", rows: list[dict[str, Any]]) -> None:
     from moebench.cli.output import make_console, print_table
-    from moebench.reporting.formatting import format_count
+    from moebench.reporting.formatting import format_bytes, format_count
 
     console = make_console()
     console.print(f"{grid.name}: {grid.question}", highlight=False, markup=False)
     for note in grid.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
     console.print(f"each cell trains on {format_count(rows[0]['train_tokens'])} tokens", highlight=False)
-    numbers = ("active", "params", "FLOPs/token", "vs base")
+    numbers = ("active", "params", "FLOPs/token", "vs base", "memory")
     columns = ("cell", "arm", "seed", "state", *numbers)
     lines = [
         (
@@ -62,6 +64,7 @@ def _print(grid: "Experiment", rows: list[dict[str, Any]]) -> None:
             format_count(row["total_params"]),
             format_count(row["flops_per_token"]) + (f" × {row['train_passes']}" if row["train_passes"] > 1 else ""),
             _format_difference(row),
+            format_bytes(row["memory_bytes"]),
         )
         for row in rows
     ]

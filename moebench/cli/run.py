@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 EXIT_FAILED, EXIT_TRACKER = 1, 3
 
+IgnoreMemory = Annotated[
+    bool, typer.Option("--ignore-memory", help="Train cells that need more memory than there is, by the estimate.")
+]
+
 
 Jobs = Annotated[int, typer.Option(min=0, help="Cells at a time; 0: cores / train.threads, or one a GPU.")]
 TrackerUri = Annotated[
@@ -66,6 +70,7 @@ def run(
     dry_run: DryRun = False,
     reshard: Reshard = False,
     foreground: Foreground = None,
+    ignore_memory: IgnoreMemory = False,
     json: Json = False,
 ) -> None:
     """Train every cell that is not done and resume those half done.
@@ -89,13 +94,20 @@ def run(
     if foreground is not None:
         changed = {"--json": json, "--jobs": jobs > 0, "--reshard": reshard, "--retries": retries > 0}
         _check_foreground(changed | {"--fail-fast": fail_fast, "--dry-run": dry_run}, cluster)
-        code = _run_one_cell(experiment, overrides, plugin, foreground, results, console)
+        code = _run_one_cell(experiment, overrides, plugin, foreground, results, console, ignore_memory=ignore_memory)
     elif dry_run:
         is_first = cluster is None or cluster.process_info.rank == 0
         launcher = LocalLauncher() if cluster is None else None  # under torchrun the run itself checks the mesh
         code = _show_actions(experiment, overrides, plugin, results, launcher, json) if is_first else 0
     else:
-        options = RunOptions(jobs=jobs, tracker=tracker, reshard=reshard, retries=retries, fail_fast=fail_fast)
+        options = RunOptions(
+            jobs=jobs,
+            tracker=tracker,
+            reshard=reshard,
+            retries=retries,
+            fail_fast=fail_fast,
+            ignore_memory=ignore_memory,
+        )
         run_grid = partial(_run_grid, experiment, overrides, plugin, results, options, console, json=json)
         code = run_grid(LocalLauncher()) if cluster is None else _run_in_cluster(cluster, run_grid, console)
     if code:
@@ -121,6 +133,8 @@ def _run_one_cell(
     cell_name: str,
     results: Path,
     console: "Console",
+    *,
+    ignore_memory: bool,
 ) -> int:
     """Train one cell in this process and return the exit code."""
     from moebench.analysis.figures import Figures
@@ -129,7 +143,7 @@ def _run_one_cell(
 
     grid = expand(find_experiment(experiment), overrides or (), plugins or ())
     cell = select_cell(grid.cells, cell_name)
-    return run_foreground(grid, cell, results, console=console, figures=Figures())
+    return run_foreground(grid, cell, results, console=console, figures=Figures(), ignore_memory=ignore_memory)
 
 
 def _show_actions(

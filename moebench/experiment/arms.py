@@ -2,14 +2,14 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moebench.compatibility import check_cell
 from moebench.config import cell_id, component_keys, merge_settings, nest, resolve, to_plain
 from moebench.conversion import convert
-from moebench.errors import UsageError, nearest, require
+from moebench.errors import UsageError, nearest, require, require_text
 from moebench.schema import COMPONENTS, DEFAULT_NAMES, CellConfig, ExperimentConfig
 from moebench.tasks.task import TASKS
 
@@ -39,8 +39,13 @@ class _Point:
     """The cell's configuration without overrides, untyped."""
 
 
-def resolve_arms(config: ExperimentConfig, overrides: Mapping[str, Any], where: str) -> list[Arm]:
-    """Resolve and check every arm; raise UsageError if one could not be trained or equals another."""
+def resolve_arms(
+    config: ExperimentConfig, overrides: Mapping[str, Any], where: str, on_progress: Callable[[int, int], None]
+) -> list[Arm]:
+    """Resolve and check every arm; raise UsageError if one could not be trained or equals another.
+
+    `on_progress` is called with the number of arms that are checked and that of all.
+    """
     require(isinstance(config.base, Mapping), "base", str(config.base) or "null", "a mapping of keys to values")
     if "seed" in config.base or "seed" in overrides:
         raise UsageError("seed: the experiment sets it; choose with seeds=[...] instead")
@@ -51,8 +56,9 @@ def resolve_arms(config: ExperimentConfig, overrides: Mapping[str, Any], where: 
     ]
     labels = [_arm_label(point, config.grid, cell) for point, cell in zip(points, configs, strict=True)]
     _refuse_equal_labels(labels, configs, where)
-    arms = []
+    arms: list[Arm] = []
     for point, label, cell in zip(points, labels, configs, strict=True):
+        on_progress(len(arms), len(points))
         check_cell(cell)
         digest = TASKS.get(cell.task.name).item.source_digest(cell.task)
         arms.append(Arm(label=label, config=cell, varies=_list_varied_keys(point, cell), data_digest=digest))
@@ -103,7 +109,10 @@ def _arm_label(point: _Point, grid: Mapping[str, Sequence[Any]], cell: CellConfi
 
 def _format_choice(key: str, value: Any, values: Sequence[Any], plain: Mapping[str, Any]) -> str:
     if isinstance(value, Mapping) and "label" in value:
-        return str(convert(value["label"], str, f"grid.{key}: label"))
+        label: str = convert(value["label"], str, f"grid.{key}: label")
+        require(bool(label.strip()), f"grid.{key}: label", repr(label), "a text that is not blank")
+        require_text(label, f"grid.{key}: label")
+        return label
     if not isinstance(value, Mapping):
         return str(value) if key in COMPONENTS else f"{key.split('.')[-1]}={_pick_typed(value, _look_up(plain, key))}"
     name = str(value.get("name", key))

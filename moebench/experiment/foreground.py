@@ -17,6 +17,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from moebench.errors import UsageError, nearest
 from moebench.experiment.display import LineDisplay, cell_title
 from moebench.experiment.grid import Experiment
+from moebench.experiment.memory import require_memory
+from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.runner import Figures, print_note
 from moebench.experiment.store import open_results, record_experiment, require_disk_space
 from moebench.interrupts import handle_signals
@@ -59,7 +61,15 @@ def select_cell(cells: Sequence[Cell], name: str) -> Cell:
     )
 
 
-def run_foreground(experiment: Experiment, cell: Cell, results: Path, *, console: Console, figures: Figures) -> int:
+def run_foreground(
+    experiment: Experiment,
+    cell: Cell,
+    results: Path,
+    *,
+    console: Console,
+    figures: Figures,
+    ignore_memory: bool = False,
+) -> int:
     """Train one cell in this process and return the exit code.
 
     Lock, journal, checkpoints and result are in the run folder as usual; output goes to the terminal, and nothing to
@@ -75,7 +85,10 @@ def run_foreground(experiment: Experiment, cell: Cell, results: Path, *, console
     open_results(results)
     for note in experiment.notes:
         print_note(console, note)
-    require_disk_space(results, experiment, [cell])
+    costs = ModelCosts(results)
+    if not ignore_memory:
+        require_memory([cell], costs)
+    require_disk_space(results, [cell], costs)
     record_experiment(results, experiment)
     folder = RunFolder.of(results, cell.id)
     folder.write_cell(cell.to_dict(experiment.name))

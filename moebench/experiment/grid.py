@@ -1,12 +1,12 @@
 """Build the cells of an experiment: every arm for every seed, seeds outermost."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moebench.config import apply_overrides, cell_id, load_experiment
-from moebench.errors import unknown
+from moebench.errors import require_text, unknown
 from moebench.experiment.arms import Arm, note_partial_overrides, resolve_arms
 from moebench.file_access import require_plain_name
 from moebench.plugin_errors import plugin_errors_in_one_line
@@ -37,12 +37,24 @@ class Experiment:
         return list(dict.fromkeys(cell.arm for cell in self.cells))
 
 
-def expand(path: Path, overrides: Sequence[str] = (), plugins: Sequence[str] = ()) -> Experiment:
-    """Read an experiment file and build its cells; raise UsageError if one could not be trained."""
+def ignore_progress(number: int, total: int) -> None:
+    """Show nothing."""
+
+
+def expand(
+    path: Path,
+    overrides: Sequence[str] = (),
+    plugins: Sequence[str] = (),
+    on_progress: Callable[[int, int], None] = ignore_progress,
+) -> Experiment:
+    """Read an experiment file and build its cells; raise UsageError if one could not be trained.
+
+    `on_progress` is called with the number of arms that are checked and that of all arms.
+    """
     loaded = [load_plugin(plugin) for plugin in plugins]  # first: the file may use what they register
     config, cell_overrides = load_experiment(path, overrides)
     is_regridded = any(override.startswith(("grid", "seeds")) for override in overrides)
-    return _build(path, config, cell_overrides, loaded, is_regridded=is_regridded)
+    return _build(path, config, cell_overrides, loaded, is_regridded=is_regridded, on_progress=on_progress)
 
 
 def expand_routers(
@@ -75,9 +87,12 @@ def _build(
     plugins: Sequence[Plugin],
     *,
     is_regridded: bool,
+    on_progress: Callable[[int, int], None] = ignore_progress,
 ) -> Experiment:
+    require_text(config.question, "question")
+    require_text(config.baseline, "baseline")
     with plugin_errors_in_one_line():
-        arms = resolve_arms(config, cell_overrides, str(path))
+        arms = resolve_arms(config, cell_overrides, str(path), on_progress)
     baseline, notes = _choose_baseline(config.baseline, [arm.label for arm in arms], is_regridded=is_regridded)
     arm_plugins = [select_plugins(plugins, _collect_names(arm.config)) for arm in arms]
     cells = [
@@ -89,8 +104,16 @@ def _build(
         question=config.question,
         baseline=baseline,
         cells=tuple(cells),
-        notes=(*note_partial_overrides(cell_overrides, arms, config.grid), *notes),
+        notes=(*note_partial_overrides(cell_overrides, arms, config.grid), *_note_long_warmup(arms), *notes),
     )
+
+
+def _note_long_warmup(arms: Sequence[Arm]) -> Iterator[str]:
+    """Yield a note for each pair of steps and warm-up with which the learning rate never reaches its peak."""
+    for steps, warmup in dict.fromkeys((arm.config.train.steps, arm.config.train.warmup_steps) for arm in arms):
+        if warmup > steps:
+            share = f"{steps / warmup:.0%} of train.learning_rate" if warmup < 2**63 else "its peak"
+            yield f"train.warmup_steps={warmup} is more than train.steps={steps}: the rate never exceeds {share}"
 
 
 def _build_cell(arm: Arm, seed: int, plugins: Sequence[Plugin]) -> Cell:

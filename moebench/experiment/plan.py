@@ -1,59 +1,60 @@
-"""State, parameters and FLOPs of each cell, counted on a model without storage."""
+"""State, parameters, FLOPs and memory of each cell, counted on a model without storage."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from moebench.compatibility import list_marks
-from moebench.experiment.grid import Experiment
+from moebench.experiment.grid import Experiment, ignore_progress
+from moebench.experiment.memory import estimate_memory
+from moebench.experiment.model_costs import ModelCosts
 from moebench.models.cost import Cost
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
-from moebench.tasks.task import Task
-from moebench.training.batches import count_train_tokens
-from moebench.training.model import build_model, compute_model_cost, prepare_task
 
 BACKWARD = 2
 """FLOPs of the backward pass over those of the forward pass."""
 
 
-def plan_cells(experiment: Experiment, results: Path) -> list[dict[str, Any]]:
-    """Return one JSON-ready row per cell; prepares the data, because its vocabulary is part of the model."""
-    tasks = {cell.arm: prepare_task(cell.config, results) for cell in experiment.cells}
-    costs = {cell.arm: cell_cost(cell, tasks[cell.arm]) for cell in experiment.cells}
-    tokens = {cell.id: count_train_tokens(cell.config, tasks[cell.arm]) for cell in experiment.cells}
-    baseline = costs[experiment.baseline]
-    return [
-        {
+def plan_cells(
+    experiment: Experiment, results: Path, on_progress: Callable[[int, int], None] = ignore_progress
+) -> list[dict[str, Any]]:
+    """Return one JSON-ready row per cell; prepares the data, because its vocabulary is part of the model.
+
+    `on_progress` is called with the number of cells that are counted and that of all cells.
+    """
+    costs = ModelCosts(results)
+    baseline = next(cell for cell in experiment.cells if cell.arm == experiment.baseline)
+    return list(_plan_rows(experiment, costs, costs.facts(baseline.config).cost, on_progress))
+
+
+def _plan_rows(
+    experiment: Experiment, costs: ModelCosts, baseline: Cost, on_progress: Callable[[int, int], None]
+) -> Iterator[dict[str, Any]]:
+    for number, cell in enumerate(experiment.cells):
+        on_progress(number, len(experiment.cells))
+        facts, tokens = costs.facts(cell.config), costs.train_tokens(cell.config)
+        cost = facts.cost
+        yield {
             "id": cell.id,
             "arm": cell.arm,
             "seed": cell.seed,
-            "state": cell_state(results, cell),
-            "marks": list(list_marks(cell.config)),
-            "active_params": costs[cell.arm].active_params,
-            "total_params": costs[cell.arm].total_params,
-            "flops_per_token": costs[cell.arm].flops_per_token,
-            "experts_per_token": costs[cell.arm].experts_per_token,
-            "train_passes": costs[cell.arm].train_passes,
-            "training_only_flops": costs[cell.arm].training_only_flops,
-            "flops_vs_baseline": costs[cell.arm].training_flops / baseline.training_flops - 1,
-            "params_vs_baseline": costs[cell.arm].total_params / baseline.total_params - 1,
+            "state": cell_state(costs.results, cell),
+            "marks": list(facts.marks),
+            "active_params": cost.active_params,
+            "total_params": cost.total_params,
+            "flops_per_token": cost.flops_per_token,
+            "experts_per_token": cost.experts_per_token,
+            "train_passes": cost.train_passes,
+            "training_only_flops": cost.training_only_flops,
+            "flops_vs_baseline": cost.training_flops / baseline.training_flops - 1,
+            "params_vs_baseline": cost.total_params / baseline.total_params - 1,
             "match": cell.config.layout.match,
-            "train_tokens": tokens[cell.id],
-            "train_flops": (1 + BACKWARD) * costs[cell.arm].training_flops * tokens[cell.id],
+            "memory_bytes": estimate_memory(cell.config, costs).total_bytes,
+            "train_tokens": tokens,
+            "train_flops": (1 + BACKWARD) * cost.training_flops * tokens,
         }
-        for cell in experiment.cells
-    ]
 
 
 def cell_state(results: Path, cell: Cell) -> str:
     """Return done, failed, resumable or new."""
     return RunFolder.of(results, cell.id).state()
-
-
-def cell_cost(cell: Cell, task: Task) -> Cost:
-    """Return the cost of a cell's model without allocating its weights."""
-    with torch.device("meta"):
-        model = build_model(cell.config, task)
-    return compute_model_cost(model, task.sequence_length, task.decoder_length)

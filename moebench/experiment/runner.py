@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +12,8 @@ from moebench.cores import available_cores
 from moebench.errors import UsageError
 from moebench.experiment.display import open_display
 from moebench.experiment.grid import Experiment
+from moebench.experiment.memory import require_memory
+from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.plan import cell_state
 from moebench.experiment.reshard import reshard
 from moebench.experiment.store import DAMAGED, open_results, record_experiment, require_disk_space, split_unfinished
@@ -57,6 +59,8 @@ class RunOptions:
     """How often a failed cell is tried again, from its last checkpoint."""
     fail_fast: bool = False
     """Whether the first failed cell stops the others, with everything saved."""
+    ignore_memory: bool = False
+    """Whether to train cells whose estimated memory exceeds that of the machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +135,10 @@ def run_experiment(
     cells, damaged = split_unfinished(results, experiment)
     for note in experiment.notes:
         print_note(console, note)
-    require_disk_space(results, experiment, cells)
+    costs = ModelCosts(results)
+    if not options.ignore_memory:
+        require_memory(cells, costs)
+    require_disk_space(results, cells, costs)
     record_experiment(results, experiment)
     for config in {cell.data_digest: cell.config for cell in cells}.values():
         prepare_task(config, results)  # once, so that the workers read it from the cache
@@ -143,7 +150,8 @@ def run_experiment(
         tracker = _start_tracker(results, options.tracker, experiment, containment)
     grid_run = _GridRun(experiment, results, cells, launcher, console, figures, tracker, containment)
     try:
-        outcomes, interrupted = grid_run.train(options)
+        jobs = options.jobs or min(choose_num_jobs(cells), count_fitting_cells(cells, costs))
+        outcomes, interrupted = grid_run.train(replace(options, jobs=jobs))
         if cells and not interrupted:
             with containment.contain("figure of the curves"):
                 figures.draw_experiment_figures(experiment, results)
@@ -225,7 +233,7 @@ class _GridRun:
                     display.note(f"tracker: {problem}; training continues")
 
             policy = SchedulePolicy(
-                jobs=options.jobs or choose_num_jobs(self.cells),
+                jobs=options.jobs,
                 retries=options.retries,
                 stops_at_failure=options.fail_fast,
             )

@@ -8,12 +8,12 @@ from typing import Any
 
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
-from moebench.experiment.plan import cell_cost, cell_state
+from moebench.experiment.model_costs import ModelCosts
+from moebench.experiment.plan import cell_state
 from moebench.file_access import require_no_links
 from moebench.launch.scheduler import Outcome
 from moebench.runs.cell import Cell
 from moebench.runs.folder import write_json
-from moebench.training.model import prepare_task
 
 CHECKPOINT_BYTES_PER_PARAM = 12
 """fp32 weight and two moments of AdamW."""
@@ -45,14 +45,11 @@ def open_results(results: Path) -> None:
     require_no_links(results / "experiments")
 
 
-def require_disk_space(results: Path, experiment: Experiment, cells: list[Cell]) -> None:
+def require_disk_space(results: Path, cells: list[Cell], costs: ModelCosts) -> None:
     """Raise UsageError if the disk cannot hold the checkpoints of the cells to train."""
     if not cells:
         return
-    largest = max(
-        cell_cost(cell, prepare_task(cell.config, results)).total_params
-        for cell in {cell.arm: cell for cell in cells}.values()
-    )
+    largest = max(costs.facts(cell.config).cost.total_params for cell in cells)
     # A finished cell keeps one checkpoint; one that trains keeps two and writes a third before it drops the oldest.
     needed = RESERVED_BYTES + CHECKPOINT_BYTES_PER_PARAM * largest * (len(cells) + 2)
     free = shutil.disk_usage(results).free

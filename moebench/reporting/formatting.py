@@ -29,6 +29,14 @@ def format_count(value: float | None) -> str:
     return f"{value:.0f}"
 
 
+def format_bytes(num_bytes: float) -> str:
+    """Format an amount of memory with three digits: 512 MiB, 1.50 GiB."""
+    for unit, size in (("PiB", 2**50), ("TiB", 2**40), ("GiB", 2**30)):
+        if num_bytes >= 0.9995 * size:
+            return f"{_three_digits(num_bytes / size)} {unit}"
+    return f"{num_bytes / 2**20:.0f} MiB"
+
+
 def format_percent(share: float | None, decimals: int = 1) -> str:
     """Format a share of 1 in percent; a dash for None."""
     return MISSING if share is None else f"{100 * share:.{decimals}f} %"

@@ -55,6 +55,13 @@ class Table:
         notes = ["", *(f"- {note}" for note in self.notes)] if self.notes else []
         return "\n".join([*title, *lines, *notes])
 
+    def to_text(self) -> str:
+        """Return header and rows as text, each column as wide as its longest cell, whatever the terminal's width."""
+        lines = (tuple(column.header for column in self.columns), *self.rows)
+        widths = [max(map(cell_len, cells)) for cells in zip(*lines, strict=True)]
+        aligned = (zip(self.columns, line, widths, strict=True) for line in lines)
+        return "\n".join("  ".join(_pad(*cell) for cell in line).rstrip() for line in aligned)
+
     def fit_columns(self, width: int) -> list[int] | None:
         """Return the width of each column in a terminal of `width` cells; None if one would lose characters.
 
@@ -113,6 +120,11 @@ class _FittedTable:
 
 def _measure(texts: Iterable[str]) -> int:
     return max(map(cell_len, texts), default=0)
+
+
+def _pad(column: Column, cell: str, width: int) -> str:
+    padding = " " * (width - cell_len(cell))
+    return padding + cell if column.align == "right" else cell + padding
 
 
 def number_columns(*headers: str) -> tuple[Column, ...]:

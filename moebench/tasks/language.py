@@ -15,7 +15,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from moebench.errors import UsageError
-from moebench.ranges import AT_LEAST_1, Range, check_ranges
+from moebench.ranges import Range, at_least_1_up_to, check_ranges
 from moebench.ranks import Span
 from moebench.seeds import make_generator
 from moebench.tasks.task import ALL, TASKS, Batch, LabelKind, Task, TaskConfig, TaskFacts, average_by_domain
@@ -55,7 +55,10 @@ class TextConfig(TaskConfig):
     """Options of every task on text; each task's own Config adds its name and its options."""
 
     NOT_IN_ID: ClassVar[tuple[str, ...]] = ("data.path", "data.made_by")
-    RANGES: ClassVar[Mapping[str, Range]] = {"sequence_length": Range(low=2), "eval_windows": AT_LEAST_1}
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "sequence_length": Range(low=2, limit=2**20),
+        "eval_windows": at_least_1_up_to(10**9),
+    }
 
     sequence_length: int = 64
     """Tokens per sequence."""

@@ -16,6 +16,9 @@ from moebench.training.objective import LossNormalizer
 from moebench.training.rewinds import NO_REWINDS, Rewinds
 from moebench.training.spikes import BatchName
 
+MAX_COUNTED_STEPS = 100_000
+"""Steps whose tokens are counted one by one, where they differ."""
+
 
 class StepBatches:
     """Iterate over the training batches from one step on.
@@ -94,5 +97,19 @@ def build_loss_normalizer(batch: Batch, config: CellConfig, mesh: Mesh) -> LossN
 def count_train_tokens(config: CellConfig, task: Task, rewinds: Rewinds = NO_REWINDS) -> int:
     """Return the number of tokens that a cell is trained on, without padding and without steps that were undone."""
     train = config.train
+    if type(task).count_positions is Task.count_positions:
+        return train.steps * train.batch_size * task.tokens_per_sequence
     numbers = map(rewinds.batch_number, range(train.steps)) if rewinds.entries else range(train.steps)
     return sum(task.count_positions(train.batch_size, config.seed, number) for number in numbers)
+
+
+def estimate_train_tokens(config: CellConfig, task: Task) -> int:
+    """Return the number of tokens that a cell will be trained on, for a plan.
+
+    Where the lengths of sequences differ, the steps after the first `MAX_COUNTED_STEPS` count as their mean.
+    """
+    train = config.train
+    if train.steps <= MAX_COUNTED_STEPS or type(task).count_positions is Task.count_positions:
+        return count_train_tokens(config, task)
+    counted = sum(task.count_positions(train.batch_size, config.seed, step) for step in range(MAX_COUNTED_STEPS))
+    return counted * train.steps // MAX_COUNTED_STEPS

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.signal import resample_poly
 from torch import Tensor
 from torch.nn import functional
 
@@ -40,6 +39,8 @@ def decode(
     if not np.isfinite(samples_S).all():
         raise BrokenAudioError("samples that are not numbers")
     if rate != sample_rate:
+        from scipy.signal import resample_poly  # imported here: it takes half a second, which every command would wait
+
         common = math.gcd(rate, sample_rate)
         samples_S = resample_poly(samples_S, sample_rate // common, rate // common)
     return np.asarray(samples_S, dtype=np.float32)

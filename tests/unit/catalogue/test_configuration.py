@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def numeric_options() -> list[tuple[str, dict[str, Any], Range]]:
 def test_the_range_that_is_shown_is_enforced(key: str, cell: dict[str, Any], allowed: Range) -> None:
     (option,) = describe_name(key)["options"]
     assert option["allowed"] == str(allowed)
-    with pytest.raises(UsageError, match=f"{re.escape(key)} must be {re.escape(str(allowed))}, got"):
+    violated = str(replace(allowed, limit=None))  # too small: the message leaves out the limit
+    with pytest.raises(UsageError, match=f"{re.escape(key)} must be {re.escape(violated)}, got"):
         resolve(cell)
 
 

@@ -60,7 +60,7 @@ def test_an_override_goes_to_the_arms_that_have_the_key(tmp_path: Path) -> None:
     expanded = experiment(tmp_path, "layout.n=2", "router.top_k=3")
     assert [getattr(cell.config.layout, "n", None) for cell in expanded.cells] == [2, 2, 2]
     assert expanded.cells[2].config.router.top_k == 3
-    assert expanded.notes == ("router.top_k applies to wide; the other arms have no such key",)
+    assert "router.top_k applies to wide; the other arms have no such key" in expanded.notes
     with pytest.raises(UsageError, match=r"layout: the grid varies it; choose with 'grid.layout=\[...\]' instead"):
         experiment(tmp_path, "layout.name=every_n")
 

@@ -1,0 +1,50 @@
+"""The estimated memory of a cell: worked by hand, and what is refused by it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from support.command_line import tiny, write_text
+from torch import nn
+
+from moebench.errors import UsageError
+from moebench.experiment.grid import Experiment, expand
+from moebench.experiment.memory import count_fitting_cells, estimate_memory, require_memory
+from moebench.experiment.model_costs import ModelCosts
+from moebench.experts.layer import MoELayer
+from moebench.models.memory import ModelSize
+
+
+class _Dense:
+    def moe_layers(self) -> list[MoELayer]:
+        return []
+
+
+@pytest.fixture
+def grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "text")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny()))
+    return expand(tmp_path / "tiny.yaml")
+
+
+def test_a_dense_model_by_hand() -> None:
+    # A table of 5 x 4 gives 4 values per token, a map from 4 to 3 takes 4 and gives 3; 20 + 12 + 3 parameters.
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
+    size = ModelSize.of(model, _Dense())
+    assert (size.replicated_params, size.expert_params, size.values_per_token) == (35, 0, 11)
+    assert size.training_bytes(10, copies=2.0) == 4 * (4 * 35 + 2 * 11 * 10)
+
+
+def test_more_processes_need_more_memory_and_too_much_is_refused(
+    grid: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = ModelCosts(tmp_path / "results")
+    need = estimate_memory(grid.cells[0].config, costs).total_bytes
+    require_memory(grid.cells, costs)
+    monkeypatch.setattr("moebench.experiment.memory.available_memory", lambda: 3 * need)
+    assert 1 <= count_fitting_cells(grid.cells, costs) <= 3
+    monkeypatch.setattr("moebench.experiment.memory.available_memory", lambda: need // 2)
+    assert count_fitting_cells(grid.cells, costs) == 1
+    with pytest.raises(UsageError, match=r"^dense: needs about .*MiB, and this machine has .*--ignore-memory\)$"):
+        require_memory(grid.cells, costs)
