@@ -12,7 +12,7 @@ from moebench.cores import available_cores
 from moebench.errors import UsageError
 from moebench.experiment.display import open_display
 from moebench.experiment.grid import Experiment
-from moebench.experiment.memory import require_memory
+from moebench.experiment.memory import count_fitting_cells, require_memory
 from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.plan import cell_state
 from moebench.experiment.reshard import reshard
