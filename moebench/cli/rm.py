@@ -7,6 +7,7 @@ import typer
 
 from moebench.cli.options import DEFAULT_RESULTS, Json, Results, print_json
 from moebench.errors import UsageError
+from moebench.printable import print_text
 
 EXIT_DEGRADED = 3
 
@@ -34,12 +35,12 @@ def rm(
     values = removal.to_dict()
     if not json:
         for folder in removal.runs:
-            print(f"run {folder.path.name}  {folder.path}")
+            print_text(f"run {folder.path.name}  {folder.path}")
         for cell_id in removal.kept:
-            print(f"kept: run {cell_id}, which another experiment has")
+            print_text(f"kept: run {cell_id}, which another experiment has")
         for path in removal.files:
-            print(f"file {path}")
-        print(f"{len(removal.runs)} runs, {values['bytes'] / 2**20:.1f} MiB")
+            print_text(f"file {path}")
+        print_text(f"{len(removal.runs)} runs, {values['bytes'] / 2**20:.1f} MiB")
     if not yes:
         if json or not sys.stdin.isatty():
             raise UsageError(f"rm {name}: nothing was removed; add --yes to remove it without a question")
@@ -48,7 +49,7 @@ def rm(
     if json:
         print_json(values | {"tracker": problem})
     else:
-        print("removed")
+        print_text("removed")
     if problem:
-        print(problem, file=sys.stderr)
+        print_text(problem, file=sys.stderr)
         raise typer.Exit(EXIT_DEGRADED)

@@ -19,6 +19,7 @@ from moebench.cli.options import (
 )
 from moebench.errors import UsageError
 from moebench.experiment.files import find_experiment
+from moebench.printable import print_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -92,29 +93,23 @@ def run(
     console = open_stderr_console()
     cluster = detect_cluster()
     if foreground is not None:
-        changed = {"--json": json, "--jobs": jobs > 0, "--reshard": reshard, "--retries": retries > 0}
-        _check_foreground(changed | {"--fail-fast": fail_fast, "--dry-run": dry_run}, cluster)
+        others = {"--json": json, "--jobs": jobs, "--reshard": reshard, "--retries": retries}
+        _check_foreground(others | {"--fail-fast": fail_fast, "--dry-run": dry_run}, cluster)
         code = _run_one_cell(experiment, overrides, plugin, foreground, results, console, ignore_memory=ignore_memory)
     elif dry_run:
-        is_first = cluster is None or cluster.process_info.rank == 0
-        launcher = LocalLauncher() if cluster is None else None  # under torchrun the run itself checks the mesh
-        code = _show_actions(experiment, overrides, plugin, results, launcher, json) if is_first else 0
+        code = 0
+        if cluster is None or cluster.process_info.rank == 0:
+            launcher = LocalLauncher() if cluster is None else None  # under torchrun the run itself checks the mesh
+            code = _show_actions(experiment, overrides, plugin, results, launcher, json)
     else:
-        options = RunOptions(
-            jobs=jobs,
-            tracker=tracker,
-            reshard=reshard,
-            retries=retries,
-            fail_fast=fail_fast,
-            ignore_memory=ignore_memory,
-        )
+        options = RunOptions(jobs, tracker, reshard, retries, fail_fast, ignore_memory)
         run_grid = partial(_run_grid, experiment, overrides, plugin, results, options, console, json=json)
         code = run_grid(LocalLauncher()) if cluster is None else _run_in_cluster(cluster, run_grid, console)
     if code:
         raise typer.Exit(code)
 
 
-def _check_foreground(options: dict[str, bool], cluster: "ClusterEnvironment | None") -> None:
+def _check_foreground(options: dict[str, int], cluster: "ClusterEnvironment | None") -> None:
     """Raise UsageError for options that do not apply to one cell in this process."""
     for option, is_given in options.items():
         if is_given:
@@ -170,7 +165,7 @@ def _show_actions(
     fields = ("id", "arm", "seed", "state", "action", "from_step", "error")
     lines = [tuple("" if row[field] is None else str(row[field]) for field in fields) for row in rows]
     print_table(columns, lines, right=("seed", "from step"), no_wrap=columns[:1])
-    print(summarise_actions(rows))
+    print_text(summarise_actions(rows))
     return 0
 
 

@@ -7,6 +7,7 @@ import typer
 
 from moebench.cli.options import DEFAULT_RESULTS, Json, Results, print_json
 from moebench.errors import UsageError
+from moebench.printable import print_text
 
 if TYPE_CHECKING:
     from moebench.experiment.verification import Finding
@@ -37,14 +38,14 @@ def verify(
         print_json(values | {"fixed": [finding.to_dict() for finding in fixed], "failed": failed})
     else:
         for finding in fixed:
-            print(f"fixed    {finding.where}: {finding.problem}: {finding.remedy}")
+            print_text(f"fixed    {finding.where}: {finding.problem}: {finding.remedy}")
         for line in failed:
-            print(f"failed   {line}")
+            print_text(f"failed   {line}")
         for finding in left:
             level = "note" if finding.is_note else "fixable" if finding.fix else "problem"
             remedy = f"--fix: {finding.remedy}" if finding.fix else finding.remedy
-            print(f"{level:<8} {finding.where}: {finding.problem} ({remedy})")
-        print(f"{len(problems)} problems, {len(left) - len(problems)} notes in {results}")
+            print_text(f"{level:<8} {finding.where}: {finding.problem} ({remedy})")
+        print_text(f"{len(problems)} problems, {len(left) - len(problems)} notes in {results}")
     if problems:
         raise typer.Exit(EXIT_FINDINGS)
 

@@ -25,7 +25,7 @@ from moebench.interrupts import handle_signals
 from moebench.launch.devices import require_devices
 from moebench.launch.error_report import classify_error, describe_error
 from moebench.launch.failure import build_failed_result
-from moebench.launch.folder_training import train_from_folder
+from moebench.launch.folder_training import TrainingReports, train_from_folder
 from moebench.launch.scheduler import Outcome
 from moebench.parallel.process_info import SINGLE_PROCESS
 from moebench.runs.attempts import Attempt, record_attempt
@@ -124,9 +124,11 @@ def _train(cell: Cell, folder: RunFolder, results: Path, console: Console) -> in
                 folder,
                 results,
                 SINGLE_PROCESS,
-                progress=partial(display.on_progress, cell),
-                should_stop=lambda: bool(signals),
-                report_note=partial(print_note, console),
+                TrainingReports(
+                    progress=partial(display.on_progress, cell),
+                    should_stop=lambda: bool(signals),
+                    note=partial(print_note, console),
+                ),
             )
     except bdb.BdbQuit:  # the user left the debugger: the cell can be resumed
         return 128 + signal.SIGINT

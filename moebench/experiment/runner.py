@@ -45,7 +45,7 @@ class Figures(Protocol):
         """Draw the curves of all arms into the results folder."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class RunOptions:
     """How a grid is run; no option changes a result."""
 
@@ -145,9 +145,8 @@ def run_experiment(
     for note in reshard(results, cells) if options.reshard else ():
         print_note(console, note)
     containment = Containment(lambda line: print_note(console, f"{line}; training continues"))
-    tracker = None
-    if options.tracker != NO_TRACKER:
-        tracker = _start_tracker(results, options.tracker, experiment, containment)
+    has_tracker = options.tracker != NO_TRACKER
+    tracker = _start_tracker(results, options.tracker, experiment, containment) if has_tracker else None
     grid_run = _GridRun(experiment, results, cells, launcher, console, figures, tracker, containment)
     try:
         jobs = options.jobs or min(choose_num_jobs(cells), count_fitting_cells(cells, costs))
@@ -159,7 +158,6 @@ def run_experiment(
         if tracker:
             tracker.kill()
         raise
-    has_tracker = options.tracker != NO_TRACKER
     tracker_problem = _stop_tracker(tracker, console, interrupted, containment) if has_tracker else None
     return RunReport(
         experiment=experiment,

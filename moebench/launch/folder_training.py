@@ -4,7 +4,7 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,27 @@ from moebench.training.model import prepare_task
 from moebench.training.train import select_device, train_cell
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingReports:
+    """What the owner of a training is told, and asked, while it runs."""
+
+    progress: Callable[[dict[str, Any]], None]
+    should_stop: Callable[[], bool]
+    note: Callable[[str], None] = print
+    activity: Callable[[str], None] = lambda phase: None
+
+
 def train_from_folder(
-    folder: RunFolder,
-    results: Path,
-    process_info: ProcessInfo,
-    *,
-    progress: Callable[[dict[str, Any]], None],
-    should_stop: Callable[[], bool],
-    report_note: Callable[[str], None] = print,
-    report_activity: Callable[[str], None] = lambda phase: None,
+    folder: RunFolder, results: Path, process_info: ProcessInfo, reports: TrainingReports
 ) -> RunResult | None:
     """Train a cell as one of its processes, from its newest checkpoint on; return None if it was asked to stop.
 
     Rank 0 holds the lock of the folder; it writes the result, and deletes that of an earlier attempt.
     """
-    if process_info.rank == 0:
+    is_first = process_info.rank == 0
+    if is_first:
         require_no_links(folder.path, is_deep=True)
     cell = folder.read_cell()
-    is_first = process_info.rank == 0
     load_unchanged_plugins(cell)
     config = resolve(cell["config"])
     require_unchanged_data(cell, config)
@@ -49,7 +52,7 @@ def train_from_folder(
     if is_first:
         folder.result.unlink(missing_ok=True)
         for note in list_version_changes(folder, cell):
-            report_note(note)
+            reports.note(note)
         _record_environment(folder, config.train.threads)
         write_atomically(folder.path / "config.yaml", to_yaml(config))
     task = prepare_task(config, results)
@@ -64,10 +67,10 @@ def train_from_folder(
         context = RunContext(
             recorder=recorder,
             checkpoints=folder.checkpoints,
-            report_progress=progress,
-            should_stop=should_stop,
-            report_note=report_note,
-            report_activity=report_activity,
+            report_progress=reports.progress,
+            should_stop=reports.should_stop,
+            report_note=reports.note,
+            report_activity=reports.activity,
         )
         result = train_cell(config, task, context, cell_id=cell["id"], arm=cell["arm"], mesh=mesh)
     if result is None or not is_first:

@@ -19,9 +19,10 @@ from moebench.file_access import open_to_write
 from moebench.interrupts import STOP_SIGNALS
 from moebench.launch.descendants import adopt_orphans, kill_descendants
 from moebench.launch.error_report import classify_error, describe_error
-from moebench.launch.folder_training import train_from_folder
+from moebench.launch.folder_training import TrainingReports, train_from_folder
 from moebench.launch.parent_death import exit_with_parent
 from moebench.parallel.process_info import ProcessInfo
+from moebench.printable import print_text
 from moebench.runs.folder import RunFolder
 
 PROGRESS_INTERVAL_S = 0.2
@@ -70,7 +71,7 @@ class RunnerConnection:
 
     def report_note(self, text: str) -> None:
         """Send a line for the user, and write it to the log."""
-        print(text, flush=True)
+        print_text(text)
         with self._send_lock, contextlib.suppress(OSError):
             self.pipe.send({"kind": "note", "text": text})
 
@@ -131,10 +132,12 @@ def _train(folder: RunFolder, results: Path, process_info: ProcessInfo, connecti
             folder,
             results,
             process_info,
-            progress=connection.report_progress,
-            should_stop=connection.stop_requested.is_set,
-            report_note=connection.report_note,
-            report_activity=connection.report_activity,
+            TrainingReports(
+                progress=connection.report_progress,
+                should_stop=connection.stop_requested.is_set,
+                note=connection.report_note,
+                activity=connection.report_activity,
+            ),
         )
     except (Exception, CheckpointException) as error:
         with contextlib.suppress(OSError):  # a full disk: the runner still gets the reason

@@ -53,11 +53,11 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_torn_line(path)
         self._open()
 
     def _open(self) -> None:
-        self._file = os.fdopen(open_to_write(self.path), "ab", buffering=0)
+        self._file = os.fdopen(open_to_write(self.path), "ab", buffering=0)  # first: it follows no link
+        _drop_torn_line(self.path)
         content = self.path.read_bytes()
         self._digest, self._num_bytes = hashlib.sha256(content), len(content)
 

@@ -12,6 +12,7 @@ from typing import Self
 from moebench.errors import UsageError
 from moebench.file_access import open_to_write
 from moebench.parallel.manifest import RecordPrefix
+from moebench.printable import print_text
 from moebench.runs.folder import RunFolder, write_atomically
 from moebench.runs.journal import Journal, read_journal
 
@@ -141,7 +142,7 @@ def _select_loads(file: Path, step: int) -> Iterator[bytes]:
             if line.endswith(b"\n") and int(json.loads(line)["step"]) <= step:
                 yield line
         except (ValueError, TypeError, KeyError):
-            print(f"load.jsonl: a damaged line was dropped: {line[:80]!r}", flush=True)
+            print_text(f"load.jsonl: a damaged line was dropped: {line[:80]!r}")
 
 
 def _replace(file: Path, content: bytes) -> None:

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from moebench.parallel.checkpoint import checkpoint_path
 from moebench.parallel.replicas import check_replicas
+from moebench.printable import print_text
 from moebench.runs.recorder import RunRecorder
 from moebench.schema import TrainConfig
 from moebench.training.evaluation import Evaluation
@@ -154,12 +155,12 @@ class CellCallback(lightning.Callback):
         module.spike_guard.record(spike, action)
         self.context.recorder.append(spike.step, spike.metrics)
         if module.mesh.is_first:
-            print(f"{spike}" + ("; its update is skipped" if module.is_update_skipped else ""), flush=True)
+            print_text(f"{spike}" + ("; its update is skipped" if module.is_update_skipped else ""))
 
     def _validate(self, module: CellModule, step: int) -> None:
         self.validation = module.evaluate("validation")
         if self.validation.problem and module.mesh.is_first:
-            print(self.validation.problem, flush=True)
+            print_text(self.validation.problem)
         metrics = {f"eval/{name}": value for name, value in self.validation.metrics.items()}
         self.context.recorder.append(step, metrics)
         if self.validation.load_by_layer:

@@ -1,5 +1,6 @@
 """Checkpoints of an attacker, with right checksums: no command that meets one runs its code."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +73,9 @@ def test_a_folder_cannot_name_a_plugin_to_run(copied: CommandLine) -> None:
     plugin = copied.folder / "evil.py"
     plugin.write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()")
     cell = folder / "cell.json"
-    cell.write_text(cell.read_text().replace('"plugins": []', f'"plugins": ["{plugin}"]'))
+    values = json.loads(cell.read_text()) | {"plugins": [str(plugin)], "plugin_digests": []}
+    del values["checksum"]  # as in a folder of an earlier version
+    cell.write_text(json.dumps(values))
     with pytest.raises(UsageError, match=r"needs the plug-in .*evil\.py"):
         moebench.load_model(folder)
     assert not marker.exists()

@@ -101,7 +101,7 @@ def test_a_mistake_is_reported_in_one_line_and_leaves_no_files(
     ended = warm(work, "run", f"./{name}.yaml", *overrides, "--results", "refused", "--tracker", "none", timeout=60)
     assert ended.code == 2, ended.err[-1500:]
     assert ended.out == ""
-    errors = [line for line in ended.err.splitlines() if not line.startswith("task.data: ")]
+    errors = [line for line in ended.err.splitlines() if not line.startswith(("task.data: ", "note: "))]
     assert len(errors) == 1, ended.err
     assert errors[0].startswith("error: ")
     assert all(word in errors[0] for word in MISTAKES[command]), ended.err

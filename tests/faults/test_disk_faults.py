@@ -83,7 +83,8 @@ def test_a_disk_that_fills_up_loses_no_finished_cell(
         filler = fill(disk)
         ended = warm(cli, "run", "./tiny.yaml", "--tracker", "none", "--results", str(results.path))
         assert ended.code == 2, ended.err
-        assert ended.err.startswith("error: results folder")
+        assert ended.err.startswith("error: cache: ")
+        assert "No space left on device" in ended.err
         assert ended.err.count("\n") == 1, ended.err
         filler.unlink()
         return

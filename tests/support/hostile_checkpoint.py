@@ -27,7 +27,10 @@ def sign(checkpoint: Path) -> None:
     """Write the manifest anew, with the checksums of the files as they are now."""
     manifest = checkpoint.with_suffix(".json")
     sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in checkpoint.iterdir() if file.is_file()}
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"sha256": sums}))
+    values = json.loads(manifest.read_text()) | {"sha256": sums}
+    del values["checksum"]
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    manifest.write_text(json.dumps(values | {"checksum": digest}))
 
 
 def edit_metadata(checkpoint: Path, edit: Callable[[Metadata, str], object]) -> None:

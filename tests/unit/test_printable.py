@@ -23,7 +23,7 @@ OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud80
 MAY_PRINT = {
     "printable.py",
     "training/train.py",  # to the log of the run
-    "tracking/tracker.py",  # JSON with escapes, to the runner
+    "tracking/tracker_process.py",  # JSON with escapes, to the runner
     "launch/rendezvous.py",  # numbers
 }
 

@@ -9,7 +9,7 @@ from support.command_line import CommandLine
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment, expand
 from moebench.launch.cell_check import list_version_changes
-from moebench.launch.folder_training import train_from_folder
+from moebench.launch.folder_training import TrainingReports, train_from_folder
 from moebench.parallel.process_info import SINGLE_PROCESS
 from moebench.runs.environment import describe_version
 from moebench.runs.folder import RunFolder
@@ -41,7 +41,7 @@ def train(experiment: Experiment, results: Path, version: str | None = None) -> 
     cell = experiment.cells[-1]
     folder = RunFolder.of(results, cell.id)
     folder.write_cell(cell.to_dict("tiny") | ({"version": version} if version else {}))
-    train_from_folder(folder, results, SINGLE_PROCESS, progress=lambda message: None, should_stop=lambda: False)
+    train_from_folder(folder, results, SINGLE_PROCESS, TrainingReports(progress=print, should_stop=lambda: False))
     return folder
 
 

@@ -6,7 +6,8 @@ import torch
 from moebench.compatibility import check_cell
 from moebench.config import resolve
 from moebench.errors import UsageError
-from moebench.launch.failure import describe_error, describe_start_error
+from moebench.launch.error_report import describe_error
+from moebench.launch.failure import describe_start_error
 from moebench.registry import get_registry
 from moebench.routing.router import check_top_k
 

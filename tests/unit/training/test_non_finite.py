@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.training_cases import Run, tiny_config, write_text
 
-from moebench.launch.failure import classify_error
+from moebench.launch.error_report import classify_error
 from moebench.registry import load_plugin
 from moebench.runs.result import Fault
 from moebench.training.divergence import NonFiniteError
