@@ -1,6 +1,7 @@
 """Options of the test run: plugin files whose routers the contract tests cover too, and one router alone."""
 
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import settings
 from support.command_line import CommandLine, WarmCommandLine
 
 from moebench.errors import UsageError
-from moebench.registry import load_plugin
+from moebench.registry import PLUGIN_MODULE, load_plugin
 from moebench.routing.router import ROUTERS
 
 # The same examples in every run, and no time limit for one: a busy machine is not a failure. `make test-all` runs
@@ -71,9 +72,12 @@ def routed_by(item: pytest.Item) -> str | None:
 def plugin(tmp_path: Path) -> Iterator["PluginFolder"]:
     """Write plugin files; what they register is taken back after the test."""
     before = {entry.name: entry for entry in ROUTERS.entries()}  # loads what is built in
+    modules = {*sys.modules}
     yield PluginFolder(tmp_path)
     ROUTERS._entries.clear()
     ROUTERS._entries.update(before)
+    for name in {name for name in sys.modules if name.startswith(PLUGIN_MODULE)} - modules:
+        del sys.modules[name]  # so that loading the file again registers its routers again
 
 
 class PluginFolder:
