@@ -1,5 +1,7 @@
 """The rules of a router that are checked where it is built and where it routes; breaking one is a one-line error."""
 
+import inspect
+
 import torch
 
 from moebench.errors import UsageError
@@ -34,7 +36,7 @@ def build_router(router_class: type[Router], config: RouterConfig, context: Rout
         raise
     except Exception as error:
         raise RouterContractError(
-            f"{label_router(config.name)}: __init__: {describe_error(error)}{_meta_hint()}"
+            f"{label_router(config.name)}: __init__: {describe_error(error)}{_meta_hint(error)}"
         ) from error
     for name, parameter in router.named_parameters():
         if parameter.dtype != torch.float32:
@@ -52,6 +54,13 @@ def check_router_class(router_class: type[Router], config: RouterConfig, num_exp
         )
     if router_class.forward is Router.forward:
         raise RouterContractError(f"{label_router(config.name)}: its class must define forward(x_TD, ctx)")
+    signature = inspect.signature(router_class.forward)
+    try:
+        signature.bind(None, None, None)
+    except TypeError as error:
+        raise RouterContractError(
+            f"{label_router(config.name)}: forward must take (x_TD, ctx), got forward{signature}"
+        ) from error
     if not all(isinstance(coefficient, int | float) for coefficient in config.losses.values()):
         raise RouterContractError(
             f"{label_router(config.name)}: Config.losses: coefficients must be numbers, got {config.losses}"
@@ -86,7 +95,8 @@ def label_router(name: str) -> str:
     return f"router '{name}'{origins.get(name, '')}"
 
 
-def _meta_hint() -> str:
-    if torch.get_default_device().type != "meta":
+def _meta_hint(error: Exception) -> str:
+    is_of_tensors = isinstance(error, RuntimeError) or "meta" in str(error)  # NotImplementedError is a RuntimeError
+    if torch.get_default_device().type != "meta" or not is_of_tensors:
         return ""
     return " (routers are first built on the meta device: __init__ must not use .item(), .tolist() or numpy on tensors)"

@@ -110,6 +110,11 @@ PLANNING = {
         ["experts_per_token must be at least 1"],
     ),
     "no forward": ("    def forward(", "    def route(", ["must define forward(x_TD, ctx)"]),
+    "a forward without the context": (
+        "def forward(self, x_TD: Tensor, ctx: RouteContext)",
+        "def forward(self, x_TD: Tensor)",
+        ["forward must take (x_TD, ctx), got forward(self, x_TD"],
+    ),
     "a coefficient that is text": (
         '        name: str = "broken"\n',
         '        name: str = "broken"\n        losses: dict[str, float] = field(default_factory=lambda: {"z": "x"})\n',
