@@ -48,7 +48,7 @@ def test_reading_commands_run_no_code_of_a_checkpoint(
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("attack", [store_object_as_weight, pickle_rest])
+@pytest.mark.parametrize("attack", [store_object_as_weight, pytest.param(pickle_rest, marks=pytest.mark.slow)])
 def test_a_run_does_not_resume_from_a_checkpoint_with_code(copied: CommandLine, attack: Attack) -> None:
     folder, marker = attack_run(copied, attack)
     (folder / "result.json").unlink()  # unfinished, so that it is resumed

@@ -58,7 +58,13 @@ DAMAGES: dict[str, Damage] = {
 }
 
 
-@pytest.mark.parametrize("name", DAMAGES)
+FEW = ("result folder", "cell empty", "record folder", "checkpoints file")
+"""Of each kind of file one; the others are slow."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in DAMAGES]
+)
 def test_no_command_ends_in_a_traceback(
     finished: CommandLine, warm: WarmCommandLine, tmp_path: Path, name: str
 ) -> None:

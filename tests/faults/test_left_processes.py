@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from support.command_line import CommandLine, Results
 
 PLUGIN = """
@@ -39,6 +40,7 @@ class Starts(Switch):
 """
 
 
+@pytest.mark.slow
 def test_processes_of_a_plugin_end_with_its_cell(cli: CommandLine) -> None:
     ends = [{"name": "starts", "end": end, "label": end} for end in ("done", "crash")]
     cli.write(grid={"router": ["dense", *ends]}, baseline="dense", seeds=[0])

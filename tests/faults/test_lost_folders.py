@@ -14,7 +14,8 @@ LOSE: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("how", ["deleted", pytest.param("moved", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["deleted", "moved"])
 def test_a_lost_results_folder_ends_the_run(
     cli: CommandLine, results: Results, warm: WarmCommandLine, how: str
 ) -> None:
