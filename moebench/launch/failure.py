@@ -21,7 +21,9 @@ def describe_disk_error(error: OSError) -> str:
 
 def describe_start_error(error: Exception) -> str:
     """Return in one line why the processes of a cell could not be started."""
-    return describe_disk_error(error) if isinstance(error, OSError) and error.filename else describe_exception(error)
+    if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
+        return describe_disk_error(error)
+    return describe_exception(error)
 
 
 def describe_exception(error: BaseException) -> str:
