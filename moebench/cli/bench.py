@@ -32,7 +32,7 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of weights and inputs.")]
 Allocator = Annotated[
     str, typer.Option(help="keep: glibc keeps freed memory, for all variants alike; default: glibc's setting.")
 ]
-Plot = Annotated[Path | None, typer.Option(help="Write a figure to this PNG file.")]
+Plot = Annotated[Path | None, typer.Option(help="Write a figure to this PNG, PDF or SVG file.")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")]
 
 

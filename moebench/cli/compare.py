@@ -53,7 +53,9 @@ def compare(
     allow_mismatch: AllowMismatch = False,
     split: Split = SplitName.TEST,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Write the loss curves and differences to this PNG file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write the loss curves and differences to this PNG, PDF or SVG file.")
+    ] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Cells at a time, where routers must be trained first.")] = 0,
     json: Json = False,
 ) -> None:

@@ -31,7 +31,7 @@ def curve(
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Write the curves to this PNG file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the curves to this PNG, PDF or SVG file.")] = None,
     json: Json = False,
 ) -> None:
     """Evaluate the finished runs of an experiment under other settings, from their last checkpoints.

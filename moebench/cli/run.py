@@ -242,7 +242,7 @@ def _print_summary(report: "RunReport", arguments: CommandArguments, options: "R
         given += ["--reshard"] if options.reshard else []
         lines.append(f"interrupted; go on with: {arguments.format('run', *given)}")
     else:
-        seen = "" if options.tracker == "none" else f"  |  {arguments.format_ui()}"
-        lines.append(f"next: {arguments.format('compare')}{seen}")
+        ui_hint = "" if options.tracker == "none" else f"  |  {arguments.format_ui()}"
+        lines.append(f"next: {arguments.format('compare')}{ui_hint}")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
