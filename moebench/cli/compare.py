@@ -54,7 +54,7 @@ def compare(
     split: Split = SplitName.TEST,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Write the loss curves and differences to this PNG, PDF or SVG file.")
+        Path | None, typer.Option(help="Write loss curves and differences to this file (PNG, PDF, SVG).")
     ] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Cells at a time, where routers must be trained first.")] = 0,
     json: Json = False,

@@ -22,9 +22,7 @@ def probe(
         str | None, typer.Option(help="The layer in the tables. Default: the one with the most information.")
     ] = None,
     results: Results = DEFAULT_RESULTS,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw labels and experts of every layer to this PNG, PDF or SVG file.")
-    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw labels and experts of each layer (PNG, PDF, SVG).")] = None,
     json: Json = False,
 ) -> None:
     """Show which expert takes tokens of which label - domain, class, position, kind of token - on the test split.

@@ -29,9 +29,7 @@ AllOptions = Annotated[
     bool,
     typer.Option("--all-options", help="All options instead of one name, as the Markdown of docs/configuration.md."),
 ]
-Plot = Annotated[
-    Path | None, typer.Option(help="Draw how a router sends a few tokens to experts, into this PNG, PDF or SVG file.")
-]
+Plot = Annotated[Path | None, typer.Option(help="Draw where a router sends a few tokens (PNG, PDF, SVG).")]
 
 
 def show(

@@ -6,8 +6,8 @@ for normally distributed values, but at least 1 % of the median. Other than with
 the window does not raise the limit for the next one. Until half of the window is filled there are no spikes.
 
 Sources: OLMo-core skips an update when the loss or the gradient norm lies 6 standard deviations from the mean of the
-last 128 steps (`SkipStepOptimizer`); OLMo 2 (arXiv:2501.00656, section 3) counts values 7 standard deviations from a
-rolling mean as spikes; PaLM (arXiv:2204.02311, section 5.1) goes back to a checkpoint and leaves out the batches.
+last 128 steps (`SkipStepOptimizer`); PaLM (arXiv:2204.02311, section 5.1) goes back to a checkpoint and leaves out the
+batches.
 """
 
 import statistics
