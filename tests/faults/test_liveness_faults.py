@@ -58,7 +58,7 @@ def write_hanging(cli: CommandLine, *faults: str, **changes: object) -> None:
 def test_a_silent_process_fails_its_cell_and_the_next_call_repairs(cli: CommandLine, warm: WarmCommandLine) -> None:
     # Evaluations of four batches, each longer than a second: no silence, because every batch counts.
     write_hanging(cli, "sleep", "stop", "slow", train={"checkpoint_every": 1})
-    ended = warm(cli, *RUN, "parallel.stall_timeout_s=4", "--jobs", "1")
+    ended = warm(cli, *RUN, "parallel.stall_timeout_s=12", "--jobs", "1")
     assert ended.code == 1, ended.err
     cli.assert_no_process_is_left()
     results = Results(cli.folder / "results")
