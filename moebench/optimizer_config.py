@@ -21,7 +21,8 @@ class OptimizerConfig:
     RANGES: ClassVar[Mapping[str, Range]] = {
         "muon_learning_rate": POSITIVE_FINITE,
         "muon_momentum": BELOW_1,
-        **dict.fromkeys((f"{name}_learning_rate" for name in ("router", "expert", "embedding", "head")), AT_LEAST_0_FINITE),
+        **dict.fromkeys(("router_learning_rate", "expert_learning_rate"), AT_LEAST_0_FINITE),
+        **dict.fromkeys(("embedding_learning_rate", "head_learning_rate"), AT_LEAST_0_FINITE),
         "decay_fraction": FRACTION,
         "mup_base_width": at_least_1_up_to(2**16),
     }

@@ -85,10 +85,10 @@ class TrainConfig(OptimizerConfig):
     where NS(X) is five times X <- 3.4445 X - 4.7750 (X X^T) X + 2.0315 (X X^T)^2 X, from X / |X| in the Frobenius norm,
     in the precision of forward passes: singular values end between about 0.7 and 1.2. These are the formulas of
     torch.optim.Muon. Queries, keys and values, the two halves of a gated projection, and each expert are matrices of
-    their own; with experts on several processes each process has all of its own experts' matrices and communicates
-    nothing. An update of an m x n matrix (m <= n) costs 5 (4 m^2 n + 2 m^3) FLOPs, whatever the batch. NS has no size: an
-    expert without tokens goes on in the direction of its momentum with full steps, and clip_norm changes only how
-    gradients of different steps are mixed.
+    their own; with experts on several processes each process updates its own and communicates nothing. An update of an
+    m x n matrix (m <= n) costs 5 (4 m^2 n + 2 m^3) FLOPs, whatever the batch. The size of M has no effect: an expert
+    without tokens goes on in the direction of its momentum with full steps, and clip_norm changes only how gradients of
+    different steps are mixed.
 
     Learning rates: those of the groups router, experts, embeddings and head follow the same schedule from their own
     peaks. A group is what a parameter belongs to in the model; the output that shares the embedding is an embedding.

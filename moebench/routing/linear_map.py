@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 
@@ -27,7 +28,7 @@ class LinearMap:
         """Return views [..., output, input], one for each part."""
         assert self.in_dim is not None
         maps = tensor.movedim((self.out_dim, self.in_dim), (-2, -1))
-        return list(maps.split(self.out_parts, dim=-2)) if self.out_parts else [maps]
+        return list(torch.split(maps, list(self.out_parts), dim=-2)) if self.out_parts else [maps]
 
 
 INPUT_FIRST = LinearMap(in_dim=-2, out_dim=-1)

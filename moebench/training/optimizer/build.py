@@ -7,8 +7,8 @@ from moebench.schema import CellConfig
 from moebench.tasks.task import Task
 from moebench.training.model import Model, build_base_model
 from moebench.training.optimizer.groups import describe_parameters, group_parameters
-from moebench.training.optimizer.mup import compute_width_factors
 from moebench.training.optimizer.muon import Muon
+from moebench.training.optimizer.mup import compute_width_factors
 from moebench.training.optimizer.schedule import compute_rate_factor
 
 

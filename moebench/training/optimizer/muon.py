@@ -115,6 +115,10 @@ class Muon(torch.optim.AdamW):
         self._update_matrices([group for group in groups if group["uses_muon"]])
         return loss
 
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's expects its own state of every parameter
+
     def _update_matrices(self, groups: Sequence[dict[str, Any]]) -> None:
         by_shape: dict[torch.Size, list[_Update]] = defaultdict(list)
         for group in groups:
@@ -126,7 +130,7 @@ class Muon(torch.optim.AdamW):
             for batch in _split_batches(updates):
                 stacks = [update.stack_direction() for update in batch]
                 orthogonal_NXY = orthogonalize(torch.cat(stacks).to(self.precision))
-                for update, part_NXY in zip(batch, orthogonal_NXY.split([len(each) for each in stacks]), strict=True):
+                for update, part_NXY in zip(batch, torch.split(orthogonal_NXY, [*map(len, stacks)]), strict=True):
                     update.apply(part_NXY, self.scaling)
 
     def _follow_gradient(self, parameter: Tensor, group: Mapping[str, Any]) -> Iterator[_Update]:

@@ -1,4 +1,4 @@
-"""The learning rate of each update, as a fraction of the peak: formulas and their sources are those of `TrainConfig`."""
+"""The learning rate of each update, as a fraction of the peak; `TrainConfig` has the formulas."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,7 +21,8 @@ def compute_rate_factor(step: int, train: TrainConfig) -> float:
         return 1.0
     if train.schedule == "inverse_sqrt":
         return math.sqrt(max(train.warmup_steps, 1) / (step + 1))
-    shape, start = train.schedule, train.warmup_steps
+    shape: str = train.schedule
+    start = train.warmup_steps
     if train.schedule == "wsd":
         shape = train.decay_shape
         start = max(start, train.steps - round(train.decay_fraction * train.steps))
