@@ -79,7 +79,7 @@ class TrainConfig(OptimizerConfig):
     updates an n_out x n_in matrix W with the gradient G by
 
         M <- m M + (1 - m) G               m: muon_momentum
-        O =  NS((1 - m) G + m M)           Nesterov; NS makes all singular values about 1
+        O =  NS((1 - m) G + m M)           NS makes singular values about 1
         W <- W - rate * (decay W + c O)    c: muon_scaling
 
     where NS(X) is five times X <- 3.4445 X - 4.7750 (X X^T) X + 2.0315 (X X^T)^2 X, from X / |X| in the Frobenius norm,
@@ -98,11 +98,12 @@ class TrainConfig(OptimizerConfig):
 
     mup_base_width = b keeps the sizes of activations and of their changes equal at every width (muP, arXiv:2203.03466,
     table 3), so that rates tuned at d_model = b serve a model that is r = d_model / b times as wide in everything:
-    d_model, ffn_width, expert_width and the number of heads, whose width is kept. What reads the width, the head and
-    the gates, starts r^(1/2) times smaller. AdamW's rate of everything that reads the width (hidden matrices, experts,
-    gates, head) is divided by r. Muon's rate of an n_out x n_in matrix is multiplied by sqrt(n_out / n_in) / c over
-    the same of the base: r^(-1/2) with match_rms_adamw, 1 with original, where both dimensions grow. Weight decay is
-    divided by the same factor, which keeps its product with the rate. Embeddings, biases and gains stay as they are.
+    d_model, ffn_width, expert_width and the number of heads, whose width is kept. The output and gates, which read the
+    width and do not grow, start r^(1/2) times smaller. AdamW's rate of everything that reads the width (hidden
+    matrices, experts, gates, output) is divided by r. Muon's rate of an n_out x n_in matrix is multiplied by
+    sqrt(n_out / n_in) / c over the same of the base: where both dimensions grow, r^(-1/2) with match_rms_adamw and 1
+    with original. Weight decay is divided by the same factor, which keeps its product with the rate. Embeddings, biases
+    and gains stay as they are. It needs an output that does not share the embedding.
 
     Before each update the gradient of all parameters together, over all processes, is scaled down to clip_norm where
     its L2 norm is larger; a loss or norm that is not finite ends the run as diverged, without the update.
