@@ -164,6 +164,8 @@ def cell_id(config: CellConfig, data_digest: str, plugin_digests: Sequence[str] 
     for section, keys in NOT_IN_ID.items():
         for key in (*keys, *getattr(getattr(config, section), "NOT_IN_ID", ())):
             _drop(plain[section], key.split("."))
+    for key in config.train.list_unused_keys():
+        _drop(plain["train"], [key])
     if config.train.spike_policy == "record":
         for key in SPIKE_KEYS:
             _drop(plain["train"], [key])

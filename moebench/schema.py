@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from moebench.components import LayoutConfig, RouterConfig, TaskConfig
 from moebench.conversion import Untyped
 from moebench.errors import require
+from moebench.optimizer_config import OptimizerConfig
 from moebench.ranges import (
     AT_LEAST_0,
     AT_LEAST_0_FINITE,
@@ -58,24 +59,57 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(OptimizerConfig):
     """Optimizer, schedule and cadence of training: the same for every arm of a comparison.
 
-    Schedule: linear warm-up, then a cosine. The learning rate of update u = 0, 1, ..., steps - 1 is learning_rate times
+    Schedule: linear warm-up, then what `schedule` names. The learning rate of update u = 0, 1, ..., steps - 1 is the
+    peak times (u + 1) / warmup_steps if u < warmup_steps, and then
 
-        (u + 1) / warmup_steps                                   if u < warmup_steps
-        final_rate + (1 - final_rate) * (1 + cos(pi * p)) / 2    otherwise
+        cosine          final_rate + (1 - final_rate) * (1 + cos(pi * p)) / 2
+        linear          final_rate + (1 - final_rate) * (1 - p)
+        wsd             final_rate + (1 - final_rate) * f(q)
+        constant        1
+        inverse_sqrt    sqrt(max(1, warmup_steps) / (u + 1))
 
-    with p = min(1, (u - warmup_steps) / max(1, steps - warmup_steps)).
+    with p = min(1, (u - warmup_steps) / max(1, steps - warmup_steps)), q = max(0, min(1, (u - s) / max(1, steps - s)))
+    from the start of the decay, s = max(warmup_steps, steps - round(decay_fraction * steps)), and f(q) by decay_shape:
+    linear 1 - q, cosine (1 + cos(pi * q)) / 2, sqrt 1 - sqrt(q).
 
-    Optimizer: AdamW (arXiv:1711.05101), the fused update of torch with eps = 1e-8. weight_decay applies to parameters
-    of two or more dimensions (projections, embedding tables, stacked expert weights); gains of norms and biases are
-    not decayed. Experts that are sharded over processes are a separate parameter group with the same settings.
+    AdamW (arXiv:1711.05101) is the fused update of torch with eps = 1e-8. Muon (kellerjordan.github.io/posts/muon)
+    updates an n_out x n_in matrix W with the gradient G by
+
+        M <- m M + (1 - m) G               m: muon_momentum
+        O =  NS((1 - m) G + m M)           NS makes singular values about 1
+        W <- W - rate * (decay W + c O)    c: muon_scaling
+
+    where NS(X) is five times X <- 3.4445 X - 4.7750 (X X^T) X + 2.0315 (X X^T)^2 X, from X / |X| in the Frobenius norm,
+    in the precision of forward passes: singular values end between about 0.7 and 1.2. These are the formulas of
+    torch.optim.Muon. Queries, keys and values, the two halves of a gated projection, and each expert are matrices of
+    their own; with experts on several processes each process updates its own and communicates nothing. An update of an
+    m x n matrix (m <= n) costs 5 (4 m^2 n + 2 m^3) FLOPs, whatever the batch. The size of M has no effect: an expert
+    without tokens goes on in the direction of its momentum with full steps, and clip_norm changes only how gradients of
+    different steps are mixed.
+
+    Learning rates: those of the groups router, experts, embeddings and head follow the same schedule from their own
+    peaks. A group is what a parameter belongs to in the model; the output that shares the embedding is an embedding.
+
+    Weight decay is decoupled and times the learning rate. It applies to parameters of two or more dimensions
+    (projections, embedding tables, stacked expert weights) in weight_decay_groups; gains and biases are not decayed.
+
+    mup_base_width = b keeps the sizes of activations and of their changes equal at every width (muP, arXiv:2203.03466,
+    table 3), so that rates tuned at d_model = b serve a model that is r = d_model / b times as wide in everything:
+    d_model, ffn_width, expert_width and the number of heads, whose width is kept. The output and gates, which read the
+    width and do not grow, start r^(1/2) times smaller. AdamW's rate of everything that reads the width (hidden
+    matrices, experts, gates, output) is divided by r. Muon's rate of an n_out x n_in matrix is multiplied by
+    sqrt(n_out / n_in) / c over the same of the base: where both dimensions grow, r^(-1/2) with match_rms_adamw and 1
+    with original. Weight decay is divided by the same factor, which keeps its product with the rate. Embeddings, biases
+    and gains stay as they are. It needs an output that does not share the embedding.
+
     Before each update the gradient of all parameters together, over all processes, is scaled down to clip_norm where
     its L2 norm is larger; a loss or norm that is not finite ends the run as diverged, without the update.
     spike_policy chooses what happens after a spike of the loss.
 
-    State and precision: parameters, gradients, both moments of AdamW and router computations are fp32. precision=bf16
+    State and precision: parameters, gradients, moments and router computations are fp32. precision=bf16
     runs forward passes under torch.autocast, in training and evaluation. A checkpoint holds parameters, moments, the
     step and the state of routers; batches and noise are functions of the seed and the step, so resuming repeats a run
     exactly.
@@ -102,13 +136,13 @@ class TrainConfig:
     accumulate: int = 1
     """Micro-batches per update; capacity and balance losses are computed per micro-batch."""
     learning_rate: float = 2e-3
-    """Peak of the schedule."""
+    """Peak of the schedule, of all parameters whose group has none of its own."""
     warmup_steps: int = 100
     """Updates of linear warm-up."""
     final_rate: float = 0.0
-    """Learning rate at the end, as a fraction of the peak."""
+    """Learning rate at the end of cosine, linear and wsd, as a fraction of the peak."""
     weight_decay: float = 0.1
-    """AdamW's weight decay, for parameters of two or more dimensions."""
+    """Weight decay, for parameters of two or more dimensions in weight_decay_groups."""
     beta1: float = 0.9
     """AdamW's coefficient of the running mean of gradients."""
     beta2: float = 0.95
@@ -218,6 +252,9 @@ class CellConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**31, "seed", self.seed, "at least 0 and below 2^31")
+        base_width, head_width = self.train.mup_base_width, self.model.d_model // self.model.num_heads
+        keeps_heads = base_width is None or base_width % head_width == 0
+        require(keeps_heads, "train.mup_base_width", base_width, f"a multiple of the width of a head, {head_width}")
 
 
 DEFAULT_NAMES = {"task": "language", "layout": "every_n", "router": "switch"}

@@ -1,6 +1,7 @@
 """Feed-forward networks: one dense, and a bank of experts computed by grouped matrix products."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor, nn
@@ -11,12 +12,20 @@ from moebench.experts.activation import GATED, Dropout, activate
 from moebench.experts.bank import Bank, init_experts, local_shard, merge_weights
 from moebench.experts.fused import fused_mixture
 from moebench.experts.grouped import grouped_matmul
+from moebench.routing.linear_map import INPUT_FIRST, LinearMap
 from moebench.routing.values import Routing
 
 
 def ffn_flops(d_model: int, width: int, activation: str) -> int:
     """Return the forward FLOPs of one token through a feed-forward network: 2 per weight; activations are left out."""
     return 2 * d_model * width * (2 + GATED[activation])
+
+
+def describe_maps(width: int, activation: str, names: Sequence[str]) -> dict[str, LinearMap]:
+    """Return the maps of the input and the output projection of these names; a gated input has two parts."""
+    name_in, name_out = names
+    parts = (width, width) if GATED[activation] else ()
+    return {name_in: replace(INPUT_FIRST, out_parts=parts), name_out: INPUT_FIRST}
 
 
 class FeedForward(nn.Module):
@@ -39,6 +48,10 @@ class FeedForward(nn.Module):
         """Return y_TD."""
         hidden_TF = activate(x_TD @ self.w_in_DF, self.activation)
         return (hidden_TF if dropout is None else dropout(hidden_TF)) @ self.w_out_FD
+
+    def linear_maps(self) -> dict[str, LinearMap]:
+        """Return where the projections are in the parameters."""
+        return describe_maps(self.w_out_FD.shape[0], self.activation, ("w_in_DF", "w_out_FD"))
 
     def flops_per_token(self) -> int:
         """Return the forward FLOPs of one token."""
@@ -72,6 +85,10 @@ class ExpertBank(Bank):
         # Each expert like a dense network of its size: all experts differ.
         init_experts(self.w_in_EDF, self.w_in_EDF.shape[1] ** -0.5, generator)
         init_experts(self.w_out_EFD, self.out_scale * self.w_out_EFD.shape[1] ** -0.5, generator)
+
+    def linear_maps(self) -> dict[str, LinearMap]:
+        """Return where the projections are in the parameters."""
+        return describe_maps(self.w_out_EFD.shape[1], self.activation, ("w_in_EDF", "w_out_EFD"))
 
     @override
     def rows(self, x_RD: Tensor, load_E: Tensor, dropout: Dropout | None = None) -> Tensor:

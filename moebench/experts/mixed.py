@@ -12,6 +12,7 @@ from moebench.experts.bank import Bank
 from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.layout import ExpertShape
 from moebench.experts.widths import Widths
+from moebench.routing.linear_map import INPUT_FIRST, TABLE, LinearMap
 
 
 def build_bank(
@@ -181,6 +182,10 @@ class ConstantBank(Bank):
     def init_weights(self, generator: Generator) -> None:
         nn.init.normal_(self.w_mix_ED2, std=self.w_mix_ED2.shape[1] ** -0.5, generator=generator)
         nn.init.normal_(self.vector_ED, std=self.out_scale, generator=generator)
+
+    def linear_maps(self) -> dict[str, LinearMap]:
+        """Return where the maps are: the vectors are entries of a table, decayed like one."""
+        return {"w_mix_ED2": INPUT_FIRST, "vector_ED": TABLE}
 
     @override
     def rows(self, x_RD: Tensor, load_E: Tensor, dropout: Dropout | None = None) -> Tensor:

@@ -1,6 +1,7 @@
 """Banks for attention: experts that are projections, and experts that are attention heads."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor, nn
@@ -9,6 +10,7 @@ from typing_extensions import override
 from moebench.experts.activation import Dropout
 from moebench.experts.bank import Bank, init_experts, local_shard
 from moebench.experts.grouped import grouped_matmul
+from moebench.routing.linear_map import INPUT_FIRST, LinearMap
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -23,6 +25,11 @@ class ProjectionBank(Bank):
     @override
     def init_weights(self, generator: Generator) -> None:
         init_experts(self.weight_EDO, self.weight_EDO.shape[1] ** -0.5, generator)
+
+    def linear_maps(self) -> dict[str, LinearMap]:
+        """Return where the projections are: two or three of the width of the model, side by side."""
+        _, d_model, out_width = self.weight_EDO.shape
+        return {"weight_EDO": replace(INPUT_FIRST, out_parts=(d_model,) * (out_width // d_model))}
 
     @override
     def rows(self, x_RD: Tensor, load_E: Tensor, dropout: Dropout | None = None) -> Tensor:
@@ -60,6 +67,10 @@ class HeadBank(Bank):
     def init_weights(self, generator: Generator) -> None:
         init_experts(self.w_query_EDH, self.w_query_EDH.shape[1] ** -0.5, generator)
         init_experts(self.w_out_EHD, self.out_scale * self.w_out_EHD.shape[2] ** -0.5, generator)
+
+    def linear_maps(self) -> dict[str, LinearMap]:
+        """Return where the projections are in the parameters."""
+        return {"w_query_EDH": INPUT_FIRST, "w_out_EHD": INPUT_FIRST}
 
     def queries(self, x_RD: Tensor, load_E: Tensor) -> Tensor:
         """Return the queries of each row, [R, H], rows sorted by expert."""

@@ -1,12 +1,13 @@
 """Multi-head attention: within a sequence with rotary positions, and from a decoder to the output of an encoder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from moebench.experts.projection import attention_score_flops
+from moebench.routing.linear_map import OUTPUT_FIRST, LinearMap
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,6 +69,12 @@ class Attention(nn.Module):
         out: Tensor = self.out(mixed_BLD)
         return out
 
+    def linear_maps(self) -> dict[str, LinearMap]:
+        """Return where queries, keys and values are in their common projection."""
+        width = self.qkv.in_features
+        kv_width = (self.qkv.out_features - width) // 2
+        return {"qkv.weight": replace(OUTPUT_FIRST, out_parts=(width, kv_width, kv_width))}
+
     def flops_per_token(self, length: int) -> int:
         """Return the forward FLOPs of one token in a sequence of `length`, the masked half included."""
         weights = self.qkv.weight.numel() + self.out.weight.numel()
@@ -103,6 +110,10 @@ class CrossAttention(nn.Module):
         mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return out
+
+    def linear_maps(self) -> dict[str, LinearMap]:
+        """Return where keys and values are in their common projection."""
+        return {"key_value.weight": replace(OUTPUT_FIRST, out_parts=(self.key_value.out_features // 2,) * 2)}
 
     def flops(self, length: int, encoder_length: int) -> int:
         """Return the forward FLOPs of one sequence of `length` that attends to `encoder_length` vectors."""

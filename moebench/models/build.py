@@ -51,6 +51,7 @@ def build_backbone(
         num_experts=1,
         data=data,
         features=features,
+        width_ratio=config.model.d_model / (config.train.mup_base_width or config.model.d_model),
     )
     builder = Builder(
         config=config, causal=causal, context=context, sequence_length=data.sequence_length or 0, half=half

@@ -1,5 +1,7 @@
 """Attention with experts as its projections or as its heads."""
 
+from dataclasses import replace
+
 import torch
 from torch import Generator, Tensor, nn
 
@@ -8,6 +10,7 @@ from moebench.experts.layer import MoELayer
 from moebench.experts.projection import HeadBank, ProjectionBank, attention_score_flops
 from moebench.models.attention import PositionTable, attend, split_heads
 from moebench.routing.context import RouteContext
+from moebench.routing.linear_map import OUTPUT_FIRST, LinearMap
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -110,6 +113,10 @@ class HeadExperts(nn.Module):
         query = query_TKH.view(batch, length, slots * heads, self.head_width).transpose(1, 2)
         mixed = attend(query, key, value, causal=self.causal, rope_theta=self.rope_theta, positions=positions)
         return mixed.reshape(batch * length, slots, heads * self.head_width)
+
+    def linear_maps(self) -> dict[str, LinearMap]:
+        """Return where keys and values are in their common projection."""
+        return {"key_value.weight": replace(OUTPUT_FIRST, out_parts=(self.key_value.out_features // 2,) * 2)}
 
     def flops_per_token(self, length: int) -> int:
         """Return the forward FLOPs of one token in a sequence of `length`."""

@@ -8,6 +8,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from moebench.routing.context import RouteContext
+from moebench.routing.linear_map import OUTPUT_FIRST, LinearMap
 
 TRUNCATION = 2.0
 """Bound of the truncated normal distribution of initial weights, in standard deviations."""
@@ -42,6 +43,10 @@ class Gate(nn.Module):
             return
         bound = TRUNCATION * self.init_std
         nn.init.trunc_normal_(self.weight_ED, std=self.init_std, a=-bound, b=bound, generator=generator)
+
+    def linear_maps(self) -> dict[str, LinearMap]:
+        """Return where the map is in the parameters."""
+        return {"weight_ED": OUTPUT_FIRST}
 
     @property
     def initial_logit_std(self) -> float:

@@ -119,6 +119,8 @@ class RouterBuildContext:
     data: DataSummary = NO_DATA
     features: Mapping[type[Feature], Any] = field(default_factory=dict)
     """Build-time values of the features that the router requires."""
+    width_ratio: float = 1.0
+    """d_model over that of the base model with muP, whose gates start smaller by its square root."""
     level: Level = SINGLE_LEVEL
     """Part of the choice that the router makes in a layout of groups."""
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from moebench.models.build import NO_FEATURES, build_backbone
@@ -19,6 +20,13 @@ from moebench.routing.router import required_features
 from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig
 from moebench.tasks.task import TASKS, Batch, Task
+from moebench.training.optimizer.groups import describe_parameters
+from moebench.training.optimizer.mup import (
+    compute_width_factors,
+    refuse_shared_embedding,
+    scale_initial_weights,
+    shrink_widths,
+)
 
 
 class Model(nn.Module):
@@ -120,7 +128,20 @@ def build_initialised_model(config: CellConfig, task: Task, mesh: Mesh = SINGLE_
     if mesh.process_info.has_group:
         shard_experts(model, mesh, config.balance)
     init_weights(model, config.seed)
+    base = build_base_model(config, task)
+    if base is not None:
+        refuse_shared_embedding(model.head, model.embedding)
+        roles = describe_parameters(model)
+        scale_initial_weights(roles, compute_width_factors(config, roles, base))
     return model
+
+
+def build_base_model(config: CellConfig, task: Task) -> Model | None:
+    """Return the shapes of the model whose learning rates a model uses, on the meta device; None without muP."""
+    if config.train.mup_base_width is None:
+        return None
+    with torch.device("meta"):
+        return build_model(shrink_widths(config), task)
 
 
 def compute_model_cost(model: Model, sequence_length: int, decoder_length: int | None = None) -> Cost:

@@ -12,12 +12,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from moebench.models.transformer import BatchContext
-from moebench.parallel.expert_sharding import iter_sharded_banks
 from moebench.parallel.gradients import clip_grad_norm
 from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
 from moebench.routing.features.feature import TrainingPasses, count_passes
 from moebench.routing.values import LayerRecord
-from moebench.schema import CellConfig, TrainConfig
+from moebench.schema import CellConfig
 from moebench.tasks.task import Batch, Task
 from moebench.training.batches import BatchSource, build_loss_normalizer
 from moebench.training.divergence import NonFiniteError, SpikeError
@@ -25,12 +24,14 @@ from moebench.training.evaluation import Evaluation, batch_context, evaluate, pr
 from moebench.training.model import Model
 from moebench.training.non_finite import trace_evaluation, trace_step
 from moebench.training.objective import LossNormalizer, Objective, add_token_loss, average_passes, compute_objective
+from moebench.training.optimizer.build import build_optimizer, build_schedule
+from moebench.training.optimizer.schedule import compute_rate_factor
 from moebench.training.rewinds import NO_REWINDS, RewindRequest, Rewinds
 from moebench.training.spikes import SpikeGuard
 
 
 class CellModule(lightning.LightningModule):
-    """Trains one model: AdamW with weight decay on matrices alone, linear warm-up and a cosine schedule.
+    """Trains one model with the optimizer and the schedule of `train`.
 
     Losses and records of a step's micro-batches are kept until the next step. The gradient is clipped as a whole;
     `NonFiniteError` is raised before the update if it or the loss is not finite. A spike of the loss is
@@ -140,7 +141,7 @@ class CellModule(lightning.LightningModule):
         self._require_finite(total, "loss")
         self.last_grad_norm = clip_grad_norm(self.parameters(), self.config.train.clip_norm).item()
         self._require_finite(self.last_grad_norm, "gradient norm")
-        self.last_rate = optimizer.param_groups[0]["lr"]  # of this update: the schedule moves on right after it
+        self.last_rate = self.config.train.learning_rate * compute_rate_factor(self.global_step, self.config.train)
         self._apply_spike_policy()
 
     def _require_finite(self, value: float, what: str) -> None:
@@ -164,7 +165,7 @@ class CellModule(lightning.LightningModule):
         if policy == "rewind":
             raise RewindRequest(spike)
         if policy == "skip":
-            self.zero_grad(set_to_none=True)  # AdamW leaves parameters, moments and their step counts as they are
+            self.zero_grad(set_to_none=True)  # the optimizer leaves parameters and its state as they are
 
     @property
     def is_update_skipped(self) -> bool:
@@ -198,28 +199,6 @@ class CellModule(lightning.LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        train = self.config.train
-        # Their own group: the fused update takes one kind of tensor. Groups are the same whether experts are sharded.
-        experts = {id(p) for layer in self.layers for bank in iter_sharded_banks(layer.bank) for p in bank.parameters()}
-        stacks = [p for p in self.parameters() if id(p) in experts]
-        matrices = [p for p in self.parameters() if id(p) not in experts and p.dim() >= 2]
-        vectors = [p for p in self.parameters() if id(p) not in experts and p.dim() < 2]
-        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        groups += [{"params": stacks}] if stacks else []
-        optimizer = torch.optim.AdamW(
-            groups,
-            lr=train.learning_rate,
-            betas=(train.beta1, train.beta2),
-            weight_decay=train.weight_decay,
-            fused=True,
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: compute_rate_factor(step, train))
+        optimizer = build_optimizer(self.config, self.model, self.task)
+        schedule = build_schedule(self.config, optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def compute_rate_factor(step: int, train: TrainConfig) -> float:
-    """Return the learning rate of an update (counted from 0) as a fraction of the peak."""
-    if step < train.warmup_steps:
-        return (step + 1) / train.warmup_steps
-    progress = (step - train.warmup_steps) / max(train.steps - train.warmup_steps, 1)
-    return train.final_rate + (1 - train.final_rate) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))

@@ -18,6 +18,10 @@ from moebench.training.train import build_trainer, fit, train_cell
 
 TRAIN = {"steps": 6, "batch_size": 4, "learning_rate": 2e-3, "warmup_steps": 0, "checkpoint_every": 3}
 OVERRIDES = case(train=TRAIN, layout={"name": "zero_computation", "num_experts": 8, "match": "none"})
+MUON = case(train=TRAIN | {"optimizer": "muon"}, layout={"name": "zero_computation", "num_experts": 8, "match": "none"})
+BOTH = pytest.mark.parametrize(
+    "overrides", [OVERRIDES, pytest.param(MUON, marks=pytest.mark.slow)], ids=["adamw", "muon"]
+)
 CHAIN = [Shape(), Shape(1, 2), Shape(2, 2), Shape(1, 4), Shape(2, 1), Shape()]
 
 
@@ -59,15 +63,17 @@ def load_and_save(mesh: Mesh, text: Path, overrides: dict[str, Any], source: Pat
     trainer.save_checkpoint(target)
 
 
-def test_every_tensor_survives_a_chain_of_meshes(text: Path, tmp_path: Path) -> None:
-    ALONE.run(train, text, OVERRIDES, tmp_path / "start")
+@BOTH
+def test_every_tensor_survives_a_chain_of_meshes(text: Path, tmp_path: Path, overrides: dict[str, Any]) -> None:
+    ALONE.run(train, text, overrides, tmp_path / "start")
     newest = checkpoint_path(tmp_path / "start" / "checkpoints", 6)
     first = read_checkpoint(newest)
     assert any("bank" in name for name in first["state_dict"])
-    assert any("exp_avg_sq" in name and "bank" in name for name in first["optimizer"])
+    state = "momentum_buffer" if overrides is MUON else "exp_avg_sq"
+    assert any(state in name and "bank" in name and "w_in" in name for name in first["optimizer"])
     for number, shape in enumerate(CHAIN):
         target = checkpoint_path(tmp_path / str(number), 6)
-        shape.run(load_and_save, text, shape.over(OVERRIDES), newest, target, tmp_path / "work")
+        shape.run(load_and_save, text, shape.over(overrides), newest, target, tmp_path / "work")
         saved = read_checkpoint(target)
         for part in ("state_dict", "optimizer"):
             assert_same_tree(first[part], saved[part], f"{shape}: {part}")
@@ -87,8 +93,11 @@ def test_training_continues_on_another_mesh(text: Path, tmp_path: Path, then: Sh
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [Shape(2, 1), Shape(1, 2), Shape(2, 2)], ids=str)
-def test_resumed_run_on_the_same_mesh_is_bit_identical(text: Path, tmp_path: Path, shape: Shape) -> None:
-    overrides = shape.over(OVERRIDES)
+@BOTH
+def test_resumed_run_on_the_same_mesh_is_bit_identical(
+    text: Path, tmp_path: Path, shape: Shape, overrides: dict[str, Any]
+) -> None:
+    overrides = shape.over(overrides)
     uninterrupted = shape.run(train, text, overrides, tmp_path / "uninterrupted")
     shape.run(train, text, overrides, tmp_path / "parts", 4)
     assert shape.run(train, text, overrides, tmp_path / "parts") == uninterrupted

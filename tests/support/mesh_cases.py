@@ -22,6 +22,7 @@ SHORT = (
     "zero rows",
     "padded",
     "encoder-decoder",
+    "muon",
 )
 """Cases of the matrix that every test run trains."""
 
@@ -93,6 +94,10 @@ def matrix() -> dict[str, dict[str, Any]]:
         "masked language": case(task={"name": "masked_language", "sequence_length": 8, "eval_windows": 2}),
         "encoder-decoder": case(task={"name": "span_corruption", "sequence_length": 8, "eval_windows": 2}),
         "deep experts": case(layout=EVERY_N | {"depth": 2}),
+        "muon": case(
+            layout={"name": "zero_computation", "num_experts": 8, "match": "none"},
+            train={"optimizer": "muon", "accumulate": 2, "router_learning_rate": 1e-2},
+        ),
     }
 
 

@@ -63,9 +63,8 @@ class ExpertThreshold(Router["ExpertThreshold.Config"]):
         self.gate = Gate(context.d_model, context.num_experts)
         self.share = config.average_experts / context.num_experts
         self.decay = config.decay
-        initial_threshold = (
-            -torch.inf if self.share == 1 else self.gate.initial_logit_std * NormalDist().inv_cdf(1 - self.share)
-        )
+        logit_std = self.gate.initial_logit_std * context.width_ratio**-0.5
+        initial_threshold = -torch.inf if self.share == 1 else logit_std * NormalDist().inv_cdf(1 - self.share)
         self.register_buffer("threshold_E", torch.full((context.num_experts,), initial_threshold))
 
     @classmethod

@@ -14,6 +14,7 @@ from typing_extensions import override
 from moebench.routing.context import RouteContext
 from moebench.routing.domains import append_mean, check_domains, get_domain_index
 from moebench.routing.gate import Gate
+from moebench.routing.linear_map import TABLE, LinearMap
 from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import Routing
@@ -55,6 +56,10 @@ class TaskLevel(Router["TaskLevel.Config"]):
     def init_weights(self, generator: Generator) -> None:
         """Initialise embeddings at the scale of normalised tokens."""
         nn.init.normal_(self.embedding_GD, generator=generator)
+
+    def linear_maps(self) -> dict[str, LinearMap]:
+        """Return that the embeddings are a table: what multiplies them is the gate."""
+        return {"embedding_GD": TABLE}
 
     @classmethod
     @override

@@ -14,8 +14,6 @@ from moebench.config import resolve
 from moebench.errors import UsageError
 from moebench.ranges import Range, get_ranges
 from moebench.registry import get_registry
-from moebench.schema import TrainConfig
-from moebench.training.module import compute_rate_factor
 
 PAGE = Path(__file__).parents[3] / "docs" / "configuration.md"
 
@@ -97,9 +95,9 @@ def numeric_options() -> list[tuple[str, dict[str, Any], Range]]:
 @pytest.mark.parametrize(("key", "cell", "allowed"), numeric_options(), ids=lambda value: str(value)[:40])
 def test_the_range_that_is_shown_is_enforced(key: str, cell: dict[str, Any], allowed: Range) -> None:
     (option,) = describe_name(key)["options"]
-    assert option["allowed"] == str(allowed)
+    assert option["allowed"].removesuffix(", or null") == str(allowed)
     violated = str(replace(allowed, limit=None))  # too small: the message leaves out the limit
-    with pytest.raises(UsageError, match=f"{re.escape(key)} must be {re.escape(violated)}, got"):
+    with pytest.raises(UsageError, match=f"{re.escape(key)} must be {re.escape(violated)}(, or null)?, got"):
         resolve(cell)
 
 
@@ -118,17 +116,6 @@ def test_ranges(allowed: Range, inside: list[float], outside: list[float], text:
     assert str(allowed) == text
     assert all(value in allowed for value in inside)
     assert not any(value in allowed for value in outside)
-
-
-def test_the_documented_schedule_is_the_one_of_training() -> None:
-    formula = re.search(r"\n +(\(u .*?) +if u < warmup_steps\n +(final_rate .*?) +otherwise", TrainConfig.__doc__ or "")
-    assert formula
-    train = TrainConfig(steps=50, warmup_steps=7, final_rate=0.1)
-    for u in range(train.steps + 2):
-        p = min(1, (u - train.warmup_steps) / max(1, train.steps - train.warmup_steps))
-        names = {**vars(train), "u": u, "p": p, "cos": math.cos, "pi": math.pi}
-        documented = eval(formula[1] if u < train.warmup_steps else formula[2], names)
-        assert documented == pytest.approx(compute_rate_factor(u, train))
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,16 @@ def test_id_depends_on_the_policy_alone() -> None:
     assert make_id(spike_policy="rewind") != make_id(spike_policy="rewind", checkpoint_every=7)
 
 
+def test_id_does_not_depend_on_options_of_another_optimizer_or_schedule() -> None:
+    def make_id(**train: Any) -> str:
+        return cell_id(tiny_config(Path("text"), train=train), "data")
+
+    assert make_id() == make_id(muon_momentum=0.9, muon_learning_rate=0.1, decay_fraction=0.5, decay_shape="linear")
+    assert make_id(optimizer="muon") != make_id(optimizer="muon", muon_momentum=0.9)
+    assert make_id(schedule="wsd") != make_id(schedule="wsd", decay_fraction=0.5)
+    assert len({make_id(), make_id(optimizer="muon"), make_id(schedule="wsd"), make_id(router_learning_rate=0.0)}) == 4
+
+
 def test_record_leaves_the_numbers_and_names_the_batch(start, text: Path, capfd: pytest.CaptureFixture[str]) -> None:
     # The spike is in the loss that is returned, so that the update is made with it: compare with no rule at all.
     run, unwatched = start("record"), start("record", "unwatched", train={"spike_threshold": 1e6})
@@ -147,8 +157,9 @@ def test_stop_ends_the_run_before_the_update(start) -> None:
     assert max(step for step, _ in run.points()) == AT - 1
 
 
-def test_skip_leaves_parameters_moments_and_router_as_they_were(start) -> None:
-    run = start("skip", train={"checkpoint_every": 1}, router="loss_free")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_skip_leaves_parameters_moments_and_router_as_they_were(start, optimizer: str) -> None:
+    run = start("skip", train={"checkpoint_every": 1, "optimizer": optimizer}, router="loss_free")
     states = {}
 
     def keep(message: dict[str, Any]) -> None:

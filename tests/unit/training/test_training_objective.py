@@ -8,12 +8,12 @@ from support.training_cases import Run, Watched, tiny_config, write_text
 from moebench.ranks import SINGLE_RANK
 from moebench.routing.layer_name import LayerName
 from moebench.routing.values import LayerRecord, Routing
-from moebench.schema import TrainConfig
 from moebench.tasks.task import Batch
 from moebench.training.evaluation import batch_context, evaluate
 from moebench.training.model import build_initialised_model, prepare_task
-from moebench.training.module import CellModule, NonFiniteError, compute_rate_factor
+from moebench.training.module import CellModule, NonFiniteError
 from moebench.training.objective import LossNormalizer, Objective, add_token_loss, average_objectives, compute_objective
+from moebench.training.optimizer.schedule import compute_rate_factor
 
 
 @pytest.fixture(scope="module")
@@ -148,21 +148,6 @@ def test_one_value_per_sequence_is_divided_by_its_predictions() -> None:
     batch = batch_of(torch.zeros(2, 1), torch.tensor([[1], [3]]))
     normalizer = LossNormalizer.of_single_batch(batch)
     assert normalizer.mean_over_outputs(torch.tensor([1.0, 3.0]), batch).item() == pytest.approx(4 / 4)
-
-
-def test_learning_rate_by_hand() -> None:
-    train = TrainConfig(steps=12, warmup_steps=2, final_rate=0.1)
-    # 2 steps of warm-up: 1/2, 1. Then a cosine over 10 steps: 0.1 + 0.9 · (1 + cos(π p)) / 2.
-    assert [compute_rate_factor(step, train) for step in range(3)] == [0.5, 1.0, 1.0]
-    assert compute_rate_factor(7, train) == pytest.approx(0.1 + 0.9 * 0.5)  # half-way
-    assert compute_rate_factor(11, train) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 0.9)))
-    assert compute_rate_factor(12, train) == compute_rate_factor(99, train) == pytest.approx(0.1)
-
-
-def test_learning_rate_without_and_with_only_warm_up() -> None:
-    assert compute_rate_factor(0, TrainConfig(steps=5, warmup_steps=0)) == 1.0
-    warm_up_only = TrainConfig(steps=3, warmup_steps=10)
-    assert [compute_rate_factor(step, warm_up_only) for step in range(3)] == pytest.approx([0.1, 0.2, 0.3])
 
 
 def test_learning_rates_are_in_the_journal(text, tmp_path) -> None:
