@@ -244,6 +244,15 @@ def refuse_missing_features(c: Combination) -> Iterator[str]:
             )
 
 
+def refuse_output_options(c: Combination) -> Iterator[str]:
+    """Require tokens as input and output to tie the embeddings, and logits for the z-loss."""
+    task = c.config.task.name
+    if c.config.model.tie_embeddings and c.task.output != "tokens":
+        yield f"model.tie_embeddings: task '{task}' does not read and predict ids of one vocabulary (allowed: false)"
+    if c.config.train.z_loss > 0 and c.task.output == "vectors":
+        yield f"train.z_loss must be 0, got {c.config.train.z_loss:g}: task '{task}' predicts vectors without logits"
+
+
 def refuse_leak(c: Combination) -> Iterator[str]:
     """Require causal experts where the task predicts from the past, unless `allow_noncausal` is set."""
     if _must_be_causal(c) and not c.config.allow_noncausal and (leak := _find_leak(c)):
@@ -294,5 +303,6 @@ CELL_RULES: tuple[Rule, ...] = (
     refuse_experts_in_missing_half,
     refuse_in_encoder_decoder,
     refuse_missing_features,
+    refuse_output_options,
     refuse_leak,
 )

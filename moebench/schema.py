@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from moebench.components import LayoutConfig, RouterConfig, TaskConfig
 from moebench.conversion import Untyped
 from moebench.errors import require
+from moebench.model_config import ModelConfig as ModelConfig
 from moebench.ranges import (
     AT_LEAST_0,
     AT_LEAST_0_FINITE,
@@ -24,37 +25,6 @@ COMPONENTS = ("task", "layout", "router")
 """The sections of a cell that a `name` picks from a registry."""
 SECTIONS = ("model", "train", "balance", "parallel")
 """The sections that have the same keys in every cell."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The transformer around the experts: pre-norm blocks with RMSNorm, rotary positions."""
-
-    RANGES: ClassVar[Mapping[str, Range]] = {
-        **dict.fromkeys(("d_model", "num_heads"), at_least_1_up_to(2**16)),
-        "num_layers": at_least_1_up_to(1000),
-        "ffn_width": at_least_1_up_to(2**20),
-        "rope_theta": POSITIVE_FINITE,
-    }
-
-    d_model: int = 64
-    """Width of the residual stream."""
-    num_layers: int = 2
-    """Transformer blocks."""
-    num_heads: int = 2
-    """Attention heads; d_model / num_heads must be an even whole number."""
-    ffn_width: int = 128
-    """Hidden width per token: of the dense feed-forward network, and of a token's active experts together."""
-    activation: Literal["gelu", "swiglu"] = "gelu"
-    """Activation of dense networks and of experts, unless layout.expert_activation is set."""
-    rope_theta: float = 10000.0
-    """Base of the rotary position angles."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "model")
-        is_even = self.d_model % self.num_heads == 0 and self.d_model // self.num_heads % 2 == 0
-        allowed = f"a divisor of d_model={self.d_model} with an even quotient"
-        require(is_even, "model.num_heads", self.num_heads, allowed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +59,7 @@ class TrainConfig:
         **dict.fromkeys(("learning_rate", "clip_norm"), POSITIVE_FINITE),
         "warmup_steps": AT_LEAST_0,
         "weight_decay": AT_LEAST_0_FINITE,
+        "z_loss": AT_LEAST_0_FINITE,
         **dict.fromkeys(("beta1", "beta2"), BELOW_1),
         "final_rate": FRACTION,
         "spike_window": Range(low=8),
@@ -115,6 +86,9 @@ class TrainConfig:
     """AdamW's coefficient of the running mean of squared gradients."""
     clip_norm: float = 1.0
     """Largest L2 norm of the gradient of all parameters."""
+    z_loss: float = 0.0
+    """Coefficient of log² Z of the output, Z the sum of the softmax over its classes: 1e-4 in PaLM (arXiv:2204.02311,
+    section 5)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of forward passes: bf16 is autocast; parameters, optimizer state and routing stay fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

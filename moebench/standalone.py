@@ -25,7 +25,7 @@ from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig
 from moebench.seeds import make_generator
 
-MODEL_OPTIONS = ("ffn_width", "activation")
+MODEL_OPTIONS = ("ffn_width", "activation", "ffn_bias")
 """Keys of `layout` that describe the dense network which the layer replaces."""
 MODEL_FEATURES = (Consistency, SharedEmbedding, TokenLabels)
 """Context features that only a whole model or a task supplies."""

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import nn
 
+from moebench.experts.biased import is_stacked_bias
 from moebench.experts.layer import MoELayer
 
 FLOAT_BYTES = 4
@@ -36,18 +37,23 @@ class ModelSize:
     """Inputs and outputs of all matrix products that one token takes part in, at an even load."""
 
     @classmethod
-    def of(cls, model: nn.Module, backbone: _MoEBackbone) -> "ModelSize":
-        """Measure a model, which may be on the meta device."""
+    def of(cls, model: nn.Module, backbone: _MoEBackbone, sequence_length: int = 0) -> "ModelSize":
+        """Measure a model, which may be on the meta device.
+
+        `sequence_length`: for modules with values besides those of their own matrices, which count them themselves.
+        """
         rows: dict[int, float] = {}
         for layer in backbone.moe_layers():
             share = layer.rows_per_token / layer.bank.num_experts
             rows |= {id(parameter): share for parameter in layer.bank.parameters()}
         tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-        parameters = list(model.parameters())
+        named = dict(model.named_parameters())
+        parameters = list(named.values())
         expert_params = sum(parameter.numel() for parameter in parameters if id(parameter) in rows)
-        values = 0.0
-        for parameter in parameters:
-            if parameter.dim() >= 2:
+        counts = [getattr(module, "values_per_token", None) for module in model.modules()]
+        values = float(sum(count(sequence_length) for count in counts if count is not None))
+        for name, parameter in named.items():
+            if parameter.dim() >= 2 and not is_stacked_bias(name):
                 *stack, num_inputs, num_outputs = parameter.shape
                 width = num_outputs if id(parameter) in tables else num_inputs + num_outputs
                 values += rows.get(id(parameter), 1.0) * math.prod(stack) * width

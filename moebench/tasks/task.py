@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -140,6 +140,8 @@ class TaskFacts:
     labels: str = ""
     """Meaning of `Batch.label_BL`, where the data determine which tokens belong to one expert; else empty."""
     is_encoder_decoder: bool = False
+    output: Literal["tokens", "classes", "vectors"] = "classes"
+    """What the head predicts: ids of the input's vocabulary by logits, other classes by logits, or vectors."""
 
 
 class Task(ABC):

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from typing_extensions import override
 
+from moebench.experts.biased import is_stacked_bias
 from moebench.models.transformer import BatchContext
 from moebench.parallel.expert_sharding import iter_sharded_banks
 from moebench.parallel.gradients import clip_grad_norm
@@ -27,6 +28,7 @@ from moebench.training.non_finite import trace_evaluation, trace_step
 from moebench.training.objective import LossNormalizer, Objective, add_token_loss, average_passes, compute_objective
 from moebench.training.rewinds import NO_REWINDS, RewindRequest, Rewinds
 from moebench.training.spikes import SpikeGuard
+from moebench.training.z_loss import add_z_loss
 
 
 class CellModule(lightning.LightningModule):
@@ -108,7 +110,8 @@ class CellModule(lightning.LightningModule):
                     loss_BP, batch, self.layers, records_with_loss[-1], self.config.router.losses, normalizer
                 )
             )
-        return self._add_feature_losses(average_passes(objectives), batch, outputs, normalizer), records_with_loss
+        objective = self._add_feature_losses(average_passes(objectives), batch, outputs, normalizer)
+        return add_z_loss(objective, self.config.train.z_loss, outputs, batch, normalizer), records_with_loss
 
     def _add_feature_losses(
         self, objective: Objective, batch: Batch, outputs: Sequence[Tensor], normalizer: LossNormalizer
@@ -116,7 +119,7 @@ class CellModule(lightning.LightningModule):
         model, task = self.model, self.task
         passes = TrainingPasses(
             outputs=outputs,
-            input_vectors=lambda: model.embedding(batch.input_BL),
+            input_vectors=lambda: model.embed(batch.input_BL),
             task_loss=lambda output: normalizer.mean(task.loss(output, batch), batch),
             log_probabilities=task.log_probabilities,
             mean=lambda value_B: normalizer.mean_over_outputs(value_B, batch),
@@ -201,11 +204,14 @@ class CellModule(lightning.LightningModule):
         train = self.config.train
         # Their own group: the fused update takes one kind of tensor. Groups are the same whether experts are sharded.
         experts = {id(p) for layer in self.layers for bank in iter_sharded_banks(layer.bank) for p in bank.parameters()}
-        stacks = [p for p in self.parameters() if id(p) in experts]
+        biases = {id(p) for name, p in self.named_parameters() if is_stacked_bias(name)}
+        stacks = [p for p in self.parameters() if id(p) in experts and id(p) not in biases]
+        stacked_biases = [p for p in self.parameters() if id(p) in experts and id(p) in biases]
         matrices = [p for p in self.parameters() if id(p) not in experts and p.dim() >= 2]
         vectors = [p for p in self.parameters() if id(p) not in experts and p.dim() < 2]
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         groups += [{"params": stacks}] if stacks else []
+        groups += [{"params": stacked_biases, "weight_decay": 0.0}] if stacked_biases else []
         optimizer = torch.optim.AdamW(
             groups,
             lr=train.learning_rate,
