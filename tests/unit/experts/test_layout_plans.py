@@ -161,7 +161,7 @@ def test_attention_experts_make_the_network_narrower() -> None:
 def test_heads_are_distributed_over_experts() -> None:
     # Two experts per token and two heads: one head each, keys and values of one head instead of two.
     attention = backbone_of({"name": "moduleformer", "num_experts": 4}, "top_k").blocks[0].attention
-    assert (attention.heads_per_expert, attention.head_width) == (1, 4)
+    assert (attention.heads_per_expert, attention.style.head_width) == (1, 4)
     assert attention.key_value.weight.shape == (8, 8)
     # 4 experts x 2 projections x 8·4 weights, keys and values 8·8, gate 4·8
     assert sum(p.numel() for p in attention.parameters()) == 4 * 2 * 32 + 64 + 32
