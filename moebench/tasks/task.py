@@ -148,7 +148,7 @@ class Task(ABC):
 
     `prepare` builds it once per process. The trainer then calls, for each step, `train_batch`, the modules of
     `build_embedding` and `build_head` around the transformer, and `loss`; for each evaluation `eval_batches`,
-    `compute_sums` per batch and `compute_quality` once. Batches are functions of seed and step, evaluation sets are fixed.
+    `compute_sums` per batch and `compute_quality` once. Batches are functions of seed and step, evaluation sets fixed.
     """
 
     Config: ClassVar[type[TaskConfig]]
