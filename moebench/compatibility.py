@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moebench.causality import find_leak, must_be_causal
 from moebench.errors import UsageError, unknown
 from moebench.experts.assembly import RouterPlan
 from moebench.experts.capacity import Capacity
@@ -91,7 +92,7 @@ def check_cell(config: CellConfig) -> None:
 def list_marks(config: CellConfig) -> tuple[str, ...]:
     """Return the warnings that every table shows beside a cell's numbers."""
     combination = Combination.of(config)
-    return ("non-causal",) if _must_be_causal(combination) and _find_leak(combination) else ()
+    return ("non-causal",) if must_be_causal(combination) and find_leak(combination) else ()
 
 
 def refuse_total_params_without_matching(c: Combination) -> Iterator[str]:
@@ -244,37 +245,23 @@ def refuse_missing_features(c: Combination) -> Iterator[str]:
             )
 
 
+def refuse_output_options(c: Combination) -> Iterator[str]:
+    """Require tokens as input and output to tie the embeddings, and logits for the z-loss."""
+    task = c.config.task.name
+    if c.config.model.tie_embeddings and c.task.output != "tokens":
+        yield f"model.tie_embeddings: task '{task}' does not read and predict ids of one vocabulary (allowed: false)"
+    if c.config.train.z_loss > 0 and c.task.output == "vectors":
+        yield f"train.z_loss must be 0, got {c.config.train.z_loss:g}: task '{task}' predicts vectors without logits"
+
+
 def refuse_leak(c: Combination) -> Iterator[str]:
     """Require causal experts where the task predicts from the past, unless `allow_noncausal` is set."""
-    if _must_be_causal(c) and not c.config.allow_noncausal and (leak := _find_leak(c)):
+    if must_be_causal(c) and not c.config.allow_noncausal and (leak := find_leak(c)):
         encoder = " layout.experts_in=encoder," if c.task.is_encoder_decoder else ""
         yield (
             f"{leak}; task '{c.config.task.name}' predicts from the past. Allowed: a causal choice,{encoder} or"
             " allow_noncausal=true, which marks the arm in every table"
         )
-
-
-def _must_be_causal(c: Combination) -> bool:
-    return c.task.causal and not (c.task.is_encoder_decoder and c.config.layout.experts_in == "encoder")
-
-
-def _find_leak(c: Combination) -> str | None:
-    """Return how a token's output depends on later tokens, None if it does not."""
-    drop_order = c.config.layout.drop_order
-    not_causal = f"router.name: '{c.config.router.name}' is not causal"
-    if not c.router.facts.causality.causal:
-        return f"{not_causal}: {c.router.facts.causality.reason}"
-    if c.never_drops:
-        return None
-    if c.router.facts.causality.batch_dependent and not c.router.facts.causality.draws_in_evaluation:
-        return f"{not_causal} with a capacity: slots depend on other sequences, which see later tokens (no capacity)"
-    if drop_order in ("score", "priority", "random"):
-        return f"layout.drop_order: '{drop_order}' lets later tokens push out earlier ones (try position)"
-    if c.config.layout.overflow == "reroute":
-        return "layout.overflow: 'reroute' sends earlier tokens only where later ones leave a slot (try drop or pass)"
-    if drop_order == "router" and not c.router.facts.causality.is_causal(with_capacity=True):
-        return f"{not_causal} with a capacity and its own order of dropping (try layout.drop_order=position)"
-    return None
 
 
 MODEL_RULES: tuple[Rule, ...] = (
@@ -294,5 +281,6 @@ CELL_RULES: tuple[Rule, ...] = (
     refuse_experts_in_missing_half,
     refuse_in_encoder_decoder,
     refuse_missing_features,
+    refuse_output_options,
     refuse_leak,
 )

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from moebench.components import LayoutConfig, RouterConfig, TaskConfig
 from moebench.conversion import Untyped
 from moebench.errors import require
+from moebench.model_config import ModelConfig as ModelConfig
 from moebench.optimizer_config import OptimizerConfig
 from moebench.ranges import (
     AT_LEAST_0,
@@ -25,37 +26,6 @@ COMPONENTS = ("task", "layout", "router")
 """The sections of a cell that a `name` picks from a registry."""
 SECTIONS = ("model", "train", "balance", "parallel")
 """The sections that have the same keys in every cell."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The transformer around the experts: pre-norm blocks with RMSNorm, rotary positions."""
-
-    RANGES: ClassVar[Mapping[str, Range]] = {
-        **dict.fromkeys(("d_model", "num_heads"), at_least_1_up_to(2**16)),
-        "num_layers": at_least_1_up_to(1000),
-        "ffn_width": at_least_1_up_to(2**20),
-        "rope_theta": POSITIVE_FINITE,
-    }
-
-    d_model: int = 64
-    """Width of the residual stream."""
-    num_layers: int = 2
-    """Transformer blocks."""
-    num_heads: int = 2
-    """Attention heads; d_model / num_heads must be an even whole number."""
-    ffn_width: int = 128
-    """Hidden width per token: of the dense feed-forward network, and of a token's active experts together."""
-    activation: Literal["gelu", "swiglu"] = "gelu"
-    """Activation of dense networks and of experts, unless layout.expert_activation is set."""
-    rope_theta: float = 10000.0
-    """Base of the rotary position angles."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "model")
-        is_even = self.d_model % self.num_heads == 0 and self.d_model // self.num_heads % 2 == 0
-        allowed = f"a divisor of d_model={self.d_model} with an even quotient"
-        require(is_even, "model.num_heads", self.num_heads, allowed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +93,7 @@ class TrainConfig(OptimizerConfig):
         **dict.fromkeys(("learning_rate", "clip_norm"), POSITIVE_FINITE),
         "warmup_steps": AT_LEAST_0,
         "weight_decay": AT_LEAST_0_FINITE,
+        "z_loss": AT_LEAST_0_FINITE,
         **dict.fromkeys(("beta1", "beta2"), BELOW_1),
         "final_rate": FRACTION,
         "spike_window": Range(low=8),
@@ -149,6 +120,9 @@ class TrainConfig(OptimizerConfig):
     """AdamW's coefficient of the running mean of squared gradients."""
     clip_norm: float = 1.0
     """Largest L2 norm of the gradient of all parameters."""
+    z_loss: float = 0.0
+    """Coefficient of log² Z of the output, Z the sum of the softmax over its classes: 1e-4 in PaLM (arXiv:2204.02311,
+    section 5)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of forward passes: bf16 is autocast; parameters, optimizer state and routing stay fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -255,6 +229,9 @@ class CellConfig:
         base_width, head_width = self.train.mup_base_width, self.model.d_model // self.model.num_heads
         keeps_heads = base_width is None or base_width % head_width == 0
         require(keeps_heads, "train.mup_base_width", base_width, f"a multiple of the width of a head, {head_width}")
+        is_shared = base_width is not None and self.model.tie_embeddings
+        allowed = "null with model.tie_embeddings, whose weights would need one rate as input and another as output"
+        require(not is_shared, "train.mup_base_width", base_width, allowed)
 
 
 DEFAULT_NAMES = {"task": "language", "layout": "every_n", "router": "switch"}

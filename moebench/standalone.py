@@ -25,7 +25,7 @@ from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig
 from moebench.seeds import make_generator
 
-MODEL_OPTIONS = ("ffn_width", "activation")
+MODEL_OPTIONS = ("ffn_width", "activation", "ffn_bias")
 """Keys of `layout` that describe the dense network which the layer replaces."""
 MODEL_FEATURES = (Consistency, SharedEmbedding, TokenLabels)
 """Context features that only a whole model or a task supplies."""
@@ -140,7 +140,7 @@ def moe_layer(
 
     `router`: a name, or a mapping of a name and options (`{"name": "top_k", "top_k": 4}`). `layout`: options of an
     expert layout, such as `name`, `expert_width`, `capacity_factor_train`, `shared`; and `ffn_width` (default
-    4 · d_model) and `activation` ("gelu" or "swiglu") of the dense network that the layer replaces. Unless
+    4 · d_model), `activation` ("gelu" or "swiglu") and `ffn_bias` of the dense network that the layer replaces. Unless
     `expert_width` is given, experts are as wide as makes router and active experts cost the FLOPs per token of that
     network. `data`: facts about the data that some routers need when they are built: `vocab_size`, `token_count` (int64
     [V], how often each id occurs), `num_domains`, `sequence_length`; ids are then arguments of each call. `seed`: of

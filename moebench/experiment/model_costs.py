@@ -79,7 +79,7 @@ def _measure(config: CellConfig, task: Task) -> ModelFacts:
         model = build_model(config, task)
     return ModelFacts(
         cost=compute_model_cost(model, task.sequence_length, task.decoder_length),
-        size=ModelSize.of(model, model.backbone),
+        size=ModelSize.of(model, model.backbone, task.tokens_per_sequence),
         passes=count_passes(model.features),
         marks=list_marks(config),
     )

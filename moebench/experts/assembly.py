@@ -7,7 +7,7 @@ from typing import Any
 from moebench.errors import UsageError
 from moebench.experts.bank import Bank
 from moebench.experts.capacity import Capacity
-from moebench.experts.feed_forward import FeedForward
+from moebench.experts.feed_forward import FeedForward, NetworkStyle
 from moebench.experts.layer import LayerOptions, MoELayer
 from moebench.experts.layout import Experts, LayoutConfig
 from moebench.experts.mixed import WITHOUT_NETWORK, build_bank
@@ -99,16 +99,6 @@ def scale_experts_per_token(router_class: type[Router], config: Any, factor: int
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class NetworkStyle:
-    """What the feed-forward networks of a model have in common, dense ones and experts alike."""
-
-    d_model: int
-    activation: str
-    out_scale: float
-    """Factor on the initial output projection (residual depth scaling)."""
-
-
 def build_moe_layer(
     plan: RouterPlan,
     router: Router,
@@ -138,10 +128,8 @@ def feed_forward_builder(
     def build(widths: Widths) -> MoELayer:
         shared = None
         if experts.shared:
-            shared = FeedForward(style.d_model, widths.of(experts.shared), style.activation, style.out_scale)
-        bank = build_bank(
-            experts.shapes, widths, style.d_model, style.activation, style.out_scale, recompute=layout.recompute
-        )
+            shared = style.build(widths.of(experts.shared))
+        bank = build_bank(experts.shapes, widths, style, recompute=layout.recompute)
         return build_moe_layer(plan, router, bank, layout=layout, name=name, shared=shared)
 
     return build

@@ -1,7 +1,7 @@
 """Feed-forward networks: one dense, and a bank of experts computed by grouped matrix products."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor, nn
@@ -28,26 +28,49 @@ def describe_maps(width: int, activation: str, names: Sequence[str]) -> dict[str
     return {name_in: replace(INPUT_FIRST, out_parts=parts), name_out: INPUT_FIRST}
 
 
-class FeedForward(nn.Module):
-    """The dense network: two projections around an activation, without biases."""
+@dataclass(frozen=True, kw_only=True)
+class NetworkStyle:
+    """What the feed-forward networks of a model have in common, dense ones and experts alike."""
 
-    def __init__(self, d_model: int, width: int, activation: str, out_scale: float = 1.0) -> None:
+    d_model: int
+    activation: str
+    out_scale: float = 1.0
+    """Factor on the initial output projection (residual depth scaling)."""
+    bias: bool = False
+    """Whether both projections have biases."""
+
+    def build(self, width: int) -> "FeedForward":
+        """Build a dense network."""
+        return FeedForward(self.d_model, width, self.activation, self.out_scale, bias=self.bias)
+
+
+class FeedForward(nn.Module):
+    """The dense network: two projections around an activation."""
+
+    def __init__(
+        self, d_model: int, width: int, activation: str, out_scale: float = 1.0, *, bias: bool = False
+    ) -> None:
         """`out_scale`: factor on the initial output projection (residual depth scaling)."""
         super().__init__()
         self.activation = activation
         self.out_scale = out_scale
         self.w_in_DF = nn.Parameter(torch.empty(d_model, width * (1 + GATED[activation])))
         self.w_out_FD = nn.Parameter(torch.empty(width, d_model))
+        self.b_in_F = nn.Parameter(torch.empty(self.w_in_DF.shape[1])) if bias else None
+        self.b_out_D = nn.Parameter(torch.empty(d_model)) if bias else None
 
     def init_weights(self, generator: Generator) -> None:
-        """Initialise with normal weights of variance 1 / fan-in."""
+        """Initialise with normal weights of variance 1 / fan-in, and biases of 0."""
         nn.init.normal_(self.w_in_DF, std=self.w_in_DF.shape[0] ** -0.5, generator=generator)
         nn.init.normal_(self.w_out_FD, std=self.out_scale * self.w_out_FD.shape[0] ** -0.5, generator=generator)
+        if self.b_in_F is not None and self.b_out_D is not None:
+            nn.init.zeros_(self.b_in_F)
+            nn.init.zeros_(self.b_out_D)
 
     def forward(self, x_TD: Tensor, dropout: Dropout | None = None) -> Tensor:
         """Return y_TD."""
-        hidden_TF = activate(x_TD @ self.w_in_DF, self.activation)
-        return (hidden_TF if dropout is None else dropout(hidden_TF)) @ self.w_out_FD
+        hidden_TF = activate(_add_bias(x_TD @ self.w_in_DF, self.b_in_F), self.activation)
+        return _add_bias((hidden_TF if dropout is None else dropout(hidden_TF)) @ self.w_out_FD, self.b_out_D)
 
     def linear_maps(self) -> dict[str, LinearMap]:
         """Return where the projections are in the parameters."""
@@ -56,6 +79,11 @@ class FeedForward(nn.Module):
     def flops_per_token(self) -> int:
         """Return the forward FLOPs of one token."""
         return 2 * (self.w_in_DF.numel() + self.w_out_FD.numel())
+
+
+def _add_bias(y_TO: Tensor, bias_O: Tensor | None) -> Tensor:
+    """Return the product with its bias, in the precision of the product."""
+    return y_TO if bias_O is None else y_TO + bias_O.to(y_TO.dtype)
 
 
 class ExpertBank(Bank):

@@ -9,29 +9,23 @@ from typing_extensions import override
 
 from moebench.experts.activation import Dropout
 from moebench.experts.bank import Bank
-from moebench.experts.feed_forward import ExpertBank
+from moebench.experts.biased import BiasedExpertBank
+from moebench.experts.feed_forward import ExpertBank, NetworkStyle
 from moebench.experts.layout import ExpertShape
 from moebench.experts.widths import Widths
 from moebench.routing.linear_map import INPUT_FIRST, TABLE, LinearMap
 
 
-def build_bank(
-    shapes: Sequence[ExpertShape],
-    widths: Widths,
-    d_model: int,
-    activation: str,
-    out_scale: float = 1.0,
-    *,
-    recompute: bool = False,
-) -> Bank:
+def build_bank(shapes: Sequence[ExpertShape], widths: Widths, style: NetworkStyle, *, recompute: bool = False) -> Bank:
     """Return the bank of feed-forward and network-free experts of these shapes, in their order."""
     groups: list[Bank] = []
+    bank_class, d_model, out_scale = BiasedExpertBank if style.bias else ExpertBank, style.d_model, style.out_scale
     for shape, equal in itertools.groupby(shapes):
         number = len(list(equal))
         if shape.kind == "ffn":
             width = widths.of(shape.width)
             banks = [
-                ExpertBank(d_model, width, number, activation, out_scale, recompute=recompute)
+                bank_class(d_model, width, number, style.activation, out_scale=out_scale, recompute=recompute)
                 for _ in range(shape.depth)
             ]
             groups.append(banks[0] if shape.depth == 1 else DeepBank(banks))

@@ -1,34 +1,18 @@
 """Multi-head attention: within a sequence with rotary positions, and from a decoder to the output of an encoder."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from moebench.experts.projection import attention_score_flops
+from moebench.model_config import ModelConfig
+from moebench.models.dropout import SequenceDropout
+from moebench.models.norms import DEFAULT_NORM, NormStyle, QueryKeyNorm
+from moebench.models.positions import PositionTable, Rotary, rotate
 from moebench.routing.linear_map import OUTPUT_FIRST, LinearMap
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PositionTable:
-    """Positions of the vectors of a batch in their sequences, where some are missing or padding."""
-
-    position_BL: Tensor
-    """int64: position in the full sequence."""
-    valid_BL: Tensor
-    """bool: False where there is no vector; at least one of each sequence is True."""
-    length: int
-    """Length of the full sequences."""
-
-    @classmethod
-    def of_padded(cls, valid_BL: Tensor) -> "PositionTable":
-        """Return the positions of full sequences with padding; in one of padding alone the first position counts."""
-        length = valid_BL.shape[1]
-        position_BL = torch.arange(length, device=valid_BL.device).expand_as(valid_BL)
-        first_L = torch.arange(length, device=valid_BL.device) == 0
-        valid_BL = valid_BL | (first_L & ~valid_BL.any(1, keepdim=True))
-        return cls(position_BL=position_BL, valid_BL=valid_BL, length=length)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,35 +29,95 @@ class EncoderOutput:
         return cls(x_BMD=x_BMD, valid_BM=None if positions is None else positions.valid_BL)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttentionStyle:
+    """What the attention of all blocks of a model has in common, dense or with experts."""
+
+    d_model: int
+    num_heads: int
+    num_kv_heads: int
+    rotary: Rotary
+    out_scale: float
+    """Factor on the initial output projection (residual depth scaling)."""
+    bias: Literal["none", "qkv", "all"] = "none"
+    qk_norm: Literal["none", "head", "full"] = "none"
+    norm: NormStyle = DEFAULT_NORM
+
+    @classmethod
+    def of(cls, model: ModelConfig, out_scale: float) -> "AttentionStyle":
+        """Return the attention of a configuration."""
+        return cls(
+            d_model=model.d_model,
+            num_heads=model.num_heads,
+            num_kv_heads=model.num_kv_heads or model.num_heads,
+            rotary=Rotary.of(model),
+            out_scale=out_scale,
+            bias=model.attention_bias,
+            qk_norm=model.qk_norm,
+            norm=NormStyle.of(model),
+        )
+
+    @property
+    def head_width(self) -> int:
+        """Width of a query, key or value of one head."""
+        return self.d_model // self.num_heads
+
+    @property
+    def kv_width(self) -> int:
+        """Width of the keys of all heads together, and of their values."""
+        return self.num_kv_heads * self.head_width
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether the projections to queries, keys and values have biases."""
+        return self.bias != "none"
+
+    @property
+    def has_out_bias(self) -> bool:
+        """Whether the output projection has a bias."""
+        return self.bias == "all"
+
+    def build_qk_norm(self, query_width: int, key_width: int) -> QueryKeyNorm | None:
+        """Return the norm of queries and keys of these widths, all heads together; None without one."""
+        if self.qk_norm == "none":
+            return None
+        if self.qk_norm == "head":
+            query_width = key_width = self.head_width
+        return QueryKeyNorm(self.norm, query_width, key_width)
+
+
 class Attention(nn.Module):
     """Softmax attention over the whole sequence, or over the past when causal."""
 
-    def __init__(self, d_model: int, num_heads: int, *, causal: bool, rope_theta: float, out_scale: float) -> None:
+    def __init__(self, style: AttentionStyle, *, causal: bool) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.style = style
         self.causal = causal
-        self.rope_theta = rope_theta
-        self.out_scale = out_scale
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.qkv = nn.Linear(style.d_model, style.d_model + 2 * style.kv_width, bias=style.has_qkv_bias)
+        self.out = nn.Linear(style.d_model, style.d_model, bias=style.has_out_bias)
+        self.qk_norm = style.build_qk_norm(style.d_model, style.kv_width)
 
     def init_weights(self, generator: Generator) -> None:
         """Initialise normally with variance 1 / fan-in; the output is scaled for the depth of the residual stream."""
-        nn.init.normal_(self.qkv.weight, std=self.qkv.in_features**-0.5, generator=generator)
-        nn.init.normal_(self.out.weight, std=self.out_scale * self.out.in_features**-0.5, generator=generator)
+        init_linear(self.qkv, generator)
+        init_linear(self.out, generator, scale=self.style.out_scale)
 
-    def forward(self, x_BLD: Tensor, positions: PositionTable | None = None) -> Tensor:
-        """Return the attention output, without the residual; `positions`: for parts of sequences or padding."""
-        query, key, value = split_heads(self.qkv(x_BLD), self.num_heads)
-        mixed_BLD = attend(query, key, value, causal=self.causal, rope_theta=self.rope_theta, positions=positions)
+    def forward(
+        self, x_BLD: Tensor, positions: PositionTable | None = None, dropout: SequenceDropout | None = None
+    ) -> Tensor:
+        """Return the attention output, without the residual.
+
+        `positions`: for parts of sequences or padding; `dropout`: of the weights.
+        """
+        heads = Heads.split(self.qkv(x_BLD), self.style, self.qk_norm)
+        mixed_BLD = heads.attend(self.style.rotary, causal=self.causal, positions=positions, dropout=dropout)
         out: Tensor = self.out(mixed_BLD)
         return out
 
     def linear_maps(self) -> dict[str, LinearMap]:
         """Return where queries, keys and values are in their common projection."""
-        width = self.qkv.in_features
-        kv_width = (self.qkv.out_features - width) // 2
-        return {"qkv.weight": replace(OUTPUT_FIRST, out_parts=(width, kv_width, kv_width))}
+        style = self.style
+        return {"qkv.weight": replace(OUTPUT_FIRST, out_parts=(style.d_model, style.kv_width, style.kv_width))}
 
     def flops_per_token(self, length: int) -> int:
         """Return the forward FLOPs of one token in a sequence of `length`, the masked half included."""
@@ -84,31 +128,27 @@ class Attention(nn.Module):
 class CrossAttention(nn.Module):
     """Softmax attention of each position of a decoder over the output of its encoder; without positions, as in T5."""
 
-    def __init__(self, d_model: int, num_heads: int, *, out_scale: float) -> None:
+    def __init__(self, style: AttentionStyle) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.out_scale = out_scale
-        self.query = nn.Linear(d_model, d_model, bias=False)
-        self.key_value = nn.Linear(d_model, 2 * d_model, bias=False)
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.style = style
+        self.query = nn.Linear(style.d_model, style.d_model, bias=style.has_qkv_bias)
+        self.key_value = nn.Linear(style.d_model, 2 * style.kv_width, bias=style.has_qkv_bias)
+        self.out = nn.Linear(style.d_model, style.d_model, bias=style.has_out_bias)
+        self.qk_norm = style.build_qk_norm(style.d_model, style.kv_width)
 
     def init_weights(self, generator: Generator) -> None:
         """Initialise as self-attention does."""
         for projection in (self.query, self.key_value):
-            nn.init.normal_(projection.weight, std=projection.in_features**-0.5, generator=generator)
-        nn.init.normal_(self.out.weight, std=self.out_scale * self.out.in_features**-0.5, generator=generator)
+            init_linear(projection, generator)
+        init_linear(self.out, generator, scale=self.style.out_scale)
 
-    def forward(self, x_BLD: Tensor, encoder_output: EncoderOutput) -> Tensor:
-        """Return the attention output for each position, without the residual."""
-        batch, length, width = x_BLD.shape
-        head_width = width // self.num_heads
-        query = self.query(x_BLD).view(batch, length, self.num_heads, head_width).transpose(1, 2)
-        key_value = self.key_value(encoder_output.x_BMD).view(batch, -1, 2, self.num_heads, head_width)
-        key, value = key_value.transpose(1, 3).unbind(2)
+    def forward(self, x_BLD: Tensor, encoder_output: EncoderOutput, dropout: SequenceDropout | None = None) -> Tensor:
+        """Return the attention output for each position, without the residual; `dropout`: of the weights."""
+        key_BMX, value_BMX = self.key_value(encoder_output.x_BMD).chunk(2, dim=-1)
+        heads = Heads.of(self.query(x_BLD), key_BMX, value_BMX, self.style.head_width, self.qk_norm)
         valid_BM = encoder_output.valid_BM
         mask = None if valid_BM is None else valid_BM[:, None, None, :]
-        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = self.out(heads.mix_values(mask, causal=False, dropout=dropout))
         return out
 
     def linear_maps(self) -> dict[str, LinearMap]:
@@ -122,47 +162,89 @@ class CrossAttention(nn.Module):
         return length * per_position + encoder_length * 2 * self.key_value.weight.numel()
 
 
-def split_heads(qkv_BLO: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return query, key and value, each [batch, head, length, head width], from one projection of all three."""
-    batch, length, width = qkv_BLO.shape
-    qkv = qkv_BLO.view(batch, length, 3, num_heads, width // (3 * num_heads))
-    query, key, value = qkv.transpose(1, 3).unbind(2)
-    return query, key, value
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Heads:
+    """Queries, keys and values, each [batch, head, length, head width]; of keys and values there may be fewer heads."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+    @classmethod
+    def split(cls, qkv_BLO: Tensor, style: AttentionStyle, qk_norm: QueryKeyNorm | None) -> "Heads":
+        """Split one projection of queries, keys and values; without the last part, the keys are the values too."""
+        width = qkv_BLO.shape[-1]
+        num_parts = (width - style.d_model) // style.kv_width
+        query_BLX, *rest = torch.split(qkv_BLO, [style.d_model, *[style.kv_width] * num_parts], dim=-1)
+        return cls.of(query_BLX, rest[0], rest[-1], style.head_width, qk_norm)
+
+    @classmethod
+    def of(
+        cls, query_BLX: Tensor, key_BMX: Tensor, value_BMX: Tensor, head_width: int, qk_norm: QueryKeyNorm | None
+    ) -> "Heads":
+        """Divide vectors with all heads, and norm the queries and keys."""
+        if qk_norm is not None:
+            query_BLX, key_BMX = qk_norm(query_BLX, key_BMX)
+        query, key, value = (
+            torch.unflatten(x_BLX, -1, (-1, head_width)).transpose(1, 2) for x_BLX in (query_BLX, key_BMX, value_BMX)
+        )
+        return cls(query=query, key=key, value=value)
+
+    def attend(
+        self,
+        rotary: Rotary,
+        *,
+        causal: bool,
+        positions: PositionTable | None = None,
+        dropout: SequenceDropout | None = None,
+    ) -> Tensor:
+        """Return the output at each position of self-attention, the heads concatenated: [batch, length, width]."""
+        length, head_width = self.query.shape[2:]
+        full_length = length if positions is None else positions.length
+        cos, sin = rotary.table(full_length, head_width, self.query.device)
+        mask = None
+        if positions is not None:
+            cos, sin = (table[positions.position_BL].unsqueeze(1) for table in (cos, sin))
+            # In a causal model, padding after the last vector is in the future of all; otherwise it must be masked.
+            mask = None if causal else positions.valid_BL[:, None, None, :]
+        rotated = Heads(query=rotate(self.query, cos, sin), key=rotate(self.key, cos, sin), value=self.value)
+        return rotated.mix_values(mask, causal=causal, positions=positions, dropout=dropout)
+
+    def mix_values(
+        self,
+        mask: Tensor | None,
+        *,
+        causal: bool,
+        positions: PositionTable | None = None,
+        dropout: SequenceDropout | None = None,
+    ) -> Tensor:
+        """Return the weighted means of the values, the heads concatenated; `mask`: bool, where to attend.
+
+        `positions`: of the vectors in their sequences, for `dropout` of the weights.
+        """
+        key, value = self._repeat_for_queries()
+        if dropout is None:
+            mixed = functional.scaled_dot_product_attention(self.query, key, value, attn_mask=mask, is_causal=causal)
+            return mixed.transpose(1, 2).flatten(2)
+        # torch's own function would draw from the global generator, which is not that of the run.
+        scores = self.query @ key.mT * self.query.shape[-1] ** -0.5
+        if causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        weights = dropout.drop_weights(scores.float().softmax(-1), positions).to(value.dtype)
+        return (weights @ value).transpose(1, 2).flatten(2)
+
+    def _repeat_for_queries(self) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of each query head: consecutive ones share them (arXiv:2305.13245)."""
+        group_size = self.query.shape[1] // self.key.shape[1]
+        if group_size == 1:
+            return self.key, self.value
+        return self.key.repeat_interleave(group_size, dim=1), self.value.repeat_interleave(group_size, dim=1)
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    causal: bool,
-    rope_theta: float,
-    positions: PositionTable | None = None,
-) -> Tensor:
-    """Return the attention output of each position, the heads concatenated: [batch, length, heads · head width]."""
-    _, _, length, head_width = query.shape
-    full_length = length if positions is None else positions.length
-    cos, sin = rotary_table(full_length, head_width, rope_theta, query.device)
-    mask = None
-    if positions is not None:
-        cos, sin = (table[positions.position_BL].unsqueeze(1) for table in (cos, sin))
-        # In a causal model, padding after the last vector is in the future of all; otherwise it must be masked.
-        mask = None if causal else positions.valid_BL[:, None, None, :]
-    mixed = functional.scaled_dot_product_attention(
-        rotate(query, cos, sin), rotate(key, cos, sin), value, attn_mask=mask, is_causal=causal
-    )
-    return mixed.transpose(1, 2).flatten(2)
-
-
-def rotary_table(length: int, head_width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cos and sin [length, head_width / 2] of the rotary angles (arXiv:2104.09864, eq. 15), fp32."""
-    power = torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width
-    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), theta**-power)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (first half, second half) of the head dimension by its position's angle."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+def init_linear(linear: nn.Linear, generator: Generator, *, scale: float = 1.0) -> None:
+    """Draw normal weights with variance scale² / fan-in, and set the bias to 0 where there is one."""
+    nn.init.normal_(linear.weight, std=scale * linear.in_features**-0.5, generator=generator)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)

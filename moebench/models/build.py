@@ -9,16 +9,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from moebench.experts.assembly import NetworkStyle, RouterPlan, build_moe_layer, feed_forward_builder
-from moebench.experts.feed_forward import FeedForward
+from moebench.experts.assembly import RouterPlan, build_moe_layer, feed_forward_builder
+from moebench.experts.feed_forward import NetworkStyle
 from moebench.experts.kernels.grouped_mm import ROW_BYTES
 from moebench.experts.layout import BlockPlan, Experts
 from moebench.experts.projection import HeadBank, ProjectionBank
 from moebench.experts.widths import Widths, solve_widths
-from moebench.models.attention import Attention, CrossAttention
+from moebench.models.attention import Attention, AttentionStyle, CrossAttention
 from moebench.models.expert_attention import HeadExperts, ProjectionExperts
 from moebench.models.plan import Half, plan_backbone
-from moebench.models.transformer import Block, Transformer
+from moebench.models.transformer import Block, StreamStyle, Transformer
 from moebench.models.whole_model import StackBank, WholeModels
 from moebench.routing.context import NO_DATA, DataSummary
 from moebench.routing.features.feature import Feature
@@ -59,7 +59,8 @@ def build_backbone(
     sizes = replace(builder, config=sized_as or config)
     widths = [sizes.widths(index, plan) for index, plan in enumerate(plan_backbone(sizes.config, half))]
     blocks = [builder.block(index, plan, widths[index]) for index, plan in enumerate(plan_backbone(config, half))]
-    return Transformer(config.model.d_model, blocks, required_features(config.router))
+    place = "input" if half is None else f"{half}.input"
+    return Transformer(StreamStyle.of(config.model), blocks, required_features(config.router), place)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,40 +84,46 @@ class Builder:
         return LayerName(index, self.half, part)
 
     @property
-    def activation(self) -> str:
-        """Activation of routed and shared experts."""
-        return str(self.config.layout.expert_activation or self.config.model.activation)
+    def dense_style(self) -> NetworkStyle:
+        """Style of dense feed-forward networks."""
+        model = self.config.model
+        return NetworkStyle(
+            d_model=model.d_model, activation=model.activation, out_scale=self.out_scale, bias=model.ffn_bias
+        )
+
+    @property
+    def expert_style(self) -> NetworkStyle:
+        """Style of routed and shared experts."""
+        return replace(
+            self.dense_style, activation=self.config.layout.expert_activation or self.config.model.activation
+        )
+
+    @property
+    def attention_style(self) -> AttentionStyle:
+        """Style of attention."""
+        return AttentionStyle.of(self.config.model, self.out_scale)
 
     def block(self, index: int, plan: BlockPlan, widths: Widths) -> nn.Module:
         """Build one entry of a plan."""
         if not plan.banks:
-            return self.dense_block(self.config.model.ffn_width)
+            return self.dense_block(self.config.model.ffn_width, index)
         return self._for_widths(index, plan)(widths)
 
     def _for_widths(self, index: int, plan: BlockPlan) -> Callable[[Widths], nn.Module]:
         return self._stacks(plan.stack) if plan.stack else self._with_experts(index, plan)
 
-    def dense_block(self, ffn_width: int) -> Block:
+    def dense_block(self, ffn_width: int, index: int = 0) -> Block:
         """Build a block without experts."""
-        sizes = self.config.model
-        dense = FeedForward(sizes.d_model, ffn_width, sizes.activation, self.out_scale)
-        return Block(sizes.d_model, self._attention(), dense, self._cross_attention())
+        return self._assemble(index, self._attention(), self.dense_style.build(ffn_width), self._cross_attention())
+
+    def _assemble(self, index: int, *parts: Any) -> Block:
+        return Block(StreamStyle.of(self.config.model), str(self.layer(index)), *parts)
 
     def _cross_attention(self) -> CrossAttention | None:
-        sizes = self.config.model
-        if self.half != "decoder":
-            return None
-        return CrossAttention(sizes.d_model, sizes.num_heads, out_scale=self.out_scale)
+        return CrossAttention(self.attention_style) if self.half == "decoder" else None
 
     def _attention(self) -> Attention:
-        sizes = self.config.model
-        return Attention(
-            sizes.d_model,
-            sizes.num_heads,
-            causal=self.causal,
-            rope_theta=sizes.rope_theta,
-            out_scale=self.out_scale,
-        )
+        return Attention(self.attention_style, causal=self.causal)
 
     def _router(self, experts: Experts, index: int) -> tuple[RouterPlan, Router]:
         routed = RouterPlan.of(self.config.router, experts)
@@ -125,57 +132,47 @@ class Builder:
 
     def _with_experts(self, index: int, plan: BlockPlan) -> Callable[[Widths], nn.Module]:
         """Return a function from widths to the block; routers and attention are shared by all widths."""
-        sizes = self.config.model
         attention = self._expert_attention(index, plan.attention) if plan.attention else self._attention()
         cross_attention = self._cross_attention()
         if plan.feed_forward is None:
-            return lambda widths: Block(
-                sizes.d_model,
-                attention,
-                FeedForward(sizes.d_model, widths.of(1.0), sizes.activation, self.out_scale),
-                cross_attention,
-            )
+            style = self.dense_style
+            return lambda widths: self._assemble(index, attention, style.build(widths.of(1.0)), cross_attention)
         routed, router = self._router(plan.feed_forward, index)
-        style = NetworkStyle(d_model=sizes.d_model, activation=self.activation, out_scale=self.out_scale)
-        experts = feed_forward_builder(routed, router, style, layout=self.config.layout, name=self.layer(index))
-        return lambda widths: Block(sizes.d_model, attention, experts(widths), cross_attention)
+        experts = feed_forward_builder(
+            routed, router, self.expert_style, layout=self.config.layout, name=self.layer(index)
+        )
+        return lambda widths: self._assemble(index, attention, experts(widths), cross_attention)
 
     def _expert_attention(self, index: int, experts: Experts) -> ProjectionExperts | HeadExperts:
-        sizes = self.config.model
+        style = self.attention_style
         routed, router = self._router(experts, index)
         layer = partial(build_moe_layer, routed, router, layout=self.config.layout, name=self.layer(index, "attention"))
         number, kind = len(experts.shapes), experts.shapes[0].kind
         if kind != "head":
-            num_maps = 3 if kind == "projection" else 2
-            bank = ProjectionBank(sizes.d_model, num_maps * sizes.d_model, number)
-            return ProjectionExperts(
-                layer(bank),
-                sizes.d_model,
-                sizes.num_heads,
-                causal=self.causal,
-                rope_theta=sizes.rope_theta,
-                out_scale=self.out_scale,
-            )
+            out_parts = (style.d_model, *[style.kv_width] * (2 if kind == "projection" else 1))
+            bank = ProjectionBank(style.d_model, out_parts, number, has_bias=style.has_qkv_bias)
+            return ProjectionExperts(layer(bank), style, causal=self.causal)
         # As many heads in use as dense attention has, where they divide evenly.
-        heads = max(sizes.num_heads // routed.experts_per_token, 1)
-        head_width = sizes.d_model // sizes.num_heads
-        heads_bank = HeadBank(sizes.d_model, heads * head_width, number, self.out_scale)
-        return HeadExperts(
-            layer(heads_bank), sizes.d_model, heads, head_width, causal=self.causal, rope_theta=sizes.rope_theta
-        )
+        heads = max(style.num_heads // routed.experts_per_token, 1)
+        heads_bank = HeadBank(style.d_model, heads * style.head_width, number, self.out_scale, bias=style.bias)
+        return HeadExperts(layer(heads_bank), style, causal=self.causal)
 
     def _stacks(self, experts: Experts) -> Callable[[Widths], nn.Module]:
-        sizes = self.config.model
+        model = self.config.model
         routed, router = self._router(experts, 0)
+        stream, style = StreamStyle.of(model), self.expert_style
 
-        def block(widths: Widths) -> Block:
-            network = FeedForward(sizes.d_model, widths.of(1.0), self.activation, self.out_scale)
-            return Block(sizes.d_model, self._attention(), network)
+        def block(expert: int, index: int, widths: Widths) -> Block:
+            place = f"expert {expert}.{index}"
+            return Block(stream, place, self._attention(), style.build(widths.of(1.0)))
 
         def build(widths: Widths) -> WholeModels:
-            stacks = [[block(widths) for _ in range(sizes.num_layers)] for _ in experts.shapes]
+            stacks = [
+                [block(expert, index, widths) for index in range(model.num_layers)]
+                for expert in range(len(experts.shapes))
+            ]
             layer = build_moe_layer(routed, router, StackBank(stacks), layout=self.config.layout, name=LayerName())
-            return WholeModels(layer, sizes.d_model, sizes.num_layers)
+            return WholeModels(layer, model.d_model, model.num_layers)
 
         return build
 

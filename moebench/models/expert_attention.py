@@ -8,7 +8,9 @@ from torch import Generator, Tensor, nn
 from moebench.experts.dispatch import DispatchPlan, combine, dispatch
 from moebench.experts.layer import MoELayer
 from moebench.experts.projection import HeadBank, ProjectionBank, attention_score_flops
-from moebench.models.attention import PositionTable, attend, split_heads
+from moebench.models.attention import AttentionStyle, Heads, init_linear
+from moebench.models.dropout import SequenceDropout
+from moebench.models.positions import PositionTable
 from moebench.routing.context import RouteContext
 from moebench.routing.linear_map import OUTPUT_FIRST, LinearMap
 from moebench.routing.values import LayerRecord, Routing
@@ -21,33 +23,32 @@ class ProjectionExperts(nn.Module):
     too. The output projection is dense.
     """
 
-    def __init__(
-        self, layer: MoELayer, d_model: int, num_heads: int, *, causal: bool, rope_theta: float, out_scale: float
-    ) -> None:
+    def __init__(self, layer: MoELayer, style: AttentionStyle, *, causal: bool) -> None:
         super().__init__()
         assert isinstance(layer.bank, ProjectionBank)
         self.layer = layer
-        self.num_heads = num_heads
+        self.style = style
         self.causal = causal
-        self.rope_theta = rope_theta
-        self.out_scale = out_scale
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.out = nn.Linear(style.d_model, style.d_model, bias=style.has_out_bias)
+        self.qk_norm = style.build_qk_norm(style.d_model, style.kv_width)
 
     def init_weights(self, generator: Generator) -> None:
         """Initialise the output projection with the values of dense attention, which draws its other one first."""
-        nn.init.normal_(torch.empty(3 * self.out.in_features, self.out.in_features), generator=generator)
-        nn.init.normal_(self.out.weight, std=self.out_scale * self.out.in_features**-0.5, generator=generator)
+        width, kv_width = self.out.in_features, self.style.kv_width
+        nn.init.normal_(torch.empty(width + 2 * kv_width, width), generator=generator)
+        init_linear(self.out, generator, scale=self.style.out_scale)
 
     def forward(
-        self, x_BLD: Tensor, ctx: RouteContext, positions: PositionTable | None = None
+        self,
+        x_BLD: Tensor,
+        ctx: RouteContext,
+        positions: PositionTable | None = None,
+        dropout: SequenceDropout | None = None,
     ) -> tuple[Tensor, LayerRecord]:
-        """Return the attention output, without the residual, and the record."""
+        """Return the attention output, without the residual, and the record; `dropout`: of the weights."""
         qkv_TO, record = self.layer(x_BLD.flatten(0, 1), ctx)
-        width = x_BLD.shape[-1]
-        if qkv_TO.shape[-1] == 2 * width:
-            qkv_TO = torch.cat([qkv_TO, qkv_TO[:, width:]], dim=-1)
-        query, key, value = split_heads(qkv_TO.unflatten(0, x_BLD.shape[:2]), self.num_heads)
-        attended_BLD = attend(query, key, value, causal=self.causal, rope_theta=self.rope_theta, positions=positions)
+        heads = Heads.split(qkv_TO.unflatten(0, x_BLD.shape[:2]), self.style, self.qk_norm)
+        attended_BLD = heads.attend(self.style.rotary, causal=self.causal, positions=positions, dropout=dropout)
         out: Tensor = self.out(attended_BLD)
         return out, record
 
@@ -63,25 +64,30 @@ class HeadExperts(nn.Module):
     Mixture of attention heads (arXiv:2210.05144): y = Σ_i w_i softmax(x W_q,i K^T) V W_o,i.
     """
 
-    def __init__(
-        self, layer: MoELayer, d_model: int, heads_per_expert: int, head_width: int, *, causal: bool, rope_theta: float
-    ) -> None:
+    def __init__(self, layer: MoELayer, style: AttentionStyle, *, causal: bool) -> None:
         super().__init__()
+        assert isinstance(layer.bank, HeadBank)
         self.layer = layer
-        self.heads_per_expert = heads_per_expert
-        self.head_width = head_width
+        self.style = style
         self.causal = causal
-        self.rope_theta = rope_theta
-        self.key_value = nn.Linear(d_model, 2 * heads_per_expert * head_width, bias=False)
+        self.heads_per_expert = layer.bank.w_query_EDH.shape[2] // style.head_width
+        self.kv_heads = count_shared_kv_heads(self.heads_per_expert, style)
+        kv_width = self.kv_heads * style.head_width
+        self.key_value = nn.Linear(style.d_model, 2 * kv_width, bias=style.has_qkv_bias)
+        self.qk_norm = style.build_qk_norm(self.heads_per_expert * style.head_width, kv_width)
 
     def init_weights(self, generator: Generator) -> None:
         """Initialise the keys and values as dense attention does."""
-        nn.init.normal_(self.key_value.weight, std=self.key_value.in_features**-0.5, generator=generator)
+        init_linear(self.key_value, generator)
 
     def forward(
-        self, x_BLD: Tensor, ctx: RouteContext, positions: PositionTable | None = None
+        self,
+        x_BLD: Tensor,
+        ctx: RouteContext,
+        positions: PositionTable | None = None,
+        dropout: SequenceDropout | None = None,
     ) -> tuple[Tensor, LayerRecord]:
-        """Return the attention output, without the residual, and the record."""
+        """Return the attention output, without the residual, and the record; `dropout`: of the weights."""
         x_TD = x_BLD.flatten(0, 1)
         record = self.layer.route(x_TD, ctx)
         assert isinstance(record.kept, Routing)  # soft routers are refused where the plan is made
@@ -91,9 +97,8 @@ class HeadExperts(nn.Module):
         query_RH = self.bank.queries(dispatch(x_TD, plan), load_E)
         slot_R = _slots_of_assignments(kept)[plan.assignment_R]
         num_slots = kept.top_k or int(kept.experts_per_token_T.max()) or 1
-        mixed_TKH = self._attend(
-            x_BLD, _scatter_queries(query_RH, plan.token_R, slot_R, kept.num_tokens, num_slots), positions
-        )
+        query_TKH = _scatter_queries(query_RH, plan.token_R, slot_R, kept.num_tokens, num_slots)
+        mixed_TKH = self._attend(x_BLD, query_TKH, positions, dropout)
         y_RD = self.bank.outputs(mixed_TKH[plan.token_R, slot_R], load_E)
         return combine(y_RD, kept.weight_N, plan).view_as(x_BLD), record
 
@@ -103,16 +108,22 @@ class HeadExperts(nn.Module):
         assert isinstance(self.layer.bank, HeadBank)
         return self.layer.bank
 
-    def _attend(self, x_BLD: Tensor, query_TKH: Tensor, positions: PositionTable | None) -> Tensor:
+    def _attend(
+        self, x_BLD: Tensor, query_TKH: Tensor, positions: PositionTable | None, dropout: SequenceDropout | None
+    ) -> Tensor:
         """Let every query of a token attend to its sequence; a slot without an expert has a query of 0."""
         batch, length, _ = x_BLD.shape
-        slots, heads = query_TKH.shape[1], self.heads_per_expert
-        key_value = self.key_value(x_BLD).view(batch, length, 2, 1, heads, self.head_width)
-        key_value = key_value.expand(-1, -1, -1, slots, -1, -1).flatten(3, 4)
-        key, value = key_value.transpose(1, 3).unbind(2)
-        query = query_TKH.view(batch, length, slots * heads, self.head_width).transpose(1, 2)
-        mixed = attend(query, key, value, causal=self.causal, rope_theta=self.rope_theta, positions=positions)
-        return mixed.reshape(batch * length, slots, heads * self.head_width)
+        slots, width = query_TKH.shape[1:]
+        query_BLKH = query_TKH.view(batch, length, slots, width)
+        key_BLX, value_BLX = self.key_value(x_BLD).chunk(2, dim=-1)
+        if self.qk_norm is not None:
+            query_BLKH, key_BLX = self.qk_norm(query_BLKH, key_BLX)
+        key_BLX, value_BLX = (x_BLX.unsqueeze(2).expand(-1, -1, slots, -1).flatten(2) for x_BLX in (key_BLX, value_BLX))
+        heads = Heads.of(query_BLKH.flatten(2), key_BLX, value_BLX, self.style.head_width, None)
+        # The number of slots is that of this process alone.
+        dropout = None if dropout is None else replace(dropout, num_slots=slots)
+        mixed = heads.attend(self.style.rotary, causal=self.causal, positions=positions, dropout=dropout)
+        return mixed.reshape(batch * length, slots, width)
 
     def linear_maps(self) -> dict[str, LinearMap]:
         """Return where keys and values are in their common projection."""
@@ -121,6 +132,15 @@ class HeadExperts(nn.Module):
     def flops_per_token(self, length: int) -> int:
         """Return the forward FLOPs of one token in a sequence of `length`."""
         return self.layer.flops_per_token(length) + 2 * self.key_value.weight.numel()
+
+
+def count_shared_kv_heads(heads_per_expert: int, style: AttentionStyle) -> int:
+    """Return the heads of the keys and values that all experts share: as many query heads each as in dense attention.
+
+    At least one, and a divisor of an expert's heads.
+    """
+    wanted = max(heads_per_expert * style.num_kv_heads // style.num_heads, 1)
+    return max(number for number in range(1, wanted + 1) if heads_per_expert % number == 0)
 
 
 def _slots_of_assignments(routing: Routing) -> Tensor:

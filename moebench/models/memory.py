@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import nn
 
 from moebench.experts.layer import MoELayer
+from moebench.routing.linear_map import find_linear_maps
 
 FLOAT_BYTES = 4
 """Parameters, gradients and moments are fp32 in every precision; so is what the backward pass reads."""
@@ -36,8 +37,11 @@ class ModelSize:
     """Inputs and outputs of all matrix products that one token takes part in, at an even load."""
 
     @classmethod
-    def of(cls, model: nn.Module, backbone: _MoEBackbone) -> "ModelSize":
-        """Measure a model, which may be on the meta device."""
+    def of(cls, model: nn.Module, backbone: _MoEBackbone, sequence_length: int = 0) -> "ModelSize":
+        """Measure a model, which may be on the meta device.
+
+        `sequence_length`: for modules with values besides those of their own matrices, which count them themselves.
+        """
         rows: dict[int, float] = {}
         for layer in backbone.moe_layers():
             share = layer.rows_per_token / layer.bank.num_experts
@@ -45,9 +49,11 @@ class ModelSize:
         tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         parameters = list(model.parameters())
         expert_params = sum(parameter.numel() for parameter in parameters if id(parameter) in rows)
-        values = 0.0
+        counts = [getattr(module, "values_per_token", None) for module in model.modules()]
+        values = float(sum(count(sequence_length) for count in counts if count is not None))
+        _, vectors = find_linear_maps(model)
         for parameter in parameters:
-            if parameter.dim() >= 2:
+            if parameter.dim() >= 2 and id(parameter) not in vectors:
                 *stack, num_inputs, num_outputs = parameter.shape
                 width = num_outputs if id(parameter) in tables else num_inputs + num_outputs
                 values += rows.get(id(parameter), 1.0) * math.prod(stack) * width

@@ -8,8 +8,12 @@ from torch import Tensor, nn
 
 from moebench.experts.feed_forward import FeedForward
 from moebench.experts.layer import MoELayer
-from moebench.models.attention import Attention, CrossAttention, EncoderOutput, PositionTable
+from moebench.model_config import ModelConfig
+from moebench.models.attention import Attention, CrossAttention, EncoderOutput
+from moebench.models.dropout import SequenceDropout
 from moebench.models.expert_attention import HeadExperts, ProjectionExperts
+from moebench.models.norms import DEFAULT_NORM, NormStyle
+from moebench.models.positions import PositionTable
 from moebench.ranks import Span
 from moebench.routing.context import RouteContext
 from moebench.routing.features.feature import Feature, collect
@@ -51,8 +55,7 @@ class BatchContext:
     def route(self, layer: LayerName, length: int, device: torch.device) -> RouteContext:
         """Return the context of one layer, with a generator that depends on the seed, the step and the layer."""
         purpose: tuple[str | int, ...] = ("router", self.step) if self.training else ("router in evaluation",)
-        purpose = (*purpose, "micro-batch", self.micro_batch) if self.micro_batch else purpose
-        purpose = (*purpose, "repeat", self.repeat) if self.repeat else purpose
+        purpose = self._name_pass(purpose)
         domain_T = None if self.domain_B is None else self.domain_B.repeat_interleave(length)
         return RouteContext(
             training=self.training,
@@ -66,6 +69,47 @@ class BatchContext:
             span=None if self.span is None else self.span.to_tokens(length),
         )
 
+    def dropout(self, rate: float, place: str) -> SequenceDropout | None:
+        """Return the dropout at one place of the model, such as "3.attention"; None where nothing is dropped."""
+        if rate == 0 or not self.training:
+            return None
+        purpose = self._name_pass((self.seed, "dropout", self.step))
+        return SequenceDropout(rate=rate, purpose=(*purpose, place), span=self.span)
+
+    def _name_pass(self, purpose: tuple[str | int, ...]) -> tuple[str | int, ...]:
+        """Return the purpose of draws, extended by the micro-batch and the pass over it where there are several."""
+        purpose = (*purpose, "micro-batch", self.micro_batch) if self.micro_batch else purpose
+        return (*purpose, "repeat", self.repeat) if self.repeat else purpose
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamStyle:
+    """Norms, scaling and dropout of the residual stream of a model."""
+
+    d_model: int
+    norm: NormStyle = DEFAULT_NORM
+    residual_scale: float = 1.0
+    """Factor on what each part of a block adds."""
+    attention_dropout: float = 0.0
+    residual_dropout: float = 0.0
+    embedding_dropout: float = 0.0
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> "StreamStyle":
+        """Return the residual stream of a configuration."""
+        return cls(
+            d_model=model.d_model,
+            norm=NormStyle.of(model),
+            residual_scale=model.residual_scale,
+            attention_dropout=model.attention_dropout,
+            residual_dropout=model.residual_dropout,
+            embedding_dropout=model.embedding_dropout,
+        )
+
+    def build_norm(self) -> nn.Module:
+        """Build a norm of the residual stream."""
+        return self.norm.build(self.d_model)
+
 
 class Block(nn.Module):
     """Attention and feed-forward part, each after a norm and added to the residual stream; either can hold experts.
@@ -75,17 +119,21 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        d_model: int,
+        style: StreamStyle,
+        place: str,
         attention: Attention | ProjectionExperts | HeadExperts,
         feed_forward: FeedForward | MoELayer,
         cross_attention: CrossAttention | None = None,
     ) -> None:
+        """`place`: name of the block among all blocks of the model, from which its dropout draws."""
         super().__init__()
-        self.attention_norm = nn.RMSNorm(d_model)
+        self.style = style
+        self.place = place
+        self.attention_norm = style.build_norm()
         self.attention = attention
-        self.cross_attention_norm = None if cross_attention is None else nn.RMSNorm(d_model)
+        self.cross_attention_norm = None if cross_attention is None else style.build_norm()
         self.cross_attention = cross_attention
-        self.feed_forward_norm = nn.RMSNorm(d_model)
+        self.feed_forward_norm = style.build_norm()
         self.feed_forward = feed_forward
 
     def forward(
@@ -96,28 +144,50 @@ class Block(nn.Module):
         `positions`: positions of the vectors in their sequences, when a dense block gets only some of them.
         """
         positions = positions or ctx.positions
-        records = []
-        x_normed_BLD = self.attention_norm(x_BLD)
-        if isinstance(self.attention, Attention):
-            y_BLD = self.attention(x_normed_BLD, positions)
-        else:
-            y_BLD, record = self.attention(x_normed_BLD, ctx.route_in(self.attention.layer, x_BLD), positions)
-            records.append(record)
-        x_BLD = x_BLD + y_BLD
+        y_BLD, records = self._attend(self.attention_norm(x_BLD), ctx, positions)
+        x_BLD = self._add(x_BLD, y_BLD, ctx.dropout(self.style.residual_dropout, f"{self.place}.attention"), positions)
         if self.cross_attention is not None and self.cross_attention_norm is not None:
             assert ctx.encoder_output is not None
-            x_BLD = x_BLD + self.cross_attention(self.cross_attention_norm(x_BLD), ctx.encoder_output)
+            dropout = ctx.dropout(self.style.attention_dropout, f"{self.place}.cross-attention weights")
+            y_BLD = self.cross_attention(self.cross_attention_norm(x_BLD), ctx.encoder_output, dropout)
+            dropout = ctx.dropout(self.style.residual_dropout, f"{self.place}.cross-attention")
+            x_BLD = self._add(x_BLD, y_BLD, dropout, positions)
         x_TD = self.feed_forward_norm(x_BLD).flatten(0, 1)
         if isinstance(self.feed_forward, MoELayer):
             y_TD, record = self.feed_forward(x_TD, ctx.route_in(self.feed_forward, x_BLD))
             records.append(record)
         else:
             y_TD = self.feed_forward(x_TD)
-        return x_BLD + y_TD.view_as(x_BLD), records
+        dropout = ctx.dropout(self.style.residual_dropout, f"{self.place}.feed_forward")
+        return self._add(x_BLD, y_TD.view_as(x_BLD), dropout, positions), records
+
+    def _attend(
+        self, x_BLD: Tensor, ctx: BatchContext, positions: PositionTable | None
+    ) -> tuple[Tensor, list[LayerRecord]]:
+        """Return the output of attention, and the record of its experts where there are any."""
+        dropout = ctx.dropout(self.style.attention_dropout, f"{self.place}.attention weights")
+        if isinstance(self.attention, Attention):
+            return self.attention(x_BLD, positions, dropout), []
+        y_BLD, record = self.attention(x_BLD, ctx.route_in(self.attention.layer, x_BLD), positions, dropout)
+        return y_BLD, [record]
+
+    def _add(
+        self, x_BLD: Tensor, y_BLD: Tensor, dropout: SequenceDropout | None, positions: PositionTable | None
+    ) -> Tensor:
+        """Return the residual stream with the output of one part, scaled and with some values dropped."""
+        y_BLD = y_BLD if dropout is None else dropout.drop(y_BLD, positions)
+        return x_BLD + (y_BLD if self.style.residual_scale == 1 else self.style.residual_scale * y_BLD)
 
     def flops_per_token(self, length: int) -> int:
         """Return forward FLOPs per token in a sequence of `length`, without cross-attention (`flops_across`)."""
         return self.attention.flops_per_token(length) + self.feed_forward.flops_per_token()
+
+    def values_per_token(self, length: int) -> int:
+        """Return the attention weights of one token that are kept for the backward pass: only dropout keeps them."""
+        if self.style.attention_dropout == 0:
+            return 0
+        num_attentions = 1 if self.cross_attention is None else 2
+        return 2 * num_attentions * length * self.attention.style.num_heads  # before and after dropout
 
     def flops_across(self, length: int, encoder_length: int) -> int:
         """Return the forward FLOPs of the cross-attention of one sequence."""
@@ -127,16 +197,25 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Blocks and a final norm: x_BLD -> x_BLD and the records of its MoE layers."""
 
-    def __init__(self, d_model: int, blocks: Sequence[nn.Module], features: Sequence[Feature] = ()) -> None:
-        """`blocks`: each maps (x_BLD, ctx) to x_BLD and its records. `features`: those that routers require."""
+    def __init__(
+        self, style: StreamStyle, blocks: Sequence[nn.Module], features: Sequence[Feature] = (), place: str = "input"
+    ) -> None:
+        """`blocks`: each maps (x_BLD, ctx) to x_BLD and its records. `features`: those that routers require.
+
+        `place`: name of the input among those of the model, from which its dropout draws.
+        """
         super().__init__()
+        self.style = style
+        self.place = place
         self.features = tuple(features)
         self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.RMSNorm(d_model)
+        self.norm = style.build_norm()
 
     def forward(self, x_BLD: Tensor, ctx: BatchContext) -> tuple[Tensor, list[LayerRecord]]:
         """Return the normed residual stream and one record per MoE layer, from the bottom."""
         records: list[LayerRecord] = []
+        dropout = ctx.dropout(self.style.embedding_dropout, self.place)
+        x_BLD = x_BLD if dropout is None else dropout.drop(x_BLD)
         for block in self.blocks:
             x_BLD, block_records = block(x_BLD, ctx)
             records += block_records

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from moebench.experts.bank import Bank
 from moebench.experts.layer import MoELayer
-from moebench.models.attention import PositionTable
+from moebench.models.positions import PositionTable
 from moebench.models.transformer import BatchContext, Block
 from moebench.routing.values import LayerRecord, Routing
 

@@ -34,6 +34,7 @@ class VectorHead(nn.Linear):
 
 @TASKS.register(
     TaskFacts(
+        output="vectors",
         causal=False,
         metric="mse",
         lower_is_better=True,

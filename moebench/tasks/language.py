@@ -33,9 +33,12 @@ from moebench.tasks.text.windows import (
 class TokenEmbedding(nn.Embedding):
     """A table of token vectors."""
 
+    init_std: float = 1.0
+    """Initial standard deviation: unit variance, which the first norm rescales anyway."""
+
     def init_weights(self, generator: Generator) -> None:
-        """Draw vectors of unit variance: the first norm rescales them anyway."""
-        nn.init.normal_(self.weight, generator=generator)
+        """Draw normal vectors."""
+        nn.init.normal_(self.weight, std=self.init_std, generator=generator)
 
 
 class TokenHead(nn.Linear):
@@ -200,6 +203,7 @@ def uniform_draws(num_sequences: int, *purpose: object, part: slice = ALL) -> Un
         metric="bits_per_byte",
         lower_is_better=True,
         data="7 domains of public-domain and freely licensed English and Python text, 13.7 MB",
+        output="tokens",
     )
 )
 class Language(TextTask):

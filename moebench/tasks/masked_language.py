@@ -23,6 +23,7 @@ MASKED, RANDOM = 0.8, 0.1
         metric="masked_bits_per_byte",
         lower_is_better=True,
         data="the text of the task `language`, with the same splits",
+        output="tokens",
     )
 )
 class MaskedLanguage(TextTask):

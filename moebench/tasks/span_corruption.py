@@ -21,6 +21,7 @@ from moebench.tasks.text.windows import PreparedText
         metric="span_bits_per_byte",
         lower_is_better=True,
         data="the text of the task `language`, with the same splits",
+        output="tokens",
         is_encoder_decoder=True,
     )
 )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,7 @@ OUT_OF_DOMAIN = "out_of_domain"
 class Batch:
     """One batch on one device: B sequences of L positions, with P predictions each.
 
-    Of an encoder-decoder model, `input_BL`, `label_BL` and `valid_BL` belong to the encoder; `decoder_batch` is the
-    decoder's view.
+    `input_BL`, `label_BL` and `valid_BL` of an encoder-decoder model are the encoder's; see `decoder_batch`.
     """
 
     input_BL: Tensor
@@ -140,6 +139,8 @@ class TaskFacts:
     labels: str = ""
     """Meaning of `Batch.label_BL`, where the data determine which tokens belong to one expert; else empty."""
     is_encoder_decoder: bool = False
+    output: Literal["tokens", "classes", "vectors"] = "classes"
+    """What the head predicts: ids of the input's vocabulary by logits, other classes by logits, or vectors."""
 
 
 class Task(ABC):
@@ -147,8 +148,7 @@ class Task(ABC):
 
     `prepare` builds it once per process. The trainer then calls, for each step, `train_batch`, the modules of
     `build_embedding` and `build_head` around the transformer, and `loss`; for each evaluation `eval_batches`,
-    `compute_sums` per batch and `compute_quality` once. All data are deterministic: a batch is a function of seed and
-    step, so that any step can be resumed, and evaluation sets are fixed.
+    `compute_sums` per batch and `compute_quality` once. Batches are functions of seed and step, evaluation sets fixed.
     """
 
     Config: ClassVar[type[TaskConfig]]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moebench.models.build import NO_FEATURES, build_backbone
 from moebench.models.cost import Cost, compute_cost, count_flops
 from moebench.models.encoder_decoder import EncoderDecoder
+from moebench.models.tied_head import tie
 from moebench.models.transformer import BatchContext, Transformer, init_weights
 from moebench.parallel.expert_sharding import shard_experts
 from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
@@ -18,7 +19,7 @@ from moebench.routing.context import DataSummary
 from moebench.routing.features.feature import Feature, collect, count_passes, sequence_group_size
 from moebench.routing.router import required_features
 from moebench.routing.values import LayerRecord
-from moebench.schema import CellConfig
+from moebench.schema import CellConfig, ModelConfig
 from moebench.tasks.task import TASKS, Batch, Task
 from moebench.training.optimizer.groups import describe_parameters
 from moebench.training.optimizer.mup import (
@@ -39,9 +40,14 @@ class Model(nn.Module):
         head: nn.Module,
         features: Sequence[Feature] = (),
         feature_modules: Mapping[type[Feature], nn.Module] = NO_FEATURES,
+        embedding_scale: float = 1.0,
     ) -> None:
-        """`features`: those that the routers require. `feature_modules`: the modules of features that have one."""
+        """`features`: those that the routers require. `feature_modules`: the modules of features that have one.
+
+        `embedding_scale`: factor on embedded inputs.
+        """
         super().__init__()
+        self.embedding_scale = embedding_scale
         self.embedding = embedding
         self.backbone = backbone
         self.head = head
@@ -63,14 +69,19 @@ class Model(nn.Module):
         """Return the module of a feature; None where it has none."""
         return self.get_submodule(feature.module_name) if feature.module_name else None
 
+    def embed(self, input_BL: Tensor) -> Tensor:
+        """Return the vectors that the backbone and the features read."""
+        x_BLD: Tensor = self.embedding(input_BL)
+        return x_BLD if self.embedding_scale == 1 else self.embedding_scale * x_BLD
+
     def compute_hidden(self, batch: Batch, ctx: BatchContext) -> tuple[Tensor, list[LayerRecord]]:
         """Return the vectors that the head reads, and the records."""
-        x_BLD = self.embedding(batch.input_BL)
+        x_BLD = self.embed(batch.input_BL)
         ctx = replace(ctx, features=self._feature_values(batch, x_BLD))
         hidden: tuple[Tensor, list[LayerRecord]]
         if isinstance(self.backbone, EncoderDecoder):
             decoder_batch = batch.decoder_batch
-            y_BPD = self.embedding(decoder_batch.input_BL)
+            y_BPD = self.embed(decoder_batch.input_BL)
             decoder_ctx = replace(
                 ctx,
                 token_id_BL=decoder_batch.input_BL,
@@ -109,7 +120,16 @@ def build_model(config: CellConfig, task: Task, sized_as: CellConfig | None = No
         backbone = build(causal=facts.causal, data=data)
     d_model = config.model.d_model
     modules = collect(features, lambda feature: feature.build_module(d_model, task.build_head))
-    return Model(task.build_embedding(d_model), backbone, task.build_head(d_model), features, modules)
+    embedding, head = task.build_embedding(d_model), task.build_head(d_model)
+    head = tie(embedding, head) if config.model.tie_embeddings else head
+    return Model(embedding, backbone, head, features, modules, select_embedding_scale(config.model))
+
+
+def select_embedding_scale(model: ModelConfig) -> float:
+    """Return the factor on embedded inputs; by default tied ones have unit variance too when training starts."""
+    if model.embedding_scale is not None:
+        return model.embedding_scale
+    return float(model.d_model**0.5) if model.tie_embeddings else 1.0
 
 
 def summarise_data(task: Task) -> DataSummary:

@@ -28,6 +28,7 @@ from moebench.training.optimizer.build import build_optimizer, build_schedule
 from moebench.training.optimizer.schedule import compute_rate_factor
 from moebench.training.rewinds import NO_REWINDS, RewindRequest, Rewinds
 from moebench.training.spikes import SpikeGuard
+from moebench.training.z_loss import add_z_loss
 
 
 class CellModule(lightning.LightningModule):
@@ -109,7 +110,8 @@ class CellModule(lightning.LightningModule):
                     loss_BP, batch, self.layers, records_with_loss[-1], self.config.router.losses, normalizer
                 )
             )
-        return self._add_feature_losses(average_passes(objectives), batch, outputs, normalizer), records_with_loss
+        objective = self._add_feature_losses(average_passes(objectives), batch, outputs, normalizer)
+        return add_z_loss(objective, self.config.train.z_loss, outputs, batch, normalizer), records_with_loss
 
     def _add_feature_losses(
         self, objective: Objective, batch: Batch, outputs: Sequence[Tensor], normalizer: LossNormalizer
@@ -117,7 +119,7 @@ class CellModule(lightning.LightningModule):
         model, task = self.model, self.task
         passes = TrainingPasses(
             outputs=outputs,
-            input_vectors=lambda: model.embedding(batch.input_BL),
+            input_vectors=lambda: model.embed(batch.input_BL),
             task_loss=lambda output: normalizer.mean(task.loss(output, batch), batch),
             log_probabilities=task.log_probabilities,
             mean=lambda value_B: normalizer.mean_over_outputs(value_B, batch),

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from support.model_options import ALL_OPTIONS
 from support.process_group import Shape
 from support.training_cases import write_text
 
@@ -23,6 +24,7 @@ SHORT = (
     "padded",
     "encoder-decoder",
     "muon",
+    "model options",
 )
 """Cases of the matrix that every test run trains."""
 
@@ -50,6 +52,12 @@ def _capacity(drop_order: str, overflow: str = "drop", router: str = "top_k", **
         "overflow": overflow,
     }
     return case(layout=EVERY_N | capacity, router={"name": router, **options})
+
+
+def _model_options(**overrides: Any) -> dict[str, Any]:
+    # Heads of width 4: a LayerNorm of two values is hardly more than their order, which amplifies rounding.
+    model = ALL_OPTIONS | {"tie_embeddings": True, "num_heads": 2, "num_kv_heads": 1}
+    return merge_settings(case(model=model, train={"z_loss": 0.01, "weight_decay": 0.5}), overrides)
 
 
 def matrix() -> dict[str, dict[str, Any]]:
@@ -98,6 +106,20 @@ def matrix() -> dict[str, dict[str, Any]]:
             layout={"name": "zero_computation", "num_experts": 8, "match": "none"},
             train={"optimizer": "muon", "accumulate": 2, "router_learning_rate": 1e-2},
         ),
+        "model options": _model_options(),
+        "model options in micro-batches of two passes": _model_options(
+            router={"name": "thor"}, train={"accumulate": 2}
+        ),
+        "model options, heads of a varying number": _model_options(
+            layout={"name": "moduleformer", "match": "none"}, router={"name": "top_p"}
+        ),
+        "model options, attention experts": _model_options(layout={"name": "attention", "match": "none"}),
+        "model options, whole models": _model_options(layout={"name": "whole_model", "match": "none"}),
+        "model options, padded": _model_options(task={"name": "padded"}, model={"tie_embeddings": False}),
+        # Without positions, a bias of normed keys changes no weight: its gradient is rounding alone.
+        "model options, encoder-decoder": _model_options(
+            task={"name": "span_corruption", "sequence_length": 8, "eval_windows": 2}, model={"norm": "rmsnorm"}
+        ),
     }
 
 
@@ -106,7 +128,7 @@ def fits(name: str, shape: Shape) -> bool:
     if shape.expert == 1:
         return True
     router = ROUTERS.get(name.removeprefix("router ")).item if name.startswith("router ") else None
-    return name != "layout whole_model" and not (
+    return name not in ("layout whole_model", "model options, whole models") and not (
         router and router.form.is_merged
     )  # both need all experts on every process
 

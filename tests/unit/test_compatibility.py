@@ -139,6 +139,19 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
         {"task": "span_corruption", "router": SHARED_EMBEDDING},
         "router.name: 'speech_moe' needs one network before all layers (router.embedding=shared), which task 'span_",
     ),
+    *[
+        (
+            "refuse_output_options",
+            {"task": task, "model": {"tie_embeddings": True}},
+            f"model.tie_embeddings: task '{task}' does not read and predict ids of one vocabulary (allowed: false)",
+        )
+        for task in ("vision", "speech", "clustered")
+    ],
+    (
+        "refuse_output_options",
+        {"task": "clustered", "train": {"z_loss": 1e-4}},
+        "train.z_loss must be 0, got 0.0001: task 'clustered' predicts vectors without logits",
+    ),
     ("refuse_leak", {"router": "expert_choice"}, "router.name: 'expert_choice' is not causal: "),
     (
         "refuse_leak",

@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from support.command_line import ROOT, CommandLine, WarmCommandLine
 
+from moebench.config import resolve, to_plain
 from moebench.experiment.grid import expand
 from moebench.models.cost import compute_cost
 from moebench.training.model import build_model, prepare_task
+from moebench.yaml_text import parse_yaml
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -28,6 +31,16 @@ def test_the_files_of_the_page_on_running_fit_their_models(tmp_path: Path) -> No
         for cell in expand(file).cells[:4]:
             model = build_model(cell.config, prepare_task(cell.config, tmp_path))
             assert compute_cost(model.backbone, [], 128).flops_per_token > 0
+
+
+def test_the_models_of_the_page_on_the_transformer_are_built(tmp_path: Path) -> None:
+    [models] = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "model.md").read_text(), re.DOTALL)
+    named = yaml.safe_load(models)
+    assert len(named) == 7
+    for settings in named.values():
+        config = resolve(parse_yaml(yaml.safe_dump(settings), "model.md"))
+        assert to_plain(config.model) != to_plain(resolve({}).model)
+        build_model(config, prepare_task(config, tmp_path))
 
 
 def test_the_code_of_the_page_on_the_api_runs(cli: CommandLine) -> None:

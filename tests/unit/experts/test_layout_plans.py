@@ -9,6 +9,7 @@ from support.cases import Tokens, randomise_parameters
 from moebench.config import resolve
 from moebench.errors import UsageError
 from moebench.experts.assembly import RouterPlan, scale_experts_per_token
+from moebench.experts.feed_forward import NetworkStyle
 from moebench.experts.layout import LAYOUTS, ExpertShape
 from moebench.experts.mixed import ConstantBank, DeepBank, MixedBank, build_bank
 from moebench.experts.widths import Widths
@@ -160,7 +161,7 @@ def test_attention_experts_make_the_network_narrower() -> None:
 def test_heads_are_distributed_over_experts() -> None:
     # Two experts per token and two heads: one head each, keys and values of one head instead of two.
     attention = backbone_of({"name": "moduleformer", "num_experts": 4}, "top_k").blocks[0].attention
-    assert (attention.heads_per_expert, attention.head_width) == (1, 4)
+    assert (attention.heads_per_expert, attention.style.head_width) == (1, 4)
     assert attention.key_value.weight.shape == (8, 8)
     # 4 experts x 2 projections x 8·4 weights, keys and values 8·8, gate 4·8
     assert sum(p.numel() for p in attention.parameters()) == 4 * 2 * 32 + 64 + 32
@@ -287,7 +288,7 @@ def test_experts_per_token_are_scaled_where_they_can_be() -> None:
 
 def test_experts_without_a_network_by_hand() -> None:
     shapes = [ExpertShape(kind="zero"), ExpertShape(kind="copy"), ExpertShape(kind="constant")]
-    bank = randomise_parameters(build_bank(shapes, Widths(4), 8, "gelu"))
+    bank = randomise_parameters(build_bank(shapes, Widths(4), NetworkStyle(d_model=8, activation="gelu")))
     x_RD = Tokens.draw(6).x_TD
     y_RD = bank.rows(x_RD, torch.tensor([2, 2, 2]))
     assert not y_RD[:2].any()
@@ -299,7 +300,9 @@ def test_experts_without_a_network_by_hand() -> None:
 
 
 def test_a_deep_expert_by_hand() -> None:
-    bank = randomise_parameters(build_bank([ExpertShape(depth=2)] * 3, Widths(4), 8, "gelu"))
+    bank = randomise_parameters(
+        build_bank([ExpertShape(depth=2)] * 3, Widths(4), NetworkStyle(d_model=8, activation="gelu"))
+    )
     x_RD = Tokens.draw(5).x_TD
     first, second = bank.banks
     h_RD = x_RD + first.expert(x_RD, 1)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moebench.compatibility import check_cell, list_marks
 from moebench.config import resolve
 from moebench.errors import UsageError
-from moebench.models.attention import CrossAttention, EncoderOutput
+from moebench.models.attention import AttentionStyle, CrossAttention, EncoderOutput
 from moebench.schema import CellConfig
 from moebench.tasks.task import Batch
 from moebench.training.evaluation import batch_context
@@ -100,7 +100,7 @@ def test_padding_on_both_sides_changes_nothing(text: Path, tmp_path: Path, route
 
 
 def test_cross_attention_equals_a_loop() -> None:
-    cross = randomise_parameters(CrossAttention(8, 2, out_scale=1.0))
+    cross = randomise_parameters(CrossAttention(AttentionStyle.of(resolve({"model": {"d_model": 8}}).model, 1.0)))
     generator = torch.Generator().manual_seed(0)
     x_BLD, x_BMD = torch.randn(2, 3, 8, generator=generator), torch.randn(2, 5, 8, generator=generator)
     valid_BM = torch.tensor([[True] * 5, [True, True, False, False, True]])

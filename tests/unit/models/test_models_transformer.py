@@ -6,8 +6,9 @@ from support.cases import randomise_parameters
 
 from moebench.config import resolve
 from moebench.experts.feed_forward import FeedForward
-from moebench.models.attention import Attention, rotary_table, rotate
+from moebench.models.attention import Attention, AttentionStyle
 from moebench.models.build import build_backbone
+from moebench.models.positions import Rotary, rotate
 from moebench.models.transformer import BatchContext, Transformer, init_weights
 from moebench.routing.context import DataSummary
 from moebench.routing.layer_name import LayerName
@@ -46,7 +47,7 @@ def batch(*, training: bool = False, seed: int = 0, step: int = 0, size: tuple[i
 def test_rotary_attention_depends_on_the_distance_alone(first: int, second: int, shift: int, width: int) -> None:
     generator = torch.Generator().manual_seed(first * 41 + second)
     query, key = torch.randn(2, width, generator=generator, dtype=torch.float64)
-    cos, sin = (table.double() for table in rotary_table(100, width, 100.0, CPU))
+    cos, sin = (table.double() for table in Rotary(theta=100.0).table(100, width, CPU))
 
     def score(at: int, to: int) -> torch.Tensor:
         turned = rotate(query, cos[at], sin[at]), rotate(key, cos[to], sin[to])
@@ -57,7 +58,7 @@ def test_rotary_attention_depends_on_the_distance_alone(first: int, second: int,
 
 def test_rotation_keeps_lengths_and_leaves_position_0_alone() -> None:
     x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
-    cos, sin = rotary_table(5, 4, 10000.0, CPU)
+    cos, sin = Rotary().table(5, 4, CPU)
     turned = rotate(x, cos, sin)
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
     assert torch.equal(turned[:, 0], x[:, 0])
@@ -87,7 +88,7 @@ def test_bidirectional_model_sees_the_future() -> None:
 
 
 def test_attention_does_not_mix_sequences() -> None:
-    attention = randomise_parameters(Attention(8, 2, causal=True, rope_theta=1e4, out_scale=1.0))
+    attention = randomise_parameters(Attention(AttentionStyle.of(config_of().model, 1.0), causal=True))
     x_BLD = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(attention(x_BLD)[1:2], attention(x_BLD[1:2]))
 

@@ -151,6 +151,11 @@ def test_a_base_width_that_splits_a_head_is_refused() -> None:
         resolve({"model": {"d_model": 64, "num_heads": 2}, "train": {"mup_base_width": 48}})
 
 
+def test_tied_embeddings_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"train\.mup_base_width.*null with model\.tie_embeddings"):
+        resolve({"model": {"tie_embeddings": True}, "train": {"mup_base_width": 32}})
+
+
 def test_an_output_that_shares_the_embedding_is_refused() -> None:
     embedding, head = nn.Embedding(4, 8), nn.Linear(8, 4, bias=False)
     refuse_shared_embedding(head, embedding)
