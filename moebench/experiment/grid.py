@@ -1,7 +1,7 @@
 """Build the cells of an experiment: every arm for every seed, seeds outermost."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Experiment:
     """Seeds outermost, so that every prefix of the grid is a fair comparison."""
     notes: tuple[str, ...]
     """Lines for the user to read before training."""
+    axes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Arm -> grid key -> label of the arm's value, without keys that mean nothing to the arm."""
 
     @property
     def arms(self) -> list[str]:
@@ -92,7 +94,7 @@ def _build(
     require_text(config.question, "question")
     require_text(config.baseline, "baseline")
     with plugin_errors_in_one_line():
-        arms = resolve_arms(config, cell_overrides, str(path), on_progress)
+        arms, arm_notes = resolve_arms(config, cell_overrides, str(path), on_progress)
     baseline, notes = _choose_baseline(config.baseline, [arm.label for arm in arms], is_regridded=is_regridded)
     arm_plugins = [select_plugins(plugins, _collect_names(arm.config)) for arm in arms]
     cells = [
@@ -104,7 +106,13 @@ def _build(
         question=config.question,
         baseline=baseline,
         cells=tuple(cells),
-        notes=(*note_partial_overrides(cell_overrides, arms, config.grid), *_note_long_warmup(arms), *notes),
+        axes={arm.label: arm.axes for arm in arms},
+        notes=(
+            *arm_notes,
+            *note_partial_overrides(cell_overrides, arms, config.grid),
+            *_note_long_warmup(arms),
+            *notes,
+        ),
     )
 
 
