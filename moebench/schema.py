@@ -19,6 +19,7 @@ from moebench.ranges import (
     at_least_1_up_to,
     check_ranges,
 )
+from moebench.tune_schema import TuneConfig
 
 COMPONENTS = ("task", "layout", "router")
 """The sections of a cell that a `name` picks from a registry."""
@@ -241,8 +242,12 @@ class ExperimentConfig:
     """One run of every arm per seed; equal seeds mean equal data order and equal initial weights of shared parts."""
     baseline: str | None = None
     """The arm that the others are compared with; null: the first."""
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    """Settings that each arm chooses on validation before it is trained; null on the command line: none."""
 
     def __post_init__(self) -> None:
+        repeated = sorted(set(self.seeds) & set(self.tune.seeds)) if self.tune.grid else []
+        require(not repeated, "tune.seeds", f"{repeated}, which are in seeds", "seeds that are not reported")
         require(len(self.seeds) > 0, "seeds", self.seeds, "a list with at least one seed")
         require(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "a list that names each seed once")
         for key, values in self.grid.items():

@@ -96,11 +96,12 @@ def train_missing(grid: "Experiment", results: Path, jobs: int) -> None:
     """Train the cells that are not done; exit if interrupted."""
     from moebench.analysis.figures import Figures
     from moebench.cli.output import make_console
-    from moebench.experiment.runner import RunOptions, run_experiment
+    from moebench.experiment.phases import run_phases
+    from moebench.experiment.runner import RunOptions
     from moebench.launch.launcher import LocalLauncher
 
     console = make_console(stderr=True)
-    report = run_experiment(
+    report = run_phases(
         grid, results, RunOptions(jobs=jobs), launcher=LocalLauncher(), console=console, figures=Figures()
     )
     if report.interrupted:

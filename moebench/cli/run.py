@@ -199,10 +199,10 @@ def _run_grid(
     """Run the grid, print a summary and return the exit code."""
     from moebench.analysis.figures import Figures
     from moebench.experiment.grid import expand
-    from moebench.experiment.runner import run_experiment
+    from moebench.experiment.phases import run_phases
 
     grid = expand(find_experiment(experiment), overrides or (), plugins or ())
-    report = run_experiment(grid, results, options, launcher=launcher, console=console, figures=Figures())
+    report = run_phases(grid, results, options, launcher=launcher, console=console, figures=Figures())
     if json:
         print_json(report.to_dict())
     else:
@@ -216,7 +216,7 @@ def _run_grid(
 def _exit_code(report: "RunReport") -> int:
     if report.interrupted:
         return 128 + report.interrupted
-    if report.failed:
+    if report.failed or (report.tuning and report.tuning.state.failed):
         return EXIT_FAILED
     return EXIT_TRACKER if report.tracker_problem else 0
 
@@ -227,6 +227,7 @@ def _count_attempts(outcome: "Outcome") -> str:
 
 def _print_summary(report: "RunReport", arguments: CommandArguments, options: "RunOptions", console: "Console") -> None:
     lines = [f"{report.num_done} of {report.num_cells} cells done, {len(report.trained)} of them trained now"]
+    lines += report.tuning.list_lines() if report.tuning else []
     lines += [
         f"failed: {outcome.cell.arm} seed {outcome.cell.seed}: {outcome.error}{_count_attempts(outcome)}"
         f" (log: {report.log_path(outcome)})"

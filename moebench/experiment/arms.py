@@ -60,6 +60,7 @@ def resolve_arms(
     if "seed" in config.base or "seed" in overrides:
         raise UsageError("seed: the experiment sets it; choose with seeds=[...] instead")
     refuse_varied_keys(_flatten("", overrides), config.grid, "grid")
+    refuse_varied_keys(_flatten("", overrides), config.tune.grid, "tune.grid")
     points = list(_combine(config.grid, merge_settings({}, config.base)))
     _refuse_unknown(overrides, [point.raw for point in points], config.grid)
     configs = [

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moebench.config import apply_overrides, cell_id, load_experiment
 from moebench.errors import require_text, unknown
 from moebench.experiment.arms import Arm, note_partial_overrides, resolve_arms
+from moebench.experiment.trials import Tuning, build_tuning
 from moebench.file_access import require_plain_name
 from moebench.plugin_errors import plugin_errors_in_one_line
 from moebench.registry import Plugin, load_plugin, select_plugins
@@ -32,6 +34,10 @@ class Experiment:
     """Lines for the user to read before training."""
     axes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Arm -> grid key -> label of the arm's value, without keys that mean nothing to the arm."""
+    tuning: Tuning | None = None
+    """What the arms try before they are trained; until they have chosen (`settle`), `cells` are those of the file."""
+    tuning_of: str = ""
+    """The experiment whose tuning runs the cells are; empty: they are to be reported."""
 
     @property
     def arms(self) -> list[str]:
@@ -96,10 +102,12 @@ def _build(
     with plugin_errors_in_one_line():
         arms, arm_notes = resolve_arms(config, cell_overrides, str(path), on_progress)
     baseline, notes = _choose_baseline(config.baseline, [arm.label for arm in arms], is_regridded=is_regridded)
-    arm_plugins = [select_plugins(plugins, _collect_names(arm.config)) for arm in arms]
-    cells = [
-        _build_cell(arm, seed, needed) for seed in config.seeds for arm, needed in zip(arms, arm_plugins, strict=True)
-    ]
+    needed = {arm.label: select_plugins(plugins, _collect_names(arm.config)) for arm in arms}
+    cells = [_build_cell(arm, seed, needed[arm.label]) for seed in config.seeds for arm in arms]
+    tuning = None
+    if config.tune.grid:
+        with plugin_errors_in_one_line():
+            tuning = build_tuning(config, arms, partial(_build_cell_of_trial, plugins))
     return Experiment(
         name=require_plain_name(path.stem, f"{path}: name of the experiment, the file's without its ending"),
         file=str(path),
@@ -107,6 +115,7 @@ def _build(
         baseline=baseline,
         cells=tuple(cells),
         axes={arm.label: arm.axes for arm in arms},
+        tuning=tuning,
         notes=(
             *arm_notes,
             *note_partial_overrides(cell_overrides, arms, config.grid),
@@ -136,6 +145,10 @@ def _build_cell(arm: Arm, seed: int, plugins: Sequence[Plugin]) -> Cell:
         plugin_digests=tuple(plugin.digest for plugin in plugins),
         data_digest=arm.data_digest,
     )
+
+
+def _build_cell_of_trial(plugins: Sequence[Plugin], arm: Arm, seed: int) -> Cell:
+    return _build_cell(arm, seed, select_plugins(plugins, _collect_names(arm.config)))
 
 
 def _collect_names(value: Any) -> Iterator[str]:

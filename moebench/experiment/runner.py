@@ -17,6 +17,7 @@ from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.plan import cell_state
 from moebench.experiment.reshard import reshard
 from moebench.experiment.store import DAMAGED, open_results, record_experiment, require_disk_space, split_unfinished
+from moebench.experiment.tuning_report import TuningReport
 from moebench.launch.containment import Containment
 from moebench.launch.devices import uses_gpu, visible_devices
 from moebench.launch.launcher import Launcher
@@ -78,11 +79,13 @@ class RunReport:
     """Number of the signal that ended the call, 0 for none."""
     problems: Sequence[str] = ()
     """What could not be shown, drawn, tracked or tidied up, one line each; no result depends on it."""
+    tuning: TuningReport | None = None
+    """Of an experiment with tuning: its first phase."""
 
     @property
     def num_cells(self) -> int:
         """Cells of the grid."""
-        return len(self.experiment.cells)
+        return self.tuning.num_final_cells if self.tuning else len(self.experiment.cells)
 
     @property
     def trained(self) -> list[Outcome]:
@@ -91,8 +94,9 @@ class RunReport:
 
     @property
     def failed(self) -> list[Outcome]:
-        """Cells that failed or are being trained by another process."""
-        return [outcome for outcome in self.outcomes if outcome.status in ("failed", "busy")]
+        """Cells that failed or are being trained by another process; not the trials of a tuning that diverged."""
+        trials = self.tuning.failed if self.tuning else []
+        return [*trials, *(outcome for outcome in self.outcomes if outcome.status in ("failed", "busy"))]
 
     def log_path(self, outcome: Outcome) -> Path:
         """Return the log of a cell."""
@@ -112,6 +116,7 @@ class RunReport:
                 {"id": outcome.cell.id, "error": outcome.error, "log": str(self.log_path(outcome))}
                 for outcome in self.failed
             ],
+            **({"tuning": self.tuning.to_dict()} if self.tuning else {}),
             "tracker": self.tracker_problem,
             "interrupted": self.interrupted,
             "problems": list(self.problems),
@@ -151,7 +156,7 @@ def run_experiment(
     try:
         jobs = options.jobs or min(choose_num_jobs(cells), count_fitting_cells(cells, costs))
         outcomes, interrupted = grid_run.train(replace(options, jobs=jobs))
-        if cells and not interrupted:
+        if cells and not interrupted and not experiment.tuning_of:  # its figure would show the test split
             with containment.contain("figure of the curves"):
                 figures.draw_experiment_figures(experiment, results)
     except BaseException:

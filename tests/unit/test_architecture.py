@@ -27,6 +27,7 @@ ORDER = (
     ("ranges",),
     ("components", "registry", "yaml_text", "metrics"),
     ("conversion",),
+    ("tune_schema",),
     ("schema",),
     ("config",),
     ("routing",),
