@@ -45,7 +45,7 @@ def plan(
 
 def _print(grid: "Experiment", rows: list[dict[str, Any]]) -> None:
     from moebench.cli.output import make_console, print_table
-    from moebench.reporting.formatting import format_bytes, format_count
+    from moebench.reporting.formatting import MISSING, format_bytes, format_count
 
     console = make_console()
     console.print(f"{grid.name}: {grid.question}", highlight=False, markup=False)
@@ -56,7 +56,7 @@ def _print(grid: "Experiment", rows: list[dict[str, Any]]) -> None:
     columns = ("cell", "arm", "seed", "state", *numbers)
     lines = [
         (
-            row["id"],
+            row["id"] or MISSING,
             row["arm"] + "".join(f" ({mark})" for mark in row["marks"]),
             str(row["seed"]),
             row["state"],
@@ -68,7 +68,7 @@ def _print(grid: "Experiment", rows: list[dict[str, Any]]) -> None:
         )
         for row in rows
     ]
-    print_table(columns, lines, right=numbers, no_wrap=(*columns[:1], *columns[2:]))
+    print_table(columns, lines, right=numbers, no_wrap=(columns[0], columns[2], *numbers))
 
 
 def _format_difference(row: dict[str, Any]) -> str:

@@ -133,12 +133,12 @@ def _run_one_cell(
 ) -> int:
     """Train one cell in this process and return the exit code."""
     from moebench.analysis.figures import Figures
-    from moebench.experiment.foreground import run_foreground, select_cell
+    from moebench.experiment.foreground import run_foreground, select_phase_cell
     from moebench.experiment.grid import expand
 
     grid = expand(find_experiment(experiment), overrides or (), plugins or ())
-    cell = select_cell(grid.cells, cell_name)
-    return run_foreground(grid, cell, results, console=console, figures=Figures(), ignore_memory=ignore_memory)
+    phase, cell = select_phase_cell(grid, cell_name, results)
+    return run_foreground(phase, cell, results, console=console, figures=Figures(), ignore_memory=ignore_memory)
 
 
 def _show_actions(

@@ -6,9 +6,9 @@ from typing import Any
 
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
-from moebench.experiment.plan import cell_state
+from moebench.experiment.plan import cell_state, list_planned_cells
 from moebench.experiment.store import DAMAGED
-from moebench.experiment.tuning import UNSETTLED, has_diverged, list_tuning_cells, settle
+from moebench.experiment.tuning import UNSETTLED, has_diverged, list_tuning_cells
 from moebench.runs.attempts import read_attempts
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
@@ -29,15 +29,14 @@ def list_actions(experiment: Experiment, results: Path) -> list[dict[str, Any]]:
 
     With tuning, its runs come first; runs of arms that have not chosen their settings yet have no id.
     """
-    if experiment.tuning is None:
-        return [_describe_cell(results, cell) for cell in {cell.id: cell for cell in experiment.cells}.values()]
-    settled = {(cell.arm, cell.seed): cell for cell in settle(experiment, results).cells}
-    rows = [_describe_cell(results, cell) for cell in list_tuning_cells(experiment)]
-    rows = [row | {"action": "-"} if _is_decided(results, row) else row for row in rows]
-    for cell in experiment.cells:
-        final = settled.get((cell.arm, cell.seed))
-        rows.append(_describe_cell(results, final) if final else _describe_unsettled(cell))
-    return rows
+    rows = [
+        _describe_cell(results, cell) if is_settled else _describe_unsettled(cell)
+        for cell, is_settled in {
+            cell.id: (cell, is_settled) for cell, is_settled in list_planned_cells(experiment, results)
+        }.values()
+    ]
+    tuning = {cell.id for cell in list_tuning_cells(experiment)}
+    return [row | {"action": "-"} if row["id"] in tuning and _is_decided(results, row) else row for row in rows]
 
 
 def summarise_actions(rows: list[dict[str, Any]]) -> str:

@@ -226,6 +226,7 @@ class _GridRun:
         if not self.cells:
             return [], 0
         metric = TASKS.get(self.cells[0].config.task.name).facts.metric
+        metric = f"validation/{metric}" if self.experiment.tuning_of else metric
         warnings: list[str] = []
         with open_display(self.console, self.cells, metric, self.containment) as display:
 

@@ -157,6 +157,11 @@ class TuningState:
         """The arms that can choose nothing."""
         return tuple(choice for choice in self.choices if choice.failure)
 
+    def describe_progress(self) -> str:
+        """Return how many tuning runs have ended, in words."""
+        num_ended, num_runs = map(sum, zip(*(choice.count_runs() for choice in self.choices), strict=True))
+        return f"{num_ended} of {format_plural(num_runs, 'tuning run')} have ended"
+
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""
         return {
@@ -258,11 +263,3 @@ def build_tuning_experiment(experiment: Experiment) -> Experiment:
         notes=(),
         tuning_of=experiment.name,
     )
-
-
-def require_settled_baseline(experiment: Experiment, state: TuningState) -> None:
-    """Raise UsageError if the baseline has not chosen its settings: there is nothing to compare with."""
-    choice = next(choice for choice in state.choices if choice.arm == experiment.baseline)
-    if choice.chosen is None:
-        reason = choice.failure or f"it has not chosen its settings yet: {choice.describe_progress()}"
-        raise UsageError(f"'{experiment.baseline}', the baseline of '{experiment.name}': {reason} (moebench run)")

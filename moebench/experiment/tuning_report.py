@@ -6,7 +6,6 @@ from typing import Any
 
 from moebench.experiment.tuning import TuningState
 from moebench.launch.scheduler import Outcome
-from moebench.reporting.formatting import format_plural
 from moebench.runs.result import Fault
 
 
@@ -31,9 +30,7 @@ class TuningReport:
 
     def list_lines(self) -> list[str]:
         """Return the lines for the end of a run: how far the tuning is, and each arm that can choose nothing."""
-        counts = [choice.count_runs() for choice in self.state.choices]
-        num_ended, num_runs = (sum(numbers) for numbers in zip(*counts, strict=True))
-        lines = [f"tuning: {num_ended} of {format_plural(num_runs, 'run')} have ended"]
+        lines = [f"tuning: {self.state.describe_progress()}"]
         return lines + [f"failed: {choice.arm}: {choice.failure}" for choice in self.state.failed]
 
     def to_dict(self) -> dict[str, Any]:
