@@ -14,6 +14,7 @@ from moebench.ranges import (
     AT_LEAST_1,
     BELOW_1,
     FRACTION,
+    POSITIVE,
     POSITIVE_FINITE,
     Range,
     at_least_1_up_to,
@@ -93,6 +94,7 @@ class TrainConfig:
         **dict.fromkeys(("beta1", "beta2"), BELOW_1),
         "final_rate": FRACTION,
         "spike_window": Range(low=8),
+        "max_epochs": POSITIVE,
         "spike_threshold": POSITIVE_FINITE,
     }
 
@@ -116,6 +118,9 @@ class TrainConfig:
     """AdamW's coefficient of the running mean of squared gradients."""
     clip_norm: float = 1.0
     """Largest L2 norm of the gradient of all parameters."""
+    max_epochs: float | None = None
+    """Most passes over the training split that `run` accepts; null: 4 for text (repeated up to four times it is worth
+    almost as much as new text, arXiv:2305.16264), no limit elsewhere; inf: no limit."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of forward passes: bf16 is autocast; parameters, optimizer state and routing stay fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -240,6 +245,8 @@ class ExperimentConfig:
     """Key -> values; one arm per combination. The key `arm` takes mappings of several keys, each with a label."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """One run of every arm per seed; equal seeds mean equal data order and equal initial weights of shared parts."""
+    size: str | None = None
+    """Named preset below `base` (`moebench list sizes`): model, tokens, batch, learning rate; `--size` is above it."""
     baseline: str | None = None
     """The arm that the others are compared with; null: the first."""
     tune: TuneConfig = field(default_factory=TuneConfig)

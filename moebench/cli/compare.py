@@ -11,6 +11,8 @@ from moebench.cli.options import (
     Json,
     Plugins,
     Results,
+    Size,
+    add_size,
     check_plot,
     complete_experiment_or_router,
 )
@@ -48,6 +50,7 @@ def compare(
         ),
     ],
     task: Annotated[str, typer.Option(help="Task of a comparison of routers.")] = "language",
+    size: Size = None,
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
     allow_mismatch: AllowMismatch = False,
@@ -69,7 +72,7 @@ def compare(
     from moebench.analysis.compare.report import build_report
     from moebench.experiment.grid import expand, expand_routers
 
-    overrides = [name for name in names if "=" in name]
+    overrides = add_size([name for name in names if "=" in name], size)
     subjects = [name for name in names if "=" not in name]
     check_plot(plot)
     if is_experiment(subjects):

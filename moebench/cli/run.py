@@ -15,6 +15,8 @@ from moebench.cli.options import (
     Overrides,
     Plugins,
     Results,
+    Size,
+    add_size,
     print_json,
 )
 from moebench.errors import UsageError
@@ -62,6 +64,7 @@ Foreground = Annotated[
 def run(
     experiment: ExperimentName,
     overrides: Overrides = None,
+    size: Size = None,
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
     jobs: Jobs = 0,
@@ -91,6 +94,7 @@ def run(
     from moebench.reporting.streams import open_stderr_console
 
     console = open_stderr_console()
+    overrides = add_size(overrides, size)
     cluster = detect_cluster()
     if foreground is not None:
         others = {"--json": json, "--jobs": jobs, "--reshard": reshard, "--retries": retries}

@@ -15,6 +15,7 @@ from rich.console import Console
 from torch.distributed.checkpoint.api import CheckpointException
 
 from moebench.errors import UsageError, nearest
+from moebench.experiment.data_need import require_epochs
 from moebench.experiment.display import LineDisplay, cell_title
 from moebench.experiment.grid import Experiment
 from moebench.experiment.memory import require_memory
@@ -108,6 +109,7 @@ def run_foreground(
     if not ignore_memory:
         require_memory([cell], costs)
     require_disk_space(results, [cell], costs)
+    require_epochs([cell], costs)
     record_experiment(results, experiment)
     folder = RunFolder.of(results, cell.id)
     folder.write_cell(cell.to_dict(experiment.name))

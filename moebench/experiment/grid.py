@@ -9,6 +9,7 @@ from typing import Any
 from moebench.config import apply_overrides, cell_id, load_experiment
 from moebench.errors import require_text, unknown
 from moebench.experiment.arms import Arm, note_partial_overrides, resolve_arms
+from moebench.experiment.sizes import apply_size, name_experiment
 from moebench.experiment.trials import Tuning, build_tuning
 from moebench.file_access import require_plain_name
 from moebench.plugin_errors import plugin_errors_in_one_line
@@ -61,8 +62,11 @@ def expand(
     """
     loaded = [load_plugin(plugin) for plugin in plugins]  # first: the file may use what they register
     config, cell_overrides = load_experiment(path, overrides)
+    own_size = load_experiment(path)[0].size if config.size is not None else None
+    config = apply_size(config, own_size)
     is_regridded = any(override.startswith(("grid", "seeds")) for override in overrides)
-    return _build(path, config, cell_overrides, loaded, is_regridded=is_regridded, on_progress=on_progress)
+    experiment = _build(path, config, cell_overrides, loaded, is_regridded=is_regridded, on_progress=on_progress)
+    return replace(experiment, name=name_experiment(experiment.name, config.size, own_size))
 
 
 def expand_routers(
@@ -85,7 +89,9 @@ def expand_config(
 ) -> Experiment:
     """Build the cells of an experiment that has no file."""
     config, cell_overrides = apply_overrides(config, overrides)
-    return _build(Path(name), config, cell_overrides, plugins, is_regridded=False)
+    config = apply_size(config, None)
+    experiment = _build(Path(name), config, cell_overrides, plugins, is_regridded=False)
+    return replace(experiment, name=name_experiment(experiment.name, config.size, None))
 
 
 def _build(

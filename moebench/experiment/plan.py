@@ -1,9 +1,11 @@
 """State, parameters, FLOPs and memory of each cell, counted on a model without storage."""
 
 from collections.abc import Callable, Iterator
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from moebench.experiment.data_need import DataNeed, compute_data_need
 from moebench.experiment.grid import Experiment, ignore_progress
 from moebench.experiment.memory import estimate_memory
 from moebench.experiment.model_costs import ModelCosts
@@ -55,7 +57,23 @@ def _plan_rows(
             "memory_bytes": estimate_memory(cell.config, costs).total_bytes,
             "train_tokens": tokens,
             "train_flops": (1 + BACKWARD) * cost.training_flops * tokens,
+            "tokens_per_active_param": tokens / cost.active_params,
+            "tokens_per_param": tokens / cost.total_params,
+            **_describe_data(compute_data_need(cell.config, costs.task(cell.config))),
         }
+
+
+def _describe_data(need: DataNeed | None) -> dict[str, Any]:
+    """Return what a cell reads of its training split; nothing where the data are generated."""
+    if need is None:
+        return {"epochs": None}
+    return {
+        "epochs": need.epochs,
+        "max_epochs": need.max_epochs if isfinite(need.max_epochs) else None,
+        "read_bytes": need.read_bytes,
+        "needed_bytes": need.needed_bytes if isfinite(need.max_epochs) else None,
+        "train_split_bytes": need.split_bytes,
+    }
 
 
 def list_planned_cells(experiment: Experiment, results: Path) -> list[tuple[Cell, bool]]:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from moebench.cores import available_cores
 from moebench.errors import UsageError
+from moebench.experiment.data_need import require_epochs
 from moebench.experiment.display import open_display
 from moebench.experiment.grid import Experiment
 from moebench.experiment.memory import count_fitting_cells, require_memory
@@ -144,6 +145,7 @@ def run_experiment(
     if not options.ignore_memory:
         require_memory(cells, costs)
     require_disk_space(results, cells, costs)
+    require_epochs(cells, costs)
     record_experiment(results, experiment)
     for config in {cell.data_digest: cell.config for cell in cells}.values():
         prepare_task(config, results)  # once, so that the workers read it from the cache
