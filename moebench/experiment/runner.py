@@ -142,10 +142,7 @@ def run_experiment(
     for note in experiment.notes:
         print_note(console, note)
     costs = ModelCosts(results)
-    if not options.ignore_memory:
-        require_memory(cells, costs)
-    require_disk_space(results, cells, costs)
-    require_epochs(cells, costs)
+    _require_resources(results, cells, costs, options)
     record_experiment(results, experiment)
     for config in {cell.data_digest: cell.config for cell in cells}.values():
         prepare_task(config, results)  # once, so that the workers read it from the cache
@@ -175,6 +172,14 @@ def run_experiment(
         interrupted=interrupted,
         problems=containment.problems,
     )
+
+
+def _require_resources(results: Path, cells: list[Cell], costs: ModelCosts, options: RunOptions) -> None:
+    """Raise UsageError for cells that need more memory, disk or training data than there is."""
+    if not options.ignore_memory:
+        require_memory(cells, costs)
+    require_disk_space(results, cells, costs)
+    require_epochs(cells, costs)
 
 
 def _start_tracker(results: Path, uri: str | None, experiment: Experiment, containment: Containment) -> Tracker | None:

@@ -84,7 +84,7 @@ def test_a_size_of_the_call_is_above_the_keys_of_the_file_and_below_overrides(tm
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="size: 'S9' is unknown. Allowed: S0, S1, S2, S3, demo"):
+    with pytest.raises(UsageError, match=r"size: 'S9' is unknown\. Allowed: S0, S1, S2, S3, demo"):
         experiment(tmp_path, "size=S9")
     with pytest.raises(UsageError, match=r"size: S0 sets task\.sequence_length, which 'vision' lacks"):
         experiment(tmp_path, "size=S0", base={"task": "vision"})
