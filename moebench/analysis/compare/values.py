@@ -146,6 +146,11 @@ class Comparison:
     """Arm -> configuration key in which arms differ -> value."""
 
     @property
+    def has_several_axes(self) -> bool:
+        """Whether arms differ in several keys of the grid."""
+        return max(map(len, self.axes.values()), default=0) > 1
+
+    @property
     def num_comparisons(self) -> int:
         """Size of the family that Holm corrects for."""
         return sum(difference.p is not None for difference in self.differences)
@@ -184,6 +189,7 @@ class Comparison:
             "failed": [asdict(cell) for cell in self.failed],
             "missing": [asdict(cell) for cell in self.missing],
             "notes": list(self.notes),
+            **({"axes": {arm: dict(labels) for arm, labels in self.axes.items()}} if self.has_several_axes else {}),
             **({"tuning": self.tuning.to_dict()} if self.tuning else {}),
         }
 
