@@ -65,14 +65,15 @@ def run(
     saves checkpoints and raises KeyboardInterrupt, after SIGTERM SystemExit. Works in the main thread only.
     """
     from moebench.analysis.figures import Figures
-    from moebench.experiment.runner import RunOptions, run_experiment
+    from moebench.experiment.phases import run_phases
+    from moebench.experiment.runner import RunOptions
     from moebench.launch.launcher import LocalLauncher
     from moebench.reporting.streams import open_stderr_console
 
     options = RunOptions(jobs=jobs, tracker=tracker, retries=retries)
     console = open_stderr_console(quiet=quiet)
     with _hide_main_module():
-        report = run_experiment(
+        report = run_phases(
             _as_experiment(experiment),
             Path(results),
             options,

@@ -10,17 +10,18 @@ from typing import Any
 
 import yaml
 
-from moebench.conversion import apply_values, require_readable
+from moebench.conversion import NULL, apply_values, require_readable
 from moebench.errors import UsageError
 from moebench.registry import get_registry
 from moebench.schema import COMPONENTS, DEFAULT_NAMES, SECTIONS, CellConfig, ExperimentConfig
+from moebench.tuning_config import TuneConfig
 from moebench.yaml_text import MAX_CHARACTERS, parse_override, parse_yaml
 
 SCHEMA = 3
 """Part of every cell id: raised when a change makes older results incomparable."""
 
 NOT_IN_ID = {
-    "train": ("log_every", "eval_every", "checkpoint_every", "device"),
+    "train": ("log_every", "eval_every", "checkpoint_every", "device", "max_epochs"),
     "task": (),
     "layout": ("recompute",),
     "parallel": ("devices", "nodes", "timeout_s", "stall_timeout_s", "check_every", "overlap"),
@@ -51,10 +52,21 @@ def apply_overrides(experiment: ExperimentConfig, overrides: Sequence[str]) -> t
         head, _, rest = key.partition(".")
         value = parse_override(text)
         if head in experiment_keys:
-            experiment_values = _merge_overrides(experiment_values, {head: {rest: value} if rest else value})
+            experiment_values = _merge_overrides(experiment_values, _nest_experiment_value(head, rest, value))
         else:
             cell_values = _merge_overrides(cell_values, nest(key.removeprefix("base."), value))
+    if experiment_values.get("tune", "") in NULL[:-1]:
+        experiment = dataclasses.replace(experiment, tune=TuneConfig())
+        del experiment_values["tune"]
     return apply_values(experiment, experiment_values), cell_values
+
+
+def _nest_experiment_value(head: str, rest: str, value: Any) -> dict[str, Any]:
+    """Return the value of an experiment's key below it: `grid.train.steps` and `tune.grid.train.steps` have dots."""
+    if head == "tune" and rest:
+        option, _, key = rest.partition(".")
+        return {head: {option: {key: value} if key else value}}
+    return {head: {rest: value} if rest else value}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -16,11 +16,13 @@ from moebench.ranges import (
     AT_LEAST_1,
     BELOW_1,
     FRACTION,
+    POSITIVE,
     POSITIVE_FINITE,
     Range,
     at_least_1_up_to,
     check_ranges,
 )
+from moebench.tuning_config import TuneConfig
 
 COMPONENTS = ("task", "layout", "router")
 """The sections of a cell that a `name` picks from a registry."""
@@ -97,6 +99,7 @@ class TrainConfig(OptimizerConfig):
         **dict.fromkeys(("beta1", "beta2"), BELOW_1),
         "final_rate": FRACTION,
         "spike_window": Range(low=8),
+        "max_epochs": POSITIVE,
         "spike_threshold": POSITIVE_FINITE,
     }
 
@@ -123,6 +126,9 @@ class TrainConfig(OptimizerConfig):
     z_loss: float = 0.0
     """Coefficient of log² Z of the output, Z the sum of the softmax over its classes: 1e-4 in PaLM (arXiv:2204.02311,
     section 5)."""
+    max_epochs: float | None = None
+    """Most passes over the training split that `run` accepts; null: 4 for text (repeated up to four times it is worth
+    almost as much as new text, arXiv:2305.16264), no limit elsewhere; inf: no limit."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of forward passes: bf16 is autocast; parameters, optimizer state and routing stay fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -253,10 +259,16 @@ class ExperimentConfig:
     """Key -> values; one arm per combination. The key `arm` takes mappings of several keys, each with a label."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """One run of every arm per seed; equal seeds mean equal data order and equal initial weights of shared parts."""
+    size: str | None = None
+    """Named preset below `base` (`moebench list sizes`): model, tokens, batch, learning rate; `--size` is above it."""
     baseline: str | None = None
     """The arm that the others are compared with; null: the first."""
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    """Settings that each arm chooses on validation before it is trained; null on the command line: none."""
 
     def __post_init__(self) -> None:
+        repeated = sorted(set(self.seeds) & set(self.tune.seeds)) if self.tune.grid else []
+        require(not repeated, "tune.seeds", f"{repeated}, which are in seeds", "seeds that are not reported")
         require(len(self.seeds) > 0, "seeds", self.seeds, "a list with at least one seed")
         require(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "a list that names each seed once")
         for key, values in self.grid.items():

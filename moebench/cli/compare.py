@@ -11,6 +11,8 @@ from moebench.cli.options import (
     Json,
     Plugins,
     Results,
+    Size,
+    add_size,
     check_plot,
     complete_experiment_or_router,
 )
@@ -48,6 +50,7 @@ def compare(
         ),
     ],
     task: Annotated[str, typer.Option(help="Task of a comparison of routers.")] = "language",
+    size: Size = None,
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
     allow_mismatch: AllowMismatch = False,
@@ -69,7 +72,7 @@ def compare(
     from moebench.analysis.compare.report import build_report
     from moebench.experiment.grid import expand, expand_routers
 
-    overrides = [name for name in names if "=" in name]
+    overrides = add_size([name for name in names if "=" in name], size)
     subjects = [name for name in names if "=" not in name]
     check_plot(plot)
     if is_experiment(subjects):
@@ -96,11 +99,12 @@ def train_missing(grid: "Experiment", results: Path, jobs: int) -> None:
     """Train the cells that are not done; exit if interrupted."""
     from moebench.analysis.figures import Figures
     from moebench.cli.output import make_console
-    from moebench.experiment.runner import RunOptions, run_experiment
+    from moebench.experiment.phases import run_phases
+    from moebench.experiment.runner import RunOptions
     from moebench.launch.launcher import LocalLauncher
 
     console = make_console(stderr=True)
-    report = run_experiment(
+    report = run_phases(
         grid, results, RunOptions(jobs=jobs), launcher=LocalLauncher(), console=console, figures=Figures()
     )
     if report.interrupted:

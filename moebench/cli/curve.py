@@ -12,6 +12,8 @@ from moebench.cli.options import (
     Overrides,
     Plugins,
     Results,
+    Size,
+    add_size,
     check_plot,
 )
 from moebench.cli.output import print_report
@@ -21,6 +23,7 @@ from moebench.experiment.files import find_experiment
 def curve(
     experiment: ExperimentName,
     overrides: Overrides = None,
+    size: Size = None,
     vary: Annotated[
         str, typer.Option(metavar="KEY=V1,V2,...", help="The setting and its values: layout.capacity_factor_eval=0.5,1")
     ] = "",
@@ -47,7 +50,7 @@ def curve(
 
     check_plot(plot)
     settings = Setting.parse(vary, "--vary"), Setting.parse(by, "--by") if by is not None else None
-    grid = expand(find_experiment(experiment), overrides or (), plugin or ())
+    grid = expand(find_experiment(experiment), add_size(overrides, size), plugin or ())
     console = make_console(stderr=True)
     setting_curve = measure(
         grid, results, *settings, report_progress=lambda line: console.print(line, highlight=False, markup=False)

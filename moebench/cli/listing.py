@@ -1,4 +1,4 @@
-"""`moebench list`: routers, layouts, tasks, losses, experiments, runs."""
+"""`moebench list`: routers, layouts, tasks, losses, experiments, sizes, runs."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -24,6 +24,7 @@ class Kind(StrEnum):
     LOSSES = "losses"
     METRICS = "metrics"
     EXPERIMENTS = "experiments"
+    SIZES = "sizes"
     RUNS = "runs"
 
 
@@ -32,6 +33,7 @@ COLUMNS = {
     Kind.TASKS: ("name", "causal", "metric", "data"),
     Kind.LOSSES: ("name", "equation", "uniform", "collapsed", "paper"),
     Kind.EXPERIMENTS: ("name", "origin", "question"),
+    Kind.SIZES: ("name", "FLOPs", "model", "tokens", "about"),
     Kind.RUNS: ("id", "experiment", "arm", "seed", "state", "error"),
 }
 """Of the table; routers have their own table."""
@@ -45,7 +47,7 @@ def list_(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
     json: Json = False,
 ) -> None:
-    """List routers (with their family, causality and source), layouts, tasks, losses, metrics, experiments or runs."""
+    """List routers (family, causality, source), layouts, tasks, losses, metrics, experiments, sizes or runs."""
     if kind is Kind.METRICS:
         _print_metrics(json=json, markdown=markdown)
         return
@@ -55,6 +57,10 @@ def list_(
         load_plugin(path)
     if kind is Kind.EXPERIMENTS:
         rows = _experiment_rows()
+    elif kind is Kind.SIZES:
+        from moebench.catalogue.sizes import list_size_rows
+
+        rows = list_size_rows()
     elif kind is Kind.RUNS:
         rows = _run_rows(results)
     else:

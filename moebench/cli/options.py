@@ -74,6 +74,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the experiment, for example train.steps=500."),
 ]
+Size = Annotated[
+    str | None,
+    typer.Option("--size", help="Named size above the experiment's own (list sizes); short for size=NAME."),
+]
 DEFAULT_RESULTS = Path("results")
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
@@ -99,6 +103,16 @@ class CommandArguments:
 
     def _results(self) -> list[str]:
         return [] if self.results == DEFAULT_RESULTS else ["--results", str(self.results)]
+
+
+def add_size(overrides: Sequence[str] | None, size: str | None) -> list[str]:
+    """Return the overrides with that of `--size`; raise UsageError where both choose a size."""
+    given = list(overrides or ())
+    if size is None:
+        return given
+    if any(override.startswith("size=") for override in given):
+        raise UsageError(f"--size {size}: the size is given twice, also as an override (allowed: once)")
+    return [*given, f"size={size}"]
 
 
 def check_plot(plot: Path | None) -> None:

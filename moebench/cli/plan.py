@@ -9,6 +9,8 @@ from moebench.cli.options import (
     Overrides,
     Plugins,
     Results,
+    Size,
+    add_size,
     print_json,
 )
 from moebench.experiment.files import find_experiment
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 def plan(
     experiment: ExperimentName,
     overrides: Overrides = None,
+    size: Size = None,
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
     json: Json = False,
@@ -30,33 +33,40 @@ def plan(
     twice that for a router that is trained on two passes: "vs base" counts both. Where experts differ in size, FLOPs
     and active parameters are those of an even load. "memory" is the estimated peak of the cell in training, over its
     processes on one machine, or of one GPU; a cell that needs more than there is is refused by `run`.
+
+    The second table has the training of each arm: FLOPs of forward and backward passes, tokens for each active and
+    each parameter, text that is read, the training text that this needs, and epochs over the training split. More
+    than train.max_epochs are refused, here and by `run`.
     """
     from moebench.cli.output import print_progress
+    from moebench.experiment.data_need import require_epochs
     from moebench.experiment.grid import expand
+    from moebench.experiment.model_costs import ModelCosts
     from moebench.experiment.plan import plan_cells
 
-    grid = expand(find_experiment(experiment), overrides or (), plugin or (), print_progress("arms checked"))
+    grid = expand(find_experiment(experiment), add_size(overrides, size), plugin or (), print_progress("arms checked"))
     rows = plan_cells(grid, results, print_progress("cells counted"))
     if json:
         print_json({"experiment": grid.name, "question": grid.question, "cells": rows})
-        return
-    _print(grid, rows)
+    else:
+        _print(grid, rows)
+        _print_training(rows)
+    require_epochs(grid.cells, ModelCosts(results))
 
 
 def _print(grid: "Experiment", rows: list[dict[str, Any]]) -> None:
     from moebench.cli.output import make_console, print_table
-    from moebench.reporting.formatting import format_bytes, format_count
+    from moebench.reporting.formatting import MISSING, format_bytes, format_count
 
     console = make_console()
     console.print(f"{grid.name}: {grid.question}", highlight=False, markup=False)
     for note in grid.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
-    console.print(f"each cell trains on {format_count(rows[0]['train_tokens'])} tokens", highlight=False)
     numbers = ("active", "params", "FLOPs/token", "vs base", "memory")
     columns = ("cell", "arm", "seed", "state", *numbers)
     lines = [
         (
-            row["id"],
+            row["id"] or MISSING,
             row["arm"] + "".join(f" ({mark})" for mark in row["marks"]),
             str(row["seed"]),
             row["state"],
@@ -68,7 +78,33 @@ def _print(grid: "Experiment", rows: list[dict[str, Any]]) -> None:
         )
         for row in rows
     ]
-    print_table(columns, lines, right=numbers, no_wrap=(*columns[:1], *columns[2:]))
+    print_table(columns, lines, right=numbers, no_wrap=(columns[0], columns[2], *numbers))
+
+
+def _print_training(rows: list[dict[str, Any]]) -> None:
+    """Print what the training of each arm costs and reads, one row for arms and seeds that are alike."""
+    from moebench.cli.output import print_table
+    from moebench.reporting.formatting import MISSING, format_count
+
+    def format_bytes_of(row: dict[str, Any], key: str) -> str:
+        value = row.get(key)
+        return MISSING if value is None else f"{format_count(value)}B"
+
+    lines = {
+        row["arm"]: (
+            row["arm"],
+            f"{row['train_flops']:.2e}",
+            format_count(row["train_tokens"]),
+            f"{row['tokens_per_active_param']:.1f}",
+            f"{row['tokens_per_param']:.1f}",
+            format_bytes_of(row, "read_bytes"),
+            format_bytes_of(row, "needed_bytes"),
+            MISSING if row["epochs"] is None else f"{row['epochs']:.2f}",
+        )
+        for row in rows
+    }
+    columns = ("arm", "train FLOPs", "tokens", "/active", "/params", "text read", "needed", "epochs")
+    print_table(columns, lines.values(), right=columns[1:], no_wrap=columns[1:])
 
 
 def _format_difference(row: dict[str, Any]) -> str:

@@ -40,6 +40,8 @@ def rm(
             print_text(f"kept: run {cell_id}, which another experiment has")
         for path in removal.files:
             print_text(f"file {path}")
+        if removal.tuning:
+            print_text(f"kept: its tuning runs (moebench rm {removal.tuning})")
         print_text(f"{len(removal.runs)} runs, {values['bytes'] / 2**20:.1f} MiB")
     if not yes:
         if json or not sys.stdin.isatty():

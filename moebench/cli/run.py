@@ -15,6 +15,8 @@ from moebench.cli.options import (
     Overrides,
     Plugins,
     Results,
+    Size,
+    add_size,
     print_json,
 )
 from moebench.errors import UsageError
@@ -62,6 +64,7 @@ Foreground = Annotated[
 def run(
     experiment: ExperimentName,
     overrides: Overrides = None,
+    size: Size = None,
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
     jobs: Jobs = 0,
@@ -91,6 +94,7 @@ def run(
     from moebench.reporting.streams import open_stderr_console
 
     console = open_stderr_console()
+    overrides = add_size(overrides, size)
     cluster = detect_cluster()
     if foreground is not None:
         others = {"--json": json, "--jobs": jobs, "--reshard": reshard, "--retries": retries}
@@ -133,12 +137,12 @@ def _run_one_cell(
 ) -> int:
     """Train one cell in this process and return the exit code."""
     from moebench.analysis.figures import Figures
-    from moebench.experiment.foreground import run_foreground, select_cell
+    from moebench.experiment.foreground import run_foreground, select_phase_cell
     from moebench.experiment.grid import expand
 
     grid = expand(find_experiment(experiment), overrides or (), plugins or ())
-    cell = select_cell(grid.cells, cell_name)
-    return run_foreground(grid, cell, results, console=console, figures=Figures(), ignore_memory=ignore_memory)
+    phase, cell = select_phase_cell(grid, cell_name, results)
+    return run_foreground(phase, cell, results, console=console, figures=Figures(), ignore_memory=ignore_memory)
 
 
 def _show_actions(
@@ -199,10 +203,10 @@ def _run_grid(
     """Run the grid, print a summary and return the exit code."""
     from moebench.analysis.figures import Figures
     from moebench.experiment.grid import expand
-    from moebench.experiment.runner import run_experiment
+    from moebench.experiment.phases import run_phases
 
     grid = expand(find_experiment(experiment), overrides or (), plugins or ())
-    report = run_experiment(grid, results, options, launcher=launcher, console=console, figures=Figures())
+    report = run_phases(grid, results, options, launcher=launcher, console=console, figures=Figures())
     if json:
         print_json(report.to_dict())
     else:
@@ -216,7 +220,7 @@ def _run_grid(
 def _exit_code(report: "RunReport") -> int:
     if report.interrupted:
         return 128 + report.interrupted
-    if report.failed:
+    if report.failed or (report.tuning and report.tuning.state.failed):
         return EXIT_FAILED
     return EXIT_TRACKER if report.tracker_problem else 0
 
@@ -227,6 +231,7 @@ def _count_attempts(outcome: "Outcome") -> str:
 
 def _print_summary(report: "RunReport", arguments: CommandArguments, options: "RunOptions", console: "Console") -> None:
     lines = [f"{report.num_done} of {report.num_cells} cells done, {len(report.trained)} of them trained now"]
+    lines += report.tuning.list_lines() if report.tuning else []
     lines += [
         f"failed: {outcome.cell.arm} seed {outcome.cell.seed}: {outcome.error}{_count_attempts(outcome)}"
         f" (log: {report.log_path(outcome)})"

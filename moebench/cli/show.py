@@ -8,13 +8,13 @@ import typer
 
 from moebench.cli.options import Json, Plugins, check_plot, complete_component, print_json
 from moebench.errors import UsageError
-from moebench.experiment.files import find_experiment
+from moebench.experiment.files import find_experiment, list_sizes
 from moebench.printable import print_text
 
 Name = Annotated[
     str | None,
     typer.Argument(
-        help="A router, layout, task or loss (`moebench list`); a section of the configuration (train, model,"
+        help="A router, layout, task, loss or size (`moebench list`); a section of the configuration (train, model,"
         " data, ...); a key (train.steps); or the word `experiment`.",
         autocompletion=complete_component,
     ),
@@ -46,7 +46,10 @@ def show(
     `moebench show experiment quickstart > mine.yaml` copies an experiment, to be changed.
     """
     if name == "experiment" and experiment is not None:
-        _print_experiment(experiment, json=json)
+        _print_file(find_experiment(experiment), json=json)
+        return
+    if name is not None and experiment is None and name in list_sizes():
+        _print_file(list_sizes()[name], json=json)
         return
     if experiment is not None or [name is not None, all_routers, all_options].count(True) != 1:
         raise UsageError(
@@ -84,8 +87,7 @@ def _describe(name: str | None, *, all_routers: bool) -> list[dict[str, Any]]:
     return [describe_section(section) for section in SECTIONS]
 
 
-def _print_experiment(name: str, *, json: bool) -> None:
-    file = find_experiment(name)
+def _print_file(file: Path, *, json: bool) -> None:
     text = file.read_text(encoding="utf-8")
     if json:
         print_json({"name": file.stem, "file": str(file), "text": text})

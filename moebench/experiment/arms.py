@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,16 @@ from moebench.compatibility import check_cell
 from moebench.config import cell_id, component_keys, merge_settings, nest, resolve, to_plain
 from moebench.conversion import convert
 from moebench.errors import UsageError, nearest, require, require_text
-from moebench.schema import COMPONENTS, DEFAULT_NAMES, CellConfig, ExperimentConfig
+from moebench.experiment.axes import (
+    ARM,
+    component_name,
+    is_meaningless,
+    lacks_option,
+    note_dropped_axes,
+    refuse_varied_keys,
+)
+from moebench.schema import COMPONENTS, CellConfig, ExperimentConfig
 from moebench.tasks.task import TASKS
-
-ARM = "arm"
-"""The grid key whose values set several keys of a cell at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,8 @@ class Arm:
     varies: Mapping[str, Any]
     """The configuration keys in which the arms differ, with this arm's values."""
     data_digest: str
+    axes: Mapping[str, str]
+    """Grid key -> label of this arm's value, for the keys that mean something to the arm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,36 +41,45 @@ class _Point:
     """One combination of grid values, as written in the file."""
 
     choices: tuple[tuple[str, Any], ...]
-    """Grid key and value, with the label."""
+    """Grid key and value, with the label, of the keys that mean something to the arm."""
+    dropped: tuple[str, ...]
+    """The other grid keys."""
     raw: Mapping[str, Any]
     """The cell's configuration without overrides, untyped."""
 
 
 def resolve_arms(
     config: ExperimentConfig, overrides: Mapping[str, Any], where: str, on_progress: Callable[[int, int], None]
-) -> list[Arm]:
-    """Resolve and check every arm; raise UsageError if one could not be trained or equals another.
+) -> tuple[list[Arm], tuple[str, ...]]:
+    """Resolve and check every arm, and return them with notes on what was left out of the grid.
 
-    `on_progress` is called with the number of arms that are checked and that of all.
+    Raises UsageError if an arm could not be trained or equals another. `on_progress` is called with the number of arms
+    that are checked and that of all.
     """
     require(isinstance(config.base, Mapping), "base", str(config.base) or "null", "a mapping of keys to values")
     if "seed" in config.base or "seed" in overrides:
         raise UsageError("seed: the experiment sets it; choose with seeds=[...] instead")
+    refuse_varied_keys(_flatten("", overrides), config.grid, "grid")
+    refuse_varied_keys(_flatten("", overrides), config.tune.grid, "tune.grid")
     points = list(_combine(config.grid, merge_settings({}, config.base)))
     _refuse_unknown(overrides, [point.raw for point in points], config.grid)
     configs = [
         resolve(merge_settings(point.raw, _select_applicable(overrides, point.raw, config.grid))) for point in points
     ]
-    labels = [_arm_label(point, config.grid, cell) for point, cell in zip(points, configs, strict=True)]
-    _refuse_equal_labels(labels, configs, where)
+    axes = [_label_axes(point, config.grid, cell) for point, cell in zip(points, configs, strict=True)]
+    labels = [", ".join(of_arm.values()) or str(cell.router.name) for of_arm, cell in zip(axes, configs, strict=True)]
+    remedy = _advise(overrides, config.grid)
+    _refuse_equal_labels(labels, configs, where, remedy)
     arms: list[Arm] = []
-    for point, label, cell in zip(points, labels, configs, strict=True):
-        on_progress(len(arms), len(points))
+    for number, (point, cell) in enumerate(zip(points, configs, strict=True)):
+        on_progress(number, len(points))
         check_cell(cell)
         digest = TASKS.get(cell.task.name).item.source_digest(cell.task)
-        arms.append(Arm(label=label, config=cell, varies=_list_varied_keys(point, cell), data_digest=digest))
-    _refuse_equal_cells(arms, where)
-    return arms
+        varies = _list_varied_keys(point, cell)
+        arms.append(Arm(label=labels[number], config=cell, varies=varies, data_digest=digest, axes=axes[number]))
+    _refuse_equal_cells(arms, where, remedy)
+    dropped = {label: point.dropped for label, point in zip(labels, points, strict=True) if point.dropped}
+    return arms, tuple(note_dropped_axes(dropped))
 
 
 def note_partial_overrides(
@@ -80,14 +96,35 @@ def note_partial_overrides(
 
 
 def _combine(grid: Mapping[str, Sequence[Any]], base: Mapping[str, Any]) -> Iterator[_Point]:
-    """Yield each combination of the grid."""
-    axes = [[(key, value) for value in values] for key, values in grid.items()]
-    for choices in itertools.product(*axes):
-        raw = dict(base)
-        for key, value in choices:
-            for part, setting in _expand_settings(key, value).items():
-                raw = merge_settings(raw, nest(part, setting))
-        yield _Point(choices=choices, raw=raw)
+    """Yield each combination of the grid; of those that differ only in keys that mean nothing to them, the first.
+
+    A key that means nothing to any combination is kept in all of them: an error or equal cells follow, which name it.
+    """
+    axes = [[(key, number, value) for number, value in enumerate(values)] for key, values in grid.items()]
+    combinations = list(itertools.product(*axes))
+    raws = [_merge_choices(base, choices) for choices in combinations]
+    inapplicable = [{key for key in grid if lacks_option(raw, key) or is_meaningless(raw, key)} for raw in raws]
+    everywhere = set(grid).intersection(*inapplicable)
+    seen = set()
+    for choices, raw, keys in zip(combinations, raws, inapplicable, strict=True):
+        dropped = keys - everywhere
+        identity = tuple((key, number) for key, number, _ in choices if key not in dropped)
+        if identity not in seen:
+            seen.add(identity)
+            settings = [choice for choice in choices if choice[0] not in dropped or not lacks_option(raw, choice[0])]
+            yield _Point(
+                choices=tuple((key, value) for key, _, value in choices if key not in dropped),
+                dropped=tuple(key for key in grid if key in dropped),
+                raw=_merge_choices(base, settings),
+            )
+
+
+def _merge_choices(base: Mapping[str, Any], choices: Iterable[tuple[str, int, Any]]) -> dict[str, Any]:
+    raw = dict(base)
+    for key, _, value in choices:
+        for part, setting in _expand_settings(key, value).items():
+            raw = merge_settings(raw, nest(part, setting))
+    return raw
 
 
 def _expand_settings(key: str, value: Any) -> dict[str, Any]:
@@ -100,11 +137,10 @@ def _expand_settings(key: str, value: Any) -> dict[str, Any]:
     return rest if key == ARM else {key: rest}
 
 
-def _arm_label(point: _Point, grid: Mapping[str, Sequence[Any]], cell: CellConfig) -> str:
-    """Return the label of an arm: its value on each axis."""
+def _label_axes(point: _Point, grid: Mapping[str, Sequence[Any]], cell: CellConfig) -> dict[str, str]:
+    """Return the label of an arm on each axis; together they are the arm's label."""
     plain = to_plain(cell)
-    labels = [_format_choice(key, value, grid[key], plain) for key, value in point.choices]
-    return ", ".join(labels) or str(cell.router.name)
+    return {key: _format_choice(key, value, grid[key], plain) for key, value in point.choices}
 
 
 def _format_choice(key: str, value: Any, values: Sequence[Any], plain: Mapping[str, Any]) -> str:
@@ -148,16 +184,27 @@ def _pick_typed(given: Any, resolved: Any) -> Any:
     return resolved
 
 
-def _refuse_equal_labels(labels: Sequence[str], configs: Sequence[CellConfig], where: str) -> None:
+def _advise(overrides: Mapping[str, Any], grid: Mapping[str, Any]) -> str:
+    """Return what to do about equal arms: choose the values of the grid, where an override has made them equal."""
+    entries = [entry for entry in grid.get(ARM, ()) if isinstance(entry, Mapping)]
+    sections = {part.split(".")[0]: ARM for entry in entries for part in entry}
+    sections |= {key.split(".")[0]: key for key in grid if key != ARM}
+    for key in _flatten("", overrides):
+        if (axis := sections.get(key.split(".")[0])) is not None:
+            return f"; {key} is set for all of them: leave it out, or choose the arms with 'grid.{axis}=[...]'"
+    return "; leave one out"
+
+
+def _refuse_equal_labels(labels: Sequence[str], configs: Sequence[CellConfig], where: str, remedy: str) -> None:
     for label, count in Counter(labels).items():
         if count > 1:
             first, second, *_ = (config for name, config in zip(labels, configs, strict=True) if name == label)
             if first == second:
-                raise UsageError(f"{where}: grid: the arm '{label}' occurs twice; leave one out")
+                raise UsageError(f"{where}: grid: the arm '{label}' occurs twice{remedy}")
             raise UsageError(f"{where}: grid: two arms are called '{label}'; give one of them a label: key")
 
 
-def _refuse_equal_cells(arms: Sequence[Arm], where: str) -> None:
+def _refuse_equal_cells(arms: Sequence[Arm], where: str, remedy: str) -> None:
     """Raise UsageError for arms that are one training run under two names."""
     seen: dict[str, Arm] = {}
     for arm in arms:
@@ -168,7 +215,7 @@ def _refuse_equal_cells(arms: Sequence[Arm], where: str) -> None:
         differing = sorted(key for key in {*first, *second} if first.get(key) != second.get(key))
         keys = f"differ only in {', '.join(differing)}, which changes no result" if differing else "have equal settings"
         raise UsageError(
-            f"{where}: grid: the arms '{twin.label}' and '{arm.label}' are the same cells: they {keys}; leave one out"
+            f"{where}: grid: the arms '{twin.label}' and '{arm.label}' are the same cells: they {keys}{remedy}"
         )
 
 
@@ -178,7 +225,7 @@ def _refuse_unknown(overrides: Mapping[str, Any], raws: Sequence[Mapping[str, An
         options = overrides[kind]
         if not isinstance(options, Mapping) or "name" in options:
             raise UsageError(f"{kind}: the grid varies it; choose with 'grid.{kind}=[...]' instead")
-        known = set().union(*(component_keys(kind, _component_name(raw, kind)) for raw in raws)) - {"name"}
+        known = set().union(*(component_keys(kind, component_name(raw, kind)) for raw in raws)) - {"name"}
         for option in options:
             if option not in known:
                 raise UsageError(
@@ -191,7 +238,7 @@ def _select_applicable(overrides: Mapping[str, Any], raw: Mapping[str, Any], gri
     """Return the overrides that apply to an arm: in a grid of routers, an option applies to those that have it."""
     kept = dict(overrides)
     for kind in _varied_components(overrides, grid):
-        fields = component_keys(kind, _component_name(raw, kind))
+        fields = component_keys(kind, component_name(raw, kind))
         kept[kind] = {key: value for key, value in overrides[kind].items() if key in fields}
     return kept
 
@@ -201,11 +248,6 @@ def _varied_components(overrides: Mapping[str, Any], grid: Mapping[str, Any]) ->
     entries = [entry for entry in grid.get(ARM, ()) if isinstance(entry, Mapping)]
     keys = {*grid, *(part.split(".")[0] for entry in entries for part in entry)}
     return [kind for kind in COMPONENTS if kind in keys and kind in overrides]
-
-
-def _component_name(raw: Mapping[str, Any], kind: str) -> str:
-    value = raw.get(kind, {})
-    return str(value.get("name", DEFAULT_NAMES[kind]) if isinstance(value, Mapping) else value)
 
 
 def _flatten(key: str, value: Any) -> dict[str, Any]:

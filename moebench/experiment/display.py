@@ -25,7 +25,7 @@ def cell_title(cell: Cell) -> str:
 def format_outcome(outcome: Outcome, metric: str) -> str:
     """Return the line for a cell that has ended."""
     value = outcome.metrics.get(metric)
-    text = f"{value:.4f} {metric.replace('_', ' ')}" if value is not None else (outcome.error or "")
+    text = f"{value:.4f} {metric.replace('_', ' ').replace('/', ' ')}" if value is not None else (outcome.error or "")
     if outcome.is_retried:
         text += f"; attempt {outcome.attempts + 1} follows"
     return f"{outcome.status:<8} {cell_title(outcome.cell):<28} {text}  ({outcome.seconds:.0f} s)"

@@ -6,8 +6,9 @@ from typing import Any
 
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
-from moebench.experiment.plan import cell_state
+from moebench.experiment.plan import cell_state, list_planned_cells
 from moebench.experiment.store import DAMAGED
+from moebench.experiment.tuning import UNSETTLED, has_diverged, list_tuning_cells
 from moebench.runs.attempts import read_attempts
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
@@ -24,16 +25,35 @@ ACTIONS = {
 
 
 def list_actions(experiment: Experiment, results: Path) -> list[dict[str, Any]]:
-    """Return a JSON-ready row for each cell: its state, what a run would do, and from which step on."""
-    return [_describe_cell(results, cell) for cell in {cell.id: cell for cell in experiment.cells}.values()]
+    """Return a JSON-ready row for each cell: its state, what a run would do, and from which step on.
+
+    With tuning, its runs come first; runs of arms that have not chosen their settings yet have no id.
+    """
+    rows = [
+        _describe_cell(results, cell) if is_settled else _describe_unsettled(cell)
+        for cell, is_settled in {
+            cell.id: (cell, is_settled) for cell, is_settled in list_planned_cells(experiment, results)
+        }.values()
+    ]
+    tuning = {cell.id for cell in list_tuning_cells(experiment)}
+    return [row | {"action": "-"} if row["id"] in tuning and _is_decided(results, row) else row for row in rows]
 
 
 def summarise_actions(rows: list[dict[str, Any]]) -> str:
     """Return in one line what a run would do."""
     states = Counter(row["state"] for row in rows)
-    num_trained = sum(ACTIONS[row["state"]] not in ("-", "fail") for row in rows)
+    num_trained = sum(row["action"] not in ("-", "fail") for row in rows)
     counts = ", ".join(f"{count} {state}" for state, count in states.items())
     return f"would train {num_trained} of {len(rows)} cells ({counts}); nothing was written"
+
+
+def _is_decided(results: Path, row: dict[str, Any]) -> bool:
+    return row["state"] == "failed" and has_diverged(results, row["id"])
+
+
+def _describe_unsettled(cell: Cell) -> dict[str, Any]:
+    row = {"id": None, "arm": cell.arm, "seed": cell.seed, "state": UNSETTLED, "action": "train", "from_step": 0}
+    return row | {"steps": cell.config.train.steps, "attempts": 0, "error": None}
 
 
 def _describe_cell(results: Path, cell: Cell) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Find experiment files: by path, or by name in the folder `experiments` here and among the packaged ones."""
+"""Find experiment files, by path or by name, and named sizes: in a folder here and among the packaged ones."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +8,8 @@ from moebench.errors import UsageError, nearest
 
 LOCAL = Path("experiments")
 PACKAGED = Path(moebench.__file__).parent / "experiments"
+LOCAL_SIZES = Path("sizes")
+PACKAGED_SIZES = Path(moebench.__file__).parent / "sizes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,3 +48,9 @@ def find_experiment(name: str) -> Path:
     if path.parent == LOCAL and path.suffix == ".yaml" and path.stem in experiments:
         return experiments[path.stem].file
     raise UsageError(f"{name}: no such experiment file.{nearest(path.stem, experiments)}")
+
+
+def list_sizes() -> dict[str, Path]:
+    """Return the file of each size; one in the folder `sizes` here takes the place of a packaged one."""
+    files = {file.stem: file for folder in (PACKAGED_SIZES, LOCAL_SIZES) for file in folder.glob("*.yaml")}
+    return dict(sorted(files.items(), key=lambda item: (item[0].startswith("S"), item[0])))

@@ -15,12 +15,14 @@ from rich.console import Console
 from torch.distributed.checkpoint.api import CheckpointException
 
 from moebench.errors import UsageError, nearest
+from moebench.experiment.data_need import require_epochs
 from moebench.experiment.display import LineDisplay, cell_title
 from moebench.experiment.grid import Experiment
 from moebench.experiment.memory import require_memory
 from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.runner import Figures, print_note
 from moebench.experiment.store import open_results, record_experiment, require_disk_space
+from moebench.experiment.tuning import build_tuning_experiment, settle
 from moebench.interrupts import handle_signals
 from moebench.launch.devices import require_devices
 from moebench.launch.error_report import classify_error, describe_error
@@ -35,6 +37,24 @@ from moebench.runs.journal import read_last_step
 from moebench.tasks.task import TASKS
 
 EXIT_BUSY = 1
+
+
+def select_phase_cell(experiment: Experiment, name: str, results: Path) -> tuple[Experiment, Cell]:
+    """Return the cell that is named, and what it is a cell of: the experiment, or its tuning.
+
+    Raises UsageError for another name, and for an arm that has not chosen its settings yet.
+    """
+    settled = settle(experiment, results)
+    if experiment.tuning is None:
+        return settled, select_cell(settled.cells, name)
+    tuning = build_tuning_experiment(experiment)
+    waiting = [arm for arm in experiment.arms if arm not in settled.arms]
+    if name.partition("/")[0] in waiting:
+        raise UsageError(
+            f"--foreground: '{name}' has not chosen its settings yet; allowed: tuning runs, as '{tuning.cells[0].arm}'"
+        )
+    cell = select_cell((*settled.cells, *tuning.cells), name)
+    return (tuning if cell in tuning.cells else settled), cell
 
 
 def select_cell(cells: Sequence[Cell], name: str) -> Cell:
@@ -89,6 +109,7 @@ def run_foreground(
     if not ignore_memory:
         require_memory([cell], costs)
     require_disk_space(results, [cell], costs)
+    require_epochs([cell], costs)
     record_experiment(results, experiment)
     folder = RunFolder.of(results, cell.id)
     folder.write_cell(cell.to_dict(experiment.name))

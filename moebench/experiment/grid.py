@@ -1,13 +1,16 @@
 """Build the cells of an experiment: every arm for every seed, seeds outermost."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moebench.config import apply_overrides, cell_id, load_experiment
 from moebench.errors import require_text, unknown
 from moebench.experiment.arms import Arm, note_partial_overrides, resolve_arms
+from moebench.experiment.sizes import apply_size, name_experiment
+from moebench.experiment.trials import Tuning, build_tuning
 from moebench.file_access import require_plain_name
 from moebench.plugin_errors import plugin_errors_in_one_line
 from moebench.registry import Plugin, load_plugin, select_plugins
@@ -30,6 +33,12 @@ class Experiment:
     """Seeds outermost, so that every prefix of the grid is a fair comparison."""
     notes: tuple[str, ...]
     """Lines for the user to read before training."""
+    axes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Arm -> grid key -> label of the arm's value, without keys that mean nothing to the arm."""
+    tuning: Tuning | None = None
+    """What the arms try before they are trained; until they have chosen (`settle`), `cells` are those of the file."""
+    tuning_of: str = ""
+    """The experiment whose tuning runs the cells are; empty: they are to be reported."""
 
     @property
     def arms(self) -> list[str]:
@@ -53,8 +62,11 @@ def expand(
     """
     loaded = [load_plugin(plugin) for plugin in plugins]  # first: the file may use what they register
     config, cell_overrides = load_experiment(path, overrides)
+    own_size = load_experiment(path)[0].size if config.size is not None else None
+    config = apply_size(config, own_size)
     is_regridded = any(override.startswith(("grid", "seeds")) for override in overrides)
-    return _build(path, config, cell_overrides, loaded, is_regridded=is_regridded, on_progress=on_progress)
+    experiment = _build(path, config, cell_overrides, loaded, is_regridded=is_regridded, on_progress=on_progress)
+    return replace(experiment, name=name_experiment(experiment.name, config.size, own_size))
 
 
 def expand_routers(
@@ -77,7 +89,9 @@ def expand_config(
 ) -> Experiment:
     """Build the cells of an experiment that has no file."""
     config, cell_overrides = apply_overrides(config, overrides)
-    return _build(Path(name), config, cell_overrides, plugins, is_regridded=False)
+    config = apply_size(config, None)
+    experiment = _build(Path(name), config, cell_overrides, plugins, is_regridded=False)
+    return replace(experiment, name=name_experiment(experiment.name, config.size, None))
 
 
 def _build(
@@ -92,19 +106,28 @@ def _build(
     require_text(config.question, "question")
     require_text(config.baseline, "baseline")
     with plugin_errors_in_one_line():
-        arms = resolve_arms(config, cell_overrides, str(path), on_progress)
+        arms, arm_notes = resolve_arms(config, cell_overrides, str(path), on_progress)
     baseline, notes = _choose_baseline(config.baseline, [arm.label for arm in arms], is_regridded=is_regridded)
-    arm_plugins = [select_plugins(plugins, _collect_names(arm.config)) for arm in arms]
-    cells = [
-        _build_cell(arm, seed, needed) for seed in config.seeds for arm, needed in zip(arms, arm_plugins, strict=True)
-    ]
+    needed = {arm.label: select_plugins(plugins, _collect_names(arm.config)) for arm in arms}
+    cells = [_build_cell(arm, seed, needed[arm.label]) for seed in config.seeds for arm in arms]
+    tuning = None
+    if config.tune.grid:
+        with plugin_errors_in_one_line():
+            tuning = build_tuning(config, arms, partial(_build_cell_of_trial, plugins))
     return Experiment(
         name=require_plain_name(path.stem, f"{path}: name of the experiment, the file's without its ending"),
         file=str(path),
         question=config.question,
         baseline=baseline,
         cells=tuple(cells),
-        notes=(*note_partial_overrides(cell_overrides, arms, config.grid), *_note_long_warmup(arms), *notes),
+        axes={arm.label: arm.axes for arm in arms},
+        tuning=tuning,
+        notes=(
+            *arm_notes,
+            *note_partial_overrides(cell_overrides, arms, config.grid),
+            *_note_long_warmup(arms),
+            *notes,
+        ),
     )
 
 
@@ -128,6 +151,10 @@ def _build_cell(arm: Arm, seed: int, plugins: Sequence[Plugin]) -> Cell:
         plugin_digests=tuple(plugin.digest for plugin in plugins),
         data_digest=arm.data_digest,
     )
+
+
+def _build_cell_of_trial(plugins: Sequence[Plugin], arm: Arm, seed: int) -> Cell:
+    return _build_cell(arm, seed, select_plugins(plugins, _collect_names(arm.config)))
 
 
 def _collect_names(value: Any) -> Iterator[str]:

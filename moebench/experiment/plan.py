@@ -1,12 +1,15 @@
 """State, parameters, FLOPs and memory of each cell, counted on a model without storage."""
 
 from collections.abc import Callable, Iterator
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from moebench.experiment.data_need import DataNeed, compute_data_need
 from moebench.experiment.grid import Experiment, ignore_progress
 from moebench.experiment.memory import estimate_memory
 from moebench.experiment.model_costs import ModelCosts
+from moebench.experiment.tuning import UNSETTLED, list_tuning_cells, settle
 from moebench.models.cost import Cost
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
@@ -20,6 +23,7 @@ def plan_cells(
 ) -> list[dict[str, Any]]:
     """Return one JSON-ready row per cell; prepares the data, because its vocabulary is part of the model.
 
+    With tuning, its runs come first; those of arms that have not chosen yet are without an id, at the file's settings.
     `on_progress` is called with the number of cells that are counted and that of all cells.
     """
     costs = ModelCosts(results)
@@ -30,15 +34,16 @@ def plan_cells(
 def _plan_rows(
     experiment: Experiment, costs: ModelCosts, baseline: Cost, on_progress: Callable[[int, int], None]
 ) -> Iterator[dict[str, Any]]:
-    for number, cell in enumerate(experiment.cells):
-        on_progress(number, len(experiment.cells))
+    cells = list_planned_cells(experiment, costs.results)
+    for number, (cell, is_settled) in enumerate(cells):
+        on_progress(number, len(cells))
         facts, tokens = costs.facts(cell.config), costs.train_tokens(cell.config)
         cost = facts.cost
         yield {
-            "id": cell.id,
+            "id": cell.id if is_settled else None,
             "arm": cell.arm,
             "seed": cell.seed,
-            "state": cell_state(costs.results, cell),
+            "state": cell_state(costs.results, cell) if is_settled else UNSETTLED,
             "marks": list(facts.marks),
             "active_params": cost.active_params,
             "total_params": cost.total_params,
@@ -52,7 +57,33 @@ def _plan_rows(
             "memory_bytes": estimate_memory(cell.config, costs).total_bytes,
             "train_tokens": tokens,
             "train_flops": (1 + BACKWARD) * cost.training_flops * tokens,
+            "tokens_per_active_param": tokens / cost.active_params,
+            "tokens_per_param": tokens / cost.total_params,
+            **_describe_data(compute_data_need(cell.config, costs.task(cell.config))),
         }
+
+
+def _describe_data(need: DataNeed | None) -> dict[str, Any]:
+    """Return what a cell reads of its training split; nothing where the data are generated."""
+    if need is None:
+        return {"epochs": None}
+    return {
+        "epochs": need.epochs,
+        "max_epochs": need.max_epochs if isfinite(need.max_epochs) else None,
+        "read_bytes": need.read_bytes,
+        "needed_bytes": need.needed_bytes if isfinite(need.max_epochs) else None,
+        "train_split_bytes": need.split_bytes,
+    }
+
+
+def list_planned_cells(experiment: Experiment, results: Path) -> list[tuple[Cell, bool]]:
+    """Return the tuning runs and the cells, with whether it is certain what is trained: the arm has chosen."""
+    if experiment.tuning is None:
+        return [(cell, True) for cell in experiment.cells]
+    settled = {(cell.arm, cell.seed): cell for cell in settle(experiment, results).cells}
+    final = [settled.get((cell.arm, cell.seed), cell) for cell in experiment.cells]
+    tuning = [(cell, True) for cell in list_tuning_cells(experiment)]
+    return [*tuning, *((cell, (cell.arm, cell.seed) in settled) for cell in final)]
 
 
 def cell_state(results: Path, cell: Cell) -> str:

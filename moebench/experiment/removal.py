@@ -36,6 +36,8 @@ class Removal:
     """Runs of the experiment that stay, because other experiments have them."""
     files: Sequence[Path]
     """Record and figures of the experiment."""
+    tuning: str = ""
+    """The experiment that has its tuning runs, which stay; empty: none."""
 
     @property
     def num_bytes(self) -> int:
@@ -70,6 +72,7 @@ def plan_removal(results: Path, name: str) -> Removal:
             runs=[folders[cell_id] for cell_id in dict.fromkeys(ids) if cell_id in folders and cell_id not in others],
             kept=[cell_id for cell_id in dict.fromkeys(ids) if cell_id in others],
             files=[path for path in paths if path.exists()],
+            tuning=next((other for other, record in experiments.items() if record.get("tuning_of") == name), ""),
         )
     matching = [cell_id for cell_id in folders if name and cell_id.startswith(name)]
     if len(matching) > 1:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from moebench.cores import available_cores
 from moebench.errors import UsageError
+from moebench.experiment.data_need import require_epochs
 from moebench.experiment.display import open_display
 from moebench.experiment.grid import Experiment
 from moebench.experiment.memory import count_fitting_cells, require_memory
@@ -17,6 +18,7 @@ from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.plan import cell_state
 from moebench.experiment.reshard import reshard
 from moebench.experiment.store import DAMAGED, open_results, record_experiment, require_disk_space, split_unfinished
+from moebench.experiment.tuning_report import TuningReport
 from moebench.launch.containment import Containment
 from moebench.launch.devices import uses_gpu, visible_devices
 from moebench.launch.launcher import Launcher
@@ -78,11 +80,13 @@ class RunReport:
     """Number of the signal that ended the call, 0 for none."""
     problems: Sequence[str] = ()
     """What could not be shown, drawn, tracked or tidied up, one line each; no result depends on it."""
+    tuning: TuningReport | None = None
+    """Of an experiment with tuning: its first phase."""
 
     @property
     def num_cells(self) -> int:
         """Cells of the grid."""
-        return len(self.experiment.cells)
+        return self.tuning.num_final_cells if self.tuning else len(self.experiment.cells)
 
     @property
     def trained(self) -> list[Outcome]:
@@ -91,8 +95,9 @@ class RunReport:
 
     @property
     def failed(self) -> list[Outcome]:
-        """Cells that failed or are being trained by another process."""
-        return [outcome for outcome in self.outcomes if outcome.status in ("failed", "busy")]
+        """Cells that failed or are being trained by another process; not the trials of a tuning that diverged."""
+        trials = self.tuning.failed if self.tuning else []
+        return [*trials, *(outcome for outcome in self.outcomes if outcome.status in ("failed", "busy"))]
 
     def log_path(self, outcome: Outcome) -> Path:
         """Return the log of a cell."""
@@ -112,6 +117,7 @@ class RunReport:
                 {"id": outcome.cell.id, "error": outcome.error, "log": str(self.log_path(outcome))}
                 for outcome in self.failed
             ],
+            **({"tuning": self.tuning.to_dict()} if self.tuning else {}),
             "tracker": self.tracker_problem,
             "interrupted": self.interrupted,
             "problems": list(self.problems),
@@ -136,9 +142,7 @@ def run_experiment(
     for note in experiment.notes:
         print_note(console, note)
     costs = ModelCosts(results)
-    if not options.ignore_memory:
-        require_memory(cells, costs)
-    require_disk_space(results, cells, costs)
+    _require_resources(results, cells, costs, options)
     record_experiment(results, experiment)
     for config in {cell.data_digest: cell.config for cell in cells}.values():
         prepare_task(config, results)  # once, so that the workers read it from the cache
@@ -151,7 +155,7 @@ def run_experiment(
     try:
         jobs = options.jobs or min(choose_num_jobs(cells), count_fitting_cells(cells, costs))
         outcomes, interrupted = grid_run.train(replace(options, jobs=jobs))
-        if cells and not interrupted:
+        if cells and not interrupted and not experiment.tuning_of:  # its figure would show the test split
             with containment.contain("figure of the curves"):
                 figures.draw_experiment_figures(experiment, results)
     except BaseException:
@@ -168,6 +172,14 @@ def run_experiment(
         interrupted=interrupted,
         problems=containment.problems,
     )
+
+
+def _require_resources(results: Path, cells: list[Cell], costs: ModelCosts, options: RunOptions) -> None:
+    """Raise UsageError for cells that need more memory, disk or training data than there is."""
+    if not options.ignore_memory:
+        require_memory(cells, costs)
+    require_disk_space(results, cells, costs)
+    require_epochs(cells, costs)
 
 
 def _start_tracker(results: Path, uri: str | None, experiment: Experiment, containment: Containment) -> Tracker | None:
@@ -221,6 +233,7 @@ class _GridRun:
         if not self.cells:
             return [], 0
         metric = TASKS.get(self.cells[0].config.task.name).facts.metric
+        metric = f"validation/{metric}" if self.experiment.tuning_of else metric
         warnings: list[str] = []
         with open_display(self.console, self.cells, metric, self.containment) as display:
 

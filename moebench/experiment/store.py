@@ -10,6 +10,7 @@ from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
 from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.plan import cell_state
+from moebench.experiment.tuning import has_diverged, read_tuning
 from moebench.file_access import require_no_links
 from moebench.launch.scheduler import Outcome
 from moebench.runs.cell import Cell
@@ -61,7 +62,7 @@ def require_disk_space(results: Path, cells: list[Cell], costs: ModelCosts) -> N
 
 
 def record_experiment(results: Path, experiment: Experiment) -> None:
-    """Write the question of the experiment and the ids of its cells."""
+    """Write the question of the experiment, the ids of its cells and what its arms have chosen in tuning."""
     record: dict[str, Any] = {
         "name": experiment.name,
         "question": experiment.question,
@@ -70,6 +71,11 @@ def record_experiment(results: Path, experiment: Experiment) -> None:
         "cells": [{"id": cell.id, "arm": cell.arm, "seed": cell.seed} for cell in experiment.cells],
         "time": time.time(),
     }
+    state = read_tuning(experiment, results)
+    if state is not None:
+        record["tuning"] = state.to_dict()
+    if experiment.tuning_of:
+        record["tuning_of"] = experiment.tuning_of
     folder = results / "experiments"
     try:
         folder.mkdir(exist_ok=True)
@@ -81,12 +87,14 @@ def record_experiment(results: Path, experiment: Experiment) -> None:
 def split_unfinished(results: Path, experiment: Experiment) -> tuple[list[Cell], list[Outcome]]:
     """Return the cells that are not done, in order and without duplicates, and a failure for each damaged one.
 
-    A cell whose files cannot be read is not trained, because it may have a result; it does not keep others from it.
+    A cell whose files cannot be read is not trained, because it may have a result; it does not keep others from it. A
+    tuning run that diverged is done: its outcome is part of the choice, and would be the same again.
     """
     unfinished, damaged = [], []
     for cell in {cell.id: cell for cell in experiment.cells}.values():
         try:
-            if cell_state(results, cell) != "done":
+            is_decided = bool(experiment.tuning_of) and has_diverged(results, cell.id)
+            if cell_state(results, cell) != "done" and not is_decided:
                 unfinished.append(cell)
         except UsageError as error:
             damaged.append(Outcome(cell=cell, status="failed", error=str(error)))

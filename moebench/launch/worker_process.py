@@ -143,7 +143,10 @@ def _train(folder: RunFolder, results: Path, process_info: ProcessInfo, connecti
         with contextlib.suppress(OSError):  # a full disk: the runner still gets the reason
             traceback.print_exc()
         return {"status": "failed", "error": describe_error(error), "fault": classify_error(error)}
-    return {"status": "done", "metrics": result.metrics} if result else {"status": "stopped"}
+    if result is None:
+        return {"status": "stopped"}
+    validation = {f"validation/{name}": value for name, value in result.validation.items()}
+    return {"status": "done", "metrics": result.metrics | validation}
 
 
 def _redirect_output(log: Path) -> None:

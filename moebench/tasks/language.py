@@ -74,6 +74,8 @@ class TextConfig(TaskConfig):
         check_ranges(self, "task")
 
 
+MAX_COUNTED_WINDOWS = 1024
+"""Windows whose bytes are counted for a plan, evenly spaced over the training split."""
 MAX_PAIR_VOCAB = 8192
 """Largest vocabulary whose pairs are counted, in a table of half a gigabyte."""
 
@@ -86,6 +88,8 @@ class TextTask(Task):
 
     metric: ClassVar[str] = "bits_per_byte"
     sample_noun: ClassVar[str] = "windows"
+    max_epochs: ClassVar[float] = 4.0
+    """Text that is repeated up to four times is worth almost as much as new text (arXiv:2305.16264, section 5)."""
     vocab_size: int
     token_count_V: Tensor
 
@@ -148,6 +152,16 @@ class TextTask(Task):
     @override
     def list_train_samples(self, batch_size: int, seed: int, step: int) -> list[int]:
         return [int(index) for index in train_window_indices(self.text.train.num_windows, batch_size, seed, step)]
+
+    def count_train_samples(self) -> int:
+        """Return the number of windows of the training split."""
+        return self.text.train.num_windows
+
+    def estimate_sample_bytes(self) -> float:
+        """Return the UTF-8 bytes that a window of the training split predicts, mean over some of them."""
+        split = self.text.train
+        window_W = np.linspace(0, split.num_windows - 1, min(split.num_windows, MAX_COUNTED_WINDOWS), dtype=np.int64)
+        return float(split.window(window_W)[1][:, 1:].sum(1).mean())
 
     @override
     def train_batch(self, batch_size: int, seed: int, step: int, part: slice = ALL) -> Batch:

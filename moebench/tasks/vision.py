@@ -139,6 +139,10 @@ class Vision(Task):
     def list_train_samples(self, batch_size: int, seed: int, step: int) -> list[int]:
         return [int(index) for index in self.train_I[train_window_indices(len(self.train_I), batch_size, seed, step)]]
 
+    def count_train_samples(self) -> int:
+        """Return the number of images of the training split."""
+        return len(self.train_I)
+
     @override
     def train_batch(self, batch_size: int, seed: int, step: int, part: slice = ALL) -> Batch:
         index_B = self.train_I[train_window_indices(len(self.train_I), batch_size, seed, step)[part]]

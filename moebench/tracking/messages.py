@@ -1,7 +1,7 @@
 """What a replay sends: points in batches that a tracker accepts, final values, tables of loads and of all domains."""
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,19 @@ from moebench.runs.journal import Point
 from moebench.runs.result import RunResult
 from moebench.tracking.metric_limit import select_names
 from moebench.tracking.mlflow_store import MAX_BATCH, MetricValue
+
+MAX_TAG_LENGTH = 4000
+"""Characters of a tag that every tracker takes."""
+
+
+def describe_tuning(experiment: Mapping[str, Any]) -> dict[str, str]:
+    """Return the tag with what each arm of an experiment has chosen in tuning; none without tuning."""
+    tuning = experiment.get("tuning")
+    arms = tuning.get("arms") if isinstance(tuning, Mapping) else None
+    if not isinstance(arms, Mapping):
+        return {}
+    chosen = {str(arm): choice.get("chosen") for arm, choice in arms.items() if isinstance(choice, Mapping)}
+    return {"moebench.tuned": json.dumps(chosen)[:MAX_TAG_LENGTH]}
 
 
 def split_into_batches(points: list[Point]) -> Iterator[list[Point]]:

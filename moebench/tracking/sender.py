@@ -13,7 +13,13 @@ from moebench.errors import UsageError
 from moebench.runs.folder import read_json
 from moebench.runs.journal import Point
 from moebench.tracking.cursor import Cursor, compute_tail_checksum, record_cursor
-from moebench.tracking.messages import build_tables, collect_final_values, collect_unsent_values, split_into_batches
+from moebench.tracking.messages import (
+    build_tables,
+    collect_final_values,
+    collect_unsent_values,
+    describe_tuning,
+    split_into_batches,
+)
 from moebench.tracking.metric_limit import describe_left_out, select_names
 from moebench.tracking.mlflow_store import MAX_BATCH, MetricValue, MlflowStore, StoredRun
 from moebench.tracking.report import ReplayReport
@@ -50,7 +56,7 @@ class Sender:
     def _find_or_create_parent(self, experiment: Mapping[str, Any]) -> StoredRun:
         if EXPERIMENT in self.stored:
             return self.stored[EXPERIMENT]
-        keys = ("question", "file", "baseline")
+        keys = ("question", "file", "baseline", "tuning_of")
         tags = {f"moebench.{key}": str(experiment[key]) for key in keys if experiment.get(key)}
         tags |= {"moebench.cell": EXPERIMENT, "moebench.results": results_id(self.results)}
         tags |= {"mlflow.note.content": str(experiment.get("question") or "")}
@@ -68,7 +74,8 @@ class Sender:
         else:
             status = "RUNNING" if self.live else "KILLED"
         num_done = f"{statuses.count('FINISHED')} of {num_cells} done"
-        self.store.log(parent.id, tags={"moebench.status": num_done, "moebench.figures": checksum})
+        tags = {"moebench.status": num_done, "moebench.figures": checksum} | describe_tuning(experiment)
+        self.store.log(parent.id, tags=tags)
         if status != parent.status:
             self._set_status(parent, status)
 
@@ -139,6 +146,7 @@ class Sender:
             "moebench.host": environment.get("host", platform.node()),
             "moebench.data_digest": cell["data"]["digest"],
             "moebench.status": "running",
+            "moebench.tuning_of": parent.tags.get("moebench.tuning_of"),
         }
         start_ms = int(1000 * source.folder.cell.stat().st_mtime)
         known_tags = {key: str(value) for key, value in tags.items() if value is not None}

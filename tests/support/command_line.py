@@ -33,7 +33,7 @@ TIMING_METRICS = ("train/tokens_per_s", "time/data_share")
 def tiny(**changes: Any) -> dict[str, Any]:
     """Return an experiment of 3 arms and 2 seeds that trains in seconds; `changes` replace sections or `train` keys."""
     train = {"steps": 12, "batch_size": 2, "learning_rate": 5e-3, "warmup_steps": 4, "eval_every": 6, "log_every": 1}
-    train |= {"checkpoint_every": 4, "device": "cpu"} | changes.pop("train", {})
+    train |= {"checkpoint_every": 4, "device": "cpu", "max_epochs": 1e9} | changes.pop("train", {})
     base = {
         "task": {"name": "language", "sequence_length": 32, "eval_windows": 4, "data": {"path": "text"}},
         "model": {"d_model": 16, "num_layers": 2, "num_heads": 2, "ffn_width": 128},

@@ -27,7 +27,7 @@ ORDER = (
     ("ranges",),
     ("components", "registry", "yaml_text", "metrics"),
     ("conversion",),
-    ("model_config", "optimizer_config"),
+    ("model_config", "optimizer_config", "tuning_config"),
     ("schema",),
     ("config",),
     ("routing",),

@@ -35,13 +35,14 @@ def compare(
     baseline: str,
     metric: ComparisonMetric = BITS_PER_BYTE,
     allow_mismatch: bool = False,
+    tuned_keys: Collection[str] = (),
 ) -> Comparison:
     """Compare the arms of a grid with its baseline; `expected` holds (arm, seed, cell id) of every cell.
 
     Arms whose executed cost is not within 2 % of the baseline's are marked and get no verdict unless `allow_mismatch`
     is set. Raises UsageError for an unknown baseline or metric, a cell named twice, two arms of one cell, results
     without metrics of the split, and (unless `allow_mismatch` is set) for arms of other training tokens,
-    data or evaluation.
+    data or evaluation. `tuned_keys`: settings that each arm has chosen on validation, by other seeds.
     """
     grid = arrange_results(results, expected, baseline=baseline, metric=metric)
     runs = {arm: list(grid.done[arm].values()) for arm in grid.arms}
@@ -64,7 +65,7 @@ def compare(
             *_notes(grid, differences, len(expected)),
             *best_notes,
             *_note_versions([run.version for of_arm in runs.values() for run in of_arm]),
-            *note_varied_settings([run.config for of_arm in runs.values() for run in of_arm], metric.split),
+            *note_varied_settings([run.config for of_arm in runs.values() for run in of_arm], metric.split, tuned_keys),
         ),
     )
 

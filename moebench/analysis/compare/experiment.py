@@ -1,23 +1,28 @@
 """The comparison and the figure of an experiment, from its run folders."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moebench.analysis.compare.comparison import compare
 from moebench.analysis.compare.figure import draw_comparison
+from moebench.analysis.compare.tuning import build_failed_results
 from moebench.analysis.compare.values import Comparison, ComparisonMetric, Split
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
+from moebench.experiment.tuning import read_tuning, settle
+from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.runs.journal import read_journal
 from moebench.runs.result import RunResult
 from moebench.tasks.task import TASKS
 
 
-def read_results(experiment: Experiment, results: Path) -> list[RunResult]:
-    """Return the results of the cells that have one, under the names of this experiment's arms."""
+def read_results(cells: Sequence[Cell], results: Path) -> list[RunResult]:
+    """Return the results of the cells that have one, under the names of their arms here."""
     run_results = []
-    for cell in experiment.cells:
+    for cell in cells:
         result = RunFolder.of(results, cell.id).read_result()
         if result is not None:
             run_results.append(RunResult.from_dict(result.to_dict() | {"arm": cell.arm}))
@@ -29,22 +34,36 @@ def compare_experiment(
 ) -> Comparison:
     """Compare the arms of an experiment by its task's metric; raise UsageError when there is nothing to compare."""
     facts = TASKS.get(experiment.cells[0].config.task.name).facts
-    run_results = read_results(experiment, results)
+    state = read_tuning(experiment, results)
+    settled = {(cell.arm, cell.seed): cell for cell in settle(experiment, results).cells}
+    cells = [
+        settled.get((cell.arm, cell.seed)) or replace(cell, id=f"not tuned yet: {cell.arm}, seed {cell.seed}")
+        for cell in experiment.cells
+    ]
+    run_results = read_results(cells, results)
+    if state is not None:
+        run_results += build_failed_results(state, cells)
     if not run_results:
-        raise UsageError(f"{results}: no cell of '{experiment.name}' has a result there yet (moebench run makes them)")
-    return compare(
+        tuned = f"; {state.describe_progress()}" if state is not None else ""
+        raise UsageError(
+            f"{results}: no cell of '{experiment.name}' has a result there yet (moebench run makes them){tuned}"
+        )
+    comparison = compare(
         run_results,
-        expected=[(cell.arm, cell.seed, cell.id) for cell in experiment.cells],
+        expected=[(cell.arm, cell.seed, cell.id) for cell in cells],
         baseline=experiment.baseline,
         metric=ComparisonMetric(name=facts.metric, lower_is_better=facts.lower_is_better, split=split),
         allow_mismatch=allow_mismatch,
+        tuned_keys=state.keys if state is not None else (),
     )
+    axes = {arm: experiment.axes.get(arm, {}) for arm in experiment.arms}
+    return replace(comparison, tuning=state, axes=axes, varies={cell.arm: cell.varies for cell in cells})
 
 
 def draw_experiment(experiment: Experiment, results: Path, file: Path, comparison: Comparison | None) -> Path | None:
     """Draw the validation curves of every arm that has any; return the file, or None without a single point."""
     journals: dict[str, dict[int, Any]] = {}
-    for cell in experiment.cells:
+    for cell in settle(experiment, results).cells:
         folder = RunFolder.of(results, cell.id)
         points, _ = read_journal(folder.journal)
         folder.require_unchanged(folder.journal)

@@ -7,6 +7,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from moebench.analysis.compare.axes import arrange_axes
+from moebench.analysis.compare.axis_figure import draw_axis_lines
 from moebench.analysis.compare.learning_curve import Points, average_seeds, draw_learning_curves
 from moebench.analysis.compare.values import Comparison, Difference
 from moebench.reporting.canvas import GREY, line_style, new_figure
@@ -24,6 +26,7 @@ def draw_comparison(
 ) -> Path:
     """Draw the mean of each arm over its seeds with a band, and the differences if a comparison is given.
 
+    With a grid of several axes there is a third panel, the metric over one of them.
     `journals`: arm -> seed -> points. Raises ValueError when no arm has a finite point of the metric.
     """
     curves = [curve for arm, seeds in journals.items() if (curve := average_seeds(arm, seeds, metric))]
@@ -33,8 +36,14 @@ def draw_comparison(
     curves = [replace(curve, num_diverged=num_diverged.get(curve.arm, 0)) for curve in curves]
     styles = {arm: line_style(index) for index, arm in enumerate(journals)}
     height = max(4.4, 1.2 + 0.3 * len(curves))
-    with new_figure(path, title, width=12.0 if comparison else 7.5, height=height) as figure:
-        if comparison:
+    has_axes = comparison is not None and bool(arrange_axes(comparison))
+    width = 17.0 if has_axes else 12.0 if comparison else 7.5
+    with new_figure(path, title, width=width, height=height) as figure:
+        if comparison and has_axes:
+            left, middle, right = figure.subplots(1, 3, width_ratios=[1.2, 1.2, 1])
+            draw_axis_lines(middle, comparison)
+            _draw_differences(right, comparison, styles)
+        elif comparison:
             left, right = figure.subplots(1, 2, width_ratios=[1.4, 1])
             _draw_differences(right, comparison, styles)
         else:

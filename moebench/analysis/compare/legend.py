@@ -1,6 +1,7 @@
 """The legend of a comparison: what the columns and marks in its tables mean."""
 
 from moebench.analysis.compare import statistics as st
+from moebench.analysis.compare.tuning import list_tuning_notes
 from moebench.analysis.compare.values import NON_CAUSAL, Comparison
 from moebench.metrics import EXECUTED
 from moebench.reporting.formatting import format_plural
@@ -27,6 +28,7 @@ def build_legend(comparison: Comparison) -> tuple[str, ...]:
         *_explain_statistics(comparison),
         *_explain_metrics(comparison),
         *(f"{mark}: {MARK_MEANINGS[mark]}." for mark in marks if mark in MARK_MEANINGS),
+        *(f"{note}." for note in list_tuning_notes(comparison.tuning)),
         *(f"Note: {note}." for note in comparison.notes),
     )
 

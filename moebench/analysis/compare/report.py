@@ -2,7 +2,9 @@
 
 from statistics import fmean
 
+from moebench.analysis.compare.axes import build_axis_tables
 from moebench.analysis.compare.legend import build_legend
+from moebench.analysis.compare.tuning import build_tuning_table
 from moebench.analysis.compare.values import ArmSummary, Comparison, Difference, LostCell
 from moebench.reporting.formatting import MISSING, format_p, format_signed, format_with_interval
 from moebench.reporting.metrics import format_metric, metric_headers
@@ -26,6 +28,8 @@ def build_report(comparison: Comparison) -> Report:
     """Return the tables that have rows, the failures, the legend and the JSON values of a comparison."""
     tables = (
         _quality_table(comparison),
+        *build_axis_tables(comparison),
+        build_tuning_table(comparison.tuning),
         _out_of_domain_table(comparison),
         _statistics_table(comparison),
         _load_table(comparison),

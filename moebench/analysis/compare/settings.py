@@ -1,6 +1,6 @@
 """Settings that a grid varies: they may be chosen on the validation split, not on the test split."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from moebench.analysis.compare.values import Split
@@ -9,9 +9,12 @@ SECTIONS = ("model", "train", "balance")
 """Sections of a configuration that every algorithm has: a grid that varies a key of them is a tuning grid."""
 
 
-def note_varied_settings(configs: Sequence[Mapping[str, Any]], split: Split) -> list[str]:
-    """Return a note on the split to choose settings on, if these configurations differ in any."""
-    settings = find_varied_settings(configs)
+def note_varied_settings(
+    configs: Sequence[Mapping[str, Any]], split: Split, tuned_keys: Collection[str] = ()
+) -> list[str]:
+    """Return a note on the split to choose settings on, if these configurations differ in any that was not tuned."""
+    is_tuned = tuple(f"{key}." for key in tuned_keys)
+    settings = [key for key in find_varied_settings(configs) if not is_tuned or not f"{key}.".startswith(is_tuned)]
     if not settings:
         return []
     varied = f"this grid varies {', '.join(settings)}"

@@ -1,10 +1,12 @@
 """The values of a comparison: a summary of each arm, its difference to the baseline, the cells without a result."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any, Literal
 
 from moebench.analysis.compare import statistics as st
+from moebench.experiment.tuning import TuningState
 from moebench.tasks.task import OUT_OF_DOMAIN
 
 BEST = "best"
@@ -136,6 +138,17 @@ class Comparison:
     missing: tuple[LostCell, ...]
     notes: tuple[str, ...]
     split: Split = "test"
+    tuning: TuningState | None = None
+    """What each arm has chosen on validation before; None without tuning."""
+    axes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Arm -> grid key -> label of its value, without keys that mean nothing to the arm."""
+    varies: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Arm -> configuration key in which arms differ -> value."""
+
+    @property
+    def has_several_axes(self) -> bool:
+        """Whether arms differ in several keys of the grid."""
+        return max(map(len, self.axes.values()), default=0) > 1
 
     @property
     def num_comparisons(self) -> int:
@@ -176,6 +189,8 @@ class Comparison:
             "failed": [asdict(cell) for cell in self.failed],
             "missing": [asdict(cell) for cell in self.missing],
             "notes": list(self.notes),
+            **({"axes": {arm: dict(labels) for arm, labels in self.axes.items()}} if self.has_several_axes else {}),
+            **({"tuning": self.tuning.to_dict()} if self.tuning else {}),
         }
 
     def _arm_dict(self, arm: ArmSummary) -> dict[str, Any]:

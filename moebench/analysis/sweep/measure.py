@@ -11,6 +11,7 @@ import torch
 from moebench.analysis.compare import statistics as st
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
+from moebench.experiment.tuning import settle
 from moebench.parallel.mesh import Mesh
 from moebench.routing.router import ROUTERS
 from moebench.runs.cell import Cell
@@ -131,6 +132,7 @@ def measure(
     is finished.
     """
     facts = TASKS.get(experiment.cells[0].config.task.name).facts
+    experiment = settle(experiment, results)
     plans, notes = _plan_arms(experiment, results, vary, by)
     points = [point for plan in plans for point in _measure_arm(plan, results, vary, by, facts.metric, report_progress)]
     return SettingCurve(

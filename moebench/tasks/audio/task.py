@@ -112,6 +112,10 @@ class AudioTask(Task):
     def list_train_samples(self, batch_size: int, seed: int, step: int) -> list[int]:
         return [int(index) for index in train_indices(self.audio.train, batch_size, seed, step)]
 
+    def count_train_samples(self) -> int:
+        """Return the number of recordings of the training split."""
+        return len(self.audio.train.domain_U)
+
     @override
     def train_batch(self, batch_size: int, seed: int, step: int, part: slice = ALL) -> Batch:
         index_B = train_indices(self.audio.train, batch_size, seed, step)

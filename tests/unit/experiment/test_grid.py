@@ -124,8 +124,15 @@ def test_a_router_that_is_listed_twice(tmp_path: Path, routers: list[object], pa
 
 
 def test_an_override_that_makes_arms_equal_is_refused(tmp_path: Path) -> None:
-    grid = {"train.steps": [3, 5]}
-    assert "the arm 'steps=7' occurs twice" in refusal(tmp_path, "train.steps=7", **grid)
+    assert (
+        refusal(tmp_path, "train.steps=7", **{"train.steps": [3, 5]})
+        == "train.steps: grid varies it; choose its values with 'grid.train.steps=[7]' instead"
+    )
+    routers = {"router": [{"name": "top_k", "top_k": 2}, {"name": "top_k", "top_k": 4}]}
+    advice = "router.top_k is set for all of them: leave it out, or choose the arms with 'grid.router=[...]'"
+    assert advice in refusal(tmp_path, "router.top_k=3", **routers)
+    arms = {"arm": [{"label": "few", "train.steps": 3}, {"label": "many", "train": {"steps": 5}}]}
+    assert "train.steps is set for all of them" in refusal(tmp_path, "train.steps=4", **arms)
 
 
 def test_labels_have_typed_values(tmp_path: Path) -> None:

@@ -1,0 +1,49 @@
+"""`moebench run` of an experiment with tuning: both phases in one command, interrupted, resumed and shared."""
+
+import pytest
+from support.command_line import CommandLine, Results, WarmCommandLine
+
+TUNE = {"grid": {"train.learning_rate": [1e-2, 1e12]}, "seeds": [7]}
+
+
+@pytest.fixture
+def tuned(cli: CommandLine) -> CommandLine:
+    cli.write(tune=TUNE, grid={"router": ["dense", "switch"]}, seeds=[0])
+    return cli
+
+
+def test_each_arm_is_trained_with_what_it_has_chosen(tuned: CommandLine, warm: WarmCommandLine) -> None:
+    run = warm.train(tuned)
+    assert run.code == 0, run.err  # a trial that diverges is an outcome, not a failure
+    assert "phase 1 of 2: tuning, 4 runs: 2 trials of each arm, 1 seed each" in run.err
+    assert "phase 2 of 2: 2 runs with what each arm has chosen" in run.err
+    assert "validation bits per byte" in run.err
+    results = Results(tuned.folder / "results")
+    assert sorted(results.statuses().values()) == ["done"] * 4 + ["failed"] * 2
+    for arm in ("dense", "switch"):
+        assert results.result(arm, 0)["config"]["train"]["learning_rate"] == 0.01
+    before = results.written_at()
+    again = warm.train(tuned, "--json")
+    assert (again.code, again.json["tuning"]["trained"], again.json["trained"]) == (0, [], [])
+    assert results.written_at() == before  # the diverged trials are not run again either
+    compared = warm(tuned, "compare", "./tiny.yaml", "--json").json
+    chosen = {arm: choice["chosen"] for arm, choice in compared["tuning"]["arms"].items()}
+    assert chosen == {arm: {"train.learning_rate": 0.01} for arm in ("dense", "switch")}
+    assert set(compared["arms"]) == {"dense", "switch"}
+    removed = warm(tuned, "rm", "tiny", "--yes")
+    assert "kept: its tuning runs (moebench rm tiny-tuning)" in removed.out
+    assert len(results.folders()) == 4
+    assert warm(tuned, "verify").code == 0
+
+
+@pytest.mark.slow
+def test_two_runners_share_the_phases(tuned: CommandLine) -> None:
+    runners = [tuned.start_training("--jobs", "1") for _ in range(2)]
+    ended = [tuned.wait(runner) for runner in runners]
+    results = Results(tuned.folder / "results")
+    # Of the last runs, which the runners share, one may report that the other trains it.
+    assert {run.code for run in ended} <= {0, 1}, [run.err for run in ended]
+    assert tuned.train().code == 0
+    assert sorted(results.statuses().values()) == ["done"] * 4 + ["failed"] * 2
+    attempts = [file.read_text().count("\n") for file in results.path.glob("runs/*/attempts.jsonl")]
+    assert max(attempts) <= 3
