@@ -9,8 +9,11 @@ from support.training_cases import Run, assert_same_runs, tiny_config, write_tex
 from torch import nn
 
 from moebench.experts.feed_forward import ExpertBank
+from moebench.experts.layout import LAYOUTS
+from moebench.routing.router import ROUTERS
 from moebench.schema import CellConfig
 from moebench.tasks.task import Task
+from moebench.training.evaluation import batch_context
 from moebench.training.model import Model, build_initialised_model, prepare_task
 from moebench.training.optimizer.build import build_optimizer
 from moebench.training.optimizer.groups import ParameterRole, describe_parameters
@@ -150,6 +153,33 @@ def test_a_frozen_router_keeps_its_weights(text: Path, tmp_path: Path) -> None:
     initial = build_initialised_model(config, prepare_task(config, tmp_path)).state_dict()
     for name, value in initial.items():
         assert torch.equal(value, trained[f"model.{name}"]) == (".router." in name), name
+
+
+LAYOUT = {"name": "every_n", "n": 1, "num_experts": 16, "expert_width": 8}
+COMPONENTS: dict[str, dict[str, Any]] = {
+    **{f"router {name}": {"router": name, "layout": LAYOUT} for name in ROUTERS.names() if name != "oracle"},
+    **{
+        f"layout {name}": {"router": "top_k", "layout": {"name": name, "match": "none", "num_experts": 12}}
+        for name in LAYOUTS.names()
+    },
+}
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_every_component_trains_with_muon_at_a_scaled_width(text: Path, tmp_path: Path, name: str) -> None:
+    model_sizes = {"d_model": 16, "num_heads": 4}
+    train = {"optimizer": "muon", "mup_base_width": 8}
+    config, model, task = build(
+        text, tmp_path, **COMPONENTS[name], model=model_sizes, train=train, allow_noncausal=True
+    )
+    optimizer = build_optimizer(config, model, task)
+    batch = task.train_batch(4, 0, 0)
+    output, _ = model(batch, batch_context(batch, training=True, seed=0))
+    task.loss(output, batch).mean().backward()
+    optimizer.step()
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    groups = {role.group for role in describe_parameters(model)}
+    assert {"hidden", "embeddings", "head"} <= groups
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
