@@ -1,7 +1,6 @@
 """Banks for attention: experts that are projections, and experts that are attention heads."""
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor, nn
@@ -27,9 +26,8 @@ class ProjectionBank(Bank):
         init_experts(self.weight_EDO, self.weight_EDO.shape[1] ** -0.5, generator)
 
     def linear_maps(self) -> dict[str, LinearMap]:
-        """Return where the projections are: two or three of the width of the model, side by side."""
-        _, d_model, out_width = self.weight_EDO.shape
-        return {"weight_EDO": replace(INPUT_FIRST, out_parts=(d_model,) * (out_width // d_model))}
+        """Return where the projection is in the parameters."""
+        return {"weight_EDO": INPUT_FIRST}
 
     @override
     def rows(self, x_RD: Tensor, load_E: Tensor, dropout: Dropout | None = None) -> Tensor:

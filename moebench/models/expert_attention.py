@@ -10,7 +10,7 @@ from moebench.experts.layer import MoELayer
 from moebench.experts.projection import HeadBank, ProjectionBank, attention_score_flops
 from moebench.models.attention import PositionTable, attend, split_heads
 from moebench.routing.context import RouteContext
-from moebench.routing.linear_map import OUTPUT_FIRST, LinearMap
+from moebench.routing.linear_map import INPUT_FIRST, OUTPUT_FIRST, LinearMap
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -50,6 +50,11 @@ class ProjectionExperts(nn.Module):
         attended_BLD = attend(query, key, value, causal=self.causal, rope_theta=self.rope_theta, positions=positions)
         out: Tensor = self.out(attended_BLD)
         return out, record
+
+    def linear_maps(self) -> dict[str, LinearMap]:
+        """Return where queries, keys and values are in the projection of each expert."""
+        d_model, out_width = self.layer.bank.get_parameter("weight_EDO").shape[1:]
+        return {"layer.bank.weight_EDO": replace(INPUT_FIRST, out_parts=(d_model,) * (out_width // d_model))}
 
     def flops_per_token(self, length: int) -> int:
         """Return the forward FLOPs of one token in a sequence of `length`."""

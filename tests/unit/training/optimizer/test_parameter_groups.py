@@ -145,6 +145,18 @@ def test_muon_updates_the_matrices_inside_the_model(text: Path, tmp_path: Path) 
     assert updated == {"attention.qkv.weight", "attention.out.weight"} | networks
 
 
+def test_matrices_of_attention_experts_are_split(text: Path, tmp_path: Path) -> None:
+    layout = {"name": "attention", "match": "none", "num_experts": 4, "expert_width": None}
+    _, model, _ = build(text, tmp_path, layout=layout, router="top_k")
+    (role,) = [
+        role for role in describe_parameters(model) if role.name.endswith("blocks.0.attention.layer.bank.weight_EDO")
+    ]
+    assert role.linear_map is not None
+    assert [tuple(part.shape) for part in role.linear_map.split(role.parameter)] == [
+        (4, 8, 8)
+    ] * 2  # queries; keys that are the values too
+
+
 def test_a_frozen_router_keeps_its_weights(text: Path, tmp_path: Path) -> None:
     config = tiny_config(text, router="top_k", train={"router_learning_rate": 0.0})
     run = Run(config, tmp_path)
