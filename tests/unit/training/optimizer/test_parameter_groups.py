@@ -145,6 +145,15 @@ def test_muon_updates_the_matrices_inside_the_model(text: Path, tmp_path: Path) 
     assert updated == {"attention.qkv.weight", "attention.out.weight"} | networks
 
 
+def test_muon_updates_the_matrices_of_whole_models_as_experts(text: Path, tmp_path: Path) -> None:
+    layout = {"name": "whole_model", "match": "none", "num_experts": 2, "expert_width": None}
+    config, model, task = build(text, tmp_path, layout=layout, router="switch", train={"optimizer": "muon"})
+    updated = {name.rpartition(".")[2] for name, s in settings_by_name(config, model, task).items() if s["uses_muon"]}
+    assert updated == {"weight", "w_in_DF", "w_out_FD"}
+    left = {role.name.split(".")[-2] for role in describe_parameters(model) if not role.uses_muon(config.train)}
+    assert left == {"embedding", "head", "gate", "attention_norm", "feed_forward_norm", "norm"}
+
+
 def test_matrices_of_attention_experts_are_split(text: Path, tmp_path: Path) -> None:
     layout = {"name": "attention", "match": "none", "num_experts": 4, "expert_width": None}
     _, model, _ = build(text, tmp_path, layout=layout, router="top_k")
