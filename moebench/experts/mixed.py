@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor, nn
@@ -179,7 +180,7 @@ class ConstantBank(Bank):
 
     def linear_maps(self) -> dict[str, LinearMap]:
         """Return where the maps are: the vectors are entries of a table, decayed like one."""
-        return {"w_mix_ED2": INPUT_FIRST, "vector_ED": TABLE}
+        return {"w_mix_ED2": replace(INPUT_FIRST, is_gate=True), "vector_ED": TABLE}
 
     @override
     def rows(self, x_RD: Tensor, load_E: Tensor, dropout: Dropout | None = None) -> Tensor:

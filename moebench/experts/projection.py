@@ -1,8 +1,6 @@
 """Banks for attention: experts that are projections, and experts that are attention heads."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -20,12 +18,9 @@ from moebench.routing.values import LayerRecord, Routing
 class ProjectionBank(Bank):
     """E matrices x_D -> y_O without an activation, so there is nothing for dropout."""
 
-    def __init__(self, d_model: int, out_parts: Sequence[int], num_experts: int, *, has_bias: bool = False) -> None:
-        """`out_parts`: widths of the projections that lie side by side, such as query, key and value."""
+    def __init__(self, d_model: int, out_width: int, num_experts: int, *, has_bias: bool = False) -> None:
         super().__init__()
         self.num_experts = num_experts
-        self.out_parts = tuple(out_parts)
-        out_width = sum(out_parts)
         self.weight_EDO = nn.Parameter(torch.empty(num_experts, d_model, out_width))
         self.b_out_EO = nn.Parameter(torch.empty(num_experts, out_width)) if has_bias else None
 
@@ -35,8 +30,8 @@ class ProjectionBank(Bank):
         zero_biases(self.b_out_EO)
 
     def linear_maps(self) -> dict[str, LinearMap]:
-        """Return where the projections are, side by side."""
-        return {"weight_EDO": replace(INPUT_FIRST, out_parts=self.out_parts)}
+        """Return where the projection is in the parameters."""
+        return {"weight_EDO": INPUT_FIRST}
 
     @override
     def rows(self, x_RD: Tensor, load_E: Tensor, dropout: Dropout | None = None) -> Tensor:

@@ -149,8 +149,9 @@ class Builder:
         layer = partial(build_moe_layer, routed, router, layout=self.config.layout, name=self.layer(index, "attention"))
         number, kind = len(experts.shapes), experts.shapes[0].kind
         if kind != "head":
-            out_parts = (style.d_model, *[style.kv_width] * (2 if kind == "projection" else 1))
-            bank = ProjectionBank(style.d_model, out_parts, number, has_bias=style.has_qkv_bias)
+            num_kv_maps = 2 if kind == "projection" else 1
+            out_width = style.d_model + num_kv_maps * style.kv_width
+            bank = ProjectionBank(style.d_model, out_width, number, has_bias=style.has_qkv_bias)
             return ProjectionExperts(layer(bank), style, causal=self.causal)
         # As many heads in use as dense attention has, where they divide evenly.
         heads = max(style.num_heads // routed.experts_per_token, 1)

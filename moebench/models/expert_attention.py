@@ -12,7 +12,7 @@ from moebench.models.attention import AttentionStyle, Heads, init_linear
 from moebench.models.dropout import SequenceDropout
 from moebench.models.positions import PositionTable
 from moebench.routing.context import RouteContext
-from moebench.routing.linear_map import OUTPUT_FIRST, LinearMap
+from moebench.routing.linear_map import INPUT_FIRST, OUTPUT_FIRST, LinearMap
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -51,6 +51,13 @@ class ProjectionExperts(nn.Module):
         attended_BLD = heads.attend(self.style.rotary, causal=self.causal, positions=positions, dropout=dropout)
         out: Tensor = self.out(attended_BLD)
         return out, record
+
+    def linear_maps(self) -> dict[str, LinearMap]:
+        """Return where queries, keys and values are in the projection of each expert."""
+        d_model, kv_width = self.style.d_model, self.style.kv_width
+        num_kv_maps = (self.layer.bank.get_parameter("weight_EDO").shape[2] - d_model) // kv_width
+        parts = (d_model, *[kv_width] * num_kv_maps)
+        return {"layer.bank.weight_EDO": replace(INPUT_FIRST, out_parts=parts)}
 
     def flops_per_token(self, length: int) -> int:
         """Return the forward FLOPs of one token in a sequence of `length`."""

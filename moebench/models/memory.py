@@ -12,7 +12,7 @@ from moebench.routing.linear_map import find_linear_maps
 FLOAT_BYTES = 4
 """Parameters, gradients and moments are fp32 in every precision; so is what the backward pass reads."""
 OPTIMIZER_COPIES = 4
-"""Of each parameter: its value, its gradient and AdamW's two moments."""
+"""Of each parameter: its value, its gradient and AdamW's two moments, or Muon's one and its direction."""
 COPIES_OF_A_VALUE = 1.9
 """Tensors of the size of a matrix product's input or output that are alive at the peak: the value itself, and its
 norm, activation, residual sum or gradient. Fitted to measured peaks."""

@@ -23,6 +23,8 @@ class LinearMap:
     """Dimension of the output, counted from the end."""
     out_parts: tuple[int, ...] = ()
     """Sizes of matrices that lie side by side along the output, such as queries, keys and values; empty: one matrix."""
+    is_gate: bool = False
+    """Whether the outputs are logits: orthogonal rows have no meaning for them, so Muon leaves the matrix to AdamW."""
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """Return views [..., output, input], one for each part."""

@@ -126,6 +126,10 @@ class SentenceLevel(TaskLevel):
         pass  # only the gate, which initialises itself
 
     @override
+    def linear_maps(self) -> dict[str, LinearMap]:
+        return {}
+
+    @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         valid_T = x_TD.new_ones(x_TD.shape[0]) if ctx.valid_T is None else ctx.valid_T.to(x_TD.dtype)
         valid_BL1 = valid_T.view(-1, ctx.sequence_length, 1).float()

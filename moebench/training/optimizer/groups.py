@@ -35,10 +35,10 @@ class ParameterRole:
     """Of experts that are networks, and sharded where there are processes for it."""
 
     def uses_muon(self, train: TrainConfig) -> bool:
-        """Return whether Muon updates the parameter: a matrix inside the model whose input and output are wide."""
-        is_inside = self.group == "hidden" or self.is_in_stack
-        has_matrix = self.linear_map is not None and self.linear_map.in_dim is not None
-        return train.optimizer == "muon" and is_inside and has_matrix and not self.is_vector
+        """Return whether Muon updates the parameter: a matrix inside the model that is no gate and no table."""
+        if train.optimizer != "muon" or self.group not in ("hidden", "experts") or self.linear_map is None:
+            return False
+        return self.linear_map.in_dim is not None and not self.linear_map.is_gate
 
     def learning_rate(self, train: TrainConfig) -> float:
         """Return the peak learning rate at the base width."""

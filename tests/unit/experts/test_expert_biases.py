@@ -113,7 +113,7 @@ def test_biases_start_at_0_and_weights_as_without_them() -> None:
 
 
 def test_experts_in_attention_have_biases() -> None:
-    projections = randomise_parameters(ProjectionBank(D_MODEL, (6, 4), 3, has_bias=True))
+    projections = randomise_parameters(ProjectionBank(D_MODEL, 10, 3, has_bias=True))
     heads = randomise_parameters(HeadBank(D_MODEL, 4, 3, 1.0, bias="all"))
     x_RD, load_E = Tokens.draw(5).x_TD, torch.tensor([2, 0, 3])
 
@@ -131,7 +131,7 @@ def test_experts_in_attention_have_biases() -> None:
 
 
 def test_stacked_biases_are_vectors_for_the_optimizer() -> None:
-    banks = [bank_of(), HeadBank(8, 4, 3, 1.0, bias="all"), ProjectionBank(8, (4, 4), 2, has_bias=True)]
+    banks = [bank_of(), HeadBank(8, 4, 3, 1.0, bias="all"), ProjectionBank(8, 8, 2, has_bias=True)]
     for bank in banks:
         maps, vectors = find_linear_maps(bank)
         biases = {id(parameter) for name, parameter in bank.named_parameters() if name.startswith("b_")}

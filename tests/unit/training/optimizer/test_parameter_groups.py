@@ -9,8 +9,11 @@ from support.training_cases import Run, assert_same_runs, tiny_config, write_tex
 from torch import nn
 
 from moebench.experts.feed_forward import ExpertBank
+from moebench.experts.layout import LAYOUTS
+from moebench.routing.router import ROUTERS
 from moebench.schema import CellConfig
 from moebench.tasks.task import Task
+from moebench.training.evaluation import batch_context
 from moebench.training.model import Model, build_initialised_model, prepare_task
 from moebench.training.optimizer.build import build_optimizer
 from moebench.training.optimizer.groups import ParameterRole, describe_parameters
@@ -142,6 +145,27 @@ def test_muon_updates_the_matrices_inside_the_model(text: Path, tmp_path: Path) 
     assert updated == {"attention.qkv.weight", "attention.out.weight"} | networks
 
 
+def test_muon_updates_the_matrices_of_whole_models_as_experts(text: Path, tmp_path: Path) -> None:
+    layout = {"name": "whole_model", "match": "none", "num_experts": 2, "expert_width": None}
+    config, model, task = build(text, tmp_path, layout=layout, router="switch", train={"optimizer": "muon"})
+    updated = {name.rpartition(".")[2] for name, s in settings_by_name(config, model, task).items() if s["uses_muon"]}
+    assert updated == {"weight", "w_in_DF", "w_out_FD"}
+    left = {role.name.split(".")[-2] for role in describe_parameters(model) if not role.uses_muon(config.train)}
+    assert left == {"embedding", "head", "gate", "attention_norm", "feed_forward_norm", "norm"}
+
+
+def test_matrices_of_attention_experts_are_split(text: Path, tmp_path: Path) -> None:
+    layout = {"name": "attention", "match": "none", "num_experts": 4, "expert_width": None}
+    _, model, _ = build(text, tmp_path, layout=layout, router="top_k")
+    (role,) = [
+        role for role in describe_parameters(model) if role.name.endswith("blocks.0.attention.layer.bank.weight_EDO")
+    ]
+    assert role.linear_map is not None
+    assert [tuple(part.shape) for part in role.linear_map.split(role.parameter)] == [
+        (4, 8, 8)
+    ] * 2  # queries; keys that are the values too
+
+
 def test_a_frozen_router_keeps_its_weights(text: Path, tmp_path: Path) -> None:
     config = tiny_config(text, router="top_k", train={"router_learning_rate": 0.0})
     run = Run(config, tmp_path)
@@ -150,6 +174,33 @@ def test_a_frozen_router_keeps_its_weights(text: Path, tmp_path: Path) -> None:
     initial = build_initialised_model(config, prepare_task(config, tmp_path)).state_dict()
     for name, value in initial.items():
         assert torch.equal(value, trained[f"model.{name}"]) == (".router." in name), name
+
+
+LAYOUT = {"name": "every_n", "n": 1, "num_experts": 16, "expert_width": 8}
+COMPONENTS: dict[str, dict[str, Any]] = {
+    **{f"router {name}": {"router": name, "layout": LAYOUT} for name in ROUTERS.names() if name != "oracle"},
+    **{
+        f"layout {name}": {"router": "top_k", "layout": {"name": name, "match": "none", "num_experts": 12}}
+        for name in LAYOUTS.names()
+    },
+}
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_every_component_trains_with_muon_at_a_scaled_width(text: Path, tmp_path: Path, name: str) -> None:
+    model_sizes = {"d_model": 16, "num_heads": 4}
+    train = {"optimizer": "muon", "mup_base_width": 8}
+    config, model, task = build(
+        text, tmp_path, **COMPONENTS[name], model=model_sizes, train=train, allow_noncausal=True
+    )
+    optimizer = build_optimizer(config, model, task)
+    batch = task.train_batch(4, 0, 0)
+    output, _ = model(batch, batch_context(batch, training=True, seed=0))
+    task.loss(output, batch).mean().backward()
+    optimizer.step()
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    groups = {role.group for role in describe_parameters(model)}
+    assert {"hidden", "embeddings", "head"} <= groups
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
