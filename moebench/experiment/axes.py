@@ -35,9 +35,25 @@ def lacks_option(raw: Mapping[str, Any], key: str) -> bool:
 
 def is_meaningless(raw: Mapping[str, Any], key: str) -> bool:
     """Return whether a grid key changes no result of an untyped cell, because its model is dense."""
-    section, _, option = key.partition(".")
-    is_of_experts = section in ROUTED_SECTIONS or (section == "router" and option not in ("", "name"))
-    return is_of_experts and is_dense(component_name(raw, "router"))
+    return key not in (ARM, "router", "router.name") and changes_nothing(component_name(raw, "router"), key)
+
+
+def changes_nothing(router: str, key: str) -> bool:
+    """Return whether a key changes no result of models with this router.
+
+    A dense model has nothing of experts and routers, and a router that is not learned no learning rate.
+    """
+    section, *parts = key.split(".")
+    is_of_gate = section == "train" and _names(parts, "router")
+    if is_dense(router):
+        is_of_experts = section in (*ROUTED_SECTIONS, "router") or (section == "train" and _names(parts, "expert"))
+        return is_of_experts or is_of_gate
+    return is_of_gate and not ROUTERS.get(router).facts.learned
+
+
+def _names(parts: Sequence[str], subject: str) -> bool:
+    """Return whether a part of a key begins with this word, as `router_learning_rate` does with router."""
+    return any(part.split("_")[0].removesuffix("s") == subject for part in parts)
 
 
 def refuse_varied_keys(overrides: Mapping[str, Any], grid: Iterable[str], section: str) -> None:

@@ -16,8 +16,7 @@ from moebench.config import nest, to_plain
 from moebench.conversion import apply_values
 from moebench.errors import UsageError, nearest, require
 from moebench.experiment.arms import Arm
-from moebench.experiment.axes import ROUTED_SECTIONS, is_dense
-from moebench.routing.router import ROUTERS
+from moebench.experiment.axes import changes_nothing
 from moebench.runs.cell import Cell
 from moebench.schema import MAX_CELLS, CellConfig, ExperimentConfig
 from moebench.tuning_config import TuneConfig
@@ -96,21 +95,9 @@ def build_tuning(config: ExperimentConfig, arms: Sequence[Arm], build_cell: Buil
 def has_key(config: CellConfig, key: str) -> bool:
     """Return whether a key exists in a resolved cell and can change its result.
 
-    A coefficient exists where the router has this loss. A dense model has nothing of experts and routers, and a router
-    that is not learned no learning rate.
+    A coefficient of a loss exists where the router has this loss.
     """
-    parts = key.split(".")
-    if is_dense(config.router.name) and (parts[0] in (*ROUTED_SECTIONS, "router") or _names(parts, "router", "expert")):
-        return False
-    is_of_gate = parts[0] == "train" and _names(parts, "router")
-    if is_of_gate and not ROUTERS.get(config.router.name).facts.learned:
-        return False
-    return _has_path(config, parts)
-
-
-def _names(parts: Sequence[str], *subjects: str) -> bool:
-    """Return whether a part of a key begins with one of these words, as `router_learning_rate` does with router."""
-    return any(part.split("_")[0].removesuffix("s") in subjects for part in parts)
+    return not changes_nothing(config.router.name, key) and _has_path(config, key.split("."))
 
 
 def _has_path(value: Any, parts: Sequence[str]) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from moebench.errors import UsageError
+from moebench.experiment.axes import changes_nothing
 from moebench.experiment.grid import Experiment, expand
 
 
@@ -55,3 +56,23 @@ def test_a_key_that_no_arm_has_is_an_error(tmp_path: Path) -> None:
 def test_values_given_twice_stay_an_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="the arm 'dense' occurs twice"):
         experiment(tmp_path, {"router": ["dense", "dense", "switch"], "layout.num_experts": [4, 8]})
+
+
+@pytest.mark.parametrize(
+    ("router", "key", "expected"),
+    [
+        ("dense", "layout.num_experts", True),
+        ("dense", "balance.scope", True),
+        ("dense", "router.losses.load_balance", True),
+        ("dense", "train.router_learning_rate", True),
+        ("dense", "train.expert_learning_rate", True),
+        ("dense", "train.learning_rate", False),
+        ("dense", "model.d_model", False),
+        ("hash", "train.router_learning_rate", True),  # a hash has no parameters
+        ("hash", "train.expert_learning_rate", False),
+        ("switch", "train.router_learning_rate", False),
+        ("switch", "layout.num_experts", False),
+    ],
+)
+def test_keys_that_change_nothing(router: str, key: str, expected: bool) -> None:
+    assert changes_nothing(router, key) is expected

@@ -1,15 +1,17 @@
 """Equal tuning: the trials of each arm, and what it chooses from their results."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.command_line import ROOT
 from support.tuned_results import TUNE, expand_tuned, write_done, write_failed, write_trials
 
 from moebench.errors import UsageError
 from moebench.experiment.dry_run import list_actions
 from moebench.experiment.foreground import select_phase_cell
-from moebench.experiment.grid import Experiment
+from moebench.experiment.grid import Experiment, expand
 from moebench.experiment.plan import list_planned_cells
 from moebench.experiment.store import open_results, record_experiment, split_unfinished
 from moebench.experiment.trials import Trial
@@ -64,6 +66,13 @@ def test_extra_values_make_the_budgets_equal(tmp_path: Path) -> None:
     rates = [trial[RATE] for trial in trials_of(experiment, "dense")]
     assert rates == [0.001, 0.002, 0.004, 0.008, 0.0005, 0.016]  # six, as many as switch has
     assert len(trials_of(experiment, "switch")) == 6
+
+
+def test_the_example_of_the_page_gives_every_arm_nine_trials(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "tuning.md").read_text(), re.DOTALL)
+    (tmp_path / "page.yaml").write_text(text)
+    experiment = expand(tmp_path / "page.yaml")
+    assert {arm: len(trials_of(experiment, arm)) for arm in experiment.arms} == dict.fromkeys(experiment.arms, 9)
 
 
 def test_shorter_tuning_runs_have_a_shorter_warmup(tmp_path: Path) -> None:
