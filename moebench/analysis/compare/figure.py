@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from moebench.analysis.compare.learning_curve import Points, average_seeds, draw_learning_curves
+from moebench.analysis.compare.learning_curve import CurvePanel, Points, average_seeds, draw_learning_curves
 from moebench.analysis.compare.values import Comparison, Difference
 from moebench.reporting.canvas import GREY, line_style, new_figure
 from moebench.reporting.formatting import format_plural
@@ -15,17 +15,17 @@ from moebench.reporting.formatting import format_plural
 
 def draw_comparison(
     journals: Mapping[str, Mapping[int, Points]],
-    metric: str = "eval/bits_per_byte",
+    panel: CurvePanel = CurvePanel(),
     *,
     path: Path,
     title: str,
     comparison: Comparison | None = None,
-    lower_is_better: bool = True,
 ) -> Path:
     """Draw the mean of each arm over its seeds with a band, and the differences if a comparison is given.
 
     `journals`: arm -> seed -> points. Raises ValueError when no arm has a finite point of the metric.
     """
+    metric = f"eval/{panel.metric}"
     curves = [curve for arm, seeds in journals.items() if (curve := average_seeds(arm, seeds, metric))]
     if not curves:
         raise ValueError(f"no point of {metric} in the journals of {', '.join(journals) or 'no arm'}")
@@ -39,7 +39,7 @@ def draw_comparison(
             _draw_differences(right, comparison, styles)
         else:
             left = figure.subplots()
-        draw_learning_curves(left, curves, styles, metric, lower_is_better=lower_is_better)
+        draw_learning_curves(left, curves, styles, panel)
     return path
 
 

@@ -5,6 +5,8 @@ from statistics import fmean
 from typing import Any, Literal
 
 from moebench.analysis.compare import statistics as st
+from moebench.runs.trivial_baselines import BELOW_TRIVIAL, find_reference, is_below_trivial
+from moebench.tasks.baselines.baseline import TrivialBaseline
 from moebench.tasks.task import OUT_OF_DOMAIN
 
 BEST = "best"
@@ -136,6 +138,26 @@ class Comparison:
     missing: tuple[LostCell, ...]
     notes: tuple[str, ...]
     split: Split = "test"
+    trivial_baselines: tuple[TrivialBaseline, ...] = ()
+    """What trivial methods reach on the same split; empty where the task has none or they cannot be computed."""
+    trivial_problem: str = ""
+    """Why the trivial baselines cannot be shown, in one line; empty if they can."""
+
+    @property
+    def reference(self) -> TrivialBaseline | None:
+        """The trivial baseline that the baseline arm must beat."""
+        return find_reference(self.trivial_baselines, self.metric)
+
+    @property
+    def is_below_trivial(self) -> bool | None:
+        """Whether the baseline arm does not beat the reference; None where either is unknown."""
+        mean = next(arm.mean for arm in self.arms if arm.arm == self.baseline)
+        return is_below_trivial(mean, self.trivial_baselines, self.metric, lower_is_better=self.lower_is_better)
+
+    @property
+    def below_trivial_text(self) -> str:
+        """The mark of an experiment whose baseline arm does not beat the reference; else empty."""
+        return BELOW_TRIVIAL if self.is_below_trivial else ""
 
     @property
     def num_comparisons(self) -> int:
@@ -176,6 +198,10 @@ class Comparison:
             "failed": [asdict(cell) for cell in self.failed],
             "missing": [asdict(cell) for cell in self.missing],
             "notes": list(self.notes),
+            "trivial_baselines": [asdict(baseline) for baseline in self.trivial_baselines],
+            "trivial_baselines_problem": self.trivial_problem or None,
+            "below_trivial_baselines": self.is_below_trivial,
+            "below_trivial_baselines_text": self.below_trivial_text or None,
         }
 
     def _arm_dict(self, arm: ArmSummary) -> dict[str, Any]:
