@@ -39,13 +39,28 @@ class _Point:
     """The cell's configuration without overrides, untyped."""
 
 
-def resolve_arms(
-    config: ExperimentConfig, overrides: Mapping[str, Any], where: str, on_progress: Callable[[int, int], None]
-) -> list[Arm]:
-    """Resolve and check every arm; raise UsageError if one could not be trained or equals another.
+def read_data_digest(config: CellConfig) -> str:
+    """Return the digest of the data that a cell names, which are read."""
+    return TASKS.get(config.task.name).item.source_digest(config.task)
 
-    `on_progress` is called with the number of arms that are checked and that of all.
-    """
+
+@dataclass(frozen=True, kw_only=True)
+class Resolution:
+    """How arms are resolved."""
+
+    on_progress: Callable[[int, int], None] = lambda number, total: None
+    """Called with the number of arms that are checked and that of all."""
+    find_digest: Callable[[CellConfig], str] = read_data_digest
+    """Returns the digest of the data of a cell."""
+
+
+DEFAULT_RESOLUTION = Resolution()
+
+
+def resolve_arms(
+    config: ExperimentConfig, overrides: Mapping[str, Any], where: str, resolution: Resolution
+) -> list[Arm]:
+    """Resolve and check every arm; raise UsageError if one could not be trained or equals another."""
     require(isinstance(config.base, Mapping), "base", str(config.base) or "null", "a mapping of keys to values")
     if "seed" in config.base or "seed" in overrides:
         raise UsageError("seed: the experiment sets it; choose with seeds=[...] instead")
@@ -58,9 +73,9 @@ def resolve_arms(
     _refuse_equal_labels(labels, configs, where)
     arms: list[Arm] = []
     for point, label, cell in zip(points, labels, configs, strict=True):
-        on_progress(len(arms), len(points))
+        resolution.on_progress(len(arms), len(points))
         check_cell(cell)
-        digest = TASKS.get(cell.task.name).item.source_digest(cell.task)
+        digest = resolution.find_digest(cell)
         arms.append(Arm(label=label, config=cell, varies=_list_varied_keys(point, cell), data_digest=digest))
     _refuse_equal_cells(arms, where)
     return arms

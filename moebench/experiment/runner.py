@@ -17,12 +17,14 @@ from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.plan import cell_state
 from moebench.experiment.reshard import reshard
 from moebench.experiment.store import DAMAGED, open_results, record_experiment, require_disk_space, split_unfinished
+from moebench.experiment.trivial_baselines import find_source, read_finished, record_baselines
 from moebench.launch.containment import Containment
 from moebench.launch.devices import uses_gpu, visible_devices
 from moebench.launch.launcher import Launcher
 from moebench.launch.scheduler import Interrupted, Outcome, SchedulePolicy, Scheduler
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
+from moebench.runs.trivial_baselines import BELOW_TRIVIAL, average_arm, is_below_trivial
 from moebench.tasks.task import TASKS
 from moebench.tracking.address import NO_TRACKER, check_uri, default_uri
 from moebench.tracking.tracker import Tracker, TrackerStatus
@@ -78,6 +80,8 @@ class RunReport:
     """Number of the signal that ended the call, 0 for none."""
     problems: Sequence[str] = ()
     """What could not be shown, drawn, tracked or tidied up, one line each; no result depends on it."""
+    below_trivial: str = ""
+    """The mark of an experiment whose baseline arm does not beat trivial baselines; else empty."""
 
     @property
     def num_cells(self) -> int:
@@ -115,6 +119,7 @@ class RunReport:
             "tracker": self.tracker_problem,
             "interrupted": self.interrupted,
             "problems": list(self.problems),
+            "below_trivial_baselines_text": self.below_trivial or None,
         }
 
 
@@ -151,6 +156,10 @@ def run_experiment(
     try:
         jobs = options.jobs or min(choose_num_jobs(cells), count_fitting_cells(cells, costs))
         outcomes, interrupted = grid_run.train(replace(options, jobs=jobs))
+        below_trivial = ""
+        if not interrupted:
+            with containment.contain("trivial baselines"):
+                below_trivial = _record_trivial_baselines(results, experiment, console)
         if cells and not interrupted:
             with containment.contain("figure of the curves"):
                 figures.draw_experiment_figures(experiment, results)
@@ -167,7 +176,28 @@ def run_experiment(
         tracker_problem=tracker_problem,
         interrupted=interrupted,
         problems=containment.problems,
+        below_trivial=below_trivial,
     )
+
+
+def _record_trivial_baselines(results: Path, experiment: Experiment, console: Console) -> str:
+    """Record the trivial baselines of the data; return the mark of an experiment that is below them, or nothing."""
+    run_results = read_finished(results, experiment.cells)
+    source = find_source(experiment.cells, run_results, experiment.baseline)
+    if source is None:
+        return ""
+    trivial = record_baselines(
+        results / "experiments" / f"{experiment.name}.json",
+        source,
+        results,
+        on_compute=lambda: print_note(console, "computing the trivial baselines of the data, once"),
+    )
+    if trivial.problem:
+        print_note(console, f"no trivial baselines: {trivial.problem}")
+    facts = TASKS.get(source.config.task.name).facts
+    mean = average_arm(run_results, experiment.baseline, facts.metric)
+    is_below = is_below_trivial(mean, trivial.baselines, facts.metric, lower_is_better=facts.lower_is_better)
+    return BELOW_TRIVIAL if is_below else ""
 
 
 def _start_tracker(results: Path, uri: str | None, experiment: Experiment, containment: Containment) -> Tracker | None:

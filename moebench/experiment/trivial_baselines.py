@@ -1,15 +1,17 @@
 """The trivial baselines of an experiment: read where they are stored, else computed from the data and stored."""
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moebench.config import resolve
 from moebench.errors import UsageError
 from moebench.plugin_errors import describe_error
 from moebench.runs.cell import Cell
 from moebench.runs.experiment_record import read_record
-from moebench.runs.folder import write_json
+from moebench.runs.folder import RunFolder, write_json
 from moebench.runs.result import RunResult
 from moebench.runs.trivial_baselines import RECORD_KEY, EvaluationSet, StoredBaselines, read_recorded
 from moebench.schema import CellConfig
@@ -38,9 +40,6 @@ class BaselineSource:
     plugin_digests: Sequence[str] = ()
 
 
-SPLITS = ("test", "validation")
-
-
 def ignore() -> None:
     """Do nothing."""
 
@@ -65,7 +64,7 @@ def find_baselines(
     if stored is None:
         try:
             on_compute()
-            stored = _compute(source.config, results, wanted)
+            stored = _compute(source, results, wanted)
         except Exception as error:  # of the data, their readers or a plug-in: the comparison goes on
             problem = str(error) if isinstance(error, UsageError) else describe_error(error)
             stored = _find_older(wanted, recorded.values())
@@ -79,17 +78,27 @@ def record_baselines(
 ) -> TrivialBaselines:
     """Write the trivial baselines of both splits into the record of an experiment; return those of the test split."""
     record = read_record(path)
-    found = {split: find_baselines(source, results, split, record=record, on_compute=on_compute) for split in SPLITS}
+    found = {"test": find_baselines(source, results, "test", record=record, on_compute=on_compute)}
+    found["validation"] = find_baselines(source, results, "validation", record=record)
     stored = [
-        StoredBaselines(
-            evaluation=EvaluationSet.of(source.result, split, source.plugin_digests), baselines=each.baselines
-        ).to_dict()
+        _to_stored(source, EvaluationSet.of(source.result, split, source.plugin_digests), each.baselines).to_dict()
         for split, each in found.items()
         if each.baselines
     ]
     if stored and stored != record.get(RECORD_KEY):
         write_json(path, {**record, RECORD_KEY: stored})
     return found["test"]
+
+
+def read_finished(results: Path, cells: Sequence[Cell]) -> list[RunResult]:
+    """Return the results of the cells that are done, under the names of their arms; damaged ones are left out."""
+    finished = []
+    for cell in cells:
+        with contextlib.suppress(UsageError):
+            result = RunFolder.of(results, cell.id).read_result()
+            if result is not None and result.status == "done":
+                finished.append(replace(result, arm=cell.arm))
+    return finished
 
 
 def find_source(cells: Sequence[Cell], run_results: Sequence[RunResult], baseline: str) -> BaselineSource | None:
@@ -100,6 +109,23 @@ def find_source(cells: Sequence[Cell], run_results: Sequence[RunResult], baselin
         cell = cell_of[result.id]
         return BaselineSource(result=result, config=cell.config, plugin_digests=cell.plugin_digests)
     return None
+
+
+def find_baselines_of_runs(
+    cells: Sequence[Mapping[str, Any]], run_results: Sequence[RunResult], baseline: str, results: Path, split: str
+) -> TrivialBaselines:
+    """Return the trivial baselines of runs that are given by their `cell.json` and results; never raise."""
+    cell_of = {cell["id"]: cell for cell in cells}
+    finished = [result for result in run_results if result.status == "done"]
+    for result in sorted(finished, key=lambda result: result.arm != baseline):
+        cell = cell_of[result.id]
+        try:
+            config = resolve(cell["config"])
+        except UsageError as error:  # of another version, or of a plug-in that is not loaded
+            return TrivialBaselines(problem=str(error))
+        source = BaselineSource(result=result, config=config, plugin_digests=cell.get("plugin_digests", ()))
+        return find_baselines(source, results, split)
+    return TrivialBaselines()
 
 
 def _read_cached(results: Path, wanted: EvaluationSet) -> StoredBaselines | None:
@@ -119,18 +145,27 @@ def _from_entry(meta: dict[str, Any], wanted: EvaluationSet) -> StoredBaselines 
     return stored if stored.evaluation == wanted else None
 
 
-def _compute(config: CellConfig, results: Path, wanted: EvaluationSet) -> StoredBaselines:
+def _compute(source: BaselineSource, results: Path, wanted: EvaluationSet) -> StoredBaselines:
     """Compute the baselines and cache them; raise UsageError where the data are not those of the run."""
-    task = prepare_task(config, results)
+    task = prepare_task(source.config, results)
     if (task.digest, task.eval_digest) != (wanted.data_digest, wanted.eval_digest):
         raise UsageError("the data have changed since the runs were trained")
     baselines = tuple(
         replace(baseline, values={name: float(value) for name, value in baseline.values.items()})
         for baseline in task.compute_baselines(wanted.split)
     )
-    stored = StoredBaselines.from_dict(StoredBaselines(evaluation=wanted, baselines=baselines).to_dict())  # checks them
+    stored = StoredBaselines.from_dict(_to_stored(source, wanted, baselines).to_dict())  # checks them
     meta, _ = load_or_create(_cache_folder(results, wanted), lambda: (stored.to_dict(), {}))
     return _from_entry(meta, wanted) or stored
+
+
+def _to_stored(
+    source: BaselineSource, evaluation: EvaluationSet, baselines: tuple[TrivialBaseline, ...]
+) -> StoredBaselines:
+    facts = TASKS.get(source.config.task.name).facts
+    return StoredBaselines(
+        evaluation=evaluation, metric=facts.metric, lower_is_better=facts.lower_is_better, baselines=baselines
+    )
 
 
 def _find_older(wanted: EvaluationSet, recorded: Iterable[StoredBaselines]) -> StoredBaselines | None:

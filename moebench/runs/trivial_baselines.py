@@ -8,7 +8,7 @@ from math import isfinite
 from statistics import fmean
 from typing import Any
 
-from moebench.runs.checked_json import require_numbers, require_types
+from moebench.runs.checked_json import Types, require_numbers, require_types
 from moebench.runs.result import RunResult
 from moebench.tasks.baselines.baseline import FORMAT, TrivialBaseline
 
@@ -54,11 +54,15 @@ class StoredBaselines:
     """The trivial baselines of one evaluation set; none where the task has none."""
 
     evaluation: EvaluationSet
+    metric: str
+    """The metric that arms are compared by."""
+    lower_is_better: bool
     baselines: tuple[TrivialBaseline, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""
-        return {**asdict(self.evaluation), "baselines": [asdict(baseline) for baseline in self.baselines]}
+        facts = {"metric": self.metric, "lower_is_better": self.lower_is_better}
+        return {**asdict(self.evaluation), **facts, "baselines": [asdict(baseline) for baseline in self.baselines]}
 
     @classmethod
     def from_dict(cls, values: Any) -> "StoredBaselines":
@@ -66,7 +70,8 @@ class StoredBaselines:
         texts = ("task", "data_digest", "eval_digest", "split")
         if not isinstance(values, Mapping):
             raise ValueError("trivial baselines are no object")
-        require_types(values, {**dict.fromkeys(texts, str), "plugins": (list, tuple), "format": int, "baselines": list})
+        types: dict[str, Types] = {**dict.fromkeys((*texts, "metric"), str), "lower_is_better": bool}
+        require_types(values, {**types, "plugins": (list, tuple), "format": int, "baselines": list})
         if len(values["baselines"]) > MAX_BASELINES:
             raise ValueError(f"{len(values['baselines'])} trivial baselines (allowed: at most {MAX_BASELINES})")
         return cls(
@@ -75,6 +80,8 @@ class StoredBaselines:
                 plugins=tuple(str(digest) for digest in values["plugins"]),
                 format=values["format"],
             ),
+            metric=values["metric"],
+            lower_is_better=values["lower_is_better"],
             baselines=tuple(_read_baseline(entry) for entry in values["baselines"]),
         )
 

@@ -5,15 +5,17 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OUT_OF_DOMAIN = "out_of_domain"
 """Suffix of metrics over the domains that are held out of training."""
 
 
 def average_by_domain(
-    name: str, sum_D: Tensor, weight_D: Tensor, domains: Sequence[str], num_held_out: int = 0
+    name: str, sum_D: "Tensor", weight_D: "Tensor", domains: Sequence[str], num_held_out: int = 0
 ) -> dict[str, float]:
     """Return weighted means: `name` over the trained domains, and `name/DOMAIN` for each domain with any weight.
 

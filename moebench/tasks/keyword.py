@@ -13,7 +13,7 @@ from typing_extensions import override
 from moebench.tasks.audio.batches import evaluation_indices
 from moebench.tasks.audio.clips import AudioDataConfig
 from moebench.tasks.audio.task import AudioConfig, AudioTask
-from moebench.tasks.baselines.baseline import EVAL_BATCH, TrivialBaseline
+from moebench.tasks.baselines.baseline import TrivialBaseline
 from moebench.tasks.baselines.classification import (
     NUM_PARTS,
     ClassBaselines,
@@ -21,6 +21,7 @@ from moebench.tasks.baselines.classification import (
     average_parts,
     limit_samples,
 )
+from moebench.tasks.baselines.measure import EVAL_BATCH
 from moebench.tasks.task import TASKS, Batch, LabelKind, TaskFacts, average_by_domain
 
 

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from moebench.errors import UsageError, require, unknown
 from moebench.ranges import AT_LEAST_1, BELOW_1, Range, check_ranges
-from moebench.tasks.baselines.baseline import EVAL_BATCH, TrivialBaseline
+from moebench.tasks.baselines.baseline import TrivialBaseline
 from moebench.tasks.baselines.classification import (
     MAX_PIXELS,
     ClassBaselines,
@@ -23,6 +23,7 @@ from moebench.tasks.baselines.classification import (
     flatten_patches,
     limit_samples,
 )
+from moebench.tasks.baselines.measure import EVAL_BATCH
 from moebench.tasks.images.augment import Augmentation
 from moebench.tasks.images.calibration import bin_sums, brier_B, calibration_error
 from moebench.tasks.images.few_shot import FewShotConfig, few_shot_accuracy

@@ -19,6 +19,7 @@ from moebench.tracking.mlflow_store import MAX_BATCH, MetricValue, MlflowStore, 
 from moebench.tracking.report import ReplayReport
 from moebench.tracking.source import RunSource, results_id
 from moebench.tracking.stored_runs import EXPERIMENT, find_stored_runs, was_trained_again
+from moebench.tracking.trivial_baselines import send_trivial_baselines
 
 _STATUS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
@@ -69,6 +70,7 @@ class Sender:
             status = "RUNNING" if self.live else "KILLED"
         num_done = f"{statuses.count('FINISHED')} of {num_cells} done"
         self.store.log(parent.id, tags={"moebench.status": num_done, "moebench.figures": checksum})
+        send_trivial_baselines(self.store, parent, experiment, self.results)
         if status != parent.status:
             self._set_status(parent, status)
 

@@ -12,10 +12,12 @@ from moebench.analysis.compare.values import Comparison, Difference
 from moebench.reporting.canvas import GREY, line_style, new_figure
 from moebench.reporting.formatting import format_plural
 
+LANGUAGE_PANEL = CurvePanel()
+
 
 def draw_comparison(
     journals: Mapping[str, Mapping[int, Points]],
-    panel: CurvePanel = CurvePanel(),
+    panel: CurvePanel = LANGUAGE_PANEL,
     *,
     path: Path,
     title: str,

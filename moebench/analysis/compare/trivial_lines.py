@@ -25,8 +25,10 @@ def include_reference(
     if reference is None:
         return limits
     bottom, top = limits
-    value, margin = reference.values[metric], 0.06 * (top - bottom)
-    return (min(bottom, value - margin), top) if lower_is_better else (bottom, max(top, value + margin))
+    value = reference.values[metric]
+    if lower_is_better:
+        return min(bottom, value - 0.06 * max(top - value, 0)), top
+    return bottom, max(top, value + 0.06 * max(value - bottom, 0))
 
 
 def draw_trivial_lines(ax: Axes, baselines: Sequence[TrivialBaseline], metric: str) -> str:

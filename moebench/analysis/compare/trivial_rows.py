@@ -5,7 +5,7 @@ from moebench.reporting.formatting import MISSING, format_number, format_signed
 from moebench.tasks.baselines.baseline import TrivialBaseline
 from moebench.tasks.task import OUT_OF_DOMAIN
 
-VERDICT, REFERENCE_VERDICT = "trivial baseline", "trivial baseline, the reference"
+VERDICT, REFERENCE_VERDICT = "trivial", "trivial (reference)"
 
 
 def list_quality_rows(comparison: Comparison) -> tuple[tuple[str, ...], ...]:

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moebench.tasks.baselines.baseline import EVAL_BATCH, TrivialBaseline, Values, evaluate_outputs, keep_metrics
+from moebench.tasks.baselines.baseline import TrivialBaseline
+from moebench.tasks.baselines.measure import EVAL_BATCH, Values, evaluate_outputs, keep_metrics
 
 if TYPE_CHECKING:
     from moebench.tasks.task import Batch, Task

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from moebench.tasks.baselines.baseline import EVAL_BATCH, CodeLength, TrivialBaseline, Values
+from moebench.tasks.baselines.baseline import TrivialBaseline
 from moebench.tasks.baselines.compressors import COMPRESSORS, MAX_BYTES, compute_bits_per_byte
+from moebench.tasks.baselines.measure import EVAL_BATCH, CodeLength, Values
 from moebench.tasks.baselines.ngrams import LEFT, NgramModel, read_context
 from moebench.tasks.baselines.stored_text import (
     NUM_BYTE_SYMBOLS,

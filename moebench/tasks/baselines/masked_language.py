@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moebench.tasks.baselines.baseline import EVAL_BATCH, CodeLength, TrivialBaseline, Values
+from moebench.tasks.baselines.baseline import TrivialBaseline
+from moebench.tasks.baselines.measure import EVAL_BATCH, CodeLength, Values
 from moebench.tasks.baselines.ngrams import LEFT, MISSING, TWO_SIDED, NgramModel, max_order, read_context
 from moebench.tasks.baselines.stored_text import MAX_TRAINING_TOKENS, read_training_tokens
 

@@ -15,7 +15,7 @@ from functools import reduce
 
 import numpy as np
 
-from moebench.tasks.baselines.baseline import Values
+from moebench.tasks.baselines.measure import Values
 
 LEFT = (-1, -2, -3, -4)
 """Positions of the context relative to the predicted symbol, the nearest first: orders 1 to 5."""

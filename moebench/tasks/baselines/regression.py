@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from moebench.tasks.baselines.baseline import EVAL_BATCH, TrivialBaseline, evaluate_outputs
+from moebench.tasks.baselines.baseline import TrivialBaseline
+from moebench.tasks.baselines.measure import EVAL_BATCH, evaluate_outputs
 
 if TYPE_CHECKING:
     from moebench.tasks.task import Batch, Task

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moebench.tasks.baselines.baseline import Values
+from moebench.tasks.baselines.measure import Values
 from moebench.tasks.text.tokens import load_tokenizer
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from moebench.tasks.audio.transcripts import count_word_errors
-from moebench.tasks.baselines.baseline import EVAL_BATCH, TrivialBaseline, Values
+from moebench.tasks.baselines.baseline import TrivialBaseline
+from moebench.tasks.baselines.measure import EVAL_BATCH, Values
 from moebench.tasks.domain_metrics import average_by_domain
 
 if TYPE_CHECKING:
