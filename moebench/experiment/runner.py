@@ -17,14 +17,13 @@ from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.plan import cell_state
 from moebench.experiment.reshard import reshard
 from moebench.experiment.store import DAMAGED, open_results, record_experiment, require_disk_space, split_unfinished
-from moebench.experiment.trivial_baselines import find_source, read_finished, record_baselines
+from moebench.experiment.trivial_baselines import summarise_baselines
 from moebench.launch.containment import Containment
 from moebench.launch.devices import uses_gpu, visible_devices
 from moebench.launch.launcher import Launcher
 from moebench.launch.scheduler import Interrupted, Outcome, SchedulePolicy, Scheduler
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
-from moebench.runs.trivial_baselines import BELOW_TRIVIAL, average_arm, is_below_trivial
 from moebench.tasks.task import TASKS
 from moebench.tracking.address import NO_TRACKER, check_uri, default_uri
 from moebench.tracking.tracker import Tracker, TrackerStatus
@@ -156,13 +155,7 @@ def run_experiment(
     try:
         jobs = options.jobs or min(choose_num_jobs(cells), count_fitting_cells(cells, costs))
         outcomes, interrupted = grid_run.train(replace(options, jobs=jobs))
-        below_trivial = ""
-        if not interrupted:
-            with containment.contain("trivial baselines"):
-                below_trivial = _record_trivial_baselines(results, experiment, console)
-        if cells and not interrupted:
-            with containment.contain("figure of the curves"):
-                figures.draw_experiment_figures(experiment, results)
+        below_trivial = "" if interrupted else grid_run.summarise()
     except BaseException:
         if tracker:
             tracker.kill()
@@ -178,26 +171,6 @@ def run_experiment(
         problems=containment.problems,
         below_trivial=below_trivial,
     )
-
-
-def _record_trivial_baselines(results: Path, experiment: Experiment, console: Console) -> str:
-    """Record the trivial baselines of the data; return the mark of an experiment that is below them, or nothing."""
-    run_results = read_finished(results, experiment.cells)
-    source = find_source(experiment.cells, run_results, experiment.baseline)
-    if source is None:
-        return ""
-    trivial = record_baselines(
-        results / "experiments" / f"{experiment.name}.json",
-        source,
-        results,
-        on_compute=lambda: print_note(console, "computing the trivial baselines of the data, once"),
-    )
-    if trivial.problem:
-        print_note(console, f"no trivial baselines: {trivial.problem}")
-    facts = TASKS.get(source.config.task.name).facts
-    mean = average_arm(run_results, experiment.baseline, facts.metric)
-    is_below = is_below_trivial(mean, trivial.baselines, facts.metric, lower_is_better=facts.lower_is_better)
-    return BELOW_TRIVIAL if is_below else ""
 
 
 def _start_tracker(results: Path, uri: str | None, experiment: Experiment, containment: Containment) -> Tracker | None:
@@ -270,6 +243,22 @@ class _GridRun:
                 return scheduler.run(self.cells, on_tick=poll_tracker, on_end=self._draw), 0
             except Interrupted as interrupted:
                 return list(interrupted.outcomes), interrupted.signal_number
+
+    def summarise(self) -> str:
+        """Record the trivial baselines, draw the curves; return the mark of an experiment below the baselines."""
+        mark = ""
+        with self.containment.contain("trivial baselines"):
+            mark, notes = summarise_baselines(
+                self.experiment,
+                self.results,
+                on_compute=lambda: print_note(self.console, "computing the trivial baselines of the data, once"),
+            )
+            for note in notes:
+                print_note(self.console, note)
+        if self.cells:
+            with self.containment.contain("figure of the curves"):
+                self.figures.draw_experiment_figures(self.experiment, self.results)
+        return mark
 
     def _draw(self, outcome: Outcome) -> None:
         cell = outcome.cell

@@ -8,12 +8,21 @@ from typing import Any
 
 from moebench.config import resolve
 from moebench.errors import UsageError
+from moebench.experiment.grid import Experiment
 from moebench.plugin_errors import describe_error
 from moebench.runs.cell import Cell
 from moebench.runs.experiment_record import read_record
 from moebench.runs.folder import RunFolder, write_json
 from moebench.runs.result import RunResult
-from moebench.runs.trivial_baselines import RECORD_KEY, EvaluationSet, StoredBaselines, read_recorded
+from moebench.runs.trivial_baselines import (
+    BELOW_TRIVIAL,
+    RECORD_KEY,
+    EvaluationSet,
+    StoredBaselines,
+    average_arm,
+    is_below_trivial,
+    read_recorded,
+)
 from moebench.schema import CellConfig
 from moebench.tasks.baselines.baseline import TrivialBaseline
 from moebench.tasks.cache import load_or_create, read_entry
@@ -71,6 +80,22 @@ def find_baselines(
             if stored is None:
                 return TrivialBaselines(problem=" ".join(problem.split()))
     return TrivialBaselines(baselines=stored.baselines)
+
+
+def summarise_baselines(
+    experiment: Experiment, results: Path, on_compute: Callable[[], None] = ignore
+) -> tuple[str, tuple[str, ...]]:
+    """Record the trivial baselines of an experiment; return its mark, empty if it is not below them, and notes."""
+    run_results = read_finished(results, experiment.cells)
+    source = find_source(experiment.cells, run_results, experiment.baseline)
+    if source is None:
+        return "", ()
+    trivial = record_baselines(results / "experiments" / f"{experiment.name}.json", source, results, on_compute)
+    facts = TASKS.get(source.config.task.name).facts
+    mean = average_arm(run_results, experiment.baseline, facts.metric)
+    is_below = is_below_trivial(mean, trivial.baselines, facts.metric, lower_is_better=facts.lower_is_better)
+    notes = (f"no trivial baselines: {trivial.problem}",) if trivial.problem else ()
+    return BELOW_TRIVIAL if is_below else "", notes
 
 
 def record_baselines(

@@ -56,12 +56,13 @@ def _metric_names(recorded: StoredBaselines) -> list[str]:
 
 def _describe(experiment: Mapping[str, Any], recorded: StoredBaselines, mark: str) -> str:
     """Return the description of the experiment's run, in Markdown."""
+    metric = recorded.metric
     lines = [
-        f"- {baseline.name}{' (the reference)' if baseline.is_reference else ''}: {baseline.values[recorded.metric]:.4f}"
+        f"- {baseline.name}{' (the reference)' if baseline.is_reference else ''}: {baseline.values[metric]:.4f}"
         for baseline in recorded.baselines
-        if recorded.metric in baseline.values
+        if metric in baseline.values
     ]
-    table = "\n".join([f"Trivial baselines, {recorded.metric} on the test split:", "", *lines])
+    table = "\n".join([f"Trivial baselines, {metric} on the test split:", "", *lines])
     return "\n\n".join(part for part in (str(experiment.get("question") or ""), mark, table) if part)
 
 
