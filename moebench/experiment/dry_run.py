@@ -7,7 +7,7 @@ from typing import Any
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
 from moebench.experiment.plan import cell_state
-from moebench.experiment.store import DAMAGED
+from moebench.experiment.store import DAMAGED, require_one_file
 from moebench.runs.attempts import read_attempts
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
@@ -25,6 +25,7 @@ ACTIONS = {
 
 def list_actions(experiment: Experiment, results: Path) -> list[dict[str, Any]]:
     """Return a JSON-ready row for each cell: its state, what a run would do, and from which step on."""
+    require_one_file(results, experiment)
     return [_describe_cell(results, cell) for cell in {cell.id: cell for cell in experiment.cells}.values()]
 
 
