@@ -1,6 +1,7 @@
 """The stored text as trivial baselines read it: symbols of the training split, and the bytes of each domain."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,7 @@ from moebench.tasks.text.tokens import load_tokenizer
 
 if TYPE_CHECKING:
     from moebench.tasks.language import TextTask
+    from moebench.tasks.text.windows import TextSplit
 
 SPECIAL = 256
 """Symbol of a token without bytes, such as a separator, among the bytes."""
@@ -45,12 +47,12 @@ def read_byte_symbols(task: "TextTask") -> ByteSymbols:
 
 
 def read_training_tokens(task: "TextTask", limit: int) -> list[Values]:
-    """Return the token stream of the training split in blocks; if it has more than `limit`, evenly spaced ones."""
-    token_N = task.text.train.tokens_N
-    num_blocks = -(-len(token_N) // BLOCK)
+    """Return the token stream of the training split in blocks (int32); of more than `limit`, evenly spaced ones."""
+    split = task.text.train
+    num_blocks = -(-_count_tokens(split) // BLOCK)
     kept = min(num_blocks, max(limit // BLOCK, 1))
     starts = (np.arange(kept) * num_blocks // kept * BLOCK).tolist()
-    return [np.asarray(token_N[start : start + BLOCK], dtype=np.int64) for start in starts]
+    return [_read_tokens(split, start, start + BLOCK) for start in starts]
 
 
 def read_training_bytes(task: "TextTask", symbols: ByteSymbols) -> Values:
@@ -62,13 +64,30 @@ def read_training_bytes(task: "TextTask", symbols: ByteSymbols) -> Values:
 
 
 def read_domain_text(task: "TextTask", split: str, symbols: ByteSymbols, limit: int) -> list[bytes]:
-    """Return the text of each domain in a split without separators, `limit` bytes at most."""
-    text = getattr(task.text, split)
-    ends = [*text.start_W[np.flatnonzero(np.diff(text.domain_W)) + 1].tolist(), len(text.tokens_N)]
-    texts, start = dict.fromkeys(range(len(task.domains)), b""), 0
-    for domain, end in zip(np.unique(text.domain_W).tolist(), ends, strict=True):
-        # A separator is longer than it is: at most as many tokens as bytes are needed, unless there are separators.
-        symbol_S = symbols.encode(np.asarray(text.tokens_N[start : min(end, start + 2 * limit)], dtype=np.int64))
+    """Return the text of each domain in a split without separators, `limit` bytes at most; empty where it has none."""
+    text: TextSplit = getattr(task.text, split)
+    texts = [b""] * len(task.domains)
+    for domain, start, end in _list_domains(text):
+        # Twice as many tokens as bytes: some are separators.
+        symbol_S = symbols.encode(_read_tokens(text, start, min(end, start + 2 * limit)))
         texts[domain] = symbol_S[symbol_S != SPECIAL][:limit].astype(np.uint8).tobytes()
-        start = end
-    return [texts[domain] for domain in range(len(task.domains))]
+    return texts
+
+
+# Only the three functions below know how tokens are stored.
+
+
+def _count_tokens(split: "TextSplit") -> int:
+    return len(split.tokens_N)
+
+
+def _read_tokens(split: "TextSplit", start: int, end: int) -> Values:
+    """Return the tokens from `start` to `end`, or to the end of the stream (int32)."""
+    return np.asarray(split.tokens_N[start:end], dtype=np.int32)
+
+
+def _list_domains(split: "TextSplit") -> list[tuple[int, int, int]]:
+    """Return each domain of the stream with its first token and the end of its tokens."""
+    first_D = np.flatnonzero(np.diff(split.domain_W, prepend=-1))
+    starts = [*split.start_W[first_D].tolist(), len(split.tokens_N)]
+    return [(int(split.domain_W[at]), *bounds) for at, bounds in zip(first_D, pairwise(starts), strict=True)]

@@ -32,7 +32,7 @@ from moebench.training.model import prepare_task
 @pytest.fixture
 def source(tmp_path: Path) -> BaselineSource:
     """A finished run of a task on a small text."""
-    config = tiny_config(write_text(tmp_path))
+    config = tiny_config(write_text(tmp_path), task={"data": {"tokenizer": "bytes"}})
     task = prepare_task(config, tmp_path / "results")
     digests = {"data_digest": task.digest, "eval_digest": task.eval_digest}
     return BaselineSource(result=make_result("dense", 0, 2.0, config=to_plain(config), **digests), config=config)
@@ -153,7 +153,12 @@ def test_the_record_keeps_them_when_it_is_written_again(
 
 def write_experiment(file: Path, question: str = "?") -> Experiment:
     """Write an experiment on the small text in the folder of the test."""
-    task = {"name": "language", "sequence_length": 8, "eval_windows": 2, "data": {"path": "text.jsonl"}}
+    task = {
+        "name": "language",
+        "sequence_length": 8,
+        "eval_windows": 2,
+        "data": {"path": "text.jsonl", "tokenizer": "bytes"},
+    }
     file.parent.mkdir(exist_ok=True)
     base = {"task": task, "train": {"steps": 2, "batch_size": 2}}
     file.write_text(json.dumps({"question": question, "base": base, "grid": {"router": ["dense"]}, "seeds": [0]}))

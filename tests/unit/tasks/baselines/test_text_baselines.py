@@ -2,7 +2,6 @@
 
 import bz2
 import gzip
-import itertools
 import json
 import lzma
 import math
@@ -21,6 +20,8 @@ from moebench.tasks.baselines import stored_text
 from moebench.tasks.baselines.baseline import TrivialBaseline
 from moebench.tasks.baselines.span_corruption import compute_sentinel_nats, restore_text
 from moebench.tasks.language import TextTask
+from moebench.tasks.text.documents import load_documents
+from moebench.tasks.text.splits import split_documents
 from moebench.training.model import prepare_task
 
 SEPARATOR = 256
@@ -56,7 +57,8 @@ def subwords(text: Path) -> Tokenizer:
 
 
 def make_task(text: Path, folder: Path, name: str, **options: Any) -> TextTask:
-    config = tiny_config(text, task={"name": name, "sequence_length": 24, "eval_windows": 3, **options})
+    data = {"tokenizer": "bytes", **options.pop("data", {})}
+    config = tiny_config(text, task={"name": name, "sequence_length": 24, "eval_windows": 3, **options, "data": data})
     task = prepare_task(config, folder)
     assert isinstance(task, TextTask)
     return task
@@ -143,14 +145,8 @@ def test_compressors_equal_the_sizes_of_files(
 ) -> None:
     options = {"data": {"tokenizer": str(text.parent)}} if is_subword else {}
     task = make_task(text, tmp_path, "language", **options)
-    bytes_task = make_task(text, tmp_path, "language")
-    # The test documents from the stream of bytes, in which each domain begins where its first window does.
-    stream = bytes_task.text.test
-    starts = [int(stream.start_W[stream.domain_W == domain][0]) for domain in range(3)] + [len(stream.tokens_N)]
-    texts = [
-        bytes(token for token in stream.tokens_N[begin:end].tolist() if token != SEPARATOR)
-        for begin, end in itertools.pairwise(starts)
-    ]
+    documents = split_documents(load_documents(task.config.data))["test"]
+    texts = ["".join(d.text for d in documents if d.domain == name).encode() for name in "abc"]
     weight_D = [0, 0, 0]
     for batch in task.eval_batches("test", 100):
         for domain, weight in zip(batch.domain_B.tolist(), batch.weight_BP.sum(1).tolist(), strict=True):
