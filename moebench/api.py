@@ -103,13 +103,16 @@ def compare(
     from dataclasses import replace
 
     from moebench.analysis.compare.experiment import compare_experiment
-    from moebench.experiment.grid import Experiment
+    from moebench.experiment.files import find_experiment
+    from moebench.experiment.grid import Experiment, expand
 
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
     if not isinstance(runs, Experiment | str | Path):
         return _compare_runs(list(runs), Path(results), baseline, split, allow_mismatch=allow_mismatch)
-    experiment = _as_experiment(runs)
+    if isinstance(runs, str | Path):
+        runs = expand(find_experiment(str(runs)), finished_in=Path(results))
+    experiment = runs
     if baseline is not None:
         experiment = replace(experiment, baseline=baseline)
     return compare_experiment(experiment, Path(results), allow_mismatch=allow_mismatch, split=split)
@@ -176,8 +179,11 @@ def _as_experiment(experiment: "Experiment | str | Path") -> "Experiment":
 def _compare_runs(
     ids: Sequence[str], results: Path, baseline: str | None, split: "Split", *, allow_mismatch: bool
 ) -> "Comparison":
+    from dataclasses import replace
+
     from moebench.analysis.compare.comparison import compare as compare_results
     from moebench.analysis.compare.values import ComparisonMetric
+    from moebench.experiment.trivial_baselines import find_baselines_of_runs
     from moebench.tasks.task import TASKS
 
     if not ids:
@@ -186,13 +192,16 @@ def _compare_runs(
     cells = [folder.read_cell() for folder in folders]
     arms = [cell["arm"] for cell in cells]
     facts = TASKS.get(cells[0]["config"]["task"]["name"]).facts
-    return compare_results(
-        [result for folder in folders if (result := folder.read_result()) is not None],
+    run_results = [result for folder in folders if (result := folder.read_result()) is not None]
+    comparison = compare_results(
+        run_results,
         expected=[(cell["arm"], cell["seed"], cell["id"]) for cell in cells],
         baseline=baseline or (DEFAULT_BASELINE if DEFAULT_BASELINE in arms else arms[0]),
         metric=ComparisonMetric(name=facts.metric, lower_is_better=facts.lower_is_better, split=split),
         allow_mismatch=allow_mismatch,
     )
+    trivial = find_baselines_of_runs(cells, run_results, comparison.baseline, results, split)
+    return replace(comparison, trivial_baselines=trivial.baselines, trivial_problem=trivial.problem)
 
 
 def _find_run(run: str | Path, results: Path) -> "RunFolder":

@@ -208,6 +208,14 @@ SPEED: tuple[Declaration, ...] = (
 )
 COMPARISON: tuple[Declaration, ...] = (
     ("mean", "mean", "", "number", "neither", "Mean over seeds of the metric that arms are compared by."),
+    (
+        "trivial/NAME",
+        "",
+        "",
+        "number",
+        "neither",
+        "What a trivial baseline reaches on the test split, in the metric that arms are compared by; in MLflow.",
+    ),
     ("p", "p", "", "p", "lower", "P value of the paired t-test."),
     ("p_holm", "p Holm", "", "p", "lower", "P value of the paired t-test, corrected for all comparisons."),
     ("p_exact", "exact p", "", "p", "lower", "Sign flips, 6 seeds or more, not corrected."),

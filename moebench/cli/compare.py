@@ -76,7 +76,7 @@ def compare(
     subjects = [name for name in names if "=" not in name]
     check_plot(plot)
     if is_experiment(subjects):
-        grid = expand(find_experiment(subjects[0]), overrides, plugin or ())
+        grid = expand(find_experiment(subjects[0]), overrides, plugin or (), finished_in=results)
     else:
         grid = expand_routers(subjects, task, overrides, plugin or ())
         train_missing(grid, results, jobs)

@@ -238,6 +238,7 @@ def _print_summary(report: "RunReport", arguments: CommandArguments, options: "R
         for outcome in report.failed
     ]
     lines += [f"warning: {problem}" for problem in report.problems]
+    lines += [f"warning: {report.below_trivial}"] if report.below_trivial else []
     if report.tracker_problem:
         lines.append(f"tracker: {report.tracker_problem}")
     if report.interrupted:

@@ -48,13 +48,30 @@ class _Point:
     """The cell's configuration without overrides, untyped."""
 
 
+def read_data_digest(config: CellConfig) -> str:
+    """Return the digest of the data that a cell names, which are read."""
+    return TASKS.get(config.task.name).item.source_digest(config.task)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolution:
+    """How arms are resolved."""
+
+    on_progress: Callable[[int, int], None] = lambda number, total: None
+    """Called with the number of arms that are checked and that of all."""
+    find_digest: Callable[[CellConfig], str] = read_data_digest
+    """Returns the digest of the data of a cell."""
+
+
+DEFAULT_RESOLUTION = Resolution()
+
+
 def resolve_arms(
-    config: ExperimentConfig, overrides: Mapping[str, Any], where: str, on_progress: Callable[[int, int], None]
+    config: ExperimentConfig, overrides: Mapping[str, Any], where: str, resolution: Resolution
 ) -> tuple[list[Arm], tuple[str, ...]]:
     """Resolve and check every arm, and return them with notes on what was left out of the grid.
 
-    Raises UsageError if an arm could not be trained or equals another. `on_progress` is called with the number of arms
-    that are checked and that of all.
+    Raises UsageError if an arm could not be trained or equals another.
     """
     require(isinstance(config.base, Mapping), "base", str(config.base) or "null", "a mapping of keys to values")
     if "seed" in config.base or "seed" in overrides:
@@ -72,9 +89,9 @@ def resolve_arms(
     _refuse_equal_labels(labels, configs, where, remedy)
     arms: list[Arm] = []
     for number, (point, cell) in enumerate(zip(points, configs, strict=True)):
-        on_progress(number, len(points))
+        resolution.on_progress(number, len(points))
         check_cell(cell)
-        digest = TASKS.get(cell.task.name).item.source_digest(cell.task)
+        digest = resolution.find_digest(cell)
         varies = _list_varied_keys(point, cell)
         arms.append(Arm(label=labels[number], config=cell, varies=varies, data_digest=digest, axes=axes[number]))
     _refuse_equal_cells(arms, where, remedy)

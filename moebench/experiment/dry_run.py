@@ -7,7 +7,7 @@ from typing import Any
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
 from moebench.experiment.plan import cell_state, list_planned_cells
-from moebench.experiment.store import DAMAGED
+from moebench.experiment.store import DAMAGED, require_one_file
 from moebench.experiment.tuning import UNSETTLED, has_diverged, list_tuning_cells
 from moebench.runs.attempts import read_attempts
 from moebench.runs.cell import Cell
@@ -29,6 +29,7 @@ def list_actions(experiment: Experiment, results: Path) -> list[dict[str, Any]]:
 
     With tuning, its runs come first; runs of arms that have not chosen their settings yet have no id.
     """
+    require_one_file(results, experiment)
     rows = [
         _describe_cell(results, cell) if is_settled else _describe_unsettled(cell)
         for cell, is_settled in {

@@ -8,8 +8,9 @@ from typing import Any
 
 from moebench.config import apply_overrides, cell_id, load_experiment
 from moebench.errors import require_text, unknown
-from moebench.experiment.arms import Arm, note_partial_overrides, resolve_arms
+from moebench.experiment.arms import DEFAULT_RESOLUTION, Arm, Resolution, note_partial_overrides, resolve_arms
 from moebench.experiment.sizes import apply_size, name_experiment
+from moebench.experiment.stored_digests import choose_digest
 from moebench.experiment.trials import Tuning, build_tuning
 from moebench.file_access import require_plain_name
 from moebench.plugin_errors import plugin_errors_in_one_line
@@ -55,17 +56,20 @@ def expand(
     overrides: Sequence[str] = (),
     plugins: Sequence[str] = (),
     on_progress: Callable[[int, int], None] = ignore_progress,
+    finished_in: Path | None = None,
 ) -> Experiment:
     """Read an experiment file and build its cells; raise UsageError if one could not be trained.
 
-    `on_progress` is called with the number of arms that are checked and that of all arms.
+    `on_progress` is called with the number of arms that are checked and that of all arms. `finished_in`: a results
+    folder; where data are missing, cells are those that were trained there.
     """
     loaded = [load_plugin(plugin) for plugin in plugins]  # first: the file may use what they register
     config, cell_overrides = load_experiment(path, overrides)
     own_size = load_experiment(path)[0].size if config.size is not None else None
     config = apply_size(config, own_size)
     is_regridded = any(override.startswith(("grid", "seeds")) for override in overrides)
-    experiment = _build(path, config, cell_overrides, loaded, is_regridded=is_regridded, on_progress=on_progress)
+    resolution = Resolution(on_progress=on_progress, find_digest=choose_digest(finished_in))
+    experiment = _build(path, config, cell_overrides, loaded, is_regridded=is_regridded, resolution=resolution)
     return replace(experiment, name=name_experiment(experiment.name, config.size, own_size))
 
 
@@ -101,12 +105,12 @@ def _build(
     plugins: Sequence[Plugin],
     *,
     is_regridded: bool,
-    on_progress: Callable[[int, int], None] = ignore_progress,
+    resolution: Resolution = DEFAULT_RESOLUTION,
 ) -> Experiment:
     require_text(config.question, "question")
     require_text(config.baseline, "baseline")
     with plugin_errors_in_one_line():
-        arms, arm_notes = resolve_arms(config, cell_overrides, str(path), on_progress)
+        arms, arm_notes = resolve_arms(config, cell_overrides, str(path), resolution)
     baseline, notes = _choose_baseline(config.baseline, [arm.label for arm in arms], is_regridded=is_regridded)
     needed = {arm.label: select_plugins(plugins, _collect_names(arm.config)) for arm in arms}
     cells = [_build_cell(arm, seed, needed[arm.label]) for seed in config.seeds for arm in arms]

@@ -18,6 +18,7 @@ from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.plan import cell_state
 from moebench.experiment.reshard import reshard
 from moebench.experiment.store import DAMAGED, open_results, record_experiment, require_disk_space, split_unfinished
+from moebench.experiment.trivial_baselines import summarise_baselines
 from moebench.experiment.tuning_report import TuningReport
 from moebench.launch.containment import Containment
 from moebench.launch.devices import uses_gpu, visible_devices
@@ -82,6 +83,8 @@ class RunReport:
     """What could not be shown, drawn, tracked or tidied up, one line each; no result depends on it."""
     tuning: TuningReport | None = None
     """Of an experiment with tuning: its first phase."""
+    below_trivial: str = ""
+    """The mark of an experiment whose baseline arm does not beat trivial baselines; else empty."""
 
     @property
     def num_cells(self) -> int:
@@ -121,6 +124,7 @@ class RunReport:
             "tracker": self.tracker_problem,
             "interrupted": self.interrupted,
             "problems": list(self.problems),
+            "below_trivial_baselines_text": self.below_trivial or None,
         }
 
 
@@ -155,9 +159,7 @@ def run_experiment(
     try:
         jobs = options.jobs or min(choose_num_jobs(cells), count_fitting_cells(cells, costs))
         outcomes, interrupted = grid_run.train(replace(options, jobs=jobs))
-        if cells and not interrupted and not experiment.tuning_of:  # its figure would show the test split
-            with containment.contain("figure of the curves"):
-                figures.draw_experiment_figures(experiment, results)
+        below_trivial = "" if interrupted or experiment.tuning_of else grid_run.summarise()
     except BaseException:
         if tracker:
             tracker.kill()
@@ -171,6 +173,7 @@ def run_experiment(
         tracker_problem=tracker_problem,
         interrupted=interrupted,
         problems=containment.problems,
+        below_trivial=below_trivial,
     )
 
 
@@ -253,6 +256,22 @@ class _GridRun:
                 return scheduler.run(self.cells, on_tick=poll_tracker, on_end=self._draw), 0
             except Interrupted as interrupted:
                 return list(interrupted.outcomes), interrupted.signal_number
+
+    def summarise(self) -> str:
+        """Record the trivial baselines, draw the curves; return the mark of an experiment below the baselines."""
+        mark = ""
+        with self.containment.contain("trivial baselines"):
+            mark, notes = summarise_baselines(
+                self.experiment,
+                self.results,
+                on_compute=lambda: print_note(self.console, "computing the trivial baselines of the data, once"),
+            )
+            for note in notes:
+                print_note(self.console, note)
+        if self.cells:
+            with self.containment.contain("figure of the curves"):
+                self.figures.draw_experiment_figures(self.experiment, self.results)
+        return mark
 
     def _draw(self, outcome: Outcome) -> None:
         cell = outcome.cell

@@ -1,5 +1,6 @@
 """Check the results folder before training, and record an experiment in it."""
 
+import contextlib
 import shutil
 import tempfile
 import time
@@ -14,7 +15,9 @@ from moebench.experiment.tuning import has_diverged, read_tuning
 from moebench.file_access import require_no_links
 from moebench.launch.scheduler import Outcome
 from moebench.runs.cell import Cell
+from moebench.runs.experiment_record import read_record
 from moebench.runs.folder import write_json
+from moebench.runs.trivial_baselines import RECORD_KEY
 
 CHECKPOINT_BYTES_PER_PARAM = 12
 """fp32 weight and two moments of AdamW."""
@@ -61,12 +64,33 @@ def require_disk_space(results: Path, cells: list[Cell], costs: ModelCosts) -> N
         )
 
 
+def require_one_file(results: Path, experiment: Experiment) -> None:
+    """Raise UsageError if the name of the experiment belongs to another file: both would share one record.
+
+    A file that was moved, and a copy, are the same experiment.
+    """
+    try:
+        record = read_record(results / "experiments" / f"{experiment.name}.json")
+        earlier, file = Path(record.get("path") or record.get("file") or ""), Path(experiment.file)
+        if not earlier.is_file() or not file.is_file() or earlier.samefile(file):
+            return
+        is_copy = earlier.read_bytes() == file.read_bytes()
+    except (UsageError, OSError, TypeError, ValueError):  # no record, or none that can be compared with
+        return
+    if not is_copy:
+        raise UsageError(
+            f"{file}: results folder {results} has results of '{earlier}', another experiment with the name"
+            f" '{experiment.name}'; rename one of the files, or choose another folder with --results"
+        )
+
+
 def record_experiment(results: Path, experiment: Experiment) -> None:
     """Write the question of the experiment, the ids of its cells and what its arms have chosen in tuning."""
     record: dict[str, Any] = {
         "name": experiment.name,
         "question": experiment.question,
         "file": experiment.file,
+        "path": str(Path(experiment.file).absolute()),
         "baseline": experiment.baseline,
         "cells": [{"id": cell.id, "arm": cell.arm, "seed": cell.seed} for cell in experiment.cells],
         "time": time.time(),
@@ -76,10 +100,14 @@ def record_experiment(results: Path, experiment: Experiment) -> None:
         record["tuning"] = state.to_dict()
     if experiment.tuning_of:
         record["tuning_of"] = experiment.tuning_of
+    require_one_file(results, experiment)
     folder = results / "experiments"
+    path = folder / f"{experiment.name}.json"
+    with contextlib.suppress(UsageError):  # none yet, or damaged
+        record |= {key: value for key, value in read_record(path).items() if key == RECORD_KEY}
     try:
         folder.mkdir(exist_ok=True)
-        write_json(folder / f"{experiment.name}.json", record)
+        write_json(path, record)
     except OSError as error:
         raise UsageError(f"{folder / experiment.name}.json: cannot be written ({error.strerror})") from error
 

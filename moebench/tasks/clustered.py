@@ -13,6 +13,8 @@ from typing_extensions import override
 from moebench.ranges import AT_LEAST_0, AT_LEAST_1, POSITIVE, Range, check_ranges
 from moebench.ranks import Span
 from moebench.seeds import make_generator
+from moebench.tasks.baselines.baseline import TrivialBaseline
+from moebench.tasks.baselines.regression import compute_regression_baselines
 from moebench.tasks.task import ALL, TASKS, Batch, LabelKind, Task, TaskConfig, TaskFacts
 
 
@@ -168,6 +170,10 @@ class Clustered(Task):
         number = float(sums["components"].sum())
         model, maps = float(sums["model"].sum()) / number, float(sums["maps"].sum()) / number
         return {"mse": model, "oracle_gap": model - maps}
+
+    @override
+    def compute_baselines(self, split: str) -> Sequence[TrivialBaseline]:
+        return compute_regression_baselines(self, split)
 
 
 def _cluster_BL(batch: Batch) -> Tensor:

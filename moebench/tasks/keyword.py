@@ -1,15 +1,27 @@
 """Keyword recognition: which of a set of classes a recording is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
+from moebench.tasks.audio.batches import evaluation_indices
 from moebench.tasks.audio.clips import AudioDataConfig
 from moebench.tasks.audio.task import AudioConfig, AudioTask
+from moebench.tasks.baselines.baseline import TrivialBaseline
+from moebench.tasks.baselines.classification import (
+    NUM_PARTS,
+    ClassBaselines,
+    Classification,
+    average_parts,
+    limit_samples,
+)
+from moebench.tasks.baselines.measure import EVAL_BATCH
 from moebench.tasks.task import TASKS, Batch, LabelKind, TaskFacts, average_by_domain
 
 
@@ -69,3 +81,25 @@ class Keyword(AudioTask):
             **average_by_domain("accuracy", sums["correct"], sums["weight"], self.domains, self.num_held_out),
             **average_by_domain("nats", sums["nats"], sums["weight"], self.domains, self.num_held_out),
         }
+
+    @override
+    def compute_baselines(self, split: str) -> Sequence[TrivialBaseline]:
+        return self._class_baselines.evaluate(split)
+
+    @cached_property
+    def _class_baselines(self) -> ClassBaselines:
+        train = self.audio.train
+        num_features = NUM_PARTS * self._batch(train, np.zeros(1, np.int64)).input_BL.shape[-1]
+        index_N = evaluation_indices(train, None)
+        number = limit_samples(len(index_N), num_features)
+        index_N = index_N[np.arange(number) * len(index_N) // number]
+        problem = Classification(
+            task=self,
+            num_classes=self.num_classes,
+            batches=(self._batch(train, index_N[i : i + EVAL_BATCH]) for i in range(0, number, EVAL_BATCH)),
+            num_used=number,
+            read_features=average_parts,
+            spread_logits=lambda logits_BK, batch: logits_BK[:, None].expand(-1, batch.input_BL.shape[1], -1),
+            feature_name=f"the mean features of {NUM_PARTS} equal parts",
+        )
+        return ClassBaselines(problem)

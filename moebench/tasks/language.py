@@ -18,6 +18,8 @@ from moebench.errors import UsageError
 from moebench.ranges import Range, at_least_1_up_to, check_ranges
 from moebench.ranks import Span
 from moebench.seeds import make_generator
+from moebench.tasks.baselines.baseline import TrivialBaseline
+from moebench.tasks.baselines.language import compute_language_baselines
 from moebench.tasks.task import ALL, TASKS, Batch, LabelKind, Task, TaskConfig, TaskFacts, average_by_domain
 from moebench.tasks.text.documents import TextDataConfig, source_digest
 from moebench.tasks.text.kinds import TOKEN_KINDS
@@ -232,3 +234,7 @@ class Language(TextTask):
     @override
     def make_batch(self, token_BM: Tensor, byte_BM: Tensor, domain_B: Tensor, uniform: Uniform) -> Batch:
         return Batch(input_BL=token_BM[:, :-1], target_BP=token_BM[:, 1:], weight_BP=byte_BM[:, 1:], domain_B=domain_B)
+
+    @override
+    def compute_baselines(self, split: str) -> Sequence[TrivialBaseline]:
+        return compute_language_baselines(self, split)

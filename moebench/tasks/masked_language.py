@@ -1,6 +1,6 @@
 """Masked language modelling: predict masked tokens from the context on both sides."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from moebench.ranges import Range
+from moebench.tasks.baselines.baseline import TrivialBaseline
+from moebench.tasks.baselines.masked_language import compute_masked_baselines
 from moebench.tasks.language import TextConfig, TextTask, TokenHead, Uniform
 from moebench.tasks.task import TASKS, Batch, TaskFacts, average_by_domain
 from moebench.tasks.text.windows import PreparedText
@@ -94,3 +96,7 @@ class MaskedLanguage(TextTask):
         correct_D, masked_D = sums["correct"], sums["masked"]
         accuracy = average_by_domain("masked_accuracy", correct_D, masked_D, self.domains, self.num_held_out)
         return super().compute_quality(sums) | accuracy
+
+    @override
+    def compute_baselines(self, split: str) -> Sequence[TrivialBaseline]:
+        return compute_masked_baselines(self, split)

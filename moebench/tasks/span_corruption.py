@@ -1,6 +1,6 @@
 """Span corruption: an encoder reads a text with spans removed, a decoder predicts the removed spans."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,6 +10,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from moebench.ranges import AT_LEAST_1, Range
+from moebench.tasks.baselines.baseline import TrivialBaseline
+from moebench.tasks.baselines.span_corruption import compute_span_baselines
 from moebench.tasks.language import TextConfig, TextTask, Uniform
 from moebench.tasks.task import TASKS, Batch, LabelKind, TaskFacts
 from moebench.tasks.text.windows import PreparedText
@@ -103,6 +105,10 @@ class SpanCorruption(TextTask):
             weight_BP=byte_BP,
             domain_B=domain_B,
         )
+
+    @override
+    def compute_baselines(self, split: str) -> Sequence[TrivialBaseline]:
+        return compute_span_baselines(self, split)
 
 
 def noise_mask(length: int, num_noise: int, num_spans: int, uniform: Uniform) -> Tensor:

@@ -10,6 +10,8 @@ from typing_extensions import override
 
 from moebench.tasks.audio.task import AudioConfig, AudioTask
 from moebench.tasks.audio.transcripts import collapse_path, count_character_errors, count_word_errors
+from moebench.tasks.baselines.baseline import TrivialBaseline
+from moebench.tasks.baselines.transcription import compute_transcription_baselines
 from moebench.tasks.task import TASKS, Batch, TaskFacts, average_by_domain
 
 BLANK = 0
@@ -97,3 +99,7 @@ class Speech(AudioTask):
             **average_by_domain("wer", sums["word_errors"], sums["words"], self.domains, self.num_held_out),
             **average_by_domain("nats", sums["nats"], sums["weight"], self.domains, self.num_held_out),
         }
+
+    @override
+    def compute_baselines(self, split: str) -> Sequence[TrivialBaseline]:
+        return compute_transcription_baselines(self, split)

@@ -1,12 +1,8 @@
 """The contract of a task: data, input embedding, head, loss and metrics. A task is independent of routing."""
 
-import re
-import unicodedata
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,11 +13,13 @@ from moebench.components import TaskConfig as TaskConfig
 from moebench.errors import UsageError
 from moebench.ranks import Span
 from moebench.registry import Registry
+from moebench.tasks.baselines.baseline import TrivialBaseline
+from moebench.tasks.domain_metrics import OUT_OF_DOMAIN as OUT_OF_DOMAIN
+from moebench.tasks.domain_metrics import average_by_domain as average_by_domain
+from moebench.tasks.domain_metrics import metric_names as metric_names
 
 ALL = slice(None)
 """Selects every sequence of a batch."""
-OUT_OF_DOMAIN = "out_of_domain"
-"""Suffix of metrics over the domains that are held out of training."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -257,44 +255,12 @@ class Task(ABC):
         `sums` has the entries of `compute_sums`, added up per domain: fp64, first dimension the domains.
         """
 
+    def compute_baselines(self, split: str) -> Sequence[TrivialBaseline]:
+        """Return what trivial methods reach on the evaluation set of a split, one of them the reference; or nothing.
 
-def average_by_domain(
-    name: str, sum_D: Tensor, weight_D: Tensor, domains: Sequence[str], num_held_out: int = 0
-) -> dict[str, float]:
-    """Return weighted means: `name` over the trained domains, and `name/DOMAIN` for each domain with any weight.
-
-    If held-out domains, the last `num_held_out`, have any weight, `name/out_of_domain` is the mean over them.
-    """
-
-    def mean(part: slice) -> float:
-        return (sum_D[part].sum() / weight_D[part].sum().clamp(min=1)).item()
-
-    num_trained = len(domains) - num_held_out
-    metrics = {name: mean(slice(num_trained))}
-    if weight_D[num_trained:].any():
-        metrics[f"{name}/{OUT_OF_DOMAIN}"] = mean(slice(num_trained, None))
-    parts = zip(metric_names(tuple(domains)), sum_D.tolist(), weight_D.tolist(), strict=True)
-    # By weight: of very many domains a tracker gets the first.
-    for domain, value, weight in sorted(parts, key=lambda part: -part[2]):
-        if weight:
-            metrics[f"{name}/{domain}"] = value / weight
-    return metrics
-
-
-@lru_cache(maxsize=64)
-def metric_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return names of domains or classes as parts of metric names, whose characters trackers restrict.
-
-    Accents are dropped and other characters become `_`. Names that collide or become empty get their index appended.
-    """
-    plain = []
-    for name in names:
-        letters = unicodedata.normalize("NFKD", name)
-        letters = "".join(c for c in letters if not unicodedata.combining(c))
-        parts = [part.strip(" .") for part in re.sub(r"[^A-Za-z0-9_\-.:/ ]", "_", letters).split("/")]
-        plain.append("/".join(part for part in parts if part)[:100].strip(" ./"))
-    number = Counter(plain)
-    return tuple(f"{name}_{i}" if number[name] > 1 or not name else name for i, name in enumerate(plain))
+        They learn from the training split alone, and their values are in the metrics of `compute_quality`.
+        """
+        return ()
 
 
 TASKS: Registry[type[Task], TaskFacts] = Registry("task", "moebench.tasks", item_type=Task, facts_type=TaskFacts)

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +15,15 @@ from typing_extensions import override
 
 from moebench.errors import UsageError, require, unknown
 from moebench.ranges import AT_LEAST_1, BELOW_1, Range, check_ranges
+from moebench.tasks.baselines.baseline import TrivialBaseline
+from moebench.tasks.baselines.classification import (
+    MAX_PIXELS,
+    ClassBaselines,
+    Classification,
+    flatten_patches,
+    limit_samples,
+)
+from moebench.tasks.baselines.measure import EVAL_BATCH
 from moebench.tasks.images.augment import Augmentation
 from moebench.tasks.images.calibration import bin_sums, brier_B, calibration_error
 from moebench.tasks.images.few_shot import FewShotConfig, few_shot_accuracy
@@ -159,6 +169,25 @@ class Vision(Task):
         # In random order, so that the images that share the capacity of a batch are of all domains.
         index_I = np.sort(np.concatenate([member_I[:limit] for member_I in of_domain_D]))
         return self._unaugmented_batches(images, index_I, batch_size)
+
+    @override
+    def compute_baselines(self, split: str) -> Sequence[TrivialBaseline]:
+        return self._class_baselines.evaluate(split)
+
+    @cached_property
+    def _class_baselines(self) -> ClassBaselines:
+        width = self.config.data.size**2 * self.config.data.num_channels
+        number = limit_samples(len(self.train_I), width if width <= MAX_PIXELS else width // self.config.patch**2)
+        problem = Classification(
+            task=self,
+            num_classes=len(self.class_of_K),
+            batches=self._unaugmented_batches(self.images.train, self.train_I[:number], EVAL_BATCH),
+            num_used=number,
+            read_features=partial(flatten_patches, num_channels=self.config.data.num_channels),
+            spread_logits=lambda logits_BK, batch: logits_BK,
+            feature_name="the pixels" if width <= MAX_PIXELS else "the mean of each patch",
+        )
+        return ClassBaselines(problem)
 
     def _unaugmented_batches(self, split: ImageSplit, index_I: np.ndarray, batch_size: int) -> list[Batch]:
         parts = [split.select(index_I[start : start + batch_size]) for start in range(0, len(index_I), batch_size)]

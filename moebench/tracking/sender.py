@@ -25,6 +25,7 @@ from moebench.tracking.mlflow_store import MAX_BATCH, MetricValue, MlflowStore, 
 from moebench.tracking.report import ReplayReport
 from moebench.tracking.source import RunSource, results_id
 from moebench.tracking.stored_runs import EXPERIMENT, find_stored_runs, was_trained_again
+from moebench.tracking.trivial_baselines import send_trivial_baselines
 
 _STATUS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
@@ -76,6 +77,7 @@ class Sender:
         num_done = f"{statuses.count('FINISHED')} of {num_cells} done"
         tags = {"moebench.status": num_done, "moebench.figures": checksum} | describe_tuning(experiment)
         self.store.log(parent.id, tags=tags)
+        send_trivial_baselines(self.store, parent, experiment, self.results)
         if status != parent.status:
             self._set_status(parent, status)
 

@@ -39,6 +39,28 @@ def test_json_has_quality_speed_and_cost_of_each_arm(finished: CommandLine, warm
     assert comparison["arms"]["dense"]["throughput"]["share_of_baseline"] == 1
 
 
+def test_trivial_baselines_are_recorded_and_the_data_are_not_needed(
+    finished: CommandLine, cli: CommandLine, warm: WarmCommandLine
+) -> None:
+    before = warm(finished, "compare", "./tiny.yaml", "--json").json
+    names = [baseline["name"] for baseline in before["trivial_baselines"]]
+    assert names == [*(f"order-{order} n-gram" for order in range(1, 6)), "gzip -9", "bz2 -9", "xz -9e"]
+    (reference,) = (each["values"] for each in before["trivial_baselines"] if each["is_reference"])
+    dense = before["arms"]["dense"]["bits_per_byte"]["mean"]
+    assert before["below_trivial_baselines"] is (dense >= reference["bits_per_byte"])
+    cli.write(seeds=[0, 1, 2])
+    shutil.copytree(finished.folder / "results", cli.folder / "results")
+    shutil.rmtree(cli.folder / "results" / "cache")
+    shutil.rmtree(cli.folder / "text")
+    for split in ("test", "validation"):
+        ended = warm(cli, "compare", "./tiny.yaml", "--json", "--split", split)
+        assert (ended.code, ended.err) == (0, ""), ended.err
+        assert ended.json["trivial_baselines"]
+    assert warm(cli, "compare", "./tiny.yaml", "--json").json == before
+    shown = warm(cli, "compare", "./tiny.yaml", "--markdown")
+    assert "| order-3 n-gram | – |" in shown.out
+
+
 def test_json_has_load_and_difference_of_each_sparse_arm(finished: CommandLine, warm: WarmCommandLine) -> None:
     comparison = warm(finished, "compare", "./tiny.yaml", "--json").json
     base = comparison["arms"]["dense"]["bits_per_byte"]["seeds"]

@@ -1,5 +1,6 @@
 """The comparison and the figure of an experiment, from its run folders."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,12 +8,15 @@ from typing import Any
 
 from moebench.analysis.compare.comparison import compare
 from moebench.analysis.compare.figure import draw_comparison
+from moebench.analysis.compare.learning_curve import CurvePanel
 from moebench.analysis.compare.tuning import build_failed_results
 from moebench.analysis.compare.values import Comparison, ComparisonMetric, Split
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
+from moebench.experiment.trivial_baselines import TrivialBaselines, find_baselines, find_source
 from moebench.experiment.tuning import read_tuning, settle
 from moebench.runs.cell import Cell
+from moebench.runs.experiment_record import read_record
 from moebench.runs.folder import RunFolder
 from moebench.runs.journal import read_journal
 from moebench.runs.result import RunResult
@@ -56,14 +60,35 @@ def compare_experiment(
         allow_mismatch=allow_mismatch,
         tuned_keys=state.keys if state is not None else (),
     )
-    axes = {arm: experiment.axes.get(arm, {}) for arm in experiment.arms}
-    return replace(comparison, tuning=state, axes=axes, varies={cell.arm: cell.varies for cell in cells})
+    trivial = find_trivial_baselines(experiment, results, run_results, split)
+    return replace(
+        comparison,
+        trivial_baselines=trivial.baselines,
+        trivial_problem=trivial.problem,
+        tuning=state,
+        axes={arm: experiment.axes.get(arm, {}) for arm in experiment.arms},
+        varies={cell.arm: cell.varies for cell in cells},
+    )
+
+
+def find_trivial_baselines(
+    experiment: Experiment, results: Path, run_results: Sequence[RunResult], split: Split
+) -> TrivialBaselines:
+    """Return the trivial baselines of an experiment, which are computed where they are not stored; never raise."""
+    source = find_source(experiment.cells, run_results, experiment.baseline)
+    if source is None:
+        return TrivialBaselines()
+    record = None
+    with contextlib.suppress(UsageError):  # no record, or a damaged one, which `moebench verify` reports
+        record = read_record(results / "experiments" / f"{experiment.name}.json")
+    return find_baselines(source, results, split, record=record)
 
 
 def draw_experiment(experiment: Experiment, results: Path, file: Path, comparison: Comparison | None) -> Path | None:
     """Draw the validation curves of every arm that has any; return the file, or None without a single point."""
     journals: dict[str, dict[int, Any]] = {}
-    for cell in settle(experiment, results).cells:
+    cells = settle(experiment, results).cells
+    for cell in cells:
         folder = RunFolder.of(results, cell.id)
         points, _ = read_journal(folder.journal)
         folder.require_unchanged(folder.journal)
@@ -73,11 +98,16 @@ def draw_experiment(experiment: Experiment, results: Path, file: Path, compariso
     metric = f"eval/{facts.metric}"
     if not any(metric in point.metrics for seeds in journals.values() for run in seeds.values() for point in run):
         return None
+    trivial = find_trivial_baselines(experiment, results, read_results(cells, results), "validation")
     return draw_comparison(
         journals,
-        metric=metric,
+        CurvePanel(
+            metric=facts.metric,
+            lower_is_better=facts.lower_is_better,
+            trivial_baselines=trivial.baselines,
+            warning=comparison.below_trivial_text if comparison else "",
+        ),
         path=file,
         title=experiment.question or experiment.name,
         comparison=comparison,
-        lower_is_better=facts.lower_is_better,
     )

@@ -9,26 +9,28 @@ from matplotlib.ticker import MaxNLocator
 
 from moebench.analysis.compare.axes import arrange_axes
 from moebench.analysis.compare.axis_figure import draw_axis_lines
-from moebench.analysis.compare.learning_curve import Points, average_seeds, draw_learning_curves
+from moebench.analysis.compare.learning_curve import CurvePanel, Points, average_seeds, draw_learning_curves
 from moebench.analysis.compare.values import Comparison, Difference
 from moebench.reporting.canvas import GREY, line_style, new_figure
 from moebench.reporting.formatting import format_plural
 
+LANGUAGE_PANEL = CurvePanel()
+
 
 def draw_comparison(
     journals: Mapping[str, Mapping[int, Points]],
-    metric: str = "eval/bits_per_byte",
+    panel: CurvePanel = LANGUAGE_PANEL,
     *,
     path: Path,
     title: str,
     comparison: Comparison | None = None,
-    lower_is_better: bool = True,
 ) -> Path:
     """Draw the mean of each arm over its seeds with a band, and the differences if a comparison is given.
 
     With a grid of several axes there is a third panel, the metric over one of them.
     `journals`: arm -> seed -> points. Raises ValueError when no arm has a finite point of the metric.
     """
+    metric = f"eval/{panel.metric}"
     curves = [curve for arm, seeds in journals.items() if (curve := average_seeds(arm, seeds, metric))]
     if not curves:
         raise ValueError(f"no point of {metric} in the journals of {', '.join(journals) or 'no arm'}")
@@ -48,7 +50,7 @@ def draw_comparison(
             _draw_differences(right, comparison, styles)
         else:
             left = figure.subplots()
-        draw_learning_curves(left, curves, styles, metric, lower_is_better=lower_is_better)
+        draw_learning_curves(left, curves, styles, panel)
     return path
 
 

@@ -10,14 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from moebench.analysis.compare import statistics as st
+from moebench.analysis.compare.label_positions import spread_labels
+from moebench.analysis.compare.trivial_lines import draw_trivial_lines, draw_warning, include_reference
 from moebench.reporting.canvas import GREY
 from moebench.reporting.formatting import format_plural
 from moebench.runs.journal import Point
+from moebench.tasks.baselines.baseline import TrivialBaseline
 
 Points = Sequence[Point]
 Band = Literal["t", "range", "none"]
-TOP_LABEL = 0.97
-"""Highest position of a label in the axes, below the line of text above them."""
 WARM_UP = 0.5
 """Share of the run that the y limits leave out: its steep start would flatten all curves."""
 MAX_BANDS = 12
@@ -85,13 +86,21 @@ def _compute_band(value_SP: st.Values) -> tuple[st.Values, st.Values, Band]:
     return value_SP.min(axis=0), value_SP.max(axis=0), "range" if len(value_SP) > 1 else "none"
 
 
+@dataclass(frozen=True, kw_only=True)
+class CurvePanel:
+    """What a panel of learning curves shows besides the curves."""
+
+    metric: str = "bits_per_byte"
+    """On the validation split."""
+    lower_is_better: bool = True
+    trivial_baselines: tuple[TrivialBaseline, ...] = ()
+    """On the validation split."""
+    warning: str = ""
+    """The mark of an experiment below the trivial baselines."""
+
+
 def draw_learning_curves(
-    ax: Axes,
-    curves: Sequence[LearningCurve],
-    styles: Mapping[str, Mapping[str, str]],
-    metric: str,
-    *,
-    lower_is_better: bool,
+    ax: Axes, curves: Sequence[LearningCurve], styles: Mapping[str, Mapping[str, str]], panel: CurvePanel
 ) -> None:
     """Draw the curves into the axes; `styles`: colour and line style of each arm."""
     for curve in curves:
@@ -100,19 +109,23 @@ def draw_learning_curves(
         if len(curves) <= MAX_BANDS:
             ax.fill_between(curve.steps, curve.lows, curve.highs, color=color, alpha=0.1, linewidth=0)
     last = max(float(curve.steps[-1]) for curve in curves)
-    bottom, top = _find_limits(curves, last)
+    bottom, top = include_reference(
+        _find_limits(curves, last), panel.trivial_baselines, panel.metric, lower_is_better=panel.lower_is_better
+    )
     visible = [curve.steps[(curve.means >= bottom) & (curve.means <= top)] for curve in curves]
     first = min(float(steps[0]) for steps in visible if len(steps))
     ax.set_xlim(first * 0.95, last)
     ax.set_ylim(bottom, top)
     _label_curves(ax, curves, styles)
-    name = metric.removeprefix("eval/").replace("_", " ")
-    ax.set_ylabel(f"{name} ({'lower' if lower_is_better else 'higher'} is better)")
+    name = panel.metric.replace("_", " ")
+    ax.set_ylabel(f"{name} ({'lower' if panel.lower_is_better else 'higher'} is better)")
     ax.set_xlabel("optimizer step")
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.xaxis.set_major_locator(MaxNLocator(6))
     ax.grid(axis="y", color="#e6e6e6", linewidth=0.7)
-    ax.set_title(_describe_bands(curves), loc="left", color=GREY, fontsize=8)
+    lines = draw_trivial_lines(ax, panel.trivial_baselines, panel.metric)
+    draw_warning(ax, panel.warning)
+    ax.set_title("\n".join(filter(None, (_describe_bands(curves), lines))), loc="left", color=GREY, fontsize=8)
 
 
 def _find_limits(curves: Sequence[LearningCurve], last: float) -> tuple[float, float]:
@@ -157,22 +170,6 @@ def format_curve_label(curve: LearningCurve, *, is_visible: bool) -> str:
     missing += [f"{curve.num_diverged} diverged"] if curve.num_diverged else []
     name = f"{curve.arm} ({', '.join(missing)})" if missing else curve.arm
     return name if is_visible else f"{name}: {curve.means[-1]:.3g} at step {curve.steps[-1]:.0f}"
-
-
-def spread_labels(positions: Sequence[float], gap: float) -> list[float]:
-    """Return ascending positions with gaps of at least `gap`, all between 0 and TOP_LABEL."""
-    stacks: list[list[float]] = []
-    for position in positions:
-        stacks.append([position])
-        while len(stacks) > 1 and _lowest(stacks[-1], gap) < _lowest(stacks[-2], gap) + gap * len(stacks[-2]):
-            stacks[-2:] = [stacks[-2] + stacks[-1]]
-    return [_lowest(stack, gap) + index * gap for stack in stacks for index in range(len(stack))]
-
-
-def _lowest(stack: Sequence[float], gap: float) -> float:
-    """Return the lowest position of a stack that is centred on its labels' positions and kept in bounds."""
-    height = gap * (len(stack) - 1)
-    return max(min(sum(stack) / len(stack) - height / 2, TOP_LABEL - height), 0.0)
 
 
 def _describe_bands(curves: Sequence[LearningCurve]) -> str:

@@ -1,6 +1,7 @@
 """The legend of a comparison: what the columns and marks in its tables mean."""
 
 from moebench.analysis.compare import statistics as st
+from moebench.analysis.compare.trivial_rows import explain_trivial_baselines
 from moebench.analysis.compare.tuning import list_tuning_notes
 from moebench.analysis.compare.values import NON_CAUSAL, Comparison
 from moebench.metrics import EXECUTED
@@ -25,6 +26,7 @@ def build_legend(comparison: Comparison) -> tuple[str, ...]:
     marks = dict.fromkeys(mark for arm in comparison.arms for mark in arm.marks)
     return (
         *_explain_means(comparison),
+        *explain_trivial_baselines(comparison),
         *_explain_statistics(comparison),
         *_explain_metrics(comparison),
         *(f"{mark}: {MARK_MEANINGS[mark]}." for mark in marks if mark in MARK_MEANINGS),

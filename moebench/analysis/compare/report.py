@@ -4,6 +4,11 @@ from statistics import fmean
 
 from moebench.analysis.compare.axes import build_axis_tables
 from moebench.analysis.compare.legend import build_legend
+from moebench.analysis.compare.trivial_rows import (
+    list_out_of_domain_rows,
+    list_quality_notes,
+    list_quality_rows,
+)
 from moebench.analysis.compare.tuning import build_tuning_table
 from moebench.analysis.compare.values import ArmSummary, Comparison, Difference, LostCell
 from moebench.reporting.formatting import MISSING, format_p, format_signed, format_with_interval
@@ -72,7 +77,9 @@ def _quality_table(comparison: Comparison) -> Table:
     return Table(
         title=f"Quality: {comparison.metric.replace('_', ' ')} on the {comparison.split} split, {direction} is better",
         columns=(*_columns("seeds", "mean", f"minus {comparison.baseline}", *metric_headers("p_holm")), verdict),
-        rows=tuple(_quality_row(comparison, arm) for arm in comparison.arms),
+        rows=(*(_quality_row(comparison, arm) for arm in comparison.arms), *list_quality_rows(comparison)),
+        notes=list_quality_notes(comparison),
+        marked=bool(comparison.below_trivial_text),
     )
 
 
@@ -95,7 +102,10 @@ def _out_of_domain_table(comparison: Comparison) -> Table:
     return Table(
         title=f"Out of domain: {comparison.metric.replace('_', ' ')}, no verdict",
         columns=_columns("seeds", "mean", f"minus {comparison.baseline}", "minus in domain"),
-        rows=tuple(_out_of_domain_row(comparison, arm) for arm in comparison.arms if arm.out_of_domain),
+        rows=(
+            *(_out_of_domain_row(comparison, arm) for arm in comparison.arms if arm.out_of_domain),
+            *list_out_of_domain_rows(comparison),
+        ),
     )
 
 

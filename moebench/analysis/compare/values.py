@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from moebench.analysis.compare import statistics as st
 from moebench.experiment.tuning import TuningState
+from moebench.runs.trivial_baselines import BELOW_TRIVIAL, find_reference, is_below_trivial
+from moebench.tasks.baselines.baseline import TrivialBaseline
 from moebench.tasks.task import OUT_OF_DOMAIN
 
 BEST = "best"
@@ -138,6 +140,10 @@ class Comparison:
     missing: tuple[LostCell, ...]
     notes: tuple[str, ...]
     split: Split = "test"
+    trivial_baselines: tuple[TrivialBaseline, ...] = ()
+    """What trivial methods reach on the same split; empty where the task has none or they cannot be computed."""
+    trivial_problem: str = ""
+    """Why the trivial baselines cannot be shown, in one line; empty if they can."""
     tuning: TuningState | None = None
     """What each arm has chosen on validation before; None without tuning."""
     axes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -149,6 +155,22 @@ class Comparison:
     def has_several_axes(self) -> bool:
         """Whether arms differ in several keys of the grid."""
         return max(map(len, self.axes.values()), default=0) > 1
+
+    @property
+    def reference(self) -> TrivialBaseline | None:
+        """The trivial baseline that the baseline arm must beat."""
+        return find_reference(self.trivial_baselines, self.metric)
+
+    @property
+    def is_below_trivial(self) -> bool | None:
+        """Whether the baseline arm does not beat the reference; None where either is unknown."""
+        mean = next(arm.mean for arm in self.arms if arm.arm == self.baseline)
+        return is_below_trivial(mean, self.trivial_baselines, self.metric, lower_is_better=self.lower_is_better)
+
+    @property
+    def below_trivial_text(self) -> str:
+        """The mark of an experiment whose baseline arm does not beat the reference; else empty."""
+        return BELOW_TRIVIAL if self.is_below_trivial else ""
 
     @property
     def num_comparisons(self) -> int:
@@ -191,6 +213,10 @@ class Comparison:
             "notes": list(self.notes),
             **({"axes": {arm: dict(labels) for arm, labels in self.axes.items()}} if self.has_several_axes else {}),
             **({"tuning": self.tuning.to_dict()} if self.tuning else {}),
+            "trivial_baselines": [asdict(baseline) for baseline in self.trivial_baselines],
+            "trivial_baselines_problem": self.trivial_problem or None,
+            "below_trivial_baselines": self.is_below_trivial,
+            "below_trivial_baselines_text": self.below_trivial_text or None,
         }
 
     def _arm_dict(self, arm: ArmSummary) -> dict[str, Any]:

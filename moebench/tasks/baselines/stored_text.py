@@ -1,0 +1,93 @@
+"""The stored text as trivial baselines read it: symbols of the training split, and the bytes of each domain."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moebench.tasks.baselines.measure import Values
+from moebench.tasks.text.tokens import load_tokenizer
+
+if TYPE_CHECKING:
+    from moebench.tasks.language import TextTask
+    from moebench.tasks.text.windows import TextSplit
+
+SPECIAL = 256
+"""Symbol of a token without bytes, such as a separator, among the bytes."""
+NUM_BYTE_SYMBOLS = 257
+MAX_TRAINING_TOKENS = 1 << 26
+"""Tokens of the training split that are counted; of more, evenly spaced blocks."""
+MAX_TRAINING_BYTES = 1 << 26
+BLOCK = 1 << 16
+"""Tokens of a block."""
+
+
+class ByteSymbols:
+    """Maps tokens to the bytes that they stand for, and tokens without bytes to `SPECIAL`."""
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        self.length_V = np.array([max(len(piece), 1) for piece in pieces])
+        symbols = [np.frombuffer(piece, np.uint8) if piece else np.array([SPECIAL]) for piece in pieces]
+        self._symbols = np.concatenate(symbols).astype(np.int16)
+        self._start_V = np.cumsum(self.length_V) - self.length_V
+
+    def encode(self, token_N: Values) -> Values:
+        """Return the symbols of the tokens, concatenated (int16)."""
+        length_N = self.length_V[token_N]
+        first_N = self._start_V[token_N] - (np.cumsum(length_N) - length_N)
+        index_S = np.repeat(first_N, length_N) + np.arange(length_N.sum())
+        symbol_S: Values = self._symbols[index_S]
+        return symbol_S
+
+
+def read_byte_symbols(task: "TextTask") -> ByteSymbols:
+    """Return the bytes of the tokens of a task."""
+    return ByteSymbols(load_tokenizer(task.config.data.tokenizer).pieces())
+
+
+def read_training_tokens(task: "TextTask", limit: int) -> list[Values]:
+    """Return the token stream of the training split in blocks (int32); of more than `limit`, evenly spaced ones."""
+    split = task.text.train
+    num_blocks = -(-_count_tokens(split) // BLOCK)
+    kept = min(num_blocks, max(limit // BLOCK, 1))
+    starts = (np.arange(kept) * num_blocks // kept * BLOCK).tolist()
+    return [_read_tokens(split, start, start + BLOCK) for start in starts]
+
+
+def read_training_bytes(task: "TextTask", symbols: ByteSymbols) -> Values:
+    """Return the bytes of the training split, or of `MAX_TRAINING_BYTES` of it, as symbols (int16)."""
+    count_V = np.asarray(task.text.token_count_V)
+    bytes_per_token = float(count_V @ symbols.length_V[: len(count_V)]) / max(int(count_V.sum()), 1)
+    blocks = read_training_tokens(task, int(MAX_TRAINING_BYTES / max(bytes_per_token, 1)))
+    return np.concatenate([symbols.encode(block_N) for block_N in blocks])
+
+
+def read_domain_text(task: "TextTask", split: str, symbols: ByteSymbols, limit: int) -> list[bytes]:
+    """Return the text of each domain in a split without separators, `limit` bytes at most; empty where it has none."""
+    text: TextSplit = getattr(task.text, split)
+    texts = [b""] * len(task.domains)
+    for domain, start, end in _list_domains(text):
+        # Twice as many tokens as bytes: some are separators.
+        symbol_S = symbols.encode(_read_tokens(text, start, min(end, start + 2 * limit)))
+        texts[domain] = symbol_S[symbol_S != SPECIAL][:limit].astype(np.uint8).tobytes()
+    return texts
+
+
+# Only the three functions below know how tokens are stored.
+
+
+def _count_tokens(split: "TextSplit") -> int:
+    return len(split.tokens_N)
+
+
+def _read_tokens(split: "TextSplit", start: int, end: int) -> Values:
+    """Return the tokens from `start` to `end`, or to the end of the stream (int32)."""
+    return np.asarray(split.tokens_N[start:end], dtype=np.int32)
+
+
+def _list_domains(split: "TextSplit") -> list[tuple[int, int, int]]:
+    """Return each domain of the stream with its first token and the end of its tokens."""
+    first_D = np.flatnonzero(np.diff(split.domain_W, prepend=-1))
+    starts = [*split.start_W[first_D].tolist(), len(split.tokens_N)]
+    return [(int(split.domain_W[at]), *bounds) for at, bounds in zip(first_D, pairwise(starts), strict=True)]
