@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -56,10 +57,11 @@ class Rotary:
         )
 
     def table(self, length: int, head_width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return cos and sin [length, head_width / 2] of the rotary angles (arXiv:2104.09864, eq. 15), fp32."""
-        frequency = self.frequencies(head_width, device)
-        angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
-        return angle.cos(), angle.sin()
+        """Return cos and sin [length, head_width / 2] of the rotary angles (arXiv:2104.09864, eq. 15), fp32.
+
+        The same tensors for equal arguments, since every layer of every step needs them: do not change them.
+        """
+        return _compute_table(self, length, head_width, device)
 
     def frequencies(self, head_width: int, device: torch.device) -> Tensor:
         """Return the angle in radians from one position to the next, [head_width / 2], fp32."""
@@ -78,6 +80,13 @@ class Rotary:
             kept = kept.clamp(0, 1)
             return kept * frequency + (1 - kept) * frequency / self.factor
         return frequency
+
+
+@lru_cache(maxsize=16)
+def _compute_table(rotary: Rotary, length: int, head_width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    frequency = rotary.frequencies(head_width, device)
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
+    return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

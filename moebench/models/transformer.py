@@ -145,31 +145,37 @@ class Block(nn.Module):
         """
         positions = positions or ctx.positions
         y_BLD, records = self._attend(self.attention_norm(x_BLD), ctx, positions)
-        x_BLD = self._add(x_BLD, y_BLD, ctx.dropout(self.style.residual_dropout, f"{self.place}.attention"), positions)
+        x_BLD = self._add(x_BLD, y_BLD, self._residual_dropout(ctx, "attention"), positions)
         if self.cross_attention is not None and self.cross_attention_norm is not None:
             assert ctx.encoder_output is not None
-            dropout = ctx.dropout(self.style.attention_dropout, f"{self.place}.cross-attention weights")
+            dropout = self._attention_dropout(ctx, "cross-attention")
             y_BLD = self.cross_attention(self.cross_attention_norm(x_BLD), ctx.encoder_output, dropout)
-            dropout = ctx.dropout(self.style.residual_dropout, f"{self.place}.cross-attention")
-            x_BLD = self._add(x_BLD, y_BLD, dropout, positions)
+            x_BLD = self._add(x_BLD, y_BLD, self._residual_dropout(ctx, "cross-attention"), positions)
         x_TD = self.feed_forward_norm(x_BLD).flatten(0, 1)
         if isinstance(self.feed_forward, MoELayer):
             y_TD, record = self.feed_forward(x_TD, ctx.route_in(self.feed_forward, x_BLD))
             records.append(record)
         else:
             y_TD = self.feed_forward(x_TD)
-        dropout = ctx.dropout(self.style.residual_dropout, f"{self.place}.feed_forward")
-        return self._add(x_BLD, y_TD.view_as(x_BLD), dropout, positions), records
+        return self._add(x_BLD, y_TD.view_as(x_BLD), self._residual_dropout(ctx, "feed_forward"), positions), records
 
     def _attend(
         self, x_BLD: Tensor, ctx: BatchContext, positions: PositionTable | None
     ) -> tuple[Tensor, list[LayerRecord]]:
         """Return the output of attention, and the record of its experts where there are any."""
-        dropout = ctx.dropout(self.style.attention_dropout, f"{self.place}.attention weights")
+        dropout = self._attention_dropout(ctx, "attention")
         if isinstance(self.attention, Attention):
             return self.attention(x_BLD, positions, dropout), []
         y_BLD, record = self.attention(x_BLD, ctx.route_in(self.attention.layer, x_BLD), positions, dropout)
         return y_BLD, [record]
+
+    def _attention_dropout(self, ctx: BatchContext, part: str) -> SequenceDropout | None:
+        rate = self.style.attention_dropout
+        return ctx.dropout(rate, f"{self.place}.{part} weights") if rate else None
+
+    def _residual_dropout(self, ctx: BatchContext, part: str) -> SequenceDropout | None:
+        rate = self.style.residual_dropout
+        return ctx.dropout(rate, f"{self.place}.{part}") if rate else None
 
     def _add(
         self, x_BLD: Tensor, y_BLD: Tensor, dropout: SequenceDropout | None, positions: PositionTable | None

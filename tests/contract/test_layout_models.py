@@ -10,7 +10,7 @@ from support.layout_models import BATCH, D_MODEL, LENGTH, backbone_of, batch, co
 from torch import Tensor
 
 from moebench.experts.reference import double_loop
-from moebench.models.attention import rotary_table, rotate
+from moebench.models.positions import Rotary, rotate
 from moebench.models.transformer import Block
 from moebench.routing.composite import GroupedRouter
 from moebench.routing.layer_name import LayerName
@@ -25,7 +25,7 @@ def slow_heads(
     query_LH: Tensor, key_LH: Tensor, value_LH: Tensor, positions: list[int], causal: bool, only: int | None = None
 ) -> Tensor:
     """Compute softmax attention of one sequence, or of one position, by loops over heads and positions."""
-    cos, sin = rotary_table(LENGTH, HEAD_WIDTH, 10000.0, query_LH.device)
+    cos, sin = Rotary().table(LENGTH, HEAD_WIDTH, query_LH.device)
     rows = []
     for place, position in enumerate(positions):
         if only not in (None, place):

@@ -102,15 +102,13 @@ def test_attention_is_that_of_a_published_model(model: str, ours: dict[str, Any]
 
 
 def test_ntk_scaling_is_that_of_the_dynamic_one_at_the_same_factor() -> None:
-    # transformers' "dynamic" recomputes the factor from the length: at 24 · f of 24 it is f - (f - 1) = ...
-    factor, original = 4.0, LENGTH
+    # "dynamic" takes its factor from the length: factor · length / original - (factor - 1), which is 4 at 42 of 24.
+    factor, length = 4.0, 42
     _, rotary, _ = build_peer("llama", {})
     functions = importlib.import_module("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS
     _, _, config = build_peer("llama", {"rope_type": "dynamic", "factor": factor})
-    config.max_position_embeddings = original
-    # factor · length / original - (factor - 1) at length = original · (2 f - 1) / f is f.
-    length = original * (2 * factor - 1) / factor
-    frequency, _ = functions["dynamic"](config, torch.device("cpu"), seq_len=int(length))
+    config.max_position_embeddings = 24
+    frequency, _ = functions["dynamic"](config, torch.device("cpu"), seq_len=length)
     ours = Rotary(scaling="ntk", factor=factor).frequencies(8, torch.device("cpu"))
     torch.testing.assert_close(ours, frequency)
     assert ours[-1].item() == pytest.approx(rotary.inv_freq[-1].item() / factor)  # the slowest is divided, ...

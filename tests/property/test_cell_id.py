@@ -25,6 +25,21 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "model.ffn_width": (256,),
     "model.activation": ("swiglu",),
     "model.rope_theta": (500.0,),
+    "model.num_kv_heads": (1, 2),
+    "model.attention_bias": ("qkv", "all"),
+    "model.ffn_bias": (True,),
+    "model.norm": ("layernorm",),
+    "model.norm_eps": (1e-5,),
+    "model.qk_norm": ("head", "full"),
+    "model.tie_embeddings": (True,),
+    "model.embedding_scale": (1.0, 2.0),
+    "model.residual_scale": (0.5,),
+    "model.attention_dropout": (0.1,),
+    "model.residual_dropout": (0.1,),
+    "model.embedding_dropout": (0.1,),
+    "model.rope_scaling": ("linear", "ntk"),
+    "model.rope_low_frequency": (2.0,),
+    "model.rope_high_frequency": (8.0,),
     "layout.num_experts": (4,),
     "layout.experts_in": ("encoder", "decoder"),
     "layout.expert_width": (64,),
@@ -53,6 +68,7 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "train.beta1": (0.8,),
     "train.beta2": (0.99,),
     "train.clip_norm": (2.0,),
+    "train.z_loss": (1e-4,),
     "train.precision": ("bf16",),
     "train.threads": (2,),
     "train.accumulate": (2,),
@@ -144,8 +160,15 @@ def test_the_tables_above_leave_no_key_out() -> None:
     named = {f"{kind}.name" for kind in COMPONENTS}
     source = {f"task.data.{key}" for key in component_data_fields() if f"task.data.{key}" not in NO_CHANGES}
     covered = {*CHANGES, *NO_CHANGES, *named, *source, "router.losses", "train.eval_every"}
+    covered |= {"model.rope_factor", "model.rope_original_length"}  # only with a scaling of positions
     covered |= {"train.spike_policy", "train.spike_window", "train.spike_threshold"}  # see test_spikes.py
     assert leaves(to_plain(resolve({}))) <= covered
+
+
+def test_cell_id_follows_the_options_of_a_scaling_of_positions() -> None:
+    model = {"rope_scaling": "llama3", "rope_original_length": 32}
+    cells = [model, model | {"rope_original_length": 64}, model | {"rope_factor": 2.0}]
+    assert len({identity({"model": cell}) for cell in cells}) == 3
 
 
 def component_data_fields() -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from support.model_options import ALL_OPTIONS, DROPOUT
+from support.task_data import write_data
 from support.training_cases import Run, assert_same_runs, tiny_config, write_text
 
 from moebench.models.tied_head import TiedHead
@@ -37,6 +38,19 @@ def test_resuming_with_dropout_repeats_the_run(text: Path, tmp_path: Path, secti
     train = {"z_loss": 0.01} | sections.get("train", {})
     model = ALL_OPTIONS | {"tie_embeddings": True}
     config = tiny_config(text, **(sections | {"model": model, "train": train}))
+    whole, parts = Run(config, tmp_path / "whole"), Run(config, tmp_path / "parts")
+    whole()
+    parts(stop_at=5)
+    parts()
+    assert_same_runs(whole, parts)
+
+
+@pytest.mark.parametrize("task", ["vision", "speech"])
+def test_other_inputs_resume_with_dropout_too(tmp_path: Path, task: str) -> None:
+    data = write_data(tmp_path)
+    config = tiny_config(
+        tmp_path, task={"name": task, **data[task]}, router="smear", model=ALL_OPTIONS, train={"z_loss": 0.01}
+    )
     whole, parts = Run(config, tmp_path / "whole"), Run(config, tmp_path / "parts")
     whole()
     parts(stop_at=5)
