@@ -215,9 +215,11 @@ def kill_at(step: int) -> Callable[[dict[str, Any]], None]:
     return kill
 
 
-@pytest.mark.parametrize("killed_at", [AT - 2, AT - 1, AT + 5])
-def test_rewinding_run_that_is_killed_ends_the_same(start, killed_at: int) -> None:
-    full, parts = start("rewind", "full"), start("rewind", "parts")
+@pytest.mark.parametrize(
+    ("killed_at", "optimizer"), [(AT - 2, "adamw"), (AT - 1, "adamw"), (AT - 1, "muon"), (AT + 5, "adamw")]
+)
+def test_rewinding_run_that_is_killed_ends_the_same(start, killed_at: int, optimizer: str) -> None:
+    full, parts = (start("rewind", name, train={"optimizer": optimizer}) for name in ("full", "parts"))
     result = full()
     parts.progress = kill_at(killed_at)
     with pytest.raises(KilledError):
