@@ -29,6 +29,7 @@ from moebench.launch.error_report import classify_error, describe_error
 from moebench.launch.failure import build_failed_result
 from moebench.launch.folder_training import TrainingReports, train_from_folder
 from moebench.launch.scheduler import Outcome
+from moebench.launch.worker_process import list_shown_metrics
 from moebench.parallel.process_info import SINGLE_PROCESS
 from moebench.runs.attempts import Attempt, record_attempt
 from moebench.runs.cell import Cell
@@ -111,6 +112,8 @@ def run_foreground(
     require_disk_space(results, [cell], costs)
     require_epochs([cell], costs)
     record_experiment(results, experiment)
+    metric = TASKS.get(cell.config.task.name).facts.metric
+    metric = f"validation/{metric}" if experiment.tuning_of else metric
     folder = RunFolder.of(results, cell.id)
     folder.write_cell(cell.to_dict(experiment.name))
     try:
@@ -118,7 +121,7 @@ def run_foreground(
             if folder.state() == "done":
                 print_note(console, f"{cell_title(cell)} is done; --results FOLDER trains it again in another folder")
                 return 0
-            code = _train(cell, folder, results, console)
+            code = _train(cell, folder, results, console, metric)
     except Timeout:
         console.print(f"error: another process is training {cell_title(cell)}", highlight=False, markup=False)
         return EXIT_BUSY
@@ -126,9 +129,9 @@ def run_foreground(
     return code
 
 
-def _train(cell: Cell, folder: RunFolder, results: Path, console: Console) -> int:
+def _train(cell: Cell, folder: RunFolder, results: Path, console: Console, metric: str) -> int:
     started_at = time.monotonic()
-    display = LineDisplay(console, [cell], TASKS.get(cell.config.task.name).facts.metric)
+    display = LineDisplay(console, [cell], metric)
     signals: list[int] = []
 
     def request_stop(number: int) -> None:
@@ -165,7 +168,7 @@ def _train(cell: Cell, folder: RunFolder, results: Path, console: Console) -> in
         cell=cell,
         status="done" if result else "stopped",
         error=None,
-        metrics=result.metrics if result else {},
+        metrics=list_shown_metrics(result) if result else {},
         seconds=time.monotonic() - started_at,
     )
     _record_attempt(folder, outcome.status, outcome.seconds)

@@ -24,6 +24,7 @@ from moebench.launch.parent_death import exit_with_parent
 from moebench.parallel.process_info import ProcessInfo
 from moebench.printable import print_text
 from moebench.runs.folder import RunFolder
+from moebench.runs.result import RunResult
 
 PROGRESS_INTERVAL_S = 0.2
 ACTIVITY_INTERVAL_S = 1.0
@@ -145,8 +146,12 @@ def _train(folder: RunFolder, results: Path, process_info: ProcessInfo, connecti
         return {"status": "failed", "error": describe_error(error), "fault": classify_error(error)}
     if result is None:
         return {"status": "stopped"}
-    validation = {f"validation/{name}": value for name, value in result.validation.items()}
-    return {"status": "done", "metrics": result.metrics | validation}
+    return {"status": "done", "metrics": list_shown_metrics(result)}
+
+
+def list_shown_metrics(result: RunResult) -> dict[str, float]:
+    """Return the final metrics for a display: on the test split, and with the prefix `validation/` on that one."""
+    return result.metrics | {f"validation/{name}": value for name, value in result.validation.items()}
 
 
 def _redirect_output(log: Path) -> None:
