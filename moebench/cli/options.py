@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from moebench.commands import DEFAULT_RESULTS as DEFAULT_RESULTS
+from moebench.commands import format_command, format_results
 from moebench.errors import UsageError
 from moebench.experiment.files import list_experiments
 from moebench.printable import format_json, print_text
@@ -74,7 +76,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the experiment, for example train.steps=500."),
 ]
-DEFAULT_RESULTS = Path("results")
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
 
@@ -90,15 +91,12 @@ class CommandArguments:
     def format(self, command: str, *options: str) -> str:
         """Return a command on the same experiment, quoted for the shell."""
         plugins = [part for plugin in self.plugins for part in ("--plugin", plugin)]
-        parts = [*command.split(), self.experiment, *self.overrides, *plugins, *self._results(), *options]
+        parts = [*command.split(), self.experiment, *self.overrides, *plugins, *format_results(self.results), *options]
         return shlex.join(["moebench", *parts])
 
     def format_ui(self) -> str:
         """Return the command that shows the tracker."""
-        return shlex.join(["moebench", "ui", *self._results()])
-
-    def _results(self) -> list[str]:
-        return [] if self.results == DEFAULT_RESULTS else ["--results", str(self.results)]
+        return format_command("ui", results=self.results)
 
 
 def check_plot(plot: Path | None) -> None:

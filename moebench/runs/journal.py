@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from moebench.commands import format_command
 from moebench.errors import UsageError
 from moebench.file_access import open_to_write
 
@@ -180,9 +181,10 @@ def _parse_lines(path: Path, content: bytes, offset: int) -> Iterator[Point]:
             yield _parse_line(line, end)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             number = path.read_bytes()[:end].count(b"\n")
+            remove = format_command("rm", path.parent.name, results=Path(*path.parts[:-3]))  # results/runs/ID/file
             raise UsageError(
                 f"{path}, line {number}: not a point of a journal ({error}); restore the file, or remove the run"
-                f" (moebench rm {path.parent.name}) and train it again"
+                f" (`{remove}`) and train it again"
             ) from error
 
 
