@@ -94,9 +94,11 @@ class CommandArguments:
         parts = [*command.split(), self.experiment, *self.overrides, *plugins, *format_results(self.results), *options]
         return shlex.join(["moebench", *parts])
 
-    def format_ui(self) -> str:
-        """Return the command that shows the tracker."""
-        return format_command("ui", results=self.results)
+    def format_ui(self, tracker: str | None) -> str:
+        """Return the command that shows a tracker; empty if there is none or it is a server, with its own UI."""
+        if tracker and not tracker.startswith("sqlite"):
+            return ""
+        return format_command("ui", *(["--tracker", tracker] if tracker else []), results=self.results)
 
 
 def check_plot(plot: Path | None) -> None:

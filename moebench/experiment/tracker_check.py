@@ -47,7 +47,7 @@ def _check_runs(results: Path, uri: str, where: str) -> Iterator[Finding]:
     if num_missing:
         problem = f"{num_missing} points of the journals are missing"
         fix = _repair(lambda: replay(results, uri))
-        yield Finding(where=where, problem=problem, remedy="sent, as by `moebench sync`", fix=fix)
+        yield Finding(where=where, problem=problem, remedy="sent", fix=fix)
     stale = [audit for audit in audits if audit.end_status]
     if stale:
         problem = f"{len(stale)} runs are shown as running and are not"

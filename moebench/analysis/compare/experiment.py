@@ -31,7 +31,9 @@ def compare_experiment(
     facts = TASKS.get(experiment.cells[0].config.task.name).facts
     run_results = read_results(experiment, results)
     if not run_results:
-        raise UsageError(f"{results}: no cell of '{experiment.name}' has a result there yet (moebench run makes them)")
+        raise UsageError(
+            f"{results}: no cell of '{experiment.name}' has a result there yet (`moebench run` makes them)"
+        )
     return compare(
         run_results,
         expected=[(cell.arm, cell.seed, cell.id) for cell in experiment.cells],
