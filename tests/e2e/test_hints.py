@@ -86,6 +86,7 @@ def damage(store: Path) -> Iterator[str]:
     yield "database"
 
 
+@pytest.mark.slow
 def test_the_end_of_a_run(warm: WarmCommandLine, cli: CommandLine) -> None:
     cli.write(grid={"router": ["dense"]}, seeds=[0], train={"steps": 2, "checkpoint_every": 2})
     ended = warm(cli, "run", "./tiny.yaml", "train.log_every=2", "--results", RESULTS, "--tracker", "http://[::1]:9")
@@ -96,7 +97,7 @@ def test_the_end_of_a_run(warm: WarmCommandLine, cli: CommandLine) -> None:
     (compare,) = [words for words in hints if words[1] == "compare"]
     assert warm(cli, *compare[1:]).code == 0
     again = warm(cli, "run", "./tiny.yaml", "train.log_every=2", "--results", RESULTS)
-    assert [words[1] for words in require_usable(again.err)] == ["compare", "ui"], again.err
+    assert {words[1] for words in require_usable(again.err)} >= {"compare", "ui"}, again.err
 
 
 def test_an_interrupted_run(call: Callable[..., str], store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +110,7 @@ def test_an_interrupted_run(call: Callable[..., str], store: Path, monkeypatch: 
     assert "interrupted" in call(*words[1:])
 
 
+@pytest.mark.slow
 def test_stores_that_are_missing_or_damaged(call: Callable[..., str], store: Path) -> None:
     (store / "runs").rename(store / "kept")
     text = "".join(call(*words, "--results", RESULTS) for words in (*READERS, ("ui",)) if words != ("sync",))
