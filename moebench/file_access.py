@@ -12,13 +12,31 @@ from moebench.errors import UsageError
 
 def is_plain_name(name: object) -> bool:
     """Return whether a value is the name of a file in a folder, not a path to another one."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+    is_name = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+    return is_name and is_utf8(str(name))
+
+
+def is_utf8(name: str) -> bool:
+    """Return whether a name can be stored in files, databases and addresses: old archives have names in other codes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def require_utf8(path: Path, owner: str) -> None:
+    """Raise UsageError, which begins with `owner`, for a path with a name that is not UTF-8."""
+    if not is_utf8(str(path.absolute())):
+        raise UsageError(f"{owner} {path}: its name is not UTF-8; rename it, or give a link with another name")
 
 
 def require_plain_name(name: object, owner: str) -> str:
     """Return a name that is used as the name of a file; raise UsageError, which begins with `owner`, for a path."""
     if not is_plain_name(name):
-        raise UsageError(f"{owner}: {name!r} cannot be the name of a file (allowed: no slash, not empty, . or ..)")
+        raise UsageError(
+            f"{owner}: {name!r} cannot be the name of a file (allowed: UTF-8 without a slash, not empty, . or ..)"
+        )
     return str(name)
 
 

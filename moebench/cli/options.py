@@ -13,6 +13,7 @@ from moebench.commands import DEFAULT_RESULTS as DEFAULT_RESULTS
 from moebench.commands import format_command, format_results
 from moebench.errors import UsageError
 from moebench.experiment.files import list_experiments
+from moebench.file_access import require_utf8
 from moebench.printable import format_json, print_text
 from moebench.registry import names_without_import
 
@@ -44,6 +45,7 @@ def complete_experiment_or_router(incomplete: str) -> list[str]:
 def _expand_home(path: Path) -> Path:
     """Return the path with the home folder for `~`, which the shell leaves in a variable and after `=`."""
     try:
+        require_utf8(path, "results folder")
         return path.expanduser()
     except RuntimeError as error:
         raise UsageError(f"results folder {path}: there is no such home folder ({error})") from error
