@@ -55,6 +55,27 @@ def open_member(folder: Path, name: str) -> BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
+MAX_RECORD_BYTES = 256 * 2**20
+"""Larger descriptions of runs, results and checkpoints are refused: those of thousands of domains have a few MiB."""
+
+
+def read_plain_file(path: Path, max_bytes: int | None = MAX_RECORD_BYTES, offset: int = 0) -> bytes:
+    """Return the content of a file from a byte on; raise OSError for a pipe or device, which may have no end.
+
+    `max_bytes`: larger files are refused before they are read; None: of any size.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            kind = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
+            raise OSError(kind, os.strerror(kind) if kind == errno.EISDIR else "is not a plain file", str(path))
+        if max_bytes is not None and status.st_size > max_bytes:
+            raise OSError(errno.EFBIG, f"has more than {max_bytes // 2**20} MiB", str(path))
+        file.seek(offset)
+        return file.read()
+
+
 def open_to_write(file: Path, flags: int = os.O_APPEND) -> int:
     """Return the descriptor of a file that is created if missing; raise OSError in place of following a link."""
     try:

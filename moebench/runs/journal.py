@@ -18,7 +18,7 @@ from typing import Self
 
 from moebench.commands import format_command
 from moebench.errors import UsageError
-from moebench.file_access import open_to_write
+from moebench.file_access import open_to_write, read_plain_file
 
 _NAME = re.compile(r"[A-Za-z0-9_\-.:/ ]{1,250}")
 
@@ -154,9 +154,7 @@ def read_journal(path: Path, offset: int = 0) -> tuple[list[Point], int]:
     empty journal. Raises UsageError with file and line for any other damage.
     """
     try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            content = file.read()
+        content = read_plain_file(path, None, offset)
     except FileNotFoundError:
         return [], offset
     except OSError as error:
