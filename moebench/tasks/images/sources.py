@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from moebench.errors import UsageError, require, unknown
-from moebench.ranges import AT_LEAST_1, Range, check_ranges
+from moebench.ranges import Range, at_least_1_up_to, check_ranges
 from moebench.tasks.folders import TEST, TRAIN, assign_parts, find_source, folders_of, list_files, name_of
 from moebench.tasks.sources import check_source, file_digest, first_line
 from moebench.tasks.tables import TABLES, Table, open_hub_table, open_table, read_content, read_name
@@ -29,7 +29,7 @@ EMBEDDED = {"fashion": FASHION, "mnist": tuple(str(digit) for digit in range(10)
 class ImageDataConfig:
     """Which images to train on and how they become arrays; by default 24,000 embedded images of Fashion-MNIST."""
 
-    RANGES: ClassVar[Mapping[str, Range]] = {"size": AT_LEAST_1}
+    RANGES: ClassVar[Mapping[str, Range]] = {"size": at_least_1_up_to(4096)}
 
     sources: list[str] = field(default_factory=lambda: ["fashion"])
     """Embedded sets, each a domain with its own ten classes: fashion, mnist or both."""
