@@ -107,6 +107,8 @@ class RunFolder:
             cell = pop_checksum(read_json(self.cell))
             require_types(cell, CELL_TYPES, CELL_OPTIONAL)
             require_types(cell["data"], {"name": str, "digest": str})
+            if not all(isinstance(text, str) for text in (*cell.get("plugins", ()), *cell.get("plugin_digests", ()))):
+                raise ValueError("'plugins' and 'plugin_digests' must hold texts")
             self._require_id(cell["id"])
         except ValueError as error:
             raise UsageError(f"{self.cell}: damaged ({error}); `moebench run` of its experiment writes it") from error
