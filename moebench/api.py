@@ -165,7 +165,7 @@ def load_model(
     cell = folder.read_cell()
     for plugin in plugins:
         load_plugin(str(plugin))
-    require_plugins(cell["plugins"], f"run {folder.path.name}")
+    require_plugins(cell["plugins"], cell.get("plugin_digests") or (), f"run {folder.path.name}")
     config = resolve(cell["config"])
     require_unchanged_data(cell, config)
     task = prepare_task(config, folder.path.parent.parent)

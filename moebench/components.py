@@ -12,6 +12,9 @@ from moebench.ranges import BELOW_1, POSITIVE, POSITIVE_FINITE, Range, at_least_
 
 ExpertKind = Literal["ffn", "zero", "copy", "constant", "projection", "shared_projection", "head", "stack"]
 
+MAX_EXPERTS = 2**14
+"""Experts in one bank."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
@@ -52,7 +55,7 @@ class LayoutConfig:
     """Options that every layout has; each layout's own Config adds its name and its options."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
-        "num_experts": at_least_1_up_to(2**14),
+        "num_experts": at_least_1_up_to(MAX_EXPERTS),
         "expert_width": at_least_1_up_to(2**20),
         "depth": at_least_1_up_to(1000),
         **dict.fromkeys(("capacity_factor_train", "capacity_factor_eval"), POSITIVE),

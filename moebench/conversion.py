@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from moebench.errors import UsageError, nearest
+from moebench.ranges import check_undeclared
 from moebench.yaml_text import MalformedYaml, Plain
 
 T = TypeVar("T")
@@ -46,6 +47,7 @@ def apply_values(config: T, raw: Mapping[str, Any], key: str = "") -> T:
         else:
             given = convert(value, hints[name], path)
             values[name] = {**current, **given} if isinstance(current, dict) and isinstance(given, dict) else given
+    check_undeclared(type(config), values, key)
     changed: T = dataclasses.replace(config, **values)  # type: ignore[type-var]
     return changed
 

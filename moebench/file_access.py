@@ -12,13 +12,31 @@ from moebench.errors import UsageError
 
 def is_plain_name(name: object) -> bool:
     """Return whether a value is the name of a file in a folder, not a path to another one."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+    is_name = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+    return is_name and is_utf8(str(name))
+
+
+def is_utf8(name: str) -> bool:
+    """Return whether a name can be stored in files, databases and addresses: old archives have names in other codes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def require_utf8(path: Path, owner: str) -> None:
+    """Raise UsageError, which begins with `owner`, for a path with a name that is not UTF-8."""
+    if not is_utf8(str(path.absolute())):
+        raise UsageError(f"{owner} {path}: its name is not UTF-8; rename it, or give a link with another name")
 
 
 def require_plain_name(name: object, owner: str) -> str:
     """Return a name that is used as the name of a file; raise UsageError, which begins with `owner`, for a path."""
     if not is_plain_name(name):
-        raise UsageError(f"{owner}: {name!r} cannot be the name of a file (allowed: no slash, not empty, . or ..)")
+        raise UsageError(
+            f"{owner}: {name!r} cannot be the name of a file (allowed: UTF-8 without a slash, not empty, . or ..)"
+        )
     return str(name)
 
 
@@ -35,6 +53,27 @@ def open_member(folder: Path, name: str) -> BufferedReader:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "is not a plain file", str(folder / name))
     return os.fdopen(descriptor, "rb")
+
+
+MAX_RECORD_BYTES = 256 * 2**20
+"""Larger descriptions of runs, results and checkpoints are refused: those of thousands of domains have a few MiB."""
+
+
+def read_plain_file(path: Path, max_bytes: int | None = MAX_RECORD_BYTES, offset: int = 0) -> bytes:
+    """Return the content of a file from a byte on; raise OSError for a pipe or device, which may have no end.
+
+    `max_bytes`: larger files are refused before they are read; None: of any size.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            kind = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
+            raise OSError(kind, os.strerror(kind) if kind == errno.EISDIR else "is not a plain file", str(path))
+        if max_bytes is not None and status.st_size > max_bytes:
+            raise OSError(errno.EFBIG, f"has more than {max_bytes // 2**20} MiB", str(path))
+        file.seek(offset)
+        return file.read()
 
 
 def open_to_write(file: Path, flags: int = os.O_APPEND) -> int:

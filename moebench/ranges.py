@@ -3,10 +3,13 @@
 import dataclasses
 import math
 import types
+from collections.abc import Mapping
 from typing import get_args
 
 from moebench.errors import require
 
+MAX_WHOLE = 2**31
+"""Largest whole number of an option that declares no range."""
 MAX_DIGITS = 40
 """Longest number that a message shows in full."""
 
@@ -72,6 +75,22 @@ def check_ranges(config: object, section: str) -> None:
             is_too_large = allowed.limit is not None and value > allowed.limit
             text = f"at most {allowed.limit}" if is_too_large else describe_range(type(config), name, is_short=True)
             require(False, f"{section}.{name}", _shorten(value), text)
+
+
+def check_undeclared(config_class: type, values: Mapping[str, object], section: str) -> None:
+    """Raise UsageError for numbers that nothing can be (not finite, or huge), where an option declares no range.
+
+    It is called before the configuration is built, whose own checks may compute with the number.
+    """
+    declared = get_ranges(config_class)
+    for name, value in values.items():
+        key = f"{section}.{name}" if section else name
+        if name in declared or isinstance(value, bool):
+            continue
+        if isinstance(value, float):
+            require(math.isfinite(value), key, value, "finite")
+        if isinstance(value, int):
+            require(abs(value) <= MAX_WHOLE, key, _shorten(value), f"at most {MAX_WHOLE} in size")
 
 
 def _shorten(value: object) -> str:

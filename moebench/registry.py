@@ -177,6 +177,8 @@ DIGITS = 12
 """Of the digest of a plugin file, in the name of its module."""
 _PLUGINS: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
 """Names and parents of each plugin module: what it registers is seen once, when it is executed."""
+_DIGESTS: dict[str, set[str]] = {}
+"""Name of a plugin file, without its ending -> the digests that were executed."""
 
 
 def load_plugin(path: str) -> Plugin:
@@ -197,19 +199,28 @@ def load_plugin(path: str) -> Plugin:
         bases = {base.__module__ for _, item in entered for base in getattr(item, "__mro__", ())}
         parents = frozenset(module for module in bases if module.startswith(PLUGIN_MODULE)) - {name}
         _PLUGINS[name] = frozenset(key for key, _ in entered), parents
+        _DIGESTS.setdefault(file.stem, set()).add(digest_sources(file))
     names, parents = _PLUGINS[name]
     return Plugin(file=file.resolve(), digest=digest_sources(file), names=names, module=name, parents=parents)
 
 
-def require_plugins(paths: Iterable[str], owner: str) -> None:
-    """Raise UsageError unless a plugin file of the same name as each path is loaded; execute none."""
-    loaded = {module.removeprefix(PLUGIN_MODULE)[: -len("_") - DIGITS] for module in _PLUGINS}
-    missing = [path for path in paths if Path(path).stem not in loaded]
+def require_plugins(paths: Sequence[str], digests: Sequence[str], owner: str) -> None:
+    """Raise UsageError unless a plugin file of the same name and content as each path is loaded; execute none.
+
+    `digests`: of the files when the run was planned; empty for runs of versions that did not record them.
+    """
+    missing = [path for path in paths if Path(path).stem not in _DIGESTS]
     if missing:
         raise UsageError(
             f"{owner} needs the plug-in {missing[0]}, which is code that the run's folder names; if you trust it, give"
             f" plugins={missing}"
         )
+    for path, digest in zip(paths, digests, strict=False):
+        if digest not in _DIGESTS[Path(path).stem]:
+            raise UsageError(
+                f"{owner} was trained with another content of the plug-in {path} than was loaded; restore the file, and"
+                f" give plugins=[{path!r}] in a new process"
+            )
 
 
 def select_plugins(plugins: Sequence[Plugin], words: Iterable[str]) -> list[Plugin]:

@@ -9,8 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from moebench.commands import DEFAULT_RESULTS as DEFAULT_RESULTS
+from moebench.commands import format_command, format_results
 from moebench.errors import UsageError
 from moebench.experiment.files import list_experiments
+from moebench.file_access import require_utf8
 from moebench.printable import format_json, print_text
 from moebench.registry import names_without_import
 
@@ -42,6 +45,7 @@ def complete_experiment_or_router(incomplete: str) -> list[str]:
 def _expand_home(path: Path) -> Path:
     """Return the path with the home folder for `~`, which the shell leaves in a variable and after `=`."""
     try:
+        require_utf8(path, "results folder")
         return path.expanduser()
     except RuntimeError as error:
         raise UsageError(f"results folder {path}: there is no such home folder ({error})") from error
@@ -78,7 +82,6 @@ Size = Annotated[
     str | None,
     typer.Option("--size", help="Named size above the experiment's own (list sizes); short for size=NAME."),
 ]
-DEFAULT_RESULTS = Path("results")
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
 
@@ -94,15 +97,14 @@ class CommandArguments:
     def format(self, command: str, *options: str) -> str:
         """Return a command on the same experiment, quoted for the shell."""
         plugins = [part for plugin in self.plugins for part in ("--plugin", plugin)]
-        parts = [*command.split(), self.experiment, *self.overrides, *plugins, *self._results(), *options]
+        parts = [*command.split(), self.experiment, *self.overrides, *plugins, *format_results(self.results), *options]
         return shlex.join(["moebench", *parts])
 
-    def format_ui(self) -> str:
-        """Return the command that shows the tracker."""
-        return shlex.join(["moebench", "ui", *self._results()])
-
-    def _results(self) -> list[str]:
-        return [] if self.results == DEFAULT_RESULTS else ["--results", str(self.results)]
+    def format_ui(self, tracker: str | None) -> str:
+        """Return the command that shows a tracker; empty if there is none or it is a server, with its own UI."""
+        if tracker and not tracker.startswith("sqlite"):
+            return ""
+        return format_command("ui", *(["--tracker", tracker] if tracker else []), results=self.results)
 
 
 def add_size(overrides: Sequence[str] | None, size: str | None) -> list[str]:

@@ -19,7 +19,8 @@ def rm(
     results: Results = DEFAULT_RESULTS,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     tracker: Annotated[
-        str | None, typer.Option(envvar="MOEBENCH_TRACKER", help="MLflow URI. Default: SQLite in results.")
+        str | None,
+        typer.Option(envvar="MOEBENCH_TRACKER", help="MLflow URI; 'none' for no tracker. Default: SQLite in results."),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -29,7 +30,10 @@ def rm(
     removed. The tracker marks the runs as deleted.
     """
     from moebench.experiment.removal import plan_removal, remove
-    from moebench.tracking.address import default_uri
+    from moebench.tracking.address import NO_TRACKER, check_uri, default_uri
+
+    if tracker not in (None, NO_TRACKER):
+        check_uri(tracker)
 
     removal = plan_removal(results, name)
     values = removal.to_dict()

@@ -230,6 +230,8 @@ def _count_attempts(outcome: "Outcome") -> str:
 
 
 def _print_summary(report: "RunReport", arguments: CommandArguments, options: "RunOptions", console: "Console") -> None:
+    from moebench.tracking.address import redact_uri
+
     lines = [f"{report.num_done} of {report.num_cells} cells done, {len(report.trained)} of them trained now"]
     lines += report.tuning.list_lines() if report.tuning else []
     lines += [
@@ -243,12 +245,12 @@ def _print_summary(report: "RunReport", arguments: CommandArguments, options: "R
         lines.append(f"tracker: {report.tracker_problem}")
     if report.interrupted:
         tracker = options.tracker or ""
-        given = ["--tracker", tracker] if tracker and not set(tracker) & set("@?") else []  # may hold a password
+        given = ["--tracker", tracker] if tracker and redact_uri(tracker) == tracker else []
         given += ["--jobs", str(options.jobs)] if options.jobs else []
         given += ["--reshard"] if options.reshard else []
         lines.append(f"interrupted; go on with: {arguments.format('run', *given)}")
     else:
-        ui_hint = "" if options.tracker == "none" else f"  |  {arguments.format_ui()}"
-        lines.append(f"next: {arguments.format('compare')}{ui_hint}")
+        hints = [arguments.format("compare"), arguments.format_ui(options.tracker)]
+        lines.append(f"next: {'  |  '.join(filter(None, hints))}")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

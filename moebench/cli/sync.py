@@ -20,7 +20,7 @@ def sync(
     json: Json = False,
 ) -> None:
     """Send everything in the run folders that the tracker does not have; nothing is sent twice."""
-    from moebench.tracking.address import check_uri, default_uri, redact_uri
+    from moebench.tracking.address import check_uri, default_uri, format_sync, redact_uri
     from moebench.tracking.mlflow_store import TrackerError
     from moebench.tracking.replay import replay
     from moebench.tracking.source import list_unreadable
@@ -32,7 +32,9 @@ def sync(
         report = replay(results, uri)
         report = replace(report, problems=(*report.problems, *list_unreadable(results)))
     except TrackerError as error:
-        print_text(f"tracker: {error}", file=sys.stderr)
+        print_text(
+            f"tracker: {error}; nothing is lost: {format_sync(results, tracker)} sends it later", file=sys.stderr
+        )
         raise typer.Exit(EXIT_DEGRADED) from error
     if json:
         print_json(asdict(report), indent=None)

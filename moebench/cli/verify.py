@@ -18,6 +18,10 @@ EXIT_FINDINGS = 1
 def verify(
     results: Results = DEFAULT_RESULTS,
     fix: Annotated[bool, typer.Option("--fix", help="Repair what can be repaired without losing anything.")] = False,
+    tracker: Annotated[
+        str | None,
+        typer.Option(envvar="MOEBENCH_TRACKER", help="MLflow URI; 'none' for no tracker. Default: SQLite in results."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Check runs, checkpoints, records, cache and tracker of a results folder, and the machine.
@@ -28,10 +32,13 @@ def verify(
     Exit codes: 0 clean, 1 findings are left (notes do not count), 2 the folder cannot be read.
     """
     from moebench.experiment.machine_check import describe_machine
+    from moebench.tracking.address import NO_TRACKER, check_uri
 
-    findings = _collect(results)
+    if tracker not in (None, NO_TRACKER):
+        check_uri(tracker)
+    findings = _collect(results, tracker)
     fixed, failed = _fix(findings) if fix else ([], [])
-    left = _collect(results) if fixed else findings
+    left = _collect(results, tracker) if fixed else findings
     problems = [finding for finding in left if not finding.is_note]
     if json:
         values = {"findings": [finding.to_dict() for finding in left], "machine": describe_machine(results)}
@@ -50,14 +57,14 @@ def verify(
         raise typer.Exit(EXIT_FINDINGS)
 
 
-def _collect(results: Path) -> "list[Finding]":
+def _collect(results: Path, tracker: str | None) -> "list[Finding]":
     from moebench.experiment.machine_check import check_machine
     from moebench.experiment.tracker_check import check_tracker
     from moebench.experiment.verification import check_store
 
     findings = list(check_store(results))
     try:
-        findings += check_tracker(results)
+        findings += check_tracker(results, tracker)
     except UsageError as error:
         from moebench.experiment.verification import Finding
 

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +12,10 @@ from filelock import FileLock, Timeout
 
 from moebench.errors import UsageError, unknown
 from moebench.runs.folder import RunFolder, list_run_folders
-from moebench.tracking.address import sqlite_path
+from moebench.tracking.address import NO_TRACKER
 from moebench.tracking.mlflow_store import TrackerError
-from moebench.tracking.quiet import silence_mlflow
 from moebench.tracking.source import list_recorded_experiments
-
-RUNS = """
-select runs.run_uuid, tags.value from runs join experiments on experiments.experiment_id = runs.experiment_id
-join tags on tags.run_uuid = runs.run_uuid and tags.key = 'moebench.cell'
-where runs.lifecycle_stage = 'active' and (:experiment is null or experiments.name = :experiment)
-"""
+from moebench.tracking.stored_runs import EXPERIMENT, delete_runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,22 +104,13 @@ def _remove(results: Path, path: Path) -> None:
 
 def _delete_in_tracker(results: Path, removal: Removal, uri: str) -> str | None:
     """Mark the runs as deleted in the tracker: in its experiment, or in all of them for a single run."""
-    path = sqlite_path(uri)
-    if uri == "none" or (path is not None and not path.exists()):
+    if uri == NO_TRACKER:
         return None
+    ids = {folder.path.name for folder in removal.runs}
+    if removal.experiment:
+        ids |= {*removal.kept, EXPERIMENT}
     try:
-        if path is None:
-            return f"tracker {uri.rpartition('@')[2]}: its runs must be deleted there"
-        ids = {folder.path.name for folder in removal.runs} | {*removal.kept}
-        names = {*ids, "experiment"} if removal.experiment else ids
-        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-            rows = connection.execute(RUNS, {"experiment": removal.experiment}).fetchall()
-        with silence_mlflow():
-            from mlflow import MlflowClient
-
-            client = MlflowClient(uri)
-            for run_id in [run_id for run_id, cell in rows if cell in names]:
-                client.delete_run(run_id)
-    except (sqlite3.Error, TrackerError) as error:
-        return f"tracker: its runs could not be marked as deleted ({error})"
+        delete_runs(results, uri, ids, removal.experiment)
+    except TrackerError as error:
+        return f"{error}: its runs are not marked as deleted there"
     return None

@@ -27,13 +27,10 @@ from moebench.launch.scheduler import Interrupted, Outcome, SchedulePolicy, Sche
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.tasks.task import TASKS
-from moebench.tracking.address import NO_TRACKER, check_uri, default_uri
+from moebench.tracking.address import NO_TRACKER, check_uri, default_uri, format_sync
 from moebench.tracking.tracker import Tracker, TrackerStatus
 from moebench.training.model import prepare_task
 
-UNKNOWN_TRACKING = (
-    "the tracker did not end as it should, and its state is unknown; nothing is lost: run `moebench sync` later"
-)
 TRACKER_INTERRUPT_LIMIT_S = 2.0
 """How long an interrupted run waits for its tracker."""
 
@@ -153,7 +150,7 @@ def run_experiment(
     for note in reshard(results, cells) if options.reshard else ():
         print_note(console, note)
     containment = Containment(lambda line: print_note(console, f"{line}; training continues"))
-    has_tracker = options.tracker != NO_TRACKER
+    has_tracker, sync = options.tracker != NO_TRACKER, format_sync(results, options.tracker)
     tracker = _start_tracker(results, options.tracker, experiment, containment) if has_tracker else None
     grid_run = _GridRun(experiment, results, cells, launcher, console, figures, tracker, containment)
     try:
@@ -164,7 +161,7 @@ def run_experiment(
         if tracker:
             tracker.kill()
         raise
-    tracker_problem = _stop_tracker(tracker, console, interrupted, containment) if has_tracker else None
+    tracker_problem = _stop_tracker(tracker, console, interrupted, containment, sync) if has_tracker else None
     return RunReport(
         experiment=experiment,
         results=results,
@@ -195,14 +192,18 @@ def _start_tracker(results: Path, uri: str | None, experiment: Experiment, conta
     return started
 
 
-def _stop_tracker(tracker: Tracker | None, console: Console, interrupted: int, containment: Containment) -> str | None:
-    """Send what is pending; return what the tracker has missed, or None."""
+def _stop_tracker(
+    tracker: Tracker | None, console: Console, interrupted: int, containment: Containment, sync: str
+) -> str | None:
+    """Send what is pending; return what the tracker has missed, or None. `sync` is the command that sends it later."""
 
     def show_wait(status: TrackerStatus) -> None:
-        hint = "Ctrl-C: do not wait, `moebench sync` sends the rest"
+        hint = f"Ctrl-C: do not wait, {sync} sends the rest"
         print_note(console, f"waiting for the tracker, {status.values} values sent ({hint})")
 
-    problem: str | None = UNKNOWN_TRACKING
+    problem: str | None = (
+        f"the tracker did not end as it should, and its state is unknown; nothing is lost: run {sync} later"
+    )
     if tracker is not None:
         with containment.contain("tracker"):
             status = tracker.stop(TRACKER_INTERRUPT_LIMIT_S if interrupted else math.inf, on_wait=show_wait)

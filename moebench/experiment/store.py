@@ -12,7 +12,7 @@ from moebench.experiment.grid import Experiment
 from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.plan import cell_state
 from moebench.experiment.tuning import has_diverged, read_tuning
-from moebench.file_access import require_no_links
+from moebench.file_access import require_no_links, require_utf8
 from moebench.launch.scheduler import Outcome
 from moebench.runs.cell import Cell
 from moebench.runs.experiment_record import read_record
@@ -33,6 +33,7 @@ def open_results(results: Path) -> None:
 
     Raises UsageError if it cannot be written, has links in it or a file in place of a folder.
     """
+    require_utf8(results, "results folder")
     try:
         for folder in (results / "runs", results / "experiments", results / "cache"):
             if folder.exists() and not folder.is_dir():

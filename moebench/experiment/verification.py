@@ -9,6 +9,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from moebench.commands import format_command
 from moebench.errors import UsageError
 from moebench.parallel.checkpoint import find_damage
 from moebench.parallel.manifest import Manifest, list_manifests
@@ -85,7 +86,8 @@ def _check_run(folder: RunFolder) -> Iterator[Finding]:
 
 
 def _check_idle_run(folder: RunFolder) -> Iterator[Finding]:
-    remedy = f"restore it, or `moebench rm {folder.path.name}` and train it again"
+    rm = format_command("rm", folder.path.name, results=folder.path.parents[1])
+    remedy = f"restore it, or `{rm}` and train it again"
     result = None
     try:
         folder.read_cell()

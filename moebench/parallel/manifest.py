@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from moebench.file_access import read_plain_file
+
 _NAME = re.compile(r"step_(\d+)\.json")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -37,7 +39,10 @@ class Manifest:
     @classmethod
     def read(cls, path: Path) -> "Manifest":
         """Read a manifest; raise ValueError with the reason, or OSError, if it is damaged or of another step."""
-        values = json.loads(path.read_bytes())
+        try:
+            values = json.loads(read_plain_file(path))
+        except RecursionError as error:
+            raise ValueError("the manifest is nested too deeply") from error
         checksum = values.pop("checksum", None) if isinstance(values, dict) else None
         if checksum not in (None, _digest(values)):  # earlier versions wrote none
             raise ValueError("the manifest does not match its own checksum")

@@ -9,6 +9,8 @@ import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from moebench.reporting.glyphs import escape_figure, list_families
+
 PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """Okabe and Ito's palette for colour-blind readers, without its yellow, which is too pale for lines on white."""
 LINE_STYLES = ("-", "--", ":")
@@ -27,7 +29,7 @@ def new_figure(path: Path, title: str, *, width: float, height: float) -> Iterat
     """Yield a figure of `width` × `height` inches; write it when the block ends, in the format of the suffix."""
     # `parse_math`: a label such as `a{$` is text.
     style: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titlesize": 10}
-    style |= {"text.parse_math": False}
+    style |= {"text.parse_math": False, "font.family": [*list_families()]}
     with mpl.rc_context():
         mpl.rcdefaults()  # whatever a matplotlibrc in the working folder says, such as text.usetex
         mpl.rcParams.update(style)
@@ -35,5 +37,6 @@ def new_figure(path: Path, title: str, *, width: float, height: float) -> Iterat
         FigureCanvasAgg(figure)
         figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
         yield figure
+        escape_figure(figure)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format=path.suffix.removeprefix(".").lower())

@@ -72,6 +72,11 @@ def check_router_class(router_class: type[Router], config: RouterConfig, num_exp
             f"{label_router(config.name)}: experts_per_token(config, num_experts) must be a static or class method:"
             f" {describe_error(error)}"
         ) from error
+    except (ArithmeticError, ValueError) as error:
+        router_class.check(config, num_experts)  # names the option with which it cannot be computed
+        raise RouterContractError(
+            f"{label_router(config.name)}: experts_per_token failed with its options: {describe_error(error)}"
+        ) from error
     if not isinstance(num_used, int) or num_used < 0:
         raise RouterContractError(
             f"{label_router(config.name)}: experts_per_token must return a whole number, got {num_used!r}"

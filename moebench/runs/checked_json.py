@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moebench.errors import UsageError
+from moebench.file_access import read_plain_file
 
 CHECKSUM = "checksum"
 """Key of the SHA-256 (hex) of everything else; missing in files of versions that did not write one."""
@@ -16,7 +17,7 @@ Types = type | tuple[type, ...]
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; raise UsageError naming the file if it is missing or damaged."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_plain_file(path))
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: cannot be read ({_describe(error)})") from error
     if not isinstance(content, dict):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moebench.errors import UsageError
-from moebench.file_access import require_plain_name
+from moebench.file_access import read_plain_file, require_plain_name
 from moebench.parallel.manifest import list_manifests, parse_step
 from moebench.runs.checked_json import Types, add_checksum, pop_checksum, require_types
 from moebench.runs.checked_json import read_json as read_json
@@ -107,6 +107,8 @@ class RunFolder:
             cell = pop_checksum(read_json(self.cell))
             require_types(cell, CELL_TYPES, CELL_OPTIONAL)
             require_types(cell["data"], {"name": str, "digest": str})
+            if not all(isinstance(text, str) for text in (*cell.get("plugins", ()), *cell.get("plugin_digests", ()))):
+                raise ValueError("'plugins' and 'plugin_digests' must hold texts")
             self._require_id(cell["id"])
         except ValueError as error:
             raise UsageError(f"{self.cell}: damaged ({error}); `moebench run` of its experiment writes it") from error
@@ -120,7 +122,7 @@ class RunFolder:
     def read_result(self) -> RunResult | None:
         """Return the result, or None if there is none yet; raise UsageError if it is damaged or that of another run."""
         try:
-            values = json.loads(self.result.read_bytes())
+            values = json.loads(read_plain_file(self.result))
             if not isinstance(values, dict):
                 raise ValueError(f"it holds a {type(values).__name__}, expected an object")
             result = RunResult.from_dict(pop_checksum(values))
@@ -144,7 +146,7 @@ class RunFolder:
 
     def digest_records(self) -> dict[str, str]:
         """Return the SHA-256 (hex) of each of `records`, by name."""
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in self.records}
+        return {path.name: hashlib.sha256(read_plain_file(path, None)).hexdigest() for path in self.records}
 
     def require_unchanged(self, file: Path) -> None:
         """Raise UsageError if one of `records` is not as it was when the run was done.

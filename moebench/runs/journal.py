@@ -16,8 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from moebench.commands import format_command
 from moebench.errors import UsageError
-from moebench.file_access import open_to_write
+from moebench.file_access import open_to_write, read_plain_file
 
 _NAME = re.compile(r"[A-Za-z0-9_\-.:/ ]{1,250}")
 
@@ -153,9 +154,7 @@ def read_journal(path: Path, offset: int = 0) -> tuple[list[Point], int]:
     empty journal. Raises UsageError with file and line for any other damage.
     """
     try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            content = file.read()
+        content = read_plain_file(path, None, offset)
     except FileNotFoundError:
         return [], offset
     except OSError as error:
@@ -180,9 +179,10 @@ def _parse_lines(path: Path, content: bytes, offset: int) -> Iterator[Point]:
             yield _parse_line(line, end)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             number = path.read_bytes()[:end].count(b"\n")
+            remove = format_command("rm", path.parent.name, results=Path(*path.parts[:-3]))  # results/runs/ID/file
             raise UsageError(
                 f"{path}, line {number}: not a point of a journal ({error}); restore the file, or remove the run"
-                f" (moebench rm {path.parent.name}) and train it again"
+                f" (`{remove}`) and train it again"
             ) from error
 
 

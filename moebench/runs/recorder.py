@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from moebench.errors import UsageError
-from moebench.file_access import open_to_write
+from moebench.file_access import open_to_write, read_plain_file
 from moebench.parallel.manifest import RecordPrefix
 from moebench.printable import print_text
 from moebench.runs.folder import RunFolder, write_atomically
@@ -112,7 +112,7 @@ def find_missing(folder: RunFolder, records: Mapping[str, RecordPrefix]) -> str 
             return str(error)
     for name, expected in records.items():
         path = folder.path / Path(name).name
-        content = path.read_bytes() if path.exists() else b""
+        content = read_plain_file(path, None) if path.exists() else b""
         if _summarise(content[: expected.bytes]) != asdict(expected):
             return f"{name} does not have what it had when the checkpoint was written"
     return None
@@ -121,7 +121,7 @@ def find_missing(folder: RunFolder, records: Mapping[str, RecordPrefix]) -> str 
 def read_loads(file: Path) -> dict[int, dict[str, list[int]]]:
     """Return step -> MoE layer -> assignments of each expert; raise UsageError if the file is damaged."""
     try:
-        lines = [json.loads(line) for line in file.read_bytes().splitlines()] if file.exists() else []
+        lines = [json.loads(line) for line in read_plain_file(file, None).splitlines()] if file.exists() else []
         return {
             int(line["step"]): {str(layer): list(map(int, load)) for layer, load in line["layers"].items()}
             for line in lines

@@ -1,11 +1,13 @@
 """The files below a folder, and the splits that names of folders and files assign."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from moebench.errors import UsageError, nearest
+from moebench.file_access import is_utf8, require_utf8
 from moebench.tasks.sources import first_line, warn
 
 TRAIN, VALIDATION, TEST = PARTS = ("train", "validation", "test")
@@ -20,6 +22,7 @@ def find_source(path: str, advice: str = "") -> Path:
     Raises UsageError with the nearest name and `advice` if it does not exist.
     """
     root = Path(path).expanduser()
+    require_utf8(root, "task.data.path:")
     try:
         if root.exists():
             return root
@@ -30,15 +33,27 @@ def find_source(path: str, advice: str = "") -> Path:
 
 
 def list_files(root: Path, endings: Sequence[str]) -> dict[str, Path]:
-    """Return the files below `root` with one of the endings, sorted, by their path relative to it.
+    r"""Return the files below `root` with one of the endings, sorted, by their path relative to it.
 
     If `root` is a file, it is returned by its name. Links are followed. Hidden names are skipped: those that begin with
-    a dot, and folders that begin with two underscores. Broken links are kept, so that reading them fails. Raises
-    UsageError for a folder that cannot be listed.
+    a dot, and folders that begin with two underscores. Broken links are kept, so that reading them fails. In names that
+    are not UTF-8, bytes are written as \xNN. Raises UsageError for a folder that cannot be listed.
     """
     paths = [root] if root.is_file() else _walk(root, frozenset())
     matching = (path for path in paths if path.name.lower().endswith(tuple(endings)))
-    return {path.relative_to(root).as_posix() if path != root else root.name: path for path in matching}
+    files: dict[str, Path] = {}
+    for path in matching:
+        name = name_of(path, root if path != root else root.parent)
+        if name in files:
+            raise UsageError(f"task.data.path: there are two files '{name}', of which one is not UTF-8; rename one")
+        files[name] = path
+    return files
+
+
+def name_of(path: Path, root: Path) -> str:
+    r"""Return the path of a file relative to a folder, as text: bytes that are not UTF-8 are written as \xNN."""
+    name = path.relative_to(root).as_posix()
+    return name if is_utf8(name) else os.fsencode(name).decode(errors="backslashreplace")
 
 
 def warn_unread_files(path: str | None, endings: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
+from moebench.commands import format_command
 from moebench.errors import UsageError, nearest
 
 NO_TRACKER = "none"
@@ -30,6 +31,15 @@ def sqlite_uri(path: Path) -> str:
 def sqlite_path(uri: str) -> Path | None:
     """Return the file of a SQLite address, None for a server."""
     return Path(unquote(uri[len(_SQLITE) :])) if uri.startswith(_SQLITE) else None
+
+
+def format_sync(results: Path, uri: str | None = None) -> str:
+    """Return the command that sends what is pending, in back quotes; an address that may hold a secret is not in it."""
+    if uri is None or uri == default_uri(results) or uri == os.environ.get("MOEBENCH_TRACKER"):
+        return f"`{format_command('sync', results=results)}`"
+    if redact_uri(uri) == uri:
+        return f"`{format_command('sync', '--tracker', uri, results=results)}`"
+    return f"`{format_command('sync', results=results)}` with the same --tracker"
 
 
 def connection_uri(uri: str) -> str:

@@ -2,7 +2,8 @@
 
 import os
 import sqlite3
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
@@ -23,11 +24,49 @@ def find_database_defect(path: Path) -> str | None:
         with path.open("rb") as file:
             if file.read(16) != b"SQLite format 3\x00":
                 return "is not a SQLite database"
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+        with closing(_connect(path, "ro")) as connection:
             connection.execute("select count(*) from sqlite_master").fetchone()
     except (OSError, sqlite3.Error) as error:
         return f"cannot be read ({error})"
     return None if os.access(path, os.W_OK) else "cannot be written"
+
+
+def find_database_damage(path: Path) -> str | None:
+    """Return why a database cannot be used, after a check of all its pages; None if it can be or does not exist yet."""
+    defect = find_database_defect(path)
+    if defect or not path.exists() or path.stat().st_size == 0:
+        return defect
+    try:
+        with closing(_connect(path, "ro")) as connection:
+            (state,) = connection.execute("pragma quick_check(1)").fetchone()
+            if not connection.execute("select 1 from sqlite_master where name = 'metrics'").fetchone():
+                return "is no database of MLflow"
+    except sqlite3.Error as error:
+        return f"cannot be read ({error})"
+    return None if state == "ok" else f"is damaged ({state})"
+
+
+def read_points(path: Path, run_id: str) -> Counter[tuple[str, int]]:
+    """Return how many values a run has of each metric at each step: MLflow would need a call for each metric."""
+    with closing(_connect(path, "ro")) as connection:
+        rows = connection.execute("select key, step from metrics where run_uuid = ?", (run_id,))
+        return Counter((str(key), int(step)) for key, step in rows)
+
+
+def drop_doubled_points(path: Path, run_ids: Collection[str]) -> None:
+    """Leave the latest of several values that a run has of a metric at a step: a resumed run measured it again."""
+    delete = """
+        delete from metrics where run_uuid = :run and timestamp < (
+            select max(timestamp) from metrics as later
+            where later.run_uuid = :run and later.key = metrics.key and later.step = metrics.step)
+        """
+    with closing(_connect(path, "rw")) as connection:
+        connection.executemany(delete, [{"run": run_id} for run_id in run_ids])
+        connection.commit()
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=30)
 
 
 def prepare_database(path: Path, on_wait: Callable[[], None]) -> str | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moebench.errors import UsageError
+from moebench.file_access import read_plain_file
 from moebench.runs.journal import Point
 from moebench.runs.result import RunResult
 from moebench.tracking.metric_limit import select_names
@@ -95,12 +96,12 @@ def build_tables(loads: Path, points: list[Point]) -> dict[str, dict[str, list[A
 def _load_table(path: Path) -> dict[str, list[Any]]:
     try:
         # A resumed run may have evaluated a step twice: the later line counts.
-        lines = {line["step"]: line["layers"] for line in map(json.loads, path.read_text().splitlines())}
+        lines = {line["step"]: line["layers"] for line in map(json.loads, read_plain_file(path, None).splitlines())}
         rows = [
             [step, layer, sum(load), round(max(load) * len(load) / max(sum(load), 1), 4), load]
             for step, layers in sorted(lines.items())
             for layer, load in layers.items()
         ]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path}: not a record of load ({error})") from error
     return {"columns": ["step", "layer", "assignments", "max over mean", "load"], "data": rows}

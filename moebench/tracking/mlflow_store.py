@@ -10,7 +10,7 @@ from typing import Any
 
 from moebench.errors import UsageError
 from moebench.tracking.address import connection_uri, redact_text, redact_uri, sqlite_path
-from moebench.tracking.database import ARTIFACTS, prepare_database
+from moebench.tracking.database import ARTIFACTS, find_database_defect, prepare_database
 from moebench.tracking.quiet import silence_mlflow
 
 MAX_BATCH = 1000
@@ -21,7 +21,7 @@ _PARENT = "mlflow.parentRunId"
 
 
 class TrackerError(Exception):
-    """The tracker cannot be used now: one line with its address and the remedy. Journals are kept."""
+    """The tracker cannot be used now: one line with its address and the reason. Journals are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +73,10 @@ def _tracker_errors(uri: str) -> Iterator[None]:
 
 
 def build_tracker_error(uri: str, reason: str) -> TrackerError:
-    """Build the error with the tracker's address, the reason and the remedy."""
+    """Build the error with the tracker's address and the reason."""
     path = sqlite_path(uri)
     tracker = f"tracker file {path}" if path else f"tracker {redact_uri(uri)}"
-    return TrackerError(f"{tracker} {reason}; nothing is lost: run `moebench sync` when it is repaired")
+    return TrackerError(f"{tracker} {reason}")
 
 
 class MlflowStore:
@@ -94,7 +94,7 @@ class MlflowStore:
         self.uri, self.experiment, self._on_progress = uri, experiment, on_progress
         path = sqlite_path(uri)
         with self._call():
-            self._client = _client(uri, on_progress)
+            self._client = _client(uri, on_progress, read_only=read_only)
             if read_only:
                 stored = self._client.get_experiment_by_name(experiment)
                 self._id = str(stored.experiment_id) if stored else ""
@@ -200,11 +200,13 @@ class MlflowStore:
         self._on_progress()
 
 
-def _client(uri: str, on_progress: Callable[[], None]) -> Any:
+def _client(uri: str, on_progress: Callable[[], None], *, read_only: bool) -> Any:
     from mlflow import MlflowClient
 
     path = sqlite_path(uri)
-    reason = prepare_database(path, on_progress) if path else None
+    reason = None
+    if path:
+        reason = find_database_defect(path) if read_only else prepare_database(path, on_progress)
     if reason:
         raise build_tracker_error(uri, reason)
     return MlflowClient(connection_uri(uri))

@@ -40,9 +40,9 @@ def replay(
                 store = MlflowStore(uri, name, on_progress)
                 report += Sender(results, store, live=live).send(experiments[name])
     except Timeout as error:
-        raise TrackerError(f"{results}: another `moebench` is sending to a tracker; try later") from error
+        raise TrackerError(f"{results}: another process is sending to a tracker") from error
     except OSError as error:
-        raise TrackerError(f"{results} cannot be written ({error}); run `moebench sync` later") from error
+        raise TrackerError(f"{results} cannot be written ({error})") from error
     return report
 
 

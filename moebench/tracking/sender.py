@@ -24,10 +24,8 @@ from moebench.tracking.metric_limit import describe_left_out, select_names
 from moebench.tracking.mlflow_store import MAX_BATCH, MetricValue, MlflowStore, StoredRun
 from moebench.tracking.report import ReplayReport
 from moebench.tracking.source import RunSource, results_id
-from moebench.tracking.stored_runs import EXPERIMENT, find_stored_runs, was_trained_again
+from moebench.tracking.stored_runs import EXPERIMENT, STATUSES, find_stored_runs, was_trained_again
 from moebench.tracking.trivial_baselines import send_trivial_baselines
-
-_STATUS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
 class Sender:
@@ -160,7 +158,7 @@ class Sender:
             self._describe(source, run)
         if source.result is None:
             return self._update_unfinished(source, run)
-        status = _STATUS.get(source.result.status, "FAILED")
+        status = STATUSES.get(source.result.status, "FAILED")
         if run.tags.get("moebench.sent") != source.digest:
             self._send_result(source, run, status)
             record_cursor(source, self.store, run.id, cursor, is_finished=True)

@@ -15,6 +15,8 @@ from moebench.runs.folder import RunFolder, list_run_folders, write_atomically
 from moebench.runs.journal import Point, read_journal
 from moebench.runs.result import RunResult
 
+_ID_FILE = "tracking_id"
+
 
 @dataclass(frozen=True)
 class RunSource:
@@ -79,10 +81,19 @@ class RunSource:
 
 def results_id(results: Path) -> str:
     """Return what identifies a results folder in a tracker that several folders send to; make it if there is none."""
-    path = results / "tracking_id"
-    if not path.exists():
-        write_atomically(path, f"{uuid.uuid4().hex}\n")
-    return path.read_text().strip()
+    if read_results_id(results) is None:
+        write_atomically(results / _ID_FILE, f"{uuid.uuid4().hex}\n")
+    return read_results_id(results) or ""
+
+
+def read_results_id(results: Path) -> str | None:
+    """Return what identifies a results folder in a tracker, None if it has sent nothing yet."""
+    try:
+        return (results / _ID_FILE).read_text(errors="replace").strip()[:100] or None
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UsageError(f"{results / _ID_FILE}: cannot be read ({error.strerror})") from error
 
 
 def list_recorded_experiments(results: Path) -> dict[str, dict[str, Any]]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moebench.file_access import open_to_write
-from moebench.tracking.address import redact_uri
+from moebench.tracking.address import format_sync, redact_uri
 
 STALL_LIMIT_S = 30.0
 """Seconds that a stopping tracker may take without any progress."""
@@ -42,8 +42,6 @@ class TrackerStatus:
 
     def degrade(self, reason: str) -> "TrackerStatus":
         """Return the status after a failure; the reason of an earlier one takes precedence."""
-        if "moebench sync" not in reason:
-            reason += "; nothing is lost: `moebench sync` or the next run sends the rest"
         return replace(self, ok=False, reason=self.reason or reason)
 
 
@@ -60,6 +58,7 @@ class Tracker:
             "uri": uri,
             "experiment": experiment_name,
             "interval_s": interval_s,
+            "remedy": f"nothing is lost: {format_sync(results, uri)} or the next run sends the rest",
         }
         self._log = results / "tracking.log"
         self._status = TrackerStatus(ok=True)
@@ -88,7 +87,7 @@ class Tracker:
                     env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
                 )
         except OSError as error:
-            self._status = self._status.degrade(f"the tracker process cannot be started ({error})")
+            self._degrade(f"the tracker process cannot be started ({error})")
             return
         # By the pipe: the address may contain a password, and a command line is public.
         self._write(self._task)
@@ -130,7 +129,7 @@ class Tracker:
         except KeyboardInterrupt:
             reason = "interrupted before everything was sent"
         if reason:  # first: the end of the process is reported too
-            self._status = self._status.degrade(f"tracker {redact_uri(str(self._task['uri']))}: {reason}")
+            self._degrade(f"tracker {redact_uri(str(self._task['uri']))}: {reason}")
         self._end(process)
         return self._status
 
@@ -169,7 +168,10 @@ class Tracker:
             has_ended = bool(message.pop("is_last"))
             self._status = TrackerStatus(**message)
         if not has_ended:
-            self._status = self._status.degrade(f"the tracker process ended early, see {self._log}")
+            self._degrade(f"the tracker process ended early, see {self._log}")
+
+    def _degrade(self, reason: str) -> None:
+        self._status = self._status.degrade(f"{reason}; {self._task['remedy']}")
 
 
 def _ignore(status: TrackerStatus) -> None:

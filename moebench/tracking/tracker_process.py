@@ -30,7 +30,7 @@ class ReplayLoop:
     def __init__(self, task: dict[str, Any], out: IO[str]) -> None:
         self.results, self.uri = Path(task["results"]), str(task["uri"])
         self.experiment = task["experiment"]
-        self.interval_s = float(task["interval_s"])
+        self.interval_s, self.remedy = float(task["interval_s"]), str(task["remedy"])
         self.out = out
         self.stop_event = threading.Event()
         self.status = TrackerStatus(ok=True)
@@ -69,7 +69,10 @@ class ReplayLoop:
         num_sent = self.status.values
         try:
             report = replay(self.results, self.uri, self.experiment, is_live, self._report_progress)
-        except (TrackerError, UsageError) as error:
+        except TrackerError as error:
+            reason = f"{error}; {self.remedy}"
+            return TrackerStatus(ok=False, reason=reason, values=num_sent, note=self.status.note)
+        except UsageError as error:
             return TrackerStatus(ok=False, reason=str(error), values=num_sent, note=self.status.note)
         problem = report.problems[0] if report.problems else None
         note = self.status.note or report.note

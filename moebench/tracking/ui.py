@@ -17,7 +17,15 @@ from typing import IO
 
 from moebench.errors import UsageError
 from moebench.file_access import open_to_write
-from moebench.tracking.address import check_uri, connection_uri, default_uri, redact_uri, sqlite_path, sqlite_uri
+from moebench.tracking.address import (
+    check_uri,
+    connection_uri,
+    default_uri,
+    format_sync,
+    redact_uri,
+    sqlite_path,
+    sqlite_uri,
+)
 from moebench.tracking.database import ARTIFACTS, find_database_defect, relocate_artifacts
 
 _START_LIMIT_S = 120.0
@@ -44,7 +52,7 @@ def serve(
     """
     if uri:
         check_uri(uri)
-    database = _find_database(uri or default_uri(results))
+    database = _find_database(results, uri or default_uri(results))
     _check_port(host, port)
     log = results / "ui.log"
     url = f"http://{host}:{port}"
@@ -128,7 +136,7 @@ def _stop_process_group(server: subprocess.Popen[bytes]) -> None:
     server.wait()
 
 
-def _find_database(uri: str) -> Path:
+def _find_database(results: Path, uri: str) -> Path:
     """Return the database of an address; raise UsageError if there is none that MLflow can show."""
     path = sqlite_path(uri)
     if path is None:
@@ -137,7 +145,7 @@ def _find_database(uri: str) -> Path:
         raise UsageError(f"{path} does not exist: run an experiment first (`moebench run`)")
     reason = find_database_defect(path)
     if reason:
-        raise UsageError(f"{path} {reason}: move it away and run `moebench sync` to fill a new one")
+        raise UsageError(f"{path} {reason}: move it away and run {format_sync(results, uri)} to fill a new one")
     relocate_artifacts(path)
     return path
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moebench.errors import UsageError
+from moebench.file_access import read_plain_file
 from moebench.ranks import Ranks
 from moebench.routing.layer_name import LayerName
 from moebench.routing.metrics import label_information
@@ -103,7 +104,7 @@ def label_tables_to_json(step: int, tables: Mapping[str, LabelTable]) -> str:
 def read_label_tables(file: Path) -> dict[str, LabelTable]:
     """Read the tables of a finished run by kind; raise UsageError when the file is missing or damaged."""
     try:
-        kinds = json.loads(file.read_bytes())["kinds"]
+        kinds = json.loads(read_plain_file(file))["kinds"]
         tables = {str(name): LabelTable.from_dict(table) for name, table in kinds.items()}
         if not all(table.information for table in tables.values()):
             raise ValueError("a table without information, which no run writes")

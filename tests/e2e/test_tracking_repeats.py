@@ -74,7 +74,7 @@ def test_steps_repeated_after_a_failed_run_was_sent_are_not_doubled(tmp_path: Pa
     assert [s for (s,) in rows(tmp_path, "select step from metrics where key='loss/task' order by step")] == [
         *range(1, 19)
     ]
-    assert audit_runs(tmp_path) == []
+    assert audit_runs(tmp_path, default_uri(tmp_path)) == []
 
 
 EVENTS = st.lists(
@@ -119,7 +119,7 @@ def test_random_sequences_send_each_value_once(
             replay(results, uri, live=event == "send")
     write_final_files(folder)
     replay(results, uri)
-    assert audit_runs(results) == []
+    assert audit_runs(results, uri) == []
 
 
 def test_moved_folder_keeps_its_artifacts_and_its_cursor(tmp_path: Path, empty_database: Path) -> None:
@@ -142,7 +142,7 @@ def test_cells_follow_when_their_parent_was_deleted(tmp_path: Path, empty_databa
     build_experiment(tmp_path)
     shutil.copy(empty_database, tmp_path / "mlflow.db")
     replay(tmp_path, default_uri(tmp_path))
-    assert delete_runs(tmp_path, ["experiment"]) == 1
+    assert delete_runs(tmp_path, default_uri(tmp_path), ["experiment"]) == 1
     replay(tmp_path, default_uri(tmp_path))
     parent = "select run_uuid from tags where key = 'moebench.cell' and value = 'experiment'"
     active = f"select run_uuid from runs where lifecycle_stage = 'active' and run_uuid in ({parent})"
@@ -170,7 +170,7 @@ def test_cell_that_was_trained_again_replaces_its_run(tmp_path: Path, empty_data
     replay(tmp_path, uri)
     query = "select value from metrics join runs using (run_uuid) where key = 'final/tokens_per_s'"
     assert rows(tmp_path, f"{query} and lifecycle_stage = 'active'") == [(5e4,)]
-    assert audit_runs(tmp_path) == []
+    assert audit_runs(tmp_path, default_uri(tmp_path)) == []
 
 
 def test_two_folders_with_the_same_cells_share_a_tracker_without_mixing(tmp_path: Path, empty_database: Path) -> None:
@@ -194,4 +194,4 @@ def test_very_many_domains_are_a_table_and_the_largest_are_charts(tmp_path: Path
     assert keys == {"eval/bits_per_byte"} | {f"eval/bits_per_byte/domain{number}" for number in range(50)}
     (table,) = (tmp_path / "mlartifacts").rglob("metrics.json")
     assert len(json.loads(table.read_text())["data"]) == 4001
-    assert audit_runs(tmp_path) == []
+    assert audit_runs(tmp_path, default_uri(tmp_path)) == []

@@ -23,6 +23,7 @@ ORDER = (
         "plugin_sources",
         "file_access",
         "printable",
+        "commands",
     ),
     ("ranges",),
     ("components", "registry", "yaml_text", "metrics"),

@@ -1,18 +1,21 @@
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.run_folders import write_cell
 
 from moebench.errors import UsageError
 from moebench.experiment.grid import expand
 from moebench.experiment.store import open_results
-from moebench.file_access import open_member, open_to_write, require_no_links
+from moebench.file_access import open_member, open_to_write, read_plain_file, require_no_links
 from moebench.runs.folder import RunFolder, write_json
-from moebench.runs.journal import Journal
-from moebench.runs.recorder import RunRecorder
+from moebench.runs.journal import Journal, read_journal
+from moebench.runs.recorder import RunRecorder, read_loads
 from moebench.tasks.cache import load_or_create
 from moebench.tracking.source import RunSource, list_recorded_experiments, list_unreadable
+from moebench.training.label_tables import read_label_tables
 
 PATHS = ["", ".", "..", "../x", "/tmp/x", "a/b", "a\\b", "a\0b"]
 """What is not the name of a file."""
@@ -134,3 +137,27 @@ def test_the_tracker_is_not_sent_what_a_link_points_to(tmp_path: Path, victim: P
     (source.folder.path / "x.png").symlink_to(victim)
     os.mkfifo(source.folder.labels)
     assert source.attachments == [source.folder.environment]
+
+
+def test_pipes_and_devices_in_place_of_records_are_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "abc")
+    write_cell(folder.path)
+    with pytest.raises(OSError, match="is not a plain file"):
+        read_plain_file(Path("/dev/zero"))
+    large = tmp_path / "large"
+    with large.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(OSError, match="has more than 256 MiB"):
+        read_plain_file(large)
+    for path, read in (
+        (folder.cell, folder.read_cell),
+        (folder.result, folder.read_result),
+        (folder.journal, lambda: read_journal(folder.journal)),
+        (folder.loads, lambda: read_loads(folder.loads)),
+        (folder.labels, lambda: read_label_tables(folder.labels)),
+    ):
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        with pytest.raises(UsageError, match=re.escape(str(path))):
+            read()
+        path.unlink()

@@ -13,6 +13,7 @@ from moebench.registry import (
     get_registry,
     load_plugin,
     names_without_import,
+    require_plugins,
 )
 from moebench.routing.router import ROUTERS
 from moebench.schema import ExperimentConfig, ModelConfig, TrainConfig
@@ -204,3 +205,15 @@ def test_every_component_has_a_source_location() -> None:
             source = Path(file).read_text().splitlines()[int(line) - 1 :]
             assert source[0].lstrip().startswith(("@", "class ", "def ")), entry.origin
             assert entry.doc, entry.name
+
+
+def test_a_run_needs_the_plugin_that_it_was_trained_with(tmp_path: Path) -> None:
+    path = str(tmp_path / "trained_with.py")
+    Path(path).write_text("VALUE = 1")
+    with pytest.raises(UsageError, match=r"run abc needs the plug-in .*trained_with\.py"):
+        require_plugins([path], [], "run abc")
+    trained = load_plugin(path).digest
+    require_plugins([path], [trained], "run abc")
+    require_plugins([path], [], "run abc")  # of a version that recorded none
+    with pytest.raises(UsageError, match=r"run abc was trained with another content of the plug-in .*trained_with\.py"):
+        require_plugins([path], ["0" * 64], "run abc")

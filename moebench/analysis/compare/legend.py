@@ -39,8 +39,9 @@ def _explain_means(comparison: Comparison) -> list[str]:
     lines = []
     if any(arm.num_diverged for arm in comparison.arms):
         lines.append(
-            "diverged: the loss, a gradient or the final metric was not finite. Means and differences are of the other "
-            "seeds, no fair sample: such a pair has no verdict, such an arm is never best."
+            "diverged: the loss, a gradient or the final metric was not finite, or a spike ended the run "
+            "(train.spike_policy=stop). Means and differences are of the other seeds, no fair sample: such a pair has "
+            "no verdict, such an arm is never best."
         )
     if any(arm.interval for arm in comparison.arms):
         lines.append("± half of the 95 % t interval over seeds.")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from moebench.analysis.sweep.measure import LOAD_METRICS, Point, SettingCurve
 from moebench.reporting.canvas import line_style, new_figure
@@ -42,21 +43,22 @@ def draw_curve(curve: SettingCurve, path: Path) -> Path:
     """Draw the mean over seeds at each value, one line for each arm and second value, with a band of intervals."""
     with new_figure(path, curve.title, width=7.5, height=4.4) as figure:
         ax = figure.subplots()
-        for index, (name, points) in enumerate(curve.group_by_line().items()):
-            _draw_line(ax, name, points, index)
+        lines = curve.group_by_line()
+        handles = [_draw_line(ax, points, index) for index, points in enumerate(lines.values())]
         ax.set_xlabel(curve.vary.key)
         ax.set_ylabel(f"{curve.metric.replace('_', ' ')} ({_direction(curve)} is better)")
         ax.grid(axis="y", color="#e6e6e6", linewidth=0.7)
-        ax.legend(frameon=False)
+        ax.legend(handles, [*lines], frameon=False)
     return path
 
 
-def _draw_line(ax: Axes, name: str, points: list[Point], index: int) -> None:
+def _draw_line(ax: Axes, points: list[Point], index: int) -> Line2D:
     xs = _to_positions([point.value for point in points])
     style = line_style(index)
-    ax.plot(xs, [point.mean for point in points], marker="o", markersize=4, label=name, **style)  # type: ignore[arg-type]
+    (line,) = ax.plot(xs, [point.mean for point in points], marker="o", markersize=4, **style)  # type: ignore[arg-type]
     bands = [point.interval or (min(point.quality.values()), max(point.quality.values())) for point in points]
     ax.fill_between(xs, [low for low, _ in bands], [high for _, high in bands], color=style["color"], alpha=0.12)
+    return line
 
 
 def _to_positions(values: list[str]) -> list[float] | list[str]:

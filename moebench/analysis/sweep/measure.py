@@ -172,7 +172,7 @@ def _plan_arms(
         if done:
             plans.append(_ArmPlan(arm=arm, cells=done, by_values=by_values))
     if not plans:
-        raise UsageError(f"{results}: no cell of '{experiment.name}' is done there (moebench run makes them)")
+        raise UsageError(f"{results}: no cell of '{experiment.name}' is done there (`moebench run` makes them)")
     return plans, notes
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
+from moebench.components import MAX_EXPERTS
 from moebench.errors import require
 from moebench.experts.layout import (
     LAYOUTS,
@@ -44,7 +45,9 @@ class FineGrained(Layout):
         def __post_init__(self) -> None:
             super().__post_init__()
             require(self.split >= 1, "layout.split", self.split, "at least 1")
-            require(self.shared >= 0, "layout.shared", self.shared, "at least 0")
+            most = MAX_EXPERTS // self.num_experts
+            require(self.split <= most, "layout.split", self.split, f"at most {most} with {self.num_experts} experts")
+            require(0 <= self.shared <= MAX_EXPERTS, "layout.shared", self.shared, f"between 0 and {MAX_EXPERTS}")
 
     @staticmethod
     @override

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
+from moebench.components import MAX_EXPERTS
 from moebench.errors import require
 from moebench.experts.layout import LAYOUTS, BlockPlan, BlocksConfig, Experts, ExpertShape, Layout, LayoutFacts
 
@@ -30,7 +31,8 @@ class Pyramid(Layout):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            require(self.factor >= 1, "layout.factor", self.factor, "at least 1")
+            most = MAX_EXPERTS // self.num_experts
+            require(1 <= self.factor <= most, "layout.factor", self.factor, f"between 1 and {most}")
 
     @staticmethod
     @override

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
+from moebench.components import MAX_EXPERTS
 from moebench.errors import require
 from moebench.experts.layout import (
     LAYOUTS,
@@ -47,7 +48,8 @@ class ZeroComputation(Layout):
         def __post_init__(self) -> None:
             super().__post_init__()
             for key in ("zero", "copy", "constant"):
-                require(getattr(self, key) >= 0, f"layout.{key}", getattr(self, key), "at least 0")
+                number = getattr(self, key)
+                require(0 <= number <= MAX_EXPERTS, f"layout.{key}", number, f"between 0 and {MAX_EXPERTS}")
 
     @staticmethod
     @override

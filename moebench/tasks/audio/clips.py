@@ -205,7 +205,7 @@ def _local_clips(config: AudioDataConfig, target: Target) -> Iterator[Clip]:
             text = _read_target(name, path, folders, target)
             domain = folders[0] if target == "transcript" and config.domain_column and folders else "all"
             # Speech Commands names a recording after its speaker, who must not be in two splits.
-            speaker, mark, _ = path.stem.partition("_nohash_")
+            speaker, mark, _ = name.rpartition("/")[2].rpartition(".")[0].partition("_nohash_")
             group = f"group/{speaker}" if mark else f"clip/{name}"
             yield Clip(name=name, audio=path, target=text, domain=domain, group=group, part=parts.get(name, TRAIN))
 

@@ -2,8 +2,11 @@
 
 import io
 import math
+import os
+import sys
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +18,13 @@ from moebench.tasks.sources import first_line
 WINDOW_S, HOP_S = 0.025, 0.010
 FLOOR = 1e-6
 """Added to the energy of a band, so that digital silence has a finite logarithm."""
+
+BLOCK = 1 << 20
+"""Frames read at once where the length is unknown."""
+UNKNOWN_LENGTH = 2**63 - 1
+"""Number of frames that libsndfile reports where a file does not say it."""
+MAX_SAMPLE = 1e9
+"""Floats in the range of 32-bit integers are read; the energy of larger ones would overflow."""
 
 
 class BrokenAudioError(Exception):
@@ -38,6 +48,9 @@ def decode(
         raise BrokenAudioError("no samples")
     if not np.isfinite(samples_S).all():
         raise BrokenAudioError("samples that are not numbers")
+    peak = float(np.abs(samples_S).max())
+    if peak > MAX_SAMPLE:
+        raise BrokenAudioError(f"samples up to {peak:.3g}, where full scale is 1")
     if rate != sample_rate:
         from scipy.signal import resample_poly  # imported here: it takes half a second, which every command would wait
 
@@ -52,12 +65,31 @@ def _read(audio: bytes | Path, longest_s: float) -> tuple[np.ndarray, int]:
     try:
         if isinstance(audio, Path) and not audio.is_file():
             raise BrokenAudioError("no such file")
-        with soundfile.SoundFile(io.BytesIO(audio) if isinstance(audio, bytes) else str(audio)) as file:
-            limit = file.frames if longest_s == math.inf else math.ceil(longest_s * file.samplerate)
-            return file.read(limit, dtype="float32", always_2d=True), file.samplerate
+        with soundfile.SoundFile(io.BytesIO(audio) if isinstance(audio, bytes) else os.fsencode(audio)) as file:
+            limit = sys.maxsize if longest_s == math.inf else math.ceil(longest_s * file.samplerate)
+            # A FLAC file that was streamed does not say how long it is, and the library cannot seek in it.
+            read = _read_forward if file.frames == UNKNOWN_LENGTH else _read_known
+            return read(file, limit), file.samplerate
     except (RuntimeError, OSError, ValueError, TypeError) as error:  # soundfile's own errors are RuntimeErrors
         # The full message of the library contains the address of a buffer.
         raise BrokenAudioError(getattr(error, "error_string", "") or first_line(error)) from error
+
+
+def _read_known(file: Any, limit: int) -> np.ndarray:
+    return np.asarray(file.read(min(file.frames, limit), dtype="float32", always_2d=True))
+
+
+def _read_forward(file: Any, limit: int) -> np.ndarray:
+    """Read up to `limit` frames of a file of unknown length, in blocks."""
+    file.seekable = lambda: False  # `read` would seek to where it is
+    blocks, num_read = [], 0
+    while num_read < limit:
+        block_SC = file.read(min(BLOCK, limit - num_read), dtype="float32", always_2d=True)
+        blocks.append(block_SC)
+        num_read += len(block_SC)
+        if not len(block_SC):
+            break
+    return np.concatenate(blocks)
 
 
 def log_mel(samples_S: np.ndarray, sample_rate: int, num_mels: int) -> Tensor:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from moebench.errors import UsageError, require, unknown
-from moebench.ranges import AT_LEAST_1, Range, check_ranges
-from moebench.tasks.folders import TEST, TRAIN, assign_parts, find_source, folders_of, list_files
+from moebench.ranges import Range, at_least_1_up_to, check_ranges
+from moebench.tasks.folders import TEST, TRAIN, assign_parts, find_source, folders_of, list_files, name_of
 from moebench.tasks.sources import check_source, file_digest, first_line
 from moebench.tasks.tables import TABLES, Table, open_hub_table, open_table, read_content, read_name
 
@@ -29,7 +29,7 @@ EMBEDDED = {"fashion": FASHION, "mnist": tuple(str(digit) for digit in range(10)
 class ImageDataConfig:
     """Which images to train on and how they become arrays; by default 24,000 embedded images of Fashion-MNIST."""
 
-    RANGES: ClassVar[Mapping[str, Range]] = {"size": AT_LEAST_1}
+    RANGES: ClassVar[Mapping[str, Range]] = {"size": at_least_1_up_to(4096)}
 
     sources: list[str] = field(default_factory=lambda: ["fashion"])
     """Embedded sets, each a domain with its own ten classes: fashion, mnist or both."""
@@ -184,8 +184,8 @@ def _from_folder(files: Mapping[str, Path], config: ImageDataConfig) -> Iterator
         with_images.add("/".join(name.split("/")[: 1 + is_divided]))
         yield Entry(name=name, image=path, label=folders[0], part=parts.get(name, TRAIN))
     root = find_source(config.path or "")
-    tops = [root / name for name in dict.fromkeys(name.split("/")[0] for name in files)] if is_divided else [root]
-    folders = [p.relative_to(root).as_posix() for top in tops for p in sorted(top.iterdir()) if p.is_dir()]
+    tops = {root / path.relative_to(root).parts[0]: None for path in files.values()} if is_divided else [root]
+    folders = [name_of(p, root) for top in tops for p in sorted(top.iterdir()) if p.is_dir()]
     empty = [name for name in folders if name not in with_images and not name.split("/")[-1].startswith((".", "__"))]
     if empty and not config.skip_broken:
         raise UsageError(f"task.data.path: folder '{empty[0]}' has no images; remove it, or set skip_broken=true")

@@ -211,7 +211,7 @@ def _read_text_file(name: str, path: Path, config: TextDataConfig, *, is_divided
     # A single file has no domain. In a folder, domains are subfolders, or else files.
     domain, folders = "all", folders_of(name, divided=is_divided)
     if config.domain_column is not None and path != find_source(config.path or ""):
-        file_domain = "all" if is_divided and len(folders) == name.count("/") else path.name.split(".")[0]
+        file_domain = "all" if is_divided and len(folders) == name.count("/") else name.rpartition("/")[2].split(".")[0]
         domain = folders[0] if folders else file_domain
     return Document(text=_check_text(text, f"'{name}'"), domain=domain, group=f"document/{name}", part=part)
 

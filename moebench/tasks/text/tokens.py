@@ -15,6 +15,9 @@ from moebench.tasks.text.coverage import EXAMPLE_LENGTH
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
 """Usual names of the token that ends a document."""
 
+MAX_VOCAB_SIZE = 1 << 24
+"""Every id has a row of the embedding, whether it is used or not."""
+
 
 class Tokenizer(Protocol):
     """Interface of a tokenizer."""
@@ -68,6 +71,8 @@ class SubwordTokenizer:
         tokenizer.no_padding()
         ids = tokenizer.get_vocab(with_added_tokens=True)
         size = max(ids.values(), default=-1) + 1  # ids may have gaps
+        if size > MAX_VOCAB_SIZE:
+            raise UsageError(f"task.data.tokenizer: '{name}' has ids up to {size - 1}, allowed: below {MAX_VOCAB_SIZE}")
         self.separator: int = next((ids[name] for name in SEPARATORS if name in ids), size)
         self.vocab_size: int = max(size, self.separator + 1)
         self._tokenizer = tokenizer

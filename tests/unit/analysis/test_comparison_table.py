@@ -121,8 +121,9 @@ sigmoid_bias_free     14.0k         70 %   1.23M  4.57M
 
 FAILED switch, seed 1 (swi1): loss is nan at step 212
 MISSING sigmoid_bias_free: no result yet for seed 4
-diverged: the loss, a gradient or the final metric was not finite. Means and differences are of the
-other seeds, no fair sample: such a pair has no verdict, such an arm is never best.
+diverged: the loss, a gradient or the final metric was not finite, or a spike ended the run
+(train.spike_policy=stop). Means and differences are of the other seeds, no fair sample: such a pair
+has no verdict, such an arm is never best.
 ± half of the 95 % t interval over seeds.
 p Holm: p of the paired t-test, corrected for 2 comparisons; better or worse means p Holm ≤ 0.05.
 exact p: sign flips, 6 seeds or more, not corrected. seed SD: the difference over the SD between
@@ -275,7 +276,7 @@ def test_a_diverged_arm_is_never_better():
         comparison = compare(ended, expected=cells(results), baseline="dense")
         for text in (build_report(comparison).to_markdown(), render(comparison, 120)):
             assert not any("better" in line for line in text.splitlines() if line.startswith(("|", "switch", "dense")))
-            assert "diverged: the loss, a gradient or the final metric was not finite." in text
+            assert "diverged: the loss, a gradient or the final metric was not finite, or a spike" in text
         assert all(row in build_report(comparison).to_markdown() for row in rows)
         assert json.loads(build_report(comparison).to_json())["arms"]["switch"]["difference"]["verdict"] == "diverged"
         assert max(len(line) for line in render(comparison, 80).splitlines()) <= 80

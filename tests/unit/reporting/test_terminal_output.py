@@ -120,7 +120,7 @@ def test_recommended_commands_are_quoted() -> None:
     parts = ["my file.yaml", "grid.router=[dense, switch]", "question=it's"]
     options = ["--plugin", "a b.py", "--results", "my results"]
     assert shlex.split(arguments.format("compare")) == ["moebench", "compare", *parts, *options]
-    assert shlex.split(arguments.format_ui()) == ["moebench", "ui", "--results", "my results"]
+    assert shlex.split(arguments.format_ui(None)) == ["moebench", "ui", "--results", "my results"]
     assert CommandArguments(experiment="quickstart").format("compare") == "moebench compare quickstart"
 
 

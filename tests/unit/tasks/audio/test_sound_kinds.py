@@ -1,6 +1,8 @@
 """Recordings of many formats and layouts: read at the right speed, or named when they cannot be read."""
 
+import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,18 @@ def test_an_impossible_file_name_is_a_broken_recording(tmp_path: Path) -> None:
     for name in ("x" * 5000, "a\0b", str(tmp_path)):
         with pytest.raises(BrokenAudioError):
             decode(tmp_path / name, 8000)
+
+
+@pytest.mark.parametrize("longest_s", [6.0, 0.25, math.inf])
+def test_a_flac_of_unknown_length_is_read_to_its_end(longest_s: float) -> None:
+    file = io.BytesIO()
+    soundfile.write(file, tone(400), 8000, format="FLAC")
+    known = file.getvalue()
+    # STREAMINFO begins at byte 8; the last 36 bits of its first 18 bytes are the number of samples, 0 for unknown.
+    unknown = known[:21] + bytes([known[21] & 0xF0]) + bytes(4) + known[26:]
+    expected = decode(known, 8000, longest_s=longest_s)
+    np.testing.assert_array_equal(decode(unknown, 8000, longest_s=longest_s), expected)
+    assert len(expected) == 4000
 
 
 def test_one_sample_is_a_recording() -> None:
