@@ -22,6 +22,7 @@ from moebench.tasks.tables import (
     read_name,
     require_same_columns,
 )
+from moebench.tasks.text.embedded_tokenizer import BPE
 from moebench.tasks.text.pack import PACK, pack_group
 from moebench.tasks.text.tokens import tokenizer_file
 
@@ -63,8 +64,9 @@ class TextDataConfig:
     """Read only the first `max_bytes`, in the order of the source, without downloading or reading more."""
     max_bytes: int | None = None
     """Largest number of bytes of text (UTF-8) to use, divided equally among domains unless `streaming`; null: all."""
-    tokenizer: str = "bytes"
-    """'bytes', the path of a tokenizer.json or of its folder, or the name of a tokenizer on the hub."""
+    tokenizer: str = BPE
+    """'bpe4096' (byte-level BPE, trained on the embedded text), 'bytes', the path of a tokenizer.json or of its folder,
+    or the name of a tokenizer on the hub."""
 
     def __post_init__(self) -> None:
         check_source(self, ("text_column", "domain_column", "group_column", "tokenizer"))

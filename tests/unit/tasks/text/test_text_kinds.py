@@ -168,7 +168,7 @@ def test_equal_texts_are_in_one_split() -> None:
 
 
 def prepare_file(path: Path, length: int = 4, **options: Any) -> PreparedText:
-    return prepare(TextDataConfig(path=str(path), **options), path.parent / "cache", length)
+    return prepare(TextDataConfig(path=str(path), tokenizer="bytes", **options), path.parent / "cache", length)
 
 
 def test_a_test_text_that_is_trained_on_is_reported_and_so_are_other_files(
