@@ -64,6 +64,8 @@ class TextDataConfig:
     """Read only the first `max_bytes`, in the order of the source, without downloading or reading more."""
     max_bytes: int | None = None
     """Largest number of bytes of text (UTF-8) to use, divided equally among domains unless `streaming`; null: all."""
+    remove_overlap: bool = True
+    """Remove validation and test documents at least half of whose 13-grams of words are in the training split."""
     tokenizer: str = BPE
     """'bpe4096' (byte-level BPE, trained on the embedded text), 'bytes', the path of a tokenizer.json or of its folder,
     or the name of a tokenizer on the hub."""
@@ -109,6 +111,7 @@ def source_digest(config: TextDataConfig) -> str:
     }
     fields |= {"streaming": config.streaming, "max_bytes": config.max_bytes, "pack": _is_pack(config)}
     fields["held_out_domains"] = sorted(config.held_out_domains)
+    fields["remove_overlap"] = config.remove_overlap
     if config.dataset is None:
         files = _source_files(config)
         is_single_file = config.path is None or find_source(config.path).is_file()  # its name does not matter
