@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from moebench.errors import UsageError, nearest
 from moebench.ranges import AT_LEAST_1, Range, check_ranges
@@ -23,7 +23,7 @@ from moebench.tasks.tables import (
     require_same_columns,
 )
 from moebench.tasks.text.embedded_tokenizer import BPE
-from moebench.tasks.text.pack import PACK, pack_group
+from moebench.tasks.text.pack import GROUP_COLUMN, PACKS, embedded_group
 from moebench.tasks.text.tokens import tokenizer_file
 
 TEXTS = (".txt", ".txt.gz")
@@ -37,6 +37,9 @@ class TextDataConfig:
 
     RANGES: ClassVar[Mapping[str, Range]] = {"max_bytes": AT_LEAST_1}
 
+    pack: Literal["domains", "corpus"] = "domains"
+    """Embedded text that is used without `path` and `dataset`: 'domains' (7 domains, 13.7 MB) or 'corpus' (@@ domains,
+    @@ MB, decoded once in minutes)."""
     path: str | None = None
     """Local file or folder: .parquet, .jsonl, .json, .csv or .txt, also .gz. A .txt file is one document; in a folder
     of .txt files the domain is the subfolder, or else the name of the file without its ending. Folders or files named
@@ -75,6 +78,9 @@ class TextDataConfig:
         if self.made_by and self.path is None and self.dataset is None:
             raise UsageError(f"task.data.path: null was given.{_creation_advice(self)}")
         check_ranges(self, "task.data")
+        if self.pack != "domains" and not _is_pack(self):
+            given = "path" if self.path is not None else "dataset"
+            raise UsageError(f"task.data.pack: '{self.pack}' was given with task.data.{given}; set {given} to null")
         if self.streaming and self.max_bytes is None:
             raise UsageError("task.data.max_bytes: null was given; streaming needs a number of bytes")
 
@@ -93,7 +99,7 @@ class Document:
 
 def load_documents(config: TextDataConfig) -> list[Document]:
     """Return all documents of the source that are not blank; raise UsageError for what cannot be read."""
-    key, name = ("dataset", config.dataset) if config.dataset else ("path", config.path or PACK.name)
+    key, name = ("dataset", config.dataset) if config.dataset else ("path", config.path or PACKS[config.pack].name)
     documents = _limit_bytes((d for d in _documents(config) if not d.text.isspace() and d.text), config)
     if not documents:
         raise UsageError(f"task.data.{key}: '{name}' has no text; give a file with text with task.data.path=...")
@@ -154,7 +160,12 @@ def _from_table(table: Table, config: TextDataConfig, first: int) -> Iterator[Do
         column = getattr(config, key)
         if column is not None and (key, column) != ("domain_column", OPTIONAL):
             table.check(key, column)
-    columns = (config.text_column, config.domain_column, config.group_column, *(["doc_id"] * _is_pack(config)))
+    columns = (
+        config.text_column,
+        config.domain_column,
+        config.group_column,
+        *([GROUP_COLUMN[config.pack]] * _is_pack(config)),
+    )
     yield from _from_rows(table.read(c for c in columns if c is not None and c in table.columns), config, first)
 
 
@@ -173,7 +184,7 @@ def _from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], config: TextDataCo
             cell = _cell(row, "group_column", config.group_column, location)
             group = read_name(cell, "group_column", config.group_column, location)
         elif _is_pack(config):
-            group = pack_group(row["domain"], row["doc_id"])
+            group = embedded_group(config.pack, row)
         yield Document(text=_check_text(text, location), domain=domain, group=group)
 
 
@@ -248,7 +259,7 @@ def _creation_advice(config: TextDataConfig) -> str:
 def _source_files(config: TextDataConfig) -> dict[str, Path]:
     """Return the files, all of one kind, by their path relative to the folder."""
     if config.path is None:
-        return {PACK.name: PACK}
+        return {PACKS[config.pack].name: PACKS[config.pack]}
     root = find_source(config.path, _creation_advice(config))
     endings = (*TABLES, *TEXTS)
     files = list_files(root, endings)
