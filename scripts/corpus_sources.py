@@ -162,4 +162,19 @@ def list_sources() -> list[Source]:
                 licence=licence,
             )
         )
-    return sources
+    # The texts of the licences that the notices of the others refer to.
+    nothing = Source(package="base-files", domain="-", reader="text", pattern=r"(?!)", group="-", licence="-")
+    return [*sources, nothing]
+
+
+def format_licences(versions: dict[str, str]) -> str:
+    """Return a Markdown table of the packages, with their versions, of each domain and licence."""
+    packages: dict[tuple[str, str], list[str]] = {}
+    for source in list_sources():
+        if source.package in versions and source.licence != "-":
+            packages.setdefault((source.domain, source.licence), []).append(source.package)
+    rows = [
+        f"| {domain} | {licence} | {', '.join(f'{name} {versions[name]}' for name in dict.fromkeys(names))} |"
+        for (domain, licence), names in sorted(packages.items())
+    ]
+    return "\n".join(["| domain | licence | packages |", "|---|---|---|", *rows])

@@ -11,19 +11,12 @@ from typing import Any, ClassVar, Literal
 
 from moebench.errors import UsageError, nearest
 from moebench.ranges import AT_LEAST_1, Range, check_ranges
+from moebench.tasks import tables
 from moebench.tasks.folders import TRAIN, assign_parts, find_source, folders_of, list_files
 from moebench.tasks.sources import check_source, file_digest, first_line, load_dataset
-from moebench.tasks.tables import (
-    TABLES,
-    Table,
-    file_errors,
-    open_hub_table,
-    open_table,
-    read_name,
-    require_same_columns,
-)
+from moebench.tasks.tables import TABLES, Table, file_errors, open_hub_table, open_table, read_name
 from moebench.tasks.text.embedded_tokenizer import BPE
-from moebench.tasks.text.pack import GROUP_COLUMN, PACKS, embedded_group
+from moebench.tasks.text.pack import GROUP_COLUMN, PACKS, check_pack, embedded_group
 from moebench.tasks.text.tokens import tokenizer_file
 
 TEXTS = (".txt", ".txt.gz")
@@ -38,8 +31,7 @@ class TextDataConfig:
     RANGES: ClassVar[Mapping[str, Range]] = {"max_bytes": AT_LEAST_1}
 
     pack: Literal["domains", "corpus"] = "domains"
-    """Embedded text that is used without `path` and `dataset`: 'domains' (7 domains, 13.7 MB) or 'corpus' (@@ domains,
-    @@ MB, decoded once in minutes)."""
+    """Embedded text, without `path` and `dataset`: 'domains' (7 domains, 13.7 MB) or 'corpus' (28 domains, 198 MB)."""
     path: str | None = None
     """Local file or folder: .parquet, .jsonl, .json, .csv or .txt, also .gz. A .txt file is one document; in a folder
     of .txt files the domain is the subfolder, or else the name of the file without its ending. Folders or files named
@@ -70,17 +62,14 @@ class TextDataConfig:
     remove_overlap: bool = True
     """Remove validation and test documents at least half of whose 13-grams of words are in the training split."""
     tokenizer: str = BPE
-    """'bpe4096' (byte-level BPE, trained on the embedded text), 'bytes', the path of a tokenizer.json or of its folder,
-    or the name of a tokenizer on the hub."""
+    """'bpe4096' (trained on the embedded text), 'bytes', a tokenizer.json, its folder, or a name on the hub."""
 
     def __post_init__(self) -> None:
         check_source(self, ("text_column", "domain_column", "group_column", "tokenizer"))
         if self.made_by and self.path is None and self.dataset is None:
             raise UsageError(f"task.data.path: null was given.{_creation_advice(self)}")
         check_ranges(self, "task.data")
-        if self.pack != "domains" and not _is_pack(self):
-            given = "path" if self.path is not None else "dataset"
-            raise UsageError(f"task.data.pack: '{self.pack}' was given with task.data.{given}; set {given} to null")
+        check_pack(self.pack, self.path, self.dataset)
         if self.streaming and self.max_bytes is None:
             raise UsageError("task.data.max_bytes: null was given; streaming needs a number of bytes")
 
@@ -146,10 +135,10 @@ def _documents(config: TextDataConfig) -> Iterator[Document]:
         for name, path in files.items():
             yield _read_text_file(name, path, config, is_divided=bool(parts), part=parts.get(name, TRAIN))
         return
-    tables = (open_table(path, name) for name, path in files.items())
+    opened = (open_table(path, name) for name, path in files.items())
     has_optional = config.domain_column == OPTIONAL
     num_documents = 0
-    for table in require_same_columns(tables, "domain_column", OPTIONAL) if has_optional else tables:
+    for table in tables.require_same_columns(opened, "domain_column", OPTIONAL) if has_optional else opened:
         for document in _from_table(table, config, num_documents):
             num_documents += 1
             yield replace(document, part=parts.get(table.name, TRAIN))

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moebench.errors import UsageError
+
 _DATA = Path(__file__).parent.parent / "data"
 PACKS = {"domains": _DATA / "text_domains.parquet", "corpus": _DATA / "text_corpus.parquet"}
 """Name in `task.data.pack` -> file of the embedded text."""
@@ -16,6 +18,13 @@ SCRIPTURE = {
     **dict.fromkeys(("Ezra", "Nehemiah"), "Ezra+Nehemiah"),
 }
 """Book -> group of books that share long passages."""
+
+
+def check_pack(pack: str, path: str | None, dataset: str | None) -> None:
+    """Raise UsageError if an embedded text was chosen together with another source."""
+    given = "path" if path is not None else "dataset"
+    if pack != "domains" and (path, dataset) != (None, None):
+        raise UsageError(f"task.data.pack: '{pack}' was given with task.data.{given}; set {given} to null")
 
 
 def embedded_group(pack: str, row: Mapping[str, Any]) -> str:
