@@ -16,12 +16,11 @@ from moebench.tasks.folders import TRAIN, assign_parts, find_source, folders_of,
 from moebench.tasks.sources import check_source, file_digest, first_line, load_dataset
 from moebench.tasks.tables import TABLES, Table, file_errors, open_hub_table, open_table, read_name
 from moebench.tasks.text.embedded_tokenizer import BPE
-from moebench.tasks.text.pack import GROUP_COLUMN, PACKS, check_pack, embedded_group
+from moebench.tasks.text.pack import GROUP_COLUMN, PACKS, check_pack, embedded_group, mixed_order
 from moebench.tasks.text.tokens import tokenizer_file
 
 TEXTS = (".txt", ".txt.gz")
-OPTIONAL = "domain"
-"""Default of `domain_column`: the only column that a source may lack."""
+OPTIONAL = "domain"  # the default of `domain_column`: the only column that a source may lack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +88,10 @@ class Document:
 def load_documents(config: TextDataConfig) -> list[Document]:
     """Return all documents of the source that are not blank; raise UsageError for what cannot be read."""
     key, name = ("dataset", config.dataset) if config.dataset else ("path", config.path or PACKS[config.pack].name)
-    documents = _limit_bytes((d for d in _documents(config) if not d.text.isspace() and d.text), config)
+    read: Iterable[Document] = (d for d in _documents(config) if not d.text.isspace() and d.text)
+    if config.pack == "corpus" and config.max_bytes:
+        read = sorted(read, key=lambda d: mixed_order(d.text))
+    documents = _limit_bytes(read, config)
     if not documents:
         raise UsageError(f"task.data.{key}: '{name}' has no text; give a file with text with task.data.path=...")
     return documents

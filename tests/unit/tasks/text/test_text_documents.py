@@ -51,6 +51,9 @@ def test_the_corpus_is_chosen_by_its_name(tmp_path, monkeypatch):
     monkeypatch.setitem(PACKS, "corpus", tmp_path / "small.parquet")
     documents = load_documents(TextDataConfig(pack="corpus"))
     assert [(d.domain, d.group, d.text) for d in documents] == [(r["domain"], r["group"], r["text"]) for r in rows]
+    few = [load_documents(TextDataConfig(pack="corpus", max_bytes=size)) for size in (24, 24, 36)]
+    assert few[0] == few[1]  # in a fixed order, which is not that of the packages
+    assert {d.text for d in few[0]} < {d.text for d in few[2]}
     assert source_digest(TextDataConfig(pack="corpus")) != source_digest(TextDataConfig())
     with pytest.raises(
         UsageError, match=r"task\.data\.pack: 'corpus' was given with task\.data\.path; set path to null"
