@@ -35,7 +35,12 @@ def tiny(**changes: Any) -> dict[str, Any]:
     train = {"steps": 12, "batch_size": 2, "learning_rate": 5e-3, "warmup_steps": 4, "eval_every": 6, "log_every": 1}
     train |= {"checkpoint_every": 4, "device": "cpu", "max_epochs": 1e9} | changes.pop("train", {})
     base = {
-        "task": {"name": "language", "sequence_length": 32, "eval_windows": 4, "data": {"path": "text"}},
+        "task": {
+            "name": "language",
+            "sequence_length": 32,
+            "eval_windows": 4,
+            "data": {"path": "text", "tokenizer": "bytes"},
+        },
         "model": {"d_model": 16, "num_layers": 2, "num_heads": 2, "ffn_width": 128},
         "layout": {"name": "every_n", "n": 2, "num_experts": 4},
         "train": train,

@@ -38,7 +38,11 @@ def write_data(root: Path) -> dict[str, dict[str, object]]:
     """Write all data; return the options of each task that reads it."""
     for name in ("text", "pictures", "words"):
         (root / name).mkdir()
-    text = {"sequence_length": 16, "eval_windows": 2, "data": {"path": str(write_text(root / "text"))}}
+    text = {
+        "sequence_length": 16,
+        "eval_windows": 2,
+        "data": {"path": str(write_text(root / "text")), "tokenizer": "bytes"},
+    }
     words = {"data": {"path": str(write_words(root / "words"))}}
     return {
         "language": text,

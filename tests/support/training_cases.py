@@ -55,7 +55,7 @@ def tiny_config(text: Path, **overrides: Any) -> CellConfig:
     raw = merge_settings(TINY, overrides)
     task = raw["task"]
     if "data" in component_keys("task", task.get("name", "language")):
-        raw = merge_settings(raw, {"task": {"data": {"path": str(text)} | task.get("data", {})}})
+        raw = merge_settings(raw, {"task": {"data": {"path": str(text), "tokenizer": "bytes"} | task.get("data", {})}})
     return resolve(raw)
 
 

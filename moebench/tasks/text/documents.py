@@ -7,27 +7,20 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from moebench.errors import UsageError, nearest
 from moebench.ranges import AT_LEAST_1, Range, check_ranges
+from moebench.tasks import tables
 from moebench.tasks.folders import TRAIN, assign_parts, find_source, folders_of, list_files
 from moebench.tasks.sources import check_source, file_digest, first_line, load_dataset
-from moebench.tasks.tables import (
-    TABLES,
-    Table,
-    file_errors,
-    open_hub_table,
-    open_table,
-    read_name,
-    require_same_columns,
-)
-from moebench.tasks.text.pack import PACK, pack_group
+from moebench.tasks.tables import TABLES, Table, file_errors, open_hub_table, open_table, read_name
+from moebench.tasks.text.embedded_tokenizer import BPE
+from moebench.tasks.text.pack import GROUP_COLUMN, PACKS, check_pack, embedded_group, mixed_order
 from moebench.tasks.text.tokens import tokenizer_file
 
 TEXTS = (".txt", ".txt.gz")
-OPTIONAL = "domain"
-"""Default of `domain_column`: the only column that a source may lack."""
+OPTIONAL = "domain"  # the default of `domain_column`: the only column that a source may lack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +29,8 @@ class TextDataConfig:
 
     RANGES: ClassVar[Mapping[str, Range]] = {"max_bytes": AT_LEAST_1}
 
+    pack: Literal["domains", "corpus"] = "domains"
+    """Embedded text, without `path` and `dataset`: 'domains' (7 domains, 13.7 MB) or 'corpus' (28 domains, 198 MB)."""
     path: str | None = None
     """Local file or folder: .parquet, .jsonl, .json, .csv or .txt, also .gz. A .txt file is one document; in a folder
     of .txt files the domain is the subfolder, or else the name of the file without its ending. Folders or files named
@@ -63,14 +58,17 @@ class TextDataConfig:
     """Read only the first `max_bytes`, in the order of the source, without downloading or reading more."""
     max_bytes: int | None = None
     """Largest number of bytes of text (UTF-8) to use, divided equally among domains unless `streaming`; null: all."""
-    tokenizer: str = "bytes"
-    """'bytes', the path of a tokenizer.json or of its folder, or the name of a tokenizer on the hub."""
+    remove_overlap: bool = True
+    """Remove validation and test documents at least half of whose 13-grams of words are in the training split."""
+    tokenizer: str = BPE
+    """'bpe4096' (trained on the embedded text), 'bytes', a tokenizer.json, its folder, or a name on the hub."""
 
     def __post_init__(self) -> None:
         check_source(self, ("text_column", "domain_column", "group_column", "tokenizer"))
         if self.made_by and self.path is None and self.dataset is None:
             raise UsageError(f"task.data.path: null was given.{_creation_advice(self)}")
         check_ranges(self, "task.data")
+        check_pack(self.pack, self.path, self.dataset)
         if self.streaming and self.max_bytes is None:
             raise UsageError("task.data.max_bytes: null was given; streaming needs a number of bytes")
 
@@ -89,8 +87,11 @@ class Document:
 
 def load_documents(config: TextDataConfig) -> list[Document]:
     """Return all documents of the source that are not blank; raise UsageError for what cannot be read."""
-    key, name = ("dataset", config.dataset) if config.dataset else ("path", config.path or PACK.name)
-    documents = _limit_bytes((d for d in _documents(config) if not d.text.isspace() and d.text), config)
+    key, name = ("dataset", config.dataset) if config.dataset else ("path", config.path or PACKS[config.pack].name)
+    read: Iterable[Document] = (d for d in _documents(config) if not d.text.isspace() and d.text)
+    if config.pack == "corpus" and config.max_bytes:
+        read = sorted(read, key=lambda d: mixed_order(d.text))
+    documents = _limit_bytes(read, config)
     if not documents:
         raise UsageError(f"task.data.{key}: '{name}' has no text; give a file with text with task.data.path=...")
     return documents
@@ -107,6 +108,7 @@ def source_digest(config: TextDataConfig) -> str:
     }
     fields |= {"streaming": config.streaming, "max_bytes": config.max_bytes, "pack": _is_pack(config)}
     fields["held_out_domains"] = sorted(config.held_out_domains)
+    fields["remove_overlap"] = config.remove_overlap
     if config.dataset is None:
         files = _source_files(config)
         is_single_file = config.path is None or find_source(config.path).is_file()  # its name does not matter
@@ -135,10 +137,10 @@ def _documents(config: TextDataConfig) -> Iterator[Document]:
         for name, path in files.items():
             yield _read_text_file(name, path, config, is_divided=bool(parts), part=parts.get(name, TRAIN))
         return
-    tables = (open_table(path, name) for name, path in files.items())
+    opened = (open_table(path, name) for name, path in files.items())
     has_optional = config.domain_column == OPTIONAL
     num_documents = 0
-    for table in require_same_columns(tables, "domain_column", OPTIONAL) if has_optional else tables:
+    for table in tables.require_same_columns(opened, "domain_column", OPTIONAL) if has_optional else opened:
         for document in _from_table(table, config, num_documents):
             num_documents += 1
             yield replace(document, part=parts.get(table.name, TRAIN))
@@ -149,7 +151,12 @@ def _from_table(table: Table, config: TextDataConfig, first: int) -> Iterator[Do
         column = getattr(config, key)
         if column is not None and (key, column) != ("domain_column", OPTIONAL):
             table.check(key, column)
-    columns = (config.text_column, config.domain_column, config.group_column, *(["doc_id"] * _is_pack(config)))
+    columns = (
+        config.text_column,
+        config.domain_column,
+        config.group_column,
+        *([GROUP_COLUMN[config.pack]] * _is_pack(config)),
+    )
     yield from _from_rows(table.read(c for c in columns if c is not None and c in table.columns), config, first)
 
 
@@ -168,7 +175,7 @@ def _from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], config: TextDataCo
             cell = _cell(row, "group_column", config.group_column, location)
             group = read_name(cell, "group_column", config.group_column, location)
         elif _is_pack(config):
-            group = pack_group(row["domain"], row["doc_id"])
+            group = embedded_group(config.pack, row)
         yield Document(text=_check_text(text, location), domain=domain, group=group)
 
 
@@ -243,7 +250,7 @@ def _creation_advice(config: TextDataConfig) -> str:
 def _source_files(config: TextDataConfig) -> dict[str, Path]:
     """Return the files, all of one kind, by their path relative to the folder."""
     if config.path is None:
-        return {PACK.name: PACK}
+        return {PACKS[config.pack].name: PACKS[config.pack]}
     root = find_source(config.path, _creation_advice(config))
     endings = (*TABLES, *TEXTS)
     files = list_files(root, endings)

@@ -1,16 +1,41 @@
-"""The embedded text and the groups of its documents."""
+"""The embedded texts and the groups of their documents."""
 
+import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-PACK = Path(__file__).parent.parent / "data" / "text_domains.parquet"
-"""File of the embedded text."""
+from moebench.errors import UsageError
+
+_DATA = Path(__file__).parent.parent / "data"
+PACKS = {"domains": _DATA / "text_domains.parquet", "corpus": _DATA / "text_corpus.parquet"}
+"""Name in `task.data.pack` -> file of the embedded text."""
+GROUP_COLUMN = {"domains": "doc_id", "corpus": "group"}
+"""Column from which the group of a document is determined."""
 SCRIPTURE = {
     **dict.fromkeys(("Samuel", "Kings", "Chronicles", "Isaiah"), "Samuel+Kings+Chronicles+Isaiah"),
     **dict.fromkeys(("Matthew", "Mark", "Luke"), "Matthew+Mark+Luke"),
     **dict.fromkeys(("Ezra", "Nehemiah"), "Ezra+Nehemiah"),
 }
 """Book -> group of books that share long passages."""
+
+
+def check_pack(pack: str, path: str | None, dataset: str | None) -> None:
+    """Raise UsageError if an embedded text was chosen together with another source."""
+    given = "path" if path is not None else "dataset"
+    if pack != "domains" and (path, dataset) != (None, None):
+        raise UsageError(f"task.data.pack: '{pack}' was given with task.data.{given}; set {given} to null")
+
+
+def mixed_order(text: str) -> bytes:
+    """Return a key that sorts documents into a fixed random order: the first rows of the corpus are of one package."""
+    return hashlib.sha256(text.encode()).digest()
+
+
+def embedded_group(pack: str, row: Mapping[str, Any]) -> str:
+    """Return the group of a row of an embedded text."""
+    return str(row["group"]) if pack == "corpus" else pack_group(row["domain"], row["doc_id"])
 
 
 def pack_group(domain: str, doc_id: str) -> str:

@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moebench.errors import UsageError
+from moebench.errors import UsageError, nearest
 from moebench.tasks.sources import first_line
 from moebench.tasks.text.coverage import EXAMPLE_LENGTH
+from moebench.tasks.text.embedded_tokenizer import BPE, BPE_FILE
 
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
 """Usual names of the token that ends a document."""
@@ -156,6 +157,8 @@ def tokenizer_file(name: str) -> Path | None:
     """Return the tokenizer.json that a name refers to; None for 'bytes' and for a name on the hub."""
     if name == "bytes":
         return None
+    if name == BPE:
+        return BPE_FILE
     path = Path(name).expanduser()
     if path.is_dir():
         path = path / "tokenizer.json"
@@ -165,7 +168,7 @@ def tokenizer_file(name: str) -> Path | None:
         return path
     if path.suffix == ".json" or path.is_absolute():
         raise UsageError(
-            f"task.data.tokenizer: '{name}' does not exist; allowed: 'bytes', a tokenizer.json, a hub name"
+            f"task.data.tokenizer: '{name}' does not exist; allowed: '{BPE}', 'bytes', a tokenizer.json, a hub name"
         )
     return None
 
@@ -182,8 +185,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
-            f"task.data.tokenizer: '{name}' cannot be read ({reason}); allowed: 'bytes', a tokenizer.json or "
-            "its folder, a hub name"
+            f"task.data.tokenizer: '{name}' cannot be read ({reason}).{nearest(name, (BPE, 'bytes'))} Allowed: "
+            f"'{BPE}', 'bytes', a tokenizer.json or its folder, a hub name"
         ) from error
     return SubwordTokenizer(trained, name)
 

@@ -16,6 +16,7 @@ from moebench.tasks.tables import TABLES
 from moebench.tasks.text.coverage import Coverage
 from moebench.tasks.text.documents import TEXTS, Document, TextDataConfig, load_documents, source_digest
 from moebench.tasks.text.kinds import TokenKinds
+from moebench.tasks.text.overlap import remove_overlap
 from moebench.tasks.text.splits import SPLITS, split_documents
 from moebench.tasks.text.tokens import Tokenizer, load_tokenizer
 
@@ -175,7 +176,11 @@ def _encode_source(config: TextDataConfig) -> tuple[dict[str, Any], Arrays]:
     documents = {
         name: [d for d in members if name == "test" or d.domain not in held_out] for name, members in documents.items()
     }
-    _warn_repeated(documents)
+    meta: dict[str, Any] = {}
+    if config.remove_overlap:
+        documents, meta["overlap"] = remove_overlap(documents)
+    else:
+        _warn_repeated(documents)
     token_type = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     arrays: dict[str, np.ndarray] = {}
     coverage = {domain: Coverage() for domain in domains}
@@ -192,7 +197,7 @@ def _encode_source(config: TextDataConfig) -> tuple[dict[str, Any], Arrays]:
             arrays["token_count"] = np.bincount(tokens_N, minlength=tokenizer.vocab_size).astype(np.int64)
     for domain in domains:
         coverage[domain].check(config.tokenizer, domain)
-    return {"vocab_size": tokenizer.vocab_size, "domains": domains, "lengths": lengths}, arrays
+    return {"vocab_size": tokenizer.vocab_size, "domains": domains, "lengths": lengths, **meta}, arrays
 
 
 def _compute_kinds(config: TextDataConfig) -> Arrays:

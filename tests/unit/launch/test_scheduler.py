@@ -35,7 +35,10 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     folder = tmp_path_factory.mktemp("grid")
     write_text(folder / "text")
     file = folder / "tiny.yaml"
-    changes: Any = {"base": {"task": {"name": "language", "data": {"path": str(folder / "text")}}}, "seeds": [0]}
+    changes: Any = {
+        "base": {"task": {"name": "language", "data": {"path": str(folder / "text"), "tokenizer": "bytes"}}},
+        "seeds": [0],
+    }
     file.write_text(json.dumps(tiny(**changes)))
     return moebench.load_experiment(file)
 

@@ -197,7 +197,7 @@ def test_build_rules(
 @pytest.mark.parametrize(("old", "new", "words"), PLANNING.values(), ids=PLANNING)
 def test_planning_rules(plugin: Any, text: Path, old: str, new: str, words: list[str]) -> None:
     path = write_broken(plugin, old, new)
-    task = {"name": "language", "data": {"path": str(text)}}
+    task = {"name": "language", "data": {"path": str(text), "tokenizer": "bytes"}}
     config = ExperimentConfig(base={"task": task}, grid={"router": ["broken"]}, baseline="broken")
     with pytest.raises(UsageError) as caught:
         expand_config("broken", config, plugins=[load_plugin(path)])

@@ -169,4 +169,4 @@ def test_a_domain_named_like_the_metric_is_refused(tmp_path: Path) -> None:
     path = str(tmp_path / "text")
     for held_out in ([], ["other"]):
         with pytest.raises(UsageError, match=r"task\.data\.domain_column: there is a domain 'out_of_domain'"):
-            prepare(TextDataConfig(path=path, held_out_domains=held_out), tmp_path, 16)
+            prepare(TextDataConfig(path=path, held_out_domains=held_out, tokenizer="bytes"), tmp_path, 16)

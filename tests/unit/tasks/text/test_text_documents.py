@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from moebench.config import resolve
 from moebench.errors import UsageError
 from moebench.tasks.text.documents import (
     Document,
@@ -17,7 +18,8 @@ from moebench.tasks.text.documents import (
     load_documents,
     source_digest,
 )
-from moebench.tasks.text.pack import pack_group
+from moebench.tasks.text.pack import PACKS, pack_group
+from moebench.tasks.text.splits import split_documents
 
 ROWS = [{"text": f"text {i}", "domain": "ab"[i % 2], "author": f"author {i // 2}"} for i in range(6)]
 
@@ -41,6 +43,35 @@ def test_pack_has_seven_domains_and_groups_that_span_code_and_docs():
     assert all(1_800_000 < size <= 2_000_000 for size in bytes_of.values())
     shared = {d.group for d in documents if d.domain == "code"} & {d.group for d in documents if d.domain == "docs"}
     assert {"python/asyncio", "python/logging", "python/email"} <= shared
+
+
+def test_the_corpus_is_chosen_by_its_name(tmp_path, monkeypatch):
+    rows = [{"domain": f"code-{n % 2}", "group": f"p{n % 3}", "source": "s", "text": f"text {n}"} for n in range(7)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "small.parquet")
+    monkeypatch.setitem(PACKS, "corpus", tmp_path / "small.parquet")
+    documents = load_documents(TextDataConfig(pack="corpus"))
+    assert [(d.domain, d.group, d.text) for d in documents] == [(r["domain"], r["group"], r["text"]) for r in rows]
+    few = [load_documents(TextDataConfig(pack="corpus", max_bytes=size)) for size in (24, 24, 36)]
+    assert few[0] == few[1]  # in a fixed order, which is not that of the packages
+    assert {d.text for d in few[0]} < {d.text for d in few[2]}
+    assert source_digest(TextDataConfig(pack="corpus")) != source_digest(TextDataConfig())
+    with pytest.raises(
+        UsageError, match=r"task\.data\.pack: 'corpus' was given with task\.data\.path; set path to null"
+    ):
+        TextDataConfig(pack="corpus", path="x.txt")
+    with pytest.raises(UsageError, match=r"task\.data\.pack: .*corpsu.*Did you mean 'corpus'"):
+        resolve({"task": {"data": {"pack": "corpsu"}}})
+
+
+@pytest.mark.slow
+def test_every_domain_of_the_corpus_has_groups_for_all_splits():
+    splits = split_documents(load_documents(TextDataConfig(pack="corpus")))
+    domains = {name: {d.domain for d in members} for name, members in splits.items()}
+    groups = [{d.group for d in members} for members in splits.values()]
+    assert domains["train"] == domains["validation"] == domains["test"]
+    assert len(domains["train"]) == 28
+    assert not groups[0] & groups[1] | groups[0] & groups[2] | groups[1] & groups[2]
+    assert all(len(d.text) >= 500 and len(d.text.encode()) <= 200_000 for of in splits.values() for d in of)
 
 
 @pytest.mark.parametrize(

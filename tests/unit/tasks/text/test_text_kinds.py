@@ -168,7 +168,7 @@ def test_equal_texts_are_in_one_split() -> None:
 
 
 def prepare_file(path: Path, length: int = 4, **options: Any) -> PreparedText:
-    return prepare(TextDataConfig(path=str(path), **options), path.parent / "cache", length)
+    return prepare(TextDataConfig(path=str(path), tokenizer="bytes", **options), path.parent / "cache", length)
 
 
 def test_a_test_text_that_is_trained_on_is_reported_and_so_are_other_files(
@@ -177,12 +177,12 @@ def test_a_test_text_that_is_trained_on_is_reported_and_so_are_other_files(
     copied = "This stands in both of them."
     write(tmp_path / "set", train__a=copied, train__b="And this in one.", val__a="Another one", test__a=copied)
     write(tmp_path / "set", **{"notes.md": "x"})
-    prepare_file(tmp_path / "set", domain_column=None)
+    prepare_file(tmp_path / "set", domain_column=None, remove_overlap=False)
     assert capsys.readouterr().err == (
         f"task.data: '{tmp_path / 'set'}' has 1 file(s) of other kinds, which are not read (1 .md)\n"
         "task.data: 1 of 1 test documents are also in the training split, word for word\n"
     )
-    prepare_file(tmp_path / "set", domain_column=None)
+    prepare_file(tmp_path / "set", domain_column=None, remove_overlap=False)
     assert capsys.readouterr().err == ""  # once, when it is prepared
 
 

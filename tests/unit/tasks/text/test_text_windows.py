@@ -26,13 +26,13 @@ def source(tmp_path_factory) -> TextDataConfig:
     path = tmp_path_factory.mktemp("source") / "a.jsonl"
     rows = [{"text": f"{domain}{i} " * (40 + i), "domain": domain} for i in range(10) for domain in "xyz"[:2]]
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    return TextDataConfig(path=str(path))
+    return TextDataConfig(path=str(path), tokenizer="bytes")
 
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory) -> tuple[PreparedText, Path]:
     cache_dir = tmp_path_factory.mktemp("cache")
-    return prepare(TextDataConfig(), cache_dir, 128), cache_dir
+    return prepare(TextDataConfig(tokenizer="bytes"), cache_dir, 128), cache_dir
 
 
 def test_pack_numbers(pack):
@@ -53,7 +53,7 @@ def test_second_call_uses_the_cache_and_does_not_import_datasets(pack):
     program = (
         "import sys; from pathlib import Path\n"
         "from moebench.tasks.text.windows import TextDataConfig, prepare\n"
-        "print('datasets' in sys.modules, prepare(TextDataConfig(), Path(sys.argv[1]), 64).digest)"
+        "print('datasets' in sys.modules, prepare(TextDataConfig(tokenizer='bytes'), Path(sys.argv[1]), 64).digest)"
     )
     command = [sys.executable, "-c", program, str(cache_dir)]
     answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
@@ -83,7 +83,7 @@ def test_windows_tile_each_domain(source, tmp_path):
 def test_digest_is_of_the_tokens(source, tmp_path):
     digest = prepare(source, tmp_path / "a", 16).digest
     assert digest == prepare(source, tmp_path / "b", 8).digest
-    other = TextDataConfig(path=source.path, max_bytes=2400)
+    other = TextDataConfig(path=source.path, max_bytes=2400, tokenizer="bytes")
     assert digest != prepare(other, tmp_path / "a", 16).digest
 
 
@@ -107,7 +107,7 @@ def two_languages(folder: Path) -> str:
 def test_a_tokenizer_that_loses_a_part_of_one_domain_is_refused(tmp_path):
     path = two_languages(tmp_path)
     lossy = save_tokenizer(tmp_path / "lossy.json", "abc abd abefghij")
-    config = TextDataConfig(path=path, tokenizer=lossy)
+    config = TextDataConfig(path=path, tokenizer=lossy, remove_overlap=False)
     for _ in range(2):  # nothing of it stays in the cache
         with pytest.raises(UsageError) as caught:
             prepare(config, tmp_path / "cache", 8)
@@ -119,7 +119,7 @@ def test_a_tokenizer_that_loses_a_part_of_one_domain_is_refused(tmp_path):
         )
         assert "\n" not in str(caught.value)
     lossless = save_tokenizer(tmp_path / "whole.json", "abc abd abefghij αβγδ")
-    prepared = prepare(TextDataConfig(path=path, tokenizer=lossless), tmp_path / "cache", 8)
+    prepared = prepare(TextDataConfig(path=path, tokenizer=lossless, remove_overlap=False), tmp_path / "cache", 8)
     splits = (prepared.train, prepared.validation, prepared.test)
     assert sum(int(split.bytes_N.sum()) for split in splits) == 20 * 1201
 

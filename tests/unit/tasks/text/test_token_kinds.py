@@ -86,7 +86,7 @@ def test_vocabularies_by_hand(trained: Tokenizer, pieces: list[bytes], sentence:
 
 
 def test_kinds_are_cached_separately_from_the_text(tmp_path: Path) -> None:
-    config, cache = TextDataConfig(path=str(write_text(tmp_path))), tmp_path / "cache"
+    config, cache = TextDataConfig(path=str(write_text(tmp_path)), tokenizer="bytes"), tmp_path / "cache"
     first, second = (prepare(config, cache, 8) for _ in range(2))
     assert torch.equal(first.kinds.alone_V, second.kinds.alone_V)
     assert torch.equal(first.kinds.open_V, second.kinds.open_V)
