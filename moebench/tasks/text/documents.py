@@ -1,10 +1,8 @@
 """Sources of text: the embedded pack, local files or the Hugging Face hub, each read into the same documents."""
 
-import gzip
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +11,7 @@ from moebench.errors import UsageError, nearest
 from moebench.ranges import AT_LEAST_1, Range, check_ranges
 from moebench.tasks.folders import TRAIN, assign_parts, find_source, folders_of, list_files
 from moebench.tasks.sources import check_source, file_digest, first_line, load_dataset
+from moebench.tasks.streams import COMPRESSED, plain_ending, read_whole_text
 from moebench.tasks.tables import (
     TABLES,
     Table,
@@ -22,10 +21,13 @@ from moebench.tasks.tables import (
     read_name,
     require_same_columns,
 )
+from moebench.tasks.text.document import Document as Document
+from moebench.tasks.text.document import check_text
+from moebench.tasks.text.limits import limit_bytes
 from moebench.tasks.text.pack import PACK, pack_group
 from moebench.tasks.text.tokens import tokenizer_file
 
-TEXTS = (".txt", ".txt.gz")
+TEXTS = (".txt", *(f".txt{packed}" for packed in COMPRESSED))
 OPTIONAL = "domain"
 """Default of `domain_column`: the only column that a source may lack."""
 
@@ -75,22 +77,12 @@ class TextDataConfig:
             raise UsageError("task.data.max_bytes: null was given; streaming needs a number of bytes")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Document:
-    """One text with its domain and its group."""
-
-    text: str
-    domain: str
-    group: str
-    """Documents of one group are never divided between splits."""
-    part: str = TRAIN
-    """Split that the source assigns; train where it assigns none, and then divided further."""
-
-
 def load_documents(config: TextDataConfig) -> list[Document]:
     """Return all documents of the source that are not blank; raise UsageError for what cannot be read."""
     key, name = ("dataset", config.dataset) if config.dataset else ("path", config.path or PACK.name)
-    documents = _limit_bytes((d for d in _documents(config) if not d.text.isspace() and d.text), config)
+    documents = limit_bytes(
+        (d for d in _documents(config) if not d.text.isspace() and d.text), config.max_bytes, is_stream=config.streaming
+    )
     if not documents:
         raise UsageError(f"task.data.{key}: '{name}' has no text; give a file with text with task.data.path=...")
     return documents
@@ -169,7 +161,7 @@ def _from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], config: TextDataCo
             group = read_name(cell, "group_column", config.group_column, location)
         elif _is_pack(config):
             group = pack_group(row["domain"], row["doc_id"])
-        yield Document(text=_check_text(text, location), domain=domain, group=group)
+        yield Document(text=check_text(text, location), domain=domain, group=group)
 
 
 def _require_same_keys(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -193,27 +185,21 @@ def _cell(row: Mapping[str, Any], key: str, column: str, location: str) -> Any:
     return row[column]
 
 
-def _check_text(text: str, location: str) -> str:
-    """Return the text; raise UsageError for signs of binary data: lone surrogates and NUL bytes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"task.data.path: the text of {location} has half a character (a lone surrogate)") from error
-    if "\0" in text:
-        raise UsageError(f"task.data.path: the text of {location} has NUL bytes: is it UTF-16, or not text? Convert it")
-    return text
-
-
 def _read_text_file(name: str, path: Path, config: TextDataConfig, *, is_divided: bool, part: str) -> Document:
     with file_errors(name):
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix.lower() == ".gz" else data).decode("utf-8-sig")
-    # A single file has no domain. In a folder, domains are subfolders, or else files.
-    domain, folders = "all", folders_of(name, divided=is_divided)
-    if config.domain_column is not None and path != find_source(config.path or ""):
-        file_domain = "all" if is_divided and len(folders) == name.count("/") else path.name.split(".")[0]
-        domain = folders[0] if folders else file_domain
-    return Document(text=_check_text(text, f"'{name}'"), domain=domain, group=f"document/{name}", part=part)
+        text = read_whole_text(path, name)
+    has_domain = config.domain_column is not None and path != find_source(config.path or "")
+    domain = text_file_domain(name, is_divided=is_divided) if has_domain else "all"
+    return Document(text=check_text(text, f"'{name}'"), domain=domain, group=f"document/{name}", part=part)
+
+
+def text_file_domain(name: str, *, is_divided: bool) -> str:
+    """Return the domain of a text file of a folder: its subfolder, or else its name without the endings."""
+    folders = folders_of(name, divided=is_divided)
+    if folders:
+        return folders[0]
+    names_part = is_divided and "/" not in name
+    return "all" if names_part else name.rsplit("/", 1)[-1].split(".")[0]
 
 
 def _from_hub(config: TextDataConfig) -> Iterator[Document]:
@@ -246,48 +232,25 @@ def _source_files(config: TextDataConfig) -> dict[str, Path]:
         return {PACK.name: PACK}
     root = find_source(config.path, _creation_advice(config))
     endings = (*TABLES, *TEXTS)
+    refuse_saved_dataset(root)
     files = list_files(root, endings)
     if not files:
         problem = "must end in" if root.is_file() else "has no file that ends in"
         raise UsageError(f"task.data.path: '{config.path}' {problem} {', '.join(endings)}")
     kinds = sorted({next(ending for ending in endings if name.lower().endswith(ending)) for name in files})
-    if len({kind.removesuffix(".gz") for kind in kinds}) > 1:
-        raise UsageError(f"task.data.path: '{config.path}' mixes {', '.join(kinds)} files; keep one kind")
+    if len({plain_ending(f"a{kind}") for kind in kinds}) > 1:
+        raise UsageError(
+            f"task.data.path: '{config.path}' mixes {', '.join(kinds)} files; keep one kind, or give what"
+            " `moebench prepare` makes of it"
+        )
     return files
 
 
-def _limit_bytes(documents: Iterable[Document], config: TextDataConfig) -> list[Document]:
-    if config.max_bytes is None:
-        return list(documents)
-    if config.streaming:
-        return list(_take(documents, config.max_bytes))
-    documents_of: dict[str, list[Document]] = {}
-    for document in documents:
-        documents_of.setdefault(document.domain, []).append(document)
-    share = config.max_bytes // max(1, len(documents_of))
-    if documents_of and not share:
-        given = f"{config.max_bytes} for {len(documents_of)} domains"
-        raise UsageError(f"task.data.max_bytes: {given} is less than one byte each; give more")
-    return [kept for members in documents_of.values() for kept in _take_from_parts(members, share)]
-
-
-def _take_from_parts(members: Sequence[Document], budget: int) -> Iterator[Document]:
-    """Yield documents up to `budget` bytes, with the same share of every part, so that each part keeps some."""
-    size: Counter[str] = Counter()
-    for document in members:
-        size[document.part] += len(document.text.encode())
-    for part, part_bytes in size.items():
-        part_budget = budget * part_bytes // size.total()
-        yield from _take((document for document in members if document.part == part), part_budget)
-
-
-def _take(documents: Iterable[Document], budget: int) -> Iterator[Document]:
-    for document in documents:
-        data = document.text.encode()
-        if len(data) >= budget:  # cut the last document between characters
-            text = data[:budget].decode(errors="ignore")
-            if text:
-                yield replace(document, text=text)
-            return
-        budget -= len(data)
-        yield document
+def refuse_saved_dataset(root: Path) -> None:
+    """Raise UsageError for a folder that the library `datasets` wrote by `save_to_disk`."""
+    if any((root / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
+        raise UsageError(
+            f"task.data.path: '{root}' was written by save_to_disk of the library datasets; allowed: its splits as"
+            " parquet (load_from_disk(...)['train'].to_parquet('train.parquet')), or other"
+            f" {', '.join((*TABLES, *TEXTS))} files"
+        )
