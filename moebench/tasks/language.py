@@ -120,10 +120,12 @@ class TextTask(Task):
             raise UsageError(
                 f"router.table: 'clustered' counts pairs of {self.vocab_size} ids (allowed: at most {MAX_PAIR_VOCAB})"
             )
-        token_N = np.asarray(self.text.train.tokens_N, dtype=np.int64)
-        pair_N = token_N[:-1] * self.vocab_size + token_N[1:]
-        pairs_VV = np.bincount(pair_N, minlength=self.vocab_size**2).reshape(self.vocab_size, self.vocab_size)
-        return torch.from_numpy(pairs_VV)
+        pairs_P, last_N = np.zeros(self.vocab_size**2, dtype=np.int64), np.empty(0, dtype=np.int64)
+        for chunk_N in self.text.train.tokens.chunks():
+            token_N = np.concatenate([last_N, chunk_N])
+            pairs_P += np.bincount(token_N[:-1] * self.vocab_size + token_N[1:], minlength=len(pairs_P))
+            last_N = token_N[-1:]
+        return torch.from_numpy(pairs_P.reshape(self.vocab_size, self.vocab_size))
 
     @override
     def label_kinds(self) -> tuple[LabelKind, ...]:
@@ -144,12 +146,14 @@ class TextTask(Task):
 
     @override
     def list_train_samples(self, batch_size: int, seed: int, step: int) -> list[int]:
-        return [int(index) for index in train_window_indices(self.text.train.num_windows, batch_size, seed, step)]
+        split = self.text.train
+        index_B = train_window_indices(split.num_windows, batch_size, seed, step, split.order)
+        return [int(index) for index in index_B]
 
     @override
     def train_batch(self, batch_size: int, seed: int, step: int, part: slice = ALL) -> Batch:
         split = self.text.train
-        window_B = train_window_indices(split.num_windows, batch_size, seed, step)[part]
+        window_B = train_window_indices(split.num_windows, batch_size, seed, step, split.order)[part]
         return self._read_windows(split, window_B, uniform_draws(batch_size, self.config.name, seed, step, part=part))
 
     @override
@@ -158,7 +162,7 @@ class TextTask(Task):
         window_W = evaluation_windows(text, self.config.eval_windows)
         # Drawn for all windows at once, so that masks do not depend on the batch size.
         every = self._read_windows(text, window_W, uniform_draws(len(window_W), self.config.name, split))
-        num_trained = int((text.domain_W[window_W] < self.num_trained_domains).sum())
+        num_trained = int((text.domain_of(window_W) < self.num_trained_domains).sum())
         starts = [*range(0, num_trained, batch_size), *range(num_trained, len(window_W), batch_size)]
         ends = [*starts[1:], len(window_W)]
         spans = [Span(start=a, length=b - a, total=len(window_W)) for a, b in zip(starts, ends, strict=True)]
@@ -166,7 +170,7 @@ class TextTask(Task):
 
     def _read_windows(self, split: TextSplit, window_B: np.ndarray, uniform: Uniform) -> Batch:
         token_BM, byte_BM = map(torch.from_numpy, split.window(window_B))
-        return self.make_batch(token_BM, byte_BM, torch.from_numpy(split.domain_W[window_B].astype(np.int64)), uniform)
+        return self.make_batch(token_BM, byte_BM, torch.from_numpy(split.domain_of(window_B)), uniform)
 
     @override
     def build_embedding(self, d_model: int) -> nn.Module:
