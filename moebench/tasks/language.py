@@ -19,6 +19,7 @@ from moebench.ranges import Range, at_least_1_up_to, check_ranges
 from moebench.ranks import Span
 from moebench.seeds import make_generator
 from moebench.tasks.task import ALL, TASKS, Batch, LabelKind, Task, TaskConfig, TaskFacts, average_by_domain
+from moebench.tasks.text.corpus.reader import is_prepared, open_prepared, read_digest
 from moebench.tasks.text.documents import TextDataConfig, source_digest
 from moebench.tasks.text.kinds import TOKEN_KINDS
 from moebench.tasks.text.windows import (
@@ -106,12 +107,13 @@ class TextTask(Task):
     @override
     @classmethod
     def source_digest(cls, config: Any) -> str:
-        return source_digest(config.data)
+        return read_digest(config.data) if is_prepared(config.data) else source_digest(config.data)
 
     @override
     @classmethod
     def prepare(cls, config: Any, cache: Path) -> "TextTask":
-        return cls(config, prepare(config.data, cache, config.sequence_length))
+        open_text = open_prepared if is_prepared(config.data) else prepare
+        return cls(config, open_text(config.data, cache, config.sequence_length))
 
     @override
     def token_pairs(self) -> Tensor:

@@ -114,7 +114,7 @@ def _is_pack(config: TextDataConfig) -> bool:
 
 def _documents(config: TextDataConfig) -> Iterator[Document]:
     if config.dataset is not None:
-        yield from _from_hub(config)
+        yield from from_hub(config)
         return
     files = _source_files(config)
     parts = assign_parts(files, by_file=True) if len(files) > 1 else {}
@@ -131,21 +131,22 @@ def _documents(config: TextDataConfig) -> Iterator[Document]:
     has_optional = config.domain_column == OPTIONAL
     num_documents = 0
     for table in require_same_columns(tables, "domain_column", OPTIONAL) if has_optional else tables:
-        for document in _from_table(table, config, num_documents):
+        for document in from_table(table, config, num_documents):
             num_documents += 1
             yield replace(document, part=parts.get(table.name, TRAIN))
 
 
-def _from_table(table: Table, config: TextDataConfig, first: int) -> Iterator[Document]:
+def from_table(table: Table, config: TextDataConfig, first: int) -> Iterator[Document]:
+    """Yield the documents of a table, which are numbered from `first`."""
     for key in ("text_column", "domain_column", "group_column"):
         column = getattr(config, key)
         if column is not None and (key, column) != ("domain_column", OPTIONAL):
             table.check(key, column)
     columns = (config.text_column, config.domain_column, config.group_column, *(["doc_id"] * _is_pack(config)))
-    yield from _from_rows(table.read(c for c in columns if c is not None and c in table.columns), config, first)
+    yield from from_rows(table.read(c for c in columns if c is not None and c in table.columns), config, first)
 
 
-def _from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], config: TextDataConfig, first: int) -> Iterator[Document]:
+def from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], config: TextDataConfig, first: int) -> Iterator[Document]:
     """Yield the documents of rows, which are numbered from `first`."""
     for number, (location, row) in enumerate(rows, first):
         text = _cell(row, "text_column", config.text_column, location)
@@ -164,7 +165,7 @@ def _from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], config: TextDataCo
         yield Document(text=check_text(text, location), domain=domain, group=group)
 
 
-def _require_same_keys(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def require_same_keys(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield rows of a stream; raise UsageError if only some have the column of domains."""
     first: tuple[str, Mapping[str, Any]] | None = None
     for location, row in rows:
@@ -202,17 +203,18 @@ def text_file_domain(name: str, *, is_divided: bool) -> str:
     return "all" if names_part else name.rsplit("/", 1)[-1].split(".")[0]
 
 
-def _from_hub(config: TextDataConfig) -> Iterator[Document]:
+def from_hub(config: TextDataConfig) -> Iterator[Document]:
+    """Yield the documents of a data set of the hub."""
     assert config.dataset is not None
     options: dict[str, Any] = {"split": config.split, "revision": config.revision}
     try:
         if config.streaming:  # columns are unknown before the first row
             source = load_dataset(config.dataset, config.config, streaming=True, **options)
             rows = ((f"row {number}", row) for number, row in enumerate(source))
-            checked = _require_same_keys(rows) if config.domain_column == OPTIONAL else rows
-            yield from _from_rows(checked, config, first=0)
+            checked = require_same_keys(rows) if config.domain_column == OPTIONAL else rows
+            yield from from_rows(checked, config, first=0)
         else:
-            yield from _from_table(open_hub_table(config.dataset, config.config, **options), config, first=0)
+            yield from from_table(open_hub_table(config.dataset, config.config, **options), config, first=0)
     except UsageError:
         raise
     except Exception as error:  # of many kinds, from the network and its libraries

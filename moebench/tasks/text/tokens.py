@@ -41,6 +41,9 @@ class Tokenizer(Protocol):
     def byte_count_V(self) -> np.ndarray | None:
         """Bytes of each id, where these always add up to the bytes of the text; None where they may not."""
 
+    def to_json(self) -> str:
+        """Return the content of a tokenizer.json; empty for bytes."""
+
     def decode(self, token_N: np.ndarray) -> str:
         """Return the text of tokens, without unknown ones."""
 
@@ -70,6 +73,10 @@ class ByteTokenizer:
     def encode_texts(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray | None]]:
         """Return the bytes of each text."""
         return [(np.frombuffer(text.encode(), dtype=np.uint8), None) for text in texts]
+
+    def to_json(self) -> str:
+        """Return the empty text."""
+        return ""
 
     def decode(self, token_N: np.ndarray) -> str:
         """Return the text of the bytes."""
@@ -153,6 +160,10 @@ class SubwordTokenizer:
         covered_N[-1] = len(text)
         byte_at = _byte_positions(text)
         return token_N, np.diff(byte_at[covered_N], prepend=0)
+
+    def to_json(self) -> str:
+        """Return the content of a tokenizer.json."""
+        return str(self._tokenizer.to_str())
 
     def decode(self, token_N: np.ndarray) -> str:
         """Return the text of tokens: by the decoder of the tokenizer, or else as the concatenation of their pieces."""
