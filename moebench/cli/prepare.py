@@ -25,38 +25,53 @@ OPTION_OF = {"path": "DATA", "max_bytes": "--max-bytes"}
 """Key of task.data -> what this command calls it, where that is not the key with dashes."""
 
 
+Sources = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[DATA]...",
+        help="Files, folders or patterns: .parquet, .jsonl, .json, .csv, .txt, also .gz and .zst; kinds may mix.",
+    ),
+]
+TokenizerName = Annotated[
+    str, typer.Option(help="bytes, a tokenizer.json or its folder, a name on the hub, or train:VOCAB for a new BPE.")
+]
+Out = Annotated[Path, typer.Option(help="Folder of the result, which task.data.path names then.")]
+Dataset = Annotated[str | None, typer.Option(help="Data set on the Hugging Face hub, instead of DATA.")]
+HubConfig = Annotated[str | None, typer.Option(help="Configuration (subset) of the hub data set.")]
+HubSplit = Annotated[str, typer.Option(help="Split of the hub data set that is read, and divided again.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub data set.")]
+TextColumn = Annotated[str, typer.Option(help="Column of the text.")]
+DomainColumn = Annotated[str, typer.Option(help="Column of the domain; empty: one domain, 'all', also for text files.")]
+GroupColumn = Annotated[str | None, typer.Option(help="Column of the group that no split divides.")]
+SplitBy = Annotated[
+    str, typer.Option(help="What no split divides: document (or its group), file, or block of 64 KiB of text.")
+]
+Validation = Annotated[float, typer.Option(help="Share of the validation split, unless the source has one.")]
+Test = Annotated[float, typer.Option(help="Share of the test split, unless the source has one.")]
+Workers = Annotated[
+    int | None, typer.Option(help="Threads that encode; the result does not depend on it. Default: the cores.")
+]
+ShardBytes = Annotated[int, typer.Option(help="Bytes of tokens in a shard.")]
+SampleBytes = Annotated[int, typer.Option(help="Bytes of training text that train:VOCAB learns from.")]
+
+
 def prepare(
-    sources: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[DATA]...",
-            help="Files, folders or patterns: .parquet, .jsonl, .json, .csv, .txt, also .gz and .zst; kinds may mix.",
-        ),
-    ] = None,
-    tokenizer: Annotated[
-        str,
-        typer.Option(help="bytes, a tokenizer.json or its folder, a name on the hub, or train:VOCAB for a new BPE."),
-    ] = "bytes",
-    out: Annotated[Path, typer.Option(help="Folder of the result, which task.data.path names then.")] = Path(),
-    dataset: Annotated[str | None, typer.Option(help="Data set on the Hugging Face hub, instead of DATA.")] = None,
-    config: Annotated[str | None, typer.Option(help="Configuration (subset) of the hub data set.")] = None,
-    split: Annotated[str, typer.Option(help="Split of the hub data set that is read, and divided again.")] = "train",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub data set.")] = None,
-    text_column: Annotated[str, typer.Option(help="Column of the text.")] = "text",
-    domain_column: Annotated[
-        str, typer.Option(help="Column of the domain; empty: one domain, 'all', also for text files.")
-    ] = "domain",
-    group_column: Annotated[str | None, typer.Option(help="Column of the group that no split divides.")] = None,
-    split_by: Annotated[
-        str, typer.Option(help="What no split divides: document (or its group), file, or block of 64 KiB of text.")
-    ] = "document",
-    validation: Annotated[float, typer.Option(help="Share of the validation split, unless the source has one.")] = 0.05,
-    test: Annotated[float, typer.Option(help="Share of the test split, unless the source has one.")] = 0.05,
-    workers: Annotated[
-        int | None, typer.Option(help="Threads that encode; the result does not depend on it. Default: the cores.")
-    ] = None,
-    shard_bytes: Annotated[int, typer.Option(help="Bytes of tokens in a shard.")] = 256 << 20,
-    sample_bytes: Annotated[int, typer.Option(help="Bytes of training text that train:VOCAB learns from.")] = 64 << 20,
+    sources: Sources = None,
+    tokenizer: TokenizerName = "bytes",
+    out: Out = Path(),
+    dataset: Dataset = None,
+    config: HubConfig = None,
+    split: HubSplit = "train",
+    revision: Revision = None,
+    text_column: TextColumn = "text",
+    domain_column: DomainColumn = "domain",
+    group_column: GroupColumn = None,
+    split_by: SplitBy = "document",
+    validation: Validation = 0.05,
+    test: Test = 0.05,
+    workers: Workers = None,
+    shard_bytes: ShardBytes = 256 << 20,
+    sample_bytes: SampleBytes = 64 << 20,
     json: Json = False,
 ) -> None:
     """Encode text into a folder that any number of runs read at once, in memory that does not depend on its size.
@@ -65,25 +80,18 @@ def prepare(
     """
     from moebench.cores import available_cores
     from moebench.tasks.text.corpus.build import prepare_corpus
-    from moebench.tasks.text.corpus.options import CorpusOptions
-    from moebench.tasks.text.documents import TextDataConfig
+    from moebench.tasks.text.corpus.options import CorpusOptions, describe_source
 
     with _option_names():
         if out == Path():
             raise UsageError("--out: a folder is needed, such as --out tokens/")
-        hub = {"dataset": dataset, "config": config, "split": split, "revision": revision, "streaming": True}
-        data = TextDataConfig(
-            **(hub | {"max_bytes": 1 << 62} if dataset else {"path": next(iter(sources or ()), None)}),
-            text_column=text_column,
-            domain_column=domain_column or None,
-            group_column=group_column,
-            tokenizer=tokenizer,
-        )
+        hub = None if dataset is None else {"dataset": dataset, "config": config, "split": split, "revision": revision}
+        columns = {"text_column": text_column, "domain_column": domain_column or None, "group_column": group_column}
         options = CorpusOptions(
             sources=tuple(sources or ()),
             out=out.expanduser(),
             tokenizer=tokenizer,
-            data=data,
+            data=describe_source(sources or (), hub, columns),
             split_by=split_by,
             validation=validation,
             test=test,

@@ -1,6 +1,6 @@
 """Multi-head attention: within a sequence with rotary positions, and from a decoder to the output of an encoder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor, nn
@@ -19,6 +19,17 @@ class PositionTable:
     """bool: False where there is no vector; at least one of each sequence is True."""
     length: int
     """Length of the full sequences."""
+    document_BL: Tensor | None = None
+    """int64: the document that each vector is of; it attends only to vectors of its own. None: to all."""
+
+    @classmethod
+    def of_documents(cls, document_BL: Tensor) -> "PositionTable":
+        """Return the positions of full sequences of several documents, without padding.
+
+        They continue over documents: rotary attention sees only differences of positions inside one.
+        """
+        table = cls.of_padded(torch.ones_like(document_BL, dtype=torch.bool))
+        return replace(table, document_BL=document_BL)
 
     @classmethod
     def of_padded(cls, valid_BL: Tensor) -> "PositionTable":
@@ -28,6 +39,17 @@ class PositionTable:
         first_L = torch.arange(length, device=valid_BL.device) == 0
         valid_BL = valid_BL | (first_L & ~valid_BL.any(1, keepdim=True))
         return cls(position_BL=position_BL, valid_BL=valid_BL, length=length)
+
+    def mask(self, *, causal: bool) -> Tensor | None:
+        """Return which vectors each one attends to, bool [B, 1, L or 1, L]; None: all, or all earlier ones if causal.
+
+        In a causal model, padding after the last vector is in the future of all; otherwise it must be masked.
+        """
+        if self.document_BL is None:
+            return None if causal else self.valid_BL[:, None, None, :]
+        mask_BLL = self.document_BL.unsqueeze(2) == self.document_BL.unsqueeze(1)
+        mask_BLL = mask_BLL.tril() if causal else mask_BLL & self.valid_BL.unsqueeze(1)
+        return mask_BLL.unsqueeze(1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,10 +157,9 @@ def attend(
     mask = None
     if positions is not None:
         cos, sin = (table[positions.position_BL].unsqueeze(1) for table in (cos, sin))
-        # In a causal model, padding after the last vector is in the future of all; otherwise it must be masked.
-        mask = None if causal else positions.valid_BL[:, None, None, :]
+        mask = positions.mask(causal=causal)
     mixed = functional.scaled_dot_product_attention(
-        rotate(query, cos, sin), rotate(key, cos, sin), value, attn_mask=mask, is_causal=causal
+        rotate(query, cos, sin), rotate(key, cos, sin), value, attn_mask=mask, is_causal=causal and mask is None
     )
     return mixed.transpose(1, 2).flatten(2)
 

@@ -94,6 +94,7 @@ class TextTask(Task):
         self.num_held_out = text.num_held_out
         self.digest = text.digest
         shape = (text.digest, config.sequence_length, config.eval_windows, self.metric, *self.eval_options(config))
+        shape += ("mask_documents",) * config.data.mask_documents
         self.eval_digest = hashlib.sha256(repr(shape).encode()).hexdigest()[:12]
         self.sequence_length = config.sequence_length
         self.vocab_size = text.vocab_size
@@ -137,6 +138,12 @@ class TextTask(Task):
             return kinds.label(batch.input_BL, self.context_tokens(batch))
 
         return *super().label_kinds(), LabelKind(name="token", values=TOKEN_KINDS, read=read)
+
+    def documents_of(self, token_BL: Tensor) -> Tensor | None:
+        """Return the index of the document of each token in its window (int64); None if documents are not masked."""
+        if not self.config.data.mask_documents:
+            return None
+        return (token_BL == self.text.separator).cumsum(1)
 
     def context_tokens(self, batch: Batch) -> Tensor:
         """Return the token at each position from which the starts of words are determined: by default the input."""
@@ -219,4 +226,11 @@ class Language(TextTask):
 
     @override
     def make_batch(self, token_BM: Tensor, byte_BM: Tensor, domain_B: Tensor, uniform: Uniform) -> Batch:
-        return Batch(input_BL=token_BM[:, :-1], target_BP=token_BM[:, 1:], weight_BP=byte_BM[:, 1:], domain_B=domain_B)
+        input_BL = token_BM[:, :-1]
+        return Batch(
+            input_BL=input_BL,
+            target_BP=token_BM[:, 1:],
+            weight_BP=byte_BM[:, 1:],
+            domain_B=domain_B,
+            document_BL=self.documents_of(input_BL),
+        )

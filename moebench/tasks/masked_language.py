@@ -72,6 +72,7 @@ class MaskedLanguage(TextTask):
             weight_BP=byte_BM[:, 1:],
             domain_B=domain_B,
             count_BP=selected_BL.long(),
+            document_BL=self.documents_of(token_BL),
         )
 
     @override

@@ -67,6 +67,9 @@ class TextDataConfig:
     """Largest number of bytes of text (UTF-8) to use, divided equally among domains unless `streaming`; null: all."""
     tokenizer: str = "bytes"
     """'bytes', the path of a tokenizer.json or of its folder, or the name of a tokenizer on the hub."""
+    mask_documents: bool = False
+    """Let attention stay inside the documents of a window, which begin with a separator. Positions do not restart:
+    rotary attention sees only their differences."""
 
     def __post_init__(self) -> None:
         check_source(self, ("text_column", "domain_column", "group_column", "tokenizer"))

@@ -102,6 +102,11 @@ class PreparedText:
     """What `load_tokenizer` takes."""
 
     @cached_property
+    def separator(self) -> int:
+        """Id of the token that begins a document."""
+        return self.tokenizer.separator
+
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, loaded when it is first asked for: training does not need it."""
         return load_tokenizer(self.tokenizer_name)

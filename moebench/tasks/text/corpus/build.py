@@ -1,29 +1,23 @@
 """Prepare a folder: read, divide and encode a source into shards, and describe them in a manifest."""
 
 import hashlib
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Event
-from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from moebench.errors import UsageError
-from moebench.file_access import require_no_links
 from moebench.tasks.sources import check_domain_names, warn
 from moebench.tasks.text.corpus.blocks import Block, Position
 from moebench.tasks.text.corpus.encoder import BlockEncoder, batch_blocks, map_in_order
+from moebench.tasks.text.corpus.folder_state import begin, discard, lock_folder
 from moebench.tasks.text.corpus.manifest import (
     BYTES,
     COUNTS,
     MANIFEST,
-    STATE,
     TOKENIZER,
     FileEntry,
     Manifest,
@@ -32,7 +26,7 @@ from moebench.tasks.text.corpus.manifest import (
     require_size,
     shard_file,
 )
-from moebench.tasks.text.corpus.options import FORMAT, CorpusOptions
+from moebench.tasks.text.corpus.options import CorpusOptions
 from moebench.tasks.text.corpus.shards import UNFINISHED, FinishedShard, ShardBuilder, record_file, write_file
 from moebench.tasks.text.corpus.source import CorpusSource, Progress, open_source
 from moebench.tasks.text.corpus.training import draw_sample, train_tokenizer
@@ -40,7 +34,6 @@ from moebench.tasks.text.coverage import MIN_COVERAGE, Coverage
 from moebench.tasks.text.splits import SPLITS
 from moebench.tasks.text.tokens import Tokenizer, load_tokenizer, tokenizer_file
 
-LOCK = ".lock"
 CHUNK = 1 << 22
 Report = Callable[[str, Progress], None]
 """Called with the stage and how much of the source was read."""
@@ -64,15 +57,15 @@ def prepare_corpus(options: CorpusOptions, report: Report) -> Outcome:
     that holds something else. What the call made is removed then, unless a shard was finished.
     """
     source = open_source(options)
-    with _locked(options.out):
-        is_new = _begin(options, source)
+    with lock_folder(options.out):
+        is_new = begin(options, source)
         try:
             if (options.out / MANIFEST).exists():
                 return Outcome(manifest=read_manifest(options.out), was_ready=True, num_kept=0)
             return _Build(options, source, report).run()
         except UsageError:
             if is_new and FinishedShard.read(options.out, 0) is None:
-                _discard(options.out)
+                discard(options.out)
             raise
 
 
@@ -162,7 +155,7 @@ class _Build:
             self.coverage.setdefault(domain, Coverage()).merge(coverage)
 
     def _refuse_coverage(self, coverage: Coverage, domain: str) -> None:
-        _discard(self.options.out)
+        discard(self.options.out)
         coverage.check(self.options.tokenizer, domain)
 
     def _check(self) -> None:
@@ -172,7 +165,7 @@ class _Build:
         }
         empty = [name for name, domains in by_split.items() if not domains]
         if empty:
-            _discard(self.options.out)
+            discard(self.options.out)
             raise UsageError(
                 f"DATA: the {empty[0]} split has no documents; give more documents, larger shares (--validation,"
                 " --test), --split-by block, or files in folders named train, validation and test"
@@ -239,66 +232,3 @@ def _read_tokenizer(name: str) -> bytes:
     tokenizer = load_tokenizer(name)  # one that cannot be used is refused before it is copied
     path = tokenizer_file(name)
     return path.read_bytes() if path is not None else tokenizer.to_json().encode()
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Create the folder and hold its lock; raise UsageError if another process prepares it."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise UsageError(f"--out: '{out}' is not a folder; give another name")
-    out.mkdir(parents=True, exist_ok=True)
-    require_no_links(out)
-    try:
-        with FileLock(out / LOCK, timeout=0):
-            yield
-    except Timeout:
-        raise UsageError(f"--out: '{out}' is being prepared by another process") from None
-
-
-def _begin(options: CorpusOptions, source: CorpusSource) -> bool:
-    """Write the options and the source, or compare them; return whether the folder is new."""
-    out = options.out
-    state = {
-        "format": FORMAT,
-        "options": options.describe() | _tokenizer_state(options),
-        "source": source.fingerprint(),
-    }
-    try:
-        earlier = json.loads((out / STATE).read_bytes())
-    except FileNotFoundError:
-        if others := sorted(path.name for path in out.iterdir() if path.name != LOCK):
-            raise UsageError(f"--out: '{out}' is not empty (it has '{others[0]}'); give a new folder") from None
-        write_file(out, STATE, [json.dumps(state, indent=1).encode()])
-        return True
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--out: {out / STATE} cannot be read ({error}); remove the folder") from error
-    if earlier != state:
-        raise UsageError(
-            f"--out: '{out}' was begun with {_first_change(earlier, state)}; remove it, or give a new folder"
-        )
-    return False
-
-
-def _tokenizer_state(options: CorpusOptions) -> dict[str, str]:
-    """Return the checksum of a tokenizer file: an edited one is another."""
-    path = None if options.vocab_to_train is not None else tokenizer_file(options.tokenizer)
-    return {} if path is None else {"tokenizer": hashlib.sha256(path.read_bytes()).hexdigest()}
-
-
-def _first_change(earlier: Any, state: Mapping[str, Any]) -> str:
-    before = earlier.get("options") if isinstance(earlier, dict) else None
-    for name, value in state["options"].items():
-        if isinstance(before, dict) and before.get(name) != value:
-            return f"another {name.replace('_', ' ')} ({before.get(name)!r}, now {value!r})"
-    return "other files, or files that were changed since"
-
-
-def _discard(out: Path) -> None:
-    """Remove what was made in the folder, and the folder if it is empty then."""
-    if not out.is_dir():
-        return
-    for pattern in (STATE, TOKENIZER, COUNTS, BYTES, "*-?????.bin", "shard-?????.json", f"*{UNFINISHED}", LOCK):
-        for path in out.glob(pattern):
-            path.unlink(missing_ok=True)
-    if not any(out.iterdir()):
-        os.rmdir(out)

@@ -1,5 +1,6 @@
 """What `moebench prepare` is asked for."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,16 @@ class CorpusOptions:
         own = {name: getattr(self, name) for name in ("tokenizer", "split_by", "validation", "test", "shard_bytes")}
         trained = {} if self.vocab_to_train is None else {"sample_bytes": self.sample_bytes}
         return {**columns, **own, **trained}
+
+
+def describe_source(
+    sources: Sequence[str], hub: Mapping[str, str | None] | None, columns: Mapping[str, str | None]
+) -> TextDataConfig:
+    """Return the options by which documents are read, of files or (`hub`) of a data set of the hub."""
+    if hub is not None:
+        # A stream: nothing is downloaded as a whole, and there is no limit.
+        return TextDataConfig(**hub, **columns, streaming=True, max_bytes=1 << 62)  # type: ignore[arg-type]
+    return TextDataConfig(path=next(iter(sources), None), **columns)  # type: ignore[arg-type]
 
 
 def has_optional_domain(data: TextDataConfig) -> bool:
