@@ -56,9 +56,9 @@ SampleBytes = Annotated[int, typer.Option(help="Bytes of training text that trai
 
 
 def prepare(
+    out: Out,
     sources: Sources = None,
     tokenizer: TokenizerName = "bytes",
-    out: Out = Path(),
     dataset: Dataset = None,
     config: HubConfig = None,
     split: HubSplit = "train",
@@ -83,8 +83,6 @@ def prepare(
     from moebench.tasks.text.corpus.options import CorpusOptions, describe_source
 
     with _option_names():
-        if out == Path():
-            raise UsageError("--out: a folder is needed, such as --out tokens/")
         hub = None if dataset is None else {"dataset": dataset, "config": config, "split": split, "revision": revision}
         columns = {"text_column": text_column, "domain_column": domain_column or None, "group_column": group_column}
         options = CorpusOptions(

@@ -13,7 +13,7 @@ from moebench.errors import UsageError
 from moebench.tasks.sources import check_domain_names, warn
 from moebench.tasks.text.corpus.blocks import Block, Position
 from moebench.tasks.text.corpus.encoder import BlockEncoder, batch_blocks, map_in_order
-from moebench.tasks.text.corpus.folder_state import begin, discard, lock_folder
+from moebench.tasks.text.corpus.folder_state import begin_folder, discard, lock_folder
 from moebench.tasks.text.corpus.manifest import (
     BYTES,
     COUNTS,
@@ -58,7 +58,7 @@ def prepare_corpus(options: CorpusOptions, report: Report) -> Outcome:
     """
     source = open_source(options)
     with lock_folder(options.out):
-        is_new = begin(options, source)
+        is_new = begin_folder(options, source)
         try:
             if (options.out / MANIFEST).exists():
                 return Outcome(manifest=read_manifest(options.out), was_ready=True, num_kept=0)

@@ -35,7 +35,7 @@ def lock_folder(out: Path) -> Iterator[None]:
         raise UsageError(f"--out: '{out}' is being prepared by another process") from None
 
 
-def begin(options: CorpusOptions, source: CorpusSource) -> bool:
+def begin_folder(options: CorpusOptions, source: CorpusSource) -> bool:
     """Write the options and the source, or compare them; return whether the folder is new."""
     out = options.out
     state = {
