@@ -13,7 +13,7 @@ from moebench.errors import UsageError
 from moebench.tasks.sources import check_domain_names, warn
 from moebench.tasks.text.corpus.blocks import Block, Position
 from moebench.tasks.text.corpus.encoder import BlockEncoder, batch_blocks, map_in_order
-from moebench.tasks.text.corpus.folder_state import begin_folder, discard, lock_folder
+from moebench.tasks.text.corpus.folder_state import begin_folder, describe_state, discard, lock_folder
 from moebench.tasks.text.corpus.manifest import (
     BYTES,
     COUNTS,
@@ -57,8 +57,9 @@ def prepare_corpus(options: CorpusOptions, report: Report) -> Outcome:
     that holds something else. What the call made is removed then, unless a shard was finished.
     """
     source = open_source(options)
+    state = describe_state(options, source)
     with lock_folder(options.out):
-        is_new = begin_folder(options, source)
+        is_new = begin_folder(options.out, state)
         try:
             if (options.out / MANIFEST).exists():
                 return Outcome(manifest=read_manifest(options.out), was_ready=True, num_kept=0)

@@ -27,6 +27,9 @@ def lock_folder(out: Path) -> Iterator[None]:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UsageError(f"--out: '{out}' is not a folder; give another name")
     out.mkdir(parents=True, exist_ok=True)
+    names = {path.name for path in out.iterdir()} - {LOCK, f"{STATE}{UNFINISHED}"}
+    if names and STATE not in names:
+        raise UsageError(f"--out: '{out}' is not empty (it has '{min(names)}'); give a new folder")
     require_no_links(out)
     try:
         with FileLock(out / LOCK, timeout=0):
@@ -35,28 +38,25 @@ def lock_folder(out: Path) -> Iterator[None]:
         raise UsageError(f"--out: '{out}' is being prepared by another process") from None
 
 
-def begin_folder(options: CorpusOptions, source: CorpusSource) -> bool:
-    """Write the options and the source, or compare them; return whether the folder is new."""
-    out = options.out
-    state = {
-        "format": FORMAT,
-        "options": options.describe() | _tokenizer_state(options),
-        "source": source.fingerprint(),
-    }
+def begin_folder(out: Path, state: Mapping[str, Any]) -> bool:
+    """Write the state of a new folder, or compare it with that of an earlier call; return whether the folder is new."""
     try:
         earlier = json.loads((out / STATE).read_bytes())
     except FileNotFoundError:
-        if others := sorted(path.name for path in out.iterdir() if path.name != LOCK):
-            raise UsageError(f"--out: '{out}' is not empty (it has '{others[0]}'); give a new folder") from None
         write_file(out, STATE, [json.dumps(state, indent=1).encode()])
         return True
     except (OSError, ValueError) as error:
         raise UsageError(f"--out: {out / STATE} cannot be read ({error}); remove the folder") from error
     if earlier != state:
-        raise UsageError(
-            f"--out: '{out}' was begun with {_first_change(earlier, state)}; remove it, or give a new folder"
-        )
+        change = _first_change(earlier, state)
+        raise UsageError(f"--out: '{out}' was begun with {change}; remove it, or give a new folder")
     return False
+
+
+def describe_state(options: CorpusOptions, source: CorpusSource) -> dict[str, Any]:
+    """Return what must not change until a folder is finished: the options, the tokenizer and the files."""
+    content = options.describe() | _tokenizer_state(options)
+    return {"format": FORMAT, "options": content, "source": source.fingerprint()}
 
 
 def _tokenizer_state(options: CorpusOptions) -> dict[str, str]:

@@ -10,7 +10,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from moebench.errors import UsageError
 from moebench.tasks.text.corpus import build, source
 from moebench.tasks.text.corpus.checks import check_prepared
+from moebench.tasks.text.corpus.folder_state import lock_folder
 from moebench.tasks.text.corpus.manifest import read_manifest
+from moebench.tasks.text.corpus.options import CorpusOptions, describe_source
 from moebench.tasks.text.corpus.reader import open_prepared
 from moebench.tasks.text.documents import TextDataConfig
 from moebench.tasks.text.tokens import load_tokenizer
@@ -98,7 +100,6 @@ def test_a_stopped_call_continues_and_ends_with_the_same_files(mixed, tmp_path, 
             patch.setattr(f"moebench.tasks.text.corpus.{module}.write_file", write_or_stop)
         with pytest.raises(StoppedError):
             prepare_folder(mixed, tmp_path / "out", tokenizer="train:280")
-    (tmp_path / "out" / "prepare.json.unfinished").unlink(missing_ok=True)  # the first write of all
     outcome = prepare_folder(mixed, tmp_path / "out", tokenizer="train:280", workers=2)
     assert outcome.num_kept == sum(name.startswith("shard-") for name in written)
     assert folder_content(tmp_path / "out") == folder_content(tmp_path / "whole")
@@ -116,7 +117,7 @@ def test_another_source_or_option_is_refused_in_one_line(mixed, tmp_path):
     (tmp_path / "full" / "mine").write_text("")
     with pytest.raises(UsageError, match=r"'.*full' is not empty"):
         prepare_folder(mixed, tmp_path / "full")
-    assert (tmp_path / "full" / "mine").exists()
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine"]
 
 
 def test_a_tokenizer_that_loses_text_is_refused_and_leaves_nothing(mixed, tmp_path):
@@ -207,6 +208,27 @@ def test_a_source_without_a_split_is_one_line_and_leaves_nothing(tmp_path):
     with pytest.raises(UsageError, match=r"task\.data\.text_column: there is no column 'text' in b\.jsonl, row 1"):
         prepare_folder(tmp_path / "b.jsonl", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_data_set_of_the_hub_is_streamed(hub, tmp_path):
+    rows = [{"text": f"text {number} " * 9, "domain": "xy"[number % 2]} for number in range(60)]
+    (hub / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    columns = {"text_column": "text", "domain_column": "domain", "group_column": None}
+    data = describe_source([], {"dataset": "on/hub", "config": None, "split": "train", "revision": None}, columns)
+    options = CorpusOptions(
+        sources=(), out=tmp_path / "out", tokenizer="bytes", data=data, validation=0.2, test=0.2, shard_bytes=900
+    )
+    manifest = build.prepare_corpus(options, lambda stage, progress: None).manifest
+    assert manifest.domains == ("x", "y")
+    assert sum(s.num_bytes for shard in manifest.shards for s in shard.segments) == sum(len(r["text"]) for r in rows)
+
+
+def test_two_calls_at_once_are_refused(mixed, tmp_path):
+    with (
+        lock_folder(tmp_path / "out"),
+        pytest.raises(UsageError, match=r"'.*out' is being prepared by another process"),
+    ):
+        prepare_folder(mixed, tmp_path / "out")
 
 
 def test_the_manifest_says_what_was_made(mixed, tmp_path):
