@@ -39,9 +39,10 @@ class TextDataConfig:
     RANGES: ClassVar[Mapping[str, Range]] = {"max_bytes": AT_LEAST_1}
 
     path: str | None = None
-    """Local file or folder: .parquet, .jsonl, .json, .csv or .txt, also .gz. A .txt file is one document; in a folder
-    of .txt files the domain is the subfolder, or else the name of the file without its ending. Folders or files named
-    train, validation (val, valid, dev) and test are kept as splits."""
+    """Local file or folder: .parquet, .jsonl, .json, .csv or .txt, also .gz and .zst, or a folder of `moebench
+    prepare`. A .txt file is one document; in a folder of .txt files the domain is the subfolder, or else the name of
+    the file without its ending. Folders or files named train, validation (val, valid, dev) and test are kept as
+    splits."""
     made_by: str | None = None
     """Command that creates the file at `path`; error messages show it if the file does not exist."""
     dataset: str | None = None
