@@ -24,6 +24,11 @@ class TokenStream:
             self._copy(start, row_L)
         return rows_BL
 
+    def read(self, start: int, end: int) -> np.ndarray:
+        """Return the items from `start` to `end`, or to the last one (int64)."""
+        items_N: np.ndarray = self.gather(np.array([start]), max(min(end, len(self)) - start, 0))[0]
+        return items_N
+
     def chunks(self, size: int = 1 << 22) -> Iterator[np.ndarray]:
         """Yield all items in order, in arrays of at most `size`."""
         for part in self.parts:

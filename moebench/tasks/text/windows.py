@@ -59,6 +59,12 @@ class TextSplit:
         parts = self.tokens.parts
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def list_domains(self) -> list[tuple[int, int, int]]:
+        """Return each domain that has tokens, with its first token in the stream and the end of its tokens."""
+        end_D = self.length_D.cumsum()
+        bounds = zip((end_D - self.length_D).tolist(), end_D.tolist(), strict=True)
+        return [(domain, start, end) for domain, (start, end) in enumerate(bounds) if end > start]
+
     def domain_of(self, index_B: np.ndarray) -> np.ndarray:
         """Return the domain of each window (int64), an index into `PreparedText.domains`."""
         return np.searchsorted(self.windows_D.cumsum(), index_B, side="right")

@@ -19,6 +19,8 @@ def test_a_stream_reads_like_the_concatenated_arrays(lengths, length, data):
     whole, stream = np.concatenate(parts), TokenStream(parts)
     assert len(stream) == len(whole)
     assert np.concatenate([np.empty(0), *stream.chunks(2)]).tolist() == whole.tolist()
+    first, end = sorted(data.draw(st.tuples(st.integers(0, len(whole)), st.integers(0, len(whole) + 3))))
+    assert stream.read(first, end).tolist() == whole[first:end].tolist()
     if len(whole) >= length:
         starts = data.draw(st.lists(st.integers(0, len(whole) - length), max_size=5))
         rows = stream.gather(np.array(starts, dtype=np.int64), length)
@@ -45,6 +47,8 @@ def test_windows_over_parts_tile_each_domain(lengths_D, sequence_length):
         length_D=np.array([len(stream) for stream in streams_D]),
         sequence_length=sequence_length,
     )
+    bounds = [(domain, split.tokens.read(start, end).tolist()) for domain, start, end in split.list_domains()]
+    assert bounds == [(domain, stream) for domain, stream in enumerate(streams_D) if stream]
     index_W = np.arange(split.num_windows)
     assert split.domain_of(index_W).tolist() == [domain for domain, _ in expected]
     if expected:
