@@ -5,9 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.cases import randomise_parameters
 from support.layout_models import backbone_of, batch, config_of
 from support.training_cases import Run, tiny_config, write_text
 
+from moebench.model_config import ModelConfig
+from moebench.models.attention import Attention, AttentionStyle
+from moebench.models.dropout import SequenceDropout
+from moebench.models.positions import PositionTable
 from moebench.training.model import prepare_task
 
 LENGTHS = (1, 5, 7, 3)
@@ -15,11 +20,17 @@ LENGTHS = (1, 5, 7, 3)
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
-    ("layout", "router"),
-    [("every_n", "dense"), ("every_n", "top_k"), ("attention", "top_k"), ("moduleformer", "top_k")],
+    ("layout", "router", "model"),
+    [
+        ("every_n", "dense", {}),
+        ("every_n", "top_k", {}),
+        ("every_n", "top_k", {"num_kv_heads": 1, "qk_norm": "head", "attention_bias": "all"}),
+        ("attention", "top_k", {}),
+        ("moduleformer", "top_k", {}),
+    ],
 )
-def test_documents_of_a_window_do_not_read_each_other(causal, layout, router):
-    backbone = backbone_of(config_of(layout, router), causal=causal)
+def test_documents_of_a_window_do_not_read_each_other(causal, layout, router, model):
+    backbone = backbone_of(config_of(layout, router, model), causal=causal)
     x_BLD, ctx = batch(training=False, size=1)
     document_BL = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS)).unsqueeze(0)
     y_BLD, _ = backbone(x_BLD, replace(ctx, document_BL=document_BL))
@@ -30,6 +41,30 @@ def test_documents_of_a_window_do_not_read_each_other(causal, layout, router):
     torch.testing.assert_close(y_BLD, torch.cat(alone, 1), atol=1e-5, rtol=1e-4)
     unmasked_BLD, _ = backbone(x_BLD, ctx)
     assert not torch.allclose(unmasked_BLD, y_BLD, atol=1e-3)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_weights_are_dropped_inside_documents(causal, rate):
+    style = AttentionStyle.of(ModelConfig(d_model=16, num_heads=4, num_kv_heads=2), 1.0)
+    attention = randomise_parameters(Attention(style, causal=causal))
+    dropout = SequenceDropout(rate=rate, purpose=("test",))
+    document_BL = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 1, 1]])
+    positions = PositionTable.of_documents(document_BL)
+    x_BLD = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    y_BLD = attention(x_BLD, positions, dropout)
+    if not rate:
+        torch.testing.assert_close(y_BLD, attention(x_BLD, positions))
+    for sequence in range(2):
+        for query in range(6):
+            (gradient_BLD,) = torch.autograd.grad(y_BLD[sequence, query].sum(), x_BLD, retain_graph=True)
+            is_read_L = gradient_BLD[sequence].abs().amax(-1) > 0
+            may_read_L = document_BL[sequence] == document_BL[sequence, query]
+            if causal:
+                may_read_L &= torch.arange(6) <= query
+            assert not (is_read_L & ~may_read_L).any()
+            if not rate:
+                assert torch.equal(is_read_L, may_read_L)
 
 
 @pytest.mark.parametrize("name", ["language", "masked_language"])

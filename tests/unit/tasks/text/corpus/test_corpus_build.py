@@ -36,7 +36,7 @@ def word_level(path: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["bytes", "train:300", "words"])
+@pytest.mark.parametrize("name", ["bytes", "bpe4096", "train:300", "words"])
 def test_streams_equal_documents_encoded_one_by_one(mixed, tmp_path, name):
     # Oracle: each document by the library's plain `encode`, after a separator, in the order of the source.
     name = word_level(tmp_path / "words.json") if name == "words" else name

@@ -99,6 +99,11 @@ def test_options_that_the_folder_fixes_are_refused(folder):
             open_folder(folder, **options)
 
 
+def test_the_options_of_prepare_are_no_others(folder):
+    for options in ({"tokenizer": "train:300"}, {"remove_overlap": False}, {"mask_documents": True}):
+        assert open_folder(folder, **options).digest == open_folder(folder).digest
+
+
 def test_an_unfinished_folder_is_named(folder):
     (folder / "manifest.json").unlink()
     with pytest.raises(UsageError, match="is not finished; the `moebench prepare` that began it continues"):
