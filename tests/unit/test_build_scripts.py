@@ -149,3 +149,13 @@ def test_a_folder_without_packages_is_refused(tmp_path: Path, run: Any) -> None:
     voice.rename(voice.with_name("xx_IT_m_Carlo"))
     with pytest.raises(SystemExit, match="one folder sounds/it_"):
         run("build_speech.py", tmp_path / "source", "--out", tmp_path / "out.parquet")
+
+
+def test_shakespeare_is_divided_as_by_nanogpt(run: Any, tmp_path: Path) -> None:
+    text = "".join(f"Line {number}: é\n" for number in range(100))
+    (tmp_path / "input.txt").write_text(text, encoding="utf-8")
+    run("build_shakespeare.py", tmp_path / "input.txt", "--out", tmp_path / "out")
+    parts = {file.stem: file.read_text(encoding="utf-8") for file in (tmp_path / "out").iterdir()}
+    assert parts["train"] + parts["test"] == text
+    assert len(parts["train"]) == int(0.9 * len(text))
+    assert parts["validation"] == parts["test"]
