@@ -49,6 +49,9 @@ SplitBy = Annotated[
 ]
 Validation = Annotated[float, typer.Option(help="Share of the validation split, unless the source has one.")]
 Test = Annotated[float, typer.Option(help="Share of the test split, unless the source has one.")]
+KeepOverlap = Annotated[
+    bool, typer.Option("--keep-overlap", help="Keep validation and test documents that the training split has too.")
+]
 Workers = Annotated[
     int | None, typer.Option(help="Threads that encode; the result does not depend on it. Default: the cores.")
 ]
@@ -70,6 +73,7 @@ def prepare(
     split_by: SplitBy = "document",
     validation: Validation = 0.05,
     test: Test = 0.05,
+    keep_overlap: KeepOverlap = False,
     workers: Workers = None,
     shard_bytes: ShardBytes = 256 << 20,
     sample_bytes: SampleBytes = 64 << 20,
@@ -94,6 +98,7 @@ def prepare(
             split_by=split_by,
             validation=validation,
             test=test,
+            remove_overlap=not keep_overlap,
             shard_bytes=shard_bytes,
             sample_bytes=sample_bytes,
             workers=available_cores() if workers is None else workers,

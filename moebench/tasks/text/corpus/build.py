@@ -18,6 +18,7 @@ from moebench.tasks.text.corpus.manifest import (
     BYTES,
     COUNTS,
     MANIFEST,
+    OVERLAP,
     TOKENIZER,
     FileEntry,
     Manifest,
@@ -27,10 +28,12 @@ from moebench.tasks.text.corpus.manifest import (
     shard_file,
 )
 from moebench.tasks.text.corpus.options import CorpusOptions
+from moebench.tasks.text.corpus.overlap import Overlap, provide_overlap
 from moebench.tasks.text.corpus.shards import UNFINISHED, FinishedShard, ShardBuilder, record_file, write_file
 from moebench.tasks.text.corpus.source import CorpusSource, Progress, open_source
 from moebench.tasks.text.corpus.training import draw_sample, train_tokenizer
 from moebench.tasks.text.coverage import MIN_COVERAGE, Coverage
+from moebench.tasks.text.overlap import warn_removed
 from moebench.tasks.text.splits import SPLITS
 from moebench.tasks.text.tokens import Tokenizer, load_tokenizer, tokenizer_file
 
@@ -76,6 +79,7 @@ class _Build:
     def __init__(self, options: CorpusOptions, source: CorpusSource, report: Report) -> None:
         self.options, self.source, self.report = options, source, report
         self.coverage: dict[str, Coverage] = {}
+        self.overlap = Overlap()
         self.shards: list[Shard] = []
 
     def run(self) -> Outcome:
@@ -83,6 +87,9 @@ class _Build:
         out = self.options.out
         with _digest_ahead(self.source) as source_digest:
             entry, tokenizer = self._provide_tokenizer()
+            if self.options.remove_overlap:
+                self.overlap = provide_overlap(out, self._read_again, self.options.workers)
+                warn_removed(self.overlap.documents)
             kept = self._read_finished()
             self._write_shards(tokenizer, kept[-1].end if kept else Position())
             self._check()
@@ -96,6 +103,7 @@ class _Build:
         write_file(out, MANIFEST, [manifest.to_json().encode()])
         for number in range(len(self.shards)):
             (out / record_file(number)).unlink(missing_ok=True)
+        (out / OVERLAP).unlink(missing_ok=True)
         return Outcome(manifest=manifest, was_ready=False, num_kept=len(kept))
 
     def _provide_tokenizer(self) -> tuple[FileEntry | None, Tokenizer]:
@@ -105,16 +113,20 @@ class _Build:
             return None, load_tokenizer(name)
         if not (out / TOKENIZER).exists():
             if vocab_size is not None:
-                sample = draw_sample(self._reported("reading the sample", Position()), self.options.sample_bytes)
+                sample = draw_sample(self._read_again("reading the sample"), self.options.sample_bytes)
                 self.report("training the tokenizer", self.source.progress)
                 content = train_tokenizer(sample, vocab_size).encode()
-                self.source.progress = Progress(self.source.progress.num_bytes)
             else:
                 content = _read_tokenizer(name)
             write_file(out, TOKENIZER, [content])
         content = (out / TOKENIZER).read_bytes()
         entry = FileEntry(size=len(content), sha256=hashlib.sha256(content).hexdigest())
         return entry, load_tokenizer(str(out / TOKENIZER), special_as_text=True)
+
+    def _read_again(self, stage: str) -> Iterator[Block]:
+        """Yield all blocks of the source."""
+        self.source.progress = Progress(self.source.progress.num_bytes)
+        return self._reported(stage, Position())
 
     def _reported(self, stage: str, begin: Position) -> Iterator[Block]:
         for block in self.source.blocks(begin):
@@ -132,9 +144,10 @@ class _Build:
         return kept
 
     def _write_shards(self, tokenizer: Tokenizer, begin: Position) -> None:
+        self.source.progress = Progress(self.source.progress.num_bytes)
         encoder = BlockEncoder(tokenizer)
         builder = ShardBuilder(tokenizer.separator, encoder.token_type)
-        batches = batch_blocks(self._reported("encoding", begin))
+        batches = batch_blocks(self.overlap.filter(self._reported("encoding", begin)))
         for batch in map_in_order(encoder.encode, batches, self.options.workers):
             for encoded in batch:
                 builder.add(encoded)
@@ -195,7 +208,12 @@ class _Build:
             counts=write_file(out, COUNTS, (row_V.tobytes() for row_V in counts_DV)),
             shards=tuple(self.shards),
             options=self.options.describe(),
-            source={"digest": digest, "files": len(source.files), "bytes": sum(file.size for file in source.files)},
+            source={
+                "digest": digest,
+                "files": len(source.files),
+                "bytes": sum(file.size for file in source.files),
+                "overlap": self.overlap.documents,
+            },
         )
 
     def _count_tokens(self, vocab_size: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from moebench.errors import UsageError
 from moebench.file_access import require_no_links
-from moebench.tasks.text.corpus.manifest import BYTES, COUNTS, STATE, TOKENIZER
+from moebench.tasks.text.corpus.manifest import BYTES, COUNTS, OVERLAP, STATE, TOKENIZER
 from moebench.tasks.text.corpus.options import FORMAT, CorpusOptions
 from moebench.tasks.text.corpus.shards import UNFINISHED, write_file
 from moebench.tasks.text.corpus.source import CorpusSource
@@ -77,7 +77,8 @@ def discard(out: Path) -> None:
     """Remove what was made in the folder, and the folder if it is empty then."""
     if not out.is_dir():
         return
-    for pattern in (STATE, TOKENIZER, COUNTS, BYTES, "*-?????.bin", "shard-?????.json", f"*{UNFINISHED}", LOCK):
+    names = (STATE, TOKENIZER, OVERLAP, COUNTS, BYTES, LOCK)
+    for pattern in (*names, "*-?????.bin", "shard-?????.json", f"*{UNFINISHED}"):
         for path in out.glob(pattern):
             path.unlink(missing_ok=True)
     if not any(out.iterdir()):

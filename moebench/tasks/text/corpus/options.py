@@ -43,6 +43,8 @@ class CorpusOptions:
     """Bytes of tokens in a shard: it ends with the block that reaches them."""
     sample_bytes: int = SAMPLE_BYTES
     """Bytes of training text that a tokenizer is trained on."""
+    remove_overlap: bool = True
+    """Leave out validation and test documents that the training split has too (`task.data.remove_overlap`)."""
     workers: int = 1
     """Threads that encode; the result does not depend on their number."""
 
@@ -76,7 +78,8 @@ class CorpusOptions:
         columns = {name: value for name, value in asdict(self.data).items() if name in names}
         if self.data.dataset is None:
             columns = {name: value for name, value in columns.items() if "column" in name}
-        own = {name: getattr(self, name) for name in ("tokenizer", "split_by", "validation", "test", "shard_bytes")}
+        kept = ("tokenizer", "split_by", "validation", "test", "remove_overlap", "shard_bytes")
+        own = {name: getattr(self, name) for name in kept}
         trained = {} if self.vocab_to_train is None else {"sample_bytes": self.sample_bytes}
         return {**columns, **own, **trained}
 

@@ -33,7 +33,7 @@ from moebench.tasks.text.token_stream import TokenStream
 from moebench.tasks.text.tokens import load_tokenizer
 from moebench.tasks.text.windows import KINDS_FORMAT, PreparedText, TextSplit
 
-KEPT_OPTIONS = ("path", "made_by", "held_out_domains", "mask_documents", "remove_overlap")
+KEPT_OPTIONS = ("path", "made_by", "held_out_domains", "mask_documents")
 """Options of `task.data` that a prepared folder does not fix."""
 
 

@@ -100,7 +100,7 @@ def test_options_that_the_folder_fixes_are_refused(folder):
 
 
 def test_the_options_of_prepare_are_no_others(folder):
-    for options in ({"tokenizer": "train:300"}, {"remove_overlap": False}, {"mask_documents": True}):
+    for options in ({"tokenizer": "train:300"}, {"remove_overlap": True}, {"mask_documents": True}):
         assert open_folder(folder, **options).digest == open_folder(folder).digest
 
 
