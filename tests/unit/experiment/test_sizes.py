@@ -141,7 +141,8 @@ def test_epochs_of_a_prepared_folder_are_counted_and_limited(tmp_path: Path) -> 
     rows = [{"text": f"{number} words of a text " * 40} for number in range(60)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     prepare_folder(tmp_path / "rows.jsonl", folder, tokenizer="bytes", shard_bytes=10_000)
-    given = (f"task.data.path={folder}", "size=S0", "train.steps=50", "train.warmup_steps=1")
+    data = (f"task.data.path={folder}", "task.data.remove_overlap=true")
+    given = (*data, "size=S0", "train.steps=50", "train.warmup_steps=1")
     cells, costs = experiment(tmp_path, *given).cells, ModelCosts(tmp_path)
     need = compute_data_need(cells[0].config, costs.task(cells[0].config))
     assert need is not None

@@ -144,7 +144,7 @@ def _require_fixed_options(data: TextDataConfig, manifest: Manifest) -> None:
         if option.name not in KEPT_OPTIONS and given not in (default, manifest.options.get(option.name, default)):
             raise UsageError(
                 f"task.data.{option.name}: '{given}' was given, but '{data.path}' is a prepared folder, where it is"
-                f" fixed (allowed: the default, {'null' if default is None else default})"
+                f" fixed (allowed: the default, {json.dumps(default)})"
             )
 
 
