@@ -34,7 +34,7 @@ class Vocabulary(Language):
 def experiment(tmp_path: Path, *overrides: str, **keys: object) -> Experiment:
     text = tmp_path / "text.txt"
     text.write_text("some words of a text " * 2000)
-    task = {"name": "language", "data": {"path": str(text), "tokenizer": "bytes"}}
+    task = {"name": "language", "data": {"path": str(text), "tokenizer": "bytes", "remove_overlap": False}}
     base = {"task": task, "model": {"ffn_width": 96}, "train": {"batch_size": 4, "eval_every": 7}}
     file = tmp_path / "sized.yaml"
     file.write_text(json.dumps({"base": base, "grid": {"router": ["dense", "switch"]}, "seeds": [0]} | keys))
