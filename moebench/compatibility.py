@@ -26,6 +26,7 @@ from moebench.routing.losses import LOSSES
 from moebench.routing.router import ROUTERS, Facts, Router, required_features
 from moebench.schema import CellConfig
 from moebench.tasks.task import TASKS, TaskFacts
+from moebench.tasks.text.document_masks import refuse_masked_documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +281,7 @@ CELL_RULES: tuple[Rule, ...] = (
     refuse_divided_sequence_groups,
     refuse_experts_in_missing_half,
     refuse_in_encoder_decoder,
+    refuse_masked_documents,
     refuse_missing_features,
     refuse_output_options,
     refuse_leak,

@@ -16,6 +16,10 @@ EXIT_FINDINGS = 1
 
 
 def verify(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="[DIR]", help="A folder of `moebench prepare`, in place of the results folder."),
+    ] = None,
     results: Results = DEFAULT_RESULTS,
     fix: Annotated[bool, typer.Option("--fix", help="Repair what can be repaired without losing anything.")] = False,
     tracker: Annotated[
@@ -31,6 +35,9 @@ def verify(
 
     Exit codes: 0 clean, 1 findings are left (notes do not count), 2 the folder cannot be read.
     """
+    if folder is not None:
+        _verify_prepared(folder, json=json)
+        return
     from moebench.experiment.machine_check import describe_machine
     from moebench.tracking.address import NO_TRACKER, check_uri
 
@@ -53,6 +60,21 @@ def verify(
             remedy = f"--fix: {finding.remedy}" if finding.fix else finding.remedy
             print_text(f"{level:<8} {finding.where}: {finding.problem} ({remedy})")
         print_text(f"{len(problems)} problems, {len(left) - len(problems)} notes in {results}")
+    if problems:
+        raise typer.Exit(EXIT_FINDINGS)
+
+
+def _verify_prepared(folder: Path, *, json: bool) -> None:
+    """Check every checksum of a prepared folder."""
+    from moebench.tasks.text.corpus.checks import check_prepared
+
+    problems = list(check_prepared(folder))
+    if json:
+        print_json({"path": str(folder), "problems": problems})
+    else:
+        for problem in problems:
+            print_text(f"problem  {folder}: {problem} (copy it again, or prepare it again)")
+        print_text(f"{len(problems)} problems in {folder}")
     if problems:
         raise typer.Exit(EXIT_FINDINGS)
 

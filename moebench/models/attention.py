@@ -210,8 +210,7 @@ class Heads:
         mask = None
         if positions is not None:
             cos, sin = (table[positions.position_BL].unsqueeze(1) for table in (cos, sin))
-            # In a causal model, padding after the last vector is in the future of all; otherwise it must be masked.
-            mask = None if causal else positions.valid_BL[:, None, None, :]
+            mask = positions.mask(causal=causal)
         rotated = Heads(query=rotate(self.query, cos, sin), key=rotate(self.key, cos, sin), value=self.value)
         return rotated.mix_values(mask, causal=causal, positions=positions, dropout=dropout)
 
@@ -223,17 +222,19 @@ class Heads:
         positions: PositionTable | None = None,
         dropout: SequenceDropout | None = None,
     ) -> Tensor:
-        """Return the weighted means of the values, the heads concatenated; `mask`: bool, where to attend.
+        """Return the weighted means of the values, the heads concatenated.
 
+        `mask`: bool, where to attend; it has the causal order in it. None: everywhere, or in the past if causal.
         `positions`: of the vectors in their sequences, for `dropout` of the weights.
         """
         key, value = self._repeat_for_queries()
+        is_causal = causal and mask is None
         if dropout is None:
-            mixed = functional.scaled_dot_product_attention(self.query, key, value, attn_mask=mask, is_causal=causal)
+            mixed = functional.scaled_dot_product_attention(self.query, key, value, attn_mask=mask, is_causal=is_causal)
             return mixed.transpose(1, 2).flatten(2)
         # torch's own function would draw from the global generator, which is not that of the run.
         scores = self.query @ key.mT * self.query.shape[-1] ** -0.5
-        if causal:
+        if is_causal:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)

@@ -1,7 +1,7 @@
 """Positions in attention: where vectors are in their sequences, and rotary angles."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -21,6 +21,17 @@ class PositionTable:
     """bool: False where there is no vector; at least one of each sequence is True."""
     length: int
     """Length of the full sequences."""
+    document_BL: Tensor | None = None
+    """int64: the document that each vector is of; it attends only to vectors of its own. None: to all."""
+
+    @classmethod
+    def of_documents(cls, document_BL: Tensor) -> "PositionTable":
+        """Return the positions of full sequences of several documents, without padding.
+
+        They continue over documents: rotary attention sees only differences of positions inside one.
+        """
+        table = cls.of_padded(torch.ones_like(document_BL, dtype=torch.bool))
+        return replace(table, document_BL=document_BL)
 
     @classmethod
     def of_padded(cls, valid_BL: Tensor) -> "PositionTable":
@@ -30,6 +41,17 @@ class PositionTable:
         first_L = torch.arange(length, device=valid_BL.device) == 0
         valid_BL = valid_BL | (first_L & ~valid_BL.any(1, keepdim=True))
         return cls(position_BL=position_BL, valid_BL=valid_BL, length=length)
+
+    def mask(self, *, causal: bool) -> Tensor | None:
+        """Return which vectors each one attends to, bool [B, 1, L or 1, L]; None: all, or all earlier ones if causal.
+
+        In a causal model, padding after the last vector is in the future of all; otherwise it must be masked.
+        """
+        if self.document_BL is None:
+            return None if causal else self.valid_BL[:, None, None, :]
+        mask_BLL = self.document_BL.unsqueeze(2) == self.document_BL.unsqueeze(1)
+        mask_BLL = mask_BLL.tril() if causal else mask_BLL & self.valid_BL.unsqueeze(1)
+        return mask_BLL.unsqueeze(1)
 
 
 @dataclass(frozen=True, kw_only=True)

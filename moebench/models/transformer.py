@@ -31,6 +31,8 @@ class BatchContext:
     step: int = 0
     token_id_BL: Tensor | None = None
     valid_BL: Tensor | None = None
+    document_BL: Tensor | None = None
+    """Document of each position, where attention stays inside documents (`Batch.document_BL`)."""
     domain_B: Tensor | None = None
     features: Mapping[type[Feature], Tensor] = field(default_factory=dict)
     """Values of the features that routers require, by token: the first dimension is T."""
@@ -45,7 +47,9 @@ class BatchContext:
 
     @property
     def positions(self) -> PositionTable | None:
-        """Positions that are not padding; None where nothing is padded."""
+        """Positions that are not padding, and their documents; None where nothing is padded or masked."""
+        if self.document_BL is not None:
+            return PositionTable.of_documents(self.document_BL)
         return None if self.valid_BL is None else PositionTable.of_padded(self.valid_BL)
 
     def route_in(self, layer: MoELayer, x_BLD: Tensor) -> RouteContext:

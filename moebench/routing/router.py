@@ -37,6 +37,8 @@ class Causality:
     draws_in_evaluation: bool = False
     """Draws random numbers in evaluation too: by the batch and the position of a token in it, which then matter in no
     other way."""
+    reads_sequence: bool = False
+    """The routing of a token depends on other tokens of its sequence, while it depends on no other sequence."""
 
     def is_causal(self, *, with_capacity: bool) -> bool:
         """Return whether no token's output depends on later tokens, with or without a capacity."""

@@ -21,6 +21,7 @@ from moebench.seeds import make_generator
 from moebench.tasks.baselines.baseline import TrivialBaseline
 from moebench.tasks.baselines.language import compute_language_baselines
 from moebench.tasks.task import ALL, TASKS, Batch, LabelKind, Task, TaskConfig, TaskFacts, average_by_domain
+from moebench.tasks.text.corpus.reader import is_prepared, open_prepared, read_digest
 from moebench.tasks.text.documents import TextDataConfig, source_digest
 from moebench.tasks.text.kinds import TOKEN_KINDS
 from moebench.tasks.text.windows import (
@@ -102,6 +103,7 @@ class TextTask(Task):
         self.num_held_out = text.num_held_out
         self.digest = text.digest
         shape = (text.digest, config.sequence_length, config.eval_windows, self.metric, *self.eval_options(config))
+        shape += ("mask_documents",) * config.data.mask_documents
         self.eval_digest = hashlib.sha256(repr(shape).encode()).hexdigest()[:12]
         self.sequence_length = config.sequence_length
         self.vocab_size = text.vocab_size
@@ -115,12 +117,13 @@ class TextTask(Task):
     @override
     @classmethod
     def source_digest(cls, config: Any) -> str:
-        return source_digest(config.data)
+        return read_digest(config.data) if is_prepared(config.data) else source_digest(config.data)
 
     @override
     @classmethod
     def prepare(cls, config: Any, cache: Path) -> "TextTask":
-        return cls(config, prepare(config.data, cache, config.sequence_length))
+        open_text = open_prepared if is_prepared(config.data) else prepare
+        return cls(config, open_text(config.data, cache, config.sequence_length))
 
     @override
     def token_pairs(self) -> Tensor:
@@ -129,10 +132,12 @@ class TextTask(Task):
             raise UsageError(
                 f"router.table: 'clustered' counts pairs of {self.vocab_size} ids (allowed: at most {MAX_PAIR_VOCAB})"
             )
-        token_N = np.asarray(self.text.train.tokens_N, dtype=np.int64)
-        pair_N = token_N[:-1] * self.vocab_size + token_N[1:]
-        pairs_VV = np.bincount(pair_N, minlength=self.vocab_size**2).reshape(self.vocab_size, self.vocab_size)
-        return torch.from_numpy(pairs_VV)
+        pairs_P, last_N = np.zeros(self.vocab_size**2, dtype=np.int64), np.empty(0, dtype=np.int64)
+        for chunk_N in self.text.train.tokens.chunks():
+            token_N = np.concatenate([last_N, chunk_N])
+            pairs_P += np.bincount(token_N[:-1] * self.vocab_size + token_N[1:], minlength=len(pairs_P))
+            last_N = token_N[-1:]
+        return torch.from_numpy(pairs_P.reshape(self.vocab_size, self.vocab_size))
 
     @override
     def label_kinds(self) -> tuple[LabelKind, ...]:
@@ -142,6 +147,12 @@ class TextTask(Task):
             return kinds.label(batch.input_BL, self.context_tokens(batch))
 
         return *super().label_kinds(), LabelKind(name="token", values=TOKEN_KINDS, read=read)
+
+    def documents_of(self, token_BL: Tensor) -> Tensor | None:
+        """Return the index of the document of each token in its window (int64); None if documents are not masked."""
+        if not self.config.data.mask_documents:
+            return None
+        return (token_BL == self.text.separator).cumsum(1)
 
     def context_tokens(self, batch: Batch) -> Tensor:
         """Return the token at each position from which the starts of words are determined: by default the input."""
@@ -153,7 +164,9 @@ class TextTask(Task):
 
     @override
     def list_train_samples(self, batch_size: int, seed: int, step: int) -> list[int]:
-        return [int(index) for index in train_window_indices(self.text.train.num_windows, batch_size, seed, step)]
+        split = self.text.train
+        index_B = train_window_indices(split.num_windows, batch_size, seed, step, split.order)
+        return [int(index) for index in index_B]
 
     def count_train_samples(self) -> int:
         """Return the number of windows of the training split."""
@@ -168,7 +181,7 @@ class TextTask(Task):
     @override
     def train_batch(self, batch_size: int, seed: int, step: int, part: slice = ALL) -> Batch:
         split = self.text.train
-        window_B = train_window_indices(split.num_windows, batch_size, seed, step)[part]
+        window_B = train_window_indices(split.num_windows, batch_size, seed, step, split.order)[part]
         return self._read_windows(split, window_B, uniform_draws(batch_size, self.config.name, seed, step, part=part))
 
     @override
@@ -177,7 +190,7 @@ class TextTask(Task):
         window_W = evaluation_windows(text, self.config.eval_windows)
         # Drawn for all windows at once, so that masks do not depend on the batch size.
         every = self._read_windows(text, window_W, uniform_draws(len(window_W), self.config.name, split))
-        num_trained = int((text.domain_W[window_W] < self.num_trained_domains).sum())
+        num_trained = int((text.domain_of(window_W) < self.num_trained_domains).sum())
         starts = [*range(0, num_trained, batch_size), *range(num_trained, len(window_W), batch_size)]
         ends = [*starts[1:], len(window_W)]
         spans = [Span(start=a, length=b - a, total=len(window_W)) for a, b in zip(starts, ends, strict=True)]
@@ -185,7 +198,7 @@ class TextTask(Task):
 
     def _read_windows(self, split: TextSplit, window_B: np.ndarray, uniform: Uniform) -> Batch:
         token_BM, byte_BM = map(torch.from_numpy, split.window(window_B))
-        return self.make_batch(token_BM, byte_BM, torch.from_numpy(split.domain_W[window_B].astype(np.int64)), uniform)
+        return self.make_batch(token_BM, byte_BM, torch.from_numpy(split.domain_of(window_B)), uniform)
 
     @override
     def build_embedding(self, d_model: int) -> nn.Module:
@@ -233,7 +246,14 @@ class Language(TextTask):
 
     @override
     def make_batch(self, token_BM: Tensor, byte_BM: Tensor, domain_B: Tensor, uniform: Uniform) -> Batch:
-        return Batch(input_BL=token_BM[:, :-1], target_BP=token_BM[:, 1:], weight_BP=byte_BM[:, 1:], domain_B=domain_B)
+        input_BL = token_BM[:, :-1]
+        return Batch(
+            input_BL=input_BL,
+            target_BP=token_BM[:, 1:],
+            weight_BP=byte_BM[:, 1:],
+            domain_B=domain_B,
+            document_BL=self.documents_of(input_BL),
+        )
 
     @override
     def compute_baselines(self, split: str) -> Sequence[TrivialBaseline]:

@@ -75,6 +75,7 @@ class MaskedLanguage(TextTask):
             weight_BP=byte_BM[:, 1:],
             domain_B=domain_B,
             count_BP=selected_BL.long(),
+            document_BL=self.documents_of(token_BL),
         )
 
     @override

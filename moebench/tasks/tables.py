@@ -1,20 +1,22 @@
 """Tables of named columns: parquet, CSV and JSON files and data sets of the hub, with one interface."""
 
 import csv
-import gzip
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 from moebench.errors import UsageError, nearest
 from moebench.tasks.sources import first_line, load_dataset
+from moebench.tasks.streams import COMPRESSED, LONGEST_ROW, open_text, plain_ending, read_json_array, read_lines
 
-TABLES = (".parquet", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".json", ".json.gz")
-LONGEST_CELL = 1 << 30
+TABLES = (".parquet", *(f"{kind}{packed}" for kind in (".csv", ".jsonl", ".json") for packed in ("", *COMPRESSED)))
+
+NESTED = {"data", "rows", "items", "examples", "train"}
+"""Keys under which a JSON object may hold the rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +121,7 @@ def open_table(path: Path, name: str | None = None) -> Table:
     with file_errors(name):
         if path.suffix.lower() == ".parquet":
             return _parquet_table(path, name)
-        is_csv = ".csv" in path.name.lower()[-7:]
-        read_rows = _csv_rows if is_csv else _json_rows
+        is_csv = plain_ending(path.name) == ".csv"
         rows = read_rows(path, name)
         first = next(rows, None)
         if first is None:
@@ -134,6 +135,11 @@ def open_table(path: Path, name: str | None = None) -> Table:
             yield from ({column: row.get(column) for column in columns} for row in read_rows(path, name))
 
     return Table(name=name, columns=list(known_columns), rows=read, folder=path.parent)
+
+
+def read_rows(path: Path, name: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a CSV or JSON file, one at a time; wrap it in `file_errors`."""
+    return _csv_rows(path, name) if plain_ending(path.name) == ".csv" else _json_rows(path, name)
 
 
 def open_hub_table(name: str, config: str | None, *, split: str, revision: str | None) -> Table:
@@ -173,16 +179,10 @@ def _class_labels(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
     return {key: kind["names"] for key, kind in kinds.items() if kind.get("_type") == "ClassLabel"}
 
 
-def _open_text(path: Path) -> TextIO:
-    if path.suffix.lower() == ".gz":
-        return cast(TextIO, gzip.open(path, "rt", encoding="utf-8-sig", newline=""))
-    return path.open(encoding="utf-8-sig", newline="")
-
-
 def _csv_rows(path: Path, name: str) -> Iterator[dict[str, Any]]:
-    csv.field_size_limit(LONGEST_CELL)  # a cell may be a whole book
-    with _open_text(path) as lines:
-        reader = csv.reader(lines, strict=True)  # an unclosed quote is an error
+    csv.field_size_limit(LONGEST_ROW)  # a cell may be a whole book
+    with open_text(path) as lines:
+        reader = csv.reader(read_lines(lines, name), strict=True)  # an unclosed quote is an error
         header = next(reader, [])
         if duplicates := [column for column in header if header.count(column) > 1]:
             raise UsageError(f"task.data.path: '{name}' has two columns '{duplicates[0]}'")
@@ -198,22 +198,38 @@ def _csv_rows(path: Path, name: str) -> Iterator[dict[str, Any]]:
 
 
 def _json_rows(path: Path, name: str) -> Iterator[dict[str, Any]]:
-    with _open_text(path) as lines:
-        start = lines.read(1024).lstrip()[:1]
-        lines.seek(0)
-        rows = enumerate(json.loads(lines.read().lstrip("\ufeff"))) if start == "[" else _json_lines(lines, name)
+    with open_text(path) as file:
+        start = file.read(1024).lstrip("\ufeff \t\r\n")[:1]
+    with open_text(path) as file:
+        rows = enumerate(read_json_array(file, name)) if start == "[" else _json_lines(file, name)
         for number, row in rows:
             if not isinstance(row, dict):
                 raise UsageError(f"task.data.path: row {number} of '{name}' is {type(row).__name__}, not an object")
+            _refuse_nested_rows(row, name)
             yield row
 
 
-def _json_lines(lines: TextIO, name: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(lines):
+def _json_lines(file: TextIO, name: str) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(read_lines(file, name)):
         text = line.lstrip("\ufeff").strip()
         try:
             if text:
                 yield number, json.loads(text)
         except ValueError as error:
+            if number == 0 and text.startswith("{") and plain_ending(name) == ".json":
+                raise UsageError(
+                    f"task.data.path: '{name}' is one object over several lines; allowed: an array of rows, or one row"
+                    " a line (jq -c '.data[]' takes them out of a key)"
+                ) from error
             reason = first_line(error)
             raise UsageError(f"task.data.path: '{name}' cannot be read: line {number + 1}: {reason}") from error
+
+
+def _refuse_nested_rows(row: Mapping[str, Any], name: str) -> None:
+    """Raise UsageError for an object that holds the rows, as data sets in one JSON object do."""
+    for key in NESTED & row.keys() if len(row) <= 3 else ():
+        if isinstance(row[key], list) and row[key] and isinstance(row[key][0], dict):
+            raise UsageError(
+                f"task.data.path: '{name}' has its rows under the key '{key}'; allowed: an array of rows, or one row a"
+                f" line (jq -c '.{key}[]' takes them out)"
+            )

@@ -42,6 +42,8 @@ class Batch:
     """Label (int64) of each position, where the data determine which positions belong to one expert."""
     valid_BL: Tensor | None = None
     """False at padding (bool); None: no padding. Padding takes part in neither routing nor attention."""
+    document_BL: Tensor | None = None
+    """Index (int64) of the document that each position is of: attention stays inside it. None: it covers all."""
     decoder_input_BP: Tensor | None = None
     """Input of the decoder of an encoder-decoder model: token ids (int64)."""
     decoder_valid_BP: Tensor | None = None
@@ -146,7 +148,7 @@ class Task(ABC):
 
     `prepare` builds it once per process. The trainer then calls, for each step, `train_batch`, the modules of
     `build_embedding` and `build_head` around the transformer, and `loss`; for each evaluation `eval_batches`,
-    `compute_sums` per batch and `compute_quality` once. Batches are functions of seed and step, evaluation sets fixed.
+    `compute_sums` per batch and `compute_quality` once. Batches depend on seed and step; evaluation sets are fixed.
     """
 
     Config: ClassVar[type[TaskConfig]]

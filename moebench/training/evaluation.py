@@ -171,6 +171,7 @@ def batch_context(batch: Batch, *, training: bool, seed: int, step: int = 0, mic
         step=step,
         token_id_BL=batch.token_id_BL,
         valid_BL=batch.valid_BL,
+        document_BL=batch.document_BL,
         domain_B=batch.domain_B,
         span=batch.span,
         micro_batch=micro_batch,

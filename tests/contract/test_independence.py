@@ -160,6 +160,21 @@ def test_batch_dependence_is_as_declared(case: Case) -> None:
     assert differs is case.facts.causality.batch_dependent
 
 
+@pytest.mark.parametrize("case", cases_of(8), ids=str)
+def test_reading_the_sequence_is_as_declared(case: Case) -> None:
+    # Routers that depend on other sequences too are not asked: their tokens compete for experts.
+    layer, half_T = case.layer(), torch.arange(LENGTH // 2)
+    changed = False
+    for probe in range(PROBES):
+        tokens = Tokens.draw(LENGTH, seed=probe)
+        for other_T, own_T in ((half_T, half_T + LENGTH // 2), (half_T + LENGTH // 2, half_T)):
+            y_TD, _ = run(layer, tokens, training=False)
+            changed_TD, _ = run(layer, tokens.with_other(other_T, seed=100 + probe), training=False)
+            changed |= bool((y_TD[own_T] - changed_TD[own_T]).abs().max() > 1e-4)
+    causality = case.facts.causality
+    assert causality.reads_sequence is (changed and not causality.batch_dependent)
+
+
 def test_expert_choice_within_sequences_is_batch_independent() -> None:
     layer = Case("expert_choice", options={"group": "sequence"}).layer()
     tokens = Tokens.draw(4 * LENGTH, length=LENGTH)

@@ -215,7 +215,7 @@ CASES: tuple[BadData, ...] = (
     tokenizer_case("binary", "cannot be read", b"\xff\xfe\0\0"),
     tokenizer_case("no_model", "cannot be read", b'{"version": "1.0"}'),
     tokenizer_case("unknown_model", "cannot be read", tokenizer(type="Neural")),
-    tokenizer_case("huge_id", "has ids up to 1000000000", tokenizer(vocab={"moe": 0, "[UNK]": 1_000_000_000})),
+    tokenizer_case("huge_id", "has the id 1000000000", tokenizer(vocab={"moe": 0, "[UNK]": 1_000_000_000})),
     tokenizer_case("negative_id", "cannot be read", tokenizer(vocab={"moe": -1})),
     tokenizer_case("empty_vocabulary", "cannot encode", tokenizer(vocab={})),
     tokenizer_case("no_unknown", "cannot encode", tokenizer(vocab={"moe": 0})),

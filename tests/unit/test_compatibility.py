@@ -130,6 +130,24 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
         "layout.name: the experts of layout 'whole_model' are whole models, which do not read an encoder;",
     ),
     (
+        "refuse_masked_documents",
+        {"task": {"name": "span_corruption", "data": {"mask_documents": True}}},
+        "task.data.mask_documents: true was given, but the decoder of task 'span_corruption' reads all documents",
+    ),
+    *[
+        (
+            "refuse_masked_documents",
+            {"task": {"name": "language", "data": {"mask_documents": True}}, "router": router},
+            f"task.data.mask_documents: true was given, but router '{router}' reads other tokens of the sequence",
+        )
+        for router in ("hash_bigram", "lory", "domain_posterior")
+    ],
+    (
+        "refuse_masked_documents",
+        {"task": {"name": "masked_language", "data": {"mask_documents": True}}, "layout": "whole_model"},
+        "task.data.mask_documents: true was given, but in layout 'whole_model' tokens attend inside an expert",
+    ),
+    (
         "refuse_missing_features",
         {"router": "oracle"},
         "router.name: 'oracle' needs a label of each token, which task 'language' does not have (tasks that have",

@@ -33,7 +33,10 @@ NO_EXPERT = -100
         beware="Evaluation uses all experts, at their full cost. The posterior needs some tokens to identify the "
         "domain. Experts are mixed layer by layer, not by predictions of whole models as in DEMix.",
         causality=Causality(
-            causal=True, reason="the posterior depends on the tokens up to this one", batch_dependent=False
+            causal=True,
+            reason="the posterior depends on the tokens up to this one",
+            batch_dependent=False,
+            reads_sequence=True,
         ),
         trained_by_own_loss=("gate",),
         makes_scores=False,

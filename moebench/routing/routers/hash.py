@@ -98,7 +98,10 @@ def build_table(table: str, count_V: Tensor, context: RouterBuildContext) -> Ten
         use="Hashing with better balance: a frequent id is spread by the id before it.",
         beware="Rare pairs go to random experts, so an expert sees less related tokens. Needs token ids.",
         causality=Causality(
-            causal=True, reason="the expert depends on the token's own id and the one before it", batch_dependent=False
+            causal=True,
+            reason="the expert depends on the token's own id and the one before it",
+            batch_dependent=False,
+            reads_sequence=True,
         ),
         cost="T",
         learned=False,
@@ -189,6 +192,7 @@ class HashPosition(Router["HashPosition.Config"]):
             causal=False,
             reason="the expert depends on the next token, which a language model must predict",
             batch_dependent=False,
+            reads_sequence=True,
         ),
         cost="T",
         learned=False,

@@ -30,6 +30,7 @@ from moebench.routing.routers.smear import compute_segment_means
             causal=True,
             reason="a segment's merge depends on the segment before it only; that of the first is learned",
             batch_dependent=False,
+            reads_sequence=True,
         ),
         balanced=True,
         makes_scores=False,

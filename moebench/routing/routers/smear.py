@@ -27,7 +27,10 @@ from moebench.routing.router import ROUTERS, Causality, Facts, Form, Router, Rou
         beware="Depends on the whole sequence, so it leaks the targets of token-by-token prediction. The mean hides "
         "the needs of single tokens.",
         causality=Causality(
-            causal=False, reason="the merge depends on the mean of the whole sequence", batch_dependent=False
+            causal=False,
+            reason="the merge depends on the mean of the whole sequence",
+            batch_dependent=False,
+            reads_sequence=True,
         ),
         variable_k=True,  # expert dropout in training
         makes_scores=False,

@@ -35,7 +35,12 @@ from moebench.routing.router import (
         use="Vision and other encoders: no selection, no loss, no dropping, and gradients everywhere.",
         beware="Every slot depends on the whole sequence: not for autoregressive models. Padding must be masked, and "
         "cost grows with slots times length.",
-        causality=Causality(causal=False, reason="every slot is a mean over the whole sequence", batch_dependent=False),
+        causality=Causality(
+            causal=False,
+            reason="every slot is a mean over the whole sequence",
+            batch_dependent=False,
+            reads_sequence=True,
+        ),
         balanced=True,
         cost="T·slots",
         makes_scores=False,

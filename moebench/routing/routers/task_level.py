@@ -104,7 +104,9 @@ class TaskLevel(Router["TaskLevel.Config"]):
         use="One choice per sequence without labels, in encoders.",
         beware="The mean includes later tokens: not for autoregressive models. Loads are uneven, because whole "
         "sequences are routed together.",
-        causality=Causality(causal=False, reason="the mean is over the whole sequence", batch_dependent=False),
+        causality=Causality(
+            causal=False, reason="the mean is over the whole sequence", batch_dependent=False, reads_sequence=True
+        ),
     )
 )
 class SentenceLevel(TaskLevel):

@@ -1,13 +1,12 @@
 """The stored text as trivial baselines read it: symbols of the training split, and the bytes of each domain."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moebench.tasks.baselines.measure import Values
-from moebench.tasks.text.tokens import load_tokenizer
+from moebench.tasks.text.windows import require_ids
 
 if TYPE_CHECKING:
     from moebench.tasks.language import TextTask
@@ -43,7 +42,7 @@ class ByteSymbols:
 
 def read_byte_symbols(task: "TextTask") -> ByteSymbols:
     """Return the bytes of the tokens of a task."""
-    return ByteSymbols(load_tokenizer(task.config.data.tokenizer).pieces())
+    return ByteSymbols(task.text.tokenizer.pieces())
 
 
 def read_training_tokens(task: "TextTask", limit: int) -> list[Values]:
@@ -52,7 +51,7 @@ def read_training_tokens(task: "TextTask", limit: int) -> list[Values]:
     num_blocks = -(-_count_tokens(split) // BLOCK)
     kept = min(num_blocks, max(limit // BLOCK, 1))
     starts = (np.arange(kept) * num_blocks // kept * BLOCK).tolist()
-    return [_read_tokens(split, start, start + BLOCK) for start in starts]
+    return [_read_tokens(split, start, start + BLOCK, task.text.vocab_size) for start in starts]
 
 
 def read_training_bytes(task: "TextTask", symbols: ByteSymbols) -> Values:
@@ -67,27 +66,23 @@ def read_domain_text(task: "TextTask", split: str, symbols: ByteSymbols, limit: 
     """Return the text of each domain in a split without separators, `limit` bytes at most; empty where it has none."""
     text: TextSplit = getattr(task.text, split)
     texts = [b""] * len(task.domains)
-    for domain, start, end in _list_domains(text):
+    for domain, start, end in text.list_domains():
         # Twice as many tokens as bytes: some are separators.
-        symbol_S = symbols.encode(_read_tokens(text, start, min(end, start + 2 * limit)))
+        token_N = _read_tokens(text, start, min(end, start + 2 * limit), task.text.vocab_size)
+        symbol_S = symbols.encode(token_N)
         texts[domain] = symbol_S[symbol_S != SPECIAL][:limit].astype(np.uint8).tobytes()
     return texts
 
 
-# Only the three functions below know how tokens are stored.
+# Only the two functions below know how tokens are stored.
 
 
 def _count_tokens(split: "TextSplit") -> int:
-    return len(split.tokens_N)
+    return int(split.length_D.sum())
 
 
-def _read_tokens(split: "TextSplit", start: int, end: int) -> Values:
+def _read_tokens(split: "TextSplit", start: int, end: int, vocab_size: int) -> Values:
     """Return the tokens from `start` to `end`, or to the end of the stream (int32)."""
-    return np.asarray(split.tokens_N[start:end], dtype=np.int32)
-
-
-def _list_domains(split: "TextSplit") -> list[tuple[int, int, int]]:
-    """Return each domain of the stream with its first token and the end of its tokens."""
-    first_D = np.flatnonzero(np.diff(split.domain_W, prepend=-1))
-    starts = [*split.start_W[first_D].tolist(), len(split.tokens_N)]
-    return [(int(split.domain_W[at]), *bounds) for at, bounds in zip(first_D, pairwise(starts), strict=True)]
+    token_N = split.tokens.read(start, end)
+    require_ids(token_N, vocab_size)
+    return token_N.astype(np.int32)

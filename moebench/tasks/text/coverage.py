@@ -29,6 +29,12 @@ class Coverage:
         if wrong and not self.example:
             self.example = _first_difference(text, decoded)
 
+    def merge(self, other: "Coverage") -> None:
+        """Add what was counted elsewhere; the earlier example stays."""
+        self.num_bytes += other.num_bytes
+        self.num_wrong += other.num_wrong
+        self.example = self.example or other.example
+
     @property
     def share(self) -> float:
         """Share of the bytes that are restored; 1 without text."""

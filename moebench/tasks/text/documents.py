@@ -1,10 +1,8 @@
 """Sources of text: the embedded pack, local files or the Hugging Face hub, each read into the same documents."""
 
-import gzip
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,13 +12,18 @@ from moebench.ranges import AT_LEAST_1, Range, check_ranges
 from moebench.tasks import tables
 from moebench.tasks.folders import TRAIN, assign_parts, find_source, folders_of, list_files
 from moebench.tasks.sources import check_source, file_digest, first_line, load_dataset
+from moebench.tasks.streams import COMPRESSED, plain_ending, read_whole_text
 from moebench.tasks.tables import TABLES, Table, file_errors, open_hub_table, open_table, read_name
+from moebench.tasks.text.document import Document as Document
+from moebench.tasks.text.document import check_text
 from moebench.tasks.text.embedded_tokenizer import BPE
+from moebench.tasks.text.limits import limit_bytes
 from moebench.tasks.text.pack import GROUP_COLUMN, PACKS, check_pack, embedded_group, mixed_order
 from moebench.tasks.text.tokens import tokenizer_file
 
-TEXTS = (".txt", ".txt.gz")
-OPTIONAL = "domain"  # the default of `domain_column`: the only column that a source may lack
+TEXTS = (".txt", *(f".txt{packed}" for packed in COMPRESSED))
+OPTIONAL = "domain"
+"""Default of `domain_column`: the only column that a source may lack."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +35,10 @@ class TextDataConfig:
     pack: Literal["domains", "corpus"] = "domains"
     """Embedded text, without `path` and `dataset`: 'domains' (7 domains, 13.7 MB) or 'corpus' (28 domains, 198 MB)."""
     path: str | None = None
-    """Local file or folder: .parquet, .jsonl, .json, .csv or .txt, also .gz. A .txt file is one document; in a folder
-    of .txt files the domain is the subfolder, or else the name of the file without its ending. Folders or files named
-    train, validation (val, valid, dev) and test are kept as splits."""
+    """Local file or folder: .parquet, .jsonl, .json, .csv or .txt, also .gz and .zst, or a folder of `moebench
+    prepare`. A .txt file is one document; in a folder of .txt files the domain is the subfolder, or else the name of
+    the file without its ending. Folders or files named train, validation (val, valid, dev) and test are kept as
+    splits."""
     made_by: str | None = None
     """Command that creates the file at `path`; error messages show it if the file does not exist."""
     dataset: str | None = None
@@ -59,9 +63,13 @@ class TextDataConfig:
     max_bytes: int | None = None
     """Largest number of bytes of text (UTF-8) to use, divided equally among domains unless `streaming`; null: all."""
     remove_overlap: bool = True
-    """Remove validation and test documents at least half of whose 13-grams of words are in the training split."""
+    """Remove validation and test documents at least half of whose 13-grams of words are in the training split; a folder
+    of `moebench prepare` has its own `--keep-overlap`."""
     tokenizer: str = BPE
     """'bpe4096' (trained on the embedded text), 'bytes', a tokenizer.json, its folder, or a name on the hub."""
+    mask_documents: bool = False
+    """Let attention stay inside the documents of a window, which begin with a separator. Positions do not restart:
+    rotary attention sees only their differences."""
 
     def __post_init__(self) -> None:
         check_source(self, ("text_column", "domain_column", "group_column", "tokenizer"))
@@ -73,25 +81,13 @@ class TextDataConfig:
             raise UsageError("task.data.max_bytes: null was given; streaming needs a number of bytes")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Document:
-    """One text with its domain and its group."""
-
-    text: str
-    domain: str
-    group: str
-    """Documents of one group are never divided between splits."""
-    part: str = TRAIN
-    """Split that the source assigns; train where it assigns none, and then divided further."""
-
-
 def load_documents(config: TextDataConfig) -> list[Document]:
     """Return all documents of the source that are not blank; raise UsageError for what cannot be read."""
     key, name = ("dataset", config.dataset) if config.dataset else ("path", config.path or PACKS[config.pack].name)
     read: Iterable[Document] = (d for d in _documents(config) if not d.text.isspace() and d.text)
     if config.pack == "corpus" and config.max_bytes:
         read = sorted(read, key=lambda d: mixed_order(d.text))
-    documents = _limit_bytes(read, config)
+    documents = limit_bytes(read, config.max_bytes, is_stream=config.streaming)
     if not documents:
         raise UsageError(f"task.data.{key}: '{name}' has no text; give a file with text with task.data.path=...")
     return documents
@@ -124,7 +120,7 @@ def _is_pack(config: TextDataConfig) -> bool:
 
 def _documents(config: TextDataConfig) -> Iterator[Document]:
     if config.dataset is not None:
-        yield from _from_hub(config)
+        yield from from_hub(config)
         return
     files = _source_files(config)
     parts = assign_parts(files, by_file=True) if len(files) > 1 else {}
@@ -141,12 +137,13 @@ def _documents(config: TextDataConfig) -> Iterator[Document]:
     has_optional = config.domain_column == OPTIONAL
     num_documents = 0
     for table in tables.require_same_columns(opened, "domain_column", OPTIONAL) if has_optional else opened:
-        for document in _from_table(table, config, num_documents):
+        for document in from_table(table, config, num_documents):
             num_documents += 1
             yield replace(document, part=parts.get(table.name, TRAIN))
 
 
-def _from_table(table: Table, config: TextDataConfig, first: int) -> Iterator[Document]:
+def from_table(table: Table, config: TextDataConfig, first: int) -> Iterator[Document]:
+    """Yield the documents of a table, which are numbered from `first`."""
     for key in ("text_column", "domain_column", "group_column"):
         column = getattr(config, key)
         if column is not None and (key, column) != ("domain_column", OPTIONAL):
@@ -157,10 +154,10 @@ def _from_table(table: Table, config: TextDataConfig, first: int) -> Iterator[Do
         config.group_column,
         *([GROUP_COLUMN[config.pack]] * _is_pack(config)),
     )
-    yield from _from_rows(table.read(c for c in columns if c is not None and c in table.columns), config, first)
+    yield from from_rows(table.read(c for c in columns if c is not None and c in table.columns), config, first)
 
 
-def _from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], config: TextDataConfig, first: int) -> Iterator[Document]:
+def from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], config: TextDataConfig, first: int) -> Iterator[Document]:
     """Yield the documents of rows, which are numbered from `first`."""
     for number, (location, row) in enumerate(rows, first):
         text = _cell(row, "text_column", config.text_column, location)
@@ -176,10 +173,10 @@ def _from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], config: TextDataCo
             group = read_name(cell, "group_column", config.group_column, location)
         elif _is_pack(config):
             group = embedded_group(config.pack, row)
-        yield Document(text=_check_text(text, location), domain=domain, group=group)
+        yield Document(text=check_text(text, location), domain=domain, group=group)
 
 
-def _require_same_keys(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def require_same_keys(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield rows of a stream; raise UsageError if only some have the column of domains."""
     first: tuple[str, Mapping[str, Any]] | None = None
     for location, row in rows:
@@ -200,40 +197,35 @@ def _cell(row: Mapping[str, Any], key: str, column: str, location: str) -> Any:
     return row[column]
 
 
-def _check_text(text: str, location: str) -> str:
-    """Return the text; raise UsageError for signs of binary data: lone surrogates and NUL bytes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"task.data.path: the text of {location} has half a character (a lone surrogate)") from error
-    if "\0" in text:
-        raise UsageError(f"task.data.path: the text of {location} has NUL bytes: is it UTF-16, or not text? Convert it")
-    return text
-
-
 def _read_text_file(name: str, path: Path, config: TextDataConfig, *, is_divided: bool, part: str) -> Document:
     with file_errors(name):
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix.lower() == ".gz" else data).decode("utf-8-sig")
-    # A single file has no domain. In a folder, domains are subfolders, or else files.
-    domain, folders = "all", folders_of(name, divided=is_divided)
-    if config.domain_column is not None and path != find_source(config.path or ""):
-        file_domain = "all" if is_divided and len(folders) == name.count("/") else name.rpartition("/")[2].split(".")[0]
-        domain = folders[0] if folders else file_domain
-    return Document(text=_check_text(text, f"'{name}'"), domain=domain, group=f"document/{name}", part=part)
+        text = read_whole_text(path, name)
+    has_domain = config.domain_column is not None and path != find_source(config.path or "")
+    domain = text_file_domain(name, is_divided=is_divided) if has_domain else "all"
+    return Document(text=check_text(text, f"'{name}'"), domain=domain, group=f"document/{name}", part=part)
 
 
-def _from_hub(config: TextDataConfig) -> Iterator[Document]:
+def text_file_domain(name: str, *, is_divided: bool) -> str:
+    """Return the domain of a text file of a folder: its subfolder, or else its name without the endings."""
+    folders = folders_of(name, divided=is_divided)
+    if folders:
+        return folders[0]
+    names_part = is_divided and "/" not in name
+    return "all" if names_part else name.rsplit("/", 1)[-1].split(".")[0]
+
+
+def from_hub(config: TextDataConfig) -> Iterator[Document]:
+    """Yield the documents of a data set of the hub."""
     assert config.dataset is not None
     options: dict[str, Any] = {"split": config.split, "revision": config.revision}
     try:
         if config.streaming:  # columns are unknown before the first row
             source = load_dataset(config.dataset, config.config, streaming=True, **options)
             rows = ((f"row {number}", row) for number, row in enumerate(source))
-            checked = _require_same_keys(rows) if config.domain_column == OPTIONAL else rows
-            yield from _from_rows(checked, config, first=0)
+            checked = require_same_keys(rows) if config.domain_column == OPTIONAL else rows
+            yield from from_rows(checked, config, first=0)
         else:
-            yield from _from_table(open_hub_table(config.dataset, config.config, **options), config, first=0)
+            yield from from_table(open_hub_table(config.dataset, config.config, **options), config, first=0)
     except UsageError:
         raise
     except Exception as error:  # of many kinds, from the network and its libraries
@@ -253,48 +245,25 @@ def _source_files(config: TextDataConfig) -> dict[str, Path]:
         return {PACKS[config.pack].name: PACKS[config.pack]}
     root = find_source(config.path, _creation_advice(config))
     endings = (*TABLES, *TEXTS)
+    refuse_saved_dataset(root)
     files = list_files(root, endings)
     if not files:
         problem = "must end in" if root.is_file() else "has no file that ends in"
         raise UsageError(f"task.data.path: '{config.path}' {problem} {', '.join(endings)}")
     kinds = sorted({next(ending for ending in endings if name.lower().endswith(ending)) for name in files})
-    if len({kind.removesuffix(".gz") for kind in kinds}) > 1:
-        raise UsageError(f"task.data.path: '{config.path}' mixes {', '.join(kinds)} files; keep one kind")
+    if len({plain_ending(f"a{kind}") for kind in kinds}) > 1:
+        raise UsageError(
+            f"task.data.path: '{config.path}' mixes {', '.join(kinds)} files; keep one kind, or give what"
+            " `moebench prepare` makes of it"
+        )
     return files
 
 
-def _limit_bytes(documents: Iterable[Document], config: TextDataConfig) -> list[Document]:
-    if config.max_bytes is None:
-        return list(documents)
-    if config.streaming:
-        return list(_take(documents, config.max_bytes))
-    documents_of: dict[str, list[Document]] = {}
-    for document in documents:
-        documents_of.setdefault(document.domain, []).append(document)
-    share = config.max_bytes // max(1, len(documents_of))
-    if documents_of and not share:
-        given = f"{config.max_bytes} for {len(documents_of)} domains"
-        raise UsageError(f"task.data.max_bytes: {given} is less than one byte each; give more")
-    return [kept for members in documents_of.values() for kept in _take_from_parts(members, share)]
-
-
-def _take_from_parts(members: Sequence[Document], budget: int) -> Iterator[Document]:
-    """Yield documents up to `budget` bytes, with the same share of every part, so that each part keeps some."""
-    size: Counter[str] = Counter()
-    for document in members:
-        size[document.part] += len(document.text.encode())
-    for part, part_bytes in size.items():
-        part_budget = budget * part_bytes // size.total()
-        yield from _take((document for document in members if document.part == part), part_budget)
-
-
-def _take(documents: Iterable[Document], budget: int) -> Iterator[Document]:
-    for document in documents:
-        data = document.text.encode()
-        if len(data) >= budget:  # cut the last document between characters
-            text = data[:budget].decode(errors="ignore")
-            if text:
-                yield replace(document, text=text)
-            return
-        budget -= len(data)
-        yield document
+def refuse_saved_dataset(root: Path) -> None:
+    """Raise UsageError for a folder that the library `datasets` wrote by `save_to_disk`."""
+    if any((root / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
+        raise UsageError(
+            f"task.data.path: '{root}' was written by save_to_disk of the library datasets; allowed: its splits as"
+            " parquet (load_from_disk(...)['train'].to_parquet('train.parquet')), or other"
+            f" {', '.join((*TABLES, *TEXTS))} files"
+        )

@@ -29,6 +29,37 @@ BUFFER = 1 << 20
 """Hashes of training text that are looked up together."""
 
 
+class Sketches:
+    """The smallest hashes of the 13-grams of each evaluation document, ascending: a bottom-k sketch.
+
+    The documents may come one after another, in parts: sketches are shortened as their number grows.
+    """
+
+    def __init__(self, max_hashes: int = MAX_HASHES) -> None:
+        self.max_hashes = max_hashes
+        self._sketches: list[np.ndarray] = []
+        self._next_cut = 2 * max(max_hashes // MOST, 1)
+
+    @property
+    def per_document(self) -> int:
+        """Largest number of hashes of a document."""
+        return min(max(self.max_hashes // max(len(self._sketches), 1), FEWEST), MOST)
+
+    def add(self, hash_N: np.ndarray, *, is_start: bool = True) -> None:
+        """Add a document by the hashes of its 13-grams, or unless `is_start` a part of the latest one."""
+        if is_start:
+            self._sketches.append(np.empty(0, dtype=np.uint64))
+        self._sketches[-1] = np.union1d(self._sketches[-1], hash_N)[: self.per_document].copy()
+        if len(self._sketches) >= self._next_cut:
+            self._next_cut *= 2
+            self.all()
+
+    def all(self) -> list[np.ndarray]:
+        """Return the sketches, of equal length limits."""
+        self._sketches = [sketch[: self.per_document].copy() for sketch in self._sketches]
+        return self._sketches
+
+
 class OverlapIndex:
     """Measures which share of the 13-grams of evaluation documents is in a training text of any length.
 
@@ -38,18 +69,17 @@ class OverlapIndex:
     and 12.5 % for 16, which is reached from a million documents on.
     """
 
-    def __init__(self, texts: Sequence[str], max_hashes: int = MAX_HASHES) -> None:
-        self.per_document = min(max(max_hashes // max(len(texts), 1), FEWEST), MOST)
-        sketches = [np.unique(hash_ngrams(text))[: self.per_document] for text in texts]
+    def __init__(self, documents: Sketches) -> None:
+        sketches = documents.all()
         self._sizes_D = np.array([len(sketch) for sketch in sketches], dtype=np.int64)
         hashes_N = np.concatenate([*sketches, np.empty(0, dtype=np.uint64)])
         self._hashes_U, self._index_N = np.unique(hashes_N, return_inverse=True)
         self._is_trained_U = np.zeros(len(self._hashes_U), dtype=bool)
         self._waiting: list[np.ndarray] = []
 
-    def add_training_text(self, text: str) -> None:
-        """Mark the 13-grams of a training document."""
-        self._waiting.append(hash_ngrams(text))
+    def add_training_hashes(self, hash_N: np.ndarray) -> None:
+        """Mark the 13-grams of a training document, given as `hash_ngrams` returns them."""
+        self._waiting.append(hash_N)
         if sum(map(len, self._waiting)) >= BUFFER:
             self._look_up()
 
@@ -88,9 +118,12 @@ def remove_overlap(splits: Mapping[str, Sequence[Document]]) -> tuple[dict[str, 
     is. Prints one line if anything is removed; raises UsageError for a domain of which a split keeps nothing.
     """
     evaluated = [(name, document) for name in splits if name != "train" for document in splits[name]]
-    index = OverlapIndex([document.text for _, document in evaluated])
+    sketches = Sketches()
+    for _, document in evaluated:
+        sketches.add(hash_ngrams(document.text))
+    index = OverlapIndex(sketches)
     for document in splits["train"]:
-        index.add_training_text(document.text)
+        index.add_training_hashes(hash_ngrams(document.text))
     counts: dict[tuple[str, str], _Count] = defaultdict(_Count)
     kept: dict[str, list[Document]] = {name: list(splits[name]) if name == "train" else [] for name in splits}
     for (name, document), share in zip(evaluated, index.shares(), strict=True):
@@ -107,6 +140,14 @@ def remove_overlap(splits: Mapping[str, Sequence[Document]]) -> tuple[dict[str, 
     return kept, rates
 
 
+def warn_removed(removed: Mapping[str, tuple[int, int]]) -> None:
+    """Print of how many documents how many were removed, by domain, if any was."""
+    parts = [f"{domain} {count} of {total}" for domain, (count, total) in sorted(removed.items()) if count]
+    if parts:
+        listed = ", ".join(parts[:MOST_NAMED]) + (", ..." if len(parts) > MOST_NAMED else "")
+        warn(f"validation and test documents removed that the training split has too, verbatim or nearly: {listed}")
+
+
 def _report(counts: Mapping[tuple[str, str], _Count]) -> None:
     for (domain, name), count in sorted(counts.items()):
         if count.removed and count.removed_bytes == count.bytes:
@@ -118,7 +159,4 @@ def _report(counts: Mapping[tuple[str, str], _Count]) -> None:
     for (domain, _), count in sorted(counts.items()):
         removed[domain].documents += count.documents
         removed[domain].removed += count.removed
-    parts = [f"{domain} {count.removed} of {count.documents}" for domain, count in removed.items() if count.removed]
-    if parts:
-        listed = ", ".join(parts[:MOST_NAMED]) + (", ..." if len(parts) > MOST_NAMED else "")
-        warn(f"validation and test documents removed that the training split has too, verbatim or nearly: {listed}")
+    warn_removed({domain: (count.removed, count.documents) for domain, count in removed.items()})

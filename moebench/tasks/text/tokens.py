@@ -1,7 +1,8 @@
 """Tokenizers that also return the UTF-8 bytes of each token, because quality is measured per byte."""
 
 import json
-import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,12 +13,12 @@ from moebench.errors import UsageError, nearest
 from moebench.tasks.sources import first_line
 from moebench.tasks.text.coverage import EXAMPLE_LENGTH
 from moebench.tasks.text.embedded_tokenizer import BPE, BPE_FILE
+from moebench.tasks.text.notation import is_byte_exact, read_byte_level, read_marks
 
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
 """Usual names of the token that ends a document."""
-
-MAX_VOCAB_SIZE = 1 << 24
-"""Every id has a row of the embedding, whether it is used or not."""
+MAX_VOCAB = 1 << 22
+"""Largest id of a tokenizer: tables of the model and of the counts have a row for each."""
 
 
 class Tokenizer(Protocol):
@@ -34,8 +35,21 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Return token_N and byte_count_N (int64); the counts add up to the UTF-8 bytes of the text."""
 
+    def encode_texts(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """Return the tokens of each text and their byte counts, None where `byte_count_V` has them."""
+
+    @property
+    def byte_count_V(self) -> np.ndarray | None:
+        """Bytes of each id, where these always add up to the bytes of the text; None where they may not."""
+
+    def to_json(self) -> str:
+        """Return the content of a tokenizer.json; empty for bytes."""
+
     def decode(self, token_N: np.ndarray) -> str:
         """Return the text of tokens, without unknown ones."""
+
+    def decode_bytes(self, token_N: np.ndarray) -> bytes:
+        """Return the bytes of tokens, which may begin and end inside a character."""
 
     def pieces(self) -> list[bytes]:
         """Return the bytes of each id, with a leading space where it begins a word; empty for special ids."""
@@ -52,9 +66,26 @@ class ByteTokenizer:
         token_N = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
         return token_N, np.ones_like(token_N)
 
+    @property
+    def byte_count_V(self) -> np.ndarray:
+        """One byte for each id but the separator."""
+        return np.array([1] * 256 + [0], dtype=np.uint8)
+
+    def encode_texts(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """Return the bytes of each text."""
+        return [(np.frombuffer(text.encode(), dtype=np.uint8), None) for text in texts]
+
+    def to_json(self) -> str:
+        """Return the empty text."""
+        return ""
+
     def decode(self, token_N: np.ndarray) -> str:
         """Return the text of the bytes."""
         return token_N.astype(np.uint8).tobytes().decode()
+
+    def decode_bytes(self, token_N: np.ndarray) -> bytes:
+        """Return the bytes without the separators."""
+        return token_N[token_N < 256].astype(np.uint8).tobytes()
 
     def pieces(self) -> list[bytes]:
         """Return each byte, and the empty string for the separator."""
@@ -64,22 +95,29 @@ class ByteTokenizer:
 class SubwordTokenizer:
     """A tokenizer of the `tokenizers` library, which error messages call `name`.
 
-    If it has no token for the end of a document, one id is added.
+    If it has no token for the end of a document, one id is added. `special_as_text`: a separator that is written in a
+    text is text, not a separator. Raises UsageError for one without tokens, and for ids that no table can have a row
+    for.
     """
 
-    def __init__(self, tokenizer: Any, name: str = "tokenizer.json") -> None:
+    def __init__(self, tokenizer: Any, name: str = "tokenizer.json", *, special_as_text: bool = False) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        tokenizer.encode_special_tokens = special_as_text
         ids = tokenizer.get_vocab(with_added_tokens=True)
         size = max(ids.values(), default=-1) + 1  # ids may have gaps
-        if size > MAX_VOCAB_SIZE:
-            raise UsageError(f"task.data.tokenizer: '{name}' has ids up to {size - 1}, allowed: below {MAX_VOCAB_SIZE}")
+        if not 1 <= size <= MAX_VOCAB:
+            given = f"has the id {size - 1}" if size else "has no tokens"
+            raise UsageError(f"task.data.tokenizer: '{name}' {given}; allowed: ids from 0 to {MAX_VOCAB - 1}")
         self.separator: int = next((ids[name] for name in SEPARATORS if name in ids), size)
         self.vocab_size: int = max(size, self.separator + 1)
         self._tokenizer = tokenizer
         self._name = name
         self._parts: dict[str, Any] = json.loads(tokenizer.to_str())
-        model = self._parts["model"]  # Unigram has the number of the token for what is unknown, others its name
+        model = self._parts["model"]
+        if model.get("dropout"):  # for training: tokens would be drawn at random
+            tokenizer.model.dropout = model["dropout"] = None
+        # Unigram has the number of the token for what is unknown, others its name
         self._unknown: int | None = model.get("unk_id", tokenizer.token_to_id(model.get("unk_token") or ""))
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -88,13 +126,32 @@ class SubwordTokenizer:
         For a text without tokens (only stripped spaces) the arrays are empty. Raises UsageError for characters that the
         tokenizer cannot encode.
         """
-        try:
+        with self._encoding_errors(text):
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return self._read_encoding(encoding, text)
+
+    def encode_texts(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """Encode all texts at once, in the calling thread if TOKENIZERS_PARALLELISM is false."""
+        is_exact = self.byte_count_V is not None
+        encode = self._tokenizer.encode_batch_fast if is_exact else self._tokenizer.encode_batch
+        with self._encoding_errors(next(iter(texts), "")):
+            encodings = encode(texts, add_special_tokens=False)
+        if is_exact:
+            return [(np.array(encoding.ids, dtype=np.uint32), None) for encoding in encodings]
+        return [self._read_encoding(encoding, text) for encoding, text in zip(encodings, texts, strict=True)]
+
+    @contextmanager
+    def _encoding_errors(self, text: str) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # the library raises bare Exception
             raise UsageError(
                 f"task.data.tokenizer: '{self._name}' cannot encode {text[:EXAMPLE_LENGTH]!r} ({first_line(error)});"
                 " give one that falls back to bytes, or 'bytes'"
             ) from error
+
+    @staticmethod
+    def _read_encoding(encoding: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
         token_N = np.array(encoding.ids, dtype=np.int64)
         if not len(token_N):
             return token_N, token_N.copy()
@@ -105,6 +162,10 @@ class SubwordTokenizer:
         byte_at = _byte_positions(text)
         return token_N, np.diff(byte_at[covered_N], prepend=0)
 
+    def to_json(self) -> str:
+        """Return the content of a tokenizer.json."""
+        return str(self._tokenizer.to_str())
+
     def decode(self, token_N: np.ndarray) -> str:
         """Return the text of tokens: by the decoder of the tokenizer, or else as the concatenation of their pieces."""
         known = [token for token in token_N.tolist() if token != self._unknown]
@@ -112,6 +173,21 @@ class SubwordTokenizer:
             return b"".join(self._pieces[token] for token in known).decode(errors="replace")
         text: str = self._tokenizer.decode(known, skip_special_tokens=False)
         return text
+
+    def decode_bytes(self, token_N: np.ndarray) -> bytes:
+        """Return the pieces of the tokens, joined where each stands for its own bytes, else their decoded text."""
+        if self.byte_count_V is not None:
+            return b"".join([self._pieces[token] for token in token_N.tolist()])
+        return self.decode(token_N[token_N != self.separator]).encode()
+
+    @cached_property
+    def byte_count_V(self) -> np.ndarray | None:
+        """The length of each piece, for a byte-level BPE that changes no text."""
+        special = {index for index, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        is_text = self.separator not in special and self.separator < self._tokenizer.get_vocab_size()
+        if is_text or not is_byte_exact(self._parts, self._tokenizer.get_vocab(with_added_tokens=False)):
+            return None
+        return np.array([len(piece) for piece in self._pieces], dtype=np.uint32)
 
     @cached_property
     def _pieces(self) -> list[bytes]:
@@ -125,32 +201,18 @@ class SubwordTokenizer:
         drops_spaces = parts["model"]["type"] in ("WordPiece", "WordLevel")
         special = {index for index, token in trained.get_added_tokens_decoder().items() if token.special}
         special |= {self.separator, self._unknown}
+        added = {index: token.content for index, token in trained.get_added_tokens_decoder().items()}
         pieces = [b""] * self.vocab_size
         for piece, index in trained.get_vocab(with_added_tokens=True).items():
-            if index not in special:
+            if index in special:
+                continue
+            if index in added:  # as it is in the text, not in the notation of the vocabulary
+                pieces[index] = added[index].encode()
+            else:
                 pieces[index] = (
-                    _read_byte_level(piece) if is_byte_level else _read_marks(piece, drops_spaces=drops_spaces)
+                    read_byte_level(piece) if is_byte_level else read_marks(piece, drops_spaces=drops_spaces)
                 )
         return pieces
-
-
-_KEPT = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_MOVED = [value for value in range(256) if value not in _KEPT]
-_BYTE_OF = {chr(value): value for value in _KEPT} | {chr(256 + n): value for n, value in enumerate(_MOVED)}
-"""Character that byte-level vocabularies write -> byte: printable bytes as themselves, others from 256 upwards."""
-
-
-def _read_byte_level(piece: str) -> bytes:
-    known = all(character in _BYTE_OF for character in piece)
-    return bytes(_BYTE_OF[character] for character in piece) if known else piece.encode()
-
-
-def _read_marks(piece: str, *, drops_spaces: bool) -> bytes:
-    if re.fullmatch("<0x[0-9A-F]{2}>", piece):  # SentencePiece's notation of a byte
-        return bytes([int(piece[3:5], 16)])
-    if drops_spaces:
-        return piece[2:].encode() if piece.startswith("##") else f" {piece}".encode()
-    return piece.replace("▁", " ").encode()
 
 
 def tokenizer_file(name: str) -> Path | None:
@@ -173,7 +235,7 @@ def tokenizer_file(name: str) -> Path | None:
     return None
 
 
-def load_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(name: str, *, special_as_text: bool = False) -> Tokenizer:
     """Return the tokenizer that `task.data.tokenizer` names; raise UsageError if it cannot be read."""
     if name == "bytes":
         return ByteTokenizer()
@@ -188,7 +250,7 @@ def load_tokenizer(name: str) -> Tokenizer:
             f"task.data.tokenizer: '{name}' cannot be read ({reason}).{nearest(name, (BPE, 'bytes'))} Allowed: "
             f"'{BPE}', 'bytes', a tokenizer.json or its folder, a hub name"
         ) from error
-    return SubwordTokenizer(trained, name)
+    return SubwordTokenizer(trained, name, special_as_text=special_as_text)
 
 
 def _byte_positions(text: str) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from moebench.tasks.text.coverage import Coverage
 from moebench.tasks.text.documents import TEXTS, Document, TextDataConfig, load_documents, source_digest
 from moebench.tasks.text.kinds import TokenKinds
 from moebench.tasks.text.overlap import remove_overlap
+from moebench.tasks.text.shuffling import EpochOrder, order_by_permutation
 from moebench.tasks.text.splits import SPLITS, split_documents
+from moebench.tasks.text.token_stream import TokenStream
 from moebench.tasks.text.tokens import Tokenizer, load_tokenizer
 
 FORMAT = 3
@@ -28,29 +30,62 @@ KINDS_FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TextSplit:
-    """One split: the token streams of the domains, concatenated, and the W windows that tile them."""
+    """One split: the token streams of the D domains, one after another, and the windows that tile them."""
 
-    tokens_N: np.ndarray
-    """Token ids (uint16 or uint32), memory-mapped."""
-    bytes_N: np.ndarray
-    """UTF-8 bytes of each token; 0 for separators."""
-    start_W: np.ndarray
-    """First token of each window (int64), grouped by domain."""
-    domain_W: np.ndarray
-    """Domain of each window (int64), an index into `PreparedText.domains`."""
+    tokens: TokenStream
+    """Token ids, memory-mapped."""
+    bytes: TokenStream | np.ndarray
+    """UTF-8 bytes of each token of the stream, or of each id of the vocabulary [V]; 0 for separators."""
+    length_D: np.ndarray
+    """Tokens of each domain (int64), in the order of `PreparedText.domains`."""
     sequence_length: int
     """Predicted tokens per window; a window has one token more."""
+    order: EpochOrder = order_by_permutation
+    """Order of the windows in an epoch of training."""
+
+    @cached_property
+    def windows_D(self) -> np.ndarray:
+        """Number of windows of each domain (int64)."""
+        windows_D: np.ndarray = np.maximum(self.length_D - 1, 0) // self.sequence_length
+        return windows_D
 
     @property
     def num_windows(self) -> int:
-        """Number of windows W."""
-        return len(self.start_W)
+        """Number of windows of all domains."""
+        return int(self.windows_D.sum())
+
+    @property
+    def tokens_N(self) -> np.ndarray:
+        """All tokens; a copy in memory where they lie in several files."""
+        parts = self.tokens.parts
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def list_domains(self) -> list[tuple[int, int, int]]:
+        """Return each domain that has tokens, with its first token in the stream and the end of its tokens."""
+        end_D = self.length_D.cumsum()
+        bounds = zip((end_D - self.length_D).tolist(), end_D.tolist(), strict=True)
+        return [(domain, start, end) for domain, (start, end) in enumerate(bounds) if end > start]
+
+    def domain_of(self, index_B: np.ndarray) -> np.ndarray:
+        """Return the domain of each window (int64), an index into `PreparedText.domains`."""
+        return np.searchsorted(self.windows_D.cumsum(), index_B, side="right")
+
+    def start_of(self, index_B: np.ndarray) -> np.ndarray:
+        """Return the first token of each window (int64)."""
+        domain_B = self.domain_of(index_B)
+        first_D = self.windows_D.cumsum() - self.windows_D
+        start_D = self.length_D.cumsum() - self.length_D
+        start_B: np.ndarray = start_D[domain_B] + (index_B - first_D[domain_B]) * self.sequence_length
+        return start_B
 
     def window(self, index_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return tokens and bytes of windows: two arrays [B, L + 1] (int64)."""
-        index_BL1 = self.start_W[index_B][:, None] + np.arange(self.sequence_length + 1)
-        tokens_BL1, bytes_BL1 = self.tokens_N[index_BL1], self.bytes_N[index_BL1]
-        return np.asarray(tokens_BL1, dtype=np.int64), np.asarray(bytes_BL1, dtype=np.int64)
+        start_B, length = self.start_of(index_B), self.sequence_length + 1
+        token_BM = self.tokens.gather(start_B, length)
+        if isinstance(self.bytes, TokenStream):
+            return token_BM, self.bytes.gather(start_B, length)
+        require_ids(token_BM, len(self.bytes))
+        return token_BM, self.bytes[token_BM].astype(np.int64)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,6 +105,18 @@ class PreparedText:
     """Occurrences of each token in the training split (int64)."""
     kinds: TokenKinds
     """Kind of each token."""
+    tokenizer_name: str
+    """What `load_tokenizer` takes."""
+
+    @cached_property
+    def separator(self) -> int:
+        """Id of the token that begins a document."""
+        return self.tokenizer.separator
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, loaded when it is first asked for: training does not need it."""
+        return load_tokenizer(self.tokenizer_name)
 
 
 def prepare(config: TextDataConfig, cache_dir: Path, sequence_length: int) -> PreparedText:
@@ -84,10 +131,12 @@ def prepare(config: TextDataConfig, cache_dir: Path, sequence_length: int) -> Pr
     text = load_or_create(cache_dir / f"text-{source}-{FORMAT}", lambda: _encode_source(config))
     # Separate from the text, whose digest is part of the cell id: kinds of tokens only serve analyses.
     _, kinds = load_or_create(cache_dir / f"kinds-{source}-{KINDS_FORMAT}", lambda: ({}, _compute_kinds(config)))
-    return _to_prepared(*text, TokenKinds.from_arrays(kinds), sequence_length)
+    return _to_prepared(*text, TokenKinds.from_arrays(kinds), sequence_length, config.tokenizer)
 
 
-def train_window_indices(num_windows: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+def train_window_indices(
+    num_windows: int, batch_size: int, seed: int, step: int, order: EpochOrder = order_by_permutation
+) -> np.ndarray:
     """Return the windows of one training step (int64 [batch_size]), a function of the arguments only.
 
     Sample i = step * batch_size + j is at position i % num_windows in the order of epoch i // num_windows.
@@ -97,7 +146,7 @@ def train_window_indices(num_windows: int, batch_size: int, seed: int, step: int
     index_B = np.empty(batch_size, dtype=np.int64)
     for epoch in range(epoch_B[0], epoch_B[-1] + 1):
         in_epoch_B = epoch_B == epoch
-        index_B[in_epoch_B] = _epoch_order(num_windows, seed, epoch)[position_B[in_epoch_B]]
+        index_B[in_epoch_B] = order(num_windows, seed, epoch, position_B[in_epoch_B])
     return index_B
 
 
@@ -105,24 +154,20 @@ def evaluation_windows(split: TextSplit, per_domain: int | None) -> np.ndarray:
     """Return evenly spaced windows (int64): `per_domain` of each domain, all if None or if it has fewer."""
     if per_domain is not None and per_domain < 1:
         raise UsageError(f"evaluation windows per domain: {per_domain} was given; allowed: 1 or more, null")
-    chosen = []
-    for domain in np.unique(split.domain_W):
-        index_W = np.flatnonzero(split.domain_W == domain)
-        count = len(index_W) if per_domain is None else min(per_domain, len(index_W))
-        chosen.append(index_W[np.arange(count) * len(index_W) // count])
+    chosen, first = [], 0
+    for total in split.windows_D.tolist():
+        count = total if per_domain is None else min(per_domain, total)
+        chosen.append(first + np.arange(count, dtype=np.int64) * total // max(count, 1))
+        first += total
     return np.concatenate(chosen)
 
 
-@lru_cache(maxsize=4)
-def _epoch_order(num_windows: int, seed: int, epoch: int) -> np.ndarray:
-    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
-    order_W = generator.permutation(num_windows)
-    order_W.flags.writeable = False  # it is shared by all callers
-    return order_W
-
-
 def _to_prepared(
-    meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray], kinds: TokenKinds, sequence_length: int
+    meta: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray],
+    kinds: TokenKinds,
+    sequence_length: int,
+    tokenizer_name: str,
 ) -> PreparedText:
     domains = tuple(meta["domains"])
     splits = {name: _windows(name, domains, meta["lengths"][name], arrays, sequence_length) for name in SPLITS}
@@ -134,6 +179,7 @@ def _to_prepared(
         digest=meta["digest"],
         token_count_V=np.asarray(arrays["token_count"]),
         kinds=kinds,
+        tokenizer_name=tokenizer_name,
     )
 
 
@@ -144,23 +190,16 @@ def _windows(
     arrays: Mapping[str, np.ndarray],
     sequence_length: int,
 ) -> TextSplit:
-    starts, begin = [], 0
-    for domain, length in zip(
-        domains[: len(lengths)], lengths, strict=True
-    ):  # held-out ones are in the test split only
-        count = (length - 1) // sequence_length  # a window has one token more than it predicts
-        if count < 1:
+    for domain, length in zip(domains, lengths, strict=False):  # held-out ones are in the test split only
+        if length <= sequence_length:  # a window has one token more than it predicts
             raise UsageError(
                 f"task.data: domain '{domain}' has {length} tokens of {name} text, less than one window of "
                 f"{sequence_length + 1}; use a shorter sequence, more text, or task.data.domain_column=null"
             )
-        starts.append(begin + sequence_length * np.arange(count, dtype=np.int64))
-        begin += length
     return TextSplit(
-        tokens_N=arrays[f"{name}-tokens"],
-        bytes_N=arrays[f"{name}-bytes"],
-        start_W=np.concatenate(starts),
-        domain_W=np.repeat(np.arange(len(starts), dtype=np.int64), [len(start) for start in starts]),
+        tokens=TokenStream([arrays[f"{name}-tokens"]]),
+        bytes=TokenStream([arrays[f"{name}-bytes"]]),
+        length_D=np.array(lengths, dtype=np.int64),
         sequence_length=sequence_length,
     )
 
@@ -188,13 +227,16 @@ def _encode_source(config: TextDataConfig) -> tuple[dict[str, Any], Arrays]:
     for name in SPLITS:
         split_domains = domains if name == "test" else trained
         members = {domain: [d for d in documents[name] if d.domain == domain] for domain in split_domains}
-        streams = [_encode(parts, tokenizer, coverage[domain]) for domain, parts in members.items()]
-        tokens_N, bytes_N = (np.concatenate(parts) for parts in zip(*streams, strict=True))
-        arrays[f"{name}-tokens"] = tokens_N.astype(token_type)
-        arrays[f"{name}-bytes"] = bytes_N.astype(np.min_scalar_type(int(bytes_N.max(initial=0))))
+        streams = [_encode(parts, tokenizer, coverage[domain], token_type) for domain, parts in members.items()]
         lengths[name] = [len(tokens) for tokens, _ in streams]
+        # The types of the byte counts are the smallest ones, and so is the type of all.
+        for kind, parts in zip(("tokens", "bytes"), zip(*streams, strict=True), strict=True):
+            arrays[f"{name}-{kind}"] = np.concatenate(parts)
+        del streams
         if name == "train":
-            arrays["token_count"] = np.bincount(tokens_N, minlength=tokenizer.vocab_size).astype(np.int64)
+            stream = TokenStream([arrays[f"{name}-tokens"]])
+            counts = (np.bincount(chunk, minlength=tokenizer.vocab_size) for chunk in stream.chunks())
+            arrays["token_count"] = sum(counts, start=np.zeros(tokenizer.vocab_size, dtype=np.int64))
     for domain in domains:
         coverage[domain].check(config.tokenizer, domain)
     return {"vocab_size": tokenizer.vocab_size, "domains": domains, "lengths": lengths, **meta}, arrays
@@ -213,13 +255,24 @@ def _warn_repeated(documents: Mapping[str, Sequence[Document]]) -> None:
             warn(f"{repeated} of {len(documents[name])} {name} documents are also in the training split, word for word")
 
 
-def _encode(documents: Sequence[Document], tokenizer: Tokenizer, coverage: Coverage) -> tuple[np.ndarray, np.ndarray]:
+def _encode(
+    documents: Sequence[Document], tokenizer: Tokenizer, coverage: Coverage, token_type: type[np.unsignedinteger[Any]]
+) -> tuple[np.ndarray, np.ndarray]:
     """Return token_N and byte_count_N of documents, concatenated, each preceded by a separator."""
-    tokens, counts = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+    tokens, counts = [np.empty(0, dtype=token_type)], [np.empty(0, dtype=np.uint8)]
     for document in documents:
         token_N, count_N = tokenizer.encode(document.text)
         coverage.add(document.text, tokenizer.decode(token_N))
         if len(token_N):
-            tokens += [np.array([tokenizer.separator]), token_N]
-            counts += [np.array([0]), count_N]
+            tokens += [np.array([tokenizer.separator], dtype=token_type), token_N.astype(token_type)]
+            counts += [np.zeros(1, dtype=np.uint8), count_N.astype(np.min_scalar_type(int(count_N.max())))]
     return np.concatenate(tokens), np.concatenate(counts)
+
+
+def require_ids(token_BM: np.ndarray, vocab_size: int) -> None:
+    """Raise UsageError for tokens that the vocabulary does not have: their file was damaged or made so."""
+    if token_BM.size and token_BM.max() >= vocab_size:
+        raise UsageError(
+            f"task.data.path: its tokens have the id {token_BM.max()}, and its vocabulary ends at {vocab_size - 1};"
+            " `moebench verify` of the folder names the file, `moebench prepare` makes it again"
+        )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.prepared_text import prepare_folder
 
 from moebench.catalogue.sizes import list_size_rows
 from moebench.config import resolve
@@ -16,6 +17,7 @@ from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.plan import BACKWARD
 from moebench.experiment.sizes import read_size
 from moebench.tasks.language import Language
+from moebench.tasks.text.corpus.manifest import read_manifest
 from moebench.training.model import build_model, compute_model_cost
 
 MAX_DEVIATION = 0.25
@@ -132,3 +134,19 @@ def test_epochs_are_counted_and_limited(tmp_path: Path) -> None:
     allowed = experiment(tmp_path, "size=S0", "train.steps=50", "train.warmup_steps=1", "train.max_epochs=inf").cells
     require_epochs(allowed, costs)
     assert [cell.id for cell in allowed] == [cell.id for cell in cells]  # a limit changes no result
+
+
+def test_epochs_of_a_prepared_folder_are_counted_and_limited(tmp_path: Path) -> None:
+    folder = tmp_path / "tokens"
+    rows = [{"text": f"{number} words of a text " * 40} for number in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prepare_folder(tmp_path / "rows.jsonl", folder, tokenizer="bytes", shard_bytes=10_000)
+    given = (f"task.data.path={folder}", "size=S0", "train.steps=50", "train.warmup_steps=1")
+    cells, costs = experiment(tmp_path, *given).cells, ModelCosts(tmp_path)
+    need = compute_data_need(cells[0].config, costs.task(cells[0].config))
+    assert need is not None
+    num_bytes = sum(s.num_bytes for shard in read_manifest(folder).shards for s in shard.segments if s.split == "train")
+    assert need.split_bytes == pytest.approx(num_bytes, rel=0.02)  # all but the rest of a window, and separators
+    assert need.epochs == pytest.approx(50 * 64 * 128 / num_bytes, rel=0.02)
+    with pytest.raises(UsageError, match="epochs of the training split"):
+        require_epochs(cells, costs)

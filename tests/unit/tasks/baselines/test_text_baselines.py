@@ -13,14 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.prepared_text import prepare_folder
 from support.training_cases import tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from moebench.errors import UsageError
 from moebench.tasks.baselines import stored_text
 from moebench.tasks.baselines.baseline import TrivialBaseline
 from moebench.tasks.baselines.span_corruption import compute_sentinel_nats, restore_text
 from moebench.tasks.language import TextTask
 from moebench.tasks.text.documents import load_documents
+from moebench.tasks.text.embedded_tokenizer import BPE
 from moebench.tasks.text.splits import split_documents
 from moebench.training.model import prepare_task
 
@@ -94,14 +97,18 @@ def test_byte_ngrams_equal_a_slow_count(
 ) -> None:
     options = {"data": {"tokenizer": str(text.parent)}} if is_subword else {}
     task = make_task(text, tmp_path, "language", **options)
-    separator = subwords.token_to_id("<eos>")
+    check_byte_ngrams(task, split, subwords if is_subword else None)
+
+
+def check_byte_ngrams(task: TextTask, split: str, tokenizer: Tokenizer | None) -> None:
+    """Compare n-grams with a slow count, over the bytes of byte-level tokens; None: tokens are bytes."""
 
     def to_bytes(token: int) -> Symbols:
-        if not is_subword:
+        if tokenizer is None:
             return [token]
-        byte_of = {character: value for value, character in enumerate(BYTE_CHARACTERS)}
-        piece = subwords.id_to_token(token)
-        return [SEPARATOR] if token == separator else [byte_of[character] for character in piece]
+        piece = tokenizer.id_to_token(token)
+        is_separator = piece in ("<eos>", "<|endoftext|>")
+        return [SEPARATOR] if is_separator else [BYTE_CHARACTERS.index(character) for character in piece]
 
     train = [symbol for token in task.text.train.tokens_N.tolist() for symbol in to_bytes(token)]
     tables = [count([train], order) for order in range(1, 6)]
@@ -124,6 +131,51 @@ def test_byte_ngrams_equal_a_slow_count(
             by_hand = bits_D[domain] / num_bytes[domain]
             assert values[f"bits_per_byte/{'abc'[domain]}"] == pytest.approx(by_hand, rel=1e-9)
     assert [name for name, baseline in baselines.items() if baseline.is_reference] == ["order-3 n-gram"]
+
+
+@pytest.fixture(scope="module")
+def prepared(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of several shards of the text, with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("prepared") / "tokens"
+    options = {"tokenizer": "train:280", "shard_bytes": 1500, "validation": 0.3, "test": 0.3}
+    manifest = prepare_folder(text, folder, **options).manifest
+    assert len(manifest.shards) > 2
+    return folder
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_byte_ngrams_of_a_prepared_folder_equal_a_slow_count(prepared: Path, tmp_path: Path, split: str) -> None:
+    task = make_task(prepared, tmp_path, "language", data={"tokenizer": BPE})
+    check_byte_ngrams(task, split, Tokenizer.from_file(str(prepared / "tokenizer.json")))
+
+
+def test_all_baselines_of_a_prepared_folder_are_those_of_one_shard(text: Path, prepared: Path, tmp_path: Path) -> None:
+    options = {"tokenizer": "train:280", "validation": 0.3, "test": 0.3, "shard_bytes": 1 << 20}
+    assert len(prepare_folder(text, tmp_path / "one", **options).manifest.shards) == 1
+    for name in ("language", "masked_language", "span_corruption"):
+        tasks = [make_task(path, tmp_path, name, data={"tokenizer": BPE}) for path in (prepared, tmp_path / "one")]
+        many, one = (task.compute_baselines("test") for task in tasks)
+        assert many
+        assert many == one
+
+
+def test_a_prepared_training_split_is_sampled_evenly(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task(prepared, tmp_path, "language", data={"tokenizer": BPE})
+    monkeypatch.setattr(stored_text, "BLOCK", 100)
+    train_N = task.text.train.tokens_N
+    starts = [index * -(-len(train_N) // 100) // 3 * 100 for index in range(3)]
+    blocks = stored_text.read_training_tokens(task, 350)
+    assert [block.tolist() for block in blocks] == [train_N[start : start + 100].tolist() for start in starts]
+    assert (np.concatenate(stored_text.read_training_tokens(task, 10**9)) == train_N).all()
+
+
+def test_ids_outside_the_vocabulary_of_a_prepared_folder_are_one_line(prepared: Path, tmp_path: Path) -> None:
+    task = make_task(prepared, tmp_path, "language", data={"tokenizer": BPE})
+    task.text.train.tokens.parts[-1] = np.full_like(task.text.train.tokens.parts[-1], 65535)
+    with pytest.raises(UsageError, match=f"have the id 65535, and its vocabulary ends at {task.text.vocab_size - 1}"):
+        stored_text.read_training_tokens(task, 10**9)
 
 
 def _list_byte_characters() -> list[str]:

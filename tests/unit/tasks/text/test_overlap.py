@@ -10,7 +10,7 @@ import pytest
 from moebench.errors import UsageError
 from moebench.tasks.text.documents import Document
 from moebench.tasks.text.ngrams import NGRAM, hash_ngrams
-from moebench.tasks.text.overlap import OverlapIndex, remove_overlap
+from moebench.tasks.text.overlap import MAX_HASHES, OverlapIndex, Sketches, remove_overlap
 from moebench.tasks.text.splits import split_documents
 
 WORD = r"[\u3040-\u9fff]|(?:(?![\u3040-\u9fff])[^\W_])+"
@@ -59,6 +59,25 @@ def slow_shares(evaluated: list[str], trained: list[str]) -> list[float]:
     return [len(set(grams) & known) / max(len(set(grams)), 1) for grams in map(oracle_ngrams, evaluated)]
 
 
+def sketch(texts: list[str], max_hashes: int = MAX_HASHES) -> Sketches:
+    sketches = Sketches(max_hashes)
+    for text in texts:
+        sketches.add(hash_ngrams(text))
+    return sketches
+
+
+def test_sketches_of_parts_are_those_of_documents_at_any_number():
+    draw = random.Random(7)
+    hashes = [hash_ngrams(random_text(draw, draw.randrange(1, 200))) for _ in range(300)]
+    sketches = Sketches(max_hashes=8192)
+    for hash_N in hashes:
+        sketches.add(hash_N[: len(hash_N) // 2])
+        sketches.add(hash_N[len(hash_N) // 2 :], is_start=False)
+    assert sketches.per_document == 8192 // 300
+    for each, hash_N in zip(sketches.all(), hashes, strict=True):
+        assert each.tolist() == sorted(set(hash_N.tolist()))[: 8192 // 300]
+
+
 def copy_with_changes(text: str, every: int) -> str:
     words = text.split()
     return " ".join("changed" if i % every == every - 1 else word for i, word in enumerate(words))
@@ -70,9 +89,9 @@ def test_shares_are_those_of_a_slow_count():
     evaluated = [random_text(draw, draw.randrange(0, 300)) for _ in range(20)]
     evaluated += [*trained[:5], trained[6][:200], copy_with_changes(trained[7], 22), "", "..."]
     evaluated += [f"{trained[8]} {random_text(draw, 200)}"]
-    index = OverlapIndex(evaluated)
+    index = OverlapIndex(sketch(evaluated))
     for text in trained:
-        index.add_training_text(text)
+        index.add_training_hashes(hash_ngrams(text))
     np.testing.assert_allclose(index.shares(), slow_shares(evaluated, trained))
 
 
@@ -80,9 +99,10 @@ def test_a_long_document_is_estimated_within_its_standard_error():
     draw = random.Random(2)
     trained = [random_text(draw, 4000, vocabulary=10**6)]
     evaluated = [f"{trained[0][: len(trained[0]) * part // 10]} {random_text(draw, 3000, 10**6)}" for part in (1, 5, 9)]
-    index = OverlapIndex(evaluated, max_hashes=3 * 256)
-    assert index.per_document == 256
-    index.add_training_text(trained[0])
+    sketches = sketch(evaluated, max_hashes=3 * 256)
+    assert sketches.per_document == 256
+    index = OverlapIndex(sketches)
+    index.add_training_hashes(hash_ngrams(trained[0]))
     error = index.shares() - slow_shares(evaluated, trained)
     assert np.abs(error).max() < 3 * 0.5 / 256**0.5
 

@@ -214,3 +214,70 @@ def test_the_digest_of_a_folder_sees_the_names_that_become_domains(tmp_path: Pat
     files = [source_digest(TextDataConfig(path=str(tmp_path / name))) for name in ("a/news.txt", "b/law.txt")]
     assert folders[0] != folders[1]
     assert files[0] == files[1]
+
+
+def test_compressed_texts_and_tables_read_like_plain_ones(tmp_path: Path) -> None:
+    rows = "\n".join(json.dumps({"text": f"text {number}\r\n é"}) for number in range(50))
+    array = json.dumps([json.loads(row) for row in rows.splitlines()], indent=2)
+    for name, content in (("a.jsonl", rows), ("a.json", array), ("a.txt", "é\r\n" * 5000)):
+        plain = write(tmp_path / name, **{name: content}) / name
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
+        with pa.CompressedOutputStream(str(tmp_path / f"{name}.zst"), "zstd") as file:
+            file.write(content.encode())
+        expected = [document.text for document in documents(plain)]
+        for packed in (".gz", ".zst"):
+            assert [document.text for document in documents(tmp_path / f"{name}{packed}")] == expected
+
+
+def test_a_torn_zstd_file_is_named(tmp_path: Path) -> None:
+    with pa.CompressedOutputStream(str(tmp_path / "a.txt.zst"), "zstd") as file:
+        file.write(os.urandom(5000).hex().encode())
+    whole = (tmp_path / "a.txt.zst").read_bytes()
+    (tmp_path / "a.txt.zst").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UsageError, match=r"'a\.txt\.zst' cannot be read \("):
+        documents(tmp_path / "a.txt.zst")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"data": [{"text": "a"}]}', r"has its rows under the key 'data'; allowed: an array of rows"),
+        ('{"version": "1", "rows": [{"text": "a"}]}', r"has its rows under the key 'rows'"),
+        ('{\n "data": [{"text": "a"}]\n}', r"is one object over several lines; allowed: an array of rows, or one row"),
+        ('[{"text": "a"} {"text": "b"}]', r"cannot be read \(',' or '\]' is missing after a row\)"),
+        ('[{"text": "a"}', r"cannot be read"),
+        ('[{"text": "a"}] x', r"there is text after the array"),
+    ],
+)
+def test_json_that_is_no_list_of_rows_is_one_line(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(UsageError, match=words) as caught:
+        documents(tmp_path / "a.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_save_to_disk_is_named(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(str(tmp_path / "saved"))
+    split = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a"]})})
+    split.save_to_disk(str(tmp_path / "splits"))
+    for name in ("saved", "splits"):
+        with pytest.raises(UsageError, match=rf"'.*{name}' was written by save_to_disk .*; allowed: its splits as"):
+            documents(tmp_path / name)
+
+
+def test_rows_and_files_have_a_longest_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moebench.tasks import streams
+
+    monkeypatch.setattr(streams, "LONGEST_ROW", 100)
+    monkeypatch.setattr(streams, "LONGEST_FILE", 200)
+    monkeypatch.setattr(streams, "CHUNK", 16)
+    write(tmp_path, a="x" * 201)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "x" * 99}))
+    (tmp_path / "c.json").write_text(json.dumps([{"text": "x"}, {"text": "x" * 999}]))
+    for name, words in (("a.txt", "in one file"), ("b.jsonl", "line 1 of"), ("c.json", "row 1 of")):
+        with pytest.raises(UsageError, match=f"{words}.*more than|more than.*{words}"):
+            documents(tmp_path / name)
+    (tmp_path / "d.json").write_text(json.dumps([{"text": f"{number} " * 10} for number in range(30)]))
+    assert len(documents(tmp_path / "d.json")) == 30

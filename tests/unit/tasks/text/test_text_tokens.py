@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from moebench.errors import UsageError
 from moebench.tasks.text.coverage import Coverage, count_wrong_bytes
@@ -194,6 +194,72 @@ def test_unknown_characters_without_a_token_for_them_are_one_line(model):
     with pytest.raises(UsageError, match=r"^task\.data\.tokenizer: 'mine\.json' cannot encode 'a b' \(") as caught:
         SubwordTokenizer(Tokenizer(model), "mine.json").encode("a b")
     assert "\n" not in str(caught.value)
+
+
+def test_vocabularies_that_no_table_fits_are_one_line():
+    with pytest.raises(UsageError, match=r"'mine\.json' has the id 1000000000; allowed: ids from 0 to 4194303"):
+        SubwordTokenizer(Tokenizer(models.WordLevel({"[UNK]": 0, "a": 10**9}, unk_token="[UNK]")), "mine.json")
+    for model in (models.BPE(), models.WordLevel({}), models.Unigram([])):
+        with pytest.raises(UsageError, match=r"'mine\.json' has no tokens; allowed"):
+            SubwordTokenizer(Tokenizer(model), "mine.json")
+
+
+@given(st.text(max_size=60))
+def test_ids_of_a_byte_level_vocabulary_have_the_bytes_of_the_text(text):
+    count_V = SUBWORD.byte_count_V
+    ((token_N, counts),) = SUBWORD.encode_texts([text])
+    assert counts is None
+    assert count_V[token_N].sum() == len(text.encode())
+    assert SUBWORD.decode_bytes(token_N) == text.encode()
+
+
+def test_bytes_of_ids_are_not_claimed_where_text_may_change():
+    def changed(change) -> SubwordTokenizer:
+        tokenizer = byte_level()
+        change(tokenizer)
+        return SubwordTokenizer(tokenizer)
+
+    def set_pre_tokenizer(*steps):
+        return lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Sequence(list(steps)))
+
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert changed(set_pre_tokenizer(pre_tokenizers.Digits(), level)).byte_count_V is not None
+    for change in (
+        lambda t: setattr(t, "normalizer", normalizers.NFC()),
+        set_pre_tokenizer(pre_tokenizers.Split(" ", "removed"), level),
+        set_pre_tokenizer(pre_tokenizers.Whitespace(), level),
+        set_pre_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        lambda t: t.add_tokens([AddedToken("<x>", lstrip=True)]),
+    ):
+        assert changed(change).byte_count_V is None
+    assert WORDS.byte_count_V is None
+
+
+def test_a_separator_written_in_a_text_is_text_where_asked_for():
+    text = "a<|endoftext|>b"
+    plain, as_text = SubwordTokenizer(byte_level()), SubwordTokenizer(byte_level(), special_as_text=True)
+    assert plain.separator in plain.encode(text)[0]
+    ((token_N, _),) = as_text.encode_texts([text])
+    assert as_text.separator not in token_N
+    assert as_text.decode_bytes(token_N) == text.encode()
+
+
+def test_added_tokens_are_read_as_they_are_written():
+    tokenizer = byte_level()
+    tokenizer.add_tokens(["<é>"])
+    added = SubwordTokenizer(tokenizer)
+    ((token_N, _),) = added.encode_texts(["the<é> words"])
+    assert tokenizer.token_to_id("<é>") in token_N
+    assert added.decode_bytes(token_N) == "the<é> words".encode()
+    assert added.byte_count_V[token_N].sum() == 13
+
+
+def test_dropout_of_a_tokenizer_is_for_its_training():
+    path_free = byte_level()
+    path_free.model.dropout = 0.5
+    still = SubwordTokenizer(path_free)
+    assert len({tuple(still.encode("the words of the text")[0]) for _ in range(20)}) == 1
+    assert still.byte_count_V is not None
 
 
 SUBWORD = SubwordTokenizer(byte_level())

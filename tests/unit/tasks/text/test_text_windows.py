@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, trainers
 
 from moebench.errors import UsageError
 from moebench.tasks.text.documents import TextDataConfig
+from moebench.tasks.text.token_stream import TokenStream
 from moebench.tasks.text.windows import (
     PreparedText,
     TextSplit,
@@ -40,11 +41,12 @@ def test_pack_numbers(pack):
     assert prepared.domains == ("code", "dictionary", "docs", "drama", "novels", "scripture", "speeches")
     assert prepared.vocab_size == 257
     assert prepared.train.tokens_N.dtype == np.uint16
-    assert prepared.train.bytes_N.dtype == np.uint8
+    bytes_of = {name: getattr(prepared, name).bytes.parts[0] for name in ("train", "validation", "test")}
+    assert bytes_of["train"].dtype == np.uint8
     assert isinstance(prepared.train.tokens_N.base, np.memmap)
     assert prepared.token_count_V.sum() == len(prepared.train.tokens_N)
     splits = (prepared.train, prepared.validation, prepared.test)
-    assert sum(int(split.bytes_N.sum()) for split in splits) == 13_718_667
+    assert sum(int(bytes_N.sum()) for bytes_N in bytes_of.values()) == 13_718_667
     assert sum(int((split.tokens_N == 256).sum()) for split in splits) == 627
 
 
@@ -63,16 +65,18 @@ def test_second_call_uses_the_cache_and_does_not_import_datasets(pack):
 def test_windows_tile_each_domain(source, tmp_path):
     prepared = prepare(source, tmp_path, 16)
     for split in (prepared.train, prepared.validation, prepared.test):
-        tokens_BL1, bytes_BL1 = split.window(np.arange(split.num_windows))
+        index_W = np.arange(split.num_windows)
+        start_W, domain_W = split.start_of(index_W), split.domain_of(index_W)
+        tokens_BL1, bytes_BL1 = split.window(index_W)
         assert tokens_BL1.shape == bytes_BL1.shape == (split.num_windows, 17)
         assert tokens_BL1.dtype == bytes_BL1.dtype == np.int64
         # No token is predicted twice.
-        predicted = (split.start_W[:, None] + 1 + np.arange(16)).ravel()
+        predicted = (start_W[:, None] + 1 + np.arange(16)).ravel()
         assert len(np.unique(predicted)) == len(predicted)
         for domain in range(2):
-            of_W = split.domain_W == domain
+            of_W = domain_W == domain
             # Within a domain each window begins with the last token of the one before.
-            assert (np.diff(split.start_W[of_W]) == 16).all()
+            assert (np.diff(start_W[of_W]) == 16).all()
             letters = {chr(token) for token in tokens_BL1[of_W].ravel() if token < 256}
             assert "xy"[domain] in letters
             assert "yx"[domain] not in letters
@@ -121,7 +125,7 @@ def test_a_tokenizer_that_loses_a_part_of_one_domain_is_refused(tmp_path):
     lossless = save_tokenizer(tmp_path / "whole.json", "abc abd abefghij αβγδ")
     prepared = prepare(TextDataConfig(path=path, tokenizer=lossless, remove_overlap=False), tmp_path / "cache", 8)
     splits = (prepared.train, prepared.validation, prepared.test)
-    assert sum(int(split.bytes_N.sum()) for split in splits) == 20 * 1201
+    assert sum(int(split.bytes.parts[0].sum()) for split in splits) == 20 * 1201
 
 
 def test_a_tokenizer_that_changes_case_is_refused(tmp_path):
@@ -159,10 +163,8 @@ def test_epochs_and_seeds_have_their_own_order():
 
 
 def made_split(counts: list[int]) -> TextSplit:
-    domain_W = np.repeat(np.arange(len(counts)), counts)
-    zeros_N = np.zeros(1)
-    start_W = np.arange(len(domain_W))
-    return TextSplit(tokens_N=zeros_N, bytes_N=zeros_N, start_W=start_W, domain_W=domain_W, sequence_length=1)
+    length_D = np.array(counts) + 1
+    return TextSplit(tokens=TokenStream([]), bytes=TokenStream([]), length_D=length_D, sequence_length=1)
 
 
 def test_evaluation_windows_by_hand():
@@ -179,4 +181,4 @@ def test_evaluation_windows_are_distinct_and_balanced(counts, per_domain):
     split = made_split(counts)
     index = evaluation_windows(split, per_domain)
     assert len(np.unique(index)) == len(index)
-    assert np.bincount(split.domain_W[index]).tolist() == [min(per_domain, count) for count in counts]
+    assert np.bincount(split.domain_of(index)).tolist() == [min(per_domain, count) for count in counts]
