@@ -274,10 +274,17 @@ def _config_names(file: Path) -> Iterator[str]:
 
 
 def field_docs(config_class: type) -> dict[str, str]:
-    """Return the string below each field of a dataclass, read from source: Python does not keep them."""
+    """Return the string below each field of a dataclass, read from source: Python does not keep them.
+
+    A class whose source is gone, such as that of a plugin file that was edited, has none.
+    """
     docs: dict[str, str] = {}
     for cls in reversed(config_class.__mro__[:-1]):
-        tree = ast.parse(inspect.cleandoc("\n" + inspect.getsource(cls))).body[0]
+        try:
+            source = inspect.getsource(cls)
+        except OSError:
+            continue
+        tree = ast.parse(inspect.cleandoc("\n" + source)).body[0]
         body = getattr(tree, "body", [])
         for field, text in itertools.pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moebench.config import cell_id, resolve, to_plain
+from moebench.optimizer_config import DECAY_KEYS, MUON_KEYS
 from moebench.schema import COMPONENTS
 
 CHANGES: dict[str, tuple[Any, ...]] = {
@@ -69,6 +70,13 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "train.beta2": (0.99,),
     "train.clip_norm": (2.0,),
     "train.z_loss": (1e-4,),
+    "train.optimizer": ("muon",),
+    "train.router_learning_rate": (0.0, 1e-3),
+    "train.expert_learning_rate": (1e-3,),
+    "train.embedding_learning_rate": (1e-3,),
+    "train.head_learning_rate": (1e-3,),
+    "train.weight_decay_groups": (["hidden"], []),
+    "train.schedule": ("wsd", "constant"),
     "train.precision": ("bf16",),
     "train.threads": (2,),
     "train.accumulate": (2,),
@@ -82,6 +90,7 @@ NO_CHANGES: dict[str, tuple[Any, ...]] = {
     "train.eval_every": (7,),
     "train.checkpoint_every": (7,),
     "train.device": ("cpu", "cuda"),
+    "train.max_epochs": (2.0,),
     "parallel.devices": (None,),
     "parallel.nodes": (1,),
     "parallel.timeout_s": (7.0,),
@@ -161,6 +170,8 @@ def test_the_tables_above_leave_no_key_out() -> None:
     source = {f"task.data.{key}" for key in component_data_fields() if f"task.data.{key}" not in NO_CHANGES}
     covered = {*CHANGES, *NO_CHANGES, *named, *source, "router.losses", "train.eval_every"}
     covered |= {"model.rope_factor", "model.rope_original_length"}  # only with a scaling of positions
+    covered |= {f"train.{key}" for key in (*MUON_KEYS, *DECAY_KEYS)}  # only with Muon, only with wsd
+    covered |= {"train.mup_base_width"}  # not with every number of heads, see test_mup.py
     covered |= {"train.spike_policy", "train.spike_window", "train.spike_threshold"}  # see test_spikes.py
     assert leaves(to_plain(resolve({}))) <= covered
 
@@ -169,6 +180,14 @@ def test_cell_id_follows_the_options_of_a_scaling_of_positions() -> None:
     model = {"rope_scaling": "llama3", "rope_original_length": 32}
     cells = [model, model | {"rope_original_length": 64}, model | {"rope_factor": 2.0}]
     assert len({identity({"model": cell}) for cell in cells}) == 3
+
+
+def test_cell_id_follows_options_of_the_optimizer_where_they_have_an_effect() -> None:
+    given = {"muon_momentum": 0.9, "decay_fraction": 0.1}
+    assert identity({"train": given}) == identity({})
+    for chosen in ({"optimizer": "muon"}, {"schedule": "wsd"}):
+        assert identity({"train": chosen | given}) != identity({"train": chosen})
+    assert identity({"train": {"mup_base_width": 32}}) != identity({})
 
 
 def component_data_fields() -> list[str]:

@@ -17,8 +17,8 @@ from moebench.runs.journal import read_journal
 from moebench.runs.recorder import RunRecorder
 from moebench.runs.result import RunResult
 from moebench.schema import CellConfig
-from moebench.tasks.language import Language
-from moebench.tasks.task import ALL, Batch
+from moebench.tasks.language import Language, TextTask
+from moebench.tasks.task import ALL, TASKS, Batch
 from moebench.training.callback import RunContext
 from moebench.training.model import prepare_task
 from moebench.training.train import select_device, train_cell
@@ -55,7 +55,9 @@ def tiny_config(text: Path, **overrides: Any) -> CellConfig:
     raw = merge_settings(TINY, overrides)
     task = raw["task"]
     if "data" in component_keys("task", task.get("name", "language")):
-        raw = merge_settings(raw, {"task": {"data": {"path": str(text), "tokenizer": "bytes"} | task.get("data", {})}})
+        is_text = issubclass(TASKS.get(task.get("name", "language")).item, TextTask)
+        data = {"path": str(text), **({"tokenizer": "bytes"} if is_text else {})}
+        raw = merge_settings(raw, {"task": {"data": data | task.get("data", {})}})
     return resolve(raw)
 
 

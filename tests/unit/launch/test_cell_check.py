@@ -45,6 +45,7 @@ def train(experiment: Experiment, results: Path, version: str | None = None) -> 
     return folder
 
 
+@pytest.mark.usefixtures("plugin")
 @pytest.mark.parametrize("edited", ["plugin", "module"])
 def test_an_edited_plugin_is_not_trained(folder: Path, monkeypatch: pytest.MonkeyPatch, edited: str) -> None:
     monkeypatch.syspath_prepend(folder)
