@@ -274,10 +274,7 @@ def _config_names(file: Path) -> Iterator[str]:
 
 
 def field_docs(config_class: type) -> dict[str, str]:
-    """Return the string below each field of a dataclass, read from source: Python does not keep them.
-
-    A class whose source is gone, such as that of a plugin file that was edited, has none.
-    """
+    """Return the string below each field of a dataclass, read from its source; none if that is gone."""
     docs: dict[str, str] = {}
     for cls in reversed(config_class.__mro__[:-1]):
         try:
