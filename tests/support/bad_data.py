@@ -217,7 +217,7 @@ CASES: tuple[BadData, ...] = (
     tokenizer_case("unknown_model", "cannot be read", tokenizer(type="Neural")),
     tokenizer_case("huge_id", "has the id 1000000000", tokenizer(vocab={"moe": 0, "[UNK]": 1_000_000_000})),
     tokenizer_case("negative_id", "cannot be read", tokenizer(vocab={"moe": -1})),
-    tokenizer_case("empty_vocabulary", "cannot encode", tokenizer(vocab={})),
+    tokenizer_case("empty_vocabulary", "has no tokens", tokenizer(vocab={})),
     tokenizer_case("no_unknown", "cannot encode", tokenizer(vocab={"moe": 0})),
     tokenizer_case("text_ids", "cannot be read", tokenizer(vocab={"moe": "x"})),
     tokenizer_case("merges", "cannot be read", tokenizer(type="BPE", merges=["x y z"])),

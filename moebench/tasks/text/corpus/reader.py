@@ -41,9 +41,12 @@ def is_prepared(data: TextDataConfig) -> bool:
     """Return whether `task.data.path` is a prepared folder; raise UsageError for one that is not finished."""
     if data.path is None:
         return False
-    folder = Path(data.path).expanduser()
-    if not (folder / STATE).is_file():
-        return (folder / MANIFEST).is_file() and (folder / shard_file("tokens", 0)).is_file()
+    try:
+        folder = Path(data.path).expanduser()
+        if not (folder / STATE).is_file():
+            return (folder / MANIFEST).is_file() and (folder / shard_file("tokens", 0)).is_file()
+    except (OSError, ValueError, RuntimeError):
+        return False  # a name that no file can have, which reading it reports
     if not (folder / MANIFEST).is_file():
         raise UsageError(
             f"task.data.path: '{data.path}' is not finished; the `moebench prepare` that began it continues where it"
