@@ -22,7 +22,11 @@ def test_the_page_has_a_block_for_each_kind() -> None:
     [
         ("my_router.py", ["grid.router=[my_router]"], ["my_router"]),
         ("my_layout.py", ["base.layout={name: top_only, num_experts: 4}", "grid.router=[switch]"], ["switch"]),
-        ("my_task.py", ["base.task={name: repeat}", "grid.router=[dense,hash]"], ["dense", "hash"]),
+        (
+            "my_task.py",
+            ["base.task={name: repeat}", "model.tie_embeddings=false", "grid.router=[dense,hash]"],
+            ["dense", "hash"],
+        ),
     ],
 )
 def test_a_block_runs_as_a_plugin(
