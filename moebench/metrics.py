@@ -121,7 +121,7 @@ LOAD: tuple[Declaration, ...] = (
     ("experts_per_token", "", "rows", ".2f", "neither", "Rows that experts computed per token, as executed."),
     (
         "information/KIND",
-        "what experts know",
+        "information of experts",
         "share",
         ".3f",
         "neither",

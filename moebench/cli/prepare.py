@@ -16,8 +16,8 @@ from moebench.errors import UsageError
 from moebench.printable import print_text
 
 if TYPE_CHECKING:
-    from moebench.tasks.text.corpus.build import Outcome, Report
-    from moebench.tasks.text.corpus.source import Progress
+    from moebench.tasks.text.prepared.build import Outcome, Report
+    from moebench.tasks.text.prepared.source import Progress
 
 LINE_EVERY_S = 10.0
 """Seconds between lines of progress where there is no terminal."""
@@ -84,13 +84,13 @@ def prepare(
     A call that was interrupted continues when it is given again. `moebench verify DIR` checks the result.
     """
     from moebench.cores import available_cores
-    from moebench.tasks.text.corpus.build import prepare_corpus
-    from moebench.tasks.text.corpus.options import CorpusOptions, describe_source
+    from moebench.tasks.text.prepared.build import build_folder
+    from moebench.tasks.text.prepared.options import PrepareOptions, describe_source
 
     with _option_names():
         hub = None if dataset is None else {"dataset": dataset, "config": config, "split": split, "revision": revision}
         columns = {"text_column": text_column, "domain_column": domain_column or None, "group_column": group_column}
-        options = CorpusOptions(
+        options = PrepareOptions(
             sources=tuple(sources or ()),
             out=out.expanduser(),
             tokenizer=tokenizer,
@@ -105,7 +105,7 @@ def prepare(
         )
         begin_s = time.monotonic()
         with _display() as report:
-            outcome = prepare_corpus(options, report)
+            outcome = build_folder(options, report)
     _print_outcome(outcome, options.out, time.monotonic() - begin_s, json=json)
 
 

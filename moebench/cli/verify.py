@@ -66,7 +66,7 @@ def verify(
 
 def _verify_prepared(folder: Path, *, json: bool) -> None:
     """Check every checksum of a prepared folder."""
-    from moebench.tasks.text.corpus.checks import check_prepared
+    from moebench.tasks.text.prepared.checks import check_prepared
 
     problems = list(check_prepared(folder))
     if json:

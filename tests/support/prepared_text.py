@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moebench.tasks.text.corpus.build import Outcome, prepare_corpus
-from moebench.tasks.text.corpus.options import CorpusOptions, describe_source
-from moebench.tasks.text.corpus.source import open_source
+from moebench.tasks.text.prepared.build import Outcome, build_folder
+from moebench.tasks.text.prepared.options import PrepareOptions, describe_source
+from moebench.tasks.text.prepared.source import open_source
 
 WORDS = [f"{first}{second}" for first in "abcdeé日" for second in ("", "ing", "👍", "-\n", "ly ")]
 
@@ -42,21 +42,21 @@ def write_mixed(folder: Path, number: int = 120) -> Path:
     return folder
 
 
-def options_for(source: Path | str, out: Path, **changes: Any) -> CorpusOptions:
+def options_for(source: Path | str, out: Path, **changes: Any) -> PrepareOptions:
     """Return options with small shards."""
     columns = {name: changes.pop(name) for name in ("text_column", "domain_column", "group_column") if name in changes}
     values = {"tokenizer": "bytes", "validation": 0.2, "test": 0.2, "shard_bytes": 3000} | changes
-    return CorpusOptions(sources=(str(source),), out=out, data=describe_source([str(source)], None, columns), **values)
+    return PrepareOptions(sources=(str(source),), out=out, data=describe_source([str(source)], None, columns), **values)
 
 
 def prepare_folder(source: Path | str, out: Path, **changes: Any) -> Outcome:
     """Prepare a folder, silently."""
-    return prepare_corpus(options_for(source, out, **changes), lambda stage, progress: None)
+    return build_folder(options_for(source, out, **changes), lambda stage, progress: None)
 
 
-def read_blocks(options: CorpusOptions) -> list[Any]:
+def read_blocks(options: PrepareOptions) -> list[Any]:
     """Return all blocks of a source."""
-    from moebench.tasks.text.corpus.blocks import Position
+    from moebench.tasks.text.prepared.blocks import Position
 
     return list(open_source(options).blocks(Position()))
 

@@ -74,7 +74,7 @@ def test_values_are_written_in_the_declared_format() -> None:
 
 def test_a_legend_begins_with_the_column_and_keeps_formulas() -> None:
     assert explain_metrics("load/dead_experts") == "dead: experts with less than 1 % of an even load."
-    assert explain_metrics("load/information/KIND").startswith("what experts know: I(label; expert)")
+    assert explain_metrics("load/information/KIND").startswith("information of experts: I(label; expert)")
 
 
 def test_the_list_as_json_has_every_declaration() -> None:

@@ -17,11 +17,11 @@ from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.plan import BACKWARD
 from moebench.experiment.sizes import read_size
 from moebench.tasks.language import Language
-from moebench.tasks.text.corpus.manifest import read_manifest
+from moebench.tasks.text.prepared.manifest import read_manifest
 from moebench.training.model import build_model, compute_model_cost
 
 MAX_DEVIATION = 0.25
-LADDER = {"demo": 1.9e12, "S0": 1e14, "S1": 1e16, "S2": 2e17, "S3": 2e18}
+LADDER = {"demo": 6.7e11, "S0": 1e14, "S1": 1e16, "S2": 2e17, "S3": 2e18}
 
 
 class Vocabulary(Language):

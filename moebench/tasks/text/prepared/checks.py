@@ -9,7 +9,7 @@ import numpy as np
 
 from moebench.errors import UsageError
 from moebench.file_access import open_member
-from moebench.tasks.text.corpus.manifest import MANIFEST, FileEntry, Manifest, list_files, read_manifest, shard_file
+from moebench.tasks.text.prepared.manifest import MANIFEST, FileEntry, Manifest, list_files, read_manifest, shard_file
 
 CHUNK = 1 << 22
 

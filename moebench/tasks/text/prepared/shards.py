@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from moebench.file_access import open_to_write
-from moebench.tasks.text.corpus.blocks import Position
-from moebench.tasks.text.corpus.encoder import EncodedBlock
-from moebench.tasks.text.corpus.manifest import FileEntry, Segment, Shard, parse_shard, shard_file
 from moebench.tasks.text.coverage import Coverage
+from moebench.tasks.text.prepared.blocks import Position
+from moebench.tasks.text.prepared.encoder import EncodedBlock
+from moebench.tasks.text.prepared.manifest import FileEntry, Segment, Shard, parse_shard, shard_file
 from moebench.tasks.text.splits import SPLITS
 
 UNFINISHED = ".unfinished"

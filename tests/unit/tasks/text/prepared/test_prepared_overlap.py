@@ -9,11 +9,11 @@ import pytest
 from support.prepared_text import folder_content, options_for, prepare_folder
 
 from moebench.errors import UsageError
-from moebench.tasks.text.corpus import build
-from moebench.tasks.text.corpus.manifest import read_manifest
-from moebench.tasks.text.corpus.reader import open_prepared
 from moebench.tasks.text.documents import TextDataConfig, load_documents
 from moebench.tasks.text.overlap import remove_overlap
+from moebench.tasks.text.prepared import build
+from moebench.tasks.text.prepared.manifest import read_manifest
+from moebench.tasks.text.prepared.reader import open_prepared
 from moebench.tasks.text.splits import split_documents
 
 
@@ -79,7 +79,7 @@ def test_a_document_of_several_blocks_is_left_out_whole(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare_folder(source, tmp_path / "whole")
-    monkeypatch.setattr("moebench.tasks.text.corpus.source.BLOCK", 300)
+    monkeypatch.setattr("moebench.tasks.text.prepared.source.BLOCK", 300)
     prepare_folder(source, tmp_path / "cut")
     # Cuts lose 13-grams, so a document near the limit could differ; there is none here.
     assert texts_of(tmp_path / "cut", "test") == texts_of(tmp_path / "whole", "test")
@@ -105,7 +105,7 @@ def test_a_stopped_call_continues_with_what_it_measured(
         (tmp_path / "out" / "overlap.json").write_bytes(content)
     stages = []
     options = options_for(source, tmp_path / "out")
-    build.prepare_corpus(options, lambda stage, progress: stages.append(stage))
+    build.build_folder(options, lambda stage, progress: stages.append(stage))
     assert ("measuring overlap" in stages) == (content is not None)
     assert folder_content(tmp_path / "out") == folder_content(tmp_path / "whole")
 

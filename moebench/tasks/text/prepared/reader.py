@@ -13,7 +13,9 @@ from moebench.errors import UsageError
 from moebench.file_access import open_member
 from moebench.tasks.cache import load_or_create
 from moebench.tasks.sources import check_held_out
-from moebench.tasks.text.corpus.manifest import (
+from moebench.tasks.text.documents import TextDataConfig
+from moebench.tasks.text.kinds import TokenKinds
+from moebench.tasks.text.prepared.manifest import (
     BYTES,
     COUNTS,
     MANIFEST,
@@ -25,8 +27,6 @@ from moebench.tasks.text.corpus.manifest import (
     read_manifest,
     shard_file,
 )
-from moebench.tasks.text.documents import TextDataConfig
-from moebench.tasks.text.kinds import TokenKinds
 from moebench.tasks.text.shuffling import order_by_cipher
 from moebench.tasks.text.splits import SPLITS
 from moebench.tasks.text.token_stream import TokenStream

@@ -14,10 +14,10 @@ from moebench.errors import UsageError
 from moebench.tasks.language import Language
 from moebench.tasks.masked_language import MaskedLanguage
 from moebench.tasks.span_corruption import SpanCorruption
-from moebench.tasks.text.corpus.checks import check_prepared
-from moebench.tasks.text.corpus.manifest import read_manifest
-from moebench.tasks.text.corpus.reader import is_prepared, open_prepared, read_digest
 from moebench.tasks.text.documents import TextDataConfig
+from moebench.tasks.text.prepared.checks import check_prepared
+from moebench.tasks.text.prepared.manifest import read_manifest
+from moebench.tasks.text.prepared.reader import is_prepared, open_prepared, read_digest
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,12 @@ import numpy as np
 
 from moebench.errors import UsageError
 from moebench.tasks.sources import check_domain_names, warn
-from moebench.tasks.text.corpus.blocks import Block, Position
-from moebench.tasks.text.corpus.encoder import BlockEncoder, batch_blocks, map_in_order
-from moebench.tasks.text.corpus.folder_state import begin_folder, describe_state, discard, lock_folder
-from moebench.tasks.text.corpus.manifest import (
+from moebench.tasks.text.coverage import MIN_COVERAGE, Coverage
+from moebench.tasks.text.overlap import warn_removed
+from moebench.tasks.text.prepared.blocks import Block, Position
+from moebench.tasks.text.prepared.encoder import BlockEncoder, batch_blocks, map_in_order
+from moebench.tasks.text.prepared.folder_state import begin_folder, describe_state, discard, lock_folder
+from moebench.tasks.text.prepared.manifest import (
     BYTES,
     COUNTS,
     MANIFEST,
@@ -27,13 +29,11 @@ from moebench.tasks.text.corpus.manifest import (
     require_size,
     shard_file,
 )
-from moebench.tasks.text.corpus.options import CorpusOptions
-from moebench.tasks.text.corpus.overlap import Overlap, provide_overlap
-from moebench.tasks.text.corpus.shards import UNFINISHED, FinishedShard, ShardBuilder, record_file, write_file
-from moebench.tasks.text.corpus.source import CorpusSource, Progress, open_source
-from moebench.tasks.text.corpus.training import draw_sample, train_tokenizer
-from moebench.tasks.text.coverage import MIN_COVERAGE, Coverage
-from moebench.tasks.text.overlap import warn_removed
+from moebench.tasks.text.prepared.options import PrepareOptions
+from moebench.tasks.text.prepared.overlap import Overlap, provide_overlap
+from moebench.tasks.text.prepared.shards import UNFINISHED, FinishedShard, ShardBuilder, record_file, write_file
+from moebench.tasks.text.prepared.source import CorpusSource, Progress, open_source
+from moebench.tasks.text.prepared.training import draw_sample, train_tokenizer
 from moebench.tasks.text.splits import SPLITS
 from moebench.tasks.text.tokens import Tokenizer, load_tokenizer, tokenizer_file
 
@@ -44,7 +44,7 @@ Report = Callable[[str, Progress], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a call of `prepare_corpus` did."""
+    """What a call of `build_folder` did."""
 
     manifest: Manifest
     was_ready: bool
@@ -53,7 +53,7 @@ class Outcome:
     """Shards that an earlier call had finished."""
 
 
-def prepare_corpus(options: CorpusOptions, report: Report) -> Outcome:
+def build_folder(options: PrepareOptions, report: Report) -> Outcome:
     """Prepare a folder, or continue an interrupted call with the same options and source.
 
     Raises UsageError for a source that cannot be read, a tokenizer that loses text, a split without text, and a folder
@@ -74,9 +74,9 @@ def prepare_corpus(options: CorpusOptions, report: Report) -> Outcome:
 
 
 class _Build:
-    """One call of `prepare_corpus`."""
+    """One call of `build_folder`."""
 
-    def __init__(self, options: CorpusOptions, source: CorpusSource, report: Report) -> None:
+    def __init__(self, options: PrepareOptions, source: CorpusSource, report: Report) -> None:
         self.options, self.source, self.report = options, source, report
         self.coverage: dict[str, Coverage] = {}
         self.overlap = Overlap()

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from moebench.tasks.folders import TRAIN
-from moebench.tasks.text.corpus.blocks import Block
-from moebench.tasks.text.corpus.encoder import batch_blocks, map_in_order
-from moebench.tasks.text.corpus.manifest import OVERLAP
-from moebench.tasks.text.corpus.shards import write_file
 from moebench.tasks.text.ngrams import hash_ngrams
 from moebench.tasks.text.overlap import THRESHOLD, OverlapIndex, Sketches
+from moebench.tasks.text.prepared.blocks import Block
+from moebench.tasks.text.prepared.encoder import batch_blocks, map_in_order
+from moebench.tasks.text.prepared.manifest import OVERLAP
+from moebench.tasks.text.prepared.shards import write_file
 
 ReadBlocks = Callable[[str], Iterable[Block]]
 """Called with the stage: reads the source from its beginning."""

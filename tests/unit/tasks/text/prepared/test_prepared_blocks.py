@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebench.tasks.text.corpus.blocks import choose_split, cut_text, read_parts
+from moebench.tasks.text.prepared.blocks import choose_split, cut_text, read_parts
 
 SHARES = {"validation": 0.2, "test": 0.1}
 TEXT = st.text(alphabet="ab \n", max_size=60)

@@ -12,8 +12,6 @@ from moebench.tasks.folders import TEST, TRAIN, VALIDATION, assign_parts, find_s
 from moebench.tasks.sources import file_digest
 from moebench.tasks.streams import COMPRESSED, open_text
 from moebench.tasks.tables import TABLES, file_errors, open_table, read_rows
-from moebench.tasks.text.corpus.blocks import Block, Position, choose_split, cut_text, read_parts
-from moebench.tasks.text.corpus.options import BLOCK, SMALL_BLOCK, CorpusOptions, has_optional_domain
 from moebench.tasks.text.document import Document, check_text
 from moebench.tasks.text.documents import (
     OPTIONAL,
@@ -26,6 +24,8 @@ from moebench.tasks.text.documents import (
     require_same_keys,
     text_file_domain,
 )
+from moebench.tasks.text.prepared.blocks import Block, Position, choose_split, cut_text, read_parts
+from moebench.tasks.text.prepared.options import BLOCK, SMALL_BLOCK, PrepareOptions, has_optional_domain
 
 ENDINGS = (*TABLES, *TEXTS)
 PACKED_RATIO = 3
@@ -60,7 +60,7 @@ class Progress:
 class CorpusSource:
     """The files of a source, in order, and how their documents are divided."""
 
-    options: CorpusOptions
+    options: PrepareOptions
     files: list[SourceFile]
     progress: Progress = field(init=False)
 
@@ -147,7 +147,7 @@ class CorpusSource:
                 yield replace(document, text=text), is_start, key
 
 
-def open_source(options: CorpusOptions) -> CorpusSource:
+def open_source(options: PrepareOptions) -> CorpusSource:
     """Find the files of a source; raise UsageError for what does not exist or has no text."""
     if options.data.dataset is not None:
         return CorpusSource(options, [SourceFile(name=options.data.dataset, path=None, part=TRAIN, domain="")])

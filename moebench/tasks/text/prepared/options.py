@@ -24,7 +24,7 @@ MIN_VOCAB = 257
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusOptions:
+class PrepareOptions:
     """The source, the tokenizer and the division of a prepared folder."""
 
     sources: tuple[str, ...]

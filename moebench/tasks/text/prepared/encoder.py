@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from moebench.errors import UsageError
-from moebench.tasks.text.corpus.blocks import Block
 from moebench.tasks.text.coverage import EXAMPLE_LENGTH, Coverage
+from moebench.tasks.text.prepared.blocks import Block
 from moebench.tasks.text.tokens import Tokenizer
 
 BATCH_CHARACTERS = 1 << 18

@@ -12,10 +12,10 @@ from filelock import FileLock, Timeout
 
 from moebench.errors import UsageError
 from moebench.file_access import require_no_links
-from moebench.tasks.text.corpus.manifest import BYTES, COUNTS, OVERLAP, STATE, TOKENIZER
-from moebench.tasks.text.corpus.options import FORMAT, CorpusOptions
-from moebench.tasks.text.corpus.shards import UNFINISHED, write_file
-from moebench.tasks.text.corpus.source import CorpusSource
+from moebench.tasks.text.prepared.manifest import BYTES, COUNTS, OVERLAP, STATE, TOKENIZER
+from moebench.tasks.text.prepared.options import FORMAT, PrepareOptions
+from moebench.tasks.text.prepared.shards import UNFINISHED, write_file
+from moebench.tasks.text.prepared.source import CorpusSource
 from moebench.tasks.text.tokens import tokenizer_file
 
 LOCK = ".lock"
@@ -53,13 +53,13 @@ def begin_folder(out: Path, state: Mapping[str, Any]) -> bool:
     return False
 
 
-def describe_state(options: CorpusOptions, source: CorpusSource) -> dict[str, Any]:
+def describe_state(options: PrepareOptions, source: CorpusSource) -> dict[str, Any]:
     """Return what must not change until a folder is finished: the options, the tokenizer and the files."""
     content = options.describe() | _tokenizer_state(options)
     return {"format": FORMAT, "options": content, "source": source.fingerprint()}
 
 
-def _tokenizer_state(options: CorpusOptions) -> dict[str, str]:
+def _tokenizer_state(options: PrepareOptions) -> dict[str, str]:
     """Return the checksum of a tokenizer file: an edited one is another."""
     path = None if options.vocab_to_train is not None else tokenizer_file(options.tokenizer)
     return {} if path is None else {"tokenizer": hashlib.sha256(path.read_bytes()).hexdigest()}

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 
 from moebench.errors import UsageError
 from moebench.tasks.folders import TRAIN
-from moebench.tasks.text.corpus.blocks import Block
 from moebench.tasks.text.embedded_tokenizer import train_bpe
+from moebench.tasks.text.prepared.blocks import Block
 
 
 def draw_sample(blocks: Iterable[Block], max_bytes: int) -> list[str]:

@@ -8,13 +8,13 @@ from support.prepared_text import folder_content, options_for, prepare_folder, r
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from moebench.errors import UsageError
-from moebench.tasks.text.corpus import build, source
-from moebench.tasks.text.corpus.checks import check_prepared
-from moebench.tasks.text.corpus.folder_state import lock_folder
-from moebench.tasks.text.corpus.manifest import read_manifest
-from moebench.tasks.text.corpus.options import CorpusOptions, describe_source
-from moebench.tasks.text.corpus.reader import open_prepared
 from moebench.tasks.text.documents import TextDataConfig
+from moebench.tasks.text.prepared import build, source
+from moebench.tasks.text.prepared.checks import check_prepared
+from moebench.tasks.text.prepared.folder_state import lock_folder
+from moebench.tasks.text.prepared.manifest import read_manifest
+from moebench.tasks.text.prepared.options import PrepareOptions, describe_source
+from moebench.tasks.text.prepared.reader import open_prepared
 from moebench.tasks.text.tokens import load_tokenizer
 
 
@@ -97,7 +97,7 @@ def test_a_stopped_call_continues_and_ends_with_the_same_files(mixed, tmp_path, 
 
     with monkeypatch.context() as patch:
         for module in ("build", "shards", "folder_state"):
-            patch.setattr(f"moebench.tasks.text.corpus.{module}.write_file", write_or_stop)
+            patch.setattr(f"moebench.tasks.text.prepared.{module}.write_file", write_or_stop)
         with pytest.raises(StoppedError):
             prepare_folder(mixed, tmp_path / "out", tokenizer="train:280")
     outcome = prepare_folder(mixed, tmp_path / "out", tokenizer="train:280", workers=2)
@@ -215,10 +215,10 @@ def test_a_data_set_of_the_hub_is_streamed(hub, tmp_path):
     (hub / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     columns = {"text_column": "text", "domain_column": "domain", "group_column": None}
     data = describe_source([], {"dataset": "on/hub", "config": None, "split": "train", "revision": None}, columns)
-    options = CorpusOptions(
+    options = PrepareOptions(
         sources=(), out=tmp_path / "out", tokenizer="bytes", data=data, validation=0.2, test=0.2, shard_bytes=900
     )
-    manifest = build.prepare_corpus(options, lambda stage, progress: None).manifest
+    manifest = build.build_folder(options, lambda stage, progress: None).manifest
     assert manifest.domains == ("x", "y")
     assert sum(s.num_bytes for shard in manifest.shards for s in shard.segments) == sum(len(r["text"]) for r in rows)
 
