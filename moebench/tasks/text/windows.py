@@ -15,6 +15,7 @@ from moebench.tasks.sources import check_held_out, warn
 from moebench.tasks.tables import TABLES
 from moebench.tasks.text.coverage import Coverage
 from moebench.tasks.text.documents import TEXTS, Document, TextDataConfig, load_documents, source_digest
+from moebench.tasks.text.encoding import encode_documents
 from moebench.tasks.text.kinds import TokenKinds
 from moebench.tasks.text.overlap import remove_overlap
 from moebench.tasks.text.shuffling import EpochOrder, order_by_permutation
@@ -22,7 +23,7 @@ from moebench.tasks.text.splits import SPLITS, split_documents
 from moebench.tasks.text.token_stream import TokenStream
 from moebench.tasks.text.tokens import Tokenizer, load_tokenizer
 
-FORMAT = 3
+FORMAT = 4
 """Part of the name in the cache: raised when the split, the separators, the files or the checks change."""
 KINDS_FORMAT = 1
 """Part of the name of the cached kinds of tokens."""
@@ -260,12 +261,12 @@ def _encode(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return token_N and byte_count_N of documents, concatenated, each preceded by a separator."""
     tokens, counts = [np.empty(0, dtype=token_type)], [np.empty(0, dtype=np.uint8)]
-    for document in documents:
-        token_N, count_N = tokenizer.encode(document.text)
-        coverage.add(document.text, tokenizer.decode(token_N))
-        if len(token_N):
-            tokens += [np.array([tokenizer.separator], dtype=token_type), token_N.astype(token_type)]
-            counts += [np.zeros(1, dtype=np.uint8), count_N.astype(np.min_scalar_type(int(count_N.max())))]
+    for document in encode_documents(documents, tokenizer):
+        coverage.merge(document.coverage)
+        if len(document.token_N):
+            tokens += [np.array([tokenizer.separator], dtype=token_type), document.token_N.astype(token_type)]
+            smallest = np.min_scalar_type(int(document.count_N.max()))
+            counts += [np.zeros(1, dtype=np.uint8), document.count_N.astype(smallest)]
     return np.concatenate(tokens), np.concatenate(counts)
 
 

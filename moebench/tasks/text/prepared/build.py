@@ -12,9 +12,10 @@ import numpy as np
 from moebench.errors import UsageError
 from moebench.tasks.sources import check_domain_names, warn
 from moebench.tasks.text.coverage import MIN_COVERAGE, Coverage
+from moebench.tasks.text.encoding import map_in_order
 from moebench.tasks.text.overlap import warn_removed
 from moebench.tasks.text.prepared.blocks import Block, Position
-from moebench.tasks.text.prepared.encoder import BlockEncoder, batch_blocks, map_in_order
+from moebench.tasks.text.prepared.encoder import BlockEncoder, batch_blocks
 from moebench.tasks.text.prepared.folder_state import begin_folder, describe_state, discard, lock_folder
 from moebench.tasks.text.prepared.manifest import (
     BYTES,

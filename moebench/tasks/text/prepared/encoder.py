@@ -1,25 +1,17 @@
-"""Encode blocks of text in several threads, in order, with a bounded number of blocks in memory."""
+"""Encode blocks of text; several threads may do so at once."""
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from moebench.errors import UsageError
 from moebench.tasks.text.coverage import EXAMPLE_LENGTH, Coverage
+from moebench.tasks.text.encoding import BATCH_CHARACTERS, split_by_size
 from moebench.tasks.text.prepared.blocks import Block
 from moebench.tasks.text.tokens import Tokenizer
-
-BATCH_CHARACTERS = 1 << 18
-"""A thread encodes so much text at once: the library's results take some 100 bytes for each token."""
-BATCHES_PER_WORKER = 3
-
-In = TypeVar("In")
-Out = TypeVar("Out")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,28 +61,4 @@ class BlockEncoder:
 
 def batch_blocks(blocks: Iterable[Block]) -> Iterator[list[Block]]:
     """Yield consecutive blocks together until they have `BATCH_CHARACTERS`."""
-    batch: list[Block] = []
-    size = 0
-    for block in blocks:
-        batch.append(block)
-        size += len(block.text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def map_in_order(function: Callable[[In], Out], items: Iterable[In], workers: int) -> Iterator[Out]:
-    """Yield the results of a function in the order of the items, computed in threads ahead of what was taken."""
-    waiting: deque[Future[Out]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="encode") as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= BATCHES_PER_WORKER * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    return split_by_size(blocks, lambda block: len(block.text), BATCH_CHARACTERS)

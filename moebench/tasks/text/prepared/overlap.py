@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from moebench.tasks.folders import TRAIN
+from moebench.tasks.text.encoding import map_in_order
 from moebench.tasks.text.ngrams import hash_ngrams
 from moebench.tasks.text.overlap import THRESHOLD, OverlapIndex, Sketches
 from moebench.tasks.text.prepared.blocks import Block
-from moebench.tasks.text.prepared.encoder import batch_blocks, map_in_order
+from moebench.tasks.text.prepared.encoder import batch_blocks
 from moebench.tasks.text.prepared.manifest import OVERLAP
 from moebench.tasks.text.prepared.shards import write_file
 
