@@ -1,7 +1,9 @@
 """The fast path of a bank of equal feed-forward experts: dispatch, experts and combine as one differentiable step.
 
-A single step saves little for the backward pass: the layer's input (not a copy per assignment), the hidden
-pre-activations, the experts' outputs and, unless it is recomputed, the activation.
+A single step saves little for the backward pass: the layer's input (not a copy per assignment) and the hidden units
+before the activation. With A_r the activation of a row, g the gradient of the output and dA'_r = g_t(r) W_out^T, the
+gradient of a weight is ⟨A_r, dA'_r⟩, so the experts' outputs are not needed again; and that of W_out is the sum of the
+outer products of w_r A_r and g_t(r), so no gradient is scaled on the wide side.
 """
 
 from dataclasses import dataclass
@@ -11,69 +13,75 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moebench.experts.activation import activation_backward, apply_nonlinearity, multiply_by_value
-from moebench.experts.dispatch import DispatchPlan, combine_backward
+from moebench.experts.activation import GATED
+from moebench.experts.dispatch import DispatchPlan, widen
+from moebench.experts.elementwise import activation_kernels, row_kernels
 from moebench.experts.grouped import cast_for_autocast, product, weight_gradient
 from moebench.routing.values import Routing
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Step:
-    """Everything but tensors that the forward and backward pass need."""
-
-    plan: DispatchPlan
-    activation: str
-    recompute: bool
-
-
-def fused_mixture(
-    x_TD: Tensor, routing: Routing, w_in_EDF: Tensor, w_out_EFD: Tensor, activation: str, *, recompute: bool
-) -> Tensor:
-    """Return Σ_e w_te E_e(x_t) for every token; with `recompute` the activation is computed again, not saved."""
+def fused_mixture(x_TD: Tensor, routing: Routing, w_in_EDF: Tensor, w_out_EFD: Tensor, activation: str) -> Tensor:
+    """Return Σ_e w_te E_e(x_t) for every token."""
     # What is traced around it stays compiled; the choice of kernels depends on the loads. `torch.compiler.disable`
     # as a decorator would import dynamo, as long as torch itself, in processes that never compute.
     compute = torch.compiler.disable(_fused_mixture) if torch.compiler.is_compiling() else _fused_mixture  # type: ignore[no-untyped-call]
-    y_TD: Tensor = compute(x_TD, routing, w_in_EDF, w_out_EFD, activation, recompute=recompute)
+    y_TD: Tensor = compute(x_TD, routing, w_in_EDF, w_out_EFD, activation)
     return y_TD
 
 
-def _fused_mixture(
-    x_TD: Tensor, routing: Routing, w_in_EDF: Tensor, w_out_EFD: Tensor, activation: str, *, recompute: bool
-) -> Tensor:
+def _fused_mixture(x_TD: Tensor, routing: Routing, w_in_EDF: Tensor, w_out_EFD: Tensor, activation: str) -> Tensor:
     x_TD, w_in_EDF, w_out_EFD = cast_for_autocast(x_TD, w_in_EDF, w_out_EFD)
-    plan = DispatchPlan.of(routing, may_pad=x_TD.element_size() <= 4)
-    step = _Step(plan=plan, activation=activation, recompute=recompute)
-    weight_N = routing.weight_N.to(x_TD.dtype)
-    y_TD: Tensor = _FusedMixture.apply(x_TD, weight_N, w_in_EDF, w_out_EFD, step)  # type: ignore[no-untyped-call]
+    experts = Experts(plan=DispatchPlan.of(routing, may_pad=x_TD.element_size() <= 4), gated=GATED[activation])
+    weight_N = widen(routing.weight_N, x_TD)
+    y_TD: Tensor = _FusedMixture.apply(x_TD, weight_N, w_in_EDF, w_out_EFD, experts)  # type: ignore[no-untyped-call]
     return y_TD
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Experts:
+    """y_t = Σ_n w_n · act(x_t W_in) W_out over the assignments n of token t, and its gradients."""
+
+    plan: DispatchPlan
+    gated: bool
+
+    def forward(self, x_TD: Tensor, weight_N: Tensor, w_in_EDF: Tensor, w_out_EFD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return y_TD and the hidden units before the activation."""
+        groups = self.plan.groups
+        hidden_RF = product(groups, row_kernels(x_TD).gather(x_TD, self.plan.token_R), w_in_EDF)
+        active_RF = activation_kernels(hidden_RF).activate(hidden_RF, gated=self.gated)
+        return self.plan.token_rows.sum(product(groups, active_RF, w_out_EFD), weight_N), hidden_RF
+
+    def backward(self, grad_TD: Tensor, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the gradients of the arguments of `forward`; `saved`: those arguments and the hidden units."""
+        x_TD, weight_N, w_in_EDF, w_out_EFD, hidden_RF = saved
+        groups, token_R, gather = self.plan.groups, self.plan.token_R, row_kernels(x_TD).gather
+        grad_RD = gather(grad_TD, token_R)
+        grad_hidden_RF, weighted_RF, grad_weight_R = activation_kernels(hidden_RF).weighted_backward(
+            product(groups, grad_RD, w_out_EFD.transpose(1, 2)),
+            hidden_RF,
+            self.plan.weight_R(weight_N),
+            gated=self.gated,
+        )
+        grad_w_out_EFD = weight_gradient(groups, weighted_RF, grad_RD)
+        del grad_RD, weighted_RF
+        grad_w_in_EDF = weight_gradient(groups, gather(x_TD, token_R), grad_hidden_RF)
+        grad_x_TD = self.plan.token_rows.sum(product(groups, grad_hidden_RF, w_in_EDF.transpose(1, 2)))
+        return grad_x_TD, self.plan.to_assignments(grad_weight_R), grad_w_in_EDF, grad_w_out_EFD
 
 
 class _FusedMixture(torch.autograd.Function):
-    """y_t = Σ_n w_n · act(x_t W_in) W_out over the assignments n of token t."""
+    """`Experts` as one step of autograd."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_N: Tensor, w_in_EDF: Tensor, w_out_EFD: Tensor, step: _Step) -> Tensor:
-        plan, activation = step.plan, step.activation
-        hidden_RF = product(plan.groups, x_TD.index_select(0, plan.token_R), w_in_EDF)
-        nonlinear_RF = apply_nonlinearity(hidden_RF, activation)
-        y_RD = product(plan.groups, multiply_by_value(nonlinear_RF, hidden_RF, activation), w_out_EFD)
-        saved_RF = None if step.recompute else nonlinear_RF
-        ctx.save_for_backward(x_TD, weight_N, w_in_EDF, w_out_EFD, hidden_RF, saved_RF, y_RD)
-        ctx.step = step
-        return plan.token_rows.sum(y_RD, weight_N)
+    def forward(
+        ctx: Any, x_TD: Tensor, weight_N: Tensor, w_in_EDF: Tensor, w_out_EFD: Tensor, experts: Experts
+    ) -> Tensor:
+        y_TD, hidden_RF = experts.forward(x_TD, weight_N, w_in_EDF, w_out_EFD)
+        ctx.save_for_backward(x_TD, weight_N, w_in_EDF, w_out_EFD, hidden_RF)
+        ctx.experts = experts
+        return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, weight_N, w_in_EDF, w_out_EFD, hidden_RF, nonlinear_RF, y_RD = ctx.saved_tensors
-        plan, activation = ctx.step.plan, ctx.step.activation
-        grad_RD, grad_weight_N = combine_backward(grad_TD.contiguous(), y_RD, weight_N, plan)
-        if nonlinear_RF is None:
-            nonlinear_RF = apply_nonlinearity(hidden_RF, activation)
-        active_RF = multiply_by_value(nonlinear_RF, hidden_RF, activation)
-        grad_w_out_EFD = weight_gradient(plan.groups, active_RF, grad_RD)
-        grad_active_RF = product(plan.groups, grad_RD, w_out_EFD.transpose(1, 2))
-        grad_hidden_RF = activation_backward(grad_active_RF, nonlinear_RF, hidden_RF, activation)
-        grad_w_in_EDF = weight_gradient(plan.groups, x_TD.index_select(0, plan.token_R), grad_hidden_RF)
-        grad_x_RD = product(plan.groups, grad_hidden_RF, w_in_EDF.transpose(1, 2))
-        return plan.token_rows.sum(grad_x_RD), grad_weight_N, grad_w_in_EDF, grad_w_out_EFD, None
+        return (*ctx.experts.backward(grad_TD.contiguous(), ctx.saved_tensors), None)
