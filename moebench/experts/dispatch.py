@@ -27,6 +27,8 @@ class DispatchPlan:
     those assignments have no row.
     """
 
+    order_N: Tensor
+    """The assignments sorted by expert, those that are not kept last."""
     assignment_R: Tensor
     """Row -> assignment; N for a padding row."""
     token_R: Tensor
@@ -41,14 +43,15 @@ class DispatchPlan:
     """The rows of each token."""
 
     @classmethod
-    def of(cls, routing: Routing, *, may_pad: bool = False) -> "DispatchPlan":
-        """Sort the assignments by expert."""
+    def of(cls, routing: Routing, *, may_pad: bool = False, order_N: Tensor | None = None) -> "DispatchPlan":
+        """Sort the assignments by expert; `order_N`: that of an earlier plan of the same routing."""
         groups = group_rows(routing.load_E, may_pad=may_pad)
-        order_N = _stable_order(routing.expert_N, routing.kept_N, routing.num_experts)
-        if groups.num_rows is not None:
-            order_N = order_N[: sum(groups.loads or ())]
-        row_N, assignment_R = _assign_rows(routing.expert_N, order_N, groups)
+        if order_N is None:
+            order_N = _stable_order(routing.expert_N, routing.kept_N, routing.num_experts)
+        with_row_S = order_N if groups.loads is None else order_N[: sum(groups.loads)]
+        row_N, assignment_R = _assign_rows(routing.expert_N, with_row_S, groups)
         return cls(
+            order_N=order_N,
             assignment_R=assignment_R,
             token_R=functional.pad(routing.token_N, (0, 1)).index_select(0, assignment_R),
             row_N=row_N,

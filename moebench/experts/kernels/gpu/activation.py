@@ -19,7 +19,8 @@ def activate(hidden_RF: Tensor, *, gated: bool) -> Tensor:
     if active_RF.numel():
         rows, block = choose_tile(width)
         grid = (triton.cdiv(num_rows, rows), triton.cdiv(width, block))
-        _activate[grid](hidden_RF, active_RF, num_rows, width, GATED=gated, ROWS=rows, BLOCK=block, num_warps=8)
+        with torch.cuda.device_of(hidden_RF):  # Triton launches on the current device
+            _activate[grid](hidden_RF, active_RF, num_rows, width, GATED=gated, ROWS=rows, BLOCK=block, num_warps=8)
     return active_RF
 
 
@@ -50,9 +51,10 @@ def _launch_backward(
     num_rows, width = inputs[0].shape
     rows, block = choose_tile(width)
     if num_rows:
-        _activate_backward[(triton.cdiv(num_rows, rows),)](
-            *inputs, *outputs, num_rows, width, GATED=gated, ROWS=rows, BLOCK=block, num_warps=8
-        )
+        with torch.cuda.device_of(inputs[0]):
+            _activate_backward[(triton.cdiv(num_rows, rows),)](
+                *inputs, *outputs, num_rows, width, GATED=gated, ROWS=rows, BLOCK=block, num_warps=8
+            )
 
 
 @triton.jit

@@ -19,7 +19,8 @@ def gather(x_TD: Tensor, index_R: Tensor) -> Tensor:
     if out_RD.numel():
         rows, block = choose_tile(width)
         grid = (triton.cdiv(index_R.shape[0], rows), triton.cdiv(width, block))
-        _gather[grid](x_TD, index_R, out_RD, index_R.shape[0], width, ROWS=rows, BLOCK=block, num_warps=8)
+        with torch.cuda.device_of(x_TD):  # Triton launches on the current device
+            _gather[grid](x_TD, index_R, out_RD, index_R.shape[0], width, ROWS=rows, BLOCK=block, num_warps=8)
     return out_RD
 
 
@@ -30,14 +31,15 @@ def sum_groups(value_RD: Tensor, row_M: Tensor, start_T: Tensor | None, weight_M
     out_TD = value_RD.new_empty(num_tokens, width)
     if out_TD.numel():
         block = min(max(triton.next_power_of_2(width), MIN_BLOCK), MAX_BLOCK)
-        _sum_groups[(num_tokens, triton.cdiv(width, block))](
-            *(value_RD, row_M.contiguous(), start_T, None if weight_M is None else weight_M.contiguous(), out_TD),
-            width,
-            TOP_K=row_M.shape[1] if start_T is None else 0,
-            UNROLLED=start_T is None and row_M.shape[1] <= MAX_UNROLLED,
-            BLOCK=block,
-            num_warps=max(block // 256, 1),
-        )
+        with torch.cuda.device_of(value_RD):
+            _sum_groups[(num_tokens, triton.cdiv(width, block))](
+                *(value_RD, row_M.contiguous(), start_T, None if weight_M is None else weight_M.contiguous(), out_TD),
+                width,
+                TOP_K=row_M.shape[1] if start_T is None else 0,
+                UNROLLED=start_T is None and row_M.shape[1] <= MAX_UNROLLED,
+                BLOCK=block,
+                num_warps=max(block // 256, 1),
+            )
     return out_TD
 
 
@@ -48,12 +50,13 @@ def weigh_gathered(grad_TD: Tensor, y_RD: Tensor, token_R: Tensor, weight_R: Ten
     grad_RD, inner_R = torch.empty_like(y_RD), torch.empty_like(weight_R)
     if num_rows:
         rows, block = choose_tile(width)
-        _weigh_gathered[(triton.cdiv(num_rows, rows),)](
-            *(grad_TD, y_RD, token_R, weight_R, grad_RD, inner_R, num_rows, width),
-            ROWS=rows,
-            BLOCK=block,
-            num_warps=8,
-        )
+        with torch.cuda.device_of(y_RD):
+            _weigh_gathered[(triton.cdiv(num_rows, rows),)](
+                *(grad_TD, y_RD, token_R, weight_R, grad_RD, inner_R, num_rows, width),
+                ROWS=rows,
+                BLOCK=block,
+                num_warps=8,
+            )
     return grad_RD, inner_R
 
 
