@@ -1,6 +1,7 @@
 """Options of the test run: plugin files whose routers the contract tests cover too, and one router alone."""
 
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:.*LeafSpec.* is deprecated:FutureWarning")
     settings.load_profile(config.getoption("--hypothesis-profile") or "quick")
     torch.set_num_threads(1)  # sums change with the number of threads in the last bit
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported (tests/unit/experts/test_triton_kernels.py)
     try:
         for path in config.getoption("--plugin"):
             load_plugin(path)

@@ -1,10 +1,14 @@
-"""Hidden units of feed-forward networks: activations, their backward pass for the fused path, and dropout."""
+"""Hidden units of feed-forward networks: activations and dropout."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from moebench.experts.elementwise import activation_kernels
 
 GATED = {"gelu": False, "swiglu": True}
 """Activations by name; a gated one has a second input projection that multiplies the first."""
@@ -12,31 +16,36 @@ GATED = {"gelu": False, "swiglu": True}
 
 def activate(hidden_RF: Tensor, activation: str) -> Tensor:
     """Apply the activation; a gated one halves the last dimension: silu(first half) · second half."""
-    return multiply_by_value(apply_nonlinearity(hidden_RF, activation), hidden_RF, activation)
-
-
-def apply_nonlinearity(hidden_RF: Tensor, activation: str) -> Tensor:
-    """Return the expensive part of `activate`: gelu of everything, or silu of the first half."""
-    return functional.silu(hidden_RF.chunk(2, dim=-1)[0]) if GATED[activation] else functional.gelu(hidden_RF)
-
-
-def multiply_by_value(nonlinear_RF: Tensor, hidden_RF: Tensor, activation: str) -> Tensor:
-    """Return the cheap part of `activate`: the product with the second half, where the activation is gated."""
-    return nonlinear_RF * hidden_RF.chunk(2, dim=-1)[1] if GATED[activation] else nonlinear_RF
-
-
-def activation_backward(grad_RF: Tensor, nonlinear_RF: Tensor, hidden_RF: Tensor, activation: str) -> Tensor:
-    """Return the gradient of the pre-activations; overwrites `grad_RF`, so that no further buffer is needed."""
-    aten = torch.ops.aten
     if not GATED[activation]:
-        aten.gelu_backward.grad_input(grad_RF, hidden_RF, grad_input=grad_RF)
-        return grad_RF
-    gate_RF, value_RF = hidden_RF.chunk(2, dim=-1)
-    grad_hidden_RF = torch.empty_like(hidden_RF)
-    grad_gate_RF, grad_value_RF = grad_hidden_RF.chunk(2, dim=-1)
-    torch.mul(nonlinear_RF, grad_RF, out=grad_value_RF)
-    aten.silu_backward.grad_input(grad_RF.mul_(value_RF), gate_RF, grad_input=grad_gate_RF)
-    return grad_hidden_RF
+        return functional.gelu(hidden_RF)  # one pass, and nothing saved but its argument
+    if torch.compiler.is_compiling():  # the compiler makes one pass of it
+        gate_RF, value_RF = hidden_RF.chunk(2, dim=-1)
+        return functional.silu(gate_RF) * value_RF
+    active_RF: Tensor = _SwiGLU.apply(hidden_RF)  # type: ignore[no-untyped-call]
+    return active_RF
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(first half) · second half; the backward pass computes the silu again instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_XF: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_XF)
+        hidden_RF = _as_rows(hidden_XF)
+        active_RF = activation_kernels(hidden_RF).activate(hidden_RF, gated=True)
+        return active_RF.view(*hidden_XF.shape[:-1], active_RF.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_XF: Tensor) -> Tensor:
+        (hidden_XF,) = ctx.saved_tensors
+        grad_RF, hidden_RF = _as_rows(grad_XF), _as_rows(hidden_XF)
+        grad_hidden_RF = activation_kernels(hidden_RF).activate_backward(grad_RF, hidden_RF, gated=True)
+        return grad_hidden_RF.view_as(hidden_XF)
+
+
+def _as_rows(value_XF: Tensor) -> Tensor:
+    return value_XF.unsqueeze(0).flatten(0, -2)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

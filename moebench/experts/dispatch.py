@@ -1,7 +1,7 @@
 """Dispatch and combine: token vectors to rows sorted by expert, and rows back to weighted sums per token.
 
 Everything is a gather, forward and backward: a token's rows are indexed and summed in a fixed order, never scattered,
-so the result is the same in every run on every device.
+so the result is the same in every run on every device. Weights are at least fp32, in every precision of the rows.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from moebench.experts.elementwise import row_kernels
 from moebench.experts.grouped import group_rows
 from moebench.experts.kernels.groups import Groups
 from moebench.routing.values import Routing
@@ -26,6 +27,8 @@ class DispatchPlan:
     those assignments have no row.
     """
 
+    order_N: Tensor
+    """The assignments sorted by expert, those that are not kept last."""
     assignment_R: Tensor
     """Row -> assignment; N for a padding row."""
     token_R: Tensor
@@ -40,14 +43,15 @@ class DispatchPlan:
     """The rows of each token."""
 
     @classmethod
-    def of(cls, routing: Routing, *, may_pad: bool = False) -> "DispatchPlan":
-        """Sort the assignments by expert."""
+    def of(cls, routing: Routing, *, may_pad: bool = False, order_N: Tensor | None = None) -> "DispatchPlan":
+        """Sort the assignments by expert; `order_N`: that of an earlier plan of the same routing."""
         groups = group_rows(routing.load_E, may_pad=may_pad)
-        order_N = _stable_order(routing.expert_N, routing.kept_N, routing.num_experts)
-        if groups.num_rows is not None:
-            order_N = order_N[: sum(groups.loads or ())]
-        row_N, assignment_R = _assign_rows(routing.expert_N, order_N, groups)
+        if order_N is None:
+            order_N = _stable_order(routing.expert_N, routing.kept_N, routing.num_experts)
+        with_row_S = order_N if groups.loads is None else order_N[: sum(groups.loads)]
+        row_N, assignment_R = _assign_rows(routing.expert_N, with_row_S, groups)
         return cls(
+            order_N=order_N,
             assignment_R=assignment_R,
             token_R=functional.pad(routing.token_N, (0, 1)).index_select(0, assignment_R),
             row_N=row_N,
@@ -57,8 +61,8 @@ class DispatchPlan:
         )
 
     def weight_R(self, weight_N: Tensor) -> Tensor:
-        """Return the weight of each row as a column, 0 for a padding row."""
-        return functional.pad(weight_N, (0, 1)).index_select(0, self.assignment_R).unsqueeze(-1)
+        """Return the weight of each row, 0 for a padding row."""
+        return functional.pad(weight_N, (0, 1)).index_select(0, self.assignment_R)
 
     def to_assignments(self, value_R: Tensor) -> Tensor:
         """Return the value of each assignment's row, 0 for assignments without one."""
@@ -104,13 +108,9 @@ class TokenRows:
 
     def sum(self, value_RD: Tensor, weight_N: Tensor | None = None) -> Tensor:
         """Return the sum of each token's rows, [T, D], each times its weight if weights are given."""
-        num_tokens = self.row_M.shape[0] if self.start_T is None else self.start_T.numel() - 1
-        if value_RD.numel() == 0 or self.row_M.numel() == 0:
-            return value_RD.new_zeros(num_tokens, value_RD.shape[1])
         if weight_N is not None:
             weight_N = weight_N.view_as(self.row_M) if self.order_N is None else weight_N[self.order_N]
-        summed = functional.embedding_bag(self.row_M, value_RD, self.start_T, mode="sum", per_sample_weights=weight_N)
-        return summed[:num_tokens]
+        return row_kernels(value_RD).sum_groups(value_RD, self.row_M, self.start_T, weight_N)
 
 
 def _stable_order(key_N: Tensor, kept_N: Tensor | None, num_keys: int) -> Tensor:
@@ -129,8 +129,13 @@ def dispatch(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
 
 def combine(y_RD: Tensor, weight_N: Tensor, plan: DispatchPlan) -> Tensor:
     """Return y_TD: for each token the sum of its experts' outputs times their weights (0 for an unserved token)."""
-    y_TD: Tensor = _Combine.apply(y_RD, weight_N.to(y_RD.dtype), plan)  # type: ignore[no-untyped-call]
+    y_TD: Tensor = _Combine.apply(y_RD, widen(weight_N, y_RD), plan)  # type: ignore[no-untyped-call]
     return y_TD
+
+
+def widen(weight_N: Tensor, rows: Tensor) -> Tensor:
+    """Return weights of rows in fp32, or in fp64 if the rows are."""
+    return weight_N.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 class _Dispatch(torch.autograd.Function):
@@ -139,7 +144,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
         ctx.plan = plan
-        return x_TD.index_select(0, plan.token_R)
+        return row_kernels(x_TD).gather(x_TD, plan.token_R)
 
     @staticmethod
     @once_differentiable
@@ -160,12 +165,7 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
         y_RD, weight_N = ctx.saved_tensors
-        grad_RD, grad_weight_N = combine_backward(grad_TD, y_RD, weight_N, ctx.plan)
-        return grad_RD, grad_weight_N, None
-
-
-def combine_backward(grad_TD: Tensor, y_RD: Tensor, weight_N: Tensor, plan: DispatchPlan) -> tuple[Tensor, Tensor]:
-    """Return the gradients of y_RD and weight_N: w_r · g_t(r), and the inner product of y_r and g_t(r)."""
-    grad_RD = grad_TD.index_select(0, plan.token_R)
-    grad_weight_N = plan.to_assignments((y_RD * grad_RD).sum(-1))
-    return grad_RD.mul_(plan.weight_R(weight_N)), grad_weight_N
+        plan: DispatchPlan = ctx.plan
+        weight_R = plan.weight_R(weight_N)
+        grad_RD, inner_R = row_kernels(y_RD).weigh_gathered(grad_TD, y_RD, plan.token_R, weight_R)
+        return grad_RD, plan.to_assignments(inner_R), None

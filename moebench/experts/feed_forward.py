@@ -99,7 +99,7 @@ class ExpertBank(Bank):
         *,
         recompute: bool = False,
     ) -> None:
-        """`recompute`: compute the activation again in the backward pass instead of keeping it."""
+        """`recompute`: keep nothing but the input where the fused path, which keeps no activation, does not apply."""
         super().__init__()
         self.recompute = recompute
         self.num_experts = num_experts
@@ -142,8 +142,7 @@ class ExpertBank(Bank):
         if dropout is not None or self.exchange is not None:
             return super().mixture(x_TD, routing, dropout, while_in_flight)
         weights = self.w_in_EDF, self.w_out_EFD
-        y_TD: Tensor = fused_mixture(x_TD, routing, *weights, self.activation, recompute=self.recompute)
-        return y_TD
+        return fused_mixture(x_TD, routing, *weights, self.activation)
 
     @override
     def compute_merged(self, x_GSD: Tensor, weight_GE: Tensor, dropout: Dropout | None = None) -> Tensor:

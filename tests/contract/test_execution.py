@@ -1,5 +1,6 @@
 """Execution of the layer: bf16, the GPU path, compilation, recomputation, saved tensors."""
 
+import importlib
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from support.routing_strategies import crowded_routings, rectangles, routings
 from torch import Tensor
 
 from moebench.bench.layer.saved import count_saved_bytes
-from moebench.experts import dispatch, grouped
+from moebench.experts import dispatch, fused_operator, grouped
 from moebench.experts.capacity import Capacity
 from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.fused import fused_mixture
@@ -129,7 +130,9 @@ def test_unsupported_widths_are_padded(width_in: int, width_out: int, loads: lis
 def test_layer_does_not_synchronise_with_the_device(
     router: str, factor: float | None, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Meta tensors have no values, so reading one would raise. They do not support autocast.
+    # Meta tensors have no values, so reading one would raise. They do not support autocast. The compiler, which takes
+    # note of these functions when it is imported, must not see the substitutes.
+    importlib.import_module("torch._dynamo")
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     with torch.device("meta"):
@@ -151,20 +154,40 @@ def test_layer_does_not_synchronise_with_the_device(
         record.num_dropped.__index__()
 
 
-# The compiler looks at .grad of tensors between two graphs, and torch warns about that.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("case", [Case("switch"), Case("top_k"), Case("expert_choice")], ids=str)
-def test_compiled_layer_equals_the_eager_layer(case: Case) -> None:
+@pytest.mark.parametrize(
+    ("case", "factor", "half"),
+    [
+        (Case("top_k"), None, True),
+        (Case("top_k"), 0.75, False),
+        (Case("switch", options={"jitter": 0.0}), None, False),
+        (Case("expert_choice"), 0.75, False),
+    ],
+    ids=str,
+)
+def test_compiled_layer_is_one_graph_and_equals_the_eager_layer(case: Case, factor: float | None, half: bool) -> None:
     results = []
+    torch._dynamo.reset()  # each test compiles: torch limits how often
     for compiled in (False, True):
-        layer, tokens = case.layer(capacity=Capacity(train=1.0)), Tokens.draw(64)
+        layer, tokens = case.layer(capacity=Capacity(train=factor), activation="swiglu"), Tokens.draw(64)
         tokens.x_TD.requires_grad_()
-        call = torch.compile(layer, backend="aot_eager") if compiled else layer
-        y_TD, record = call(tokens.x_TD, tokens.context(training=True))
-        y_TD.square().sum().backward()
+        call = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            y_TD, record = call(tokens.x_TD, tokens.context(training=True))
+        y_TD.float().square().sum().backward()
         results.append([y_TD, record.kept.load_E, tokens.x_TD.grad, *(p.grad for p in layer.parameters())])
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        # In bf16 the compiler adds the gradients of the input in another precision.
+        assert (ours - theirs).float().norm() <= (1e-2 if half else 1e-5) * theirs.float().norm()
+
+
+@pytest.mark.parametrize("kept", [None, torch.tensor([True, False, True, True, False, True])], ids=["all", "some"])
+def test_the_operator_keeps_the_contract_of_torch_library(kept: Tensor | None) -> None:
+    # Its schema, its autograd registration, its shapes without values, and all of them in a traced graph.
+    bank = randomise_parameters(ExpertBank(D_MODEL, 8, 4, "swiglu"))
+    x_TD, weight_N = torch.randn(6, D_MODEL, requires_grad=True), torch.rand(6, requires_grad=True)
+    lists = torch.arange(6), torch.tensor([0, 3, 3, 3, 1, 0]), kept, 1
+    arguments = (x_TD, weight_N, bank.w_in_EDF, bank.w_out_EFD, *lists, "swiglu")
+    assert set(torch.library.opcheck(fused_operator.mixture, arguments).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
@@ -174,20 +197,15 @@ def test_saved_tensors_are_minimal(activation: str) -> None:
     routing = Routing.from_top_k(expert_TK, torch.rand(num_tokens, top_k), num_experts=8)
     bank = randomise_parameters(ExpertBank(d_model, hidden, 8, activation))
     x_TD = torch.randn(num_tokens, d_model)
-    kept = {}
-    for recompute in (False, True):
-        weights = bank.w_in_EDF, bank.w_out_EFD
-        kept[recompute] = count_saved_bytes(
-            lambda r=recompute, w=weights: fused_mixture(x_TD, routing, *w, activation, recompute=r),
-            [x_TD, routing.weight_N, *bank.parameters()],
-        )
+    weights = bank.w_in_EDF, bank.w_out_EFD
+    saved = count_saved_bytes(
+        lambda: fused_mixture(x_TD, routing, *weights, activation), [x_TD, routing.weight_N, *bank.parameters()]
+    )
     rows, pre = num_tokens * top_k, hidden * (2 if activation == "swiglu" else 1)
-    least = 4 * rows * (d_model + pre)  # inputs once per assignment and hidden values before the activation
-    assert kept[True] <= 1.01 * least
+    assert saved == 4 * rows * pre  # the hidden units before the activation and nothing else
     # Saved by gather, grouped_mm, activation, grouped_mm and the weighted sum.
     plain = 4 * rows * (2 * d_model + pre + hidden * (2 if activation == "swiglu" else 1))
-    assert kept[True] <= 0.55 * plain
-    assert kept[False] == kept[True] + 4 * rows * hidden
+    assert saved <= 0.4 * plain
 
 
 @pytest.mark.gpu

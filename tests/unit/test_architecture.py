@@ -130,7 +130,7 @@ def test_files_and_functions_are_short() -> None:
 
 
 def test_functions_have_few_parameters() -> None:
-    """A command's parameters are its options, so `cli` is exempt; `self` and `cls` do not count."""
+    """A command's parameters are its options, so `cli` is exempt, and so are kernels; `self` and `cls` do not count."""
     long = []
     for file, tree in TREES.items():
         if package_of(file) == "cli":
@@ -138,6 +138,8 @@ def test_functions_have_few_parameters() -> None:
         for function in functions_of(tree):
             arguments = function.args
             names = [each.arg for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+            if "triton.jit" in map(ast.unparse, function.decorator_list):
+                continue  # addresses and sizes, no values
             count = len([name for name in names if name not in ("self", "cls")])
             if count > MAX_PARAMETERS:
                 long.append(f"{file}:{function.lineno} {function.name} has {count} parameters")
@@ -170,11 +172,11 @@ def modules_of(*packages: str) -> list[str]:
 
 
 def test_routing_and_experts_need_torch_alone() -> None:
-    modules = modules_of("routing", "experts")
+    modules = [name for name in modules_of("routing", "experts") if ".kernels.gpu" not in name]  # Triton: on a GPU
     assert len(modules) > 15
     loaded = loaded_by(f"import importlib\nfor name in {modules!r}: importlib.import_module(name)")
     assert "torch" in loaded
-    assert not loaded & {"lightning", "mlflow", "yaml", "datasets", "matplotlib", "scipy", "pandas"}
+    assert not loaded & {"lightning", "mlflow", "yaml", "datasets", "matplotlib", "scipy", "pandas", "triton"}
 
 
 def test_help_loads_nothing_heavy() -> None:
