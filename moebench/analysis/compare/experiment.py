@@ -60,7 +60,7 @@ def compare_experiment(
         allow_mismatch=allow_mismatch,
         tuned_keys=state.keys if state is not None else (),
     )
-    trivial = find_trivial_baselines(experiment, results, run_results, split)
+    trivial = find_trivial_baselines(experiment, cells, results, run_results, split)
     return replace(
         comparison,
         trivial_baselines=trivial.baselines,
@@ -72,10 +72,13 @@ def compare_experiment(
 
 
 def find_trivial_baselines(
-    experiment: Experiment, results: Path, run_results: Sequence[RunResult], split: Split
+    experiment: Experiment, cells: Sequence[Cell], results: Path, run_results: Sequence[RunResult], split: Split
 ) -> TrivialBaselines:
-    """Return the trivial baselines of an experiment, which are computed where they are not stored; never raise."""
-    source = find_source(experiment.cells, run_results, experiment.baseline)
+    """Return the trivial baselines of an experiment, which are computed where they are not stored; never raise.
+
+    `cells`: those that were trained, which tuning has settled.
+    """
+    source = find_source(cells, run_results, experiment.baseline)
     if source is None:
         return TrivialBaselines()
     record = None
@@ -98,7 +101,7 @@ def draw_experiment(experiment: Experiment, results: Path, file: Path, compariso
     metric = f"eval/{facts.metric}"
     if not any(metric in point.metrics for seeds in journals.values() for run in seeds.values() for point in run):
         return None
-    trivial = find_trivial_baselines(experiment, results, read_results(cells, results), "validation")
+    trivial = find_trivial_baselines(experiment, cells, results, read_results(cells, results), "validation")
     return draw_comparison(
         journals,
         CurvePanel(
