@@ -109,7 +109,7 @@ def test_an_experiment_without_tuning_has_no_such_table(tmp_path: Path) -> None:
 
 def test_the_trivial_baselines_are_those_of_the_runs_that_were_chosen(tmp_path: Path) -> None:
     experiment = expand_tuned(tmp_path)
-    write_trials(tmp_path, experiment, quality)
+    write_trials(tmp_path, experiment, lambda arm, trial, seed: 2 - trial.settings[RATE])  # not the default rate
     write_finals(tmp_path, experiment)
     # The runs name data of another text: what is looked for are their baselines, not those of cells before tuning.
     assert "data" in compare(experiment, tmp_path).trivial_problem
