@@ -57,7 +57,7 @@ class DispatchPlan:
             row_N=row_N,
             kept_N=routing.kept_N,
             groups=groups,
-            token_rows=TokenRows.of(routing, row_N),
+            token_rows=TokenRows.of(routing, row_N, groups),
         )
 
     def weight_R(self, weight_N: Tensor) -> Tensor:
@@ -91,18 +91,20 @@ class TokenRows:
     """The rows of each token, as indices of a gather that sums (an embedding bag)."""
 
     row_M: Tensor
-    """[T, K] for a rectangle; otherwise one list, token after token, followed by what is not kept."""
+    """[T, K] for a rectangle; otherwise one list, token after token, on a GPU followed by what is not kept."""
     start_T: Tensor | None = None
     """Start of each token's rows in the list, and as a last element the start of what is not kept."""
     order_N: Tensor | None = None
     """The assignments in the order of `row_M`."""
 
     @classmethod
-    def of(cls, routing: Routing, row_N: Tensor) -> "TokenRows":
+    def of(cls, routing: Routing, row_N: Tensor, groups: Groups) -> "TokenRows":
         """Group the rows by token."""
         if routing.top_k is not None and routing.kept_N is None:
             return cls(row_M=row_N.view(routing.num_tokens, routing.top_k))
         order_N = _stable_order(routing.token_N, routing.kept_N, routing.num_tokens)
+        if groups.loads is not None:  # else what is not kept is the longest sum of all, and nothing reads it
+            order_N = order_N[: sum(groups.loads)]
         start_T = functional.pad(routing.experts_per_token_T.cumsum(0), (1, 0))
         return cls(row_M=row_N[order_N], start_T=start_T, order_N=order_N)
 
