@@ -66,21 +66,19 @@ def run(
     """
     from moebench.analysis.figures import Figures
     from moebench.experiment.phases import run_phases
-    from moebench.experiment.runner import RunOptions
+    from moebench.experiment.run_setup import RunOptions, RunSetup
     from moebench.launch.launcher import LocalLauncher
     from moebench.reporting.streams import open_stderr_console
 
-    options = RunOptions(jobs=jobs, tracker=tracker, retries=retries)
-    console = open_stderr_console(quiet=quiet)
+    setup = RunSetup(
+        results=Path(results),
+        options=RunOptions(jobs=jobs, tracker=tracker, retries=retries),
+        launcher=LocalLauncher(),
+        console=open_stderr_console(quiet=quiet),
+        figures=Figures(),
+    )
     with _hide_main_module():
-        report = run_phases(
-            _as_experiment(experiment),
-            Path(results),
-            options,
-            launcher=LocalLauncher(),
-            console=console,
-            figures=Figures(),
-        )
+        report = run_phases(_as_experiment(experiment), setup)
     if report.interrupted:
         raise KeyboardInterrupt if report.interrupted == signal.SIGINT else SystemExit(128 + report.interrupted)
     return report

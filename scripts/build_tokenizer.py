@@ -12,8 +12,9 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from moebench.tasks.text.documents import Document, TextDataConfig, load_documents
+from moebench.tasks.text.document import Document
 from moebench.tasks.text.embedded_tokenizer import VOCAB_SIZE, train_bpe
+from moebench.tasks.text.sources import TextDataConfig, load_documents
 from moebench.tasks.text.splits import split_documents
 from moebench.tasks.text.tokens import SubwordTokenizer
 

@@ -27,6 +27,7 @@ def _build_row(name: str, file: str, size: SizeConfig) -> dict[str, Any]:
         "FLOPs": f"{size.flops:.2g}",
         "model": f"{model.num_layers}×{model.d_model}",
         "tokens": format_count(tokens),
+        "tasks": size.tasks,
         "about": size.about,
         "file": file,
         "base": base,

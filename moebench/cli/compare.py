@@ -100,12 +100,16 @@ def train_missing(grid: "Experiment", results: Path, jobs: int) -> None:
     from moebench.analysis.figures import Figures
     from moebench.cli.output import make_console
     from moebench.experiment.phases import run_phases
-    from moebench.experiment.runner import RunOptions
+    from moebench.experiment.run_setup import RunOptions, RunSetup
     from moebench.launch.launcher import LocalLauncher
 
-    console = make_console(stderr=True)
-    report = run_phases(
-        grid, results, RunOptions(jobs=jobs), launcher=LocalLauncher(), console=console, figures=Figures()
+    setup = RunSetup(
+        results=results,
+        options=RunOptions(jobs=jobs),
+        launcher=LocalLauncher(),
+        console=make_console(stderr=True),
+        figures=Figures(),
     )
+    report = run_phases(grid, setup)
     if report.interrupted:
         raise typer.Exit(128 + report.interrupted)

@@ -33,7 +33,7 @@ COLUMNS = {
     Kind.TASKS: ("name", "causal", "metric", "data"),
     Kind.LOSSES: ("name", "equation", "uniform", "collapsed", "paper"),
     Kind.EXPERIMENTS: ("name", "origin", "question"),
-    Kind.SIZES: ("name", "FLOPs", "model", "tokens", "about"),
+    Kind.SIZES: ("name", "FLOPs", "model", "tokens", "tasks", "about"),
     Kind.RUNS: ("id", "experiment", "arm", "seed", "state", "error"),
 }
 """Of the table; routers have their own table."""

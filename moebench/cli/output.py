@@ -47,13 +47,23 @@ def print_table(
     *,
     right: Collection[str] = (),
     no_wrap: Collection[str] = (),
+    keys: Collection[str] = (),
     markdown: bool = False,
 ) -> None:
-    """Print rows under their headers; `right`, `no_wrap`: headers of the columns that are aligned so or never wrap."""
+    """Print rows under their headers; `right`, `no_wrap`: headers of the columns that are aligned so or never wrap.
+
+    `keys`: headers of the columns that name a row, by default the first: where the terminal is narrow, they are
+    repeated in each part of the table.
+    """
     from moebench.reporting.table import Column, Table
 
     columns = (
-        Column(header=header, align="right" if header in right else "left", wraps=header not in no_wrap)
+        Column(
+            header=header,
+            align="right" if header in right else "left",
+            wraps=header not in no_wrap,
+            is_key=header in keys,
+        )
         for header in headers
     )
     table = Table(columns=tuple(columns), rows=tuple(tuple(row) for row in rows))

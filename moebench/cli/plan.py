@@ -36,7 +36,8 @@ def plan(
 
     The second table has the training of each arm: FLOPs of forward and backward passes, tokens for each active and
     each parameter, text that is read, the training text that this needs, and epochs over the training split. More
-    than train.max_epochs are refused, here and by `run`.
+    than train.max_epochs are refused, here and by `run`. The last line says how many validation and test documents were
+    removed because the training text has them.
     """
     from moebench.cli.output import print_progress
     from moebench.experiment.data_need import require_epochs
@@ -49,19 +50,27 @@ def plan(
     if json:
         print_json({"experiment": grid.name, "question": grid.question, "cells": rows})
     else:
-        _print(grid, rows)
-        _print_training(rows)
+        _print_heading(grid)
+        print_costs(rows)
+        print_training(rows)
+        print_overlap(rows)
     require_epochs(grid.cells, ModelCosts(results))
 
 
-def _print(grid: "Experiment", rows: list[dict[str, Any]]) -> None:
-    from moebench.cli.output import make_console, print_table
-    from moebench.reporting.formatting import MISSING, format_bytes, format_count
+def _print_heading(grid: "Experiment") -> None:
+    from moebench.cli.output import make_console
 
     console = make_console()
     console.print(f"{grid.name}: {grid.question}", highlight=False, markup=False)
     for note in grid.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
+
+
+def print_costs(rows: list[dict[str, Any]]) -> None:
+    """Print the state and the costs of each cell, as `plan_cells` returns them."""
+    from moebench.cli.output import print_table
+    from moebench.reporting.formatting import MISSING, format_bytes, format_count
+
     numbers = ("active", "params", "FLOPs/token", "vs base", "memory")
     columns = ("cell", "arm", "seed", "state", *numbers)
     lines = [
@@ -78,10 +87,10 @@ def _print(grid: "Experiment", rows: list[dict[str, Any]]) -> None:
         )
         for row in rows
     ]
-    print_table(columns, lines, right=numbers, no_wrap=(columns[0], columns[2], *numbers))
+    print_table(columns, lines, right=numbers, no_wrap=(columns[0], columns[2], *numbers), keys=("arm", "seed"))
 
 
-def _print_training(rows: list[dict[str, Any]]) -> None:
+def print_training(rows: list[dict[str, Any]]) -> None:
     """Print what the training of each arm costs and reads, one row for arms and seeds that are alike."""
     from moebench.cli.output import print_table
     from moebench.reporting.formatting import MISSING, format_count
@@ -105,6 +114,22 @@ def _print_training(rows: list[dict[str, Any]]) -> None:
     }
     columns = ("arm", "train FLOPs", "tokens", "/active", "/params", "text read", "needed", "epochs")
     print_table(columns, lines.values(), right=columns[1:], no_wrap=columns[1:])
+
+
+def print_overlap(rows: list[dict[str, Any]]) -> None:
+    """Print how much of the evaluation text was removed because the training text has it, once for each source."""
+    from moebench.cli.output import make_console
+    from moebench.tasks.text.overlap import MOST_NAMED
+
+    for overlap in {str(row["overlap"]): row["overlap"] for row in rows if row["overlap"]}.values():
+        named = [f"{domain} {count}" for domain, count in overlap["removed_by_domain"].items()]
+        domains = f" ({', '.join(named[:MOST_NAMED])}{', ...' if len(named) > MOST_NAMED else ''})" if named else ""
+        make_console().print(
+            f"overlap with the training text: {overlap['removed']:,} of {overlap['documents']:,} validation and test"
+            f" documents removed{domains}",
+            highlight=False,
+            markup=False,
+        )
 
 
 def _format_difference(row: dict[str, Any]) -> str:

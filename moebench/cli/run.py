@@ -26,7 +26,8 @@ from moebench.printable import print_text
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moebench.experiment.runner import RunOptions, RunReport
+    from moebench.experiment.run_setup import RunOptions
+    from moebench.experiment.runner import RunReport
     from moebench.launch.cluster_environment import ClusterEnvironment
     from moebench.launch.launcher import Launcher
     from moebench.launch.scheduler import Outcome
@@ -88,7 +89,7 @@ def run(
     Exit codes: 0 all done, 1 some cells failed, 2 mistake in the command or configuration, 3 the tracker missed
     something (nothing is lost: `moebench sync`), 128 + the number of the signal that interrupted it (130: Ctrl-C).
     """
-    from moebench.experiment.runner import RunOptions
+    from moebench.experiment.run_setup import RunOptions
     from moebench.launch.cluster_environment import detect_cluster
     from moebench.launch.launcher import LocalLauncher
     from moebench.reporting.streams import open_stderr_console
@@ -204,9 +205,11 @@ def _run_grid(
     from moebench.analysis.figures import Figures
     from moebench.experiment.grid import expand
     from moebench.experiment.phases import run_phases
+    from moebench.experiment.run_setup import RunSetup
 
     grid = expand(find_experiment(experiment), overrides or (), plugins or ())
-    report = run_phases(grid, results, options, launcher=launcher, console=console, figures=Figures())
+    setup = RunSetup(results=results, options=options, launcher=launcher, console=console, figures=Figures())
+    report = run_phases(grid, setup)
     if json:
         print_json(report.to_dict())
     else:

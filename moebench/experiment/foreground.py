@@ -20,10 +20,12 @@ from moebench.experiment.display import LineDisplay, cell_title
 from moebench.experiment.grid import Experiment
 from moebench.experiment.memory import require_memory
 from moebench.experiment.model_costs import ModelCosts
-from moebench.experiment.runner import Figures, print_note
+from moebench.experiment.run_setup import Figures
+from moebench.experiment.runner import mark_trivial_baselines, print_note
 from moebench.experiment.store import open_results, record_experiment, require_disk_space
 from moebench.experiment.tuning import build_tuning_experiment, settle
 from moebench.interrupts import handle_signals
+from moebench.launch.containment import Containment
 from moebench.launch.devices import require_devices
 from moebench.launch.error_report import classify_error, describe_error
 from moebench.launch.failure import build_failed_result
@@ -120,13 +122,26 @@ def run_foreground(
         with FileLock(folder.lock, timeout=0):
             if folder.state() == "done":
                 print_note(console, f"{cell_title(cell)} is done; --results FOLDER trains it again in another folder")
+                _show_trivial_baselines(experiment, results, console)
                 return 0
             code = _train(cell, folder, results, console, metric)
     except Timeout:
         console.print(f"error: another process is training {cell_title(cell)}", highlight=False, markup=False)
         return EXIT_BUSY
     figures.draw_run_figures(folder, f"{cell.arm}, seed {cell.seed}")
+    if code == 0:
+        _show_trivial_baselines(experiment, results, console)
     return code
+
+
+def _show_trivial_baselines(experiment: Experiment, results: Path, console: Console) -> None:
+    """Record the trivial baselines as `run` does, and print a warning where the experiment is below them."""
+    if experiment.tuning_of:
+        return
+    containment = Containment(lambda line: print_note(console, line))
+    mark = mark_trivial_baselines(experiment, results, console, containment)
+    if mark:
+        console.print(f"warning: {mark}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _train(cell: Cell, folder: RunFolder, results: Path, console: Console, metric: str) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from moebench.config import apply_overrides, cell_id, load_experiment
 from moebench.errors import require_text, unknown
 from moebench.experiment.arms import DEFAULT_RESOLUTION, Arm, Resolution, note_partial_overrides, resolve_arms
-from moebench.experiment.sizes import apply_size, name_experiment
+from moebench.experiment.sizes import apply_size, check_size, name_experiment
 from moebench.experiment.stored_digests import choose_digest
 from moebench.experiment.trials import Tuning, build_tuning
 from moebench.file_access import require_plain_name
@@ -66,7 +66,7 @@ def expand(
     loaded = [load_plugin(plugin) for plugin in plugins]  # first: the file may use what they register
     config, cell_overrides = load_experiment(path, overrides)
     own_size = load_experiment(path)[0].size if config.size is not None else None
-    config = apply_size(config, own_size)
+    config = apply_size(config, own_size, cell_overrides)
     is_regridded = any(override.startswith(("grid", "seeds")) for override in overrides)
     resolution = Resolution(on_progress=on_progress, find_digest=choose_digest(finished_in))
     experiment = _build(path, config, cell_overrides, loaded, is_regridded=is_regridded, resolution=resolution)
@@ -93,7 +93,7 @@ def expand_config(
 ) -> Experiment:
     """Build the cells of an experiment that has no file."""
     config, cell_overrides = apply_overrides(config, overrides)
-    config = apply_size(config, None)
+    config = apply_size(config, None, cell_overrides)
     experiment = _build(Path(name), config, cell_overrides, plugins, is_regridded=False)
     return replace(experiment, name=name_experiment(experiment.name, config.size, None))
 
@@ -111,6 +111,7 @@ def _build(
     require_text(config.baseline, "baseline")
     with plugin_errors_in_one_line():
         arms, arm_notes = resolve_arms(config, cell_overrides, str(path), resolution)
+    check_size(config.size, [arm.config.task.name for arm in arms])
     baseline, notes = _choose_baseline(config.baseline, [arm.label for arm in arms], is_regridded=is_regridded)
     needed = {arm.label: select_plugins(plugins, _collect_names(arm.config)) for arm in arms}
     cells = [_build_cell(arm, seed, needed[arm.label]) for seed in config.seeds for arm in arms]

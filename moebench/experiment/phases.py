@@ -6,19 +6,17 @@ so that several of them need no other agreement: one that has no tuning run left
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 from filelock import FileLock, Timeout
-from rich.console import Console
 
 from moebench.experiment.grid import Experiment
-from moebench.experiment.runner import Figures, RunOptions, RunReport, print_note, run_experiment
+from moebench.experiment.run_setup import RunSetup
+from moebench.experiment.runner import RunReport, print_note, run_experiment
 from moebench.experiment.store import record_experiment
 from moebench.experiment.tuning import Choice, apply_choices, build_tuning_experiment, read_tuning
 from moebench.experiment.tuning_report import TuningReport
 from moebench.interrupts import handle_signals
-from moebench.launch.launcher import Launcher
 from moebench.launch.scheduler import Outcome
 from moebench.reporting.formatting import format_plural
 from moebench.runs.cell import Cell
@@ -28,87 +26,28 @@ POLL_INTERVAL_S = 1.0
 """How often a runner looks whether the tuning runs of another one have ended."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PhaseRunner:
-    """Runs one phase after the other, with what they have in common."""
-
-    results: Path
-    options: RunOptions
-    launcher: Launcher
-    console: Console
-    figures: Figures
-
-    def run(self, experiment: Experiment) -> RunReport:
-        """Run one phase, or an experiment without tuning."""
-        return run_experiment(
-            experiment,
-            self.results,
-            self.options,
-            launcher=self.launcher,
-            console=self.console,
-            figures=self.figures,
-        )
-
-    def run_tuning(self, tuning: Experiment) -> tuple[RunReport, list[Outcome]]:
-        """Run the tuning phase until no run of it is left, not at another runner either; return its outcomes too."""
-        outcomes: list[Outcome] = []
-        while True:
-            report = self.run(tuning)
-            outcomes += [outcome for outcome in report.outcomes if outcome.status != "busy"]
-            busy = [outcome for outcome in report.outcomes if outcome.status == "busy"]
-            if report.interrupted or not busy:
-                return report, [*outcomes, *busy]
-            runs = format_plural(len(busy), "tuning run")
-            print_note(self.console, f"waiting for {runs} of another runner: the choice needs all of them")
-            number = self._wait_for_others([outcome.cell for outcome in busy])
-            if number:
-                return replace(report, interrupted=number), [*outcomes, *busy]
-            if all(RunFolder.of(self.results, outcome.cell.id).result.exists() for outcome in busy):
-                return report, outcomes
-
-    def _wait_for_others(self, cells: Sequence[Cell]) -> int:
-        """Wait until nobody trains the cells; return the number of a signal that ended the wait, 0 for none."""
-        signals: list[int] = []
-        with handle_signals(signals.append):
-            while any(_is_locked(RunFolder.of(self.results, cell.id)) for cell in cells):
-                time.sleep(POLL_INTERVAL_S)
-                stop_signal = self.launcher.stop_signal()
-                if signals or stop_signal is not None:
-                    return signals[0] if signals else int(stop_signal or 0)
-        return 0
-
-
-def run_phases(
-    experiment: Experiment,
-    results: Path,
-    options: RunOptions,
-    *,
-    launcher: Launcher,
-    console: Console,
-    figures: Figures,
-) -> RunReport:
+def run_phases(experiment: Experiment, setup: RunSetup) -> RunReport:
     """Train what is missing of an experiment, as `run_experiment` does, its tuning runs first."""
-    runner = PhaseRunner(results=results, options=options, launcher=launcher, console=console, figures=figures)
     if experiment.tuning is None:
-        return runner.run(experiment)
-    launcher.check(experiment.cells)
+        return run_experiment(experiment, setup)
+    setup.launcher.check(experiment.cells)
     for note in experiment.notes:
-        print_note(console, note)
+        print_note(setup.console, note)
     tuning = build_tuning_experiment(experiment)
-    print_note(console, f"phase 1 of 2: tuning, {describe_tuning(experiment)}")
-    first = replace(runner, options=replace(options, fail_fast=False))  # a failed trial is the worst, no reason to stop
-    report, outcomes = first.run_tuning(tuning)
-    state = read_tuning(experiment, results)
+    print_note(setup.console, f"phase 1 of 2: tuning, {describe_tuning(experiment)}")
+    options = replace(setup.options, fail_fast=False)  # a failed trial is the worst, no reason to stop
+    report, outcomes = _run_tuning(tuning, replace(setup, options=options))
+    state = read_tuning(experiment, setup.results)
     assert state is not None
     settled = replace(apply_choices(experiment, state), notes=())
-    record_experiment(results, settled)
+    record_experiment(setup.results, settled)
     summary = TuningReport(state=state, outcomes=outcomes, num_final_cells=len(experiment.cells))
     if report.interrupted or state.unfinished or not settled.cells:
         return replace(report, experiment=settled, num_done=0, outcomes=[], tuning=summary)
     for choice in state.choices:
-        print_note(console, describe_choice(choice))
-    print_note(console, f"phase 2 of 2: {format_plural(len(settled.cells), 'run')} with what each arm has chosen")
-    final = runner.run(settled)
+        print_note(setup.console, describe_choice(choice))
+    print_note(setup.console, f"phase 2 of 2: {format_plural(len(settled.cells), 'run')} with what each arm has chosen")
+    final = run_experiment(settled, setup)
     problems = [problem for problem in (report.tracker_problem, final.tracker_problem) if problem]
     return replace(
         final,
@@ -116,6 +55,36 @@ def run_phases(
         tracker_problem=problems[0] if problems else None,
         problems=[*report.problems, *final.problems],
     )
+
+
+def _run_tuning(tuning: Experiment, setup: RunSetup) -> tuple[RunReport, list[Outcome]]:
+    """Run the tuning phase until no run of it is left, not at another runner either; return its outcomes too."""
+    outcomes: list[Outcome] = []
+    while True:
+        report = run_experiment(tuning, setup)
+        outcomes += [outcome for outcome in report.outcomes if outcome.status != "busy"]
+        busy = [outcome for outcome in report.outcomes if outcome.status == "busy"]
+        if report.interrupted or not busy:
+            return report, [*outcomes, *busy]
+        runs = format_plural(len(busy), "tuning run")
+        print_note(setup.console, f"waiting for {runs} of another runner: the choice needs all of them")
+        number = _wait_for_others([outcome.cell for outcome in busy], setup)
+        if number:
+            return replace(report, interrupted=number), [*outcomes, *busy]
+        if all(RunFolder.of(setup.results, outcome.cell.id).result.exists() for outcome in busy):
+            return report, outcomes
+
+
+def _wait_for_others(cells: Sequence[Cell], setup: RunSetup) -> int:
+    """Wait until nobody trains the cells; return the number of a signal that ended the wait, 0 for none."""
+    signals: list[int] = []
+    with handle_signals(signals.append):
+        while any(_is_locked(RunFolder.of(setup.results, cell.id)) for cell in cells):
+            time.sleep(POLL_INTERVAL_S)
+            stop_signal = setup.launcher.stop_signal()
+            if signals or stop_signal is not None:
+                return signals[0] if signals else int(stop_signal or 0)
+    return 0
 
 
 def describe_tuning(experiment: Experiment) -> str:

@@ -13,6 +13,8 @@ from moebench.experiment.tuning import UNSETTLED, list_tuning_cells, settle
 from moebench.models.cost import Cost
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
+from moebench.tasks.language import TextTask
+from moebench.tasks.task import Task
 
 BACKWARD = 2
 """FLOPs of the backward pass over those of the forward pass."""
@@ -60,6 +62,7 @@ def _plan_rows(
             "tokens_per_active_param": tokens / cost.active_params,
             "tokens_per_param": tokens / cost.total_params,
             **_describe_data(compute_data_need(cell.config, costs.task(cell.config))),
+            "overlap": _describe_overlap(costs.task(cell.config)),
         }
 
 
@@ -74,6 +77,16 @@ def _describe_data(need: DataNeed | None) -> dict[str, Any]:
         "needed_bytes": need.needed_bytes if isfinite(need.max_epochs) else None,
         "train_split_bytes": need.split_bytes,
     }
+
+
+def _describe_overlap(task: Task) -> dict[str, Any] | None:
+    """Return how many evaluation documents were removed because the training split has them; None where unknown."""
+    if not isinstance(task, TextTask) or task.text.overlap is None:
+        return None
+    counts = task.text.overlap
+    removed, documents = map(sum, zip(*counts.values(), strict=True))
+    by_domain = {domain: count for domain, (count, _) in counts.items() if count}
+    return {"removed": removed, "documents": documents, "removed_by_domain": by_domain}
 
 
 def list_planned_cells(experiment: Experiment, results: Path) -> list[tuple[Cell, bool]]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 
@@ -17,12 +17,12 @@ from moebench.experiment.memory import count_fitting_cells, require_memory
 from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.plan import cell_state
 from moebench.experiment.reshard import reshard
+from moebench.experiment.run_setup import RunOptions, RunSetup
 from moebench.experiment.store import DAMAGED, open_results, record_experiment, require_disk_space, split_unfinished
 from moebench.experiment.trivial_baselines import summarise_baselines
 from moebench.experiment.tuning_report import TuningReport
 from moebench.launch.containment import Containment
 from moebench.launch.devices import uses_gpu, visible_devices
-from moebench.launch.launcher import Launcher
 from moebench.launch.scheduler import Interrupted, Outcome, SchedulePolicy, Scheduler
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
@@ -33,34 +33,6 @@ from moebench.training.model import prepare_task
 
 TRACKER_INTERRUPT_LIMIT_S = 2.0
 """How long an interrupted run waits for its tracker."""
-
-
-class Figures(Protocol):
-    """Draws the figures that are stored with the results."""
-
-    def draw_run_figures(self, folder: RunFolder, title: str) -> None:
-        """Draw the expert loads of one finished run into its folder."""
-
-    def draw_experiment_figures(self, experiment: Experiment, results: Path) -> None:
-        """Draw the curves of all arms into the results folder."""
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How a grid is run; no option changes a result."""
-
-    jobs: int = 0
-    """Cells at a time, 0: as many as fit this machine."""
-    tracker: str | None = None
-    """MLflow URI; "none": no tracker; None: the database in the results folder."""
-    reshard: bool = False
-    """Whether new cells start from the checkpoints of the same cells on another mesh."""
-    retries: int = 0
-    """How often a failed cell is tried again, from its last checkpoint."""
-    fail_fast: bool = False
-    """Whether the first failed cell stops the others, with everything saved."""
-    ignore_memory: bool = False
-    """Whether to train cells whose estimated memory exceeds that of the machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,19 +97,12 @@ class RunReport:
         }
 
 
-def run_experiment(
-    experiment: Experiment,
-    results: Path,
-    options: RunOptions,
-    *,
-    launcher: Launcher,
-    console: Console,
-    figures: Figures,
-) -> RunReport:
+def run_experiment(experiment: Experiment, setup: RunSetup) -> RunReport:
     """Train the cells that are not done; raise UsageError before training if a cell cannot be trained."""
+    results, options, console = setup.results, setup.options, setup.console
     if options.tracker not in (None, NO_TRACKER):
         check_uri(options.tracker)
-    launcher.check(experiment.cells)
+    setup.launcher.check(experiment.cells)
     open_results(results)
     cells, damaged = split_unfinished(results, experiment)
     for note in experiment.notes:
@@ -152,7 +117,7 @@ def run_experiment(
     containment = Containment(lambda line: print_note(console, f"{line}; training continues"))
     has_tracker, sync = options.tracker != NO_TRACKER, format_sync(results, options.tracker)
     tracker = _start_tracker(results, options.tracker, experiment, containment) if has_tracker else None
-    grid_run = _GridRun(experiment, results, cells, launcher, console, figures, tracker, containment)
+    grid_run = _GridRun(experiment, setup, cells, tracker, containment)
     try:
         jobs = options.jobs or min(choose_num_jobs(cells), count_fitting_cells(cells, costs))
         outcomes, interrupted = grid_run.train(replace(options, jobs=jobs))
@@ -224,11 +189,8 @@ def _read_state(results: Path, cell: Cell) -> str:
 @dataclass(frozen=True)
 class _GridRun:
     experiment: Experiment
-    results: Path
+    setup: RunSetup
     cells: list[Cell]
-    launcher: Launcher
-    console: Console
-    figures: Figures
     tracker: Tracker | None
     containment: Containment
 
@@ -239,7 +201,7 @@ class _GridRun:
         metric = TASKS.get(self.cells[0].config.task.name).facts.metric
         metric = f"validation/{metric}" if self.experiment.tuning_of else metric
         warnings: list[str] = []
-        with open_display(self.console, self.cells, metric, self.containment) as display:
+        with open_display(self.setup.console, self.cells, metric, self.containment) as display:
 
             def poll_tracker() -> None:
                 problem = self.tracker.poll() if self.tracker else None
@@ -252,7 +214,8 @@ class _GridRun:
                 retries=options.retries,
                 stops_at_failure=options.fail_fast,
             )
-            scheduler = Scheduler(self.results, self.experiment.name, policy, display, self.launcher, self.containment)
+            setup, name = self.setup, self.experiment.name
+            scheduler = Scheduler(setup.results, name, policy, display, setup.launcher, self.containment)
             try:
                 return scheduler.run(self.cells, on_tick=poll_tracker, on_end=self._draw), 0
             except Interrupted as interrupted:
@@ -260,24 +223,33 @@ class _GridRun:
 
     def summarise(self) -> str:
         """Record the trivial baselines, draw the curves; return the mark of an experiment below the baselines."""
-        mark = ""
-        with self.containment.contain("trivial baselines"):
-            mark, notes = summarise_baselines(
-                self.experiment,
-                self.results,
-                on_compute=lambda: print_note(self.console, "computing the trivial baselines of the data, once"),
-            )
-            for note in notes:
-                print_note(self.console, note)
+        setup = self.setup
+        mark = mark_trivial_baselines(self.experiment, setup.results, setup.console, self.containment)
         if self.cells:
             with self.containment.contain("figure of the curves"):
-                self.figures.draw_experiment_figures(self.experiment, self.results)
+                setup.figures.draw_experiment_figures(self.experiment, setup.results)
         return mark
 
     def _draw(self, outcome: Outcome) -> None:
         cell = outcome.cell
         with self.containment.contain(f"figures of {cell.arm}, seed {cell.seed}"):
-            self.figures.draw_run_figures(RunFolder.of(self.results, cell.id), f"{cell.arm}, seed {cell.seed}")
+            self.setup.figures.draw_run_figures(
+                RunFolder.of(self.setup.results, cell.id), f"{cell.arm}, seed {cell.seed}"
+            )
+
+
+def mark_trivial_baselines(experiment: Experiment, results: Path, console: Console, containment: Containment) -> str:
+    """Record the trivial baselines of an experiment; return the mark of one that is below them, else an empty text."""
+    mark = ""
+    with containment.contain("trivial baselines"):
+        mark, notes = summarise_baselines(
+            experiment,
+            results,
+            on_compute=lambda: print_note(console, "computing the trivial baselines of the data, once"),
+        )
+        for note in notes:
+            print_note(console, note)
+    return mark
 
 
 def print_note(console: Console, text: str) -> None:

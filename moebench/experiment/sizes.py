@@ -6,7 +6,7 @@ with batches of 0.292 C^0.327 tokens and a learning rate of 0.312 C^-0.125 (Deep
 both rounded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -34,6 +34,8 @@ class SizeConfig:
     """Training FLOPs of the dense arm."""
     vocab_size: int = 4096
     """Tokens of the vocabulary that `flops` is counted with."""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks that it was made for; other ones are refused. Empty: every task that has the options it sets."""
     base: Untyped = field(default_factory=dict)
     """Keys of a cell."""
 
@@ -59,23 +61,52 @@ def read_size(name: str) -> SizeConfig:
         raise UsageError(f"{files[name]}: {error}") from error
 
 
-def apply_size(config: ExperimentConfig, own_size: str | None) -> ExperimentConfig:
+def apply_size(config: ExperimentConfig, own_size: str | None, overrides: Mapping[str, Any]) -> ExperimentConfig:
     """Return the experiment with the keys of its size in `base`.
 
     The size that its own file names, `own_size`, is below the keys of `base`; another one, which was chosen for this
-    call, is above them.
+    call, is above them. `overrides`: of cells; where they name another task, the size's options are those of that task.
     """
     if config.size is None or not isinstance(config.base, Mapping):
         return config
+    task_override = overrides.get("task", {})
+    has_task = isinstance(task_override, str) or "name" in task_override
     base = merge_settings({}, config.base)
-    preset = merge_settings({}, read_size(config.size).base)
-    task = component_name(base, "task")
-    for option in preset.get("task", {}):
-        if option not in component_keys("task", task):
-            raise UsageError(f"size: {config.size} sets task.{option}, which '{task}' lacks: it is a size of text")
+    task = component_name(overrides if has_task else base, "task")
+    if has_task:
+        base = merge_settings(base, {"task": {"name": task}})
+    preset = merge_settings({}, _read_size_of(config.size, task).base)
     preset["task"] = {"name": task, **preset.get("task", {})}
     layers: tuple[Any, Any] = (preset, base) if config.size == own_size else (base, preset)
     return replace(config, base=merge_settings(*layers))
+
+
+def check_size(name: str | None, tasks: Sequence[str]) -> None:
+    """Raise UsageError for a size that is not for the tasks of the arms, or whose options not all of them have."""
+    if name is None:
+        return
+    for task in dict.fromkeys(tasks):
+        size = _read_size_of(name, task)
+        if task != tasks[0] and size.base.get("task"):
+            options = ", ".join(f"task.{option}" for option in size.base["task"])
+            raise UsageError(
+                f"size: {name} sets {options} of one task, and the arms have several: {tasks[0]} and {task}; give each"
+                " an experiment of its own"
+            )
+
+
+def _read_size_of(name: str, task: str) -> SizeConfig:
+    """Return a size; raise UsageError for a task that it is not for."""
+    size = read_size(name)
+    if size.tasks and task not in size.tasks:
+        raise UsageError(
+            f"size: {name} is for the tasks {', '.join(size.tasks)}, and task.name is '{task}', which would get its"
+            f" model, batch and learning rate; `moebench show {name}` prints a file that sizes/NAME.yaml can begin with"
+        )
+    for option in size.base.get("task", {}):
+        if option not in component_keys("task", task):
+            raise UsageError(f"size: {name} sets task.{option}, which '{task}' lacks")
+    return size
 
 
 def name_experiment(stem: str, size: str | None, own_size: str | None) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moebench.file_access import read_plain_file
+from moebench.stored_values import require_count
 
 _NAME = re.compile(r"step_(\d+)\.json")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -57,7 +58,9 @@ class Manifest:
         if not isinstance(cell, str | None) or not isinstance(records, dict):
             raise ValueError("the manifest has a damaged cell or records")
         prefixes = {str(name): _parse_prefix(prefix) for name, prefix in records.items()}
-        return cls(step=values["step"], sha256=sums, bytes=_as_int(values.get("bytes", 0)), cell=cell, records=prefixes)
+        return cls(
+            step=values["step"], sha256=sums, bytes=require_count(values.get("bytes", 0)), cell=cell, records=prefixes
+        )
 
     def to_json(self) -> str:
         """Return the content of the file."""
@@ -105,10 +108,4 @@ def _is_sum(name: str, digest: Any) -> bool:
 def _parse_prefix(prefix: Any) -> RecordPrefix:
     if not isinstance(prefix, dict) or not isinstance(prefix.get("sha256"), str):
         raise ValueError("the manifest has a damaged record")
-    return RecordPrefix(bytes=_as_int(prefix.get("bytes")), sha256=prefix["sha256"])
-
-
-def _as_int(value: Any) -> int:
-    if not isinstance(value, int) or value < 0:
-        raise ValueError(f"the manifest has {value!r} in place of a number of bytes")
-    return value
+    return RecordPrefix(bytes=require_count(prefix.get("bytes")), sha256=prefix["sha256"])

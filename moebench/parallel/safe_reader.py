@@ -28,6 +28,7 @@ from typing_extensions import override
 from moebench.errors import UsageError
 from moebench.file_access import is_plain_name, open_member
 from moebench.parallel.plain_pickle import Name, Pairs, Record, read_plain_pickle
+from moebench.stored_values import require_count, require_name
 
 METADATA = ".metadata"
 MAX_METADATA_BYTES = 64 * 2**20
@@ -86,7 +87,9 @@ class _Description:
     @classmethod
     def parse(cls, value: Any) -> "_Description":
         fields = _fields(value, f"{_MODULE}Metadata")
-        tensors = {_text(name): _parse_tensor(name, item) for name, item in _pairs(fields.get("state_dict_metadata"))}
+        tensors = {
+            require_name(name): _parse_tensor(name, item) for name, item in _pairs(fields.get("state_dict_metadata"))
+        }
         parts = dict(_parse_part(index, item) for index, item in _pairs(fields.get("storage_data")))
         return cls(tensors, parts)
 
@@ -130,16 +133,16 @@ def _parse_chunk(name: str, value: Any) -> ChunkStorageMetadata:
 
 def _parse_part(index: Any, value: Any) -> tuple[MetadataIndex, _StorageInfo]:
     fields = _fields(index, f"{_MODULE}MetadataIndex")
-    name, offset = _text(fields.get("fqn")), fields.get("offset")
+    name, offset = require_name(fields.get("fqn")), fields.get("offset")
     if offset is None:
         raise ValueError(f"'{name}' is not a tensor, and loading it could run code")
     place = _fields(value, "torch.distributed.checkpoint.filesystem._StorageInfo", name)
-    file, start, length = _text(place.get("relative_path")), place.get("offset"), place.get("length")
+    file, start, length = require_name(place.get("relative_path")), place.get("offset"), place.get("length")
     if not is_plain_name(file):
         raise ValueError(f"'{name}' is stored in '{file}', which is not the name of a file in the checkpoint")
     if place.get("transform_descriptors"):
         raise ValueError(f"'{name}' is stored in another form")
-    return MetadataIndex(name, _size(offset, name)), _StorageInfo(file, _count(start), _count(length))
+    return MetadataIndex(name, _size(offset, name)), _StorageInfo(file, require_count(start), require_count(length))
 
 
 def _file_size(folder: Path, name: str) -> int:
@@ -154,7 +157,7 @@ def _fields(value: Any, class_name: str, owner: str = "it") -> dict[str, Any]:
         raise ValueError(f"'{owner}' is stored as an object in place of a tensor, and loading it could run code")
     if name != class_name:
         raise ValueError(f"'{owner}' is a {name.removeprefix(_MODULE)}, expected {class_name.removeprefix(_MODULE)}")
-    return {_text(key): item for key, item in _pairs(value.state)}
+    return {require_name(key): item for key, item in _pairs(value.state)}
 
 
 def _pairs(value: Any) -> Pairs:
@@ -169,21 +172,9 @@ def _list(value: Any) -> list[Any]:
     return value
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"it has a {type(value).__name__} in place of a name")
-    return value
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"it has a {type(value).__name__} in place of a number from 0 on")
-    return value
-
-
 def _size(value: Any, owner: str) -> torch.Size:
     """Return a torch.Size; raise ValueError for another value and for negative numbers."""
     args = value.args if isinstance(value, Record) and value.name == "torch.Size" else None
     if not (isinstance(args, tuple) and len(args) == 1 and isinstance(args[0], tuple)):
         raise ValueError(f"'{owner}' has no size")
-    return torch.Size([_count(number) for number in args[0]])
+    return torch.Size([require_count(number) for number in args[0]])

@@ -21,8 +21,9 @@ class Column:
     header: str
     align: Align = "right"
     wraps: bool = False
-    """Cells may break between words where the terminal is narrow; where that is not enough, no table is printed but a
-    line for each value."""
+    """Cells may break between words where the terminal is narrow."""
+    is_key: bool = False
+    """Names the row: repeated in each part of a table that is too wide. Without any, the first column is."""
     style: Callable[[str], str] = lambda cell: ""
     """Return the rich style of a cell with this text."""
 
@@ -82,6 +83,31 @@ class Table:
             spare -= extra
         return least
 
+    def split(self, width: int) -> list["Table"] | None:
+        """Return the fewest tables of the same rows that fit a terminal of `width` cells, each with the key columns.
+
+        None if the key columns and one other are too wide already.
+        """
+        keys = [index for index, column in enumerate(self.columns) if column.is_key] or [0]
+        parts: list[list[int]] = []
+        for index in range(len(self.columns)):
+            if index in keys:
+                continue
+            wider = [*parts[-1], index] if parts else [index]
+            if parts and self._select([*keys, *wider]).fit_columns(width):
+                parts[-1] = wider
+            elif self._select([*keys, index]).fit_columns(width):
+                parts.append([index])
+            else:
+                return None
+        return [self._select([*keys, *part]) for part in parts] or None
+
+    def _select(self, indices: Sequence[int]) -> "Table":
+        """Return the rows with these columns alone, in the order of the table."""
+        ordered = sorted(indices)
+        rows = tuple(tuple(row[index] for index in ordered) for row in self.rows)
+        return Table(columns=tuple(self.columns[index] for index in ordered), rows=rows)
+
     def build_rich_table(self, widths: Sequence[int]) -> RichTable:
         """Return the table with columns of these widths."""
         table = RichTable(
@@ -101,7 +127,7 @@ class Table:
 
 @dataclass(frozen=True)
 class _FittedTable:
-    """A table where the terminal is wide enough for every column, else its rows one value per line."""
+    """A table where the terminal is wide enough for every column, else several, else its rows one value per line."""
 
     table: Table
 
@@ -109,6 +135,10 @@ class _FittedTable:
         widths = self.table.fit_columns(options.max_width)
         if widths is not None:
             yield self.table.build_rich_table(widths)
+            return
+        parts = self.table.split(options.max_width)
+        if parts is not None:
+            yield from (_FittedTable(part) for part in parts)
             return
         first, *others = self.table.columns
         for row in self.table.rows:

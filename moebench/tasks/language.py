@@ -21,9 +21,9 @@ from moebench.seeds import make_generator
 from moebench.tasks.baselines.baseline import TrivialBaseline
 from moebench.tasks.baselines.language import compute_language_baselines
 from moebench.tasks.task import ALL, TASKS, Batch, LabelKind, Task, TaskConfig, TaskFacts, average_by_domain
-from moebench.tasks.text.documents import TextDataConfig, source_digest
 from moebench.tasks.text.kinds import TOKEN_KINDS
 from moebench.tasks.text.prepared.reader import is_prepared, open_prepared, read_digest
+from moebench.tasks.text.sources import TextDataConfig, source_digest
 from moebench.tasks.text.windows import (
     PreparedText,
     TextSplit,

@@ -15,8 +15,11 @@ from support.command_line import (
     drop_measured,
     last_step,
     wait_for_step,
+    wait_until,
 )
 from support.terminal import run_in_terminal
+
+from moebench.runs.trivial_baselines import BELOW_TRIVIAL, RECORD_KEY
 
 PLUGIN = """
 import time
@@ -63,13 +66,19 @@ def results(cli: CommandLine) -> Results:
 
 
 def test_a_cell_in_the_foreground_has_the_results_of_a_worker(
-    cli: CommandLine, finished: CommandLine, results: Results
+    cli: CommandLine, finished: CommandLine, results: Results, warm: WarmCommandLine
 ) -> None:
-    ended = cli("run", "./tiny.yaml", "--foreground", "switch/1")
+    ended = warm(cli, "run", "./tiny.yaml", "--foreground", "switch/1")
     assert (ended.code, ended.out) == (0, ""), ended.err
     assert ended.err.startswith("start    switch · seed 1")
     assert "\ndone     switch · seed 1" in ended.err
-    assert ended.err.count("\n") == 2, ended.err
+    assert ended.err.endswith("\nnote: computing the trivial baselines of the data, once\n")
+    assert ended.err.count("\n") == 3, ended.err
+    record, complete = (
+        json.loads((folder / "results" / "experiments" / "tiny.json").read_text())
+        for folder in (cli.folder, finished.folder)
+    )
+    assert record[RECORD_KEY] == complete[RECORD_KEY]
     (folder,) = results.folders()
     reference = Results(finished.folder / "results").path / "runs" / folder.name
     result, expected = (json.loads((path / "result.json").read_text()) for path in (folder, reference))
@@ -81,28 +90,26 @@ def test_a_cell_in_the_foreground_has_the_results_of_a_worker(
     assert not (results.path / "mlflow.db").exists()
 
 
-def test_a_breakpoint_reads_standard_input(cli: CommandLine, results: Results) -> None:
-    process = cli.start(*FAULTY, "faulty", stdin=-1)
-    out, err = process.communicate("p 40 + 2\nc\n", timeout=90)
-    assert process.returncode == 0, err
-    assert out.count("(Pdb) ") == 2
-    assert "42" in out
+def test_a_breakpoint_reads_standard_input(cli: CommandLine, results: Results, warm: WarmCommandLine) -> None:
+    ended = warm(cli, *FAULTY, "faulty", stdin="p 40 + 2\nc\n")
+    assert ended.code == 0, ended.err
+    assert ended.out.count("(Pdb) ") == 2
+    assert "42" in ended.out
     assert results.result("faulty", 0)["status"] == "done"
 
 
 def test_leaving_the_debugger_keeps_the_cell_resumable(
     cli: CommandLine, results: Results, warm: WarmCommandLine
 ) -> None:
-    process = cli.start(*FAULTY, "faulty/1", stdin=-1)
-    _, err = process.communicate("q\n", timeout=90)
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
+    ended = warm(cli, *FAULTY, "faulty/1", stdin="q\n")
+    assert ended.code == 130, ended.err
+    assert "Traceback" not in ended.err
     plan = warm(cli, "plan", *FAULTY[1:-1], "--json").json["cells"]
     assert [cell["state"] for cell in plan] == ["new", "resumable"]
 
 
-def test_a_breakpoint_on_a_terminal_prompts(cli: CommandLine, results: Results) -> None:
-    code, screen = run_in_terminal(cli, [*FAULTY, "faulty"], keys=b"p 40 + 2\nc\n")
+def test_a_breakpoint_on_a_terminal_prompts(cli: CommandLine, results: Results, warm: WarmCommandLine) -> None:
+    code, screen = run_in_terminal(warm, cli, [*FAULTY, "faulty"], keys=b"p 40 + 2\nc\n")
     assert code == 0, screen
     assert "42" in screen
     assert "done     faulty · seed 0" in screen
@@ -136,10 +143,10 @@ def test_an_interrupted_cell_is_resumed_by_a_worker(
     cli: CommandLine, results: Results, warm: WarmCommandLine, number: signal.Signals, code: int
 ) -> None:
     cli.write(grid={"router": ["switch"]}, seeds=[0], baseline="switch", train={"steps": 300, "checkpoint_every": 50})
-    process = cli.start("run", "./tiny.yaml", "--foreground", "switch")
+    process = warm.start(cli, "run", "./tiny.yaml", "--foreground", "switch")
     folder = wait_for_step(results, step=60)
     process.send_signal(number)
-    ended = cli.wait(process, timeout=30)
+    ended = warm.finish(timeout=30)
     assert ended.code == code, ended.err
     assert "Traceback" not in ended.err
     saved_step = max(int(file.stem.removeprefix("step_")) for file in folder.glob("checkpoints/step_*.json"))
@@ -153,15 +160,13 @@ def test_an_interrupted_cell_is_resumed_by_a_worker(
     assert deterministic_points(folder) == deterministic_points(reference)
 
 
-def test_a_second_ctrl_c_ends_a_step_that_hangs(cli: CommandLine, results: Results) -> None:
-    process = cli.start(*FAULTY, "faulty", "router.fault=sleep")
+def test_a_second_ctrl_c_ends_a_step_that_hangs(cli: CommandLine, results: Results, warm: WarmCommandLine) -> None:
+    process = warm.start(cli, *FAULTY, "faulty", "router.fault=sleep")
     folder = wait_for_step(results, step=7)
     process.send_signal(signal.SIGINT)
-    stderr = process.stderr
-    assert any("(again: stop now" in line for line in iter(stderr.readline, ""))
+    wait_until(lambda: "(again: stop now" in (warm.scratch / "err").read_text(), "no answer to Ctrl-C")
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
-    assert process.returncode == 130
+    assert warm.finish(timeout=20).code == 130
     assert not (folder / "result.json").exists()
 
 
@@ -170,8 +175,10 @@ def test_a_cell_that_is_done_or_locked_is_not_trained(
 ) -> None:
     before = Results(finished.folder / "results").written_at()
     done = warm(finished, "run", "./tiny.yaml", "--foreground", "dense")
-    assert (done.code, done.err.count("\n")) == (0, 1)
-    assert "dense · seed 0 is done" in done.err
+    note, warning = done.err.splitlines()
+    assert done.code == 0
+    assert "dense · seed 0 is done" in note
+    assert warning == f"warning: {BELOW_TRIVIAL}"  # as `run` says of three steps
     assert Results(finished.folder / "results").written_at() == before
     cell = warm(cli, "plan", "./tiny.yaml", "--json").json["cells"][0]
     folder = results.path / "runs" / cell["id"]
@@ -202,11 +209,10 @@ def test_what_cannot_run_in_the_foreground_is_refused(
     assert not Path(cli.folder / "results" / "runs").exists()
 
 
-def test_one_of_several_processes_cannot_run_in_the_foreground(cli: CommandLine) -> None:
+def test_one_of_several_processes_cannot_run_in_the_foreground(cli: CommandLine, warm: WarmCommandLine) -> None:
     slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NNODES": "1"}
     slurm |= {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1"}
     slurm |= {"SLURM_NTASKS_PER_NODE": "2"}
-    process = cli.start("run", "./tiny.yaml", "--foreground", "switch", env=cli.environment | slurm)
-    ended = cli.wait(process)
+    ended = warm(cli, "run", "./tiny.yaml", "--foreground", "switch", environment=slurm)
     assert (ended.code, ended.err.count("\n")) == (2, 1), ended.err
     assert "torchrun or SLURM started 2" in ended.err

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.command_line import ROOT, CommandLine, CommandResult, Results, WarmCommandLine
 
-from moebench.tasks.text.documents import TextDataConfig, load_documents
+from moebench.tasks.text.sources import TextDataConfig, load_documents
 from moebench.tasks.text.splits import split_documents
 
 EXPERIMENT = "experiments/languages.yaml"

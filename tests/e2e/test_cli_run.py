@@ -4,8 +4,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -162,7 +160,7 @@ def test_only_missing_cells_are_trained_and_equal_those_of_another_folder(
         done = reference.folder(arm, 0)
         shutil.copytree(done, results.path / "runs" / done.name)
     before = results.written_at()
-    first = cli.train("--jobs", "1")
+    first = warm.train(cli, "--jobs", "1")
     assert first.code == 0, first.err
     assert first.out == ""
     assert "6 of 6 cells done, 4 of them trained now" in first.err
@@ -210,9 +208,9 @@ def test_an_override_for_some_arms_is_noted(cli: CommandLine, warm: WarmCommandL
     assert Results(cli.folder / "results").result("switch", 0)["config"]["router"]["jitter"] == 0.0
 
 
-def test_a_terminal_shows_a_live_display(cli: CommandLine) -> None:
+def test_a_terminal_shows_a_live_display(cli: CommandLine, warm: WarmCommandLine) -> None:
     arguments = ["run", "./tiny.yaml", "--tracker", "none", "seeds=[0]", "train.steps=60", "train.log_every=20"]
-    code, screen = run_in_terminal(cli, arguments)
+    code, screen = run_in_terminal(warm, cli, arguments)
     assert code == 0, screen
     assert "Traceback" not in screen
     assert "\x1b[" in screen  # a live display
@@ -225,11 +223,9 @@ def test_a_terminal_shows_a_live_display(cli: CommandLine) -> None:
     assert "3 of 3 cells done, 3 of them trained now" in plain
 
 
-def test_the_results_folder_from_the_environment(cli: CommandLine) -> None:
-    environment = cli.environment | {"MOEBENCH_RESULTS": "there"}
-    command = [sys.executable, "-m", "moebench", "plan", "./tiny.yaml"]
-    done = subprocess.run(command, cwd=cli.folder, env=environment, capture_output=True, text=True, timeout=90)
-    assert done.returncode == 0, done.stderr
+def test_the_results_folder_from_the_environment(cli: CommandLine, warm: WarmCommandLine) -> None:
+    done = warm(cli, "plan", "./tiny.yaml", environment={"MOEBENCH_RESULTS": "there"})
+    assert done.code == 0, done.err
     assert (cli.folder / "there").exists()
     assert not (cli.folder / "results").exists()
 
@@ -241,7 +237,10 @@ def test_an_experiment_in_the_folder_experiments_is_known_by_its_name(cli: Comma
     assert (ended.code, ended.json["experiment"]) == (0, "mine"), ended.err
 
 
-def test_a_packaged_experiment_is_known_by_its_name_and_path(cli: CommandLine, warm: WarmCommandLine) -> None:
+def test_a_packaged_experiment_is_known_by_its_name_and_path(
+    cli: CommandLine, warm: WarmCommandLine, embedded_results: Path
+) -> None:
+    shutil.copytree(embedded_results, cli.folder / "results")
     for name in ("quickstart", "experiments/quickstart.yaml"):
         ended = warm(cli, "plan", name, "--json", "grid.router=[dense]", "seeds=[0]")
         assert (ended.code, ended.json["experiment"]) == (0, "quickstart"), ended.err

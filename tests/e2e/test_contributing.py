@@ -11,6 +11,7 @@ from support.command_line import ROOT, CommandLine, WarmCommandLine
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 BLOCKS = {name: f"# {name}\n{body}" for name, body in re.findall(r"```python\n# (\S+\.py)\n(.*?)```", PAGE, re.DOTALL)}
 SMALL = ["train.steps=6", "train.batch_size=4", "seeds=[0]", "task.sequence_length=16"]
+TEXT = ["task.data.path=text", "task.data.tokenizer=bytes"]
 
 
 def test_the_page_has_a_block_for_each_kind() -> None:
@@ -20,8 +21,8 @@ def test_the_page_has_a_block_for_each_kind() -> None:
 @pytest.mark.parametrize(
     ("file", "grid", "arms"),
     [
-        ("my_router.py", ["grid.router=[my_router]"], ["my_router"]),
-        ("my_layout.py", ["base.layout={name: top_only, num_experts: 4}", "grid.router=[switch]"], ["switch"]),
+        ("my_router.py", [*TEXT, "grid.router=[my_router]"], ["my_router"]),
+        ("my_layout.py", [*TEXT, "base.layout={name: top_only, num_experts: 4}", "grid.router=[switch]"], ["switch"]),
         (
             "my_task.py",
             ["base.task={name: repeat}", "model.tie_embeddings=false", "grid.router=[dense,hash]"],

@@ -4,9 +4,9 @@ import subprocess
 import sys
 
 import pytest
-from support.command_line import ROOT, CommandLine
+from support.command_line import ROOT, CommandLine, WarmCommandLine
 
-SMALL = ("train.steps=6", "seeds=[0,1,2]", "task.eval_windows=4")
+SMALL = ("train.steps=6", "seeds=[0]", "task.eval_windows=4", "task.data.path=text", "task.data.tokenizer=bytes")
 
 
 def run_example(cli: CommandLine, name: str, *arguments: str) -> str:
@@ -21,11 +21,13 @@ def test_the_layer_learns_in_a_plain_training_loop(cli: CommandLine) -> None:
     assert "accuracy 1.00" in run_example(cli, "layer.py", "120")
 
 
-def test_a_router_of_ones_own_is_compared_and_read_with_pandas(cli: CommandLine) -> None:
-    compared = run_example(cli, "own_router.py", "results", *SMALL)
+def test_a_router_of_ones_own_is_compared_and_read_with_pandas(cli: CommandLine, warm: WarmCommandLine) -> None:
+    trained = warm.run_script(cli, ROOT / "examples" / "own_router.py", "results", *SMALL)
+    assert trained.code == 0, trained.err
+    compared = trained.out
     assert "sigmoid_router" in compared
     assert "Quality: bits per byte on the test split" in compared
-    table = run_example(cli, "results.py", "results")
+    table = warm.run_script(cli, ROOT / "examples" / "results.py", "results").out
     assert "test/bits_per_byte" in table
     (line,) = [line for line in table.splitlines() if line.startswith("settings that differ: ")]
     assert "router.name" in line

@@ -1,18 +1,19 @@
 """The grid that tests interrupt, and the reference that was trained without interruption."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command_line import CommandLine, Results
+from support.command_line import CommandLine, Results, WarmCommandLine
 from support.interrupted_grid import train_without_interruption, write_grid
 
 
 @pytest.fixture(scope="session")
-def reference(built_once: Callable[[str, Callable[[Path], Any]], Path]) -> CommandLine:
+def reference(built_once: Callable[[str, Callable[[Path], Any]], Path], warm: WarmCommandLine) -> CommandLine:
     """The grid trained and compared without interruption: the result that interrupted grids must have."""
-    return CommandLine(built_once("reference", train_without_interruption))
+    return CommandLine(built_once("reference", partial(train_without_interruption, warm)))
 
 
 @pytest.fixture

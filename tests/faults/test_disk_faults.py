@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -60,12 +61,12 @@ def test_a_disk_too_small_is_refused_before_training(
 def test_a_disk_too_small_for_prepared_data_is_one_line(
     cli: CommandLine, warm: WarmCommandLine, small_disk: Mount
 ) -> None:
-    disk = small_disk(8)
-    cli.write("packaged.yaml")
-    values = json.loads((cli.folder / "packaged.yaml").read_text())
-    del values["base"]["task"]["data"]  # the packaged text
-    (cli.folder / "packaged.yaml").write_text(json.dumps(values))
-    ended = warm(cli, "plan", "./packaged.yaml", "--results", str(disk / "results"))
+    disk = small_disk(4)
+    draw = random.Random(0)
+    for number in range(8):  # 3 MB of text, of which a token and its length in bytes take 3 bytes for each
+        words = (str(draw.randrange(10**8)) for _ in range(45_000))
+        (cli.folder / f"text/a/long{number}.txt").write_text(" ".join(words))
+    ended = warm(cli, "plan", "./tiny.yaml", "--results", str(disk / "results"))
     assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1), ended.err
     assert re.match(r"error: cache: '.*' cannot be written \(.*\): \d+ MiB needed, \d+ MiB free", ended.err)
 

@@ -67,10 +67,10 @@ def test_a_signal_saves_checkpoints_and_the_next_call_resumes(
 def test_sigterm_saves_a_checkpoint_and_exits_with_143(
     cli: CommandLine, results: Results, warm: WarmCommandLine
 ) -> None:
-    process = cli.start_training()
+    process = warm.start(cli, "run", "./tiny.yaml", "--tracker", "none", "--jobs", "1")
     folder = wait_for_step(results, step=CHECKPOINT_EVERY + 3)
-    send(process, signal.SIGTERM)
-    ended = cli.wait(process, timeout=STOP_TIMEOUT_S)
+    process.send_signal(signal.SIGTERM)
+    ended = warm.finish(timeout=STOP_TIMEOUT_S)
     assert ended.code == 143, ended.err
     cli.assert_no_process_is_left()
     plan = {cell["id"]: cell["state"] for cell in warm(cli, "plan", "./tiny.yaml", "--json").json["cells"]}

@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -156,7 +157,7 @@ class CommandLine:
 
 
 SERVER = """
-import gc, json, multiprocessing.process, os, sys, traceback
+import gc, json, multiprocessing.process, os, runpy, sys, traceback
 from multiprocessing import forkserver, resource_tracker
 from moebench.launch.local_worker import start_fork_server
 start_fork_server()  # it imports while this process does
@@ -176,14 +177,21 @@ for line in sys.stdin:
         continue
     os.chdir(call["folder"])
     multiprocessing.process.ORIGINAL_DIR = call["folder"]  # where workers start
-    for number, name in enumerate((os.devnull, call["out"], call["err"])):
-        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
-    os.environ[call["key"]] = call["mark"]
-    sys.argv = ["moebench", *call["arguments"]]
+    if "terminal" in call:
+        os.setsid()  # the terminal becomes the controlling one when it is opened
+        streams = [os.open(call["terminal"], os.O_RDWR)] * 3
+    else:
+        files = [os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC) for name in (call["out"], call["err"])]
+        streams = [os.open(call["in"], os.O_RDONLY), *files]
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
+    os.environ.update(call["environment"])
+    sys.argv = [*call["arguments"]]
     from moebench.__main__ import main
     code = 0
     try:
-        main()
+        main() if sys.argv[0] == "moebench" else runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
         code = end.code or 0
     except BaseException:
@@ -205,19 +213,72 @@ class WarmCommandLine:
         self.scratch = scratch
         self.server: subprocess.Popen[str] | None = None
 
-    def __call__(self, cli: CommandLine, *arguments: str, timeout: float = TIMEOUT_S) -> CommandResult:
-        """Run a command in the folder of a command line."""
+    def __call__(
+        self,
+        cli: CommandLine,
+        *arguments: str,
+        timeout: float = TIMEOUT_S,
+        stdin: str = "",
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> CommandResult:
+        """Run a command in the folder of a command line, with `stdin` as its standard input."""
+        out, err, given = self.scratch / "out", self.scratch / "err", self.scratch / "in"
+        given.write_text(stdin)
+        self.send(cli, ("moebench", *arguments), {"in": str(given), "out": str(out), "err": str(err)}, environment)
+        return CommandResult(self.read_code(arguments, timeout), out.read_text(), err.read_text())
+
+    def run_script(self, cli: CommandLine, file: Path, *arguments: str) -> CommandResult:
+        """Run a Python program in the folder of a command line."""
+        streams = {name: str(self.scratch / name) for name in ("out", "err")}
+        self.send(cli, (str(file), *arguments), {"in": os.devnull, **streams})
+        return self.finish(timeout=200)
+
+    def send(
+        self,
+        cli: CommandLine,
+        arguments: Sequence[str],
+        streams: Mapping[str, str],
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Begin a command or a program, whose streams are files (`in`, `out`, `err`) or a `terminal`."""
         server = self.server = self.server or self._start()
         assert server.stdin is not None
-        assert server.stdout is not None
-        out, err = self.scratch / "out", self.scratch / "err"
-        call = {"folder": str(cli.folder), "out": str(out), "err": str(err), "arguments": arguments}
-        print(json.dumps(call | {"key": MARK, "mark": cli.mark}), file=server.stdin, flush=True)
-        if not select.select([server.stdout], [], [], timeout)[0]:
+        call = {"folder": str(cli.folder), "arguments": arguments, "environment": {MARK: cli.mark, **environment}}
+        print(json.dumps(call | dict(streams)), file=server.stdin, flush=True)
+
+    def start(self, cli: CommandLine, *arguments: str) -> psutil.Process:
+        """Begin a command in the background and return its process; `finish` returns its result."""
+        streams = {name: str(self.scratch / name) for name in ("out", "err")}
+        self.send(cli, ("moebench", *arguments), {"in": os.devnull, **streams})
+        assert self.server is not None
+        server = psutil.Process(self.server.pid)
+        started: list[psutil.Process] = []
+
+        def has_started() -> bool:
+            started[:] = [child for child in server.children() if child.pid not in SERVERS]
+            return bool(started)
+
+        wait_until(has_started, f"{arguments} did not start")
+        return started[0]
+
+    def finish(self, timeout: float = TIMEOUT_S) -> CommandResult:
+        """Wait for the end of the command in the background."""
+        code = self.read_code(("the command in the background",), timeout)
+        return CommandResult(code, (self.scratch / "out").read_text(), (self.scratch / "err").read_text())
+
+    def has_answer(self) -> bool:
+        """Return whether the command that was begun has ended."""
+        assert self.server is not None
+        return bool(select.select([self.server.stdout], [], [], 0)[0])
+
+    def read_code(self, arguments: Sequence[str], timeout: float) -> int:
+        """Wait for the end of the command that was begun, and return its exit code."""
+        assert self.server is not None
+        assert self.server.stdout is not None
+        if not select.select([self.server.stdout], [], [], timeout)[0]:
             self.close()  # a later call must not read the answer to this one
             raise AssertionError(f"no answer to {arguments} within {timeout:.0f} s")
-        code = int(server.stdout.readline())
-        return CommandResult(code, out.read_text(), err.read_text())
+        return int(self.server.stdout.readline())
 
     def _start(self) -> subprocess.Popen[str]:
         server = subprocess.Popen(

@@ -26,14 +26,14 @@ def write_grid(cli: CommandLine, **changes: Any) -> None:
     cli.write(**{"train": TRAIN, "grid": {"router": ARMS}, "seeds": SEEDS} | changes)
 
 
-def train_without_interruption(folder: Path) -> None:
+def train_without_interruption(warm: WarmCommandLine, folder: Path) -> None:
     """Train and compare the grid in a folder."""
     cli = CommandLine(folder)
     write_grid(cli)
     try:
-        ended = cli.train("--jobs", "1")
+        ended = warm.train(cli, "--jobs", "1")
         assert ended.code == 0, ended.err
-        compared = cli("compare", "./tiny.yaml", "--json")
+        compared = warm(cli, "compare", "./tiny.yaml", "--json")
     finally:
         cli.kill_leftovers()
     assert (compared.code, compared.err) == (0, "")

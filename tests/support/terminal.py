@@ -3,47 +3,34 @@
 import os
 import pty
 import select
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from support.command_line import TIMEOUT_S, CommandLine
+from support.command_line import TIMEOUT_S, CommandLine, WarmCommandLine
 
 
 def run_in_terminal(
-    cli: CommandLine, arguments: Sequence[str], timeout: float = TIMEOUT_S, *, keys: bytes = b""
+    warm: WarmCommandLine, cli: CommandLine, arguments: Sequence[str], timeout: float = TIMEOUT_S, *, keys: bytes = b""
 ) -> tuple[int, str]:
     """Run a call whose three streams are a terminal of 100 columns, with `keys` typed ahead.
 
     Returns the exit code and all output.
     """
     controller, terminal = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moebench", *arguments],
-        cwd=cli.folder,
-        env=cli.environment | {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"},
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-        start_new_session=True,
-    )
-    os.close(terminal)
+    environment = {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"}
+    warm.send(cli, ("moebench", *arguments), {"terminal": os.ttyname(terminal)}, environment)
     os.write(controller, keys)
-    output = b"".join(_read_terminal(controller, time.monotonic() + timeout))
+    deadline, output = time.monotonic() + timeout, b""
+    while not warm.has_answer():
+        assert time.monotonic() < deadline, "the call on a terminal did not end in time"
+        output += _read_terminal(controller, wait_s=0.1)
+    code = warm.read_code(arguments, timeout)
+    output += b"".join(iter(lambda: _read_terminal(controller, wait_s=0), b""))
     os.close(controller)
-    return process.wait(timeout=10), output.decode()
+    os.close(terminal)
+    return code, output.decode()
 
 
-def _read_terminal(descriptor: int, deadline: float) -> Iterator[bytes]:
-    while time.monotonic() < deadline:
-        if not select.select([descriptor], [], [], 0.2)[0]:
-            continue
-        try:
-            chunk = os.read(descriptor, 65536)
-        except OSError:  # the other side is closed
-            return
-        if not chunk:
-            return
-        yield chunk
-    raise AssertionError("the call on a terminal did not end in time")
+def _read_terminal(descriptor: int, wait_s: float) -> bytes:
+    """Return what has been printed, nothing if nothing is within `wait_s`."""
+    return os.read(descriptor, 65536) if select.select([descriptor], [], [], wait_s)[0] else b""

@@ -23,6 +23,7 @@ ORDER = (
         "plugin_sources",
         "file_access",
         "printable",
+        "stored_values",
         "commands",
     ),
     ("ranges",),

@@ -19,7 +19,7 @@ from moebench.yaml_text import parse_yaml
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_the_files_of_the_page_on_running_fit_their_models(tmp_path: Path) -> None:
+def test_the_files_of_the_page_on_running_fit_their_models(tmp_path: Path, embedded_results: Path) -> None:
     page = (ROOT / "docs" / "running.md").read_text()
     first, arms = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[:2]
     assert "grid:\n  arm:" in arms
@@ -29,33 +29,33 @@ def test_the_files_of_the_page_on_running_fit_their_models(tmp_path: Path) -> No
         file = tmp_path / f"{name}.yaml"
         file.write_text(text)
         for cell in expand(file).cells[:4]:
-            model = build_model(cell.config, prepare_task(cell.config, tmp_path))
+            model = build_model(cell.config, prepare_task(cell.config, embedded_results))
             assert compute_cost(model.backbone, [], 128).flops_per_token > 0
 
 
-def test_the_models_of_the_page_on_the_transformer_are_built(tmp_path: Path) -> None:
+def test_the_models_of_the_page_on_the_transformer_are_built(embedded_results: Path) -> None:
     [models] = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "model.md").read_text(), re.DOTALL)
     named = yaml.safe_load(models)
     assert len(named) == 7
     for settings in named.values():
         config = resolve(parse_yaml(yaml.safe_dump(settings), "model.md"))
         assert to_plain(config.model) != to_plain(resolve({}).model)
-        build_model(config, prepare_task(config, tmp_path))
+        build_model(config, prepare_task(config, embedded_results))
 
 
-def test_the_code_of_the_page_on_the_api_runs(cli: CommandLine) -> None:
+def test_the_code_of_the_page_on_the_api_runs(cli: CommandLine, warm: WarmCommandLine) -> None:
+    """On the small text of the tests: encoding the embedded one would take most of the time."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), re.DOTALL)
     code = "\n".join(blocks)
     assert "train.steps=200" in code
+    small = '"train.steps=2", "seeds=[0]", "task.data.path=text", "task.data.tokenizer=bytes"'
     (cli.folder / "page.py").write_text(
-        code.replace("train.steps=200", "train.steps=2").replace("eval_windows=16", "eval_windows=4")
+        code.replace('"train.steps=200"', small).replace("eval_windows=16", "eval_windows=4")
     )
-    done = subprocess.run(
-        [sys.executable, "page.py"], cwd=cli.folder, env=cli.environment, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    assert "9 ['dense', 'switch', 'top_k']" in done.stdout
-    assert "Quality: bits per byte on the test split" in done.stdout
+    done = warm.run_script(cli, cli.folder / "page.py")
+    assert done.code == 0, done.err
+    assert "3 ['dense', 'switch', 'top_k']" in done.out
+    assert "Quality: bits per byte on the test split" in done.out
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import numpy as np
 
 from moebench.errors import UsageError
 from moebench.tasks.sources import warn
-from moebench.tasks.text.documents import Document
+from moebench.tasks.text.document import Document
 from moebench.tasks.text.ngrams import hash_ngrams
 
 THRESHOLD = 0.5
@@ -138,6 +138,14 @@ def remove_overlap(splits: Mapping[str, Sequence[Document]]) -> tuple[dict[str, 
     for (domain, name), count in sorted(counts.items()):
         rates.setdefault(domain, {})[name] = vars(count)
     return kept, rates
+
+
+def sum_removed(rates: Rates) -> dict[str, tuple[int, int]]:
+    """Return domain -> evaluation documents removed, and all, of both splits."""
+    return {
+        domain: (sum(count["removed"] for count in splits.values()), sum(n["documents"] for n in splits.values()))
+        for domain, splits in rates.items()
+    }
 
 
 def warn_removed(removed: Mapping[str, tuple[int, int]]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from moebench.errors import UsageError
-from moebench.tasks.text.documents import Document
+from moebench.tasks.text.document import Document
 
 SPLITS = ("train", "validation", "test")
 SHARES = (0.8, 0.1, 0.1)

@@ -14,11 +14,12 @@ from moebench.tasks.folders import warn_unread_files
 from moebench.tasks.sources import check_held_out, warn
 from moebench.tasks.tables import TABLES
 from moebench.tasks.text.coverage import Coverage
-from moebench.tasks.text.documents import TEXTS, Document, TextDataConfig, load_documents, source_digest
+from moebench.tasks.text.document import Document
 from moebench.tasks.text.encoding import encode_documents
 from moebench.tasks.text.kinds import TokenKinds
-from moebench.tasks.text.overlap import remove_overlap
+from moebench.tasks.text.overlap import remove_overlap, sum_removed
 from moebench.tasks.text.shuffling import EpochOrder, order_by_permutation
+from moebench.tasks.text.sources import TEXTS, TextDataConfig, load_documents, source_digest
 from moebench.tasks.text.splits import SPLITS, split_documents
 from moebench.tasks.text.token_stream import TokenStream
 from moebench.tasks.text.tokens import Tokenizer, load_tokenizer
@@ -108,6 +109,8 @@ class PreparedText:
     """Kind of each token."""
     tokenizer_name: str
     """What `load_tokenizer` takes."""
+    overlap: Mapping[str, tuple[int, int]] | None = None
+    """Domain -> validation and test documents removed because the training split has them, and all; None: unknown."""
 
     @cached_property
     def separator(self) -> int:
@@ -181,6 +184,7 @@ def _to_prepared(
         token_count_V=np.asarray(arrays["token_count"]),
         kinds=kinds,
         tokenizer_name=tokenizer_name,
+        overlap=sum_removed(meta["overlap"]) if "overlap" in meta else None,
     )
 
 

@@ -88,8 +88,38 @@ def test_a_size_of_the_call_is_above_the_keys_of_the_file_and_below_overrides(tm
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"size: 'S9' is unknown\. Allowed: S0, S1, S2, S3, demo"):
         experiment(tmp_path, "size=S9")
-    with pytest.raises(UsageError, match=r"size: S0 sets task\.sequence_length, which 'vision' lacks"):
-        experiment(tmp_path, "size=S0", base={"task": "vision"})
+
+
+@pytest.mark.parametrize("override", ["task=vision", "task.name=vision", ""])
+def test_a_size_of_text_is_refused_for_another_task(tmp_path: Path, override: str) -> None:
+    base = {} if override else {"base": {"task": "vision"}}
+    with pytest.raises(UsageError, match=r"size: S0 is for the tasks language, .*, and task\.name is 'vision', which"):
+        experiment(tmp_path, "size=S0", *filter(None, [override]), **base)
+
+
+def test_a_size_is_refused_for_arms_of_several_tasks(tmp_path: Path) -> None:
+    grid = {"router": ["dense"], "task": ["language", "masked_language"]}
+    with pytest.raises(UsageError, match=r"size: S0 sets task\.sequence_length of one task, and the arms have several"):
+        experiment(tmp_path, "size=S0", grid=grid)
+    with pytest.raises(UsageError, match=r"size: S0 is for the tasks language, .* 'vision'"):
+        experiment(tmp_path, "size=S0", grid={"router": ["dense"], "task": ["language", "vision"]})
+
+
+def test_a_size_sets_the_options_of_the_task_that_an_override_names(tmp_path: Path) -> None:
+    expanded = experiment(tmp_path, "size=S0", "task=masked_language")
+    assert {cell.config.task.sequence_length for cell in expanded.cells} == {128}  # type: ignore[attr-defined]
+
+
+def test_a_size_without_tasks_is_for_every_task_that_has_its_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sizes").mkdir()
+    (tmp_path / "sizes" / "any.yaml").write_text("base: {model: {d_model: 48}}")
+    (tmp_path / "sizes" / "long.yaml").write_text("base: {task: {sequence_length: 96}}")
+    assert experiment(tmp_path, "size=any", "task=vision").cells[0].config.model.d_model == 48
+    with pytest.raises(UsageError, match=r"size: long sets task\.sequence_length, which 'vision' lacks"):
+        experiment(tmp_path, "size=long", "task=vision")
 
 
 def test_a_size_in_the_working_folder_takes_the_place_of_a_packaged_one(

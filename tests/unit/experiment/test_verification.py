@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,23 @@ from moebench.experiment.removal import plan_removal
 from moebench.experiment.verification import check_store
 
 
-def train_tracked(folder: Path) -> None:
+def train_tracked(warm: WarmCommandLine, folder: Path) -> None:
     """Train two arms of one seed with a tracker."""
     command_line = CommandLine(folder)
     command_line.write(grid={"router": ["dense", "switch"]}, seeds=[0])
     try:
-        ended = command_line("run", "./tiny.yaml")
+        ended = warm(command_line, "run", "./tiny.yaml")
     finally:
         command_line.kill_leftovers()
     assert ended.code == 0, ended.err
 
 
 @pytest.fixture
-def store(built_once: Callable[[str, Callable[[Path], Any]], Path], tmp_path: Path) -> CommandLine:
+def store(
+    built_once: Callable[[str, Callable[[Path], Any]], Path], tmp_path: Path, warm: WarmCommandLine
+) -> CommandLine:
     """A copy of the store, in a folder where the database's absolute paths do not matter."""
-    shutil.copytree(built_once("tracked", train_tracked), tmp_path / "copy")
+    shutil.copytree(built_once("tracked", partial(train_tracked, warm)), tmp_path / "copy")
     return CommandLine(tmp_path / "copy")
 
 

@@ -11,7 +11,7 @@ from support.training_cases import tiny_config
 
 from moebench.errors import UsageError
 from moebench.tasks.task import average_by_domain
-from moebench.tasks.text.documents import TextDataConfig, source_digest
+from moebench.tasks.text.sources import TextDataConfig, source_digest
 from moebench.tasks.text.windows import prepare
 from moebench.training.evaluation import evaluate
 from moebench.training.model import build_initialised_model, prepare_task

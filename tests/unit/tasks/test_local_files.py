@@ -17,7 +17,7 @@ from moebench.tasks.images.sources import ImageDataConfig, read_entries
 from moebench.tasks.sources import LOADERS
 from moebench.tasks.tables import Table, open_table, read_name
 from moebench.tasks.task import metric_names
-from moebench.tasks.text.documents import TextDataConfig
+from moebench.tasks.text.sources import TextDataConfig
 
 
 def write(root: Path, *names: str) -> None:

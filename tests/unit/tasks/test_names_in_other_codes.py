@@ -13,7 +13,7 @@ from moebench.tasks.audio.utterances import prepare as prepare_sounds
 from moebench.tasks.folders import list_files
 from moebench.tasks.images.prepared import prepare as prepare_images
 from moebench.tasks.images.sources import ImageDataConfig
-from moebench.tasks.text.documents import TextDataConfig, load_documents, source_digest
+from moebench.tasks.text.sources import TextDataConfig, load_documents, source_digest
 
 LATIN1 = os.fsdecode("täglich".encode("latin-1"))
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from moebench.errors import UsageError
 from moebench.file_access import open_member
+from moebench.stored_values import require_count, require_name
 from moebench.tasks.text.splits import SPLITS
 from moebench.tasks.text.tokens import MAX_VOCAB
 
@@ -104,6 +105,12 @@ class Manifest:
         content = asdict(replace(self, options={}, source={}))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def overlap(self) -> dict[str, tuple[int, int]] | None:
+        """Domain -> evaluation documents left out because the training split has them, and all; None: not measured."""
+        counts = self.source.get("overlap")
+        return {domain: (removed, total) for domain, (removed, total) in counts.items()} if counts else None
+
     def totals(self) -> dict[str, dict[str, dict[str, int]]]:
         """Return documents, tokens and bytes by domain and split."""
         result: dict[str, dict[str, dict[str, int]]] = {}
@@ -167,8 +174,8 @@ def parse_shard(values: Mapping[str, Any]) -> Shard:
     segments = tuple(
         Segment(
             split=_one_of(SPLITS, each["split"]),
-            domain=_text(each["domain"]),
-            **{name: _count(each[name]) for name in ("num_tokens", "num_documents", "num_bytes")},
+            domain=require_name(each["domain"]),
+            **{name: require_count(each[name]) for name in ("num_tokens", "num_documents", "num_bytes")},
         )
         for each in values["segments"]
     )
@@ -183,8 +190,8 @@ def parse_shard(values: Mapping[str, Any]) -> Shard:
 
 
 def _parse(values: Mapping[str, Any]) -> Manifest:
-    vocab_size = _count(values["vocab_size"])
-    if not 1 <= vocab_size <= MAX_VOCAB or not _count(values["separator"]) < vocab_size:
+    vocab_size = require_count(values["vocab_size"])
+    if not 1 <= vocab_size <= MAX_VOCAB or not require_count(values["separator"]) < vocab_size:
         raise ValueError(f"vocab_size {vocab_size} and separator {values['separator']} cannot be")
     manifest = Manifest(
         vocab_size=vocab_size,
@@ -197,6 +204,9 @@ def _parse(values: Mapping[str, Any]) -> Manifest:
         source=dict(values["source"]),
     )
     _check_sizes(manifest)
+    for removed, total in (manifest.overlap or {}).values():
+        if require_count(removed) > require_count(total):
+            raise ValueError(f"{removed} of {total} documents cannot be left out")
     if manifest.digest != values["digest"]:
         raise ValueError("its digest is wrong")
     return manifest
@@ -229,19 +239,7 @@ def require_size(num_domains: int, vocab_size: int) -> None:
 
 
 def _parse_entry(values: Mapping[str, Any]) -> FileEntry:
-    return FileEntry(size=_count(values["size"]), sha256=_text(values["sha256"]))
-
-
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
-        raise ValueError(f"{value!r} is not a count")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r} is not text")
-    return value
+    return FileEntry(size=require_count(values["size"]), sha256=require_name(values["sha256"]))
 
 
 def _one_of(allowed: Sequence[str], value: Any) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moebench.errors import UsageError, require
-from moebench.tasks.text.documents import OPTIONAL, TextDataConfig
+from moebench.tasks.text.sources import OPTIONAL, TextDataConfig
 
 FORMAT = 1
 """Raised when the same options give other files."""

@@ -13,7 +13,6 @@ from moebench.errors import UsageError
 from moebench.file_access import open_member
 from moebench.tasks.cache import load_or_create
 from moebench.tasks.sources import check_held_out
-from moebench.tasks.text.documents import TextDataConfig
 from moebench.tasks.text.kinds import TokenKinds
 from moebench.tasks.text.prepared.manifest import (
     BYTES,
@@ -28,6 +27,7 @@ from moebench.tasks.text.prepared.manifest import (
     shard_file,
 )
 from moebench.tasks.text.shuffling import order_by_cipher
+from moebench.tasks.text.sources import TextDataConfig
 from moebench.tasks.text.splits import SPLITS
 from moebench.tasks.text.token_stream import TokenStream
 from moebench.tasks.text.tokens import load_tokenizer
@@ -90,6 +90,7 @@ def open_prepared(data: TextDataConfig, cache_dir: Path, sequence_length: int) -
         token_count_V=counts_DV[rows].sum(0),
         kinds=_load_kinds(tokenizer, manifest.tokenizer, cache_dir),
         tokenizer_name=tokenizer,
+        overlap=manifest.overlap,
     )
 
 

@@ -13,7 +13,9 @@ from moebench.tasks.sources import file_digest
 from moebench.tasks.streams import COMPRESSED, open_text
 from moebench.tasks.tables import TABLES, file_errors, open_table, read_rows
 from moebench.tasks.text.document import Document, check_text
-from moebench.tasks.text.documents import (
+from moebench.tasks.text.prepared.blocks import Block, Position, choose_split, cut_text, read_parts
+from moebench.tasks.text.prepared.options import BLOCK, SMALL_BLOCK, PrepareOptions, has_optional_domain
+from moebench.tasks.text.sources import (
     OPTIONAL,
     TEXTS,
     TextDataConfig,
@@ -24,8 +26,6 @@ from moebench.tasks.text.documents import (
     require_same_keys,
     text_file_domain,
 )
-from moebench.tasks.text.prepared.blocks import Block, Position, choose_split, cut_text, read_parts
-from moebench.tasks.text.prepared.options import BLOCK, SMALL_BLOCK, PrepareOptions, has_optional_domain
 
 ENDINGS = (*TABLES, *TEXTS)
 PACKED_RATIO = 3

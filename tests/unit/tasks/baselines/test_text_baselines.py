@@ -22,8 +22,8 @@ from moebench.tasks.baselines import stored_text
 from moebench.tasks.baselines.baseline import TrivialBaseline
 from moebench.tasks.baselines.span_corruption import compute_sentinel_nats, restore_text
 from moebench.tasks.language import TextTask
-from moebench.tasks.text.documents import load_documents
 from moebench.tasks.text.embedded_tokenizer import BPE
+from moebench.tasks.text.sources import load_documents
 from moebench.tasks.text.splits import split_documents
 from moebench.training.model import prepare_task
 

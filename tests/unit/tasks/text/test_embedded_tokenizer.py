@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from moebench.errors import UsageError
-from moebench.tasks.text.documents import TextDataConfig, source_digest
 from moebench.tasks.text.embedded_tokenizer import BPE, BPE_FILE, SEPARATOR, VOCAB_SIZE, train_bpe
+from moebench.tasks.text.sources import TextDataConfig, source_digest
 from moebench.tasks.text.tokens import SubwordTokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[4]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moebench.errors import UsageError
-from moebench.tasks.text.documents import Document
+from moebench.tasks.text.document import Document
 from moebench.tasks.text.ngrams import NGRAM, hash_ngrams
 from moebench.tasks.text.overlap import MAX_HASHES, OverlapIndex, Sketches, remove_overlap
 from moebench.tasks.text.splits import split_documents

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from moebench.errors import UsageError
-from moebench.tasks.text.documents import Document, TextDataConfig, load_documents, source_digest
+from moebench.tasks.text.document import Document
+from moebench.tasks.text.sources import TextDataConfig, load_documents, source_digest
 from moebench.tasks.text.splits import split_documents
 from moebench.tasks.text.windows import PreparedText, prepare
 

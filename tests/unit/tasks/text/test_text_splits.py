@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moebench.errors import UsageError
-from moebench.tasks.text.documents import Document, TextDataConfig, load_documents
+from moebench.tasks.text.document import Document
+from moebench.tasks.text.sources import TextDataConfig, load_documents
 from moebench.tasks.text.splits import SPLITS, assign_splits, cut, split_documents
 
 # Rows of (group, domain, size): groups may lie in several domains and have several documents.

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, trainers
 
 from moebench.errors import UsageError
-from moebench.tasks.text.documents import TextDataConfig
+from moebench.tasks.text.sources import TextDataConfig
 from moebench.tasks.text.token_stream import TokenStream
 from moebench.tasks.text.windows import (
     PreparedText,

@@ -7,8 +7,8 @@ import torch
 from support.training_cases import write_text
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from moebench.tasks.text.documents import TextDataConfig
 from moebench.tasks.text.kinds import TOKEN_KINDS, TokenKinds
+from moebench.tasks.text.sources import TextDataConfig
 from moebench.tasks.text.tokens import ByteTokenizer, SubwordTokenizer
 from moebench.tasks.text.windows import prepare
 

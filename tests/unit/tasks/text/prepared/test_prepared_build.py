@@ -8,13 +8,13 @@ from support.prepared_text import folder_content, options_for, prepare_folder, r
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from moebench.errors import UsageError
-from moebench.tasks.text.documents import TextDataConfig
 from moebench.tasks.text.prepared import build, source
 from moebench.tasks.text.prepared.checks import check_prepared
 from moebench.tasks.text.prepared.folder_state import lock_folder
 from moebench.tasks.text.prepared.manifest import read_manifest
 from moebench.tasks.text.prepared.options import PrepareOptions, describe_source
 from moebench.tasks.text.prepared.reader import open_prepared
+from moebench.tasks.text.sources import TextDataConfig
 from moebench.tasks.text.tokens import load_tokenizer
 
 

@@ -9,12 +9,12 @@ import pytest
 from support.prepared_text import folder_content, options_for, prepare_folder
 
 from moebench.errors import UsageError
-from moebench.tasks.text.documents import TextDataConfig, load_documents
 from moebench.tasks.text.overlap import remove_overlap
 from moebench.tasks.text.prepared import build
-from moebench.tasks.text.prepared.manifest import read_manifest
 from moebench.tasks.text.prepared.reader import open_prepared
+from moebench.tasks.text.sources import TextDataConfig, load_documents
 from moebench.tasks.text.splits import split_documents
+from moebench.tasks.text.windows import prepare
 
 
 def draw_text(draw: random.Random, num_words: int) -> str:
@@ -66,12 +66,17 @@ def test_it_leaves_out_what_is_left_out_of_text_that_is_not_prepared(
         expected = [d.text for domain in "xy" for d in documents if d.domain == domain]
         assert texts_of(tmp_path / "out", name) == expected
     assert len(kept["test"]) < len(splits["test"])
-    for domain, (removed, total) in read_manifest(tmp_path / "out").source["overlap"].items():
+    counts = open_prepared(TextDataConfig(path=str(tmp_path / "out")), tmp_path / "cache", 8).overlap
+    assert counts is not None
+    assert list(counts) == ["x", "y"]
+    for domain, (removed, total) in counts.items():
         assert removed == sum(rates[domain][name]["removed"] for name in ("validation", "test")) > 0
         assert total == sum(rates[domain][name]["documents"] for name in ("validation", "test"))
+    assert prepare(TextDataConfig(path=str(source), tokenizer="bytes"), tmp_path / "cache", 8).overlap == counts
     assert not (tmp_path / "out" / "overlap.json").exists()
     everything = prepare_folder(source, tmp_path / "all", remove_overlap=False).manifest
     assert everything.digest != manifest.digest
+    assert everything.overlap is None
     assert len(texts_of(tmp_path / "all", "test")) == len(splits["test"])
 
 

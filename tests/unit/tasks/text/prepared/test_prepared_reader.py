@@ -14,10 +14,10 @@ from moebench.errors import UsageError
 from moebench.tasks.language import Language
 from moebench.tasks.masked_language import MaskedLanguage
 from moebench.tasks.span_corruption import SpanCorruption
-from moebench.tasks.text.documents import TextDataConfig
 from moebench.tasks.text.prepared.checks import check_prepared
 from moebench.tasks.text.prepared.manifest import read_manifest
 from moebench.tasks.text.prepared.reader import is_prepared, open_prepared, read_digest
+from moebench.tasks.text.sources import TextDataConfig
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +177,14 @@ def drop_shards(values: dict[str, Any]) -> None:
     del values["shards"]
 
 
+def set_overlap_of_more_than_all(values: dict[str, Any]) -> None:
+    values["source"]["overlap"] = {"x": [3, 2]}
+
+
+def set_overlap_of_another_type(values: dict[str, Any]) -> None:
+    values["source"]["overlap"] = {"x": ["\x1b[31m", 2]}
+
+
 def set_shards_of_another_type(values: dict[str, Any]) -> None:
     values["shards"] = {"a": 1}
 
@@ -191,6 +199,8 @@ def set_shards_of_another_type(values: dict[str, Any]) -> None:
         set_other_split,
         drop_shards,
         set_shards_of_another_type,
+        set_overlap_of_more_than_all,
+        set_overlap_of_another_type,
         lambda values: values.update(format="other"),
         lambda values: values.update(separator=None),
         lambda values: values["counts"].update(size="large"),

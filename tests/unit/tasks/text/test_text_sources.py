@@ -12,13 +12,9 @@ import pytest
 
 from moebench.config import resolve
 from moebench.errors import UsageError
-from moebench.tasks.text.documents import (
-    Document,
-    TextDataConfig,
-    load_documents,
-    source_digest,
-)
+from moebench.tasks.text.document import Document
 from moebench.tasks.text.pack import PACKS, pack_group
+from moebench.tasks.text.sources import TextDataConfig, load_documents, source_digest
 from moebench.tasks.text.splits import split_documents
 
 ROWS = [{"text": f"text {i}", "domain": "ab"[i % 2], "author": f"author {i // 2}"} for i in range(6)]
@@ -208,7 +204,7 @@ def test_hub_that_cannot_be_reached_says_how_to_give_local_files():
     # In a process of its own: `datasets` reads HF_HUB_OFFLINE when it is imported.
     program = (
         "import os; os.environ['HF_HUB_OFFLINE'] = '1'\n"
-        "from moebench.tasks.text.documents import *\n"
+        "from moebench.tasks.text.sources import *\n"
         "try: load_documents(TextDataConfig(dataset='nobody/nothing'))\n"
         "except UsageError as error: print(error)"
     )
@@ -267,7 +263,7 @@ def test_files_of_one_folder_have_all_domains_or_none(tmp_path, order):
     "rows", [[{"text": "a"}, {"text": "b", "domain": "x"}], [{"text": "a", "domain": "x"}, {"text": "b"}]]
 )
 def test_streamed_rows_have_all_domains_or_none(monkeypatch, rows):
-    monkeypatch.setattr("moebench.tasks.text.documents.load_dataset", lambda *given, **options: rows)
+    monkeypatch.setattr("moebench.tasks.text.sources.load_dataset", lambda *given, **options: rows)
     config = TextDataConfig(dataset="on/hub", streaming=True, max_bytes=100)
     having, lacking = (0, 1) if "domain" in rows[0] else (1, 0)
     with pytest.raises(UsageError, match=f"domain_column: row {having} has 'domain' and row {lacking} has not; set it"):
