@@ -1,11 +1,12 @@
 """The entry point: runs a command, and prints a user's mistake as one line, with exit code 2."""
 
+import atexit
 import errno
 import os
 import sys
 
 from moebench import interrupts
-from moebench.process_setup import prepare_process, silent_exit_refused
+from moebench.process_setup import end_process, prepare_process, silent_exit_refused
 
 FILE_ERRORS = (
     errno.EACCES,
@@ -27,14 +28,17 @@ FILE_ERRORS = (
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    codes: list[int] = []
+    atexit.register(end_process, codes)  # first, so that it is called last
     prepare_process()
     interrupts.record_interrupts()
     try:
         with silent_exit_refused():
             code = _run()
-        sys.exit(130 if interrupts.received and code == 0 else code)
+        codes.append(130 if interrupts.received and code == 0 else code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        codes.append(130)
+    sys.exit(codes[0])
 
 
 def _run() -> int:
@@ -52,9 +56,9 @@ def _run() -> int:
         return 2
     except OSError as error:
         # A file that cannot be read or written, where no command says more about it.
-        if error.filename is None or error.errno not in FILE_ERRORS:
+        if error.errno not in FILE_ERRORS:
             raise
-        _print_error(f"{error.filename}: {error.strerror}")
+        _print_error(f"{error.filename or 'output'}: {error.strerror}")
         return 2
     except typer.Abort:
         return 130

@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from moebench.compatibility import list_marks
 from moebench.launch.devices import uses_gpu
 from moebench.models.cost import Cost
 from moebench.models.memory import COPIES_IN_BF16_ON_CPU, COPIES_OF_A_VALUE, ModelSize
+from moebench.models.storageless import build_without_storage
 from moebench.routing.features.feature import count_passes
 from moebench.schema import CellConfig
 from moebench.tasks.task import Task
@@ -75,7 +74,7 @@ class ModelCosts:
 
 
 def _measure(config: CellConfig, task: Task) -> ModelFacts:
-    with torch.device("meta"):
+    with build_without_storage():
         model = build_model(config, task)
     return ModelFacts(
         cost=compute_model_cost(model, task.sequence_length, task.decoder_length),

@@ -1,8 +1,10 @@
 """`moebench run`: train the missing cells with a display and a tracker, then draw the figures."""
 
-import math
+import signal
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from moebench.errors import UsageError
 from moebench.experiment.data_need import require_epochs
 from moebench.experiment.display import open_display
 from moebench.experiment.grid import Experiment
+from moebench.experiment.live_tracking import start_tracker, stop_tracker
 from moebench.experiment.memory import count_fitting_cells, require_memory
 from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.plan import cell_state
@@ -27,12 +30,9 @@ from moebench.launch.scheduler import Interrupted, Outcome, SchedulePolicy, Sche
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.tasks.task import TASKS
-from moebench.tracking.address import NO_TRACKER, check_uri, default_uri, format_sync
-from moebench.tracking.tracker import Tracker, TrackerStatus
+from moebench.tracking.address import NO_TRACKER, check_uri, format_sync
+from moebench.tracking.tracker import Tracker
 from moebench.training.model import prepare_task
-
-TRACKER_INTERRUPT_LIMIT_S = 2.0
-"""How long an interrupted run waits for its tracker."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,24 +116,27 @@ def run_experiment(experiment: Experiment, setup: RunSetup) -> RunReport:
         print_note(console, note)
     containment = Containment(lambda line: print_note(console, f"{line}; training continues"))
     has_tracker, sync = options.tracker != NO_TRACKER, format_sync(results, options.tracker)
-    tracker = _start_tracker(results, options.tracker, experiment, containment) if has_tracker else None
+    tracker = start_tracker(results, options.tracker, experiment.name, containment) if has_tracker else None
     grid_run = _GridRun(experiment, setup, cells, tracker, containment)
     try:
         jobs = options.jobs or min(choose_num_jobs(cells), count_fitting_cells(cells, costs))
         outcomes, interrupted = grid_run.train(replace(options, jobs=jobs))
-        below_trivial = "" if interrupted or experiment.tuning_of else grid_run.summarise()
+        below_trivial = ""
+        if interrupted is None and not experiment.tuning_of:
+            below_trivial, interrupted = grid_run.summarise()
     except BaseException:
         if tracker:
             tracker.kill()
         raise
-    tracker_problem = _stop_tracker(tracker, console, interrupted, containment, sync) if has_tracker else None
+    print_line = partial(print_note, console)
+    tracker_problem = stop_tracker(tracker, print_line, interrupted, containment, sync) if has_tracker else None
     return RunReport(
         experiment=experiment,
         results=results,
         num_done=sum(_read_state(results, cell) == "done" for cell in experiment.cells),
         outcomes=[*damaged, *outcomes],
         tracker_problem=tracker_problem,
-        interrupted=interrupted,
+        interrupted=interrupted.signal_number if interrupted else 0,
         problems=containment.problems,
         below_trivial=below_trivial,
     )
@@ -145,37 +148,6 @@ def _require_resources(results: Path, cells: list[Cell], costs: ModelCosts, opti
         require_memory(cells, costs)
     require_disk_space(results, cells, costs)
     require_epochs(cells, costs)
-
-
-def _start_tracker(results: Path, uri: str | None, experiment: Experiment, containment: Containment) -> Tracker | None:
-    """Return the tracker, or None if it cannot be started."""
-    started = None
-    with containment.contain("tracker"):
-        tracker = Tracker(results, uri or default_uri(results), experiment.name)
-        tracker.start()
-        started = tracker
-    return started
-
-
-def _stop_tracker(
-    tracker: Tracker | None, console: Console, interrupted: int, containment: Containment, sync: str
-) -> str | None:
-    """Send what is pending; return what the tracker has missed, or None. `sync` is the command that sends it later."""
-
-    def show_wait(status: TrackerStatus) -> None:
-        hint = f"Ctrl-C: do not wait, {sync} sends the rest"
-        print_note(console, f"waiting for the tracker, {status.values} values sent ({hint})")
-
-    problem: str | None = (
-        f"the tracker did not end as it should, and its state is unknown; nothing is lost: run {sync} later"
-    )
-    if tracker is not None:
-        with containment.contain("tracker"):
-            status = tracker.stop(TRACKER_INTERRUPT_LIMIT_S if interrupted else math.inf, on_wait=show_wait)
-            problem = None if status.ok else status.reason
-            if status.note:
-                print_note(console, status.note)
-    return problem
 
 
 def _read_state(results: Path, cell: Cell) -> str:
@@ -194,10 +166,10 @@ class _GridRun:
     tracker: Tracker | None
     containment: Containment
 
-    def train(self, options: RunOptions) -> tuple[list[Outcome], int]:
-        """Return the outcomes, and the number of the signal that interrupted the training (0: none)."""
+    def train(self, options: RunOptions) -> tuple[list[Outcome], Interrupted | None]:
+        """Return the outcomes, and what interrupted the training, or None."""
         if not self.cells:
-            return [], 0
+            return [], None
         metric = TASKS.get(self.cells[0].config.task.name).facts.metric
         metric = f"validation/{metric}" if self.experiment.tuning_of else metric
         warnings: list[str] = []
@@ -217,12 +189,21 @@ class _GridRun:
             setup, name = self.setup, self.experiment.name
             scheduler = Scheduler(setup.results, name, policy, display, setup.launcher, self.containment)
             try:
-                return scheduler.run(self.cells, on_tick=poll_tracker, on_end=self._draw), 0
+                return scheduler.run(self.cells, on_tick=poll_tracker, on_end=self._draw), None
             except Interrupted as interrupted:
-                return list(interrupted.outcomes), interrupted.signal_number
+                return list(interrupted.outcomes), interrupted
 
-    def summarise(self) -> str:
-        """Record the trivial baselines, draw the curves; return the mark of an experiment below the baselines."""
+    def summarise(self) -> tuple[str, Interrupted | None]:
+        """Record the trivial baselines, draw the curves.
+
+        Returns the mark of an experiment below the baselines, and what interrupted this, or None.
+        """
+        try:
+            return self._summarise(), None
+        except KeyboardInterrupt:
+            return "", Interrupted(signal.SIGINT, (), time.monotonic(), is_repeated=False)
+
+    def _summarise(self) -> str:
         setup = self.setup
         mark = mark_trivial_baselines(self.experiment, setup.results, setup.console, self.containment)
         if self.cells:

@@ -14,6 +14,7 @@ class ActivityMonitor:
     def __init__(self) -> None:
         self.silent_s = 0.0
         self._longest_gap_s = 0.0
+        self._num_messages = 0
         self._newest_message_at: float | None = None
         self._updated_at = time.monotonic()
 
@@ -23,7 +24,9 @@ class ActivityMonitor:
         if self._newest_message_at is None:
             self._newest_message_at = newest_message_at  # the start, which is no message
         if newest_message_at != self._newest_message_at:
-            self._longest_gap_s = max(self._longest_gap_s, self.silent_s)
+            if self._num_messages:  # before the first one lie imports and data, which are no step
+                self._longest_gap_s = max(self._longest_gap_s, self.silent_s)
+            self._num_messages += 1
             self._newest_message_at, self.silent_s = newest_message_at, 0.0
         else:
             self.silent_s += min(now - self._updated_at, MAX_POLL_S)

@@ -76,12 +76,16 @@ class Display(Protocol):
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the user asked for it
-    """The runner received a signal; `outcomes` are those of the cells that had ended."""
+    """The runner received a signal, `at` by `time.monotonic`; `outcomes` are those of the cells that had ended.
 
-    def __init__(self, signal_number: int, outcomes: Sequence[Outcome]) -> None:
+    `is_repeated`: the user has asked twice, and waits for nothing more.
+    """
+
+    def __init__(self, signal_number: int, outcomes: Sequence[Outcome], at: float, *, is_repeated: bool) -> None:
         super().__init__(signal.Signals(signal_number).name)
         self.signal_number = signal_number
         self.outcomes = outcomes
+        self.at, self.is_repeated = at, is_repeated
 
 
 class Scheduler:
@@ -151,7 +155,8 @@ class Scheduler:
                     group.kill()
                     self._release(group.cell)
         if self.signals:
-            raise Interrupted(self.signals[0][0], outcomes)
+            number, at = self.signals[0]
+            raise Interrupted(number, outcomes, at, is_repeated=self._is_signalled_twice)
         return outcomes
 
     @property

@@ -6,7 +6,6 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from moebench.experts.assembly import RouterPlan, build_moe_layer, feed_forward_builder
@@ -18,6 +17,7 @@ from moebench.experts.widths import Widths, solve_widths
 from moebench.models.attention import Attention, AttentionStyle, CrossAttention
 from moebench.models.expert_attention import HeadExperts, ProjectionExperts
 from moebench.models.plan import Half, plan_backbone
+from moebench.models.storageless import build_without_storage
 from moebench.models.transformer import Block, StreamStyle, Transformer
 from moebench.models.whole_model import StackBank, WholeModels
 from moebench.routing.context import NO_DATA, DataSummary
@@ -198,11 +198,11 @@ class Builder:
         share = layout.total_params if layout.match == "params" else 1.0
 
         def cost(widths: Widths) -> float:
-            with torch.device("meta"):
+            with build_without_storage():
                 return self._cost(build(widths))
 
         def target(width: int) -> float:
-            with torch.device("meta"):
+            with build_without_storage():
                 return share * num_blocks * self._cost(self.dense_block(width))
 
         remedy = "layout.match=none" if plan.feed_forward is None and not plan.stack else "layout.expert_width"

@@ -119,11 +119,11 @@ class Tracker:
             while process.poll() is None and reason is None:
                 time.sleep(0.02)
                 now = time.monotonic()
-                if now - stopped_at > _NOTICE_S:
+                if _NOTICE_S < now - stopped_at < limit_s:
                     on_wait(self._status)
                     on_wait = _ignore
                 if now - stopped_at > limit_s:
-                    reason = f"not everything was sent within {limit_s:g} s"
+                    reason = f"not everything was sent within {limit_s:.2g} s of the end of training"
                 elif now - self._progressed_at > (stall_limit_s if self._has_started else _START_LIMIT_S):
                     reason = f"no answer for {stall_limit_s:g} s"
         except KeyboardInterrupt:

@@ -5,12 +5,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from moebench.models.build import NO_FEATURES, build_backbone
 from moebench.models.cost import Cost, compute_cost, count_flops
 from moebench.models.encoder_decoder import EncoderDecoder
+from moebench.models.storageless import build_without_storage
 from moebench.models.tied_head import tie
 from moebench.models.transformer import BatchContext, Transformer, init_weights
 from moebench.parallel.expert_sharding import shard_experts
@@ -160,7 +160,7 @@ def build_base_model(config: CellConfig, task: Task) -> Model | None:
     """Return the shapes of the model whose learning rates a model uses, on the meta device; None without muP."""
     if config.train.mup_base_width is None:
         return None
-    with torch.device("meta"):
+    with build_without_storage():
         return build_model(shrink_widths(config), task)
 
 

@@ -2,11 +2,10 @@
 
 import warnings
 
-import torch
-
 from moebench.compatibility import check_cell
 from moebench.config import apply_overrides, merge_settings, resolve, to_plain
 from moebench.errors import UsageError
+from moebench.models.storageless import build_without_storage
 from moebench.parallel.checkpoint import VerifiedCheckpointIO, find_newest_valid
 from moebench.parallel.manifest import parse_step
 from moebench.runs.folder import RunFolder
@@ -39,7 +38,7 @@ def apply_evaluation_settings(config: CellConfig, assignments: list[str]) -> Cel
 
 def check_same_parameters(config: CellConfig, trained: CellConfig, task: Task, what: str) -> None:
     """Raise UsageError, naming `what` was changed, if a configuration has other parameters than the trained one."""
-    with torch.device("meta"):
+    with build_without_storage():
         changed, original = (build_model(cell, task, sized_as=trained).state_dict() for cell in (config, trained))
     if {name: value.shape for name, value in changed.items()} != {
         name: value.shape for name, value in original.items()

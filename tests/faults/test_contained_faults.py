@@ -9,7 +9,8 @@ from support.command_line import CommandLine, Results, deterministic_points
 from support.fault_injection import full_name, raise_in, record_side_calls
 
 import moebench
-from moebench.experiment.runner import RunReport, _start_tracker
+from moebench.experiment.live_tracking import start_tracker
+from moebench.experiment.runner import RunReport
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -98,7 +99,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module")
 def side_calls(runs: Runs) -> list[Any]:
     uri = f"sqlite:///{Path.cwd()}/mlflow.db"
-    return record_side_calls(lambda: runs.train("reference", tracker=uri), _start_tracker, is_side)
+    return record_side_calls(lambda: runs.train("reference", tracker=uri), start_tracker, is_side)
 
 
 def test_the_search_finds_the_calls(side_calls: list[Any]) -> None:

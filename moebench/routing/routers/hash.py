@@ -1,6 +1,7 @@
 """Hash: a fixed function from the id of a token, the ids of its neighbours or its position to an expert."""
 
 from dataclasses import dataclass
+from heapq import heapreplace
 from typing import Any, Literal
 
 import torch
@@ -244,16 +245,15 @@ def balanced_table(count_V: Tensor, num_experts: int, variant: int = 0) -> Tenso
     Other variants than 0 order ids by counts times a draw from [1, 2), which groups other ids and balances as well: the
     many rare ids at the end fill the gaps that frequent ones leave.
     """
-    table = torch.zeros(len(count_V), dtype=torch.int64)
-    load_E = [0] * num_experts
-    num_ids_E = [0] * num_experts
+    expert_V = [0] * len(count_V)
+    # Load, number of ids and index of each expert. Ids that never occur do not change the load; the second number
+    # spreads them evenly instead of assigning all to one expert.
+    least_loaded = [(0, 0, expert) for expert in range(num_experts)]
     counts = count_V.tolist()
     draw_V = torch.rand(len(counts), dtype=torch.float64, generator=make_generator("balanced", variant), device="cpu")
     draws = draw_V.tolist() if variant else [0.0] * len(counts)
     for token_id in sorted(range(len(counts)), key=lambda i: (-counts[i] * (1 + draws[i]), draws[i], i)):
-        # Ids that never occur do not change the load; spread them evenly instead of assigning all to one expert.
-        expert = min(range(num_experts), key=lambda e: (load_E[e], num_ids_E[e], e))
-        table[token_id] = expert
-        load_E[expert] += counts[token_id]
-        num_ids_E[expert] += 1
-    return table
+        load, num_ids, expert = least_loaded[0]
+        expert_V[token_id] = expert
+        heapreplace(least_loaded, (load + counts[token_id], num_ids + 1, expert))
+    return torch.tensor(expert_V, dtype=torch.int64, device="cpu")

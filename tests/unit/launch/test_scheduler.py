@@ -204,10 +204,10 @@ def test_the_wait_for_a_stop_follows_the_slowest_step(monkeypatch: pytest.Monkey
     monitor = ActivityMonitor()
     monitor.update(0.0)
     assert monitor.stop_timeout_s(is_saving=False) == MIN_STOP_TIMEOUT_S
-    for second in range(1, 11):
+    for second in range(1, 41):
         now = float(second)
-        monitor.update(0.0)
-    now = 10.1
-    monitor.update(10.05)  # a step of ten seconds
-    assert monitor.stop_timeout_s(is_saving=False) == 30.0
+        # The first message after 20 s, of which imports and data are the most; then a step of ten seconds.
+        monitor.update(0.0 if second < 20 else 20.0 if second < 31 else 30.5)
+        expected = MIN_STOP_TIMEOUT_S if second < 31 else 30.0
+        assert monitor.stop_timeout_s(is_saving=False) == expected
     assert monitor.stop_timeout_s(is_saving=True) == 60.0
