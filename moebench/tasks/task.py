@@ -228,10 +228,10 @@ class Task(ABC):
         """Return the module x_BLD -> the output that `loss` reads."""
 
     @abstractmethod
-    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+    def loss(self, output: Any, batch: Batch) -> Tensor:
         """Return loss_BP in nats, one value per prediction; values where `count_BP` is 0 are ignored."""
 
-    def compute_sums(self, output: Tensor, batch: Batch) -> Mapping[str, Tensor]:
+    def compute_sums(self, output: Any, batch: Batch) -> Mapping[str, Tensor]:
         """Return the sums over each sequence that `compute_quality` needs: tensors whose first dimension is B."""
         nats_BP, weight_BP = self.loss(output, batch).double(), batch.weight_BP.double()
         if batch.count_BP is not None:
@@ -239,9 +239,10 @@ class Task(ABC):
             nats_BP, weight_BP = nats_BP.where(counted_BP, 0), weight_BP.where(counted_BP, 0)
         return {"nats": nats_BP.sum(1), "weight": weight_BP.sum(1)}
 
-    def log_probabilities(self, output: Tensor) -> Tensor:
+    def log_probabilities(self, output: Any) -> Tensor:
         """Return the log-probabilities (fp32, classes last) of an output; override for heads without logits."""
-        return output.float().log_softmax(-1)
+        log_p: Tensor = output.float().log_softmax(-1)
+        return log_p
 
     def probe(self, read: Callable[[Batch], Tensor], batch_size: int) -> dict[str, float]:
         """Return additional metrics of a trained model, such as few-shot accuracy; none by default.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moebench.models.build import NO_FEATURES, build_backbone
 from moebench.models.cost import Cost, compute_cost, count_flops
 from moebench.models.encoder_decoder import EncoderDecoder
-from moebench.models.tied_head import tie
+from moebench.models.tied_head import TiedHead, tie
 from moebench.models.transformer import BatchContext, Transformer, init_weights
 from moebench.parallel.expert_sharding import shard_experts
 from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
@@ -20,6 +20,8 @@ from moebench.routing.features.feature import Feature, collect, count_passes, se
 from moebench.routing.router import required_features
 from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig, ModelConfig
+from moebench.tasks.deferred_logits import MAX_LOGITS, ModelOutput
+from moebench.tasks.language import TextTask, TokenHead
 from moebench.tasks.task import TASKS, Batch, Task
 from moebench.training.optimizer.groups import describe_parameters
 from moebench.training.optimizer.mup import (
@@ -55,7 +57,7 @@ class Model(nn.Module):
         for feature, module in feature_modules.items():
             self.add_module(feature.module_name, module)
 
-    def forward(self, batch: Batch, ctx: BatchContext) -> tuple[Tensor, list[LayerRecord]]:
+    def forward(self, batch: Batch, ctx: BatchContext) -> tuple[ModelOutput, list[LayerRecord]]:
         """Return what the task's `loss` reads, and one record per MoE layer."""
         x_BLD, records = self.compute_hidden(batch, ctx)
         return self.head(x_BLD), records
@@ -122,7 +124,12 @@ def build_model(config: CellConfig, task: Task, sized_as: CellConfig | None = No
     modules = collect(features, lambda feature: feature.build_module(d_model, task.build_head))
     embedding, head = task.build_embedding(d_model), task.build_head(d_model)
     head = tie(embedding, head) if config.model.tie_embeddings else head
-    return Model(embedding, backbone, head, features, modules, select_embedding_scale(config.model))
+    model = Model(embedding, backbone, head, features, modules, select_embedding_scale(config.model))
+    if type(task).loss is TextTask.loss:  # which reads deferred logits; a plugin's own loss may not
+        for module in model.modules():
+            if isinstance(module, TokenHead | TiedHead):
+                module.max_logits = MAX_LOGITS[config.train.cross_entropy]
+    return model
 
 
 def select_embedding_scale(model: ModelConfig) -> float:

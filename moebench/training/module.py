@@ -17,6 +17,7 @@ from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
 from moebench.routing.features.feature import TrainingPasses, count_passes
 from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig
+from moebench.tasks.deferred_logits import ModelOutput
 from moebench.tasks.task import Batch, Task
 from moebench.training.batches import BatchSource, build_loss_normalizer
 from moebench.training.divergence import NonFiniteError, SpikeError
@@ -83,7 +84,7 @@ class CellModule(lightning.LightningModule):
         self.records += records
         return objective.total
 
-    def run_passes(self, batch: Batch, ctx: BatchContext) -> tuple[list[Tensor], list[list[LayerRecord]]]:
+    def run_passes(self, batch: Batch, ctx: BatchContext) -> tuple[list[ModelOutput], list[list[LayerRecord]]]:
         """Return the outputs and records of each forward pass over a batch; passes differ in what routers draw."""
         contexts = [replace(ctx, repeat=repeat) for repeat in range(count_passes(self.model.features))]
         outputs, records = zip(*(self.model(batch, each) for each in contexts), strict=True)
@@ -92,7 +93,7 @@ class CellModule(lightning.LightningModule):
     def compute_loss(
         self,
         batch: Batch,
-        outputs: Sequence[Tensor],
+        outputs: Sequence[ModelOutput],
         records: Sequence[list[LayerRecord]],
         normalizer: LossNormalizer | None = None,
     ) -> tuple[Objective, list[list[LayerRecord]]]:
@@ -114,7 +115,7 @@ class CellModule(lightning.LightningModule):
         return add_z_loss(objective, self.config.train.z_loss, outputs, batch, normalizer), records_with_loss
 
     def _add_feature_losses(
-        self, objective: Objective, batch: Batch, outputs: Sequence[Tensor], normalizer: LossNormalizer
+        self, objective: Objective, batch: Batch, outputs: Sequence[ModelOutput], normalizer: LossNormalizer
     ) -> Objective:
         model, task = self.model, self.task
         passes = TrainingPasses(
