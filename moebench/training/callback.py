@@ -20,6 +20,7 @@ from moebench.training.objective import average_objectives
 from moebench.training.spikes import SpikeGuard
 from moebench.training.step_metrics import ParallelCosts, compute_load_metrics, compute_parallel_metrics
 from moebench.training.step_timer import StepTimer
+from moebench.training.utilization import compute_mfu, count_training_flops, find_peak_flops
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class CellCallback(lightning.Callback):
         self.parallel_costs = ParallelCosts()
         self.executed_cost = ExecutedCost(())
         """Cost of all training steps."""
+        self.peak_flops: float | None = None
+        """FLOP/s of the device in the products of the cell; None: not known."""
         self.spike_guard: SpikeGuard | None = None
         """That of the module, whose state is part of a checkpoint."""
         self.final: Evaluation | None = None
@@ -67,6 +70,7 @@ class CellCallback(lightning.Callback):
         assert isinstance(pl_module, CellModule)
         self.executed_cost = ExecutedCost(pl_module.layers)  # before a checkpoint is loaded
         self.spike_guard = pl_module.spike_guard
+        self.peak_flops = find_peak_flops(pl_module.config.train, pl_module.mesh.device)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -136,13 +140,18 @@ class CellCallback(lightning.Callback):
         return step % train.log_every == 0 or step in (1, train.steps)
 
     def _log(self, module: CellModule, step: int) -> None:
+        speed = self.timer.num_tokens[-1] / self.timer.durations_s[-1]
         metrics = average_objectives(module.objectives, module.mesh.world) | {
             "train/learning_rate": module.last_rate,
             "train/grad_norm": module.last_grad_norm,
-            "train/tokens_per_s": self.timer.num_tokens[-1] / self.timer.durations_s[-1],
+            "train/tokens_per_s": speed,
             "time/data_share": self.timer.data_share,
         }
-        metrics |= {f"train/{name}": value for name, value in compute_load_metrics(module).items()}
+        load = compute_load_metrics(module)
+        metrics |= {f"train/{name}": value for name, value in load.items()}
+        if self.peak_flops:
+            flops = count_training_flops(module.model, module.task, load)
+            metrics["train/mfu"] = compute_mfu(flops, speed, self.peak_flops * module.mesh.size)
         parallel_metrics = compute_parallel_metrics(module, self.timer)
         self.parallel_costs.add(step, parallel_metrics)
         self.context.recorder.append(step, metrics | parallel_metrics)
