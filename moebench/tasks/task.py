@@ -53,6 +53,8 @@ class Batch:
     of symbols where one loss covers a transcript; None: all 1."""
     span: Span | None = None
     """Sequences of the batch of all processes that are in this part; None: all."""
+    is_pinned: bool = False
+    """Whether the tensors are in pinned memory of the host (`pin_memory`)."""
     count_in_step: Tensor | None = None
     """Sum of `count_BP` over the local micro-batches of the step (int64); None where `count_BP` is None."""
 
@@ -74,8 +76,13 @@ class Batch:
         return replace(batch, decoder_input_BP=None, decoder_valid_BP=None)
 
     def to(self, device: Any) -> "Batch":
-        """Return the batch with its tensors on another device."""
-        return self._map_tensors(lambda tensor: tensor.to(device))
+        """Return the batch with its tensors on another device; the copy of a pinned batch is not waited for."""
+        moved = self._map_tensors(lambda tensor: tensor.to(device, non_blocking=self.is_pinned))
+        return replace(moved, is_pinned=False)
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in memory from which a GPU copies by itself."""
+        return replace(self._map_tensors(lambda tensor: tensor.pin_memory()), is_pinned=True)
 
     def part(self, span: Span) -> "Batch":
         """Return the sequences of one process, which `span` selects."""

@@ -93,6 +93,11 @@ class CellCallback(lightning.Callback):
             self.spike_guard.load_state_dict(state_dict["spikes"])
 
     @override
+    def on_train_start(self, trainer: Any, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, CellModule)
+        self.timer.uses_events = pl_module.mesh.device.type == "cuda" and pl_module.checks_later
+
+    @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         assert isinstance(pl_module, CellModule)
         train = pl_module.config.train
@@ -109,15 +114,21 @@ class CellCallback(lightning.Callback):
             self._finish_step(trainer, pl_module)
 
     def _finish_step(self, trainer: Any, module: CellModule) -> None:
-        module.update_routers()
         train, step = module.config.train, trainer.global_step
+        is_last = step == train.steps
+        is_read = self._is_logged(train, step) or self._is_followed(module, step)
+        if is_read:
+            module.check_steps()
+        module.update_routers()
         self.timer.stop(module.device, module.source.count_positions(step - 1))
+        if is_read:
+            self.timer.settle()
         for records in module.records:
             self.executed_cost.add(records)
-        is_last = step == train.steps
+        self._record_spikes(module, step - 1)
         if self._is_logged(train, step):
             self._log(module, step)
-        self._record_spike(module)
+        self._record_spikes(module, step)
         if step % module.config.parallel.check_every == 0 or is_last:
             check_replicas(module, module.mesh)
         if step % train.eval_every == 0 or is_last:
@@ -134,6 +145,13 @@ class CellCallback(lightning.Callback):
         trainer.should_stop = trainer.should_stop or self.is_stopped
         speed = self.timer.recent_tokens_per_s
         self.context.report_progress({"step": step, "loss": module.last_loss, "tokens_per_s": speed})
+
+    @staticmethod
+    def _is_followed(module: CellModule, step: int) -> bool:
+        """Return whether something follows a step that needs to know how it ended, besides the log."""
+        train = module.config.train
+        intervals = (train.eval_every, train.checkpoint_every, module.config.parallel.check_every)
+        return any(step % interval == 0 for interval in intervals)
 
     @staticmethod
     def _is_logged(train: TrainConfig, step: int) -> bool:
@@ -156,15 +174,14 @@ class CellCallback(lightning.Callback):
         self.parallel_costs.add(step, parallel_metrics)
         self.context.recorder.append(step, metrics | parallel_metrics)
 
-    def _record_spike(self, module: CellModule) -> None:
-        spike = module.spike_guard.latest
-        if spike is None:
-            return
-        action = "skipped" if module.is_update_skipped else "recorded"
-        module.spike_guard.record(spike, action)
-        self.context.recorder.append(spike.step, spike.metrics)
-        if module.mesh.is_first:
-            print_text(f"{spike}" + ("; its update is skipped" if module.is_update_skipped else ""))
+    def _record_spikes(self, module: CellModule, last_step: int) -> None:
+        """Record the new spikes up to a step; those of a step whose update is skipped are known before it ends."""
+        while module.new_spikes and module.new_spikes[0].step <= last_step:
+            spike = module.new_spikes.pop(0)
+            module.spike_guard.record(spike, "skipped" if module.is_update_skipped else "recorded")
+            self.context.recorder.append(spike.step, spike.metrics)
+            if module.mesh.is_first:
+                print_text(f"{spike}" + ("; its update is skipped" if module.is_update_skipped else ""))
 
     def _validate(self, module: CellModule, step: int) -> None:
         self.validation = module.evaluate("validation")
@@ -177,6 +194,9 @@ class CellCallback(lightning.Callback):
 
     def _save(self, trainer: Any, module: CellModule, step: int) -> None:
         self.context.report_activity("saving")
+        module.check_steps()  # a run that is stopped ends at a step like any other
+        self.timer.settle()
+        self._record_spikes(module, step)
         self.executed_cost.all_reduce(module.mesh)  # every process saves the sums over all of them
         self.context.recorder.flush()  # the journal is on the disk before a checkpoint claims its steps
         fields = {"cell": self.cell_id, "records": self.context.recorder.describe()}
