@@ -12,3 +12,10 @@ class StepConfig:
     """Loss of tasks that predict tokens: from all logits of a micro-batch at once, or chunk by chunk, with the logits
     computed again in the backward pass: less memory, the same loss up to rounding. auto: chunked from 2^28 logits on,
     such as 8,192 tokens of a vocabulary of 32,768."""
+    recompute: Literal["none", "blocks"] = "none"
+    """Activations that are computed again in the backward pass instead of kept: none, or all inside each transformer
+    block (a third more FLOPs, and memory for the inputs of blocks and for one block at a time). layout.recompute is
+    that of experts alone."""
+    tf32: bool = False
+    """On a GPU, compute products of fp32 matrices in TF32 (10 bits of mantissa), on its tensor cores; routers stay
+    exact. It is for precision=fp32, and changes nothing on a CPU."""

@@ -41,6 +41,7 @@ class StepBatches:
         self.source = source
         self.first_step = first_step
         self.on_wait = on_wait
+        self._prefetched: PrefetchedSteps | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the micro-batches of the remaining steps."""
@@ -48,11 +49,15 @@ class StepBatches:
         if device.type != "cuda":
             yield from self._iter_timed(map(self.source.make_micro_batches, steps))
             return
-        prefetched = PrefetchedSteps(self.source.make_micro_batches, steps, device)
-        try:
-            yield from self._iter_timed(iter(prefetched))
-        finally:
-            prefetched.close()
+        self.close()
+        self._prefetched = PrefetchedSteps(self.source.make_micro_batches, steps, device)
+        yield from self._iter_timed(iter(self._prefetched))
+
+    def close(self) -> None:
+        """End the thread that makes batches, if there is one."""
+        if self._prefetched is not None:
+            self._prefetched.close()
+            self._prefetched = None
 
     def _iter_timed(self, of_steps: Iterator[Sequence[Batch]]) -> Iterator[Batch]:
         while True:

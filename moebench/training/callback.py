@@ -95,7 +95,7 @@ class CellCallback(lightning.Callback):
     @override
     def on_train_start(self, trainer: Any, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, CellModule)
-        self.timer.uses_events = pl_module.mesh.device.type == "cuda" and pl_module.checks_later
+        self.timer.uses_events = pl_module.mesh.device.type == "cuda"
 
     @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:

@@ -19,7 +19,7 @@ from moebench.routing.context import DataSummary
 from moebench.routing.features.feature import Feature, collect, count_passes, sequence_group_size
 from moebench.routing.router import required_features
 from moebench.routing.values import LayerRecord
-from moebench.schema import CellConfig, ModelConfig
+from moebench.schema import CellConfig, ModelConfig, TrainConfig
 from moebench.tasks.deferred_logits import MAX_LOGITS, ModelOutput
 from moebench.tasks.language import TextTask, TokenHead
 from moebench.tasks.task import TASKS, Batch, Task
@@ -30,6 +30,7 @@ from moebench.training.optimizer.mup import (
     scale_initial_weights,
     shrink_widths,
 )
+from moebench.training.precision import keep_routing_exact
 
 
 class Model(nn.Module):
@@ -125,11 +126,20 @@ def build_model(config: CellConfig, task: Task, sized_as: CellConfig | None = No
     embedding, head = task.build_embedding(d_model), task.build_head(d_model)
     head = tie(embedding, head) if config.model.tie_embeddings else head
     model = Model(embedding, backbone, head, features, modules, select_embedding_scale(config.model))
-    if type(task).loss is TextTask.loss:  # which reads deferred logits; a plugin's own loss may not
-        for module in model.modules():
-            if isinstance(module, TokenHead | TiedHead):
-                module.max_logits = MAX_LOGITS[config.train.cross_entropy]
+    _choose_computation(model, config.train, task)
     return model
+
+
+def _choose_computation(model: Model, train: TrainConfig, task: Task) -> None:
+    """Set how the modules of a model compute, which does not change what they compute."""
+    reads_deferred_logits = type(task).loss is TextTask.loss  # a plugin's own loss may not
+    for module in model.modules():
+        if isinstance(module, TokenHead | TiedHead) and reads_deferred_logits:
+            module.max_logits = MAX_LOGITS[train.cross_entropy]
+        if isinstance(module, Transformer):
+            module.recomputes_blocks = train.recompute == "blocks"
+    if train.tf32:
+        keep_routing_exact(model)
 
 
 def select_embedding_scale(model: ModelConfig) -> float:

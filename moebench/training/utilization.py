@@ -71,7 +71,9 @@ def find_device_peak(name: str) -> DevicePeak | None:
 
 def select_kind(train: TrainConfig) -> Kind:
     """Return the kind of most matrix products of a cell on a GPU."""
-    return "bf16" if train.precision == "bf16" else "fp32"
+    if train.precision == "bf16":
+        return "bf16"
+    return "tf32" if train.tf32 else "fp32"
 
 
 def find_peak_flops(train: TrainConfig, device: torch.device) -> float | None:

@@ -22,6 +22,7 @@ from moebench.tasks.task import Task
 from moebench.training.executed_cost import ExecutedCost
 from moebench.training.model import prepare_task
 from moebench.training.module import CellModule
+from moebench.training.precision import matrix_precision
 from moebench.training.utilization import Kind, compute_mfu, count_training_flops, select_kind
 
 DEFAULT_ROUTERS = ("switch", "top_k")
@@ -110,8 +111,9 @@ def measure(settings: Settings, report_progress: Callable[[str], None] = lambda 
         )
         task = prepare_task(config, settings.results)
         kind = select_kind(config.train)
-        peaks[kind] = peaks.get(kind) or find_peak(config.train, device)
-        arms.append(_measure_arm(cell.arm, isolate_steps(config), task, protocol, settings.steps, peaks[kind]))
+        with matrix_precision(config.train, device):
+            peaks[kind] = peaks.get(kind) or find_peak(config.train, device)
+            arms.append(_measure_arm(cell.arm, isolate_steps(config), task, protocol, settings.steps, peaks[kind]))
     name = str(settings.experiment) if settings.experiment else "built-in language model"
     return Benchmark(name=name, arms=tuple(arms), machine=machine, settings=settings)
 
