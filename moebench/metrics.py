@@ -154,6 +154,7 @@ TRAINING: tuple[Declaration, ...] = (
     ("train/learning_rate", "", "", "number", "neither", "Learning rate of the step."),
     ("train/grad_norm", "", "", "number", "neither", "Norm of the gradient before clipping."),
     ("train/tokens_per_s", "", "tokens/s", "count", "higher", "Speed of the step."),
+    ("train/mfu", "", "share", "percent", "higher", "FLOPs that the model needs in a step over those of the devices."),
     ("time/data_share", "", "share", "percent", "lower", "Share of the time so far spent waiting for batches."),
 )
 SPIKES: tuple[Declaration, ...] = (
@@ -201,6 +202,14 @@ COST: tuple[Declaration, ...] = (
 )
 SPEED: tuple[Declaration, ...] = (
     ("tokens_per_s", "tokens/s", "tokens/s", "count", "higher", "Speed of the median training step."),
+    (
+        "mfu",
+        "MFU",
+        "share",
+        "percent",
+        "higher",
+        "Model FLOPs utilization: three times the active forward FLOPs over the peak of the devices, where known.",
+    ),
     ("step_s", "", "s", "number", "lower", "Time of the median training step."),
     ("train_s", "", "s", "number", "lower", "Time of all training steps."),
     ("total_s", "", "s", "number", "lower", "Time of the run, evaluations included, since its last start."),

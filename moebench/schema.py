@@ -22,6 +22,7 @@ from moebench.ranges import (
     at_least_1_up_to,
     check_ranges,
 )
+from moebench.step_config import StepConfig
 from moebench.tuning_config import TuneConfig
 
 COMPONENTS = ("task", "layout", "router")
@@ -31,7 +32,7 @@ SECTIONS = ("model", "train", "balance", "parallel")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(OptimizerConfig):
+class TrainConfig(OptimizerConfig, StepConfig):
     """Optimizer, schedule and cadence of training: the same for every arm of a comparison.
 
     Schedule: linear warm-up, then what `schedule` names. The learning rate of update u = 0, 1, ..., steps - 1 is the

@@ -46,7 +46,9 @@ class ModelCosts:
     def facts(self, config: CellConfig) -> ModelFacts:
         """Return the facts of a cell's model."""
         sections = (config.task, config.model, config.layout, config.router)
-        key = (*map(repr, sections), config.train.precision, str(config.allow_noncausal))
+        train = config.train
+        computation = (train.precision, train.cross_entropy, train.recompute)
+        key = (*map(repr, sections), *computation, str(config.allow_noncausal))
         if key not in self._facts:
             self._facts[key] = _measure(config, self.task(config))
         return self._facts[key]

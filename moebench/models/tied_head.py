@@ -3,11 +3,15 @@
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moebench.tasks.deferred_logits import ModelOutput, defer_logits
 from moebench.tasks.language import TokenEmbedding
 
 
 class TiedHead(nn.Module):
     """Projection to the vocabulary by the embedding's table (Press and Wolf, arXiv:1608.05859), without parameters."""
+
+    max_logits: int | None = None
+    """As of `TokenHead`."""
 
     def __init__(self, embedding: TokenEmbedding, num_outputs: int) -> None:
         """`num_outputs`: the first ids of the table; ids after them, such as a mask, are inputs alone."""
@@ -17,9 +21,10 @@ class TiedHead(nn.Module):
         self._embedding = (embedding,)
         self.num_outputs = num_outputs
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
+    def forward(self, x_BLD: Tensor) -> ModelOutput:
         """Return the logits of each position."""
-        return functional.linear(x_BLD, self._embedding[0].weight[: self.num_outputs])
+        weight_VD = self._embedding[0].weight[: self.num_outputs]
+        return defer_logits(x_BLD, weight_VD, self.max_logits) or functional.linear(x_BLD, weight_VD)
 
     def flops_per_token(self, length: int) -> int:
         """Return the forward FLOPs of one token."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moebench.experts.feed_forward import FeedForward
 from moebench.experts.layer import MoELayer
@@ -217,6 +218,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.style = style
         self.place = place
+        self.recomputes_blocks = False
+        """Whether the backward pass computes each block again, instead of keeping its activations."""
         self.features = tuple(features)
         self.blocks = nn.ModuleList(blocks)
         self.norm = style.build_norm()
@@ -227,10 +230,20 @@ class Transformer(nn.Module):
         dropout = ctx.dropout(self.style.embedding_dropout, self.place)
         x_BLD = x_BLD if dropout is None else dropout.drop(x_BLD)
         for block in self.blocks:
-            x_BLD, block_records = block(x_BLD, ctx)
+            x_BLD, block_records = self._compute(block, x_BLD, ctx)
             records += block_records
             ctx = self._with_layer_features(ctx, block_records)
         return self.norm(x_BLD), records
+
+    def _compute(self, block: nn.Module, x_BLD: Tensor, ctx: BatchContext) -> tuple[Tensor, list[LayerRecord]]:
+        """Return the output of a block."""
+        result: tuple[Tensor, list[LayerRecord]]
+        if self.recomputes_blocks and torch.is_grad_enabled():
+            # All draws are functions of the step and the layer: there is no state of generators to restore.
+            result = checkpoint(block, x_BLD, ctx, use_reentrant=False, preserve_rng_state=False)
+        else:
+            result = block(x_BLD, ctx)
+        return result
 
     def _with_layer_features(self, ctx: BatchContext, records: Sequence[LayerRecord]) -> BatchContext:
         """Return the context of the next block, with what features take from the last MoE layer of this one."""

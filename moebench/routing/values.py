@@ -268,7 +268,7 @@ class LayerRecord:
     def num_positions(self) -> Tensor:
         """Positions of this process that the experts computed for, fp64 scalar: padding counts where it costs rows."""
         if self.valid_T is None or self.routing.computes_padding:
-            return torch.tensor(self.routing.num_tokens, dtype=torch.float64, device=self.routing.load_E.device)
+            return torch.full((), self.routing.num_tokens, dtype=torch.float64, device=self.routing.load_E.device)
         return self.valid_T.sum().double()
 
     @property

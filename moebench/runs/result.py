@@ -46,7 +46,7 @@ class RunResult:
     planned; both with the prefixes train_ and eval_ as executed: mean over all steps of training, and on the test
     split."""
     throughput: dict[str, float]
-    """tokens_per_s (median inside the step), step_s, train_s, total_s, data_share."""
+    """tokens_per_s (median inside the step), mfu where known, step_s, train_s, total_s, data_share."""
     data_digest: str
     eval_digest: str
     """Digest of the evaluation set and of the metric's definition: arms must agree."""

@@ -20,6 +20,7 @@ from moebench.ranks import Span
 from moebench.seeds import make_generator
 from moebench.tasks.baselines.baseline import TrivialBaseline
 from moebench.tasks.baselines.language import compute_language_baselines
+from moebench.tasks.deferred_logits import DeferredLogits, ModelOutput, defer_logits
 from moebench.tasks.task import ALL, TASKS, Batch, LabelKind, Task, TaskConfig, TaskFacts, average_by_domain
 from moebench.tasks.text.kinds import TOKEN_KINDS
 from moebench.tasks.text.prepared.reader import is_prepared, open_prepared, read_digest
@@ -46,6 +47,13 @@ class TokenEmbedding(nn.Embedding):
 
 class TokenHead(nn.Linear):
     """The projection to the vocabulary."""
+
+    max_logits: int | None = None
+    """Logits above which the output is `DeferredLogits`; None: never. Only a task that reads them sets it."""
+
+    @override
+    def forward(self, x_BLD: Tensor) -> ModelOutput:  # type: ignore[override]
+        return defer_logits(x_BLD, self.weight, self.max_logits) or super().forward(x_BLD)
 
     def init_weights(self, generator: Generator) -> None:
         """Set the weights to zero: the first prediction is uniform, ln V nats per token."""
@@ -209,10 +217,16 @@ class TextTask(Task):
         return TokenHead(d_model, self.vocab_size, bias=False)
 
     @override
-    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+    def loss(self, output: ModelOutput, batch: Batch) -> Tensor:
+        if isinstance(output, DeferredLogits):
+            return output.compute_cross_entropy(batch.target_BP)
         logits_TV = output.flatten(0, 1).float()
         loss_T = functional.cross_entropy(logits_TV, batch.target_BP.reshape(-1), reduction="none")
         return loss_T.view_as(batch.target_BP)
+
+    @override
+    def log_probabilities(self, output: ModelOutput) -> Tensor:
+        return super().log_probabilities(output.project() if isinstance(output, DeferredLogits) else output)
 
     @override
     def compute_quality(self, sums: Mapping[str, Tensor]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing_extensions import override
 from moebench.ranges import Range
 from moebench.tasks.baselines.baseline import TrivialBaseline
 from moebench.tasks.baselines.masked_language import compute_masked_baselines
+from moebench.tasks.deferred_logits import DeferredLogits, ModelOutput
 from moebench.tasks.language import TextConfig, TextTask, TokenHead, Uniform
 from moebench.tasks.task import TASKS, Batch, TaskFacts, average_by_domain
 from moebench.tasks.text.windows import PreparedText
@@ -87,9 +88,10 @@ class MaskedLanguage(TextTask):
         return TokenHead(d_model, self.text.vocab_size, bias=False)  # the mask token is never a target
 
     @override
-    def compute_sums(self, output: Tensor, batch: Batch) -> Mapping[str, Tensor]:
+    def compute_sums(self, output: ModelOutput, batch: Batch) -> Mapping[str, Tensor]:
         assert batch.count_BP is not None
-        correct_BP = (output.argmax(-1) == batch.target_BP) & (batch.count_BP > 0)
+        best_BP = output.argmax() if isinstance(output, DeferredLogits) else output.argmax(-1)
+        correct_BP = (best_BP == batch.target_BP) & (batch.count_BP > 0)
         return {**super().compute_sums(output, batch), "correct": correct_BP.sum(1), "masked": batch.count_BP.sum(1)}
 
     @override

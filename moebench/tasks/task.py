@@ -53,6 +53,8 @@ class Batch:
     of symbols where one loss covers a transcript; None: all 1."""
     span: Span | None = None
     """Sequences of the batch of all processes that are in this part; None: all."""
+    is_pinned: bool = False
+    """Whether the tensors are in pinned memory of the host (`pin_memory`)."""
     count_in_step: Tensor | None = None
     """Sum of `count_BP` over the local micro-batches of the step (int64); None where `count_BP` is None."""
 
@@ -74,8 +76,13 @@ class Batch:
         return replace(batch, decoder_input_BP=None, decoder_valid_BP=None)
 
     def to(self, device: Any) -> "Batch":
-        """Return the batch with its tensors on another device."""
-        return self._map_tensors(lambda tensor: tensor.to(device))
+        """Return the batch with its tensors on another device; the copy of a pinned batch is not waited for."""
+        moved = self._map_tensors(lambda tensor: tensor.to(device, non_blocking=self.is_pinned))
+        return replace(moved, is_pinned=False)
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in memory from which a GPU copies by itself."""
+        return replace(self._map_tensors(lambda tensor: tensor.pin_memory()), is_pinned=True)
 
     def part(self, span: Span) -> "Batch":
         """Return the sequences of one process, which `span` selects."""
@@ -228,10 +235,10 @@ class Task(ABC):
         """Return the module x_BLD -> the output that `loss` reads."""
 
     @abstractmethod
-    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+    def loss(self, output: Any, batch: Batch) -> Tensor:
         """Return loss_BP in nats, one value per prediction; values where `count_BP` is 0 are ignored."""
 
-    def compute_sums(self, output: Tensor, batch: Batch) -> Mapping[str, Tensor]:
+    def compute_sums(self, output: Any, batch: Batch) -> Mapping[str, Tensor]:
         """Return the sums over each sequence that `compute_quality` needs: tensors whose first dimension is B."""
         nats_BP, weight_BP = self.loss(output, batch).double(), batch.weight_BP.double()
         if batch.count_BP is not None:
@@ -239,9 +246,10 @@ class Task(ABC):
             nats_BP, weight_BP = nats_BP.where(counted_BP, 0), weight_BP.where(counted_BP, 0)
         return {"nats": nats_BP.sum(1), "weight": weight_BP.sum(1)}
 
-    def log_probabilities(self, output: Tensor) -> Tensor:
+    def log_probabilities(self, output: Any) -> Tensor:
         """Return the log-probabilities (fp32, classes last) of an output; override for heads without logits."""
-        return output.float().log_softmax(-1)
+        log_p: Tensor = output.float().log_softmax(-1)
+        return log_p
 
     def probe(self, read: Callable[[Batch], Tensor], batch_size: int) -> dict[str, float]:
         """Return additional metrics of a trained model, such as few-shot accuracy; none by default.

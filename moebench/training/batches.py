@@ -1,7 +1,7 @@
 """The training batches of a cell: the part of each micro-batch that a process trains on, a function of the step."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ from moebench.routing.router import required_features
 from moebench.schema import CellConfig
 from moebench.tasks.task import Batch, Task
 from moebench.training.objective import LossNormalizer
+from moebench.training.prefetch import PrefetchedSteps
 from moebench.training.rewinds import NO_REWINDS, Rewinds
 from moebench.training.spikes import BatchName
 
@@ -25,9 +26,9 @@ class StepBatches:
 
     Batch n is a function of n, so a resumed run continues exactly.
 
-    A step's sequences are split into micro-batches, and each micro-batch into parts, one for each process. Batches are
-    made in the trainer's thread when it asks: a cell has only the cores that it trains on, and prefetching would slow
-    the step.
+    A step's sequences are split into micro-batches, and each micro-batch into parts, one for each process. On a CPU,
+    batches are made in the trainer's thread when it asks: a cell has only the cores that it trains on, and prefetching
+    would slow the step. For a GPU a thread makes them ahead, while the trainer's waits for the device.
     """
 
     def __init__(
@@ -40,12 +41,30 @@ class StepBatches:
         self.source = source
         self.first_step = first_step
         self.on_wait = on_wait
+        self._prefetched: PrefetchedSteps | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the micro-batches of the remaining steps."""
-        for step in range(self.first_step, self.source.config.train.steps):
+        steps, device = range(self.first_step, self.source.config.train.steps), self.source.mesh.device
+        if device.type != "cuda":
+            yield from self._iter_timed(map(self.source.make_micro_batches, steps))
+            return
+        self.close()
+        self._prefetched = PrefetchedSteps(self.source.make_micro_batches, steps, device)
+        yield from self._iter_timed(iter(self._prefetched))
+
+    def close(self) -> None:
+        """End the thread that makes batches, if there is one."""
+        if self._prefetched is not None:
+            self._prefetched.close()
+            self._prefetched = None
+
+    def _iter_timed(self, of_steps: Iterator[Sequence[Batch]]) -> Iterator[Batch]:
+        while True:
             begin = time.perf_counter()
-            batches = self.source.make_micro_batches(step)
+            batches = next(of_steps, None)
+            if batches is None:
+                return
             self.on_wait(time.perf_counter() - begin)
             yield from batches
 

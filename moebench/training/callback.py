@@ -20,6 +20,7 @@ from moebench.training.objective import average_objectives
 from moebench.training.spikes import SpikeGuard
 from moebench.training.step_metrics import ParallelCosts, compute_load_metrics, compute_parallel_metrics
 from moebench.training.step_timer import StepTimer
+from moebench.training.utilization import compute_mfu, count_training_flops, find_peak_flops
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class CellCallback(lightning.Callback):
         self.parallel_costs = ParallelCosts()
         self.executed_cost = ExecutedCost(())
         """Cost of all training steps."""
+        self.peak_flops: float | None = None
+        """FLOP/s of the device in the products of the cell; None: not known."""
         self.spike_guard: SpikeGuard | None = None
         """That of the module, whose state is part of a checkpoint."""
         self.final: Evaluation | None = None
@@ -67,6 +70,7 @@ class CellCallback(lightning.Callback):
         assert isinstance(pl_module, CellModule)
         self.executed_cost = ExecutedCost(pl_module.layers)  # before a checkpoint is loaded
         self.spike_guard = pl_module.spike_guard
+        self.peak_flops = find_peak_flops(pl_module.config.train, pl_module.mesh.device)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -89,6 +93,11 @@ class CellCallback(lightning.Callback):
             self.spike_guard.load_state_dict(state_dict["spikes"])
 
     @override
+    def on_train_start(self, trainer: Any, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, CellModule)
+        self.timer.uses_events = pl_module.mesh.device.type == "cuda"
+
+    @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         assert isinstance(pl_module, CellModule)
         train = pl_module.config.train
@@ -105,15 +114,21 @@ class CellCallback(lightning.Callback):
             self._finish_step(trainer, pl_module)
 
     def _finish_step(self, trainer: Any, module: CellModule) -> None:
-        module.update_routers()
         train, step = module.config.train, trainer.global_step
+        is_last = step == train.steps
+        is_read = self._is_logged(train, step) or self._is_followed(module, step)
+        if is_read:
+            module.check_steps()
+        module.update_routers()
         self.timer.stop(module.device, module.source.count_positions(step - 1))
+        if is_read:
+            self.timer.settle()
         for records in module.records:
             self.executed_cost.add(records)
-        is_last = step == train.steps
+        self._record_spikes(module, step - 1)
         if self._is_logged(train, step):
             self._log(module, step)
-        self._record_spike(module)
+        self._record_spikes(module, step)
         if step % module.config.parallel.check_every == 0 or is_last:
             check_replicas(module, module.mesh)
         if step % train.eval_every == 0 or is_last:
@@ -132,30 +147,41 @@ class CellCallback(lightning.Callback):
         self.context.report_progress({"step": step, "loss": module.last_loss, "tokens_per_s": speed})
 
     @staticmethod
+    def _is_followed(module: CellModule, step: int) -> bool:
+        """Return whether something follows a step that needs to know how it ended, besides the log."""
+        train = module.config.train
+        intervals = (train.eval_every, train.checkpoint_every, module.config.parallel.check_every)
+        return any(step % interval == 0 for interval in intervals)
+
+    @staticmethod
     def _is_logged(train: TrainConfig, step: int) -> bool:
         return step % train.log_every == 0 or step in (1, train.steps)
 
     def _log(self, module: CellModule, step: int) -> None:
+        speed = self.timer.num_tokens[-1] / self.timer.durations_s[-1]
         metrics = average_objectives(module.objectives, module.mesh.world) | {
             "train/learning_rate": module.last_rate,
             "train/grad_norm": module.last_grad_norm,
-            "train/tokens_per_s": self.timer.num_tokens[-1] / self.timer.durations_s[-1],
+            "train/tokens_per_s": speed,
             "time/data_share": self.timer.data_share,
         }
-        metrics |= {f"train/{name}": value for name, value in compute_load_metrics(module).items()}
+        load = compute_load_metrics(module)
+        metrics |= {f"train/{name}": value for name, value in load.items()}
+        if self.peak_flops:
+            flops = count_training_flops(module.model, module.task, load)
+            metrics["train/mfu"] = compute_mfu(flops, speed, self.peak_flops * module.mesh.size)
         parallel_metrics = compute_parallel_metrics(module, self.timer)
         self.parallel_costs.add(step, parallel_metrics)
         self.context.recorder.append(step, metrics | parallel_metrics)
 
-    def _record_spike(self, module: CellModule) -> None:
-        spike = module.spike_guard.latest
-        if spike is None:
-            return
-        action = "skipped" if module.is_update_skipped else "recorded"
-        module.spike_guard.record(spike, action)
-        self.context.recorder.append(spike.step, spike.metrics)
-        if module.mesh.is_first:
-            print_text(f"{spike}" + ("; its update is skipped" if module.is_update_skipped else ""))
+    def _record_spikes(self, module: CellModule, last_step: int) -> None:
+        """Record the new spikes up to a step; those of a step whose update is skipped are known before it ends."""
+        while module.new_spikes and module.new_spikes[0].step <= last_step:
+            spike = module.new_spikes.pop(0)
+            module.spike_guard.record(spike, "skipped" if module.is_update_skipped else "recorded")
+            self.context.recorder.append(spike.step, spike.metrics)
+            if module.mesh.is_first:
+                print_text(f"{spike}" + ("; its update is skipped" if module.is_update_skipped else ""))
 
     def _validate(self, module: CellModule, step: int) -> None:
         self.validation = module.evaluate("validation")
@@ -168,6 +194,9 @@ class CellCallback(lightning.Callback):
 
     def _save(self, trainer: Any, module: CellModule, step: int) -> None:
         self.context.report_activity("saving")
+        module.check_steps()  # a run that is stopped ends at a step like any other
+        self.timer.settle()
+        self._record_spikes(module, step)
         self.executed_cost.all_reduce(module.mesh)  # every process saves the sums over all of them
         self.context.recorder.flush()  # the journal is on the disk before a checkpoint claims its steps
         fields = {"cell": self.cell_id, "records": self.context.recorder.describe()}

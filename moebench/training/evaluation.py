@@ -19,6 +19,7 @@ from moebench.tasks.task import OUT_OF_DOMAIN, Batch, Task
 from moebench.training.executed_cost import ExecutedCost
 from moebench.training.label_tables import LabelCounts, LabelTable, summarise_information
 from moebench.training.model import Model
+from moebench.training.precision import matrix_precision
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,9 +80,12 @@ def probe(
         return task.probe(compute_features, batch_size)
 
 
-def training_precision(train: TrainConfig, device: torch.device) -> torch.autocast:
-    """Return the autocast context of a cell's forward passes, in training and in evaluation."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=train.precision == "bf16")
+@contextlib.contextmanager
+def training_precision(train: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Compute in the precision of a cell's forward passes, in training and in evaluation."""
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=train.precision == "bf16")
+    with matrix_precision(train, device), autocast:
+        yield
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from moebench.models.build import NO_FEATURES, build_backbone
 from moebench.models.cost import Cost, compute_cost, count_flops
 from moebench.models.encoder_decoder import EncoderDecoder
 from moebench.models.storageless import build_without_storage
-from moebench.models.tied_head import tie
+from moebench.models.tied_head import TiedHead, tie
 from moebench.models.transformer import BatchContext, Transformer, init_weights
 from moebench.parallel.expert_sharding import shard_experts
 from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
@@ -19,7 +19,9 @@ from moebench.routing.context import DataSummary
 from moebench.routing.features.feature import Feature, collect, count_passes, sequence_group_size
 from moebench.routing.router import required_features
 from moebench.routing.values import LayerRecord
-from moebench.schema import CellConfig, ModelConfig
+from moebench.schema import CellConfig, ModelConfig, TrainConfig
+from moebench.tasks.deferred_logits import MAX_LOGITS, ModelOutput
+from moebench.tasks.language import TextTask, TokenHead
 from moebench.tasks.task import TASKS, Batch, Task
 from moebench.training.optimizer.groups import describe_parameters
 from moebench.training.optimizer.mup import (
@@ -28,6 +30,7 @@ from moebench.training.optimizer.mup import (
     scale_initial_weights,
     shrink_widths,
 )
+from moebench.training.precision import keep_routing_exact
 
 
 class Model(nn.Module):
@@ -55,7 +58,7 @@ class Model(nn.Module):
         for feature, module in feature_modules.items():
             self.add_module(feature.module_name, module)
 
-    def forward(self, batch: Batch, ctx: BatchContext) -> tuple[Tensor, list[LayerRecord]]:
+    def forward(self, batch: Batch, ctx: BatchContext) -> tuple[ModelOutput, list[LayerRecord]]:
         """Return what the task's `loss` reads, and one record per MoE layer."""
         x_BLD, records = self.compute_hidden(batch, ctx)
         return self.head(x_BLD), records
@@ -122,7 +125,21 @@ def build_model(config: CellConfig, task: Task, sized_as: CellConfig | None = No
     modules = collect(features, lambda feature: feature.build_module(d_model, task.build_head))
     embedding, head = task.build_embedding(d_model), task.build_head(d_model)
     head = tie(embedding, head) if config.model.tie_embeddings else head
-    return Model(embedding, backbone, head, features, modules, select_embedding_scale(config.model))
+    model = Model(embedding, backbone, head, features, modules, select_embedding_scale(config.model))
+    _choose_computation(model, config.train, task)
+    return model
+
+
+def _choose_computation(model: Model, train: TrainConfig, task: Task) -> None:
+    """Set how the modules of a model compute, which does not change what they compute."""
+    reads_deferred_logits = type(task).loss is TextTask.loss  # a plugin's own loss may not
+    for module in model.modules():
+        if isinstance(module, TokenHead | TiedHead) and reads_deferred_logits:
+            module.max_logits = MAX_LOGITS[train.cross_entropy]
+        if isinstance(module, Transformer):
+            module.recomputes_blocks = train.recompute == "blocks"
+    if train.tf32:
+        keep_routing_exact(model)
 
 
 def select_embedding_scale(model: ModelConfig) -> float:

@@ -11,12 +11,14 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from typing_extensions import override
 
+from moebench.experts.layer import MoELayer
 from moebench.models.transformer import BatchContext
 from moebench.parallel.gradients import clip_grad_norm
 from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
 from moebench.routing.features.feature import TrainingPasses, count_passes
 from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig
+from moebench.tasks.deferred_logits import ModelOutput
 from moebench.tasks.task import Batch, Task
 from moebench.training.batches import BatchSource, build_loss_normalizer
 from moebench.training.divergence import NonFiniteError, SpikeError
@@ -25,10 +27,35 @@ from moebench.training.model import Model
 from moebench.training.non_finite import trace_evaluation, trace_step
 from moebench.training.objective import LossNormalizer, Objective, add_token_loss, average_passes, compute_objective
 from moebench.training.optimizer.build import build_optimizer, build_schedule
+from moebench.training.optimizer.clipping import can_clip_in_update, clip_in_update
 from moebench.training.optimizer.schedule import compute_rate_factor
 from moebench.training.rewinds import NO_REWINDS, RewindRequest, Rewinds
-from moebench.training.spikes import SpikeGuard
+from moebench.training.spikes import Spike, SpikeGuard
+from moebench.training.step_values import PendingValues
 from moebench.training.z_loss import add_z_loss
+
+
+def can_check_later(config: CellConfig, mesh: Mesh, optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a device would wait for the host, which need not know a step's loss before its update."""
+    return mesh.device.type == "cuda" and config.train.spike_policy == "record" and can_clip_in_update(optimizer)
+
+
+class RouterStates:
+    """The buffers of the routers before the latest update of them, so that its step can be repeated exactly."""
+
+    def __init__(self, layers: Sequence[MoELayer]) -> None:
+        self._buffers = [buffer for layer in layers for buffer in layer.router.buffers()]
+        self._saved: tuple[int, list[Tensor]] | None = None
+
+    def save(self, step: int) -> None:
+        """Keep the buffers as they are before the update of `step`."""
+        self._saved = step, [buffer.clone() for buffer in self._buffers]
+
+    def restore(self, step: int) -> None:
+        """Set the buffers to what they were before the update of `step`, if that was the latest."""
+        if self._saved is not None and self._saved[0] == step:
+            for buffer, value in zip(self._buffers, self._saved[1], strict=True):
+                buffer.copy_(value)
 
 
 class CellModule(lightning.LightningModule):
@@ -69,6 +96,12 @@ class CellModule(lightning.LightningModule):
         self.last_grad_norm = 0.0
         self.last_rate = 0.0
         self.stop_agreed = False
+        self.checks_later = False  # before there is an optimizer
+        """Whether a step is checked after its update: the device leaves out one that is not finite, unseen."""
+        self.pending_values = PendingValues()
+        self.new_spikes: list[Spike] = []
+        """Those that are not in the journal yet."""
+        self.router_states = RouterStates(self.layers)
 
     @override
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
@@ -83,7 +116,7 @@ class CellModule(lightning.LightningModule):
         self.records += records
         return objective.total
 
-    def run_passes(self, batch: Batch, ctx: BatchContext) -> tuple[list[Tensor], list[list[LayerRecord]]]:
+    def run_passes(self, batch: Batch, ctx: BatchContext) -> tuple[list[ModelOutput], list[list[LayerRecord]]]:
         """Return the outputs and records of each forward pass over a batch; passes differ in what routers draw."""
         contexts = [replace(ctx, repeat=repeat) for repeat in range(count_passes(self.model.features))]
         outputs, records = zip(*(self.model(batch, each) for each in contexts), strict=True)
@@ -92,7 +125,7 @@ class CellModule(lightning.LightningModule):
     def compute_loss(
         self,
         batch: Batch,
-        outputs: Sequence[Tensor],
+        outputs: Sequence[ModelOutput],
         records: Sequence[list[LayerRecord]],
         normalizer: LossNormalizer | None = None,
     ) -> tuple[Objective, list[list[LayerRecord]]]:
@@ -114,7 +147,7 @@ class CellModule(lightning.LightningModule):
         return add_z_loss(objective, self.config.train.z_loss, outputs, batch, normalizer), records_with_loss
 
     def _add_feature_losses(
-        self, objective: Objective, batch: Batch, outputs: Sequence[Tensor], normalizer: LossNormalizer
+        self, objective: Objective, batch: Batch, outputs: Sequence[ModelOutput], normalizer: LossNormalizer
     ) -> Objective:
         model, task = self.model, self.task
         passes = TrainingPasses(
@@ -135,33 +168,47 @@ class CellModule(lightning.LightningModule):
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
         losses = torch.stack([torch.stack([part.total, part.task]) for part in self.objectives]).double().mean(0)
-        stop_request = losses.new_tensor([float(self.should_stop())])
-        total, self.last_loss, stop_requests = self.mesh.world.sum(
-            torch.cat([losses / self.mesh.size, stop_request])
-        ).tolist()
-        self.stop_agreed = stop_requests > 0
-        self._require_finite(total, "loss")
-        self.last_grad_norm = clip_grad_norm(self.parameters(), self.config.train.clip_norm).item()
-        self._require_finite(self.last_grad_norm, "gradient norm")
+        stop_request = torch.full((1,), float(self.should_stop()), dtype=losses.dtype, device=losses.device)
+        sums = self.mesh.world.sum(torch.cat([losses / self.mesh.size, stop_request]))
+        if self.checks_later:
+            norm = clip_in_update(optimizer, self.parameters(), self.config.train.clip_norm, sums[0])
+        else:
+            norm = clip_grad_norm(self.parameters(), self.config.train.clip_norm)
+        self.pending_values.put(self.global_step, torch.cat([sums, norm.double().view(1)]))
         self.last_rate = self.config.train.learning_rate * compute_rate_factor(self.global_step, self.config.train)
-        self._apply_spike_policy()
+        # The values of the step before are there by now: the device has work, and the host does not wait for it.
+        self.check_steps(keep=1 if self.checks_later else 0)
 
-    def _require_finite(self, value: float, what: str) -> None:
+    def check_steps(self, *, keep: int = 0) -> None:
+        """Check the steps whose values are pending, all but the latest `keep`.
+
+        Raises NonFiniteError; where checks come later than the update, the device has left it out. Raises what
+        `train.spike_policy` says.
+        """
+        for values in self.pending_values.take(keep=keep):
+            self.last_loss, self.last_grad_norm = values.task_loss, values.grad_norm
+            self.stop_agreed = values.num_stop_requests > 0
+            self._require_finite(values.total_loss, "loss", values.step)
+            self._require_finite(values.grad_norm, "gradient norm", values.step)
+            self._apply_spike_policy(values.step)
+
+    def _require_finite(self, value: float, what: str, step: int) -> None:
         if not math.isfinite(value):
-            step = self.global_step
+            self.router_states.restore(step)
             raise NonFiniteError(
                 f"{what} is {value} at step {step + 1}; no update was made; {self.source.name_batch(step)},"
                 f" {trace_step(self, step)}"
             )
 
-    def _apply_spike_policy(self) -> None:
+    def _apply_spike_policy(self, step: int) -> None:
         """Compare the step with those before it, and do what the policy says; all processes decide alike."""
-        step, policy = self.global_step, self.spike_guard.policy
+        policy = self.spike_guard.policy
         spike = self.spike_guard.check(
             step + 1, self.last_loss, self.last_grad_norm, lambda: self.source.name_batch(step)
         )
         if spike is None:
             return
+        self.new_spikes.append(spike)
         if policy == "stop":
             raise SpikeError(f"{spike}; no update was made (train.spike_policy=stop)")
         if policy == "rewind":
@@ -178,6 +225,8 @@ class CellModule(lightning.LightningModule):
         """Update the state of routers from the loads of the step; call after the update and before a checkpoint."""
         if self.is_update_skipped:
             return
+        if self.checks_later:
+            self.router_states.save(self.global_step - 1)
         for layer, records in zip(self.layers, zip(*self.records, strict=True), strict=True):
             layer.after_step(records)
 
@@ -202,5 +251,6 @@ class CellModule(lightning.LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.config, self.model, self.task)
+        self.checks_later = can_check_later(self.config, self.mesh, optimizer)
         schedule = build_schedule(self.config, optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -19,6 +19,7 @@ from moebench.models.transformer import BatchContext
 from moebench.parallel.mesh import Mesh
 from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig
+from moebench.tasks.deferred_logits import ModelOutput
 from moebench.tasks.task import Batch, Task
 from moebench.training.batches import BatchSource, build_loss_normalizer
 from moebench.training.evaluation import batch_context, evaluation_mode, part_of_rank, training_precision
@@ -42,13 +43,13 @@ class Trainable(Protocol):
     def device(self) -> Any:
         """The device of the module."""
 
-    def run_passes(self, batch: Batch, ctx: BatchContext) -> tuple[list[Tensor], list[list[LayerRecord]]]:
+    def run_passes(self, batch: Batch, ctx: BatchContext) -> tuple[list[ModelOutput], list[list[LayerRecord]]]:
         """Return the outputs and records of each forward pass."""
 
     def compute_loss(
         self,
         batch: Batch,
-        outputs: Sequence[Tensor],
+        outputs: Sequence[ModelOutput],
         records: Sequence[list[LayerRecord]],
         normalizer: LossNormalizer | None = None,
     ) -> tuple[Objective, list[list[LayerRecord]]]:

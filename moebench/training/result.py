@@ -10,6 +10,7 @@ from moebench.training.batches import count_train_tokens
 from moebench.training.callback import CellCallback
 from moebench.training.model import compute_model_cost
 from moebench.training.module import CellModule
+from moebench.training.utilization import compute_mfu
 
 
 def build_result(module: CellModule, callback: CellCallback, *, cell_id: str, arm: str, start_s: float) -> RunResult:
@@ -24,6 +25,10 @@ def build_result(module: CellModule, callback: CellCallback, *, cell_id: str, ar
         "train_s": sum(timer.durations_s),
         "data_share": timer.data_share,
     }
+    cost = _compute_cost(module, callback)
+    if callback.peak_flops:
+        peak_flops = callback.peak_flops * module.mesh.size
+        throughput["mfu"] = compute_mfu(cost["train_flops_per_token"], timer.tokens_per_s, peak_flops)
     return RunResult(
         id=cell_id,
         arm=arm,
@@ -32,7 +37,7 @@ def build_result(module: CellModule, callback: CellCallback, *, cell_id: str, ar
         error=None,
         step=config.train.steps,
         metrics=callback.final.metrics | drop_rates,
-        cost=_compute_cost(module, callback),
+        cost=cost,
         throughput=throughput | callback.parallel_costs.means() | {"total_s": time.perf_counter() - start_s},
         data_digest=task.digest,
         eval_digest=task.eval_digest,

@@ -2,8 +2,10 @@
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -11,6 +13,12 @@ WARM_UP_STEPS = 3
 """Steps at the start of a process that throughput leaves out: their first calls allocate and compile."""
 RECENT_STEPS = 32
 """Steps over which the speed shown during training is averaged."""
+
+
+def _record_event() -> Any:
+    event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
 
 
 @dataclass
@@ -29,14 +37,21 @@ class StepTimer:
     """Sum of `data_waits_s` after the warm-up."""
     _train_s: float = 0.0
     """Sum of `durations_s` after the warm-up."""
+    uses_events: bool = False
+    """Whether the device measures the steps, and the host does not wait for their end. What the host waits for batches
+    within a step of several micro-batches is then part of the step: the device computes meanwhile."""
     _start_s: float = 0.0
     _pending_wait_s: float = 0.0
     _is_running: bool = False
+    _start_event: Any = None
+    _pending: deque[tuple[Any, Any, int, float]] = field(default_factory=deque)
+    """Events at start and end of steps that the device has not finished, with their tokens and waits."""
 
     def start(self) -> None:
         """Begin a step."""
         self._start_s = time.perf_counter()
         self._is_running = True
+        self._start_event = _record_event() if self.uses_events else None
 
     def add_data_wait(self, seconds: float) -> None:
         """Add seconds spent on a batch, ending now, to the step that ends next.
@@ -49,11 +64,29 @@ class StepTimer:
             self._start_s += seconds
 
     def stop(self, device: torch.device, num_tokens: int) -> None:
-        """End a step of `num_tokens` tokens, after synchronizing a GPU, whose kernels run asynchronously."""
+        """End a step of `num_tokens` tokens.
+
+        With `uses_events` it counts when the device has finished it; else a GPU is synchronized here.
+        """
+        data_wait_s, self._pending_wait_s, self._is_running = self._pending_wait_s, 0.0, False
+        if self._start_event is not None:
+            self._pending.append((self._start_event, _record_event(), num_tokens, data_wait_s))
+            self._add_finished()
+            return
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        self._add(time.perf_counter() - self._start_s, num_tokens, self._pending_wait_s)
-        self._pending_wait_s, self._is_running = 0.0, False
+        self._add(time.perf_counter() - self._start_s, num_tokens, data_wait_s)
+
+    def settle(self) -> None:
+        """Wait until the device has finished all steps, so that all count."""
+        if self._pending:
+            self._pending[-1][1].synchronize()
+            self._add_finished()
+
+    def _add_finished(self) -> None:
+        while self._pending and self._pending[0][1].query():
+            start, end, num_tokens, data_wait_s = self._pending.popleft()
+            self._add(start.elapsed_time(end) / 1e3, num_tokens, data_wait_s)
 
     def restore(self, durations_s: Sequence[float], num_tokens: Sequence[int], data_waits_s: Sequence[float]) -> None:
         """Replace all steps by those of the run that is resumed."""

@@ -29,6 +29,7 @@ from moebench.training.evaluation import Evaluation
 from moebench.training.label_tables import label_tables_to_json
 from moebench.training.model import build_initialised_model
 from moebench.training.module import CellModule
+from moebench.training.precision import matrix_precision
 from moebench.training.result import build_result
 from moebench.training.rewinds import MAX_REWINDS, RewindRequest, Rewinds
 from moebench.training.step_timer import StepTimer
@@ -50,7 +51,8 @@ def train_cell(
     and SpikeError where `train.spike_policy` says so.
     """
     start_s = time.perf_counter()
-    module, callback = _fit_with_rewinds(config, task, context, mesh, cell_id)
+    with matrix_precision(config.train, mesh.device):
+        module, callback = _fit_with_rewinds(config, task, context, mesh, cell_id)
     if callback.is_stopped:
         return None
     # A run that was killed between its last checkpoint and its result has no step left that would evaluate it.
@@ -176,7 +178,10 @@ def fit(
     with warnings.catch_warnings():
         # `batches` starts at the resumed step: there is nothing to replay, and no loader state to restore.
         warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")
-        trainer.fit(module, batches, ckpt_path=checkpoint)
+        try:
+            trainer.fit(module, batches, ckpt_path=checkpoint)
+        finally:
+            batches.close()
 
 
 def select_device(train: TrainConfig, process_info: ProcessInfo = SINGLE_PROCESS) -> torch.device:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
+from moebench.tasks.deferred_logits import ModelOutput, compute_log_z
 from moebench.tasks.task import Batch
 from moebench.training.objective import LossNormalizer, Objective
 
@@ -13,7 +13,7 @@ NAME = "output_z"
 
 
 def add_z_loss(
-    objective: Objective, coefficient: float, outputs: Sequence[Tensor], batch: Batch, normalizer: LossNormalizer
+    objective: Objective, coefficient: float, outputs: Sequence[ModelOutput], batch: Batch, normalizer: LossNormalizer
 ) -> Objective:
     """Return the loss with coefficient · mean(log² Z), Z = Σ_v exp(logit_v), over predictions and passes.
 
@@ -21,5 +21,5 @@ def add_z_loss(
     """
     if coefficient == 0:
         return objective
-    raw = [normalizer.mean_over_outputs(output.float().logsumexp(-1).square(), batch) for output in outputs]
+    raw = [normalizer.mean_over_outputs(compute_log_z(output).square(), batch) for output in outputs]
     return objective.add(NAME, torch.stack(raw).mean(), coefficient)

@@ -27,7 +27,7 @@ TIMEOUT_S = 90
 BUSY_TIMEOUT_S = 150.0
 """For waiting on a busy machine."""
 ARMS = ("dense", "switch", "top_k")
-TIMING_METRICS = ("train/tokens_per_s", "time/data_share")
+TIMING_METRICS = ("train/tokens_per_s", "train/mfu", "time/data_share")
 """Metrics of a journal that measure the machine, not the model."""
 
 

@@ -29,7 +29,7 @@ ORDER = (
     ("ranges",),
     ("components", "registry", "yaml_text", "metrics"),
     ("conversion",),
-    ("model_config", "optimizer_config", "tuning_config"),
+    ("model_config", "optimizer_config", "step_config", "tuning_config"),
     ("schema",),
     ("config",),
     ("routing",),

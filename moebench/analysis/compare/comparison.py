@@ -153,6 +153,7 @@ def _summarise(arm: str, grid: ResultGrid, mismatch_marks: Iterable[str]) -> Arm
         load=_average_metrics([run.metrics for run in runs], "load/"),
         tokens_per_s=fmean(speeds) if speeds else None,
         throughput_share=_throughput_share(arm, grid),
+        mfu=_average_metrics([run.throughput for run in runs], "").get("mfu"),
         cost=_average_metrics([run.cost for run in runs], ""),
         flops_vs_baseline=_flops_vs_baseline(runs, list(grid.done[grid.baseline].values())),
         parallel=_average_metrics([run.throughput for run in runs], "parallel/"),

@@ -87,6 +87,8 @@ def _explain_metrics(comparison: Comparison) -> list[str]:
         lines.append(f"executed: {EXECUTED}; × baseline: training / evaluation. {dropped}")
     if any(arm.information for arm in comparison.arms):
         lines.append(explain_metrics("load/information/KIND"))
+    if any(arm.mfu is not None for arm in comparison.arms):
+        lines.append(explain_metrics("mfu"))
     if any(arm.parallel for arm in comparison.arms):
         names = ("all_to_all_share", "wait_share", "rank_load_max", "peak_memory_gib")
         lines.append(explain_metrics(*(f"parallel/{name}" for name in names)))

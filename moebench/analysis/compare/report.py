@@ -1,5 +1,6 @@
 """The comparison as a report: small tables, a line for each failure, a legend."""
 
+from collections.abc import Sequence
 from statistics import fmean
 
 from moebench.analysis.compare.axes import build_axis_tables
@@ -183,19 +184,20 @@ def _compute_row(arm: ArmSummary) -> tuple[str, ...]:
 
 
 def _cost_table(comparison: Comparison) -> Table:
-    headers = metric_headers("tokens_per_s", "share_of_baseline", "active_params", "total_params")
+    speeds = ["tokens_per_s", "share_of_baseline"]
+    speeds += ["mfu"] * any(arm.mfu is not None for arm in comparison.arms)  # known on some GPUs alone
     return Table(
         title="Cost: speed, parameters",
-        columns=_columns(*headers),
-        rows=tuple(_cost_row(arm) for arm in comparison.arms if arm.num_done),
+        columns=_columns(*metric_headers(*speeds, "active_params", "total_params")),
+        rows=tuple(_cost_row(arm, speeds) for arm in comparison.arms if arm.num_done),
     )
 
 
-def _cost_row(arm: ArmSummary) -> tuple[str, ...]:
+def _cost_row(arm: ArmSummary, speeds: Sequence[str]) -> tuple[str, ...]:
+    values = {"tokens_per_s": arm.tokens_per_s, "share_of_baseline": arm.throughput_share, "mfu": arm.mfu}
     return (
         _label(arm),
-        format_metric("tokens_per_s", arm.tokens_per_s),
-        format_metric("share_of_baseline", arm.throughput_share),
+        *(format_metric(name, values[name]) for name in speeds),
         *(format_metric(name, arm.cost.get(name)) for name in ("active_params", "total_params")),
     )
 

@@ -66,6 +66,8 @@ class ArmSummary:
     tokens_per_s: float | None
     throughput_share: float | None
     """Ratio of the medians over common seeds, baseline = 1."""
+    mfu: float | None
+    """Mean over seeds; None where no run knows the peak of its devices."""
     cost: dict[str, float]
     flops_vs_baseline: dict[str, float]
     """Executed FLOPs per token over the baseline's, in "training" and "evaluation"; empty where unknown."""
@@ -226,7 +228,11 @@ class Comparison:
             OUT_OF_DOMAIN: self._out_of_domain_dict(arm) if arm.out_of_domain else None,
             "difference": _difference_dict(difference) if difference else None,
             "load": arm.load,
-            "throughput": {"tokens_per_s": arm.tokens_per_s, "share_of_baseline": arm.throughput_share},
+            "throughput": {
+                "tokens_per_s": arm.tokens_per_s,
+                "share_of_baseline": arm.throughput_share,
+                "mfu": arm.mfu,
+            },
             "cost": arm.cost,
             "flops_vs_baseline": arm.flops_vs_baseline,
             "parallel": arm.parallel,

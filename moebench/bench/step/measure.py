@@ -10,14 +10,20 @@ from typing import Any
 
 from moebench.bench.machine import choose_device, prepare_machine
 from moebench.bench.step.parts import PARTS, Stopwatch
+from moebench.bench.step.peak import Peak, find_peak
 from moebench.bench.step.runs import PlainLoop, build_module, compare_weights, isolate_steps, time_trainer_block
 from moebench.bench.step.uniform import can_force, force_uniform_load
 from moebench.bench.timing import Protocol, Spread, Timings
 from moebench.cores import available_cores
 from moebench.experiment.grid import Experiment, expand, expand_routers
+from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig
 from moebench.tasks.task import Task
+from moebench.training.executed_cost import ExecutedCost
 from moebench.training.model import prepare_task
+from moebench.training.module import CellModule
+from moebench.training.precision import matrix_precision
+from moebench.training.utilization import Kind, compute_mfu, count_training_flops, select_kind
 
 DEFAULT_ROUTERS = ("switch", "top_k")
 BUILT_IN = (
@@ -71,6 +77,9 @@ class ArmTimes:
     parts: Mapping[str, float]
     """Seconds of one step by part, from the blocks with timers."""
     tokens_per_step: int
+    peak: Peak
+    mfu: float
+    """Of the trainer, over `peak`."""
     weights_differ_by: float
     """Between trainer and plain loop after the same number of updates; 0.0: they did the same work."""
     timings: Timings = field(repr=False)
@@ -94,19 +103,22 @@ def measure(settings: Settings, report_progress: Callable[[str], None] = lambda 
     threads = settings.threads or cells[0].config.train.threads
     machine = prepare_machine(threads=threads, allocator=settings.allocator, device=device)
     protocol = Protocol(rounds=settings.rounds, device=device)
-    arms = []
+    arms, peaks = [], dict[Kind, Peak]()  # measured once, so that arms compare
     for number, cell in enumerate(cells, start=1):
         report_progress(f"[{number}/{len(cells)}] {cell.arm}")
         config = replace(
             cell.config, train=replace(cell.config.train, device="cuda" if device.type == "cuda" else "cpu")
         )
         task = prepare_task(config, settings.results)
-        arms.append(_measure_arm(cell.arm, isolate_steps(config), task, protocol, settings.steps))
+        kind = select_kind(config.train)
+        with matrix_precision(config.train, device):
+            peaks[kind] = peaks.get(kind) or find_peak(config.train, device)
+            arms.append(_measure_arm(cell.arm, isolate_steps(config), task, protocol, settings.steps, peaks[kind]))
     name = str(settings.experiment) if settings.experiment else "built-in language model"
     return Benchmark(name=name, arms=tuple(arms), machine=machine, settings=settings)
 
 
-def _measure_arm(arm: str, config: CellConfig, task: Task, protocol: Protocol, num_steps: int) -> ArmTimes:
+def _measure_arm(arm: str, config: CellConfig, task: Task, protocol: Protocol, num_steps: int, peak: Peak) -> ArmTimes:
     modules = {name: build_module(config, task, protocol.device) for name in (TRAINER, PLAIN, TIMED, UNIFORM)}
     force_uniform_load(modules[UNIFORM].layers)
     plain, timed, uniform = (PlainLoop(module=modules[name]) for name in (PLAIN, TIMED, UNIFORM))
@@ -117,20 +129,33 @@ def _measure_arm(arm: str, config: CellConfig, task: Task, protocol: Protocol, n
             PLAIN: partial(plain.time_block, num_steps),
             TIMED: lambda: parts.add(timed.time_block(num_steps, stopwatch), stopwatch, num_steps),
         }
-        if can_force(plain.route_batch()):
+        records = plain.route_batch()
+        if can_force(records):
             turns[UNIFORM] = partial(uniform.time_block, num_steps)
         timings = protocol.repeat(turns)
     overhead = timings.ratio(TRAINER, PLAIN)
+    tokens_per_step = config.train.batch_size * task.tokens_per_sequence
+    tokens_per_s = 1e3 * tokens_per_step / timings.median_ms(TRAINER)
     return ArmTimes(
         arm=arm,
         seconds={name: timings.median_ms(name) / 1e3 for name in turns},
         overhead=Spread(median=overhead.median - 1, low=overhead.low - 1, high=overhead.high - 1),
         uniform=timings.ratio(UNIFORM, PLAIN) if UNIFORM in turns else None,
         parts=parts.median(),
-        tokens_per_step=config.train.batch_size * task.tokens_per_sequence,
+        tokens_per_step=tokens_per_step,
+        peak=peak,
+        mfu=compute_mfu(_count_flops(modules[PLAIN], records), tokens_per_s, peak.flops),
         weights_differ_by=compare_weights(modules[TRAINER], modules[PLAIN]),
         timings=timings,
     )
+
+
+def _count_flops(module: CellModule, records: Sequence[LayerRecord]) -> float:
+    """Return the active FLOPs of the forward pass per token, as executed in a batch with these records."""
+    executed = ExecutedCost(module.layers)
+    executed.add(records)
+    executed.all_reduce(module.mesh)
+    return count_training_flops(module.model, module.task, executed.metrics(module.model, module.task))
 
 
 class _PartTimes:

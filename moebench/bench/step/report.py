@@ -16,6 +16,8 @@ LEGEND = (
     "adds: wall time of a step in the real trainer (journal, logging and metrics at the configured cadence)"
     f" over that in a plain loop with the same updates, minus 1; quartiles over rounds. Goal: below {GOAL:.0%} of a"
     " step of 100 ms. Evaluations and checkpoints are not part of it.",
+    "MFU: model FLOPs utilization of the trainer: three times the forward FLOPs of the active parts, attention over the"
+    " whole sequence, without recomputation and optimizer, over a peak.",
     "even load: speed of the plain loop when the load is forced to be even, over that with the router's own load.",
     "parts: a plain loop with timers; router is not counted in dispatch, experts; rest: norms, residuals, auxiliary"
     " values between the parts. timers: their own time.",
@@ -26,13 +28,19 @@ def build_report(bench: Benchmark) -> Report:
     """Return the report of a measured benchmark."""
     return Report(
         tables=(_overhead_table(bench), _parts_table(bench)),
-        notes=(*LEGEND, *_round_notes(bench), *_weight_notes(bench), f"Machine: {describe_machine(bench.machine)}."),
+        notes=(
+            *LEGEND,
+            *_peak_notes(bench),
+            *_round_notes(bench),
+            *_weight_notes(bench),
+            f"Machine: {describe_machine(bench.machine)}.",
+        ),
         values=_to_dict(bench),
     )
 
 
 def _overhead_table(bench: Benchmark) -> Table:
-    headers = ("plain ms", "trainer", "adds", "quartiles", "tokens/s", "even load")
+    headers = ("plain ms", "trainer", "adds", "quartiles", "tokens/s", "MFU", "even load")
     return Table(
         title=f"A training step: {bench.name}",
         columns=(Column(header="arm", align="left"), *number_columns(*headers)),
@@ -49,6 +57,7 @@ def _overhead_row(arm: ArmTimes) -> tuple[str, ...]:
         _format_overhead(arm.overhead.median),
         f"{format_signed(100 * arm.overhead.low, 1)} … {format_signed(100 * arm.overhead.high, 1)}",
         format_count(arm.tokens_per_step / arm.seconds[TRAINER]),
+        format_percent(arm.mfu),
         MISSING if arm.uniform is None else _format_overhead(1 / arm.uniform.median - 1),
     )
 
@@ -71,6 +80,13 @@ def _parts_table(bench: Benchmark) -> Table:
 def _format_part(arm: ArmTimes, name: str) -> str:
     seconds = arm.parts[name]
     return format_percent(seconds / sum(arm.parts.values())) if seconds else MISSING
+
+
+def _peak_notes(bench: Benchmark) -> tuple[str, ...]:
+    peaks: dict[str, list[str]] = {}
+    for arm in bench.arms:
+        peaks.setdefault(arm.peak.describe(), []).append(arm.arm)
+    return tuple(f"Peak of {', '.join(arms)}: {text}." for text, arms in peaks.items())
 
 
 def _round_notes(bench: Benchmark) -> tuple[str, ...]:
@@ -105,6 +121,8 @@ def _arm_to_dict(arm: ArmTimes) -> dict[str, Any]:
         "tokens_per_s": {name: arm.tokens_per_step / seconds for name, seconds in arm.seconds.items()},
         "overhead": asdict(arm.overhead),
         "uniform_over_own_load": _spread_to_dict(arm.uniform),
+        "mfu": arm.mfu,
+        "peak": asdict(arm.peak),
         "parts_s": dict(arm.parts),
         "tokens_per_step": arm.tokens_per_step,
         "weights_differ_by": arm.weights_differ_by,

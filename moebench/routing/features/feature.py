@@ -48,13 +48,13 @@ class BatchView(Protocol):
 class TrainingPasses:
     """One micro-batch after its forward passes, as the loss of a feature reads it."""
 
-    outputs: Sequence[Tensor]
-    """Output of the model in each pass."""
+    outputs: Sequence[Any]
+    """Output of the model in each pass, as its task reads it."""
     input_vectors: Callable[[], Tensor]
     """Compute the vectors x_BLD that enter the first block."""
-    task_loss: Callable[[Tensor], Tensor]
+    task_loss: Callable[[Any], Tensor]
     """Output -> the task's loss, mean over the step's predictions, scalar."""
-    log_probabilities: Callable[[Tensor], Tensor]
+    log_probabilities: Callable[[Any], Tensor]
     """Output -> fp32 log-probabilities, classes last."""
     mean: Callable[[Tensor], Tensor]
     """A number for each prediction or token, first dimension B -> mean over the step's predictions, scalar."""

@@ -88,7 +88,7 @@ class GShard(Router["GShard.Config"]):
         weight_TK = best_TK / best_TK.sum(-1, keepdim=True)
         # All first choices have priority over all second choices; within each, earlier tokens over later ones.
         num_tokens = x_TD.shape[0]
-        offset_K = torch.tensor([0, ctx.batch_tokens(num_tokens)], device=x_TD.device)
+        offset_K = ctx.batch_tokens(num_tokens) * torch.arange(2, device=x_TD.device)
         priority_TK = -offset_K - ctx.position_T(num_tokens).unsqueeze(-1)
         routing = Routing.from_top_k(
             expert_TK,

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 from support.command_line import tiny, write_text
+from support.training_cases import tiny_config
+from support.training_cases import write_text as write_text_file
 from torch import nn
 
 from moebench.errors import UsageError
@@ -12,7 +14,8 @@ from moebench.experiment.grid import Experiment, expand
 from moebench.experiment.memory import count_fitting_cells, estimate_memory, require_memory
 from moebench.experiment.model_costs import ModelCosts
 from moebench.experts.layer import MoELayer
-from moebench.models.memory import ModelSize
+from moebench.models.memory import COPIES_OF_A_VALUE, ModelSize
+from moebench.tasks.deferred_logits import CHUNK_LOGITS
 
 
 class _Dense:
@@ -34,6 +37,27 @@ def test_a_dense_model_by_hand() -> None:
     size = ModelSize.of(model, _Dense())
     assert (size.replicated_params, size.expert_params, size.values_per_token) == (35, 0, 11)
     assert size.training_bytes(10, copies=2.0) == 4 * (4 * 35 + 2 * 11 * 10)
+
+
+def test_logits_in_chunks_and_recomputed_blocks_by_hand(tmp_path: Path) -> None:
+    costs = ModelCosts(tmp_path)
+    needed = {
+        name: costs.training_bytes(tiny_config(write_text_file(tmp_path), router="dense", train=options))
+        for name, options in {
+            "kept": {"cross_entropy": "full"},
+            "chunked": {"cross_entropy": "chunked"},
+            "blocks": {"recompute": "blocks"},
+        }.items()
+    }
+    tokens, copies, vocabulary = 4 * 8, COPIES_OF_A_VALUE, 257
+    # All logits of a batch this small are one chunk.
+    assert needed["chunked"] == needed["kept"]
+    # A block: 8 -> 24 and 8 -> 8 in attention, 8 -> 16 and 16 -> 8 in the network. Of two blocks, one is kept.
+    block = (8 + 24) + (8 + 8) + (8 + 16) + (16 + 8)
+    assert needed["kept"] - needed["blocks"] == pytest.approx(4 * copies * tokens * (block - 2 * 8), abs=1)
+    size = ModelSize(replicated_params=0, expert_params=0, values_per_token=300, logits_of_heads=((vocabulary, 1000),))
+    assert size.training_bytes(3, copies=1.0) == 4 * 300 * 3  # 771 logits
+    assert size.training_bytes(10**6, copies=1.0) == 4 * ((300 - vocabulary) * 10**6 + CHUNK_LOGITS)
 
 
 def test_more_processes_need_more_memory_and_too_much_is_refused(
