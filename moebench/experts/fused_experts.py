@@ -9,6 +9,7 @@ in registers; else the vectors of width D.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moebench.experts.activation import GATED
@@ -38,7 +39,7 @@ class FusedExperts:
     ) -> "FusedExperts":
         """Plan a routing; `name`: the activation's; `order_N` as in `DispatchPlan.of`."""
         plan = DispatchPlan.of(routing, may_pad=x_TD.element_size() <= 4, order_N=order_N)
-        keeps = not recompute and x_TD.device.type == "cpu" and not uses_triton(x_TD)
+        keeps = not recompute and torch.is_grad_enabled() and x_TD.device.type == "cpu" and not uses_triton(x_TD)
         return cls(plan=plan, gated=GATED[name], keeps_activation=keeps)
 
     def forward(
