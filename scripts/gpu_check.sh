@@ -31,7 +31,7 @@ SMALL=(PyYAML lightning lightning-utilities torchmetrics packaging tqdm typer an
   soundfile cffi pycparser pytest pytest-timeout pytest-xdist execnet
   iniconfig pluggy hypothesis sortedcontainers)
 PEERS=(st-moe-pytorch mixture-of-experts soft-moe-pytorch einops beartype CoLT5-attention local-attention
-  hyper-connections torch-einops-utils)
+  hyper-connections torch-einops-utils liger-kernel)
 LARGE=(numpy scipy pandas pyarrow pillow matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil six
   statsmodels patsy formulaic interface_meta narwhals wrapt tokenizers huggingface_hub hf-xet regex safetensors
   transformers)

@@ -17,14 +17,6 @@ class ActivationKernels(Protocol):
     def activate_backward(self, grad_RF: Tensor, hidden_RF: Tensor, *, gated: bool) -> Tensor:
         """Return the gradient of the hidden units."""
 
-    def weighted_backward(
-        self, grad_RF: Tensor, hidden_RF: Tensor, weight_R: Tensor, *, gated: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Differentiate w_r act(h_r): return the gradient of h, w act(h) itself, and the gradient of w.
-
-        `grad_RF` is overwritten.
-        """
-
 
 class RowKernels(Protocol):
     """Gathers of rows, and sums of gathered rows."""

@@ -99,7 +99,7 @@ class ExpertBank(Bank):
         *,
         recompute: bool = False,
     ) -> None:
-        """`recompute`: keep nothing but the input where the fused path, which keeps no activation, does not apply."""
+        """`recompute`: compute the activation again in the backward pass instead of keeping it."""
         super().__init__()
         self.recompute = recompute
         self.num_experts = num_experts
@@ -142,7 +142,7 @@ class ExpertBank(Bank):
         if dropout is not None or self.exchange is not None:
             return super().mixture(x_TD, routing, dropout, while_in_flight)
         weights = self.w_in_EDF, self.w_out_EFD
-        return fused_mixture(x_TD, routing, *weights, self.activation)
+        return fused_mixture(x_TD, routing, *weights, self.activation, recompute=self.recompute)
 
     @override
     def compute_merged(self, x_GSD: Tensor, weight_GE: Tensor, dropout: Dropout | None = None) -> Tensor:

@@ -13,13 +13,16 @@ from moebench.experts.grouped import cast_for_autocast
 from moebench.routing.values import Routing
 
 
-def fused_mixture(x_TD: Tensor, routing: Routing, w_in_EDF: Tensor, w_out_EFD: Tensor, activation: str) -> Tensor:
-    """Return Σ_e w_te E_e(x_t) for every token."""
+def fused_mixture(
+    x_TD: Tensor, routing: Routing, w_in_EDF: Tensor, w_out_EFD: Tensor, activation: str, *, recompute: bool
+) -> Tensor:
+    """Return Σ_e w_te E_e(x_t) for every token; with `recompute` the activation is computed again on a CPU too."""
     x_TD, w_in_EDF, w_out_EFD = cast_for_autocast(x_TD, w_in_EDF, w_out_EFD)
     tensors = x_TD, widen(routing.weight_N, x_TD), w_in_EDF, w_out_EFD
     if torch.compiler.is_compiling():  # else without the operator: its dispatcher takes as long as a small layer
         return apply_operator(tensors, routing, activation)
-    y_TD: Tensor = _FusedMixture.apply(*tensors, FusedExperts.of(x_TD, routing, activation))  # type: ignore[no-untyped-call]
+    experts = FusedExperts.of(x_TD, routing, activation, recompute=recompute)
+    y_TD: Tensor = _FusedMixture.apply(*tensors, experts)  # type: ignore[no-untyped-call]
     return y_TD
 
 
@@ -30,12 +33,13 @@ class _FusedMixture(torch.autograd.Function):
     def forward(
         ctx: Any, x_TD: Tensor, weight_N: Tensor, w_in_EDF: Tensor, w_out_EFD: Tensor, experts: FusedExperts
     ) -> Tensor:
-        y_TD, hidden_RF = experts.forward(x_TD, weight_N, w_in_EDF, w_out_EFD)
-        ctx.save_for_backward(x_TD, weight_N, w_in_EDF, w_out_EFD, hidden_RF)
+        y_TD, *kept = experts.forward(x_TD, weight_N, w_in_EDF, w_out_EFD)
+        ctx.save_for_backward(x_TD, weight_N, w_in_EDF, w_out_EFD, *kept)
         ctx.experts = experts
         return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        return (*ctx.experts.backward(grad_TD.contiguous(), ctx.saved_tensors), None)
+        saved = ctx.saved_tensors
+        return (*ctx.experts.backward(grad_TD.contiguous(), saved[:4], saved[4:]), None)

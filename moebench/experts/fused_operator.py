@@ -33,7 +33,7 @@ def mixture(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y_TD, and for the backward pass the hidden units of each row and the order of the assignments."""
     experts = _plan((x_TD, weight_N, w_in_EDF), lists)
-    y_TD, hidden_RF = experts.forward(x_TD, weight_N, w_in_EDF, w_out_EFD)
+    y_TD, hidden_RF, _ = experts.forward(x_TD, weight_N, w_in_EDF, w_out_EFD)
     return y_TD, hidden_RF, experts.plan.order_N
 
 
@@ -53,7 +53,7 @@ def mixture_backward(grad_TD: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, 
     """Return the gradients of x_TD, the weights of the assignments and the weights of the experts."""
     *tensors, hidden_RF, order_N = arguments[:6]
     experts = _plan(tensors, arguments[6:], order_N)
-    return experts.backward(grad_TD.contiguous(), (*tensors, hidden_RF))
+    return experts.backward(grad_TD.contiguous(), tuple(tensors), (hidden_RF, None))
 
 
 @mixture_backward.register_fake
@@ -89,4 +89,4 @@ def _plan(tensors: Sequence[Tensor], lists: Sequence[Any], order_N: Tensor | Non
         kept_N=kept_N,
         top_k=top_k,
     )
-    return FusedExperts.of(x_TD, routing, activation, order_N)
+    return FusedExperts.of(x_TD, routing, activation, recompute=True, order_N=order_N)

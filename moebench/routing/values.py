@@ -8,6 +8,7 @@ recomputation of activation checkpointing would count it twice.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import ClassVar, Self
 
 import torch
@@ -166,9 +167,9 @@ class Routing(AbstractRouting):
         """bool: which assignments count."""
         return torch.ones_like(self.expert_N, dtype=torch.bool) if self.kept_N is None else self.kept_N
 
-    @property
+    @cached_property
     def load_E(self) -> Tensor:
-        """Assignments per expert, int64."""
+        """Assignments per expert, int64; counted once, for the experts, the losses and the metrics."""
         return self._count(self.expert_N, self.num_experts)
 
     @property
@@ -182,7 +183,7 @@ class Routing(AbstractRouting):
         zeros_E = torch.zeros(self.num_experts, dtype=self.weight_N.dtype, device=self.weight_N.device)
         return zeros_E.index_add(0, self.expert_N, self.weight_N)
 
-    @property
+    @cached_property
     def experts_per_token_T(self) -> Tensor:
         """Assignments per token, int64; 0 marks an unserved token."""
         return self._count(self.token_N, self.num_tokens)

@@ -14,6 +14,7 @@ from torch.nn import functional
 from moebench.experts import elementwise
 from moebench.experts.activation import activate
 from moebench.experts.feed_forward import ExpertBank, FeedForward
+from moebench.experts.kernels import activation as activation_operators
 from moebench.experts.kernels import backend
 from moebench.models.transformer import init_weights
 from moebench.routing.values import Routing
@@ -103,7 +104,7 @@ def test_activation_kernels(gated: bool, dtype: torch.dtype, sizes: tuple[int, .
     with no_wait(device):
         active_RF = kernels.activate(hidden_RF, gated=gated)
         plain_RF = kernels.activate_backward(grad_RF, hidden_RF, gated=gated)
-        results = kernels.weighted_backward(grad_RF.clone(), hidden_RF, weight_R, gated=gated)
+        results = weighted_backward(grad_RF.clone(), hidden_RF, weight_R, gated)
     for chunk in zip_chunks_of(8192, hidden_RF, grad_RF, weight_R, active_RF, plain_RF, *results):
         hidden, grad, weight, active, plain, grad_hidden, weighted, grad_weight = chunk
         exact, exact_weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
@@ -117,6 +118,18 @@ def test_activation_kernels(gated: bool, dtype: torch.dtype, sizes: tuple[int, .
         assert distance(grad_hidden, exact_hidden) < bound
         assert distance(weighted, product.detach()) < bound
         assert distance(grad_weight, exact_R) < inner_bound(hidden_RF)
+
+
+def weighted_backward(grad_RF: Tensor, hidden_RF: Tensor, weight_R: Tensor, gated: bool) -> tuple[Tensor, ...]:
+    if backend.uses_triton(hidden_RF):
+        from moebench.experts.kernels.gpu.activation import weighted_backward
+
+        return weighted_backward(grad_RF, hidden_RF, weight_R, gated=gated)
+    grad_hidden_RF, active_RF, inner_R = activation_operators.backward_with_inner(
+        grad_RF, hidden_RF, None, weight_R.dtype, gated=gated
+    )
+    weight_R1 = weight_R.unsqueeze(-1).to(hidden_RF.dtype)
+    return grad_hidden_RF * weight_R1, active_RF * weight_R1, inner_R
 
 
 def zip_chunks_of(rows: int, *values: Tensor) -> Iterator[tuple[Tensor, ...]]:

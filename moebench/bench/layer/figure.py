@@ -45,7 +45,8 @@ def _measured_lines(row: Row) -> list[Line]:
 def _draw_row(ax: Axes, row: Row) -> None:
     lines = _measured_lines(row)
     for position, line in enumerate(lines):
-        color = OURS_COLOR if line.name.startswith(OURS) else GREY if line.name == PLAIN else PEER_COLOR
+        is_reference = line.name == PLAIN or line.name.startswith(DENSE)
+        color = OURS_COLOR if line.name.startswith(OURS) else GREY if is_reference else PEER_COLOR
         ax.plot(
             [line.train.low, line.train.high], [position, position], color=color, linewidth=2.2, solid_capstyle="round"
         )

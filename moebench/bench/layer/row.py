@@ -17,6 +17,7 @@ from moebench.bench.layer.variants import (
     OURS,
     build_dense_twin,
     build_loop_call,
+    build_other_dense,
     build_router_call,
     build_variants,
     count_loop_tokens,
@@ -102,6 +103,7 @@ def measure_row(problem: Problem, protocol: Protocol, *, with_loop: bool = True)
     """Measure every variant and library that can run on this problem."""
     candidates = [
         build_dense_twin(problem),
+        *build_other_dense(problem),
         *build_variants(problem),
         build_plain_layer(problem),
         *build_peer_candidates(problem),

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from moebench.bench.layer.problem import Candidate, Problem, Skipped, make_layer
 from moebench.experts.dispatch import DispatchPlan
@@ -15,6 +16,7 @@ from moebench.routing.context import RouteContext
 from moebench.routing.layer_name import LayerName
 
 DENSE, OURS, CAPACITY = "dense", "moebench", "moebench capacity 1.25"
+DENSE_OPERATORS, DENSE_BF16 = "dense in torch", "dense bf16"
 CAPACITY_FACTOR = 1.25
 LOOP_ASSIGNMENTS = 64
 """Assignments that the double loop is measured on; its time is scaled to all tokens."""
@@ -32,10 +34,27 @@ def build_dense_twin(problem: Problem) -> Candidate:
     return Candidate(name=DENSE, module=problem.dense, forward=problem.dense, agrees_with=None)
 
 
+def build_other_dense(problem: Problem) -> list[Candidate | Skipped]:
+    """Return the dense network without moebench's kernels, and in bf16 as the layer's bf16 variant computes."""
+    dense = problem.dense
+
+    def in_torch(x_TD: Tensor) -> Tensor:
+        hidden_TF = x_TD @ dense.w_in_DF
+        if not problem.is_gated:
+            return functional.gelu(hidden_TF) @ dense.w_out_FD
+        gate_TF, value_TF = hidden_TF.chunk(2, dim=-1)
+        return (functional.silu(gate_TF) * value_TF) @ dense.w_out_FD
+
+    operators = Candidate(name=DENSE_OPERATORS, module=dense, forward=in_torch, agrees_with=DENSE)
+    return [operators, _in_bf16(problem, DENSE_BF16, dense, dense)]
+
+
 def build_variants(problem: Problem) -> list[Candidate | Skipped]:
     """Return the dropless layer, then variants that differ from it in one respect."""
-    ours = Candidate(name=OURS, module=problem.layer, forward=_forward(problem, problem.layer), agrees_with=None)
-    return [ours, _with_capacity(problem), _with_recompute(problem), _in_bf16(problem)]
+    forward = _forward(problem, problem.layer)
+    ours = Candidate(name=OURS, module=problem.layer, forward=forward, agrees_with=None)
+    bf16 = _in_bf16(problem, "moebench bf16", problem.layer, forward)
+    return [ours, _with_capacity(problem), _with_recompute(problem), bf16]
 
 
 def _forward(problem: Problem, layer: MoELayer) -> Callable[[Tensor], Tensor]:
@@ -65,28 +84,31 @@ def _with_capacity(problem: Problem) -> Candidate:
     )
 
 
-def _with_recompute(problem: Problem) -> Candidate:
+def _with_recompute(problem: Problem) -> Candidate | Skipped:
+    name = "moebench recompute"
+    if problem.device.type != "cpu":
+        return Skipped(name=name, reason="on a GPU the activation is never kept")
     shape, weights = problem.shape, problem.bank
     bank = ExpertBank(shape.d_model, shape.hidden, shape.num_experts, shape.activation, recompute=True)
     bank.w_in_EDF, bank.w_out_EFD = weights.w_in_EDF, weights.w_out_EFD
     layer = make_layer(shape, bank, problem.layer.router)
-    return Candidate(name="moebench recompute", module=layer, forward=_forward(problem, layer))
+    return Candidate(name=name, module=layer, forward=_forward(problem, layer))
 
 
-def _in_bf16(problem: Problem) -> Candidate | Skipped:
-    name = "moebench bf16"
+def _in_bf16(
+    problem: Problem, name: str, module: nn.Module, compute: Callable[[Tensor], Tensor]
+) -> Candidate | Skipped:
     if problem.dtype is torch.bfloat16:
         return Skipped(name=name, reason="the whole row is bf16")
     if not has_bf16_units(problem.device):
         return Skipped(name=name, reason="this CPU has no bf16 units")
-    plain = _forward(problem, problem.layer)
 
     def forward(x_TD: Tensor) -> Tensor:
         with torch.autocast(problem.device.type, dtype=torch.bfloat16):
-            return plain(x_TD)
+            return compute(x_TD)
 
     return Candidate(
-        name=name, module=problem.layer, forward=forward, note="autocast; weights cast at each call", agrees_with=None
+        name=name, module=module, forward=forward, note="autocast; weights cast at each call", agrees_with=None
     )
 
 

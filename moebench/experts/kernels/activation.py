@@ -1,7 +1,7 @@
 """Activations of hidden units by torch's operators: silu of the first half times the second half (gated), or gelu.
 
 On a CPU they go through the rows in blocks that stay in the cache, so that the operators do not each read and write
-main memory. Nothing is kept from the forward pass but the hidden units; the backward pass computes the rest again.
+main memory.
 """
 
 from collections.abc import Iterator
@@ -16,14 +16,23 @@ aten = torch.ops.aten
 
 def activate(hidden_RF: Tensor, *, gated: bool) -> Tensor:
     """Return gelu of the hidden units, or silu of their first half times the second half."""
+    return activate_in_parts(hidden_RF, gated=gated)[0]
+
+
+def activate_in_parts(hidden_RF: Tensor, *, gated: bool, keep: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the activation and its expensive part: silu of the first half, or all of gelu.
+
+    The second is valid only with `keep`.
+    """
     if not gated:
-        active: Tensor = aten.gelu.default(hidden_RF)
-        return active
+        active_RF: Tensor = aten.gelu.default(hidden_RF)
+        return active_RF, active_RF
     active_RF = hidden_RF.new_empty(hidden_RF.shape[0], hidden_RF.shape[1] // 2)
-    for hidden, active in _split(hidden_RF, active_RF):
+    silu_RF = torch.empty_like(active_RF) if keep else active_RF
+    for hidden, active, silu in _split(hidden_RF, active_RF, silu_RF):
         gate, value = hidden.chunk(2, dim=-1)
-        aten.silu.out(gate, out=active).mul_(value)
-    return active_RF
+        torch.mul(aten.silu.out(gate, out=silu), value, out=active)
+    return active_RF, silu_RF
 
 
 def activate_backward(grad_RF: Tensor, hidden_RF: Tensor, *, gated: bool) -> Tensor:
@@ -31,40 +40,43 @@ def activate_backward(grad_RF: Tensor, hidden_RF: Tensor, *, gated: bool) -> Ten
     grad_hidden_RF = torch.empty_like(hidden_RF)
     for grad, hidden, grad_hidden in _split(grad_RF, hidden_RF, grad_hidden_RF):
         if gated:
-            _swiglu_backward(grad, hidden, grad_hidden)
+            gate, value = hidden.chunk(2, dim=-1)
+            grad_gate, grad_value = grad_hidden.chunk(2, dim=-1)
+            torch.mul(aten.silu.default(gate), grad, out=grad_value)
+            aten.silu_backward.grad_input(grad * value, gate, grad_input=grad_gate)
         else:
             aten.gelu_backward.grad_input(grad, hidden, grad_input=grad_hidden)
     return grad_hidden_RF
 
 
-def weighted_backward(
-    grad_RF: Tensor, hidden_RF: Tensor, weight_R: Tensor, *, gated: bool
+def backward_with_inner(
+    grad_RF: Tensor, hidden_RF: Tensor, expensive_RF: Tensor | None, inner_dtype: torch.dtype, *, gated: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiate w_r act(h_r): return the gradient of h, w act(h) itself, and the gradient of w.
+    """Return the gradient of the hidden units, the activation, and the inner product of activation and gradient.
 
-    `grad_RF` is overwritten by one of the results, so that no further buffer is needed.
+    `expensive_RF`: what `activate_in_parts` kept; None: it is computed again. `grad_RF` is overwritten.
     """
-    grad_weight_R = torch.empty_like(weight_R)
-    other_RF = torch.empty_like(hidden_RF)
-    for grad, hidden, weight, other, grad_weight in _split(grad_RF, hidden_RF, weight_R, other_RF, grad_weight_R):
-        active = activate(hidden, gated=gated)
-        # In the precision of the weights, which is at least fp32.
-        grad_weight.copy_(torch.linalg.vecdot(active.to(weight.dtype), grad.to(weight.dtype)))
-        grad.mul_(weight.unsqueeze(-1))
-        if gated:
-            _swiglu_backward(grad, hidden, other)
-            torch.mul(active, weight.unsqueeze(-1), out=grad)
-        else:
-            torch.mul(active, weight.unsqueeze(-1), out=other)
+    inner_R = grad_RF.new_empty(grad_RF.shape[0], dtype=inner_dtype)
+    if not gated:
+        active_RF: Tensor = aten.gelu.default(hidden_RF) if expensive_RF is None else expensive_RF
+        for grad, hidden, active, inner in _split(grad_RF, hidden_RF, active_RF, inner_R):
+            torch.sum(active * grad, -1, dtype=inner_dtype, out=inner)
             aten.gelu_backward.grad_input(grad, hidden, grad_input=grad)
-    return (other_RF, grad_RF, grad_weight_R) if gated else (grad_RF, other_RF, grad_weight_R)
-
-
-def _swiglu_backward(grad: Tensor, hidden: Tensor, grad_hidden: Tensor) -> None:
-    gate, value = hidden.chunk(2, dim=-1)
-    grad_gate, grad_value = grad_hidden.chunk(2, dim=-1)
-    torch.mul(aten.silu.default(gate), grad, out=grad_value)
-    aten.silu_backward.grad_input(grad * value, gate, grad_input=grad_gate)
+        return grad_RF, active_RF, inner_R
+    grad_hidden_RF, active_RF = torch.empty_like(hidden_RF), torch.empty_like(grad_RF)
+    silu_RF = active_RF if expensive_RF is None else expensive_RF
+    for grad, hidden, silu, active, inner, grad_hidden in _split(
+        grad_RF, hidden_RF, silu_RF, active_RF, inner_R, grad_hidden_RF
+    ):
+        gate, value = hidden.chunk(2, dim=-1)
+        grad_gate, grad_value = grad_hidden.chunk(2, dim=-1)
+        if expensive_RF is None:
+            aten.silu.out(gate, out=silu)
+        torch.mul(silu, grad, out=grad_value)
+        torch.mul(silu, value, out=active)
+        torch.sum(grad_value * value, -1, dtype=inner_dtype, out=inner)
+        aten.silu_backward.grad_input(grad.mul_(value), gate, grad_input=grad_gate)
+    return grad_hidden_RF, active_RF, inner_R
 
 
 def _split(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

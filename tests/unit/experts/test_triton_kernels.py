@@ -79,12 +79,41 @@ def test_activation_and_its_gradients(width: int, dtype: torch.dtype, gated: boo
         torch.testing.assert_close(active_RF, reference_activation(exact_RF, gated=gated), **compare)
         backward_RF = kernels.activate_backward(grad_RF, hidden_RF, gated=gated)
         torch.testing.assert_close(backward_RF, plain_RF, **compare)
-        grad_hidden_RF, active_RF, grad_R = kernels.weighted_backward(grad_RF.clone(), hidden_RF, weight_R, gated=gated)
-        torch.testing.assert_close(active_RF, weighted_RF, **compare)
-        torch.testing.assert_close(grad_hidden_RF, expected[0], **compare)
-        scale = width**0.5
-        torch.testing.assert_close(grad_R / scale, expected[1] / scale, **compare)
-        assert grad_R.dtype == torch.float32
+    results = weighted_backward(grad_RF.clone(), hidden_RF, weight_R, gated)
+    for ours, theirs in zip(results, (expected[0], weighted_RF, expected[1]), strict=True):
+        scale = width**0.5 if theirs is expected[1] else 1.0
+        torch.testing.assert_close(ours / scale, theirs / scale, **compare)
+    assert results[2].dtype == torch.float32
+
+
+def weighted_backward(grad_RF: Tensor, hidden_RF: Tensor, weight_R: Tensor, gated: bool) -> tuple[Tensor, ...]:
+    from moebench.experts.kernels.gpu.activation import weighted_backward
+
+    return weighted_backward(grad_RF, hidden_RF, weight_R, gated=gated)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("gated", [True, False], ids=["swiglu", "gelu"])
+def test_operators_in_blocks(gated: bool, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    width, wide = 6, torch.promote_types(dtype, torch.float32)
+    monkeypatch.setattr(activation_operators, "BLOCK", 2 * width)  # one or two rows in a block
+    hidden_RF, grad_RF = draw(rows, width * (1 + gated), dtype=dtype), draw(rows, width, dtype=dtype)
+    exact_RF = hidden_RF.clone().double().requires_grad_()
+    expected_RF = reference_activation(exact_RF, gated=gated)
+    [exact_grad_RF] = torch.autograd.grad(expected_RF, exact_RF, grad_RF.double())
+    compare = {"check_dtype": False, **TOLERANCE.get(dtype, {})}
+    for keep in (False, True):
+        active_RF, kept_RF = activation_operators.activate_in_parts(hidden_RF, gated=gated, keep=keep)
+        torch.testing.assert_close(active_RF, expected_RF, **compare)
+        grad_hidden_RF, active_RF, inner_R = activation_operators.backward_with_inner(
+            grad_RF.clone(), hidden_RF, kept_RF if keep else None, wide, gated=gated
+        )
+        torch.testing.assert_close(grad_hidden_RF, exact_grad_RF, **compare)
+        torch.testing.assert_close(active_RF, expected_RF, **compare)
+        inner_compare = compare if dtype is not torch.bfloat16 else {"check_dtype": False, "rtol": 3e-2, "atol": 3e-2}
+        torch.testing.assert_close(inner_R, (expected_RF * grad_RF).sum(-1), **inner_compare)
+        assert inner_R.dtype == wide
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # numpy, in the interpreter

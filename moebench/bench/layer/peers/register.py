@@ -27,6 +27,7 @@ PEERS = (
     Peer(package="st-moe-pytorch", module="st_moe_pytorch", adapter="st_moe"),
     Peer(package="mixture-of-experts", module="mixture_of_experts", adapter="mixture"),
     Peer(package="soft-moe-pytorch", module="soft_moe_pytorch", adapter="soft_moe"),
+    Peer(package="liger-kernel", module="liger_kernel", adapter="liger"),
     Peer(package="deepspeed", module="deepspeed", adapter=None, reason="no adapter: its layer was not run on a CPU"),
 )
 PACKAGE = "moebench.bench.layer.peers"

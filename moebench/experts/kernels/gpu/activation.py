@@ -35,9 +35,9 @@ def activate_backward(grad_RF: Tensor, hidden_RF: Tensor, *, gated: bool) -> Ten
 def weighted_backward(
     grad_RF: Tensor, hidden_RF: Tensor, weight_R: Tensor, *, gated: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient of the hidden units, the weighted activation, and the gradient of the weights, fp32.
+    """Differentiate w_r act(h_r): return the gradient of h, w act(h) itself, and the gradient of w, fp32.
 
-    The weighted activation overwrites `grad_RF`, so that no further buffer is needed.
+    The second result overwrites `grad_RF`, so that no further buffer is needed.
     """
     grad_RF, hidden_RF = grad_RF.contiguous(), hidden_RF.contiguous()
     grad_hidden_RF, grad_weight_R = torch.empty_like(hidden_RF), torch.empty_like(weight_R)
