@@ -201,6 +201,6 @@ class CellModule(lightning.LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = build_optimizer(self.config, self.model, self.task)
+        optimizer = build_optimizer(self.config, self.model, self.task, self.mesh)
         schedule = build_schedule(self.config, optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
