@@ -137,13 +137,14 @@ def check_world_size(config: ParallelConfig, process_info: ProcessInfo) -> None:
 
 def _build_mesh(config: ParallelConfig, process_info: ProcessInfo, device: torch.device, timeout: timedelta) -> Mesh:
     ranks_DE = torch.arange(config.world_size).view(config.data, config.expert)
-    world = GroupRanks(dist.new_group(timeout=timeout), device)
+    traffic = Traffic()
+    world = GroupRanks(dist.new_group(timeout=timeout), device, traffic)
     # Not init_device_mesh: its groups ignore the timeout, and one of the size of the world would be DDP's own.
     new_groups: Any = dist.new_subgroups_by_enumeration
     row, _ = new_groups(ranks_DE.tolist(), timeout=timeout)
     column, _ = new_groups(ranks_DE.T.tolist(), timeout=timeout)
     if config.expert == 1:
-        return Mesh(config=config, process_info=process_info, device=device, world=world)
+        return Mesh(config=config, process_info=process_info, device=device, world=world, traffic=traffic)
     return Mesh(
         config=config,
         process_info=process_info,
@@ -151,5 +152,6 @@ def _build_mesh(config: ParallelConfig, process_info: ProcessInfo, device: torch
         world=world,
         expert_group=row,
         replica_group=column,
+        traffic=traffic,
         device_mesh=DeviceMesh.from_group([column, row], device.type, mesh=ranks_DE, mesh_dim_names=("data", "expert")),
     )

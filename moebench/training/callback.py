@@ -106,6 +106,7 @@ class CellCallback(lightning.Callback):
 
     def _finish_step(self, trainer: Any, module: CellModule) -> None:
         module.update_routers()
+        module.mesh.traffic.stop_counting()
         train, step = module.config.train, trainer.global_step
         self.timer.stop(module.device, module.source.count_positions(step - 1))
         for records in module.records:

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from moebench.experts.layer import MoELayer
 from moebench.parallel.mesh import Mesh
+from moebench.parallel.sharded_optimizer import count_state_bytes
 from moebench.parallel.traffic import peak_memory_gib, predict_bytes
 from moebench.routing.metrics import LoadCount, summarise_load
 from moebench.routing.values import LayerRecord
@@ -65,9 +67,11 @@ def compute_parallel_metrics(module: CellModule, timer: StepTimer) -> dict[str, 
     element_size = 2 if module.config.train.precision == "bf16" else 4
     predicted = sum(predict_bytes(module.layers, records, element_size) for records in module.records)
     values = [step_s, traffic.transfer_s, traffic.wait_s, traffic.num_bytes, predicted, peak_memory_gib(mesh.device)]
+    values += [traffic.num_collectives, traffic.collective_bytes, _count_state_bytes(module)]
     values.append(_count_rows(module.layers, module.records, mesh))
     values_1N = torch.tensor([values], dtype=torch.float64, device=mesh.device)
-    step_W, transfer_W, wait_W, sent_W, predicted_W, memory_W, rows_W = mesh.world.gather(values_1N).cpu().T
+    columns = mesh.world.gather(values_1N).cpu().T
+    step_W, transfer_W, wait_W, sent_W, predicted_W, memory_W, collectives_W, summed_W, state_W, rows_W = columns
     slowest_s = float(step_W.max())
     metrics = {
         "parallel/processes": float(mesh.size),
@@ -78,12 +82,20 @@ def compute_parallel_metrics(module: CellModule, timer: StepTimer) -> dict[str, 
         "parallel/wait_share": float((wait_W / step_W).mean()),
         "parallel/sent_mib": float(sent_W.mean()) / MIB,
         "parallel/predicted_mib": float(predicted_W.mean()) / MIB,
+        "parallel/collectives": float(collectives_W.mean()),
+        "parallel/collective_mib": float(summed_W.mean()) / MIB,
+        "parallel/optimizer_mib": float(state_W.max()) / MIB,
         "parallel/tokens_per_s_per_device": num_tokens / slowest_s / mesh.size,
         "parallel/peak_memory_gib": float(memory_W.max()),
         "parallel/rank_load_max": float(rows_W.max() / rows_W.mean().clamp(min=1)),
     }
     metrics |= {f"parallel/rows/rank_{rank}": float(n) for rank, n in enumerate(rows_W.tolist())}
     return metrics | {f"parallel/memory_gib/rank_{rank}": float(n) for rank, n in enumerate(memory_W.tolist())}
+
+
+def _count_state_bytes(module: CellModule) -> int:
+    optimizer: Any = module.optimizers(use_pl_optimizer=False)
+    return count_state_bytes(optimizer)
 
 
 def _count_rows(layers: Sequence[MoELayer], records: Sequence[Sequence[LayerRecord]], mesh: Mesh) -> int:
