@@ -4,6 +4,7 @@ Each process (rank) holds some sequences of the batch. A statistic over the whol
 `moebench.parallel` has the implementation for several processes, chosen when the model is built.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -66,6 +67,18 @@ def check_device(value: Tensor, device: torch.device | None) -> None:
     """Raise ValueError when a value is not on the device of the process group: NCCL sends from GPUs alone."""
     if device is not None and value.device != device:
         raise ValueError(f"cannot exchange a tensor on {value.device}: the process group uses {device}")
+
+
+def sum_together(values: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
+    """Return the sums over ranks of several tensors with one exchange; differentiable, as `Ranks.sum`.
+
+    They are added in fp64 and rounded once, so that neither the order of ranks nor the other tensors matter.
+    """
+    if ranks.size == 1 or not values:
+        return [ranks.sum(value) for value in values]
+    summed = ranks.sum(torch.cat([value.reshape(-1).double() for value in values]))
+    parts = torch.split(summed, [value.numel() for value in values])
+    return [part.view(value.shape).to(value.dtype) for part, value in zip(parts, values, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)

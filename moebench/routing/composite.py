@@ -10,6 +10,7 @@ from typing_extensions import override
 from moebench.routing.context import RouteContext
 from moebench.routing.contract import build_router
 from moebench.routing.level import Level
+from moebench.routing.reduction import LossValue, average_losses
 from moebench.routing.router import Router, RouterBuildContext, RouterConfig, RouterTraits
 from moebench.routing.values import LayerRecord, Routing
 
@@ -107,9 +108,9 @@ class GroupedRouter(Router):
         )
 
     @override
-    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
+    def losses(self, record: LayerRecord) -> dict[str, LossValue]:
         per_router = [router.losses(part) for router, part in self._records(record)]
-        return {name: torch.stack([losses[name] for losses in per_router]).mean() for name in per_router[0]}
+        return {name: average_losses([losses[name] for losses in per_router]) for name in per_router[0]}
 
     @override
     def objective(self, record: LayerRecord) -> Tensor | None:

@@ -15,6 +15,7 @@ from moebench.routing.context import NO_DATA, DataSummary, RouteContext
 from moebench.routing.cost import RouterCost
 from moebench.routing.features.feature import Feature
 from moebench.routing.level import SINGLE_LEVEL, Level
+from moebench.routing.reduction import LossValue
 from moebench.routing.values import AnyRouting, LayerRecord
 
 ConfigT = TypeVar("ConfigT", bound=RouterConfig, default=Any)
@@ -182,10 +183,11 @@ class Router(RouterCost, Generic[ConfigT]):
             has_state=type(self).after_step is not Router.after_step,
         )
 
-    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
+    def losses(self, record: LayerRecord) -> Mapping[str, LossValue]:
         """Return the raw losses that only this algorithm has, by the names in its `Facts.own_losses`.
 
-        Sum and average over tokens with `record.total` and `record.mean`, which include the other processes.
+        Sum and average over the tokens of all processes with `reduce_record`, which exchanges the sums of all layers
+        at once; `record.total` and `record.mean` exchange each one by itself.
         """
         return {}
 

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from typing_extensions import override
 
+from moebench.experts.layer import update_routers
 from moebench.models.transformer import BatchContext
 from moebench.parallel.gradients import clip_grad_norm
 from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
@@ -178,8 +179,7 @@ class CellModule(lightning.LightningModule):
         """Update the state of routers from the loads of the step; call after the update and before a checkpoint."""
         if self.is_update_skipped:
             return
-        for layer, records in zip(self.layers, zip(*self.records, strict=True), strict=True):
-            layer.after_step(records)
+        update_routers(self.layers, list(zip(*self.records, strict=True)))
 
     def evaluate(self, split: str) -> Evaluation:
         """Evaluate the model on a split of the task's fixed evaluation set, in the precision of training."""

@@ -10,7 +10,7 @@ from moebench.experts.layer import MoELayer
 from moebench.parallel.mesh import Mesh
 from moebench.parallel.sharded_optimizer import count_state_bytes
 from moebench.parallel.traffic import peak_memory_gib, predict_bytes
-from moebench.routing.metrics import LoadCount, summarise_load
+from moebench.routing.metrics import LoadCount, sum_counts, summarise_load
 from moebench.routing.values import LayerRecord
 from moebench.training.executed_cost import ExecutedCost
 from moebench.training.module import CellModule
@@ -51,7 +51,7 @@ def compute_load_metrics(module: CellModule) -> dict[str, float]:
         executed_cost.add(records)
     executed_cost.all_reduce(mesh)
     executed_cost.check_experts_per_token()
-    load = summarise_load([sum(counts[1:], counts[0]).sum_over(mesh.world) for counts in layers])
+    load = summarise_load(sum_counts([sum(counts[1:], counts[0]) for counts in layers], mesh.world))
     return load | executed_cost.metrics(module.model, module.task)
 
 
@@ -100,11 +100,13 @@ def _count_state_bytes(module: CellModule) -> int:
 
 def _count_rows(layers: Sequence[MoELayer], records: Sequence[Sequence[LayerRecord]], mesh: Mesh) -> int:
     """Count the rows that this process's experts computed in a step, for the tokens of all processes."""
-    total = 0
-    for layer, layer_records in zip(layers, zip(*records, strict=True), strict=True):
-        load_E = torch.stack([record.kept.load_E for record in layer_records]).sum(0)
-        load_WE = mesh.world.gather(load_E.unsqueeze(0))
-        row = mesh.rank // mesh.config.expert
-        row_load_E = load_WE.view(mesh.config.data, mesh.config.expert, -1)[row].sum(0)
-        total += layer.bank.count_computed_rows(load_E, row_load_E)
-    return total
+    by_layer = list(zip(*records, strict=True))
+    if not by_layer:
+        return 0
+    loads = [torch.stack([record.kept.load_E for record in layer_records]).sum(0) for layer_records in by_layer]
+    load_WX = mesh.world.gather(torch.cat(loads).unsqueeze(0))  # of all layers
+    row = mesh.rank // mesh.config.expert
+    row_load_X = load_WX.view(mesh.config.data, mesh.config.expert, -1)[row].sum(0)
+    row_loads = torch.split(row_load_X, [len(load_E) for load_E in loads])
+    parts = zip(layers, loads, row_loads, strict=True)
+    return sum(layer.bank.count_computed_rows(load_E, row_load_E) for layer, load_E, row_load_E in parts)
