@@ -33,10 +33,11 @@ class Ranks(Protocol):
         sum thus has `size` times its own gradient, which the mean over ranks taken in training makes exact.
         """
 
-    def gather(self, value_T: Tensor) -> Tensor:
+    def gather(self, value_T: Tensor, lengths: Sequence[int] = ()) -> Tensor:
         """Return the values of all ranks, concatenated along the first dimension in rank order.
 
-        The ranks may hold different lengths. Differentiable, as `sum`.
+        The ranks may hold different lengths. Differentiable, as `sum`. `lengths`: those of all ranks, where they are
+        known; else they are exchanged first.
         """
 
 
@@ -54,7 +55,7 @@ class SingleRank:
         check_device(value, self.device)
         return value
 
-    def gather(self, value_T: Tensor) -> Tensor:
+    def gather(self, value_T: Tensor, lengths: Sequence[int] = ()) -> Tensor:
         """Return the values unchanged."""
         check_device(value_T, self.device)
         return value_T
@@ -91,6 +92,8 @@ class Span:
     """Number of elements held here."""
     total: int
     """Number of elements on all processes together."""
+    lengths: tuple[int, ...] = ()
+    """Number of elements on each process, by rank; empty: not known here."""
 
     @property
     def as_slice(self) -> slice:
@@ -103,6 +106,7 @@ class Span:
             start=self.start * sequence_length,
             length=self.length * sequence_length,
             total=self.total * sequence_length,
+            lengths=tuple(length * sequence_length for length in self.lengths),
         )
 
 

@@ -101,11 +101,21 @@ class MoELayer(nn.Module):
         )
 
     def _route_batch(self, x_TD: Tensor, ctx: RouteContext) -> AnyRouting:
-        """Route the tokens; a router that needs the whole batch gets the tokens of all processes."""
+        """Route the tokens; a router that needs the whole batch gets those of all processes, or their scores."""
         ranks = self.scopes.batch
         if ranks.size == 1 or not self.router.traits.needs_whole_batch:
             return check_routing(self.router, self.router(x_TD, ctx))
-        batch_routing = check_routing(self.router, self.router(ranks.gather(x_TD), ctx.of_whole_batch(ranks)))
+        lengths = ctx.span.lengths if ctx.span else ()
+        if not self.router.assigns_logits:
+            routing = self.router(ranks.gather(x_TD, lengths), ctx.of_whole_batch(ranks))
+        else:
+            logits_TE = self.router.score_tokens(x_TD, ctx)
+            # Gradients stay here: no token's weights depend on the rows of others.
+            gathered_TE = ranks.gather(logits_TE.detach(), lengths)
+            start = ctx.span.start if ctx.span else 0
+            parts = gathered_TE[:start], logits_TE, gathered_TE[start + len(logits_TE) :]
+            routing = self.router.assign(torch.cat(parts), ctx.of_scored_batch(ranks))
+        batch_routing = check_routing(self.router, routing)
         assert isinstance(batch_routing, Routing)
         return batch_routing.slice_tokens(ctx.span.start if ctx.span else 0, x_TD.shape[0])
 
@@ -123,7 +133,10 @@ class MoELayer(nn.Module):
         )
         if slots is None:
             return routing
-        batch = BatchAssignments.gather(routing, span, ranks) if span else None
+        batch = None
+        if span:
+            with_scores = self.capacity.overflow == "reroute"
+            batch = BatchAssignments.gather(routing, span, ranks, with_scores=with_scores)
         return apply_capacity(routing, slots, self.capacity, ctx.generator, batch)
 
     def after_step(self, records: Sequence[LayerRecord]) -> None:

@@ -1,5 +1,6 @@
 """Differentiable collectives: the sums, gathers and all-to-alls that losses and expert layers need."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,12 +50,12 @@ class GroupRanks:
         summed: Tensor = _Sum.apply(value, self)  # type: ignore[no-untyped-call]
         return summed
 
-    def gather(self, value_T: Tensor) -> Tensor:
+    def gather(self, value_T: Tensor, lengths: Sequence[int] = ()) -> Tensor:
         """Return the values of all ranks, concatenated; see `Ranks.gather`."""
         check_device(value_T, self.device)
         if value_T.dtype == torch.bool:
-            return self.gather(value_T.to(torch.uint8)).bool()
-        gathered: Tensor = _Gather.apply(value_T, self)  # type: ignore[no-untyped-call]
+            return self.gather(value_T.to(torch.uint8), lengths).bool()
+        gathered: Tensor = _Gather.apply(value_T, self, tuple(lengths))  # type: ignore[no-untyped-call]
         return gathered
 
     def all_reduce(self, value: Tensor) -> Tensor:
@@ -93,10 +94,15 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, value_T: Tensor, ranks: GroupRanks) -> Tensor:
-        length = torch.tensor([value_T.shape[0]], device=value_T.device)
-        lengths = [int(number) for number in ranks.all_gather(length).flatten().tolist()]
+    def forward(ctx: Any, value_T: Tensor, ranks: GroupRanks, lengths: tuple[int, ...]) -> Tensor:
+        if not lengths:
+            length = torch.tensor([value_T.shape[0]], device=value_T.device)
+            lengths = tuple(int(number) for number in ranks.all_gather(length).flatten().tolist())
+        if lengths[ranks.rank] != value_T.shape[0]:
+            raise ValueError(f"rank {ranks.rank} gathers {value_T.shape[0]} elements, of {lengths} that were announced")
         ctx.ranks, ctx.start, ctx.length = ranks, sum(lengths[: ranks.rank]), value_T.shape[0]
+        if min(lengths) == max(lengths):
+            return ranks.all_gather(value_T).flatten(0, 1)
         padded_T = value_T.new_zeros(max(lengths), *value_T.shape[1:])
         padded_T[: value_T.shape[0]] = value_T
         all_WT = ranks.all_gather(padded_T)
@@ -104,9 +110,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None, None]:
         summed_T = ctx.ranks.all_reduce(grad_T)
-        return summed_T[ctx.start : ctx.start + ctx.length], None
+        return summed_T[ctx.start : ctx.start + ctx.length], None, None
 
 
 class AsyncAllToAll:

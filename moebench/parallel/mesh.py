@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -67,9 +68,9 @@ class Mesh:
         same number of groups, the first ones one more where it does not divide.
         """
         least, remainder = divmod(-(-total // group_size), self.size)
-        start = min(group_size * (self.rank * least + min(self.rank, remainder)), total)
-        end = min(start + group_size * (least + (self.rank < remainder)), total)
-        return Span(start=start, length=end - start, total=total)
+        starts = [min(group_size * (rank * least + min(rank, remainder)), total) for rank in range(self.size + 1)]
+        lengths = tuple(end - start for start, end in pairwise(starts))
+        return Span(start=starts[self.rank], length=lengths[self.rank], total=total, lengths=lengths)
 
     def broadcast_object(self, value: Any) -> Any:
         """Return rank 0's value on every process."""

@@ -70,7 +70,7 @@ def compute_parallel_metrics(module: CellModule, timer: StepTimer) -> dict[str, 
     values += [traffic.num_collectives, traffic.collective_bytes, _count_state_bytes(module)]
     values.append(_count_rows(module.layers, module.records, mesh))
     values_1N = torch.tensor([values], dtype=torch.float64, device=mesh.device)
-    columns = mesh.world.gather(values_1N).cpu().T
+    columns = mesh.world.gather(values_1N, lengths=(1,) * mesh.size).cpu().T
     step_W, transfer_W, wait_W, sent_W, predicted_W, memory_W, collectives_W, summed_W, state_W, rows_W = columns
     slowest_s = float(step_W.max())
     metrics = {
@@ -104,7 +104,7 @@ def _count_rows(layers: Sequence[MoELayer], records: Sequence[Sequence[LayerReco
     if not by_layer:
         return 0
     loads = [torch.stack([record.kept.load_E for record in layer_records]).sum(0) for layer_records in by_layer]
-    load_WX = mesh.world.gather(torch.cat(loads).unsqueeze(0))  # of all layers
+    load_WX = mesh.world.gather(torch.cat(loads).unsqueeze(0), lengths=(1,) * mesh.size)  # of all layers
     row = mesh.rank // mesh.config.expert
     row_load_X = load_WX.view(mesh.config.data, mesh.config.expert, -1)[row].sum(0)
     row_loads = torch.split(row_load_X, [len(load_E) for load_E in loads])

@@ -17,7 +17,6 @@ from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.policy import PolicyConfig, PolicyRouter
-from moebench.routing.reduction import LossValue, reduce_record
 from moebench.routing.router import ROUTERS, Causality, Facts, RouterBuildContext, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
@@ -106,19 +105,13 @@ class ConditionalComputation(PolicyRouter):
         )
 
     @override
-    def losses(self, record: LayerRecord) -> dict[str, LossValue]:
+    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
         scores_TE = record.routing.scores_TE
         assert scores_TE is not None
-
-        def deviate(mean_E: Tensor) -> Tensor:
-            return (mean_E / self.target - 1).square().mean()
-
-        def contrast(mean_E: Tensor, mean_square_E: Tensor) -> Tensor:
-            return 1 - 4 * (mean_square_E - mean_E.square()).clamp(min=0).mean()
-
-        per_token_T = (scores_TE.mean(-1) / self.target - 1).square()
+        mean_E = record.mean(scores_TE)
+        variance_E = (record.mean(scores_TE.square()) - mean_E.square()).clamp(min=0)
         return {
-            "sparsity_per_expert": reduce_record(record, deviate, means=[scores_TE]),
-            "sparsity_per_token": reduce_record(record, lambda mean: mean, means=[per_token_T]),
-            "variance": reduce_record(record, contrast, means=[scores_TE, scores_TE.square()]),
+            "sparsity_per_expert": (mean_E / self.target - 1).square().mean(),
+            "sparsity_per_token": record.mean((scores_TE.mean(-1) / self.target - 1).square()),
+            "variance": 1 - 4 * variance_E.mean(),
         }
