@@ -24,7 +24,7 @@ NOT_IN_ID = {
     "train": ("log_every", "eval_every", "checkpoint_every", "device", "max_epochs", "recompute"),
     "task": (),
     "layout": ("recompute",),
-    "parallel": ("devices", "nodes", "timeout_s", "stall_timeout_s", "check_every", "overlap"),
+    "parallel": ("devices", "nodes", "timeout_s", "stall_timeout_s", "check_every", "overlap", "shard_optimizer"),
 }
 """Keys that do not change a result, by section; a task adds others (paths) in `Config.NOT_IN_ID`."""
 

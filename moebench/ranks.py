@@ -4,6 +4,7 @@ Each process (rank) holds some sequences of the batch. A statistic over the whol
 `moebench.parallel` has the implementation for several processes, chosen when the model is built.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,10 +33,11 @@ class Ranks(Protocol):
         sum thus has `size` times its own gradient, which the mean over ranks taken in training makes exact.
         """
 
-    def gather(self, value_T: Tensor) -> Tensor:
+    def gather(self, value_T: Tensor, lengths: Sequence[int] = ()) -> Tensor:
         """Return the values of all ranks, concatenated along the first dimension in rank order.
 
-        The ranks may hold different lengths. Differentiable, as `sum`.
+        The ranks may hold different lengths. Differentiable, as `sum`. `lengths`: those of all ranks, where they are
+        known; else they are exchanged first.
         """
 
 
@@ -53,7 +55,7 @@ class SingleRank:
         check_device(value, self.device)
         return value
 
-    def gather(self, value_T: Tensor) -> Tensor:
+    def gather(self, value_T: Tensor, lengths: Sequence[int] = ()) -> Tensor:
         """Return the values unchanged."""
         check_device(value_T, self.device)
         return value_T
@@ -68,6 +70,18 @@ def check_device(value: Tensor, device: torch.device | None) -> None:
         raise ValueError(f"cannot exchange a tensor on {value.device}: the process group uses {device}")
 
 
+def sum_together(values: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
+    """Return the sums over ranks of several tensors with one exchange; differentiable, as `Ranks.sum`.
+
+    They are added in fp64 and rounded once, so that neither the order of ranks nor the other tensors matter.
+    """
+    if ranks.size == 1 or not values:
+        return [ranks.sum(value) for value in values]
+    summed = ranks.sum(torch.cat([value.reshape(-1).double() for value in values]))
+    parts = torch.split(summed, [value.numel() for value in values])
+    return [part.view(value.shape).to(value.dtype) for part, value in zip(parts, values, strict=True)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Span:
     """The contiguous part of the whole batch that a process holds, counted in sequences or in tokens."""
@@ -78,6 +92,8 @@ class Span:
     """Number of elements held here."""
     total: int
     """Number of elements on all processes together."""
+    lengths: tuple[int, ...] = ()
+    """Number of elements on each process, by rank; empty: not known here."""
 
     @property
     def as_slice(self) -> slice:
@@ -90,6 +106,7 @@ class Span:
             start=self.start * sequence_length,
             length=self.length * sequence_length,
             total=self.total * sequence_length,
+            lengths=tuple(length * sequence_length for length in self.lengths),
         )
 
 

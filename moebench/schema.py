@@ -193,6 +193,8 @@ class ParallelConfig:
     """Steps between bit-by-bit comparisons of replicas; a difference ends the run."""
     overlap: bool = True
     """Compute shared experts while tokens are in flight to routed experts."""
+    shard_optimizer: bool = False
+    """Divide the state of the optimizer among the processes with equal copies of a parameter; results stay the same."""
 
     @property
     def world_size(self) -> int:

@@ -194,7 +194,6 @@ def parallel(
     steps: Annotated[int, typer.Option(min=12, help="Of each run.")] = 24,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each mesh; meshes take turns.")] = 3,
     device: Device = "auto",
-    results: Results = DEFAULT_RESULTS,
     plot: Plot = None,
     markdown: Markdown = False,
     json: Json = False,
@@ -217,7 +216,6 @@ def parallel(
         rounds=rounds,
         device=device,
         overrides=overrides or (),
-        results=results,
     )
     bench = measure(settings, print_progress)
     if plot:

@@ -13,7 +13,7 @@ from moebench.experts.capacity import Capacity
 from moebench.experts.feed_forward import FeedForward
 from moebench.experts.overflow import BatchAssignments, apply_capacity
 from moebench.experts.shared import SharedExperts
-from moebench.ranks import Scopes
+from moebench.ranks import Scopes, sum_together
 from moebench.routing.context import RouteContext
 from moebench.routing.contract import check_routing
 from moebench.routing.gate import Gate
@@ -101,11 +101,21 @@ class MoELayer(nn.Module):
         )
 
     def _route_batch(self, x_TD: Tensor, ctx: RouteContext) -> AnyRouting:
-        """Route the tokens; a router that needs the whole batch gets the tokens of all processes."""
+        """Route the tokens; a router that needs the whole batch gets those of all processes, or their scores."""
         ranks = self.scopes.batch
         if ranks.size == 1 or not self.router.traits.needs_whole_batch:
             return check_routing(self.router, self.router(x_TD, ctx))
-        batch_routing = check_routing(self.router, self.router(ranks.gather(x_TD), ctx.of_whole_batch(ranks)))
+        lengths = ctx.span.lengths if ctx.span else ()
+        if not self.router.assigns_logits:
+            routing = self.router(ranks.gather(x_TD, lengths), ctx.of_whole_batch(ranks))
+        else:
+            logits_TE = self.router.score_tokens(x_TD, ctx)
+            # Gradients stay here: no token's weights depend on the rows of others.
+            gathered_TE = ranks.gather(logits_TE.detach(), lengths)
+            start = ctx.span.start if ctx.span else 0
+            parts = gathered_TE[:start], logits_TE, gathered_TE[start + len(logits_TE) :]
+            routing = self.router.assign(torch.cat(parts), ctx.of_scored_batch(ranks))
+        batch_routing = check_routing(self.router, routing)
         assert isinstance(batch_routing, Routing)
         return batch_routing.slice_tokens(ctx.span.start if ctx.span else 0, x_TD.shape[0])
 
@@ -123,24 +133,23 @@ class MoELayer(nn.Module):
         )
         if slots is None:
             return routing
-        batch = BatchAssignments.gather(routing, span, ranks) if span else None
+        batch = None
+        if span:
+            with_scores = self.capacity.overflow == "reroute"
+            batch = BatchAssignments.gather(routing, span, ranks, with_scores=with_scores)
         return apply_capacity(routing, slots, self.capacity, ctx.generator, batch)
 
-    @torch.no_grad()
     def after_step(self, records: Sequence[LayerRecord]) -> None:
-        """Let the router update its state, once per optimizer step, with the records of all its micro-batches.
+        """Let the router update its state; see `update_routers`."""
+        update_routers([self], [records])
 
-        The counts are summed over all processes, so that the state stays the same on each.
-        """
-        if not self.router.traits.has_state:
-            return
-        load_E = torch.stack([record.routing.load_E for record in records]).sum(0)
-        sums: dict[str, Tensor] = {}
+    def sum_statistics(self, records: Sequence[LayerRecord]) -> dict[str, Tensor]:
+        """Return what the router's state depends on, over this process's tokens; the loads have the empty name."""
+        sums = {"": torch.stack([record.routing.load_E for record in records]).sum(0)}
         for record in records:
             for name, value in self.router.statistics(record).items():
                 sums[name] = sums[name] + value if name in sums else value
-        total = self.scopes.world.sum
-        self.router.after_step(total(load_E), {name: total(value) for name, value in sums.items()})
+        return sums
 
     def flops_per_token(self, length: int = 0) -> int:
         """Return the planned forward FLOPs of one token: router, experts, shared network and mixing gate.
@@ -168,3 +177,19 @@ class MoELayer(nn.Module):
     def rows_per_token(self) -> float:
         """Planned rows that experts compute for one token."""
         return self.router.rows_per_token(self.experts_per_token)
+
+
+@torch.no_grad()
+def update_routers(layers: Sequence[MoELayer], records: Sequence[Sequence[LayerRecord]]) -> None:
+    """Let routers update their state, once per optimizer step, with the records of all micro-batches of each layer.
+
+    The counts are summed over all processes, of all layers at once, so that the state stays the same on each.
+    """
+    with_state = [index for index, layer in enumerate(layers) if layer.router.traits.has_state]
+    statistics = [layers[index].sum_statistics(records[index]) for index in with_state]
+    if not with_state:
+        return
+    summed = iter(sum_together([value for sums in statistics for value in sums.values()], layers[0].scopes.world))
+    for index, sums in zip(with_state, statistics, strict=True):
+        values = {name: next(summed) for name in sums}
+        layers[index].router.after_step(values.pop(""), values)

@@ -23,25 +23,51 @@ class BatchAssignments:
     start: int = 0
 
     @classmethod
-    def gather(cls, routing: Routing, span: Span, ranks: Ranks) -> "BatchAssignments":
-        """Gather what decides which assignments keep a slot; the result is the same on every process."""
-        scores_TE, priority_N = routing.scores_TE, routing.priority_N
-        length_W = ranks.gather(torch.tensor([routing.expert_N.numel()], device=routing.expert_N.device))
+    def gather(cls, routing: Routing, span: Span, ranks: Ranks, *, with_scores: bool) -> "BatchAssignments":
+        """Gather what decides which assignments keep a slot; the result is the same on every process.
+
+        `with_scores`: scores too, which rerouting reads.
+        """
+        columns = [routing.token_N + span.start, routing.expert_N, routing.counted_N, routing.weight_N.detach()]
+        columns += [] if routing.priority_N is None else [routing.priority_N.detach()]
+        lengths = _count_assignments(routing, span, ranks)
+        # One table, because a gather for each column would wait as many times.
+        table_NX = ranks.gather(torch.stack([_to_int32(column_N) for column_N in columns], dim=1), lengths)
+        gathered_columns = map(_from_int32, table_NX.unbind(1), [column_N.dtype for column_N in columns])
+        token_N, expert_N, is_kept_N, weight_N, *priority_N = gathered_columns
+        scores_TE = routing.scores_TE if with_scores else None
         gathered = Routing(
-            token_N=ranks.gather(routing.token_N + span.start),
-            expert_N=ranks.gather(routing.expert_N),
-            weight_N=ranks.gather(routing.weight_N.detach()),
+            token_N=token_N,
+            expert_N=expert_N,
+            weight_N=weight_N,
             num_tokens=span.total,
             num_experts=routing.num_experts,
-            scores_TE=None if scores_TE is None else ranks.gather(scores_TE.detach()),
-            priority_N=None if priority_N is None else ranks.gather(priority_N),
-            kept_N=ranks.gather(routing.counted_N),
+            scores_TE=None if scores_TE is None else ranks.gather(scores_TE.detach(), span.lengths),
+            priority_N=priority_N[0] if priority_N else None,
+            kept_N=is_kept_N,
         )
-        return cls(routing=gathered, start=int(length_W[: ranks.rank].sum()))
+        return cls(routing=gathered, start=sum(lengths[: ranks.rank]))
 
     def local_part(self, value_N: Tensor, routing: Routing) -> Tensor:
         """Return the values of this process's assignments."""
         return value_N[self.start : self.start + routing.expert_N.numel()]
+
+
+def _to_int32(value_N: Tensor) -> Tensor:
+    """Return fp32 numbers by their bits, and integers below 2^31 and booleans as numbers."""
+    return value_N.float().view(torch.int32) if value_N.is_floating_point() else value_N.int()
+
+
+def _from_int32(value_N: Tensor, dtype: torch.dtype) -> Tensor:
+    return value_N.contiguous().view(torch.float32).to(dtype) if dtype.is_floating_point else value_N.to(dtype)
+
+
+def _count_assignments(routing: Routing, span: Span, ranks: Ranks) -> tuple[int, ...]:
+    """Return the number of assignments of each process: of a rectangle known from the tokens, else exchanged."""
+    if routing.top_k is not None and span.lengths:
+        return tuple(length * routing.top_k for length in span.lengths)
+    length = torch.tensor([routing.expert_N.numel()], device=routing.expert_N.device)
+    return tuple(int(number) for number in ranks.gather(length, lengths=(1,) * ranks.size).tolist())
 
 
 def apply_capacity(

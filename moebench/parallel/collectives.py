@@ -1,6 +1,7 @@
 """Differentiable collectives: the sums, gathers and all-to-alls that losses and expert layers need."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +12,19 @@ from torch.autograd.function import once_differentiable
 from moebench.ranks import check_device
 
 
+class CollectiveObserver:
+    """Issues all-to-alls and is told of other collectives; a subclass measures them (see `parallel.traffic`)."""
+
+    def all_to_all(
+        self, out_RI: Tensor, x_RI: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup
+    ) -> Any:
+        """Start an all-to-all and return its work handle, or None when it has finished."""
+        return dist.all_to_all_single(out_RI, x_RI, receive, send, group=group, async_op=True)
+
+    def count_collective(self, num_bytes: int) -> None:
+        """Count a sum or a gather that leaves `num_bytes` on this process."""
+
+
 @dataclass(frozen=True, eq=False)
 class GroupRanks:
     """The `Ranks` of a process group."""
@@ -18,6 +32,7 @@ class GroupRanks:
     group: dist.ProcessGroup
     device: torch.device | None = None
     """Device that values must be on; None: any."""
+    observer: CollectiveObserver = field(default_factory=CollectiveObserver)
 
     @property
     def size(self) -> int:
@@ -32,34 +47,44 @@ class GroupRanks:
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum over ranks; see `Ranks.sum`."""
         check_device(value, self.device)
-        summed: Tensor = _Sum.apply(value, self.group)  # type: ignore[no-untyped-call]
+        summed: Tensor = _Sum.apply(value, self)  # type: ignore[no-untyped-call]
         return summed
 
-    def gather(self, value_T: Tensor) -> Tensor:
+    def gather(self, value_T: Tensor, lengths: Sequence[int] = ()) -> Tensor:
         """Return the values of all ranks, concatenated; see `Ranks.gather`."""
         check_device(value_T, self.device)
         if value_T.dtype == torch.bool:
-            return self.gather(value_T.to(torch.uint8)).bool()
-        gathered: Tensor = _Gather.apply(value_T, self.group)  # type: ignore[no-untyped-call]
+            return self.gather(value_T.to(torch.uint8), lengths).bool()
+        gathered: Tensor = _Gather.apply(value_T, self, tuple(lengths))  # type: ignore[no-untyped-call]
         return gathered
+
+    def all_reduce(self, value: Tensor) -> Tensor:
+        """Return the sum over ranks, without gradient."""
+        summed = value.clone()
+        self.observer.count_collective(summed.nbytes)
+        dist.all_reduce(summed, group=self.group)
+        return summed
+
+    def all_gather(self, value: Tensor) -> Tensor:
+        """Return the values of all ranks, [W, ...], which have one shape, without gradient."""
+        gathered_W = value.new_empty(self.size, *value.shape)
+        self.observer.count_collective(gathered_W.nbytes)
+        dist.all_gather_into_tensor(gathered_W.view(-1), value.reshape(-1), group=self.group)
+        return gathered_W
 
 
 class _Sum(torch.autograd.Function):
     """Sum over ranks; the gradient is the sum of all ranks' gradients."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        summed = value.clone()
-        dist.all_reduce(summed, group=group)
-        return summed
+    def forward(ctx: Any, value: Tensor, ranks: GroupRanks) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.all_reduce(value)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        summed = grad.clone()
-        dist.all_reduce(summed, group=ctx.group)
-        return summed, None
+        return ctx.ranks.all_reduce(grad), None
 
 
 class _Gather(torch.autograd.Function):
@@ -69,38 +94,25 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, value_T: Tensor, group: dist.ProcessGroup) -> Tensor:
-        lengths = _gather_lengths(value_T, group)
-        ctx.group, ctx.start, ctx.length = group, sum(lengths[: group.rank()]), value_T.shape[0]
+    def forward(ctx: Any, value_T: Tensor, ranks: GroupRanks, lengths: tuple[int, ...]) -> Tensor:
+        if not lengths:
+            length = torch.tensor([value_T.shape[0]], device=value_T.device)
+            lengths = tuple(int(number) for number in ranks.all_gather(length).flatten().tolist())
+        if lengths[ranks.rank] != value_T.shape[0]:
+            raise ValueError(f"rank {ranks.rank} gathers {value_T.shape[0]} elements, of {lengths} that were announced")
+        ctx.ranks, ctx.start, ctx.length = ranks, sum(lengths[: ranks.rank]), value_T.shape[0]
+        if min(lengths) == max(lengths):
+            return ranks.all_gather(value_T).flatten(0, 1)
         padded_T = value_T.new_zeros(max(lengths), *value_T.shape[1:])
         padded_T[: value_T.shape[0]] = value_T
-        all_WT = value_T.new_empty(group.size(), *padded_T.shape)
-        dist.all_gather_into_tensor(all_WT.flatten(0, 1), padded_T, group=group)
+        all_WT = ranks.all_gather(padded_T)
         return torch.cat([rank_T[:length] for rank_T, length in zip(all_WT, lengths, strict=True)])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None]:
-        summed_T = grad_T.clone()
-        dist.all_reduce(summed_T, group=ctx.group)
-        return summed_T[ctx.start : ctx.start + ctx.length], None
-
-
-def _gather_lengths(value_T: Tensor, group: dist.ProcessGroup) -> list[int]:
-    length = torch.tensor([value_T.shape[0]], device=value_T.device)
-    lengths = length.new_empty(group.size())
-    dist.all_gather_into_tensor(lengths, length, group=group)
-    return [int(number) for number in lengths.tolist()]
-
-
-class AllToAllObserver:
-    """Issues all-to-alls; a subclass measures them (see `parallel.traffic`)."""
-
-    def all_to_all(
-        self, out_RI: Tensor, x_RI: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup
-    ) -> Any:
-        """Start an all-to-all and return its work handle, or None when it has finished."""
-        return dist.all_to_all_single(out_RI, x_RI, receive, send, group=group, async_op=True)
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None, None]:
+        summed_T = ctx.ranks.all_reduce(grad_T)
+        return summed_T[ctx.start : ctx.start + ctx.length], None, None
 
 
 class AsyncAllToAll:
@@ -111,7 +123,7 @@ class AsyncAllToAll:
     """
 
     def __init__(
-        self, send: list[int], receive: list[int], group: dist.ProcessGroup, observer: AllToAllObserver
+        self, send: list[int], receive: list[int], group: dist.ProcessGroup, observer: CollectiveObserver
     ) -> None:
         """`send` and `receive`: number of rows for and from each process of the group."""
         self.send, self.receive, self.group, self.observer = send, receive, group, observer

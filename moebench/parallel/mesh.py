@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -67,9 +68,9 @@ class Mesh:
         same number of groups, the first ones one more where it does not divide.
         """
         least, remainder = divmod(-(-total // group_size), self.size)
-        start = min(group_size * (self.rank * least + min(self.rank, remainder)), total)
-        end = min(start + group_size * (least + (self.rank < remainder)), total)
-        return Span(start=start, length=end - start, total=total)
+        starts = [min(group_size * (rank * least + min(rank, remainder)), total) for rank in range(self.size + 1)]
+        lengths = tuple(end - start for start, end in pairwise(starts))
+        return Span(start=starts[self.rank], length=lengths[self.rank], total=total, lengths=lengths)
 
     def broadcast_object(self, value: Any) -> Any:
         """Return rank 0's value on every process."""
@@ -137,13 +138,14 @@ def check_world_size(config: ParallelConfig, process_info: ProcessInfo) -> None:
 
 def _build_mesh(config: ParallelConfig, process_info: ProcessInfo, device: torch.device, timeout: timedelta) -> Mesh:
     ranks_DE = torch.arange(config.world_size).view(config.data, config.expert)
-    world = GroupRanks(dist.new_group(timeout=timeout), device)
+    traffic = Traffic()
+    world = GroupRanks(dist.new_group(timeout=timeout), device, traffic)
     # Not init_device_mesh: its groups ignore the timeout, and one of the size of the world would be DDP's own.
     new_groups: Any = dist.new_subgroups_by_enumeration
     row, _ = new_groups(ranks_DE.tolist(), timeout=timeout)
     column, _ = new_groups(ranks_DE.T.tolist(), timeout=timeout)
     if config.expert == 1:
-        return Mesh(config=config, process_info=process_info, device=device, world=world)
+        return Mesh(config=config, process_info=process_info, device=device, world=world, traffic=traffic)
     return Mesh(
         config=config,
         process_info=process_info,
@@ -151,5 +153,6 @@ def _build_mesh(config: ParallelConfig, process_info: ProcessInfo, device: torch
         world=world,
         expert_group=row,
         replica_group=column,
+        traffic=traffic,
         device_mesh=DeviceMesh.from_group([column, row], device.type, mesh=ranks_DE, mesh_dim_names=("data", "expert")),
     )

@@ -23,7 +23,8 @@ def check_replicas(model: nn.Module, mesh: Mesh) -> None:
         return
     named = [*model.named_parameters(), *model.named_buffers()]
     prints_N2 = torch.stack([fingerprint(_to_local(tensor)) for _, tensor in named])
-    prints_WN2 = mesh.world.gather(prints_N2.unsqueeze(0)).cpu()  # once: each comparison would synchronize a GPU
+    prints_WN2 = mesh.world.gather(prints_N2.unsqueeze(0), lengths=(1,) * mesh.size)
+    prints_WN2 = prints_WN2.cpu()  # once: each comparison would synchronize a GPU
     for index, (name, tensor) in enumerate(named):
         for group in _replica_groups(tensor, mesh):
             first = prints_WN2[group[0], index]

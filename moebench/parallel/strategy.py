@@ -23,6 +23,7 @@ from moebench.parallel.checkpoint import VerifiedCheckpointIO
 from moebench.parallel.gradients import average_expert_gradients
 from moebench.parallel.mesh import Mesh
 from moebench.parallel.process_info import ProcessInfo
+from moebench.parallel.sharded_optimizer import ShardedOptimizer
 
 BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 """Optimizer state is keyed by parameter name, so that parameter groups and sharding may change between runs."""
@@ -57,6 +58,8 @@ class _NamedStateStrategy(Strategy):
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         assert self.lightning_module is not None
         optimizer = getattr(optimizer, "_optimizer", optimizer)
+        if isinstance(optimizer, ShardedOptimizer):
+            return optimizer.state_by_name(self._parameter_names())
         return get_optimizer_state_dict(self.lightning_module, optimizer, options=BY_NAME)
 
     @override
@@ -76,10 +79,16 @@ class _NamedStateStrategy(Strategy):
         assert isinstance(checkpoint_io, VerifiedCheckpointIO)
         other_state = checkpoint_io.load_into(state, Path(checkpoint_path))
         set_model_state_dict(self.lightning_module, state["state_dict"], options=BY_NAME)
-        set_optimizer_state_dict(
-            self.lightning_module, optimizer, optim_state_dict=state["optimizer_states"][0], options=BY_NAME
-        )
+        (values,) = state["optimizer_states"]
+        if isinstance(optimizer, ShardedOptimizer):  # its tensors were loaded in place
+            optimizer.load_settings(values, self._parameter_names())
+        else:
+            set_optimizer_state_dict(self.lightning_module, optimizer, optim_state_dict=values, options=BY_NAME)
         return other_state
+
+    def _parameter_names(self) -> dict[Tensor, str]:
+        assert self.lightning_module is not None
+        return {parameter: name for name, parameter in self.lightning_module.named_parameters()}
 
     @override
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:

@@ -12,12 +12,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from moebench.experts.layer import MoELayer
-from moebench.parallel.collectives import AllToAllObserver
+from moebench.parallel.collectives import CollectiveObserver
 from moebench.routing.values import LayerRecord
 
 
 @dataclass
-class Traffic(AllToAllObserver):
+class Traffic(CollectiveObserver):
     """Counts the all-to-alls since `reset`: read and reset between steps; it does not change results.
 
     In a timed step all processes synchronize before each all-to-all, so that waiting and transfer are measured
@@ -32,10 +32,27 @@ class Traffic(AllToAllObserver):
     """Seconds inside all-to-alls, without the wait for the slowest process; timed steps only."""
     wait_s: float = 0.0
     """Seconds of waiting for the slowest process; timed steps only."""
+    num_collectives: int = 0
+    """Sums and gathers of statistics and batches: neither all-to-alls nor the averaging of gradients."""
+    collective_bytes: int = 0
+    """Bytes that these leave on this process."""
+    is_counting: bool = True
+    """Whether sums and gathers are counted: until the end of the step, before what is only logged."""
 
     def reset(self, *, is_timed: bool) -> None:
         """Set all counters to 0, and whether the next all-to-alls are timed."""
         self.is_timed, self.num_bytes, self.transfer_s, self.wait_s = is_timed, 0, 0.0, 0.0
+        self.num_collectives, self.collective_bytes, self.is_counting = 0, 0, True
+
+    def stop_counting(self) -> None:
+        """Leave out the sums and gathers after a step."""
+        self.is_counting = False
+
+    @override
+    def count_collective(self, num_bytes: int) -> None:
+        if self.is_counting:
+            self.num_collectives += 1
+            self.collective_bytes += num_bytes
 
     @override
     def all_to_all(

@@ -1,7 +1,8 @@
 """Groups of experts, each with its own router, combined into one flat routing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from typing_extensions import override
 from moebench.routing.context import RouteContext
 from moebench.routing.contract import build_router
 from moebench.routing.level import Level
+from moebench.routing.reduction import LossValue, average_losses
 from moebench.routing.router import Router, RouterBuildContext, RouterConfig, RouterTraits
 from moebench.routing.values import LayerRecord, Routing
 
@@ -68,16 +70,35 @@ class GroupedRouter(Router):
 
     @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
+        return self._join(lambda router, ctx: router(x_TD, ctx), ctx)
+
+    @override
+    def score_tokens(self, x_TD: Tensor, ctx: RouteContext) -> Tensor:
+        return torch.cat([router.score_tokens(x_TD, ctx) for router in self._all_routers], dim=1)
+
+    @property
+    @override
+    def assigns_logits(self) -> bool:
+        return all(router.assigns_logits for router in self._all_routers)
+
+    @override
+    def assign(self, logits_TE: Tensor, ctx: RouteContext) -> Routing:
+        parts = torch.split(logits_TE, [router.num_experts for router in self._all_routers], dim=1)
+        of_router = dict(zip(self._all_routers, parts, strict=True))
+        return self._join(lambda router, ctx: router.assign(of_router[router], ctx), ctx)
+
+    def _join(self, route: Callable[[Router, RouteContext], Any], ctx: RouteContext) -> Routing:
+        """Return the flat routing from those of all routers, each of which `route` computes."""
         if self.outer is None:
-            return join_groups([router(x_TD, ctx) for router in self._routers], self.group_size)
-        outer = self.outer(x_TD, ctx)
+            return join_groups([route(router, ctx) for router in self._routers], self.group_size)
+        outer = route(self.outer, ctx)
         if ctx.valid_T is not None:
             outer = outer.keep(ctx.valid_T[outer.token_N])
         picked_TG, weight_TG = _table(outer)
         parts = []
         for group, router in enumerate(self._routers):
             here_T = picked_TG[:, group]
-            part = router(x_TD, replace(ctx, valid_T=here_T))
+            part = route(router, replace(ctx, valid_T=here_T))
             parts.append(part.keep(here_T[part.token_N]))
         flat = join_groups(parts, self.group_size)
         flat = replace(flat, outer=outer, picked_TG=picked_TG)
@@ -107,9 +128,9 @@ class GroupedRouter(Router):
         )
 
     @override
-    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
+    def losses(self, record: LayerRecord) -> dict[str, LossValue]:
         per_router = [router.losses(part) for router, part in self._records(record)]
-        return {name: torch.stack([losses[name] for losses in per_router]).mean() for name in per_router[0]}
+        return {name: average_losses([losses[name] for losses in per_router]) for name in per_router[0]}
 
     @override
     def objective(self, record: LayerRecord) -> Tensor | None:
@@ -161,6 +182,10 @@ class GroupedRouter(Router):
         # Routers of groups read tokens of other groups too.
         parts = [(router, replace(part, valid_T=record.valid_T)) for router, part in self._records(record)]
         return torch.stack([router.executed_flops(part) for router, part in parts]).sum()
+
+    @property
+    def _all_routers(self) -> list[Router]:
+        return self._routers if self.outer is None else [*self._routers, self.outer]
 
     @property
     def _routers(self) -> list[Router]:

@@ -70,18 +70,23 @@ class RouteContext:
 
     def of_whole_batch(self, ranks: Ranks) -> "RouteContext":
         """Return the context of the tokens of all ranks together."""
+        lengths = self.span.lengths if self.span else ()
 
         def gather(value_T: Tensor | None) -> Tensor | None:
-            return None if value_T is None else ranks.gather(value_T)
+            return None if value_T is None else ranks.gather(value_T, lengths)
 
         return replace(
             self,
             token_id_T=gather(self.token_id_T),
             valid_T=gather(self.valid_T),
             domain_T=gather(self.domain_T),
-            features={feature: ranks.gather(value_T) for feature, value_T in self.features.items()},
+            features={feature: ranks.gather(value_T, lengths) for feature, value_T in self.features.items()},
             span=None,
         )
+
+    def of_scored_batch(self, ranks: Ranks) -> "RouteContext":
+        """Return the context of the tokens of all ranks together, with nothing of a token but whether it is valid."""
+        return replace(self, token_id_T=None, domain_T=None, features={}).of_whole_batch(ranks)
 
     def batch_tokens(self, num_tokens: int) -> int:
         """Return T of the whole batch, of which `num_tokens` are on this process."""

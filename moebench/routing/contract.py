@@ -52,7 +52,7 @@ def check_router_class(router_class: type[Router], config: RouterConfig, num_exp
         raise RouterContractError(
             f"{label_router(config.name)}: form must be a member of Form, such as Form.LIST, got {router_class.form!r}"
         )
-    if router_class.forward is Router.forward:
+    if router_class.forward is Router.forward and router_class.assign is Router.assign:
         raise RouterContractError(f"{label_router(config.name)}: its class must define forward(x_TD, ctx)")
     signature = inspect.signature(router_class.forward)
     try:

@@ -6,7 +6,7 @@ coefficient mean different things in different models. Training applies the coef
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,10 +15,11 @@ from torch import Tensor
 from moebench.errors import UsageError
 from moebench.registry import Registry
 from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k
+from moebench.routing.reduction import LossValue, reduce_record, resolve_losses
 from moebench.routing.router import Router
 from moebench.routing.values import LayerRecord, Routing
 
-Loss = Callable[[LayerRecord], Tensor]
+Loss = Callable[[LayerRecord], LossValue]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +46,20 @@ LOSSES: Registry[Loss, LossFacts] = Registry("loss", None)
     ),
     name="load_balance",
 )
-def load_balance(record: LayerRecord) -> Tensor:
+def load_balance(record: LayerRecord) -> LossValue:
     """Switch's load-balance loss: 1 at uniform routing for every k, E/k when k experts take all tokens.
 
     f counts assignments before capacity and has no gradient. Where a paper counts f as assignments per token (it then
     sums to k), the coefficient here is k times the paper's. Can be below 1, where f and P disagree.
     """
     scores_TE = _require_table(record.routing.scores_TE, "load_balance", "scores")
-    load_E = record.load_E.to(scores_TE.dtype)
-    share_E = load_E / load_E.sum().clamp(min=1)
+    num_experts = record.routing.num_experts
+
+    def formula(load_E: Tensor, mean_E: Tensor) -> Tensor:
+        return num_experts * torch.dot(load_E / load_E.sum().clamp(min=1), mean_E)
+
     score_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=1e-20)
-    return record.routing.num_experts * torch.dot(share_E, record.mean(score_TE))
+    return reduce_record(record, formula, totals=[record.routing.load_E.to(scores_TE.dtype)], means=[score_TE])
 
 
 @LOSSES.register(
@@ -67,7 +71,7 @@ def load_balance(record: LayerRecord) -> Tensor:
     ),
     name="sequence_balance",
 )
-def sequence_balance(record: LayerRecord) -> Tensor:
+def sequence_balance(record: LayerRecord) -> LossValue:
     """`load_balance` within each sequence: also penalises sequences that are unbalanced in turn.
 
     Where lengths differ, a sequence is weighted by its number of tokens. f counts assignments; routers that select with
@@ -87,7 +91,7 @@ def sequence_balance(record: LayerRecord) -> Tensor:
     summed_SE = (score_TE * valid_T.unsqueeze(-1)).view(-1, length, routing.num_experts).sum(1)
     mean_SE = summed_SE / valid_T.view(-1, length).sum(1, keepdim=True).clamp(min=1)
     balance_S = routing.num_experts * (share_SE * mean_SE).sum(-1)
-    return record.mean(balance_S.repeat_interleave(length))
+    return reduce_record(record, _identity, means=[balance_S.repeat_interleave(length)])
 
 
 @LOSSES.register(
@@ -99,10 +103,10 @@ def sequence_balance(record: LayerRecord) -> Tensor:
     ),
     name="z",
 )
-def z(record: LayerRecord) -> Tensor:
+def z(record: LayerRecord) -> LossValue:
     """Router z-loss: keeps logits small by pulling their log-sum-exp, not each logit, to 0."""
     logits_TE = _require_table(record.routing.logits_TE, "z", "logits")
-    return record.mean(logits_TE.logsumexp(-1).square())
+    return reduce_record(record, _identity, means=[logits_TE.logsumexp(-1).square()])
 
 
 @LOSSES.register(
@@ -114,12 +118,15 @@ def z(record: LayerRecord) -> Tensor:
     ),
     name="global_entropy",
 )
-def global_entropy(record: LayerRecord) -> Tensor:
+def global_entropy(record: LayerRecord) -> LossValue:
     """Entropy of the mean expert probabilities, subtracted from its maximum ln E; the papers use minus the entropy."""
     logits_TE = _require_table(record.routing.logits_TE, "global_entropy", "logits")
-    mean_E = record.mean(logits_TE.softmax(-1))
+    return reduce_record(record, _entropy_deficit, means=[logits_TE.softmax(-1)])
+
+
+def _entropy_deficit(mean_E: Tensor) -> Tensor:
     entropy = -(mean_E * mean_E.clamp(min=1e-20).log()).sum()
-    return (math.log(record.routing.num_experts) - entropy).clamp(min=0)  # rounding can make it negative
+    return (math.log(len(mean_E)) - entropy).clamp(min=0)  # rounding can make it negative
 
 
 @LOSSES.register(
@@ -131,11 +138,15 @@ def global_entropy(record: LayerRecord) -> Tensor:
     ),
     name="local_entropy",
 )
-def local_entropy(record: LayerRecord) -> Tensor:
+def local_entropy(record: LayerRecord) -> LossValue:
     """Mean entropy of a token's expert probabilities, in nats: makes choices confident, balances nothing."""
     logits_TE = _require_table(record.routing.logits_TE, "local_entropy", "logits")
+    return reduce_record(record, _identity, means=[_entropy_T(logits_TE)])
+
+
+def _entropy_T(logits_TE: Tensor) -> Tensor:
     log_TE = logits_TE.log_softmax(-1)
-    return record.mean(-(log_TE.exp() * log_TE).sum(-1))
+    return -(log_TE.exp() * log_TE).sum(-1)
 
 
 @LOSSES.register(
@@ -147,13 +158,17 @@ def local_entropy(record: LayerRecord) -> Tensor:
     ),
     name="mutual_information",
 )
-def mutual_information(record: LayerRecord) -> Tensor:
+def mutual_information(record: LayerRecord) -> LossValue:
     """Mutual information of token and expert, subtracted from its maximum: `global_entropy` plus `local_entropy`.
 
     The paper's loss is minus the information, which differs by the constant ln E.
     """
-    _require_table(record.routing.logits_TE, "mutual_information", "logits")
-    return global_entropy(record) + local_entropy(record)
+    logits_TE = _require_table(record.routing.logits_TE, "mutual_information", "logits")
+
+    def formula(mean_E: Tensor, entropy: Tensor) -> Tensor:
+        return _entropy_deficit(mean_E) + entropy
+
+    return reduce_record(record, formula, means=[logits_TE.softmax(-1), _entropy_T(logits_TE)])
 
 
 @LOSSES.register(
@@ -165,9 +180,9 @@ def mutual_information(record: LayerRecord) -> Tensor:
     ),
     name="importance",
 )
-def importance(record: LayerRecord) -> Tensor:
+def importance(record: LayerRecord) -> LossValue:
     """Squared coefficient of variation of each expert's summed weights (Shazeer et al. 2017)."""
-    return compute_squared_variation(record.importance_E)
+    return reduce_record(record, compute_squared_variation, totals=[record.routing.importance_E])
 
 
 @LOSSES.register(
@@ -179,7 +194,7 @@ def importance(record: LayerRecord) -> Tensor:
     ),
     name="parameter_penalty",
 )
-def parameter_penalty(record: LayerRecord) -> Tensor:
+def parameter_penalty(record: LayerRecord) -> LossValue:
     """HMoE's parameter penalty: a balance loss that weights the load of an expert by its size.
 
     For layouts with experts of different sizes, in place of `load_balance`, to which it is equal when all sizes are.
@@ -189,10 +204,14 @@ def parameter_penalty(record: LayerRecord) -> Tensor:
     """
     scores_TE = _require_table(record.routing.scores_TE, "parameter_penalty", "scores")
     size_E = scores_TE.new_tensor(record.flops_E or (1,) * record.routing.num_experts)
-    load_E = record.load_E.to(scores_TE.dtype)
-    share_E = load_E / load_E.sum().clamp(min=1)
+    num_experts = record.routing.num_experts
+
+    def formula(load_E: Tensor, mean_E: Tensor) -> Tensor:
+        share_E = load_E / load_E.sum().clamp(min=1)
+        return num_experts * torch.dot(size_E / size_E.mean().clamp(min=1) * share_E, mean_E)
+
     score_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=1e-20)
-    return record.routing.num_experts * torch.dot(size_E / size_E.mean().clamp(min=1) * share_E, record.mean(score_TE))
+    return reduce_record(record, formula, totals=[record.routing.load_E.to(scores_TE.dtype)], means=[score_TE])
 
 
 def recount_by_scores(record: LayerRecord, top_k: int) -> LayerRecord:
@@ -213,8 +232,27 @@ def compute_squared_variation(value_E: Tensor) -> Tensor:
 
 def compute_raw_losses(router: Router, record: LayerRecord, names: Collection[str]) -> dict[str, Tensor]:
     """Return the named losses of a layer, without coefficients; the router's own losses override the shared ones."""
-    router_losses = router.losses(record) if names else {}
-    return {name: router_losses[name] if name in router_losses else LOSSES.get(name).item(record) for name in names}
+    return compute_losses_of_layers([router], [record], names)[0]
+
+
+def compute_losses_of_layers(
+    routers: Sequence[Router], records: Sequence[LayerRecord], names: Collection[str]
+) -> list[dict[str, Tensor]]:
+    """Return `compute_raw_losses` of several layers; processes exchange the sums of all of them at once."""
+    if not routers or not names:
+        return [{} for _ in routers]
+    ranks = records[0].ranks
+    pending: list[LossValue] = []
+    for router, record in zip(routers, records, strict=True):
+        record = replace(record, defers_sums=ranks.size > 1)
+        own_losses = router.losses(record)
+        pending += [own_losses[name] if name in own_losses else LOSSES.get(name).item(record) for name in names]
+    values = iter(resolve_losses(pending, ranks))
+    return [{name: next(values) for name in names} for _ in routers]
+
+
+def _identity(mean: Tensor) -> Tensor:
+    return mean
 
 
 def _require_table(value: Tensor | None, loss: str, table: str) -> Tensor:

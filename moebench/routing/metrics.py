@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moebench.ranks import Ranks
+from moebench.ranks import Ranks, sum_together
 from moebench.routing.values import LayerRecord
 
 DEAD_SHARE = 0.01
@@ -38,15 +38,6 @@ class LoadCount:
             num_rerouted=self.num_rerouted + other.num_rerouted,
         )
 
-    def sum_over(self, ranks: Ranks) -> "LoadCount":
-        """Return the counts of all ranks together, on the CPU."""
-        scalars = (self.num_dropped, self.num_unserved, self.num_tokens, self.num_rerouted)
-        summed = ranks.sum(torch.cat([self.load_E, self.load_E.new_tensor(scalars)])).cpu()
-        dropped, unserved, tokens, rerouted = (int(number) for number in summed[-4:].tolist())
-        return LoadCount(
-            load_E=summed[:-4], num_dropped=dropped, num_unserved=unserved, num_tokens=tokens, num_rerouted=rerouted
-        )
-
     @classmethod
     def from_record(cls, record: LayerRecord) -> "LoadCount":
         """Count the record of one layer, without padding."""
@@ -58,6 +49,24 @@ class LoadCount:
             num_tokens=num_tokens,
             num_rerouted=record.num_rerouted,
         )
+
+
+def sum_counts(counts: Sequence[LoadCount], ranks: Ranks) -> list[LoadCount]:
+    """Return the counts of several layers, each summed over all ranks, on the CPU; one exchange for all of them."""
+    tables = []
+    for count in counts:
+        scalars = (count.num_dropped, count.num_unserved, count.num_tokens, count.num_rerouted)
+        tables.append(torch.cat([count.load_E, count.load_E.new_tensor(scalars)]))
+    summed = [table.cpu() for table in sum_together(tables, ranks)]
+    totals = []
+    for table in summed:
+        dropped, unserved, tokens, rerouted = (int(number) for number in table[-4:].tolist())
+        totals.append(
+            LoadCount(
+                load_E=table[:-4], num_dropped=dropped, num_unserved=unserved, num_tokens=tokens, num_rerouted=rerouted
+            )
+        )
+    return totals
 
 
 def max_violation(load_E: Tensor) -> float:

@@ -15,6 +15,7 @@ from moebench.routing.context import NO_DATA, DataSummary, RouteContext
 from moebench.routing.cost import RouterCost
 from moebench.routing.features.feature import Feature
 from moebench.routing.level import SINGLE_LEVEL, Level
+from moebench.routing.reduction import LossValue
 from moebench.routing.values import AnyRouting, LayerRecord
 
 ConfigT = TypeVar("ConfigT", bound=RouterConfig, default=Any)
@@ -172,7 +173,28 @@ class Router(RouterCost, Generic[ConfigT]):
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> AnyRouting:
         """Assign the tokens `x_TD` (fp32) to experts."""
+        return self.assign(self.score_tokens(x_TD, ctx), ctx)
+
+    def score_tokens(self, x_TD: Tensor, ctx: RouteContext) -> Tensor:
+        """Return logits_TE of each token, computed from this token alone.
+
+        Routers that need the whole batch define this and `assign` in place of `forward`: several processes then gather
+        E numbers of each token instead of its vector.
+        """
         raise NotImplementedError
+
+    def assign(self, logits_TE: Tensor, ctx: RouteContext) -> AnyRouting:
+        """Assign tokens to experts by their logits.
+
+        Whether a token is valid is all that `ctx` knows of tokens. Weights and scores of a token may have gradients for
+        its own logits alone.
+        """
+        raise NotImplementedError
+
+    @property
+    def assigns_logits(self) -> bool:
+        """Whether `forward` is `assign` of what `score_tokens` returns."""
+        return type(self).forward is Router.forward
 
     @property
     def traits(self) -> RouterTraits:
@@ -182,10 +204,11 @@ class Router(RouterCost, Generic[ConfigT]):
             has_state=type(self).after_step is not Router.after_step,
         )
 
-    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
+    def losses(self, record: LayerRecord) -> Mapping[str, LossValue]:
         """Return the raw losses that only this algorithm has, by the names in its `Facts.own_losses`.
 
-        Sum and average over tokens with `record.total` and `record.mean`, which include the other processes.
+        Sum and average over the tokens of all processes with `reduce_record`, which exchanges the sums of all layers
+        at once; `record.total` and `record.mean` exchange each one by itself.
         """
         return {}
 

@@ -19,6 +19,7 @@ from moebench.ranks import SINGLE_RANK, Ranks
 from moebench.routing.abstract import AbstractRouting, ExpertPass
 from moebench.routing.layer_name import LayerName
 from moebench.routing.mixing import MergeRouting, SoftRouting
+from moebench.routing.reduction import divide_by_count, sum_with_count
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -248,6 +249,8 @@ class LayerRecord:
     """Forward FLOPs of one row through each expert of the layer; empty: unknown, taken to be equal."""
     ranks: Ranks = SINGLE_RANK
     """Processes over whose tokens losses take their sums and means: all of them, or SINGLE_RANK."""
+    defers_sums: bool = False
+    """Whether `reduce_record` leaves the sums over processes to `resolve_losses`."""
     token_loss_T: Tensor | None = None
     """Task loss of each token in nats, without gradient; None until the task loss is known."""
 
@@ -257,13 +260,7 @@ class LayerRecord:
 
     def mean(self, value_T: Tensor) -> Tensor:
         """Return the mean over tokens (the first dimension), without padding; 0 for no tokens at all."""
-        if self.valid_T is None:
-            num_tokens = torch.full((1,), value_T.shape[0], dtype=value_T.dtype, device=value_T.device)
-        else:
-            mask_T = self.valid_T.to(value_T.dtype).view(-1, *[1] * (value_T.dim() - 1))
-            value_T, num_tokens = value_T * mask_T, mask_T.sum().view(1)
-        summed = self.total(torch.cat([value_T.sum(0).reshape(-1), num_tokens]))  # one all-reduce for both
-        return (summed[:-1] / summed[-1].clamp(min=1)).view(value_T.shape[1:])
+        return divide_by_count(self.total(sum_with_count(value_T, self.valid_T)), value_T.shape[1:])
 
     @property
     def num_positions(self) -> Tensor:

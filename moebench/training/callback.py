@@ -120,6 +120,7 @@ class CellCallback(lightning.Callback):
         if is_read:
             module.check_steps()
         module.update_routers()
+        module.mesh.traffic.stop_counting()
         self.timer.stop(module.device, module.source.count_positions(step - 1))
         if is_read:
             self.timer.settle()

@@ -12,7 +12,7 @@ from torch import Tensor
 from moebench.models.transformer import BatchContext
 from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
 from moebench.routing.layer_name import LayerName
-from moebench.routing.metrics import LoadCount, summarise_load
+from moebench.routing.metrics import LoadCount, sum_counts, summarise_load
 from moebench.routing.values import LayerRecord
 from moebench.schema import TrainConfig
 from moebench.tasks.task import OUT_OF_DOMAIN, Batch, Task
@@ -128,7 +128,7 @@ class _ExpertCounts:
         self, mesh: Mesh, model: Model, task: Task
     ) -> tuple[dict[str, float], dict[str, list[int]], dict[str, LabelTable]]:
         """Return the load metrics, the load of each expert and the label tables, over all processes."""
-        counts = {layer: count.sum_over(mesh.world) for layer, count in self.load.items()}
+        counts = dict(zip(self.load, sum_counts([*self.load.values()], mesh.world), strict=True))
         tables = self.labels.sum_over(mesh.world)
         self.executed_cost.all_reduce(mesh)
         metrics = summarise_load(list(counts.values())) | self.executed_cost.metrics(model, task)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moebench.errors import UsageError
 from moebench.file_access import read_plain_file
-from moebench.ranks import Ranks
+from moebench.ranks import Ranks, sum_together
 from moebench.routing.layer_name import LayerName
 from moebench.routing.metrics import label_information
 from moebench.routing.values import LayerRecord
@@ -81,7 +81,8 @@ class LabelCounts:
     def sum_over(self, ranks: Ranks) -> dict[str, LabelTable]:
         """Return the table of each kind, summed over processes; kinds with a single label are left out."""
         sizes = [len(kind.values) for kind in self.kinds]
-        parts = {str(layer): torch.split(ranks.sum(table).cpu(), sizes) for layer, table in self.tables.items()}
+        summed = zip(self.tables, sum_together([*self.tables.values()], ranks), strict=True)
+        parts = {str(layer): torch.split(table.cpu(), sizes) for layer, table in summed}
         tables = {
             kind.name: LabelTable(values=kind.values, layers={layer: split[index] for layer, split in parts.items()})
             for index, kind in enumerate(self.kinds)

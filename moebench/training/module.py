@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from typing_extensions import override
 
-from moebench.experts.layer import MoELayer
+from moebench.experts.layer import MoELayer, update_routers
 from moebench.models.transformer import BatchContext
 from moebench.parallel.gradients import clip_grad_norm
 from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
@@ -227,8 +227,7 @@ class CellModule(lightning.LightningModule):
             return
         if self.checks_later:
             self.router_states.save(self.global_step - 1)
-        for layer, records in zip(self.layers, zip(*self.records, strict=True), strict=True):
-            layer.after_step(records)
+        update_routers(self.layers, list(zip(*self.records, strict=True)))
 
     def evaluate(self, split: str) -> Evaluation:
         """Evaluate the model on a split of the task's fixed evaluation set, in the precision of training."""
@@ -250,7 +249,7 @@ class CellModule(lightning.LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = build_optimizer(self.config, self.model, self.task)
+        optimizer = build_optimizer(self.config, self.model, self.task, self.mesh)
         self.checks_later = can_check_later(self.config, self.mesh, optimizer)
         schedule = build_schedule(self.config, optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moebench.experts.layer import MoELayer
 from moebench.ranks import Ranks
-from moebench.routing.losses import compute_raw_losses
+from moebench.routing.losses import compute_losses_of_layers
 from moebench.routing.values import LayerRecord
 from moebench.tasks.task import Batch
 
@@ -135,9 +135,7 @@ def compute_objective(
     """
     normalizer = normalizer or LossNormalizer.of_single_batch(batch)
     task = normalizer.mean(loss_BP, batch)
-    per_layer = [
-        compute_raw_losses(layer.router, record, coefficients) for layer, record in zip(layers, records, strict=True)
-    ]
+    per_layer = compute_losses_of_layers([layer.router for layer in layers], records, coefficients)
     names = per_layer[0] if per_layer else {}
     raw = {name: torch.stack([losses[name] for losses in per_layer]).mean() for name in names}
     weighted = {name: coefficients[name] * value for name, value in raw.items()}

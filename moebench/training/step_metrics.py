@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from moebench.experts.layer import MoELayer
 from moebench.parallel.mesh import Mesh
+from moebench.parallel.sharded_optimizer import count_state_bytes
 from moebench.parallel.traffic import peak_memory_gib, predict_bytes
-from moebench.routing.metrics import LoadCount, summarise_load
+from moebench.routing.metrics import LoadCount, sum_counts, summarise_load
 from moebench.routing.values import LayerRecord
 from moebench.training.executed_cost import ExecutedCost
 from moebench.training.module import CellModule
@@ -49,7 +51,7 @@ def compute_load_metrics(module: CellModule) -> dict[str, float]:
         executed_cost.add(records)
     executed_cost.all_reduce(mesh)
     executed_cost.check_experts_per_token()
-    load = summarise_load([sum(counts[1:], counts[0]).sum_over(mesh.world) for counts in layers])
+    load = summarise_load(sum_counts([sum(counts[1:], counts[0]) for counts in layers], mesh.world))
     return load | executed_cost.metrics(module.model, module.task)
 
 
@@ -65,9 +67,11 @@ def compute_parallel_metrics(module: CellModule, timer: StepTimer) -> dict[str, 
     element_size = 2 if module.config.train.precision == "bf16" else 4
     predicted = sum(predict_bytes(module.layers, records, element_size) for records in module.records)
     values = [step_s, traffic.transfer_s, traffic.wait_s, traffic.num_bytes, predicted, peak_memory_gib(mesh.device)]
+    values += [traffic.num_collectives, traffic.collective_bytes, _count_state_bytes(module)]
     values.append(_count_rows(module.layers, module.records, mesh))
     values_1N = torch.tensor([values], dtype=torch.float64, device=mesh.device)
-    step_W, transfer_W, wait_W, sent_W, predicted_W, memory_W, rows_W = mesh.world.gather(values_1N).cpu().T
+    columns = mesh.world.gather(values_1N, lengths=(1,) * mesh.size).cpu().T
+    step_W, transfer_W, wait_W, sent_W, predicted_W, memory_W, collectives_W, summed_W, state_W, rows_W = columns
     slowest_s = float(step_W.max())
     metrics = {
         "parallel/processes": float(mesh.size),
@@ -78,6 +82,9 @@ def compute_parallel_metrics(module: CellModule, timer: StepTimer) -> dict[str, 
         "parallel/wait_share": float((wait_W / step_W).mean()),
         "parallel/sent_mib": float(sent_W.mean()) / MIB,
         "parallel/predicted_mib": float(predicted_W.mean()) / MIB,
+        "parallel/collectives": float(collectives_W.mean()),
+        "parallel/collective_mib": float(summed_W.mean()) / MIB,
+        "parallel/optimizer_mib": float(state_W.max()) / MIB,
         "parallel/tokens_per_s_per_device": num_tokens / slowest_s / mesh.size,
         "parallel/peak_memory_gib": float(memory_W.max()),
         "parallel/rank_load_max": float(rows_W.max() / rows_W.mean().clamp(min=1)),
@@ -86,13 +93,20 @@ def compute_parallel_metrics(module: CellModule, timer: StepTimer) -> dict[str, 
     return metrics | {f"parallel/memory_gib/rank_{rank}": float(n) for rank, n in enumerate(memory_W.tolist())}
 
 
+def _count_state_bytes(module: CellModule) -> int:
+    optimizer: Any = module.optimizers(use_pl_optimizer=False)
+    return count_state_bytes(optimizer)
+
+
 def _count_rows(layers: Sequence[MoELayer], records: Sequence[Sequence[LayerRecord]], mesh: Mesh) -> int:
     """Count the rows that this process's experts computed in a step, for the tokens of all processes."""
-    total = 0
-    for layer, layer_records in zip(layers, zip(*records, strict=True), strict=True):
-        load_E = torch.stack([record.kept.load_E for record in layer_records]).sum(0)
-        load_WE = mesh.world.gather(load_E.unsqueeze(0))
-        row = mesh.rank // mesh.config.expert
-        row_load_E = load_WE.view(mesh.config.data, mesh.config.expert, -1)[row].sum(0)
-        total += layer.bank.count_computed_rows(load_E, row_load_E)
-    return total
+    by_layer = list(zip(*records, strict=True))
+    if not by_layer:
+        return 0
+    loads = [torch.stack([record.kept.load_E for record in layer_records]).sum(0) for layer_records in by_layer]
+    load_WX = mesh.world.gather(torch.cat(loads).unsqueeze(0), lengths=(1,) * mesh.size)  # of all layers
+    row = mesh.rank // mesh.config.expert
+    row_load_X = load_WX.view(mesh.config.data, mesh.config.expert, -1)[row].sum(0)
+    row_loads = torch.split(row_load_X, [len(load_E) for load_E in loads])
+    parts = zip(layers, loads, row_loads, strict=True)
+    return sum(layer.bank.count_computed_rows(load_E, row_load_E) for layer, load_E, row_load_E in parts)

@@ -168,3 +168,5 @@ def test_bytes_sent_are_those_predicted(text: Path, tmp_path: Path) -> None:
         assert sent == predicted
         assert all(mib > 0 for mib in sent)
         assert all(value > 0 for value in read_metric(run, "parallel/all_to_all_s"))
+        # The balance statistics of all layers forward and backward, for each micro-batch, and the loss of the step.
+        assert set(read_metric(run, "parallel/collectives")) == {1 if number == 2 else 3}

@@ -39,7 +39,6 @@ class Settings:
     rounds: int = 3
     device: str = "auto"
     overrides: Sequence[str] = ()
-    results: Path = Path("results")
 
     def __post_init__(self) -> None:
         """Refuse meshes that cannot be built."""
@@ -110,21 +109,18 @@ def measure(settings: Settings, report_progress: Callable[[str], None] = lambda 
     with tempfile.TemporaryDirectory(prefix="moebench-") as folder:
         for width in settings.widths:
             experiment = settings.build_experiment(width)
-            results = _run(experiment, settings, Path(folder), report_progress)
+            results = _run(experiment, Path(folder), report_progress)
             meshes += [_summarise(arm, width, results) for arm in experiment.arms]
     return Benchmark(meshes=tuple(meshes), machine=machine, settings=settings)
 
 
 def _run(
-    experiment: Experiment, settings: Settings, folder: Path, report_progress: Callable[[str], None]
+    experiment: Experiment, folder: Path, report_progress: Callable[[str], None]
 ) -> dict[tuple[str, int], RunResult]:
     """Return the result of every arm and round; raise UsageError with the reason when one fails."""
     open_results(folder)
     launcher = LocalLauncher()
     launcher.check(experiment.cells)
-    cache = folder / "cache"
-    cache.symlink_to((settings.results / "cache").absolute()) if not cache.exists() else None
-    (settings.results / "cache").mkdir(parents=True, exist_ok=True)
     prepare_task(experiment.cells[0].config, folder)
     display = ProgressLines(report_progress)
     outcomes = Scheduler(folder, experiment.name, SchedulePolicy(), display, launcher).run(experiment.cells)

@@ -13,7 +13,15 @@ from moebench.reporting.metrics import explain_metrics, format_metric, metric_he
 from moebench.reporting.report import Report
 from moebench.reporting.table import Column, Table, number_columns
 
-COSTS = ("all_to_all_share", "wait_share", "sent_mib", "rank_load_max")
+COSTS = (
+    "all_to_all_share",
+    "wait_share",
+    "sent_mib",
+    "collectives",
+    "collective_mib",
+    "optimizer_mib",
+    "rank_load_max",
+)
 METRIC_NAMES = tuple(f"parallel/{name}" for name in COSTS)
 LEGEND = (
     "over 1 process: tokens per second over those of one process with one thread, paired by round; quartiles.",
@@ -55,7 +63,7 @@ def _to_dict(bench: Benchmark) -> dict[str, Any]:
     return {
         "bench": "parallel",
         "machine": bench.machine,
-        "settings": asdict(bench.settings) | {"results": str(bench.settings.results)},
+        "settings": asdict(bench.settings),
         "meshes": [asdict(mesh) | {"costs": dict(mesh.costs)} for mesh in bench.meshes],
     }
 

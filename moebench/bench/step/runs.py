@@ -13,6 +13,7 @@ import torch
 from typing_extensions import override
 
 from moebench.bench.step.parts import Stopwatch
+from moebench.experts.layer import update_routers
 from moebench.parallel.mesh import Mesh
 from moebench.routing.values import LayerRecord
 from moebench.runs.folder import RunFolder
@@ -154,8 +155,7 @@ class PlainLoop:
                 torch.nn.utils.clip_grad_norm_(module.parameters(), config.train.clip_norm)
             optimizer.step()
             schedule.step()
-        for layer, of_layer in zip(module.layers, zip(*records, strict=True), strict=True):
-            layer.after_step(of_layer)
+        update_routers(module.layers, list(zip(*records, strict=True)))
 
     def _loss(self, batch: Batch, step: int, watch: Stopwatch) -> Any:
         module, config = self.module, self.module.config

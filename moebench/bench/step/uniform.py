@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from moebench.experts.layer import MoELayer
 from moebench.routing.context import RouteContext
+from moebench.routing.reduction import LossValue
 from moebench.routing.router import Router
 from moebench.routing.values import LayerRecord, Routing
 
@@ -35,7 +36,7 @@ class UniformLoad(Router):
         return replace(routing, expert_N=even_N)
 
     @override
-    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
+    def losses(self, record: LayerRecord) -> Mapping[str, LossValue]:
         return self.inner.losses(record)
 
     @override

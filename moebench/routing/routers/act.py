@@ -13,6 +13,7 @@ from typing_extensions import override
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.halting import HaltingRouter, exclusive_cumsum
+from moebench.routing.reduction import LossValue, reduce_record
 from moebench.routing.router import ROUTERS, Causality, Facts, RouterBuildContext, RouterConfig
 from moebench.routing.values import ChainRouting, LayerRecord, Routing
 
@@ -81,9 +82,10 @@ class ACT(HaltingRouter):
         return ChainRouting.from_table(weight_TE, ran_TE, token_extras={"remainder_T": remainder_T})
 
     @override
-    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
+    def losses(self, record: LayerRecord) -> dict[str, LossValue]:
         remainder_T = record.routing.token_extras["remainder_T"]
-        return {"ponder": record.mean(record.routing.experts_per_token_T.to(remainder_T.dtype) + remainder_T)}
+        steps_T = record.routing.experts_per_token_T.to(remainder_T.dtype) + remainder_T
+        return {"ponder": reduce_record(record, lambda mean: mean, means=[steps_T])}
 
     @override
     def rows_per_token(self, experts_per_token: int) -> float:

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
+from moebench.routing.reduction import LossValue, reduce_record
 from moebench.routing.router import ROUTERS, Causality, Facts, RouterBuildContext, RouterConfig
 from moebench.routing.routers.domain import Domain
 from moebench.routing.values import LayerRecord, Routing
@@ -99,9 +100,10 @@ class DomainPosterior(Domain):
         return (count_E / count_E.sum()).log().float()
 
     @override
-    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
-        nats = record.mean(record.routing.token_extras["nats_T"])
-        return {"domain": nats / math.log(max(self.num_experts, 2))}
+    def losses(self, record: LayerRecord) -> dict[str, LossValue]:
+        most = math.log(max(self.num_experts, 2))
+        nats_T = record.routing.token_extras["nats_T"]
+        return {"domain": reduce_record(record, lambda mean: mean / most, means=[nats_T])}
 
 
 def compute_running_means(x_TD: Tensor, ctx: RouteContext) -> Tensor:

@@ -14,6 +14,7 @@ from typing_extensions import override
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import TRUNCATED_STD, Gate
+from moebench.routing.reduction import LossValue, reduce_record
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
@@ -96,9 +97,12 @@ class DSelectK(Router["DSelectK.Config"]):
         return (1 / selected_TKE.sum(-1).clamp(min=1e-6) - 1).clamp(min=0)
 
     @override
-    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
+    def losses(self, record: LayerRecord) -> dict[str, LossValue]:
         extras = record.routing.token_extras
-        return {"selector_entropy": record.mean(extras["undecided_T"]), "lost_weight": record.mean(extras["lost_T"])}
+        return {
+            "selector_entropy": reduce_record(record, lambda mean: mean, means=[extras["undecided_T"]]),
+            "lost_weight": reduce_record(record, lambda mean: mean, means=[extras["lost_T"]]),
+        }
 
 
 def smooth_step(z: Tensor, gamma: float) -> Tensor:

@@ -15,6 +15,7 @@ from typing_extensions import override
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.ranking import rank_top_k
+from moebench.routing.reduction import LossValue
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
@@ -107,7 +108,7 @@ class DynMoE(Router["DynMoE.Config"]):
         )  # a masked assignment would block a slot for rerouting
 
     @override
-    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
+    def losses(self, record: LayerRecord) -> dict[str, LossValue]:
         weight_ED = self.gate.weight_ED
         unit_ED = functional.normalize(weight_ED, dim=-1, eps=1e-6)
         identity_EE = torch.eye(self.num_experts, device=weight_ED.device)

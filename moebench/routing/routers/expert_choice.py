@@ -100,18 +100,23 @@ class ExpertChoice(Router["ExpertChoice.Config"]):
         return replace(super().traits, needs_whole_batch=self.group != "sequence")
 
     @override
-    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        num_tokens = x_TD.shape[0]
-        logits_TE = self.gate(x_TD)
+    def score_tokens(self, x_TD: Tensor, ctx: RouteContext) -> Tensor:
+        logits_TE: Tensor = self.gate(x_TD)
+        return logits_TE
+
+    @override
+    def assign(self, logits_TE: Tensor, ctx: RouteContext) -> Routing:
+        num_tokens = logits_TE.shape[0]
+        device = logits_TE.device
         scores_TE = logits_TE.softmax(-1)
-        token_GT = self._group_tokens(num_tokens, ctx.sequence_length).to(x_TD.device)
+        token_GT = self._group_tokens(num_tokens, ctx.sequence_length).to(device)
         max_capacity = self._capacity(token_GT.shape[1]) if num_tokens else 0
         capacity_G = self._count_slots(token_GT, ctx.valid_T)
         ranked_GTE = self._rank_tokens(scores_TE.detach()[token_GT], capacity_G, ctx.valid_T, token_GT)
         index_GCE = take_best_tokens(ranked_GTE, max_capacity, capacity_G)
         taken_GEC = token_GT.unsqueeze(1).expand(-1, self.num_experts, -1).gather(2, index_GCE.transpose(1, 2))
         token_N = taken_GEC.transpose(1, 2).reshape(-1)
-        expert_N = torch.arange(self.num_experts, device=x_TD.device).expand(index_GCE.shape).reshape(-1)
+        expert_N = torch.arange(self.num_experts, device=device).expand(index_GCE.shape).reshape(-1)
         routing = Routing(
             token_N=token_N,
             expert_N=expert_N,
@@ -123,7 +128,7 @@ class ExpertChoice(Router["ExpertChoice.Config"]):
         )
         if self._fills_capacity and ctx.valid_T is None:
             return routing
-        is_slot_GC = torch.arange(max_capacity, device=x_TD.device) < capacity_G.unsqueeze(1)
+        is_slot_GC = torch.arange(max_capacity, device=device) < capacity_G.unsqueeze(1)
         best_GCE = ranked_GTE.gather(1, index_GCE)
         return routing.keep(((best_GCE > EXCLUDED) & is_slot_GC.unsqueeze(-1)).reshape(-1))
 

@@ -16,6 +16,7 @@ from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate, uniform_to_gumbel
 from moebench.routing.ranking import rank_top_k
+from moebench.routing.reduction import LossValue, reduce_record
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
@@ -123,12 +124,16 @@ class GShard(Router["GShard.Config"]):
         return None
 
     @override
-    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
+    def losses(self, record: LayerRecord) -> dict[str, LossValue]:
         routing = record.routing
         scores_TE = routing.scores_TE
         assert scores_TE is not None
         first_TE = torch.nn.functional.one_hot(routing.token_extras["first_T"], self.num_experts).to(scores_TE.dtype)
-        return {"first_choice_balance": self.num_experts * torch.dot(record.mean(first_TE), record.mean(scores_TE))}
+
+        def formula(share_E: Tensor, mean_E: Tensor) -> Tensor:
+            return self.num_experts * torch.dot(share_E, mean_E)
+
+        return {"first_choice_balance": reduce_record(record, formula, means=[first_TE, scores_TE])}
 
 
 @ROUTERS.register(

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from moebench.errors import require
 from moebench.routing.context import RouteContext
+from moebench.routing.reduction import LossValue, reduce_record
 from moebench.routing.router import ROUTERS, Causality, Facts, RouterBuildContext
 from moebench.routing.routers.v_moe import VMoE
 from moebench.routing.values import LayerRecord, Routing
@@ -88,17 +89,19 @@ class LIMoE(VMoE):
         return replace(routing, token_extras={"domain_T": domain_T})
 
     @override
-    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
-        return super().losses(record) | {"domain_entropy": self._domain_entropy(record)}
+    def losses(self, record: LayerRecord) -> dict[str, LossValue]:
+        return {**super().losses(record), "domain_entropy": self._domain_entropy(record)}
 
-    def _domain_entropy(self, record: LayerRecord) -> Tensor:
+    def _domain_entropy(self, record: LayerRecord) -> LossValue:
         """Return the mean over domains of max(0, ln S - H): 0 if spread over S experts, ln S with one expert each."""
         logits_TE = record.routing.logits_TE
         assert logits_TE is not None
         in_domain_TG = functional.one_hot(record.routing.token_extras["domain_T"], self.num_domains).to(logits_TE.dtype)
         if record.valid_T is not None:
             in_domain_TG = in_domain_TG * record.valid_T.unsqueeze(-1)
-        sum_GE = record.total(in_domain_TG.T @ logits_TE.softmax(-1))
+        return reduce_record(record, self._average_deficits, totals=[in_domain_TG.T @ logits_TE.softmax(-1)])
+
+    def _average_deficits(self, sum_GE: Tensor) -> Tensor:
         num_tokens_G = sum_GE.sum(-1)  # a domain that does not occur is left out of the mean
         mean_GE = sum_GE / num_tokens_G.clamp(min=1).unsqueeze(-1)
         entropy_G = -(mean_GE * mean_GE.clamp(min=1e-20).log()).sum(-1)

@@ -68,8 +68,12 @@ class Base(Router["Base.Config"]):
         return replace(super().traits, needs_whole_batch=self.training)
 
     @override
-    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        logits_TE = self.gate(x_TD)
+    def score_tokens(self, x_TD: Tensor, ctx: RouteContext) -> Tensor:
+        logits_TE: Tensor = self.gate(x_TD)
+        return logits_TE
+
+    @override
+    def assign(self, logits_TE: Tensor, ctx: RouteContext) -> Routing:
         expert_T = rank_top_k(logits_TE, 1).squeeze(-1)
         if ctx.training:
             expert_T = self._assign(logits_TE.detach(), expert_T, ctx.valid_T)

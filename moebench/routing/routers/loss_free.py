@@ -18,6 +18,7 @@ from moebench.routing.gate import Gate
 from moebench.routing.group_limit import check_kept_groups, mask_to_best_groups
 from moebench.routing.losses import recount_by_scores, sequence_balance
 from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k
+from moebench.routing.reduction import LossValue
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
@@ -113,7 +114,7 @@ class LossFree(Router["LossFree.Config"]):
         )
 
     @override
-    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
+    def losses(self, record: LayerRecord) -> dict[str, LossValue]:
         return {"sequence_balance": sequence_balance(recount_by_scores(record, self.options.top_k))}
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.ranking import rank_all, rank_top_k, round_to_quantum
+from moebench.routing.reduction import LossValue, reduce_record
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig
 from moebench.routing.values import LayerRecord, Routing
 
@@ -103,12 +104,12 @@ class MixtureOfDepths(Router["MixtureOfDepths.Config"]):
         return selected_BL.reshape(-1)
 
     @override
-    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
+    def losses(self, record: LayerRecord) -> dict[str, LossValue]:
         extras = record.routing.token_extras
         loss_T = functional.binary_cross_entropy_with_logits(
             extras["predicted_T"], extras["first_T"].float(), reduction="none"
         )
-        return {"membership": record.mean(loss_T)}
+        return {"membership": reduce_record(record, lambda mean: mean, means=[loss_T])}
 
     @override
     def rows_per_token(self, experts_per_token: int) -> float:

@@ -12,6 +12,7 @@ from moebench.routing.features.networkless_experts import NetworklessExperts
 from moebench.routing.features.previous_logits import PreviousLogits
 from moebench.routing.gate import Gate
 from moebench.routing.ranking import rank_top_k
+from moebench.routing.reduction import LossValue, reduce_record
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
@@ -92,11 +93,14 @@ class MoEPlusPlus(Router["MoEPlusPlus.Config"]):
         )
 
     @override
-    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
+    def losses(self, record: LayerRecord) -> dict[str, LossValue]:
         scores_TE = record.routing.scores_TE
         assert scores_TE is not None
         eta_E = scores_TE.new_tensor(self.eta)
-        load_E = record.load_E.to(scores_TE.dtype)
-        share_E = load_E / load_E.sum().clamp(min=1)
-        weighted = (eta_E * share_E * record.mean(scores_TE)).sum()
-        return {"heterogeneous_balance": self.num_experts**2 / eta_E.sum() * weighted}
+
+        def formula(load_E: Tensor, mean_E: Tensor) -> Tensor:
+            weighted = (eta_E * (load_E / load_E.sum().clamp(min=1)) * mean_E).sum()
+            return self.num_experts**2 / eta_E.sum() * weighted
+
+        load_E = record.routing.load_E.to(scores_TE.dtype)
+        return {"heterogeneous_balance": reduce_record(record, formula, totals=[load_E], means=[scores_TE])}

@@ -15,6 +15,7 @@ from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.losses import compute_squared_variation
 from moebench.routing.ranking import rank_top_k
+from moebench.routing.reduction import LossValue, reduce_record
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
@@ -91,11 +92,10 @@ class NoisyTopK(Router["NoisyTopK.Config"]):
         return replace(routing, extras=extras)
 
     @override
-    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
+    def losses(self, record: LayerRecord) -> dict[str, LossValue]:
         smooth_E = record.routing.extras.get("load_E")
-        return {
-            "load": compute_squared_variation(record.load_E.float() if smooth_E is None else record.total(smooth_E))
-        }
+        load_E = record.routing.load_E.float() if smooth_E is None else smooth_E
+        return {"load": reduce_record(record, compute_squared_variation, totals=[load_E])}
 
     @override
     def executed_flops(self, record: LayerRecord) -> Tensor:

@@ -14,6 +14,7 @@ from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.ranking import rank_top_k
+from moebench.routing.reduction import LossValue, reduce_record
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
@@ -96,13 +97,17 @@ class NullExperts(Router["NullExperts.Config"]):
         )  # a masked assignment would block a slot for rerouting
 
     @override
-    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
+    def losses(self, record: LayerRecord) -> dict[str, LossValue]:
         choice_TN, chosen_TK = record.routing.token_extras["choice_T"], record.routing.token_extras["chosen_T"]
         chosen_TN = torch.zeros_like(choice_TN).scatter(1, chosen_TK, 1.0)
-        share_N = record.mean(chosen_TN) / self.top_k
-        null_share_M = share_N[self.num_experts :]
-        share_N = torch.cat([share_N[: self.num_experts], null_share_M.mean().expand_as(null_share_M)])
-        return {"balance_with_nulls": share_N.numel() * torch.dot(share_N.detach(), record.mean(choice_TN))}
+
+        def formula(chosen_N: Tensor, choice_N: Tensor) -> Tensor:
+            share_N = chosen_N / self.top_k
+            null_share_M = share_N[self.num_experts :]
+            share_N = torch.cat([share_N[: self.num_experts], null_share_M.mean().expand_as(null_share_M)])
+            return share_N.numel() * torch.dot(share_N.detach(), choice_N)
+
+        return {"balance_with_nulls": reduce_record(record, formula, means=[chosen_TN, choice_TN])}
 
 
 def _fill_unused(expert_TK: Tensor, is_real_TK: Tensor, num_experts: int) -> Tensor:

@@ -14,6 +14,7 @@ from typing_extensions import override
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.halting import HaltingRouter, exclusive_cumsum
+from moebench.routing.reduction import LossValue, reduce_record
 from moebench.routing.router import ROUTERS, Causality, Facts, RouterBuildContext, RouterConfig
 from moebench.routing.values import ChainRouting, LayerRecord, Routing
 
@@ -86,14 +87,15 @@ class PonderNet(HaltingRouter):
         return ChainRouting.from_table(last_TE.float(), ran_TE, token_extras=extras)
 
     @override
-    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
+    def losses(self, record: LayerRecord) -> dict[str, LossValue]:
         logits_TN, ran_TE = record.routing.token_extras["logits_T"], record.routing.token_extras["ran_T"]
         stop_TN, continue_TN = functional.logsigmoid(logits_TN), functional.logsigmoid(-logits_TN)
         prior_N = logits_TN.new_tensor(compute_hazards(self.prior, self.num_experts)[:-1])
         kl_TN = stop_TN.exp() * (stop_TN - prior_N.log()) + continue_TN.exp() * (continue_TN - (-prior_N).log1p())
         reach_TN = exclusive_cumsum(continue_TN)[:, :-1]
         kl_TN = kl_TN * (reach_TN - reach_TN.detach()).exp() * ran_TE[:, :-1]
-        return {"geometric": record.mean(kl_TN.sum(-1)).clamp(min=0)}  # rounding can make it negative
+        # The clamp, because rounding can make it negative.
+        return {"geometric": reduce_record(record, lambda mean: mean.clamp(min=0), means=[kl_TN.sum(-1)])}
 
     @override
     def objective(self, record: LayerRecord) -> Tensor:

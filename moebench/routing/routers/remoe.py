@@ -14,6 +14,7 @@ from typing_extensions import override
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
+from moebench.routing.reduction import LossValue, reduce_record
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.values import LayerRecord, Routing
 
@@ -87,11 +88,14 @@ class ReMoE(Router["ReMoE.Config"]):
         return Routing.from_table(weight_TE, weight_TE > 0, logits_TE=logits_TE, scores_TE=weight_TE)
 
     @override
-    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
+    def losses(self, record: LayerRecord) -> dict[str, LossValue]:
         weight_TE = record.routing.scores_TE
         assert weight_TE is not None
-        share_E = record.mean(weight_TE.detach().sign()) * (self.num_experts / self.top_k)
-        return {"sparsity": self.growth.float() * torch.dot(share_E, record.mean(weight_TE))}
+
+        def formula(share_E: Tensor, mean_E: Tensor) -> Tensor:
+            return self.growth.float() * torch.dot(share_E * (self.num_experts / self.top_k), mean_E)
+
+        return {"sparsity": reduce_record(record, formula, means=[weight_TE.detach().sign(), weight_TE])}
 
     @override
     def statistics(self, record: LayerRecord) -> dict[str, Tensor]:

@@ -86,8 +86,12 @@ class Sinkhorn(Router["Sinkhorn.Config"]):
         return replace(super().traits, needs_whole_batch=self.training)
 
     @override
-    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        logits_TE = self.gate(x_TD)
+    def score_tokens(self, x_TD: Tensor, ctx: RouteContext) -> Tensor:
+        logits_TE: Tensor = self.gate(x_TD)
+        return logits_TE
+
+    @override
+    def assign(self, logits_TE: Tensor, ctx: RouteContext) -> Routing:
         scores_TE = logits_TE.sigmoid() if self.top_k == 1 else logits_TE.softmax(-1)
         ranked_TE = logits_TE.detach()
         if ctx.training:

@@ -13,6 +13,7 @@ from moebench.routing.context import RouteContext
 from moebench.routing.features.feature import Feature
 from moebench.routing.features.shared_embedding import SharedEmbedding
 from moebench.routing.gate import Gate
+from moebench.routing.reduction import LossValue, reduce_record
 from moebench.routing.router import ROUTERS, Causality, Facts, RouterBuildContext
 from moebench.routing.routers.switch import Switch
 from moebench.routing.values import LayerRecord, Routing
@@ -85,8 +86,15 @@ class SpeechMoE(Switch):
         return super().forward(x_TD, ctx)
 
     @override
-    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
+    def losses(self, record: LayerRecord) -> dict[str, LossValue]:
         scores_TE = record.routing.scores_TE
         assert scores_TE is not None
-        sparsity = record.mean(functional.normalize(scores_TE, dim=-1).sum(-1))
-        return {"sparsity": sparsity, "mean_importance": self.num_experts * record.mean(scores_TE).square().sum()}
+
+        def concentrate(mean_E: Tensor) -> Tensor:
+            return self.num_experts * mean_E.square().sum()
+
+        norm_T = functional.normalize(scores_TE, dim=-1).sum(-1)
+        return {
+            "sparsity": reduce_record(record, lambda mean: mean, means=[norm_T]),
+            "mean_importance": reduce_record(record, concentrate, means=[scores_TE]),
+        }

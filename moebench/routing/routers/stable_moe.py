@@ -15,6 +15,7 @@ from moebench.errors import UsageError, require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.ranking import rank_top_k
+from moebench.routing.reduction import LossValue, reduce_record
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig
 from moebench.routing.values import LayerRecord, Routing
 
@@ -92,18 +93,23 @@ class StableMoE(Router["StableMoE.Config"]):
         )
 
     @override
-    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
+    def losses(self, record: LayerRecord) -> dict[str, LossValue]:
         extras, scores_TE = record.routing.token_extras, record.routing.scores_TE
         assert scores_TE is not None
         if not extras:  # stage 2: no gradient may reach the student
             return {"balance": scores_TE.new_zeros(()), "distillation": scores_TE.new_zeros(())}
         choice_T = extras["choice_T"]
-        load_E = record.load_E.to(scores_TE.dtype)
-        excess_T = (load_E / load_E.mean().clamp(min=1e-20) - 1)[choice_T]
         score_T = scores_TE.gather(-1, choice_T.unsqueeze(-1)).squeeze(-1)
+
+        def balance(load_E: Tensor) -> LossValue:
+            excess_T = (load_E / load_E.mean().clamp(min=1e-20) - 1)[choice_T]
+            penalty_T = excess_T.abs() * torch.where(excess_T > 0, score_T, 1 - score_T)
+            return reduce_record(record, lambda mean: mean, means=[penalty_T])
+
+        nats_T = functional.cross_entropy(extras["student_T"], choice_T, reduction="none")
         return {
-            "balance": record.mean(excess_T.abs() * torch.where(excess_T > 0, score_T, 1 - score_T)),
-            "distillation": record.mean(functional.cross_entropy(extras["student_T"], choice_T, reduction="none")),
+            "balance": reduce_record(record, balance, totals=[record.routing.load_E.to(scores_TE.dtype)]),
+            "distillation": reduce_record(record, lambda mean: mean, means=[nats_T]),
         }
 
     @override

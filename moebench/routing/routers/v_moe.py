@@ -16,6 +16,7 @@ from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.losses import compute_squared_variation
 from moebench.routing.ranking import log_scores, rank_top_k
+from moebench.routing.reduction import LossValue, reduce_record
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.routers.noisy_top_k import estimate_smooth_load
 from moebench.routing.values import LayerRecord, Routing
@@ -110,11 +111,12 @@ class VMoE(Router["VMoE.Config"]):
         return priority_T.unsqueeze(-1) - step * torch.arange(top_k, device=weight_TK.device)
 
     @override
-    def losses(self, record: LayerRecord) -> dict[str, Tensor]:
+    def losses(self, record: LayerRecord) -> dict[str, LossValue]:
         logits_TE = record.routing.logits_TE
         assert logits_TE is not None
         smooth_E = record.routing.extras.get("load_E")
+        load_E = record.routing.load_E.float() if smooth_E is None else smooth_E
         return {
-            "score_importance": compute_squared_variation(record.mean(logits_TE.softmax(-1))),
-            "load": compute_squared_variation(record.load_E.float() if smooth_E is None else record.total(smooth_E)),
+            "score_importance": reduce_record(record, compute_squared_variation, means=[logits_TE.softmax(-1)]),
+            "load": reduce_record(record, compute_squared_variation, totals=[load_E]),
         }
