@@ -205,14 +205,7 @@ COST: tuple[Declaration, ...] = (
 )
 SPEED: tuple[Declaration, ...] = (
     ("tokens_per_s", "tokens/s", "tokens/s", "count", "higher", "Speed of the median training step."),
-    (
-        "mfu",
-        "MFU",
-        "share",
-        "percent",
-        "higher",
-        "Model FLOPs utilization: three times the active forward FLOPs over the peak of the devices, where known.",
-    ),
+    ("mfu", "MFU", "share", "percent", "higher", "Three times the active forward FLOPs over the devices' known peak."),
     ("step_s", "", "s", "number", "lower", "Time of the median training step."),
     ("train_s", "", "s", "number", "lower", "Time of all training steps."),
     ("total_s", "", "s", "number", "lower", "Time of the run, evaluations included, since its last start."),
