@@ -33,6 +33,8 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: dict[str, float] = defaultdict(float)
+        self._part = ""
+        """The part that began last."""
 
     def reset(self) -> None:
         """Set all parts to zero."""
@@ -48,6 +50,7 @@ class Stopwatch:
     def time_part(self, name: str) -> Iterator[None]:
         """Add the time of the block to a part."""
         start = self.now()
+        self._part = name
         yield
         self.seconds[name] += self.now() - start
 
@@ -70,7 +73,8 @@ class Stopwatch:
 
     def _after(self, starts: list[float], name: str) -> Any:
         def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            self.seconds[name] += self.now() - starts.pop()
+            if self._part != "backward":  # where a block is computed again, which is part of it
+                self.seconds[name] += self.now() - starts.pop()
 
         return hook
 

@@ -100,8 +100,9 @@ class ReMoE(Router["ReMoE.Config"]):
     @override
     def statistics(self, record: LayerRecord) -> dict[str, Tensor]:
         routing, valid_T = record.routing, record.valid_T
-        num_tokens = torch.tensor(routing.num_tokens) if valid_T is None else valid_T.sum()
-        return {"active": routing.load_E.sum(), "tokens": num_tokens.to(routing.load_E.device)}
+        num_active = routing.load_E.sum()
+        num_tokens = torch.full_like(num_active, routing.num_tokens) if valid_T is None else valid_T.sum()
+        return {"active": num_active, "tokens": num_tokens}
 
     @torch.no_grad()
     @override

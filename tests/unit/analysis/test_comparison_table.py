@@ -147,6 +147,21 @@ def test_golden_table():
     assert text == GOLDEN
 
 
+def test_mfu_has_a_column_where_a_run_knows_it():
+    known = {0: 0.38, 1: 0.40, 2: 0.42}
+    results = [
+        replace(r, throughput=r.throughput | ({"mfu": known[r.seed]} if r.arm == "switch" else {})) for r in grid(3)
+    ]
+    comparison = compare(results, expected=cells(results), baseline="dense", allow_mismatch=True)
+    text = build_report(comparison).to_markdown()
+    assert "| arm | tokens/s | of baseline | MFU | active | total |" in text
+    assert "| switch | 14.0k | 70 % | 40.0 % |" in text
+    assert "| dense | 20.0k | 100 % | – |" in text
+    assert text.count("MFU: model FLOPs utilization") == 1
+    assert comparison.to_dict()["arms"]["switch"]["throughput"]["mfu"] == pytest.approx(0.4)
+    assert "MFU" not in build_report(compare(grid(3), expected=cells(grid(3)), baseline="dense")).to_markdown()
+
+
 def test_information_of_experts_has_a_table():
     known = {"switch": {"domain": 0.1234}, "expert_choice": {"domain": 0.5, "class": 0.25}}
     results = [
