@@ -21,7 +21,7 @@ from moebench.tasks.text.prepared.manifest import read_manifest
 from moebench.training.model import build_model, compute_model_cost
 
 MAX_DEVIATION = 0.25
-LADDER = {"demo": 6.7e11, "S0": 1e14, "S1": 1e16, "S2": 2e17, "S3": 2e18}
+LADDER = {"demo": 5.8e11, "S0": 1e14, "S1": 1e16, "S2": 2e17, "S3": 2e18}
 
 
 class Vocabulary(Language):
