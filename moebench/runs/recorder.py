@@ -126,7 +126,7 @@ def read_loads(file: Path) -> dict[int, dict[str, list[int]]]:
             int(line["step"]): {str(layer): list(map(int, load)) for layer, load in line["layers"].items()}
             for line in lines
         }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         raise UsageError(f"{file}: not a record of load ({error})") from error
 
 

@@ -241,3 +241,9 @@ def test_folders_of_others_are_read_by_the_functions_that_refuse_pipes() -> None
             name = file.relative_to(package).as_posix()
             calls = re.findall(r"\.(?:read_text|read_bytes)\(", file.read_text())
             assert not calls or name in OF_THE_USER, f"{name}: use read_plain_file or read_plain_json"
+
+
+def test_an_infinite_step_of_the_loads_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "load.jsonl").write_text('{"step": 1e999, "layers": {}}\n')
+    with pytest.raises(UsageError, match=r"load\.jsonl"):
+        read_loads(tmp_path / "load.jsonl")

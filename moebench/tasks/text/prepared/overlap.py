@@ -54,7 +54,7 @@ def _read_overlap(folder: Path) -> Overlap | None:
         values = read_plain_json(folder / OVERLAP)
         documents = {domain: (int(removed), int(total)) for domain, (removed, total) in values["documents"].items()}
         return Overlap(blocks=frozenset((int(file), int(n)) for file, n in values["blocks"]), documents=documents)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
 
 
