@@ -1,11 +1,13 @@
 """Open files of folders that others may have made or written to: no links, no pipes, no path in place of a name."""
 
 import errno
+import json
 import os
 import stat
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 from moebench.errors import UsageError
 
@@ -76,14 +78,38 @@ def read_plain_file(path: Path, max_bytes: int | None = MAX_RECORD_BYTES, offset
         return file.read()
 
 
-def open_to_write(file: Path, flags: int = os.O_APPEND) -> int:
-    """Return the descriptor of a file that is created if missing; raise OSError in place of following a link."""
+def parse_json(content: bytes | str) -> Any:
+    """Return a value written as JSON; raise ValueError for anything else, and for values nested too deeply."""
     try:
-        return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o666)
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def read_plain_json(path: Path) -> Any:
+    """Return the value in a JSON file; raise OSError as `read_plain_file` does, ValueError as `parse_json`."""
+    return parse_json(read_plain_file(path))
+
+
+def open_to_write(file: Path, flags: int = os.O_APPEND) -> int:
+    """Return the descriptor of a file that is created if missing; raise OSError in place of following a link.
+
+    A pipe or a device is refused too: a pipe without a reader would block the run.
+    """
+    no_wait = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | no_wait | flags, 0o666)
     except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise OSError(errno.EINVAL, "is not a plain file", str(file)) from error
         if error.errno == errno.ELOOP:
             raise OSError(errno.ELOOP, "it is a symbolic link, which is not followed", str(file)) from error
         raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is not a plain file", str(file))
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def require_no_links(folder: Path, *, is_deep: bool = False) -> None:

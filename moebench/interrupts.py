@@ -1,9 +1,10 @@
 """Signals that stop a run: collected by a handler, and Ctrl-C before there is one remembered."""
 
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Ctrl-C; a batch system, or `kill`; a terminal that is closed; the warning of SLURM before the time is up."""
@@ -13,7 +14,10 @@ received: list[int] = []
 
 
 def record_interrupts() -> None:
-    """From now on, append each SIGINT to `received` and raise KeyboardInterrupt."""
+    """From now on, append each SIGINT to `received` and raise KeyboardInterrupt.
+
+    The second one, and one during an import, end the process at once.
+    """
     signal.signal(signal.SIGINT, _interrupt)
 
 
@@ -38,6 +42,17 @@ def _is_ignored(number: int) -> bool:
     return signal.getsignal(number) == signal.SIG_IGN
 
 
-def _interrupt(number: int, frame: Any) -> None:
+def _interrupt(number: int, frame: FrameType | None) -> None:
     received.append(number)
+    if len(received) > 1 or _is_importing(frame):
+        os._exit(130)
     raise KeyboardInterrupt
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Return whether a module is being imported: its code may swallow KeyboardInterrupt, or abort the process."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False

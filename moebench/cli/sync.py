@@ -20,12 +20,13 @@ def sync(
     json: Json = False,
 ) -> None:
     """Send everything in the run folders that the tracker does not have; nothing is sent twice."""
-    from moebench.tracking.address import check_uri, default_uri, format_sync, redact_uri
+    from moebench.tracking.address import check_uri, default_uri, format_sync, redact_uri, require_tracker
     from moebench.tracking.mlflow_store import TrackerError
     from moebench.tracking.replay import replay
     from moebench.tracking.source import list_unreadable
 
     if tracker:
+        require_tracker(tracker)
         check_uri(tracker)
     uri = tracker or default_uri(results)
     try:

@@ -23,12 +23,17 @@ class ExperimentFile:
 
 def list_experiments() -> dict[str, ExperimentFile]:
     """Return the experiments by name; a local file takes the place of a packaged one of the same name."""
-    packaged, local = ({file.stem: file for file in folder.glob("*.yaml")} for folder in (PACKAGED, LOCAL))
+    packaged, local = ({file.stem: file for file in _list_files(folder)} for folder in (PACKAGED, LOCAL))
     experiments = {name: ExperimentFile(file=file, origin="packaged") for name, file in packaged.items()}
     for name, file in local.items():
         origin = "local, replaces the packaged one" if name in packaged else "local"
         experiments[name] = ExperimentFile(file=file, origin=origin)
     return dict(sorted(experiments.items()))
+
+
+def _list_files(folder: Path) -> list[Path]:
+    """Return the YAML files of a folder; a pipe or a device among them would be read without an end."""
+    return [file for file in folder.glob("*.yaml") if file.is_file()]
 
 
 def find_experiment(name: str) -> Path:
@@ -52,5 +57,5 @@ def find_experiment(name: str) -> Path:
 
 def list_sizes() -> dict[str, Path]:
     """Return the file of each size; one in the folder `sizes` here takes the place of a packaged one."""
-    files = {file.stem: file for folder in (PACKAGED_SIZES, LOCAL_SIZES) for file in folder.glob("*.yaml")}
+    files = {file.stem: file for folder in (PACKAGED_SIZES, LOCAL_SIZES) for file in _list_files(folder)}
     return dict(sorted(files.items(), key=lambda item: (item[0].startswith("S"), item[0])))

@@ -6,13 +6,14 @@ from pathlib import Path
 from moebench.compatibility import list_marks
 from moebench.launch.devices import uses_gpu
 from moebench.models.cost import Cost
-from moebench.models.memory import COPIES_IN_BF16_ON_CPU, COPIES_OF_A_VALUE, ModelSize
+from moebench.models.memory import COPIES_IN_BF16_ON_CPU, COPIES_OF_A_VALUE, ModelSize, StepMemory
 from moebench.models.storageless import build_without_storage
 from moebench.routing.features.feature import count_passes
 from moebench.schema import CellConfig
 from moebench.tasks.task import Task
 from moebench.training.batches import estimate_train_tokens
 from moebench.training.model import build_model, compute_model_cost, prepare_task
+from moebench.training.optimizer.muon import MAX_BATCH_ELEMENTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +70,15 @@ class ModelCosts:
     def training_bytes(self, config: CellConfig) -> int:
         """Return the bytes that one process of a cell allocates at the peak of a training step."""
         facts = self.facts(config)
-        tokens = self.tokens_per_process(config)
         is_slow_bf16 = config.train.precision == "bf16" and not uses_gpu(config.train)
-        copies = COPIES_IN_BF16_ON_CPU if is_slow_bf16 else COPIES_OF_A_VALUE
-        return facts.size.training_bytes(tokens, shards=config.parallel.expert, passes=facts.passes, copies=copies)
+        step = StepMemory(
+            shards=config.parallel.expert,
+            passes=facts.passes,
+            copies=COPIES_IN_BF16_ON_CPU if is_slow_bf16 else COPIES_OF_A_VALUE,
+            keeps_gradients=config.train.accumulate > 1,
+            batched_update=MAX_BATCH_ELEMENTS if config.train.optimizer == "muon" else 0,
+        )
+        return facts.size.training_bytes(self.tokens_per_process(config), step)
 
 
 def _measure(config: CellConfig, task: Task) -> ModelFacts:
@@ -80,7 +86,7 @@ def _measure(config: CellConfig, task: Task) -> ModelFacts:
         model = build_model(config, task)
     return ModelFacts(
         cost=compute_model_cost(model, task.sequence_length, task.decoder_length),
-        size=ModelSize.of(model, model.backbone, task.tokens_per_sequence),
+        size=ModelSize.of(model, model.backbone, task.sequence_length, task.decoder_length),
         passes=count_passes(model.features),
         marks=list_marks(config),
     )

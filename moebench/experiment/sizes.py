@@ -55,8 +55,9 @@ def read_size(name: str) -> SizeConfig:
     files = list_sizes()
     if name not in files:
         raise unknown("size", name, files)
+    values = read_yaml(files[name])
     try:
-        return apply_values(SizeConfig(), read_yaml(files[name]))
+        return apply_values(SizeConfig(), values)
     except UsageError as error:
         raise UsageError(f"{files[name]}: {error}") from error
 

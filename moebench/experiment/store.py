@@ -12,7 +12,7 @@ from moebench.experiment.grid import Experiment
 from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.plan import cell_state
 from moebench.experiment.tuning import has_diverged, read_tuning
-from moebench.file_access import require_no_links, require_utf8
+from moebench.file_access import read_plain_file, require_no_links, require_utf8
 from moebench.launch.scheduler import Outcome
 from moebench.runs.cell import Cell
 from moebench.runs.experiment_record import read_record
@@ -75,7 +75,7 @@ def require_one_file(results: Path, experiment: Experiment) -> None:
         earlier, file = Path(record.get("path") or record.get("file") or ""), Path(experiment.file)
         if not earlier.is_file() or not file.is_file() or earlier.samefile(file):
             return
-        is_copy = earlier.read_bytes() == file.read_bytes()
+        is_copy = read_plain_file(earlier) == read_plain_file(file)
     except (UsageError, OSError, TypeError, ValueError):  # no record, or none that can be compared with
         return
     if not is_copy:

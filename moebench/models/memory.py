@@ -1,12 +1,14 @@
 """The memory that training a model needs, from the shapes of its parameters: known before anything is allocated."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, cast
 
 from torch import nn
 
 from moebench.experts.layer import MoELayer
+from moebench.models.encoder_decoder import EncoderDecoder
 from moebench.models.tied_head import TiedHead
 from moebench.models.transformer import Transformer
 from moebench.routing.linear_map import find_linear_maps
@@ -15,13 +17,17 @@ from moebench.tasks.language import TokenHead
 
 FLOAT_BYTES = 4
 """Parameters, gradients and moments are fp32 in every precision; so is what the backward pass reads."""
-OPTIMIZER_COPIES = 4
+PARAMETER_COPIES = 4
 """Of each parameter: its value, its gradient and AdamW's two moments, or Muon's one and its direction."""
+COPIES_IN_ADAMW = 4.6
+"""The same while AdamW updates them, with its temporary tensors. Fitted to measured peaks, as the numbers below."""
 COPIES_OF_A_VALUE = 1.9
-"""Tensors of the size of a matrix product's input or output that are alive at the peak: the value itself, and its
-norm, activation, residual sum or gradient. Fitted to measured peaks."""
-COPIES_IN_BF16_ON_CPU = 5.5
-"""The same under autocast on a CPU, whose products of groups work on fp32 copies. Fitted as well."""
+"""Tensors of the size of a matrix product's input or output that are alive at the end of a forward pass: the value
+itself, and its norm, activation or residual sum."""
+COPIES_IN_BF16_ON_CPU = 1.4
+"""The same under autocast on a CPU, with the weights in bf16."""
+SHARE_IN_UPDATE = 0.5
+"""Of the values of a forward pass that are still in memory, or not given back to the system, during the update."""
 
 
 class _MoEBackbone(Protocol):
@@ -44,12 +50,15 @@ class ModelSize:
     """Vocabulary of each head, and the logits above which they are computed in chunks; None: never."""
 
     @classmethod
-    def of(cls, model: nn.Module, backbone: _MoEBackbone, sequence_length: int = 0) -> "ModelSize":
+    def of(
+        cls, model: nn.Module, backbone: _MoEBackbone, length: int = 0, decoder_length: int | None = None
+    ) -> "ModelSize":
         """Measure a model, which may be on the meta device.
 
-        `sequence_length`: for modules with values besides those of their own matrices, which count them themselves.
+        `length`, `decoder_length`: tokens of a sequence, for modules with values besides those of their own matrices,
+        which count them themselves, and for an encoder-decoder, of which each half sees its own tokens.
         """
-        values = _ValueCount(model, backbone, sequence_length)
+        values = _ValueCount(model, backbone, length, _share_tokens(model, backbone, length, decoder_length))
         expert_params = sum(parameter.numel() for parameter in model.parameters() if id(parameter) in values.rows)
         heads = [module for module in model.modules() if isinstance(module, TokenHead | TiedHead)]
         return cls(
@@ -59,27 +68,37 @@ class ModelSize:
             logits_of_heads=tuple((values.count_outputs(head), head.max_logits) for head in heads),
         )
 
-    def training_bytes(self, tokens: int, *, shards: int = 1, passes: int = 1, copies: float) -> int:
-        """Return the bytes of one process at the peak of a training step, without the program itself.
+    def training_bytes(self, tokens: int, step: "StepMemory") -> int:
+        """Return the bytes of one process at the peak of training, without the program itself.
 
-        `tokens`: of one micro-batch on the process; `shards`: processes over which experts are sharded; `passes`:
-        forward passes of a step; `copies`: of each value that are alive (`COPIES_OF_A_VALUE`).
+        The peak is the end of a forward pass or the update of the parameters. `tokens`: of one micro-batch on the
+        process.
         """
-        params = self.replicated_params + self.expert_params / shards
-        values = self.values_per_token * tokens * passes
+        params = self.replicated_params + self.expert_params / step.shards
+        values = self.values_per_token * tokens * step.passes
         for vocabulary, limit in self.logits_of_heads:
             if limit is not None and vocabulary * tokens > limit:
-                values -= vocabulary * tokens * passes - min(vocabulary * tokens, CHUNK_LOGITS)
-        activations = copies * values
-        return math.ceil(FLOAT_BYTES * (OPTIMIZER_COPIES * params + activations))
+                values -= vocabulary * tokens * step.passes - min(vocabulary * tokens, CHUNK_LOGITS)
+        num_copies = PARAMETER_COPIES if step.keeps_gradients else PARAMETER_COPIES - 1
+        forward = num_copies * params + step.copies * values
+        temporaries = PARAMETER_COPIES * min(params, step.batched_update)
+        update = PARAMETER_COPIES * params + temporaries if step.batched_update else COPIES_IN_ADAMW * params
+        update += SHARE_IN_UPDATE * step.copies / COPIES_OF_A_VALUE * values
+        if step.keeps_gradients:
+            update = max(update, COPIES_IN_ADAMW * params + step.copies * values)
+        return math.ceil(FLOAT_BYTES * max(forward, update))
 
 
 class _ValueCount:
     """Counts the inputs and outputs of the matrix products of one token."""
 
-    def __init__(self, model: nn.Module, backbone: _MoEBackbone, sequence_length: int) -> None:
+    def __init__(
+        self, model: nn.Module, backbone: _MoEBackbone, sequence_length: int, token_shares: Mapping[int, float]
+    ) -> None:
+        """`token_shares`: as `_share_tokens` returns them."""
         self.model = model
         self.sequence_length = sequence_length
+        self.token_shares = token_shares
         self.rows: dict[int, float] = {}
         """Rows of a token in each parameter of a bank, by the identity of the parameter."""
         for layer in backbone.moe_layers():
@@ -94,7 +113,8 @@ class _ValueCount:
         for transformer in self.model.modules():
             if isinstance(transformer, Transformer) and transformer.recomputes_blocks:
                 of_blocks = [self._count_in(block) for block in transformer.blocks]
-                kept += len(of_blocks) * transformer.style.d_model + max(of_blocks) - sum(of_blocks)
+                inputs = self.token_shares.get(id(transformer), 1.0) * len(of_blocks) * transformer.style.d_model
+                kept += inputs + max(of_blocks) - sum(of_blocks)
         return kept
 
     def count_outputs(self, head: nn.Module) -> int:
@@ -102,11 +122,42 @@ class _ValueCount:
         return head.num_outputs if isinstance(head, TiedHead) else cast(TokenHead, head).out_features
 
     def _count_in(self, module: nn.Module) -> float:
-        counts = [getattr(part, "values_per_token", None) for part in module.modules()]
-        values = float(sum(count(self.sequence_length) for count in counts if count is not None))
+        values = 0.0
+        for part in module.modules():
+            count = getattr(part, "values_per_token", None)
+            values += self.token_shares.get(id(part), 1.0) * count(self.sequence_length) if count is not None else 0.0
         for parameter in module.parameters():
             if parameter.dim() >= 2 and id(parameter) not in self._vectors:
                 *stack, num_inputs, num_outputs = parameter.shape
                 width = num_outputs if id(parameter) in self._tables else num_inputs + num_outputs
-                values += self.rows.get(id(parameter), 1.0) * math.prod(stack) * width
+                rows = self.token_shares.get(id(parameter), 1.0) * self.rows.get(id(parameter), 1.0)
+                values += rows * math.prod(stack) * width
         return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMemory:
+    """What determines the memory of a step, besides the model."""
+
+    shards: int = 1
+    """Processes over which experts are sharded."""
+    passes: int = 1
+    """Forward passes of a step."""
+    copies: float = COPIES_OF_A_VALUE
+    """Of each value that are alive at the end of a forward pass."""
+    keeps_gradients: bool = False
+    """Whether gradients are in memory during a forward pass: those of earlier micro-batches."""
+    batched_update: int = 0
+    """Elements of the matrices that Muon updates at a time, 0 for AdamW."""
+
+
+def _share_tokens(
+    model: nn.Module, backbone: _MoEBackbone, length: int, decoder_length: int | None
+) -> dict[int, float]:
+    """Return the share of a sequence's tokens that pass a module or parameter, by its id, where not all do."""
+    if not isinstance(backbone, EncoderDecoder) or not decoder_length:
+        return {}
+    decoded = decoder_length / (length + decoder_length)
+    halves: list[tuple[nn.Module, float]] = [(backbone.encoder, 1 - decoded), (backbone.decoder, decoded)]
+    halves += [(head, decoded) for name, head in model.named_children() if name == "head"]
+    return {id(part): share for half, share in halves for part in (*half.modules(), *half.parameters())}

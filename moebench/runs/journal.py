@@ -59,7 +59,7 @@ class Journal:
     def _open(self) -> None:
         self._file = os.fdopen(open_to_write(self.path), "ab", buffering=0)  # first: it follows no link
         _drop_torn_line(self.path)
-        content = self.path.read_bytes()
+        content = read_plain_file(self.path, None)
         self._digest, self._num_bytes = hashlib.sha256(content), len(content)
 
     def append(self, step: int, metrics: Mapping[str, float], time: float | None = None) -> None:
@@ -106,14 +106,14 @@ class Journal:
 
     def truncate_after(self, step: int) -> None:
         """Drop the points of later steps, so that a resumed run never has a step twice."""
-        lines = self.path.read_bytes().splitlines(keepends=True)
+        lines = read_plain_file(self.path, None).splitlines(keepends=True)
         points, _ = read_journal(self.path) if step > 0 else ([], 0)  # a damaged journal may start anew
         kept = b"".join(line for line, point in zip(lines, points, strict=False) if point.step <= step)
         self._replace(kept)
 
     def truncate_to(self, num_bytes: int) -> None:
         """Keep the first bytes alone."""
-        self._replace(self.path.read_bytes()[:num_bytes])
+        self._replace(read_plain_file(self.path, None)[:num_bytes])
 
     def _replace(self, content: bytes) -> None:
         self._file.close()
@@ -178,7 +178,7 @@ def _parse_lines(path: Path, content: bytes, offset: int) -> Iterator[Point]:
         try:
             yield _parse_line(line, end)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-            number = path.read_bytes()[:end].count(b"\n")
+            number = read_plain_file(path, None)[:end].count(b"\n")
             remove = format_command("rm", path.parent.name, results=Path(*path.parts[:-3]))  # results/runs/ID/file
             raise UsageError(
                 f"{path}, line {number}: not a point of a journal ({error}); restore the file, or remove the run"
@@ -205,7 +205,7 @@ def _to_json(value: float) -> float | str:
 def _drop_torn_line(path: Path) -> None:
     if not path.exists():
         return
-    content = path.read_bytes()
+    content = read_plain_file(path, None)
     complete_bytes = content.rfind(b"\n") + 1
     if complete_bytes != len(content):
         os.truncate(path, complete_bytes)

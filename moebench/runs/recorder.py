@@ -65,7 +65,7 @@ class RunRecorder:
             return {}
         summaries = {self.folder.journal.name: self.journal.summary}
         if self.folder.loads.exists():
-            content = self.folder.loads.read_bytes()
+            content = read_plain_file(self.folder.loads, None)
             summaries[self.folder.loads.name] = _summarise(content)
         return summaries
 
@@ -85,7 +85,7 @@ class RunRecorder:
         if not self.folder.loads.exists():
             return
         if loads or records or step == 0:
-            _replace(self.folder.loads, self.folder.loads.read_bytes()[: loads.bytes if loads else 0])
+            _replace(self.folder.loads, read_plain_file(self.folder.loads, None)[: loads.bytes if loads else 0])
         else:
             _replace(self.folder.loads, b"".join(_select_loads(self.folder.loads, step)))
 
@@ -126,7 +126,7 @@ def read_loads(file: Path) -> dict[int, dict[str, list[int]]]:
             int(line["step"]): {str(layer): list(map(int, load)) for layer, load in line["layers"].items()}
             for line in lines
         }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         raise UsageError(f"{file}: not a record of load ({error})") from error
 
 
@@ -136,7 +136,7 @@ def _summarise(content: bytes) -> dict[str, int | str]:
 
 def _select_loads(file: Path, step: int) -> Iterator[bytes]:
     """Yield the complete lines up to a step; a damaged one costs a figure, not the run."""
-    for line in file.read_bytes().splitlines(keepends=True):
+    for line in read_plain_file(file, None).splitlines(keepends=True):
         try:
             # A torn last line is later than the checkpoint: the journal is flushed before it is written.
             if line.endswith(b"\n") and int(json.loads(line)["step"]) <= step:

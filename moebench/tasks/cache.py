@@ -15,7 +15,7 @@ import numpy as np
 from filelock import FileLock
 
 from moebench.errors import UsageError
-from moebench.file_access import is_plain_name
+from moebench.file_access import is_plain_name, open_member, read_plain_json
 
 Arrays = dict[str, np.ndarray]
 
@@ -65,11 +65,11 @@ def digest_of(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
 def read_entry(folder: Path) -> tuple[dict[str, Any], Arrays] | None:
     """Return the content of the folder; None if it is absent, damaged or of another format."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = read_plain_json(folder / "meta.json")
         # As plain arrays, because slicing np.memmap is slow and batches are made of slices.
         if not all(is_plain_name(name) for name in meta["checksums"]):
             return None
-        arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in meta["checksums"]}
+        arrays = {name: _map_array(folder, f"{name}.npy") for name in meta["checksums"]}
         if any(_checksum(array) != meta["checksums"][name] for name, array in arrays.items()):
             return None
         if meta["checksum"] != _meta_checksum(meta):
@@ -77,6 +77,12 @@ def read_entry(folder: Path) -> tuple[dict[str, Any], Arrays] | None:
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return meta, arrays
+
+
+def _map_array(folder: Path, name: str) -> np.ndarray:
+    """Return an array of an entry; raise OSError in place of waiting for a pipe."""
+    open_member(folder, name).close()
+    return np.asarray(np.load(folder / name, mmap_mode="r"))
 
 
 def _complete(meta: dict[str, Any], arrays: Arrays) -> tuple[dict[str, Any], Arrays]:

@@ -55,6 +55,15 @@ def check_uri(uri: str) -> None:
         raise UsageError(f"--tracker {redact_uri(uri)}: {reason}")
 
 
+def require_tracker(uri: str) -> None:
+    """Raise UsageError for the name of no tracker, where a command needs one."""
+    if uri == NO_TRACKER:
+        raise UsageError(
+            f"--tracker {NO_TRACKER}: there is nothing to send to or to show (allowed: an MLflow URI; without"
+            " --tracker, the database in the results folder)"
+        )
+
+
 def redact_uri(uri: str) -> str:
     """Return the address for files and messages: without user, password, query, and a server's path.
 

@@ -18,7 +18,11 @@ ARTIFACTS = "mlartifacts"
 
 def find_database_defect(path: Path) -> str | None:
     """Return why a database file cannot be used, None if it can be or does not exist yet."""
-    if not path.exists() or path.stat().st_size == 0:
+    if not path.exists():
+        return None
+    if not path.is_file():
+        return "is not a plain file"
+    if path.stat().st_size == 0:
         return None
     try:
         with path.open("rb") as file:

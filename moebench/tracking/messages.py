@@ -102,6 +102,6 @@ def _load_table(path: Path) -> dict[str, list[Any]]:
             for step, layers in sorted(lines.items())
             for layer, load in layers.items()
         ]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         raise UsageError(f"{path}: not a record of load ({error})") from error
     return {"columns": ["step", "layer", "assignments", "max over mean", "load"], "data": rows}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moebench.errors import UsageError
+from moebench.file_access import read_plain_file
 from moebench.runs.folder import read_json
 from moebench.runs.journal import Point
 from moebench.tracking.cursor import Cursor, compute_tail_checksum, record_cursor
@@ -63,8 +64,9 @@ class Sender:
         return self.store.create(self.store.experiment, tags, start_ms)
 
     def _update_parent(self, parent: StoredRun, experiment: Mapping[str, Any], statuses: list[str]) -> None:
-        figures = sorted((self.results / "experiments" / self.store.experiment).glob("*.png"))
-        checksum = f"{zlib.crc32(b''.join(path.read_bytes() for path in figures)):08x}"
+        folder = self.results / "experiments" / self.store.experiment
+        figures = [path for path in sorted(folder.glob("*.png")) if path.is_file() and not path.is_symlink()]
+        checksum = f"{zlib.crc32(b''.join(read_plain_file(path) for path in figures)):08x}"
         for path in figures if parent.tags.get("moebench.figures") != checksum else ():
             self.store.log_file(parent.id, path)
         num_cells = len(experiment["cells"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moebench.errors import UsageError
-from moebench.file_access import require_plain_name
+from moebench.file_access import read_plain_file, require_plain_name
 from moebench.runs.experiment_record import read_records
 from moebench.runs.folder import RunFolder, list_run_folders, write_atomically
 from moebench.runs.journal import Point, read_journal
@@ -74,7 +74,7 @@ class RunSource:
         """Checksum of the result and its files, which are sent again when it changes."""
         files = [path for path in [*self.attachments, self.folder.loads] if path.is_file()]
         try:
-            return f"{zlib.crc32(b''.join(path.name.encode() + path.read_bytes() for path in files)):08x}"
+            return f"{zlib.crc32(b''.join(path.name.encode() + read_plain_file(path, None) for path in files)):08x}"
         except OSError as error:
             raise UsageError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
@@ -89,7 +89,7 @@ def results_id(results: Path) -> str:
 def read_results_id(results: Path) -> str | None:
     """Return what identifies a results folder in a tracker, None if it has sent nothing yet."""
     try:
-        return (results / _ID_FILE).read_text(errors="replace").strip()[:100] or None
+        return read_plain_file(results / _ID_FILE).decode(errors="replace").strip()[:100] or None
     except FileNotFoundError:
         return None
     except OSError as error:

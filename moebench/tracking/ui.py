@@ -23,6 +23,7 @@ from moebench.tracking.address import (
     default_uri,
     format_sync,
     redact_uri,
+    require_tracker,
     sqlite_path,
     sqlite_uri,
 )
@@ -51,6 +52,7 @@ def serve(
     Raises UsageError for a database that is missing or damaged, a tracker that is a server, and a port in use.
     """
     if uri:
+        require_tracker(uri)
         check_uri(uri)
     database = _find_database(results, uri or default_uri(results))
     _check_port(host, port)

@@ -3,18 +3,24 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.run_folders import write_cell
 
+import moebench
 from moebench.errors import UsageError
+from moebench.experiment.files import list_experiments, list_sizes
 from moebench.experiment.grid import expand
+from moebench.experiment.sizes import read_size
 from moebench.experiment.store import open_results
-from moebench.file_access import open_member, open_to_write, read_plain_file, require_no_links
+from moebench.file_access import open_member, open_to_write, read_plain_file, read_plain_json, require_no_links
+from moebench.runs.attempts import Attempt, read_attempts, record_attempt
 from moebench.runs.folder import RunFolder, write_json
 from moebench.runs.journal import Journal, read_journal
 from moebench.runs.recorder import RunRecorder, read_loads
-from moebench.tasks.cache import load_or_create
-from moebench.tracking.source import RunSource, list_recorded_experiments, list_unreadable
+from moebench.tasks.cache import load_or_create, read_entry
+from moebench.tracking.database import find_database_defect
+from moebench.tracking.source import RunSource, list_recorded_experiments, list_unreadable, read_results_id
 from moebench.training.label_tables import read_label_tables
 
 PATHS = ["", ".", "..", "../x", "/tmp/x", "a/b", "a\\b", "a\0b"]
@@ -155,9 +161,89 @@ def test_pipes_and_devices_in_place_of_records_are_refused(tmp_path: Path) -> No
         (folder.journal, lambda: read_journal(folder.journal)),
         (folder.loads, lambda: read_loads(folder.loads)),
         (folder.labels, lambda: read_label_tables(folder.labels)),
+        (tmp_path / "tracking_id", lambda: read_results_id(tmp_path)),
     ):
         path.unlink(missing_ok=True)
         os.mkfifo(path)
         with pytest.raises(UsageError, match=re.escape(str(path))):
             read()
         path.unlink()
+    for path in (folder.attempts, tmp_path / "entry" / "meta.json", tmp_path / "mlflow.db"):
+        path.parent.mkdir(exist_ok=True)
+        os.mkfifo(path)
+    assert read_attempts(folder.attempts) == []
+    with pytest.raises(OSError, match="is not a plain file"):
+        record_attempt(folder.attempts, Attempt(started_at=0, seconds=0, status="done", error=None, fault="", step=0))
+    assert read_entry(tmp_path / "entry") is None
+    assert find_database_defect(tmp_path / "mlflow.db") == "is not a plain file"
+
+
+def test_arrays_of_prepared_data_are_no_pipes(tmp_path: Path) -> None:
+    def create() -> tuple[dict[str, int], dict[str, np.ndarray]]:
+        return {"size": 3}, {"tokens": np.arange(3)}
+
+    entry = tmp_path / "entry"
+    load_or_create(entry, create)
+    array = entry / "tokens.npy"
+    array.unlink()
+    os.mkfifo(array)
+    assert read_entry(entry) is None
+
+
+def test_pipes_among_experiments_and_sizes_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("experiments", "sizes"):
+        (tmp_path / folder).mkdir()
+        os.mkfifo(tmp_path / folder / "pipe.yaml")
+        (tmp_path / folder / "zero.yaml").symlink_to("/dev/zero")
+    assert not {"pipe", "zero"} & {*list_experiments(), *list_sizes()}
+
+
+def test_a_damaged_size_is_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sizes").mkdir()
+    (tmp_path / "sizes" / "X.yaml").write_text("[]")
+    with pytest.raises(UsageError, match=r"^sizes/X\.yaml: must be a mapping"):
+        read_size("X")
+
+
+def test_a_file_to_write_is_no_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="is not a plain file"):
+        open_to_write(tmp_path / "pipe")
+    descriptor = os.open(tmp_path / "pipe", os.O_RDWR)  # a reader: opening does not fail
+    with pytest.raises(OSError, match="is not a plain file"):
+        open_to_write(tmp_path / "pipe")
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 50_000, "", "{", "\x00"])
+def test_what_is_no_json_is_a_value_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "file.json").write_text(text)
+    with pytest.raises(ValueError, match=r"nested too deeply|Expecting"):
+        read_plain_json(tmp_path / "file.json")
+
+
+GUARDED = ("runs", "tracking", "experiment", "parallel", "tasks/cache.py", "tasks/text/prepared")
+"""Packages that read folders which others may have made."""
+OF_THE_USER = {
+    "runs/environment.py",  # the package itself, and /proc
+    "tracking/ui.py",  # a log that the command has just opened
+    "tasks/text/prepared/folder_state.py",  # the tokenizer that the user names
+    "tasks/text/prepared/build.py",  # the same
+}
+
+
+def test_folders_of_others_are_read_by_the_functions_that_refuse_pipes() -> None:
+    package = Path(moebench.__file__).parent
+    for place in GUARDED:
+        for file in [package / place] if place.endswith(".py") else (package / place).rglob("*.py"):
+            name = file.relative_to(package).as_posix()
+            calls = re.findall(r"\.(?:read_text|read_bytes)\(", file.read_text())
+            assert not calls or name in OF_THE_USER, f"{name}: use read_plain_file or read_plain_json"
+
+
+def test_an_infinite_step_of_the_loads_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "load.jsonl").write_text('{"step": 1e999, "layers": {}}\n')
+    with pytest.raises(UsageError, match=r"load\.jsonl"):
+        read_loads(tmp_path / "load.jsonl")

@@ -56,3 +56,34 @@ def test_a_full_disk_below_standard_output_is_one_line(
     monkeypatch.setattr(sys, "stdout", FullStream())
     assert program._run() == 2
     assert capsys.readouterr().err == "error: output: No space left on device\n"
+
+
+SWALLOWING = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except BaseException:
+    print("swallowed")
+"""
+TWICE = """
+import os, signal
+from moebench import interrupts
+interrupts.record_interrupts()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("first", flush=True)
+os.kill(os.getpid(), signal.SIGINT)
+print("second")
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [("from moebench import interrupts\ninterrupts.record_interrupts()\nimport swallowing", ""), (TWICE, "first\n")],
+)
+def test_ctrl_c_in_an_import_and_a_second_one_end_the_process_at_once(tmp_path: Path, code: str, expected: str) -> None:
+    (tmp_path / "swallowing.py").write_text(SWALLOWING)
+    command, environment = [sys.executable, "-c", code], CommandLine(tmp_path).environment
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, expected, "")

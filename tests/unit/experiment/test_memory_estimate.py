@@ -1,5 +1,6 @@
 """The estimated memory of a cell: worked by hand, and what is refused by it."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from moebench.experiment.grid import Experiment, expand
 from moebench.experiment.memory import count_fitting_cells, estimate_memory, require_memory
 from moebench.experiment.model_costs import ModelCosts
 from moebench.experts.layer import MoELayer
-from moebench.models.memory import COPIES_OF_A_VALUE, ModelSize
+from moebench.models.memory import COPIES_OF_A_VALUE, ModelSize, StepMemory
+from moebench.models.storageless import build_without_storage
 from moebench.tasks.deferred_logits import CHUNK_LOGITS
+from moebench.training.model import build_model
 
 
 class _Dense:
@@ -36,7 +39,34 @@ def test_a_dense_model_by_hand() -> None:
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
     size = ModelSize.of(model, _Dense())
     assert (size.replicated_params, size.expert_params, size.values_per_token) == (35, 0, 11)
-    assert size.training_bytes(10, copies=2.0) == 4 * (4 * 35 + 2 * 11 * 10)
+    # At the end of the forward pass there are no gradients: three copies of each parameter, two of each value.
+    assert size.training_bytes(10, StepMemory(copies=2.0)) == 4 * (3 * 35 + 2 * 11 * 10)
+    # Those of an earlier micro-batch are there; AdamW has temporary tensors, but later.
+    accumulating = StepMemory(copies=2.0, keeps_gradients=True)
+    assert size.training_bytes(10, accumulating) == math.ceil(4 * (4.6 * 35 + 2 * 11 * 10))
+    # Without activations the update decides: AdamW's, and Muon's on 20 of the elements at a time.
+    assert size.training_bytes(0, StepMemory()) == math.ceil(4 * 4.6 * 35)
+    assert size.training_bytes(0, StepMemory(batched_update=20)) == 4 * (4 * 35 + 4 * 20)
+
+
+def test_each_half_of_an_encoder_decoder_sees_its_own_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "text")
+    task = {"name": "span_corruption", "sequence_length": 32, "eval_windows": 4}
+    base = {"task": task | {"data": {"path": "text", "tokenizer": "bytes"}}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny(base=base, grid={"router": ["dense"]})))
+    (cell, *_) = expand(tmp_path / "tiny.yaml").cells
+    costs = ModelCosts(tmp_path / "results")
+    prepared = costs.task(cell.config)
+    assert prepared.decoder_length is not None
+    with build_without_storage():
+        model = build_model(cell.config, prepared)
+    halves = [ModelSize.of(half, half).values_per_token for half in (model.backbone.encoder, model.backbone.decoder)]
+    table, head = (16, 16 + prepared.vocab_size)
+    encoded, decoded = prepared.sequence_length, prepared.decoder_length
+    values = table * (encoded + decoded) + halves[0] * encoded + (halves[1] + head) * decoded
+    expected = values / (encoded + decoded)
+    assert costs.facts(cell.config).size.values_per_token == pytest.approx(expected)
 
 
 def test_logits_in_chunks_and_recomputed_blocks_by_hand(tmp_path: Path) -> None:
@@ -56,8 +86,8 @@ def test_logits_in_chunks_and_recomputed_blocks_by_hand(tmp_path: Path) -> None:
     block = (8 + 24) + (8 + 8) + (8 + 16) + (16 + 8)
     assert needed["kept"] - needed["blocks"] == pytest.approx(4 * copies * tokens * (block - 2 * 8), abs=1)
     size = ModelSize(replicated_params=0, expert_params=0, values_per_token=300, logits_of_heads=((vocabulary, 1000),))
-    assert size.training_bytes(3, copies=1.0) == 4 * 300 * 3  # 771 logits
-    assert size.training_bytes(10**6, copies=1.0) == 4 * ((300 - vocabulary) * 10**6 + CHUNK_LOGITS)
+    assert size.training_bytes(3, StepMemory(copies=1.0)) == 4 * 300 * 3  # 771 logits
+    assert size.training_bytes(10**6, StepMemory(copies=1.0)) == 4 * ((300 - vocabulary) * 10**6 + CHUNK_LOGITS)
 
 
 def test_more_processes_need_more_memory_and_too_much_is_refused(

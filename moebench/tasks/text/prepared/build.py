@@ -10,6 +10,7 @@ from threading import Event
 import numpy as np
 
 from moebench.errors import UsageError
+from moebench.file_access import read_plain_file
 from moebench.tasks.sources import check_domain_names, warn
 from moebench.tasks.text.coverage import MIN_COVERAGE, Coverage
 from moebench.tasks.text.encoding import map_in_order
@@ -120,7 +121,7 @@ class _Build:
             else:
                 content = _read_tokenizer(name)
             write_file(out, TOKENIZER, [content])
-        content = (out / TOKENIZER).read_bytes()
+        content = read_plain_file(out / TOKENIZER)
         entry = FileEntry(size=len(content), sha256=hashlib.sha256(content).hexdigest())
         return entry, load_tokenizer(str(out / TOKENIZER), special_as_text=True)
 
@@ -180,10 +181,11 @@ class _Build:
         }
         empty = [name for name, domains in by_split.items() if not domains]
         if empty:
+            by_block = "or " if self.options.split_by == "block" else "--split-by block, or "
             discard(self.options.out)
             raise UsageError(
                 f"DATA: the {empty[0]} split has no documents; give more documents, larger shares (--validation,"
-                " --test), --split-by block, or files in folders named train, validation and test"
+                f" --test), {by_block}files in folders named train, validation and test"
             )
         domains = sorted(set().union(*by_split.values()))
         for domain in domains:

@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from moebench.errors import UsageError
-from moebench.file_access import require_no_links
+from moebench.file_access import read_plain_json, require_no_links
 from moebench.tasks.text.prepared.manifest import BYTES, COUNTS, OVERLAP, STATE, TOKENIZER
 from moebench.tasks.text.prepared.options import FORMAT, PrepareOptions
 from moebench.tasks.text.prepared.shards import UNFINISHED, write_file
@@ -41,7 +41,7 @@ def lock_folder(out: Path) -> Iterator[None]:
 def begin_folder(out: Path, state: Mapping[str, Any]) -> bool:
     """Write the state of a new folder, or compare it with that of an earlier call; return whether the folder is new."""
     try:
-        earlier = json.loads((out / STATE).read_bytes())
+        earlier = read_plain_json(out / STATE)
     except FileNotFoundError:
         write_file(out, STATE, [json.dumps(state, indent=1).encode()])
         return True

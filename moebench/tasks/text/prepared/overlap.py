@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from moebench.file_access import read_plain_json
 from moebench.tasks.folders import TRAIN
 from moebench.tasks.text.encoding import map_in_order
 from moebench.tasks.text.ngrams import hash_ngrams
@@ -51,10 +52,10 @@ def provide_overlap(folder: Path, read_blocks: ReadBlocks, workers: int) -> Over
 
 def _read_overlap(folder: Path) -> Overlap | None:
     try:
-        values = json.loads((folder / OVERLAP).read_bytes())
+        values = read_plain_json(folder / OVERLAP)
         documents = {domain: (int(removed), int(total)) for domain, (removed, total) in values["documents"].items()}
         return Overlap(blocks=frozenset((int(file), int(n)) for file, n in values["blocks"]), documents=documents)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
 
 

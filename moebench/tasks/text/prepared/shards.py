@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moebench.file_access import open_to_write
+from moebench.file_access import open_to_write, read_plain_json
 from moebench.tasks.text.coverage import Coverage
 from moebench.tasks.text.prepared.blocks import Position
 from moebench.tasks.text.prepared.encoder import EncodedBlock
@@ -40,7 +40,7 @@ class FinishedShard:
     def read(cls, folder: Path, number: int) -> "FinishedShard | None":
         """Return a shard; None if it is not finished."""
         try:
-            values = json.loads((folder / record_file(number)).read_bytes())
+            values = read_plain_json(folder / record_file(number))
             shard = parse_shard(values["shard"])
             kinds = {"tokens": shard.tokens, "documents": shard.documents, "bytes": shard.bytes}
             if any(e and (folder / shard_file(kind, number)).stat().st_size != e.size for kind, e in kinds.items()):

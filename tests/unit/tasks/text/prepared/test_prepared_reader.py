@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -128,6 +129,14 @@ def test_every_damaged_byte_is_found(folder):
         problems = list(check_prepared(folder))
         assert [problem.split()[0] for problem in problems] == [name]
         (folder / name).write_bytes(content)
+    assert list(check_prepared(folder)) == []
+
+
+def test_a_folder_that_cannot_be_written_is_checked(folder, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", refuse)
     assert list(check_prepared(folder)) == []
 
 
