@@ -1,6 +1,8 @@
 """Seeds derived from their purpose: equal parts give equal seeds, different parts unrelated ones."""
 
 import hashlib
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -18,3 +20,21 @@ def make_generator(*parts: object, device: torch.device | str = "cpu") -> torch.
     and no generator state has to be saved or kept aligned between arms.
     """
     return torch.Generator(device).manual_seed(derive_seed(*parts))
+
+
+@dataclass(frozen=True, eq=False)
+class DeferredGenerator:
+    """A generator that is made on first use: where nothing is drawn, the compiler does not meet one."""
+
+    parts: tuple[object, ...]
+    device: torch.device
+
+    @cached_property
+    def made(self) -> torch.Generator:
+        """The generator, the same one each time."""
+        return make_generator(*self.parts, device=self.device)
+
+
+def as_generator(generator: torch.Generator | DeferredGenerator) -> torch.Generator:
+    """Return the generator, made now if it was not used yet."""
+    return generator.made if isinstance(generator, DeferredGenerator) else generator

@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from moebench.components import LayoutConfig
 from moebench.routing.ranking import log_scores, rank_all
 from moebench.routing.values import Routing
+from moebench.seeds import DeferredGenerator, as_generator
 
 DropOrder = Literal["router", "position", "score", "priority", "random"]
 CapacityRule = Literal["megatron", "vmoe", "switch", "deepspeed"]
@@ -78,7 +79,7 @@ def keep_first_slots(routing: Routing, slots: int, precedence_N: Tensor) -> Tens
     return routing.counted_N & (positions_in_queues(queue_N, routing.num_experts, precedence_N) < slots)
 
 
-def order_of_precedence(routing: Routing, order: DropOrder, generator: Generator) -> Tensor:
+def order_of_precedence(routing: Routing, order: DropOrder, generator: Generator | DeferredGenerator) -> Tensor:
     """Return the assignments (indices into N) from the first to be kept to the last.
 
     router: by the router's own priority if it has one, else by position. position: earlier tokens first, a token's
@@ -88,7 +89,7 @@ def order_of_precedence(routing: Routing, order: DropOrder, generator: Generator
     compared as in `routing.ranking`; equal ones are kept in the order of the list, or of tokens.
     """
     if order == "random":
-        return torch.randperm(routing.token_N.numel(), generator=generator, device=routing.token_N.device)
+        return torch.randperm(routing.token_N.numel(), generator=as_generator(generator), device=routing.token_N.device)
     if order == "score":
         return rank_all(log_scores(routing.weight_N))
     if order == "priority":

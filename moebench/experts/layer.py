@@ -76,8 +76,8 @@ class MoELayer(nn.Module):
     def _row_generator(self, ctx: RouteContext) -> Generator:
         """Return the generator of draws for each row: the rows of other processes must not draw the same."""
         if self.scopes.world.rank == 0:
-            return ctx.generator
-        return make_generator(ctx.generator.initial_seed(), "rows", self.scopes.world.rank, device=ctx.generator.device)
+            return ctx.random
+        return make_generator(ctx.random.initial_seed(), "rows", self.scopes.world.rank, device=ctx.generator.device)
 
     def _shared_experts(self, x_TD: Tensor, dropout: Dropout | None) -> SharedExperts | None:
         if self.shared is None:

@@ -10,6 +10,7 @@ from moebench.experts.capacity import Capacity, keep_first_slots, order_of_prece
 from moebench.ranks import Ranks, Span
 from moebench.routing.ranking import log_scores, rank_top_k
 from moebench.routing.values import Routing
+from moebench.seeds import DeferredGenerator
 
 NUM_ROUNDS = 3
 """Other experts at which a token tries to get a slot: mesh-TensorFlow tries the four best, its own choice included."""
@@ -71,7 +72,11 @@ def _count_assignments(routing: Routing, span: Span, ranks: Ranks) -> tuple[int,
 
 
 def apply_capacity(
-    routing: Routing, slots: int, capacity: Capacity, generator: Generator, batch: BatchAssignments | None = None
+    routing: Routing,
+    slots: int,
+    capacity: Capacity,
+    generator: Generator | DeferredGenerator,
+    batch: BatchAssignments | None = None,
 ) -> Routing:
     """Return the routing in which no expert has more than `slots` assignments.
 

@@ -20,7 +20,7 @@ from moebench.routing.context import RouteContext
 from moebench.routing.features.feature import Feature, collect
 from moebench.routing.layer_name import LayerName
 from moebench.routing.values import LayerRecord
-from moebench.seeds import make_generator
+from moebench.seeds import DeferredGenerator, make_generator
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,7 +64,7 @@ class BatchContext:
         domain_T = None if self.domain_B is None else self.domain_B.repeat_interleave(length)
         return RouteContext(
             training=self.training,
-            generator=make_generator(self.seed, *purpose, layer.seed_part, device=device),
+            generator=DeferredGenerator((self.seed, *purpose, layer.seed_part), device),
             sequence_length=length,
             token_id_T=None if self.token_id_BL is None else self.token_id_BL.reshape(-1),
             valid_T=None if self.valid_BL is None else self.valid_BL.reshape(-1),

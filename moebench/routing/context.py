@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moebench.ranks import Ranks, Span
 from moebench.routing.features.feature import Feature
+from moebench.seeds import DeferredGenerator, as_generator
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,7 +33,7 @@ class RouteContext:
     """Everything that a router may read besides the token vectors."""
 
     training: bool
-    generator: torch.Generator
+    generator: torch.Generator | DeferredGenerator
     """The only source of randomness: created for each step and layer from the seed, so checkpoints hold no state."""
     sequence_length: int
     """Tokens of one sequence; T is a multiple of it."""
@@ -51,6 +52,11 @@ class RouteContext:
     """For routers over a chain of experts: (step, running_T bool) -> the fp32 state of all tokens, after the expert of
     that step for those that run. None: there are no experts, the state stays as it is."""
 
+    @property
+    def random(self) -> torch.Generator:
+        """The generator."""
+        return as_generator(self.generator)
+
     def uniform(self, num_tokens: int, *shape: int) -> Tensor:
         """Return uniform draws in [0, 1), [T, *shape]: token t of the batch draws the same in any process."""
         return self._draw(torch.rand, num_tokens, shape)
@@ -61,7 +67,7 @@ class RouteContext:
 
     def uniform_for_all(self) -> Tensor:
         """Return one uniform draw in [0, 1) for the whole batch, a scalar: the same in any process."""
-        return torch.rand((), generator=self.generator, device=self.generator.device)
+        return torch.rand((), generator=self.random, device=self.generator.device)
 
     def position_T(self, num_tokens: int) -> Tensor:
         """Return the position of each token in the whole batch (int64)."""
@@ -95,5 +101,5 @@ class RouteContext:
     def _draw(self, draw: Callable[..., Tensor], num_tokens: int, shape: tuple[int, ...]) -> Tensor:
         start = self.span.start if self.span else 0
         total = self.batch_tokens(num_tokens)
-        value_T = draw(total, *shape, generator=self.generator, device=self.generator.device)
+        value_T = draw(total, *shape, generator=self.random, device=self.generator.device)
         return value_T[start : start + num_tokens]

@@ -8,7 +8,6 @@ recomputation of activation checkpointing would count it twice.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import ClassVar, Self
 
 import torch
@@ -53,6 +52,7 @@ class Routing(AbstractRouting):
     identity_weight_T: Tensor | None = None
     """fp32: weight of the token itself in the layer's output, for its assignments over capacity (`overflow: pass`);
     None: no token passes through."""
+    _counts: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)  # a `cached_property` locks
     computes_padding: ClassVar[bool] = False
 
     @classmethod
@@ -168,10 +168,10 @@ class Routing(AbstractRouting):
         """bool: which assignments count."""
         return torch.ones_like(self.expert_N, dtype=torch.bool) if self.kept_N is None else self.kept_N
 
-    @cached_property
+    @property
     def load_E(self) -> Tensor:
         """Assignments per expert, int64; counted once, for the experts, the losses and the metrics."""
-        return self._count(self.expert_N, self.num_experts)
+        return self._count("expert", self.expert_N, self.num_experts)
 
     @property
     def rows_E(self) -> Tensor:
@@ -181,13 +181,12 @@ class Routing(AbstractRouting):
     @property
     def importance_E(self) -> Tensor:
         """Summed weights per expert."""
-        zeros_E = torch.zeros(self.num_experts, dtype=self.weight_N.dtype, device=self.weight_N.device)
-        return zeros_E.index_add(0, self.expert_N, self.weight_N)
+        return self.weight_N.new_zeros(self.num_experts).index_add(0, self.expert_N, self.weight_N)
 
-    @cached_property
+    @property
     def experts_per_token_T(self) -> Tensor:
         """Assignments per token, int64; 0 marks an unserved token."""
-        return self._count(self.token_N, self.num_tokens)
+        return self._count("token", self.token_N, self.num_tokens)
 
     @property
     @override
@@ -200,10 +199,12 @@ class Routing(AbstractRouting):
         pair_N = label_T[self.token_N] * self.num_experts + self.expert_N
         return table_YE.view(-1).scatter_add(0, pair_N, self.counted_N.double()).view_as(table_YE)
 
-    def _count(self, index_N: Tensor, size: int) -> Tensor:
-        # A scatter with a fixed output size: bincount would wait for the device to know the length of its result.
-        zeros = torch.zeros(size, dtype=torch.int64, device=index_N.device)
-        return zeros.scatter_add(0, index_N, torch.ones_like(index_N) if self.kept_N is None else self.kept_N.long())
+    def _count(self, name: str, index_N: Tensor, size: int) -> Tensor:
+        if name not in self._counts:
+            # A scatter with a fixed output size: bincount would wait for the device to know the length of its result.
+            ones = torch.ones_like(index_N) if self.kept_N is None else self.kept_N.long()
+            self._counts[name] = ones.new_zeros(size).scatter_add(0, index_N, ones)
+        return self._counts[name]
 
 
 class ChainRouting(Routing):

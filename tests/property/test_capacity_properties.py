@@ -207,7 +207,7 @@ def test_every_assignment_that_counts_has_a_row_of_its_expert(
     assert torch.equal(routing.expert_N[plan.assignment_R[real_R]], expert_R[real_R])
     assert torch.equal(plan.token_R[real_R], routing.token_N[plan.assignment_R[real_R]])
     assert torch.equal(plan.assignment_R[plan.row_N[counting]], counting)
-    weight_R = plan.weight_R(routing.weight_N)[:, 0]
+    weight_R = plan.weight_R(routing.weight_N)
     assert torch.equal(weight_R[real_R], routing.weight_N[plan.assignment_R[real_R]])
     assert not weight_R[~real_R].any()
 

@@ -9,9 +9,10 @@ from moebench.experts.feed_forward import FeedForward
 from moebench.models.attention import Attention, AttentionStyle
 from moebench.models.build import build_backbone
 from moebench.models.positions import Rotary, rotate
-from moebench.models.transformer import BatchContext, Transformer, init_weights
+from moebench.models.transformer import BatchContext, Block, Transformer, init_weights
 from moebench.routing.context import DataSummary
 from moebench.routing.layer_name import LayerName
+from moebench.routing.losses import load_balance
 from moebench.schema import CellConfig
 
 CPU = torch.device("cpu")
@@ -143,7 +144,7 @@ def test_initial_scale_of_an_expert_is_that_of_a_dense_network() -> None:
 
 
 def draws(ctx: BatchContext, layer: int) -> list[float]:
-    return torch.rand(4, generator=ctx.route(LayerName(layer), 6, CPU).generator).tolist()
+    return torch.rand(4, generator=ctx.route(LayerName(layer), 6, CPU).random).tolist()
 
 
 def test_router_noise_belongs_to_seed_step_and_layer() -> None:
@@ -172,3 +173,25 @@ def test_each_layer_gets_tokens_in_the_order_of_the_batch() -> None:
     assert ctx.valid_T.tolist() == [True, True, False, True, False, False]
     assert ctx.domain_T.tolist() == [7, 7, 7, 8, 8, 8]
     assert ctx.sequence_length == 3
+
+
+# The tables of rotations are cached, and the compiler traces what makes them.
+@pytest.mark.filterwarnings("ignore:.*lru_cache:UserWarning")
+@pytest.mark.parametrize("factor", [None, 1.0], ids=["dropless", "capacity"])
+def test_a_compiled_block_with_its_balance_loss_is_one_graph(factor: float | None) -> None:
+    results = []
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        block = backbone_of(config_of("top_k", layout={"capacity_factor_train": factor})).blocks[1]
+        assert isinstance(block, Block)
+
+        def train(x_BLD: torch.Tensor, block: Block = block) -> torch.Tensor:
+            y_BLD, [record] = block(x_BLD, batch(training=True))
+            return y_BLD.square().sum() + load_balance(record)
+
+        call = torch.compile(train, backend="aot_eager", fullgraph=True) if compiled else train
+        x_BLD = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        loss = call(x_BLD)
+        results.append([loss, *torch.autograd.grad(loss, [x_BLD, *block.parameters()])])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
