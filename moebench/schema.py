@@ -176,7 +176,7 @@ class ParallelConfig:
     }
 
     data: int = 1
-    """Replicas of the experts; all other parameters are replicated on every process (DDP)."""
+    """Replicas of the experts; all other parameters are replicated on every process."""
     expert: int = 1
     """Processes over which the experts of one replica are sharded (expert parallelism)."""
     scope: Literal["global", "local"] = "global"

@@ -19,7 +19,7 @@ def shard_experts(model: nn.Module, mesh: Mesh, balance: BalanceConfig) -> None:
 
     Call it before weights are initialised, so that each process draws its own experts only. The parameters of E
     experts become a DTensor of which this process holds E / `parallel.expert`. A DTensor fails where code treats it
-    like a plain tensor (DDP's broadcast, stock clipping) instead of giving wrong numbers.
+    like a plain tensor (a broadcast, stock clipping) instead of giving wrong numbers.
     """
     scopes = Scopes(
         batch=mesh.world if mesh.config.scope == "global" else SINGLE_RANK,

@@ -1,37 +1,10 @@
-"""Gradients across processes: averaging those of sharded experts, and clipping by one global norm."""
+"""Clipping by one norm of the gradients of all processes."""
 
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-
-from moebench.parallel.mesh import Mesh
-
-
-def average_expert_gradients(parameters: Iterable[nn.Parameter], mesh: Mesh) -> None:
-    """Average the gradients of sharded experts over all processes, as DDP averages the others.
-
-    The backward pass leaves the sum over a row of the mesh in each gradient. The sums of the other rows are added and
-    the total is divided by the number of processes, not by the number of copies.
-    """
-    grads = []
-    for parameter in parameters:
-        if not isinstance(parameter, DTensor):
-            continue
-        if parameter.grad is None:  # the other processes of the column still wait for its all-reduce
-            parameter.grad = torch.zeros_like(parameter)
-        assert isinstance(parameter.grad, DTensor)
-        grads.append(parameter.grad.to_local())
-    if not grads:
-        return
-    if mesh.config.data > 1:
-        flat = torch.cat([grad.flatten() for grad in grads])  # one all-reduce for all of them
-        dist.all_reduce(flat, group=mesh.replica_group)
-        for grad, summed in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
-            grad.copy_(summed.view_as(grad))
-    torch._foreach_div_(grads, mesh.size)
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ class Mesh:
     process_info: ProcessInfo = SINGLE_PROCESS
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     world: Ranks = SINGLE_RANK
-    """All processes, with their own communicator: DDP's is busy in the backward pass."""
+    """All processes, with their own communicator: that of gradients is busy in the backward pass."""
     expert_group: dist.ProcessGroup | None = None
     """The row of this process, which shares one copy of the experts; None: this process has all experts."""
     replica_group: dist.ProcessGroup | None = None
@@ -140,7 +140,7 @@ def _build_mesh(config: ParallelConfig, process_info: ProcessInfo, device: torch
     ranks_DE = torch.arange(config.world_size).view(config.data, config.expert)
     traffic = Traffic()
     world = GroupRanks(dist.new_group(timeout=timeout), device, traffic)
-    # Not init_device_mesh: its groups ignore the timeout, and one of the size of the world would be DDP's own.
+    # Not init_device_mesh: its groups ignore the timeout, and one of the size of the world would be that of gradients.
     new_groups: Any = dist.new_subgroups_by_enumeration
     row, _ = new_groups(ranks_DE.tolist(), timeout=timeout)
     column, _ = new_groups(ranks_DE.T.tolist(), timeout=timeout)

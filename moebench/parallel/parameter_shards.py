@@ -16,8 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from moebench.experts.bank import is_sharded, local_shard
 from moebench.parallel.mesh import Mesh
 
-MAX_GATHERED_ELEMENTS = 2**24
-"""Elements that one all-gather collects from all processes: the workspace of an update."""
+MAX_GATHERED_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
+"""Device -> elements that one all-gather collects from all processes: the workspace of an update. A GPU has memory for
+messages that are large enough for its network."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -196,10 +197,11 @@ def _view_parts(shard: ParameterShard) -> tuple[Tensor, Tensor]:
 
 def _split_pieces(parts_W: Tensor, updated: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Split the parts of a parameter into pieces of which all together have `MAX_GATHERED_ELEMENTS` at most."""
-    if parts_W.numel() <= MAX_GATHERED_ELEMENTS or not updated.dim():
+    limit = MAX_GATHERED_ELEMENTS[parts_W.device.type]
+    if parts_W.numel() <= limit or not updated.dim():
         yield parts_W, updated
         return
-    num_rows = MAX_GATHERED_ELEMENTS * updated.shape[0] // parts_W.numel()
+    num_rows = limit * updated.shape[0] // parts_W.numel()
     if num_rows == 0:
         for row, part in enumerate(updated):
             yield from _split_pieces(parts_W[:, row], part)
@@ -211,7 +213,8 @@ def _fill_buckets(pieces: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[tupl
     bucket: list[tuple[Tensor, Tensor]] = []
     size = 0
     for piece in pieces:
-        if bucket and (size + piece[0].numel() > MAX_GATHERED_ELEMENTS or piece[0].dtype != bucket[0][0].dtype):
+        limit = MAX_GATHERED_ELEMENTS[piece[0].device.type]
+        if bucket and (size + piece[0].numel() > limit or piece[0].dtype != bucket[0][0].dtype):
             yield bucket
             bucket, size = [], 0
         bucket.append(piece)

@@ -1,5 +1,7 @@
 """Lightning strategies for one process and for many, whose checkpoints are interchangeable."""
 
+import contextlib
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from moebench.parallel.checkpoint import VerifiedCheckpointIO
-from moebench.parallel.gradients import average_expert_gradients
+from moebench.parallel.gradient_averager import GradientAverager
 from moebench.parallel.mesh import Mesh
 from moebench.parallel.process_info import ProcessInfo
 from moebench.parallel.sharded_optimizer import ShardedOptimizer
@@ -104,7 +104,7 @@ class SingleProcessStrategy(_NamedStateStrategy, SingleDeviceStrategy):
 
 
 class MeshStrategy(_NamedStateStrategy, DDPStrategy):
-    """DDP for replicated parameters, with gradients of sharded experts averaged over the mesh."""
+    """Many processes, each with a part of the batch, whose gradients are averaged by `GradientAverager`."""
 
     def __init__(self, mesh: Mesh, checkpoint_io: VerifiedCheckpointIO) -> None:
         process_info = mesh.process_info
@@ -116,31 +116,42 @@ class MeshStrategy(_NamedStateStrategy, DDPStrategy):
             cluster_environment=MeshEnvironment(process_info),
             checkpoint_io=checkpoint_io,
             timeout=timedelta(seconds=mesh.config.timeout_s),
-            # Buffers are router state, equal on all processes by construction (checked), and must not be overwritten.
-            broadcast_buffers=False,
-            # Without it DDP rebuilds its buckets after the first step. A resumed run would then sum gradients in
-            # another order than an uninterrupted one, and differ in the last bit.
-            find_unused_parameters=True,
         )
         self.mesh = mesh
+        self.averager: GradientAverager | None = None
+        self.is_blocked = False
+        """Whether the micro-batch is not the last one of its step."""
 
     @override
-    def setup(self, trainer: Any) -> None:
-        module = self.lightning_module
-        assert module is not None
-        # DDP would broadcast rank 0's experts to all processes.
-        sharded = [name for name, parameter in module.named_parameters() if isinstance(parameter, DTensor)]
-        ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
-        ignore(module, sharded)
-        super().setup(trainer)
+    def configure_ddp(self) -> None:
+        # In place of DDP, which searches the graph in each step, or sums in another order after the first one.
+        assert self.lightning_module is not None
+        self.averager = GradientAverager(list(self.lightning_module.parameters()), self.mesh)
+
+    @override
+    @contextlib.contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        self.is_blocked = True
+        try:
+            yield
+        finally:
+            self.is_blocked = False
+
+    @override
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        if self.averager is not None and not self.is_blocked:  # only in the last micro-batch of a step
+            self.averager.start()
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
-        super().post_backward(closure_loss)
-        # After the last micro-batch of a step, like DDP's own averaging.
-        if getattr(self.model, "require_backward_grad_sync", True):
-            assert self.lightning_module is not None
-            average_expert_gradients(self.lightning_module.parameters(), self.mesh)
+        if self.averager is not None:
+            self.averager.finish()
+
+    @override
+    def teardown(self) -> None:
+        if self.averager is not None:
+            self.averager.close()
+        super().teardown()
 
 
 class MeshEnvironment(ClusterEnvironment):

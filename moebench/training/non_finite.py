@@ -139,7 +139,7 @@ def _repeat_micro_batch(module: Trainable, step: int, micro_batch: int, batch: B
     for name, value in objective.weighted.items():
         log.check(LOSS, f"the loss {name}", value)
     named = [(name, p) for name, p in module.model.named_parameters() if p.requires_grad]
-    # Not `backward`: it would accumulate gradients, and DDP would average them.
+    # Not `backward`: it would accumulate gradients.
     grads = torch.autograd.grad(objective.total, [p for _, p in named], allow_unused=True)
     for (name, _), grad in zip(named[::-1], grads[::-1], strict=True):  # those near the loss are computed first
         log.check(GRADIENT, f"the gradient of the parameter {name}", grad)

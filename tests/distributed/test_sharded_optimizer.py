@@ -32,7 +32,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_both_ways(mesh: Mesh, text: Path, cases: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
     """Train each case with a complete and with a sharded optimizer."""
-    parameter_shards.MAX_GATHERED_ELEMENTS = 200  # several all-gathers, and stacks in pieces
+    parameter_shards.MAX_GATHERED_ELEMENTS["cpu"] = 200  # several all-gathers, and stacks in pieces
     runs = {}
     for name, overrides in cases.items():
         for is_sharded in (False, True):

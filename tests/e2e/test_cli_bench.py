@@ -1,6 +1,7 @@
 """`moebench bench`: structure and agreement of what is reported; no time is asserted."""
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -224,3 +225,16 @@ def test_bench_alone_prints_its_help(cli: CommandLine, warm: WarmCommandLine) ->
     assert ended.code == 0
     assert "layer" in ended.out
     assert "step" in ended.out
+
+
+@pytest.mark.slow
+def test_meshes_report_what_they_exchange_and_keep(tmp_path: Path, warm: WarmCommandLine) -> None:
+    sizes = ("--processes", "2", "--width", "16", "--steps", "12", "--rounds", "1")
+    ended = warm(CommandLine(tmp_path), "bench", "parallel", *sizes, "parallel.shard_optimizer=true", "--json")
+    assert ended.code == 0, ended.err
+    costs = {mesh["name"]: mesh["costs"] for mesh in ended.json["meshes"]}
+    data, expert = costs["data 2 x expert 1"], costs["data 1 x expert 2"]
+    assert data["collectives"] == expert["collectives"] == 3
+    # Every parameter has two copies, or two shards with one copy each; a step counter of 4 bytes for each.
+    assert data["optimizer_mib"] == pytest.approx(expert["optimizer_mib"], rel=0.01)
+    assert costs["1 process"] == {}

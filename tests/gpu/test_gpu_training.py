@@ -33,8 +33,6 @@ pytestmark = [
     pytest.mark.gpu,
     # torch 2.13 has new names for two things that 2.11 has under the old ones alone.
     pytest.mark.filterwarnings("ignore:.*(all_gather_into_tensor|broadcast_buffers).* is deprecated:FutureWarning"),
-    # Lightning wraps the model on a stream of its own, where DDP's gradients then arrive.
-    pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match:UserWarning"),
     # On a CPU alone: the norm of bf16 rows by fp32 weights has no fused kernel.
     pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning"),
 ]

@@ -97,6 +97,7 @@ NO_CHANGES: dict[str, tuple[Any, ...]] = {
     "parallel.stall_timeout_s": (7.0,),
     "parallel.check_every": (7,),
     "parallel.overlap": (False,),
+    "parallel.shard_optimizer": (True,),
     "task.data.path": ("/somewhere/else.txt",),
     "layout.recompute": (True,),
 }

@@ -25,7 +25,7 @@ def test_dimension(shape: tuple[int, ...], num_copies: int, is_matrix: bool, dim
 @pytest.mark.parametrize("dim", [0, 1, 2])
 @pytest.mark.parametrize("limit", [4, 10, 50, 1000])
 def test_pieces_cover_a_parameter_and_are_bounded(dim: int, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parameter_shards, "MAX_GATHERED_ELEMENTS", limit)
+    monkeypatch.setitem(parameter_shards.MAX_GATHERED_ELEMENTS, "cpu", limit)
     shape = [3, 5, 7]
     shape[dim] = 4
     parameter = torch.zeros(shape)
