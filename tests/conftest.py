@@ -16,8 +16,6 @@ from support.command_line import CommandLine, WarmCommandLine
 from moebench.errors import UsageError
 from moebench.registry import PLUGIN_MODULE, load_plugin
 from moebench.routing.router import ROUTERS
-from moebench.tasks.text.sources import TextDataConfig
-from moebench.tasks.text.windows import prepare
 
 # The same examples in every run, and no time limit for one: a busy machine is not a failure. `make test-all` runs
 # the second number of examples by --hypothesis-profile=full, without which the first is used.
@@ -151,15 +149,6 @@ def built_once(
 def finished(built_once: Callable[[str, Callable[[Path], Any]], Path], warm: WarmCommandLine) -> CommandLine:
     """The tiny experiment with three seeds, trained once: for reading only."""
     return CommandLine(built_once("finished", partial(train_tiny_experiment, warm)))
-
-
-@pytest.fixture(scope="session")
-def embedded_results(built_once: Callable[[str, Callable[[Path], Any]], Path]) -> Path:
-    """A results folder with the embedded text in its cache, encoded once for all tests: for reading and for copies.
-
-    `tests/e2e/test_installed_package.py` begins with an empty cache.
-    """
-    return built_once("embedded", lambda folder: prepare(TextDataConfig(), folder / "cache", sequence_length=64))
 
 
 def train_tiny_experiment(warm: WarmCommandLine, folder: Path) -> None:
