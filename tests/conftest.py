@@ -11,7 +11,7 @@ import pytest
 import torch
 from filelock import FileLock
 from hypothesis import settings
-from support.command_line import CommandLine, WarmCommandLine
+from support.command_line import FIXTURE_TIMEOUT_S, CommandLine, WarmCommandLine
 
 from moebench.errors import UsageError
 from moebench.registry import PLUGIN_MODULE, load_plugin
@@ -156,7 +156,7 @@ def train_tiny_experiment(warm: WarmCommandLine, folder: Path) -> None:
     command_line = CommandLine(folder)
     command_line.write(seeds=[0, 1, 2])
     try:
-        ended = warm.train(command_line, "--json")
+        ended = warm.train(command_line, "--json", timeout=FIXTURE_TIMEOUT_S)
     finally:
         command_line.kill_leftovers()
     assert ended.code == 0, ended.err
