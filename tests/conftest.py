@@ -12,13 +12,11 @@ import pytest
 import torch
 from filelock import FileLock
 from hypothesis import settings
-from support.command_line import CommandLine, WarmCommandLine
+from support.command_line import FIXTURE_TIMEOUT_S, CommandLine, WarmCommandLine
 
 from moebench.errors import UsageError
 from moebench.registry import PLUGIN_MODULE, load_plugin
 from moebench.routing.router import ROUTERS
-from moebench.tasks.text.sources import TextDataConfig
-from moebench.tasks.text.windows import prepare
 
 # The same examples in every run, and no time limit for one: a busy machine is not a failure. `make test-all` runs
 # the second number of examples by --hypothesis-profile=full, without which the first is used.
@@ -156,21 +154,12 @@ def finished(built_once: Callable[[str, Callable[[Path], Any]], Path], warm: War
     return CommandLine(built_once("finished", partial(train_tiny_experiment, warm)))
 
 
-@pytest.fixture(scope="session")
-def embedded_results(built_once: Callable[[str, Callable[[Path], Any]], Path]) -> Path:
-    """A results folder with the embedded text in its cache, encoded once for all tests: for reading and for copies.
-
-    `tests/e2e/test_installed_package.py` begins with an empty cache.
-    """
-    return built_once("embedded", lambda folder: prepare(TextDataConfig(), folder / "cache", sequence_length=64))
-
-
 def train_tiny_experiment(warm: WarmCommandLine, folder: Path) -> None:
     """Train the tiny experiment from the command line, and keep what it printed."""
     command_line = CommandLine(folder)
     command_line.write(seeds=[0, 1, 2])
     try:
-        ended = warm.train(command_line, "--json")
+        ended = warm.train(command_line, "--json", timeout=FIXTURE_TIMEOUT_S)
     finally:
         command_line.kill_leftovers()
     assert ended.code == 0, ended.err

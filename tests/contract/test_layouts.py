@@ -76,7 +76,7 @@ def test_planned_flops_match_torch(layout: str, router: str) -> None:
     assert cost.active_params <= cost.total_params
 
 
-@parametrize_pairs(may_refuse)
+@parametrize_pairs(may_refuse, each_family=False)
 def test_executed_flops_in_evaluation_match_torch(layout: str, router: str) -> None:
     backbone = model_or_skip(layout, router).double().eval()
     counted, _, records, _ = count_flops(backbone, training=False)

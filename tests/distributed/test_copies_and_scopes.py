@@ -103,7 +103,7 @@ def corrupt_and_check(mesh: Mesh, text: Path, folder: Path, overrides: dict[str,
     [
         (Shape(2, 1), "blocks.0.feed_forward.bank.w_in_EDF", "rank 0 and rank 1"),
         (Shape(2, 2), "blocks.1.feed_forward.router.gate.weight_ED", "rank 0 and rank 3"),
-        (Shape(2, 2), "blocks.1.feed_forward.bank.w_out_EFD", "rank 1 and rank 3"),
+        pytest.param(Shape(2, 2), "blocks.1.feed_forward.bank.w_out_EFD", "rank 1 and rank 3", marks=pytest.mark.slow),
     ],
     ids=str,
 )

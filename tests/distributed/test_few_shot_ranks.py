@@ -11,7 +11,7 @@ from support.process_group import ALONE, Shape
 from support.training_cases import write_text
 from support.training_steps import assert_same_training, train_steps, trained_alike
 
-CASES = [(Shape(2, 1), "mean"), (Shape(1, 2), "mean"), (Shape(2, 2), "class_token")]
+CASES = [pytest.param(Shape(2, 1), "mean", marks=pytest.mark.slow), (Shape(1, 2), "mean"), (Shape(2, 2), "class_token")]
 
 
 def write_noisy(folder: Path) -> Path:

@@ -80,7 +80,7 @@ def test_every_tensor_survives_a_chain_of_meshes(text: Path, tmp_path: Path, ove
         newest = target
 
 
-@pytest.mark.parametrize("then", [Shape(), Shape(2, 1), Shape(2, 2)], ids=str)
+@pytest.mark.parametrize("then", [pytest.param(Shape(), marks=pytest.mark.slow), Shape(2, 1), Shape(2, 2)], ids=str)
 def test_training_continues_on_another_mesh(text: Path, tmp_path: Path, then: Shape) -> None:
     first = Shape(1, 2)
     (uninterrupted,) = ALONE.run(train, text, OVERRIDES, tmp_path / "uninterrupted")

@@ -49,10 +49,12 @@ def test_reading_commands_run_no_code_of_a_checkpoint(
 
 
 @pytest.mark.parametrize("attack", [store_object_as_weight, pytest.param(pickle_rest, marks=pytest.mark.slow)])
-def test_a_run_does_not_resume_from_a_checkpoint_with_code(copied: CommandLine, attack: Attack) -> None:
+def test_a_run_does_not_resume_from_a_checkpoint_with_code(
+    copied: CommandLine, warm: WarmCommandLine, attack: Attack
+) -> None:
     folder, marker = attack_run(copied, attack)
     (folder / "result.json").unlink()  # unfinished, so that it is resumed
-    ended = copied.train()
+    ended = warm.train(copied)
     assert ended.code == 1
     assert "failed: switch seed 0" in ended.err
     assert "refused" in ended.err

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 from support.command_line import ARMS, ROOT, CommandLine, Results, WarmCommandLine
@@ -62,6 +63,7 @@ class MyRouter(Router):
 '''
 
 
+@cache
 def names() -> list[str]:
     """Return every registered name, from the registry in a process of its own."""
     code = (

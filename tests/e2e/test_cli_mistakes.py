@@ -258,10 +258,9 @@ def test_a_mistake_in_the_command(refused: Callable[..., None], line: str, parts
     refused(parts, *line.split())
 
 
-def test_an_unknown_key_of_the_shipped_experiment(finished: CommandLine) -> None:
-    """Run in a new process, as a user does."""
+def test_an_unknown_key_of_the_shipped_experiment(finished: CommandLine, warm: WarmCommandLine) -> None:
     quickstart = "experiments/quickstart.yaml"
-    ended = finished("run", quickstart, "router.top_kk=2", "--results", "nothing_here")
+    ended = warm(finished, "run", quickstart, "router.top_kk=2", "--results", "nothing_here")
     assert_refused(ended, ["router.top_kk", "Did you mean 'top_k'?"])
     assert not (finished.folder / "nothing_here").exists()
 

@@ -237,12 +237,10 @@ def test_an_experiment_in_the_folder_experiments_is_known_by_its_name(cli: Comma
     assert (ended.code, ended.json["experiment"]) == (0, "mine"), ended.err
 
 
-def test_a_packaged_experiment_is_known_by_its_name_and_path(
-    cli: CommandLine, warm: WarmCommandLine, embedded_results: Path
-) -> None:
-    shutil.copytree(embedded_results, cli.folder / "results")
+def test_a_packaged_experiment_is_known_by_its_name_and_path(cli: CommandLine, warm: WarmCommandLine) -> None:
     for name in ("quickstart", "experiments/quickstart.yaml"):
-        ended = warm(cli, "plan", name, "--json", "grid.router=[dense]", "seeds=[0]")
+        small = ("seeds=[0]", "task.data.path=text", "train.steps=9", "train.warmup_steps=1")
+        ended = warm(cli, "plan", name, "--json", "grid.router=[dense]", *small)
         assert (ended.code, ended.json["experiment"]) == (0, "quickstart"), ended.err
     ended = warm(cli, "plan", "experiments/quickstrt.yaml")
     assert (ended.code, ended.err.count("\n")) == (2, 1)

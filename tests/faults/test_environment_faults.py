@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command_line import ROOT, CommandLine, CommandResult, Results, deterministic_points
+from support.command_line import ROOT, CommandLine, CommandResult, Results, WarmCommandLine, deterministic_points
 
 WITHOUT_HOME = """
 import pwd
@@ -125,14 +125,14 @@ def test_closed_streams(cli: CommandLine) -> None:
 
 
 @pytest.mark.parametrize("place", ["import", "config"])
-def test_a_plugin_that_ends_the_process_is_a_failure(cli: CommandLine, place: str) -> None:
+def test_a_plugin_that_ends_the_process_is_a_failure(cli: CommandLine, warm: WarmCommandLine, place: str) -> None:
     write_small(cli)
     body = "import os\nos._exit(0)\n"
     if place == "config":
         body = "import os\nfrom moebench.routing.routers.switch import Switch\n"
         body += "Switch.__init__ = lambda *arguments, **options: os._exit(0)\n"
     (cli.folder / "leaving.py").write_text(body)
-    ended = cli("run", "./tiny.yaml", "--tracker", "none", "--plugin", "leaving.py")
+    ended = warm.train(cli, "--plugin", "leaving.py")
     assert ended.code == 2
     assert ended.err.startswith("error: os._exit(0) was called at ")
     assert "leaving.py:" in ended.err

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import subprocess
 import time
 
 import pytest
@@ -101,15 +100,16 @@ class Stuck(Switch):
 """
 
 
-def test_a_second_ctrl_c_does_not_wait_for_the_step(cli: CommandLine, results: Results) -> None:
+def test_a_second_ctrl_c_does_not_wait_for_the_step(cli: CommandLine, results: Results, warm: WarmCommandLine) -> None:
     (cli.folder / "stuck.py").write_text(STUCK)
-    process = cli.start_training("--plugin", "stuck.py", "grid.router=[stuck]")
+    options = ("--tracker", "none", "--jobs", "1", "--plugin", "stuck.py", "grid.router=[stuck]")
+    process = warm.start(cli, "run", "./tiny.yaml", *options)
     folder = wait_for_step(results, step=5)
-    send(process, signal.SIGINT, group=True)
-    with pytest.raises(subprocess.TimeoutExpired):  # the runner waits for the end of the step
-        process.wait(timeout=2)
-    send(process, signal.SIGINT, group=True)
-    ended = cli.wait(process, timeout=10)
+    process.send_signal(signal.SIGINT)
+    time.sleep(2)
+    assert not warm.has_answer()  # the runner waits for the end of the step
+    process.send_signal(signal.SIGINT)
+    ended = warm.finish(timeout=10)
     assert ended.code == 130, ended.err
     assert "Traceback" not in ended.err
     cli.assert_no_process_is_left()

@@ -24,6 +24,8 @@ WARM_MARK = uuid.uuid4().hex
 SERVERS: set[int] = set()
 """Processes that live as long as the test run."""
 TIMEOUT_S = 90
+FIXTURE_TIMEOUT_S = 270.0
+"""For grids that many tests read: one that is late fails all of them."""
 BUSY_TIMEOUT_S = 150.0
 """For waiting on a busy machine."""
 ARMS = ("dense", "switch", "top_k")
@@ -156,51 +158,7 @@ class CommandLine:
                 continue
 
 
-SERVER = """
-import gc, json, multiprocessing.process, os, runpy, sys, traceback
-from multiprocessing import forkserver, resource_tracker
-from moebench.launch.local_worker import start_fork_server
-start_fork_server()  # it imports while this process does
-import moebench.cli, moebench.experiment.runner, moebench.analysis.figures, moebench.analysis.compare.report
-from moebench.registry import HOMES, get_registry
-for kind in HOMES:
-    get_registry(kind).names()
-gc.freeze()
-server = forkserver._forkserver
-server.ensure_running = forkserver.ensure_running = lambda: None  # it would wait for a process that is not its child
-print(json.dumps([os.getpid(), server._forkserver_pid, resource_tracker._resource_tracker._pid]), flush=True)
-for line in sys.stdin:
-    call = json.loads(line)
-    child = os.fork()
-    if child:
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-        continue
-    os.chdir(call["folder"])
-    multiprocessing.process.ORIGINAL_DIR = call["folder"]  # where workers start
-    if "terminal" in call:
-        os.setsid()  # the terminal becomes the controlling one when it is opened
-        streams = [os.open(call["terminal"], os.O_RDWR)] * 3
-    else:
-        files = [os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC) for name in (call["out"], call["err"])]
-        streams = [os.open(call["in"], os.O_RDONLY), *files]
-    for number, stream in enumerate(streams):
-        os.dup2(stream, number)
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
-    os.environ.update(call["environment"])
-    sys.argv = [*call["arguments"]]
-    from moebench.__main__ import main
-    code = 0
-    try:
-        main() if sys.argv[0] == "moebench" else runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as end:
-        code = end.code or 0
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # taking torch down again costs a second
-"""
+SERVER = Path(__file__).with_name("warm_server.py").read_text(encoding="utf-8")
 
 
 class WarmCommandLine:
@@ -212,6 +170,7 @@ class WarmCommandLine:
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
         self.server: subprocess.Popen[str] | None = None
+        self.has_unread_answer = False
 
     def __call__(
         self,
@@ -241,8 +200,11 @@ class WarmCommandLine:
         environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Begin a command or a program, whose streams are files (`in`, `out`, `err`) or a `terminal`."""
+        if self.has_unread_answer:  # of a command in the background, whose test has failed
+            self.close()
         server = self.server = self.server or self._start()
         assert server.stdin is not None
+        self.has_unread_answer = True
         call = {"folder": str(cli.folder), "arguments": arguments, "environment": {MARK: cli.mark, **environment}}
         print(json.dumps(call | dict(streams)), file=server.stdin, flush=True)
 
@@ -278,6 +240,7 @@ class WarmCommandLine:
         if not select.select([self.server.stdout], [], [], timeout)[0]:
             self.close()  # a later call must not read the answer to this one
             raise AssertionError(f"no answer to {arguments} within {timeout:.0f} s")
+        self.has_unread_answer = False
         return int(self.server.stdout.readline())
 
     def _start(self) -> subprocess.Popen[str]:
@@ -293,10 +256,15 @@ class WarmCommandLine:
         return server
 
     def train(
-        self, cli: CommandLine, *arguments: str, results: str = "results", name: str = "./tiny.yaml"
+        self,
+        cli: CommandLine,
+        *arguments: str,
+        results: str = "results",
+        name: str = "./tiny.yaml",
+        timeout: float = TIMEOUT_S,
     ) -> CommandResult:
         """Call `run` without a tracker."""
-        return self(cli, "run", name, "--results", results, "--tracker", "none", *arguments)
+        return self(cli, "run", name, "--results", results, "--tracker", "none", *arguments, timeout=timeout)
 
     def close(self) -> None:
         """End the server, and with it the one that forks workers."""
@@ -304,6 +272,7 @@ class WarmCommandLine:
             self.server.kill()
             self.server.communicate()
             self.server = None
+            self.has_unread_answer = False
 
 
 @dataclass(frozen=True)

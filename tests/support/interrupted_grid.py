@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from support.command_line import (
+    FIXTURE_TIMEOUT_S,
     CommandLine,
     Results,
     WarmCommandLine,
@@ -31,7 +32,7 @@ def train_without_interruption(warm: WarmCommandLine, folder: Path) -> None:
     cli = CommandLine(folder)
     write_grid(cli)
     try:
-        ended = warm.train(cli, "--jobs", "1")
+        ended = warm.train(cli, "--jobs", "1", timeout=FIXTURE_TIMEOUT_S)
         assert ended.code == 0, ended.err
         compared = warm(cli, "compare", "./tiny.yaml", "--json")
     finally:

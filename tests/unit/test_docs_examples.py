@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,28 +20,30 @@ from moebench.yaml_text import parse_yaml
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_the_files_of_the_page_on_running_fit_their_models(tmp_path: Path, embedded_results: Path) -> None:
+def test_the_files_of_the_page_on_running_fit_their_models(cli: CommandLine) -> None:
     page = (ROOT / "docs" / "running.md").read_text()
     first, arms = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[:2]
     assert "grid:\n  arm:" in arms
     base, _, rest = first.partition("grid:")
     with_arms = base + arms + "seeds:" + rest.partition("seeds:")[2]
     for name, text in {"first": first, "arms": with_arms}.items():
-        file = tmp_path / f"{name}.yaml"
+        file = cli.folder / f"{name}.yaml"
         file.write_text(text)
-        for cell in expand(file).cells[:4]:
-            model = build_model(cell.config, prepare_task(cell.config, embedded_results))
+        for cell in expand(file, [f"task.data.path={cli.folder / 'text'}"]).cells[:4]:
+            model = build_model(cell.config, prepare_task(cell.config, cli.folder))
             assert compute_cost(model.backbone, [], 128).flops_per_token > 0
 
 
-def test_the_models_of_the_page_on_the_transformer_are_built(embedded_results: Path) -> None:
+def test_the_models_of_the_page_on_the_transformer_are_built(cli: CommandLine) -> None:
     [models] = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "model.md").read_text(), re.DOTALL)
     named = yaml.safe_load(models)
     assert len(named) == 7
     for settings in named.values():
         config = resolve(parse_yaml(yaml.safe_dump(settings), "model.md"))
         assert to_plain(config.model) != to_plain(resolve({}).model)
-        build_model(config, prepare_task(config, embedded_results))
+        data = replace(config.task.data, path=str(cli.folder / "text"))  # type: ignore[attr-defined]
+        small = replace(config, task=replace(config.task, data=data))
+        build_model(small, prepare_task(small, cli.folder))
 
 
 def test_the_code_of_the_page_on_the_api_runs(cli: CommandLine, warm: WarmCommandLine) -> None:

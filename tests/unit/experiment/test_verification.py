@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from support.command_line import CommandLine, Results, WarmCommandLine, journal
+from support.command_line import FIXTURE_TIMEOUT_S, CommandLine, Results, WarmCommandLine, journal
 from support.run_folders import write_cell
 
 from moebench.experiment.machine_check import check_versions
@@ -25,7 +25,7 @@ def train_tracked(warm: WarmCommandLine, folder: Path) -> None:
     command_line = CommandLine(folder)
     command_line.write(grid={"router": ["dense", "switch"]}, seeds=[0])
     try:
-        ended = warm(command_line, "run", "./tiny.yaml")
+        ended = warm(command_line, "run", "./tiny.yaml", timeout=FIXTURE_TIMEOUT_S)
     finally:
         command_line.kill_leftovers()
     assert ended.code == 0, ended.err

@@ -120,12 +120,24 @@ def test_failed_save_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
     assert find_newest_valid(tmp_path)[0] == checkpoint_path(tmp_path, 1)
 
 
-@pytest.mark.parametrize(("damage", "name"), list_damages())
-def test_run_resumes_from_the_previous_checkpoint(text: Path, tmp_path: Path, capsys, damage, name: str) -> None:
+@pytest.fixture(scope="module")
+def stopped(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+    """A run trained to the end, and the same run stopped after its second checkpoint: for copies."""
+    folder = tmp_path_factory.mktemp("stopped")
     config = tiny_config(text, train={"checkpoint_every": 3})
-    full, parts = Run(config, tmp_path / "full"), Run(config, tmp_path / "parts")
+    full, parts = Run(config, folder / "full"), Run(config, folder / "parts")
     full()
     parts(stop_at=6)
+    return full, parts
+
+
+@pytest.mark.parametrize(("damage", "name"), list_damages())
+def test_run_resumes_from_the_previous_checkpoint(
+    stopped: tuple[Run, Run], tmp_path: Path, capsys, damage, name: str
+) -> None:
+    full, original = stopped
+    parts = Run(original.config, tmp_path / "parts")
+    shutil.copytree(original.folder, parts.folder)
     damage(file_of(parts.checkpoints / "step_0000006.ckpt", name))
     capsys.readouterr()
     parts()

@@ -65,8 +65,14 @@ def draw_settings(label: str, path: Path) -> None:
     draw_curve(curve, path)
 
 
-@pytest.mark.parametrize("draw", [draw_arms, draw_loads, draw_tables, draw_settings])
-@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+@pytest.mark.parametrize(
+    ("draw", "suffix"),
+    [
+        pytest.param(draw, suffix, marks=() if suffix == "png" or draw is draw_loads else pytest.mark.slow)
+        for draw in (draw_arms, draw_loads, draw_tables, draw_settings)
+        for suffix in ("png", "svg", "pdf")
+    ],
+)
 def test_no_label_fails_or_becomes_boxes(draw: Callable[[str, Path], None], suffix: str, tmp_path: Path) -> None:
     for label in LABELS:  # a box is a warning of matplotlib, and warnings are errors
         draw(label, tmp_path / f"figure.{suffix}")

@@ -1,0 +1,86 @@
+"""The program behind `WarmCommandLine`: it imports once and runs each call of its standard input in a fork.
+
+It is run as text (`python -c`), so that workers do not import it as their main module.
+"""
+
+import gc
+import json
+import multiprocessing.process
+import os
+import runpy
+import sys
+import traceback
+from multiprocessing import forkserver, resource_tracker
+from typing import Any
+
+from moebench.launch.local_worker import start_fork_server
+
+
+def load_everything() -> None:
+    """Import what calls need, while the server that forks their workers does the same."""
+    start_fork_server()
+    import moebench.analysis.compare.report
+    import moebench.analysis.figures
+    import moebench.cli
+    import moebench.experiment.runner  # noqa: F401
+    from moebench.registry import HOMES, get_registry
+
+    for kind in HOMES:
+        get_registry(kind).names()
+    gc.freeze()
+
+
+def redirect(call: dict[str, Any]) -> None:
+    """Open the streams of a call: its terminal, or its files."""
+    if "terminal" in call:
+        os.setsid()  # the terminal becomes the controlling one when it is opened
+        streams = [os.open(call["terminal"], os.O_RDWR)] * 3
+    else:
+        files = [os.open(call[name], os.O_RDWR | os.O_CREAT | os.O_TRUNC) for name in ("out", "err")]
+        streams = [os.open(call["in"], os.O_RDONLY), *files]
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+
+
+def run_call(call: dict[str, Any]) -> int:
+    """Run a command of moebench or a program, and return its exit code."""
+    from moebench.__main__ import main
+
+    os.chdir(call["folder"])
+    multiprocessing.process.ORIGINAL_DIR = call["folder"]  # where workers start
+    redirect(call)
+    os.environ.update(call["environment"])
+    sys.argv = [*call["arguments"]]
+    code = 0
+    try:
+        if sys.argv[0] == "moebench":
+            main()
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0  # type: ignore[assignment]
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def serve() -> None:
+    """Print the processes of the server, then the exit code of each call."""
+    load_everything()
+    server = forkserver._forkserver
+    # It would wait for a process that is not its child.
+    server.ensure_running = forkserver.ensure_running = lambda: None
+    print(json.dumps([os.getpid(), server._forkserver_pid, resource_tracker._resource_tracker._pid]), flush=True)
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            os._exit(run_call(json.loads(line)))  # taking torch down again costs a second
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
