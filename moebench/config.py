@@ -17,7 +17,7 @@ from moebench.schema import COMPONENTS, DEFAULT_NAMES, SECTIONS, CellConfig, Exp
 from moebench.tuning_config import TuneConfig
 from moebench.yaml_text import MAX_CHARACTERS, parse_override, parse_yaml
 
-SCHEMA = 4
+SCHEMA = 5
 """Part of every cell id: raised when a change makes older results incomparable."""
 
 NOT_IN_ID = {
