@@ -10,7 +10,7 @@
 #   --limit S       seconds for everything (880)
 #   --each S        limit of each stage (880)
 #   --grace S       seconds from SIGTERM to SIGKILL (20): a run saves a checkpoint
-#   --stages A,B    only these stages: tests, step, layer, step_512, step_1152, long
+#   --stages A,B    only these stages: kernels, tests, step, layer, step_512, step_1152, ranking
 #
 # PYTHON names the interpreter, which must have torch with CUDA; missing packages are installed from the
 # wheels into a temporary folder. The most important stages come first, each with its own limit. OUT has one log for
@@ -23,7 +23,7 @@ set -uo pipefail
 PYTHON=${PYTHON:-python3}
 DEVICE=${MOEBENCH_TEST_DEVICE:-cuda}
 OUT=gpu_check WHEELS=wheels LIMIT_S=880 EACH_S=880 GRACE_S=20 FOR_PYTHON=3.12 STAGES='' COLLECT='' ALL=''
-ALL_STAGES=(tests step layer step_512 step_1152 long)
+ALL_STAGES=(kernels tests step layer step_512 step_1152 ranking)
 
 # Besides torch and its dependencies; without mlflow and datasets: no tracker runs, and the data are in the package.
 SMALL=(PyYAML lightning lightning-utilities torchmetrics packaging tqdm typer annotated-doc shellingham rich
@@ -174,15 +174,15 @@ if [[ $DEVICE == cuda ]]; then
   WIDE=(task.sequence_length=512 model.num_layers=8 layout.num_experts=16 train.batch_size=16)
   W512=(model.d_model=512 model.num_heads=8 model.ffn_width=2048)
   W1152=(model.d_model=1152 model.num_heads=16 model.ffn_width=4608)
-  MODEL=() LONG=()
+  MODEL=() RANKING=()
 else
   TESTS='collectives_of_one_process or no_multiple'
   STEP=(--steps 1 --rounds 1 --threads 1) LAYER=(--shape '64,16,16,4,2,swiglu' --rounds 1 --threads 1) ROUTERS=(--router switch)
   WIDE=(task.sequence_length=16 train.batch_size=2)
   W512=(model.d_model=16 model.num_heads=2 model.ffn_width=32)
   W1152=("${W512[@]}") MODEL=("${WIDE[@]}" "${W512[@]}" model.num_layers=2)
-  LONG=(seeds='[0]' task.sequence_length=16 task.eval_windows=2 model.d_model=16 model.num_layers=1 train.steps=2
-    train.batch_size=2 train.precision=fp32)
+  RANKING=(tune=null seeds='[0]' 'grid.router=[dense,top_k]' task.data.pack=domains task.data.tokenizer=bytes task.sequence_length=16
+    task.eval_windows=2 model.d_model=16 model.num_layers=1 train.steps=2 train.batch_size=2 train.precision=fp32)
 fi
 run_module=("$PYTHON" -m)
 STEP_BENCH=("${run_module[@]}" moebench bench step --device "$DEVICE" --markdown "${STEP[@]}" "${ROUTERS[@]}")
@@ -198,13 +198,14 @@ else
   FAILED=1
 fi
 
+run_stage kernels 120 "${run_module[@]}" pytest -p no:cacheprovider -m gpu --timeout 100 tests/gpu/test_gpu_kernels.py tests/gpu/test_gpu_step.py
 run_stage tests 200 "${run_module[@]}" pytest -p no:cacheprovider -m gpu -k "$TESTS" --timeout 120 tests/gpu tests/contract/test_execution.py
 run_stage step 90 "${STEP_BENCH[@]}" "${MODEL[@]}" train.precision="$HALF"
 run_stage layer 200 "${run_module[@]}" moebench bench layer --device "$DEVICE" --markdown "${LAYER[@]}"
 run_stage step_512 90 "${STEP_BENCH[@]}" "${WIDE[@]}" "${W512[@]}" train.precision="$HALF"
 run_stage step_1152 90 "${STEP_BENCH[@]}" "${WIDE[@]}" "${W1152[@]}" train.precision="$HALF"
-run_stage long 600 "${run_module[@]}" moebench run experiments/language_long.yaml --jobs 6 --tracker none \
-  'grid.router=[{name: top_k, top_k: 2}, loss_free]' train.device="$DEVICE" "${LONG[@]}"
+run_stage ranking 600 "${run_module[@]}" moebench run results/published/routers_h200.yaml --jobs 9 --tracker none --ignore-memory \
+  train.device="$DEVICE" "${RANKING[@]}"
 keep_results
 report "total: $((SECONDS - BEGIN_S)) s"
 exit $FAILED

@@ -24,7 +24,7 @@ case "$*" in
   '- '*) cat >/dev/null; echo '0 wheels to install' ;;
   *pytest*) [[ -z ${DEAF:-} ]] || trap '' TERM; echo 'half a result'; while :; do sleep 0.1; done ;;
   *'bench layer'*) echo 'error: it broke' >&2; exit 3 ;;
-  *language_long*)
+  *routers_h200*)
     mkdir -p "$MOEBENCH_RESULTS/runs/a"
     printf '{"id":\\n"a"}' >"$MOEBENCH_RESULTS/runs/a/result.json" ;;
   *) echo "$*" ;;
@@ -69,7 +69,7 @@ def test_a_stage_that_hangs_is_stopped_and_the_others_run(tmp_path: Path) -> Non
     assert "cuda, limit 90 s: Python 3.12.3 torch 2.11.0 NVIDIA H200" in text
     assert "tests: stopped after 1 s; partial output in tests.log\n" in text
     assert "layer: failed with exit code 3, 0 s: error: it broke\n" in text
-    assert [name for name, what in summary(out).items() if what == "ok"] == ["step", "step_512", "step_1152", "long"]
+    assert [name for name, what in summary(out).items() if what == "ok"] == ["step", "step_512", "step_1152", "ranking"]
     assert (out / "tests.log").read_text() == "half a result\n"
     wide = (out / "step_1152.log").read_text()
     assert "-m moebench bench step --device cuda" in wide
@@ -95,8 +95,10 @@ def test_no_stage_starts_after_the_time_limit(tmp_path: Path) -> None:
     assert code == 1
     assert time.monotonic() - begin < 60
     states = summary(out)
-    assert states["tests"] == "stopped after"
-    assert {states[name] for name in ("step", "layer", "step_512", "step_1152", "long")} == {"not run: out of time"}
+    assert states["kernels"] == "stopped after"
+    assert {states[name] for name in ("tests", "step", "layer", "step_512", "step_1152", "ranking")} == {
+        "not run: out of time"
+    }
 
 
 def test_finished_stages_survive_the_loss_of_the_machine(tmp_path: Path) -> None:
@@ -113,7 +115,7 @@ def test_finished_stages_survive_the_loss_of_the_machine(tmp_path: Path) -> None
 
 
 def test_exit_code_is_0_if_all_stages_succeed(tmp_path: Path) -> None:
-    code, _, err = wait_for(check(tmp_path, str(tmp_path / "out"), "--stages", "step,long"))
+    code, _, err = wait_for(check(tmp_path, str(tmp_path / "out"), "--stages", "step,ranking"))
     assert (code, err) == (0, "")
 
 
@@ -125,7 +127,11 @@ def test_exit_code_is_0_if_all_stages_succeed(tmp_path: Path) -> None:
         (("--fast",), {}, "--fast: no such option (allowed: --collect"),
         (("--limit",), {}, "--limit: a value is missing"),
         (("--limit", "soon"), {}, "'soon' is not a whole number of seconds"),
-        (("--stages", "step,all"), {}, "'all' is unknown (allowed: tests step layer step_512 step_1152 long)"),
+        (
+            ("--stages", "step,all"),
+            {},
+            "'all' is unknown (allowed: kernels tests step layer step_512 step_1152 ranking)",
+        ),
         ((), {"MOEBENCH_TEST_DEVICE": "tpu"}, "MOEBENCH_TEST_DEVICE: 'tpu' is unknown (allowed: cuda, cpu)"),
     ],
 )
