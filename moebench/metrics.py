@@ -205,7 +205,7 @@ COST: tuple[Declaration, ...] = (
 )
 SPEED: tuple[Declaration, ...] = (
     ("tokens_per_s", "tokens/s", "tokens/s", "count", "higher", "Speed of the median training step."),
-    ("mfu", "MFU", "share", "percent", "higher", "Three times the active forward FLOPs over the devices' known peak."),
+    ("mfu", "MFU", "share", "percent", "higher", "Model FLOPs utilization: active FLOPs over the peak, where known."),
     ("step_s", "", "s", "number", "lower", "Time of the median training step."),
     ("train_s", "", "s", "number", "lower", "Time of all training steps."),
     ("total_s", "", "s", "number", "lower", "Time of the run, evaluations included, since its last start."),

@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,8 @@ def test_the_end_of_a_run(warm: WarmCommandLine, cli: CommandLine) -> None:
 def test_an_interrupted_run(call: Callable[..., str], store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from moebench.experiment import runner
 
-    monkeypatch.setattr(runner._GridRun, "train", lambda self, options: ([], 2))
+    interrupted = runner.Interrupted(2, (), time.monotonic(), is_repeated=False)
+    monkeypatch.setattr(runner._GridRun, "train", lambda self, options: ([], interrupted))
     text = call("run", "./tiny.yaml", "seeds=[0, 7]", "--results", RESULTS, "--tracker", "none", "--jobs", "2")
     (words,) = require_usable(text)
     assert words[1:] == [*shlex.split(f"run ./tiny.yaml 'seeds=[0, 7]' --results '{RESULTS}' --tracker none --jobs 2")]
