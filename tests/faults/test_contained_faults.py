@@ -47,6 +47,7 @@ ESSENTIAL = ("api", "config", "experiment.plan", "experiment.runner", "interrupt
 ESSENTIAL += ("runs.cell", "runs.folder", "runs.result", "tracking.tracker.TrackerStatus", "cores", "tasks")
 ESSENTIAL += ("runs.folder_identity", "runs.checked_json", "file_access", "experiment.memory", "experiment.model_costs")
 ESSENTIAL += ("experiment.display.open_display", "experiment.display._close", "reporting.streams")
+ESSENTIAL += ("experiment.live_tracking", "experiment.phases", "experiment.run_setup")
 """Modules of the runner without which no cell can be trained; everything else that it calls may fail."""
 SIDE = ("launch.launcher.LocalLauncher.release", "launch.failure.build_failed_result")
 """Functions of these modules that may fail as well."""

@@ -68,7 +68,7 @@ def test_a_silent_process_fails_its_cell_and_the_next_call_repairs(cli: CommandL
         ("slow", 0): "done",
         ("dense", 0): "done",
     }
-    reason = "no step and no evaluation batch was finished for 4 s after step 5 (parallel.stall_timeout_s)"
+    reason = "no step and no evaluation batch was finished for 12 s after step 5 (parallel.stall_timeout_s)"
     assert results.result("sleep", 0)["error"] == reason
     # A process that stops right after a step has not reported it yet.
     halted = re.escape(f"{reason}: the process is stopped by a signal (SIGSTOP)").replace("step\\ 5", "step [0-5]")
