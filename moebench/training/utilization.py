@@ -37,7 +37,8 @@ def _teraflops(bf16: float | None, tf32: float | None, fp32: float) -> DevicePea
 
 
 PEAKS: Sequence[tuple[str, DevicePeak]] = (
-    # Data sheets of the maker; those of NVIDIA since Ampere state twice the dense values ("with sparsity").
+    # Data sheets of the maker; those of NVIDIA since Ampere state twice the dense values ("with sparsity"). The
+    # bf16 values of H100, H200 and A100 were compared with a second source, the others were not.
     (r"\bGB200\b", _teraflops(2500, 1250, 80)),
     (r"\bB200\b", _teraflops(2250, 1125, 75)),  # NVIDIA HGX B200
     (r"\bH200 NVL\b", _teraflops(835.5, 417.5, 60)),
