@@ -123,12 +123,16 @@ class Protocol:
         return Round(seconds=seconds, others=share_since(start))
 
     def _turn(self, variant: TimedCall, repeats: int) -> float:
-        clock = _cuda_seconds if self.device.type == "cuda" else _wall_seconds
         total = 0.0
         for _ in range(repeats):
             variant.prepare()
-            total += clock(variant.call)
+            total += time_call(variant.call, self.device)
         return total / repeats
+
+
+def time_call(call: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of a call on a device: on a GPU between two events, after which the host waits."""
+    return _cuda_seconds(call) if device.type == "cuda" else _wall_seconds(call)
 
 
 def _wall_seconds(call: Callable[[], object]) -> float:

@@ -1,11 +1,11 @@
 """The peak that the speed of a step is compared with: the device's, or the measured rate of a plain product."""
 
 import statistics
-import time
 from dataclasses import dataclass
 
 import torch
 
+from moebench.bench.timing import time_call
 from moebench.schema import TrainConfig
 from moebench.training.utilization import find_peak_flops, select_kind
 
@@ -42,16 +42,5 @@ def _measure_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Return the FLOP/s of a square product in the present number of threads, median of a few."""
     width = MEASURED_WIDTH.get(device.type, 1024)
     factor_XX = torch.randn(width, width, device=device).to(dtype)
-    durations_s = []
-    for _ in range(1 + NUM_REPEATS):
-        _wait(device)
-        start_s = time.perf_counter()
-        factor_XX @ factor_XX
-        _wait(device)
-        durations_s.append(time.perf_counter() - start_s)
+    durations_s = [time_call(lambda: factor_XX @ factor_XX, device) for _ in range(1 + NUM_REPEATS)]
     return 2 * width**3 / statistics.median(durations_s[1:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
