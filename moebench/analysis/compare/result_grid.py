@@ -2,11 +2,13 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import isfinite
 
 from moebench.analysis.compare.values import ComparisonMetric, LostCell
+from moebench.analysis.design.levels import Level, level_of_look
 from moebench.errors import UsageError, unknown
+from moebench.experiment.seed_plan import SeedPlan
 from moebench.runs.result import Fault, RunResult
 
 Expected = Sequence[tuple[str, int, str]]
@@ -25,6 +27,8 @@ class ResultGrid:
     missing: tuple[LostCell, ...]
     unexpected: tuple[str, ...]
     """Ids of results that belong to no expected cell."""
+    plan: SeedPlan = field(default_factory=SeedPlan)
+    """Planned seeds; an empty plan gives every look the full level."""
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -34,6 +38,15 @@ class ResultGrid:
     def common_seeds(self, arm: str) -> tuple[int, ...]:
         """Return the seeds finished by both the arm and the baseline."""
         return tuple(seed for seed in self.done[arm] if seed in self.done[self.baseline])
+
+    def list_ended_seeds(self, arm: str) -> set[int]:
+        """Return the seeds of an arm with an outcome: a result, or a failure that will not become one."""
+        return {*self.done[arm], *(cell.seed for cell in self.failed if cell.arm == arm)}
+
+    def choose_level(self, arm: str, num_comparisons: int) -> Level:
+        """Return the level of the verdict on an arm, by the seeds that it and the baseline have an outcome of."""
+        seeds = self.list_ended_seeds(arm) & self.list_ended_seeds(self.baseline)
+        return level_of_look(self.plan, seeds, num_comparisons)
 
     def get_quality(self, arm: str, seeds: Sequence[int]) -> list[float]:
         """Return the final metric of an arm for these seeds."""
