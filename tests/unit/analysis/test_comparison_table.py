@@ -91,7 +91,7 @@ arm                 seeds             mean       minus dense  p Holm  verdict
 ──────────────────────────────────────────────────────────────────────────────────────────
 dense                   5  2.0000 ± 0.0196                 –       –  baseline
 switch             4 of 5  1.9852 ± 0.0183  −0.0098 ± 0.0027   0.003  1 of 5 diverged
-sigmoid_bias_free  4 of 5  2.0030 ± 0.0247  +0.0005 ± 0.0029   0.622  no difference shown
+sigmoid_bias_free  4 of 5  2.0030 ± 0.0247  +0.0005 ± 0.0029   0.622  undecided
 
 How sure: dense subtracted seed by seed
 arm                pairs      p  p Holm  exact p  seed SD  detectable  power
