@@ -1,6 +1,7 @@
 """`moebench run`: train every cell of an experiment that is not done."""
 
 from collections.abc import Callable
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,13 +27,21 @@ from moebench.printable import print_text
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moebench.experiment.run_setup import RunOptions
+    from moebench.analysis.design.sequential import DecisionReport
+    from moebench.experiment.grid import Experiment
+    from moebench.experiment.run_setup import RunOptions, RunSetup
     from moebench.experiment.runner import RunReport
     from moebench.launch.cluster_environment import ClusterEnvironment
     from moebench.launch.launcher import Launcher
     from moebench.launch.scheduler import Outcome
 
 EXIT_FAILED, EXIT_TRACKER = 1, 3
+
+class UntilName(StrEnum):
+    """When a run that adds seeds ends."""
+
+    DECIDED = "decided"
+
 
 IgnoreMemory = Annotated[
     bool, typer.Option("--ignore-memory", help="Train cells that need more memory than there is, by the estimate.")
@@ -56,6 +65,13 @@ DryRun = Annotated[
 Reshard = Annotated[
     bool, typer.Option("--reshard", help="Start new cells from the checkpoints of the same cells on another mesh.")
 ]
+Until = Annotated[
+    UntilName | None,
+    typer.Option(help="Add seeds up to --max-seeds to the arms that the planned seeds leave undecided."),
+]
+MaxSeeds = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="With --until decided: seeds that an undecided arm has at most.")
+]
 Foreground = Annotated[
     str | None,
     typer.Option(metavar="CELL", help="Train one cell in this process, for a debugger: ARM, ARM/SEED or its id."),
@@ -74,6 +90,8 @@ def run(
     fail_fast: FailFast = False,
     dry_run: DryRun = False,
     reshard: Reshard = False,
+    until: Until = None,
+    max_seeds: MaxSeeds = None,
     foreground: Foreground = None,
     ignore_memory: IgnoreMemory = False,
     json: Json = False,
@@ -83,6 +101,9 @@ def run(
     Each cell runs in its own processes: when one fails, the others continue. Press Ctrl-C once to stop with
     everything saved; the same command continues from there. Started by torchrun or SLURM, it trains over the processes
     that these started.
+
+    With --until decided, arms that the planned seeds leave undecided get more seeds, and so does the baseline. Name
+    --max-seeds before the first results: verdicts at both looks then share one level of 5 %.
 
     With --foreground a breakpoint() in a plug-in stops at a prompt, and a failure shows its traceback; no tracker.
 
@@ -97,8 +118,13 @@ def run(
     console = open_stderr_console()
     overrides = add_size(overrides, size)
     cluster = detect_cluster()
+    if (until is None) != (max_seeds is None):
+        missing, given = ("--max-seeds", "--until decided") if until else ("--until decided", "--max-seeds")
+        raise UsageError(f"{given}: needs {missing} too (for example --until decided --max-seeds 8)")
+    if until and dry_run:
+        raise UsageError("--until: not with --dry-run, which does not know what will be undecided")
     if foreground is not None:
-        others = {"--json": json, "--jobs": jobs, "--reshard": reshard, "--retries": retries}
+        others = {"--json": json, "--jobs": jobs, "--reshard": reshard, "--retries": retries, "--until": bool(until)}
         _check_foreground(others | {"--fail-fast": fail_fast, "--dry-run": dry_run}, cluster)
         code = _run_one_cell(experiment, overrides, plugin, foreground, results, console, ignore_memory=ignore_memory)
     elif dry_run:
@@ -108,7 +134,7 @@ def run(
             code = _show_actions(experiment, overrides, plugin, results, launcher, json)
     else:
         options = RunOptions(jobs, tracker, reshard, retries, fail_fast, ignore_memory)
-        run_grid = partial(_run_grid, experiment, overrides, plugin, results, options, console, json=json)
+        run_grid = partial(_run_grid, experiment, overrides, plugin, results, options, console, max_seeds, json=json)
         code = run_grid(LocalLauncher()) if cluster is None else _run_in_cluster(cluster, run_grid, console)
     if code:
         raise typer.Exit(code)
@@ -197,6 +223,7 @@ def _run_grid(
     results: Path,
     options: "RunOptions",
     console: "Console",
+    max_seeds: int | None,
     launcher: "Launcher",
     *,
     json: bool,
@@ -204,20 +231,36 @@ def _run_grid(
     """Run the grid, print a summary and return the exit code."""
     from moebench.analysis.figures import Figures
     from moebench.experiment.grid import expand
-    from moebench.experiment.phases import run_phases
     from moebench.experiment.run_setup import RunSetup
 
     grid = expand(find_experiment(experiment), overrides or (), plugins or ())
     setup = RunSetup(results=results, options=options, launcher=launcher, console=console, figures=Figures())
-    report = run_phases(grid, setup)
+    report, decisions = _run_phases(grid, setup, max_seeds)
     if json:
-        print_json(report.to_dict())
+        print_json(report.to_dict() | ({"until": decisions.to_dict()} if decisions else {}))
     else:
         arguments = CommandArguments(
             experiment=experiment, overrides=overrides or (), plugins=plugins or (), results=results
         )
-        _print_summary(report, arguments, options, console)
+        for line in decisions.list_lines() if decisions else ():
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        until = ["--until", "decided", "--max-seeds", str(max_seeds)] if max_seeds else []
+        _print_summary(report, arguments, options, console, until)
     return _exit_code(report)
+
+
+def _run_phases(
+    grid: "Experiment", setup: "RunSetup", max_seeds: int | None
+) -> "tuple[RunReport, DecisionReport | None]":
+    """Run the seeds of the file, or until decisions; return the report, and that of decisions."""
+    if max_seeds is None:
+        from moebench.experiment.phases import run_phases
+
+        return run_phases(grid, setup), None
+    from moebench.analysis.design.sequential import run_until_decided
+
+    decisions = run_until_decided(grid, setup, max_seeds)
+    return decisions.run, decisions
 
 
 def _exit_code(report: "RunReport") -> int:
@@ -232,7 +275,9 @@ def _count_attempts(outcome: "Outcome") -> str:
     return f", the last of {outcome.attempts} attempts" if outcome.attempts > 1 else ""
 
 
-def _print_summary(report: "RunReport", arguments: CommandArguments, options: "RunOptions", console: "Console") -> None:
+def _print_summary(
+    report: "RunReport", arguments: CommandArguments, options: "RunOptions", console: "Console", until: list[str]
+) -> None:
     from moebench.tracking.address import redact_uri
 
     lines = [f"{report.num_done} of {report.num_cells} cells done, {len(report.trained)} of them trained now"]
@@ -251,6 +296,7 @@ def _print_summary(report: "RunReport", arguments: CommandArguments, options: "R
         given = ["--tracker", tracker] if tracker and redact_uri(tracker) == tracker else []
         given += ["--jobs", str(options.jobs)] if options.jobs else []
         given += ["--reshard"] if options.reshard else []
+        given += until
         lines.append(f"interrupted; go on with: {arguments.format('run', *given)}")
     else:
         hints = [arguments.format("compare"), arguments.format_ui(options.tracker)]

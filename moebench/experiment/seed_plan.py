@@ -200,3 +200,14 @@ def _read_seeds(values: Any) -> Seeds:
 def _require_size(values: Any, kind: type[list[Any]] | type[dict[str, Any]]) -> None:
     if not isinstance(values, kind) or len(values) > MAX_ENTRIES:
         raise ValueError(f"{str(values)[:40]!r}, expected {kind.__name__} of at most {MAX_ENTRIES}")
+
+
+def find_seed_plan(record: Mapping[str, Any] | None, design: SeedDesign | None) -> SeedPlan:
+    """Return the recorded plan of a design; where none is recorded, the seeds of the file are the plan.
+
+    Raises UsageError for a damaged one.
+    """
+    if design is None:
+        return SeedPlan()
+    plan = read_seed_plan(record or {}, design.key)
+    return plan if plan.planned else append_run(plan, design, num_finished=0, time=0.0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from math import isfinite
 
 from moebench.analysis.compare.values import ComparisonMetric, LostCell
-from moebench.analysis.design.levels import Level, level_of_look
+from moebench.analysis.design.levels import Level, describe_levels, level_of_look
 from moebench.errors import UsageError, unknown
 from moebench.experiment.seed_plan import SeedPlan
 from moebench.runs.result import Fault, RunResult
@@ -27,6 +27,8 @@ class ResultGrid:
     missing: tuple[LostCell, ...]
     unexpected: tuple[str, ...]
     """Ids of results that belong to no expected cell."""
+    ended: Mapping[str, frozenset[int]]
+    """Arm -> its seeds with an outcome, done or failed."""
     plan: SeedPlan = field(default_factory=SeedPlan)
     """Planned seeds; an empty plan gives every look the full level."""
 
@@ -39,14 +41,9 @@ class ResultGrid:
         """Return the seeds finished by both the arm and the baseline."""
         return tuple(seed for seed in self.done[arm] if seed in self.done[self.baseline])
 
-    def list_ended_seeds(self, arm: str) -> set[int]:
-        """Return the seeds of an arm with an outcome: a result, or a failure that will not become one."""
-        return {*self.done[arm], *(cell.seed for cell in self.failed if cell.arm == arm)}
-
     def choose_level(self, arm: str, num_comparisons: int) -> Level:
         """Return the level of the verdict on an arm, by the seeds that it and the baseline have an outcome of."""
-        seeds = self.list_ended_seeds(arm) & self.list_ended_seeds(self.baseline)
-        return level_of_look(self.plan, seeds, num_comparisons)
+        return level_of_look(self.plan, self.ended[arm] & self.ended[self.baseline], num_comparisons)
 
     def get_quality(self, arm: str, seeds: Sequence[int]) -> list[float]:
         """Return the final metric of an arm for these seeds."""
@@ -55,6 +52,12 @@ class ResultGrid:
     def count_diverged(self, arm: str) -> int:
         """Return the number of seeds of an arm that diverged."""
         return sum(cell.arm == arm and cell.diverged for cell in self.failed)
+
+
+def note_levels(grid: ResultGrid, num_comparisons: int) -> list[str]:
+    """Return in one line at which level arms get verdicts, where that is not the full one."""
+    arms = [arm for arm in grid.arms if arm != grid.baseline and grid.common_seeds(arm)]
+    return describe_levels((arm, grid.choose_level(arm, num_comparisons)) for arm in arms)
 
 
 def arrange_results(
@@ -89,6 +92,7 @@ def arrange_results(
         done=done,
         failed=tuple(failed),
         missing=tuple(missing),
+        ended={arm: frozenset({*done[arm], *(cell.seed for cell in failed if cell.arm == arm)}) for arm in done},
         unexpected=tuple(sorted(by_id.keys() - {cell_id for _, _, cell_id in expected})),
     )
 
