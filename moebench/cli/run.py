@@ -20,6 +20,7 @@ from moebench.cli.options import (
     add_size,
     print_json,
 )
+from moebench.cli.run_summary import EXIT_FAILED, choose_exit_code, print_summary
 from moebench.errors import UsageError
 from moebench.experiment.files import find_experiment
 from moebench.printable import print_text
@@ -33,9 +34,7 @@ if TYPE_CHECKING:
     from moebench.experiment.runner import RunReport
     from moebench.launch.cluster_environment import ClusterEnvironment
     from moebench.launch.launcher import Launcher
-    from moebench.launch.scheduler import Outcome
 
-EXIT_FAILED, EXIT_TRACKER = 1, 3
 
 class UntilName(StrEnum):
     """When a run that adds seeds ends."""
@@ -242,11 +241,10 @@ def _run_grid(
         arguments = CommandArguments(
             experiment=experiment, overrides=overrides or (), plugins=plugins or (), results=results
         )
-        for line in decisions.list_lines() if decisions else ():
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-        until = ["--until", "decided", "--max-seeds", str(max_seeds)] if max_seeds else []
-        _print_summary(report, arguments, options, console, until)
-    return _exit_code(report)
+        lines = decisions.list_lines() if decisions else []
+        given = ["--until", "decided", "--max-seeds", str(max_seeds)] if max_seeds else []
+        print_summary(report, arguments, options, lines=lines, given=given, console=console)
+    return choose_exit_code(report)
 
 
 def _run_phases(
@@ -261,45 +259,3 @@ def _run_phases(
 
     decisions = run_until_decided(grid, setup, max_seeds)
     return decisions.run, decisions
-
-
-def _exit_code(report: "RunReport") -> int:
-    if report.interrupted:
-        return 128 + report.interrupted
-    if report.failed or (report.tuning and report.tuning.state.failed):
-        return EXIT_FAILED
-    return EXIT_TRACKER if report.tracker_problem else 0
-
-
-def _count_attempts(outcome: "Outcome") -> str:
-    return f", the last of {outcome.attempts} attempts" if outcome.attempts > 1 else ""
-
-
-def _print_summary(
-    report: "RunReport", arguments: CommandArguments, options: "RunOptions", console: "Console", until: list[str]
-) -> None:
-    from moebench.tracking.address import redact_uri
-
-    lines = [f"{report.num_done} of {report.num_cells} cells done, {len(report.trained)} of them trained now"]
-    lines += report.tuning.list_lines() if report.tuning else []
-    lines += [
-        f"failed: {outcome.cell.arm} seed {outcome.cell.seed}: {outcome.error}{_count_attempts(outcome)}"
-        f" (log: {report.log_path(outcome)})"
-        for outcome in report.failed
-    ]
-    lines += [f"warning: {problem}" for problem in report.problems]
-    lines += [f"warning: {report.below_trivial}"] if report.below_trivial else []
-    if report.tracker_problem:
-        lines.append(f"tracker: {report.tracker_problem}")
-    if report.interrupted:
-        tracker = options.tracker or ""
-        given = ["--tracker", tracker] if tracker and redact_uri(tracker) == tracker else []
-        given += ["--jobs", str(options.jobs)] if options.jobs else []
-        given += ["--reshard"] if options.reshard else []
-        given += until
-        lines.append(f"interrupted; go on with: {arguments.format('run', *given)}")
-    else:
-        hints = [arguments.format("compare"), arguments.format_ui(options.tracker)]
-        lines.append(f"next: {'  |  '.join(filter(None, hints))}")
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -46,22 +46,25 @@ def _list_networks(part: nn.Module | None) -> Iterator[FeedForward | ExpertBank]
             yield from _list_networks(group)
 
 
-@torch.no_grad()
 def _draw_units(network: FeedForward | ExpertBank, read: Generator, write: Generator) -> None:
-    is_bank = isinstance(network, ExpertBank)
-    stack_in, stack_out = (network.w_in_EDF, network.w_out_EFD) if is_bank else (network.w_in_DF, network.w_out_FD)
-    local_in_EDF, local_out_EFD = (
-        local_shard(stack) if is_bank else stack.unsqueeze(0) for stack in (stack_in, stack_out)
-    )
-    num_local, num_experts = local_in_EDF.shape[0], stack_in.shape[0] if is_bank else 1
-    first = num_local * stack_in.device_mesh.get_local_rank("expert") if is_sharded(stack_in) else 0
-    width, d_model = local_out_EFD.shape[1:]
-    for expert in range(num_experts):
-        in_FPD = _draw((width, 1 + GATED[network.activation], d_model), read)  # P: the parts of a gated projection
-        out_FD = _draw((width, d_model), write)
-        if first <= expert < first + num_local:
-            local_in_EDF[expert - first].copy_(in_FPD.permute(2, 1, 0).flatten(1) * d_model**-0.5)
-            local_out_EFD[expert - first].copy_(out_FD * (network.out_scale * width**-0.5))
+    w_in, w_out = _get_stacks(network)
+    num_local, num_experts = local_shard(w_in).shape[0], w_in.shape[0]
+    first = num_local * w_in.device_mesh.get_local_rank("expert") if is_sharded(w_in) else 0
+    width, d_model = w_out.shape[1:]
+    with torch.no_grad():
+        for expert in range(num_experts):
+            in_FPD = _draw((width, 1 + GATED[network.activation], d_model), read)  # P: the parts of a gated projection
+            out_FD = _draw((width, d_model), write)
+            if first <= expert < first + num_local:
+                local_shard(w_in)[expert - first].copy_(in_FPD.permute(2, 1, 0).flatten(1) * d_model**-0.5)
+                local_shard(w_out)[expert - first].copy_(out_FD * (network.out_scale * width**-0.5))
+
+
+def _get_stacks(network: FeedForward | ExpertBank) -> tuple[Tensor, Tensor]:
+    """Return both projections of the experts, [E, D, F] and [E, F, D]; of a dense network those of one expert."""
+    if isinstance(network, ExpertBank):
+        return network.w_in_EDF, network.w_out_EFD
+    return network.w_in_DF.unsqueeze(0), network.w_out_FD.unsqueeze(0)
 
 
 def _draw(shape: tuple[int, ...], generator: Generator) -> Tensor:

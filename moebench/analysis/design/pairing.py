@@ -14,7 +14,7 @@ class PairingGain:
     """Arms against a baseline over common seeds."""
 
     variance_ratio: float
-    """(Var arm + Var baseline) / Var(arm - baseline); r pairs of seeds are worth as much as r times as many unpaired."""
+    """(Var arm + Var baseline) / Var(arm - baseline): as many unpaired seeds are worth one pair."""
     correlation: float | None
     """Between arm and baseline over the seeds; None for several arms together, and for an arm that does not vary."""
 

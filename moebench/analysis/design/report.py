@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from moebench.analysis.compare import statistics as st
 from moebench.analysis.design.pairing import PairingGain, measure_pairing
 from moebench.analysis.design.power import MAX_SEEDS, NeededSeeds, compute_needed_seeds
-from moebench.reporting.formatting import MISSING, format_number, format_plural
+from moebench.reporting.formatting import MISSING, format_number, format_plural, format_signed
 from moebench.reporting.table import Column, Table
 
 if TYPE_CHECKING:
@@ -59,7 +59,9 @@ def estimate_spread(comparison: "Comparison") -> st.SpreadEstimate | None:
     seeds = [seed for seed in baseline if all(seed in of_arm for of_arm in values.values())]
     if not values or len(seeds) < st.MIN_SEEDS:
         return None
-    return st.pooled_spread([[of_arm[seed] for seed in seeds] for of_arm in values.values()], [baseline[s] for s in seeds])
+    return st.pooled_spread(
+        [[of_arm[seed] for seed in seeds] for of_arm in values.values()], [baseline[s] for s in seeds]
+    )
 
 
 def measure_comparison_pairing(comparison: "Comparison") -> tuple[dict[str, PairingGain], float | None]:
@@ -76,10 +78,7 @@ def measure_comparison_pairing(comparison: "Comparison") -> tuple[dict[str, Pair
 
 def _build_pairing_table(comparison: "Comparison") -> Table:
     gains, together = measure_comparison_pairing(comparison)
-    rows = [
-        (arm, MISSING if gain.correlation is None else f"{gain.correlation:.2f}", f"{gain.variance_ratio:.2f}")
-        for arm, gain in gains.items()
-    ]
+    rows = [(arm, _format_correlation(gain.correlation), f"{gain.variance_ratio:.2f}") for arm, gain in gains.items()]
     if together is not None and len(rows) > 1:
         rows.append((ALL_ARMS, MISSING, f"{together:.2f}"))
     return Table(
@@ -95,11 +94,11 @@ def explain_design(comparison: "Comparison") -> list[str]:
     needed = find_needed_seeds(comparison)
     if needed:
         lines.append(
-            f"Seeds that would settle an arm: with p at Holm's strictest level, 0.05 / {comparison.num_comparisons}, all"
-            " seeds planned from the start and the SD of the pairs as all arms together show it. if as observed: the true"
-            " difference equals the observed one, which is noisy, and so is this number; for the margin: it equals the"
-            f" margin of equivalence, {100 * comparison.margin:.3g} % of the baseline's mean; if equal: there is none, and"
-            " equivalence is shown."
+            f"Seeds that would settle an arm: with p at Holm's strictest level, 0.05 / {comparison.num_comparisons},"
+            " all seeds planned from the start, the SD of the pairs as all arms together show it. if as observed: the true"
+            " difference is the observed one, which is noisy, and so is this number; for the margin: it is as large as"
+            f" the margin of equivalence, {100 * comparison.margin:.3g} % of the baseline's mean; if equal: there is"
+            " none, and equivalence is shown."
         )
     lines += [
         f"{arm}: more than {MAX_SEEDS} seeds. A longer run settles it with"
@@ -133,6 +132,10 @@ def build_design_values(comparison: "Comparison") -> dict[str, Any]:
 
 def _columns(*headers: str) -> tuple[Column, ...]:
     return (Column(header="arm", align="left", wraps=True), *(Column(header=header) for header in headers))
+
+
+def _format_correlation(correlation: float | None) -> str:
+    return MISSING if correlation is None else format_signed(correlation, 2)
 
 
 def _format_seeds(number: int | None) -> str:
