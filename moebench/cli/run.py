@@ -66,7 +66,10 @@ Reshard = Annotated[
 ]
 Until = Annotated[
     UntilName | None,
-    typer.Option(help="Add seeds up to --max-seeds to the arms that the planned seeds leave undecided."),
+    typer.Option(
+        help="Add seeds up to --max-seeds to the arms that the planned seeds leave undecided, and to the baseline."
+        " Named before the first results, both looks together have the level of 5 %."
+    ),
 ]
 MaxSeeds = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="With --until decided: seeds that an undecided arm has at most.")
@@ -101,9 +104,6 @@ def run(
     everything saved; the same command continues from there. Started by torchrun or SLURM, it trains over the processes
     that these started.
 
-    With --until decided, arms that the planned seeds leave undecided get more seeds, and so does the baseline. Name
-    --max-seeds before the first results: verdicts at both looks then share one level of 5 %.
-
     With --foreground a breakpoint() in a plug-in stops at a prompt, and a failure shows its traceback; no tracker.
 
     Exit codes: 0 all done, 1 some cells failed, 2 mistake in the command or configuration, 3 the tracker missed
@@ -115,28 +115,29 @@ def run(
     from moebench.reporting.streams import open_stderr_console
 
     console = open_stderr_console()
-    overrides = add_size(overrides, size)
-    cluster = detect_cluster()
-    if (until is None) != (max_seeds is None):
-        missing, given = ("--max-seeds", "--until decided") if until else ("--until decided", "--max-seeds")
-        raise UsageError(f"{given}: needs {missing} too (for example --until decided --max-seeds 8)")
-    if until and dry_run:
-        raise UsageError("--until: not with --dry-run, which does not know what will be undecided")
+    overrides, cluster = add_size(overrides, size), detect_cluster()
+    _check_until(until, max_seeds, dry_run=dry_run)
     if foreground is not None:
         others = {"--json": json, "--jobs": jobs, "--reshard": reshard, "--retries": retries, "--until": bool(until)}
         _check_foreground(others | {"--fail-fast": fail_fast, "--dry-run": dry_run}, cluster)
         code = _run_one_cell(experiment, overrides, plugin, foreground, results, console, ignore_memory=ignore_memory)
     elif dry_run:
-        code = 0
-        if cluster is None or cluster.process_info.rank == 0:
-            launcher = LocalLauncher() if cluster is None else None  # under torchrun the run itself checks the mesh
-            code = _show_actions(experiment, overrides, plugin, results, launcher, json)
+        code = _show_actions(experiment, overrides, plugin, results, cluster, json)
     else:
         options = RunOptions(jobs, tracker, reshard, retries, fail_fast, ignore_memory)
         run_grid = partial(_run_grid, experiment, overrides, plugin, results, options, console, max_seeds, json=json)
         code = run_grid(LocalLauncher()) if cluster is None else _run_in_cluster(cluster, run_grid, console)
     if code:
         raise typer.Exit(code)
+
+
+def _check_until(until: UntilName | None, max_seeds: int | None, *, dry_run: bool) -> None:
+    """Raise UsageError for one of the two options without the other, and where nothing is trained."""
+    if (until is None) != (max_seeds is None):
+        missing, given = ("--max-seeds", "--until decided") if until else ("--until decided", "--max-seeds")
+        raise UsageError(f"{given}: needs {missing} too (for example --until decided --max-seeds 8)")
+    if until and dry_run:
+        raise UsageError("--until: not with --dry-run, which does not know what will be undecided")
 
 
 def _check_foreground(options: dict[str, int], cluster: "ClusterEnvironment | None") -> None:
@@ -176,17 +177,20 @@ def _show_actions(
     overrides: list[str] | None,
     plugins: list[str] | None,
     results: Path,
-    launcher: "Launcher | None",
+    cluster: "ClusterEnvironment | None",
     json: bool,
 ) -> int:
-    """Print what a run would do with each cell."""
+    """Print what a run would do with each cell, on the first of several processes."""
     from moebench.cli.output import print_table
     from moebench.experiment.dry_run import list_actions, summarise_actions
     from moebench.experiment.grid import expand
+    from moebench.launch.launcher import LocalLauncher
 
+    if cluster is not None and cluster.process_info.rank > 0:
+        return 0
     grid = expand(find_experiment(experiment), overrides or (), plugins or ())
-    if launcher is not None:
-        launcher.check(grid.cells)
+    if cluster is None:  # under torchrun the run itself checks the mesh
+        LocalLauncher().check(grid.cells)
     rows = list_actions(grid, results)
     if json:
         print_json({"experiment": grid.name, "cells": rows})

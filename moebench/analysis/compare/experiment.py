@@ -11,6 +11,7 @@ from moebench.analysis.compare.figure import draw_comparison
 from moebench.analysis.compare.learning_curve import CurvePanel
 from moebench.analysis.compare.tuning import build_failed_results
 from moebench.analysis.compare.values import Comparison, ComparisonMetric, Split
+from moebench.analysis.design.protocol import Protocol
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
 from moebench.experiment.seed_plan import SeedPlan, find_seed_plan, list_added_cells
@@ -70,8 +71,7 @@ def compare_experiment(
         baseline=experiment.baseline,
         metric=ComparisonMetric(name=facts.metric, lower_is_better=facts.lower_is_better, split=split),
         allow_mismatch=allow_mismatch,
-        tuned_keys=state.keys if state is not None else (),
-        plan=plan,
+        protocol=Protocol(tuned_keys=state.keys if state is not None else (), plan=plan),
     )
     trivial = find_trivial_baselines(experiment, cells, results, run_results, split)
     return replace(

@@ -95,9 +95,9 @@ def explain_design(comparison: "Comparison") -> list[str]:
     if needed:
         lines.append(
             f"Seeds that would settle an arm: with p at Holm's strictest level, 0.05 / {comparison.num_comparisons},"
-            " all seeds planned from the start, the SD of the pairs as all arms together show it. if as observed: the true"
-            " difference is the observed one, which is noisy, and so is this number; for the margin: it is as large as"
-            f" the margin of equivalence, {100 * comparison.margin:.3g} % of the baseline's mean; if equal: there is"
+            " all seeds planned from the start, the SD of the pairs as all arms together show it. if as observed: the"
+            " true difference is the observed one, which is noisy, and so is this number; for the margin: it is as"
+            f" large as the margin of equivalence, {100 * comparison.margin:.3g} % of the baseline's mean; if equal: there is"
             " none, and equivalence is shown."
         )
     lines += [
