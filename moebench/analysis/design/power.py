@@ -31,6 +31,11 @@ class NeededSeeds:
     sd_for_observed: float
     """SD at which the seeds that the arm has would show the observed difference."""
 
+    @property
+    def is_beyond_seeds(self) -> bool:
+        """Whether more seeds alone will neither show the observed difference nor that there is none."""
+        return self.if_as_observed is None and self.if_equal is None
+
 
 @lru_cache(maxsize=1024)
 def count_seeds_for_difference(effect: float, num_comparisons: int) -> int | None:

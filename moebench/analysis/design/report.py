@@ -97,15 +97,15 @@ def explain_design(comparison: "Comparison") -> list[str]:
             f"Seeds that would settle an arm: with p at Holm's strictest level, 0.05 / {comparison.num_comparisons},"
             " all seeds planned from the start, the SD of the pairs as all arms together show it. if as observed: the"
             " true difference is the observed one, which is noisy, and so is this number; for the margin: it is as"
-            f" large as the margin of equivalence, {100 * comparison.margin:.3g} % of the baseline's mean; if equal: there is"
-            " none, and equivalence is shown."
+            f" large as the margin of equivalence, {100 * comparison.margin:.3g} % of the baseline's mean; if equal: there"
+            " is none, and equivalence is shown."
         )
     lines += [
         f"{arm}: more than {MAX_SEEDS} seeds. A longer run settles it with"
         f" {format_plural(len(difference.seeds), 'seed')} if the SD of the pairs falls from {format_number(each.sd)} to"
         f" {format_number(each.sd_for_observed)} and the difference stays: an assumption, which no run here has tested."
         for difference in comparison.differences
-        if (each := needed.get(arm := difference.arm)) and each.if_as_observed is None and each.sd_for_observed > 0
+        if (each := needed.get(arm := difference.arm)) and each.is_beyond_seeds and each.sd_for_observed > 0
     ]
     if measure_comparison_pairing(comparison)[0]:
         lines.append(
