@@ -27,9 +27,13 @@ def compare_pairs(grid: ResultGrid, *, unmatched: Collection[str] = ()) -> tuple
     spread = _pooled_spread(grid, [arm for arm, pair in pairs.items() if pair.sd])
     differences = []
     for arm in others:
-        pair = pairs.get(arm)
+        pair, level = pairs.get(arm), grid.choose_level(arm, len(p_holm)).alpha
         verdict = decide(
-            pair, p_holm.get(arm), p_equivalence_holm.get(arm), lower_is_better=grid.metric.lower_is_better
+            pair,
+            p_holm.get(arm),
+            p_equivalence_holm.get(arm),
+            lower_is_better=grid.metric.lower_is_better,
+            alpha=level,
         )
         if grid.count_diverged(arm) + grid.count_diverged(grid.baseline) > 0:
             verdict = "diverged"
@@ -41,6 +45,7 @@ def compare_pairs(grid: ResultGrid, *, unmatched: Collection[str] = ()) -> tuple
                 p_equivalence_holm=p_equivalence_holm.get(arm),
                 smallest_detectable=_smallest_detectable(pair, spread, len(p_holm)),
                 verdict="not matched" if arm in unmatched else verdict,
+                level=level,
             )
         )
     return tuple(differences)
