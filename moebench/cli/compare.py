@@ -17,8 +17,8 @@ from moebench.cli.options import (
     complete_experiment_or_router,
 )
 from moebench.cli.output import print_report
-from moebench.errors import UsageError
-from moebench.experiment.files import find_experiment, list_experiments
+from moebench.cli.subjects import are_experiments
+from moebench.experiment.files import find_experiment
 
 if TYPE_CHECKING:
     from moebench.experiment.grid import Experiment
@@ -31,6 +31,18 @@ class SplitName(StrEnum):
     VALIDATION = "validation"
 
 
+class AxisName(StrEnum):
+    """What curves are drawn over."""
+
+    STEPS = "steps"
+    TOKENS = "tokens"
+    FLOPS = "flops"
+    SECONDS = "seconds"
+
+
+AxisOption = Annotated[
+    AxisName | None, typer.Option("--axis", help="Add a table over this axis, and draw the curves of --plot over it.")
+]
 Split = Annotated[SplitName, typer.Option(help="What to compare on: choose settings on validation, report on test.")]
 AllowMismatch = Annotated[
     bool,
@@ -60,6 +72,7 @@ def compare(
         Path | None, typer.Option(help="Write loss curves and differences to this file (PNG, PDF, SVG).")
     ] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Cells at a time, where routers must be trained first.")] = 0,
+    axis: AxisOption = None,
     json: Json = False,
 ) -> None:
     """Compare the arms of an experiment: quality with intervals, load balance, throughput, cost.
@@ -70,29 +83,28 @@ def compare(
     """
     from moebench.analysis.compare.experiment import compare_experiment, draw_experiment
     from moebench.analysis.compare.report import build_report
+    from moebench.analysis.fairness.along_axis import AXIS_LABELS, read_along_axis
+    from moebench.analysis.fairness.experiment import measure_experiment
+    from moebench.analysis.fairness.measure import compare_on_axes
+    from moebench.analysis.fairness.report import add_fairness
     from moebench.experiment.grid import expand, expand_routers
 
     overrides = add_size([name for name in names if "=" in name], size)
     subjects = [name for name in names if "=" not in name]
     check_plot(plot)
-    if is_experiment(subjects):
+    if are_experiments(subjects):
         grid = expand(find_experiment(subjects[0]), overrides, plugin or (), finished_in=results)
     else:
         grid = expand_routers(subjects, task, overrides, plugin or ())
         train_missing(grid, results, jobs)
     comparison = compare_experiment(grid, results, allow_mismatch=allow_mismatch, split=split.value)
+    arms = measure_experiment(grid, results, comparison)
+    along = read_along_axis(arms, axis.value) if axis else None
     if plot:
-        draw_experiment(grid, results, plot, comparison)
-    print_report(build_report(comparison), json=json, markdown=markdown)
-
-
-def is_experiment(subjects: list[str]) -> bool:
-    """Return whether the subject is an experiment rather than routers; raise UsageError for a mixture."""
-    experiments = [name for name in subjects if name.endswith((".yaml", ".yml")) or "/" in name]
-    experiments += [name for name in subjects if name in list_experiments()]
-    if not subjects or (experiments and len(subjects) > 1):
-        raise UsageError(f"compare: give one experiment, or routers only; got {', '.join(subjects) or 'neither'}")
-    return bool(experiments)
+        x_axis = (AXIS_LABELS[along.axis], along.map_steps()) if along else None
+        draw_experiment(grid, results, plot, comparison, x_axis)
+    fairness = compare_on_axes(arms, ignore_conditions=allow_mismatch)
+    print_report(add_fairness(build_report(comparison), fairness, along), json=json, markdown=markdown)
 
 
 def train_missing(grid: "Experiment", results: Path, jobs: int) -> None:
