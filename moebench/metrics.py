@@ -156,6 +156,7 @@ TRAINING: tuple[Declaration, ...] = (
     ("train/tokens_per_s", "", "tokens/s", "count", "higher", "Speed of the step."),
     ("train/mfu", "", "share", "percent", "higher", "FLOPs that the model needs in a step over those of the devices."),
     ("time/data_share", "", "share", "percent", "lower", "Share of the time so far spent waiting for batches."),
+    ("time/train_s", "", "s", "number", "lower", "Seconds of all training steps up to an evaluation."),
 )
 SPIKES: tuple[Declaration, ...] = (
     ("spike/loss", "", "", "number", "lower", "Loss of the task in a step that is a spike."),

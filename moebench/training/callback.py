@@ -189,7 +189,7 @@ class CellCallback(lightning.Callback):
         if self.validation.problem and module.mesh.is_first:
             print_text(self.validation.problem)
         metrics = {f"eval/{name}": value for name, value in self.validation.metrics.items()}
-        self.context.recorder.append(step, metrics)
+        self.context.recorder.append(step, metrics | {"time/train_s": sum(self.timer.durations_s)})
         if self.validation.load_by_layer:
             self.context.recorder.record_load(step, self.validation.load_by_layer)
 

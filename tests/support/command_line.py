@@ -29,7 +29,7 @@ FIXTURE_TIMEOUT_S = 270.0
 BUSY_TIMEOUT_S = 150.0
 """For waiting on a busy machine."""
 ARMS = ("dense", "switch", "top_k")
-TIMING_METRICS = ("train/tokens_per_s", "train/mfu", "time/data_share")
+TIMING_METRICS = ("train/tokens_per_s", "train/mfu", "time/data_share", "time/train_s")
 """Metrics of a journal that measure the machine, not the model."""
 
 

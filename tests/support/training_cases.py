@@ -38,7 +38,7 @@ TINY: dict[str, Any] = {
     },
 }
 
-UNREPEATABLE = ("train/tokens_per_s", "train/mfu", "time/data_share")
+UNREPEATABLE = ("train/tokens_per_s", "train/mfu", "time/data_share", "time/train_s")
 """Metrics that depend on time."""
 
 

@@ -1,7 +1,7 @@
 """The comparison and the figure of an experiment, from its run folders."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,8 +113,17 @@ def find_trivial_baselines(
     return find_baselines(source, results, split, record=record)
 
 
-def draw_experiment(experiment: Experiment, results: Path, file: Path, comparison: Comparison | None) -> Path | None:
-    """Draw the validation curves of every arm that has any; return the file, or None without a single point."""
+def draw_experiment(
+    experiment: Experiment,
+    results: Path,
+    file: Path,
+    comparison: Comparison | None,
+    x_axis: tuple[str, Mapping[str, Mapping[int, float]]] | None = None,
+) -> Path | None:
+    """Draw the validation curves of every arm that has any; return the file, or None without a single point.
+
+    `x_axis`: label, and arm -> step -> position, of another axis than steps.
+    """
     journals: dict[str, dict[int, Any]] = {}
     cells = list(settle(experiment, results).cells)
     cells += list_added_cells(cells, read_plan(experiment, results)[0].added)
@@ -129,14 +138,15 @@ def draw_experiment(experiment: Experiment, results: Path, file: Path, compariso
     if not any(metric in point.metrics for seeds in journals.values() for run in seeds.values() for point in run):
         return None
     trivial = find_trivial_baselines(experiment, cells, results, read_results(cells, results), "validation")
+    panel = CurvePanel(
+        metric=facts.metric,
+        lower_is_better=facts.lower_is_better,
+        trivial_baselines=trivial.baselines,
+        warning=comparison.below_trivial_text if comparison else "",
+    )
     return draw_comparison(
         journals,
-        CurvePanel(
-            metric=facts.metric,
-            lower_is_better=facts.lower_is_better,
-            trivial_baselines=trivial.baselines,
-            warning=comparison.below_trivial_text if comparison else "",
-        ),
+        replace(panel, x_label=x_axis[0], x_of_step=x_axis[1]) if x_axis else panel,
         path=file,
         title=experiment.question or experiment.name,
         comparison=comparison,
