@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from moebench.analysis.compare.comparison import compare
-from moebench.analysis.compare.figure import draw_comparison
-from moebench.analysis.compare.learning_curve import CurvePanel
 from moebench.analysis.compare.tuning import build_failed_results
 from moebench.analysis.compare.values import Comparison, ComparisonMetric, Split
 from moebench.errors import UsageError
@@ -29,7 +27,7 @@ def read_results(cells: Sequence[Cell], results: Path) -> list[RunResult]:
     for cell in cells:
         result = RunFolder.of(results, cell.id).read_result()
         if result is not None:
-            run_results.append(RunResult.from_dict(result.to_dict() | {"arm": cell.arm}))
+            run_results.append(replace(result, arm=cell.arm))
     return run_results
 
 
@@ -89,6 +87,9 @@ def find_trivial_baselines(
 
 def draw_experiment(experiment: Experiment, results: Path, file: Path, comparison: Comparison | None) -> Path | None:
     """Draw the validation curves of every arm that has any; return the file, or None without a single point."""
+    from moebench.analysis.compare.figure import draw_comparison  # matplotlib, which a table does not need
+    from moebench.analysis.compare.learning_curve import CurvePanel
+
     journals: dict[str, dict[int, Any]] = {}
     cells = settle(experiment, results).cells
     for cell in cells:
