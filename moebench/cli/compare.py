@@ -86,12 +86,12 @@ def compare(
     print_report(build_report(comparison), json=json, markdown=markdown)
 
 
-def is_experiment(subjects: list[str]) -> bool:
+def is_experiment(subjects: list[str], command: str = "compare") -> bool:
     """Return whether the subject is an experiment rather than routers; raise UsageError for a mixture."""
     experiments = [name for name in subjects if name.endswith((".yaml", ".yml")) or "/" in name]
     experiments += [name for name in subjects if name in list_experiments()]
     if not subjects or (experiments and len(subjects) > 1):
-        raise UsageError(f"compare: give one experiment, or routers only; got {', '.join(subjects) or 'neither'}")
+        raise UsageError(f"{command}: give one experiment, or routers only; got {', '.join(subjects) or 'neither'}")
     return bool(experiments)
 
 

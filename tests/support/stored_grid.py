@@ -13,9 +13,12 @@ from moebench.config import to_plain
 from moebench.experiment.grid import Experiment, expand
 from moebench.experiment.store import open_results, record_experiment
 from moebench.runs.cell import Cell
+from moebench.runs.experiment_record import read_record
 from moebench.runs.folder import RunFolder, write_json
 from moebench.runs.journal import Journal
 from moebench.runs.result import RunResult
+from moebench.runs.trivial_baselines import RECORD_KEY, EvaluationSet, StoredBaselines
+from moebench.tasks.baselines.baseline import TrivialBaseline
 
 ROUTERS = (
     *("hash", "switch", "top_k", "loss_free", "gshard", "mixtral", "sigma_moe", "deepseek_moe", "st_moe", "v_moe"),
@@ -50,7 +53,31 @@ def write_grid(folder: Path, grid: Grid) -> Experiment:
     for cell in experiment.cells:
         write_run(results, experiment, cell, grid)
     record_experiment(results, experiment)
+    _record_baselines(results, experiment)
     return experiment
+
+
+def _record_baselines(results: Path, experiment: Experiment) -> None:
+    """Add trivial baselines to the record, which would else be computed from the data."""
+    result = RunFolder.of(results, experiment.cells[0].id).read_result()
+    assert result is not None
+    baselines = (
+        TrivialBaseline(
+            name="order-3 n-gram", meaning="three bytes", values={"bits_per_byte": 3.04}, is_reference=True
+        ),
+        TrivialBaseline(name="bz2 -9", meaning="a compressor", values={"bits_per_byte": 2.2}),
+    )
+    stored = [
+        StoredBaselines(
+            evaluation=EvaluationSet.of(result, split, ()),
+            metric="bits_per_byte",
+            lower_is_better=True,
+            baselines=baselines,
+        ).to_dict()
+        for split in ("test", "validation")
+    ]
+    path = results / "experiments" / f"{experiment.name}.json"
+    write_json(path, read_record(path) | {RECORD_KEY: stored})
 
 
 def build_experiment(grid: Grid) -> dict[str, Any]:
