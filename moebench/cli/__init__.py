@@ -3,7 +3,7 @@
 import typer
 
 from moebench import __version__
-from moebench.cli import bench, compare, curve, listing, plan, prepare, probe, rm, run, show, sync, ui, verify
+from moebench.cli import bench, compare, curve, listing, plan, prepare, probe, report, rm, run, show, sync, ui, verify
 
 app = typer.Typer(
     help="Which router? Trains the same sparse-expert model with different routing algorithms, under matched"
@@ -15,6 +15,7 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("compare")(compare.compare)
+app.command("report")(report.report)
 app.command("curve")(curve.curve)
 app.command("plan")(plan.plan)
 app.command("prepare")(prepare.prepare)

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from moebench.analysis.compare.comparison import compare
-from moebench.analysis.compare.figure import draw_comparison
-from moebench.analysis.compare.learning_curve import CurvePanel
 from moebench.analysis.compare.tuning import build_failed_results
 from moebench.analysis.compare.values import Comparison, ComparisonMetric, Split
 from moebench.analysis.design.protocol import Protocol
@@ -31,7 +29,7 @@ def read_results(cells: Sequence[Cell], results: Path) -> list[RunResult]:
     for cell in cells:
         result = RunFolder.of(results, cell.id).read_result()
         if result is not None:
-            run_results.append(RunResult.from_dict(result.to_dict() | {"arm": cell.arm}))
+            run_results.append(replace(result, arm=cell.arm))
     return run_results
 
 
@@ -124,6 +122,9 @@ def draw_experiment(
 
     `x_axis`: label, and arm -> step -> position, of another axis than steps.
     """
+    from moebench.analysis.compare.figure import draw_comparison  # matplotlib, which a table does not need
+    from moebench.analysis.compare.learning_curve import CurvePanel
+
     journals: dict[str, dict[int, Any]] = {}
     cells = list(settle(experiment, results).cells)
     cells += list_added_cells(cells, read_plan(experiment, results)[0].added)
