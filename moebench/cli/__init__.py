@@ -3,7 +3,23 @@
 import typer
 
 from moebench import __version__
-from moebench.cli import bench, calibrate, compare, curve, listing, plan, prepare, probe, rm, run, show, sync, ui, verify
+from moebench.cli import (
+    bench,
+    calibrate,
+    compare,
+    curve,
+    listing,
+    plan,
+    prepare,
+    probe,
+    rm,
+    run,
+    scaling,
+    show,
+    sync,
+    ui,
+    verify,
+)
 
 app = typer.Typer(
     help="Which router? Trains the same sparse-expert model with different routing algorithms, under matched"
@@ -16,6 +32,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("compare")(compare.compare)
 app.command("curve")(curve.curve)
+app.command("scaling")(scaling.scaling)
 app.command("plan")(plan.plan)
 app.command("prepare")(prepare.prepare)
 app.command("list")(listing.list_)

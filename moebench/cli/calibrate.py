@@ -39,7 +39,9 @@ def chen(
     from moebench.calibration.chen2022.training import KINDS, Outcome
     from moebench.cores import available_cores
 
-    settings = [each for each in SETTINGS if each.name in _check_names("--setting", setting, [s.name for s in SETTINGS])]
+    settings = [
+        each for each in SETTINGS if each.name in _check_names("--setting", setting, [s.name for s in SETTINGS])
+    ]
     kinds = [kind for kind in KINDS if kind.name in _check_names("--model", model, [kind.name for kind in KINDS])]
     console = make_console(stderr=True)
 

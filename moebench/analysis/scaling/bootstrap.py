@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from moebench.analysis.scaling.fit import MIN_EXPERT_COUNTS, Fit, Form, Points, fit_law, read_start
+from moebench.analysis.scaling.fit import MIN_EXPERT_COUNTS, Fit, Form, Indices, Points, fit_law, read_start
 from moebench.analysis.scaling.law import BilinearLaw, Values
 
 NAMES = ("a", "b", "c", "d", "e_start", "e_max")
@@ -74,10 +74,10 @@ def bootstrap_law(points: Points, form: Form, num_replicates: int = 1000, seed: 
     return Bootstrap(fit=fit, laws=laws)
 
 
-def _resample(points: Points, min_expert_counts: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
+def _resample(points: Points, min_expert_counts: int, generator: np.random.Generator) -> Iterator[Indices]:
     """Yield indices of runs: sizes with replacement, then runs of each; never too few sizes or numbers of experts."""
-    sizes = np.unique(points.num_params_M)
-    runs = [np.flatnonzero(points.num_params_M == size) for size in sizes]
+    sizes = np.unique(points.size_M)
+    runs = [np.flatnonzero(points.size_M == size) for size in sizes]
     while True:
         drawn = generator.integers(len(sizes), size=len(sizes))
         index = np.concatenate([generator.choice(runs[size], len(runs[size])) for size in drawn])

@@ -5,15 +5,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
 from moebench.analysis.scaling.law import BilinearLaw, Values, saturate_experts
 
 Form = Literal["saturating", "start", "plain"]
 """saturating: all six coefficients; start: E_max infinite; plain: Ê = E."""
+Indices = NDArray[np.int64]
 NUM_COEFFICIENTS: dict[Form, int] = {"saturating": 6, "start": 5, "plain": 4}
 MIN_EXPERT_COUNTS: dict[Form, int] = {"saturating": 5, "start": 4, "plain": 3}
-"""Different numbers of experts, the dense model's 1 among them, that leave a form one degree of freedom at each size."""
+"""Different numbers of experts, with the dense model's 1, that leave a form one degree of freedom at each size."""
 LOW = (-1.0, 0.05)
 """Least log10 of E_start and of E_max / E_start."""
 HIGH = (2.0, 6.0)
@@ -32,16 +34,19 @@ class Points:
     """1 for a dense model."""
     loss_M: Values
     """In any unit: another one changes d alone."""
+    size_M: Values
+    """Equal for runs of one model size: with experts, they may differ in a few parameters."""
 
     def __len__(self) -> int:
         return len(self.loss_M)
 
-    def select(self, index_M: np.ndarray) -> "Points":
-        """Return the runs with these indices, or where a mask is true."""
+    def select(self, index_M: Indices) -> "Points":
+        """Return the runs with these indices."""
         return Points(
             num_params_M=self.num_params_M[index_M],
             num_experts_M=self.num_experts_M[index_M],
             loss_M=self.loss_M[index_M],
+            size_M=self.size_M[index_M],
         )
 
 
@@ -74,6 +79,9 @@ def fit_law(points: Points, form: Form, starts: Sequence[Sequence[float]] = STAR
     log_n_M, log_loss_M = np.log10(points.num_params_M), np.log10(points.loss_M)
     num_shape = NUM_COEFFICIENTS[form] - 4
 
+    def compute_residuals(shape: Values) -> Values:
+        return solve(shape)[1]
+
     def solve(shape: Values) -> tuple[Values, Values]:
         log_e_M = np.log10(saturate_experts(points.num_experts_M, *_read_shape(shape)))
         columns = np.stack([log_n_M, log_e_M, log_n_M * log_e_M, np.ones_like(log_e_M)], axis=1)
@@ -85,7 +93,7 @@ def fit_law(points: Points, form: Form, starts: Sequence[Sequence[float]] = STAR
         bounds = np.array(LOW[:num_shape]), np.array(HIGH[:num_shape])
         shapes = dict.fromkeys(tuple(start[:num_shape]) for start in starts)
         solutions = [
-            least_squares(lambda shape: solve(shape)[1], np.clip(start, *bounds), bounds=bounds, xtol=1e-6, ftol=1e-8)
+            least_squares(compute_residuals, np.clip(start, *bounds), bounds=bounds, xtol=1e-6, ftol=1e-8)
             for start in shapes
         ]
         shape = min(solutions, key=lambda solution: float(solution.cost)).x

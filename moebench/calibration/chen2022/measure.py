@@ -26,7 +26,10 @@ class Run:
 def list_runs(settings: Sequence[Setting], kinds: Sequence[Kind], num_seeds: int) -> list[Run]:
     """Return the runs, seeds outermost."""
     return [
-        Run(setting=setting, kind=kind, seed=seed) for seed in range(num_seeds) for setting in settings for kind in kinds
+        Run(setting=setting, kind=kind, seed=seed)
+        for seed in range(num_seeds)
+        for setting in settings
+        for kind in kinds
     ]
 
 

@@ -52,7 +52,7 @@ class PatchBank(Bank):
 
     @override
     def rows(self, x_RD: Tensor, load_E: Tensor, dropout: Dropout | None = None) -> Tensor:
-        rows_of_experts = x_RD.split(load_E.tolist())
+        rows_of_experts = torch.split(x_RD, load_E.tolist())
         return torch.cat([self.expert(x_rD, index) for index, x_rD in enumerate(rows_of_experts)])
 
     @override

@@ -47,7 +47,9 @@ class Kind:
         return "nonlinear" if self.is_cubic else "linear"
 
 
-KINDS = tuple(Kind(is_mixture=is_mixture, is_cubic=is_cubic) for is_mixture in (True, False) for is_cubic in (True, False))
+KINDS = tuple(
+    Kind(is_mixture=is_mixture, is_cubic=is_cubic) for is_mixture in (True, False) for is_cubic in (True, False)
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +92,7 @@ def train_and_test(
         return Outcome(accuracy=measure_accuracy(network.expert(test.x_TD, 0), test), dispatch_entropy=None)
 
 
-def train_mixture(
-    model: PatchMixture, data: Examples, num_steps: int = MIXTURE_STEPS, stopped: threading.Event | None = None
-) -> LayerRecord:
+def train_mixture(model: PatchMixture, data: Examples, stopped: threading.Event | None = None) -> LayerRecord:
     """Train a mixture; return the record of the last step that was computed.
 
     The loss is the cross-entropy of a softmax of the model's probabilities, as published.
@@ -104,7 +104,8 @@ def train_mixture(
         ]
     )
     lowest = math.inf
-    for step in range(num_steps):
+    record: LayerRecord
+    for step in range(MIXTURE_STEPS):
         _check_stopped(stopped)
         optimizer.zero_grad()
         output_TC, record = model(data.x_TD, step)
@@ -123,7 +124,8 @@ def train_mixture(
 def normalise_gradients(bank: PatchBank) -> None:
     """Divide each expert's gradients by the sum of the norms of those of its weights and of its biases."""
     weight_grad, bias_grad = bank.weight_EIF.grad, bank.bias_EF.grad
-    assert weight_grad is not None and bias_grad is not None
+    assert weight_grad is not None
+    assert bias_grad is not None
     norm_E = weight_grad.flatten(1).norm(dim=1) + bias_grad.norm(dim=1)
     norm_E = norm_E.where(norm_E > 0, 1.0)  # an expert without tokens
     weight_grad /= norm_E[:, None, None]
@@ -154,7 +156,7 @@ def measure_accuracy(output_TC: Tensor, data: Examples) -> float:
 
 
 def measure_dispatch_entropy(record: LayerRecord, cluster_T: Tensor) -> float:
-    """Return the entropy of the cluster of an example given its expert, in nats: 0 where each expert has one cluster."""
+    """Return the entropy of an example's cluster given its expert, in nats: 0 where each expert has one cluster."""
     assert isinstance(record.kept, Routing)
     joint_YE = record.kept.tabulate_labels(cluster_T, NUM_CLUSTERS) / len(cluster_T)
     return float(torch.special.entr(joint_YE).sum() - torch.special.entr(joint_YE.sum(0)).sum())

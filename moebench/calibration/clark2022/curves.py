@@ -64,7 +64,7 @@ def select_points(evaluations: list[Evaluation], router: str) -> Points:
     ]
     columns = ("dense_parameter_count", "num_experts", "loss_validation")
     num_params_M, num_experts_M, loss_M = (np.array([row[column] for row in selected]) for column in columns)
-    return Points(num_params_M=num_params_M, num_experts_M=num_experts_M, loss_M=loss_M)
+    return Points(num_params_M=num_params_M, num_experts_M=num_experts_M, loss_M=loss_M, size_M=num_params_M)
 
 
 def _read_rows(path: Path) -> Iterator[Evaluation]:

@@ -1,11 +1,11 @@
 """Refit of table 3: whether the published coefficients are inside the bootstrap intervals."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from moebench.analysis.scaling.bootstrap import Bootstrap, bootstrap_law
-from moebench.analysis.scaling.report import describe_interval, format_coefficient
+from moebench.analysis.scaling.report import FORMULA, describe_interval, format_coefficient, summarise_estimate
 from moebench.calibration.clark2022.curves import DENSE, Evaluation, select_points
 from moebench.calibration.clark2022.published import CUTOFF_PARAMS, PUBLISHED
 from moebench.errors import UsageError
@@ -32,7 +32,9 @@ def refit(evaluations: Sequence[Evaluation], num_replicates: int, seed: int) -> 
     for router in PUBLISHED:
         points = select_points(list(evaluations), router)
         if len(points) < MIN_RUNS:
-            raise UsageError(f"data: {len(points)} runs of {router} and {DENSE} are those of table 3 (at least {MIN_RUNS})")
+            raise UsageError(
+                f"data: {len(points)} runs of {router} and {DENSE} are those of table 3 (at least {MIN_RUNS})"
+            )
         bootstrap = bootstrap_law(points, "saturating", num_replicates, seed)
         refits.append(Refit(router=router, num_runs=len(points), bootstrap=bootstrap))
     return refits
@@ -56,9 +58,8 @@ def build_report(refits: Sequence[Refit]) -> Report:
         for each in refits
     )
     legend = (
-        "log10 L = a log10 N + b log10 Ê + c log10 N log10 Ê + d, arXiv:2202.01169, table 3. Interval: percentiles of"
-        f" {len(refits[0].bootstrap.laws)} bootstrap fits, resampling sizes and the runs of each. Not identified: it"
-        " spans more than a decade; weakly: more than half of one."
+        f"{FORMULA}; published: table 3. Interval: {len(refits[0].bootstrap.laws)} bootstrap fits that resample sizes"
+        " and the runs of each. Not identified: it spans more than a decade; weakly: more than half of one."
     )
     return Report(tables=(Table(columns=columns, rows=rows),), notes=(*notes, legend), values={"routers": values})
 
@@ -68,7 +69,7 @@ def _summarise(each: Refit) -> dict[str, Any]:
     rows = []
     for estimate in each.bootstrap.estimates:
         value = float(getattr(published, estimate.name))
-        rows.append(asdict(estimate) | {"published": value, "contains_published": estimate.contains(value)})
+        rows.append(summarise_estimate(estimate) | {"published": value, "contains_published": estimate.contains(value)})
     return {
         "router": each.router,
         "runs": each.num_runs,
