@@ -14,6 +14,8 @@ from moebench.reporting.report import Report
 from moebench.reporting.table import Column, Table, number_columns
 
 DECIMALS = {"a": 4, "b": 4, "c": 4, "d": 3, "e_start": 2, "e_max": 0}
+FEW_SIZES = 3
+"""Sizes with which intervals may be too narrow (docs/scaling.md)."""
 FORMULA = "log10 L = a log10 N + b log10 Ê + c log10 N log10 Ê + d (arXiv:2202.01169, equations 1 and 7)"
 
 
@@ -119,6 +121,8 @@ def _describe_fit(law: RouterLaw) -> str:
     if form != "saturating":
         fixed = "E_max infinite" if form == "start" else "Ê = E"
         text += f"; too few numbers of experts for six coefficients: {fixed}"
+    if len(np.unique(law.runs.points.size_M)) == FEW_SIZES:
+        text += f"; {FEW_SIZES} sizes: where they deviate from the law, intervals of a and d cover 90 %, not 95"
     if math.isfinite(fit.law.cutoff_params):
         text += f"; experts stop helping at {format_count(fit.law.cutoff_params)} parameters"
     return f"{text}."
