@@ -34,7 +34,7 @@ def chen(
     most of it for the single networks.
     """
     from moebench.calibration.chen2022.data import SETTINGS
-    from moebench.calibration.chen2022.measure import Run, list_runs, measure_runs
+    from moebench.calibration.chen2022.measure import Outcomes, Run, list_runs, measure_runs
     from moebench.calibration.chen2022.report import build_report, format_progress
     from moebench.calibration.chen2022.training import KINDS, Outcome
     from moebench.cores import available_cores
@@ -45,11 +45,19 @@ def chen(
     kinds = [kind for kind in KINDS if kind.name in _check_names("--model", model, [kind.name for kind in KINDS])]
     console = make_console(stderr=True)
 
+    outcomes: Outcomes = {}
+
     def show(run: Run, outcome: Outcome) -> None:
+        outcomes.setdefault((run.setting.name, run.kind.name), []).append(outcome)
         line = format_progress(run.kind.name, run.setting.name, run.seed, outcome.accuracy)
         console.print(line, highlight=False, markup=False)
 
-    outcomes = measure_runs(list_runs(settings, kinds, seeds), jobs or available_cores(), show)
+    try:
+        measure_runs(list_runs(settings, kinds, seeds), jobs or available_cores(), show)
+    except KeyboardInterrupt:  # what is finished took minutes
+        if outcomes:
+            print_report(build_report(outcomes), json=json, markdown=markdown)
+        raise
     print_report(build_report(outcomes), json=json, markdown=markdown)
 
 

@@ -1,5 +1,8 @@
 """`moebench scaling` and `moebench calibrate`: what they print, and mistakes in one line."""
 
+import signal
+
+import pytest
 from support.command_line import CommandLine, WarmCommandLine
 from support.scaling_ladder import expand_ladder, write_runs
 
@@ -28,3 +31,16 @@ def test_the_commands_print_laws_and_refuse_in_one_line(cli: CommandLine, warm: 
         assert (refused.code, refused.out) == (2, ""), arguments
         assert text in refused.err, refused.err
         assert refused.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_an_interrupted_calibration_prints_what_is_finished(cli: CommandLine) -> None:
+    # Linear experts that do not converge: the second run takes longer than the signal.
+    process = cli.start("calibrate", "chen", "--setting", "S3", "--model", "MoE linear", "--jobs", "1", "--markdown")
+    assert process.stderr is not None
+    assert "S3 MoE linear, seed 0:" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    ended = cli.wait(process, timeout=60)
+    assert ended.code == 130
+    assert "| MoE linear | S3 | 95.93 ± 1.34 |" in ended.out
+    assert "Traceback" not in ended.err

@@ -33,25 +33,22 @@ def list_runs(settings: Sequence[Setting], kinds: Sequence[Kind], num_seeds: int
     ]
 
 
-def measure_runs(runs: Sequence[Run], jobs: int, on_outcome: Callable[[Run, Outcome], None]) -> Outcomes:
-    """Train all runs, `jobs` at a time, and return the outcomes; an interruption ends them at their next step.
+def measure_runs(runs: Sequence[Run], jobs: int, on_outcome: Callable[[Run, Outcome], None]) -> None:
+    """Train all runs, `jobs` at a time; call `on_outcome` after each, in the order of `runs`.
 
-    `on_outcome` is called after each run, in the order of `runs`.
+    An exception, such as an interruption, ends the other runs at their next step.
     """
     stopped = threading.Event()
 
     def measure(run: Run) -> Outcome:
         return train_and_test(run.setting, run.kind, run.seed, stopped=stopped)
 
-    outcomes: Outcomes = {}
     # Sums are divided among threads, so their last bits depend on the number of threads, and long trainings on them.
     with ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as executor:
         try:
             for run, outcome in zip(runs, executor.map(measure, runs), strict=True):
-                outcomes.setdefault((run.setting.name, run.kind.name), []).append(outcome)
                 on_outcome(run, outcome)
         except BaseException:
             stopped.set()
             executor.shutdown(wait=False, cancel_futures=True)
             raise
-    return outcomes

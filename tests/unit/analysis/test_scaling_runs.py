@@ -1,14 +1,17 @@
 """Laws of finished runs: which runs count, what is refused, what the command prints."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
+from support.command_line import ROOT, write_text
 from support.scaling_ladder import FEW, LAW, expand_ladder, write_runs
 
 from moebench.analysis.scaling.report import build_report, fit_laws
 from moebench.analysis.scaling.runs import collect_runs
 from moebench.errors import UsageError
+from moebench.experiment.grid import expand
 from moebench.runs.folder import RunFolder
 
 
@@ -118,3 +121,14 @@ def test_a_task_without_a_loss_is_refused(tmp_path):
     experiment = expand_ladder(tmp_path, base={"task": {"name": "vision"}}, grid={"router": ["dense", "switch"]})
     with pytest.raises(UsageError, match="'vision' is measured by accuracy; the law is one of losses"):
         collect_runs([experiment], tmp_path / "results")
+
+
+def test_the_experiment_of_the_page_can_be_fitted(tmp_path):
+    [text] = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "scaling.md").read_text(), re.DOTALL)
+    (tmp_path / "ladder.yaml").write_text(text)
+    write_text(tmp_path / "text")
+    experiment = expand(tmp_path / "ladder.yaml", [f"task.data.path={tmp_path / 'text'}"])
+    assert len(experiment.cells) == 3 * 4 * 5
+    write_runs(experiment, tmp_path / "results")
+    (runs,) = collect_runs([experiment], tmp_path / "results").routers
+    assert (runs.label, runs.form, runs.refusal) == ("switch", "saturating", "")

@@ -122,10 +122,14 @@ def test_outcomes_do_not_depend_on_the_number_of_threads(monkeypatch):
     monkeypatch.setattr(training, "MIXTURE_STEPS", 20)
     monkeypatch.setattr(measure, "train_and_test", train_briefly)
     runs = list_runs(SETTINGS[:2], KINDS[:2], 2)
-    seen = []
-    outcomes = measure_runs(runs, 3, lambda run, outcome: seen.append(run))
-    assert seen == runs
-    assert outcomes == measure_runs(runs, 1, lambda run, outcome: None)
+    several, single = [], []
+    measure_runs(runs, 3, lambda run, outcome: several.append((run, outcome)))
+    measure_runs(runs, 1, lambda run, outcome: single.append((run, outcome)))
+    assert several == single
+    assert [run for run, _ in several] == runs
+    outcomes = {}
+    for run, outcome in several:
+        outcomes.setdefault((run.setting.name, run.kind.name), []).append(outcome)
     report = build_report(outcomes)
     assert [len(row["accuracies"]) for row in report.values["rows"]] == [2, 2, 2, 2]
     assert "MoE nonlinear | S1 | 99.46 ± 0.55" in report.to_markdown()
@@ -163,3 +167,17 @@ def test_every_published_figure_has_a_model_and_a_setting():
     assert set(PUBLISHED) == {(setting.name, kind.name) for setting in SETTINGS for kind in KINDS}
     outcomes = {("S1", "single linear"): [Outcome(accuracy=70.0, dispatch_entropy=None)]}
     assert "| single linear | S1 | 68.31 | 70.00 | +1.69 | – | – | 1 |" in build_report(outcomes).to_markdown()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_published_accuracies_come_out():
+    """Two settings, three seeds: 98.9 and 99.99 % with nonlinear experts, 93.3 and 95.9 % with linear ones."""
+    outcomes = {}
+    runs = list_runs(SETTINGS[2:], KINDS[:2], 3)
+    measure_runs(
+        runs, 2, lambda run, outcome: outcomes.setdefault((run.setting.name, run.kind.name), []).append(outcome)
+    )
+    for row in build_report(outcomes).values["rows"]:
+        assert abs(row["difference"]) < (1 if row["model"] == "MoE nonlinear" else 3), row
+        assert (row["dispatch_entropy"] < 0.3) == (row["model"] == "MoE nonlinear"), row
