@@ -97,8 +97,8 @@ def explain_design(comparison: "Comparison") -> list[str]:
             f"Seeds that would settle an arm: with p at Holm's strictest level, 0.05 / {comparison.num_comparisons},"
             " all seeds planned from the start, the SD of the pairs as all arms together show it. if as observed: the"
             " true difference is the observed one, which is noisy, and so is this number; for the margin: it is as"
-            f" large as the margin of equivalence, {100 * comparison.margin:.3g} % of the baseline's mean; if equal: there"
-            " is none, and equivalence is shown."
+            f" large as the margin of equivalence, {100 * comparison.margin:.3g} % of the baseline's mean; if equal:"
+            " there is none, and equivalence is shown."
         )
     lines += [
         f"{arm}: more than {MAX_SEEDS} seeds. A longer run settles it with"

@@ -73,7 +73,9 @@ def run_until_decided(experiment: Experiment, setup: RunSetup, max_seeds: int) -
 def _plan_seeds(experiment: Experiment, max_seeds: int) -> SeedDesign:
     assert experiment.design is not None
     planned, num_arms = len(experiment.design.seeds), len(experiment.arms)
-    require(planned >= MIN_TESTED_SEEDS, "seeds", list(experiment.design.seeds), f"{MIN_TESTED_SEEDS} with --until")
+    require(
+        planned >= MIN_TESTED_SEEDS, "seeds", list(experiment.design.seeds), f"at least {MIN_TESTED_SEEDS} with --until"
+    )
     highest = MAX_CELLS // num_arms
     allowed = f"{planned + 1} to {highest}: more than the {planned} planned seeds, at most {MAX_CELLS} cells in all"
     require(planned < max_seeds <= highest, "--max-seeds", max_seeds, allowed)

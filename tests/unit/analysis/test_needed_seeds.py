@@ -48,7 +48,9 @@ def test_seeds_for_equivalence() -> None:
     assert count_seeds_for_equivalence(0.1, 1) is None
     number = count_seeds_for_equivalence(1.0, 3)
     assert number is not None
-    assert compute_equivalence_power(1.0, number, 0.05 / 3) >= 0.8 > compute_equivalence_power(1.0, number - 1, 0.05 / 3)
+    assert (
+        compute_equivalence_power(1.0, number, 0.05 / 3) >= 0.8 > compute_equivalence_power(1.0, number - 1, 0.05 / 3)
+    )
 
 
 def test_the_sd_that_a_longer_run_would_need() -> None:
@@ -63,7 +65,9 @@ def test_pairing_of_values_with_known_variances() -> None:
     arm, other = [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]
     half = (3**0.5 / 2) / 3**0.5  # `other` has variance 3
     baseline = [0.5 * a + half * b for a, b in zip(arm, other, strict=True)]
-    gains, together = measure_pairing({"switch": (arm, baseline), "same": (arm, arm), "short": ([1.0, 2.0], [2.0, 1.0])})
+    gains, together = measure_pairing(
+        {"switch": (arm, baseline), "same": (arm, arm), "short": ([1.0, 2.0], [2.0, 1.0])}
+    )
     assert list(gains) == ["switch"]  # the other ones have no spread, or too few seeds
     assert gains["switch"].correlation == pytest.approx(0.5)
     assert gains["switch"].variance_ratio == pytest.approx(2.0)
@@ -139,16 +143,18 @@ def test_power_from_an_earlier_experiment_of_the_same_shape(tmp_path: Path) -> N
     results = tmp_path / "results"
     earlier = expand(write_experiment(tmp_path, "earlier"))
     (results / "experiments").mkdir(parents=True)
-    values = {"dense": (1.0, 1.1, 0.9, 1.0, 1.05), "switch": (1.1, 1.0, 1.0, 1.1, 1.0), "top_k": (0.9, 1.0, 1.1, 1.0, 1.0)}
+    values = {
+        "dense": (1.0, 1.1, 0.9, 1.0, 1.05),
+        "switch": (1.1, 1.0, 1.0, 1.1, 1.0),
+        "top_k": (0.9, 1.0, 1.1, 1.0, 1.0),
+    }
     for cell in earlier.cells:
         folder = RunFolder.of(results, cell.id)
         folder.path.mkdir(parents=True)
         stored = cell.to_dict("earlier")
         folder.write_cell(stored)
         metrics = {"mse": values[cell.arm][cell.seed]}
-        folder.write_result(
-            make_result(cell.arm, cell.seed, 0.0, id=cell.id, metrics=metrics, config=stored["config"])
-        )
+        folder.write_result(make_result(cell.arm, cell.seed, 0.0, id=cell.id, metrics=metrics, config=stored["config"]))
     cells = [{"id": cell.id, "arm": cell.arm, "seed": cell.seed} for cell in earlier.cells]
     record = {"name": "earlier", "cells": cells, "baseline": "dense", "time": 1.0}
     (results / "experiments" / "earlier.json").write_text(json.dumps(record))
