@@ -34,9 +34,17 @@ def read_results(cells: Sequence[Cell], results: Path) -> list[RunResult]:
 
 
 def compare_experiment(
-    experiment: Experiment, results: Path, *, allow_mismatch: bool = False, split: Split = "test"
+    experiment: Experiment,
+    results: Path,
+    *,
+    allow_mismatch: bool = False,
+    split: Split = "test",
+    margin: float | None = None,
 ) -> Comparison:
-    """Compare the arms of an experiment by its task's metric; raise UsageError when there is nothing to compare."""
+    """Compare the arms of an experiment by its task's metric; raise UsageError when there is nothing to compare.
+
+    `margin`: share of the baseline's mean below which arms are equivalent; None takes that of the experiment.
+    """
     facts = TASKS.get(experiment.cells[0].config.task.name).facts
     state = read_tuning(experiment, results)
     settled = {(cell.arm, cell.seed): cell for cell in settle(experiment, results).cells}
@@ -56,7 +64,12 @@ def compare_experiment(
         run_results,
         expected=[(cell.arm, cell.seed, cell.id) for cell in cells],
         baseline=experiment.baseline,
-        metric=ComparisonMetric(name=facts.metric, lower_is_better=facts.lower_is_better, split=split),
+        metric=ComparisonMetric(
+            name=facts.metric,
+            lower_is_better=facts.lower_is_better,
+            split=split,
+            margin=experiment.margin if margin is None else margin,
+        ),
         allow_mismatch=allow_mismatch,
         tuned_keys=state.keys if state is not None else (),
     )
