@@ -30,14 +30,14 @@ from moebench.analysis.compare.values import BITS_PER_BYTE, Comparison, Comparis
 ARMS, SEEDS = (1, 2, 3, 5, 10, 30), (3, 4, 5, 6, 8)
 LIMITS: dict[tuple[str, int], float] = {
     # Rare bad seeds of the baseline, or of a single arm, which no other arm shows; see docs/statistics.md.
-    **{("skewed baseline", num_arms): 0.08 for num_arms in ARMS},
-    **{(name, 2): 0.08 for name in SKEWED},
+    **{("skewed baseline", num_arms): 0.085 for num_arms in ARMS},
+    **{(name, 2): 0.085 for name in SKEWED},
     **{(name, 1): 0.24 for name in SKEWED},
     ("skewed baseline", 1): 0.24,
 }
 """Noise and number of arms whose share of tables with a false verdict may be more than 6 %."""
 EQUIVALENCE_LIMITS = {
-    **{(name, num_arms): 0.11 for name in SKEWED for num_arms in ARMS},
+    **{(name, num_arms): 0.12 for name in SKEWED for num_arms in ARMS},
     **{(name, 1): 0.30 for name in SKEWED},
 }
 
@@ -140,6 +140,15 @@ def test_power_to_show_equality(num_arms, shares):
         assert claim_equivalence(value_RAS, 1.46 * np.sqrt(2 * 0.37)).mean() == pytest.approx(share, abs=0.03)
 
 
+def test_without_correction_one_table_in_five_has_a_false_verdict():
+    def claim(value_RAS: Array) -> Claims:
+        claims: Claims = measure_differences(value_RAS)[1] <= st.ALPHA
+        return claims
+
+    shares = [measure_false_claims(claim, SYMMETRIC["paired"], 5, num_seeds) for num_seeds in (3, 5, 8)]
+    assert shares == pytest.approx([0.2] * 3, abs=0.02)
+
+
 @pytest.mark.parametrize(("num_seeds", "own", "both"), [(3, 0.09, 0.01), (5, 0.14, 0.015), (8, 0.16, 0.015)])
 def test_the_noise_of_the_table_stops_verdicts_from_lucky_seeds(num_seeds, own, both):
     # 5 arms with exponential noise, none better than a quiet baseline: what the t-tests alone would claim.
@@ -188,6 +197,15 @@ def test_intervals_cover_by_themselves_and_together(name):
 @pytest.mark.parametrize("num_seeds", [3, 5, 8])
 def test_five_intervals_by_themselves_hold_together_in_four_of_five_repeats(num_seeds):
     assert measure_coverage(SYMMETRIC["paired"], 5, num_seeds)[1] == pytest.approx(0.80, abs=0.02)
+
+
+@pytest.mark.parametrize(("num_seeds", "share"), [(3, 0.74), (5, 0.84), (8, 0.89)])
+def test_a_bootstrap_would_cover_less(num_seeds, share):
+    rng = np.random.default_rng(0)
+    value_RS = rng.normal(0, 1, (2000, num_seeds))
+    resampled_RBS = np.take_along_axis(value_RS[:, None], rng.integers(num_seeds, size=(2000, 400, num_seeds)), 2)
+    low_R, high_R = np.quantile(resampled_RBS.mean(2), [0.025, 0.975], axis=1)
+    assert ((low_R <= 0) & (high_R >= 0)).mean() == pytest.approx(share, abs=0.02)
 
 
 @pytest.mark.parametrize(
