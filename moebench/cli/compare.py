@@ -67,6 +67,14 @@ AllowMismatch = Annotated[
     ),
 ]
 
+Margin = Annotated[
+    float | None,
+    typer.Option(
+        help="Arms are equivalent below this share of the baseline's mean; else `margin` of the experiment, 0.01.",
+        show_default=False,
+    ),
+]
+
 
 def compare(
     names: Annotated[
@@ -83,6 +91,7 @@ def compare(
     plugin: Plugins = None,
     allow_mismatch: AllowMismatch = False,
     split: SplitOption = SplitName.TEST,
+    margin: Margin = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Write loss curves and differences to this file (PNG, PDF, SVG).")
@@ -99,29 +108,23 @@ def compare(
     still running. Several experiments that share arms are pooled. Given routers instead of an experiment, trains what
     is missing first.
     """
-    sizes = size.split(",") if size else [None]
+    choice = Choice(split.value, allow_mismatch, effective_compute, margin, axis, plot)
+    check_choice(choice)
     overrides = [name for name in names if "=" in name]
     subjects = [name for name in names if "=" not in name]
-    check_plot(plot)
-    has_experiments = are_experiments(subjects)
-    if has_experiments and (effective_compute or len(subjects) * len(sizes) > 1):
-        if plot or axis:
-            raise UsageError(f"--{'plot' if plot else 'axis'}: is for one experiment, got {', '.join(subjects)}")
+    if are_experiments(subjects):
+        sizes = size.split(",") if size else [None]
         grids = expand_several(subjects, overrides, sizes, plugin or (), results)
-        report = compare_several(grids, results, Choice(split.value, allow_mismatch, effective_compute))
-        print_report(report, json=json, markdown=markdown)
-        return
-    if effective_compute:
-        raise UsageError(f"--effective-compute: needs experiments of several sizes, got routers: {', '.join(subjects)}")
-    from moebench.experiment.grid import expand, expand_routers
-
-    given = add_size(overrides, size)
-    if has_experiments:
-        grid = expand(find_experiment(subjects[0]), given, plugin or (), finished_in=results)
+        is_one = len(grids) == 1 and not effective_compute
+        report = compare_one(grids[0], results, choice) if is_one else compare_several(grids, results, choice)
     else:
-        grid = expand_routers(subjects, task, given, plugin or ())
+        if effective_compute:
+            raise UsageError(f"--effective-compute: needs experiments of several sizes, got {', '.join(subjects)}")
+        from moebench.experiment.grid import expand_routers
+
+        grid = expand_routers(subjects, task, add_size(overrides, size), plugin or ())
         train_missing(grid, results, jobs)
-    report = compare_one(grid, results, Choice(split.value, allow_mismatch, axis=axis, plot=plot))
+        report = compare_one(grid, results, choice)
     print_report(report, json=json, markdown=markdown)
 
 
@@ -132,8 +135,18 @@ class Choice:
     split: "Split"
     allow_mismatch: bool
     effective_compute: bool = False
+    margin: float | None = None
     axis: AxisName | None = None
     plot: Path | None = None
+
+
+def check_choice(choice: Choice) -> None:
+    """Raise UsageError for a file or a margin that is none, before anything is read."""
+    check_plot(choice.plot)
+    if choice.margin is not None:
+        from moebench.schema import check_margin
+
+        check_margin(choice.margin, "--margin")
 
 
 def compare_one(grid: "Experiment", results: Path, choice: Choice) -> "Report":
@@ -145,7 +158,9 @@ def compare_one(grid: "Experiment", results: Path, choice: Choice) -> "Report":
     from moebench.analysis.fairness.measure import compare_on_axes
     from moebench.analysis.fairness.report import add_fairness
 
-    comparison = compare_experiment(grid, results, allow_mismatch=choice.allow_mismatch, split=choice.split)
+    comparison = compare_experiment(
+        grid, results, allow_mismatch=choice.allow_mismatch, split=choice.split, margin=choice.margin
+    )
     arms = measure_experiment(grid, results, comparison)
     along = read_along_axis(arms, choice.axis.value) if choice.axis else None
     if choice.plot:
@@ -173,7 +188,10 @@ def expand_several(
 
 
 def compare_several(grids: "Sequence[Experiment]", results: Path, choice: Choice) -> "Report":
-    """Pool experiments, or estimate effective compute over them."""
+    """Pool experiments, or estimate effective compute over them; raise UsageError for options of one experiment."""
+    if choice.plot or choice.axis:
+        names = ", ".join(grid.name for grid in grids)
+        raise UsageError(f"--{'plot' if choice.plot else 'axis'}: is for one experiment, got {names}")
     if choice.effective_compute:
         from moebench.analysis.pooled.effective_report import build_ladder_report
         from moebench.analysis.pooled.experiments import name_uniquely
