@@ -56,9 +56,7 @@ def draw(rng, num_tasks, num_seeds, num_arms, effect=0.0):
         difference_AS = np.exp(rng.normal()) * (difference_AS / np.sqrt(2) + effect)
         scale = float(difference_AS.std(axis=1, ddof=1).mean())
         others = difference_AS[1:]
-        pairs.append(
-            scaled(difference_AS[0], scale, other_square_sum=float((others**2).sum()), num_others=others.size)
-        )
+        pairs.append(scaled(difference_AS[0], scale, other_square_sum=float((others**2).sum()), num_others=others.size))
     return pairs
 
 
