@@ -154,7 +154,7 @@ def _read_sizes(experiment: Experiment, results: Path, metric: str, split: Split
 def _name_parts(experiment: Experiment, label: str) -> tuple[str, str]:
     """Return the name of an arm without its size, and its size; the size is empty unless grid keys make it."""
     axes = experiment.axes.get(label, {})
-    scale = [f"{key}={value}" for key, value in axes.items() if _makes_size(key)]
+    scale = [value for key, value in axes.items() if _makes_size(key)]
     if not scale:
         return label, ""
     rest = [value for key, value in axes.items() if not _makes_size(key)]
