@@ -129,7 +129,7 @@ def draw_learning_curves(
             ax.fill_between(curve.steps, curve.lows, curve.highs, color=color, alpha=0.1, linewidth=0)
     last = max(float(curve.steps[-1]) for curve in curves)
     bottom, top = include_reference(
-        _find_limits(curves, last), panel.trivial_baselines, panel.metric, lower_is_better=panel.lower_is_better
+        find_limits(curves, last), panel.trivial_baselines, panel.metric, lower_is_better=panel.lower_is_better
     )
     visible = [curve.steps[(curve.means >= bottom) & (curve.means <= top)] for curve in curves]
     first = min(float(steps[0]) for steps in visible if len(steps))
@@ -147,7 +147,7 @@ def draw_learning_curves(
     ax.set_title("\n".join(filter(None, (_describe_bands(curves), lines))), loc="left", color=GREY, fontsize=8)
 
 
-def _find_limits(curves: Sequence[LearningCurve], last: float) -> tuple[float, float]:
+def find_limits(curves: Sequence[LearningCurve], last: float) -> tuple[float, float]:
     """Return y limits that show the means after the warm-up, and their bands as far as they are close."""
     late = [(curve, curve.steps >= WARM_UP * last) for curve in curves]
     means = np.concatenate([curve.means[is_late] for curve, is_late in late])
