@@ -86,7 +86,7 @@ def test_one_grid_over_sizes_is_a_ladder(tmp_path):
 
 
 def test_runs_in_common_are_refused(ladder, tmp_path):
-    with pytest.raises(UsageError, match="have the run .* in common"):
+    with pytest.raises(UsageError, match=r"have the run .* in common"):
         name_uniquely([ladder[0], ladder[0]])
     (tmp_path / "other").mkdir()
     other = write_experiment(tmp_path / "other", "S0", "model.d_model=24")
