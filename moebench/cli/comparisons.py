@@ -58,7 +58,8 @@ def compare_experiments(grids: "Sequence[Experiment]", results: Path, choice: Ch
         from moebench.analysis.pooled.experiments import name_uniquely
         from moebench.analysis.pooled.ladder import read_ladder
 
-        return build_ladder_report(read_ladder(name_uniquely(grids), results, choice.split))
+        named, ignore = name_uniquely(grids), choice.allow_mismatch
+        return build_ladder_report(read_ladder(named, results, choice.split, ignore_conditions=ignore))
     from moebench.analysis.pooled.experiments import pool_experiments
     from moebench.analysis.pooled.report import build_pooled_report
 

@@ -16,7 +16,7 @@ def log_loss(x, offset=1.8):
 
 
 def plant(rng, shift_R, x_R=DECADES, num_seeds=3, sd=0.005, speed=0.8, offset=1.8):
-    """Return sizes at which an arm performs as the baseline with 10^shift times its compute; half the noise is common."""
+    """Return sizes at which an arm is the baseline with 10^shift times its compute; half the noise is common."""
     pairs = []
     for x, shift in zip(x_R, np.broadcast_to(shift_R, x_R.shape), strict=True):
         seed_S = rng.normal(0, sd / np.sqrt(2), num_seeds)

@@ -45,6 +45,9 @@ def test_times_at_different_load_give_no_wall_clock(ladder, tmp_path):
     report = build_ladder_report(read_ladder(ladder, tmp_path / "results"))
     assert report.values["arms"]["switch"]["wall_clock"] is None
     assert any("no wall clock: at S1: measured on different hardware" in note for note in report.notes)
+    report = build_ladder_report(read_ladder(ladder, tmp_path / "results", ignore_conditions=True))
+    assert report.values["arms"]["switch"]["wall_clock"]["value"] > 0
+    assert any("times are not comparable: at S1" in note for note in report.notes)
 
 
 def test_a_short_ladder_is_refused_with_its_decades(ladder, tmp_path):
