@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from moebench.analysis.compare.values import BEST, Comparison, Difference
+from moebench.analysis.compare.values import BEST, Comparison
 from moebench.analysis.html_report.shown_arms import find_tone
-from moebench.reporting.formatting import format_number, format_p, format_plural, format_signed
+from moebench.reporting.formatting import format_plural
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,35 +25,9 @@ def describe_arms(comparison: Comparison) -> tuple[Sentence, ...]:
         key=lambda pair: (order[find_tone(comparison, pair.arm)], sign * (pair.mean or 0.0)),
     )
     return tuple(
-        Sentence(arm=pair.arm, tone=find_tone(comparison, pair.arm), text=describe_difference(comparison, pair))
+        Sentence(arm=pair.arm, tone=find_tone(comparison, pair.arm), text=comparison.describe_difference(pair.arm))
         for pair in pairs
     )
-
-
-def describe_difference(comparison: Comparison, difference: Difference) -> str:
-    """Return the verdict on one arm as a sentence, with difference, interval, seeds and correction."""
-    metric, baseline = comparison.metric.replace("_", " "), comparison.baseline
-    if difference.mean is None:
-        return f"{difference.arm}: {comparison.describe_verdict(difference.arm)}; no seed in common with {baseline}."
-    interval = ""
-    if difference.interval:
-        low, high = (format_signed(bound) for bound in difference.interval)
-        interval = f", 95 % interval {low} to {high}"
-    seeds = format_plural(len(difference.seeds), "paired seed")
-    amount = f"{format_signed(difference.mean)} {metric}{interval}"
-    p = format_p(difference.p_holm)
-    tested = f"paired t test, p {p if p.startswith('<') else f'= {p}'} after Holm's correction"
-    tested = f"{seeds}, {tested} for {format_plural(comparison.num_comparisons, 'comparison')}"
-    if difference.verdict in ("better", "worse"):
-        return f"{difference.arm} is {difference.verdict} than {baseline}: {amount} ({tested})."
-    if difference.verdict == "no difference shown":
-        missed = ""
-        if difference.smallest_detectable:
-            missed = (
-                f" A difference of {format_number(difference.smallest_detectable)} would be found in 4 of 5 repeats."
-            )
-        return f"No difference is shown between {difference.arm} and {baseline}: {amount} ({tested}).{missed}"
-    return f"{difference.arm}: {comparison.describe_verdict(difference.arm)}, so no claim; {amount} ({seeds})."
 
 
 def describe_outcome(comparison: Comparison) -> str:
