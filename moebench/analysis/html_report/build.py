@@ -8,6 +8,8 @@ from typing import Any
 from moebench.analysis.compare.experiment import compare_experiment
 from moebench.analysis.compare.report import build_report as build_tables
 from moebench.analysis.compare.values import Comparison, Split
+from moebench.analysis.fairness.experiment import compute_fairness
+from moebench.analysis.fairness.report import add_fairness
 from moebench.analysis.html_report.curves import build_curves
 from moebench.analysis.html_report.differences import build_forest
 from moebench.analysis.html_report.domains import build_domain_tables
@@ -28,6 +30,7 @@ PLACES = {
     "Quality": "quality",
     "By ": "quality",
     "Out of domain": "quality",
+    "Fairness": "cost",
     "How sure": "quality",
     "Expert load": "experts",
     "Information": "experts",
@@ -73,7 +76,8 @@ def build_page(source: Source) -> Page:
     )
     settled = settle(experiment, source.results)
     runs = read_runs(settled.cells, source.results, comparison.metric)
-    report = build_tables(comparison)
+    fairness = compute_fairness(experiment, source.results, comparison, ignore_conditions=source.allow_mismatch)
+    report = add_fairness(build_tables(comparison), fairness)
     domains = build_domain_tables(comparison, runs)
     differing, common = build_settings_tables(settled.cells, comparison.baseline)
     lost, provenance = build_lost_table(comparison), build_provenance_table(runs, source.command, source.made_at)
