@@ -7,6 +7,7 @@ from typing import Any
 
 from moebench.analysis.compare.experiment import compare_experiment
 from moebench.analysis.compare.report import build_report as build_tables
+from moebench.analysis.compare.shown_arms import describe_selection, select_arms
 from moebench.analysis.compare.values import Comparison, Split
 from moebench.analysis.html_report.curves import build_curves
 from moebench.analysis.html_report.differences import build_forest
@@ -15,7 +16,6 @@ from moebench.analysis.html_report.loads import LEGEND, build_drop_rows, build_h
 from moebench.analysis.html_report.pareto import build_pareto
 from moebench.analysis.html_report.provenance import build_provenance_table
 from moebench.analysis.html_report.settings import build_settings_tables
-from moebench.analysis.html_report.shown_arms import describe_selection
 from moebench.analysis.html_report.stored_runs import StoredRun, read_runs
 from moebench.analysis.html_report.verdicts import describe_arms, describe_outcome
 from moebench.experiment.grid import Experiment
@@ -99,7 +99,7 @@ def build_page(source: Source) -> Page:
         "common": common,
         "lost": lost,
         "provenance": provenance,
-        "selection": describe_selection(comparison),
+        "selection": describe_selection(len(select_arms(comparison)), len(comparison.arms)),
         "notes": report.notes,
         "problems": list_problems(runs),
     }

@@ -7,9 +7,9 @@ from statistics import fmean
 import numpy as np
 
 from moebench.analysis.compare.learning_curve import LearningCurve, average_seeds, find_limits, format_curve_label
+from moebench.analysis.compare.shown_arms import find_tone, select_arms
 from moebench.analysis.compare.statistics import Values
 from moebench.analysis.compare.values import Comparison
-from moebench.analysis.html_report.shown_arms import find_tone, select_arms
 from moebench.analysis.html_report.stored_runs import StoredRun
 from moebench.experiment.plan import BACKWARD
 from moebench.reporting.formatting import format_signed

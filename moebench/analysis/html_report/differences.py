@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from moebench.analysis.compare.shown_arms import find_tone
 from moebench.analysis.compare.values import Comparison
-from moebench.analysis.html_report.shown_arms import find_tone
 from moebench.reporting.formatting import format_signed, format_with_interval
 from moebench.reporting.html.axis import Axis, Tick
 

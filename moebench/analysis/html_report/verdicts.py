@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from moebench.analysis.compare.shown_arms import find_tone
 from moebench.analysis.compare.values import BEST, Comparison, Difference
-from moebench.analysis.html_report.shown_arms import find_tone
 from moebench.reporting.formatting import format_number, format_p, format_plural, format_signed
 
 
