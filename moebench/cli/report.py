@@ -60,14 +60,13 @@ def report(
     overrides = add_size([name for name in names if "=" in name], size)
     subjects = [name for name in names if "=" not in name]
     check_out(out)
-    is_one = is_experiment(subjects, "report")
-    if is_one:
-        experiment = expand(find_experiment(subjects[0]), overrides, plugin or (), finished_in=results)
+    plugins = plugin or ()
+    if is_one := is_experiment(subjects, "report"):
+        experiment = expand(find_experiment(subjects[0]), overrides, plugins, finished_in=results)
     else:
-        experiment = expand_routers(subjects, task, overrides, plugin or ())
-    given = CommandArguments(
-        experiment=subjects[0], overrides=[*subjects[1:], *overrides], plugins=plugin or (), results=results
-    )
+        experiment = expand_routers(subjects, task, overrides, plugins)
+    rest = [*subjects[1:], *overrides]
+    given = CommandArguments(experiment=subjects[0], overrides=rest, plugins=plugins, results=results)
     source = Source(
         experiment=experiment,
         results=results,
