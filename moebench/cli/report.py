@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moebench.cli.compare import AllowMismatch, Split, SplitName, is_experiment
+from moebench.cli.compare import AllowMismatch, SplitName, SplitOption
 from moebench.cli.options import (
     DEFAULT_RESULTS,
     CommandArguments,
@@ -18,6 +18,7 @@ from moebench.cli.options import (
     complete_experiment_or_router,
     print_json,
 )
+from moebench.cli.subjects import is_experiment
 from moebench.errors import UsageError
 from moebench.experiment.files import find_experiment
 from moebench.printable import print_text
@@ -45,7 +46,7 @@ def report(
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
     allow_mismatch: AllowMismatch = False,
-    split: Split = SplitName.TEST,
+    split: SplitOption = SplitName.TEST,
     json: Json = False,
 ) -> None:
     """Write the report of an experiment: verdicts, tables, curves, costs, expert loads, settings, provenance.

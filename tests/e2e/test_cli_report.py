@@ -18,7 +18,6 @@ def test_report_writes_a_page_and_tables(cli: CommandLine, warm: WarmCommandLine
     assert {"quality.csv", "quality.tex", "how_sure.csv", "by_domain.csv", "provenance.tex"} <= written
     assert len(done.json["tables"]) == len(written)
     assert done.json["tables"][0] == "tables/quality.csv"
-    nothing = "error: empty: no cell of 'stored' has a result there yet (`moebench run` makes them)"
     for arguments, message in (
         (["--out", "missing/x.html"], "error: --out missing/x.html: must be a file in a folder that exists"),
         (["--out", "x.pdf"], "error: --out x.pdf: the report is HTML; allowed: a name that ends in .html or .htm"),

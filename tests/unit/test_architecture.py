@@ -47,6 +47,7 @@ ORDER = (
     ("launch",),
     ("experiment",),
     ("analysis",),
+    ("calibration",),
     ("catalogue",),
     ("bench",),
     ("cli",),

@@ -11,7 +11,8 @@ from statistics import fmean, median
 
 from moebench.analysis.compare import statistics as st
 from moebench.analysis.compare.matching import check_matching, compute_cost_ratio, list_unmatched_arms
-from moebench.analysis.compare.result_grid import Expected, ResultGrid, arrange_results
+from moebench.analysis.compare.pairs import compare_pairs
+from moebench.analysis.compare.result_grid import Expected, ResultGrid, arrange_results, note_levels
 from moebench.analysis.compare.settings import note_varied_settings
 from moebench.analysis.compare.values import (
     BEST,
@@ -21,8 +22,8 @@ from moebench.analysis.compare.values import (
     Comparison,
     ComparisonMetric,
     Difference,
-    Verdict,
 )
+from moebench.analysis.design.protocol import NO_PROTOCOL, Protocol
 from moebench.reporting.formatting import format_plural
 from moebench.runs.result import RunResult
 from moebench.tasks.task import OUT_OF_DOMAIN
@@ -35,26 +36,29 @@ def compare(
     baseline: str,
     metric: ComparisonMetric = BITS_PER_BYTE,
     allow_mismatch: bool = False,
-    tuned_keys: Collection[str] = (),
+    protocol: Protocol = NO_PROTOCOL,
 ) -> Comparison:
     """Compare the arms of a grid with its baseline; `expected` holds (arm, seed, cell id) of every cell.
 
     Arms whose executed cost is not within 2 % of the baseline's are marked and get no verdict unless `allow_mismatch`
     is set. Raises UsageError for an unknown baseline or metric, a cell named twice, two arms of one cell, results
     without metrics of the split, and (unless `allow_mismatch` is set) for arms of other training tokens,
-    data or evaluation. `tuned_keys`: settings that each arm has chosen on validation, by other seeds.
+    data or evaluation. `protocol`: settings that arms have chosen, and planned seeds.
     """
-    grid = arrange_results(results, expected, baseline=baseline, metric=metric)
+    grid = replace(arrange_results(results, expected, baseline=baseline, metric=metric), plan=protocol.plan)
     runs = {arm: list(grid.done[arm].values()) for arm in grid.arms}
     mismatches = check_matching(runs, baseline, allow=allow_mismatch)
     unmatched = list_unmatched_arms(mismatches, allow=allow_mismatch)
     differences = compare_pairs(grid, unmatched=unmatched)
     arms = tuple(_summarise(arm, grid, [mismatch.mark for mismatch in mismatches.get(arm, ())]) for arm in grid.arms)
     best, best_notes = _find_best(grid, arms, unmatched)
+    configs = [run.config for of_arm in runs.values() for run in of_arm]
     return Comparison(
         metric=metric.name,
         split=metric.split,
         lower_is_better=metric.lower_is_better,
+        margin=metric.margin,
+        plan=grid.plan,
         baseline=baseline,
         arms=tuple(replace(arm, marks=(BEST, *arm.marks)) if arm.arm == best else arm for arm in arms),
         differences=differences,
@@ -63,76 +67,12 @@ def compare(
         notes=(
             *(f"{arm}: {mismatch.reason}" for arm, of_arm in mismatches.items() for mismatch in of_arm),
             *_notes(grid, differences, len(expected)),
+            *note_levels(grid, sum(difference.p is not None for difference in differences)),
             *best_notes,
             *_note_versions([run.version for of_arm in runs.values() for run in of_arm]),
-            *note_varied_settings([run.config for of_arm in runs.values() for run in of_arm], metric.split, tuned_keys),
+            *note_varied_settings(configs, metric.split, protocol.tuned_keys),
         ),
     )
-
-
-def compare_pairs(grid: ResultGrid, *, unmatched: Collection[str] = ()) -> tuple[Difference, ...]:
-    """Return the difference of every other arm to the baseline; their p values are one family for Holm."""
-    others = [arm for arm in grid.arms if arm != grid.baseline]
-    pairs = {
-        arm: st.paired_difference(grid.get_quality(arm, seeds), grid.get_quality(grid.baseline, seeds))
-        for arm in others
-        if (seeds := grid.common_seeds(arm))
-    }
-    tested = {arm: pair.p for arm, pair in pairs.items() if pair.p is not None}
-    p_holm = dict(zip(tested, st.holm(list(tested.values())), strict=True))
-    spread = _pooled_spread(grid, [arm for arm, pair in pairs.items() if pair.sd])
-    differences = []
-    for arm in others:
-        pair = pairs.get(arm)
-        difference = _difference(arm, grid, pair, p_holm.get(arm), _smallest_detectable(pair, spread, len(tested)))
-        differences.append(difference if arm not in unmatched else replace(difference, verdict="not matched"))
-    return tuple(differences)
-
-
-def _pooled_spread(grid: ResultGrid, arms: Sequence[str]) -> st.SpreadEstimate | None:
-    """Estimate the SD of the paired differences over the seeds that all these arms and the baseline have."""
-    seeds = [seed for seed in grid.done[grid.baseline] if all(seed in grid.done[arm] for arm in arms)]
-    if not arms or len(seeds) < st.MIN_SEEDS:
-        return None
-    return st.pooled_spread([grid.get_quality(arm, seeds) for arm in arms], grid.get_quality(grid.baseline, seeds))
-
-
-def _smallest_detectable(
-    pair: st.PairedDifference | None, spread: st.SpreadEstimate | None, num_comparisons: int
-) -> float | None:
-    """Return the smallest detectable difference, from the pairs of this arm alone if arms share too few seeds."""
-    if pair is None or not pair.sd:
-        return None
-    if spread is None:
-        return st.smallest_detectable(pair.sd, pair.num_seeds, num_comparisons, pair.num_seeds - 1)
-    return st.smallest_detectable(spread.sd, pair.num_seeds, num_comparisons, spread.df)
-
-
-def _difference(
-    arm: str, grid: ResultGrid, pair: st.PairedDifference | None, p_holm: float | None, detectable: float | None
-) -> Difference:
-    has_diverged = grid.count_diverged(arm) + grid.count_diverged(grid.baseline) > 0
-    return Difference(
-        arm=arm,
-        baseline=grid.baseline,
-        seeds=grid.common_seeds(arm),
-        mean=pair.mean if pair else None,
-        interval=pair.interval if pair else None,
-        p=pair.p if pair else None,
-        p_holm=p_holm,
-        p_exact=pair.p_exact if pair else None,
-        effect_sd=pair.effect_sd if pair else None,
-        smallest_detectable=detectable,
-        verdict="diverged" if has_diverged else _verdict(pair, p_holm, grid.metric.lower_is_better),
-    )
-
-
-def _verdict(pair: st.PairedDifference | None, p_holm: float | None, lower_is_better: bool) -> Verdict:
-    if pair is None or pair.num_seeds < st.MIN_SEEDS:
-        return "too few seeds"
-    if p_holm is None or p_holm > st.ALPHA:
-        return "no difference shown"
-    return "better" if (pair.mean < 0) == lower_is_better else "worse"
 
 
 def _summarise(arm: str, grid: ResultGrid, mismatch_marks: Iterable[str]) -> ArmSummary:

@@ -1,19 +1,21 @@
 """The values of a comparison: a summary of each arm, its difference to the baseline, the cells without a result."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Literal
 
 from moebench.analysis.compare import statistics as st
+from moebench.analysis.compare.json_values import build_json_values
+from moebench.analysis.compare.sentences import describe_difference
+from moebench.analysis.compare.verdict import Verdict
+from moebench.experiment.seed_plan import SeedPlan
 from moebench.experiment.tuning import TuningState
 from moebench.runs.trivial_baselines import BELOW_TRIVIAL, find_reference, is_below_trivial
 from moebench.tasks.baselines.baseline import TrivialBaseline
-from moebench.tasks.task import OUT_OF_DOMAIN
 
 BEST = "best"
 NON_CAUSAL = "non-causal"
-Verdict = Literal["better", "worse", "no difference shown", "diverged", "too few seeds", "not matched"]
 Split = Literal["test", "validation"]
 
 
@@ -27,6 +29,8 @@ class ComparisonMetric:
     name: str
     lower_is_better: bool
     split: Split = "test"
+    margin: float = st.MARGIN
+    """Differences below this share of the baseline's mean count as equivalence."""
 
 
 BITS_PER_BYTE = ComparisonMetric(name="bits_per_byte", lower_is_better=True)
@@ -108,7 +112,8 @@ class ArmSummary:
 class Difference:
     """An arm minus the baseline over common seeds, in the unit of the metric.
 
-    `verdict` follows `p_holm`, unless a seed of either arm diverged: the others are then no fair sample.
+    `verdict` follows `p_holm`, then `p_equivalence_holm`, unless a seed of either arm diverged: the others are then no
+    fair sample.
     """
 
     arm: str
@@ -116,12 +121,27 @@ class Difference:
     seeds: tuple[int, ...]
     mean: float | None
     interval: st.Interval | None
+    """95 % t interval, by itself."""
+    simultaneous_interval: st.Interval | None = None
+    """Those of all arms together hold in 95 % of repeats (Bonferroni)."""
     p: float | None
     p_holm: float | None
     p_exact: float | None
+    p_equivalence: float | None = None
+    """Of the two one-sided tests (TOST) against the margin; None below five seeds."""
+    p_equivalence_holm: float | None = None
     effect_sd: float | None
+    """The difference in units of the seed SD, with Hedges' correction."""
+    effect_interval: st.Interval | None = None
     smallest_detectable: float | None
     verdict: Verdict
+    level: float = st.ALPHA
+    """Of the verdict: less than the full one at a look that was not the planned one."""
+
+    @property
+    def is_within_margin(self) -> bool:
+        """Whether the difference is shown to be smaller than the margin, whatever the verdict."""
+        return self.p_equivalence_holm is not None and self.p_equivalence_holm <= self.level
 
     @property
     def low_power(self) -> bool:
@@ -142,6 +162,10 @@ class Comparison:
     missing: tuple[LostCell, ...]
     notes: tuple[str, ...]
     split: Split = "test"
+    margin: float = st.MARGIN
+    """Differences below this share of the baseline's mean count as equivalence."""
+    plan: SeedPlan = field(default_factory=SeedPlan)
+    """Seeds that were planned."""
     trivial_baselines: tuple[TrivialBaseline, ...] = ()
     """What trivial methods reach on the same split; empty where the task has none or they cannot be computed."""
     trivial_problem: str = ""
@@ -176,8 +200,19 @@ class Comparison:
 
     @property
     def num_comparisons(self) -> int:
-        """Size of the family that Holm corrects for."""
+        """Size of the family of differences that Holm corrects for."""
         return sum(difference.p is not None for difference in self.differences)
+
+    @property
+    def num_equivalence_tests(self) -> int:
+        """Size of the family of equivalence tests that Holm corrects for."""
+        return sum(difference.p_equivalence is not None for difference in self.differences)
+
+    @property
+    def margin_value(self) -> float | None:
+        """The margin of equivalence in the unit of the metric; None before the baseline has a mean."""
+        mean = next(arm.mean for arm in self.arms if arm.arm == self.baseline)
+        return None if mean is None else self.margin * abs(mean)
 
     def out_of_domain_difference(self, arm: ArmSummary) -> st.PairedDifference | None:
         """Return the arm minus the baseline out of domain over common seeds; None for the baseline, or without any."""
@@ -201,74 +236,14 @@ class Comparison:
             return arm_diverged or f"baseline: {diverged.get(self.baseline, '')}"
         return f"{verdict}, {arm_diverged}" if arm_diverged and verdict in ("baseline", "not matched") else verdict
 
+    def describe_difference(self, arm: str) -> str:
+        """Return the verdict on an arm as one sentence for a paper, with numbers and tests; empty for the baseline."""
+        return describe_difference(self, arm)
+
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready values; the quality of an arm has the name of the metric as key."""
-        return {
-            "metric": self.metric,
-            "split": self.split,
-            "lower_is_better": self.lower_is_better,
-            "baseline": self.baseline,
-            "num_comparisons": self.num_comparisons,
-            "arms": {arm.arm: self._arm_dict(arm) for arm in self.arms},
-            "failed": [asdict(cell) for cell in self.failed],
-            "missing": [asdict(cell) for cell in self.missing],
-            "notes": list(self.notes),
-            **({"axes": {arm: dict(labels) for arm, labels in self.axes.items()}} if self.has_several_axes else {}),
-            **({"tuning": self.tuning.to_dict()} if self.tuning else {}),
-            "trivial_baselines": [asdict(baseline) for baseline in self.trivial_baselines],
-            "trivial_baselines_problem": self.trivial_problem or None,
-            "below_trivial_baselines": self.is_below_trivial,
-            "below_trivial_baselines_text": self.below_trivial_text or None,
-        }
-
-    def _arm_dict(self, arm: ArmSummary) -> dict[str, Any]:
-        difference = self.find_difference(arm.arm)
-        return {
-            self.metric: _quality_dict(arm.mean, arm.interval, arm.values),
-            OUT_OF_DOMAIN: self._out_of_domain_dict(arm) if arm.out_of_domain else None,
-            "difference": _difference_dict(difference) if difference else None,
-            "load": arm.load,
-            "throughput": {
-                "tokens_per_s": arm.tokens_per_s,
-                "share_of_baseline": arm.throughput_share,
-                "mfu": arm.mfu,
-            },
-            "cost": arm.cost,
-            "flops_vs_baseline": arm.flops_vs_baseline,
-            "parallel": arm.parallel,
-            "marks": list(arm.marks),
-            "domains": arm.domains,
-            "runs": {
-                "done": arm.num_done,
-                "failed": arm.num_failed,
-                "diverged": arm.num_diverged,
-                "missing": arm.num_missing,
-            },
-        }
-
-    def _out_of_domain_dict(self, arm: ArmSummary) -> dict[str, Any]:
-        pair = self.out_of_domain_difference(arm)
-        interval = list(pair.interval) if pair and pair.interval else None
-        difference = {"mean": pair.mean, "interval": interval} if pair else None
-        quality = _quality_dict(arm.out_of_domain_mean, arm.out_of_domain_interval, arm.out_of_domain)
-        return quality | {"difference": difference}
+        return build_json_values(self)
 
 
 def _describe_divergence(arm: ArmSummary) -> str:
     return f"{arm.num_diverged} of {arm.num_planned} diverged" if arm.num_diverged else ""
-
-
-def _quality_dict(mean: float | None, interval: st.Interval | None, values: dict[int, float]) -> dict[str, Any]:
-    seeds = {str(seed): value for seed, value in values.items()}
-    return {"mean": mean, "interval": list(interval) if interval else None, "seeds": seeds}
-
-
-def _difference_dict(difference: Difference) -> dict[str, Any]:
-    values = asdict(difference)
-    del values["arm"]
-    interval = list(difference.interval) if difference.interval else None
-    return values | {
-        "seeds": list(difference.seeds),
-        "interval": interval,
-        "low_power": difference.low_power,
-    }

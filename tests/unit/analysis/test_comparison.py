@@ -48,7 +48,8 @@ def test_holm_corrects_over_the_arms():
     # two p of .000145 share the front: 3 * p for both; c: mean .0005, t = 0.7071, 4 df -> p = .5185, times 1
     assert by_arm["a"].p_holm == pytest.approx(3 * 0.000145, abs=3e-6)
     assert by_arm["c"].p_holm == pytest.approx(0.5185, abs=1e-4)
-    assert [by_arm[arm].verdict for arm in "abc"] == ["better", "worse", "no difference shown"]
+    # c is also shown to lie within the margin of 1 %
+    assert [by_arm[arm].verdict for arm in "abc"] == ["better", "worse", "equivalent"]
     assert comparison.num_comparisons == 3
 
 
@@ -86,7 +87,7 @@ def test_a_better_arm_is_not_best_while_another_has_a_better_mean():
         make_result("b", seed, DENSE[seed] + d) for seed, d in enumerate((-0.5, 0.4, -0.3, 0.2, -0.1))
     ]
     comparison = compare(results, expected=list_cells(results), baseline="dense")
-    assert [difference.verdict for difference in comparison.differences] == ["better", "no difference shown"]
+    assert [difference.verdict for difference in comparison.differences] == ["better", "undecided"]
     assert all(arm.marks == () for arm in comparison.arms)
     assert "b has the best mean, but is not shown to be better than dense, a" in comparison.notes
 
@@ -168,7 +169,7 @@ def test_load_speed_and_cost_are_averaged_over_seeds():
 def test_equal_differences_for_every_seed_are_noted():
     results = make_results({"dense": 0}) + [make_result("copy", seed, value - 0.25) for seed, value in enumerate(DENSE)]
     comparison = compare(results, expected=list_cells(results), baseline="dense")
-    assert comparison.differences[0].verdict == "no difference shown"
+    assert comparison.differences[0].verdict == "undecided"
     assert any("the same difference for every seed" in note for note in comparison.notes)
 
 
@@ -184,7 +185,8 @@ def test_to_dict_is_json_with_the_promised_keys():
     assert set(switch["bits_per_byte"]["seeds"]) == {"0", "1", "2", "3", "4"}
     assert switch["difference"]["verdict"] == "better"
     assert set(switch["difference"]) == {
-        "baseline", "effect_sd", "interval", "low_power", "mean", "p", "p_exact", "p_holm", "seeds",
+        "baseline", "effect_interval", "effect_sd", "interval", "low_power", "mean", "p", "p_equivalence",
+        "level", "p_equivalence_holm", "p_exact", "p_holm", "seeds", "sentence", "simultaneous_interval",
         "smallest_detectable", "verdict",
     }  # fmt: skip
     assert switch["runs"] == {"done": 5, "failed": 0, "diverged": 0, "missing": 0}

@@ -88,16 +88,28 @@ def render(comparison, width):
 GOLDEN = """\
 Quality: bits per byte on the test split, lower is better
 arm                 seeds             mean       minus dense  p Holm  verdict
-──────────────────────────────────────────────────────────────────────────────────────────
+──────────────────────────────────────────────────────────────────────────────────────
 dense                   5  2.0000 ± 0.0196                 –       –  baseline
 switch             4 of 5  1.9852 ± 0.0183  −0.0098 ± 0.0027   0.003  1 of 5 diverged
-sigmoid_bias_free  4 of 5  2.0030 ± 0.0247  +0.0005 ± 0.0029   0.622  no difference shown
+sigmoid_bias_free  4 of 5  2.0030 ± 0.0247  +0.0005 ± 0.0029   0.622  undecided
 
 How sure: dense subtracted seed by seed
 arm                pairs      p  p Holm  exact p  seed SD  detectable  power
 ─────────────────────────────────────────────────────────────────────────────
-switch                 4  0.001   0.003        –     −0.8      0.0090    low
+switch                 4  0.001   0.003        –     −0.6      0.0090    low
 sigmoid_bias_free      4  0.622   0.622        –     +0.0      0.0090    low
+
+Seeds that would settle undecided arms, in 4 of 5 repeats
+arm                if as observed  for the margin  if equal
+────────────────────────────────────────────────────────────
+sigmoid_bias_free            > 50               3         5
+
+Pairing: each seed of an arm with the same seed of dense
+arm                correlation  variance ratio
+───────────────────────────────────────────────
+switch                   +1.00          102.71
+sigmoid_bias_free        +1.00          160.00
+all arms                     –          133.27
 
 Expert load on the evaluation set, mean over expert layers
 arm                MaxVio    CV  entropy  dead  dropped  in training  unserved
@@ -132,6 +144,15 @@ show, the differences of all arms taken to vary alike.
 Each interval is one of 95 %, not all together. Arms with rare bad seeds get false verdicts more
 often than 5 % (docs/comparing.md).
 low power: 3 to 5 seeds can miss any difference smaller than the detectable one.
+Seeds that would settle an arm: with p at Holm's strictest level, 0.05 / 2, all seeds planned from
+the start, the SD of the pairs as all arms together show it. if as observed: the true difference is
+the observed one, which is noisy, and so is this number; for the margin: it is as large as the
+margin of equivalence, 1 % of the baseline's mean; if equal: there is none, and equivalence is
+shown.
+sigmoid_bias_free: more than 50 seeds. A longer run settles it with 4 seeds if the SD of the pairs
+falls from 0.0021 to 0.0002 and the difference stays: an assumption, which no run here has tested.
+variance ratio: variance of the difference of unpaired seeds over that of paired ones; 1: pairing
+gained nothing, 3: one pair is worth three unpaired seeds of each arm.
 executed: forward FLOPs of the whole model and rows computed by experts, per token, mean over all
 steps of training (each pass counts) and on the test split; × baseline: training / evaluation. in
 training: share of assignments dropped, mean over all steps.

@@ -4,6 +4,7 @@ from math import inf, nan, sqrt
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from moebench.analysis.compare import statistics as st
 
@@ -29,8 +30,9 @@ def test_pairing_removes_what_the_seeds_share():
     assert result.mean == pytest.approx(-1)
     assert result.p is not None
     assert result.p < 0.01
-    # pooled SD: both near 10 -> the effect is a tenth of what a seed does
-    assert result.effect_sd == pytest.approx(-0.1, abs=2e-3)
+    # pooled SD: both near 10 -> the effect is a tenth of what a seed does; correlation 1 -> 2 degrees of freedom, for
+    # which Hedges' factor is gamma(1) / gamma(1/2) = 0.5642
+    assert result.effect_sd == pytest.approx(-0.1 * 0.5642, abs=2e-3)
 
 
 def test_exact_sign_flip_by_hand():
@@ -50,7 +52,21 @@ def test_holm_by_hand():
 
 def test_effect_in_seed_sd_by_hand():
     # a = [1, 2, 3] SD 1; b = [2, 5, 8] SD 3; pooled sqrt((1 + 9) / 2) = 2.236068; mean difference -3
-    assert st.effect_in_seed_sd([1, 2, 3], [2, 5, 8]) == pytest.approx(-3 / sqrt(5))
+    # Hedges' factor: covariance 3, df = 2 (1 + 9)^2 / (1 + 81 + 2 * 9) = 2 -> 0.56419
+    effect = st.effect_in_seed_sd([1, 2, 3], [2, 5, 8])
+    assert effect.value == pytest.approx(-3 / sqrt(5) * 0.56419, rel=1e-4)
+    # Differences -1, -3, -5: SD 2, t = -3 / (2 / sqrt 3) = -2.5981 with 2 df. The non-centralities of which it is the
+    # 97.5 % and the 2.5 % quantile, times (2 / sqrt 3) / sqrt 5, are the bounds.
+    low, high = (bound * sqrt(15) / 2 for bound in effect.interval)
+    assert stats.nct.cdf(-2.5981, 2, low) == pytest.approx(0.975, abs=1e-4)
+    assert stats.nct.cdf(-2.5981, 2, high) == pytest.approx(0.025, abs=1e-4)
+
+
+def test_hedges_factor_of_unrelated_samples():
+    # SD 1 and 1, covariance 0: df = 2 · 3 = 6, factor gamma(3) / (gamma(2.5) sqrt 3) = 2 / (1.32934 * 1.73205) = 0.8686
+    assert st.effect_in_seed_sd([1, -1, 1, -1], [1, 1, -1, -1]).value == 0
+    effect = st.effect_in_seed_sd([3, 1, 3, 1], [1, 1, -1, -1])
+    assert effect.value == pytest.approx(2 / sqrt(4 / 3) * 0.8686, rel=1e-4)
 
 
 @pytest.mark.parametrize("num_seeds", [1, 2])
@@ -110,7 +126,7 @@ def test_smallest_detectable_where_library_routines_give_nan(num_seeds, num_comp
     assert effect is not None
     x_RS = np.random.default_rng(0).normal(effect, 1, (100_000, num_seeds))
     t_R = x_RS.mean(axis=1) / x_RS.std(axis=1, ddof=1) * sqrt(num_seeds)
-    critical = st.stats.t.isf(0.025 / num_comparisons, num_seeds - 1)
+    critical = stats.t.isf(0.025 / num_comparisons, num_seeds - 1)
     assert np.mean(np.abs(t_R) > critical) == pytest.approx(0.8, abs=0.005)
 
 
@@ -151,5 +167,5 @@ def test_smallest_detectable_makes_up_for_an_estimated_sd(num_seeds, df, num_com
     estimate_R = np.sqrt(rng.chisquare(df, 200_000) / df)
     x_RS = rng.normal(0, 1, (200_000, num_seeds)) + (estimate_R * effect)[:, None]
     t_R = x_RS.mean(axis=1) / x_RS.std(axis=1, ddof=1) * sqrt(num_seeds)
-    critical = st.stats.t.isf(0.025 / num_comparisons, num_seeds - 1)
+    critical = stats.t.isf(0.025 / num_comparisons, num_seeds - 1)
     assert np.mean(np.abs(t_R) > critical) == pytest.approx(0.8, abs=0.005)

@@ -1,0 +1,85 @@
+"""A verdict as a sentence that can be pasted into a paper: arms, difference, interval, seeds, test, correction."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from moebench.analysis.compare import statistics as st
+from moebench.reporting.formatting import format_number, format_p, format_plural, format_signed
+
+if TYPE_CHECKING:
+    from moebench.analysis.compare.values import Comparison, Difference
+
+
+def describe_difference(comparison: "Comparison", arm: str) -> str:
+    """Return the verdict on an arm with its numbers, in one sentence; empty for the baseline."""
+    difference = comparison.find_difference(arm)
+    if difference is None:
+        return ""
+    if difference.mean is None:
+        return f"{_describe_obstacle(comparison, difference)}."
+    return f"{_state(comparison, difference)}: {_describe_numbers(comparison, difference)}."
+
+
+def describe_margin(comparison: "Comparison") -> str:
+    """Return the margin of equivalence in the unit of the metric and as a share: ±0.0255 (1 %); or the share alone."""
+    share = f"{100 * comparison.margin:.3g} %"
+    value = comparison.margin_value
+    return f"±{share}" if value is None else f"±{format_number(value)} ({share})"
+
+
+def _state(comparison: "Comparison", difference: "Difference") -> str:
+    arm, baseline, margin = difference.arm, comparison.baseline, describe_margin(comparison)
+    match difference.verdict:
+        case "better" | "worse":
+            within = f", by less than the margin of {margin}" if difference.is_within_margin else ""
+            return f"{arm} is {difference.verdict} than {baseline}{within}"
+        case "equivalent":
+            return f"{arm} is equivalent to {baseline} within {margin}"
+        case "undecided":
+            equivalent = f" or to be equivalent within {margin}" if difference.p_equivalence is not None else ""
+            return f"{arm} is not shown to differ from {baseline}{equivalent}"
+    return _describe_obstacle(comparison, difference)
+
+
+def _describe_obstacle(comparison: "Comparison", difference: "Difference") -> str:
+    """Return why there is no verdict."""
+    arm, baseline = difference.arm, comparison.baseline
+    if difference.verdict == "diverged":
+        return f"{arm} against {baseline} has no verdict, {comparison.describe_verdict(arm)}"
+    if difference.verdict == "not matched":
+        marks = next(summary.marks for summary in comparison.arms if summary.arm == arm)
+        unequal = ", ".join(mark for mark in marks if mark.startswith("≠"))
+        return f"{arm} is not matched with {baseline}" + (f" ({unequal})" if unequal else "")
+    number = format_plural(len(difference.seeds), "seed")
+    return f"{arm} against {baseline} has no verdict, {number} in common and {st.MIN_SEEDS} needed"
+
+
+def _describe_numbers(comparison: "Comparison", difference: "Difference") -> str:
+    mean = f"{format_signed(difference.mean or 0.0)} {comparison.metric.replace('_', ' ')}"
+    if difference.interval:
+        low, high = (format_signed(bound) for bound in difference.interval)
+        mean += f", 95 % interval [{low}, {high}]"
+    seeds = difference.seeds
+    noun = "seed" if len(seeds) == 1 else "seeds"
+    tests = [f"paired over {noun} {format_seeds(seeds)}", f"n = {len(seeds)}"]
+    if difference.verdict in ("better", "worse", "undecided") and difference.p_holm is not None:
+        tests.append(_describe_test("p", difference.p_holm, comparison.num_comparisons))
+    if difference.verdict in ("equivalent", "undecided") and difference.p_equivalence_holm is not None:
+        tests.append(_describe_test("TOST p", difference.p_equivalence_holm, comparison.num_equivalence_tests))
+    return f"{mean} ({', '.join(tests)})"
+
+
+def _describe_test(name: str, p: float, num_comparisons: int) -> str:
+    value = format_p(p)
+    p_text = f"{name} {value[0]} {value[1:]}" if value.startswith("<") else f"{name} = {value}"
+    number = format_plural(num_comparisons, "comparison")
+    return f"{p_text}, Holm over {number}" if num_comparisons > 1 else f"{p_text}, {number}"
+
+
+def format_seeds(seeds: Sequence[int]) -> str:
+    """Format seeds in ascending order, consecutive ones as a range: 0-4, 7."""
+    starts = [0, *(index for index, (left, right) in enumerate(pairwise(seeds), 1) if right != left + 1)]
+    ends = [*(start - 1 for start in starts[1:]), len(seeds) - 1]
+    runs = ((seeds[start], seeds[end]) for start, end in zip(starts, ends, strict=True))
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
