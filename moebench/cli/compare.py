@@ -1,5 +1,6 @@
 """`moebench compare`: which arm is better, by how much, with what confidence."""
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -145,6 +146,7 @@ def compare_one(grid: "Experiment", results: Path, choice: Choice) -> "Report":
     from moebench.analysis.fairness.measure import compare_on_axes
     from moebench.analysis.fairness.report import add_fairness
 
+    gc.freeze()  # statsmodels collects garbage with every correction: not among the modules, each time
     comparison = compare_experiment(grid, results, allow_mismatch=choice.allow_mismatch, split=choice.split)
     arms = measure_experiment(grid, results, comparison)
     along = read_along_axis(arms, choice.axis.value) if choice.axis else None

@@ -1,5 +1,6 @@
 """`moebench report`: the comparison of an experiment as one HTML file, and its tables as CSV and LaTeX."""
 
+import gc
 import time
 from pathlib import Path
 from typing import Annotated
@@ -76,6 +77,7 @@ def report(
         command=given.format("run") if is_one else given.format("compare", "--task", task),
         made_at=time.strftime("%Y-%m-%d %H:%M"),
     )
+    gc.freeze()  # as in `compare`
     page = build_page(source)
     file = out or results / "experiments" / experiment.name / "report.html"
     file.parent.mkdir(parents=True, exist_ok=True)

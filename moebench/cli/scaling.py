@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from moebench.cli.compare import Split, SplitName
+from moebench.cli.compare import SplitName, SplitOption
 from moebench.cli.options import DEFAULT_RESULTS, Json, Plugins, Results, complete_experiment
 from moebench.cli.output import print_report
 from moebench.errors import UsageError
@@ -25,7 +25,7 @@ def scaling(
     ] = None,
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
-    split: Split = SplitName.TEST,
+    split: SplitOption = SplitName.TEST,
     replicates: Annotated[int, typer.Option(min=100, max=100_000, help="Bootstrap fits of each router.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,

@@ -7,7 +7,7 @@ from moebench.analysis.compare.values import ArmSummary, Comparison
 MAX_ARMS = 12
 """Charts of more arms show the baseline, the best and the worst; tables and the chart of differences show all."""
 NUM_BEST = 6
-TONES = {"better": "good", "worse": "bad", "diverged": "warn", "not matched": "warn"}
+TONES = {"better": "good", "worse": "bad", "equivalent": "same", "diverged": "warn", "not matched": "warn"}
 
 
 def select_names(values: Mapping[str, float], baseline: str | None, *, lower_is_better: bool) -> set[str]:
@@ -35,6 +35,6 @@ def describe_selection(num_shown: int, num_arms: int) -> str:
 
 
 def find_tone(comparison: Comparison, arm: str) -> str:
-    """Return the tone of the verdict on an arm: good, bad, warn, open (no difference shown) or baseline."""
+    """Return the tone of the verdict on an arm: good, bad, same, warn, open (undecided) or baseline."""
     difference = comparison.find_difference(arm)
     return "baseline" if difference is None else TONES.get(difference.verdict, "open")

@@ -23,8 +23,14 @@ PANEL_INCHES = 1.45
 """Height of a panel with its title."""
 TITLE_LENGTH = 22
 """Characters that fit above a panel; longer names are smaller."""
-GOOD, BAD, OPEN, WARN = "#19724a", "#b0432b", "#3d6292", "#9a6200"
-COLORS = {"good": GOOD, "bad": BAD, "open": OPEN, "warn": WARN, "baseline": "#222222"}
+COLORS = {
+    "good": "#19724a",
+    "bad": "#b0432b",
+    "same": "#6a4a8c",
+    "open": "#3d6292",
+    "warn": "#9a6200",
+    "baseline": "#222222",
+}
 """Of the verdict on an arm; without a comparison all arms are open."""
 
 
@@ -53,7 +59,7 @@ def draw_small_multiples(
     name = panel.metric.replace("_", " ")
     figure.supylabel(f"{name} ({'lower' if panel.lower_is_better else 'higher'} is better)", fontsize=9)
     grey = f"grey: {baseline}; " if reference is not None else ""
-    lines = [f"optimizer step; {grey}{describe_bands(curves)}", _describe_reference(panel)]
+    lines = [f"{panel.x_label}; {grey}{describe_bands(curves)}", _describe_reference(panel)]
     figure.supxlabel("\n".join(filter(None, lines)), fontsize=8, color=GREY)
     if panel.warning:
         figure.suptitle(panel.warning, fontsize=8, color=WARNING_COLOR)
