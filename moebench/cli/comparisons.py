@@ -1,5 +1,6 @@
 """The reports of `moebench compare`: one experiment, several that are pooled, or effective compute over sizes."""
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ def compare_one(grid: "Experiment", results: Path, choice: Choice) -> "Report":
     from moebench.analysis.fairness.measure import compare_on_axes
     from moebench.analysis.fairness.report import add_fairness
 
+    gc.freeze()  # statsmodels collects garbage with every correction: not among the modules, each time
     comparison = compare_experiment(
         grid, results, allow_mismatch=choice.allow_mismatch, split=choice.split, margin=choice.margin
     )
