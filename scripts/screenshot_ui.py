@@ -2,9 +2,9 @@
 
     python scripts/screenshot_ui.py RESULTS FOLDER [EXPERIMENT]
 
-Writes mlflow.png (curves grouped by router), mlflow-table.png (the runs in groups), mlflow-experiment.png (the run of the
-experiment, with the verdicts), mlflow-comparison.png (its table of the comparison), mlflow-run.png (the curves of one
-run), mlflow-load.png (its load figure) and, if there is one, mlflow-report.png. Requires chromium and chromedriver.
+Writes mlflow.png (curves grouped by router), mlflow-table.png (the runs in groups), mlflow-experiment.png (the run of
+the experiment, with the verdicts), mlflow-comparison.png (its table of the comparison), mlflow-run.png (the curves of
+one run), mlflow-load.png (its load figure) and, if there is one, mlflow-report.png. Requires chromium and chromedriver.
 """
 
 import shutil

@@ -136,8 +136,7 @@ def test_what_a_reader_looks_for_is_visible(results: Path, tmp_path: Path) -> No
         # 5 x 3 inches: the proportions do not depend on the zoom.
         assert width / height == pytest.approx(5 / 3, rel=0.05)
         for name in ("stopped", "failed"):
-            link = pages.build_link(url, numbers[name], "")
-            pages.open_page(driver, link, (name, "loss"))
+            pages.open_page(driver, pages.build_link(url, numbers[name], ""), (name, "2 matching runs"))
 
 
 @pytest.mark.slow
