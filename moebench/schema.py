@@ -268,7 +268,7 @@ class ExperimentConfig:
     """Keys of a cell that are the same in every arm."""
     grid: dict[str, list[Untyped]] = field(default_factory=dict)
     """Key -> values; one arm per combination. The key `arm` takes mappings of several keys, each with a label."""
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     """One run of every arm per seed; equal seeds mean equal data order and equal initial weights of shared parts."""
     size: str | None = None
     """Named preset below `base` (`moebench list sizes`): model, tokens, batch, learning rate; `--size` is above it."""

@@ -1,6 +1,9 @@
 """`moebench plan`: the cells of an experiment before they are trained."""
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from moebench.cli.options import (
     DEFAULT_RESULTS,
@@ -16,7 +19,13 @@ from moebench.cli.options import (
 from moebench.experiment.files import find_experiment
 
 if TYPE_CHECKING:
+    from moebench.analysis.design.planned_power import PlannedPower
     from moebench.experiment.grid import Experiment
+
+Power = Annotated[bool, typer.Option("--power", help="Show which differences the planned seeds can show instead.")]
+Margin = Annotated[
+    float, typer.Option(min=0, max=1, help="With --power: a difference of interest, as a share of the baseline's mean.")
+]
 
 
 def plan(
@@ -25,6 +34,8 @@ def plan(
     size: Size = None,
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
+    power: Power = False,
+    margin: Margin = 0.01,
     json: Json = False,
 ) -> None:
     """Show every cell with its state, parameters and FLOPs per token, and train nothing.
@@ -38,6 +49,10 @@ def plan(
     each parameter, text that is read, the training text that this needs, and epochs over the training split. More
     than train.max_epochs are refused, here and by `run`. The last line says how many validation and test documents were
     removed because the training text has them.
+
+    With --power: the smallest difference that several numbers of seeds would show in 4 of 5 repeats, in standard
+    deviations (SD) of the paired differences, and in the unit of the metric where the results folder has results of
+    this experiment or of one of the same task, model, steps and batch size; seeds that would settle undecided arms.
     """
     from moebench.cli.output import print_progress
     from moebench.experiment.data_need import require_epochs
@@ -46,6 +61,9 @@ def plan(
     from moebench.experiment.plan import plan_cells
 
     grid = expand(find_experiment(experiment), add_size(overrides, size), plugin or (), print_progress("arms checked"))
+    if power:
+        _show_power(grid, results, margin, json=json)
+        return
     rows = plan_cells(grid, results, print_progress("cells counted"))
     if json:
         print_json({"experiment": grid.name, "question": grid.question, "cells": rows})
@@ -55,6 +73,62 @@ def plan(
         print_training(rows)
         print_overlap(rows)
     require_epochs(grid.cells, ModelCosts(results))
+
+
+def _show_power(grid: "Experiment", results: Path, margin: float, *, json: bool) -> None:
+    """Print what the planned seeds can show."""
+    from moebench.analysis.design.planned_power import plan_power
+    from moebench.analysis.design.report import build_seeds_table
+    from moebench.cli.output import make_console, print_table
+
+    planned = plan_power(grid, results, margin)
+    if json:
+        print_json({"experiment": grid.name, "question": grid.question, "power": planned.to_dict()})
+        return
+    _print_heading(grid)
+    columns = ("seeds", "runs", "detectable, in SD", f"in {planned.metric.replace('_', ' ')}")
+    print_table(columns, _list_power_rows(planned), right=columns, no_wrap=columns)
+    table = build_seeds_table(dict(planned.needed))
+    if table.rows:
+        print_table([column.header for column in table.columns], table.rows)
+    for line in _explain_power(planned):
+        make_console().print(line, highlight=False, markup=False)
+
+
+def _list_power_rows(planned: "PlannedPower") -> list[tuple[str, ...]]:
+    from moebench.reporting.formatting import MISSING, format_number
+
+    return [
+        (
+            f"{row.num_seeds}{' (planned)' if row.is_planned else ''}",
+            str(row.num_runs),
+            f"{row.detectable_sds:.2f}",
+            MISSING if row.detectable is None else format_number(row.detectable),
+        )
+        for row in planned.rows
+    ]
+
+
+def _explain_power(planned: "PlannedPower") -> list[str]:
+    from moebench.analysis.design.power import MAX_SEEDS
+    from moebench.reporting.formatting import format_number, format_plural
+
+    comparisons = format_plural(planned.num_comparisons, "comparison")
+    lines = [f"detectable: in 4 of 5 repeats, with p Holm for {comparisons}; SD: of the paired differences."]
+    spread, share = planned.spread, f"{100 * planned.margin:.3g} %"
+    if spread is None:
+        lines.append(
+            "The results folder has no results of this experiment or of one of its shape (task, model, steps, batch"
+            " size) with three seeds: the SD is not known. Shorter runs would have another one."
+        )
+    else:
+        number = planned.seeds_for_margin
+        seeds = f"more than {MAX_SEEDS} seeds" if number is None else format_plural(number, "seed")
+        lines.append(
+            f"SD {format_number(spread.sd)}, from {spread.source}; {share} of the baseline's mean"
+            f" {format_number(spread.mean)} takes {seeds}."
+        )
+    return lines + ([f"Verdicts will be at {planned.level.note}."] if planned.level.note else [])
 
 
 def _print_heading(grid: "Experiment") -> None:

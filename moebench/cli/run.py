@@ -1,6 +1,7 @@
 """`moebench run`: train every cell of an experiment that is not done."""
 
 from collections.abc import Callable
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +20,7 @@ from moebench.cli.options import (
     add_size,
     print_json,
 )
+from moebench.cli.run_summary import EXIT_FAILED, choose_exit_code, print_summary
 from moebench.errors import UsageError
 from moebench.experiment.files import find_experiment
 from moebench.printable import print_text
@@ -26,13 +28,19 @@ from moebench.printable import print_text
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moebench.experiment.run_setup import RunOptions
+    from moebench.analysis.design.sequential import DecisionReport
+    from moebench.experiment.grid import Experiment
+    from moebench.experiment.run_setup import RunOptions, RunSetup
     from moebench.experiment.runner import RunReport
     from moebench.launch.cluster_environment import ClusterEnvironment
     from moebench.launch.launcher import Launcher
-    from moebench.launch.scheduler import Outcome
 
-EXIT_FAILED, EXIT_TRACKER = 1, 3
+
+class UntilName(StrEnum):
+    """When a run that adds seeds ends."""
+
+    DECIDED = "decided"
+
 
 IgnoreMemory = Annotated[
     bool, typer.Option("--ignore-memory", help="Train cells that need more memory than there is, by the estimate.")
@@ -56,6 +64,16 @@ DryRun = Annotated[
 Reshard = Annotated[
     bool, typer.Option("--reshard", help="Start new cells from the checkpoints of the same cells on another mesh.")
 ]
+Until = Annotated[
+    UntilName | None,
+    typer.Option(
+        help="Add seeds up to --max-seeds to the arms that the planned seeds leave undecided, and to the baseline."
+        " Named before the first results, both looks together have the level of 5 %."
+    ),
+]
+MaxSeeds = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="With --until decided: seeds that an undecided arm has at most.")
+]
 Foreground = Annotated[
     str | None,
     typer.Option(metavar="CELL", help="Train one cell in this process, for a debugger: ARM, ARM/SEED or its id."),
@@ -74,6 +92,8 @@ def run(
     fail_fast: FailFast = False,
     dry_run: DryRun = False,
     reshard: Reshard = False,
+    until: Until = None,
+    max_seeds: MaxSeeds = None,
     foreground: Foreground = None,
     ignore_memory: IgnoreMemory = False,
     json: Json = False,
@@ -95,23 +115,29 @@ def run(
     from moebench.reporting.streams import open_stderr_console
 
     console = open_stderr_console()
-    overrides = add_size(overrides, size)
-    cluster = detect_cluster()
+    overrides, cluster = add_size(overrides, size), detect_cluster()
+    _check_until(until, max_seeds, dry_run=dry_run)
     if foreground is not None:
-        others = {"--json": json, "--jobs": jobs, "--reshard": reshard, "--retries": retries}
+        others = {"--json": json, "--jobs": jobs, "--reshard": reshard, "--retries": retries, "--until": bool(until)}
         _check_foreground(others | {"--fail-fast": fail_fast, "--dry-run": dry_run}, cluster)
         code = _run_one_cell(experiment, overrides, plugin, foreground, results, console, ignore_memory=ignore_memory)
     elif dry_run:
-        code = 0
-        if cluster is None or cluster.process_info.rank == 0:
-            launcher = LocalLauncher() if cluster is None else None  # under torchrun the run itself checks the mesh
-            code = _show_actions(experiment, overrides, plugin, results, launcher, json)
+        code = _show_actions(experiment, overrides, plugin, results, cluster, json)
     else:
         options = RunOptions(jobs, tracker, reshard, retries, fail_fast, ignore_memory)
-        run_grid = partial(_run_grid, experiment, overrides, plugin, results, options, console, json=json)
+        run_grid = partial(_run_grid, experiment, overrides, plugin, results, options, console, max_seeds, json=json)
         code = run_grid(LocalLauncher()) if cluster is None else _run_in_cluster(cluster, run_grid, console)
     if code:
         raise typer.Exit(code)
+
+
+def _check_until(until: UntilName | None, max_seeds: int | None, *, dry_run: bool) -> None:
+    """Raise UsageError for one of the two options without the other, and where nothing is trained."""
+    if (until is None) != (max_seeds is None):
+        missing, given = ("--max-seeds", "--until decided") if until else ("--until decided", "--max-seeds")
+        raise UsageError(f"{given}: needs {missing} too (for example --until decided --max-seeds 8)")
+    if until and dry_run:
+        raise UsageError("--until: not with --dry-run, which does not know what will be undecided")
 
 
 def _check_foreground(options: dict[str, int], cluster: "ClusterEnvironment | None") -> None:
@@ -151,17 +177,20 @@ def _show_actions(
     overrides: list[str] | None,
     plugins: list[str] | None,
     results: Path,
-    launcher: "Launcher | None",
+    cluster: "ClusterEnvironment | None",
     json: bool,
 ) -> int:
-    """Print what a run would do with each cell."""
+    """Print what a run would do with each cell, on the first of several processes."""
     from moebench.cli.output import print_table
     from moebench.experiment.dry_run import list_actions, summarise_actions
     from moebench.experiment.grid import expand
+    from moebench.launch.launcher import LocalLauncher
 
+    if cluster is not None and cluster.process_info.rank > 0:
+        return 0
     grid = expand(find_experiment(experiment), overrides or (), plugins or ())
-    if launcher is not None:
-        launcher.check(grid.cells)
+    if cluster is None:  # under torchrun the run itself checks the mesh
+        LocalLauncher().check(grid.cells)
     rows = list_actions(grid, results)
     if json:
         print_json({"experiment": grid.name, "cells": rows})
@@ -197,6 +226,7 @@ def _run_grid(
     results: Path,
     options: "RunOptions",
     console: "Console",
+    max_seeds: int | None,
     launcher: "Launcher",
     *,
     json: bool,
@@ -204,56 +234,32 @@ def _run_grid(
     """Run the grid, print a summary and return the exit code."""
     from moebench.analysis.figures import Figures
     from moebench.experiment.grid import expand
-    from moebench.experiment.phases import run_phases
     from moebench.experiment.run_setup import RunSetup
 
     grid = expand(find_experiment(experiment), overrides or (), plugins or ())
     setup = RunSetup(results=results, options=options, launcher=launcher, console=console, figures=Figures())
-    report = run_phases(grid, setup)
+    report, decisions = _run_phases(grid, setup, max_seeds)
     if json:
-        print_json(report.to_dict())
+        print_json(report.to_dict() | ({"until": decisions.to_dict()} if decisions else {}))
     else:
         arguments = CommandArguments(
             experiment=experiment, overrides=overrides or (), plugins=plugins or (), results=results
         )
-        _print_summary(report, arguments, options, console)
-    return _exit_code(report)
+        lines = decisions.list_lines() if decisions else []
+        given = ["--until", "decided", "--max-seeds", str(max_seeds)] if max_seeds else []
+        print_summary(report, arguments, options, lines=lines, given=given, console=console)
+    return choose_exit_code(report)
 
 
-def _exit_code(report: "RunReport") -> int:
-    if report.interrupted:
-        return 128 + report.interrupted
-    if report.failed or (report.tuning and report.tuning.state.failed):
-        return EXIT_FAILED
-    return EXIT_TRACKER if report.tracker_problem else 0
+def _run_phases(
+    grid: "Experiment", setup: "RunSetup", max_seeds: int | None
+) -> "tuple[RunReport, DecisionReport | None]":
+    """Run the seeds of the file, or until decisions; return the report, and that of decisions."""
+    if max_seeds is None:
+        from moebench.experiment.phases import run_phases
 
+        return run_phases(grid, setup), None
+    from moebench.analysis.design.sequential import run_until_decided
 
-def _count_attempts(outcome: "Outcome") -> str:
-    return f", the last of {outcome.attempts} attempts" if outcome.attempts > 1 else ""
-
-
-def _print_summary(report: "RunReport", arguments: CommandArguments, options: "RunOptions", console: "Console") -> None:
-    from moebench.tracking.address import redact_uri
-
-    lines = [f"{report.num_done} of {report.num_cells} cells done, {len(report.trained)} of them trained now"]
-    lines += report.tuning.list_lines() if report.tuning else []
-    lines += [
-        f"failed: {outcome.cell.arm} seed {outcome.cell.seed}: {outcome.error}{_count_attempts(outcome)}"
-        f" (log: {report.log_path(outcome)})"
-        for outcome in report.failed
-    ]
-    lines += [f"warning: {problem}" for problem in report.problems]
-    lines += [f"warning: {report.below_trivial}"] if report.below_trivial else []
-    if report.tracker_problem:
-        lines.append(f"tracker: {report.tracker_problem}")
-    if report.interrupted:
-        tracker = options.tracker or ""
-        given = ["--tracker", tracker] if tracker and redact_uri(tracker) == tracker else []
-        given += ["--jobs", str(options.jobs)] if options.jobs else []
-        given += ["--reshard"] if options.reshard else []
-        lines.append(f"interrupted; go on with: {arguments.format('run', *given)}")
-    else:
-        hints = [arguments.format("compare"), arguments.format_ui(options.tracker)]
-        lines.append(f"next: {'  |  '.join(filter(None, hints))}")
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    decisions = run_until_decided(grid, setup, max_seeds)
+    return decisions.run, decisions

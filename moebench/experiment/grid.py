@@ -9,6 +9,7 @@ from typing import Any
 from moebench.config import apply_overrides, cell_id, load_experiment
 from moebench.errors import require_text, unknown
 from moebench.experiment.arms import DEFAULT_RESOLUTION, Arm, Resolution, note_partial_overrides, resolve_arms
+from moebench.experiment.seed_plan import SeedDesign, identify_settings
 from moebench.experiment.sizes import apply_size, check_size, name_experiment
 from moebench.experiment.stored_digests import choose_digest
 from moebench.experiment.trials import Tuning, build_tuning
@@ -42,6 +43,8 @@ class Experiment:
     """Differences below this share of the baseline's mean count as equivalence."""
     tuning_of: str = ""
     """The experiment whose tuning runs the cells are; empty: they are to be reported."""
+    design: SeedDesign | None = None
+    """Seeds of the file, and how many undecided arms may get; None for tuning runs, which are not compared."""
 
     @property
     def arms(self) -> list[str]:
@@ -121,6 +124,7 @@ def _build(
     if config.tune.grid:
         with plugin_errors_in_one_line():
             tuning = build_tuning(config, arms, partial(_build_cell_of_trial, plugins))
+    first = next(cell for cell in cells if cell.arm == baseline)
     return Experiment(
         name=require_plain_name(path.stem, f"{path}: name of the experiment, the file's without its ending"),
         file=str(path),
@@ -129,6 +133,11 @@ def _build(
         cells=tuple(cells),
         axes={arm.label: arm.axes for arm in arms},
         tuning=tuning,
+        design=SeedDesign(
+            key=identify_settings(first),
+            seeds=tuple(config.seeds),
+            reserved=tuple(config.tune.seeds) if config.tune.grid else (),
+        ),
         margin=config.margin,
         notes=(
             *arm_notes,

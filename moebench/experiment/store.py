@@ -4,6 +4,8 @@ import contextlib
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
 from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.plan import cell_state
+from moebench.experiment.seed_plan import RECORD_KEY as PLANS_KEY
+from moebench.experiment.seed_plan import Seeds, append_run, change_seed, list_added_cells, read_seed_plan
 from moebench.experiment.tuning import has_diverged, read_tuning
 from moebench.file_access import read_plain_file, require_no_links, require_utf8
 from moebench.launch.scheduler import Outcome
@@ -85,15 +89,28 @@ def require_one_file(results: Path, experiment: Experiment) -> None:
         )
 
 
-def record_experiment(results: Path, experiment: Experiment) -> None:
-    """Write the question of the experiment, the ids of its cells and what its arms have chosen in tuning."""
+def record_experiment(results: Path, experiment: Experiment, added: Mapping[str, Seeds] | None = None) -> None:
+    """Write the question of the experiment, the ids of its cells and what its arms have chosen in tuning.
+
+    The history of its seeds is kept and continued. `added`: seeds that arms get beyond those of the file.
+    """
+    folder = results / "experiments"
+    path = folder / f"{experiment.name}.json"
+    earlier: dict[str, Any] = {}
+    with contextlib.suppress(UsageError):  # none yet, or damaged
+        earlier = read_record(path)
+    plans = _continue_plans(results, experiment, earlier, added or {})
+    cells = experiment.cells
+    if experiment.design is not None:
+        plan = read_seed_plan({"name": experiment.name, PLANS_KEY: plans}, experiment.design.key)
+        cells = (*cells, *list_added_cells(cells, plan.added))
     record: dict[str, Any] = {
         "name": experiment.name,
         "question": experiment.question,
         "file": experiment.file,
         "path": str(Path(experiment.file).absolute()),
         "baseline": experiment.baseline,
-        "cells": [{"id": cell.id, "arm": cell.arm, "seed": cell.seed} for cell in experiment.cells],
+        "cells": [{"id": cell.id, "arm": cell.arm, "seed": cell.seed} for cell in cells],
         "time": time.time(),
     }
     state = read_tuning(experiment, results)
@@ -102,15 +119,37 @@ def record_experiment(results: Path, experiment: Experiment) -> None:
     if experiment.tuning_of:
         record["tuning_of"] = experiment.tuning_of
     require_one_file(results, experiment)
-    folder = results / "experiments"
-    path = folder / f"{experiment.name}.json"
-    with contextlib.suppress(UsageError):  # none yet, or damaged
-        record |= {key: value for key, value in read_record(path).items() if key == RECORD_KEY}
+    record |= {key: value for key, value in earlier.items() if key == RECORD_KEY}
+    record |= {PLANS_KEY: plans} if plans else {}
     try:
         folder.mkdir(exist_ok=True)
         write_json(path, record)
     except OSError as error:
         raise UsageError(f"{folder / experiment.name}.json: cannot be written ({error.strerror})") from error
+
+
+def _continue_plans(
+    results: Path, experiment: Experiment, record: Mapping[str, Any], added: Mapping[str, Seeds]
+) -> dict[str, Any]:
+    """Return the plans of a record, with this run in the history of its own."""
+    plans: dict[str, Any] = dict(record.get(PLANS_KEY, {}))
+    design = experiment.design
+    if design is None:
+        return plans
+    plan = read_seed_plan(record, design.key)
+    baseline = next((cell for cell in experiment.cells if cell.arm == experiment.baseline), None)
+    seeds = {seed for entry in plan.entries for seed in entry.seeds}
+    num_finished = sum(_may_be_done(results, change_seed(baseline, seed)) for seed in seeds) if baseline else 0
+    plan = append_run(plan, design, num_finished=num_finished, time=time.time())
+    plan = replace(plan, added={**plan.added, **added})
+    return {**plans, design.key: plan.to_dict()}
+
+
+def _may_be_done(results: Path, cell: Cell) -> bool:
+    try:
+        return cell_state(results, cell) == "done"
+    except UsageError:  # damaged
+        return True
 
 
 def split_unfinished(results: Path, experiment: Experiment) -> tuple[list[Cell], list[Outcome]]:

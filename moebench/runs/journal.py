@@ -159,8 +159,13 @@ def read_journal(path: Path, offset: int = 0) -> tuple[list[Point], int]:
         return [], offset
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
-    points = list(_parse_lines(path, content, offset))
+    points = parse_journal(path, content, offset)
     return points, points[-1].end if points else offset
+
+
+def parse_journal(path: Path, content: bytes, offset: int = 0) -> list[Point]:
+    """Return the points in the content of a journal from byte `offset` on; raise UsageError for damage."""
+    return list(_parse_lines(path, content, offset))
 
 
 def read_last_step(path: Path) -> int:

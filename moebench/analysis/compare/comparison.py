@@ -13,7 +13,7 @@ from moebench.analysis.compare import statistics as st
 from moebench.analysis.compare.matching import check_matching, compute_cost_ratio, list_unmatched_arms
 from moebench.analysis.compare.pairs import compare_pairs
 from moebench.analysis.compare.rare_bad_seeds import find_rare_bad_seeds
-from moebench.analysis.compare.result_grid import Expected, ResultGrid, arrange_results
+from moebench.analysis.compare.result_grid import Expected, ResultGrid, arrange_results, note_levels
 from moebench.analysis.compare.settings import note_varied_settings
 from moebench.analysis.compare.values import (
     BEST,
@@ -24,6 +24,7 @@ from moebench.analysis.compare.values import (
     ComparisonMetric,
     Difference,
 )
+from moebench.analysis.design.protocol import NO_PROTOCOL, Protocol
 from moebench.reporting.formatting import format_plural
 from moebench.runs.result import RunResult
 from moebench.tasks.task import OUT_OF_DOMAIN
@@ -36,27 +37,29 @@ def compare(
     baseline: str,
     metric: ComparisonMetric = BITS_PER_BYTE,
     allow_mismatch: bool = False,
-    tuned_keys: Collection[str] = (),
+    protocol: Protocol = NO_PROTOCOL,
 ) -> Comparison:
     """Compare the arms of a grid with its baseline; `expected` holds (arm, seed, cell id) of every cell.
 
     Arms whose executed cost is not within 2 % of the baseline's are marked and get no verdict unless `allow_mismatch`
     is set. Raises UsageError for an unknown baseline or metric, a cell named twice, two arms of one cell, results
     without metrics of the split, and (unless `allow_mismatch` is set) for arms of other training tokens,
-    data or evaluation. `tuned_keys`: settings that each arm has chosen on validation, by other seeds.
+    data or evaluation. `protocol`: settings that arms have chosen, and planned seeds.
     """
-    grid = arrange_results(results, expected, baseline=baseline, metric=metric)
+    grid = replace(arrange_results(results, expected, baseline=baseline, metric=metric), plan=protocol.plan)
     runs = {arm: list(grid.done[arm].values()) for arm in grid.arms}
     mismatches = check_matching(runs, baseline, allow=allow_mismatch)
     unmatched = list_unmatched_arms(mismatches, allow=allow_mismatch)
     differences = compare_pairs(grid, unmatched=unmatched)
     arms = tuple(_summarise(arm, grid, [mismatch.mark for mismatch in mismatches.get(arm, ())]) for arm in grid.arms)
     best, best_notes = _find_best(grid, arms, unmatched)
+    configs = [run.config for of_arm in runs.values() for run in of_arm]
     return Comparison(
         metric=metric.name,
         split=metric.split,
         lower_is_better=metric.lower_is_better,
         margin=metric.margin,
+        plan=grid.plan,
         baseline=baseline,
         arms=tuple(replace(arm, marks=(BEST, *arm.marks)) if arm.arm == best else arm for arm in arms),
         differences=differences,
@@ -66,9 +69,10 @@ def compare(
         notes=(
             *(f"{arm}: {mismatch.reason}" for arm, of_arm in mismatches.items() for mismatch in of_arm),
             *_notes(grid, differences, len(expected)),
+            *note_levels(grid, sum(difference.p is not None for difference in differences)),
             *best_notes,
             *_note_versions([run.version for of_arm in runs.values() for run in of_arm]),
-            *note_varied_settings([run.config for of_arm in runs.values() for run in of_arm], metric.split, tuned_keys),
+            *note_varied_settings(configs, metric.split, protocol.tuned_keys),
         ),
     )
 

@@ -1,18 +1,18 @@
 """The comparison and the figure of an experiment, from its run folders."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moebench.analysis.compare.comparison import compare
-from moebench.analysis.compare.figure import draw_comparison
-from moebench.analysis.compare.learning_curve import CurvePanel
 from moebench.analysis.compare.tuning import build_failed_results
 from moebench.analysis.compare.values import Comparison, ComparisonMetric, Split
+from moebench.analysis.design.protocol import Protocol
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
+from moebench.experiment.seed_plan import SeedPlan, find_seed_plan, list_added_cells
 from moebench.experiment.trivial_baselines import TrivialBaselines, find_baselines, find_source
 from moebench.experiment.tuning import read_tuning, settle
 from moebench.runs.cell import Cell
@@ -29,7 +29,7 @@ def read_results(cells: Sequence[Cell], results: Path) -> list[RunResult]:
     for cell in cells:
         result = RunFolder.of(results, cell.id).read_result()
         if result is not None:
-            run_results.append(RunResult.from_dict(result.to_dict() | {"arm": cell.arm}))
+            run_results.append(replace(result, arm=cell.arm))
     return run_results
 
 
@@ -40,10 +40,12 @@ def compare_experiment(
     allow_mismatch: bool = False,
     split: Split = "test",
     margin: float | None = None,
+    with_added_seeds: bool = True,
 ) -> Comparison:
     """Compare the arms of an experiment by its task's metric; raise UsageError when there is nothing to compare.
 
     `margin`: share of the baseline's mean below which arms are equivalent; None takes that of the experiment.
+    `with_added_seeds`: whether arms have the seeds that were added to undecided ones, which its record names.
     """
     facts = TASKS.get(experiment.cells[0].config.task.name).facts
     state = read_tuning(experiment, results)
@@ -52,6 +54,9 @@ def compare_experiment(
         settled.get((cell.arm, cell.seed)) or replace(cell, id=f"not tuned yet: {cell.arm}, seed {cell.seed}")
         for cell in experiment.cells
     ]
+    plan, plan_notes = read_plan(experiment, results)
+    added = plan.added if with_added_seeds else {}
+    cells += list_added_cells([cell for cell in cells if (cell.arm, cell.seed) in settled], added)
     run_results = read_results(cells, results)
     if state is not None:
         run_results += build_failed_results(state, cells)
@@ -71,17 +76,30 @@ def compare_experiment(
             margin=experiment.margin if margin is None else margin,
         ),
         allow_mismatch=allow_mismatch,
-        tuned_keys=state.keys if state is not None else (),
+        protocol=Protocol(tuned_keys=state.keys if state is not None else (), plan=plan),
     )
     trivial = find_trivial_baselines(experiment, cells, results, run_results, split)
     return replace(
         comparison,
+        notes=(*comparison.notes, *plan_notes),
         trivial_baselines=trivial.baselines,
         trivial_problem=trivial.problem,
         tuning=state,
         axes={arm: experiment.axes.get(arm, {}) for arm in experiment.arms},
         varies={cell.arm: cell.varies for cell in cells},
     )
+
+
+def read_plan(experiment: Experiment, results: Path) -> tuple[SeedPlan, list[str]]:
+    """Return the planned seeds of an experiment, and a note where its record of them cannot be read."""
+    try:
+        record = read_record(results / "experiments" / f"{experiment.name}.json")
+    except UsageError:  # none, or damaged, which `moebench verify` reports
+        record = None
+    try:
+        return find_seed_plan(record, experiment.design), []
+    except UsageError as error:
+        return find_seed_plan(None, experiment.design), [f"{error}; meanwhile the seeds of the file count as planned"]
 
 
 def find_trivial_baselines(
@@ -100,10 +118,23 @@ def find_trivial_baselines(
     return find_baselines(source, results, split, record=record)
 
 
-def draw_experiment(experiment: Experiment, results: Path, file: Path, comparison: Comparison | None) -> Path | None:
-    """Draw the validation curves of every arm that has any; return the file, or None without a single point."""
+def draw_experiment(
+    experiment: Experiment,
+    results: Path,
+    file: Path,
+    comparison: Comparison | None,
+    x_axis: tuple[str, Mapping[str, Mapping[int, float]]] | None = None,
+) -> Path | None:
+    """Draw the validation curves of every arm that has any; return the file, or None without a single point.
+
+    `x_axis`: label, and arm -> step -> position, of another axis than steps.
+    """
+    from moebench.analysis.compare.figure import draw_comparison  # matplotlib, which a table does not need
+    from moebench.analysis.compare.learning_curve import CurvePanel
+
     journals: dict[str, dict[int, Any]] = {}
-    cells = settle(experiment, results).cells
+    cells = list(settle(experiment, results).cells)
+    cells += list_added_cells(cells, read_plan(experiment, results)[0].added)
     for cell in cells:
         folder = RunFolder.of(results, cell.id)
         points, _ = read_journal(folder.journal)
@@ -115,14 +146,15 @@ def draw_experiment(experiment: Experiment, results: Path, file: Path, compariso
     if not any(metric in point.metrics for seeds in journals.values() for run in seeds.values() for point in run):
         return None
     trivial = find_trivial_baselines(experiment, cells, results, read_results(cells, results), "validation")
+    panel = CurvePanel(
+        metric=facts.metric,
+        lower_is_better=facts.lower_is_better,
+        trivial_baselines=trivial.baselines,
+        warning=comparison.below_trivial_text if comparison else "",
+    )
     return draw_comparison(
         journals,
-        CurvePanel(
-            metric=facts.metric,
-            lower_is_better=facts.lower_is_better,
-            trivial_baselines=trivial.baselines,
-            warning=comparison.below_trivial_text if comparison else "",
-        ),
+        replace(panel, x_label=x_axis[0], x_of_step=x_axis[1]) if x_axis else panel,
         path=file,
         title=experiment.question or experiment.name,
         comparison=comparison,

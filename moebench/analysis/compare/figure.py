@@ -31,7 +31,8 @@ def draw_comparison(
     `journals`: arm -> seed -> points. Raises ValueError when no arm has a finite point of the metric.
     """
     metric = f"eval/{panel.metric}"
-    curves = [curve for arm, seeds in journals.items() if (curve := average_seeds(arm, seeds, metric))]
+    averaged = [curve for arm, seeds in journals.items() if (curve := average_seeds(arm, seeds, metric))]
+    curves = [placed for curve in averaged if (placed := panel.place(curve))]
     if not curves:
         raise ValueError(f"no point of {metric} in the journals of {', '.join(journals) or 'no arm'}")
     num_diverged = {arm.arm: arm.num_diverged for arm in comparison.arms} if comparison else {}

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from moebench.analysis.compare import statistics as st
+from moebench.analysis.design.report import build_design_values
 from moebench.tasks.task import OUT_OF_DOMAIN
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def build_json_values(comparison: "Comparison") -> dict[str, Any]:
         "notes": list(comparison.notes),
         **({"axes": axes} if comparison.has_several_axes else {}),
         **({"tuning": comparison.tuning.to_dict()} if comparison.tuning else {}),
+        "design": build_design_values(comparison),
         "trivial_baselines": [asdict(baseline) for baseline in comparison.trivial_baselines],
         "trivial_baselines_problem": comparison.trivial_problem or None,
         "below_trivial_baselines": comparison.is_below_trivial,

@@ -5,6 +5,7 @@ from moebench.analysis.compare.sentences import describe_margin
 from moebench.analysis.compare.trivial_rows import explain_trivial_baselines
 from moebench.analysis.compare.tuning import list_tuning_notes
 from moebench.analysis.compare.values import NON_CAUSAL, Comparison
+from moebench.analysis.design.report import explain_design
 from moebench.metrics import EXECUTED
 from moebench.reporting.formatting import format_plural
 from moebench.reporting.metrics import explain_metrics
@@ -29,6 +30,7 @@ def build_legend(comparison: Comparison) -> tuple[str, ...]:
         *_explain_means(comparison),
         *explain_trivial_baselines(comparison),
         *_explain_statistics(comparison),
+        *explain_design(comparison),
         *_explain_metrics(comparison),
         *(f"{mark}: {MARK_MEANINGS[mark]}." for mark in marks if mark in MARK_MEANINGS),
         *(f"{note}." for note in list_tuning_notes(comparison.tuning)),

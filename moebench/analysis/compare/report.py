@@ -13,6 +13,7 @@ from moebench.analysis.compare.trivial_rows import (
 )
 from moebench.analysis.compare.tuning import build_tuning_table
 from moebench.analysis.compare.values import ArmSummary, Comparison, Difference, LostCell
+from moebench.analysis.design.report import build_design_tables
 from moebench.reporting.formatting import MISSING, format_p, format_signed, format_with_interval
 from moebench.reporting.metrics import format_metric, metric_headers
 from moebench.reporting.report import Report
@@ -39,6 +40,7 @@ def build_report(comparison: Comparison) -> Report:
         build_tuning_table(comparison.tuning),
         _out_of_domain_table(comparison),
         _statistics_table(comparison),
+        *build_design_tables(comparison),
         _size_table(comparison),
         _load_table(comparison),
         _information_table(comparison),

@@ -2,11 +2,13 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import isfinite
 
 from moebench.analysis.compare.values import ComparisonMetric, LostCell
+from moebench.analysis.design.levels import Level, describe_levels, level_of_look
 from moebench.errors import UsageError, unknown
+from moebench.experiment.seed_plan import SeedPlan
 from moebench.runs.result import Fault, RunResult
 
 Expected = Sequence[tuple[str, int, str]]
@@ -25,6 +27,10 @@ class ResultGrid:
     missing: tuple[LostCell, ...]
     unexpected: tuple[str, ...]
     """Ids of results that belong to no expected cell."""
+    ended: Mapping[str, frozenset[int]]
+    """Arm -> its seeds with an outcome, done or failed."""
+    plan: SeedPlan = field(default_factory=SeedPlan)
+    """Planned seeds; an empty plan gives every look the full level."""
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -35,6 +41,10 @@ class ResultGrid:
         """Return the seeds finished by both the arm and the baseline."""
         return tuple(seed for seed in self.done[arm] if seed in self.done[self.baseline])
 
+    def choose_level(self, arm: str, num_comparisons: int) -> Level:
+        """Return the level of the verdict on an arm, by the seeds that it and the baseline have an outcome of."""
+        return level_of_look(self.plan, self.ended[arm] & self.ended[self.baseline], num_comparisons)
+
     def get_quality(self, arm: str, seeds: Sequence[int]) -> list[float]:
         """Return the final metric of an arm for these seeds."""
         return [self.done[arm][seed].metrics[self.metric.name] for seed in seeds]
@@ -42,6 +52,12 @@ class ResultGrid:
     def count_diverged(self, arm: str) -> int:
         """Return the number of seeds of an arm that diverged."""
         return sum(cell.arm == arm and cell.diverged for cell in self.failed)
+
+
+def note_levels(grid: ResultGrid, num_comparisons: int) -> list[str]:
+    """Return in one line at which level arms get verdicts, where that is not the full one."""
+    arms = [arm for arm in grid.arms if arm != grid.baseline and grid.common_seeds(arm)]
+    return describe_levels((arm, grid.choose_level(arm, num_comparisons)) for arm in arms)
 
 
 def arrange_results(
@@ -76,6 +92,7 @@ def arrange_results(
         done=done,
         failed=tuple(failed),
         missing=tuple(missing),
+        ended={arm: frozenset({*done[arm], *(cell.seed for cell in failed if cell.arm == arm)}) for arm in done},
         unexpected=tuple(sorted(by_id.keys() - {cell_id for _, _, cell_id in expected})),
     )
 

@@ -10,6 +10,7 @@ from moebench.analysis.compare.json_values import build_json_values
 from moebench.analysis.compare.rare_bad_seeds import RareBadSeeds
 from moebench.analysis.compare.sentences import describe_difference
 from moebench.analysis.compare.verdict import Verdict
+from moebench.experiment.seed_plan import SeedPlan
 from moebench.experiment.tuning import TuningState
 from moebench.runs.trivial_baselines import BELOW_TRIVIAL, find_reference, is_below_trivial
 from moebench.schema import DEFAULT_MARGIN
@@ -140,11 +141,13 @@ class Difference:
     effect_interval: st.Interval | None = None
     smallest_detectable: float | None
     verdict: Verdict
+    level: float = st.ALPHA
+    """Of the verdict: less than the full one at a look that was not the planned one."""
 
     @property
     def is_within_margin(self) -> bool:
         """Whether the difference is shown to be smaller than the margin, whatever the verdict."""
-        return self.p_equivalence_holm is not None and self.p_equivalence_holm <= st.ALPHA
+        return self.p_equivalence_holm is not None and self.p_equivalence_holm <= self.level
 
     @property
     def low_power(self) -> bool:
@@ -167,6 +170,8 @@ class Comparison:
     split: Split = "test"
     margin: float = DEFAULT_MARGIN
     """Differences below this share of the baseline's mean count as equivalence."""
+    plan: SeedPlan = field(default_factory=SeedPlan)
+    """Seeds that were planned."""
     trivial_baselines: tuple[TrivialBaseline, ...] = ()
     """What trivial methods reach on the same split; empty where the task has none or they cannot be computed."""
     trivial_problem: str = ""

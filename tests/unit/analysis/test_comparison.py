@@ -196,7 +196,7 @@ def test_to_dict_is_json_with_the_promised_keys():
     assert switch["difference"]["verdict"] == "better"
     assert set(switch["difference"]) == {
         "baseline", "effect_interval", "effect_sd", "interval", "low_power", "mean", "p", "p_equivalence",
-        "p_equivalence_holm", "p_exact", "p_holm", "p_pooled", "seeds", "sentence", "simultaneous_interval",
+        "level", "p_equivalence_holm", "p_exact", "p_holm", "p_pooled", "seeds", "sentence", "simultaneous_interval",
         "smallest_detectable", "verdict",
     }  # fmt: skip
     assert switch["runs"] == {"done": 5, "failed": 0, "diverged": 0, "missing": 0}

@@ -106,6 +106,18 @@ arm                    all together  Hedges g       g, 95 %  p TOST
 switch             −0.0098 ± 0.0036      −0.6  −1.4 to −0.2       –
 sigmoid_bias_free  +0.0005 ± 0.0038      +0.0  −0.1 to +0.1       –
 
+Seeds that would settle undecided arms, in 4 of 5 repeats
+arm                if as observed  for the margin  if equal
+────────────────────────────────────────────────────────────
+sigmoid_bias_free            > 50               3         5
+
+Pairing: each seed of an arm with the same seed of dense
+arm                correlation  variance ratio
+───────────────────────────────────────────────
+switch                   +1.00          102.71
+sigmoid_bias_free        +1.00          160.00
+all arms                     –          133.27
+
 Expert load on the evaluation set, mean over expert layers
 arm                MaxVio    CV  entropy  dead  dropped  in training  unserved
 ───────────────────────────────────────────────────────────────────────────────
@@ -142,6 +154,15 @@ interval by itself. Hedges g: the difference over the SD between seeds, unbiased
 Limit: where the baseline or one of two arms has rare bad seeds, up to 8 % of tables claim a false
 difference and up to 11 % a false equivalence, and intervals cover less (docs/statistics.md).
 low power: 3 to 5 seeds can miss any difference smaller than the detectable one.
+Seeds that would settle an arm: with p at Holm's strictest level, 0.05 / 2, all seeds planned from
+the start, the SD of the pairs as all arms together show it. if as observed: the true difference is
+the observed one, which is noisy, and so is this number; for the margin: it is as large as the
+margin of equivalence, 1 % of the baseline's mean; if equal: there is none, and equivalence is
+shown.
+sigmoid_bias_free: more than 50 seeds. A longer run settles it with 4 seeds if the SD of the pairs
+falls from 0.0021 to 0.0002 and the difference stays: an assumption, which no run here has tested.
+variance ratio: variance of the difference of unpaired seeds over that of paired ones; 1: pairing
+gained nothing, 3: one pair is worth three unpaired seeds of each arm.
 executed: forward FLOPs of the whole model and rows computed by experts, per token, mean over all
 steps of training (each pass counts) and on the test split; × baseline: training / evaluation. in
 training: share of assignments dropped, mean over all steps.

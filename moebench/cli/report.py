@@ -1,0 +1,102 @@
+"""`moebench report`: the comparison of an experiment as one HTML file, and its tables as CSV and LaTeX."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moebench.cli.compare import AllowMismatch, SplitName, SplitOption
+from moebench.cli.options import (
+    DEFAULT_RESULTS,
+    CommandArguments,
+    Json,
+    Plugins,
+    Results,
+    Size,
+    add_size,
+    complete_experiment_or_router,
+    print_json,
+)
+from moebench.cli.subjects import is_experiment
+from moebench.errors import UsageError
+from moebench.experiment.files import find_experiment
+from moebench.printable import print_text
+
+SUFFIXES = (".html", ".htm")
+
+
+def report(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="EXPERIMENT | ROUTER...  [KEY=VALUE]...",
+            help="An experiment, or the routers that `moebench compare` has compared.",
+            autocompletion=complete_experiment_or_router,
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write. Default: experiments/NAME/report.html in the results.")
+    ] = None,
+    tables: Annotated[
+        Path | None, typer.Option(help="Write each table to this folder too, as NAME.csv and NAME.tex.")
+    ] = None,
+    task: Annotated[str, typer.Option(help="Task of a comparison of routers.")] = "language",
+    size: Size = None,
+    results: Results = DEFAULT_RESULTS,
+    plugin: Plugins = None,
+    allow_mismatch: AllowMismatch = False,
+    split: SplitOption = SplitName.TEST,
+    json: Json = False,
+) -> None:
+    """Write the report of an experiment: verdicts, tables, curves, costs, expert loads, settings, provenance.
+
+    One HTML file without scripts that loads nothing from the network. Works on a grid that is still running.
+    """
+    from moebench.analysis.html_report.build import Source, build_page
+    from moebench.experiment.grid import expand, expand_routers
+    from moebench.reporting.table_files import write_tables
+    from moebench.runs.folder import write_atomically
+
+    overrides = add_size([name for name in names if "=" in name], size)
+    subjects = [name for name in names if "=" not in name]
+    check_out(out)
+    is_one_experiment = is_experiment(subjects, "report")
+    if is_one_experiment:
+        experiment = expand(find_experiment(subjects[0]), overrides, plugin or (), finished_in=results)
+    else:
+        experiment = expand_routers(subjects, task, overrides, plugin or ())
+    arguments = CommandArguments(
+        experiment=subjects[0], overrides=[*subjects[1:], *overrides], plugins=plugin or (), results=results
+    )
+    page = build_page(
+        Source(
+            experiment=experiment,
+            results=results,
+            split=split.value,
+            allow_mismatch=allow_mismatch,
+            command=arguments.format("run" if is_one_experiment else "compare"),
+            made_at=time.strftime("%Y-%m-%d %H:%M"),
+        )
+    )
+    file = out or results / "experiments" / experiment.name / "report.html"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, page.html)
+    table_files = write_tables(page.tables, tables) if tables else []
+    num_bytes = file.stat().st_size
+    if json:
+        print_json({"file": str(file), "bytes": num_bytes, "tables": [str(path) for path in table_files]})
+        return
+    print_text(f"{file} ({num_bytes / 1000:.0f} kB)")
+    if table_files:
+        print_text(f"{len(table_files)} files of tables in {tables}")
+
+
+def check_out(out: Path | None) -> None:
+    """Raise UsageError for a file that cannot be written, before anything is computed."""
+    if out is None:
+        return
+    if out.is_dir() or not out.parent.is_dir():
+        raise UsageError(f"--out {out}: must be a file in a folder that exists")
+    if out.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"--out {out}: the report is HTML; allowed: a name that ends in {' or '.join(SUFFIXES)}")

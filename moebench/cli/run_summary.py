@@ -1,0 +1,70 @@
+"""What `moebench run` prints at its end, and its exit code."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from moebench.cli.options import CommandArguments
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from moebench.experiment.run_setup import RunOptions
+    from moebench.experiment.runner import RunReport
+    from moebench.launch.scheduler import Outcome
+
+EXIT_FAILED, EXIT_TRACKER = 1, 3
+
+
+def choose_exit_code(report: "RunReport") -> int:
+    """Return the exit code of `moebench run`."""
+    if report.interrupted:
+        return 128 + report.interrupted
+    if report.failed or (report.tuning and report.tuning.state.failed):
+        return EXIT_FAILED
+    return EXIT_TRACKER if report.tracker_problem else 0
+
+
+def _count_attempts(outcome: "Outcome") -> str:
+    return f", the last of {outcome.attempts} attempts" if outcome.attempts > 1 else ""
+
+
+def print_summary(
+    report: "RunReport",
+    arguments: CommandArguments,
+    options: "RunOptions",
+    *,
+    lines: Sequence[str],
+    given: Sequence[str],
+    console: "Console",
+) -> None:
+    """Print what was done, and the command that goes on from there; `lines` come first.
+
+    `given`: options of the command besides those of `options`.
+    """
+    from moebench.tracking.address import redact_uri
+
+    lines = [
+        *lines,
+        f"{report.num_done} of {report.num_cells} cells done, {len(report.trained)} of them trained now",
+    ]
+    lines += report.tuning.list_lines() if report.tuning else []
+    lines += [
+        f"failed: {outcome.cell.arm} seed {outcome.cell.seed}: {outcome.error}{_count_attempts(outcome)}"
+        f" (log: {report.log_path(outcome)})"
+        for outcome in report.failed
+    ]
+    lines += [f"warning: {problem}" for problem in report.problems]
+    lines += [f"warning: {report.below_trivial}"] if report.below_trivial else []
+    if report.tracker_problem:
+        lines.append(f"tracker: {report.tracker_problem}")
+    if report.interrupted:
+        tracker = options.tracker or ""
+        given = [*given, *(["--tracker", tracker] if tracker and redact_uri(tracker) == tracker else [])]
+        given += ["--jobs", str(options.jobs)] if options.jobs else []
+        given += ["--reshard"] if options.reshard else []
+        lines.append(f"interrupted; go on with: {arguments.format('run', *given)}")
+    else:
+        hints = [arguments.format("compare"), arguments.format_ui(options.tracker)]
+        lines.append(f"next: {'  |  '.join(filter(None, hints))}")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
