@@ -1,32 +1,32 @@
 """`moebench compare`: which arm is better, by how much, with what confidence."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moebench.cli.comparisons import (
+    Choice,
+    check_choice,
+    compare_experiments,
+    compare_one,
+    expand_all,
+    require_one_size,
+)
 from moebench.cli.options import (
     DEFAULT_RESULTS,
     Json,
     Plugins,
     Results,
-    Size,
     add_size,
-    check_plot,
     complete_experiment_or_router,
 )
 from moebench.cli.output import print_report
 from moebench.cli.subjects import are_experiments
-from moebench.errors import UsageError
-from moebench.experiment.files import find_experiment
 
 if TYPE_CHECKING:
-    from moebench.analysis.compare.values import Split
     from moebench.experiment.grid import Experiment
-    from moebench.reporting.report import Report
 
 
 class SplitName(StrEnum):
@@ -40,8 +40,14 @@ EffectiveCompute = Annotated[
     bool,
     typer.Option(
         "--effective-compute",
-        help="What each arm is worth in compute of the baseline, over experiments of several sizes (--size S0,S1,S2).",
+        help="What each arm is worth in compute of the baseline, over several sizes (--size S0 --size S1 --size S2).",
     ),
+]
+
+
+Sizes = Annotated[
+    list[str] | None,
+    typer.Option("--size", help="Named size above the experiment's own (list sizes). Repeatable: several are pooled."),
 ]
 
 
@@ -86,7 +92,7 @@ def compare(
         ),
     ],
     task: Annotated[str, typer.Option(help="Task of a comparison of routers.")] = "language",
-    size: Size = None,
+    size: Sizes = None,
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
     allow_mismatch: AllowMismatch = False,
@@ -108,101 +114,21 @@ def compare(
     still running. Several experiments that share arms are pooled. Given routers instead of an experiment, trains what
     is missing first.
     """
-    choice = Choice(split.value, allow_mismatch, effective_compute, margin, axis, plot)
-    check_choice(choice)
     overrides = [name for name in names if "=" in name]
     subjects = [name for name in names if "=" not in name]
+    choice = Choice(split.value, allow_mismatch, effective_compute, axis.value if axis else None, plot, margin)
+    check_choice(choice)
     if are_experiments(subjects):
-        sizes = size.split(",") if size else [None]
-        grids = expand_several(subjects, overrides, sizes, plugin or (), results)
-        is_one = len(grids) == 1 and not effective_compute
-        report = compare_one(grids[0], results, choice) if is_one else compare_several(grids, results, choice)
+        grids = expand_all(subjects, overrides, size or [None], plugin or (), results)
+        report = compare_experiments(grids, results, choice)
     else:
-        if effective_compute:
-            raise UsageError(f"--effective-compute: needs experiments of several sizes, got {', '.join(subjects)}")
+        require_one_size(subjects, size, effective_compute=effective_compute)
         from moebench.experiment.grid import expand_routers
 
-        grid = expand_routers(subjects, task, add_size(overrides, size), plugin or ())
+        grid = expand_routers(subjects, task, add_size(overrides, size[0] if size else None), plugin or ())
         train_missing(grid, results, jobs)
         report = compare_one(grid, results, choice)
     print_report(report, json=json, markdown=markdown)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What to compare by, and what to add."""
-
-    split: "Split"
-    allow_mismatch: bool
-    effective_compute: bool = False
-    margin: float | None = None
-    axis: AxisName | None = None
-    plot: Path | None = None
-
-
-def check_choice(choice: Choice) -> None:
-    """Raise UsageError for a file or a margin that is none, before anything is read."""
-    check_plot(choice.plot)
-    if choice.margin is not None:
-        from moebench.schema import check_margin
-
-        check_margin(choice.margin, "--margin")
-
-
-def compare_one(grid: "Experiment", results: Path, choice: Choice) -> "Report":
-    """Compare the arms of one experiment, and draw the figure."""
-    from moebench.analysis.compare.experiment import compare_experiment, draw_experiment
-    from moebench.analysis.compare.report import build_report
-    from moebench.analysis.fairness.along_axis import AXIS_LABELS, read_along_axis
-    from moebench.analysis.fairness.experiment import measure_experiment
-    from moebench.analysis.fairness.measure import compare_on_axes
-    from moebench.analysis.fairness.report import add_fairness
-
-    comparison = compare_experiment(
-        grid, results, allow_mismatch=choice.allow_mismatch, split=choice.split, margin=choice.margin
-    )
-    arms = measure_experiment(grid, results, comparison)
-    along = read_along_axis(arms, choice.axis.value) if choice.axis else None
-    if choice.plot:
-        x_axis = (AXIS_LABELS[along.axis], along.map_steps()) if along else None
-        draw_experiment(grid, results, choice.plot, comparison, x_axis)
-    fairness = compare_on_axes(arms, ignore_conditions=choice.allow_mismatch)
-    return add_fairness(build_report(comparison), fairness, along)
-
-
-def expand_several(
-    subjects: Sequence[str],
-    overrides: Sequence[str],
-    sizes: Sequence[str | None],
-    plugins: Sequence[str],
-    results: Path,
-) -> "list[Experiment]":
-    """Return every experiment at every size."""
-    from moebench.experiment.grid import expand
-
-    return [
-        expand(find_experiment(subject), add_size(overrides, size), plugins, finished_in=results)
-        for subject in subjects
-        for size in sizes
-    ]
-
-
-def compare_several(grids: "Sequence[Experiment]", results: Path, choice: Choice) -> "Report":
-    """Pool experiments, or estimate effective compute over them; raise UsageError for options of one experiment."""
-    if choice.plot or choice.axis:
-        names = ", ".join(grid.name for grid in grids)
-        raise UsageError(f"--{'plot' if choice.plot else 'axis'}: is for one experiment, got {names}")
-    if choice.effective_compute:
-        from moebench.analysis.pooled.effective_report import build_ladder_report
-        from moebench.analysis.pooled.experiments import name_uniquely
-        from moebench.analysis.pooled.ladder import read_ladder
-
-        return build_ladder_report(read_ladder(name_uniquely(grids), results, choice.split))
-    from moebench.analysis.pooled.experiments import pool_experiments
-    from moebench.analysis.pooled.report import build_pooled_report
-
-    pooled = pool_experiments(grids, results, allow_mismatch=choice.allow_mismatch, split=choice.split)
-    return build_pooled_report(pooled)
 
 
 def train_missing(grid: "Experiment", results: Path, jobs: int) -> None:
