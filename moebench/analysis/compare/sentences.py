@@ -79,7 +79,10 @@ def _describe_numbers(comparison: "Comparison", difference: "Difference") -> str
     seeds = difference.seeds
     noun = "seed" if len(seeds) == 1 else "seeds"
     design = f"paired over {noun} {format_seeds(seeds)}, n = {len(seeds)}"
-    return f"{mean} ({', '.join([design, *_list_tests(comparison, difference)])})"
+    tests = _list_tests(comparison, difference)
+    if tests and difference.level < st.ALPHA:
+        tests.append(f"level {difference.level:.2g}")
+    return f"{mean} ({', '.join([design, *tests])})"
 
 
 def _list_tests(comparison: "Comparison", difference: "Difference") -> list[str]:

@@ -152,15 +152,13 @@ all together: intervals that hold for 2 comparisons at once in 95 % of repeats; 
 interval by itself. Hedges g: the difference over the SD between seeds, unbiased. Equivalence within
 ±0.0200 (1 %) needs 5 seeds.
 Limit: where the baseline or one of two arms has rare bad seeds, up to 8 % of tables claim a false
-difference and up to 11 % a false equivalence, and intervals cover less (docs/statistics.md).
+difference and up to 12 % a false equivalence, and intervals cover less (docs/statistics.md).
 low power: 3 to 5 seeds can miss any difference smaller than the detectable one.
 Seeds that would settle an arm: with p at Holm's strictest level, 0.05 / 2, all seeds planned from
 the start, the SD of the pairs as all arms together show it. if as observed: the true difference is
 the observed one, which is noisy, and so is this number; for the margin: it is as large as the
 margin of equivalence, 1 % of the baseline's mean; if equal: there is none, and equivalence is
 shown.
-sigmoid_bias_free: more than 50 seeds. A longer run settles it with 4 seeds if the SD of the pairs
-falls from 0.0021 to 0.0002 and the difference stays: an assumption, which no run here has tested.
 variance ratio: variance of the difference of unpaired seeds over that of paired ones; 1: pairing
 gained nothing, 3: one pair is worth three unpaired seeds of each arm.
 executed: forward FLOPs of the whole model and rows computed by experts, per token, mean over all

@@ -43,6 +43,15 @@ def test_each_verdict_has_its_sentence():
     )
 
 
+def test_a_look_at_another_level_names_it():
+    comparison = compare_all(make_results({"dense": 0, "a": -0.02}))
+    (difference,) = comparison.differences
+    early = replace(comparison, differences=(replace(difference, level=0.0031),))
+    assert early.describe_difference("a").endswith("n = 5, p < 0.001, 1 comparison, level 0.0031).")
+    assert "p Holm ≤ the level in the note below" in " ".join(build_report(early).notes)
+    assert "p Holm ≤ 0.05." in " ".join(build_report(comparison).notes)
+
+
 def test_without_a_verdict_the_sentence_says_why():
     results = make_results({"dense": 0, "a": -0.02, "b": 0.02})
     unequal = [replace(r, cost=make_cost(4e6)) if r.arm == "b" else r for r in results]
