@@ -80,22 +80,8 @@ LOAD: tuple[Declaration, ...] = (
     ),
 )
 DROPS: tuple[Declaration, ...] = (
-    (
-        "train_drop_rate",
-        "in training",
-        "share",
-        "percent",
-        "lower",
-        "Share of assignments dropped, mean over all steps.",
-    ),
-    (
-        "train_unserved",
-        "",
-        "share",
-        "percent",
-        "lower",
-        "Share of tokens that no expert computed, mean over all steps.",
-    ),
+    ("train_drop_rate", "in training", "share", "percent", "lower", "Assignments dropped, mean over all steps."),
+    ("train_unserved", "", "share", "percent", "lower", "Tokens that no expert computed, mean over all steps."),
 )
 TRAINING: tuple[Declaration, ...] = (
     ("loss/task", "", "", "number", "lower", "Loss of the task without auxiliary losses."),
@@ -249,13 +235,7 @@ GROUPS = (
         stem="parallel/",
         prefixes=(RESOURCES,),
     ),
-    _group(
-        "System",
-        "Of the first process at a logged training step, for the machine's load; no result depends on it. In the"
-        " journal.",
-        SYSTEM,
-        stem="system/",
-    ),
+    _group("System", "Of the first process at a logged training step. In the journal.", SYSTEM, stem="system/"),
     _group("Cost", f"In the result. Planned: before the run. Executed: {EXECUTED}.", COST, prefixes=(RESOURCES,)),
     _group("Speed", "Of the whole run; in the result.", SPEED, prefixes=(RESOURCES,)),
     _group("Comparison", "Of `moebench compare` and `moebench curve`, from several runs.", COMPARISON),

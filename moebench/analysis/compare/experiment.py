@@ -90,6 +90,12 @@ def compare_experiment(
     )
 
 
+def list_trained_cells(experiment: Experiment, results: Path) -> list[Cell]:
+    """Return the cells that are compared: those that tuning has settled, and those of seeds that were added."""
+    cells = list(settle(experiment, results).cells)
+    return cells + list_added_cells(cells, read_plan(experiment, results)[0].added)
+
+
 def read_plan(experiment: Experiment, results: Path) -> tuple[SeedPlan, list[str]]:
     """Return the planned seeds of an experiment, and a note where its record of them cannot be read."""
     try:
@@ -133,8 +139,7 @@ def draw_experiment(
     from moebench.analysis.compare.learning_curve import CurvePanel
 
     journals: dict[str, dict[int, Any]] = {}
-    cells = list(settle(experiment, results).cells)
-    cells += list_added_cells(cells, read_plan(experiment, results)[0].added)
+    cells = list_trained_cells(experiment, results)
     for cell in cells:
         folder = RunFolder.of(results, cell.id)
         points, _ = read_journal(folder.journal)
