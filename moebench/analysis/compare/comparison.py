@@ -218,5 +218,5 @@ def _note_unusual_agreement(differences: Sequence[Difference]) -> list[str]:
         f"{difference.arm}: p Holm would be {p:.2g} by its own pairs alone, whose seeds agree more than those of the"
         " other arms: no verdict on that ground (docs/statistics.md)"
         for difference, p in by_own_noise
-        if p <= st.ALPHA < (difference.p_holm or 0.0) and difference.verdict in ("undecided", "equivalent")
+        if p <= difference.level < (difference.p_holm or 0.0) and difference.verdict in ("undecided", "equivalent")
     ]

@@ -149,23 +149,21 @@ Holm: the larger of both, corrected for 2 comparisons; better or worse means p H
 sign flips, 6 seeds or more, not corrected. detectable: the smallest true difference that 4 of 5
 repeats would show, the differences of all arms taken to vary alike.
 all together: intervals that hold for 2 comparisons at once in 95 % of repeats; ± elsewhere is one
-interval by itself. Hedges g: the difference over the SD between seeds, unbiased. Equivalence within
-±0.0200 (1 %) needs 5 seeds.
+interval by itself. Hedges g: the difference over the SD between seeds, corrected for few.
+Equivalence within ±0.0200 (1 %) needs 5 seeds.
 Limit: where the baseline or one of two arms has rare bad seeds, up to 8 % of tables claim a false
-difference and up to 11 % a false equivalence, and intervals cover less (docs/statistics.md).
+difference and up to 12 % a false equivalence, and intervals cover less (docs/statistics.md).
 low power: 3 to 5 seeds can miss any difference smaller than the detectable one.
 Seeds that would settle an arm: with p at Holm's strictest level, 0.05 / 2, all seeds planned from
 the start, the SD of the pairs as all arms together show it. if as observed: the true difference is
 the observed one, which is noisy, and so is this number; for the margin: it is as large as the
 margin of equivalence, 1 % of the baseline's mean; if equal: there is none, and equivalence is
 shown.
-sigmoid_bias_free: more than 50 seeds. A longer run settles it with 4 seeds if the SD of the pairs
-falls from 0.0021 to 0.0002 and the difference stays: an assumption, which no run here has tested.
 variance ratio: variance of the difference of unpaired seeds over that of paired ones; 1: pairing
 gained nothing, 3: one pair is worth three unpaired seeds of each arm.
 executed: forward FLOPs of the whole model and rows computed by experts, per token, mean over all
 steps of training (each pass counts) and on the test split; × baseline: training / evaluation. in
-training: share of assignments dropped, mean over all steps.
+training: assignments dropped, mean over all steps.
 Note: 1 of 15 cells have no result yet: this is an early look.
 Note: switch: difference over common seeds only, without seed 1.
 Note: sigmoid_bias_free: difference over common seeds only, without seed 4.

@@ -33,11 +33,11 @@ def test_sentences_state_difference_interval_seeds_and_correction() -> None:
     better, worse = describe_arms(COMPARISON)
     # 2.776 * 0.0015811 / sqrt(5) = 0.00196
     assert better.text == (
-        "switch is better than dense: −0.1000 bits per byte, 95 % interval −0.1020 to −0.0980 (5 paired seeds, paired t"
-        " test, p <0.001 after Holm's correction for 2 comparisons)."
+        "switch is better than dense: −0.1000 bits per byte, 95 % interval [−0.1020, −0.0980] (paired over seeds 0-4, n"
+        " = 5, p < 0.001, Holm over 2 comparisons)."
     )
     assert (better.tone, worse.tone) == ("good", "bad")
-    assert describe_outcome(COMPARISON) == "Of 2 other arms, 1 better and 1 worse than dense."
+    assert describe_outcome(COMPARISON) == "Compared with dense: 1 better, 1 worse."
 
 
 def test_the_forest_is_ordered_and_on_one_axis() -> None:
