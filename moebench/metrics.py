@@ -222,9 +222,11 @@ COMPARISON: tuple[Declaration, ...] = (
         "What a trivial baseline reaches on the test split, in the metric that arms are compared by; in MLflow.",
     ),
     ("p", "p", "", "p", "lower", "P value of the paired t-test."),
-    ("p_holm", "p Holm", "", "p", "lower", "P value of the paired t-test, corrected for all comparisons."),
+    ("p_pooled", "p pooled", "", "p", "lower", "P value of the difference by the noise of all arms together."),
+    ("p_holm", "p Holm", "", "p", "lower", "The larger of p and p pooled, corrected for all comparisons."),
+    ("p_equivalence_holm", "p TOST", "", "p", "lower", "Two one-sided tests against the margin, 5 seeds or more."),
     ("p_exact", "exact p", "", "p", "lower", "Sign flips, 6 seeds or more, not corrected."),
-    ("effect_sd", "seed SD", "", "signed", "neither", "The difference over the SD between seeds."),
+    ("effect_sd", "Hedges g", "", "signed", "neither", "The difference over the SD between seeds, unbiased."),
     (
         "smallest_detectable",
         "detectable",

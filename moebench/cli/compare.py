@@ -39,6 +39,14 @@ AllowMismatch = Annotated[
     ),
 ]
 
+Margin = Annotated[
+    float | None,
+    typer.Option(
+        help="Arms are equivalent below this share of the baseline's mean; else `margin` of the experiment, 0.01.",
+        show_default=False,
+    ),
+]
+
 
 def compare(
     names: Annotated[
@@ -55,6 +63,7 @@ def compare(
     plugin: Plugins = None,
     allow_mismatch: AllowMismatch = False,
     split: Split = SplitName.TEST,
+    margin: Margin = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Write loss curves and differences to this file (PNG, PDF, SVG).")
@@ -71,16 +80,19 @@ def compare(
     from moebench.analysis.compare.experiment import compare_experiment, draw_experiment
     from moebench.analysis.compare.report import build_report
     from moebench.experiment.grid import expand, expand_routers
+    from moebench.schema import check_margin
 
     overrides = add_size([name for name in names if "=" in name], size)
     subjects = [name for name in names if "=" not in name]
     check_plot(plot)
+    if margin is not None:
+        check_margin(margin, "--margin")
     if is_experiment(subjects):
         grid = expand(find_experiment(subjects[0]), overrides, plugin or (), finished_in=results)
     else:
         grid = expand_routers(subjects, task, overrides, plugin or ())
         train_missing(grid, results, jobs)
-    comparison = compare_experiment(grid, results, allow_mismatch=allow_mismatch, split=split.value)
+    comparison = compare_experiment(grid, results, allow_mismatch=allow_mismatch, split=split.value, margin=margin)
     if plot:
         draw_experiment(grid, results, plot, comparison)
     print_report(build_report(comparison), json=json, markdown=markdown)

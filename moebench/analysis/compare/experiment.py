@@ -41,10 +41,12 @@ def compare_experiment(
     *,
     allow_mismatch: bool = False,
     split: Split = "test",
+    margin: float | None = None,
     with_added_seeds: bool = True,
 ) -> Comparison:
     """Compare the arms of an experiment by its task's metric; raise UsageError when there is nothing to compare.
 
+    `margin`: share of the baseline's mean below which arms are equivalent; None takes that of the experiment.
     `with_added_seeds`: whether arms have the seeds that were added to undecided ones, which its record names.
     """
     facts = TASKS.get(experiment.cells[0].config.task.name).facts
@@ -69,7 +71,12 @@ def compare_experiment(
         run_results,
         expected=[(cell.arm, cell.seed, cell.id) for cell in cells],
         baseline=experiment.baseline,
-        metric=ComparisonMetric(name=facts.metric, lower_is_better=facts.lower_is_better, split=split),
+        metric=ComparisonMetric(
+            name=facts.metric,
+            lower_is_better=facts.lower_is_better,
+            split=split,
+            margin=experiment.margin if margin is None else margin,
+        ),
         allow_mismatch=allow_mismatch,
         protocol=Protocol(tuned_keys=state.keys if state is not None else (), plan=plan),
     )
