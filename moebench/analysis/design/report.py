@@ -53,7 +53,7 @@ def find_needed_seeds(comparison: "Comparison") -> dict[str, NeededSeeds]:
 
 
 def estimate_spread(comparison: "Comparison") -> st.SpreadEstimate | None:
-    """Estimate the SD of paired differences from the arms with at least three seeds in common, none of them diverged."""
+    """Estimate the SD of paired differences from the arms with three common seeds, none of which diverged."""
     values = {
         arm.arm: arm.values for arm in comparison.arms if not arm.num_diverged and len(arm.values) >= st.MIN_SEEDS
     }
