@@ -4,63 +4,14 @@ Headers and number formats of tables, legends, `moebench list metrics` and docs/
 compares the declarations with what runs record. Tasks and routers of plugins may record further metrics.
 """
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
 
-Direction = Literal["lower", "higher", "neither"]
-Format = Literal["number", "signed", "count", "percent", "whole percent", "p", ".0f", ".1f", ".2f", ".3f"]
-"""How tables write a value (see `moebench.reporting.metrics`)."""
+from moebench.metric import Direction, Format, Metric, MetricGroup
 
-VARIABLE = re.compile(r"[A-Z]{3,}")
-"""A word in capitals is a placeholder for a name: `balance/NAME`."""
-VALIDATION, TEST, STEP, FINAL = "eval/", "test/", "train/", "final/"
-"""Prefixes of recorded names: the validation split, the test split, one logged training step; and, in MLflow alone, the
-finished run, whose values result.json has without the prefix."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """One metric, or a family of them whose name has a variable part."""
-
-    name: str
-    """As in result.json; in the journal and in MLflow one of `prefixes` may precede it."""
-    header: str = ""
-    """Column header; empty: no table shows it."""
-    unit: str = ""
-    format: Format = "number"
-    better: Direction = "neither"
-    meaning: str
-    """One sentence."""
-    prefixes: tuple[str, ...] = ()
-    suffix: str = ""
-    """Variable part that may follow the name after a slash."""
-
-    def matches(self, recorded_name: str) -> bool:
-        """Return whether this is the metric that a journal, a result or MLflow calls `recorded_name`."""
-        return bool(self._pattern.fullmatch(recorded_name))
-
-    @property
-    def is_family(self) -> bool:
-        """Whether the name has a variable part."""
-        return bool(VARIABLE.search(self.name))
-
-    @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        prefix = f"(?:{'|'.join(self.prefixes)})?" if self.prefixes else ""
-        return re.compile(prefix + VARIABLE.sub(".+", re.escape(self.name)) + ("(?:/.+)?" if self.suffix else ""))
-
-
-@dataclass(frozen=True, kw_only=True)
-class MetricGroup:
-    """Metrics that are measured together."""
-
-    title: str
-    about: str
-    """Where they are measured and recorded."""
-    metrics: tuple[Metric, ...]
+VALIDATION, TEST, STEP = "eval/", "test/", "train/"
+"""Prefixes of recorded names: the validation split, the test split, one logged training step."""
+RESOURCES = "resources/"
+"""Prefix, in MLflow alone, of cost and speed of the finished run, which result.json has without."""
 
 
 Declaration = tuple[str, str, str, Format, Direction, str]
@@ -73,7 +24,7 @@ def _group(
     declarations: Sequence[Declaration],
     *,
     stem: str = "",
-    prefixes: tuple[str, ...] = (FINAL,),
+    prefixes: tuple[str, ...] = (),
     suffix: str = "",
 ) -> MetricGroup:
     metrics = [
@@ -129,22 +80,8 @@ LOAD: tuple[Declaration, ...] = (
     ),
 )
 DROPS: tuple[Declaration, ...] = (
-    (
-        "train_drop_rate",
-        "in training",
-        "share",
-        "percent",
-        "lower",
-        "Share of assignments dropped, mean over all steps.",
-    ),
-    (
-        "train_unserved",
-        "",
-        "share",
-        "percent",
-        "lower",
-        "Share of tokens that no expert computed, mean over all steps.",
-    ),
+    ("train_drop_rate", "in training", "share", "percent", "lower", "Assignments dropped, mean over all steps."),
+    ("train_unserved", "", "share", "percent", "lower", "Tokens that no expert computed, mean over all steps."),
 )
 TRAINING: tuple[Declaration, ...] = (
     ("loss/task", "", "", "number", "lower", "Loss of the task without auxiliary losses."),
@@ -156,6 +93,7 @@ TRAINING: tuple[Declaration, ...] = (
     ("train/tokens_per_s", "", "tokens/s", "count", "higher", "Speed of the step."),
     ("train/mfu", "", "share", "percent", "higher", "FLOPs that the model needs in a step over those of the devices."),
     ("time/data_share", "", "share", "percent", "lower", "Share of the time so far spent waiting for batches."),
+    ("time/train_s", "", "s", "number", "lower", "Seconds of all training steps up to an evaluation."),
 )
 SPIKES: tuple[Declaration, ...] = (
     ("spike/loss", "", "", "number", "lower", "Loss of the task in a step that is a spike."),
@@ -190,6 +128,13 @@ PROCESSES: tuple[Declaration, ...] = (
     ("rows/rank_RANK", "", "rows", "count", "neither", "Rows that the experts of one process computed."),
     ("memory_gib/rank_RANK", "", "GiB", ".2f", "lower", "Peak memory of one process."),
 )
+SYSTEM: tuple[Declaration, ...] = (
+    ("cpu_percent", "", "%", "number", "neither", "CPU time of the process since the last step logged; 100: one core."),
+    ("memory_gib", "", "GiB", ".2f", "lower", "Resident memory of the process."),
+    ("machine_memory_percent", "", "%", "number", "lower", "Memory of the machine in use, by all programs."),
+    ("gpu_memory_gib", "", "GiB", ".2f", "lower", "Memory that the process has reserved on its GPU."),
+    ("gpu_percent", "", "%", "number", "higher", "Use of the GPU, with the extra `gpu` installed."),
+)
 COST: tuple[Declaration, ...] = (
     ("active_params", "active", "parameters", "count", "neither", "Parameters that one token uses on average."),
     ("total_params", "total", "parameters", "count", "neither", "Parameters of the model."),
@@ -221,6 +166,8 @@ COMPARISON: tuple[Declaration, ...] = (
         "neither",
         "What a trivial baseline reaches on the test split, in the metric that arms are compared by; in MLflow.",
     ),
+    ("mean/ARM", "", "", "number", "neither", "The same of one arm; in MLflow."),
+    ("difference/ARM", "", "", "number", "neither", "An arm minus the baseline, over common seeds; in MLflow."),
     ("p", "p", "", "p", "lower", "P value of the paired t-test."),
     ("p_pooled", "p pooled", "", "p", "lower", "P value of the difference by the noise of all arms together."),
     ("p_holm", "p Holm", "", "p", "lower", "The larger of p and p pooled, corrected for all comparisons."),
@@ -239,7 +186,7 @@ COMPARISON: tuple[Declaration, ...] = (
     ("relative_flops", "FLOPs", "share", "percent", "neither", "Forward FLOPs over those of the arm as trained."),
 )
 
-EVALUATED = (VALIDATION, TEST, FINAL)
+EVALUATED = (VALIDATION, TEST)
 EXECUTED = (
     "forward FLOPs of the whole model and rows computed by experts, per token, mean over all steps of training (each"
     " pass counts) and on the test split"
@@ -263,18 +210,22 @@ GROUPS = (
         prefixes=(STEP, *EVALUATED),
         suffix="out_of_domain",
     ),
-    _group("Drops in training", "Of all steps, mean over expert layers; in the result.", DROPS, stem="load/"),
+    _group(
+        "Drops in training",
+        "Of all steps, mean over expert layers; in the result.",
+        DROPS,
+        stem="load/",
+        prefixes=(TEST,),
+    ),
     _group(
         "Training",
         "Of a logged training step: the first, every `train.log_every`-th, the last. In the journal.",
         TRAINING,
-        prefixes=(),
     ),
     _group(
         "Spikes",
         "Of a training step whose loss is a spike; a rewind is at the step that it goes back to. In the journal.",
         SPIKES,
-        prefixes=(),
     ),
     _group(
         "Processes",
@@ -282,10 +233,12 @@ GROUPS = (
         " every such step, the result their mean.",
         PROCESSES,
         stem="parallel/",
+        prefixes=(RESOURCES,),
     ),
-    _group("Cost", f"In the result. Planned: before the run. Executed: {EXECUTED}.", COST),
-    _group("Speed", "Of the whole run; in the result.", SPEED),
-    _group("Comparison", "Of `moebench compare` and `moebench curve`, from several runs.", COMPARISON, prefixes=()),
+    _group("System", "Of the first process at a logged training step. In the journal.", SYSTEM, stem="system/"),
+    _group("Cost", f"In the result. Planned: before the run. Executed: {EXECUTED}.", COST, prefixes=(RESOURCES,)),
+    _group("Speed", "Of the whole run; in the result.", SPEED, prefixes=(RESOURCES,)),
+    _group("Comparison", "Of `moebench compare` and `moebench curve`, from several runs.", COMPARISON),
 )
 METRICS: Mapping[str, Metric] = {metric.name: metric for group in GROUPS for metric in group.metrics}
 

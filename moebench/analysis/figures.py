@@ -35,12 +35,16 @@ class Figures:
             )
 
     def draw_experiment_figures(self, experiment: Experiment, results: Path) -> None:
-        """Draw the curves of all arms, with the paired differences where they can be compared."""
+        """Write the summary of the comparison, and draw the curves with the paired differences where there are any."""
         from moebench.analysis.compare.experiment import compare_experiment, draw_experiment
+        from moebench.analysis.compare.summary import build_summary
+        from moebench.runs.experiment_summary import write_summary
 
         try:
             comparison = compare_experiment(experiment, results)
         except UsageError:
             comparison = None  # unmatched or without a baseline: the curves alone
+        if comparison is not None:
+            write_summary(results, experiment.name, build_summary(comparison))
         file = results / "experiments" / experiment.name / "curves.png"
         draw_experiment(experiment, results, file, comparison)

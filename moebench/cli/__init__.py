@@ -3,7 +3,24 @@
 import typer
 
 from moebench import __version__
-from moebench.cli import bench, compare, curve, listing, plan, prepare, probe, rm, run, show, sync, ui, verify
+from moebench.cli import (
+    bench,
+    calibrate,
+    compare,
+    curve,
+    listing,
+    plan,
+    prepare,
+    probe,
+    report,
+    rm,
+    run,
+    scaling,
+    show,
+    sync,
+    ui,
+    verify,
+)
 
 app = typer.Typer(
     help="Which router? Trains the same sparse-expert model with different routing algorithms, under matched"
@@ -15,7 +32,9 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("compare")(compare.compare)
+app.command("report")(report.report)
 app.command("curve")(curve.curve)
+app.command("scaling")(scaling.scaling)
 app.command("plan")(plan.plan)
 app.command("prepare")(prepare.prepare)
 app.command("list")(listing.list_)
@@ -26,6 +45,7 @@ app.command("sync")(sync.sync)
 app.command("verify")(verify.verify)
 app.command("rm")(rm.rm)
 app.add_typer(bench.app, name="bench")
+app.add_typer(calibrate.app, name="calibrate")
 
 
 def _print_version(is_requested: bool) -> None:

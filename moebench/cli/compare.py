@@ -6,19 +6,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moebench.cli.comparisons import (
+    Choice,
+    check_choice,
+    compare_experiments,
+    compare_one,
+    expand_all,
+    require_one_size,
+)
 from moebench.cli.options import (
     DEFAULT_RESULTS,
     Json,
     Plugins,
     Results,
-    Size,
     add_size,
-    check_plot,
     complete_experiment_or_router,
 )
 from moebench.cli.output import print_report
-from moebench.errors import UsageError
-from moebench.experiment.files import find_experiment, list_experiments
+from moebench.cli.subjects import are_experiments
 
 if TYPE_CHECKING:
     from moebench.experiment.grid import Experiment
@@ -31,7 +36,36 @@ class SplitName(StrEnum):
     VALIDATION = "validation"
 
 
-Split = Annotated[SplitName, typer.Option(help="What to compare on: choose settings on validation, report on test.")]
+EffectiveCompute = Annotated[
+    bool,
+    typer.Option(
+        "--effective-compute",
+        help="What each arm is worth in compute of the baseline, over several sizes (--size S0 --size S1 --size S2).",
+    ),
+]
+
+
+Sizes = Annotated[
+    list[str] | None,
+    typer.Option("--size", help="Named size above the experiment's own (list sizes). Repeatable: several are pooled."),
+]
+
+
+class AxisName(StrEnum):
+    """What curves are drawn over."""
+
+    STEPS = "steps"
+    TOKENS = "tokens"
+    FLOPS = "flops"
+    SECONDS = "seconds"
+
+
+AxisOption = Annotated[
+    AxisName | None, typer.Option("--axis", help="Add a table over this axis, and draw the curves of --plot over it.")
+]
+SplitOption = Annotated[
+    SplitName, typer.Option(help="What to compare on: choose settings on validation, report on test.")
+]
 AllowMismatch = Annotated[
     bool,
     typer.Option(
@@ -52,59 +86,49 @@ def compare(
     names: Annotated[
         list[str],
         typer.Argument(
-            metavar="EXPERIMENT | ROUTER...  [KEY=VALUE]...",
-            help="An experiment, or routers to compare with the dense model.",
+            metavar="EXPERIMENT... | ROUTER...  [KEY=VALUE]...",
+            help="An experiment, several to pool, or routers to compare with the dense model.",
             autocompletion=complete_experiment_or_router,
         ),
     ],
     task: Annotated[str, typer.Option(help="Task of a comparison of routers.")] = "language",
-    size: Size = None,
+    size: Sizes = None,
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
     allow_mismatch: AllowMismatch = False,
-    split: Split = SplitName.TEST,
+    split: SplitOption = SplitName.TEST,
     margin: Margin = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Write loss curves and differences to this file (PNG, PDF, SVG).")
     ] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Cells at a time, where routers must be trained first.")] = 0,
+    axis: AxisOption = None,
+    effective_compute: EffectiveCompute = False,
     json: Json = False,
 ) -> None:
     """Compare the arms of an experiment: quality with intervals, load balance, throughput, cost.
 
     Seeds are paired, differences to the baseline have a 95 % t interval and a p value corrected for many
     comparisons (Holm). Arms whose executed FLOPs differ by more than 2 % get no verdict. Works on a grid that is
-    still running. Given routers instead of an experiment, trains what is missing first.
+    still running. Several experiments that share arms are pooled. Given routers instead of an experiment, trains what
+    is missing first.
     """
-    from moebench.analysis.compare.experiment import compare_experiment, draw_experiment
-    from moebench.analysis.compare.report import build_report
-    from moebench.experiment.grid import expand, expand_routers
-    from moebench.schema import check_margin
-
-    overrides = add_size([name for name in names if "=" in name], size)
+    overrides = [name for name in names if "=" in name]
     subjects = [name for name in names if "=" not in name]
-    check_plot(plot)
-    if margin is not None:
-        check_margin(margin, "--margin")
-    if is_experiment(subjects):
-        grid = expand(find_experiment(subjects[0]), overrides, plugin or (), finished_in=results)
+    choice = Choice(split.value, allow_mismatch, effective_compute, axis.value if axis else None, plot, margin)
+    check_choice(choice)
+    if are_experiments(subjects):
+        grids = expand_all(subjects, overrides, size or [None], plugin or (), results)
+        report = compare_experiments(grids, results, choice)
     else:
-        grid = expand_routers(subjects, task, overrides, plugin or ())
+        require_one_size(subjects, size, effective_compute=effective_compute)
+        from moebench.experiment.grid import expand_routers
+
+        grid = expand_routers(subjects, task, add_size(overrides, size[0] if size else None), plugin or ())
         train_missing(grid, results, jobs)
-    comparison = compare_experiment(grid, results, allow_mismatch=allow_mismatch, split=split.value, margin=margin)
-    if plot:
-        draw_experiment(grid, results, plot, comparison)
-    print_report(build_report(comparison), json=json, markdown=markdown)
-
-
-def is_experiment(subjects: list[str]) -> bool:
-    """Return whether the subject is an experiment rather than routers; raise UsageError for a mixture."""
-    experiments = [name for name in subjects if name.endswith((".yaml", ".yml")) or "/" in name]
-    experiments += [name for name in subjects if name in list_experiments()]
-    if not subjects or (experiments and len(subjects) > 1):
-        raise UsageError(f"compare: give one experiment, or routers only; got {', '.join(subjects) or 'neither'}")
-    return bool(experiments)
+        report = compare_one(grid, results, choice)
+    print_report(report, json=json, markdown=markdown)
 
 
 def train_missing(grid: "Experiment", results: Path, jobs: int) -> None:

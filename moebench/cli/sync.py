@@ -20,6 +20,7 @@ def sync(
     json: Json = False,
 ) -> None:
     """Send everything in the run folders that the tracker does not have; nothing is sent twice."""
+    from moebench.analysis.compare.summary import refresh_summaries
     from moebench.tracking.address import check_uri, default_uri, format_sync, redact_uri, require_tracker
     from moebench.tracking.mlflow_store import TrackerError
     from moebench.tracking.replay import replay
@@ -30,6 +31,8 @@ def sync(
         check_uri(tracker)
     uri = tracker or default_uri(results)
     try:
+        if results.is_dir():
+            refresh_summaries(results)
         report = replay(results, uri)
         report = replace(report, problems=(*report.problems, *list_unreadable(results)))
     except TrackerError as error:
@@ -41,8 +44,6 @@ def sync(
         print_json(asdict(report), indent=None)
     else:
         print_text(f"{report.values} values of {report.runs} runs sent to {redact_uri(uri)}")
-        if report.note:
-            print_text(f"note: {report.note}")
         for problem in report.problems:
             print_text(f"not sent: {problem}", file=sys.stderr)
     if report.problems:

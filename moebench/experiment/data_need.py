@@ -10,6 +10,7 @@ from moebench.experiment.model_costs import ModelCosts
 from moebench.runs.cell import Cell
 from moebench.schema import CellConfig
 from moebench.tasks.task import Task
+from moebench.tasks.text.sources import TextDataConfig
 
 
 @runtime_checkable
@@ -85,6 +86,13 @@ def require_epochs(cells: Sequence[Cell], costs: ModelCosts) -> None:
             train = cell.config.train
             raise UsageError(
                 f"{cell.arm}: train.steps={train.steps} with train.batch_size={train.batch_size}"
-                f" are {need.epochs:.1f} epochs of the training split (allowed: {need.max_epochs:g}; more data, fewer"
-                f" steps, or train.max_epochs={math.ceil(need.epochs)})"
+                f" are {need.epochs:.1f} epochs of the training split (allowed: {need.max_epochs:g};"
+                f" {_suggest_data(cell.config)}, fewer steps, or train.max_epochs={math.ceil(need.epochs)})"
             )
+
+
+def _suggest_data(config: CellConfig) -> str:
+    """Return where more data are: the larger embedded text, for a task that reads the smaller one."""
+    data = getattr(config.task, "data", None)
+    is_small_text = isinstance(data, TextDataConfig) and (data.pack, data.path, data.dataset) == ("domains", None, None)
+    return "more data such as task.data.pack=corpus" if is_small_text else "more data"

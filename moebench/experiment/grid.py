@@ -133,12 +133,12 @@ def _build(
         cells=tuple(cells),
         axes={arm.label: arm.axes for arm in arms},
         tuning=tuning,
-        margin=config.margin,
         design=SeedDesign(
             key=identify_settings(first),
             seeds=tuple(config.seeds),
             reserved=tuple(config.tune.seeds) if config.tune.grid else (),
         ),
+        margin=config.margin,
         notes=(
             *arm_notes,
             *note_partial_overrides(cell_overrides, arms, config.grid),

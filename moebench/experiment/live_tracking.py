@@ -49,8 +49,6 @@ def stop_tracker(
         with containment.contain("tracker"):
             status = tracker.stop(choose_limit_s(interrupted), on_wait=show_wait)
             problem = None if status.ok else status.reason
-            if status.note:
-                note(status.note)
     return problem
 
 

@@ -10,10 +10,12 @@ from dataclasses import replace
 
 from filelock import FileLock, Timeout
 
+from moebench.experiment.data_need import require_epochs
 from moebench.experiment.grid import Experiment
+from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.run_setup import RunSetup
 from moebench.experiment.runner import RunReport, print_note, run_experiment
-from moebench.experiment.store import record_experiment
+from moebench.experiment.store import open_results, record_experiment
 from moebench.experiment.tuning import Choice, apply_choices, build_tuning_experiment, read_tuning
 from moebench.experiment.tuning_report import TuningReport
 from moebench.interrupts import handle_signals
@@ -31,6 +33,8 @@ def run_phases(experiment: Experiment, setup: RunSetup) -> RunReport:
     if experiment.tuning is None:
         return run_experiment(experiment, setup)
     setup.launcher.check(experiment.cells)
+    open_results(setup.results)
+    require_epochs(experiment.cells, ModelCosts(setup.results))  # now, not when the tuning runs have been trained
     for note in experiment.notes:
         print_note(setup.console, note)
     tuning = build_tuning_experiment(experiment)

@@ -24,4 +24,8 @@ class SafeConsole(Console):
     @override
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
-            yield segment if segment.control else segment._replace(text=make_printable(segment.text))
+            # Most text is printable, and a segment passes here once for each level of nesting.
+            if segment.control or (text := make_printable(segment.text)) == segment.text:
+                yield segment
+            else:
+                yield segment._replace(text=text)

@@ -1,22 +1,38 @@
 """Numbers as text: few digits, true minus signs, a dash where there is no value."""
 
 from collections.abc import Callable
+from typing import Self
 
 MISSING = "–"
 """What a table shows where there is no value."""
 MINUS = "−"
 
 
+class NumberText(str):
+    """A number as tables show it, together with the unrounded number, which files of tables contain."""
+
+    value: float
+    interval: tuple[float, float] | None
+    """Lower and upper bound, where the text shows an interval."""
+
+    def __new__(cls, text: str, value: float, interval: tuple[float, float] | None = None) -> Self:
+        """Return the text; it is a string like any other."""
+        number = super().__new__(cls, text)
+        number.value, number.interval = value, interval
+        return number
+
+
 def format_number(value: float) -> str:
     """Format a measurement: four decimals below ten, fewer above, 3e−06 where four decimals would show zero."""
     if 0 < abs(value) < 5e-5:
-        return f"{value:.0e}".replace("-", MINUS)
-    return f"{value:,.{_num_decimals(value)}f}".replace("-", MINUS)
+        return NumberText(f"{value:.0e}".replace("-", MINUS), value)
+    return NumberText(f"{value:,.{_num_decimals(value)}f}".replace("-", MINUS), value)
 
 
 def format_signed(value: float, decimals: int | None = None) -> str:
     """Format a difference with its sign, by default with the decimals of `format_number`."""
-    return f"{value:+,.{_num_decimals(value) if decimals is None else decimals}f}".replace("-", MINUS)
+    text = f"{value:+,.{_num_decimals(value) if decimals is None else decimals}f}".replace("-", MINUS)
+    return NumberText(text, value)
 
 
 def format_count(value: float | None) -> str:
@@ -25,8 +41,8 @@ def format_count(value: float | None) -> str:
         return MISSING
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= 0.9995 * size:  # 999,600 reads 1.00M, not 1000k
-            return f"{_three_digits(value / size)}{unit}"
-    return f"{value:.0f}"
+            return NumberText(f"{_three_digits(value / size)}{unit}", value)
+    return NumberText(f"{value:.0f}", value)
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -39,12 +55,12 @@ def format_bytes(num_bytes: float) -> str:
 
 def format_percent(share: float | None, decimals: int = 1) -> str:
     """Format a share of 1 in percent; a dash for None."""
-    return MISSING if share is None else f"{100 * share:.{decimals}f} %"
+    return MISSING if share is None else NumberText(f"{100 * share:.{decimals}f} %", share)
 
 
 def format_p(p: float | None) -> str:
     """Format a p value with three decimals, and those below 0.001 as such; a dash for None."""
-    return MISSING if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+    return MISSING if p is None else NumberText("<0.001" if p < 0.001 else f"{p:.3f}", p)
 
 
 def format_with_interval(
@@ -54,7 +70,7 @@ def format_with_interval(
 ) -> str:
     """Format a value by `form` and, where there is an interval, half of its width: 2.0000 ± 0.0196."""
     half = f" ± {format_number((interval[1] - interval[0]) / 2)}" if interval else ""
-    return MISSING if value is None else form(value) + half
+    return MISSING if value is None else NumberText(form(value) + half, value, interval)
 
 
 def format_plural(n: int, noun: str) -> str:

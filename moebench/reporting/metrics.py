@@ -2,8 +2,17 @@
 
 from collections.abc import Callable, Mapping
 
-from moebench.metrics import METRICS, Format
-from moebench.reporting.formatting import MISSING, format_count, format_number, format_p, format_percent, format_signed
+from moebench.metric import Format
+from moebench.metrics import METRICS
+from moebench.reporting.formatting import (
+    MISSING,
+    NumberText,
+    format_count,
+    format_number,
+    format_p,
+    format_percent,
+    format_signed,
+)
 
 FORMATTERS: Mapping[Format, Callable[[float], str]] = {
     "number": format_number,
@@ -31,7 +40,8 @@ def format_metric(name: str, value: float | None) -> str:
     metric = METRICS[name]
     if value is None:
         return MISSING
-    return FORMATTERS[metric.format](value) + (f" {metric.unit}" if metric.unit in UNITS_SHOWN else "")
+    unit = f" {metric.unit}" if metric.unit in UNITS_SHOWN else ""
+    return NumberText(FORMATTERS[metric.format](value) + unit, value)
 
 
 def explain_metrics(*names: str) -> str:

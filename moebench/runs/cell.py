@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moebench.config import to_plain
+from moebench.routing.router import ROUTERS
 from moebench.runs.environment import describe_version
 from moebench.schema import CellConfig
 
@@ -37,6 +38,7 @@ class Cell:
             "varies": dict(self.varies),
             "plugins": list(self.plugins),
             "plugin_digests": list(self.plugin_digests),
+            "family": ROUTERS.get(self.config.router.name).facts.family,
             "version": describe_version(),
             "data": {"name": self.config.task.name, "digest": self.data_digest},
         }

@@ -146,7 +146,7 @@ class RunFolder:
 
     def digest_records(self) -> dict[str, str]:
         """Return the SHA-256 (hex) of each of `records`, by name."""
-        return {path.name: hashlib.sha256(read_plain_file(path, None)).hexdigest() for path in self.records}
+        return {path.name: _digest(read_plain_file(path, None)) for path in self.records}
 
     def require_unchanged(self, file: Path) -> None:
         """Raise UsageError if one of `records` is not as it was when the run was done.
@@ -154,9 +154,24 @@ class RunFolder:
         Passes where that is not recorded: the run is not done, or was trained by an earlier version.
         """
         result = self.read_result()
+        if result is not None and file.name in result.records:
+            self.read_record(file, result)
+
+    def read_record(self, file: Path, result: RunResult | None) -> bytes | None:
+        """Return the content of one of `records`, None where there is no such file.
+
+        Raises UsageError where it cannot be read, or is not as it was when the run with this result was done.
+        """
+        try:
+            content = read_plain_file(file, None)
+        except FileNotFoundError:
+            content = None
+        except OSError as error:
+            raise UsageError(f"{file}: cannot be read ({error.strerror})") from error
         expected = result.records.get(file.name) if result else None
-        if expected is not None and self.digest_records().get(file.name) != expected:
+        if expected is not None and (content is None or _digest(content) != expected):
             raise UsageError(f"{file}: was changed after the run was done; restore it, or train the cell again")
+        return content
 
     def state(self) -> str:
         """Return done, failed, resumable (a checkpoint exists) or new."""
@@ -169,6 +184,10 @@ class RunFolder:
     def checkpointed_step(self) -> int:
         """Step of the newest checkpoint, -1 without one: a resumed run repeats only later steps."""
         return max(map(parse_step, list_manifests(self.checkpoints)), default=-1)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def list_run_folders(results: Path) -> list[RunFolder]:

@@ -1,4 +1,4 @@
-"""What a replay sends: points in batches that a tracker accepts, final values, tables of loads and of all domains."""
+"""What a replay sends of a run: points in batches that a tracker accepts, final values, tables."""
 
 import json
 from collections.abc import Collection, Iterator, Mapping
@@ -8,23 +8,15 @@ from typing import Any
 
 from moebench.errors import UsageError
 from moebench.file_access import read_plain_file
+from moebench.metrics import RESOURCES, TEST
 from moebench.runs.journal import Point
 from moebench.runs.result import RunResult
-from moebench.tracking.metric_limit import select_names
+from moebench.tracking.metric_selection import SHOWN_RESOURCES, select_names
 from moebench.tracking.mlflow_store import MAX_BATCH, MetricValue
 
-MAX_TAG_LENGTH = 4000
-"""Characters of a tag that every tracker takes."""
-
-
-def describe_tuning(experiment: Mapping[str, Any]) -> dict[str, str]:
-    """Return the tag with what each arm of an experiment has chosen in tuning; none without tuning."""
-    tuning = experiment.get("tuning")
-    arms = tuning.get("arms") if isinstance(tuning, Mapping) else None
-    if not isinstance(arms, Mapping):
-        return {}
-    chosen = {str(arm): choice.get("chosen") for arm, choice in arms.items() if isinstance(choice, Mapping)}
-    return {"moebench.tuned": json.dumps(chosen)[:MAX_TAG_LENGTH]}
+EARLIER_FINAL = "final/"
+"""Prefix of all values of a finished run in earlier versions, which had those of the test split twice."""
+METRICS_TABLE, LOAD_TABLE = "metrics.json", "load.json"
 
 
 def split_into_batches(points: list[Point]) -> Iterator[list[Point]]:
@@ -42,55 +34,82 @@ def split_into_batches(points: list[Point]) -> Iterator[list[Point]]:
 
 
 def collect_unsent_values(
-    points: list[Point], sent: Collection[tuple[str, int]]
+    points: list[Point], sent: Collection[tuple[str, int]], stored_names: Collection[str] = ()
 ) -> tuple[list[MetricValue], list[MetricValue]]:
-    """Return the finite and the non-finite values whose (metric, step) is not in `sent`."""
+    """Return the finite and the non-finite values whose (metric, step) is not in `sent`.
+
+    `stored_names`: the metrics that the tracker has of the run.
+    """
+    is_earlier = _is_earlier(stored_names)
     values = [
-        MetricValue(name=name, value=point.metrics[name], time_ms=round(1000 * point.time), step=point.step)
+        MetricValue(name=name, value=point.metrics[name], time_ms=round(1000 * point.time), step=step)
         for point in points
         for name in select_names(point)
-        if (name, point.step) not in sent
+        if (name, step := _choose_step(name, point.step, is_earlier=is_earlier)) not in sent
     ]
     # MLflow plots NaN as nothing and infinity as 1.8e308, which flattens the curve.
     return [v for v in values if isfinite(v.value)], [v for v in values if not isfinite(v.value)]
 
 
-def collect_final_values(result: RunResult, points: list[Point], end_ms: int) -> list[MetricValue]:
-    """Return the finite metrics, cost and throughput of a finished run; none for a run that is not done."""
+def collect_final_values(
+    result: RunResult, points: list[Point], end_ms: int, stored_names: Collection[str] = ()
+) -> list[MetricValue]:
+    """Return the finite test metrics that the journal lacks, cost and speed of a finished run; none of another one.
+
+    `stored_names`: the metrics that the tracker has of the run. A run that an earlier version has sent keeps its names.
+    """
     if result.status != "done":
         return []
-    # One prefix for all: MLflow shows a section of charts for each.
-    left_out = {name.removeprefix("test/") for name in list_left_out(points)}
-    numbers = {**result.cost, **result.throughput, **result.metrics}
-    values = {f"final/{name}": float(number) for name, number in numbers.items() if name not in left_out}
+    is_earlier = _is_earlier(stored_names)
+    if is_earlier:
+        numbers = _prefix(EARLIER_FINAL, {**result.cost, **result.throughput, **result.metrics})
+        values = {name: number for name, number in numbers.items() if name in stored_names}
+    else:
+        journaled = {name for point in points for name in point.metrics}
+        test = Point(step=result.step, time=0.0, metrics=_prefix(TEST, result.metrics), end=0)
+        values = {name: test.metrics[name] for name in select_names(test) if name not in journaled}
+        resources = _prefix(RESOURCES, {**result.cost, **result.throughput})
+        shown = [f"{RESOURCES}{name}" for name in SHOWN_RESOURCES]
+        values |= {name: resources[name] for name in shown if name in resources}
     return [
-        MetricValue(name=name, value=value, time_ms=end_ms, step=result.step)
+        MetricValue(name=name, value=value, time_ms=end_ms, step=result.step if is_earlier else 0)
         for name, value in values.items()
         if isfinite(value)
     ]
 
 
-def list_left_out(points: list[Point]) -> list[str]:
-    """Return the names of the metrics that are too many for a tracker, in the order of the journal."""
-    names: dict[str, None] = {}
-    for point in points:
-        names |= dict.fromkeys(point.metrics.keys() - set(select_names(point)))
-    return [*names]
+def _is_earlier(stored_names: Collection[str]) -> bool:
+    """Return whether an earlier version has sent the end of a run, under other names and steps."""
+    return any(name.startswith(EARLIER_FINAL) for name in stored_names)
 
 
-def build_tables(loads: Path, points: list[Point]) -> dict[str, dict[str, list[Any]]]:
-    """Return the tables of a run by file name: the load of every expert, and the last value of all metrics if needed.
+def _choose_step(name: str, step: int, *, is_earlier: bool) -> int:
+    # MLflow draws bars for a metric that has a value at step 0 alone, and a lonely point for one at the last step.
+    return 0 if name.startswith(TEST) and not is_earlier else step
+
+
+def find_quality(points: list[Point]) -> str:
+    """Return the metric that comes first on the test split, which tasks list by quality; empty for none."""
+    names = (name for point in points for name in point.metrics if name.startswith(TEST))
+    return next(names, "").removeprefix(TEST)
+
+
+def build_tables(loads: Path, result: RunResult, points: list[Point]) -> dict[str, dict[str, list[Any]]]:
+    """Return the tables of a run by file name: the load of every expert, and the last value of every metric.
 
     Raises UsageError for a damaged file of loads.
     """
-    tables = {"load.json": _load_table(loads)} if loads.exists() else {}
-    if list_left_out(points):
-        last = {name: (point.step, value) for point in points for name, value in point.metrics.items()}
-        tables["metrics.json"] = {
-            "columns": ["metric", "step", "value"],
-            "data": [[name, step, value if isfinite(value) else str(value)] for name, (step, value) in last.items()],
-        }
+    tables = {LOAD_TABLE: _load_table(loads)} if loads.exists() else {}
+    last = {name: (point.step, value) for point in points for name, value in point.metrics.items()}
+    final = _prefix(TEST, result.metrics) | _prefix(RESOURCES, {**result.cost, **result.throughput})
+    values = {name: (result.step, value) for name, value in final.items()} | last
+    rows = [[name, step, value if isfinite(value) else str(value)] for name, (step, value) in values.items()]
+    tables[METRICS_TABLE] = {"columns": ["metric", "step", "last value"], "data": sorted(rows, key=lambda row: row[0])}
     return tables
+
+
+def _prefix(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f"{prefix}{name}": float(value) for name, value in values.items()}
 
 
 def _load_table(path: Path) -> dict[str, list[Any]]:

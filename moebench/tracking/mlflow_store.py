@@ -10,12 +10,13 @@ from typing import Any
 
 from moebench.errors import UsageError
 from moebench.tracking.address import connection_uri, redact_text, redact_uri, sqlite_path
+from moebench.tracking.bookkeeping import add_hidden_names
 from moebench.tracking.database import ARTIFACTS, find_database_defect, prepare_database
 from moebench.tracking.quiet import silence_mlflow
 
-MAX_BATCH = 1000
-"""Values that one call may send."""
-# Makes MLflow's UI show training runs first instead of traces of language model calls.
+MAX_BATCH, MAX_BATCH_PARAMS = 1000, 100
+"""Values, and parameters, that one call may send."""
+# Some versions of MLflow's UI then show training runs first instead of traces of language model calls.
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
 _PARENT = "mlflow.parentRunId"
 
@@ -127,14 +128,32 @@ class MlflowStore:
         tags: Mapping[str, str] | None = None,
         params: Mapping[str, str] | None = None,
     ) -> None:
-        """Send at most `MAX_BATCH` values, tags and parameters in one call; the tags are written last."""
+        """Send at most `MAX_BATCH` values, tags and parameters in one call, further parameters before it in others.
+
+        The tags are written last.
+        """
         from mlflow.entities import Metric, Param, RunTag
 
         metrics = [Metric(v.name, v.value, v.time_ms, v.step) for v in values]
         run_tags = [RunTag(key, value) for key, value in (tags or {}).items()]
         run_params = [Param(key, value) for key, value in (params or {}).items()]
+        while len(run_params) > MAX_BATCH_PARAMS:
+            with self._call():
+                self._client.log_batch(run_id, params=run_params[:MAX_BATCH_PARAMS])
+            run_params = run_params[MAX_BATCH_PARAMS:]
         with self._call():
             self._client.log_batch(run_id, metrics, run_params, run_tags)
+
+    def read_experiment_tags(self) -> dict[str, str]:
+        """Return the tags of the experiment."""
+        with self._call():
+            return dict(self._client.get_experiment(self._id).tags)
+
+    def set_experiment_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the experiment."""
+        for key, value in tags.items():
+            with self._call():
+                self._client.set_experiment_tag(self._id, key, value)
 
     def list_logged(self, run_id: str, names: Collection[str]) -> Counter[tuple[str, int]]:
         """Return how many values a run has of each of the given metrics at each step, by (name, step)."""
@@ -154,8 +173,8 @@ class MlflowStore:
         with self._call():
             self._client.delete_run(run_id)
 
-    def log_dataset(self, run_id: str, name: str, digest: str) -> None:
-        """Record the data of a run; MLflow stores 36 characters of the digest."""
+    def log_dataset(self, run_id: str, name: str, digest: str, split: str) -> None:
+        """Record data of a run, such as that of the split `training`; MLflow stores 36 characters of the digest."""
         with self._call():
             from mlflow.data.code_dataset_source import CodeDatasetSource
             from mlflow.data.meta_dataset import MetaDataset
@@ -163,7 +182,7 @@ class MlflowStore:
 
             source = CodeDatasetSource({"name": name, "digest": digest})
             entry = Dataset(**MetaDataset(source, name=name, digest=digest[:36]).to_dict())
-            inputs = [DatasetInput(entry, [InputTag("mlflow.data.context", "training")])]
+            inputs = [DatasetInput(entry, [InputTag("mlflow.data.context", split)])]
             self._client.log_inputs(run_id, inputs)
 
     def log_file(self, run_id: str, path: Path) -> None:
@@ -177,12 +196,14 @@ class MlflowStore:
             self._client.log_dict(run_id, dict(content), name)
 
     def log_tables(self, run_id: str, tables: Mapping[str, Mapping[str, Sequence[Any]]]) -> None:
-        """Send tables by file name, with the keys `columns` and `data` (rows), replacing earlier ones."""
-        with self._call():
-            # MLflow's log_table appends to an existing table: a second replay would duplicate its rows.
-            for name, table in tables.items():
+        """Send all tables of a run by file name, with the keys `columns` and `data` (rows), replacing earlier ones."""
+        # MLflow's log_table appends to an existing table: a second replay would duplicate its rows.
+        for name, table in tables.items():
+            with self._call():
                 self._client.log_text(run_id, json.dumps(table), name)
-            artifacts = json.dumps([{"path": name, "type": "table"} for name in tables])
+        # The UI shows a JSON file that is named here as a table.
+        artifacts = json.dumps([{"path": name, "type": "table"} for name in tables])
+        with self._call():
             self._client.set_tag(run_id, "mlflow.loggedArtifacts", artifacts)
 
     def set_status(self, run_id: str, status: str, end_ms: int | None = None) -> None:
@@ -237,7 +258,7 @@ def _stored_run(run: Any) -> StoredRun:
         status=run.info.status,
         start_ms=run.info.start_time or 0,
         end_ms=run.info.end_time or 0,
-        tags=dict(run.data.tags),
+        tags=add_hidden_names(run.data.tags),
         params=dict(run.data.params),
         last_steps={value.key: int(value.step) for value in values},
         last_values={value.key: float(value.value) for value in values},

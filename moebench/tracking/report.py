@@ -16,8 +16,6 @@ class ReplayReport:
     """Number of values left out because they are not finite."""
     problems: tuple[str, ...] = ()
     """One line for each run whose files are damaged; the other runs were sent."""
-    note: str = ""
-    """A line on metrics that are not sent because they are too many; empty if there are none."""
 
     def __add__(self, other: "ReplayReport") -> "ReplayReport":
         return ReplayReport(
@@ -26,5 +24,4 @@ class ReplayReport:
             values=self.values + other.values,
             non_finite=self.non_finite + other.non_finite,
             problems=self.problems + other.problems,
-            note=self.note or other.note,
         )

@@ -1,32 +1,30 @@
 """Send one experiment to one tracker: its runs, each from where it was sent to, and its state."""
 
 import json
-import platform
 import time
-import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from moebench.errors import UsageError
-from moebench.file_access import read_plain_file
-from moebench.runs.folder import read_json
 from moebench.runs.journal import Point
+from moebench.tracking.bookkeeping import CELL, CURSOR, DESCRIBED, NON_FINITE, RESULTS, SENT, describe
 from moebench.tracking.cursor import Cursor, compute_tail_checksum, record_cursor
+from moebench.tracking.experiment_run import ExperimentRun, build_parent_tags
 from moebench.tracking.messages import (
     build_tables,
     collect_final_values,
     collect_unsent_values,
-    describe_tuning,
+    find_quality,
     split_into_batches,
 )
-from moebench.tracking.metric_limit import describe_left_out, select_names
+from moebench.tracking.metric_selection import select_names
 from moebench.tracking.mlflow_store import MAX_BATCH, MetricValue, MlflowStore, StoredRun
 from moebench.tracking.report import ReplayReport
+from moebench.tracking.run_description import DESCRIPTION_VERSION, build_note, build_tags, list_params
 from moebench.tracking.source import RunSource, results_id
 from moebench.tracking.stored_runs import EXPERIMENT, STATUSES, find_stored_runs, was_trained_again
-from moebench.tracking.trivial_baselines import send_trivial_baselines
 
 
 class Sender:
@@ -50,53 +48,49 @@ class Sender:
                 run_report, status = ReplayReport(runs=1, problems=(str(error),)), "FAILED"
             report += run_report
             statuses.append(status)
-        self._update_parent(parent, experiment, statuses)
-        return report
+        problem = self._update_parent(parent, experiment, statuses)
+        return report + ReplayReport(problems=(problem,)) if problem else report
 
     def _find_or_create_parent(self, experiment: Mapping[str, Any]) -> StoredRun:
         if EXPERIMENT in self.stored:
             return self.stored[EXPERIMENT]
-        keys = ("question", "file", "baseline", "tuning_of")
-        tags = {f"moebench.{key}": str(experiment[key]) for key in keys if experiment.get(key)}
-        tags |= {"moebench.cell": EXPERIMENT, "moebench.results": results_id(self.results)}
-        tags |= {"mlflow.note.content": str(experiment.get("question") or "")}
+        tags = build_parent_tags(experiment, self.store.experiment)
+        tags |= {CELL: EXPERIMENT, RESULTS: results_id(self.results)}
         start_ms = int(1000 * float(experiment.get("time") or time.time()))
         return self.store.create(self.store.experiment, tags, start_ms)
 
-    def _update_parent(self, parent: StoredRun, experiment: Mapping[str, Any], statuses: list[str]) -> None:
-        folder = self.results / "experiments" / self.store.experiment
-        figures = [path for path in sorted(folder.glob("*.png")) if path.is_file() and not path.is_symlink()]
-        checksum = f"{zlib.crc32(b''.join(read_plain_file(path) for path in figures)):08x}"
-        for path in figures if parent.tags.get("moebench.figures") != checksum else ():
-            self.store.log_file(parent.id, path)
+    def _update_parent(self, parent: StoredRun, experiment: Mapping[str, Any], statuses: list[str]) -> str:
+        """Send the state of the experiment; return what could not be sent, in one line, or an empty text."""
         num_cells = len(experiment["cells"])
         if len(statuses) == num_cells:
             status = next((s for s in ("RUNNING", "FAILED", "KILLED") if s in statuses), "FINISHED")
         else:
             status = "RUNNING" if self.live else "KILLED"
-        num_done = f"{statuses.count('FINISHED')} of {num_cells} done"
-        tags = {"moebench.status": num_done, "moebench.figures": checksum} | describe_tuning(experiment)
-        self.store.log(parent.id, tags=tags)
-        send_trivial_baselines(self.store, parent, experiment, self.results)
-        if status != parent.status:
-            self._set_status(parent, status)
+        experiment_run = ExperimentRun(self.results, self.store, parent, experiment)
+        try:
+            experiment_run.update(f"{statuses.count('FINISHED')} of {num_cells} done")
+        except UsageError as error:
+            return str(error)
+        finally:
+            if status != parent.status:
+                self._set_status(parent, status)
+        return experiment_run.problem
 
     def _send_run(self, source: RunSource, parent: StoredRun) -> tuple[ReplayReport, str]:
         """Send one run; return what was sent, and the run's status in the tracker."""
         run = self._find_or_create_run(source, parent)
         report = ReplayReport(runs=1)
-        cursor = Cursor.from_json(run.tags.get("moebench.cursor"))
+        cursor = Cursor.from_json(run.tags.get(CURSOR))
         points, sent = self._read_unsent(source, run, cursor)
         for batch in split_into_batches(points):
             end = batch[-1].end
             cursor = Cursor(offset=end, step=batch[-1].step, tail=compute_tail_checksum(source.folder.journal, end))
-            values, non_finite = collect_unsent_values(batch, sent)
-            tags = {"moebench.cursor": json.dumps(asdict(cursor))}
-            if non_finite and not report.non_finite and "moebench.non_finite" not in run.tags:
-                tags["moebench.non_finite"] = f"first: {non_finite[0].name} at step {non_finite[0].step}"
+            values, non_finite = collect_unsent_values(batch, sent, run.last_values.keys())
+            tags = {CURSOR: json.dumps(asdict(cursor))}
+            if non_finite and not report.non_finite and NON_FINITE not in run.tags:
+                tags[NON_FINITE] = f"first: {non_finite[0].name} at step {non_finite[0].step}"
             self._log(run.id, values, tags)
-            note = describe_left_out(batch)
-            report += ReplayReport(values=len(values), non_finite=len(non_finite), note=note)
+            report += ReplayReport(values=len(values), non_finite=len(non_finite))
             record_cursor(source, self.store, run.id, cursor)
         return report, self._update_run(source, run, cursor)
 
@@ -109,8 +103,8 @@ class Sender:
             return self._create(source, parent)
         if run.parent != parent.id:
             self.store.set_parent(run.id, parent.id)  # somebody has deleted the earlier parent
-        if "moebench.results" not in run.tags:
-            self.store.log(run.id, tags={"moebench.results": results_id(self.results)})
+        if RESULTS not in run.tags:
+            self.store.log(run.id, tags={RESULTS: results_id(self.results)})
         return run
 
     def _read_unsent(
@@ -136,63 +130,53 @@ class Sender:
         self.store.log(run_id, values, tags)
 
     def _create(self, source: RunSource, parent: StoredRun) -> StoredRun:
-        path = source.folder.environment
-        cell, environment = source.cell, read_json(path) if path.exists() else {}
-        tags = {
-            "moebench.cell": source.id,
-            "moebench.results": results_id(self.results),
-            "moebench.arm": cell["arm"],
-            "moebench.seed": cell["seed"],
-            "moebench.git_commit": environment.get("git_commit"),
-            "moebench.git_dirty": environment.get("git_dirty"),
-            "moebench.host": environment.get("host", platform.node()),
-            "moebench.data_digest": cell["data"]["digest"],
-            "moebench.status": "running",
-            "moebench.tuning_of": parent.tags.get("moebench.tuning_of"),
-        }
+        cell = source.cell
+        tags = build_tags(source, self.store.experiment, results_id(self.results))
+        if "tuning_of" in parent.tags:
+            tags["tuning_of"] = parent.tags["tuning_of"]
         start_ms = int(1000 * source.folder.cell.stat().st_mtime)
-        known_tags = {key: str(value) for key, value in tags.items() if value is not None}
-        return self.store.create(f"{cell['arm']} seed {cell['seed']}", known_tags, start_ms, parent.id)
+        return self.store.create(f"{cell['arm']} seed {cell['seed']}", tags, start_ms, parent.id)
 
     def _update_run(self, source: RunSource, run: StoredRun, cursor: Cursor) -> str:
         """Describe a new run, send the result of a finished one, and return the run's status in the tracker."""
-        if run.tags.get("moebench.described") is None:
+        if run.tags.get(DESCRIBED) != DESCRIPTION_VERSION:
             self._describe(source, run)
         if source.result is None:
             return self._update_unfinished(source, run)
         status = STATUSES.get(source.result.status, "FAILED")
-        if run.tags.get("moebench.sent") != source.digest:
+        if run.tags.get(SENT) != source.digest:
             self._send_result(source, run, status)
             record_cursor(source, self.store, run.id, cursor, is_finished=True)
         return status
 
     def _send_result(self, source: RunSource, run: StoredRun, status: str) -> None:
-        assert source.result is not None
-        points = source.read_final_points()
+        result, points = source.result, source.read_final_points()
+        assert result is not None
         for path in source.attachments:
             self.store.log_file(run.id, path)
-        tables = build_tables(source.folder.loads, points)
-        if tables:
-            self.store.log_tables(run.id, tables)
+        self.store.log_tables(run.id, build_tables(source.folder.loads, result, points))
         end_s = points[-1].time if points else source.folder.result.stat().st_mtime
         end_ms = max(int(1000 * end_s), run.start_ms)
-        values = [
-            value for value in collect_final_values(source.result, points, end_ms) if value.name not in run.last_values
-        ]
-        error = {"moebench.error": source.result.error} if source.result.error else {}
-        tags = {"moebench.status": source.result.status, "moebench.sent": source.digest, **error}
-        note = describe_left_out(points)
-        tags |= {"moebench.left_out": note} if note else {}
+        stored_names = run.last_values.keys()
+        final_values = collect_final_values(result, points, end_ms, stored_names)
+        values = [value for value in final_values if value.name not in stored_names]
+        if result.status == "done" and result.eval_digest:
+            self.store.log_dataset(run.id, str(source.cell["data"]["name"]), result.eval_digest, "test")
+        error = {"error": result.error or ""} if result.error or "error" in run.tags else {}
+        note = describe(run.tags, build_note(source, self.store.experiment, find_quality(points)))
         self._set_status(run, status, end_ms)
-        self._log(run.id, values, tags)
+        self._log(run.id, values, {SENT: source.digest, **error, **note})
 
     def _describe(self, source: RunSource, run: StoredRun) -> None:
-        cell = source.cell
-        varies = {str(key): str(value) for key, value in cell.get("varies", {}).items()}
-        self.store.log(run.id, params={k: v for k, v in varies.items() if k not in run.params})
-        self.store.log_dataset(run.id, str(cell["data"]["name"]), str(cell["data"]["digest"]))
+        cell, experiment = source.cell, self.store.experiment
+        params = {name: value for name, value in list_params(cell).items() if name not in run.params}
+        tags = build_tags(source, experiment, results_id(self.results)) | describe(
+            run.tags, build_note(source, experiment)
+        )
+        self.store.log_dataset(run.id, str(cell["data"]["name"]), str(cell["data"]["digest"]), "training")
         self.store.log_yaml(run.id, cell["config"], "config.yaml")
-        self.store.log(run.id, tags={"moebench.described": "yes"})
+        changed = {key: value for key, value in tags.items() if run.tags.get(key) != value}
+        self.store.log(run.id, params=params, tags={**changed, DESCRIBED: DESCRIPTION_VERSION})
 
     def _update_unfinished(self, source: RunSource, run: StoredRun) -> str:
         changed_ms = source.folder.journal.stat().st_mtime * 1000 if source.folder.journal.exists() else 0
@@ -201,7 +185,6 @@ class Sender:
         status = "RUNNING" if is_running else "KILLED"
         if status != run.status:
             self._set_status(run, status)
-            self.store.log(run.id, tags={"moebench.status": "running" if is_running else "stopped"})
         return status
 
     def _set_status(self, run: StoredRun, status: str, end_ms: int | None = None) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import uuid
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -72,11 +73,18 @@ class RunSource:
     @cached_property
     def digest(self) -> str:
         """Checksum of the result and its files, which are sent again when it changes."""
-        files = [path for path in [*self.attachments, self.folder.loads] if path.is_file()]
-        try:
-            return f"{zlib.crc32(b''.join(path.name.encode() + read_plain_file(path, None) for path in files)):08x}"
-        except OSError as error:
-            raise UsageError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        return digest_files([path for path in [*self.attachments, self.folder.loads] if path.is_file()])
+
+
+def digest_files(files: Iterable[Path], text: str = "") -> str:
+    """Return the checksum of names and contents of files and of a text; raise UsageError for one that is unreadable."""
+    try:
+        checksum = zlib.crc32(text.encode())
+        for path in files:
+            checksum = zlib.crc32(path.name.encode() + read_plain_file(path, None), checksum)
+    except OSError as error:
+        raise UsageError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    return f"{checksum:08x}"
 
 
 def results_id(results: Path) -> str:

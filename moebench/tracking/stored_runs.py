@@ -11,13 +11,14 @@ from filelock import FileLock, Timeout
 from moebench.errors import UsageError
 from moebench.runs.folder import RunFolder
 from moebench.tracking.address import sqlite_path
+from moebench.tracking.bookkeeping import CELL, RESULTS
 from moebench.tracking.database import read_points
 from moebench.tracking.messages import collect_final_values, collect_unsent_values
 from moebench.tracking.mlflow_store import MlflowStore, StoredRun
 from moebench.tracking.source import RunSource, list_recorded_experiments, read_results_id
 
 EXPERIMENT = "experiment"
-"""In the tag `moebench.cell`: the parent run."""
+"""In place of the id of a cell: the parent run."""
 STATUSES = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 """MLflow's status of a run that has ended, by that of its result."""
 
@@ -30,19 +31,19 @@ def list_stored_runs(store: MlflowStore, results: Path) -> list[StoredRun]:
     path, identity = sqlite_path(store.uri), read_results_id(results)
     # All runs of the database inside the results folder are its own, also if the file with the id was lost.
     is_own_database = path is not None and path.parent.resolve() == results.resolve()
-    return [run for run in store.runs() if is_own_database or run.tags.get("moebench.results", identity) == identity]
+    return [run for run in store.runs() if is_own_database or run.tags.get(RESULTS, identity) == identity]
 
 
 def find_stored_runs(store: MlflowStore, results: Path) -> dict[str, StoredRun]:
     """Return the runs that this results folder has sent, by cell; `EXPERIMENT` for the parent run."""
-    return {run.tags.get("moebench.cell", ""): run for run in list_stored_runs(store, results)}
+    return {run.tags.get(CELL, ""): run for run in list_stored_runs(store, results)}
 
 
 def was_trained_again(source: RunSource, run: StoredRun) -> bool:
     """Return whether the tracker has final values of an earlier training of a cell that is done."""
     if source.result is None:
         return False
-    for value in collect_final_values(source.result, [], 0):
+    for value in collect_final_values(source.result, [], 0, run.last_values.keys()):
         stored = run.last_values.get(value.name)
         if stored is not None and not math.isclose(stored, value.value, rel_tol=1e-9):
             return True
@@ -84,7 +85,7 @@ def delete_runs(results: Path, uri: str, cell_ids: Collection[str], experiment: 
     number = 0
     for store, name in _open_stores(results, uri):
         for run in list_stored_runs(store, results) if experiment in (None, name) else ():
-            if run.tags.get("moebench.cell") in cell_ids:
+            if run.tags.get(CELL) in cell_ids:
                 store.delete(run.id)
                 number += 1
     return number
@@ -122,7 +123,7 @@ def _audit_run(store: MlflowStore, source: RunSource, run: StoredRun | None) -> 
         experiment=store.experiment,
         run_id=run_id,
         doubled=tuple(sorted(key for key, number in logged.items() if number > 1)),
-        missing=tuple(sorted(_list_sendable(source) - logged.keys())),
+        missing=tuple(sorted(_list_sendable(source, run.last_values.keys() if run else ()) - logged.keys())),
         end_status=end_status,
     )
 
@@ -134,12 +135,12 @@ def _find_end_status(source: RunSource) -> str:
         return "FAILED"
 
 
-def _list_sendable(source: RunSource) -> set[tuple[str, int]]:
+def _list_sendable(source: RunSource, stored_names: Collection[str]) -> set[tuple[str, int]]:
     """Return metric and step of each value that a tracker should have; none where the run itself is damaged."""
     try:
         points = source.read_final_points()
-        values, _ = collect_unsent_values(points, ())
-        values += collect_final_values(source.result, points, 0) if source.result else []
+        values, _ = collect_unsent_values(points, (), stored_names)
+        values += collect_final_values(source.result, points, 0, stored_names) if source.result else []
     except UsageError:
         return set()
     return {(value.name, value.step) for value in values}

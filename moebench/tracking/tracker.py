@@ -37,8 +37,6 @@ class TrackerStatus:
     """Why not, in one line."""
     values: int = 0
     """Number of values sent."""
-    note: str = ""
-    """A line on what is not sent by design."""
 
     def degrade(self, reason: str) -> "TrackerStatus":
         """Return the status after a failure; the reason of an earlier one takes precedence."""

@@ -71,12 +71,11 @@ class ReplayLoop:
             report = replay(self.results, self.uri, self.experiment, is_live, self._report_progress)
         except TrackerError as error:
             reason = f"{error}; {self.remedy}"
-            return TrackerStatus(ok=False, reason=reason, values=num_sent, note=self.status.note)
+            return TrackerStatus(ok=False, reason=reason, values=num_sent)
         except UsageError as error:
-            return TrackerStatus(ok=False, reason=str(error), values=num_sent, note=self.status.note)
+            return TrackerStatus(ok=False, reason=str(error), values=num_sent)
         problem = report.problems[0] if report.problems else None
-        note = self.status.note or report.note
-        return TrackerStatus(ok=not problem, reason=problem, values=num_sent + report.values, note=note)
+        return TrackerStatus(ok=not problem, reason=problem, values=num_sent + report.values)
 
     def _report_progress(self) -> None:
         """Tell the runner that the tracker answers, a few times a second at most."""

@@ -1,4 +1,4 @@
-"""The trivial baselines of an experiment in MLflow: metrics, a tag and the description of the experiment's run."""
+"""The trivial baselines of an experiment in MLflow: metrics, a mark and lines of the description of its run."""
 
 import contextlib
 import time
@@ -12,58 +12,58 @@ from moebench.runs.folder import RunFolder
 from moebench.runs.result import RunResult
 from moebench.runs.trivial_baselines import BELOW_TRIVIAL, StoredBaselines, average_arm, is_below_trivial, read_recorded
 from moebench.tasks.domain_metrics import metric_names
-from moebench.tracking.mlflow_store import MetricValue, MlflowStore, StoredRun
+from moebench.tracking.mlflow_store import MetricValue, StoredRun
 
 FAMILY = METRICS["trivial/NAME"].name
-TAG, NOTE = "moebench.trivial_baselines", "mlflow.note.content"
+TAG = "trivial_baselines"
 BEATEN = "the baseline arm is better than trivial baselines"
 
 
-def send_trivial_baselines(store: MlflowStore, run: StoredRun, experiment: Mapping[str, Any], results: Path) -> None:
-    """Send the recorded baselines of the test split to the run of the experiment, as far as it does not have them."""
-    recorded = next((each for each in read_recorded(experiment) if each.evaluation.split == "test"), None)
+def collect_baselines(experiment: Mapping[str, Any], run: StoredRun) -> list[MetricValue]:
+    """Return the recorded baselines of the test split, as far as the run of the experiment does not have them."""
+    recorded = _find_recorded(experiment)
     if recorded is None:
-        return
-    metric = recorded.metric
+        return []
+    names = metric_names(tuple(baseline.name for baseline in recorded.baselines))
     values = {
-        name: baseline.values[metric]
-        for baseline, name in zip(recorded.baselines, _metric_names(recorded), strict=True)
-        if metric in baseline.values
+        FAMILY.replace("NAME", name): baseline.values[recorded.metric]
+        for baseline, name in zip(recorded.baselines, names, strict=True)
+        if recorded.metric in baseline.values
     }
     now_ms = int(1000 * time.time())
-    metrics = [
+    return [
         MetricValue(name=name, value=value, time_ms=now_ms, step=0)
         for name, value in values.items()
         if run.last_values.get(name) != value
     ]
-    mean = average_arm(_read_results(experiment, results), str(experiment.get("baseline")), metric)
-    is_below = is_below_trivial(mean, recorded.baselines, metric, lower_is_better=recorded.lower_is_better)
-    mark = "" if is_below is None else BELOW_TRIVIAL if is_below else BEATEN
-    notes = {text: _describe(experiment, recorded, text) for text in ("", BELOW_TRIVIAL, BEATEN)}
-    question = str(experiment.get("question") or "")
-    # A description that somebody has edited in the tracker is theirs.
-    is_ours = run.tags.get(NOTE, "") in ("", question, *notes.values())
-    tags = {TAG: mark} | ({NOTE: notes[mark]} if is_ours else {})
-    changed = {key: value for key, value in tags.items() if run.tags.get(key, "") != value}
-    if metrics or changed:
-        store.log(run.id, metrics, changed)
 
 
-def _metric_names(recorded: StoredBaselines) -> list[str]:
-    names = metric_names(tuple(baseline.name for baseline in recorded.baselines))
-    return [FAMILY.replace("NAME", name) for name in names]
+def find_mark(experiment: Mapping[str, Any], results: Path) -> str:
+    """Return how the baseline arm compares with the trivial baselines; empty where either is unknown."""
+    recorded = _find_recorded(experiment)
+    if recorded is None:
+        return ""
+    mean = average_arm(_read_results(experiment, results), str(experiment.get("baseline")), recorded.metric)
+    is_below = is_below_trivial(mean, recorded.baselines, recorded.metric, lower_is_better=recorded.lower_is_better)
+    return "" if is_below is None else BELOW_TRIVIAL if is_below else BEATEN
 
 
-def _describe(experiment: Mapping[str, Any], recorded: StoredBaselines, mark: str) -> str:
-    """Return the description of the experiment's run, in Markdown."""
-    metric = recorded.metric
+def list_baselines(experiment: Mapping[str, Any]) -> str:
+    """Return the baselines as a list in Markdown; empty if there are none."""
+    recorded = _find_recorded(experiment)
+    if recorded is None:
+        return ""
+    values = [(baseline, baseline.values.get(recorded.metric)) for baseline in recorded.baselines]
     lines = [
-        f"- {baseline.name}{' (the reference)' if baseline.is_reference else ''}: {baseline.values[metric]:.4f}"
-        for baseline in recorded.baselines
-        if metric in baseline.values
+        f"- {baseline.name}{' (the reference)' if baseline.is_reference else ''}: {value:.4f}"
+        for baseline, value in values
+        if value is not None
     ]
-    table = "\n".join([f"Trivial baselines, {metric} on the test split:", "", *lines])
-    return "\n\n".join(part for part in (str(experiment.get("question") or ""), mark, table) if part)
+    return "\n".join([f"Trivial baselines, {recorded.metric} on the test split:", "", *lines])
+
+
+def _find_recorded(experiment: Mapping[str, Any]) -> StoredBaselines | None:
+    return next((each for each in read_recorded(experiment) if each.evaluation.split == "test"), None)
 
 
 def _read_results(experiment: Mapping[str, Any], results: Path) -> list[RunResult]:

@@ -20,6 +20,7 @@ from moebench.training.objective import average_objectives
 from moebench.training.spikes import SpikeGuard
 from moebench.training.step_metrics import ParallelCosts, compute_load_metrics, compute_parallel_metrics
 from moebench.training.step_timer import StepTimer
+from moebench.training.system_usage import SystemUsage
 from moebench.training.utilization import compute_mfu, count_training_flops, find_peak_flops
 
 
@@ -58,6 +59,8 @@ class CellCallback(lightning.Callback):
         """Cost of all training steps."""
         self.peak_flops: float | None = None
         """FLOP/s of the device in the products of the cell; None: not known."""
+        self.system_usage: SystemUsage | None = None
+        """Of the process that records; None before training."""
         self.spike_guard: SpikeGuard | None = None
         """That of the module, whose state is part of a checkpoint."""
         self.final: Evaluation | None = None
@@ -96,6 +99,7 @@ class CellCallback(lightning.Callback):
     def on_train_start(self, trainer: Any, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, CellModule)
         self.timer.uses_events = pl_module.mesh.device.type == "cuda"
+        self.system_usage = SystemUsage(pl_module.mesh.device)
 
     @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -173,7 +177,8 @@ class CellCallback(lightning.Callback):
             metrics["train/mfu"] = compute_mfu(flops, speed, self.peak_flops * module.mesh.size)
         parallel_metrics = compute_parallel_metrics(module, self.timer)
         self.parallel_costs.add(step, parallel_metrics)
-        self.context.recorder.append(step, metrics | parallel_metrics)
+        usage = self.system_usage.measure() if self.system_usage and module.mesh.is_first else {}
+        self.context.recorder.append(step, metrics | parallel_metrics | usage)
 
     def _record_spikes(self, module: CellModule, last_step: int) -> None:
         """Record the new spikes up to a step; those of a step whose update is skipped are known before it ends."""
@@ -189,7 +194,7 @@ class CellCallback(lightning.Callback):
         if self.validation.problem and module.mesh.is_first:
             print_text(self.validation.problem)
         metrics = {f"eval/{name}": value for name, value in self.validation.metrics.items()}
-        self.context.recorder.append(step, metrics)
+        self.context.recorder.append(step, metrics | {"time/train_s": sum(self.timer.durations_s)})
         if self.validation.load_by_layer:
             self.context.recorder.record_load(step, self.validation.load_by_layer)
 

@@ -36,6 +36,17 @@ def test_each_arm_is_trained_with_what_it_has_chosen(tuned: CommandLine, warm: W
     assert warm(tuned, "verify").code == 0
 
 
+def test_arms_that_would_be_refused_are_refused_before_the_tuning_runs(
+    tuned: CommandLine, warm: WarmCommandLine
+) -> None:
+    tuned.write(tune=TUNE | {"steps": 1}, grid={"router": ["dense"]}, seeds=[0], train={"max_epochs": 0.01})
+    run = warm.train(tuned)
+    assert run.code == 2
+    assert "phase 1" not in run.err
+    assert "epochs of the training split (allowed: 0.01; more data, fewer steps" in run.err
+    assert not Results(tuned.folder / "results").folders()
+
+
 @pytest.mark.slow
 def test_two_runners_share_the_phases(tuned: CommandLine) -> None:
     runners = [tuned.start_training("--jobs", "1") for _ in range(2)]

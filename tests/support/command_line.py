@@ -29,7 +29,7 @@ FIXTURE_TIMEOUT_S = 270.0
 BUSY_TIMEOUT_S = 150.0
 """For waiting on a busy machine."""
 ARMS = ("dense", "switch", "top_k")
-TIMING_METRICS = ("train/tokens_per_s", "train/mfu", "time/data_share")
+TIMING_METRICS = ("train/tokens_per_s", "train/mfu", "time/data_share", "time/train_s")
 """Metrics of a journal that measure the machine, not the model."""
 
 
@@ -314,7 +314,10 @@ def journal(folder: Path) -> list[dict[str, Any]]:
 def deterministic_points(folder: Path) -> list[tuple[int, dict[str, float]]]:
     """Return steps and metrics of a run without times and speeds: equal, bit for bit, for the same cell."""
     points = journal(folder)
-    return [(p["step"], {k: v for k, v in p["metrics"].items() if k not in TIMING_METRICS}) for p in points]
+    return [
+        (p["step"], {k: v for k, v in p["metrics"].items() if not k.startswith((*TIMING_METRICS, "system/"))})
+        for p in points
+    ]
 
 
 def drop_measured(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -323,9 +326,9 @@ def drop_measured(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def drop_throughput(comparison: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a comparison without the throughput of its arms."""
+    """Return a comparison without the throughput of its arms, and without what is read from times."""
     arms = {arm: {k: v for k, v in row.items() if k != "throughput"} for arm, row in comparison["arms"].items()}
-    return {**comparison, "arms": arms}
+    return {**{k: v for k, v in comparison.items() if k != "fairness"}, "arms": arms}
 
 
 def last_step(folder: Path) -> int:

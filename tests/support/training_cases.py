@@ -38,7 +38,7 @@ TINY: dict[str, Any] = {
     },
 }
 
-UNREPEATABLE = ("train/tokens_per_s", "train/mfu", "time/data_share")
+UNREPEATABLE = ("train/tokens_per_s", "train/mfu", "time/data_share", "time/train_s", "system/")
 """Metrics that depend on time."""
 
 
@@ -102,7 +102,7 @@ class Run:
         """Return the points of the journal without the metrics that depend on time."""
         points, _ = read_journal(self.folder / "journal.jsonl")
         return [
-            (point.step, {name: value for name, value in point.metrics.items() if name not in UNREPEATABLE})
+            (point.step, {name: value for name, value in point.metrics.items() if not name.startswith(UNREPEATABLE)})
             for point in points
         ]
 

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from moebench.analysis.compare.comparison import compare
-from moebench.analysis.compare.figure import draw_comparison
-from moebench.analysis.compare.learning_curve import CurvePanel
 from moebench.analysis.compare.tuning import build_failed_results
 from moebench.analysis.compare.values import Comparison, ComparisonMetric, Split
 from moebench.analysis.design.protocol import Protocol
@@ -31,7 +29,7 @@ def read_results(cells: Sequence[Cell], results: Path) -> list[RunResult]:
     for cell in cells:
         result = RunFolder.of(results, cell.id).read_result()
         if result is not None:
-            run_results.append(RunResult.from_dict(result.to_dict() | {"arm": cell.arm}))
+            run_results.append(replace(result, arm=cell.arm))
     return run_results
 
 
@@ -86,14 +84,10 @@ def compare_experiment(
     )
 
 
-def _list_cells(experiment: Experiment, results: Path, added: Mapping[str, Seeds]) -> list[Cell]:
-    """Return the cells of the file, as tuning has settled them, and those of the added seeds."""
-    settled = {(cell.arm, cell.seed): cell for cell in settle(experiment, results).cells}
-    cells = [
-        settled.get((cell.arm, cell.seed)) or replace(cell, id=f"not tuned yet: {cell.arm}, seed {cell.seed}")
-        for cell in experiment.cells
-    ]
-    return cells + list_added_cells([cell for cell in cells if (cell.arm, cell.seed) in settled], added)
+def list_trained_cells(experiment: Experiment, results: Path) -> list[Cell]:
+    """Return the cells that are compared: those that tuning has settled, and those of seeds that were added."""
+    cells = list(settle(experiment, results).cells)
+    return cells + list_added_cells(cells, read_plan(experiment, results)[0].added)
 
 
 def read_plan(experiment: Experiment, results: Path) -> tuple[SeedPlan, list[str]]:
@@ -124,11 +118,22 @@ def find_trivial_baselines(
     return find_baselines(source, results, split, record=record)
 
 
-def draw_experiment(experiment: Experiment, results: Path, file: Path, comparison: Comparison | None) -> Path | None:
-    """Draw the validation curves of every arm that has any; return the file, or None without a single point."""
+def draw_experiment(
+    experiment: Experiment,
+    results: Path,
+    file: Path,
+    comparison: Comparison | None,
+    x_axis: tuple[str, Mapping[str, Mapping[int, float]]] | None = None,
+) -> Path | None:
+    """Draw the validation curves of every arm that has any; return the file, or None without a single point.
+
+    `x_axis`: label, and arm -> step -> position, of another axis than steps.
+    """
+    from moebench.analysis.compare.figure import draw_comparison  # matplotlib, which a table does not need
+    from moebench.analysis.compare.learning_curve import CurvePanel
+
     journals: dict[str, dict[int, Any]] = {}
-    cells = list(settle(experiment, results).cells)
-    cells += list_added_cells(cells, read_plan(experiment, results)[0].added)
+    cells = list_trained_cells(experiment, results)
     for cell in cells:
         folder = RunFolder.of(results, cell.id)
         points, _ = read_journal(folder.journal)
@@ -140,14 +145,15 @@ def draw_experiment(experiment: Experiment, results: Path, file: Path, compariso
     if not any(metric in point.metrics for seeds in journals.values() for run in seeds.values() for point in run):
         return None
     trivial = find_trivial_baselines(experiment, cells, results, read_results(cells, results), "validation")
+    panel = CurvePanel(
+        metric=facts.metric,
+        lower_is_better=facts.lower_is_better,
+        trivial_baselines=trivial.baselines,
+        warning=comparison.below_trivial_text if comparison else "",
+    )
     return draw_comparison(
         journals,
-        CurvePanel(
-            metric=facts.metric,
-            lower_is_better=facts.lower_is_better,
-            trivial_baselines=trivial.baselines,
-            warning=comparison.below_trivial_text if comparison else "",
-        ),
+        replace(panel, x_label=x_axis[0], x_of_step=x_axis[1]) if x_axis else panel,
         path=file,
         title=experiment.question or experiment.name,
         comparison=comparison,

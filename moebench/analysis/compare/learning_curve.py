@@ -1,7 +1,7 @@
 """Learning curves: the journals of several seeds become one mean and one band for each arm, drawn into one panel."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Literal
 
@@ -97,6 +97,25 @@ class CurvePanel:
     """On the validation split."""
     warning: str = ""
     """The mark of an experiment below the trivial baselines."""
+    x_label: str = "optimizer step"
+    x_of_step: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    """Arm -> step -> position on another axis than steps; a step that is missing is not drawn."""
+
+    def place(self, curve: LearningCurve) -> LearningCurve | None:
+        """Return a curve at its positions on the x axis; None where it has none."""
+        if not self.x_of_step:
+            return curve
+        positions = self.x_of_step.get(curve.arm, {})
+        is_placed = np.array([int(step) in positions for step in curve.steps])
+        if not is_placed.any():
+            return None
+        return replace(
+            curve,
+            steps=np.array([positions[int(step)] for step in curve.steps[is_placed]], dtype=np.float64),
+            means=curve.means[is_placed],
+            lows=curve.lows[is_placed],
+            highs=curve.highs[is_placed],
+        )
 
 
 def draw_learning_curves(
@@ -110,7 +129,7 @@ def draw_learning_curves(
             ax.fill_between(curve.steps, curve.lows, curve.highs, color=color, alpha=0.1, linewidth=0)
     last = max(float(curve.steps[-1]) for curve in curves)
     bottom, top = include_reference(
-        _find_limits(curves, last), panel.trivial_baselines, panel.metric, lower_is_better=panel.lower_is_better
+        find_limits(curves, last), panel.trivial_baselines, panel.metric, lower_is_better=panel.lower_is_better
     )
     visible = [curve.steps[(curve.means >= bottom) & (curve.means <= top)] for curve in curves]
     first = min(float(steps[0]) for steps in visible if len(steps))
@@ -119,16 +138,16 @@ def draw_learning_curves(
     _label_curves(ax, curves, styles)
     name = panel.metric.replace("_", " ")
     ax.set_ylabel(f"{name} ({'lower' if panel.lower_is_better else 'higher'} is better)")
-    ax.set_xlabel("optimizer step")
+    ax.set_xlabel(panel.x_label)
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.xaxis.set_major_locator(MaxNLocator(6))
     ax.grid(axis="y", color="#e6e6e6", linewidth=0.7)
     lines = draw_trivial_lines(ax, panel.trivial_baselines, panel.metric)
     draw_warning(ax, panel.warning)
-    ax.set_title("\n".join(filter(None, (_describe_bands(curves), lines))), loc="left", color=GREY, fontsize=8)
+    ax.set_title("\n".join(filter(None, (describe_bands(curves), lines))), loc="left", color=GREY, fontsize=8)
 
 
-def _find_limits(curves: Sequence[LearningCurve], last: float) -> tuple[float, float]:
+def find_limits(curves: Sequence[LearningCurve], last: float) -> tuple[float, float]:
     """Return y limits that show the means after the warm-up, and their bands as far as they are close."""
     late = [(curve, curve.steps >= WARM_UP * last) for curve in curves]
     means = np.concatenate([curve.means[is_late] for curve, is_late in late])
@@ -172,7 +191,8 @@ def format_curve_label(curve: LearningCurve, *, is_visible: bool) -> str:
     return name if is_visible else f"{name}: {curve.means[-1]:.3g} at step {curve.steps[-1]:.0f}"
 
 
-def _describe_bands(curves: Sequence[LearningCurve]) -> str:
+def describe_bands(curves: Sequence[LearningCurve]) -> str:
+    """Return what lines and bands are."""
     if len(curves) > MAX_BANDS:
         return "line: mean over seeds"
     meanings = {"t": "95 % t interval over", "range": "lowest to highest of", "none": "none for"}

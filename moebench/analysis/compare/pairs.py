@@ -88,6 +88,7 @@ def _difference(
     arm: str, grid: ResultGrid, tests: PairedTests, spread: st.SpreadEstimate | None, *, is_matched: bool
 ) -> Difference:
     pair, num_comparisons = tests.pairs.get(arm), len(tests.p_holm)
+    level = grid.choose_level(arm, num_comparisons).alpha
     together = None
     if pair and pair.interval and pair.sd is not None:
         together = st.t_interval(pair.mean, pair.sd, pair.num_seeds, num_comparisons)
@@ -107,12 +108,12 @@ def _difference(
         effect_sd=pair.effect_sd if pair else None,
         effect_interval=pair.effect_interval if pair else None,
         smallest_detectable=_smallest_detectable(pair, spread, num_comparisons),
-        verdict=_judge(arm, grid, tests) if is_matched else "not matched",
-        level=grid.choose_level(arm, num_comparisons).alpha,
+        verdict=_judge(arm, grid, tests, level) if is_matched else "not matched",
+        level=level,
     )
 
 
-def _judge(arm: str, grid: ResultGrid, tests: PairedTests) -> Verdict:
+def _judge(arm: str, grid: ResultGrid, tests: PairedTests, level: float) -> Verdict:
     if grid.count_diverged(arm) + grid.count_diverged(grid.baseline) > 0:
         return "diverged"
     return decide(
@@ -120,7 +121,7 @@ def _judge(arm: str, grid: ResultGrid, tests: PairedTests) -> Verdict:
         tests.p_holm.get(arm),
         tests.p_equivalence_holm.get(arm),
         lower_is_better=grid.metric.lower_is_better,
-        alpha=grid.choose_level(arm, len(tests.p_holm)).alpha,
+        alpha=level,
     )
 
 

@@ -9,7 +9,7 @@ from matplotlib.image import imread
 
 from moebench.analysis.compare.comparison import compare
 from moebench.analysis.compare.figure import draw_comparison
-from moebench.analysis.compare.learning_curve import _find_limits, average_seeds, format_curve_label, spread_labels
+from moebench.analysis.compare.learning_curve import average_seeds, find_limits, format_curve_label, spread_labels
 from moebench.analysis.compare.values import Comparison, Difference
 from moebench.analysis.specialisation.figures import draw_load
 from moebench.runs.journal import Point
@@ -80,7 +80,7 @@ def test_points_written_again_after_a_resume_count_once():
 
 def test_limits_exclude_the_warm_up():
     curve = average_seeds("a", {0: points([9, 5, 2.2, 2.1, 2.0])}, METRIC)
-    bottom, top = _find_limits([curve], last=40)
+    bottom, top = find_limits([curve], last=40)
     assert 1.9 < bottom < 2.0
     assert 2.2 < top < 2.3
 

@@ -1,0 +1,101 @@
+"""The comparison of an experiment as a file in its folder, from where trackers take it."""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moebench.analysis.compare.comparison import compare
+from moebench.analysis.compare.report import build_report, list_lost_cells
+from moebench.analysis.compare.values import Comparison, ComparisonMetric
+from moebench.errors import UsageError
+from moebench.reporting.formatting import format_p, format_signed
+from moebench.reporting.table import Table
+from moebench.runs.experiment_record import read_records
+from moebench.runs.experiment_summary import ArmMean, ExperimentSummary, SummaryTable, summary_path, write_summary
+from moebench.runs.folder import RunFolder
+from moebench.runs.result import RunResult
+from moebench.runs.trivial_baselines import read_recorded
+from moebench.tasks.task import TASKS
+
+
+def build_summary(comparison: Comparison) -> ExperimentSummary:
+    """Return what a comparison says in sentences, and its tables as text."""
+    differences = {difference.arm: difference.mean for difference in comparison.differences}
+    sentences = [describe_verdict(comparison, arm.arm) for arm in comparison.arms if arm.arm != comparison.baseline]
+    warnings = [comparison.below_trivial_text, *list_lost_cells(comparison), *comparison.notes]
+    return ExperimentSummary(
+        metric=comparison.metric,
+        split=comparison.split,
+        baseline=comparison.baseline,
+        num_done=sum(arm.num_done for arm in comparison.arms),
+        sentences=tuple(filter(None, [*sentences, *warnings])),
+        arms={arm.arm: ArmMean(mean=arm.mean, difference=differences.get(arm.arm)) for arm in comparison.arms},
+        tables=tuple(map(_copy_table, build_report(comparison).tables)),
+    )
+
+
+def describe_verdict(comparison: Comparison, arm: str) -> str:
+    """Return the verdict on an arm with its numbers, in one sentence."""
+    verdict, difference = comparison.describe_verdict(arm), comparison.find_difference(arm)
+    if difference is None or difference.mean is None:
+        return f"{arm}: {verdict}."
+    interval = difference.interval
+    numbers = [f"{format_signed(difference.mean)} {comparison.metric.replace('_', ' ')} to {comparison.baseline}"]
+    if interval:
+        numbers.append(f"95 % interval {format_signed(interval[0])} to {format_signed(interval[1])}")
+    if difference.p_holm is not None:
+        numbers.append(f"p = {format_p(difference.p_holm)} after Holm's correction")
+    return f"{arm}: {verdict} ({', '.join(numbers)}, {len(difference.seeds)} paired seeds)."
+
+
+def refresh_summaries(results: Path) -> None:
+    """Write the summary of each recorded experiment that has none, or whose runs have changed since.
+
+    An experiment that cannot be compared (no result yet, a damaged one, another task than those of this version) is
+    left out: its runs are shown without it.
+    """
+    records, _ = read_records(results)
+    for name, record in records.items():
+        if record.get("tuning_of") or not _is_outdated(results, name, record):
+            continue
+        with contextlib.suppress(UsageError, OSError):
+            write_summary(results, name, build_summary(_compare_record(results, record)))
+
+
+def _is_outdated(results: Path, name: str, record: Mapping[str, Any]) -> bool:
+    try:
+        written = summary_path(results, name).stat().st_mtime
+        changes = [RunFolder.of(results, cell["id"]).result for cell in record["cells"]]
+        return any(path.stat().st_mtime > written for path in changes if path.exists())
+    except OSError:
+        return True
+
+
+def _compare_record(results: Path, record: Mapping[str, Any]) -> Comparison:
+    """Compare the recorded cells; raise UsageError where that is not possible."""
+    run_results = []
+    for cell in record["cells"]:
+        result = RunFolder.of(results, cell["id"]).read_result()
+        if result is not None:
+            run_results.append(RunResult.from_dict(result.to_dict() | {"arm": str(cell.get("arm"))}))
+    if not run_results:
+        raise UsageError(f"{results}: no result yet")
+    recorded = next((each for each in read_recorded(record) if each.evaluation.split == "test"), None)
+    facts = TASKS.get(str(run_results[0].config.get("task", {}).get("name"))).facts
+    comparison = compare(
+        run_results,
+        expected=[(str(cell.get("arm")), int(cell.get("seed", 0)), cell["id"]) for cell in record["cells"]],
+        baseline=str(record.get("baseline")),
+        metric=ComparisonMetric(name=facts.metric, lower_is_better=facts.lower_is_better),
+    )
+    return replace(comparison, trivial_baselines=recorded.baselines) if recorded else comparison
+
+
+def _copy_table(table: Table) -> SummaryTable:
+    return SummaryTable(
+        title=table.title,
+        columns=tuple(" ".join(column.header.split()) for column in table.columns),
+        rows=tuple(tuple(" ".join(cell.split()) for cell in row) for row in table.rows),
+    )

@@ -1,0 +1,1 @@
+"""Several experiments together: pooled over tasks, and effective compute over sizes."""

@@ -1,0 +1,1 @@
+"""Scaling laws: loss as a function of parameters and experts."""

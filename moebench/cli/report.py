@@ -1,0 +1,106 @@
+"""`moebench report`: the comparison of an experiment as one HTML file, and its tables as CSV and LaTeX."""
+
+import gc
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moebench.cli.compare import AllowMismatch, SplitName, SplitOption
+from moebench.cli.options import (
+    DEFAULT_RESULTS,
+    CommandArguments,
+    Json,
+    Plugins,
+    Results,
+    Size,
+    add_size,
+    complete_experiment_or_router,
+    print_json,
+)
+from moebench.cli.subjects import is_experiment
+from moebench.errors import UsageError
+from moebench.experiment.files import find_experiment
+from moebench.printable import print_text
+
+SUFFIXES = (".html", ".htm")
+Out = Annotated[
+    Path | None, typer.Option(help="The file to write. Default: experiments/NAME/report.html in the results.")
+]
+Tables = Annotated[Path | None, typer.Option(help="Write each table to this folder too, as NAME.csv and NAME.tex.")]
+
+
+def report(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="EXPERIMENT | ROUTER...  [KEY=VALUE]...",
+            help="An experiment, or the routers that `moebench compare` has compared.",
+            autocompletion=complete_experiment_or_router,
+        ),
+    ],
+    out: Out = None,
+    tables: Tables = None,
+    task: Annotated[str, typer.Option(help="Task of a comparison of routers.")] = "language",
+    size: Size = None,
+    results: Results = DEFAULT_RESULTS,
+    plugin: Plugins = None,
+    allow_mismatch: AllowMismatch = False,
+    split: SplitOption = SplitName.TEST,
+    json: Json = False,
+) -> None:
+    """Write the report of an experiment: verdicts, tables, curves, costs, expert loads, settings, provenance.
+
+    One HTML file without scripts that loads nothing from the network. Works on a grid that is still running.
+    """
+    from moebench.analysis.html_report.build import Source, build_page
+    from moebench.experiment.grid import expand, expand_routers
+    from moebench.reporting.table_files import write_tables
+    from moebench.runs.folder import write_atomically
+
+    overrides = add_size([name for name in names if "=" in name], size)
+    subjects = [name for name in names if "=" not in name]
+    check_out(out)
+    plugins = plugin or ()
+    if is_one := is_experiment(subjects, "report"):
+        experiment = expand(find_experiment(subjects[0]), overrides, plugins, finished_in=results)
+    else:
+        experiment = expand_routers(subjects, task, overrides, plugins)
+    rest = [*subjects[1:], *overrides]
+    given = CommandArguments(experiment=subjects[0], overrides=rest, plugins=plugins, results=results)
+    source = Source(
+        experiment=experiment,
+        results=results,
+        split=split.value,
+        allow_mismatch=allow_mismatch,
+        command=given.format("run") if is_one else given.format("compare", "--task", task),
+        made_at=time.strftime("%Y-%m-%d %H:%M"),
+    )
+    gc.freeze()  # as in `compare`
+    page = build_page(source)
+    file = out or results / "experiments" / experiment.name / "report.html"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, page.html)
+    print_files(file, write_tables(page.tables, tables) if tables else [], json=json)
+
+
+def print_files(file: Path, table_files: list[Path], *, json: bool) -> None:
+    """Print where the report and its tables are, and the size of the report."""
+    num_bytes = file.stat().st_size
+    if json:
+        print_json({"file": str(file), "bytes": num_bytes, "tables": [str(path) for path in table_files]})
+        return
+    print_text(f"{file} ({num_bytes / 1000:.0f} kB)")
+    if table_files:
+        print_text(f"{table_files[0].parent} ({len(table_files)} files of tables)")
+
+
+def check_out(out: Path | None) -> None:
+    """Raise UsageError for a file that cannot be written, before anything is computed."""
+    if out is None:
+        return
+    if out.is_dir() or not out.parent.is_dir():
+        raise UsageError(f"--out {out}: must be a file in a folder that exists")
+    if out.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"--out {out}: the report is HTML; allowed: a name that ends in {' or '.join(SUFFIXES)}")
