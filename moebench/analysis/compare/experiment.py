@@ -84,6 +84,16 @@ def compare_experiment(
     )
 
 
+def _list_cells(experiment: Experiment, results: Path, added: Mapping[str, Seeds]) -> list[Cell]:
+    """Return the cells of the file, as tuning has settled them, and those of the added seeds."""
+    settled = {(cell.arm, cell.seed): cell for cell in settle(experiment, results).cells}
+    cells = [
+        settled.get((cell.arm, cell.seed)) or replace(cell, id=f"not tuned yet: {cell.arm}, seed {cell.seed}")
+        for cell in experiment.cells
+    ]
+    return cells + list_added_cells([cell for cell in cells if (cell.arm, cell.seed) in settled], added)
+
+
 def list_trained_cells(experiment: Experiment, results: Path) -> list[Cell]:
     """Return the cells that are compared: those that tuning has settled, and those of seeds that were added."""
     cells = list(settle(experiment, results).cells)

@@ -163,7 +163,7 @@ variance ratio: variance of the difference of unpaired seeds over that of paired
 gained nothing, 3: one pair is worth three unpaired seeds of each arm.
 executed: forward FLOPs of the whole model and rows computed by experts, per token, mean over all
 steps of training (each pass counts) and on the test split; × baseline: training / evaluation. in
-training: share of assignments dropped, mean over all steps.
+training: assignments dropped, mean over all steps.
 Note: 1 of 15 cells have no result yet: this is an early look.
 Note: switch: difference over common seeds only, without seed 1.
 Note: sigmoid_bias_free: difference over common seeds only, without seed 4.
