@@ -53,10 +53,6 @@ class ModelConfig:
     qk_norm: Literal["none", "head", "full"] = "none"
     """Norm of queries and keys before positions: of each head (Qwen3, arXiv:2505.09388), or of all heads together
     (OLMo 2, arXiv:2501.00656)."""
-    ffn_init: Literal["by_module", "by_unit"] = "by_module"
-    """Where initial feed-forward weights come from: by_module, each network and each bank of experts has random numbers
-    of its own; by_unit, networks of a block take hidden units from one stream, so that a dense network starts as the
-    first experts side by side (docs/statistics.md)."""
     tie_embeddings: bool = False
     """Use the token embedding as output projection too (arXiv:1608.05859), for tasks that predict tokens. The table
     starts with standard deviation d_model^-1/2 instead of 1 for the embedding and 0 for the projection."""

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 Power = Annotated[bool, typer.Option("--power", help="Show which differences the planned seeds can show instead.")]
 Margin = Annotated[
-    float, typer.Option(min=0, max=1, help="With --power: a difference of interest, as a share of the baseline's mean.")
+    float | None,
+    typer.Option(
+        min=0, max=1, help="With --power: a difference of interest, as a share of the baseline's mean. Default: margin."
+    ),
 ]
 
 
@@ -35,7 +38,7 @@ def plan(
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
     power: Power = False,
-    margin: Margin = 0.01,
+    margin: Margin = None,
     json: Json = False,
 ) -> None:
     """Show every cell with its state, parameters and FLOPs per token, and train nothing.
@@ -62,7 +65,7 @@ def plan(
 
     grid = expand(find_experiment(experiment), add_size(overrides, size), plugin or (), print_progress("arms checked"))
     if power:
-        _show_power(grid, results, margin, json=json)
+        _show_power(grid, results, grid.margin if margin is None else margin, json=json)
         return
     rows = plan_cells(grid, results, print_progress("cells counted"))
     if json:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from moebench.models.build import NO_FEATURES, build_backbone
 from moebench.models.cost import Cost, compute_cost, count_flops
 from moebench.models.encoder_decoder import EncoderDecoder
-from moebench.models.paired_init import pair_initial_weights
 from moebench.models.storageless import build_without_storage
 from moebench.models.tied_head import TiedHead, tie
 from moebench.models.transformer import BatchContext, Transformer, init_weights
@@ -166,8 +165,6 @@ def build_initialised_model(config: CellConfig, task: Task, mesh: Mesh = SINGLE_
     if mesh.process_info.has_group:
         shard_experts(model, mesh, config.balance)
     init_weights(model, config.seed)
-    if config.model.ffn_init == "by_unit":
-        pair_initial_weights(model, config.seed)
     base = build_base_model(config, task)
     if base is not None:
         refuse_shared_embedding(model.head, model.embedding)

@@ -12,7 +12,7 @@ from moebench.analysis.compare.values import Comparison, ComparisonMetric, Split
 from moebench.analysis.design.protocol import Protocol
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
-from moebench.experiment.seed_plan import SeedPlan, find_seed_plan, list_added_cells
+from moebench.experiment.seed_plan import SeedPlan, Seeds, find_seed_plan, list_added_cells
 from moebench.experiment.trivial_baselines import TrivialBaselines, find_baselines, find_source
 from moebench.experiment.tuning import read_tuning, settle
 from moebench.runs.cell import Cell
@@ -49,14 +49,8 @@ def compare_experiment(
     """
     facts = TASKS.get(experiment.cells[0].config.task.name).facts
     state = read_tuning(experiment, results)
-    settled = {(cell.arm, cell.seed): cell for cell in settle(experiment, results).cells}
-    cells = [
-        settled.get((cell.arm, cell.seed)) or replace(cell, id=f"not tuned yet: {cell.arm}, seed {cell.seed}")
-        for cell in experiment.cells
-    ]
     plan, plan_notes = read_plan(experiment, results)
-    added = plan.added if with_added_seeds else {}
-    cells += list_added_cells([cell for cell in cells if (cell.arm, cell.seed) in settled], added)
+    cells = _list_cells(experiment, results, plan.added if with_added_seeds else {})
     run_results = read_results(cells, results)
     if state is not None:
         run_results += build_failed_results(state, cells)
@@ -88,6 +82,16 @@ def compare_experiment(
         axes={arm: experiment.axes.get(arm, {}) for arm in experiment.arms},
         varies={cell.arm: cell.varies for cell in cells},
     )
+
+
+def _list_cells(experiment: Experiment, results: Path, added: Mapping[str, Seeds]) -> list[Cell]:
+    """Return the cells of the file, as tuning has settled them, and those of the added seeds."""
+    settled = {(cell.arm, cell.seed): cell for cell in settle(experiment, results).cells}
+    cells = [
+        settled.get((cell.arm, cell.seed)) or replace(cell, id=f"not tuned yet: {cell.arm}, seed {cell.seed}")
+        for cell in experiment.cells
+    ]
+    return cells + list_added_cells([cell for cell in cells if (cell.arm, cell.seed) in settled], added)
 
 
 def list_trained_cells(experiment: Experiment, results: Path) -> list[Cell]:

@@ -53,8 +53,10 @@ def find_needed_seeds(comparison: "Comparison") -> dict[str, NeededSeeds]:
 
 
 def estimate_spread(comparison: "Comparison") -> st.SpreadEstimate | None:
-    """Estimate the SD of paired differences from the arms that have at least three seeds in common."""
-    values = {arm.arm: arm.values for arm in comparison.arms if len(arm.values) >= st.MIN_SEEDS}
+    """Estimate the SD of paired differences from the arms with three common seeds, none of which diverged."""
+    values = {
+        arm.arm: arm.values for arm in comparison.arms if not arm.num_diverged and len(arm.values) >= st.MIN_SEEDS
+    }
     baseline = values.pop(comparison.baseline, {})
     seeds = [seed for seed in baseline if all(seed in of_arm for of_arm in values.values())]
     if not values or len(seeds) < st.MIN_SEEDS:
