@@ -15,6 +15,7 @@ from moebench.analysis.fairness.conditions import RunConditions, find_time_probl
 from moebench.analysis.fairness.run_curve import compute_training_flops
 from moebench.analysis.pooled.effective_compute import SizePairs
 from moebench.errors import UsageError
+from moebench.experiment.axes import ARM
 from moebench.experiment.grid import Experiment
 from moebench.experiment.tuning import settle
 from moebench.runs.result import Fault, RunResult
@@ -158,16 +159,37 @@ def _read_sizes(experiment: Experiment, results: Path, metric: str, split: Split
 
 def _name_parts(experiment: Experiment, label: str) -> tuple[str, str]:
     """Return the name of an arm without its size, and its size; the size is empty unless grid keys make it."""
-    axes = experiment.axes.get(label, {})
-    scale = [value for key, value in axes.items() if _makes_size(key)]
+    axes, scale_keys = experiment.axes.get(label, {}), _find_scale_keys(experiment)
+    scale = [value for key, value in axes.items() if key in scale_keys]
     if not scale:
         return label, ""
-    rest = [value for key, value in axes.items() if not _makes_size(key)]
+    rest = [value for key, value in axes.items() if key not in scale_keys]
     return ", ".join(rest) or label, ", ".join(scale)
 
 
-def _makes_size(key: str) -> bool:
-    return key.startswith("model.") or key in SCALE_KEYS
+def _find_scale_keys(experiment: Experiment) -> set[str]:
+    """Return the grid keys that make sizes: `arm` too, where what it alone determines is of the model or training."""
+    keys = {key for axes in experiment.axes.values() for key in axes}
+    scale_keys = {key for key in keys if key.startswith("model.") or key in SCALE_KEYS}
+    if ARM in keys:
+        determined = _find_determined_keys(experiment)
+        if determined and all(key.split(".")[0] in ("model", "train") for key in determined):
+            scale_keys.add(ARM)
+    return scale_keys
+
+
+def _find_determined_keys(experiment: Experiment) -> set[str]:
+    """Return the configuration keys whose value follows from the label of the grid key `arm`."""
+    values: dict[str, dict[str, set[str]]] = {}
+    for cell in experiment.cells:
+        label = experiment.axes.get(cell.arm, {}).get(ARM, "")
+        for key, value in cell.varies.items():
+            values.setdefault(key, {}).setdefault(label, set()).add(repr(value))
+    return {
+        key
+        for key, by_label in values.items()
+        if all(len(of_label) == 1 for of_label in by_label.values()) and len(set.union(*by_label.values())) > 1
+    }
 
 
 def _require_flops(run: RunResult) -> float:
