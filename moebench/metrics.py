@@ -80,22 +80,8 @@ LOAD: tuple[Declaration, ...] = (
     ),
 )
 DROPS: tuple[Declaration, ...] = (
-    (
-        "train_drop_rate",
-        "in training",
-        "share",
-        "percent",
-        "lower",
-        "Share of assignments dropped, mean over all steps.",
-    ),
-    (
-        "train_unserved",
-        "",
-        "share",
-        "percent",
-        "lower",
-        "Share of tokens that no expert computed, mean over all steps.",
-    ),
+    ("train_drop_rate", "in training", "share", "percent", "lower", "Assignments dropped, mean over all steps."),
+    ("train_unserved", "", "share", "percent", "lower", "Tokens that no expert computed, mean over all steps."),
 )
 TRAINING: tuple[Declaration, ...] = (
     ("loss/task", "", "", "number", "lower", "Loss of the task without auxiliary losses."),
@@ -183,9 +169,11 @@ COMPARISON: tuple[Declaration, ...] = (
     ("mean/ARM", "", "", "number", "neither", "The same of one arm; in MLflow."),
     ("difference/ARM", "", "", "number", "neither", "An arm minus the baseline, over common seeds; in MLflow."),
     ("p", "p", "", "p", "lower", "P value of the paired t-test."),
-    ("p_holm", "p Holm", "", "p", "lower", "P value of the paired t-test, corrected for all comparisons."),
+    ("p_pooled", "p pooled", "", "p", "lower", "P value of the difference by the noise of all arms together."),
+    ("p_holm", "p Holm", "", "p", "lower", "The larger of p and p pooled, corrected for all comparisons."),
+    ("p_equivalence_holm", "p TOST", "", "p", "lower", "Two one-sided tests against the margin, 5 seeds or more."),
     ("p_exact", "exact p", "", "p", "lower", "Sign flips, 6 seeds or more, not corrected."),
-    ("effect_sd", "seed SD", "", "signed", "neither", "The difference over the SD between seeds."),
+    ("effect_sd", "Hedges g", "", "signed", "neither", "The difference over the SD between seeds, unbiased."),
     (
         "smallest_detectable",
         "detectable",
@@ -247,13 +235,7 @@ GROUPS = (
         stem="parallel/",
         prefixes=(RESOURCES,),
     ),
-    _group(
-        "System",
-        "Of the first process at a logged training step, for the machine's load; no result depends on it. In the"
-        " journal.",
-        SYSTEM,
-        stem="system/",
-    ),
+    _group("System", "Of the first process at a logged training step. In the journal.", SYSTEM, stem="system/"),
     _group("Cost", f"In the result. Planned: before the run. Executed: {EXECUTED}.", COST, prefixes=(RESOURCES,)),
     _group("Speed", "Of the whole run; in the result.", SPEED, prefixes=(RESOURCES,)),
     _group("Comparison", "Of `moebench compare` and `moebench curve`, from several runs.", COMPARISON),

@@ -6,14 +6,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moebench.cli.comparisons import Choice, compare_experiments, compare_one, expand_all, require_one_size
+from moebench.cli.comparisons import (
+    Choice,
+    check_choice,
+    compare_experiments,
+    compare_one,
+    expand_all,
+    require_one_size,
+)
 from moebench.cli.options import (
     DEFAULT_RESULTS,
     Json,
     Plugins,
     Results,
     add_size,
-    check_plot,
     complete_experiment_or_router,
 )
 from moebench.cli.output import print_report
@@ -67,6 +73,14 @@ AllowMismatch = Annotated[
     ),
 ]
 
+Margin = Annotated[
+    float | None,
+    typer.Option(
+        help="Arms are equivalent below this share of the baseline's mean; else `margin` of the experiment, 0.01.",
+        show_default=False,
+    ),
+]
+
 
 def compare(
     names: Annotated[
@@ -83,6 +97,7 @@ def compare(
     plugin: Plugins = None,
     allow_mismatch: AllowMismatch = False,
     split: SplitOption = SplitName.TEST,
+    margin: Margin = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Write loss curves and differences to this file (PNG, PDF, SVG).")
@@ -101,12 +116,11 @@ def compare(
     """
     overrides = [name for name in names if "=" in name]
     subjects = [name for name in names if "=" not in name]
-    check_plot(plot)
-    choice = Choice(split.value, allow_mismatch, effective_compute, axis.value if axis else None, plot)
+    choice = Choice(split.value, allow_mismatch, effective_compute, axis.value if axis else None, plot, margin)
+    check_choice(choice)
     if are_experiments(subjects):
-        report = compare_experiments(
-            expand_all(subjects, overrides, size or [None], plugin or (), results), results, choice
-        )
+        grids = expand_all(subjects, overrides, size or [None], plugin or (), results)
+        report = compare_experiments(grids, results, choice)
     else:
         require_one_size(subjects, size, effective_compute=effective_compute)
         from moebench.experiment.grid import expand_routers

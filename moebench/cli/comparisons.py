@@ -1,11 +1,12 @@
 """The reports of `moebench compare`: one experiment, several that are pooled, or effective compute over sizes."""
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moebench.cli.options import add_size
+from moebench.cli.options import add_size, check_plot
 from moebench.errors import UsageError
 from moebench.experiment.files import find_experiment
 
@@ -25,6 +26,16 @@ class Choice:
     effective_compute: bool = False
     axis: "Axis | None" = None
     plot: Path | None = None
+    margin: float | None = None
+
+
+def check_choice(choice: Choice) -> None:
+    """Raise UsageError for a file or a margin that is none, before anything is read."""
+    check_plot(choice.plot)
+    if choice.margin is not None:
+        from moebench.schema import check_margin
+
+        check_margin(choice.margin, "--margin")
 
 
 def compare_one(grid: "Experiment", results: Path, choice: Choice) -> "Report":
@@ -36,7 +47,10 @@ def compare_one(grid: "Experiment", results: Path, choice: Choice) -> "Report":
     from moebench.analysis.fairness.measure import compare_on_axes
     from moebench.analysis.fairness.report import add_fairness
 
-    comparison = compare_experiment(grid, results, allow_mismatch=choice.allow_mismatch, split=choice.split)
+    gc.freeze()  # statsmodels collects garbage with every correction: not among the modules, each time
+    comparison = compare_experiment(
+        grid, results, allow_mismatch=choice.allow_mismatch, split=choice.split, margin=choice.margin
+    )
     arms = measure_experiment(grid, results, comparison)
     along = read_along_axis(arms, choice.axis) if choice.axis else None
     if choice.plot:
@@ -50,16 +64,15 @@ def compare_experiments(grids: "Sequence[Experiment]", results: Path, choice: Ch
     """Compare the arms of one experiment, pool several, or estimate effective compute over them."""
     if len(grids) == 1 and not choice.effective_compute:
         return compare_one(grids[0], results, choice)
-    if choice.plot or choice.axis:
-        names = ", ".join(grid.name for grid in grids)
-        raise UsageError(f"--{'plot' if choice.plot else 'axis'}: is for one experiment, got {names}")
+    given = {"--plot": choice.plot, "--axis": choice.axis, "--margin": choice.margin}
+    if options := [option for option, value in given.items() if value is not None]:
+        raise UsageError(f"{options[0]}: is for one experiment, got {', '.join(grid.name for grid in grids)}")
     if choice.effective_compute:
         from moebench.analysis.pooled.effective_report import build_ladder_report
-        from moebench.analysis.pooled.experiments import name_uniquely
         from moebench.analysis.pooled.ladder import read_ladder
 
-        named, ignore = name_uniquely(grids), choice.allow_mismatch
-        return build_ladder_report(read_ladder(named, results, choice.split, ignore_conditions=ignore))
+        ladder = read_ladder(grids, results, choice.split, ignore_conditions=choice.allow_mismatch)
+        return build_ladder_report(ladder)
     from moebench.analysis.pooled.experiments import pool_experiments
     from moebench.analysis.pooled.report import build_pooled_report
 

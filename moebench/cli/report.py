@@ -1,5 +1,6 @@
 """`moebench report`: the comparison of an experiment as one HTML file, and its tables as CSV and LaTeX."""
 
+import gc
 import time
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +25,10 @@ from moebench.experiment.files import find_experiment
 from moebench.printable import print_text
 
 SUFFIXES = (".html", ".htm")
+Out = Annotated[
+    Path | None, typer.Option(help="The file to write. Default: experiments/NAME/report.html in the results.")
+]
+Tables = Annotated[Path | None, typer.Option(help="Write each table to this folder too, as NAME.csv and NAME.tex.")]
 
 
 def report(
@@ -35,12 +40,8 @@ def report(
             autocompletion=complete_experiment_or_router,
         ),
     ],
-    out: Annotated[
-        Path | None, typer.Option(help="The file to write. Default: experiments/NAME/report.html in the results.")
-    ] = None,
-    tables: Annotated[
-        Path | None, typer.Option(help="Write each table to this folder too, as NAME.csv and NAME.tex.")
-    ] = None,
+    out: Out = None,
+    tables: Tables = None,
     task: Annotated[str, typer.Option(help="Task of a comparison of routers.")] = "language",
     size: Size = None,
     results: Results = DEFAULT_RESULTS,
@@ -61,35 +62,38 @@ def report(
     overrides = add_size([name for name in names if "=" in name], size)
     subjects = [name for name in names if "=" not in name]
     check_out(out)
-    is_one_experiment = is_experiment(subjects, "report")
-    if is_one_experiment:
-        experiment = expand(find_experiment(subjects[0]), overrides, plugin or (), finished_in=results)
+    plugins = plugin or ()
+    if is_one := is_experiment(subjects, "report"):
+        experiment = expand(find_experiment(subjects[0]), overrides, plugins, finished_in=results)
     else:
-        experiment = expand_routers(subjects, task, overrides, plugin or ())
-    arguments = CommandArguments(
-        experiment=subjects[0], overrides=[*subjects[1:], *overrides], plugins=plugin or (), results=results
+        experiment = expand_routers(subjects, task, overrides, plugins)
+    rest = [*subjects[1:], *overrides]
+    given = CommandArguments(experiment=subjects[0], overrides=rest, plugins=plugins, results=results)
+    source = Source(
+        experiment=experiment,
+        results=results,
+        split=split.value,
+        allow_mismatch=allow_mismatch,
+        command=given.format("run") if is_one else given.format("compare", "--task", task),
+        made_at=time.strftime("%Y-%m-%d %H:%M"),
     )
-    page = build_page(
-        Source(
-            experiment=experiment,
-            results=results,
-            split=split.value,
-            allow_mismatch=allow_mismatch,
-            command=arguments.format("run" if is_one_experiment else "compare"),
-            made_at=time.strftime("%Y-%m-%d %H:%M"),
-        )
-    )
+    gc.freeze()  # as in `compare`
+    page = build_page(source)
     file = out or results / "experiments" / experiment.name / "report.html"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, page.html)
-    table_files = write_tables(page.tables, tables) if tables else []
+    print_files(file, write_tables(page.tables, tables) if tables else [], json=json)
+
+
+def print_files(file: Path, table_files: list[Path], *, json: bool) -> None:
+    """Print where the report and its tables are, and the size of the report."""
     num_bytes = file.stat().st_size
     if json:
         print_json({"file": str(file), "bytes": num_bytes, "tables": [str(path) for path in table_files]})
         return
     print_text(f"{file} ({num_bytes / 1000:.0f} kB)")
     if table_files:
-        print_text(f"{len(table_files)} files of tables in {tables}")
+        print_text(f"{table_files[0].parent} ({len(table_files)} files of tables)")
 
 
 def check_out(out: Path | None) -> None:

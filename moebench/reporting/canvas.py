@@ -16,6 +16,8 @@ PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E
 LINE_STYLES = ("-", "--", ":")
 """After all colours of the palette, the next line style."""
 GREY = "#666666"
+UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+"""Metadata without the time, so that equal figures are equal files."""
 
 
 def line_style(index: int) -> dict[str, str]:
@@ -30,6 +32,8 @@ def new_figure(path: Path, title: str, *, width: float, height: float) -> Iterat
     # `parse_math`: a label such as `a{$` is text.
     style: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titlesize": 10}
     style |= {"text.parse_math": False, "font.family": [*list_families()]}
+    # Text stays text: it can be searched, and edited with the fonts that are installed. No random names.
+    style |= {"svg.fonttype": "none", "pdf.fonttype": 42, "svg.hashsalt": "moebench"}
     with mpl.rc_context():
         mpl.rcdefaults()  # whatever a matplotlibrc in the working folder says, such as text.usetex
         mpl.rcParams.update(style)
@@ -39,4 +43,5 @@ def new_figure(path: Path, title: str, *, width: float, height: float) -> Iterat
         yield figure
         escape_figure(figure)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format=path.suffix.removeprefix(".").lower())
+        suffix = path.suffix.removeprefix(".").lower()
+        figure.savefig(path, format=suffix, metadata=UNDATED.get(suffix))

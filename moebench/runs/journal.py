@@ -43,6 +43,12 @@ def is_valid_metric_name(name: str) -> bool:
     return bool(_NAME.fullmatch(name)) and posixpath.normpath(name) == name and not escapes
 
 
+@lru_cache(maxsize=256)
+def _are_valid_names(names: tuple[str, ...]) -> bool:
+    """Return whether a tracker accepts all names: the lines of a journal have few different sets of them."""
+    return all(map(is_valid_metric_name, names))
+
+
 class Journal:
     """An append-only file of points that survives a crash at any byte.
 
@@ -192,11 +198,10 @@ def _parse_lines(path: Path, content: bytes, offset: int) -> Iterator[Point]:
 
 
 def _parse_line(line: bytes, end: int) -> Point:
-    raw = json.loads(line)
+    raw = json.loads(line.decode())
     metrics = {name: float(value) for name, value in raw["metrics"].items()}
-    invalid = [name for name in metrics if not is_valid_metric_name(name)]
-    if invalid:
-        raise ValueError(f"metric name {invalid[0]!r}")
+    if not _are_valid_names(tuple(metrics)):
+        raise ValueError(f"metric name {next(name for name in metrics if not is_valid_metric_name(name))!r}")
     return Point(step=int(raw["step"]), time=float(raw["time"]), metrics=metrics, end=end)
 
 

@@ -144,7 +144,7 @@ def draw_learning_curves(
     ax.grid(axis="y", color="#e6e6e6", linewidth=0.7)
     lines = draw_trivial_lines(ax, panel.trivial_baselines, panel.metric)
     draw_warning(ax, panel.warning)
-    ax.set_title("\n".join(filter(None, (_describe_bands(curves), lines))), loc="left", color=GREY, fontsize=8)
+    ax.set_title("\n".join(filter(None, (describe_bands(curves), lines))), loc="left", color=GREY, fontsize=8)
 
 
 def find_limits(curves: Sequence[LearningCurve], last: float) -> tuple[float, float]:
@@ -191,7 +191,8 @@ def format_curve_label(curve: LearningCurve, *, is_visible: bool) -> str:
     return name if is_visible else f"{name}: {curve.means[-1]:.3g} at step {curve.steps[-1]:.0f}"
 
 
-def _describe_bands(curves: Sequence[LearningCurve]) -> str:
+def describe_bands(curves: Sequence[LearningCurve]) -> str:
+    """Return what lines and bands are."""
     if len(curves) > MAX_BANDS:
         return "line: mean over seeds"
     meanings = {"t": "95 % t interval over", "range": "lowest to highest of", "none": "none for"}

@@ -5,23 +5,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moebench.analysis.compare.experiment import compare_experiment
+from moebench.analysis.compare.experiment import compare_experiment, list_trained_cells
 from moebench.analysis.compare.report import build_report as build_tables
+from moebench.analysis.compare.shown_arms import describe_selection, select_arms
 from moebench.analysis.compare.values import Comparison, Split
-from moebench.analysis.fairness.experiment import compute_fairness
+from moebench.analysis.fairness.along_axis import AXIS_LABELS, read_along_axis
+from moebench.analysis.fairness.experiment import measure_experiment
+from moebench.analysis.fairness.measure import compare_on_axes
 from moebench.analysis.fairness.report import add_fairness
-from moebench.analysis.html_report.curves import build_curves
+from moebench.analysis.fairness.run_curve import Axis as BudgetAxis
+from moebench.analysis.fairness.values import Fairness
+from moebench.analysis.html_report.curves import STEPS, XAxis, build_curves
 from moebench.analysis.html_report.differences import build_forest
 from moebench.analysis.html_report.domains import build_domain_tables
 from moebench.analysis.html_report.loads import LEGEND, build_drop_rows, build_heat_maps
 from moebench.analysis.html_report.pareto import build_pareto
 from moebench.analysis.html_report.provenance import build_provenance_table
 from moebench.analysis.html_report.settings import build_settings_tables
-from moebench.analysis.html_report.shown_arms import describe_selection
 from moebench.analysis.html_report.stored_runs import StoredRun, read_runs
 from moebench.analysis.html_report.verdicts import describe_arms, describe_outcome
+from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
-from moebench.experiment.tuning import settle
 from moebench.reporting.formatting import format_plural
 from moebench.reporting.html.page import render_page
 from moebench.reporting.table import Column, Table
@@ -30,8 +34,11 @@ PLACES = {
     "Quality": "quality",
     "By ": "quality",
     "Out of domain": "quality",
-    "Fairness": "cost",
     "How sure": "quality",
+    "How large": "quality",
+    "Seeds that would settle": "quality",
+    "Pairing": "quality",
+    "Fairness": "fairness",
     "Expert load": "experts",
     "Information": "experts",
     "Compute": "cost",
@@ -40,6 +47,8 @@ PLACES = {
 }
 """How the title of a table of the comparison begins -> the section of the page that it belongs to."""
 REST = "further"
+CURVE_AXES: Mapping[BudgetAxis, str] = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds"}
+"""Axes of the curves -> names on the page."""
 MAX_SENTENCES = 6
 """On arms, decided ones first; the others can be unfolded."""
 
@@ -74,12 +83,14 @@ def build_page(source: Source) -> Page:
     comparison = compare_experiment(
         experiment, source.results, allow_mismatch=source.allow_mismatch, split=source.split
     )
-    settled = settle(experiment, source.results)
-    runs = read_runs(settled.cells, source.results, comparison.metric)
-    fairness = compute_fairness(experiment, source.results, comparison, ignore_conditions=source.allow_mismatch)
-    report = add_fairness(build_tables(comparison), fairness)
+    cells = list_trained_cells(experiment, source.results)
+    runs = read_runs(cells, source.results, comparison.metric)
+    budgets = read_budgets(source, comparison)
+    report = build_tables(comparison)
+    if budgets.fairness is not None:
+        report = add_fairness(report, budgets.fairness)
     domains = build_domain_tables(comparison, runs)
-    differing, common = build_settings_tables(settled.cells, comparison.baseline)
+    differing, common = build_settings_tables(cells, comparison.baseline)
     lost, provenance = build_lost_table(comparison), build_provenance_table(runs, source.command, source.made_at)
     extra = [*([domains.means, domains.differences] if domains else []), differing, common, lost, provenance]
     values = {
@@ -93,7 +104,7 @@ def build_page(source: Source) -> Page:
         "max_sentences": MAX_SENTENCES,
         "forest": build_forest(comparison),
         "tables": place_tables(report.tables),
-        "curves": build_curves(comparison, runs),
+        "curves": build_curves(comparison, runs, budgets.axes),
         "pareto": build_pareto(comparison),
         "heat_maps": build_heat_maps(comparison, runs),
         "heat_legend": LEGEND,
@@ -103,12 +114,37 @@ def build_page(source: Source) -> Page:
         "common": common,
         "lost": lost,
         "provenance": provenance,
-        "selection": describe_selection(comparison),
+        "selection": describe_selection(len(select_arms(comparison)), len(comparison.arms)),
         "notes": report.notes,
-        "problems": list_problems(runs),
+        "problems": (*list_problems(runs), *budgets.problems),
     }
     tables = (*report.tables, *(table for table in extra if table.rows))
     return Page(html=render_page("report.html", values), tables=tables, comparison=comparison)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budgets:
+    """The arms at equal tokens, FLOPs, parameters and time, and the axes of curves."""
+
+    fairness: Fairness | None
+    axes: tuple[XAxis, ...]
+    problems: tuple[str, ...] = ()
+
+
+def read_budgets(source: Source, comparison: Comparison) -> Budgets:
+    """Measure what the arms have spent; of a store with a damaged journal nothing, with the reason."""
+    try:
+        arms = measure_experiment(source.experiment, source.results, comparison)
+    except UsageError as error:
+        return Budgets(fairness=None, axes=(STEPS,), problems=(str(error),))
+    axes = []
+    for name, title in CURVE_AXES.items():
+        along = read_along_axis(arms, name)
+        if along.arms:
+            label = AXIS_LABELS[name]
+            axes.append(XAxis(name=title, label=label, of_step=along.map_steps(), problem=along.problem))
+    fairness = compare_on_axes(arms, ignore_conditions=source.allow_mismatch)
+    return Budgets(fairness=fairness, axes=(*axes, STEPS))
 
 
 def place_tables(tables: Sequence[Table]) -> Mapping[str, list[Table]]:

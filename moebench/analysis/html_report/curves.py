@@ -1,30 +1,44 @@
 """Learning curves as small multiples: one panel for each arm, with the baseline behind it, over three axes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from statistics import fmean
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from moebench.analysis.compare.learning_curve import LearningCurve, average_seeds, find_limits, format_curve_label
+from moebench.analysis.compare.learning_curve import (
+    CurvePanel,
+    LearningCurve,
+    average_seeds,
+    find_limits,
+    format_curve_label,
+)
+from moebench.analysis.compare.shown_arms import find_tone, select_arms
 from moebench.analysis.compare.statistics import Values
 from moebench.analysis.compare.values import Comparison
-from moebench.analysis.html_report.shown_arms import find_tone, select_arms
 from moebench.analysis.html_report.stored_runs import StoredRun
-from moebench.experiment.plan import BACKWARD
 from moebench.reporting.formatting import format_signed
 from moebench.reporting.html.axis import Axis, Tick
-from moebench.runs.result import RunResult
+from moebench.runs.journal import Point
 
 WIDTH, HEIGHT = 180, 118
 """Of the plotting area of a panel, in units of its view box."""
 MAX_POINTS = 80
 """Of a line; longer ones are drawn by evenly spaced points."""
-AXES = {
-    "tokens": "training tokens",
-    "FLOPs": "FLOPs of training, measured",
-    "seconds": "seconds of training, at the median step",
-}
+
+
+@dataclass(frozen=True, kw_only=True)
+class XAxis:
+    """What curves are drawn over."""
+
+    name: str
+    label: str
+    of_step: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    """Arm -> step -> position; empty: steps themselves."""
+    problem: str = ""
+    """Why arms cannot be compared on it, as a clause; empty if they can."""
+
+
+STEPS = XAxis(name="steps", label="optimizer steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +62,7 @@ class CurveChart:
 
     name: str
     label: str
+    problem: str
     panels: tuple[Panel, ...]
     baseline: str
     """The line of the baseline, drawn in each panel."""
@@ -57,80 +72,57 @@ class CurveChart:
     y_ticks: tuple[Tick, ...]
 
 
-def build_curves(comparison: Comparison, runs: Sequence[StoredRun]) -> tuple[CurveChart, ...]:
-    """Return one chart for each axis; none before the first evaluation."""
-    by_arm: dict[str, dict[int, StoredRun]] = {}
+def build_curves(
+    comparison: Comparison, runs: Sequence[StoredRun], axes: Sequence[XAxis] = (STEPS,)
+) -> tuple[CurveChart, ...]:
+    """Return one chart for each axis that arms have; none before the first evaluation."""
+    points: dict[str, dict[int, Sequence[Point]]] = {}
     for run in runs:
-        by_arm.setdefault(run.arm, {})[run.seed] = run
+        points.setdefault(run.arm, {})[run.seed] = run.points
     curves = []
     for arm in select_arms(comparison):
-        points = {seed: run.points for seed, run in by_arm.get(arm.arm, {}).items()}
-        curve = average_seeds(arm.arm, points, f"eval/{comparison.metric}")
+        curve = average_seeds(arm.arm, points.get(arm.arm, {}), f"eval/{comparison.metric}")
         if curve is not None:
             curves.append(replace(curve, num_diverged=arm.num_diverged))
-    done = {arm: [run.result for run in seeds.values() if is_done(run.result)] for arm, seeds in by_arm.items()}
-    charts = [_build_chart(comparison, name, curves, done) for name in AXES if curves]
-    return tuple(chart for chart in charts if chart is not None)
+    charts = []
+    for axis in axes:
+        panel = CurvePanel(metric=comparison.metric, x_label=axis.label, x_of_step=axis.of_step)
+        placed = [on_axis for curve in curves if (on_axis := panel.place(curve))]
+        if placed:
+            charts.append(_build_chart(comparison, axis, placed))
+    return tuple(charts)
 
 
-def is_done(result: RunResult | None) -> bool:
-    """Return whether there is a result of a run that was trained to its end."""
-    return result is not None and result.status == "done"
-
-
-def _build_chart(
-    comparison: Comparison,
-    name: str,
-    curves: Sequence[LearningCurve],
-    done: Mapping[str, Sequence[RunResult | None]],
-) -> CurveChart | None:
-    """Return the chart over one axis, of the arms that have a finished run which says what a step costs."""
-    cost = {curve.arm: _compute_step_cost(name, done.get(curve.arm, ())) for curve in curves}
-    shown = [curve for curve in curves if cost[curve.arm]]
-    if not shown:
-        return None
-    x = {curve.arm: curve.steps * cost[curve.arm] for curve in shown}
-    low, high = find_limits(shown, max(float(curve.steps[-1]) for curve in shown))
-    x_axis = Axis(low=0.0, high=max(float(values[-1]) for values in x.values()) * 1.02)
-    y_axis = Axis(low=low, high=high)
-    lines = {curve.arm: _format_points(x_axis, y_axis, x[curve.arm], curve.means) for curve in shown}
-    panels = []
-    for curve in shown:
-        edge = np.concatenate([x[curve.arm], x[curve.arm][::-1]])
-        band = _format_points(x_axis, y_axis, edge, np.concatenate([curve.highs, curve.lows[::-1]]))
-        difference = comparison.find_difference(curve.arm)
-        has_change = difference is not None and difference.mean is not None
-        panels.append(
-            Panel(
-                arm=curve.arm,
-                label=format_curve_label(curve, is_visible=True),
-                tone=find_tone(comparison, curve.arm),
-                line=lines[curve.arm],
-                band=band if curve.num_seeds > 1 else "",
-                change=format_signed(difference.mean) if has_change and difference and difference.mean else "",
-            )
-        )
+def _build_chart(comparison: Comparison, axis: XAxis, curves: Sequence[LearningCurve]) -> CurveChart:
+    last = max(float(curve.steps[-1]) for curve in curves)
+    low, high = find_limits(curves, last)
+    x_axis, y_axis = Axis(low=0.0, high=last * 1.02), Axis(low=low, high=high)
+    lines = {curve.arm: _format_points(x_axis, y_axis, curve.steps, curve.means) for curve in curves}
     return CurveChart(
-        name=name,
-        label=AXES[name],
-        panels=tuple(panels),
+        name=axis.name,
+        label=axis.label,
+        problem=axis.problem,
+        panels=tuple(_build_panel(comparison, curve, lines[curve.arm], x_axis, y_axis) for curve in curves),
         baseline=lines.get(comparison.baseline, ""),
-        is_point=max(len(curve.steps) for curve in shown) == 1,
+        is_point=max(len(curve.steps) for curve in curves) == 1,
         x_ticks=tuple(x_axis.find_ticks(3)),
         y_ticks=tuple(y_axis.find_ticks(4)),
     )
 
 
-def _compute_step_cost(axis: str, results: Sequence[RunResult | None]) -> float:
-    """Return what a step of an arm costs on an axis, mean over its finished runs; 0 where it is not known."""
-    costs = []
-    for result in results:
-        assert result is not None
-        tokens = result.cost.get("train_tokens", 0.0) / max(result.step, 1)
-        flops = tokens * result.cost.get("train_flops_per_token", 0.0) * (1 + BACKWARD)
-        costs.append({"tokens": tokens, "FLOPs": flops, "seconds": result.throughput.get("step_s", 0.0)}[axis])
-    mean = fmean(costs) if costs else 0.0
-    return mean if np.isfinite(mean) else 0.0
+def _build_panel(comparison: Comparison, curve: LearningCurve, line: str, x_axis: Axis, y_axis: Axis) -> Panel:
+    edge = np.concatenate([curve.steps, curve.steps[::-1]])
+    band = _format_points(x_axis, y_axis, edge, np.concatenate([curve.highs, curve.lows[::-1]]))
+    difference = comparison.find_difference(curve.arm)
+    change = None if difference is None else difference.mean
+    return Panel(
+        arm=curve.arm,
+        label=format_curve_label(curve, is_visible=True),
+        tone=find_tone(comparison, curve.arm),
+        line=line,
+        band=band if curve.num_seeds > 1 else "",
+        change="" if change is None else format_signed(change),
+    )
 
 
 def _format_points(x_axis: Axis, y_axis: Axis, x: Values, y: Values) -> str:

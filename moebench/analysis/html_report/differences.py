@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from moebench.analysis.compare.shown_arms import find_tone
 from moebench.analysis.compare.values import Comparison
-from moebench.analysis.html_report.shown_arms import find_tone
 from moebench.reporting.formatting import format_signed, format_with_interval
 from moebench.reporting.html.axis import Axis, Tick
 
@@ -28,6 +28,8 @@ class Forest:
 
     rows: tuple[ForestRow, ...]
     zero: float
+    margin: tuple[float, float] | None
+    """Where equivalence is; None before the baseline has a mean."""
     ticks: tuple[Tick, ...]
     title: str
     better: str
@@ -43,6 +45,7 @@ def build_forest(comparison: Comparison) -> Forest | None:
     shown = [bound for pair in pairs if pair.mean is not None for bound in (pair.mean, *(pair.interval or ()))]
     if not shown:
         return None
+    margin = comparison.margin_value
     axis = Axis.of([0.0, *shown])
     rows = tuple(
         ForestRow(
@@ -59,6 +62,7 @@ def build_forest(comparison: Comparison) -> Forest | None:
     return Forest(
         rows=rows,
         zero=axis.place(0.0),
+        margin=None if margin is None else (_clip(axis.place(-margin)), _clip(axis.place(margin))),
         ticks=tuple(axis.find_ticks(4)),
         title=f"{comparison.metric.replace('_', ' ')} minus {comparison.baseline}",
         better="left" if comparison.lower_is_better else "right",

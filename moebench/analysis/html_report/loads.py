@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from moebench.analysis.compare.shown_arms import find_tone, select_arms
 from moebench.analysis.compare.statistics import Values
 from moebench.analysis.compare.values import Comparison
-from moebench.analysis.html_report.shown_arms import find_tone, select_arms
 from moebench.analysis.html_report.stored_runs import Loads, StoredRun
 from moebench.reporting.formatting import format_percent, format_plural
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from moebench.analysis.compare.shown_arms import find_tone, select_arms
 from moebench.analysis.compare.values import ArmSummary, Comparison
-from moebench.analysis.html_report.shown_arms import find_tone, select_arms
 from moebench.experiment.plan import BACKWARD
 from moebench.reporting.html.axis import Axis, Tick
 

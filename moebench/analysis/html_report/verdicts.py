@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from moebench.analysis.compare.shown_arms import find_tone
 from moebench.analysis.compare.values import BEST, Comparison
-from moebench.analysis.html_report.shown_arms import find_tone
-from moebench.reporting.formatting import format_plural
+from moebench.analysis.compare.verdict import DECIDED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class Sentence:
 
 def describe_arms(comparison: Comparison) -> tuple[Sentence, ...]:
     """Return a sentence for each arm but the baseline: decided ones first, then by their distance from it."""
-    order = {"good": 0, "bad": 1, "open": 2, "warn": 3}
+    order = {"good": 0, "bad": 1, "same": 2, "open": 3, "warn": 4}
     sign = 1 if comparison.lower_is_better else -1
     pairs = sorted(
         comparison.differences,
@@ -38,11 +38,11 @@ def describe_outcome(comparison: Comparison) -> str:
     verdicts = [difference.verdict for difference in comparison.differences]
     if not verdicts:
         return f"{comparison.baseline} is the only arm."
-    counts = {verdict: verdicts.count(verdict) for verdict in ("better", "worse")}
+    counts = {verdict: verdicts.count(verdict) for verdict in DECIDED}
+    parts = [f"{count} {verdict}" for verdict, count in counts.items() if count]
     rest = len(verdicts) - sum(counts.values())
-    if not any(counts.values()):
+    if not parts:
         others = "The other arm is not" if rest == 1 else f"None of the {rest} other arms is"
         return f"{others} shown to differ from {comparison.baseline}."
-    parts = [f"{count} {verdict}" for verdict, count in counts.items() if count]
-    of_all = f"Of {format_plural(len(verdicts), 'other arm')}, {' and '.join(parts)} than {comparison.baseline}"
-    return f"{of_all}; {rest} undecided." if rest else f"{of_all}."
+    compared = f"Compared with {comparison.baseline}: {', '.join(parts)}"
+    return f"{compared}, {rest} without a verdict." if rest else f"{compared}."

@@ -9,15 +9,15 @@ from statistics import fmean
 
 import numpy as np
 
-from moebench.analysis.compare.experiment import read_results
-from moebench.analysis.compare.values import Split
+from moebench.analysis.compare.experiment import list_trained_cells, read_results
+from moebench.analysis.compare.values import ComparisonMetric, Split
 from moebench.analysis.fairness.conditions import RunConditions, find_time_problem, read_conditions
 from moebench.analysis.fairness.run_curve import compute_training_flops
 from moebench.analysis.pooled.effective_compute import SizePairs
+from moebench.analysis.pooled.experiments import name_uniquely
 from moebench.errors import UsageError
 from moebench.experiment.axes import ARM
 from moebench.experiment.grid import Experiment
-from moebench.experiment.tuning import settle
 from moebench.runs.result import Fault, RunResult
 from moebench.tasks.task import TASKS
 
@@ -115,16 +115,18 @@ class Ladder:
 def read_ladder(
     experiments: Sequence[Experiment], results: Path, split: Split = "test", *, ignore_conditions: bool = False
 ) -> Ladder:
-    """Read the runs of experiments as a ladder; raise UsageError for several tasks or baselines."""
+    """Read the runs of experiments as a ladder; raise UsageError for several tasks or baselines, and repeated runs."""
+    named = name_uniquely(experiments)
     tasks = dict.fromkeys(cell.config.task.name for experiment in experiments for cell in experiment.cells)
     if len(tasks) > 1:
         raise UsageError(f"effective compute: got the tasks {', '.join(tasks)}; allowed: one task at several sizes")
     facts = TASKS.get(next(iter(tasks))).facts
-    baselines = {_name_parts(experiment, experiment.baseline)[0]: experiment.name for experiment in experiments}
+    baselines = {_name_parts(experiment, experiment.baseline)[0]: name for name, experiment in named.items()}
     if len(baselines) > 1:
         given = ", ".join(f"{arm} in {name}" for arm, name in baselines.items())
         raise UsageError(f"effective compute: different baselines ({given}); choose one with baseline=ARM")
-    sizes = [size for experiment in experiments for size in _read_sizes(experiment, results, facts.metric, split)]
+    metric = ComparisonMetric(name=facts.metric, lower_is_better=facts.lower_is_better, split=split)
+    sizes = [size for name, experiment in named.items() for size in _read_sizes(name, experiment, results, metric)]
     [baseline] = baselines
     kept = [size for size in sizes if size.runs.get(baseline)]
     if not kept:
@@ -142,15 +144,17 @@ def read_ladder(
     )
 
 
-def _read_sizes(experiment: Experiment, results: Path, metric: str, split: Split) -> list[LadderSize]:
+def _read_sizes(
+    experiment_name: str, experiment: Experiment, results: Path, metric: ComparisonMetric
+) -> list[LadderSize]:
     """Return a size for each combination of values of the grid keys that make sizes."""
     sizes: dict[str, dict[str, dict[int, RunResult]]] = {}
     diverged: dict[str, Counter[str]] = {}
-    for run in read_results(settle(experiment, results).cells, results):
+    for run in read_results(list_trained_cells(experiment, results), results):
         arm, scale = _name_parts(experiment, run.arm)
-        name = f"{experiment.name} ({scale})" if scale else experiment.name
-        values = run.metrics if split == "test" else run.validation
-        if run.status == "done" and isfinite(values.get(metric, float("nan"))):
+        name = f"{experiment_name} ({scale})" if scale else experiment_name
+        values = run.metrics if metric.split == "test" else run.validation
+        if run.status == "done" and isfinite(values.get(metric.name, float("nan"))):
             sizes.setdefault(name, {}).setdefault(arm, {})[run.seed] = replace(run, arm=arm)
         elif run.fault == Fault.DIVERGED or run.status == "done":
             diverged.setdefault(name, Counter())[arm] += 1

@@ -99,7 +99,7 @@ def test_runs_in_common_are_refused(ladder, tmp_path):
         name_uniquely([ladder[0], ladder[0]])
     (tmp_path / "other").mkdir()
     other = write_experiment(tmp_path / "other", "S0", "model.d_model=24")
-    assert [e.name for e in name_uniquely([ladder[0], other])] == [ladder[0].file, other.file]
+    assert [*name_uniquely([ladder[0], other])] == [ladder[0].file, other.file]
 
 
 def test_one_task_and_one_baseline(ladder, tmp_path):

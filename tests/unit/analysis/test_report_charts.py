@@ -1,0 +1,102 @@
+"""The parts of a report, by hand."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from support.comparison_runs import list_cells, make_results
+
+from moebench.analysis.compare.comparison import compare
+from moebench.analysis.compare.shown_arms import select_names
+from moebench.analysis.html_report.differences import build_forest
+from moebench.analysis.html_report.domains import build_domain_tables
+from moebench.analysis.html_report.loads import average_loads, build_heat_maps
+from moebench.analysis.html_report.pareto import build_pareto, place_labels
+from moebench.analysis.html_report.settings import flatten_settings
+from moebench.analysis.html_report.stored_runs import StoredRun
+from moebench.analysis.html_report.verdicts import describe_arms, describe_outcome
+
+RESULTS = make_results({"dense": 0.0, "switch": -0.1, "hash": 0.2})
+COMPARISON = compare(RESULTS, expected=list_cells(RESULTS), baseline="dense")
+RUNS = [StoredRun(arm=result.arm, seed=result.seed, result=result) for result in RESULTS]
+
+
+def test_the_best_and_the_worst_of_many_arms_are_shown() -> None:
+    values = {f"arm{index}": float(index) for index in range(20)}
+    names = {f"arm{index}" for index in (0, 1, 2, 3, 4, 5, 9, 15, 16, 17, 18, 19)}
+    assert select_names(values, "arm9", lower_is_better=True) == names
+    assert len(select_names(values, None, lower_is_better=False)) == 12
+    assert select_names({"a": 1.0}, "b", lower_is_better=True) == {"a"}
+
+
+def test_sentences_state_difference_interval_seeds_and_correction() -> None:
+    better, worse = describe_arms(COMPARISON)
+    # 2.776 * 0.0015811 / sqrt(5) = 0.00196
+    assert better.text == (
+        "switch is better than dense: −0.1000 bits per byte, 95 % interval −0.1020 to −0.0980 (5 paired seeds, paired t"
+        " test, p <0.001 after Holm's correction for 2 comparisons)."
+    )
+    assert (better.tone, worse.tone) == ("good", "bad")
+    assert describe_outcome(COMPARISON) == "Of 2 other arms, 1 better and 1 worse than dense."
+
+
+def test_the_forest_is_ordered_and_on_one_axis() -> None:
+    forest = build_forest(COMPARISON)
+    assert forest is not None
+    assert [row.arm for row in forest.rows] == ["switch", "hash"]
+    first, second = forest.rows
+    assert first.mean is not None
+    assert second.mean is not None
+    # -0.1 and 0.2: zero is at a third of the way between them.
+    assert (forest.zero - first.mean) / (second.mean - first.mean) == pytest.approx(1 / 3)
+    assert len(first.seeds) == 5
+
+
+def test_experts_are_sorted_before_seeds_are_averaged() -> None:
+    loads = [{"0": [1.0, 3.0], "1": [2.0, 2.0]}, {"0": [6.0, 2.0], "1": [0.0, 0.0]}]
+    profile = average_loads(loads)
+    assert list(profile) == ["0"]  # a seed has no token in layer 1
+    np.testing.assert_allclose(profile["0"], [1.5, 0.5])
+
+
+def test_a_heat_map_draws_equal_neighbours_as_one() -> None:
+    runs = [StoredRun(arm="switch", seed=0, loads={"0": [10.0, 10.0, 10.0, 0.0, 0.0, 0.0, 0.0, 0.0]})]
+    (heat,) = build_heat_maps(COMPARISON, runs)
+    assert heat.shapes[0] == "M3 0h5v1h-5z"  # dead
+    assert heat.shapes[6] == "M0 0h3v1h-3z"  # 2.67 times an even load
+    assert heat.caption == "8 experts, 1 layer; busiest 2.7 × even; 1 seed"
+
+
+def test_arms_that_no_other_beats_at_lower_cost_are_efficient() -> None:
+    costs = {"dense": 1.0, "switch": 2.0, "hash": 3.0}
+    arms = tuple(
+        replace(arm, cost={"total_params": 1e6 * costs[arm.arm]}, tokens_per_s=None) for arm in COMPARISON.arms
+    )
+    (chart,) = build_pareto(replace(COMPARISON, arms=arms))
+    assert chart.label == "total parameters"
+    assert {mark.arm for mark in chart.marks if mark.is_efficient} == {"dense", "switch"}
+
+
+def test_names_in_a_chart_do_not_cover_each_other() -> None:
+    arms = tuple(replace(arm, cost={"total_params": 1e6}, tokens_per_s=None) for arm in COMPARISON.arms)
+    (chart,) = build_pareto(replace(COMPARISON, arms=arms))
+    marks = [replace(chart.marks[0], arm=f"arm{index}", x=100.0, y=100.0, label="") for index in range(30)]
+    labels = [(mark.anchor, mark.label_x, mark.label_y) for mark in place_labels(marks) if mark.label]
+    assert len(labels) == len(set(labels)) < 30
+
+
+def test_differences_by_domain_are_paired_and_shaded() -> None:
+    tables = build_domain_tables(COMPARISON, RUNS)
+    assert tables is not None
+    assert [column.header for column in tables.means.columns] == ["arm", "code", "law"]
+    arm, code, law = tables.differences.rows[0]
+    assert (arm, code, law) == ("switch", "−0.1000", "−0.1000")
+    assert code.interval == pytest.approx((-0.10196, -0.09804), abs=1e-5)
+    assert tables.shades == (("", "good-2", "good-2"), ("", "bad-4", "bad-4"))
+
+
+def test_settings_are_flat_and_without_the_seed() -> None:
+    nested = {"seed": 1, "train": {"steps": 5, "clip": None}, "router": {"losses": {"z": 0.1}, "name": "x"}}
+    assert flatten_settings(nested) == {
+        "train.steps": "5", "train.clip": "null", "router.losses.z": "0.1", "router.name": "x"
+    }  # fmt: skip
