@@ -91,29 +91,35 @@ def compare(
     baseline: str | None = None,
     split: "Split" = "test",
     allow_mismatch: bool = False,
+    margin: float | None = None,
 ) -> "Comparison":
     """Compare arms with a baseline over paired seeds, as `moebench compare` does.
 
     `runs`: an experiment, its file or name, or ids of runs (a column of `load_runs`). `baseline`: an arm; None takes
     that of the experiment, or "dense" among runs. `split`: "test" or "validation". `allow_mismatch`: give arms of
-    unequal cost a verdict. The value has `to_dict()`; `to_text` makes tables of it.
+    unequal cost a verdict. `margin`: the share of the baseline's mean below which arms are equivalent; None takes that
+    of the experiment, 0.01. The value has `to_dict()`; `to_text` makes tables of it.
     """
     from dataclasses import replace
 
     from moebench.analysis.compare.experiment import compare_experiment
     from moebench.experiment.files import find_experiment
     from moebench.experiment.grid import Experiment, expand
+    from moebench.schema import DEFAULT_MARGIN, check_margin
 
+    if margin is not None:
+        check_margin(margin, "margin")
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
     if not isinstance(runs, Experiment | str | Path):
-        return _compare_runs(list(runs), Path(results), baseline, split, allow_mismatch=allow_mismatch)
+        share = DEFAULT_MARGIN if margin is None else margin
+        return _compare_runs(list(runs), Path(results), baseline, split, allow_mismatch=allow_mismatch, margin=share)
     if isinstance(runs, str | Path):
         runs = expand(find_experiment(str(runs)), finished_in=Path(results))
     experiment = runs
     if baseline is not None:
         experiment = replace(experiment, baseline=baseline)
-    return compare_experiment(experiment, Path(results), allow_mismatch=allow_mismatch, split=split)
+    return compare_experiment(experiment, Path(results), allow_mismatch=allow_mismatch, split=split, margin=margin)
 
 
 def to_text(comparison: "Comparison", width: int = 100) -> str:
@@ -175,7 +181,7 @@ def _as_experiment(experiment: "Experiment | str | Path") -> "Experiment":
 
 
 def _compare_runs(
-    ids: Sequence[str], results: Path, baseline: str | None, split: "Split", *, allow_mismatch: bool
+    ids: Sequence[str], results: Path, baseline: str | None, split: "Split", *, allow_mismatch: bool, margin: float
 ) -> "Comparison":
     from dataclasses import replace
 
@@ -195,7 +201,7 @@ def _compare_runs(
         run_results,
         expected=[(cell["arm"], cell["seed"], cell["id"]) for cell in cells],
         baseline=baseline or (DEFAULT_BASELINE if DEFAULT_BASELINE in arms else arms[0]),
-        metric=ComparisonMetric(name=facts.metric, lower_is_better=facts.lower_is_better, split=split),
+        metric=ComparisonMetric(name=facts.metric, lower_is_better=facts.lower_is_better, split=split, margin=margin),
         allow_mismatch=allow_mismatch,
     )
     trivial = find_baselines_of_runs(cells, run_results, comparison.baseline, results, split)

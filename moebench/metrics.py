@@ -4,64 +4,14 @@ Headers and number formats of tables, legends, `moebench list metrics` and docs/
 compares the declarations with what runs record. Tasks and routers of plugins may record further metrics.
 """
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
 
-Direction = Literal["lower", "higher", "neither"]
-Format = Literal["number", "signed", "count", "percent", "whole percent", "p", ".0f", ".1f", ".2f", ".3f"]
-"""How tables write a value (see `moebench.reporting.metrics`)."""
+from moebench.metric import Direction, Format, Metric, MetricGroup
 
-VARIABLE = re.compile(r"[A-Z]{3,}")
-"""A word in capitals is a placeholder for a name: `balance/NAME`."""
 VALIDATION, TEST, STEP = "eval/", "test/", "train/"
 """Prefixes of recorded names: the validation split, the test split, one logged training step."""
 RESOURCES = "resources/"
 """Prefix, in MLflow alone, of cost and speed of the finished run, which result.json has without."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """One metric, or a family of them whose name has a variable part."""
-
-    name: str
-    """As in result.json; in the journal and in MLflow one of `prefixes` may precede it."""
-    header: str = ""
-    """Column header; empty: no table shows it."""
-    unit: str = ""
-    format: Format = "number"
-    better: Direction = "neither"
-    meaning: str
-    """One sentence."""
-    prefixes: tuple[str, ...] = ()
-    suffix: str = ""
-    """Variable part that may follow the name after a slash."""
-
-    def matches(self, recorded_name: str) -> bool:
-        """Return whether this is the metric that a journal, a result or MLflow calls `recorded_name`."""
-        return bool(self._pattern.fullmatch(recorded_name))
-
-    @property
-    def is_family(self) -> bool:
-        """Whether the name has a variable part."""
-        return bool(VARIABLE.search(self.name))
-
-    @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        prefix = f"(?:{'|'.join(self.prefixes)})?" if self.prefixes else ""
-        return re.compile(prefix + VARIABLE.sub(".+", re.escape(self.name)) + ("(?:/.+)?" if self.suffix else ""))
-
-
-@dataclass(frozen=True, kw_only=True)
-class MetricGroup:
-    """Metrics that are measured together."""
-
-    title: str
-    about: str
-    """Where they are measured and recorded."""
-    metrics: tuple[Metric, ...]
 
 
 Declaration = tuple[str, str, str, Format, Direction, str]
@@ -130,22 +80,8 @@ LOAD: tuple[Declaration, ...] = (
     ),
 )
 DROPS: tuple[Declaration, ...] = (
-    (
-        "train_drop_rate",
-        "in training",
-        "share",
-        "percent",
-        "lower",
-        "Share of assignments dropped, mean over all steps.",
-    ),
-    (
-        "train_unserved",
-        "",
-        "share",
-        "percent",
-        "lower",
-        "Share of tokens that no expert computed, mean over all steps.",
-    ),
+    ("train_drop_rate", "in training", "share", "percent", "lower", "Assignments dropped, mean over all steps."),
+    ("train_unserved", "", "share", "percent", "lower", "Tokens that no expert computed, mean over all steps."),
 )
 TRAINING: tuple[Declaration, ...] = (
     ("loss/task", "", "", "number", "lower", "Loss of the task without auxiliary losses."),
@@ -233,9 +169,11 @@ COMPARISON: tuple[Declaration, ...] = (
     ("mean/ARM", "", "", "number", "neither", "The same of one arm; in MLflow."),
     ("difference/ARM", "", "", "number", "neither", "An arm minus the baseline, over common seeds; in MLflow."),
     ("p", "p", "", "p", "lower", "P value of the paired t-test."),
-    ("p_holm", "p Holm", "", "p", "lower", "P value of the paired t-test, corrected for all comparisons."),
+    ("p_pooled", "p pooled", "", "p", "lower", "P value of the difference by the noise of all arms together."),
+    ("p_holm", "p Holm", "", "p", "lower", "The larger of p and p pooled, corrected for all comparisons."),
+    ("p_equivalence_holm", "p TOST", "", "p", "lower", "Two one-sided tests against the margin, 5 seeds or more."),
     ("p_exact", "exact p", "", "p", "lower", "Sign flips, 6 seeds or more, not corrected."),
-    ("effect_sd", "seed SD", "", "signed", "neither", "The difference over the SD between seeds."),
+    ("effect_sd", "Hedges g", "", "signed", "neither", "The difference over the SD between seeds, unbiased."),
     (
         "smallest_detectable",
         "detectable",
@@ -297,13 +235,7 @@ GROUPS = (
         stem="parallel/",
         prefixes=(RESOURCES,),
     ),
-    _group(
-        "System",
-        "Of the first process at a logged training step, for the machine's load; no result depends on it. In the"
-        " journal.",
-        SYSTEM,
-        stem="system/",
-    ),
+    _group("System", "Of the first process at a logged training step. In the journal.", SYSTEM, stem="system/"),
     _group("Cost", f"In the result. Planned: before the run. Executed: {EXECUTED}.", COST, prefixes=(RESOURCES,)),
     _group("Speed", "Of the whole run; in the result.", SPEED, prefixes=(RESOURCES,)),
     _group("Comparison", "Of `moebench compare` and `moebench curve`, from several runs.", COMPARISON),

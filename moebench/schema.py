@@ -250,6 +250,14 @@ MAX_CELLS = 20_000
 """Of one experiment: a longer grid takes minutes to check, and is mostly a mistake of anchors or ranges."""
 
 
+DEFAULT_MARGIN = 0.01
+
+
+def check_margin(margin: float, key: str) -> None:
+    """Raise UsageError unless the margin of equivalence is a share of the baseline's mean."""
+    require(0 < margin < 1, key, margin, "above 0 and below 1: a share of the baseline's mean")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
     """An experiment file: a question, a base configuration, a grid and seeds."""
@@ -266,10 +274,13 @@ class ExperimentConfig:
     """Named preset below `base` (`moebench list sizes`): model, tokens, batch, learning rate; `--size` is above it."""
     baseline: str | None = None
     """The arm that the others are compared with; null: the first."""
+    margin: float = DEFAULT_MARGIN
+    """`compare` calls arms equivalent that differ by less than this share of the baseline's mean (from 5 seeds)."""
     tune: TuneConfig = field(default_factory=TuneConfig)
     """Settings that each arm chooses on validation before it is trained; null on the command line: none."""
 
     def __post_init__(self) -> None:
+        check_margin(self.margin, "margin")
         repeated = sorted(set(self.seeds) & set(self.tune.seeds)) if self.tune.grid else []
         require(not repeated, "tune.seeds", f"{repeated}, which are in seeds", "seeds that are not reported")
         require(len(self.seeds) > 0, "seeds", self.seeds, "a list with at least one seed")

@@ -1,9 +1,10 @@
-"""Take screenshots of the MLflow pages of a results folder for the README.
+"""Take screenshots of the MLflow pages of a results folder for the documentation.
 
-    python scripts/screenshot_ui.py RESULTS OUT.png [EXPERIMENT]
+    python scripts/screenshot_ui.py RESULTS FOLDER [EXPERIMENT]
 
-Writes OUT.png (runs and charts of the experiment) and OUT-load.png (the load figure of one run). Requires chromium and
-chromedriver.
+Writes mlflow.png (curves grouped by router), mlflow-table.png (the runs in groups), mlflow-experiment.png (the run of
+the experiment, with the verdicts), mlflow-comparison.png (its table of the comparison), mlflow-run.png (the curves of
+one run), mlflow-load.png (its load figure) and, if there is one, mlflow-report.png. Requires chromium and chromedriver.
 """
 
 import shutil
@@ -17,8 +18,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moebench.runs.experiment_summary import REPORT_FILE
 from moebench.tracking.address import default_uri
+from moebench.tracking.bookkeeping import CELL
+from moebench.tracking.experiment_run import TABLE
 from moebench.tracking.quiet import silence_mlflow
+from moebench.tracking.stored_runs import EXPERIMENT
+from moebench.tracking.views import BY_ROUTER, build_link
+
+LINES = ".js-plotly-plot .scatterlayer path.js-line"
+"""The lines of the charts of a page."""
 
 _FLAGS = (
     "--headless=new",
@@ -32,7 +41,6 @@ _FLAGS = (
     "--disable-dev-shm-usage",
     "--window-size=1600,1000",
 )
-_SEARCH = 'input[placeholder="Search metric charts"]'
 
 
 def find_chromium() -> str | None:
@@ -84,25 +92,42 @@ def open_page(driver: Any, url: str, texts: tuple[str, ...]) -> None:
         wait_for(driver, f"return document.body && document.body.innerText.includes({text!r})", repr(text))
 
 
-def show_charts(driver: Any, url: str, experiment_id: str, parent: str, children: tuple[str, ...]) -> int:
-    """Open the charts of an experiment with expanded child runs; return the number of charts."""
-    open_page(driver, f"{url}/#/experiments/{experiment_id}/runs?compareRunsMode=CHART", (parent,))
-    # Child runs are collapsed at first, and MLflow draws no charts of collapsed runs.
-    unfold = "[data-component-id*=runnamecellrenderer]"
-    wait_for(driver, f"return document.querySelector('{unfold}')", "the button that expands runs").click()
-    for child in children:
-        wait_for(driver, f"return document.body.innerText.includes({child!r})", child)
-    wait_for(driver, "return document.querySelectorAll('.js-plotly-plot').length", "a chart")
-    search = wait_for(driver, f"return document.querySelector({_SEARCH!r})", "the chart search")
-    search.send_keys("eval/bits_per_byte$|loss/task")
-    time.sleep(4)
-    count = wait_for(driver, "return document.querySelectorAll('.js-plotly-plot').length", "a chart")
-    return int(count)
+def show_view(driver: Any, url: str, experiment_id: str, *, is_chart: bool, texts: tuple[str, ...]) -> None:
+    """Open an experiment in the view that `moebench ui` links to: as charts, or as a table of runs in groups."""
+    link = build_link(url, experiment_id, BY_ROUTER)
+    open_page(driver, link if is_chart else link.replace("&compareRunsMode=CHART", ""), texts)
+    if is_chart:
+        wait_for(driver, f"return document.querySelectorAll({LINES!r}).length", "a curve")
+    time.sleep(2)
+
+
+def show_run(driver: Any, url: str, experiment_id: str, run_id: str, texts: tuple[str, ...], tab: str = "") -> None:
+    """Open the page of a run, or one of its tabs."""
+    page = f"{url}/#/experiments/{experiment_id}/runs/{run_id}{tab and '/'}{tab}?workflowType=machine_learning"
+    open_page(driver, page, texts)
+    time.sleep(2)
+
+
+def unfold_description(driver: Any) -> None:
+    """Show all of the description on the page of a run."""
+    button = "[...document.querySelectorAll('button')].find(b => b.innerText.trim() == 'Show more')"
+    wait_for(driver, f"return {button}", "the button 'Show more'").click()
+    time.sleep(1)
+
+
+def read_frame(driver: Any) -> str:
+    """Return the text of the HTML file that a page shows."""
+    frame = wait_for(driver, "return document.querySelector('iframe')", "the frame of the report")
+    driver.switch_to.frame(frame)
+    try:
+        return str(wait_for(driver, "return document.body && document.body.innerText.trim()", "text in the report"))
+    finally:
+        driver.switch_to.default_content()
 
 
 def show_figure(driver: Any, url: str, experiment_id: str, run_id: str, name: str) -> tuple[int, int]:
     """Open a figure of a run and return its size in pixels."""
-    open_page(driver, f"{url}/#/experiments/{experiment_id}/runs/{run_id}/artifacts/{name}", (name,))
+    show_run(driver, url, experiment_id, run_id, (name,), f"artifacts/{name}")
     # The figure is the background of an element, or an image larger than icons.
     figure = (
         "return [...document.querySelectorAll('img, canvas, .rc-image-img, [style*=blob]')]"
@@ -139,7 +164,7 @@ def serve_pages(results: Path) -> Iterator[str]:
 
 
 def main(results: Path, target: Path, experiment: str | None = None) -> None:
-    """Write the two screenshots."""
+    """Write the screenshots."""
     with silence_mlflow():
         from mlflow import MlflowClient
 
@@ -147,15 +172,31 @@ def main(results: Path, target: Path, experiment: str | None = None) -> None:
         candidates = [entry for entry in client.search_experiments() if experiment in (None, entry.name)]
         newest = max(candidates, key=lambda entry: entry.creation_time)
         runs = client.search_runs([newest.experiment_id])
-    children = [run for run in runs if "moebench.arm" in run.data.tags]
-    names = tuple(run.info.run_name for run in children[:2])
-    ids = [run.info.run_id for run in children]
-    run_with_figure = next(i for i in ids if "load.png" in {file.path for file in client.list_artifacts(i)})
+    parent = next(run.info.run_id for run in runs if run.data.tags[CELL] == EXPERIMENT)
+    files = {run.info.run_id: {file.path for file in client.list_artifacts(run.info.run_id)} for run in runs}
+    run_id = next(key for key, names in files.items() if "load.png" in names)
     with serve_pages(results) as url, browser() as driver:
-        show_charts(driver, url, newest.experiment_id, newest.name, names)
-        driver.save_screenshot(str(target))
-        show_figure(driver, url, newest.experiment_id, run_with_figure, "load.png")
-        driver.save_screenshot(str(target.with_name(f"{target.stem}-load{target.suffix}")))
+
+        def save(name: str) -> None:
+            driver.save_screenshot(str(target / f"{name}.png"))
+
+        show_view(driver, url, newest.experiment_id, is_chart=True, texts=("Curves",))
+        save("mlflow")
+        show_view(driver, url, newest.experiment_id, is_chart=False, texts=("Group:",))
+        save("mlflow-table")
+        show_run(driver, url, newest.experiment_id, parent, ("Description",))
+        unfold_description(driver)
+        save("mlflow-experiment")
+        show_run(driver, url, newest.experiment_id, parent, (TABLE, "verdict"), f"artifacts/{TABLE}")
+        save("mlflow-comparison")
+        show_run(driver, url, newest.experiment_id, run_id, ("eval",), "model-metrics")
+        save("mlflow-run")
+        show_figure(driver, url, newest.experiment_id, run_id, "load.png")
+        save("mlflow-load")
+        if REPORT_FILE in files[parent]:
+            show_run(driver, url, newest.experiment_id, parent, (REPORT_FILE,), f"artifacts/{REPORT_FILE}")
+            read_frame(driver)
+            save("mlflow-report")
 
 
 if __name__ == "__main__":

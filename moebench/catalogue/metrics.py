@@ -2,7 +2,8 @@
 
 from dataclasses import asdict
 
-from moebench.metrics import GROUPS, Metric, MetricGroup
+from moebench.metric import Metric, MetricGroup
+from moebench.metrics import GROUPS
 from moebench.reporting.formatting import MISSING
 from moebench.reporting.report import Report
 from moebench.reporting.table import Column, Table

@@ -1,33 +1,32 @@
 """`moebench compare`: which arm is better, by how much, with what confidence."""
 
-import gc
-from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moebench.cli.comparisons import (
+    Choice,
+    check_choice,
+    compare_experiments,
+    compare_one,
+    expand_all,
+    require_one_size,
+)
 from moebench.cli.options import (
     DEFAULT_RESULTS,
     Json,
     Plugins,
     Results,
-    Size,
     add_size,
-    check_plot,
     complete_experiment_or_router,
 )
 from moebench.cli.output import print_report
 from moebench.cli.subjects import are_experiments
-from moebench.errors import UsageError
-from moebench.experiment.files import find_experiment
 
 if TYPE_CHECKING:
-    from moebench.analysis.compare.values import Split
     from moebench.experiment.grid import Experiment
-    from moebench.reporting.report import Report
 
 
 class SplitName(StrEnum):
@@ -41,8 +40,14 @@ EffectiveCompute = Annotated[
     bool,
     typer.Option(
         "--effective-compute",
-        help="What each arm is worth in compute of the baseline, over experiments of several sizes (--size S0,S1,S2).",
+        help="What each arm is worth in compute of the baseline, over several sizes (--size S0 --size S1 --size S2).",
     ),
+]
+
+
+Sizes = Annotated[
+    list[str] | None,
+    typer.Option("--size", help="Named size above the experiment's own (list sizes). Repeatable: several are pooled."),
 ]
 
 
@@ -68,6 +73,14 @@ AllowMismatch = Annotated[
     ),
 ]
 
+Margin = Annotated[
+    float | None,
+    typer.Option(
+        help="Arms are equivalent below this share of the baseline's mean; else `margin` of the experiment, 0.01.",
+        show_default=False,
+    ),
+]
+
 
 def compare(
     names: Annotated[
@@ -79,11 +92,12 @@ def compare(
         ),
     ],
     task: Annotated[str, typer.Option(help="Task of a comparison of routers.")] = "language",
-    size: Size = None,
+    size: Sizes = None,
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
     allow_mismatch: AllowMismatch = False,
     split: SplitOption = SplitName.TEST,
+    margin: Margin = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Write loss curves and differences to this file (PNG, PDF, SVG).")
@@ -100,93 +114,21 @@ def compare(
     still running. Several experiments that share arms are pooled. Given routers instead of an experiment, trains what
     is missing first.
     """
-    sizes = size.split(",") if size else [None]
     overrides = [name for name in names if "=" in name]
     subjects = [name for name in names if "=" not in name]
-    check_plot(plot)
-    has_experiments = are_experiments(subjects)
-    if has_experiments and (effective_compute or len(subjects) * len(sizes) > 1):
-        if plot or axis:
-            raise UsageError(f"--{'plot' if plot else 'axis'}: is for one experiment, got {', '.join(subjects)}")
-        grids = expand_several(subjects, overrides, sizes, plugin or (), results)
-        report = compare_several(grids, results, Choice(split.value, allow_mismatch, effective_compute))
-        print_report(report, json=json, markdown=markdown)
-        return
-    if effective_compute:
-        raise UsageError(f"--effective-compute: needs experiments of several sizes, got routers: {', '.join(subjects)}")
-    from moebench.experiment.grid import expand, expand_routers
-
-    given = add_size(overrides, size)
-    if has_experiments:
-        grid = expand(find_experiment(subjects[0]), given, plugin or (), finished_in=results)
+    choice = Choice(split.value, allow_mismatch, effective_compute, axis.value if axis else None, plot, margin)
+    check_choice(choice)
+    if are_experiments(subjects):
+        grids = expand_all(subjects, overrides, size or [None], plugin or (), results)
+        report = compare_experiments(grids, results, choice)
     else:
-        grid = expand_routers(subjects, task, given, plugin or ())
+        require_one_size(subjects, size, effective_compute=effective_compute)
+        from moebench.experiment.grid import expand_routers
+
+        grid = expand_routers(subjects, task, add_size(overrides, size[0] if size else None), plugin or ())
         train_missing(grid, results, jobs)
-    report = compare_one(grid, results, Choice(split.value, allow_mismatch, axis=axis, plot=plot))
+        report = compare_one(grid, results, choice)
     print_report(report, json=json, markdown=markdown)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What to compare by, and what to add."""
-
-    split: "Split"
-    allow_mismatch: bool
-    effective_compute: bool = False
-    axis: AxisName | None = None
-    plot: Path | None = None
-
-
-def compare_one(grid: "Experiment", results: Path, choice: Choice) -> "Report":
-    """Compare the arms of one experiment, and draw the figure."""
-    from moebench.analysis.compare.experiment import compare_experiment, draw_experiment
-    from moebench.analysis.compare.report import build_report
-    from moebench.analysis.fairness.along_axis import AXIS_LABELS, read_along_axis
-    from moebench.analysis.fairness.experiment import measure_experiment
-    from moebench.analysis.fairness.measure import compare_on_axes
-    from moebench.analysis.fairness.report import add_fairness
-
-    gc.freeze()  # statsmodels collects garbage with every correction: not among the modules, each time
-    comparison = compare_experiment(grid, results, allow_mismatch=choice.allow_mismatch, split=choice.split)
-    arms = measure_experiment(grid, results, comparison)
-    along = read_along_axis(arms, choice.axis.value) if choice.axis else None
-    if choice.plot:
-        x_axis = (AXIS_LABELS[along.axis], along.map_steps()) if along else None
-        draw_experiment(grid, results, choice.plot, comparison, x_axis)
-    fairness = compare_on_axes(arms, ignore_conditions=choice.allow_mismatch)
-    return add_fairness(build_report(comparison), fairness, along)
-
-
-def expand_several(
-    subjects: Sequence[str],
-    overrides: Sequence[str],
-    sizes: Sequence[str | None],
-    plugins: Sequence[str],
-    results: Path,
-) -> "list[Experiment]":
-    """Return every experiment at every size."""
-    from moebench.experiment.grid import expand
-
-    return [
-        expand(find_experiment(subject), add_size(overrides, size), plugins, finished_in=results)
-        for subject in subjects
-        for size in sizes
-    ]
-
-
-def compare_several(grids: "Sequence[Experiment]", results: Path, choice: Choice) -> "Report":
-    """Pool experiments, or estimate effective compute over them."""
-    if choice.effective_compute:
-        from moebench.analysis.pooled.effective_report import build_ladder_report
-        from moebench.analysis.pooled.experiments import name_uniquely
-        from moebench.analysis.pooled.ladder import read_ladder
-
-        return build_ladder_report(read_ladder(name_uniquely(grids), results, choice.split))
-    from moebench.analysis.pooled.experiments import pool_experiments
-    from moebench.analysis.pooled.report import build_pooled_report
-
-    pooled = pool_experiments(grids, results, allow_mismatch=choice.allow_mismatch, split=choice.split)
-    return build_pooled_report(pooled)
 
 
 def train_missing(grid: "Experiment", results: Path, jobs: int) -> None:

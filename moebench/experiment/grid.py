@@ -17,7 +17,7 @@ from moebench.file_access import require_plain_name
 from moebench.plugin_errors import plugin_errors_in_one_line
 from moebench.registry import Plugin, load_plugin, select_plugins
 from moebench.runs.cell import Cell
-from moebench.schema import ExperimentConfig
+from moebench.schema import DEFAULT_MARGIN, ExperimentConfig
 
 BASELINE = "dense"
 """The baseline of `compare ROUTER...`."""
@@ -39,6 +39,8 @@ class Experiment:
     """Arm -> grid key -> label of the arm's value, without keys that mean nothing to the arm."""
     tuning: Tuning | None = None
     """What the arms try before they are trained; until they have chosen (`settle`), `cells` are those of the file."""
+    margin: float = DEFAULT_MARGIN
+    """Differences below this share of the baseline's mean count as equivalence."""
     tuning_of: str = ""
     """The experiment whose tuning runs the cells are; empty: they are to be reported."""
     design: SeedDesign | None = None
@@ -136,6 +138,7 @@ def _build(
             seeds=tuple(config.seeds),
             reserved=tuple(config.tune.seeds) if config.tune.grid else (),
         ),
+        margin=config.margin,
         notes=(
             *arm_notes,
             *note_partial_overrides(cell_overrides, arms, config.grid),

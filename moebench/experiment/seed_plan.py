@@ -168,7 +168,7 @@ def read_seed_plan(record: Mapping[str, Any], key: str) -> SeedPlan:
             entries=tuple(_read_entry(entry) for entry in values["history"]),
             added={arm: _read_seeds(seeds) for arm, seeds in values["added"].items()},
         )
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         name = str(record.get("name", ""))[:40]
         raise UsageError(
             f"record of experiment '{name}': '{RECORD_KEY}' is damaged ({error}); remove this key from it and name the"

@@ -22,6 +22,7 @@ from moebench.runs.cell import Cell
 from moebench.runs.experiment_record import read_record
 from moebench.runs.folder import write_json
 from moebench.runs.trivial_baselines import RECORD_KEY
+from moebench.tasks.task import TASKS
 
 CHECKPOINT_BYTES_PER_PARAM = 12
 """fp32 weight and two moments of AdamW."""
@@ -110,6 +111,7 @@ def record_experiment(results: Path, experiment: Experiment, added: Mapping[str,
         "file": experiment.file,
         "path": str(Path(experiment.file).absolute()),
         "baseline": experiment.baseline,
+        "metric": TASKS.get(experiment.cells[0].config.task.name).facts.metric,
         "cells": [{"id": cell.id, "arm": cell.arm, "seed": cell.seed} for cell in cells],
         "time": time.time(),
     }

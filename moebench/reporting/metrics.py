@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping
 
-from moebench.metrics import METRICS, Format
+from moebench.metric import Format
+from moebench.metrics import METRICS
 from moebench.reporting.formatting import (
     MISSING,
     NumberText,

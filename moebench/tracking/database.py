@@ -57,6 +57,21 @@ def read_points(path: Path, run_id: str) -> Counter[tuple[str, int]]:
         return Counter((str(key), int(step)) for key, step in rows)
 
 
+def read_experiments(path: Path) -> list[tuple[str, str, list[str]]]:
+    """Return id, name and keys of the tags of each experiment that has runs, the one that was changed last first."""
+    query = """
+        select experiment_id, name from experiments where lifecycle_stage = 'active'
+            and exists (select 1 from runs where runs.experiment_id = experiments.experiment_id)
+        order by last_update_time desc, experiment_id desc
+        """
+    with closing(_connect(path, "ro")) as connection:
+        tags: dict[str, list[str]] = {}
+        for experiment, key in connection.execute("select experiment_id, key from experiment_tags"):
+            tags.setdefault(str(experiment), []).append(str(key))
+        rows = connection.execute(query).fetchall()
+    return [(str(experiment), str(name), tags.get(str(experiment), [])) for experiment, name in rows]
+
+
 def drop_doubled_points(path: Path, run_ids: Collection[str]) -> None:
     """Leave the latest of several values that a run has of a metric at a step: a resumed run measured it again."""
     delete = """

@@ -90,7 +90,7 @@ class ExperimentRun:
         recorded = next(iter(read_recorded(self.experiment)), None)
         if self.summary or recorded:
             return self.summary.metric if self.summary else recorded.metric if recorded else ""
-        return str(self.experiment.get("metric") or "")
+        return str(self.experiment.get("metric") or "")[:200]
 
 
 def build_parent_tags(experiment: Mapping[str, Any], name: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -27,7 +28,8 @@ from moebench.tracking.address import (
     sqlite_path,
     sqlite_uri,
 )
-from moebench.tracking.database import ARTIFACTS, find_database_defect, relocate_artifacts
+from moebench.tracking.database import ARTIFACTS, find_database_defect, read_experiments, relocate_artifacts
+from moebench.tracking.views import build_link, choose_view
 
 _START_LIMIT_S = 120.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -68,6 +70,19 @@ def serve(
         finally:
             _stop_process_group(server)
     return 128 + received[0] if received else 1
+
+
+def list_links(results: Path, uri: str | None, url: str) -> dict[str, str]:
+    """Return the address of the charts of each experiment in the UI at `url`, the latest first; none if unreadable."""
+    database = sqlite_path(uri or default_uri(results))
+    if database is None:
+        return {}
+    with contextlib.suppress(sqlite3.Error, OSError):
+        return {
+            name: build_link(url, experiment, choose_view(tags))
+            for experiment, name, tags in read_experiments(database)
+        }
+    return {}
 
 
 def _open_log(log: Path) -> IO[str]:

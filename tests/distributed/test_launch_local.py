@@ -107,7 +107,7 @@ def test_a_run_over_two_processes_is_one_run_for_the_tracker(cli: CommandLine) -
 
         client = MlflowClient(default_uri(cli.folder / "results"))
     experiment = client.get_experiment_by_name("tiny")
-    runs = {run.data.tags["moebench.cell"]: run for run in client.search_runs([experiment.experiment_id])}
+    runs = {run.data.tags["mlflow.moebench.cell"]: run for run in client.search_runs([experiment.experiment_id])}
     assert set(runs) == {"experiment", folder.name}
     assert runs[folder.name].info.status == "FINISHED"
 

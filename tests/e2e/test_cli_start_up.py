@@ -31,7 +31,10 @@ def test_help_imports_nothing_heavy(cli: CommandLine, arguments: str) -> None:
     assert done.stdout.splitlines()[-1] == "[] 0"
 
 
-@pytest.mark.parametrize("command", ["run", "compare", "curve", "plan", "list", "show", "probe", "ui", "sync", "bench"])
+@pytest.mark.parametrize(
+    "command",
+    ["run", "compare", "curve", "scaling", "calibrate", "plan", "list", "show", "probe", "ui", "sync", "bench"],
+)
 def test_every_command_has_help(cli: CommandLine, command: str) -> None:
     ended = cli(command, "--help")
     assert ended.code == 0, ended.err

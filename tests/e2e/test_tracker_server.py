@@ -79,13 +79,13 @@ def test_a_server_is_checked_repaired_and_cleared_as_a_database_is(tmp_path: Pat
     assert [f for f in json.loads(out)["findings"] if f["level"] == "problem"] == [], out
     assert code == 0
     active = "select run_uuid from runs where lifecycle_stage = 'active'"
-    of_cell = f"select run_uuid from tags where key = 'moebench.cell' and value = '{folders[0].name}'"
+    of_cell = f"select run_uuid from tags where key = 'mlflow.moebench.cell' and value = '{folders[0].name}'"
     execute(
         database,
         f"insert into metrics select key, value, timestamp - 5, run_uuid, step, is_nan from metrics where step = 7"
         f" and run_uuid in ({of_cell})",
         f"delete from metrics where step = 3 and key = 'loss/task' and run_uuid not in ({of_cell})",
-        "update tags set value = '{}' where key = 'moebench.cursor'",
+        "update tags set value = '{}' where key = 'mlflow.moebench.cursor'",
         f"update runs set status = 'RUNNING' where run_uuid in ({of_cell})",
     )
     code, out, _ = call("verify", *options)

@@ -24,6 +24,8 @@ from support.tracked_runs import (
 from moebench.errors import UsageError
 from moebench.runs.journal import Journal
 from moebench.tracking.address import default_uri
+from moebench.tracking.bookkeeping import CELL as CELL_TAG
+from moebench.tracking.bookkeeping import CURSOR, DESCRIBED, NON_FINITE, SENT
 from moebench.tracking.mlflow_store import MlflowStore
 from moebench.tracking.quiet import silence_mlflow
 from moebench.tracking.replay import replay
@@ -58,7 +60,7 @@ def stored_runs(results: Path, experiment: str = "quickstart") -> dict[str, Any]
     """Return the runs of an experiment in the tracker, by cell."""
     mlflow = client(results)
     runs = mlflow.search_runs([mlflow.get_experiment_by_name(experiment).experiment_id])
-    return {run.data.tags["moebench.cell"]: run for run in runs}
+    return {run.data.tags[CELL_TAG]: run for run in runs}
 
 
 def count_duplicates(results: Path) -> int:
@@ -76,28 +78,35 @@ def stored_steps(results: Path, cell: str, key: str = "loss/task") -> list[int]:
 def test_everything_of_an_experiment_is_sent(tmp_path: Path) -> None:
     folders = build_experiment(tmp_path)
     report = replay(tmp_path, default_uri(tmp_path))
-    # 30 steps of 2 metrics and 3 evaluations in the journal; then 1 finite result, 1 cost and 1 throughput.
+    # 30 steps of 2 metrics and 3 evaluations in the journal; then 1 finite test metric, 1 cost and 1 speed.
     assert (report.experiments, report.runs, report.values, report.problems) == (1, 4, 4 * 63, ())
     runs = stored_runs(tmp_path)
     parent = runs.pop("experiment")
     assert parent.info.run_name == "quickstart"
     assert parent.info.status == "FINISHED"
-    assert parent.data.tags["moebench.question"] == "Does switch beat dense?"
-    assert parent.data.tags["moebench.status"] == "4 of 4 done"
+    assert parent.data.tags["mlflow.note.content"].startswith("**Does switch beat dense?**")
+    assert parent.data.tags["progress"] == "4 of 4 done"
     run = runs[folders[0].name]
     assert len(runs) == 4
     assert all(r.data.tags["mlflow.parentRunId"] == parent.info.run_id for r in runs.values())
     assert run.info.run_name == "switch seed 0"
     assert run.info.status == "FINISHED"
-    assert run.data.params == {"router.name": "switch", "seed": "0"}
+    assert run.data.params == {"router.name": "switch", "seed": "0", "training.steps": "30"}
     tags = run.data.tags
-    assert tags["moebench.data_digest"] == DIGEST
-    assert (tags["moebench.git_commit"], tags["moebench.git_dirty"]) == ("abc123", "False")
-    assert run.data.metrics["final/bits_per_byte"] == 2.03
-    assert run.data.metrics["final/active_params"] == 1e6
-    assert "final/load/dead_experts" not in run.data.metrics
-    (dataset,) = run.inputs.dataset_inputs
-    assert (dataset.dataset.name, dataset.dataset.digest) == ("shakespeare", DIGEST[:36])
+    visible = {key: value for key, value in tags.items() if not key.startswith("mlflow.")}
+    assert visible.pop("host")
+    assert visible == {"arm": "switch", "seed": "0", "experiment": "quickstart"}
+    assert tags["mlflow.moebench.data_digest"] == DIGEST
+    assert (tags["mlflow.source.git.commit"], tags["mlflow.moebench.git_dirty"]) == ("abc123", "False")
+    assert tags["mlflow.note.content"].startswith("**switch**, seed 0, of the experiment `quickstart`")
+    assert "Done after 30 steps" in tags["mlflow.note.content"]
+    assert run.data.metrics["test/bits_per_byte"] == 2.03
+    assert run.data.metrics["resources/active_params"] == 1e6
+    assert "test/load/dead_experts" not in run.data.metrics  # not a number
+    assert {(d.dataset.name, d.dataset.digest, d.tags[0].value) for d in run.inputs.dataset_inputs} == {
+        ("shakespeare", DIGEST[:36], "training"),
+        ("shakespeare", "e", "test"),
+    }
     history = client(tmp_path).get_metric_history(run.info.run_id, "loss/task")
     assert [(p.step, p.value, p.timestamp) for p in history] == [
         (step, 3 / step + 1, 1000 * (10**9 + step)) for step in range(1, STEPS + 1)
@@ -112,7 +121,7 @@ def test_artifacts_load_table_and_figures_are_sent(tmp_path: Path) -> None:
     run_id = runs[folders[0].name].info.run_id
     names = {file.path for file in mlflow.list_artifacts(run_id)}
     files = {"environment.json", "result.json", "labels.json", "log.txt", "load.png"}
-    assert names == files | {"config.yaml", "load.json"}
+    assert names == files | {"config.yaml", "load.json", "metrics.json"}
     table = json.loads(Path(mlflow.download_artifacts(run_id, "load.json", str(tmp_path))).read_text())
     assert {"path": "load.json", "type": "table"} in json.loads(runs[folders[0].name].data.tags[TABLES])
     assert table["data"][0] == [10, "encoder.1", 19, 2.1053, [10, 2, 3, 4]]
@@ -142,13 +151,13 @@ def test_crash_between_a_batch_and_its_cursor_duplicates_nothing(tmp_path: Path)
     folders = build_experiment(tmp_path)
     replay(tmp_path, default_uri(tmp_path))
     for run in stored_runs(tmp_path).values():
-        for tag in ("moebench.cursor", "moebench.sent", "moebench.described"):
+        for tag in (CURSOR, SENT, DESCRIBED):
             if tag in run.data.tags:
                 client(tmp_path).delete_tag(run.info.run_id, tag)
     replay(tmp_path, default_uri(tmp_path))
     assert count_duplicates(tmp_path) == 0
     assert stored_steps(tmp_path, folders[0].name) == [*range(1, STEPS + 1)]
-    assert len(stored_runs(tmp_path)[folders[0].name].inputs.dataset_inputs) == 1
+    assert len(stored_runs(tmp_path)[folders[0].name].inputs.dataset_inputs) == 2
 
 
 def test_empty_tracker_is_filled_again(tmp_path: Path) -> None:
@@ -206,8 +215,8 @@ def test_failed_run_has_its_reason_and_a_retry_replaces_the_status(tmp_path: Pat
     assert report.non_finite == 2
     run = stored_runs(tmp_path)[folder.name]
     assert run.info.status == "FAILED"
-    assert run.data.tags["moebench.error"] == "loss is not finite at step 13"
-    assert run.data.tags["moebench.non_finite"] == "first: loss/task at step 13"
+    assert run.data.tags["error"] == "loss is not finite at step 13"
+    assert run.data.tags[NON_FINITE] == "first: loss/task at step 13"
     assert max(run.data.metrics.values()) < 1e9
     (folder / "result.json").unlink()
     with Journal(folder / "journal.jsonl") as journal:
@@ -215,7 +224,8 @@ def test_failed_run_has_its_reason_and_a_retry_replaces_the_status(tmp_path: Pat
     write_steps(folder, 1, STEPS)
     write_final_files(folder)
     replay(tmp_path, uri)
-    assert stored_runs(tmp_path)[folder.name].info.status == "FINISHED"
+    run = stored_runs(tmp_path)[folder.name]
+    assert (run.info.status, run.data.tags["error"]) == ("FINISHED", "")
     assert stored_steps(tmp_path, folder.name) == [*range(1, STEPS + 1)]
 
 

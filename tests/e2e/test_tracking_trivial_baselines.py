@@ -33,7 +33,7 @@ def parent_of(results: Path) -> Any:
     experiment = client.get_experiment_by_name("quickstart")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
-    return next(run for run in runs if run.data.tags["moebench.cell"] == "experiment")
+    return next(run for run in runs if run.data.tags["mlflow.moebench.cell"] == "experiment")
 
 
 def test_baselines_are_sent_once_and_change_with_the_record(tmp_path: Path) -> None:
@@ -45,9 +45,11 @@ def test_baselines_are_sent_once_and_change_with_the_record(tmp_path: Path) -> N
         replay(tmp_path, default_uri(tmp_path))
     parent = parent_of(tmp_path)
     assert parent.data.metrics == {"trivial/order-3 n-gram": 1.9, "trivial/bz2 -9": 1.5}
-    assert parent.data.tags["moebench.trivial_baselines"] == MARK
+    assert parent.data.tags["trivial_baselines"] == MARK
     note = parent.data.tags["mlflow.note.content"]
-    assert note.startswith(f"Does switch beat dense?\n\n{MARK}\n\nTrivial baselines, bits_per_byte on the test split:")
+    assert note.startswith(
+        f"**Does switch beat dense?**\n\n{MARK}\n\nTrivial baselines, bits_per_byte on the test split:"
+    )
     assert "- order-3 n-gram (the reference): 1.9000" in note
     client = MlflowClient(default_uri(tmp_path))
     assert len(client.get_metric_history(parent.info.run_id, "trivial/bz2 -9")) == 1
@@ -56,5 +58,5 @@ def test_baselines_are_sent_once_and_change_with_the_record(tmp_path: Path) -> N
     replay(tmp_path, default_uri(tmp_path))
     parent = parent_of(tmp_path)
     assert parent.data.metrics["trivial/order-3 n-gram"] == 2.5
-    assert parent.data.tags["moebench.trivial_baselines"] == "the baseline arm is better than trivial baselines"
+    assert parent.data.tags["trivial_baselines"] == "the baseline arm is better than trivial baselines"
     assert parent.data.tags["mlflow.note.content"] == "my own text"

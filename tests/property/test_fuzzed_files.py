@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from support.tracked_runs import build_cell, write_final_files, write_steps
 
 from moebench.errors import UsageError
+from moebench.experiment.seed_plan import PlanEntry, SeedPlan, read_seed_plan
 from moebench.parallel.checkpoint import VerifiedCheckpointIO, checkpoint_path
 from moebench.parallel.manifest import Manifest
 from moebench.parallel.safe_reader import read_metadata
@@ -43,6 +44,10 @@ def scratch() -> Path:
     return Path(tempfile.mkdtemp(prefix="moebench-fuzz-"))
 
 
+ENTRY = PlanEntry(time=1.0, seeds=(0, 1, 2), final_seeds=(0, 1, 2, 3), num_finished=0)
+PLAN = SeedPlan(entries=(ENTRY,), added={"switch": (3,)})
+
+
 @cache
 def build_run() -> RunFolder:
     """Write a run with every file that a run may have."""
@@ -59,6 +64,7 @@ def build_run() -> RunFolder:
     fields = {"cell": "0" * 12, "records": {"journal.jsonl": {"bytes": 7, "sha256": "0" * 64}}}
     VerifiedCheckpointIO().save_checkpoint(content, checkpoint_path(folder.checkpoints, 3), fields)
     record = {"name": "quickstart", "question": "?", "cells": [cell], "baseline": "switch"}
+    record["seed_plans"] = {"k": PLAN.to_dict()}
     (scratch() / "experiments").mkdir()
     (scratch() / "experiments" / "quickstart.json").write_text(json.dumps(record))
     return folder
@@ -86,7 +92,7 @@ READERS: dict[str, Reader] = {
     "journal": (lambda run: run.journal, lambda run: read_journal(run.journal), (UsageError,)),
     "loads": (lambda run: run.loads, lambda run: read_loads(run.loads), (UsageError,)),
     "labels": (lambda run: run.labels, lambda run: read_label_tables(run.labels), (UsageError,)),
-    "record": (record_file, lambda run: read_record(record_file(run)), (UsageError,)),
+    "record": (record_file, lambda run: read_seed_plan(read_record(record_file(run)), "k"), (UsageError,)),
 }
 
 

@@ -1,6 +1,6 @@
-"""What the statistics guarantee, and what they do not (docs/comparing.md), in simulations.
+"""What the statistics guarantee, and what they do not (docs/statistics.md), in simulations.
 
-Few false claims when all arms are equal, intervals that cover, a detectable difference that is shown.
+Intervals of means, the detectable difference, seeds that are looked at or lost; test_verdict_calibration.py has more.
 """
 
 from dataclasses import replace
@@ -8,27 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy import stats
+from support.verdict_simulation import claim_differences
 
 from moebench.analysis.compare import statistics as st
 from moebench.analysis.compare.comparison import Comparison, compare
 from moebench.runs.result import Fault, RunResult
 
 Array = NDArray[np.float64]
-SKEWED = 0.3
-"""SD of the quiet baseline, that of the skewed arms being 1."""
-
-
-@pytest.mark.parametrize("num_seeds", [3, 5])
-def test_equal_arms_rarely_get_a_verdict(num_seeds):
-    # Six arms without any true difference; the seed moves all of them alike (correlation 0.67).
-    rng = np.random.default_rng(num_seeds)
-    false_claims = 0
-    for _ in range(300):
-        value_AS = rng.normal(0, np.sqrt(2), num_seeds) + rng.normal(0, 1, (6, num_seeds))
-        p_values = [st.paired_difference(value_S, value_AS[0]).p for value_S in value_AS[1:]]
-        # Holm rejects anything at all exactly when the smallest p passes its first step.
-        false_claims += min(p for p in p_values if p is not None) * len(p_values) <= st.ALPHA
-    assert false_claims / 300 <= 0.08
 
 
 @pytest.mark.parametrize("num_seeds", [3, 4, 5, 6, 7, 8])
@@ -39,17 +26,6 @@ def test_intervals_cover_the_truth(num_seeds, heavy_tails):
     value_RS = 1.8 + (rng.standard_t(3, shape) if heavy_tails else rng.normal(0, 1, shape))
     bounds = np.array([st.mean_interval(value_S) for value_S in value_RS])
     assert np.mean((bounds[:, 0] <= 1.8) & (bounds[:, 1] >= 1.8)) >= 0.92
-
-
-def test_difference_intervals_cover_the_truth():
-    rng = np.random.default_rng(1)
-    covered = 0
-    for _ in range(400):
-        seed_S = rng.normal(0, 2, 4)
-        result = st.paired_difference(seed_S + rng.normal(-0.5, 1, 4), seed_S + rng.normal(0, 1, 4))
-        assert result.interval is not None
-        covered += result.interval[0] <= -0.5 <= result.interval[1]
-    assert covered / 400 >= 0.92
 
 
 def draw_arms(rng: np.random.Generator, num_repeats: int, num_seeds: int, *, paired_baseline: bool) -> Array:
@@ -91,19 +67,18 @@ def test_the_detectable_difference_is_shown_in_four_of_five_repeats(num_seeds, p
     assert high < 1
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.parametrize("paired_baseline", [True, False])
 @pytest.mark.parametrize("num_seeds", [3, 5, 8])
-def test_the_detectable_difference_through_the_whole_comparison(num_seeds, monkeypatch):
-    # One sample prints the difference, another has one arm that much better: how often is the verdict "better"?
-    monkeypatch.setattr("gc.collect", lambda: 0)  # statsmodels calls it for every correction
+def test_the_detectable_difference_gets_a_verdict_in_four_of_five_tables(num_seeds, paired_baseline):
+    # One table prints the difference, another has one arm that much better: how often is the verdict "better"? With all
+    # conditions of a verdict, the noise of the table among them; test_verdict_calibration.py shows that `compare`
+    # decides so.
     rng = np.random.default_rng(100 + num_seeds)
-    num_shown = 0
-    for _ in range(800):
-        first_AS, second_AS = draw_arms(rng, 2, num_seeds, paired_baseline=True)
-        second_AS[3] -= compare_simulated(first_AS).differences[2].smallest_detectable
-        num_shown += compare_simulated(second_AS).differences[2].verdict == "better"
-    assert 0.75 <= num_shown / 800 <= 0.85
+    first_RAS, second_RAS = (draw_arms(rng, 4000, num_seeds, paired_baseline=paired_baseline) for _ in range(2))
+    spreads = [st.pooled_spread(value_AS[1:], value_AS[0]) for value_AS in first_RAS]
+    sd_R, df_R = (np.array([getattr(spread, name) for spread in spreads]) for name in ("sd", "df"))
+    second_RAS[:, 3] -= (sd_R * detectable_sds(df_R, num_seeds, 5))[:, None]
+    assert 0.75 <= claim_differences(second_RAS)[:, 2].mean() <= 0.85
 
 
 def test_an_arm_that_varies_more_than_the_others_is_less_often_shown():
@@ -157,42 +132,8 @@ def test_survivors_of_an_equal_arm_never_win():
 
 def p_values(difference_RAS: Array) -> Array:
     """Return p of the paired t-test of each repeat and arm."""
-    result: Array = st.stats.ttest_1samp(difference_RAS, 0, axis=2).pvalue
+    result: Array = stats.ttest_1samp(difference_RAS, 0, axis=2).pvalue
     return result
-
-
-@pytest.mark.parametrize("num_seeds", [3, 5, 8])
-@pytest.mark.parametrize("noise", ["normal", "heavy tails", "unequal"])
-def test_symmetric_noise_leaves_false_verdicts_rare(num_seeds, noise):
-    rng = np.random.default_rng(num_seeds)
-    shape = (10_000, 6, num_seeds)
-    value_RAS = rng.standard_t(3, shape) if noise == "heavy tails" else rng.normal(0, 1, shape)
-    if noise == "unequal":
-        value_RAS *= np.array([1, 1, 2, 2, 4, 4])[:, None]
-    assert 0.015 < (p_values(value_RAS[:, 1:] - value_RAS[:, :1]).min(1) * 5 <= st.ALPHA).mean() < 0.055
-
-
-@pytest.mark.parametrize(("num_seeds", "share"), [(3, 0.09), (5, 0.15), (8, 0.16)])
-def test_rare_bad_seeds_make_false_verdicts_likelier(num_seeds, share):
-    # 5 arms with exponential noise (SD 1), none better than a quiet baseline (SD 0.3).
-    rng = np.random.default_rng(num_seeds)
-    arm_RAS = rng.exponential(1, (10_000, 5, num_seeds)) - 1
-    difference_RAS = arm_RAS - rng.normal(0, SKEWED, (10_000, 1, num_seeds))
-    p_RA = p_values(difference_RAS)
-    is_false_R = p_RA.min(1) * 5 <= st.ALPHA
-    assert is_false_R.mean() == pytest.approx(share, abs=0.01)
-    seems_lower_R = np.take_along_axis(difference_RAS.mean(2), p_RA.argmin(1)[:, None], 1)[:, 0] < 0
-    assert seems_lower_R[is_false_R].mean() > 0.9  # seeds without the bad ones look better than the truth
-    # The p values agree with those of the comparison.
-    assert st.paired_difference(arm_RAS[0, 0], arm_RAS[0, 0] - difference_RAS[0, 0]).p == pytest.approx(p_RA[0, 0])
-
-
-@pytest.mark.parametrize("num_seeds", [3, 5, 8])
-def test_five_intervals_hold_together_in_four_of_five_repeats(num_seeds):
-    value_RAS = draw_arms(np.random.default_rng(num_seeds), 10_000, num_seeds, paired_baseline=True)
-    holds_RA = p_values(value_RAS[:, 1:] - value_RAS[:, :1]) > 1 - st.CONFIDENCE  # the interval has the truth, 0
-    assert holds_RA.mean() == pytest.approx(0.95, abs=0.005)
-    assert holds_RA.all(1).mean() == pytest.approx(0.80, abs=0.02)
 
 
 def test_looking_after_each_seed_makes_false_verdicts_likelier():
@@ -203,10 +144,3 @@ def test_looking_after_each_seed_makes_false_verdicts_likelier():
         seen_R |= p_values(difference_RAS[:, :, :num_seeds]).min(1) * 5 <= st.ALPHA
         share[num_seeds] = seen_R.mean()
     assert [share[n] for n in (3, 6, 10, 20)] == pytest.approx([0.05, 0.13, 0.18, 0.25], abs=0.012)
-
-
-@pytest.mark.parametrize(("num_seeds", "low", "high"), [(3, 0.7, 5.5), (5, 0.9, 4.0), (8, 1.1, 3.4)])
-def test_how_far_an_effect_in_seed_sd_is_from_the_truth(num_seeds, low, high):
-    rng = np.random.default_rng(num_seeds)
-    result = [st.effect_in_seed_sd(rng.normal(2, 1, num_seeds), rng.normal(0, 1, num_seeds)) for _ in range(4000)]
-    assert np.quantile(result, [0.05, 0.95]) == pytest.approx([low, high], abs=0.2)

@@ -326,9 +326,9 @@ def drop_measured(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def drop_throughput(comparison: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a comparison without the throughput of its arms."""
+    """Return a comparison without the throughput of its arms, and without what is read from times."""
     arms = {arm: {k: v for k, v in row.items() if k != "throughput"} for arm, row in comparison["arms"].items()}
-    return {**comparison, "arms": arms}
+    return {**{k: v for k, v in comparison.items() if k != "fairness"}, "arms": arms}
 
 
 def last_step(folder: Path) -> int:

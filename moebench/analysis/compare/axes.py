@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from moebench.analysis.compare.values import ArmSummary, Comparison
+from moebench.analysis.compare.verdict import DECIDED
 from moebench.experiment.axes import ARM
 from moebench.reporting.formatting import MISSING, format_signed, format_with_interval
 from moebench.reporting.table import Column, Table
 
 ROW_KEYS = ("router", ARM, "layout")
 """Grid keys that make rows, and lines of the figure, before others do."""
-DECIDED = ("better", "worse")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from statistics import fmean, median
 from moebench.analysis.compare import statistics as st
 from moebench.analysis.compare.matching import check_matching, compute_cost_ratio, list_unmatched_arms
 from moebench.analysis.compare.pairs import compare_pairs
+from moebench.analysis.compare.rare_bad_seeds import find_rare_bad_seeds
 from moebench.analysis.compare.result_grid import Expected, ResultGrid, arrange_results, note_levels
 from moebench.analysis.compare.settings import note_varied_settings
 from moebench.analysis.compare.values import (
@@ -62,6 +63,7 @@ def compare(
         baseline=baseline,
         arms=tuple(replace(arm, marks=(BEST, *arm.marks)) if arm.arm == best else arm for arm in arms),
         differences=differences,
+        rare_bad_seeds=find_rare_bad_seeds(arms, lower_is_better=metric.lower_is_better),
         failed=grid.failed,
         missing=grid.missing,
         notes=(
@@ -205,4 +207,16 @@ def _notes(grid: ResultGrid, differences: Sequence[Difference], num_expected: in
             notes.append(
                 f"{difference.arm}: the same difference for every seed, so chance and effect cannot be distinguished"
             )
-    return notes
+    return [*notes, *_note_unusual_agreement(differences)]
+
+
+def _note_unusual_agreement(differences: Sequence[Difference]) -> list[str]:
+    """Return a note for each arm that differs from the baseline by its own noise alone, not by that of the table."""
+    tested = [difference for difference in differences if difference.p is not None]
+    by_own_noise = zip(tested, st.holm([difference.p or 0.0 for difference in tested]), strict=True)
+    return [
+        f"{difference.arm}: p Holm would be {p:.2g} by its own pairs alone, whose seeds agree more than those of the"
+        " other arms: no verdict on that ground (docs/statistics.md)"
+        for difference, p in by_own_noise
+        if p <= st.ALPHA < (difference.p_holm or 0.0) and difference.verdict in ("undecided", "equivalent")
+    ]

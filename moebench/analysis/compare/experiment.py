@@ -39,10 +39,12 @@ def compare_experiment(
     *,
     allow_mismatch: bool = False,
     split: Split = "test",
+    margin: float | None = None,
     with_added_seeds: bool = True,
 ) -> Comparison:
     """Compare the arms of an experiment by its task's metric; raise UsageError when there is nothing to compare.
 
+    `margin`: share of the baseline's mean below which arms are equivalent; None takes that of the experiment.
     `with_added_seeds`: whether arms have the seeds that were added to undecided ones, which its record names.
     """
     facts = TASKS.get(experiment.cells[0].config.task.name).facts
@@ -67,7 +69,12 @@ def compare_experiment(
         run_results,
         expected=[(cell.arm, cell.seed, cell.id) for cell in cells],
         baseline=experiment.baseline,
-        metric=ComparisonMetric(name=facts.metric, lower_is_better=facts.lower_is_better, split=split),
+        metric=ComparisonMetric(
+            name=facts.metric,
+            lower_is_better=facts.lower_is_better,
+            split=split,
+            margin=experiment.margin if margin is None else margin,
+        ),
         allow_mismatch=allow_mismatch,
         protocol=Protocol(tuned_keys=state.keys if state is not None else (), plan=plan),
     )
@@ -81,6 +88,12 @@ def compare_experiment(
         axes={arm: experiment.axes.get(arm, {}) for arm in experiment.arms},
         varies={cell.arm: cell.varies for cell in cells},
     )
+
+
+def list_trained_cells(experiment: Experiment, results: Path) -> list[Cell]:
+    """Return the cells that are compared: those that tuning has settled, and those of seeds that were added."""
+    cells = list(settle(experiment, results).cells)
+    return cells + list_added_cells(cells, read_plan(experiment, results)[0].added)
 
 
 def read_plan(experiment: Experiment, results: Path) -> tuple[SeedPlan, list[str]]:
@@ -126,8 +139,7 @@ def draw_experiment(
     from moebench.analysis.compare.learning_curve import CurvePanel
 
     journals: dict[str, dict[int, Any]] = {}
-    cells = list(settle(experiment, results).cells)
-    cells += list_added_cells(cells, read_plan(experiment, results)[0].added)
+    cells = list_trained_cells(experiment, results)
     for cell in cells:
         folder = RunFolder.of(results, cell.id)
         points, _ = read_journal(folder.journal)

@@ -21,6 +21,7 @@ def build_json_values(comparison: "Comparison") -> dict[str, Any]:
         "baseline": comparison.baseline,
         "num_comparisons": comparison.num_comparisons,
         "margin": {"share_of_baseline": comparison.margin, "value": comparison.margin_value},
+        "rare_bad_seeds": asdict(comparison.rare_bad_seeds) if comparison.rare_bad_seeds else None,
         "arms": {arm.arm: _arm_dict(comparison, arm) for arm in comparison.arms},
         "failed": [asdict(cell) for cell in comparison.failed],
         "missing": [asdict(cell) for cell in comparison.missing],

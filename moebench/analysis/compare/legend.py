@@ -1,6 +1,7 @@
 """The legend of a comparison: what the columns and marks in its tables mean."""
 
 from moebench.analysis.compare import statistics as st
+from moebench.analysis.compare.sentences import describe_margin
 from moebench.analysis.compare.trivial_rows import explain_trivial_baselines
 from moebench.analysis.compare.tuning import list_tuning_notes
 from moebench.analysis.compare.values import NON_CAUSAL, Comparison
@@ -59,16 +60,14 @@ def _explain_statistics(comparison: Comparison) -> list[str]:
     lines = []
     if comparison.num_comparisons:
         num_comparisons = format_plural(comparison.num_comparisons, "comparison")
-        lines.append(
-            f"p Holm: p of the paired t-test, corrected for {num_comparisons}; better or worse means p Holm ≤"
-            f" {st.ALPHA}. {explain_metrics('p_exact')} seed SD: the difference over the SD between seeds, as"
-            f" {_seed_range(comparison)} estimate it. {explain_metrics('smallest_detectable')}"
-        )
-        separate = "Each interval is one of 95 %, not all together. " if comparison.num_comparisons > 1 else ""
-        lines.append(
-            f"{separate}Arms with rare bad seeds get false verdicts more often than {100 * st.ALPHA:.0f} % "
-            "(docs/comparing.md)."
-        )
+        lines += [
+            f"p: of the paired t-test. {explain_metrics('p_pooled')} p Holm: the larger of both, corrected for"
+            f" {num_comparisons}; better or worse means p Holm ≤ {st.ALPHA}. {explain_metrics('p_exact')}"
+            f" {explain_metrics('smallest_detectable')}",
+            f"all together: intervals that hold for {num_comparisons} at once in 95 % of repeats; ± elsewhere is one"
+            f" interval by itself. {explain_metrics('effect_sd')} {_explain_equivalence(comparison)}",
+            describe_limit(comparison.num_comparisons),
+        ]
     if any(difference.low_power for difference in comparison.differences):
         lines.append("low power: 3 to 5 seeds can miss any difference smaller than the detectable one.")
     if any(difference.verdict == "too few seeds" for difference in comparison.differences):
@@ -76,10 +75,21 @@ def _explain_statistics(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _seed_range(comparison: Comparison) -> str:
-    numbers = [len(difference.seeds) for difference in comparison.differences if difference.p is not None]
-    fewest, most = min(numbers), max(numbers)
-    return format_plural(most, "seed") if fewest == most else f"{fewest} to {most} seeds"
+def _explain_equivalence(comparison: Comparison) -> str:
+    if not comparison.num_equivalence_tests:
+        return f"Equivalence within {describe_margin(comparison)} needs {st.EQUIVALENCE_SEEDS} seeds."
+    return f"{explain_metrics('p_equivalence_holm')} equivalent means p TOST ≤ {st.ALPHA} and no shown difference."
+
+
+def describe_limit(num_comparisons: int) -> str:
+    """Return in how many tables a false verdict is to be expected where a few seeds are far worse than the others."""
+    case, difference, equivalence = "the baseline or one of two arms has rare bad seeds", "up to 8 %", "up to 12 %"
+    if num_comparisons == 1:
+        case, difference, equivalence = "a single arm has rare bad seeds", "9 to 23 %", "12 to 28 %"
+    return (
+        f"Limit: where {case}, {difference} of tables claim a false difference and {equivalence} a false equivalence,"
+        " and intervals cover less (docs/statistics.md)."
+    )
 
 
 def _explain_metrics(comparison: Comparison) -> list[str]:

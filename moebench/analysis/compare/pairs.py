@@ -1,13 +1,26 @@
 """The differences of all arms to a baseline: tests, corrections over the arms, intervals, verdicts."""
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from statistics import fmean
 
 from moebench.analysis.compare import statistics as st
 from moebench.analysis.compare.result_grid import ResultGrid
 from moebench.analysis.compare.values import Difference
-from moebench.analysis.compare.verdict import decide
+from moebench.analysis.compare.verdict import Verdict, decide
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedTests:
+    """The paired differences of arms to the baseline with the p values of both families, before verdicts."""
+
+    pairs: Mapping[str, st.PairedDifference]
+    """Arm -> difference; without arms that share no seed with the baseline."""
+    p_pooled: Mapping[str, float]
+    """By the noise of the whole table; without arms that vary in no seed."""
+    p_holm: Mapping[str, float]
+    p_equivalence: Mapping[str, float]
+    p_equivalence_holm: Mapping[str, float]
 
 
 def compare_pairs(grid: ResultGrid, *, unmatched: Collection[str] = ()) -> tuple[Difference, ...]:
@@ -21,73 +34,61 @@ def compare_pairs(grid: ResultGrid, *, unmatched: Collection[str] = ()) -> tuple
         for arm in others
         if (seeds := grid.common_seeds(arm))
     }
-    p_holm = _correct({arm: pair.p for arm, pair in pairs.items()})
-    p_equivalence = _equivalence_p_values(grid, pairs)
-    p_equivalence_holm = _correct(p_equivalence)
-    spread = _pooled_spread(grid, [arm for arm, pair in pairs.items() if pair.sd])
-    differences = []
-    for arm in others:
-        pair, level = pairs.get(arm), grid.choose_level(arm, len(p_holm)).alpha
-        verdict = decide(
-            pair,
-            p_holm.get(arm),
-            p_equivalence_holm.get(arm),
-            lower_is_better=grid.metric.lower_is_better,
-            alpha=level,
-        )
-        if grid.count_diverged(arm) + grid.count_diverged(grid.baseline) > 0:
-            verdict = "diverged"
-        differences.append(
-            replace(
-                _difference(arm, grid, pair, len(p_holm)),
-                p_holm=p_holm.get(arm),
-                p_equivalence=p_equivalence.get(arm),
-                p_equivalence_holm=p_equivalence_holm.get(arm),
-                smallest_detectable=_smallest_detectable(pair, spread, len(p_holm)),
-                verdict="not matched" if arm in unmatched else verdict,
-                level=level,
-            )
-        )
-    return tuple(differences)
+    tests = _test_pairs(grid, pairs)
+    spread = _pool_spread(grid, pairs, is_capped=False)
+    return tuple(_difference(arm, grid, tests, spread, is_matched=arm not in unmatched) for arm in others)
 
 
-def _correct(p_values: Mapping[str, float | None]) -> dict[str, float]:
-    """Return the p values of the arms that have one, corrected as one family."""
-    tested = {arm: p for arm, p in p_values.items() if p is not None}
-    return dict(zip(tested, st.holm(list(tested.values())), strict=True))
-
-
-def _equivalence_p_values(grid: ResultGrid, pairs: Mapping[str, st.PairedDifference]) -> dict[str, float | None]:
-    """Return p of the equivalence test of each pair, the margin being a share of the baseline's mean."""
+def _test_pairs(grid: ResultGrid, pairs: Mapping[str, st.PairedDifference]) -> PairedTests:
+    """Test each pair by its own noise and by that of the table: the larger p of the two counts."""
+    spread = _pool_spread(grid, pairs, is_capped=True)
+    p_pooled = {
+        arm: st.spread_p(pair.mean, spread, pair.num_seeds) for arm, pair in pairs.items() if spread and pair.sd
+    }
+    p_values = {arm: max(pair.p, p_pooled.get(arm, 0.0)) for arm, pair in pairs.items() if pair.p is not None}
     baseline = grid.get_quality(grid.baseline, tuple(grid.done[grid.baseline]))
     margin = grid.metric.margin * abs(fmean(baseline)) if baseline else 0.0
-    return {
-        arm: None if pair.sd is None else st.equivalence_p(pair.mean, pair.sd, pair.num_seeds, margin)
-        for arm, pair in pairs.items()
-    }
+    p_equivalence = {}
+    for arm, pair in pairs.items():
+        estimates = [pair.spread, *([spread] if spread and pair.sd else [])] if pair.spread else []
+        by_spread = [st.equivalence_p(pair.mean, estimate, pair.num_seeds, margin) for estimate in estimates]
+        tested = [p for p in by_spread if p is not None]
+        if tested:
+            p_equivalence[arm] = max(tested)
+    return PairedTests(
+        pairs=pairs,
+        p_pooled=p_pooled,
+        p_holm=_correct(p_values),
+        p_equivalence=p_equivalence,
+        p_equivalence_holm=_correct(p_equivalence),
+    )
 
 
-def _pooled_spread(grid: ResultGrid, arms: Sequence[str]) -> st.SpreadEstimate | None:
-    """Estimate the SD of the paired differences over the seeds that all these arms and the baseline have."""
+def _correct(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Return the p values of a family, corrected by Holm."""
+    return dict(zip(p_values, map(float, st.holm(list(p_values.values()))), strict=True))
+
+
+def _pool_spread(
+    grid: ResultGrid, pairs: Mapping[str, st.PairedDifference], *, is_capped: bool
+) -> st.SpreadEstimate | None:
+    """Estimate the SD of paired differences over the seeds that all arms with some spread and the baseline have.
+
+    Without arms of which a seed diverged. `is_capped`: a far noisier arm counts less.
+    """
+    arms = [arm for arm, pair in pairs.items() if pair.sd and not grid.count_diverged(arm)]
     seeds = [seed for seed in grid.done[grid.baseline] if all(seed in grid.done[arm] for arm in arms)]
     if not arms or len(seeds) < st.MIN_SEEDS:
         return None
-    return st.pooled_spread([grid.get_quality(arm, seeds) for arm in arms], grid.get_quality(grid.baseline, seeds))
+    estimate = st.table_spread if is_capped else st.pooled_spread
+    return estimate([grid.get_quality(arm, seeds) for arm in arms], grid.get_quality(grid.baseline, seeds))
 
 
-def _smallest_detectable(
-    pair: st.PairedDifference | None, spread: st.SpreadEstimate | None, num_comparisons: int
-) -> float | None:
-    """Return the smallest detectable difference, from the pairs of this arm alone if arms share too few seeds."""
-    if pair is None or not pair.sd:
-        return None
-    if spread is None:
-        return st.smallest_detectable(pair.sd, pair.num_seeds, num_comparisons, pair.num_seeds - 1)
-    return st.smallest_detectable(spread.sd, pair.num_seeds, num_comparisons, spread.df)
-
-
-def _difference(arm: str, grid: ResultGrid, pair: st.PairedDifference | None, num_comparisons: int) -> Difference:
-    """Return the difference of an arm before corrections and verdict."""
+def _difference(
+    arm: str, grid: ResultGrid, tests: PairedTests, spread: st.SpreadEstimate | None, *, is_matched: bool
+) -> Difference:
+    pair, num_comparisons = tests.pairs.get(arm), len(tests.p_holm)
+    level = grid.choose_level(arm, num_comparisons).alpha
     together = None
     if pair and pair.interval and pair.sd is not None:
         together = st.t_interval(pair.mean, pair.sd, pair.num_seeds, num_comparisons)
@@ -99,10 +100,37 @@ def _difference(arm: str, grid: ResultGrid, pair: st.PairedDifference | None, nu
         interval=pair.interval if pair else None,
         simultaneous_interval=together,
         p=pair.p if pair else None,
-        p_holm=None,
+        p_pooled=tests.p_pooled.get(arm),
+        p_holm=tests.p_holm.get(arm),
         p_exact=pair.p_exact if pair else None,
+        p_equivalence=tests.p_equivalence.get(arm),
+        p_equivalence_holm=tests.p_equivalence_holm.get(arm),
         effect_sd=pair.effect_sd if pair else None,
         effect_interval=pair.effect_interval if pair else None,
-        smallest_detectable=None,
-        verdict="too few seeds",
+        smallest_detectable=_smallest_detectable(pair, spread, num_comparisons),
+        verdict=_judge(arm, grid, tests, level) if is_matched else "not matched",
+        level=level,
     )
+
+
+def _judge(arm: str, grid: ResultGrid, tests: PairedTests, level: float) -> Verdict:
+    if grid.count_diverged(arm) + grid.count_diverged(grid.baseline) > 0:
+        return "diverged"
+    return decide(
+        tests.pairs.get(arm),
+        tests.p_holm.get(arm),
+        tests.p_equivalence_holm.get(arm),
+        lower_is_better=grid.metric.lower_is_better,
+        alpha=level,
+    )
+
+
+def _smallest_detectable(
+    pair: st.PairedDifference | None, spread: st.SpreadEstimate | None, num_comparisons: int
+) -> float | None:
+    """Return the smallest detectable difference, from the pairs of this arm alone if arms share too few seeds."""
+    if pair is None or not pair.sd:
+        return None
+    if spread is None:
+        return st.smallest_detectable(pair.sd, pair.num_seeds, num_comparisons, pair.num_seeds - 1)
+    return st.smallest_detectable(spread.sd, pair.num_seeds, num_comparisons, spread.df)

@@ -5,6 +5,7 @@ from statistics import fmean
 
 from moebench.analysis.compare.axes import build_axis_tables
 from moebench.analysis.compare.legend import build_legend
+from moebench.analysis.compare.sentences import describe_margin, list_verdicts
 from moebench.analysis.compare.trivial_rows import (
     list_out_of_domain_rows,
     list_quality_notes,
@@ -18,7 +19,7 @@ from moebench.reporting.metrics import format_metric, metric_headers
 from moebench.reporting.report import Report
 from moebench.reporting.table import Column, Table
 
-VERDICT_STYLES = {"better": "bold green", "worse": "red", "not matched": "yellow"}
+VERDICT_STYLES = {"better": "bold green", "worse": "red", "equivalent": "cyan", "not matched": "yellow"}
 DIVERGED_STYLE = "bold red"
 LOAD = ("max_violation", "cv", "entropy", "dead_experts", "drop_rate", "train_drop_rate", "unserved")
 COMPUTE = (
@@ -40,6 +41,7 @@ def build_report(comparison: Comparison) -> Report:
         _out_of_domain_table(comparison),
         _statistics_table(comparison),
         *build_design_tables(comparison),
+        _size_table(comparison),
         _load_table(comparison),
         _information_table(comparison),
         _compute_table(comparison),
@@ -81,7 +83,7 @@ def _quality_table(comparison: Comparison) -> Table:
         title=f"Quality: {comparison.metric.replace('_', ' ')} on the {comparison.split} split, {direction} is better",
         columns=(*_columns("seeds", "mean", f"minus {comparison.baseline}", *metric_headers("p_holm")), verdict),
         rows=(*(_quality_row(comparison, arm) for arm in comparison.arms), *list_quality_rows(comparison)),
-        notes=list_quality_notes(comparison),
+        notes=(*list_quality_notes(comparison), *list_verdicts(comparison)),
         marked=bool(comparison.below_trivial_text),
     )
 
@@ -125,11 +127,13 @@ def _out_of_domain_row(comparison: Comparison, arm: ArmSummary) -> tuple[str, ..
 
 
 def _statistics_table(comparison: Comparison) -> Table:
-    headers = metric_headers("p", "p_holm", "p_exact", "effect_sd", "smallest_detectable")
+    headers = metric_headers("p", "p_pooled", "p_holm", "p_exact", "smallest_detectable")
+    warning = comparison.rare_bad_seeds
     return Table(
         title=f"How sure: {comparison.baseline} subtracted seed by seed",
         columns=_columns("pairs", *headers, "power"),
         rows=tuple(_statistics_row(pair) for pair in comparison.differences if pair.p is not None),
+        notes=(warning.describe(),) if warning else (),
     )
 
 
@@ -138,11 +142,33 @@ def _statistics_row(difference: Difference) -> tuple[str, ...]:
         difference.arm,
         str(len(difference.seeds)),
         format_p(difference.p),
+        format_p(difference.p_pooled),
         format_p(difference.p_holm),
         format_p(difference.p_exact),
-        format_metric("effect_sd", difference.effect_sd),
         format_metric("smallest_detectable", difference.smallest_detectable),
         "low" if difference.low_power else MISSING,
+    )
+
+
+def _size_table(comparison: Comparison) -> Table:
+    effect, equivalence = metric_headers("effect_sd", "p_equivalence_holm")
+    return Table(
+        title=f"How large: minus {comparison.baseline}, margin of equivalence {describe_margin(comparison)}",
+        columns=_columns("all together", effect, "g, 95 %", equivalence),
+        rows=tuple(_size_row(pair) for pair in comparison.differences if pair.p is not None),
+    )
+
+
+def _size_row(difference: Difference) -> tuple[str, ...]:
+    effect = MISSING
+    if difference.effect_interval:
+        effect = " to ".join(format_metric("effect_sd", bound) for bound in difference.effect_interval)
+    return (
+        difference.arm,
+        format_with_interval(difference.mean, difference.simultaneous_interval, format_signed),
+        format_metric("effect_sd", difference.effect_sd),
+        effect,
+        format_p(difference.p_equivalence_holm),
     )
 
 

@@ -5,10 +5,14 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from moebench.analysis.compare import statistics as st
+from moebench.analysis.compare.verdict import DECIDED
 from moebench.reporting.formatting import format_number, format_p, format_plural, format_signed
 
 if TYPE_CHECKING:
     from moebench.analysis.compare.values import Comparison, Difference
+
+MAX_SENTENCES = 12
+"""Below a table; JSON has all."""
 
 
 def describe_difference(comparison: "Comparison", arm: str) -> str:
@@ -19,6 +23,18 @@ def describe_difference(comparison: "Comparison", arm: str) -> str:
     if difference.mean is None:
         return f"{_describe_obstacle(comparison, difference)}."
     return f"{_state(comparison, difference)}: {_describe_numbers(comparison, difference)}."
+
+
+def list_verdicts(comparison: "Comparison") -> tuple[str, ...]:
+    """Return the sentences of the first arms with a verdict, and a line that names the undecided ones."""
+    undecided = [pair.arm for pair in comparison.differences if pair.verdict == "undecided"]
+    decided = [pair.arm for pair in comparison.differences if pair.verdict in DECIDED]
+    lines = [describe_difference(comparison, arm) for arm in decided[:MAX_SENTENCES]]
+    if len(decided) > MAX_SENTENCES:
+        lines.append(f"{len(decided) - MAX_SENTENCES} more verdicts: in the table, and as sentences with --json.")
+    if undecided:
+        lines.append(f"Undecided against {comparison.baseline}: {', '.join(undecided)}.")
+    return tuple(lines)
 
 
 def describe_margin(comparison: "Comparison") -> str:

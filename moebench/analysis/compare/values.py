@@ -7,11 +7,13 @@ from typing import Any, Literal
 
 from moebench.analysis.compare import statistics as st
 from moebench.analysis.compare.json_values import build_json_values
+from moebench.analysis.compare.rare_bad_seeds import RareBadSeeds
 from moebench.analysis.compare.sentences import describe_difference
 from moebench.analysis.compare.verdict import Verdict
 from moebench.experiment.seed_plan import SeedPlan
 from moebench.experiment.tuning import TuningState
 from moebench.runs.trivial_baselines import BELOW_TRIVIAL, find_reference, is_below_trivial
+from moebench.schema import DEFAULT_MARGIN
 from moebench.tasks.baselines.baseline import TrivialBaseline
 
 BEST = "best"
@@ -29,7 +31,7 @@ class ComparisonMetric:
     name: str
     lower_is_better: bool
     split: Split = "test"
-    margin: float = st.MARGIN
+    margin: float = DEFAULT_MARGIN
     """Differences below this share of the baseline's mean count as equivalence."""
 
 
@@ -125,7 +127,11 @@ class Difference:
     simultaneous_interval: st.Interval | None = None
     """Those of all arms together hold in 95 % of repeats (Bonferroni)."""
     p: float | None
+    """Of the paired t-test, by the noise of these pairs alone."""
+    p_pooled: float | None = None
+    """By the noise of the whole table: an arm whose few seeds happen to agree is no better for that."""
     p_holm: float | None
+    """The larger of `p` and `p_pooled`, corrected over the arms."""
     p_exact: float | None
     p_equivalence: float | None = None
     """Of the two one-sided tests (TOST) against the margin; None below five seeds."""
@@ -162,7 +168,7 @@ class Comparison:
     missing: tuple[LostCell, ...]
     notes: tuple[str, ...]
     split: Split = "test"
-    margin: float = st.MARGIN
+    margin: float = DEFAULT_MARGIN
     """Differences below this share of the baseline's mean count as equivalence."""
     plan: SeedPlan = field(default_factory=SeedPlan)
     """Seeds that were planned."""
@@ -174,6 +180,8 @@ class Comparison:
     """What each arm has chosen on validation before; None without tuning."""
     axes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Arm -> grid key -> label of its value, without keys that mean nothing to the arm."""
+    rare_bad_seeds: RareBadSeeds | None = None
+    """The seeds that stand out, where the noise of the table is skewed to the bad side."""
     varies: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Arm -> configuration key in which arms differ -> value."""
 

@@ -1,11 +1,12 @@
 """Levels of two looks at the same seeds, of which the second has more: together they keep the level of one test.
 
-The first look spends a part of the level, by Pocock's spending function (Lan and DeMets, Biometrika 70, 1983). The
-level of the second is what remains, computed exactly for two t statistics of which one contains the seeds of the other.
+The first look spends a part of the level by the function of O'Brien and Fleming's type (Lan and DeMets, Biometrika 70,
+1983). The level of the second is what remains, computed exactly for two t statistics of which one contains the seeds of
+the other.
 """
 
 from functools import lru_cache
-from math import e, log, sqrt
+from math import sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +20,11 @@ Values = NDArray[np.float64]
 
 
 def spend(alpha: float, fraction: float) -> float:
-    """Return the part of the level that is spent at a fraction of the seeds, by Pocock's spending function."""
-    return alpha * log(1 + (e - 1) * fraction)
+    """Return the part of the level that is spent at a fraction of the seeds: 2 - 2 Φ(z / sqrt(t)), z at 1 - alpha / 2.
+
+    Pocock's function spends more at the first look; in simulations it decides fewer arms with the same runs.
+    """
+    return float(2 * stats.norm.sf(stats.norm.isf(alpha / 2) / sqrt(fraction)))
 
 
 @lru_cache(maxsize=512)

@@ -3,7 +3,7 @@
 | look | level of the family of arms |
 |---|---|
 | all planned seeds, none to be added | 0.05 |
-| all planned seeds, before others are added as planned | Pocock's spending function at planned / maximum |
+| all planned seeds, before others are added as planned | O'Brien and Fleming's spending function at planned / maximum |
 | the planned maximum | what remains of 0.05 |
 | seeds that were announced after results, time i = 1, 2, ... | 0.01 / 2^i |
 | any other seeds | 0.001 (Haybittle, doi:10.1259/0007-1285-44-526-793; Peto, doi:10.1038/bjc.1976.220) |
@@ -61,8 +61,8 @@ def compute_final_level(num_planned: int, num_final: int, num_comparisons: int) 
     correction within the look keeps the level (group-sequential Holm, Ye et al., doi:10.1002/sim.5700).
     """
     number = max(num_comparisons, 1)
-    alpha = ALPHA / number
-    return number * compute_second_level(alpha, spend(alpha, num_planned / num_final), num_planned, num_final)
+    first = spend(ALPHA, num_planned / num_final)
+    return number * compute_second_level(ALPHA / number, first / number, num_planned, num_final)
 
 
 def describe_levels(levels: Iterable[tuple[str, Level]]) -> list[str]:

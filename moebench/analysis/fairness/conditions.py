@@ -72,7 +72,10 @@ def find_time_problem(conditions: Collection[RunConditions]) -> str:
     if len(loads) < len(conditions):
         return "it is not recorded when a run was trained"
     if max(loads) > MAX_LOAD_RATIO * min(loads):
-        return f"measured with {min(loads):.1f} to {max(loads):.1f} cells at a time"
+        return (
+            f"measured with {min(loads):.1f} to {max(loads):.1f} cells at a time (`run --jobs 1` trains one after the"
+            " other)"
+        )
     return ""
 
 

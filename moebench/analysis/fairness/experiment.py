@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
 
-from moebench.analysis.compare.experiment import read_results
+from moebench.analysis.compare.experiment import list_trained_cells, read_results
 from moebench.analysis.compare.values import Comparison
 from moebench.analysis.fairness.conditions import RunConditions, read_conditions
 from moebench.analysis.fairness.measure import MeasuredArms, compare_on_axes
@@ -13,7 +13,6 @@ from moebench.analysis.fairness.run_curve import RunCurve, build_run_curve
 from moebench.analysis.fairness.values import Fairness
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
-from moebench.experiment.tuning import settle
 from moebench.file_access import read_plain_file
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
@@ -31,7 +30,7 @@ def compute_fairness(
 
 def measure_experiment(experiment: Experiment, results: Path, comparison: Comparison) -> MeasuredArms:
     """Read results, curves and conditions of the finished runs of an experiment; raise UsageError for damage."""
-    return measure_arms(settle(experiment, results).cells, results, comparison)
+    return measure_arms(list_trained_cells(experiment, results), results, comparison)
 
 
 def measure_arms(cells: Sequence[Cell], results: Path, comparison: Comparison) -> MeasuredArms:

@@ -29,11 +29,11 @@ class EqualBudget:
     """What else must be known, in one sentence without a full stop."""
 
     def describe(self, *, lower_is_better: bool) -> str:
-        """Return better, worse or no difference shown; the problem if there is no difference."""
+        """Return better, worse or undecided; the problem if there is no difference."""
         if self.pair is None or self.pair.num_seeds < st.MIN_SEEDS:
             return self.problem or "too few seeds"
         if self.p_holm is None or self.p_holm > st.ALPHA:
-            return "no difference shown"
+            return "undecided"
         return "better" if (self.pair.mean < 0) == lower_is_better else "worse"
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moebench.analysis.compare.experiment import compare_experiment, read_plan
+from moebench.analysis.compare.experiment import compare_experiment, list_trained_cells
 from moebench.analysis.compare.report import build_report as build_tables
 from moebench.analysis.compare.shown_arms import describe_selection, select_arms
 from moebench.analysis.compare.values import Comparison, Split
@@ -26,12 +26,9 @@ from moebench.analysis.html_report.stored_runs import StoredRun, read_runs
 from moebench.analysis.html_report.verdicts import describe_arms, describe_outcome
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
-from moebench.experiment.seed_plan import list_added_cells
-from moebench.experiment.tuning import settle
 from moebench.reporting.formatting import format_plural
 from moebench.reporting.html.page import render_page
 from moebench.reporting.table import Column, Table
-from moebench.runs.cell import Cell
 
 PLACES = {
     "Quality": "quality",
@@ -86,7 +83,7 @@ def build_page(source: Source) -> Page:
     comparison = compare_experiment(
         experiment, source.results, allow_mismatch=source.allow_mismatch, split=source.split
     )
-    cells = list_cells(experiment, source.results)
+    cells = list_trained_cells(experiment, source.results)
     runs = read_runs(cells, source.results, comparison.metric)
     budgets = read_budgets(source, comparison)
     report = build_tables(comparison)
@@ -123,12 +120,6 @@ def build_page(source: Source) -> Page:
     }
     tables = (*report.tables, *(table for table in extra if table.rows))
     return Page(html=render_page("report.html", values), tables=tables, comparison=comparison)
-
-
-def list_cells(experiment: Experiment, results: Path) -> list[Cell]:
-    """Return the cells that were trained: those that tuning has settled, and those of seeds that were added."""
-    cells = list(settle(experiment, results).cells)
-    return cells + list_added_cells(cells, read_plan(experiment, results)[0].added)
 
 
 @dataclass(frozen=True, kw_only=True)

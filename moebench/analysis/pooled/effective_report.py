@@ -89,7 +89,7 @@ def _list_notes(ladder: Ladder, arm: str, estimate: EffectiveCompute | None) -> 
     notes = []
     problem = ladder.find_time_problem(arm)
     if problem:
-        notes.append(f"no wall clock: at {problem}")
+        notes.append(f"{'times are not comparable' if ladder.ignores_conditions else 'no wall clock'}: at {problem}")
     num_diverged = ladder.count_diverged(arm)
     if num_diverged:
         runs = format_plural(num_diverged, "run")

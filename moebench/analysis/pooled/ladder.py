@@ -46,6 +46,8 @@ class Ladder:
     """By compute."""
     conditions: Mapping[str, RunConditions]
     """Id of a run -> how its time was measured."""
+    ignores_conditions: bool = False
+    """Whether times that were not measured alike are compared."""
 
     @property
     def arms(self) -> list[str]:
@@ -83,7 +85,7 @@ class Ladder:
         pairs = [(ours[seed], theirs[seed]) for seed in seeds]
         flops = [[_require_flops(run) for run in pair] for pair in pairs]
         log_speeds = None
-        if not self.find_time_problem(arm):
+        if self.ignores_conditions or not self.find_time_problem(arm):
             seconds = [[run.throughput.get("train_s", 0.0) for run in pair] for pair in pairs]
             if all(value > 0 for pair in seconds for value in pair):
                 log_speeds = np.log([f[0] / s[0] * s[1] / f[1] for f, s in zip(flops, seconds, strict=True)])
@@ -109,7 +111,9 @@ class Ladder:
         return loss
 
 
-def read_ladder(experiments: Sequence[Experiment], results: Path, split: Split = "test") -> Ladder:
+def read_ladder(
+    experiments: Sequence[Experiment], results: Path, split: Split = "test", *, ignore_conditions: bool = False
+) -> Ladder:
     """Read the runs of experiments as a ladder; raise UsageError for several tasks or baselines."""
     tasks = dict.fromkeys(cell.config.task.name for experiment in experiments for cell in experiment.cells)
     if len(tasks) > 1:
@@ -133,6 +137,7 @@ def read_ladder(experiments: Sequence[Experiment], results: Path, split: Split =
         baseline=baseline,
         sizes=tuple(kept),
         conditions=read_conditions(results, {run.id: [] for run in runs}),
+        ignores_conditions=ignore_conditions,
     )
 
 
@@ -154,7 +159,7 @@ def _read_sizes(experiment: Experiment, results: Path, metric: str, split: Split
 def _name_parts(experiment: Experiment, label: str) -> tuple[str, str]:
     """Return the name of an arm without its size, and its size; the size is empty unless grid keys make it."""
     axes = experiment.axes.get(label, {})
-    scale = [f"{key}={value}" for key, value in axes.items() if _makes_size(key)]
+    scale = [value for key, value in axes.items() if _makes_size(key)]
     if not scale:
         return label, ""
     rest = [value for key, value in axes.items() if not _makes_size(key)]

@@ -14,7 +14,7 @@ from moebench.errors import UsageError
 
 MIN_TASKS = 3
 """With fewer experiments, their means say nothing about further ones."""
-PooledVerdict = Literal["better", "worse", "no difference shown", "diverged", "too few pairs"]
+PooledVerdict = Literal["better", "worse", "undecided", "diverged", "too few pairs"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,5 +216,5 @@ def _judge(fixed: Estimate, num_pairs: int) -> PooledVerdict:
     if num_pairs < st.EXACT_SEEDS:
         return "too few pairs"
     if fixed.p_holm is None or fixed.p_holm > st.ALPHA:
-        return "no difference shown"
+        return "undecided"
     return "better" if fixed.effect > 0 else "worse"

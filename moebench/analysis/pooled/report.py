@@ -1,6 +1,7 @@
 """Pooled experiments as tables and sentences."""
 
 from moebench.analysis.compare import statistics as st
+from moebench.analysis.compare.verdict import DECIDED
 from moebench.analysis.pooled.pool import Estimate, Pooled, PooledArm, TaskEffect
 from moebench.reporting.formatting import MISSING, format_p, format_plural, format_signed
 from moebench.reporting.report import Report
@@ -48,7 +49,7 @@ def describe_pooled_arm(pooled: Pooled, arm: PooledArm) -> str:
     verdict = {
         "better": f"{arm.arm} is better than {pooled.baseline}",
         "worse": f"{arm.arm} is worse than {pooled.baseline}",
-        "no difference shown": f"no difference between {arm.arm} and {pooled.baseline} is shown",
+        "undecided": f"whether {arm.arm} differs from {pooled.baseline} is undecided",
         "too few pairs": f"{arm.arm} has too few pairs for a verdict",
     }[arm.verdict]
     family = format_plural(sum(other.fixed is not None for other in pooled.arms), "arm")
@@ -105,7 +106,7 @@ def _format_task(task: TaskEffect | None) -> str:
     if task is None or task.mean is None:
         return MISSING if task is None else task.verdict
     effect = task.reason or format_signed(task.effect or 0.0, 1)
-    is_decided = task.verdict in ("better", "worse") or "diverged" in task.verdict
+    is_decided = task.verdict in DECIDED or "diverged" in task.verdict
     return f"{format_signed(task.mean)} ({effect}){f' {task.verdict}' if is_decided else ''}"
 
 

@@ -13,7 +13,7 @@ from moebench.reporting.formatting import MINUS, MISSING, format_count, format_p
 from moebench.reporting.report import Report
 from moebench.reporting.table import Column, Table, number_columns
 
-DECIMALS = {"a": 4, "b": 4, "c": 4, "d": 3, "e_start": 2, "e_max": 0}
+DECIMALS = {"a": 4, "b": 4, "c": 4, "d": 3, "e_start": 2, "e_max": 2}
 FEW_SIZES = 3
 """Sizes with which intervals may be too narrow (docs/scaling.md)."""
 FORMULA = "log10 L = a log10 N + b log10 Ê + c log10 N log10 Ê + d (arXiv:2202.01169, equations 1 and 7)"
@@ -156,7 +156,8 @@ def format_coefficient(name: str, value: float) -> str:
         return "∞"
     if abs(value) >= 1e6:
         return format_count(value)
-    return f"{value:,.{DECIMALS[name]}f}".replace("-", MINUS)
+    decimals = 0 if abs(value) >= 100 else DECIMALS[name]
+    return f"{value:,.{decimals}f}".replace("-", MINUS)
 
 
 def describe_interval(name: str, low: float, high: float) -> str:

@@ -4,7 +4,16 @@ import json
 from dataclasses import replace
 
 import pytest
-from support.comparison_runs import COST, DENSE, list_cells, make_result, make_results, summary_of, with_own_jitter
+from support.comparison_runs import (
+    COST,
+    DENSE,
+    fail_seeds,
+    list_cells,
+    make_result,
+    make_results,
+    summary_of,
+    with_own_jitter,
+)
 
 from moebench.analysis.compare.comparison import compare
 from moebench.analysis.compare.values import BITS_PER_BYTE
@@ -86,10 +95,11 @@ def test_a_better_arm_is_not_best_while_another_has_a_better_mean():
     results = make_results({"dense": 0, "a": -0.01}) + [
         make_result("b", seed, DENSE[seed] + d) for seed, d in enumerate((-0.5, 0.4, -0.3, 0.2, -0.1))
     ]
+    results += make_results({"c": 0.01, "d": 0.01})  # without them half of the table's arms would be as noisy as b
     comparison = compare(results, expected=list_cells(results), baseline="dense")
-    assert [difference.verdict for difference in comparison.differences] == ["better", "undecided"]
+    assert [difference.verdict for difference in comparison.differences] == ["better", "undecided", "worse", "worse"]
     assert all(arm.marks == () for arm in comparison.arms)
-    assert "b has the best mean, but is not shown to be better than dense, a" in comparison.notes
+    assert "b has the best mean, but is not shown to be better than dense, a, c, d" in comparison.notes
 
 
 def test_a_non_causal_arm_is_marked_and_not_best():
@@ -186,7 +196,7 @@ def test_to_dict_is_json_with_the_promised_keys():
     assert switch["difference"]["verdict"] == "better"
     assert set(switch["difference"]) == {
         "baseline", "effect_interval", "effect_sd", "interval", "low_power", "mean", "p", "p_equivalence",
-        "level", "p_equivalence_holm", "p_exact", "p_holm", "seeds", "sentence", "simultaneous_interval",
+        "level", "p_equivalence_holm", "p_exact", "p_holm", "p_pooled", "seeds", "sentence", "simultaneous_interval",
         "smallest_detectable", "verdict",
     }  # fmt: skip
     assert switch["runs"] == {"done": 5, "failed": 0, "diverged": 0, "missing": 0}
@@ -233,3 +243,56 @@ def test_runs_of_different_versions_are_noted() -> None:
         runs = [replace(result, version=known[result.arm]) for result in results]
         notes = compare(runs, expected=list_cells(runs), baseline="dense").notes
         assert any("different versions of moebench: 1.0 (a), 1.1 (b)" in note for note in notes) is is_noted
+
+
+def test_an_arm_whose_seeds_agree_by_luck_gets_no_verdict():
+    # Differences of a: -.01 ± .0015 (t = -14); those of b and c scatter by .37, so that -.01 is far within the noise.
+    noisy = {"b": (-0.5, 0.4, -0.3, 0.2, -0.1), "c": (0.3, -0.4, 0.5, -0.2, 0.1)}
+    results = make_results({"dense": 0, "a": -0.01})
+    results += [
+        make_result(arm, seed, DENSE[seed] + d) for arm, deltas in noisy.items() for seed, d in enumerate(deltas)
+    ]
+    comparison = compare(results, expected=list_cells(results), baseline="dense")
+    a = comparison.find_difference("a")
+    assert (a.p < 0.001, a.p_pooled > 0.9, a.verdict) == (True, True, "undecided")
+    assert any(note.startswith("a: p Holm would be 0.00044 by its own pairs alone") for note in comparison.notes)
+
+
+def test_the_noise_of_an_arm_with_diverged_seeds_is_not_that_of_the_others():
+    results = make_results({"dense": 0, "a": -0.01})
+    results += [make_result("b", seed, DENSE[seed] + d) for seed, d in enumerate((-0.5, 0.4, -0.3, 0.2, -0.1))]
+    ended = fail_seeds(results, "b", (4,), "diverged")
+    comparison = compare(ended, expected=list_cells(results), baseline="dense")
+    assert [difference.verdict for difference in comparison.differences] == ["better", "diverged"]
+
+
+def test_equivalence_by_hand():
+    # c: mean .0005, SD .00158, n = 5; margin .005 * 2 = .01: t = (.0005 - .01) / (.00158114 / sqrt 5) = -13.435
+    # with 4 df -> p = .0000890. At three seeds there is no such test.
+    metric = replace(BITS_PER_BYTE, margin=0.005)
+    results = make_results({"dense": 0, "c": 0.0005})
+    comparison = compare(results, expected=list_cells(results), baseline="dense", metric=metric)
+    (difference,) = comparison.differences
+    assert difference.p_equivalence == pytest.approx(0.0000890, abs=1e-6)
+    assert (difference.verdict, comparison.margin_value) == ("equivalent", pytest.approx(0.01))
+    # Bonferroni over one comparison changes nothing.
+    assert difference.simultaneous_interval == pytest.approx(difference.interval)
+    few = make_results({"dense": 0, "c": 0.0005}, 4)
+    (difference,) = compare(few, expected=list_cells(few), baseline="dense", metric=metric).differences
+    assert (difference.p_equivalence, difference.verdict) == (None, "undecided")
+
+
+def test_an_identical_arm_is_equivalent():
+    results = make_results({"dense": 0})
+    results += [replace(r, id=f"copy-{r.seed}", arm="copy") for r in results]
+    comparison = compare(results, expected=list_cells(results), baseline="dense")
+    assert comparison.find_difference("copy").verdict == "equivalent"
+
+
+def test_simultaneous_intervals_by_hand():
+    results = with_own_jitter(make_results({"dense": 0, "a": -0.01, "b": 0.01}))
+    comparison = compare(results, expected=list_cells(results), baseline="dense")
+    for difference in comparison.differences:
+        # t(.975, 4) = 2.776445; for two together t(.9875, 4) = 3.495406
+        half, together = (high - low for low, high in (difference.interval, difference.simultaneous_interval))
+        assert together / half == pytest.approx(3.495406 / 2.776445, rel=1e-5)

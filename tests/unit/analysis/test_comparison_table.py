@@ -90,14 +90,21 @@ Quality: bits per byte on the test split, lower is better
 arm                 seeds             mean       minus dense  p Holm  verdict
 ──────────────────────────────────────────────────────────────────────────────────────
 dense                   5  2.0000 ± 0.0196                 –       –  baseline
-switch             4 of 5  1.9852 ± 0.0183  −0.0098 ± 0.0027   0.003  1 of 5 diverged
+switch             4 of 5  1.9852 ± 0.0183  −0.0098 ± 0.0027   0.004  1 of 5 diverged
 sigmoid_bias_free  4 of 5  2.0030 ± 0.0247  +0.0005 ± 0.0029   0.622  undecided
+Undecided against dense: sigmoid_bias_free.
 
 How sure: dense subtracted seed by seed
-arm                pairs      p  p Holm  exact p  seed SD  detectable  power
-─────────────────────────────────────────────────────────────────────────────
-switch                 4  0.001   0.003        –     −0.6      0.0090    low
-sigmoid_bias_free      4  0.622   0.622        –     +0.0      0.0090    low
+arm                pairs      p  p pooled  p Holm  exact p  detectable  power
+──────────────────────────────────────────────────────────────────────────────
+switch                 4  0.001     0.002   0.004        –      0.0067    low
+sigmoid_bias_free      4  0.622     0.622   0.622        –      0.0067    low
+
+How large: minus dense, margin of equivalence ±0.0200 (1 %)
+arm                    all together  Hedges g       g, 95 %  p TOST
+────────────────────────────────────────────────────────────────────
+switch             −0.0098 ± 0.0036      −0.6  −1.4 to −0.2       –
+sigmoid_bias_free  +0.0005 ± 0.0038      +0.0  −0.1 to +0.1       –
 
 Seeds that would settle undecided arms, in 4 of 5 repeats
 arm                if as observed  for the margin  if equal
@@ -137,12 +144,15 @@ diverged: the loss, a gradient or the final metric was not finite, or a spike en
 (train.spike_policy=stop). Means and differences are of the other seeds, no fair sample: such a pair
 has no verdict, such an arm is never best.
 ± half of the 95 % t interval over seeds.
-p Holm: p of the paired t-test, corrected for 2 comparisons; better or worse means p Holm ≤ 0.05.
-exact p: sign flips, 6 seeds or more, not corrected. seed SD: the difference over the SD between
-seeds, as 4 seeds estimate it. detectable: the smallest true difference that 4 of 5 repeats would
-show, the differences of all arms taken to vary alike.
-Each interval is one of 95 %, not all together. Arms with rare bad seeds get false verdicts more
-often than 5 % (docs/comparing.md).
+p: of the paired t-test. p pooled: p value of the difference by the noise of all arms together. p
+Holm: the larger of both, corrected for 2 comparisons; better or worse means p Holm ≤ 0.05. exact p:
+sign flips, 6 seeds or more, not corrected. detectable: the smallest true difference that 4 of 5
+repeats would show, the differences of all arms taken to vary alike.
+all together: intervals that hold for 2 comparisons at once in 95 % of repeats; ± elsewhere is one
+interval by itself. Hedges g: the difference over the SD between seeds, unbiased. Equivalence within
+±0.0200 (1 %) needs 5 seeds.
+Limit: where the baseline or one of two arms has rare bad seeds, up to 8 % of tables claim a false
+difference and up to 11 % a false equivalence, and intervals cover less (docs/statistics.md).
 low power: 3 to 5 seeds can miss any difference smaller than the detectable one.
 Seeds that would settle an arm: with p at Holm's strictest level, 0.05 / 2, all seeds planned from
 the start, the SD of the pairs as all arms together show it. if as observed: the true difference is

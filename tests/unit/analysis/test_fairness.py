@@ -123,7 +123,10 @@ def test_equal_parameters_are_those_of_a_reference_or_between_two():
         ({"hardware": "gpu"}, "measured on different hardware (cpu; gpu)"),
         ({"hardware": ""}, "the hardware of a run is not recorded"),
         ({"num_starts": 2}, "1 of 6 runs were stopped and resumed"),
-        ({"cells_at_a_time": 2.0}, "measured with 1.0 to 2.0 cells at a time"),
+        (
+            {"cells_at_a_time": 2.0},
+            "measured with 1.0 to 2.0 cells at a time (`run --jobs 1` trains one after the other)",
+        ),
         ({"cells_at_a_time": None}, "it is not recorded when a run was trained"),
     ],
 )

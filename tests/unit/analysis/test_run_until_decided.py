@@ -106,7 +106,7 @@ def test_compare_knows_the_added_seeds_and_the_looks(tmp_path: Path, setup: RunS
     seeds = {difference.arm: len(difference.seeds) for difference in comparison.differences}
     assert seeds == {"switch": 5, "top_k": 8, "hash_position": 8}
     levels = {difference.arm: round(difference.level, 4) for difference in comparison.differences}
-    assert levels == {"switch": 0.0365, "top_k": 0.0195, "hash_position": 0.0195}
+    assert levels == {"switch": 0.0132, "top_k": 0.0403, "hash_position": 0.0403}
     assert sum("of two planned looks, at 5 and 8 seeds" in note for note in comparison.notes) == 2
     assert comparison.to_dict()["design"]["max_seeds"] == 8
 

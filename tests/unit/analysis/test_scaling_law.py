@@ -151,4 +151,5 @@ def test_intervals_cover_planted_coefficients():
 @pytest.mark.parametrize("std_size", [0.0, 0.003])
 def test_intervals_cover_with_and_without_a_deviation_of_each_size(form, experts, num_seeds, std_size):
     coverage = measure_coverage(form, experts, num_seeds, std_size, 40 if form == "saturating" else 100)
-    assert min(coverage.values()) >= 0.9, coverage
+    # Of three sizes that deviate, a resample often has one or two: docs/scaling.md states the limit.
+    assert min(coverage.values()) >= (0.84 if std_size and form != "saturating" else 0.93), coverage

@@ -5,6 +5,8 @@ from math import inf, nan, sqrt
 import numpy as np
 import pytest
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.weightstats import ttost_paired
 
 from moebench.analysis.compare import statistics as st
 
@@ -47,7 +49,32 @@ def test_exact_sign_flip_by_hand():
 def test_holm_by_hand():
     # sorted .01 .02 .04 -> 3 * .01, 2 * .02, 1 * .04, each at least the one before
     assert st.holm([0.04, 0.01, 0.02]) == pytest.approx((0.04, 0.03, 0.04))
-    assert st.holm([]) == ()
+    assert st.holm([]).size == 0
+
+
+def test_holm_as_statsmodels_has_it():
+    p_RA = np.random.default_rng(0).beta(0.3, 1, (20, 7))
+    corrected_RA = [multipletests(p_A, method="holm")[1] for p_A in p_RA]
+    np.testing.assert_allclose(st.holm(p_RA), corrected_RA)
+
+
+def test_equivalence_as_statsmodels_has_it():
+    for a_S, b_S in np.random.default_rng(0).normal(0, 1, (10, 2, 6)):
+        pair = st.paired_difference(a_S, b_S)
+        wanted = ttost_paired(a_S, b_S, -1.5, 1.5)[0]
+        assert st.equivalence_p(pair.mean, pair.spread, 6, 1.5) == pytest.approx(wanted)
+    spread = st.SpreadEstimate(sd=1, df=3)
+    assert st.equivalence_p(0, spread, 4, 9) is None  # too few seeds
+    flat = st.SpreadEstimate(sd=0, df=4)
+    assert [st.equivalence_p(mean, flat, 5, 1) for mean in (0, 0.5)] == [0, None]
+
+
+def test_table_spread_by_hand():
+    # SDs 1, 1 and 10, of which the third counts as 3 times the median, 1: mean variance (1 + 1 + 9) / 3.
+    value_AS = np.array([[1, -1, 0, 0], [0, 0, 1, -1], [10, 10, -10, -10]]) / np.sqrt([[2 / 3], [2 / 3], [4 / 3]])
+    spread = st.table_spread(value_AS, [0] * 4)
+    assert spread.sd**2 == pytest.approx(11 / 3)
+    assert st.spread_p(1.0, st.SpreadEstimate(sd=2.0, df=8), 4) == pytest.approx(2 * stats.t.sf(1, 8))
 
 
 def test_effect_in_seed_sd_by_hand():

@@ -16,6 +16,10 @@ from moebench.analysis.compare.values import Comparison
 from moebench.tasks.baselines.baseline import TrivialBaseline
 
 MARK = "below trivial baselines: a ranking at this size says little"
+SENTENCE = (
+    "switch is better than dense, by less than the margin of ±0.0200 (1 %): −0.0100 bits per byte, 95 % interval"
+    " [−0.0120, −0.0080] (paired over seeds 0-4, n = 5, p < 0.001, 1 comparison)."
+)
 
 
 def make_baselines(reference: float) -> tuple[TrivialBaseline, ...]:
@@ -43,14 +47,14 @@ def test_rows_stand_below_the_arms():
     assert [row[0] for row in table.rows] == ["dense", "switch (best)", "order-1 n-gram", "order-3 n-gram", "bz2 -9"]
     assert table.rows[3] == ("order-3 n-gram", "–", "2.5000", "+0.5000", "–", "trivial (reference)")
     assert table.rows[4] == ("bz2 -9", "–", "1.5000", "−0.5000", "–", "trivial")
-    assert (table.notes, table.marked) == ((), False)
+    assert (table.notes, table.marked) == ((SENTENCE,), False)
     notes = build_report(make_comparison(2.5)).notes
     assert any("order-1 n-gram, order-3 n-gram: counts; bz2 -9: compressed." in note for note in notes)
 
 
 def test_an_experiment_below_the_reference_is_marked():
     report = build_report(make_comparison(1.9))
-    assert (report.tables[0].notes, report.tables[0].marked) == ((MARK,), True)
+    assert (report.tables[0].notes, report.tables[0].marked) == ((MARK, SENTENCE), True)
     assert f"- {MARK}" in report.to_markdown()
     assert report.values["below_trivial_baselines"] is True
     assert report.values["below_trivial_baselines_text"] == MARK
@@ -71,11 +75,12 @@ def test_where_higher_is_better_the_mark_turns():
 
 def test_without_baselines_nothing_is_said_but_a_problem():
     plain = replace(make_comparison(2.5), trivial_baselines=())
-    assert build_report(plain).tables[0].notes == ()
+    assert build_report(plain).tables[0].notes == (SENTENCE,)
     assert build_report(plain).values["below_trivial_baselines"] is None
     problem = replace(plain, trivial_problem="task.data.path: 'x' does not exist")
     table = build_report(problem).tables[0]
-    assert (table.notes, table.marked) == (("no trivial baselines: task.data.path: 'x' does not exist",), False)
+    line = "no trivial baselines: task.data.path: 'x' does not exist"
+    assert (table.notes, table.marked) == ((line, SENTENCE), False)
 
 
 def test_out_of_domain_rows():

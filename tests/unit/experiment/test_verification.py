@@ -132,7 +132,7 @@ def test_fix_repairs_the_tracker_and_the_records(store: CommandLine, switch: Pat
         store,
         "insert into metrics select key, value, timestamp - 5, run_uuid, step, is_nan from metrics where step = 7",
         "delete from metrics where step = 3 and key = 'loss/task'",
-        "update tags set value = '{}' where key = 'moebench.cursor'",
+        "update tags set value = '{}' where key = 'mlflow.moebench.cursor'",
         f"update runs set status = 'RUNNING' where run_uuid in {runs}",
     )
     (results / "experiments" / "tiny.json").write_text("{}")
@@ -177,7 +177,9 @@ def test_removal_of_a_run(store: CommandLine, switch: Path, warm: WarmCommandLin
     assert (removed.code, removed.json["runs"], switch.exists()) == (0, [switch.name], False), removed.err
     assert not list((store.folder / "results").glob(".removed-*"))
     connection = sqlite3.connect(store.folder / "results" / "mlflow.db")
-    query = "select lifecycle_stage from runs join tags using (run_uuid) where tags.key = 'moebench.cell' and value = ?"
+    query = (
+        "select lifecycle_stage from runs join tags using (run_uuid) where key = 'mlflow.moebench.cell' and value = ?"
+    )
     assert connection.execute(query, (switch.name,)).fetchall() == [("deleted",)]
     connection.close()
     unknown = warm(store, "rm", "tinny", "--yes")

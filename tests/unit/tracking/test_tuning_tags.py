@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from support.tracked_runs import build_experiment
 
-from moebench.tracking.messages import MAX_TAG_LENGTH, describe_tuning
+from moebench.tracking.experiment_note import MAX_TAG_LENGTH, describe_tuning
 from moebench.tracking.mlflow_store import MlflowStore
 from moebench.tracking.replay import replay
 
@@ -25,8 +25,8 @@ def test_tuning_runs_are_tagged_and_choices_are_stored(tmp_path: Path) -> None:
     replay(tmp_path, uri)
     runs = MlflowStore(uri, "quickstart").runs()
     (parent,) = [run for run in runs if not run.parent]
-    assert json.loads(parent.tags["moebench.tuned"]) == {"switch": {"train.learning_rate": 0.002}, "dense": None}
-    assert not any("moebench.tuning_of" in run.tags for run in runs)
+    assert json.loads(parent.tags["tuned"]) == {"switch": {"train.learning_rate": 0.002}, "dense": None}
+    assert not any("tuning_of" in run.tags for run in runs)
 
 
 def test_runs_of_a_tuning_say_whose_they_are(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_runs_of_a_tuning_say_whose_they_are(tmp_path: Path) -> None:
     replay(tmp_path, uri)
     runs = MlflowStore(uri, "quickstart-tuning").runs()
     assert len(runs) == 5
-    assert {run.tags["moebench.tuning_of"] for run in runs} == {"quickstart"}
+    assert {run.tags["tuning_of"] for run in runs} == {"quickstart"}
 
 
 @pytest.mark.parametrize("tuning", [None, 3, [], {}, {"arms": 3}, {"arms": [1]}])

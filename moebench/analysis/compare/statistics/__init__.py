@@ -10,19 +10,20 @@ from moebench.analysis.compare.statistics.levels import (
     CONFIDENCE,
     EQUIVALENCE_SEEDS,
     EXACT_SEEDS,
-    MARGIN,
     MIN_SEEDS,
     POWER,
 )
 from moebench.analysis.compare.statistics.power import SpreadEstimate, pooled_spread, smallest_detectable, t_power
-from moebench.analysis.compare.statistics.seed_values import Interval, Values
+from moebench.analysis.compare.statistics.seed_values import Interval, Values, compute_variance
+from moebench.analysis.compare.statistics.skew import skewness_p
+from moebench.analysis.compare.statistics.table_noise import MAX_SD_RATIO, spread_p, table_spread
 
 __all__ = [
     "ALPHA",
     "CONFIDENCE",
     "EQUIVALENCE_SEEDS",
     "EXACT_SEEDS",
-    "MARGIN",
+    "MAX_SD_RATIO",
     "MIN_SEEDS",
     "POWER",
     "Interval",
@@ -30,6 +31,7 @@ __all__ = [
     "SpreadEstimate",
     "StandardisedEffect",
     "Values",
+    "compute_variance",
     "effect_in_seed_sd",
     "equivalence_p",
     "holm",
@@ -37,7 +39,10 @@ __all__ = [
     "paired_difference",
     "pooled_spread",
     "sign_flip_p",
+    "skewness_p",
     "smallest_detectable",
+    "spread_p",
     "t_interval",
     "t_power",
+    "table_spread",
 ]

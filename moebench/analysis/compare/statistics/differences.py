@@ -9,6 +9,7 @@ from scipy import stats
 from moebench.analysis.compare.statistics.effect import effect_in_seed_sd
 from moebench.analysis.compare.statistics.intervals import t_interval
 from moebench.analysis.compare.statistics.levels import EXACT_SEEDS, MAX_EXACT_SEEDS, MIN_SEEDS
+from moebench.analysis.compare.statistics.power import SpreadEstimate
 from moebench.analysis.compare.statistics.seed_values import Interval, as_values, is_constant
 
 
@@ -29,6 +30,11 @@ class PairedDifference:
     """The difference in units of the seed SD, with Hedges' correction."""
     effect_interval: Interval | None
     sd: float | None
+
+    @property
+    def spread(self) -> SpreadEstimate | None:
+        """The SD of these differences as an estimate; None below three seeds."""
+        return None if self.sd is None else SpreadEstimate(sd=self.sd, df=self.num_seeds - 1)
 
 
 def paired_difference(arm_S: ArrayLike, baseline_S: ArrayLike) -> PairedDifference:

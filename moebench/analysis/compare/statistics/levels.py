@@ -4,8 +4,6 @@ ALPHA = 0.05
 """Level of a family of comparisons, after Holm's correction."""
 CONFIDENCE = 0.95
 POWER = 0.8
-MARGIN = 0.01
-"""Differences below this share of the baseline's mean count as none, unless an experiment states another."""
 MIN_SEEDS = 3
 """With fewer seeds, results are descriptive only."""
 EQUIVALENCE_SEEDS = 5
