@@ -17,6 +17,8 @@ from moebench.runs.checked_json import require_types
 
 RECORD_KEY = "seed_plans"
 """Key of the plans in the record of an experiment."""
+CURRENT_KEY = "seed_plan"
+"""Key, in the record, of the key of the plan that its cells belong to."""
 MIN_TESTED_SEEDS = 3
 """With fewer seeds no arm is tested, so that they are no plan and nothing to look at."""
 MAX_ENTRIES = 1000

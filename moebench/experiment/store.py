@@ -13,8 +13,8 @@ from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
 from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.plan import cell_state
+from moebench.experiment.seed_plan import CURRENT_KEY, Seeds, append_run, change_seed, list_added_cells, read_seed_plan
 from moebench.experiment.seed_plan import RECORD_KEY as PLANS_KEY
-from moebench.experiment.seed_plan import Seeds, append_run, change_seed, list_added_cells, read_seed_plan
 from moebench.experiment.tuning import has_diverged, read_tuning
 from moebench.file_access import read_plain_file, require_no_links, require_utf8
 from moebench.launch.scheduler import Outcome
@@ -124,6 +124,7 @@ def record_experiment(results: Path, experiment: Experiment, added: Mapping[str,
     require_one_file(results, experiment)
     record |= {key: value for key, value in earlier.items() if key == RECORD_KEY}
     record |= {PLANS_KEY: plans} if plans else {}
+    record |= {CURRENT_KEY: experiment.design.key} if experiment.design else {}
     try:
         folder.mkdir(exist_ok=True)
         write_json(path, record)

@@ -12,7 +12,8 @@ def read_record(path: Path) -> dict[str, Any]:
     """Return the record of an experiment, with a list `cells` of mappings with an `id`; raise UsageError for damage."""
     record = read_json(path)
     try:
-        optional: dict[str, Types] = {"tuning": dict, "tuning_of": str, "seed_plans": dict, "margin": (int, float)}
+        optional: dict[str, Types] = {"tuning": dict, "tuning_of": str, "margin": (int, float)}
+        optional |= {"seed_plans": dict, "seed_plan": str}
         require_types(record, {"name": str, "cells": list, **optional}, optional=tuple(optional))
         if record["name"] != path.stem:
             raise ValueError(f"it is of the experiment '{record['name'][:40]}', under another name")

@@ -9,7 +9,9 @@ from typing import Any
 from moebench.analysis.compare.comparison import compare
 from moebench.analysis.compare.report import build_report, list_lost_cells
 from moebench.analysis.compare.values import Comparison, ComparisonMetric
+from moebench.analysis.design.protocol import Protocol
 from moebench.errors import UsageError
+from moebench.experiment.seed_plan import CURRENT_KEY, read_seed_plan
 from moebench.reporting.table import Table
 from moebench.runs.experiment_record import read_records
 from moebench.runs.experiment_summary import ArmMean, ExperimentSummary, SummaryTable, summary_path, write_summary
@@ -77,6 +79,7 @@ def _compare_record(results: Path, record: Mapping[str, Any]) -> Comparison:
         metric=ComparisonMetric(
             name=facts.metric, lower_is_better=facts.lower_is_better, margin=record.get("margin", DEFAULT_MARGIN)
         ),
+        protocol=Protocol(plan=read_seed_plan(record, record.get(CURRENT_KEY, ""))),
     )
     return replace(comparison, trivial_baselines=recorded.baselines) if recorded else comparison
 

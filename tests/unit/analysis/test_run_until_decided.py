@@ -15,6 +15,7 @@ from rich.console import Console
 from support.comparison_runs import make_result
 
 from moebench.analysis.compare.experiment import compare_experiment
+from moebench.analysis.compare.summary import build_summary, refresh_summaries
 from moebench.analysis.design.sequential import DecisionReport, run_until_decided
 from moebench.analysis.figures import Figures
 from moebench.errors import UsageError
@@ -22,6 +23,7 @@ from moebench.experiment.grid import Experiment, expand
 from moebench.experiment.phases import run_phases
 from moebench.experiment.run_setup import RunOptions, RunSetup
 from moebench.launch.launcher import LocalLauncher
+from moebench.runs.experiment_summary import read_summary, summary_path
 from moebench.runs.folder import RunFolder
 
 TINY = {
@@ -162,3 +164,16 @@ def test_a_damaged_plan_is_noted_by_compare(tmp_path: Path, setup: RunSetup) -> 
     comparison = compare_experiment(build(tmp_path), setup.results)
     assert any("'seed_plans' is damaged" in note for note in comparison.notes)
     assert {difference.level for difference in comparison.differences} == {0.05}
+
+
+def test_the_summary_of_the_tracker_has_the_level_of_the_look(tmp_path: Path, setup: RunSetup) -> None:
+    store_results(setup.results, tmp_path)
+    run(tmp_path, setup, max_seeds=8)
+    summary = build_summary(compare_experiment(build(tmp_path), setup.results))
+    path = summary_path(setup.results, "tiny")
+    path.unlink(missing_ok=True)
+    refresh_summaries(setup.results)
+    written = read_summary(setup.results, "tiny")
+    assert written is not None
+    assert any("the second of two planned looks" in sentence for sentence in written.sentences)
+    assert set(written.sentences) >= set(summary.sentences[: len(summary.arms) - 1])
