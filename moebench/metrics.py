@@ -173,7 +173,7 @@ COMPARISON: tuple[Declaration, ...] = (
     ("p_holm", "p Holm", "", "p", "lower", "The larger of p and p pooled, corrected for all comparisons."),
     ("p_equivalence_holm", "p TOST", "", "p", "lower", "Two one-sided tests against the margin, 5 seeds or more."),
     ("p_exact", "exact p", "", "p", "lower", "Sign flips, 6 seeds or more, not corrected."),
-    ("effect_sd", "Hedges g", "", "signed", "neither", "The difference over the SD between seeds, unbiased."),
+    ("effect_sd", "Hedges g", "", "signed", "neither", "The difference over the SD between seeds, corrected for few."),
     (
         "smallest_detectable",
         "detectable",

@@ -5,6 +5,7 @@ Drawing is imported when the first figure is drawn, so that an import that fails
 
 import contextlib
 import json
+import time
 from pathlib import Path
 
 from moebench.errors import UsageError
@@ -13,7 +14,11 @@ from moebench.runs.folder import RunFolder
 
 
 class Figures:
-    """Draws the load and the specialisation of the experts of each run, and the curves of an experiment."""
+    """Draws the load and the specialisation of the experts of each run, the curves and the report of an experiment."""
+
+    def __init__(self, command: str = "") -> None:
+        self.command = command
+        """The command that trains the experiment again, for its report; empty: not known."""
 
     def draw_run_figures(self, folder: RunFolder, title: str) -> None:
         """Draw load.png and labels.png; nothing for a dense or failed run.
@@ -35,7 +40,7 @@ class Figures:
             )
 
     def draw_experiment_figures(self, experiment: Experiment, results: Path) -> None:
-        """Write the summary of the comparison, and draw the curves with the paired differences where there are any."""
+        """Write summary and report of the comparison, and draw the curves with the differences where there are any."""
         from moebench.analysis.compare.experiment import compare_experiment, draw_experiment
         from moebench.analysis.compare.summary import build_summary
         from moebench.runs.experiment_summary import write_summary
@@ -46,5 +51,20 @@ class Figures:
             comparison = None  # unmatched or without a baseline: the curves alone
         if comparison is not None:
             write_summary(results, experiment.name, build_summary(comparison))
+            self._write_report(experiment, results)
         file = results / "experiments" / experiment.name / "curves.png"
         draw_experiment(experiment, results, file, comparison)
+
+    def _write_report(self, experiment: Experiment, results: Path) -> None:
+        """Write the report of an experiment; that of its tuning runs is part of it."""
+        from moebench.analysis.html_report.build import Source, build_page
+        from moebench.runs.experiment_summary import REPORT_FILE
+        from moebench.runs.folder import write_atomically
+
+        if experiment.tuning_of:
+            return
+        made_at = time.strftime("%Y-%m-%d %H:%M")
+        page = build_page(Source(experiment=experiment, results=results, command=self.command, made_at=made_at))
+        file = results / "experiments" / experiment.name / REPORT_FILE
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, page.html)

@@ -49,8 +49,7 @@ def chen(
 
     def show(run: Run, outcome: Outcome) -> None:
         outcomes.setdefault((run.setting.name, run.kind.name), []).append(outcome)
-        line = format_progress(run.kind.name, run.setting.name, run.seed, outcome.accuracy)
-        console.print(line, highlight=False, markup=False)
+        console.print(format_progress(run, outcome), highlight=False, markup=False)
 
     try:
         measure_runs(list_runs(settings, kinds, seeds), jobs or available_cores(), show)

@@ -69,11 +69,10 @@ def compare_experiments(grids: "Sequence[Experiment]", results: Path, choice: Ch
         raise UsageError(f"{options[0]}: is for one experiment, got {', '.join(grid.name for grid in grids)}")
     if choice.effective_compute:
         from moebench.analysis.pooled.effective_report import build_ladder_report
-        from moebench.analysis.pooled.experiments import name_uniquely
         from moebench.analysis.pooled.ladder import read_ladder
 
-        named, ignore = name_uniquely(grids), choice.allow_mismatch
-        return build_ladder_report(read_ladder(named, results, choice.split, ignore_conditions=ignore))
+        ladder = read_ladder(grids, results, choice.split, ignore_conditions=choice.allow_mismatch)
+        return build_ladder_report(ladder)
     from moebench.analysis.pooled.experiments import pool_experiments
     from moebench.analysis.pooled.report import build_pooled_report
 

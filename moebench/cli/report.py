@@ -3,7 +3,7 @@
 import gc
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,6 +23,9 @@ from moebench.cli.subjects import is_experiment
 from moebench.errors import UsageError
 from moebench.experiment.files import find_experiment
 from moebench.printable import print_text
+
+if TYPE_CHECKING:
+    from moebench.analysis.html_report.build import Page
 
 SUFFIXES = (".html", ".htm")
 Out = Annotated[
@@ -56,8 +59,7 @@ def report(
     """
     from moebench.analysis.html_report.build import Source, build_page
     from moebench.experiment.grid import expand, expand_routers
-    from moebench.reporting.table_files import write_tables
-    from moebench.runs.folder import write_atomically
+    from moebench.runs.experiment_summary import REPORT_FILE
 
     overrides = add_size([name for name in names if "=" in name], size)
     subjects = [name for name in names if "=" not in name]
@@ -79,14 +81,18 @@ def report(
     )
     gc.freeze()  # as in `compare`
     page = build_page(source)
-    file = out or results / "experiments" / experiment.name / "report.html"
+    file = out or results / "experiments" / experiment.name / REPORT_FILE
+    write_files(page, file, tables, json=json)
+
+
+def write_files(page: "Page", file: Path, tables: Path | None, *, json: bool) -> None:
+    """Write the report, and its tables to a folder; print where they are, and the size of the report."""
+    from moebench.reporting.table_files import write_tables
+    from moebench.runs.folder import write_atomically
+
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, page.html)
-    print_files(file, write_tables(page.tables, tables) if tables else [], json=json)
-
-
-def print_files(file: Path, table_files: list[Path], *, json: bool) -> None:
-    """Print where the report and its tables are, and the size of the report."""
+    table_files = write_tables(page.tables, tables) if tables else []
     num_bytes = file.stat().st_size
     if json:
         print_json({"file": str(file), "bytes": num_bytes, "tables": [str(path) for path in table_files]})

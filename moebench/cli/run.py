@@ -237,14 +237,15 @@ def _run_grid(
     from moebench.experiment.run_setup import RunSetup
 
     grid = expand(find_experiment(experiment), overrides or (), plugins or ())
-    setup = RunSetup(results=results, options=options, launcher=launcher, console=console, figures=Figures())
+    arguments = CommandArguments(
+        experiment=experiment, overrides=overrides or (), plugins=plugins or (), results=results
+    )
+    figures = Figures(command=arguments.format("run"))
+    setup = RunSetup(results=results, options=options, launcher=launcher, console=console, figures=figures)
     report, decisions = _run_phases(grid, setup, max_seeds)
     if json:
         print_json(report.to_dict() | ({"until": decisions.to_dict()} if decisions else {}))
     else:
-        arguments = CommandArguments(
-            experiment=experiment, overrides=overrides or (), plugins=plugins or (), results=results
-        )
         lines = decisions.list_lines() if decisions else []
         given = ["--until", "decided", "--max-seeds", str(max_seeds)] if max_seeds else []
         print_summary(report, arguments, options, lines=lines, given=given, console=console)

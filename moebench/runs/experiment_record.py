@@ -4,17 +4,20 @@ from pathlib import Path
 from typing import Any
 
 from moebench.errors import UsageError
-from moebench.runs.checked_json import read_json, require_types
+from moebench.runs.checked_json import Types, read_json, require_types
+from moebench.schema import DEFAULT_MARGIN
 
 
 def read_record(path: Path) -> dict[str, Any]:
     """Return the record of an experiment, with a list `cells` of mappings with an `id`; raise UsageError for damage."""
     record = read_json(path)
     try:
-        optional = {"tuning": dict, "tuning_of": str, "seed_plans": dict}
+        optional: dict[str, Types] = {"tuning": dict, "tuning_of": str, "seed_plans": dict, "margin": (int, float)}
         require_types(record, {"name": str, "cells": list, **optional}, optional=tuple(optional))
         if record["name"] != path.stem:
             raise ValueError(f"it is of the experiment '{record['name'][:40]}', under another name")
+        if not 0 < record.get("margin", DEFAULT_MARGIN) < 1:
+            raise ValueError(f"'margin' is {record['margin']}, expected a number between 0 and 1")
         for cell in record["cells"]:
             if not isinstance(cell, dict):
                 raise ValueError(f"'cells' has {str(cell)[:40]!r}, expected an object")

@@ -170,9 +170,9 @@ class Sender:
     def _describe(self, source: RunSource, run: StoredRun) -> None:
         cell, experiment = source.cell, self.store.experiment
         params = {name: value for name, value in list_params(cell).items() if name not in run.params}
-        tags = build_tags(source, experiment, results_id(self.results)) | describe(
-            run.tags, build_note(source, experiment)
-        )
+        metric = find_quality(source.read_final_points()) if source.result else ""
+        tags = build_tags(source, experiment, results_id(self.results))
+        tags |= describe(run.tags, build_note(source, experiment, metric))
         self.store.log_dataset(run.id, str(cell["data"]["name"]), str(cell["data"]["digest"]), "training")
         self.store.log_yaml(run.id, cell["config"], "config.yaml")
         changed = {key: value for key, value in tags.items() if run.tags.get(key) != value}

@@ -263,3 +263,15 @@ def test_a_learning_rate_that_diverges_is_an_outcome(cli: CommandLine, warm: War
     for split, words in (("test", "choose with --split validation"), ("validation", "choose on validation, as here")):
         notes = warm(cli, "compare", "./tiny.yaml", "--json", "--split", split).json["notes"]
         assert any(note.startswith("this grid varies train.learning_rate: ") and words in note for note in notes)
+
+
+def test_a_margin_is_a_share_and_stands_in_the_json(finished: CommandLine, warm: WarmCommandLine) -> None:
+    stated = warm(finished, "compare", "./tiny.yaml", "--json", "--margin", "0.2").json
+    dense = stated["arms"]["dense"]["bits_per_byte"]["mean"]
+    assert stated["margin"] == {"share_of_baseline": 0.2, "value": pytest.approx(0.2 * dense)}
+    in_file = warm(finished, "compare", "./tiny.yaml", "margin=0.3", "--json").json
+    assert in_file["margin"]["share_of_baseline"] == 0.3
+    for arguments, key, given in ((["--margin", "1.5"], "--margin", "1.5"), (["margin=0"], "margin", "0.0")):
+        ended = warm(finished, "compare", "./tiny.yaml", *arguments)
+        assert ended.code == 2
+        assert f"{key} must be above 0 and below 1: a share of the baseline's mean, got {given}" in ended.err

@@ -31,9 +31,9 @@ def test_the_report_fits_a_phone_and_loads_nothing(tmp_path: Path) -> None:
         # One axis at a time on a screen, chosen by a click without a script.
         open_file(driver, file, width=375)
         shown = "return [...document.querySelectorAll('.pane')].map(e => e.offsetHeight > 0)"
-        assert driver.execute_script(shown) == [True, False, False]
+        assert driver.execute_script(shown) == [True, False, False, False]
         driver.find_element("css selector", "label[for=axis-3]").click()
-        assert driver.execute_script(shown) == [False, False, True]
+        assert driver.execute_script(shown) == [False, False, True, False]
         # Wide tables scroll in boxes of their own.
         boxes = "return [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
         assert driver.execute_script(boxes) > 0

@@ -175,6 +175,25 @@ def test_what_the_noise_of_the_table_costs(num_arms, ratio, factor):
     assert both / own == pytest.approx(factor, abs=0.03)
 
 
+@pytest.mark.parametrize(
+    ("name", "num_seeds", "own", "both"),
+    [("paired", 3, 0.49, 0.42), ("paired", 5, 1.66, 1.59), ("paired", 8, 2.42, 2.36), ("unequal", 5, 1.66, 1.39)],
+)
+def test_correct_verdicts_with_and_without_the_noise_of_the_table(name, num_seeds, own, both):
+    # Five arms, true differences of normal size with an SD of 2 SDs of the paired difference, one in five of them none.
+    rng = np.random.default_rng(num_seeds)
+    value_RAS = SYMMETRIC[name](rng, (8000, 6, num_seeds))
+    sd_A = (value_RAS[:, 1:] - value_RAS[:, :1]).std((0, 2))
+    effect_RA = rng.normal(0, 2, (8000, 5)) * (rng.random((8000, 5)) > 0.2) * sd_A
+    value_RAS[:, 1:] += effect_RA[..., None]
+    has_right_sign_RA = measure_differences(value_RAS)[0] * effect_RA > 0
+    correct = [
+        (claim(value_RAS) & has_right_sign_RA).sum(1).mean()
+        for claim in (claim_differences_by_own_noise, claim_differences)
+    ]
+    assert correct == pytest.approx([own, both], abs=0.04)
+
+
 def measure_coverage(draw: Draw, num_arms: int, num_seeds: int) -> tuple[float, float, float]:
     """Return how often an interval has the truth, all of a table by themselves have, and all simultaneous ones have."""
     value_RAS = draw(np.random.default_rng(1), (10_000, num_arms + 1, num_seeds))

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 from support.command_line import ROOT, CommandLine, WarmCommandLine
+from support.ladder_results import write_size
 
+from moebench.analysis.pooled.effective_report import build_ladder_report
+from moebench.analysis.pooled.ladder import read_ladder
 from moebench.config import resolve, to_plain
 from moebench.experiment.grid import expand
 from moebench.models.cost import compute_cost
@@ -44,6 +47,18 @@ def test_the_models_of_the_page_on_the_transformer_are_built(cli: CommandLine) -
         data = replace(config.task.data, path=str(cli.folder / "text"))  # type: ignore[attr-defined]
         small = replace(config, task=replace(config.task, data=data))
         build_model(small, prepare_task(small, cli.folder))
+
+
+def test_the_ladder_of_the_page_on_comparing_has_three_sizes(cli: CommandLine) -> None:
+    [text] = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "comparing.md").read_text(), re.DOTALL)
+    (cli.folder / "ladder.yaml").write_text(text)
+    ladder = expand(cli.folder / "ladder.yaml", [f"task.data.path={cli.folder / 'text'}", "task.data.tokenizer=bytes"])
+    for number, label in enumerate(("small", "medium", "large")):
+        cells = tuple(cell for cell in ladder.cells if label in cell.arm)
+        write_size(cli.folder / "results", replace(ladder, cells=cells), 10.0 + number, {"hash": 1.2, "top_k": 2.0})
+    values = build_ladder_report(read_ladder([ladder], cli.folder / "results")).values
+    assert [*values["sizes"]] == ["ladder (small)", "ladder (medium)", "ladder (large)"]
+    assert values["arms"]["top_k"]["compute"]["value"] > values["arms"]["hash"]["compute"]["value"] > 1
 
 
 def test_the_code_of_the_page_on_the_api_runs(cli: CommandLine, warm: WarmCommandLine) -> None:

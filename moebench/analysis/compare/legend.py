@@ -62,8 +62,8 @@ def _explain_statistics(comparison: Comparison) -> list[str]:
         num_comparisons = format_plural(comparison.num_comparisons, "comparison")
         lines += [
             f"p: of the paired t-test. {explain_metrics('p_pooled')} p Holm: the larger of both, corrected for"
-            f" {num_comparisons}; better or worse means p Holm ≤ {st.ALPHA}. {explain_metrics('p_exact')}"
-            f" {explain_metrics('smallest_detectable')}",
+            f" {num_comparisons}; better or worse means p Holm ≤ {_describe_level(comparison)}."
+            f" {explain_metrics('p_exact')} {explain_metrics('smallest_detectable')}",
             f"all together: intervals that hold for {num_comparisons} at once in 95 % of repeats; ± elsewhere is one"
             f" interval by itself. {explain_metrics('effect_sd')} {_explain_equivalence(comparison)}",
             describe_limit(comparison.num_comparisons),
@@ -78,7 +78,15 @@ def _explain_statistics(comparison: Comparison) -> list[str]:
 def _explain_equivalence(comparison: Comparison) -> str:
     if not comparison.num_equivalence_tests:
         return f"Equivalence within {describe_margin(comparison)} needs {st.EQUIVALENCE_SEEDS} seeds."
-    return f"{explain_metrics('p_equivalence_holm')} equivalent means p TOST ≤ {st.ALPHA} and no shown difference."
+    return (
+        f"{explain_metrics('p_equivalence_holm')} equivalent means p TOST ≤ {_describe_level(comparison)} and no"
+        " shown difference."
+    )
+
+
+def _describe_level(comparison: Comparison) -> str:
+    levels = [difference.level for difference in comparison.differences if difference.p is not None]
+    return f"{st.ALPHA}" if all(level == st.ALPHA for level in levels) else "the level in the note below"
 
 
 def describe_limit(num_comparisons: int) -> str:

@@ -78,19 +78,33 @@ def _describe_numbers(comparison: "Comparison", difference: "Difference") -> str
         mean += f", 95 % interval [{low}, {high}]"
     seeds = difference.seeds
     noun = "seed" if len(seeds) == 1 else "seeds"
-    tests = [f"paired over {noun} {format_seeds(seeds)}", f"n = {len(seeds)}"]
-    if difference.verdict in ("better", "worse", "undecided") and difference.p_holm is not None:
-        tests.append(_describe_test("p", difference.p_holm, comparison.num_comparisons))
-    if difference.verdict in ("equivalent", "undecided") and difference.p_equivalence_holm is not None:
-        tests.append(_describe_test("TOST p", difference.p_equivalence_holm, comparison.num_equivalence_tests))
-    return f"{mean} ({', '.join(tests)})"
+    design = f"paired over {noun} {format_seeds(seeds)}, n = {len(seeds)}"
+    tests = _list_tests(comparison, difference)
+    if tests and difference.level < st.ALPHA:
+        tests.append(f"level {difference.level:.2g}")
+    return f"{mean} ({', '.join([design, *tests])})"
 
 
-def _describe_test(name: str, p: float, num_comparisons: int) -> str:
+def _list_tests(comparison: "Comparison", difference: "Difference") -> list[str]:
+    """Return the corrected p values that the verdict rests on, each followed by its correction."""
+    verdict, tests = difference.verdict, []
+    if verdict in ("better", "worse", "undecided") and difference.p_holm is not None:
+        tests.append((_format_equation("p", difference.p_holm), comparison.num_comparisons))
+    if verdict in ("equivalent", "undecided") and difference.p_equivalence_holm is not None:
+        equation = _format_equation("TOST p", difference.p_equivalence_holm)
+        tests.append((equation, comparison.num_equivalence_tests))
+    if len(tests) == 2 and tests[0][1] == tests[1][1]:
+        tests = [(" and ".join(equation for equation, _ in tests), tests[0][1])]
+    corrections = [format_plural(number, "comparison") for _, number in tests]
+    return [
+        f"{equation}, Holm over {correction}" if number > 1 else f"{equation}, {correction}"
+        for (equation, number), correction in zip(tests, corrections, strict=True)
+    ]
+
+
+def _format_equation(name: str, p: float) -> str:
     value = format_p(p)
-    p_text = f"{name} {value[0]} {value[1:]}" if value.startswith("<") else f"{name} = {value}"
-    number = format_plural(num_comparisons, "comparison")
-    return f"{p_text}, Holm over {number}" if num_comparisons > 1 else f"{p_text}, {number}"
+    return f"{name} {value[0]} {value[1:]}" if value.startswith("<") else f"{name} = {value}"
 
 
 def format_seeds(seeds: Sequence[int]) -> str:

@@ -10,20 +10,20 @@ from moebench.analysis.compare.comparison import compare
 from moebench.analysis.compare.report import build_report, list_lost_cells
 from moebench.analysis.compare.values import Comparison, ComparisonMetric
 from moebench.errors import UsageError
-from moebench.reporting.formatting import format_p, format_signed
 from moebench.reporting.table import Table
 from moebench.runs.experiment_record import read_records
 from moebench.runs.experiment_summary import ArmMean, ExperimentSummary, SummaryTable, summary_path, write_summary
 from moebench.runs.folder import RunFolder
 from moebench.runs.result import RunResult
 from moebench.runs.trivial_baselines import read_recorded
+from moebench.schema import DEFAULT_MARGIN
 from moebench.tasks.task import TASKS
 
 
 def build_summary(comparison: Comparison) -> ExperimentSummary:
     """Return what a comparison says in sentences, and its tables as text."""
     differences = {difference.arm: difference.mean for difference in comparison.differences}
-    sentences = [describe_verdict(comparison, arm.arm) for arm in comparison.arms if arm.arm != comparison.baseline]
+    sentences = [comparison.describe_difference(difference.arm) for difference in comparison.differences]
     warnings = [comparison.below_trivial_text, *list_lost_cells(comparison), *comparison.notes]
     return ExperimentSummary(
         metric=comparison.metric,
@@ -34,20 +34,6 @@ def build_summary(comparison: Comparison) -> ExperimentSummary:
         arms={arm.arm: ArmMean(mean=arm.mean, difference=differences.get(arm.arm)) for arm in comparison.arms},
         tables=tuple(map(_copy_table, build_report(comparison).tables)),
     )
-
-
-def describe_verdict(comparison: Comparison, arm: str) -> str:
-    """Return the verdict on an arm with its numbers, in one sentence."""
-    verdict, difference = comparison.describe_verdict(arm), comparison.find_difference(arm)
-    if difference is None or difference.mean is None:
-        return f"{arm}: {verdict}."
-    interval = difference.interval
-    numbers = [f"{format_signed(difference.mean)} {comparison.metric.replace('_', ' ')} to {comparison.baseline}"]
-    if interval:
-        numbers.append(f"95 % interval {format_signed(interval[0])} to {format_signed(interval[1])}")
-    if difference.p_holm is not None:
-        numbers.append(f"p = {format_p(difference.p_holm)} after Holm's correction")
-    return f"{arm}: {verdict} ({', '.join(numbers)}, {len(difference.seeds)} paired seeds)."
 
 
 def refresh_summaries(results: Path) -> None:
@@ -88,7 +74,9 @@ def _compare_record(results: Path, record: Mapping[str, Any]) -> Comparison:
         run_results,
         expected=[(str(cell.get("arm")), int(cell.get("seed", 0)), cell["id"]) for cell in record["cells"]],
         baseline=str(record.get("baseline")),
-        metric=ComparisonMetric(name=facts.metric, lower_is_better=facts.lower_is_better),
+        metric=ComparisonMetric(
+            name=facts.metric, lower_is_better=facts.lower_is_better, margin=record.get("margin", DEFAULT_MARGIN)
+        ),
     )
     return replace(comparison, trivial_baselines=recorded.baselines) if recorded else comparison
 

@@ -26,7 +26,7 @@ from moebench.analysis.fairness.values import (
 from moebench.reporting.formatting import format_plural
 
 MIN_EVALUATIONS = 5
-"""With fewer, the straight lines between evaluations are too long to be read from."""
+"""With fewer, the lines between evaluations are too long to be read from."""
 SPEED_AXES: tuple[Axis, ...] = ("steps", "flops", "seconds")
 Curves = Mapping[int, RunCurve]
 

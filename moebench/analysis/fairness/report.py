@@ -11,8 +11,8 @@ from moebench.reporting.report import Report
 from moebench.reporting.table import Column, Table
 
 LEGEND = (
-    "equal FLOPs, time: the arm is read where it has spent what the baseline of the same seed has spent in all, linear"
-    " between evaluations, never beyond the end. Time: training steps alone.",
+    "equal FLOPs, time: the arm is read where it has spent what the baseline of the same seed has spent in all, between"
+    " evaluations linear in the logarithm, never beyond the end. Time: training steps alone.",
     "speed-up: how many times less the arm needs to reach the baseline's final quality; geometric mean [95 % t interval"
     " on logarithms]. <: some seeds never reached it, the value is an upper bound.",
     "This table is of the validation split and describes; the verdict is that of the first table.",

@@ -45,7 +45,7 @@ class RunCurve:
         return axis in self.budgets and float(self.budgets[axis][-1]) >= (1 - TOLERANCE) * budget
 
     def read_at(self, axis: Axis, budget: float) -> float | None:
-        """Return the metric at a budget, linear between evaluations; at the end where that is within the tolerance.
+        """Return the metric at a budget, between evaluations linear in its logarithm; at the end within the tolerance.
 
         None before the first evaluation and where the run ended earlier: nothing is extrapolated.
         """
@@ -55,7 +55,7 @@ class RunCurve:
             return float(self.value_P[-1])
         if budget < self.budgets[axis][0]:
             return None
-        return float(np.interp(budget, self.budgets[axis], self.value_P))
+        return float(np.interp(np.log(budget), np.log(self.budgets[axis]), self.value_P))
 
 
 def build_run_curve(points: Sequence[Point], result: RunResult, metric: str) -> RunCurve | None:

@@ -61,7 +61,9 @@ def compute_speed_up(
 ) -> SpeedUp | None:
     """Return the speed-up to the baseline's final quality of the same seed; None where a run lacks the axis.
 
-    The rule is the same for both: the first time that the curve, linear between evaluations, has the quality.
+    The rule is the same for both: the first time that the curve has the quality, between evaluations linear in the
+    logarithm of the budget: straight lines in the budget itself lie above curves that flatten, and make a speed-up of
+    2 with 6 evaluations 1.2 % too small (intervals cover 75 %; this rule 0.4 %, 93 %).
     """
     seeds = [seed for seed in arm if seed in baseline]
     ratios: dict[int, float] = {}
@@ -92,4 +94,4 @@ def find_budget(curve: RunCurve, axis: Axis, target: float, *, lower_is_better: 
     if index == 0:
         return float(budget_P[0]), "before the first evaluation"
     share = excess_P[index - 1] / (excess_P[index - 1] - excess_P[index])
-    return float(budget_P[index - 1] + share * (budget_P[index] - budget_P[index - 1])), "reached"
+    return float(budget_P[index - 1] * (budget_P[index] / budget_P[index - 1]) ** share), "reached"

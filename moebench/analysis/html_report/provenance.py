@@ -86,4 +86,4 @@ def _done(results: Iterable[RunResult]) -> list[RunResult]:
 def _sum_hours(results: Iterable[RunResult]) -> str:
     seconds = [result.throughput.get("total_s", 0.0) for result in results]
     hours = sum(second for second in seconds if isfinite(second)) / 3600
-    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
+    return f"{hours:.1f} hours" if hours >= 1 else format_plural(round(60 * hours), "minute")

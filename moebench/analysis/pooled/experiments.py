@@ -1,7 +1,6 @@
 """Several experiments of one results folder: their comparisons, and the runs of a ladder of sizes."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from moebench.analysis.compare.experiment import compare_experiment
@@ -11,36 +10,31 @@ from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
 
 
-def name_uniquely(experiments: Sequence[Experiment]) -> list[Experiment]:
-    """Return experiments of different names: those with a name in common are called by their files.
+def name_uniquely(experiments: Sequence[Experiment]) -> dict[str, Experiment]:
+    """Return experiments by name; those with a name in common are called by their files.
 
     Raises UsageError for an experiment that is given twice, and for two that have a run in common.
     """
     names = [experiment.name for experiment in experiments]
-    renamed = [
-        replace(experiment, name=experiment.file) if names.count(experiment.name) > 1 else experiment
-        for experiment in experiments
-    ]
     owners: dict[str, int] = {}
-    for index, experiment in enumerate(renamed):
+    for index, experiment in enumerate(experiments):
         for cell in experiment.cells:
             owner = owners.setdefault(cell.id, index)
             if owner != index:
                 raise UsageError(
-                    f"compare: '{renamed[owner].name}' and '{experiment.name}' have the run {cell.id} in common"
+                    f"compare: '{experiments[owner].name}' and '{experiment.name}' have the run {cell.id} in common"
                     f" ({cell.arm}, seed {cell.seed}), which would count twice; give each run once"
                 )
-    return renamed
+    return {each.file if names.count(each.name) > 1 else each.name: each for each in experiments}
 
 
 def pool_experiments(
     experiments: Sequence[Experiment], results: Path, *, allow_mismatch: bool = False, split: Split = "test"
 ) -> Pooled:
     """Compare each experiment by itself and pool them; raise UsageError where one has no result."""
-    named = name_uniquely(experiments)
     return pool_comparisons(
         {
-            experiment.name: compare_experiment(experiment, results, allow_mismatch=allow_mismatch, split=split)
-            for experiment in named
+            name: compare_experiment(experiment, results, allow_mismatch=allow_mismatch, split=split)
+            for name, experiment in name_uniquely(experiments).items()
         }
     )

@@ -9,14 +9,15 @@ from statistics import fmean
 
 import numpy as np
 
-from moebench.analysis.compare.experiment import read_results
-from moebench.analysis.compare.values import Split
+from moebench.analysis.compare.experiment import list_trained_cells, read_results
+from moebench.analysis.compare.values import ComparisonMetric, Split
 from moebench.analysis.fairness.conditions import RunConditions, find_time_problem, read_conditions
 from moebench.analysis.fairness.run_curve import compute_training_flops
 from moebench.analysis.pooled.effective_compute import SizePairs
+from moebench.analysis.pooled.experiments import name_uniquely
 from moebench.errors import UsageError
+from moebench.experiment.axes import ARM
 from moebench.experiment.grid import Experiment
-from moebench.experiment.tuning import settle
 from moebench.runs.result import Fault, RunResult
 from moebench.tasks.task import TASKS
 
@@ -114,16 +115,18 @@ class Ladder:
 def read_ladder(
     experiments: Sequence[Experiment], results: Path, split: Split = "test", *, ignore_conditions: bool = False
 ) -> Ladder:
-    """Read the runs of experiments as a ladder; raise UsageError for several tasks or baselines."""
+    """Read the runs of experiments as a ladder; raise UsageError for several tasks or baselines, and repeated runs."""
+    named = name_uniquely(experiments)
     tasks = dict.fromkeys(cell.config.task.name for experiment in experiments for cell in experiment.cells)
     if len(tasks) > 1:
         raise UsageError(f"effective compute: got the tasks {', '.join(tasks)}; allowed: one task at several sizes")
     facts = TASKS.get(next(iter(tasks))).facts
-    baselines = {_name_parts(experiment, experiment.baseline)[0]: experiment.name for experiment in experiments}
+    baselines = {_name_parts(experiment, experiment.baseline)[0]: name for name, experiment in named.items()}
     if len(baselines) > 1:
         given = ", ".join(f"{arm} in {name}" for arm, name in baselines.items())
         raise UsageError(f"effective compute: different baselines ({given}); choose one with baseline=ARM")
-    sizes = [size for experiment in experiments for size in _read_sizes(experiment, results, facts.metric, split)]
+    metric = ComparisonMetric(name=facts.metric, lower_is_better=facts.lower_is_better, split=split)
+    sizes = [size for name, experiment in named.items() for size in _read_sizes(name, experiment, results, metric)]
     [baseline] = baselines
     kept = [size for size in sizes if size.runs.get(baseline)]
     if not kept:
@@ -141,15 +144,17 @@ def read_ladder(
     )
 
 
-def _read_sizes(experiment: Experiment, results: Path, metric: str, split: Split) -> list[LadderSize]:
+def _read_sizes(
+    experiment_name: str, experiment: Experiment, results: Path, metric: ComparisonMetric
+) -> list[LadderSize]:
     """Return a size for each combination of values of the grid keys that make sizes."""
     sizes: dict[str, dict[str, dict[int, RunResult]]] = {}
     diverged: dict[str, Counter[str]] = {}
-    for run in read_results(settle(experiment, results).cells, results):
+    for run in read_results(list_trained_cells(experiment, results), results):
         arm, scale = _name_parts(experiment, run.arm)
-        name = f"{experiment.name} ({scale})" if scale else experiment.name
-        values = run.metrics if split == "test" else run.validation
-        if run.status == "done" and isfinite(values.get(metric, float("nan"))):
+        name = f"{experiment_name} ({scale})" if scale else experiment_name
+        values = run.metrics if metric.split == "test" else run.validation
+        if run.status == "done" and isfinite(values.get(metric.name, float("nan"))):
             sizes.setdefault(name, {}).setdefault(arm, {})[run.seed] = replace(run, arm=arm)
         elif run.fault == Fault.DIVERGED or run.status == "done":
             diverged.setdefault(name, Counter())[arm] += 1
@@ -158,16 +163,37 @@ def _read_sizes(experiment: Experiment, results: Path, metric: str, split: Split
 
 def _name_parts(experiment: Experiment, label: str) -> tuple[str, str]:
     """Return the name of an arm without its size, and its size; the size is empty unless grid keys make it."""
-    axes = experiment.axes.get(label, {})
-    scale = [value for key, value in axes.items() if _makes_size(key)]
+    axes, scale_keys = experiment.axes.get(label, {}), _find_scale_keys(experiment)
+    scale = [value for key, value in axes.items() if key in scale_keys]
     if not scale:
         return label, ""
-    rest = [value for key, value in axes.items() if not _makes_size(key)]
+    rest = [value for key, value in axes.items() if key not in scale_keys]
     return ", ".join(rest) or label, ", ".join(scale)
 
 
-def _makes_size(key: str) -> bool:
-    return key.startswith("model.") or key in SCALE_KEYS
+def _find_scale_keys(experiment: Experiment) -> set[str]:
+    """Return the grid keys that make sizes: `arm` too, where what it alone determines is of the model or training."""
+    keys = {key for axes in experiment.axes.values() for key in axes}
+    scale_keys = {key for key in keys if key.startswith("model.") or key in SCALE_KEYS}
+    if ARM in keys:
+        determined = _find_determined_keys(experiment)
+        if determined and all(key.split(".")[0] in ("model", "train") for key in determined):
+            scale_keys.add(ARM)
+    return scale_keys
+
+
+def _find_determined_keys(experiment: Experiment) -> set[str]:
+    """Return the configuration keys whose value follows from the label of the grid key `arm`."""
+    values: dict[str, dict[str, set[str]]] = {}
+    for cell in experiment.cells:
+        label = experiment.axes.get(cell.arm, {}).get(ARM, "")
+        for key, value in cell.varies.items():
+            values.setdefault(key, {}).setdefault(label, set()).add(repr(value))
+    return {
+        key
+        for key, by_label in values.items()
+        if all(len(of_label) == 1 for of_label in by_label.values()) and len(set.union(*by_label.values())) > 1
+    }
 
 
 def _require_flops(run: RunResult) -> float:

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Values = NDArray[np.float64]
+MAX_EXPONENT = 300.0
+"""Powers of ten beyond this are as good as infinite, and nearly more than a float holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,10 @@ class BilinearLaw:
         log_n, log_e = np.log10(np.asarray(num_params, float)), np.log10(self.saturate(num_experts))
         log_start = math.log10(self.e_start)
         numerator = log_n * (self.a + self.c * log_e) + self.b * (log_e - log_start)
-        return np.asarray(10 ** (numerator / (self.a + self.c * log_start)))
+        slope = self.a + self.c * log_start
+        if slope == 0:  # no dense model is better than another
+            return np.full_like(numerator, math.nan)
+        return np.asarray(10 ** np.clip(numerator / slope, -MAX_EXPONENT, MAX_EXPONENT))
 
     @property
     def cutoff_params(self) -> float:
@@ -54,7 +59,7 @@ class BilinearLaw:
         if self.c <= 0:
             return math.inf
         exponent = -self.b / self.c
-        return 10.0**exponent if exponent < 300 else math.inf
+        return 10.0**exponent if exponent < MAX_EXPONENT else math.inf
 
 
 def saturate_experts(num_experts: ArrayLike, e_start: float, e_max: float) -> Values:

@@ -85,8 +85,8 @@ def _build_effective_table(laws: Sequence[RouterLaw]) -> Table:
             law.runs.label,
             format_count(row["num_params"]),
             f"{row['num_experts']:.0f}",
-            f"{row['ratio']:.2f}×",
-            f"[{row['low']:.2f}, {row['high']:.2f}]",
+            f"{_format_ratio(row['ratio'])}×",
+            f"[{_format_ratio(row['low'])}, {_format_ratio(row['high'])}]",
         )
         for law in laws
         for row in _list_effective_params(law)
@@ -115,6 +115,10 @@ def _list_effective_params(law: RouterLaw) -> list[dict[str, float]]:
     return [row for row in rows if row["num_experts"] > 1]
 
 
+def _format_ratio(ratio: float) -> str:
+    return f"{ratio:.2f}" if 0.01 <= ratio < 1000 else f"{ratio:.0e}"
+
+
 def _describe_fit(law: RouterLaw) -> str:
     fit, form = law.bootstrap.fit, law.runs.form
     text = f"{law.runs.label}: {format_plural(len(law.runs.points), 'run')}, root mean square {fit.rms:.4f} in log10"
@@ -123,7 +127,8 @@ def _describe_fit(law: RouterLaw) -> str:
         text += f"; too few numbers of experts for six coefficients: {fixed}"
     if len(np.unique(law.runs.points.size_M)) == FEW_SIZES:
         text += f"; {FEW_SIZES} sizes: where they deviate from the law, intervals of a and d cover 90 %, not 95"
-    if math.isfinite(fit.law.cutoff_params):
+    shown = all(law.bootstrap.estimate(name).identification != "not identified" for name in ("b", "c"))
+    if shown and math.isfinite(fit.law.cutoff_params):
         text += f"; experts stop helping at {format_count(fit.law.cutoff_params)} parameters"
     return f"{text}."
 

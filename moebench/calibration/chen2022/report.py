@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from moebench.calibration.chen2022.measure import Outcomes
+from moebench.calibration.chen2022.measure import Outcomes, Run
 from moebench.calibration.chen2022.published import PUBLISHED, Published
 from moebench.calibration.chen2022.training import Outcome
 from moebench.reporting.formatting import MISSING, format_signed
@@ -72,6 +72,7 @@ def _format_entropy(value: float | None) -> str:
     return MISSING if value is None else f"{value:.3f}"
 
 
-def format_progress(model: str, setting: str, seed: int, accuracy: float) -> str:
+def format_progress(run: Run, outcome: Outcome) -> str:
     """Return a line for one finished run."""
-    return f"{setting} {model}, seed {seed}: {accuracy:.2f} %"
+    entropy = "" if outcome.dispatch_entropy is None else f", entropy {outcome.dispatch_entropy:.3f}"
+    return f"{run.setting.name} {run.kind.name}, seed {run.seed}: {outcome.accuracy:.2f} %{entropy}"

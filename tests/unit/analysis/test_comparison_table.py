@@ -149,8 +149,8 @@ Holm: the larger of both, corrected for 2 comparisons; better or worse means p H
 sign flips, 6 seeds or more, not corrected. detectable: the smallest true difference that 4 of 5
 repeats would show, the differences of all arms taken to vary alike.
 all together: intervals that hold for 2 comparisons at once in 95 % of repeats; ± elsewhere is one
-interval by itself. Hedges g: the difference over the SD between seeds, unbiased. Equivalence within
-±0.0200 (1 %) needs 5 seeds.
+interval by itself. Hedges g: the difference over the SD between seeds, corrected for few.
+Equivalence within ±0.0200 (1 %) needs 5 seeds.
 Limit: where the baseline or one of two arms has rare bad seeds, up to 8 % of tables claim a false
 difference and up to 12 % a false equivalence, and intervals cover less (docs/statistics.md).
 low power: 3 to 5 seeds can miss any difference smaller than the detectable one.

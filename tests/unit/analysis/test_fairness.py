@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from support.measured_arms import ALONE, make_arms, make_curve
 from support.run_folders import write_cell
@@ -17,7 +18,7 @@ from moebench.runs.journal import Point
 
 DENSE = [make_curve([5, 4, 3, 2.5, 2 + d]) for d in (0.0, 0.02, -0.02)]
 QUICK = [make_curve([4, 3, 2, 1.9, 1.8 + d], seconds=200) for d in (0.01, 0.02, 0.0)]
-"""Better at equal tokens; at the time of dense, step 50 of 100, it has 2.5."""
+"""Better at equal tokens; at the time of dense, step 50 of 100, it is between 3 and 2."""
 
 
 def compare(curves, **keys):
@@ -31,8 +32,8 @@ def test_equal_tokens_and_time_by_hand():
     # 1.81, 1.82, 1.8 minus 2, 2.02, 1.98
     assert equal["tokens"].pair.mean == pytest.approx(-0.19)
     assert equal["flops"].pair == equal["tokens"].pair
-    # at 100 s the arm is at step 50, between 3 (step 40) and 2 (step 60): 2.5
-    assert equal["seconds"].pair.mean == pytest.approx(0.5)
+    # at 100 s the arm is at step 50, between 3 (step 40) and 2 (step 60): ln(5/4) / ln(3/2) = .55034 of the way
+    assert equal["seconds"].pair.mean == pytest.approx(0.44966, abs=1e-5)
     assert equal["parameters"].problem == "not run"
     assert describe_arm(fairness, arms["switch"]) == (
         "switch against dense: better at equal tokens, FLOPs; not run at equal parameters; worse at equal time"
@@ -43,9 +44,12 @@ def test_equal_tokens_and_time_by_hand():
 
 def test_speed_up_by_hand():
     _, arms = compare({"dense": DENSE, "switch": QUICK})
-    # dense ends at 2, 2.02, 1.98; the arm has them at steps 60, 60 - .4, 60 + 20 * .2 / 1
-    assert arms["switch"].speed_up["steps"].ratios == pytest.approx({0: 100 / 60, 1: 100 / 59.6, 2: 100 / 64})
-    assert arms["switch"].speed_up["seconds"].ratios == pytest.approx({0: 100 / 120, 1: 100 / 119.2, 2: 100 / 128})
+    # dense ends at 2, 2.02, 1.98; the arm has them at steps 60, 40 * 1.5^.98 and 60 * (4/3)^.2
+    steps = {0: 60, 1: 59.51546, 2: 63.55306}
+    by_hand = {seed: 100 / step for seed, step in steps.items()}
+    assert arms["switch"].speed_up["steps"].ratios == pytest.approx(by_hand, rel=1e-5)
+    by_hand = {seed: 50 / step for seed, step in steps.items()}
+    assert arms["switch"].speed_up["seconds"].ratios == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_an_arm_that_ended_earlier_is_not_extrapolated():
@@ -68,11 +72,11 @@ def test_too_few_evaluations_are_named_with_the_setting():
 
 def test_the_first_crossing_counts():
     curve = make_curve([5, 4, 3, 3.5, 1])
-    assert find_budget(curve, "steps", 3.25, lower_is_better=True) == (pytest.approx(55), "reached")
+    assert find_budget(curve, "steps", 3.25, lower_is_better=True) == (pytest.approx(40 * 1.5**0.75), "reached")
     assert find_budget(curve, "steps", 0.5, lower_is_better=True) == (100, "never")
     assert find_budget(curve, "steps", 6, lower_is_better=True) == (20, "before the first evaluation")
     rising = make_curve([0.1, 0.2, 0.4, 0.5, 0.6])
-    assert find_budget(rising, "steps", 0.3, lower_is_better=False) == (pytest.approx(50), "reached")
+    assert find_budget(rising, "steps", 0.3, lower_is_better=False) == (pytest.approx((40 * 60) ** 0.5), "reached")
 
 
 def test_equal_curves_have_a_speed_up_of_one():
@@ -88,6 +92,27 @@ def test_the_interval_of_a_speed_up_is_that_of_logarithms():
     assert speed_up.estimate == pytest.approx(2)
     assert speed_up.interval == pytest.approx((2 ** (1 - half), 2 ** (1 + half)), rel=1e-6)
     assert format_speed_up(speed_up) == "×2.00 [0.36, 11.19]"
+
+
+@pytest.mark.parametrize("num_evaluations", [6, 10])
+def test_a_planted_speed_up_is_covered(num_evaluations):
+    """Curves 2 + 0.6 / sqrt(k t) that differ between seeds by SD 0.004 and between evaluations by a third of it."""
+    rng, covered = np.random.default_rng(0), []
+    share_P = np.arange(1, num_evaluations + 1) / num_evaluations
+    for _ in range(200):
+        truth = rng.uniform(1.1, 2.5)
+        arm, dense = (
+            {
+                seed: make_curve(
+                    2 + 0.6 / np.sqrt(k * share_P) + rng.normal(0, 0.004) + rng.normal(0, 0.0013, len(share_P))
+                )
+                for seed in range(5)
+            }
+            for k in (truth, 1.0)
+        )
+        low, high = compute_speed_up(arm, dense, "steps", lower_is_better=True).interval
+        covered.append(low <= truth <= high)
+    assert np.mean(covered) >= 0.88
 
 
 def test_censored_seeds_bound_the_speed_up():
@@ -166,9 +191,9 @@ def test_conditions_are_read_from_attempts(tmp_path):
 def test_values_along_an_axis():
     values = read_along_axis(make_arms({"dense": DENSE, "switch": QUICK}), "seconds")
     dense, switch = values.arms
-    # 50 % of 100 s: dense between 4 (40 s) and 3 (60 s); the arm between 4 (40 s) and 3 (80 s)
-    assert dense.at_share[2] == pytest.approx([3.5] * 3)
-    assert switch.at_share[2] == pytest.approx([3.75] * 3)
+    # 50 % of 100 s: dense between 4 (40 s) and 3 (60 s), .55034; the arm between 4 (40 s) and 3 (80 s), .32193
+    assert dense.at_share[2] == pytest.approx([3.44966] * 3, abs=1e-5)
+    assert switch.at_share[2] == pytest.approx([3.67807] * 3, abs=1e-5)
     assert switch.at_share[0] == ()  # 10 s are before its first evaluation
     assert switch.spent == 200
     assert values.map_steps()["switch"] == {20: 40, 40: 80, 60: 120, 80: 160, 100: 200}

@@ -78,7 +78,7 @@ def test_the_page_answers_and_has_every_part(stored: tuple[Experiment, Path]) ->
     reader = require_inert(page.html)
     sections = [name for name in reader.attributes["id"] if not re.match("axis|pane", name)]
     assert sections == [
-        "answer", "quality", "curves", "cost", "experts", "domains", "settings", "provenance", "notes"
+        "answer", "quality", "curves", "fairness", "cost", "experts", "domains", "settings", "provenance", "notes"
     ]  # fmt: skip
     for text in (
         "3 arms",
@@ -90,8 +90,8 @@ def test_the_page_answers_and_has_every_part(stored: tuple[Experiment, Path]) ->
         "4a6725951e76",
     ):
         assert text in reader.text
-    assert "Holm's correction for 2 comparisons" in reader.text
-    assert reader.tags.count("polyline") == 3 * (3 + 2) + 3  # of 3 axes: 3 arms, 2 with the baseline; 3 frontiers
+    assert "Holm over 2 comparisons" in reader.text
+    assert reader.tags.count("polyline") == 4 * (3 + 2) + 3  # of 4 axes: 3 arms, 2 with the baseline; 3 frontiers
     assert len(page.html) < 4_000_000
     assert [table.title.split(":")[0] for table in page.tables[-5:]] == [
         "By domain", "By domain minus dense", "Settings", "Settings of all arms", "Provenance"
@@ -173,5 +173,5 @@ def test_of_many_arms_the_charts_show_twelve_and_the_tables_all(tmp_path: Path) 
     page = build(write_grid(tmp_path, Grid(arms=16, seeds=3, points=2)), tmp_path / "results")
     reader = Reader(page.html)
     assert "Shown: 12 of 16 arms" in reader.text
-    assert reader.tags.count("polyline") == 3 * (12 + 11) + 3
+    assert reader.tags.count("polyline") == 4 * (12 + 11) + 3
     assert len(page.tables[0].rows) == 16 + 2  # and trivial baselines

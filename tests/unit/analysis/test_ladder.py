@@ -74,8 +74,14 @@ def test_an_arm_that_is_not_at_every_size(ladder, tmp_path):
     assert report.notes[0] == "switch: no effective compute (1 size, 3 needed)."
 
 
-def test_one_grid_over_sizes_is_a_ladder(tmp_path):
-    grid = {"router": ["dense", "switch"], "model.d_model": [*WIDTHS]}
+SIZES = [
+    {"label": f"d_model={w}", "model.d_model": w, "train.steps": 10 * w, "train.learning_rate": 0.1 / w} for w in WIDTHS
+]
+
+
+@pytest.mark.parametrize("axis", [{"model.d_model": [*WIDTHS]}, {"arm": SIZES}])
+def test_one_grid_over_sizes_is_a_ladder(tmp_path, axis):
+    grid = {"router": ["dense", "switch"], **axis}
     experiment = write_experiment(tmp_path, "grid", grid=grid, baseline=None)
     for number, width in enumerate(WIDTHS):
         cells = tuple(cell for cell in experiment.cells if cell.config.model.d_model == width)
@@ -93,7 +99,7 @@ def test_runs_in_common_are_refused(ladder, tmp_path):
         name_uniquely([ladder[0], ladder[0]])
     (tmp_path / "other").mkdir()
     other = write_experiment(tmp_path / "other", "S0", "model.d_model=24")
-    assert [e.name for e in name_uniquely([ladder[0], other])] == [ladder[0].file, other.file]
+    assert [*name_uniquely([ladder[0], other])] == [ladder[0].file, other.file]
 
 
 def test_one_task_and_one_baseline(ladder, tmp_path):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.comparison_runs import list_cells, make_results
+from support.comparison_runs import list_cells, make_results, with_own_jitter
 
 from moebench.analysis.compare.comparison import compare
 from moebench.analysis.compare.shown_arms import select_names
@@ -16,9 +16,9 @@ from moebench.analysis.html_report.settings import flatten_settings
 from moebench.analysis.html_report.stored_runs import StoredRun
 from moebench.analysis.html_report.verdicts import describe_arms, describe_outcome
 
-RESULTS = make_results({"dense": 0.0, "switch": -0.1, "hash": 0.2})
+RESULTS = with_own_jitter(make_results({"dense": 0.0, "switch": -0.1, "hash": 0.2}))
 COMPARISON = compare(RESULTS, expected=list_cells(RESULTS), baseline="dense")
-RUNS = [StoredRun(arm=result.arm, seed=result.seed, result=result) for result in RESULTS]
+DIFFERENCES = COMPARISON.differences
 
 
 def test_the_best_and_the_worst_of_many_arms_are_shown() -> None:
@@ -29,15 +29,29 @@ def test_the_best_and_the_worst_of_many_arms_are_shown() -> None:
     assert select_names({"a": 1.0}, "b", lower_is_better=True) == {"a"}
 
 
-def test_sentences_state_difference_interval_seeds_and_correction() -> None:
+def test_arms_with_a_verdict_come_first() -> None:
     better, worse = describe_arms(COMPARISON)
-    # 2.776 * 0.0015811 / sqrt(5) = 0.00196
-    assert better.text == (
-        "switch is better than dense: −0.1000 bits per byte, 95 % interval −0.1020 to −0.0980 (5 paired seeds, paired t"
-        " test, p <0.001 after Holm's correction for 2 comparisons)."
-    )
+    assert better.text == COMPARISON.describe_difference("switch")
     assert (better.tone, worse.tone) == ("good", "bad")
-    assert describe_outcome(COMPARISON) == "Of 2 other arms, 1 better and 1 worse than dense."
+    undecided = tuple(
+        replace(pair, verdict="undecided" if pair.arm == "switch" else pair.verdict) for pair in DIFFERENCES
+    )
+    comparison = replace(COMPARISON, differences=undecided)
+    assert [(each.arm, each.tone) for each in describe_arms(comparison)] == [("hash", "bad"), ("switch", "open")]
+
+
+def test_the_answer_names_the_best_arm_or_counts_verdicts() -> None:
+    assert describe_outcome(COMPARISON) == "switch is the best of 3 arms."
+    plain = replace(COMPARISON, arms=tuple(replace(arm, marks=()) for arm in COMPARISON.arms))
+    assert describe_outcome(plain) == "Compared with dense: 1 better, 1 worse."
+    undecided = tuple(replace(pair, verdict="undecided") for pair in DIFFERENCES)
+    assert describe_outcome(replace(plain, differences=undecided)) == (
+        "None of the 2 other arms is shown to differ from dense."
+    )
+    mixed = (replace(DIFFERENCES[0], verdict="equivalent"), undecided[1])
+    assert describe_outcome(replace(plain, differences=mixed)) == (
+        "Compared with dense: 1 equivalent, 1 without a verdict."
+    )
 
 
 def test_the_forest_is_ordered_and_on_one_axis() -> None:
@@ -86,7 +100,9 @@ def test_names_in_a_chart_do_not_cover_each_other() -> None:
 
 
 def test_differences_by_domain_are_paired_and_shaded() -> None:
-    tables = build_domain_tables(COMPARISON, RUNS)
+    results = make_results({"dense": 0.0, "switch": -0.1, "hash": 0.2})
+    runs = [StoredRun(arm=result.arm, seed=result.seed, result=result) for result in results]
+    tables = build_domain_tables(compare(results, expected=list_cells(results), baseline="dense"), runs)
     assert tables is not None
     assert [column.header for column in tables.means.columns] == ["arm", "code", "law"]
     arm, code, law = tables.differences.rows[0]

@@ -47,6 +47,13 @@ def test_the_law_by_hand():
     assert math.isinf(BilinearLaw(a=-0.1, b=-0.2, c=0.0, d=1.0).cutoff_params)
 
 
+def test_effective_parameters_without_a_finite_value():
+    # A dense loss that hardly falls with size: the dense model of equal loss has no size that a float could hold.
+    flat = BilinearLaw(a=-1e-9, b=-0.2, c=0.0, d=1.0)
+    assert flat.effective_params(1e6, 100) == pytest.approx(1e300)
+    assert math.isnan(BilinearLaw(a=0.0, b=-0.2, c=0.0, d=1.0).effective_params(1e6, 100))
+
+
 def test_effective_parameters_have_the_same_loss():
     for num_experts in (1, 8, 512):
         effective = PLANTED.effective_params(5e6, num_experts)

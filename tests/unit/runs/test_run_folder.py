@@ -130,3 +130,13 @@ def test_a_damaged_record_leaves_the_others(tmp_path: Path, content: str) -> Non
     records, (problem,) = read_records(tmp_path)
     assert [*records] == ["good"]
     assert "other.json" in problem
+
+
+@pytest.mark.parametrize(("margin", "is_valid"), [(0.01, True), (0, False), (7, False), ("1e-2", False), (True, False)])
+def test_the_margin_of_a_record_is_checked(tmp_path: Path, margin: object, is_valid: bool) -> None:
+    (tmp_path / "experiments").mkdir()
+    record = {"name": "good", "cells": [], "margin": margin}
+    (tmp_path / "experiments" / "good.json").write_text(json.dumps(record))
+    records, problems = read_records(tmp_path)
+    assert (bool(records), bool(problems)) == (is_valid, not is_valid)
+    assert is_valid or "'margin' is" in problems[0]
