@@ -31,6 +31,8 @@ class TaskEffect:
     """That of the experiment by itself."""
     reason: str = ""
     """Why it does not count; empty if it does."""
+    level: float = st.ALPHA
+    """Of its verdict: less than the full one at a look that was not the planned one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,11 @@ class PooledArm:
         """Number of pairs over the experiments that count."""
         return sum(task.pairs for task in self.counted)
 
+    @property
+    def level(self) -> float:
+        """Level of the verdict: the strictest of the experiments that count."""
+        return min((task.level for task in self.counted), default=st.ALPHA)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pooled:
@@ -94,6 +101,7 @@ class Pooled:
                 arm.arm: {
                     "verdict": arm.verdict,
                     "pairs": arm.num_pairs,
+                    "level": arm.level,
                     "fixed": asdict(arm.fixed) if arm.fixed else None,
                     "across_tasks": asdict(arm.across) if arm.across else None,
                     "tasks": {name: asdict(task) for name, task in arm.tasks.items()},
@@ -145,6 +153,7 @@ def _pool_arm(arm: str, comparisons: Mapping[str, Comparison], scales: Mapping[s
             effect=None if reason else compute_effect([scaled]),
             verdict=comparison.describe_verdict(arm),
             reason=reason,
+            level=difference.level,
         )
         if not reason:
             pairs.append(scaled)
@@ -207,14 +216,14 @@ def _correct(arms: Sequence[PooledArm]) -> list[PooledArm]:
     for arm in arms:
         fixed = replace(arm.fixed, p_holm=families["fixed"].get(arm.arm)) if arm.fixed else None
         across = replace(arm.across, p_holm=families["across"].get(arm.arm)) if arm.across else None
-        verdict = arm.verdict if arm.verdict == "diverged" or fixed is None else _judge(fixed, arm.num_pairs)
+        verdict = arm.verdict if arm.verdict == "diverged" or fixed is None else _judge(fixed, arm)
         corrected.append(replace(arm, fixed=fixed, across=across, verdict=verdict))
     return corrected
 
 
-def _judge(fixed: Estimate, num_pairs: int) -> PooledVerdict:
-    if num_pairs < st.EXACT_SEEDS:
+def _judge(fixed: Estimate, arm: PooledArm) -> PooledVerdict:
+    if arm.num_pairs < st.EXACT_SEEDS:
         return "too few pairs"
-    if fixed.p_holm is None or fixed.p_holm > st.ALPHA:
+    if fixed.p_holm is None or fixed.p_holm > arm.level:
         return "undecided"
     return "better" if fixed.effect > 0 else "worse"

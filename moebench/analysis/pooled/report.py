@@ -128,6 +128,11 @@ def _list_notes(pooled: Pooled) -> list[str]:
         left_out = [f"{task.experiment} ({task.reason})" for task in arm.tasks.values() if task.reason]
         if left_out:
             notes.append(f"Note: {arm.arm}: without {', '.join(left_out)}.")
+        if arm.level < st.ALPHA:
+            notes.append(
+                f"Note: {arm.arm}: verdict at level {arm.level:.2g}, the strictest of its experiments, one of which was"
+                " not looked at as planned."
+            )
         smallest = 2.0 ** (1 - arm.num_pairs)
         if arm.fixed and smallest * num_arms > st.ALPHA:
             notes.append(

@@ -106,3 +106,12 @@ def test_experiments_with_too_few_seeds_do_not_count():
     same = [make_result(arm, seed, 2.0 + seed) for seed in range(3) for arm in ("dense", "switch")]
     pooled, arms = pool(a=compare(same, expected=list_cells(same), baseline="dense", metric=BITS_PER_BYTE))
     assert arms["switch"].tasks["a"].reason == "no spread between seeds"
+
+
+def test_the_strictest_level_of_the_experiments_counts():
+    a, b = (compare_offsets({"dense": 0, "switch": offset}) for offset in (-0.01, -0.02))
+    early = replace(b, differences=tuple(replace(pair, level=0.001) for pair in b.differences))
+    pooled, arms = pool(a=a, b=early)
+    # p is 2 / 1024 = .00195
+    assert (arms["switch"].level, arms["switch"].verdict) == (0.001, "undecided")
+    assert any("verdict at level 0.001" in note for note in build_pooled_report(pooled).notes)
