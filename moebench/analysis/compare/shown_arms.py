@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from moebench.analysis.compare.values import ArmSummary, Comparison
 
 MAX_ARMS = 12
-"""Charts of more arms show the baseline, the best and the worst; tables and the chart of differences show all."""
+"""Charts of more arms show the baseline, the best and the worst; tables show all."""
 NUM_BEST = 6
 TONES = {"better": "good", "worse": "bad", "equivalent": "same", "diverged": "warn", "not matched": "warn"}
 

@@ -103,6 +103,7 @@ def build_page(source: Source) -> Page:
         "sentences": describe_arms(comparison),
         "max_sentences": MAX_SENTENCES,
         "forest": build_forest(comparison),
+        "shown_arms": [arm.arm for arm in select_arms(comparison)],
         "tables": place_tables(report.tables),
         "curves": build_curves(comparison, runs, budgets.axes),
         "pareto": build_pareto(comparison),

@@ -1,6 +1,7 @@
 """The differences from the baseline as a forest plot: a row for each arm, positions in percent of the width."""
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 from moebench.analysis.compare.shown_arms import find_tone
 from moebench.analysis.compare.values import Comparison
@@ -34,6 +35,10 @@ class Forest:
     title: str
     better: str
     """The side that is better: left or right."""
+
+    def select(self, arms: Collection[str]) -> "Forest":
+        """Return the rows of some arms, on the same axis."""
+        return replace(self, rows=tuple(row for row in self.rows if row.arm in arms))
 
 
 def build_forest(comparison: Comparison) -> Forest | None:
