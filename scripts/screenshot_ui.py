@@ -165,6 +165,7 @@ def serve_pages(results: Path) -> Iterator[str]:
 
 def main(results: Path, target: Path, experiment: str | None = None) -> None:
     """Write the screenshots."""
+    target.mkdir(parents=True, exist_ok=True)
     with silence_mlflow():
         from mlflow import MlflowClient
 
