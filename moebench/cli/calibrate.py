@@ -30,8 +30,8 @@ def chen(
 ) -> None:
     """Train experts and single networks on the four synthetic settings of Chen et al. 2022 (arXiv:2208.02813).
 
-    Routing, dispatch and combination are those of every MoE layer here. 10 seeds take about half an hour on two cores,
-    most of it for the single networks.
+    Routing, dispatch and combination are those of every MoE layer here. 10 seeds take about a quarter of an hour on
+    two cores, more than half of it for the single networks.
     """
     from moebench.calibration.chen2022.data import SETTINGS
     from moebench.calibration.chen2022.measure import Outcomes, Run, list_runs, measure_runs
