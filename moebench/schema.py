@@ -275,7 +275,7 @@ class ExperimentConfig:
     baseline: str | None = None
     """The arm that the others are compared with; null: the first."""
     margin: float = DEFAULT_MARGIN
-    """`compare` calls arms equivalent that differ by less than this share of the baseline's mean (from 5 seeds)."""
+    """Arms count as equivalent that differ by less than this share of the baseline's mean (from 5 seeds)."""
     tune: TuneConfig = field(default_factory=TuneConfig)
     """Settings that each arm chooses on validation before it is trained; null on the command line: none."""
 

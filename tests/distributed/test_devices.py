@@ -110,11 +110,8 @@ def alone(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     return runs
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [pytest.param(shape, marks=() if str(shape) == "dp1ep2" else pytest.mark.slow) for shape in MESHES],
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_training_sends_tensors_on_the_device_only(
     shape: Shape, text: Path, alone: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -26,9 +26,11 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 FEW, MANY = 40, 100
 """Steps: enough for each of the last three arms to diverge, and the number in docs/parallel.md."""
 CASES = [
-    (SHAPES[1], "base", FEW),
-    *(pytest.param(SHAPES[1], arm, FEW, marks=pytest.mark.slow) for arm in ("top_k", "expert_choice")),
-    *(pytest.param(SHAPES[0], arm, FEW, marks=pytest.mark.slow) for arm in ("top_k", "expert_choice", "base")),
+    *(
+        pytest.param(shape, arm, FEW, marks=pytest.mark.slow)
+        for shape in SHAPES
+        for arm in ("top_k", "expert_choice", "base")
+    ),
     *(pytest.param(shape, arm, MANY, marks=pytest.mark.slow) for shape in SHAPES for arm in ARMS),
 ]
 

@@ -63,6 +63,7 @@ def load_and_save(mesh: Mesh, text: Path, overrides: dict[str, Any], source: Pat
     trainer.save_checkpoint(target)
 
 
+@pytest.mark.slow
 @BOTH
 def test_every_tensor_survives_a_chain_of_meshes(text: Path, tmp_path: Path, overrides: dict[str, Any]) -> None:
     ALONE.run(train, text, overrides, tmp_path / "start")

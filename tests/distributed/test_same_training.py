@@ -83,7 +83,7 @@ def select_run(results: Callable[[Shape], Any], shape: Shape, name: str) -> dict
     return trained_alike(by_rank)
 
 
-QUICK = (Shape(1, 2), Shape(2, 2))
+QUICK = (Shape(2, 2),)
 """Meshes of `make test`; of copies alone, `test_resharding` and `test_copies_and_scopes` have cases there."""
 CASES = [
     pytest.param(shape, name, id=f"{shape}-{name}", marks=() if name in SHORT and shape in QUICK else pytest.mark.slow)

@@ -176,7 +176,7 @@ OTHER_MISTAKES = {
     "list routrs": ["routrs", "routers"],
     "show swich": ["'swich'", "Did you mean 'switch'?"],
     "compare swich": ["'swich'", "Did you mean 'switch'?"],
-    "compare ./tiny.yaml switch": ["one experiment, or routers only"],
+    "compare ./tiny.yaml switch": ["experiments only, or routers only"],
     "compare train.steps=5": ["neither"],
     "compare switch --task langage": ["'langage'", "Did you mean 'language'?"],
     "compare ./tiny.yaml --plot a_file/figure.png": ["a_file/figure.png"],

@@ -90,6 +90,7 @@ EVENTS = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(events=EVENTS)
 def test_random_sequences_send_each_value_once(

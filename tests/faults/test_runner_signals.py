@@ -116,6 +116,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(cli: CommandLine, results: R
     assert not (folder / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_workers_import_torch(cli: CommandLine, results: Results) -> None:
     """The signal arrives while the runner or the fork server imports torch."""
     process = cli.start_training()

@@ -159,6 +159,7 @@ def replay_concurrently(uri: str, *folders: Path) -> list[str]:
     return outputs
 
 
+@pytest.mark.slow
 def test_four_processes_create_one_database_at_once(tmp_path: Path) -> None:
     for number in range(4):
         build(tmp_path / str(number), cell=f"{number:012x}")
