@@ -55,7 +55,7 @@ def evaluate_ladder(ladder: Ladder) -> tuple[ArmWorth, ...]:
     tested = {arm: e.compute.p for arm, e in estimates.items() if e is not None and e.compute.p is not None}
     for arm in [arm for arm in tested if ladder.count_diverged(arm)]:  # the other runs are no fair sample
         del tested[arm]
-    p_holm = dict(zip(tested, st.holm(list(tested.values())), strict=True))
+    p_holm = st.correct_family(tested)
     return tuple(
         ArmWorth(
             arm=arm,
