@@ -96,10 +96,12 @@ def compare(
     """Compare arms with a baseline over paired seeds, as `moebench compare` does.
 
     `runs`: an experiment, its file or name, or ids of runs (a column of `load_runs`). `baseline`: an arm; None takes
-    that of the experiment, or "dense" among runs. Ids have no planned seeds: their verdicts are at the full level, also at
-    an early look (docs/statistics.md). `split`: "test" or "validation". `allow_mismatch`: give arms of
+    that of the experiment, or "dense" among runs. `split`: "test" or "validation". `allow_mismatch`: give arms of
     unequal cost a verdict. `margin`: the share of the baseline's mean below which arms are equivalent; None takes that
     of the experiment, 0.01. The value has `to_dict()`; `to_text` makes tables of it.
+
+    Ids of runs have no planned seeds: their verdicts are at the full level, also at an early look or after seeds were
+    added (docs/statistics.md).
     """
     from dataclasses import replace
 
