@@ -1,4 +1,4 @@
-"""Tags for the sender's own use, which MLflow's UI hides because of their prefix; and whether a description was edited there."""
+"""Tags for the sender alone, which MLflow's UI hides because of their prefix; whether a description was edited."""
 
 import zlib
 from collections.abc import Mapping

@@ -72,7 +72,7 @@ class ExperimentRun:
         self.store.log(self.stored.id, tags={ATTACHED: digest})
 
     def _send_views(self, question: str) -> None:
-        """Send the views and the description of the experiment; those that were changed in the tracker are kept."""
+        """Send the views of the experiment where its metric, question or cells have changed; keep its description."""
         metric = self._find_metric()
         cells = sorted(cell["id"] for cell in self.experiment["cells"])
         digest = compute_digest(json.dumps([VIEWS_VERSION, metric, question, cells]))
