@@ -29,12 +29,14 @@ class EqualBudget:
     """What else must be known, in one sentence without a full stop."""
 
     def describe(self, *, lower_is_better: bool) -> str:
-        """Return better, worse or undecided; the problem if there is no difference."""
+        """Return ahead, behind or undecided; the problem if there is no difference.
+
+        Not better or worse: those are verdicts, on the test split and by more than this p value."""
         if self.pair is None or self.pair.num_seeds < st.MIN_SEEDS:
             return self.problem or "too few seeds"
         if self.p_holm is None or self.p_holm > st.ALPHA:
             return "undecided"
-        return "better" if (self.pair.mean < 0) == lower_is_better else "worse"
+        return "ahead" if (self.pair.mean < 0) == lower_is_better else "behind"
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""

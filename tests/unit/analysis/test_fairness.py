@@ -36,7 +36,7 @@ def test_equal_tokens_and_time_by_hand():
     assert equal["seconds"].pair.mean == pytest.approx(0.44966, abs=1e-5)
     assert equal["parameters"].problem == "not run"
     assert describe_arm(fairness, arms["switch"]) == (
-        "switch against dense: better at equal tokens, FLOPs; not run at equal parameters; worse at equal time"
+        "switch against dense: ahead at equal tokens, FLOPs; not run at equal parameters; behind at equal time"
     )
     assert any("learning rate" in note for note in fairness.notes)
     json.dumps(fairness.to_dict(), allow_nan=False)
@@ -208,4 +208,4 @@ def test_the_table_has_a_sentence_for_each_arm():
     ((arm, pairs, tokens, flops, parameters, *_),) = table.rows
     assert (arm, pairs, parameters) == ("switch", "3", "not run")
     assert tokens == flops == "−0.1900 ± 0.0248"
-    assert table.notes[0].startswith("switch against dense: better at equal tokens, FLOPs;")
+    assert table.notes[0].startswith("switch against dense: ahead at equal tokens, FLOPs;")
