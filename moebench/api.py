@@ -6,7 +6,7 @@ Heavy libraries are imported inside the functions that need them.
 import contextlib
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +99,9 @@ def compare(
     that of the experiment, or "dense" among runs. `split`: "test" or "validation". `allow_mismatch`: give arms of
     unequal cost a verdict. `margin`: the share of the baseline's mean below which arms are equivalent; None takes that
     of the experiment, 0.01. The value has `to_dict()`; `to_text` makes tables of it.
+
+    Ids of runs have no planned seeds: their verdicts are at the full level, also at an early look or after seeds were
+    added (docs/statistics.md).
     """
     from dataclasses import replace
 
@@ -217,26 +220,20 @@ def _find_run(run: str | Path, results: Path) -> "RunFolder":
 
 def _row(folder: "RunFolder") -> dict[str, Any]:
     """Return the settings and the results of one run, by the names of the columns."""
+    from moebench.config import flatten
+
     try:
         cell, result = folder.read_cell(), folder.read_result()
     except UsageError as error:
         return {"id": folder.path.name, "status": DAMAGED, "error": str(error)}
     row = {key: cell[key] for key in CELL_COLUMNS}
     row |= {"status": folder.state(), "error": result.error if result else None}
-    row |= {key: value for key, value in _flatten(cell["config"]) if key != "seed"}
+    row |= {key: value for key, value in flatten(cell["config"]) if key != "seed"}
     if result is not None:
         groups = {"test": result.metrics, "validation": result.validation}
         groups |= {"cost": result.cost, "throughput": result.throughput}
         row |= {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
     return row
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 @contextlib.contextmanager

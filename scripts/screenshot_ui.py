@@ -50,8 +50,8 @@ def find_chromium() -> str | None:
 
 
 @contextmanager
-def browser() -> Iterator[Any]:
-    """Open a headless browser with a temporary profile."""
+def open_browser() -> Iterator[Any]:
+    """Open a headless browser with a temporary profile, which records requests and messages."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -60,6 +60,7 @@ def browser() -> Iterator[Any]:
         options.binary_location = str(find_chromium())
         for flag in (*_FLAGS, f"--user-data-dir={profile}"):
             options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
         driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
         try:
             driver.set_page_load_timeout(60)
@@ -176,7 +177,7 @@ def main(results: Path, target: Path, experiment: str | None = None) -> None:
     parent = next(run.info.run_id for run in runs if run.data.tags[CELL] == EXPERIMENT)
     files = {run.info.run_id: {file.path for file in client.list_artifacts(run.info.run_id)} for run in runs}
     run_id = next(key for key, names in files.items() if "load.png" in names)
-    with serve_pages(results) as url, browser() as driver:
+    with serve_pages(results) as url, open_browser() as driver:
 
         def save(name: str) -> None:
             driver.save_screenshot(str(target / f"{name}.png"))

@@ -47,7 +47,7 @@ def compare_one(grid: "Experiment", results: Path, choice: Choice) -> "Report":
     from moebench.analysis.fairness.measure import compare_on_axes
     from moebench.analysis.fairness.report import add_fairness
 
-    gc.freeze()  # statsmodels collects garbage with every correction: not among the modules, each time
+    gc.freeze()  # collections need not look at the imported modules: hundreds of runs are read below
     comparison = compare_experiment(
         grid, results, allow_mismatch=choice.allow_mismatch, split=choice.split, margin=choice.margin
     )

@@ -5,10 +5,10 @@ from typing import Annotated
 import typer
 
 from moebench.cli.compare import SplitName, SplitOption
+from moebench.cli.comparisons import expand_all
 from moebench.cli.options import DEFAULT_RESULTS, Json, Plugins, Results, complete_experiment
 from moebench.cli.output import print_report
 from moebench.errors import UsageError
-from moebench.experiment.files import find_experiment
 
 
 def scaling(
@@ -38,17 +38,11 @@ def scaling(
     """
     from moebench.analysis.scaling.report import build_report, fit_laws
     from moebench.analysis.scaling.runs import collect_runs
-    from moebench.experiment.grid import expand
 
     overrides = [name for name in names if "=" in name]
     subjects = [name for name in names if "=" not in name]
     if not subjects:
         raise UsageError("scaling: give one experiment or more; got none (moebench list experiments)")
-    sizes = [[f"size={each}"] for each in size] if size else [[]]
-    experiments = [
-        expand(find_experiment(subject), [*overrides, *of_size], plugin or (), finished_in=results)
-        for subject in subjects
-        for of_size in sizes
-    ]
+    experiments = expand_all(subjects, overrides, size or [None], plugin or (), results)
     ladder = collect_runs(experiments, results, split.value)
     print_report(build_report(ladder, fit_laws(ladder, replicates, seed)), json=json, markdown=markdown)

@@ -15,9 +15,7 @@ from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.tasks.language import TextTask
 from moebench.tasks.task import Task
-
-BACKWARD = 2
-"""FLOPs of the backward pass over those of the forward pass."""
+from moebench.training.utilization import BACKWARD_FACTOR
 
 
 def plan_cells(
@@ -58,7 +56,7 @@ def _plan_rows(
             "match": cell.config.layout.match,
             "memory_bytes": estimate_memory(cell.config, costs).total_bytes,
             "train_tokens": tokens,
-            "train_flops": (1 + BACKWARD) * cost.training_flops * tokens,
+            "train_flops": BACKWARD_FACTOR * cost.training_flops * tokens,
             "tokens_per_active_param": tokens / cost.active_params,
             "tokens_per_param": tokens / cost.total_params,
             **_describe_data(compute_data_need(cell.config, costs.task(cell.config))),

@@ -1,4 +1,4 @@
-"""Tags for the sender's own use, which MLflow's UI hides because of their prefix; and who wrote a description."""
+"""Tags for the sender alone, which MLflow's UI hides because of their prefix; whether a description was edited."""
 
 import zlib
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ def compute_digest(text: str) -> str:
 def describe(tags: Mapping[str, str], text: str, *, earlier: str = "") -> dict[str, str]:
     """Return the tags that make `text` the description of a run with these tags.
 
-    None where it has it already, and none where somebody has edited it in the tracker: it is theirs. `earlier`: a
+    Empty where the run has it already, and where the description was edited in the tracker, which is kept. `earlier`: a
     description that versions without a digest wrote.
     """
     current = tags.get(NOTE, "")

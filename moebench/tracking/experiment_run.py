@@ -72,7 +72,7 @@ class ExperimentRun:
         self.store.log(self.stored.id, tags={ATTACHED: digest})
 
     def _send_views(self, question: str) -> None:
-        """Send the views and the description of the experiment; those that somebody has changed since are theirs."""
+        """Send the views of the experiment where its metric, question or cells have changed; keep its description."""
         metric = self._find_metric()
         cells = sorted(cell["id"] for cell in self.experiment["cells"])
         digest = compute_digest(json.dumps([VIEWS_VERSION, metric, question, cells]))
@@ -87,9 +87,10 @@ class ExperimentRun:
 
     def _find_metric(self) -> str:
         """Return the metric that arms are compared by; empty if it is not known yet."""
-        recorded = next(iter(read_recorded(self.experiment)), None)
-        if self.summary or recorded:
-            return self.summary.metric if self.summary else recorded.metric if recorded else ""
+        if self.summary:
+            return self.summary.metric
+        for recorded in read_recorded(self.experiment):
+            return recorded.metric
         return str(self.experiment.get("metric") or "")[:200]
 
 

@@ -1,4 +1,4 @@
-"""Which metrics of a run a tracker gets as curves: about 40, since its UI draws a chart for each.
+"""Which metrics of a run a tracker gets as curves: about 35, since its UI draws a chart for each.
 
 All of them are in the journal, in `result.json`, and in the table `metrics.json` of the run in the tracker.
 """

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from support.browser import find_browser, open_browser, open_file
+from support.browser import load_script, open_file
 from support.stored_grid import Grid, write_grid
 
 from moebench.analysis.html_report.build import Source, build_page
@@ -14,13 +14,14 @@ WIDTHS = "return [document.documentElement.scrollWidth, window.innerWidth]"
 
 @pytest.mark.slow
 def test_the_report_fits_a_phone_and_loads_nothing(tmp_path: Path) -> None:
-    if find_browser() is None:
+    script = load_script()
+    if script.find_chromium() is None:
         pytest.skip("no chromium with chromedriver on this machine (Debian: apt-get install chromium-driver)")
     experiment = write_grid(tmp_path, Grid(arms=12, seeds=3, points=4, question=LONG))
     source = Source(experiment=experiment, results=tmp_path / "results", command="moebench run x", made_at="today")
     file = tmp_path / "report.html"
     file.write_text(build_page(source).html, encoding="utf-8")
-    with open_browser() as driver:
+    with script.open_browser() as driver:
         for width, media in ((375, {}), (1180, {"prefers_color_scheme": "dark"}), (700, {"media": "print"})):
             assert open_file(driver, file, width=width, **media) == []
             page_width, window_width = driver.execute_script(WIDTHS)

@@ -1,13 +1,12 @@
 """MLflow's UI of a results folder, in a real browser, shows the experiment."""
 
-import importlib.util
 import json
 import math
 import urllib.request
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from support.browser import load_script
 from support.run_folders import write_cell, write_result
 
 from moebench.analysis.compare.summary import refresh_summaries
@@ -20,17 +19,7 @@ from moebench.tracking.replay import replay
 from moebench.tracking.stored_runs import EXPERIMENT
 from moebench.tracking.ui import list_links
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "screenshot_ui.py"
 ARMS, SEEDS = ("switch", "dense"), (0, 1, 2)
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("screenshot_ui", SCRIPT)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def build(results: Path) -> None:
@@ -102,7 +91,7 @@ def test_what_a_reader_looks_for_is_visible(results: Path, tmp_path: Path) -> No
         experiments = MlflowClient(default_uri(results)).search_experiments()
     numbers = {experiment.name: experiment.experiment_id for experiment in experiments}
     number, parent, run = numbers["quickstart"], runs[EXPERIMENT], runs["a00000000001"]
-    with pages.serve_pages(results) as url, pages.browser() as driver:
+    with pages.serve_pages(results) as url, pages.open_browser() as driver:
 
         def read_text(name: str) -> str:
             driver.save_screenshot(str(tmp_path / f"{name}.png"))

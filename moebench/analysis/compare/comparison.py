@@ -212,11 +212,11 @@ def _notes(grid: ResultGrid, differences: Sequence[Difference], num_expected: in
 
 def _note_unusual_agreement(differences: Sequence[Difference]) -> list[str]:
     """Return a note for each arm that differs from the baseline by its own noise alone, not by that of the table."""
-    tested = [difference for difference in differences if difference.p is not None]
-    by_own_noise = zip(tested, st.holm([difference.p or 0.0 for difference in tested]), strict=True)
+    p_holm = st.correct_family({pair.arm: pair.p for pair in differences if pair.p is not None})
     return [
-        f"{difference.arm}: p Holm would be {p:.2g} by its own pairs alone, whose seeds agree more than those of the"
-        " other arms: no verdict on that ground (docs/statistics.md)"
-        for difference, p in by_own_noise
-        if p <= difference.level < (difference.p_holm or 0.0) and difference.verdict in ("undecided", "equivalent")
+        f"{difference.arm}: p Holm would be {p_holm[difference.arm]:.2g} by its own pairs alone, whose seeds agree"
+        " more than those of the other arms: no verdict on that ground (docs/statistics.md)"
+        for difference in differences
+        if p_holm.get(difference.arm, 1.0) <= difference.level < (difference.p_holm or 0.0)
+        and difference.verdict in ("undecided", "equivalent")
     ]

@@ -58,15 +58,10 @@ def _test_pairs(grid: ResultGrid, pairs: Mapping[str, st.PairedDifference]) -> P
     return PairedTests(
         pairs=pairs,
         p_pooled=p_pooled,
-        p_holm=_correct(p_values),
+        p_holm=st.correct_family(p_values),
         p_equivalence=p_equivalence,
-        p_equivalence_holm=_correct(p_equivalence),
+        p_equivalence_holm=st.correct_family(p_equivalence),
     )
-
-
-def _correct(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Return the p values of a family, corrected by Holm."""
-    return dict(zip(p_values, map(float, st.holm(list(p_values.values()))), strict=True))
 
 
 def _pool_spread(

@@ -16,7 +16,6 @@ from moebench.reporting.table import Table
 from moebench.runs.experiment_record import read_records
 from moebench.runs.experiment_summary import ArmMean, ExperimentSummary, SummaryTable, summary_path, write_summary
 from moebench.runs.folder import RunFolder
-from moebench.runs.result import RunResult
 from moebench.runs.trivial_baselines import read_recorded
 from moebench.schema import DEFAULT_MARGIN
 from moebench.tasks.task import TASKS
@@ -67,7 +66,7 @@ def _compare_record(results: Path, record: Mapping[str, Any]) -> Comparison:
     for cell in record["cells"]:
         result = RunFolder.of(results, cell["id"]).read_result()
         if result is not None:
-            run_results.append(RunResult.from_dict(result.to_dict() | {"arm": str(cell.get("arm"))}))
+            run_results.append(replace(result, arm=str(cell.get("arm"))))
     if not run_results:
         raise UsageError(f"{results}: no result yet")
     recorded = next((each for each in read_recorded(record) if each.evaluation.split == "test"), None)

@@ -12,10 +12,10 @@
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from moebench.analysis.compare.statistics import ALPHA
 from moebench.analysis.design.boundaries import compute_second_level, spend
 from moebench.experiment.seed_plan import MIN_TESTED_SEEDS, SeedPlan
 
-ALPHA = 0.05
 UNFORESEEN_ALPHA = 0.001
 """Of a look that nobody planned: so small that many of them add little to the error of the others."""
 EXTENSION_ALPHA = 0.01

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from moebench.analysis.compare import statistics as st
@@ -142,14 +143,9 @@ def _find_spread_of_shape(experiment: Experiment, results: Path) -> KnownSpread 
     for record in sorted(records, key=_read_time, reverse=True)[:MAX_RECORDS]:
         values = _read_values(record, results, metric, shape)
         baseline = values.pop(str(record.get("baseline")), {})
-        seeds = [seed for seed in baseline if all(seed in of_arm for of_arm in values.values())]
-        if not values or len(seeds) < st.MIN_SEEDS:
-            continue
-        of_baseline = [baseline[seed] for seed in seeds]
-        spread = st.pooled_spread([[of_arm[seed] for seed in seeds] for of_arm in values.values()], of_baseline)
+        spread = st.pool_arms(values, baseline)
         if spread:
-            mean = sum(of_baseline) / len(of_baseline)
-            return KnownSpread(sd=spread.sd, df=spread.df, mean=mean, source=record["name"])
+            return KnownSpread(sd=spread.sd, df=spread.df, mean=fmean(baseline.values()), source=record["name"])
     return None
 
 

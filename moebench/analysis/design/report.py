@@ -58,12 +58,7 @@ def estimate_spread(comparison: "Comparison") -> st.SpreadEstimate | None:
         arm.arm: arm.values for arm in comparison.arms if not arm.num_diverged and len(arm.values) >= st.MIN_SEEDS
     }
     baseline = values.pop(comparison.baseline, {})
-    seeds = [seed for seed in baseline if all(seed in of_arm for of_arm in values.values())]
-    if not values or len(seeds) < st.MIN_SEEDS:
-        return None
-    return st.pooled_spread(
-        [[of_arm[seed] for seed in seeds] for of_arm in values.values()], [baseline[s] for s in seeds]
-    )
+    return st.pool_arms(values, baseline)
 
 
 def measure_comparison_pairing(comparison: "Comparison") -> tuple[dict[str, PairingGain], float | None]:

@@ -1,6 +1,5 @@
-"""The comparison on several axes of an experiment, from its run folders."""
+"""What the arms of an experiment have spent and reached, from its run folders."""
 
-import hashlib
 from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
@@ -8,24 +7,13 @@ from pathlib import Path
 from moebench.analysis.compare.experiment import list_trained_cells, read_results
 from moebench.analysis.compare.values import Comparison
 from moebench.analysis.fairness.conditions import RunConditions, read_conditions
-from moebench.analysis.fairness.measure import MeasuredArms, compare_on_axes
+from moebench.analysis.fairness.measure import MeasuredArms
 from moebench.analysis.fairness.run_curve import RunCurve, build_run_curve
-from moebench.analysis.fairness.values import Fairness
-from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
-from moebench.file_access import read_plain_file
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
-from moebench.runs.journal import Point, read_journal
+from moebench.runs.journal import Point, parse_journal
 from moebench.runs.result import RunResult
-
-
-def compute_fairness(
-    experiment: Experiment, results: Path, comparison: Comparison, *, ignore_conditions: bool = False
-) -> Fairness:
-    """Compare the arms of an experiment at equal tokens, FLOPs, parameters and time; raise UsageError for damage."""
-    arms = measure_experiment(experiment, results, comparison)
-    return compare_on_axes(arms, ignore_conditions=ignore_conditions)
 
 
 def measure_experiment(experiment: Experiment, results: Path, comparison: Comparison) -> MeasuredArms:
@@ -41,7 +29,8 @@ def measure_arms(cells: Sequence[Cell], results: Path, comparison: Comparison) -
     done = [run for run in read_results(cells, results) if _is_finite(run, comparison.metric)]
     for run in done:
         runs[run.arm][run.seed] = run
-        journals[run.id] = read_verified_journal(results, run)
+        folder = RunFolder.of(results, run.id)
+        journals[run.id] = parse_journal(folder.journal, folder.read_record(folder.journal, run) or b"")
         curve = build_run_curve(journals[run.id], run, comparison.metric)
         if curve is not None:
             curves[run.arm][run.seed] = curve
@@ -60,16 +49,6 @@ def measure_arms(cells: Sequence[Cell], results: Path, comparison: Comparison) -
         divergence={arm: verdict for arm, verdict in verdicts.items() if "diverged" in verdict},
         num_steps=max((run.step for run in done), default=1),
     )
-
-
-def read_verified_journal(results: Path, run: RunResult) -> list[Point]:
-    """Return the journal of a finished run; raise UsageError where it is not the one that the run wrote."""
-    file = RunFolder.of(results, run.id).journal
-    points, _ = read_journal(file)
-    expected = run.records.get(file.name)
-    if expected is not None and (not points or hashlib.sha256(read_plain_file(file, None)).hexdigest() != expected):
-        raise UsageError(f"{file}: was changed after the run was done; restore it, or train the cell again")
-    return points
 
 
 def _is_finite(run: RunResult, metric: str) -> bool:

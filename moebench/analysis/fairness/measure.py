@@ -136,7 +136,7 @@ def _correct(arms: list[ArmFairness]) -> list[ArmFairness]:
     corrected: dict[tuple[str, Equal], EqualBudget] = {}
     for name in EQUAL:
         tested = {arm.arm: pair.p for arm in arms if (pair := arm.equal[name].pair) and pair.p is not None}
-        p_holm = dict(zip(tested, st.holm(list(tested.values())), strict=True))
+        p_holm = st.correct_family(tested)
         corrected |= {(arm.arm, name): replace(arm.equal[name], p_holm=p_holm.get(arm.arm)) for arm in arms}
     return [replace(arm, equal={name: corrected[arm.arm, name] for name in EQUAL}) for arm in arms]
 

@@ -38,14 +38,14 @@ def build_fairness_table(fairness: Fairness) -> Table:
             )
         )
     metric = fairness.metric.replace("_", " ")
-    words = [Column(header=f"equal {EQUAL_NAMES[name]}") for name in EQUAL]
+    budgets = [Column(header=f"equal {EQUAL_NAMES[name]}") for name in EQUAL]
     speeds = [Column(header=f"speed-up in {AXIS_NAMES[axis]}") for axis in ("steps", "flops", "seconds")]
     return Table(
         title=f"Fairness: {metric} on the validation split minus {baseline}, speed-up to its final quality",
         columns=(
             Column(header="arm", align="left", wraps=True),
             Column(header="pairs"),
-            *words,
+            *budgets,
             *speeds,
             Column(header="active"),
             Column(header="parameters"),

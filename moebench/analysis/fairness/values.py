@@ -31,7 +31,8 @@ class EqualBudget:
     def describe(self, *, lower_is_better: bool) -> str:
         """Return ahead, behind or undecided; the problem if there is no difference.
 
-        Not better or worse: those are verdicts, on the test split and by more than this p value."""
+        Not better or worse: those are verdicts, on the test split and by more than this p value.
+        """
         if self.pair is None or self.pair.num_seeds < st.MIN_SEEDS:
             return self.problem or "too few seeds"
         if self.p_holm is None or self.p_holm > st.ALPHA:

@@ -5,19 +5,18 @@ from dataclasses import dataclass, replace
 
 from moebench.analysis.compare.shown_arms import find_tone, select_arms
 from moebench.analysis.compare.values import ArmSummary, Comparison
-from moebench.experiment.plan import BACKWARD
 from moebench.reporting.html.axis import Axis, Tick
+from moebench.training.utilization import BACKWARD_FACTOR
 
 WIDTH, HEIGHT = 270, 190
 """Of the plotting area, in units of its view box."""
 CHARACTER, LINE = 5.6, 11.0
 """Width and height of a character of a label, in the same units."""
 COSTS: tuple[tuple[str, Callable[[ArmSummary], float]], ...] = (
-    ("FLOPs of training, measured", lambda arm: _count_tokens(arm) * arm.cost.get("train_flops_per_token", 0.0) * 3),
+    ("FLOPs of training, measured", lambda arm: _count_flops(arm)),
     ("total parameters", lambda arm: arm.cost.get("total_params", 0.0)),
     ("seconds of training", lambda arm: _count_tokens(arm) / arm.tokens_per_s if arm.tokens_per_s else 0.0),
 )
-assert BACKWARD == 2  # the factor 3 above
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +88,10 @@ def _build_chart(comparison: Comparison, label: str, get_cost: Callable[[ArmSumm
         x_ticks=tuple(x_axis.find_ticks(3)),
         y_ticks=tuple(y_axis.find_ticks(4)),
     )
+
+
+def _count_flops(arm: ArmSummary) -> float:
+    return BACKWARD_FACTOR * _count_tokens(arm) * arm.cost.get("train_flops_per_token", 0.0)
 
 
 def _count_tokens(arm: ArmSummary) -> float:

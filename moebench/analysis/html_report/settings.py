@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moebench.config import to_plain
+from moebench.config import flatten, to_plain
 from moebench.reporting.formatting import MISSING
 from moebench.reporting.table import Column, Table
 from moebench.runs.cell import Cell
@@ -38,15 +38,7 @@ def build_settings_tables(cells: Sequence[Cell], baseline: str) -> tuple[Table, 
 
 def flatten_settings(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return dotted key -> value as text, without the seed."""
-    flat: dict[str, str] = {}
-    for key, value in settings.items():
-        if key == "seed":
-            continue
-        if isinstance(value, Mapping):
-            flat |= {f"{key}.{part}": text for part, text in flatten_settings(value).items()}
-        else:
-            flat[str(key)] = "null" if value is None else str(value)
-    return flat
+    return {key: "null" if value is None else str(value) for key, value in flatten(settings) if key != "seed"}
 
 
 def _describe_differences(settings: Mapping[str, str], reference: Mapping[str, str]) -> str:

@@ -65,9 +65,8 @@ class EffectiveCompute:
     """Whether at least 97.5 % of the resampled curves have an offset above zero, and as many one below the limit."""
 
 
-def count_decades(pairs: Sequence[SizePairs]) -> float:
-    """Return log10 of the largest over the smallest compute of the baseline."""
-    flops = [size.baseline_flops for size in pairs]
+def count_decades(flops: Sequence[float]) -> float:
+    """Return log10 of the largest over the smallest compute."""
     return float(np.log10(max(flops) / min(flops)))
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import log10
 from typing import Any
 
 from moebench.analysis.compare import statistics as st
@@ -55,7 +54,7 @@ def evaluate_ladder(ladder: Ladder) -> tuple[ArmWorth, ...]:
     tested = {arm: e.compute.p for arm, e in estimates.items() if e is not None and e.compute.p is not None}
     for arm in [arm for arm in tested if ladder.count_diverged(arm)]:  # the other runs are no fair sample
         del tested[arm]
-    p_holm = dict(zip(tested, st.holm(list(tested.values())), strict=True))
+    p_holm = st.correct_family(tested)
     return tuple(
         ArmWorth(
             arm=arm,
@@ -70,7 +69,7 @@ def evaluate_ladder(ladder: Ladder) -> tuple[ArmWorth, ...]:
 
 def _require_length(flops: Sequence[float]) -> None:
     """Raise UsageError for a ladder that is too short."""
-    decades = log10(flops[-1] / flops[0])
+    decades = count_decades(flops)
     if decades < MIN_DECADES or len(flops) < MIN_SIZES:
         raise UsageError(
             f"effective compute: {format_plural(len(flops), 'size')} over {decades:.1f} decades of training FLOPs of"
@@ -81,7 +80,7 @@ def _require_length(flops: Sequence[float]) -> None:
 def _find_problem(pairs: Sequence[SizePairs]) -> str:
     if len(pairs) < MIN_SIZES:
         return f"{format_plural(len(pairs), 'size')}, {MIN_SIZES} needed"
-    decades = count_decades(pairs)
+    decades = count_decades([size.baseline_flops for size in pairs])
     return "" if decades >= MIN_DECADES else f"{decades:.1f} decades, {MIN_DECADES} needed"
 
 
@@ -134,7 +133,7 @@ def describe_worth(ladder: Ladder, worth: ArmWorth) -> str:
     """Return what an arm is worth, in a sentence that can be pasted."""
     if worth.estimate is None:
         return f"{worth.arm}: no effective compute ({worth.problem})."
-    decades = log10(ladder.baseline_flops[-1] / ladder.baseline_flops[0])
+    decades = count_decades(ladder.baseline_flops)
     text = f"{worth.arm} is worth {format_factor(worth.estimate.compute)} compute of {ladder.baseline}"
     if worth.estimate.wall_clock is not None:
         text += f", {format_factor(worth.estimate.wall_clock)} wall clock"

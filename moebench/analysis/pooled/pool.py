@@ -128,12 +128,8 @@ def pool_comparisons(comparisons: Mapping[str, Comparison]) -> Pooled:
 def _find_scale(comparison: Comparison) -> float | None:
     """Return the SD of the paired differences of an experiment, pooled over its arms with 3 common seeds or more."""
     values = {arm.arm: arm.values for arm in comparison.arms}
-    baseline = values[comparison.baseline]
     arms = [pair.arm for pair in comparison.differences if len(pair.seeds) >= st.MIN_SEEDS]
-    seeds = [seed for seed in baseline if all(seed in values[arm] for arm in arms)]
-    if not arms or len(seeds) < st.MIN_SEEDS:
-        return None
-    spread = st.pooled_spread([[values[arm][s] for s in seeds] for arm in arms], [baseline[s] for s in seeds])
+    spread = st.pool_arms({arm: values[arm] for arm in arms}, values[comparison.baseline])
     return spread.sd if spread else None
 
 
@@ -212,7 +208,7 @@ def _correct(arms: Sequence[PooledArm]) -> list[PooledArm]:
     families = {}
     for name in ("fixed", "across"):
         tested = {arm.arm: estimate.p for arm in arms if (estimate := getattr(arm, name)) and estimate.p is not None}
-        families[name] = dict(zip(tested, st.holm(list(tested.values())), strict=True))
+        families[name] = st.correct_family(tested)
     for arm in arms:
         fixed = replace(arm.fixed, p_holm=families["fixed"].get(arm.arm)) if arm.fixed else None
         across = replace(arm.across, p_holm=families["across"].get(arm.arm)) if arm.across else None

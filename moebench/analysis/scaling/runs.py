@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from moebench.analysis.compare.experiment import list_trained_cells
 from moebench.analysis.scaling.fit import NUM_COEFFICIENTS, Form, Points, choose_form
 from moebench.config import to_plain
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
-from moebench.experiment.tuning import settle
 from moebench.reporting.formatting import format_count, format_plural
 from moebench.routing.router import ROUTERS
 from moebench.runs.cell import Cell
@@ -21,6 +21,7 @@ from moebench.runs.folder import RunFolder
 from moebench.runs.result import RunResult
 from moebench.schema import CellConfig
 from moebench.tasks.task import TASKS, TaskFacts
+from moebench.training.utilization import BACKWARD_FACTOR
 
 MIN_DECADES = 1.5
 """Of training FLOPs: a law fitted to less says little about other sizes."""
@@ -46,7 +47,7 @@ class Run:
     @property
     def training_flops(self) -> float:
         """FLOPs of the forward and backward passes, as planned; NaN where they are not recorded."""
-        return 3 * self.read_cost("flops_per_token") * self.read_cost("train_tokens")
+        return BACKWARD_FACTOR * self.read_cost("flops_per_token") * self.read_cost("train_tokens")
 
     def read_cost(self, name: str) -> float:
         """Return a part of the cost, NaN where it is not recorded."""
@@ -80,7 +81,7 @@ class Ladder:
 def collect_runs(experiments: Sequence[Experiment], results: Path, split: str = "test") -> Ladder:
     """Read the finished runs; raise UsageError where no law can be fitted to any router."""
     facts = _require_loss([cell.config.task.name for each in experiments for cell in each.cells])
-    cells = {cell.id: cell for each in experiments for cell in settle(each, results).cells}
+    cells = {cell.id: cell for each in experiments for cell in list_trained_cells(each, results)}
     runs = list(_read_runs(cells.values(), results))
     done = [run for run in runs if run.result.status == "done"]
     routers = tuple(_build_routers(done, facts.metric, split))

@@ -75,7 +75,7 @@ def test_measured_compute_of_the_arm_counts():
     estimate = estimate_effective_compute(costly, 20)
     assert estimate.compute.value == pytest.approx(1 / 1.2, rel=1e-3)
     assert estimate.wall_clock is None
-    assert count_decades(costly) == pytest.approx(2)
+    assert count_decades([size.baseline_flops for size in costly]) == pytest.approx(2)
 
 
 def test_one_seed_gives_no_interval():

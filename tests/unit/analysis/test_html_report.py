@@ -169,6 +169,14 @@ def test_without_any_result_there_is_no_report(own_store: tuple[Experiment, Path
         build(experiment, results)
 
 
+def test_a_damaged_result_is_named_instead_of_a_report(own_store: tuple[Experiment, Path]) -> None:
+    experiment, results = own_store
+    file = RunFolder.of(results, experiment.cells[0].id).result
+    file.write_text("{")
+    with pytest.raises(UsageError, match=re.escape(str(file))):
+        build(experiment, results)
+
+
 def test_of_many_arms_the_charts_show_twelve_and_the_tables_all(tmp_path: Path) -> None:
     page = build(write_grid(tmp_path, Grid(arms=16, seeds=3, points=2)), tmp_path / "results")
     reader = Reader(page.html)

@@ -1,6 +1,6 @@
 """Statistics of paired seeds, for three to ten of them: differences, intervals, tests, corrections, power."""
 
-from moebench.analysis.compare.statistics.correction import holm
+from moebench.analysis.compare.statistics.correction import correct_family, holm
 from moebench.analysis.compare.statistics.differences import PairedDifference, paired_difference, sign_flip_p
 from moebench.analysis.compare.statistics.effect import StandardisedEffect, effect_in_seed_sd
 from moebench.analysis.compare.statistics.equivalence import equivalence_p
@@ -13,7 +13,13 @@ from moebench.analysis.compare.statistics.levels import (
     MIN_SEEDS,
     POWER,
 )
-from moebench.analysis.compare.statistics.power import SpreadEstimate, pooled_spread, smallest_detectable, t_power
+from moebench.analysis.compare.statistics.power import (
+    SpreadEstimate,
+    pool_arms,
+    pooled_spread,
+    smallest_detectable,
+    t_power,
+)
 from moebench.analysis.compare.statistics.seed_values import Interval, Values, compute_variance
 from moebench.analysis.compare.statistics.skew import skewness_p
 from moebench.analysis.compare.statistics.table_noise import MAX_SD_RATIO, spread_p, table_spread
@@ -32,11 +38,13 @@ __all__ = [
     "StandardisedEffect",
     "Values",
     "compute_variance",
+    "correct_family",
     "effect_in_seed_sd",
     "equivalence_p",
     "holm",
     "mean_interval",
     "paired_difference",
+    "pool_arms",
     "pooled_spread",
     "sign_flip_p",
     "skewness_p",

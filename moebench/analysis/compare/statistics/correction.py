@@ -1,5 +1,7 @@
 """The correction of a family of p values."""
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -19,3 +21,8 @@ def holm(p_values: ArrayLike) -> Values:
     corrected_A = np.empty_like(p_A)
     np.put_along_axis(corrected_A, order_A, np.minimum(np.maximum.accumulate(stepwise_A, axis=-1), 1.0), -1)
     return corrected_A
+
+
+def correct_family(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Return the p values of one family, by name, corrected by Holm."""
+    return dict(zip(p_values, map(float, holm(list(p_values.values()))), strict=True))

@@ -1,5 +1,6 @@
 """Power of the paired t-test, and the difference that it detects."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import inf, isfinite, sqrt
@@ -44,6 +45,16 @@ def pooled_spread(arm_AS: ArrayLike, baseline_S: ArrayLike) -> SpreadEstimate | 
         return None
     df = (shared + residual) ** 2 / (shared**2 / df_shared + (residual**2 / df_residual if df_residual else 0.0))
     return SpreadEstimate(sd=sqrt(shared + residual), df=df)
+
+
+def pool_arms(values: Mapping[str, Mapping[int, float]], baseline: Mapping[int, float]) -> SpreadEstimate | None:
+    """Estimate the SD from arm -> seed -> value, over the seeds that all have; None below three such seeds."""
+    seeds = [seed for seed in baseline if all(seed in of_arm for of_arm in values.values())]
+    if not values or len(seeds) < MIN_SEEDS:
+        return None
+    return pooled_spread(
+        [[of_arm[seed] for seed in seeds] for of_arm in values.values()], [baseline[seed] for seed in seeds]
+    )
 
 
 def smallest_detectable(sd: float | None, num_seeds: int, num_comparisons: int, sd_df: float = inf) -> float | None:
