@@ -11,7 +11,7 @@ from moebench.analysis.compare.trivial_rows import (
     list_quality_notes,
     list_quality_rows,
 )
-from moebench.analysis.compare.tuning import build_tuning_table, list_tuning_notes
+from moebench.analysis.compare.tuning import EDGE, build_tuning_table, list_tuning_notes
 from moebench.analysis.compare.values import ArmSummary, Comparison, Difference, LostCell
 from moebench.analysis.design.report import build_design_tables
 from moebench.reporting.formatting import MISSING, format_p, format_signed, format_with_interval
@@ -62,7 +62,7 @@ def list_caveats(comparison: Comparison) -> tuple[str, ...]:
     warning = comparison.rare_bad_seeds
     return (
         *([warning.describe()] if warning else []),
-        *(f"{note}." for note in list_tuning_notes(comparison.tuning)),
+        *(f"{note}." for note in list_tuning_notes(comparison.tuning) if not note.startswith(EDGE)),
         *(f"Note: {note}." for note in comparison.notes),
     )
 
