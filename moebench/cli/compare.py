@@ -1,5 +1,6 @@
 """`moebench compare`: which arm is better, by how much, with what confidence."""
 
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -73,6 +74,12 @@ AllowMismatch = Annotated[
     ),
 ]
 
+Details = Annotated[
+    bool,
+    typer.Option(
+        "--details", help="Add p values, effect sizes, power, pairing and a legend, as --markdown and --json have."
+    ),
+]
 Margin = Annotated[
     float | None,
     typer.Option(
@@ -105,6 +112,7 @@ def compare(
     jobs: Annotated[int, typer.Option(min=0, help="Cells at a time, where routers must be trained first.")] = 0,
     axis: AxisOption = None,
     effective_compute: EffectiveCompute = False,
+    details: Details = False,
     json: Json = False,
 ) -> None:
     """Compare the arms of an experiment: quality with intervals, load balance, throughput, cost.
@@ -117,6 +125,7 @@ def compare(
     overrides = [name for name in names if "=" in name]
     subjects = [name for name in names if "=" not in name]
     choice = Choice(split.value, allow_mismatch, effective_compute, axis.value if axis else None, plot, margin)
+    choice = replace(choice, details=details or markdown or json)
     check_choice(choice)
     if are_experiments(subjects):
         grids = expand_all(subjects, overrides, size or [None], plugin or (), results)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from moebench.reporting.report import Report
 
 
+DETAILS_HINT = "--details: p values, effect sizes, power, pairing, and what each column and mark means."
+
+
 @dataclass(frozen=True)
 class Choice:
     """What to compare by, and what to add."""
@@ -27,6 +30,8 @@ class Choice:
     axis: "Axis | None" = None
     plot: Path | None = None
     margin: float | None = None
+    details: bool = True
+    """Whether to add p values, effect sizes, pairing and the legend to the report of one experiment."""
 
 
 def check_choice(choice: Choice) -> None:
@@ -57,7 +62,8 @@ def compare_one(grid: "Experiment", results: Path, choice: Choice) -> "Report":
         x_axis = (AXIS_LABELS[along.axis], along.map_steps()) if along else None
         draw_experiment(grid, results, choice.plot, comparison, x_axis)
     fairness = compare_on_axes(arms, ignore_conditions=choice.allow_mismatch)
-    return add_fairness(build_report(comparison), fairness, along)
+    report = add_fairness(build_report(comparison), fairness, along)
+    return report if choice.details else report.without_details(DETAILS_HINT)
 
 
 def compare_experiments(grids: "Sequence[Experiment]", results: Path, choice: Choice) -> "Report":

@@ -38,6 +38,8 @@ class Table:
     notes: tuple[str, ...] = ()
     marked: bool = False
     """The numbers cannot be trusted; `notes` give the reason."""
+    is_detail: bool = False
+    """A report without details leaves it out."""
 
     def to_rich(self) -> RenderableType:
         """Return the table for a terminal."""

@@ -3,7 +3,6 @@
 from moebench.analysis.compare import statistics as st
 from moebench.analysis.compare.sentences import describe_margin
 from moebench.analysis.compare.trivial_rows import explain_trivial_baselines
-from moebench.analysis.compare.tuning import list_tuning_notes
 from moebench.analysis.compare.values import NON_CAUSAL, Comparison
 from moebench.analysis.design.report import explain_design
 from moebench.metrics import EXECUTED
@@ -24,7 +23,7 @@ MARK_MEANINGS = {
 
 
 def build_legend(comparison: Comparison) -> tuple[str, ...]:
-    """Return an explanation of every column and mark that the tables of this comparison have, then its notes."""
+    """Return an explanation of every column and mark that the tables of this comparison have."""
     marks = dict.fromkeys(mark for arm in comparison.arms for mark in arm.marks)
     return (
         *_explain_means(comparison),
@@ -33,8 +32,6 @@ def build_legend(comparison: Comparison) -> tuple[str, ...]:
         *explain_design(comparison),
         *_explain_metrics(comparison),
         *(f"{mark}: {MARK_MEANINGS[mark]}." for mark in marks if mark in MARK_MEANINGS),
-        *(f"{note}." for note in list_tuning_notes(comparison.tuning)),
-        *(f"Note: {note}." for note in comparison.notes),
     )
 
 
@@ -86,7 +83,7 @@ def _explain_equivalence(comparison: Comparison) -> str:
 
 def _describe_level(comparison: Comparison) -> str:
     levels = [difference.level for difference in comparison.differences if difference.p is not None]
-    return f"{st.ALPHA}" if all(level == st.ALPHA for level in levels) else "the level in the note below"
+    return f"{st.ALPHA}" if all(level == st.ALPHA for level in levels) else "the level in the note"
 
 
 def describe_limit(num_comparisons: int) -> str:

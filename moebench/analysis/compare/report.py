@@ -11,7 +11,7 @@ from moebench.analysis.compare.trivial_rows import (
     list_quality_notes,
     list_quality_rows,
 )
-from moebench.analysis.compare.tuning import build_tuning_table
+from moebench.analysis.compare.tuning import EDGE, build_tuning_table, list_tuning_notes
 from moebench.analysis.compare.values import ArmSummary, Comparison, Difference, LostCell
 from moebench.analysis.design.report import build_design_tables
 from moebench.reporting.formatting import MISSING, format_p, format_signed, format_with_interval
@@ -50,9 +50,20 @@ def build_report(comparison: Comparison) -> Report:
     )
     return Report(
         tables=tuple(table for table in tables if table.rows),
+        caveats=list_caveats(comparison),
         problems=list_lost_cells(comparison),
         notes=build_legend(comparison),
         values=comparison.to_dict(),
+    )
+
+
+def list_caveats(comparison: Comparison) -> tuple[str, ...]:
+    """Return what limits the verdicts, and how settings were chosen."""
+    warning = comparison.rare_bad_seeds
+    return (
+        *([warning.describe()] if warning else []),
+        *(f"{note}." for note in list_tuning_notes(comparison.tuning) if not note.startswith(EDGE)),
+        *(f"Note: {note}." for note in comparison.notes),
     )
 
 
@@ -128,12 +139,11 @@ def _out_of_domain_row(comparison: Comparison, arm: ArmSummary) -> tuple[str, ..
 
 def _statistics_table(comparison: Comparison) -> Table:
     headers = metric_headers("p", "p_pooled", "p_holm", "p_exact", "smallest_detectable")
-    warning = comparison.rare_bad_seeds
     return Table(
         title=f"How sure: {comparison.baseline} subtracted seed by seed",
         columns=_columns("pairs", *headers, "power"),
         rows=tuple(_statistics_row(pair) for pair in comparison.differences if pair.p is not None),
-        notes=(warning.describe(),) if warning else (),
+        is_detail=True,
     )
 
 
@@ -156,6 +166,7 @@ def _size_table(comparison: Comparison) -> Table:
         title=f"How large: minus {comparison.baseline}, margin of equivalence {describe_margin(comparison)}",
         columns=_columns("all together", effect, "g, 95 %", equivalence),
         rows=tuple(_size_row(pair) for pair in comparison.differences if pair.p is not None),
+        is_detail=True,
     )
 
 
@@ -192,6 +203,7 @@ def _information_table(comparison: Comparison) -> Table:
         title="Information of experts about tokens",
         columns=_columns(*kinds),
         rows=tuple((_label(arm), *(format_metric(name, arm.information.get(kind)) for kind in kinds)) for arm in arms),
+        is_detail=True,
     )
 
 

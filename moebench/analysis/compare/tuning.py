@@ -40,6 +40,7 @@ def build_tuning_table(state: TuningState | None) -> Table:
         title=f"Tuning: what each arm has chosen on the validation split, {seeds}{length}",
         columns=columns,
         rows=tuple(_build_row(choice, state) for choice in state.choices),
+        notes=tuple(f"{note}." for note in list_tuning_notes(state) if note.startswith(EDGE)),
     )
 
 

@@ -82,6 +82,7 @@ def _build_pairing_table(comparison: "Comparison") -> Table:
         title=f"Pairing: each seed of an arm with the same seed of {comparison.baseline}",
         columns=_columns("correlation", "variance ratio"),
         rows=tuple(rows),
+        is_detail=True,
     )
 
 

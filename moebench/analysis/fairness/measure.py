@@ -73,7 +73,7 @@ def _compare_arm(arms: MeasuredArms, arm: str, *, ignore_conditions: bool) -> Ar
     ours, theirs = ({seed: curves[seed] for seed in seeds} for curves in (ours, theirs))
     time = _compare_at_budget(ours, theirs, "seconds")
     if problem:
-        time = replace(time if ignore_conditions else EqualBudget(problem="not comparable"), note=f"time {problem}")
+        time = replace(time if ignore_conditions else EqualBudget(problem="not comparable"), note=f"time: {problem}")
     speed_up: dict[Axis, SpeedUp] = {}
     for axis in SPEED_AXES:
         ratio = compute_speed_up(ours, theirs, axis, lower_is_better=arms.lower_is_better)
@@ -100,16 +100,17 @@ def _compare_at_budget(ours: Curves, theirs: Curves, axis: Axis) -> EqualBudget:
     if any(axis not in curve.budgets for curve in (*ours.values(), *theirs.values())):
         return EqualBudget(problem="not measured")
     budgets = {seed: float(theirs[seed].budgets[axis][-1]) for seed in ours}
-    shares = [float(curve.budgets[axis][-1]) / budgets[seed] for seed, curve in ours.items()]
-    if max(shares) > 1 + TOLERANCE and not _has_enough_points(ours, theirs):
+    shares = {seed: float(curve.budgets[axis][-1]) / budgets[seed] for seed, curve in ours.items()}
+    if max(shares.values()) > 1 + TOLERANCE and not _has_enough_points(ours, theirs):
         return EqualBudget(problem="too few evaluations")
     values = [curve.read_at(axis, budgets[seed]) for seed, curve in ours.items()]
     missing = values.count(None)
     if missing:
-        where = f" in {missing} of {len(ours)}" if missing < len(ours) else ""
-        if min(shares) >= 1 - TOLERANCE:
+        short = [share for seed, share in shares.items() if not ours[seed].has_spent(axis, budgets[seed])]
+        where = f" in {len(short) or missing} of {len(ours)}" if (len(short) or missing) < len(ours) else ""
+        if not short:
             return EqualBudget(problem=f"before the first evaluation{where}")
-        return EqualBudget(problem=f"not reached{where}, ended at {fmean(shares):.2f}×")
+        return EqualBudget(problem=f"not reached{where}, ended at {fmean(short):.2f}×")
     baseline = [float(theirs[seed].value_P[-1]) for seed in ours]
     return EqualBudget(pair=st.paired_difference([value for value in values if value is not None], baseline))
 

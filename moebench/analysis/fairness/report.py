@@ -15,7 +15,7 @@ LEGEND = (
     " evaluations linear in the logarithm, never beyond the end. Time: training steps alone.",
     "speed-up: how many times less the arm needs to reach the baseline's final quality; geometric mean [95 % t interval"
     " on logarithms]. <: some seeds never reached it, the value is an upper bound.",
-    "This table is of the validation split and describes; the verdict is that of the first table.",
+    "Fairness is of the validation split and describes; the verdict is that of the first table.",
 )
 
 
@@ -51,8 +51,20 @@ def build_fairness_table(fairness: Fairness) -> Table:
             Column(header="parameters"),
         ),
         rows=tuple(rows),
-        notes=(*(f"{describe_arm(fairness, arm)}." for arm in fairness.arms if arm.seeds), *_list_notes(fairness)),
+        notes=(
+            *_list_outcomes(fairness),
+            *(f"{note}." for note in fairness.notes),
+        ),
     )
+
+
+def _list_outcomes(fairness: Fairness) -> list[str]:
+    """Return a sentence for each outcome, with the arms that have it."""
+    arms: dict[str, list[str]] = {}
+    for arm in fairness.arms:
+        if arm.seeds:
+            arms.setdefault(describe_arm(fairness, arm).removeprefix(arm.arm), []).append(arm.arm)
+    return [f"{', '.join(names)}{outcome}." for outcome, names in arms.items()]
 
 
 def add_fairness(report: Report, fairness: Fairness, along: AxisValues | None = None) -> Report:
@@ -62,11 +74,12 @@ def add_fairness(report: Report, fairness: Fairness, along: AxisValues | None = 
     if along is not None:
         tables.append(build_axis_table(along))
         values["along_axis"] = along.to_dict()
-    return replace(report, tables=(*report.tables[:1], *tables, *report.tables[1:]), values=values)
-
-
-def _list_notes(fairness: Fairness) -> tuple[str, ...]:
-    return (*(f"{note}." for note in fairness.notes), *LEGEND)
+    return replace(
+        report,
+        tables=(*report.tables[:1], *tables, *report.tables[1:]),
+        notes=(*report.notes, *(LEGEND if tables else ())),
+        values=values,
+    )
 
 
 def _format_difference(budget: EqualBudget) -> str:

@@ -116,7 +116,7 @@ def build_page(source: Source) -> Page:
         "lost": lost,
         "provenance": provenance,
         "selection": describe_selection(len(select_arms(comparison)), len(comparison.arms)),
-        "notes": report.notes,
+        "notes": (*report.caveats, *report.notes),
         "problems": (*list_problems(runs), *budgets.problems),
     }
     tables = (*report.tables, *(table for table in extra if table.rows))

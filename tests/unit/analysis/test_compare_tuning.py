@@ -48,8 +48,10 @@ def test_the_table_shows_what_each_arm_has_chosen(tmp_path: Path) -> None:
         ("switch", "6", "–", "0.002", "0.01*", "2.0100", "+0.0010"),
         ("hash", "3", "3", "–", "–", "all failed", "–"),
     ]
-    notes = "\n".join(build_report(comparison).notes)
-    assert "* the smallest or largest value tried: a better one may lie beyond it: switch (load_balance)." in notes
+    notes = "\n".join(build_report(comparison).caveats)
+    (edge,) = next(table for table in build_report(comparison).tables if table.title.startswith("Tuning")).notes
+    assert edge == "* the smallest or largest value tried: a better one may lie beyond it: switch (load_balance)."
+    assert edge not in notes
     assert "unequal budgets: 3 to 6 trials; fewer for dense, hash (tune.extra gives them more)." in notes
     assert "tunes on test" not in notes  # each arm has chosen on validation
     values = comparison.to_dict()["tuning"]
@@ -84,7 +86,7 @@ def test_arms_that_have_not_chosen_are_missing(tmp_path: Path) -> None:
     assert {cell.arm for cell in comparison.missing} == {"switch"}
     row = table_of(comparison, "Tuning")[2]
     assert row == ("switch", "6", "–", "–", "–", "6 of 12 runs", "–")
-    notes = build_report(comparison).notes
+    notes = build_report(comparison).caveats
     assert "not tuned yet, so not trained: switch (6 of 12 tuning runs have ended)." in notes
 
 
@@ -93,7 +95,7 @@ def test_equal_trials_are_named(tmp_path: Path) -> None:
     write_trials(tmp_path, experiment, lambda arm, trial, seed: 2.0)
     write_finals(tmp_path, experiment)
     comparison = compare(experiment, tmp_path)
-    notes = "\n".join(build_report(comparison).notes)
+    notes = "\n".join(build_report(comparison).caveats)
     assert "dense: 1 other trial with the same validation value; the first of the grid is taken." in notes
     assert "unequal budgets" not in notes
 

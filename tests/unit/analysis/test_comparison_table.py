@@ -93,6 +93,11 @@ dense                   5  2.0000 ± 0.0196                 –       –  basel
 switch             4 of 5  1.9852 ± 0.0183  −0.0098 ± 0.0027   0.004  1 of 5 diverged
 sigmoid_bias_free  4 of 5  2.0030 ± 0.0247  +0.0005 ± 0.0029   0.622  undecided
 Undecided against dense: sigmoid_bias_free.
+Note: 1 of 15 cells have no result yet: this is an early look.
+Note: switch: difference over common seeds only, without seed 1.
+Note: sigmoid_bias_free: difference over common seeds only, without seed 4.
+Note: switch has the best mean over the 3 seeds that all arms have finished and is not called best:
+1 of 5 seeds diverged.
 
 How sure: dense subtracted seed by seed
 arm                pairs      p  p pooled  p Holm  exact p  detectable  power
@@ -163,17 +168,26 @@ variance ratio: variance of the difference of unpaired seeds over that of paired
 gained nothing, 3: one pair is worth three unpaired seeds of each arm.
 executed: forward FLOPs of the whole model and rows computed by experts, per token, mean over all
 steps of training (each pass counts) and on the test split; × baseline: training / evaluation. in
-training: assignments dropped, mean over all steps.
-Note: 1 of 15 cells have no result yet: this is an early look.
-Note: switch: difference over common seeds only, without seed 1.
-Note: sigmoid_bias_free: difference over common seeds only, without seed 4.
-Note: switch has the best mean over the 3 seeds that all arms have finished and is not called best:
-1 of 5 seeds diverged."""
+training: assignments dropped, mean over all steps."""
 
 
 def test_golden_table():
     text = "\n".join(line.rstrip() for line in render(half_finished(), 100).splitlines())
     assert text == GOLDEN
+
+
+def test_without_details_the_answer_its_caveats_and_the_costs_are_left():
+    short = build_report(half_finished()).without_details("--details: more.")
+    assert [table.title.split(":")[0].split(",")[0] for table in short.tables] == [
+        "Quality",
+        "Seeds that would settle undecided arms",
+        "Expert load on the evaluation set",
+        "Compute per token",
+        "Cost",
+    ]
+    assert short.caveats[0] == "Note: 1 of 15 cells have no result yet: this is an early look."
+    assert len(short.problems) == 2
+    assert short.notes == ("--details: more.",)
 
 
 def test_mfu_has_a_column_where_a_run_knows_it():

@@ -58,7 +58,7 @@ def test_an_arm_that_ended_earlier_is_not_extrapolated():
     assert arms["switch"].equal["seconds"].problem == "not reached, ended at 0.50×"
     mixed = [*fast[:2], make_curve([4, 3, 2, 1.9, 1.8], seconds=100)]
     _, arms = compare({"dense": DENSE, "switch": mixed})
-    assert arms["switch"].equal["seconds"].problem == "not reached in 2 of 3, ended at 0.67×"
+    assert arms["switch"].equal["seconds"].problem == "not reached in 2 of 3, ended at 0.50×"
 
 
 def test_too_few_evaluations_are_named_with_the_setting():
@@ -161,11 +161,17 @@ def test_times_measured_differently_are_not_stated(changes, problem):
     assert arms["switch"].equal["seconds"].problem == "not comparable"
     assert "seconds" not in arms["switch"].speed_up
     assert arms["hash"].equal["seconds"].pair is not None
-    assert f"switch: time {problem}" in fairness.notes
+    assert f"switch: time: {problem}" in fairness.notes
     fairness, arms = compare({"dense": DENSE, "switch": QUICK}, conditions=conditions, ignore_conditions=True)
     assert arms["switch"].equal["seconds"].pair is not None
-    assert f"switch: time {problem}" in fairness.notes
+    assert f"switch: time: {problem}" in fairness.notes
     assert find_time_problem([ALONE, replace(ALONE, cells_at_a_time=1.1)]) == ""
+
+
+def test_arms_with_the_same_outcome_share_a_sentence():
+    fairness, _ = compare({"dense": DENSE, "switch": QUICK, "hash": QUICK})
+    (note,) = [note for note in build_fairness_table(fairness).notes if "against dense" in note]
+    assert note.startswith("switch, hash against dense: ")
 
 
 def test_conditions_are_read_from_attempts(tmp_path):

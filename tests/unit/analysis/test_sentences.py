@@ -48,7 +48,7 @@ def test_a_look_at_another_level_names_it():
     (difference,) = comparison.differences
     early = replace(comparison, differences=(replace(difference, level=0.0031),))
     assert early.describe_difference("a").endswith("n = 5, p < 0.001, 1 comparison, level 0.0031).")
-    assert "p Holm ≤ the level in the note below" in " ".join(build_report(early).notes)
+    assert "p Holm ≤ the level in the note" in " ".join(build_report(early).notes)
     assert "p Holm ≤ 0.05." in " ".join(build_report(comparison).notes)
 
 
@@ -108,7 +108,7 @@ def test_a_warning_names_the_seeds_that_are_far_worse():
         comparison = compare(results, expected=list_cells(results), baseline="dense", metric=metric)
         assert comparison.rare_bad_seeds is not None
         assert set(comparison.rare_bad_seeds.seeds) <= set(bad.items())
-        (note,) = build_report(comparison).tables[1].notes
+        note = build_report(comparison).caveats[0]
         assert note.startswith("rare bad seeds: values scatter further to the bad side than to the good (most: ")
         assert comparison.to_dict()["rare_bad_seeds"]["p"] < 0.05
         other_way = replace(metric, lower_is_better=not lower_is_better)

@@ -56,6 +56,13 @@ def test_cells_are_styled_by_their_text() -> None:
     assert "\x1b[31m  1.0 %" in render(TABLE, color_system="standard")
 
 
+def test_caveats_stand_below_the_first_table() -> None:
+    report = Report(tables=(TABLE, TABLE), caveats=("an early look",), values={})
+    assert report.to_markdown().count("- second note\n\n- an early look\n\n") == 1
+    assert render(report).count("second note\nan early look\n\n") == 1
+    assert Report(tables=(), caveats=("an early look",), values={}).to_markdown() == "- an early look\n"
+
+
 def test_a_report_has_tables_then_problems_then_notes() -> None:
     report = Report(tables=(TABLE,), problems=("FAILED a", "MISSING b"), notes=("a legend",), values={"x": 1})
     assert report.to_markdown().endswith("- second note\n\n- FAILED a\n- MISSING b\n\n- a legend\n")
