@@ -81,13 +81,13 @@ def test_the_commands_of_the_tutorial_work(cli: CommandLine, warm: WarmCommandLi
     page = (ROOT / "docs" / "tutorial.md").read_text()
     [experiment] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     router, table = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    small = re.sub(r"steps: 600.*?}", "steps: 4, batch_size: 2}", experiment).replace("[0, 1, 2]", "[0]")
+    small = re.sub(r"steps: 300.*?}", "steps: 4, batch_size: 2}", experiment).replace("[0, 1, 2, 3, 4]", "[0]")
     (cli.folder / "first.yaml").write_text(small.replace("eval_windows: 64", "eval_windows: 4"))
     (cli.folder / "my_router.py").write_text(router)
     commands = re.findall(
-        r"^moebench ((?:plan|run|compare|curve) first.yaml.*?)(?:  +#.*| {4,}.*)?$", page, re.MULTILINE
+        r"^moebench ((?:plan|run|compare|report|curve) first.yaml.*?)(?:  +#.*| {4,}.*)?$", page, re.MULTILINE
     )
-    assert len(commands) == 7
+    assert len(commands) == 9
     for command in commands:
         without_tracker = ["--tracker", "none"] if command.startswith("run") else []
         done = warm(cli, *shlex.split(command), *without_tracker, timeout=200)
