@@ -1,6 +1,7 @@
 """The comparison and the figure of an experiment, from its run folders."""
 
 import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -102,13 +103,12 @@ def list_trained_cells(experiment: Experiment, results: Path) -> list[Cell]:
 
 def read_plan(experiment: Experiment, results: Path) -> tuple[SeedPlan, list[str]]:
     """Return the planned seeds of an experiment, and a note where its record of them cannot be read."""
+    path = results / "experiments" / f"{experiment.name}.json"
+    if not os.path.lexists(path):
+        return find_seed_plan(None, experiment.design), []
     try:
-        record = read_record(results / "experiments" / f"{experiment.name}.json")
-    except UsageError:  # none, or damaged, which `moebench verify` reports
-        record = None
-    try:
-        return find_seed_plan(record, experiment.design), []
-    except UsageError as error:
+        return find_seed_plan(read_record(path), experiment.design), []
+    except UsageError as error:  # without a note every look would seem to be planned
         return find_seed_plan(None, experiment.design), [f"{error}; meanwhile the seeds of the file count as planned"]
 
 

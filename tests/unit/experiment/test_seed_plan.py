@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from support.run_folders import write_result
 
+from moebench.analysis.compare.experiment import read_plan
 from moebench.config import cell_id
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment, expand
@@ -163,3 +164,14 @@ def test_a_run_of_fewer_seeds_is_no_extension() -> None:
     for number, seeds in enumerate([(0, 1, 2, 3, 4), (0, 1, 2), (0, 1, 2, 3, 4, 5), (5, 6, 7, 8, 9, 10)]):
         plan = append_run(plan, SeedDesign(key="k", seeds=seeds), num_finished=5 * (number > 0), time=0.0)
     assert plan.extensions == ((0, 1, 2, 3, 4, 5),)  # the last ones are other seeds, not more of them
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"name": "tiny", "cells": [], "margin": NaN}', '{"seed_plans": [1]}'])
+def test_a_damaged_record_is_noted(tmp_path: Path, damage: str) -> None:
+    experiment = build(tmp_path)
+    assert read_plan(experiment, tmp_path)[1] == []
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "tiny.json").write_text(damage)
+    plan, (note,) = read_plan(experiment, tmp_path)
+    assert plan == read_plan(experiment, tmp_path / "none")[0]
+    assert note.endswith("meanwhile the seeds of the file count as planned")
