@@ -12,6 +12,8 @@ from moebench.analysis.scaling.report import build_report, fit_laws
 from moebench.analysis.scaling.runs import collect_runs
 from moebench.errors import UsageError
 from moebench.experiment.grid import expand
+from moebench.experiment.seed_plan import list_added_cells
+from moebench.experiment.store import record_experiment
 from moebench.runs.folder import RunFolder
 
 
@@ -44,6 +46,16 @@ def test_groups_of_one_router_are_named_by_their_options(tmp_path):
     write_runs(experiment, tmp_path / "results")
     ladder = collect_runs([experiment], tmp_path / "results")
     assert [runs.label for runs in ladder.routers] == ["switch, router.jitter=0.0", "switch, router.jitter=0.1"]
+
+
+def test_seeds_that_were_added_to_an_arm_count(tmp_path):
+    experiment, results = expand_ladder(tmp_path), tmp_path / "results"
+    added = {experiment.cells[-1].arm: (7, 8)}
+    (results / "experiments").mkdir(parents=True)
+    record_experiment(results, experiment, added)
+    write_runs(replace(experiment, cells=(*experiment.cells, *list_added_cells(experiment.cells, added))), results)
+    (router,) = collect_runs([experiment], results).routers
+    assert len(router.points) == len(experiment.cells) + 2
 
 
 def test_the_split_is_a_choice(tmp_path):
