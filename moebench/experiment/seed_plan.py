@@ -19,6 +19,8 @@ RECORD_KEY = "seed_plans"
 """Key of the plans in the record of an experiment."""
 CURRENT_KEY = "seed_plan"
 """Key, in the record, of the key of the plan that its cells belong to."""
+LOST_KEY = "seed_plans_lost"
+"""Key of a record that was written again where a damaged one had been: what was planned is not known any more."""
 MIN_TESTED_SEEDS = 3
 """With fewer seeds no arm is tested, so that they are no plan and nothing to look at."""
 MAX_ENTRIES = 1000
@@ -71,6 +73,8 @@ class SeedPlan:
     entries: tuple[PlanEntry, ...] = ()
     added: Mapping[str, Seeds] = field(default_factory=dict)
     """Arm -> seeds beyond those of the file."""
+    is_lost: bool = False
+    """Whether the record was damaged: nobody knows what was planned, so no look counts as planned."""
 
     @property
     def _tested(self) -> list[PlanEntry]:
@@ -169,6 +173,7 @@ def read_seed_plan(record: Mapping[str, Any], key: str) -> SeedPlan:
         return SeedPlan(
             entries=tuple(_read_entry(entry) for entry in values["history"]),
             added={arm: _read_seeds(seeds) for arm, seeds in values["added"].items()},
+            is_lost=bool(record.get(LOST_KEY, False)),
         )
     except (ValueError, OverflowError) as error:
         name = str(record.get("name", ""))[:40]

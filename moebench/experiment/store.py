@@ -1,6 +1,6 @@
 """Check the results folder before training, and record an experiment in it."""
 
-import contextlib
+import os
 import shutil
 import tempfile
 import time
@@ -13,7 +13,15 @@ from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
 from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.plan import cell_state
-from moebench.experiment.seed_plan import CURRENT_KEY, Seeds, append_run, change_seed, list_added_cells, read_seed_plan
+from moebench.experiment.seed_plan import (
+    CURRENT_KEY,
+    LOST_KEY,
+    Seeds,
+    append_run,
+    change_seed,
+    list_added_cells,
+    read_seed_plan,
+)
 from moebench.experiment.seed_plan import RECORD_KEY as PLANS_KEY
 from moebench.experiment.tuning import has_diverged, read_tuning
 from moebench.file_access import read_plain_file, require_no_links, require_utf8
@@ -98,8 +106,10 @@ def record_experiment(results: Path, experiment: Experiment, added: Mapping[str,
     folder = results / "experiments"
     path = folder / f"{experiment.name}.json"
     earlier: dict[str, Any] = {}
-    with contextlib.suppress(UsageError):  # none yet, or damaged
-        earlier = read_record(path)
+    try:
+        earlier = read_record(path) if os.path.lexists(path) else {}
+    except UsageError:
+        earlier = {LOST_KEY: True}
     plans = _continue_plans(results, experiment, earlier, added or {})
     cells = experiment.cells
     if experiment.design is not None:
@@ -124,6 +134,7 @@ def record_experiment(results: Path, experiment: Experiment, added: Mapping[str,
     require_one_file(results, experiment)
     record |= {key: value for key, value in earlier.items() if key == RECORD_KEY}
     record |= {PLANS_KEY: plans} if plans else {}
+    record |= {LOST_KEY: True} if earlier.get(LOST_KEY) else {}
     record |= {CURRENT_KEY: experiment.design.key} if experiment.design else {}
     try:
         folder.mkdir(exist_ok=True)

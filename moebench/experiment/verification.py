@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from moebench.commands import format_command
 from moebench.errors import UsageError
+from moebench.experiment.seed_plan import LOST_KEY
 from moebench.parallel.checkpoint import find_damage
 from moebench.parallel.manifest import Manifest, list_manifests
 from moebench.runs.checked_json import CHECKSUM, read_json
@@ -167,6 +168,7 @@ def _check_records(results: Path) -> Iterator[Finding]:
             problem = f"is missing; {len(cells[name])} runs are of this experiment"
         except UsageError as error:
             problem = str(error)
+            record[LOST_KEY] = True
         can_write = bool(cells.get(name)) and not path.is_dir() and Path(name).name == name
         remedy = "written anew from its runs, without its question" if can_write else "delete it"
         yield Finding(

@@ -13,7 +13,7 @@ def read_record(path: Path) -> dict[str, Any]:
     record = read_json(path)
     try:
         optional: dict[str, Types] = {"tuning": dict, "tuning_of": str, "margin": (int, float)}
-        optional |= {"seed_plans": dict, "seed_plan": str}
+        optional |= {"seed_plans": dict, "seed_plan": str, "seed_plans_lost": bool}
         require_types(record, {"name": str, "cells": list, **optional}, optional=tuple(optional))
         if record["name"] != path.stem:
             raise ValueError(f"it is of the experiment '{record['name'][:40]}', under another name")

@@ -108,8 +108,8 @@ def read_plan(experiment: Experiment, results: Path) -> tuple[SeedPlan, list[str
         return find_seed_plan(None, experiment.design), []
     try:
         return find_seed_plan(read_record(path), experiment.design), []
-    except UsageError as error:  # without a note every look would seem to be planned
-        return find_seed_plan(None, experiment.design), [f"{error}; meanwhile the seeds of the file count as planned"]
+    except UsageError as error:  # else every look would seem to be planned
+        return replace(find_seed_plan(None, experiment.design), is_lost=True), [str(error)]
 
 
 def find_trivial_baselines(

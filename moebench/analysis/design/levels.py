@@ -36,6 +36,8 @@ def level_of_look(plan: SeedPlan, seeds: Collection[int], num_comparisons: int =
 
     `num_comparisons`: size of the family at the first look. A plan without seeds gives every look the full level.
     """
+    if plan.is_lost:
+        return _level(UNFORESEEN_ALPHA, "the record of the planned seeds was damaged")
     looked, planned, final = frozenset(seeds), frozenset(plan.planned), frozenset(plan.final)
     if not planned or (looked == planned == final):
         return Level(alpha=ALPHA)

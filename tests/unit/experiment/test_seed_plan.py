@@ -8,6 +8,7 @@ import pytest
 from support.run_folders import write_result
 
 from moebench.analysis.compare.experiment import read_plan
+from moebench.analysis.design.levels import level_of_look
 from moebench.config import cell_id
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment, expand
@@ -173,5 +174,13 @@ def test_a_damaged_record_is_noted(tmp_path: Path, damage: str) -> None:
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "tiny.json").write_text(damage)
     plan, (note,) = read_plan(experiment, tmp_path)
-    assert plan == read_plan(experiment, tmp_path / "none")[0]
-    assert note.endswith("meanwhile the seeds of the file count as planned")
+    assert plan == replace(read_plan(experiment, tmp_path / "none")[0], is_lost=True)
+    assert "tiny.json" in note
+    # Written again by a run, the record is valid, and what was planned is still not known.
+    record_experiment(tmp_path, experiment)
+    for _ in range(2):
+        plan, notes = read_plan(experiment, tmp_path)
+        assert (plan.is_lost, notes) == (True, [])
+        level = level_of_look(plan, plan.planned)
+        assert (level.alpha, "record of the planned seeds was damaged" in level.note) == (0.001, True)
+        record_experiment(tmp_path, experiment)
