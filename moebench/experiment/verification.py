@@ -160,7 +160,7 @@ def _check_records(results: Path) -> Iterator[Finding]:
     paths = {path.stem: path for path in (results / "experiments").glob("*.json")}
     for name in sorted({*paths, *cells}):
         path = results / "experiments" / f"{name}.json"
-        record = {"name": name, "question": "", "cells": cells.get(name, []), "baseline": ""}
+        record: dict[str, Any] = {"name": name, "question": "", "cells": cells.get(name, []), "baseline": ""}
         try:
             if name in paths:
                 read_record(path)

@@ -163,7 +163,7 @@ def test_a_damaged_plan_is_noted_by_compare(tmp_path: Path, setup: RunSetup) -> 
     path.write_text(json.dumps(record | {"seed_plans": {key: {"history": "5"}}}))
     comparison = compare_experiment(build(tmp_path), setup.results)
     assert any("'seed_plans' is damaged" in note for note in comparison.notes)
-    assert {difference.level for difference in comparison.differences} == {0.05}
+    assert {difference.level for difference in comparison.differences} == {0.001}
 
 
 def test_the_summary_of_the_tracker_has_the_level_of_the_look(tmp_path: Path, setup: RunSetup) -> None:

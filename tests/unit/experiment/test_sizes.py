@@ -14,11 +14,11 @@ from moebench.experiment.data_need import compute_data_need, require_epochs
 from moebench.experiment.files import list_sizes
 from moebench.experiment.grid import Experiment, expand, expand_routers
 from moebench.experiment.model_costs import ModelCosts
-from moebench.experiment.plan import BACKWARD
 from moebench.experiment.sizes import read_size
 from moebench.tasks.language import Language
 from moebench.tasks.text.prepared.manifest import read_manifest
 from moebench.training.model import build_model, compute_model_cost
+from moebench.training.utilization import BACKWARD_FACTOR
 
 MAX_DEVIATION = 0.25
 LADDER = {"demo": 5.8e11, "S0": 1e14, "S1": 1e16, "S2": 2e17, "S3": 2e18}
@@ -52,7 +52,7 @@ def test_a_packaged_size_spends_its_budget(name: str) -> None:
     with torch.device("meta"):
         cost = compute_model_cost(build_model(config, task), task.sequence_length)
     tokens = config.train.steps * config.train.batch_size * config.task.sequence_length
-    flops = (1 + BACKWARD) * cost.training_flops * tokens
+    flops = BACKWARD_FACTOR * cost.training_flops * tokens
     assert abs(flops / size.flops - 1) < MAX_DEVIATION
     if name != "demo":
         assert 10 < tokens / cost.active_params < 30
