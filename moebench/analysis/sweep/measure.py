@@ -1,7 +1,7 @@
 """Trained models under another setting: each finished run, evaluated again for each of the setting's values."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from moebench.analysis.compare import statistics as st
+from moebench.analysis.compare.experiment import list_trained_cells
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
-from moebench.experiment.tuning import settle
 from moebench.parallel.mesh import Mesh
 from moebench.routing.router import ROUTERS
 from moebench.runs.cell import Cell
@@ -132,7 +132,7 @@ def measure(
     is finished.
     """
     facts = TASKS.get(experiment.cells[0].config.task.name).facts
-    experiment = settle(experiment, results)
+    experiment = replace(experiment, cells=tuple(list_trained_cells(experiment, results)))
     plans, notes = _plan_arms(experiment, results, vary, by)
     points = [point for plan in plans for point in _measure_arm(plan, results, vary, by, facts.metric, report_progress)]
     return SettingCurve(
