@@ -152,6 +152,9 @@ def test_a_signal_while_the_fork_server_starts_is_handled(number: signal.Signals
     monkeypatch.setattr(fork_server.forkserver, "ensure_running", lambda: os.kill(os.getpid(), number))
     with interrupts.handle_signals(received.append):
         fork_server.start_fork_server()
+        deadline = time.monotonic() + 10  # another thread of the test process may get it first
+        while not received and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert received == [number]
 
 
