@@ -79,7 +79,7 @@ def report(
         command=given.format("run") if is_one else given.format("compare", "--task", task),
         made_at=time.strftime("%Y-%m-%d %H:%M"),
     )
-    gc.freeze()  # as in `compare`
+    gc.freeze()  # collections need not look at the imported modules, as in `compare`
     page = build_page(source)
     file = out or results / "experiments" / experiment.name / REPORT_FILE
     write_files(page, file, tables, json=json)

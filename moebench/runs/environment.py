@@ -13,7 +13,7 @@ import torch
 import moebench
 from moebench.cores import available_cores
 
-PACKAGES = ("torch", "lightning", "numpy", "datasets", "tokenizers", "mlflow", "scipy", "statsmodels")
+PACKAGES = ("torch", "lightning", "numpy", "datasets", "tokenizers", "mlflow", "scipy")
 
 
 def collect_environment(threads: int) -> dict[str, Any]:

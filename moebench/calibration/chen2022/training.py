@@ -43,7 +43,7 @@ class Kind:
 
     @property
     def activation(self) -> str:
-        """What the experts, or the network, are."""
+        """Name of the activation: nonlinear (cubic) or linear."""
         return "nonlinear" if self.is_cubic else "linear"
 
 
