@@ -173,28 +173,7 @@ class Router(RouterCost, Generic[ConfigT]):
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> AnyRouting:
         """Assign the tokens `x_TD` (fp32) to experts."""
-        return self.assign(self.score_tokens(x_TD, ctx), ctx)
-
-    def score_tokens(self, x_TD: Tensor, ctx: RouteContext) -> Tensor:
-        """Return logits_TE of each token, computed from this token alone.
-
-        Routers that need the whole batch define this and `assign` in place of `forward`: several processes then gather
-        E numbers of each token instead of its vector.
-        """
         raise NotImplementedError
-
-    def assign(self, logits_TE: Tensor, ctx: RouteContext) -> AnyRouting:
-        """Assign tokens to experts by their logits.
-
-        Whether a token is valid is all that `ctx` knows of tokens. Weights and scores of a token may have gradients for
-        its own logits alone.
-        """
-        raise NotImplementedError
-
-    @property
-    def assigns_logits(self) -> bool:
-        """Whether `forward` is `assign` of what `score_tokens` returns."""
-        return type(self).forward is Router.forward
 
     @property
     def traits(self) -> RouterTraits:
