@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
 from moebench.analysis.compare.experiment import list_trained_cells
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
