@@ -1,4 +1,4 @@
-"""Weights that stay on the disk (`train.keep_checkpoints`): written in training, loaded to see how routing came about."""
+"""Weights that stay on the disk (`train.keep_checkpoints`): written in training, read to see how routing changed."""
 
 from collections.abc import Mapping
 from pathlib import Path
