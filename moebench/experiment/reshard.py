@@ -73,7 +73,7 @@ def _twin_ids(cell: Cell, sizes: list[MeshSize]) -> Iterator[tuple[str, MeshSize
 
 
 def _copy(source: RunFolder, target: RunFolder) -> int:
-    """Copy journal, loads and undamaged checkpoints, which make the cell resumable, last and atomically.
+    """Copy journal, series of layers, loads and undamaged checkpoints, which make the cell resumable, last and atomically.
 
     Returns the number of checkpoints. Raises UsageError if the disk is too small, or for links.
     """
@@ -90,7 +90,8 @@ def _copy(source: RunFolder, target: RunFolder) -> int:
         (temporary / "checkpoints").mkdir(parents=True)
         try:
             target.result.unlink(missing_ok=True)  # of an attempt that failed before its first checkpoint
-            for original, copy in ((source.journal, target.journal), (source.loads, target.loads)):
+            files = (source.journal, target.journal), (source.loads, target.loads), (source.layers, target.layers)
+            for original, copy in files:
                 if original.exists():
                     _copy_file(original.parent, original.name, temporary / copy.name)
                     (temporary / copy.name).replace(copy)
