@@ -73,7 +73,7 @@ def _twin_ids(cell: Cell, sizes: list[MeshSize]) -> Iterator[tuple[str, MeshSize
 
 
 def _copy(source: RunFolder, target: RunFolder) -> int:
-    """Copy journal, series of layers, loads and undamaged checkpoints, which make the cell resumable, last and atomically.
+    """Copy records and undamaged checkpoints, which make the cell resumable, last and atomically.
 
     Returns the number of checkpoints. Raises UsageError if the disk is too small, or for links.
     """

@@ -1,6 +1,6 @@
 """The series of each MoE layer over the logged steps of a run: loads of its experts, drops, logits, executed cost.
 
-`layers.jsonl` has a line for each logged training step, written by `RunRecorder`. A line holds what was counted; shares,
+`layers.jsonl` has a line for each logged training step, which `RunRecorder` writes. It holds what was counted; shares,
 quantiles and MaxVio are computed from it. It imports no torch, so that displays and the tracker can read it.
 """
 
@@ -24,6 +24,9 @@ MAX_POINTS = 512
 """Steps that `read_thinned_series` keeps, at least half of it where there are more."""
 _DIGITS = 7
 """Of measured numbers in the file."""
+_COUNTS = ("tokens", "dropped", "rerouted", "unserved")
+_NUMBERS = ("experts_per_token", "flops_per_token")
+_OPTIONAL = ("entropy", "logit_max", "logit_std")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,13 +180,10 @@ def _parse_layer(values: Mapping[str, Any]) -> LayerValues:
     load = values["load"]
     if not isinstance(load, list) or not 0 < len(load) <= MAX_EXPERTS:
         raise ValueError(f"a load is no list of 1 to {MAX_EXPERTS} numbers")
-    counts: dict[str, Any] = {name: require_count(values[name]) for name in ("tokens", "dropped", "rerouted", "unserved")}
-    numbers: dict[str, Any] = {name: _check_number(values[name]) for name in ("experts_per_token", "flops_per_token")}
-    logits: dict[str, Any] = {name: None if values[name] is None else _check_number(values[name]) for name in _OPTIONAL}
-    return LayerValues(load=tuple(map(require_count, load)), **counts, **numbers, **logits)
-
-
-_OPTIONAL = ("entropy", "logit_max", "logit_std")
+    parsed: dict[str, Any] = {name: require_count(values[name]) for name in _COUNTS}
+    parsed |= {name: _check_number(values[name]) for name in _NUMBERS}
+    parsed |= {name: None if values[name] is None else _check_number(values[name]) for name in _OPTIONAL}
+    return LayerValues(load=tuple(map(require_count, load)), **parsed)
 
 
 def _check_number(value: Any) -> float:

@@ -20,7 +20,7 @@ from moebench.runs.layer_series import LayerValues, format_layer_line, parse_lay
 
 
 class RunRecorder:
-    """Write the journal of a run, the series of its layers, the expert loads of each evaluation and, at the end, labels.
+    """Write journal and series of layers of a run, the expert loads of each evaluation and, at the end, the labels.
 
     All processes of a run have the same metrics, so only rank 0 records them: without a folder nothing is written.
     """

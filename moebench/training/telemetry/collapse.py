@@ -1,9 +1,9 @@
 """The alarm of a collapse: a layer that sends nearly all tokens to the same few experts.
 
 Loads are added up on the device in every step; every `WINDOW_STEPS` steps their sum travels to the host with the other
-values of the step, for which the host waits anyway. A layer is collapsed when, in two windows in a row, the k busiest of
-its E experts take at least `COLLAPSED` of what they could have beyond an even load: (s - k/E) / (1 - k/E), where s is
-their share of the assignments and k the router's number of experts per token. So the alarm comes at most
+values of the step, for which the host waits anyway. A layer is collapsed when, in two windows in a row, the k busiest
+of its E experts take at least `COLLAPSED` of what they could have beyond an even load: (s - k/E) / (1 - k/E), where s
+is their share of the assignments and k the router's number of experts per token. So the alarm comes at most
 3 * WINDOW_STEPS steps after a collapse, one more where steps are checked later.
 
 Routers that choose nothing (mixtures, chains of steps, fixed tables) have no alarm.
@@ -23,7 +23,7 @@ from moebench.routing.values import LayerRecord
 
 WINDOW_STEPS = 5
 COLLAPSED, RECOVERED = 0.9, 0.5
-"""Of what the busiest experts could have beyond an even load: from where on, and down to where, a layer is collapsed."""
+"""Share of what the busiest experts could have beyond an even load, from which on a layer is collapsed or no more."""
 NUM_WINDOWS = 2
 """In a row."""
 
