@@ -45,8 +45,14 @@ class Collapse:
     @property
     def metrics(self) -> dict[str, float]:
         """Values for the journal."""
-        names = {f"collapse/{self.layer}/expert": float(self.experts[0]), f"collapse/{self.layer}/share": self.share}
-        return {} if self.has_recovered else names
+        stem = f"collapse/{self.layer}"
+        if self.has_recovered:
+            return {f"{stem}/recovered": self.share}
+        return {
+            f"{stem}/expert": float(self.experts[0]),
+            f"{stem}/num_experts": float(len(self.experts)),
+            f"{stem}/share": self.share,
+        }
 
     def __str__(self) -> str:
         """Return the event in one line."""
