@@ -103,6 +103,13 @@ SPIKES: tuple[Declaration, ...] = (
     ("spike/batch", "", "", ".0f", "neither", "Number of the batch of the step, from 0."),
     ("rewind/NUMBER/QUANTITY", "", "", "number", "neither", "The same of a spike after which training went back."),
 )
+COLLAPSES: tuple[Declaration, ...] = (
+    ("collapse/layers", "", "layers", ".0f", "lower", "Layers that are collapsed from this step on."),
+    ("collapse/LAYER/expert", "", "", ".0f", "neither", "The busiest expert of a layer that has collapsed."),
+    ("collapse/LAYER/num_experts", "", "experts", ".0f", "neither", "Experts that take nearly all its assignments."),
+    ("collapse/LAYER/share", "", "share", "percent", "lower", "Their share of them."),
+    ("collapse/LAYER/recovered", "", "share", "percent", "lower", "Their share when it is no longer collapsed."),
+)
 PROCESSES: tuple[Declaration, ...] = (
     ("processes", "processes", "", ".0f", "neither", "Number of processes."),
     ("step_s_max", "", "s", "number", "lower", "Time of the step on the slowest process."),
@@ -226,6 +233,13 @@ GROUPS = (
         "Spikes",
         "Of a training step whose loss is a spike; a rewind is at the step that it goes back to. In the journal.",
         SPIKES,
+    ),
+    _group(
+        "Collapse",
+        "Of the step at which a layer is found to have collapsed, or to have recovered: over 10 steps nearly all"
+        " assignments go to as many experts as one token uses. In the journal; the series of each layer are in"
+        " `layers.jsonl`.",
+        COLLAPSES,
     ),
     _group(
         "Processes",

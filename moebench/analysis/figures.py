@@ -21,19 +21,25 @@ class Figures:
         """The command that trains the experiment again, for its report; empty: not known."""
 
     def draw_run_figures(self, folder: RunFolder, title: str) -> None:
-        """Draw load.png and labels.png; nothing for a dense or failed run.
+        """Draw load.png, load_steps.png, layers.png and labels.png; nothing for a dense or failed run.
 
-        load.png: load of every expert in the last evaluation. labels.png: share of each label that each expert of the
-        trained model takes; left out where all tokens have one label.
+        load.png: load of every expert in the last evaluation. load_steps.png: over the logged training steps.
+        layers.png: curves of each layer. labels.png: share of each label that each expert of the trained model takes;
+        left out where all tokens have one label.
         """
         if not folder.loads.exists() or not folder.result.exists():
             return
+        from moebench.analysis.layer_figures import draw_layer_curves, draw_load_maps
         from moebench.analysis.specialisation.figures import draw_labels, draw_load
+        from moebench.runs.layer_series import read_thinned_series
         from moebench.training.label_tables import read_label_tables
 
         if lines := folder.loads.read_text(encoding="utf-8").splitlines():
             layers = json.loads(lines[-1])["layers"]
             draw_load(layers, path=folder.path / "load.png", title=f"Load of the experts: {title}")
+        if points := read_thinned_series(folder.layers):
+            draw_load_maps(points, path=folder.path / "load_steps.png", title=f"Load over training: {title}")
+            draw_layer_curves(points, path=folder.path / "layers.png", title=f"Layers over training: {title}")
         with contextlib.suppress(UsageError):
             draw_labels(
                 read_label_tables(folder.labels), path=folder.path / "labels.png", title=f"Who takes what: {title}"
