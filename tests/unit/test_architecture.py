@@ -43,6 +43,7 @@ ORDER = (
     ("standalone",),
     ("runs",),
     ("reporting",),
+    ("pretrained",),
     ("training",),
     ("tracking",),
     ("launch",),
