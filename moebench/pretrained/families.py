@@ -35,9 +35,11 @@ def _count_all(config: Mapping[str, Any]) -> int:
 
 def _count_every_n(config: Mapping[str, Any]) -> int:
     """Qwen: every `decoder_sparse_step`-th layer, without those listed in `mlp_only_layers`."""
-    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
-    layers = range(read_number(config, "num_hidden_layers"))
-    return sum(layer not in dense and (layer + 1) % step == 0 for layer in layers) if step else 0
+    num_layers, step = read_number(config, "num_hidden_layers"), config.get("decoder_sparse_step", 1)
+    if not step:
+        return 0
+    dense = {layer for layer in config.get("mlp_only_layers") or () if 0 <= layer < num_layers}
+    return num_layers // step - sum((layer + 1) % step == 0 for layer in dense)  # no loop over layers: any number
 
 
 def _count_after_first(config: Mapping[str, Any]) -> int:
