@@ -35,10 +35,10 @@ def _count_all(config: Mapping[str, Any]) -> int:
 
 def _count_every_n(config: Mapping[str, Any]) -> int:
     """Qwen: every `decoder_sparse_step`-th layer, without those listed in `mlp_only_layers`."""
-    num_layers, step = read_number(config, "num_hidden_layers"), config.get("decoder_sparse_step", 1)
+    num_layers, step = read_number(config, "num_hidden_layers"), int(config.get("decoder_sparse_step", 1))
     if not step:
         return 0
-    dense = {layer for layer in config.get("mlp_only_layers") or () if 0 <= layer < num_layers}
+    dense: set[int] = {layer for layer in config.get("mlp_only_layers") or () if 0 <= layer < num_layers}
     return num_layers // step - sum((layer + 1) % step == 0 for layer in dense)  # no loop over layers: any number
 
 

@@ -1,6 +1,5 @@
 """Load the model of a checked folder through transformers: no path is given to it, so it looks for no other file."""
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -166,8 +165,9 @@ def _find_routers(model: nn.Module, folder: PretrainedFolder) -> Iterator[tuple[
 
 def _name_layer(module_name: str) -> LayerName:
     """Return the layer of a module: model.layers.3.mlp.gate is 3, decoder.block.1.layer.2.mlp.router decoder.1."""
-    half, block = re.match(r"(?:(encoder|decoder)\.)?.*?\.(\d+)\.", module_name).groups()  # type: ignore[union-attr]
-    return LayerName(block=int(block), half=half)
+    first, *rest = module_name.split(".")
+    block = next(int(part) for part in rest if part.isdecimal())
+    return LayerName(block=block, half="encoder" if first == "encoder" else "decoder" if first == "decoder" else None)
 
 
 def _first_line(error: Exception) -> str:

@@ -94,5 +94,7 @@ def _find_sentinels(tokenizer: Any) -> tuple[int, ...]:
 
 def _describe_missing(folder: Path) -> str:
     other = next((name for name in OTHER_FORMS if (folder / name).exists()), None)
-    advice = f"; it has {other}, which AutoTokenizer.from_pretrained(...).save_pretrained(...) converts" if other else ""
+    advice = (
+        f"; it has {other}, which AutoTokenizer.from_pretrained(...).save_pretrained(...) converts" if other else ""
+    )
     return f"{folder}: has no {TOKENIZER}{advice}"

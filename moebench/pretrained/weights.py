@@ -98,7 +98,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe would have no end
             raise OSError("is not a plain file")
         with safe_open(file, framework="pt") as stored:
-            parts = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118: no mapping
+            parts = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
             return {
                 name: StoredTensor(file=file, dtype=part.get_dtype(), shape=tuple(part.get_shape()))
                 for name, part in parts.items()

@@ -62,7 +62,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """`model_type` -> options besides SIZES: dense layers, shared experts, groups, a capacity that drops."""
 SENTINELS = tuple(f"<extra_id_{index}>" for index in range(20))
-NOT_OF_SWITCH = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "num_experts_per_tok")
+NOT_OF_SWITCH = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_experts_per_tok",
+)
 
 
 def write_model(folder: Path, model_type: str, change: Callable[[Any], None] | None = None, **options: Any) -> Any:
@@ -72,7 +78,9 @@ def write_model(folder: Path, model_type: str, change: Callable[[Any], None] | N
     from moebench.pretrained.families import FAMILIES
 
     class_ = getattr(transformers, FAMILIES[model_type].architecture)
-    sizes = {key: value for key, value in SIZES.items() if model_type != "switch_transformers" or key not in NOT_OF_SWITCH}
+    sizes = {
+        key: value for key, value in SIZES.items() if model_type != "switch_transformers" or key not in NOT_OF_SWITCH
+    }
     torch.manual_seed(3)
     model = class_(class_.config_class(**{**sizes, **OPTIONS[model_type], **options})).eval()
     with torch.no_grad():  # logits large enough to differ between tokens

@@ -103,8 +103,7 @@ def collect(
 ) -> Collection:
     """Run a model over all sequences and return its assignments.
 
-    `byte_count_V`: bytes of each id, for the quality in bits per byte. Raises UsageError when the model's logits are not
-    finite.
+    `byte_count_V`: bytes of each id, for the quality in bits per byte. Raises UsageError when the loss is not finite.
     """
     num_sequences = len(text.domain_B)
     parts: dict[LayerName, list[LayerAssignments]] = {layer: [] for layer in model.routers}

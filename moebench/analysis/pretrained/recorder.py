@@ -61,12 +61,9 @@ def record_routers(
     `with_random`: also what each router would choose with its weights drawn again (`randomise_router`).
     """
     records = {layer: Record() for layer in routers}
-    random = {
-        layer: randomise_router(router, seed, str(layer)) for layer, router in routers.items() if with_random
-    }
+    random = {layer: randomise_router(router, seed, str(layer)) for layer, router in routers.items() if with_random}
     hooks = [
-        router.register_forward_hook(_make_hook(records[layer], random.get(layer)))
-        for layer, router in routers.items()
+        router.register_forward_hook(_make_hook(records[layer], random.get(layer))) for layer, router in routers.items()
     ]
     try:
         yield records
@@ -106,17 +103,18 @@ def _make_hook(record: Record, random: nn.Module | None) -> Any:
 
 def read_choice(router: nn.Module, output: Any) -> Choice:
     """Return the decisions in the output of a router; raise UsageError for a form that is not known."""
-    values = output if isinstance(output, tuple) and len(output) == 3 else (None,) * 3
-    if not all(isinstance(value, Tensor) for value in values):
+    if not isinstance(output, tuple) or len(output) != 3 or not all(isinstance(value, Tensor) for value in output):
         raise UsageError(_describe_form(router))
-    first, second, third = values
-    if third.dtype.is_floating_point and not first.dtype.is_floating_point:
+    first, second, third = output
+    if first.dtype.is_floating_point == third.dtype.is_floating_point:
+        raise UsageError(_describe_form(router))
+    if third.dtype.is_floating_point:
         choice = _read_dispatch(first, second, third)
     else:
         choice = Choice(expert_TK=third.long(), weight_TK=second.float(), logits_TE=first.float())
-    num_experts = choice.logits_TE.shape[-1]
-    shapes = {tuple(choice.expert_TK.shape), tuple(choice.weight_TK.shape)}
-    if third.dtype == first.dtype or len(shapes) > 1 or not bool((choice.expert_TK < num_experts).all()):
+    if choice.expert_TK.shape != choice.weight_TK.shape or len(choice.expert_TK) != len(choice.logits_TE):
+        raise UsageError(_describe_form(router))
+    if not bool((choice.expert_TK < choice.logits_TE.shape[-1]).all()):
         raise UsageError(_describe_form(router))
     return choice
 
@@ -136,6 +134,6 @@ def _describe_form(router: nn.Module) -> str:
     import transformers
 
     return (
-        f"transformers {transformers.__version__}: {type(router).__name__} returns another form than that of 5.24, which"
-        " moebench reads; install transformers==5.24"
+        f"transformers {transformers.__version__}: {type(router).__name__} returns another form than in version 5.24"
+        " (allowed: transformers==5.24)"
     )

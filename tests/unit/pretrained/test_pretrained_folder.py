@@ -29,12 +29,16 @@ def name(path: Path) -> str:
     return f"hf:{path}"
 
 
+def read_all(path: Path) -> None:
+    opened = open_pretrained(name(path))
+    read_tokenizer(opened)
+    load_model(opened)
+
+
 def refusal(path: Path) -> str:
     """Return the one line with which a folder is refused, by its check or by loading its model and tokenizer."""
     with pytest.raises(UsageError) as error:
-        opened = open_pretrained(name(path))
-        read_tokenizer(opened)
-        load_model(opened)
+        read_all(path)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -252,7 +256,9 @@ def test_weights_that_the_architecture_lacks_are_named(folder: Path) -> None:
 
 def test_memory_is_known_before_a_weight_is_loaded(folder: Path) -> None:
     opened = open_pretrained(name(folder))
-    with pytest.raises(UsageError, match=r"needs about 4[\d.]+ TiB for 1,000,000,000,000 parameters .*--dtype bfloat16"):
+    with pytest.raises(
+        UsageError, match=r"needs about 4[\d.]+ TiB for 1,000,000,000,000 parameters .*--dtype bfloat16"
+    ):
         require_memory(opened, 10**12, torch.float32)
     require_memory(opened, opened.num_parameters, torch.float32)
 
