@@ -44,6 +44,7 @@ ORDER = (
     ("standalone",),
     ("runs",),
     ("reporting",),
+    ("pretrained",),
     ("training",),
     ("tracking",),
     ("launch",),

@@ -96,11 +96,18 @@ class SubwordTokenizer:
     """A tokenizer of the `tokenizers` library, which error messages call `name`.
 
     If it has no token for the end of a document, one id is added. `special_as_text`: a separator that is written in a
-    text is text, not a separator. Raises UsageError for one without tokens, and for ids that no table can have a row
-    for.
+    text is text, not a separator. `key` begins the errors. Raises UsageError for one without tokens, and for ids that
+    no table can have a row for.
     """
 
-    def __init__(self, tokenizer: Any, name: str = "tokenizer.json", *, special_as_text: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        name: str = "tokenizer.json",
+        *,
+        special_as_text: bool = False,
+        key: str = "task.data.tokenizer",
+    ) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = special_as_text
@@ -108,11 +115,11 @@ class SubwordTokenizer:
         size = max(ids.values(), default=-1) + 1  # ids may have gaps
         if not 1 <= size <= MAX_VOCAB:
             given = f"has the id {size - 1}" if size else "has no tokens"
-            raise UsageError(f"task.data.tokenizer: '{name}' {given}; allowed: ids from 0 to {MAX_VOCAB - 1}")
+            raise UsageError(f"{key}: '{name}' {given}; allowed: ids from 0 to {MAX_VOCAB - 1}")
         self.separator: int = next((ids[name] for name in SEPARATORS if name in ids), size)
         self.vocab_size: int = max(size, self.separator + 1)
         self._tokenizer = tokenizer
-        self._name = name
+        self._name, self._key = name, key
         self._parts: dict[str, Any] = json.loads(tokenizer.to_str())
         model = self._parts["model"]
         if model.get("dropout"):  # for training: tokens would be drawn at random
@@ -146,7 +153,7 @@ class SubwordTokenizer:
             yield
         except Exception as error:  # the library raises bare Exception
             raise UsageError(
-                f"task.data.tokenizer: '{self._name}' cannot encode {text[:EXAMPLE_LENGTH]!r} ({first_line(error)});"
+                f"{self._key}: '{self._name}' cannot encode {text[:EXAMPLE_LENGTH]!r} ({first_line(error)});"
                 " give one that falls back to bytes, or 'bytes'"
             ) from error
 
