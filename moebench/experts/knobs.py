@@ -6,7 +6,7 @@ import torch
 
 from moebench.experts.layer import MoELayer
 from moebench.routing.budget import Knob
-from moebench.routing.router import ROUTERS, Router
+from moebench.routing.router import ROUTERS, Router, RouterConfig
 
 
 def find_knobs(layers: Sequence[MoELayer]) -> Iterator[tuple[Router, Knob]]:
@@ -24,3 +24,15 @@ def make_adjustable(layers: Sequence[MoELayer]) -> None:
         value = float(getattr(router, knob.attribute))
         delattr(router, knob.attribute)
         router.register_buffer(knob.attribute, torch.tensor(value))
+
+
+def apply_changed_options(layers: Sequence[MoELayer], config: RouterConfig, trained: RouterConfig) -> None:
+    """Set the knobs that are options of the router to those of `config` where they differ from the trained ones.
+
+    Otherwise the values that training has found, which are loaded with the weights, would hide the change.
+    """
+    for router, knob in find_knobs(layers):
+        value = getattr(config, knob.attribute, None)
+        buffer = getattr(router, knob.attribute)
+        if isinstance(buffer, torch.Tensor) and value != getattr(trained, knob.attribute, None):
+            buffer.fill_(value)

@@ -5,6 +5,7 @@ import warnings
 from moebench.compatibility import check_cell
 from moebench.config import apply_overrides, merge_settings, resolve, to_plain
 from moebench.errors import UsageError
+from moebench.experts.knobs import apply_changed_options
 from moebench.models.storageless import build_without_storage
 from moebench.parallel.checkpoint import VerifiedCheckpointIO, find_newest_valid
 from moebench.parallel.manifest import parse_step
@@ -72,4 +73,5 @@ def load_trained_model(config: CellConfig, trained: CellConfig, task: Task, fold
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"{checkpoint}: does not fit the model of its cell ({reason})") from error
     model.load_state_dict(weights)
+    apply_changed_options(model.backbone.moe_layers(), config.router, trained.router)
     return model
