@@ -1,20 +1,32 @@
-"""`moebench probe`: which labels the experts of a finished run distinguish."""
+"""`moebench probe`: what the experts of a finished run have learned."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from moebench.cli.options import DEFAULT_RESULTS, Json, Results, check_plot, print_json
-from moebench.errors import unknown
-from moebench.printable import print_text
+from moebench.cli.options import DEFAULT_RESULTS, Json, Plugins, Results, check_plot
+from moebench.cli.output import print_report
+from moebench.cli.probe_sections.table import (
+    PRETRAINED_PREFIX,
+    SECTIONS,
+    ProbeRequest,
+    SubjectKind,
+    build_section,
+    join_reports,
+    parse_sections,
+)
+from moebench.errors import UsageError
 
-if TYPE_CHECKING:
-    from moebench.analysis.specialisation.report import LabelReport
+MEANINGS = "; ".join(f"{name}: {section.meaning}" for name, section in SECTIONS.items())
 
 
 def probe(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The id of a finished run, or a prefix of it (list runs).")],
+    subject: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="The id of a finished run, or a prefix of it (list runs)."),
+    ],
+    show: Annotated[str, typer.Option(metavar="SECTION,...", help=f"{MEANINGS}.")] = "labels",
     label: Annotated[
         str | None, typer.Option(help="One kind of label: domain, class, position ... Default: all.")
     ] = None,
@@ -22,7 +34,9 @@ def probe(
         str | None, typer.Option(help="The layer in the tables. Default: the one with the most information.")
     ] = None,
     results: Results = DEFAULT_RESULTS,
-    plot: Annotated[Path | None, typer.Option(help="Draw labels and experts of each layer (PNG, PDF, SVG).")] = None,
+    plugin: Plugins = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the section (PNG, PDF, SVG).")] = None,
     json: Json = False,
 ) -> None:
     """Show which expert takes tokens of which label - domain, class, position, kind of token - on the test split.
@@ -31,33 +45,37 @@ def probe(
     independent of it. --json has the whole tables, assignments of each label to each expert, for every layer.
     """
     check_plot(plot)
-    from moebench.analysis.specialisation.report import read_label_report
+    kind = _select_kind(subject)
+    sections = parse_sections(show, kind)
+    if plot and len(sections) > 1:
+        raise UsageError(f"--plot {plot}: draws one section, and --show names {len(sections)}")
+    requests = [
+        ProbeRequest(
+            subject=subject,
+            kind=kind,
+            section=section,
+            results=results,
+            label=label,
+            layer=layer,
+            plot=plot,
+            plugins=tuple(plugin or ()),
+        )
+        for section in sections
+    ]
+    reports = {request.section: build_section(request) for request in requests}
+    report = join_reports(reports, _describe_subject(subject, kind, results))
+    print_report(report, json=json, markdown=markdown)
 
-    report = read_label_report(results, run, label)
-    for table in report.tables.values() if layer is not None else ():
-        if layer not in table.layers:
-            raise unknown("--layer", str(layer), table.layers)
-    if plot:
-        from moebench.analysis.specialisation.figures import draw_labels
 
-        draw_labels(report.tables, path=plot, title=f"Who takes what: {report.arm}, seed {report.seed}")
-    if json:
-        print_json(report.to_dict(), indent=None)
-    else:
-        _print(report, layer)
+def _select_kind(subject: str) -> SubjectKind:
+    return "pretrained" if subject.startswith(PRETRAINED_PREFIX) else "run"
 
 
-def _print(report: "LabelReport", layer: str | None) -> None:
-    from moebench.analysis.specialisation.report import build_label_rows, find_best_layer
-    from moebench.cli.output import print_table
+def _describe_subject(subject: str, kind: SubjectKind, results: Path) -> dict[str, object]:
+    """Return the first values of the JSON."""
+    if kind != "run":
+        return {"subject": subject}
+    from moebench.analysis.specialisation.report import find_run
 
-    print_text(f"{report.arm}, seed {report.seed} ({report.id})")
-    for kind, table in report.tables.items():
-        shown = layer or find_best_layer(table)
-        print_text(f"\n{kind}: " + ", ".join(f"layer {name} {value:.3f}" for name, value in table.information.items()))
-        rows = build_label_rows(table, shown)
-        heads = (kind, "share", "of what is known", f"experts of layer {shown}")
-        print_table(heads, rows, right=heads[1:3], no_wrap=heads[1:3])
-        num_labels = int(table.layers[shown].any(1).sum())
-        if len(rows) - 1 < num_labels:
-            print_text(f"{len(rows) - 1} of {num_labels} labels: those about which the layer has the most information")
+    cell = find_run(results, subject).read_cell()
+    return {name: cell[name] for name in ("id", "arm", "seed")}

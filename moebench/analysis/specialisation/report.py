@@ -1,5 +1,6 @@
 """The specialisation of the experts of one finished run: its tables of labels and experts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from moebench.analysis.specialisation.figures import informative_labels
 from moebench.errors import UsageError, unknown
+from moebench.reporting.table import Column, Table
 from moebench.routing.metrics import label_parts
 from moebench.runs.folder import RunFolder, list_run_folders
 from moebench.training.label_tables import LabelTable, read_label_tables
@@ -59,6 +61,27 @@ def find_run(results: Path, run: str) -> RunFolder:
 def find_best_layer(table: LabelTable) -> str:
     """Return the layer whose experts have the most information about the label."""
     return max(table.information, key=table.information.__getitem__)
+
+
+def build_label_tables(tables: Mapping[str, LabelTable], layer: str | None) -> tuple[Table, ...]:
+    """Return a table of each kind of label: the experts of each label in a layer, by default the most informed one."""
+    return tuple(_build_label_table(kind, table, layer or find_best_layer(table)) for kind, table in tables.items())
+
+
+def _build_label_table(kind: str, table: LabelTable, layer: str) -> Table:
+    rows, num_labels = build_label_rows(table, layer), int(table.layers[layer].any(1).sum())
+    shown = f"{len(rows) - 1} of {num_labels} labels: those about which the layer has the most information"
+    headers = ("share", "of what is known", f"experts of layer {layer}")
+    return Table(
+        title=f"{kind}: " + ", ".join(f"layer {name} {value:.3f}" for name, value in table.information.items()),
+        columns=(
+            Column(header=kind, align="left", wraps=True),
+            *(Column(header=header) for header in headers[:2]),
+            Column(header=headers[2], align="left", wraps=True),
+        ),
+        rows=tuple(rows),
+        notes=(shown,) * (len(rows) - 1 < num_labels),
+    )
 
 
 def build_label_rows(table: LabelTable, layer: str) -> list[tuple[str, str, str, str]]:

@@ -1,0 +1,1 @@
+"""The sections of `moebench probe`: one module each, with `build_report(request)`, imported when it is asked for."""

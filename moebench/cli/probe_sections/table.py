@@ -1,0 +1,93 @@
+"""The table of sections: which module shows what, for which kind of subject."""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from moebench.commands import DEFAULT_RESULTS
+from moebench.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from moebench.reporting.report import Report
+
+SubjectKind = Literal["run", "experiment", "pretrained"]
+PRETRAINED_PREFIX = "hf:"
+"""What a subject that is a folder of a transformers checkpoint begins with."""
+NOUNS: Mapping[SubjectKind, str] = {
+    "run": "a run",
+    "experiment": "an experiment",
+    "pretrained": f"a checkpoint ({PRETRAINED_PREFIX}PATH)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeRequest:
+    """What one section of the report is asked for."""
+
+    subject: str
+    """The id of a run or a prefix of it, an experiment, or hf:PATH."""
+    kind: SubjectKind
+    section: str
+    results: Path = DEFAULT_RESULTS
+    label: str | None = None
+    """The only kind of label to show."""
+    layer: str | None = None
+    """The only layer to show."""
+    plot: Path | None = None
+    """File of the section's figure."""
+    plugins: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """One section of the report."""
+
+    meaning: str
+    """For the help of `--show`."""
+    modules: Mapping[SubjectKind, str]
+    """Kind of subject -> module of this package whose `build_report(request)` returns the section's Report."""
+
+
+SECTIONS: Mapping[str, Section] = {
+    "labels": Section(meaning="information between experts and labels", modules={"run": "labels"}),
+}
+
+
+def parse_sections(text: str, kind: SubjectKind) -> list[str]:
+    """Return the sections that `--show` names; raise UsageError for one that is unknown, twice, or not of the kind."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in SECTIONS:
+            raise unknown("--show", name, SECTIONS)
+        if kind not in SECTIONS[name].modules:
+            allowed = [other for other, section in SECTIONS.items() if kind in section.modules]
+            raise UsageError(f"--show {name}: does not apply to {NOUNS[kind]} (allowed: {', '.join(allowed)})")
+    if len(set(names)) < len(names):
+        raise UsageError(f"--show {text}: names a section twice")
+    return names
+
+
+def build_section(request: ProbeRequest) -> "Report":
+    """Return the report of one section."""
+    module = importlib.import_module(f"{__package__}.{SECTIONS[request.section].modules[request.kind]}")
+    report: Report = module.build_report(request)
+    return report
+
+
+def join_reports(reports: Mapping[str, "Report"], heading: Mapping[str, object]) -> "Report":
+    """Return one report of all sections; the JSON has the values of each below its name, after the heading."""
+    from moebench.reporting.report import Report
+
+    def chain(parts: Sequence[Sequence[str]]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(line for lines in parts for line in lines))
+
+    every = list(reports.values())
+    return Report(
+        tables=tuple(table for report in every for table in report.tables),
+        caveats=chain([report.caveats for report in every]),
+        problems=chain([report.problems for report in every]),
+        notes=chain([report.notes for report in every]),
+        values={**heading, **{name: report.values for name, report in reports.items()}},
+    )
