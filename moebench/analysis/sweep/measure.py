@@ -76,9 +76,7 @@ def measure(
     )
 
 
-def _plan_arms(
-    experiment: Experiment, results: Path, axes: Sequence[Axis]
-) -> tuple[list[_ArmPlan], list[str]]:
+def _plan_arms(experiment: Experiment, results: Path, axes: Sequence[Axis]) -> tuple[list[_ArmPlan], list[str]]:
     """Return a plan for each arm with finished cells, and notes on what is left out."""
     arms = {arm: [cell for cell in experiment.cells if cell.arm == arm] for arm in experiment.arms}
     plans, notes = [], []
@@ -112,9 +110,7 @@ def _to_assignments(settings: Mapping[str, str]) -> list[str]:
     return [f"{key}={value}" for key, value in settings.items()]
 
 
-def _measure_arm(
-    plan: _ArmPlan, results: Path, metric: str, report_progress: Callable[[str], None]
-) -> Iterator[Point]:
+def _measure_arm(plan: _ArmPlan, results: Path, metric: str, report_progress: Callable[[str], None]) -> Iterator[Point]:
     """Yield the points of an arm; those of one without axes are read from its results."""
     task = prepare_task(plan.cells[0].config, results)
     for settings in plan.settings:
@@ -141,9 +137,7 @@ def _read_run(cell: Cell, results: Path) -> _Measured:
     """Return the metrics of a run as trained."""
     result = _read_result(RunFolder.of(results, cell.id))
     planned = result.cost["flops_per_token"]
-    return _Measured(
-        metrics=result.metrics, flops=result.cost.get("eval_flops_per_token", planned), planned=planned
-    )
+    return _Measured(metrics=result.metrics, flops=result.cost.get("eval_flops_per_token", planned), planned=planned)
 
 
 def _read_result(folder: RunFolder) -> RunResult:

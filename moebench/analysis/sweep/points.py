@@ -92,8 +92,6 @@ class Curve:
         """Return line of the figure -> its points: those of an arm that differ in the first axis alone."""
         lines: dict[str, list[Point]] = {}
         for point in self.points:
-            others = [
-                f"{axis.name}={point.settings[axis.key]}" for axis in self.axes[1:] if axis.key in point.settings
-            ]
+            others = [f"{axis.name}={point.settings[axis.key]}" for axis in self.axes[1:] if axis.key in point.settings]
             lines.setdefault(", ".join([point.arm, *others]), []).append(point)
         return lines

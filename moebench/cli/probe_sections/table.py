@@ -52,6 +52,7 @@ class Section:
 
 SECTIONS: Mapping[str, Section] = {
     "labels": Section(meaning="information between experts and labels", modules={"run": "labels"}),
+    "compute": Section(meaning="experts per token and difficulty", modules={"run": "compute"}),
 }
 
 

@@ -95,7 +95,9 @@ class MixtureOfDepths(Router["MixtureOfDepths.Config"]):
             scores_TE=scores_TE,
             token_extras={"predicted_T": predicted_T, "first_T": selected_T},
         )
-        return routing.keep(selected_T if ctx.training else round_to_quantum(predicted_T + self.predictor_shift) > 0).compact()
+        return routing.keep(
+            selected_T if ctx.training else round_to_quantum(predicted_T + self.predictor_shift) > 0
+        ).compact()
 
     def _select_top(self, depth_T: Tensor, ctx: RouteContext) -> Tensor:
         """Return which tokens are among the top C of their sequence, bool; C is its share of the valid tokens."""
