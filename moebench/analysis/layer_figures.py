@@ -12,7 +12,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from moebench.analysis.compare.statistics import Values
+from moebench.analysis.statistics import Values
 from moebench.reporting.canvas import new_figure
 from moebench.runs.layer_series import LayerPoint, LayerValues, list_layers
 

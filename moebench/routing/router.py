@@ -11,6 +11,7 @@ from typing_extensions import TypeVar
 from moebench.components import RouterConfig as RouterConfig
 from moebench.errors import UsageError
 from moebench.registry import Registry
+from moebench.routing.budget import Knob
 from moebench.routing.context import NO_DATA, DataSummary, RouteContext
 from moebench.routing.cost import RouterCost
 from moebench.routing.features.feature import Feature
@@ -69,6 +70,8 @@ class Facts:
     """In training every expert has the same load for any tokens, where the sizes divide: measured."""
     variable_k: bool = False
     """Tokens may use another number of experts than `experts_per_token`, in training or in evaluation: measured."""
+    budget: Knob | None = None
+    """What `layout.match=measured_flops` adjusts to reach a number of FLOPs per token; None: nothing does."""
     cost: str = "T·E"
     """Growth of the time to route T tokens to E experts, without the gate's product."""
     use: str = ""

@@ -13,6 +13,7 @@ from moebench.parallel.replicas import check_replicas
 from moebench.printable import print_text
 from moebench.runs.recorder import RunRecorder
 from moebench.schema import TrainConfig
+from moebench.training.budget import Budget, build_budget
 from moebench.training.evaluation import Evaluation
 from moebench.training.executed_cost import ExecutedCost
 from moebench.training.kept_weights import save_kept_weights
@@ -58,6 +59,8 @@ class CellCallback(lightning.Callback):
         self.parallel_costs = ParallelCosts()
         self.executed_cost = ExecutedCost(())
         """Cost of all training steps."""
+        self.budget: Budget | None = None
+        """What holds the cost at a target; None where the cell has none."""
         self.peak_flops: float | None = None
         """FLOP/s of the device in the products of the cell; None: not known."""
         self.system_usage: SystemUsage | None = None
@@ -75,6 +78,7 @@ class CellCallback(lightning.Callback):
     def setup(self, trainer: Any, pl_module: lightning.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, CellModule)
         self.executed_cost = ExecutedCost(pl_module.layers)  # before a checkpoint is loaded
+        self.budget = build_budget(pl_module.config, pl_module.model, pl_module.task)
         self.spike_guard, self.watched = pl_module.spike_guard, pl_module
         self.peak_flops = find_peak_flops(pl_module.config.train, pl_module.mesh.device)
 
@@ -87,6 +91,7 @@ class CellCallback(lightning.Callback):
             "parallel": self.parallel_costs.sums,
             "num_timed": self.parallel_costs.num_steps,
             "execution": self.executed_cost.to_list(),
+            "budget": self.budget.state_dict() if self.budget else None,
             "spikes": self.spike_guard.state_dict() if self.spike_guard else None,
             "collapses": self.watched.save_telemetry() if self.watched else None,
         }
@@ -96,6 +101,8 @@ class CellCallback(lightning.Callback):
         self.executed_cost.load_list(state_dict["execution"])
         self.timer.restore(state_dict["seconds"], state_dict["tokens"], state_dict["waits"])
         self.parallel_costs = ParallelCosts(sums=state_dict["parallel"], num_steps=state_dict["num_timed"])
+        if self.budget and state_dict.get("budget"):
+            self.budget.load_state_dict(state_dict["budget"])
         if self.spike_guard and state_dict.get("spikes"):  # earlier versions did not write them
             self.spike_guard.load_state_dict(state_dict["spikes"])
         if self.watched and state_dict.get("collapses"):
@@ -130,6 +137,8 @@ class CellCallback(lightning.Callback):
         if is_read:
             module.check_steps()
         module.update_routers()
+        if self.budget:
+            self.budget.update(module.records, module.mesh)
         module.mesh.traffic.stop_counting()
         self.timer.stop(module.device, module.source.count_positions(step - 1))
         if is_read:
@@ -143,6 +152,8 @@ class CellCallback(lightning.Callback):
         self._record_collapses(module)
         if step % module.config.parallel.check_every == 0 or is_last:
             check_replicas(module, module.mesh)
+        if is_last and self.budget:
+            self.budget.freeze(lambda: module.evaluate("validation").load["load/flops_per_token"])
         if step % train.eval_every == 0 or is_last:
             self._validate(module, step)
         if is_last:

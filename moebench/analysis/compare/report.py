@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from moebench.analysis.compare.axes import build_axis_tables
+from moebench.analysis.compare.budget import build_budget_table
 from moebench.analysis.compare.design_report import build_design_tables
 from moebench.analysis.compare.legend import build_legend
 from moebench.analysis.compare.sentences import describe_margin, list_verdicts
@@ -45,6 +46,7 @@ def build_report(comparison: Comparison) -> Report:
         _load_table(comparison),
         _information_table(comparison),
         _compute_table(comparison),
+        build_budget_table(comparison),
         _cost_table(comparison),
         _process_table(comparison),
     )

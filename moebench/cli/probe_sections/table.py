@@ -66,6 +66,7 @@ SECTIONS: Mapping[str, Section] = {
         meaning="what the loss owes to each expert and router: left out, shuffled, random or of an earlier step",
         modules={"run": "ablations"},
     ),
+    "compute": Section(meaning="experts per token and difficulty", modules={"run": "compute"}),
 }
 
 
