@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
+from moebench.file_access import read_plain_file
 from moebench.runs.folder import RunFolder
 
 
@@ -34,7 +35,7 @@ class Figures:
         from moebench.runs.layer_series import read_thinned_series
         from moebench.training.label_tables import read_label_tables
 
-        if lines := folder.loads.read_text(encoding="utf-8").splitlines():
+        if lines := read_plain_file(folder.loads, None).splitlines():
             layers = json.loads(lines[-1])["layers"]
             draw_load(layers, path=folder.path / "load.png", title=f"Load of the experts: {title}")
         if points := read_thinned_series(folder.layers):

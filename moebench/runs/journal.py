@@ -61,7 +61,7 @@ class Journal(AppendOnlyFile):
 
     def truncate_after(self, step: int) -> None:
         """Drop the points of later steps, so that a resumed run never has a step twice."""
-        lines = read_plain_file(self.path, None).splitlines(keepends=True)
+        lines = _split_lines(read_plain_file(self.path, None))
         points, _ = read_journal(self.path) if step > 0 else ([], 0)  # a damaged journal may start anew
         kept = b"".join(line for line, point in zip(lines, points, strict=False) if point.step <= step)
         self._replace(kept)
@@ -96,9 +96,7 @@ def read_last_step(path: Path) -> int:
 
 def _parse_lines(path: Path, content: bytes, offset: int) -> Iterator[Point]:
     end = offset
-    for line in content.splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            return
+    for line in _split_lines(content):
         end += len(line)
         try:
             yield _parse_line(line, end)
@@ -109,6 +107,11 @@ def _parse_lines(path: Path, content: bytes, offset: int) -> Iterator[Point]:
                 f"{path}, line {number}: not a point of a journal ({error}); restore the file, or remove the run"
                 f" (`{remove}`) and train it again"
             ) from error
+
+
+def _split_lines(content: bytes) -> list[bytes]:
+    """Return the complete lines. A carriage return ends none: what follows it would count as incomplete."""
+    return [line + b"\n" for line in content.split(b"\n")[:-1]]
 
 
 def _parse_line(line: bytes, end: int) -> Point:

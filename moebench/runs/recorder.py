@@ -164,7 +164,7 @@ def _select_loads(file: Path, step: int) -> Iterator[bytes]:
             # A torn last line is later than the checkpoint: the journal is flushed before it is written.
             if line.endswith(b"\n") and int(json.loads(line)["step"]) <= step:
                 yield line
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             print_text(f"load.jsonl: a damaged line was dropped: {line[:80]!r}")
 
 
