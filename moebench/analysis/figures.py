@@ -7,11 +7,15 @@ import contextlib
 import json
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
 from moebench.file_access import read_plain_file
 from moebench.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from moebench.analysis.compare.values import Comparison
 
 
 class Figures:
@@ -48,7 +52,7 @@ class Figures:
 
     def draw_experiment_figures(self, experiment: Experiment, results: Path) -> None:
         """Write summary and report of the comparison, and draw the curves with the differences where there are any."""
-        from moebench.analysis.compare.experiment import compare_experiment, draw_experiment
+        from moebench.analysis.compare.experiment import compare_experiment
         from moebench.analysis.compare.summary import build_summary
         from moebench.runs.experiment_summary import write_summary
 
@@ -59,8 +63,12 @@ class Figures:
         if comparison is not None:
             write_summary(results, experiment.name, build_summary(comparison))
             self._write_report(experiment, results)
-        file = results / "experiments" / experiment.name / "curves.png"
-        draw_experiment(experiment, results, file, comparison)
+        self._draw_curves(experiment, results, comparison)
+
+    def _draw_curves(self, experiment: Experiment, results: Path, comparison: "Comparison | None") -> None:
+        from moebench.analysis.compare.experiment import draw_experiment
+
+        draw_experiment(experiment, results, results / "experiments" / experiment.name / "curves.png", comparison)
 
     def _write_report(self, experiment: Experiment, results: Path) -> None:
         """Write the report of an experiment; that of its tuning runs is part of it."""
