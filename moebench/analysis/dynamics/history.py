@@ -153,9 +153,7 @@ def _measure_layer(layer: str, snapshots: Sequence[_Snapshot]) -> LayerHistory:
                 saturation=compute_agreement(table, tables[-1]),
                 chance=compute_chance_agreement(table, tables[-1]),
                 churn=None if before is None else 1 - compute_agreement(before, table),
-                changed_tokens=(
-                    None if before is None else float(find_changed_tokens(before, table).double().mean())
-                ),
+                changed_tokens=(None if before is None else float(find_changed_tokens(before, table).double().mean())),
                 still_changing=last_changes[position],
                 pair_similarity=compute_pair_similarity(weights[position]),
                 matched_similarity=compute_matched_similarity(weights[position], weights[-1]),

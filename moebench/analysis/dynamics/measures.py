@@ -42,8 +42,7 @@ def _count_by_size(member_TE: Tensor) -> dict[int, tuple[int, Tensor]]:
     """Return number of experts -> how many tokens have that number, and the loads of these tokens."""
     size_T = member_TE.sum(1)
     return {
-        size: (int((size_T == size).sum()), member_TE[size_T == size].sum(0).double())
-        for size in size_T.unique().tolist()
+        size: (int((size_T == size).sum()), member_TE[size_T == size].sum(0).double()) for size in set(size_T.tolist())
     }
 
 
@@ -59,10 +58,7 @@ def find_last_changes(tables: Sequence[Tensor]) -> list[float]:
     changes between two checkpoints and back is not seen.
     """
     changed = [find_changed_tokens(before, after) for before, after in pairwise(tables)]
-    shares = []
-    for position in range(len(changed)):
-        shares.append(float(torch.stack(changed[position:]).any(0).double().mean()))
-    return shares
+    return [float(torch.stack(changed[position:]).any(0).double().mean()) for position in range(len(changed))]
 
 
 def compute_coactivation(member_TE: Tensor) -> Tensor:
