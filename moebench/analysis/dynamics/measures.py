@@ -42,8 +42,7 @@ def _count_by_size(member_TE: Tensor) -> dict[int, tuple[int, Tensor]]:
     """Return number of experts -> how many tokens have that number, and the loads of these tokens."""
     size_T = member_TE.sum(1)
     return {
-        size: (int((size_T == size).sum()), member_TE[size_T == size].sum(0).double())
-        for size in sorted(set(size_T.tolist()))
+        size: (int((size_T == size).sum()), member_TE[size_T == size].sum(0).double()) for size in set(size_T.tolist())
     }
 
 

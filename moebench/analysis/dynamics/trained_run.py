@@ -49,17 +49,20 @@ class TrainedRun:
         return build_initialised_model(config, self.task).to(self.device).eval()
 
 
-def open_run(results: Path, run: str, plugins: Sequence[str] = (), section: str = "") -> TrainedRun:
-    """Return a finished run with experts whose routing is a list of assignments.
+def open_run(
+    results: Path, run: str, plugins: Sequence[str] = (), section: str = "", *, allows_mixture: bool = False
+) -> TrainedRun:
+    """Return a finished run with experts, for a section of `probe`.
 
-    Raises UsageError for any other, for a plug-in that is not given, and where the data was changed since.
+    `allows_mixture`: whether the router may mix all experts for each token. Raises UsageError for any other run, for a
+    plug-in that is not given, and where the data was changed since.
     """
     folder = find_run(results, run)
     for plugin in plugins:
         load_plugin(plugin)
     cell, config = _read_config(folder)
     form = ROUTERS.get(config.router.name).item.form
-    if form.is_dense or form.is_mixture:
+    if form.is_dense or (form.is_mixture and not allows_mixture):
         what = "has no experts to choose from" if form.is_dense else "mixes all experts and chooses none"
         raise UsageError(f"--show {section}: the router '{config.router.name}' of run {folder.path.name} {what}")
     if folder.state() != "done":
