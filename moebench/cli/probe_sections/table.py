@@ -38,6 +38,14 @@ class ProbeRequest:
     plot: Path | None = None
     """File of the section's figure."""
     plugins: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+    """Changes to an experiment, as on the command line of `moebench run`."""
+    arm: str | None = None
+    """The only arm of an experiment."""
+    max_tokens: int = 32_768
+    """Positions of the test split, about."""
+    num_permutations: int = 100
+    """Permutations of the labels; 0: only what the run has stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +59,13 @@ class Section:
 
 
 SECTIONS: Mapping[str, Section] = {
-    "labels": Section(meaning="information between experts and labels", modules={"run": "labels"}),
+    "labels": Section(
+        meaning="information between experts and labels", modules={"run": "labels", "experiment": "pooled_labels"}
+    ),
+    "contexts": Section(
+        meaning="the tokens of each expert with the highest gates, in text", modules={"run": "contexts"}
+    ),
+    "gallery": Section(meaning="the patches or sounds of each expert, as a figure", modules={"run": "gallery"}),
 }
 
 
