@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from moebench.reporting.report import Report
 
 SubjectKind = Literal["run", "experiment", "pretrained"]
-DEFAULT_PROBE_TOKENS = 16_384
+DEFAULT_PROBE_TOKENS = 32_768
 PRETRAINED_PREFIX = "hf:"
 """What a subject that is a folder of a transformers checkpoint begins with."""
 NOUNS: Mapping[SubjectKind, str] = {
@@ -39,8 +39,14 @@ class ProbeRequest:
     plot: Path | None = None
     """File of the section's figure."""
     plugins: tuple[str, ...] = ()
-    tokens: int = DEFAULT_PROBE_TOKENS
-    """Positions of the probe set, where the section runs the model."""
+    overrides: tuple[str, ...] = ()
+    """Changes to an experiment, as on the command line of `moebench run`."""
+    arm: str | None = None
+    """The only arm of an experiment."""
+    max_tokens: int = DEFAULT_PROBE_TOKENS
+    """Positions, about, where the section runs the model."""
+    num_permutations: int = 100
+    """Permutations of the labels; 0: only what the run has stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +60,13 @@ class Section:
 
 
 SECTIONS: Mapping[str, Section] = {
-    "labels": Section(meaning="information between experts and labels", modules={"run": "labels"}),
+    "labels": Section(
+        meaning="information between experts and labels", modules={"run": "labels", "experiment": "pooled_labels"}
+    ),
+    "contexts": Section(
+        meaning="the tokens of each expert with the highest gates, in text", modules={"run": "contexts"}
+    ),
+    "gallery": Section(meaning="the patches or sounds of each expert, as a figure", modules={"run": "gallery"}),
     "history": Section(
         meaning="churn and saturation of routing, similarity and co-activation of experts, at train.keep_checkpoints",
         modules={"run": "history"},
