@@ -21,7 +21,9 @@ SCHEMA = 5
 """Part of every cell id: raised when a change makes older results incomparable."""
 
 NOT_IN_ID = {
-    "train": ("log_every", "eval_every", "checkpoint_every", "device", "max_epochs", "recompute"),
+    "train": (
+        *("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "device", "max_epochs", "recompute"),
+    ),
     "task": (),
     "layout": ("recompute",),
     "parallel": ("devices", "nodes", "timeout_s", "stall_timeout_s", "check_every", "overlap", "shard_optimizer"),

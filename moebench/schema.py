@@ -3,8 +3,10 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar, Literal
 
+from moebench.checkpoint_config import CheckpointConfig, parse_kept_steps
 from moebench.components import LayoutConfig, RouterConfig, TaskConfig
 from moebench.conversion import Untyped
 from moebench.errors import require
@@ -32,7 +34,7 @@ SECTIONS = ("model", "train", "balance", "parallel")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(OptimizerConfig, StepConfig):
+class TrainConfig(OptimizerConfig, StepConfig, CheckpointConfig):
     """Optimizer, schedule and cadence of training: the same for every arm of a comparison.
 
     Schedule: linear warm-up, then what `schedule` names. The learning rate of update u = 0, 1, ..., steps - 1 is the
@@ -154,6 +156,12 @@ class TrainConfig(OptimizerConfig, StepConfig):
         check_ranges(self, "train")
         divides = self.batch_size % self.accumulate == 0
         require(divides, "train.accumulate", self.accumulate, f"a divisor of train.batch_size={self.batch_size}")
+        parse_kept_steps(self.keep_checkpoints, self.steps)
+
+    @cached_property
+    def kept_steps(self) -> list[int]:
+        """Steps before the last whose weights are kept; those of the last one always are."""
+        return [step for step in parse_kept_steps(self.keep_checkpoints, self.steps) if step < self.steps]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from moebench.cli.options import (
     print_json,
 )
 from moebench.experiment.files import find_experiment
+from moebench.printable import print_text
 
 if TYPE_CHECKING:
     from moebench.analysis.design.planned_power import PlannedPower
@@ -165,6 +166,9 @@ def print_costs(rows: list[dict[str, Any]]) -> None:
         for row in rows
     ]
     print_table(columns, lines, right=numbers, no_wrap=(columns[0], columns[2], *numbers), keys=("arm", "seed"))
+    new = {row["id"]: row["disk_bytes"] for row in rows if row["state"] != "done"}
+    if new:
+        print_text(f"Checkpoints on the disk when all is trained: {format_bytes(sum(new.values()))} more.")
 
 
 def print_training(rows: list[dict[str, Any]]) -> None:

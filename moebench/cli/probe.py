@@ -8,6 +8,7 @@ import typer
 from moebench.cli.options import DEFAULT_RESULTS, Json, Plugins, Results, check_plot
 from moebench.cli.output import print_report
 from moebench.cli.probe_sections.table import (
+    DEFAULT_PROBE_TOKENS,
     PRETRAINED_PREFIX,
     SECTIONS,
     ProbeRequest,
@@ -33,6 +34,9 @@ def probe(
     layer: Annotated[
         str | None, typer.Option(help="The layer in the tables. Default: the one with the most information.")
     ] = None,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Positions of the validation split for history, agreement and ablations.")
+    ] = DEFAULT_PROBE_TOKENS,
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
@@ -59,6 +63,7 @@ def probe(
             layer=layer,
             plot=plot,
             plugins=tuple(plugin or ()),
+            tokens=tokens,
         )
         for section in sections
     ]

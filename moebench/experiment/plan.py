@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moebench.experiment.data_need import DataNeed, compute_data_need
+from moebench.experiment.disk import count_disk_bytes
 from moebench.experiment.grid import Experiment, ignore_progress
 from moebench.experiment.memory import estimate_memory
 from moebench.experiment.model_costs import ModelCosts
@@ -55,6 +56,7 @@ def _plan_rows(
             "params_vs_baseline": cost.total_params / baseline.total_params - 1,
             "match": cell.config.layout.match,
             "memory_bytes": estimate_memory(cell.config, costs).total_bytes,
+            "disk_bytes": count_disk_bytes(cell.config, costs),
             "train_tokens": tokens,
             "train_flops": BACKWARD_FACTOR * cost.training_flops * tokens,
             "tokens_per_active_param": tokens / cost.active_params,

@@ -14,8 +14,9 @@ from moebench.parallel.checkpoint import find_damage
 from moebench.parallel.manifest import Manifest, list_manifests
 from moebench.registry import load_plugin
 from moebench.runs.cell import Cell
-from moebench.runs.folder import RunFolder, list_run_folders
+from moebench.runs.folder import KEPT, RunFolder, list_run_folders
 from moebench.runs.recorder import find_missing
+from moebench.training.kept_weights import list_kept_weights
 
 MeshSize = tuple[int, int]
 """parallel.data and parallel.expert."""
@@ -86,8 +87,9 @@ def _copy(source: RunFolder, target: RunFolder) -> int:
         manifests = [path for path in list_manifests(source.checkpoints) if not _find_damage(path, source)]
         if not manifests:
             return 0
-        _require_space(manifests, target.path)
-        (temporary / "checkpoints").mkdir(parents=True)
+        kept = [path.with_suffix(".json") for path in list_kept_weights(source)[0].values()]
+        _require_space([*manifests, *kept], target.path)
+        (temporary / "checkpoints" / KEPT).mkdir(parents=True)
         try:
             target.result.unlink(missing_ok=True)  # of an attempt that failed before its first checkpoint
             for original, copy in ((source.journal, target.journal), (source.loads, target.loads)):
@@ -96,6 +98,8 @@ def _copy(source: RunFolder, target: RunFolder) -> int:
                     (temporary / copy.name).replace(copy)
             for path in manifests:
                 _copy_checkpoint(path, temporary / "checkpoints", target.path.name)
+            for path in kept:
+                _copy_checkpoint(path, temporary / "checkpoints" / KEPT, target.path.name)
             shutil.rmtree(target.checkpoints, ignore_errors=True)
             (temporary / "checkpoints").replace(target.checkpoints)
         finally:

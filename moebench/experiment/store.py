@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moebench.errors import UsageError
+from moebench.experiment.disk import EXTRA_CHECKPOINTS, count_checkpoint_bytes, count_kept_bytes
 from moebench.experiment.grid import Experiment
 from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.plan import cell_state
@@ -32,8 +33,6 @@ from moebench.runs.folder import write_json
 from moebench.runs.trivial_baselines import RECORD_KEY
 from moebench.tasks.task import TASKS
 
-CHECKPOINT_BYTES_PER_PARAM = 12
-"""fp32 weight and two moments of AdamW."""
 RESERVED_BYTES = 64 * 2**20
 """For journals, logs and the tracker's database."""
 
@@ -67,9 +66,9 @@ def require_disk_space(results: Path, cells: list[Cell], costs: ModelCosts) -> N
     """Raise UsageError if the disk cannot hold the checkpoints of the cells to train."""
     if not cells:
         return
-    largest = max(costs.facts(cell.config).cost.total_params for cell in cells)
-    # A finished cell keeps one checkpoint; one that trains keeps two and writes a third before it drops the oldest.
-    needed = RESERVED_BYTES + CHECKPOINT_BYTES_PER_PARAM * largest * (len(cells) + 2)
+    largest = max(count_checkpoint_bytes(cell.config, costs) for cell in cells)
+    kept = sum(count_kept_bytes(cell.config, costs) for cell in cells)
+    needed = RESERVED_BYTES + largest * (len(cells) + EXTRA_CHECKPOINTS) + kept
     free = shutil.disk_usage(results).free
     if free < needed:
         raise UsageError(

@@ -20,6 +20,7 @@ from moebench.runs.folder import RunFolder, list_run_folders, write_json
 from moebench.runs.journal import read_journal
 from moebench.runs.recorder import find_missing, read_loads
 from moebench.tasks.cache import read_entry
+from moebench.training.kept_weights import list_kept_weights
 from moebench.training.label_tables import read_label_tables
 
 
@@ -114,7 +115,8 @@ def _check_idle_run(folder: RunFolder) -> Iterator[Finding]:
         problem = "has no checkpoint: `curve` and `load_model` cannot use the run"
         yield Finding(where=str(folder.path), problem=problem, remedy=remedy, is_note=True)
     yield from _check_checkpoints(folder)
-    for path in (*folder.path.glob(".*.json.*"), *folder.path.glob("*.tmp"), *folder.checkpoints.glob(".step_*")):
+    unfinished = (*folder.checkpoints.glob(".step_*"), *folder.kept_weights.glob(".step_*"))
+    for path in (*folder.path.glob(".*.json.*"), *folder.path.glob("*.tmp"), *unfinished):
         yield _removable(path, "is left of a process that was killed while it wrote", "removed")
 
 
@@ -148,6 +150,9 @@ def _check_checkpoints(folder: RunFolder) -> Iterator[Finding]:
             yield Finding(where=str(path.with_suffix(".ckpt")), problem=f"is damaged: {damage}", remedy=remedy)
         elif Manifest.read(path).cell is None:
             yield _unchecked(path)
+    for path, damage in list_kept_weights(folder)[1].items():
+        remedy = "delete it; `probe --show history` leaves it out"
+        yield Finding(where=str(path), problem=f"is damaged: {damage}", remedy=remedy)
 
 
 def _check_records(results: Path) -> Iterator[Finding]:

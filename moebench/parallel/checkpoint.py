@@ -53,9 +53,19 @@ class VerifiedCheckpointIO(CheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        folder = Path(path)
-        unfinished = folder.with_name(f".{folder.name}.tmp")  # in the same folder, so that the rename is atomic
         tensors, rest = _split_tensors(checkpoint)
+        self._write(Path(path), tensors, rest, storage_options or {})
+        if self.mesh.is_first:
+            keep_newest_checkpoints(KEEP, Path(path).parent)
+        self.mesh.barrier()
+
+    def save_weights(self, weights: Mapping[str, Any], path: Path, fields: Mapping[str, Any]) -> None:
+        """Save tensors alone, by name, in the format of a checkpoint; other checkpoints in the folder stay."""
+        self._write(path, {"state_dict": dict(weights)}, {}, fields)
+        self.mesh.barrier()
+
+    def _write(self, folder: Path, tensors: dict[str, Any], rest: dict[str, Any], fields: Mapping[str, Any]) -> None:
+        unfinished = folder.with_name(f".{folder.name}.tmp")  # in the same folder, so that the rename is atomic
         try:
             if self.mesh.is_first:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -66,8 +76,7 @@ class VerifiedCheckpointIO(CheckpointIO):
                 save(tensors, checkpoint_id=unfinished, no_dist=not self.mesh.process_info.has_group)
             written = self.mesh.gather_objects(_sync_files_of_rank(unfinished, self.mesh.rank))
             if self.mesh.is_first:
-                _publish(unfinished, folder, written, storage_options or {})
-                keep_newest_checkpoints(KEEP, folder.parent)
+                _publish(unfinished, folder, written, fields)
         except RuntimeError as error:
             # torch's archive writer reports where it failed, but not that the disk is full.
             if "inline_container" in str(error) and shutil.disk_usage(folder.parent).free < FULL_BYTES:
@@ -76,7 +85,6 @@ class VerifiedCheckpointIO(CheckpointIO):
         finally:
             if self.mesh.is_first:
                 shutil.rmtree(unfinished, ignore_errors=True)
-        self.mesh.barrier()
 
     def load_into(self, state: dict[str, Any], path: Path) -> dict[str, Any]:
         """Load a checkpoint's tensors in place into `state`, which has `state_dict` and `optimizer_states`.

@@ -28,6 +28,9 @@ CELL_TYPES: dict[str, Types] = {
     "plugin_digests": list,
     "version": str,
 }
+KEPT = "kept"
+"""Folder below the checkpoints: a run never resumes from what is in it."""
+
 CELL_OPTIONAL = ("varies", "plugins", "plugin_digests", "version")
 
 
@@ -90,6 +93,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Checkpoints and their manifests."""
         return self.path / "checkpoints"
+
+    @property
+    def kept_weights(self) -> Path:
+        """Weights of earlier steps (`train.keep_checkpoints`) and their manifests."""
+        return self.checkpoints / KEPT
 
     @property
     def lock(self) -> Path:

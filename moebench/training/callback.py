@@ -15,6 +15,7 @@ from moebench.runs.recorder import RunRecorder
 from moebench.schema import TrainConfig
 from moebench.training.evaluation import Evaluation
 from moebench.training.executed_cost import ExecutedCost
+from moebench.training.kept_weights import save_kept_weights
 from moebench.training.module import CellModule
 from moebench.training.objective import average_objectives
 from moebench.training.spikes import SpikeGuard
@@ -145,6 +146,9 @@ class CellCallback(lightning.Callback):
         self.is_stopped = not is_last and module.stop_agreed
         # A rewind goes to the last checkpoint: one that depends on when the run was stopped would change the result.
         saves_on_stop = self.is_stopped and train.spike_policy != "rewind"
+        if step in train.kept_steps:  # before a checkpoint of this step: a run that resumes from it has the weights
+            self.context.report_activity("saving")
+            save_kept_weights(trainer, module, self.context.checkpoints, self.cell_id)
         if step % train.checkpoint_every == 0 or is_last or saves_on_stop:
             self._save(trainer, module, step)
         trainer.should_stop = trainer.should_stop or self.is_stopped
@@ -156,7 +160,7 @@ class CellCallback(lightning.Callback):
         """Return whether something follows a step that needs to know how it ended, besides the log."""
         train = module.config.train
         intervals = (train.eval_every, train.checkpoint_every, module.config.parallel.check_every)
-        return any(step % interval == 0 for interval in intervals)
+        return any(step % interval == 0 for interval in intervals) or step in train.kept_steps
 
     @staticmethod
     def _is_logged(train: TrainConfig, step: int) -> bool:

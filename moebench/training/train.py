@@ -26,6 +26,7 @@ from moebench.training.batches import StepBatches
 from moebench.training.callback import CellCallback, RunContext
 from moebench.training.divergence import NonFiniteError, SpikeError
 from moebench.training.evaluation import Evaluation
+from moebench.training.kept_weights import prepare_kept_weights
 from moebench.training.label_tables import label_tables_to_json
 from moebench.training.model import build_initialised_model
 from moebench.training.module import CellModule
@@ -76,7 +77,7 @@ def _fit_with_rewinds(
     """Train to the last step or a stop; after a spike under the policy `rewind`, again from the last checkpoint."""
     rewinds: Rewinds = mesh.broadcast_object(Rewinds.read(context.checkpoints))
     while True:
-        checkpoint = _find_checkpoint(context, cell_id, mesh)
+        checkpoint = _find_checkpoint(context, cell_id, mesh, config.train)
         first_step = parse_step(checkpoint) if checkpoint else 0
         context.recorder.append_missing(first_step, rewinds.metrics(first_step))
         model, timer = build_initialised_model(config, task, mesh), StepTimer()
@@ -113,7 +114,7 @@ def _require_finite(*evaluations: Evaluation) -> None:
             raise NonFiniteError(evaluation.problem)
 
 
-def _find_checkpoint(context: RunContext, cell_id: str, mesh: Mesh) -> Path | None:
+def _find_checkpoint(context: RunContext, cell_id: str, mesh: Mesh, train: TrainConfig) -> Path | None:
     """Return the checkpoint to resume from, the same on all processes, and remove what was written after it.
 
     It belongs to the cell, and to a journal that still has the points up to it.
@@ -132,6 +133,9 @@ def _find_checkpoint(context: RunContext, cell_id: str, mesh: Mesh) -> Path | No
             context.report_note("training starts at step 0")
         step = parse_step(checkpoint) if checkpoint else 0
         remove_checkpoints_after(step, context.checkpoints)
+        missing = prepare_kept_weights(train, context.checkpoints, step)
+        if missing:
+            context.report_note(missing)
         records = Manifest.read(checkpoint.with_suffix(".json")).records if checkpoint else {}
         context.recorder.rewind(step, records)
     mesh.barrier()

@@ -1,6 +1,7 @@
 """A trained model under other settings: the weights of a finished run with a changed configuration."""
 
 import warnings
+from pathlib import Path
 
 from moebench.compatibility import check_cell
 from moebench.config import apply_overrides, merge_settings, resolve, to_plain
@@ -63,7 +64,11 @@ def load_trained_model(config: CellConfig, trained: CellConfig, task: Task, fold
         raise UsageError(f"{folder.checkpoints}: {reason}")
     for line in damaged:
         warnings.warn(f"{folder.checkpoints}: {line}", stacklevel=2)
-    model = build_model(config, task, sized_as=trained)
+    return load_weights(build_model(config, task, sized_as=trained), checkpoint)
+
+
+def load_weights(model: Model, checkpoint: Path) -> Model:
+    """Return the model with the weights of a checkpoint; raise UsageError where they do not fit."""
     weights = model.state_dict()
     named = {f"{STATE_DICT_PREFIX}{name}": value for name, value in weights.items()}
     try:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from moebench.reporting.report import Report
 
 SubjectKind = Literal["run", "experiment", "pretrained"]
+DEFAULT_PROBE_TOKENS = 16_384
 PRETRAINED_PREFIX = "hf:"
 """What a subject that is a folder of a transformers checkpoint begins with."""
 NOUNS: Mapping[SubjectKind, str] = {
@@ -38,6 +39,8 @@ class ProbeRequest:
     plot: Path | None = None
     """File of the section's figure."""
     plugins: tuple[str, ...] = ()
+    tokens: int = DEFAULT_PROBE_TOKENS
+    """Positions of the probe set, where the section runs the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,17 @@ class Section:
 
 SECTIONS: Mapping[str, Section] = {
     "labels": Section(meaning="information between experts and labels", modules={"run": "labels"}),
+    "history": Section(
+        meaning="churn and saturation of routing, similarity and co-activation of experts, at train.keep_checkpoints",
+        modules={"run": "history"},
+    ),
+    "agreement": Section(
+        meaning="whether experts of other seeds of the arm are the same, after matching", modules={"run": "agreement"}
+    ),
+    "ablations": Section(
+        meaning="what the loss owes to each expert and router: left out, shuffled, random or of an earlier step",
+        modules={"run": "ablations"},
+    ),
 }
 
 

@@ -49,7 +49,11 @@ def test_a_damaged_checkpoint_and_files_that_no_manifest_lists_are_left(twin: Ru
     (twin.checkpoints / "large").write_bytes(b"x" * 1000)
     os.mkfifo(twin.checkpoints / "pipe")
     assert _copy(twin, target) == 1
-    assert sorted(path.name for path in target.checkpoints.iterdir()) == ["step_0000004.ckpt", "step_0000004.json"]
+    assert sorted(path.name for path in target.checkpoints.iterdir()) == [
+        "kept",
+        "step_0000004.ckpt",
+        "step_0000004.json",
+    ]
 
 
 def test_a_pipe_in_a_checkpoint_is_damage(twin: RunFolder, target: RunFolder) -> None:
@@ -81,3 +85,13 @@ def test_a_disk_that_is_too_small_is_refused(
     with pytest.raises(UsageError, match=r"--reshard: .* GiB for copies of checkpoints, 0.00 are free"):
         _copy(twin, target)
     assert not target.checkpoints.exists()
+
+
+def test_kept_weights_are_copied_and_damaged_ones_left(twin: RunFolder, target: RunFolder) -> None:
+    for step in (1, 3):
+        path = checkpoint_path(twin.kept_weights, step)
+        VerifiedCheckpointIO().save_weights({"w": torch.ones(3)}, path, {"cell": "aaaa"})
+    (checkpoint_path(twin.kept_weights, 3) / ".metadata").write_bytes(b"damaged")
+    assert _copy(twin, target) == 2
+    (kept,) = list_manifests(target.kept_weights)
+    assert (kept.stem, find_damage(kept), Manifest.read(kept).cell) == ("step_0000001", None, "bbbb")

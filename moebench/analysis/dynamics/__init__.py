@@ -1,0 +1,1 @@
+"""Show how routing comes about in training, and what of it is the same in every seed."""

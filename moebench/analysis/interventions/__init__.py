@@ -1,0 +1,1 @@
+"""Change the routing of a trained model and measure what this does to its quality."""

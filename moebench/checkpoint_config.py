@@ -1,0 +1,40 @@
+"""The options of what is kept of a training run besides its last checkpoint: part of the section `train`."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from moebench.errors import UsageError, require
+
+MAX_KEPT = 100
+"""Weights kept of one run."""
+ALLOWED = "steps from 1 to train.steps, or percentages of them above 0% and up to 100%, such as [1%, 5%, 20%, 50%]"
+_PERCENTAGE = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,6})?) ?%")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Options of `train` that choose which weights stay on the disk."""
+
+    keep_checkpoints: list[int | str] = field(default_factory=list)
+    """Steps whose weights are kept, as numbers or as percentages of steps: [1%, 5%, 20%, 50%]. Without the optimizer's
+    state: a third of a checkpoint or less. `moebench probe --show history` reads them."""
+
+
+def parse_kept_steps(entries: Sequence[int | str], num_steps: int) -> list[int]:
+    """Return the steps whose weights are kept, in order; a percentage is rounded to a step, at least the first.
+
+    Raises UsageError for an entry that is no step of a training of `num_steps` steps.
+    """
+    require(len(entries) <= MAX_KEPT, "train.keep_checkpoints", f"{len(entries)} entries", f"at most {MAX_KEPT}")
+    return sorted({_parse_step(entry, num_steps) for entry in entries})
+
+
+def _parse_step(entry: int | str, num_steps: int) -> int:
+    percentage = _PERCENTAGE.fullmatch(entry.strip()) if isinstance(entry, str) else None
+    if percentage is not None and 0 < float(percentage[1]) <= 100:
+        return max(1, math.floor(float(percentage[1]) / 100 * num_steps + 0.5))
+    if isinstance(entry, int) and 1 <= entry <= num_steps:
+        return entry
+    raise UsageError(f"train.keep_checkpoints: '{entry}' is none of the {num_steps} steps (allowed: {ALLOWED})")

@@ -1,0 +1,19 @@
+"""Section `agreement` of a run: whether the other seeds of its arm have the same experts."""
+
+from moebench.analysis.dynamics.seed_agreement import measure_agreement
+from moebench.analysis.dynamics.seed_agreement_report import build_agreement_report, draw_agreement
+from moebench.analysis.dynamics.trained_run import find_other_seeds, open_run
+from moebench.cli.output import print_progress
+from moebench.cli.probe_sections.table import ProbeRequest
+from moebench.reporting.report import Report
+
+
+def build_report(request: ProbeRequest) -> Report:
+    """Return the agreement of each layer over all pairs of finished seeds."""
+    run = open_run(request.results, request.subject, request.plugins, request.section)
+    others = find_other_seeds(run, request.results)
+    result = measure_agreement(run, others, request.tokens, print_progress("seeds routed"))
+    report = build_agreement_report(result, request.layer)
+    if request.plot:
+        draw_agreement(result, request.plot)
+    return report
