@@ -1,0 +1,58 @@
+"""Permutations of labels that keep what makes neighbouring tokens alike: the nulls of information.
+
+Tokens of one sequence are alike: their label may be the same (domain, class), and their experts follow each other. A
+permutation of single tokens would ignore that, and call chance agreement of a few sequences information.
+"""
+
+import numpy as np
+
+from moebench.analysis.specialisation.information import Ints, Permute
+
+
+def permute_sequences(label_T: Ints, sequence_T: Ints) -> Permute:
+    """Return a permutation for labels of tokens that lie sequence by sequence.
+
+    A label that is constant in each sequence is exchanged between sequences. Other labels are rotated in each sequence
+    by a random number of positions, and the rotated sequences exchanged.
+    """
+    length_S = np.bincount(np.unique(sequence_T, return_inverse=True)[1])
+    start_S = length_S.cumsum() - length_S
+    first_S = label_T[start_S]
+    if (np.repeat(first_S, length_S) == label_T).all():
+        return lambda generator: np.repeat(generator.permutation(first_S), length_S)
+
+    def rotate(generator: np.random.Generator) -> Ints:
+        order_S = generator.permutation(len(length_S))
+        shift_S = (generator.random(len(length_S)) * length_S).astype(np.int64)
+        moved_S = length_S[order_S]
+        within_T = np.arange(len(label_T)) - np.repeat(moved_S.cumsum() - moved_S, moved_S)
+        rotated_T = (within_T + np.repeat(shift_S[order_S], moved_S)) % np.repeat(moved_S, moved_S)
+        return label_T[np.repeat(start_S[order_S], moved_S) + rotated_T]
+
+    return rotate
+
+
+def permute_within(label_T: Ints, group_T: Ints, units_T: Ints) -> Permute:
+    """Return a permutation of labels among units of the same group; tokens of a unit share label and group."""
+    _, first_U, unit_T = np.unique(units_T, return_index=True, return_inverse=True)
+    label_U, group_U = label_T[first_U], group_T[first_U]
+    by_group_U = np.argsort(group_U, kind="stable")
+
+    def permute(generator: np.random.Generator) -> Ints:
+        shuffled_U = np.lexsort((generator.random(len(group_U)), group_U))
+        moved_U = np.empty_like(label_U)
+        moved_U[by_group_U] = label_U[shuffled_U]
+        return moved_U[unit_T]
+
+    return permute
+
+
+def find_units(label_T: Ints, group_T: Ints, sequence_T: Ints) -> Ints:
+    """Return the units of `permute_within`: single tokens, or those of a group in a sequence.
+
+    The latter where the label is constant in each sequence: all occurrences of a token in a document have its domain.
+    """
+    _, first_S, sequence_T = np.unique(sequence_T, return_index=True, return_inverse=True)
+    if (label_T[first_S][sequence_T] == label_T).all():
+        return sequence_T * (int(group_T.max(initial=0)) + 1) + group_T
+    return np.arange(len(label_T))
