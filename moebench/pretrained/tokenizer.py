@@ -32,6 +32,9 @@ class PretrainedTokenizer:
     sentinels: tuple[int, ...]
     """Ids that stand for removed spans (<extra_id_0> ...), in order; empty for most tokenizers."""
 
+    tokens: tuple[str, ...]
+    """Each id as the vocabulary writes it."""
+
     @cached_property
     def pieces(self) -> list[bytes]:
         """The bytes of each id; empty for special ids."""
@@ -69,7 +72,13 @@ def read_tokenizer(folder: PretrainedFolder) -> PretrainedTokenizer:
     tokenizer.no_padding()
     prefix, suffix = _find_special(tokenizer, file)
     text = SubwordTokenizer(tokenizer, str(file), special_as_text=True, key=str(folder.path))
-    return PretrainedTokenizer(text=text, prefix=prefix, suffix=suffix, sentinels=_find_sentinels(tokenizer))
+    return PretrainedTokenizer(
+        text=text,
+        prefix=prefix,
+        suffix=suffix,
+        sentinels=_find_sentinels(tokenizer),
+        tokens=tuple(tokenizer.id_to_token(token) or "" for token in range(largest + 1)),
+    )
 
 
 def _find_special(tokenizer: Any, file: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -25,7 +25,9 @@ class LayerAssignments:
     name: LayerName
     num_experts: int
     expert_NK: Tensor
-    """int64; -1 where an assignment was dropped."""
+    """int64, before capacity, as the tables of runs are."""
+    is_kept_NK: Tensor
+    """False where an assignment was dropped for capacity."""
     weight_NK: Tensor
     """fp32."""
     random_NK: Tensor
@@ -163,6 +165,7 @@ def _select_counted(layer: LayerName, record: Record, is_text_BL: Tensor) -> Lay
         name=layer,
         num_experts=choice.logits_TE.shape[-1],
         expert_NK=choice.expert_TK[is_counted_T],
+        is_kept_NK=choice.is_kept_TK[is_counted_T],
         weight_NK=choice.weight_TK[is_counted_T],
         random_NK=random.expert_TK[is_counted_T],
         entropy=_mean_entropy(choice, is_counted_T),
@@ -180,6 +183,7 @@ def _join(parts: list[LayerAssignments]) -> LayerAssignments:
         name=parts[0].name,
         num_experts=parts[0].num_experts,
         expert_NK=torch.cat([part.expert_NK for part in parts]),
+        is_kept_NK=torch.cat([part.is_kept_NK for part in parts]),
         weight_NK=torch.cat([part.weight_NK for part in parts]),
         random_NK=torch.cat([part.random_NK for part in parts]),
         entropy=sum(part.entropy * size for part, size in zip(parts, sizes, strict=True)) / max(sum(sizes), 1),

@@ -11,7 +11,8 @@ In transformers 5.24 the router modules of Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE,
 `output_router_logits=True` returns the first of these alone, from the same call. The choice cannot be read from it
 where there is a bias or a limit to groups, so it is not derived from logits here. Switch's router returns
 `(dispatch, probability, logits)`: dispatch [B, L, E] is one-hot, and all 0 for a token beyond the capacity, which is
-per sequence; probability [B, L, 1] is that of the first choice, dropped or not.
+per sequence; probability [B, L, 1] is that of the first choice, dropped or not, in the type of the model. The choice of
+a dropped token is the largest of the probabilities, which this type has rounded.
 """
 
 import copy
@@ -27,16 +28,14 @@ from moebench.errors import UsageError
 from moebench.routing.layer_name import LayerName
 from moebench.seeds import make_generator
 
-DROPPED = -1
-"""In place of an expert: the assignment was dropped for capacity."""
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Choice:
     """The decisions of one router on T positions."""
 
     expert_TK: Tensor
-    """int64; `DROPPED` where the assignment was dropped."""
+    """int64, before capacity."""
+    is_kept_TK: Tensor
+    """False where an assignment was dropped for capacity."""
     weight_TK: Tensor
     """fp32: what the output of each expert is multiplied by."""
     logits_TE: Tensor
@@ -111,7 +110,10 @@ def read_choice(router: nn.Module, output: Any) -> Choice:
     if third.dtype.is_floating_point:
         choice = _read_dispatch(first, second, third)
     else:
-        choice = Choice(expert_TK=third.long(), weight_TK=second.float(), logits_TE=first.float())
+        is_kept_TK = torch.ones_like(third, dtype=torch.bool)
+        choice = Choice(
+            expert_TK=third.long(), is_kept_TK=is_kept_TK, weight_TK=second.float(), logits_TE=first.float()
+        )
     if choice.expert_TK.shape != choice.weight_TK.shape or len(choice.expert_TK) != len(choice.logits_TE):
         raise UsageError(_describe_form(router))
     if not bool((choice.expert_TK < choice.logits_TE.shape[-1]).all()):
@@ -121,12 +123,15 @@ def read_choice(router: nn.Module, output: Any) -> Choice:
 
 def _read_dispatch(dispatch_BLE: Tensor, weight_BL1: Tensor, logits_BLE: Tensor) -> Choice:
     """Return the decisions of Switch's router."""
-    dispatch_TE = dispatch_BLE.flatten(0, -2)
-    expert_T = dispatch_TE.argmax(-1).masked_fill(dispatch_TE.sum(-1) == 0, DROPPED)
+    dispatch_TE, logits_TE = dispatch_BLE.flatten(0, -2), logits_BLE.flatten(0, -2)
+    is_kept_T = dispatch_TE.sum(-1) > 0
+    score_TE = logits_TE.softmax(-1).to(weight_BL1.dtype)
+    expert_T = torch.where(is_kept_T, dispatch_TE.argmax(-1), score_TE.argmax(-1))
     return Choice(
         expert_TK=expert_T.unsqueeze(1),
+        is_kept_TK=is_kept_T.unsqueeze(1),
         weight_TK=weight_BL1.flatten(0, -2).float(),
-        logits_TE=logits_BLE.flatten(0, -2).float(),
+        logits_TE=logits_TE.float(),
     )
 
 

@@ -54,8 +54,7 @@ def tabulate(expert_NK: Tensor, label_N: Tensor, num_experts: int) -> np.ndarray
     table = np.zeros((int(label_N.max()) + 1, num_experts), dtype=np.int64)
     for label, experts in zip(label_N.tolist(), expert_NK.tolist(), strict=True):
         for expert in experts:
-            if expert >= 0:
-                table[label, expert] += 1
+            table[label, expert] += 1
     return table
 
 
@@ -137,12 +136,20 @@ def test_loads_of_switch_equal_the_rows_of_its_expert_modules(tmp_path: Path) ->
     for hook in hooks:
         hook.remove()
     loads = {
-        f"{layer.name} expert_{expert}": int((layer.expert_NK == expert).sum())
+        f"{layer.name} expert_{expert}": int(((layer.expert_NK == expert) & layer.is_kept_NK).sum())
         for layer in collection.layers
         for expert in range(layer.num_experts)
     }
     assert {key: load for key, load in loads.items() if load} == dict(rows)
-    assert any(bool((layer.expert_NK < 0).any()) for layer in collection.layers)
+    assert any(not bool(layer.is_kept_NK.all()) for layer in collection.layers)
+    for layer in collection.layers:  # kept: the first 4 of a sequence that chose an expert
+        half = collection.counted(layer.name.half)
+        seen: Counter[tuple[int, int]] = Counter()
+        for sequence, expert, is_kept in zip(
+            half.sequence_N.tolist(), layer.expert_NK[:, 0].tolist(), layer.is_kept_NK[:, 0].tolist(), strict=True
+        ):
+            seen[sequence, expert] += 1
+            assert is_kept == (seen[sequence, expert] <= 4)
 
 
 @pytest.mark.parametrize("model_type", OPTIONS)
@@ -183,7 +190,7 @@ def test_the_choice_of_deepseek_v3_has_its_bias_and_its_groups(tmp_path: Path) -
 
 def test_padding_and_special_tokens_do_not_count(tmp_path: Path) -> None:
     model, tokenizer, _ = read(tmp_path, "olmoe")
-    tokenizer = PretrainedTokenizer(text=tokenizer.text, prefix=(0,), suffix=(0,), sentinels=())
+    tokenizer = PretrainedTokenizer(text=tokenizer.text, prefix=(0,), suffix=(0,), sentinels=(), tokens=())
     short = [Document(text=TEXT, domain="one", group="0"), Document(text=TEXT[:30], domain="two", group="1")]
     windows, domain_B, domains = cut_windows(short, tokenizer, length=40, max_tokens=1000)
     batch = build_causal(windows, tokenizer)
