@@ -68,8 +68,8 @@ LOAD: tuple[Declaration, ...] = (
     ("drop_rate", "dropped", "share", "percent", "lower", "Share of assignments that no expert computed."),
     ("reroute_rate", "rerouted", "share", "percent", "lower", "Share of assignments computed by another expert."),
     ("unserved", "unserved", "share", "percent", "lower", "Share of tokens that no expert computed."),
-    ("flops_per_token", "", "FLOPs", "count", "neither", "Forward FLOPs of the whole model per token, as executed."),
-    ("experts_per_token", "", "rows", ".2f", "neither", "Rows that experts computed per token, as executed."),
+    ("flops_per_token", "FLOPs/token", "FLOPs", "count", "neither", "Forward FLOPs of the model per token, as executed."),
+    ("experts_per_token", "experts", "rows", ".2f", "neither", "Rows that experts computed per token, as executed."),
     (
         "information/KIND",
         "information of experts",
@@ -200,7 +200,7 @@ COMPARISON: tuple[Declaration, ...] = (
         "The smallest true difference that 4 of 5 repeats would show, the differences of all arms taken to vary alike.",
     ),
     ("share_of_baseline", "of baseline", "share", "whole percent", "higher", "Speed over that of the baseline."),
-    ("relative_flops", "FLOPs", "share", "percent", "neither", "Forward FLOPs over those of the arm as trained."),
+    ("relative_flops", "of plan", "share", "percent", "neither", "Forward FLOPs over those of the arm as planned."),
 )
 
 EVALUATED = (VALIDATION, TEST)

@@ -34,5 +34,5 @@ def apply_changed_options(layers: Sequence[MoELayer], config: RouterConfig, trai
     for router, knob in find_knobs(layers):
         value = getattr(config, knob.attribute, None)
         buffer = getattr(router, knob.attribute)
-        if isinstance(buffer, torch.Tensor) and value is not None and value != getattr(trained, knob.attribute, None):
+        if value is not None and isinstance(buffer, torch.Tensor) and value != getattr(trained, knob.attribute, None):
             buffer.fill_(value)

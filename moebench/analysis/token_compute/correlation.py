@@ -1,4 +1,4 @@
-"""Spearman's correlation of two values per token, with an interval over sequences."""
+"""Spearman's correlation of two values per token; its interval is over sequences, whose tokens belong together."""
 
 import math
 
