@@ -34,7 +34,9 @@ class TokenNames:
         """Return the text of a token; of a special one its name in the vocabulary."""
         if not 0 <= token < len(self.pieces):
             return OUTSIDE
-        return format_piece(self.pieces[token]) or (self._special[token] if token < len(self._special) else f"<{token}>")
+        return format_piece(self.pieces[token]) or (
+            self._special[token] if token < len(self._special) else f"<{token}>"
+        )
 
 
 def build_columns(

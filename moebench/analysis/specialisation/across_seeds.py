@@ -6,11 +6,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
 from moebench.analysis.compare.experiment import list_trained_cells
-from moebench.analysis.compare.statistics.intervals import MIN_SEEDS, t_interval
 from moebench.analysis.specialisation.measure import LayerInformation, ProbeOptions, RunInformation, measure_run
 from moebench.analysis.specialisation.trained_run import TrainedRun
+from moebench.analysis.statistics.intervals import MIN_SEEDS, t_interval
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
 from moebench.routing.router import ROUTERS
