@@ -60,11 +60,14 @@ def open_member(folder: Path, name: str) -> BufferedReader:
 MAX_RECORD_BYTES = 256 * 2**20
 """Larger descriptions of runs, results and checkpoints are refused: those of thousands of domains have a few MiB."""
 
+MAX_MEMORY_SHARE = 4
+"""Files of any size are read up to this fraction of the memory: a file without content can claim to have terabytes."""
+
 
 def read_plain_file(path: Path, max_bytes: int | None = MAX_RECORD_BYTES, offset: int = 0) -> bytes:
     """Return the content of a file from a byte on; raise OSError for a pipe or device, which may have no end.
 
-    `max_bytes`: larger files are refused before they are read; None: of any size.
+    `max_bytes`: larger files are refused before they are read; None: those that the memory of the machine can hold.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
@@ -72,7 +75,9 @@ def read_plain_file(path: Path, max_bytes: int | None = MAX_RECORD_BYTES, offset
         if not stat.S_ISREG(status.st_mode):
             kind = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
             raise OSError(kind, os.strerror(kind) if kind == errno.EISDIR else "is not a plain file", str(path))
-        if max_bytes is not None and status.st_size > max_bytes:
+        if max_bytes is None:
+            max_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // MAX_MEMORY_SHARE
+        if status.st_size - offset > max_bytes:
             raise OSError(errno.EFBIG, f"has more than {max_bytes // 2**20} MiB", str(path))
         file.seek(offset)
         return file.read()
