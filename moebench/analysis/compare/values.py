@@ -228,7 +228,9 @@ class Comparison:
         seeds = [seed for seed in arm.out_of_domain if seed in baseline]
         if arm.arm == self.baseline or not seeds:
             return None
-        return st.paired_difference([arm.out_of_domain[seed] for seed in seeds], [baseline[seed] for seed in seeds])
+        return st.compute_paired_difference(
+            [arm.out_of_domain[seed] for seed in seeds], [baseline[seed] for seed in seeds]
+        )
 
     def find_difference(self, arm: str) -> Difference | None:
         """Return the difference of an arm to the baseline; None for the baseline itself."""
