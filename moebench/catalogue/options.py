@@ -22,12 +22,12 @@ class Option:
     """One key of a configuration."""
 
     key: str
-    """As in an experiment file and on the command line, for example `train.learning_rate`."""
+    """Key as in an experiment file and on the command line, for example `train.learning_rate`."""
     name: str
     """The key without its section."""
     type: str
     default: Any
-    """As plain data: dictionaries, lists and scalars."""
+    """Default as plain data: dictionaries, lists and scalars."""
     allowed: str
     """Choices or range; empty where every value of the type is allowed."""
     about: str

@@ -17,7 +17,7 @@ class PairedTests:
     pairs: Mapping[str, st.PairedDifference]
     """Arm -> difference; without arms that share no seed with the baseline."""
     p_pooled: Mapping[str, float]
-    """By the noise of the whole table; without arms that vary in no seed."""
+    """p value from the noise of the whole table; arms that do not vary over seeds are left out."""
     p_holm: Mapping[str, float]
     p_equivalence: Mapping[str, float]
     p_equivalence_holm: Mapping[str, float]

@@ -26,7 +26,7 @@ from moebench.analysis.fairness.values import (
 from moebench.reporting.formatting import format_plural
 
 MIN_EVALUATIONS = 5
-"""With fewer, the lines between evaluations are too long to be read from."""
+"""Fewest evaluations of a run: with fewer, interpolation between them is too coarse."""
 SPEED_AXES: tuple[Axis, ...] = ("steps", "flops", "seconds")
 Curves = Mapping[int, RunCurve]
 
@@ -40,7 +40,7 @@ class MeasuredArms:
     baseline: str
     runs: Mapping[str, Runs]
     curves: Mapping[str, Curves]
-    """Without runs that have no curve."""
+    """Curves of each arm by seed; runs without a curve are left out."""
     conditions: Mapping[str, Mapping[int, RunConditions]]
     divergence: Mapping[str, str]
     """Arm -> how many of its seeds, or of the baseline's, diverged."""

@@ -29,7 +29,7 @@ class ReportRun:
     points: Sequence[Point] = ()
     """Evaluations on the validation split."""
     loads: Loads = field(default_factory=dict)
-    """Of the last evaluation."""
+    """Loads of the last evaluation."""
     environment: Mapping[str, Any] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
     """Why parts are missing, one line each."""

@@ -79,9 +79,9 @@ class ArmTimes:
     tokens_per_step: int
     peak: Peak
     mfu: float
-    """Of the trainer, over `peak`."""
+    """FLOP/s of the trainer, over `peak`."""
     weights_differ_by: float
-    """Between trainer and plain loop after the same number of updates; 0.0: they did the same work."""
+    """Difference between trainer and plain loop after the same number of updates; 0.0: they did the same work."""
     timings: Timings = field(repr=False)
 
 
