@@ -22,13 +22,6 @@ from moebench.tracking.stored_runs import audit_runs
 from moebench.tracking.ui import list_links
 
 
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    results = tmp_path_factory.mktemp("empty")
-    MlflowStore(default_uri(results), "unused")
-    return results / "mlflow.db"
-
-
 @pytest.fixture
 def results(tmp_path: Path, empty_database: Path) -> Path:
     """Finished runs of a task of this version, and an empty tracker."""

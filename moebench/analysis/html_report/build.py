@@ -51,7 +51,7 @@ REST = "further"
 CURVE_AXES: Mapping[BudgetAxis, str] = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds"}
 """Axes of the curves -> names on the page."""
 MAX_SENTENCES = 6
-"""On arms, decided ones first; the others can be unfolded."""
+"""Sentences about arms that are shown, decided ones first; the others can be unfolded."""
 
 
 @dataclass(frozen=True, kw_only=True)

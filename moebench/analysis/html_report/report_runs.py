@@ -32,7 +32,7 @@ class ReportRun:
     points: Sequence[Point] = ()
     """Evaluations on the validation split."""
     loads: Loads = field(default_factory=dict)
-    """Of the last evaluation."""
+    """Loads of the last evaluation."""
     series: Sequence[LayerPoint] = ()
     """Layers at logged steps, thinned; of the first run of each arm alone."""
     environment: Mapping[str, Any] = field(default_factory=dict)
