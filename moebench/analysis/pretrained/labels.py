@@ -1,4 +1,4 @@
-"""Labels of the counted tokens of a model of transformers: those that a probe of a run has, read from its own tokens."""
+"""Labels of the counted tokens of a model of transformers: the kinds that a probe of a run on text has."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -34,7 +34,9 @@ class TokenNames:
         """Return the text of a token; of a special one its name in the vocabulary."""
         if not 0 <= token < len(self.pieces):
             return OUTSIDE
-        return format_piece(self.pieces[token]) or (self._special[token] if token < len(self._special) else f"<{token}>")
+        return format_piece(self.pieces[token]) or (
+            self._special[token] if token < len(self._special) else f"<{token}>"
+        )
 
 
 def build_columns(

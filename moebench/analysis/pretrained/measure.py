@@ -36,10 +36,10 @@ class _ControlledLayer:
 
 
 def measure_pretrained(probe: PretrainedProbe, options: ProbeOptions) -> RunInformation:
-    """Return the information of all layers about all kinds of labels, or about one; raise UsageError for an unknown one.
+    """Return the information of all layers about all kinds of labels, or about one of them.
 
-    The control `untrained` is the choice of each router with its weights drawn again, on the same input: the model below
-    it is the trained one, so that only what the router learned differs.
+    The control `untrained` is the choice of each router with its weights drawn again, on the same input: the model
+    below it is the trained one, so that only what the router learned differs. Raises UsageError for an unknown kind.
     """
     kinds: dict[str, dict[str, LayerInformation]] = {}
     columns = {stack: probe.columns(stack) for stack in probe.stacks}

@@ -1,6 +1,5 @@
 """Probe a model of transformers: load it, run it over a text, and measure what its experts say about labels."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -9,38 +8,20 @@ from typing import Any
 import torch
 
 from moebench.analysis.pretrained.collect import Collection, LayerAssignments, collect
-from moebench.analysis.pretrained.labels import TokenNames, build_columns, compress_ids
+from moebench.analysis.pretrained.labels import TokenNames, build_columns
+from moebench.analysis.pretrained.options import PretrainedOptions
 from moebench.analysis.pretrained.texts import read_texts
 from moebench.analysis.pretrained.windows import ProbeText, build_causal, build_encoder_decoder, cut_windows
-from moebench.analysis.specialisation.control_routing import route_by_hash, route_randomly
-from moebench.analysis.specialisation.information import Assignments, Ints
-from moebench.analysis.specialisation.measure import LayerInformation
+from moebench.analysis.specialisation.information import Assignments
 from moebench.analysis.specialisation.routed_tokens import RoutedLayer, RoutedTokens
 from moebench.analysis.specialisation.token_labels import LabelColumn
-from moebench.errors import UsageError, unknown
+from moebench.errors import UsageError
 from moebench.pretrained.families import CONFIG
 from moebench.pretrained.folder import PretrainedFolder, open_pretrained
-from moebench.pretrained.model import AS_STORED, choose_dtype, load_model
+from moebench.pretrained.model import choose_dtype, load_model
 from moebench.pretrained.tokenizer import PretrainedTokenizer, read_tokenizer
 
-DEFAULT_BATCH_SIZE, DEFAULT_LENGTH = 4, 256
 LENGTH_KEYS = ("max_position_embeddings", "n_positions")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainedOptions:
-    """How a model of transformers is probed."""
-
-    data: str | None = None
-    """File, folder or prepared folder of text; None: the test split of the embedded text."""
-    dtype: str = AS_STORED
-    """Type of the weights: float32, bfloat16, float16, or as they are stored."""
-    batch_size: int = DEFAULT_BATCH_SIZE
-    """Sequences that are in the model at a time."""
-    sequence_length: int = DEFAULT_LENGTH
-    """Tokens of a sequence, at most."""
-    max_tokens: int = 16_384
-    """Tokens of text, at most."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -28,6 +28,7 @@ from moebench.errors import UsageError
 from moebench.routing.layer_name import LayerName
 from moebench.seeds import make_generator
 
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Choice:
     """The decisions of one router on T positions."""
