@@ -72,8 +72,10 @@ class LayoutConfig:
     """Hidden width of one expert, or of one unit where widths differ; null: solved by `match`."""
     expert_activation: Literal["gelu", "swiglu"] | None = None
     """Activation of routed and shared experts; null: model.activation."""
-    match: Literal["flops", "params", "none"] = "flops"
-    """Quantity that expert widths are solved for: FLOPs per token or total parameters; none: model.ffn_width."""
+    match: Literal["flops", "measured_flops", "params", "none"] = "flops"
+    """Quantity that expert widths are solved for: FLOPs per token or total parameters; none: model.ffn_width.
+    measured_flops: as flops, and training adjusts routers with variable experts per token until the mean of the FLOPs
+    that are executed is that of the dense model."""
     total_params: float = 1.0
     """With match=params: parameters of a block with experts, as a multiple of those of a dense block."""
     depth: int = 1

@@ -66,16 +66,35 @@ def read_plain_file(path: Path, max_bytes: int | None = MAX_RECORD_BYTES, offset
 
     `max_bytes`: larger files are refused before they are read; None: of any size.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            kind = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
-            raise OSError(kind, os.strerror(kind) if kind == errno.EISDIR else "is not a plain file", str(path))
-        if max_bytes is not None and status.st_size > max_bytes:
+    with _open_plain(path) as file:
+        if max_bytes is not None and os.fstat(file.fileno()).st_size > max_bytes:
             raise OSError(errno.EFBIG, f"has more than {max_bytes // 2**20} MiB", str(path))
         file.seek(offset)
         return file.read()
+
+
+def iter_plain_lines(path: Path, offset: int = 0, max_line_bytes: int = MAX_RECORD_BYTES) -> Iterator[bytes]:
+    """Yield the lines of a file from a byte on, with their ends: one at a time is in memory.
+
+    Raises OSError for a pipe or device, and for a line of more than `max_line_bytes`.
+    """
+    with _open_plain(path) as file:
+        file.seek(offset)
+        while line := file.readline(max_line_bytes + 1):
+            if len(line) > max_line_bytes:
+                raise OSError(errno.EFBIG, f"has a line of more than {max_line_bytes // 2**20} MiB", str(path))
+            yield line
+
+
+def _open_plain(path: Path) -> BufferedReader:
+    """Open a file for reading; raise OSError for a pipe, a device or a folder."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    kind = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+    raise OSError(kind, os.strerror(kind) if kind == errno.EISDIR else "is not a plain file", str(path))
 
 
 def parse_json(content: bytes | str) -> Any:

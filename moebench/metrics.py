@@ -68,8 +68,15 @@ LOAD: tuple[Declaration, ...] = (
     ("drop_rate", "dropped", "share", "percent", "lower", "Share of assignments that no expert computed."),
     ("reroute_rate", "rerouted", "share", "percent", "lower", "Share of assignments computed by another expert."),
     ("unserved", "unserved", "share", "percent", "lower", "Share of tokens that no expert computed."),
-    ("flops_per_token", "", "FLOPs", "count", "neither", "Forward FLOPs of the whole model per token, as executed."),
-    ("experts_per_token", "", "rows", ".2f", "neither", "Rows that experts computed per token, as executed."),
+    (
+        "flops_per_token",
+        "FLOPs/token",
+        "FLOPs",
+        "count",
+        "neither",
+        "Forward FLOPs of the model per token, as executed.",
+    ),
+    ("experts_per_token", "experts", "rows", ".2f", "neither", "Rows that experts computed per token, as executed."),
     (
         "information/KIND",
         "information of experts",
@@ -102,6 +109,13 @@ SPIKES: tuple[Declaration, ...] = (
     ("spike/grad_norm_limit", "", "", "number", "neither", "Norm above which its update is skipped, if at all."),
     ("spike/batch", "", "", ".0f", "neither", "Number of the batch of the step, from 0."),
     ("rewind/NUMBER/QUANTITY", "", "", "number", "neither", "The same of a spike after which training went back."),
+)
+COLLAPSES: tuple[Declaration, ...] = (
+    ("collapse/layers", "", "layers", ".0f", "lower", "Layers that are collapsed from this step on."),
+    ("collapse/LAYER/expert", "", "", ".0f", "neither", "The busiest expert of a layer that has collapsed."),
+    ("collapse/LAYER/num_experts", "", "experts", ".0f", "neither", "Experts that take nearly all its assignments."),
+    ("collapse/LAYER/share", "", "share", "percent", "lower", "Their share of them."),
+    ("collapse/LAYER/recovered", "", "share", "percent", "lower", "Their share when it is no longer collapsed."),
 )
 PROCESSES: tuple[Declaration, ...] = (
     ("processes", "processes", "", ".0f", "neither", "Number of processes."),
@@ -144,6 +158,16 @@ COST: tuple[Declaration, ...] = (
     ("train_experts_per_token", "train", "rows", ".2f", "neither", "Rows per token executed in training."),
     ("eval_flops_per_token", "eval", "FLOPs", "count", "neither", "Forward FLOPs per token executed in evaluation."),
     ("eval_experts_per_token", "eval", "rows", ".2f", "neither", "Rows per token executed in evaluation."),
+    ("target_flops_per_token", "target", "FLOPs", "count", "neither", "FLOPs per token that training aims at."),
+    (
+        "train_last_flops_per_token",
+        "train, last 10 %",
+        "FLOPs",
+        "count",
+        "neither",
+        "Forward FLOPs per token executed in the last tenth of the steps.",
+    ),
+    ("budget_value", "value", "", "number", "neither", "What the router's budget set for evaluation, such as top_p."),
     ("train_passes", "", "passes", ".0f", "neither", "Times that training runs each token through the model."),
     ("training_only_flops", "", "FLOPs", "count", "neither", "Forward FLOPs per token that training alone computes."),
     ("train_tokens", "", "tokens", "count", "neither", "Tokens that the model was trained on."),
@@ -183,7 +207,7 @@ COMPARISON: tuple[Declaration, ...] = (
         "The smallest true difference that 4 of 5 repeats would show, the differences of all arms taken to vary alike.",
     ),
     ("share_of_baseline", "of baseline", "share", "whole percent", "higher", "Speed over that of the baseline."),
-    ("relative_flops", "FLOPs", "share", "percent", "neither", "Forward FLOPs over those of the arm as trained."),
+    ("relative_flops", "of plan", "share", "percent", "neither", "Forward FLOPs over those of the arm as planned."),
 )
 
 EVALUATED = (VALIDATION, TEST)
@@ -226,6 +250,13 @@ GROUPS = (
         "Spikes",
         "Of a training step whose loss is a spike; a rewind is at the step that it goes back to. In the journal.",
         SPIKES,
+    ),
+    _group(
+        "Collapse",
+        "Of the step at which a layer is found to have collapsed, or to have recovered: over 10 steps nearly all"
+        " assignments go to as many experts as one token uses. In the journal; the series of each layer are in"
+        " `layers.jsonl`.",
+        COLLAPSES,
     ),
     _group(
         "Processes",

@@ -15,6 +15,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -40,13 +41,16 @@ FOLDERS = {"router": "routing/routers", "layout": "experts/layouts", "task": "ta
 
 @dataclass(frozen=True)
 class Entry(Generic[T, F]):
-    """One registered component: its name, the object, its facts, and the file it came from."""
+    """One registered component: its name, the object and its facts."""
 
     name: str
     item: T
     facts: F
-    origin: str
-    """`file:line` of the definition."""
+
+    @cached_property
+    def origin(self) -> str:
+        """`file:line` of the definition; found by parsing the file, which takes most of the time of an import."""
+        return _origin(self.item)
 
     @property
     def doc(self) -> str:
@@ -58,12 +62,7 @@ class Registry(Generic[T, F]):
     """A table of components of one kind, filled on first use by importing every file of `package` (if it has one)."""
 
     def __init__(
-        self,
-        kind: str,
-        package: str | None,
-        *,
-        item_type: type | None = None,
-        facts_type: type | None = None,
+        self, kind: str, package: str | None, *, item_type: type | None = None, facts_type: type | None = None
     ) -> None:
         """`item_type`, `facts_type`: what components derive from and are registered with; None: not checked."""
         self.kind = kind
@@ -86,14 +85,9 @@ class Registry(Generic[T, F]):
 
         def enter(item: T) -> T:
             key = name or getattr(getattr(item, "Config", None), "name", "")
-            origin = _origin(item)
-            if self.item_type is not None:
-                _check_component(item, self.item_type, f"{origin}: this {self.kind}")
-            if not key:
-                raise UsageError(f"{origin}: this {self.kind} has no name; give its Config a field name: str = '...'")
-            if key in self._entries and not _is_same_definition(item, self._entries[key].item):
-                raise UsageError(f"{origin}: {self.kind} '{key}' is already defined in {self._entries[key].origin}")
-            self._entries[key] = Entry(key, item, facts, origin)
+            if problem := self._find_problem(item, key):
+                raise UsageError(f"{_origin(item)}: {problem}")
+            self._entries[key] = Entry(key, item, facts)
             return item
 
         return enter
@@ -113,6 +107,15 @@ class Registry(Generic[T, F]):
     def names(self) -> list[str]:
         """Return every registered name, sorted."""
         return [entry.name for entry in self.entries()]
+
+    def _find_problem(self, item: T, key: str) -> str:
+        if self.item_type is not None and (problem := _find_class_problem(item, self.item_type)):
+            return f"this {self.kind}{problem}"
+        if not key:
+            return f"this {self.kind} has no name; give its Config a field name: str = '...'"
+        if key in self._entries and not _is_same_definition(item, self._entries[key].item):
+            return f"{self.kind} '{key}' is already defined in {self._entries[key].origin}"
+        return ""
 
     def _load(self) -> None:
         if self._loaded:
@@ -137,18 +140,17 @@ def _is_same_definition(item: object, earlier: object) -> bool:
     return names[0] == names[1] and names[0][0] == "__main__"
 
 
-def _check_component(item: object, item_type: type, label: str) -> None:
-    """Raise UsageError unless a component derives from its base class and has a dataclass of options with defaults."""
+def _find_class_problem(item: object, item_type: type) -> str:
+    """Return why an object is no component, to follow its name; empty: it derives from `item_type`, with defaults."""
     if not (isinstance(item, type) and issubclass(item, item_type)):
-        raise UsageError(f"{label} must be a class that derives from {item_type.__name__}")
+        return f" must be a class that derives from {item_type.__name__}"
     config = getattr(item, "Config", None)
-    if config is None:
-        return
-    if not isinstance(config, type) or "__dataclass_params__" not in vars(config):
-        raise UsageError(f"{label}: its Config must be decorated with @dataclass(frozen=True, kw_only=True)")
-    for field in dataclasses.fields(config):
+    if config is not None and not (isinstance(config, type) and "__dataclass_params__" in vars(config)):
+        return ": its Config must be decorated with @dataclass(frozen=True, kw_only=True)"
+    for field in () if config is None else dataclasses.fields(config):
         if field.name != "name" and field.default is field.default_factory is dataclasses.MISSING:
-            raise UsageError(f"{label}: option '{field.name}' of its Config needs a default")
+            return f": option '{field.name}' of its Config needs a default"
+    return ""
 
 
 def get_registry(kind: str) -> "Registry[Any, Any]":
@@ -281,8 +283,7 @@ def field_docs(config_class: type) -> dict[str, str]:
             source = inspect.getsource(cls)
         except OSError:
             continue
-        tree = ast.parse(inspect.cleandoc("\n" + source)).body[0]
-        body = getattr(tree, "body", [])
+        body = getattr(ast.parse(inspect.cleandoc("\n" + source)).body[0], "body", [])
         for field, text in itertools.pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                 value = getattr(text, "value", None)

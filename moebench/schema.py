@@ -97,8 +97,7 @@ class TrainConfig(OptimizerConfig, StepConfig, CheckpointConfig):
         **dict.fromkeys(("eval_every", "log_every", "checkpoint_every"), AT_LEAST_1),
         **dict.fromkeys(("learning_rate", "clip_norm"), POSITIVE_FINITE),
         "warmup_steps": AT_LEAST_0,
-        "weight_decay": AT_LEAST_0_FINITE,
-        "z_loss": AT_LEAST_0_FINITE,
+        **dict.fromkeys(("weight_decay", "z_loss"), AT_LEAST_0_FINITE),
         **dict.fromkeys(("beta1", "beta2"), BELOW_1),
         "final_rate": FRACTION,
         "spike_window": Range(low=8),
@@ -127,8 +126,7 @@ class TrainConfig(OptimizerConfig, StepConfig, CheckpointConfig):
     clip_norm: float = 1.0
     """Largest L2 norm of the gradient of all parameters."""
     z_loss: float = 0.0
-    """Coefficient of log² Z of the output, Z the sum of the softmax over its classes: 1e-4 in PaLM (arXiv:2204.02311,
-    section 5)."""
+    """Coefficient of log² Z of the output, Z the sum of its softmax: 1e-4 in PaLM (arXiv:2204.02311, section 5)."""
     max_epochs: float | None = None
     """Most passes over the training split that `run` accepts; null: 4 for text (repeated up to four times it is worth
     almost as much as new text, arXiv:2305.16264), no limit elsewhere; inf: no limit."""

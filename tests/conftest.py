@@ -119,10 +119,10 @@ def cli(tmp_path: Path) -> Iterator[CommandLine]:
 
 
 @pytest.fixture(scope="session")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmCommandLine]:
-    """Calls without start-up time, for commands that only read or are refused."""
+def warm(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[WarmCommandLine]:
+    """Calls without start-up time, which draw figures of what they train in `make test-all` alone."""
     scratch = tmp_path_factory.mktemp("warm")
-    command_line = WarmCommandLine(scratch)
+    command_line = WarmCommandLine(scratch, draws_figures=pytestconfig.getoption("--hypothesis-profile") == "full")
     yield command_line
     command_line.close()
 
@@ -159,7 +159,7 @@ def train_tiny_experiment(warm: WarmCommandLine, folder: Path) -> None:
     command_line = CommandLine(folder)
     command_line.write(seeds=[0, 1, 2])
     try:
-        ended = warm.train(command_line, "--json", timeout=FIXTURE_TIMEOUT_S)
+        ended = warm.train(command_line, "--json", timeout=FIXTURE_TIMEOUT_S, draws_figures=True)
     finally:
         command_line.kill_leftovers()
     assert ended.code == 0, ended.err

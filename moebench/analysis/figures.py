@@ -7,10 +7,15 @@ import contextlib
 import json
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
+from moebench.file_access import read_plain_file
 from moebench.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from moebench.analysis.compare.values import Comparison
 
 
 class Figures:
@@ -21,19 +26,25 @@ class Figures:
         """The command that trains the experiment again, for its report; empty: not known."""
 
     def draw_run_figures(self, folder: RunFolder, title: str) -> None:
-        """Draw load.png and labels.png; nothing for a dense or failed run.
+        """Draw load.png, load_steps.png, layers.png and labels.png; nothing for a dense or failed run.
 
-        load.png: load of every expert in the last evaluation. labels.png: share of each label that each expert of the
-        trained model takes; left out where all tokens have one label.
+        load.png: load of every expert in the last evaluation. load_steps.png: over the logged training steps.
+        layers.png: curves of each layer. labels.png: share of each label that each expert of the trained model takes;
+        left out where all tokens have one label.
         """
         if not folder.loads.exists() or not folder.result.exists():
             return
+        from moebench.analysis.layer_figures import draw_layer_curves, draw_load_maps
         from moebench.analysis.specialisation.figures import draw_labels, draw_load
+        from moebench.runs.layer_series import read_thinned_series
         from moebench.training.label_tables import read_label_tables
 
-        if lines := folder.loads.read_text(encoding="utf-8").splitlines():
+        if lines := read_plain_file(folder.loads, None).splitlines():
             layers = json.loads(lines[-1])["layers"]
             draw_load(layers, path=folder.path / "load.png", title=f"Load of the experts: {title}")
+        if points := read_thinned_series(folder.layers):
+            draw_load_maps(points, path=folder.path / "load_steps.png", title=f"Load over training: {title}")
+            draw_layer_curves(points, path=folder.path / "layers.png", title=f"Layers over training: {title}")
         with contextlib.suppress(UsageError):
             draw_labels(
                 read_label_tables(folder.labels), path=folder.path / "labels.png", title=f"Who takes what: {title}"
@@ -41,7 +52,7 @@ class Figures:
 
     def draw_experiment_figures(self, experiment: Experiment, results: Path) -> None:
         """Write summary and report of the comparison, and draw the curves with the differences where there are any."""
-        from moebench.analysis.compare.experiment import compare_experiment, draw_experiment
+        from moebench.analysis.compare.experiment import compare_experiment
         from moebench.analysis.compare.summary import build_summary
         from moebench.runs.experiment_summary import write_summary
 
@@ -52,8 +63,12 @@ class Figures:
         if comparison is not None:
             write_summary(results, experiment.name, build_summary(comparison))
             self._write_report(experiment, results)
-        file = results / "experiments" / experiment.name / "curves.png"
-        draw_experiment(experiment, results, file, comparison)
+        self._draw_curves(experiment, results, comparison)
+
+    def _draw_curves(self, experiment: Experiment, results: Path, comparison: "Comparison | None") -> None:
+        from moebench.analysis.compare.experiment import draw_experiment
+
+        draw_experiment(experiment, results, results / "experiments" / experiment.name / "curves.png", comparison)
 
     def _write_report(self, experiment: Experiment, results: Path) -> None:
         """Write the report of an experiment; that of its tuning runs is part of it."""

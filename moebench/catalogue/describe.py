@@ -40,6 +40,8 @@ def facts_to_dict(facts: Any) -> dict[str, Any]:
     """Return facts by name; those on the causality of a router beside its others."""
     values = dataclasses.asdict(facts)
     causality = values.pop("causality", {})
+    if values.get("budget") is not None:
+        values["budget"] = facts.budget.attribute
     return values | {CAUSALITY_KEYS.get(name, name): value for name, value in causality.items()}
 
 

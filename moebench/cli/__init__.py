@@ -20,6 +20,7 @@ from moebench.cli import (
     sync,
     ui,
     verify,
+    watch,
 )
 
 app = typer.Typer(
@@ -40,6 +41,7 @@ app.command("prepare")(prepare.prepare)
 app.command("list")(listing.list_)
 app.command("show")(show.show)
 app.command("probe")(probe.probe)
+app.command("watch")(watch.watch)
 app.command("ui")(ui.ui)
 app.command("sync")(sync.sync)
 app.command("verify")(verify.verify)

@@ -25,11 +25,12 @@ def curve(
     overrides: Overrides = None,
     size: Size = None,
     vary: Annotated[
-        str, typer.Option(metavar="KEY=V1,V2,...", help="The setting and its values: layout.capacity_factor_eval=0.5,1")
-    ] = "",
-    by: Annotated[
-        str | None,
-        typer.Option(metavar="KEY=A,B", help="A second one: router.priority=best,position"),
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=V1,V2,...",
+            help="A setting and its values: layout.capacity_factor_eval=0.5,1, short capacity=0.5,1. May be repeated:"
+            " all combinations are evaluated.",
+        ),
     ] = None,
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
@@ -40,20 +41,22 @@ def curve(
     """Evaluate the finished runs of an experiment under other settings, from their last checkpoints.
 
     Nothing is trained. What may vary are keys of layout and router that leave the parameters as they are: capacity in
-    evaluation and its rule, the order of dropping, overflow, experts per token. FLOPs are relative to the run as
-    trained without a capacity.
+    evaluation and its rule, the order of dropping, overflow, experts per token. FLOPs per token are measured for each
+    seed; an arm without any of the keys, such as a dense one, stands as trained.
     """
-    from moebench.analysis.sweep.figure import build_report, draw_curve
-    from moebench.analysis.sweep.measure import Setting, measure
+    from moebench.analysis.sweep.axes import parse_axes
+    from moebench.analysis.sweep.figure import draw_curve
+    from moebench.analysis.sweep.measure import measure
+    from moebench.analysis.sweep.report import build_report
     from moebench.cli.output import make_console
     from moebench.experiment.grid import expand
 
     check_plot(plot)
-    settings = Setting.parse(vary, "--vary"), Setting.parse(by, "--by") if by is not None else None
     grid = expand(find_experiment(experiment), add_size(overrides, size), plugin or ())
     console = make_console(stderr=True)
+    axes = parse_axes(vary or (), [cell.config for cell in grid.cells])
     setting_curve = measure(
-        grid, results, *settings, report_progress=lambda line: console.print(line, highlight=False, markup=False)
+        grid, results, axes, report_progress=lambda line: console.print(line, highlight=False, markup=False)
     )
     if plot:
         draw_curve(setting_curve, plot)

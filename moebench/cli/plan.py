@@ -20,7 +20,7 @@ from moebench.experiment.files import find_experiment
 from moebench.printable import print_text
 
 if TYPE_CHECKING:
-    from moebench.analysis.design.planned_power import PlannedPower
+    from moebench.analysis.seed_planning.planned_power import PlannedPower
     from moebench.experiment.grid import Experiment
 
 Power = Annotated[bool, typer.Option("--power", help="Show which differences the planned seeds can show instead.")]
@@ -81,8 +81,8 @@ def plan(
 
 def _show_power(grid: "Experiment", results: Path, margin: float, *, json: bool) -> None:
     """Print what the planned seeds can show."""
-    from moebench.analysis.design.planned_power import plan_power
-    from moebench.analysis.design.report import build_seeds_table
+    from moebench.analysis.compare.design_report import build_seeds_table
+    from moebench.analysis.seed_planning.planned_power import plan_power
     from moebench.cli.output import make_console, print_table
 
     planned = plan_power(grid, results, margin)

@@ -1,14 +1,17 @@
 """`moebench probe`: what the experts of a finished run have learned."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moebench.cli.options import DEFAULT_RESULTS, Json, Plugins, Results, check_plot
+from moebench.analysis.pretrained.options import PretrainedOptions
+from moebench.cli.options import DEFAULT_RESULTS, Json, Overrides, Plugins, Results, check_plot
 from moebench.cli.output import print_report
 from moebench.cli.probe_sections.table import (
     DEFAULT_PROBE_TOKENS,
+    NOUNS,
     PRETRAINED_PREFIX,
     SECTIONS,
     ProbeRequest,
@@ -17,39 +20,69 @@ from moebench.cli.probe_sections.table import (
     join_reports,
     parse_sections,
 )
+from moebench.cli.subjects import SUFFIXES
 from moebench.errors import UsageError
+from moebench.experiment.files import list_experiments
 
+DEFAULTS = PretrainedOptions()
 MEANINGS = "; ".join(f"{name}: {section.meaning}" for name, section in SECTIONS.items())
 
 
 def probe(
     subject: Annotated[
         str,
-        typer.Argument(metavar="RUN", help="The id of a finished run, or a prefix of it (list runs)."),
+        typer.Argument(
+            metavar="RUN|EXPERIMENT|hf:PATH",
+            help="The id of a finished run, or its beginning; an experiment: all its runs; or a folder of transformers.",
+        ),
     ],
+    overrides: Overrides = None,
     show: Annotated[str, typer.Option(metavar="SECTION,...", help=f"{MEANINGS}.")] = "labels",
     label: Annotated[
-        str | None, typer.Option(help="One kind of label: domain, class, position ... Default: all.")
+        str | None, typer.Option(help="One kind of label: domain, class, position, token_id ... Default: all.")
     ] = None,
     layer: Annotated[
-        str | None, typer.Option(help="The layer in the tables. Default: the one with the most information.")
+        str | None, typer.Option(help="The only layer. Default: all, or the one with the most information.")
     ] = None,
+    arm: Annotated[str | None, typer.Option(help="The only arm of an experiment. Default: all.")] = None,
     tokens: Annotated[
-        int, typer.Option(min=1, help="Positions of the validation split for history, agreement and ablations.")
+        int,
+        typer.Option(min=1, help="Positions, about: of the test split; history, agreement, ablations: of validation."),
     ] = DEFAULT_PROBE_TOKENS,
+    permutations: Annotated[
+        int, typer.Option(min=0, help="Permutations of the labels; 0: only the tables that the run has stored.")
+    ] = 100,
+    data: Annotated[
+        str | None, typer.Option(help="hf:PATH: text file or folder. Default: the test split of the embedded text.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="hf:PATH: float32, bfloat16, float16, or auto: as the weights are stored.")
+    ] = DEFAULTS.dtype,
+    batch_size: Annotated[int, typer.Option(min=1, help="hf:PATH: sequences at a time.")] = DEFAULTS.batch_size,
+    sequence_length: Annotated[
+        int, typer.Option(min=4, help="hf:PATH: tokens of a sequence, at most.")
+    ] = DEFAULTS.sequence_length,
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the section (PNG, PDF, SVG).")] = None,
     json: Json = False,
 ) -> None:
-    """Show which expert takes tokens of which label - domain, class, position, kind of token - on the test split.
+    """Show what experts have learned: which of them takes tokens of which label, on the test split.
 
-    The number of a layer is I(label; expert) / H(label): 1 if the expert determines the label, 0 if it is
-    independent of it. --json has the whole tables, assignments of each label to each expert, for every layer.
+    Information I(label; expert) is in bits, without the bias of a finite sample, beside permuted labels and the same
+    model before training. Of an experiment, runs are pooled by arm, with intervals over seeds.
     """
     check_plot(plot)
     kind = _select_kind(subject)
+    _check_options(kind, overrides, arm)
+    pretrained = PretrainedOptions(
+        data=data, dtype=dtype, batch_size=batch_size, sequence_length=sequence_length, max_tokens=tokens
+    )
+    if kind != "pretrained" and pretrained != replace(DEFAULTS, max_tokens=tokens):
+        raise UsageError(
+            f"--data, --dtype, --batch-size, --sequence-length: apply to hf:PATH, and the subject is {NOUNS[kind]}"
+        )
     sections = parse_sections(show, kind)
     if plot and len(sections) > 1:
         raise UsageError(f"--plot {plot}: draws one section, and --show names {len(sections)}")
@@ -63,7 +96,11 @@ def probe(
             layer=layer,
             plot=plot,
             plugins=tuple(plugin or ()),
-            tokens=tokens,
+            overrides=tuple(overrides or ()),
+            arm=arm,
+            max_tokens=tokens,
+            num_permutations=permutations,
+            pretrained=pretrained,
         )
         for section in sections
     ]
@@ -73,7 +110,16 @@ def probe(
 
 
 def _select_kind(subject: str) -> SubjectKind:
-    return "pretrained" if subject.startswith(PRETRAINED_PREFIX) else "run"
+    if subject.startswith(PRETRAINED_PREFIX):
+        return "pretrained"
+    is_experiment = subject.endswith(SUFFIXES) or "/" in subject or subject in list_experiments()
+    return "experiment" if is_experiment else "run"
+
+
+def _check_options(kind: SubjectKind, overrides: list[str] | None, arm: str | None) -> None:
+    for option, value in (("KEY=VALUE", overrides), ("--arm", arm)):
+        if value and kind != "experiment":
+            raise UsageError(f"{option}: applies to an experiment, and the subject is {NOUNS[kind]}")
 
 
 def _describe_subject(subject: str, kind: SubjectKind, results: Path) -> dict[str, object]:

@@ -28,7 +28,7 @@ from moebench.printable import print_text
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moebench.analysis.design.sequential import DecisionReport
+    from moebench.analysis.seed_planning.sequential import DecisionReport
     from moebench.experiment.grid import Experiment
     from moebench.experiment.run_setup import RunOptions, RunSetup
     from moebench.experiment.runner import RunReport
@@ -260,7 +260,7 @@ def _run_phases(
         from moebench.experiment.phases import run_phases
 
         return run_phases(grid, setup), None
-    from moebench.analysis.design.sequential import run_until_decided
+    from moebench.analysis.seed_planning.sequential import run_until_decided
 
     decisions = run_until_decided(grid, setup, max_seeds)
     return decisions.run, decisions

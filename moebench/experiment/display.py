@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from moebench.launch.containment import Containment
 from moebench.launch.scheduler import Display, Outcome
+from moebench.reporting.formatting import format_plural
 from moebench.runs.cell import Cell
 
 LINE_INTERVAL_S = 20.0
@@ -29,6 +30,13 @@ def format_outcome(outcome: Outcome, metric: str) -> str:
     if outcome.is_retried:
         text += f"; attempt {outcome.attempts + 1} follows"
     return f"{outcome.status:<8} {cell_title(outcome.cell):<28} {text}  ({outcome.seconds:.0f} s)"
+
+
+def format_progress(message: Mapping[str, Any]) -> str:
+    """Return loss and speed of a step, and how many layers are collapsed if any are."""
+    num_collapsed = message.get("num_collapsed", 0)
+    alarm = f"  {format_plural(num_collapsed, 'layer')} collapsed" if num_collapsed else ""
+    return f"loss {message['loss']:.3f}  {message['tokens_per_s']:,.0f} tokens/s{alarm}"
 
 
 @contextlib.contextmanager
@@ -115,8 +123,7 @@ class LiveDisplay(Display):
 
     @override
     def on_progress(self, cell: Cell, message: dict[str, Any]) -> None:
-        detail = f"loss {message['loss']:.3f}  {message['tokens_per_s']:,.0f} tokens/s"
-        self._move(cell, message["step"], detail)
+        self._move(cell, message["step"], format_progress(message))
 
     @override
     def on_end(self, outcome: Outcome) -> None:
@@ -167,10 +174,7 @@ class LineDisplay(Display):
         if now - self.last_line_at.get(cell.id, 0.0) >= LINE_INTERVAL_S:
             self.last_line_at[cell.id] = now
             steps = cell.config.train.steps
-            self.note(
-                f"step     {cell_title(cell):<28} {message['step']}/{steps}  loss {message['loss']:.3f}"
-                f"  {message['tokens_per_s']:,.0f} tokens/s"
-            )
+            self.note(f"step     {cell_title(cell):<28} {message['step']}/{steps}  {format_progress(message)}")
 
     @override
     def on_end(self, outcome: Outcome) -> None:

@@ -74,7 +74,7 @@ def _twin_ids(cell: Cell, sizes: list[MeshSize]) -> Iterator[tuple[str, MeshSize
 
 
 def _copy(source: RunFolder, target: RunFolder) -> int:
-    """Copy journal, loads and undamaged checkpoints, which make the cell resumable, last and atomically.
+    """Copy records and undamaged checkpoints, which make the cell resumable, last and atomically.
 
     Returns the number of checkpoints. Raises UsageError if the disk is too small, or for links.
     """
@@ -92,7 +92,8 @@ def _copy(source: RunFolder, target: RunFolder) -> int:
         (temporary / "checkpoints" / KEPT).mkdir(parents=True)
         try:
             target.result.unlink(missing_ok=True)  # of an attempt that failed before its first checkpoint
-            for original, copy in ((source.journal, target.journal), (source.loads, target.loads)):
+            files = (source.journal, target.journal), (source.loads, target.loads), (source.layers, target.layers)
+            for original, copy in files:
                 if original.exists():
                     _copy_file(original.parent, original.name, temporary / copy.name)
                     (temporary / copy.name).replace(copy)

@@ -28,8 +28,7 @@ from moebench.experiment.tuning import has_diverged, read_tuning
 from moebench.file_access import read_plain_file, require_no_links, require_utf8
 from moebench.launch.scheduler import Outcome
 from moebench.runs.cell import Cell
-from moebench.runs.experiment_record import read_record
-from moebench.runs.folder import write_json
+from moebench.runs.experiment_record import lock_records, read_record, write_record
 from moebench.runs.trivial_baselines import RECORD_KEY
 from moebench.tasks.task import TASKS
 
@@ -103,13 +102,23 @@ def record_experiment(results: Path, experiment: Experiment, added: Mapping[str,
     The history of its seeds is kept and continued. `added`: seeds that arms get beyond those of the file.
     """
     folder = results / "experiments"
-    path = folder / f"{experiment.name}.json"
+    try:
+        folder.mkdir(exist_ok=True)
+        with lock_records(folder):
+            path = folder / f"{experiment.name}.json"
+            write_record(path, _build_record(path, results, experiment, added or {}))
+    except OSError as error:
+        raise UsageError(f"{folder / experiment.name}.json: cannot be written ({error.strerror})") from error
+
+
+def _build_record(path: Path, results: Path, experiment: Experiment, added: Mapping[str, Seeds]) -> dict[str, Any]:
+    """Return the record of an experiment, with the history in the one that is there."""
     earlier: dict[str, Any] = {}
     try:
         earlier = read_record(path) if os.path.lexists(path) else {}
     except UsageError:
         earlier = {LOST_KEY: True}
-    plans = _continue_plans(results, experiment, earlier, added or {})
+    plans = _continue_plans(results, experiment, earlier, added)
     cells = experiment.cells
     if experiment.design is not None:
         plan = read_seed_plan({"name": experiment.name, PLANS_KEY: plans}, experiment.design.key)
@@ -134,12 +143,7 @@ def record_experiment(results: Path, experiment: Experiment, added: Mapping[str,
     record |= {key: value for key, value in earlier.items() if key == RECORD_KEY}
     record |= {PLANS_KEY: plans} if plans else {}
     record |= {LOST_KEY: True} if earlier.get(LOST_KEY) else {}
-    record |= {CURRENT_KEY: experiment.design.key} if experiment.design else {}
-    try:
-        folder.mkdir(exist_ok=True)
-        write_json(path, record)
-    except OSError as error:
-        raise UsageError(f"{folder / experiment.name}.json: cannot be written ({error.strerror})") from error
+    return record | ({CURRENT_KEY: experiment.design.key} if experiment.design else {})
 
 
 def _continue_plans(

@@ -11,8 +11,8 @@ from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
 from moebench.plugin_errors import describe_error
 from moebench.runs.cell import Cell
-from moebench.runs.experiment_record import read_record
-from moebench.runs.folder import RunFolder, write_json
+from moebench.runs.experiment_record import lock_records, read_record, write_record
+from moebench.runs.folder import RunFolder
 from moebench.runs.result import RunResult
 from moebench.runs.trivial_baselines import (
     BELOW_TRIVIAL,
@@ -111,7 +111,8 @@ def record_baselines(
         if each.baselines
     ]
     if stored and stored != record.get(RECORD_KEY):
-        write_json(path, {**record, RECORD_KEY: stored})
+        with lock_records(path.parent):  # read again: another runner may have added seeds while these were computed
+            write_record(path, {**read_record(path), RECORD_KEY: stored})
     return found["test"]
 
 

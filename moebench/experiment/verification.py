@@ -12,11 +12,11 @@ from filelock import FileLock, Timeout
 from moebench.commands import format_command
 from moebench.errors import UsageError
 from moebench.experiment.seed_plan import LOST_KEY
-from moebench.parallel.checkpoint import find_damage
+from moebench.parallel.checkpoint import find_damage, find_refused_content
 from moebench.parallel.manifest import Manifest, list_manifests
 from moebench.runs.checked_json import CHECKSUM, read_json
-from moebench.runs.experiment_record import read_record
-from moebench.runs.folder import RunFolder, list_run_folders, write_json
+from moebench.runs.experiment_record import lock_records, read_record, write_record
+from moebench.runs.folder import RunFolder, list_run_folders
 from moebench.runs.journal import read_journal
 from moebench.runs.recorder import find_missing, read_loads
 from moebench.tasks.cache import read_entry
@@ -96,19 +96,19 @@ def _check_idle_run(folder: RunFolder) -> Iterator[Finding]:
         if CHECKSUM not in read_json(folder.cell):
             yield _unchecked(folder.cell)
     except UsageError as error:
-        yield Finding(where=str(folder.cell), problem=str(error), remedy="`moebench run` of its experiment writes it")
+        yield _damaged(folder.cell, error, "`moebench run` of its experiment writes it")
     try:
         result = folder.read_result()
         if result and CHECKSUM not in read_json(folder.result):
             yield _unchecked(folder.result)
     except UsageError as error:
-        yield Finding(where=str(folder.result), problem=str(error), remedy="delete it; `moebench run` trains the cell")
+        yield _damaged(folder.result, error, "delete it; `moebench run` trains the cell")
     for path in folder.records:
         try:
             folder.require_unchanged(path) if result else None
             _read_record(folder, path)
         except (UsageError, OSError) as error:
-            yield Finding(where=str(path), problem=str(error), remedy=remedy)
+            yield _damaged(path, error, remedy)
     for name in sorted({*(result.records if result else {})} - {path.name for path in folder.records}):
         yield Finding(where=str(folder.path / name), problem="is missing", remedy=remedy)
     if result and result.status == "done" and not list_manifests(folder.checkpoints):
@@ -148,6 +148,9 @@ def _check_checkpoints(folder: RunFolder) -> Iterator[Finding]:
         if damage:
             remedy = "the next run of its experiment uses an earlier one, or starts the cell anew"
             yield Finding(where=str(path.with_suffix(".ckpt")), problem=f"is damaged: {damage}", remedy=remedy)
+        elif refused := find_refused_content(path.with_suffix(".ckpt")):
+            remedy = "delete it, and ask where it comes from: its checksums are right, so someone wrote it like this"
+            yield Finding(where=str(path.with_suffix(".ckpt")), problem=refused, remedy=remedy)
         elif Manifest.read(path).cell is None:
             yield _unchecked(path)
     for path, damage in list_kept_weights(folder)[1].items():
@@ -169,10 +172,12 @@ def _check_records(results: Path) -> Iterator[Finding]:
         try:
             if name in paths:
                 read_record(path)
+                if CHECKSUM not in read_json(path):
+                    yield _unchecked(path)
                 continue
             problem = f"is missing; {len(cells[name])} runs are of this experiment"
         except UsageError as error:
-            problem = str(error)
+            problem = _describe(path, error)
             record[LOST_KEY] = True
         can_write = bool(cells.get(name)) and not path.is_dir() and Path(name).name == name
         remedy = "written anew from its runs, without its question" if can_write else "delete it"
@@ -184,9 +189,19 @@ def _check_records(results: Path) -> Iterator[Finding]:
         )
 
 
+def _describe(path: Path, error: Exception) -> str:
+    """Return what an error says about a file without the path before it, which a finding names itself."""
+    return str(error).removeprefix(str(path)).lstrip(":, ")
+
+
 def _write_record(path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
-    write_json(path, record)
+    with lock_records(path.parent):
+        write_record(path, record)
+
+
+def _damaged(path: Path, error: Exception, remedy: str) -> Finding:
+    return Finding(where=str(path), problem=_describe(path, error), remedy=remedy)
 
 
 def _unchecked(path: Path) -> Finding:

@@ -18,6 +18,7 @@ from moebench.routing.context import RouteContext
 from moebench.routing.contract import check_routing
 from moebench.routing.gate import Gate
 from moebench.routing.layer_name import LayerName
+from moebench.routing.logit_router import LogitRouter
 from moebench.routing.router import Router
 from moebench.routing.values import AnyRouting, LayerRecord, Routing
 from moebench.seeds import make_generator
@@ -106,15 +107,15 @@ class MoELayer(nn.Module):
         if ranks.size == 1 or not self.router.traits.needs_whole_batch:
             return check_routing(self.router, self.router(x_TD, ctx))
         lengths = ctx.span.lengths if ctx.span else ()
-        if not self.router.assigns_logits:
-            routing = self.router(ranks.gather(x_TD, lengths), ctx.of_whole_batch(ranks))
-        else:
+        if isinstance(self.router, LogitRouter) and self.router.needs_logits_only:
             logits_TE = self.router.score_tokens(x_TD, ctx)
             # Gradients stay here: no token's weights depend on the rows of others.
             gathered_TE = ranks.gather(logits_TE.detach(), lengths)
             start = ctx.span.start if ctx.span else 0
             parts = gathered_TE[:start], logits_TE, gathered_TE[start + len(logits_TE) :]
             routing = self.router.assign(torch.cat(parts), ctx.of_scored_batch(ranks))
+        else:
+            routing = self.router(ranks.gather(x_TD, lengths), ctx.of_whole_batch(ranks))
         batch_routing = check_routing(self.router, routing)
         assert isinstance(batch_routing, Routing)
         return batch_routing.slice_tokens(ctx.span.start if ctx.span else 0, x_TD.shape[0])

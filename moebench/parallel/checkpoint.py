@@ -27,7 +27,7 @@ from typing_extensions import override
 from moebench.file_access import open_member
 from moebench.parallel.manifest import Check, Manifest, accept_all, list_manifests, list_unlisted, parse_step
 from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
-from moebench.parallel.safe_reader import SafeReader, TensorPlanner, UnsafeCheckpointError
+from moebench.parallel.safe_reader import SafeReader, TensorPlanner, UnsafeCheckpointError, require_tensors
 
 KEEP = 2
 """Checkpoints kept: the older one is the fallback when the newest is damaged."""
@@ -111,7 +111,10 @@ class VerifiedCheckpointIO(CheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
         # Everything but tensors of model and optimizer; only plain values are ever unpickled.
         with _refusals(Path(path)), open_member(Path(path), REST) as file:
-            return torch.load(file, map_location=map_location or "cpu", weights_only=True)
+            rest = torch.load(file, map_location=map_location or "cpu", weights_only=True)
+            if not isinstance(rest, dict) or not isinstance(rest.get("optimizer_settings"), dict):
+                raise ValueError(f"{REST} has no settings of the optimizer")
+            return rest
 
     @contextlib.contextmanager
     def _torch_checkpoint_errors(self) -> Iterator[None]:
@@ -137,10 +140,23 @@ def _refusals(checkpoint: Path) -> Iterator[None]:
     except (pickle.UnpicklingError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(name in str(error) for name in CONTENT_ERRORS):
             raise
-        reason = " ".join(str(error).split())[:300]
+        # torch's message recommends to load the file without `weights_only`, which would run its code.
+        other = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        reason = f"{other[1]} in place of tensors and plain values" if other else " ".join(str(error).split())[:300]
         raise UnsafeCheckpointError(
             f"{checkpoint}: refused, it has other content than its run saves: {reason}"
         ) from error
+
+
+def find_refused_content(checkpoint: Path) -> str | None:
+    """Return why a checkpoint whose checksums are right is not loaded, or None; one tensor at a time is in memory."""
+    try:
+        with _refusals(checkpoint):
+            require_tensors(checkpoint)
+        VerifiedCheckpointIO().load_checkpoint(checkpoint)
+    except UnsafeCheckpointError as error:
+        return str(error).removeprefix(f"{checkpoint}: ")
+    return None
 
 
 def _split_tensors(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -5,6 +5,7 @@ bytes by unpickling it. Here the description is read as plain values, must descr
 bytes that exist in the files of the checkpoint.
 """
 
+import io
 import math
 import os
 from collections.abc import Mapping
@@ -75,6 +76,17 @@ def read_metadata(checkpoint: Path) -> Metadata:
             f"{checkpoint}: refused, {METADATA} is not the description of a checkpoint of moebench: {error}; delete it"
             " to go on without it"
         ) from error
+
+
+def require_tensors(checkpoint: Path) -> None:
+    """Read every part of a checkpoint, one at a time; raise what `torch.load` raises, and ValueError, for no tensor."""
+    for index, part in read_metadata(checkpoint).storage_data.items():
+        with open_member(checkpoint, part.relative_path) as file:
+            file.seek(part.offset)
+            content = io.BytesIO(file.read(part.length))
+        value = torch.load(content, map_location="cpu", weights_only=True)
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"'{index.fqn}' is stored as a {type(value).__name__} in place of a tensor")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from typing_extensions import override
 from moebench.routing.context import RouteContext
 from moebench.routing.contract import build_router
 from moebench.routing.level import Level
+from moebench.routing.logit_router import LogitRouter
 from moebench.routing.reduction import LossValue, average_losses
 from moebench.routing.router import Router, RouterBuildContext, RouterConfig, RouterTraits
 from moebench.routing.values import LayerRecord, Routing
@@ -39,7 +41,7 @@ class GroupedRouting(Routing):
         )
 
 
-class GroupedRouter(Router):
+class GroupedRouter(LogitRouter):
     """G parallel routers of one class; with `pick_groups`, one above them picks groups for each token.
 
     Without it, every token is routed in every group and the outputs add up: the k top-1 prototypes of M6-T
@@ -74,18 +76,22 @@ class GroupedRouter(Router):
 
     @override
     def score_tokens(self, x_TD: Tensor, ctx: RouteContext) -> Tensor:
-        return torch.cat([router.score_tokens(x_TD, ctx) for router in self._all_routers], dim=1)
+        return torch.cat([router.score_tokens(x_TD, ctx) for router in self._logit_routers], dim=1)
 
     @property
     @override
-    def assigns_logits(self) -> bool:
-        return all(router.assigns_logits for router in self._all_routers)
+    def needs_logits_only(self) -> bool:
+        routers = self._logit_routers
+        return len(routers) == len(self._all_routers) and all(router.needs_logits_only for router in routers)
 
     @override
     def assign(self, logits_TE: Tensor, ctx: RouteContext) -> Routing:
-        parts = torch.split(logits_TE, [router.num_experts for router in self._all_routers], dim=1)
-        of_router = dict(zip(self._all_routers, parts, strict=True))
-        return self._join(lambda router, ctx: router.assign(of_router[router], ctx), ctx)
+        routers = self._logit_routers
+        parts = torch.split(logits_TE, [router.num_experts for router in routers], dim=1)
+        assign_of: dict[Router, Callable[[RouteContext], Any]] = {
+            router: partial(router.assign, part) for router, part in zip(routers, parts, strict=True)
+        }
+        return self._join(lambda router, ctx: assign_of[router](ctx), ctx)
 
     def _join(self, route: Callable[[Router, RouteContext], Any], ctx: RouteContext) -> Routing:
         """Return the flat routing from those of all routers, each of which `route` computes."""
@@ -186,6 +192,10 @@ class GroupedRouter(Router):
     @property
     def _all_routers(self) -> list[Router]:
         return self._routers if self.outer is None else [*self._routers, self.outer]
+
+    @property
+    def _logit_routers(self) -> list[LogitRouter]:
+        return [router for router in self._all_routers if isinstance(router, LogitRouter)]
 
     @property
     def _routers(self) -> list[Router]:

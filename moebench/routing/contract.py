@@ -6,6 +6,7 @@ import torch
 
 from moebench.errors import UsageError
 from moebench.plugin_errors import describe_error
+from moebench.routing.logit_router import LogitRouter
 from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.router import ROUTERS, Form, Router, RouterBuildContext, RouterConfig
 from moebench.routing.values import AnyRouting, ChainRouting, Routing
@@ -52,8 +53,12 @@ def check_router_class(router_class: type[Router], config: RouterConfig, num_exp
         raise RouterContractError(
             f"{label_router(config.name)}: form must be a member of Form, such as Form.LIST, got {router_class.form!r}"
         )
-    if router_class.forward is Router.forward and router_class.assign is Router.assign:
+    if router_class.forward is Router.forward:
         raise RouterContractError(f"{label_router(config.name)}: its class must define forward(x_TD, ctx)")
+    if router_class.forward is LogitRouter.forward and LogitRouter.assign is getattr(router_class, "assign", None):
+        raise RouterContractError(
+            f"{label_router(config.name)}: its class must define score_tokens(x_TD, ctx) and assign(logits_TE, ctx)"
+        )
     signature = inspect.signature(router_class.forward)
     try:
         signature.bind(None, None, None)

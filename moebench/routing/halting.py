@@ -28,6 +28,8 @@ class HaltingRouter(Router):
         self.gate = Gate(context.d_model, 1)
         self.bias = nn.Parameter(torch.empty(1))
         self.initial_bias = initial_bias
+        self.halting_shift = 0.0
+        """Added to the halting logits of all steps."""
 
     def init_weights(self, generator: Generator) -> None:
         """Initialise the bias b; the gate initialises itself."""
@@ -54,7 +56,7 @@ class HaltingRouter(Router):
         for step in range(self.num_experts):
             state_TD = x_TD if ctx.advance is None else ctx.advance(step, ran[-1])
             if step < self.num_experts - 1:  # the last step needs no decision
-                logits.append(self.gate(state_TD) + self.bias.float())
+                logits.append(self.gate(state_TD) + self.bias.float() + self.halting_shift)
                 ran.append(ran[-1] & continues(torch.cat(logits, -1).detach()))
         ran_TE = torch.stack(ran, -1)
         last_TE = ran_TE & ~nn.functional.pad(ran_TE[:, 1:], (0, 1))

@@ -11,6 +11,7 @@ from typing_extensions import TypeVar
 from moebench.components import RouterConfig as RouterConfig
 from moebench.errors import UsageError
 from moebench.registry import Registry
+from moebench.routing.budget import Knob
 from moebench.routing.context import NO_DATA, DataSummary, RouteContext
 from moebench.routing.cost import RouterCost
 from moebench.routing.features.feature import Feature
@@ -69,6 +70,8 @@ class Facts:
     """In training every expert has the same load for any tokens, where the sizes divide: measured."""
     variable_k: bool = False
     """Tokens may use another number of experts than `experts_per_token`, in training or in evaluation: measured."""
+    budget: Knob | None = None
+    """What `layout.match=measured_flops` adjusts to reach a number of FLOPs per token; None: nothing does."""
     cost: str = "T·E"
     """Growth of the time to route T tokens to E experts, without the gate's product."""
     use: str = ""
@@ -173,28 +176,7 @@ class Router(RouterCost, Generic[ConfigT]):
 
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> AnyRouting:
         """Assign the tokens `x_TD` (fp32) to experts."""
-        return self.assign(self.score_tokens(x_TD, ctx), ctx)
-
-    def score_tokens(self, x_TD: Tensor, ctx: RouteContext) -> Tensor:
-        """Return logits_TE of each token, computed from this token alone.
-
-        Routers that need the whole batch define this and `assign` in place of `forward`: several processes then gather
-        E numbers of each token instead of its vector.
-        """
         raise NotImplementedError
-
-    def assign(self, logits_TE: Tensor, ctx: RouteContext) -> AnyRouting:
-        """Assign tokens to experts by their logits.
-
-        Whether a token is valid is all that `ctx` knows of tokens. Weights and scores of a token may have gradients for
-        its own logits alone.
-        """
-        raise NotImplementedError
-
-    @property
-    def assigns_logits(self) -> bool:
-        """Whether `forward` is `assign` of what `score_tokens` returns."""
-        return type(self).forward is Router.forward
 
     @property
     def traits(self) -> RouterTraits:

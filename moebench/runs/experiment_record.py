@@ -1,17 +1,26 @@
 """The records of experiments in a results folder: question, baseline and cells, one file for each experiment."""
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from moebench.errors import UsageError
-from moebench.runs.checked_json import Types, read_json, require_types
+from moebench.runs.checked_json import Types, add_checksum, pop_checksum, read_json, require_types
+from moebench.runs.folder import write_json
 from moebench.schema import DEFAULT_MARGIN
+
+LOCK_TIMEOUT_S = 60.0
+"""A record is locked for milliseconds; a process that was stopped while it held the lock is not waited for."""
 
 
 def read_record(path: Path) -> dict[str, Any]:
     """Return the record of an experiment, with a list `cells` of mappings with an `id`; raise UsageError for damage."""
     record = read_json(path)
     try:
+        record = pop_checksum(record)  # records of earlier versions have none
         optional: dict[str, Types] = {"tuning": dict, "tuning_of": str, "margin": (int, float)}
         optional |= {"seed_plans": dict, "seed_plan": str, "seed_plans_lost": bool}
         require_types(record, {"name": str, "cells": list, **optional}, optional=tuple(optional))
@@ -28,6 +37,30 @@ def read_record(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"{path}: damaged ({error}); `moebench run` of the experiment writes it again") from error
     return record
+
+
+@contextlib.contextmanager
+def lock_records(folder: Path) -> Iterator[None]:
+    """Keep others from writing the records in a folder between a reading and the writing that follows from it.
+
+    Raises UsageError if the lock cannot be had.
+    """
+    try:
+        lock = FileLock(folder / ".lock", timeout=LOCK_TIMEOUT_S)
+        lock.acquire()
+    except Timeout as error:
+        raise UsageError(f"{folder}: another process has held the lock of the records for a minute") from error
+    except OSError as error:
+        raise UsageError(f"{folder}: its lock cannot be written ({error.strerror})") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write the record of an experiment with its checksum, atomically; call it within `lock_records`."""
+    write_json(path, add_checksum(record))
 
 
 def read_records(results: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:

@@ -61,6 +61,11 @@ class RunFolder:
         return self.path / "load.jsonl"
 
     @property
+    def layers(self) -> Path:
+        """Series of each MoE layer, one line per logged step; `runs.layer_series` reads it."""
+        return self.path / "layers.jsonl"
+
+    @property
     def labels(self) -> Path:
         """Assignments of each label to each expert, of the trained model."""
         return self.path / "labels.json"
@@ -107,7 +112,7 @@ class RunFolder:
     @property
     def records(self) -> list[Path]:
         """Files that a finished run does not change any more."""
-        return [path for path in (self.journal, self.loads, self.labels) if path.exists()]
+        return [path for path in (self.journal, self.loads, self.layers, self.labels) if path.exists()]
 
     def read_cell(self) -> dict[str, Any]:
         """Return the content of `cell.json`; raise UsageError if it is missing, damaged or that of another cell."""

@@ -1,4 +1,4 @@
-"""The record that a run writes while it trains: journal, expert loads, labels."""
+"""The record that a run writes while it trains: journal, series of layers, expert loads, labels."""
 
 import hashlib
 import json
@@ -13,12 +13,14 @@ from moebench.errors import UsageError
 from moebench.file_access import open_to_write, read_plain_file
 from moebench.parallel.manifest import RecordPrefix
 from moebench.printable import print_text
+from moebench.runs.append_only_file import AppendOnlyFile
 from moebench.runs.folder import RunFolder, write_atomically
 from moebench.runs.journal import Journal, read_journal
+from moebench.runs.layer_series import LayerValues, format_layer_line, parse_layer_line, read_thinned_series
 
 
 class RunRecorder:
-    """Write the journal of a run, the expert loads of each evaluation and, at the end, the labels of each expert.
+    """Write journal and series of layers of a run, the expert loads of each evaluation and, at the end, the labels.
 
     All processes of a run have the same metrics, so only rank 0 records them: without a folder nothing is written.
     """
@@ -26,6 +28,7 @@ class RunRecorder:
     def __init__(self, folder: RunFolder | None) -> None:
         self.folder = folder
         self.journal = Journal(folder.journal) if folder else None
+        self._layers = AppendOnlyFile(folder.layers) if folder and folder.layers.exists() else None
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add the metrics of one step to the journal."""
@@ -49,6 +52,12 @@ class RunRecorder:
                 file.flush()
                 os.fsync(file.fileno())  # before a checkpoint claims the step
 
+    def record_layers(self, step: int, layers: Mapping[str, LayerValues]) -> None:
+        """Add the values of all MoE layers at a logged step."""
+        if self.folder:
+            self._layers = self._layers or AppendOnlyFile(self.folder.layers)
+            self._layers.append_line(format_layer_line(step, layers))
+
     def record_labels(self, text: str) -> None:
         """Write the label tables of the trained model, JSON from `training.label_tables`, atomically."""
         if self.folder:
@@ -56,14 +65,15 @@ class RunRecorder:
 
     def flush(self) -> None:
         """Block until every point is on the disk."""
-        if self.journal:
-            self.journal.flush()
+        for file in (self.journal, self._layers):
+            if file:
+                file.flush()
 
     def describe(self) -> dict[str, dict[str, int | str]]:
         """Return number and SHA-256 (hex) of the bytes of each file that grows, for the manifest of a checkpoint."""
         if not (self.journal and self.folder):
             return {}
-        summaries = {self.folder.journal.name: self.journal.summary}
+        summaries = {file.path.name: file.summary for file in (self.journal, self._layers) if file}
         if self.folder.loads.exists():
             content = read_plain_file(self.folder.loads, None)
             summaries[self.folder.loads.name] = _summarise(content)
@@ -82,6 +92,7 @@ class RunRecorder:
             self.journal.truncate_to(journal.bytes)
         else:
             self.journal.truncate_after(step)
+        self._rewind_layers(step, records)
         if not self.folder.loads.exists():
             return
         if loads or records or step == 0:
@@ -89,14 +100,25 @@ class RunRecorder:
         else:
             _replace(self.folder.loads, b"".join(_select_loads(self.folder.loads, step)))
 
+    def _rewind_layers(self, step: int, records: Mapping[str, RecordPrefix]) -> None:
+        """Drop the series of layers after a checkpoint; of one that does not know them, all or the later steps."""
+        if self._layers is None:
+            return
+        prefix = records.get(self._layers.path.name)
+        if prefix or records or step == 0:
+            self._layers.truncate_to(prefix.bytes if prefix else 0)
+        else:
+            self._layers.keep_lines(lambda line: parse_layer_line(line).step <= step)
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.journal:
-            self.journal.__exit__(kind, error, trace)
+        for file in (self._layers, self.journal):
+            if file:
+                file.__exit__(kind, error, trace)
 
 
 def find_missing(folder: RunFolder, records: Mapping[str, RecordPrefix]) -> str | None:
@@ -108,6 +130,7 @@ def find_missing(folder: RunFolder, records: Mapping[str, RecordPrefix]) -> str 
         try:
             read_journal(folder.journal)
             read_loads(folder.loads)
+            read_thinned_series(folder.layers)
         except UsageError as error:
             return str(error)
     for name, expected in records.items():
@@ -141,7 +164,7 @@ def _select_loads(file: Path, step: int) -> Iterator[bytes]:
             # A torn last line is later than the checkpoint: the journal is flushed before it is written.
             if line.endswith(b"\n") and int(json.loads(line)["step"]) <= step:
                 yield line
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             print_text(f"load.jsonl: a damaged line was dropped: {line[:80]!r}")
 
 

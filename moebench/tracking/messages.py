@@ -1,6 +1,7 @@
 """What a replay sends of a run: points in batches that a tracker accepts, final values, tables."""
 
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from math import isfinite
 from pathlib import Path
@@ -9,14 +10,22 @@ from typing import Any
 from moebench.errors import UsageError
 from moebench.file_access import read_plain_file
 from moebench.metrics import RESOURCES, TEST
+from moebench.runs.folder import RunFolder
 from moebench.runs.journal import Point
+from moebench.runs.layer_series import LayerValues, iter_layer_series, read_thinned_series
 from moebench.runs.result import RunResult
 from moebench.tracking.metric_selection import SHOWN_RESOURCES, select_names
 from moebench.tracking.mlflow_store import MAX_BATCH, MetricValue
 
 EARLIER_FINAL = "final/"
 """Prefix of all values of a finished run in earlier versions, which had those of the test split twice."""
-METRICS_TABLE, LOAD_TABLE = "metrics.json", "load.json"
+METRICS_TABLE, LOAD_TABLE, LAYERS_TABLE = "metrics.json", "load.json", "layers.json"
+MAX_LAYER_NUMBERS = 200_000
+"""Of the table of layers, loads of experts included: of a longer run every second step, and so on."""
+_LAYER_COLUMNS = (
+    *("step", "layer", "assignments", "min", "10 %", "median", "90 %", "max over mean", "MaxVio", "dead experts"),
+    *("dropped", "unserved", "entropy", "largest logit", "SD of logits", "rows per token", "FLOPs per token", "load"),
+)
 
 
 def split_into_batches(points: list[Point]) -> Iterator[list[Point]]:
@@ -94,12 +103,25 @@ def find_quality(points: list[Point]) -> str:
     return next(names, "").removeprefix(TEST)
 
 
-def build_tables(loads: Path, result: RunResult, points: list[Point]) -> dict[str, dict[str, list[Any]]]:
-    """Return the tables of a run by file name: the load of every expert, and the last value of every metric.
+def describe_collapses(points: Collection[Point]) -> str:
+    """Return step, layers and experts of the first collapse among the points, in one line; an empty text for none."""
+    for point in points:
+        experts = {name.split("/")[1]: value for name, value in point.metrics.items() if _COLLAPSE.fullmatch(name)}
+        if experts:
+            return f"step {point.step}: " + "; ".join(f"layer {name}, expert {n:.0f}" for name, n in experts.items())
+    return ""
 
-    Raises UsageError for a damaged file of loads.
+
+_COLLAPSE = re.compile(r"collapse/[^/]+/expert")
+
+
+def build_tables(folder: RunFolder, result: RunResult, points: list[Point]) -> dict[str, dict[str, list[Any]]]:
+    """Return the tables of a run by file name: the load of every expert, layers by step, every metric's last value.
+
+    Raises UsageError for a damaged file of loads or layers.
     """
-    tables = {LOAD_TABLE: _load_table(loads)} if loads.exists() else {}
+    tables = {LOAD_TABLE: _load_table(folder.loads)} if folder.loads.exists() else {}
+    tables |= {LAYERS_TABLE: _layers_table(folder.layers)} if folder.layers.exists() else {}
     last = {name: (point.step, value) for point in points for name, value in point.metrics.items()}
     final = _prefix(TEST, result.metrics) | _prefix(RESOURCES, {**result.cost, **result.throughput})
     values = {name: (result.step, value) for name, value in final.items()} | last
@@ -124,3 +146,26 @@ def _load_table(path: Path) -> dict[str, list[Any]]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         raise UsageError(f"{path}: not a record of load ({error})") from error
     return {"columns": ["step", "layer", "assignments", "max over mean", "load"], "data": rows}
+
+
+def _layers_table(path: Path) -> dict[str, list[Any]]:
+    first = next(iter_layer_series(path), None)
+    per_step = sum(len(_LAYER_COLUMNS) + len(layer.load) for layer in first.layers.values()) if first else 1
+    points = read_thinned_series(path, max(MAX_LAYER_NUMBERS // max(per_step, 1), 2))
+    rows = [[point.step, name, *_list_layer(layer)] for point in points for name, layer in point.layers.items()]
+    return {"columns": list(_LAYER_COLUMNS), "data": rows}
+
+
+def _list_layer(layer: LayerValues) -> list[Any]:
+    quantiles = [round(layer.load_quantile(share), 4) for share in (0, 0.1, 0.5, 0.9, 1)]
+    shares = [round(share, 6) for share in (layer.max_violation, layer.drop_rate, layer.unserved_rate)]
+    return [
+        layer.assignments,
+        *quantiles,
+        shares[0],
+        layer.dead_experts,
+        *shares[1:],
+        *(layer.entropy, layer.logit_max, layer.logit_std),
+        *(layer.experts_per_token, layer.flops_per_token),
+        list(layer.load),
+    ]

@@ -21,13 +21,14 @@ _SHOWN = {
     "train/load": ("max_violation", "drop_rate"),
     "parallel": ("all_to_all_share", "wait_share", "sent_mib", "rank_load_max", "peak_memory_gib"),
     "spike": ("loss", "grad_norm"),
+    "collapse": ("layers",),
     "balance": (),
     "time": (),
     "rewind": (),
 }
 """Of these groups only these."""
 _HIDDEN = re.compile(r"(eval|test)/(load/(cv|flops_per_token|experts_per_token|reroute_rate)|class_accuracy/.*)")
-_GROUP = re.compile(r"(train/load|parallel|spike|balance|time|rewind)/(.+)")
+_GROUP = re.compile(r"(train/load|parallel|spike|collapse|balance|time|rewind)/(.+)")
 
 
 def select_names(point: Point) -> list[str]:

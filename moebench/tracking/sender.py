@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moebench.errors import UsageError
-from moebench.runs.journal import Point
+from moebench.runs.journal import Point, read_journal
 from moebench.tracking.bookkeeping import CELL, CURSOR, DESCRIBED, NON_FINITE, RESULTS, SENT, describe
 from moebench.tracking.cursor import Cursor, compute_tail_checksum, record_cursor
 from moebench.tracking.experiment_run import ExperimentRun, build_parent_tags
@@ -16,6 +16,7 @@ from moebench.tracking.messages import (
     build_tables,
     collect_final_values,
     collect_unsent_values,
+    describe_collapses,
     find_quality,
     split_into_batches,
 )
@@ -25,6 +26,9 @@ from moebench.tracking.report import ReplayReport
 from moebench.tracking.run_description import DESCRIPTION_VERSION, build_note, build_tags, list_params
 from moebench.tracking.source import RunSource, results_id
 from moebench.tracking.stored_runs import EXPERIMENT, STATUSES, find_stored_runs, was_trained_again
+
+COLLAPSE = "collapse"
+"""Tag of a run in which a layer has collapsed."""
 
 
 class Sender:
@@ -92,7 +96,16 @@ class Sender:
             self._log(run.id, values, tags)
             report += ReplayReport(values=len(values), non_finite=len(non_finite))
             record_cursor(source, self.store, run.id, cursor)
+        self._mark_collapse(source, run, points, cursor)
         return report, self._update_run(source, run, cursor)
+
+    def _mark_collapse(self, source: RunSource, run: StoredRun, points: list[Point], cursor: Cursor) -> None:
+        """Name the first collapse in a tag, also one after the last checkpoint: a resumed run would repeat it."""
+        if COLLAPSE not in run.tags:
+            later, _ = read_journal(source.folder.journal, cursor.offset)
+            text = describe_collapses([*points, *later])
+            if text:
+                self.store.log(run.id, tags={COLLAPSE: text})
 
     def _find_or_create_run(self, source: RunSource, parent: StoredRun) -> StoredRun:
         run = self.stored.get(source.id)
@@ -154,7 +167,7 @@ class Sender:
         assert result is not None
         for path in source.attachments:
             self.store.log_file(run.id, path)
-        self.store.log_tables(run.id, build_tables(source.folder.loads, result, points))
+        self.store.log_tables(run.id, build_tables(source.folder, result, points))
         end_s = points[-1].time if points else source.folder.result.stat().st_mtime
         end_ms = max(int(1000 * end_s), run.start_ms)
         stored_names = run.last_values.keys()

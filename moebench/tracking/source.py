@@ -73,7 +73,9 @@ class RunSource:
     @cached_property
     def digest(self) -> str:
         """Checksum of the result and its files, which are sent again when it changes."""
-        return digest_files([path for path in [*self.attachments, self.folder.loads] if path.is_file()])
+        return digest_files(
+            [path for path in [*self.attachments, self.folder.loads, self.folder.layers] if path.is_file()]
+        )
 
 
 def digest_files(files: Iterable[Path], text: str = "") -> str:

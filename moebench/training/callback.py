@@ -13,13 +13,14 @@ from moebench.parallel.replicas import check_replicas
 from moebench.printable import print_text
 from moebench.runs.recorder import RunRecorder
 from moebench.schema import TrainConfig
+from moebench.training.budget import Budget, build_budget
 from moebench.training.evaluation import Evaluation
 from moebench.training.executed_cost import ExecutedCost
 from moebench.training.kept_weights import save_kept_weights
 from moebench.training.module import CellModule
 from moebench.training.objective import average_objectives
 from moebench.training.spikes import SpikeGuard
-from moebench.training.step_metrics import ParallelCosts, compute_load_metrics, compute_parallel_metrics
+from moebench.training.step_metrics import ParallelCosts, compute_parallel_metrics, measure_load
 from moebench.training.step_timer import StepTimer
 from moebench.training.system_usage import SystemUsage
 from moebench.training.utilization import compute_mfu, count_training_flops, find_peak_flops
@@ -58,12 +59,16 @@ class CellCallback(lightning.Callback):
         self.parallel_costs = ParallelCosts()
         self.executed_cost = ExecutedCost(())
         """Cost of all training steps."""
+        self.budget: Budget | None = None
+        """What holds the cost at a target; None where the cell has none."""
         self.peak_flops: float | None = None
         """FLOP/s of the device in the products of the cell; None: not known."""
         self.system_usage: SystemUsage | None = None
         """Of the process that records; None before training."""
         self.spike_guard: SpikeGuard | None = None
         """That of the module, whose state is part of a checkpoint."""
+        self.watched: CellModule | None = None
+        """The module whose alarm of collapses is part of a checkpoint."""
         self.final: Evaluation | None = None
         """Evaluation on the test split, after the last step; None before."""
         self.validation: Evaluation | None = None
@@ -73,7 +78,8 @@ class CellCallback(lightning.Callback):
     def setup(self, trainer: Any, pl_module: lightning.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, CellModule)
         self.executed_cost = ExecutedCost(pl_module.layers)  # before a checkpoint is loaded
-        self.spike_guard = pl_module.spike_guard
+        self.budget = build_budget(pl_module.config, pl_module.model, pl_module.task)
+        self.spike_guard, self.watched = pl_module.spike_guard, pl_module
         self.peak_flops = find_peak_flops(pl_module.config.train, pl_module.mesh.device)
 
     @override
@@ -85,7 +91,9 @@ class CellCallback(lightning.Callback):
             "parallel": self.parallel_costs.sums,
             "num_timed": self.parallel_costs.num_steps,
             "execution": self.executed_cost.to_list(),
+            "budget": self.budget.state_dict() if self.budget else None,
             "spikes": self.spike_guard.state_dict() if self.spike_guard else None,
+            "collapses": self.watched.save_telemetry() if self.watched else None,
         }
 
     @override
@@ -93,8 +101,12 @@ class CellCallback(lightning.Callback):
         self.executed_cost.load_list(state_dict["execution"])
         self.timer.restore(state_dict["seconds"], state_dict["tokens"], state_dict["waits"])
         self.parallel_costs = ParallelCosts(sums=state_dict["parallel"], num_steps=state_dict["num_timed"])
+        if self.budget and state_dict.get("budget"):
+            self.budget.load_state_dict(state_dict["budget"])
         if self.spike_guard and state_dict.get("spikes"):  # earlier versions did not write them
             self.spike_guard.load_state_dict(state_dict["spikes"])
+        if self.watched and state_dict.get("collapses"):
+            self.watched.load_telemetry(state_dict["collapses"])
 
     @override
     def on_train_start(self, trainer: Any, pl_module: lightning.LightningModule) -> None:
@@ -125,6 +137,8 @@ class CellCallback(lightning.Callback):
         if is_read:
             module.check_steps()
         module.update_routers()
+        if self.budget:
+            self.budget.update(module.records, module.mesh)
         module.mesh.traffic.stop_counting()
         self.timer.stop(module.device, module.source.count_positions(step - 1))
         if is_read:
@@ -135,8 +149,11 @@ class CellCallback(lightning.Callback):
         if self._is_logged(train, step):
             self._log(module, step)
         self._record_spikes(module, step)
+        self._record_collapses(module)
         if step % module.config.parallel.check_every == 0 or is_last:
             check_replicas(module, module.mesh)
+        if is_last and self.budget:
+            self.budget.freeze(lambda: module.evaluate("validation").load["load/flops_per_token"])
         if step % train.eval_every == 0 or is_last:
             self._validate(module, step)
         if is_last:
@@ -152,8 +169,8 @@ class CellCallback(lightning.Callback):
         if step % train.checkpoint_every == 0 or is_last or saves_on_stop:
             self._save(trainer, module, step)
         trainer.should_stop = trainer.should_stop or self.is_stopped
-        speed = self.timer.recent_tokens_per_s
-        self.context.report_progress({"step": step, "loss": module.last_loss, "tokens_per_s": speed})
+        progress = {"step": step, "loss": module.last_loss, "tokens_per_s": self.timer.recent_tokens_per_s}
+        self.context.report_progress(progress | {"num_collapsed": module.collapse_alarm.num_collapsed})
 
     @staticmethod
     def _is_followed(module: CellModule, step: int) -> bool:
@@ -174,15 +191,17 @@ class CellCallback(lightning.Callback):
             "train/tokens_per_s": speed,
             "time/data_share": self.timer.data_share,
         }
-        load = compute_load_metrics(module)
-        metrics |= {f"train/{name}": value for name, value in load.items()}
+        load = measure_load(module)
+        metrics |= {f"train/{name}": value for name, value in load.metrics.items()}
         if self.peak_flops:
-            flops = count_training_flops(module.model, module.task, load)
+            flops = count_training_flops(module.model, module.task, load.metrics)
             metrics["train/mfu"] = compute_mfu(flops, speed, self.peak_flops * module.mesh.size)
         parallel_metrics = compute_parallel_metrics(module, self.timer)
         self.parallel_costs.add(step, parallel_metrics)
         usage = self.system_usage.measure() if self.system_usage and module.mesh.is_first else {}
         self.context.recorder.append(step, metrics | parallel_metrics | usage)
+        if load.layers:
+            self.context.recorder.record_layers(step, load.layers)
 
     def _record_spikes(self, module: CellModule, last_step: int) -> None:
         """Record the new spikes up to a step; those of a step whose update is skipped are known before it ends."""
@@ -192,6 +211,17 @@ class CellCallback(lightning.Callback):
             self.context.recorder.append(spike.step, spike.metrics)
             if module.mesh.is_first:
                 print_text(f"{spike}" + ("; its update is skipped" if module.is_update_skipped else ""))
+
+    def _record_collapses(self, module: CellModule) -> None:
+        """Record layers that have collapsed or recovered, and tell the user."""
+        events, module.new_collapses = module.new_collapses, []
+        for step in dict.fromkeys(event.step for event in events):
+            metrics = {"collapse/layers": float(module.collapse_alarm.num_collapsed)}
+            for event in events:
+                metrics |= event.metrics if event.step == step else {}
+            self.context.recorder.append(step, metrics)
+        for event in events if module.mesh.is_first else ():
+            self.context.report_note(str(event))
 
     def _validate(self, module: CellModule, step: int) -> None:
         self.validation = module.evaluate("validation")
@@ -207,6 +237,8 @@ class CellCallback(lightning.Callback):
         module.check_steps()  # a run that is stopped ends at a step like any other
         self.timer.settle()
         self._record_spikes(module, step)
+        self._record_collapses(module)
+        module.load_window.sum_over(module.mesh.world)
         self.executed_cost.all_reduce(module.mesh)  # every process saves the sums over all of them
         self.context.recorder.flush()  # the journal is on the disk before a checkpoint claims its steps
         fields = {"cell": self.cell_id, "records": self.context.recorder.describe()}

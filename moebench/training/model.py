@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from moebench.experts.knobs import make_adjustable
 from moebench.models.build import NO_FEATURES, build_backbone
 from moebench.models.cost import Cost, compute_cost, count_flops
 from moebench.models.encoder_decoder import EncoderDecoder
@@ -127,6 +128,8 @@ def build_model(config: CellConfig, task: Task, sized_as: CellConfig | None = No
     head = tie(embedding, head) if config.model.tie_embeddings else head
     model = Model(embedding, backbone, head, features, modules, select_embedding_scale(config.model))
     _choose_computation(model, config.train, task)
+    if config.layout.match == "measured_flops":
+        make_adjustable(backbone.moe_layers())
     return model
 
 

@@ -1,7 +1,7 @@
 """The Lightning module of a cell: training step, optimizer, and the check for non-finite losses and gradients."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from moebench.training.optimizer.schedule import compute_rate_factor
 from moebench.training.rewinds import NO_REWINDS, RewindRequest, Rewinds
 from moebench.training.spikes import Spike, SpikeGuard
 from moebench.training.step_values import PendingValues
+from moebench.training.telemetry.collapse import WINDOW_STEPS, Collapse, CollapseAlarm, LoadWindow
 from moebench.training.z_loss import add_z_loss
 
 
@@ -102,6 +103,11 @@ class CellModule(lightning.LightningModule):
         self.new_spikes: list[Spike] = []
         """Those that are not in the journal yet."""
         self.router_states = RouterStates(self.layers)
+        self.has_telemetry = True
+        """Whether layers are watched and their values recorded; only the step benchmark leaves it out."""
+        self.load_window, self.collapse_alarm = LoadWindow(self.layers), CollapseAlarm(self.layers)
+        self.new_collapses: list[Collapse] = []
+        """Those that are not in the journal yet."""
 
     @override
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
@@ -174,10 +180,19 @@ class CellModule(lightning.LightningModule):
             norm = clip_in_update(optimizer, self.parameters(), self.config.train.clip_norm, sums[0])
         else:
             norm = clip_grad_norm(self.parameters(), self.config.train.clip_norm)
-        self.pending_values.put(self.global_step, torch.cat([sums, norm.double().view(1)]))
+        self.pending_values.put(self.global_step, torch.cat([sums, norm.double().view(1), *self._count_loads()]))
         self.last_rate = self.config.train.learning_rate * compute_rate_factor(self.global_step, self.config.train)
         # The values of the step before are there by now: the device has work, and the host does not wait for it.
         self.check_steps(keep=1 if self.checks_later else 0)
+
+    def _count_loads(self) -> list[Tensor]:
+        """Add the loads of the step to the window; return its sums where it ends, fp64."""
+        if not self.has_telemetry:
+            return []
+        self.load_window.add(self.records)
+        is_end = (self.global_step + 1) % WINDOW_STEPS == 0
+        load_X = self.load_window.close(self.mesh.world) if is_end else None
+        return [] if load_X is None else [load_X.double()]
 
     def check_steps(self, *, keep: int = 0) -> None:
         """Check the steps whose values are pending, all but the latest `keep`.
@@ -190,6 +205,8 @@ class CellModule(lightning.LightningModule):
             self.stop_agreed = values.num_stop_requests > 0
             self._require_finite(values.total_loss, "loss", values.step)
             self._require_finite(values.grad_norm, "gradient norm", values.step)
+            if values.window_loads:
+                self.new_collapses += self.collapse_alarm.check(values.step + 1, values.window_loads)
             self._apply_spike_policy(values.step)
 
     def _require_finite(self, value: float, what: str, step: int) -> None:
@@ -220,6 +237,15 @@ class CellModule(lightning.LightningModule):
     def is_update_skipped(self) -> bool:
         """Whether the policy left out the update of the last step."""
         return self.spike_guard.policy == "skip" and self.spike_guard.latest is not None
+
+    def save_telemetry(self) -> dict[str, Any]:
+        """Return the state of the alarm for a checkpoint, as plain values; call `load_window.sum_over` first."""
+        return {"window": self.load_window.to_list(), "alarm": self.collapse_alarm.to_dict()}
+
+    def load_telemetry(self, state: Mapping[str, Any]) -> None:
+        """Restore the state of the alarm."""
+        self.load_window.load_list(state["window"], self.mesh.device)
+        self.collapse_alarm.load_dict(state["alarm"])
 
     def update_routers(self) -> None:
         """Update the state of routers from the loads of the step; call after the update and before a checkpoint."""

@@ -63,4 +63,5 @@ def _compute_cost(module: CellModule, callback: CellCallback) -> dict[str, float
         cost[f"train_{quantity}"] = planned.train_passes * trained.get(name, cost[quantity])
         cost[f"eval_{quantity}"] = evaluated.get(name, cost[quantity])
     cost["train_flops_per_token"] += planned.training_only_flops
+    cost |= callback.budget.to_cost() if callback.budget else {}
     return cost | {"train_tokens": float(count_train_tokens(module.config, task, module.source.rewinds))}

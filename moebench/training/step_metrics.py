@@ -1,6 +1,6 @@
 """Metrics of one logged step: expert load over all processes, and what communication between them cost."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +12,11 @@ from moebench.parallel.sharded_optimizer import count_state_bytes
 from moebench.parallel.traffic import peak_memory_gib, predict_bytes
 from moebench.routing.metrics import LoadCount, sum_counts, summarise_load
 from moebench.routing.values import LayerRecord
+from moebench.runs.layer_series import LayerValues
 from moebench.training.executed_cost import ExecutedCost
 from moebench.training.module import CellModule
 from moebench.training.step_timer import StepTimer
+from moebench.training.telemetry.layer_values import build_layer_values, summarise_logits
 
 MIB = 2**20
 
@@ -38,21 +40,36 @@ class ParallelCosts:
         return {name: total / self.num_steps for name, total in self.sums.items()}
 
 
-def compute_load_metrics(module: CellModule) -> dict[str, float]:
-    """Compute the load metrics and executed cost of the current step over all processes; empty for a dense model.
+@dataclass(frozen=True, kw_only=True)
+class StepLoad:
+    """Expert load and executed cost of a step over all processes; empty for a dense model."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Means over layers."""
+    layers: Mapping[str, LayerValues] = field(default_factory=dict)
+
+
+def measure_load(module: CellModule) -> StepLoad:
+    """Measure load, drops and executed cost of the current step, and the logits where layers are watched.
 
     Raises RouterContractError if a router uses another number of experts per token than it declares.
     """
     if not module.records:
-        return {}
+        return StepLoad()
     mesh, executed_cost = module.mesh, ExecutedCost(module.layers)
-    layers = [[LoadCount.from_record(record) for record in layer] for layer in zip(*module.records, strict=True)]
-    for records in module.records:
-        executed_cost.add(records)
+    records = list(zip(*module.records, strict=True))  # by layer
+    layers = [[LoadCount.from_record(record) for record in layer_records] for layer_records in records]
+    for pass_records in module.records:
+        executed_cost.add(pass_records)
     executed_cost.all_reduce(mesh)
     executed_cost.check_experts_per_token()
-    load = summarise_load(sum_counts([sum(counts[1:], counts[0]) for counts in layers], mesh.world))
-    return load | executed_cost.metrics(module.model, module.task)
+    counts = sum_counts([sum(counts[1:], counts[0]) for counts in layers], mesh.world)
+    metrics = summarise_load(counts) | executed_cost.metrics(module.model, module.task)
+    if not module.has_telemetry or not records:
+        return StepLoad(metrics=metrics)
+    logits = summarise_logits(module.layers, records, mesh.world)
+    length = records[0][0].sequence_length or 0
+    return StepLoad(metrics=metrics, layers=build_layer_values(counts, executed_cost, logits, length))
 
 
 def compute_parallel_metrics(module: CellModule, timer: StepTimer) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Numbers of each step on their way from the device to the host, which waits for none of them."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,8 @@ class StepValues:
     num_stop_requests: float
     grad_norm: float
     """Before clipping."""
+    window_loads: Sequence[float] = ()
+    """Of the watched layers, where a window of steps ends with this one; see `telemetry.collapse`."""
 
 
 class PendingValues:
@@ -28,7 +30,7 @@ class PendingValues:
         self._copies: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def put(self, step: int, values_X: Tensor) -> None:
-        """Begin to copy the values of a step, in the order of the fields of `StepValues`."""
+        """Begin to copy the values of a step (fp64), in the order of the fields of `StepValues`."""
         copy_X, event = values_X.to("cpu", non_blocking=True), None
         if values_X.device.type == "cuda":
             event = torch.cuda.current_stream(values_X.device).record_event()
@@ -40,11 +42,12 @@ class PendingValues:
             step, copy_X, event = self._copies.popleft()
             if event is not None:
                 event.synchronize()
-            total_loss, task_loss, num_stop_requests, grad_norm = copy_X.tolist()
+            total_loss, task_loss, num_stop_requests, grad_norm, *window_loads = copy_X.tolist()
             yield StepValues(
                 step=step,
                 total_loss=total_loss,
                 task_loss=task_loss,
                 num_stop_requests=num_stop_requests,
                 grad_norm=grad_norm,
+                window_loads=window_loads,
             )

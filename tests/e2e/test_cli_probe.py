@@ -34,6 +34,13 @@ def test_a_run_as_text_and_as_a_figure(finished: CommandLine, warm: WarmCommandL
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
+def test_arms_whose_tokens_all_use_as_many_experts_say_so(finished: CommandLine, warm: WarmCommandLine) -> None:
+    for arm, line in {"dense": "dense is dense", "top_k": "every token of top_k uses the same number"}.items():
+        ended = warm(finished, "probe", id_of(finished, arm), "--show", "compute")
+        assert (ended.code, ended.err) == (0, "")
+        assert line in ended.out
+
+
 @pytest.mark.parametrize(
     ("arm", "more", "words"),
     [

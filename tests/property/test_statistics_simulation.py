@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from support.verdict_simulation import claim_differences
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
 from moebench.analysis.compare.comparison import Comparison, compare
 from moebench.runs.result import Fault, RunResult
 

@@ -22,7 +22,7 @@ from support.verdict_simulation import (
     measure_false_claims,
 )
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
 from moebench.analysis.compare.comparison import compare
 from moebench.analysis.compare.legend import describe_limit
 from moebench.analysis.compare.values import BITS_PER_BYTE, Comparison, ComparisonMetric

@@ -164,11 +164,13 @@ SERVER = Path(__file__).with_name("warm_server.py").read_text(encoding="utf-8")
 class WarmCommandLine:
     """Runs each call in a process forked from one that has done the imports: ten times faster.
 
-    Its calls share the server from which they fork their workers, too.
+    Its calls share the server from which they fork their workers, too. Training draws no figures of runs and
+    experiments, unless `draws_figures` is set: for all calls here (`make test-all`), or for one of them.
     """
 
-    def __init__(self, scratch: Path) -> None:
+    def __init__(self, scratch: Path, *, draws_figures: bool = False) -> None:
         self.scratch = scratch
+        self.draws_figures = draws_figures
         self.server: subprocess.Popen[str] | None = None
         self.has_unread_answer = False
 
@@ -179,11 +181,13 @@ class WarmCommandLine:
         timeout: float = TIMEOUT_S,
         stdin: str = "",
         environment: Mapping[str, str] = MappingProxyType({}),
+        draws_figures: bool = False,
     ) -> CommandResult:
         """Run a command in the folder of a command line, with `stdin` as its standard input."""
         out, err, given = self.scratch / "out", self.scratch / "err", self.scratch / "in"
         given.write_text(stdin)
-        self.send(cli, ("moebench", *arguments), {"in": str(given), "out": str(out), "err": str(err)}, environment)
+        streams = {"in": str(given), "out": str(out), "err": str(err)}
+        self.send(cli, ("moebench", *arguments), streams, environment, draws_figures=draws_figures)
         return CommandResult(self.read_code(arguments, timeout), out.read_text(), err.read_text())
 
     def run_script(self, cli: CommandLine, file: Path, *arguments: str) -> CommandResult:
@@ -198,6 +202,8 @@ class WarmCommandLine:
         arguments: Sequence[str],
         streams: Mapping[str, str],
         environment: Mapping[str, str] = MappingProxyType({}),
+        *,
+        draws_figures: bool = False,
     ) -> None:
         """Begin a command or a program, whose streams are files (`in`, `out`, `err`) or a `terminal`."""
         if self.has_unread_answer:  # of a command in the background, whose test has failed
@@ -205,8 +211,9 @@ class WarmCommandLine:
         server = self.server = self.server or self._start()
         assert server.stdin is not None
         self.has_unread_answer = True
-        call = {"folder": str(cli.folder), "arguments": arguments, "environment": {MARK: cli.mark, **environment}}
-        print(json.dumps(call | dict(streams)), file=server.stdin, flush=True)
+        call: dict[str, Any] = {"folder": str(cli.folder), "arguments": arguments, **streams}
+        call |= {"environment": {MARK: cli.mark, **environment}, "draws_figures": draws_figures or self.draws_figures}
+        print(json.dumps(call), file=server.stdin, flush=True)
 
     def start(self, cli: CommandLine, *arguments: str) -> psutil.Process:
         """Begin a command in the background and return its process; `finish` returns its result."""
@@ -261,10 +268,10 @@ class WarmCommandLine:
         *arguments: str,
         results: str = "results",
         name: str = "./tiny.yaml",
-        timeout: float = TIMEOUT_S,
+        **options: Any,
     ) -> CommandResult:
         """Call `run` without a tracker."""
-        return self(cli, "run", name, "--results", results, "--tracker", "none", *arguments, timeout=timeout)
+        return self(cli, "run", name, "--results", results, "--tracker", "none", *arguments, **options)
 
     def close(self) -> None:
         """End the server, and with it the one that forks workers."""

@@ -4,10 +4,11 @@ import contextlib
 import os
 import pickle
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ LIMIT_S = 280
 """Seconds without a result after which the processes are killed."""
 
 CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["moebench.training.train"])
+CONTEXT.set_forkserver_preload(["support.process_group_imports"])
 
 Job = Callable[..., Any]
 """(mesh, *arguments) -> anything that can be pickled."""
@@ -79,7 +80,8 @@ class Shape:
             ours, theirs = CONTEXT.Pipe()
             member = (theirs, config, process_info, self.is_separate, job, arguments)
             process = CONTEXT.Process(target=_member, args=member, daemon=True)
-            process.start()
+            with _test_modules_found():
+                process.start()
             theirs.close()
             pipes.append(ours)
             processes.append(process)
@@ -93,6 +95,20 @@ class Shape:
 
 SHAPES = [Shape(2, 1), Shape(1, 2), Shape(2, 2), Shape(1, 4)]
 ALONE = Shape()
+
+
+@contextlib.contextmanager
+def _test_modules_found() -> Iterator[None]:
+    """Set the path on which the fork server, which the first process starts, finds its preloaded module."""
+    previous = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), previous]))
+    try:
+        yield
+    finally:
+        if previous is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = previous
 
 
 def _collect(pipes: list[Connection]) -> list[Any]:

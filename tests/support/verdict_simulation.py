@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
 
 Array = NDArray[np.float64]
 Claims = NDArray[np.bool_]

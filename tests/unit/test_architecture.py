@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import moebench
@@ -92,6 +93,18 @@ def test_imports_go_one_way() -> None:
             if parts[0] == "moebench" and len(parts) > 1 and parts[1] in RANK and RANK[parts[1]] > RANK[package]:
                 wrong.append(f"{file}:{line} imports {module}")
     assert not wrong
+
+
+def test_packages_of_the_analysis_do_not_import_each_other() -> None:
+    """Nor do they in a longer circle."""
+    imports: dict[str, set[str]] = {}
+    for file, tree in TREES.items():
+        if package_of(file) == "analysis":
+            package = file.relative_to(PACKAGE / "analysis").parts[0].removesuffix(".py")
+            parts = [module.split(".") for module, _ in imported_modules(tree, file)]
+            others = {each[2] for each in parts if each[:2] == ["moebench", "analysis"] and len(each) > 2} - {package}
+            imports.setdefault(package, set()).update(others)
+    TopologicalSorter(imports).prepare()  # raises CycleError, which names the circle
 
 
 def test_the_documented_order_of_imports_is_the_tested_one() -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from math import isfinite
 from statistics import fmean, median
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
 from moebench.analysis.compare.matching import check_matching, compute_cost_ratio, list_unmatched_arms
 from moebench.analysis.compare.pairs import compare_pairs
 from moebench.analysis.compare.rare_bad_seeds import find_rare_bad_seeds

@@ -3,8 +3,8 @@
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from moebench.analysis.compare import statistics as st
-from moebench.analysis.design.report import build_design_values
+from moebench.analysis import statistics as st
+from moebench.analysis.compare.design_report import build_design_values
 from moebench.tasks.task import OUT_OF_DOMAIN
 
 if TYPE_CHECKING:

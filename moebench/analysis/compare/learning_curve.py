@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
 from moebench.analysis.compare.label_positions import spread_labels
 from moebench.analysis.compare.trivial_lines import draw_trivial_lines, draw_warning, include_reference
 from moebench.reporting.canvas import GREY

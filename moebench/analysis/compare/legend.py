@@ -1,10 +1,10 @@
 """The legend of a comparison: what the columns and marks in its tables mean."""
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
+from moebench.analysis.compare.design_report import explain_design
 from moebench.analysis.compare.sentences import describe_margin
 from moebench.analysis.compare.trivial_rows import explain_trivial_baselines
 from moebench.analysis.compare.values import NON_CAUSAL, Comparison
-from moebench.analysis.design.report import explain_design
 from moebench.metrics import EXECUTED
 from moebench.reporting.formatting import format_plural
 from moebench.reporting.metrics import explain_metrics

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
 from moebench.analysis.compare.result_grid import ResultGrid
 from moebench.analysis.compare.values import Difference
 from moebench.analysis.compare.verdict import Verdict, decide

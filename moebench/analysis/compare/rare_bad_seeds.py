@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import stats
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
 
 if TYPE_CHECKING:
     from moebench.analysis.compare.values import ArmSummary

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from moebench.analysis.compare.axes import build_axis_tables
+from moebench.analysis.compare.budget import build_budget_table
+from moebench.analysis.compare.design_report import build_design_tables
 from moebench.analysis.compare.legend import build_legend
 from moebench.analysis.compare.sentences import describe_margin, list_verdicts
 from moebench.analysis.compare.trivial_rows import (
@@ -13,7 +15,6 @@ from moebench.analysis.compare.trivial_rows import (
 )
 from moebench.analysis.compare.tuning import EDGE, build_tuning_table, list_tuning_notes
 from moebench.analysis.compare.values import ArmSummary, Comparison, Difference, LostCell
-from moebench.analysis.design.report import build_design_tables
 from moebench.reporting.formatting import MISSING, format_p, format_signed, format_with_interval
 from moebench.reporting.metrics import format_metric, metric_headers
 from moebench.reporting.report import Report
@@ -45,6 +46,7 @@ def build_report(comparison: Comparison) -> Report:
         _load_table(comparison),
         _information_table(comparison),
         _compute_table(comparison),
+        build_budget_table(comparison),
         _cost_table(comparison),
         _process_table(comparison),
     )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
 from moebench.analysis.compare.verdict import DECIDED
 from moebench.reporting.formatting import format_number, format_p, format_plural, format_signed
 

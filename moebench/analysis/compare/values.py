@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Literal
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
 from moebench.analysis.compare.json_values import build_json_values
 from moebench.analysis.compare.rare_bad_seeds import RareBadSeeds
 from moebench.analysis.compare.sentences import describe_difference

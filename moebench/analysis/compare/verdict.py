@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
 
 Verdict = Literal["better", "worse", "equivalent", "undecided", "diverged", "too few seeds", "not matched"]
 DECIDED: tuple[Verdict, ...] = ("better", "worse", "equivalent")

@@ -12,8 +12,8 @@
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from moebench.analysis.compare.statistics import ALPHA
 from moebench.analysis.design.boundaries import compute_second_level, spend
+from moebench.analysis.statistics import ALPHA
 from moebench.experiment.seed_plan import MIN_TESTED_SEEDS, SeedPlan
 
 UNFORESEEN_ALPHA = 0.001

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
 
 
 @dataclass(frozen=True, kw_only=True)

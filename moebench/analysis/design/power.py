@@ -8,7 +8,7 @@ from math import sqrt
 import numpy as np
 from scipy import special, stats
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
 
 MAX_SEEDS = 50
 """Where more are needed, seeds are no practical way to a verdict."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
 from moebench.analysis.fairness.conditions import find_time_problem
 from moebench.analysis.fairness.measure import MeasuredArms
 from moebench.analysis.fairness.run_curve import Axis

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
 from moebench.analysis.fairness.conditions import RunConditions, find_time_problem
 from moebench.analysis.fairness.parameters import EqualParameters, Runs, count_parameters, find_equal_parameters
 from moebench.analysis.fairness.run_curve import TOLERANCE, Axis, RunCurve, compute_training_flops

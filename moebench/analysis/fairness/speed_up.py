@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
 from moebench.analysis.fairness.run_curve import Axis, RunCurve
 
 Bound = Literal["", "<", ">"]

@@ -21,8 +21,8 @@ from moebench.analysis.html_report.domains import build_domain_tables
 from moebench.analysis.html_report.loads import LEGEND, build_drop_rows, build_heat_maps
 from moebench.analysis.html_report.pareto import build_pareto
 from moebench.analysis.html_report.provenance import build_provenance_table
+from moebench.analysis.html_report.report_runs import ReportRun, read_runs
 from moebench.analysis.html_report.settings import build_settings_tables
-from moebench.analysis.html_report.stored_runs import StoredRun, read_runs
 from moebench.analysis.html_report.verdicts import describe_arms, describe_outcome
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
@@ -187,6 +187,6 @@ def describe_status(comparison: Comparison, made_at: str) -> tuple[str, ...]:
     return (*facts, f"{comparison.split} split", made_at)
 
 
-def list_problems(runs: Sequence[StoredRun]) -> tuple[str, ...]:
+def list_problems(runs: Sequence[ReportRun]) -> tuple[str, ...]:
     """Return why charts lack runs, one line for each."""
     return tuple(f"{run.arm}, seed {run.seed}: {problem}" for run in runs for problem in run.problems)

@@ -13,9 +13,9 @@ from moebench.analysis.compare.learning_curve import (
     format_curve_label,
 )
 from moebench.analysis.compare.shown_arms import find_tone, select_arms
-from moebench.analysis.compare.statistics import Values
 from moebench.analysis.compare.values import Comparison
-from moebench.analysis.html_report.stored_runs import StoredRun
+from moebench.analysis.html_report.report_runs import ReportRun
+from moebench.analysis.statistics import Values
 from moebench.reporting.formatting import format_signed
 from moebench.reporting.html.axis import Axis, Tick
 from moebench.runs.journal import Point
@@ -73,7 +73,7 @@ class CurveChart:
 
 
 def build_curves(
-    comparison: Comparison, runs: Sequence[StoredRun], axes: Sequence[XAxis] = (STEPS,)
+    comparison: Comparison, runs: Sequence[ReportRun], axes: Sequence[XAxis] = (STEPS,)
 ) -> tuple[CurveChart, ...]:
     """Return one chart for each axis that arms have; none before the first evaluation."""
     points: dict[str, dict[int, Sequence[Point]]] = {}

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from math import isfinite
 from statistics import fmean
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
 from moebench.analysis.compare.values import Comparison
-from moebench.analysis.html_report.stored_runs import StoredRun
+from moebench.analysis.html_report.report_runs import ReportRun
 from moebench.reporting.formatting import MISSING, NumberText, format_number, format_signed
 from moebench.reporting.table import Column, Table
 from moebench.runs.result import RunResult
@@ -31,7 +31,7 @@ class DomainTables:
     """Class of the style sheet of each cell of `differences`: better or worse than the baseline, by size."""
 
 
-def build_domain_tables(comparison: Comparison, runs: Sequence[StoredRun]) -> DomainTables | None:
+def build_domain_tables(comparison: Comparison, runs: Sequence[ReportRun]) -> DomainTables | None:
     """Return the tables; None for a task with one domain."""
     domains = list(dict.fromkeys(name for arm in comparison.arms for name in arm.domains))
     if len(domains) < 2:
@@ -63,7 +63,7 @@ def build_domain_tables(comparison: Comparison, runs: Sequence[StoredRun]) -> Do
     )
 
 
-def _collect_values(comparison: Comparison, runs: Sequence[StoredRun]) -> Values:
+def _collect_values(comparison: Comparison, runs: Sequence[ReportRun]) -> Values:
     seeds = {arm.arm: arm.values for arm in comparison.arms}
     values: dict[str, dict[int, dict[str, float]]] = {}
     for run in runs:

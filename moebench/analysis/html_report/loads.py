@@ -7,9 +7,9 @@ from itertools import pairwise
 import numpy as np
 
 from moebench.analysis.compare.shown_arms import find_tone, select_arms
-from moebench.analysis.compare.statistics import Values
 from moebench.analysis.compare.values import Comparison
-from moebench.analysis.html_report.stored_runs import Loads, StoredRun
+from moebench.analysis.html_report.report_runs import Loads, ReportRun
+from moebench.analysis.statistics import Values
 from moebench.reporting.formatting import format_percent, format_plural
 
 BOUNDS = (0.01, 0.25, 0.5, 0.8, 1.25, 2.0, 4.0)
@@ -43,7 +43,7 @@ class DropRow:
     evaluated_width: float
 
 
-def build_heat_maps(comparison: Comparison, runs: Sequence[StoredRun]) -> tuple[HeatMap, ...]:
+def build_heat_maps(comparison: Comparison, runs: Sequence[ReportRun]) -> tuple[HeatMap, ...]:
     """Return a heat map for each shown arm that has loads."""
     maps = []
     for arm in select_arms(comparison):

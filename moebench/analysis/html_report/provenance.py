@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
-from moebench.analysis.html_report.stored_runs import StoredRun
+from moebench.analysis.html_report.report_runs import ReportRun
 from moebench.reporting.formatting import format_plural
 from moebench.reporting.table import Column, Table
 from moebench.runs.environment import describe_version
@@ -26,7 +26,7 @@ FACTS = {
 """Row -> key of environment.json."""
 
 
-def build_provenance_table(runs: Sequence[StoredRun], command: str, made_at: str) -> Table:
+def build_provenance_table(runs: Sequence[ReportRun], command: str, made_at: str) -> Table:
     """Return a row for each fact; where runs differ, with the number of runs that have a value."""
     results = [run.result for run in runs if run.result is not None]
     environments = [run.environment for run in runs if run.environment]

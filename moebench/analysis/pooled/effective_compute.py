@@ -12,7 +12,7 @@ from math import sqrt
 import numpy as np
 from scipy import stats
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
 from moebench.analysis.pooled.scaling_curve import MAX_SHIFT, Values, fit_scaling_curves, solve_shift
 from moebench.errors import UsageError
 

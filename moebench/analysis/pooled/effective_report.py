@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
 from moebench.analysis.pooled.effective_compute import (
     MIN_DECADES,
     MIN_SIZES,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
 from moebench.analysis.compare.values import Comparison, Difference
 from moebench.analysis.pooled.sign_flips import ScaledPairs, compute_effect, invert_test, sign_flip_p
 from moebench.errors import UsageError

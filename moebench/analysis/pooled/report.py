@@ -1,6 +1,6 @@
 """Pooled experiments as tables and sentences."""
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
 from moebench.analysis.compare.verdict import DECIDED
 from moebench.analysis.pooled.pool import Estimate, Pooled, PooledArm, TaskEffect
 from moebench.reporting.formatting import MISSING, format_p, format_plural, format_signed

@@ -12,7 +12,7 @@ from math import sqrt
 
 import numpy as np
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
 
 MAX_EXACT_PAIRS = 14
 """Up to here all sign patterns are enumerated."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moebench.analysis.scaling.bootstrap import Bootstrap, Estimate, bootstrap_law
-from moebench.analysis.scaling.runs import Ladder, RouterRuns
+from moebench.analysis.scaling.runs import RouterRuns, ScalingRuns
 from moebench.reporting.formatting import MINUS, MISSING, format_count, format_plural
 from moebench.reporting.report import Report
 from moebench.reporting.table import Column, Table, number_columns
@@ -27,30 +27,30 @@ class RouterLaw:
     bootstrap: Bootstrap
 
 
-def fit_laws(ladder: Ladder, num_replicates: int, seed: int) -> list[RouterLaw]:
+def fit_laws(runs: ScalingRuns, num_replicates: int, seed: int) -> list[RouterLaw]:
     """Fit the law of each router that has enough runs."""
     return [
         RouterLaw(runs=each, bootstrap=bootstrap_law(each.points, each.form, num_replicates, seed))
-        for each in ladder.routers
+        for each in runs.routers
         if each.form is not None and not each.refusal
     ]
 
 
-def build_report(ladder: Ladder, laws: Sequence[RouterLaw]) -> Report:
+def build_report(runs: ScalingRuns, laws: Sequence[RouterLaw]) -> Report:
     """Return both tables and their numbers."""
     num_replicates = len(laws[0].bootstrap.laws)
     notes = (
         *(_describe_fit(law) for law in laws),
-        f"{FORMULA}; L: {ladder.metric}, N: active parameters. 95 % intervals: {num_replicates} bootstrap fits that"
+        f"{FORMULA}; L: {runs.metric}, N: active parameters. 95 % intervals: {num_replicates} bootstrap fits that"
         " resample sizes and the runs of each. Not identified: the interval spans more than a decade or contains 0;"
         " weakly: more than half a decade.",
         "Effective parameters: those of the dense model with the same loss, as a multiple of N.",
     )
     return Report(
         tables=(_build_coefficient_table(laws), _build_effective_table(laws)),
-        problems=ladder.problems,
+        problems=runs.problems,
         notes=notes,
-        values={"metric": ladder.metric, "replicates": num_replicates, "routers": [_summarise(law) for law in laws]},
+        values={"metric": runs.metric, "replicates": num_replicates, "routers": [_summarise(law) for law in laws]},
     )
 
 

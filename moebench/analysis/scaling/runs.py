@@ -70,7 +70,7 @@ class RouterRuns:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Ladder:
+class ScalingRuns:
     """All routers of experiments."""
 
     metric: str
@@ -78,7 +78,7 @@ class Ladder:
     problems: tuple[str, ...]
 
 
-def collect_runs(experiments: Sequence[Experiment], results: Path, split: str = "test") -> Ladder:
+def collect_runs(experiments: Sequence[Experiment], results: Path, split: str = "test") -> ScalingRuns:
     """Read the finished runs; raise UsageError where no law can be fitted to any router."""
     facts = _require_loss([cell.config.task.name for each in experiments for cell in each.cells])
     cells = {cell.id: cell for each in experiments for cell in list_trained_cells(each, results)}
@@ -90,7 +90,7 @@ def collect_runs(experiments: Sequence[Experiment], results: Path, split: str = 
         raise UsageError(
             f"scaling: {routers[0].label}: {routers[0].refusal}" if routers else _say_none(experiments, results)
         )
-    return Ladder(
+    return ScalingRuns(
         metric=facts.metric,
         routers=routers,
         problems=(

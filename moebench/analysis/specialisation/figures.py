@@ -11,7 +11,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from torch import Tensor
 
-from moebench.analysis.compare.statistics import Values
+from moebench.analysis.statistics import Values
 from moebench.reporting.canvas import GREY, PALETTE, new_figure
 from moebench.routing.metrics import label_parts
 from moebench.training.label_tables import LabelTable

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from moebench.analysis.specialisation.figures import informative_labels
-from moebench.errors import UsageError, unknown
+from moebench.errors import unknown
 from moebench.reporting.table import Column, Table
 from moebench.routing.metrics import label_parts
-from moebench.runs.folder import RunFolder, list_run_folders
+from moebench.runs.find_run import find_run as find_run
 from moebench.training.label_tables import LabelTable, read_label_tables
 
 NUM_EXPERTS = 3
@@ -43,19 +43,6 @@ def read_label_report(results: Path, run: str, kind: str | None = None) -> Label
             raise unknown("--label", kind, tables)
         tables = {kind: tables[kind]}
     return LabelReport(id=cell["id"], arm=cell["arm"], seed=cell["seed"], tables=tables)
-
-
-def find_run(results: Path, run: str) -> RunFolder:
-    """Return the folder of the run whose id begins with `run`; raise UsageError unless exactly one does."""
-    ids = [folder.path.name for folder in list_run_folders(results)]
-    if not ids:
-        raise UsageError(f"{results}: has no runs (`moebench run` makes them; --results, MOEBENCH_RESULTS)")
-    matching = [run_id for run_id in ids if run and run_id.startswith(run)]
-    if len(matching) > 1:
-        raise UsageError(f"run: '{run}' begins {len(matching)} ids ({', '.join(matching)}); give a longer prefix")
-    if not matching:
-        raise unknown("run", run, ids)
-    return RunFolder.of(results, matching[0])
 
 
 def find_best_layer(table: LabelTable) -> str:

@@ -1,73 +1,85 @@
-"""The report and the figure of a setting's curve."""
+"""The figure of a curve: quality over the FLOPs that a token is measured to cost, all arms and the dense reference."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from moebench.analysis.sweep.measure import LOAD_METRICS, Point, SettingCurve
-from moebench.reporting.canvas import line_style, new_figure
-from moebench.reporting.formatting import MISSING, format_with_interval
-from moebench.reporting.metrics import format_metric, metric_headers
-from moebench.reporting.report import Report
-from moebench.reporting.table import Column, Table
+from moebench.analysis import statistics as st
+from moebench.analysis.sweep.pareto import Front, find_front
+from moebench.analysis.sweep.points import Curve, Point
+from moebench.reporting.canvas import GREY, line_style, new_figure
+
+LOG_FROM = 4.0
+"""Ratio of the largest to the smallest FLOPs from which the axis is logarithmic."""
+MAX_LABELS = 40
+"""Points whose value of the first axis is written beside them."""
 
 
-def build_report(curve: SettingCurve) -> Report:
-    """Return the curve as a table with one row for each arm and value, and as JSON values."""
-    second = [] if curve.by is None else [curve.by.key.split(".")[-1]]
-    headers = ["value", *second, "seeds", *metric_headers("mean", *LOAD_METRICS, "relative_flops")]
-    numbers = (Column(header=header, wraps=index >= 3) for index, header in enumerate(headers))
-    table = Table(
-        title=f"{curve.metric.replace('_', ' ')} by {curve.vary.key}, {_direction(curve)} is better",
-        columns=(Column(header="arm", align="left", wraps=True), *numbers),
-        rows=tuple(_row(point, has_second=bool(second)) for point in curve.points),
-        notes=curve.notes,
-    )
-    return Report(tables=(table,), values=curve.to_dict())
+def draw_curve(curve: Curve, path: Path) -> Path:
+    """Draw each point with its 95 % intervals over seeds in both directions; hollow where it is dominated.
 
-
-def _row(point: Point, *, has_second: bool) -> tuple[str, ...]:
-    return (
-        point.arm,
-        point.value,
-        *((point.by or MISSING,) if has_second else ()),
-        str(len(point.quality)),
-        format_with_interval(point.mean, point.interval),
-        *(format_metric(name, point.load.get(name)) for name in LOAD_METRICS),
-        format_metric("relative_flops", point.relative_flops),
-    )
-
-
-def draw_curve(curve: SettingCurve, path: Path) -> Path:
-    """Draw the mean over seeds at each value, one line for each arm and second value, with a band of intervals."""
-    with new_figure(path, curve.title, width=7.5, height=4.4) as figure:
+    A line joins the points of an arm that differ in the first axis alone.
+    """
+    front = find_front(curve.points, lower_is_better=curve.lower_is_better)
+    lines = curve.group_by_line()
+    with new_figure(path, curve.title, width=8.0, height=4.8 + 0.02 * len(lines)) as figure:
         ax = figure.subplots()
-        lines = curve.group_by_line()
-        handles = [_draw_line(ax, points, index) for index, points in enumerate(lines.values())]
-        ax.set_xlabel(curve.vary.key)
-        ax.set_ylabel(f"{curve.metric.replace('_', ' ')} ({_direction(curve)} is better)")
-        ax.grid(axis="y", color="#e6e6e6", linewidth=0.7)
-        ax.legend(handles, [*lines], frameon=False)
+        handles = []
+        styles = iter(range(len(lines)))
+        for name, points in lines.items():
+            style = {"color": "#000000", "linestyle": ":"} if points[0].is_dense else line_style(1 + next(styles))
+            handles.append(_draw_line(ax, name, points, style, _list_hollow(points, curve, front)))
+            _label_points(ax, curve, points, style["color"])
+        for point in curve.points:
+            if point.is_dense:
+                ax.axhline(point.mean, color=GREY, linewidth=0.8, linestyle=":", zorder=0)
+        flops = [point.mean_flops for point in curve.points]
+        if max(flops) > LOG_FROM * min(flops):
+            ax.set_xscale("log")
+        ax.set_xlabel("forward FLOPs per token, measured on the test split")
+        ax.set_ylabel(f"{curve.metric.replace('_', ' ')} ({curve.direction} is better)")
+        ax.grid(color="#e6e6e6", linewidth=0.7)
+        hollow = Line2D([], [], linestyle="", marker="o", markerfacecolor="white", color=GREY, label="dominated")
+        figure.legend(handles=[*handles, hollow], frameon=False, loc="outside right upper", fontsize=8)
     return path
 
 
-def _draw_line(ax: Axes, points: list[Point], index: int) -> Line2D:
-    xs = _to_positions([point.value for point in points])
-    style = line_style(index)
-    (line,) = ax.plot(xs, [point.mean for point in points], marker="o", markersize=4, **style)  # type: ignore[arg-type]
-    bands = [point.interval or (min(point.quality.values()), max(point.quality.values())) for point in points]
-    ax.fill_between(xs, [low for low, _ in bands], [high for _, high in bands], color=style["color"], alpha=0.12)
-    return line
+def _list_hollow(points: Sequence[Point], curve: Curve, front: Front) -> list[bool]:
+    return [curve.points.index(point) in front.dominated for point in points]
 
 
-def _to_positions(values: list[str]) -> list[float] | list[str]:
-    """Return positions on the x axis: the values themselves if all are numbers, else categories in their order."""
-    try:
-        return [float(value) for value in values]
-    except ValueError:
-        return values
+def _draw_line(
+    ax: Axes, name: str, points: Sequence[Point], style: dict[str, str], is_dominated: Sequence[bool]
+) -> Line2D:
+    xs, ys = [point.mean_flops for point in points], [point.mean for point in points]
+    ax.plot(xs, ys, linewidth=1.0, **style)  # type: ignore[arg-type]
+    marker = "*" if points[0].is_dense else "o"
+    for point, x, y, is_hollow in zip(points, xs, ys, is_dominated, strict=True):
+        ax.errorbar(
+            x,
+            y,
+            xerr=_to_errors(x, point.flops_interval),
+            yerr=_to_errors(y, point.interval),
+            color=style["color"],
+            marker=marker,
+            markersize=10 if point.is_dense else 5,
+            markerfacecolor="white" if is_hollow else style["color"],
+            elinewidth=0.8,
+            capsize=2,
+        )
+    return Line2D([], [], marker=marker, markersize=5, label=name, **style)  # type: ignore[arg-type]
 
 
-def _direction(curve: SettingCurve) -> str:
-    return "lower" if curve.lower_is_better else "higher"
+def _to_errors(mean: float, interval: st.Interval | None) -> list[list[float]] | None:
+    return [[mean - interval[0]], [interval[1] - mean]] if interval else None
+
+
+def _label_points(ax: Axes, curve: Curve, points: Sequence[Point], color: str) -> None:
+    """Write the value of the first axis beside each point, unless there are too many."""
+    if len(curve.points) > MAX_LABELS:
+        return
+    for point in points:
+        value = point.settings.get(curve.axes[0].key, "")
+        ax.annotate(value, (point.mean_flops, point.mean), (4, 4), textcoords="offset points", fontsize=7, color=color)

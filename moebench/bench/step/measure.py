@@ -35,7 +35,9 @@ BUILT_IN = (
 """A language model at about 100 ms a step on two cores of 2021."""
 GOAL = 0.05
 """Largest acceptable overhead of the trainer, as a share of a step of 100 ms."""
-TRAINER, PLAIN, TIMED, UNIFORM = "trainer", "plain", "timed", "uniform"
+TELEMETRY_GOAL = 0.02
+"""Of it for the telemetry of layers."""
+TRAINER, UNWATCHED, PLAIN, TIMED, UNIFORM = "trainer", "unwatched", "plain", "timed", "uniform"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +71,12 @@ class ArmTimes:
 
     arm: str
     seconds: Mapping[str, float]
-    """Variant -> seconds: trainer, plain, timed (plain with timers), uniform (plain at a forced even load)."""
+    """Variant -> seconds: trainer, unwatched (trainer without the telemetry of layers), plain, timed (plain with
+    timers), uniform (plain at a forced even load)."""
     overhead: Spread
     """Trainer over plain in the same round, minus 1."""
+    telemetry: Spread | None
+    """Trainer over unwatched in the same round, minus 1; None without experts."""
     uniform: Spread | None
     """Plain at a forced even load over plain; None without experts or with a varying number of them per token."""
     parts: Mapping[str, float]
@@ -81,7 +86,8 @@ class ArmTimes:
     mfu: float
     """Of the trainer, over `peak`."""
     weights_differ_by: float
-    """Between trainer and plain loop after the same number of updates; 0.0: they did the same work."""
+    """Between trainer, with and without telemetry, and plain loop after the same number of updates; 0.0: they did the
+    same work."""
     timings: Timings = field(repr=False)
 
 
@@ -119,7 +125,10 @@ def measure(settings: Settings, report_progress: Callable[[str], None] = lambda 
 
 
 def _measure_arm(arm: str, config: CellConfig, task: Task, protocol: Protocol, num_steps: int, peak: Peak) -> ArmTimes:
-    modules = {name: build_module(config, task, protocol.device) for name in (TRAINER, PLAIN, TIMED, UNIFORM)}
+    modules = {
+        name: build_module(config, task, protocol.device) for name in (TRAINER, UNWATCHED, PLAIN, TIMED, UNIFORM)
+    }
+    modules[UNWATCHED].has_telemetry = False
     force_uniform_load(modules[UNIFORM].layers)
     plain, timed, uniform = (PlainLoop(module=modules[name]) for name in (PLAIN, TIMED, UNIFORM))
     stopwatch, parts = Stopwatch(protocol.device), _PartTimes()
@@ -130,24 +139,33 @@ def _measure_arm(arm: str, config: CellConfig, task: Task, protocol: Protocol, n
             TIMED: lambda: parts.add(timed.time_block(num_steps, stopwatch), stopwatch, num_steps),
         }
         records = plain.route_batch()
+        if modules[TRAINER].layers:
+            turns[UNWATCHED] = lambda: time_trainer_block(modules[UNWATCHED], num_steps, Path(folder) / UNWATCHED)
         if can_force(records):
             turns[UNIFORM] = partial(uniform.time_block, num_steps)
         timings = protocol.repeat(turns)
-    overhead = timings.ratio(TRAINER, PLAIN)
+    telemetry = timings.ratio(TRAINER, UNWATCHED) if UNWATCHED in turns else None
     tokens_per_step = config.train.batch_size * task.tokens_per_sequence
     tokens_per_s = 1e3 * tokens_per_step / timings.median_ms(TRAINER)
     return ArmTimes(
         arm=arm,
         seconds={name: timings.median_ms(name) / 1e3 for name in turns},
-        overhead=Spread(median=overhead.median - 1, low=overhead.low - 1, high=overhead.high - 1),
+        overhead=_subtract_one(timings.ratio(TRAINER, PLAIN)),
+        telemetry=_subtract_one(telemetry) if telemetry else None,
         uniform=timings.ratio(UNIFORM, PLAIN) if UNIFORM in turns else None,
         parts=parts.median(),
         tokens_per_step=tokens_per_step,
         peak=peak,
         mfu=compute_mfu(_count_flops(modules[PLAIN], records), tokens_per_s, peak.flops),
-        weights_differ_by=compare_weights(modules[TRAINER], modules[PLAIN]),
+        weights_differ_by=max(
+            compare_weights(modules[TRAINER], modules[name]) for name in (PLAIN, UNWATCHED) if name in turns
+        ),
         timings=timings,
     )
+
+
+def _subtract_one(ratio: Spread) -> Spread:
+    return Spread(median=ratio.median - 1, low=ratio.low - 1, high=ratio.high - 1)
 
 
 def _count_flops(module: CellModule, records: Sequence[LayerRecord]) -> float:

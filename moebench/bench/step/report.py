@@ -5,7 +5,7 @@ from typing import Any
 
 from moebench.bench.machine import describe_machine
 from moebench.bench.rounds import describe_rounds, rounds_to_dict
-from moebench.bench.step.measure import GOAL, PLAIN, TIMED, TRAINER, ArmTimes, Benchmark
+from moebench.bench.step.measure import GOAL, PLAIN, TELEMETRY_GOAL, TIMED, TRAINER, ArmTimes, Benchmark
 from moebench.bench.step.parts import PARTS
 from moebench.bench.timing import Spread
 from moebench.reporting.formatting import MISSING, format_count, format_percent, format_signed
@@ -16,6 +16,8 @@ LEGEND = (
     "adds: wall time of a step in the real trainer (journal, logging and metrics at the configured cadence)"
     f" over that in a plain loop with the same updates, minus 1; quartiles over rounds. Goal: below {GOAL:.0%} of a"
     " step of 100 ms. Evaluations and checkpoints are not part of it.",
+    "telemetry: wall time of the trainer over that without the series of each layer and the alarm of collapses, minus"
+    f" 1; quartiles. Goal: below {TELEMETRY_GOAL:.0%}.",
     "MFU: model FLOPs utilization of the trainer: three times the forward FLOPs of the active parts, attention over the"
     " whole sequence, without recomputation and optimizer, over a peak.",
     "even load: speed of the plain loop when the load is forced to be even, over that with the router's own load.",
@@ -40,7 +42,7 @@ def build_report(bench: Benchmark) -> Report:
 
 
 def _overhead_table(bench: Benchmark) -> Table:
-    headers = ("plain ms", "trainer", "adds", "quartiles", "tokens/s", "MFU", "even load")
+    headers = ("plain ms", "trainer", "adds", "quartiles", "telemetry", "quartiles ", "tokens/s", "MFU", "even load")
     return Table(
         title=f"A training step: {bench.name}",
         columns=(Column(header="arm", align="left"), *number_columns(*headers)),
@@ -55,11 +57,17 @@ def _overhead_row(arm: ArmTimes) -> tuple[str, ...]:
         f"{1e3 * arm.seconds[PLAIN]:.1f}",
         f"{1e3 * arm.seconds[TRAINER]:.1f}",
         _format_overhead(arm.overhead.median),
-        f"{format_signed(100 * arm.overhead.low, 1)} … {format_signed(100 * arm.overhead.high, 1)}",
+        _format_quartiles(arm.overhead),
+        MISSING if arm.telemetry is None else _format_overhead(arm.telemetry.median),
+        MISSING if arm.telemetry is None else _format_quartiles(arm.telemetry),
         format_count(arm.tokens_per_step / arm.seconds[TRAINER]),
         format_percent(arm.mfu),
         MISSING if arm.uniform is None else _format_overhead(1 / arm.uniform.median - 1),
     )
+
+
+def _format_quartiles(spread: Spread) -> str:
+    return f"{format_signed(100 * spread.low, 1)} … {format_signed(100 * spread.high, 1)}"
 
 
 def _format_overhead(share: float) -> str:
@@ -120,6 +128,7 @@ def _arm_to_dict(arm: ArmTimes) -> dict[str, Any]:
         "seconds": dict(arm.seconds),
         "tokens_per_s": {name: arm.tokens_per_step / seconds for name, seconds in arm.seconds.items()},
         "overhead": asdict(arm.overhead),
+        "telemetry": _spread_to_dict(arm.telemetry),
         "uniform_over_own_load": _spread_to_dict(arm.uniform),
         "mfu": arm.mfu,
         "peak": asdict(arm.peak),

@@ -12,7 +12,7 @@ def build_report(request: ProbeRequest) -> Report:
     """Return the agreement of each layer over all pairs of finished seeds."""
     run = open_run(request.results, request.subject, request.plugins, request.section)
     others = find_other_seeds(run, request.results)
-    result = measure_agreement(run, others, request.tokens, print_progress("seeds routed"))
+    result = measure_agreement(run, others, request.max_tokens, print_progress("seeds routed"))
     report = build_agreement_report(result, request.layer)
     if request.plot:
         draw_agreement(result, request.plot)

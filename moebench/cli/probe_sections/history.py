@@ -11,7 +11,7 @@ from moebench.reporting.report import Report
 def build_report(request: ProbeRequest) -> Report:
     """Return saturation, churn, similarity and co-activation of each layer and checkpoint."""
     run = open_run(request.results, request.subject, request.plugins, request.section)
-    history = measure_history(run, request.tokens, print_progress("checkpoints read"))
+    history = measure_history(run, request.max_tokens, print_progress("checkpoints read"))
     report = build_history_report(history, request.layer)
     if request.plot:
         draw_history(history, request.plot)

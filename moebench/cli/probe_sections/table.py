@@ -2,10 +2,11 @@
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from moebench.analysis.pretrained.options import PretrainedOptions
 from moebench.commands import DEFAULT_RESULTS
 from moebench.errors import UsageError, unknown
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from moebench.reporting.report import Report
 
 SubjectKind = Literal["run", "experiment", "pretrained"]
-DEFAULT_PROBE_TOKENS = 16_384
+DEFAULT_PROBE_TOKENS = 32_768
 PRETRAINED_PREFIX = "hf:"
 """What a subject that is a folder of a transformers checkpoint begins with."""
 NOUNS: Mapping[SubjectKind, str] = {
@@ -39,8 +40,16 @@ class ProbeRequest:
     plot: Path | None = None
     """File of the section's figure."""
     plugins: tuple[str, ...] = ()
-    tokens: int = DEFAULT_PROBE_TOKENS
-    """Positions of the probe set, where the section runs the model."""
+    overrides: tuple[str, ...] = ()
+    """Changes to an experiment, as on the command line of `moebench run`."""
+    arm: str | None = None
+    """The only arm of an experiment."""
+    max_tokens: int = DEFAULT_PROBE_TOKENS
+    """Positions, about, where the section runs the model."""
+    num_permutations: int = 100
+    """Permutations of the labels; 0: only what the run has stored."""
+    pretrained: PretrainedOptions = field(default_factory=PretrainedOptions)
+    """How a model of transformers is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +63,18 @@ class Section:
 
 
 SECTIONS: Mapping[str, Section] = {
-    "labels": Section(meaning="information between experts and labels", modules={"run": "labels"}),
+    "labels": Section(
+        meaning="information between experts and labels",
+        modules={"run": "labels", "experiment": "pooled_labels", "pretrained": "pretrained_labels"},
+    ),
+    "contexts": Section(
+        meaning="the tokens of each expert with the highest gates, in text",
+        modules={"run": "contexts", "pretrained": "pretrained_contexts"},
+    ),
+    "gallery": Section(meaning="the patches or sounds of each expert, as a figure", modules={"run": "gallery"}),
+    "loads": Section(
+        meaning="load and co-activation of experts, of a checkpoint", modules={"pretrained": "pretrained_loads"}
+    ),
     "history": Section(
         meaning="churn and saturation of routing, similarity and co-activation of experts, at train.keep_checkpoints",
         modules={"run": "history"},
@@ -66,6 +86,7 @@ SECTIONS: Mapping[str, Section] = {
         meaning="what the loss owes to each expert and router: left out, shuffled, random or of an earlier step",
         modules={"run": "ablations"},
     ),
+    "compute": Section(meaning="experts per token and difficulty", modules={"run": "compute"}),
 }
 
 

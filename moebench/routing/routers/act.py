@@ -11,6 +11,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from moebench.errors import require
+from moebench.routing.budget import Knob
 from moebench.routing.context import RouteContext
 from moebench.routing.halting import HaltingRouter, exclusive_cumsum
 from moebench.routing.reduction import LossValue, reduce_record
@@ -28,6 +29,7 @@ from moebench.routing.values import ChainRouting, LayerRecord, Routing
         beware="The cost coefficient dominates the behaviour and must be tuned. Steps are sequential, so it is slow.",
         causality=Causality(causal=True, reason="each token halts by its own states", batch_dependent=False),
         variable_k=True,
+        budget=Knob(attribute="halting_shift", low=-50.0, high=50.0, unit=-1.0),
         cost="steps·T",
         makes_scores=False,
         own_losses=("ponder",),

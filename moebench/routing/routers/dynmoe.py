@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
+from moebench.routing.budget import Knob
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.ranking import rank_top_k
@@ -36,6 +37,7 @@ MAX_SCALE = 100.0
             causal=True, reason="each token is compared with thresholds independently", batch_dependent=False
         ),
         variable_k=True,
+        budget=Knob(attribute="threshold_shift", low=-2.0, high=2.0, unit=-0.2),
         own_losses=("diversity", "simplicity"),
     )
 )
@@ -63,6 +65,8 @@ class DynMoE(Router["DynMoE.Config"]):
         self.gate = Gate(context.d_model, context.num_experts, init_scale=1.0)
         self.threshold_E = nn.Parameter(torch.zeros(context.num_experts))
         self.log_scale = nn.Parameter(torch.zeros(()))
+        self.threshold_shift = 0.0
+        """Added to the thresholds of all experts, in cosines."""
 
     def init_weights(self, generator: Generator) -> None:
         """Initialise thresholds of one half, which half of all tokens exceed, and τ = 1."""
@@ -87,7 +91,7 @@ class DynMoE(Router["DynMoE.Config"]):
         scale = self.log_scale.float().clamp(max=math.log(MAX_SCALE)).exp()
         logits_TE = scale * self.gate(x_TD) / length_TE.clamp(min=1e-6)
         scores_TE = logits_TE.sigmoid()
-        threshold_E = scale * self.threshold_E.float()
+        threshold_E = scale * (self.threshold_E.float() + self.threshold_shift)
         above_TE = scores_TE - threshold_E.sigmoid()
         best_TE = functional.one_hot(rank_top_k(logits_TE, 1).squeeze(-1), self.num_experts).bool()
         passed_TE = logits_TE > threshold_E  # not by sigmoids, which a large τ rounds to 1

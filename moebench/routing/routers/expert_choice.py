@@ -16,12 +16,12 @@ from moebench.errors import require
 from moebench.routing.assignment import solve_capped_plan
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
+from moebench.routing.logit_router import LogitRouter
 from moebench.routing.ranking import log_scores, rank_top_k, take_best_tokens
 from moebench.routing.router import (
     ROUTERS,
     Causality,
     Facts,
-    Router,
     RouterBuildContext,
     RouterConfig,
     RouterTraits,
@@ -50,7 +50,7 @@ EXCLUDED = -torch.inf
         variable_k=True,
     )
 )
-class ExpertChoice(Router["ExpertChoice.Config"]):
+class ExpertChoice(LogitRouter["ExpertChoice.Config"]):
     """Each expert takes the same number of tokens; a token gets none, one or several experts (Zhou et al. 2022).
 
     Balanced by construction and without a loss, but not causal: a causal task refuses it unless allow_noncausal is set,

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from moebench.errors import require
+from moebench.routing.budget import Knob
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.histogram import count_by_expert, empty_histograms, find_value_below_top
@@ -35,6 +36,7 @@ from moebench.routing.values import LayerRecord, Routing
             batch_dependent=False,
         ),
         variable_k=True,
+        budget=Knob(attribute="threshold_shift", low=-50.0, high=50.0, unit=-0.5),
     )
 )
 class ExpertThreshold(Router["ExpertThreshold.Config"]):
@@ -63,6 +65,8 @@ class ExpertThreshold(Router["ExpertThreshold.Config"]):
         self.gate = Gate(context.d_model, context.num_experts)
         self.share = config.average_experts / context.num_experts
         self.decay = config.decay
+        self.threshold_shift = 0.0
+        """Added to the thresholds of all experts."""
         logit_std = self.gate.initial_logit_std * context.width_ratio**-0.5
         initial_threshold = -torch.inf if self.share == 1 else logit_std * NormalDist().inv_cdf(1 - self.share)
         self.register_buffer("threshold_E", torch.full((context.num_experts,), initial_threshold))
@@ -86,7 +90,7 @@ class ExpertThreshold(Router["ExpertThreshold.Config"]):
         routing = Routing.from_top_k(
             expert_TK, scores_TE, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
         )
-        above_N = (logits_TE > self.threshold_E).reshape(-1)
+        above_N = (logits_TE > self.threshold_E + self.threshold_shift).reshape(-1)
         return routing.keep(above_N).compact()  # a masked assignment would block a slot for rerouting
 
     @override

@@ -14,8 +14,9 @@ from typing_extensions import override
 from moebench.routing.assignment import solve_balanced_assignment
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import TRUNCATED_STD, Gate
+from moebench.routing.logit_router import LogitRouter
 from moebench.routing.ranking import rank_top_k
-from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, RouterTraits
+from moebench.routing.router import ROUTERS, Causality, Facts, RouterBuildContext, RouterConfig, RouterTraits
 from moebench.routing.values import Routing
 
 
@@ -38,7 +39,7 @@ from moebench.routing.values import Routing
         cost="rounds·T·E",
     )
 )
-class Base(Router["Base.Config"]):
+class Base(LogitRouter["Base.Config"]):
     """Balanced assignment of sparse experts (Lewis et al. 2021): equal loads in training without a loss.
 
     The price is that training and evaluation route differently. The paper's output σ(a) F(x) + (1 - σ(a)) x, with F a

@@ -12,6 +12,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from moebench.errors import require
+from moebench.routing.budget import Knob
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.ranking import rank_all, rank_top_k, round_to_quantum
@@ -37,6 +38,7 @@ from moebench.routing.values import LayerRecord, Routing
             in_evaluation=True,
         ),
         variable_k=True,
+        budget=Knob(attribute="predictor_shift", low=-50.0, high=50.0, unit=1.0, in_training=False),
         trained_by_own_loss=("predictor_in", "predictor_out"),
         own_losses=("membership",),
     )
@@ -64,6 +66,8 @@ class MixtureOfDepths(Router["MixtureOfDepths.Config"]):
     def __init__(self, config: Config, context: RouterBuildContext) -> None:
         super().__init__(config, context)
         self.share = config.share
+        self.predictor_shift = 0.0
+        """Added to the predictor's logits in evaluation."""
         self.depth = Gate(context.d_model, 1)
         self.gate = Gate(context.d_model, context.num_experts)
         self.predictor_in = Gate(context.d_model, config.predictor_width, init_scale=1.0)
@@ -91,7 +95,9 @@ class MixtureOfDepths(Router["MixtureOfDepths.Config"]):
             scores_TE=scores_TE,
             token_extras={"predicted_T": predicted_T, "first_T": selected_T},
         )
-        return routing.keep(selected_T if ctx.training else round_to_quantum(predicted_T) > 0).compact()
+        return routing.keep(
+            selected_T if ctx.training else round_to_quantum(predicted_T + self.predictor_shift) > 0
+        ).compact()
 
     def _select_top(self, depth_T: Tensor, ctx: RouteContext) -> Tensor:
         """Return which tokens are among the top C of their sequence, bool; C is its share of the valid tokens."""

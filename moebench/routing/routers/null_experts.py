@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from moebench.errors import require
+from moebench.routing.budget import Knob
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.ranking import rank_top_k
@@ -29,6 +30,7 @@ from moebench.routing.values import LayerRecord, Routing
         "keeps its residual.",
         causality=Causality(causal=True, reason="each token is routed by its own vector", batch_dependent=False),
         variable_k=True,
+        budget=Knob(attribute="null_shift", low=-50.0, high=50.0, unit=-1.0),
         own_losses=("balance_with_nulls",),
     )
 )
@@ -57,6 +59,8 @@ class NullExperts(Router["NullExperts.Config"]):
         self.num_nulls = max(1, round(context.num_experts * config.null_share))
         self.gate = Gate(context.d_model, context.num_experts + self.num_nulls)
         self.top_k = config.top_k
+        self.null_shift = 0.0
+        """Added to the logits of the null experts."""
 
     @classmethod
     @override
@@ -74,7 +78,8 @@ class NullExperts(Router["NullExperts.Config"]):
 
     @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        logits_TN = self.gate(x_TD)
+        is_null_N = torch.arange(self.gate.weight_ED.shape[0], device=x_TD.device) >= self.num_experts
+        logits_TN = self.gate(x_TD) + self.null_shift * is_null_N
         choice_TN = logits_TN.softmax(-1)
         expert_TK = rank_top_k(logits_TN, self.top_k)
         weight_TK = choice_TN.gather(-1, expert_TK)

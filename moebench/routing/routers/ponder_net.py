@@ -12,6 +12,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from moebench.errors import require
+from moebench.routing.budget import Knob
 from moebench.routing.context import RouteContext
 from moebench.routing.halting import HaltingRouter, exclusive_cumsum
 from moebench.routing.reduction import LossValue, reduce_record
@@ -29,6 +30,7 @@ from moebench.routing.values import ChainRouting, LayerRecord, Routing
         beware="The number of steps is sampled, so its gradient is noisy. Steps are sequential, so it is slow.",
         causality=Causality(causal=True, reason="each token halts by its own states and draws", batch_dependent=False),
         variable_k=True,
+        budget=Knob(attribute="halting_shift", low=-50.0, high=50.0, unit=-1.0),
         cost="steps·T",
         trained_by_own_loss=("bias", "gate"),  # the output has weight 1: only `objective` and the loss train them
         makes_scores=False,

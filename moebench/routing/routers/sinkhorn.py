@@ -13,12 +13,12 @@ from typing_extensions import override
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
+from moebench.routing.logit_router import LogitRouter
 from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import (
     ROUTERS,
     Causality,
     Facts,
-    Router,
     RouterBuildContext,
     RouterConfig,
     RouterTraits,
@@ -45,7 +45,7 @@ from moebench.routing.values import Routing
         cost="iterations·T·E",
     )
 )
-class Sinkhorn(Router["Sinkhorn.Config"]):
+class Sinkhorn(LogitRouter["Sinkhorn.Config"]):
     """Selection by a Sinkhorn plan (Clark et al. 2022): nearly even loads in training without a loss.
 
     The plan has even sums over tokens and over experts, but the top k of its rows are not exactly balanced. It only

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from moebench.errors import require
+from moebench.routing.budget import Knob
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k, round_to_quantum
@@ -27,6 +28,7 @@ from moebench.routing.values import Routing
         "differs from the planned one, so read the load metrics.",
         causality=Causality(causal=True, reason="each token is routed by its own vector", batch_dependent=False),
         variable_k=True,
+        budget=Knob(attribute="top_p", low=0.01, high=1.0, unit=0.5, is_ratio=True),
     )
 )
 class TopP(Router["TopP.Config"]):

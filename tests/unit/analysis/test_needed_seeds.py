@@ -8,11 +8,10 @@ import pytest
 from scipy import stats
 from support.comparison_runs import DENSE, list_cells, make_result, make_results, with_own_jitter
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
 from moebench.analysis.compare.comparison import compare
 from moebench.analysis.compare.report import build_report
 from moebench.analysis.design.pairing import measure_pairing
-from moebench.analysis.design.planned_power import plan_power
 from moebench.analysis.design.power import (
     MAX_SEEDS,
     compute_equivalence_power,
@@ -20,6 +19,7 @@ from moebench.analysis.design.power import (
     count_seeds_for_difference,
     count_seeds_for_equivalence,
 )
+from moebench.analysis.seed_planning.planned_power import plan_power
 from moebench.experiment.grid import expand
 from moebench.runs.folder import RunFolder
 

@@ -12,8 +12,8 @@ from moebench.analysis.html_report.differences import build_forest
 from moebench.analysis.html_report.domains import build_domain_tables
 from moebench.analysis.html_report.loads import average_loads, build_heat_maps
 from moebench.analysis.html_report.pareto import build_pareto, place_labels
+from moebench.analysis.html_report.report_runs import ReportRun
 from moebench.analysis.html_report.settings import flatten_settings
-from moebench.analysis.html_report.stored_runs import StoredRun
 from moebench.analysis.html_report.verdicts import describe_arms, describe_outcome
 
 RESULTS = with_own_jitter(make_results({"dense": 0.0, "switch": -0.1, "hash": 0.2}))
@@ -74,7 +74,7 @@ def test_experts_are_sorted_before_seeds_are_averaged() -> None:
 
 
 def test_a_heat_map_draws_equal_neighbours_as_one() -> None:
-    runs = [StoredRun(arm="switch", seed=0, loads={"0": [10.0, 10.0, 10.0, 0.0, 0.0, 0.0, 0.0, 0.0]})]
+    runs = [ReportRun(arm="switch", seed=0, loads={"0": [10.0, 10.0, 10.0, 0.0, 0.0, 0.0, 0.0, 0.0]})]
     (heat,) = build_heat_maps(COMPARISON, runs)
     assert heat.shapes[0] == "M3 0h5v1h-5z"  # dead
     assert heat.shapes[6] == "M0 0h3v1h-3z"  # 2.67 times an even load
@@ -101,7 +101,7 @@ def test_names_in_a_chart_do_not_cover_each_other() -> None:
 
 def test_differences_by_domain_are_paired_and_shaded() -> None:
     results = make_results({"dense": 0.0, "switch": -0.1, "hash": 0.2})
-    runs = [StoredRun(arm=result.arm, seed=result.seed, result=result) for result in results]
+    runs = [ReportRun(arm=result.arm, seed=result.seed, result=result) for result in results]
     tables = build_domain_tables(compare(results, expected=list_cells(results), baseline="dense"), runs)
     assert tables is not None
     assert [column.header for column in tables.means.columns] == ["arm", "code", "law"]

@@ -16,8 +16,8 @@ from support.comparison_runs import make_result
 
 from moebench.analysis.compare.experiment import compare_experiment
 from moebench.analysis.compare.summary import build_summary, refresh_summaries
-from moebench.analysis.design.sequential import DecisionReport, run_until_decided
 from moebench.analysis.figures import Figures
+from moebench.analysis.seed_planning.sequential import DecisionReport, run_until_decided
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment, expand
 from moebench.experiment.phases import run_phases

@@ -8,7 +8,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
 
 
 def test_mean_interval_by_hand():

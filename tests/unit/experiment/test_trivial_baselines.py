@@ -22,6 +22,7 @@ from moebench.experiment.trivial_baselines import (
     record_baselines,
     summarise_baselines,
 )
+from moebench.runs.experiment_record import read_record
 from moebench.runs.folder import RunFolder
 from moebench.runs.trivial_baselines import BELOW_TRIVIAL, RECORD_KEY, EvaluationSet, StoredBaselines, is_below_trivial
 from moebench.tasks.baselines.baseline import TrivialBaseline
@@ -149,6 +150,21 @@ def test_the_record_keeps_them_when_it_is_written_again(
     assert [entry["split"] for entry in entries] == ["test", "validation"]
     record_experiment(results, experiment)
     assert json.loads(path.read_text())[RECORD_KEY] == entries
+
+
+def test_what_another_runner_records_meanwhile_is_kept(
+    tmp_path: Path, source: BaselineSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    results, path = tmp_path / "results", tmp_path / "results" / "experiments" / "a.json"
+    experiment = write_experiment(tmp_path / "a.yaml")
+    record_experiment(results, experiment)
+    record_baselines(
+        path, source, results, on_compute=lambda: record_experiment(results, replace(experiment, question="later"))
+    )
+    record = read_record(path)
+    assert record["question"] == "later"
+    assert len(record[RECORD_KEY]) == 2
 
 
 def write_experiment(file: Path, question: str = "?") -> Experiment:

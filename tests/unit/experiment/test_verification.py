@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sqlite3
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 from support.command_line import FIXTURE_TIMEOUT_S, CommandLine, Results, WarmCommandLine, journal
+from support.hostile_checkpoint import ATTACKS
 from support.run_folders import write_cell
 
 from moebench.experiment.machine_check import check_versions
@@ -109,6 +111,38 @@ def test_a_checkpoint_of_another_step_or_cell_is_a_finding(store: CommandLine, s
     shutil.copytree(dense / "checkpoints", checkpoints)
     ((_, problem),) = problems(store)
     assert f"it is of the cell {dense.name}" in problem
+
+
+def test_the_path_is_named_once(store: CommandLine, switch: Path, warm: WarmCommandLine) -> None:
+    digit(switch / "result.json", "bits_per_byte")
+    (switch / "journal.jsonl").write_text("no point\n")
+    (store.folder / "results" / "experiments" / "tiny.json").write_text("{}")
+    ended = warm(store, "verify", "--tracker", "none")
+    for name in ("result.json", "journal.jsonl", "experiments/tiny.json"):
+        (line,) = [line for line in ended.out.splitlines() if line.split(": ")[0].endswith(name)]
+        assert line.count(name) == 1, line
+
+
+@pytest.mark.parametrize("key", ["trivial_baselines", "seed_plans", "margin"])
+def test_a_changed_number_in_a_record_is_a_finding(store: CommandLine, key: str) -> None:
+    record = store.folder / "results" / "experiments" / "tiny.json"
+    text = record.read_text()
+    place = text.index(f'"{key}"') + re.search(r"\d", text[text.index(f'"{key}"') :]).start()  # type: ignore[union-attr]
+    record.write_text(f"{text[:place]}{(int(text[place]) + 1) % 10}{text[place + 1 :]}")
+    ((where, problem),) = problems(store)
+    assert where == "tiny.json"
+    assert "does not match its checksum" in problem
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_checkpoint_of_an_attacker_is_a_finding(store: CommandLine, switch: Path, attack) -> None:
+    (checkpoint,) = (switch / "checkpoints").glob("*.ckpt")
+    attack(checkpoint, store.folder / "marker")
+    ((where, problem),) = problems(store)
+    assert where == checkpoint.name
+    assert problem.startswith("refused")
+    assert "weights_only" not in problem  # torch recommends to turn it off
+    assert not (store.folder / "marker").exists()
 
 
 def test_stores_of_earlier_versions_are_clean_and_noted(store: CommandLine, switch: Path) -> None:

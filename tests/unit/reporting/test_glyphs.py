@@ -12,8 +12,9 @@ from matplotlib.text import Text
 from moebench.analysis.compare.comparison import compare
 from moebench.analysis.compare.figure import draw_comparison
 from moebench.analysis.specialisation.figures import draw_labels, draw_load
+from moebench.analysis.sweep.axes import Axis
 from moebench.analysis.sweep.figure import draw_curve
-from moebench.analysis.sweep.measure import Point, Setting, SettingCurve
+from moebench.analysis.sweep.points import Curve, Point
 from moebench.reporting import glyphs
 from moebench.reporting.canvas import new_figure
 from moebench.runs.journal import Point as JournalPoint
@@ -55,13 +56,18 @@ def draw_tables(label: str, path: Path) -> None:
 
 def draw_settings(label: str, path: Path) -> None:
     points = tuple(
-        Point(arm=label, value=value, by=None, quality={0: 1.0, 1: 2.0}, load={}, relative_flops=1.0)
+        Point(
+            arm=label,
+            settings={"layout.overflow": value},
+            quality={0: 1.0, 1: 2.0},
+            flops={0: 1.0, 1: 1.0},
+            load={},
+            relative_flops=1.0,
+        )
         for value in (label, "other")
     )
-    setting = Setting(key="layout.overflow", values=(label, "other"))
-    curve = SettingCurve(
-        title=label, metric="bits_per_byte", lower_is_better=True, vary=setting, by=None, points=points, notes=()
-    )
+    axis = Axis(key="layout.overflow", values=(label, "other"))
+    curve = Curve(title=label, metric="bits_per_byte", lower_is_better=True, axes=(axis,), points=points)
     draw_curve(curve, path)
 
 

@@ -7,7 +7,9 @@ import torch
 from support.cases import Case, Tokens
 from torch import Tensor
 
-from moebench.routing.router import ROUTERS, Router
+from moebench.routing.contract import RouterContractError, check_router_class
+from moebench.routing.logit_router import LogitRouter
+from moebench.routing.router import ROUTERS, RouterConfig
 from moebench.routing.routers.expert_choice import ExpertChoice
 
 
@@ -22,7 +24,7 @@ NAMES = [name for name in ROUTERS.names() if needs_whole_batch(name)]
 
 def test_the_built_in_ones_define_their_logits() -> None:
     assert {"expert_choice", "expert_choice_by_position", "two_sided", "base", "sinkhorn"} <= {*NAMES}
-    assert all(Case(name).router().assigns_logits for name in NAMES)
+    assert all(Case(name).router().needs_logits_only for name in NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -45,5 +47,15 @@ def test_a_subclass_with_its_own_forward_gets_vectors() -> None:
             return self.assign(self.score_tokens(x_TD + 1, ctx), ctx)
 
     router = object.__new__(Shifted)
-    assert isinstance(router, Router)
-    assert not router.assigns_logits
+    assert isinstance(router, LogitRouter)
+    assert not router.needs_logits_only
+
+
+def test_a_subclass_without_an_assignment_is_refused() -> None:
+    class Unassigned(LogitRouter):
+        pass
+
+    with pytest.raises(
+        RouterContractError, match=r"must define score_tokens\(x_TD, ctx\) and assign\(logits_TE, ctx\)"
+    ):
+        check_router_class(Unassigned, RouterConfig(name="unassigned"), num_experts=8)

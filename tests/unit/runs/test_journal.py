@@ -90,6 +90,22 @@ def test_other_damage_is_reported_with_file_and_line(path: Path, line: bytes) ->
         read_journal(path, len(first))
 
 
+def test_a_carriage_return_hides_no_points(path: Path) -> None:
+    with Journal(path) as journal:
+        for step in range(1, 4):
+            journal.append(step, {"a": 1.0})
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b", ", b",\r", 1))  # white space of JSON
+    assert [p.step for p in read_journal(path)[0]] == [1, 2, 3]
+    path.write_bytes(content.replace(b'"step"', b'"st\rep"', 1))
+    with pytest.raises(UsageError, match=r"journal\.jsonl, line 1: "):
+        read_journal(path)
+    path.write_bytes(content.replace(b", ", b",\r", 1))
+    with Journal(path) as journal:
+        journal.truncate_after(2)
+    assert [p.step for p in read_journal(path)[0]] == [1, 2]
+
+
 def test_truncation_leaves_one_value_per_step_after_a_resume(path: Path) -> None:
     with Journal(path) as journal:
         for step in range(1, 8):

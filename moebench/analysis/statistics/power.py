@@ -10,8 +10,8 @@ from numpy.typing import ArrayLike
 from scipy import special, stats
 from scipy.optimize import brentq
 
-from moebench.analysis.compare.statistics.levels import ALPHA, MIN_SEEDS, POWER
-from moebench.analysis.compare.statistics.seed_values import Values, as_values
+from moebench.analysis.statistics.levels import ALPHA, MIN_SEEDS, POWER
+from moebench.analysis.statistics.seed_values import Values, as_values
 
 NUM_QUANTILES = 32
 """Quantiles of an estimated SD over which the power is averaged."""

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
 from moebench.analysis.design.pairing import PairingGain, measure_pairing
 from moebench.analysis.design.power import MAX_SEEDS, NeededSeeds, compute_needed_seeds
 from moebench.reporting.formatting import MISSING, format_number, format_plural, format_signed

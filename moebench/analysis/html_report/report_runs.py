@@ -20,7 +20,7 @@ Loads = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredRun:
+class ReportRun:
     """One run, done or not; parts that are missing or damaged are empty."""
 
     arm: str
@@ -35,13 +35,13 @@ class StoredRun:
     """Why parts are missing, one line each."""
 
 
-def read_runs(cells: Sequence[Cell], results: Path, metric: str) -> list[StoredRun]:
+def read_runs(cells: Sequence[Cell], results: Path, metric: str) -> list[ReportRun]:
     """Read the runs of the cells that have been started; `metric`: the one whose evaluations are read."""
     folders = [(cell, RunFolder.of(results, cell.id)) for cell in cells]
     return [_read_run(cell, folder, f"eval/{metric}") for cell, folder in folders if folder.cell.exists()]
 
 
-def _read_run(cell: Cell, folder: RunFolder, metric: str) -> StoredRun:
+def _read_run(cell: Cell, folder: RunFolder, metric: str) -> ReportRun:
     problems: list[str] = []
     parts: dict[str, Any] = {}
     try:
@@ -54,7 +54,7 @@ def _read_run(cell: Cell, folder: RunFolder, metric: str) -> StoredRun:
             parts[name] = read(folder, parts.get("result"), metric)
         except UsageError as error:
             problems.append(str(error))
-    return StoredRun(arm=cell.arm, seed=cell.seed, problems=tuple(problems), **parts)
+    return ReportRun(arm=cell.arm, seed=cell.seed, problems=tuple(problems), **parts)
 
 
 def _read_points(folder: RunFolder, result: RunResult | None, metric: str) -> list[Point]:

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from moebench.analysis.compare.statistics.levels import CONFIDENCE, MIN_SEEDS
-from moebench.analysis.compare.statistics.seed_values import Interval, as_values, is_constant
+from moebench.analysis.statistics.levels import CONFIDENCE, MIN_SEEDS
+from moebench.analysis.statistics.seed_values import Interval, as_values, is_constant
 
 
 def mean_interval(values_S: ArrayLike) -> Interval | None:

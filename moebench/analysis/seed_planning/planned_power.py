@@ -7,12 +7,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from moebench.analysis.compare import statistics as st
+from moebench.analysis import statistics as st
+from moebench.analysis.compare.design_report import estimate_spread, find_needed_seeds
 from moebench.analysis.compare.experiment import compare_experiment, read_plan
 from moebench.analysis.compare.values import Comparison
 from moebench.analysis.design.levels import Level, level_of_look
 from moebench.analysis.design.power import NeededSeeds, count_seeds_for_difference
-from moebench.analysis.design.report import estimate_spread, find_needed_seeds
 from moebench.config import to_plain
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment

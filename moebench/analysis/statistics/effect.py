@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from moebench.analysis.compare.statistics.levels import CONFIDENCE, MIN_SEEDS
-from moebench.analysis.compare.statistics.seed_values import Interval, as_values, compute_variance, is_constant
+from moebench.analysis.statistics.levels import CONFIDENCE, MIN_SEEDS
+from moebench.analysis.statistics.seed_values import Interval, as_values, compute_variance, is_constant
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from moebench.analysis.compare.statistics.power import SpreadEstimate, pooled_spread
+from moebench.analysis.statistics.power import SpreadEstimate, pooled_spread
 
 MAX_SD_RATIO = 3.0
 """An arm counts with at most this times the SD of the median arm, so that one noisy arm does not hide all others."""

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special, stats
 
-from moebench.analysis.compare.statistics.seed_values import Values
+from moebench.analysis.statistics.seed_values import Values
 
 
 def skewness_p(value_AS: ArrayLike) -> Values:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import ArrayLike
 
-from moebench.analysis.compare.statistics.seed_values import Values
+from moebench.analysis.statistics.seed_values import Values
 
 
 def holm(p_values: ArrayLike) -> Values:

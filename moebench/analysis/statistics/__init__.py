@@ -1,11 +1,11 @@
 """Statistics of paired seeds, for three to ten of them: differences, intervals, tests, corrections, power."""
 
-from moebench.analysis.compare.statistics.correction import correct_family, holm
-from moebench.analysis.compare.statistics.differences import PairedDifference, paired_difference, sign_flip_p
-from moebench.analysis.compare.statistics.effect import StandardisedEffect, effect_in_seed_sd
-from moebench.analysis.compare.statistics.equivalence import equivalence_p
-from moebench.analysis.compare.statistics.intervals import mean_interval, t_interval
-from moebench.analysis.compare.statistics.levels import (
+from moebench.analysis.statistics.correction import correct_family, holm
+from moebench.analysis.statistics.differences import PairedDifference, paired_difference, sign_flip_p
+from moebench.analysis.statistics.effect import StandardisedEffect, effect_in_seed_sd
+from moebench.analysis.statistics.equivalence import equivalence_p
+from moebench.analysis.statistics.intervals import mean_interval, t_interval
+from moebench.analysis.statistics.levels import (
     ALPHA,
     CONFIDENCE,
     EQUIVALENCE_SEEDS,
@@ -13,16 +13,16 @@ from moebench.analysis.compare.statistics.levels import (
     MIN_SEEDS,
     POWER,
 )
-from moebench.analysis.compare.statistics.power import (
+from moebench.analysis.statistics.power import (
     SpreadEstimate,
     pool_arms,
     pooled_spread,
     smallest_detectable,
     t_power,
 )
-from moebench.analysis.compare.statistics.seed_values import Interval, Values, compute_variance
-from moebench.analysis.compare.statistics.skew import skewness_p
-from moebench.analysis.compare.statistics.table_noise import MAX_SD_RATIO, spread_p, table_spread
+from moebench.analysis.statistics.seed_values import Interval, Values, compute_variance
+from moebench.analysis.statistics.skew import skewness_p
+from moebench.analysis.statistics.table_noise import MAX_SD_RATIO, spread_p, table_spread
 
 __all__ = [
     "ALPHA",

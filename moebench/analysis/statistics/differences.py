@@ -6,11 +6,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from moebench.analysis.compare.statistics.effect import effect_in_seed_sd
-from moebench.analysis.compare.statistics.intervals import t_interval
-from moebench.analysis.compare.statistics.levels import EXACT_SEEDS, MAX_EXACT_SEEDS, MIN_SEEDS
-from moebench.analysis.compare.statistics.power import SpreadEstimate
-from moebench.analysis.compare.statistics.seed_values import Interval, as_values, is_constant
+from moebench.analysis.statistics.effect import effect_in_seed_sd
+from moebench.analysis.statistics.intervals import t_interval
+from moebench.analysis.statistics.levels import EXACT_SEEDS, MAX_EXACT_SEEDS, MIN_SEEDS
+from moebench.analysis.statistics.power import SpreadEstimate
+from moebench.analysis.statistics.seed_values import Interval, as_values, is_constant
 
 
 @dataclass(frozen=True, kw_only=True)

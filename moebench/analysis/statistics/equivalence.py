@@ -4,8 +4,8 @@ from math import sqrt
 
 from scipy import special
 
-from moebench.analysis.compare.statistics.levels import EQUIVALENCE_SEEDS
-from moebench.analysis.compare.statistics.power import SpreadEstimate
+from moebench.analysis.statistics.levels import EQUIVALENCE_SEEDS
+from moebench.analysis.statistics.power import SpreadEstimate
 
 
 def equivalence_p(mean: float, spread: SpreadEstimate, num_seeds: int, margin: float) -> float | None:

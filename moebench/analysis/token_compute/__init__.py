@@ -1,0 +1,1 @@
+"""How many experts each token uses, and whether these are the difficult tokens."""

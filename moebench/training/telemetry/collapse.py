@@ -1,0 +1,183 @@
+"""The alarm of a collapse: a layer that sends nearly all tokens to the same few experts.
+
+Loads are added up on the device in every step; every `WINDOW_STEPS` steps their sum travels to the host with the other
+values of the step, for which the host waits anyway. A layer is collapsed when, in two windows in a row, the k busiest
+of its E experts take at least `COLLAPSED` of what they could have beyond an even load: (s - k/E) / (1 - k/E), where s
+is their share of the assignments and k the router's number of experts per token. So the alarm comes at most
+3 * WINDOW_STEPS steps after a collapse, one more where steps are checked later.
+
+Routers that choose nothing (mixtures, chains of steps, fixed tables) have no alarm.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moebench.experts.layer import MoELayer
+from moebench.ranks import Ranks
+from moebench.routing.router import ROUTERS
+from moebench.routing.values import LayerRecord
+
+WINDOW_STEPS = 5
+COLLAPSED, RECOVERED = 0.9, 0.5
+"""Share of what the busiest experts could have beyond an even load, from which on a layer is collapsed or no more."""
+NUM_WINDOWS = 2
+"""In a row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collapse:
+    """A layer that has collapsed, or has recovered from it."""
+
+    step: int
+    """From 1: the last of the windows."""
+    layer: str
+    experts: tuple[int, ...]
+    """The busiest ones, from the busiest on."""
+    share: float
+    """Their share of the assignments in the last window."""
+    num_experts: int
+    has_recovered: bool = False
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Values for the journal."""
+        stem = f"collapse/{self.layer}"
+        if self.has_recovered:
+            return {f"{stem}/recovered": self.share}
+        return {
+            f"{stem}/expert": float(self.experts[0]),
+            f"{stem}/num_experts": float(len(self.experts)),
+            f"{stem}/share": self.share,
+        }
+
+    def __str__(self) -> str:
+        """Return the event in one line."""
+        if self.has_recovered:
+            return f"at step {self.step} layer {self.layer} is no longer collapsed"
+        one = len(self.experts) == 1
+        numbers = ", ".join(map(str, self.experts[:4])) + (", ..." if len(self.experts) > 4 else "")
+        who = f"expert {numbers} takes" if one else f"experts {numbers} take"
+        return (
+            f"collapse at step {self.step}: in layer {self.layer} {who} {self.share:.0%} of the assignments"
+            f" ({self.num_experts} experts, steps {self.step - NUM_WINDOWS * WINDOW_STEPS + 1} to {self.step})"
+        )
+
+
+def can_collapse(layer: MoELayer) -> bool:
+    """Return whether the router of a layer learns to choose some of several experts."""
+    form, facts = layer.router.form, ROUTERS.get(layer.router.config.name).facts
+    chooses = facts.learned and not (form.is_mixture or form.is_chain or form.is_dense)
+    return chooses and layer.experts_per_token < layer.bank.num_experts
+
+
+class LoadWindow:
+    """The loads of all watched layers, added up over the steps of a window without waiting for the device."""
+
+    def __init__(self, layers: Sequence[MoELayer]) -> None:
+        self.indices = [index for index, layer in enumerate(layers) if can_collapse(layer)]
+        self.sizes = [layers[index].bank.num_experts for index in self.indices]
+        self._local_X: Tensor | None = None
+        self._total_X: Tensor | None = None
+        """Of all processes, of the steps before the last checkpoint."""
+
+    def add(self, records: Sequence[Sequence[LayerRecord]]) -> None:
+        """Add the records of a step: for each micro-batch one of each layer."""
+        if not self.indices:
+            return
+        load_X = torch.cat([layers[index].routing.load_E for layers in records for index in self.indices])
+        if len(records) > 1:
+            load_X = load_X.view(len(records), -1).sum(0)
+        self._local_X = load_X if self._local_X is None else self._local_X + load_X
+
+    def close(self, world: Ranks) -> Tensor | None:
+        """Return the sums of all processes and begin the next window; every process calls it. None without layers."""
+        self.sum_over(world)
+        total_X, self._total_X = self._total_X, None
+        return total_X
+
+    def sum_over(self, world: Ranks) -> None:
+        """Add what other processes have counted, before a checkpoint; every process calls it."""
+        if self._local_X is None:
+            return
+        summed_X = world.sum(self._local_X)
+        self._total_X = summed_X if self._total_X is None else self._total_X + summed_X
+        self._local_X = None
+
+    def to_list(self) -> list[int]:
+        """Return the sums up to the last `sum_over`, for a checkpoint."""
+        numbers: list[int] = [] if self._total_X is None else self._total_X.tolist()
+        return numbers
+
+    def load_list(self, numbers: Sequence[int], device: torch.device) -> None:
+        """Restore the sums."""
+        if len(numbers) == sum(self.sizes) and numbers:
+            self._total_X = torch.tensor(numbers, device=device)
+
+
+@dataclass
+class _LayerState:
+    num_windows: int = 0
+    """In a row that speak for the other state than the present one."""
+    is_collapsed: bool = False
+
+
+class CollapseAlarm:
+    """Compares the windows of a run with the rule; equal on all processes, which have the same sums."""
+
+    def __init__(self, layers: Sequence[MoELayer]) -> None:
+        watched = [layer for layer in layers if can_collapse(layer)]
+        self.layers = {str(layer.name): (layer.bank.num_experts, layer.experts_per_token) for layer in watched}
+        """Name -> experts, and those of them that a token uses."""
+        self._states = {name: _LayerState() for name in self.layers}
+
+    @property
+    def num_collapsed(self) -> int:
+        """Layers that are collapsed."""
+        return sum(state.is_collapsed for state in self._states.values())
+
+    def check(self, step: int, loads: Sequence[float]) -> list[Collapse]:
+        """Return the layers that have changed their state with the window that ends at `step`, from 1.
+
+        `loads`: as `LoadWindow.close` returns them, as numbers.
+        """
+        events, start = [], 0
+        for name, (num_experts, top_k) in self.layers.items():
+            window, start = loads[start : start + num_experts], start + num_experts
+            event = self._check_layer(step, name, window, top_k)
+            events += [event] if event else []
+        return events
+
+    def _check_layer(self, step: int, name: str, loads: Sequence[float], top_k: int) -> Collapse | None:
+        state, total = self._states[name], sum(loads)
+        if not total:
+            return None
+        experts = sorted(range(len(loads)), key=lambda expert: -loads[expert])[:top_k]
+        share, even = sum(loads[expert] for expert in experts) / total, top_k / len(loads)
+        excess = (share - even) / (1 - even)
+        differs = excess < RECOVERED if state.is_collapsed else excess >= COLLAPSED
+        state.num_windows = state.num_windows + 1 if differs else 0
+        if state.num_windows < NUM_WINDOWS:
+            return None
+        state.num_windows, state.is_collapsed = 0, not state.is_collapsed
+        return Collapse(
+            step=step,
+            layer=name,
+            experts=tuple(experts),
+            share=share,
+            num_experts=len(loads),
+            has_recovered=not state.is_collapsed,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint, as plain values."""
+        return {name: [state.num_windows, state.is_collapsed] for name, state in self._states.items()}
+
+    def load_dict(self, values: Mapping[str, Any]) -> None:
+        """Restore the state."""
+        for name in self._states.keys() & values.keys():
+            num_windows, is_collapsed = values[name]
+            self._states[name] = _LayerState(num_windows=int(num_windows), is_collapsed=bool(is_collapsed))
