@@ -12,7 +12,8 @@ from moebench.analysis.specialisation.report import build_label_tables
 from moebench.cli.probe_sections.table import ProbeRequest
 from moebench.reporting.report import Report
 
-CONTROL = "untrained: bits of the same routers with their weights drawn again, on the same input"
+OF_RUN, OF_CHECKPOINT = "of the model before training", "of the same routers with weights drawn again"
+"""What the control `untrained` is."""
 
 
 def build_report(request: ProbeRequest) -> Report:
@@ -28,7 +29,8 @@ def build_report(request: ProbeRequest) -> Report:
     if measured is not None:
         information = build_information_table(measured, request.layer)
         title = f"What experts say about labels, in bits: {measured.num_tokens:,} tokens"
-        shown = (replace(information, title=title, notes=(*information.notes, CONTROL)), *shown)
+        notes = tuple(note.replace(OF_RUN, OF_CHECKPOINT) for note in information.notes)
+        shown = (replace(information, title=title, notes=notes), *shown)
     values = {
         "model": probe.to_dict(),
         "tables": {name: table.to_dict() for name, table in tables.items()},
