@@ -1,10 +1,12 @@
 """`moebench probe`: what the experts of a finished run have learned."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from moebench.analysis.pretrained.options import PretrainedOptions
 from moebench.cli.options import DEFAULT_RESULTS, Json, Overrides, Plugins, Results, check_plot
 from moebench.cli.output import print_report
 from moebench.cli.probe_sections.table import (
@@ -22,6 +24,7 @@ from moebench.cli.subjects import SUFFIXES
 from moebench.errors import UsageError
 from moebench.experiment.files import list_experiments
 
+DEFAULTS = PretrainedOptions()
 MEANINGS = "; ".join(f"{name}: {section.meaning}" for name, section in SECTIONS.items())
 
 
@@ -29,8 +32,8 @@ def probe(
     subject: Annotated[
         str,
         typer.Argument(
-            metavar="RUN|EXPERIMENT",
-            help="The id of a finished run, or a prefix of it; or an experiment: all its runs.",
+            metavar="RUN|EXPERIMENT|hf:PATH",
+            help="The id of a finished run, or its beginning; an experiment: all its runs; or a folder of transformers.",
         ),
     ],
     overrides: Overrides = None,
@@ -49,6 +52,16 @@ def probe(
     permutations: Annotated[
         int, typer.Option(min=0, help="Permutations of the labels; 0: only the tables that the run has stored.")
     ] = 100,
+    data: Annotated[
+        str | None, typer.Option(help="hf:PATH: text file or folder. Default: the test split of the embedded text.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="hf:PATH: float32, bfloat16, float16, or auto: as the weights are stored.")
+    ] = DEFAULTS.dtype,
+    batch_size: Annotated[int, typer.Option(min=1, help="hf:PATH: sequences at a time.")] = DEFAULTS.batch_size,
+    sequence_length: Annotated[
+        int, typer.Option(min=4, help="hf:PATH: tokens of a sequence, at most.")
+    ] = DEFAULTS.sequence_length,
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
@@ -63,6 +76,13 @@ def probe(
     check_plot(plot)
     kind = _select_kind(subject)
     _check_options(kind, overrides, arm)
+    pretrained = PretrainedOptions(
+        data=data, dtype=dtype, batch_size=batch_size, sequence_length=sequence_length, max_tokens=tokens
+    )
+    if kind != "pretrained" and pretrained != replace(DEFAULTS, max_tokens=tokens):
+        raise UsageError(
+            f"--data, --dtype, --batch-size, --sequence-length: apply to hf:PATH, and the subject is {NOUNS[kind]}"
+        )
     sections = parse_sections(show, kind)
     if plot and len(sections) > 1:
         raise UsageError(f"--plot {plot}: draws one section, and --show names {len(sections)}")
@@ -80,6 +100,7 @@ def probe(
             arm=arm,
             max_tokens=tokens,
             num_permutations=permutations,
+            pretrained=pretrained,
         )
         for section in sections
     ]

@@ -9,6 +9,7 @@ from typing import Any
 from moebench.errors import UsageError
 from moebench.file_access import parse_json, read_plain_file
 from moebench.pretrained.families import CONFIG, Family, find_family, read_number
+from moebench.pretrained.library import require_libraries
 from moebench.pretrained.weights import StoredTensor, read_weights
 
 PREFIX = "hf:"
@@ -57,8 +58,10 @@ def open_pretrained(name: str) -> PretrainedFolder:
     """Return the checked folder that `hf:PATH` names.
 
     Raises UsageError for what is no local folder, for an unknown architecture, for one without experts, for pickled,
-    quantised or missing weights, and for numbers of layers and experts that the weights cannot have.
+    quantised or missing weights, for numbers of layers and experts that the weights cannot have, and where the extra
+    `hf` is not installed.
     """
+    require_libraries()
     path = Path(name.removeprefix(PREFIX)).expanduser()
     try:
         is_folder = path.is_dir()

@@ -6,7 +6,19 @@ import sys
 import pytest
 from support.command_line import CommandLine
 
-HEAVY = ("torch", "lightning", "mlflow", "datasets", "matplotlib", "scipy", "statsmodels", "pandas", "numpy")
+HEAVY = (
+    "torch",
+    "lightning",
+    "mlflow",
+    "datasets",
+    "matplotlib",
+    "scipy",
+    "statsmodels",
+    "pandas",
+    "numpy",
+    "transformers",
+    "safetensors",
+)
 ASK = """
 import sys
 sys.argv = ["moebench", *{arguments!r}]
@@ -20,7 +32,8 @@ print([name for name in {heavy!r} if name in sys.modules], code or 0)
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--help", "run --help", "compare --help", "curve --help", "bench layer --help", "--version"]
+    "arguments",
+    ["--help", "run --help", "compare --help", "curve --help", "probe --help", "bench layer --help", "--version"],
 )
 def test_help_imports_nothing_heavy(cli: CommandLine, arguments: str) -> None:
     code = ASK.format(arguments=arguments.split(), heavy=HEAVY)

@@ -188,6 +188,14 @@ def modules_of(*packages: str) -> list[str]:
     return [".".join(("moebench", *file.relative_to(PACKAGE).with_suffix("").parts)) for file in files]
 
 
+def test_transformers_is_imported_only_where_a_folder_of_it_is_read() -> None:
+    modules = [name for name in modules_of("pretrained", "analysis") if "pretrained" in name]
+    assert len(modules) > 10
+    loaded = loaded_by(f"import importlib\nfor name in {modules!r}: importlib.import_module(name)")
+    assert "torch" in loaded
+    assert not loaded & {"transformers", "safetensors"}
+
+
 def test_routing_and_experts_need_torch_alone() -> None:
     modules = [name for name in modules_of("routing", "experts") if ".kernels.gpu" not in name]  # Triton: on a GPU
     assert len(modules) > 15

@@ -1,4 +1,4 @@
-"""Labels of the counted tokens of a model of transformers: those that a probe of a run has, read from its own tokens."""
+"""Labels of the counted tokens of a model of transformers: the kinds that a probe of a run on text has."""
 
 from collections.abc import Sequence
 from functools import cached_property

@@ -22,6 +22,9 @@ from moebench.seeds import derive_seed
 NO_GAIN = 1e-9
 """Bits of a label, given the token, below which the token determines it."""
 
+CONTROL_SHARE = 5
+"""A control has this part of the permutations: their mean corrects it, and no interval of it is shown."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _ControlledLayer:
@@ -36,10 +39,10 @@ class _ControlledLayer:
 
 
 def measure_pretrained(probe: PretrainedProbe, options: ProbeOptions) -> RunInformation:
-    """Return the information of all layers about all kinds of labels, or about one; raise UsageError for an unknown one.
+    """Return the information of all layers about all kinds of labels, or about one of them.
 
-    The control `untrained` is the choice of each router with its weights drawn again, on the same input: the model below
-    it is the trained one, so that only what the router learned differs.
+    The control `untrained` is the choice of each router with its weights drawn again, on the same input: the model
+    below it is the trained one, so that only what the router learned differs. Raises UsageError for an unknown kind.
     """
     kinds: dict[str, dict[str, LayerInformation]] = {}
     columns = {stack: probe.columns(stack) for stack in probe.stacks}
@@ -83,10 +86,11 @@ def _measure(layer: _ControlledLayer, column: LabelColumn, options: ProbeOptions
     label_T, num_labels = column.label_T, len(column.values)
     permute = permute_sequences(label_T, layer.sequence_T)
     sampling = options.num_permutations, derive_seed("probe", layer.name, column.name)
+    num_of_controls = max(1, options.num_permutations // CONTROL_SHARE)
     return LayerInformation(
         trained=measure_information(label_T, num_labels, layer.trained, permute, sampling),
         controls={
-            name: measure_information(label_T, num_labels, assignments, permute, sampling)
+            name: measure_information(label_T, num_labels, assignments, permute, (num_of_controls, sampling[1]))
             for name, assignments in layer.controls.items()
         },
         given_token=_measure_given_token(layer, column, sampling),

@@ -9,6 +9,7 @@ import torch
 
 from moebench.analysis.pretrained.collect import Collection, LayerAssignments, collect
 from moebench.analysis.pretrained.labels import TokenNames, build_columns
+from moebench.analysis.pretrained.options import PretrainedOptions
 from moebench.analysis.pretrained.texts import read_texts
 from moebench.analysis.pretrained.windows import ProbeText, build_causal, build_encoder_decoder, cut_windows
 from moebench.analysis.specialisation.information import Assignments
@@ -17,27 +18,10 @@ from moebench.analysis.specialisation.token_labels import LabelColumn
 from moebench.errors import UsageError
 from moebench.pretrained.families import CONFIG
 from moebench.pretrained.folder import PretrainedFolder, open_pretrained
-from moebench.pretrained.model import AS_STORED, choose_dtype, load_model
+from moebench.pretrained.model import choose_dtype, load_model
 from moebench.pretrained.tokenizer import PretrainedTokenizer, read_tokenizer
 
-DEFAULT_BATCH_SIZE, DEFAULT_LENGTH = 4, 256
 LENGTH_KEYS = ("max_position_embeddings", "n_positions")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainedOptions:
-    """How a model of transformers is probed."""
-
-    data: str | None = None
-    """File, folder or prepared folder of text; None: the test split of the embedded text."""
-    dtype: str = AS_STORED
-    """Type of the weights: float32, bfloat16, float16, or as they are stored."""
-    batch_size: int = DEFAULT_BATCH_SIZE
-    """Sequences that are in the model at a time."""
-    sequence_length: int = DEFAULT_LENGTH
-    """Tokens of a sequence, at most."""
-    max_tokens: int = 16_384
-    """Tokens of text, at most."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

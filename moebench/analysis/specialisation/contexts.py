@@ -121,7 +121,7 @@ def build_context_report(run: TrainedRun, layer: str | None, max_tokens: int) ->
         for expert in range(tokens.layers[name].assignments.num_experts)
     ]
     return Report(
-        tables=tuple(_build_table(expert, name) for expert in experts),
+        tables=tuple(build_context_table(expert, name) for expert in experts),
         notes=(
             f"the {NUM_CONTEXTS} highest gates of each expert, at most one in a window; {OPEN}{CLOSE} the token;"
             " ␣ space, ↵ end of line, � a character that the window cuts; domain: of the text",
@@ -192,7 +192,8 @@ def _pick_contexts(layer: RoutedLayer, mine_N: Ints, text: TokenText) -> list[Co
     return contexts
 
 
-def _build_table(expert: ExpertContexts, layer: str) -> Table:
+def build_context_table(expert: ExpertContexts, layer: str) -> Table:
+    """Return the contexts of an expert, under its share and its most frequent tokens."""
     tokens = ", ".join(f"{token} {100 * share:.0f} %" for token, share in expert.tokens)
     return Table(
         title=f"Expert {expert.expert} of layer {layer}: {100 * expert.share:.1f} % of assignments; {tokens or 'none'}",

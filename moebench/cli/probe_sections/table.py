@@ -2,10 +2,11 @@
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from moebench.analysis.pretrained.options import PretrainedOptions
 from moebench.commands import DEFAULT_RESULTS
 from moebench.errors import UsageError, unknown
 
@@ -47,6 +48,8 @@ class ProbeRequest:
     """Positions, about, where the section runs the model."""
     num_permutations: int = 100
     """Permutations of the labels; 0: only what the run has stored."""
+    pretrained: PretrainedOptions = field(default_factory=PretrainedOptions)
+    """How a model of transformers is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +64,17 @@ class Section:
 
 SECTIONS: Mapping[str, Section] = {
     "labels": Section(
-        meaning="information between experts and labels", modules={"run": "labels", "experiment": "pooled_labels"}
+        meaning="information between experts and labels",
+        modules={"run": "labels", "experiment": "pooled_labels", "pretrained": "pretrained_labels"},
     ),
     "contexts": Section(
-        meaning="the tokens of each expert with the highest gates, in text", modules={"run": "contexts"}
+        meaning="the tokens of each expert with the highest gates, in text",
+        modules={"run": "contexts", "pretrained": "pretrained_contexts"},
     ),
     "gallery": Section(meaning="the patches or sounds of each expert, as a figure", modules={"run": "gallery"}),
+    "loads": Section(
+        meaning="load and co-activation of experts, of a checkpoint", modules={"pretrained": "pretrained_loads"}
+    ),
     "history": Section(
         meaning="churn and saturation of routing, similarity and co-activation of experts, at train.keep_checkpoints",
         modules={"run": "history"},

@@ -14,6 +14,7 @@ from support.pretrained_models import OPTIONS, change_config, save_model, write_
 from moebench.errors import UsageError
 from moebench.pretrained.families import FAMILIES
 from moebench.pretrained.folder import open_pretrained
+from moebench.pretrained.library import NEEDED
 from moebench.pretrained.memory import require_memory
 from moebench.pretrained.model import choose_dtype, load_model
 from moebench.pretrained.tokenizer import read_tokenizer
@@ -87,6 +88,18 @@ def test_the_type_is_the_stored_one_or_the_chosen_one(tmp_path: Path) -> None:
     assert load_model(opened, "float32").dtype == torch.float32
     with pytest.raises(UsageError, match="--dtype: 'int8' is unknown"):
         choose_dtype(opened, "int8")
+
+
+def test_missing_and_old_libraries_are_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NEEDED, "transformers", (99, 0))
+    with pytest.raises(
+        UsageError, match=r"hf: needs transformers>=99\.0, and 5.* is installed \(pip install 'moebench"
+    ):
+        open_pretrained(name(folder))
+    monkeypatch.setitem(NEEDED, "no-such-library", (1, 0))
+    monkeypatch.delitem(NEEDED, "transformers")
+    with pytest.raises(UsageError, match=r"hf: needs no-such-library>=1\.0 \(pip install 'moebench\[hf\]'\)"):
+        open_pretrained(name(folder))
 
 
 def test_what_is_no_local_folder_is_refused(tmp_path: Path) -> None:
