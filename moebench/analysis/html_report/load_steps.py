@@ -8,7 +8,7 @@ import numpy as np
 from moebench.analysis.compare.shown_arms import find_tone, select_arms
 from moebench.analysis.compare.values import Comparison
 from moebench.analysis.html_report.loads import draw_cells
-from moebench.analysis.html_report.stored_runs import StoredRun
+from moebench.analysis.html_report.report_runs import ReportRun
 from moebench.reporting.formatting import format_plural
 from moebench.runs.layer_series import LayerPoint, list_layers
 
@@ -40,7 +40,7 @@ class StepMaps:
     caption: str
 
 
-def build_step_maps(comparison: Comparison, runs: Sequence[StoredRun]) -> tuple[StepMaps, ...]:
+def build_step_maps(comparison: Comparison, runs: Sequence[ReportRun]) -> tuple[StepMaps, ...]:
     """Return the maps of each shown arm that has series: those of its first seed, since seeds number experts anew."""
     maps = []
     for arm in select_arms(comparison):
@@ -50,7 +50,7 @@ def build_step_maps(comparison: Comparison, runs: Sequence[StoredRun]) -> tuple[
     return tuple(maps)
 
 
-def _build_maps(arm: str, tone: str, run: StoredRun) -> StepMaps:
+def _build_maps(arm: str, tone: str, run: ReportRun) -> StepMaps:
     names = list_layers(run.series)
     shown = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, min(len(names), MAX_LAYERS)).astype(int))]
     left_out = f", {len(shown)} of {len(names)} layers" if len(shown) < len(names) else ""

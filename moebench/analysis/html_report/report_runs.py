@@ -69,7 +69,7 @@ def _read_run(cell: Cell, folder: RunFolder, metric: str) -> ReportRun:
     return ReportRun(arm=cell.arm, seed=cell.seed, problems=tuple(problems), **parts)
 
 
-def _add_series(run: StoredRun, folder: RunFolder) -> StoredRun:
+def _add_series(run: ReportRun, folder: RunFolder) -> ReportRun:
     try:
         folder.require_unchanged(folder.layers)
         return replace(run, series=read_thinned_series(folder.layers, MAX_POINTS))
