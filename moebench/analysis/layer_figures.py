@@ -14,10 +14,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from moebench.analysis.statistics import Values
 from moebench.reporting.canvas import new_figure
-from moebench.runs.layer_series import LayerPoint, LayerValues, list_layers
+from moebench.runs.layer_series import LayerPoint, LayerValues, select_layers
 
 MAX_LAYERS = 12
-"""Panels; of more layers, evenly spaced ones with the first and the last."""
+"""Panels; of more layers, the most uneven one and others evenly spaced."""
 MAX_ROWS = 256
 """Of a panel; more experts are averaged with their neighbours."""
 MAX_LOG2_RATIO = 3.0
@@ -31,6 +31,8 @@ QUANTITIES: tuple[tuple[str, Callable[[LayerValues], float | None]], ...] = (
     ("largest logit", lambda layer: layer.logit_max),
     ("rows per token", lambda layer: layer.experts_per_token),
 )
+FROM_0, MIN_TOP = ("MaxVio", "dead experts", "assignments dropped"), 0.06
+"""Quantities whose axis begins at 0, and how high it is at least: nothing dropped is a line at the bottom."""
 
 
 def draw_load_maps(points: Sequence[LayerPoint], *, path: Path, title: str) -> Path:
@@ -110,13 +112,15 @@ def draw_layer_curves(points: Sequence[LayerPoint], *, path: Path, title: str) -
                 ax.plot(steps, [np.nan if value is None else value for value in values], color=color, linewidth=1.1)
             ax.set_title(name, loc="left", fontsize=8.5)
             ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            if name in FROM_0:
+                ax.set_ylim(bottom=0, top=None if ax.get_ylim()[1] > MIN_TOP else MIN_TOP)
             if name == "assignments dropped":
                 ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
         _remove_empty(axes, len(shown), columns)
         scale = ScalarMappable(Normalize(-0.5, len(layers) - 0.5), colors)
-        ticks = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), 6)).astype(int))
-        bar = figure.colorbar(scale, ax=axes[: len(shown)].tolist(), location="right", ticks=ticks.tolist())
-        bar.ax.set_yticklabels([f"layer {layers[tick]}" for tick in ticks])
+        ticks = range(len(layers))
+        bar = figure.colorbar(scale, ax=axes[: len(shown)].tolist(), location="right", ticks=[*ticks])
+        bar.ax.set_yticklabels([f"layer {layer}" for layer in layers])
         bar.ax.invert_yaxis()
         figure.supxlabel("training step", fontsize=9)
     return path
@@ -131,8 +135,7 @@ def _remove_empty(axes: np.ndarray, num_panels: int, columns: int) -> None:
 
 
 def _select_layers(points: Sequence[LayerPoint]) -> list[str]:
-    layers = list_layers(points)
+    layers = select_layers(points, MAX_LAYERS)
     if not layers:
         raise ValueError("no expert layer to draw: the series are empty")
-    positions = np.linspace(0, len(layers) - 1, min(len(layers), MAX_LAYERS)).round().astype(int)
-    return [layers[position] for position in positions]
+    return layers

@@ -166,6 +166,19 @@ def list_layers(points: Sequence[LayerPoint]) -> list[str]:
     return list(dict.fromkeys(name for point in points for name in point.layers))
 
 
+def select_layers(points: Sequence[LayerPoint], max_layers: int) -> list[str]:
+    """Return at most `max_layers` names, in their order: the most uneven layer at the end, and others evenly spaced."""
+    names = list_layers(points)
+    if len(names) <= max_layers:
+        return names
+    last = points[-1].layers
+    worst = max(names, key=lambda name: last[name].max_violation if name in last else 0.0)
+    others = [name for name in names if name != worst]
+    spread = max(max_layers - 2, 1)
+    positions = {round(position * (len(others) - 1) / spread) for position in range(max_layers - 1)}
+    return [name for name in names if name == worst or others.index(name) in positions]
+
+
 def _to_json(value: Any) -> Any:
     return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
 

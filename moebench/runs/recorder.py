@@ -116,9 +116,12 @@ class RunRecorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in (self._layers, self.journal):
-            if file:
-                file.__exit__(kind, error, trace)
+        try:
+            if self.journal:
+                self.journal.__exit__(kind, error, trace)
+        finally:
+            if self._layers:
+                self._layers.__exit__(kind, error, trace)
 
 
 def find_missing(folder: RunFolder, records: Mapping[str, RecordPrefix]) -> str | None:

@@ -10,10 +10,10 @@ from moebench.analysis.compare.values import Comparison
 from moebench.analysis.html_report.loads import draw_cells
 from moebench.analysis.html_report.report_runs import ReportRun
 from moebench.reporting.formatting import format_plural
-from moebench.runs.layer_series import LayerPoint, list_layers
+from moebench.runs.layer_series import LayerPoint, list_layers, select_layers
 
 MAX_LAYERS = 4
-"""Of an arm: the first, the last and those evenly between."""
+"""Of an arm: the most uneven one and others evenly spaced."""
 MAX_STEPS, MAX_EXPERTS = 48, 32
 """Of a map; more steps are left out evenly, more experts averaged with their neighbours."""
 
@@ -52,11 +52,12 @@ def build_step_maps(comparison: Comparison, runs: Sequence[ReportRun]) -> tuple[
 
 def _build_maps(arm: str, tone: str, run: ReportRun) -> StepMaps:
     names = list_layers(run.series)
-    shown = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, min(len(names), MAX_LAYERS)).astype(int))]
+    shown = select_layers(run.series, MAX_LAYERS)
+    experts = format_plural(max(len(layer.load) for layer in run.series[-1].layers.values()), "expert")
     left_out = f", {len(shown)} of {len(names)} layers" if len(shown) < len(names) else ""
     steps = f"steps {run.series[0].step} to {run.series[-1].step}"
     layers = tuple(_build_layer(name, run.series) for name in shown)
-    return StepMaps(arm=arm, tone=tone, layers=layers, caption=f"seed {run.seed}, {steps}{left_out}")
+    return StepMaps(arm=arm, tone=tone, layers=layers, caption=f"seed {run.seed}, {experts}, {steps}{left_out}")
 
 
 def _build_layer(name: str, series: Sequence[LayerPoint]) -> LayerMap:
@@ -74,6 +75,5 @@ def _build_layer(name: str, series: Sequence[LayerPoint]) -> LayerMap:
         num_columns=len(chosen),
         num_rows=len(load_RP),
         shapes=draw_cells(list(load_RP / mean_P)),
-        caption=f"layer {name}: {format_plural(num_experts, 'expert')}, busiest {last.max_violation + 1:.1f} × even at"
-        f" the end{dead}",
+        caption=f"layer {name}: busiest {last.max_violation + 1:.1f} × even{dead}",
     )

@@ -10,11 +10,13 @@ from moebench.analysis.compare.comparison import compare
 from moebench.analysis.compare.shown_arms import select_names
 from moebench.analysis.html_report.differences import build_forest
 from moebench.analysis.html_report.domains import build_domain_tables
+from moebench.analysis.html_report.load_steps import build_step_maps
 from moebench.analysis.html_report.loads import average_loads, build_heat_maps
 from moebench.analysis.html_report.pareto import build_pareto, place_labels
 from moebench.analysis.html_report.report_runs import ReportRun
 from moebench.analysis.html_report.settings import flatten_settings
 from moebench.analysis.html_report.verdicts import describe_arms, describe_outcome
+from moebench.runs.layer_series import LayerPoint, LayerValues
 
 RESULTS = with_own_jitter(make_results({"dense": 0.0, "switch": -0.1, "hash": 0.2}))
 COMPARISON = compare(RESULTS, expected=list_cells(RESULTS), baseline="dense")
@@ -71,6 +73,21 @@ def test_experts_are_sorted_before_seeds_are_averaged() -> None:
     profile = average_loads(loads)
     assert list(profile) == ["0"]  # a seed has no token in layer 1
     np.testing.assert_allclose(profile["0"], [1.5, 0.5])
+
+
+def test_a_map_of_steps_has_a_column_for_each_step_and_a_row_for_each_expert() -> None:
+    counts = {"tokens": 8, "dropped": 0, "rerouted": 0, "unserved": 0, "experts_per_token": 1.0, "flops_per_token": 1.0}
+    loads = [(2, 2), (2, 2), (4, 0)]
+    series = [LayerPoint(step=step, layers={"1": LayerValues(load=load, **counts)}) for step, load in enumerate(loads)]
+    runs = [StoredRun(arm="switch", seed=seed, series=series) for seed in (3, 4)]
+    (maps,) = build_step_maps(COMPARISON, runs)
+    (layer,) = maps.layers
+    assert maps.caption == "seed 3, 2 experts, steps 0 to 2"
+    assert (layer.num_columns, layer.num_rows) == (3, 2)
+    assert layer.caption == "layer 1: busiest 2.0 × even, 1 dead"
+    assert layer.shapes[4] == "M0 0h2v1h-2zM0 1h2v1h-2z"  # even in two steps
+    assert layer.shapes[6] == "M2 0h1v1h-1z"  # twice an even load
+    assert layer.shapes[0] == "M2 1h1v1h-1z"  # dead
 
 
 def test_a_heat_map_draws_equal_neighbours_as_one() -> None:

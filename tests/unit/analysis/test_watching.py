@@ -59,7 +59,7 @@ def open_history(folder: RunFolder) -> RunHistory:
 
 
 def test_the_view_of_a_run(folder: RunFolder) -> None:
-    lines = build_frame(open_history(folder), Screen(width=100))
+    lines = build_frame(open_history(folder), Screen(width=80))
     assert lines[:4] == [
         "switch, seed 0 (3fa9c1d2e07b)  not running, step 12/600",
         "3.40k tokens/s, validation bits per byte 3.127",

@@ -18,6 +18,7 @@ from moebench.routing import metrics
 from moebench.runs import layer_series
 from moebench.runs.folder import RunFolder
 from moebench.runs.layer_series import (
+    LayerPoint,
     LayerValues,
     format_layer_line,
     iter_layer_series,
@@ -25,6 +26,7 @@ from moebench.runs.layer_series import (
     parse_layer_line,
     read_layer_series,
     read_thinned_series,
+    select_layers,
 )
 from moebench.runs.recorder import RunRecorder
 
@@ -193,3 +195,12 @@ def test_a_file_that_was_deleted_meanwhile_ends_the_run(tmp_path: Path) -> None:
         folder.layers.unlink()
         with pytest.raises(UsageError, match="was deleted or moved during the run"):
             recorder.record_layers(2, {"1": LAYER})
+
+
+@pytest.mark.parametrize(("worst", "expected"), [(5, ["0", "4", "5", "9"]), (0, ["0", "1", "5", "9"])])
+def test_the_most_uneven_layer_is_among_those_selected(worst: int, expected: list[str]) -> None:
+    even, uneven = replace(LAYER, load=(3, 3, 3, 3)), replace(LAYER, load=(12, 0, 0, 0))
+    layers = {str(number): uneven if number == worst else even for number in range(10)}
+    points = [LayerPoint(step=1, layers=layers)]
+    assert select_layers(points, 4) == expected
+    assert select_layers(points, 10) == list(layers)

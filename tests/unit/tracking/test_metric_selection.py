@@ -29,3 +29,7 @@ def test_domains_are_left_to_the_table_but_those_held_out_of_training() -> None:
 def test_a_plugin_with_very_many_metrics_has_a_limit() -> None:
     names = [f"own/metric{number}" for number in range(1000)]
     assert select(*names) == names[:MAX_NAMES]
+
+
+def test_the_number_of_collapsed_layers_is_sent_and_their_details_are_not() -> None:
+    assert select("collapse/layers", "collapse/3/expert", "collapse/3/share") == ["collapse/layers"]
