@@ -33,7 +33,7 @@ def probe(
         str,
         typer.Argument(
             metavar="RUN|EXPERIMENT|hf:PATH",
-            help="The id of a finished run, or its beginning; an experiment: all its runs; or a folder of transformers.",
+            help="The id of a finished run, or its beginning; an experiment: all its runs; a folder of transformers.",
         ),
     ],
     overrides: Overrides = None,
