@@ -15,7 +15,9 @@ if TYPE_CHECKING:
         load_experiment,
         load_model,
         load_runs,
+        measure_fairness,
         moe_layer,
+        pool,
         run,
         to_text,
     )
@@ -30,7 +32,9 @@ __all__ = [
     "load_experiment",
     "load_model",
     "load_runs",
+    "measure_fairness",
     "moe_layer",
+    "pool",
     "run",
     "to_text",
 ]

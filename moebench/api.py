@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import pandas
 
     from moebench.analysis.compare.values import Comparison, Split
+    from moebench.analysis.fairness.values import Fairness
+    from moebench.analysis.pooled.pool import Pooled
     from moebench.experiment.grid import Experiment
     from moebench.experiment.runner import RunReport
     from moebench.runs.folder import RunFolder
@@ -106,8 +108,7 @@ def compare(
     from dataclasses import replace
 
     from moebench.analysis.compare.experiment import compare_experiment
-    from moebench.experiment.files import find_experiment
-    from moebench.experiment.grid import Experiment, expand
+    from moebench.experiment.grid import Experiment
     from moebench.schema import DEFAULT_MARGIN, check_margin
 
     if margin is not None:
@@ -117,23 +118,58 @@ def compare(
     if not isinstance(runs, Experiment | str | Path):
         share = DEFAULT_MARGIN if margin is None else margin
         return _compare_runs(list(runs), Path(results), baseline, split, allow_mismatch=allow_mismatch, margin=share)
-    if isinstance(runs, str | Path):
-        runs = expand(find_experiment(str(runs)), finished_in=Path(results))
-    experiment = runs
+    experiment = _find_trained(runs, Path(results))
     if baseline is not None:
         experiment = replace(experiment, baseline=baseline)
     return compare_experiment(experiment, Path(results), allow_mismatch=allow_mismatch, split=split, margin=margin)
 
 
-def to_text(comparison: "Comparison", width: int = 100) -> str:
-    """Return the tables of a comparison as plain text, `width` columns wide."""
+def measure_fairness(
+    experiment: "Experiment | str | Path", results: str | Path = "results", *, allow_mismatch: bool = False
+) -> "Fairness":
+    """Compare the arms of an experiment at equal tokens, FLOPs, parameters and time, on the validation split.
+
+    `allow_mismatch`: state times that were not measured under the same conditions, too. The value has `to_dict()`.
+    """
+    from moebench.analysis.compare.experiment import compare_experiment
+    from moebench.analysis.fairness.experiment import measure_experiment
+    from moebench.analysis.fairness.measure import compare_on_axes
+
+    trained = _find_trained(experiment, Path(results))
+    comparison = compare_experiment(trained, Path(results), allow_mismatch=allow_mismatch)
+    return compare_on_axes(measure_experiment(trained, Path(results), comparison), ignore_conditions=allow_mismatch)
+
+
+def pool(
+    experiments: "Iterable[Experiment | str | Path]",
+    results: str | Path = "results",
+    *,
+    split: "Split" = "test",
+    allow_mismatch: bool = False,
+) -> "Pooled":
+    """Pool several experiments that share arms and the baseline, as `moebench compare` does when given several."""
+    from moebench.analysis.pooled.experiments import pool_experiments
+
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
+    trained = [_find_trained(experiment, Path(results)) for experiment in experiments]
+    if len(trained) < 2:
+        raise UsageError(f"pool: got {len(trained)} experiments (allowed: at least 2; `compare` takes one)")
+    return pool_experiments(trained, Path(results), allow_mismatch=allow_mismatch, split=split)
+
+
+def to_text(comparison: "Comparison | Pooled", width: int = 100) -> str:
+    """Return the tables of a comparison, or of pooled experiments, as plain text, `width` columns wide."""
     import io
 
     from moebench.analysis.compare.report import build_report
+    from moebench.analysis.pooled.pool import Pooled
+    from moebench.analysis.pooled.report import build_pooled_report
     from moebench.reporting.console import SafeConsole
 
+    report = build_pooled_report(comparison) if isinstance(comparison, Pooled) else build_report(comparison)
     stream = io.StringIO()
-    SafeConsole(file=stream, width=width, color_system=None).print(build_report(comparison).to_rich())
+    SafeConsole(file=stream, width=width, color_system=None).print(report.to_rich())
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
 
 
@@ -181,6 +217,16 @@ def load_model(
 
 def _as_experiment(experiment: "Experiment | str | Path") -> "Experiment":
     return load_experiment(experiment) if isinstance(experiment, str | Path) else experiment
+
+
+def _find_trained(experiment: "Experiment | str | Path", results: Path) -> "Experiment":
+    """Return an experiment, with the seeds that were added to it in a results folder where it is read."""
+    from moebench.experiment.files import find_experiment
+    from moebench.experiment.grid import expand
+
+    if isinstance(experiment, str | Path):
+        return expand(find_experiment(str(experiment)), finished_in=results)
+    return experiment
 
 
 def _compare_runs(

@@ -40,7 +40,7 @@ def apply_values(config: T, raw: Mapping[str, Any], key: str = "") -> T:
     for name, value in raw.items():
         path = f"{key}.{name}" if key else str(name)
         if name not in hints:
-            raise _unknown_key(config, path, hints)
+            raise _explain_unknown_key(config, path, hints)
         current = getattr(config, name)
         if dataclasses.is_dataclass(current):
             values[name] = apply_values(current, _require_mapping(value, path), path)
@@ -195,7 +195,7 @@ def _build_record(value: Any, kind: Any, key: str) -> Any:
     given = _require_mapping(value, key)
     for name in given:
         if name not in hints:
-            raise _unknown_key(kind, f"{key}.{name}", hints)
+            raise _explain_unknown_key(kind, f"{key}.{name}", hints)
     values = {name: convert(item, hints[name], f"{key}.{name}") for name, item in given.items()}
     for option in dataclasses.fields(kind):
         has_default = (option.default, option.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
@@ -232,7 +232,7 @@ def _require_mapping(value: Any, key: str) -> Mapping[str, Any]:
     return value
 
 
-def _unknown_key(config: Any, path: str, hints: Mapping[str, Any]) -> UsageError:
+def _explain_unknown_key(config: Any, path: str, hints: Mapping[str, Any]) -> UsageError:
     parent, _, leaf = path.rpartition(".")
     name = getattr(config, "name", None) if "." not in parent else None
     owner = f"{parent} '{name}'" if parent and name else (parent or "the top level")

@@ -60,14 +60,19 @@ def open_member(folder: Path, name: str) -> BufferedReader:
 MAX_RECORD_BYTES = 256 * 2**20
 """Larger descriptions of runs, results and checkpoints are refused: those of thousands of domains have a few MiB."""
 
+MAX_MEMORY_SHARE = 4
+"""Files of any size are read up to this fraction of the memory: a file without content can claim to have terabytes."""
+
 
 def read_plain_file(path: Path, max_bytes: int | None = MAX_RECORD_BYTES, offset: int = 0) -> bytes:
     """Return the content of a file from a byte on; raise OSError for a pipe or device, which may have no end.
 
-    `max_bytes`: larger files are refused before they are read; None: of any size.
+    `max_bytes`: larger files are refused before they are read; None: those that the memory of the machine can hold.
     """
     with _open_plain(path) as file:
-        if max_bytes is not None and os.fstat(file.fileno()).st_size > max_bytes:
+        if max_bytes is None:
+            max_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // MAX_MEMORY_SHARE
+        if os.fstat(file.fileno()).st_size - offset > max_bytes:
             raise OSError(errno.EFBIG, f"has more than {max_bytes // 2**20} MiB", str(path))
         file.seek(offset)
         return file.read()

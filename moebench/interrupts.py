@@ -14,7 +14,7 @@ received: list[int] = []
 
 
 def record_interrupts() -> None:
-    """From now on, append each SIGINT to `received` and raise KeyboardInterrupt.
+    """Start to append each SIGINT to `received` and to raise KeyboardInterrupt.
 
     The second one, and one during an import, end the process at once.
     """

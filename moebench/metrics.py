@@ -68,14 +68,7 @@ LOAD: tuple[Declaration, ...] = (
     ("drop_rate", "dropped", "share", "percent", "lower", "Share of assignments that no expert computed."),
     ("reroute_rate", "rerouted", "share", "percent", "lower", "Share of assignments computed by another expert."),
     ("unserved", "unserved", "share", "percent", "lower", "Share of tokens that no expert computed."),
-    (
-        "flops_per_token",
-        "FLOPs/token",
-        "FLOPs",
-        "count",
-        "neither",
-        "Forward FLOPs of the model per token, as executed.",
-    ),
+    ("flops_per_token", "FLOPs/token", "FLOPs", "count", "neither", "Forward FLOPs of the model, as executed."),
     ("experts_per_token", "experts", "rows", ".2f", "neither", "Rows that experts computed per token, as executed."),
     (
         "information/KIND",

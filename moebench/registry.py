@@ -84,7 +84,7 @@ class Registry(Generic[T, F]):
             )
 
         def enter(item: T) -> T:
-            key = name or getattr(getattr(item, "Config", None), "name", "")
+            key = name or str(getattr(getattr(item, "Config", None), "name", ""))
             if problem := self._find_problem(item, key):
                 raise UsageError(f"{_origin(item)}: {problem}")
             self._entries[key] = Entry(key, item, facts)
@@ -176,7 +176,7 @@ class Plugin:
 
 
 DIGITS = 12
-"""Of the digest of a plugin file, in the name of its module."""
+"""Digits of a plugin file's digest in the name of its module."""
 _PLUGINS: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
 """Names and parents of each plugin module: what it registers is seen once, when it is executed."""
 _DIGESTS: dict[str, set[str]] = {}

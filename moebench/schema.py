@@ -253,7 +253,7 @@ DEFAULT_NAMES = {"task": "language", "layout": "every_n", "router": "switch"}
 """The component of each kind that a cell has when it names none."""
 
 MAX_CELLS = 20_000
-"""Of one experiment: a longer grid takes minutes to check, and is mostly a mistake of anchors or ranges."""
+"""Largest grid of an experiment: a larger one takes minutes to check, and is usually a mistake in anchors or ranges."""
 
 
 DEFAULT_MARGIN = 0.01

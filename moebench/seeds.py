@@ -30,11 +30,11 @@ class DeferredGenerator:
     device: torch.device
 
     @cached_property
-    def made(self) -> torch.Generator:
+    def generator(self) -> torch.Generator:
         """The generator, the same one each time."""
         return make_generator(*self.parts, device=self.device)
 
 
 def as_generator(generator: torch.Generator | DeferredGenerator) -> torch.Generator:
     """Return the generator, made now if it was not used yet."""
-    return generator.made if isinstance(generator, DeferredGenerator) else generator
+    return generator.generator if isinstance(generator, DeferredGenerator) else generator

@@ -194,10 +194,10 @@ def balance_loss(records: MoERecord | Sequence[MoERecord]) -> Tensor:
     if not records or not all(isinstance(record, MoERecord) for record in records):
         given = "no record" if not records else type(records).__name__
         raise UsageError(f"balance_loss: got {given} (allowed: one record, or a list of one for each layer)")
-    return torch.stack([_weighted_sum(record) for record in records]).mean()
+    return torch.stack([_sum_weighted_losses(record) for record in records]).mean()
 
 
-def _weighted_sum(record: MoERecord) -> Tensor:
+def _sum_weighted_losses(record: MoERecord) -> Tensor:
     zero = torch.zeros((), device=record.routing.load_E.device)
     return sum((record.coefficients[name] * loss for name, loss in record.raw_losses.items()), start=zero)
 

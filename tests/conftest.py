@@ -149,6 +149,19 @@ def built_once(
 
 
 @pytest.fixture(scope="session")
+def empty_database(built_once: Callable[[str, Callable[[Path], Any]], Path]) -> Path:
+    """An empty MLflow database to copy: creating its tables takes a second."""
+
+    def create(folder: Path) -> None:
+        from moebench.tracking.address import sqlite_uri
+        from moebench.tracking.mlflow_store import MlflowStore
+
+        MlflowStore(sqlite_uri(folder / "mlflow.db"), "unused")
+
+    return built_once("empty_database", create) / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
 def finished(built_once: Callable[[str, Callable[[Path], Any]], Path], warm: WarmCommandLine) -> CommandLine:
     """The tiny experiment with three seeds, trained once: for reading only."""
     return CommandLine(built_once("finished", partial(train_tiny_experiment, warm)))

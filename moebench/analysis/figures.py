@@ -6,12 +6,14 @@ Drawing is imported when the first figure is drawn, so that an import that fails
 import contextlib
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
 from moebench.file_access import read_plain_file
+from moebench.runs.experiment_record import read_record
 from moebench.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -54,14 +56,15 @@ class Figures:
         """Write summary and report of the comparison, and draw the curves with the differences where there are any."""
         from moebench.analysis.compare.experiment import compare_experiment
         from moebench.analysis.compare.summary import build_summary
-        from moebench.runs.experiment_summary import write_summary
+        from moebench.runs.experiment_summary import digest_results, write_summary
 
+        digest = digest_results(results, read_record(results / "experiments" / f"{experiment.name}.json")["cells"])
         try:
             comparison = compare_experiment(experiment, results)
         except UsageError:
             comparison = None  # unmatched or without a baseline: the curves alone
         if comparison is not None:
-            write_summary(results, experiment.name, build_summary(comparison))
+            write_summary(results, experiment.name, replace(build_summary(comparison), results_digest=digest))
             self._write_report(experiment, results)
         self._draw_curves(experiment, results, comparison)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 PROC_STAT = Path("/proc/stat")
 _NUM_COLUMNS = 8
-"""Of /proc/stat: user nice system idle iowait irq softirq steal; guest time is included in user."""
+"""Columns of /proc/stat: user nice system idle iowait irq softirq steal; guest time is included in user."""
 _IDLE_COLUMNS = (3, 4)
 """idle and iowait."""
 

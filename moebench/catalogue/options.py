@@ -22,12 +22,12 @@ class Option:
     """One key of a configuration."""
 
     key: str
-    """As in an experiment file and on the command line, for example `train.learning_rate`."""
+    """Key as in an experiment file and on the command line, for example `train.learning_rate`."""
     name: str
     """The key without its section."""
     type: str
     default: Any
-    """As plain data: dictionaries, lists and scalars."""
+    """Default as plain data: dictionaries, lists and scalars."""
     allowed: str
     """Choices or range; empty where every value of the type is allowed."""
     about: str
@@ -58,7 +58,7 @@ def list_options(config: Any, section: str) -> list[Option]:
 
 def _options(config: Any, section: str, prefix: str) -> Iterator[Option]:
     docs, defaults = field_docs(type(config)), to_plain(config)
-    for field in _own_fields_first(type(config)):
+    for field in _list_fields_own_first(type(config)):
         name = f"{prefix}{field.name}"
         if dataclasses.is_dataclass(getattr(config, field.name)):
             yield from _options(getattr(config, field.name), section, f"{name}.")
@@ -68,12 +68,12 @@ def _options(config: Any, section: str, prefix: str) -> Iterator[Option]:
             name=name,
             type=type_name(field.type),
             default=defaults[field.name],
-            allowed=_allowed_values(field.type) or describe_range(type(config), field.name),
+            allowed=_describe_allowed_values(field.type) or describe_range(type(config), field.name),
             about=docs.get(field.name, ""),
         )
 
 
-def _own_fields_first(config_class: Any) -> list[Any]:
+def _list_fields_own_first(config_class: Any) -> list[Any]:
     parent = config_class.__mro__[1]
     inherited = {field.name for field in dataclasses.fields(parent)} if dataclasses.is_dataclass(parent) else set()
     fields = [field for field in dataclasses.fields(config_class) if field.name != "name"]
@@ -118,14 +118,14 @@ def type_name(annotation: Any) -> str:
     return "null" if annotation is NoneType else str(getattr(annotation, "__name__", annotation))
 
 
-def _allowed_values(annotation: Any) -> str:
+def _describe_allowed_values(annotation: Any) -> str:
     """Return the choices of a type that lists them, and an empty string for all others."""
     if annotation is bool:
         return "true, false"
     if get_origin(annotation) is Literal:
         return ", ".join(str(choice) for choice in get_args(annotation))
     members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
-    choices = [_allowed_values(member) for member in members if member is not NoneType]
+    choices = [_describe_allowed_values(member) for member in members if member is not NoneType]
     return f"{choices[0]}, or null" if len(choices) == 1 and choices[0] else ""
 
 

@@ -41,7 +41,7 @@ def render_routers_page() -> str:
         for router in routers
     ]
     sections = ("\n".join(_section(router)) for router in routers)
-    return "\n".join([HEAD, _markdown_table(COLUMNS, rows), "", LEGEND, *sections])
+    return "\n".join([HEAD, _format_markdown_table(COLUMNS, rows), "", LEGEND, *sections])
 
 
 def summarise(router: Mapping[str, Any], format_paper: Callable[[str], str] = str) -> dict[str, str]:
@@ -77,7 +77,7 @@ def _section(router: dict[str, Any]) -> Iterator[str]:
         rows = [
             (f"`{option['name']}`", f"`{to_text(option['default'])}`", option["about"]) for option in router["options"]
         ]
-        yield _markdown_table(("option", "default", "meaning"), rows) + "\n"
+        yield _format_markdown_table(("option", "default", "meaning"), rows) + "\n"
 
 
 def _describe_cost(router_class: type[Router], growth: str) -> str:
@@ -121,6 +121,6 @@ def _link_papers(text: str) -> str:
     return PAPER.sub(link, text)
 
 
-def _markdown_table(headers: Iterable[str], rows: Iterable[tuple[str, ...]]) -> str:
+def _format_markdown_table(headers: Iterable[str], rows: Iterable[tuple[str, ...]]) -> str:
     columns = tuple(Column(header=header, align="left") for header in headers)
     return Table(columns=columns, rows=tuple(rows)).to_markdown()

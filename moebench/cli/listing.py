@@ -36,7 +36,7 @@ COLUMNS = {
     Kind.SIZES: ("name", "FLOPs", "model", "tokens", "tasks", "about"),
     Kind.RUNS: ("id", "experiment", "arm", "seed", "state", "error"),
 }
-"""Of the table; routers have their own table."""
+"""Columns of the table; routers have their own table."""
 SINGULAR = {Kind.ROUTERS: "router", Kind.LAYOUTS: "layout", Kind.TASKS: "task", Kind.LOSSES: "loss"}
 
 

@@ -1,7 +1,6 @@
 """`moebench probe`: what the experts of a finished run have learned."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,11 +8,25 @@ import typer
 from moebench.analysis.pretrained.options import PretrainedOptions
 from moebench.cli.options import DEFAULT_RESULTS, Json, Overrides, Plugins, Results, check_plot
 from moebench.cli.output import print_report
+from moebench.cli.probe_sections.options import (
+    DEFAULTS,
+    Arm,
+    BatchSize,
+    Data,
+    Dtype,
+    Label,
+    Layer,
+    Permutations,
+    Plot,
+    SequenceLength,
+    Show,
+    Subject,
+    Tokens,
+)
 from moebench.cli.probe_sections.table import (
     DEFAULT_PROBE_TOKENS,
     NOUNS,
     PRETRAINED_PREFIX,
-    SECTIONS,
     ProbeRequest,
     SubjectKind,
     build_section,
@@ -24,48 +37,24 @@ from moebench.cli.subjects import SUFFIXES
 from moebench.errors import UsageError
 from moebench.experiment.files import list_experiments
 
-DEFAULTS = PretrainedOptions()
-MEANINGS = "; ".join(f"{name}: {section.meaning}" for name, section in SECTIONS.items())
-
 
 def probe(
-    subject: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN|EXPERIMENT|hf:PATH",
-            help="The id of a finished run, or its beginning; an experiment: all its runs; a folder of transformers.",
-        ),
-    ],
+    subject: Subject,
     overrides: Overrides = None,
-    show: Annotated[str, typer.Option(metavar="SECTION,...", help=f"{MEANINGS}.")] = "labels",
-    label: Annotated[
-        str | None, typer.Option(help="One kind of label: domain, class, position, token_id ... Default: all.")
-    ] = None,
-    layer: Annotated[
-        str | None, typer.Option(help="The only layer. Default: all, or the one with the most information.")
-    ] = None,
-    arm: Annotated[str | None, typer.Option(help="The only arm of an experiment. Default: all.")] = None,
-    tokens: Annotated[
-        int,
-        typer.Option(min=1, help="Positions, about: of the test split; history, agreement, ablations: of validation."),
-    ] = DEFAULT_PROBE_TOKENS,
-    permutations: Annotated[
-        int, typer.Option(min=0, help="Permutations of the labels; 0: only the tables that the run has stored.")
-    ] = 100,
-    data: Annotated[
-        str | None, typer.Option(help="hf:PATH: text file or folder. Default: the test split of the embedded text.")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="hf:PATH: float32, bfloat16, float16, or auto: as the weights are stored.")
-    ] = DEFAULTS.dtype,
-    batch_size: Annotated[int, typer.Option(min=1, help="hf:PATH: sequences at a time.")] = DEFAULTS.batch_size,
-    sequence_length: Annotated[
-        int, typer.Option(min=4, help="hf:PATH: tokens of a sequence, at most.")
-    ] = DEFAULTS.sequence_length,
+    show: Show = "labels",
+    label: Label = None,
+    layer: Layer = None,
+    arm: Arm = None,
+    tokens: Tokens = DEFAULT_PROBE_TOKENS,
+    permutations: Permutations = 100,
+    data: Data = None,
+    dtype: Dtype = DEFAULTS.dtype,
+    batch_size: BatchSize = DEFAULTS.batch_size,
+    sequence_length: SequenceLength = DEFAULTS.sequence_length,
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw the section (PNG, PDF, SVG).")] = None,
+    plot: Plot = None,
     json: Json = False,
 ) -> None:
     """Show what experts have learned: which of them takes tokens of which label, on the test split.
@@ -74,39 +63,29 @@ def probe(
     model before training. Of an experiment, runs are pooled by arm, with intervals over seeds.
     """
     check_plot(plot)
-    kind = _select_kind(subject)
-    _check_options(kind, overrides, arm)
     pretrained = PretrainedOptions(
         data=data, dtype=dtype, batch_size=batch_size, sequence_length=sequence_length, max_tokens=tokens
     )
-    if kind != "pretrained" and pretrained != replace(DEFAULTS, max_tokens=tokens):
-        raise UsageError(
-            f"--data, --dtype, --batch-size, --sequence-length: apply to hf:PATH, and the subject is {NOUNS[kind]}"
-        )
-    sections = parse_sections(show, kind)
+    request = ProbeRequest(
+        subject=subject,
+        kind=_select_kind(subject),
+        results=results,
+        label=label,
+        layer=layer,
+        plot=plot,
+        plugins=tuple(plugin or ()),
+        overrides=tuple(overrides or ()),
+        arm=arm,
+        max_tokens=tokens,
+        num_permutations=permutations,
+        pretrained=pretrained,
+    )
+    _check_options(request)
+    sections = parse_sections(show, request.kind)
     if plot and len(sections) > 1:
         raise UsageError(f"--plot {plot}: draws one section, and --show names {len(sections)}")
-    requests = [
-        ProbeRequest(
-            subject=subject,
-            kind=kind,
-            section=section,
-            results=results,
-            label=label,
-            layer=layer,
-            plot=plot,
-            plugins=tuple(plugin or ()),
-            overrides=tuple(overrides or ()),
-            arm=arm,
-            max_tokens=tokens,
-            num_permutations=permutations,
-            pretrained=pretrained,
-        )
-        for section in sections
-    ]
-    reports = {request.section: build_section(request) for request in requests}
-    report = join_reports(reports, _describe_subject(subject, kind, results))
-    print_report(report, json=json, markdown=markdown)
+    reports = {section: build_section(request, section) for section in sections}
+    print_report(join_reports(reports, _describe_subject(request)), json=json, markdown=markdown)
 
 
 def _select_kind(subject: str) -> SubjectKind:
@@ -116,17 +95,23 @@ def _select_kind(subject: str) -> SubjectKind:
     return "experiment" if is_experiment else "run"
 
 
-def _check_options(kind: SubjectKind, overrides: list[str] | None, arm: str | None) -> None:
-    for option, value in (("KEY=VALUE", overrides), ("--arm", arm)):
-        if value and kind != "experiment":
-            raise UsageError(f"{option}: applies to an experiment, and the subject is {NOUNS[kind]}")
+def _check_options(request: ProbeRequest) -> None:
+    """Raise UsageError for an option that does not apply to the kind of subject."""
+    noun = NOUNS[request.kind]
+    for option, value in (("KEY=VALUE", request.overrides), ("--arm", request.arm)):
+        if value and request.kind != "experiment":
+            raise UsageError(f"{option}: applies to an experiment, and the subject is {noun}")
+    if request.kind != "pretrained" and request.pretrained != replace(DEFAULTS, max_tokens=request.max_tokens):
+        raise UsageError(
+            f"--data, --dtype, --batch-size, --sequence-length: apply to hf:PATH, and the subject is {noun}"
+        )
 
 
-def _describe_subject(subject: str, kind: SubjectKind, results: Path) -> dict[str, object]:
+def _describe_subject(request: ProbeRequest) -> dict[str, object]:
     """Return the first values of the JSON."""
-    if kind != "run":
-        return {"subject": subject}
+    if request.kind != "run":
+        return {"subject": request.subject}
     from moebench.analysis.specialisation.report import find_run
 
-    cell = find_run(results, subject).read_cell()
+    cell = find_run(request.results, request.subject).read_cell()
     return {name: cell[name] for name in ("id", "arm", "seed")}

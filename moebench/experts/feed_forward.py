@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from moebench.experts.activation import GATED, Dropout, activate
 from moebench.experts.bank import Bank, init_experts, local_shard, merge_weights
-from moebench.experts.fused import fused_mixture
+from moebench.experts.fused import compute_fused_mixture
 from moebench.experts.grouped import grouped_matmul
 from moebench.routing.linear_map import INPUT_FIRST, LinearMap
 from moebench.routing.values import Routing
@@ -142,7 +142,7 @@ class ExpertBank(Bank):
         if dropout is not None or self.exchange is not None:
             return super().mixture(x_TD, routing, dropout, while_in_flight)
         weights = self.w_in_EDF, self.w_out_EFD
-        return fused_mixture(x_TD, routing, *weights, self.activation, recompute=self.recompute)
+        return compute_fused_mixture(x_TD, routing, *weights, self.activation, recompute=self.recompute)
 
     @override
     def compute_merged(self, x_GSD: Tensor, weight_GE: Tensor, dropout: Dropout | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from moebench.experts.grouped import cast_for_autocast
 from moebench.routing.values import Routing
 
 
-def fused_mixture(
+def compute_fused_mixture(
     x_TD: Tensor, routing: Routing, w_in_EDF: Tensor, w_out_EFD: Tensor, activation: str, *, recompute: bool
 ) -> Tensor:
     """Return Σ_e w_te E_e(x_t) for every token; with `recompute` the activation is computed again on a CPU too."""

@@ -21,7 +21,7 @@ from moebench.experts.kernels.backend import uses_triton
 from moebench.routing.values import Routing
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Of x_TD, weight_N, w_in_EDF and w_out_EFD."""
+"""Gradients of x_TD, weight_N, w_in_EDF and w_out_EFD."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -35,7 +35,7 @@ def choose_kernel(groups: Groups, x_RI: Tensor, other: Tensor) -> Kernel:
 def group_rows(load_E: Tensor, *, may_pad: bool = False) -> Groups:
     """Choose the layout of rows: on a CPU padded if the fullest expert is hardly above the mean, else packed."""
     loads = tuple(load_E.tolist()) if load_E.device.type == "cpu" else None
-    capacity = padded_bmm.padded_capacity(loads) if loads and may_pad else None
+    capacity = padded_bmm.compute_padded_capacity(loads) if loads and may_pad else None
     return Groups(load_E=load_E, offset_E=load_E.cumsum(0, dtype=torch.int32), loads=loads, capacity=capacity)
 
 

@@ -53,7 +53,7 @@ class WorkerGroup:
         """Read the messages of all processes; return the newest progress of rank 0, or None."""
         progress = [worker.poll() for worker in self.workers]
         self.activity.update(max(worker.last_message_at for worker in self.workers))
-        self.deadline = min(self.deadline, time.monotonic() + self._remaining_s())
+        self.deadline = min(self.deadline, time.monotonic() + self._compute_remaining_s())
         return progress[0]
 
     @property
@@ -81,7 +81,7 @@ class WorkerGroup:
         """The last step that a process is known to have completed."""
         return max(worker.exit_report().step for worker in self.workers)
 
-    def _remaining_s(self) -> float:
+    def _compute_remaining_s(self) -> float:
         """Return how long the others may take once one process has reported its exit, or ended without a report."""
         statuses = [worker.exit_report().status for worker in self.workers]
         if statuses[0] in ("skipped", "busy"):

@@ -177,7 +177,7 @@ class Builder:
 
         return build
 
-    def _fixed_unit(self, plan: BlockPlan) -> int | None:
+    def _find_fixed_unit(self, plan: BlockPlan) -> int | None:
         """Return the width that the configuration sets, or None where it must be solved for."""
         layout, ffn_width = self.config.layout, self.config.model.ffn_width
         if plan.feed_forward and plan.feed_forward.unit:
@@ -189,7 +189,7 @@ class Builder:
 
     def widths(self, index: int, plan: BlockPlan) -> Widths:
         """Return the widths of the experts of one entry of a plan, as the layout's `match` demands."""
-        fixed = self._fixed_unit(plan)
+        fixed = self._find_fixed_unit(plan)
         if fixed is not None or not plan.banks:
             return Widths(fixed or self.config.model.ffn_width)
         build = self._for_widths(index, plan)

@@ -18,16 +18,16 @@ from moebench.tasks.language import TokenHead
 FLOAT_BYTES = 4
 """Parameters, gradients and moments are fp32 in every precision; so is what the backward pass reads."""
 PARAMETER_COPIES = 4
-"""Of each parameter: its value, its gradient and AdamW's two moments, or Muon's one and its direction."""
+"""Copies of each parameter: value, gradient and AdamW's two moments, or Muon's one and its direction."""
 COPIES_IN_ADAMW = 4.6
-"""The same while AdamW updates them, with its temporary tensors. Fitted to measured peaks, as the numbers below."""
+"""Copies during AdamW's update, with its temporary tensors. Fitted to measured peaks, like the numbers below."""
 COPIES_OF_A_VALUE = 1.9
 """Tensors of the size of a matrix product's input or output that are alive at the end of a forward pass: the value
 itself, and its norm, activation or residual sum."""
 COPIES_IN_BF16_ON_CPU = 1.4
-"""The same under autocast on a CPU, with the weights in bf16."""
+"""Copies under autocast on a CPU, with the weights in bf16."""
 SHARE_IN_UPDATE = 0.5
-"""Of the values of a forward pass that are still in memory, or not given back to the system, during the update."""
+"""Fraction of the values of a forward pass that are still allocated during the update."""
 
 
 class _MoEBackbone(Protocol):
@@ -144,7 +144,7 @@ class StepMemory:
     passes: int = 1
     """Forward passes of a step."""
     copies: float = COPIES_OF_A_VALUE
-    """Of each value that are alive at the end of a forward pass."""
+    """Copies of each value that are alive at the end of a forward pass."""
     keeps_gradients: bool = False
     """Whether gradients are in memory during a forward pass: those of earlier micro-batches."""
     batched_update: int = 0

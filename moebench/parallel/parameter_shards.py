@@ -27,7 +27,7 @@ class Copies:
 
     group: dist.ProcessGroup
     device_mesh: DeviceMesh
-    """Of all processes; the last dimension is that of the copies."""
+    """Mesh of all processes; its last dimension is that of the copies."""
 
     @property
     def size(self) -> int:

@@ -62,16 +62,16 @@ class Traffic(CollectiveObserver):
         self.num_bytes += num_rows * x_RI[:1].numel() * x_RI.element_size() if x_RI.numel() else 0
         if not self.is_timed:
             return super().all_to_all(out_RI, x_RI, receive, send, group)
-        start_s = _synchronized_time_s(x_RI)
+        start_s = _measure_synchronized_time_s(x_RI)
         dist.all_reduce(torch.zeros(1, device=x_RI.device), group=group)
-        ready_s = _synchronized_time_s(x_RI)
+        ready_s = _measure_synchronized_time_s(x_RI)
         dist.all_to_all_single(out_RI, x_RI, receive, send, group=group)
         self.wait_s += ready_s - start_s
-        self.transfer_s += _synchronized_time_s(x_RI) - ready_s
+        self.transfer_s += _measure_synchronized_time_s(x_RI) - ready_s
         return None
 
 
-def _synchronized_time_s(tensor: Tensor) -> float:
+def _measure_synchronized_time_s(tensor: Tensor) -> float:
     """Return the time after all kernels on the tensor's device have finished."""
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)

@@ -81,7 +81,7 @@ def coefficient_of_variation(load_E: Tensor) -> float:
     return float(load.std(unbiased=False) / load.mean()) if load.sum() > 0 else 0.0
 
 
-def normalised_entropy(load_E: Tensor) -> float:
+def compute_normalised_entropy(load_E: Tensor) -> float:
     """Return the entropy of the load divided by ln E: 1 when even, 0 when one expert takes all tokens."""
     if load_E.numel() == 1 or load_E.sum() == 0:
         return 1.0
@@ -126,7 +126,7 @@ def summarise_load(counts: Sequence[LoadCount]) -> dict[str, float]:
         {
             "load/max_violation": max_violation(count.load_E),
             "load/cv": coefficient_of_variation(count.load_E),
-            "load/entropy": normalised_entropy(count.load_E),
+            "load/entropy": compute_normalised_entropy(count.load_E),
             "load/dead_experts": float(count_dead_experts(count.load_E)),
             "load/drop_rate": count.num_dropped / max(int(count.load_E.sum()), 1),
             "load/reroute_rate": count.num_rerouted / max(int(count.load_E.sum()), 1),

@@ -3,7 +3,8 @@
 `analysis` writes it, `tracking` sends it.
 """
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from moebench.errors import UsageError
 from moebench.file_access import is_plain_name, parse_json, read_plain_file
-from moebench.runs.checked_json import Types, require_types
+from moebench.runs.checked_json import Types, add_checksum, pop_checksum, require_types
 from moebench.runs.folder import write_json
 
 FORMAT = 1
@@ -53,6 +54,8 @@ class ExperimentSummary:
     arms: Mapping[str, ArmMean]
     tables: tuple[SummaryTable, ...]
     """The first one is that of quality."""
+    results_digest: str = ""
+    """`digest_results` before the comparison; empty in summaries of earlier versions."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""
@@ -67,8 +70,10 @@ class ExperimentSummary:
         require_types(values, {**types, "format": int, "sentences": list, "arms": dict, "tables": list})
         if values["format"] != FORMAT:
             raise ValueError(f"'format' is {values['format']}, expected {FORMAT}")
+        require_types(values, {"results_digest": str}, optional=("results_digest",))
         return cls(
             **{name: values[name] for name in types},
+            results_digest=values.get("results_digest", "")[:MAX_TEXT],
             sentences=_read_texts(values["sentences"], "sentences", MAX_ROWS),
             arms={name: _read_arm(arm) for name, arm in _limit(values["arms"], "arms", MAX_ARMS).items()},
             tables=tuple(_read_table(table) for table in _limit(values["tables"], "tables", MAX_TABLES)),
@@ -114,11 +119,27 @@ def summary_path(results: Path, experiment: str) -> Path:
     return results / "experiments" / experiment / SUMMARY_FILE
 
 
+def digest_results(results: Path, cells: Iterable[Mapping[str, Any]]) -> str:
+    """Return a SHA-256 (hex) of the results of cells as they are now. Times would not tell where a clock was set."""
+    digest = hashlib.sha256()
+    for cell_id in sorted({cell["id"] for cell in cells}):
+        try:
+            content = read_plain_file(results / "runs" / cell_id / "result.json")
+        except OSError:  # not finished, or damaged
+            content = b""
+        digest.update(f"{cell_id} {hashlib.sha256(content).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
 def write_summary(results: Path, experiment: str, summary: ExperimentSummary) -> None:
     """Write the summary of an experiment; raise OSError where that is not possible."""
     path = summary_path(results, experiment)
     path.parent.mkdir(exist_ok=True)
-    write_json(path, summary.to_dict())
+    write_json(path, add_checksum(summary.to_dict()))
+
+
+def _require_unchanged(values: Any) -> Any:
+    return pop_checksum(values) if isinstance(values, Mapping) else values
 
 
 def read_summary(results: Path, experiment: str) -> ExperimentSummary | None:
@@ -127,7 +148,7 @@ def read_summary(results: Path, experiment: str) -> ExperimentSummary | None:
     if not is_plain_name(experiment):
         return None
     try:
-        return ExperimentSummary.from_dict(parse_json(read_plain_file(path, MAX_BYTES)))
+        return ExperimentSummary.from_dict(_require_unchanged(parse_json(read_plain_file(path, MAX_BYTES))))
     except FileNotFoundError:
         return None
     except OSError as error:

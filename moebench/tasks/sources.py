@@ -93,7 +93,7 @@ def file_digest(path: Path) -> str:
     """Return the SHA-256 (hex) of a file, cached until it is written; the type of the error if it is not readable."""
     try:
         state = path.stat()
-        return _cached_digest(path.resolve(), state.st_mtime_ns, state.st_size)
+        return _read_cached_digest(path.resolve(), state.st_mtime_ns, state.st_size)
     except (OSError, ValueError) as error:  # decoding it fails, or skips it
         return type(error).__name__
 
@@ -121,6 +121,6 @@ def first_line(error: Exception) -> str:
 
 
 @lru_cache(maxsize=1 << 17)
-def _cached_digest(path: Path, _mtime_ns: int, _size: int) -> str:
+def _read_cached_digest(path: Path, _mtime_ns: int, _size: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

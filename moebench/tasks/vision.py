@@ -168,7 +168,7 @@ class Vision(Task):
         of_domain_D = [np.flatnonzero(is_kept_N & (images.domain_N == domain)) for domain in range(len(self.domains))]
         # In random order, so that the images that share the capacity of a batch are of all domains.
         index_I = np.sort(np.concatenate([member_I[:limit] for member_I in of_domain_D]))
-        return self._unaugmented_batches(images, index_I, batch_size)
+        return self._build_unaugmented_batches(images, index_I, batch_size)
 
     @override
     def compute_baselines(self, split: str) -> Sequence[TrivialBaseline]:
@@ -181,7 +181,7 @@ class Vision(Task):
         problem = Classification(
             task=self,
             num_classes=len(self.class_of_K),
-            batches=self._unaugmented_batches(self.images.train, self.train_I[:number], EVAL_BATCH),
+            batches=self._build_unaugmented_batches(self.images.train, self.train_I[:number], EVAL_BATCH),
             num_used=number,
             read_features=partial(flatten_patches, num_channels=self.config.data.num_channels),
             spread_logits=lambda logits_BK, batch: logits_BK,
@@ -189,7 +189,7 @@ class Vision(Task):
         )
         return ClassBaselines(problem)
 
-    def _unaugmented_batches(self, split: ImageSplit, index_I: np.ndarray, batch_size: int) -> list[Batch]:
+    def _build_unaugmented_batches(self, split: ImageSplit, index_I: np.ndarray, batch_size: int) -> list[Batch]:
         parts = [split.select(index_I[start : start + batch_size]) for start in range(0, len(index_I), batch_size)]
         return [self._batch(part.pixel_NHWC, self.output_of_C[part.label_N], part.domain_N) for part in parts]
 
@@ -270,7 +270,7 @@ class Vision(Task):
         label_Q = torch.tensor([held_out.index(label) for label in test.label_N[query_I]])
 
         def features(split: ImageSplit, index_I: np.ndarray) -> Tensor:
-            batches = self._unaugmented_batches(split, index_I, batch_size)
+            batches = self._build_unaugmented_batches(split, index_I, batch_size)
             return torch.cat([pool(read(batch), self.config.pooling).cpu() for batch in batches])
 
         support_CND = features(train, support_I).view(len(held_out), number, -1)

@@ -21,8 +21,9 @@ from moebench.tasks.task import Task
 from moebench.training.executed_cost import ExecutedCost
 from moebench.training.model import Model, build_model, compute_model_cost
 
-GAIN = 0.05
-"""Change of the setting in a step, per excess of that step relative to the planned FLOPs of routers and experts."""
+GAIN = 0.2
+"""Change of the setting in a step, per excess of that step relative to the planned FLOPs of routers and experts. It is
+stable where a change of the setting by 1 changes these FLOPs by less than 10 times the planned ones."""
 CORRECTION_SHARE = 0.1
 """Share of all steps over which the excess of earlier steps is made up for."""
 MAX_CORRECTION = 0.5

@@ -16,7 +16,7 @@ from moebench.bench.layer.saved import count_saved_bytes
 from moebench.experts import dispatch, fused_operator, grouped
 from moebench.experts.capacity import Capacity
 from moebench.experts.feed_forward import ExpertBank
-from moebench.experts.fused import fused_mixture
+from moebench.experts.fused import compute_fused_mixture
 from moebench.experts.kernels.groups import Groups
 from moebench.experts.layer import LayerOptions, MoELayer
 from moebench.experts.reference import double_loop
@@ -200,7 +200,7 @@ def test_saved_tensors_are_minimal(activation: str) -> None:
     weights = bank.w_in_EDF, bank.w_out_EFD
     saved = {
         recompute: count_saved_bytes(
-            lambda again=recompute: fused_mixture(x_TD, routing, *weights, activation, recompute=again),
+            lambda again=recompute: compute_fused_mixture(x_TD, routing, *weights, activation, recompute=again),
             [x_TD, routing.weight_N, *bank.parameters()],
         )
         for recompute in (False, True)

@@ -16,7 +16,7 @@ from moebench.routing.features.token_labels import TokenLabels
 from moebench.routing.features.token_pairs import TokenPairs
 from moebench.routing.level import Level
 from moebench.routing.router import ROUTERS, RouterBuildContext
-from moebench.routing.routers.hash import balanced_table
+from moebench.routing.routers.hash import build_balanced_table
 from moebench.routing.values import Routing
 
 LENGTH, NUM_SEQUENCES, NUM_EXPERTS, VOCAB = 64, 64, 16, 200
@@ -169,7 +169,7 @@ def test_level_by_hand() -> None:
 
 def test_variants_of_the_balanced_table_are_even_and_differ() -> None:
     count_V = (100_000 / torch.arange(1, 258)).long()  # of 616,000; the most frequent id is more than an eighth
-    tables = [balanced_table(count_V, 8, variant) for variant in range(4)]
+    tables = [build_balanced_table(count_V, 8, variant) for variant in range(4)]
     for table_V in tables:
         load_E = torch.zeros(8, dtype=torch.int64).index_add(0, table_V, count_V)
         assert load_E.max() == count_V[0]

@@ -186,7 +186,7 @@ def test_a_non_causal_router_runs_when_allowed_and_is_marked(cli: CommandLine, w
 def test_given_routers_it_trains_what_is_missing(cli: CommandLine, warm: WarmCommandLine) -> None:
     small = ["seeds=[0]", "train.steps=2", "train.batch_size=1", "model.d_model=16", "model.num_layers=1"]
     small += ["model.num_heads=2", "layout.n=1", "layout.num_experts=4", "task.sequence_length=32"]
-    small += ["task.eval_windows=1", "task.data.path=text"]
+    small += ["task.eval_windows=1", "task.data.path=text", "task.data.tokenizer=bytes"]
     ended = warm(cli, "compare", "switch", "top_k", *small, "--json")
     assert ended.code == 0, ended.err
     assert [*ended.json["arms"]] == ["dense", "switch", "top_k"]

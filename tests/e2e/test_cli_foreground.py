@@ -142,9 +142,9 @@ def test_a_failure_shows_its_traceback_and_is_recorded(
 def test_an_interrupted_cell_is_resumed_by_a_worker(
     cli: CommandLine, results: Results, warm: WarmCommandLine, number: signal.Signals, code: int
 ) -> None:
-    cli.write(grid={"router": ["switch"]}, seeds=[0], baseline="switch", train={"steps": 300, "checkpoint_every": 50})
+    cli.write(grid={"router": ["switch"]}, seeds=[0], baseline="switch", train={"steps": 150, "checkpoint_every": 25})
     process = warm.start(cli, "run", "./tiny.yaml", "--foreground", "switch")
-    folder = wait_for_step(results, step=60)
+    folder = wait_for_step(results, step=30)
     process.send_signal(number)
     ended = warm.finish(timeout=30)
     assert ended.code == code, ended.err
@@ -152,7 +152,7 @@ def test_an_interrupted_cell_is_resumed_by_a_worker(
     saved_step = max(int(file.stem.removeprefix("step_")) for file in folder.glob("checkpoints/step_*.json"))
     if number == signal.SIGINT:
         assert "stopped  switch · seed 0" in ended.err
-        assert saved_step == last_step(folder) < 300
+        assert saved_step == last_step(folder) < 150
     assert not (folder / "result.json").exists()
     for other in ("results", "uninterrupted"):
         assert warm(cli, "run", "./tiny.yaml", "--tracker", "none", "--results", other).code == 0

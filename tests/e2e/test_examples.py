@@ -1,24 +1,15 @@
 """The programs in examples/, run as a reader runs them."""
 
-import subprocess
-import sys
-
 import pytest
 from support.command_line import ROOT, CommandLine, WarmCommandLine
 
 SMALL = ("train.steps=6", "seeds=[0]", "task.eval_windows=4", "task.data.path=text", "task.data.tokenizer=bytes")
 
 
-def run_example(cli: CommandLine, name: str, *arguments: str) -> str:
-    """Run one program in the folder of a command line, beside the experiments, and return what it printed."""
-    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
-    done = subprocess.run(command, cwd=cli.folder, env=cli.environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_the_layer_learns_in_a_plain_training_loop(cli: CommandLine) -> None:
-    assert "accuracy 1.00" in run_example(cli, "layer.py", "120")
+def test_the_layer_learns_in_a_plain_training_loop(cli: CommandLine, warm: WarmCommandLine) -> None:
+    done = warm.run_script(cli, ROOT / "examples" / "layer.py", "120")
+    assert done.code == 0, done.err
+    assert "accuracy 1.00" in done.out
 
 
 def test_a_router_of_ones_own_is_compared_and_read_with_pandas(cli: CommandLine, warm: WarmCommandLine) -> None:

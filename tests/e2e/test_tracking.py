@@ -26,7 +26,6 @@ from moebench.runs.journal import Journal
 from moebench.tracking.address import default_uri
 from moebench.tracking.bookkeeping import CELL as CELL_TAG
 from moebench.tracking.bookkeeping import CURSOR, DESCRIBED, NON_FINITE, SENT
-from moebench.tracking.mlflow_store import MlflowStore
 from moebench.tracking.quiet import silence_mlflow
 from moebench.tracking.replay import replay
 from moebench.tracking.tracker import Tracker
@@ -35,18 +34,10 @@ CELL = {"id": "0" * 12, "arm": "a", "seed": 0}
 TABLES = "mlflow.loggedArtifacts"
 
 
-@pytest.fixture(scope="module")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database, whose migrations take a second."""
-    results = tmp_path_factory.mktemp("migrated")
-    MlflowStore(default_uri(results), "unused")
-    return results / "mlflow.db"
-
-
 @pytest.fixture(autouse=True)
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     if "new_database" not in request.node.name:
-        shutil.copy(request.getfixturevalue("migrated"), tmp_path / "mlflow.db")
+        shutil.copy(request.getfixturevalue("empty_database"), tmp_path / "mlflow.db")
 
 
 def client(results: Path) -> Any:

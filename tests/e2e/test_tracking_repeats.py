@@ -16,18 +16,10 @@ from support.tracked_runs import build_cell, build_experiment, write_checkpoint,
 
 from moebench.runs.journal import Journal
 from moebench.tracking.address import default_uri
-from moebench.tracking.mlflow_store import MlflowStore
 from moebench.tracking.replay import replay
 from moebench.tracking.stored_runs import audit_runs, delete_runs
 
 CELL = {"id": "0" * 12, "arm": "a", "seed": 0}
-
-
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    results = tmp_path_factory.mktemp("empty")
-    MlflowStore(default_uri(results), "unused")
-    return results / "mlflow.db"
 
 
 def rows(results: Path, query: str) -> list[Any]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from support.tracked_runs import build_cell, write_final_files, write_steps
 
 from moebench.errors import UsageError
+from moebench.experiment.grid import expand
 from moebench.experiment.seed_plan import PlanEntry, SeedPlan, read_seed_plan
 from moebench.parallel.checkpoint import VerifiedCheckpointIO, checkpoint_path
 from moebench.parallel.manifest import Manifest
@@ -26,6 +27,21 @@ from moebench.runs.journal import read_journal
 from moebench.runs.recorder import read_loads
 from moebench.training.label_tables import read_label_tables
 
+EXPERIMENT = """
+question: Does it run?
+base: &base
+  task: {name: clustered}
+  layout: {name: every_n, n: 1, num_experts: 4}
+  train: {steps: 20, warmup_steps: 0x5, learning_rate: 5.0e-3}
+grid:
+  arm:
+    - {label: "dense", router: dense}
+    - {<<: {router: switch}, label: 'half', router.losses: {balance: .5}}
+    - label: |
+        folded
+      router: {name: top_k, top_k: 2}
+seeds: [0, 1]
+"""
 LABELS = {"kinds": {"domain": {"values": ["a", "b"], "layers": {"1": [[1.0, 2.0], [3.0, 4.0]]}}}}
 INTERESTING = (b"", b"\0", b"\xff", b"[", b"{", b'"', b"1e999", b"-1", b"null", b"\xed\xa0\x80", b"9" * 400, b"NaN")
 LONG_FUZZ = int(os.environ.get("MOEBENCH_FUZZ_EXAMPLES", "1500"))
@@ -67,6 +83,7 @@ def build_run() -> RunFolder:
     record["seed_plans"] = {"k": PLAN.to_dict()}
     (scratch() / "experiments").mkdir()
     (scratch() / "experiments" / "quickstart.json").write_text(json.dumps(record))
+    experiment_file(folder).write_text(EXPERIMENT)
     return folder
 
 
@@ -82,6 +99,10 @@ def record_file(folder: RunFolder) -> Path:
     return scratch() / "experiments" / "quickstart.json"
 
 
+def experiment_file(folder: RunFolder) -> Path:
+    return scratch() / "fuzzed.yaml"
+
+
 Reader = tuple[Callable[[RunFolder], Path], Callable[[RunFolder], Any], tuple[type[Exception], ...]]
 READERS: dict[str, Reader] = {
     "manifest": (manifest_file, lambda run: Manifest.read(manifest_file(run)), (ValueError, OSError)),
@@ -93,6 +114,7 @@ READERS: dict[str, Reader] = {
     "loads": (lambda run: run.loads, lambda run: read_loads(run.loads), (UsageError,)),
     "labels": (lambda run: run.labels, lambda run: read_label_tables(run.labels), (UsageError,)),
     "record": (record_file, lambda run: read_seed_plan(read_record(record_file(run)), "k"), (UsageError,)),
+    "experiment": (experiment_file, lambda run: expand(experiment_file(run)), (UsageError,)),
 }
 
 

@@ -210,7 +210,7 @@ def test_load_metrics_by_hand(load, violation, cv, entropy, dead) -> None:
     assert metrics.count_dead_experts(load_E) == dead
     if cv is not None:
         assert metrics.coefficient_of_variation(load_E) == pytest.approx(cv)
-        assert metrics.normalised_entropy(load_E) == pytest.approx(entropy)
+        assert metrics.compute_normalised_entropy(load_E) == pytest.approx(entropy)
 
 
 def count(load: list[int], *, dropped: int = 0, unserved: int = 0, tokens: int = 8, rerouted: int = 0) -> LoadCount:

@@ -11,7 +11,7 @@ from moebench.routing.context import DataSummary, RouteContext
 from moebench.routing.gate import TRUNCATED_STD, Gate, jitter
 from moebench.routing.router import ROUTERS, RouterBuildContext
 from moebench.routing.routers.gshard import GShard, STMoE
-from moebench.routing.routers.hash import balanced_table
+from moebench.routing.routers.hash import build_balanced_table
 from moebench.routing.routers.noisy_top_k import estimate_smooth_load
 from moebench.routing.routers.random import Random
 from moebench.routing.values import Routing
@@ -97,8 +97,8 @@ def test_gshard_keeps_both_experts_in_evaluation() -> None:
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=60), st.integers(1, 9))
 def test_balanced_table_is_even(counts: list[int], num_experts: int) -> None:
     count_V = torch.tensor(counts)
-    table_V = balanced_table(count_V, num_experts)
-    assert torch.equal(table_V, balanced_table(count_V, num_experts))
+    table_V = build_balanced_table(count_V, num_experts)
+    assert torch.equal(table_V, build_balanced_table(count_V, num_experts))
     assert table_V.dtype == torch.int64
     assert 0 <= int(table_V.min()) <= int(table_V.max()) < num_experts
     load_E = torch.zeros(num_experts, dtype=torch.int64).index_add(0, table_V, count_V)
@@ -112,11 +112,11 @@ def test_balanced_table_is_even(counts: list[int], num_experts: int) -> None:
 def test_balanced_table_by_hand() -> None:
     # 9 -> expert 0; 5 -> 1; 4 -> 1 (9); 3 ties at 9, 9 -> 0 (12); ids 2 and 5, which never occur, go to the expert
     # with the smaller load, 1.
-    assert balanced_table(torch.tensor([9, 5, 0, 4, 3, 0]), 2).tolist() == [0, 1, 1, 1, 0, 1]
+    assert build_balanced_table(torch.tensor([9, 5, 0, 4, 3, 0]), 2).tolist() == [0, 1, 1, 1, 0, 1]
 
 
 def test_unseen_ids_are_spread() -> None:
-    table_V = balanced_table(torch.tensor([0] * 12), 4)
+    table_V = build_balanced_table(torch.tensor([0] * 12), 4)
     assert torch.bincount(table_V).tolist() == [3, 3, 3, 3]
 
 
@@ -176,6 +176,6 @@ def test_hash_depends_on_the_token_id_only() -> None:
     x_TD = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     ctx = RouteContext(training=True, generator=torch.Generator(), sequence_length=5, token_id_T=token_id_T)
     routing: Routing = router(x_TD, ctx)
-    assert torch.equal(routing.expert_N, balanced_table(count_V, 4)[token_id_T])
+    assert torch.equal(routing.expert_N, build_balanced_table(count_V, 4)[token_id_T])
     assert torch.equal(router(2 * x_TD, ctx).expert_N, routing.expert_N)
     assert (routing.weight_N == 1).all()

@@ -47,7 +47,7 @@ def detectable_sds(df_R: Array, num_seeds: int, num_comparisons: int) -> Array:
 def power_at_the_detectable(value_RAS: Array, sd: float) -> Array:
     """Return for each repeat the true power at the difference it prints, where that of the pair has this SD."""
     num_seeds, num_comparisons = value_RAS.shape[2], value_RAS.shape[1] - 1
-    result = [st.pooled_spread(value_AS[1:], value_AS[0]) for value_AS in value_RAS]
+    result = [st.estimate_pooled_spread(value_AS[1:], value_AS[0]) for value_AS in value_RAS]
     sd_R, df_R = (np.array([getattr(spread, name) for spread in result]) for name in ("sd", "df"))
     effect_Q = np.linspace(0, 60, 400)
     power_Q = [st.t_power(effect, num_seeds, st.ALPHA / num_comparisons) for effect in effect_Q]
@@ -75,7 +75,7 @@ def test_the_detectable_difference_gets_a_verdict_in_four_of_five_tables(num_see
     # decides so.
     rng = np.random.default_rng(100 + num_seeds)
     first_RAS, second_RAS = (draw_arms(rng, 4000, num_seeds, paired_baseline=paired_baseline) for _ in range(2))
-    spreads = [st.pooled_spread(value_AS[1:], value_AS[0]) for value_AS in first_RAS]
+    spreads = [st.estimate_pooled_spread(value_AS[1:], value_AS[0]) for value_AS in first_RAS]
     sd_R, df_R = (np.array([getattr(spread, name) for spread in spreads]) for name in ("sd", "df"))
     second_RAS[:, 3] -= (sd_R * detectable_sds(df_R, num_seeds, 5))[:, None]
     assert 0.75 <= claim_differences(second_RAS)[:, 2].mean() <= 0.85
@@ -93,7 +93,7 @@ def test_an_arm_that_varies_more_than_the_others_is_less_often_shown():
 
 def test_compare_prints_what_was_simulated():
     value_AS = draw_arms(np.random.default_rng(0), 1, 5, paired_baseline=True)[0]
-    spread = st.pooled_spread(value_AS[1:], value_AS[0])
+    spread = st.estimate_pooled_spread(value_AS[1:], value_AS[0])
     wanted = st.smallest_detectable(spread.sd, 5, 5, spread.df)
     result = compare_simulated(value_AS)
     assert [difference.smallest_detectable for difference in result.differences] == pytest.approx([wanted] * 5)

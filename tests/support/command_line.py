@@ -328,8 +328,8 @@ def deterministic_points(folder: Path) -> list[tuple[int, dict[str, float]]]:
 
 
 def drop_measured(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a result without what depends on time: throughput, and the digests of files with times."""
-    return {key: value for key, value in result.items() if key not in ("throughput", "records", "checksum")}
+    """Return a result without what depends on time: throughput, digests of files with times, the state of the tree."""
+    return {key: value for key, value in result.items() if key not in ("throughput", "records", "checksum", "version")}
 
 
 def drop_throughput(comparison: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from moebench.training.train import build_trainer, fit
 TOLERANCE = 1e-5
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_tensor(tensor: Tensor) -> Tensor:
     """Return a copy of the full tensor, whether it is sharded or not."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
@@ -36,7 +36,7 @@ class Watcher(lightning.Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         named = [(name, p) for name, p in pl_module.model.named_parameters() if p.grad is not None]
-        self.grads = {name: whole(p.grad) for name, p in named}
+        self.grads = {name: gather_tensor(p.grad) for name, p in named}
 
     def on_train_batch_end(self, trainer: Any, pl_module: CellModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % pl_module.config.train.accumulate == 0:
@@ -59,7 +59,7 @@ def train_steps(mesh: Mesh, text: Path, overrides: dict[str, Any], folder: Path)
     state = module.to(mesh.device).model.state_dict()  # lightning has moved it to the host
     return {
         "steps": watcher.steps,
-        "state": {name: whole(tensor) for name, tensor in state.items()},
+        "state": {name: gather_tensor(tensor) for name, tensor in state.items()},
         "final": callback.final.metrics,
         "loads": callback.final.load_by_layer,
         "labels": {name: table.layers for name, table in callback.final.labels.items()},

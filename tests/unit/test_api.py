@@ -1,16 +1,18 @@
 """The Python API: what importing it loads, and experiments run and read from Python."""
 
+import json
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.command_line import CommandLine, Results, send, wait_for_step
+from support.command_line import CommandLine, Results, WarmCommandLine, send, wait_for_step
 
 import moebench
 from moebench import UsageError
@@ -84,6 +86,24 @@ def test_comparing_runs_by_id_equals_comparing_their_experiment(results: Path) -
     text = moebench.to_text(of_experiment)
     assert text.startswith("Quality: bits per byte on the test split")
     assert all(len(line) <= 100 and line == line.rstrip() for line in text.splitlines())
+
+
+def test_fairness_and_pooled_experiments_are_those_of_the_command_line(
+    results: Path, finished: CommandLine, warm: WarmCommandLine
+) -> None:
+    compared = warm(finished, "compare", "./tiny.yaml", "--json").json["fairness"]
+    fairness = json.loads(json.dumps(moebench.measure_fairness("./tiny.yaml", finished.folder / "results").to_dict()))
+    assert fairness == compared
+    experiment = moebench.load_experiment("./tiny.yaml")
+    parts = [
+        replace(experiment, name=name, cells=tuple(cell for cell in experiment.cells if cell.seed in seeds))
+        for name, seeds in (("first", (0,)), ("others", (1, 2)))
+    ]
+    pooled = moebench.pool(parts, results)
+    assert {*pooled.to_dict()["arms"]} == {"switch", "top_k"}
+    assert "Over 2 experiments (3 pairs)" in moebench.to_text(pooled, width=400)
+    with pytest.raises(UsageError, match="got 1 experiments"):
+        moebench.pool(parts[:1], results)
 
 
 def test_another_baseline_and_split_can_be_chosen(results: Path) -> None:

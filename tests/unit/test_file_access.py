@@ -155,6 +155,8 @@ def test_pipes_and_devices_in_place_of_records_are_refused(tmp_path: Path) -> No
         file.truncate(2**40)
     with pytest.raises(OSError, match="has more than 256 MiB"):
         read_plain_file(large)
+    with pytest.raises(OSError, match=r"has more than \d+ MiB"):
+        read_plain_file(large, None)
     for path, read in (
         (folder.cell, folder.read_cell),
         (folder.result, folder.read_result),
@@ -224,7 +226,7 @@ def test_what_is_no_json_is_a_value_error(tmp_path: Path, text: str) -> None:
         read_plain_json(tmp_path / "file.json")
 
 
-GUARDED = ("runs", "tracking", "experiment", "parallel", "tasks/cache.py", "tasks/text/prepared")
+GUARDED = ("runs", "analysis", "tracking", "experiment", "parallel", "tasks/cache.py", "tasks/text/prepared")
 """Packages that read folders which others may have made."""
 OF_THE_USER = {
     "runs/environment.py",  # the package itself, and /proc

@@ -26,7 +26,7 @@ LANGUAGE_PANEL = CurvePanel()
 MAX_OVERLAID = 6
 """With more arms, lines in one panel cannot be told apart: each has a panel of its own."""
 AXIS_WIDTH = 5.0
-"""Of the panel over an axis, in inches."""
+"""Width of the panel over an axis, in inches."""
 CHARACTER = 0.072
 """Mean width of a character, in inches."""
 

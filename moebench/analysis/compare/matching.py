@@ -15,7 +15,7 @@ from moebench.errors import UsageError
 from moebench.runs.result import RunResult
 
 TOLERANCE = 0.02
-"""Of the baseline's executed FLOPs per token, router and shared experts included, or of its parameters."""
+"""Largest difference from the baseline's executed FLOPs per token, with router and shared experts, or parameters."""
 FLOPS = ("train_flops_per_token", "eval_flops_per_token")
 PARAMS = ("total_params",)
 SOLVED_FOR = {FLOPS: "FLOPs per token", PARAMS: "total parameters"}

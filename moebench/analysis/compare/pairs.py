@@ -17,7 +17,7 @@ class PairedTests:
     pairs: Mapping[str, st.PairedDifference]
     """Arm -> difference; without arms that share no seed with the baseline."""
     p_pooled: Mapping[str, float]
-    """By the noise of the whole table; without arms that vary in no seed."""
+    """p value from the noise of the whole table; arms that do not vary over seeds are left out."""
     p_holm: Mapping[str, float]
     p_equivalence: Mapping[str, float]
     p_equivalence_holm: Mapping[str, float]
@@ -30,7 +30,7 @@ def compare_pairs(grid: ResultGrid, *, unmatched: Collection[str] = ()) -> tuple
     """
     others = [arm for arm in grid.arms if arm != grid.baseline]
     pairs = {
-        arm: st.paired_difference(grid.get_quality(arm, seeds), grid.get_quality(grid.baseline, seeds))
+        arm: st.compute_paired_difference(grid.get_quality(arm, seeds), grid.get_quality(grid.baseline, seeds))
         for arm in others
         if (seeds := grid.common_seeds(arm))
     }
@@ -75,7 +75,7 @@ def _pool_spread(
     seeds = [seed for seed in grid.done[grid.baseline] if all(seed in grid.done[arm] for arm in arms)]
     if not arms or len(seeds) < st.MIN_SEEDS:
         return None
-    estimate = st.table_spread if is_capped else st.pooled_spread
+    estimate = st.table_spread if is_capped else st.estimate_pooled_spread
     return estimate([grid.get_quality(arm, seeds) for arm in arms], grid.get_quality(grid.baseline, seeds))
 
 

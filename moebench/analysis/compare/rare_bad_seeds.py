@@ -20,7 +20,7 @@ class RareBadSeeds:
     """The seeds that stand out to the bad side, in tables whose noise is skewed to it."""
 
     p: float
-    """Of the skewness of all arms together, under normal noise."""
+    """p value of the skewness of all arms together, under normal noise."""
     seeds: tuple[tuple[str, int], ...]
     """Arm and worst seed of the most skewed arms."""
 

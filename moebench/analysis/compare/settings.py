@@ -34,17 +34,19 @@ def find_varied_settings(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     settings = {
         f"{section}.{key}"
         for section in SECTIONS
-        for key in _differing_keys(config.get(section, {}) for config in configs)
+        for key in _list_differing_keys(config.get(section, {}) for config in configs)
     }
     losses: dict[str, list[Mapping[str, Any]]] = {}
     for config in configs:
         router = config.get("router", {})
         losses.setdefault(str(router.get("name")), []).append(router.get("losses", {}))
-    settings |= {f"router.losses.{loss}" for of_router in losses.values() for loss in _differing_keys(of_router, 0.0)}
+    settings |= {
+        f"router.losses.{loss}" for of_router in losses.values() for loss in _list_differing_keys(of_router, 0.0)
+    }
     return sorted(settings)
 
 
-def _differing_keys(mappings: Iterable[Mapping[str, Any]], default: Any = None) -> list[str]:
+def _list_differing_keys(mappings: Iterable[Mapping[str, Any]], default: Any = None) -> list[str]:
     """Return the keys whose values differ; `default` is the value of an absent key."""
     all_mappings = list(mappings)
     keys = dict.fromkeys(key for mapping in all_mappings for key in mapping)

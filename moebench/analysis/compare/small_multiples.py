@@ -31,7 +31,7 @@ COLORS = {
     "warn": "#9a6200",
     "baseline": "#222222",
 }
-"""Of the verdict on an arm; without a comparison all arms are open."""
+"""Mark of each verdict on an arm; without a comparison all arms are open."""
 
 
 def count_rows(num_curves: int) -> int:

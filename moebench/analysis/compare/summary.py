@@ -14,7 +14,14 @@ from moebench.errors import UsageError
 from moebench.experiment.seed_plan import CURRENT_KEY, read_seed_plan
 from moebench.reporting.table import Table
 from moebench.runs.experiment_record import read_records
-from moebench.runs.experiment_summary import ArmMean, ExperimentSummary, SummaryTable, summary_path, write_summary
+from moebench.runs.experiment_summary import (
+    ArmMean,
+    ExperimentSummary,
+    SummaryTable,
+    digest_results,
+    read_summary,
+    write_summary,
+)
 from moebench.runs.folder import RunFolder
 from moebench.runs.trivial_baselines import read_recorded
 from moebench.schema import DEFAULT_MARGIN
@@ -48,16 +55,17 @@ def refresh_summaries(results: Path) -> None:
         if record.get("tuning_of") or not _is_outdated(results, name, record):
             continue
         with contextlib.suppress(UsageError, OSError):
-            write_summary(results, name, build_summary(_compare_record(results, record)))
+            digest = digest_results(results, record["cells"])  # first: a result may come meanwhile
+            summary = build_summary(_compare_record(results, record))
+            write_summary(results, name, replace(summary, results_digest=digest))
 
 
 def _is_outdated(results: Path, name: str, record: Mapping[str, Any]) -> bool:
     try:
-        written = summary_path(results, name).stat().st_mtime
-        changes = [RunFolder.of(results, cell["id"]).result for cell in record["cells"]]
-        return any(path.stat().st_mtime > written for path in changes if path.exists())
-    except OSError:
+        summary = read_summary(results, name)
+    except UsageError:  # damaged
         return True
+    return summary is None or summary.results_digest != digest_results(results, record["cells"])
 
 
 def _compare_record(results: Path, record: Mapping[str, Any]) -> Comparison:

@@ -47,7 +47,7 @@ class LostCell:
     id: str
     reason: str
     diverged: bool
-    """Not finite in training or evaluation: an outcome of the arm, which other failures are not."""
+    """Whether a value was not finite in training or evaluation: an outcome of the arm, unlike other failures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,16 +125,16 @@ class Difference:
     interval: st.Interval | None
     """95 % t interval, by itself."""
     simultaneous_interval: st.Interval | None = None
-    """Those of all arms together hold in 95 % of repeats (Bonferroni)."""
+    """Interval that holds for all arms together in 95 % of repeats (Bonferroni)."""
     p: float | None
-    """Of the paired t-test, by the noise of these pairs alone."""
+    """p value of the paired t-test, from the noise of these pairs alone."""
     p_pooled: float | None = None
-    """By the noise of the whole table: an arm whose few seeds happen to agree is no better for that."""
+    """p value from the noise of the whole table, so that an arm does not gain from a few seeds that happen to agree."""
     p_holm: float | None
     """The larger of `p` and `p_pooled`, corrected over the arms."""
     p_exact: float | None
     p_equivalence: float | None = None
-    """Of the two one-sided tests (TOST) against the margin; None below five seeds."""
+    """p value of the two one-sided tests (TOST) against the margin; None below five seeds."""
     p_equivalence_holm: float | None = None
     effect_sd: float | None
     """The difference in units of the seed SD, with Hedges' correction."""
@@ -142,7 +142,7 @@ class Difference:
     smallest_detectable: float | None
     verdict: Verdict
     level: float = st.ALPHA
-    """Of the verdict: less than the full one at a look that was not the planned one."""
+    """Level of the verdict: below the full level at a look that was not planned."""
 
     @property
     def is_within_margin(self) -> bool:
@@ -228,7 +228,9 @@ class Comparison:
         seeds = [seed for seed in arm.out_of_domain if seed in baseline]
         if arm.arm == self.baseline or not seeds:
             return None
-        return st.paired_difference([arm.out_of_domain[seed] for seed in seeds], [baseline[seed] for seed in seeds])
+        return st.compute_paired_difference(
+            [arm.out_of_domain[seed] for seed in seeds], [baseline[seed] for seed in seeds]
+        )
 
     def find_difference(self, arm: str) -> Difference | None:
         """Return the difference of an arm to the baseline; None for the baseline itself."""

@@ -17,9 +17,9 @@ from moebench.analysis.statistics import ALPHA
 from moebench.experiment.seed_plan import MIN_TESTED_SEEDS, SeedPlan
 
 UNFORESEEN_ALPHA = 0.001
-"""Of a look that nobody planned: so small that many of them add little to the error of the others."""
+"""Level of an unplanned look: so small that many of them add little to the error of the others."""
 EXTENSION_ALPHA = 0.01
-"""Of all looks together that were announced after results: the whole experiment then has 6 % instead of 5 %."""
+"""Level of all looks announced after results, together: the experiment then has 6 % instead of 5 %."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ class PairingGain:
     variance_ratio: float
     """(Var arm + Var baseline) / Var(arm - baseline): as many unpaired seeds are worth one pair."""
     correlation: float | None
-    """Between arm and baseline over the seeds; None for several arms together, and for an arm that does not vary."""
+    """Correlation of arm and baseline over seeds; None for several arms together, and for an arm that does not vary."""
 
 
 def measure_pairing(pairs: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> tuple[dict[str, PairingGain], float | None]:

@@ -11,7 +11,7 @@ from scipy import special, stats
 from moebench.analysis import statistics as st
 
 MAX_SEEDS = 50
-"""Where more are needed, seeds are no practical way to a verdict."""
+"""Largest number of seeds that is reported: needing more is not a practical way to a verdict."""
 NUM_QUANTILES = 200
 """Quantiles of the sampled variance over which the power of an equivalence test is averaged."""
 
@@ -21,11 +21,11 @@ class NeededSeeds:
     """Seeds for a verdict with power 0.8, if all were planned from the start; None: more than `MAX_SEEDS`."""
 
     if_as_observed: int | None
-    """To show a difference, where the true one equals the observed one."""
+    """Seeds that show a difference, if the true one equals the observed one."""
     for_margin: int | None
-    """To show a difference as large as the margin of equivalence."""
+    """Seeds that show a difference as large as the margin of equivalence."""
     if_equal: int | None
-    """To show equivalence, where arms are equal."""
+    """Seeds that show equivalence, if arms are equal."""
     sd: float
     """SD of the paired differences that was assumed, in the unit of the metric."""
     sd_for_observed: float

@@ -16,7 +16,7 @@ from moebench.reporting.formatting import MISSING, format_count, format_percent,
 from moebench.reporting.table import Column, Table
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
-"""Of what the baseline spends in all: the columns of the table."""
+"""Fractions of the baseline's total budget: the columns of the table."""
 AXIS_LABELS: Mapping[Axis, str] = {
     "steps": "optimizer step",
     "tokens": "training tokens",
@@ -50,7 +50,7 @@ class AxisValues:
     lower_is_better: bool
     baseline: str
     arms: tuple[ArmOnAxis, ...]
-    """Those that measured it."""
+    """Arms that measured the axis."""
     problem: str
     """Why the arms cannot be compared on this axis, as a clause; empty if they can."""
 

@@ -26,7 +26,7 @@ from moebench.analysis.fairness.values import (
 from moebench.reporting.formatting import format_plural
 
 MIN_EVALUATIONS = 5
-"""With fewer, the lines between evaluations are too long to be read from."""
+"""Fewest evaluations of a run: with fewer, interpolation between them is too coarse."""
 SPEED_AXES: tuple[Axis, ...] = ("steps", "flops", "seconds")
 Curves = Mapping[int, RunCurve]
 
@@ -40,7 +40,7 @@ class MeasuredArms:
     baseline: str
     runs: Mapping[str, Runs]
     curves: Mapping[str, Curves]
-    """Without runs that have no curve."""
+    """Curves of each arm by seed; runs without a curve are left out."""
     conditions: Mapping[str, Mapping[int, RunConditions]]
     divergence: Mapping[str, str]
     """Arm -> how many of its seeds, or of the baseline's, diverged."""
@@ -112,7 +112,7 @@ def _compare_at_budget(ours: Curves, theirs: Curves, axis: Axis) -> EqualBudget:
             return EqualBudget(problem=f"before the first evaluation{where}")
         return EqualBudget(problem=f"not reached{where}, ended at {fmean(short):.2f}×")
     baseline = [float(theirs[seed].value_P[-1]) for seed in ours]
-    return EqualBudget(pair=st.paired_difference([value for value in values if value is not None], baseline))
+    return EqualBudget(pair=st.compute_paired_difference([value for value in values if value is not None], baseline))
 
 
 def _has_enough_points(ours: Curves, theirs: Curves) -> bool:
@@ -128,7 +128,7 @@ def _compare_with_reference(arms: MeasuredArms, arm: str, reference: EqualParame
     seeds = [seed for seed in ours if seed in reference.values]
     if not seeds:
         return EqualBudget(problem="no seed in common")
-    pair = st.paired_difference([ours[seed] for seed in seeds], [reference.values[seed] for seed in seeds])
+    pair = st.compute_paired_difference([ours[seed] for seed in seeds], [reference.values[seed] for seed in seeds])
     return EqualBudget(pair=pair, note=reference.note)
 
 

@@ -59,10 +59,10 @@ class ArmFairness:
 
     arm: str
     seeds: tuple[int, ...]
-    """Those that both have finished."""
+    """Seeds that both arms have finished."""
     equal: Mapping[Equal, EqualBudget]
     speed_up: Mapping[Axis, SpeedUp]
-    """To the final quality of the baseline; without axes that are not measured or whose times cannot be compared."""
+    """Speed-up to the baseline's final quality; axes that were not measured or cannot be compared are left out."""
     divergence: str
     """2 of 5 diverged: the other seeds are no fair sample; else empty."""
 
@@ -84,9 +84,9 @@ class ArmTotals:
     active_params: float | None
     total_params: float | None
     flops: float | None
-    """Of all training steps, forward and backward, as executed."""
+    """Executed FLOPs of all training steps, forward and backward."""
     seconds: float | None
-    """Of all training steps."""
+    """Duration of all training steps."""
 
 
 @dataclass(frozen=True, kw_only=True)

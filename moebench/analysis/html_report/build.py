@@ -18,6 +18,7 @@ from moebench.analysis.fairness.values import Fairness
 from moebench.analysis.html_report.curves import STEPS, XAxis, build_curves
 from moebench.analysis.html_report.differences import build_forest
 from moebench.analysis.html_report.domains import build_domain_tables
+from moebench.analysis.html_report.load_steps import build_step_maps
 from moebench.analysis.html_report.loads import LEGEND, build_drop_rows, build_heat_maps
 from moebench.analysis.html_report.pareto import build_pareto
 from moebench.analysis.html_report.provenance import build_provenance_table
@@ -50,7 +51,7 @@ REST = "further"
 CURVE_AXES: Mapping[BudgetAxis, str] = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds"}
 """Axes of the curves -> names on the page."""
 MAX_SENTENCES = 6
-"""On arms, decided ones first; the others can be unfolded."""
+"""Sentences about arms that are shown, decided ones first; the others can be unfolded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,7 @@ def build_page(source: Source) -> Page:
         "curves": build_curves(comparison, runs, budgets.axes),
         "pareto": build_pareto(comparison),
         "heat_maps": build_heat_maps(comparison, runs),
+        "step_maps": build_step_maps(comparison, runs),
         "heat_legend": LEGEND,
         "drops": build_drop_rows(comparison),
         "domains": domains,

@@ -21,9 +21,9 @@ from moebench.reporting.html.axis import Axis, Tick
 from moebench.runs.journal import Point
 
 WIDTH, HEIGHT = 180, 118
-"""Of the plotting area of a panel, in units of its view box."""
+"""Size of the plotting area of a panel, in units of its view box."""
 MAX_POINTS = 80
-"""Of a line; longer ones are drawn by evenly spaced points."""
+"""Most points of a line; longer lines are drawn with evenly spaced points."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class CurveChart:
     baseline: str
     """The line of the baseline, drawn in each panel."""
     is_point: bool
-    """There has been one evaluation: a line would not be seen."""
+    """Whether there is a single evaluation, of which a line would be invisible."""
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
 

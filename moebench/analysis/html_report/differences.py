@@ -30,7 +30,7 @@ class Forest:
     rows: tuple[ForestRow, ...]
     zero: float
     margin: tuple[float, float] | None
-    """Where equivalence is; None before the baseline has a mean."""
+    """Bounds of equivalence; None before the baseline has a mean."""
     ticks: tuple[Tick, ...]
     title: str
     better: str

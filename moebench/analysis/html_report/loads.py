@@ -75,10 +75,6 @@ def _build_map(arm: str, tone: str, profile: dict[str, Values], num_seeds: int) 
     ]
     num_experts = max(len(load_E) for load_E in profile.values())
     rows = [_shorten(profile[name]) for name in names]
-    paths = [""] * (len(BOUNDS) + 1)
-    for row, load_E in enumerate(rows):
-        for colour, start, length in _find_runs(np.digitize(load_E, BOUNDS)):
-            paths[colour] += f"M{start} {row}h{length}v1h-{length}z"
     busiest = max(float(load_E.max()) for load_E in profile.values())
     layers, seeds = format_plural(len(profile), "layer"), format_plural(num_seeds, "seed")
     left_out = f", {len(names)} shown" if len(names) < len(profile) else ""
@@ -87,9 +83,18 @@ def _build_map(arm: str, tone: str, profile: dict[str, Values], num_seeds: int) 
         tone=tone,
         layers=tuple(names),
         num_columns=max(map(len, rows)),
-        shapes=tuple(paths),
+        shapes=draw_cells(rows),
         caption=f"{num_experts} experts, {layers}{left_out}; busiest {busiest:.1f} × even; {seeds}",
     )
+
+
+def draw_cells(rows: Sequence[Values]) -> tuple[str, ...]:
+    """Return a path for each colour over the cells of rows, from the top, of loads as multiples of an even load."""
+    paths = [""] * (len(BOUNDS) + 1)
+    for row, load_X in enumerate(rows):
+        for colour, start, length in _find_runs(np.digitize(load_X, BOUNDS)):
+            paths[colour] += f"M{start} {row}h{length}v1h-{length}z"
+    return tuple(paths)
 
 
 def _shorten(load_E: Values) -> Values:

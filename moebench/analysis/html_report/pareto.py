@@ -9,7 +9,7 @@ from moebench.reporting.html.axis import Axis, Tick
 from moebench.training.utilization import BACKWARD_FACTOR
 
 WIDTH, HEIGHT = 270, 190
-"""Of the plotting area, in units of its view box."""
+"""Size of the plotting area, in units of its view box."""
 CHARACTER, LINE = 5.6, 11.0
 """Width and height of a character of a label, in the same units."""
 COSTS: tuple[tuple[str, Callable[[ArmSummary], float]], ...] = (

@@ -1,7 +1,7 @@
 """What a report reads of each run besides its result: evaluations, final loads, environment."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,13 @@ from moebench.file_access import parse_json, read_plain_json
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.runs.journal import Point, parse_journal
+from moebench.runs.layer_series import LayerPoint, read_thinned_series
 from moebench.runs.result import RunResult
 
 MAX_LAYERS, MAX_EXPERTS = 1024, 65_536
 """Larger tables of loads are refused."""
+MAX_POINTS = 100
+"""Of a series of layers."""
 Loads = Mapping[str, Sequence[float]]
 """Layer -> assignments of each expert."""
 
@@ -29,7 +32,9 @@ class ReportRun:
     points: Sequence[Point] = ()
     """Evaluations on the validation split."""
     loads: Loads = field(default_factory=dict)
-    """Of the last evaluation."""
+    """Loads of the last evaluation."""
+    series: Sequence[LayerPoint] = ()
+    """Layers at logged steps, thinned; of the first run of each arm alone."""
     environment: Mapping[str, Any] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
     """Why parts are missing, one line each."""
@@ -38,7 +43,14 @@ class ReportRun:
 def read_runs(cells: Sequence[Cell], results: Path, metric: str) -> list[ReportRun]:
     """Read the runs of the cells that have been started; `metric`: the one whose evaluations are read."""
     folders = [(cell, RunFolder.of(results, cell.id)) for cell in cells]
-    return [_read_run(cell, folder, f"eval/{metric}") for cell, folder in folders if folder.cell.exists()]
+    started = [(cell, folder) for cell, folder in folders if folder.cell.exists()]
+    runs = [_read_run(cell, folder, f"eval/{metric}") for cell, folder in started]
+    with_series: set[str] = set()
+    for index, (cell, folder) in enumerate(started):
+        if cell.arm not in with_series and folder.layers.exists():
+            with_series.add(cell.arm)
+            runs[index] = _add_series(runs[index], folder)
+    return runs
 
 
 def _read_run(cell: Cell, folder: RunFolder, metric: str) -> ReportRun:
@@ -55,6 +67,14 @@ def _read_run(cell: Cell, folder: RunFolder, metric: str) -> ReportRun:
         except UsageError as error:
             problems.append(str(error))
     return ReportRun(arm=cell.arm, seed=cell.seed, problems=tuple(problems), **parts)
+
+
+def _add_series(run: ReportRun, folder: RunFolder) -> ReportRun:
+    try:
+        folder.require_unchanged(folder.layers)
+        return replace(run, series=read_thinned_series(folder.layers, MAX_POINTS))
+    except UsageError as error:
+        return replace(run, problems=(*run.problems, str(error)))
 
 
 def _read_points(folder: RunFolder, result: RunResult | None, metric: str) -> list[Point]:

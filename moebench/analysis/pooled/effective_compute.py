@@ -31,7 +31,7 @@ class SizePairs:
 
     size: str
     baseline_flops: float
-    """Of the whole training, mean over seeds."""
+    """Training FLOPs of the baseline, mean over seeds."""
     arm_flops: float
     log_loss_S: Values
     """ln L of the arm."""
@@ -47,7 +47,7 @@ class Factor:
     value: float
     interval: st.Interval | None
     p: float | None
-    """Of no difference, two-sided, uncorrected."""
+    """p value of no difference, two-sided, uncorrected."""
 
 
 @dataclass(frozen=True, kw_only=True)

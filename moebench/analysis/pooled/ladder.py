@@ -44,7 +44,7 @@ class Ladder:
     lower_is_better: bool
     baseline: str
     sizes: tuple[LadderSize, ...]
-    """By compute."""
+    """Sizes in ascending order of compute."""
     conditions: Mapping[str, RunConditions]
     """Id of a run -> how its time was measured."""
     ignores_conditions: bool = False

@@ -32,7 +32,7 @@ class TaskEffect:
     reason: str = ""
     """Why it does not count; empty if it does."""
     level: float = st.ALPHA
-    """Of its verdict: less than the full one at a look that was not the planned one."""
+    """Level of its verdict: below the full level at a look that was not planned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class PooledArm:
     fixed: Estimate | None
     """Over the pairs of these experiments."""
     across: Estimate | None
-    """With the experiment as the unit: t interval and test of their means; None with fewer than 3."""
+    """Estimate with the experiment as the unit: t interval and test of their means; None with fewer than 3."""
     verdict: PooledVerdict
 
     @property

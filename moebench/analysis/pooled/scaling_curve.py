@@ -26,7 +26,7 @@ class ScalingCurve:
     intercept_B: Values
     """ln(L / smallest loss - E) at `center`."""
     slope_B: Values
-    """Of ln(L / smallest loss - E) per decade; negative where more compute helps."""
+    """Slope of ln(L / smallest loss - E) per decade; negative where more compute helps."""
     center: float
 
     def log_loss(self, x_BR: Values) -> Values:

@@ -11,7 +11,7 @@ from moebench.analysis.pretrained.probe import PretrainedProbe
 from moebench.errors import unknown
 from moebench.reporting.formatting import MISSING, format_bytes, format_count, format_number, format_percent
 from moebench.reporting.table import Column, Table
-from moebench.routing.metrics import count_dead_experts, max_violation, normalised_entropy
+from moebench.routing.metrics import compute_normalised_entropy, count_dead_experts, max_violation
 from moebench.training.label_tables import MAX_STORED_LABELS, LabelTable
 
 NUM_PAIRS = 3
@@ -92,7 +92,7 @@ def _measure_layer(layer: LayerAssignments) -> dict[str, Any]:
         "dropped": int((~layer.is_kept_NK).sum()),
         "max_violation": max_violation(load_E),
         "dead_experts": count_dead_experts(load_E),
-        "load_entropy": normalised_entropy(load_E),
+        "load_entropy": compute_normalised_entropy(load_E),
         "router_entropy_nats": layer.entropy,
         "coactivation": together,
         "random_coactivation": list(random),

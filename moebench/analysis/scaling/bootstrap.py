@@ -49,7 +49,7 @@ class Bootstrap:
     def estimate(self, name: str) -> Estimate:
         """Return a coefficient with its interval."""
         value = float(getattr(self.fit.law, name))
-        if name in _fixed_names(self.fit.form):
+        if name in _list_fixed_coefficients(self.fit.form):
             return Estimate(name=name, value=value, low=value, high=value, identification="fixed")
         low, high = interval(np.array([getattr(law, name) for law in self.laws]))
         return Estimate(name=name, value=value, low=low, high=high, identification=identify(name, low, high))
@@ -104,5 +104,5 @@ def identify(name: str, low: float, high: float) -> Identification:
     return "not identified" if ratio > DECADE else "weakly identified" if ratio > WEAK else "identified"
 
 
-def _fixed_names(form: Form) -> tuple[str, ...]:
+def _list_fixed_coefficients(form: Form) -> tuple[str, ...]:
     return {"saturating": (), "start": ("e_max",), "plain": ("e_start", "e_max")}[form]

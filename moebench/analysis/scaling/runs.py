@@ -24,7 +24,7 @@ from moebench.tasks.task import TASKS, TaskFacts
 from moebench.training.utilization import BACKWARD_FACTOR
 
 MIN_DECADES = 1.5
-"""Of training FLOPs: a law fitted to less says little about other sizes."""
+"""Smallest range of training FLOPs: a law fitted to less says little about other sizes."""
 MIN_SIZES = 3
 MIN_SPARE_RUNS = 2
 """Runs beyond the number of coefficients."""

@@ -35,7 +35,7 @@ class KnownSpread:
     sd: float
     df: float
     mean: float
-    """Of the baseline."""
+    """Mean of the baseline."""
     source: str
     """Name of the experiment that has the results."""
 
@@ -66,9 +66,9 @@ class PlannedPower:
     seeds_for_margin: int | None
     """Seeds that would show a difference as large as the margin; None without results, or for too many."""
     level: Level
-    """Of verdicts when the seeds of the file are done."""
+    """Level of verdicts when the seeds of the file are done."""
     needed: Mapping[str, NeededSeeds]
-    """For each arm that the results of this experiment leave undecided."""
+    """Seeds needed by each arm that the results of this experiment leave undecided."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""

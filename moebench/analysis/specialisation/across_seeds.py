@@ -10,7 +10,7 @@ from moebench.analysis import statistics as st
 from moebench.analysis.compare.experiment import list_trained_cells
 from moebench.analysis.specialisation.measure import LayerInformation, ProbeOptions, RunInformation, measure_run
 from moebench.analysis.specialisation.trained_run import TrainedRun
-from moebench.analysis.statistics.intervals import MIN_SEEDS, t_interval
+from moebench.analysis.statistics.intervals import t_interval
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
 from moebench.routing.router import ROUTERS
@@ -36,7 +36,7 @@ class SeedMean:
     @property
     def interval(self) -> st.Interval | None:
         """95 % t interval for all rows together; None below three seeds."""
-        if len(self.values) < MIN_SEEDS:
+        if len(self.values) < st.MIN_SEEDS:
             return None
         return t_interval(self.mean, stdev(self.values), len(self.values), self.num_rows)
 

@@ -1,7 +1,7 @@
 """Statistics of paired seeds, for three to ten of them: differences, intervals, tests, corrections, power."""
 
 from moebench.analysis.statistics.correction import correct_family, holm
-from moebench.analysis.statistics.differences import PairedDifference, paired_difference, sign_flip_p
+from moebench.analysis.statistics.differences import PairedDifference, compute_paired_difference, sign_flip_p
 from moebench.analysis.statistics.effect import StandardisedEffect, effect_in_seed_sd
 from moebench.analysis.statistics.equivalence import equivalence_p
 from moebench.analysis.statistics.intervals import mean_interval, t_interval
@@ -15,8 +15,8 @@ from moebench.analysis.statistics.levels import (
 )
 from moebench.analysis.statistics.power import (
     SpreadEstimate,
+    estimate_pooled_spread,
     pool_arms,
-    pooled_spread,
     smallest_detectable,
     t_power,
 )
@@ -37,15 +37,15 @@ __all__ = [
     "SpreadEstimate",
     "StandardisedEffect",
     "Values",
+    "compute_paired_difference",
     "compute_variance",
     "correct_family",
     "effect_in_seed_sd",
     "equivalence_p",
+    "estimate_pooled_spread",
     "holm",
     "mean_interval",
-    "paired_difference",
     "pool_arms",
-    "pooled_spread",
     "sign_flip_p",
     "skewness_p",
     "smallest_detectable",

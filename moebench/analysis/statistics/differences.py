@@ -37,7 +37,7 @@ class PairedDifference:
         return None if self.sd is None else SpreadEstimate(sd=self.sd, df=self.num_seeds - 1)
 
 
-def paired_difference(arm_S: ArrayLike, baseline_S: ArrayLike) -> PairedDifference:
+def compute_paired_difference(arm_S: ArrayLike, baseline_S: ArrayLike) -> PairedDifference:
     """Return the difference of two arms; both hold one value per seed, in the same order of seeds.
 
     Raises ValueError when the lengths differ, when they are empty, or when a value is not finite.

@@ -25,7 +25,7 @@ class SpreadEstimate:
     df: float
 
 
-def pooled_spread(arm_AS: ArrayLike, baseline_S: ArrayLike) -> SpreadEstimate | None:
+def estimate_pooled_spread(arm_AS: ArrayLike, baseline_S: ArrayLike) -> SpreadEstimate | None:
     """Estimate the SD of arm minus baseline from all arms, assumed to vary alike; None where it is zero.
 
     The estimate is B + A. B is the variance over seeds of the mean difference, which all arms share with the baseline;
@@ -52,7 +52,7 @@ def pool_arms(values: Mapping[str, Mapping[int, float]], baseline: Mapping[int, 
     seeds = [seed for seed in baseline if all(seed in of_arm for of_arm in values.values())]
     if not values or len(seeds) < MIN_SEEDS:
         return None
-    return pooled_spread(
+    return estimate_pooled_spread(
         [[of_arm[seed] for seed in seeds] for of_arm in values.values()], [baseline[seed] for seed in seeds]
     )
 
@@ -96,7 +96,7 @@ def t_power(effect: float, num_seeds: int, alpha: float) -> float:
 
 def _powers(effect_E: Values, num_seeds: int, alpha: float) -> Values:
     df = num_seeds - 1
-    s_Q, width_Q = _sampled_sds()
+    s_Q, width_Q = _build_sd_quadrature()
     density_Q = 2 * s_Q * df * stats.chi2.pdf(s_Q**2 * df, df)
     critical, shift_E1 = stats.t.isf(alpha / 2, df), effect_E[:, None] * sqrt(num_seeds)
     reject_EQ = special.ndtr(shift_E1 - critical * s_Q) + special.ndtr(-shift_E1 - critical * s_Q)
@@ -104,7 +104,7 @@ def _powers(effect_E: Values, num_seeds: int, alpha: float) -> Values:
 
 
 @lru_cache(maxsize=1)
-def _sampled_sds() -> tuple[Values, Values]:
+def _build_sd_quadrature() -> tuple[Values, Values]:
     """Return Gauss-Legendre nodes and weights over the sampled SD in units of the true one."""
     node_Q, weight_Q = np.polynomial.legendre.leggauss(400)
     return 4 * (node_Q + 1), 4 * weight_Q

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from moebench.analysis.statistics.power import SpreadEstimate, pooled_spread
+from moebench.analysis.statistics.power import SpreadEstimate, estimate_pooled_spread
 
 MAX_SD_RATIO = 3.0
 """An arm counts with at most this times the SD of the median arm, so that one noisy arm does not hide all others."""
@@ -23,7 +23,7 @@ def table_spread(arm_AS: ArrayLike, baseline_S: ArrayLike) -> SpreadEstimate | N
     sd_A1 = deviation_AS.std(1, ddof=1, keepdims=True)
     limit = MAX_SD_RATIO * sqrt(float(np.median(sd_A1**2)))
     capped_AS = deviation_AS * np.minimum(1.0, np.divide(limit, sd_A1, out=np.ones_like(sd_A1), where=sd_A1 > 0))
-    return pooled_spread(capped_AS, np.zeros(capped_AS.shape[1]))
+    return estimate_pooled_spread(capped_AS, np.zeros(capped_AS.shape[1]))
 
 
 def spread_p(mean: float, spread: SpreadEstimate, num_seeds: int) -> float:

@@ -2,7 +2,7 @@
 
 from moebench.analysis.sweep.pareto import Front, find_front
 from moebench.analysis.sweep.points import AS_TRAINED, LOAD_METRICS, Curve, Point
-from moebench.reporting.formatting import MISSING, format_count, format_with_interval
+from moebench.reporting.formatting import MISSING, NumberText, format_count, format_with_interval
 from moebench.reporting.metrics import format_metric, metric_headers
 from moebench.reporting.report import Report
 from moebench.reporting.table import Column, Table
@@ -36,11 +36,20 @@ def _row(point: Point, curve: Curve, front: Front, index: int) -> tuple[str, ...
         *(point.settings.get(axis.key, without) for axis in curve.axes),
         str(len(point.quality)),
         format_with_interval(point.mean, point.interval),
-        format_with_interval(point.mean_flops, point.flops_interval, format_count),
+        _format_flops(point),
         format_metric("relative_flops", point.relative_flops),
         *(format_metric(name, point.load.get(name)) for name in LOAD_METRICS),
         MISSING if domination is None else domination.by.label,
     )
+
+
+def _format_flops(point: Point) -> str:
+    """Return the mean and half of its interval, both in thousands and so on."""
+    if point.flops_interval is None:
+        return format_count(point.mean_flops)
+    low, high = point.flops_interval
+    text = f"{format_count(point.mean_flops)} ± {format_count((high - low) / 2)}"
+    return NumberText(text, point.mean_flops, point.flops_interval)
 
 
 def _to_values(curve: Curve, front: Front) -> dict[str, object]:

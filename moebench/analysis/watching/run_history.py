@@ -87,7 +87,9 @@ class RunHistory:
     @property
     def num_steps(self) -> int:
         """Steps of the whole training."""
-        return int(self.cell["config"].get("train", {}).get("steps", 0))
+        train = self.cell["config"].get("train")
+        steps = train.get("steps") if isinstance(train, dict) else None
+        return steps if isinstance(steps, int) else 0
 
     @property
     def step(self) -> int:

@@ -23,7 +23,9 @@ def draw_figure(bench: Benchmark, path: Path) -> Path:
     rows = bench.rows
     columns = min(COLUMNS, len(rows))
     lines = ceil(len(rows) / columns)
-    heights = [max(len(_measured_lines(row)) for row in rows[columns * i : columns * (i + 1)]) for i in range(lines)]
+    heights = [
+        max(len(_select_measured_lines(row)) for row in rows[columns * i : columns * (i + 1)]) for i in range(lines)
+    ]
     height = 1.2 + sum(0.55 + 0.2 * number for number in heights)
     with new_figure(
         path, "Time over that of a dense layer of equal FLOPs", width=6.2 * columns, height=height
@@ -38,12 +40,12 @@ def draw_figure(bench: Benchmark, path: Path) -> Path:
     return path
 
 
-def _measured_lines(row: Row) -> list[Line]:
+def _select_measured_lines(row: Row) -> list[Line]:
     return [line for line in row.lines if line.name != DENSE and not line.approximate]
 
 
 def _draw_row(ax: Axes, row: Row) -> None:
-    lines = _measured_lines(row)
+    lines = _select_measured_lines(row)
     for position, line in enumerate(lines):
         is_reference = line.name == PLAIN or line.name.startswith(DENSE)
         color = OURS_COLOR if line.name.startswith(OURS) else GREY if is_reference else PEER_COLOR

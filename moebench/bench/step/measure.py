@@ -84,10 +84,10 @@ class ArmTimes:
     tokens_per_step: int
     peak: Peak
     mfu: float
-    """Of the trainer, over `peak`."""
+    """FLOP/s of the trainer, over `peak`."""
     weights_differ_by: float
-    """Between trainer, with and without telemetry, and plain loop after the same number of updates; 0.0: they did the
-    same work."""
+    """Largest difference between trainer, with and without telemetry, and plain loop after the same number of updates;
+    0.0: they did the same work."""
     timings: Timings = field(repr=False)
 
 

@@ -22,7 +22,7 @@ ROUTER_LEARNING_RATE = 0.1
 SINGLE_STEPS = 801
 SINGLE_LEARNING_RATE = {"linear": 0.003, "nonlinear": 0.01}
 WEIGHT_DECAY = 5e-4
-"""Of the single networks, added to the gradient."""
+"""Weight decay of the single networks, added to the gradient."""
 SPIKE = 0.02
 """A loss this far above the lowest one ends the training."""
 CONVERGED_LOSS = 0.314

@@ -17,7 +17,7 @@ from moebench.file_access import read_plain_file
 
 SOURCE = "data/curves.csv.gz of https://github.com/google-deepmind/scaling_laws_for_routing"
 MAX_BYTES = 64 * 2**20
-"""Of the file, and of what it decompresses to; the published one has 0.3 and 1.5 MiB."""
+"""Largest size of the file, compressed or not; the published one has 0.3 and 1.5 MiB."""
 NUMBERS = (
     "step",
     "seed",

@@ -10,7 +10,7 @@ from moebench.reporting.report import Report
 
 def build_report(request: ProbeRequest) -> Report:
     """Return the effects of every intervention, overall and by label."""
-    run = open_run(request.results, request.subject, request.plugins, request.section, allows_mixture=True)
+    run = open_run(request.results, request.subject, request.plugins, "ablations", allows_mixture=True)
     result = measure_ablations(run, request.max_tokens, print_progress("interventions measured"))
     report = build_ablation_report(result, request.layer, request.label)
     if request.plot:

@@ -10,7 +10,7 @@ from moebench.reporting.report import Report
 
 def build_report(request: ProbeRequest) -> Report:
     """Return saturation, churn, similarity and co-activation of each layer and checkpoint."""
-    run = open_run(request.results, request.subject, request.plugins, request.section)
+    run = open_run(request.results, request.subject, request.plugins, "history")
     history = measure_history(run, request.max_tokens, print_progress("checkpoints read"))
     report = build_history_report(history, request.layer)
     if request.plot:

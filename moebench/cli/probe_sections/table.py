@@ -26,12 +26,11 @@ NOUNS: Mapping[SubjectKind, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeRequest:
-    """What one section of the report is asked for."""
+    """What the sections of a report are asked for."""
 
     subject: str
     """The id of a run or a prefix of it, an experiment, or hf:PATH."""
     kind: SubjectKind
-    section: str
     results: Path = DEFAULT_RESULTS
     label: str | None = None
     """The only kind of label to show."""
@@ -104,9 +103,9 @@ def parse_sections(text: str, kind: SubjectKind) -> list[str]:
     return names
 
 
-def build_section(request: ProbeRequest) -> "Report":
+def build_section(request: ProbeRequest, section: str) -> "Report":
     """Return the report of one section."""
-    module = importlib.import_module(f"{__package__}.{SECTIONS[request.section].modules[request.kind]}")
+    module = importlib.import_module(f"{__package__}.{SECTIONS[section].modules[request.kind]}")
     report: Report = module.build_report(request)
     return report
 

@@ -12,7 +12,7 @@ which several threads share each product. Measured for 8 to 256 rows per expert 
 512 x 2048."""
 
 
-def padded_capacity(loads: tuple[int, ...]) -> int | None:
+def compute_padded_capacity(loads: tuple[int, ...]) -> int | None:
     """Return the rows per expert at which padding costs no more than it saves, None when it costs more."""
     is_looped = torch.get_num_threads() > 1 and not gemm_batch.is_available()
     spare = SPARE_ROWS_LOOPED if is_looped else SPARE_ROWS

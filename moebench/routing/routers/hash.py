@@ -81,7 +81,7 @@ def build_table(table: str, count_V: Tensor, context: RouterBuildContext) -> Ten
         draw = make_generator("hash", context.layer, total, group)
         return torch.randint(total, count_V.shape, generator=draw, device="cpu")
     if table == "balanced":
-        return balanced_table(count_V, total, group)
+        return build_balanced_table(count_V, total, group)
     pairs_VV = context.features.get(TokenPairs)
     if pairs_VV is None or total > len(count_V):
         raise UsageError(
@@ -239,7 +239,7 @@ def route_to(expert_T: Tensor, num_experts: int) -> Routing:
     return Routing.from_top_k(expert_T.unsqueeze(-1), weight_TK, num_experts=num_experts)
 
 
-def balanced_table(count_V: Tensor, num_experts: int, variant: int = 0) -> Tensor:
+def build_balanced_table(count_V: Tensor, num_experts: int, variant: int = 0) -> Tensor:
     """Return the expert of each id: most frequent first, each to the least loaded expert (ties: the lowest).
 
     Other variants than 0 order ids by counts times a draw from [1, 2), which groups other ids and balances as well: the

@@ -155,7 +155,9 @@ def source_digest(config: AudioDataConfig, target: Target) -> str:
         fields["files"] = [("" if is_single_file else name, file_digest(path)) for name, path in inputs.items()]
         if not config.is_pack:
             fields["named"] = [
-                file_digest(path) for name, path in tables.items() for path in _referenced_files(name, path, config)
+                file_digest(path)
+                for name, path in tables.items()
+                for path in _list_referenced_files(name, path, config)
             ]
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
@@ -181,7 +183,7 @@ def _transcript_files(files: Mapping[str, Path]) -> dict[str, Path]:
     return {name: path for name, path in beside.items() if path.is_file()}
 
 
-def _referenced_files(name: str, path: Path, config: AudioDataConfig) -> Iterator[Path]:
+def _list_referenced_files(name: str, path: Path, config: AudioDataConfig) -> Iterator[Path]:
     """Yield the audio files that a table refers to."""
     table = open_table(path, name)
     audio = _columns(table, config)["audio"]

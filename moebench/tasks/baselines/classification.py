@@ -20,9 +20,9 @@ MAX_FEATURE_BYTES = 1 << 28
 INVERSE_PENALTY = 1.0
 """C of scikit-learn's `LogisticRegression`, at its default."""
 MAX_ITERATIONS = 100
-"""Of L-BFGS, as in scikit-learn."""
+"""Iterations of L-BFGS, as in scikit-learn."""
 MAX_PIXELS = 4096
-"""Of a larger image, the linear model reads the mean of each patch."""
+"""Largest image that is read pixel by pixel; of a larger one, the linear model reads the mean of each patch."""
 NUM_PARTS = 8
 """Parts of a recording whose mean features the linear model reads."""
 

@@ -24,7 +24,7 @@ METHODS = {
 """Offsets and order -> name, meaning."""
 REFERENCE = (TWO_SIDED, 3)
 P_UNCHANGED = 0.5
-"""Of the selected positions that are not masked, half show the token that is predicted, the others a random one."""
+"""Fraction of the selected, unmasked positions that show the predicted token; the others show a random one."""
 
 
 def compute_masked_baselines(task: "MaskedLanguage", split: str) -> list[TrivialBaseline]:

@@ -28,12 +28,12 @@ def check_pack(pack: str, path: str | None, dataset: str | None) -> None:
         raise UsageError(f"task.data.pack: '{pack}' was given with task.data.{given}; set {given} to null")
 
 
-def mixed_order(text: str) -> bytes:
+def make_mixing_key(text: str) -> bytes:
     """Return a key that sorts documents into a fixed random order: the first rows of the corpus are of one package."""
     return hashlib.sha256(text.encode()).digest()
 
 
-def embedded_group(pack: str, row: Mapping[str, Any]) -> str:
+def find_embedded_group(pack: str, row: Mapping[str, Any]) -> str:
     """Return the group of a row of an embedded text."""
     return str(row["group"]) if pack == "corpus" else pack_group(row["domain"], row["doc_id"])
 

@@ -17,7 +17,7 @@ from moebench.tasks.tables import TABLES, Table, file_errors, open_hub_table, op
 from moebench.tasks.text.document import Document, check_text
 from moebench.tasks.text.embedded_tokenizer import BPE
 from moebench.tasks.text.limits import limit_bytes
-from moebench.tasks.text.pack import GROUP_COLUMN, PACKS, check_pack, embedded_group, mixed_order
+from moebench.tasks.text.pack import GROUP_COLUMN, PACKS, check_pack, find_embedded_group, make_mixing_key
 from moebench.tasks.text.tokens import tokenizer_file
 
 TEXTS = (".txt", *(f".txt{packed}" for packed in COMPRESSED))
@@ -86,7 +86,7 @@ def load_documents(config: TextDataConfig) -> list[Document]:
     key, name = ("dataset", config.dataset) if config.dataset else ("path", config.path or PACKS[config.pack].name)
     read: Iterable[Document] = (d for d in _documents(config) if not d.text.isspace() and d.text)
     if config.pack == "corpus" and config.max_bytes:
-        read = sorted(read, key=lambda d: mixed_order(d.text))
+        read = sorted(read, key=lambda d: make_mixing_key(d.text))
     documents = limit_bytes(read, config.max_bytes, is_stream=config.streaming)
     if not documents:
         raise UsageError(f"task.data.{key}: '{name}' has no text; give a file with text with task.data.path=...")
@@ -172,7 +172,7 @@ def from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], config: TextDataCon
             cell = _cell(row, "group_column", config.group_column, location)
             group = read_name(cell, "group_column", config.group_column, location)
         elif _is_pack(config):
-            group = embedded_group(config.pack, row)
+            group = find_embedded_group(config.pack, row)
         yield Document(text=check_text(text, location), domain=domain, group=group)
 
 

@@ -133,7 +133,7 @@ class SubwordTokenizer:
         For a text without tokens (only stripped spaces) the arrays are empty. Raises UsageError for characters that the
         tokenizer cannot encode.
         """
-        with self._encoding_errors(text):
+        with self._convert_encoding_errors(text):
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return self._read_encoding(encoding, text)
 
@@ -141,14 +141,14 @@ class SubwordTokenizer:
         """Encode all texts at once, in the calling thread if TOKENIZERS_PARALLELISM is false."""
         is_exact = self.byte_count_V is not None
         encode = self._tokenizer.encode_batch_fast if is_exact else self._tokenizer.encode_batch
-        with self._encoding_errors(next(iter(texts), "")):
+        with self._convert_encoding_errors(next(iter(texts), "")):
             encodings = encode(texts, add_special_tokens=False)
         if is_exact:
             return [(np.array(encoding.ids, dtype=np.uint32), None) for encoding in encodings]
         return [self._read_encoding(encoding, text) for encoding, text in zip(encodings, texts, strict=True)]
 
     @contextmanager
-    def _encoding_errors(self, text: str) -> Iterator[None]:
+    def _convert_encoding_errors(self, text: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # the library raises bare Exception

@@ -158,7 +158,7 @@ def test_power_from_an_earlier_experiment_of_the_same_shape(tmp_path: Path) -> N
     cells = [{"id": cell.id, "arm": cell.arm, "seed": cell.seed} for cell in earlier.cells]
     record = {"name": "earlier", "cells": cells, "baseline": "dense", "time": 1.0}
     (results / "experiments" / "earlier.json").write_text(json.dumps(record))
-    spread = st.pooled_spread([values["switch"], values["top_k"]], values["dense"])
+    spread = st.estimate_pooled_spread([values["switch"], values["top_k"]], values["dense"])
     assert spread is not None
 
     # Another grid of the same task, model and length knows the spread; a longer one does not.

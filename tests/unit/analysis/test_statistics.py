@@ -18,7 +18,7 @@ def test_mean_interval_by_hand():
 
 def test_paired_difference_by_hand():
     # a - b = [-1, -2, -3]: mean -2, SD 1, t = -2 / (1 / sqrt 3) = -3.4641, two-sided p with 2 df = 0.074180
-    result = st.paired_difference([9, 8, 7], [10, 10, 10])
+    result = st.compute_paired_difference([9, 8, 7], [10, 10, 10])
     assert result.mean == -2
     assert result.sd == pytest.approx(1)
     assert result.p == pytest.approx(0.074180, abs=1e-6)
@@ -28,7 +28,7 @@ def test_paired_difference_by_hand():
 
 def test_pairing_removes_what_the_seeds_share():
     # The seeds move both arms by tens; the differences are -1.1, -0.9, -1.0 all the same: mean -1, SD 0.1.
-    result = st.paired_difference([18.9, 29.1, 39.0], [20, 30, 40])
+    result = st.compute_paired_difference([18.9, 29.1, 39.0], [20, 30, 40])
     assert result.mean == pytest.approx(-1)
     assert result.p is not None
     assert result.p < 0.01
@@ -60,7 +60,7 @@ def test_holm_as_statsmodels_has_it():
 
 def test_equivalence_as_statsmodels_has_it():
     for a_S, b_S in np.random.default_rng(0).normal(0, 1, (10, 2, 6)):
-        pair = st.paired_difference(a_S, b_S)
+        pair = st.compute_paired_difference(a_S, b_S)
         wanted = ttost_paired(a_S, b_S, -1.5, 1.5)[0]
         assert st.equivalence_p(pair.mean, pair.spread, 6, 1.5) == pytest.approx(wanted)
     spread = st.SpreadEstimate(sd=1, df=3)
@@ -98,26 +98,26 @@ def test_hedges_factor_of_unrelated_samples():
 
 @pytest.mark.parametrize("num_seeds", [1, 2])
 def test_below_three_seeds_only_describes(num_seeds):
-    result = st.paired_difference([1.0, 1.5][:num_seeds], [2.0, 2.1][:num_seeds])
+    result = st.compute_paired_difference([1.0, 1.5][:num_seeds], [2.0, 2.1][:num_seeds])
     assert result.mean < 0
     assert (result.interval, result.p, result.p_exact, result.effect_sd, result.sd) == (None,) * 5
     assert st.mean_interval([1.0, 1.5][:num_seeds]) is None
 
 
 def test_copies_are_certainly_not_different():
-    result = st.paired_difference([1.8, 1.9, 1.7], [1.8, 1.9, 1.7])
+    result = st.compute_paired_difference([1.8, 1.9, 1.7], [1.8, 1.9, 1.7])
     assert (result.mean, result.interval, result.p, result.effect_sd) == (0, (0, 0), 1, 0)
-    six = st.paired_difference([1.8] * 6, [1.8] * 6)
+    six = st.compute_paired_difference([1.8] * 6, [1.8] * 6)
     assert (six.p, six.p_exact, six.effect_sd) == (1, 1, 0)
     assert st.mean_interval([1.8, 1.8, 1.8]) == (1.8, 1.8)
 
 
 def test_differences_that_are_equal_for_all_seeds_have_no_p_value():
     # 0.1 + 0.2 style rounding must not be taken for a spread: t would be 1e15 and p 0.
-    result = st.paired_difference([1.5 + 0.1, 2.5 + 0.1, 3.6 + 0.1], [1.5, 2.5, 3.6])
+    result = st.compute_paired_difference([1.5 + 0.1, 2.5 + 0.1, 3.6 + 0.1], [1.5, 2.5, 3.6])
     assert result.mean == pytest.approx(0.1)
     assert (result.interval, result.p) == (None, None)
-    flat = st.paired_difference([1.0] * 4, [2.0] * 4)
+    flat = st.compute_paired_difference([1.0] * 4, [2.0] * 4)
     assert (flat.mean, flat.p, flat.effect_sd) == (-1, None, None)
     assert st.smallest_detectable(flat.sd, 4, 1) is None
 
@@ -125,7 +125,7 @@ def test_differences_that_are_equal_for_all_seeds_have_no_p_value():
 @pytest.mark.parametrize("bad", [nan, inf, -inf])
 def test_values_that_are_not_finite_are_an_error(bad):
     with pytest.raises(ValueError, match="finite values"):
-        st.paired_difference([1, 2, bad], [1, 2, 3])
+        st.compute_paired_difference([1, 2, bad], [1, 2, 3])
     with pytest.raises(ValueError, match="finite values"):
         st.mean_interval([1, bad, 3])
     with pytest.raises(ValueError, match="finite values"):
@@ -134,7 +134,7 @@ def test_values_that_are_not_finite_are_an_error(bad):
 
 def test_shapes_that_are_not_pairs_are_an_error():
     with pytest.raises(ValueError, match="given 2 and 3"):
-        st.paired_difference([1, 2], [1, 2, 3])
+        st.compute_paired_difference([1, 2], [1, 2, 3])
     with pytest.raises(ValueError, match="shape"):
         st.mean_interval([])
 
@@ -164,25 +164,25 @@ def test_power_of_no_effect_is_alpha():
 def test_pooled_spread_by_hand():
     # Differences of two arms: [-1, 0, 1] and [1, 0, -1] around their means. Their mean over arms is [0, 0, 0]: shared
     # variance 0. Residual: 2 + 2 over 2 arms of 2 degrees of freedom -> 1, the mean of the two variances, with 2 df.
-    result = st.pooled_spread([[1, 2, 3], [8, 7, 6]], [0, 0, 0])
+    result = st.estimate_pooled_spread([[1, 2, 3], [8, 7, 6]], [0, 0, 0])
     assert (result.sd, result.df) == pytest.approx((1, 2))
     # One arm alone: its own SD, n - 1 degrees of freedom.
-    assert st.pooled_spread([[9, 8, 7]], [10, 10, 10]) == st.SpreadEstimate(sd=1, df=2)
+    assert st.estimate_pooled_spread([[9, 8, 7]], [10, 10, 10]) == st.SpreadEstimate(sd=1, df=2)
     # The third moves as the mean of both does, [0, 0, 0]: the mean of the variances 1, 1 and 0 -> 2 / 3.
     # Shared: 0. Residual 4 over 3 · 2; df = (2/3)² / ((2/3)² / 4) = 4.
-    result = st.pooled_spread([[1, 2, 3], [8, 7, 6], [5, 5, 5]], [0, 0, 0])
+    result = st.estimate_pooled_spread([[1, 2, 3], [8, 7, 6], [5, 5, 5]], [0, 0, 0])
     assert (result.sd**2, result.df) == pytest.approx((2 / 3, 4))
     # Both move alike: [-1, 0, 1] is shared, variance 1, residual 0: two arms know no more than one, 2 df.
-    result = st.pooled_spread([[1, 2, 3], [2, 3, 4]], [0, 0, 0])
+    result = st.estimate_pooled_spread([[1, 2, 3], [2, 3, 4]], [0, 0, 0])
     assert (result.sd, result.df) == pytest.approx((1, 2))
-    assert st.pooled_spread([[1, 1, 1], [2, 2, 2]], [0, 0, 0]) is None
+    assert st.estimate_pooled_spread([[1, 1, 1], [2, 2, 2]], [0, 0, 0]) is None
 
 
 def test_pooled_spread_is_the_mean_of_the_variances():
     rng = np.random.default_rng(0)
     arm_AS, baseline_S = rng.normal(0, [[1], [2], [3], [4]], (4, 6)), rng.normal(0, 1, 6)
-    variances = [st.paired_difference(arm_S, baseline_S).sd ** 2 for arm_S in arm_AS]
-    assert st.pooled_spread(arm_AS, baseline_S).sd ** 2 == pytest.approx(np.mean(variances))
+    variances = [st.compute_paired_difference(arm_S, baseline_S).sd ** 2 for arm_S in arm_AS]
+    assert st.estimate_pooled_spread(arm_AS, baseline_S).sd ** 2 == pytest.approx(np.mean(variances))
 
 
 @pytest.mark.parametrize(("num_seeds", "df", "num_comparisons"), [(3, 2, 1), (5, 4, 1), (3, 5, 5), (8, 17.5, 5)])

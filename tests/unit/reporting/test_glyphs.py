@@ -1,6 +1,6 @@
 """Labels in any script, and labels that look like mathematics, in every figure that shows names of users."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,9 @@ from moebench.runs.journal import Point as JournalPoint
 from moebench.runs.result import RunResult
 from moebench.training.label_tables import LabelTable
 
-LABELS = ("$\\frac{$", "a{$_^%&#\\", "路由 switch", "маршрут", "مسار", "🧪", "$x$", "_hidden", "a\nb")
+HARD_LABELS = ("$\\frac{$", "a{$_^%&#\\", "路由 switch", "маршрут", "مسار", "🧪", "$x$", "_hidden", "a\nb")
+JOINED_LABELS = (" ".join(HARD_LABELS[:2]), " ".join(HARD_LABELS[2:7]), "\n".join(HARD_LABELS[7:]))
+"""The same characters in fewer figures."""
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +74,9 @@ def draw_settings(label: str, path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "labels", [JOINED_LABELS, pytest.param(HARD_LABELS, marks=pytest.mark.slow)], ids=["joined", "each"]
+)
+@pytest.mark.parametrize(
     ("draw", "suffix"),
     [
         pytest.param(draw, suffix, marks=() if suffix == "png" or draw is draw_loads else pytest.mark.slow)
@@ -79,8 +84,10 @@ def draw_settings(label: str, path: Path) -> None:
         for suffix in ("png", "svg", "pdf")
     ],
 )
-def test_no_label_fails_or_becomes_boxes(draw: Callable[[str, Path], None], suffix: str, tmp_path: Path) -> None:
-    for label in LABELS:  # a box is a warning of matplotlib, and warnings are errors
+def test_no_label_fails_or_becomes_boxes(
+    draw: Callable[[str, Path], None], suffix: str, labels: Sequence[str], tmp_path: Path
+) -> None:
+    for label in labels:  # a box is a warning of matplotlib, and warnings are errors
         draw(label, tmp_path / f"figure.{suffix}")
         assert (tmp_path / f"figure.{suffix}").stat().st_size > 3000
 

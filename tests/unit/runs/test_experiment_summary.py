@@ -35,6 +35,15 @@ def test_a_summary_is_read_back(tmp_path: Path) -> None:
     assert read_summary(tmp_path, "x") == SUMMARY
 
 
+def test_a_changed_digit_is_damage(tmp_path: Path) -> None:
+    (tmp_path / "experiments").mkdir()
+    write_summary(tmp_path, "x", SUMMARY)
+    path = summary_path(tmp_path, "x")
+    path.write_text(path.read_text().replace("1.9", "1.8"))
+    with pytest.raises(UsageError, match="does not match its checksum"):
+        read_summary(tmp_path, "x")
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

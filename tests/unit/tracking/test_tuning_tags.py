@@ -1,6 +1,7 @@
 """Tuning in the tracker: its runs are an experiment of their own; each arm's choice is a tag of the reported one."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ def add_to_record(results: Path, name: str, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_tuning_runs_are_tagged_and_choices_are_stored(tmp_path: Path) -> None:
+def test_tuning_runs_are_tagged_and_choices_are_stored(tmp_path: Path, empty_database: Path) -> None:
     build_experiment(tmp_path)
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
     chosen = {"switch": {"chosen": {"train.learning_rate": 0.002}}, "dense": {"chosen": None}}
     add_to_record(tmp_path, "quickstart", tuning={"arms": chosen})
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
@@ -29,8 +31,9 @@ def test_tuning_runs_are_tagged_and_choices_are_stored(tmp_path: Path) -> None:
     assert not any("tuning_of" in run.tags for run in runs)
 
 
-def test_runs_of_a_tuning_say_whose_they_are(tmp_path: Path) -> None:
+def test_runs_of_a_tuning_say_whose_they_are(tmp_path: Path, empty_database: Path) -> None:
     build_experiment(tmp_path, "quickstart-tuning")
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
     add_to_record(tmp_path, "quickstart-tuning", tuning_of="quickstart")
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     replay(tmp_path, uri)

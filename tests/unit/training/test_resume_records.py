@@ -10,8 +10,26 @@ from support.training_cases import Run, assert_same_runs, tiny_config, write_tex
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text"))
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+    """A run trained to the end, and the same run stopped after its second checkpoint: for copies."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = tiny_config(write_text(tmp_path_factory.mktemp("text")), train={"checkpoint_every": 3, "eval_every": 5})
+    full, stopped = Run(config, folder / "full"), Run(config, folder / "stopped")
+    full()
+    stopped(stop_at=6)
+    return full, stopped
+
+
+@pytest.fixture
+def full(trained: tuple[Run, Run]) -> Run:
+    return trained[0]
+
+
+@pytest.fixture
+def parts(trained: tuple[Run, Run], tmp_path: Path) -> Run:
+    """A copy of the run that was stopped."""
+    shutil.copytree(trained[1].folder, tmp_path / "parts")
+    return Run(trained[1].config, tmp_path / "parts")
 
 
 def drop_lines(*numbers: int) -> Callable[[Path], None]:
@@ -48,12 +66,8 @@ def damage_byte_1(folder: Path) -> None:
     ],
 )
 def test_missing_points_are_trained_again(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage, name: str, first_step: int
+    full: Run, parts: Run, capsys: pytest.CaptureFixture[str], damage, name: str, first_step: int
 ) -> None:
-    config = tiny_config(text, train={"checkpoint_every": 3, "eval_every": 5})
-    full, parts = Run(config, tmp_path / "full"), Run(config, tmp_path / "parts")
-    full()
-    parts(stop_at=6)
     damage(parts.folder)
     capsys.readouterr()
     steps: list[int] = []
@@ -67,13 +81,7 @@ def test_missing_points_are_trained_again(
     assert full.loads == parts.loads
 
 
-def test_a_checkpoint_of_another_cell_is_not_loaded(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = tiny_config(text, train={"checkpoint_every": 3})
-    full, parts = Run(config, tmp_path / "full"), Run(config, tmp_path / "parts")
-    full()
-    parts(stop_at=6)
+def test_a_checkpoint_of_another_cell_is_not_loaded(full: Run, parts: Run, capsys: pytest.CaptureFixture[str]) -> None:
     manifests = [path for path in parts.checkpoints.iterdir() if path.suffix == ".json"]
     for path in manifests:
         text_of_manifest = path.read_text()
@@ -84,11 +92,7 @@ def test_a_checkpoint_of_another_cell_is_not_loaded(
     assert_same_runs(full, parts)
 
 
-def test_manifests_of_earlier_versions_are_resumed_from(text: Path, tmp_path: Path) -> None:
-    config = tiny_config(text, train={"checkpoint_every": 3})
-    full, parts = Run(config, tmp_path / "full"), Run(config, tmp_path / "parts")
-    full()
-    parts(stop_at=6)
+def test_manifests_of_earlier_versions_are_resumed_from(full: Run, parts: Run) -> None:
     for path in parts.checkpoints.glob("*.json"):
         values = json.loads(path.read_text())
         path.write_text(json.dumps({key: values[key] for key in ("step", "sha256", "bytes")}))
@@ -99,12 +103,9 @@ def test_manifests_of_earlier_versions_are_resumed_from(text: Path, tmp_path: Pa
     assert_same_runs(full, parts)
 
 
-def test_the_copy_of_a_run_folder_resumes(text: Path, tmp_path: Path) -> None:
-    config = tiny_config(text, train={"checkpoint_every": 3})
-    parts = Run(config, tmp_path / "parts")
-    parts(stop_at=6)
+def test_the_copy_of_a_run_folder_resumes(parts: Run, tmp_path: Path) -> None:
     shutil.copytree(parts.folder, tmp_path / "copy")
     steps: list[int] = []
-    copy = Run(config, tmp_path / "copy", progress=lambda message: steps.append(message["step"]))
+    copy = Run(parts.config, tmp_path / "copy", progress=lambda message: steps.append(message["step"]))
     copy()
     assert steps[0] == 7

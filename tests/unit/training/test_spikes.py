@@ -1,6 +1,7 @@
 """The rule for spikes by hand, and what each policy does to a real training."""
 
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from support.training_cases import Run, Watched, assert_same_runs, assert_same_t
 
 from moebench.config import cell_id
 from moebench.registry import load_plugin
+from moebench.runs.result import RunResult
 from moebench.schema import TrainConfig
 from moebench.training.batches import count_train_tokens
 from moebench.training.divergence import SpikeError
@@ -27,16 +29,30 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text"))
 
 
+def build_run(folder: Path, text: Path, policy: str, name: str = "run", at: int | None = AT, **options: Any) -> Run:
+    """Return a run of a cell whose loss is four times too large in the batch of step `at`."""
+    config = tiny_config(text, train=SPIKED | {"spike_policy": policy} | options.pop("train", {}), **options)
+    task = Watched(prepare_task(config, folder), None if at is None else quadruple, at or 0)
+    return Run(config, folder / name, task=task)
+
+
 @pytest.fixture
 def start(text: Path, tmp_path: Path) -> Callable[..., Run]:
-    """Return a run of a cell whose loss is four times too large in the batch of step `at`."""
+    return partial(build_run, tmp_path, text)
 
-    def build(policy: str, name: str = "run", at: int | None = AT, **options: Any) -> Run:
-        config = tiny_config(text, train=SPIKED | {"spike_policy": policy} | options.pop("train", {}), **options)
-        task = Watched(prepare_task(config, tmp_path), None if at is None else (lambda loss: 4 * loss), at or 0)
-        return Run(config, tmp_path / name, task=task)
 
-    return build
+@pytest.fixture(scope="module")
+def rewound(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Run, RunResult]]:
+    """Return the run of an optimizer that rewinds and is not interrupted, trained once."""
+
+    @cache
+    def train(optimizer: str) -> tuple[Run, RunResult]:
+        run = build_run(tmp_path_factory.mktemp("rewound"), text, "rewind", train={"optimizer": optimizer})
+        result = run()
+        assert result is not None
+        return run, result
+
+    return train
 
 
 def quadruple(loss: torch.Tensor) -> torch.Tensor:
@@ -187,9 +203,8 @@ def test_spikes_are_the_same_in_a_resumed_run(start, policy: str) -> None:
     assert_same_runs(full, parts)
 
 
-def test_rewind_goes_back_and_leaves_out_the_batches_of_the_spike(start) -> None:
-    run = start("rewind")
-    result = run()
+def test_rewind_goes_back_and_leaves_out_the_batches_of_the_spike(rewound) -> None:
+    run, result = rewound("adamw")
     (spike,) = result.spikes
     assert (spike["step"], spike["action"], spike["to_step"]) == (AT, "rewound", 8)
     # Batches 0 ... 10, where 10 spikes and 11 is made in advance; then steps 8 ... 23 with batches 11 ... 26.
@@ -218,9 +233,9 @@ def kill_at(step: int) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("killed_at", "optimizer"), [(AT - 2, "adamw"), (AT - 1, "adamw"), (AT - 1, "muon"), (AT + 5, "adamw")]
 )
-def test_rewinding_run_that_is_killed_ends_the_same(start, killed_at: int, optimizer: str) -> None:
-    full, parts = (start("rewind", name, train={"optimizer": optimizer}) for name in ("full", "parts"))
-    result = full()
+def test_rewinding_run_that_is_killed_ends_the_same(start, rewound, killed_at: int, optimizer: str) -> None:
+    full, result = rewound(optimizer)
+    parts = start("rewind", train={"optimizer": optimizer})
     parts.progress = kill_at(killed_at)
     with pytest.raises(KilledError):
         parts()
@@ -230,9 +245,10 @@ def test_rewinding_run_that_is_killed_ends_the_same(start, killed_at: int, optim
     assert_same_runs(full, parts)
 
 
-def test_rewind_that_is_killed_before_training_goes_on_ends_the_same(start, monkeypatch: pytest.MonkeyPatch) -> None:
-    full, parts = start("rewind", "full"), start("rewind", "parts")
-    full()
+def test_rewind_that_is_killed_before_training_goes_on_ends_the_same(
+    start, rewound, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, parts = rewound("adamw")[0], start("rewind")
     with monkeypatch.context() as patch:
         patch.setattr("moebench.training.train._add_rewind", _write_and_die)
         with pytest.raises(KilledError):
@@ -246,9 +262,8 @@ def _write_and_die(rewinds: Rewinds, request: Any, context: Any, mesh: Any, trai
     raise KilledError
 
 
-def test_rewind_with_a_damaged_checkpoint_ends_the_same(start) -> None:
-    full, parts = start("rewind", "full"), start("rewind", "parts")
-    full()
+def test_rewind_with_a_damaged_checkpoint_ends_the_same(start, rewound) -> None:
+    full, parts = rewound("adamw")[0], start("rewind")
     parts.progress = kill_at(AT - 2)  # after step 9 was rewound to 8 ...
     with pytest.raises(KilledError):
         parts()

@@ -31,7 +31,7 @@ PEERS = (
     Peer(package="deepspeed", module="deepspeed", adapter=None, reason="no adapter: its layer was not run on a CPU"),
 )
 PACKAGE = "moebench.bench.layer.peers"
-"""Where the adapters are."""
+"""Package of the adapters."""
 INSTALL = "pip install 'moebench[peers]'"
 
 

@@ -67,7 +67,7 @@ def _last_end(text: str, start: int, end: int) -> int:
     """Return where to cut before `end`: after the last line, the last space, or at `end`."""
     middle = (start + end) // 2
     for mark in ("\n", " "):
-        found = text.rfind(mark, middle, end)
-        if found >= 0:
-            return found + 1
+        position = text.rfind(mark, middle, end)
+        if position >= 0:
+            return position + 1
     return end

@@ -13,7 +13,7 @@ from support.training_cases import tiny_config, write_text
 from moebench.errors import UsageError
 from moebench.routing.clusters import cluster_token_ids, embed_token_ids
 from moebench.routing.router import ROUTERS
-from moebench.routing.routers.hash import balanced_table
+from moebench.routing.routers.hash import build_balanced_table
 from moebench.training.model import prepare_task
 
 HASHES = ("hash", "hash_bigram", "hash_future")
@@ -30,7 +30,7 @@ def route_ids(name: str, ids: list[list[int]], num_experts: int = 8, **options) 
 
 
 def test_tables_by_hand() -> None:
-    table_V = balanced_table(build_context(8).data.token_count_V, 8)
+    table_V = build_balanced_table(build_context(8).data.token_count_V, 8)
     ids = [[3, 7, 3, 29], [7, 7, 0, 1]]
     assert torch.equal(route_ids("hash", ids), table_V[torch.tensor(ids)])
     # The next id; the last token, which has none, uses its own.

@@ -1,0 +1,33 @@
+"""Data sets on a hub that cannot be reached, in a process of its own: `datasets` reads HF_HUB_OFFLINE on import."""
+
+import os
+import subprocess
+import sys
+
+PROGRAM = """
+from moebench.errors import UsageError
+from moebench.tasks.audio.clips import AudioDataConfig, load_clips
+from moebench.tasks.images.sources import ImageDataConfig, read_entries
+from moebench.tasks.text.sources import TextDataConfig, load_documents
+
+for read in (
+    lambda: load_documents(TextDataConfig(dataset="nobody/nothing")),
+    lambda: read_entries(ImageDataConfig(dataset="nobody/nothing")),
+    lambda: list(load_clips(AudioDataConfig(dataset="nobody/nothing"), "transcript")),
+):
+    try:
+        read()
+    except UsageError as error:
+        print(error)
+"""
+
+
+def test_a_hub_that_cannot_be_reached_says_how_to_give_local_files() -> None:
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, env=offline)
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        assert "task.data.dataset: 'nobody/nothing' cannot be read" in line
+        assert "task.data.path=..." in line
