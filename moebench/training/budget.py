@@ -119,9 +119,11 @@ class Budget:
             return
         tried: dict[float, float] = {}
         setting, stride = self.setting, 0.125
-        while len(tried) < MAX_EVALUATIONS and setting not in tried:
+        while len(tried) < MAX_EVALUATIONS:
             self._set(setting)
             setting = self.setting  # within the bounds of the value
+            if setting in tried:
+                break
             tried[setting] = evaluate_flops() / self.target - 1
             if abs(tried[setting]) <= PRECISION:
                 break

@@ -68,6 +68,7 @@ def matrix() -> dict[str, dict[str, Any]]:
     cases |= {f"layout {entry.name}": _layout(entry.name) for entry in LAYOUTS.entries()}
     cases |= {f"capacity {order}": _capacity(order) for order in ("position", "score", "random")}
     return cases | {
+        "budget of top_p": case(router={"name": "top_p"}, layout={"match": "measured_flops"}),
         "capacity of gshard": _capacity("router", router="gshard"),
         "capacity of expert choice": _capacity("router", router="expert_choice"),
         "reroute": _capacity("score", "reroute"),

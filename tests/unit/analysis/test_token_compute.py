@@ -1,20 +1,24 @@
 """Experts per token and their correlation with the loss under the dense arm: from finished runs to the report."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.training_cases import Run, tiny_config, write_text
+from support.training_cases import tiny_config, write_text
 
 from moebench.analysis.token_compute.measure import measure_tokens
 from moebench.analysis.token_compute.report import build_report, draw_report
 from moebench.analysis.token_compute.runs import find_pairs
 from moebench.config import cell_id
 from moebench.experiment.arms import read_data_digest
+from moebench.parallel.mesh import Mesh
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
+from moebench.runs.recorder import RunRecorder
 from moebench.schema import CellConfig
+from moebench.training.callback import RunContext
+from moebench.training.model import prepare_task
+from moebench.training.train import select_device, train_cell
 
 
 def train(config: CellConfig, results: Path) -> RunFolder:
@@ -31,9 +35,13 @@ def train(config: CellConfig, results: Path) -> RunFolder:
     )
     folder = RunFolder.of(results, cell.id)
     folder.write_cell(cell.to_dict("tiny"))
-    result = Run(config, folder.path)()
+    with RunRecorder(folder) as recorder:
+        context = RunContext(recorder=recorder, checkpoints=folder.checkpoints)
+        mesh = Mesh(device=select_device(config.train))
+        task = prepare_task(config, results)
+        result = train_cell(config, task, context, cell_id=cell.id, arm=cell.arm, mesh=mesh)
     assert result is not None
-    folder.write_result(replace(result, id=cell.id, arm=cell.arm))
+    folder.write_result(result)
     return folder
 
 

@@ -10,8 +10,8 @@ from moebench.schema import CellConfig
 from moebench.training.budget import MAX_EVALUATIONS, Budget, build_budget
 from moebench.training.model import build_model, prepare_task
 
-SIZES = {"model": {"d_model": 16, "ffn_width": 96}, "task": {"sequence_length": 16}}
-TRAIN = {"steps": 120, "batch_size": 16, "eval_every": 60, "log_every": 40, "learning_rate": 0.01}
+SIZES = {"model": {"d_model": 16, "ffn_width": 96}, "task": {"sequence_length": 16, "eval_windows": 64}}
+TRAIN = {"steps": 100, "batch_size": 16, "eval_every": 100, "log_every": 50, "learning_rate": 0.01}
 
 
 @pytest.fixture(scope="module")
