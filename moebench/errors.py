@@ -1,6 +1,6 @@
 """The error for a user's mistake: one line with the key or file, what was given, what is allowed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -21,7 +21,17 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
 def unknown(kind: str, given: str, allowed: Iterable[str]) -> UsageError:
     """Return the error for an unknown name, with the closest and all allowed ones."""
     names = sorted(allowed)
-    return UsageError(f"{kind}: '{given}' is unknown.{nearest(given, names)} Allowed: {', '.join(names)}")
+    return UsageError(f"{kind}: '{given}' is unknown.{nearest(given, names)} Allowed: {list_some(names)}")
+
+
+MAX_NAMES = 200
+"""Names in a message: a grid may have 20,000 arms."""
+
+
+def list_some(names: Sequence[str]) -> str:
+    """Return names with commas between them; of very many the first ones and the number of the others."""
+    more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
+    return f"{', '.join(names[:MAX_NAMES])}{more}"
 
 
 def require(condition: bool, key: str, given: object, allowed: str) -> None:

@@ -18,7 +18,7 @@ def check_tracker(results: Path, uri: str | None = None) -> Iterator[Finding]:
     path = sqlite_path(address)
     where = str(path) if path else redact_uri(address)
     if path is not None:
-        if not path.exists() or path.stat().st_size == 0:  # nothing was sent yet
+        if not path.exists() or (path.is_file() and path.stat().st_size == 0):  # nothing was sent yet
             return
         damage = find_database_damage(path)
         if damage:

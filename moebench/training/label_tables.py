@@ -113,4 +113,5 @@ def read_label_tables(file: Path) -> dict[str, LabelTable]:
     except FileNotFoundError as error:
         raise UsageError(f"{file}: does not exist; a run has it when it is done and has experts") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise UsageError(f"{file}: cannot be read ({type(error).__name__}); train the cell again") from error
+        reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+        raise UsageError(f"{file}: cannot be read ({reason}); train the cell again") from error

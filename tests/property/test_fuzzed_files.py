@@ -36,7 +36,7 @@ base: &base
 grid:
   arm:
     - {label: "dense", router: dense}
-    - {<<: {router: switch}, label: 'half', router.losses: {balance: .5}}
+    - {<<: {router: switch}, label: 'half', router.losses: {load_balance: .5}}
     - label: |
         folded
       router: {name: top_k, top_k: 2}

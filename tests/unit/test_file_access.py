@@ -13,6 +13,7 @@ from moebench.experiment.files import list_experiments, list_sizes
 from moebench.experiment.grid import expand
 from moebench.experiment.sizes import read_size
 from moebench.experiment.store import open_results
+from moebench.experiment.tracker_check import check_tracker
 from moebench.file_access import open_member, open_to_write, read_plain_file, read_plain_json, require_no_links
 from moebench.runs.attempts import Attempt, read_attempts, record_attempt
 from moebench.runs.folder import RunFolder, write_json
@@ -178,6 +179,7 @@ def test_pipes_and_devices_in_place_of_records_are_refused(tmp_path: Path) -> No
         record_attempt(folder.attempts, Attempt(started_at=0, seconds=0, status="done", error=None, fault="", step=0))
     assert read_entry(tmp_path / "entry") is None
     assert find_database_defect(tmp_path / "mlflow.db") == "is not a plain file"
+    assert [finding.problem for finding in check_tracker(tmp_path)] == ["is not a plain file"]
 
 
 def test_arrays_of_prepared_data_are_no_pipes(tmp_path: Path) -> None:
