@@ -84,7 +84,7 @@ class Registry(Generic[T, F]):
             )
 
         def enter(item: T) -> T:
-            key = name or str(getattr(getattr(item, "Config", None), "name", ""))
+            key = str(name or getattr(getattr(item, "Config", None), "name", ""))
             if problem := self._find_problem(item, key):
                 raise UsageError(f"{_origin(item)}: {problem}")
             self._entries[key] = Entry(key, item, facts)

@@ -35,7 +35,7 @@ class Choice:
 
 
 def check_choice(choice: Choice) -> None:
-    """Raise UsageError for a file or a margin that is none, before anything is read."""
+    """Raise UsageError for an invalid figure file or margin, before anything is read."""
     check_plot(choice.plot)
     if choice.margin is not None:
         from moebench.schema import check_margin

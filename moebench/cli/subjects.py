@@ -10,7 +10,7 @@ SUFFIXES = (".yaml", ".yml")
 
 
 def are_experiments(subjects: Sequence[str], command: str = "compare") -> bool:
-    """Return whether the words are experiments rather than routers; raise UsageError for a mixture and for nothing.
+    """Return whether the words are experiments rather than routers; raise UsageError for a mixture or no word.
 
     A file and a known name are experiments; every other word is a router.
     """

@@ -68,7 +68,7 @@ def results(cli: CommandLine) -> Results:
 def test_a_cell_in_the_foreground_has_the_results_of_a_worker(
     cli: CommandLine, finished: CommandLine, results: Results, warm: WarmCommandLine
 ) -> None:
-    ended = warm(cli, "run", "./tiny.yaml", "--foreground", "switch/1")
+    ended = warm(cli, "run", "./tiny.yaml", "--foreground", "switch/1", draws_figures=True)
     assert (ended.code, ended.out) == (0, ""), ended.err
     assert ended.err.startswith("start    switch · seed 1")
     assert "\ndone     switch · seed 1" in ended.err

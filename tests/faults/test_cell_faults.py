@@ -50,7 +50,7 @@ RUN = ("run", "./tiny.yaml", "--tracker", "none", "--plugin", "faulty.py", "--js
 
 
 def test_every_fault_is_reported_and_the_next_call_repairs(cli: CommandLine, warm: WarmCommandLine) -> None:
-    cli.write(grid=GRID, seeds=[0], train={"checkpoint_every": 1})
+    cli.write(grid=GRID, seeds=[0], train={"checkpoint_every": 5})
     (cli.folder / "faulty.py").write_text(FAULTY)
     ended = warm(cli, *RUN)
     assert ended.code == 1, ended.err

@@ -17,7 +17,7 @@ MAX_LOAD_RATIO = 1.2
 """Largest over smallest mean number of cells at a time whose times are compared: the last cell of a grid is alone for
 a part of its time."""
 MAX_TIME_S = 1e12
-"""Thirty thousand years."""
+"""Longest duration that is believed: thirty thousand years."""
 TRAINED = ("done", "failed", "stopped")
 Spans = Sequence[tuple[float, float]]
 

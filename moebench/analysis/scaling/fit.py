@@ -17,9 +17,9 @@ NUM_COEFFICIENTS: dict[Form, int] = {"saturating": 6, "start": 5, "plain": 4}
 MIN_EXPERT_COUNTS: dict[Form, int] = {"saturating": 5, "start": 4, "plain": 3}
 """Different numbers of experts, with the dense model's 1, that leave a form one degree of freedom at each size."""
 LOW = (-1.0, 0.05)
-"""Least log10 of E_start and of E_max / E_start."""
+"""Lower bounds of log10 of E_start and of E_max / E_start."""
 HIGH = (2.0, 6.0)
-"""Largest ones: an E_max of a million times E_start is none."""
+"""Their upper bounds: an E_max a million times E_start means no saturation."""
 STARTS = tuple((start, ratio) for start in (0.0, 0.5, 1.0) for ratio in (1.0, 2.0, 4.0))
 """Initial values of the two, from each of which a fit starts; the best result counts."""
 
