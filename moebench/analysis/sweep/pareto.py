@@ -77,5 +77,5 @@ def _compare(point: Point, other: Point) -> st.PairedDifference | None:
     common = [seed for seed in point.quality if seed in other.quality]
     if len(common) < st.MIN_SEEDS:
         return None
-    pair = st.paired_difference([point.quality[s] for s in common], [other.quality[s] for s in common])
+    pair = st.compute_paired_difference([point.quality[s] for s in common], [other.quality[s] for s in common])
     return pair if pair.p is not None else None
