@@ -192,7 +192,7 @@ def _draw_routers(ax: Axes, result: Ablations) -> None:
     ax.axhline(0, color=GREY, linewidth=0.8)
     ax.set_xticks(range(len(layers)), [f"layer {name}" if name != ALL_LAYERS else "all layers" for name in layers])
     ax.set_ylabel("change of the loss (nats)")
-    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4)
     ax.set_title("routers replaced", loc="left")
 
 
