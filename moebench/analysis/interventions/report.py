@@ -24,6 +24,7 @@ NOTES = (
     " (V-MoE, arXiv:2106.05974); router of step N: that of an earlier checkpoint, 0 the untrained one; experts stay as"
     " trained.",
     "expert left out: its assignments are dropped and the weights of others stay, as if it returned 0.",
+    "by label: in the order of the end of the interval that is nearer to 0.",
     "Intervals are over sequences, and hold for all rows of their kind together with 95 % (Bonferroni), those not shown"
     " included.",
 )
@@ -114,7 +115,7 @@ def _build_expert_table(result: Ablations, layer: str | None) -> Table:
 def _build_label_table(result: Ablations, layer: str | None, kind: str | None) -> Table:
     changes = [each for each in list_label_changes(result.experts) if kind in (None, each.kind)]
     changes = [each for each in changes if layer in (None, each.ablation.target.layer)]
-    largest = sorted(changes, key=lambda each: -abs(each.effect.change))[:MAX_ROWS]
+    largest = sorted(changes, key=lambda each: -_certain_change(each.effect, result.num_label_tests))[:MAX_ROWS]
     rows = [
         (
             each.ablation.target.layer,
@@ -140,6 +141,12 @@ def list_label_changes(experts: Sequence[Ablation]) -> Iterator[LabelChange]:
             for label, effect in effects.items():
                 if effect.error is not None:
                     yield LabelChange(ablation=ablation, kind=kind, label=label, effect=effect)
+
+
+def _certain_change(effect: Effect, num_comparisons: int) -> float:
+    """Return how far the interval is from 0, negative where it covers 0: rare labels vary most and are known least."""
+    low, high = effect.interval(num_comparisons) or (-np.inf, np.inf)
+    return max(low, -high)
 
 
 def _key_columns(*headers: str) -> tuple[Column, ...]:
@@ -185,7 +192,7 @@ def _draw_routers(ax: Axes, result: Ablations) -> None:
     ax.axhline(0, color=GREY, linewidth=0.8)
     ax.set_xticks(range(len(layers)), [f"layer {name}" if name != ALL_LAYERS else "all layers" for name in layers])
     ax.set_ylabel("change of the loss (nats)")
-    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4)
     ax.set_title("routers replaced", loc="left")
 
 

@@ -63,7 +63,7 @@ def shuffle_tokens(routing: Routing, valid_T: Tensor | None, generator: Generato
     is.
     """
     source_T = torch.arange(routing.num_tokens)
-    tokens_V = source_T if valid_T is None else valid_T.cpu().nonzero().squeeze(1)
+    tokens_V = source_T.clone() if valid_T is None else valid_T.cpu().nonzero().squeeze(1)
     source_T[tokens_V] = tokens_V[torch.randperm(len(tokens_V), generator=generator)]
     source_T = source_T.to(routing.token_N.device)
     target_T = torch.empty_like(source_T).scatter_(0, source_T, torch.arange(len(source_T), device=source_T.device))
