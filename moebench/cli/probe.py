@@ -29,7 +29,7 @@ def probe(
         str,
         typer.Argument(
             metavar="RUN|EXPERIMENT",
-            help="The id of a finished run, or a prefix of it; or an experiment: all its runs.",
+            help="The id of a finished run, or a prefix of it; or an experiment.",
         ),
     ],
     overrides: Overrides = None,

@@ -27,7 +27,8 @@ def permute_sequences(label_T: Ints, sequence_T: Ints) -> Permute:
         moved_S = length_S[order_S]
         within_T = np.arange(len(label_T)) - np.repeat(moved_S.cumsum() - moved_S, moved_S)
         rotated_T = (within_T + np.repeat(shift_S[order_S], moved_S)) % np.repeat(moved_S, moved_S)
-        return label_T[np.repeat(start_S[order_S], moved_S) + rotated_T]
+        permuted_T: Ints = label_T[np.repeat(start_S[order_S], moved_S) + rotated_T]
+        return permuted_T
 
     return rotate
 

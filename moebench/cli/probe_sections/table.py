@@ -62,9 +62,7 @@ SECTIONS: Mapping[str, Section] = {
     "labels": Section(
         meaning="information between experts and labels", modules={"run": "labels", "experiment": "pooled_labels"}
     ),
-    "contexts": Section(
-        meaning="the tokens of each expert with the highest gates, in text", modules={"run": "contexts"}
-    ),
+    "contexts": Section(meaning="the highest gates of each expert, in their text", modules={"run": "contexts"}),
     "gallery": Section(meaning="the patches or sounds of each expert, as a figure", modules={"run": "gallery"}),
 }
 
