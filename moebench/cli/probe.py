@@ -1,5 +1,6 @@
 """`moebench probe`: what the experts of a finished run have learned."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,15 +24,13 @@ from moebench.experiment.files import list_experiments
 
 MEANINGS = "; ".join(f"{name}: {section.meaning}" for name, section in SECTIONS.items())
 
+Subject = Annotated[
+    str, typer.Argument(metavar="RUN|EXPERIMENT", help="The id of a finished run, or a prefix of it; or an experiment.")
+]
+
 
 def probe(
-    subject: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN|EXPERIMENT",
-            help="The id of a finished run, or a prefix of it; or an experiment.",
-        ),
-    ],
+    subject: Subject,
     overrides: Overrides = None,
     show: Annotated[str, typer.Option(metavar="SECTION,...", help=f"{MEANINGS}.")] = "labels",
     label: Annotated[
@@ -41,10 +40,10 @@ def probe(
         str | None, typer.Option(help="The only layer. Default: all, or the one with the most information.")
     ] = None,
     arm: Annotated[str | None, typer.Option(help="The only arm of an experiment. Default: all.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Positions of the test split, about.")] = 32_768,
+    tokens: Annotated[int, typer.Option(min=1, help="Positions of the test split, about.")] = ProbeRequest.max_tokens,
     permutations: Annotated[
         int, typer.Option(min=0, help="Permutations of the labels; 0: only the tables that the run has stored.")
-    ] = 100,
+    ] = ProbeRequest.num_permutations,
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
@@ -62,24 +61,20 @@ def probe(
     sections = parse_sections(show, kind)
     if plot and len(sections) > 1:
         raise UsageError(f"--plot {plot}: draws one section, and --show names {len(sections)}")
-    requests = [
-        ProbeRequest(
-            subject=subject,
-            kind=kind,
-            section=section,
-            results=results,
-            label=label,
-            layer=layer,
-            plot=plot,
-            plugins=tuple(plugin or ()),
-            overrides=tuple(overrides or ()),
-            arm=arm,
-            max_tokens=tokens,
-            num_permutations=permutations,
-        )
-        for section in sections
-    ]
-    reports = {request.section: build_section(request) for request in requests}
+    request = ProbeRequest(
+        subject=subject,
+        kind=kind,
+        results=results,
+        label=label,
+        layer=layer,
+        plot=plot,
+        plugins=tuple(plugin or ()),
+        overrides=tuple(overrides or ()),
+        arm=arm,
+        max_tokens=tokens,
+        num_permutations=permutations,
+    )
+    reports = {section: build_section(replace(request, section=section)) for section in sections}
     report = join_reports(reports, _describe_subject(subject, kind, results))
     print_report(report, json=json, markdown=markdown)
 

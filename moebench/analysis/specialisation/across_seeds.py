@@ -8,7 +8,8 @@ from typing import Any
 
 from moebench.analysis.compare import statistics as st
 from moebench.analysis.compare.experiment import list_trained_cells
-from moebench.analysis.compare.statistics.intervals import MIN_SEEDS, t_interval
+from moebench.analysis.compare.statistics.intervals import t_interval
+from moebench.analysis.compare.statistics.levels import MIN_SEEDS
 from moebench.analysis.specialisation.measure import LayerInformation, ProbeOptions, RunInformation, measure_run
 from moebench.analysis.specialisation.trained_run import TrainedRun
 from moebench.errors import UsageError

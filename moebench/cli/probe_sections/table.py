@@ -29,7 +29,7 @@ class ProbeRequest:
     subject: str
     """The id of a run or a prefix of it, an experiment, or hf:PATH."""
     kind: SubjectKind
-    section: str
+    section: str = "labels"
     results: Path = DEFAULT_RESULTS
     label: str | None = None
     """The only kind of label to show."""
