@@ -1,9 +1,10 @@
 """The pooled information of an experiment as tables."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from moebench.analysis.specialisation.across_seeds import Contrast, PooledInformation, SeedMean
-from moebench.reporting.formatting import MISSING, format_with_interval
+from moebench.reporting.formatting import MISSING, format_signed, format_with_interval
 from moebench.reporting.report import Report
 from moebench.reporting.table import Column, Table
 
@@ -19,11 +20,14 @@ NOTES = (
 def build_pooled_report(pooled: PooledInformation, layer: str | None = None) -> Report:
     """Return the tables of all arms: by label and layer, and for text by neighbour and by depth."""
     seeds = ", ".join(f"{arm}: {len(numbers)} seeds" for arm, numbers in pooled.seeds.items())
+    rows = [row for row in pooled.rows if layer in (None, row.layer)]
+    has_given = any(row.given_token is not None for row in rows)
+    headers = ("bits", "of routing", *(("given token",) * has_given), "minus untrained")
     information = Table(
         title=f"{pooled.experiment}: what experts say about labels ({seeds})",
         columns=(
             *(Column(header=header, align="left", is_key=True) for header in ("arm", "label", "layer")),
-            *(Column(header=header) for header in ("bits", "of routing", "given token", "minus untrained")),
+            *(Column(header=header) for header in headers),
             Column(header="than untrained", align="left"),
         ),
         rows=tuple(
@@ -33,12 +37,11 @@ def build_pooled_report(pooled: PooledInformation, layer: str | None = None) -> 
                 row.layer,
                 format_mean(row.trained),
                 f"{row.of_routing.mean:.3f}",
-                format_mean(row.given_token),
+                *((format_mean(row.given_token),) * has_given),
                 format_mean(row.minus_untrained, signed=True),
                 format_verdict(row.minus_untrained),
             )
-            for row in pooled.rows
-            if layer in (None, row.layer)
+            for row in rows
         ),
         notes=pooled.notes,
     )
@@ -68,7 +71,8 @@ def format_mean(value: SeedMean | None, *, signed: bool = False) -> str:
     """Return a mean over seeds with half of its interval."""
     if value is None:
         return MISSING
-    return format_with_interval(value.mean, value.interval, lambda number: f"{number:{'+' if signed else ''}.4f}")
+    form = partial(format_signed, decimals=4) if signed else "{:.4f}".format
+    return format_with_interval(value.mean, value.interval, form)
 
 
 def format_verdict(difference: SeedMean) -> str:

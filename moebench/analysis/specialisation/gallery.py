@@ -1,7 +1,7 @@
 """The gallery of a layer: for each expert the inputs with the highest gates, as a figure and as a table."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 
 from moebench.analysis.specialisation.gallery_figure import draw_gallery
 from moebench.analysis.specialisation.information import Ints
-from moebench.analysis.specialisation.routed_tokens import RoutedLayer, route_batches, select_batches
+from moebench.analysis.specialisation.routed_tokens import RoutedLayer, RoutedTokens, route_batches, select_batches
 from moebench.analysis.specialisation.snippets import Snippets, read_image_patches, read_spectrograms
 from moebench.analysis.specialisation.token_labels import LabelColumn, build_label_columns
 from moebench.analysis.specialisation.trained_run import TrainedRun
@@ -18,6 +18,7 @@ from moebench.errors import UsageError, unknown
 from moebench.reporting.report import Report
 from moebench.reporting.table import Column, Table
 from moebench.tasks.audio.task import AudioTask
+from moebench.tasks.task import Batch
 from moebench.tasks.vision import Vision
 from moebench.training.evaluation import training_precision
 
@@ -68,8 +69,7 @@ def build_gallery_report(run: TrainedRun, layer: str | None, max_tokens: int, pa
     routed = tokens.layers[name]
     shown = sorted(np.argsort(-_count_experts(routed), kind="stable")[:MAX_EXPERTS].tolist())
     experts = [describe_expert(expert, routed, tokens.sequence_T, columns) for expert in shown]
-    read = read_image_patches if isinstance(run.task, Vision) else read_spectrograms
-    snippets: Snippets = read(run.task, batches, tokens, columns)  # type: ignore[operator]
+    snippets = _read_snippets(run.task, batches, tokens, columns)
     draw_gallery(experts, snippets, path=path, title=f"Layer {name} of {run.arm}, seed {run.seed}: highest gates")
     table = _build_table(experts, [*columns], name)
     num_experts = routed.assignments.num_experts
@@ -81,13 +81,21 @@ def build_gallery_report(run: TrainedRun, layer: str | None, max_tokens: int, pa
     )
 
 
+def _read_snippets(
+    task: Vision | AudioTask, batches: Sequence[Batch], tokens: RoutedTokens, columns: Mapping[str, LabelColumn]
+) -> Snippets:
+    if isinstance(task, Vision):
+        return read_image_patches(task, batches, tokens, columns)
+    return read_spectrograms(task, batches, tokens, columns)
+
+
 def _count_experts(layer: RoutedLayer) -> np.ndarray:
     assignments = layer.assignments
     return np.bincount(assignments.expert_N, assignments.share_N, assignments.num_experts)
 
 
 def describe_expert(
-    expert: int, layer: RoutedLayer, sequence_T: Ints, columns: dict[str, LabelColumn]
+    expert: int, layer: RoutedLayer, sequence_T: Ints, columns: Mapping[str, LabelColumn]
 ) -> ExpertGallery:
     """Return the share of an expert, its most frequent labels, and its highest gates."""
     assignments = layer.assignments

@@ -25,14 +25,16 @@ def build_information_table(run: RunInformation, layer: str | None = None) -> Ta
     left_out = run.num_batches_left_out
     part = f"; {left_out} batches of the test split are left out (--tokens)" if left_out else ""
     headers = ("bits", "chance", "p", "of label", "of routing", "given token", *CONTROLS)
+    # Without tokens there is neither a hash of them nor anything given them.
+    used = [index for index in range(len(headers)) if any(row[index + 2] != MISSING for row in rows)]
     return Table(
         title=f"What experts say about labels, in bits: {run.num_tokens:,} tokens of the test split{part}",
         columns=(
             Column(header="label", align="left", is_key=True),
             Column(header="layer", align="left", is_key=True),
-            *(Column(header=header) for header in headers),
+            *(Column(header=headers[index]) for index in used),
         ),
-        rows=tuple(rows),
+        rows=tuple((*row[:2], *(row[index + 2] for index in used)) for row in rows),
         notes=NOTES,
     )
 

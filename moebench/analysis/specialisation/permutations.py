@@ -27,15 +27,20 @@ def permute_sequences(label_T: Ints, sequence_T: Ints) -> Permute:
         moved_S = length_S[order_S]
         within_T = np.arange(len(label_T)) - np.repeat(moved_S.cumsum() - moved_S, moved_S)
         rotated_T = (within_T + np.repeat(shift_S[order_S], moved_S)) % np.repeat(moved_S, moved_S)
-        return label_T[np.repeat(start_S[order_S], moved_S) + rotated_T]
+        permuted_T: Ints = label_T[np.repeat(start_S[order_S], moved_S) + rotated_T]
+        return permuted_T
 
     return rotate
 
 
 def permute_within(label_T: Ints, group_T: Ints, units_T: Ints) -> Permute:
-    """Return a permutation of labels among units of the same group; tokens of a unit share label and group."""
-    _, first_U, unit_T = np.unique(units_T, return_index=True, return_inverse=True)
-    label_U, group_U = label_T[first_U], group_T[first_U]
+    """Return a permutation of labels among units of the same group and size; tokens of a unit share label and group.
+
+    With units of the same size alone, each group keeps its number of tokens of each label: with more even labels, a
+    sample has more bias.
+    """
+    _, first_U, unit_T, size_U = np.unique(units_T, return_index=True, return_inverse=True, return_counts=True)
+    label_U, group_U = label_T[first_U], group_T[first_U] * (int(size_U.max()) + 1) + size_U
     by_group_U = np.argsort(group_U, kind="stable")
 
     def permute(generator: np.random.Generator) -> Ints:

@@ -61,7 +61,7 @@ def select_valid(value_BL: Tensor, batch: Batch) -> Tensor:
 def read_token_ids(task: Task, batches: Sequence[Batch]) -> tuple[Ints, int] | None:
     """Return the ids of the tokens and the size of the vocabulary; None where the input is not made of tokens."""
     ids = [batch.token_id_BL for batch in batches]
-    if any(id_BL is None for id_BL in ids):
+    if task.vocab_size is None or any(id_BL is None for id_BL in ids):
         return None
     parts = [select_valid(id_BL, batch) for id_BL, batch in zip(ids, batches, strict=True) if id_BL is not None]
     return torch.cat(parts).numpy(), task.vocab_size
