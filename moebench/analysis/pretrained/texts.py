@@ -7,7 +7,7 @@ import numpy as np
 
 from moebench.errors import UsageError
 from moebench.tasks.text.document import Document
-from moebench.tasks.text.pack import mixed_order
+from moebench.tasks.text.pack import make_mixing_key
 from moebench.tasks.text.prepared.reader import is_prepared, open_prepared
 from moebench.tasks.text.sources import TextDataConfig, load_documents
 from moebench.tasks.text.splits import split_documents
@@ -30,7 +30,7 @@ def read_texts(data: str | None, max_tokens: int, cache: Path) -> list[Document]
             documents = _read_data(data, max_tokens * BYTES_PER_TOKEN, cache)
         except UsageError as error:
             raise UsageError(str(error).replace("task.data.path:", "--data:", 1)) from error
-    return sorted(documents, key=lambda document: (document.domain, mixed_order(document.text)))
+    return sorted(documents, key=lambda document: (document.domain, make_mixing_key(document.text)))
 
 
 def _read_data(data: str, max_bytes: int, cache: Path) -> list[Document]:

@@ -79,7 +79,7 @@ def test_a_map_of_steps_has_a_column_for_each_step_and_a_row_for_each_expert() -
     counts = {"tokens": 8, "dropped": 0, "rerouted": 0, "unserved": 0, "experts_per_token": 1.0, "flops_per_token": 1.0}
     loads = [(2, 2), (2, 2), (4, 0)]
     series = [LayerPoint(step=step, layers={"1": LayerValues(load=load, **counts)}) for step, load in enumerate(loads)]
-    runs = [StoredRun(arm="switch", seed=seed, series=series) for seed in (3, 4)]
+    runs = [ReportRun(arm="switch", seed=seed, series=series) for seed in (3, 4)]
     (maps,) = build_step_maps(COMPARISON, runs)
     (layer,) = maps.layers
     assert maps.caption == "seed 3, 2 experts, steps 0 to 2"
