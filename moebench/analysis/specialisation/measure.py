@@ -136,6 +136,7 @@ class _RoutedLayer:
     """One layer with its controls."""
 
     name: str
+    seed: int
     sequence_T: Ints
     trained: Assignments
     controls: dict[str, Assignments]
@@ -151,13 +152,15 @@ class _RoutedLayer:
         if token_ids is not None:
             controls["hash"] = route_by_hash(*token_ids, trained, draw)
         controls["random"] = route_randomly(trained, draw)
-        return cls(name=name, sequence_T=tokens.sequence_T, trained=trained, controls=controls, token_ids=token_ids)
+        return cls(
+            name=name, seed=seed, sequence_T=tokens.sequence_T, trained=trained, controls=controls, token_ids=token_ids
+        )
 
 
 def _measure_layer(layer: _RoutedLayer, column: LabelColumn, options: ProbeOptions) -> LayerInformation:
     label_T, num_labels = column.label_T, len(column.values)
     permute = permute_sequences(label_T, layer.sequence_T)
-    sampling = options.num_permutations, derive_seed("probe", layer.name, column.name)
+    sampling = options.num_permutations, derive_seed("probe", layer.seed, column.name)  # in all layers the same
     return LayerInformation(
         trained=measure_information(label_T, num_labels, layer.trained, permute, sampling),
         controls={

@@ -13,24 +13,25 @@ def permute_sequences(label_T: Ints, sequence_T: Ints) -> Permute:
     """Return a permutation for labels of tokens that lie sequence by sequence.
 
     A label that is constant in each sequence is exchanged between sequences. Other labels are rotated in each sequence
-    by a random number of positions, and the rotated sequences exchanged.
+    by a random number of positions, and exchanged with those of another one, stretched to its length.
     """
     length_S = np.bincount(np.unique(sequence_T, return_inverse=True)[1])
     start_S = length_S.cumsum() - length_S
     first_S = label_T[start_S]
     if (np.repeat(first_S, length_S) == label_T).all():
         return lambda generator: np.repeat(generator.permutation(first_S), length_S)
+    within_T = np.arange(len(label_T)) - np.repeat(start_S, length_S)
 
-    def rotate(generator: np.random.Generator) -> Ints:
-        order_S = generator.permutation(len(length_S))
+    def exchange(generator: np.random.Generator) -> Ints:
+        other_S = generator.permutation(len(length_S))
         shift_S = (generator.random(len(length_S)) * length_S).astype(np.int64)
-        moved_S = length_S[order_S]
-        within_T = np.arange(len(label_T)) - np.repeat(moved_S.cumsum() - moved_S, moved_S)
-        rotated_T = (within_T + np.repeat(shift_S[order_S], moved_S)) % np.repeat(moved_S, moved_S)
-        permuted_T: Ints = label_T[np.repeat(start_S[order_S], moved_S) + rotated_T]
+        rotated_T = (within_T + np.repeat(shift_S, length_S)) % np.repeat(length_S, length_S)
+        # The middle of each position: the first label of a sequence would come too often.
+        stretched_T = (2 * rotated_T + 1) * np.repeat(length_S[other_S], length_S) // np.repeat(2 * length_S, length_S)
+        permuted_T: Ints = label_T[np.repeat(start_S[other_S], length_S) + stretched_T]
         return permuted_T
 
-    return rotate
+    return exchange
 
 
 def permute_within(label_T: Ints, group_T: Ints, units_T: Ints) -> Permute:

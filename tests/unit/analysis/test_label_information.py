@@ -139,10 +139,15 @@ def test_positions_are_permuted_by_rotation() -> None:
     assert len({row[0] for row in other_T.reshape(50, 8)}) > 1
 
 
-def test_sequences_of_unequal_length_keep_all_labels() -> None:
-    sequence_T = np.repeat([0, 1, 2], [2, 5, 3])
-    label_T = np.arange(10)
-    assert sorted(permute_sequences(label_T, sequence_T)(np.random.default_rng(3))) == list(range(10))
+def test_sequences_of_unequal_length_are_stretched() -> None:
+    length_S = np.random.default_rng(0).integers(8, 60, 200)
+    within_T = np.concatenate([np.arange(length) for length in length_S])
+    label_T = within_T * 4 // np.repeat(length_S, length_S)  # the quarter of the sequence
+    permute = permute_sequences(label_T, np.repeat(np.arange(200), length_S))
+    share_Y = np.bincount(permute(np.random.default_rng(1))) / len(label_T)
+    assert share_Y == pytest.approx(np.bincount(label_T) / len(label_T), abs=0.01)
+    by_length = assign((np.repeat(length_S, length_S) > 30).astype(np.int64), 2)
+    assert abs(measure_information(label_T, 4, by_length, permute, (20, 0)).corrected) < 1e-3
 
 
 def draw_topics(seed: int) -> tuple[Ints, Ints, Ints]:
