@@ -18,6 +18,7 @@ from moebench.runs.checked_json import CHECKSUM, read_json
 from moebench.runs.experiment_record import lock_records, read_record, write_record
 from moebench.runs.folder import RunFolder, list_run_folders
 from moebench.runs.journal import read_journal
+from moebench.runs.layer_series import iter_layer_series
 from moebench.runs.recorder import find_missing, read_loads
 from moebench.tasks.cache import read_entry
 from moebench.training.kept_weights import list_kept_weights
@@ -126,6 +127,10 @@ def _read_record(folder: RunFolder, path: Path) -> None:
         points, _ = read_journal(path)
         steps = [point.step for point in points]
         if steps != sorted(steps):
+            raise UsageError(f"{path}: its steps are not in order")
+    elif path == folder.layers:
+        series = [point.step for point in iter_layer_series(path)]
+        if series != sorted({*series}):
             raise UsageError(f"{path}: its steps are not in order")
     elif path == folder.labels:
         read_label_tables(path)

@@ -157,7 +157,7 @@ def parse_layer_line(line: bytes, end: int = 0) -> LayerPoint:
             raise ValueError(f"it has no table of at most {MAX_LAYERS} layers")
         parsed = {_check_name(name): _parse_layer(values) for name, values in layers.items()}
         return LayerPoint(step=require_count(raw["step"]), layers=parsed, end=end)
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{type(error).__name__}: {error}"[:100]) from error
 
 

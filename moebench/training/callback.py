@@ -146,10 +146,11 @@ class CellCallback(lightning.Callback):
         for records in module.records:
             self.executed_cost.add(records)
         self._record_spikes(module, step - 1)
+        self._record_collapses(module, step - 1)
         if self._is_logged(train, step):
             self._log(module, step)
         self._record_spikes(module, step)
-        self._record_collapses(module)
+        self._record_collapses(module, step)
         if step % module.config.parallel.check_every == 0 or is_last:
             check_replicas(module, module.mesh)
         if is_last and self.budget:
@@ -212,9 +213,10 @@ class CellCallback(lightning.Callback):
             if module.mesh.is_first:
                 print_text(f"{spike}" + ("; its update is skipped" if module.is_update_skipped else ""))
 
-    def _record_collapses(self, module: CellModule) -> None:
-        """Record layers that have collapsed or recovered, and tell the user."""
-        events, module.new_collapses = module.new_collapses, []
+    def _record_collapses(self, module: CellModule, last_step: int) -> None:
+        """Record layers that have collapsed or recovered up to a step, and tell the user."""
+        events = [event for event in module.new_collapses if event.step <= last_step]
+        module.new_collapses = module.new_collapses[len(events) :]
         for step in dict.fromkeys(event.step for event in events):
             metrics = {"collapse/layers": float(module.collapse_alarm.num_collapsed)}
             for event in events:
@@ -237,7 +239,7 @@ class CellCallback(lightning.Callback):
         module.check_steps()  # a run that is stopped ends at a step like any other
         self.timer.settle()
         self._record_spikes(module, step)
-        self._record_collapses(module)
+        self._record_collapses(module, step)
         module.load_window.sum_over(module.mesh.world)
         self.executed_cost.all_reduce(module.mesh)  # every process saves the sums over all of them
         self.context.recorder.flush()  # the journal is on the disk before a checkpoint claims its steps

@@ -81,7 +81,8 @@ def assert_equal_to_reference(results: Results, expected: Results) -> None:
         assert results.result(arm, 0)["metrics"] == expected.result(arm, 0)["metrics"]
         assert [p["step"] for p in journal(folder) if "loss/task" in p["metrics"]] == [*range(1, STEPS + 1)]
         assert model_points(folder) == model_points(twin)
-        assert (folder / "load.jsonl").read_text() == (twin / "load.jsonl").read_text()
+        for name in ("load.jsonl", "layers.jsonl"):
+            assert (folder / name).read_text() == (twin / name).read_text()
 
 
 def assert_nothing_is_twice_in_the_tracker(database: Path) -> None:

@@ -24,6 +24,7 @@ from moebench.runs.checked_json import add_checksum, read_json
 from moebench.runs.experiment_record import read_record
 from moebench.runs.folder import RunFolder
 from moebench.runs.journal import read_journal
+from moebench.runs.layer_series import LayerValues, format_layer_line, read_layer_series
 from moebench.runs.recorder import read_loads
 from moebench.training.label_tables import read_label_tables
 
@@ -43,6 +44,7 @@ grid:
 seeds: [0, 1]
 """
 LABELS = {"kinds": {"domain": {"values": ["a", "b"], "layers": {"1": [[1.0, 2.0], [3.0, 4.0]]}}}}
+COUNTS = {"tokens": 4, "dropped": 0, "rerouted": 0, "unserved": 0, "experts_per_token": 1.0, "flops_per_token": 1e3}
 INTERESTING = (b"", b"\0", b"\xff", b"[", b"{", b'"', b"1e999", b"-1", b"null", b"\xed\xa0\x80", b"9" * 400, b"NaN")
 LONG_FUZZ = int(os.environ.get("MOEBENCH_FUZZ_EXAMPLES", "1500"))
 """Examples of each reader in `make test-all`: some minutes for all."""
@@ -75,6 +77,8 @@ def build_run() -> RunFolder:
     folder.write_cell(folder.read_cell())
     folder.write_result(folder.read_result())  # type: ignore[arg-type]
     folder.labels.write_text(json.dumps(LABELS))
+    layers = {"1": LayerValues(load=(3, 1), entropy=0.5, logit_max=2.0, logit_std=1.0, **COUNTS)}
+    folder.layers.write_bytes(b"".join(format_layer_line(step, layers) + b"\n" for step in (1, 20)))
     weights = {"w": torch.arange(6.0).reshape(2, 3), "b.c": torch.ones(3, dtype=torch.bfloat16)}
     content = {"step": 3, "state_dict": weights, "optimizer_states": [{"state.w": -weights["w"]}]}
     fields = {"cell": "0" * 12, "records": {"journal.jsonl": {"bytes": 7, "sha256": "0" * 64}}}
@@ -112,6 +116,7 @@ READERS: dict[str, Reader] = {
     "json": (lambda run: run.environment, lambda run: read_json(run.environment), (UsageError,)),
     "journal": (lambda run: run.journal, lambda run: read_journal(run.journal), (UsageError,)),
     "loads": (lambda run: run.loads, lambda run: read_loads(run.loads), (UsageError,)),
+    "layers": (lambda run: run.layers, lambda run: read_layer_series(run.layers), (UsageError,)),
     "labels": (lambda run: run.labels, lambda run: read_label_tables(run.labels), (UsageError,)),
     "record": (record_file, lambda run: read_seed_plan(read_record(record_file(run)), "k"), (UsageError,)),
     "experiment": (experiment_file, lambda run: expand(experiment_file(run)), (UsageError,)),

@@ -53,6 +53,7 @@ def assert_equal_to(reference: CommandLine, cli: CommandLine, warm: WarmCommandL
         assert deterministic_points(folder) == deterministic_points(twin)
         if (twin / "load.jsonl").exists():
             assert read_loads(folder) == read_loads(twin)
+            assert (folder / "layers.jsonl").read_text() == (twin / "layers.jsonl").read_text()
     compared = warm(cli, "compare", "./tiny.yaml", "--json")
     assert (compared.code, compared.err) == (0, "")
     original = json.loads((reference.folder / "comparison.json").read_text())

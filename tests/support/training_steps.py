@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import pytest
 import torch
 from support.process_group import Mesh
 from support.training_cases import tiny_config
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moebench.runs.folder import RunFolder
+from moebench.runs.layer_series import iter_layer_series
 from moebench.runs.recorder import RunRecorder
 from moebench.training.callback import CellCallback, RunContext
 from moebench.training.model import build_initialised_model, prepare_task
@@ -63,6 +65,7 @@ def train_steps(mesh: Mesh, text: Path, overrides: dict[str, Any], folder: Path)
         "final": callback.final.metrics,
         "loads": callback.final.load_by_layer,
         "labels": {name: table.layers for name, table in callback.final.labels.items()},
+        "layers": list(iter_layer_series(rank_folder / "layers.jsonl")),
         "journal": (rank_folder / "journal.jsonl").read_text(),
     }
 
@@ -104,6 +107,13 @@ def assert_same_training(
             continue
         assert abs(ours["final"][name] - value) <= 10 * tolerance * max(1.0, abs(value)), name
     assert ours["loads"] == theirs["loads"]
+    for our_point, their_point in zip(ours["layers"], theirs["layers"], strict=True):
+        for name, layer in their_point.layers.items():
+            our_layer = our_point.layers[name]
+            assert (our_layer.load, our_layer.tokens) == (layer.load, layer.tokens), f"{name}, step {our_point.step}"
+            for quantity in ("entropy", "logit_max", "logit_std", "experts_per_token"):
+                our_value, their_value = getattr(our_layer, quantity), getattr(layer, quantity)
+                assert our_value == pytest.approx(their_value, rel=100 * tolerance, abs=100 * tolerance), quantity
     assert ours["labels"].keys() == theirs["labels"].keys()
     for kind, layers in theirs["labels"].items():
         for layer, table in layers.items():  # integers, except for soft and merging routers

@@ -140,6 +140,7 @@ def damaged(**changes: object) -> bytes:
         damaged(entropy="x"),
         damaged(entropy=float("nan")),
         damaged(flops_per_token=None),
+        damaged(flops_per_token=10**400),
         json.dumps({"step": 1, "layers": {str(number): {} for number in range(1025)}}).encode(),
     ],
 )

@@ -63,6 +63,8 @@ def damage_byte_1(folder: Path) -> None:
         (change_digit, "journal.jsonl", 0),
         (lambda folder: (folder / "load.jsonl").unlink(), "load.jsonl", 3),
         (lambda folder: (folder / "load.jsonl").write_text("x\n"), "load.jsonl", 3),
+        (lambda folder: (folder / "layers.jsonl").unlink(), "layers.jsonl", 0),
+        (lambda folder: (folder / "layers.jsonl").write_text("x\n"), "layers.jsonl", 0),
     ],
 )
 def test_missing_points_are_trained_again(
@@ -79,6 +81,7 @@ def test_missing_points_are_trained_again(
     assert steps[0] == first_step + 1
     assert_same_runs(full, parts)
     assert full.loads == parts.loads
+    assert (full.folder / "layers.jsonl").read_text() == (parts.folder / "layers.jsonl").read_text()
 
 
 def test_a_checkpoint_of_another_cell_is_not_loaded(full: Run, parts: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,6 +61,18 @@ def test_one_layer_of_eight_is_named_within_20_steps(
     assert [progress[step - 1], progress[step], progress[41]] == [0, 1, 1]
 
 
+def test_an_alarm_that_is_checked_later_keeps_the_journal_in_order(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moebench.training.module.can_check_later", lambda config, mesh, optimizer: True)
+    train = {"steps": 14, "log_every": 1}
+    run = planted(text, 0, folder=tmp_path, router={"layer": 1}, train=train, model={"num_layers": 2})
+    run()
+    steps = [point.step for point in read_journal(run.folder / "journal.jsonl")[0]]
+    assert steps == sorted(steps)
+    assert [step for step, _ in list_alarms(run)] == [10]
+
+
 def test_a_layer_recovers(text: Path, tmp_path: Path) -> None:
     router, train = {"layer": 1, "last_step": 15}, {"steps": 25}
     run = planted(text, 6, folder=tmp_path, router=router, train=train, model={"num_layers": 2})
