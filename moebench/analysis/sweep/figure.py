@@ -100,7 +100,7 @@ def _build_handle(style: Style, label: str, *, is_hollow: bool = False) -> Line2
         [],
         color=style.color,
         marker=style.marker,
-        linestyle=style.linestyle,
+        linestyle=style.linestyle,  # type: ignore[arg-type]
         markerfacecolor="white" if is_hollow else style.color,
         markersize=min(style.size, 8),
         label=label,
