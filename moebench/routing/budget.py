@@ -9,8 +9,8 @@ class Knob:
     """An attribute of a router, a number that `forward` reads, which sets how many experts its tokens use.
 
     With `layout.match=measured_flops` the attribute is a buffer, fp32 scalar, that training adjusts. A setting u maps
-    to start + u * unit, in logits where the value `is_probability`, within `low` and `high`: u = 0 is the value that the
-    router was built with, and a larger u means more compute.
+    to start + u * unit, in logits where the value `is_probability`, within `low` and `high`: u = 0 is the value that
+    the router was built with, and a larger u means more compute.
     """
 
     attribute: str
