@@ -9,7 +9,7 @@ class Knob:
     """An attribute of a router, a number that `forward` reads, which sets how many experts its tokens use.
 
     With `layout.match=measured_flops` the attribute is a buffer, fp32 scalar, that training adjusts. A setting u maps
-    to start + u * unit, or to start * exp(u * unit) with `is_ratio`, within `low` and `high`: u = 0 is the value that
+    to start + u * unit, in logits where the value `is_probability`, within `low` and `high`: u = 0 is the value that
     the router was built with, and a larger u means more compute.
     """
 
@@ -17,21 +17,26 @@ class Knob:
     low: float
     high: float
     unit: float
-    """Change of the value, or of its logarithm, by which compute rises by the order of itself; negative where a larger
+    """Change of the value, or of its logit, by which compute rises by the order of itself; negative where a larger
     value means less compute."""
-    is_ratio: bool = False
+    is_probability: bool = False
     in_training: bool = True
     """Whether it acts in training too; otherwise in evaluation alone, where the rule differs."""
 
     def to_value(self, start: float, setting: float) -> float:
         """Return the value at a setting."""
-        value = start * math.exp(setting * self.unit) if self.is_ratio else start + setting * self.unit
+        value = self._to_linear(start) + setting * self.unit
+        if self.is_probability:
+            value = 1 / (1 + math.exp(-value))
         return min(max(value, self.low), self.high)
 
     def limit(self, start: float, setting: float) -> float:
         """Return the setting, or the nearest one at which the value is within its bounds."""
-        ends = sorted(self._to_setting(start, bound) for bound in (self.low, self.high))
+        ends = sorted((self._to_linear(bound) - self._to_linear(start)) / self.unit for bound in (self.low, self.high))
         return min(max(setting, ends[0]), ends[1])
 
-    def _to_setting(self, start: float, value: float) -> float:
-        return (math.log(value / start) if self.is_ratio else value - start) / self.unit
+    def _to_linear(self, value: float) -> float:
+        if not self.is_probability:
+            return value
+        value = min(max(value, self.low), self.high)  # a router may be built with a certain event
+        return math.log(value / (1 - value))

@@ -28,7 +28,7 @@ from moebench.routing.values import Routing
         "differs from the planned one, so read the load metrics.",
         causality=Causality(causal=True, reason="each token is routed by its own vector", batch_dependent=False),
         variable_k=True,
-        budget=Knob(attribute="top_p", low=0.01, high=1.0, unit=0.5, is_ratio=True),
+        budget=Knob(attribute="top_p", low=1e-3, high=1 - 1e-6, unit=1.0, is_probability=True),
     )
 )
 class TopP(Router["TopP.Config"]):

@@ -49,7 +49,7 @@ def train(config: CellConfig, results: Path) -> RunFolder:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     text = write_text(folder)
-    for router, seed in (("top_p", 0), ("dense", 0), ("top_p", 1), ("top_p", 2), ("dense", 2)):
+    for router, seed in (("dynmoe", 0), ("dense", 0), ("dynmoe", 1), ("dynmoe", 2), ("dense", 2)):
         train(tiny_config(text, router=router, seed=seed, task={"eval_windows": 8}), folder)
     return folder
 
@@ -63,13 +63,13 @@ def find_id(results: Path, router: str, seed: int) -> str:
 
 
 def test_seeds_are_paired_with_their_dense_runs(results: Path) -> None:
-    pairs = find_pairs(results, find_id(results, "top_p", 1))
+    pairs = find_pairs(results, find_id(results, "dynmoe", 1))
     seeds = [(pair.run.config.seed, pair.dense.config.seed if pair.dense else None) for pair in pairs]
     assert seeds == [(1, None), (0, 0), (2, 2)]  # the run that was asked for comes first
 
 
 def test_counts_equal_those_of_the_result(results: Path) -> None:
-    pair = find_pairs(results, find_id(results, "top_p", 0))[0]
+    pair = find_pairs(results, find_id(results, "dynmoe", 0))[0]
     table = measure_tokens(pair, results)
     metrics = pair.run.folder.read_result().metrics  # type: ignore[union-attr]
     assert table.mean_count.mean() == pytest.approx(metrics["load/experts_per_token"])
@@ -82,13 +82,13 @@ def test_counts_equal_those_of_the_result(results: Path) -> None:
 
 
 def test_report_and_figure(results: Path, tmp_path: Path) -> None:
-    pairs = find_pairs(results, find_id(results, "top_p", 0))
+    pairs = find_pairs(results, find_id(results, "dynmoe", 0))
     tables = {pair.run.config.seed: measure_tokens(pair, results) for pair in pairs}
-    report = build_report("top_p", tables)
+    report = build_report("dynmoe", tables)
     assert [table.title.split(":")[0] for table in report.tables] == [
         "Experts per token on the test split",
         "Spearman's correlation of experts per token with difficulty",
-        "The same over the seeds of top_p, mean over layers, 95 % t interval",
+        "The same over the seeds of dynmoe, mean over layers, 95 % t interval",
     ]
     layers = report.values["layers"]
     assert list(layers) == ["0", "1", "all, mean"]
@@ -97,4 +97,4 @@ def test_report_and_figure(results: Path, tmp_path: Path) -> None:
     assert low <= layers["0"]["spearman_dense_loss"]["value"] <= high
     assert set(report.values["seeds"]["loss under the dense arm"]["by_seed"]) == {"0", "2"}
     assert set(report.values["seeds"]["loss under the arm itself"]["by_seed"]) == {"0", "1", "2"}
-    assert draw_report("top_p", 0, tables[0], tmp_path / "compute.png").stat().st_size > 3000
+    assert draw_report("dynmoe", 0, tables[0], tmp_path / "compute.png").stat().st_size > 3000
