@@ -1,9 +1,10 @@
-"""The options of what is kept of a training run besides its last checkpoint: part of the section `train`."""
+"""The options of how long a run is and which of its states are saved: part of the section `train`."""
 
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from moebench.errors import UsageError, require
 
@@ -15,11 +16,24 @@ _PERCENTAGE = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,6})?) ?%")
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Options of `train` that choose which weights stay on the disk."""
+    """Options of `train` that choose the number of steps, and at which of them weights are saved."""
 
+    steps: int = 1800
+    """Optimizer updates."""
+    checkpoint_every: int = 300
+    """Updates between checkpoints."""
     keep_checkpoints: list[int | str] = field(default_factory=list)
     """Steps whose weights are kept, as numbers or as percentages of steps: [1%, 5%, 20%, 50%]. Without the optimizer's
     state: a third of a checkpoint or less. `moebench probe --show history` reads them."""
+
+    @cached_property
+    def kept_steps(self) -> list[int]:
+        """Steps before the last whose weights are kept; those of the last one always are."""
+        return [step for step in parse_kept_steps(self.keep_checkpoints, self.steps) if step < self.steps]
+
+    def check_kept_steps(self) -> None:
+        """Raise UsageError for an entry of `keep_checkpoints` that is no step of the run."""
+        parse_kept_steps(self.keep_checkpoints, self.steps)
 
 
 def parse_kept_steps(entries: Sequence[int | str], num_steps: int) -> list[int]:

@@ -3,10 +3,9 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import ClassVar, Literal
 
-from moebench.checkpoint_config import CheckpointConfig, parse_kept_steps
+from moebench.checkpoint_config import CheckpointConfig
 from moebench.components import LayoutConfig, RouterConfig, TaskConfig
 from moebench.conversion import Untyped
 from moebench.errors import require
@@ -105,8 +104,6 @@ class TrainConfig(OptimizerConfig, StepConfig, CheckpointConfig):
         "spike_threshold": POSITIVE_FINITE,
     }
 
-    steps: int = 1800
-    """Optimizer updates."""
     batch_size: int = 8
     """Sequences per update, over all processes."""
     accumulate: int = 1
@@ -140,8 +137,6 @@ class TrainConfig(OptimizerConfig, StepConfig, CheckpointConfig):
     """Updates between evaluations on the validation split."""
     log_every: int = 20
     """Updates between points of the journal."""
-    checkpoint_every: int = 300
-    """Updates between checkpoints."""
     spike_policy: Literal["record", "stop", "skip", "rewind"] = "record"
     """After a loss spike: record it and go on; end the run; leave out the update, also where only the gradient norm
     spikes; or go back to the last checkpoint and leave out the batches since then."""
@@ -154,12 +149,7 @@ class TrainConfig(OptimizerConfig, StepConfig, CheckpointConfig):
         check_ranges(self, "train")
         divides = self.batch_size % self.accumulate == 0
         require(divides, "train.accumulate", self.accumulate, f"a divisor of train.batch_size={self.batch_size}")
-        parse_kept_steps(self.keep_checkpoints, self.steps)
-
-    @cached_property
-    def kept_steps(self) -> list[int]:
-        """Steps before the last whose weights are kept; those of the last one always are."""
-        return [step for step in parse_kept_steps(self.keep_checkpoints, self.steps) if step < self.steps]
+        self.check_kept_steps()
 
 
 @dataclass(frozen=True, kw_only=True)

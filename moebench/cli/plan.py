@@ -74,6 +74,7 @@ def plan(
     else:
         _print_heading(grid)
         print_costs(rows)
+        print_disk(rows)
         print_training(rows)
         print_overlap(rows)
     require_epochs(grid.cells, ModelCosts(results))
@@ -166,9 +167,15 @@ def print_costs(rows: list[dict[str, Any]]) -> None:
         for row in rows
     ]
     print_table(columns, lines, right=numbers, no_wrap=(columns[0], columns[2], *numbers), keys=("arm", "seed"))
-    new = {row["id"]: row["disk_bytes"] for row in rows if row["state"] != "done"}
-    if new:
-        print_text(f"Checkpoints on the disk when all is trained: {format_bytes(sum(new.values()))} more.")
+
+
+def print_disk(rows: list[dict[str, Any]]) -> None:
+    """Print how much the checkpoints of the cells that are not done will take."""
+    from moebench.reporting.formatting import format_bytes
+
+    sizes = [row["disk_bytes"] for row in rows if row["state"] != "done"]
+    if sizes:
+        print_text(f"Checkpoints on the disk when all is trained: {format_bytes(sum(sizes))} more.")
 
 
 def print_training(rows: list[dict[str, Any]]) -> None:
