@@ -77,4 +77,6 @@ def format_mean(value: SeedMean | None, *, signed: bool = False) -> str:
 
 def format_verdict(difference: SeedMean) -> str:
     """Return what the interval of a difference says."""
+    if not any(difference.values):
+        return "equal"
     return {1: "more", -1: "less", 0: "undecided"}[difference.sign]
