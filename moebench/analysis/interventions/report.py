@@ -24,13 +24,13 @@ NOTES = (
     " (V-MoE, arXiv:2106.05974); router of step N: that of an earlier checkpoint, 0 the untrained one; experts stay as"
     " trained.",
     "expert left out: its assignments are dropped and the weights of others stay, as if it returned 0.",
-    "by label: in the order of the end of the interval that is nearer to 0.",
+    "by label: changes with an interval without 0, in the order of its end that is nearer to 0.",
     "Intervals are over sequences, and hold for all rows of their kind together with 95 % (Bonferroni), those not shown"
     " included.",
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LabelChange:
     """The effect of leaving out one expert on the predictions with one label."""
 
@@ -115,7 +115,8 @@ def _build_expert_table(result: Ablations, layer: str | None) -> Table:
 def _build_label_table(result: Ablations, layer: str | None, kind: str | None) -> Table:
     changes = [each for each in list_label_changes(result.experts) if kind in (None, each.kind)]
     changes = [each for each in changes if layer in (None, each.ablation.target.layer)]
-    largest = sorted(changes, key=lambda each: -_certain_change(each.effect, result.num_label_tests))[:MAX_ROWS]
+    certain = {each: _certain_change(each.effect, result.num_label_tests) for each in changes}
+    largest = sorted((each for each in changes if certain[each] > 0), key=lambda each: -certain[each])
     rows = [
         (
             each.ablation.target.layer,
@@ -124,11 +125,12 @@ def _build_label_table(result: Ablations, layer: str | None, kind: str | None) -
             *_format_effect(each.effect, result.num_label_tests),
             f"{each.ablation.effect.change:+.4f}",
         )
-        for each in largest
+        for each in largest[:MAX_ROWS]
     ]
     columns = (*_key_columns("layer", "expert", "label"), *number_columns("change", "interval", "of all"))
     return Table(
-        title=f"Experts left out, by label: the largest {len(rows)} of {len(changes)}",
+        title=f"Experts left out, by label: the largest {len(rows)} of {len(largest)} changes that are not 0",
+        notes=(f"of {len(changes)} pairs of an expert and a label {len(largest)} have an interval without 0",),
         columns=columns,
         rows=tuple(rows),
     )
