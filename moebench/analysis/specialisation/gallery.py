@@ -18,6 +18,7 @@ from moebench.errors import UsageError, unknown
 from moebench.reporting.report import Report
 from moebench.reporting.table import Column, Table
 from moebench.tasks.audio.task import AudioTask
+from moebench.tasks.speech import Speech
 from moebench.tasks.task import Batch
 from moebench.tasks.vision import Vision
 from moebench.training.evaluation import training_precision
@@ -58,7 +59,9 @@ def build_gallery_report(run: TrainedRun, layer: str | None, max_tokens: int, pa
         )
     chosen = select_batches(run.task, run.config.train.batch_size, max_tokens)
     with training_precision(run.config.train, run.device):
-        stacks, outputs = route_batches(run.load_model(), chosen.batches, run.config.seed, run.device)
+        stacks, outputs = route_batches(
+            run.load_model(), chosen.batches, run.config.seed, run.device, keeps_outputs=isinstance(run.task, Speech)
+        )
     if not stacks:
         raise UsageError(f"run {run.folder.path.name}: has no experts")
     batches, tokens = [batch for _, batch in chosen.batches], stacks[""]

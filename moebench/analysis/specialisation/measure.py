@@ -26,6 +26,7 @@ from moebench.analysis.specialisation.token_labels import LabelColumn, build_lab
 from moebench.analysis.specialisation.trained_run import TrainedRun
 from moebench.errors import unknown
 from moebench.seeds import derive_seed
+from moebench.tasks.speech import Speech
 from moebench.tasks.task import Batch
 from moebench.training.evaluation import training_precision
 from moebench.training.model import Model
@@ -120,7 +121,8 @@ def _route(
     run: TrainedRun, model: Model, batches: Sequence[tuple[int, Batch]]
 ) -> tuple[dict[str, RoutedTokens], list[Tensor]]:
     with training_precision(run.config.train, run.device):
-        return route_batches(model, batches, run.config.seed, run.device)
+        keeps_outputs = isinstance(run.task, Speech)  # of text they are large
+        return route_batches(model, batches, run.config.seed, run.device, keeps_outputs=keeps_outputs)
 
 
 def _select_columns(columns: Mapping[str, LabelColumn], label: str | None) -> dict[str, LabelColumn]:

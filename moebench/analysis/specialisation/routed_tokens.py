@@ -69,9 +69,14 @@ class _Stack:
 
 
 def route_batches(
-    model: Model, batches: Sequence[tuple[int, Batch]], seed: int, device: torch.device
+    model: Model,
+    batches: Sequence[tuple[int, Batch]],
+    seed: int,
+    device: torch.device,
+    *,
+    keeps_outputs: bool = False,
 ) -> tuple[dict[str, RoutedTokens], list[Tensor]]:
-    """Run the model; return the tokens of each stack ("" for a model with one) and the output of each batch."""
+    """Run the model; return the tokens of each stack ("" if there is one) and, if asked for, all outputs."""
     stacks: dict[str, _Stack] = {}
     num_sequences, outputs = 0, []
     with evaluation_mode(model):
@@ -79,7 +84,8 @@ def route_batches(
             moved = batch.to(device)
             ctx = batch_context(moved, training=False, seed=seed, micro_batch=number)
             output, records = model(moved, ctx)
-            outputs.append(output)
+            if keeps_outputs:
+                outputs.append(output)
             by_half: dict[str, list[LayerRecord]] = {}
             for record in records:
                 by_half.setdefault(record.layer.half or "", []).append(record)
