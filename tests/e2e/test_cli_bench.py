@@ -185,7 +185,7 @@ def test_step_reports_every_arm(step: Any) -> None:
     assert list(step["arms"]) == ["dense", "top_k"]
     dense, top_k = step["arms"].values()
     assert set(dense["seconds"]) == {"trainer", "plain", "timed"}  # no load to force
-    assert set(top_k["seconds"]) == {"trainer", "plain", "timed", "uniform"}
+    assert set(top_k["seconds"]) == {"trainer", "unwatched", "plain", "timed", "uniform"}
     assert top_k["tokens_per_step"] == 2 * 32
     assert set(top_k["tokens_per_s"]) == set(top_k["seconds"])
     assert dense["uniform_over_own_load"] is None

@@ -151,7 +151,10 @@ CURVE_MISTAKES = {
     "curve ./tiny.yaml --vary layout.num_experts=8": ["layout.num_experts=8", "parameters"],
     "curve ./tiny.yaml --vary layout.capacity_eval=1": ["capacity_eval", "Did you mean 'capacity_factor_eval'?"],
     "curve ./tiny.yaml --vary layout.capacity_factor_eval=x": ["layout.capacity_factor_eval", "x"],
-    "curve ./tiny.yaml --vary layout.capacity_factor_eval=1 --by layout.drop_order=score": ["drop_order", "noncausal"],
+    "curve ./tiny.yaml --vary layout.capacity_factor_eval=1 --vary layout.drop_order=score": [
+        "drop_order",
+        "noncausal",
+    ],
     "curve ./tiny.yaml --vary layout.capacity_factor_eval=1 --plot a_file/x.png": ["a_file/x.png"],
     "curve ./tiny.yaml --vary layout.capacity_factor_eval=1 train.steps=7": ["no cell", "done"],
 }

@@ -91,6 +91,7 @@ NO_CHANGES: dict[str, tuple[Any, ...]] = {
     "train.log_every": (1, 50),
     "train.eval_every": (7,),
     "train.checkpoint_every": (7,),
+    "train.keep_checkpoints": (["5%"], [7]),
     "train.device": ("cpu", "cuda"),
     "train.max_epochs": (2.0,),
     "train.recompute": ("blocks",),

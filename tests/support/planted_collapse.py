@@ -6,18 +6,17 @@ import torch
 
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig
+from moebench.routing.router import Causality, Facts, Router, RouterBuildContext, RouterConfig
 from moebench.routing.values import Routing
 
-
-@ROUTERS.register(
-    Facts(
-        family="token choice",
-        equation="top-1, a single expert in one layer",
-        paper="-",
-        causality=Causality(causal=True, reason="a token's own logits", batch_dependent=False),
-    )
+FACTS = Facts(
+    family="token choice",
+    equation="top-1, a single expert in one layer",
+    paper="-",
+    causality=Causality(causal=True, reason="a token's own logits", batch_dependent=False),
 )
+
+
 class PlantedCollapse(Router["PlantedCollapse.Config"]):
     """Tokens take turns among the experts until the collapse; with one micro-batch a step."""
 

@@ -23,6 +23,7 @@ from moebench.experiment.grid import Experiment, expand
 from moebench.experiment.phases import run_phases
 from moebench.experiment.run_setup import RunOptions, RunSetup
 from moebench.launch.launcher import LocalLauncher
+from moebench.runs.experiment_record import read_record, write_record
 from moebench.runs.experiment_summary import read_summary, summary_path
 from moebench.runs.folder import RunFolder
 
@@ -158,9 +159,9 @@ def test_a_damaged_plan_is_noted_by_compare(tmp_path: Path, setup: RunSetup) -> 
     store_results(setup.results, tmp_path)
     run(tmp_path, setup)
     path = setup.results / "experiments" / "tiny.json"
-    record = json.loads(path.read_text())
+    record = read_record(path)
     [key] = record["seed_plans"]
-    path.write_text(json.dumps(record | {"seed_plans": {key: {"history": "5"}}}))
+    write_record(path, record | {"seed_plans": {key: {"history": "5"}}})
     comparison = compare_experiment(build(tmp_path), setup.results)
     assert any("'seed_plans' is damaged" in note for note in comparison.notes)
     assert {difference.level for difference in comparison.differences} == {0.001}

@@ -2,19 +2,28 @@
 
 import copy
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import support.planted_collapse
 import torch
+from support.planted_collapse import FACTS, PlantedCollapse
 from support.training_cases import Run, tiny_config, write_text
 
 from moebench.experts.layer import MoELayer
+from moebench.routing.router import ROUTERS
 from moebench.runs.journal import read_journal
 from moebench.training.model import build_initialised_model, prepare_task
 from moebench.training.telemetry.collapse import WINDOW_STEPS, Collapse, CollapseAlarm, can_collapse
 
-assert support.planted_collapse.PlantedCollapse  # registered
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> Iterator[None]:
+    before = {entry.name: entry for entry in ROUTERS.entries()}
+    ROUTERS.register(FACTS)(PlantedCollapse)
+    yield
+    ROUTERS._entries.clear()
+    ROUTERS._entries.update(before)
 
 
 @pytest.fixture(scope="module")
