@@ -60,7 +60,9 @@ def _run() -> int:
             raise
         _print_error(f"{error.filename or 'output'}: {error.strerror}")
         return 2
-    except typer.Abort:
+    except typer.Abort as error:
+        if isinstance(error.__cause__, EOFError):  # typer takes the end of any pipe or file for Ctrl-D
+            raise error.__cause__ from None
         return 130
     except Exception as error:
         # An unknown command or option, a missing argument: the command-line library exports no class for them.

@@ -154,13 +154,16 @@ def _check_checkpoints(folder: RunFolder) -> Iterator[Finding]:
             remedy = "the next run of its experiment uses an earlier one, or starts the cell anew"
             yield Finding(where=str(path.with_suffix(".ckpt")), problem=f"is damaged: {damage}", remedy=remedy)
         elif refused := find_refused_content(path.with_suffix(".ckpt")):
-            remedy = "delete it, and ask where it comes from: its checksums are right, so someone wrote it like this"
-            yield Finding(where=str(path.with_suffix(".ckpt")), problem=refused, remedy=remedy)
+            yield _refused(path.with_suffix(".ckpt"), refused)
         elif Manifest.read(path).cell is None:
             yield _unchecked(path)
-    for path, damage in list_kept_weights(folder)[1].items():
+    kept, damaged = list_kept_weights(folder)
+    for path, damage in damaged.items():
         remedy = "delete it; `probe --show history` leaves it out"
         yield Finding(where=str(path), problem=f"is damaged: {damage}", remedy=remedy)
+    for path in kept.values():
+        if refused := find_refused_content(path, has_weights_alone=True):
+            yield _refused(path, refused)
 
 
 def _check_records(results: Path) -> Iterator[Finding]:
@@ -207,6 +210,11 @@ def _write_record(path: Path, record: dict[str, Any]) -> None:
 
 def _damaged(path: Path, error: Exception, remedy: str) -> Finding:
     return Finding(where=str(path), problem=_describe(path, error), remedy=remedy)
+
+
+def _refused(checkpoint: Path, problem: str) -> Finding:
+    remedy = "delete it, and ask where it comes from: its checksums are right, so someone wrote it like this"
+    return Finding(where=str(checkpoint), problem=problem, remedy=remedy)
 
 
 def _unchecked(path: Path) -> Finding:

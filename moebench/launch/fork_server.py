@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from multiprocessing import forkserver, get_context, resource_tracker, util
 
@@ -15,6 +16,7 @@ CONTEXT = get_context("forkserver")
 MAX_SOCKET_FOLDER_LENGTH = 60
 """Longest temporary folder in which the server's socket fits: a path of AF_UNIX has at most 107 bytes."""
 SHORT_TEMPORARY_FOLDER = "/tmp"
+KILL_WAIT_S = 1.0
 ENVIRONMENT = {
     # Of a notebook: torchmetrics imports matplotlib, which refuses an unknown backend.
     "MPLBACKEND": "Agg",
@@ -55,6 +57,10 @@ def end_fork_server() -> None:
     with contextlib.suppress(psutil.Error):
         if server is not None:
             server.kill()
+            deadline = time.monotonic() + KILL_WAIT_S
+            # Until it has ended, multiprocessing takes it for alive; it must not be waited for, which it does itself.
+            while server.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+                time.sleep(0.01)
 
 
 def _server_process() -> psutil.Process | None:

@@ -96,6 +96,8 @@ class LocalWorker(Worker):
             self.server_pid = _parent_of(self.process.pid)
             if self._is_killed:
                 self.process.kill()
+        except EOFError:  # the command-line library takes it for Ctrl-D, and would end the run without a word
+            self._start_error = ChildProcessError("the process that workers are forked from has ended")
         except BaseException as error:
             self._start_error = error
         finally:

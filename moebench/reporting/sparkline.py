@@ -38,7 +38,7 @@ def draw_sparkline(
 
 
 def _find_level(height: float, span: float, num_levels: int) -> int:
-    if not span > 0:
+    if not 0 < span < math.inf:
         return 0
     return min(int(height / span * num_levels), num_levels - 1)
 

@@ -48,6 +48,21 @@ def test_reading_commands_run_no_code_of_a_checkpoint(
     assert not marker.exists()
 
 
+def test_a_probe_of_kept_weights_runs_no_code(copied: CommandLine, warm: WarmCommandLine) -> None:
+    folder = Results(copied.folder / "results").folder("switch", 0)
+    shutil.copytree(folder / "checkpoints", folder / "kept")
+    (folder / "kept").rename(folder / "checkpoints" / "kept")
+    (checkpoint,) = (folder / "checkpoints" / "kept").glob("*.ckpt")
+    store_object_as_weight(checkpoint, copied.folder / "marker")
+    for section in ("history", "ablations"):
+        ended = warm(copied, "probe", folder.name, "--show", section)
+        assert ended.code == 2
+        (line,) = ended.err.splitlines()
+        assert line.startswith(f"error: results/runs/{folder.name}/checkpoints/kept/step_")
+        assert "refused" in line
+    assert not (copied.folder / "marker").exists()
+
+
 @pytest.mark.parametrize("attack", [store_object_as_weight, pytest.param(pickle_rest, marks=pytest.mark.slow)])
 def test_a_run_does_not_resume_from_a_checkpoint_with_code(
     copied: CommandLine, warm: WarmCommandLine, attack: Attack
@@ -66,7 +81,9 @@ def test_a_run_in_the_foreground_does_not_either(copied: CommandLine, warm: Warm
     (folder / "result.json").unlink()
     ended = warm.train(copied, "--foreground", "switch/0")
     assert ended.code == 1
-    assert "refused" in ended.err
+    (line,) = [line for line in ended.err.splitlines() if "refused" in line]
+    assert line.startswith("failed: switch · seed 0: results/runs/")
+    assert "Traceback" not in ended.err  # of the code that is debugged, not of a file
     assert not marker.exists()
 
 

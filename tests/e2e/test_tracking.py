@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.command_line import BUSY_TIMEOUT_S
 from support.tracked_runs import (
     DIGEST,
     STEPS,
@@ -264,7 +265,7 @@ def test_live_tracker_follows_a_run_into_a_new_database(tmp_path: Path) -> None:
     assert time.monotonic() - start_s < 1
     write_steps(folder, 1, 10)
     write_checkpoint(folder, 10)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
     while not (folder / "tracking.json").exists():
         assert time.monotonic() < deadline, (tmp_path / "tracking.log").read_text()
         time.sleep(0.05)

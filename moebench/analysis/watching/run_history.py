@@ -1,5 +1,6 @@
 """What a run has recorded so far, read further whenever it is asked for."""
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -144,7 +145,7 @@ class RunHistory:
         self.quality = quality[0] if quality else self.quality
         for name, value in metrics.items():
             layer, _, part = name.removeprefix(COLLAPSE).rpartition("/")
-            if name.startswith(COLLAPSE) and part == "expert":
+            if name.startswith(COLLAPSE) and part == "expert" and math.isfinite(value):
                 numbers = {key: metrics.get(f"{COLLAPSE}{layer}/{key}", 1.0) for key in ("num_experts", "share")}
                 self.collapses[layer] = CollapsedLayer(step=step, expert=int(value), **numbers)
             elif name.startswith(COLLAPSE) and part == "recovered":

@@ -52,6 +52,14 @@ def record_steps(folder: RunFolder, first: int, last: int) -> None:
                 )
 
 
+def test_values_that_are_no_numbers_are_shown(folder: RunFolder) -> None:
+    with RunRecorder(folder) as recorder:
+        for step, value in enumerate((float("nan"), float("inf"), -1.7e308, 1.7e308), start=13):
+            recorder.append(step, {"loss/task": value, "eval/bits_per_byte": value, "collapse/6/expert": value})
+    lines = build_frame(open_history(folder), Screen(width=80))
+    assert [line for line in lines if line.startswith("! layer 5")]
+
+
 def open_history(folder: RunFolder) -> RunHistory:
     history = RunHistory(folder)
     history.update()

@@ -145,6 +145,16 @@ def test_a_checkpoint_of_an_attacker_is_a_finding(store: CommandLine, switch: Pa
     assert not (store.folder / "marker").exists()
 
 
+def test_kept_weights_of_an_attacker_are_a_finding(store: CommandLine, switch: Path) -> None:
+    shutil.copytree(switch / "checkpoints", switch / "kept")
+    (switch / "kept").rename(switch / "checkpoints" / "kept")
+    assert problems(store) == []
+    ATTACKS[0](switch / "checkpoints" / "kept" / "step_0000012.ckpt", store.folder / "marker")
+    ((where, problem),) = problems(store)
+    assert where == "step_0000012.ckpt"
+    assert problem.startswith("refused")
+
+
 def test_stores_of_earlier_versions_are_clean_and_noted(store: CommandLine, switch: Path) -> None:
     for file in (switch / "result.json", switch / "cell.json"):
         values = json.loads(file.read_text())
@@ -235,7 +245,7 @@ def test_removal_of_an_experiment_keeps_shared_runs(store: CommandLine, switch: 
     assert not switch.exists()
     assert dense.exists()
     assert not (results / "experiments" / "tiny").exists()
-    assert [path.name for path in (results / "experiments").iterdir()] == ["other.json"]
+    assert [path.name for path in (results / "experiments").iterdir() if path.name != ".lock"] == ["other.json"]
 
 
 def test_a_run_that_is_a_link_is_unlinked(tmp_path: Path, warm: WarmCommandLine) -> None:
