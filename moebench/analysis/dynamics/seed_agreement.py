@@ -13,7 +13,7 @@ from scipy.stats import t as student_t
 from torch import Generator, Tensor
 
 from moebench.analysis.dynamics.probe_set import ProbeSet, collect_memberships
-from moebench.analysis.dynamics.trained_run import TrainedRun
+from moebench.analysis.trained_run import TrainedRun
 from moebench.errors import UsageError
 from moebench.seeds import make_generator
 
@@ -114,20 +114,20 @@ def measure_agreement(
     """Route one probe set by all seeds and compare every two; raise UsageError where there is no other seed."""
     if not others:
         raise UsageError(
-            f"--show agreement: no other seed of the arm '{run.cell['arm']}' is done in this results folder"
+            f"--show agreement: no other seed of the arm '{run.arm}' is done in this results folder"
             " (allowed: two seeds or more; seeds=[0,1,2] of its experiment)"
         )
-    runs = sorted([run, *others], key=lambda each: each.config.seed)
+    runs = sorted([run, *others], key=lambda each: each.seed)
     probe_set = ProbeSet.draw(run.task, run.config.train.batch_size, num_tokens)
     members: dict[int, dict[str, Tensor]] = {}
     for number, each in enumerate(runs):
         on_progress(number, len(runs))
-        members[each.config.seed] = collect_memberships(each.load(), probe_set, each.config.train, each.config.seed)
+        members[each.seed] = collect_memberships(each.load_model(), probe_set, each.config)
     layers = {
         layer: compare_seeds({seed: tables[layer] for seed, tables in members.items()}, layer)
-        for layer in members[run.config.seed]
+        for layer in members[run.seed]
     }
-    return SeedAgreement(arm=run.cell["arm"], seeds=tuple(members), probe_set=probe_set, layers=layers)
+    return SeedAgreement(arm=run.arm, seeds=tuple(members), probe_set=probe_set, layers=layers)
 
 
 def compare_seeds(members: Mapping[int, Tensor], purpose: str = "") -> LayerAgreement:

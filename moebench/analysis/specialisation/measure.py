@@ -1,11 +1,8 @@
 """What the experts of one run say about labels: information by kind of label and layer, beside its controls."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from moebench.analysis.specialisation.control_routing import route_by_hash, route_randomly
 from moebench.analysis.specialisation.information import (
@@ -23,13 +20,10 @@ from moebench.analysis.specialisation.routed_tokens import (
     select_batches,
 )
 from moebench.analysis.specialisation.token_labels import LabelColumn, build_label_columns, read_token_ids
-from moebench.analysis.specialisation.trained_run import TrainedRun
+from moebench.analysis.trained_run import TrainedRun
 from moebench.errors import unknown
 from moebench.seeds import derive_seed
 from moebench.tasks.speech import Speech
-from moebench.tasks.task import Batch
-from moebench.training.evaluation import training_precision
-from moebench.training.model import Model
 
 CONTROLS = ("untrained", "hash", "random")
 DEFAULT_PERMUTATIONS = 100
@@ -93,11 +87,11 @@ class RunInformation:
 
 def measure_run(run: TrainedRun, options: ProbeOptions) -> RunInformation:
     """Route a part of the test split by the trained and by the untrained model, and measure both and the controls."""
-    torch.set_num_threads(run.config.train.threads)
     chosen = select_batches(run.task, run.config.train.batch_size, options.max_tokens)
     batches = [batch for _, batch in chosen.batches]
-    trained, outputs = _route(run, run.load_model(), chosen.batches)
-    untrained, _ = _route(run, run.build_untrained_model(), chosen.batches)
+    keeps_outputs = isinstance(run.task, Speech)  # of text they are large
+    trained, outputs = route_batches(run.load_model(), chosen.batches, run.config, keeps_outputs=keeps_outputs)
+    untrained, _ = route_batches(run.build_untrained_model(), chosen.batches, run.config)
     kinds: dict[str, dict[str, LayerInformation]] = {}
     for stack, tokens in trained.items():
         columns = build_label_columns(run.task, batches, stack, tokens, outputs)
@@ -115,14 +109,6 @@ def measure_run(run: TrainedRun, options: ProbeOptions) -> RunInformation:
         num_batches_left_out=chosen.num_left_out,
         kinds=kinds,
     )
-
-
-def _route(
-    run: TrainedRun, model: Model, batches: Sequence[tuple[int, Batch]]
-) -> tuple[dict[str, RoutedTokens], list[Tensor]]:
-    with training_precision(run.config.train, run.device):
-        keeps_outputs = isinstance(run.task, Speech)  # of text they are large
-        return route_batches(model, batches, run.config.seed, run.device, keeps_outputs=keeps_outputs)
 
 
 def _select_columns(columns: Mapping[str, LabelColumn], label: str | None) -> dict[str, LabelColumn]:

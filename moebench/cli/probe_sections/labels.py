@@ -6,7 +6,7 @@ from moebench.analysis.specialisation.figures import draw_labels
 from moebench.analysis.specialisation.information_report import build_information_table
 from moebench.analysis.specialisation.measure import ProbeOptions, RunInformation, measure_run
 from moebench.analysis.specialisation.report import LabelReport, build_label_tables, find_run, read_label_report
-from moebench.analysis.specialisation.trained_run import TrainedRun
+from moebench.analysis.trained_run import TrainedRun
 from moebench.cli.probe_sections.table import ProbeRequest
 from moebench.errors import UsageError, unknown
 from moebench.reporting.report import Report
