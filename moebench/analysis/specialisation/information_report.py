@@ -1,7 +1,8 @@
 """The information of one run as a table."""
 
 from moebench.analysis.specialisation.information import Information
-from moebench.analysis.specialisation.measure import CONTROLS, LayerInformation, RunInformation
+from moebench.analysis.specialisation.layer_information import CONTROLS, LayerInformation
+from moebench.analysis.specialisation.measure import RunInformation
 from moebench.reporting.formatting import MISSING, format_p
 from moebench.reporting.table import Column, Table
 
