@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from moebench.analysis.stored_run import StoredRun, find_stored_run
-from moebench.errors import UsageError
+from moebench.errors import UsageError, unknown
+from moebench.models.storageless import build_without_storage
 from moebench.routing.router import ROUTERS
 from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig
@@ -44,6 +45,13 @@ class TrainedRun(StoredRun):
     def device(self) -> torch.device:
         """The device that the run was trained on, where there is one."""
         return select_device(self.config.train)
+
+    def require_layer(self, layer: str | None) -> None:
+        """Raise UsageError unless the model has an MoE layer of this name, or none is named."""
+        with build_without_storage():
+            names = [str(each.name) for each in build_model(self.config, self.task).backbone.moe_layers()]
+        if layer is not None and layer not in names:
+            raise unknown("--layer", layer, names)
 
     def load_model(self) -> Model:
         """Return the model with the weights of the last checkpoint."""

@@ -12,12 +12,13 @@ from torch import Tensor
 from moebench.analysis.dynamics.probe_set import ProbeSet
 from moebench.analysis.interventions.effect import Effect, Predictions, compute_losses
 from moebench.analysis.interventions.routing_changes import (
-    changed_routing,
+    change_routing,
     drop_expert,
-    replaced_routers,
+    replace_routers,
     shuffle_tokens,
 )
 from moebench.analysis.trained_run import TrainedRun, run_batches
+from moebench.errors import unknown
 from moebench.experts.layer import MoELayer
 from moebench.routing.router import ROUTERS, Form, Router
 from moebench.seeds import derive_seed, make_generator
@@ -130,10 +131,18 @@ class _Measured:
     quality: Mapping[str, float]
 
 
-def measure_ablations(run: TrainedRun, num_tokens: int, on_progress: Callable[[int, int], None]) -> Ablations:
-    """Measure the model as trained and under every intervention that its routers allow."""
+def measure_ablations(
+    run: TrainedRun, num_tokens: int, on_progress: Callable[[int, int], None], label: str | None = None
+) -> Ablations:
+    """Measure the model as trained and under every intervention that its routers allow.
+
+    Raises UsageError, before anything is measured, if predictions have no labels of the kind `label`.
+    """
     probe_set = ProbeSet.draw(run.task, run.config.train.batch_size, num_tokens)
-    model, predictions = run.load_model(), Predictions.of(run.task, probe_set.batches)
+    predictions = Predictions.of(run.task, probe_set.batches)
+    if label is not None and label not in predictions.labels:
+        raise unknown("--label", label, predictions.labels)
+    model = run.load_model()
     layers = {str(layer.name): layer for layer in model.backbone.moe_layers()}
     interventions, notes = _list_interventions(run, layers)
     trained, share = _measure(model, run, probe_set), _measure_shares(model, run, probe_set)
@@ -173,7 +182,7 @@ def _list_interventions(run: TrainedRun, layers: Mapping[str, MoELayer]) -> tupl
             target = Target(kind=kind, layer=_name_scope(scope, len(layers)), step=step)
             changed = {layer: layers[layer] for layer in scope}
             interventions.append(
-                _Intervention(target=target, contexts=[partial(replaced_routers, changed, draw) for draw in draws])
+                _Intervention(target=target, contexts=[partial(replace_routers, changed, draw) for draw in draws])
             )
     if form in (Form.LIST, Form.SOFT):
         interventions += [
@@ -194,14 +203,14 @@ def _shuffle(layers: Mapping[str, MoELayer], num_layers: int) -> _Intervention:
 
     def begin(draw: int) -> AbstractContextManager[None]:
         generator = make_generator("shuffled routing", layer, draw)
-        return changed_routing(layers, lambda routing, ctx: shuffle_tokens(routing, ctx.valid_T, generator))
+        return change_routing(layers, lambda routing, ctx: shuffle_tokens(routing, ctx.valid_T, generator))
 
     contexts = [partial(begin, draw) for draw in range(NUM_RANDOM)]
     return _Intervention(target=Target(kind="shuffled", layer=layer), contexts=contexts)
 
 
 def _drop(name: str, layer: MoELayer, expert: int) -> _Intervention:
-    begin = partial(changed_routing, {name: layer}, lambda routing, ctx: drop_expert(routing, expert))
+    begin = partial(change_routing, {name: layer}, lambda routing, ctx: drop_expert(routing, expert))
     return _Intervention(target=Target(kind="expert", layer=name, expert=expert), contexts=[begin])
 
 

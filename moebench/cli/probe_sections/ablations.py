@@ -11,7 +11,8 @@ from moebench.reporting.report import Report
 def build_report(request: ProbeRequest) -> Report:
     """Return the effects of every intervention, overall and by label."""
     run = open_routed_run(request.results, request.subject, request.plugins, "ablations", allows_mixture=True)
-    result = measure_ablations(run, request.max_tokens, print_progress("interventions measured"))
+    run.require_layer(request.layer)
+    result = measure_ablations(run, request.max_tokens, print_progress("interventions measured"), request.label)
     report = build_ablation_report(result, request.layer, request.label)
     if request.plot:
         draw_ablations(result, request.plot)

@@ -11,6 +11,7 @@ from moebench.reporting.report import Report
 def build_report(request: ProbeRequest) -> Report:
     """Return saturation, churn, similarity and co-activation of each layer and checkpoint."""
     run = open_routed_run(request.results, request.subject, request.plugins, "history")
+    run.require_layer(request.layer)
     history = measure_history(run, request.max_tokens, print_progress("checkpoints read"))
     report = build_history_report(history, request.layer)
     if request.plot:
