@@ -37,15 +37,15 @@ def measure_pretrained(probe: PretrainedProbe, options: ProbeOptions) -> RunInfo
         id=str(probe.folder.path),
         arm=probe.folder.family.title,
         seed=SEED,
-        num_tokens=sum(len(probe.collection.counted(stack)) for stack in probe.stacks),
+        num_tokens=sum(len(probe.collection.select_tokens(stack)) for stack in probe.stacks),
         num_batches_left_out=0,
         kinds=kinds,
     )
 
 
 def _add_controls(probe: PretrainedProbe, stack: str | None) -> list[ControlledLayer]:
-    occurring, index_T = compress_ids(probe.collection.counted(stack).token_N)
-    tokens, token_ids = probe.routed(stack), (index_T, len(occurring))
+    occurring, index_T = compress_ids(probe.collection.select_tokens(stack).token_N)
+    tokens, token_ids = probe.to_routed_tokens(stack), (index_T, len(occurring))
     return [
         ControlledLayer.build(
             str(layer.name), tokens, to_assignments(layer.random_NK, layer.num_experts), token_ids, SEED
