@@ -174,11 +174,12 @@ def shorten_keys(keys: Mapping[str, Any] | Sequence[str]) -> dict[str, str]:
 
 
 def _shorten_training(config: CellConfig, tune: TuneConfig) -> CellConfig:
-    """Return the configuration of a tuning run: with other steps, its warm-up is the same share of them."""
-    if tune.steps is None or tune.steps == config.train.steps:
-        return config
-    warmup = round(config.train.warmup_steps * tune.steps / config.train.steps)
-    return replace(config, train=replace(config.train, steps=tune.steps, warmup_steps=warmup))
+    """Return the configuration of a tuning run: it keeps no weights; the share of warm-up stays with other steps."""
+    train = replace(config.train, keep_checkpoints=[])
+    if tune.steps is not None:
+        warmup = round(train.warmup_steps * tune.steps / train.steps)
+        train = replace(train, steps=tune.steps, warmup_steps=warmup)
+    return replace(config, train=train)
 
 
 def _refuse_equal_trials(arm: str, trials: Sequence[Trial]) -> None:

@@ -59,6 +59,7 @@ def _correlate(x: _Ranking, y: _Ranking, weight_N: Values) -> float | None:
     if not total:
         return None
     x_N, y_N = x.compute_ranks(weight_N), y.compute_ranks(weight_N)
-    x_N, y_N = x_N - weight_N @ x_N / total, y_N - weight_N @ y_N / total
-    scale = math.sqrt(float(weight_N @ x_N**2) * float(weight_N @ y_N**2))
-    return float(weight_N @ (x_N * y_N)) / scale if scale > 0 else None
+    # Sums of products, because dot products of BLAS start threads that wait for busy cores.
+    x_N, y_N = x_N - (weight_N * x_N).sum() / total, y_N - (weight_N * y_N).sum() / total
+    scale = math.sqrt(float((weight_N * x_N**2).sum()) * float((weight_N * y_N**2).sum()))
+    return float((weight_N * x_N * y_N).sum()) / scale if scale > 0 else None

@@ -75,10 +75,11 @@ def test_the_example_of_the_page_gives_every_arm_nine_trials(tmp_path: Path) -> 
     assert {arm: len(trials_of(experiment, arm)) for arm in experiment.arms} == dict.fromkeys(experiment.arms, 9)
 
 
-def test_shorter_tuning_runs_have_a_shorter_warmup(tmp_path: Path) -> None:
-    experiment = expand_tuned(tmp_path, "train.steps=400", "train.warmup_steps=100", tune=TUNE | {"steps": 100})
+def test_shorter_tuning_runs_have_a_shorter_warmup_and_keep_no_weights(tmp_path: Path) -> None:
+    overrides = ("train.steps=400", "train.warmup_steps=100", "train.keep_checkpoints=[300]")
+    experiment = expand_tuned(tmp_path, *overrides, tune=TUNE | {"steps": 100})
     train = list_tuning_cells(experiment)[0].config.train
-    assert (train.steps, train.warmup_steps) == (100, 25)
+    assert (train.steps, train.warmup_steps, train.keep_checkpoints) == (100, 25, [])
     assert experiment.cells[0].config.train.steps == 400
 
 
