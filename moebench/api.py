@@ -258,7 +258,7 @@ def _compare_runs(
 
 
 def _find_run(run: str | Path, results: Path) -> "RunFolder":
-    from moebench.analysis.specialisation.report import find_run
+    from moebench.runs.find_run import find_run
     from moebench.runs.folder import RunFolder
 
     return RunFolder(Path(run)) if (Path(run) / "cell.json").is_file() else find_run(results, str(run))

@@ -111,7 +111,7 @@ def _describe_subject(request: ProbeRequest) -> dict[str, object]:
     """Return the first values of the JSON."""
     if request.kind != "run":
         return {"subject": request.subject}
-    from moebench.analysis.specialisation.report import find_run
+    from moebench.runs.find_run import find_run
 
     cell = find_run(request.results, request.subject).read_cell()
     return {name: cell[name] for name in ("id", "arm", "seed")}

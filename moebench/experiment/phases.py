@@ -8,8 +8,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from filelock import FileLock, Timeout
-
 from moebench.experiment.data_need import require_epochs
 from moebench.experiment.grid import Experiment
 from moebench.experiment.model_costs import ModelCosts
@@ -23,6 +21,7 @@ from moebench.launch.scheduler import Outcome
 from moebench.reporting.formatting import format_plural
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
+from moebench.runs.run_lock import is_being_trained
 
 POLL_INTERVAL_S = 1.0
 """How often a runner looks whether the tuning runs of another one have ended."""
@@ -83,7 +82,7 @@ def _wait_for_others(cells: Sequence[Cell], setup: RunSetup) -> int:
     """Wait until nobody trains the cells; return the number of a signal that ended the wait, 0 for none."""
     signals: list[int] = []
     with handle_signals(signals.append):
-        while any(_is_locked(RunFolder.of(setup.results, cell.id)) for cell in cells):
+        while any(is_being_trained(RunFolder.of(setup.results, cell.id)) for cell in cells):
             time.sleep(POLL_INTERVAL_S)
             stop_signal = setup.launcher.stop_signal()
             if signals or stop_signal is not None:
@@ -107,12 +106,3 @@ def describe_choice(choice: Choice) -> str:
         return f"{choice.arm}: {choice.failure}; it is not trained"
     edge = f" (at the edge of the grid: {', '.join(choice.edges)})" if choice.edges else ""
     return f"{choice.arm} takes {choice.chosen.trial.label}{edge}"
-
-
-def _is_locked(folder: RunFolder) -> bool:
-    """Return whether a process is training the cell of a run folder."""
-    try:
-        with FileLock(folder.lock, timeout=0):
-            return False
-    except Timeout:
-        return True

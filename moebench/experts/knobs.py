@@ -1,6 +1,6 @@
 """The knobs of a model's routers: what sets how many experts tokens use, and can be adjusted while it trains."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
@@ -26,13 +26,12 @@ def make_adjustable(layers: Sequence[MoELayer]) -> None:
         router.register_buffer(knob.attribute, torch.tensor(value))
 
 
-def apply_changed_options(layers: Sequence[MoELayer], config: RouterConfig, trained: RouterConfig) -> None:
-    """Set the knobs that are options of the router to those of `config` where they differ from the trained ones.
+def set_options(layers: Sequence[MoELayer], config: RouterConfig, names: Collection[str]) -> None:
+    """Set the knobs that are options of the router, and named, to the values of its configuration.
 
-    Otherwise the values that training has found, which are loaded with the weights, would hide the change.
+    Otherwise the values that training has found, which are loaded with the weights, would hide those of `config`.
     """
     for router, knob in find_knobs(layers):
-        value = getattr(config, knob.attribute, None)
         buffer = getattr(router, knob.attribute)
-        if value is not None and isinstance(buffer, torch.Tensor) and value != getattr(trained, knob.attribute, None):
-            buffer.fill_(value)
+        if knob.attribute in names and isinstance(buffer, torch.Tensor):
+            buffer.fill_(getattr(config, knob.attribute))

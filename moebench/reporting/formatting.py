@@ -22,11 +22,15 @@ class NumberText(str):
         return number
 
 
-def format_number(value: float) -> str:
-    """Format a measurement: four decimals below ten, fewer above, 3e−06 where four decimals would show zero."""
-    if 0 < abs(value) < 5e-5:
+def format_number(value: float, decimals: int | None = None) -> str:
+    """Format a measurement: four decimals below ten, fewer above, 3e−06 where four decimals would show zero.
+
+    `decimals`: always as many.
+    """
+    if decimals is None and 0 < abs(value) < 5e-5:
         return NumberText(f"{value:.0e}".replace("-", MINUS), value)
-    return NumberText(f"{value:,.{_num_decimals(value)}f}".replace("-", MINUS), value)
+    text = f"{value:,.{_num_decimals(value) if decimals is None else decimals}f}"
+    return NumberText(text.replace("-", MINUS), value)
 
 
 def format_signed(value: float, decimals: int | None = None) -> str:

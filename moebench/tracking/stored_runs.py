@@ -6,10 +6,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from moebench.errors import UsageError
-from moebench.runs.folder import RunFolder
+from moebench.runs.run_lock import is_being_trained
 from moebench.tracking.address import sqlite_path
 from moebench.tracking.bookkeeping import CELL, RESULTS
 from moebench.tracking.database import read_points
@@ -144,16 +142,3 @@ def _list_sendable(source: RunSource, stored_names: Collection[str]) -> set[tupl
     except UsageError:
         return set()
     return {(value.name, value.step) for value in values}
-
-
-def is_being_trained(folder: RunFolder) -> bool:
-    """Return whether a process holds the lock of a run."""
-    if not folder.lock.exists():
-        return False
-    try:
-        with FileLock(folder.lock, timeout=0):
-            return False
-    except Timeout:
-        return True
-    except OSError:
-        return False

@@ -6,7 +6,6 @@ from pathlib import Path
 from moebench.compatibility import check_cell
 from moebench.config import apply_overrides, merge_settings, resolve, to_plain
 from moebench.errors import UsageError
-from moebench.experts.knobs import apply_changed_options
 from moebench.models.storageless import build_without_storage
 from moebench.parallel.checkpoint import VerifiedCheckpointIO, find_newest_valid
 from moebench.parallel.manifest import parse_step
@@ -65,9 +64,7 @@ def load_trained_model(config: CellConfig, trained: CellConfig, task: Task, fold
         raise UsageError(f"{folder.checkpoints}: {reason}")
     for line in damaged:
         warnings.warn(f"{folder.checkpoints}: {line}", stacklevel=2)
-    model = load_weights(build_model(config, task, sized_as=trained), checkpoint)
-    apply_changed_options(model.backbone.moe_layers(), config.router, trained.router)
-    return model
+    return load_weights(build_model(config, task, sized_as=trained), checkpoint)
 
 
 def load_weights(model: Model, checkpoint: Path) -> Model:

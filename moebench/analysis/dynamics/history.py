@@ -20,7 +20,7 @@ from moebench.analysis.dynamics.measures import (
     trade_experts,
 )
 from moebench.analysis.dynamics.probe_set import ProbeSet, collect_memberships
-from moebench.analysis.dynamics.trained_run import TrainedRun
+from moebench.analysis.trained_run import TrainedRun
 from moebench.errors import UsageError
 from moebench.seeds import make_generator
 from moebench.training.kept_weights import list_kept_weights
@@ -117,16 +117,16 @@ def measure_history(run: TrainedRun, num_tokens: int, on_progress: Progress) -> 
         )
     train = run.config.train
     probe_set = ProbeSet.draw(run.task, train.batch_size, num_tokens)
-    loads: dict[int, Callable[[], Model]] = {0: run.build_untrained}
-    loads |= {step: (lambda path=path: run.load_at(path)) for step, path in sorted(kept.items())}  # type: ignore[misc]
-    loads[train.steps] = run.load
+    loads: dict[int, Callable[[], Model]] = {0: run.build_untrained_model}
+    loads |= {step: (lambda path=path: run.load_model_at(path)) for step, path in sorted(kept.items())}  # type: ignore[misc]
+    loads[train.steps] = run.load_model
     snapshots = []
     for number, (step, load) in enumerate(loads.items()):
         on_progress(number, len(loads))
         snapshots.append(_take_snapshot(step, load(), probe_set, run))
     notes = [f"{path}: damaged ({problem}); left out" for path, problem in damaged.items()]
     return History(
-        title=f"{run.cell['arm']}, seed {run.config.seed}",
+        title=f"{run.arm}, seed {run.seed}",
         probe_set=probe_set,
         layers={layer: _measure_layer(layer, snapshots) for layer in snapshots[-1].members},
         notes=tuple(notes),
@@ -134,7 +134,7 @@ def measure_history(run: TrainedRun, num_tokens: int, on_progress: Progress) -> 
 
 
 def _take_snapshot(step: int, model: Model, probe_set: ProbeSet, run: TrainedRun) -> _Snapshot:
-    members = collect_memberships(model, probe_set, run.config.train, run.config.seed)
+    members = collect_memberships(model, probe_set, run.config)
     layers = model.backbone.moe_layers()
     weights = {str(layer.name): [table.cpu() for table in list_expert_weights(layer.bank)] for layer in layers}
     return _Snapshot(step=step, members=members, weights=weights)

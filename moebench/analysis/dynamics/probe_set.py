@@ -1,19 +1,18 @@
 """The fixed batches on which routing is compared, and who takes which of their tokens."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moebench.analysis.trained_run import run_batches
 from moebench.routing.values import LayerRecord, Routing
-from moebench.schema import TrainConfig
+from moebench.schema import CellConfig
 from moebench.seeds import make_generator
-from moebench.tasks.deferred_logits import ModelOutput
 from moebench.tasks.task import Batch, Task
-from moebench.training.evaluation import batch_context, evaluation_mode, training_precision
 from moebench.training.model import Model
 
 
@@ -66,22 +65,10 @@ def _digest(batches: Sequence[Batch]) -> str:
     return digest.hexdigest()[:16]
 
 
-def run_model(
-    model: Model, probe_set: ProbeSet, train: TrainConfig, seed: int
-) -> Iterator[tuple[Batch, ModelOutput, list[LayerRecord]]]:
-    """Yield each batch with the output and the records of the model, in evaluation mode and the run's precision."""
-    device = next(model.parameters()).device
-    for number, batch in enumerate(probe_set.batches):
-        part = batch.to(device)
-        with evaluation_mode(model), training_precision(train, device):
-            output, records = model(part, batch_context(part, training=False, seed=seed, micro_batch=number))
-        yield part, output, records
-
-
-def collect_memberships(model: Model, probe_set: ProbeSet, train: TrainConfig, seed: int) -> dict[str, Tensor]:
+def collect_memberships(model: Model, probe_set: ProbeSet, config: CellConfig) -> dict[str, Tensor]:
     """Return MoE layer -> which token goes to which expert before capacity, bool [T, E] on the CPU, without padding."""
     parts: dict[str, list[Tensor]] = {}
-    for _, _, records in run_model(model, probe_set, train, seed):
+    for _, _, records in run_batches(model, enumerate(probe_set.batches), config):
         for record in records:
             member_TE = _tabulate(record)
             parts.setdefault(str(record.layer), []).append(member_TE.cpu())
@@ -90,7 +77,7 @@ def collect_memberships(model: Model, probe_set: ProbeSet, train: TrainConfig, s
 
 def _tabulate(record: LayerRecord) -> Tensor:
     routing = record.routing
-    assert isinstance(routing, Routing)  # `open_run` refuses routers that mix
+    assert isinstance(routing, Routing)  # `open_routed_run` refuses routers that mix
     shape = routing.num_tokens, routing.num_experts
     member_TE = torch.zeros(shape, dtype=torch.bool, device=routing.expert_N.device)
     member_TE = member_TE.index_put((routing.token_N, routing.expert_N), routing.counted_N)

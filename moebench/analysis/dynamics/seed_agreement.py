@@ -13,12 +13,12 @@ from scipy.stats import t as student_t
 from torch import Generator, Tensor
 
 from moebench.analysis.dynamics.probe_set import ProbeSet, collect_memberships
-from moebench.analysis.dynamics.trained_run import TrainedRun
+from moebench.analysis.trained_run import TrainedRun
 from moebench.errors import UsageError
 from moebench.seeds import make_generator
 
 NUM_PERMUTATIONS = 20
-"""Of the tokens of one seed; each is matched anew."""
+"""Of the tokens of one seed; each is matched again."""
 MIN_SEEDS = 3
 """Below, there is no interval."""
 LEVEL = 0.95
@@ -34,7 +34,7 @@ class PairAgreement:
     agreement: float
     """Share of assignments that go to matched experts in both seeds."""
     chance: float
-    """Mean of that share, matched anew, when the tokens of the second seed are in random order."""
+    """Mean of that share, matched again, when the tokens of the second seed are in random order."""
 
     @property
     def corrected(self) -> float:
@@ -48,7 +48,7 @@ class LayerAgreement:
 
     pairs: tuple[PairAgreement, ...]
     interval: tuple[float, float] | None
-    """95 % interval of the mean corrected agreement, over seeds; None below three seeds."""
+    """Interval of the mean corrected agreement, over seeds, that holds for all layers together; None below three."""
 
     @property
     def agreement(self) -> float:
@@ -114,31 +114,35 @@ def measure_agreement(
     """Route one probe set by all seeds and compare every two; raise UsageError where there is no other seed."""
     if not others:
         raise UsageError(
-            f"--show agreement: no other seed of the arm '{run.cell['arm']}' is done in this results folder"
+            f"--show agreement: no other seed of the arm '{run.arm}' is done in this results folder"
             " (allowed: two seeds or more; seeds=[0,1,2] of its experiment)"
         )
-    runs = sorted([run, *others], key=lambda each: each.config.seed)
+    runs = sorted([run, *others], key=lambda each: each.seed)
     probe_set = ProbeSet.draw(run.task, run.config.train.batch_size, num_tokens)
     members: dict[int, dict[str, Tensor]] = {}
     for number, each in enumerate(runs):
         on_progress(number, len(runs))
-        members[each.config.seed] = collect_memberships(each.load(), probe_set, each.config.train, each.config.seed)
+        members[each.seed] = collect_memberships(each.load_model(), probe_set, each.config)
+    names = list(members[run.seed])
     layers = {
-        layer: compare_seeds({seed: tables[layer] for seed, tables in members.items()}, layer)
-        for layer in members[run.config.seed]
+        layer: compare_seeds({seed: tables[layer] for seed, tables in members.items()}, layer, len(names))
+        for layer in names
     }
-    return SeedAgreement(arm=run.cell["arm"], seeds=tuple(members), probe_set=probe_set, layers=layers)
+    return SeedAgreement(arm=run.arm, seeds=tuple(members), probe_set=probe_set, layers=layers)
 
 
-def compare_seeds(members: Mapping[int, Tensor], purpose: str = "") -> LayerAgreement:
-    """Compare every two of the tables `member_TE` of several seeds, which are of the same tokens."""
+def compare_seeds(members: Mapping[int, Tensor], purpose: str = "", num_layers: int = 1) -> LayerAgreement:
+    """Compare every two of the tables `member_TE` of several seeds, which are of the same tokens.
+
+    `num_layers`: for how many layers together the interval holds.
+    """
     generator = make_generator("seed agreement", purpose)
     pairs = tuple(
         compare_pair(members[first], members[second], (first, second), generator)
         for first, second in combinations(members, 2)
     )
     values = {pair.seeds: pair.corrected for pair in pairs}
-    return LayerAgreement(pairs=pairs, interval=compute_pairs_interval(values))
+    return LayerAgreement(pairs=pairs, interval=compute_pairs_interval(values, num_layers))
 
 
 def compare_pair(first_TE: Tensor, second_TE: Tensor, seeds: tuple[int, int], generator: Generator) -> PairAgreement:
@@ -163,8 +167,12 @@ def match_experts(first_TE: Tensor, second_TE: Tensor) -> tuple[list[int], float
     return columns.tolist(), 2 * num_common / num_assignments if num_assignments else 1.0
 
 
-def compute_pairs_interval(values: Mapping[tuple[int, int], float]) -> tuple[float, float] | None:
-    """Return the 95 % interval of the mean over all pairs of seeds by the jackknife; None below three seeds.
+def compute_pairs_interval(
+    values: Mapping[tuple[int, int], float], num_intervals: int = 1
+) -> tuple[float, float] | None:
+    """Return the interval of the mean over all pairs of seeds by the jackknife; None below three seeds.
+
+    It covers, together with `num_intervals` - 1 others, with 95 % (Bonferroni).
 
     Pairs with a seed in common are not independent, so a seed is left out at a time with all its pairs. The mean over
     pairs is a U-statistic, for whose variance the jackknife is not too small on average (doi:10.1214/aos/1176345462).
@@ -176,5 +184,5 @@ def compute_pairs_interval(values: Mapping[tuple[int, int], float]) -> tuple[flo
     left_out = [fmean(value for pair, value in values.items() if seed not in pair) for seed in seeds]
     mean, center = fmean(values.values()), fmean(left_out)
     error = ((number - 1) / number * sum((value - center) ** 2 for value in left_out)) ** 0.5
-    half_width = float(student_t.ppf((1 + LEVEL) / 2, number - 1)) * error
+    half_width = float(student_t.ppf(1 - (1 - LEVEL) / (2 * num_intervals), number - 1)) * error
     return mean - half_width, mean + half_width

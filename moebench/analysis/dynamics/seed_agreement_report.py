@@ -9,7 +9,7 @@ from moebench.reporting.formatting import MISSING, format_plural
 from moebench.reporting.report import Report
 from moebench.reporting.table import Column, Table, number_columns
 
-COLUMNS = ("agreement", "by chance", "corrected", "95 % interval")
+COLUMNS = ("agreement", "by chance", "corrected", "interval")
 
 
 def build_agreement_report(result: SeedAgreement, layer: str | None = None) -> Report:
@@ -37,9 +37,9 @@ def build_agreement_report(result: SeedAgreement, layer: str | None = None) -> R
     notes = (
         "agreement: share of assignments to experts that are matched with each other, in both of two seeds; the"
         " matching has the most tokens in common (Hungarian method); mean over pairs of seeds.",
-        f"by chance: the same, matched anew, with the tokens of one seed in random order, so that loads stay as they"
+        f"by chance: the same, matched again, with the tokens of one seed in random order, so that loads stay as they"
         f" are (mean of {NUM_PERMUTATIONS}); corrected: (agreement - chance) / (1 - chance).",
-        "Interval: jackknife over seeds, from three on.",
+        "Interval: jackknife over seeds, from three on; 95 % for all layers together (Bonferroni).",
         f"probe set: {result.probe_set.num_tokens} positions of the validation split.",
     )
     title = f"Agreement of {format_plural(len(result.seeds), 'seed')} ({seeds}): {result.arm}"

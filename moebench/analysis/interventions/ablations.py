@@ -9,15 +9,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moebench.analysis.dynamics.probe_set import ProbeSet, run_model
-from moebench.analysis.dynamics.trained_run import TrainedRun
+from moebench.analysis.dynamics.probe_set import ProbeSet
 from moebench.analysis.interventions.effect import Effect, Predictions, compute_losses
 from moebench.analysis.interventions.routing_changes import (
-    changed_routing,
+    change_routing,
     drop_expert,
-    replaced_routers,
+    replace_routers,
     shuffle_tokens,
 )
+from moebench.analysis.trained_run import TrainedRun, run_batches
+from moebench.errors import unknown
 from moebench.experts.layer import MoELayer
 from moebench.routing.router import ROUTERS, Form, Router
 from moebench.seeds import derive_seed, make_generator
@@ -130,10 +131,18 @@ class _Measured:
     quality: Mapping[str, float]
 
 
-def measure_ablations(run: TrainedRun, num_tokens: int, on_progress: Callable[[int, int], None]) -> Ablations:
-    """Measure the model as trained and under every intervention that its routers allow."""
+def measure_ablations(
+    run: TrainedRun, num_tokens: int, on_progress: Callable[[int, int], None], label: str | None = None
+) -> Ablations:
+    """Measure the model as trained and under every intervention that its routers allow.
+
+    Raises UsageError, before anything is measured, if predictions have no labels of the kind `label`.
+    """
     probe_set = ProbeSet.draw(run.task, run.config.train.batch_size, num_tokens)
-    model, predictions = run.load(), Predictions.of(run.task, probe_set.batches)
+    predictions = Predictions.of(run.task, probe_set.batches)
+    if label is not None and label not in predictions.labels:
+        raise unknown("--label", label, predictions.labels)
+    model = run.load_model()
     layers = {str(layer.name): layer for layer in model.backbone.moe_layers()}
     interventions, notes = _list_interventions(run, layers)
     trained, share = _measure(model, run, probe_set), _measure_shares(model, run, probe_set)
@@ -144,7 +153,7 @@ def measure_ablations(run: TrainedRun, num_tokens: int, on_progress: Callable[[i
         ablations.append(_compare(intervention.target, trained, measured, predictions, share))
     total = sum(float(nats_BP.sum()) for nats_BP in trained.losses)
     return Ablations(
-        title=f"{run.cell['arm']}, seed {run.config.seed}",
+        title=f"{run.arm}, seed {run.seed}",
         probe_set=probe_set,
         metric=TASKS.get(run.config.task.name).facts.metric,
         loss=total / sum(float(count_BP.sum()) for count_BP in predictions.count),
@@ -173,7 +182,7 @@ def _list_interventions(run: TrainedRun, layers: Mapping[str, MoELayer]) -> tupl
             target = Target(kind=kind, layer=_name_scope(scope, len(layers)), step=step)
             changed = {layer: layers[layer] for layer in scope}
             interventions.append(
-                _Intervention(target=target, contexts=[partial(replaced_routers, changed, draw) for draw in draws])
+                _Intervention(target=target, contexts=[partial(replace_routers, changed, draw) for draw in draws])
             )
     if form in (Form.LIST, Form.SOFT):
         interventions += [
@@ -194,14 +203,14 @@ def _shuffle(layers: Mapping[str, MoELayer], num_layers: int) -> _Intervention:
 
     def begin(draw: int) -> AbstractContextManager[None]:
         generator = make_generator("shuffled routing", layer, draw)
-        return changed_routing(layers, lambda routing, ctx: shuffle_tokens(routing, ctx.valid_T, generator))
+        return change_routing(layers, lambda routing, ctx: shuffle_tokens(routing, ctx.valid_T, generator))
 
     contexts = [partial(begin, draw) for draw in range(NUM_RANDOM)]
     return _Intervention(target=Target(kind="shuffled", layer=layer), contexts=contexts)
 
 
 def _drop(name: str, layer: MoELayer, expert: int) -> _Intervention:
-    begin = partial(changed_routing, {name: layer}, lambda routing, ctx: drop_expert(routing, expert))
+    begin = partial(change_routing, {name: layer}, lambda routing, ctx: drop_expert(routing, expert))
     return _Intervention(target=Target(kind="expert", layer=name, expert=expert), contexts=[begin])
 
 
@@ -212,13 +221,13 @@ def _load_other_routers(run: TrainedRun, layers: Mapping[str, MoELayer]) -> tupl
     """Return routers as other seeds draw them, and those of each kept step; none where all are as the trained ones."""
     kept, damaged = list_kept_weights(run.folder)
     seeds = [derive_seed("random router", run.config.seed, draw) % 2**31 for draw in range(NUM_RANDOM)]
-    routers: Routers = {("random", None): [_take_routers(run.build_untrained(seed)) for seed in seeds]}
+    routers: Routers = {("random", None): [_take_routers(run.build_untrained_model(seed)) for seed in seeds]}
     trained = {name: layer.router for name, layer in layers.items()}
     if all(_are_equal(draw[name], router) for draw in routers["random", None] for name, router in trained.items()):
         return {}, []
-    routers["step", 0] = [_take_routers(run.build_untrained())]
+    routers["step", 0] = [_take_routers(run.build_untrained_model())]
     for step, path in sorted(kept.items()):
-        routers["step", step] = [_take_routers(run.load_at(path))]
+        routers["step", step] = [_take_routers(run.load_model_at(path))]
     return routers, [f"{path}: damaged ({problem}); left out" for path, problem in damaged.items()]
 
 
@@ -237,7 +246,7 @@ def _measure(
     """Measure the model inside a context that changes it, or as it is."""
     task, losses, sums = run.task, [], dict[str, Tensor]()
     with change or nullcontext():
-        for batch, output, _ in run_model(model, probe_set, run.config.train, run.config.seed):
+        for batch, output, _ in run_batches(model, enumerate(probe_set.batches), run.config):
             losses.append(compute_losses(task, output, batch))
             for name, value in task.compute_sums(output, batch).items():
                 zeros = torch.zeros(len(task.domains), *value.shape[1:], dtype=torch.float64)
@@ -248,7 +257,7 @@ def _measure(
 def _measure_shares(model: Model, run: TrainedRun, probe_set: ProbeSet) -> dict[str, Tensor]:
     """Return MoE layer -> the share of its assignments, or of its weights, that each expert has."""
     totals: dict[str, Tensor] = {}
-    for _, _, records in run_model(model, probe_set, run.config.train, run.config.seed):
+    for _, _, records in run_batches(model, enumerate(probe_set.batches), run.config):
         for record in records:
             label_T = torch.zeros(record.routing.num_tokens, dtype=torch.int64, device=next(model.parameters()).device)
             table_E = record.routing.tabulate_labels(label_T, 1)[0].cpu()

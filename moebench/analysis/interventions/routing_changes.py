@@ -16,9 +16,7 @@ from moebench.routing.values import AnyRouting, Routing
 
 
 @contextmanager
-def changed_routing(
-    layers: Mapping[str, MoELayer], change: Callable[[Any, RouteContext], AnyRouting]
-) -> Iterator[None]:
+def change_routing(layers: Mapping[str, MoELayer], change: Callable[[Any, RouteContext], AnyRouting]) -> Iterator[None]:
     """Replace what the routers of the layers return by `change(routing, ctx)`."""
     handles = [
         layer.router.register_forward_hook(lambda _, inputs, routing: change(routing, inputs[1]))
@@ -32,7 +30,7 @@ def changed_routing(
 
 
 @contextmanager
-def replaced_routers(layers: Mapping[str, MoELayer], routers: Mapping[str, Router]) -> Iterator[None]:
+def replace_routers(layers: Mapping[str, MoELayer], routers: Mapping[str, Router]) -> Iterator[None]:
     """Route by other routers of the same class; the experts stay."""
     trained = {name: layer.router for name, layer in layers.items()}
     try:

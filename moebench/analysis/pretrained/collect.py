@@ -73,7 +73,7 @@ class Collection:
         """Quality of the model on the text; None where no predicted token has bytes."""
         return self.nats_sum / math.log(2) / self.num_bytes if self.num_bytes else None
 
-    def counted(self, half: str | None) -> CountedTokens:
+    def select_tokens(self, half: str | None) -> CountedTokens:
         """Return the counted tokens of a stack."""
         return list_counted_tokens(self.text.half(half), self.text.domain_B)
 

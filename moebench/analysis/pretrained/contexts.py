@@ -16,7 +16,7 @@ def build_pretrained_contexts(probe: PretrainedProbe, layer: str | None) -> Repo
     require_layer(probe, layer)
     chosen = next(each for each in reversed(probe.collection.layers) if layer is None or str(each.name) == layer)
     stack, name = chosen.name.half, str(chosen.name)
-    routed, text = probe.routed(stack), read_text(probe, stack)
+    routed, text = probe.to_routed_tokens(stack), read_text(probe, stack)
     experts = [describe_expert(expert, routed.layers[name], text) for expert in range(chosen.num_experts)]
     return Report(
         tables=tuple(build_context_table(expert, name) for expert in experts),
@@ -27,7 +27,7 @@ def build_pretrained_contexts(probe: PretrainedProbe, layer: str | None) -> Repo
 
 def read_text(probe: PretrainedProbe, stack: str | None) -> TokenText:
     """Return the counted tokens of a stack as text."""
-    counted, names = probe.collection.counted(stack), probe.names
+    counted, names = probe.collection.select_tokens(stack), probe.names
     special = {token: names.name(token).encode() for token in set(counted.token_N.tolist()) if not names.pieces[token]}
     domains = probe.collection.text.domains
     return TokenText(

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor
 
 from moebench.analysis.pretrained.collect import CountedTokens
 from moebench.analysis.specialisation.information import Ints
-from moebench.analysis.specialisation.token_labels import OUTSIDE, LabelColumn, format_piece
-from moebench.analysis.specialisation.word_classes import CLASSES, classify_tokens
+from moebench.analysis.specialisation.token_labels import OUTSIDE, LabelColumn, classify_sequences, format_piece
+from moebench.analysis.specialisation.word_classes import CLASSES
 from moebench.tasks.task import NUM_PARTS
 from moebench.tasks.text.kinds import TOKEN_KINDS, TokenKinds
 
@@ -46,6 +45,7 @@ def build_columns(
     parts = tuple(f"{part + 1}/{NUM_PARTS}" for part in range(NUM_PARTS))
     part_N = (tokens.position_N * NUM_PARTS // tokens.length_N).clamp(max=NUM_PARTS - 1)
     is_sentinel_N = torch.isin(tokens.token_N, torch.tensor(sentinels, dtype=torch.int64))
+    class_N = classify_sequences(tokens.token_N.numpy(), tokens.sequence_N.numpy(), names.pieces)
     columns = [
         LabelColumn(name="domain", values=domains, label_T=_array(tokens.domain_N)),
         LabelColumn(name="position", values=parts, label_T=_array(part_N)),
@@ -53,7 +53,7 @@ def build_columns(
         _build_id_column("token_id", tokens.token_N, names),
         _build_id_column("previous_id", tokens.previous_N, names),
         _build_id_column("next_id", tokens.next_N, names),
-        LabelColumn(name="word_class", values=CLASSES, label_T=_classify(tokens, names)),
+        LabelColumn(name="word_class", values=CLASSES, label_T=class_N),
         LabelColumn(name="sentinel", values=SENTINEL_VALUES, label_T=_array(is_sentinel_N)),
     ]
     return {column.name: column for column in columns if len(np.unique(column.label_T)) > 1}
@@ -77,14 +77,6 @@ def _label_kinds(tokens: CountedTokens, kinds: TokenKinds) -> Tensor:
     label_N2 = kinds.label(pair_N2.clamp(min=0), pair_N2.clamp(min=0))
     alone_N1 = kinds.label(tokens.token_N[:, None], tokens.token_N[:, None])
     return torch.where(is_first_N, alone_N1[:, 0], label_N2[:, 1])
-
-
-def _classify(tokens: CountedTokens, names: TokenNames) -> Ints:
-    sequence_N = tokens.sequence_N.numpy()
-    bounds = [0, *(np.flatnonzero(np.diff(sequence_N)) + 1).tolist(), len(sequence_N)]
-    ids = tokens.token_N.tolist()
-    parts = [classify_tokens([names.pieces[token] for token in ids[start:end]]) for start, end in pairwise(bounds)]
-    return np.concatenate(parts)
 
 
 def _array(label_N: Tensor) -> Ints:

@@ -1,41 +1,15 @@
 """The information between experts and labels of a model of transformers, by the estimators and controls of a run."""
 
-from dataclasses import dataclass
-
-from moebench.analysis.pretrained.collect import LayerAssignments
 from moebench.analysis.pretrained.labels import compress_ids
 from moebench.analysis.pretrained.probe import PretrainedProbe, to_assignments
-from moebench.analysis.specialisation.control_routing import route_by_hash, route_randomly
-from moebench.analysis.specialisation.information import (
-    Assignments,
-    Information,
-    Ints,
-    measure_given,
-    measure_information,
-)
-from moebench.analysis.specialisation.measure import LayerInformation, ProbeOptions, RunInformation
-from moebench.analysis.specialisation.permutations import find_units, permute_sequences, permute_within
-from moebench.analysis.specialisation.token_labels import LabelColumn
+from moebench.analysis.specialisation.layer_information import ControlledLayer, LayerInformation, measure_layer
+from moebench.analysis.specialisation.measure import ProbeOptions, RunInformation
 from moebench.errors import unknown
-from moebench.seeds import derive_seed
-
-NO_GAIN = 1e-9
-"""Bits of a label, given the token, below which the token determines it."""
 
 CONTROL_SHARE = 5
 """A control has this part of the permutations: their mean corrects it, and no interval of it is shown."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _ControlledLayer:
-    """A layer with its controls: routers drawn again, experts by a hash of the token, and random ones."""
-
-    name: str
-    trained: Assignments
-    controls: dict[str, Assignments]
-    sequence_T: Ints
-    token_ids: tuple[Ints, int]
-    """Number of each token among those that occur, and their number."""
+SEED = 0
+"""Of permutations and controls: a checkpoint does not say which seed it was trained with."""
 
 
 def measure_pretrained(probe: PretrainedProbe, options: ProbeOptions) -> RunInformation:
@@ -49,58 +23,32 @@ def measure_pretrained(probe: PretrainedProbe, options: ProbeOptions) -> RunInfo
     known = {name for of_stack in columns.values() for name in of_stack}
     if options.label is not None and options.label not in known:
         raise unknown("--label", options.label, known)
+    num_of_controls = max(1, options.num_permutations // CONTROL_SHARE)
     for stack in probe.stacks:
-        layers = [_add_controls(layer, probe) for layer in probe.list_layers(stack)]
+        layers = _add_controls(probe, stack)
         for name, column in columns[stack].items():
             if options.label in (None, name):
-                kinds.setdefault(name, {}).update({layer.name: _measure(layer, column, options) for layer in layers})
+                by_layer = {
+                    layer.name: measure_layer(layer, column, options.num_permutations, num_of_controls)
+                    for layer in layers
+                }
+                kinds.setdefault(name, {}).update(by_layer)
     return RunInformation(
         id=str(probe.folder.path),
         arm=probe.folder.family.title,
-        seed=0,
-        num_tokens=sum(len(probe.collection.counted(stack)) for stack in probe.stacks),
+        seed=SEED,
+        num_tokens=sum(len(probe.collection.select_tokens(stack)) for stack in probe.stacks),
         num_batches_left_out=0,
         kinds=kinds,
     )
 
 
-def _add_controls(layer: LayerAssignments, probe: PretrainedProbe) -> _ControlledLayer:
-    counted = probe.collection.counted(layer.name.half)
-    occurring, index_T = compress_ids(counted.token_N)
-    trained = to_assignments(layer.expert_NK, layer.num_experts)
-    draw = derive_seed("probe", str(layer.name))
-    return _ControlledLayer(
-        name=str(layer.name),
-        trained=trained,
-        controls={
-            "untrained": to_assignments(layer.random_NK, layer.num_experts),
-            "hash": route_by_hash(index_T, len(occurring), trained, draw),
-            "random": route_randomly(trained, draw),
-        },
-        sequence_T=counted.sequence_N.numpy(),
-        token_ids=(index_T, len(occurring)),
-    )
-
-
-def _measure(layer: _ControlledLayer, column: LabelColumn, options: ProbeOptions) -> LayerInformation:
-    label_T, num_labels = column.label_T, len(column.values)
-    permute = permute_sequences(label_T, layer.sequence_T)
-    sampling = options.num_permutations, derive_seed("probe", layer.name, column.name)
-    num_of_controls = max(1, options.num_permutations // CONTROL_SHARE)
-    return LayerInformation(
-        trained=measure_information(label_T, num_labels, layer.trained, permute, sampling),
-        controls={
-            name: measure_information(label_T, num_labels, assignments, permute, (num_of_controls, sampling[1]))
-            for name, assignments in layer.controls.items()
-        },
-        given_token=_measure_given_token(layer, column, sampling),
-    )
-
-
-def _measure_given_token(layer: _ControlledLayer, column: LabelColumn, sampling: tuple[int, int]) -> Information | None:
-    if column.name == "token_id":
-        return None
-    id_T, _ = layer.token_ids
-    permute = permute_within(column.label_T, id_T, find_units(column.label_T, id_T, layer.sequence_T))
-    given = measure_given(column.label_T, len(column.values), layer.trained, layer.token_ids, permute, sampling)
-    return None if given.label_entropy < NO_GAIN else given
+def _add_controls(probe: PretrainedProbe, stack: str | None) -> list[ControlledLayer]:
+    occurring, index_T = compress_ids(probe.collection.select_tokens(stack).token_N)
+    tokens, token_ids = probe.to_routed_tokens(stack), (index_T, len(occurring))
+    return [
+        ControlledLayer.build(
+            str(layer.name), tokens, to_assignments(layer.random_NK, layer.num_experts), token_ids, SEED
+        )
+        for layer in probe.list_layers(stack)
+    ]

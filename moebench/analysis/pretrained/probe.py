@@ -48,11 +48,11 @@ class PretrainedProbe:
     def columns(self, stack: str | None) -> dict[str, LabelColumn]:
         """Return the labels of the tokens of a stack, by kind."""
         text = self.collection.text
-        return build_columns(self.collection.counted(stack), text.domains, self.names, self.sentinels)
+        return build_columns(self.collection.select_tokens(stack), text.domains, self.names, self.sentinels)
 
-    def routed(self, stack: str | None) -> RoutedTokens:
+    def to_routed_tokens(self, stack: str | None) -> RoutedTokens:
         """Return the tokens of a stack in the form of those of a run."""
-        counted = self.collection.counted(stack)
+        counted = self.collection.select_tokens(stack)
         return RoutedTokens(
             sequence_T=counted.sequence_N.numpy(),
             position_T=counted.position_N.numpy(),

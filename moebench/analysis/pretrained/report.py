@@ -27,7 +27,7 @@ LOAD_NOTES = (
 def describe_model(probe: PretrainedProbe) -> tuple[str, ...]:
     """Return the lines that say what was probed, and how good the model is on the text."""
     first, collection = probe.collection.layers[0], probe.collection
-    tokens = sum(len(collection.counted(stack)) for stack in probe.stacks)
+    tokens = sum(len(collection.select_tokens(stack)) for stack in probe.stacks)
     quality = f"{collection.nats:.3f} nats per token"
     if collection.bits_per_byte is not None:
         quality = f"{collection.bits_per_byte:.3f} bits per byte, {quality}"

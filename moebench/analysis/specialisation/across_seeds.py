@@ -8,9 +8,10 @@ from typing import Any
 
 from moebench.analysis import statistics as st
 from moebench.analysis.compare.experiment import list_trained_cells
-from moebench.analysis.specialisation.measure import LayerInformation, ProbeOptions, RunInformation, measure_run
-from moebench.analysis.specialisation.trained_run import TrainedRun
+from moebench.analysis.specialisation.layer_information import LayerInformation
+from moebench.analysis.specialisation.measure import ProbeOptions, RunInformation, measure_run
 from moebench.analysis.statistics.intervals import t_interval
+from moebench.analysis.trained_run import TrainedRun
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
 from moebench.routing.router import ROUTERS

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from moebench.analysis.specialisation.across_seeds import Contrast, PooledInformation, SeedMean
-from moebench.reporting.formatting import MISSING, format_signed, format_with_interval
+from moebench.reporting.formatting import MISSING, format_number, format_signed, format_with_interval
 from moebench.reporting.report import Report
 from moebench.reporting.table import Column, Table
 
@@ -36,7 +36,7 @@ def build_pooled_report(pooled: PooledInformation, layer: str | None = None) -> 
                 row.kind,
                 row.layer,
                 format_mean(row.trained),
-                f"{row.of_routing.mean:.3f}",
+                format_number(row.of_routing.mean, decimals=3),
                 *((format_mean(row.given_token),) * has_given),
                 format_mean(row.minus_untrained, signed=True),
                 format_verdict(row.minus_untrained),
@@ -71,7 +71,7 @@ def format_mean(value: SeedMean | None, *, signed: bool = False) -> str:
     """Return a mean over seeds with half of its interval."""
     if value is None:
         return MISSING
-    form = partial(format_signed, decimals=4) if signed else "{:.4f}".format
+    form = partial(format_signed if signed else format_number, decimals=4)
     return format_with_interval(value.mean, value.interval, form)
 
 

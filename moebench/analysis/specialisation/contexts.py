@@ -10,13 +10,12 @@ import numpy as np
 from moebench.analysis.specialisation.information import Ints
 from moebench.analysis.specialisation.routed_tokens import RoutedLayer, RoutedTokens, route_batches, select_batches
 from moebench.analysis.specialisation.token_labels import VISIBLE, format_piece, read_token_ids
-from moebench.analysis.specialisation.trained_run import TrainedRun
+from moebench.analysis.trained_run import TrainedRun
 from moebench.errors import UsageError, unknown
 from moebench.reporting.report import Report
 from moebench.reporting.table import Column, Table
 from moebench.tasks.language import TextTask
 from moebench.tasks.task import Batch
-from moebench.training.evaluation import training_precision
 
 NUM_CONTEXTS = 5
 """Contexts of each expert, no two from the same window of text."""
@@ -134,8 +133,7 @@ def _route_text(run: TrainedRun, layer: str | None, max_tokens: int) -> tuple[Ro
     """Route a part of the test split; return the tokens of the layer's stack, their text, and the layer's name."""
     assert isinstance(run.task, TextTask)
     chosen = select_batches(run.task, run.config.train.batch_size, max_tokens)
-    with training_precision(run.config.train, run.device):
-        stacks, _ = route_batches(run.load_model(), chosen.batches, run.config.seed, run.device)
+    stacks, _ = route_batches(run.load_model(), chosen.batches, run.config)
     stack_of = {name: stack for stack, tokens in stacks.items() for name in tokens.layers}
     if not stack_of:
         raise UsageError(f"run {run.folder.path.name}: has no experts")

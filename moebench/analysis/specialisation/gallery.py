@@ -13,7 +13,7 @@ from moebench.analysis.specialisation.information import Ints
 from moebench.analysis.specialisation.routed_tokens import RoutedLayer, RoutedTokens, route_batches, select_batches
 from moebench.analysis.specialisation.snippets import Snippets, read_image_patches, read_spectrograms
 from moebench.analysis.specialisation.token_labels import LabelColumn, build_label_columns
-from moebench.analysis.specialisation.trained_run import TrainedRun
+from moebench.analysis.trained_run import TrainedRun
 from moebench.errors import UsageError, unknown
 from moebench.reporting.report import Report
 from moebench.reporting.table import Column, Table
@@ -21,7 +21,6 @@ from moebench.tasks.audio.task import AudioTask
 from moebench.tasks.speech import Speech
 from moebench.tasks.task import Batch
 from moebench.tasks.vision import Vision
-from moebench.training.evaluation import training_precision
 
 NUM_SNIPPETS = 8
 """Snippets of each expert, no two from one image or recording."""
@@ -58,10 +57,9 @@ def build_gallery_report(run: TrainedRun, layer: str | None, max_tokens: int, pa
             " and for text contexts)"
         )
     chosen = select_batches(run.task, run.config.train.batch_size, max_tokens)
-    with training_precision(run.config.train, run.device):
-        stacks, outputs = route_batches(
-            run.load_model(), chosen.batches, run.config.seed, run.device, keeps_outputs=isinstance(run.task, Speech)
-        )
+    stacks, outputs = route_batches(
+        run.load_model(), chosen.batches, run.config, keeps_outputs=isinstance(run.task, Speech)
+    )
     if not stacks:
         raise UsageError(f"run {run.folder.path.name}: has no experts")
     batches, tokens = [batch for _, batch in chosen.batches], stacks[""]

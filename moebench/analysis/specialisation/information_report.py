@@ -1,8 +1,9 @@
 """The information of one run as a table."""
 
 from moebench.analysis.specialisation.information import Information
-from moebench.analysis.specialisation.measure import CONTROLS, LayerInformation, RunInformation
-from moebench.reporting.formatting import MISSING, format_p
+from moebench.analysis.specialisation.layer_information import CONTROLS, LayerInformation
+from moebench.analysis.specialisation.measure import RunInformation
+from moebench.reporting.formatting import MISSING, format_number, format_p, format_signed
 from moebench.reporting.table import Column, Table
 
 NOTES = (
@@ -46,10 +47,10 @@ def _build_row(kind: str, layer: str, value: LayerInformation) -> tuple[str, ...
         kind,
         layer,
         format_bits(trained),
-        f"{low:+.4f} … {high:+.4f}",
+        f"{format_signed(low, 4)} … {format_signed(high, 4)}",
         format_p(trained.p),
-        f"{trained.of_label:.3f}",
-        f"{trained.of_routing:.3f}",
+        format_number(trained.of_label, decimals=3),
+        format_number(trained.of_routing, decimals=3),
         format_bits(value.given_token),
         *(format_bits(value.controls.get(name)) for name in CONTROLS),
     )
@@ -57,4 +58,4 @@ def _build_row(kind: str, layer: str, value: LayerInformation) -> tuple[str, ...
 
 def format_bits(value: Information | None) -> str:
     """Return the corrected information with four decimals."""
-    return MISSING if value is None else f"{value.corrected:.4f}"
+    return MISSING if value is None else format_number(value.corrected, decimals=4)

@@ -1,37 +1,20 @@
 """What the experts of one run say about labels: information by kind of label and layer, beside its controls."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from moebench.analysis.specialisation.control_routing import route_by_hash, route_randomly
-from moebench.analysis.specialisation.information import (
-    Assignments,
-    Information,
-    Ints,
-    measure_given,
-    measure_information,
-)
-from moebench.analysis.specialisation.permutations import find_units, permute_sequences, permute_within
+from moebench.analysis.specialisation.layer_information import ControlledLayer, LayerInformation, measure_layer
 from moebench.analysis.specialisation.routed_tokens import (
     DEFAULT_TOKENS,
-    RoutedTokens,
     route_batches,
     select_batches,
 )
 from moebench.analysis.specialisation.token_labels import LabelColumn, build_label_columns, read_token_ids
-from moebench.analysis.specialisation.trained_run import TrainedRun
+from moebench.analysis.trained_run import TrainedRun
 from moebench.errors import unknown
-from moebench.seeds import derive_seed
 from moebench.tasks.speech import Speech
-from moebench.tasks.task import Batch
-from moebench.training.evaluation import training_precision
-from moebench.training.model import Model
 
-CONTROLS = ("untrained", "hash", "random")
 DEFAULT_PERMUTATIONS = 100
 
 
@@ -44,26 +27,6 @@ class ProbeOptions:
     num_permutations: int = DEFAULT_PERMUTATIONS
     label: str | None = None
     """The only kind of label; None: all."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerInformation:
-    """Information of one layer about one kind of label."""
-
-    trained: Information
-    controls: dict[str, Information]
-    """Control -> the same for its routing; without those that do not apply."""
-    given_token: Information | None
-    """Information given the token's id; None where there are no tokens, and for labels that the token determines."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON-ready values."""
-        given = {} if self.given_token is None else {"given_token": self.given_token.to_dict()}
-        return {
-            **self.trained.to_dict(),
-            **given,
-            "controls": {name: control.to_dict() for name, control in self.controls.items()},
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,19 +56,22 @@ class RunInformation:
 
 def measure_run(run: TrainedRun, options: ProbeOptions) -> RunInformation:
     """Route a part of the test split by the trained and by the untrained model, and measure both and the controls."""
-    torch.set_num_threads(run.config.train.threads)
     chosen = select_batches(run.task, run.config.train.batch_size, options.max_tokens)
     batches = [batch for _, batch in chosen.batches]
-    trained, outputs = _route(run, run.load_model(), chosen.batches)
-    untrained, _ = _route(run, run.build_untrained_model(), chosen.batches)
+    keeps_outputs = isinstance(run.task, Speech)  # of text they are large
+    trained, outputs = route_batches(run.load_model(), chosen.batches, run.config, keeps_outputs=keeps_outputs)
+    untrained, _ = route_batches(run.build_untrained_model(), chosen.batches, run.config)
     kinds: dict[str, dict[str, LayerInformation]] = {}
     for stack, tokens in trained.items():
         columns = build_label_columns(run.task, batches, stack, tokens, outputs)
         measured = _select_columns(columns, options.label)
         read = read_token_ids(run.task, [batch.decoder_batch for batch in batches] if stack == "decoder" else batches)
-        layers = [_RoutedLayer.build(name, tokens, untrained[stack], read, run.seed) for name in tokens.layers]
+        layers = [
+            ControlledLayer.build(name, tokens, untrained[stack].layers[name].assignments, read, run.seed)
+            for name in tokens.layers
+        ]
         for column in measured.values():
-            by_layer = {layer.name: _measure_layer(layer, column, options) for layer in layers}
+            by_layer = {layer.name: measure_layer(layer, column, options.num_permutations) for layer in layers}
             kinds.setdefault(column.name, {}).update(by_layer)
     return RunInformation(
         id=run.folder.path.name,
@@ -117,68 +83,9 @@ def measure_run(run: TrainedRun, options: ProbeOptions) -> RunInformation:
     )
 
 
-def _route(
-    run: TrainedRun, model: Model, batches: Sequence[tuple[int, Batch]]
-) -> tuple[dict[str, RoutedTokens], list[Tensor]]:
-    with training_precision(run.config.train, run.device):
-        keeps_outputs = isinstance(run.task, Speech)  # of text they are large
-        return route_batches(model, batches, run.config.seed, run.device, keeps_outputs=keeps_outputs)
-
-
 def _select_columns(columns: Mapping[str, LabelColumn], label: str | None) -> dict[str, LabelColumn]:
     if label is None:
         return dict(columns)
     if label not in columns:
         raise unknown("--label", label, columns)
     return {label: columns[label]}
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _RoutedLayer:
-    """One layer with its controls."""
-
-    name: str
-    seed: int
-    sequence_T: Ints
-    trained: Assignments
-    controls: dict[str, Assignments]
-    token_ids: tuple[Ints, int] | None
-
-    @classmethod
-    def build(
-        cls, name: str, tokens: RoutedTokens, untrained: RoutedTokens, token_ids: tuple[Ints, int] | None, seed: int
-    ) -> "_RoutedLayer":
-        trained = tokens.layers[name].assignments
-        draw = derive_seed("probe", seed, name)
-        controls = {"untrained": untrained.layers[name].assignments}
-        if token_ids is not None:
-            controls["hash"] = route_by_hash(*token_ids, trained, draw)
-        controls["random"] = route_randomly(trained, draw)
-        return cls(
-            name=name, seed=seed, sequence_T=tokens.sequence_T, trained=trained, controls=controls, token_ids=token_ids
-        )
-
-
-def _measure_layer(layer: _RoutedLayer, column: LabelColumn, options: ProbeOptions) -> LayerInformation:
-    label_T, num_labels = column.label_T, len(column.values)
-    permute = permute_sequences(label_T, layer.sequence_T)
-    sampling = options.num_permutations, derive_seed("probe", layer.seed, column.name)  # in all layers the same
-    return LayerInformation(
-        trained=measure_information(label_T, num_labels, layer.trained, permute, sampling),
-        controls={
-            name: measure_information(label_T, num_labels, assignments, permute, sampling)
-            for name, assignments in layer.controls.items()
-        },
-        given_token=_measure_given_token(layer, column, sampling),
-    )
-
-
-def _measure_given_token(layer: _RoutedLayer, column: LabelColumn, sampling: tuple[int, int]) -> Information | None:
-    if layer.token_ids is None or column.name == "token_id":
-        return None
-    id_T, _ = layer.token_ids
-    units_T = find_units(column.label_T, id_T, layer.sequence_T)
-    permute = permute_within(column.label_T, id_T, units_T)
-    given = measure_given(column.label_T, len(column.values), layer.trained, layer.token_ids, permute, sampling)
-    is_determined = given.label_entropy < 1e-9
-    return None if is_determined else given

@@ -11,7 +11,7 @@ from moebench.analysis.specialisation.figures import informative_labels
 from moebench.errors import unknown
 from moebench.reporting.table import Column, Table
 from moebench.routing.metrics import label_parts
-from moebench.runs.find_run import find_run as find_run
+from moebench.runs.find_run import find_run
 from moebench.training.label_tables import LabelTable, read_label_tables
 
 NUM_EXPERTS = 3

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from moebench.analysis.specialisation.information import Assignments, Floats, Ints
+from moebench.analysis.trained_run import run_batches
 from moebench.routing.values import LayerRecord, Routing
+from moebench.schema import CellConfig
 from moebench.tasks.task import Batch, Task
-from moebench.training.evaluation import batch_context, evaluation_mode
 from moebench.training.model import Model
 
 DEFAULT_TOKENS = 32_768
@@ -69,29 +70,22 @@ class _Stack:
 
 
 def route_batches(
-    model: Model,
-    batches: Sequence[tuple[int, Batch]],
-    seed: int,
-    device: torch.device,
-    *,
-    keeps_outputs: bool = False,
+    model: Model, batches: Sequence[tuple[int, Batch]], config: CellConfig, *, keeps_outputs: bool = False
 ) -> tuple[dict[str, RoutedTokens], list[Tensor]]:
     """Run the model; return the tokens of each stack ("" if there is one) and, if asked for, all outputs."""
     stacks: dict[str, _Stack] = {}
     num_sequences, outputs = 0, []
-    with evaluation_mode(model):
-        for number, batch in batches:
-            moved = batch.to(device)
-            ctx = batch_context(moved, training=False, seed=seed, micro_batch=number)
-            output, records = model(moved, ctx)
-            if keeps_outputs:
-                outputs.append(output)
-            by_half: dict[str, list[LayerRecord]] = {}
-            for record in records:
-                by_half.setdefault(record.layer.half or "", []).append(record)
-            for half, of_half in by_half.items():
-                _add(stacks.setdefault(half, _Stack()), of_half, num_sequences)
-            num_sequences += len(batch.domain_B)
+    torch.set_num_threads(config.train.threads)
+    for batch, output, records in run_batches(model, batches, config):
+        if keeps_outputs:
+            assert isinstance(output, Tensor)  # those of text are logits in parts
+            outputs.append(output)
+        by_half: dict[str, list[LayerRecord]] = {}
+        for record in records:
+            by_half.setdefault(record.layer.half or "", []).append(record)
+        for half, of_half in by_half.items():
+            _add(stacks.setdefault(half, _Stack()), of_half, num_sequences)
+        num_sequences += len(batch.domain_B)
     return {half: _join(stack) for half, stack in stacks.items()}, outputs
 
 

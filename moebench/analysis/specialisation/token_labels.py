@@ -85,7 +85,7 @@ def _build_text_columns(task: TextTask, batches: Sequence[Batch], tokens: Routed
     pieces = task.text.tokenizer.pieces()
     pieces += [b""] * (vocab_size - len(pieces))
     names = (*map(format_piece, pieces), OUTSIDE)
-    class_T = _classify_sequences(id_T, tokens.sequence_T, pieces)
+    class_T = classify_sequences(id_T, tokens.sequence_T, pieces)
     columns = {"token_id": id_T, "previous_id": before_T, "next_id": after_T}
     return [
         *(LabelColumn(name=name, values=names, label_T=label_T) for name, label_T in columns.items()),
@@ -105,7 +105,8 @@ def format_piece(piece: bytes) -> str:
 VISIBLE: Mapping[str, str] = {" ": "␣", "\n": "↵", "\t": "→", "\r": "␍"}
 
 
-def _classify_sequences(id_T: Ints, sequence_T: Ints, pieces: Sequence[bytes]) -> Ints:
+def classify_sequences(id_T: Ints, sequence_T: Ints, pieces: Sequence[bytes]) -> Ints:
+    """Return the word class of each token; words do not go across the ends of sequences."""
     bounds = [0, *(np.flatnonzero(np.diff(sequence_T)) + 1).tolist(), len(id_T)]
     parts = [classify_tokens([pieces[token] for token in id_T[start:end]]) for start, end in pairwise(bounds)]
     return np.concatenate(parts)

@@ -12,6 +12,7 @@ from moebench.analysis.sweep.axes import Axis, check_number, has_key, list_setti
 from moebench.analysis.sweep.points import LOAD_METRICS, Curve, Point
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
+from moebench.experts.knobs import set_options
 from moebench.parallel.mesh import Mesh
 from moebench.routing.router import ROUTERS
 from moebench.runs.cell import Cell
@@ -152,7 +153,10 @@ def _evaluate_run(cell: Cell, task: Task, results: Path, assignments: list[str])
     folder = RunFolder.of(results, cell.id)
     train = cell.config.train
     torch.set_num_threads(train.threads)
-    model = load_trained_model(apply_evaluation_settings(cell.config, assignments), cell.config, task, folder)
+    config = apply_evaluation_settings(cell.config, assignments)
+    model = load_trained_model(config, cell.config, task, folder)
+    names = [assignment.partition("=")[0].removeprefix("router.") for assignment in assignments]
+    set_options(model.backbone.moe_layers(), config.router, names)
     device = select_device(train)
     model.to(device)
     batches = task.eval_batches("test", train.batch_size)

@@ -19,9 +19,9 @@ def spearman(x_N: Values, y_N: Values) -> float | None:
 def bootstrap_interval(
     x_N: Values, y_N: Values, cluster_N: NDArray[np.int64], seed: int = 0
 ) -> tuple[float, float] | None:
-    """Return the 95 % percentile interval of Spearman's correlation when whole clusters are drawn again.
+    """Return the 95 % percentile interval of Spearman's correlation over resamples of whole clusters.
 
-    Ranks are computed anew in each of 1,000 resamples. None below three clusters, and where a value is constant.
+    Ranks are computed in each of 1,000 resamples. None below three clusters, and where a value is constant.
     """
     rankings = _Ranking(x_N), _Ranking(y_N)
     _, index_N = np.unique(cluster_N, return_inverse=True)

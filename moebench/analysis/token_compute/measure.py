@@ -9,19 +9,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moebench.analysis.token_compute.runs import FinishedRun, SeedPair
+from moebench.analysis.specialisation.routed_tokens import DEFAULT_TOKENS, select_batches
+from moebench.analysis.token_compute.runs import SeedPair
+from moebench.analysis.trained_run import TrainedRun
 from moebench.routing.values import LayerRecord
 from moebench.tasks.task import Batch, Task
 from moebench.training.evaluation import batch_context, evaluation_mode, training_precision
 from moebench.training.model import Model, prepare_task
 from moebench.training.objective import add_token_loss
 from moebench.training.train import select_device
-from moebench.training.trained_model import load_trained_model
 
 Values = NDArray[np.float64]
-
-MAX_TOKENS = 200_000
-"""Of the test split, from its start: whole batches until there are as many."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,24 +43,21 @@ class TokenTable:
         return mean
 
 
-def measure_tokens(pair: SeedPair, results: Path) -> TokenTable:
-    """Evaluate a run and its dense reference on the same tokens of the test split, in evaluation mode."""
+def measure_tokens(pair: SeedPair, results: Path, max_tokens: int = DEFAULT_TOKENS) -> TokenTable:
+    """Evaluate a run and its dense reference on the same tokens of the test split, as `select_batches` chooses them."""
     config = pair.run.config
     task = prepare_task(config, results)
     torch.set_num_threads(config.train.threads)
     device = select_device(config.train)
-    model, dense = _load(pair.run, task), _load(pair.dense, task) if pair.dense else None
-    batches = task.eval_batches("test", config.train.batch_size)
+    model = TrainedRun.on_task(pair.run, task).load_model()
+    dense = TrainedRun.on_task(pair.dense, task).load_model() if pair.dense else None
     parts: list[dict[str, Tensor]] = []
-    num_tokens = num_sequences = 0
+    num_sequences = 0
     with training_precision(config.train, device):
-        for number, batch in enumerate(batches):
-            if num_tokens >= MAX_TOKENS:
-                break
+        for number, batch in select_batches(task, config.train.batch_size, max_tokens).batches:
             part = _measure_batch(batch.to(device), number, config.seed, task, (model, dense))
             part["sequence"] += num_sequences
             num_sequences += len(batch.domain_B)
-            num_tokens += len(part["sequence"])
             parts.append(part)
     columns = {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
     layers = [name for name in columns if name.startswith("layer ")]
@@ -73,11 +68,6 @@ def measure_tokens(pair: SeedPair, results: Path) -> TokenTable:
         dense_loss=columns.get("dense"),
         sequence=columns["sequence"],
     )
-
-
-def _load(run: FinishedRun, task: Task) -> Model:
-    model = load_trained_model(run.config, run.config, task, run.folder)
-    return model.to(select_device(run.config.train))
 
 
 def _measure_batch(

@@ -55,7 +55,7 @@ def describe_state(history: RunHistory) -> str:
     steps = f"step {history.step}/{history.num_steps}"
     if history.result is not None:
         return f"{history.result.status}, {steps}"
-    return f"{'training' if history.is_locked() else 'not running'}, {steps}"
+    return f"{'training' if history.is_being_trained() else 'not running'}, {steps}"
 
 
 def build_line(history: RunHistory) -> str:

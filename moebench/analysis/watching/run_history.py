@@ -5,17 +5,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from filelock import FileLock, Timeout
-
 from moebench.runs.folder import RunFolder
 from moebench.runs.journal import read_journal
 from moebench.runs.layer_series import LayerPoint, LayerValues, read_layer_series
 from moebench.runs.result import RunResult
+from moebench.runs.run_lock import is_being_trained
 
 MAX_POINTS = 2000
 """Steps that are kept; of more, every second one, so that following a long run takes no more memory."""
 SILENT_S = 10.0
-"""Without anything new for so long, the lock of a run is asked whether it is still trained."""
+"""After so long without anything new, the lock of a run tells whether it is still trained."""
 COLLAPSE = "collapse/"
 
 
@@ -100,17 +99,11 @@ class RunHistory:
     @property
     def is_over(self) -> bool:
         """Whether nothing more will come: there is a result, or no process trains the run."""
-        return self.result is not None or (time.monotonic() - self._grown_at > SILENT_S and not self.is_locked())
+        return self.result is not None or (time.monotonic() - self._grown_at > SILENT_S and not self.is_being_trained())
 
-    def is_locked(self) -> bool:
-        """Return whether a process trains the run."""
-        if not self.folder.lock.exists():
-            return False
-        try:
-            with FileLock(self.folder.lock, timeout=0):
-                return False
-        except (Timeout, OSError):
-            return True
+    def is_being_trained(self) -> bool:
+        """Return whether a process trains the run; it is taken to where this cannot be known."""
+        return is_being_trained(self.folder, default=True)
 
     def update(self) -> bool:
         """Read what is new; return whether anything is. Raises UsageError for damage."""
@@ -130,7 +123,7 @@ class RunHistory:
         return has_grown or had_result != (self.result is not None)
 
     def _forget_repeated_steps(self) -> None:
-        """Begin anew where a file is shorter than before: the run went back to a checkpoint."""
+        """Begin again where a file is shorter than before: the run went back to a checkpoint."""
         files = (self.folder.journal, self._journal_offset), (self.folder.layers, self._layers_offset)
         if any(offset > (path.stat().st_size if path.exists() else 0) for path, offset in files):
             self._journal_offset = self._layers_offset = 0

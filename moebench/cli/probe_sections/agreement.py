@@ -2,7 +2,8 @@
 
 from moebench.analysis.dynamics.seed_agreement import measure_agreement
 from moebench.analysis.dynamics.seed_agreement_report import build_agreement_report, draw_agreement
-from moebench.analysis.dynamics.trained_run import find_other_seeds, open_run
+from moebench.analysis.stored_run import find_other_seeds
+from moebench.analysis.trained_run import TrainedRun, open_routed_run
 from moebench.cli.output import print_progress
 from moebench.cli.probe_sections.table import ProbeRequest
 from moebench.reporting.report import Report
@@ -10,8 +11,9 @@ from moebench.reporting.report import Report
 
 def build_report(request: ProbeRequest) -> Report:
     """Return the agreement of each layer over all pairs of finished seeds."""
-    run = open_run(request.results, request.subject, request.plugins, "agreement")
-    others = find_other_seeds(run, request.results)
+    run = open_routed_run(request.results, request.subject, request.plugins, "agreement")
+    run.require_layer(request.layer)
+    others = [TrainedRun.on_task(other, run.task) for other in find_other_seeds(run, request.results)]
     result = measure_agreement(run, others, request.max_tokens, print_progress("seeds routed"))
     report = build_agreement_report(result, request.layer)
     if request.plot:

@@ -1,9 +1,10 @@
 """Section `compute` of a run: experts per token, and whether difficult tokens use more of them."""
 
+from moebench.analysis.stored_run import StoredRun
 from moebench.analysis.token_compute.measure import measure_tokens
 from moebench.analysis.token_compute.report import build_report as build_token_report
 from moebench.analysis.token_compute.report import draw_report
-from moebench.analysis.token_compute.runs import FinishedRun, find_pairs
+from moebench.analysis.token_compute.runs import find_pairs
 from moebench.cli.probe_sections.table import ProbeRequest
 from moebench.errors import UsageError
 from moebench.reporting.report import Report
@@ -19,13 +20,13 @@ def build_report(request: ProbeRequest) -> Report:
         if request.plot:
             raise UsageError(f"--plot {request.plot}: {reason}")
         return Report(tables=(), notes=(f"compute: {reason}.",), values={"constant": reason})
-    tables = {pair.run.config.seed: measure_tokens(pair, request.results) for pair in pairs}
+    tables = {pair.run.seed: measure_tokens(pair, request.results, request.max_tokens) for pair in pairs}
     if request.plot:
-        draw_report(run.arm, run.config.seed, tables[run.config.seed], request.plot)
+        draw_report(run.arm, run.seed, tables[run.seed], request.plot)
     return build_token_report(run.arm, tables)
 
 
-def _explain_constant(run: FinishedRun) -> str:
+def _explain_constant(run: StoredRun) -> str:
     """Return why no token uses more experts than another; empty where some may."""
     entry = ROUTERS.get(run.config.router.name)
     if entry.item.form.is_dense:

@@ -1,7 +1,7 @@
 """Section `contexts` of a run on text: where each expert's gate is highest."""
 
 from moebench.analysis.specialisation.contexts import build_context_report
-from moebench.analysis.specialisation.trained_run import TrainedRun
+from moebench.analysis.trained_run import TrainedRun
 from moebench.cli.probe_sections.table import ProbeRequest
 from moebench.errors import UsageError
 from moebench.reporting.report import Report

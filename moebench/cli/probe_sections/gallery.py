@@ -1,7 +1,7 @@
 """Section `gallery` of a run on images or recordings: the patches or sounds of each expert."""
 
 from moebench.analysis.specialisation.gallery import build_gallery_report
-from moebench.analysis.specialisation.trained_run import TrainedRun
+from moebench.analysis.trained_run import TrainedRun
 from moebench.cli.probe_sections.table import ProbeRequest
 from moebench.errors import UsageError
 from moebench.reporting.report import Report

@@ -5,8 +5,8 @@ from typing import Any
 from moebench.analysis.specialisation.figures import draw_labels
 from moebench.analysis.specialisation.information_report import build_information_table
 from moebench.analysis.specialisation.measure import ProbeOptions, RunInformation, measure_run
-from moebench.analysis.specialisation.report import LabelReport, build_label_tables, find_run, read_label_report
-from moebench.analysis.specialisation.trained_run import TrainedRun
+from moebench.analysis.specialisation.report import LabelReport, build_label_tables, read_label_report
+from moebench.analysis.trained_run import TrainedRun
 from moebench.cli.probe_sections.table import ProbeRequest
 from moebench.errors import UsageError, unknown
 from moebench.reporting.report import Report
@@ -50,7 +50,7 @@ def _measure(request: ProbeRequest, *, has_stored: bool) -> tuple[RunInformation
         max_tokens=request.max_tokens, num_permutations=request.num_permutations, label=request.label
     )
     try:
-        run = TrainedRun.open(request.results, find_run(request.results, request.subject).path.name, request.plugins)
+        run = TrainedRun.open(request.results, request.subject, request.plugins)
         return measure_run(run, options), ()
     except UsageError as error:
         if not has_stored:

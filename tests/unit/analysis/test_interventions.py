@@ -10,9 +10,9 @@ from torch import Tensor
 
 from moebench.analysis.interventions.effect import Effect, Predictions, compute_effect
 from moebench.analysis.interventions.routing_changes import (
-    changed_routing,
+    change_routing,
     drop_expert,
-    replaced_routers,
+    replace_routers,
     shuffle_tokens,
 )
 from moebench.experts.layer import MoELayer
@@ -51,7 +51,7 @@ def test_leaving_an_expert_out_is_as_if_it_returned_zero(text: Path, router: str
     model, batch = build(text, router)
     before = run(model, batch)
     layer = layers_of(model)["1"]
-    with changed_routing({"1": layer}, lambda routing, ctx: drop_expert(routing, 2)):
+    with change_routing({"1": layer}, lambda routing, ctx: drop_expert(routing, 2)):
         left_out = run(model, batch)
     assert torch.equal(run(model, batch), before)
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_other_routers_route_and_the_trained_ones_come_back(text: Path, router: 
             parameter.data.mul_(50)
     before, trained = run(model, batch), {name: layer.router for name, layer in layers_of(model).items()}
     routers = {name: layer.router for name, layer in layers_of(other).items()}
-    with replaced_routers(layers_of(model), routers):
+    with replace_routers(layers_of(model), routers):
         assert layers_of(model)["0"].router is routers["0"]
         assert not torch.equal(run(model, batch), before)
     assert {name: layer.router for name, layer in layers_of(model).items()} == trained

@@ -80,7 +80,7 @@ def test_tables_equal_those_of_hooks_on_the_dispatch(tmp_path: Path, model_type:
     for hook in hooks:
         hook.remove()
     collection = probe(model, tokenizer, text)
-    domain_N = collection.counted(None).domain_N
+    domain_N = collection.select_tokens(None).domain_N
     assert len(domain_N) == NUM_TOKENS
     assert [str(layer.name) for layer in collection.layers] == list(tables)
     for layer in collection.layers:
@@ -143,7 +143,7 @@ def test_loads_of_switch_equal_the_rows_of_its_expert_modules(tmp_path: Path) ->
     assert {key: load for key, load in loads.items() if load} == dict(rows)
     assert any(not bool(layer.is_kept_NK.all()) for layer in collection.layers)
     for layer in collection.layers:  # kept: the first 4 of a sequence that chose an expert
-        half = collection.counted(layer.name.half)
+        half = collection.select_tokens(layer.name.half)
         seen: Counter[tuple[int, int]] = Counter()
         for sequence, expert, is_kept in zip(
             half.sequence_N.tolist(), layer.expert_NK[:, 0].tolist(), layer.is_kept_NK[:, 0].tolist(), strict=True
@@ -200,7 +200,7 @@ def test_padding_and_special_tokens_do_not_count(tmp_path: Path) -> None:
         probe(model, tokenizer, text, batch_size=len(windows)),
         probe(model, tokenizer, text, batch_size=1),
     )
-    counted = together.counted(None)
+    counted = together.select_tokens(None)
     assert len(counted) == sum(map(len, windows))
     assert counted.token_N.tolist() == [token for window in windows for token in window.tolist()]
     assert counted.previous_N[0] == 0  # the special token at the beginning

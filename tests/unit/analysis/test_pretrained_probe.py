@@ -71,7 +71,7 @@ def test_the_control_of_other_routers_knows_the_token_too(tmp_path: Path, data: 
 
 def test_labels_are_those_of_the_text(tmp_path: Path, data: Path) -> None:
     probed = probe(tmp_path, data, "qwen3_moe")
-    columns, counted = probed.columns(None), probed.collection.counted(None)
+    columns, counted = probed.columns(None), probed.collection.select_tokens(None)
     assert sorted(columns) == ["domain", "next_id", "position", "previous_id", "token", "token_id", "word_class"]
     assert columns["domain"].values == ("prose", "sums")
     assert len({len(column.label_T) for column in columns.values()}) == 1
@@ -106,7 +106,7 @@ def test_tables_add_up_to_the_loads(tmp_path: Path, data: Path) -> None:
 def test_switch_has_tables_of_encoder_and_decoder_and_of_its_sentinels(tmp_path: Path, data: Path) -> None:
     probed = probe(tmp_path, data, "switch_transformers")
     assert probed.stacks == ("encoder", "decoder")
-    encoder, decoder = probed.collection.counted("encoder"), probed.collection.counted("decoder")
+    encoder, decoder = probed.collection.select_tokens("encoder"), probed.collection.select_tokens("decoder")
     sentinels = set(probed.sentinels)
     assert len(sentinels) == 20
     for sequence in range(3):  # T5's span corruption: the spans of the decoder fill the gaps of the encoder

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.task_data import write_data
 from support.training_cases import TINY
 from typing_extensions import override
@@ -14,7 +13,7 @@ from moebench.analysis.specialisation.contexts import build_context_report, mark
 from moebench.analysis.specialisation.gallery import build_gallery_report
 from moebench.analysis.specialisation.information_report import build_information_table
 from moebench.analysis.specialisation.measure import ProbeOptions, RunInformation, measure_run
-from moebench.analysis.specialisation.trained_run import TrainedRun
+from moebench.analysis.trained_run import TrainedRun
 from moebench.config import merge_settings, resolve
 from moebench.errors import UsageError
 from moebench.runs.folder import RunFolder
@@ -52,7 +51,7 @@ def open_run(data: dict[str, dict[str, Any]], cache: Path, task: str, router: An
     plain = {"model": TINY["model"], "train": TINY["train"], "layout": TINY["layout"], "router": router}
     config = resolve(merge_settings(plain, {"task": {"name": task, **data[task], **more}}))
     folder = RunFolder(cache / "run")
-    return RunOfZeroSteps(folder=folder, arm="arm", seed=0, config=config, task=prepare_task(config, cache))
+    return RunOfZeroSteps(folder=folder, cell={"arm": "arm"}, config=config, task=prepare_task(config, cache))
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +169,7 @@ def test_a_picture_is_the_image_and_the_box_its_patch(data: dict[str, dict[str, 
 
     run = open_run(data, cache, "vision", pooling="class_token")
     chosen = select_batches(run.task, 4, 1000)
-    stacks, _ = route_batches(run.load_model(), chosen.batches, 0, torch.device("cpu"))
+    stacks, _ = route_batches(run.load_model(), chosen.batches, run.config)
     batches = [batch for _, batch in chosen.batches]
     snippets = read_image_patches(run.task, batches, stacks[""], {})  # type: ignore[arg-type]
     assert snippets.read(0).box is None  # the class token

@@ -87,6 +87,14 @@ def test_the_interval_by_hand() -> None:
     assert (low, high) == (pytest.approx(0.4 - half, abs=1e-5), pytest.approx(0.4 + half, abs=1e-5))
 
 
+def test_the_interval_of_several_layers_is_wider() -> None:
+    values = {(0, 1): 0.5, (0, 2): 0.6, (1, 2): 0.9}
+    low, high = compute_pairs_interval(values) or (0, 0)
+    wide_low, wide_high = compute_pairs_interval(values, num_intervals=4) or (0, 0)
+    # Quantiles of t with two degrees of freedom: 4.303 at 97.5 %, 8.860 at 99.375 %.
+    assert (wide_high - wide_low) / (high - low) == pytest.approx(8.860 / 4.303, rel=1e-3)
+
+
 def test_the_interval_covers_the_mean_of_dependent_pairs() -> None:
     # Pairs are sums of what their seeds have: the interval must be that of the seeds, not that of 10 pairs.
     misses = 0

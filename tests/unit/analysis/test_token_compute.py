@@ -81,6 +81,12 @@ def test_counts_equal_those_of_the_result(results: Path) -> None:
     assert len(np.unique(table.sequence)) * 8 == len(table.sequence)
 
 
+def test_the_number_of_tokens_is_chosen(results: Path) -> None:
+    pair = find_pairs(results, find_id(results, "dynmoe", 0))[0]
+    every, part = measure_tokens(pair, results), measure_tokens(pair, results, max_tokens=1)
+    assert 0 < len(part.sequence) < len(every.sequence)  # one batch
+
+
 def test_report_and_figure(results: Path, tmp_path: Path) -> None:
     pairs = find_pairs(results, find_id(results, "dynmoe", 0))
     tables = {pair.run.config.seed: measure_tokens(pair, results) for pair in pairs}
