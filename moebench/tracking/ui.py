@@ -37,6 +37,7 @@ _ENVIRONMENT = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
+    "PYTHONSAFEPATH": "1",  # no modules of the working folder, such as random.py
     "OMP_NUM_THREADS": "1",
 }
 
