@@ -38,6 +38,7 @@ _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "PYTHONSAFEPATH": "1",  # no modules of the working folder, such as random.py
+    "UVICORN_APP_DIR": os.devnull,  # its default is the working folder, which would come before all others
     "OMP_NUM_THREADS": "1",
 }
 
