@@ -6,10 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from moebench.errors import UsageError
-from moebench.runs.folder import RunFolder
 from moebench.tracking.address import sqlite_path
 from moebench.tracking.bookkeeping import CELL, RESULTS
 from moebench.tracking.database import read_points
@@ -100,7 +97,7 @@ def _open_stores(results: Path, uri: str) -> Iterator[tuple[MlflowStore, str]]:
 def _audit_experiment(store: MlflowStore, results: Path, name: str) -> list[RunAudit]:
     stored = find_stored_runs(store, results)
     sources = [RunSource.of(results, cell["id"]) for cell in list_recorded_experiments(results)[name]["cells"]]
-    is_running = {source.id: is_being_trained(source.folder) for source in sources}
+    is_running = {source.id: source.folder.is_being_trained() for source in sources}
     audits = [
         _audit_run(store, source, stored.get(source.id))
         for source in sources
@@ -144,16 +141,3 @@ def _list_sendable(source: RunSource, stored_names: Collection[str]) -> set[tupl
     except UsageError:
         return set()
     return {(value.name, value.step) for value in values}
-
-
-def is_being_trained(folder: RunFolder) -> bool:
-    """Return whether a process holds the lock of a run."""
-    if not folder.lock.exists():
-        return False
-    try:
-        with FileLock(folder.lock, timeout=0):
-            return False
-    except Timeout:
-        return True
-    except OSError:
-        return False

@@ -4,8 +4,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from filelock import FileLock, Timeout
-
 from moebench.runs.folder import RunFolder
 from moebench.runs.journal import read_journal
 from moebench.runs.layer_series import LayerPoint, LayerValues, read_layer_series
@@ -103,13 +101,7 @@ class RunHistory:
 
     def is_locked(self) -> bool:
         """Return whether a process trains the run."""
-        if not self.folder.lock.exists():
-            return False
-        try:
-            with FileLock(self.folder.lock, timeout=0):
-                return False
-        except (Timeout, OSError):
-            return True
+        return self.folder.is_being_trained(if_unreadable=True)
 
     def update(self) -> bool:
         """Read what is new; return whether anything is. Raises UsageError for damage."""
