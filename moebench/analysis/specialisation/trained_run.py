@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from moebench.analysis.specialisation.report import find_run
+from moebench.analysis.specialisation.report import find_run, require_experts
 from moebench.config import resolve
 from moebench.launch.cell_check import require_unchanged_data
 from moebench.registry import load_plugin, require_plugins
@@ -37,6 +37,7 @@ class TrainedRun:
         """
         folder = find_run(results, run)
         cell = folder.read_cell()
+        require_experts(folder, cell)
         for plugin in plugins:
             load_plugin(plugin)
         require_plugins(cell["plugins"], cell.get("plugin_digests") or (), f"run {folder.path.name}")
