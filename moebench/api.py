@@ -273,7 +273,7 @@ def _row(folder: "RunFolder") -> dict[str, Any]:
     except UsageError as error:
         return {"id": folder.path.name, "status": DAMAGED, "error": str(error)}
     row = {key: cell[key] for key in CELL_COLUMNS}
-    row |= {"status": folder.state(), "error": result.error if result else None}
+    row |= {"status": folder.describe_state(), "error": result.error if result else None}
     row |= {key: value for key, value in flatten(cell["config"]) if key != "seed"}
     if result is not None:
         groups = {"test": result.metrics, "validation": result.validation}

@@ -106,8 +106,15 @@ SPIKES: tuple[Declaration, ...] = (
 COLLAPSES: tuple[Declaration, ...] = (
     ("collapse/layers", "", "layers", ".0f", "lower", "Layers that are collapsed from this step on."),
     ("collapse/LAYER/expert", "", "", ".0f", "neither", "The busiest expert of a layer that has collapsed."),
-    ("collapse/LAYER/num_experts", "", "experts", ".0f", "neither", "Experts that take nearly all its assignments."),
-    ("collapse/LAYER/share", "", "share", "percent", "lower", "Their share of them."),
+    ("collapse/LAYER/num_experts", "", "experts", ".0f", "neither", "Experts that take nearly all that they can."),
+    (
+        "collapse/LAYER/share",
+        "",
+        "share",
+        "percent",
+        "lower",
+        "Their share of what they can: one of each token for each.",
+    ),
     ("collapse/LAYER/recovered", "", "share", "percent", "lower", "Their share when it is no longer collapsed."),
 )
 PROCESSES: tuple[Declaration, ...] = (
@@ -246,9 +253,9 @@ GROUPS = (
     ),
     _group(
         "Collapse",
-        "Of the step at which a layer is found to have collapsed, or to have recovered: over 10 steps nearly all"
-        " assignments go to as many experts as one token uses. In the journal; the series of each layer are in"
-        " `layers.jsonl`.",
+        "Of the step at which a layer is found to have collapsed, or to have recovered: over 10 steps one"
+        " expert takes nearly all tokens, or a few, no more than one token uses, nearly all that they can. In the"
+        " journal; the series of each layer are in `layers.jsonl`.",
         COLLAPSES,
     ),
     _group(

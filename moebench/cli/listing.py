@@ -106,7 +106,7 @@ def _run_row(folder: "RunFolder") -> dict[str, Any]:
     try:
         cell, result = folder.read_cell(), folder.read_result()
         row |= {key: cell[key] for key in row}
-        row |= {"state": folder.state(), "error": result.error if result else None}
+        row |= {"state": folder.describe_state(), "error": result.error if result else None}
     except UsageError as error:
         row |= {"state": "damaged", "error": str(error)}
     return row | {"folder": str(folder.path)}

@@ -21,7 +21,6 @@ from moebench.launch.scheduler import Outcome
 from moebench.reporting.formatting import format_plural
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
-from moebench.runs.run_lock import is_being_trained
 
 POLL_INTERVAL_S = 1.0
 """How often a runner looks whether the tuning runs of another one have ended."""
@@ -82,7 +81,7 @@ def _wait_for_others(cells: Sequence[Cell], setup: RunSetup) -> int:
     """Wait until nobody trains the cells; return the number of a signal that ended the wait, 0 for none."""
     signals: list[int] = []
     with handle_signals(signals.append):
-        while any(is_being_trained(RunFolder.of(setup.results, cell.id)) for cell in cells):
+        while any(RunFolder.of(setup.results, cell.id).is_being_trained() for cell in cells):
             time.sleep(POLL_INTERVAL_S)
             stop_signal = setup.launcher.stop_signal()
             if signals or stop_signal is not None:

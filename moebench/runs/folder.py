@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from moebench.errors import UsageError
 from moebench.file_access import read_plain_file, require_plain_name
 from moebench.parallel.manifest import list_manifests, parse_step
@@ -192,6 +194,23 @@ class RunFolder:
         if result is not None:
             return result.status
         return "resumable" if self.checkpointed_step >= 0 else "new"
+
+    def describe_state(self) -> str:
+        """Return `state`, or training where a process trains the run."""
+        state = self.state()
+        return "training" if state != "done" and self.is_being_trained() else state
+
+    def is_being_trained(self, *, if_unreadable: bool = False) -> bool:
+        """Return whether a process holds the lock of the run; `if_unreadable` where the lock cannot be opened."""
+        if not self.lock.exists():
+            return False
+        try:
+            with FileLock(self.lock, timeout=0):
+                return False
+        except Timeout:
+            return True
+        except OSError:
+            return if_unreadable
 
     @property
     def checkpointed_step(self) -> int:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moebench.errors import UsageError
-from moebench.runs.run_lock import is_being_trained
 from moebench.tracking.address import sqlite_path
 from moebench.tracking.bookkeeping import CELL, RESULTS
 from moebench.tracking.database import read_points
@@ -98,7 +97,7 @@ def _open_stores(results: Path, uri: str) -> Iterator[tuple[MlflowStore, str]]:
 def _audit_experiment(store: MlflowStore, results: Path, name: str) -> list[RunAudit]:
     stored = find_stored_runs(store, results)
     sources = [RunSource.of(results, cell["id"]) for cell in list_recorded_experiments(results)[name]["cells"]]
-    is_running = {source.id: is_being_trained(source.folder) for source in sources}
+    is_running = {source.id: source.folder.is_being_trained() for source in sources}
     audits = [
         _audit_run(store, source, stored.get(source.id))
         for source in sources

@@ -2,7 +2,7 @@
 
 from moebench.analysis.compare.matching import TOLERANCE
 from moebench.analysis.compare.values import ArmSummary, Comparison
-from moebench.reporting.formatting import MISSING, format_signed
+from moebench.reporting.formatting import MISSING, NumberText, format_signed
 from moebench.reporting.metrics import format_metric, metric_headers
 from moebench.reporting.table import Column, Table
 
@@ -57,7 +57,7 @@ def list_misses(arm: ArmSummary) -> list[str]:
 
 def _format_error(arm: ArmSummary, name: str) -> str:
     error = compute_error(arm, name)
-    return MISSING if error is None else f"{format_signed(100 * error, 2)} %"
+    return MISSING if error is None else NumberText(f"{format_signed(100 * error, 2)} %", error)
 
 
 def _explain(arm: ArmSummary) -> str:

@@ -8,10 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from moebench.analysis.specialisation.figures import informative_labels
-from moebench.errors import unknown
+from moebench.errors import UsageError, unknown
 from moebench.reporting.table import Column, Table
 from moebench.routing.metrics import label_parts
+from moebench.routing.router import ROUTERS
 from moebench.runs.find_run import find_run
+from moebench.runs.folder import RunFolder
 from moebench.training.label_tables import LabelTable, read_label_tables
 
 NUM_EXPERTS = 3
@@ -36,13 +38,24 @@ class LabelReport:
 def read_label_report(results: Path, run: str, kind: str | None = None) -> LabelReport:
     """Return the tables of a run, of all kinds of labels or of one; raise UsageError for an unknown run or kind."""
     folder = find_run(results, run)
-    cell, tables = folder.read_cell(), read_label_tables(folder.labels)
+    cell = folder.read_cell()
+    if not folder.labels.exists():
+        require_experts(folder, cell)
+    tables = read_label_tables(folder.labels)
     folder.require_unchanged(folder.labels)
     if kind is not None:
         if kind not in tables:
             raise unknown("--label", kind, tables)
         tables = {kind: tables[kind]}
     return LabelReport(id=cell["id"], arm=cell["arm"], seed=cell["seed"], tables=tables)
+
+
+def require_experts(folder: RunFolder, cell: Mapping[str, Any]) -> None:
+    """Raise UsageError if the router of a run has no experts; passes where its plug-in is not loaded."""
+    router = cell["config"].get("router")
+    name = router.get("name") if isinstance(router, dict) else router
+    if any(entry.name == name and entry.item.form.is_dense for entry in ROUTERS.entries()):
+        raise UsageError(f"the router '{name}' of run {folder.path.name} has no experts to choose from")
 
 
 def find_best_layer(table: LabelTable) -> str:

@@ -11,6 +11,11 @@ from moebench.training.trained_model import EVALUATION_SECTIONS
 
 OPTION = "--vary"
 EXAMPLE = "layout.capacity_factor_eval=0.5,1"
+KEYS = (
+    *("layout.capacity_factor_eval", "layout.capacity_rule", "layout.drop_order", "layout.overflow"),
+    *("router.top_k", "router.top_p", "router.priority"),
+)
+"""Keys that an error names: they leave the parameters of every model as they are."""
 ALIASES: Mapping[str, str] = {"capacity": "layout.capacity_factor_eval"}
 """Short names that are not the last part of their key."""
 MAX_SETTINGS = 200
@@ -57,8 +62,13 @@ def parse_axes(texts: Sequence[str], configs: Sequence[CellConfig]) -> tuple[Axi
 
 
 def _complete_key(name: str, configs: Sequence[CellConfig]) -> str:
-    """Return the key with its section; as given where it has one."""
-    if "." in name:
+    """Return the key with its section; as given where it has one. Raises UsageError where no cell has it."""
+    section, separator, option = name.partition(".")
+    if separator:
+        if section in EVALUATION_SECTIONS and not any(
+            hasattr(getattr(c, section), option.split(".")[0]) for c in configs
+        ):
+            raise unknown(f"{OPTION}: {section}", option, _list_names(configs, section))
         return name
     if name in ALIASES:
         return ALIASES[name]
@@ -70,10 +80,18 @@ def _complete_key(name: str, configs: Sequence[CellConfig]) -> str:
     }
     keys = sorted(key for key, option in options.items() if option == name)
     if not keys:
-        raise unknown(OPTION, name, {*options.values(), *ALIASES})
+        raise unknown(
+            OPTION, name, {*ALIASES, *(each for part in EVALUATION_SECTIONS for each in _list_names(configs, part))}
+        )
     if len(keys) > 1:
         raise UsageError(f"{OPTION}: '{name}' is ambiguous (allowed: {', '.join(keys)})")
     return keys[0]
+
+
+def _list_names(configs: Sequence[CellConfig], section: str) -> list[str]:
+    """Return the options of a section that may vary and that a cell has."""
+    keys = [key for key in KEYS if key.startswith(f"{section}.") and any(has_key(config, key) for config in configs)]
+    return [key.removeprefix(f"{section}.") for key in keys]
 
 
 def has_key(config: CellConfig, key: str) -> bool:

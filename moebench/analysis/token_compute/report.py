@@ -118,7 +118,8 @@ def _histogram_table(arm: str, seed: int, layers: Sequence[LayerCompute]) -> Tab
 
     def share(layer: LayerCompute, bucket: tuple[int, int | None]) -> float:
         low, high = bucket
-        inside = [n for number, n in layer.histogram.items() if low <= int(number) <= (high or int(number))]
+        counts = {int(number): n for number, n in layer.histogram.items()}
+        inside = [n for number, n in counts.items() if low <= number and (high is None or number <= high)]
         return sum(inside) / sum(layer.histogram.values())
 
     return Table(

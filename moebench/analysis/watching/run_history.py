@@ -9,7 +9,6 @@ from moebench.runs.folder import RunFolder
 from moebench.runs.journal import read_journal
 from moebench.runs.layer_series import LayerPoint, LayerValues, read_layer_series
 from moebench.runs.result import RunResult
-from moebench.runs.run_lock import is_being_trained
 
 MAX_POINTS = 2000
 """Steps that are kept; of more, every second one, so that following a long run takes no more memory."""
@@ -103,7 +102,7 @@ class RunHistory:
 
     def is_being_trained(self) -> bool:
         """Return whether a process trains the run; it is taken to where this cannot be known."""
-        return is_being_trained(self.folder, default=True)
+        return self.folder.is_being_trained(if_unreadable=True)
 
     def update(self) -> bool:
         """Read what is new; return whether anything is. Raises UsageError for damage."""

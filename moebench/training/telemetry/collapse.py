@@ -1,9 +1,12 @@
 """The alarm of a collapse: a layer that sends nearly all tokens to the same few experts.
 
 Loads are added up on the device in every step; every `WINDOW_STEPS` steps their sum travels to the host with the other
-values of the step, for which the host waits anyway. A layer is collapsed when, in two windows in a row, the k busiest
-of its E experts take at least `COLLAPSED` of what they could have beyond an even load: (s - k/E) / (1 - k/E), where s
-is their share of the assignments and k the router's number of experts per token. So the alarm comes at most
+values of the step, for which the host waits anyway. A layer is collapsed when, in two windows in a row, the j busiest
+of its E experts take at least `COLLAPSED` of what they could have beyond an even load, for any j from 1 to the router's
+number k of experts per token: (s - a j/E) / (m - a j/E), where a, s and m are assignments per token: all of them, those
+to the j experts, and the most that these could have, min(j, a), as a token goes to an expert once. So a single expert
+that takes every token is found whatever the other choices of the tokens are. Where tokens use more than k experts
+(a > k), m is j a/k: that one of many experts serves every token is no collapse. The alarm comes at most
 3 * WINDOW_STEPS steps after a collapse, one more where steps are checked later.
 
 Routers that choose nothing (mixtures, chains of steps, fixed tables) have no alarm, nor have those that use more than
@@ -39,8 +42,10 @@ class Collapse:
     experts: tuple[int, ...]
     """The busiest ones, from the busiest on."""
     share: float
-    """Their share of the assignments in the last window."""
+    """Of the assignments that they could have in the last window, in general one of each token for each expert."""
     num_experts: int
+    leaves_others: bool = False
+    """Tokens use more experts than these; `share` is of tokens then."""
     has_recovered: bool = False
 
     @property
@@ -61,9 +66,10 @@ class Collapse:
             return f"at step {self.step} layer {self.layer} is no longer collapsed"
         one = len(self.experts) == 1
         numbers = ", ".join(map(str, self.experts[:4])) + (", ..." if len(self.experts) > 4 else "")
-        who = f"expert {numbers} takes" if one else f"experts {numbers} take"
+        who = f"expert {numbers} takes" if one else f"experts {numbers} {'each ' * self.leaves_others}take"
+        what = "tokens" if self.leaves_others else "assignments"
         return (
-            f"collapse at step {self.step}: in layer {self.layer} {who} {self.share:.0%} of the assignments"
+            f"collapse at step {self.step}: in layer {self.layer} {who} {self.share:.0%} of the {what}"
             f" ({self.num_experts} experts, steps {self.step - NUM_WINDOWS * WINDOW_STEPS + 1} to {self.step})"
         )
 
@@ -83,7 +89,8 @@ class LoadWindow:
 
     def __init__(self, layers: Sequence[MoELayer]) -> None:
         self.indices = [index for index, layer in enumerate(layers) if can_collapse(layer)]
-        self.sizes = [layers[index].bank.num_experts for index in self.indices]
+        self.sizes = [layers[index].bank.num_experts + 1 for index in self.indices]
+        """Numbers of a layer: the load of each expert, and the tokens."""
         self._local_X: Tensor | None = None
         self._total_X: Tensor | None = None
         """Of all processes, of the steps before the last checkpoint."""
@@ -92,7 +99,16 @@ class LoadWindow:
         """Add the records of a step: for each micro-batch one of each layer."""
         if not self.indices:
             return
-        load_X = torch.cat([layers[index].routing.load_E for layers in records for index in self.indices])
+        tokens: dict[tuple[int, int], Tensor] = {}  # counted once for layers of the same tokens
+        parts = []
+        for layers in records:
+            for index in self.indices:
+                record = layers[index]
+                key = record.routing.num_tokens, id(record.valid_T)
+                if key not in tokens:
+                    tokens[key] = _count_tokens(record)
+                parts += [record.routing.load_E, tokens[key]]
+        load_X = torch.cat(parts)
         if len(records) > 1:
             load_X = load_X.view(len(records), -1).sum(0)
         self._local_X = load_X if self._local_X is None else self._local_X + load_X
@@ -122,11 +138,53 @@ class LoadWindow:
             self._total_X = torch.tensor(numbers, device=device)
 
 
+def _count_tokens(record: LayerRecord) -> Tensor:
+    """Return the number of tokens of a record without padding, int64 of one element."""
+    if record.valid_T is None:
+        return record.routing.load_E.new_full((1,), record.routing.num_tokens)
+    return record.valid_T.sum().view(1)
+
+
 @dataclass
 class _LayerState:
     num_windows: int = 0
     """In a row that speak for the other state than the present one."""
     is_collapsed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concentration:
+    """What the busiest experts of a layer take in a window."""
+
+    experts: tuple[int, ...]
+    share: float
+    """As `Collapse.share`."""
+    excess: float
+    """Share of what they could have beyond an even load."""
+    leaves_others: bool
+    """As in `Collapse`."""
+
+
+def list_concentrations(loads: Sequence[float], num_tokens: float, top_k: int) -> list[Concentration]:
+    """Return the concentration of the busiest 1, 2, ... `top_k` experts; nothing for a window without assignments."""
+    total, num_experts = sum(loads), len(loads)
+    if not total:
+        return []
+    order = sorted(range(num_experts), key=lambda expert: -loads[expert])
+    most_of_one = max(num_tokens, total / top_k)
+    concentrations, taken = [], 0.0
+    for number, expert in enumerate(order[:top_k], start=1):
+        taken += loads[expert]
+        even, most = number * total / num_experts, min(number * most_of_one, total)
+        concentrations.append(
+            Concentration(
+                experts=tuple(order[:number]),
+                share=taken / most,
+                excess=(taken - even) / (most - even),
+                leaves_others=most < total,
+            )
+        )
+    return concentrations
 
 
 class CollapseAlarm:
@@ -150,29 +208,32 @@ class CollapseAlarm:
         """
         events, start = [], 0
         for name, (num_experts, top_k) in self.layers.items():
-            window, start = loads[start : start + num_experts], start + num_experts
-            event = self._check_layer(step, name, window, top_k)
+            *window, num_tokens = loads[start : start + num_experts + 1]
+            start += num_experts + 1
+            event = self._check_layer(step, name, list_concentrations(window, num_tokens, top_k))
             events += [event] if event else []
         return events
 
-    def _check_layer(self, step: int, name: str, loads: Sequence[float], top_k: int) -> Collapse | None:
-        state, total = self._states[name], sum(loads)
-        if not total:
+    def _check_layer(self, step: int, name: str, concentrations: Sequence[Concentration]) -> Collapse | None:
+        if not concentrations:
             return None
-        experts = sorted(range(len(loads)), key=lambda expert: -loads[expert])[:top_k]
-        share, even = sum(loads[expert] for expert in experts) / total, top_k / len(loads)
-        excess = (share - even) / (1 - even)
-        differs = excess < RECOVERED if state.is_collapsed else excess >= COLLAPSED
+        state = self._states[name]
+        collapsed = [each for each in concentrations if each.excess >= COLLAPSED]
+        highest = max(concentrations, key=lambda each: each.excess)
+        differs = highest.excess < RECOVERED if state.is_collapsed else bool(collapsed)
         state.num_windows = state.num_windows + 1 if differs else 0
         if state.num_windows < NUM_WINDOWS:
             return None
         state.num_windows, state.is_collapsed = 0, not state.is_collapsed
+        # All experts that take nearly everything, without idle ones where tokens use fewer than they may.
+        named = next((each for each in collapsed if not each.leaves_others), (collapsed or concentrations)[-1])
         return Collapse(
             step=step,
             layer=name,
-            experts=tuple(experts),
-            share=share,
-            num_experts=len(loads),
+            experts=named.experts,
+            share=named.share,
+            num_experts=self.layers[name][0],
+            leaves_others=named.leaves_others,
             has_recovered=not state.is_collapsed,
         )
 

@@ -7,9 +7,11 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
+from moebench.analysis.compare.budget import build_budget_table
 from moebench.analysis.compare.comparison import compare
 from moebench.analysis.compare.report import build_report
 from moebench.analysis.compare.values import BITS_PER_BYTE
+from moebench.reporting.table_files import format_csv
 from moebench.runs.result import Fault, RunResult
 
 DENSE = (2.00, 2.02, 1.98, 2.01, 1.99)
@@ -356,3 +358,12 @@ def test_out_of_domain_and_in_domain_are_of_the_same_seeds():
     text = build_report(compare(results, expected=cells(results), baseline="dense")).to_markdown()
     # dense in domain: 2.00, 2.02 and 1.98, of which the last has no number outside; 3 - 2.01 and not 3 - 2.00
     assert "| dense | 2 | 3.0000 | – | +0.9900 |" in text
+
+
+def test_the_file_of_budgets_has_fractions_with_all_digits():
+    cost = {"target_flops_per_token": 3e6, "train_flops_per_token": 3.1e6, "train_last_flops_per_token": 2.9e6}
+    results = [replace(r, cost={**r.cost, **cost, "eval_flops_per_token": 3e6, "budget_value": 1 / 3}) for r in grid(2)]
+    table = build_budget_table(compare(results, expected=cells(results), baseline="dense", allow_mismatch=True))
+    assert table.rows[0][1:] == ("3.00M", "+3.33 %", "−3.33 %", "+0.00 %", "0.3333", "no")
+    row = format_csv(table).splitlines()[1]
+    assert [float(value) for value in row.split(",")[1:-1]] == [3e6, 3.1e6 / 3e6 - 1, 2.9e6 / 3e6 - 1, 0.0, 1 / 3]

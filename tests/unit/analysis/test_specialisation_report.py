@@ -67,9 +67,9 @@ def test_the_figure_has_many_labels_layers_and_dead_experts(tmp_path: Path) -> N
     assert not (tmp_path / "none.png").exists()
 
 
-def write_run(results: Path, run_id: str) -> RunFolder:
+def write_run(results: Path, run_id: str, **fields: object) -> RunFolder:
     folder = RunFolder.of(results, run_id)
-    write_cell(folder.path, seed=3)
+    write_cell(folder.path, seed=3, **fields)
     return folder
 
 
@@ -91,6 +91,9 @@ def test_a_run_is_named_by_how_its_id_begins(tmp_path: Path) -> None:
     write_run(tmp_path, "eeee")
     with pytest.raises(UsageError, match="is done and has experts"):
         read_label_report(tmp_path, "e")
+    write_run(tmp_path, "ffff", config={"router": {"name": "dense"}})
+    with pytest.raises(UsageError, match=r"^the router 'dense' of run ffff has no experts to choose from$"):
+        read_label_report(tmp_path, "f")
 
 
 def test_a_run_without_tables_has_the_other_figure(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from moebench.analysis.token_compute.runs import find_pairs
 from moebench.config import cell_id
 from moebench.experiment.arms import read_data_digest
 from moebench.parallel.mesh import Mesh
+from moebench.reporting.formatting import NumberText
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.runs.recorder import RunRecorder
@@ -96,6 +97,8 @@ def test_report_and_figure(results: Path, tmp_path: Path) -> None:
         "Spearman's correlation of experts per token with difficulty",
         "The same over the seeds of dynmoe, mean over layers, 95 % t interval",
     ]
+    for row in report.tables[0].rows:  # the columns from "0" to "5 or more" have every token once
+        assert sum(cell.value for cell in row[3:] if isinstance(cell, NumberText)) == pytest.approx(1.0)
     layers = report.values["layers"]
     assert list(layers) == ["0", "1", "all, mean"]
     assert sum(layers["0"]["histogram"].values()) == len(tables[0].own_loss)

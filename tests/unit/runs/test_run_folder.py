@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from support.run_folders import write_cell, write_result
 
+from moebench.cli.listing import _run_rows
 from moebench.errors import UsageError
 from moebench.runs.experiment_record import read_records
 from moebench.runs.folder import RunFolder, list_run_folders
@@ -140,3 +142,18 @@ def test_the_margin_of_a_record_is_checked(tmp_path: Path, margin: object, is_va
     records, problems = read_records(tmp_path)
     assert (bool(records), bool(problems)) == (is_valid, not is_valid)
     assert is_valid or "'margin' is" in problems[0]
+
+
+def test_a_run_is_training_while_its_lock_is_held(tmp_path: Path) -> None:
+    folder = RunFolder.of(tmp_path, "cccc")
+    write_cell(folder.path)
+    assert folder.describe_state() == "new"
+    with FileLock(folder.lock):
+        assert folder.describe_state() == "training"
+        assert [row["state"] for row in _run_rows(tmp_path)] == ["training"]
+        write_result(folder.path, status="failed")  # of the attempt before
+        assert folder.describe_state() == "training"
+        write_result(folder.path)
+        assert folder.describe_state() == "done"
+    write_result(folder.path, status="failed")
+    assert folder.describe_state() == "failed"

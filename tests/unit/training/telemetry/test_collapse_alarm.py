@@ -14,7 +14,12 @@ from moebench.experts.layer import MoELayer
 from moebench.routing.router import ROUTERS
 from moebench.runs.journal import read_journal
 from moebench.training.model import build_initialised_model, prepare_task
-from moebench.training.telemetry.collapse import WINDOW_STEPS, Collapse, CollapseAlarm, can_collapse
+from moebench.training.telemetry.collapse import (
+    WINDOW_STEPS,
+    Collapse,
+    CollapseAlarm,
+    can_collapse,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -151,7 +156,7 @@ def alarm_of(text: Path, tmp_path: Path, k: int) -> CollapseAlarm:
         (1, [93, 4, 2, 1], True),  # (0.93 - 1/4) / (3/4) = 0.907
         (1, [92, 4, 2, 2], False),  # 0.893
         (2, [50, 46, 4, 0], True),  # (0.96 - 1/2) / (1/2) = 0.92
-        (2, [48, 46, 4, 2], False),  # 0.88
+        (2, [46, 46, 4, 4], False),  # 0.84, of one 0.84
         (1, [0, 0, 0, 0], False),
     ],
 )
@@ -159,14 +164,53 @@ def test_the_busiest_experts_have_nearly_all(
     text: Path, tmp_path: Path, k: int, loads: list[float], is_collapsed: bool
 ) -> None:
     alarm = alarm_of(text, tmp_path, k)
-    assert alarm.check(5, loads) == []  # the first of two windows
-    events = alarm.check(10, loads)
+    assert alarm.check(5, [*loads, sum(loads) / k]) == []  # the first of two windows
+    events = alarm.check(10, [*loads, sum(loads) / k])
     assert len(events) == is_collapsed
     assert alarm.num_collapsed == is_collapsed
     for event in events:
         assert event.experts == tuple(range(k))
         assert math.isclose(event.share, sum(loads[:k]) / 100)
-    assert alarm.check(15, loads) == []  # once
+    assert alarm.check(15, [*loads, sum(loads) / k]) == []  # once
+
+
+@pytest.mark.parametrize(
+    ("top_k", "num_tokens", "loads", "experts", "leaves_others"),
+    [
+        (2, 512, [0, 0, 0, 512, 161, 0, 0, 351], (3,), True),  # the second choice varies over two others
+        (2, 512, [0, 0, 0, 500, 100, 100, 162, 162], (3,), True),  # (500 - 128) / (512 - 128) = 0.97
+        (2, 512, [0, 0, 0, 470, 100, 100, 177, 177], None, True),  # 0.89
+        (2, 512, [0, 0, 0, 512, 500, 12, 0, 0], (3, 4), False),
+        (2, 512, [0, 0, 512, 0, 0, 0, 0, 0], (2,), False),  # tokens use fewer experts than they may
+        (2, 512, [0, 0, 256, 100, 156, 0, 0, 0], None, False),
+        (3, 512, [512, 510, 100, 100, 100, 100, 114, 0], (0, 1), True),
+        (2, 512, [512, 500, 400, 400, 300, 100, 100, 100], None, True),  # one of many experts
+        (2, 512, [512, 500, 20, 10, 0, 0, 0, 0], (0, 1), False),  # a few tokens use more than two
+        (2, 512, [256, 128, 128, 128, 96, 96, 96, 96], None, True),
+    ],
+)
+def test_fewer_experts_than_a_token_uses_may_have_all_tokens(
+    text: Path,
+    tmp_path: Path,
+    top_k: int,
+    num_tokens: int,
+    loads: list[int],
+    experts: tuple[int, ...] | None,
+    leaves_others: bool,
+) -> None:
+    layout = {"num_experts": 8, "expert_width": 4}
+    alarm = CollapseAlarm(layers_of(text, tmp_path, router={"name": "top_k", "top_k": top_k}, layout=layout)[:1])
+    events = [event for step in (5, 10) for event in alarm.check(step, [*loads, num_tokens])]
+    assert [(event.experts, event.leaves_others) for event in events] == ([(experts, leaves_others)] if experts else [])
+
+
+def test_one_expert_of_two_collapses_and_recovers(text: Path, tmp_path: Path) -> None:
+    alarm = alarm_of(text, tmp_path, 2)
+    windows = [[0, 512, 161, 351, 512]] * 2 + [[200, 400, 200, 224, 512]] * 2 + [[256, 300, 256, 212, 512]] * 2
+    events = [event for number, loads in enumerate(windows, start=1) for event in alarm.check(5 * number, loads)]
+    assert [(event.step, event.has_recovered) for event in events] == [(10, False), (30, True)]  # 0.56 is between
+    assert str(events[0]).startswith("collapse at step 10: in layer 0 expert 1 takes 100% of the tokens (4 experts")
+    assert events[0].metrics == {"collapse/0/expert": 1.0, "collapse/0/num_experts": 1.0, "collapse/0/share": 1.0}
 
 
 @pytest.mark.parametrize("first_step", range(21, 26))
@@ -175,7 +219,7 @@ def test_the_alarm_comes_within_three_windows(text: Path, tmp_path: Path, first_
     for end in range(WINDOW_STEPS, 100, WINDOW_STEPS):
         collapsed = max(min(end - first_step + 1, WINDOW_STEPS), 0)  # steps of the window
         loads = [12.0 * collapsed + 3.0 * (WINDOW_STEPS - collapsed), *[3.0 * (WINDOW_STEPS - collapsed)] * 3]
-        events = alarm.check(end, loads)
+        events = alarm.check(end, [*loads, sum(loads)])
         first_alarm = first_alarm or (events[0].step if events else 0)
     assert first_alarm < first_step + 3 * WINDOW_STEPS
 
@@ -183,8 +227,8 @@ def test_the_alarm_comes_within_three_windows(text: Path, tmp_path: Path, first_
 def test_two_collapsed_windows_must_follow_each_other(text: Path, tmp_path: Path) -> None:
     alarm = alarm_of(text, tmp_path, 1)
     for step in range(5, 50, 10):
-        assert alarm.check(step, [100, 0, 0, 0]) == []
-        assert alarm.check(step + 5, [25, 25, 25, 25]) == []
+        assert alarm.check(step, [100, 0, 0, 0, 100]) == []
+        assert alarm.check(step + 5, [25, 25, 25, 25, 100]) == []
 
 
 def test_the_event_in_words() -> None:
