@@ -6,21 +6,17 @@ from moebench.analysis.pretrained.collect import LayerAssignments
 from moebench.analysis.pretrained.labels import compress_ids
 from moebench.analysis.pretrained.probe import PretrainedProbe, to_assignments
 from moebench.analysis.specialisation.control_routing import route_by_hash, route_randomly
+from moebench.analysis.specialisation.given_token import measure_given_token
 from moebench.analysis.specialisation.information import (
     Assignments,
-    Information,
     Ints,
-    measure_given,
     measure_information,
 )
 from moebench.analysis.specialisation.measure import LayerInformation, ProbeOptions, RunInformation
-from moebench.analysis.specialisation.permutations import find_units, permute_sequences, permute_within
+from moebench.analysis.specialisation.permutations import permute_sequences
 from moebench.analysis.specialisation.token_labels import LabelColumn
 from moebench.errors import unknown
 from moebench.seeds import derive_seed
-
-NO_GAIN = 1e-9
-"""Bits of a label, given the token, below which the token determines it."""
 
 CONTROL_SHARE = 5
 """A control has this part of the permutations: their mean corrects it, and no interval of it is shown."""
@@ -93,14 +89,5 @@ def _measure(layer: _ControlledLayer, column: LabelColumn, options: ProbeOptions
             name: measure_information(label_T, num_labels, assignments, permute, (num_of_controls, sampling[1]))
             for name, assignments in layer.controls.items()
         },
-        given_token=_measure_given_token(layer, column, sampling),
+        given_token=measure_given_token(column, layer.trained, layer.token_ids, layer.sequence_T, sampling),
     )
-
-
-def _measure_given_token(layer: _ControlledLayer, column: LabelColumn, sampling: tuple[int, int]) -> Information | None:
-    if column.name == "token_id":
-        return None
-    id_T, _ = layer.token_ids
-    permute = permute_within(column.label_T, id_T, find_units(column.label_T, id_T, layer.sequence_T))
-    given = measure_given(column.label_T, len(column.values), layer.trained, layer.token_ids, permute, sampling)
-    return None if given.label_entropy < NO_GAIN else given
