@@ -127,7 +127,7 @@ def compare(
     choice = Choice(split.value, allow_mismatch, effective_compute, axis.value if axis else None, plot, margin)
     choice = replace(choice, details=details or markdown or json)
     check_choice(choice)
-    if are_experiments(subjects):
+    if are_experiments(subjects, plugins=plugin or ()):
         grids = expand_all(subjects, overrides, size or [None], plugin or (), results)
         report = compare_experiments(grids, results, choice)
     else:

@@ -65,7 +65,7 @@ def report(
     subjects = [name for name in names if "=" not in name]
     check_out(out)
     plugins = plugin or ()
-    if is_one := is_experiment(subjects, "report"):
+    if is_one := is_experiment(subjects, "report", plugins):
         experiment = expand(find_experiment(subjects[0]), overrides, plugins, finished_in=results)
     else:
         experiment = expand_routers(subjects, task, overrides, plugins)

@@ -29,7 +29,8 @@ def watch(
 
     MaxVio: largest load over the mean, minus 1. dead: experts with less than 1 % of an even load. dropped: assignments
     that no expert computed. entropy: of the router, from 0 (certain) to 1. A line marks each layer that has collapsed.
-    A pipe gets a line for each logged step. Nothing is written; Ctrl-C ends the view alone.
+    A pipe gets a line for each logged step, with the worst layer's value of each: the largest, of entropy the smallest.
+    Nothing is written; Ctrl-C ends the view alone.
     """
     from moebench.analysis.watching.run_history import RunHistory
     from moebench.cli.output import make_console

@@ -15,6 +15,8 @@ class Report:
     """What a command prints, in three forms."""
 
     tables: tuple[Table, ...]
+    heading: tuple[str, ...] = ()
+    """What the tables are of, printed first."""
     caveats: tuple[str, ...] = ()
     """What limits the first table, printed below it."""
     problems: tuple[str, ...] = ()
@@ -31,7 +33,8 @@ class Report:
     def to_rich(self) -> RenderableType:
         """Return the report for a terminal of 80 columns or more."""
         caveats = [Text(line) for line in self.caveats]
-        parts: list[RenderableType] = [] if self.tables else [*caveats]
+        parts: list[RenderableType] = [*map(Text, self.heading), *([Text()] if self.heading else [])]
+        parts += [] if self.tables else caveats
         for index, table in enumerate(self.tables):
             parts += [table.to_rich(), *(caveats if index == 0 else []), Text()]
         parts += [Text(line, style="red" if line.startswith("FAILED") else "yellow") for line in self.problems]
@@ -42,6 +45,7 @@ class Report:
         parts = [table.to_markdown() for table in self.tables]
         parts[1:1] = ["\n".join(f"- {line}" for line in self.caveats)]
         parts += ["\n".join(f"- {line}" for line in lines) for lines in (self.problems, self.notes)]
+        parts.insert(0, "\n".join(f"- {line}" for line in self.heading))
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def to_json(self) -> str:

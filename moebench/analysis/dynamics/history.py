@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moebench.analysis.dynamics.measures import (
@@ -55,6 +54,14 @@ class CheckpointMeasure:
     """Mean cosine of the weights of each expert with its own in the trained model; None without weights."""
     coactivation: float | None
     """Mean over experts of the share of its tokens that its strongest partner has, too; None for one expert a token."""
+    random_coactivation: tuple[float, ...]
+    """The same of random routings with the loads and the numbers of experts of this checkpoint."""
+
+    @property
+    def random_mean(self) -> float | None:
+        """Mean of `random_coactivation`; None where there is none."""
+        values = self.random_coactivation
+        return sum(values) / len(values) if values else None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,8 +70,6 @@ class LayerHistory:
 
     num_experts: int
     checkpoints: tuple[CheckpointMeasure, ...]
-    random_coactivation: tuple[float, ...]
-    """The co-activation of random routings with the loads and the numbers of experts of the trained model."""
     strongest_experts: tuple[int, ...]
     """Experts of the table below."""
     coactivation_EE: Tensor
@@ -75,7 +80,6 @@ class LayerHistory:
         return {
             "num_experts": self.num_experts,
             "checkpoints": [asdict(checkpoint) for checkpoint in self.checkpoints],
-            "random_coactivation": list(self.random_coactivation),
             "coactivation": {"experts": list(self.strongest_experts), "share": self.coactivation_EE.tolist()},
         }
 
@@ -147,6 +151,7 @@ def _measure_layer(layer: str, snapshots: Sequence[_Snapshot]) -> LayerHistory:
     checkpoints = []
     for position, snapshot in enumerate(snapshots):
         table, before = tables[position], tables[position - 1] if position else None
+        coactivation = average_strongest_partner(table)
         checkpoints.append(
             CheckpointMeasure(
                 step=snapshot.step,
@@ -157,15 +162,14 @@ def _measure_layer(layer: str, snapshots: Sequence[_Snapshot]) -> LayerHistory:
                 still_changing=last_changes[position],
                 pair_similarity=compute_pair_similarity(weights[position]),
                 matched_similarity=compute_matched_similarity(weights[position], weights[-1]),
-                coactivation=average_strongest_partner(table),
+                coactivation=coactivation,
+                random_coactivation=() if coactivation is None else draw_random_coactivation(table, layer),
             )
         )
-    random = draw_random_coactivation(tables[-1], layer) if checkpoints[-1].coactivation is not None else ()
     strongest, share_EE = _select_strongest(compute_coactivation(tables[-1]))
     return LayerHistory(
         num_experts=tables[-1].shape[1],
         checkpoints=tuple(checkpoints),
-        random_coactivation=random,
         strongest_experts=strongest,
         coactivation_EE=share_EE,
     )
@@ -188,9 +192,3 @@ def _select_strongest(share_EE: Tensor) -> tuple[tuple[int, ...], Tensor]:
     others_EE = share_EE.nan_to_num(0.0).fill_diagonal_(0.0)
     order = others_EE.max(1).values.argsort(descending=True, stable=True)[:MAX_SHOWN_EXPERTS].sort().values
     return tuple(order.tolist()), share_EE.nan_to_num(0.0)[order][:, order].clone()
-
-
-def summarise_random(layer: LayerHistory) -> tuple[float, float, float] | None:
-    """Return mean, lowest and highest co-activation of the random routings; None where there are none."""
-    values = torch.tensor(layer.random_coactivation, dtype=torch.float64)
-    return (float(values.mean()), float(values.min()), float(values.max())) if len(values) else None

@@ -5,16 +5,15 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from moebench.analysis.dynamics.history import CheckpointMeasure, History, LayerHistory, summarise_random
+from moebench.analysis.dynamics.history import NUM_RANDOM, CheckpointMeasure, History
 from moebench.analysis.specialisation.figures import select_layers
 from moebench.errors import unknown
-from moebench.reporting.canvas import GREY, PALETTE, line_style, new_figure
+from moebench.reporting.canvas import GREY, line_style, new_figure
 from moebench.reporting.formatting import MISSING
 from moebench.reporting.report import Report
 from moebench.reporting.table import Column, Table, number_columns
 
 COLUMNS = (
-    "step",
     "saturation",
     "by chance",
     "churn",
@@ -23,6 +22,7 @@ COLUMNS = (
     "similar pairs",
     "similar to final",
     "co-activation",
+    "at random",
 )
 NOTES = (
     "saturation: share of a token's experts that the trained model chooses, too (OLMoE, arXiv:2409.02060, 5.1);"
@@ -31,7 +31,8 @@ NOTES = (
     " expert; changes later: tokens with any other expert at a later checkpoint.",
     "similar: mean cosine of the weights of two experts, and of an expert with itself in the trained model;"
     " step 0 is the untrained model.",
-    "co-activation: share of an expert's tokens that its strongest partner has, too (5.2), mean over experts.",
+    "co-activation: share of an expert's tokens that its strongest partner has, too (5.2), mean over experts;"
+    f" at random: in {NUM_RANDOM} random routings with the loads and the numbers of experts of this checkpoint.",
 )
 
 
@@ -45,9 +46,12 @@ def build_history_report(history: History, layer: str | None = None) -> Report:
     ]
     table = Table(
         title=f"Routing over training: {history.title}",
-        columns=(Column(header="layer", align="left", is_key=True), *number_columns(*COLUMNS)),
+        columns=(
+            Column(header="layer", align="left", is_key=True),
+            Column(header="step", is_key=True),
+            *number_columns(*COLUMNS),
+        ),
         rows=tuple(rows),
-        notes=tuple(filter(None, (_describe_random(name, value) for name, value in shown.items()))),
     )
     size = f"probe set: {history.probe_set.num_tokens} positions of the validation split"
     return Report(tables=(table,), notes=(*history.notes, *NOTES, f"{size}."), values=history.to_dict())
@@ -67,19 +71,12 @@ def _format_checkpoint(measure: CheckpointMeasure) -> tuple[str, ...]:
         *map(_format_share, shares),
         *(MISSING if value is None else f"{value:.3f}" for value in cosines),
         _format_share(measure.coactivation),
+        _format_share(measure.random_mean),
     )
 
 
 def _format_share(share: float | None) -> str:
     return MISSING if share is None else f"{100 * share:.1f} %"
-
-
-def _describe_random(name: str, layer: LayerHistory) -> str:
-    random = summarise_random(layer)
-    if random is None:
-        return ""
-    mean, low, high = (100 * value for value in random)
-    return f"layer {name}: co-activation of random routings with the same loads {mean:.1f} % ({low:.1f} to {high:.1f})"
 
 
 def draw_history(history: History, path: Path) -> Path:
@@ -90,9 +87,10 @@ def draw_history(history: History, path: Path) -> Path:
         _draw_lines(saturation, history, "", lambda value: value.chance, is_reference=True)
         _draw_lines(churn, history, "experts changed since the checkpoint before", lambda value: value.churn)
         _draw_lines(similarity, history, "cosine of two experts' weights", lambda value: value.pair_similarity)
-        if any(layer.random_coactivation for layer in history.layers.values()):
+        layers = history.layers.values()
+        if any(value.random_coactivation for layer in layers for value in layer.checkpoints):
             _draw_lines(coactivation, history, "co-activation: strongest partner", lambda value: value.coactivation)
-            _draw_random(coactivation, history)
+            _draw_lines(coactivation, history, "", lambda value: value.random_mean, is_reference=True)
         else:
             coactivation.text(0.5, 0.5, "one expert per token:\nno co-activation", ha="center", color=GREY)
             coactivation.set_axis_off()
@@ -115,8 +113,9 @@ def _draw_lines(
 ) -> None:
     """Draw one line per layer; a symmetric log scale shows the first percent of training and the untrained model."""
     for index, name in enumerate(select_layers(list(history.layers))):
-        points = [(value.step, read(value)) for value in history.layers[name].checkpoints]
-        xs, ys = zip(*[(x, y) for x, y in points if y is not None], strict=True) if points else ((), ())
+        values = [(value.step, read(value)) for value in history.layers[name].checkpoints]
+        points = [(step, value) for step, value in values if value is not None]
+        xs, ys = zip(*points, strict=True) if points else ((), ())
         color = line_style(index + 1)["color"]
         if is_reference:
             ax.plot(xs, ys, color=color, linestyle=":", linewidth=1)
@@ -133,10 +132,3 @@ def _set_step_scale(ax: Axes, history: History) -> None:
     ax.set_xticks(steps, [str(step) for step in steps])
     ax.minorticks_off()
     ax.grid(axis="y", color="#e6e6e6", linewidth=0.7)
-
-
-def _draw_random(ax: Axes, history: History) -> None:
-    for index, name in enumerate(select_layers(list(history.layers))):
-        random = summarise_random(history.layers[name])
-        if random is not None:
-            ax.axhline(random[0], color=PALETTE[(index + 1) % len(PALETTE)], linestyle=":", linewidth=1)

@@ -1,7 +1,7 @@
 """Top contexts of the experts of a model of transformers, in its own tokens."""
 
 from moebench.analysis.pretrained.probe import PretrainedProbe
-from moebench.analysis.pretrained.report import require_layer
+from moebench.analysis.pretrained.report import describe_model, require_layer
 from moebench.analysis.specialisation.contexts import TokenText, build_context_table, describe_expert
 from moebench.reporting.report import Report
 
@@ -19,6 +19,7 @@ def build_pretrained_contexts(probe: PretrainedProbe, layer: str | None) -> Repo
     routed, text = probe.to_routed_tokens(stack), read_text(probe, stack)
     experts = [describe_expert(expert, routed.layers[name], text) for expert in range(chosen.num_experts)]
     return Report(
+        heading=describe_model(probe),
         tables=tuple(build_context_table(expert, name) for expert in experts),
         notes=(NOTE,),
         values={"layer": name, "experts": [expert.to_dict() for expert in experts]},

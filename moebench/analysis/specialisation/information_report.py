@@ -10,7 +10,8 @@ NOTES = (
     "bits: I(label; expert), without the bias of a finite sample; chance: where 95 % of permuted labels are;",
     "of label: I / H(label), 1 if the expert determines the label; of routing: I / I(token; expert), 1 if the label"
     " determines the experts;",
-    "given token: I(label; expert | token id), what vocabulary does not explain; untrained, hash, random: bits"
+    "given token: I(label; expert | token id), what vocabulary does not explain, – where it determines the label or its"
+    " tokens repeat too seldom; untrained, hash, random: bits"
     " of the model before training, of experts by a hash of the token id, and of experts at random (docs/probing.md)",
 )
 

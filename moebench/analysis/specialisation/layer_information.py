@@ -4,21 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from moebench.analysis.specialisation.control_routing import route_by_hash, route_randomly
-from moebench.analysis.specialisation.information import (
-    Assignments,
-    Information,
-    Ints,
-    measure_given,
-    measure_information,
-)
-from moebench.analysis.specialisation.permutations import find_units, permute_sequences, permute_within
+from moebench.analysis.specialisation.given_token import measure_given_token
+from moebench.analysis.specialisation.information import Assignments, Information, Ints, measure_information
+from moebench.analysis.specialisation.permutations import permute_sequences
 from moebench.analysis.specialisation.routed_tokens import RoutedTokens
 from moebench.analysis.specialisation.token_labels import LabelColumn
 from moebench.seeds import derive_seed
 
 CONTROLS = ("untrained", "hash", "random")
-DETERMINED_BITS = 1e-9
-"""Entropy of a label given the token, below which the token determines it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +22,7 @@ class LayerInformation:
     controls: dict[str, Information]
     """Control -> the same for its routing; without those that do not apply."""
     given_token: Information | None
-    """Information given the token's id; None where there are no tokens, and for labels that the token determines."""
+    """Information given the token's id; None where it is not known (`measure_given_token`)."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""
@@ -83,15 +76,7 @@ def measure_layer(
             name: measure_information(label_T, num_labels, assignments, permute, (of_controls, seed))
             for name, assignments in layer.controls.items()
         },
-        given_token=_measure_given_token(layer, column, (num_permutations, seed)),
+        given_token=None
+        if layer.token_ids is None
+        else measure_given_token(column, layer.trained, layer.token_ids, layer.sequence_T, (num_permutations, seed)),
     )
-
-
-def _measure_given_token(layer: ControlledLayer, column: LabelColumn, sampling: tuple[int, int]) -> Information | None:
-    if layer.token_ids is None or column.name == "token_id":
-        return None
-    id_T, _ = layer.token_ids
-    units_T = find_units(column.label_T, id_T, layer.sequence_T)
-    permute = permute_within(column.label_T, id_T, units_T)
-    given = measure_given(column.label_T, len(column.values), layer.trained, layer.token_ids, permute, sampling)
-    return None if given.label_entropy < DETERMINED_BITS else given

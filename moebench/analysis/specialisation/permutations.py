@@ -54,11 +54,11 @@ def permute_within(label_T: Ints, group_T: Ints, units_T: Ints) -> Permute:
 
 
 def find_units(label_T: Ints, group_T: Ints, sequence_T: Ints) -> Ints:
-    """Return the units of `permute_within`: single tokens, or those of a group in a sequence.
+    """Return the units of `permute_within`: the tokens of a sequence with the same group and label.
 
-    The latter where the label is constant in each sequence: all occurrences of a token in a document have its domain.
+    All occurrences of a token in a document have its domain, and those that follow each other mostly the same part of
+    the document; their experts are alike, so that single tokens must not be exchanged.
     """
-    _, first_S, sequence_T = np.unique(sequence_T, return_index=True, return_inverse=True)
-    if (label_T[first_S][sequence_T] == label_T).all():
-        return sequence_T * (int(group_T.max(initial=0)) + 1) + group_T
-    return np.arange(len(label_T))
+    num_groups, num_labels = int(group_T.max(initial=0)) + 1, int(label_T.max(initial=0)) + 1
+    units_T: Ints = (sequence_T * num_groups + group_T) * num_labels + label_T
+    return units_T

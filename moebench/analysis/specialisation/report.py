@@ -1,7 +1,7 @@
 """The specialisation of the experts of one finished run: its tables of labels and experts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,11 @@ from moebench.training.label_tables import LabelTable, read_label_tables
 
 NUM_EXPERTS = 3
 """Experts named for each label."""
+STORED = "stored by the run, of its whole test split"
+PART_NOTE = (
+    "of what is known: the label's part of I(label; expert) in the layer of the table, p(label) times the divergence of"
+    " its experts from those of all tokens; parts add up to 100 % (docs/probing.md)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +68,16 @@ def find_best_layer(table: LabelTable) -> str:
     return max(table.information, key=table.information.__getitem__)
 
 
-def build_label_tables(tables: Mapping[str, LabelTable], layer: str | None) -> tuple[Table, ...]:
-    """Return a table of each kind of label: the experts of each label in a layer, by default the most informed one."""
-    return tuple(_build_label_table(kind, table, layer or find_best_layer(table)) for kind, table in tables.items())
+def build_label_tables(tables: Mapping[str, LabelTable], layer: str | None, origin: str = STORED) -> tuple[Table, ...]:
+    """Return a table of each kind of label: the experts of each label in a layer, by default the most informed one.
+
+    `origin`: for the legend, where the tables are from.
+    """
+    shown = [_build_label_table(kind, table, layer or find_best_layer(table)) for kind, table in tables.items()]
+    if shown:
+        legend = (f"I / H(label), not corrected: {origin}, normalised, with the bias of a finite sample;", PART_NOTE)
+        shown[-1] = replace(shown[-1], notes=(*shown[-1].notes, *legend))
+    return tuple(shown)
 
 
 def _build_label_table(kind: str, table: LabelTable, layer: str) -> Table:
@@ -73,7 +85,8 @@ def _build_label_table(kind: str, table: LabelTable, layer: str) -> Table:
     shown = f"{len(rows) - 1} of {num_labels} labels: those about which the layer has the most information"
     headers = ("share", "of what is known", f"experts of layer {layer}")
     return Table(
-        title=f"{kind}: " + ", ".join(f"layer {name} {value:.3f}" for name, value in table.information.items()),
+        title=f"{kind}, I / H(label), not corrected: "
+        + ", ".join(f"layer {name} {value:.3f}" for name, value in table.information.items()),
         columns=(
             Column(header=kind, align="left", wraps=True),
             *(Column(header=header) for header in headers[:2]),

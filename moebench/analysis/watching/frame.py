@@ -59,7 +59,7 @@ def describe_state(history: RunHistory) -> str:
 
 
 def build_line(history: RunHistory) -> str:
-    """Return the newest values in one line, for output that is no terminal."""
+    """Return the newest value of the worst layer of each quantity in one line, for output that is no terminal."""
     columns = {name: [series[name].last for series in history.layers.values()] for name in QUANTITIES}
     parts = [f"step {history.step}/{history.num_steps}", f"loss {_format(history.loss.last)}"]
     for name, values in columns.items():

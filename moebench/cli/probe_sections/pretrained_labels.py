@@ -25,7 +25,8 @@ def build_report(request: ProbeRequest) -> Report:
     tables = tabulate_labels(probe, request.label)
     if request.plot:
         draw_labels(tables, path=request.plot, title=f"Who takes what: {probe.folder.family.title}")
-    shown = build_label_tables({name: table for name, table in tables.items() if table.information}, request.layer)
+    informed = {name: table for name, table in tables.items() if table.information}
+    shown = build_label_tables(informed, request.layer, "of the tokens of this probe")
     if measured is not None:
         information = build_information_table(measured, request.layer)
         title = f"What experts say about labels, in bits: {measured.num_tokens:,} tokens"
@@ -36,4 +37,4 @@ def build_report(request: ProbeRequest) -> Report:
         "tables": {name: table.to_dict() for name, table in tables.items()},
         "information": measured.to_dict() if measured else None,
     }
-    return Report(tables=shown, caveats=describe_model(probe), values=values)
+    return Report(tables=shown, heading=describe_model(probe), values=values)

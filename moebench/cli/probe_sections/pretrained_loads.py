@@ -15,4 +15,4 @@ def build_report(request: ProbeRequest) -> Report:
     require_layer(probe, request.layer)
     loads = measure_loads(probe)
     table = build_load_table(loads, request.layer)
-    return Report(tables=(table,), caveats=describe_model(probe), values={"model": probe.to_dict(), "layers": loads})
+    return Report(tables=(table,), heading=describe_model(probe), values={"model": probe.to_dict(), "layers": loads})

@@ -120,6 +120,7 @@ def join_reports(reports: Mapping[str, "Report"], heading: Mapping[str, object])
     every = list(reports.values())
     return Report(
         tables=tuple(table for report in every for table in report.tables),
+        heading=chain([report.heading for report in every]),
         caveats=chain([report.caveats for report in every]),
         problems=chain([report.problems for report in every]),
         notes=chain([report.notes for report in every]),

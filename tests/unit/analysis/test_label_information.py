@@ -7,6 +7,7 @@ import pytest
 from sklearn.metrics import adjusted_mutual_info_score, mutual_info_score
 
 from moebench.analysis.specialisation.control_routing import route_by_hash, route_randomly
+from moebench.analysis.specialisation.given_token import measure_given_token
 from moebench.analysis.specialisation.information import (
     Assignments,
     Ints,
@@ -16,6 +17,7 @@ from moebench.analysis.specialisation.information import (
     measure_information,
 )
 from moebench.analysis.specialisation.permutations import find_units, permute_sequences, permute_within
+from moebench.analysis.specialisation.token_labels import LabelColumn
 
 
 def assign(expert_T: Ints | list[int], num_experts: int = 4) -> Assignments:
@@ -190,6 +192,49 @@ def test_a_topic_beyond_vocabulary_is_found() -> None:
     _, given, p = measure_topic(topic_T, token_T, sequence_T, by_both[topic_T, token_T])
     assert given > 0.5
     assert p == pytest.approx(1 / 40)
+
+
+def draw_parts(seed: int, num_sequences: int = 40) -> tuple[LabelColumn, tuple[Ints, int], Ints, Assignments]:
+    """Return quarters of sequences, their tokens, and experts of the token that are alike inside a sequence."""
+    generator = np.random.default_rng(seed)
+    sequence_T = np.repeat(np.arange(num_sequences), 60)
+    part_T = np.tile(np.arange(60) // 15, num_sequences)
+    token_T = np.repeat(generator.zipf(1.4, len(part_T) // 5) % 30, 5)  # tokens come in bursts
+    by_both = generator.integers(0, 6, (num_sequences, 30))
+    expert_T = np.where(
+        generator.random(len(part_T)) < 0.5, by_both[sequence_T, token_T], generator.integers(0, 6, len(part_T))
+    )
+    return (
+        LabelColumn(name="position", values=("1", "2", "3", "4"), label_T=part_T),
+        (token_T, 30),
+        sequence_T,
+        assign(expert_T, 6),
+    )
+
+
+def test_sequences_that_are_alike_say_nothing_about_parts_of_them() -> None:
+    by_unit, by_token = [], []
+    for seed in range(40):
+        column, tokens, sequence_T, routing = draw_parts(seed)
+        given = measure_given_token(column, routing, tokens, sequence_T, (39, seed))
+        assert given is not None
+        by_unit.append(given.p <= 0.05)
+        single = permute_within(column.label_T, tokens[0], np.arange(len(sequence_T)))
+        by_token.append(measure_given(column.label_T, 4, routing, tokens, single, (39, seed)).p <= 0.05)
+    assert np.mean(by_unit) <= 0.07
+    assert np.mean(by_token) > 0.2
+
+
+def test_what_a_small_sample_cannot_tell_is_left_out() -> None:
+    column, tokens, sequence_T, routing = draw_parts(0, num_sequences=31)
+    assert measure_given_token(column, routing, tokens, sequence_T, (19, 0)) is None
+    column, (token_T, _), sequence_T, routing = draw_parts(0)
+    rare = np.arange(len(token_T)) // 5  # all occurrences of a token follow each other
+    assert measure_given_token(column, routing, (rare, len(rare)), sequence_T, (19, 0)) is None
+    hashed = assign(token_T % 6, 6)  # the token determines the expert: nothing is left, whatever the sample
+    given = measure_given_token(column, hashed, (token_T, 30), sequence_T * 0, (19, 0))
+    assert given is not None
+    assert given.corrected == pytest.approx(0)
 
 
 def test_the_estimate_is_less_biased_than_the_sample() -> None:

@@ -99,8 +99,7 @@ def test_a_hash_router_is_found_by_its_tokens(data: dict[str, dict[str, Any]], c
 def test_a_domain_router_is_found_beyond_vocabulary(data: dict[str, dict[str, Any]], cache: Path) -> None:
     value = last_layer(measure_run(open_run(data, cache, "language", "domain"), OPTIONS), "domain")
     assert value.trained.of_label == pytest.approx(1)
-    # So few sequences have no other order of domains given their tokens: only the plug-in value shows it.
-    assert value.given_token.plug_in == pytest.approx(value.given_token.label_entropy)
+    assert value.given_token is None  # so few sequences have hardly another order of domains given their tokens
 
 
 def test_a_random_router_says_nothing(data: dict[str, dict[str, Any]], cache: Path) -> None:

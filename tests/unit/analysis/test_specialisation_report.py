@@ -11,7 +11,12 @@ from support.run_folders import write_cell
 
 from moebench.analysis.figures import Figures
 from moebench.analysis.specialisation.figures import draw_labels, expert_preference, informative_labels, select_layers
-from moebench.analysis.specialisation.report import build_label_rows, find_best_layer, read_label_report
+from moebench.analysis.specialisation.report import (
+    build_label_rows,
+    build_label_tables,
+    find_best_layer,
+    read_label_report,
+)
 from moebench.errors import UsageError
 from moebench.runs.folder import RunFolder
 from moebench.training.label_tables import LabelTable, label_tables_to_json
@@ -50,6 +55,14 @@ def test_rows_by_hand() -> None:
         ("cow", "37.5 %", "58.2 %", "1: 83 %, 0: 17 %"),
         ("all", "100.0 %", "100.0 %", "0: 50 %, 1: 50 %"),
     ]
+
+
+def test_titles_say_that_their_numbers_are_stored_and_not_corrected() -> None:
+    first, last = build_label_tables({"class": TABLE, "kind": TABLE}, None)
+    assert first.title.startswith("class, I / H(label), not corrected: layer 0 0.0")
+    assert not first.notes
+    assert "stored by the run, of its whole test split" in last.notes[0]
+    assert last.notes[1].startswith("of what is known: ")
 
 
 def test_the_figure_has_many_labels_layers_and_dead_experts(tmp_path: Path) -> None:

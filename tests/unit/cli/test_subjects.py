@@ -1,8 +1,10 @@
 """Words of `moebench compare`: experiments, routers, and mixtures of them."""
 
+from pathlib import Path
+
 import pytest
 
-from moebench.cli.subjects import are_experiments
+from moebench.cli.subjects import are_experiments, is_experiment
 from moebench.errors import UsageError
 
 
@@ -10,7 +12,7 @@ def test_experiments_and_routers_are_told_apart():
     assert are_experiments(["quickstart"])
     assert are_experiments(["a.yaml", "folder/b.yml", "routers_language"])
     assert not are_experiments(["switch", "top_k"])
-    assert not are_experiments(["my_router"])  # of a plugin, or unknown: resolved later
+    assert not are_experiments(["my_router"], plugins=["my_plugin"])
 
 
 @pytest.mark.parametrize(
@@ -24,3 +26,16 @@ def test_experiments_and_routers_are_told_apart():
 def test_mixtures_are_refused(words, message):
     with pytest.raises(UsageError, match=message):
         are_experiments(words)
+
+
+def test_a_mistyped_experiment_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("experiments").mkdir()
+    Path("experiments/tiny.yaml").touch()
+    with pytest.raises(UsageError, match=r"^report: 'tiny2' is no experiment, .* Did you mean 'tiny'\?$"):
+        is_experiment(["tiny2"], "report")
+    Path("mine.yaml").touch()
+    with pytest.raises(UsageError, match=r"Did you mean the file 'mine\.yaml'\?$"):
+        is_experiment(["mine"], "report")
+    assert not is_experiment(["swich"], "report")  # nearer to a router, whose error has the names
+    assert not is_experiment(["tiny2"], "report", plugins=["my_plugin"])

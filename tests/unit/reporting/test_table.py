@@ -63,6 +63,12 @@ def test_caveats_stand_below_the_first_table() -> None:
     assert Report(tables=(), caveats=("an early look",), values={}).to_markdown() == "- an early look\n"
 
 
+def test_a_heading_stands_before_the_tables() -> None:
+    report = Report(tables=(TABLE,), heading=("a model", "0.9 bits per byte"), values={})
+    assert report.to_markdown().startswith("- a model\n- 0.9 bits per byte\n\n**Loads")
+    assert render(report).startswith("a model\n0.9 bits per byte\n\nLoads")
+
+
 def test_a_report_has_tables_then_problems_then_notes() -> None:
     report = Report(tables=(TABLE,), problems=("FAILED a", "MISSING b"), notes=("a legend",), values={"x": 1})
     assert report.to_markdown().endswith("- second note\n\n- FAILED a\n- MISSING b\n\n- a legend\n")
