@@ -49,9 +49,9 @@ def test_reading_commands_run_no_code_of_a_checkpoint(
 
 
 def test_a_probe_of_kept_weights_runs_no_code(copied: CommandLine, warm: WarmCommandLine) -> None:
+    shutil.rmtree(copied.folder / "results" / "runs")
+    warm.train(copied, "train.keep_checkpoints=[1]")
     folder = Results(copied.folder / "results").folder("switch", 0)
-    shutil.copytree(folder / "checkpoints", folder / "kept")
-    (folder / "kept").rename(folder / "checkpoints" / "kept")
     (checkpoint,) = (folder / "checkpoints" / "kept").glob("*.ckpt")
     store_object_as_weight(checkpoint, copied.folder / "marker")
     for section in ("history", "ablations"):
