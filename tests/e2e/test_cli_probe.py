@@ -35,7 +35,7 @@ def test_a_run_as_text_and_as_a_figure(finished: CommandLine, warm: WarmCommandL
     run = id_of(finished, "switch")
     ended = warm(finished, "probe", run, "--label", "token", "--permutations", "0", "--plot", str(file))
     assert (ended.code, ended.err) == (0, "")
-    assert "token: layer 1 0." in ended.out
+    assert "token, I / H(label), not corrected: layer 1 0." in ended.out
     assert all(word in ended.out for word in ("word start", "inside word", "space", "experts of layer 1"))
     assert "domain" not in ended.out
     assert file.read_bytes().startswith(b"\x89PNG")
