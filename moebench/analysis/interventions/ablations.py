@@ -46,7 +46,7 @@ class Target:
 
     @property
     def name(self) -> str:
-        """What is changed, without the layer."""
+        """Name of the change, without the layer."""
         names = {"shuffled": "tokens shuffled", "random": "random router", "expert": f"expert {self.expert}"}
         return names.get(self.kind, f"router of step {self.step}")
 

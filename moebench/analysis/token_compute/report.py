@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moebench.analysis import statistics as st
 from moebench.analysis.token_compute.correlation import Values, bootstrap_interval, spearman
@@ -52,7 +53,7 @@ class LayerCompute:
     mean: float
     sd: float
     histogram: dict[str, int]
-    """Number of experts -> tokens; of the mean over layers: rounded."""
+    """Number of experts -> tokens; of all layers together: pairs of token and layer."""
     dense: Correlation | None
     """With the loss under the dense arm; None without one."""
     own: Correlation
@@ -71,17 +72,21 @@ class LayerCompute:
 
 def summarise_layers(table: TokenTable) -> list[LayerCompute]:
     """Return each layer, and the mean over all of them where there are several."""
-    layers = [_summarise(name, count_N.astype(np.float64), table) for name, count_N in table.count.items()]
-    return [*layers, _summarise(ALL_LAYERS, table.mean_count, table)] if len(layers) > 1 else layers
+    counts = table.count
+    layers = [_summarise(name, count_N.astype(np.float64), count_N, table) for name, count_N in counts.items()]
+    if len(layers) == 1:
+        return layers
+    pooled = np.concatenate(list(counts.values()))  # rounding a token's mean would hide tokens of half an expert
+    return [*layers, _summarise(ALL_LAYERS, table.mean_count, pooled, table)]
 
 
-def _summarise(name: str, count_N: Values, table: TokenTable) -> LayerCompute:
+def _summarise(name: str, count_N: Values, counted: NDArray[Any], table: TokenTable) -> LayerCompute:
     def correlate(loss_N: Values) -> Correlation:
         return Correlation(
             value=spearman(count_N, loss_N), interval=bootstrap_interval(count_N, loss_N, table.sequence)
         )
 
-    numbers, tokens = np.unique(np.rint(count_N).astype(int), return_counts=True)
+    numbers, tokens = np.unique(np.rint(counted).astype(int), return_counts=True)
     return LayerCompute(
         layer=name,
         mean=float(count_N.mean()),

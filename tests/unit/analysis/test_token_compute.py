@@ -102,6 +102,10 @@ def test_report_and_figure(results: Path, tmp_path: Path) -> None:
     layers = report.values["layers"]
     assert list(layers) == ["0", "1", "all, mean"]
     assert sum(layers["0"]["histogram"].values()) == len(tables[0].own_loss)
+    for layer in layers.values():  # of all layers too: rounding the mean of each token would not give the mean
+        pairs_of_count = layer["histogram"].items()
+        num_pairs = sum(layer["histogram"].values())
+        assert sum(int(count) * n for count, n in pairs_of_count) / num_pairs == pytest.approx(layer["mean"])
     low, high = layers["0"]["spearman_dense_loss"]["interval"]
     assert low <= layers["0"]["spearman_dense_loss"]["value"] <= high
     assert set(report.values["seeds"]["loss under the dense arm"]["by_seed"]) == {"0", "2"}
