@@ -91,11 +91,20 @@ class ExportedRun:
 def export_run(run: TrainedRun, options: ExportOptions, results: Path) -> ExportedRun:
     """Write a run's weights, configuration, tokenizer and model card to `options.out`; check the options before.
 
-    Raises UsageError for weights that are not there, for a model that no architecture of transformers computes (with
-    format `hf`), and for a disk that is too small.
+    Raises UsageError for weights that are not there, and as `write_model` does.
     """
     model, step = _load(run, options.step)
-    weights = model.state_dict()
+    return write_model(run, model.state_dict(), step, options, results)
+
+
+def write_model(
+    run: TrainedRun, weights: Mapping[str, Tensor], step: int, options: ExportOptions, results: Path
+) -> ExportedRun:
+    """Write weights as those of a run after a step.
+
+    Raises UsageError for a model that no architecture of transformers computes (with format `hf`), and for a disk that
+    is too small.
+    """
     dtype = DTYPES[options.dtype]
     source = _describe(run, weights, dtype) if options.format == "hf" else TensorSource(weights=weights, dtype=dtype)
     texts = {CONFIG: _format_config(run, source), **_format_tokenizer_files(run, options.format)}

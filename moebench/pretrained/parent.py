@@ -53,8 +53,10 @@ class ParentModel:
 class ParentWeights(Mapping[str, Tensor]):
     """The weights of a folder by our names; each is read from the disk, in its stored type, when it is asked for."""
 
-    def __init__(self, tensors: Mapping[str, StoredTensor], maps: Mapping[str, WeightMap], vocab_size: int) -> None:
-        """`vocab_size`: rows of the embedding and the head that are read; those after them are padding."""
+    def __init__(
+        self, tensors: Mapping[str, StoredTensor], maps: Mapping[str, WeightMap], vocab_size: int | None
+    ) -> None:
+        """`vocab_size`: rows of the embedding and the head that are read; those after them are padding. None: all."""
         self._tensors, self._maps, self._vocab_size = tensors, maps, vocab_size
 
     @override
@@ -83,7 +85,9 @@ class ParentWeights(Mapping[str, Tensor]):
         return {name: self._shape(weight) for name, weight in self._maps.items()}
 
     def _shape(self, weight: WeightMap) -> tuple[int, ...]:
-        return (self._vocab_size, *weight.shape[1:]) if weight.name in VOCABULARY else weight.shape
+        if self._vocab_size is None or weight.name not in VOCABULARY:
+            return weight.shape
+        return (self._vocab_size, *weight.shape[1:])
 
 
 def read_parent(folder: PretrainedFolder) -> ParentModel:
@@ -129,7 +133,7 @@ def _read_own(folder: PretrainedFolder, file: str) -> ParentModel:
     if (folder.path / TOKENIZER).exists():
         settings["task"] = {"data": {"tokenizer": name_tokenizer(folder)}}
     maps = {name: map_one(name, (name, tensor.shape)) for name, tensor in folder.tensors.items()}
-    weights = ParentWeights(folder.tensors, maps, folder.vocab_size)
+    weights = ParentWeights(folder.tensors, maps, vocab_size=None)
     return ParentModel(folder=folder, settings=settings, weights=weights, vocab_size=folder.vocab_size, cell=cell)
 
 

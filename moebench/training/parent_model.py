@@ -1,6 +1,6 @@
 """The model of a pretrained folder, with a task on which it can be evaluated or trained."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -8,12 +8,22 @@ from torch import Tensor
 from moebench.config import merge_settings, resolve
 from moebench.errors import UsageError
 from moebench.pretrained.families import CONFIG
-from moebench.pretrained.parent import ParentModel
+from moebench.pretrained.folder import open_pretrained
+from moebench.pretrained.parent import ParentModel, read_parent
+from moebench.registry import load_plugin
 from moebench.schema import CellConfig
 from moebench.tasks.task import Task
 from moebench.training.model import Model, build_model, prepare_task
 
 LANGUAGE = {"task": {"name": "language"}}
+
+
+def load_pretrained(name: str, results: Path, plugins: Sequence[str | Path] = ()) -> tuple[Model, Task]:
+    """Return the model of `hf:PATH` in evaluation mode, and its task, as `load_parent_model` does."""
+    for plugin in plugins:
+        load_plugin(str(plugin))
+    model, task = load_parent_model(read_parent(open_pretrained(name, requires_experts=False)), results)
+    return model.eval(), task
 
 
 def load_parent_model(parent: ParentModel, results: Path) -> tuple[Model, Task]:
@@ -34,8 +44,11 @@ def load_parent_model(parent: ParentModel, results: Path) -> tuple[Model, Task]:
 
 def describe_cell(parent: ParentModel) -> CellConfig:
     """Return the cell of a pretrained model: that of its run, or one with the settings of its configuration."""
-    lower = LANGUAGE if parent.cell is None else parent.cell
-    return resolve(merge_settings(lower, parent.settings))
+    settings = merge_settings(LANGUAGE, parent.settings) if parent.cell is None else parent.cell
+    try:
+        return resolve(settings)
+    except UsageError as error:
+        raise UsageError(f"{parent.folder.path / CONFIG}: {error}") from error
 
 
 def _require_same_shapes(state: Mapping[str, Tensor], parent: ParentModel) -> None:

@@ -21,8 +21,9 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 tokens = tokenizer("The river ", return_tensors="pt")
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=40)[0]))
 ```""",
-    "safetensors": """The weights have the names of moebench, and `config.json` has the configuration of the run; transformers
-does not load it. `init: {from: hf:FOLDER}` in an experiment of moebench continues from it, and in Python:
+    "safetensors": """`config.json` has the configuration of the run, and the weights have the names of moebench:
+transformers does not load them. `init: {from: hf:FOLDER}` in an experiment of moebench continues from them, and in
+Python:
 
 ```python
 import moebench
