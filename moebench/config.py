@@ -189,6 +189,9 @@ def cell_id(config: CellConfig, data_digest: str, plugin_digests: Sequence[str] 
             _drop(plain[section], key.split("."))
     for key in config.train.list_unused_keys():
         _drop(plain["train"], [key])
+    for section in plain:
+        for key in getattr(getattr(config, section), "LEFT_OUT_AT_DEFAULT", ()):
+            _drop_default(plain[section], getattr(config, section), key)
     if config.train.spike_policy == "record":
         for key in SPIKE_KEYS:
             _drop(plain["train"], [key])
@@ -202,6 +205,13 @@ def _drop(plain: dict[str, Any], path: list[str]) -> None:
     for key in path[:-1]:
         plain = plain.get(key) or {}
     plain.pop(path[-1], None)
+
+
+def _drop_default(plain: dict[str, Any], section: Any, key: str) -> None:
+    entry = {entry.name: entry for entry in dataclasses.fields(section)}[key]
+    default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+    if getattr(section, key) == default:
+        _drop(plain, [key])
 
 
 def _defaults(kind: str, name: str) -> Any:

@@ -95,7 +95,7 @@ class TrainConfig(OptimizerConfig, StepConfig, CheckpointConfig):
         "threads": at_least_1_up_to(1024),
         **dict.fromkeys(("eval_every", "log_every", "checkpoint_every"), AT_LEAST_1),
         **dict.fromkeys(("learning_rate", "clip_norm"), POSITIVE_FINITE),
-        "warmup_steps": AT_LEAST_0,
+        **dict.fromkeys(("warmup_steps", "skip_batches"), AT_LEAST_0),
         **dict.fromkeys(("weight_decay", "z_loss"), AT_LEAST_0_FINITE),
         **dict.fromkeys(("beta1", "beta2"), BELOW_1),
         "final_rate": FRACTION,

@@ -159,6 +159,7 @@ def summarise_data(task: Task) -> DataSummary:
         token_count_V=task.token_count_V,
         sequence_length=task.sequence_length,
         num_domains=task.num_trained_domains,
+        domains=tuple(task.domains),
     )
 
 
