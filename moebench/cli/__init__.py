@@ -8,6 +8,7 @@ from moebench.cli import (
     calibrate,
     compare,
     curve,
+    ensemble,
     listing,
     plan,
     prepare,
@@ -35,6 +36,7 @@ app.command("run")(run.run)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
 app.command("curve")(curve.curve)
+app.command("ensemble")(ensemble.ensemble)
 app.command("scaling")(scaling.scaling)
 app.command("plan")(plan.plan)
 app.command("prepare")(prepare.prepare)
