@@ -53,7 +53,9 @@ def load_initial_weights(
     state = model.state_dict()
     check_settings(config, parent.settings, parent.label)
     plan = plan_load(config, {name: value.shape for name, value in state.items()}, parent)
-    return take_weights(config, plan, state, parent)
+    loaded = take_weights(config, plan, state, parent)
+    model.new_experts = loaded.new_experts
+    return loaded
 
 
 @torch.no_grad()
