@@ -18,6 +18,7 @@ from moebench.experiment.grid import Experiment
 from moebench.experiment.live_tracking import start_tracker, stop_tracker
 from moebench.experiment.memory import count_fitting_cells, require_memory
 from moebench.experiment.model_costs import ModelCosts
+from moebench.experiment.parents import require_parents
 from moebench.experiment.plan import cell_state
 from moebench.experiment.reshard import reshard
 from moebench.experiment.run_setup import RunOptions, RunSetup
@@ -148,6 +149,7 @@ def _require_resources(results: Path, cells: list[Cell], costs: ModelCosts, opti
         require_memory(cells, costs)
     require_disk_space(results, cells, costs)
     require_epochs(cells, costs)
+    require_parents(cells, costs)
 
 
 def _read_state(results: Path, cell: Cell) -> str:
