@@ -12,6 +12,7 @@ from typing import Any
 
 from moebench.config import cell_id
 from moebench.errors import UsageError
+from moebench.experiment.cell_sources import RUN_PREFIX, list_sources, replace_sources
 from moebench.runs.cell import Cell
 from moebench.runs.checked_json import require_types
 
@@ -124,18 +125,23 @@ class SeedPlan:
 
 def identify_settings(cell: Cell) -> str:
     """Return the id that all seeds of an arm have in common."""
-    return cell_id(replace(cell.config, seed=0), cell.data_digest, cell.plugin_digests)
+    return change_seed(cell, 0).id
 
 
 def change_seed(cell: Cell, seed: int) -> Cell:
-    """Return the cell of the same arm with another seed."""
+    """Return the cell of the same arm with another seed, and so with parents of that seed."""
     config = replace(cell.config, seed=seed)
+    parents = tuple(change_seed(parent, seed) for parent in cell.parents)
+    if parents:
+        renamed = {f"{RUN_PREFIX}{old.id}": f"{RUN_PREFIX}{new.id}" for old, new in zip(cell.parents, parents, strict=True)}
+        config = replace_sources(config, [renamed.get(source, source) for source in list_sources(config)])
     return replace(
         cell,
         id=cell_id(config, cell.data_digest, cell.plugin_digests),
         seed=seed,
         config=config,
         varies={**cell.varies, "seed": seed},
+        parents=parents,
     )
 
 
