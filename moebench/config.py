@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
-from moebench.conversion import NULL, apply_values, require_readable
+from moebench.conversion import NULL, apply_values, key_of, require_readable
 from moebench.errors import UsageError
+from moebench.init_config import InitConfig
 from moebench.registry import get_registry
 from moebench.schema import COMPONENTS, DEFAULT_NAMES, SECTIONS, CellConfig, ExperimentConfig
 from moebench.stage_config import StageConfig, split_stage_key
@@ -157,7 +158,7 @@ def component_keys(kind: str, name: str) -> set[str]:
 
 def to_plain(config: Any) -> dict[str, Any]:
     """Return a configuration as dictionaries, lists and scalars, ready for JSON and YAML."""
-    return {entry.name: _plain_value(getattr(config, entry.name)) for entry in dataclasses.fields(config)}
+    return {key_of(entry.name): _plain_value(getattr(config, entry.name)) for entry in dataclasses.fields(config)}
 
 
 def _plain_value(value: Any) -> Any:
@@ -214,6 +215,10 @@ def cell_id(config: CellConfig, data_digest: str, plugin_digests: Sequence[str] 
             _drop(plain["train"], [key])
     elif config.train.spike_policy == "rewind":  # to a checkpoint
         plain["train"]["checkpoint_every"] = config.train.checkpoint_every
+    if config.init == InitConfig():
+        del plain["init"]  # so that cells without a parent keep the ids that they had before there were parents
+    else:
+        plain["init"]["from"] = [parent.name_in_id for parent in config.init.parents]
     content = {"schema": SCHEMA, "config": plain, "data": data_digest, "plugins": sorted(plugin_digests)}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 

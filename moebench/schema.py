@@ -9,6 +9,7 @@ from moebench.checkpoint_config import CheckpointConfig
 from moebench.components import LayoutConfig, RouterConfig, TaskConfig
 from moebench.conversion import Untyped
 from moebench.errors import require
+from moebench.init_config import InitConfig
 from moebench.model_config import ModelConfig as ModelConfig
 from moebench.optimizer_config import OptimizerConfig
 from moebench.ranges import (
@@ -29,7 +30,7 @@ from moebench.tuning_config import TuneConfig
 
 COMPONENTS = ("task", "layout", "router")
 """The sections of a cell that a `name` picks from a registry."""
-SECTIONS = ("model", "train", "balance", "parallel")
+SECTIONS = ("model", "train", "balance", "parallel", "init")
 """The sections that have the same keys in every cell."""
 
 
@@ -212,7 +213,7 @@ class ParallelConfig:
 class CellConfig:
     """One training run: together with the content of the data it determines every number.
 
-    Besides the keys below a cell has the sections task, model, layout, router, train, balance and parallel.
+    Besides the keys below a cell has the sections task, model, layout, router, train, balance, parallel and init.
     """
 
     task: TaskConfig
@@ -225,6 +226,8 @@ class CellConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    """Weights before the first step, where they are not drawn from the seed alone."""
     seed: int = 0
     """Seed of initial weights, data order and routing noise; from 0 to 2^31 - 1."""
     allow_noncausal: bool = False
@@ -238,6 +241,8 @@ class CellConfig:
         is_shared = base_width is not None and self.model.tie_embeddings
         allowed = "null with model.tie_embeddings, whose weights would need one rate as input and another as output"
         require(not is_shared, "train.mup_base_width", base_width, allowed)
+        has_new = self.train.trainable != "new_experts" or self.init.has_parent
+        require(has_new, "train.trainable", self.train.trainable, "another value where init.from is null")
 
 
 DEFAULT_NAMES = {"task": "language", "layout": "every_n", "router": "switch"}

@@ -7,8 +7,6 @@ from moebench.conversion import Untyped
 from moebench.errors import UsageError, require, unknown
 from moebench.file_access import require_plain_name
 
-PREFIX = "stage:"
-"""Of an initial weight's source that is a run of an earlier stage."""
 RESERVED_NAMES = ("tuning",)
 """The runs of a stage are the experiment EXPERIMENT-STAGE, and those of tuning are EXPERIMENT-tuning."""
 
@@ -26,8 +24,8 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         require_plain_name(self.name, "stages: name of a stage")
-        is_free = self.name not in RESERVED_NAMES and not set(self.name) & set(":/= ")
-        require(is_free, "stages: name of a stage", repr(self.name), "other names, without spaces, ':', '/' and '='")
+        is_free = self.name not in RESERVED_NAMES and not set(self.name) & set(":/@= ")
+        require(is_free, "stages: name of a stage", repr(self.name), "another name, without spaces and : / @ =")
         if not isinstance(self.base, Mapping):
             raise UsageError(f"stages.{self.name}.base: must be a mapping of keys to values, got {self.base!r}")
         for key, values in self.grid.items():

@@ -65,7 +65,8 @@ def plan(
     from moebench.experiment.plan import plan_cells
     from moebench.experiment.stage_runs import list_earlier_cells
 
-    grid = expand(find_experiment(experiment), add_size(overrides, size), plugin or (), print_progress("arms checked"))
+    on_progress, overrides = print_progress("arms checked"), add_size(overrides, size)
+    grid = expand(find_experiment(experiment), overrides, plugin or (), on_progress, results=results)
     if power:
         _show_power(grid, results, grid.margin if margin is None else margin, json=json)
         return

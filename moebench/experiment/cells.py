@@ -7,10 +7,9 @@ from typing import Any
 from moebench.config import cell_id
 from moebench.errors import UsageError, nearest, unknown
 from moebench.experiment.arms import Arm
-from moebench.experiment.cell_sources import RUN_PREFIX, list_sources, replace_sources
+from moebench.init_config import Parent
 from moebench.registry import Plugin, select_plugins
 from moebench.runs.cell import Cell
-from moebench.stage_config import PREFIX
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,18 +35,18 @@ class CellBuilder:
     def build(self, arm: Arm, seed: int) -> Cell:
         """Return the cell of an arm and a seed; raise UsageError where it starts from a run that no stage has."""
         config, parents = replace(arm.config, seed=seed), list[Cell]()
-        sources = []
-        for source in list_sources(config):
-            if source.startswith(PREFIX):
+        sources = list[Parent]()
+        for source in config.init.parents:
+            if source.kind == "stage":
                 cells = [self._build_parent(*parent, seed) for parent in self._find_parents(arm, source)]
                 parents += cells
-                sources += [f"{RUN_PREFIX}{cell.id}" for cell in cells]
+                sources += [Parent(kind="run", name=cell.id) for cell in cells]
             else:
                 sources.append(source)
-        if len(sources) > 1 and len(sources) > len(list_sources(config)):
+        if len(sources) > len(config.init.parents):
             _require_combination(arm, parents)
         if parents:
-            config = replace_sources(config, sources)
+            config = replace(config, init=config.init.replace_parents(sources))
         needed = select_plugins(self.plugins, _collect_names(config)) if self.plugins else []
         return Cell(
             id=cell_id(config, arm.data_digest, [plugin.digest for plugin in needed]),
@@ -62,27 +61,26 @@ class CellBuilder:
             parents=tuple(parents),
         )
 
-    def _find_parents(self, arm: Arm, source: str) -> list[tuple[int, Arm]]:
+    def _find_parents(self, arm: Arm, source: Parent) -> list[tuple[int, Arm]]:
         """Return the arms that `stage:NAME` or `stage:NAME/LABEL` stands for, each with the number of its stage."""
-        name, _, label = source.removeprefix(PREFIX).partition("/")
         names = [stage.name for stage in self.earlier]
-        if name not in names:
+        if source.name not in names:
             where = f"stage '{self.stage}'" if self.stage else "an experiment without stages"
             allowed = f"earlier stages, {', '.join(names)}" if names else "null, run:ID or hf:PATH"
             raise UsageError(f"init.from: {source} in {where}: no stage before it has this name (allowed: {allowed})")
-        number = names.index(name)
+        number = names.index(source.name)
         arms = self.earlier[number].arms
-        if label:
-            chosen = [parent for parent in arms if parent.label == label]
+        labels = [parent.label for parent in arms]
+        if source.label is not None:
+            chosen = [parent for parent in arms if parent.label == source.label]
             if not chosen:
-                raise unknown(f"init.from: {source}: arm of stage {name}", label, [parent.label for parent in arms])
+                raise unknown(f"init.from: {source}: arm of stage {source.name}", source.label, labels)
         else:
             chosen = [parent for parent in arms if _has_common_labels(parent, arm)]
         if not chosen:
-            labels = [parent.label for parent in arms]
             raise UsageError(
                 f"init.from: {source}: no arm of that stage agrees with '{arm.label}' on the axes that both have; name"
-                f" one as {PREFIX}{name}/LABEL.{nearest(arm.label, labels)} Its arms: {'; '.join(labels)}"
+                f" one as {source}/LABEL.{nearest(arm.label, labels)} Its arms: {'; '.join(labels)}"
             )
         return [(number, parent) for parent in chosen]
 
@@ -105,7 +103,7 @@ def _require_combination(arm: Arm, parents: Sequence[Cell]) -> None:
     labels = "; ".join(parent.arm for parent in parents)
     raise UsageError(
         f"init.from: '{arm.label}' would start from {len(parents)} runs of stage {parents[0].stage} ({labels}); name"
-        f" one as {PREFIX}{parents[0].stage}/LABEL, or choose with init.combine how they become one model"
+        f" one as stage:{parents[0].stage}/LABEL, or choose with init.combine how they become one model"
     )
 
 

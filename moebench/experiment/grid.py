@@ -72,18 +72,22 @@ def expand(
     plugins: Sequence[str] = (),
     on_progress: Callable[[int, int], None] = ignore_progress,
     finished_in: Path | None = None,
+    results: Path | None = None,
 ) -> Experiment:
     """Read an experiment file and build its cells; raise UsageError if one could not be trained.
 
     `on_progress` is called with the number of arms that are checked and that of all arms. `finished_in`: a results
-    folder; where data are missing, cells are those that were trained there.
+    folder; where data are missing, cells are those that were trained there. `results`: the folder of the runs that
+    `init.from` names by the beginning of their ids; None: `finished_in`.
     """
     loaded = [load_plugin(plugin) for plugin in plugins]  # first: the file may use what they register
     config, cell_overrides = load_experiment(path, overrides)
     own_size = load_experiment(path)[0].size if config.size is not None else None
     config = apply_size(config, own_size, cell_overrides)
     is_regridded = any(override.startswith(("grid", "seeds", "stages")) for override in overrides)
-    resolution = Resolution(on_progress=on_progress, find_digest=choose_digest(finished_in))
+    resolution = Resolution(
+        on_progress=on_progress, find_digest=choose_digest(finished_in), results=results or finished_in
+    )
     experiment = _build(path, config, cell_overrides, loaded, is_regridded=is_regridded, resolution=resolution)
     return replace(experiment, name=name_experiment(experiment.name, config.size, own_size))
 

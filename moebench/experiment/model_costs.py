@@ -1,7 +1,10 @@
 """The costs of an experiment's models: each different one is built once, without storage, whatever the grid's size."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from moebench.compatibility import list_marks
 from moebench.launch.devices import uses_gpu
@@ -26,6 +29,8 @@ class ModelFacts:
     """Forward passes of a step of training."""
     marks: tuple[str, ...]
     """Warnings shown beside the arm."""
+    shapes: Mapping[str, torch.Size]
+    """Shapes of the weights, by name."""
 
 
 class ModelCosts:
@@ -89,4 +94,5 @@ def _measure(config: CellConfig, task: Task) -> ModelFacts:
         size=ModelSize.of(model, model.backbone, task.sequence_length, task.decoder_length),
         passes=count_passes(model.features),
         marks=list_marks(config),
+        shapes={name: value.shape for name, value in model.state_dict().items()},
     )

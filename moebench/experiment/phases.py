@@ -12,6 +12,7 @@ from pathlib import Path
 from moebench.experiment.data_need import require_epochs
 from moebench.experiment.grid import Experiment
 from moebench.experiment.model_costs import ModelCosts
+from moebench.experiment.parents import require_parents
 from moebench.experiment.run_setup import RunSetup
 from moebench.experiment.runner import RunReport, describe_state, print_note, run_experiment
 from moebench.experiment.stage_runs import StageReport, build_stage_experiments, list_earlier_cells
@@ -35,7 +36,9 @@ def run_phases(experiment: Experiment, setup: RunSetup) -> RunReport:
     earlier = list_earlier_cells(experiment)
     setup.launcher.check([*earlier, *experiment.cells])
     open_results(setup.results)
-    require_epochs([*earlier, *experiment.cells], ModelCosts(setup.results))  # now, not when others have been trained
+    costs = ModelCosts(setup.results)
+    require_epochs([*earlier, *experiment.cells], costs)  # now, not when others have been trained
+    require_parents([*earlier, *experiment.cells], costs)
     for note in experiment.notes:
         print_note(setup.console, note)
     experiment = replace(experiment, notes=())

@@ -10,6 +10,7 @@ from moebench.experiment.disk import count_disk_bytes
 from moebench.experiment.grid import Experiment, ignore_progress
 from moebench.experiment.memory import estimate_memory
 from moebench.experiment.model_costs import ModelCosts
+from moebench.experiment.parents import require_parents
 from moebench.experiment.stage_runs import list_earlier_cells
 from moebench.experiment.tuning import UNSETTLED, list_tuning_cells, settle
 from moebench.models.cost import Cost
@@ -29,6 +30,7 @@ def plan_cells(
     `on_progress` is called with the number of cells that are counted and that of all cells.
     """
     costs = ModelCosts(results)
+    require_parents([*list_earlier_cells(experiment), *experiment.cells], costs)
     baseline = next(cell for cell in experiment.cells if cell.arm == experiment.baseline)
     return list(_plan_rows(experiment, costs, costs.facts(baseline.config).cost, on_progress))
 

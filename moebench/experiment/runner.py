@@ -18,10 +18,11 @@ from moebench.experiment.grid import Experiment
 from moebench.experiment.live_tracking import start_tracker, stop_tracker
 from moebench.experiment.memory import count_fitting_cells, require_memory
 from moebench.experiment.model_costs import ModelCosts
+from moebench.experiment.parents import require_parents
 from moebench.experiment.plan import cell_state
 from moebench.experiment.reshard import reshard
 from moebench.experiment.run_setup import RunOptions, RunSetup
-from moebench.experiment.stage_runs import StageReport, fail_orphans
+from moebench.experiment.stage_runs import StageReport, split_orphans, write_failures
 from moebench.experiment.store import DAMAGED, open_results, record_experiment, require_disk_space, split_unfinished
 from moebench.experiment.trivial_baselines import summarise_baselines
 from moebench.experiment.tuning_report import TuningReport
@@ -109,12 +110,13 @@ def run_experiment(experiment: Experiment, setup: RunSetup) -> RunReport:
     setup.launcher.check(experiment.cells)
     open_results(results)
     cells, damaged = split_unfinished(results, experiment)
+    cells, orphans = split_orphans(results, cells)
     for note in experiment.notes:
         print_note(console, note)
     costs = ModelCosts(results)
     _require_resources(results, cells, costs, options)
     record_experiment(results, experiment)
-    cells, orphaned = fail_orphans(results, experiment.name, cells)
+    write_failures(results, experiment.name, orphans)
     for config in {cell.data_digest: cell.config for cell in cells}.values():
         prepare_task(config, results)  # once, so that the workers read it from the cache
     for note in reshard(results, cells) if options.reshard else ():
@@ -139,7 +141,7 @@ def run_experiment(experiment: Experiment, setup: RunSetup) -> RunReport:
         experiment=experiment,
         results=results,
         num_done=sum(describe_state(results, cell) == "done" for cell in experiment.cells),
-        outcomes=[*damaged, *orphaned, *outcomes],
+        outcomes=[*damaged, *orphans, *outcomes],
         tracker_problem=tracker_problem,
         interrupted=interrupted.signal_number if interrupted else 0,
         problems=containment.problems,
@@ -153,6 +155,7 @@ def _require_resources(results: Path, cells: list[Cell], costs: ModelCosts, opti
         require_memory(cells, costs)
     require_disk_space(results, cells, costs)
     require_epochs(cells, costs)
+    require_parents(cells, costs)
 
 
 def describe_state(results: Path, cell: Cell) -> str:

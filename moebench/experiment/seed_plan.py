@@ -12,7 +12,6 @@ from typing import Any
 
 from moebench.config import cell_id
 from moebench.errors import UsageError
-from moebench.experiment.cell_sources import RUN_PREFIX, list_sources, replace_sources
 from moebench.runs.cell import Cell
 from moebench.runs.checked_json import require_types
 
@@ -133,8 +132,9 @@ def change_seed(cell: Cell, seed: int) -> Cell:
     config = replace(cell.config, seed=seed)
     parents = tuple(change_seed(parent, seed) for parent in cell.parents)
     if parents:
-        renamed = {f"{RUN_PREFIX}{old.id}": f"{RUN_PREFIX}{new.id}" for old, new in zip(cell.parents, parents, strict=True)}
-        config = replace_sources(config, [renamed.get(source, source) for source in list_sources(config)])
+        ids = {old.id: new.id for old, new in zip(cell.parents, parents, strict=True)}
+        names = [replace(parent, name=ids.get(parent.name, parent.name)) for parent in config.init.parents]
+        config = replace(config, init=config.init.replace_parents(names))
     return replace(
         cell,
         id=cell_id(config, cell.data_digest, cell.plugin_digests),

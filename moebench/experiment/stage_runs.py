@@ -83,16 +83,17 @@ def describe_missing_parent(results: Path, cell: Cell) -> str | None:
     return None
 
 
-def fail_orphans(results: Path, experiment: str, cells: Sequence[Cell]) -> tuple[list[Cell], list[Outcome]]:
-    """Return the cells that can start, and a failure for each whose parents have failed, which is its result."""
-    ready, failed = [], []
-    for cell in cells:
-        reason = describe_missing_parent(results, cell)
-        if reason is None:
-            ready.append(cell)
-            continue
-        folder = RunFolder.of(results, cell.id)
-        folder.write_cell(cell.to_dict(experiment))
-        folder.write_result(build_failed_result(folder.read_cell(), reason))
-        failed.append(Outcome(cell=cell, status="failed", error=reason))
+def split_orphans(results: Path, cells: Sequence[Cell]) -> tuple[list[Cell], list[Outcome]]:
+    """Return the cells that can start, and a failure for each of which a parent has no finished run."""
+    reasons = [describe_missing_parent(results, cell) for cell in cells]
+    ready = [cell for cell, reason in zip(cells, reasons, strict=True) if reason is None]
+    failed = [Outcome(cell=cell, status="failed", error=why) for cell, why in zip(cells, reasons, strict=True) if why]
     return ready, failed
+
+
+def write_failures(results: Path, experiment: str, orphans: Sequence[Outcome]) -> None:
+    """Write the results of cells that cannot start: the reason is kept, and is seen in every table."""
+    for outcome in orphans:
+        folder = RunFolder.of(results, outcome.cell.id)
+        folder.write_cell(outcome.cell.to_dict(experiment))
+        folder.write_result(build_failed_result(folder.read_cell(), outcome.error or ""))

@@ -8,7 +8,7 @@ from moebench.config import flatten, merge_settings
 from moebench.errors import UsageError, require
 from moebench.experiment.axes import ARM
 from moebench.schema import COMPONENTS, MAX_CELLS, ExperimentConfig
-from moebench.stage_config import PREFIX, StageConfig
+from moebench.stage_config import StageConfig
 from moebench.tuning_config import TuneConfig
 
 
@@ -37,7 +37,7 @@ def split_stages(config: ExperimentConfig, overrides: Mapping[str, Any]) -> tupl
         for key in skipped:
             skipping.setdefault(key, []).append(stage.name)
         is_last = number == len(config.stages) - 1
-        previous = {"init": {"from": f"{PREFIX}{config.stages[number - 1].name}"}} if number else {}
+        previous = {"init": {"from": f"stage:{config.stages[number - 1].name}"}} if number else {}
         part = replace(
             config,
             base=merge_settings(merge_settings(previous, config.base), stage.base),

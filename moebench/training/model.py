@@ -56,6 +56,8 @@ class Model(nn.Module):
         self.backbone = backbone
         self.head = head
         self.features = tuple(features)
+        self.new_experts: Mapping[str, Sequence[int]] = {}
+        """Stack of experts -> experts that its parent lacks; empty without a parent."""
         for feature, module in feature_modules.items():
             self.add_module(feature.module_name, module)
 

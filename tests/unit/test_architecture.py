@@ -31,7 +31,7 @@ ORDER = (
     ("components", "registry", "yaml_text", "metric"),
     ("metrics",),
     ("conversion",),
-    ("model_config", "optimizer_config", "step_config", "checkpoint_config", "tuning_config"),
+    ("model_config", "optimizer_config", "step_config", "checkpoint_config", "tuning_config", "init_config"),
     ("schema",),
     ("config",),
     ("routing",),

@@ -14,7 +14,7 @@ from moebench.experiment.dry_run import list_actions
 from moebench.experiment.foreground import select_phase_cell
 from moebench.experiment.grid import Experiment, expand
 from moebench.experiment.seed_plan import change_seed
-from moebench.experiment.stage_runs import build_stage_experiments, fail_orphans, list_earlier_cells
+from moebench.experiment.stage_runs import build_stage_experiments, list_earlier_cells, split_orphans, write_failures
 from moebench.experiment.store import open_results, record_experiment
 from moebench.experiment.tuning import list_tuning_cells
 from moebench.runs.cell import Cell
@@ -204,8 +204,9 @@ def test_a_cell_whose_parent_has_no_result_fails_in_one_line(expand_staged: Any,
     results = tmp_path / "results"
     open_results(results)
     experiment = expand_staged("seeds=[0]")
-    ready, failed = fail_orphans(results, experiment.name, experiment.cells)
+    ready, failed = split_orphans(results, experiment.cells)
     assert (ready, len(failed)) == ([], 2)
+    write_failures(results, experiment.name, failed)
     assert failed[0].error == f"init.from: dense, seed 0 of stage train (run {failed[0].cell.parents[0].id}) has no result"
     result = RunFolder.of(results, failed[0].cell.id).read_result()
     assert result is not None
