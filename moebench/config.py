@@ -15,6 +15,7 @@ from moebench.errors import UsageError
 from moebench.init_config import InitConfig
 from moebench.registry import get_registry
 from moebench.schema import COMPONENTS, DEFAULT_NAMES, SECTIONS, CellConfig, ExperimentConfig
+from moebench.stage_config import StageConfig, split_stage_key
 from moebench.tuning_config import TuneConfig
 from moebench.yaml_text import MAX_CHARACTERS, parse_override, parse_yaml
 
@@ -48,20 +49,39 @@ def apply_overrides(experiment: ExperimentConfig, overrides: Sequence[str]) -> t
     experiment_keys = {entry.name for entry in dataclasses.fields(ExperimentConfig)} - {"base"}
     experiment_values: dict[str, Any] = {}
     cell_values: dict[str, Any] = {}
+    stage_values: list[tuple[str, Any]] = []
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not all(key.split(".")):
             raise UsageError(f"'{override}' is not of the form key=value (for example train.steps=500)")
         head, _, rest = key.partition(".")
         value = parse_override(text)
-        if head in experiment_keys:
+        if head == "stages" and rest:
+            stage_values.append((rest, value))
+        elif head in experiment_keys:
             experiment_values = _merge_overrides(experiment_values, _nest_experiment_value(head, rest, value))
         else:
             cell_values = _merge_overrides(cell_values, nest(key.removeprefix("base."), value))
     if experiment_values.get("tune", "") in NULL[:-1]:
         experiment = dataclasses.replace(experiment, tune=TuneConfig())
         del experiment_values["tune"]
-    return apply_values(experiment, experiment_values), cell_values
+    experiment = apply_values(experiment, experiment_values)
+    for path, value in stage_values:
+        experiment = dataclasses.replace(experiment, stages=_override_stage(experiment.stages, path, value))
+    return experiment, cell_values
+
+
+def _override_stage(stages: Sequence[StageConfig], path: str, value: Any) -> list[StageConfig]:
+    """Return the stages with the value of `NAME.base.KEY` or `NAME.grid.KEY` set."""
+    name, section, key = split_stage_key(path, stages)
+    changed = []
+    for stage in stages:
+        if stage.name == name and section == "base":
+            stage = dataclasses.replace(stage, base=merge_settings(stage.base, nest(key, value)))
+        elif stage.name == name:
+            stage = apply_values(stage, {"grid": {key: value}}, f"stages.{name}")
+        changed.append(stage)
+    return changed
 
 
 def _nest_experiment_value(head: str, rest: str, value: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The section `init` of a configuration: where the weights of a cell come from before its first step."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar, Literal
 
@@ -108,6 +108,11 @@ class InitConfig:
         """The sources of weights."""
         names = [self.from_] if isinstance(self.from_, str) else self.from_ or []
         return tuple(map(Parent.parse, names))
+
+    def replace_parents(self, parents: Sequence[Parent]) -> "InitConfig":
+        """Return the section with other sources of weights; a single one is no list."""
+        names = [str(parent) for parent in parents]
+        return replace(self, from_=names[0] if len(names) == 1 else names)
 
     @property
     def has_parent(self) -> bool:

@@ -24,6 +24,7 @@ from moebench.ranges import (
     at_least_1_up_to,
     check_ranges,
 )
+from moebench.stage_config import StageConfig, check_stages
 from moebench.step_config import StepConfig
 from moebench.tuning_config import TuneConfig
 
@@ -280,8 +281,12 @@ class ExperimentConfig:
     tune: TuneConfig = field(default_factory=TuneConfig)
     """Settings that each arm chooses on validation before it is trained; null on the command line: none."""
 
+    stages: list[StageConfig] = field(default_factory=list)
+    """Runs that are trained one after another, each from a run of an earlier stage; the last stage is compared."""
+
     def __post_init__(self) -> None:
         check_margin(self.margin, "margin")
+        check_stages(self.stages)
         repeated = sorted(set(self.seeds) & set(self.tune.seeds)) if self.tune.grid else []
         require(not repeated, "tune.seeds", f"{repeated}, which are in seeds", "seeds that are not reported")
         require(len(self.seeds) > 0, "seeds", self.seeds, "a list with at least one seed")

@@ -197,6 +197,8 @@ def _show_actions(
         return 0
     columns = ("cell", "arm", "seed", "state", "action", "from step", "reason")
     fields = ("id", "arm", "seed", "state", "action", "from_step", "error")
+    if grid.stages:
+        columns, fields = (columns[0], "stage", *columns[1:]), (fields[0], "stage", *fields[1:])
     lines = [tuple("" if row[field] is None else str(row[field]) for field in fields) for row in rows]
     print_table(columns, lines, right=("seed", "from step"), no_wrap=columns[:1])
     print_text(summarise_actions(rows))

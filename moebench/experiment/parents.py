@@ -1,16 +1,21 @@
 """Parents of cells (`init.from`): completed before a cell has an id, and checked before anything is trained."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+from typing_extensions import override
+
+from moebench.config import to_plain
 from moebench.errors import UsageError
 from moebench.experiment.model_costs import ModelCosts
 from moebench.init_config import Parent
 from moebench.runs.cell import Cell
+from moebench.runs.folder import RunFolder
 from moebench.schema import CellConfig
 from moebench.training.initial_weights.load import open_parent
-from moebench.training.initial_weights.parent import complete_run_id
+from moebench.training.initial_weights.parent import ParentWeights, complete_run_id
 from moebench.training.initial_weights.plan import plan_load
 from moebench.training.initial_weights.settings import check_settings
 
@@ -31,27 +36,51 @@ def _complete(parent: Parent, results: Path | None) -> Parent:
     return replace(parent, name=complete_run_id(parent.name, results)) if parent.kind == "run" else parent
 
 
-def require_parents(cells: Sequence[Cell], costs: ModelCosts, planned: Set[str] = frozenset()) -> None:
+def require_parents(cells: Sequence[Cell], costs: ModelCosts) -> None:
     """Raise UsageError for a cell whose parent is missing, not done or damaged, or does not fit its model.
 
-    Nothing is loaded. `planned`: ids of runs that are trained before the cells; they are not checked yet.
+    Nothing is loaded. Of a parent in an earlier stage that is not done yet, the model that it will have must fit.
     """
     checked: set[tuple[str, str]] = set()
     for cell in cells:
         key = (cell.arm, str(cell.config.init.from_))
-        are_planned = all(parent.name in planned for parent in cell.config.init.parents)
-        if are_planned or key in checked:
+        if key in checked:
             continue
         checked.add(key)
         try:
-            check_parents(cell.config, costs)
+            check_parents(cell, costs)
         except UsageError as error:
             raise UsageError(f"{cell.arm}: {error}") from error
 
 
-def check_parents(config: CellConfig, costs: ModelCosts) -> None:
+def check_parents(cell: Cell, costs: ModelCosts) -> None:
     """Raise UsageError unless the parents of a cell can be read and fit its model."""
-    for name in config.init.parents:
-        parent = open_parent(name, costs.results)
-        check_settings(config, parent.settings, parent.label)
-        plan_load(config, costs.facts(config).shapes, parent)
+    stages = {parent.id: parent for parent in cell.parents}
+    for name in cell.config.init.parents:
+        planned = stages.get(name.name)
+        if planned is not None and not _is_done(planned, costs.results):
+            parent: ParentWeights = PlannedWeights(planned, costs)
+        else:
+            parent = open_parent(name, costs.results)
+        check_settings(cell.config, parent.settings, parent.label)
+        plan_load(cell.config, costs.facts(cell.config).shapes, parent)
+
+
+class PlannedWeights(ParentWeights):
+    """The weights that a run of an earlier stage will have."""
+
+    def __init__(self, cell: Cell, costs: ModelCosts) -> None:
+        self.label = f"{cell.arm} of stage {cell.stage}"
+        self.settings = to_plain(cell.config)
+        self.shapes = costs.facts(cell.config).shapes
+
+    @override
+    def load(self, targets: Mapping[str, Tensor]) -> None:
+        raise UsageError(f"init.from: {self.label} is not trained yet")
+
+
+def _is_done(cell: Cell, results: Path) -> bool:
+    try:
+        return RunFolder.of(results, cell.id).state() == "done"
+    except UsageError:  # damaged, which the run of its stage reports
+        return False
