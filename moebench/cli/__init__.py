@@ -9,6 +9,7 @@ from moebench.cli import (
     compare,
     curve,
     ensemble,
+    export,
     listing,
     plan,
     prepare,
@@ -43,6 +44,7 @@ app.command("prepare")(prepare.prepare)
 app.command("list")(listing.list_)
 app.command("show")(show.show)
 app.command("probe")(probe.probe)
+app.command("export")(export.export)
 app.command("watch")(watch.watch)
 app.command("ui")(ui.ui)
 app.command("sync")(sync.sync)

@@ -8,7 +8,7 @@ from typing import Any
 
 from moebench.errors import UsageError
 from moebench.file_access import parse_json, read_plain_file
-from moebench.pretrained.families import CONFIG, Family, find_family, read_number
+from moebench.pretrained.families import CONFIG, OWN_FORMAT, Family, find_family, read_number
 from moebench.pretrained.library import require_libraries
 from moebench.pretrained.weights import StoredTensor, read_weights
 
@@ -76,7 +76,8 @@ def open_pretrained(name: str, *, requires_experts: bool = True) -> PretrainedFo
     refused = next((key for key in REFUSED if config.get(key)), None)
     if refused:
         raise UsageError(f"{path / CONFIG}: has {refused}; allowed: weights in fp32, bf16 or fp16, all layers alike")
-    folder = PretrainedFolder(path=path, family=family, config=_drop_keys(config), tensors=read_weights(path))
+    tensors = read_weights(path, allows_integers=family.model_type == OWN_FORMAT)
+    folder = PretrainedFolder(path=path, family=family, config=_drop_keys(config), tensors=tensors)
     _require_plausible(folder)
     return folder
 

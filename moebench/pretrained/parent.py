@@ -46,6 +46,8 @@ class ParentModel:
     """Name in `Model.state_dict()` -> value, read from the disk each time."""
     vocab_size: int
     """Ids of the tokenizer: rows of the embedding without padding."""
+    cell: Mapping[str, Any] | None = None
+    """All sections of the run that moebench wrote with its own names of weights; None for models of transformers."""
 
 
 class ParentWeights(Mapping[str, Tensor]):
@@ -128,7 +130,7 @@ def _read_own(folder: PretrainedFolder, file: str) -> ParentModel:
         settings["task"] = {"data": {"tokenizer": name_tokenizer(folder)}}
     maps = {name: map_one(name, (name, tensor.shape)) for name, tensor in folder.tensors.items()}
     weights = ParentWeights(folder.tensors, maps, folder.vocab_size)
-    return ParentModel(folder=folder, settings=settings, weights=weights, vocab_size=folder.vocab_size)
+    return ParentModel(folder=folder, settings=settings, weights=weights, vocab_size=folder.vocab_size, cell=cell)
 
 
 def _read_keys(folder: PretrainedFolder, file: str) -> ConfigKeys:

@@ -67,10 +67,6 @@ class ExpertFormat:
             return f"the weights of a token {'sum to 1' if routing.normalised else 'do not sum to 1'}"
         if experts.shared_width and self.shared != "added":
             return "it has a shared expert"
-        if experts.shared_width % experts.width:
-            return (
-                f"the shared expert has {experts.shared_width} units, no multiple of the {experts.width} of an expert"
-            )
         if self.placement.write(experts.blocks, num_layers) is None:
             return f"the blocks {', '.join(map(str, experts.blocks))} of {num_layers} have experts"
         if routing.num_groups > 1 and experts.num_experts == routing.num_groups:
