@@ -8,6 +8,7 @@ from moebench.cli import (
     calibrate,
     compare,
     curve,
+    evaluate,
     listing,
     plan,
     prepare,
@@ -40,6 +41,7 @@ app.command("plan")(plan.plan)
 app.command("prepare")(prepare.prepare)
 app.command("list")(listing.list_)
 app.command("show")(show.show)
+app.command("evaluate")(evaluate.evaluate)
 app.command("probe")(probe.probe)
 app.command("watch")(watch.watch)
 app.command("ui")(ui.ui)
