@@ -10,6 +10,7 @@ from moebench.cli import (
     curve,
     ensemble,
     export,
+    evaluate,
     listing,
     plan,
     prepare,
@@ -43,6 +44,7 @@ app.command("plan")(plan.plan)
 app.command("prepare")(prepare.prepare)
 app.command("list")(listing.list_)
 app.command("show")(show.show)
+app.command("evaluate")(evaluate.evaluate)
 app.command("probe")(probe.probe)
 app.command("export")(export.export)
 app.command("watch")(watch.watch)
