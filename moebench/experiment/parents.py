@@ -14,6 +14,7 @@ from moebench.init_config import Parent
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.schema import CellConfig
+from moebench.training.initial_weights.combining import join_parents
 from moebench.training.initial_weights.load import open_parent
 from moebench.training.initial_weights.parent import ParentWeights, complete_run_id
 from moebench.training.initial_weights.plan import plan_load
@@ -55,7 +56,7 @@ def require_parents(cells: Sequence[Cell], costs: ModelCosts) -> None:
 
 def check_parents(cell: Cell, costs: ModelCosts) -> None:
     """Raise UsageError unless the parents of a cell can be read and fit its model."""
-    stages = {parent.id: parent for parent in cell.parents}
+    stages, parents = {parent.id: parent for parent in cell.parents}, list[ParentWeights]()
     for name in cell.config.init.parents:
         planned = stages.get(name.name)
         if planned is not None and not _is_done(planned, costs.results):
@@ -63,7 +64,10 @@ def check_parents(cell: Cell, costs: ModelCosts) -> None:
         else:
             parent = open_parent(name, costs.results)
         check_settings(cell.config, parent.settings, parent.label)
-        plan_load(cell.config, costs.facts(cell.config).shapes, parent)
+        parents.append(parent)
+    if parents:
+        shapes, domains = costs.facts(cell.config).shapes, getattr(cell.config.router, "domains", ())
+        plan_load(cell.config, shapes, join_parents(cell.config, parents, shapes, domains))
 
 
 class PlannedWeights(ParentWeights):

@@ -23,6 +23,10 @@ def describe_loaded(loaded: LoadedWeights, shapes: Mapping[str, torch.Size]) -> 
     return {
         "parent": loaded.parent,
         "taken": taken,
+        "combined": {
+            kind: _count_names(name for name, of in loaded.combined.items() if of == kind)
+            for kind in sorted({*loaded.combined.values()})
+        },
         "new": _count_names(plan.new),
         "zeroed": _count_names(plan.zeroed),
         "unused": _count_names(plan.unused),
