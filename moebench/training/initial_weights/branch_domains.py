@@ -47,6 +47,6 @@ def _list_held_out(settings: Mapping[str, Any]) -> set[str]:
     return set(data.get("held_out_domains") or ())
 
 
-def list_expert_domains(model: nn.Module) -> tuple[str, ...]:
-    """Return the domains in the order of the experts that a model's routers have for each; empty for other routers."""
-    return next((module.domains for module in model.modules() if isinstance(module, Domain)), ())
+def find_domain_router(model: nn.Module) -> Domain | None:
+    """Return a router of the model that has an expert for each domain; None for other routers."""
+    return next((module for module in model.modules() if isinstance(module, Domain)), None)

@@ -12,8 +12,9 @@ from moebench.init_config import Parent
 from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
 from moebench.schema import CellConfig
 from moebench.seeds import make_generator
-from moebench.training.initial_weights.branch_domains import list_expert_domains
+from moebench.training.initial_weights.branch_domains import find_domain_router
 from moebench.training.initial_weights.combining import AveragedParents, join_parents
+from moebench.training.initial_weights.new_experts import check_expert_domains
 from moebench.training.initial_weights.parent import ParentWeights, open_run
 from moebench.training.initial_weights.plan import BANK, LoadPlan, Taken, Way, plan_load
 from moebench.training.initial_weights.settings import check_settings
@@ -31,6 +32,8 @@ class LoadedWeights:
     plan: LoadPlan
     new_experts: Mapping[str, tuple[int, ...]]
     """Stack of experts -> experts that have their own initial values."""
+    copied_experts: Mapping[int, str] = field(default_factory=dict)
+    """New expert -> what `init.new_experts` has made it a copy of."""
     combined: Mapping[str, str] = field(default_factory=dict)
     """Tensor of several parents together -> how it comes about."""
 
@@ -54,10 +57,13 @@ def load_initial_weights(
         return None
     parents = [open_parent(name, results, mesh) for name in config.init.parents]
     state = model.state_dict()
+    router = find_domain_router(model)
+    domains, known = ((), ()) if router is None else (router.domains, router.data_domains)
     for each in parents:
         check_settings(config, each.settings, each.label)
+        check_expert_domains(config, each.settings, each.label, domains, known)
     shapes = {name: value.shape for name, value in state.items()}
-    parent = join_parents(config, parents, shapes, list_expert_domains(model))
+    parent = join_parents(config, parents, shapes, domains)
     plan = plan_load(config, shapes, parent)
     loaded = take_weights(config, plan, state, parent)
     model.new_experts = loaded.new_experts
