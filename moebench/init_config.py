@@ -1,5 +1,6 @@
 """The section `init` of a configuration: where the weights of a cell come from before its first step."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -93,15 +94,38 @@ class InitConfig:
     folder; hf:FOLDER, a model of transformers; stage:NAME, in an experiment with stages. null: none."""
     digest: str | None = None
     """With hf:FOLDER: SHA-256 of the content of the folder, which is computed and recorded; given, it is required."""
+    combine: Literal["experts", "average"] | None = None
+    """How several parents become one model. average: the mean of their weights. experts: of dense parents, the
+    feed-forward network of each is an expert, in their order, and all other weights are averaged (branch-train-mix,
+    arXiv:2403.07816). null: there is one parent."""
+    combine_weights: list[float] = field(default_factory=list)
+    """Weight of each parent in a mean, in their order; they are divided by their sum. Empty: equal ones."""
     upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
     """How experts are made from dense networks."""
+    new_experts: Literal["random", "mean", "nearest"] = "random"
+    """Weights of the experts that a bank has beyond those of its parent's. random: their own initial weights. mean: the
+    mean of the parent's experts. nearest, of the routers by domain: a copy of the expert with the lowest loss on the
+    training text of the new domain (DEMix, arXiv:2108.05036, section 6)."""
 
     def __post_init__(self) -> None:
         num_parents = len(self.parents)
-        is_one = num_parents == 1 or self.from_ is None
-        require(is_one, "init.from", f"a list of {num_parents}", "one parent")
+        is_one = num_parents == 1 or self.from_ is None or self.combine is not None
+        require(is_one, "init.from", f"a list of {num_parents}", "one parent, or init.combine")
+        has_parents = self.combine is None or num_parents > 0
+        require(has_parents, "init.combine", self.combine, "null where init.from is null")
+        self._check_combination()
         is_digest = self.digest is None or _DIGEST.fullmatch(self.digest) is not None
         require(is_digest, "init.digest", self.digest, "64 hexadecimal digits, or null")
+
+    def _check_combination(self) -> None:
+        """Raise UsageError for weights of a mean that are none, and for options that change copies of one network."""
+        are_positive = all(0 < weight < math.inf for weight in self.combine_weights)
+        require(are_positive, "init.combine_weights", self.combine_weights, "positive numbers")
+        is_used = not self.combine_weights or self.combine is not None
+        require(is_used, "init.combine_weights", self.combine_weights, "none where init.combine is null")
+        is_plain = replace(self.upcycle, router="auto") == UpcycleConfig()
+        is_free = self.combine != "experts" or is_plain
+        require(is_free, "init.combine", self.combine, "average or null with init.upcycle.copies, noise or drop")
 
     @cached_property
     def parents(self) -> tuple[Parent, ...]:

@@ -14,7 +14,9 @@ from moebench.init_config import Parent
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.schema import CellConfig
+from moebench.training.initial_weights.combining import join_parents
 from moebench.training.initial_weights.load import open_parent
+from moebench.training.initial_weights.new_experts import check_expert_domains, check_new_experts
 from moebench.training.initial_weights.parent import ParentWeights, complete_run_id
 from moebench.training.initial_weights.plan import plan_load
 from moebench.training.initial_weights.settings import check_settings
@@ -55,7 +57,8 @@ def require_parents(cells: Sequence[Cell], costs: ModelCosts) -> None:
 
 def check_parents(cell: Cell, costs: ModelCosts) -> None:
     """Raise UsageError unless the parents of a cell can be read and fit its model."""
-    stages = {parent.id: parent for parent in cell.parents}
+    stages, parents = {parent.id: parent for parent in cell.parents}, list[ParentWeights]()
+    domains = getattr(cell.config.router, "domains", ())
     for name in cell.config.init.parents:
         planned = stages.get(name.name)
         if planned is not None and not _is_done(planned, costs.results):
@@ -63,7 +66,18 @@ def check_parents(cell: Cell, costs: ModelCosts) -> None:
         else:
             parent = open_parent(name, costs.results)
         check_settings(cell.config, parent.settings, parent.label)
-        plan_load(cell.config, costs.facts(cell.config).shapes, parent)
+        parents.append(parent)
+        check_expert_domains(cell.config, parent.settings, parent.label, domains, _list_known(domains, parent))
+    if parents:
+        check_new_experts(cell.config)
+        shapes = costs.facts(cell.config).shapes
+        plan_load(cell.config, shapes, join_parents(cell.config, parents, shapes, domains))
+
+
+def _list_known(domains: Sequence[str], parent: ParentWeights) -> set[str]:
+    """Return the domains that are known from the settings alone, before the data are read."""
+    data = (parent.settings.get("task") or {}).get("data") or {}
+    return {*domains, *(data.get("held_out_domains") or ())}
 
 
 class PlannedWeights(ParentWeights):

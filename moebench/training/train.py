@@ -4,6 +4,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import lightning
@@ -27,6 +28,7 @@ from moebench.training.callback import CellCallback, RunContext
 from moebench.training.divergence import NonFiniteError, SpikeError
 from moebench.training.evaluation import Evaluation
 from moebench.training.initial_weights.load import LoadedWeights, load_initial_weights
+from moebench.training.initial_weights.new_experts import fill_new_experts
 from moebench.training.initial_weights.record import describe_loaded, summarise_loaded
 from moebench.training.kept_weights import prepare_kept_weights
 from moebench.training.label_tables import label_tables_to_json
@@ -85,6 +87,7 @@ def _fit_with_rewinds(
         model, timer = build_initialised_model(config, task, mesh), StepTimer()
         loaded = load_initial_weights(config, model, context.results, mesh)
         if loaded is not None and first_step == 0:
+            loaded = replace(loaded, copied_experts=fill_new_experts(config, model, task, mesh))
             _record_loaded(loaded, model, context)
         # Each batch passes the embedding: in training, in evaluations and where a task probes the trained model.
         model.embedding.register_forward_hook(lambda *_: context.report_activity("active"))

@@ -66,6 +66,7 @@ class Domain(Router["Domain.Config"]):
         self.num_domains = len(config.domains) or num_trained
         self.domains = tuple(config.domains) or context.data.domains[:num_trained]
         """Names in the order of their numbers."""
+        self.data_domains = context.data.domains
         self.evaluation = config.evaluation
         self.level = context.level
         self.register_buffer("count_E", torch.zeros(context.num_experts, dtype=torch.float64))

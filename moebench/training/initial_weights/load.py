@@ -1,21 +1,24 @@
 """Load a parent's weights into a model whose own initial weights are drawn."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moebench.errors import UsageError
-from moebench.experts.bank import is_sharded, local_shard
 from moebench.init_config import Parent
 from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
 from moebench.schema import CellConfig
 from moebench.seeds import make_generator
+from moebench.training.initial_weights.branch_domains import find_domain_router
+from moebench.training.initial_weights.combining import AveragedParents, join_parents
+from moebench.training.initial_weights.new_experts import check_expert_domains
 from moebench.training.initial_weights.parent import ParentWeights, open_run
 from moebench.training.initial_weights.plan import BANK, LoadPlan, Taken, Way, plan_load
 from moebench.training.initial_weights.settings import check_settings
+from moebench.training.initial_weights.stacks import copy_experts
 from moebench.training.initial_weights.upcycling import make_expert
 from moebench.training.model import Model
 
@@ -29,6 +32,10 @@ class LoadedWeights:
     plan: LoadPlan
     new_experts: Mapping[str, tuple[int, ...]]
     """Stack of experts -> experts that have their own initial values."""
+    copied_experts: Mapping[int, str] = field(default_factory=dict)
+    """New expert -> what `init.new_experts` has made it a copy of."""
+    combined: Mapping[str, str] = field(default_factory=dict)
+    """Tensor of several parents together -> how it comes about."""
 
 
 def open_parent(parent: Parent, results: Path, mesh: Mesh = SINGLE_PROCESS_MESH) -> ParentWeights:
@@ -48,11 +55,16 @@ def load_initial_weights(
     """
     if not config.init.has_parent:
         return None
-    (name,) = config.init.parents
-    parent = open_parent(name, results, mesh)
+    parents = [open_parent(name, results, mesh) for name in config.init.parents]
     state = model.state_dict()
-    check_settings(config, parent.settings, parent.label)
-    plan = plan_load(config, {name: value.shape for name, value in state.items()}, parent)
+    router = find_domain_router(model)
+    domains, known = ((), ()) if router is None else (router.domains, router.data_domains)
+    for each in parents:
+        check_settings(config, each.settings, each.label)
+        check_expert_domains(config, each.settings, each.label, domains, known)
+    shapes = {name: value.shape for name, value in state.items()}
+    parent = join_parents(config, parents, shapes, domains)
+    plan = plan_load(config, shapes, parent)
     loaded = take_weights(config, plan, state, parent)
     model.new_experts = loaded.new_experts
     return loaded
@@ -69,7 +81,7 @@ def take_weights(
         target, first = state[each.target], parent.shapes[each.source][0]
         rows = torch.empty(parent.shapes[each.source], dtype=target.dtype)
         parent.load({each.source: rows})
-        _copy_experts(target, dict(enumerate(rows)))
+        copy_experts(target, dict(enumerate(rows)))
         if BANK.fullmatch(each.target):
             new_experts[each.target] = tuple(range(first, target.shape[0]))
     for network in _group_networks(plan.of(Way.NETWORK)):
@@ -77,7 +89,10 @@ def take_weights(
     for name in plan.zeroed:
         state[name].zero_()
     new_experts |= {name: tuple(range(state[name].shape[0])) for name in plan.new if BANK.fullmatch(name)}
-    return LoadedWeights(parent=parent.label, plan=plan, new_experts=new_experts)
+    combined = {}
+    if isinstance(parent, AveragedParents):
+        combined = {each.target: parent.describe(each.source) for each in plan.taken}
+    return LoadedWeights(parent=parent.label, plan=plan, new_experts=new_experts, combined=combined)
 
 
 def _group_networks(taken: list[Taken]) -> list[list[Taken]]:
@@ -103,14 +118,5 @@ def _make_experts(
     for expert in range(num_copies):
         weights = make_expert(network, options, make_generator(config.seed, "upcycle", place, expert))
         for name, value in weights.items():
-            _copy_experts(targets[name], {expert: value})
+            copy_experts(targets[name], {expert: value})
     return {each.target: tuple(range(num_copies, num_experts)) for each in bank if num_copies < num_experts}
-
-
-def _copy_experts(stack: Tensor, values: Mapping[int, Tensor]) -> None:
-    """Set experts of a stack, in place; a process that holds some of them sets its own."""
-    local = local_shard(stack)
-    first = local.shape[0] * stack.device_mesh.get_local_rank("expert") if is_sharded(stack) else 0
-    for expert, value in values.items():
-        if first <= expert < first + local.shape[0]:
-            local[expert - first].copy_(value)

@@ -18,6 +18,8 @@ DENSE_NAMES = {"w_in_EDF": "w_in_DF", "w_out_EFD": "w_out_FD", "b_in_EF": "b_in_
 """Weight of a bank -> the one of a dense network."""
 SHARED = re.compile(r"(?P<layer>.*)\.shared\.(?P<weight>w_in_DF|w_out_FD|b_in_F|b_out_D)")
 GATE = re.compile(r".*\.router\.gate\.weight_ED")
+BY_EXPERT = re.compile(r".*\.router\.(gate\.(weight_ED|bias_E)|count_E)")
+"""Names of weights and state of routers with a row for each expert."""
 
 
 class Way(Enum):
@@ -93,7 +95,7 @@ class Matcher:
         offered, shape = self.parent_shapes.get(name), self.child_shapes[name]
         if offered == shape:
             return Taken(target=name, source=name, way=Way.WHOLE)
-        if offered and GATE.fullmatch(name) and shape[1:] == offered[1:] and shape[0] > offered[0]:
+        if offered and BY_EXPERT.fullmatch(name) and shape[1:] == offered[1:] and shape[0] > offered[0]:
             return Taken(target=name, source=name, way=Way.ROWS)
         if offered is None or self.config.init.upcycle.router == "auto":
             return None

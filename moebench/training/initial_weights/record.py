@@ -23,6 +23,11 @@ def describe_loaded(loaded: LoadedWeights, shapes: Mapping[str, torch.Size]) -> 
     return {
         "parent": loaded.parent,
         "taken": taken,
+        "copied_experts": {str(expert): of for expert, of in loaded.copied_experts.items()},
+        "combined": {
+            kind: _count_names(name for name, of in loaded.combined.items() if of == kind)
+            for kind in sorted({*loaded.combined.values()})
+        },
         "new": _count_names(plan.new),
         "zeroed": _count_names(plan.zeroed),
         "unused": _count_names(plan.unused),
@@ -39,6 +44,7 @@ def summarise_loaded(record: Mapping[str, Any]) -> str:
     for title, key in (("new", "new"), ("0", "zeroed"), ("not used", "unused")):
         if record[key]:
             parts.append(f"{title}: {_join(record[key])}")
+    parts += [f"new expert {expert} starts as {of}" for expert, of in record["copied_experts"].items()]
     return f"init: {'; '.join(parts)}"
 
 
