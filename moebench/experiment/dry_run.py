@@ -57,7 +57,15 @@ def _name_stage(cell: Cell) -> dict[str, str]:
 
 
 def _describe_unsettled(cell: Cell) -> dict[str, Any]:
-    row = {"id": None, **_name_stage(cell), "arm": cell.arm, "seed": cell.seed, "state": UNSETTLED, "action": "train", "from_step": 0}
+    row = {
+        "id": None,
+        **_name_stage(cell),
+        "arm": cell.arm,
+        "seed": cell.seed,
+        "state": UNSETTLED,
+        "action": "train",
+        "from_step": 0,
+    }
     return row | {"steps": cell.config.train.steps, "attempts": 0, "error": None}
 
 

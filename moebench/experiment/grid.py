@@ -136,9 +136,7 @@ def _build(
         notes = (*notes, *(f"stage {part.name}: {note}" for note in arm_notes))
     last = parts[-1]
     arms, arm_notes = _resolve_part(last, path, resolution)
-    baseline, baseline_notes = _choose_baseline(
-        config.baseline, [arm.label for arm in arms], is_regridded=is_regridded
-    )
+    baseline, baseline_notes = _choose_baseline(config.baseline, [arm.label for arm in arms], is_regridded=is_regridded)
     builder = CellBuilder(plugins=plugins, stage=last.name, earlier=earlier)
     cells = [builder.build(arm, seed) for seed in config.seeds for arm in arms]
     tuning = None
