@@ -195,10 +195,9 @@ def _show_actions(
     if json:
         print_json({"experiment": grid.name, "cells": rows})
         return 0
-    columns = ("cell", "arm", "seed", "state", "action", "from step", "reason")
-    fields = ("id", "arm", "seed", "state", "action", "from_step", "error")
-    if grid.stages:
-        columns, fields = (columns[0], "stage", *columns[1:]), (fields[0], "stage", *fields[1:])
+    stage = ("stage",) if grid.stages else ()
+    columns = ("cell", *stage, "arm", "seed", "state", "action", "from step", "reason")
+    fields = ("id", *stage, "arm", "seed", "state", "action", "from_step", "error")
     lines = [tuple("" if row[field] is None else str(row[field]) for field in fields) for row in rows]
     print_table(columns, lines, right=("seed", "from step"), no_wrap=columns[:1])
     print_text(summarise_actions(rows))
