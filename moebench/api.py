@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from moebench.training.model import Model
 
 DEFAULT_BASELINE = "dense"
+PRETRAINED_PREFIX = "hf:"
 CELL_COLUMNS = ("id", "experiment", "arm", "seed")
 SPLITS = ("test", "validation")
 DAMAGED = "damaged"
@@ -194,6 +195,8 @@ def load_model(
     """Return the trained model of a run, in eval mode on the CPU, and its task.
 
     `run`: the folder of a run, or the beginning of its id in `results`. The weights are those of the last checkpoint.
+    "hf:PATH" is a folder of transformers or of `moebench export`; a model of transformers gets the task `language` on the
+    embedded text, encoded by its own tokenizer.
     `plugins`: the plug-in files that the run needs, unless they are loaded already; those that its folder names are not
     executed by themselves, because the folder may come from someone else. Raises UsageError for an unknown run, for a
     plug-in that is not given, where no checkpoint can be read, and where the data was changed since.
@@ -204,6 +207,8 @@ def load_model(
     from moebench.training.model import prepare_task
     from moebench.training.trained_model import load_trained_model
 
+    if str(run).startswith(PRETRAINED_PREFIX):
+        return _load_pretrained(str(run), Path(results), plugins)
     folder = _find_run(run, Path(results))
     cell = folder.read_cell()
     for plugin in plugins:
@@ -213,6 +218,18 @@ def load_model(
     require_unchanged_data(cell, config)
     task = prepare_task(config, folder.path.parent.parent)
     return load_trained_model(config, config, task, folder).eval(), task
+
+
+def _load_pretrained(name: str, results: Path, plugins: Sequence[str | Path]) -> "tuple[Model, Task]":
+    from moebench.pretrained.folder import open_pretrained
+    from moebench.pretrained.parent import read_parent
+    from moebench.registry import load_plugin
+    from moebench.training.parent_model import load_parent_model
+
+    for plugin in plugins:
+        load_plugin(str(plugin))
+    model, task = load_parent_model(read_parent(open_pretrained(name, requires_experts=False)), results)
+    return model.eval(), task
 
 
 def _as_experiment(experiment: "Experiment | str | Path") -> "Experiment":

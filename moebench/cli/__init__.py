@@ -8,6 +8,7 @@ from moebench.cli import (
     calibrate,
     compare,
     curve,
+    export,
     listing,
     plan,
     prepare,
@@ -41,6 +42,7 @@ app.command("prepare")(prepare.prepare)
 app.command("list")(listing.list_)
 app.command("show")(show.show)
 app.command("probe")(probe.probe)
+app.command("export")(export.export)
 app.command("watch")(watch.watch)
 app.command("ui")(ui.ui)
 app.command("sync")(sync.sync)
