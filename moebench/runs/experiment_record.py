@@ -24,7 +24,7 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         record = pop_checksum(record)  # records of earlier versions have none
         optional: dict[str, Types] = {"tuning": dict, "margin": (int, float)}
-        optional |= dict.fromkeys(SERVING_KEYS, str)
+        optional |= dict.fromkeys(SERVING_KEYS, str) | {"has_several_data": bool}
         optional |= {"seed_plans": dict, "seed_plan": str, "seed_plans_lost": bool}
         require_types(record, {"name": str, "cells": list, **optional}, optional=tuple(optional))
         if record["name"] != path.stem:
