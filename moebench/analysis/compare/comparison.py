@@ -237,7 +237,7 @@ def _note_unusual_agreement(differences: Sequence[Difference]) -> list[str]:
     p_holm = st.correct_family({pair.arm: pair.p for pair in differences if pair.p is not None})
     return [
         f"{difference.arm}: p Holm would be {p_holm[difference.arm]:.2g} by its own pairs alone, whose seeds agree"
-        " more than those of the other arms: no verdict on that ground (docs/statistics.md)"
+        " more than those of the other arms: this gives no verdict (docs/statistics.md)"
         for difference in differences
         if p_holm.get(difference.arm, 1.0) <= difference.level < (difference.p_holm or 0.0)
         and difference.verdict in ("undecided", "equivalent")

@@ -58,7 +58,7 @@ def compare_experiment(
     if not run_results:
         tuned = f"; {state.describe_progress()}" if state is not None else ""
         raise UsageError(
-            f"{results}: no cell of '{experiment.name}' has a result there yet (`moebench run` makes them){tuned}"
+            f"{results}: no cell of '{experiment.name}' has a result there yet (train it with `moebench run`){tuned}"
         )
     comparison = compare(
         run_results,
