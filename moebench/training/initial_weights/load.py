@@ -13,6 +13,7 @@ from moebench.init_config import Parent
 from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
 from moebench.schema import CellConfig
 from moebench.seeds import make_generator
+from moebench.training.initial_weights.folder import open_folder, require_same_folders
 from moebench.training.initial_weights.parent import ParentWeights, open_run
 from moebench.training.initial_weights.plan import BANK, LoadPlan, Taken, Way, plan_load
 from moebench.training.initial_weights.settings import check_settings
@@ -35,6 +36,8 @@ def open_parent(parent: Parent, results: Path, mesh: Mesh = SINGLE_PROCESS_MESH)
     """Open the weights of a parent; raise UsageError where they cannot be read."""
     if parent.kind == "run":
         return open_run(parent, results, mesh)
+    if parent.kind == "hf":
+        return open_folder(parent)
     raise UsageError(f"init.from: '{parent}' is known only inside an experiment with stages")
 
 
@@ -48,6 +51,7 @@ def load_initial_weights(
     """
     if not config.init.has_parent:
         return None
+    require_same_folders(config.init, mesh)
     (name,) = config.init.parents
     parent = open_parent(name, results, mesh)
     state = model.state_dict()
