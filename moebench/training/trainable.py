@@ -75,6 +75,7 @@ def freeze_parameters(model: Model, train: TrainConfig) -> list[FrozenExperts]:
         raise UsageError(
             f"train.trainable: '{train.trainable}' leaves nothing to train, the model has no such parameters"
         )
+    return partly
 
 
 def updates_router_state(train: TrainConfig) -> bool:
