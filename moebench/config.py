@@ -183,7 +183,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def to_yaml(config: Any) -> str:
     """Return a configuration as YAML."""
-    text: str = yaml.dump(to_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
+    return format_yaml(to_plain(config))
+
+
+def format_yaml(plain: Mapping[str, Any]) -> str:
+    """Return plain values as YAML, ending in a newline."""
+    text: str = yaml.dump(dict(plain), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
     return text
 
 
@@ -208,6 +213,9 @@ def cell_id(config: CellConfig, data_digest: str, plugin_digests: Sequence[str] 
     for section, keys in NOT_IN_ID.items():
         for key in (*keys, *getattr(getattr(config, section), "NOT_IN_ID", ())):
             _drop(plain[section], key.split("."))
+    for key in getattr(config.task, "NOT_IN_ID_IF_NULL", ()):
+        if getattr(config.task, key) is None:
+            _drop(plain["task"], [key])
     for key in config.train.list_unused_keys():
         _drop(plain["train"], [key])
     for section in plain:

@@ -128,7 +128,7 @@ class TrainConfig(OptimizerConfig, StepConfig, CheckpointConfig):
     """Coefficient of log² Z of the output, Z the sum of its softmax: 1e-4 in PaLM (arXiv:2204.02311, section 5)."""
     max_epochs: float | None = None
     """Most passes over the training split that `run` accepts; null: 4 for text (repeated up to four times it is worth
-    almost as much as new text, arXiv:2305.16264), no limit elsewhere; inf: no limit."""
+    almost as much as new text, arXiv:2305.16264) without task.train_windows, no limit elsewhere; inf: no limit."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of forward passes: bf16 is autocast; parameters, optimizer state and routing stay fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -58,6 +58,11 @@ class Experiment:
         return not (self.tuning_of or self.stage_of)
 
     @property
+    def has_several_data(self) -> bool:
+        """Whether arms of the last stage are trained on different data, which is what they are compared for."""
+        return bool(self.stages) and len({cell.data_digest for cell in self.cells}) > 1
+
+    @property
     def arms(self) -> list[str]:
         """The arms in the order of the grid."""
         return list(dict.fromkeys(cell.arm for cell in self.cells))

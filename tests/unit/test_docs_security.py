@@ -1,4 +1,4 @@
-"""docs/security.md: each guarantee names tests that exist; and the guarantees about data, which have no test elsewhere."""
+"""docs/security.md: each guarantee names tests that exist; guarantees about data that no other test shows."""
 
 import json
 import re

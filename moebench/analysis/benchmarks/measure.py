@@ -64,7 +64,10 @@ class Benchmarks:
 
     def evaluate_run(self, stored: StoredRun, results: Path) -> list[TaskResult]:
         """Return the results of a finished run; raise UsageError for one that gives no probability of a text."""
-        require_scorable(stored)
+        try:
+            require_scorable(stored.config)
+        except UsageError as error:
+            raise UsageError(f"run {stored.id}: {error}") from error
         if stored.folder.state() != "done":
             raise UsageError(f"run {stored.id}: is {stored.folder.describe_state()} (allowed: a run that is done)")
         run = TrainedRun.on_task(stored, prepare_task(stored.config, results))
@@ -74,7 +77,7 @@ class Benchmarks:
 
         def load() -> TextModel:
             if not models:
-                models.append(TextModel(RunModel(run), self.options.batch_size))
+                models.append(TextModel(RunModel.load(run), self.options.batch_size))
             return models[0]
 
         folder = run.folder.path / EVALUATIONS

@@ -42,7 +42,7 @@ def _explain_means(comparison: Comparison) -> list[str]:
     if any(arm.num_diverged for arm in comparison.arms):
         lines.append(
             "diverged: the loss, a gradient or the final metric was not finite, or a spike ended the run "
-            "(train.spike_policy=stop). Means and differences are of the other seeds, no fair sample: such a pair has "
+            "(train.spike_policy=stop). Means and differences are of the other seeds, a biased sample: such a pair has "
             "no verdict, such an arm is never best."
         )
     if any(arm.interval for arm in comparison.arms):

@@ -23,6 +23,8 @@ FLOPS = ("train_flops_per_token", "eval_flops_per_token")
 PARAMS = ("total_params",)
 BY_TRAINING_FLOPS = "=training FLOPs"
 """Mark of an arm that was trained on other tokens than the baseline, for equal FLOPs."""
+DATA_MARKS = ("≠data", "≠eval")
+"""Marks of arms that are trained or evaluated on other data."""
 SOLVED_FOR = {FLOPS: "FLOPs per token", PARAMS: "total parameters"}
 
 
@@ -55,8 +57,8 @@ def find_mismatches(
         cost,
         _check_passes(runs, baseline_runs) if tuple(quantities) == PARAMS else None,
         tokens,
-        _check_equal("≠data", "data_digest", [r.data_digest for r in runs], [r.data_digest for r in baseline_runs]),
-        _check_equal("≠eval", "eval_digest", [r.eval_digest for r in runs], [r.eval_digest for r in baseline_runs]),
+        _check_equal(DATA_MARKS[0], "data_digest", [r.data_digest for r in runs], [r.data_digest for r in baseline_runs]),
+        _check_equal(DATA_MARKS[1], "eval_digest", [r.eval_digest for r in runs], [r.eval_digest for r in baseline_runs]),
     ]
     return tuple(mismatch for mismatch in candidates if mismatch is not None)
 

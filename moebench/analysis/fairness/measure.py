@@ -172,7 +172,7 @@ def _list_notes(arms: MeasuredArms, compared: Collection[ArmFairness], num_evalu
         )
     if any(arm.equal["seconds"].pair and _is_slower(arms, arm.arm) for arm in compared):
         lines.append(
-            "slower arms are read at the baseline's time before their learning rate has decayed: a run with that many"
+            "slower arms are compared at equal time before their learning rate has decayed: a run with that many"
             " steps would end better"
         )
     return lines
@@ -190,7 +190,7 @@ def _is_slower(arms: MeasuredArms, arm: str) -> bool:
 def describe_arm(fairness: Fairness, arm: ArmFairness) -> str:
     """Return one sentence on an arm: what is shown at equal tokens, FLOPs, parameters and time."""
     if arm.divergence:
-        return f"{arm.arm}: {arm.divergence}, so the other seeds are no fair sample"
+        return f"{arm.arm}: {arm.divergence}, so the other seeds are a biased sample"
     parts: dict[str, list[str]] = {}
     for name in EQUAL:
         outcome = arm.equal[name].describe(lower_is_better=fairness.lower_is_better)

@@ -130,7 +130,7 @@ def read_ladder(
     [baseline] = baselines
     kept = [size for size in sizes if size.runs.get(baseline)]
     if not kept:
-        raise UsageError(f"{results}: no run of the baseline {baseline} is done yet (`moebench run` makes them)")
+        raise UsageError(f"{results}: no run of the baseline {baseline} is done yet (train it with `moebench run`)")
     kept.sort(key=lambda size: fmean(map(_require_flops, size.runs[baseline].values())))
     runs = [run for size in kept for of_arm in size.runs.values() for run in of_arm.values()]
     return Ladder(
