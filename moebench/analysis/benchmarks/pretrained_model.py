@@ -33,8 +33,9 @@ class FolderEncoder:
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens, without special ones."""
-        return self.tokenizer.text.decode_bytes(np.array(tokens, dtype=np.int64)).decode(errors="replace")
+        """Return the text of tokens, without special ones and ids that are rows of the model alone."""
+        known = [token for token in tokens if token < len(self.tokenizer.tokens)]
+        return self.tokenizer.text.decode_bytes(np.array(known, dtype=np.int64)).decode(errors="replace")
 
 
 class PretrainedTokenModel:
