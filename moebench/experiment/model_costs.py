@@ -1,7 +1,10 @@
 """The costs of an experiment's models: each different one is built once, without storage, whatever the grid's size."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from moebench.compatibility import list_marks
 from moebench.launch.devices import uses_gpu
@@ -14,6 +17,7 @@ from moebench.tasks.task import Task
 from moebench.training.batches import estimate_train_tokens
 from moebench.training.model import build_model, compute_model_cost, prepare_task
 from moebench.training.optimizer.muon import MAX_BATCH_ELEMENTS
+from moebench.training.utilization import BACKWARD_FACTOR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,8 @@ class ModelFacts:
     """Forward passes of a step of training."""
     marks: tuple[str, ...]
     """Warnings shown beside the arm."""
+    shapes: Mapping[str, torch.Size]
+    """Shapes of the weights, by name."""
 
 
 class ModelCosts:
@@ -62,6 +68,10 @@ class ModelCosts:
             self._tokens[key] = estimate_train_tokens(config, self.task(config))
         return self._tokens[key]
 
+    def training_flops(self, config: CellConfig) -> float:
+        """Return the FLOPs of all training steps of a cell, forward and backward, as planned."""
+        return BACKWARD_FACTOR * self.facts(config).cost.training_flops * self.train_tokens(config)
+
     def tokens_per_process(self, config: CellConfig) -> int:
         """Return the tokens of one micro-batch on one process: the last of the unequal parts may have fewer."""
         sequences = config.train.batch_size // config.train.accumulate
@@ -89,4 +99,5 @@ def _measure(config: CellConfig, task: Task) -> ModelFacts:
         size=ModelSize.of(model, model.backbone, task.sequence_length, task.decoder_length),
         passes=count_passes(model.features),
         marks=list_marks(config),
+        shapes={name: value.shape for name, value in model.state_dict().items()},
     )
