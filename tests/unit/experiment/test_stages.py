@@ -102,7 +102,9 @@ def test_an_arm_can_start_from_scratch_from_a_named_run_or_from_an_earlier_stage
 
 def test_several_matching_runs_are_listed_in_an_error(expand_staged: Any) -> None:
     stages = [STAGES[0] | {"grid": {"train.learning_rate": [1e-3, 2e-3]}}, STAGES[1]]
-    with pytest.raises(UsageError, match=r"'dense' would start from 2 runs of stage train \(dense, learning_rate=0.001;"):
+    with pytest.raises(
+        UsageError, match=r"'dense' would start from 2 runs of stage train \(dense, learning_rate=0.001;"
+    ):
         expand_staged(stages=stages)
 
 
@@ -111,7 +113,10 @@ def test_several_matching_runs_are_listed_in_an_error(expand_staged: Any) -> Non
     [
         ("stage:adapt", "init.from: stage:adapt in stage 'adapt': no stage before it has this name"),
         ("stage:trian", "earlier stages, train"),
-        ("stage:train/swich", "init.from: stage:train/swich: arm of stage train: 'swich' is unknown. Did you mean 'switch'"),
+        (
+            "stage:train/swich",
+            "init.from: stage:train/swich: arm of stage train: 'swich' is unknown. Did you mean 'switch'",
+        ),
     ],
 )
 def test_an_unknown_stage_or_arm_is_one_line(expand_staged: Any, source: str, message: str) -> None:
@@ -187,7 +192,9 @@ def test_dry_run_and_foreground_name_the_stage(expand_staged: Any, tmp_path: Pat
     ]
     phase, cell = select_phase_cell(experiment, "train: switch/0", tmp_path / "results")
     assert (phase.name, cell.arm, cell.stage) == ("staged-train", "switch", "train")
-    with pytest.raises(UsageError, match=r"'switch' cannot start: init.from: switch, seed 0 of stage train .* no result"):
+    with pytest.raises(
+        UsageError, match=r"'switch' cannot start: init.from: switch, seed 0 of stage train .* no result"
+    ):
         select_phase_cell(experiment, "switch", tmp_path / "results")
 
 
@@ -207,7 +214,9 @@ def test_a_cell_whose_parent_has_no_result_fails_in_one_line(expand_staged: Any,
     ready, failed = split_orphans(results, experiment.cells)
     assert (ready, len(failed)) == ([], 2)
     write_failures(results, experiment.name, failed)
-    assert failed[0].error == f"init.from: dense, seed 0 of stage train (run {failed[0].cell.parents[0].id}) has no result"
+    assert (
+        failed[0].error == f"init.from: dense, seed 0 of stage train (run {failed[0].cell.parents[0].id}) has no result"
+    )
     result = RunFolder.of(results, failed[0].cell.id).read_result()
     assert result is not None
     assert (result.status, result.error) == ("failed", failed[0].error)
