@@ -208,6 +208,9 @@ def cell_id(config: CellConfig, data_digest: str, plugin_digests: Sequence[str] 
     for section, keys in NOT_IN_ID.items():
         for key in (*keys, *getattr(getattr(config, section), "NOT_IN_ID", ())):
             _drop(plain[section], key.split("."))
+    for key in getattr(config.task, "NOT_IN_ID_IF_NULL", ()):
+        if getattr(config.task, key) is None:
+            _drop(plain["task"], [key])
     for key in config.train.list_unused_keys():
         _drop(plain["train"], [key])
     for section in plain:

@@ -220,7 +220,7 @@ def require_plugins(paths: Sequence[str], digests: Sequence[str], owner: str) ->
     for path, digest in zip(paths, digests, strict=False):
         if digest not in _DIGESTS[Path(path).stem]:
             raise UsageError(
-                f"{owner} was trained with another content of the plug-in {path} than was loaded; restore the file, and"
+                f"{owner} was trained with a different version of the plug-in {path}; restore the file, and"
                 f" give plugins=[{path!r}] in a new process"
             )
 

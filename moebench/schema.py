@@ -128,7 +128,7 @@ class TrainConfig(OptimizerConfig, StepConfig, CheckpointConfig):
     """Coefficient of log² Z of the output, Z the sum of its softmax: 1e-4 in PaLM (arXiv:2204.02311, section 5)."""
     max_epochs: float | None = None
     """Most passes over the training split that `run` accepts; null: 4 for text (repeated up to four times it is worth
-    almost as much as new text, arXiv:2305.16264), no limit elsewhere; inf: no limit."""
+    almost as much as new text, arXiv:2305.16264) without task.train_windows, no limit elsewhere; inf: no limit."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of forward passes: bf16 is autocast; parameters, optimizer state and routing stay fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -227,7 +227,6 @@ class CellConfig:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     init: InitConfig = field(default_factory=InitConfig)
-    """Weights before the first step, where they are not drawn from the seed alone."""
     seed: int = 0
     """Seed of initial weights, data order and routing noise; from 0 to 2^31 - 1."""
     allow_noncausal: bool = False
@@ -280,7 +279,8 @@ class ExperimentConfig:
     """Arms count as equivalent that differ by less than this share of the baseline's mean (from 5 seeds)."""
     tune: TuneConfig = field(default_factory=TuneConfig)
     """Settings that each arm chooses on validation before it is trained; null on the command line: none."""
-
+    equal: Literal["steps", "training_flops"] = "steps"
+    """What arms share: train.steps, or FLOPs of training, for which those of the others follow from the baseline's."""
     stages: list[StageConfig] = field(default_factory=list)
     """Runs that are trained one after another, each from a run of an earlier stage; the last stage is compared."""
 

@@ -9,6 +9,8 @@ from moebench.cli import (
     compare,
     curve,
     ensemble,
+    evaluate,
+    export,
     listing,
     plan,
     prepare,
@@ -42,7 +44,9 @@ app.command("plan")(plan.plan)
 app.command("prepare")(prepare.prepare)
 app.command("list")(listing.list_)
 app.command("show")(show.show)
+app.command("evaluate")(evaluate.evaluate)
 app.command("probe")(probe.probe)
+app.command("export")(export.export)
 app.command("watch")(watch.watch)
 app.command("ui")(ui.ui)
 app.command("sync")(sync.sync)
@@ -61,7 +65,9 @@ def _print_version(is_requested: bool) -> None:
 @app.callback()
 def _root(
     context: typer.Context,
-    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Show it."),
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+    ),
 ) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moebench.analysis.seed_planning.planned_power import PlannedPower
     from moebench.experiment.grid import Experiment
 
-Power = Annotated[bool, typer.Option("--power", help="Show which differences the planned seeds can show instead.")]
+Power = Annotated[bool, typer.Option("--power", help="Show which differences the planned seeds can detect.")]
 Margin = Annotated[
     float | None,
     typer.Option(
@@ -42,21 +42,21 @@ def plan(
     margin: Margin = None,
     json: Json = False,
 ) -> None:
-    """Show every cell with its state, parameters and FLOPs per token, and train nothing.
+    """Show every cell with its state, parameters, FLOPs per token and memory, without training.
 
-    FLOPs are of one forward pass, 2 for a multiplication and an addition; training costs three times as much, and
-    twice that for a router that is trained on two passes: "vs base" counts both. Where experts differ in size, FLOPs
-    and active parameters are those of an even load. "memory" is the estimated peak of the cell in training, over its
-    processes on one machine, or of one GPU; a cell that needs more than there is is refused by `run`.
+    FLOPs are those of one forward pass, 2 per multiply-add. "vs base" compares with the baseline and counts both
+    passes of a router that is trained on two. If experts differ in size, FLOPs and active parameters are those of an
+    even load. "memory" is the estimated peak of the cell in training, over its processes on one machine, or of one
+    GPU; `run` refuses a cell that needs more than is available.
 
-    The second table has the training of each arm: FLOPs of forward and backward passes, tokens for each active and
-    each parameter, text that is read, the training text that this needs, and epochs over the training split. More
+    The second table has the training of each arm: FLOPs of forward and backward passes, tokens per active parameter and
+    per parameter, text that is read, the training text that this needs, and epochs over the training split. More epochs
     than train.max_epochs are refused, here and by `run`. The last line says how many validation and test documents were
-    removed because the training text has them.
+    removed because they are also in the training text.
 
-    With --power: the smallest difference that several numbers of seeds would show in 4 of 5 repeats, in standard
-    deviations (SD) of the paired differences, and in the unit of the metric where the results folder has results of
-    this experiment or of one of the same task, model, steps and batch size; seeds that would settle undecided arms.
+    With --power: the smallest difference that several numbers of seeds would detect in 4 of 5 repeats, in standard
+    deviations (SD) of the paired differences. If the results folder has results of this experiment, or of one with the
+    same task, model, steps and batch size, also in the unit of the metric, with the seeds that undecided arms need.
     """
     from moebench.cli.output import print_progress
     from moebench.experiment.data_need import require_epochs

@@ -14,7 +14,7 @@ EXIT_DEGRADED = 3
 
 def rm(
     name: Annotated[
-        str, typer.Argument(metavar="RUN|EXPERIMENT", help="The id of a run, or how it begins; or an experiment.")
+        str, typer.Argument(metavar="RUN|EXPERIMENT", help="Id of a run, or its beginning; or an experiment.")
     ],
     results: Results = DEFAULT_RESULTS,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,

@@ -70,7 +70,7 @@ def print_summary(
         given = [*given, *(["--tracker", tracker] if tracker and redact_uri(tracker) == tracker else [])]
         given += ["--jobs", str(options.jobs)] if options.jobs else []
         given += ["--reshard"] if options.reshard else []
-        lines.append(f"interrupted; go on with: {arguments.format('run', *given)}")
+        lines.append(f"interrupted; continue with: {arguments.format('run', *given)}")
     else:
         hints = [arguments.format("compare"), arguments.format_ui(options.tracker)]
         lines.append(f"next: {'  |  '.join(filter(None, hints))}")

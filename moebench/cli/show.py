@@ -20,14 +20,12 @@ Name = Annotated[
     ),
 ]
 ExperimentFile = Annotated[
-    str | None, typer.Argument(metavar="[EXPERIMENT]", help="After `experiment`: whose file to print.")
+    str | None, typer.Argument(metavar="[EXPERIMENT]", help="After `experiment`: name of the experiment to print.")
 ]
-AllRouters = Annotated[
-    bool, typer.Option("--all-routers", help="All routers instead of one name, as the Markdown of docs/routers.md.")
-]
+AllRouters = Annotated[bool, typer.Option("--all-routers", help="Print all routers, as Markdown (docs/routers.md).")]
 AllOptions = Annotated[
     bool,
-    typer.Option("--all-options", help="All options instead of one name, as the Markdown of docs/configuration.md."),
+    typer.Option("--all-options", help="Print all options, as Markdown (docs/configuration.md)."),
 ]
 Plot = Annotated[Path | None, typer.Option(help="Draw where a router sends a few tokens (PNG, PDF, SVG).")]
 

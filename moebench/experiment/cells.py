@@ -61,6 +61,10 @@ class CellBuilder:
             parents=tuple(parents),
         )
 
+    def list_sources(self, arm: Arm, source: Parent) -> list[Arm]:
+        """Return the arms that `stage:NAME` or `stage:NAME/LABEL` stands for; raise UsageError where there is none."""
+        return [parent for _, parent in self._find_parents(arm, source)]
+
     def _find_parents(self, arm: Arm, source: Parent) -> list[tuple[int, Arm]]:
         """Return the arms that `stage:NAME` or `stage:NAME/LABEL` stands for, each with the number of its stage."""
         names = [stage.name for stage in self.earlier]

@@ -88,7 +88,7 @@ def select_cell(cells: Sequence[Cell], name: str) -> Cell:
     if len(by_id) == 1:
         return next(iter(by_id.values()))
     if by_id:
-        raise UsageError(f"--foreground: '{name}' begins several ids: {', '.join(by_id)}")
+        raise UsageError(f"--foreground: '{name}' matches several ids: {', '.join(by_id)}")
     arms = ", ".join(dict.fromkeys(cell.arm for cell in cells))
     seeds = ", ".join(dict.fromkeys(str(cell.seed) for cell in cells))
     raise UsageError(

@@ -9,6 +9,7 @@ from moebench.config import apply_overrides, load_experiment
 from moebench.errors import require_text, unknown
 from moebench.experiment.arms import DEFAULT_RESOLUTION, Arm, Resolution, note_partial_overrides, resolve_arms
 from moebench.experiment.cells import CellBuilder, StageArms
+from moebench.experiment.equal_flops import match_training, open_costs
 from moebench.experiment.seed_plan import SeedDesign, identify_settings
 from moebench.experiment.sizes import apply_size, check_size, name_experiment
 from moebench.experiment.stages import StagePart, split_stages
@@ -55,6 +56,11 @@ class Experiment:
     def is_reported(self) -> bool:
         """Whether the cells are compared: they are no tuning runs and no earlier stage of another experiment."""
         return not (self.tuning_of or self.stage_of)
+
+    @property
+    def has_several_data(self) -> bool:
+        """Whether arms of the last stage are trained on different data, which is what they are compared for."""
+        return bool(self.stages) and len({cell.data_digest for cell in self.cells}) > 1
 
     @property
     def arms(self) -> list[str]:
@@ -138,6 +144,8 @@ def _build(
     arms, arm_notes = _resolve_part(last, path, resolution)
     baseline, baseline_notes = _choose_baseline(config.baseline, [arm.label for arm in arms], is_regridded=is_regridded)
     builder = CellBuilder(plugins=plugins, stage=last.name, earlier=earlier)
+    with open_costs(resolution.results) as costs:
+        arms, flops_notes = match_training(arms, baseline, builder, costs, config.equal)
     cells = [builder.build(arm, seed) for seed in config.seeds for arm in arms]
     tuning = None
     if config.tune.grid:
@@ -159,7 +167,7 @@ def _build(
             reserved=tuple(config.tune.seeds) if config.tune.grid else (),
         ),
         margin=config.margin,
-        notes=(*arm_notes, *notes, *baseline_notes),
+        notes=(*arm_notes, *notes, *baseline_notes, *flops_notes),
     )
 
 

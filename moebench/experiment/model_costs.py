@@ -17,6 +17,7 @@ from moebench.tasks.task import Task
 from moebench.training.batches import estimate_train_tokens
 from moebench.training.model import build_model, compute_model_cost, prepare_task
 from moebench.training.optimizer.muon import MAX_BATCH_ELEMENTS
+from moebench.training.utilization import BACKWARD_FACTOR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,10 @@ class ModelCosts:
         if key not in self._tokens:
             self._tokens[key] = estimate_train_tokens(config, self.task(config))
         return self._tokens[key]
+
+    def training_flops(self, config: CellConfig) -> float:
+        """Return the FLOPs of all training steps of a cell, forward and backward, as planned."""
+        return BACKWARD_FACTOR * self.facts(config).cost.training_flops * self.train_tokens(config)
 
     def tokens_per_process(self, config: CellConfig) -> int:
         """Return the tokens of one micro-batch on one process: the last of the unequal parts may have fewer."""

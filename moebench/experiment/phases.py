@@ -99,7 +99,10 @@ def _run_tuned(experiment: Experiment, setup: RunSetup) -> RunReport:
         return replace(report, experiment=settled, num_done=0, outcomes=[], tuning=summary)
     for choice in state.choices:
         print_note(setup.console, describe_choice(choice))
-    print_note(setup.console, f"phase 2 of 2: {format_plural(len(settled.cells), 'run')} with what each arm has chosen")
+    print_note(
+        setup.console,
+        f"phase 2 of 2: {format_plural(len(settled.cells), 'run')} with the settings that each arm has chosen",
+    )
     return merge_problems([report], replace(run_experiment(settled, setup), tuning=summary))
 
 

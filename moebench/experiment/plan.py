@@ -18,7 +18,6 @@ from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.tasks.language import TextTask
 from moebench.tasks.task import Task
-from moebench.training.utilization import BACKWARD_FACTOR
 
 
 def plan_cells(
@@ -62,7 +61,7 @@ def _plan_rows(
             "memory_bytes": estimate_memory(cell.config, costs).total_bytes,
             "disk_bytes": count_disk_bytes(cell.config, costs),
             "train_tokens": tokens,
-            "train_flops": BACKWARD_FACTOR * cost.training_flops * tokens,
+            "train_flops": costs.training_flops(cell.config),
             "tokens_per_active_param": tokens / cost.active_params,
             "tokens_per_param": tokens / cost.total_params,
             **_describe_data(compute_data_need(cell.config, costs.task(cell.config))),

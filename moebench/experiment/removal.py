@@ -74,7 +74,7 @@ def plan_removal(results: Path, name: str) -> Removal:
         )
     matching = [cell_id for cell_id in folders if name and cell_id.startswith(name)]
     if len(matching) > 1:
-        raise UsageError(f"rm: '{name}' begins {len(matching)} ids ({', '.join(matching)}); give a longer prefix")
+        raise UsageError(f"rm: '{name}' matches {len(matching)} ids ({', '.join(matching)}); give a longer prefix")
     if not matching:
         raise unknown("run or experiment", name, [*experiments, *folders])
     return Removal(experiment=None, runs=[folders[matching[0]]], kept=[], files=[])

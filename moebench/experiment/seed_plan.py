@@ -204,7 +204,7 @@ def _read_seeds(values: Any) -> Seeds:
     _require_size(values, list)
     for seed in values:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
-            raise ValueError(f"{str(seed)[:40]!r} is no seed")
+            raise ValueError(f"{str(seed)[:40]!r} is not a seed")
     if not values:
         raise ValueError("a run without seeds")
     return tuple(dict.fromkeys(values))

@@ -137,6 +137,7 @@ def _build_record(path: Path, results: Path, experiment: Experiment, added: Mapp
     state = read_tuning(experiment, results)
     if state is not None:
         record["tuning"] = state.to_dict()
+    record |= {"has_several_data": True} if experiment.has_several_data else {}
     record |= {key: value for key in SERVING_KEYS if (value := getattr(experiment, key))}
     require_one_file(results, experiment)
     record |= {key: value for key, value in earlier.items() if key == RECORD_KEY}

@@ -24,7 +24,7 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         record = pop_checksum(record)  # records of earlier versions have none
         optional: dict[str, Types] = {"tuning": dict, "margin": (int, float)}
-        optional |= dict.fromkeys(SERVING_KEYS, str)
+        optional |= dict.fromkeys(SERVING_KEYS, str) | {"has_several_data": bool}
         optional |= {"seed_plans": dict, "seed_plan": str, "seed_plans_lost": bool}
         require_types(record, {"name": str, "cells": list, **optional}, optional=tuple(optional))
         if record["name"] != path.stem:
@@ -36,7 +36,7 @@ def read_record(path: Path) -> dict[str, Any]:
                 raise ValueError(f"'cells' has {str(cell)[:40]!r}, expected an object")
             require_types(cell, {"id": str, "arm": str, "seed": int}, optional=("arm", "seed"))
             if Path(cell["id"]).name != cell["id"]:  # it becomes a part of a path
-                raise ValueError(f"{cell['id'][:40]!r} is no id of a run")
+                raise ValueError(f"{cell['id'][:40]!r} is not the id of a run")
     except ValueError as error:
         raise UsageError(f"{path}: damaged ({error}); `moebench run` of the experiment writes it again") from error
     return record

@@ -86,7 +86,10 @@ def _compare_record(results: Path, record: Mapping[str, Any]) -> Comparison:
         metric=ComparisonMetric(
             name=facts.metric, lower_is_better=facts.lower_is_better, margin=record.get("margin", DEFAULT_MARGIN)
         ),
-        protocol=Protocol(plan=read_seed_plan(record, record.get(CURRENT_KEY, ""))),
+        protocol=Protocol(
+            plan=read_seed_plan(record, record.get(CURRENT_KEY, "")),
+            has_several_data=record.get("has_several_data", False),
+        ),
     )
     return replace(comparison, trivial_baselines=recorded.baselines) if recorded else comparison
 

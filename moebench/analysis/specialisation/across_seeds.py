@@ -131,7 +131,7 @@ def probe_experiment(
     done = [cell for cell in cells if RunFolder.of(results, cell.id).state() == "done"]
     if not done:
         raise UsageError(
-            f"{results}: no run with experts of '{experiment.name}' is done there (`moebench run` makes them)"
+            f"{results}: no run with experts of '{experiment.name}' is done there (train it with `moebench run`)"
         )
     by_arm: dict[str, list[RunInformation]] = {}
     for cell in done:

@@ -96,7 +96,7 @@ def _plan_arms(experiment: Experiment, results: Path, axes: Sequence[Axis]) -> t
         if done:
             plans.append(_ArmPlan(arm=arm, cells=done, settings=settings))
     if not plans:
-        raise UsageError(f"{results}: no cell of '{experiment.name}' is done there (`moebench run` makes them)")
+        raise UsageError(f"{results}: no cell of '{experiment.name}' is done there (train it with `moebench run`)")
     return plans, notes
 
 

@@ -134,7 +134,7 @@ def test_a_stage_outside_of_stages_is_refused(expand_staged: Any) -> None:
     [
         ([{"name": "train"}], "stages must be none, or at least two"),
         ([{"name": "a"}, {"name": "a"}], "stages must be names that occur once"),
-        ([{"name": "tuning"}, {"name": "b"}], "name of a stage must be other names"),
+        ([{"name": "tuning"}, {"name": "b"}], "name of a stage must be another name"),
         ([{"name": "a/b"}, {"name": "b"}], "cannot be the name of a file"),
         ([{"base": {}}, {"name": "b"}], r"stages\[0\]: the key 'name' is missing"),
         ([{"name": "a", "grid": {"router": []}}, {"name": "b"}], r"stages.a.grid.router must be a list with at least"),

@@ -63,7 +63,7 @@ def test_blank_texts_are_skipped(tmp_path: Path, content: str) -> None:
 
 ROWS: dict[str, tuple[dict[str, list[Any]], dict[str, Any], str | list[str]]] = {
     "words that readers take for nothing": ({"text": ["NA", "null", "007", "1e5", "true"]}, {}, "NA null 007 1e5 true"),
-    "half a character": ({"text": ["a", "\ud800"]}, {}, ["row 1 has half a character"]),
+    "half a character": ({"text": ["a", "\ud800"]}, {}, ["row 1 contains a lone surrogate"]),
     "nul": ({"text": ["a\0b"]}, {}, ["row 0 has NUL bytes"]),
     "number": ({"text": [3]}, {}, ["row 0 is ", ", not text"]),
     "list": ({"text": [["a", "b"]]}, {}, ["row 0 is list, not text"]),
