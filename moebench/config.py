@@ -183,7 +183,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def to_yaml(config: Any) -> str:
     """Return a configuration as YAML."""
-    text: str = yaml.dump(to_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
+    return format_yaml(to_plain(config))
+
+
+def format_yaml(plain: Mapping[str, Any]) -> str:
+    """Return plain values as YAML, ending in a newline."""
+    text: str = yaml.dump(dict(plain), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
     return text
 
 

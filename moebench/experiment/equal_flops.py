@@ -14,6 +14,7 @@ from moebench.init_config import InitConfig, Parent
 from moebench.routing.router import ROUTERS
 from moebench.runs.folder import RunFolder
 from moebench.schema import CellConfig
+from moebench.training.initial_weights.folder import open_folder
 
 CONTINUED = "dense continued"
 """Label of the arm that is added."""
@@ -167,7 +168,7 @@ def _is_dense_parent(parent: Parent, arm: Arm, builder: CellBuilder, results: Pa
         except UsageError:
             return False  # before training, the parent is required
         return name in ROUTERS.names() and ROUTERS.get(name).item.form.is_dense
-    return False
+    return "layout" not in open_folder(parent).settings
 
 
 def _continue_parent(template: Arm, builder: CellBuilder, arms: Sequence[Arm]) -> Arm:

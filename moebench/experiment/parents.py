@@ -15,6 +15,7 @@ from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.schema import CellConfig
 from moebench.training.initial_weights.combining import join_parents
+from moebench.training.initial_weights.folder import digest_folders, require_same_folders
 from moebench.training.initial_weights.load import open_parent
 from moebench.training.initial_weights.new_experts import check_expert_domains, check_new_experts
 from moebench.training.initial_weights.parent import ParentWeights, complete_run_id
@@ -23,19 +24,27 @@ from moebench.training.initial_weights.settings import check_settings
 
 
 def complete_parents(config: CellConfig, results: Path | None) -> CellConfig:
-    """Return the configuration with all that its id depends on: full ids of runs.
+    """Return the configuration with all that its id depends on: full ids of runs, and digests of folders.
 
-    Raises UsageError for a beginning of an id that no run of the results folder has, or several have.
+    Raises UsageError for a beginning of an id that no run of the results folder has, or several have, for a path that
+    is no folder, and for one with another digest than the configuration has.
     """
     if not config.init.has_parent:
         return config
-    parents = [str(_complete(parent, results)) for parent in config.init.parents]
-    from_ = parents[0] if isinstance(config.init.from_, str) else parents
-    return replace(config, init=replace(config.init, from_=from_))
+    init = config.init.replace_parents([_complete(parent, results) for parent in config.init.parents])
+    if init.digest is None:
+        return replace(config, init=replace(init, digest=digest_folders(init)))
+    require_same_folders(init)
+    return replace(config, init=init)
 
 
 def _complete(parent: Parent, results: Path | None) -> Parent:
-    return replace(parent, name=complete_run_id(parent.name, results)) if parent.kind == "run" else parent
+    """Return the parent with the full id of a run, or with a path that does not depend on the working folder."""
+    if parent.kind == "run":
+        return replace(parent, name=complete_run_id(parent.name, results))
+    if parent.kind == "hf":
+        return replace(parent, name=str(Path(parent.name).expanduser().absolute()))
+    return parent
 
 
 def require_parents(cells: Sequence[Cell], costs: ModelCosts) -> None:

@@ -14,6 +14,7 @@ from moebench.schema import CellConfig
 from moebench.seeds import make_generator
 from moebench.training.initial_weights.branch_domains import find_domain_router
 from moebench.training.initial_weights.combining import AveragedParents, join_parents
+from moebench.training.initial_weights.folder import open_folder, require_same_folders
 from moebench.training.initial_weights.new_experts import check_expert_domains
 from moebench.training.initial_weights.parent import ParentWeights, open_run
 from moebench.training.initial_weights.plan import BANK, LoadPlan, Taken, Way, plan_load
@@ -42,6 +43,8 @@ def open_parent(parent: Parent, results: Path, mesh: Mesh = SINGLE_PROCESS_MESH)
     """Open the weights of a parent; raise UsageError where they cannot be read."""
     if parent.kind == "run":
         return open_run(parent, results, mesh)
+    if parent.kind == "hf":
+        return open_folder(parent)
     raise UsageError(f"init.from: '{parent}' is known only inside an experiment with stages")
 
 
@@ -55,6 +58,7 @@ def load_initial_weights(
     """
     if not config.init.has_parent:
         return None
+    require_same_folders(config.init, mesh)
     parents = [open_parent(name, results, mesh) for name in config.init.parents]
     state = model.state_dict()
     router = find_domain_router(model)

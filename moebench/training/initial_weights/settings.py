@@ -14,11 +14,13 @@ FREE_KEYS = frozenset(
     [
         *("attention_dropout", "residual_dropout", "embedding_dropout"),
         "ffn_width",  # of experts: shapes decide
-        *("rope_theta", "rope_scaling", "rope_factor", "rope_original_length"),  # longer sequences
-        *("rope_low_frequency", "rope_high_frequency"),
     ]
 )
 """Keys of `model` that a child may change."""
+SCALING_KEYS = frozenset(
+    ["rope_scaling", "rope_factor", "rope_original_length", "rope_low_frequency", "rope_high_frequency"]
+)
+"""Keys of `model` that a child may change by choosing a scaling of positions, for longer sequences."""
 
 
 def check_settings(config: CellConfig, settings: Mapping[str, Any], parent: str) -> None:
@@ -41,9 +43,21 @@ def _list_differences(config: CellConfig, settings: Mapping[str, Any]) -> Iterat
 
 
 def _are_equal(key: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    if key in SCALING_KEYS and ours["rope_scaling"] != "none":
+        return True
+    if key == "embedding_scale":
+        scales = [_read_embedding_scale(model) for model in (ours, theirs)]
+        return scales[0] == scales[1]
     if key == "num_kv_heads":
         return bool((ours[key] or ours["num_heads"]) == (theirs[key] or theirs.get("num_heads")))
     return bool(ours[key] == theirs[key])
+
+
+def _read_embedding_scale(model: Mapping[str, Any]) -> Any:
+    """Return the factor on embedded inputs, as `select_embedding_scale` does, of plain data."""
+    if model.get("embedding_scale") is not None:
+        return model["embedding_scale"]
+    return float(model["d_model"] ** 0.5) if model.get("tie_embeddings") else 1.0
 
 
 def _is_same_tokenizer(ours: Any, theirs: Any) -> bool:
