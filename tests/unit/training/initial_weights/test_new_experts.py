@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.parent_runs import PARENT, WIDE, build_child, child_config, read_parent, train_parent
-from support.training_cases import Run, tiny_config
+from support.parent_runs import WIDE, build_child, child_config, read_parent, train_parent
+from support.training_cases import Run
 
 from moebench.errors import UsageError
 from moebench.schema import CellConfig
 from moebench.training.evaluation import batch_context
-from moebench.training.initial_weights.new_experts import NUM_BATCHES, check_expert_domains, fill_new_experts
+from moebench.training.initial_weights.new_experts import NUM_BATCHES, fill_new_experts
 from moebench.training.model import build_initialised_model, prepare_task
 
 NAMES = ("ab", "klm", "xyz")
@@ -112,20 +112,34 @@ def test_the_mean_of_the_experts_with_any_router(text: Path, tmp_path: Path) -> 
     assert copied == {2: "the mean of the others", 3: "the mean of the others"}
 
 
+@pytest.mark.parametrize("domains", [["xyz", "ab", "klm"], ["xyz", "klm"], ["ab", "xyz"]])
+def test_experts_follow_their_domains_in_any_order_and_can_be_left_out(
+    domains: list[str], parent: Run, text: Path
+) -> None:
+    held_out = [name for name in ("ab", "xyz") if "klm" in domains] or ["klm"]
+    layout, data = {**WIDE["layout"], "num_experts": len(domains)}, {"data": {"held_out_domains": held_out}}
+    config = adapted(text, "random", layout=layout, task=data)
+    config = replace(config, router=replace(config.router, domains=domains))
+    child, loaded = build_child(config, parent.folder.parents[1])
+    assert loaded is not None
+    before, after = (model.state_dict() for model in (read_parent(parent), child))
+    for name in (STACK, "backbone.blocks.1.feed_forward.router.count_E"):
+        for expert, domain in enumerate(domains):
+            if domain != "klm":
+                assert torch.equal(after[name][expert], before[name][["ab", "xyz"].index(domain)])
+    assert loaded.new_experts.get(STACK, ()) == tuple(number for number, name in enumerate(domains) if name == "klm")
+
+
 def test_experts_of_other_domains_are_refused(parent: Run, text: Path) -> None:
     results = parent.folder.parents[1]
     message = (
-        "the experts here are those of {}, and run 000000000000 has those of ab, xyz .allowed: these in this order"
+        "the experts here are those of {}, and run 000000000000 has those of ab, xyz .allowed: some or all"
     )
-    for domains in (["xyz", "ab", "klm"], ["klm", "ab", "xyz"]):
-        config = adapted(text, "random", router={"name": "domain", "domains": domains})
-        with pytest.raises(UsageError, match=message.format(", ".join(domains))):
+    for domains in (["klm", "ab", "xyz"], []):  # a new one first; the list is left out: the domains of training
+        config = adapted(text, "random")
+        config = replace(config, router=replace(config.router, domains=domains))
+        with pytest.raises(UsageError, match=message.format(", ".join(domains or ["klm"]))):
             build_child(config, results)
-    with pytest.raises(UsageError, match=message.format("klm")):  # the list of domains is left out
-        build_child(adapted(text, "random", router="domain"), results)
-    config = tiny_config(text, router="domain", init={"from": f"run:{PARENT}"}, layout={"num_experts": 3})
-    settings = {"router": {"name": "top_k"}, "layout": {"num_experts": 2}}
-    check_expert_domains(config, settings, "run", ["klm"], NAMES)  # its experts are not those of domains
 
 
 def test_nearest_needs_a_domain_for_each_expert(parent: Run, text: Path) -> None:
