@@ -51,7 +51,7 @@ class RunReport:
     problems: Sequence[str] = ()
     """What could not be shown, drawn, tracked or tidied up, one line each; no result depends on it."""
     tuning: TuningReport | None = None
-    """Of an experiment with tuning: its first phase."""
+    """First phase of an experiment with tuning."""
     below_trivial: str = ""
     """The mark of an experiment whose baseline arm does not beat trivial baselines; else empty."""
 
