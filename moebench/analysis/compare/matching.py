@@ -57,8 +57,12 @@ def find_mismatches(
         cost,
         _check_passes(runs, baseline_runs) if tuple(quantities) == PARAMS else None,
         tokens,
-        _check_equal(DATA_MARKS[0], "data_digest", [r.data_digest for r in runs], [r.data_digest for r in baseline_runs]),
-        _check_equal(DATA_MARKS[1], "eval_digest", [r.eval_digest for r in runs], [r.eval_digest for r in baseline_runs]),
+        _check_equal(
+            DATA_MARKS[0], "data_digest", [r.data_digest for r in runs], [r.data_digest for r in baseline_runs]
+        ),
+        _check_equal(
+            DATA_MARKS[1], "eval_digest", [r.eval_digest for r in runs], [r.eval_digest for r in baseline_runs]
+        ),
     ]
     return tuple(mismatch for mismatch in candidates if mismatch is not None)
 
