@@ -73,14 +73,14 @@ def adapt(
 ) -> None:
     """Fine-tune a finished run on a domain or on other data, and show what it gains there and loses elsewhere.
 
-    It writes an ordinary run: the same command goes on where it was interrupted, and shows the result of a run that is
-    done. Settings are those of the run, with --steps, --learning-rate and KEY=VALUE; several runs, seeds and settings at
-    once are an experiment with stages.
+    It writes an ordinary run: the same command goes on where it was interrupted, and shows the result of one that is
+    done. Settings are those of the run, with --steps, --learning-rate and KEY=VALUE. Several runs, seeds and settings
+    at once are an experiment with stages.
     """
-    from moebench.experiment.adaptation import AdaptOptions, build_adaptation
-    from moebench.experiment.run_setup import RunOptions, RunSetup
     from moebench.analysis.figures import Figures
+    from moebench.experiment.adaptation import AdaptOptions, build_adaptation
     from moebench.experiment.phases import run_phases
+    from moebench.experiment.run_setup import RunOptions, RunSetup
     from moebench.launch.launcher import LocalLauncher
     from moebench.registry import load_plugin
     from moebench.reporting.streams import open_stderr_console
@@ -131,10 +131,7 @@ def _show(report: "RunReport", results: Path, console: "Console", *, json: bool)
     if json:
         print_json(report.to_dict() | {"transfer": transfer.to_dict() if transfer else None})
         return
-    lines = [
-        f"failed: {outcome.cell.arm} seed {outcome.cell.seed}: {outcome.error}"
-        for outcome in report.failed
-    ]
+    lines = [f"failed: {outcome.cell.arm} seed {outcome.cell.seed}: {outcome.error}" for outcome in report.failed]
     lines += report.tuning.list_lines() if report.tuning else []
     lines += [f"warning: {problem}" for problem in report.problems]
     lines += [f"tracker: {report.tracker_problem}"] if report.tracker_problem else []

@@ -73,7 +73,7 @@ def build_adaptation(
     elif rates:
         base["train"]["learning_rate"] = rates[0]
     config = ExperimentConfig(
-        question=f"What does run {cell['id']} ({cell['arm']}, seed {seed}) gain on {options.to}, and what does it lose?",
+        question=f"What does run {cell['id']} ({cell['arm']}, seed {seed}) gain on {options.to}, and what is lost?",
         base=base,
         seeds=[seed],
         tune=tune,
@@ -126,7 +126,7 @@ def _choose_target(parent: CellConfig, options: AdaptOptions, results: Path) -> 
             f"--to {options.to}: is no domain of the run's data and no file or folder.{nearest(options.to, names)}"
             f" Domains: {', '.join(trained.domains)}"
         )
-    defaults = to_plain(type(parent.task)().data)  # type: ignore[attr-defined]
+    defaults = to_plain(type(parent.task.data)())  # type: ignore[attr-defined]
     task["data"] |= {key: defaults[key] for key in (*SOURCE_KEYS, "held_out_domains") if key in defaults}
     task["data"] |= {"path": str(path.absolute())}
     _require_same_vocabulary(parent, trained, task, results)

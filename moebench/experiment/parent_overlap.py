@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from moebench.config import resolve
 from moebench.errors import UsageError
 from moebench.experiment.model_costs import ModelCosts
-from moebench.config import resolve
 from moebench.init_config import Parent
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
