@@ -1,4 +1,4 @@
-"""Both metrics of a run and its parent on the same test text: from their results, or else by evaluating their models."""
+"""The metrics of a run and its parent on the same test text: from their results, else by evaluating their models."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
