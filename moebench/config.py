@@ -226,7 +226,8 @@ def cell_id(config: CellConfig, data_digest: str, plugin_digests: Sequence[str] 
             _drop(plain["train"], [key])
     elif config.train.spike_policy == "rewind":  # to a checkpoint
         plain["train"]["checkpoint_every"] = config.train.checkpoint_every
-    if config.init == InitConfig():
+    del plain["init"]["allow_overlap"]  # no number depends on it
+    if dataclasses.replace(config.init, allow_overlap=False) == InitConfig():
         del plain["init"]  # so that cells without a parent keep the ids that they had before there were parents
     else:
         plain["init"]["from"] = [parent.name_in_id for parent in config.init.parents]
