@@ -56,7 +56,7 @@ def load_model(folder: PretrainedFolder, dtype: str = AS_STORED) -> PretrainedMo
             model, info = _load_weights(class_, config, _open_tensors(folder.tensors, files), chosen, folder)
     _require_all_weights(info, folder)
     routers = {_name_layer(name): module for name, module in _find_routers(model, folder)}
-    if not routers:
+    if folder.family.router and not routers:
         raise UsageError(f"{folder.path}: transformers built a {folder.family.title} model without experts")
     model.requires_grad_(False)
     return PretrainedModel(module=model.eval(), routers=routers, unused=tuple(sorted(info["unexpected_keys"])))

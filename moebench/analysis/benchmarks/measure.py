@@ -106,7 +106,7 @@ class Benchmarks:
 
         `data`: text that tasks of passages are made of; None: the embedded text.
         """
-        folder = open_pretrained(subject)
+        folder = open_pretrained(subject, requires_experts=False)
         text = TextDataConfig(path=data, tokenizer="bytes")
         read_text = partial(_read_passages, text, results / "cache")
         tasks = self.list_tasks(str(data), read_text)

@@ -11,7 +11,7 @@ from torch import Tensor
 from moebench.analysis.benchmarks.token_model import PaddedInputs, Score, pad_inputs, score_targets
 from moebench.analysis.benchmarks.windows import Window
 from moebench.errors import UsageError
-from moebench.pretrained.families import CONFIG
+from moebench.pretrained.families import CONFIG, OWN_FORMAT
 from moebench.pretrained.folder import PretrainedFolder
 from moebench.pretrained.model import load_model
 from moebench.pretrained.tokenizer import PretrainedTokenizer, read_tokenizer
@@ -33,8 +33,9 @@ class FolderEncoder:
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens, without special ones."""
-        return self.tokenizer.text.decode_bytes(np.array(tokens, dtype=np.int64)).decode(errors="replace")
+        """Return the text of tokens, without special ones and ids that are rows of the model alone."""
+        known = [token for token in tokens if token < len(self.tokenizer.tokens)]
+        return self.tokenizer.text.decode_bytes(np.array(known, dtype=np.int64)).decode(errors="replace")
 
 
 class PretrainedTokenModel:
@@ -46,6 +47,8 @@ class PretrainedTokenModel:
         """`max_length`: tokens to read at once, at most what the model allows. Raises UsageError for other models."""
         if folder.family.is_encoder_decoder:
             raise UsageError(f"{folder.path}: a {folder.family.title} model has an encoder (allowed: causal models)")
+        if folder.family.model_type == OWN_FORMAT:
+            raise UsageError(f"{folder.path}: transformers cannot load it (allowed: the run itself, export --format hf)")
         self.folder = folder
         self.tokenizer = read_tokenizer(folder)
         self.encoder = FolderEncoder(tokenizer=self.tokenizer)

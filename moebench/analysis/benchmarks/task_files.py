@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moebench.errors import UsageError, nearest
 from moebench.file_access import iter_plain_lines, parse_json, read_plain_file
+from moebench.yaml_text import parse_typed_yaml
 
 MAX_FILE_BYTES = 1 << 20
 MAX_FILES = 1000
@@ -16,6 +15,7 @@ MAX_LINE_BYTES = 4 * 2**20
 MAX_ROWS = 1_000_000
 CODE_KEYS = ("class", "custom_dataset", "use_prompt", "unsafe_code")
 """Keys that name code, or make lm-eval look for code elsewhere."""
+FUNCTION_TAG = "!function"
 CODE_HINT = "is code (--allow-code, for files that you have read)"
 
 
@@ -58,28 +58,16 @@ def list_task_files(folder: Path, *, allows_code: bool = False) -> dict[str, Tas
     return tasks
 
 
-class _Loader(yaml.SafeLoader):
-    """A loader that runs nothing: a `!function` is an error."""
-
-
-def _refuse_function(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
-    raise yaml.constructor.ConstructorError(None, None, f"!function {getattr(node, 'value', '')} {CODE_HINT}")
-
-
-_Loader.add_constructor("!function", _refuse_function)
-
-
 def _read_config(path: Path, folder: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     """Return the settings of a file over those of the files that it includes."""
     if path in seen:
         raise UsageError(f"{path}: includes itself")
     try:
-        text = read_plain_file(path, MAX_FILE_BYTES).decode()
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=_Loader)):
-            raise UsageError(f"{path}: has aliases (allowed: YAML without * and &)")
-        config = yaml.load(text, Loader=_Loader)  # no code: it is a SafeLoader
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error.strerror if isinstance(error, OSError) else error).split())[:300]
+        config = parse_typed_yaml(read_plain_file(path, MAX_FILE_BYTES).decode())
+    except (OSError, ValueError) as error:
+        reason = str(error.strerror if isinstance(error, OSError) else error)[:300]
+        if FUNCTION_TAG in reason:
+            raise UsageError(f"{path}: {FUNCTION_TAG} {CODE_HINT}") from error
         raise UsageError(f"{path}: cannot be read ({reason})") from error
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise UsageError(f"{path}: holds a {type(config).__name__}; allowed: a mapping of names")

@@ -13,6 +13,8 @@ from moebench.pretrained.decoders.weight_map import WeightMap, map_one
 
 SWIGLU: Choice[str] = {"swiglu": {"hidden_act": "silu"}}
 GELU: Choice[str] = {"gelu": {"hidden_act": "gelu"}}
+MAX_LAYERS = 1000
+"""That of `model.num_layers`."""
 WITHOUT: Choice[str] = {"none": {}}
 
 
@@ -37,7 +39,8 @@ class Architecture:
 
     def read(self, config: ConfigKeys) -> Decoder:
         """Return the model of a configuration; raise UsageError for what moebench does not compute."""
-        num_layers, d_model, heads = map(config.number, ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+        num_layers = config.number("num_hidden_layers", MAX_LAYERS)
+        d_model, heads = config.number("hidden_size"), config.number("num_attention_heads")
         head_width = config.values.get("head_dim")
         if head_width not in (None, d_model / heads):
             raise config.refuse("head_dim", f"hidden_size / num_attention_heads = {d_model / heads:g}")

@@ -33,7 +33,7 @@ def test_functions_are_not_run_unless_allowed(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     folder = write_tasks(tmp_path / "tasks", coded=FUNCTION)
     (folder / "code.py").write_text(CODE)
-    with pytest.raises(UsageError, match=r"coded.yaml: cannot be read \(!function code.process is code \(--allow-code"):
+    with pytest.raises(UsageError, match=r"coded.yaml: !function is code \(--allow-code"):
         load(folder, "coded")
     assert not (tmp_path / "marker").exists()
     load(folder, "coded", allows_code=True)
@@ -48,7 +48,7 @@ ATTACKS = {
     "metric": ("metric_list: [{metric: ./evil}]", "metric_list has './evil', which lm-eval does not have"),
     "near": ("metric_list: [{metric: acc_nrm}]", "Did you mean 'acc_norm'?"),
     "hub": ("metric_list: [{metric: acc, hf_evaluate: true}]", "hf_evaluate, which is code"),
-    "bomb": ("description: &a [x, x]\ngen_prefix: [*a, *a]", "has aliases"),
+    "bomb": ("description: &a [x, x]\ngen_prefix: [*a, *a]", "it has aliases"),
     "key": ("doc_to_txt: question", "the key 'doc_to_txt' is unknown. Did you mean 'doc_to_text'?"),
     "outside": ("include: ../other.yaml", "include names '../other.yaml', which is outside"),
     "itself": ("include: bad.yaml", "includes itself"),
