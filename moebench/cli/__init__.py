@@ -8,6 +8,9 @@ from moebench.cli import (
     calibrate,
     compare,
     curve,
+    ensemble,
+    evaluate,
+    export,
     listing,
     plan,
     prepare,
@@ -35,12 +38,15 @@ app.command("run")(run.run)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
 app.command("curve")(curve.curve)
+app.command("ensemble")(ensemble.ensemble)
 app.command("scaling")(scaling.scaling)
 app.command("plan")(plan.plan)
 app.command("prepare")(prepare.prepare)
 app.command("list")(listing.list_)
 app.command("show")(show.show)
+app.command("evaluate")(evaluate.evaluate)
 app.command("probe")(probe.probe)
+app.command("export")(export.export)
 app.command("watch")(watch.watch)
 app.command("ui")(ui.ui)
 app.command("sync")(sync.sync)

@@ -63,8 +63,10 @@ def plan(
     from moebench.experiment.grid import expand
     from moebench.experiment.model_costs import ModelCosts
     from moebench.experiment.plan import plan_cells
+    from moebench.experiment.stage_runs import list_earlier_cells
 
-    grid = expand(find_experiment(experiment), add_size(overrides, size), plugin or (), print_progress("arms checked"))
+    on_progress, overrides = print_progress("arms checked"), add_size(overrides, size)
+    grid = expand(find_experiment(experiment), overrides, plugin or (), on_progress, results=results)
     if power:
         _show_power(grid, results, grid.margin if margin is None else margin, json=json)
         return
@@ -77,7 +79,7 @@ def plan(
         print_disk(rows)
         print_training(rows)
         print_overlap(rows)
-    require_epochs(grid.cells, ModelCosts(results))
+    require_epochs([*list_earlier_cells(grid), *grid.cells], ModelCosts(results))
 
 
 def _show_power(grid: "Experiment", results: Path, margin: float, *, json: bool) -> None:
@@ -151,10 +153,12 @@ def print_costs(rows: list[dict[str, Any]]) -> None:
     from moebench.reporting.formatting import MISSING, format_bytes, format_count
 
     numbers = ("active", "params", "FLOPs/token", "vs base", "memory")
-    columns = ("cell", "arm", "seed", "state", *numbers)
+    stage = ("stage",) if any("stage" in row for row in rows) else ()
+    columns = ("cell", *stage, "arm", "seed", "state", *numbers)
     lines = [
         (
             row["id"] or MISSING,
+            *(row["stage"] for _ in stage),
             row["arm"] + "".join(f" ({mark})" for mark in row["marks"]),
             str(row["seed"]),
             row["state"],
@@ -166,7 +170,7 @@ def print_costs(rows: list[dict[str, Any]]) -> None:
         )
         for row in rows
     ]
-    print_table(columns, lines, right=numbers, no_wrap=(columns[0], columns[2], *numbers), keys=("arm", "seed"))
+    print_table(columns, lines, right=numbers, no_wrap=("cell", "seed", *numbers), keys=("arm", "seed"))
 
 
 def print_disk(rows: list[dict[str, Any]]) -> None:
@@ -187,8 +191,10 @@ def print_training(rows: list[dict[str, Any]]) -> None:
         value = row.get(key)
         return MISSING if value is None else f"{format_count(value)}B"
 
+    stage = ("stage",) if any("stage" in row for row in rows) else ()
     lines = {
-        row["arm"]: (
+        (row.get("stage"), row["arm"]): (
+            *(row["stage"] for _ in stage),
             row["arm"],
             f"{row['train_flops']:.2e}",
             format_count(row["train_tokens"]),
@@ -200,8 +206,8 @@ def print_training(rows: list[dict[str, Any]]) -> None:
         )
         for row in rows
     }
-    columns = ("arm", "train FLOPs", "tokens", "/active", "/params", "text read", "needed", "epochs")
-    print_table(columns, lines.values(), right=columns[1:], no_wrap=columns[1:])
+    numbers = ("train FLOPs", "tokens", "/active", "/params", "text read", "needed", "epochs")
+    print_table((*stage, "arm", *numbers), lines.values(), right=numbers, no_wrap=numbers)
 
 
 def print_overlap(rows: list[dict[str, Any]]) -> None:

@@ -44,8 +44,8 @@ def rm(
             print_text(f"kept: run {cell_id}, which another experiment has")
         for path in removal.files:
             print_text(f"file {path}")
-        if removal.tuning:
-            print_text(f"kept: its tuning runs (moebench rm {removal.tuning})")
+        for experiment, runs in removal.earlier.items():
+            print_text(f"kept: its {runs} (moebench rm {experiment})")
         print_text(f"{len(removal.runs)} runs, {values['bytes'] / 2**20:.1f} MiB")
     if not yes:
         if json or not sys.stdin.isatty():

@@ -165,7 +165,7 @@ def _run_one_cell(
     from moebench.experiment.foreground import run_foreground, select_phase_cell
     from moebench.experiment.grid import expand
 
-    grid = expand(find_experiment(experiment), overrides or (), plugins or ())
+    grid = expand(find_experiment(experiment), overrides or (), plugins or (), results=results)
     phase, cell = select_phase_cell(grid, cell_name, results)
     return run_foreground(phase, cell, results, console=console, figures=Figures(), ignore_memory=ignore_memory)
 
@@ -186,15 +186,16 @@ def _show_actions(
 
     if cluster is not None and cluster.process_info.rank > 0:
         return 0
-    grid = expand(find_experiment(experiment), overrides or (), plugins or ())
+    grid = expand(find_experiment(experiment), overrides or (), plugins or (), results=results)
     if cluster is None:  # under torchrun the run itself checks the mesh
         LocalLauncher().check(grid.cells)
     rows = list_actions(grid, results)
     if json:
         print_json({"experiment": grid.name, "cells": rows})
         return 0
-    columns = ("cell", "arm", "seed", "state", "action", "from step", "reason")
-    fields = ("id", "arm", "seed", "state", "action", "from_step", "error")
+    stage = ("stage",) if grid.stages else ()
+    columns = ("cell", *stage, "arm", "seed", "state", "action", "from step", "reason")
+    fields = ("id", *stage, "arm", "seed", "state", "action", "from_step", "error")
     lines = [tuple("" if row[field] is None else str(row[field]) for field in fields) for row in rows]
     print_table(columns, lines, right=("seed", "from step"), no_wrap=columns[:1])
     print_text(summarise_actions(rows))
@@ -234,7 +235,7 @@ def _run_grid(
     from moebench.experiment.grid import expand
     from moebench.experiment.run_setup import RunSetup
 
-    grid = expand(find_experiment(experiment), overrides or (), plugins or ())
+    grid = expand(find_experiment(experiment), overrides or (), plugins or (), results=results)
     arguments = CommandArguments(
         experiment=experiment, overrides=overrides or (), plugins=plugins or (), results=results
     )

@@ -15,7 +15,7 @@ Name = Annotated[
     str | None,
     typer.Argument(
         help="A router, layout, task, loss or size (`moebench list`); a section of the configuration (train, model,"
-        " data, ...); a key (train.steps); or the word `experiment`.",
+        " data, ...); a key (train.steps); hf:FOLDER of a model; or the word `experiment`.",
         autocompletion=complete_component,
     ),
 ]
@@ -41,13 +41,17 @@ def show(
 ) -> None:
     """Show equation, facts, options with defaults and source of a component, or the options of a section.
 
-    `moebench show experiment quickstart > mine.yaml` copies an experiment, to be changed.
+    `moebench show experiment quickstart > mine.yaml` copies an experiment, to be changed. `moebench show hf:FOLDER`
+    prints the settings of a model of transformers, for the `base` of an experiment that starts from it.
     """
     if name == "experiment" and experiment is not None:
         _print_file(find_experiment(experiment), json=json)
         return
     if name is not None and experiment is None and name in list_sizes():
         _print_file(list_sizes()[name], json=json)
+        return
+    if name is not None and experiment is None and name.startswith("hf:"):
+        _print_parent(name, json=json)
         return
     if experiment is not None or [name is not None, all_routers, all_options].count(True) != 1:
         raise UsageError(
@@ -93,6 +97,17 @@ def _print_file(file: Path, *, json: bool) -> None:
         print_text(text, end="")
     else:
         sys.stdout.write(text)  # a copy, character by character
+
+
+def _print_parent(name: str, *, json: bool) -> None:
+    """Print the settings of a model of transformers, which a cell that starts from it has, as part of an experiment."""
+    from moebench.catalogue.parents import describe_parent, render_parent
+
+    settings = describe_parent(name)
+    if json:
+        print_json(settings)
+    else:
+        print_text(render_parent(settings), end="")
 
 
 def _draw(description: dict[str, Any], plot: Path) -> None:

@@ -261,5 +261,6 @@ def build_tuning_experiment(experiment: Experiment) -> Experiment:
         baseline=cells[0].arm,
         cells=cells,
         notes=(),
+        stages=experiment.stages,
         tuning_of=experiment.name,
     )

@@ -12,6 +12,8 @@ from moebench.runs.checked_json import Types, add_checksum, pop_checksum, read_j
 from moebench.runs.folder import write_json
 from moebench.schema import DEFAULT_MARGIN
 
+SERVING_KEYS = ("tuning_of", "stage_of")
+"""Keys of a record whose runs come before those of another experiment, which the value names."""
 LOCK_TIMEOUT_S = 60.0
 """A record is locked for milliseconds; a process that was stopped while it held the lock is not waited for."""
 
@@ -21,7 +23,8 @@ def read_record(path: Path) -> dict[str, Any]:
     record = read_json(path)
     try:
         record = pop_checksum(record)  # records of earlier versions have none
-        optional: dict[str, Types] = {"tuning": dict, "tuning_of": str, "margin": (int, float)}
+        optional: dict[str, Types] = {"tuning": dict, "margin": (int, float)}
+        optional |= dict.fromkeys(SERVING_KEYS, str) | {"has_several_data": bool}
         optional |= {"seed_plans": dict, "seed_plan": str, "seed_plans_lost": bool}
         require_types(record, {"name": str, "cells": list, **optional}, optional=tuple(optional))
         if record["name"] != path.stem:
@@ -37,6 +40,11 @@ def read_record(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"{path}: damaged ({error}); `moebench run` of the experiment writes it again") from error
     return record
+
+
+def find_served_experiment(record: Mapping[str, Any]) -> str:
+    """Return the experiment whose tuning runs, or earlier stage, a record has; empty for runs that are reported."""
+    return next((str(record[key]) for key in SERVING_KEYS if record.get(key)), "")
 
 
 @contextlib.contextmanager

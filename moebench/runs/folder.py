@@ -73,6 +73,11 @@ class RunFolder:
         return self.path / "labels.json"
 
     @property
+    def init(self) -> Path:
+        """What the model has taken of its parent before the first step; only with `init.from`."""
+        return self.path / "init.json"
+
+    @property
     def result(self) -> Path:
         """The RunResult; exists when the run is done or has failed."""
         return self.path / "result.json"
@@ -114,7 +119,7 @@ class RunFolder:
     @property
     def records(self) -> list[Path]:
         """Files that a finished run does not change any more."""
-        return [path for path in (self.journal, self.loads, self.layers, self.labels) if path.exists()]
+        return [path for path in (self.journal, self.loads, self.layers, self.labels, self.init) if path.exists()]
 
     def read_cell(self) -> dict[str, Any]:
         """Return the content of `cell.json`; raise UsageError if it is missing, damaged or that of another cell."""

@@ -33,6 +33,8 @@ class RunContext:
     recorder: RunRecorder
     checkpoints: Path
     """Folder of the checkpoints."""
+    results: Path = Path("results")
+    """Results folder, whose runs `init.from` can name."""
     report_progress: Callable[[dict[str, Any]], None] = lambda message: None
     """Called after every step with step, loss and tokens_per_s."""
     should_stop: Callable[[], bool] = lambda: False

@@ -70,6 +70,8 @@ class Run:
     task: Any = None
     progress: Callable[[dict[str, Any]], None] = lambda message: None
     step: int = 0
+    results: Path = Path("results")
+    """Results folder with the parents of the cell."""
 
     def __call__(self, stop_at: int | None = None) -> RunResult | None:
         """Train to the end, or until after step `stop_at`."""
@@ -78,6 +80,7 @@ class Run:
             context = RunContext(
                 recorder=recorder,
                 checkpoints=self.checkpoints,
+                results=self.results,
                 report_progress=self._follow,
                 should_stop=lambda: self.step == stop_at,
             )

@@ -71,7 +71,11 @@ def compare_experiment(
             margin=experiment.margin if margin is None else margin,
         ),
         allow_mismatch=allow_mismatch,
-        protocol=Protocol(tuned_keys=state.keys if state is not None else (), plan=plan),
+        protocol=Protocol(
+            tuned_keys=state.keys if state is not None else (),
+            plan=plan,
+            has_several_data=experiment.has_several_data,
+        ),
     )
     trivial = find_trivial_baselines(experiment, cells, results, run_results, split)
     return replace(

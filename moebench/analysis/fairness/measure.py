@@ -11,7 +11,7 @@ from statistics import fmean
 from moebench.analysis import statistics as st
 from moebench.analysis.fairness.conditions import RunConditions, find_time_problem
 from moebench.analysis.fairness.parameters import EqualParameters, Runs, count_parameters, find_equal_parameters
-from moebench.analysis.fairness.run_curve import TOLERANCE, Axis, RunCurve, compute_training_flops
+from moebench.analysis.fairness.run_curve import TOLERANCE, Axis, RunCurve
 from moebench.analysis.fairness.speed_up import SpeedUp, compute_speed_up
 from moebench.analysis.fairness.values import (
     EQUAL,
@@ -23,6 +23,7 @@ from moebench.analysis.fairness.values import (
     EqualBudget,
     Fairness,
 )
+from moebench.analysis.training_flops import compute_training_flops
 from moebench.reporting.formatting import format_plural
 
 MIN_EVALUATIONS = 5

@@ -117,7 +117,10 @@ def group_parameters(
     `factors`: of parameters that are scaled with the width, by name.
     """
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    is_restricted = train.trainable != "all"
     for role in roles:
+        if is_restricted and not role.parameter.requires_grad:
+            continue
         factor = factors.get(role.name, UNSCALED).learning_rate
         settings: dict[str, Any] = {
             "lr": role.learning_rate(train) * factor,
