@@ -171,6 +171,15 @@ COST: tuple[Declaration, ...] = (
     ("train_passes", "", "passes", ".0f", "neither", "Times that training runs each token through the model."),
     ("training_only_flops", "", "FLOPs", "count", "neither", "Forward FLOPs per token that training alone computes."),
     ("train_tokens", "", "tokens", "count", "neither", "Tokens that the model was trained on."),
+    (
+        "train_factor",
+        "",
+        "",
+        "number",
+        "neither",
+        "With train.trainable: FLOPs of forward and backward pass over those of the forward pass; elsewhere 3.",
+    ),
+    ("trained_share", "", "share", "percent", "neither", "With train.trainable: share of parameters that are updated."),
 )
 SPEED: tuple[Declaration, ...] = (
     ("tokens_per_s", "tokens/s", "tokens/s", "count", "higher", "Speed of the median training step."),

@@ -199,6 +199,7 @@ def _build_card(run: TrainedRun, options: ExportOptions, step: int, model_type: 
             "seed": str(run.seed),
             "run": run.id,
             "step": f"{step:,} of {config.train.steps:,}",
+            **({"continues": ", ".join(map(str, config.init.parents))} if config.init.has_parent else {}),
             "router": config.router.name,
             "layout": config.layout.name,
             "task": config.task.name,

@@ -15,9 +15,10 @@ from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.schema import CellConfig
 from moebench.training.initial_weights.combining import join_parents
+from moebench.training.initial_weights.domain_experts import select_expert_domains
 from moebench.training.initial_weights.folder import digest_folders, require_same_folders
 from moebench.training.initial_weights.load import open_parent
-from moebench.training.initial_weights.new_experts import check_expert_domains, check_new_experts
+from moebench.training.initial_weights.new_experts import check_new_experts
 from moebench.training.initial_weights.parent import ParentWeights, complete_run_id
 from moebench.training.initial_weights.plan import plan_load
 from moebench.training.initial_weights.settings import check_settings
@@ -75,8 +76,7 @@ def check_parents(cell: Cell, costs: ModelCosts) -> None:
         else:
             parent = open_parent(name, costs.results)
         check_settings(cell.config, parent.settings, parent.label)
-        parents.append(parent)
-        check_expert_domains(cell.config, parent.settings, parent.label, domains, _list_known(domains, parent))
+        parents.append(select_expert_domains(cell.config, parent, domains, _list_known(domains, parent)))
     if parents:
         check_new_experts(cell.config)
         shapes = costs.facts(cell.config).shapes

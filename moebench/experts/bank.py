@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 from moebench.experts.activation import Dropout
 from moebench.experts.dispatch import DispatchPlan, combine, dispatch
 from moebench.experts.grouped import cast_for_autocast
+from moebench.routing.constants import constant_like
 from moebench.routing.values import LayerRecord, Routing
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 Compute = Callable[[Tensor, Tensor], Tensor]
 """(x_RI, load_E) -> y_RO: experts on rows that are sorted by expert."""
+WeightedCompute = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_RI, weight_R, load_E) -> y_RO: the same, each row's output times its weight."""
 
 
 class Exchange(Protocol):
@@ -29,6 +32,15 @@ class Exchange(Protocol):
 
         `while_in_flight` is called once, while the rows are on their way.
         """
+
+    def compute_weighted(
+        self,
+        compute: WeightedCompute,
+        rows: tuple[Tensor, Tensor],
+        load_E: Tensor,
+        while_in_flight: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """Return the same with `rows`, x_RI and weight_R, whose weights are sent with them."""
 
     def count_sent_rows(self, rows_E: Tensor) -> int:
         """Return how many rows leave this process, from `rows_E` for each expert."""
@@ -90,6 +102,10 @@ class Bank(nn.Module):
         """Return the elements that a forward pass sends to other processes, from `rows_E` for each expert."""
         return 0 if self.exchange is None else self.exchange.count_sent_rows(rows_E) * self.elements_per_row()
 
+    def sends_weights(self, *, has_dropout: bool) -> bool:
+        """Return whether rows of a list of assignments carry their weights to other processes, and gradients back."""
+        return False
+
     def count_computed_rows(self, own_E: Tensor, shared_E: Tensor) -> int:
         """Return how many rows this process computes.
 
@@ -122,7 +138,7 @@ class Bank(nn.Module):
         flops_E, rows_E = self.flops_per_row_E(), record.kept.rows_E.double()
         if len(set(flops_E)) == 1:
             return rows_E.sum() * flops_E[0]
-        return rows_E @ rows_E.new_tensor(flops_E)
+        return rows_E @ constant_like(flops_E, rows_E)
 
     def mixture(
         self,

@@ -1,5 +1,6 @@
 """One forward pass of a bank of experts over a batch of tokens, as a routing requests it."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -8,7 +9,11 @@ from torch.nn import functional
 
 from moebench.experts.activation import Dropout
 from moebench.experts.bank import Bank
+from moebench.routing.selection import reads_without_waiting
 from moebench.routing.values import Routing
+
+MAX_LISTED = 4
+"""Assignments listed, per one that is expected to be used, up to which unused ones have rows on a GPU."""
 
 
 class BankPass:
@@ -25,12 +30,17 @@ class BankPass:
         x_TD: Tensor,
         dropout: Dropout | None = None,
         while_in_flight: Callable[[], None] | None = None,
+        experts_per_token: float = math.inf,
     ) -> None:
-        """`while_in_flight`: called once while rows are on their way to other processes, if any are."""
+        """`while_in_flight`: called once while rows are on their way to other processes, if any are.
+
+        `experts_per_token`: how many experts a token is expected to use; infinity: all that are listed.
+        """
         self.bank = bank
         self.x_TD = x_TD
         self.dropout = dropout
         self.while_in_flight = while_in_flight
+        self.experts_per_token = experts_per_token
         self.added: list[Tensor] = []
         self.state_TD = self.read_TD = x_TD
         device = x_TD.device.type
@@ -38,7 +48,15 @@ class BankPass:
 
     def mix(self, routing: Routing) -> Tensor:
         """Return y_TD: for each token the weighted sum of its experts' outputs; 0 for an unserved token."""
-        return self.bank.mixture(self.x_TD, routing, self.dropout, self.while_in_flight)
+        return self.bank.mixture(self.x_TD, self._shorten(routing), self.dropout, self.while_in_flight)
+
+    def _shorten(self, routing: Routing) -> Routing:
+        """Return the routing without unused assignments if they are most of a long list, on a device that waits for it.
+
+        Elsewhere they take memory at most, and are not computed.
+        """
+        is_long = routing.expert_N.numel() > MAX_LISTED * self.experts_per_token * routing.num_tokens
+        return routing if reads_without_waiting(routing.expert_N.device) or not is_long else routing.compact()
 
     def compute_rows(self, x_RD: Tensor, load_E: Tensor) -> Tensor:
         """Return y_RD for rows sorted by expert."""

@@ -64,7 +64,8 @@ class MoELayer(nn.Module):
         """Return y_TD (without the residual stream) and the record."""
         dropout = self._dropout(ctx)
         shared = self._shared_experts(x_TD, dropout)
-        experts = BankPass(self.bank, x_TD, dropout, while_in_flight=None if shared is None else shared.compute)
+        while_in_flight = None if shared is None else shared.compute
+        experts = BankPass(self.bank, x_TD, dropout, while_in_flight, self.experts_per_token)
         record = self.route(x_TD, replace(ctx, advance=experts.advance))
         y_TD = record.kept.compute(experts)
         return y_TD if shared is None else shared.add_to(y_TD), record

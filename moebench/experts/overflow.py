@@ -30,12 +30,15 @@ class BatchAssignments:
         `with_scores`: scores too, which rerouting reads.
         """
         columns = [routing.token_N + span.start, routing.expert_N, routing.counted_N, routing.weight_N.detach()]
+        has_unused = with_scores and routing.chosen_N is not None
+        columns += [routing.choices_N] if has_unused else []
         columns += [] if routing.priority_N is None else [routing.priority_N.detach()]
         lengths = _count_assignments(routing, span, ranks)
         # One table, because a gather for each column would wait as many times.
         table_NX = ranks.gather(torch.stack([_to_int32(column_N) for column_N in columns], dim=1), lengths)
         gathered_columns = map(_from_int32, table_NX.unbind(1), [column_N.dtype for column_N in columns])
-        token_N, expert_N, is_kept_N, weight_N, *priority_N = gathered_columns
+        token_N, expert_N, is_kept_N, weight_N, *others = gathered_columns
+        chosen_N = others.pop(0) if has_unused else None
         scores_TE = routing.scores_TE if with_scores else None
         gathered = Routing(
             token_N=token_N,
@@ -44,8 +47,9 @@ class BatchAssignments:
             num_tokens=span.total,
             num_experts=routing.num_experts,
             scores_TE=None if scores_TE is None else ranks.gather(scores_TE.detach(), span.lengths),
-            priority_N=priority_N[0] if priority_N else None,
+            priority_N=others[0] if others else None,
             kept_N=is_kept_N,
+            chosen_N=chosen_N,
         )
         return cls(routing=gathered, start=sum(lengths[: ranks.rank]))
 
@@ -122,7 +126,7 @@ def reroute(routing: Routing, kept_N: Tensor, slots: int, precedence_N: Tensor) 
     expert_N, waiting_N = routing.expert_N, routing.counted_N & ~kept_N
     free_E = slots - routing.keep(kept_N).load_E
     in_list_TE = torch.zeros(routing.scores_TE.shape, dtype=torch.bool, device=expert_N.device)
-    in_list_TE[token_N, expert_N] = True
+    in_list_TE[token_N, expert_N] = routing.choices_N
     num_others_T = num_experts - in_list_TE.sum(-1)
     ranked_TE = log_scores(routing.scores_TE).masked_fill(in_list_TE, -torch.inf)
     other_TO = rank_top_k(ranked_TE, min(NUM_ROUNDS, num_experts))

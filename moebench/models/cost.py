@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from moebench.experts.layer import MoELayer
 from moebench.models.encoder_decoder import EncoderDecoder
@@ -12,6 +13,8 @@ from moebench.models.whole_model import WholeModels
 from moebench.routing.layer_name import LayerName
 
 Backbone = Transformer | EncoderDecoder
+Number = TypeVar("Number", float, Tensor)
+"""In Python, or on a device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +81,10 @@ def _idle_params(layer: MoELayer) -> int:
 def executed_flops_per_token(
     backbone: Backbone,
     planned: int,
-    excess: Mapping[LayerName, float],
+    excess: Mapping[LayerName, Number],
     sequence_length: int,
     decoder_length: int | None = None,
-) -> float:
+) -> float | Number:
     """Return the forward FLOPs per token that a model executed: the plan plus the excess of its MoE layers.
 
     `planned`: `Cost.flops_per_token` for the same lengths. `excess`: executed minus planned FLOPs of the router and

@@ -26,6 +26,8 @@ COPIES_OF_A_VALUE = 1.9
 itself, and its norm, activation or residual sum."""
 COPIES_IN_BF16_ON_CPU = 1.4
 """Copies under autocast on a CPU, with the weights in bf16."""
+SAVED_COPIES = 3
+"""Copies of each parameter in a checkpoint that is written while training goes on: the value and two moments."""
 SHARE_IN_UPDATE = 0.5
 """Fraction of the values of a forward pass that are still allocated during the update."""
 
@@ -80,13 +82,16 @@ class ModelSize:
             if limit is not None and vocabulary * tokens > limit:
                 values -= vocabulary * tokens * step.passes - min(vocabulary * tokens, CHUNK_LOGITS)
         num_copies = PARAMETER_COPIES if step.keeps_gradients else PARAMETER_COPIES - 1
-        forward = num_copies * params + step.copies * values
-        temporaries = PARAMETER_COPIES * min(params, step.batched_update)
-        update = PARAMETER_COPIES * params + temporaries if step.batched_update else COPIES_IN_ADAMW * params
+        trained = step.trained_share * params
+        forward = params + (num_copies - 1) * trained + step.copies * values
+        temporaries = PARAMETER_COPIES * min(trained, step.batched_update)
+        update = params + (COPIES_IN_ADAMW - 1) * trained
+        if step.batched_update:
+            update = params + (PARAMETER_COPIES - 1) * trained + temporaries
         update += SHARE_IN_UPDATE * step.copies / COPIES_OF_A_VALUE * values
         if step.keeps_gradients:
-            update = max(update, COPIES_IN_ADAMW * params + step.copies * values)
-        return math.ceil(FLOAT_BYTES * max(forward, update))
+            update = max(update, params + (COPIES_IN_ADAMW - 1) * trained + step.copies * values)
+        return math.ceil(FLOAT_BYTES * (max(forward, update) + step.saved_copies * params))
 
 
 class _ValueCount:
@@ -147,8 +152,12 @@ class StepMemory:
     """Copies of each value that are alive at the end of a forward pass."""
     keeps_gradients: bool = False
     """Whether gradients are in memory during a forward pass: those of earlier micro-batches."""
+    trained_share: float = 1.0
+    """Share of the parameters that have gradients and moments."""
     batched_update: int = 0
     """Elements of the matrices that Muon updates at a time, 0 for AdamW."""
+    saved_copies: int = 0
+    """Copies of each parameter that wait in memory until they are in a checkpoint."""
 
 
 def _share_tokens(

@@ -58,18 +58,31 @@ class ParentWeights(Mapping[str, Tensor]):
     ) -> None:
         """`vocab_size`: rows of the embedding and the head that are read; those after them are padding. None: all."""
         self._tensors, self._maps, self._vocab_size = tensors, maps, vocab_size
+        self._files: dict[Path, Any] = {}  # memory-mapped: opening one reads the names of all its tensors
 
     @override
     def __getitem__(self, name: str) -> Tensor:
         weight = self._maps[name]
         fused = _find_stored(weight.fused.names, self._tensors) if weight.fused else None
-        value = weight.unfuse(_read(self._tensors, fused)) if fused else weight.join(self._read_part)
+        value = weight.unfuse(self._read(fused)) if fused else weight.join(self._read_part)
         return value[: self._vocab_size] if name in VOCABULARY else value
 
     def _read_part(self, part: Part) -> Tensor:
         name = _find_stored(part.names, self._tensors)
         assert name is not None
-        return _read(self._tensors, name)
+        return self._read(name)
+
+    def _read(self, name: str) -> Tensor:
+        from safetensors import SafetensorError, safe_open
+
+        file = self._tensors[name].file
+        try:
+            if file not in self._files:
+                self._files[file] = safe_open(file, framework="pt")
+            value: Tensor = self._files[file].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"{file}: the weight {name} cannot be read ({error})") from error
+        return value.to(torch.float32) if value.dtype == torch.float64 else value
 
     @override
     def __iter__(self) -> Iterator[str]:
@@ -192,15 +205,3 @@ def _has_no_effect(name: str, decoder: Decoder) -> bool:
 
 def _find_stored(names: tuple[str, ...], tensors: Mapping[str, StoredTensor]) -> str | None:
     return next((name for name in names if name in tensors), None)
-
-
-def _read(tensors: Mapping[str, StoredTensor], name: str) -> Tensor:
-    from safetensors import SafetensorError, safe_open
-
-    file: Path = tensors[name].file
-    try:
-        with safe_open(file, framework="pt") as stored:
-            value: Tensor = stored.get_tensor(name)
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{file}: the weight {name} cannot be read ({error})") from error
-    return value.to(torch.float32) if value.dtype == torch.float64 else value

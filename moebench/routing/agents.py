@@ -10,6 +10,7 @@ from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.domains import check_domains, get_domain_index
 from moebench.routing.router import RouterBuildContext, RouterConfig
+from moebench.routing.selection import select
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -50,7 +51,7 @@ def route_actions(action_T: Tensor, num_experts: int, num_actions: int, **tables
     routing = Routing.from_top_k(expert_TK, weight_TK, num_experts=num_experts, **tables)
     if num_actions == num_experts:
         return routing
-    return routing.keep(action_T < num_experts).compact()  # a masked assignment would block a slot for rerouting
+    return select(routing, action_T < num_experts)
 
 
 def compute_collaboration_reward(record: LayerRecord, share_E: Tensor, coefficient: float) -> Tensor:

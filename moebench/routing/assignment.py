@@ -192,7 +192,7 @@ def solve_capped_plan(
     if valid_GT1 is not None:
         log_GTE = log_GTE.masked_fill(~valid_GT1, -1e30)
     log_capacity_G11 = capacity_G.clamp(min=1).log().view(-1, 1, 1)
-    log_cap = torch.tensor(float(cap), device=score_GTE.device).log()
+    log_cap = torch.full((), float(cap), device=score_GTE.device).log()
     row_excess_GT1, entry_excess_GTE = torch.zeros_like(log_GTE[..., :1]), torch.zeros_like(log_GTE)
     for _ in range(iterations):
         log_GTE = log_GTE - log_GTE.logsumexp(1, keepdim=True) + log_capacity_G11

@@ -3,6 +3,9 @@
 import math
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True, kw_only=True)
 class Knob:
@@ -25,15 +28,19 @@ class Knob:
 
     def to_value(self, start: float, setting: float) -> float:
         """Return the value at a setting."""
+        return float(self.to_values(start, torch.tensor(setting, dtype=torch.float64)))
+
+    def to_values(self, start: float, setting: Tensor) -> Tensor:
+        """Return the values at settings, fp64, on their device."""
         value = self._to_linear(start) + setting * self.unit
         if self.is_probability:
-            value = 1 / (1 + math.exp(-value))
-        return min(max(value, self.low), self.high)
+            value = 1 / (1 + (-value).exp())
+        return value.clamp(self.low, self.high)
 
-    def limit(self, start: float, setting: float) -> float:
-        """Return the setting, or the nearest one at which the value is within its bounds."""
-        ends = sorted((self._to_linear(bound) - self._to_linear(start)) / self.unit for bound in (self.low, self.high))
-        return min(max(setting, ends[0]), ends[1])
+    def find_bounds(self, start: float) -> tuple[float, float]:
+        """Return the lowest and the highest setting at which the value is within its bounds."""
+        ends = [(self._to_linear(bound) - self._to_linear(start)) / self.unit for bound in (self.low, self.high)]
+        return min(ends), max(ends)
 
     def _to_linear(self, value: float) -> float:
         if not self.is_probability:

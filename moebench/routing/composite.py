@@ -233,7 +233,8 @@ def join_groups(parts: Sequence[Routing], group_size: int) -> GroupedRouting:
     priorities = [part.priority_N for part in parts if part.priority_N is not None]
     logits = [part.logits_TE for part in parts if part.logits_TE is not None]
     scores = [part.scores_TE for part in parts if part.scores_TE is not None]
-    kept = [torch.ones_like(part.token_N, dtype=torch.bool) if part.kept_N is None else part.kept_N for part in parts]
+    kept = [part.counted_N for part in parts]
+    chosen = [part.choices_N for part in parts]
     return GroupedRouting(
         token_N=join([part.token_N for part in parts]),
         expert_N=join([part.expert_N + group * group_size for group, part in enumerate(parts)]),
@@ -245,6 +246,7 @@ def join_groups(parts: Sequence[Routing], group_size: int) -> GroupedRouting:
         priority_N=join(priorities) if len(priorities) == len(parts) else None,
         top_k=sum(part.top_k or 0 for part in parts) if is_rectangle else None,
         kept_N=None if all(part.kept_N is None for part in parts) else join(kept),
+        chosen_N=None if all(part.chosen_N is None for part in parts) else join(chosen),
         parts=tuple(parts),
     )
 

@@ -7,7 +7,7 @@ recomputation of activation checkpointing would count it twice.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Self
 
 import torch
@@ -47,6 +47,8 @@ class Routing(AbstractRouting):
     """K when the list is a token-major T×K rectangle, so that combine needs no index of each token's assignments."""
     kept_N: Tensor | None = None
     """bool: which assignments count; None: all. The others have weight 0 and no expert computes them."""
+    chosen_N: Tensor | None = None
+    """bool: which assignments are choices of the router at all; None: all. The others are never kept (`select`)."""
     rerouted_N: Tensor | None = None
     """bool: which assignments another expert computes than the router chose; None: none."""
     identity_weight_T: Tensor | None = None
@@ -135,38 +137,39 @@ class Routing(AbstractRouting):
         """Return the routing with only the assignments that count; waits for the device."""
         if self.kept_N is None:
             return self
-        return replace(
-            self,
-            token_N=self.token_N[self.kept_N],
-            expert_N=self.expert_N[self.kept_N],
-            weight_N=self.weight_N[self.kept_N],
-            priority_N=None if self.priority_N is None else self.priority_N[self.kept_N],
-            rerouted_N=None if self.rerouted_N is None else self.rerouted_N[self.kept_N],
-            top_k=None,
-            kept_N=None,
-        )
+        return replace(self._take(self.kept_N.nonzero().squeeze(1)), top_k=None, kept_N=None, chosen_N=None)
 
     def slice_tokens(self, start: int, num_tokens: int) -> Self:
         """Return the routing of tokens start ... start + num_tokens - 1 alone; `extras` stay those of the batch."""
         end = start + num_tokens
-        within_N = (self.token_N >= start) & (self.token_N < end)
+        if self.top_k is None:
+            index_N = ((self.token_N >= start) & (self.token_N < end)).nonzero().squeeze(1)  # waits for the device
+        else:
+            index_N = torch.arange(start * self.top_k, end * self.top_k, device=self.token_N.device)
+        routing = self._take(index_N)
         return replace(
-            self,
-            token_N=self.token_N[within_N] - start,
-            expert_N=self.expert_N[within_N],
-            weight_N=self.weight_N[within_N],
+            routing,
+            token_N=routing.token_N - start,
             num_tokens=num_tokens,
             logits_TE=None if self.logits_TE is None else self.logits_TE[start:end],
             scores_TE=None if self.scores_TE is None else self.scores_TE[start:end],
-            priority_N=None if self.priority_N is None else self.priority_N[within_N],
-            kept_N=None if self.kept_N is None else self.kept_N[within_N],
             token_extras={name: value_T[start:end] for name, value_T in self.token_extras.items()},
         )
+
+    def _take(self, index_N: Tensor) -> Self:
+        """Return the routing with the listed assignments at these indices."""
+        lists = {each.name: getattr(self, each.name) for each in fields(self) if each.name.endswith("_N")}
+        return replace(self, **{name: value_N[index_N] for name, value_N in lists.items() if value_N is not None})
 
     @property
     def counted_N(self) -> Tensor:
         """bool: which assignments count."""
         return torch.ones_like(self.expert_N, dtype=torch.bool) if self.kept_N is None else self.kept_N
+
+    @property
+    def choices_N(self) -> Tensor:
+        """bool: which assignments the router chose, whether they still count or not."""
+        return torch.ones_like(self.expert_N, dtype=torch.bool) if self.chosen_N is None else self.chosen_N
 
     @property
     def load_E(self) -> Tensor:

@@ -10,7 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from moebench.experts.knobs import find_knobs
+from moebench.models.cost import executed_flops_per_token
 from moebench.models.storageless import build_without_storage
 from moebench.parallel.mesh import Mesh
 from moebench.routing.budget import Knob
@@ -18,7 +22,7 @@ from moebench.routing.router import ROUTERS, Router
 from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig
 from moebench.tasks.task import Task
-from moebench.training.executed_cost import ExecutedCost
+from moebench.training.executed_cost import Column, ExecutedCost
 from moebench.training.model import Model, build_model, compute_model_cost
 
 GAIN = 0.2
@@ -33,7 +37,10 @@ LAST_SHARE = 0.1
 PRECISION = 0.0025
 """Relative distance to the target at which the search for the setting of evaluation ends."""
 MAX_EVALUATIONS = 16
-"""Of that search."""
+"""Largest number of evaluations of the search."""
+
+ON_DEVICE = ("setting", "excess", "last_flops")
+"""State that is on the device of training."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +51,9 @@ class ControlledRouter:
     knob: Knob
     start: float
 
-    def set(self, setting: float) -> None:
+    def set(self, setting: Tensor) -> None:
         """Set the value for the next forward passes."""
-        getattr(self.router, self.knob.attribute).fill_(self.knob.to_value(self.start, setting))
+        getattr(self.router, self.knob.attribute).copy_(self.knob.to_values(self.start, setting))
 
 
 def compute_target(config: CellConfig, task: Task) -> int:
@@ -58,7 +65,10 @@ def compute_target(config: CellConfig, task: Task) -> int:
 
 
 class Budget:
-    """The controller of one cell; its state is part of every checkpoint, and the same on all processes."""
+    """The controller of one cell; its state is part of every checkpoint, and the same on all processes.
+
+    What it measures and sets in training stays on the device, so that a step does not wait for it.
+    """
 
     def __init__(self, config: CellConfig, model: Model, task: Task, target: int) -> None:
         self.target = target
@@ -71,14 +81,16 @@ class Budget:
         ]
         length = task.sequence_length
         self.scale = float(sum(layer.routed_flops_per_token(length) for layer in self.layers))
+        lengths = task.sequence_length, task.decoder_length
+        self.planned = compute_model_cost(model, *lengths).flops_per_token
         self.step = 0
-        self.setting = 0.0
-        self.excess = 0.0
+        self.setting = torch.zeros((), dtype=torch.float64)
+        self.excess = torch.zeros((), dtype=torch.float64)
         """Sum over the steps of what was executed beyond the target, relative to `scale`."""
-        self.last_flops = 0.0
+        self.last_flops = torch.zeros((), dtype=torch.float64)
         """Sum over the last steps of the executed FLOPs per token."""
         self.final_setting: float | None = None
-        """Of evaluation, after the last step."""
+        """Setting for evaluation, after the last step."""
 
     @property
     def acts_in_training(self) -> bool:
@@ -87,26 +99,28 @@ class Budget:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain numbers."""
-        names = ("step", "setting", "excess", "last_flops", "final_setting")
-        return {name: getattr(self, name) for name in names}
+        numbers = {name: float(getattr(self, name)) for name in ON_DEVICE}
+        return numbers | {"step": self.step, "final_setting": self.final_setting}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state; the values of the knobs are buffers of the model."""
         for name, value in state.items():
-            setattr(self, name, value)
+            setattr(self, name, torch.tensor(value, dtype=torch.float64) if name in ON_DEVICE else value)
 
     def update(self, records: Sequence[Sequence[LayerRecord]], mesh: Mesh) -> None:
         """Adjust the setting by what a step executed; every process calls it."""
         flops = self._measure(records, mesh)
+        for name in ON_DEVICE:
+            setattr(self, name, getattr(self, name).to(mesh.device))
         self.step += 1
         if self.step > (1 - LAST_SHARE) * self.num_steps:
-            self.last_flops += flops
+            self.last_flops = self.last_flops + flops
         if not self.acts_in_training:
             return
         excess = (flops - self.target) / self.scale
-        self.excess += excess
+        self.excess = self.excess + excess
         correction = self.excess / max(CORRECTION_SHARE * self.num_steps, 1)
-        correction = min(max(correction, -MAX_CORRECTION), MAX_CORRECTION)
+        correction = correction.clamp(-MAX_CORRECTION, MAX_CORRECTION)
         self._set(self.setting - GAIN * (excess + correction))
 
     def freeze(self, evaluate_flops: Callable[[], float]) -> None:
@@ -118,10 +132,10 @@ class Budget:
         if not self.routers:
             return
         tried: dict[float, float] = {}
-        setting, stride = self.setting, 0.125
+        setting, stride = float(self.setting), 0.125
         while len(tried) < MAX_EVALUATIONS:
-            self._set(setting)
-            setting = self.setting  # within the bounds of the value
+            self._set(torch.tensor(setting, dtype=torch.float64))
+            setting = float(self.setting)  # within the bounds of the value
             if setting in tried:
                 break
             tried[setting] = evaluate_flops() / self.target - 1
@@ -135,31 +149,38 @@ class Budget:
             else:
                 setting = (below + above) / 2
         self.final_setting = min(tried, key=lambda each: abs(tried[each]))
-        self._set(self.final_setting)
+        self._set(torch.tensor(self.final_setting, dtype=torch.float64))
 
     def to_cost(self) -> dict[str, float]:
         """Return what the result of the run reports."""
         num_last = max(self.num_steps - int((1 - LAST_SHARE) * self.num_steps), 1)
         cost = {
             "target_flops_per_token": float(self.target),
-            "train_last_flops_per_token": self.last_flops / num_last,
+            "train_last_flops_per_token": float(self.last_flops) / num_last,
         }
         if self.routers:
             first, final = self.routers[0], self.final_setting
-            cost["budget_value"] = first.knob.to_value(first.start, self.setting if final is None else final)
+            cost["budget_value"] = first.knob.to_value(first.start, float(self.setting) if final is None else final)
         return cost
 
-    def _measure(self, records: Sequence[Sequence[LayerRecord]], mesh: Mesh) -> float:
+    def _measure(self, records: Sequence[Sequence[LayerRecord]], mesh: Mesh) -> Tensor:
+        """Return the executed FLOPs per token of all processes; the target where they had no tokens."""
         executed = ExecutedCost(self.layers)
         for of_pass in records:
             executed.add(of_pass)
-        executed.all_reduce(mesh)
-        return executed.metrics(self.model, self.task).get("load/flops_per_token", float(self.target))
+        sums_LX = executed.take_pending(mesh)
+        positions_L = sums_LX[:, Column.POSITIONS]
+        excess_L = sums_LX[:, Column.EXCESS_FLOPS] / positions_L
+        excess = {layer.name: excess_L[n] for n, layer in enumerate(self.layers)}
+        lengths = self.task.sequence_length, self.task.decoder_length
+        flops = executed_flops_per_token(self.model.backbone, self.planned, excess, *lengths)
+        assert isinstance(flops, Tensor)
+        return flops.where((positions_L > 0).all(), float(self.target))
 
-    def _set(self, setting: float) -> None:
+    def _set(self, setting: Tensor) -> None:
         if self.routers:
             first = self.routers[0]
-            self.setting = first.knob.limit(first.start, setting)
+            self.setting = setting.clamp(*first.knob.find_bounds(first.start))
         for router in self.routers:
             router.set(self.setting)
 

@@ -51,12 +51,14 @@ class ExecutedCost:
 
     def all_reduce(self, mesh: Mesh) -> None:
         """Add the pending sums of all processes to the totals; every process calls it, even without batches."""
-        if not self.layers:
-            return
+        if self.layers:
+            self.total_LX = self.total_LX + self.take_pending(mesh).cpu()
+
+    def take_pending(self, mesh: Mesh) -> Tensor:
+        """Return the pending sums of all processes, on their device; they are no part of the totals."""
         zeros_LX = torch.zeros(self.total_LX.shape, dtype=torch.float64, device=mesh.device)
-        pending_LX = zeros_LX if self._pending_LX is None else self._pending_LX
-        self.total_LX = self.total_LX + mesh.world.sum(pending_LX).cpu()
-        self._pending_LX = None
+        pending_LX, self._pending_LX = self._pending_LX, None
+        return mesh.world.sum(zeros_LX if pending_LX is None else pending_LX)
 
     def metrics(self, model: Model, task: Task) -> dict[str, float]:
         """Return the cost per token; empty without MoE layers or positions. Call `all_reduce` first.

@@ -107,7 +107,7 @@ def test_runs_of_every_stage_resume_after_a_kill(staged: CommandLine, warm: Warm
 @pytest.mark.slow
 def test_added_seeds_bring_their_parents(staged: CommandLine, warm: WarmCommandLine) -> None:
     staged.write(stages=STAGES, grid={"router": ["dense", "switch"]}, seeds=[0, 1, 2])
-    run = warm.train(staged, "--until", "decided", "--max-seeds", "4")
+    run = warm.train(staged, "--until", "decided", "--max-seeds", "4", timeout=270)
     assert run.code == 0, run.err
     results = Results(staged.folder / "results")
     record = json.loads((results.path / "experiments" / "tiny.json").read_text())

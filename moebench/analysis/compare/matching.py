@@ -12,6 +12,7 @@ upcycled model; the table says so.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
 from moebench.analysis.training_flops import compute_training_flops
 from moebench.errors import UsageError
@@ -57,8 +58,12 @@ def find_mismatches(
         cost,
         _check_passes(runs, baseline_runs) if tuple(quantities) == PARAMS else None,
         tokens,
-        _check_equal(DATA_MARKS[0], "data_digest", [r.data_digest for r in runs], [r.data_digest for r in baseline_runs]),
-        _check_equal(DATA_MARKS[1], "eval_digest", [r.eval_digest for r in runs], [r.eval_digest for r in baseline_runs]),
+        _check_equal(
+            DATA_MARKS[0], "data_digest", [r.data_digest for r in runs], [r.data_digest for r in baseline_runs]
+        ),
+        _check_equal(
+            DATA_MARKS[1], "eval_digest", [r.eval_digest for r in runs], [r.eval_digest for r in baseline_runs]
+        ),
     ]
     return tuple(mismatch for mismatch in candidates if mismatch is not None)
 
@@ -155,12 +160,18 @@ def _match_training_flops(
 ) -> Mismatch | None:
     """Return how an arm that was trained on other tokens is matched: by equal FLOPs of training; None if it is not."""
     ratio = compute_training_ratio(runs, baseline_runs)
+    if _list_steps(runs) & _list_steps(baseline_runs):
+        return None  # the tokens differ for another reason than the number of steps
     if ratio is None or abs(ratio - 1) > TOLERANCE + 1e-9:
         return None
     evaluated = compute_cost_ratio("eval_flops_per_token", runs, baseline_runs)
     in_evaluation = "" if evaluated is None else f"; FLOPs per token {evaluated:.3g} times the baseline's in evaluation"
     reason = f"matched by its FLOPs of training, {ratio:.4g} times the baseline's, not by tokens: {tokens.reason}"
     return Mismatch(mark=BY_TRAINING_FLOPS, reason=f"{reason}{in_evaluation}", is_matched=True)
+
+
+def _list_steps(runs: Sequence[RunResult]) -> set[Any]:
+    return {run.config.get("train", {}).get("steps") for run in runs}
 
 
 def compute_training_ratio(runs: Sequence[RunResult], baseline_runs: Sequence[RunResult]) -> float | None:

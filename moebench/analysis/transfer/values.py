@@ -54,7 +54,9 @@ class ArmTransfer:
     def domain_changes(self) -> dict[str, float]:
         """Domain -> metric of the run minus that of its parent, mean over seeds."""
         domains = [name for name in self.runs[0].parent_domains if all(name in run.child_domains for run in self.runs)]
-        return {name: fmean(run.child_domains[name] - run.parent_domains[name] for run in self.runs) for name in domains}
+        return {
+            name: fmean(run.child_domains[name] - run.parent_domains[name] for run in self.runs) for name in domains
+        }
 
     def mean(self, name: str) -> float | None:
         """Return the mean over seeds of a field of `RunTransfer`; None where a seed has no value."""

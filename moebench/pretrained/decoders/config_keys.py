@@ -11,6 +11,8 @@ Value = TypeVar("Value", bound=Hashable)
 Choice = Mapping[Value, Entries]
 """Value of a setting -> the entries of config.json that stand for it; {} where the architecture always has it."""
 
+MAX_NUMBER = 2**31
+
 
 class ConfigKeys:
     """The values of a config.json, defaults included, with errors that name the file and the key."""
@@ -18,11 +20,11 @@ class ConfigKeys:
     def __init__(self, values: Mapping[str, Any], file: str) -> None:
         self.values, self.file = values, file
 
-    def number(self, key: str) -> int:
-        """Return a number of modules or units, at least 1."""
+    def number(self, key: str, limit: int = MAX_NUMBER) -> int:
+        """Return a number of modules or units, at least 1 and at most `limit`."""
         value = self.values.get(key)
-        if type(value) is not int or value < 1:
-            raise self.refuse(key, "a whole number of at least 1")
+        if type(value) is not int or not 1 <= value <= limit:
+            raise self.refuse(key, f"a whole number from 1 to {limit}")
         return value
 
     def choose(self, choice: Mapping[Value, Entries], what: str) -> Value:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from moebench.components import MAX_EXPERTS
 from moebench.pretrained.decoders.config_keys import Choice, ConfigKeys
 from moebench.pretrained.decoders.decoder import Decoder, ExpertBlocks, RoutingRule
 from moebench.pretrained.decoders.placement import EveryBlock, Placement
@@ -36,7 +37,7 @@ class ExpertFormat:
 
     def read(self, config: ConfigKeys, num_layers: int) -> ExpertBlocks:
         """Return the experts of a configuration; raise UsageError for what moebench does not compute."""
-        width, num_experts = config.number(self.width), config.number(self.num_experts)
+        width, num_experts = config.number(self.width), config.number(self.num_experts, MAX_EXPERTS)
         routing = RoutingRule(
             score=self.score,
             top_k=config.number(self.top_k),

@@ -47,7 +47,7 @@ class AfterFirst:
 
     def read(self, config: ConfigKeys, num_layers: int) -> tuple[int, ...]:
         """Return the blocks after the dense ones."""
-        return tuple(range(int(config.values.get("first_k_dense_replace") or 0), num_layers))
+        return tuple(range(max(int(config.values.get("first_k_dense_replace") or 0), 0), num_layers))
 
     def write(self, blocks: Sequence[int], num_layers: int) -> Mapping[str, Any] | None:
         """Return the number of dense blocks, and None where they are not the first ones."""

@@ -18,6 +18,7 @@ from moebench.routing.gate import Gate
 from moebench.routing.ranking import rank_top_k
 from moebench.routing.reduction import LossValue
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
+from moebench.routing.selection import select
 from moebench.routing.values import LayerRecord, Routing
 
 MAX_SCALE = 100.0
@@ -99,17 +100,14 @@ class DynMoE(Router["DynMoE.Config"]):
         used_TE = used_TE.detach()
         straight_through_TE = used_TE + (above_TE - above_TE.detach())
         expert_TE = torch.arange(self.num_experts, device=x_TD.device).expand(x_TD.shape[0], -1)
-        return (
-            Routing.from_top_k(
-                expert_TE,
-                straight_through_TE / used_TE.sum(-1, keepdim=True),
-                num_experts=self.num_experts,
-                logits_TE=logits_TE,
-                scores_TE=scores_TE,
-            )
-            .keep(used_TE.reshape(-1))
-            .compact()
-        )  # a masked assignment would block a slot for rerouting
+        routing = Routing.from_top_k(
+            expert_TE,
+            straight_through_TE / used_TE.sum(-1, keepdim=True),
+            num_experts=self.num_experts,
+            logits_TE=logits_TE,
+            scores_TE=scores_TE,
+        )
+        return select(routing, used_TE.reshape(-1))
 
     @override
     def losses(self, record: LayerRecord) -> dict[str, LossValue]:

@@ -18,6 +18,7 @@ from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.histogram import count_by_expert, empty_histograms, find_value_below_top
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
+from moebench.routing.selection import select
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -91,7 +92,7 @@ class ExpertThreshold(Router["ExpertThreshold.Config"]):
             expert_TK, scores_TE, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
         )
         above_N = (logits_TE > self.threshold_E + self.threshold_shift).reshape(-1)
-        return routing.keep(above_N).compact()  # a masked assignment would block a slot for rerouting
+        return select(routing, above_N)
 
     @override
     def statistics(self, record: LayerRecord) -> dict[str, Tensor]:
@@ -104,7 +105,6 @@ class ExpertThreshold(Router["ExpertThreshold.Config"]):
     @override
     def after_step(self, load_E: Tensor, statistics: Mapping[str, Tensor]) -> None:
         above_EH = statistics["above_EH"]
-        if not above_EH.any():
-            return  # every token passes, or the step had no tokens
         shift_E = find_value_below_top(above_EH, self.share * above_EH.sum(-1))
+        shift_E = shift_E.where(above_EH.any(), 0.0)  # without counts every token passes, or the step had no tokens
         self.threshold_E.add_(shift_E.to(self.threshold_E.dtype), alpha=1 - self.decay)

@@ -18,6 +18,7 @@ from moebench.routing.gate import Gate
 from moebench.routing.ranking import rank_all, rank_top_k, round_to_quantum
 from moebench.routing.reduction import LossValue, reduce_record
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig
+from moebench.routing.selection import select
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -95,9 +96,8 @@ class MixtureOfDepths(Router["MixtureOfDepths.Config"]):
             scores_TE=scores_TE,
             token_extras={"predicted_T": predicted_T, "first_T": selected_T},
         )
-        return routing.keep(
-            selected_T if ctx.training else round_to_quantum(predicted_T + self.predictor_shift) > 0
-        ).compact()
+        chosen_T = selected_T if ctx.training else round_to_quantum(predicted_T + self.predictor_shift) > 0
+        return select(routing, chosen_T)
 
     def _select_top(self, depth_T: Tensor, ctx: RouteContext) -> Tensor:
         """Return which tokens are among the top C of their sequence, bool; C is its share of the valid tokens."""

@@ -17,6 +17,7 @@ from moebench.routing.gate import Gate
 from moebench.routing.ranking import rank_top_k
 from moebench.routing.reduction import LossValue, reduce_record
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
+from moebench.routing.selection import select
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -88,18 +89,15 @@ class NullExperts(Router["NullExperts.Config"]):
         weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=1e-20)
         # A null choice needs some expert index in the list: one that the token does not use.
         placeholder_TK = _fill_unused(expert_TK, is_real_TK, self.num_experts)
-        return (
-            Routing.from_top_k(
-                torch.where(is_real_TK, expert_TK, placeholder_TK),
-                weight_TK,
-                num_experts=self.num_experts,
-                logits_TE=logits_TN[:, : self.num_experts],
-                scores_TE=choice_TN[:, : self.num_experts],
-                token_extras={"choice_T": choice_TN, "chosen_T": expert_TK},
-            )
-            .keep(is_real_TK.reshape(-1))
-            .compact()
-        )  # a masked assignment would block a slot for rerouting
+        routing = Routing.from_top_k(
+            torch.where(is_real_TK, expert_TK, placeholder_TK),
+            weight_TK,
+            num_experts=self.num_experts,
+            logits_TE=logits_TN[:, : self.num_experts],
+            scores_TE=choice_TN[:, : self.num_experts],
+            token_extras={"choice_T": choice_TN, "chosen_T": expert_TK},
+        )
+        return select(routing, is_real_TK.reshape(-1))
 
     @override
     def losses(self, record: LayerRecord) -> dict[str, LossValue]:

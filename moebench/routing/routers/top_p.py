@@ -15,6 +15,7 @@ from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k, round_to_quantum
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
+from moebench.routing.selection import select
 from moebench.routing.values import Routing
 
 
@@ -55,7 +56,7 @@ class TopP(Router["TopP.Config"]):
     def __init__(self, config: Config, context: RouterBuildContext) -> None:
         super().__init__(config, context)
         self.gate = Gate(context.d_model, context.num_experts)
-        self.top_p = config.top_p
+        self.top_p: float | Tensor = config.top_p
 
     @classmethod
     @override
@@ -77,11 +78,10 @@ class TopP(Router["TopP.Config"]):
         # Exclusive: exactly 0 for the first expert, which is always used.
         cumulative_TE = weight_TE.detach().cumsum(-1) - weight_TE.detach()
         # Rounded, so that of ten equal experts the first four reach 0.4 in any order of summation.
-        used_TE = round_to_quantum(cumulative_TE - max(self.top_p, SCORE_QUANTUM), SCORE_QUANTUM) < 0
-        return (
-            Routing.from_top_k(
-                expert_TE, weight_TE, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
-            )
-            .keep(used_TE.reshape(-1))
-            .compact()
-        )  # a masked assignment would block a slot for rerouting
+        top_p = self.top_p  # a tensor where it is adjusted in training
+        share = top_p.clamp(min=SCORE_QUANTUM) if isinstance(top_p, Tensor) else max(top_p, SCORE_QUANTUM)
+        used_TE = round_to_quantum(cumulative_TE - share, SCORE_QUANTUM) < 0
+        routing = Routing.from_top_k(
+            expert_TE, weight_TE, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
+        )
+        return select(routing, used_TE.reshape(-1))

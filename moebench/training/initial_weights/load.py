@@ -14,8 +14,8 @@ from moebench.schema import CellConfig
 from moebench.seeds import make_generator
 from moebench.training.initial_weights.branch_domains import find_domain_router
 from moebench.training.initial_weights.combining import AveragedParents, join_parents
+from moebench.training.initial_weights.domain_experts import select_expert_domains
 from moebench.training.initial_weights.folder import open_folder, require_same_folders
-from moebench.training.initial_weights.new_experts import check_expert_domains
 from moebench.training.initial_weights.parent import ParentWeights, open_run
 from moebench.training.initial_weights.plan import BANK, LoadPlan, Taken, Way, plan_load
 from moebench.training.initial_weights.settings import check_settings
@@ -59,13 +59,12 @@ def load_initial_weights(
     if not config.init.has_parent:
         return None
     require_same_folders(config.init, mesh)
-    parents = [open_parent(name, results, mesh) for name in config.init.parents]
-    state = model.state_dict()
-    router = find_domain_router(model)
+    opened = [open_parent(name, results, mesh) for name in config.init.parents]
+    state, router = model.state_dict(), find_domain_router(model)
     domains, known = ((), ()) if router is None else (router.domains, router.data_domains)
-    for each in parents:
+    for each in opened:
         check_settings(config, each.settings, each.label)
-        check_expert_domains(config, each.settings, each.label, domains, known)
+    parents = [select_expert_domains(config, each, domains, known) for each in opened]
     shapes = {name: value.shape for name, value in state.items()}
     parent = join_parents(config, parents, shapes, domains)
     plan = plan_load(config, shapes, parent)

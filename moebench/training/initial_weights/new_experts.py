@@ -1,12 +1,11 @@
-"""Experts that a child has beyond those of its parent (`init.new_experts`), and the order of experts by domain.
+"""Experts that a child has beyond those of its parent (`init.new_experts`).
 
 DEMix (arXiv:2108.05036, section 6) adds an expert for a new domain: it starts as a copy of the expert that predicts the
 text of the domain best, and is trained alone, so that the other domains keep their predictions.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +17,12 @@ from moebench.schema import CellConfig
 from moebench.tasks.task import Batch, Task
 from moebench.training.evaluation import batch_context, evaluation_mode, part_of_rank, training_precision
 from moebench.training.initial_weights.branch_domains import find_domain_router
+from moebench.training.initial_weights.domain_experts import BY_DOMAIN
 from moebench.training.initial_weights.stacks import copy_experts
 from moebench.training.model import Model
 
 NUM_BATCHES = 16
 """Batches of training that the losses of experts are compared on."""
-BY_DOMAIN = ("domain", "domain_posterior")
-"""Routers whose experts are those of domains."""
 
 
 def check_new_experts(config: CellConfig) -> None:
@@ -32,29 +30,6 @@ def check_new_experts(config: CellConfig) -> None:
     choice = config.init.new_experts
     fits = choice != "nearest" or config.router.name in BY_DOMAIN
     require(fits, "init.new_experts", choice, f"random or mean with router '{config.router.name}'")
-
-
-def check_expert_domains(
-    config: CellConfig, settings: Mapping[str, Any], label: str, domains: Sequence[str], known: Collection[str]
-) -> None:
-    """Raise UsageError unless experts by domain are those of the same domains in a child and its parent.
-
-    `settings`, `label`: of the parent. `domains`: of the child, in the order of its experts. `known`: all domains of
-    its data. Both routers must have an expert for each domain, or the same domains for all.
-    """
-    router = settings.get("router") or {}
-    if config.router.name not in BY_DOMAIN or router.get("name") not in BY_DOMAIN or not domains:
-        return
-    held_out = ((settings.get("task") or {}).get("data") or {}).get("held_out_domains") or ()
-    theirs = list(router.get("domains") or sorted(set(known) - set(held_out)))
-    has_one_each = (settings.get("layout") or {}).get("num_experts") == len(theirs)
-    fits = list(domains[: len(theirs)]) == theirs and (has_one_each or len(domains) == len(theirs))
-    if not fits:
-        more = ", and then new ones" if has_one_each else ""
-        raise UsageError(
-            f"router.domains: the experts here are those of {', '.join(domains)}, and {label} has those of"
-            f" {', '.join(theirs)} (allowed: these in this order{more})"
-        )
 
 
 @torch.no_grad()

@@ -22,6 +22,5 @@ def test_values_stay_within_their_bounds() -> None:
 
 
 def test_a_setting_is_limited_to_where_the_value_still_changes() -> None:
-    assert SHIFT.limit(0.0, 5) == 0.5
-    assert SHIFT.limit(0.0, -5) == -1.5
-    assert SHARE.to_value(0.4, SHARE.limit(0.4, 50)) == pytest.approx(0.9)
+    assert SHIFT.find_bounds(0.0) == (-1.5, 0.5)
+    assert SHARE.to_value(0.4, SHARE.find_bounds(0.4)[1]) == pytest.approx(0.9)

@@ -57,14 +57,48 @@ def quiet(text: Path, **options: Any) -> Any:
     return tiny_config(text, train=train, allow_noncausal=True, **options)
 
 
-ROUTERS = ("dense", "switch", "top_k", "loss_free", "expert_choice", "gshard", "soft_moe")
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let lists of assignments keep their length."""
+    for module in ("routing.selection", "experts.bank_pass"):
+        monkeypatch.setattr(f"moebench.{module}.reads_without_waiting", lambda device: False)
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+ROUTERS = (
+    *("dense", "switch", "top_k", "loss_free", "expert_choice", "gshard", "soft_moe"),
+    *("dynmoe", "expert_threshold", "mixture_of_depths", "moe_plus_plus", "null_experts", "ponder_net", "top_p"),
+    {"name": "expert_choice", "max_per_token": 3},
+    {"name": "routing_networks", "agents": "single", "pass_through": True},
+)
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
 def test_the_host_waits_once_in_a_step_that_is_not_logged(
-    router: str, text: Path, tmp_path: Path, waits: HostWaits
+    router: Any, text: Path, tmp_path: Path, waits: HostWaits, as_on_a_gpu: None
 ) -> None:
     Run(quiet(text, router=router), tmp_path)()
+    assert_one_wait_in_each_step(waits)
+
+
+@pytest.mark.parametrize("router", ["dynmoe", "top_p"])
+def test_a_budget_of_measured_flops_waits_no_more(
+    router: str, text: Path, tmp_path: Path, waits: HostWaits, as_on_a_gpu: None
+) -> None:
+    Run(quiet(text, router=router, layout={"match": "measured_flops", "expert_width": None}), tmp_path)()
+    assert_one_wait_in_each_step(waits)
+
+
+@pytest.mark.parametrize("router", ["switch", "top_p"])
+@pytest.mark.parametrize("overflow", ["drop", "pass", "reroute"])
+def test_capacity_waits_no_more(
+    overflow: str, router: str, text: Path, tmp_path: Path, waits: HostWaits, as_on_a_gpu: None
+) -> None:
+    layout = {"capacity_factor_train": 0.5, "overflow": overflow}
+    Run(quiet(text, router=router, layout=layout), tmp_path)()
+    assert_one_wait_in_each_step(waits)
+
+
+def assert_one_wait_in_each_step(waits: HostWaits) -> None:
     counted = {place: number for place, number in waits.places.items() if ON_A_CPU not in place}
     assert sum(counted.values()) == 4, counted  # four steps
 
@@ -206,10 +240,10 @@ def test_spikes_are_recorded_at_their_steps(text: Path, tmp_path: Path, later: N
 
 def test_a_run_that_is_stopped_and_resumed_is_the_same_bit_for_bit(text: Path, tmp_path: Path, later: None) -> None:
     config = tiny_config(text, router="loss_free", train={"log_every": 6, "eval_every": 100})
-    whole, parts = Run(config, tmp_path / "whole"), Run(config, tmp_path / "parts")
-    assert whole() is not None
+    complete, parts = Run(config, tmp_path / "whole"), Run(config, tmp_path / "parts")
+    assert complete() is not None
     assert parts(stop_at=4) is None
     assert parts.checkpoints.joinpath("step_0000005.ckpt").exists()  # the step after the request
     assert parts() is not None
-    assert_same_tree(whole.checkpoint(12)["state_dict"], parts.checkpoint(12)["state_dict"])
-    assert whole.points() == parts.points()
+    assert_same_tree(complete.checkpoint(12)["state_dict"], parts.checkpoint(12)["state_dict"])
+    assert complete.points() == parts.points()
