@@ -21,7 +21,7 @@ WIDE: dict[str, Any] = {"layout": {"expert_width": None, "match": "none"}}
 """Experts as wide as the dense network."""
 
 
-def train_parent(results: Path, text: Path, **overrides: Any) -> Run:
+def train_parent(results: Path, text: Path, run_id: str = PARENT, **overrides: Any) -> Run:
     """Train a dense run, of three steps, whose weights are far from the initial ones."""
     overrides = {"router": "dense", **overrides}
     train = {"steps": 3, "learning_rate": 0.05, "eval_every": 3} | overrides.pop("train", {})
