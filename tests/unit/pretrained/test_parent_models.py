@@ -17,6 +17,7 @@ import moebench
 from moebench.config import merge_settings, resolve
 from moebench.errors import UsageError
 from moebench.pretrained.folder import open_pretrained
+from moebench.pretrained.model import load_model
 from moebench.pretrained.parent import ParentModel, read_parent
 from moebench.training.model import Model, build_model, prepare_task
 
@@ -257,6 +258,16 @@ def test_a_bad_folder_is_one_line(tmp_path: Path, case: str) -> None:
     assert message in str(error.value)
     assert str(error.value).startswith(str(tmp_path / "model"))
     assert "\n" not in str(error.value)
+
+
+def test_transformers_is_not_asked_for_a_model_with_our_names(mixtral: Path, tmp_path: Path) -> None:
+    shutil.copytree(mixtral, tmp_path / "model")
+    change_config(tmp_path / "model", model_type="moebench", architectures=None)
+    opened = open_pretrained(f"hf:{tmp_path / 'model'}", requires_experts=False)
+    with pytest.raises(UsageError, match="model_type is moebench: transformers does not load it"):
+        load_model(opened)
+    with pytest.raises(UsageError, match="the model_type 'moebench' is unknown"):
+        open_pretrained(f"hf:{tmp_path / 'model'}")
 
 
 NUMBERS = ("num_local_experts", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
