@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from support.random_models import RandomRun, compute_logits, draw_tokens
+from support.run_folders import write_cell
 from support.training_cases import write_text
 
 import moebench
-from moebench.analysis.exported_run import ExportOptions
+from moebench.analysis.exported_run import ExportOptions, export_run
+from moebench.analysis.trained_run import TrainedRun
 from moebench.errors import UsageError
 from moebench.experts.layout import LAYOUTS
 from moebench.pretrained.export.folder_writer import write_folder
@@ -23,6 +25,7 @@ from moebench.pretrained.export.tensors import TensorSource
 from moebench.pretrained.folder import open_pretrained
 from moebench.pretrained.parent import read_parent
 from moebench.routing.router import ROUTERS
+from moebench.runs.folder import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
 SWIGLU = {"activation": "swiglu", "num_heads": 2, "num_kv_heads": 1}
@@ -359,3 +362,24 @@ def test_every_model_is_written_with_our_names_and_for_transformers_or_refused(
         compare(run, tmp_path / "out", exported.model_type)
         return
     assert reason.startswith("--format hf: transformers cannot express run random: ")
+
+
+def test_other_data_is_written_with_our_names(tmp_path: Path, text: Path) -> None:
+    run = RandomRun(tmp_path, text, router="switch", task={"name": "clustered", "sequence_length": 16})
+    with pytest.raises(UsageError, match=r"task\.name=clustered: only language models of text are written for it"):
+        run.export(tmp_path / "out")
+    exported = run.export(tmp_path / "out", format="safetensors")
+    assert [file.name for file in exported.files] == ["README.md", "config.json", "model.safetensors"]
+    model, _ = moebench.load_model(f"hf:{tmp_path / 'out'}", tmp_path)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in run.model.state_dict().items())
+
+
+def test_a_run_that_is_not_done_has_only_its_kept_weights(tmp_path: Path, text: Path) -> None:
+    run = RandomRun(tmp_path, text, router="switch")
+    folder = RunFolder.of(tmp_path, "random")
+    write_cell(folder.path)
+    opened = TrainedRun(folder=folder, cell=folder.read_cell(), config=run.config, task=run.task)
+    with pytest.raises(
+        UsageError, match=r"run random is .* \(allowed: a run that is done, or --step of kept weights: none"
+    ):
+        export_run(opened, ExportOptions(out=tmp_path / "out"), tmp_path)
