@@ -174,7 +174,7 @@ def describe_error(error: Exception) -> str:
 
 
 def _merge_filters(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return one sample for each item, with the metrics of all filters of the responses: `acc`, `exact_match,strict`."""
+    """Return one sample for each item, with the metrics of all filters: `acc`, `exact_match,strict`."""
     merged: dict[int, dict[str, Any]] = {}
     for sample in samples:
         item = merged.setdefault(sample["doc_id"], {**sample, "values": {}})
