@@ -194,7 +194,7 @@ def _continue_parent(template: Arm, builder: CellBuilder, arms: Sequence[Arm]) -
         parent = replace(parent, label=builder.list_sources(template, parent)[0].label)
     config = replace(
         template.config,
-        router=ROUTERS.get("dense").item.Config(),
+        router=ROUTERS.get("dense").item.Config(name="dense"),
         init=InitConfig(from_=str(parent), digest=template.config.init.digest),
         train=replace(template.config.train, trainable="all"),
     )

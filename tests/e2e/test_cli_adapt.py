@@ -79,7 +79,6 @@ def test_several_rates_are_tried_and_other_data_are_measured_by_both_models(
         (("--to", "b", "--learning-rate", "fast"), "--learning-rate: 'fast' was given"),
         (("--to", "b", "train.stepz=3"), "train.stepz"),
         (("--to", "a", "--examples", "100000"), "task.train_windows must be at most"),
-        (("--to", "b", "--trainable", "new_experts"), "trainable"),
         (("--to", "b", "model.d_model=32"), "model.d_model: 32 here, 16 in run"),
     ],
 )

@@ -21,11 +21,11 @@ WIDE: dict[str, Any] = {"layout": {"expert_width": None, "match": "none"}}
 """Experts as wide as the dense network."""
 
 
-def train_parent(results: Path, text: Path, **overrides: Any) -> Run:
+def train_parent(results: Path, text: Path, run_id: str = PARENT, **overrides: Any) -> Run:
     """Train a dense run, of three steps, whose weights are far from the initial ones."""
     overrides = {"router": "dense", **overrides}
     train = {"steps": 3, "learning_rate": 0.05, "eval_every": 3} | overrides.pop("train", {})
-    run = Run(tiny_config(text, train=train, **overrides), results / "runs" / PARENT)
+    run = Run(tiny_config(text, train=train, **overrides), results / "runs" / run_id, cell_id=run_id)
     run.folder.mkdir(parents=True)
     assert run() is not None
     config = to_plain(run.config)

@@ -121,6 +121,11 @@ PLANNING = {
         "def forward(self, x_TD: Tensor)",
         ["forward must take (x_TD, ctx), got forward(self, x_TD"],
     ),
+    "losses that the facts do not name": (
+        METHOD,
+        f"    def losses(self, record):\n        return {{'mine': 0}}\n\n{METHOD}",
+        ["Facts.own_losses must name what losses() returns"],
+    ),
     "a coefficient that is text": (
         '        name: str = "broken"\n',
         '        name: str = "broken"\n        losses: dict[str, float] = field(default_factory=lambda: {"z": "x"})\n',
