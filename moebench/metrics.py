@@ -179,7 +179,14 @@ COST: tuple[Declaration, ...] = (
         "neither",
         "With train.trainable: FLOPs of forward and backward pass over those of the forward pass; elsewhere 3.",
     ),
-    ("trained_share", "", "share", "percent", "neither", "With train.trainable: parameters that are updated, over all."),
+    (
+        "trained_share",
+        "",
+        "share",
+        "percent",
+        "neither",
+        "With train.trainable: parameters that are updated, over all.",
+    ),
 )
 SPEED: tuple[Declaration, ...] = (
     ("tokens_per_s", "tokens/s", "tokens/s", "count", "higher", "Speed of the median training step."),

@@ -132,9 +132,7 @@ def test_experts_follow_their_domains_in_any_order_and_can_be_left_out(
 
 def test_experts_of_other_domains_are_refused(parent: Run, text: Path) -> None:
     results = parent.folder.parents[1]
-    message = (
-        "the experts here are those of {}, and run 000000000000 has those of ab, xyz .allowed: some or all"
-    )
+    message = "the experts here are those of {}, and run 000000000000 has those of ab, xyz .allowed: some or all"
     for domains in (["klm", "ab", "xyz"], []):  # a new one first; the list is left out: the domains of training
         config = adapted(text, "random")
         config = replace(config, router=replace(config.router, domains=domains))
