@@ -28,7 +28,10 @@ NOT_IN_ID = {
     ),
     "task": (),
     "layout": ("recompute",),
-    "parallel": ("devices", "nodes", "timeout_s", "stall_timeout_s", "check_every", "overlap", "shard_optimizer"),
+    "parallel": (
+        *("devices", "nodes", "timeout_s", "stall_timeout_s", "check_every", "overlap"),
+        *("shard_optimizer", "async_checkpoints"),
+    ),
 }
 """Keys that do not change a result, by section; a task adds others (paths) in `Config.NOT_IN_ID`."""
 

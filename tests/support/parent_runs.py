@@ -25,7 +25,7 @@ def train_parent(results: Path, text: Path, run_id: str = PARENT, **overrides: A
     """Train a dense run, of three steps, whose weights are far from the initial ones."""
     overrides = {"router": "dense", **overrides}
     train = {"steps": 3, "learning_rate": 0.05, "eval_every": 3} | overrides.pop("train", {})
-    run = Run(tiny_config(text, train=train, **overrides), results / "runs" / run_id)
+    run = Run(tiny_config(text, train=train, **overrides), results / "runs" / run_id, cell_id=run_id)
     run.folder.mkdir(parents=True)
     assert run() is not None
     config = to_plain(run.config)

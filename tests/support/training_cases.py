@@ -72,6 +72,7 @@ class Run:
     step: int = 0
     results: Path = Path("results")
     """Results folder with the parents of the cell."""
+    cell_id: str = "0" * 12
 
     def __call__(self, stop_at: int | None = None) -> RunResult | None:
         """Train to the end, or until after step `stop_at`."""
@@ -85,7 +86,7 @@ class Run:
                 should_stop=lambda: self.step == stop_at,
             )
             mesh = Mesh(device=select_device(self.config.train))
-            return train_cell(self.config, task, context, cell_id="0" * 12, arm="arm", mesh=mesh)
+            return train_cell(self.config, task, context, cell_id=self.cell_id, arm="arm", mesh=mesh)
 
     @property
     def checkpoints(self) -> Path:
