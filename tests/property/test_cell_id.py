@@ -17,6 +17,7 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "allow_noncausal": (True,),
     "task.sequence_length": (32, 256),
     "task.eval_windows": (4, None),
+    "task.train_windows": (50,),
     "task.data.max_bytes": (1000,),
     "task.data.tokenizer": ("other",),
     "task.data.held_out_domains": (["b"], ["a", "b"]),
