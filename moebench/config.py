@@ -28,7 +28,10 @@ NOT_IN_ID = {
     ),
     "task": (),
     "layout": ("recompute",),
-    "parallel": ("devices", "nodes", "timeout_s", "stall_timeout_s", "check_every", "overlap", "shard_optimizer"),
+    "parallel": (
+        *("devices", "nodes", "timeout_s", "stall_timeout_s", "check_every", "overlap"),
+        *("shard_optimizer", "async_checkpoints"),
+    ),
 }
 """Keys that do not change a result, by section; a task adds others (paths) in `Config.NOT_IN_ID`."""
 
@@ -226,7 +229,8 @@ def cell_id(config: CellConfig, data_digest: str, plugin_digests: Sequence[str] 
             _drop(plain["train"], [key])
     elif config.train.spike_policy == "rewind":  # to a checkpoint
         plain["train"]["checkpoint_every"] = config.train.checkpoint_every
-    if config.init == InitConfig():
+    del plain["init"]["allow_overlap"]  # no number depends on it
+    if dataclasses.replace(config.init, allow_overlap=False) == InitConfig():
         del plain["init"]  # so that cells without a parent keep the ids that they had before there were parents
     else:
         plain["init"]["from"] = [parent.name_in_id for parent in config.init.parents]

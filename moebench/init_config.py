@@ -106,6 +106,9 @@ class InitConfig:
     """Weights of the experts that a bank has beyond those of its parent's. random: their own initial weights. mean: the
     mean of the parent's experts. nearest, of the routers by domain: a copy of the expert with the lowest loss on the
     training text of the new domain (DEMix, arXiv:2108.05036, section 6)."""
+    allow_overlap: bool = False
+    """Train also where the parent's training text has test documents of this cell, which else is refused: a gain on
+    them is memory. No part of the id."""
 
     def __post_init__(self) -> None:
         num_parents = len(self.parents)

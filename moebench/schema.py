@@ -193,6 +193,8 @@ class ParallelConfig:
     """Compute shared experts while tokens are in flight to routed experts."""
     shard_optimizer: bool = False
     """Divide the state of the optimizer among the processes with equal copies of a parameter; results stay the same."""
+    async_checkpoints: bool = False
+    """Write checkpoints from a copy in memory while training goes on, also with one process."""
 
     @property
     def world_size(self) -> int:

@@ -4,6 +4,7 @@ import typer
 
 from moebench import __version__
 from moebench.cli import (
+    adapt,
     bench,
     calibrate,
     compare,
@@ -47,6 +48,7 @@ app.command("show")(show.show)
 app.command("evaluate")(evaluate.evaluate)
 app.command("probe")(probe.probe)
 app.command("export")(export.export)
+app.command("adapt")(adapt.adapt)
 app.command("watch")(watch.watch)
 app.command("ui")(ui.ui)
 app.command("sync")(sync.sync)

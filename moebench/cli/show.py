@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moebench.cli.options import Json, Plugins, check_plot, complete_component, print_json
+from moebench.cli.options import DEFAULT_RESULTS, Json, Plugins, Results, check_plot, complete_component, print_json
 from moebench.errors import UsageError
 from moebench.experiment.files import find_experiment, list_sizes
 from moebench.printable import print_text
@@ -15,7 +15,7 @@ Name = Annotated[
     str | None,
     typer.Argument(
         help="A router, layout, task, loss or size (`moebench list`); a section of the configuration (train, model,"
-        " data, ...); a key (train.steps); hf:FOLDER of a model; or the word `experiment`.",
+        " data, ...); a key (train.steps); hf:FOLDER of a model; run:ID; or the word `experiment`.",
         autocompletion=complete_component,
     ),
 ]
@@ -37,12 +37,14 @@ def show(
     all_options: AllOptions = False,
     plot: Plot = None,
     plugin: Plugins = None,
+    results: Results = DEFAULT_RESULTS,
     json: Json = False,
 ) -> None:
     """Show equation, facts, options with defaults and source of a component, or the options of a section.
 
     `moebench show experiment quickstart > mine.yaml` copies an experiment, to be changed. `moebench show hf:FOLDER`
-    prints the settings of a model of transformers, for the `base` of an experiment that starts from it.
+    prints the settings of a model of transformers, for the `base` of an experiment that starts from it; `moebench show
+    run:ID` the settings of a run, and what it has taken of its parent.
     """
     if name == "experiment" and experiment is not None:
         _print_file(find_experiment(experiment), json=json)
@@ -50,8 +52,8 @@ def show(
     if name is not None and experiment is None and name in list_sizes():
         _print_file(list_sizes()[name], json=json)
         return
-    if name is not None and experiment is None and name.startswith("hf:"):
-        _print_parent(name, json=json)
+    if name is not None and experiment is None and name.startswith(("hf:", "run:")):
+        _print_model(name, results, json=json)
         return
     if experiment is not None or [name is not None, all_routers, all_options].count(True) != 1:
         raise UsageError(
@@ -99,15 +101,16 @@ def _print_file(file: Path, *, json: bool) -> None:
         sys.stdout.write(text)  # a copy, character by character
 
 
-def _print_parent(name: str, *, json: bool) -> None:
-    """Print the settings of a model of transformers, which a cell that starts from it has, as part of an experiment."""
-    from moebench.catalogue.parents import describe_parent, render_parent
+def _print_model(name: str, results: Path, *, json: bool) -> None:
+    """Print the settings of a model of transformers, or of a run, as YAML."""
+    from moebench.catalogue.parents import describe_parent, describe_run
+    from moebench.config import format_yaml
 
-    settings = describe_parent(name)
+    settings = describe_parent(name) if name.startswith("hf:") else describe_run(name, results)
     if json:
         print_json(settings)
     else:
-        print_text(render_parent(settings), end="")
+        print_text(format_yaml(settings), end="")
 
 
 def _draw(description: dict[str, Any], plot: Path) -> None:

@@ -14,6 +14,7 @@ from moebench.init_config import InitConfig, Parent
 from moebench.routing.router import ROUTERS
 from moebench.runs.folder import RunFolder
 from moebench.schema import CellConfig
+from moebench.training.initial_weights.equality import starts_as_dense_parent
 from moebench.training.initial_weights.folder import open_folder
 
 CONTINUED = "dense continued"
@@ -60,7 +61,8 @@ def match_training(
     """Return the arms as they are compared, and notes: with the continued parent, and with equal FLOPs if asked for."""
     arms, added_notes = add_continued_parent(arms, baseline, builder, costs)
     arms, equal_notes = equalise_flops(arms, baseline, costs) if equal == "training_flops" else (arms, ())
-    return arms, (*added_notes, *equal_notes, *_note_unequal(arms, builder, costs))
+    notes = (*_note_unequal(arms, builder, costs), *_note_other_starts(arms, builder, costs))
+    return arms, (*added_notes, *equal_notes, *notes)
 
 
 def equalise_flops(arms: Sequence[Arm], baseline: str, costs: ModelCosts) -> tuple[list[Arm], tuple[str, ...]]:
@@ -117,6 +119,20 @@ def _note_unequal(arms: Sequence[Arm], builder: CellBuilder, costs: ModelCosts) 
             pairs = zip(shares, continued, strict=True)
             ratios = [f"{share:.3f} times the FLOPs of '{each.label}'" for share, each in pairs]
             yield f"{arm.label}: its training has {', '.join(ratios)}; `equal: training_flops` gives all arms the same"
+
+
+def _note_other_starts(arms: Sequence[Arm], builder: CellBuilder, costs: ModelCosts) -> Iterator[str]:
+    """Yield a note on upcycled arms that do not start at the function of their parent, even without noise."""
+    others = [
+        arm.label
+        for arm in arms
+        if _upcycles(arm, builder, costs.results) and not starts_as_dense_parent(arm.config, costs.task(arm.config))
+    ]
+    if others:
+        yield (
+            f"{', '.join(others)}: copies of the parent's networks do not give its output before the first step: the"
+            " weights of a token do not sum to 1"
+        )
 
 
 def _with_config(arm: Arm, config: CellConfig) -> Arm:
@@ -178,7 +194,7 @@ def _continue_parent(template: Arm, builder: CellBuilder, arms: Sequence[Arm]) -
         parent = replace(parent, label=builder.list_sources(template, parent)[0].label)
     config = replace(
         template.config,
-        router=ROUTERS.get("dense").item.Config(),
+        router=ROUTERS.get("dense").item.Config(name="dense"),
         init=InitConfig(from_=str(parent), digest=template.config.init.digest),
         train=replace(template.config.train, trainable="all"),
     )

@@ -21,6 +21,7 @@ from moebench.experiment.display import LineDisplay, cell_title
 from moebench.experiment.grid import Experiment
 from moebench.experiment.memory import require_memory
 from moebench.experiment.model_costs import ModelCosts
+from moebench.experiment.parent_overlap import require_no_overlap
 from moebench.experiment.parents import require_parents
 from moebench.experiment.run_setup import Figures
 from moebench.experiment.runner import mark_trivial_baselines, print_note
@@ -127,6 +128,8 @@ def run_foreground(
     require_disk_space(results, [cell], costs)
     require_epochs([cell], costs)
     require_parents([cell], costs)
+    for note in require_no_overlap([cell], costs):
+        print_note(console, note)
     record_experiment(results, experiment)
     metric = TASKS.get(cell.config.task.name).facts.metric
     metric = f"validation/{metric}" if experiment.tuning_of else metric

@@ -9,7 +9,7 @@ import torch
 from moebench.compatibility import list_marks
 from moebench.launch.devices import uses_gpu
 from moebench.models.cost import Cost
-from moebench.models.memory import COPIES_IN_BF16_ON_CPU, COPIES_OF_A_VALUE, ModelSize, StepMemory
+from moebench.models.memory import COPIES_IN_BF16_ON_CPU, COPIES_OF_A_VALUE, SAVED_COPIES, ModelSize, StepMemory
 from moebench.models.storageless import build_without_storage
 from moebench.routing.features.feature import count_passes
 from moebench.schema import CellConfig
@@ -91,6 +91,7 @@ class ModelCosts:
             keeps_gradients=config.train.accumulate > 1,
             trained_share=facts.trained.share,
             batched_update=MAX_BATCH_ELEMENTS if config.train.optimizer == "muon" else 0,
+            saved_copies=SAVED_COPIES if config.parallel.async_checkpoints else 0,
         )
         return facts.size.training_bytes(self.tokens_per_process(config), step)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from moebench.experiment.data_need import require_epochs
 from moebench.experiment.grid import Experiment
 from moebench.experiment.model_costs import ModelCosts
+from moebench.experiment.parent_overlap import require_no_overlap
 from moebench.experiment.parents import require_parents
 from moebench.experiment.run_setup import RunSetup
 from moebench.experiment.runner import RunReport, describe_state, print_note, run_experiment
@@ -39,6 +40,7 @@ def run_phases(experiment: Experiment, setup: RunSetup) -> RunReport:
     costs = ModelCosts(setup.results)
     require_epochs([*earlier, *experiment.cells], costs)  # now, not when others have been trained
     require_parents([*earlier, *experiment.cells], costs)
+    require_no_overlap([*earlier, *experiment.cells], costs)
     for note in experiment.notes:
         print_note(setup.console, note)
     experiment = replace(experiment, notes=())

@@ -18,6 +18,7 @@ from moebench.experiment.grid import Experiment
 from moebench.experiment.live_tracking import start_tracker, stop_tracker
 from moebench.experiment.memory import count_fitting_cells, require_memory
 from moebench.experiment.model_costs import ModelCosts
+from moebench.experiment.parent_overlap import require_no_overlap
 from moebench.experiment.parents import require_parents
 from moebench.experiment.plan import cell_state
 from moebench.experiment.reshard import reshard
@@ -114,7 +115,9 @@ def run_experiment(experiment: Experiment, setup: RunSetup) -> RunReport:
     for note in experiment.notes:
         print_note(console, note)
     costs = ModelCosts(results)
-    _require_resources(results, cells, costs, options)
+    notes = _require_resources(results, cells, costs, options)
+    for note in notes if experiment.is_reported else ():
+        print_note(console, note)
     record_experiment(results, experiment)
     write_failures(results, experiment.name, orphans)
     for config in {cell.data_digest: cell.config for cell in cells}.values():
@@ -149,13 +152,17 @@ def run_experiment(experiment: Experiment, setup: RunSetup) -> RunReport:
     )
 
 
-def _require_resources(results: Path, cells: list[Cell], costs: ModelCosts, options: RunOptions) -> None:
-    """Raise UsageError for cells that need more memory, disk or training data than there is."""
+def _require_resources(results: Path, cells: list[Cell], costs: ModelCosts, options: RunOptions) -> list[str]:
+    """Raise UsageError for cells that need more memory, disk or training data than there is, or another parent.
+
+    Returns notes on their parents.
+    """
     if not options.ignore_memory:
         require_memory(cells, costs)
     require_disk_space(results, cells, costs)
     require_epochs(cells, costs)
     require_parents(cells, costs)
+    return require_no_overlap(cells, costs)
 
 
 def describe_state(results: Path, cell: Cell) -> str:

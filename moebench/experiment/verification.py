@@ -134,6 +134,8 @@ def _read_record(folder: RunFolder, path: Path) -> None:
             raise UsageError(f"{path}: its steps are not in order")
     elif path == folder.labels:
         read_label_tables(path)
+    elif path == folder.init:
+        folder.read_init()
     else:
         read_loads(path)
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Compute = Callable[[Tensor, Tensor], Tensor]
 """(x_RI, load_E) -> y_RO: experts on rows that are sorted by expert."""
+WeightedCompute = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_RI, weight_R, load_E) -> y_RO: the same, each row's output times its weight."""
 
 
 class Exchange(Protocol):
@@ -30,6 +32,15 @@ class Exchange(Protocol):
 
         `while_in_flight` is called once, while the rows are on their way.
         """
+
+    def compute_weighted(
+        self,
+        compute: WeightedCompute,
+        rows: tuple[Tensor, Tensor],
+        load_E: Tensor,
+        while_in_flight: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """Return the same with `rows`, x_RI and weight_R, whose weights are sent with them."""
 
     def count_sent_rows(self, rows_E: Tensor) -> int:
         """Return how many rows leave this process, from `rows_E` for each expert."""
@@ -90,6 +101,10 @@ class Bank(nn.Module):
     def elements_sent(self, rows_E: Tensor) -> int:
         """Return the elements that a forward pass sends to other processes, from `rows_E` for each expert."""
         return 0 if self.exchange is None else self.exchange.count_sent_rows(rows_E) * self.elements_per_row()
+
+    def sends_weights(self, *, has_dropout: bool) -> bool:
+        """Return whether rows of a list of assignments carry their weights to other processes, and gradients back."""
+        return False
 
     def count_computed_rows(self, own_E: Tensor, shared_E: Tensor) -> int:
         """Return how many rows this process computes.

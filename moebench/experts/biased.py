@@ -52,6 +52,10 @@ class BiasedExpertBank(ExpertBank):
         return Bank.mixture(self, x_TD, routing, dropout, while_in_flight)
 
     @override
+    def sends_weights(self, *, has_dropout: bool) -> bool:
+        return False
+
+    @override
     def _compute_merged(self, x_GSD: Tensor, weight_GE: Tensor, dropout: Dropout | None = None) -> Tensor:
         hidden_GSF = x_GSD @ merge_weights(weight_GE, self.w_in_EDF)
         hidden_GSF = activate(_add_merged(hidden_GSF, weight_GE, self.b_in_EF), self.activation)

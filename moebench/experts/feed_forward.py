@@ -10,8 +10,10 @@ from typing_extensions import override
 
 from moebench.experts.activation import GATED, Dropout, activate
 from moebench.experts.bank import Bank, init_experts, local_shard, merge_weights
+from moebench.experts.dispatch import DispatchPlan, dispatch, widen
 from moebench.experts.fused import compute_fused_mixture
-from moebench.experts.grouped import grouped_matmul
+from moebench.experts.grouped import cast_for_autocast, grouped_matmul
+from moebench.experts.weighted_rows import WeightedExperts, sum_rows
 from moebench.routing.linear_map import INPUT_FIRST, LinearMap
 from moebench.routing.values import Routing
 
@@ -138,11 +140,28 @@ class ExpertBank(Bank):
         dropout: Dropout | None = None,
         while_in_flight: Callable[[], None] | None = None,
     ) -> Tensor:
-        # The fused path has neither dropout nor experts on other processes.
-        if dropout is not None or self.exchange is not None:
+        if self.sends_weights(has_dropout=dropout is not None):
+            return self._mixture_elsewhere(x_TD, routing, while_in_flight)
+        if dropout is not None or self.exchange is not None:  # the fused path has no dropout
             return super().mixture(x_TD, routing, dropout, while_in_flight)
         weights = self.w_in_EDF, self.w_out_EFD
         return compute_fused_mixture(x_TD, routing, *weights, self.activation, recompute=self.recompute)
+
+    def _mixture_elsewhere(self, x_TD: Tensor, routing: Routing, while_in_flight: Callable[[], None] | None) -> Tensor:
+        """Return the mixture of experts that are sharded over processes."""
+        assert self.exchange is not None
+        weights = local_shard(self.w_in_EDF), local_shard(self.w_out_EFD)
+        x_TD, w_in_EDF, w_out_EFD = cast_for_autocast(x_TD, *weights)
+        experts = WeightedExperts(w_in_EDF=w_in_EDF, w_out_EFD=w_out_EFD, activation=self.activation)
+        plan = DispatchPlan.of(routing)
+        rows = dispatch(x_TD, plan), plan.weight_R(widen(routing.weight_N, x_TD))
+        y_RD = self.exchange.compute_weighted(experts, rows, plan.groups.load_E, while_in_flight)
+        return sum_rows(y_RD, plan)
+
+    @override
+    def sends_weights(self, *, has_dropout: bool) -> bool:
+        # With `recompute` nothing but the rows is kept, which the step-by-step path does.
+        return self.exchange is not None and not has_dropout and not self.recompute
 
     @override
     def compute_merged(self, x_GSD: Tensor, weight_GE: Tensor, dropout: Dropout | None = None) -> Tensor:

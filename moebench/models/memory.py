@@ -26,6 +26,8 @@ COPIES_OF_A_VALUE = 1.9
 itself, and its norm, activation or residual sum."""
 COPIES_IN_BF16_ON_CPU = 1.4
 """Copies under autocast on a CPU, with the weights in bf16."""
+SAVED_COPIES = 3
+"""Copies of each parameter in a checkpoint that is written while training goes on: the value and two moments."""
 SHARE_IN_UPDATE = 0.5
 """Fraction of the values of a forward pass that are still allocated during the update."""
 
@@ -89,7 +91,7 @@ class ModelSize:
         update += SHARE_IN_UPDATE * step.copies / COPIES_OF_A_VALUE * values
         if step.keeps_gradients:
             update = max(update, params + (COPIES_IN_ADAMW - 1) * trained + step.copies * values)
-        return math.ceil(FLOAT_BYTES * max(forward, update))
+        return math.ceil(FLOAT_BYTES * (max(forward, update) + step.saved_copies * params))
 
 
 class _ValueCount:
@@ -154,6 +156,8 @@ class StepMemory:
     """Share of the parameters that have gradients and moments."""
     batched_update: int = 0
     """Elements of the matrices that Muon updates at a time, 0 for AdamW."""
+    saved_copies: int = 0
+    """Copies of each parameter that wait in memory until they are in a checkpoint."""
 
 
 def _share_tokens(

@@ -8,6 +8,7 @@ gets its final name after all files are on the disk; the manifest with their SHA
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import pickle
 import re
@@ -38,6 +39,8 @@ METADATA = ".metadata"
 REST = "rest.pt"
 """File of a checkpoint with everything that is not a tensor of the model or the optimizer."""
 
+SINGLE_PROCESS_WARNING = ".*torch.distributed is disabled, unavailable.*"
+"""Of torch.distributed.checkpoint, where there is no process group."""
 CONTENT_ERRORS = ("PytorchStreamReader", "Missing key in checkpoint", "record size")
 """Parts of torch's messages about the content of a checkpoint, which it raises as plain RuntimeError."""
 
@@ -53,27 +56,39 @@ class VerifiedCheckpointIO(CheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        tensors, rest = _split_tensors(checkpoint)
-        self._write(Path(path), tensors, rest, storage_options or {})
+        tensors, rest = split_tensors(checkpoint)
+        content = io.BytesIO()
+        torch.save(rest, content)
+        self.write_and_rotate(Path(path), tensors, content.getvalue(), storage_options or {})
+
+    def wait(self) -> None:
+        """Block until all checkpoints are on the disk; here they are when a save returns."""
+
+    def write_and_rotate(self, path: Path, tensors: dict[str, Any], rest: bytes, fields: Mapping[str, Any]) -> None:
+        """Write a checkpoint and remove those that are too old; `rest`: the content of its file `REST`."""
+        self._write(path, tensors, rest, fields)
         if self.mesh.is_first:
-            keep_newest_checkpoints(KEEP, Path(path).parent)
+            keep_newest_checkpoints(KEEP, path.parent)
         self.mesh.barrier()
 
     def save_weights(self, weights: Mapping[str, Any], path: Path, fields: Mapping[str, Any]) -> None:
         """Save tensors alone, by name, in the format of a checkpoint; other checkpoints in the folder stay."""
-        self._write(path, {"state_dict": dict(weights)}, {}, fields)
+        rest = io.BytesIO()
+        torch.save({}, rest)
+        self._write(path, {"state_dict": dict(weights)}, rest.getvalue(), fields)
         self.mesh.barrier()
 
-    def _write(self, folder: Path, tensors: dict[str, Any], rest: dict[str, Any], fields: Mapping[str, Any]) -> None:
+    def _write(self, folder: Path, tensors: dict[str, Any], rest: bytes, fields: Mapping[str, Any]) -> None:
         unfinished = folder.with_name(f".{folder.name}.tmp")  # in the same folder, so that the rename is atomic
         try:
             if self.mesh.is_first:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir(parents=True)
-                torch.save(rest, unfinished / REST)
+                (unfinished / REST).write_bytes(rest)
             self.mesh.barrier()
             with self._torch_checkpoint_errors():
-                save(tensors, checkpoint_id=unfinished, no_dist=not self.mesh.process_info.has_group)
+                no_dist = not self.mesh.process_info.has_group
+                save(tensors, checkpoint_id=unfinished, process_group=self.mesh.object_group, no_dist=no_dist)
             written = self.mesh.gather_objects(_sync_files_of_rank(unfinished, self.mesh.rank))
             if self.mesh.is_first:
                 _publish(unfinished, folder, written, fields)
@@ -91,7 +106,7 @@ class VerifiedCheckpointIO(CheckpointIO):
 
         Each process loads the parts that it holds. Returns everything else in the checkpoint.
         """
-        tensors, _ = _split_tensors(state)
+        tensors, _ = split_tensors(state)
         self._load(tensors, path)
         rest: dict[str, Any] = self.load_checkpoint(path)
         settings = rest.pop("optimizer_settings")
@@ -119,13 +134,18 @@ class VerifiedCheckpointIO(CheckpointIO):
     @contextlib.contextmanager
     def _torch_checkpoint_errors(self) -> Iterator[None]:
         """Raise the cause of a failure in torch.distributed.checkpoint, and suppress its warning about one process."""
-        with warnings.catch_warnings():
-            if not self.mesh.process_info.has_group:
-                warnings.filterwarnings("ignore", message=".*torch.distributed is disabled, unavailable.*")
+        with self._ignored_warning():
             try:
                 yield
             except CheckpointException as error:  # a BaseException that hides its causes, such as a full disk
                 raise next(iter(error.failures.values()))[0] from error
+
+    @contextlib.contextmanager
+    def _ignored_warning(self) -> Iterator[None]:
+        with warnings.catch_warnings():
+            if not self.mesh.process_info.has_group:
+                warnings.filterwarnings("ignore", message=SINGLE_PROCESS_WARNING)
+            yield
 
     @override
     def remove_checkpoint(self, path: Any) -> None:
@@ -160,7 +180,7 @@ def find_refused_content(checkpoint: Path, *, has_weights_alone: bool = False) -
     return None
 
 
-def _split_tensors(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_tensors(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split a checkpoint into the tensors of model and optimizer, and everything else.
 
     torch.distributed.checkpoint would store the rest as pickles, and execute them when it loads.

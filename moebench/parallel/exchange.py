@@ -1,6 +1,7 @@
 """Expert parallelism: send rows to the processes that hold their experts, and the results back."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from moebench.experts.bank import Compute
+from moebench.experts.bank import Compute, WeightedCompute
 from moebench.parallel.collectives import AsyncAllToAll
+from moebench.parallel.packed_rows import pack_rows, unpack_rows
 from moebench.parallel.traffic import Traffic
 
 
@@ -40,6 +42,38 @@ class ExpertExchange:
         self, compute: Compute, x_RI: Tensor, load_E: Tensor, while_in_flight: Callable[[], None] | None = None
     ) -> Tensor:
         """Compute each row with its expert, wherever that is, and return y_RO; rows beyond the load come back as 0."""
+
+        def compute_received(received_RI: Tensor, order: RowOrder, received_E: Tensor) -> Tensor:
+            return compute(permute_rows(received_RI, order.by_expert_R, order.by_process_R), received_E)
+
+        return self._exchange(compute_received, x_RI, load_E, while_in_flight)
+
+    def compute_weighted(
+        self,
+        compute: WeightedCompute,
+        rows: tuple[Tensor, Tensor],
+        load_E: Tensor,
+        while_in_flight: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """Do the same with `rows`, x_RI and weight_R; the experts multiply their outputs with the weights."""
+        x_RI, weight_R = rows
+
+        def compute_received(received_RP: Tensor, order: RowOrder, received_E: Tensor) -> Tensor:
+            return compute(*unpack_rows(received_RP, weight_R.dtype, order.by_expert_R, order.by_process_R), received_E)
+
+        return self._exchange(compute_received, pack_rows(x_RI, weight_R), load_E, while_in_flight)
+
+    def _exchange(
+        self,
+        compute_received: Callable[[Tensor, "RowOrder", Tensor], Tensor],
+        x_RI: Tensor,
+        load_E: Tensor,
+        while_in_flight: Callable[[], None] | None,
+    ) -> Tensor:
+        """Send rows, compute those received, sorted by process, and return what comes back.
+
+        `compute_received`: gets the received rows, their order and the load, and returns its rows sorted by expert.
+        """
         size = self.group.size()
         sent_WE = load_E.view(size, -1)
         received_WE = torch.empty_like(sent_WE)
@@ -51,22 +85,31 @@ class ExpertExchange:
         in_flight_RI = dispatch.start(x_RI[: sum(send)])
         if while_in_flight is not None and self.overlap:
             while_in_flight()
-        by_expert_R = _order_by_expert(received_WE)
-        by_process_R = torch.empty_like(by_expert_R)
-        by_process_R[by_expert_R] = torch.arange(len(by_expert_R), device=by_expert_R.device)
-        rows_RI = permute_rows(dispatch.finish(in_flight_RI), by_expert_R, by_process_R)
-        y_RO = permute_rows(compute(rows_RI, received_WE.sum(0)), by_process_R, by_expert_R)
+        order = RowOrder.of(received_WE)
+        sorted_RO = compute_received(dispatch.finish(in_flight_RI), order, received_WE.sum(0))
+        y_RO = permute_rows(sorted_RO, order.by_process_R, order.by_expert_R)
         if while_in_flight is not None and not self.overlap:
             while_in_flight()
         combine = AsyncAllToAll(receive, send, self.group, self.traffic)
         return functional.pad(combine(y_RO), (0, 0, 0, x_RI.shape[0] - sum(send)))
 
 
-def _order_by_expert(received_WE: Tensor) -> Tensor:
-    """Return the stable order by expert of rows that are sorted by process and, within a process, by expert."""
-    num_processes, num_experts = received_WE.shape
-    expert_WE = torch.arange(num_experts, device=received_WE.device).repeat(num_processes)
-    return expert_WE.repeat_interleave(received_WE.flatten()).argsort(stable=True)
+@dataclass(frozen=True, eq=False)
+class RowOrder:
+    """The order by expert of rows that are sorted by process and, within a process, by expert; and its inverse."""
+
+    by_expert_R: Tensor
+    by_process_R: Tensor
+
+    @classmethod
+    def of(cls, received_WE: Tensor) -> "RowOrder":
+        """Return the stable order, given the rows from each process for each expert."""
+        num_processes, num_experts = received_WE.shape
+        expert_WE = torch.arange(num_experts, device=received_WE.device).repeat(num_processes)
+        by_expert_R = expert_WE.repeat_interleave(received_WE.flatten()).argsort(stable=True)
+        by_process_R = torch.empty_like(by_expert_R)
+        by_process_R[by_expert_R] = torch.arange(len(by_expert_R), device=by_expert_R.device)
+        return cls(by_expert_R, by_process_R)
 
 
 def permute_rows(x_RI: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:

@@ -40,6 +40,8 @@ class Mesh:
     device_mesh: DeviceMesh | None = None
     """The mesh of the experts' DTensors, with the dimensions data and expert; None where experts are not sharded."""
     traffic: Traffic = field(default_factory=Traffic)
+    object_group: dist.ProcessGroup | None = None
+    """Where objects are gathered, and checkpoints are coordinated; None: the default group."""
 
     def __post_init__(self) -> None:
         """Give `world` the device of the mesh: values must be on it even where no communication happens."""
@@ -77,7 +79,7 @@ class Mesh:
         if not dist.is_initialized():
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, src=0, device=self.device, group=self.object_group)
         return box[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -85,7 +87,7 @@ class Mesh:
         if not dist.is_initialized():
             return [value]
         values = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.object_group)
         return values
 
     def barrier(self) -> None:

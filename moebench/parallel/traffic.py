@@ -13,7 +13,10 @@ from typing_extensions import override
 
 from moebench.experts.layer import MoELayer
 from moebench.parallel.collectives import CollectiveObserver
-from moebench.routing.values import LayerRecord
+from moebench.routing.values import LayerRecord, Routing
+
+WEIGHT_BYTES = 4
+"""Bytes of the weight of a row, fp32 in every precision."""
 
 
 @dataclass
@@ -82,12 +85,17 @@ def predict_bytes(layers: Sequence[MoELayer], records: Sequence[LayerRecord], el
     """Compute the bytes that this process's tokens move in one training step, from the routing alone.
 
     Every row goes to its expert and back, in the forward and in the backward pass, with `element_size` bytes per
-    element. Other processes send half of these bytes; the sum over processes is what `Traffic` counts.
+    element, some with their weight, whose gradient comes back. Other processes send half of these bytes; the sum over
+    processes is what `Traffic` counts.
     """
-    num_elements = 0
+    num_bytes = 0
     for layer, record in zip(layers, records, strict=True):
-        num_elements += layer.bank.elements_sent(record.kept.rows_E)
-    return 2 * element_size * num_elements
+        bank, rows_E = layer.bank, record.kept.rows_E
+        num_bytes += 2 * element_size * bank.elements_sent(rows_E)
+        if bank.sends_weights(has_dropout=layer.expert_dropout > 0) and isinstance(record.kept, Routing):
+            assert bank.exchange is not None
+            num_bytes += 2 * WEIGHT_BYTES * bank.exchange.count_sent_rows(rows_E)
+    return num_bytes
 
 
 def peak_memory_gib(device: torch.device) -> float:

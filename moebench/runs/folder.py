@@ -30,6 +30,12 @@ CELL_TYPES: dict[str, Types] = {
     "plugin_digests": list,
     "version": str,
 }
+INIT_TYPES: dict[str, Types] = {
+    "parent": str,
+    **dict.fromkeys(("taken", "new", "zeroed", "unused", "new_experts"), dict),
+    **dict.fromkeys(("taken_params", "new_params"), int),
+}
+INIT_OPTIONAL = ("zeroed", "new_experts")
 KEPT = "kept"
 """Folder below the checkpoints: a run never resumes from what is in it."""
 
@@ -154,6 +160,17 @@ class RunFolder:
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UsageError(f"{self.result}: damaged ({error}); delete it to run the cell again") from error
         return result
+
+    def read_init(self) -> dict[str, Any] | None:
+        """Return what the model has taken of its parent, None without a parent; raise UsageError if it is damaged."""
+        if not self.init.exists():
+            return None
+        try:
+            values = pop_checksum(read_json(self.init))
+            require_types(values, INIT_TYPES, INIT_OPTIONAL)
+        except ValueError as error:
+            raise UsageError(f"{self.init}: damaged ({error})") from error
+        return values
 
     def write_result(self, result: RunResult) -> None:
         """Write `result.json`, with a checksum."""

@@ -23,7 +23,7 @@ MAX_LAYERS, MAX_EXPERTS, MAX_NAME = 1024, 65_536, 100
 MAX_POINTS = 512
 """Steps that `read_thinned_series` keeps, at least half of it where there are more."""
 _DIGITS = 7
-"""Of measured numbers in the file."""
+"""Significant digits of measured numbers in the file."""
 _COUNTS = ("tokens", "dropped", "rerouted", "unserved")
 _NUMBERS = ("experts_per_token", "flops_per_token")
 _OPTIONAL = ("entropy", "logit_max", "logit_std")

@@ -127,6 +127,8 @@ def _find_defect(uri: str) -> str | None:
         # The text of urlsplit quotes a part of the address.
         return "not a port number (allowed: 1 to 65535)" if "ort" in str(error) else "not an address (brackets?)"
     kind = parts.scheme.partition("+")[0]
+    if not kind:
+        return f"has no scheme. Allowed: {NO_TRACKER}, or an address with {', '.join(_SCHEMES)}"
     if kind not in _SCHEMES:
         return (
             f"'{kind}' is not a kind of tracker.{nearest(kind, _SCHEMES)} Allowed: {NO_TRACKER}, {', '.join(_SCHEMES)}"

@@ -66,9 +66,9 @@ class CellCallback(lightning.Callback):
         self.peak_flops: float | None = None
         """FLOP/s of the device in the products of the cell; None: not known."""
         self.system_usage: SystemUsage | None = None
-        """Of the process that records; None before training."""
+        """Usage of the recording process; None before training."""
         self.spike_guard: SpikeGuard | None = None
-        """That of the module, whose state is part of a checkpoint."""
+        """Guard of the module; its state is part of a checkpoint."""
         self.watched: CellModule | None = None
         """The module whose alarm of collapses is part of a checkpoint."""
         self.final: Evaluation | None = None

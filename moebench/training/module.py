@@ -103,13 +103,13 @@ class CellModule(lightning.LightningModule):
         """Whether a step is checked after its update: the device leaves out one that is not finite, unseen."""
         self.pending_values = PendingValues()
         self.new_spikes: list[Spike] = []
-        """Those that are not in the journal yet."""
+        """Not in the journal yet."""
         self.router_states = RouterStates(self.layers)
         self.has_telemetry = True
         """Whether layers are watched and their values recorded; only the step benchmark leaves it out."""
         self.load_window, self.collapse_alarm = LoadWindow(self.layers), CollapseAlarm(self.layers)
         self.new_collapses: list[Collapse] = []
-        """Those that are not in the journal yet."""
+        """Not in the journal yet."""
 
     @override
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moebench.config import merge_settings, resolve
 from moebench.errors import UsageError
+from moebench.models.storageless import build_without_storage
 from moebench.pretrained.families import CONFIG
 from moebench.pretrained.folder import open_pretrained
 from moebench.pretrained.parent import ParentModel, read_parent
@@ -34,10 +35,10 @@ def load_parent_model(parent: ParentModel, results: Path) -> tuple[Model, Task]:
     """
     config = describe_cell(parent)
     task = prepare_task(config, results)
+    with build_without_storage():  # sizes that no file of this folder has would need any memory
+        _require_same_shapes(build_model(config, task).state_dict(), parent)
     model = build_model(config, task)
-    state = model.state_dict()
-    _require_same_shapes(state, parent)
-    for name, value in state.items():
+    for name, value in model.state_dict().items():
         value.copy_(parent.weights[name])  # one at a time in memory
     return model, task
 

@@ -65,7 +65,7 @@ def _compute_cost(module: CellModule, callback: CellCallback) -> dict[str, float
         cost[f"eval_{quantity}"] = evaluated.get(name, cost[quantity])
     cost["train_flops_per_token"] += planned.training_only_flops
     if module.config.train.trainable != "all":
-        trained = measure_trained_part(model, module.config.train, task.sequence_length)
-        cost |= {"train_factor": trained.factor, "trained_share": trained.share}
+        part = measure_trained_part(model, module.config.train, task.sequence_length)
+        cost |= {"train_factor": part.factor, "trained_share": part.share}
     cost |= callback.budget.to_cost() if callback.budget else {}
     return cost | {"train_tokens": float(count_train_tokens(module.config, task, module.source.rewinds))}

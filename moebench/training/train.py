@@ -1,15 +1,17 @@
 """Training one cell in this process, from its newest valid checkpoint to its result."""
 
+import contextlib
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import lightning
 import torch
 
+from moebench.parallel.async_checkpoint import AsyncCheckpointIO
 from moebench.parallel.checkpoint import (
     VerifiedCheckpointIO,
     find_newest_valid,
@@ -80,6 +82,7 @@ def _fit_with_rewinds(
 ) -> tuple[CellModule, CellCallback]:
     """Train to the last step or a stop; after a spike under the policy `rewind`, again from the last checkpoint."""
     rewinds: Rewinds = mesh.broadcast_object(Rewinds.read(context.checkpoints))
+    checkpoint_io = AsyncCheckpointIO(mesh) if config.parallel.async_checkpoints else VerifiedCheckpointIO(mesh)
     while True:
         checkpoint = _find_checkpoint(context, cell_id, mesh, config.train)
         first_step = parse_step(checkpoint) if checkpoint else 0
@@ -94,7 +97,8 @@ def _fit_with_rewinds(
         module = CellModule(config, model, task, mesh, context.should_stop, rewinds)
         callback = CellCallback(context, timer, cell_id)
         try:
-            fit(build_trainer(config, [callback], mesh), module, timer, checkpoint, first_step)
+            with saved_at_the_end(checkpoint_io, context):
+                fit(build_trainer(config, [callback], mesh, checkpoint_io), module, timer, checkpoint, first_step)
         except RewindRequest as request:
             rewinds = _add_rewind(rewinds, request, context, mesh, config.train)
         else:
@@ -107,6 +111,29 @@ def _record_loaded(loaded: LoadedWeights, model: Model, context: RunContext) -> 
     context.recorder.record_init(record)
     if context.recorder.folder is not None:
         context.report_note(summarise_loaded(record))
+
+
+@contextlib.contextmanager
+def saved_at_the_end(checkpoint_io: VerifiedCheckpointIO, context: RunContext) -> Iterator[None]:
+    """Wait for the last checkpoint after training, and before a rewind to it; raise the error of its write.
+
+    After an error of the training, only a single process waits: others may have failed before they wrote their part.
+    """
+    try:
+        yield
+    except RewindRequest:
+        checkpoint_io.wait()
+        raise
+    except BaseException:
+        if checkpoint_io.mesh.size == 1:
+            try:
+                checkpoint_io.wait()
+            except Exception:
+                traceback.print_exc()  # into the log: the error of the training came first
+        raise
+    if isinstance(checkpoint_io, AsyncCheckpointIO):
+        context.report_activity("saving")
+    checkpoint_io.wait()
 
 
 def _add_rewind(
@@ -159,16 +186,22 @@ def _find_checkpoint(context: RunContext, cell_id: str, mesh: Mesh, train: Train
 
 
 def build_trainer(
-    config: CellConfig, callbacks: Sequence[lightning.Callback], mesh: Mesh = SINGLE_PROCESS_MESH
+    config: CellConfig,
+    callbacks: Sequence[lightning.Callback],
+    mesh: Mesh = SINGLE_PROCESS_MESH,
+    checkpoint_io: VerifiedCheckpointIO | None = None,
 ) -> lightning.Trainer:
-    """Build the trainer of a cell; everything between steps is done by the callbacks."""
+    """Build the trainer of a cell; everything between steps is done by the callbacks.
+
+    `checkpoint_io`: what writes checkpoints; None: each save waits until it is on the disk.
+    """
     on_gpu = mesh.device.type == "cuda"
     has_group = mesh.process_info.has_group
     trainer = lightning.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=[mesh.device.index or 0] if on_gpu and not has_group else mesh.process_info.local_world_size,
         num_nodes=mesh.process_info.num_nodes,
-        strategy=build_strategy(mesh, VerifiedCheckpointIO(mesh)),
+        strategy=build_strategy(mesh, checkpoint_io or VerifiedCheckpointIO(mesh)),
         precision="bf16-mixed" if config.train.precision == "bf16" else "32-true",
         accumulate_grad_batches=config.train.accumulate,
         max_steps=config.train.steps,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from support.command_line import FIXTURE_TIMEOUT_S, CommandLine, WarmCommandLine, tiny
 
 import moebench
@@ -143,3 +144,28 @@ def test_kept_weights_are_exported_by_their_step(trained: CommandLine, warm: War
     ).read_bytes()
     assert "not the weights of a finished run" in (tmp_path / "six" / "README.md").read_text()
     assert "| bits_per_byte |" in (tmp_path / "twelve" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_continues_from_an_exported_one_starts_with_its_bits_per_byte(
+    trained: CommandLine, warm: WarmCommandLine, tmp_path: Path
+) -> None:
+    run, out = find_runs(trained)["mixtral"], tmp_path / "out"
+    assert warm(trained, "export", run.name, "--out", str(out)).code == 0
+    settings = yaml.safe_load(warm(trained, "show", f"hf:{out}").out)["base"]
+    task = {"name": "language", "sequence_length": 32, "eval_windows": 4}
+    data = {**settings["task"]["data"], "path": "text"}
+    base = {**settings, "task": {**task, "data": data}}
+    train = {"steps": 1, "learning_rate": 1e-9, "warmup_steps": 0, "eval_every": 1, "checkpoint_every": 1}
+    child = CommandLine(tmp_path)
+    child.write(**tiny(base=base, grid={"router": ["mixtral"]}, seeds=[0], baseline="mixtral", train=train))
+    try:
+        ended = warm.train(child, timeout=FIXTURE_TIMEOUT_S)
+    finally:
+        child.kill_leftovers()
+    assert ended.code == 0, ended.err
+    values = [
+        json.loads((folder / "result.json").read_text())["metrics"]["bits_per_byte"]
+        for folder in (run, find_runs(child)["mixtral"])
+    ]
+    assert values[1] == pytest.approx(values[0], abs=1e-6)

@@ -34,7 +34,7 @@ def evaluate_by_peer(folder: Path, model: Any, tasks: Path, shots: int) -> dict[
     return items
 
 
-@pytest.mark.parametrize(("model_type", "shots"), [("olmoe", 0), ("deepseek_v3", 2)])
+@pytest.mark.parametrize(("model_type", "shots"), [("olmoe", 0), ("llama", 2)])
 def test_items_are_those_of_lm_eval(tmp_path: Path, model_type: str, shots: int) -> None:
     model = write_model(tmp_path / "model", model_type)
     tasks = write_tasks(tmp_path / "tasks")

@@ -175,12 +175,12 @@ def assert_same_tree(ours: Any, theirs: Any, path: str = "") -> None:
         assert ours == theirs, path
 
 
-def assert_same_runs(whole: Run, parts: Run) -> None:
+def assert_same_runs(complete: Run, parts: Run) -> None:
     """Compare two trainings of one cell: last checkpoint and journal, bit for bit."""
-    last = whole.config.train.steps
-    ours, theirs = whole.checkpoint(last), parts.checkpoint(last)
+    last = complete.config.train.steps
+    ours, theirs = complete.checkpoint(last), parts.checkpoint(last)
     for key in ("state_dict", "optimizer", "lr_schedulers", "global_step"):
         assert_same_tree(ours[key], theirs[key], key)
     spikes = [content["callbacks"]["CellCallback"]["spikes"] for content in (ours, theirs)]
     assert_same_tree(*spikes, "spikes")
-    assert whole.points() == parts.points()
+    assert complete.points() == parts.points()

@@ -3,10 +3,12 @@
 import contextlib
 import io
 import logging
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from lm_eval import utils as harness_utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -21,6 +23,7 @@ CHUNK_REQUESTS = 256
 DEFAULT_NEW_TOKENS = 256
 """Tokens that are generated where a task sets no limit; as lm-eval."""
 MAX_NEW_TOKENS = 4096
+PYTHON_SEED, NUMPY_SEED = 0, 1234
 WEIGHTED = ("bits_per_byte", "byte_perplexity", "word_perplexity")
 """Metrics whose items are a log-probability and the number of units that it is divided by."""
 Progress = Callable[[int, int], None]
@@ -114,7 +117,8 @@ def _read_prompt(arguments: Sequence[Any], domain: object) -> Prompt:
 def quiet_harness() -> Iterator[None]:
     """Keep lm-eval's notes and progress bars from both streams, and templates of tasks in a sandbox.
 
-    Templates come from files of strangers; the sandbox of jinja2 refuses attributes that lead to code.
+    Templates come from files of strangers; the sandbox of jinja2 refuses attributes that lead to code. Functions of
+    tasks that draw find the global generators in the states that lm-eval's command sets.
     """
     from jinja2 import StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -123,6 +127,9 @@ def quiet_harness() -> Iterator[None]:
     sandbox = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
     sandbox.filters.update(original.filters)
     level, sink = logger.level, io.StringIO()
+    states = random.getstate(), np.random.get_state()
+    random.seed(PYTHON_SEED)
+    np.random.seed(NUMPY_SEED)
     logger.setLevel(logging.CRITICAL)
     harness_utils.env = sandbox
     try:
@@ -131,6 +138,8 @@ def quiet_harness() -> Iterator[None]:
     finally:
         harness_utils.env = original
         logger.setLevel(level)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def evaluate_task(

@@ -48,7 +48,7 @@ class PretrainedTokenModel:
         if folder.family.is_encoder_decoder:
             raise UsageError(f"{folder.path}: a {folder.family.title} model has an encoder (allowed: causal models)")
         if folder.family.model_type == OWN_FORMAT:
-            raise UsageError(f"{folder.path}: transformers cannot load it (allowed: the run itself, export --format hf)")
+            raise UsageError(f"{folder.path}: transformers cannot load it (allowed: the run, export --format hf)")
         self.folder = folder
         self.tokenizer = read_tokenizer(folder)
         self.encoder = FolderEncoder(tokenizer=self.tokenizer)

@@ -15,6 +15,7 @@ from moebench.analysis.compare.matching import (
     Mismatch,
     check_matching,
     compute_cost_ratio,
+    list_solved_keys,
     list_unmatched_arms,
 )
 from moebench.analysis.compare.pairs import compare_pairs
@@ -78,7 +79,7 @@ def compare(
             *note_levels(grid, sum(difference.p is not None for difference in differences)),
             *best_notes,
             *_note_versions([run.version for of_arm in runs.values() for run in of_arm]),
-            *note_varied_settings(configs, metric.split, protocol.tuned_keys),
+            *note_varied_settings(configs, metric.split, (*protocol.tuned_keys, *list_solved_keys(mismatches))),
         ),
     )
 

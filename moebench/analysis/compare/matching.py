@@ -102,6 +102,12 @@ def list_unmatched_arms(mismatches: Mapping[str, Sequence[Mismatch]], *, allow: 
     return [arm for arm, of_arm in mismatches.items() if not all(map(is_allowed, of_arm))]
 
 
+def list_solved_keys(mismatches: Mapping[str, Sequence[Mismatch]]) -> tuple[str, ...]:
+    """Return the settings in which arms differ because they are matched, which are no choice."""
+    is_solved = any(mismatch.is_matched for of_arm in mismatches.values() for mismatch in of_arm)
+    return ("train.steps",) if is_solved else ()
+
+
 def compute_cost_ratio(key: str, runs: Sequence[RunResult], baseline_runs: Sequence[RunResult]) -> float | None:
     """Return the ratio of an arm's mean cost to the baseline's; None if any run lacks this cost.
 

@@ -17,7 +17,7 @@ from moebench.runs.result import RunResult
 MAX_LAYERS, MAX_EXPERTS = 1024, 65_536
 """Larger tables of loads are refused."""
 MAX_POINTS = 100
-"""Of a series of layers."""
+"""Largest number of points of a series of layers."""
 Loads = Mapping[str, Sequence[float]]
 """Layer -> assignments of each expert."""
 

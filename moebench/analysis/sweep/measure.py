@@ -32,7 +32,7 @@ class _ArmPlan:
     arm: str
     cells: Sequence[Cell]
     settings: tuple[Mapping[str, str], ...]
-    """Of each point; empty where the arm has no axis: its result as trained is its only point."""
+    """Settings of each point; empty for an arm without an axis, whose only point is its result as trained."""
 
     @property
     def is_dense(self) -> bool:

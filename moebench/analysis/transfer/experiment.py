@@ -1,6 +1,6 @@
 """The transfer of an experiment: each arm beside its parents, and beside the arm of the baseline's kind."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +18,6 @@ from moebench.experiment.grid import Experiment
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.tasks.task import TASKS
-
-CHANGES = ("gain", "forgetting", "gain_difference", "forgetting_difference")
 
 
 def measure_transfer(experiment: Experiment, results: Path) -> Transfer | None:
@@ -42,10 +40,23 @@ def measure_transfer(experiment: Experiment, results: Path) -> Transfer | None:
         if reference is not None and summary.target == arms[reference].target:
             gain, loss = compare_with_reference(summary, arms[reference], lower_is_better=facts.lower_is_better)
             arms[arm] = replace(summary, reference=reference, gain_difference=gain, forgetting_difference=loss)
-    for name in CHANGES:
-        corrected = correct_changes({arm: getattr(summary, name) for arm, summary in arms.items()})
-        arms = {arm: replace(summary, **{name: corrected[arm]}) for arm, summary in arms.items()}
-    return Transfer(metric=facts.metric, arms=tuple(arms.values()), notes=tuple(notes))
+    return Transfer(metric=facts.metric, arms=tuple(_correct(arms)), notes=tuple(notes))
+
+
+def _correct(arms: Mapping[str, ArmTransfer]) -> Iterator[ArmTransfer]:
+    """Yield the arms with p values that are corrected over all of them, a family for each column."""
+    gain = correct_changes({arm: summary.gain for arm, summary in arms.items()})
+    forgetting = correct_changes({arm: summary.forgetting for arm, summary in arms.items()})
+    gain_difference = correct_changes({arm: summary.gain_difference for arm, summary in arms.items()})
+    loss_difference = correct_changes({arm: summary.forgetting_difference for arm, summary in arms.items()})
+    for arm, summary in arms.items():
+        yield replace(
+            summary,
+            gain=gain[arm] or summary.gain,
+            forgetting=forgetting[arm],
+            gain_difference=gain_difference[arm],
+            forgetting_difference=loss_difference[arm],
+        )
 
 
 def _read_runs(cells: Sequence[Cell], results: Path) -> tuple[dict[str, list[RunTransfer]], list[str]]:

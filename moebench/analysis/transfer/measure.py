@@ -1,4 +1,4 @@
-"""Both metrics of a run and its parent on the same test text: from their results, or else by evaluating their models."""
+"""The metrics of a run and its parent on the same test text: from their results, else by evaluating their models."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from moebench.analysis.stored_run import StoredRun, read_run
-from moebench.analysis.transfer.test_text import TestText, read_test_text
+from moebench.analysis.transfer.evaluation_text import EvaluationText, read_evaluation_text
 from moebench.errors import UsageError
 from moebench.init_config import Parent
 from moebench.parallel.mesh import Mesh
@@ -50,7 +50,7 @@ class TransferReader:
 
     def __init__(self, results: Path) -> None:
         self.results = results
-        self._tasks: dict[str, tuple[Task, TestText]] = {}
+        self._tasks: dict[str, tuple[Task, EvaluationText]] = {}
 
     def read(self, child_id: str) -> RunTransfer | None:
         """Return a finished run beside its parent; None where its only parent is no finished run, or has its data.
@@ -76,11 +76,11 @@ class TransferReader:
         folder = RunFolder.of(self.results, parent.name)
         return read_run(folder) if folder.cell.exists() else None
 
-    def _open(self, run: StoredRun) -> tuple[Task, TestText]:
+    def _open(self, run: StoredRun) -> tuple[Task, EvaluationText]:
         key = repr(run.config.task)
         if key not in self._tasks:
             task = prepare_task(run.config, self.results)
-            self._tasks[key] = (task, read_test_text(task))
+            self._tasks[key] = (task, read_evaluation_text(task))
         return self._tasks[key]
 
     def _pair(self, parent: StoredRun, child: StoredRun, results: Sequence[Any]) -> RunTransfer:
@@ -153,7 +153,7 @@ def evaluate_on(run: StoredRun, owner: StoredRun, task: Task) -> dict[str, float
         return evaluate(model, task, batches, run.config.seed, device, Mesh(device=device)).quality
 
 
-def _have_equal_training_domains(first: TestText, second: TestText) -> bool:
+def _have_equal_training_domains(first: EvaluationText, second: EvaluationText) -> bool:
     same = [domain for domain in first.trained if second.has(first, domain)]
     return set(first.trained) == set(second.trained) == set(same)
 

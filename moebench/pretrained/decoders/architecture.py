@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from moebench.model_config import ModelConfig
 from moebench.pretrained.decoders.config_keys import Choice, ConfigKeys, Entries
 from moebench.pretrained.decoders.decoder import Decoder
@@ -41,6 +43,7 @@ class Architecture:
         """Return the model of a configuration; raise UsageError for what moebench does not compute."""
         num_layers = config.number("num_hidden_layers", MAX_LAYERS)
         d_model, heads = config.number("hidden_size"), config.number("num_attention_heads")
+        norm_eps = config.values.get("rms_norm_eps")
         head_width = config.values.get("head_dim")
         if head_width not in (None, d_model / heads):
             raise config.refuse("head_dim", f"hidden_size / num_attention_heads = {d_model / heads:g}")
@@ -59,7 +62,7 @@ class Architecture:
             activation=config.choose(self.activation, "the activation of this architecture"),  # type: ignore[arg-type]
             attention_bias=config.choose(self.attention_bias, "biases of attention"),  # type: ignore[arg-type]
             ffn_bias=config.choose(self.ffn_bias, "biases of networks"),
-            norm_eps=config.values.get("rms_norm_eps"),
+            norm_eps=None if norm_eps == torch.finfo(torch.float32).eps else norm_eps,
             qk_norm=config.choose(self.qk_norm, "norms of queries and keys"),  # type: ignore[arg-type]
             tie_embeddings=bool(config.values.get("tie_word_embeddings")),
             embedding_scale=1.0,

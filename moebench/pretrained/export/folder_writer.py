@@ -59,7 +59,9 @@ def write_folder(
             content = text if isinstance(text, bytes) else text.encode()
             (temporary / name).write_bytes(content)
         _write_tensors(temporary, entries, source, max_shard_bytes)
-        temporary.chmod(0o755)  # mkdtemp creates it private
+        temporary.chmod(0o755)  # mkdtemp and safetensors create private files
+        for file in temporary.iterdir():
+            file.chmod(0o644)
         _replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -47,7 +47,7 @@ def _are_equal(key: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> 
         return True
     if key == "embedding_scale":
         scales = [_read_embedding_scale(model) for model in (ours, theirs)]
-        return scales[0] == scales[1]
+        return bool(scales[0] == scales[1])
     if key == "num_kv_heads":
         return bool((ours[key] or ours["num_heads"]) == (theirs[key] or theirs.get("num_heads")))
     return bool(ours[key] == theirs[key])

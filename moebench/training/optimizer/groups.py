@@ -32,7 +32,7 @@ class ParameterRole:
     is_vector: bool
     """A bias or gain, or a stack of them: not decayed."""
     is_in_stack: bool
-    """Of experts that are networks, and sharded where there are processes for it."""
+    """Whether it belongs to experts that are networks, which are sharded over processes."""
 
     def uses_muon(self, train: TrainConfig) -> bool:
         """Return whether Muon updates the parameter: a matrix inside the model that is no gate and no table."""

@@ -18,6 +18,7 @@ from moebench.analysis.benchmarks.report import build_experiment_report, build_m
 from moebench.analysis.benchmarks.results import TaskResult, compute_trivial_accuracy
 from moebench.analysis.benchmarks.run_model import RunModel
 from moebench.analysis.benchmarks.tasks import TaskOptions
+from moebench.analysis.exported_run import ExportOptions, export_run
 from moebench.analysis.stored_run import find_stored_run
 from moebench.analysis.trained_run import TrainedRun
 from moebench.errors import UsageError
@@ -202,6 +203,19 @@ def test_arms_are_compared_item_by_item(results: Path, tmp_path: Path) -> None:
     assert report.values["tasks"]["animals"]["differences"]["switch"]["seeds"] == [0, 1, 2]
     assert "| (constant answer) |" in report.to_markdown()
     assert animals.metric == "acc"
+
+
+def test_an_exported_run_has_the_bits_per_byte_of_the_run(results: Path, tmp_path: Path) -> None:
+    tasks, out = write_tasks(tmp_path / "tasks"), tmp_path / "out"
+    run = evaluate(results, tasks, arm="dense", tasks=("sentences", "moebench_text"))
+    opened = TrainedRun.open(results, find_run(results, "dense").id)
+    export_run(opened, ExportOptions(out=out, format="hf"), results)
+    options = EvaluationOptions(tasks=("sentences", "moebench_text"), reading=TaskOptions(include=tasks))
+    exported = Benchmarks(options).evaluate_pretrained(f"hf:{out}", results, dtype="auto", max_length=None, data="text")
+    for result in exported:
+        same = run[result.task]
+        assert [item.digest for item in result.items] == [item.digest for item in same.items]
+        assert result.metrics["bits_per_byte"] == pytest.approx(same.metrics["bits_per_byte"], rel=1e-5)
 
 
 def test_a_verdict_needs_seeds_and_the_same_items(results: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Exported models: logits in transformers are those of moebench; what transformers cannot express is refused."""
 
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,7 @@ def test_an_output_folder_is_never_half_written_nor_replaced_by_accident(tmp_pat
     run = RandomRun(tmp_path / "results", text, **merge({"router": "mixtral"}))
     out = tmp_path / "models" / "one"
     run.export(out)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in out.iterdir()} == {0o644}
     with pytest.raises(UsageError, match=r"--out .*one: is not empty \(README.md\); give a new folder, or --force"):
         run.export(out)
     run.export(out, force=True)

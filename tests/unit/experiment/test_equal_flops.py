@@ -44,6 +44,8 @@ def test_the_continued_parent_is_added_with_the_flops_of_the_first_arm(file: Pat
     assert ratio == pytest.approx(1, abs=0.01)
     assert any(note.startswith("'dense continued' is added") for note in experiment.notes)
     assert any(note.startswith("top_2: its training has 1.") for note in experiment.notes)
+    other_starts = [note.partition(":")[0] for note in experiment.notes if "do not sum to 1" in note]
+    assert other_starts == ["top_1"]  # switch weights an expert by its probability; scratch has no parent
 
 
 def test_equal_flops_give_every_arm_the_steps_for_them(file: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from moebench.experts.kernels import activation as activation_operators
 from moebench.experts.kernels import backend
 from moebench.experts.kernels import rows as row_operators
 from moebench.experts.reference import double_loop
+from moebench.experts.weighted_rows import WeightedExperts
 from moebench.routing.values import Routing
 
 pytest.importorskip("triton")
@@ -206,3 +207,25 @@ def test_the_weights_of_bf16_rows_are_fp32() -> None:
     plan = DispatchPlan.of(routing)
     x_TD = torch.full((1, 16), 1024.0, dtype=torch.bfloat16)
     assert torch.equal(combine(dispatch(x_TD, plan), routing.weight_N, plan), torch.ones(1, 16, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("load", [[3, 0, 4], [0, 7, 0], [0, 0, 0]], ids=["idle", "hot", "empty"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_weighted_rows_are_those_of_torch(
+    activation: str, dtype: torch.dtype, load: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    width, num_rows = 19, sum(load)
+    x_RD, weight_R = draw(num_rows, 13, dtype=dtype).requires_grad_(), draw(num_rows).requires_grad_()
+    w_in_EDF = (0.3 * draw(3, 13, width * (1 + (activation == "swiglu")), dtype=dtype)).requires_grad_()
+    w_out_EFD = (0.3 * draw(3, width, 13, dtype=dtype)).requires_grad_()
+    experts = WeightedExperts(w_in_EDF=w_in_EDF, w_out_EFD=w_out_EFD, activation=activation)
+    results = []
+    for switch in ("interpret", "0"):
+        monkeypatch.setenv(backend.SWITCH, switch)
+        y_RD = experts(x_RD, weight_R, torch.tensor(load))
+        leaves = [x_RD, weight_R, w_in_EDF, w_out_EFD]
+        results.append([y_RD, *torch.autograd.grad(y_RD.float().square().sum(), leaves)])
+    for ours, theirs in zip(*results, strict=True):
+        bound = 1e-5 if dtype == torch.float32 else 2e-2
+        assert (ours.float() - theirs.float()).norm() <= bound * theirs.float().norm()

@@ -1,6 +1,7 @@
 """Models of transformers as parents: the same logits in moebench, or one line that names the key of config.json."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,12 @@ def _cut(tensors: dict[str, Any]) -> dict[str, Any]:
     return {name: tensors[name][:290].clone() for name in ("model.embed_tokens.weight", "lm_head.weight")}
 
 
+LARGE = {
+    "model": {"d_model": 2**16, "num_layers": 40, "num_heads": 2},
+    "layout": {"name": "every_n", "n": 1, "num_experts": 2**10, "expert_width": 2**16},
+    "router": {"name": "switch"},
+    "task": {"name": "clustered"},
+}
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown architecture": (
         lambda path: change_config(path, model_type="llamma", architectures=None),
@@ -219,6 +226,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "router.name: 'nope' is unknown",
     ),
+    "own format of a size that is not there": (
+        lambda path: change_config(path, model_type="moebench", architectures=None, moebench=LARGE),
+        "has the shape of none, and config.json gives (",
+    ),
 }
 
 
@@ -232,3 +243,23 @@ def test_a_bad_folder_is_one_line(tmp_path: Path, case: str) -> None:
     assert message in str(error.value)
     assert str(error.value).startswith(str(tmp_path / "model"))
     assert "\n" not in str(error.value)
+
+
+NUMBERS = ("num_local_experts", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
+
+
+@pytest.mark.parametrize("value", [0, -1, 10**5, 10**8, 2**31, 2**70, True, "8", [], 1e400])
+@pytest.mark.parametrize("key", [*NUMBERS, "intermediate_size", "num_experts_per_tok", "vocab_size"])
+def test_numbers_that_no_model_has_are_one_line(mixtral: Path, tmp_path: Path, key: str, value: object) -> None:
+    shutil.copytree(mixtral, tmp_path / "model")
+    change_config(tmp_path / "model", **{key: value})
+    with pytest.raises(UsageError) as error:
+        read(tmp_path / "model")
+    assert str(error.value).startswith(str(tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mixtral") / "model"
+    write_model(folder, "mixtral")
+    return folder

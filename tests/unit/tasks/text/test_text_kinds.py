@@ -233,8 +233,8 @@ def test_compressed_texts_and_tables_read_like_plain_ones(tmp_path: Path) -> Non
 def test_a_torn_zstd_file_is_named(tmp_path: Path) -> None:
     with pa.CompressedOutputStream(str(tmp_path / "a.txt.zst"), "zstd") as file:
         file.write(os.urandom(5000).hex().encode())
-    whole = (tmp_path / "a.txt.zst").read_bytes()
-    (tmp_path / "a.txt.zst").write_bytes(whole[: len(whole) // 2])
+    complete = (tmp_path / "a.txt.zst").read_bytes()
+    (tmp_path / "a.txt.zst").write_bytes(complete[: len(complete) // 2])
     with pytest.raises(UsageError, match=r"'a\.txt\.zst' cannot be read \("):
         documents(tmp_path / "a.txt.zst")
 

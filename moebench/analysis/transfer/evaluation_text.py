@@ -23,14 +23,14 @@ class DomainText:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TestText:
+class EvaluationText:
     """The test samples of a task; domains have the names that they have in metrics."""
 
     domains: Mapping[str, DomainText]
     trained: tuple[str, ...]
     """Domains that the task trains on."""
 
-    def has(self, other: "TestText", domain: str) -> bool:
+    def has(self, other: "EvaluationText", domain: str) -> bool:
         """Return whether a domain of another task is here too, with the same samples."""
         return domain in self.domains and self.domains[domain].digest == other.domains[domain].digest
 
@@ -40,20 +40,20 @@ class TestText:
         return sum(values[domain] * weight for domain, weight in zip(domains, weights, strict=True)) / sum(weights)
 
 
-def read_test_text(task: Task) -> TestText:
+def read_evaluation_text(task: Task) -> EvaluationText:
     """Return the test samples of a task: digests and sizes of all domains that have any."""
     names = metric_names(tuple(task.domains))
     hashes = [hashlib.sha256() for _ in names]
     weights = [0.0] * len(names)
     for batch in task.eval_batches("test", BATCH_SIZE):
         parts = [batch.input_BL, batch.target_BP, batch.weight_BP, batch.decoder_input_BP]
-        for domain in batch.domain_B.unique().tolist():
+        for domain in sorted(set(batch.domain_B.tolist())):
             is_domain_B = batch.domain_B == domain
             for part in parts:
                 if part is not None:
                     hashes[domain].update(_to_bytes(part[is_domain_B]))
             weights[domain] += float(batch.weight_BP[is_domain_B].sum())
-    return TestText(
+    return EvaluationText(
         domains={
             name: DomainText(digest=digest.hexdigest(), weight=weight)
             for name, digest, weight in zip(names, hashes, weights, strict=True)
