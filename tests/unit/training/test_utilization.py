@@ -15,6 +15,8 @@ from moebench.training.utilization import compute_mfu, count_training_flops, fin
     ("name", "bf16"),
     [
         ("NVIDIA H200", 989.4e12),
+        ("NVIDIA L40", 181.05e12),
+        ("NVIDIA RTX A6000", 154.8e12),
         ("NVIDIA H200 NVL", 835.5e12),
         ("NVIDIA GH200 480GB", 989.4e12),
         ("NVIDIA H100 80GB HBM3", 989.4e12),
