@@ -194,6 +194,8 @@ def load_model(
     """Return the trained model of a run, in eval mode on the CPU, and its task.
 
     `run`: the folder of a run, or the beginning of its id in `results`. The weights are those of the last checkpoint.
+    "hf:PATH" is a folder of transformers or of `moebench export`; a model of transformers gets the task `language` on
+    the embedded text, encoded by its own tokenizer.
     `plugins`: the plug-in files that the run needs, unless they are loaded already; those that its folder names are not
     executed by themselves, because the folder may come from someone else. Raises UsageError for an unknown run, for a
     plug-in that is not given, where no checkpoint can be read, and where the data was changed since.
@@ -202,8 +204,11 @@ def load_model(
     from moebench.launch.cell_check import require_unchanged_data
     from moebench.registry import load_plugin, require_plugins
     from moebench.training.model import prepare_task
+    from moebench.training.parent_model import load_pretrained
     from moebench.training.trained_model import load_trained_model
 
+    if str(run).startswith("hf:"):
+        return load_pretrained(str(run), Path(results), plugins)
     folder = _find_run(run, Path(results))
     cell = folder.read_cell()
     for plugin in plugins:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import ClassVar
 
 from moebench.errors import UsageError, require
 
@@ -18,8 +19,14 @@ _PERCENTAGE = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,6})?) ?%")
 class CheckpointConfig:
     """Options of `train` that choose the number of steps, and at which of them weights are saved."""
 
+    LEFT_OUT_AT_DEFAULT: ClassVar[tuple[str, ...]] = ("skip_batches",)
+    """Keys that are no part of a cell's id at their defaults: ids from before they existed stay the same."""
+
     steps: int = 1800
     """Optimizer updates."""
+    skip_batches: int = 0
+    """Batches, in the order of the data, left out before the first update: those of the steps of a parent, so that a
+    run that continues one (`init`) reads what comes next, and runs of one seed can share the data among them."""
     checkpoint_every: int = 300
     """Updates between checkpoints."""
     keep_checkpoints: list[int | str] = field(default_factory=list)

@@ -30,6 +30,9 @@ class TaskConfig:
 class RouterConfig:
     """Options that every router has; each router's own Config adds its name and its options."""
 
+    LEFT_OUT_AT_DEFAULT: ClassVar[tuple[str, ...]] = ()
+    """Keys that are no part of a cell's id at their defaults: ids from before they existed stay the same."""
+
     name: str
     losses: dict[str, float] = field(default_factory=dict)
     """Auxiliary loss -> coefficient; raw losses are logged as balance/NAME, weighted ones as loss/NAME. Each router has

@@ -10,10 +10,12 @@ from typing import Any
 
 import yaml
 
-from moebench.conversion import NULL, apply_values, require_readable
+from moebench.conversion import NULL, apply_values, key_of, require_readable
 from moebench.errors import UsageError
+from moebench.init_config import InitConfig
 from moebench.registry import get_registry
 from moebench.schema import COMPONENTS, DEFAULT_NAMES, SECTIONS, CellConfig, ExperimentConfig
+from moebench.stage_config import StageConfig, split_stage_key
 from moebench.tuning_config import TuneConfig
 from moebench.yaml_text import MAX_CHARACTERS, parse_override, parse_yaml
 
@@ -50,20 +52,39 @@ def apply_overrides(experiment: ExperimentConfig, overrides: Sequence[str]) -> t
     experiment_keys = {entry.name for entry in dataclasses.fields(ExperimentConfig)} - {"base"}
     experiment_values: dict[str, Any] = {}
     cell_values: dict[str, Any] = {}
+    stage_values: list[tuple[str, Any]] = []
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not all(key.split(".")):
             raise UsageError(f"'{override}' is not of the form key=value (for example train.steps=500)")
         head, _, rest = key.partition(".")
         value = parse_override(text)
-        if head in experiment_keys:
+        if head == "stages" and rest:
+            stage_values.append((rest, value))
+        elif head in experiment_keys:
             experiment_values = _merge_overrides(experiment_values, _nest_experiment_value(head, rest, value))
         else:
             cell_values = _merge_overrides(cell_values, nest(key.removeprefix("base."), value))
     if experiment_values.get("tune", "") in NULL[:-1]:
         experiment = dataclasses.replace(experiment, tune=TuneConfig())
         del experiment_values["tune"]
-    return apply_values(experiment, experiment_values), cell_values
+    experiment = apply_values(experiment, experiment_values)
+    for path, value in stage_values:
+        experiment = dataclasses.replace(experiment, stages=_override_stage(experiment.stages, path, value))
+    return experiment, cell_values
+
+
+def _override_stage(stages: Sequence[StageConfig], path: str, value: Any) -> list[StageConfig]:
+    """Return the stages with the value of `NAME.base.KEY` or `NAME.grid.KEY` set."""
+    name, section, key = split_stage_key(path, stages)
+    changed = []
+    for stage in stages:
+        if stage.name == name and section == "base":
+            stage = dataclasses.replace(stage, base=merge_settings(stage.base, nest(key, value)))
+        elif stage.name == name:
+            stage = apply_values(stage, {"grid": {key: value}}, f"stages.{name}")
+        changed.append(stage)
+    return changed
 
 
 def _nest_experiment_value(head: str, rest: str, value: Any) -> dict[str, Any]:
@@ -140,7 +161,7 @@ def component_keys(kind: str, name: str) -> set[str]:
 
 def to_plain(config: Any) -> dict[str, Any]:
     """Return a configuration as dictionaries, lists and scalars, ready for JSON and YAML."""
-    return {entry.name: _plain_value(getattr(config, entry.name)) for entry in dataclasses.fields(config)}
+    return {key_of(entry.name): _plain_value(getattr(config, entry.name)) for entry in dataclasses.fields(config)}
 
 
 def _plain_value(value: Any) -> Any:
@@ -165,7 +186,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def to_yaml(config: Any) -> str:
     """Return a configuration as YAML."""
-    text: str = yaml.dump(to_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
+    return format_yaml(to_plain(config))
+
+
+def format_yaml(plain: Mapping[str, Any]) -> str:
+    """Return plain values as YAML, ending in a newline."""
+    text: str = yaml.dump(dict(plain), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
     return text
 
 
@@ -190,13 +216,24 @@ def cell_id(config: CellConfig, data_digest: str, plugin_digests: Sequence[str] 
     for section, keys in NOT_IN_ID.items():
         for key in (*keys, *getattr(getattr(config, section), "NOT_IN_ID", ())):
             _drop(plain[section], key.split("."))
+    for key in getattr(config.task, "NOT_IN_ID_IF_NULL", ()):
+        if getattr(config.task, key) is None:
+            _drop(plain["task"], [key])
     for key in config.train.list_unused_keys():
         _drop(plain["train"], [key])
+    for section in plain:
+        for key in getattr(getattr(config, section), "LEFT_OUT_AT_DEFAULT", ()):
+            _drop_default(plain[section], getattr(config, section), key)
     if config.train.spike_policy == "record":
         for key in SPIKE_KEYS:
             _drop(plain["train"], [key])
     elif config.train.spike_policy == "rewind":  # to a checkpoint
         plain["train"]["checkpoint_every"] = config.train.checkpoint_every
+    del plain["init"]["allow_overlap"]  # no number depends on it
+    if dataclasses.replace(config.init, allow_overlap=False) == InitConfig():
+        del plain["init"]  # so that cells without a parent keep the ids that they had before there were parents
+    else:
+        plain["init"]["from"] = [parent.name_in_id for parent in config.init.parents]
     content = {"schema": SCHEMA, "config": plain, "data": data_digest, "plugins": sorted(plugin_digests)}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -205,6 +242,13 @@ def _drop(plain: dict[str, Any], path: list[str]) -> None:
     for key in path[:-1]:
         plain = plain.get(key) or {}
     plain.pop(path[-1], None)
+
+
+def _drop_default(plain: dict[str, Any], section: Any, key: str) -> None:
+    entry = {entry.name: entry for entry in dataclasses.fields(section)}[key]
+    default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+    if getattr(section, key) == default:
+        _drop(plain, [key])
 
 
 def _defaults(kind: str, name: str) -> Any:

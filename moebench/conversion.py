@@ -1,6 +1,7 @@
 """Convert untyped values from files and command lines to the types of configuration keys."""
 
 import dataclasses
+import keyword
 import re
 import types
 from collections.abc import Callable, Mapping
@@ -26,6 +27,16 @@ MAX_SHOWN_LENGTH = 100
 """Longest value, in characters, that an error message shows whole."""
 
 
+def key_of(attribute: str) -> str:
+    """Return the key of an attribute: `from_` is written `from`, which Python reserves."""
+    return attribute.removesuffix("_")
+
+
+def attribute_of(key: str) -> str:
+    """Return the attribute of a key, the inverse of `key_of`."""
+    return f"{key}_" if keyword.iskeyword(key) else key
+
+
 class _MismatchError(Exception):
     """A value does not have the type."""
 
@@ -41,12 +52,13 @@ def apply_values(config: T, raw: Mapping[str, Any], key: str = "") -> T:
         path = f"{key}.{name}" if key else str(name)
         if name not in hints:
             raise _explain_unknown_key(config, path, hints)
-        current = getattr(config, name)
+        attribute = attribute_of(name)
+        current = getattr(config, attribute)
         if dataclasses.is_dataclass(current):
-            values[name] = apply_values(current, _require_mapping(value, path), path)
+            values[attribute] = apply_values(current, _require_mapping(value, path), path)
         else:
             given = convert(value, hints[name], path)
-            values[name] = {**current, **given} if isinstance(current, dict) and isinstance(given, dict) else given
+            values[attribute] = {**current, **given} if isinstance(current, dict) and isinstance(given, dict) else given
     check_undeclared(type(config), values, key)
     changed: T = dataclasses.replace(config, **values)  # type: ignore[type-var]
     return changed
@@ -196,7 +208,7 @@ def _build_record(value: Any, kind: Any, key: str) -> Any:
     for name in given:
         if name not in hints:
             raise _explain_unknown_key(kind, f"{key}.{name}", hints)
-    values = {name: convert(item, hints[name], f"{key}.{name}") for name, item in given.items()}
+    values = {attribute_of(name): convert(item, hints[name], f"{key}.{name}") for name, item in given.items()}
     for option in dataclasses.fields(kind):
         has_default = (option.default, option.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
         if option.name not in values and not has_default:
@@ -223,7 +235,7 @@ def _is_readable(kind: Any) -> bool:
 @lru_cache(maxsize=1024)
 def _field_types(config_class: type) -> dict[str, Any]:
     hints = get_type_hints(config_class, include_extras=True)
-    return {option.name: hints[option.name] for option in dataclasses.fields(config_class)}
+    return {key_of(option.name): hints[option.name] for option in dataclasses.fields(config_class)}
 
 
 def _require_mapping(value: Any, key: str) -> Mapping[str, Any]:

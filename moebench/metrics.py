@@ -54,7 +54,7 @@ QUALITY: tuple[Declaration, ...] = (
     ("brier", "", "", "number", "lower", "Brier score: squared distance of the probabilities from the one-hot class."),
     ("ece", "", "", "number", "lower", "Expected calibration error: mean gap between confidence and accuracy."),
     ("few_shot/SHOTS", "", "share", "number", "higher", "Accuracy on held-out classes from so many images of each."),
-    ("skipped_images", "", "images", ".0f", "neither", "Images left out because they could not be read."),
+    ("skipped_images", "", "images", ".0f", "neither", "Images skipped because they could not be read."),
     ("cer", "", "share", "number", "lower", "Character error rate: edit distance to the transcript over its length."),
     ("wer", "", "share", "number", "lower", "Word error rate: edit distance in words over the number of words."),
     ("mse", "", "", "number", "lower", "Mean squared error."),
@@ -101,19 +101,26 @@ SPIKES: tuple[Declaration, ...] = (
     ("spike/grad_norm", "", "", "number", "lower", "Norm of the gradient of the step before clipping."),
     ("spike/grad_norm_limit", "", "", "number", "neither", "Norm above which its update is skipped, if at all."),
     ("spike/batch", "", "", ".0f", "neither", "Number of the batch of the step, from 0."),
-    ("rewind/NUMBER/QUANTITY", "", "", "number", "neither", "The same of a spike after which training went back."),
+    ("rewind/NUMBER/QUANTITY", "", "", "number", "neither", "A value of a spike after which training was rewound."),
 )
 COLLAPSES: tuple[Declaration, ...] = (
     ("collapse/layers", "", "layers", ".0f", "lower", "Layers that are collapsed from this step on."),
     ("collapse/LAYER/expert", "", "", ".0f", "neither", "The busiest expert of a layer that has collapsed."),
-    ("collapse/LAYER/num_experts", "", "experts", ".0f", "neither", "Experts that take nearly all that they can."),
+    (
+        "collapse/LAYER/num_experts",
+        "",
+        "experts",
+        ".0f",
+        "neither",
+        "Number of experts that take nearly all assignments.",
+    ),
     (
         "collapse/LAYER/share",
         "",
         "share",
         "percent",
         "lower",
-        "Their share of what they can: one of each token for each.",
+        "Share of the assignments that they could have, usually one per token and expert.",
     ),
     ("collapse/LAYER/recovered", "", "share", "percent", "lower", "Their share when it is no longer collapsed."),
 )
@@ -171,6 +178,15 @@ COST: tuple[Declaration, ...] = (
     ("train_passes", "", "passes", ".0f", "neither", "Times that training runs each token through the model."),
     ("training_only_flops", "", "FLOPs", "count", "neither", "Forward FLOPs per token that training alone computes."),
     ("train_tokens", "", "tokens", "count", "neither", "Tokens that the model was trained on."),
+    (
+        "train_factor",
+        "",
+        "",
+        "number",
+        "neither",
+        "With train.trainable: FLOPs of forward and backward pass over those of the forward pass; elsewhere 3.",
+    ),
+    ("trained_share", "", "share", "percent", "neither", "With train.trainable: share of parameters that are updated."),
 )
 SPEED: tuple[Declaration, ...] = (
     ("tokens_per_s", "tokens/s", "tokens/s", "count", "higher", "Speed of the median training step."),
@@ -190,7 +206,7 @@ COMPARISON: tuple[Declaration, ...] = (
         "neither",
         "What a trivial baseline reaches on the test split, in the metric that arms are compared by; in MLflow.",
     ),
-    ("mean/ARM", "", "", "number", "neither", "The same of one arm; in MLflow."),
+    ("mean/ARM", "", "", "number", "neither", "Mean over seeds of one arm; in MLflow."),
     ("difference/ARM", "", "", "number", "neither", "An arm minus the baseline, over common seeds; in MLflow."),
     ("p", "p", "", "p", "lower", "P value of the paired t-test."),
     ("p_pooled", "p pooled", "", "p", "lower", "P value of the difference by the noise of all arms together."),

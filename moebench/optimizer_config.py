@@ -59,10 +59,18 @@ class OptimizerConfig:
     """With schedule=wsd: updates of the decay, as a fraction of steps."""
     decay_shape: Literal["linear", "cosine", "sqrt"] = "sqrt"
     """With schedule=wsd: shape of the decay; sqrt is 1 - sqrt(q), the best one in arXiv:2405.18392."""
+    trainable: Literal["all", "experts", "routers", "shared", "new_experts"] = "all"
+    """Parameters that are updated. experts: routed experts; routers: routers with their gates; shared: all but these
+    two; new_experts: routed experts that the parent of `init` lacks, or that are not copies of its dense network. The
+    others have no gradient, no optimizer state and no decay, and routers that are frozen keep their state."""
     mup_base_width: int | None = None
     """Width-scaled initialisation and learning rates (muP, arXiv:2203.03466, table 3): d_model of the narrower model
     whose learning rates are used; null: the same values at every width."""
 
     def list_unused_keys(self) -> tuple[str, ...]:
         """Return the keys that have no effect with these options, so that they are no part of a cell's id."""
-        return (*(MUON_KEYS if self.optimizer != "muon" else ()), *(DECAY_KEYS if self.schedule != "wsd" else ()))
+        return (
+            *(MUON_KEYS if self.optimizer != "muon" else ()),
+            *(DECAY_KEYS if self.schedule != "wsd" else ()),
+            *(("trainable",) if self.trainable == "all" else ()),
+        )

@@ -79,12 +79,13 @@ class Registry(Generic[T, F]):
         """
         if self.facts_type is not None and not isinstance(facts, self.facts_type):
             raise UsageError(
-                f"{_origin(facts)}: a {self.kind} is registered with @...register({self.facts_type.__name__}(...)),"
+                f"{_caller_origin()}: a {self.kind} is registered with @...register({self.facts_type.__name__}(...)),"
                 f" got {getattr(facts, '__name__', facts)}"
             )
 
         def enter(item: T) -> T:
-            key = str(name or getattr(getattr(item, "Config", None), "name", ""))
+            given = name or getattr(getattr(item, "Config", None), "name", "")
+            key = given if isinstance(given, str) else ""
             if problem := self._find_problem(item, key):
                 raise UsageError(f"{_origin(item)}: {problem}")
             self._entries[key] = Entry(key, item, facts)
@@ -220,7 +221,7 @@ def require_plugins(paths: Sequence[str], digests: Sequence[str], owner: str) ->
     for path, digest in zip(paths, digests, strict=False):
         if digest not in _DIGESTS[Path(path).stem]:
             raise UsageError(
-                f"{owner} was trained with another content of the plug-in {path} than was loaded; restore the file, and"
+                f"{owner} was trained with a different version of the plug-in {path}; restore the file, and"
                 f" give plugins=[{path!r}] in a new process"
             )
 
@@ -290,6 +291,12 @@ def field_docs(config_class: type) -> dict[str, str]:
                 if isinstance(text, ast.Expr) and isinstance(value, ast.Constant) and isinstance(value.value, str):
                     docs[field.target.id] = inspect.cleandoc(value.value)
     return docs
+
+
+def _caller_origin() -> str:
+    """Return the file and line that called the function that calls this one."""
+    frame = sys._getframe(2)
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 def _origin(item: object) -> str:

@@ -9,6 +9,7 @@ from moebench.checkpoint_config import CheckpointConfig
 from moebench.components import LayoutConfig, RouterConfig, TaskConfig
 from moebench.conversion import Untyped
 from moebench.errors import require
+from moebench.init_config import InitConfig
 from moebench.model_config import ModelConfig as ModelConfig
 from moebench.optimizer_config import OptimizerConfig
 from moebench.ranges import (
@@ -23,12 +24,13 @@ from moebench.ranges import (
     at_least_1_up_to,
     check_ranges,
 )
+from moebench.stage_config import StageConfig, check_stages
 from moebench.step_config import StepConfig
 from moebench.tuning_config import TuneConfig
 
 COMPONENTS = ("task", "layout", "router")
 """The sections of a cell that a `name` picks from a registry."""
-SECTIONS = ("model", "train", "balance", "parallel")
+SECTIONS = ("model", "train", "balance", "parallel", "init")
 """The sections that have the same keys in every cell."""
 
 
@@ -95,7 +97,7 @@ class TrainConfig(OptimizerConfig, StepConfig, CheckpointConfig):
         "threads": at_least_1_up_to(1024),
         **dict.fromkeys(("eval_every", "log_every", "checkpoint_every"), AT_LEAST_1),
         **dict.fromkeys(("learning_rate", "clip_norm"), POSITIVE_FINITE),
-        "warmup_steps": AT_LEAST_0,
+        **dict.fromkeys(("warmup_steps", "skip_batches"), AT_LEAST_0),
         **dict.fromkeys(("weight_decay", "z_loss"), AT_LEAST_0_FINITE),
         **dict.fromkeys(("beta1", "beta2"), BELOW_1),
         "final_rate": FRACTION,
@@ -126,7 +128,7 @@ class TrainConfig(OptimizerConfig, StepConfig, CheckpointConfig):
     """Coefficient of log² Z of the output, Z the sum of its softmax: 1e-4 in PaLM (arXiv:2204.02311, section 5)."""
     max_epochs: float | None = None
     """Most passes over the training split that `run` accepts; null: 4 for text (repeated up to four times it is worth
-    almost as much as new text, arXiv:2305.16264), no limit elsewhere; inf: no limit."""
+    almost as much as new text, arXiv:2305.16264) without task.train_windows, no limit elsewhere; inf: no limit."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of forward passes: bf16 is autocast; parameters, optimizer state and routing stay fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -213,7 +215,7 @@ class ParallelConfig:
 class CellConfig:
     """One training run: together with the content of the data it determines every number.
 
-    Besides the keys below a cell has the sections task, model, layout, router, train, balance and parallel.
+    Besides the keys below a cell has the sections task, model, layout, router, train, balance, parallel and init.
     """
 
     task: TaskConfig
@@ -226,6 +228,7 @@ class CellConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     seed: int = 0
     """Seed of initial weights, data order and routing noise; from 0 to 2^31 - 1."""
     allow_noncausal: bool = False
@@ -239,6 +242,8 @@ class CellConfig:
         is_shared = base_width is not None and self.model.tie_embeddings
         allowed = "null with model.tie_embeddings, whose weights would need one rate as input and another as output"
         require(not is_shared, "train.mup_base_width", base_width, allowed)
+        has_new = self.train.trainable != "new_experts" or self.init.has_parent
+        require(has_new, "train.trainable", self.train.trainable, "another value where init.from is null")
 
 
 DEFAULT_NAMES = {"task": "language", "layout": "every_n", "router": "switch"}
@@ -276,9 +281,14 @@ class ExperimentConfig:
     """Arms count as equivalent that differ by less than this share of the baseline's mean (from 5 seeds)."""
     tune: TuneConfig = field(default_factory=TuneConfig)
     """Settings that each arm chooses on validation before it is trained; null on the command line: none."""
+    equal: Literal["steps", "training_flops"] = "steps"
+    """What arms share: train.steps, or FLOPs of training, for which those of the others follow from the baseline's."""
+    stages: list[StageConfig] = field(default_factory=list)
+    """Runs that are trained one after another, each from a run of an earlier stage; the last stage is compared."""
 
     def __post_init__(self) -> None:
         check_margin(self.margin, "margin")
+        check_stages(self.stages)
         repeated = sorted(set(self.seeds) & set(self.tune.seeds)) if self.tune.grid else []
         require(not repeated, "tune.seeds", f"{repeated}, which are in seeds", "seeds that are not reported")
         require(len(self.seeds) > 0, "seeds", self.seeds, "a list with at least one seed")

@@ -74,12 +74,12 @@ class Figures:
         draw_experiment(experiment, results, results / "experiments" / experiment.name / "curves.png", comparison)
 
     def _write_report(self, experiment: Experiment, results: Path) -> None:
-        """Write the report of an experiment; that of its tuning runs is part of it."""
+        """Write the report of an experiment; that of runs before it is part of it, or nothing."""
         from moebench.analysis.html_report.build import Source, build_page
         from moebench.runs.experiment_summary import REPORT_FILE
         from moebench.runs.folder import write_atomically
 
-        if experiment.tuning_of:
+        if not experiment.is_reported:
             return
         made_at = time.strftime("%Y-%m-%d %H:%M")
         page = build_page(Source(experiment=experiment, results=results, command=self.command, made_at=made_at))

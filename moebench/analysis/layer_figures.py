@@ -19,7 +19,7 @@ from moebench.runs.layer_series import LayerPoint, LayerValues, select_layers
 MAX_LAYERS = 12
 """Panels; of more layers, the most uneven one and others evenly spaced."""
 MAX_ROWS = 256
-"""Of a panel; more experts are averaged with their neighbours."""
+"""Largest number of rows of a panel; further experts are averaged with their neighbours."""
 MAX_LOG2_RATIO = 3.0
 """Range of the colours in powers of two: an eighth to eight times an even load."""
 GROUND = "#bbbbbb"

@@ -8,13 +8,20 @@ from typing import Any
 from moebench.catalogue.describe import KINDS, describe
 from moebench.catalogue.options import COMPONENT_CONFIGS, Option, component_options, format_default, list_options
 from moebench.errors import UsageError
+from moebench.init_config import InitConfig
 from moebench.registry import get_registry
 from moebench.reporting.table import format_markdown_row
 from moebench.schema import BalanceConfig, CellConfig, ExperimentConfig, ModelConfig, ParallelConfig, TrainConfig
 
-PARTS = {"model": ModelConfig, "train": TrainConfig, "balance": BalanceConfig, "parallel": ParallelConfig}
+PARTS = {
+    "model": ModelConfig,
+    "train": TrainConfig,
+    "balance": BalanceConfig,
+    "parallel": ParallelConfig,
+    "init": InitConfig,
+}
 """Sections that are the same for every cell."""
-SECTIONS = ("experiment", "cell", "task", "data", "model", "layout", "router", "train", "balance", "parallel")
+SECTIONS = ("experiment", "cell", "task", "data", "model", "layout", "router", "train", "balance", "parallel", "init")
 """In the order of the page; `data` is short for `task.data`."""
 DATA = "Where the data of a task comes from."
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from moebench.components import LayoutConfig, RouterConfig, TaskConfig
 from moebench.config import to_plain
-from moebench.conversion import Untyped
+from moebench.conversion import Untyped, key_of
 from moebench.ranges import describe_range
 from moebench.registry import field_docs, get_registry
 from moebench.schema import DEFAULT_NAMES
@@ -59,7 +59,8 @@ def list_options(config: Any, section: str) -> list[Option]:
 def _options(config: Any, section: str, prefix: str) -> Iterator[Option]:
     docs, defaults = field_docs(type(config)), to_plain(config)
     for field in _list_fields_own_first(type(config)):
-        name = f"{prefix}{field.name}"
+        key = key_of(field.name)
+        name = f"{prefix}{key}"
         if dataclasses.is_dataclass(getattr(config, field.name)):
             yield from _options(getattr(config, field.name), section, f"{name}.")
             continue
@@ -67,7 +68,7 @@ def _options(config: Any, section: str, prefix: str) -> Iterator[Option]:
             key=f"{section}.{name}" if section else name,
             name=name,
             type=type_name(field.type),
-            default=defaults[field.name],
+            default=defaults[key],
             allowed=_describe_allowed_values(field.type) or describe_range(type(config), field.name),
             about=docs.get(field.name, ""),
         )

@@ -4,10 +4,14 @@ import typer
 
 from moebench import __version__
 from moebench.cli import (
+    adapt,
     bench,
     calibrate,
     compare,
     curve,
+    ensemble,
+    evaluate,
+    export,
     listing,
     plan,
     prepare,
@@ -35,12 +39,16 @@ app.command("run")(run.run)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
 app.command("curve")(curve.curve)
+app.command("ensemble")(ensemble.ensemble)
 app.command("scaling")(scaling.scaling)
 app.command("plan")(plan.plan)
 app.command("prepare")(prepare.prepare)
 app.command("list")(listing.list_)
 app.command("show")(show.show)
+app.command("evaluate")(evaluate.evaluate)
 app.command("probe")(probe.probe)
+app.command("export")(export.export)
+app.command("adapt")(adapt.adapt)
 app.command("watch")(watch.watch)
 app.command("ui")(ui.ui)
 app.command("sync")(sync.sync)
@@ -59,7 +67,9 @@ def _print_version(is_requested: bool) -> None:
 @app.callback()
 def _root(
     context: typer.Context,
-    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Show it."),
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+    ),
 ) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

@@ -30,7 +30,7 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: 
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of weights and inputs.")]
 Allocator = Annotated[
-    str, typer.Option(help="keep: glibc keeps freed memory, for all variants alike; default: glibc's setting.")
+    str, typer.Option(help="keep: glibc keeps freed memory, for all variants; default: glibc's own setting.")
 ]
 Plot = Annotated[Path | None, typer.Option(help="Write a figure to this PNG, PDF or SVG file.")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")]
@@ -48,9 +48,12 @@ def layer(
         list[str] | None,
         typer.Option(metavar="T,d,hidden,E,k,activation", help="A custom shape; hidden is the width of one expert."),
     ] = None,
-    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A preset; or gpu. Repeatable.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="One preset, or gpu for the large ones. Repeatable.")
+    ] = None,
     load: Annotated[
-        list[str] | None, typer.Option(metavar="LOAD", help="balanced, router or zipf. Default: that of each preset.")
+        list[str] | None,
+        typer.Option(metavar="LOAD", help="Expert load: balanced, router or zipf. Default: that of each preset."),
     ] = None,
     rounds: Rounds = 7,
     threads: Threads = None,
@@ -92,10 +95,14 @@ def layer(
 def router(
     router: Annotated[
         list[str] | None,
-        typer.Option("--router", help="Repeatable. Default: all.", autocompletion=complete_router),
+        typer.Option("--router", help="A router to time. Repeatable. Default: all.", autocompletion=complete_router),
     ] = None,
-    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Repeatable. Default: 2048, 8192.")] = None,
-    experts: Annotated[list[int] | None, typer.Option(min=1, help="Repeatable. Default: 8, 64.")] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=1, help="Number of tokens. Repeatable. Default: 2048, 8192.")
+    ] = None,
+    experts: Annotated[
+        list[int] | None, typer.Option(min=1, help="Number of experts. Repeatable. Default: 8, 64.")
+    ] = None,
     rounds: Rounds = 7,
     threads: Threads = None,
     device: Device = "auto",
@@ -137,14 +144,15 @@ def step(
         list[str] | None,
         typer.Argument(
             metavar="[EXPERIMENT] [KEY=VALUE]...",
-            help="An experiment whose arms are measured; default: a small language model. Changes to it.",
+            help="An experiment whose arms are timed, and changes to it. Default: a small language model.",
             autocompletion=complete_experiment,
         ),
     ] = None,
     router: Annotated[
-        list[str] | None, typer.Option(help="A router beside the dense model, without an experiment. Repeatable.")
+        list[str] | None,
+        typer.Option(help="Without an experiment: a router to time besides the dense model. Repeatable."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Timed steps of a block.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps per block.")] = 20,
     rounds: Rounds = 7,
     threads: Threads = None,
     device: Device = "auto",
@@ -186,13 +194,19 @@ def step(
 
 @app.command("parallel")
 def parallel(
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Of every cell.")] = None,
-    processes: Annotated[list[int] | None, typer.Option(min=1, help="Repeatable. Default: 1, 2, 4.")] = None,
-    width: Annotated[list[int] | None, typer.Option(min=1, help="Of an expert. Repeatable. Default: 128, 512.")] = None,
-    experts: Annotated[int, typer.Option(min=1, help="In every layer.")] = 8,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences of 64 tokens, of all processes together.")] = 16,
-    steps: Annotated[int, typer.Option(min=12, help="Of each run.")] = 24,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each mesh; meshes take turns.")] = 3,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of every run.")
+    ] = None,
+    processes: Annotated[
+        list[int] | None, typer.Option(min=1, help="Number of processes. Repeatable. Default: 1, 2, 4.")
+    ] = None,
+    width: Annotated[
+        list[int] | None, typer.Option(min=1, help="Width of an expert. Repeatable. Default: 128, 512.")
+    ] = None,
+    experts: Annotated[int, typer.Option(min=1, help="Experts in every layer.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences (64 tokens) per step, over all processes.")] = 16,
+    steps: Annotated[int, typer.Option(min=12, help="Steps of each run.")] = 24,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs on each mesh, in turns.")] = 3,
     device: Device = "auto",
     plot: Plot = None,
     markdown: Markdown = False,

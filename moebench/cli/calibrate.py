@@ -9,7 +9,7 @@ from moebench.cli.options import Json
 from moebench.cli.output import make_console, print_report
 from moebench.errors import unknown
 
-app = typer.Typer(help="Reproduce published results and show how far from them this code is.", no_args_is_help=True)
+app = typer.Typer(help="Repeat published results with this code and show the deviations.", no_args_is_help=True)
 
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")]
 
@@ -17,12 +17,12 @@ Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown table
 @app.command()
 def chen(
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Runs of each model in each setting.")] = 10,
-    setting: Annotated[
-        list[str] | None, typer.Option(help="S1, S2, S3 or S4. Repeatable; all of them by default.")
-    ] = None,
+    setting: Annotated[list[str] | None, typer.Option(help="S1, S2, S3 or S4. Repeatable. Default: all.")] = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="'MoE nonlinear', 'MoE linear', 'single nonlinear', 'single linear'. Repeatable."),
+        typer.Option(
+            help="'MoE nonlinear', 'MoE linear', 'single nonlinear', 'single linear'. Repeatable. Default: all."
+        ),
     ] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Runs at a time; 0: one for each core.")] = 0,
     markdown: Markdown = False,
@@ -30,7 +30,7 @@ def chen(
 ) -> None:
     """Train experts and single networks on the four synthetic settings of Chen et al. 2022 (arXiv:2208.02813).
 
-    Routing, dispatch and combination are those of every MoE layer here. 10 seeds take about a quarter of an hour on
+    Routing, dispatch and combination are the code of every MoE layer. 10 seeds take about a quarter of an hour on
     two cores, more than half of it for the single networks.
     """
     from moebench.calibration.chen2022.data import SETTINGS

@@ -41,14 +41,16 @@ EffectiveCompute = Annotated[
     bool,
     typer.Option(
         "--effective-compute",
-        help="What each arm is worth in compute of the baseline, over several sizes (--size S0 --size S1 --size S2).",
+        help="How much compute of the baseline each arm is worth, over several sizes (--size S0 --size S1 --size S2).",
     ),
 ]
 
 
 Sizes = Annotated[
     list[str] | None,
-    typer.Option("--size", help="Named size above the experiment's own (list sizes). Repeatable: several are pooled."),
+    typer.Option(
+        "--size", help="Named size in place of the experiment's own (list sizes). Repeatable: several are pooled."
+    ),
 ]
 
 
@@ -65,25 +67,26 @@ AxisOption = Annotated[
     AxisName | None, typer.Option("--axis", help="Add a table over this axis, and draw the curves of --plot over it.")
 ]
 SplitOption = Annotated[
-    SplitName, typer.Option(help="What to compare on: choose settings on validation, report on test.")
+    SplitName, typer.Option(help="Split to compare on: choose settings on validation, report on test.")
 ]
 AllowMismatch = Annotated[
     bool,
     typer.Option(
-        "--allow-mismatch", help="Give arms of unequal cost a verdict, and show arms of other data; all of them marked."
+        "--allow-mismatch",
+        help="Allow verdicts for arms of unequal cost and comparisons across data; such arms are marked.",
     ),
 ]
 
 Details = Annotated[
     bool,
     typer.Option(
-        "--details", help="Add p values, effect sizes, power, pairing and a legend, as --markdown and --json have."
+        "--details", help="Add p values, effect sizes, power, pairing and a legend (always part of --markdown, --json)."
     ),
 ]
 Margin = Annotated[
     float | None,
     typer.Option(
-        help="Arms are equivalent below this share of the baseline's mean; else `margin` of the experiment, 0.01.",
+        help="Margin of equivalence, as a share of the baseline's mean. Default: `margin` of the experiment (0.01).",
         show_default=False,
     ),
 ]
@@ -98,7 +101,7 @@ def compare(
             autocompletion=complete_experiment_or_router,
         ),
     ],
-    task: Annotated[str, typer.Option(help="Task of a comparison of routers.")] = "language",
+    task: Annotated[str, typer.Option(help="If routers are given: the task to compare them on.")] = "language",
     size: Sizes = None,
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
@@ -109,7 +112,7 @@ def compare(
     plot: Annotated[
         Path | None, typer.Option(help="Write loss curves and differences to this file (PNG, PDF, SVG).")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=0, help="Cells at a time, where routers must be trained first.")] = 0,
+    jobs: Annotated[int, typer.Option(min=0, help="Cells trained at a time, if routers must be trained first.")] = 0,
     axis: AxisOption = None,
     effective_compute: EffectiveCompute = False,
     details: Details = False,

@@ -51,6 +51,8 @@ def compare_one(grid: "Experiment", results: Path, choice: Choice) -> "Report":
     from moebench.analysis.fairness.experiment import measure_experiment
     from moebench.analysis.fairness.measure import compare_on_axes
     from moebench.analysis.fairness.report import add_fairness
+    from moebench.analysis.transfer.experiment import measure_transfer
+    from moebench.analysis.transfer.report import add_transfer
 
     gc.freeze()  # collections need not look at the imported modules: hundreds of runs are read below
     comparison = compare_experiment(
@@ -62,7 +64,7 @@ def compare_one(grid: "Experiment", results: Path, choice: Choice) -> "Report":
         x_axis = (AXIS_LABELS[along.axis], along.map_steps()) if along else None
         draw_experiment(grid, results, choice.plot, comparison, x_axis)
     fairness = compare_on_axes(arms, ignore_conditions=choice.allow_mismatch)
-    report = add_fairness(build_report(comparison), fairness, along)
+    report = add_transfer(add_fairness(build_report(comparison), fairness, along), measure_transfer(grid, results))
     return report if choice.details else report.without_details(DETAILS_HINT)
 
 

@@ -28,7 +28,7 @@ def curve(
         list[str] | None,
         typer.Option(
             metavar="KEY=V1,V2,...",
-            help="A setting and its values: layout.capacity_factor_eval=0.5,1, short capacity=0.5,1. May be repeated:"
+            help="A setting and its values: layout.capacity_factor_eval=0.5,1, short capacity=0.5,1. Repeatable:"
             " all combinations are evaluated.",
         ),
     ] = None,
@@ -40,9 +40,9 @@ def curve(
 ) -> None:
     """Evaluate the finished runs of an experiment under other settings, from their last checkpoints.
 
-    Nothing is trained. What may vary are keys of layout and router that leave the parameters as they are: capacity in
-    evaluation and its rule, the order of dropping, overflow, experts per token. FLOPs per token are measured for each
-    seed; an arm without any of the keys, such as a dense one, stands as trained.
+    Nothing is trained. Keys of layout and router that do not change the parameters can be varied: capacity in
+    evaluation and its rule, drop order, overflow, experts per token. FLOPs per token are measured for each seed. An arm
+    without any of the keys, such as a dense one, is evaluated as trained.
     """
     from moebench.analysis.sweep.axes import parse_axes
     from moebench.analysis.sweep.figure import draw_curve

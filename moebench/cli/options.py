@@ -48,7 +48,7 @@ def _expand_home(path: Path) -> Path:
         require_utf8(path, "results folder")
         return path.expanduser()
     except RuntimeError as error:
-        raise UsageError(f"results folder {path}: there is no such home folder ({error})") from error
+        raise UsageError(f"results folder {path}: unknown home folder ({error})") from error
 
 
 Results = Annotated[
@@ -70,7 +70,7 @@ ExperimentName = Annotated[
     str,
     typer.Argument(
         metavar="EXPERIMENT",
-        help="An experiment file, or a name (list experiments).",
+        help="An experiment file, or the name of an experiment (moebench list experiments).",
         autocompletion=complete_experiment,
     ),
 ]
@@ -80,7 +80,7 @@ Overrides = Annotated[
 ]
 Size = Annotated[
     str | None,
-    typer.Option("--size", help="Named size above the experiment's own (list sizes); short for size=NAME."),
+    typer.Option("--size", help="Named size in place of the experiment's own (list sizes); short for size=NAME."),
 ]
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moebench.analysis.seed_planning.planned_power import PlannedPower
     from moebench.experiment.grid import Experiment
 
-Power = Annotated[bool, typer.Option("--power", help="Show which differences the planned seeds can show instead.")]
+Power = Annotated[bool, typer.Option("--power", help="Show which differences the planned seeds can detect.")]
 Margin = Annotated[
     float | None,
     typer.Option(
@@ -42,29 +42,31 @@ def plan(
     margin: Margin = None,
     json: Json = False,
 ) -> None:
-    """Show every cell with its state, parameters and FLOPs per token, and train nothing.
+    """Show every cell with its state, parameters, FLOPs per token and memory, without training.
 
-    FLOPs are of one forward pass, 2 for a multiplication and an addition; training costs three times as much, and
-    twice that for a router that is trained on two passes: "vs base" counts both. Where experts differ in size, FLOPs
-    and active parameters are those of an even load. "memory" is the estimated peak of the cell in training, over its
-    processes on one machine, or of one GPU; a cell that needs more than there is is refused by `run`.
+    FLOPs are those of one forward pass, 2 per multiply-add. "vs base" compares with the baseline and counts both
+    passes of a router that is trained on two. If experts differ in size, FLOPs and active parameters are those of an
+    even load. "memory" is the estimated peak of the cell in training, over its processes on one machine, or of one
+    GPU; `run` refuses a cell that needs more than is available.
 
-    The second table has the training of each arm: FLOPs of forward and backward passes, tokens for each active and
-    each parameter, text that is read, the training text that this needs, and epochs over the training split. More
+    The second table has the training of each arm: FLOPs of forward and backward passes, tokens per active parameter and
+    per parameter, text that is read, the training text that this needs, and epochs over the training split. More epochs
     than train.max_epochs are refused, here and by `run`. The last line says how many validation and test documents were
-    removed because the training text has them.
+    removed because they are also in the training text.
 
-    With --power: the smallest difference that several numbers of seeds would show in 4 of 5 repeats, in standard
-    deviations (SD) of the paired differences, and in the unit of the metric where the results folder has results of
-    this experiment or of one of the same task, model, steps and batch size; seeds that would settle undecided arms.
+    With --power: the smallest difference that several numbers of seeds would detect in 4 of 5 repeats, in standard
+    deviations (SD) of the paired differences. If the results folder has results of this experiment, or of one with the
+    same task, model, steps and batch size, also in the unit of the metric, with the seeds that undecided arms need.
     """
     from moebench.cli.output import print_progress
     from moebench.experiment.data_need import require_epochs
     from moebench.experiment.grid import expand
     from moebench.experiment.model_costs import ModelCosts
     from moebench.experiment.plan import plan_cells
+    from moebench.experiment.stage_runs import list_earlier_cells
 
-    grid = expand(find_experiment(experiment), add_size(overrides, size), plugin or (), print_progress("arms checked"))
+    on_progress, overrides = print_progress("arms checked"), add_size(overrides, size)
+    grid = expand(find_experiment(experiment), overrides, plugin or (), on_progress, results=results)
     if power:
         _show_power(grid, results, grid.margin if margin is None else margin, json=json)
         return
@@ -77,7 +79,7 @@ def plan(
         print_disk(rows)
         print_training(rows)
         print_overlap(rows)
-    require_epochs(grid.cells, ModelCosts(results))
+    require_epochs([*list_earlier_cells(grid), *grid.cells], ModelCosts(results))
 
 
 def _show_power(grid: "Experiment", results: Path, margin: float, *, json: bool) -> None:
@@ -151,10 +153,12 @@ def print_costs(rows: list[dict[str, Any]]) -> None:
     from moebench.reporting.formatting import MISSING, format_bytes, format_count
 
     numbers = ("active", "params", "FLOPs/token", "vs base", "memory")
-    columns = ("cell", "arm", "seed", "state", *numbers)
+    stage = ("stage",) if any("stage" in row for row in rows) else ()
+    columns = ("cell", *stage, "arm", "seed", "state", *numbers)
     lines = [
         (
             row["id"] or MISSING,
+            *(row["stage"] for _ in stage),
             row["arm"] + "".join(f" ({mark})" for mark in row["marks"]),
             str(row["seed"]),
             row["state"],
@@ -166,7 +170,7 @@ def print_costs(rows: list[dict[str, Any]]) -> None:
         )
         for row in rows
     ]
-    print_table(columns, lines, right=numbers, no_wrap=(columns[0], columns[2], *numbers), keys=("arm", "seed"))
+    print_table(columns, lines, right=numbers, no_wrap=("cell", "seed", *numbers), keys=("arm", "seed"))
 
 
 def print_disk(rows: list[dict[str, Any]]) -> None:
@@ -187,8 +191,10 @@ def print_training(rows: list[dict[str, Any]]) -> None:
         value = row.get(key)
         return MISSING if value is None else f"{format_count(value)}B"
 
+    stage = ("stage",) if any("stage" in row for row in rows) else ()
     lines = {
-        row["arm"]: (
+        (row.get("stage"), row["arm"]): (
+            *(row["stage"] for _ in stage),
             row["arm"],
             f"{row['train_flops']:.2e}",
             format_count(row["train_tokens"]),
@@ -200,8 +206,8 @@ def print_training(rows: list[dict[str, Any]]) -> None:
         )
         for row in rows
     }
-    columns = ("arm", "train FLOPs", "tokens", "/active", "/params", "text read", "needed", "epochs")
-    print_table(columns, lines.values(), right=columns[1:], no_wrap=columns[1:])
+    numbers = ("train FLOPs", "tokens", "/active", "/params", "text read", "needed", "epochs")
+    print_table((*stage, "arm", *numbers), lines.values(), right=numbers, no_wrap=numbers)
 
 
 def print_overlap(rows: list[dict[str, Any]]) -> None:

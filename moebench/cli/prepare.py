@@ -29,34 +29,36 @@ Sources = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[DATA]...",
-        help="Files, folders or patterns: .parquet, .jsonl, .json, .csv, .txt, also .gz and .zst; kinds may mix.",
+        help="Files, folders or patterns: .parquet, .jsonl, .json, .csv, .txt, also .gz and .zst; kinds can be mixed.",
     ),
 ]
 TokenizerName = Annotated[
     str,
     typer.Option(help="bpe4096, bytes, a tokenizer.json or its folder, a hub name, or train:VOCAB for a new BPE."),
 ]
-Out = Annotated[Path, typer.Option(help="Folder of the result, which task.data.path names then.")]
+Out = Annotated[Path, typer.Option(help="Folder to write; pass it to runs as task.data.path.")]
 Dataset = Annotated[str | None, typer.Option(help="Data set on the Hugging Face hub, instead of DATA.")]
 HubConfig = Annotated[str | None, typer.Option(help="Configuration (subset) of the hub data set.")]
-HubSplit = Annotated[str, typer.Option(help="Split of the hub data set that is read, and divided again.")]
+HubSplit = Annotated[str, typer.Option(help="Split of the hub data set to read; it is divided again.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub data set.")]
-TextColumn = Annotated[str, typer.Option(help="Column of the text.")]
-DomainColumn = Annotated[str, typer.Option(help="Column of the domain; empty: one domain, 'all', also for text files.")]
-GroupColumn = Annotated[str | None, typer.Option(help="Column of the group that no split divides.")]
+TextColumn = Annotated[str, typer.Option(help="Column with the text.")]
+DomainColumn = Annotated[
+    str, typer.Option(help="Column with the domain; empty: one domain, 'all', also for text files.")
+]
+GroupColumn = Annotated[str | None, typer.Option(help="Column with the group; a group is in one split.")]
 SplitBy = Annotated[
-    str, typer.Option(help="What no split divides: document (or its group), file, or block of 64 KiB of text.")
+    str, typer.Option(help="Unit that is in one split: document (or its group), file, or block of 64 KiB of text.")
 ]
 Validation = Annotated[float, typer.Option(help="Share of the validation split, unless the source has one.")]
 Test = Annotated[float, typer.Option(help="Share of the test split, unless the source has one.")]
 KeepOverlap = Annotated[
-    bool, typer.Option("--keep-overlap", help="Keep validation and test documents that the training split has too.")
+    bool, typer.Option("--keep-overlap", help="Keep validation and test documents that are also in the training split.")
 ]
 Workers = Annotated[
-    int | None, typer.Option(help="Threads that encode; the result does not depend on it. Default: the cores.")
+    int | None, typer.Option(help="Encoder threads; the result does not depend on it. Default: number of cores.")
 ]
-ShardBytes = Annotated[int, typer.Option(help="Bytes of tokens in a shard.")]
-SampleBytes = Annotated[int, typer.Option(help="Bytes of training text that train:VOCAB learns from.")]
+ShardBytes = Annotated[int, typer.Option(help="Bytes of tokens per shard.")]
+SampleBytes = Annotated[int, typer.Option(help="Bytes of training text that train:VOCAB is trained on.")]
 
 
 def prepare(

@@ -57,10 +57,10 @@ def probe(
     plot: Plot = None,
     json: Json = False,
 ) -> None:
-    """Show what experts have learned: which of them takes tokens of which label, on the test split.
+    """Show what experts have learned: which expert takes tokens with which label, on the test split.
 
-    Information I(label; expert) is in bits, without the bias of a finite sample, beside permuted labels and the same
-    model before training. Of an experiment, runs are pooled by arm, with intervals over seeds.
+    Information I(label; expert) is in bits, corrected for the bias of a finite sample, and compared with permuted
+    labels and the untrained model. The runs of an experiment are pooled by arm, with intervals over seeds.
     """
     check_plot(plot)
     pretrained = PretrainedOptions(

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".html", ".htm")
 Out = Annotated[
-    Path | None, typer.Option(help="The file to write. Default: experiments/NAME/report.html in the results.")
+    Path | None, typer.Option(help="File to write. Default: experiments/NAME/report.html in the results folder.")
 ]
-Tables = Annotated[Path | None, typer.Option(help="Write each table to this folder too, as NAME.csv and NAME.tex.")]
+Tables = Annotated[Path | None, typer.Option(help="Also write each table to this folder, as NAME.csv and NAME.tex.")]
 
 
 def report(
@@ -45,7 +45,7 @@ def report(
     ],
     out: Out = None,
     tables: Tables = None,
-    task: Annotated[str, typer.Option(help="Task of a comparison of routers.")] = "language",
+    task: Annotated[str, typer.Option(help="If routers are given: the task to compare them on.")] = "language",
     size: Size = None,
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,

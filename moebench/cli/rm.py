@@ -14,7 +14,7 @@ EXIT_DEGRADED = 3
 
 def rm(
     name: Annotated[
-        str, typer.Argument(metavar="RUN|EXPERIMENT", help="The id of a run, or how it begins; or an experiment.")
+        str, typer.Argument(metavar="RUN|EXPERIMENT", help="Id of a run, or its beginning; or an experiment.")
     ],
     results: Results = DEFAULT_RESULTS,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
@@ -44,8 +44,8 @@ def rm(
             print_text(f"kept: run {cell_id}, which another experiment has")
         for path in removal.files:
             print_text(f"file {path}")
-        if removal.tuning:
-            print_text(f"kept: its tuning runs (moebench rm {removal.tuning})")
+        for experiment, runs in removal.earlier.items():
+            print_text(f"kept: its {runs} (moebench rm {experiment})")
         print_text(f"{len(removal.runs)} runs, {values['bytes'] / 2**20:.1f} MiB")
     if not yes:
         if json or not sys.stdin.isatty():

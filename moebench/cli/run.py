@@ -43,11 +43,11 @@ class UntilName(StrEnum):
 
 
 IgnoreMemory = Annotated[
-    bool, typer.Option("--ignore-memory", help="Train cells that need more memory than there is, by the estimate.")
+    bool, typer.Option("--ignore-memory", help="Train cells even if their estimated memory is not available.")
 ]
 
 
-Jobs = Annotated[int, typer.Option(min=0, help="Cells at a time; 0: cores / train.threads, or one a GPU.")]
+Jobs = Annotated[int, typer.Option(min=0, help="Cells trained at a time; 0: cores / train.threads, or one per GPU.")]
 TrackerUri = Annotated[
     str | None,
     typer.Option(envvar="MOEBENCH_TRACKER", help="MLflow URI; 'none' for no tracker. Default: SQLite in results."),
@@ -55,9 +55,7 @@ TrackerUri = Annotated[
 Retries = Annotated[
     int, typer.Option(min=0, max=100, metavar="N", help="Try a failed cell again N times, from its last checkpoint.")
 ]
-FailFast = Annotated[
-    bool, typer.Option("--fail-fast", help="Stop at the first cell that fails, and save the other ones.")
-]
+FailFast = Annotated[bool, typer.Option("--fail-fast", help="Stop at the first cell that fails; the others are saved.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show the cells that would be trained, with their state; write nothing.")
 ]
@@ -67,12 +65,12 @@ Reshard = Annotated[
 Until = Annotated[
     UntilName | None,
     typer.Option(
-        help="Add seeds up to --max-seeds to the arms that the planned seeds leave undecided, and to the baseline."
-        " Named before the first results, both looks together have the level of 5 %."
+        help="After the planned seeds, train more seeds, up to --max-seeds, for undecided arms and the baseline."
+        " If given from the first run on, the overall significance level is 5 %."
     ),
 ]
 MaxSeeds = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="With --until decided: seeds that an undecided arm has at most.")
+    int | None, typer.Option(min=1, metavar="N", help="With --until decided: largest number of seeds of an arm.")
 ]
 Foreground = Annotated[
     str | None,
@@ -98,16 +96,16 @@ def run(
     ignore_memory: IgnoreMemory = False,
     json: Json = False,
 ) -> None:
-    """Train every cell that is not done and resume those half done.
+    """Train every cell that is not done; resume unfinished ones.
 
-    Each cell runs in its own processes: when one fails, the others continue. Press Ctrl-C once to stop with
-    everything saved; the same command continues from there. Started by torchrun or SLURM, it trains over the processes
-    that these started.
+    Each cell runs in its own processes: when one fails, the others continue. Press Ctrl-C once to save and stop; the
+    same command resumes. Under torchrun or SLURM, the processes that they started are used.
 
-    With --foreground a breakpoint() in a plug-in stops at a prompt, and a failure shows its traceback; no tracker.
+    With --foreground, breakpoint() in a plug-in opens the debugger, a failure shows its traceback, and nothing is sent
+    to the tracker.
 
-    Exit codes: 0 all done, 1 some cells failed, 2 mistake in the command or configuration, 3 the tracker missed
-    something (nothing is lost: `moebench sync`), 128 + the number of the signal that interrupted it (130: Ctrl-C).
+    Exit codes: 0 all done, 1 some cells failed, 2 error in the command or configuration, 3 the tracker did not receive
+    everything (nothing is lost: `moebench sync`), 128 + the number of the signal that interrupted it (130: Ctrl-C).
     """
     from moebench.experiment.run_setup import RunOptions
     from moebench.launch.cluster_environment import detect_cluster
@@ -167,7 +165,7 @@ def _run_one_cell(
     from moebench.experiment.foreground import run_foreground, select_phase_cell
     from moebench.experiment.grid import expand
 
-    grid = expand(find_experiment(experiment), overrides or (), plugins or ())
+    grid = expand(find_experiment(experiment), overrides or (), plugins or (), results=results)
     phase, cell = select_phase_cell(grid, cell_name, results)
     return run_foreground(phase, cell, results, console=console, figures=Figures(), ignore_memory=ignore_memory)
 
@@ -188,15 +186,16 @@ def _show_actions(
 
     if cluster is not None and cluster.process_info.rank > 0:
         return 0
-    grid = expand(find_experiment(experiment), overrides or (), plugins or ())
+    grid = expand(find_experiment(experiment), overrides or (), plugins or (), results=results)
     if cluster is None:  # under torchrun the run itself checks the mesh
         LocalLauncher().check(grid.cells)
     rows = list_actions(grid, results)
     if json:
         print_json({"experiment": grid.name, "cells": rows})
         return 0
-    columns = ("cell", "arm", "seed", "state", "action", "from step", "reason")
-    fields = ("id", "arm", "seed", "state", "action", "from_step", "error")
+    stage = ("stage",) if grid.stages else ()
+    columns = ("cell", *stage, "arm", "seed", "state", "action", "from step", "reason")
+    fields = ("id", *stage, "arm", "seed", "state", "action", "from_step", "error")
     lines = [tuple("" if row[field] is None else str(row[field]) for field in fields) for row in rows]
     print_table(columns, lines, right=("seed", "from step"), no_wrap=columns[:1])
     print_text(summarise_actions(rows))
@@ -236,7 +235,7 @@ def _run_grid(
     from moebench.experiment.grid import expand
     from moebench.experiment.run_setup import RunSetup
 
-    grid = expand(find_experiment(experiment), overrides or (), plugins or ())
+    grid = expand(find_experiment(experiment), overrides or (), plugins or (), results=results)
     arguments = CommandArguments(
         experiment=experiment, overrides=overrides or (), plugins=plugins or (), results=results
     )

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 from moebench.cli.options import CommandArguments
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
     from moebench.experiment.run_setup import RunOptions
@@ -28,6 +30,11 @@ def _count_attempts(outcome: "Outcome") -> str:
     return f", the last of {outcome.attempts} attempts" if outcome.attempts > 1 else ""
 
 
+def _name_log(log: "Path") -> str:
+    """Return where the log of a failed cell is; nothing for one that could not start."""
+    return f" (log: {log})" if log.exists() else ""
+
+
 def print_summary(
     report: "RunReport",
     arguments: CommandArguments,
@@ -47,10 +54,11 @@ def print_summary(
         *lines,
         f"{report.num_done} of {report.num_cells} cells done, {len(report.trained)} of them trained now",
     ]
+    lines += report.stages.list_lines() if report.stages else []
     lines += report.tuning.list_lines() if report.tuning else []
     lines += [
         f"failed: {outcome.cell.arm} seed {outcome.cell.seed}: {outcome.error}{_count_attempts(outcome)}"
-        f" (log: {report.log_path(outcome)})"
+        f"{_name_log(report.log_path(outcome))}"
         for outcome in report.failed
     ]
     lines += [f"warning: {problem}" for problem in report.problems]
@@ -62,7 +70,7 @@ def print_summary(
         given = [*given, *(["--tracker", tracker] if tracker and redact_uri(tracker) == tracker else [])]
         given += ["--jobs", str(options.jobs)] if options.jobs else []
         given += ["--reshard"] if options.reshard else []
-        lines.append(f"interrupted; go on with: {arguments.format('run', *given)}")
+        lines.append(f"interrupted; continue with: {arguments.format('run', *given)}")
     else:
         hints = [arguments.format("compare"), arguments.format_ui(options.tracker)]
         lines.append(f"next: {'  |  '.join(filter(None, hints))}")

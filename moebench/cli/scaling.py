@@ -21,7 +21,10 @@ def scaling(
         ),
     ],
     size: Annotated[
-        list[str] | None, typer.Option(help="Named size above the experiments' own. Repeatable: a ladder of sizes.")
+        list[str] | None,
+        typer.Option(
+            help="Named size in place of the experiments' own (list sizes). Repeatable: all are fitted together."
+        ),
     ] = None,
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
@@ -33,8 +36,8 @@ def scaling(
 ) -> None:
     """Fit the bilinear law of Clark et al. 2022 to finished runs: loss against active parameters and experts.
 
-    Dense runs count as one expert of every router. Refused below three sizes, three numbers of experts or 1.5 decades
-    of training FLOPs.
+    Dense runs count as one expert of every router. Needs at least three sizes, three numbers of experts and 1.5
+    decades of training FLOPs.
     """
     from moebench.analysis.scaling.report import build_report, fit_laws
     from moebench.analysis.scaling.runs import collect_runs

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moebench.cli.options import Json, Plugins, check_plot, complete_component, print_json
+from moebench.cli.options import DEFAULT_RESULTS, Json, Plugins, Results, check_plot, complete_component, print_json
 from moebench.errors import UsageError
 from moebench.experiment.files import find_experiment, list_sizes
 from moebench.printable import print_text
@@ -15,19 +15,17 @@ Name = Annotated[
     str | None,
     typer.Argument(
         help="A router, layout, task, loss or size (`moebench list`); a section of the configuration (train, model,"
-        " data, ...); a key (train.steps); or the word `experiment`.",
+        " data, ...); a key (train.steps); hf:FOLDER of a model; run:ID; or the word `experiment`.",
         autocompletion=complete_component,
     ),
 ]
 ExperimentFile = Annotated[
-    str | None, typer.Argument(metavar="[EXPERIMENT]", help="After `experiment`: whose file to print.")
+    str | None, typer.Argument(metavar="[EXPERIMENT]", help="After `experiment`: name of the experiment to print.")
 ]
-AllRouters = Annotated[
-    bool, typer.Option("--all-routers", help="All routers instead of one name, as the Markdown of docs/routers.md.")
-]
+AllRouters = Annotated[bool, typer.Option("--all-routers", help="Print all routers, as Markdown (docs/routers.md).")]
 AllOptions = Annotated[
     bool,
-    typer.Option("--all-options", help="All options instead of one name, as the Markdown of docs/configuration.md."),
+    typer.Option("--all-options", help="Print all options, as Markdown (docs/configuration.md)."),
 ]
 Plot = Annotated[Path | None, typer.Option(help="Draw where a router sends a few tokens (PNG, PDF, SVG).")]
 
@@ -39,17 +37,23 @@ def show(
     all_options: AllOptions = False,
     plot: Plot = None,
     plugin: Plugins = None,
+    results: Results = DEFAULT_RESULTS,
     json: Json = False,
 ) -> None:
     """Show equation, facts, options with defaults and source of a component, or the options of a section.
 
-    `moebench show experiment quickstart > mine.yaml` copies an experiment, to be changed.
+    `moebench show experiment quickstart > mine.yaml` copies an experiment, to be changed. `moebench show hf:FOLDER`
+    prints the settings of a model of transformers, for the `base` of an experiment that starts from it; `moebench show
+    run:ID` the settings of a run, and what it has taken of its parent.
     """
     if name == "experiment" and experiment is not None:
         _print_file(find_experiment(experiment), json=json)
         return
     if name is not None and experiment is None and name in list_sizes():
         _print_file(list_sizes()[name], json=json)
+        return
+    if name is not None and experiment is None and name.startswith(("hf:", "run:")):
+        _print_model(name, results, json=json)
         return
     if experiment is not None or [name is not None, all_routers, all_options].count(True) != 1:
         raise UsageError(
@@ -95,6 +99,18 @@ def _print_file(file: Path, *, json: bool) -> None:
         print_text(text, end="")
     else:
         sys.stdout.write(text)  # a copy, character by character
+
+
+def _print_model(name: str, results: Path, *, json: bool) -> None:
+    """Print the settings of a model of transformers, or of a run, as YAML."""
+    from moebench.catalogue.parents import describe_parent, describe_run
+    from moebench.config import format_yaml
+
+    settings = describe_parent(name) if name.startswith("hf:") else describe_run(name, results)
+    if json:
+        print_json(settings)
+    else:
+        print_text(format_yaml(settings), end="")
 
 
 def _draw(description: dict[str, Any], plot: Path) -> None:

@@ -26,7 +26,7 @@ def are_experiments(subjects: Sequence[str], command: str = "compare", plugins: 
         unknown = [name for name in others if name not in routers]
         if unknown:
             hint = nearest(unknown[0], [*known, *routers])
-            raise UsageError(f"{command}: '{unknown[0]}' is no experiment, and no router of the package.{hint}")
+            raise UsageError(f"{command}: '{unknown[0]}' is neither an experiment nor a router of the package.{hint}")
         raise UsageError(
             f"{command}: got experiments ({', '.join(experiments)}) and routers ({', '.join(others)}); allowed:"
             " experiments only, or routers only"
@@ -45,7 +45,7 @@ def _check_for_experiment(subjects: Sequence[str], command: str) -> None:
         file = next((Path(name + suffix) for suffix in SUFFIXES if Path(name + suffix).is_file()), None)
         hint = f" Did you mean the file '{file}'?" if file else nearest(name, [*experiments, *routers])
         if file or any(f"'{experiment}'" in hint for experiment in experiments):
-            raise UsageError(f"{command}: '{name}' is no experiment, and no router of the package.{hint}")
+            raise UsageError(f"{command}: '{name}' is neither an experiment nor a router of the package.{hint}")
 
 
 def is_experiment(subjects: Sequence[str], command: str, plugins: Sequence[str] = ()) -> bool:

@@ -18,7 +18,7 @@ EXIT_FINDINGS = 1
 def verify(
     folder: Annotated[
         Path | None,
-        typer.Argument(metavar="[DIR]", help="A folder of `moebench prepare`, in place of the results folder."),
+        typer.Argument(metavar="[DIR]", help="A folder made by `moebench prepare`, in place of the results folder."),
     ] = None,
     results: Results = DEFAULT_RESULTS,
     fix: Annotated[bool, typer.Option("--fix", help="Repair what can be repaired without losing anything.")] = False,
@@ -30,8 +30,8 @@ def verify(
 ) -> None:
     """Check runs, checkpoints, records, cache and tracker of a results folder, and the machine.
 
-    --fix sends the tracker what it lacks, drops points that it has twice, closes runs that it shows as running, removes
-    what killed processes left, and writes lost records of experiments again. Nothing that was measured is changed.
+    --fix sends missing points to the tracker, removes duplicate ones, closes runs that are no longer running,
+    removes what killed processes left, and restores lost records of experiments. Measured values are never changed.
 
     Exit codes: 0 clean, 1 findings are left (notes do not count), 2 the folder cannot be read.
     """

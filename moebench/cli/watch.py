@@ -22,15 +22,15 @@ MIN_WIDTH = 20
 def watch(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The id of a run, or a prefix of it (list runs).")],
     results: Results = DEFAULT_RESULTS,
-    once: Annotated[bool, typer.Option("--once", help="Print the present state of all layers and leave.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print the current state of all layers and exit.")] = False,
     json: Json = False,
 ) -> None:
-    """Show the layers of a run as curves over its logged steps, until it is done or nothing trains it any more.
+    """Show the layers of a run as curves over its logged steps, until it is done or no longer being trained.
 
     MaxVio: largest load over the mean, minus 1. dead: experts with less than 1 % of an even load. dropped: assignments
-    that no expert computed. entropy: of the router, from 0 (certain) to 1. A line marks each layer that has collapsed.
-    A pipe gets a line for each logged step, with the worst layer's value of each: the largest, of entropy the smallest.
-    Nothing is written; Ctrl-C ends the view alone.
+    that no expert computed. entropy: entropy of the router, from 0 (certain) to 1. A line marks each collapsed layer.
+    In a pipe, one line is printed for each logged step, with the values of the worst layer. Nothing is written; Ctrl-C
+    ends only the view.
     """
     from moebench.analysis.watching.run_history import RunHistory
     from moebench.cli.output import make_console

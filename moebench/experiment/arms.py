@@ -4,6 +4,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from moebench.compatibility import check_cell
@@ -18,6 +19,7 @@ from moebench.experiment.axes import (
     note_dropped_axes,
     refuse_varied_keys,
 )
+from moebench.experiment.parents import complete_parents
 from moebench.schema import COMPONENTS, CellConfig, ExperimentConfig
 from moebench.tasks.task import TASKS
 
@@ -61,6 +63,8 @@ class Resolution:
     """Called with the number of arms that are checked and that of all."""
     find_digest: Callable[[CellConfig], str] = read_data_digest
     """Returns the digest of the data of a cell."""
+    results: Path | None = None
+    """Results folder with the runs that `init.from` names by the beginning of their ids."""
 
 
 DEFAULT_RESOLUTION = Resolution()
@@ -80,9 +84,8 @@ def resolve_arms(
     refuse_varied_keys(_flatten("", overrides), config.tune.grid, "tune.grid")
     points = list(_combine(config.grid, merge_settings({}, config.base)))
     _refuse_unknown(overrides, [point.raw for point in points], config.grid)
-    configs = [
-        resolve(merge_settings(point.raw, _select_applicable(overrides, point.raw, config.grid))) for point in points
-    ]
+    raws = [merge_settings(point.raw, _select_applicable(overrides, point.raw, config.grid)) for point in points]
+    configs = [complete_parents(resolve(raw), resolution.results) for raw in raws]
     axes = [_label_axes(point, config.grid, cell) for point, cell in zip(points, configs, strict=True)]
     labels = [", ".join(of_arm.values()) or str(cell.router.name) for of_arm, cell in zip(axes, configs, strict=True)]
     remedy = _advise(overrides, config.grid)

@@ -47,6 +47,7 @@ def changes_nothing(router: str, key: str) -> bool:
     is_of_gate = section == "train" and _names(parts, "router")
     if is_dense(router):
         is_of_experts = section in (*ROUTED_SECTIONS, "router") or (section == "train" and _names(parts, "expert"))
+        is_of_experts |= key == "train.trainable"  # the parts that it tells apart are experts, routers and the rest
         return is_of_experts or is_of_gate
     return is_of_gate and not ROUTERS.get(router).facts.learned
 

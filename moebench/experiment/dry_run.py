@@ -27,7 +27,7 @@ ACTIONS = {
 def list_actions(experiment: Experiment, results: Path) -> list[dict[str, Any]]:
     """Return a JSON-ready row for each cell: its state, what a run would do, and from which step on.
 
-    With tuning, its runs come first; runs of arms that have not chosen their settings yet have no id.
+    Earlier stages and tuning runs come first; runs of arms that have not chosen their settings yet have no id.
     """
     require_one_file(results, experiment)
     rows = [
@@ -52,8 +52,20 @@ def _is_decided(results: Path, row: dict[str, Any]) -> bool:
     return row["state"] == "failed" and has_diverged(results, row["id"])
 
 
+def _name_stage(cell: Cell) -> dict[str, str]:
+    return {"stage": cell.stage} if cell.stage else {}
+
+
 def _describe_unsettled(cell: Cell) -> dict[str, Any]:
-    row = {"id": None, "arm": cell.arm, "seed": cell.seed, "state": UNSETTLED, "action": "train", "from_step": 0}
+    row = {
+        "id": None,
+        **_name_stage(cell),
+        "arm": cell.arm,
+        "seed": cell.seed,
+        "state": UNSETTLED,
+        "action": "train",
+        "from_step": 0,
+    }
     return row | {"steps": cell.config.train.steps, "attempts": 0, "error": None}
 
 
@@ -69,6 +81,7 @@ def _describe_cell(results: Path, cell: Cell) -> dict[str, Any]:
     starts_training = ACTIONS[state] not in ("-", "fail")
     return {
         "id": cell.id,
+        **_name_stage(cell),
         "arm": cell.arm,
         "seed": cell.seed,
         "state": state,

@@ -7,6 +7,7 @@ import signal
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +21,11 @@ from moebench.experiment.display import LineDisplay, cell_title
 from moebench.experiment.grid import Experiment
 from moebench.experiment.memory import require_memory
 from moebench.experiment.model_costs import ModelCosts
+from moebench.experiment.parent_overlap import require_no_overlap
+from moebench.experiment.parents import require_parents
 from moebench.experiment.run_setup import Figures
 from moebench.experiment.runner import mark_trivial_baselines, print_note
+from moebench.experiment.stage_runs import build_stage_experiments, describe_missing_parent
 from moebench.experiment.store import open_results, record_experiment, require_disk_space
 from moebench.experiment.tuning import build_tuning_experiment, settle
 from moebench.interrupts import handle_signals
@@ -44,21 +48,30 @@ EXIT_BUSY = 1
 
 
 def select_phase_cell(experiment: Experiment, name: str, results: Path) -> tuple[Experiment, Cell]:
-    """Return the cell that is named, and what it is a cell of: the experiment, or its tuning.
+    """Return the cell that is named, and what it is a cell of: the experiment, its tuning, or an earlier stage.
 
-    Raises UsageError for another name, and for an arm that has not chosen its settings yet.
+    The arms of an earlier stage are called `STAGE: ARM`. Raises UsageError for another name, for an arm that has not
+    chosen its settings yet, and for a cell that starts from a run which is not done.
     """
     settled = settle(experiment, results)
-    if experiment.tuning is None:
-        return settled, select_cell(settled.cells, name)
-    tuning = build_tuning_experiment(experiment)
+    tuning = [build_tuning_experiment(experiment)] if experiment.tuning else []
+    phases = [settled, *tuning, *build_stage_experiments(experiment)]
     waiting = [arm for arm in experiment.arms if arm not in settled.arms]
-    if name.partition("/")[0] in waiting:
+    if tuning and name.partition("/")[0] in waiting:
         raise UsageError(
-            f"--foreground: '{name}' has not chosen its settings yet; allowed: tuning runs, as '{tuning.cells[0].arm}'"
+            f"--foreground: '{name}' has not chosen its settings yet; allowed: tuning runs, as"
+            f" '{tuning[0].cells[0].arm}'"
         )
-    cell = select_cell((*settled.cells, *tuning.cells), name)
-    return (tuning if cell in tuning.cells else settled), cell
+    cells = [
+        replace(cell, arm=f"{cell.stage}: {cell.arm}") if phase.stage_of else cell
+        for phase in phases
+        for cell in phase.cells
+    ]
+    chosen = select_cell(cells, name)
+    missing = describe_missing_parent(results, chosen)
+    if missing:
+        raise UsageError(f"--foreground: '{name}' cannot start: {missing}")
+    return next((phase, cell) for phase in phases for cell in phase.cells if cell.id == chosen.id)
 
 
 def select_cell(cells: Sequence[Cell], name: str) -> Cell:
@@ -76,7 +89,7 @@ def select_cell(cells: Sequence[Cell], name: str) -> Cell:
     if len(by_id) == 1:
         return next(iter(by_id.values()))
     if by_id:
-        raise UsageError(f"--foreground: '{name}' begins several ids: {', '.join(by_id)}")
+        raise UsageError(f"--foreground: '{name}' matches several ids: {', '.join(by_id)}")
     arms = ", ".join(dict.fromkeys(cell.arm for cell in cells))
     seeds = ", ".join(dict.fromkeys(str(cell.seed) for cell in cells))
     raise UsageError(
@@ -114,6 +127,9 @@ def run_foreground(
         require_memory([cell], costs)
     require_disk_space(results, [cell], costs)
     require_epochs([cell], costs)
+    require_parents([cell], costs)
+    for note in require_no_overlap([cell], costs):
+        print_note(console, note)
     record_experiment(results, experiment)
     metric = TASKS.get(cell.config.task.name).facts.metric
     metric = f"validation/{metric}" if experiment.tuning_of else metric
@@ -137,7 +153,7 @@ def run_foreground(
 
 def _show_trivial_baselines(experiment: Experiment, results: Path, console: Console) -> None:
     """Record the trivial baselines as `run` does, and print a warning where the experiment is below them."""
-    if experiment.tuning_of:
+    if not experiment.is_reported:
         return
     containment = Containment(lambda line: print_note(console, line))
     mark = mark_trivial_baselines(experiment, results, console, containment)

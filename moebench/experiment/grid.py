@@ -1,21 +1,23 @@
 """Build the cells of an experiment: every arm for every seed, seeds outermost."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moebench.config import apply_overrides, cell_id, load_experiment
+from moebench.config import apply_overrides, load_experiment
 from moebench.errors import require_text, unknown
 from moebench.experiment.arms import DEFAULT_RESOLUTION, Arm, Resolution, note_partial_overrides, resolve_arms
+from moebench.experiment.cells import CellBuilder, StageArms
+from moebench.experiment.equal_flops import match_training, open_costs
 from moebench.experiment.seed_plan import SeedDesign, identify_settings
 from moebench.experiment.sizes import apply_size, check_size, name_experiment
+from moebench.experiment.stages import StagePart, split_stages
 from moebench.experiment.stored_digests import choose_digest
 from moebench.experiment.trials import Tuning, build_tuning
 from moebench.file_access import require_plain_name
 from moebench.plugin_errors import plugin_errors_in_one_line
-from moebench.registry import Plugin, load_plugin, select_plugins
+from moebench.registry import Plugin, load_plugin
 from moebench.runs.cell import Cell
 from moebench.schema import DEFAULT_MARGIN, ExperimentConfig
 
@@ -41,10 +43,24 @@ class Experiment:
     """What the arms try before they are trained; until they have chosen (`settle`), `cells` are those of the file."""
     margin: float = DEFAULT_MARGIN
     """Differences below this share of the baseline's mean count as equivalence."""
+    stages: tuple[str, ...] = ()
+    """Names of the stages, of which `cells` are the last one; runs of the others are the `parents` of cells."""
     tuning_of: str = ""
-    """The experiment whose tuning runs the cells are; empty: they are to be reported."""
+    """The experiment whose tuning runs the cells are; empty: they are something else."""
+    stage_of: str = ""
+    """The experiment of which the cells are an earlier stage; empty: they are something else."""
     design: SeedDesign | None = None
     """Seeds of the file, and how many undecided arms may get; None for tuning runs, which are not compared."""
+
+    @property
+    def is_reported(self) -> bool:
+        """Whether the cells are compared: they are no tuning runs and no earlier stage of another experiment."""
+        return not (self.tuning_of or self.stage_of)
+
+    @property
+    def has_several_data(self) -> bool:
+        """Whether arms of the last stage are trained on different data, which is what they are compared for."""
+        return bool(self.stages) and len({cell.data_digest for cell in self.cells}) > 1
 
     @property
     def arms(self) -> list[str]:
@@ -62,18 +78,22 @@ def expand(
     plugins: Sequence[str] = (),
     on_progress: Callable[[int, int], None] = ignore_progress,
     finished_in: Path | None = None,
+    results: Path | None = None,
 ) -> Experiment:
     """Read an experiment file and build its cells; raise UsageError if one could not be trained.
 
     `on_progress` is called with the number of arms that are checked and that of all arms. `finished_in`: a results
-    folder; where data are missing, cells are those that were trained there.
+    folder; where data are missing, cells are those that were trained there. `results`: the folder of the runs that
+    `init.from` names by the beginning of their ids; None: `finished_in`.
     """
     loaded = [load_plugin(plugin) for plugin in plugins]  # first: the file may use what they register
     config, cell_overrides = load_experiment(path, overrides)
     own_size = load_experiment(path)[0].size if config.size is not None else None
     config = apply_size(config, own_size, cell_overrides)
-    is_regridded = any(override.startswith(("grid", "seeds")) for override in overrides)
-    resolution = Resolution(on_progress=on_progress, find_digest=choose_digest(finished_in))
+    is_regridded = any(override.startswith(("grid", "seeds", "stages")) for override in overrides)
+    resolution = Resolution(
+        on_progress=on_progress, find_digest=choose_digest(finished_in), results=results or finished_in
+    )
     experiment = _build(path, config, cell_overrides, loaded, is_regridded=is_regridded, resolution=resolution)
     return replace(experiment, name=name_experiment(experiment.name, config.size, own_size))
 
@@ -114,16 +134,23 @@ def _build(
 ) -> Experiment:
     require_text(config.question, "question")
     require_text(config.baseline, "baseline")
-    with plugin_errors_in_one_line():
-        arms, arm_notes = resolve_arms(config, cell_overrides, str(path), resolution)
-    check_size(config.size, [arm.config.task.name for arm in arms])
-    baseline, notes = _choose_baseline(config.baseline, [arm.label for arm in arms], is_regridded=is_regridded)
-    needed = {arm.label: select_plugins(plugins, _collect_names(arm.config)) for arm in arms}
-    cells = [_build_cell(arm, seed, needed[arm.label]) for seed in config.seeds for arm in arms]
+    parts, notes = split_stages(config, cell_overrides)
+    earlier: list[StageArms] = []
+    for part in parts[:-1]:
+        arms, arm_notes = _resolve_part(part, path, resolution)
+        earlier.append(StageArms(name=part.name, arms=arms))
+        notes = (*notes, *(f"stage {part.name}: {note}" for note in arm_notes))
+    last = parts[-1]
+    arms, arm_notes = _resolve_part(last, path, resolution)
+    baseline, baseline_notes = _choose_baseline(config.baseline, [arm.label for arm in arms], is_regridded=is_regridded)
+    builder = CellBuilder(plugins=plugins, stage=last.name, earlier=earlier)
+    with open_costs(resolution.results) as costs:
+        arms, flops_notes = match_training(arms, baseline, builder, costs, config.equal)
+    cells = [builder.build(arm, seed) for seed in config.seeds for arm in arms]
     tuning = None
     if config.tune.grid:
         with plugin_errors_in_one_line():
-            tuning = build_tuning(config, arms, partial(_build_cell_of_trial, plugins))
+            tuning = build_tuning(last.config, arms, builder.build)
     first = next(cell for cell in cells if cell.arm == baseline)
     return Experiment(
         name=require_plain_name(path.stem, f"{path}: name of the experiment, the file's without its ending"),
@@ -133,19 +160,25 @@ def _build(
         cells=tuple(cells),
         axes={arm.label: arm.axes for arm in arms},
         tuning=tuning,
+        stages=tuple(part.name for part in parts) if config.stages else (),
         design=SeedDesign(
             key=identify_settings(first),
             seeds=tuple(config.seeds),
             reserved=tuple(config.tune.seeds) if config.tune.grid else (),
         ),
         margin=config.margin,
-        notes=(
-            *arm_notes,
-            *note_partial_overrides(cell_overrides, arms, config.grid),
-            *_note_long_warmup(arms),
-            *notes,
-        ),
+        notes=(*arm_notes, *notes, *baseline_notes, *flops_notes),
     )
+
+
+def _resolve_part(part: StagePart, path: Path, resolution: Resolution) -> tuple[list[Arm], tuple[str, ...]]:
+    """Return the arms of a stage, and notes on them."""
+    where = f"{path}, stage {part.name}" if part.name else str(path)
+    with plugin_errors_in_one_line():
+        arms, notes = resolve_arms(part.config, part.overrides, where, resolution)
+    check_size(part.config.size, [arm.config.task.name for arm in arms])
+    partial_notes = note_partial_overrides(part.overrides, arms, part.config.grid)
+    return arms, (*notes, *partial_notes, *_note_long_warmup(arms))
 
 
 def _note_long_warmup(arms: Sequence[Arm]) -> Iterator[str]:
@@ -154,39 +187,6 @@ def _note_long_warmup(arms: Sequence[Arm]) -> Iterator[str]:
         if warmup > steps:
             share = f"{steps / warmup:.0%} of train.learning_rate" if warmup < 2**63 else "its peak"
             yield f"train.warmup_steps={warmup} is more than train.steps={steps}: the rate never exceeds {share}"
-
-
-def _build_cell(arm: Arm, seed: int, plugins: Sequence[Plugin]) -> Cell:
-    config = replace(arm.config, seed=seed)
-    return Cell(
-        id=cell_id(config, arm.data_digest, [plugin.digest for plugin in plugins]),
-        arm=arm.label,
-        seed=seed,
-        config=config,
-        varies={**arm.varies, "seed": seed},
-        plugins=tuple(str(plugin.file) for plugin in plugins),
-        plugin_digests=tuple(plugin.digest for plugin in plugins),
-        data_digest=arm.data_digest,
-    )
-
-
-def _build_cell_of_trial(plugins: Sequence[Plugin], arm: Arm, seed: int) -> Cell:
-    return _build_cell(arm, seed, select_plugins(plugins, _collect_names(arm.config)))
-
-
-def _collect_names(value: Any) -> Iterator[str]:
-    """Yield all strings that may be names of components: string values, and keys of mappings."""
-    if isinstance(value, str):
-        yield value
-    elif is_dataclass(value):
-        for option in fields(value):
-            yield from _collect_names(getattr(value, option.name))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _collect_names(item)
-    elif isinstance(value, Mapping):
-        yield from value
-        yield from _collect_names(list(value.values()))
 
 
 def _choose_baseline(requested: str | None, arms: Sequence[str], *, is_regridded: bool) -> tuple[str, tuple[str, ...]]:

@@ -26,7 +26,7 @@ class MemoryEstimate:
     """Peak memory of a cell: parameters, gradients, AdamW's moments, activations, and the program."""
 
     process_bytes: int
-    """Of one process."""
+    """Bytes of one process."""
     num_processes: int
     """Processes that share the memory of one machine: 1 for each GPU."""
 

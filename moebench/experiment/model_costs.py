@@ -1,7 +1,10 @@
 """The costs of an experiment's models: each different one is built once, without storage, whatever the grid's size."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from moebench.compatibility import list_marks
 from moebench.launch.devices import uses_gpu
@@ -11,6 +14,7 @@ from moebench.models.storageless import build_without_storage
 from moebench.routing.features.feature import count_passes
 from moebench.schema import CellConfig
 from moebench.tasks.task import Task
+from moebench.training.backward_cost import TrainedPart, measure_trained_part
 from moebench.training.batches import estimate_train_tokens
 from moebench.training.model import build_model, compute_model_cost, prepare_task
 from moebench.training.optimizer.muon import MAX_BATCH_ELEMENTS
@@ -26,6 +30,10 @@ class ModelFacts:
     """Forward passes of a step of training."""
     marks: tuple[str, ...]
     """Warnings shown beside the arm."""
+    shapes: Mapping[str, torch.Size]
+    """Shapes of the weights, by name."""
+    trained: TrainedPart
+    """What the backward pass and the update cost."""
 
 
 class ModelCosts:
@@ -48,7 +56,7 @@ class ModelCosts:
         """Return the facts of a cell's model."""
         sections = (config.task, config.model, config.layout, config.router)
         train = config.train
-        computation = (train.precision, train.cross_entropy, train.recompute)
+        computation = (train.precision, train.cross_entropy, train.recompute, train.trainable)
         key = (*map(repr, sections), *computation, str(config.allow_noncausal))
         if key not in self._facts:
             self._facts[key] = _measure(config, self.task(config))
@@ -61,6 +69,11 @@ class ModelCosts:
         if key not in self._tokens:
             self._tokens[key] = estimate_train_tokens(config, self.task(config))
         return self._tokens[key]
+
+    def training_flops(self, config: CellConfig) -> float:
+        """Return the FLOPs of all training steps of a cell, forward and backward, as planned."""
+        facts = self.facts(config)
+        return facts.trained.factor * facts.cost.training_flops * self.train_tokens(config)
 
     def tokens_per_process(self, config: CellConfig) -> int:
         """Return the tokens of one micro-batch on one process: the last of the unequal parts may have fewer."""
@@ -76,6 +89,7 @@ class ModelCosts:
             passes=facts.passes,
             copies=COPIES_IN_BF16_ON_CPU if is_slow_bf16 else COPIES_OF_A_VALUE,
             keeps_gradients=config.train.accumulate > 1,
+            trained_share=facts.trained.share,
             batched_update=MAX_BATCH_ELEMENTS if config.train.optimizer == "muon" else 0,
             saved_copies=SAVED_COPIES if config.parallel.async_checkpoints else 0,
         )
@@ -90,4 +104,6 @@ def _measure(config: CellConfig, task: Task) -> ModelFacts:
         size=ModelSize.of(model, model.backbone, task.sequence_length, task.decoder_length),
         passes=count_passes(model.features),
         marks=list_marks(config),
+        trained=measure_trained_part(model, config.train, task.sequence_length),
+        shapes={name: value.shape for name, value in model.state_dict().items()},
     )

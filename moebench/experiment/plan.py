@@ -10,13 +10,14 @@ from moebench.experiment.disk import count_disk_bytes
 from moebench.experiment.grid import Experiment, ignore_progress
 from moebench.experiment.memory import estimate_memory
 from moebench.experiment.model_costs import ModelCosts
+from moebench.experiment.parents import require_parents
+from moebench.experiment.stage_runs import list_earlier_cells
 from moebench.experiment.tuning import UNSETTLED, list_tuning_cells, settle
 from moebench.models.cost import Cost
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.tasks.language import TextTask
 from moebench.tasks.task import Task
-from moebench.training.utilization import BACKWARD_FACTOR
 
 
 def plan_cells(
@@ -24,10 +25,11 @@ def plan_cells(
 ) -> list[dict[str, Any]]:
     """Return one JSON-ready row per cell; prepares the data, because its vocabulary is part of the model.
 
-    With tuning, its runs come first; those of arms that have not chosen yet are without an id, at the file's settings.
+    Earlier stages and tuning runs come first; arms that have not chosen yet are without an id, at the file's settings.
     `on_progress` is called with the number of cells that are counted and that of all cells.
     """
     costs = ModelCosts(results)
+    require_parents([*list_earlier_cells(experiment), *experiment.cells], costs)
     baseline = next(cell for cell in experiment.cells if cell.arm == experiment.baseline)
     return list(_plan_rows(experiment, costs, costs.facts(baseline.config).cost, on_progress))
 
@@ -42,6 +44,7 @@ def _plan_rows(
         cost = facts.cost
         yield {
             "id": cell.id if is_settled else None,
+            **({"stage": cell.stage} if cell.stage else {}),
             "arm": cell.arm,
             "seed": cell.seed,
             "state": cell_state(costs.results, cell) if is_settled else UNSETTLED,
@@ -58,7 +61,7 @@ def _plan_rows(
             "memory_bytes": estimate_memory(cell.config, costs).total_bytes,
             "disk_bytes": count_disk_bytes(cell.config, costs),
             "train_tokens": tokens,
-            "train_flops": BACKWARD_FACTOR * cost.training_flops * tokens,
+            "train_flops": costs.training_flops(cell.config),
             "tokens_per_active_param": tokens / cost.active_params,
             "tokens_per_param": tokens / cost.total_params,
             **_describe_data(compute_data_need(cell.config, costs.task(cell.config))),
@@ -90,13 +93,17 @@ def _describe_overlap(task: Task) -> dict[str, Any] | None:
 
 
 def list_planned_cells(experiment: Experiment, results: Path) -> list[tuple[Cell, bool]]:
-    """Return the tuning runs and the cells, with whether it is certain what is trained: the arm has chosen."""
+    """Return the runs of earlier stages, those of tuning and the cells, with whether it is certain what is trained.
+
+    It is not certain for arms that have not chosen.
+    """
+    earlier = [(cell, True) for cell in list_earlier_cells(experiment)]
     if experiment.tuning is None:
-        return [(cell, True) for cell in experiment.cells]
+        return [*earlier, *((cell, True) for cell in experiment.cells)]
     settled = {(cell.arm, cell.seed): cell for cell in settle(experiment, results).cells}
     final = [settled.get((cell.arm, cell.seed), cell) for cell in experiment.cells]
     tuning = [(cell, True) for cell in list_tuning_cells(experiment)]
-    return [*tuning, *((cell, (cell.arm, cell.seed) in settled) for cell in final)]
+    return [*earlier, *tuning, *((cell, (cell.arm, cell.seed) in settled) for cell in final)]
 
 
 def cell_state(results: Path, cell: Cell) -> str:

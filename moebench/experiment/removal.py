@@ -3,14 +3,15 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from moebench.errors import UsageError, unknown
+from moebench.runs.experiment_record import find_served_experiment
 from moebench.runs.folder import RunFolder, list_run_folders
 from moebench.tracking.address import NO_TRACKER
 from moebench.tracking.mlflow_store import TrackerError
@@ -29,8 +30,8 @@ class Removal:
     """Runs of the experiment that stay, because other experiments have them."""
     files: Sequence[Path]
     """Record and figures of the experiment."""
-    tuning: str = ""
-    """The experiment that has its tuning runs, which stay; empty: none."""
+    earlier: Mapping[str, str] = field(default_factory=dict)
+    """Experiments that have its tuning runs, or those of its earlier stages, which stay -> what they are."""
 
     @property
     def num_bytes(self) -> int:
@@ -65,11 +66,15 @@ def plan_removal(results: Path, name: str) -> Removal:
             runs=[folders[cell_id] for cell_id in dict.fromkeys(ids) if cell_id in folders and cell_id not in others],
             kept=[cell_id for cell_id in dict.fromkeys(ids) if cell_id in others],
             files=[path for path in paths if path.exists()],
-            tuning=next((other for other, record in experiments.items() if record.get("tuning_of") == name), ""),
+            earlier={
+                other: "tuning runs" if record.get("tuning_of") else "runs of an earlier stage"
+                for other, record in experiments.items()
+                if find_served_experiment(record) == name
+            },
         )
     matching = [cell_id for cell_id in folders if name and cell_id.startswith(name)]
     if len(matching) > 1:
-        raise UsageError(f"rm: '{name}' begins {len(matching)} ids ({', '.join(matching)}); give a longer prefix")
+        raise UsageError(f"rm: '{name}' matches {len(matching)} ids ({', '.join(matching)}); give a longer prefix")
     if not matching:
         raise unknown("run or experiment", name, [*experiments, *folders])
     return Removal(experiment=None, runs=[folders[matching[0]]], kept=[], files=[])

@@ -18,9 +18,12 @@ from moebench.experiment.grid import Experiment
 from moebench.experiment.live_tracking import start_tracker, stop_tracker
 from moebench.experiment.memory import count_fitting_cells, require_memory
 from moebench.experiment.model_costs import ModelCosts
+from moebench.experiment.parent_overlap import require_no_overlap
+from moebench.experiment.parents import require_parents
 from moebench.experiment.plan import cell_state
 from moebench.experiment.reshard import reshard
 from moebench.experiment.run_setup import RunOptions, RunSetup
+from moebench.experiment.stage_runs import StageReport, split_orphans, write_failures
 from moebench.experiment.store import DAMAGED, open_results, record_experiment, require_disk_space, split_unfinished
 from moebench.experiment.trivial_baselines import summarise_baselines
 from moebench.experiment.tuning_report import TuningReport
@@ -51,7 +54,9 @@ class RunReport:
     problems: Sequence[str] = ()
     """What could not be shown, drawn, tracked or tidied up, one line each; no result depends on it."""
     tuning: TuningReport | None = None
-    """Of an experiment with tuning: its first phase."""
+    """Of an experiment with tuning: its tuning runs."""
+    stages: StageReport | None = None
+    """Of an experiment with stages: the runs of all but the last."""
     below_trivial: str = ""
     """The mark of an experiment whose baseline arm does not beat trivial baselines; else empty."""
 
@@ -67,9 +72,9 @@ class RunReport:
 
     @property
     def failed(self) -> list[Outcome]:
-        """Cells that failed or are being trained by another process; not the trials of a tuning that diverged."""
-        trials = self.tuning.failed if self.tuning else []
-        return [*trials, *(outcome for outcome in self.outcomes if outcome.status in ("failed", "busy"))]
+        """Cells, also of earlier stages, that failed or that another process trains; not trials that diverged."""
+        earlier = [*(self.stages.failed if self.stages else ()), *(self.tuning.failed if self.tuning else ())]
+        return [*earlier, *(outcome for outcome in self.outcomes if outcome.status in ("failed", "busy"))]
 
     def log_path(self, outcome: Outcome) -> Path:
         """Return the log of a cell."""
@@ -80,7 +85,7 @@ class RunReport:
         return {
             "experiment": self.experiment.name,
             "cells": [
-                {"id": cell.id, "arm": cell.arm, "seed": cell.seed, "state": _read_state(self.results, cell)}
+                {"id": cell.id, "arm": cell.arm, "seed": cell.seed, "state": describe_state(self.results, cell)}
                 for cell in self.experiment.cells
             ],
             "trained": [outcome.cell.id for outcome in self.trained],
@@ -90,6 +95,7 @@ class RunReport:
                 for outcome in self.failed
             ],
             **({"tuning": self.tuning.to_dict()} if self.tuning else {}),
+            **({"stages": self.stages.to_dict()} if self.stages else {}),
             "tracker": self.tracker_problem,
             "interrupted": self.interrupted,
             "problems": list(self.problems),
@@ -105,11 +111,15 @@ def run_experiment(experiment: Experiment, setup: RunSetup) -> RunReport:
     setup.launcher.check(experiment.cells)
     open_results(results)
     cells, damaged = split_unfinished(results, experiment)
+    cells, orphans = split_orphans(results, cells)
     for note in experiment.notes:
         print_note(console, note)
     costs = ModelCosts(results)
-    _require_resources(results, cells, costs, options)
+    notes = _require_resources(results, cells, costs, options)
+    for note in notes if experiment.is_reported else ():
+        print_note(console, note)
     record_experiment(results, experiment)
+    write_failures(results, experiment.name, orphans)
     for config in {cell.data_digest: cell.config for cell in cells}.values():
         prepare_task(config, results)  # once, so that the workers read it from the cache
     for note in reshard(results, cells) if options.reshard else ():
@@ -122,7 +132,7 @@ def run_experiment(experiment: Experiment, setup: RunSetup) -> RunReport:
         jobs = options.jobs or min(choose_num_jobs(cells), count_fitting_cells(cells, costs))
         outcomes, interrupted = grid_run.train(replace(options, jobs=jobs))
         below_trivial = ""
-        if interrupted is None and not experiment.tuning_of:
+        if interrupted is None and experiment.is_reported:
             below_trivial, interrupted = grid_run.summarise()
     except BaseException:
         if tracker:
@@ -133,8 +143,8 @@ def run_experiment(experiment: Experiment, setup: RunSetup) -> RunReport:
     return RunReport(
         experiment=experiment,
         results=results,
-        num_done=sum(_read_state(results, cell) == "done" for cell in experiment.cells),
-        outcomes=[*damaged, *outcomes],
+        num_done=sum(describe_state(results, cell) == "done" for cell in experiment.cells),
+        outcomes=[*damaged, *orphans, *outcomes],
         tracker_problem=tracker_problem,
         interrupted=interrupted.signal_number if interrupted else 0,
         problems=containment.problems,
@@ -142,15 +152,20 @@ def run_experiment(experiment: Experiment, setup: RunSetup) -> RunReport:
     )
 
 
-def _require_resources(results: Path, cells: list[Cell], costs: ModelCosts, options: RunOptions) -> None:
-    """Raise UsageError for cells that need more memory, disk or training data than there is."""
+def _require_resources(results: Path, cells: list[Cell], costs: ModelCosts, options: RunOptions) -> list[str]:
+    """Raise UsageError for cells that need more memory, disk or training data than there is, or another parent.
+
+    Returns notes on their parents.
+    """
     if not options.ignore_memory:
         require_memory(cells, costs)
     require_disk_space(results, cells, costs)
     require_epochs(cells, costs)
+    require_parents(cells, costs)
+    return require_no_overlap(cells, costs)
 
 
-def _read_state(results: Path, cell: Cell) -> str:
+def describe_state(results: Path, cell: Cell) -> str:
     """Return the state of a cell for a report, which a damaged file must not prevent."""
     try:
         return cell_state(results, cell)

@@ -124,18 +124,24 @@ class SeedPlan:
 
 def identify_settings(cell: Cell) -> str:
     """Return the id that all seeds of an arm have in common."""
-    return cell_id(replace(cell.config, seed=0), cell.data_digest, cell.plugin_digests)
+    return change_seed(cell, 0).id
 
 
 def change_seed(cell: Cell, seed: int) -> Cell:
-    """Return the cell of the same arm with another seed."""
+    """Return the cell of the same arm with another seed, and so with parents of that seed."""
     config = replace(cell.config, seed=seed)
+    parents = tuple(change_seed(parent, seed) for parent in cell.parents)
+    if parents:
+        ids = {old.id: new.id for old, new in zip(cell.parents, parents, strict=True)}
+        names = [replace(parent, name=ids.get(parent.name, parent.name)) for parent in config.init.parents]
+        config = replace(config, init=config.init.replace_parents(names))
     return replace(
         cell,
         id=cell_id(config, cell.data_digest, cell.plugin_digests),
         seed=seed,
         config=config,
         varies={**cell.varies, "seed": seed},
+        parents=parents,
     )
 
 
@@ -198,7 +204,7 @@ def _read_seeds(values: Any) -> Seeds:
     _require_size(values, list)
     for seed in values:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
-            raise ValueError(f"{str(seed)[:40]!r} is no seed")
+            raise ValueError(f"{str(seed)[:40]!r} is not a seed")
     if not values:
         raise ValueError("a run without seeds")
     return tuple(dict.fromkeys(values))

@@ -28,7 +28,7 @@ from moebench.experiment.tuning import has_diverged, read_tuning
 from moebench.file_access import read_plain_file, require_no_links, require_utf8
 from moebench.launch.scheduler import Outcome
 from moebench.runs.cell import Cell
-from moebench.runs.experiment_record import lock_records, read_record, write_record
+from moebench.runs.experiment_record import SERVING_KEYS, lock_records, read_record, write_record
 from moebench.runs.trivial_baselines import RECORD_KEY
 from moebench.tasks.task import TASKS
 
@@ -137,8 +137,8 @@ def _build_record(path: Path, results: Path, experiment: Experiment, added: Mapp
     state = read_tuning(experiment, results)
     if state is not None:
         record["tuning"] = state.to_dict()
-    if experiment.tuning_of:
-        record["tuning_of"] = experiment.tuning_of
+    record |= {"has_several_data": True} if experiment.has_several_data else {}
+    record |= {key: value for key in SERVING_KEYS if (value := getattr(experiment, key))}
     require_one_file(results, experiment)
     record |= {key: value for key, value in earlier.items() if key == RECORD_KEY}
     record |= {PLANS_KEY: plans} if plans else {}

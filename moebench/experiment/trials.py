@@ -122,7 +122,7 @@ def _check_key(key: str, arms: Sequence[Arm]) -> None:
     if not any(has_key(arm.config, key) for arm in arms):
         known = dict.fromkeys(name for arm in arms for name in _list_keys("", to_plain(arm.config)))
         known = {name: None for name in known if name.split(".")[0] in SECTIONS}
-        raise UsageError(f"tune.grid.{key}: means nothing to any arm.{nearest(key, known)}")
+        raise UsageError(f"tune.grid.{key}: has no effect on any arm.{nearest(key, known)}")
 
 
 def _list_keys(prefix: str, value: Any) -> list[str]:

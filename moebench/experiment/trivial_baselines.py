@@ -103,17 +103,17 @@ def record_baselines(
 ) -> TrivialBaselines:
     """Write the trivial baselines of both splits into the record of an experiment; return those of the test split."""
     record = read_record(path)
-    found = {"test": find_baselines(source, results, "test", record=record, on_compute=on_compute)}
-    found["validation"] = find_baselines(source, results, "validation", record=record)
+    by_split = {"test": find_baselines(source, results, "test", record=record, on_compute=on_compute)}
+    by_split["validation"] = find_baselines(source, results, "validation", record=record)
     stored = [
         _to_stored(source, EvaluationSet.of(source.result, split, source.plugin_digests), each.baselines).to_dict()
-        for split, each in found.items()
+        for split, each in by_split.items()
         if each.baselines
     ]
     if stored and stored != record.get(RECORD_KEY):
         with lock_records(path.parent):  # read again: another runner may have added seeds while these were computed
             write_record(path, {**read_record(path), RECORD_KEY: stored})
-    return found["test"]
+    return by_split["test"]
 
 
 def read_finished(results: Path, cells: Sequence[Cell]) -> list[RunResult]:

@@ -22,7 +22,7 @@ from moebench.runs.result import Fault, RunResult
 from moebench.tasks.task import TASKS
 
 SUFFIX = "-tuning"
-"""Of the name of the experiment that the tuning runs are recorded as."""
+"""Suffix of the name of the experiment that holds the tuning runs."""
 
 UNSETTLED = "after tuning"
 """State, in tables, of a run whose arm has not chosen its settings yet."""
@@ -261,5 +261,6 @@ def build_tuning_experiment(experiment: Experiment) -> Experiment:
         baseline=cells[0].arm,
         cells=cells,
         notes=(),
+        stages=experiment.stages,
         tuning_of=experiment.name,
     )

@@ -61,7 +61,7 @@ def check_store(results: Path) -> Iterator[Finding]:
             return
     for path in sorted((results / "runs").glob("*")) if (results / "runs").exists() else ():
         if not path.name.startswith(".") and not (path / "cell.json").exists():
-            yield Finding(where=str(path), problem="is no run: it has no cell.json", remedy="move it away")
+            yield Finding(where=str(path), problem="is not a run: it has no cell.json", remedy="move it away")
     for run in list_run_folders(results):
         yield from _check_run(run)
     yield from _check_records(results)
@@ -134,6 +134,8 @@ def _read_record(folder: RunFolder, path: Path) -> None:
             raise UsageError(f"{path}: its steps are not in order")
     elif path == folder.labels:
         read_label_tables(path)
+    elif path == folder.init:
+        folder.read_init()
     else:
         read_loads(path)
 
@@ -151,7 +153,7 @@ def _check_checkpoints(folder: RunFolder) -> Iterator[Finding]:
     for path in list_manifests(folder.checkpoints):
         damage = find_damage(path, check)
         if damage:
-            remedy = "the next run of its experiment uses an earlier one, or starts the cell anew"
+            remedy = "the next run of its experiment uses an earlier one, or starts the cell again"
             yield Finding(where=str(path.with_suffix(".ckpt")), problem=f"is damaged: {damage}", remedy=remedy)
         elif refused := find_refused_content(path.with_suffix(".ckpt")):
             yield _refused(path.with_suffix(".ckpt"), refused)
@@ -188,7 +190,7 @@ def _check_records(results: Path) -> Iterator[Finding]:
             problem = _describe(path, error)
             record[LOST_KEY] = True
         can_write = bool(cells.get(name)) and not path.is_dir() and Path(name).name == name
-        remedy = "written anew from its runs, without its question" if can_write else "delete it"
+        remedy = "written again from its runs, without its question" if can_write else "delete it"
         yield Finding(
             where=str(path),
             problem=problem,
@@ -213,7 +215,7 @@ def _damaged(path: Path, error: Exception, remedy: str) -> Finding:
 
 
 def _refused(checkpoint: Path, problem: str) -> Finding:
-    remedy = "delete it, and ask where it comes from: its checksums are right, so someone wrote it like this"
+    remedy = "delete it, and ask where it comes from: its checksums are correct, so someone wrote it on purpose"
     return Finding(where=str(checkpoint), problem=problem, remedy=remedy)
 
 

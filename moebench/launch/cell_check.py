@@ -16,8 +16,8 @@ def load_unchanged_plugins(cell: dict[str, Any]) -> None:
     for path, digest in zip(cell["plugins"], digests, strict=True):
         if digest not in (None, load_plugin(path).digest):
             raise UsageError(
-                f"plugin {path}: was edited after this run was planned, so it is not what the id {cell['id']} stands"
-                " for; restore it, or start `moebench run` again"
+                f"plugin {path}: was edited after this run was planned, so it no longer matches id {cell['id']};"
+                " restore it, or start `moebench run` again"
             )
 
 
@@ -25,8 +25,8 @@ def require_unchanged_data(cell: dict[str, Any], config: CellConfig) -> None:
     """Raise UsageError if the data is not what the cell's id was computed from."""
     if TASKS.get(config.task.name).item.source_digest(config.task) != cell["data"]["digest"]:
         raise UsageError(
-            f"task {config.task.name}: its data was changed after this run was planned, so it is not what the id"
-            f" {cell['id']} stands for; restore it, or start `moebench run` again"
+            f"task {config.task.name}: its data was changed after this run was planned, so it no longer matches id"
+            f" {cell['id']}; restore it, or start `moebench run` again"
         )
 
 

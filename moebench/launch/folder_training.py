@@ -67,6 +67,7 @@ def train_from_folder(
         context = RunContext(
             recorder=recorder,
             checkpoints=folder.checkpoints,
+            results=results,
             report_progress=reports.progress,
             should_stop=reports.should_stop,
             report_note=reports.note,

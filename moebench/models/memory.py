@@ -82,12 +82,15 @@ class ModelSize:
             if limit is not None and vocabulary * tokens > limit:
                 values -= vocabulary * tokens * step.passes - min(vocabulary * tokens, CHUNK_LOGITS)
         num_copies = PARAMETER_COPIES if step.keeps_gradients else PARAMETER_COPIES - 1
-        forward = num_copies * params + step.copies * values
-        temporaries = PARAMETER_COPIES * min(params, step.batched_update)
-        update = PARAMETER_COPIES * params + temporaries if step.batched_update else COPIES_IN_ADAMW * params
+        trained = step.trained_share * params
+        forward = params + (num_copies - 1) * trained + step.copies * values
+        temporaries = PARAMETER_COPIES * min(trained, step.batched_update)
+        update = params + (COPIES_IN_ADAMW - 1) * trained
+        if step.batched_update:
+            update = params + (PARAMETER_COPIES - 1) * trained + temporaries
         update += SHARE_IN_UPDATE * step.copies / COPIES_OF_A_VALUE * values
         if step.keeps_gradients:
-            update = max(update, COPIES_IN_ADAMW * params + step.copies * values)
+            update = max(update, params + (COPIES_IN_ADAMW - 1) * trained + step.copies * values)
         return math.ceil(FLOAT_BYTES * (max(forward, update) + step.saved_copies * params))
 
 
@@ -149,6 +152,8 @@ class StepMemory:
     """Copies of each value that are alive at the end of a forward pass."""
     keeps_gradients: bool = False
     """Whether gradients are in memory during a forward pass: those of earlier micro-batches."""
+    trained_share: float = 1.0
+    """Share of the parameters that have gradients and moments."""
     batched_update: int = 0
     """Elements of the matrices that Muon updates at a time, 0 for AdamW."""
     saved_copies: int = 0

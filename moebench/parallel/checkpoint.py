@@ -164,7 +164,7 @@ def _refusals(checkpoint: Path) -> Iterator[None]:
         other = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         reason = f"{other[1]} in place of tensors and plain values" if other else " ".join(str(error).split())[:300]
         raise UnsafeCheckpointError(
-            f"{checkpoint}: refused, it has other content than its run saves: {reason}"
+            f"{checkpoint}: refused, its content is not what its run saves: {reason}"
         ) from error
 
 

@@ -47,7 +47,7 @@ def read_plain_pickle(content: bytes) -> Any:
     except PlainPickleError:
         raise
     except (ValueError, IndexError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise PlainPickleError(f"it is no pickle of plain values ({error})") from error
+        raise PlainPickleError(f"it is not a pickle of plain values ({error})") from error
 
 
 class _Reader:

@@ -74,7 +74,7 @@ def read_metadata(checkpoint: Path) -> Metadata:
     except (ValueError, TypeError, OSError) as error:
         raise UnsafeCheckpointError(
             f"{checkpoint}: refused, {METADATA} is not the description of a checkpoint of moebench: {error}; delete it"
-            " to go on without it"
+            "  to continue without it"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The architectures of transformers that moebench reads, and where each has its experts."""
+"""The architectures of transformers that moebench reads, and where those with experts have them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,21 +11,21 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """An architecture with experts, by the names of transformers."""
+    """An architecture by the names of transformers."""
 
     model_type: str
     """`model_type` in config.json."""
     title: str
     architecture: str
     """Class of the model with its head."""
-    router: str
-    """Class of its router modules, one in each MoE layer."""
-    num_experts: tuple[str, ...]
+    router: str = ""
+    """Class of its router modules, one in each MoE layer; empty: it has no experts."""
+    num_experts: tuple[str, ...] = ()
     """Keys of config.json for the number of routed experts: the first one that is present counts."""
     num_layers: tuple[str, ...] = ("num_hidden_layers",)
     """Keys for the numbers of layers."""
     is_encoder_decoder: bool = False
-    count_expert_layers: Callable[[Mapping[str, Any]], int]
+    count_expert_layers: Callable[[Mapping[str, Any]], int] = lambda config: 0
     """Returns the number of MoE layers that a configuration has."""
 
 
@@ -103,6 +103,14 @@ FAMILIES = {
             count_expert_layers=_count_after_first,
         ),
         Family(
+            model_type="glm4_moe",
+            title="GLM-4-MoE",
+            architecture="Glm4MoeForCausalLM",
+            router="Glm4MoeTopkRouter",
+            num_experts=("n_routed_experts", "num_local_experts"),
+            count_expert_layers=_count_after_first,
+        ),
+        Family(
             model_type="switch_transformers",
             title="Switch Transformers",
             architecture="SwitchTransformersForConditionalGeneration",
@@ -114,24 +122,42 @@ FAMILIES = {
         ),
     )
 }
-"""`model_type` -> architecture."""
+"""`model_type` -> architecture with experts."""
+OWN_FORMAT = "moebench"
+"""`model_type` of a model that moebench wrote with its own names of weights."""
+PARENTS = {
+    **FAMILIES,
+    **{
+        model_type: Family(model_type=model_type, title=title, architecture=architecture)
+        for model_type, title, architecture in (
+            ("llama", "Llama", "LlamaForCausalLM"),
+            ("arcee", "Arcee", "ArceeForCausalLM"),
+            ("qwen2", "Qwen2", "Qwen2ForCausalLM"),
+            ("qwen3", "Qwen3", "Qwen3ForCausalLM"),
+            (OWN_FORMAT, "moebench", "moebench"),
+        )
+    },
+}
+"""`model_type` -> architecture of what can be read without experts too."""
 
 
-def find_family(config: Mapping[str, Any], file: str) -> Family:
+def find_family(config: Mapping[str, Any], file: str, *, requires_experts: bool = True) -> Family:
     """Return the architecture of a configuration; raise UsageError, which begins with `file`, for any other.
 
-    Also refused: a model without experts, and another head than the one that predicts tokens.
+    Also refused: another head than the one that predicts tokens, and with `requires_experts` a model without experts.
     """
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    families = FAMILIES if requires_experts else PARENTS
+    family = families.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        if not _mentions_experts(config):
-            raise UsageError(f"{file}: the model_type {model_type!r} has no experts (known: {_list_known()})")
-        near = nearest(str(model_type), FAMILIES)
-        raise UsageError(f"{file}: the model_type {model_type!r} is unknown.{near} Allowed: {_list_known()}")
+        if requires_experts and not _mentions_experts(config):
+            raise UsageError(f"{file}: the model_type {model_type!r} has no experts (known: {_list_known(families)})")
+        near = nearest(str(model_type), families)
+        raise UsageError(f"{file}: the model_type {model_type!r} is unknown.{near} Allowed: {_list_known(families)}")
     if architectures and family.architecture not in architectures:
         raise UsageError(f"{file}: the architecture {architectures!r} is unknown; allowed: {family.architecture}")
-    _require_experts(family, config, file)
+    if family.router:
+        _require_experts(family, config, file)
     return family
 
 
@@ -162,5 +188,5 @@ def _mentions_experts(config: Mapping[str, Any]) -> bool:
     return any("expert" in str(key).lower() or "moe" in str(key).lower() for key in config)
 
 
-def _list_known() -> str:
-    return ", ".join(sorted(FAMILIES))
+def _list_known(families: Mapping[str, Family]) -> str:
+    return ", ".join(sorted(families))

@@ -8,7 +8,7 @@ from typing import Any
 
 from moebench.errors import UsageError
 from moebench.file_access import parse_json, read_plain_file
-from moebench.pretrained.families import CONFIG, Family, find_family, read_number
+from moebench.pretrained.families import CONFIG, OWN_FORMAT, Family, find_family, read_number
 from moebench.pretrained.library import require_libraries
 from moebench.pretrained.weights import StoredTensor, read_weights
 
@@ -45,8 +45,8 @@ class PretrainedFolder:
 
     @property
     def num_experts(self) -> int:
-        """Routed experts of a layer."""
-        return read_number(self.config, *self.family.num_experts)
+        """Routed experts of a layer; 0 in a dense model."""
+        return read_number(self.config, *self.family.num_experts) if self.family.num_experts else 0
 
 
 def is_pretrained(name: str) -> bool:
@@ -54,12 +54,12 @@ def is_pretrained(name: str) -> bool:
     return name.startswith(PREFIX)
 
 
-def open_pretrained(name: str) -> PretrainedFolder:
+def open_pretrained(name: str, *, requires_experts: bool = True) -> PretrainedFolder:
     """Return the checked folder that `hf:PATH` names.
 
-    Raises UsageError for what is no local folder, for an unknown architecture, for one without experts, for pickled,
-    quantised or missing weights, for numbers of layers and experts that the weights cannot have, and where the extra
-    `hf` is not installed.
+    Raises UsageError for what is no local folder, for an unknown architecture, with `requires_experts` for one without
+    experts, for pickled, quantised or missing weights, for numbers of layers and experts that the weights cannot have,
+    and where the extra `hf` is not installed.
     """
     require_libraries()
     path = Path(name.removeprefix(PREFIX)).expanduser()
@@ -72,11 +72,12 @@ def open_pretrained(name: str) -> PretrainedFolder:
     if (path / ADAPTER).exists():
         raise UsageError(f"{path}: has {ADAPTER}: an adapter, not a whole model; merge it into its model first")
     config = _read_config(path / CONFIG)
-    family = find_family(config, str(path / CONFIG))
+    family = find_family(config, str(path / CONFIG), requires_experts=requires_experts)
     refused = next((key for key in REFUSED if config.get(key)), None)
     if refused:
         raise UsageError(f"{path / CONFIG}: has {refused}; allowed: weights in fp32, bf16 or fp16, all layers alike")
-    folder = PretrainedFolder(path=path, family=family, config=_drop_keys(config), tensors=read_weights(path))
+    tensors = read_weights(path, allows_integers=family.model_type == OWN_FORMAT)
+    folder = PretrainedFolder(path=path, family=family, config=_drop_keys(config), tensors=tensors)
     _require_plausible(folder)
     return folder
 
@@ -107,7 +108,8 @@ def _require_plausible(folder: PretrainedFolder) -> None:
     config, file = folder.config, folder.path / CONFIG
     try:
         layers = {key: read_number(config, key) for key in folder.family.num_layers if config.get(key) is not None}
-        counts = {**layers, folder.family.num_experts[0]: folder.num_experts, "vocab_size": folder.vocab_size}
+        experts = dict.fromkeys(folder.family.num_experts[:1], folder.num_experts)
+        counts = {**layers, **experts, "vocab_size": folder.vocab_size}
     except ValueError as error:
         raise UsageError(f"{file}: {error}") from error
     limits = dict.fromkeys(layers, len(folder.tensors)) | {"vocab_size": folder.num_parameters}

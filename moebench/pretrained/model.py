@@ -48,15 +48,15 @@ def load_model(folder: PretrainedFolder, dtype: str = AS_STORED) -> PretrainedMo
     that transformers refuses, and for weights that are missing or have other shapes than it gives.
     """
     chosen = choose_dtype(folder, dtype)
-    with _quiet_library():
-        config = _build_config(folder)
+    with quiet_library():
+        config = build_config(folder)
         class_ = _find_class(folder)
         require_memory(folder, max(folder.num_parameters, _count_parameters(class_, config, folder)), chosen)
         with ExitStack() as files:
             model, info = _load_weights(class_, config, _open_tensors(folder.tensors, files), chosen, folder)
     _require_all_weights(info, folder)
     routers = {_name_layer(name): module for name, module in _find_routers(model, folder)}
-    if not routers:
+    if folder.family.router and not routers:
         raise UsageError(f"{folder.path}: transformers built a {folder.family.title} model without experts")
     model.requires_grad_(False)
     return PretrainedModel(module=model.eval(), routers=routers, unused=tuple(sorted(info["unexpected_keys"])))
@@ -76,7 +76,7 @@ def choose_dtype(folder: PretrainedFolder, dtype: str) -> torch.dtype:
 
 
 @contextmanager
-def _quiet_library() -> Iterator[None]:
+def quiet_library() -> Iterator[None]:
     """Silence the progress bars and reports of transformers, whose content is returned or raised here."""
     from transformers.utils import logging
 
@@ -97,7 +97,8 @@ def _find_class(folder: PretrainedFolder) -> Any:
     return getattr(transformers, folder.family.architecture)
 
 
-def _build_config(folder: PretrainedFolder) -> Any:
+def build_config(folder: PretrainedFolder) -> Any:
+    """Return the configuration of transformers, with its defaults; raise UsageError where it refuses a value."""
     try:
         return _find_class(folder).config_class.from_dict(dict(folder.config))
     except Exception as error:  # of many kinds, by its strict validation

@@ -9,7 +9,9 @@ import numpy as np
 
 from moebench.errors import UsageError
 from moebench.file_access import read_plain_file
+from moebench.pretrained.byte_tokenizer import BYTES, format_byte_tokenizer
 from moebench.pretrained.folder import PretrainedFolder
+from moebench.tasks.text.embedded_tokenizer import BPE, BPE_FILE
 from moebench.tasks.text.tokens import MAX_VOCAB, SubwordTokenizer
 
 TOKENIZER = "tokenizer.json"
@@ -79,6 +81,15 @@ def read_tokenizer(folder: PretrainedFolder) -> PretrainedTokenizer:
         sentinels=_find_sentinels(tokenizer),
         tokens=tuple(tokenizer.id_to_token(token) or "" for token in range(largest + 1)),
     )
+
+
+def name_tokenizer(folder: PretrainedFolder) -> str:
+    """Return what `task.data.tokenizer` names the tokenizer of a folder: bpe4096, bytes, or the file itself."""
+    file = folder.path / TOKENIZER
+    content = read_plain_file(file, MAX_BYTES)
+    if content == BPE_FILE.read_bytes():
+        return BPE
+    return BYTES if content == format_byte_tokenizer().encode() else str(file)
 
 
 def _find_special(tokenizer: Any, file: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:

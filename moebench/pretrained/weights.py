@@ -15,6 +15,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of weights; integers and 8-bit floats are quantised ones, whose scales need other code."""
+INTEGERS = ("I64", "I32", "U8", "BOOL")
+"""Types of tables and counters of routers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +34,13 @@ class StoredTensor:
         return prod(self.shape)
 
 
-def read_weights(folder: Path) -> dict[str, StoredTensor]:
+def read_weights(folder: Path, *, allows_integers: bool = False) -> dict[str, StoredTensor]:
     """Return the tensors of a model by name; no value is read.
 
     Raises UsageError for pickled weights, a missing or damaged file, files that disagree with their index, and types
-    that are not floating point.
+    that are not floating point. `allows_integers`: tables and counters of routers may be whole numbers.
     """
+    allowed = (*FLOATS, *INTEGERS) if allows_integers else FLOATS
     files, listed = _list_files(folder)
     tensors: dict[str, StoredTensor] = {}
     for file in files:
@@ -49,9 +52,9 @@ def read_weights(folder: Path) -> dict[str, StoredTensor]:
         if name not in tensors or tensors[name].file.name != file_name:
             raise UsageError(f"{folder / file_name}: lacks the tensor {name}, which {INDEX} lists there")
     for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS and not name.endswith(("_idx", "_ids", "num_batches_tracked")):
+        if tensor.dtype not in allowed and not name.endswith(("_idx", "_ids", "num_batches_tracked")):
             raise UsageError(
-                f"{tensor.file}: the tensor {name} has the type {tensor.dtype}; allowed: {', '.join(FLOATS)}, no"
+                f"{tensor.file}: the tensor {name} has the type {tensor.dtype}; allowed: {', '.join(allowed)}, no"
                 " quantised weights"
             )
     return tensors

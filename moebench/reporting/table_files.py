@@ -79,7 +79,7 @@ def write_tables(tables: Iterable[Table], folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--tables {folder}: the folder cannot be made ({error.strerror})") from error
+        raise UsageError(f"--tables {folder}: the folder cannot be created ({error.strerror})") from error
     files = []
     for name, table in name_tables(tables).items():
         for suffix, text in ((".csv", format_csv(table)), (".tex", format_latex(table))):

@@ -22,6 +22,8 @@ class DataSummary:
     """Tokens of one sequence, as the layers see it."""
     num_domains: int | None = None
     """Domains that the task trains on."""
+    domains: tuple[str, ...] = ()
+    """Names of all domains of the data, those that the task trains on first; empty: not known."""
 
 
 NO_DATA = DataSummary()

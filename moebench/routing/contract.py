@@ -66,6 +66,8 @@ def check_router_class(router_class: type[Router], config: RouterConfig, num_exp
         raise RouterContractError(
             f"{label_router(config.name)}: forward must take (x_TD, ctx), got forward{signature}"
         ) from error
+    if router_class.losses is not Router.losses and not ROUTERS.get(config.name).facts.own_losses:
+        raise RouterContractError(f"{label_router(config.name)}: Facts.own_losses must name what losses() returns")
     if not all(isinstance(coefficient, int | float) for coefficient in config.losses.values()):
         raise RouterContractError(
             f"{label_router(config.name)}: Config.losses: coefficients must be numbers, got {config.losses}"

@@ -26,6 +26,10 @@ class Cell:
     """Digest of the data source, as it entered the id."""
     plugin_digests: tuple[str, ...] = ()
     """Digests of the plugins, as they entered the id."""
+    stage: str = ""
+    """The stage of the experiment that it belongs to; empty without stages."""
+    parents: tuple["Cell", ...] = ()
+    """Runs of earlier stages that its weights start from; `init.from` of its configuration names them."""
 
     def to_dict(self, experiment: str) -> dict[str, Any]:
         """Return the cell as written to its run folder."""

@@ -12,6 +12,8 @@ from moebench.runs.checked_json import Types, add_checksum, pop_checksum, read_j
 from moebench.runs.folder import write_json
 from moebench.schema import DEFAULT_MARGIN
 
+SERVING_KEYS = ("tuning_of", "stage_of")
+"""Keys of a record whose runs come before those of another experiment, which the value names."""
 LOCK_TIMEOUT_S = 60.0
 """A record is locked for milliseconds; a process that was stopped while it held the lock is not waited for."""
 
@@ -21,7 +23,8 @@ def read_record(path: Path) -> dict[str, Any]:
     record = read_json(path)
     try:
         record = pop_checksum(record)  # records of earlier versions have none
-        optional: dict[str, Types] = {"tuning": dict, "tuning_of": str, "margin": (int, float)}
+        optional: dict[str, Types] = {"tuning": dict, "margin": (int, float)}
+        optional |= dict.fromkeys(SERVING_KEYS, str) | {"has_several_data": bool}
         optional |= {"seed_plans": dict, "seed_plan": str, "seed_plans_lost": bool}
         require_types(record, {"name": str, "cells": list, **optional}, optional=tuple(optional))
         if record["name"] != path.stem:
@@ -33,10 +36,15 @@ def read_record(path: Path) -> dict[str, Any]:
                 raise ValueError(f"'cells' has {str(cell)[:40]!r}, expected an object")
             require_types(cell, {"id": str, "arm": str, "seed": int}, optional=("arm", "seed"))
             if Path(cell["id"]).name != cell["id"]:  # it becomes a part of a path
-                raise ValueError(f"{cell['id'][:40]!r} is no id of a run")
+                raise ValueError(f"{cell['id'][:40]!r} is not the id of a run")
     except ValueError as error:
         raise UsageError(f"{path}: damaged ({error}); `moebench run` of the experiment writes it again") from error
     return record
+
+
+def find_served_experiment(record: Mapping[str, Any]) -> str:
+    """Return the experiment whose tuning runs, or earlier stage, a record has; empty for runs that are reported."""
+    return next((str(record[key]) for key in SERVING_KEYS if record.get(key)), "")
 
 
 @contextlib.contextmanager

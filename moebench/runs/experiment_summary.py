@@ -94,7 +94,7 @@ def _read_texts(values: Any, name: str, limit: int) -> tuple[str, ...]:
 
 def _read_arm(values: Any) -> ArmMean:
     if not isinstance(values, Mapping):
-        raise ValueError("an arm is no object")
+        raise ValueError("an arm is not an object")
     numbers = {name: values.get(name) for name in ("mean", "difference")}
     for name, number in numbers.items():
         is_number = isinstance(number, int | float) and not isinstance(number, bool) and isfinite(number)
@@ -105,7 +105,7 @@ def _read_arm(values: Any) -> ArmMean:
 
 def _read_table(values: Any) -> SummaryTable:
     if not isinstance(values, Mapping):
-        raise ValueError("a table is no object")
+        raise ValueError("a table is not an object")
     require_types(values, {"title": str, "columns": list, "rows": list})
     columns = _read_texts(values["columns"], "columns", MAX_COLUMNS)
     rows = tuple(_read_texts(row, "rows", MAX_COLUMNS) for row in _limit(values["rows"], "rows", MAX_ROWS))

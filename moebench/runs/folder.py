@@ -30,6 +30,12 @@ CELL_TYPES: dict[str, Types] = {
     "plugin_digests": list,
     "version": str,
 }
+INIT_TYPES: dict[str, Types] = {
+    "parent": str,
+    **dict.fromkeys(("taken", "new", "zeroed", "unused", "new_experts"), dict),
+    **dict.fromkeys(("taken_params", "new_params"), int),
+}
+INIT_OPTIONAL = ("zeroed", "new_experts")
 KEPT = "kept"
 """Folder below the checkpoints: a run never resumes from what is in it."""
 
@@ -73,6 +79,11 @@ class RunFolder:
         return self.path / "labels.json"
 
     @property
+    def init(self) -> Path:
+        """What the model has taken of its parent before the first step; only with `init.from`."""
+        return self.path / "init.json"
+
+    @property
     def result(self) -> Path:
         """The RunResult; exists when the run is done or has failed."""
         return self.path / "result.json"
@@ -114,7 +125,7 @@ class RunFolder:
     @property
     def records(self) -> list[Path]:
         """Files that a finished run does not change any more."""
-        return [path for path in (self.journal, self.loads, self.layers, self.labels) if path.exists()]
+        return [path for path in (self.journal, self.loads, self.layers, self.labels, self.init) if path.exists()]
 
     def read_cell(self) -> dict[str, Any]:
         """Return the content of `cell.json`; raise UsageError if it is missing, damaged or that of another cell."""
@@ -149,6 +160,17 @@ class RunFolder:
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UsageError(f"{self.result}: damaged ({error}); delete it to run the cell again") from error
         return result
+
+    def read_init(self) -> dict[str, Any] | None:
+        """Return what the model has taken of its parent, None without a parent; raise UsageError if it is damaged."""
+        if not self.init.exists():
+            return None
+        try:
+            values = pop_checksum(read_json(self.init))
+            require_types(values, INIT_TYPES, INIT_OPTIONAL)
+        except ValueError as error:
+            raise UsageError(f"{self.init}: damaged ({error})") from error
+        return values
 
     def write_result(self, result: RunResult) -> None:
         """Write `result.json`, with a checksum."""

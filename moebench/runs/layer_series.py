@@ -23,7 +23,7 @@ MAX_LAYERS, MAX_EXPERTS, MAX_NAME = 1024, 65_536, 100
 MAX_POINTS = 512
 """Steps that `read_thinned_series` keeps, at least half of it where there are more."""
 _DIGITS = 7
-"""Of measured numbers in the file."""
+"""Significant digits of measured numbers in the file."""
 _COUNTS = ("tokens", "dropped", "rerouted", "unserved")
 _NUMBERS = ("experts_per_token", "flops_per_token")
 _OPTIONAL = ("entropy", "logit_max", "logit_std")
@@ -192,7 +192,7 @@ def _check_name(name: str) -> str:
 def _parse_layer(values: Mapping[str, Any]) -> LayerValues:
     load = values["load"]
     if not isinstance(load, list) or not 0 < len(load) <= MAX_EXPERTS:
-        raise ValueError(f"a load is no list of 1 to {MAX_EXPERTS} numbers")
+        raise ValueError(f"a load is not a list of 1 to {MAX_EXPERTS} numbers")
     parsed: dict[str, Any] = {name: require_count(values[name]) for name in _COUNTS}
     parsed |= {name: _check_number(values[name]) for name in _NUMBERS}
     parsed |= {name: None if values[name] is None else _check_number(values[name]) for name in _OPTIONAL}

@@ -7,14 +7,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from moebench.errors import UsageError
 from moebench.file_access import open_to_write, read_plain_file
 from moebench.parallel.manifest import RecordPrefix
 from moebench.printable import print_text
 from moebench.runs.append_only_file import AppendOnlyFile
-from moebench.runs.folder import RunFolder, write_atomically
+from moebench.runs.checked_json import add_checksum
+from moebench.runs.folder import RunFolder, write_atomically, write_json
 from moebench.runs.journal import Journal, read_journal
 from moebench.runs.layer_series import LayerValues, format_layer_line, parse_layer_line, read_thinned_series
 
@@ -62,6 +63,11 @@ class RunRecorder:
         """Write the label tables of the trained model, JSON from `training.label_tables`, atomically."""
         if self.folder:
             write_atomically(self.folder.labels, text)
+
+    def record_init(self, values: Mapping[str, Any]) -> None:
+        """Write what the model has taken of its parent, JSON-ready values, atomically."""
+        if self.folder:
+            write_json(self.folder.init, add_checksum(values))
 
     def flush(self) -> None:
         """Block until every point is on the disk."""

@@ -44,7 +44,8 @@ class RunResult:
     cost: dict[str, float]
     """active_params, total_params, train_passes, train_tokens; flops_per_token (forward) and experts_per_token as
     planned; both with the prefixes train_ and eval_ as executed: mean over all steps of training, and on the test
-    split."""
+    split. Where train.trainable leaves parameters as they are: train_factor (FLOPs of forward and backward pass over
+    those of the forward pass; elsewhere 3) and trained_share (of the parameters)."""
     throughput: dict[str, float]
     """tokens_per_s (median inside the step), mfu where known, step_s, train_s, total_s, data_share."""
     data_digest: str

@@ -69,7 +69,7 @@ class StoredBaselines:
         """Rebuild the value of `to_dict`; raise ValueError where it is damaged."""
         texts = ("task", "data_digest", "eval_digest", "split")
         if not isinstance(values, Mapping):
-            raise ValueError("trivial baselines are no object")
+            raise ValueError("trivial baselines are not an object")
         types: dict[str, Types] = {**dict.fromkeys((*texts, "metric"), str), "lower_is_better": bool}
         require_types(values, {**types, "plugins": (list, tuple), "format": int, "baselines": list})
         if len(values["baselines"]) > MAX_BASELINES:
@@ -123,7 +123,7 @@ def read_recorded(record: Mapping[str, Any]) -> list[StoredBaselines]:
 
 def _read_baseline(values: Any) -> TrivialBaseline:
     if not isinstance(values, Mapping):
-        raise ValueError("a trivial baseline is no object")
+        raise ValueError("a trivial baseline is not an object")
     require_types(values, {"name": str, "meaning": str, "values": dict, "is_reference": bool})
     require_numbers(values, "values")
     if not 0 < len(values["name"]) <= MAX_NAME or len(values["meaning"]) > MAX_MEANING:

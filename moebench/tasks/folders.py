@@ -83,12 +83,12 @@ def assign_parts(names: Iterable[str], *, by_file: bool) -> dict[str, str]:
     if "" in parts:
         stray = next(name for name, part in part_of.items() if not part)
         raise UsageError(
-            f"task.data.path: '{stray}' belongs to no part, but other files belong to {_join_parts(parts)}; move it"
+            f"task.data.path: '{stray}' belongs to no split, but other files belong to {_join_parts(parts)}; move it"
         )
     if len(parts) == 1:
         return dict.fromkeys(part_of, TRAIN)
     if TRAIN not in parts:
-        raise UsageError(f"task.data.path: there are the parts {_join_parts(parts)}, but no train")
+        raise UsageError(f"task.data.path: there are the splits {_join_parts(parts)}, but no train")
     return part_of
 
 

@@ -30,6 +30,7 @@ from moebench.tasks.text.windows import (
     TextSplit,
     evaluation_windows,
     prepare,
+    select_windows,
     train_window_indices,
 )
 
@@ -69,15 +70,19 @@ class TextConfig(TaskConfig):
     """Options of every task on text; each task's own Config adds its name and its options."""
 
     NOT_IN_ID: ClassVar[tuple[str, ...]] = ("data.path", "data.made_by")
+    NOT_IN_ID_IF_NULL: ClassVar[tuple[str, ...]] = ("train_windows",)
     RANGES: ClassVar[Mapping[str, Range]] = {
         "sequence_length": Range(low=2, limit=2**20),
-        "eval_windows": at_least_1_up_to(10**9),
+        **dict.fromkeys(("eval_windows", "train_windows"), at_least_1_up_to(10**9)),
     }
 
     sequence_length: int = 64
     """Tokens per sequence."""
     eval_windows: int | None = 128
     """Sequences per domain in an evaluation, evenly spaced over the split; null: all."""
+    train_windows: int | None = None
+    """Sequences of the training split that are trained on, the same for every seed, and all of a smaller number among
+    those of a larger one; null: all. It also lifts the limit of epochs of train.max_epochs=null."""
     data: TextDataConfig = field(default_factory=TextDataConfig)
     """Source of the text."""
 
@@ -99,7 +104,7 @@ class TextTask(Task):
 
     metric: ClassVar[str] = "bits_per_byte"
     sample_noun: ClassVar[str] = "windows"
-    max_epochs: ClassVar[float] = 4.0
+    max_epochs: float = 4.0
     """Text that is repeated up to four times is worth almost as much as new text (arXiv:2305.16264, section 5)."""
     vocab_size: int
     token_count_V: Tensor
@@ -116,6 +121,11 @@ class TextTask(Task):
         self.sequence_length = config.sequence_length
         self.vocab_size = text.vocab_size
         self.token_count_V = torch.tensor(text.token_count_V)
+        self.train_windows_W = select_windows(text.train.num_windows, config.train_windows)
+        if self.train_windows_W is not None:
+            self.max_epochs = math.inf  # a small training split is chosen to be repeated
+            token_WM = text.train.window(self.train_windows_W)[0]
+            self.token_count_V = torch.from_numpy(np.bincount(token_WM.ravel(), minlength=text.vocab_size))
 
     @staticmethod
     def eval_options(config: Any) -> tuple[object, ...]:
@@ -141,6 +151,11 @@ class TextTask(Task):
                 f"router.table: 'clustered' counts pairs of {self.vocab_size} ids (allowed: at most {MAX_PAIR_VOCAB})"
             )
         pairs_P, last_N = np.zeros(self.vocab_size**2, dtype=np.int64), np.empty(0, dtype=np.int64)
+        if self.train_windows_W is not None:
+            token_WM = self.text.train.window(self.train_windows_W)[0]
+            pair_N = (token_WM[:, :-1] * self.vocab_size + token_WM[:, 1:]).ravel()
+            pairs_P = np.bincount(pair_N, minlength=len(pairs_P))
+            return torch.from_numpy(pairs_P.reshape(self.vocab_size, self.vocab_size))
         for chunk_N in self.text.train.tokens.chunks():
             token_N = np.concatenate([last_N, chunk_N])
             pairs_P += np.bincount(token_N[:-1] * self.vocab_size + token_N[1:], minlength=len(pairs_P))
@@ -172,13 +187,16 @@ class TextTask(Task):
 
     @override
     def list_train_samples(self, batch_size: int, seed: int, step: int) -> list[int]:
-        split = self.text.train
-        index_B = train_window_indices(split.num_windows, batch_size, seed, step, split.order)
-        return [int(index) for index in index_B]
+        return [int(index) for index in self._choose_windows(batch_size, seed, step)]
+
+    def _choose_windows(self, batch_size: int, seed: int, step: int) -> np.ndarray:
+        """Return the windows of one training step (int64 [batch_size])."""
+        window_B = train_window_indices(self.count_train_samples(), batch_size, seed, step, self.text.train.order)
+        return window_B if self.train_windows_W is None else self.train_windows_W[window_B]
 
     def count_train_samples(self) -> int:
-        """Return the number of windows of the training split."""
-        return self.text.train.num_windows
+        """Return the number of windows that are trained on."""
+        return self.text.train.num_windows if self.train_windows_W is None else len(self.train_windows_W)
 
     def estimate_sample_bytes(self) -> float:
         """Return the UTF-8 bytes that a window of the training split predicts, mean over some of them."""
@@ -189,7 +207,7 @@ class TextTask(Task):
     @override
     def train_batch(self, batch_size: int, seed: int, step: int, part: slice = ALL) -> Batch:
         split = self.text.train
-        window_B = train_window_indices(split.num_windows, batch_size, seed, step, split.order)[part]
+        window_B = self._choose_windows(batch_size, seed, step)[part]
         return self._read_windows(split, window_B, uniform_draws(batch_size, self.config.name, seed, step, part=part))
 
     @override

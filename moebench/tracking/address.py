@@ -127,8 +127,12 @@ def _find_defect(uri: str) -> str | None:
         # The text of urlsplit quotes a part of the address.
         return "not a port number (allowed: 1 to 65535)" if "ort" in str(error) else "not an address (brackets?)"
     kind = parts.scheme.partition("+")[0]
+    if not kind:
+        return f"has no scheme. Allowed: {NO_TRACKER}, or an address with {', '.join(_SCHEMES)}"
     if kind not in _SCHEMES:
-        return f"'{kind}' is no kind of tracker.{nearest(kind, _SCHEMES)} Allowed: {NO_TRACKER}, {', '.join(_SCHEMES)}"
+        return (
+            f"'{kind}' is not a kind of tracker.{nearest(kind, _SCHEMES)} Allowed: {NO_TRACKER}, {', '.join(_SCHEMES)}"
+        )
     if kind == "sqlite":
         return _find_sqlite_defect(uri)
     if kind == "databricks":
@@ -142,7 +146,7 @@ def _find_defect(uri: str) -> str | None:
 
 def _find_http_defect(parts: SplitResult) -> str | None:
     if "+" in parts.scheme:
-        return f"'{parts.scheme}' is no kind of tracker. Did you mean '{parts.scheme.partition('+')[0]}'?"
+        return f"'{parts.scheme}' is not a kind of tracker. Did you mean '{parts.scheme.partition('+')[0]}'?"
     return "has a space in its host" if re.search(r"\s", parts.netloc) else None
 
 

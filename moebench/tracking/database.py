@@ -44,7 +44,7 @@ def find_database_damage(path: Path) -> str | None:
         with closing(_connect(path, "ro")) as connection:
             (state,) = connection.execute("pragma quick_check(1)").fetchone()
             if not connection.execute("select 1 from sqlite_master where name = 'metrics'").fetchone():
-                return "is no database of MLflow"
+                return "is not an MLflow database"
     except sqlite3.Error as error:
         return f"cannot be read ({error})"
     return None if state == "ok" else f"is damaged ({state})"

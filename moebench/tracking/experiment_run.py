@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moebench.errors import UsageError
+from moebench.runs.experiment_record import SERVING_KEYS
 from moebench.runs.experiment_summary import REPORT_FILE, ExperimentSummary, read_summary
 from moebench.runs.trivial_baselines import read_recorded
 from moebench.tasks.domain_metrics import metric_names
@@ -96,7 +97,7 @@ class ExperimentRun:
 
 def build_parent_tags(experiment: Mapping[str, Any], name: str) -> dict[str, str]:
     """Return the tags of a new parent run that do not change."""
-    keys = ("baseline", "tuning_of")
+    keys = ("baseline", *SERVING_KEYS)
     tags = {key: str(experiment[key]) for key in keys if experiment.get(key)}
     source = {"mlflow.source.name": str(experiment["file"])} if experiment.get("file") else {}
     question = str(experiment.get("question") or "")

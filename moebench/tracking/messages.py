@@ -21,7 +21,7 @@ EARLIER_FINAL = "final/"
 """Prefix of all values of a finished run in earlier versions, which had those of the test split twice."""
 METRICS_TABLE, LOAD_TABLE, LAYERS_TABLE = "metrics.json", "load.json", "layers.json"
 MAX_LAYER_NUMBERS = 200_000
-"""Of the table of layers, loads of experts included: of a longer run every second step, and so on."""
+"""Limit of the table of layers, including loads; a longer run is thinned to every second step, and so on."""
 _LAYER_COLUMNS = (
     *("step", "layer", "assignments", "min", "10 %", "median", "90 %", "max over mean", "MaxVio", "dead experts"),
     *("dropped", "unserved", "entropy", "largest logit", "SD of logits", "rows per token", "FLOPs per token", "load"),

@@ -26,7 +26,7 @@ _SHOWN = {
     "time": (),
     "rewind": (),
 }
-"""Of these groups only these."""
+"""Group -> the only metrics of it that are sent."""
 _HIDDEN = re.compile(r"(eval|test)/(load/(cv|flops_per_token|experts_per_token|reroute_rate)|class_accuracy/.*)")
 _GROUP = re.compile(r"(train/load|parallel|spike|collapse|balance|time|rewind)/(.+)")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moebench.errors import UsageError
+from moebench.runs.experiment_record import SERVING_KEYS
 from moebench.runs.journal import Point, read_journal
 from moebench.tracking.bookkeeping import CELL, CURSOR, DESCRIBED, NON_FINITE, RESULTS, SENT, describe
 from moebench.tracking.cursor import Cursor, compute_tail_checksum, record_cursor
@@ -145,8 +146,7 @@ class Sender:
     def _create(self, source: RunSource, parent: StoredRun) -> StoredRun:
         cell = source.cell
         tags = build_tags(source, self.store.experiment, results_id(self.results))
-        if "tuning_of" in parent.tags:
-            tags["tuning_of"] = parent.tags["tuning_of"]
+        tags |= {key: parent.tags[key] for key in SERVING_KEYS if key in parent.tags}
         start_ms = int(1000 * source.folder.cell.stat().st_mtime)
         return self.store.create(f"{cell['arm']} seed {cell['seed']}", tags, start_ms, parent.id)
 

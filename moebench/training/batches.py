@@ -83,7 +83,7 @@ class BatchSource:
         train = self.config.train
         size = train.batch_size // train.accumulate
         span = self.mesh.split_sequences(size, sequence_group_size(required_features(self.config.router)))
-        number = self.rewinds.batch_number(step)
+        number = self.number_batch(step)
         batches = []
         for start in range(0, train.batch_size, size):
             part = slice(start + span.start, start + span.start + span.length)
@@ -94,14 +94,18 @@ class BatchSource:
             return batches
         return [replace(batch, count_in_step=torch.stack(counts).sum()) for batch in batches]
 
+    def number_batch(self, step: int) -> int:
+        """Return the number, in the order of the data, of the batch of update `step`, from 0."""
+        return self.config.train.skip_batches + self.rewinds.batch_number(step)
+
     def name_batch(self, step: int) -> BatchName:
         """Return what identifies the batch of update `step`, from 0."""
-        number = self.rewinds.batch_number(step)
+        number = self.number_batch(step)
         return BatchName.of_task(self.task, self.config.train.batch_size, self.config.seed, number)
 
     def count_positions(self, step: int) -> int:
         """Return the number of positions in the batch of update `step`, from 0, over all processes, without padding."""
-        number = self.rewinds.batch_number(step)
+        number = self.number_batch(step)
         return self.task.count_positions(self.config.train.batch_size, self.config.seed, number)
 
 
@@ -119,7 +123,7 @@ def count_train_tokens(config: CellConfig, task: Task, rewinds: Rewinds = NO_REW
     if type(task).count_positions is Task.count_positions:
         return train.steps * train.batch_size * task.tokens_per_sequence
     numbers = map(rewinds.batch_number, range(train.steps)) if rewinds.entries else range(train.steps)
-    return sum(task.count_positions(train.batch_size, config.seed, number) for number in numbers)
+    return sum(_count_positions(config, task, number) for number in numbers)
 
 
 def estimate_train_tokens(config: CellConfig, task: Task) -> int:
@@ -130,5 +134,11 @@ def estimate_train_tokens(config: CellConfig, task: Task) -> int:
     train = config.train
     if train.steps <= MAX_COUNTED_STEPS or type(task).count_positions is Task.count_positions:
         return count_train_tokens(config, task)
-    counted = sum(task.count_positions(train.batch_size, config.seed, step) for step in range(MAX_COUNTED_STEPS))
+    counted = sum(_count_positions(config, task, step) for step in range(MAX_COUNTED_STEPS))
     return counted * train.steps // MAX_COUNTED_STEPS
+
+
+def _count_positions(config: CellConfig, task: Task, number: int) -> int:
+    """Return the positions of a batch, by its number among those that a cell is trained on."""
+    train = config.train
+    return task.count_positions(train.batch_size, config.seed, train.skip_batches + number)

@@ -37,7 +37,7 @@ LAST_SHARE = 0.1
 PRECISION = 0.0025
 """Relative distance to the target at which the search for the setting of evaluation ends."""
 MAX_EVALUATIONS = 16
-"""Of that search."""
+"""Largest number of evaluations of the search."""
 
 ON_DEVICE = ("setting", "excess", "last_flops")
 """State that is on the device of training."""
@@ -90,7 +90,7 @@ class Budget:
         self.last_flops = torch.zeros((), dtype=torch.float64)
         """Sum over the last steps of the executed FLOPs per token."""
         self.final_setting: float | None = None
-        """Of evaluation, after the last step."""
+        """Setting for evaluation, after the last step."""
 
     @property
     def acts_in_training(self) -> bool:

@@ -33,6 +33,8 @@ class RunContext:
     recorder: RunRecorder
     checkpoints: Path
     """Folder of the checkpoints."""
+    results: Path = Path("results")
+    """Results folder, whose runs `init.from` can name."""
     report_progress: Callable[[dict[str, Any]], None] = lambda message: None
     """Called after every step with step, loss and tokens_per_s."""
     should_stop: Callable[[], bool] = lambda: False
@@ -64,9 +66,9 @@ class CellCallback(lightning.Callback):
         self.peak_flops: float | None = None
         """FLOP/s of the device in the products of the cell; None: not known."""
         self.system_usage: SystemUsage | None = None
-        """Of the process that records; None before training."""
+        """Usage of the recording process; None before training."""
         self.spike_guard: SpikeGuard | None = None
-        """That of the module, whose state is part of a checkpoint."""
+        """Guard of the module; its state is part of a checkpoint."""
         self.watched: CellModule | None = None
         """The module whose alarm of collapses is part of a checkpoint."""
         self.final: Evaluation | None = None

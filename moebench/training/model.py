@@ -56,6 +56,8 @@ class Model(nn.Module):
         self.backbone = backbone
         self.head = head
         self.features = tuple(features)
+        self.new_experts: Mapping[str, Sequence[int]] = {}
+        """Stack of experts -> experts that its parent lacks; empty without a parent."""
         for feature, module in feature_modules.items():
             self.add_module(feature.module_name, module)
 
@@ -159,6 +161,7 @@ def summarise_data(task: Task) -> DataSummary:
         token_count_V=task.token_count_V,
         sequence_length=task.sequence_length,
         num_domains=task.num_trained_domains,
+        domains=tuple(task.domains),
     )
 
 

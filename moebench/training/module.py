@@ -33,6 +33,7 @@ from moebench.training.rewinds import NO_REWINDS, RewindRequest, Rewinds
 from moebench.training.spikes import Spike, SpikeGuard
 from moebench.training.step_values import PendingValues
 from moebench.training.telemetry.collapse import WINDOW_STEPS, Collapse, CollapseAlarm, LoadWindow
+from moebench.training.trainable import freeze_parameters, restore_after_updates, updates_router_state
 from moebench.training.z_loss import add_z_loss
 
 
@@ -81,6 +82,7 @@ class CellModule(lightning.LightningModule):
         `rewinds`: those of the run so far, which decide about the batch of each step.
         """
         super().__init__()
+        self.frozen_experts = freeze_parameters(model, config.train)
         self.config = config
         self.model = model
         self.task = task
@@ -101,13 +103,13 @@ class CellModule(lightning.LightningModule):
         """Whether a step is checked after its update: the device leaves out one that is not finite, unseen."""
         self.pending_values = PendingValues()
         self.new_spikes: list[Spike] = []
-        """Those that are not in the journal yet."""
+        """Not in the journal yet."""
         self.router_states = RouterStates(self.layers)
         self.has_telemetry = True
         """Whether layers are watched and their values recorded; only the step benchmark leaves it out."""
         self.load_window, self.collapse_alarm = LoadWindow(self.layers), CollapseAlarm(self.layers)
         self.new_collapses: list[Collapse] = []
-        """Those that are not in the journal yet."""
+        """Not in the journal yet."""
 
     @override
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
@@ -176,6 +178,8 @@ class CellModule(lightning.LightningModule):
         losses = torch.stack([torch.stack([part.total, part.task]) for part in self.objectives]).double().mean(0)
         stop_request = torch.full((1,), float(self.should_stop()), dtype=losses.dtype, device=losses.device)
         sums = self.mesh.world.sum(torch.cat([losses / self.mesh.size, stop_request]))
+        for experts in self.frozen_experts:
+            experts.clear_gradient()
         if self.checks_later:
             norm = clip_in_update(optimizer, self.parameters(), self.config.train.clip_norm, sums[0])
         else:
@@ -249,7 +253,7 @@ class CellModule(lightning.LightningModule):
 
     def update_routers(self) -> None:
         """Update the state of routers from the loads of the step; call after the update and before a checkpoint."""
-        if self.is_update_skipped:
+        if self.is_update_skipped or not updates_router_state(self.config.train):
             return
         if self.checks_later:
             self.router_states.save(self.global_step - 1)
@@ -276,6 +280,7 @@ class CellModule(lightning.LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.config, self.model, self.task, self.mesh)
+        restore_after_updates(optimizer, self.frozen_experts)
         self.checks_later = can_check_later(self.config, self.mesh, optimizer)
         schedule = build_schedule(self.config, optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from moebench.compatibility import list_marks
 from moebench.config import to_plain
 from moebench.runs.result import RunResult
+from moebench.training.backward_cost import measure_trained_part
 from moebench.training.batches import count_train_tokens
 from moebench.training.callback import CellCallback
 from moebench.training.model import compute_model_cost
@@ -63,5 +64,8 @@ def _compute_cost(module: CellModule, callback: CellCallback) -> dict[str, float
         cost[f"train_{quantity}"] = planned.train_passes * trained.get(name, cost[quantity])
         cost[f"eval_{quantity}"] = evaluated.get(name, cost[quantity])
     cost["train_flops_per_token"] += planned.training_only_flops
+    if module.config.train.trainable != "all":
+        part = measure_trained_part(model, module.config.train, task.sequence_length)
+        cost |= {"train_factor": part.factor, "trained_share": part.share}
     cost |= callback.budget.to_cost() if callback.budget else {}
     return cost | {"train_tokens": float(count_train_tokens(module.config, task, module.source.rewinds))}

@@ -14,7 +14,7 @@ from moebench.runs.folder import read_json, write_json
 from moebench.training.spikes import Spike
 
 MAX_REWINDS = 10
-"""Of one run: when it spikes once more, going back does not help."""
+"""Largest number of rewinds of a run; if it still spikes, rewinding does not help."""
 FILE = "rewinds.json"
 """In the folder of the checkpoints: a run on another mesh continues with both."""
 

@@ -22,7 +22,7 @@ from moebench.tasks.task import Task
 NORMAL_CONSISTENCY = 1.4826
 """Standard deviation over median absolute deviation of normally distributed values."""
 SMALLEST_DEVIATION = 0.01
-"""Of the median: the values of a converged run differ by rounding alone."""
+"""As a share of the median: values of a converged run differ only by rounding."""
 MAX_LISTED_SAMPLES = 64
 """Samples of a batch that a record lists."""
 

@@ -20,7 +20,7 @@ class StepValues:
     grad_norm: float
     """Before clipping."""
     window_loads: Sequence[float] = ()
-    """Of the watched layers, where a window of steps ends with this one; see `telemetry.collapse`."""
+    """Loads of the watched layers if a window ends with this step; see `telemetry.collapse`."""
 
 
 class PendingValues:

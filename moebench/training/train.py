@@ -5,6 +5,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import lightning
@@ -28,9 +29,12 @@ from moebench.training.batches import StepBatches
 from moebench.training.callback import CellCallback, RunContext
 from moebench.training.divergence import NonFiniteError, SpikeError
 from moebench.training.evaluation import Evaluation
+from moebench.training.initial_weights.load import LoadedWeights, load_initial_weights
+from moebench.training.initial_weights.new_experts import fill_new_experts
+from moebench.training.initial_weights.record import describe_loaded, summarise_loaded
 from moebench.training.kept_weights import prepare_kept_weights
 from moebench.training.label_tables import label_tables_to_json
-from moebench.training.model import build_initialised_model
+from moebench.training.model import Model, build_initialised_model
 from moebench.training.module import CellModule
 from moebench.training.precision import matrix_precision
 from moebench.training.result import build_result
@@ -84,6 +88,10 @@ def _fit_with_rewinds(
         first_step = parse_step(checkpoint) if checkpoint else 0
         context.recorder.append_missing(first_step, rewinds.metrics(first_step))
         model, timer = build_initialised_model(config, task, mesh), StepTimer()
+        loaded = load_initial_weights(config, model, context.results, mesh)
+        if loaded is not None and first_step == 0:
+            loaded = replace(loaded, copied_experts=fill_new_experts(config, model, task, mesh))
+            _record_loaded(loaded, model, context)
         # Each batch passes the embedding: in training, in evaluations and where a task probes the trained model.
         model.embedding.register_forward_hook(lambda *_: context.report_activity("active"))
         module = CellModule(config, model, task, mesh, context.should_stop, rewinds)
@@ -95,6 +103,14 @@ def _fit_with_rewinds(
             rewinds = _add_rewind(rewinds, request, context, mesh, config.train)
         else:
             return module, callback
+
+
+def _record_loaded(loaded: LoadedWeights, model: Model, context: RunContext) -> None:
+    """Record and print what the model has taken of its parent."""
+    record = describe_loaded(loaded, {name: value.shape for name, value in model.state_dict().items()})
+    context.recorder.record_init(record)
+    if context.recorder.folder is not None:
+        context.report_note(summarise_loaded(record))
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from moebench.tasks.task import Task
 from moebench.training.model import Model, compute_model_cost
 
 Kind = Literal["bf16", "tf32", "fp32"]
-"""Of matrix products."""
+"""Precision of matrix products."""
 BACKWARD_FACTOR = 3
 """FLOPs of a forward and a backward pass over those of the forward pass."""
 

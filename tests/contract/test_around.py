@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.case_selection import parametrize_cases
 from support.cases import D_MODEL, Case, Tokens, cases_of, randomise_parameters, run
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
@@ -14,7 +15,7 @@ from moebench.experts.feed_forward import ExpertBank, FeedForward
 from moebench.experts.layer import MoELayer
 from moebench.models.transformer import init_weights
 
-every_case = pytest.mark.parametrize("case", cases_of(8), ids=str)
+every_case = parametrize_cases(cases_of(8))
 
 
 def build_layer(case: Case, *, residual: bool, rate: float = 0.0, capacity: Capacity | None = None) -> MoELayer:

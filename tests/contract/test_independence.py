@@ -160,7 +160,7 @@ def test_batch_dependence_is_as_declared(case: Case) -> None:
     assert differs is case.facts.causality.batch_dependent
 
 
-@pytest.mark.parametrize("case", cases_of(8), ids=str)
+@parametrize_cases(cases_of(8))
 def test_reading_the_sequence_is_as_declared(case: Case) -> None:
     # Routers that depend on other sequences too are not asked: their tokens compete for experts.
     layer, half_T = case.layer(), torch.arange(LENGTH // 2)
@@ -222,7 +222,7 @@ def equivariant_cases() -> list[Case]:
     return [case for case in cases_of(8) if not case.facts.causality.draws_in_evaluation]
 
 
-@pytest.mark.parametrize("case", equivariant_cases(), ids=str)
+@parametrize_cases(equivariant_cases())
 def test_layer_is_equivariant_to_the_order_of_tokens(case: Case) -> None:
     if case.name in POSITIONAL:
         order_T = torch.cat([torch.arange(LENGTH, 2 * LENGTH), torch.arange(LENGTH)])
@@ -258,7 +258,7 @@ def permutable_cases() -> list[Case]:
     return [case for case in cases if all(p.shape[0] == 8 for p in case.router().parameters() if p.dim())]
 
 
-@pytest.mark.parametrize("case", permutable_cases(), ids=str)
+@parametrize_cases(permutable_cases())
 def test_layer_is_invariant_to_the_order_of_experts(case: Case) -> None:
     layer, tokens = case.layer(), Tokens.draw(32)
     before_TD, _ = run(layer, tokens, training=False)

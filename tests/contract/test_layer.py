@@ -152,7 +152,7 @@ def test_one_expert_is_the_dense_network(case: Case, activation: str) -> None:
         torch.testing.assert_close(weight_T1, torch.ones(24, 1))
 
 
-@pytest.mark.parametrize("case", list_cases(), ids=str)
+@parametrize_cases(list_cases())
 def test_capacity_applies_per_mode(case: Case) -> None:
     layer = case.layer(capacity=Capacity(train=0.25))
     _, training = run(layer, Tokens.draw(64), training=True)
@@ -206,7 +206,7 @@ def test_gradcheck_of_dispatch_and_combine(rectangle: bool, top_k: int) -> None:
 
 
 # Without chains, where the router reads the output of half-precision experts.
-@pytest.mark.parametrize("case", [case for case in cases_of(8) if not case.is_chain], ids=str)
+@parametrize_cases([case for case in cases_of(8) if not case.is_chain])
 def test_routing_under_autocast_equals_fp32(case: Case) -> None:
     layer, tokens = case.layer(), Tokens.draw(24)
     y_TD, record = run(layer, tokens, training=False)

@@ -149,9 +149,9 @@ def test_padding_is_not_computed(layout: str) -> None:
     valid_BL = torch.ones(BATCH, LENGTH, dtype=torch.bool)
     valid_BL[1, 10:] = False
     padded = type(ctx)(training=False, seed=0, token_id_BL=ctx.token_id_BL, valid_BL=valid_BL)
-    whole, _ = backbone(x_BLD, ctx)
+    complete, _ = backbone(x_BLD, ctx)
     y_BLD, records = backbone(x_BLD, padded)
-    torch.testing.assert_close(y_BLD[valid_BL], whole[valid_BL], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y_BLD[valid_BL], complete[valid_BL], rtol=1e-4, atol=1e-4)
     for record in records:
         assert not record.kept.experts_per_token_T[~valid_BL.flatten()].any()
 

@@ -30,7 +30,7 @@ from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.values import AnyRouting
 
 every_case = parametrize_sizes()
-every_case_of_8 = pytest.mark.parametrize("case", cases_of(8), ids=str)
+every_case_of_8 = parametrize_cases(cases_of(8))
 every_router = pytest.mark.parametrize("case", default_cases(), ids=str)
 
 

@@ -97,10 +97,10 @@ def train_one_step(module: CellModule) -> None:
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     batch = ready.train_batch(config.train.batch_size, 0, 0)
     outputs, records = module.run_passes(batch, batch_context(batch, training=True, seed=0))
-    found, _ = module.compute_loss(batch, outputs, records)
-    found.total.backward()
+    losses, _ = module.compute_loss(batch, outputs, records)
+    losses.total.backward()
     torch.optim.AdamW(module.parameters(), lr=1e-3).step()
-    assert found.total.isfinite()
+    assert losses.total.isfinite()
     assert any(not torch.equal(before[name], parameter) for name, parameter in module.named_parameters())
     assert all(parameter.isfinite().all() for parameter in module.parameters())
     quality = evaluate(module.model, ready, ready.eval_batches("test", 4)[:1], 0, "cpu").quality

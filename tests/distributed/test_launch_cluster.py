@@ -160,7 +160,7 @@ def test_a_signal_to_torchrun_stops_the_run(cli: CommandLine, number: signal.Sig
     ((code, _, err),) = wait_for_all([process], timeout=90)
     assert code != 0
     cli.assert_no_process_is_left()
-    assert "interrupted; go on with: moebench run ./tiny.yaml" in err
+    assert "interrupted; continue with: moebench run ./tiny.yaml" in err
     assert list(folder.glob("checkpoints/step_*.json"))
     assert not (folder / "result.json").exists()
 

@@ -23,7 +23,7 @@ def test_report_writes_a_page_and_tables(cli: CommandLine, warm: WarmCommandLine
         (["--out", "x.pdf"], "error: --out x.pdf: the report is HTML; allowed: a name that ends in .html or .htm"),
         (
             ["--results", "empty"],
-            "error: empty: no cell of 'stored' has a result there yet (`moebench run` makes them)",
+            "error: empty: no cell of 'stored' has a result there yet (train it with `moebench run`)",
         ),
     ):
         refused = warm(cli, "report", "./stored.yaml", *arguments)

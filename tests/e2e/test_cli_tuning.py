@@ -16,7 +16,7 @@ def test_each_arm_is_trained_with_what_it_has_chosen(tuned: CommandLine, warm: W
     run = warm.train(tuned)
     assert run.code == 0, run.err  # a trial that diverges is an outcome, not a failure
     assert "phase 1 of 2: tuning, 4 runs: 2 trials of each arm, 1 seed each" in run.err
-    assert "phase 2 of 2: 2 runs with what each arm has chosen" in run.err
+    assert "phase 2 of 2: 2 runs with the settings that each arm has chosen" in run.err
     assert "validation bits per byte" in run.err
     results = Results(tuned.folder / "results")
     assert sorted(results.statuses().values()) == ["done"] * 4 + ["failed"] * 2

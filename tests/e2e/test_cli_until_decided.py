@@ -14,13 +14,13 @@ TRAIN = {"steps": 3, "eval_every": 3, "checkpoint_every": 3}
 def test_an_interrupted_run_ends_with_the_same_cells_and_verdicts(cli: CommandLine, warm: WarmCommandLine) -> None:
     # Untrained models with 1e-3 of a margin: nothing is decided, so that both sparse arms get the added seeds.
     cli.write(seeds=[0, 1, 2], train=TRAIN, grid={"router": ["dense", "switch"]})
-    whole = warm.train(cli, *UNTIL, "--json", "--jobs", "1", results="whole", timeout=240)
-    assert whole.code == 0, whole.err
-    until = whole.json["until"]
+    complete = warm.train(cli, *UNTIL, "--json", "--jobs", "1", results="whole", timeout=240)
+    assert complete.code == 0, complete.err
+    until = complete.json["until"]
     assert (until["planned_seeds"], until["max_seeds"]) == (3, 6)
     assert until["added"] == {"dense": [3, 4, 5], "switch": [3, 4, 5]}
-    assert len(whole.json["cells"]) == 12
-    assert "1 of 1 arms undecided: switch and dense get the seeds 3, 4, 5" in whole.err
+    assert len(complete.json["cells"]) == 12
+    assert "1 of 1 arms undecided: switch and dense get the seeds 3, 4, 5" in complete.err
 
     process = cli.start_training(*UNTIL, results="parts")
     parts = Results(cli.folder / "parts")
@@ -33,7 +33,7 @@ def test_an_interrupted_run_ends_with_the_same_cells_and_verdicts(cli: CommandLi
     again = warm.train(cli, *UNTIL, "--json", "--jobs", "1", results="parts", timeout=240)
     assert again.code == 0, again.err
     assert again.json["until"] == until
-    assert [cell["id"] for cell in again.json["cells"]] == [cell["id"] for cell in whole.json["cells"]]
+    assert [cell["id"] for cell in again.json["cells"]] == [cell["id"] for cell in complete.json["cells"]]
     compared = [warm(cli, "compare", "./tiny.yaml", "--json", "--results", name).json for name in ("whole", "parts")]
     qualities = [{arm: row["bits_per_byte"] for arm, row in each["arms"].items()} for each in compared]
     assert qualities[0] == qualities[1]

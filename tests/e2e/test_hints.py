@@ -18,7 +18,7 @@ from moebench import __main__ as program
 from moebench.cli import app
 
 # In back quotes, in brackets at the end of an error, and in the last lines of a run.
-HINT = re.compile(r"`(moebench [^`]+)`|\((moebench [^()]+)\)|(?:next: |\|  |go on with: )(moebench [^|\n]+)")
+HINT = re.compile(r"`(moebench [^`]+)`|\((moebench [^()]+)\)|(?:next: |\|  |continue with: )(moebench [^|\n]+)")
 RESULTS = "my results"
 COMMANDS: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 

@@ -46,7 +46,7 @@ def test_a_signal_saves_checkpoints_and_the_next_call_resumes(
     assert ended.code == 128 + number, ended.err
     cli.assert_no_process_is_left()
     assert "Traceback" not in ended.err
-    assert "interrupted; go on with: moebench run ./tiny.yaml" in ended.err
+    assert "interrupted; continue with: moebench run ./tiny.yaml" in ended.err
     assert "failed" not in results.statuses().values()
     assert not (folder / "result.json").exists()
     saved = max(int(file.stem.removeprefix("step_")) for file in folder.glob("checkpoints/step_*.json"))

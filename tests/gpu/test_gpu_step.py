@@ -105,11 +105,11 @@ def test_a_run_of_steps_that_are_not_logged_resumes_bit_for_bit(
     text: Path, device: torch.device, tmp_path: Path
 ) -> None:
     config = cell(text, device, router="loss_free", train={"checkpoint_every": 4})
-    whole, parts = Run(config, tmp_path / "whole"), Run(config, tmp_path / "parts")
-    assert whole() is not None
+    complete, parts = Run(config, tmp_path / "whole"), Run(config, tmp_path / "parts")
+    assert complete() is not None
     assert parts(stop_at=6) is None
     assert parts() is not None
-    assert_same_runs(whole, parts)
+    assert_same_runs(complete, parts)
 
 
 class Spoiled(Watched):

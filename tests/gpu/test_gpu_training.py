@@ -78,11 +78,11 @@ def test_every_layout_trains(layout: str, router: str, data: Any, device: torch.
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_resumed_run_is_the_same_bit_for_bit(precision: str, device: torch.device, tmp_path: Path) -> None:
     config = tiny_config(write_text(tmp_path), train={"device": device.type, "precision": precision})
-    whole, parts = Run(config, tmp_path / "whole"), Run(config, tmp_path / "parts")
-    assert whole() is not None
+    complete, parts = Run(config, tmp_path / "whole"), Run(config, tmp_path / "parts")
+    assert complete() is not None
     assert parts(stop_at=5) is None
     assert parts() is not None
-    assert_same_runs(whole, parts)
+    assert_same_runs(complete, parts)
 
 
 def test_a_bf16_run_is_evaluated_in_bf16(device: torch.device, tmp_path: Path) -> None:

@@ -213,14 +213,14 @@ def test_every_assignment_that_counts_has_a_row_of_its_expert(
 
 
 @given(st.integers(0, 9), st.integers(1, 5), st.booleans(), st.data())
-def test_identity_experts_return_the_tokens(num_tokens: int, num_experts: int, whole: bool, data) -> None:
+def test_identity_experts_return_the_tokens(num_tokens: int, num_experts: int, complete: bool, data) -> None:
     top_k = data.draw(st.integers(1, num_experts))
     generator = make_generator(data.draw(st.integers(0, 100)))
     expert_TK = torch.rand(num_tokens, num_experts, generator=generator).topk(top_k, dim=-1).indices
     weight_TK = torch.rand(num_tokens, top_k, generator=generator, dtype=torch.float64) + 0.1
     weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
     routing = Routing.from_top_k(expert_TK, weight_TK, num_experts=num_experts)
-    if not whole:  # the same assignments as a list, in reverse
+    if not complete:  # the same assignments as a list, in reverse
         order_N = torch.arange(routing.token_N.numel() - 1, -1, -1)
         routing = replace(
             routing,

@@ -61,6 +61,7 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "router.losses.z": (0.001,),
     "router.losses.load_balance": (0.1,),
     "train.steps": (10,),
+    "train.skip_batches": (5,),
     "train.batch_size": (4,),
     "train.learning_rate": (1e-3,),
     "train.warmup_steps": (0,),

@@ -56,8 +56,8 @@ def list_options(section: str, name: str) -> tuple[str, ...]:
     return (*options, *([f"data.{option.name}" for option in fields(data)] if data is not None else []))
 
 
-def require_refusal(section: str, name: str, changes: dict[str, Any]) -> None:
-    """Resolve and check a cell whose component has these values."""
+def require_one_line(section: str, name: str, changes: dict[str, Any]) -> None:
+    """Resolve and check a cell whose component has these values: it is accepted, or refused in one line."""
     values: dict[str, Any] = {"name": name}
     for option, value in changes.items():
         outer, dot, inner = option.partition(".")
@@ -84,7 +84,7 @@ CHANGES = st.sampled_from(COMPONENTS).flatmap(
 @given(changes=CHANGES)
 def test_options_of_some_components(changes: tuple[tuple[str, str], dict[str, Any]]) -> None:
     (section, name), options = changes
-    require_refusal(section, name, {key: value for key, value in options.items() if key != "data"} or options)
+    require_one_line(section, name, {key: value for key, value in options.items() if key != "data"} or options)
 
 
 @pytest.mark.slow
@@ -96,7 +96,9 @@ def test_options_of_every_component(section: str, name: str) -> None:
     @given(changes=options)
     def check(changes: dict[str, Any]) -> None:
         has_parts = any(key.startswith("data.") for key in changes)
-        require_refusal(section, name, {key: value for key, value in changes.items() if key != "data" or not has_parts})
+        require_one_line(
+            section, name, {key: value for key, value in changes.items() if key != "data" or not has_parts}
+        )
 
     check()
 
@@ -109,4 +111,4 @@ def test_every_value_of_the_list_for_every_option(section: str) -> None:
         for option in set(list_options(section, name)) - seen - {"data"}:
             seen.add(option)
             for value in NUMBERS + TEXTS:
-                require_refusal(section, name, {option: Plain(value)})
+                require_one_line(section, name, {option: Plain(value)})

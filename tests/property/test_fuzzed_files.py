@@ -130,7 +130,7 @@ def apply_edits(content: bytes, edits: list[tuple[float, int, bytes]]) -> bytes:
     return content
 
 
-def require_refusal(name: str, content: bytes) -> None:
+def require_one_line(name: str, content: bytes) -> None:
     """Read a file with other content: it is accepted, or refused in one line by the errors of its reader."""
     folder = build_run()
     file_of, read, errors = READERS[name]
@@ -151,7 +151,7 @@ def require_refusal(name: str, content: bytes) -> None:
 @pytest.mark.parametrize("name", READERS)
 @given(edits=EDITS)
 def test_changed_bytes(name: str, edits: list[tuple[float, int, bytes]]) -> None:
-    require_refusal(name, apply_edits(READERS[name][0](build_run()).read_bytes(), edits))
+    require_one_line(name, apply_edits(READERS[name][0](build_run()).read_bytes(), edits))
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ def test_changed_bytes(name: str, edits: list[tuple[float, int, bytes]]) -> None
 @settings(max_examples=LONG_FUZZ, suppress_health_check=list(HealthCheck))
 @given(edits=EDITS)
 def test_changed_bytes_for_minutes(name: str, edits: list[tuple[float, int, bytes]]) -> None:
-    require_refusal(name, apply_edits(READERS[name][0](build_run()).read_bytes(), edits))
+    require_one_line(name, apply_edits(READERS[name][0](build_run()).read_bytes(), edits))
 
 
 VALUES = st.recursive(
@@ -181,13 +181,13 @@ def replace_value(values: Any, path: list[int], value: Any) -> Any:
     return copy
 
 
-def require_refusal_of_value(name: str, path: list[int], value: Any) -> None:
+def require_one_line_for_value(name: str, path: list[int], value: Any) -> None:
     """Read a file with another value at some place, with and without a right checksum."""
     values = json.loads(READERS[name][0](build_run()).read_bytes())
     changed = replace_value(values, path, value)
-    require_refusal(name, json.dumps(changed).encode())
+    require_one_line(name, json.dumps(changed).encode())
     if isinstance(changed, dict):
-        require_refusal(name, json.dumps(add_checksum(changed)).encode())
+        require_one_line(name, json.dumps(add_checksum(changed)).encode())
 
 
 PATHS = st.lists(st.integers(0, 30), max_size=4)
@@ -196,7 +196,7 @@ PATHS = st.lists(st.integers(0, 30), max_size=4)
 @pytest.mark.parametrize("name", JSON_FILES)
 @given(path=PATHS, value=VALUES)
 def test_changed_values(name: str, path: list[int], value: Any) -> None:
-    require_refusal_of_value(name, path, value)
+    require_one_line_for_value(name, path, value)
 
 
 @pytest.mark.slow
@@ -204,10 +204,10 @@ def test_changed_values(name: str, path: list[int], value: Any) -> None:
 @settings(max_examples=LONG_FUZZ // 2, suppress_health_check=list(HealthCheck))
 @given(path=PATHS, value=VALUES)
 def test_changed_values_for_minutes(name: str, path: list[int], value: Any) -> None:
-    require_refusal_of_value(name, path, value)
+    require_one_line_for_value(name, path, value)
 
 
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.parametrize("content", [b"", b"\0" * 99, b"[" * 100_000, b"{" * 9, b'{"a": ' * 100_000, b"\x80\x04."])
 def test_whole_files(name: str, content: bytes) -> None:
-    require_refusal(name, content)
+    require_one_line(name, content)

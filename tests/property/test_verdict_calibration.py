@@ -237,8 +237,8 @@ def test_intervals_of_arms_with_rare_bad_seeds_cover_less(name, single, together
     assert all(together[0] <= all_five <= together[1] for _, _, all_five in coverage)
 
 
-@pytest.mark.parametrize("num_seeds", [3, 5, 8])
-@pytest.mark.parametrize("sd", [1, 3])
+@pytest.mark.parametrize("num_seeds", [3, 5, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sd", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_effect_intervals_cover_the_true_effect(num_seeds, sd):
     rng = np.random.default_rng(num_seeds)
     for effect, correlation in ((0, 0), (1, 0.63), (2, 0.9), (4, 0)):
@@ -253,7 +253,10 @@ def test_effect_intervals_cover_the_true_effect(num_seeds, sd):
         assert mean == pytest.approx(effect, abs=0.12 + effect * {3: 0.2, 5: 0.06, 8: 0.04}[num_seeds])
 
 
-@pytest.mark.parametrize(("num_seeds", "low", "high"), [(3, 0.4, 3.7), (5, 0.7, 3.5), (8, 1.0, 3.2)])
+@pytest.mark.parametrize(
+    ("num_seeds", "low", "high"),
+    [(3, 0.4, 3.7), (5, 0.7, 3.5), pytest.param(8, 1.0, 3.2, marks=pytest.mark.slow)],
+)
 def test_how_far_an_effect_is_from_the_truth(num_seeds, low, high):
     rng = np.random.default_rng(num_seeds)
     result = [st.effect_in_seed_sd(rng.normal(2, 1, num_seeds), rng.normal(0, 1, num_seeds)) for _ in range(3000)]
@@ -265,7 +268,15 @@ def measure_alarms(draw: Draw, num_arms: int, num_seeds: int) -> float:
     return float((st.skewness_p(value_RAS) <= st.ALPHA).mean())
 
 
-@pytest.mark.parametrize("name", ["normal", "paired", "unpaired baseline", "unequal"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "normal",
+        "unequal",
+        pytest.param("paired", marks=pytest.mark.slow),
+        pytest.param("unpaired baseline", marks=pytest.mark.slow),
+    ],
+)
 def test_normal_noise_rarely_looks_skewed(name):
     for num_arms in (1, 5, 30):
         for num_seeds in (3, 5, 8):

@@ -171,7 +171,7 @@ CASES: tuple[BadData, ...] = (
     text_case("two_kinds", "mixes", {"a.txt": b"x", "b.csv": b"text\nx\n"}),
     text_case("one_short_document", "", {"a.txt": b"hi"}),
     text_case("broken_link", "cannot be read", texts(b""), then=lambda f: (f / "x.txt").symlink_to(f / "nowhere")),
-    text_case("stray_part", "belongs to no part", {"train/a.txt": b"x", "test/a.txt": b"x", "c.txt": b"x"}),
+    text_case("stray_part", "belongs to no split", {"train/a.txt": b"x", "test/a.txt": b"x", "c.txt": b"x"}),
     text_case("no_train", "but no train", {"test/a.txt": b"x", "val/a.txt": b"x"}),
     text_case(
         "metric_name",
@@ -204,7 +204,7 @@ CASES: tuple[BadData, ...] = (
     table_case("array_line", "not an object", "d.jsonl", lines(ROW, [1])),
     table_case("deep_json", "cannot be read", "d.json", b"[" * 100_000),
     table_case("json_object_of_lists", "", "d.json", json.dumps({"data": [ROW]}).encode()),
-    table_case("half_character", "half a character", "d.jsonl", b'{"text": "\\ud800"}\n'),
+    table_case("half_character", "lone surrogate", "d.jsonl", b'{"text": "\\ud800"}\n'),
     table_case("csv_columns", "two columns 'text'", "d.csv", b"text,text\na,b\n"),
     table_case("csv_cells", "cells in line 2", "d.csv", b"text,domain\na,b,c\n"),
     table_case("csv_quote", "cannot be read", "d.csv", b'text\n"a\n'),

@@ -4,8 +4,10 @@
 minutes as routers are added. The parts are chosen here:
 
 - `parametrize_cases` (cases and axes of values): a router with its defaults meets every value of every axis, and over
-  all routers every pair of values occurs. Other options meet one combination each, cycling through all of them.
-- `parametrize_sizes` (cases with every number of experts): defaults at each number, other options at 8 and 1.
+  all routers every pair of values occurs. Other options meet one combination each, cycling through all of them, in
+  every second test: half of them in one test, the other half in another.
+- `parametrize_sizes` (cases with every number of experts): defaults at each number, other options at 8 and 1, again in
+  every second test.
 - `parametrize_pairs` (layouts and routers): every router on the plain layout, and every layout with one router of each
   family, cycling through the family, whose routers share the code path of a layout.
 
@@ -13,8 +15,9 @@ The selection is deterministic: the same registry gives the same tests.
 """
 
 import itertools
+import zlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from support.cases import Case, all_cases
@@ -23,9 +26,10 @@ from moebench.experts.layout import LAYOUTS
 from moebench.routing.router import ROUTERS
 
 PLAIN_LAYOUT = "every_n"
+Test = TypeVar("Test", bound=Callable[..., Any])
 
 
-def parametrize_cases(cases: Sequence[Case], **axes: Sequence[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
+def parametrize_cases(cases: Sequence[Case], **axes: Sequence[Any] | Mapping[str, Any]) -> Callable[[Test], Test]:
     """Parametrise a test by `case` and axes (values, or id -> value); mark combinations outside `make test` slow."""
     named_axes = [
         axis if isinstance(axis, Mapping) else {str(value): value for value in axis} for axis in axes.values()
@@ -39,7 +43,7 @@ def parametrize_cases(cases: Sequence[Case], **axes: Sequence[Any] | Mapping[str
             kept.add((str(case), *combinations[next(option_count) % len(combinations)]))
             continue
         shift = next(default_count)  # shift the first axis, so that all pairs of values occur over the cases
-        for turn in range(max(map(len, ids))):
+        for turn in range(max(map(len, ids), default=1)):
             chosen = (values[(turn + shift * (not axis)) % len(values)] for axis, values in enumerate(ids))
             kept.add((str(case), *chosen))
     full = {
@@ -47,14 +51,14 @@ def parametrize_cases(cases: Sequence[Case], **axes: Sequence[Any] | Mapping[str
         for case in cases
         for chosen in combinations
     }
-    return _parametrize(("case", *axes), full, kept)
+    return _parametrize_by_case(("case", *axes), full, kept)
 
 
-def parametrize_sizes() -> pytest.MarkDecorator:
+def parametrize_sizes() -> Callable[[Test], Test]:
     """Parametrise a test by every case with every number of experts."""
     cases = {(str(case),): (case,) for case in all_cases()}
     kept = [key for key, (case,) in cases.items() if not case.options or case.num_experts in (1, 8)]
-    return _parametrize(("case",), cases, kept)
+    return _parametrize_by_case(("case",), cases, kept)
 
 
 def parametrize_pairs(
@@ -75,6 +79,26 @@ def parametrize_pairs(
             kept.add((layout, accepted[turn % len(accepted)]))
     pairs = {pair: pair for pair in itertools.product(LAYOUTS.names(), ROUTERS.names())}
     return _parametrize(("layout", "router"), pairs, kept)
+
+
+def _parametrize_by_case(
+    names: Sequence[str], full: Mapping[tuple[str, ...], tuple[Any, ...]], kept: Iterable[Hashable]
+) -> Callable[[Test], Test]:
+    """Parametrise a test; of the kept cases with options, keep the half that belongs to the test's name."""
+    kept = set(kept)
+    options = list(dict.fromkeys((case.name, str(case.options)) for case, *_ in full.values() if case.options))
+    index = {option: number for number, option in enumerate(options)}
+
+    def decorate(test: Test) -> Test:
+        half = zlib.crc32(test.__name__.encode()) % 2
+        mine = {
+            key
+            for key, (case, *_) in full.items()
+            if key in kept and (not case.options or index[case.name, str(case.options)] % 2 == half)
+        }
+        return _parametrize(names, full, mine)(test)
+
+    return decorate
 
 
 def _parametrize(

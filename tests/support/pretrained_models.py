@@ -46,6 +46,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**NARROW, "num_experts": 8, "mlp_only_layers": [1], "head_dim": 8},
     "deepseek_v2": {**LATENT, "topk_method": "group_limited_greedy"},
     "deepseek_v3": LATENT,
+    "glm4_moe": {
+        **NARROW,
+        "head_dim": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "num_mtp_layers": 0,
+        "use_qk_norm": True,
+    },
     "switch_transformers": {
         "d_model": 32,
         "d_kv": 8,
@@ -61,6 +73,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 """`model_type` -> options besides SIZES: dense layers, shared experts, groups, a capacity that drops."""
+DENSE_OPTIONS: dict[str, dict[str, Any]] = {
+    "llama": {"intermediate_size": 48},
+    "arcee": {"intermediate_size": 48, "hidden_act": "gelu"},
+    "qwen2": {"intermediate_size": 48},
+    "qwen3": {"intermediate_size": 48, "head_dim": 8},
+}
+"""The same for models without experts."""
 SENTINELS = tuple(f"<extra_id_{index}>" for index in range(20))
 NOT_OF_SWITCH = (
     "hidden_size",
@@ -75,14 +94,14 @@ def write_model(folder: Path, model_type: str, change: Callable[[Any], None] | N
     """Write a random model with its tokenizer to a folder, and return it; `change`: applied to it before."""
     import transformers
 
-    from moebench.pretrained.families import FAMILIES
+    from moebench.pretrained.families import PARENTS
 
-    class_ = getattr(transformers, FAMILIES[model_type].architecture)
+    class_ = getattr(transformers, PARENTS[model_type].architecture)
     sizes = {
         key: value for key, value in SIZES.items() if model_type != "switch_transformers" or key not in NOT_OF_SWITCH
     }
     torch.manual_seed(3)
-    model = class_(class_.config_class(**{**sizes, **OPTIONS[model_type], **options})).eval()
+    model = class_(class_.config_class(**{**sizes, **(OPTIONS | DENSE_OPTIONS)[model_type], **options})).eval()
     with torch.no_grad():  # logits large enough to differ between tokens
         for name, parameter in model.named_parameters():
             if name.endswith(("gate.weight", "classifier.weight")):

@@ -4,6 +4,8 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,12 @@ def write_final_files(folder: Path, status: str = "done", error: str | None = No
 
 
 def draw_figure(path: Path) -> None:
+    path.write_bytes(_draw_load())
+
+
+@cache
+def _draw_load() -> bytes:
+    """Return a figure as PNG, drawn once."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -78,5 +86,7 @@ def draw_figure(path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(4, 3))
     axes.bar(["expert 0", "expert 1", "expert 2"], [5, 2, 3])
     axes.set_title("Load of layer 1")
-    figure.savefig(path)
+    content = BytesIO()
+    figure.savefig(content, format="png")
     pyplot.close(figure)
+    return content.getvalue()

@@ -70,6 +70,9 @@ class Run:
     task: Any = None
     progress: Callable[[dict[str, Any]], None] = lambda message: None
     step: int = 0
+    results: Path = Path("results")
+    """Results folder with the parents of the cell."""
+    cell_id: str = "0" * 12
 
     def __call__(self, stop_at: int | None = None) -> RunResult | None:
         """Train to the end, or until after step `stop_at`."""
@@ -78,11 +81,12 @@ class Run:
             context = RunContext(
                 recorder=recorder,
                 checkpoints=self.checkpoints,
+                results=self.results,
                 report_progress=self._follow,
                 should_stop=lambda: self.step == stop_at,
             )
             mesh = Mesh(device=select_device(self.config.train))
-            return train_cell(self.config, task, context, cell_id="0" * 12, arm="arm", mesh=mesh)
+            return train_cell(self.config, task, context, cell_id=self.cell_id, arm="arm", mesh=mesh)
 
     @property
     def checkpoints(self) -> Path:
@@ -171,12 +175,12 @@ def assert_same_tree(ours: Any, theirs: Any, path: str = "") -> None:
         assert ours == theirs, path
 
 
-def assert_same_runs(whole: Run, parts: Run) -> None:
+def assert_same_runs(complete: Run, parts: Run) -> None:
     """Compare two trainings of one cell: last checkpoint and journal, bit for bit."""
-    last = whole.config.train.steps
-    ours, theirs = whole.checkpoint(last), parts.checkpoint(last)
+    last = complete.config.train.steps
+    ours, theirs = complete.checkpoint(last), parts.checkpoint(last)
     for key in ("state_dict", "optimizer", "lr_schedulers", "global_step"):
         assert_same_tree(ours[key], theirs[key], key)
     spikes = [content["callbacks"]["CellCallback"]["spikes"] for content in (ours, theirs)]
     assert_same_tree(*spikes, "spikes")
-    assert whole.points() == parts.points()
+    assert complete.points() == parts.points()

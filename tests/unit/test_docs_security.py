@@ -1,4 +1,4 @@
-"""docs/security.md: each promise names tests that exist; and the promises about data, which have no test elsewhere."""
+"""docs/security.md: each guarantee names tests that exist; guarantees about data that no other test shows."""
 
 import json
 import re
@@ -13,15 +13,15 @@ from moebench.tasks.cache import _meta_checksum, load_or_create
 from moebench.tasks.tables import read_content
 
 
-def test_every_promise_names_tests_that_exist() -> None:
+def test_every_guarantee_names_tests_that_exist() -> None:
     page = (ROOT / "docs" / "security.md").read_text()
     texts = [file.read_text() for file in (ROOT / "tests").rglob("test_*.py")]
     defined = {name for text in texts for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)}
     named = re.findall(r"`(test_\w+)`", page)
     assert len(named) > 20
     assert not {*named} - defined
-    promises = page.split("## What may come from strangers")[1].split("## What is trusted")[0]
-    rows = [line for line in promises.splitlines() if line.startswith("| ")][1:]
+    guarantees = page.split("## Untrusted input")[1].split("## What is trusted")[0]
+    rows = [line for line in guarantees.splitlines() if line.startswith("| ")][1:]
     assert all("`test_" in row.rsplit("|", 2)[1] for row in rows)
 
 

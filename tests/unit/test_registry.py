@@ -215,5 +215,7 @@ def test_a_run_needs_the_plugin_that_it_was_trained_with(tmp_path: Path) -> None
     trained = load_plugin(path).digest
     require_plugins([path], [trained], "run abc")
     require_plugins([path], [], "run abc")  # of a version that recorded none
-    with pytest.raises(UsageError, match=r"run abc was trained with another content of the plug-in .*trained_with\.py"):
+    with pytest.raises(
+        UsageError, match=r"run abc was trained with a different version of the plug-in .*trained_with\.py"
+    ):
         require_plugins([path], ["0" * 64], "run abc")

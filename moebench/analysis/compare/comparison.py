@@ -4,13 +4,20 @@ Every arm is compared with the baseline over the seeds that both have finished; 
 arms. Failed and missing cells, seeds without a partner and mismatches are part of the comparison.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
 from statistics import fmean, median
 
 from moebench.analysis import statistics as st
-from moebench.analysis.compare.matching import check_matching, compute_cost_ratio, list_unmatched_arms
+from moebench.analysis.compare.matching import (
+    DATA_MARKS,
+    Mismatch,
+    check_matching,
+    compute_cost_ratio,
+    list_solved_keys,
+    list_unmatched_arms,
+)
 from moebench.analysis.compare.pairs import compare_pairs
 from moebench.analysis.compare.rare_bad_seeds import find_rare_bad_seeds
 from moebench.analysis.compare.result_grid import Expected, ResultGrid, arrange_results, note_levels
@@ -48,7 +55,7 @@ def compare(
     """
     grid = replace(arrange_results(results, expected, baseline=baseline, metric=metric), plan=protocol.plan)
     runs = {arm: list(grid.done[arm].values()) for arm in grid.arms}
-    mismatches = check_matching(runs, baseline, allow=allow_mismatch)
+    mismatches = check_matching(runs, baseline, allow=allow_mismatch or protocol.has_several_data)
     unmatched = list_unmatched_arms(mismatches, allow=allow_mismatch)
     differences = compare_pairs(grid, unmatched=unmatched)
     arms = tuple(_summarise(arm, grid, [mismatch.mark for mismatch in mismatches.get(arm, ())]) for arm in grid.arms)
@@ -67,14 +74,30 @@ def compare(
         failed=grid.failed,
         missing=grid.missing,
         notes=(
-            *(f"{arm}: {mismatch.reason}" for arm, of_arm in mismatches.items() for mismatch in of_arm),
+            *_note_mismatches(mismatches, baseline, has_several_data=protocol.has_several_data),
             *_notes(grid, differences, len(expected)),
             *note_levels(grid, sum(difference.p is not None for difference in differences)),
             *best_notes,
             *_note_versions([run.version for of_arm in runs.values() for run in of_arm]),
-            *note_varied_settings(configs, metric.split, protocol.tuned_keys),
+            *note_varied_settings(configs, metric.split, (*protocol.tuned_keys, *list_solved_keys(mismatches))),
         ),
     )
+
+
+def _note_mismatches(
+    mismatches: Mapping[str, Sequence[Mismatch]], baseline: str, *, has_several_data: bool
+) -> Iterator[str]:
+    """Yield the reason of each mismatch; one line for all arms with other data, where that is intended."""
+    reasons = [(arm, mismatch) for arm, of_arm in mismatches.items() for mismatch in of_arm]
+    others = [arm for arm, mismatch in reasons if mismatch.mark in DATA_MARKS]
+    if others and has_several_data:
+        yield (
+            f"{format_plural(len(set(others)), 'arm')} with other data than '{baseline}' have no verdict here: the"
+            " tables of transfer compare them with their parents"
+        )
+    for arm, mismatch in reasons:
+        if not (has_several_data and mismatch.mark in DATA_MARKS):
+            yield f"{arm}: {mismatch.reason}"
 
 
 def _summarise(arm: str, grid: ResultGrid, mismatch_marks: Iterable[str]) -> ArmSummary:
@@ -215,7 +238,7 @@ def _note_unusual_agreement(differences: Sequence[Difference]) -> list[str]:
     p_holm = st.correct_family({pair.arm: pair.p for pair in differences if pair.p is not None})
     return [
         f"{difference.arm}: p Holm would be {p_holm[difference.arm]:.2g} by its own pairs alone, whose seeds agree"
-        " more than those of the other arms: no verdict on that ground (docs/statistics.md)"
+        " more than those of the other arms: this gives no verdict (docs/statistics.md)"
         for difference in differences
         if p_holm.get(difference.arm, 1.0) <= difference.level < (difference.p_holm or 0.0)
         and difference.verdict in ("undecided", "equivalent")

@@ -58,7 +58,7 @@ def compare_experiment(
     if not run_results:
         tuned = f"; {state.describe_progress()}" if state is not None else ""
         raise UsageError(
-            f"{results}: no cell of '{experiment.name}' has a result there yet (`moebench run` makes them){tuned}"
+            f"{results}: no cell of '{experiment.name}' has a result there yet (train it with `moebench run`){tuned}"
         )
     comparison = compare(
         run_results,
@@ -71,7 +71,11 @@ def compare_experiment(
             margin=experiment.margin if margin is None else margin,
         ),
         allow_mismatch=allow_mismatch,
-        protocol=Protocol(tuned_keys=state.keys if state is not None else (), plan=plan),
+        protocol=Protocol(
+            tuned_keys=state.keys if state is not None else (),
+            plan=plan,
+            has_several_data=experiment.has_several_data,
+        ),
     )
     trivial = find_trivial_baselines(experiment, cells, results, run_results, split)
     return replace(

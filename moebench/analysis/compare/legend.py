@@ -2,6 +2,7 @@
 
 from moebench.analysis import statistics as st
 from moebench.analysis.compare.design_report import explain_design
+from moebench.analysis.compare.matching import BY_TRAINING_FLOPS
 from moebench.analysis.compare.sentences import describe_margin
 from moebench.analysis.compare.trivial_rows import explain_trivial_baselines
 from moebench.analysis.compare.values import NON_CAUSAL, Comparison
@@ -11,6 +12,7 @@ from moebench.reporting.metrics import explain_metrics
 
 MARK_MEANINGS = {
     "≠FLOPs": "executed FLOPs per token differ from the baseline's by more than 2 % in training or in evaluation",
+    BY_TRAINING_FLOPS: "trained on another number of tokens than the baseline, for its FLOPs of training within 2 %",
     "≠params": "total parameters differ from the baseline's by more than 2 %",
     "≠passes": "training runs each token through the model another number of times",
     "≠match": "its width was solved for another quantity (layout.match) than the comparison is by",
@@ -40,7 +42,7 @@ def _explain_means(comparison: Comparison) -> list[str]:
     if any(arm.num_diverged for arm in comparison.arms):
         lines.append(
             "diverged: the loss, a gradient or the final metric was not finite, or a spike ended the run "
-            "(train.spike_policy=stop). Means and differences are of the other seeds, no fair sample: such a pair has "
+            "(train.spike_policy=stop). Means and differences are of the other seeds, a biased sample: such a pair has "
             "no verdict, such an arm is never best."
         )
     if any(arm.interval for arm in comparison.arms):

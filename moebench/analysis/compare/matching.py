@@ -4,13 +4,17 @@ Compute is measured, not planned: the forward FLOPs per token of the whole model
 steps of training (each pass counts) and on the test split. Arms whose layout matches total parameters
 (layout.match=params) are compared by these instead. All arms of a comparison are matched by the same quantity; an arm
 whose width was solved for the other quantity is refused. An arm of another cost is marked and gets no verdict; arms
-trained or evaluated on other data are refused.
+trained or evaluated on other data are refused. An arm that was trained on more or fewer tokens is matched where the
+FLOPs of all its training steps are those of the baseline, such as a dense parent that goes on for the FLOPs of an
+upcycled model; the table says so.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
+from moebench.analysis.training_flops import compute_training_flops
 from moebench.errors import UsageError
 from moebench.runs.result import RunResult
 
@@ -18,6 +22,10 @@ TOLERANCE = 0.02
 """Largest difference from the baseline's executed FLOPs per token, with router and shared experts, or parameters."""
 FLOPS = ("train_flops_per_token", "eval_flops_per_token")
 PARAMS = ("total_params",)
+BY_TRAINING_FLOPS = "=training FLOPs"
+"""Mark of an arm that was trained on other tokens than the baseline, for equal FLOPs."""
+DATA_MARKS = ("≠data", "≠eval")
+"""Marks of arms that are trained or evaluated on other data."""
 SOLVED_FOR = {FLOPS: "FLOPs per token", PARAMS: "total parameters"}
 
 
@@ -29,6 +37,8 @@ class Mismatch:
     reason: str
     is_cost: bool = False
     """The arm did the same task on the same data, at another cost."""
+    is_matched: bool = False
+    """The arm is matched all the same, by its FLOPs of training: verdicts hold, and the mark says by what."""
 
 
 def find_mismatches(
@@ -39,12 +49,21 @@ def find_mismatches(
     `quantities`: the costs that all arms of the comparison must have equal: `FLOPS` or `PARAMS`.
     """
     others = sorted(list_matched_quantities(runs) - {tuple(quantities)})
+    cost = _width_mismatch(others[0], tuple(quantities)) if others else _check_cost(quantities, runs, baseline_runs)
+    tokens = _check_tokens(runs, baseline_runs)
+    if tokens is not None and tuple(quantities) == FLOPS and not others:
+        by_total = _match_training_flops(runs, baseline_runs, tokens)
+        cost, tokens = (by_total, None) if by_total is not None else (cost, tokens)
     candidates = [
-        _width_mismatch(others[0], tuple(quantities)) if others else _check_cost(quantities, runs, baseline_runs),
+        cost,
         _check_passes(runs, baseline_runs) if tuple(quantities) == PARAMS else None,
-        _check_tokens(runs, baseline_runs),
-        _check_equal("≠data", "data_digest", [r.data_digest for r in runs], [r.data_digest for r in baseline_runs]),
-        _check_equal("≠eval", "eval_digest", [r.eval_digest for r in runs], [r.eval_digest for r in baseline_runs]),
+        tokens,
+        _check_equal(
+            DATA_MARKS[0], "data_digest", [r.data_digest for r in runs], [r.data_digest for r in baseline_runs]
+        ),
+        _check_equal(
+            DATA_MARKS[1], "eval_digest", [r.eval_digest for r in runs], [r.eval_digest for r in baseline_runs]
+        ),
     ]
     return tuple(mismatch for mismatch in candidates if mismatch is not None)
 
@@ -60,7 +79,12 @@ def check_matching(
         return {}
     quantities = _find_quantities([done[baseline], *done.values()])
     mismatches = {arm: find_mismatches(runs, done[baseline], quantities) for arm, runs in done.items() if runs}
-    clauses = [f"arm '{arm}': {m.reason}" for arm, of_arm in mismatches.items() for m in of_arm if not m.is_cost]
+    clauses = [
+        f"arm '{arm}': {m.reason}"
+        for arm, of_arm in mismatches.items()
+        for m in of_arm
+        if not (m.is_cost or m.is_matched)
+    ]
     if clauses and not allow:
         raise UsageError(
             f"{'; '.join(clauses)} (baseline '{baseline}'). Unmatched arms do not show which router "
@@ -71,7 +95,17 @@ def check_matching(
 
 def list_unmatched_arms(mismatches: Mapping[str, Sequence[Mismatch]], *, allow: bool) -> list[str]:
     """Return the arms that get no verdict and are never best; `allow` excepts those that differ in cost alone."""
-    return [arm for arm, of_arm in mismatches.items() if any(not (allow and mismatch.is_cost) for mismatch in of_arm)]
+
+    def is_allowed(mismatch: Mismatch) -> bool:
+        return mismatch.is_matched or (allow and mismatch.is_cost)
+
+    return [arm for arm, of_arm in mismatches.items() if not all(map(is_allowed, of_arm))]
+
+
+def list_solved_keys(mismatches: Mapping[str, Sequence[Mismatch]]) -> tuple[str, ...]:
+    """Return the settings in which arms differ because they are matched, which are no choice."""
+    is_solved = any(mismatch.is_matched for of_arm in mismatches.values() for mismatch in of_arm)
+    return ("train.steps",) if is_solved else ()
 
 
 def compute_cost_ratio(key: str, runs: Sequence[RunResult], baseline_runs: Sequence[RunResult]) -> float | None:
@@ -125,6 +159,34 @@ def _check_cost(
     phases = {"train_flops_per_token": " in training", "eval_flops_per_token": " in evaluation"}
     figures = ", ".join(f"{ratio:.5g} times the baseline's{phases.get(key, '')}" for key, ratio in known.items())
     return Mismatch(mark=mark, reason=f"{subject} {figures} (matched: ±{100 * TOLERANCE:.0f} %)", is_cost=True)
+
+
+def _match_training_flops(
+    runs: Sequence[RunResult], baseline_runs: Sequence[RunResult], tokens: Mismatch
+) -> Mismatch | None:
+    """Return how an arm that was trained on other tokens is matched: by equal FLOPs of training; None if it is not."""
+    ratio = compute_training_ratio(runs, baseline_runs)
+    if _list_steps(runs) & _list_steps(baseline_runs):
+        return None  # the tokens differ for another reason than the number of steps
+    if ratio is None or abs(ratio - 1) > TOLERANCE + 1e-9:
+        return None
+    evaluated = compute_cost_ratio("eval_flops_per_token", runs, baseline_runs)
+    in_evaluation = "" if evaluated is None else f"; FLOPs per token {evaluated:.3g} times the baseline's in evaluation"
+    reason = f"matched by its FLOPs of training, {ratio:.4g} times the baseline's, not by tokens: {tokens.reason}"
+    return Mismatch(mark=BY_TRAINING_FLOPS, reason=f"{reason}{in_evaluation}", is_matched=True)
+
+
+def _list_steps(runs: Sequence[RunResult]) -> set[Any]:
+    return {run.config.get("train", {}).get("steps") for run in runs}
+
+
+def compute_training_ratio(runs: Sequence[RunResult], baseline_runs: Sequence[RunResult]) -> float | None:
+    """Return the ratio of an arm's mean FLOPs of all training steps to the baseline's; None if a run lacks them."""
+    totals = [[compute_training_flops(run) for run in of_arm] for of_arm in (runs, baseline_runs)]
+    ours, theirs = ([total for total in of_arm if total is not None] for of_arm in totals)
+    if not ours or not theirs or len(ours) < len(runs) or len(theirs) < len(baseline_runs):
+        return None
+    return fmean(ours) / fmean(theirs)
 
 
 def _check_passes(runs: Sequence[RunResult], baseline_runs: Sequence[RunResult]) -> Mismatch | None:

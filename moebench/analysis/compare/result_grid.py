@@ -104,13 +104,13 @@ def _check_unique(results: Sequence[RunResult], expected: Expected) -> None:
         if cell_id in seen:
             other, other_seed = seen[cell_id]
             raise UsageError(
-                f"arms '{other}' (seed {other_seed}) and '{arm}' (seed {seed}) are one and the same cell, {cell_id};"
+                f"arms '{other}' (seed {other_seed}) and '{arm}' (seed {seed}) are the same cell, {cell_id};"
                 " leave one of them out"
             )
         seen[cell_id] = arm, seed
     for cell_id, times in Counter(result.id for result in results).items():
         if times > 1:
-            raise UsageError(f"{cell_id}: {times} results of one cell are given; which of them counts?")
+            raise UsageError(f"{cell_id}: {times} results of one cell are given; give one")
 
 
 def _select_split(results: Sequence[RunResult], metric: ComparisonMetric) -> list[RunResult]:

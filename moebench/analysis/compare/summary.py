@@ -13,7 +13,7 @@ from moebench.analysis.design.protocol import Protocol
 from moebench.errors import UsageError
 from moebench.experiment.seed_plan import CURRENT_KEY, read_seed_plan
 from moebench.reporting.table import Table
-from moebench.runs.experiment_record import read_records
+from moebench.runs.experiment_record import find_served_experiment, read_records
 from moebench.runs.experiment_summary import (
     ArmMean,
     ExperimentSummary,
@@ -52,7 +52,7 @@ def refresh_summaries(results: Path) -> None:
     """
     records, _ = read_records(results)
     for name, record in records.items():
-        if record.get("tuning_of") or not _is_outdated(results, name, record):
+        if find_served_experiment(record) or not _is_outdated(results, name, record):
             continue
         with contextlib.suppress(UsageError, OSError):
             digest = digest_results(results, record["cells"])  # first: a result may come meanwhile
@@ -86,7 +86,10 @@ def _compare_record(results: Path, record: Mapping[str, Any]) -> Comparison:
         metric=ComparisonMetric(
             name=facts.metric, lower_is_better=facts.lower_is_better, margin=record.get("margin", DEFAULT_MARGIN)
         ),
-        protocol=Protocol(plan=read_seed_plan(record, record.get(CURRENT_KEY, ""))),
+        protocol=Protocol(
+            plan=read_seed_plan(record, record.get(CURRENT_KEY, "")),
+            has_several_data=record.get("has_several_data", False),
+        ),
     )
     return replace(comparison, trivial_baselines=recorded.baselines) if recorded else comparison
 

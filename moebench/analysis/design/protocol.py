@@ -14,6 +14,8 @@ class Protocol:
     """Settings that each arm has chosen on validation, by other seeds."""
     plan: SeedPlan = field(default_factory=SeedPlan)
     """Planned seeds, which decide the level of verdicts; an empty plan: every look has the full level."""
+    has_several_data: bool = False
+    """Whether arms are adapted to different data: those that have other data than the baseline get no verdict."""
 
 
 NO_PROTOCOL = Protocol()

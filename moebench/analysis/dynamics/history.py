@@ -55,7 +55,7 @@ class CheckpointMeasure:
     coactivation: float | None
     """Mean over experts of the share of its tokens that its strongest partner has, too; None for one expert a token."""
     random_coactivation: tuple[float, ...]
-    """The same of random routings with the loads and the numbers of experts of this checkpoint."""
+    """Co-activation of random routings with the loads and numbers of experts of this checkpoint."""
 
     @property
     def random_mean(self) -> float | None:
@@ -73,7 +73,7 @@ class LayerHistory:
     strongest_experts: tuple[int, ...]
     """Experts of the table below."""
     coactivation_EE: Tensor
-    """Of the trained model: row i has the shares of the tokens of expert i that the others have."""
+    """Co-activation in the trained model: row i has the shares of the tokens of expert i that the others have."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""

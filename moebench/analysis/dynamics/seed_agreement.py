@@ -18,7 +18,7 @@ from moebench.errors import UsageError
 from moebench.seeds import make_generator
 
 NUM_PERMUTATIONS = 20
-"""Of the tokens of one seed; each is matched again."""
+"""Permutations of the tokens of one seed; each is matched again."""
 MIN_SEEDS = 3
 """Below, there is no interval."""
 LEVEL = 0.95

@@ -11,7 +11,7 @@ from statistics import fmean
 from moebench.analysis import statistics as st
 from moebench.analysis.fairness.conditions import RunConditions, find_time_problem
 from moebench.analysis.fairness.parameters import EqualParameters, Runs, count_parameters, find_equal_parameters
-from moebench.analysis.fairness.run_curve import TOLERANCE, Axis, RunCurve, compute_training_flops
+from moebench.analysis.fairness.run_curve import TOLERANCE, Axis, RunCurve
 from moebench.analysis.fairness.speed_up import SpeedUp, compute_speed_up
 from moebench.analysis.fairness.values import (
     EQUAL,
@@ -23,6 +23,7 @@ from moebench.analysis.fairness.values import (
     EqualBudget,
     Fairness,
 )
+from moebench.analysis.training_flops import compute_training_flops
 from moebench.reporting.formatting import format_plural
 
 MIN_EVALUATIONS = 5
@@ -171,7 +172,7 @@ def _list_notes(arms: MeasuredArms, compared: Collection[ArmFairness], num_evalu
         )
     if any(arm.equal["seconds"].pair and _is_slower(arms, arm.arm) for arm in compared):
         lines.append(
-            "slower arms are read at the baseline's time before their learning rate has decayed: a run with that many"
+            "slower arms are compared at equal time before their learning rate has decayed: a run with that many"
             " steps would end better"
         )
     return lines
@@ -189,7 +190,7 @@ def _is_slower(arms: MeasuredArms, arm: str) -> bool:
 def describe_arm(fairness: Fairness, arm: ArmFairness) -> str:
     """Return one sentence on an arm: what is shown at equal tokens, FLOPs, parameters and time."""
     if arm.divergence:
-        return f"{arm.arm}: {arm.divergence}, so the other seeds are no fair sample"
+        return f"{arm.arm}: {arm.divergence}, so the other seeds are a biased sample"
     parts: dict[str, list[str]] = {}
     for name in EQUAL:
         outcome = arm.equal[name].describe(lower_is_better=fairness.lower_is_better)

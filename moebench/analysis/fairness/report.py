@@ -11,11 +11,11 @@ from moebench.reporting.report import Report
 from moebench.reporting.table import Column, Table
 
 LEGEND = (
-    "equal FLOPs, time: the arm is read where it has spent what the baseline of the same seed has spent in all, between"
-    " evaluations linear in the logarithm, never beyond the end. Time: training steps alone.",
+    "equal FLOPs, time: the difference where the arm has spent as much as the baseline of the same seed in total,"
+    " linear in the logarithm between evaluations, never extrapolated. Time: training steps only.",
     "speed-up: how many times less the arm needs to reach the baseline's final quality; geometric mean [95 % t interval"
     " on logarithms]. <: some seeds never reached it, the value is an upper bound.",
-    "Fairness is of the validation split and describes; the verdict is that of the first table.",
+    "Fairness is descriptive, on the validation split; the verdict is that of the first table.",
 )
 
 

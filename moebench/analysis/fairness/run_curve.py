@@ -12,9 +12,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from moebench.analysis.training_flops import compute_training_flops
 from moebench.runs.journal import Point
 from moebench.runs.result import RunResult
-from moebench.training.utilization import BACKWARD_FACTOR
 
 Axis = Literal["steps", "tokens", "flops", "seconds"]
 AXES: tuple[Axis, ...] = ("steps", "tokens", "flops", "seconds")
@@ -90,12 +90,6 @@ def build_run_curve(points: Sequence[Point], result: RunResult, metric: str) -> 
         budgets["seconds"] = total_s * _cumulate({s: 1 / v for s, v in speeds.items()}, step_P, result.step)
     value_P = np.array([evaluations[step][f"eval/{metric}"] for step in steps], dtype=np.float64)
     return RunCurve(value_P=value_P, budgets=budgets)
-
-
-def compute_training_flops(result: RunResult) -> float | None:
-    """Return the FLOPs of all training steps, forward and backward, as executed; None where they were not measured."""
-    flops = result.cost.get("train_flops_per_token", 0.0) * result.cost.get("train_tokens", 0.0)
-    return BACKWARD_FACTOR * flops if isfinite(flops) and flops > 0 else None
 
 
 def _select_rates(points: Sequence[Point], name: str) -> dict[int, float]:

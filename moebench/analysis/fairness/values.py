@@ -64,7 +64,7 @@ class ArmFairness:
     speed_up: Mapping[Axis, SpeedUp]
     """Speed-up to the baseline's final quality; axes that were not measured or cannot be compared are left out."""
     divergence: str
-    """2 of 5 diverged: the other seeds are no fair sample; else empty."""
+    """2 of 5 diverged: the other seeds are a biased sample; else empty."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""

@@ -25,6 +25,8 @@ from moebench.analysis.html_report.provenance import build_provenance_table
 from moebench.analysis.html_report.report_runs import ReportRun, read_runs
 from moebench.analysis.html_report.settings import build_settings_tables
 from moebench.analysis.html_report.verdicts import describe_arms, describe_outcome
+from moebench.analysis.transfer.experiment import measure_transfer
+from moebench.analysis.transfer.report import add_transfer
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
 from moebench.reporting.formatting import format_plural
@@ -39,6 +41,7 @@ PLACES = {
     "How large": "quality",
     "Seeds that would settle": "quality",
     "Pairing": "quality",
+    "Transfer": "quality",
     "Fairness": "fairness",
     "Expert load": "experts",
     "Information": "experts",
@@ -90,6 +93,7 @@ def build_page(source: Source) -> Page:
     report = build_tables(comparison)
     if budgets.fairness is not None:
         report = add_fairness(report, budgets.fairness)
+    report = add_transfer(report, measure_transfer(experiment, source.results))
     domains = build_domain_tables(comparison, runs)
     differing, common = build_settings_tables(cells, comparison.baseline)
     lost, provenance = build_lost_table(comparison), build_provenance_table(runs, source.command, source.made_at)

@@ -13,9 +13,9 @@ from moebench.reporting.formatting import format_plural
 from moebench.runs.layer_series import LayerPoint, list_layers, select_layers
 
 MAX_LAYERS = 4
-"""Of an arm: the most uneven one and others evenly spaced."""
+"""Largest number of layers of an arm: the most uneven one and others evenly spaced."""
 MAX_STEPS, MAX_EXPERTS = 48, 32
-"""Of a map; more steps are left out evenly, more experts averaged with their neighbours."""
+"""Largest size of a map; further steps are thinned evenly, further experts averaged with their neighbours."""
 
 
 @dataclass(frozen=True, kw_only=True)

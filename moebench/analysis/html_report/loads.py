@@ -16,7 +16,7 @@ BOUNDS = (0.01, 0.25, 0.5, 0.8, 1.25, 2.0, 4.0)
 """Between the colours of a heat map, as multiples of an even load."""
 LEGEND = ("dead", "< ¼", "< ½", "< 0.8", "even", "> 1.25", "> 2", "> 4 ×")
 MAX_ROWS, MAX_COLUMNS = 24, 64
-"""Of a heat map; more layers are left out evenly, more experts averaged with their neighbours."""
+"""Largest size of a heat map; further layers are thinned evenly, further experts averaged with neighbours."""
 
 
 @dataclass(frozen=True, kw_only=True)

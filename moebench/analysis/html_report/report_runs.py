@@ -17,7 +17,7 @@ from moebench.runs.result import RunResult
 MAX_LAYERS, MAX_EXPERTS = 1024, 65_536
 """Larger tables of loads are refused."""
 MAX_POINTS = 100
-"""Of a series of layers."""
+"""Largest number of points of a series of layers."""
 Loads = Mapping[str, Sequence[float]]
 """Layer -> assignments of each expert."""
 
@@ -89,7 +89,7 @@ def _read_loads(folder: RunFolder, result: RunResult | None, metric: str) -> Loa
     try:
         return dict(_check_layers(parse_json(lines[-1])["layers"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{folder.loads}: its last line is no table of loads ({error})") from error
+        raise UsageError(f"{folder.loads}: its last line is not a table of loads ({error})") from error
 
 
 def _check_layers(layers: Mapping[str, Any]) -> Iterator[tuple[str, list[float]]]:
@@ -99,7 +99,7 @@ def _check_layers(layers: Mapping[str, Any]) -> Iterator[tuple[str, list[float]]
         if not isinstance(load_E, list) or not 0 < len(load_E) <= MAX_EXPERTS:
             raise ValueError(f"layer {name[:40]!r} has no list of 1 to {MAX_EXPERTS} numbers")
         if any(isinstance(load, bool) or not isinstance(load, int | float) for load in load_E):
-            raise ValueError(f"layer {name[:40]!r} has a load that is no number")
+            raise ValueError(f"layer {name[:40]!r} has a load that is not a number")
         if not all(0 <= load < 1e18 and isfinite(load) for load in load_E):
             raise ValueError(f"layer {name[:40]!r} has a load that is negative or not finite")
         yield name, [float(load) for load in load_E]

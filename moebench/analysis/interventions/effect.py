@@ -65,7 +65,7 @@ class Predictions:
     count: Sequence[Tensor]
     """One fp64 [B, P] for each batch; 0 where nothing is predicted."""
     kinds: Sequence[LabelKind]
-    """Those that say something of a prediction."""
+    """Kinds of labels that apply to a prediction."""
     labels: Mapping[str, Sequence[Tensor]]
     """Kind -> one int64 [B, P] for each batch."""
 

@@ -52,7 +52,7 @@ def evaluate_ladder(ladder: Ladder) -> tuple[ArmWorth, ...]:
         problems[arm] = _find_problem(pairs)
         estimates[arm] = None if problems[arm] else estimate_effective_compute(pairs)
     tested = {arm: e.compute.p for arm, e in estimates.items() if e is not None and e.compute.p is not None}
-    for arm in [arm for arm in tested if ladder.count_diverged(arm)]:  # the other runs are no fair sample
+    for arm in [arm for arm in tested if ladder.count_diverged(arm)]:  # the other runs are a biased sample
         del tested[arm]
     p_holm = st.correct_family(tested)
     return tuple(
@@ -93,7 +93,7 @@ def _list_notes(ladder: Ladder, arm: str, estimate: EffectiveCompute | None) -> 
     if num_diverged:
         runs = format_plural(num_diverged, "run")
         notes.append(
-            f"{runs} of the arm or the baseline diverged: the others are no fair sample, and there is no verdict"
+            f"{runs} of the arm or the baseline diverged: the others are a biased sample, and there is no verdict"
         )
     if estimate is not None and estimate.compute.interval is None:
         notes.append("no interval: it needs 2 seeds at each size and 4 more than there are sizes")

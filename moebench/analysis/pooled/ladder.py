@@ -12,9 +12,9 @@ import numpy as np
 from moebench.analysis.compare.experiment import list_trained_cells, read_results
 from moebench.analysis.compare.values import ComparisonMetric, Split
 from moebench.analysis.fairness.conditions import RunConditions, find_time_problem, read_conditions
-from moebench.analysis.fairness.run_curve import compute_training_flops
 from moebench.analysis.pooled.effective_compute import SizePairs
 from moebench.analysis.pooled.experiments import name_uniquely
+from moebench.analysis.training_flops import compute_training_flops
 from moebench.errors import UsageError
 from moebench.experiment.axes import ARM
 from moebench.experiment.grid import Experiment
@@ -130,7 +130,7 @@ def read_ladder(
     [baseline] = baselines
     kept = [size for size in sizes if size.runs.get(baseline)]
     if not kept:
-        raise UsageError(f"{results}: no run of the baseline {baseline} is done yet (`moebench run` makes them)")
+        raise UsageError(f"{results}: no run of the baseline {baseline} is done yet (train it with `moebench run`)")
     kept.sort(key=lambda size: fmean(map(_require_flops, size.runs[baseline].values())))
     runs = [run for size in kept for of_arm in size.runs.values() for run in of_arm.values()]
     return Ladder(

@@ -28,7 +28,7 @@ class TaskEffect:
     effect: float | None
     """In SDs of the paired difference, positive where the arm is better; None where the experiment does not count."""
     verdict: str
-    """That of the experiment by itself."""
+    """Verdict in this experiment alone."""
     reason: str = ""
     """Why it does not count; empty if it does."""
     level: float = st.ALPHA

@@ -131,7 +131,7 @@ def _list_notes(pooled: Pooled) -> list[str]:
         if arm.level < st.ALPHA:
             notes.append(
                 f"Note: {arm.arm}: verdict at level {arm.level:.2g}, the strictest of its experiments, one of which was"
-                " not looked at as planned."
+                " not analysed at its planned seeds."
             )
         smallest = 2.0 ** (1 - arm.num_pairs)
         if arm.fixed and smallest * num_arms > st.ALPHA:

@@ -91,7 +91,7 @@ def _build_effective_table(laws: Sequence[RouterLaw]) -> Table:
         for law in laws
         for row in _list_effective_params(law)
     )
-    return Table(title="What the experts are worth in dense parameters", columns=columns, rows=rows)
+    return Table(title="Effective parameters: the dense model with the same loss", columns=columns, rows=rows)
 
 
 def _list_effective_params(law: RouterLaw) -> list[dict[str, float]]:

@@ -112,7 +112,7 @@ def _require_loss(task_names: Iterable[str]) -> TaskFacts:
 
 def _say_none(experiments: Sequence[Experiment], results: Path) -> str:
     names = ", ".join(each.name for each in experiments)
-    return f"scaling: {results}: no cell with experts of {names} is done there (`moebench run` makes them)"
+    return f"scaling: {results}: no cell with experts of {names} is done there (train it with `moebench run`)"
 
 
 def _read_runs(cells: Iterable[Cell], results: Path) -> Iterator[Run]:

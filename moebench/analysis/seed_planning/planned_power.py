@@ -17,7 +17,7 @@ from moebench.config import to_plain
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
 from moebench.experiment.tuning import settle
-from moebench.runs.experiment_record import read_records
+from moebench.runs.experiment_record import find_served_experiment, read_records
 from moebench.runs.folder import RunFolder
 from moebench.runs.result import RunResult
 from moebench.tasks.task import TASKS
@@ -139,7 +139,7 @@ def _find_spread_of_shape(experiment: Experiment, results: Path) -> KnownSpread 
     cells = [cell for cell in settle(experiment, results).cells if cell.arm == experiment.baseline]
     shape = _describe_shape(to_plain((cells or experiment.cells)[0].config))
     metric = TASKS.get(experiment.cells[0].config.task.name).facts.metric
-    records = [record for record in read_records(results)[0].values() if not record.get("tuning_of")]
+    records = [record for record in read_records(results)[0].values() if not find_served_experiment(record)]
     for record in sorted(records, key=_read_time, reverse=True)[:MAX_RECORDS]:
         values = _read_values(record, results, metric, shape)
         baseline = values.pop(str(record.get("baseline")), {})

@@ -12,7 +12,7 @@ from moebench.analysis.compare.experiment import compare_experiment, read_plan
 from moebench.analysis.compare.values import Comparison
 from moebench.errors import UsageError, require
 from moebench.experiment.grid import Experiment
-from moebench.experiment.phases import run_phases
+from moebench.experiment.phases import run_phases, run_stages
 from moebench.experiment.run_setup import RunSetup
 from moebench.experiment.runner import RunReport, print_note, run_experiment
 from moebench.experiment.seed_plan import MIN_TESTED_SEEDS, SeedDesign, SeedPlan, Seeds, list_added_cells
@@ -119,13 +119,17 @@ def _run_added(report: RunReport, setup: RunSetup, added: Mapping[str, Seeds]) -
     cells = list_added_cells(experiment.cells, added)
     failed = {outcome.cell.id for outcome in report.failed}  # they would fail once more
     tried = [cell for cell in experiment.cells if cell.id not in failed]
+    before = run_stages(replace(experiment, cells=tuple(cells), tuning=None), setup)
+    if before and before[-1].interrupted:
+        return replace(report, interrupted=before[-1].interrupted)
     second = run_experiment(replace(experiment, cells=(*tried, *cells)), setup)
     record_experiment(setup.results, experiment)
     num_cells = len(experiment.cells) + len(cells)
     return replace(
         second,
         experiment=replace(experiment, cells=(*experiment.cells, *cells)),
-        outcomes=[*report.outcomes, *second.outcomes],
+        outcomes=[*report.outcomes, *(outcome for stage in before for outcome in stage.failed), *second.outcomes],
+        stages=report.stages,
         tracker_problem=report.tracker_problem or second.tracker_problem,
         problems=[*report.problems, *second.problems],
         tuning=replace(report.tuning, num_final_cells=num_cells) if report.tuning else None,

@@ -131,7 +131,7 @@ def probe_experiment(
     done = [cell for cell in cells if RunFolder.of(results, cell.id).state() == "done"]
     if not done:
         raise UsageError(
-            f"{results}: no run with experts of '{experiment.name}' is done there (`moebench run` makes them)"
+            f"{results}: no run with experts of '{experiment.name}' is done there (train it with `moebench run`)"
         )
     by_arm: dict[str, list[RunInformation]] = {}
     for cell in done:
@@ -197,10 +197,10 @@ def _compare_depth(by_arm: Mapping[str, Sequence[RunInformation]]) -> list[Contr
     for arm, runs in by_arm.items():
         for kind, layers in runs[0].kinds.items():
             for stack in dict.fromkeys(layer.rpartition(".")[0] for layer in layers):
-                own = [layer for layer in layers if layer.rpartition(".")[0] == stack]
-                if len(own) > 1:
-                    name = f"{kind}: layer {own[-1]} minus {own[0]}"
-                    pairs.append((arm, name, (kind, own[-1]), (kind, own[0])))
+                in_stack = [layer for layer in layers if layer.rpartition(".")[0] == stack]
+                if len(in_stack) > 1:
+                    name = f"{kind}: layer {in_stack[-1]} minus {in_stack[0]}"
+                    pairs.append((arm, name, (kind, in_stack[-1]), (kind, in_stack[0])))
     return _build_contrasts(by_arm, pairs)
 
 

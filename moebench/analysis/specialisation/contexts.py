@@ -42,7 +42,7 @@ class ExpertContexts:
 
     expert: int
     share: float
-    """Of the assignments of the layer."""
+    """Share of the assignments of the layer."""
     tokens: tuple[tuple[str, float], ...]
     """The most frequent tokens, with their shares of the expert's assignments."""
     contexts: tuple[Context, ...]

@@ -36,7 +36,7 @@ class ExpertGallery:
 
     expert: int
     share: float
-    """Of the assignments of the layer."""
+    """Share of the assignments of the layer."""
     tokens: tuple[int, ...]
     """Tokens of the highest gates, from different sequences."""
     gates: tuple[float, ...]

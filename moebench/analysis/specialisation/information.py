@@ -79,7 +79,7 @@ class Information:
     plug_in: float
     """I of the sample, with its bias."""
     null: tuple[float, ...]
-    """The same for each permutation of the labels."""
+    """Information for each permutation of the labels."""
     label_entropy: float
     """H(label), given what the information is conditional on."""
     token_information: float

@@ -1,6 +1,7 @@
 """Statistics of paired seeds, for three to ten of them: differences, intervals, tests, corrections, power."""
 
 from moebench.analysis.statistics.correction import correct_family, holm
+from moebench.analysis.statistics.crossed import CrossedDifference, compute_crossed_difference
 from moebench.analysis.statistics.differences import PairedDifference, compute_paired_difference, sign_flip_p
 from moebench.analysis.statistics.effect import StandardisedEffect, effect_in_seed_sd
 from moebench.analysis.statistics.equivalence import equivalence_p
@@ -32,11 +33,13 @@ __all__ = [
     "MAX_SD_RATIO",
     "MIN_SEEDS",
     "POWER",
+    "CrossedDifference",
     "Interval",
     "PairedDifference",
     "SpreadEstimate",
     "StandardisedEffect",
     "Values",
+    "compute_crossed_difference",
     "compute_paired_difference",
     "compute_variance",
     "correct_family",

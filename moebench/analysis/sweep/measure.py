@@ -32,7 +32,7 @@ class _ArmPlan:
     arm: str
     cells: Sequence[Cell]
     settings: tuple[Mapping[str, str], ...]
-    """Of each point; empty where the arm has no axis: its result as trained is its only point."""
+    """Settings of each point; empty for an arm without an axis, whose only point is its result as trained."""
 
     @property
     def is_dense(self) -> bool:
@@ -96,7 +96,7 @@ def _plan_arms(experiment: Experiment, results: Path, axes: Sequence[Axis]) -> t
         if done:
             plans.append(_ArmPlan(arm=arm, cells=done, settings=settings))
     if not plans:
-        raise UsageError(f"{results}: no cell of '{experiment.name}' is done there (`moebench run` makes them)")
+        raise UsageError(f"{results}: no cell of '{experiment.name}' is done there (train it with `moebench run`)")
     return plans, notes
 
 

@@ -41,7 +41,7 @@ class Front:
     def describe(self) -> str:
         """Return the rule in one line."""
         if not self.num_tests:
-            return "Pareto front: not judged, which takes three common seeds."
+            return "Pareto front: not tested; this needs three common seeds."
         return (
             "Pareto front: a point is dominated where another one costs no more FLOPs (equal within"
             f" {100 * TOLERANCE:.0f} %) and is better by the paired t-test over common seeds, p <= {st.ALPHA:g} after"

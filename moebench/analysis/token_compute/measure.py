@@ -30,9 +30,9 @@ class TokenTable:
     count: Mapping[str, NDArray[np.int64]]
     """MoE layer -> experts that computed each token, after capacity, [N]."""
     own_loss: Values
-    """Of the prediction that is made at the token, in nats, [N]; of its sequence where tokens predict nothing."""
+    """Loss of the prediction at the token, in nats, [N]; of its sequence if tokens predict nothing."""
     dense_loss: Values | None
-    """The same under the dense arm."""
+    """Loss in the dense arm, same shape."""
     sequence: NDArray[np.int64]
     """Sequence that each token belongs to, [N]."""
 

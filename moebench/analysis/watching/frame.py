@@ -11,7 +11,7 @@ MIN_SPARK, MAX_SPARK = 8, 40
 VALUE_WIDTH = 6
 GAP = 2
 LOWEST = {"MaxVio": 0.0, "dead": 0.0, "dropped": 0.0}
-"""Of the curves that begin at 0, so that what hardly happens looks flat."""
+"""Lower limit of curves that begin at 0, so that small values look flat."""
 MAX_ALARMS = 3
 
 

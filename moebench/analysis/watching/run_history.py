@@ -55,9 +55,9 @@ class CollapsedLayer:
     expert: int
     """The busiest one."""
     num_experts: float
-    """That take nearly everything together."""
+    """Number of experts that together take nearly all assignments."""
     share: float
-    """Of the assignments that they take."""
+    """Share of the assignments that they take."""
 
     def __str__(self) -> str:
         """Return it in words."""

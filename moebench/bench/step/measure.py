@@ -36,7 +36,7 @@ BUILT_IN = (
 GOAL = 0.05
 """Largest acceptable overhead of the trainer, as a share of a step of 100 ms."""
 TELEMETRY_GOAL = 0.02
-"""Of it for the telemetry of layers."""
+"""Goal for the telemetry of layers, as a share of the step."""
 TRAINER, UNWATCHED, PLAIN, TIMED, UNIFORM = "trainer", "unwatched", "plain", "timed", "uniform"
 
 

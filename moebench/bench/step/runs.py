@@ -101,7 +101,7 @@ def silence_lightning() -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PlainLoop:
-    """The same model, batches, optimizer, schedule and clipping in a bare loop."""
+    """Train the same model in a bare loop, with the same batches, optimizer, schedule and clipping."""
 
     module: CellModule
 

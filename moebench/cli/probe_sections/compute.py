@@ -32,7 +32,7 @@ def _explain_constant(run: StoredRun) -> str:
     if entry.item.form.is_dense:
         return f"{run.arm} is dense"
     if entry.item.form.is_mixture:
-        return f"the router '{run.config.router.name}' mixes tokens, and no token uses experts of its own"
+        return f"the router '{run.config.router.name}' mixes tokens, so no token has its own experts"
     drops = run.config.layout.capacity_factor_eval is not None
     if not entry.facts.variable_k and not drops:
         return f"every token of {run.arm} uses the same number of experts"

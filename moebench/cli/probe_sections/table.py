@@ -67,12 +67,12 @@ SECTIONS: Mapping[str, Section] = {
         modules={"run": "labels", "experiment": "pooled_labels", "pretrained": "pretrained_labels"},
     ),
     "contexts": Section(
-        meaning="the tokens of each expert with the highest gates, in text",
+        meaning="the tokens with the highest gate values of each expert, in text",
         modules={"run": "contexts", "pretrained": "pretrained_contexts"},
     ),
     "gallery": Section(meaning="the patches or sounds of each expert, as a figure", modules={"run": "gallery"}),
     "loads": Section(
-        meaning="load and co-activation of experts, of a checkpoint", modules={"pretrained": "pretrained_loads"}
+        meaning="load and co-activation of experts (hf:PATH only)", modules={"pretrained": "pretrained_loads"}
     ),
     "history": Section(
         meaning="churn and saturation of routing, similarity and co-activation of experts, at train.keep_checkpoints",
@@ -82,7 +82,7 @@ SECTIONS: Mapping[str, Section] = {
         meaning="whether experts of other seeds of the arm are the same, after matching", modules={"run": "agreement"}
     ),
     "ablations": Section(
-        meaning="what the loss owes to each expert and router: left out, shuffled, random or of an earlier step",
+        meaning="how the loss changes when an expert is left out or a router is shuffled, random or of an earlier step",
         modules={"run": "ablations"},
     ),
     "compute": Section(meaning="experts per token and difficulty", modules={"run": "compute"}),

@@ -5,15 +5,15 @@ unknown domains.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from moebench.routing.context import RouteContext
-from moebench.routing.domains import check_domains
+from moebench.routing.domains import check_domains, number_domains
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, RouterTraits
 from moebench.routing.values import Routing
 
@@ -44,33 +44,51 @@ class Domain(Router["Domain.Config"]):
     """
 
     count_E: Tensor
+    number_D: Tensor
 
     @dataclass(frozen=True, kw_only=True)
     class Config(RouterConfig):
         """Options of domain routing."""
 
+        LEFT_OUT_AT_DEFAULT: ClassVar[tuple[str, ...]] = ("domains",)
+
         name: str = "domain"
         evaluation: Literal["label", "prior"] = "label"
         """Use the expert of the sequence's domain, as in training (label), or mix all experts by the prior (prior)."""
+        domains: list[str] = field(default_factory=list)
+        """Names of domains in the order of their experts; empty: those of training, in the order of the data. A model
+        that goes on with other domains (`init`) keeps the experts of those that it lists, trained on now or not."""
 
     def __init__(self, config: Config, context: RouterBuildContext) -> None:
         super().__init__(config, context)
-        self.num_domains = check_domains(config.name, context)
+        num_trained = check_domains(config.name, context)
+        self.is_listed = bool(config.domains)
+        self.num_domains = len(config.domains) or num_trained
+        self.domains = tuple(config.domains) or context.data.domains[:num_trained]
+        """Names in the order of their numbers."""
+        self.data_domains = context.data.domains
         self.evaluation = config.evaluation
         self.level = context.level
         self.register_buffer("count_E", torch.zeros(context.num_experts, dtype=torch.float64))
+        number_D = torch.tensor(number_domains(config.domains, context.data), dtype=torch.int64)
+        self.register_buffer("number_D", number_D, persistent=False)
 
     @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        assert ctx.domain_T is not None
-        expert_TK = self.level.select_expert(ctx.domain_T, self.num_experts).unsqueeze(-1)
+        number_T = self.number(ctx)
+        assert number_T is not None
+        expert_TK = self.level.select_expert(number_T, self.num_experts).unsqueeze(-1)
         if ctx.training:
             weight_TK = torch.ones(expert_TK.shape, dtype=torch.float32, device=x_TD.device)
             return Routing.from_top_k(expert_TK, weight_TK, num_experts=self.num_experts)
         one_hot_TE = torch.zeros(x_TD.shape[0], self.num_experts, device=x_TD.device).scatter(1, expert_TK, 1.0)
-        uses_label_T1 = (ctx.domain_T < self.num_domains).unsqueeze(-1) & (self.evaluation == "label")
+        uses_label_T1 = (number_T < self.num_domains).unsqueeze(-1) & (self.evaluation == "label")
         weight_TE = one_hot_TE.where(uses_label_T1, self.prior_E)
         return Routing.from_table(weight_TE, weight_TE > 0).compact()
+
+    def number(self, ctx: RouteContext) -> Tensor | None:
+        """Return the number of each token's domain, int64: that of its expert where there is one for each."""
+        return self.number_D[ctx.domain_T] if self.is_listed and ctx.domain_T is not None else ctx.domain_T
 
     @property
     @override

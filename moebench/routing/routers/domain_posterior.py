@@ -6,7 +6,7 @@ weights all experts by the classifier's probabilities.
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -66,14 +66,19 @@ class DomainPosterior(Domain):
     class Config(RouterConfig):
         """Options of domain routing by a posterior."""
 
+        LEFT_OUT_AT_DEFAULT: ClassVar[tuple[str, ...]] = ("domains",)
+
         name: str = "domain_posterior"
         prior: Literal["counted", "even"] = "counted"
         """Prior π in evaluation: the experts' shares of training tokens (counted), or uniform (even), for evaluation
         data with other proportions of domains than training."""
         losses: dict[str, float] = field(default_factory=lambda: {"domain": 0.1})
+        domains: list[str] = field(default_factory=list)
+        """Names of domains in the order of their experts; empty: those of training, in the order of the data. A model
+        that goes on with other domains (`init`) keeps the experts of those that it lists, trained on now or not."""
 
     def __init__(self, config: Any, context: RouterBuildContext) -> None:
-        super().__init__(Domain.Config(name=config.name), context)
+        super().__init__(Domain.Config(name=config.name, domains=config.domains), context)
         self.config, self.prior = config, config.prior
         self.gate = Gate(context.d_model, context.num_experts)
 
@@ -83,9 +88,10 @@ class DomainPosterior(Domain):
         logits_TE = self.gate(compute_running_means(x_TD.detach().float(), ctx))
         logits_TE = logits_TE if is_uniform else logits_TE + self.log_prior_E
         nats_T = logits_TE.new_zeros(x_TD.shape[0])
-        if ctx.domain_T is not None:
-            target_T = self.level.select_expert(ctx.domain_T, self.num_experts)
-            target_T = target_T.masked_fill(ctx.domain_T >= self.num_domains, NO_EXPERT)
+        number_T = self.number(ctx)
+        if number_T is not None:
+            target_T = self.level.select_expert(number_T, self.num_experts)
+            target_T = target_T.masked_fill(number_T >= self.num_domains, NO_EXPERT)
             nats_T = functional.cross_entropy(logits_TE, target_T, ignore_index=NO_EXPERT, reduction="none")
         if ctx.training:
             return replace(super().forward(x_TD, ctx), token_extras={"nats_T": nats_T})

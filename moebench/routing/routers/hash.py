@@ -188,7 +188,7 @@ class HashPosition(Router["HashPosition.Config"]):
         equation="i = table[next token id],  y = E_i(x)",
         paper="arXiv:2106.04426, section 3.1 (future token oracle)",
         use="To check the causality tests: an oracle that shows the gain of a leak through routing.",
-        beware="It reveals the next token to a language model. Its loss is no result.",
+        beware="It reveals the next token to a language model. Its loss is not a result.",
         causality=Causality(
             causal=False,
             reason="the expert depends on the next token, which a language model must predict",

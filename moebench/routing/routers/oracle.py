@@ -19,7 +19,7 @@ from moebench.routing.values import Routing
         equation="i = label of the token (mod E),  y = E_i(x)",
         paper="the data: arXiv:2208.02813, section 3",
         use="On synthetic data: the upper bound for learned routers.",
-        beware="It reads the answer, so its loss is no result. Needs a task with token labels.",
+        beware="It reads the answer, so its loss is not a result. Needs a task with token labels.",
         causality=Causality(causal=True, reason="the label is part of the data", batch_dependent=False),
         cost="T",
         learned=False,

@@ -62,7 +62,7 @@ class VMoE(Router["VMoE.Config"]):
         """Which token keeps a slot in evaluation: the one with the highest probability (best), with the highest sum
         over its k experts (sum), or the earlier one (position). First choices always precede second ones."""
         priority_train: Literal["best", "sum", "position"] = "position"
-        """The same in training."""
+        """The order in training."""
         losses: dict[str, float] = field(default_factory=lambda: {"score_importance": 0.005, "load": 0.005})
 
     def __init__(self, config: Config, context: RouterBuildContext) -> None:

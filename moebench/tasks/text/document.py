@@ -23,7 +23,9 @@ def check_text(text: str, location: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UsageError(f"task.data.path: the text of {location} has half a character (a lone surrogate)") from error
+        raise UsageError(
+            f"task.data.path: the text of {location} contains a lone surrogate (half a character)"
+        ) from error
     if "\0" in text:
         raise UsageError(f"task.data.path: the text of {location} has NUL bytes: is it UTF-16, or not text? Convert it")
     return text

@@ -10,6 +10,10 @@ _BYTE_OF = {chr(value): value for value in _KEPT} | {chr(256 + n): value for n, 
 """Character that byte-level vocabularies write -> byte: printable bytes as themselves, others from 256 upwards."""
 
 
+BYTE_CHARACTERS = tuple(sorted(_BYTE_OF, key=_BYTE_OF.__getitem__))
+"""The character of each byte."""
+
+
 def read_byte_level(piece: str) -> bytes:
     """Return the bytes of a piece of a byte-level vocabulary."""
     known = all(character in _BYTE_OF for character in piece)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moebench.errors import UsageError
+from moebench.errors import UsageError, require
 from moebench.tasks.cache import Arrays, load_or_create
 from moebench.tasks.folders import warn_unread_files
 from moebench.tasks.sources import check_held_out, warn
@@ -18,7 +18,7 @@ from moebench.tasks.text.document import Document
 from moebench.tasks.text.encoding import encode_documents
 from moebench.tasks.text.kinds import TokenKinds
 from moebench.tasks.text.overlap import remove_overlap, sum_removed
-from moebench.tasks.text.shuffling import EpochOrder, order_by_permutation
+from moebench.tasks.text.shuffling import EpochOrder, order_by_cipher, order_by_permutation
 from moebench.tasks.text.sources import TEXTS, TextDataConfig, load_documents, source_digest
 from moebench.tasks.text.splits import SPLITS, split_documents
 from moebench.tasks.text.token_stream import TokenStream
@@ -152,6 +152,17 @@ def train_window_indices(
         in_epoch_B = epoch_B == epoch
         index_B[in_epoch_B] = order(num_windows, seed, epoch, position_B[in_epoch_B])
     return index_B
+
+
+def select_windows(num_windows: int, number: int | None) -> np.ndarray | None:
+    """Return this many windows of a split (int64), those of a smaller number first; None for all of them.
+
+    They are a fixed sample, in the order of a fixed permutation, so that every seed trains on the same ones.
+    """
+    if number is None:
+        return None
+    require(number <= num_windows, "task.train_windows", number, f"at most {num_windows}, those of the training split")
+    return order_by_cipher(num_windows, 0, 0, np.arange(number, dtype=np.int64))
 
 
 def evaluation_windows(split: TextSplit, per_domain: int | None) -> np.ndarray:

@@ -32,7 +32,7 @@ class ParameterRole:
     is_vector: bool
     """A bias or gain, or a stack of them: not decayed."""
     is_in_stack: bool
-    """Of experts that are networks, and sharded where there are processes for it."""
+    """Whether it belongs to experts that are networks, which are sharded over processes."""
 
     def uses_muon(self, train: TrainConfig) -> bool:
         """Return whether Muon updates the parameter: a matrix inside the model that is no gate and no table."""
@@ -117,7 +117,10 @@ def group_parameters(
     `factors`: of parameters that are scaled with the width, by name.
     """
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    is_restricted = train.trainable != "all"
     for role in roles:
+        if is_restricted and not role.parameter.requires_grad:
+            continue
         factor = factors.get(role.name, UNSCALED).learning_rate
         settings: dict[str, Any] = {
             "lr": role.learning_rate(train) * factor,

@@ -42,7 +42,7 @@ class Collapse:
     experts: tuple[int, ...]
     """The busiest ones, from the busiest on."""
     share: float
-    """Of the assignments that they could have in the last window, in general one of each token for each expert."""
+    """Share of the assignments that they could have in the last window, usually one per token and expert."""
     num_experts: int
     leaves_others: bool = False
     """Tokens use more experts than these; `share` is of tokens then."""
@@ -93,7 +93,7 @@ class LoadWindow:
         """Numbers of a layer: the load of each expert, and the tokens."""
         self._local_X: Tensor | None = None
         self._total_X: Tensor | None = None
-        """Of all processes, of the steps before the last checkpoint."""
+        """Totals over all processes, of the steps before the last checkpoint."""
 
     def add(self, records: Sequence[Sequence[LayerRecord]]) -> None:
         """Add the records of a step: for each micro-batch one of each layer."""

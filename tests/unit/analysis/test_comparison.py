@@ -150,7 +150,7 @@ def test_two_arms_of_one_cell_are_refused():
     # Under a second label switch would make Holm's family larger, and tie with itself for the best.
     results = make_results({"dense": 0, "switch": -0.01})
     copies = [("again", seed, f"switch-{seed}") for seed in range(5)]
-    message = r"arms 'switch' \(seed 0\) and 'again' \(seed 0\) are one and the same cell, switch-0"
+    message = r"arms 'switch' \(seed 0\) and 'again' \(seed 0\) are the same cell, switch-0"
     with pytest.raises(UsageError, match=message):
         compare(results, expected=[*list_cells(results), *copies], baseline="dense")
     with pytest.raises(UsageError, match="dense-0: 2 results of one cell are given"):

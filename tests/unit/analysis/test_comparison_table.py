@@ -148,8 +148,8 @@ sigmoid_bias_free     14.0k         70 %   1.23M  4.57M
 FAILED switch, seed 1 (swi1): loss is nan at step 212
 MISSING sigmoid_bias_free: no result yet for seed 4
 diverged: the loss, a gradient or the final metric was not finite, or a spike ended the run
-(train.spike_policy=stop). Means and differences are of the other seeds, no fair sample: such a pair
-has no verdict, such an arm is never best.
+(train.spike_policy=stop). Means and differences are of the other seeds, a biased sample: such a
+pair has no verdict, such an arm is never best.
 ± half of the 95 % t interval over seeds.
 p: of the paired t-test. p pooled: p value of the difference by the noise of all arms together. p
 Holm: the larger of both, corrected for 2 comparisons; better or worse means p Holm ≤ 0.05. exact p:

@@ -93,6 +93,41 @@ def test_tokens_that_differ_between_seeds_alike_for_all_arms_are_matched() -> No
         compare(results, expected=list_cells(results), baseline="dense")
 
 
+def test_other_steps_for_equal_flops_of_training_are_matched_and_marked() -> None:
+    """1,600,000 tokens of 1e6 FLOPs are as much as the baseline's 800,000 of 2e6; both train in steps of one batch."""
+    results = make_results({"dense": 0, "top_2": -0.01})
+    cheap = COST | make_cost(1e6) | {"train_tokens": 1.6e6}
+    results = [
+        replace(r, cost=cheap, config={"train": {"steps": 200}})
+        if r.arm == "top_2"
+        else replace(r, config={"train": {"steps": 100}})
+        for r in results
+    ]
+    comparison = compare(results, expected=list_cells(results), baseline="dense")
+    assert summary_of(comparison, "top_2").marks == ("best", "=training FLOPs")
+    assert comparison.differences[0].verdict == "better"
+    assert comparison.notes[0] == (
+        "top_2: matched by its FLOPs of training, 1 times the baseline's, not by tokens: train_tokens is 1,600,000, the"
+        " baseline's 800,000; FLOPs per token 0.5 times the baseline's in evaluation"
+    )
+    longer = [replace(r, cost=r.cost | {"train_tokens": 1.8e6}) if r.arm == "top_2" else r for r in results]
+    with pytest.raises(UsageError, match="train_tokens is 1,800,000"):
+        compare(longer, expected=list_cells(longer), baseline="dense")
+
+
+def test_frozen_parameters_count_in_flops_of_training() -> None:
+    results = make_results({"dense": 0, "frozen": -0.01})
+    frozen = COST | make_cost(2e6) | {"train_tokens": 1.2e6, "train_factor": 2.0}
+    results = [
+        replace(r, cost=frozen, config={"train": {"steps": 150}})
+        if r.arm == "frozen"
+        else replace(r, config={"train": {"steps": 100}})
+        for r in results
+    ]
+    comparison = compare(results, expected=list_cells(results), baseline="dense")
+    assert "=training FLOPs" in summary_of(comparison, "frozen").marks
+
+
 def config(router: str, match: str, **layout: object) -> dict[str, object]:
     return {"router": {"name": router}, "layout": {"match": match, "expert_width": None, **layout}}
 

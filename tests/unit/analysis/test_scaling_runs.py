@@ -72,7 +72,7 @@ def test_the_split_is_a_choice(tmp_path):
         ({"layout.num_experts": [4]}, r"switch: 2 numbers of experts \(1, 4\); at least 3, dense is 1"),
         ({"model.d_model": [16, 128]}, "switch: 2 model sizes; at least 3"),
         ({"model.d_model": [16, 32, 64]}, "training FLOPs are 1.2 decades of compute; at least 1.5"),
-        ({"router": ["dense"]}, r"no cell with experts of ladder is done there \(`moebench run` makes them\)"),
+        ({"router": ["dense"]}, r"no cell with experts of ladder is done there \(train it with `moebench run`\)"),
         ({"router": ["switch"], "model.d_model": [16, 64, 128], "layout.num_experts": [2, 4]}, "2 numbers of experts"),
     ],
 )

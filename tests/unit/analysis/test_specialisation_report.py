@@ -96,7 +96,7 @@ def test_a_run_is_named_by_how_its_id_begins(tmp_path: Path) -> None:
     table = report.to_dict()["labels"]["class"]
     assert (table["values"], table["layers"]["3"]) == (["cat", "dog", "cow"], COUNTS.tolist())
     assert table["information"] == TABLE.information
-    for name, words in (("aa", "begins 2 ids"), ("dddx", "Did you mean 'dddd'"), ("", "unknown")):
+    for name, words in (("aa", "matches 2 ids"), ("dddx", "Did you mean 'dddd'"), ("", "unknown")):
         with pytest.raises(UsageError, match=words):
             read_label_report(tmp_path, name)
     with pytest.raises(UsageError, match=r"--label: 'clas' is unknown. Did you mean 'class'"):

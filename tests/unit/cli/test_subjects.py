@@ -20,7 +20,7 @@ def test_experiments_and_routers_are_told_apart():
     [
         ([], "neither an experiment nor a router"),
         (["quickstart", "switch"], r"got experiments \(quickstart\) and routers \(switch\); allowed: experiments only"),
-        (["quickstrt", "vision"], "'quickstrt' is no experiment.* Did you mean 'quickstart'?"),
+        (["quickstrt", "vision"], "'quickstrt' is neither an experiment.* Did you mean 'quickstart'?"),
     ],
 )
 def test_mixtures_are_refused(words, message):
@@ -32,7 +32,7 @@ def test_a_mistyped_experiment_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     Path("experiments").mkdir()
     Path("experiments/tiny.yaml").touch()
-    with pytest.raises(UsageError, match=r"^report: 'tiny2' is no experiment, .* Did you mean 'tiny'\?$"):
+    with pytest.raises(UsageError, match=r"^report: 'tiny2' is neither an experiment .* Did you mean 'tiny'\?$"):
         is_experiment(["tiny2"], "report")
     Path("mine.yaml").touch()
     with pytest.raises(UsageError, match=r"Did you mean the file 'mine\.yaml'\?$"):

@@ -39,7 +39,7 @@ def test_a_cell_is_selected_by_arm_seed_or_id(name: str, cell_id: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("ab", "--foreground: 'ab' begins several ids: ab01, ab02"),
+        ("ab", "--foreground: 'ab' matches several ids: ab01, ab02"),
         ("dnse", "--foreground: there is no cell 'dnse'. Did you mean 'dense'?"),
         ("dense/5", "--foreground: there is no cell 'dense/5'. Did you mean 'dense/"),
         ("", "--foreground: there is no cell ''. Allowed: ARM, ARM/SEED or the start of an id; arms: dense, top_k"),

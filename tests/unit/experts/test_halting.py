@@ -243,11 +243,11 @@ def test_gradients_of_drawn_steps_are_unbiased() -> None:
         y_TD, record = run(layer, same, training=True, seed=seed)
         loss_T = y_TD @ pull_D
         task = (loss_T + layer.router.objective(replace(record, token_loss_T=loss_T.detach()))).mean()
-        for found, loss in zip(draws, (task, layer.router.losses(record)["geometric"]), strict=True):
-            found.append(list(torch.autograd.grad(loss, leaves, retain_graph=True)))
-    for found, expected in zip(draws, exact, strict=True):
+        for drawn_gradients, loss in zip(draws, (task, layer.router.losses(record)["geometric"]), strict=True):
+            drawn_gradients.append(list(torch.autograd.grad(loss, leaves, retain_graph=True)))
+    for drawn_gradients, expected in zip(draws, exact, strict=True):
         for index, gradient in enumerate(expected):
-            each = torch.stack([gradients[index] for gradients in found])
+            each = torch.stack([gradients[index] for gradients in drawn_gradients])
             error = each.std(0) / num_batches**0.5
             assert ((each.mean(0) - gradient).abs() <= 5 * error + 2e-3 * gradient.abs() + 1e-5).all()
             assert gradient.norm() > 10 * error.norm(), "the estimate says something"

@@ -134,8 +134,8 @@ def test_equal_experts_in_attention_are_dense_attention(keys_values: str) -> Non
     with torch.no_grad():
         for stack, one in ((bank.weight_EDO, dense.qkv.weight), (bank.b_out_EO, dense.qkv.bias)):
             stack.copy_(stack[:1].expand_as(stack))
-            whole = torch.cat([stack[0], stack[0][..., 16:]], -1) if keys_values == "shared" else stack[0]
-            one.copy_(whole.T if whole.dim() == 2 else whole)
+            complete = torch.cat([stack[0], stack[0][..., 16:]], -1) if keys_values == "shared" else stack[0]
+            one.copy_(complete.T if complete.dim() == 2 else complete)
     dense.out, dense.qk_norm = attention.out, attention.qk_norm
     _, ctx = batch(training=False, length=6)
     y_BLD, _ = attention(X_BLD, ctx.route_in(attention.layer, X_BLD))  # two equal experts with weights of sum 1

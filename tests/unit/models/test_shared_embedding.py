@@ -46,12 +46,12 @@ def compute_losses(module: CellModule):
 
 def test_loss_of_the_shared_embedding_is_the_task_loss_of_its_own_prediction(text: Path, tmp_path: Path) -> None:
     module = module_of(text, tmp_path, embedding_loss=0.5)
-    found, outputs, batch = compute_losses(module)
+    objective, outputs, batch = compute_losses(module)
     alone = module.task.loss(predict(module, batch), batch).mean()
-    torch.testing.assert_close(found.raw["embedding"], alone)
-    torch.testing.assert_close(found.weighted["embedding"], 0.5 * alone)
-    torch.testing.assert_close(found.task, module.task.loss(outputs[0], batch).mean())
-    torch.testing.assert_close(found.total, found.task + sum(found.weighted.values()))
+    torch.testing.assert_close(objective.raw["embedding"], alone)
+    torch.testing.assert_close(objective.weighted["embedding"], 0.5 * alone)
+    torch.testing.assert_close(objective.task, module.task.loss(outputs[0], batch).mean())
+    torch.testing.assert_close(objective.total, objective.task + sum(objective.weighted.values()))
 
 
 def test_the_shared_embedding_learns_from_its_loss_and_the_routers_and_passes_no_gradient_down(

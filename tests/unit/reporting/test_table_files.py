@@ -83,5 +83,5 @@ def test_files_are_named_by_titles(tmp_path) -> None:
 
 def test_a_file_in_place_of_the_folder_is_a_mistake(tmp_path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"--tables .*file: the folder cannot be made"):
+    with pytest.raises(UsageError, match=r"--tables .*file: the folder cannot be created"):
         write_tables([TABLE], tmp_path / "file")

@@ -61,6 +61,12 @@ REGISTRATION = {
     "a missing fact": ('        equation="y = x",\n', "", ["missing 1 required keyword-only argument: 'equation'"]),
     "an old fact": ("causality=Causality(", "causal=True, causality=Causality(", ["unexpected", "'causal'"]),
     "no facts": (f"@ROUTERS.register(\n{FACTS})", "@ROUTERS.register", ["Facts(...)", "got Broken"]),
+    "facts that are a mapping": (
+        f"@ROUTERS.register(\n{FACTS})",
+        "@ROUTERS.register({})",
+        ["Facts(...)", "my_router.py:"],
+    ),
+    "a name that is not text": ('name: str = "broken"', "name: int = 3", ["has no name", "name: str = '...'"]),
     "no router": ("class Broken(Router):", "class Broken:", ["must be a class that derives from Router"]),
     "no name": ('        name: str = "broken"\n', "        pass\n", ["has no name", "name: str = '...'"]),
     "a name that is taken": ('"broken"', '"switch"', ["router 'switch' is already defined in", "switch.py"]),
@@ -114,6 +120,11 @@ PLANNING = {
         "def forward(self, x_TD: Tensor, ctx: RouteContext)",
         "def forward(self, x_TD: Tensor)",
         ["forward must take (x_TD, ctx), got forward(self, x_TD"],
+    ),
+    "losses that the facts do not name": (
+        METHOD,
+        f"    def losses(self, record):\n        return {{'mine': 0}}\n\n{METHOD}",
+        ["Facts.own_losses must name what losses() returns"],
     ),
     "a coefficient that is text": (
         '        name: str = "broken"\n',

@@ -50,10 +50,10 @@ def test_a_changed_digit_is_damage(tmp_path: Path) -> None:
         ({"format": 9}, "'format' is 9"),
         ({"sentences": [1]}, "'sentences' must be a list of texts"),
         ({"arms": {"a": {"mean": float("nan")}}}, "expected a finite number"),
-        ({"arms": {"a": 3}}, "an arm is no object"),
+        ({"arms": {"a": 3}}, "an arm is not an object"),
         ({"arms": {str(n): {} for n in range(MAX_ARMS + 1)}}, "'arms' has 1001 entries"),
         ({"tables": [{"title": "t", "columns": ["a"], "rows": [["1", "2"]]}]}, "rows of another length"),
-        ({"tables": [3]}, "a table is no object"),
+        ({"tables": [3]}, "a table is not an object"),
         ({"num_done": None}, "'num_done' is 'None'"),
     ],
 )

@@ -88,12 +88,12 @@ def test_names_determine_the_split_of_a_file(names: str, parts: str | None) -> N
 
 
 def test_ambiguous_splits_are_refused() -> None:
-    with pytest.raises(UsageError, match="'extra/a' belongs to no part, but other files belong to train and test"):
+    with pytest.raises(UsageError, match="'extra/a' belongs to no split, but other files belong to train and test"):
         assign_parts(["train/a", "test/a", "extra/a"], by_file=False)
-    with pytest.raises(UsageError, match="there are the parts validation and test, but no train"):
+    with pytest.raises(UsageError, match="there are the splits validation and test, but no train"):
         assign_parts(["val/a", "test/a"], by_file=False)
     # A table called so is no class: rows that were kept apart must not be trained on.
-    with pytest.raises(UsageError, match=r"'data\.csv' belongs to no part, but other files belong to test"):
+    with pytest.raises(UsageError, match=r"'data\.csv' belongs to no split, but other files belong to test"):
         assign_parts(["data.csv", "test.csv"], by_file=True)
     assert folders_of("en/train/a.txt", divided=True) == ["en"]
     assert folders_of("train/cat/small/a.png", divided=True) == ["cat", "small"]

@@ -240,10 +240,10 @@ def test_spikes_are_recorded_at_their_steps(text: Path, tmp_path: Path, later: N
 
 def test_a_run_that_is_stopped_and_resumed_is_the_same_bit_for_bit(text: Path, tmp_path: Path, later: None) -> None:
     config = tiny_config(text, router="loss_free", train={"log_every": 6, "eval_every": 100})
-    whole, parts = Run(config, tmp_path / "whole"), Run(config, tmp_path / "parts")
-    assert whole() is not None
+    complete, parts = Run(config, tmp_path / "whole"), Run(config, tmp_path / "parts")
+    assert complete() is not None
     assert parts(stop_at=4) is None
     assert parts.checkpoints.joinpath("step_0000005.ckpt").exists()  # the step after the request
     assert parts() is not None
-    assert_same_tree(whole.checkpoint(12)["state_dict"], parts.checkpoint(12)["state_dict"])
-    assert whole.points() == parts.points()
+    assert_same_tree(complete.checkpoint(12)["state_dict"], parts.checkpoint(12)["state_dict"])
+    assert complete.points() == parts.points()

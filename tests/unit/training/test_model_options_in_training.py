@@ -28,8 +28,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "sections",
     [
-        {"router": "top_k"},
-        {"router": "top_p", "layout": {"name": "moduleformer", "match": "none"}},
+        pytest.param({"router": "top_k"}, marks=pytest.mark.slow),
+        pytest.param({"router": "top_p", "layout": {"name": "moduleformer", "match": "none"}}, marks=pytest.mark.slow),
         {"task": SPANS, "router": "switch", "train": {"accumulate": 2, "precision": "bf16"}},
     ],
     ids=["experts", "heads", "encoder-decoder in bf16"],
@@ -38,24 +38,24 @@ def test_resuming_with_dropout_repeats_the_run(text: Path, tmp_path: Path, secti
     train = {"z_loss": 0.01} | sections.get("train", {})
     model = ALL_OPTIONS | {"tie_embeddings": True}
     config = tiny_config(text, **(sections | {"model": model, "train": train}))
-    whole, parts = Run(config, tmp_path / "whole"), Run(config, tmp_path / "parts")
-    whole()
+    complete, parts = Run(config, tmp_path / "whole"), Run(config, tmp_path / "parts")
+    complete()
     parts(stop_at=5)
     parts()
-    assert_same_runs(whole, parts)
+    assert_same_runs(complete, parts)
 
 
-@pytest.mark.parametrize("task", ["vision", "speech"])
+@pytest.mark.parametrize("task", [pytest.param("vision", marks=pytest.mark.slow), "speech"])
 def test_other_inputs_resume_with_dropout_too(tmp_path: Path, task: str) -> None:
     data = write_data(tmp_path)
     config = tiny_config(
         tmp_path, task={"name": task, **data[task]}, router="smear", model=ALL_OPTIONS, train={"z_loss": 0.01}
     )
-    whole, parts = Run(config, tmp_path / "whole"), Run(config, tmp_path / "parts")
-    whole()
+    complete, parts = Run(config, tmp_path / "whole"), Run(config, tmp_path / "parts")
+    complete()
     parts(stop_at=5)
     parts()
-    assert_same_runs(whole, parts)
+    assert_same_runs(complete, parts)
 
 
 @pytest.mark.parametrize("task", [{}, MASKED, SPANS], ids=["language", "masked", "spans"])
@@ -125,7 +125,14 @@ def test_z_loss_by_hand() -> None:
     assert add_z_loss(plain, 0.0, [logits_BPV], batch, normalizer) is plain
 
 
-@pytest.mark.parametrize("task", ["language", "masked_language", "span_corruption"])
+@pytest.mark.parametrize(
+    "task",
+    [
+        "language",
+        pytest.param("masked_language", marks=pytest.mark.slow),
+        pytest.param("span_corruption", marks=pytest.mark.slow),
+    ],
+)
 def test_z_loss_is_recorded_and_lowers_z(text: Path, tmp_path: Path, task: str) -> None:
     last = {}
     for coefficient in (1e-9, 1.0):

@@ -30,7 +30,9 @@ CELLS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ("soft", "features") else name for name in CELLS]
+)
 def test_a_cell_trains_to_the_same_bits(name: str, text: Path, tmp_path: Path) -> None:
     ended = []
     for choice in ("none", "blocks"):

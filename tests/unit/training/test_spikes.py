@@ -175,7 +175,8 @@ def test_stop_ends_the_run_before_the_update(start) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_skip_leaves_parameters_moments_and_router_as_they_were(start, optimizer: str) -> None:
-    run = start("skip", train={"checkpoint_every": 1, "optimizer": optimizer}, router="loss_free")
+    train = {"steps": AT + 1, "checkpoint_every": 1, "optimizer": optimizer}
+    run = start("skip", train=train, router="loss_free")
     states = {}
 
     def keep(message: dict[str, Any]) -> None:
@@ -192,7 +193,7 @@ def test_skip_leaves_parameters_moments_and_router_as_they_were(start, optimizer
     assert states[AT]["global_step"] == AT
 
 
-@pytest.mark.parametrize("policy", ["record", "skip"])
+@pytest.mark.parametrize("policy", [pytest.param("record", marks=pytest.mark.slow), "skip"])
 def test_spikes_are_the_same_in_a_resumed_run(start, policy: str) -> None:
     full, parts = start(policy, "full"), start(policy, "parts")
     result = full()
@@ -231,7 +232,13 @@ def kill_at(step: int) -> Callable[[dict[str, Any]], None]:
 
 
 @pytest.mark.parametrize(
-    ("killed_at", "optimizer"), [(AT - 2, "adamw"), (AT - 1, "adamw"), (AT - 1, "muon"), (AT + 5, "adamw")]
+    ("killed_at", "optimizer"),
+    [
+        (AT - 1, "adamw"),
+        pytest.param(AT - 2, "adamw", marks=pytest.mark.slow),
+        pytest.param(AT - 1, "muon", marks=pytest.mark.slow),
+        pytest.param(AT + 5, "adamw", marks=pytest.mark.slow),
+    ],
 )
 def test_rewinding_run_that_is_killed_ends_the_same(start, rewound, killed_at: int, optimizer: str) -> None:
     full, result = rewound(optimizer)

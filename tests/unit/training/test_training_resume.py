@@ -74,7 +74,14 @@ def test_resumed_run_equals_an_uninterrupted_one(text: Path, tmp_path: Path, rou
     assert_same_runs(full, parts)
 
 
-@pytest.mark.parametrize("task", TASKS.names())
+SIMILAR_TASKS = ("masked_language", "keyword", "clustered")
+"""Tasks whose batches are made like those of language and speech, or from the seed alone."""
+
+
+@pytest.mark.parametrize(
+    "task",
+    [pytest.param(name, marks=pytest.mark.slow) if name in SIMILAR_TASKS else name for name in TASKS.names()],
+)
 def test_every_task_resumes_exactly(
     task: str, data: Mapping[str, Mapping[str, Any]], text: Path, tmp_path: Path
 ) -> None:

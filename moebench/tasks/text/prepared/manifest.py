@@ -213,7 +213,7 @@ def _parse(values: Mapping[str, Any]) -> Manifest:
 
 
 def _check_sizes(manifest: Manifest) -> None:
-    """Raise ValueError if the sizes of files are not those of their content."""
+    """Raise ValueError if the sizes of files do not match their content."""
     num_domains = len(manifest.domains)
     require_size(num_domains, manifest.vocab_size)
     expected = [(manifest.counts, 8 * num_domains * manifest.vocab_size)]
@@ -228,7 +228,7 @@ def _check_sizes(manifest: Manifest) -> None:
         if shard.bytes is not None:
             expected.append((shard.bytes, num_tokens * np.dtype(shard.byte_type).itemsize))
     if any(entry.size != size for entry, size in expected):
-        raise ValueError("the sizes of files are not those of their content")
+        raise ValueError("the sizes of files do not match their content")
 
 
 def require_size(num_domains: int, vocab_size: int) -> None:

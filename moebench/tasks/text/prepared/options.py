@@ -79,9 +79,9 @@ class PrepareOptions:
         if self.data.dataset is None:
             columns = {name: value for name, value in columns.items() if "column" in name}
         kept = ("tokenizer", "split_by", "validation", "test", "remove_overlap", "shard_bytes")
-        own = {name: getattr(self, name) for name in kept}
+        options = {name: getattr(self, name) for name in kept}
         trained = {} if self.vocab_to_train is None else {"sample_bytes": self.sample_bytes}
-        return {**columns, **own, **trained}
+        return {**columns, **options, **trained}
 
 
 def describe_source(

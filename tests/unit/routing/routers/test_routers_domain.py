@@ -126,3 +126,41 @@ def test_policy_gradient_reaches_the_input_unless_detached(detach_input: bool) -
     assert (x_TD is None) is detach_input
     if not detach_input:
         assert x_TD.abs().max() > 1e-3
+
+
+NAMES = {"domains": ("poems", "code", "news"), "num_domains": 1}
+"""Data of which training has poems alone; the two others were those of a parent."""
+
+
+@pytest.mark.parametrize("name", ["domain", "domain_posterior"])
+def test_domains_keep_their_experts_by_name(name: str) -> None:
+    case = Case(name, 3, {"domains": ["code", "news", "poems"]})
+    router = case.router_class(case.config, build_context(3, **NAMES))
+    tokens = Tokens.draw(12, length=4)
+    routing = route_domains(router, tokens, [0, 0, 0], training=True)
+    assert routing.expert_N.tolist() == [2] * 12  # poems are first in the data and last in the list
+    if name == "domain":
+        routing = route_domains(router, tokens, [0, 1, 2])
+        assert routing.expert_N.tolist() == [2] * 4 + [0] * 4 + [1] * 4
+        assert (routing.weight_N == 1).all()
+
+
+def test_a_domain_that_is_not_listed_is_mixed_by_the_prior() -> None:
+    case = Case("domain", 2, {"domains": ["code", "poems"]})
+    router = case.router_class(case.config, build_context(2, **NAMES))
+    weights_TE = tabulate_weights(route_domains(router, Tokens.draw(12, length=4), [0, 1, 2]))
+    assert weights_TE.tolist() == [[0, 1]] * 4 + [[1, 0]] * 4 + [[0.5, 0.5]] * 4
+
+
+@pytest.mark.parametrize(
+    ("domains", "message"),
+    [
+        (["code", "poem"], r"router.domains: 'poem' is unknown. Did you mean 'poems'\?"),
+        (["poems", "poems"], "names a domain twice"),
+        (["code"], "router.domains: lacks poems, which training has"),
+    ],
+)
+def test_wrong_lists_of_domains(domains: list[str], message: str) -> None:
+    case = Case("domain", 2, {"domains": domains})
+    with pytest.raises(UsageError, match=message):
+        case.router_class(case.config, build_context(2, **NAMES))

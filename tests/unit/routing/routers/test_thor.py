@@ -41,13 +41,13 @@ def module_of(text: Path, folder: Path, router: dict[str, Any], **overrides: Any
     return module
 
 
-def judged_batch(module: CellModule, valid_BL: Tensor | None = None) -> tuple[Any, list[Any], list[Tensor]]:
+def compute_batch(module: CellModule, valid_BL: Tensor | None = None) -> tuple[Any, list[Any], list[Tensor]]:
     """Return what the first batch gives: the objective, the records of the passes, and their outputs."""
     count_BP = None if valid_BL is None else valid_BL.long()
     batch = replace(module.task.train_batch(4, 0, 0), valid_BL=valid_BL, count_BP=count_BP)
     outputs, records = module.run_passes(batch, batch_context(batch, training=True, seed=0))
-    found, records = module.compute_loss(batch, outputs, records)
-    return found, records, outputs
+    computed, records = module.compute_loss(batch, outputs, records)
+    return computed, records, outputs
 
 
 def test_divergence_by_hand() -> None:
@@ -67,33 +67,33 @@ def test_divergence_is_symmetric_and_not_negative(num_classes: int, seed: int) -
 
 def test_consistency_loss_is_0_if_both_passes_use_the_same_experts(text: Path, tmp_path: Path) -> None:
     one = {"layout": {"num_experts": 1}}  # both passes must use it
-    assert judged_batch(module_of(text, tmp_path, {}, **one))[0].raw["consistency"] == 0
-    found, records, _ = judged_batch(module_of(text, tmp_path, {}))
+    assert compute_batch(module_of(text, tmp_path, {}, **one))[0].raw["consistency"] == 0
+    computed, records, _ = compute_batch(module_of(text, tmp_path, {}))
     drawn = [[record.routing.expert_N.unique().tolist() for record in of_pass] for of_pass in records]
     assert drawn[0] != drawn[1]
-    assert found.raw["consistency"] > 1e-4
+    assert computed.raw["consistency"] > 1e-4
 
 
 def test_task_loss_is_the_mean_of_both_passes_without_padding(text: Path, tmp_path: Path) -> None:
     module = module_of(text, tmp_path, {"consistency": 3.0})
     valid_BL = torch.arange(8).expand(4, 8) < torch.tensor([[8], [5], [1], [0]])
-    found, _, outputs = judged_batch(module, valid_BL)
+    computed, _, outputs = compute_batch(module, valid_BL)
     batch = module.task.train_batch(4, 0, 0)
     losses = [module.task.loss(output, batch)[valid_BL].mean() for output in outputs]
-    torch.testing.assert_close(found.task, (losses[0] + losses[1]) / 2)
+    torch.testing.assert_close(computed.task, (losses[0] + losses[1]) / 2)
     assert losses[0] != losses[1]
     first, second = (output.log_softmax(-1)[valid_BL] for output in outputs)
     kl = [(a.exp() * (a - b)).sum(-1).mean() for a, b in ((first, second), (second, first))]
-    torch.testing.assert_close(found.raw["consistency"], (kl[0] + kl[1]) / 2)
-    torch.testing.assert_close(found.total, found.task + 3 * found.raw["consistency"])
-    assert set(found.parts()) == {"loss/task", "loss/total", "loss/consistency", "balance/consistency"}
+    torch.testing.assert_close(computed.raw["consistency"], (kl[0] + kl[1]) / 2)
+    torch.testing.assert_close(computed.total, computed.task + 3 * computed.raw["consistency"])
+    assert set(computed.parts()) == {"loss/task", "loss/total", "loss/consistency", "balance/consistency"}
 
 
 def test_coefficient_of_0_makes_one_pass(text: Path, tmp_path: Path) -> None:
     module = module_of(text, tmp_path, {"consistency": 0.0})
-    found, records, outputs = judged_batch(module)
+    computed, records, outputs = compute_batch(module)
     assert len(outputs) == len(records) == 1
-    assert set(found.parts()) == {"loss/task", "loss/total"}
+    assert set(computed.parts()) == {"loss/task", "loss/total"}
 
 
 def test_records_contain_both_passes(text: Path, tmp_path: Path) -> None:
@@ -115,10 +115,10 @@ def test_gradients_do_not_depend_on_micro_batches(text: Path, tmp_path: Path) ->
             size = 4 // accumulate
             batch = module.task.train_batch(4, 0, 0, slice(size * index, size * index + size))
             ctx = batch_context(batch, training=True, seed=0)  # the same experts for every micro-batch
-            found, _ = module.compute_loss(
+            computed, _ = module.compute_loss(
                 batch, *module.run_passes(batch, ctx), build_loss_normalizer(batch, module.config, module.mesh)
             )
-            total = total + found.total / accumulate
+            total = total + computed.total / accumulate
         gradients.append(torch.autograd.grad(total, list(module.parameters()), allow_unused=True))
     for full, accumulated in zip(*gradients, strict=True):
         assert (full is None) is (accumulated is None)
@@ -140,7 +140,7 @@ def test_passes_agree_on_the_class_of_an_image(tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     module = module_of(write_pictures(pictures), tmp_path, {}, task=task)  # one prediction for a sequence of patches
-    objective, _, outputs = judged_batch(module)
+    objective, _, outputs = compute_batch(module)
     first_BC, second_BC = (output.log_softmax(-1) for output in outputs)
     torch.testing.assert_close(objective.raw["consistency"], divergence(first_BC, second_BC).mean())
     assert objective.raw["consistency"] > 1e-6

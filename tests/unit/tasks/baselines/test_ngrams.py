@@ -75,9 +75,9 @@ def test_probabilities_of_all_symbols_add_up_to_1(train: list[int], context: lis
 def test_counting_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch):
     text = np.random.default_rng(0).integers(0, 5, 200)
     contexts = [read_context(text, np.arange(200), np.full(200, 200), offset) for offset in TWO_SIDED]
-    whole = NgramModel(text, 5, TWO_SIDED).compute_nats(text, contexts)
+    complete = NgramModel(text, 5, TWO_SIDED).compute_nats(text, contexts)
     monkeypatch.setattr(ngrams, "CHUNK", 7)
-    assert (NgramModel(text, 5, TWO_SIDED).compute_nats(text, contexts) == whole).all()
+    assert (NgramModel(text, 5, TWO_SIDED).compute_nats(text, contexts) == complete).all()
 
 
 def test_an_order_must_fit_into_63_bits():

@@ -63,7 +63,7 @@ def test_blank_texts_are_skipped(tmp_path: Path, content: str) -> None:
 
 ROWS: dict[str, tuple[dict[str, list[Any]], dict[str, Any], str | list[str]]] = {
     "words that readers take for nothing": ({"text": ["NA", "null", "007", "1e5", "true"]}, {}, "NA null 007 1e5 true"),
-    "half a character": ({"text": ["a", "\ud800"]}, {}, ["row 1 has half a character"]),
+    "half a character": ({"text": ["a", "\ud800"]}, {}, ["row 1 contains a lone surrogate"]),
     "nul": ({"text": ["a\0b"]}, {}, ["row 0 has NUL bytes"]),
     "number": ({"text": [3]}, {}, ["row 0 is ", ", not text"]),
     "list": ({"text": [["a", "b"]]}, {}, ["row 0 is list, not text"]),
@@ -233,8 +233,8 @@ def test_compressed_texts_and_tables_read_like_plain_ones(tmp_path: Path) -> Non
 def test_a_torn_zstd_file_is_named(tmp_path: Path) -> None:
     with pa.CompressedOutputStream(str(tmp_path / "a.txt.zst"), "zstd") as file:
         file.write(os.urandom(5000).hex().encode())
-    whole = (tmp_path / "a.txt.zst").read_bytes()
-    (tmp_path / "a.txt.zst").write_bytes(whole[: len(whole) // 2])
+    complete = (tmp_path / "a.txt.zst").read_bytes()
+    (tmp_path / "a.txt.zst").write_bytes(complete[: len(complete) // 2])
     with pytest.raises(UsageError, match=r"'a\.txt\.zst' cannot be read \("):
         documents(tmp_path / "a.txt.zst")
 

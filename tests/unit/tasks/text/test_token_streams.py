@@ -16,15 +16,15 @@ def parts_of(lengths: list[int]) -> list[np.ndarray]:
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=8), st.integers(1, 7), st.data())
 def test_a_stream_reads_like_the_concatenated_arrays(lengths, length, data):
     parts = parts_of(lengths)
-    whole, stream = np.concatenate(parts), TokenStream(parts)
-    assert len(stream) == len(whole)
-    assert np.concatenate([np.empty(0), *stream.chunks(2)]).tolist() == whole.tolist()
-    first, end = sorted(data.draw(st.tuples(st.integers(0, len(whole)), st.integers(0, len(whole) + 3))))
-    assert stream.read(first, end).tolist() == whole[first:end].tolist()
-    if len(whole) >= length:
-        starts = data.draw(st.lists(st.integers(0, len(whole) - length), max_size=5))
+    complete, stream = np.concatenate(parts), TokenStream(parts)
+    assert len(stream) == len(complete)
+    assert np.concatenate([np.empty(0), *stream.chunks(2)]).tolist() == complete.tolist()
+    first, end = sorted(data.draw(st.tuples(st.integers(0, len(complete)), st.integers(0, len(complete) + 3))))
+    assert stream.read(first, end).tolist() == complete[first:end].tolist()
+    if len(complete) >= length:
+        starts = data.draw(st.lists(st.integers(0, len(complete) - length), max_size=5))
         rows = stream.gather(np.array(starts, dtype=np.int64), length)
-        assert rows.tolist() == [whole[start : start + length].tolist() for start in starts]
+        assert rows.tolist() == [complete[start : start + length].tolist() for start in starts]
         assert rows.dtype == np.int64
 
 

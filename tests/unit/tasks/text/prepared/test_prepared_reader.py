@@ -71,17 +71,17 @@ def test_one_epoch_reads_every_window_once(folder, tmp_path):
 
 
 def test_held_out_domains_are_in_the_test_split_alone(folder):
-    text, whole = open_folder(folder, held_out_domains=["x"]), open_folder(folder)
+    text, complete = open_folder(folder, held_out_domains=["x"]), open_folder(folder)
     assert (text.domains, text.num_held_out) == (("notes", "y", "x"), 1)
     assert len(text.train.length_D) == len(text.validation.length_D) == 2
-    assert text.test.length_D.tolist() == whole.test.length_D[[0, 2, 1]].tolist()
-    x = whole.domains.index("x")
-    count_V = np.bincount(whole.train.tokens_N[:0], minlength=300)
-    first = whole.train.length_D.cumsum()[x] - whole.train.length_D[x]
-    x_N = whole.train.tokens_N[first : first + whole.train.length_D[x]]
-    count_V = whole.token_count_V - np.bincount(x_N, minlength=300)
+    assert text.test.length_D.tolist() == complete.test.length_D[[0, 2, 1]].tolist()
+    x = complete.domains.index("x")
+    count_V = np.bincount(complete.train.tokens_N[:0], minlength=300)
+    first = complete.train.length_D.cumsum()[x] - complete.train.length_D[x]
+    x_N = complete.train.tokens_N[first : first + complete.train.length_D[x]]
+    count_V = complete.token_count_V - np.bincount(x_N, minlength=300)
     assert text.token_count_V.tolist() == count_V.tolist()
-    assert text.digest != whole.digest
+    assert text.digest != complete.digest
     with pytest.raises(UsageError, match=r"held_out_domains: 'z' is unknown"):
         open_folder(folder, held_out_domains=["z"])
 

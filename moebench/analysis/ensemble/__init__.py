@@ -1,0 +1,1 @@
+"""Whole models mixed by a posterior: branch-train-merge without merging weights."""

@@ -1,0 +1,98 @@
+"""Parents that were trained on the test text of their children: a gain on it would be memory, not adaptation."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from moebench.config import resolve
+from moebench.errors import UsageError
+from moebench.experiment.model_costs import ModelCosts
+from moebench.init_config import Parent
+from moebench.runs.cell import Cell
+from moebench.runs.folder import RunFolder
+from moebench.schema import CellConfig
+from moebench.tasks.cache import load_or_create
+from moebench.tasks.language import TextTask
+from moebench.tasks.task import TASKS
+from moebench.tasks.text.shared_documents import SharedDocuments, find_shared_documents
+
+
+def require_no_overlap(cells: Sequence[Cell], costs: ModelCosts) -> list[str]:
+    """Raise UsageError for a parent whose training text has test documents of a child's domains, unless it is allowed.
+
+    Returns notes: overlap that `init.allow_overlap` allows, and parents whose text is unknown. Tasks that are not on
+    text are not looked at.
+    """
+    notes: list[str] = []
+    seen: set[str] = set()
+    for cell in cells:
+        key = f"{cell.config.init.from_} {cell.config.task!r}"
+        if cell.config.init.has_parent and key not in seen:
+            seen.add(key)
+            notes += _check_cell(cell, costs)
+    return list(dict.fromkeys(notes))
+
+
+def _check_cell(cell: Cell, costs: ModelCosts) -> Iterator[str]:
+    child = costs.task(cell.config)
+    for parent in cell.config.init.parents:
+        if parent.kind == "hf":
+            yield f"init.from: what {parent} was trained on is unknown; its text may have the test text of this task"
+            continue
+        config = _read_config(parent, cell, costs)
+        task = costs.task(config) if config is not None else None
+        if not isinstance(child, TextTask) or not isinstance(task, TextTask):
+            continue
+        shared = count_shared(task, child, config, cell.config, costs)
+        if not shared.num_shared:
+            continue
+        domains = ", ".join(f"{domain} {count}" for domain, count in sorted(shared.shared.items()))
+        found = (
+            f"init.from: the training text of {parent} has {shared.num_shared} of the {shared.documents} test documents"
+            f" of {cell.arm}, verbatim or nearly ({domains})"
+        )
+        if not cell.config.init.allow_overlap:
+            raise UsageError(f"{found}: a gain on them would be memory. Give other data, or init.allow_overlap=true")
+        yield f"{found}; init.allow_overlap allows it"
+
+
+def _read_config(parent: Parent, cell: Cell, costs: ModelCosts) -> CellConfig | None:
+    """Return the configuration of a parent; None where it cannot be read, which other checks report."""
+    stages = {each.id: each.config for each in cell.parents}
+    if parent.name in stages:
+        return stages[parent.name]
+    try:
+        stored: dict[str, Any] = RunFolder.of(costs.results, parent.name).read_cell()
+        config = resolve(stored["config"])
+        data = TASKS.get(config.task.name).item.source_digest(config.task)
+    except UsageError:
+        return None
+    return config if data == stored["data"]["digest"] else None
+
+
+def count_shared(
+    parent: TextTask, child: TextTask, parent_config: Any, child_config: Any, costs: ModelCosts
+) -> SharedDocuments:
+    """Return how many test documents of a child's domains are in the training text of its parent."""
+    none = SharedDocuments(shared={}, documents=0)
+    if parent.text.digest == child.text.digest:
+        return none  # the data of one run, which its preparation has checked
+    overlap = parent.text.overlap
+    is_clean = overlap is not None and not any(removed for removed, _ in overlap.values())
+    if is_clean and _identify_source(parent_config) == _identify_source(child_config):
+        return none  # one division into splits, and the preparation of the parent has looked at the test split of all
+    key = hashlib.sha256(f"{parent.text.digest} {child.text.digest}".encode()).hexdigest()[:24]
+
+    def create() -> tuple[dict[str, Any], dict[str, Any]]:
+        found = find_shared_documents(parent.text, child.text)
+        return {"shared": dict(found.shared), "documents": found.documents}, {}
+
+    values = load_or_create(costs.results / "cache" / f"shared-{key}", create)[0]
+    return SharedDocuments(shared=values["shared"], documents=values["documents"])
+
+
+def _identify_source(config: CellConfig) -> str:
+    """Return the digest of a source of text with all of its domains: equal where the division into splits is."""
+    whole = replace(config.task, data=replace(config.task.data, held_out_domains=[]))  # type: ignore[attr-defined,call-arg]
+    return TASKS.get(config.task.name).item.source_digest(whole)

@@ -1,0 +1,1 @@
+"""Decoder-only models that both moebench and transformers compute: what they are, and the weights of each."""

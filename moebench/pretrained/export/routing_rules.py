@@ -1,0 +1,63 @@
+"""How the routers of moebench choose and weight experts in evaluation, where it is the k best of one score each."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from moebench.errors import UsageError
+from moebench.pretrained.decoders.decoder import RoutingRule
+
+NOT_IN_EVALUATION = (".router.noise_gate.weight_ED",)
+"""Endings of weights that only training reads."""
+
+
+def _top_k(config: Any) -> RoutingRule:
+    normalised = config.softmax == "after" or config.renormalise
+    return RoutingRule(score="softmax", top_k=config.top_k, normalised=normalised)
+
+
+def _switch(config: Any) -> RoutingRule:
+    return RoutingRule(score="softmax", top_k=1, normalised=False)
+
+
+def _noisy_top_k(config: Any) -> RoutingRule:
+    return RoutingRule(score="softmax", top_k=config.top_k, normalised=True)
+
+
+def _deepseek_moe(config: Any) -> RoutingRule:
+    if config.kept_groups < config.num_groups:
+        raise UsageError(
+            f"router.kept_groups={config.kept_groups}: groups are ranked by their best expert, in transformers by their"
+            " two best"
+        )
+    return RoutingRule(score="softmax", top_k=config.top_k, normalised=False, scale=config.scale)
+
+
+def _loss_free(config: Any) -> RoutingRule:
+    return RoutingRule(
+        score=config.score,
+        top_k=config.top_k,
+        normalised=config.renormalise,
+        scale=config.scale,
+        has_bias=True,
+        num_groups=config.num_groups,
+        kept_groups=config.kept_groups,
+    )
+
+
+RULES: Mapping[str, Callable[[Any], RoutingRule]] = {
+    **dict.fromkeys(("top_k", "mixtral", "olmoe", "frozen_top_k"), _top_k),
+    "switch": _switch,
+    "noisy_top_k": _noisy_top_k,
+    "deepseek_moe": _deepseek_moe,
+    **dict.fromkeys(("loss_free", "deepseek_v3"), _loss_free),
+}
+"""Router -> its rule; the others route in another way."""
+
+
+def describe_routing(config: Any) -> RoutingRule:
+    """Return the rule of a configured router; raise UsageError for one that no model of transformers has."""
+    if config.name not in RULES:
+        raise UsageError(
+            f"router.name={config.name}: transformers has no such routing (it has that of {', '.join(RULES)})"
+        )
+    return RULES[config.name](config)

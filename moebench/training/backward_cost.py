@@ -1,0 +1,77 @@
+"""FLOPs and parameters of training where only some parameters are updated (`train.trainable`)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from moebench.models.transformer import Block, Transformer
+from moebench.schema import TrainConfig
+from moebench.training.model import Model
+from moebench.training.optimizer.groups import ParameterRole, describe_parameters
+from moebench.training.trainable import GROUPS
+from moebench.training.utilization import BACKWARD_FACTOR
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedPart:
+    """What a step computes and keeps besides the forward pass."""
+
+    factor: float = BACKWARD_FACTOR
+    """FLOPs of forward and backward pass over those of the forward pass."""
+    share: float = 1.0
+    """Parameters that have a gradient and a state in the optimizer, over all."""
+
+
+ALL = TrainedPart()
+
+
+def measure_trained_part(model: Model, train: TrainConfig, sequence_length: int) -> TrainedPart:
+    """Return the cost of the backward pass and the trained share of the parameters; the model may be without storage.
+
+    Gradients reach down to the lowest block that has a trained parameter, and are computed for the inputs of all maps
+    there and above, and for the weights of the trained ones. Kernels compute the gradients of all experts of a bank. Of
+    an encoder-decoder, and of experts that are stacks of blocks, the gradients reach everything.
+    """
+    if train.trainable == "all":
+        return ALL
+    roles = describe_parameters(model)
+    groups = GROUPS[train.trainable]
+    trained = {id(role.parameter) for role in roles if role.group in groups}
+    num_trained = sum(role.parameter.numel() for role in roles if id(role.parameter) in trained)
+    share = num_trained / sum(role.parameter.numel() for role in roles)
+    return TrainedPart(factor=_count_factor(model, roles, trained, sequence_length), share=share)
+
+
+def _count_factor(model: Model, roles: Sequence[ParameterRole], trained: set[int], length: int) -> float:
+    backbone = model.backbone
+    if not isinstance(backbone, Transformer) or not all(isinstance(block, Block) for block in backbone.blocks):
+        return float(BACKWARD_FACTOR)
+    rows = {
+        id(parameter): layer.rows_per_token / layer.bank.num_experts
+        for layer in backbone.moe_layers()
+        for parameter in layer.bank.parameters()
+    }
+    maps = {id(role.parameter) for role in roles if not role.is_vector and role.group != "embeddings"}
+    is_reached = any(id(parameter) in trained for parameter in model.embedding.parameters())
+    forward = backward = 0.0
+    for block in backbone.blocks:
+        assert isinstance(block, Block)
+        flops = float(block.flops_per_token(length))
+        matrices = [parameter for parameter in block.parameters() if id(parameter) in maps]
+        products = {id(p): 2 * p.numel() * rows.get(id(p), 1.0) for p in matrices}
+        is_reached = is_reached or any(id(parameter) in trained for parameter in block.parameters())
+        forward += flops
+        if is_reached:
+            of_weights = sum(count for key, count in products.items() if key in trained or key in rows)
+            of_inputs = sum(products.values())
+            backward += of_inputs + of_weights + 2 * max(flops - of_inputs, 0.0)
+    head = sum(2 * parameter.numel() for parameter in _list_matrices(model.head))
+    is_head_trained = any(id(parameter) in trained for parameter in model.head.parameters())
+    forward += head
+    backward += head * (is_reached + is_head_trained)
+    return (forward + backward) / forward
+
+
+def _list_matrices(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.dim() >= 2]

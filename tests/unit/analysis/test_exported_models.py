@@ -1,0 +1,317 @@
+"""Exported models: logits in transformers are those of moebench; what transformers cannot express is refused."""
+
+import json
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from support.random_models import RandomRun, compute_logits, draw_tokens
+from support.training_cases import write_text
+
+import moebench
+from moebench.analysis.exported_run import ExportOptions
+from moebench.errors import UsageError
+from moebench.pretrained.export.folder_writer import write_folder
+from moebench.pretrained.export.tensors import TensorSource
+from moebench.pretrained.folder import open_pretrained
+from moebench.pretrained.parent import read_parent
+
+pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
+SWIGLU = {"activation": "swiglu", "num_heads": 2, "num_kv_heads": 1}
+TOLERANCE = 1e-5
+
+DENSE: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("llama", {}),
+    "all biases, tied": ("llama", {"attention_bias": "all", "ffn_bias": True, "tie_embeddings": True}),
+    "tied without a scale": ("llama", {"tie_embeddings": True, "embedding_scale": 1.0}),
+    "scales": ("llama", {"embedding_scale": 3.0, "residual_scale": 0.5, "norm_eps": 0.01}),
+    "linear": ("llama", {"rope_scaling": "linear", "rope_factor": 4.0, "rope_theta": 500.0}),
+    "ntk": ("llama", {"rope_scaling": "ntk", "rope_factor": 4.0}),
+    "llama3": ("llama", {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_length": 16}),
+    "gelu": ("arcee", {"activation": "gelu", "ffn_bias": True}),
+    "biases of queries, keys and values": ("qwen2", {"attention_bias": "qkv"}),
+    "norm of each head": ("qwen3", {"qk_norm": "head", "attention_bias": "all"}),
+}
+SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {"router": {"name": "mixtral"}}),
+    "top_k of 4": ("mixtral", {"router": {"name": "top_k", "top_k": 4}}),
+    "noisy_top_k": ("mixtral", {"router": "noisy_top_k"}),
+    "not normalised": ("qwen2_moe", {"router": {"name": "top_k", "renormalise": False}}),
+    "switch": ("qwen2_moe", {"router": "switch", "model": {"attention_bias": "qkv"}}),
+    "some blocks": ("qwen2_moe", {"router": "mixtral", "layout": {"n": 2}}),
+    "olmoe": ("olmoe", {"router": {"name": "olmoe", "top_k": 3}, "model": {"qk_norm": "full"}}),
+    "olmoe, normalised, biases": (
+        "olmoe",
+        {"router": "mixtral", "model": {"qk_norm": "full", "attention_bias": "all"}},
+    ),
+    "one expert, norm of heads": (
+        "qwen3_moe",
+        {
+            "router": {"name": "top_k", "top_k": 1, "renormalise": False},
+            "model": {"qk_norm": "head"},
+            "layout": {"n": 2},
+        },
+    ),
+    "deepseek_moe": ("qwen2_moe", {"router": {"name": "deepseek_moe", "top_k": 2, "scale": 3.0}}),
+    "loss_free": ("glm4_moe", {"router": "loss_free", "model": {"qk_norm": "head", "residual_scale": 0.5}}),
+    "deepseek_v3": (
+        "glm4_moe",
+        {
+            "router": {"name": "deepseek_v3", "top_k": 3, "num_groups": 2, "kept_groups": 1},
+            "layout": {"name": "fine_grained", "split": 1, "shared": 2, "blocks": [1], "expert_width": 8},
+            "model": {"attention_bias": "qkv", "tie_embeddings": True},
+        },
+    ),
+    "widths that transformers has to pad": ("mixtral", {"router": "mixtral", "layout": {"expert_width": 5}}),
+    "shared width that is padded": (
+        "glm4_moe",
+        {"router": "loss_free", "layout": {"name": "fine_grained", "split": 2, "shared": 1, "expert_width": 3}},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+def load(folder: Path) -> Any:
+    """Load a folder in transformers; fail for missing or unexpected weights."""
+    import transformers
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def compare(run: RandomRun, folder: Path, model_type: str) -> None:
+    token_BL = draw_tokens(run.task.vocab_size or 0)
+    model = load(folder)
+    assert model.config.model_type == model_type
+    with torch.no_grad():
+        theirs = model(token_BL).logits
+    ours = compute_logits(run.model, token_BL)
+    assert ours.std() > 0.2  # so that the tolerance is small beside the values
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=TOLERANCE)
+
+
+def merge(sections: Mapping[str, Any]) -> dict[str, Any]:
+    return {**sections, "model": {**SWIGLU, **sections.get("model", {})}}
+
+
+@pytest.mark.parametrize("case", DENSE)
+def test_a_dense_model_has_the_same_logits_in_transformers(tmp_path: Path, text: Path, case: str) -> None:
+    model_type, options = DENSE[case]
+    run = RandomRun(tmp_path, text, **merge({"model": options, "router": "dense"}))
+    assert run.export(tmp_path / "out").model_type == model_type
+    compare(run, tmp_path / "out", model_type)
+
+
+@pytest.mark.parametrize("case", SPARSE)
+def test_a_sparse_model_has_the_same_logits_in_transformers(tmp_path: Path, text: Path, case: str) -> None:
+    model_type, sections = SPARSE[case]
+    run = RandomRun(tmp_path, text, **merge(sections))
+    assert run.export(tmp_path / "out").model_type == model_type
+    compare(run, tmp_path / "out", model_type)
+
+
+@settings(max_examples=12)
+@given(
+    router=st.sampled_from(["mixtral", "olmoe", "switch", "loss_free", "deepseek_v3"]),
+    top_k=st.integers(2, 4),
+    qk_norm=st.sampled_from(["none", "head", "full"]),
+    attention_bias=st.sampled_from(["none", "qkv", "all"]),
+    scaling=st.sampled_from(["none", "linear", "ntk"]),
+    flags=st.tuples(st.booleans(), st.booleans(), st.sampled_from([1, 2, 4])),
+)
+def test_any_options_give_the_same_logits_or_one_line(
+    text: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    router: str,
+    top_k: int,
+    qk_norm: str,
+    attention_bias: str,
+    scaling: str,
+    flags: tuple[bool, bool, int],
+) -> None:
+    """Any combination is exact in transformers, or refused with the options that are the reason."""
+    root = tmp_path_factory.mktemp("any")
+    ties, is_partial, kv_heads = flags
+    model = {"num_heads": 4, "num_kv_heads": kv_heads, "qk_norm": qk_norm, "attention_bias": attention_bias}
+    rope = {"rope_scaling": scaling, "rope_factor": 1.0 if scaling == "none" else 2.0}
+    run = RandomRun(
+        root,
+        text,
+        model={**SWIGLU, **model, **rope, "tie_embeddings": ties, "d_model": 16},
+        router={"name": router, **({} if router == "switch" else {"top_k": top_k})},
+        layout={"n": 2 if is_partial else 1},
+    )
+    try:
+        exported = run.export(root / "out")
+    except UsageError as error:
+        reason = str(error)
+    else:
+        compare(run, root / "out", exported.model_type)
+        return
+    assert "no decoder of transformers computes it (not " in reason
+    assert not (root / "out").exists()
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "router": ({"router": "hash"}, "router.name=hash: transformers has no such routing (it has that of top_k, "),
+    "gelu": ({"router": "mixtral", "model": {"activation": "gelu"}}, "model.activation is gelu"),
+    "layer norm": ({"router": "dense", "model": {"norm": "layernorm"}}, "model.norm=layernorm: "),
+    "biases of experts": ({"router": "mixtral", "model": {"ffn_bias": True}}, "model.ffn_bias is True"),
+    "capacity": (
+        {"router": "mixtral", "layout": {"capacity_factor_eval": 1.0}},
+        "layout.capacity_factor_eval=1: in transformers no expert has a capacity",
+    ),
+    "experts in attention": (
+        {"router": {"name": "top_k", "top_k": 2}, "layout": {"name": "attention", "expert_width": None}},
+        "layout.name=attention: experts in other places",
+    ),
+    "widths": ({"router": "mixtral", "layout": {"name": "heterogeneous", "expert_width": None}}, "experts that differ"),
+    "two activations": (
+        {"router": "mixtral", "layout": {"n": 2, "expert_activation": "gelu"}},
+        "layout.expert_activation=gelu: experts and dense networks",
+    ),
+    "gate of shared experts": (
+        {"router": "mixtral", "layout": {"name": "residual", "expert_width": 8}},
+        "layout.name=residual: a gate",
+    ),
+    "groups": (
+        {"router": {"name": "deepseek_moe", "top_k": 2, "num_groups": 2}},
+        "router.kept_groups=1: groups are ranked by their best expert",
+    ),
+    "softmax with a bias": (
+        {"router": {"name": "loss_free", "score": "softmax"}},
+        "the router has softmax scores with a selection bias",
+    ),
+    "another task": ({"router": "mixtral", "task": {"name": "masked_language"}}, "task.name=masked_language: only"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_transformers_cannot_express_is_refused_and_offered_as_safetensors(
+    tmp_path: Path, text: Path, case: str
+) -> None:
+    sections, reason = REFUSED[case]
+    run = RandomRun(tmp_path, text, **merge(sections))
+    with pytest.raises(UsageError) as error:
+        run.export(tmp_path / "out")
+    message = str(error.value)
+    assert message.startswith("--format hf: transformers cannot express run random: ")
+    assert reason in message
+    assert message.endswith("; --format safetensors writes its weights and configuration")
+    assert not list(tmp_path.glob("*out*"))
+    run.export(tmp_path / "out", format="safetensors")
+    model, task = moebench.load_model(f"hf:{tmp_path / 'out'}", tmp_path)
+    assert type(task) is type(run.task)
+    stored = run.model.state_dict()
+    assert stored.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe4096", "own", "own without a separator"])
+def test_the_tokenizer_has_the_same_ids(tmp_path: Path, text: Path, tokenizer: str) -> None:
+    import transformers
+
+    from moebench.tasks.text.embedded_tokenizer import train_bpe
+
+    name = tokenizer
+    if tokenizer.startswith("own"):
+        trained = train_bpe(["ab 1 xyz 2 the mill"], 300)
+        content = json.loads(trained.to_str())
+        if "without" in tokenizer:
+            content["added_tokens"][0]["content"] = "<pad>"
+            content["model"]["vocab"] = {
+                key.replace("<|endoftext|>", "<pad>"): n for key, n in content["model"]["vocab"].items()
+            }
+        name = str(tmp_path / "tokenizer.json")
+        Path(name).write_text(json.dumps(content))
+    sections = {"task": {"data": {"tokenizer": name}}, "router": "dense"}
+    run: Any = RandomRun(tmp_path, text, **merge(sections))
+    run.export(tmp_path / "out")
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    random = torch.Generator().manual_seed(0)
+    texts = ["", "ab 1 xyz", " two  spaces\n\n\ttabs ", "Ünïcödé 漢字 \U0001f600", "ab<x>"]
+    texts += ["".join(chr(int(c)) for c in torch.randint(1, 0xD7FF, (40,), generator=random)) for _ in range(20)]
+    for each in texts:
+        assert loaded(each)["input_ids"] == run.task.text.tokenizer.encode(each)[0].tolist()
+        assert loaded.decode(loaded(each)["input_ids"]) == each
+    assert loaded.eos_token_id == run.task.text.separator
+    parent = read_parent(open_pretrained(f"hf:{tmp_path / 'out'}", requires_experts=False))
+    expected = str(tmp_path / "out" / "tokenizer.json") if "own" in tokenizer else tokenizer
+    assert parent.settings["task"] == {"data": {"tokenizer": expected}}
+    assert parent.vocab_size == run.task.vocab_size
+
+
+def test_large_models_are_divided_and_types_are_rounded(tmp_path: Path, text: Path) -> None:
+    run = RandomRun(tmp_path, text, **merge({"router": "loss_free"}))
+    source = TensorSource(weights=run.model.state_dict(), dtype=torch.bfloat16)
+    files = write_folder(tmp_path / "out", {"config.json": "{}"}, source, max_shard_bytes=4000)
+    shards = [file for file in files if file.suffix == ".safetensors"]
+    assert len(shards) > 2
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    stored = {}
+    for shard in shards:
+        assert shard.stat().st_size < 3 * 4000
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                assert index["weight_map"][name] == shard.name
+                stored[name] = file.get_tensor(name)
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in stored.values())
+    for name, value in run.model.state_dict().items():
+        dtype = torch.float32 if name.endswith("bias_E") else torch.bfloat16  # a selection bias is not rounded
+        assert torch.equal(stored[name], value.to(dtype))
+
+
+def test_the_model_card_has_no_markup_of_the_run(tmp_path: Path, text: Path) -> None:
+    from moebench.pretrained.export.model_card import escape
+
+    run = RandomRun(tmp_path, text, **merge({"router": "mixtral"}))
+    run.export(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| arm | switch |" in card
+    assert 'AutoModelForCausalLM.from_pretrained("out", dtype=torch.float32)' in card
+    assert "None: these are not the weights of a finished run." in card
+    assert escape("<script>\n| [a](b) `c` *d*") == r"\<script\> | \[a\](b) \`c\` \*d\*"
+
+
+def test_an_output_folder_is_never_half_written_nor_replaced_by_accident(tmp_path: Path, text: Path) -> None:
+    run = RandomRun(tmp_path / "results", text, **merge({"router": "mixtral"}))
+    out = tmp_path / "models" / "one"
+    run.export(out)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in out.iterdir()} == {0o644}
+    with pytest.raises(UsageError, match=r"--out .*one: is not empty \(README.md\); give a new folder, or --force"):
+        run.export(out)
+    run.export(out, force=True)
+    (out / "thesis.tex").write_text("years of work")
+    with pytest.raises(
+        UsageError, match=r"has thesis.tex, which no export wrote; --force replaces exported models only"
+    ):
+        run.export(out, force=True)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["one"]
+    (tmp_path / "link").symlink_to(out)
+    for path in (tmp_path / "link", out / "config.json"):
+        with pytest.raises(UsageError, match="is no folder; give the name of a new one"):
+            run.export(path)
+    for key, value, reason in (("format", "gguf", "--format: 'gguf' is unknown"), ("dtype", "int8", "--dtype: 'int8'")):
+        with pytest.raises(UsageError, match=reason):
+            ExportOptions(out=tmp_path / "new", **{key: value}).check()
+
+
+def test_a_disk_that_is_too_small_leaves_nothing(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RandomRun(tmp_path / "results", text, **merge({"router": "mixtral"}))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(UsageError, match=r"--out .*: needs 16.* MiB, and .* are free"):
+        run.export(tmp_path / "models" / "one")
+    assert list((tmp_path / "models").iterdir()) == []

@@ -1,0 +1,80 @@
+"""Gain and forgetting of arms: signs, averages, references and corrections."""
+
+from dataclasses import replace
+
+import pytest
+
+from moebench.analysis.transfer.evaluation_text import DomainText, EvaluationText
+from moebench.analysis.transfer.measure import RunTransfer
+from moebench.analysis.transfer.values import compare_with_reference, correct_changes, summarise_arm
+
+
+def run_of(seed: int, parent: tuple[float, float], child: tuple[float, float]) -> RunTransfer:
+    """Return a run with (target, sources) of the parent and of itself."""
+    return RunTransfer(
+        seed=seed,
+        target=("code",),
+        sources=("docs",),
+        parent_target=parent[0],
+        child_target=child[0],
+        parent_source=parent[1],
+        child_source=child[1],
+        parent_domains={"code": parent[0], "docs": parent[1]},
+        child_domains={"code": child[0], "docs": child[1]},
+        train_flops=(10.0, 2.0),
+        train_s=(5.0, 1.0),
+    )
+
+
+RUNS = [run_of(0, (4.0, 2.0), (3.0, 2.5)), run_of(1, (4.2, 2.0), (3.0, 2.6)), run_of(2, (4.1, 2.1), (3.0, 2.5))]
+
+
+def test_gain_and_forgetting_are_positive_where_a_run_learns_and_forgets() -> None:
+    arm = summarise_arm("dense", RUNS, lower_is_better=True)
+    assert arm.gain.mean == pytest.approx((1.0 + 1.2 + 1.1) / 3)
+    assert arm.forgetting is not None
+    assert arm.forgetting.mean == pytest.approx((0.5 + 0.6 + 0.4) / 3)
+    assert arm.gain.interval is not None
+    assert arm.gain.p is not None
+    assert arm.domain_changes == {"code": pytest.approx(-1.1), "docs": pytest.approx(0.5)}
+
+
+def test_signs_of_a_metric_that_is_better_when_higher() -> None:
+    arm = summarise_arm("dense", [run_of(0, (0.5, 0.9), (0.8, 0.6))], lower_is_better=False)
+    assert arm.gain.mean == pytest.approx(0.3)
+    assert arm.forgetting is not None
+    assert arm.forgetting.mean == pytest.approx(0.3)
+    assert arm.gain.interval is None  # one seed
+
+
+def test_a_run_without_sources_has_no_forgetting() -> None:
+    runs = [replace(run, sources=(), parent_source=None, child_source=None) for run in RUNS]
+    assert summarise_arm("dense", runs, lower_is_better=True).forgetting is None
+
+
+def test_the_difference_to_the_reference_is_paired_by_seed() -> None:
+    reference = summarise_arm("dense", RUNS[:2], lower_is_better=True)
+    better = [run_of(run.seed, (run.parent_target, 2.0), (run.child_target - 0.1, 2.0)) for run in RUNS]
+    gain, loss = compare_with_reference(
+        summarise_arm("switch", better, lower_is_better=True), reference, lower_is_better=True
+    )
+    assert gain is not None
+    assert loss is not None
+    assert gain.mean == pytest.approx(0.1)
+    assert loss.mean == pytest.approx(-(0.5 + 0.6) / 2)
+
+
+def test_p_values_are_corrected_over_the_arms() -> None:
+    arm = summarise_arm("dense", RUNS, lower_is_better=True)
+    corrected = correct_changes({"dense": arm.gain, "switch": arm.gain, "none": None})
+    assert corrected["none"] is None
+    assert corrected["dense"] is not None
+    assert corrected["dense"].p_holm == pytest.approx(2 * (arm.gain.p or 0))
+
+
+def test_domains_are_weighted_by_their_size() -> None:
+    domains = {"a": DomainText(digest="x", weight=1.0), "b": DomainText(digest="y", weight=3.0)}
+    text = EvaluationText(domains=domains, trained=("a", "b"))
+    assert text.average({"a": 1.0, "b": 2.0}, ("a", "b")) == pytest.approx(1.75)
+    other = EvaluationText(domains={"a": DomainText(digest="z", weight=1.0)}, trained=("a",))
+    assert not text.has(other, "a")

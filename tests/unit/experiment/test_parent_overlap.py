@@ -1,0 +1,69 @@
+"""A parent whose training text has test documents of its child is refused; one division into splits has none."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support.command_line import tiny, write_text
+
+from moebench.errors import UsageError
+from moebench.experiment.grid import Experiment, expand
+from moebench.experiment.model_costs import ModelCosts
+from moebench.experiment.parent_overlap import require_no_overlap
+from moebench.tasks.language import TextTask
+from moebench.tasks.text.shared_documents import find_shared_documents, iterate_documents
+
+
+def expand_stages(folder: Path, *, train: Path, adapt: Path, held_out: bool = False, **init: Any) -> Experiment:
+    stages: list[dict[str, Any]] = [
+        {"name": "train", "base": {"task": {"data": {"path": str(train)}}}},
+        {"name": "adapt", "base": {"task": {"data": {"path": str(adapt)}}, "init": {"from": "stage:train", **init}}},
+    ]
+    if held_out:
+        stages[0]["base"]["task"]["data"]["held_out_domains"] = ["b"]
+        stages[1]["base"]["task"]["data"]["held_out_domains"] = ["a"]
+    file = folder / "staged.yaml"
+    file.write_text(yaml.safe_dump(tiny(stages=stages, grid={"router": ["dense"]}, seeds=[0])))
+    return expand(file)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> tuple[Path, Path]:
+    """Return a folder of two domains, and one whose test split is the training documents of the first."""
+    write_text(tmp_path / "text")
+    for split in ("train", "validation", "test"):
+        for number in range(3):
+            source = tmp_path / "text" / "ab"[number % 2] / f"document{number if split != 'train' else number + 6}.txt"
+            target = tmp_path / "copied" / split / "c" / f"{split}{number}.txt"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            words = source.read_text().split()
+            target.write_text(" ".join(words if split != "train" else reversed(words)))
+    return tmp_path / "text", tmp_path / "copied"
+
+
+def test_domains_of_one_source_share_nothing(tmp_path: Path, texts: tuple[Path, Path]) -> None:
+    experiment = expand_stages(tmp_path, train=texts[0], adapt=texts[0], held_out=True)
+    assert require_no_overlap(experiment.cells, ModelCosts(tmp_path)) == []
+
+
+def test_test_documents_in_the_training_text_of_the_parent_are_refused(
+    tmp_path: Path, texts: tuple[Path, Path]
+) -> None:
+    experiment = expand_stages(tmp_path, train=texts[0], adapt=texts[1])
+    with pytest.raises(UsageError, match=r"init.from: the training text of run:\w+ has \d of the 3 test documents of"):
+        require_no_overlap(experiment.cells, ModelCosts(tmp_path))
+    allowed = expand_stages(tmp_path, train=texts[0], adapt=texts[1], allow_overlap=True)
+    (note,) = require_no_overlap(allowed.cells, ModelCosts(tmp_path))
+    assert note.endswith("; init.allow_overlap allows it")
+    assert [cell.id for cell in allowed.cells] == [cell.id for cell in experiment.cells]
+
+
+def test_documents_are_read_back_from_their_tokens(tmp_path: Path, texts: tuple[Path, Path]) -> None:
+    (cell,) = expand_stages(tmp_path, train=texts[0], adapt=texts[1]).cells
+    task = ModelCosts(tmp_path).task(cell.config)
+    assert isinstance(task, TextTask)
+    documents = [text for _, text in iterate_documents(task.text, task.text.test)]
+    assert sorted(documents) == sorted(file.read_text() for file in (texts[1] / "test" / "c").glob("*.txt"))
+    shared = find_shared_documents(task.text, task.text)
+    assert (shared.documents, shared.num_shared) == (3, 0)
