@@ -109,7 +109,7 @@ class ParentWeights(Mapping[str, Tensor]):
 
 
 def read_parent(folder: PretrainedFolder) -> ParentModel:
-    """Return the model of a folder; no weight is read yet.
+    """Return the model of a folder; no weight is read yet but gates of shared experts, which must be 0.
 
     Raises UsageError, in one line that names the key of config.json or the weight, for what moebench does not compute:
     other activations, attention, positions or routing; and for missing, additional or differently shaped weights, and a

@@ -21,6 +21,7 @@ from moebench.analysis.trained_run import TrainedRun
 from moebench.errors import UsageError
 from moebench.experts.layout import LAYOUTS
 from moebench.pretrained.export.folder_writer import write_folder
+from moebench.pretrained.export.routing_rules import RULES
 from moebench.pretrained.export.tensors import TensorSource
 from moebench.pretrained.folder import open_pretrained
 from moebench.pretrained.parent import read_parent
@@ -341,7 +342,18 @@ def plain_cases() -> dict[str, dict[str, Any]]:
     return routers | layouts
 
 
-@pytest.mark.parametrize("case", plain_cases())
+WITH_TABLES = ("hash", "remoe", "routing_networks_wpl", "domain_posterior")
+"""Routers with whole numbers, scalars or other modules among their weights."""
+
+
+def is_quick(case: str) -> bool:
+    kind, _, name = case.partition(" ")
+    return kind == "layout" or name in (*RULES, *WITH_TABLES)
+
+
+@pytest.mark.parametrize(
+    "case", [case if is_quick(case) else pytest.param(case, marks=pytest.mark.slow) for case in plain_cases()]
+)
 def test_every_model_is_written_with_our_names_and_for_transformers_or_refused(
     tmp_path: Path, text: Path, case: str
 ) -> None:
