@@ -83,8 +83,9 @@ class Registry(Generic[T, F]):
             raise UsageError(f"{caller.f_code.co_filename}:{caller.f_lineno}: {rule}")
 
         def enter(item: T) -> T:
-            key = name or getattr(getattr(item, "Config", None), "name", "")
-            if problem := self._find_problem(item, key if isinstance(key, str) else ""):
+            given = name or getattr(getattr(item, "Config", None), "name", "")
+            key = given if isinstance(given, str) else ""
+            if problem := self._find_problem(item, key):
                 raise UsageError(f"{_origin(item)}: {problem}")
             self._entries[key] = Entry(key, item, facts)
             return item
