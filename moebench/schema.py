@@ -206,12 +206,8 @@ class ParallelConfig:
         divides = self.world_size % self.nodes == 0
         require(divides, "parallel.nodes", self.nodes, f"a divisor of {product} = {self.world_size}")
         per_node = self.world_size // self.nodes
-        require(
-            self.devices in (None, per_node),
-            "parallel.devices",
-            self.devices,
-            f"{per_node}, or null: {product} on {self.nodes} nodes",
-        )
+        allowed = f"{per_node}, or null: {product} on {self.nodes} nodes"
+        require(self.devices in (None, per_node), "parallel.devices", self.devices, allowed)
 
 
 @dataclass(frozen=True, kw_only=True)
