@@ -31,10 +31,7 @@ if TYPE_CHECKING:
     from moebench.training.model import Model
 
 DEFAULT_BASELINE = "dense"
-CELL_COLUMNS = ("id", "experiment", "arm", "seed")
 SPLITS = ("test", "validation")
-DAMAGED = "damaged"
-"""Status of a run whose files cannot be read."""
 
 
 def load_experiment(
@@ -195,8 +192,9 @@ def load_runs(results: str | Path = "results") -> "pandas.DataFrame":
     import pandas
 
     from moebench.runs.folder import list_run_folders
+    from moebench.runs.table import CELL_COLUMNS, describe_run
 
-    rows = [_row(folder) for folder in list_run_folders(Path(results))]
+    rows = [describe_run(folder) for folder in list_run_folders(Path(results))]
     return pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=[*CELL_COLUMNS, "status", "error"])
 
 
@@ -279,24 +277,6 @@ def _find_run(run: str | Path, results: Path) -> "RunFolder":
     from moebench.runs.folder import RunFolder
 
     return RunFolder(Path(run)) if (Path(run) / "cell.json").is_file() else find_run(results, str(run))
-
-
-def _row(folder: "RunFolder") -> dict[str, Any]:
-    """Return the settings and the results of one run, by the names of the columns."""
-    from moebench.config import flatten
-
-    try:
-        cell, result = folder.read_cell(), folder.read_result()
-    except UsageError as error:
-        return {"id": folder.path.name, "status": DAMAGED, "error": str(error)}
-    row = {key: cell[key] for key in CELL_COLUMNS}
-    row |= {"status": folder.describe_state(), "error": result.error if result else None}
-    row |= {key: value for key, value in flatten(cell["config"]) if key != "seed"}
-    if result is not None:
-        groups = {"test": result.metrics, "validation": result.validation}
-        groups |= {"cost": result.cost, "throughput": result.throughput}
-        row |= {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
-    return row
 
 
 @contextlib.contextmanager

@@ -66,8 +66,8 @@ class TrainConfig(OptimizerConfig, StepConfig, CheckpointConfig):
     without tokens goes on in the direction of its momentum with full steps, and clip_norm changes only how gradients of
     different steps are mixed.
 
-    Learning rates: those of the groups router, experts, embeddings and head follow the same schedule from their own
-    peaks. A group is what a parameter belongs to in the model; the output that shares the embedding is an embedding.
+    Learning rates: those of router, experts, embeddings and head follow the same schedule from their own peaks. A group
+    is what a parameter belongs to in the model; the output that shares the embedding is an embedding.
 
     Weight decay is decoupled and times the learning rate. It applies to parameters of two or more dimensions
     (projections, embedding tables, stacked expert weights) in weight_decay_groups; gains and biases are not decayed.
@@ -96,14 +96,13 @@ class TrainConfig(OptimizerConfig, StepConfig, CheckpointConfig):
         **dict.fromkeys(("batch_size", "accumulate"), at_least_1_up_to(2**20)),
         "threads": at_least_1_up_to(1024),
         **dict.fromkeys(("eval_every", "log_every", "checkpoint_every"), AT_LEAST_1),
-        **dict.fromkeys(("learning_rate", "clip_norm"), POSITIVE_FINITE),
+        **dict.fromkeys(("learning_rate", "clip_norm", "spike_threshold"), POSITIVE_FINITE),
         **dict.fromkeys(("warmup_steps", "skip_batches"), AT_LEAST_0),
         **dict.fromkeys(("weight_decay", "z_loss"), AT_LEAST_0_FINITE),
         **dict.fromkeys(("beta1", "beta2"), BELOW_1),
         "final_rate": FRACTION,
         "spike_window": Range(low=8),
         "max_epochs": POSITIVE,
-        "spike_threshold": POSITIVE_FINITE,
     }
 
     batch_size: int = 8
@@ -193,7 +192,7 @@ class ParallelConfig:
     shard_optimizer: bool = False
     """Divide the state of the optimizer among the processes with equal copies of a parameter; results stay the same."""
     async_checkpoints: bool = False
-    """Write checkpoints from a copy in memory while training goes on, also with one process."""
+    """Write checkpoints from a copy in memory while training goes on."""
 
     @property
     def world_size(self) -> int:

@@ -122,13 +122,7 @@ def run_foreground(
     open_results(results)
     for note in experiment.notes:
         print_note(console, note)
-    costs = ModelCosts(results)
-    if not ignore_memory:
-        require_memory([cell], costs)
-    require_disk_space(results, [cell], costs)
-    require_epochs([cell], costs)
-    require_parents([cell], costs)
-    for note in require_no_overlap([cell], costs):
+    for note in _check_resources(cell, results, ignore_memory=ignore_memory):
         print_note(console, note)
     record_experiment(results, experiment)
     metric = TASKS.get(cell.config.task.name).facts.metric
@@ -149,6 +143,17 @@ def run_foreground(
     if code == 0:
         _show_trivial_baselines(experiment, results, console)
     return code
+
+
+def _check_resources(cell: Cell, results: Path, *, ignore_memory: bool) -> Sequence[str]:
+    """Raise UsageError where a cell lacks memory, disk space, data or parents; return notes on its parents."""
+    costs = ModelCosts(results)
+    if not ignore_memory:
+        require_memory([cell], costs)
+    require_disk_space(results, [cell], costs)
+    require_epochs([cell], costs)
+    require_parents([cell], costs)
+    return require_no_overlap([cell], costs)
 
 
 def _show_trivial_baselines(experiment: Experiment, results: Path, console: Console) -> None:

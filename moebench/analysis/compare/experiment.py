@@ -15,7 +15,7 @@ from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
 from moebench.experiment.seed_plan import SeedPlan, Seeds, find_seed_plan, list_added_cells
 from moebench.experiment.trivial_baselines import TrivialBaselines, find_baselines, find_source
-from moebench.experiment.tuning import read_tuning, settle
+from moebench.experiment.tuning import TuningState, read_tuning, settle
 from moebench.runs.cell import Cell
 from moebench.runs.experiment_record import read_record
 from moebench.runs.folder import RunFolder
@@ -55,11 +55,7 @@ def compare_experiment(
     run_results = read_results(cells, results)
     if state is not None:
         run_results += build_failed_results(state, cells)
-    if not run_results:
-        tuned = f"; {state.describe_progress()}" if state is not None else ""
-        raise UsageError(
-            f"{results}: no cell of '{experiment.name}' has a result there yet (train it with `moebench run`){tuned}"
-        )
+    _require_results(run_results, experiment, results, state)
     comparison = compare(
         run_results,
         expected=[(cell.arm, cell.seed, cell.id) for cell in cells],
@@ -87,6 +83,16 @@ def compare_experiment(
         axes={arm: experiment.axes.get(arm, {}) for arm in experiment.arms},
         varies={cell.arm: cell.varies for cell in cells},
     )
+
+
+def _require_results(
+    run_results: Sequence[RunResult], experiment: Experiment, results: Path, state: TuningState | None
+) -> None:
+    if not run_results:
+        tuned = f"; {state.describe_progress()}" if state is not None else ""
+        raise UsageError(
+            f"{results}: no cell of '{experiment.name}' has a result there yet (train it with `moebench run`){tuned}"
+        )
 
 
 def _list_cells(experiment: Experiment, results: Path, added: Mapping[str, Seeds]) -> list[Cell]:
