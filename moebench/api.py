@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moebench.analysis.compare.values import Comparison, Split
     from moebench.analysis.fairness.values import Fairness
     from moebench.analysis.pooled.pool import Pooled
+    from moebench.analysis.transfer.values import Transfer
     from moebench.experiment.grid import Experiment
     from moebench.experiment.runner import RunReport
     from moebench.runs.folder import RunFolder
@@ -138,6 +139,17 @@ def measure_fairness(
     trained = _find_trained(experiment, Path(results))
     comparison = compare_experiment(trained, Path(results), allow_mismatch=allow_mismatch)
     return compare_on_axes(measure_experiment(trained, Path(results), comparison), ignore_conditions=allow_mismatch)
+
+
+def measure_transfer(experiment: "Experiment | str | Path", results: str | Path = "results") -> "Transfer | None":
+    """Return what the arms of an experiment gain on the data that they are adapted to, and what they forget.
+
+    For experiments whose arms start from runs on other data (`stages`); None where no arm does. The value has
+    `to_dict()`.
+    """
+    from moebench.analysis.transfer.experiment import measure_transfer as measure
+
+    return measure(_find_trained(experiment, Path(results)), Path(results))
 
 
 def pool(

@@ -1,10 +1,16 @@
 """`moebench adapt`: one run on a domain or on other data, its gain and forgetting, and what is refused."""
 
 import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support.command_line import CommandLine, Results, WarmCommandLine
+
+import moebench
 
 STAGES: list[dict[str, Any]] = [
     {"name": "train", "base": {"task": {"data": {"held_out_domains": ["b"]}}}},
@@ -13,12 +19,21 @@ STAGES: list[dict[str, Any]] = [
 
 
 @pytest.fixture
-def trained(cli: CommandLine, warm: WarmCommandLine) -> tuple[CommandLine, str]:
+def trained(
+    built_once: Callable[[str, Callable[[Path], Any]], Path], cli: CommandLine, warm: WarmCommandLine
+) -> tuple[CommandLine, str]:
     """Return a folder with a run that was trained on the domain a, and the id of the run."""
-    cli.write(base={}, grid={"router": ["switch"]}, seeds=[0], baseline=None)
-    run = warm.train(cli, "task.data.held_out_domains=[b]", "--json")
+    shutil.copytree(built_once("adapted run", partial(train, warm)), cli.folder, dirs_exist_ok=True)
+    (run,) = Results(cli.folder / "results").folders()
+    return cli, run.name
+
+
+def train(warm: WarmCommandLine, folder: Path) -> None:
+    """Train one run on the domain a."""
+    command_line = CommandLine(folder)
+    command_line.write(grid={"router": ["switch"]}, seeds=[0], baseline=None)
+    run = warm.train(command_line, "task.data.held_out_domains=[b]")
     assert run.code == 0, run.err
-    return cli, run.json["trained"][0]
 
 
 def adapt(warm: WarmCommandLine, cli: CommandLine, *arguments: str) -> Any:
@@ -102,12 +117,18 @@ def test_another_vocabulary_is_refused(trained: tuple[CommandLine, str], warm: W
     assert "its vocabulary of 4,096 tokens is another than that of the run, 257 tokens" in run.err
 
 
-def test_compare_and_the_report_show_the_transfer_of_stages(cli: CommandLine, warm: WarmCommandLine) -> None:
+def test_compare_and_the_report_show_the_transfer_of_stages(
+    cli: CommandLine, warm: WarmCommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cli.write(stages=STAGES, grid={"router": ["dense", "switch"]}, seeds=[0])
     assert warm.train(cli).code == 0
     compared = warm(cli, "compare", "./tiny.yaml", "--json").json
     arms = compared["transfer"]["arms"]
     assert arms["switch"]["reference"] == "dense"
+    monkeypatch.chdir(cli.folder)
+    transfer = moebench.measure_transfer("./tiny.yaml", "results")
+    assert transfer is not None
+    assert json.loads(json.dumps(transfer.to_dict())) == compared["transfer"]
     gain = {arm: values["parent_target"] - values["child_target"] for arm, values in arms.items()}
     assert arms["switch"]["gain_difference"]["mean"] == pytest.approx(gain["switch"] - gain["dense"])
     text = warm(cli, "compare", "./tiny.yaml").out

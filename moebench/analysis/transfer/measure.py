@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moebench.analysis.stored_run import StoredRun, read_run
+from moebench.analysis.training_flops import compute_training_flops
 from moebench.analysis.transfer.evaluation_text import EvaluationText, read_evaluation_text
 from moebench.errors import UsageError
 from moebench.init_config import Parent
@@ -110,7 +111,7 @@ class TransferReader:
             child_source=on_sources[1],
             parent_domains=_select(parent_result, _metric_of(parent), common),
             child_domains=_select(child_result, _metric_of(child), common),
-            train_flops=(_count_flops(parent_result), _count_flops(child_result)),
+            train_flops=(compute_training_flops(parent_result) or 0.0, compute_training_flops(child_result) or 0.0),
             train_s=tuple(float(result.throughput.get("train_s", 0.0)) for result in results),  # type: ignore[arg-type]
         )
 
@@ -172,9 +173,3 @@ def _select_values(metrics: Mapping[str, float], metric: str, domains: Sequence[
     if missing:
         raise UsageError(f"transfer: a run has no test metric '{missing[0]}'; train it again")
     return {domain: metrics[name] for domain, name in names.items()}
-
-
-def _count_flops(result: RunResult) -> float:
-    """Return the FLOPs of training: forward and backward passes, as executed."""
-    forward = result.cost.get("train_flops_per_token", result.cost.get("flops_per_token", 0.0))
-    return 3 * forward * result.cost.get("train_tokens", 0.0)
