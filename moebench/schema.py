@@ -295,6 +295,5 @@ class ExperimentConfig:
             require(len(values) > 0, f"grid.{key}", values, "a list with at least one value")
         num_cells = math.prod(map(len, self.grid.values())) * len(self.seeds)
         combinations = " x ".join(str(len(values)) for values in (*self.grid.values(), self.seeds))
-        require(
-            num_cells <= MAX_CELLS, "grid times seeds", f"{combinations} = {num_cells}", f"at most {MAX_CELLS} cells"
-        )
+        given = f"{combinations} = {num_cells}"
+        require(num_cells <= MAX_CELLS, "grid times seeds", given, f"at most {MAX_CELLS} cells")

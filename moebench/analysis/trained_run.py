@@ -16,6 +16,7 @@ from moebench.schema import CellConfig
 from moebench.tasks.deferred_logits import ModelOutput
 from moebench.tasks.task import Batch, Task
 from moebench.training.evaluation import batch_context, evaluation_mode, training_precision
+from moebench.training.initial_weights.load import load_initial_weights
 from moebench.training.model import Model, build_initialised_model, build_model, prepare_task
 from moebench.training.train import select_device
 from moebench.training.trained_model import load_trained_model, load_weights
@@ -62,9 +63,12 @@ class TrainedRun(StoredRun):
         return load_weights(build_model(self.config, self.task), weights).to(self.device)
 
     def build_untrained_model(self, seed: int | None = None) -> Model:
-        """Return the model as it was before the first step, or as another seed would draw it."""
+        """Return the model as it was before the first step, or as another seed would draw it without a parent."""
         config = self.config if seed is None else replace(self.config, seed=seed)
-        return build_initialised_model(config, self.task).to(self.device)
+        model = build_initialised_model(config, self.task)
+        if seed is None:
+            load_initial_weights(config, model, self.folder.path.absolute().parents[1])
+        return model.to(self.device)
 
 
 def run_batches(
