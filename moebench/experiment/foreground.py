@@ -120,15 +120,7 @@ def run_foreground(
         )
     require_devices(cell.config.train, 1)
     open_results(results)
-    for note in experiment.notes:
-        print_note(console, note)
-    costs = ModelCosts(results)
-    if not ignore_memory:
-        require_memory([cell], costs)
-    require_disk_space(results, [cell], costs)
-    require_epochs([cell], costs)
-    require_parents([cell], costs)
-    for note in require_no_overlap([cell], costs):
+    for note in (*experiment.notes, *_check_cell(cell, results, ignore_memory=ignore_memory)):
         print_note(console, note)
     record_experiment(results, experiment)
     metric = TASKS.get(cell.config.task.name).facts.metric
@@ -149,6 +141,17 @@ def run_foreground(
     if code == 0:
         _show_trivial_baselines(experiment, results, console)
     return code
+
+
+def _check_cell(cell: Cell, results: Path, *, ignore_memory: bool) -> list[str]:
+    """Raise UsageError for a cell that cannot be trained; return notes on its parents."""
+    costs = ModelCosts(results)
+    if not ignore_memory:
+        require_memory([cell], costs)
+    require_disk_space(results, [cell], costs)
+    require_epochs([cell], costs)
+    require_parents([cell], costs)
+    return require_no_overlap([cell], costs)
 
 
 def _show_trivial_baselines(experiment: Experiment, results: Path, console: Console) -> None:

@@ -15,7 +15,7 @@ from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
 from moebench.experiment.seed_plan import SeedPlan, Seeds, find_seed_plan, list_added_cells
 from moebench.experiment.trivial_baselines import TrivialBaselines, find_baselines, find_source
-from moebench.experiment.tuning import read_tuning, settle
+from moebench.experiment.tuning import TuningState, read_tuning, settle
 from moebench.runs.cell import Cell
 from moebench.runs.experiment_record import read_record
 from moebench.runs.folder import RunFolder
@@ -71,11 +71,7 @@ def compare_experiment(
             margin=experiment.margin if margin is None else margin,
         ),
         allow_mismatch=allow_mismatch,
-        protocol=Protocol(
-            tuned_keys=state.keys if state is not None else (),
-            plan=plan,
-            has_several_data=experiment.has_several_data,
-        ),
+        protocol=_describe_protocol(experiment, state, plan),
     )
     trivial = find_trivial_baselines(experiment, cells, results, run_results, split)
     return replace(
@@ -87,6 +83,11 @@ def compare_experiment(
         axes={arm: experiment.axes.get(arm, {}) for arm in experiment.arms},
         varies={cell.arm: cell.varies for cell in cells},
     )
+
+
+def _describe_protocol(experiment: Experiment, state: TuningState | None, plan: SeedPlan) -> Protocol:
+    keys = state.keys if state is not None else ()
+    return Protocol(tuned_keys=keys, plan=plan, has_several_data=experiment.has_several_data)
 
 
 def _list_cells(experiment: Experiment, results: Path, added: Mapping[str, Seeds]) -> list[Cell]:
