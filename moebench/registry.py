@@ -78,10 +78,9 @@ class Registry(Generic[T, F]):
         Raises UsageError, which names the file, for a component that breaks a rule of registration.
         """
         if self.facts_type is not None and not isinstance(facts, self.facts_type):
-            raise UsageError(
-                f"{_caller_origin()}: a {self.kind} is registered with @...register({self.facts_type.__name__}(...)),"
-                f" got {getattr(facts, '__name__', facts)}"
-            )
+            caller, got = sys._getframe(1), getattr(facts, "__name__", facts)
+            rule = f"a {self.kind} is registered with @...register({self.facts_type.__name__}(...)), got {got}"
+            raise UsageError(f"{caller.f_code.co_filename}:{caller.f_lineno}: {rule}")
 
         def enter(item: T) -> T:
             given = name or getattr(getattr(item, "Config", None), "name", "")
@@ -291,12 +290,6 @@ def field_docs(config_class: type) -> dict[str, str]:
                 if isinstance(text, ast.Expr) and isinstance(value, ast.Constant) and isinstance(value.value, str):
                     docs[field.target.id] = inspect.cleandoc(value.value)
     return docs
-
-
-def _caller_origin() -> str:
-    """Return the file and line that called the function that calls this one."""
-    frame = sys._getframe(2)
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 def _origin(item: object) -> str:

@@ -169,8 +169,7 @@ class ParallelConfig:
     RANGES: ClassVar[Mapping[str, Range]] = {
         **dict.fromkeys(("data", "expert", "nodes"), at_least_1_up_to(4096)),
         "check_every": AT_LEAST_1,
-        "timeout_s": Range(low=0, includes_low=False, limit=10**7),
-        "stall_timeout_s": Range(low=0, includes_low=False, limit=10**7),
+        **dict.fromkeys(("timeout_s", "stall_timeout_s"), Range(low=0, includes_low=False, limit=10**7)),
     }
 
     data: int = 1
@@ -207,8 +206,8 @@ class ParallelConfig:
         divides = self.world_size % self.nodes == 0
         require(divides, "parallel.nodes", self.nodes, f"a divisor of {product} = {self.world_size}")
         per_node = self.world_size // self.nodes
-        fits = self.devices is None or self.devices == per_node
-        require(fits, "parallel.devices", self.devices, f"{per_node}, or null: {product} on {self.nodes} nodes")
+        allowed = f"{per_node}, or null: {product} on {self.nodes} nodes"
+        require(self.devices in (None, per_node), "parallel.devices", self.devices, allowed)
 
 
 @dataclass(frozen=True, kw_only=True)

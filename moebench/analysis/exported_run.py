@@ -125,11 +125,15 @@ def write_model(
 
 def _load(run: TrainedRun, step: int | None) -> tuple[torch.nn.Module, int]:
     """Return the model at a step, or after the last one, on the CPU, with the step."""
-    steps = run.config.train.steps
-    if step is None or step == steps:
-        run.require_done("export")
-        return run.load_model().cpu(), steps
+    steps, state = run.config.train.steps, run.folder.state()
     kept, damaged = list_kept_weights(run.folder)
+    if step is None or step == steps:
+        if state != "done":
+            have = ", ".join(map(str, kept)) or "none"
+            raise UsageError(
+                f"run {run.id} is {state} (allowed: a run that is done, or --step of kept weights: {have})"
+            )
+        return run.load_model().cpu(), steps
     if step not in kept:
         broken = next((f" ({reason})" for path, reason in damaged.items() if parse_step(path) == step), "")
         have = ", ".join(map(str, [*kept, steps]))
@@ -142,6 +146,8 @@ def _load(run: TrainedRun, step: int | None) -> tuple[torch.nn.Module, int]:
 
 def _describe(run: TrainedRun, weights: Mapping[str, Tensor], dtype: torch.dtype) -> DecoderSource:
     try:
+        if not isinstance(run.task, TextTask):
+            raise UsageError(f"task.name={run.config.task.name}: only language models of text are written for it")
         return describe_for_transformers(run.config, weights, dtype)
     except UsageError as error:
         raise UsageError(

@@ -149,8 +149,7 @@ def step(
         ),
     ] = None,
     router: Annotated[
-        list[str] | None,
-        typer.Option(help="Without an experiment: a router to time besides the dense model. Repeatable."),
+        list[str] | None, typer.Option(help="A router to time besides the dense model. Repeatable.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps per block.")] = 20,
     rounds: Rounds = 7,

@@ -128,7 +128,7 @@ def _make_progress() -> "_Progress":
 
 
 class _Progress:
-    """Prints the number of answered requests on standard error, which lm-eval's own bars do not reach."""
+    """Prints the number of finished requests on standard error, whose redirection hides lm-eval's own bars."""
 
     def __init__(self) -> None:
         from moebench.cli.output import print_progress

@@ -32,7 +32,7 @@ class WeightedExperts:
     def __call__(self, x_RD: Tensor, weight_R: Tensor, load_E: Tensor) -> Tensor:
         """Return y_RD; weights are fp32, or fp64 where the rows are."""
         gated, groups = GATED[self.activation], group_rows(load_E)
-        y_RD: Tensor = _WeightedRows.apply(x_RD, weight_R, self.w_in_EDF, self.w_out_EFD, groups, gated)  # type: ignore[no-untyped-call]
+        y_RD: Tensor = _WeightedRows.apply(x_RD, weight_R, self.w_in_EDF, self.w_out_EFD, (groups, gated))  # type: ignore[no-untyped-call]
         return y_RD
 
 
@@ -41,8 +41,9 @@ class _WeightedRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_RD: Tensor, weight_R: Tensor, w_in_EDF: Tensor, w_out_EFD: Tensor, groups: Groups, gated: bool
+        ctx: Any, x_RD: Tensor, weight_R: Tensor, w_in_EDF: Tensor, w_out_EFD: Tensor, plan: tuple[Groups, bool]
     ) -> Tensor:
+        groups, gated = plan
         hidden_RF, kept_RF = product(groups, x_RD, w_in_EDF), None
         if x_RD.device.type == "cpu" and not uses_triton(x_RD):
             active_RF, kept_RF = activation.activate_in_parts(hidden_RF, gated=gated, keep=True)
@@ -67,7 +68,7 @@ class _WeightedRows(torch.autograd.Function):
             grad_w_out_EFD = weight_gradient(groups, weighted_RF, grad_RD)
             grad_w_in_EDF = weight_gradient(groups, x_RD, grad_hidden_RF)
             grad_x_RD = product(groups, grad_hidden_RF, w_in_EDF.transpose(1, 2))
-            return grad_x_RD, inner_R, grad_w_in_EDF, grad_w_out_EFD, None, None
+            return grad_x_RD, inner_R, grad_w_in_EDF, grad_w_out_EFD, None
         grad_hidden_RF, active_RF, inner_R = activation.backward_with_inner(
             grad_active_RF, hidden_RF, kept_RF, weight_R.dtype, gated=ctx.gated
         )
@@ -75,7 +76,7 @@ class _WeightedRows(torch.autograd.Function):
         grad_w_out_EFD = weight_gradient(groups, active_RF, grad_RD * weight_R1)
         grad_w_in_EDF = weight_gradient(groups, x_RD * weight_R1, grad_hidden_RF)
         grad_x_RD = product(groups, grad_hidden_RF, w_in_EDF.transpose(1, 2)).mul_(weight_R1)
-        return grad_x_RD, inner_R, grad_w_in_EDF, grad_w_out_EFD, None, None
+        return grad_x_RD, inner_R, grad_w_in_EDF, grad_w_out_EFD, None
 
 
 def sum_rows(y_RD: Tensor, plan: DispatchPlan) -> Tensor:

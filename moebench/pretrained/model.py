@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moebench.errors import UsageError, unknown
-from moebench.pretrained.families import CONFIG
+from moebench.pretrained.families import CONFIG, OWN_FORMAT
 from moebench.pretrained.folder import PretrainedFolder
 from moebench.pretrained.memory import require_memory
 from moebench.pretrained.weights import StoredTensor
@@ -94,6 +94,11 @@ def quiet_library() -> Iterator[None]:
 def _find_class(folder: PretrainedFolder) -> Any:
     import transformers
 
+    if folder.family.model_type == OWN_FORMAT:
+        raise UsageError(
+            f"{folder.path / CONFIG}: model_type is {OWN_FORMAT}: transformers does not load it (allowed: what"
+            " `moebench export --format hf` writes; init.from and moebench.load_model read it)"
+        )
     return getattr(transformers, folder.family.architecture)
 
 

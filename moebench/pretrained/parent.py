@@ -13,6 +13,7 @@ from moebench.errors import UsageError
 from moebench.pretrained.decoders.architectures import ARCHITECTURES, NOT_COMPUTED
 from moebench.pretrained.decoders.config_keys import ConfigKeys
 from moebench.pretrained.decoders.decoder import Decoder
+from moebench.pretrained.decoders.expert_format import GATED_WIDTH
 from moebench.pretrained.decoders.weight_map import Part, WeightMap, map_one
 from moebench.pretrained.families import CONFIG, OWN_FORMAT
 from moebench.pretrained.folder import PretrainedFolder
@@ -92,6 +93,10 @@ class ParentWeights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._maps)
 
+    def is_not_zero(self, stored_name: str) -> bool:
+        """Return whether a stored weight is there and has another value than 0."""
+        return stored_name in self._tensors and bool(self._read(stored_name).any())
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each weight; nothing is read."""
@@ -104,7 +109,7 @@ class ParentWeights(Mapping[str, Tensor]):
 
 
 def read_parent(folder: PretrainedFolder) -> ParentModel:
-    """Return the model of a folder; no weight is read yet.
+    """Return the model of a folder; no weight is read yet but gates of shared experts, which must be 0.
 
     Raises UsageError, in one line that names the key of config.json or the weight, for what moebench does not compute:
     other activations, attention, positions or routing; and for missing, additional or differently shaped weights, and a
@@ -123,6 +128,13 @@ def read_parent(folder: PretrainedFolder) -> ParentModel:
         raise error if str(error).startswith(file) else UsageError(f"{file}: {error}") from error
     maps = {weight.name: weight for weight in architecture.map_weights(decoder)}
     _require_weights(folder, maps, set(architecture.list_empty(decoder)), decoder)
+    weights = ParentWeights(folder.tensors, maps, None)
+    gate = next((name for name in architecture.list_gates(decoder) if weights.is_not_zero(name)), None)
+    if gate:
+        raise UsageError(
+            f"{file}: {GATED_WIDTH} is {folder.config.get(GATED_WIDTH)}: the shared expert is weighted by a sigmoid"
+            f" ({gate}); allowed in a model of moebench: 0, or a gate with weights of 0"
+        )
     vocab_size = read_tokenizer(folder).text.vocab_size
     if vocab_size > decoder.vocab_size:
         raise UsageError(

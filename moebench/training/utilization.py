@@ -51,6 +51,8 @@ PEAKS: Sequence[tuple[str, DevicePeak]] = (
     (r"\bA30\b", _teraflops(165, 82, 10.3)),
     (r"\bA10\b", _teraflops(125, 62.5, 31.2)),
     (r"\bL40S\b", _teraflops(362, 183, 91.6)),
+    (r"\bL40\b", _teraflops(181.05, 90.5, 90.5)),  # NVIDIA L40 data sheet: 362.1 "with sparsity"
+    (r"\bRTX A6000\b", _teraflops(154.8, 77.4, 38.7)),  # NVIDIA RTX A6000 data sheet: 309.7 "with sparsity"
     (r"\bL4\b", _teraflops(121, 60, 30.3)),
     (r"\bRTX 4090\b", _teraflops(165.2, 82.6, 82.6)),  # NVIDIA Ada white paper, appendix A
     (r"\bRTX 3090\b", _teraflops(71, 35.6, 35.6)),  # NVIDIA GA102 white paper, appendix A

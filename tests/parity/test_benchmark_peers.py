@@ -29,7 +29,7 @@ def evaluate_by_peer(folder: Path, model: Any, tasks: Path, shots: int) -> dict[
         peer = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=2, device="cpu")
     items = {}
     for task in load_tasks(NAMES, TaskOptions(include=tasks, shots=shots), read_text=lambda: pytest.fail("no text")):
-        peer.answers, peer.error = {}, None
+        peer.responses, peer.error = {}, None
         items[task.name] = [item.metrics for item in evaluate_task(peer, task.task, task.name, limit=None, seed=0)[0]]
     return items
 

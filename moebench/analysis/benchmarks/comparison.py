@@ -80,7 +80,7 @@ def compare_task(
 ) -> TaskComparison:
     """Compare every other arm with the baseline by the main metric; arms without a result are left out.
 
-    Arms whose runs answered other items than the baseline's are `not matched`. A metric that is no mean over items is
+    Arms whose runs have other items than the baseline's are `not matched`. A metric that is no mean over items is
     compared over seeds alone.
     """
     results = {arm: seeds for arm, seeds in results.items() if seeds}

@@ -1,4 +1,4 @@
-"""A model as lm-eval asks it, with answers that are stored already; importing this file imports lm-eval."""
+"""The interface of lm-eval to a model, with stored responses; importing this file imports lm-eval."""
 
 import contextlib
 import io
@@ -14,12 +14,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 
-from moebench.analysis.benchmarks.records import Answer, EvaluationRecord, ItemResult, Key, Kind, digest_values
+from moebench.analysis.benchmarks.records import EvaluationRecord, ItemResult, Key, Kind, Response, digest_values
 from moebench.analysis.benchmarks.text_model import PairScore, Prompt, TextModel, TextPair
 from moebench.errors import UsageError
 
 CHUNK_REQUESTS = 256
-"""Requests after which answers are stored: what a killed evaluation repeats at most."""
+"""Requests after which responses are stored: what a killed evaluation repeats at most."""
 DEFAULT_NEW_TOKENS = 256
 """Tokens that are generated where a task sets no limit; as lm-eval."""
 MAX_NEW_TOKENS = 4096
@@ -27,22 +27,22 @@ PYTHON_SEED, NUMPY_SEED = 0, 1234
 WEIGHTED = ("bits_per_byte", "byte_perplexity", "word_perplexity")
 """Metrics whose items are a log-probability and the number of units that it is divided by."""
 Progress = Callable[[int, int], None]
-"""Called with the number of requests that are answered, and that of all."""
+"""Called with the number of requests that are done, and that of all."""
 
 
 class HarnessModel(LM):  # type: ignore[misc]  # lm-eval has no types
-    """Answers the requests of one task from the record, and asks the model for the others."""
+    """Takes responses to the requests of one task from the record, and computes those that are missing."""
 
     def __init__(self, load: Callable[[], TextModel], record: EvaluationRecord, on_progress: Progress) -> None:
-        """`load`: called before the first request that is not answered yet."""
+        """`load`: returns the model; called only if a response is missing."""
         super().__init__()
         self._load = load
         self._record = record
         self._on_progress = on_progress
         self.error: Exception | None = None
-        """What went wrong in the model, not in the task."""
-        self.answers: dict[int, list[Answer]] = {}
-        """Item -> its answers."""
+        """An error in the model rather than in the task."""
+        self.responses: dict[int, list[Response]] = {}
+        """Item -> its responses."""
 
     @cached_property
     def _model(self) -> TextModel:
@@ -50,54 +50,58 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval has no types
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Return (log p of the continuation, whether it is greedy) for (context, continuation)."""
-        return [(float(a.values[0]), bool(a.values[1])) for a in self._answer("loglikelihood", requests)]
+        return [(float(a.values[0]), bool(a.values[1])) for a in self._respond("loglikelihood", requests)]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Return log p of whole texts."""
-        return [float(answer.values[0]) for answer in self._answer("loglikelihood_rolling", requests)]
+        return [float(response.values[0]) for response in self._respond("loglikelihood_rolling", requests)]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return the greedy continuations of (text, options)."""
-        return [str(answer.values[0]) for answer in self._answer("generate_until", requests)]
+        return [str(response.values[0]) for response in self._respond("generate_until", requests)]
 
-    def _answer(self, kind: Kind, requests: Sequence[Instance]) -> list[Answer]:
+    def _respond(self, kind: Kind, requests: Sequence[Instance]) -> list[Response]:
         keys = [
             Key(kind=kind, item=request.doc_id, request=request.idx, digest=digest_values(*request.args))
             for request in requests
         ]
-        missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._record.answers}
+        missing = {
+            key: request for key, request in zip(keys, requests, strict=True) if key not in self._record.responses
+        }
         remaining = [*missing]
         try:
             for start in range(0, len(remaining), CHUNK_REQUESTS):
                 chunk = remaining[start : start + CHUNK_REQUESTS]
-                answers = self._compute(kind, [missing[key] for key in chunk])
-                self._record.append_answers(dict(zip(chunk, answers, strict=True)))
+                responses = self._compute(kind, [missing[key] for key in chunk])
+                self._record.append_responses(dict(zip(chunk, responses, strict=True)))
                 self._on_progress(start + len(chunk), len(remaining))
         except Exception as error:
             self.error = error
             raise
-        answers = [self._record.answers[key] for key in keys]
-        for key, answer in zip(keys, answers, strict=True):
-            self.answers.setdefault(key.item, []).append(answer)
-        return answers
+        responses = [self._record.responses[key] for key in keys]
+        for key, response in zip(keys, responses, strict=True):
+            self.responses.setdefault(key.item, []).append(response)
+        return responses
 
-    def _compute(self, kind: Kind, requests: Sequence[Instance]) -> list[Answer]:
+    def _compute(self, kind: Kind, requests: Sequence[Instance]) -> list[Response]:
         domains = [request.doc.get("domain") if isinstance(request.doc, dict) else None for request in requests]
         if kind == "generate_until":
             prompts = [_read_prompt(request.args, domain) for request, domain in zip(requests, domains, strict=True)]
-            return [Answer(values=(text,), is_truncated=truncated) for text, truncated in self._model.generate(prompts)]
+            return [
+                Response(values=(text,), is_truncated=truncated) for text, truncated in self._model.generate(prompts)
+            ]
         if kind == "loglikelihood_rolling":
             scores = self._model.score_texts([request.args[0] for request in requests], domains)
-            return [Answer(values=(s.log_probability,), is_truncated=s.is_truncated) for s in scores]
+            return [Response(values=(s.log_probability,), is_truncated=s.is_truncated) for s in scores]
         pairs = [
             TextPair(context=request.args[0], continuation=request.args[1], domain=domain)
             for request, domain in zip(requests, domains, strict=True)
         ]
-        return [_to_answer(score) for score in self._model.score_pairs(pairs)]
+        return [_to_response(score) for score in self._model.score_pairs(pairs)]
 
 
-def _to_answer(score: PairScore) -> Answer:
-    return Answer(values=(score.log_probability, score.is_greedy), is_truncated=score.is_truncated)
+def _to_response(score: PairScore) -> Response:
+    return Response(values=(score.log_probability, score.is_greedy), is_truncated=score.is_truncated)
 
 
 def _read_prompt(arguments: Sequence[Any], domain: object) -> Prompt:
@@ -106,7 +110,7 @@ def _read_prompt(arguments: Sequence[Any], domain: object) -> Prompt:
     until = options.get("until") or ()
     limit = next((options[key] for key in ("max_gen_toks", "max_new_tokens") if key in options), DEFAULT_NEW_TOKENS)
     if options.get("do_sample") or (options.get("temperature") or 0) > 0:
-        raise UsageError("generation_kwargs: asks for sampling (allowed: do_sample: false, temperature: 0)")
+        raise UsageError("generation_kwargs: sets sampling (allowed: do_sample: false, temperature: 0)")
     if not isinstance(limit, int) or not 0 < limit <= MAX_NEW_TOKENS:
         raise UsageError(f"generation_kwargs.max_gen_toks must be from 1 to {MAX_NEW_TOKENS}, got {limit!r}")
     stops = (until,) if isinstance(until, str) else tuple(map(str, until))
@@ -153,7 +157,7 @@ def evaluate_task(
     try:
         with quiet_harness():
             results = evaluate(lm=model, task_dict={"tasks": {name: task}}, limit=limit, bootstrap_iters=0)
-            items = [_read_item(task, each, model.answers) for each in _merge_filters(results["samples"][name])]
+            items = [_read_item(task, each, model.responses) for each in _merge_filters(results["samples"][name])]
             return items, _read_metrics(results["results"][name])
     except UsageError:
         raise
@@ -170,7 +174,7 @@ def describe_error(error: Exception) -> str:
 
 
 def _merge_filters(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return one sample for each item, with the metrics of all filters of the answers: `acc`, `exact_match,strict`."""
+    """Return one sample for each item, with the metrics of all filters: `acc`, `exact_match,strict`."""
     merged: dict[int, dict[str, Any]] = {}
     for sample in samples:
         item = merged.setdefault(sample["doc_id"], {**sample, "values": {}})
@@ -179,7 +183,7 @@ def _merge_filters(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     return [merged[number] for number in sorted(merged)]
 
 
-def _read_item(task: Any, sample: Mapping[str, Any], answers: Mapping[int, Sequence[Answer]]) -> ItemResult:
+def _read_item(task: Any, sample: Mapping[str, Any], responses: Mapping[int, Sequence[Response]]) -> ItemResult:
     number, doc = sample["doc_id"], sample["doc"]
     choices, gold = _read_choices(task, doc) if task.OUTPUT_TYPE == "multiple_choice" else (None, ())
     domain = doc.get("domain") if isinstance(doc, dict) else None
@@ -191,7 +195,7 @@ def _read_item(task: Any, sample: Mapping[str, Any], answers: Mapping[int, Seque
         domain=domain if isinstance(domain, str) else None,
         num_choices=choices,
         gold=gold,
-        is_truncated=any(answer.is_truncated for answer in answers.get(number, ())),
+        is_truncated=any(response.is_truncated for response in responses.get(number, ())),
     )
 
 

@@ -1,4 +1,4 @@
-"""Evaluate a run or a model of transformers on tasks; answers that are stored are not computed again."""
+"""Evaluate a run or a model of transformers on tasks; stored responses are not computed again."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -43,7 +43,7 @@ class EvaluationOptions:
     batch_size: int = 16
     """Sequences that are in the model at a time; no result depends on it."""
     on_progress: Callable[[int, int], None] = _ignore
-    """Called with the number of requests of a task that are answered, and that of all."""
+    """Called with the number of requests of a task that are done, and that of all."""
 
 
 class Benchmarks:
@@ -95,7 +95,7 @@ class Benchmarks:
             key = task.name, run_task.digest
             if key not in self._references:
                 record = EvaluationRecord(path=Path(), header={})
-                self._references[key] = self._ask(task, REFERENCE, record, lambda: model)
+                self._references[key] = self._run_task(task, REFERENCE, record, lambda: model)
             computed.append(self._references[key])
         return computed
 
@@ -131,11 +131,11 @@ class Benchmarks:
         settings: Mapping[str, object],
     ) -> TaskResult:
         with open_record(folder, subject, task.name, {**task.settings, **settings}) as record:
-            result = self._ask(task, subject, record, load)
+            result = self._run_task(task, subject, record, load)
             record.append_items(result.items)
         return result
 
-    def _ask(
+    def _run_task(
         self, task: BenchmarkTask, subject: str, record: EvaluationRecord, load: Callable[[], TextModel]
     ) -> TaskResult:
         from moebench.analysis.benchmarks.harness import HarnessModel, evaluate_task

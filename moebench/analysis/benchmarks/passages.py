@@ -1,4 +1,4 @@
-"""Tasks made from the test split of a text when they are asked for: nothing is downloaded."""
+"""Tasks generated from the test split of a text: nothing is downloaded."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What is stored of an evaluation: a file that only grows, with the answers of a model and the results by item."""
+"""The stored responses of a model to the requests of a task, and the results by item, in an append-only file."""
 
 import hashlib
 import json
@@ -24,14 +24,14 @@ KINDS: dict[str, tuple[type, ...]] = {
     "loglikelihood_rolling": (float,),
     "generate_until": (str,),
 }
-"""Kind of request -> types of its answer."""
+"""Kind of request -> types of its response."""
 HEADER_TYPES: dict[str, Types] = {"format": int, "subject": str, "task": str, "digest": str, "settings": dict}
-ANSWER_TYPES: dict[str, Types] = {
+RESPONSE_TYPES: dict[str, Types] = {
     "kind": str,
     "item": int,
     "request": int,
     "digest": str,
-    "answer": list,
+    "response": list,
     "truncated": bool,
 }
 ITEM_TYPES: dict[str, Types] = {"item": int, "digest": str, "metrics": dict}
@@ -39,20 +39,20 @@ ITEM_TYPES: dict[str, Types] = {"item": int, "digest": str, "metrics": dict}
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """Which question an answer is of."""
+    """Identifies the request that a response belongs to."""
 
     kind: Kind
     item: int
     """Number of the item in its task."""
     request: int
-    """Number of the question about the item."""
+    """Number of the request within its item."""
     digest: str
-    """Of the text of the question."""
+    """Of the text of the request."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What the model answered: (log-probability, is greedy), (log-probability,) or (text,)."""
+class Response:
+    """What the model done: (log-probability, is greedy), (log-probability,) or (text,)."""
 
     values: tuple[float | bool | str, ...]
     is_truncated: bool
@@ -99,19 +99,19 @@ class EvaluationRecord:
 
     path: Path
     header: Mapping[str, Any]
-    answers: dict[Key, Answer] = field(default_factory=dict)
+    responses: dict[Key, Response] = field(default_factory=dict)
     items: set[int] = field(default_factory=set)
     """Items whose results are in the file."""
     _file: AppendOnlyFile | None = field(default=None, repr=False)
 
-    def append_answers(self, answers: Mapping[Key, Answer]) -> None:
-        """Add answers, and block until they are on the disk; without a file they are kept in memory."""
-        self.answers |= answers
+    def append_responses(self, responses: Mapping[Key, Response]) -> None:
+        """Add responses, and block until they are on the disk; without a file they are kept in memory."""
+        self.responses |= responses
         if self._file is None:
             return
-        for key, answer in answers.items():
+        for key, response in responses.items():
             value: dict[str, Any] = {"kind": key.kind, "item": key.item, "request": key.request, "digest": key.digest}
-            value |= {"answer": list(answer.values), "truncated": answer.is_truncated}
+            value |= {"response": list(response.values), "truncated": response.is_truncated}
             self._file.append_line(_to_line(value))
         self._file.flush()
 
@@ -180,24 +180,24 @@ def _read_line(record: EvaluationRecord, line: bytes, number: int, expected: Map
         if different:
             raise ValueError(f"its {different} is {str(values[different])[:40]!r}, not {expected[different]!r}")
         record.header = values
-    elif "answer" in values:
-        key, answer = _read_answer(values)
-        record.answers[key] = answer
+    elif "response" in values:
+        key, response = _read_response(values)
+        record.responses[key] = response
     else:
         require_types(values, ITEM_TYPES)
         record.items.add(values["item"])
 
 
-def _read_answer(values: Mapping[str, Any]) -> tuple[Key, Answer]:
-    require_types(values, ANSWER_TYPES)
-    kind, answer = values["kind"], tuple(values["answer"])
+def _read_response(values: Mapping[str, Any]) -> tuple[Key, Response]:
+    require_types(values, RESPONSE_TYPES)
+    kind, response = values["kind"], tuple(values["response"])
     if kind not in KINDS:
         raise ValueError(f"the kind {kind!r} is unknown")
-    types = tuple(type(value) for value in answer)
-    if types != KINDS[kind] or not all(math.isfinite(value) for value in answer if isinstance(value, float)):
-        raise ValueError(f"{str(answer)[:40]!r} is no answer of the kind {kind}")
+    types = tuple(type(value) for value in response)
+    if types != KINDS[kind] or not all(math.isfinite(value) for value in response if isinstance(value, float)):
+        raise ValueError(f"{str(response)[:40]!r} is no response of the kind {kind}")
     key = Key(kind=kind, item=values["item"], request=values["request"], digest=values["digest"])
-    return key, Answer(values=answer, is_truncated=values["truncated"])
+    return key, Response(values=response, is_truncated=values["truncated"])
 
 
 def _to_line(values: Mapping[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""The results of a model on a task: metrics with their errors, and what can be reached without a model."""
+"""The results of a model on a task: metrics with their errors, and trivial references."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from moebench.analysis.statistics.seed_values import Values
 
 BITS_PER_BYTE = "bits_per_byte"
 ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")
-"""Metrics of which a constant answer has a value."""
+"""Metrics with trivial references that need no model."""
 MEAN_TOLERANCE = 1e-9
 
 

@@ -111,6 +111,7 @@ def _refuse_code(config: Mapping[str, Any], path: Path) -> None:
     strange = next((key for key in config if key not in (*allowed, *CODE_KEYS)), None)
     if strange:
         raise UsageError(f"{path}: the key '{strange}' is unknown.{nearest(strange, allowed)}")
+    _refuse_other_files(config, path)
     metrics = config.get("metric_list") or []
     for metric in metrics if isinstance(metrics, list) else [metrics]:
         name = metric.get("metric") if isinstance(metric, dict) else None
@@ -119,6 +120,16 @@ def _refuse_code(config: Mapping[str, Any], path: Path) -> None:
             raise UsageError(f"{path}: metric_list has {name!r}, which lm-eval does not have.{known}")
         if metric.get("hf_evaluate"):
             raise UsageError(f"{path}: metric_list has hf_evaluate, which {CODE_HINT}")
+
+
+def _refuse_other_files(config: Mapping[str, Any], path: Path) -> None:
+    """Raise UsageError for data in files that are not JSON lines of the folder."""
+    dataset, options = config.get("dataset_path"), config.get("dataset_kwargs") or {}
+    if dataset not in (None, "json") and (not isinstance(dataset, str) or Path(dataset).exists()):
+        raise UsageError(f"{path}: dataset_path names {dataset!r} (allowed: json, or a name on the hub)")
+    named = next((key for key in ("data_files", "data_dir", "cache_dir") if key in options), None)
+    if not isinstance(options, dict) or (named and (dataset != "json" or named != "data_files")):
+        raise UsageError(f"{path}: dataset_kwargs has {named} (allowed: data_files with dataset_path: json)")
 
 
 def _read_rows(config: Mapping[str, Any], path: Path, folder: Path) -> dict[str, list[dict[str, Any]]] | None:

@@ -1,4 +1,4 @@
-"""The tasks that a command names: made from the test split, in a local folder, or in lm-eval."""
+"""Tasks by name: generated from the test split, in a local folder, or in lm-eval."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ NOT_IN_DIGEST = ("metadata", "custom_dataset", "dataset_path", "dataset_name", "
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions:
-    """How tasks are read and asked."""
+    """How tasks are read and presented."""
 
     include: Path | None = None
     """A folder of task files."""
@@ -32,7 +32,7 @@ class TaskOptions:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BenchmarkTask:
-    """A task of lm-eval that is ready to be asked."""
+    """A task of lm-eval with its items loaded."""
 
     name: str
     task: Any

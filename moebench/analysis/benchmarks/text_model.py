@@ -14,7 +14,7 @@ NOISE_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class TextPair:
-    """A continuation whose probability after a context is asked for."""
+    """A context and the continuation whose probability is computed."""
 
     context: str
     """Empty: the continuation begins the text."""

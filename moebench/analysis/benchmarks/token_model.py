@@ -1,4 +1,4 @@
-"""What a benchmark asks of a model: log-probabilities of tokens, whatever the model is."""
+"""The interface of models over tokens that benchmarks use, and what its implementations share."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ HEAD_ROWS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What a model says about the targets of a window."""
+    """The result of a model on the targets of a window."""
 
     log_probability: float
     """Sum over the targets, in nats."""

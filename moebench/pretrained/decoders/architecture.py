@@ -122,8 +122,15 @@ class Architecture:
         if not model.tie_embeddings:
             yield map_one("head.weight", ("lm_head.weight", table))
 
+    def list_gates(self, decoder: Decoder) -> tuple[str, ...]:
+        """Return the weights that must be 0: gates of shared experts, where there are any."""
+        if self.experts is None or decoder.experts is None or not decoder.experts.shared_width:
+            return ()
+        names = (self.experts.name_gate(f"model.layers.{block}") for block in decoder.expert_blocks)
+        return tuple(name for name in names if name)
+
     def list_empty(self, decoder: Decoder) -> dict[str, Shape]:
-        """Return the weights of the architecture that have no values or no effect: name -> shape."""
+        """Return the weights of the architecture that ours does not have, of no size or 0: name -> shape."""
         empty: dict[str, Shape] = {}
         for block in decoder.expert_blocks if self.experts else ():
             empty |= self.experts.list_empty(f"model.layers.{block}", decoder) if self.experts else {}

@@ -1,7 +1,7 @@
 """How an architecture of transformers writes its experts: configuration and weights, in both directions."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from moebench.components import MAX_EXPERTS
@@ -12,6 +12,9 @@ from moebench.pretrained.decoders.weight_map import WeightMap, map_one, map_stac
 
 NORMALISED_BY_KEY: Choice[bool] = {True: {"norm_topk_prob": True}, False: {"norm_topk_prob": False}}
 Shape = tuple[int, ...]
+GATED_WIDTH = "shared_expert_intermediate_size"
+GATE_OF_0 = 0.5
+"""The sigmoid of 0: what a gate with weights of 0 multiplies with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,7 @@ class ExpertFormat:
     """The router of moebench with the training losses of this family."""
     shared: Literal["none", "added", "gated"] = "none"
     """added: `n_shared_experts` of the width of an expert. gated: one weighted by a sigmoid, which moebench does not
-    have, so that its width must be 0."""
+    have: the gate must be 0, which halves what is added."""
     module: str = "mlp"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     """Names of an expert's three matrices."""
@@ -50,13 +53,23 @@ class ExpertFormat:
             raise config.refuse(self.top_k, f"at most {self.num_experts}={num_experts}")
         if routing.normalised and routing.top_k == 1 < num_experts:
             raise config.refuse(self.top_k, "at least 2 where weights are divided by their sum: one would always be 1")
-        if self.shared == "gated":
-            config.require({"shared_expert_intermediate_size": 0}, "a shared expert without the sigmoid gate of Qwen")
-        shared = int(config.values.get("n_shared_experts") or 0) if self.shared == "added" else 0
-        blocks = self.placement.read(config, num_layers)
         return ExpertBlocks(
-            blocks=blocks, num_experts=num_experts, width=width, shared_width=shared * width, routing=routing
+            blocks=self.placement.read(config, num_layers),
+            num_experts=num_experts,
+            width=width,
+            shared_width=self._read_shared_width(config, width),
+            routing=routing,
         )
+
+    def _read_shared_width(self, config: ConfigKeys, width: int) -> int:
+        if self.shared == "none":
+            return 0
+        if self.shared == "added":
+            return width * int(config.values.get("n_shared_experts") or 0)
+        shared_width = int(config.values.get(GATED_WIDTH) or 0)
+        if shared_width % width:
+            raise config.refuse(GATED_WIDTH, f"a multiple of {self.width}={width}")
+        return shared_width
 
     def find_problem(self, experts: ExpertBlocks, num_layers: int) -> str | None:
         """Return why an architecture cannot have these experts; None where it can."""
@@ -66,7 +79,7 @@ class ExpertFormat:
             return f"the router has {given}"
         if routing.normalised not in self.normalised:
             return f"the weights of a token {'sum to 1' if routing.normalised else 'do not sum to 1'}"
-        if experts.shared_width and self.shared != "added":
+        if experts.shared_width and self.shared == "none":
             return "it has a shared expert"
         if self.placement.write(experts.blocks, num_layers) is None:
             return f"the blocks {', '.join(map(str, experts.blocks))} of {num_layers} have experts"
@@ -90,7 +103,7 @@ class ExpertFormat:
         if self.shared == "added":
             entries["n_shared_experts"] = experts.shared_width // experts.width
         if self.shared == "gated":
-            entries["shared_expert_intermediate_size"] = 0
+            entries[GATED_WIDTH] = experts.shared_width
         return entries
 
     def map_weights(self, ours: str, theirs: str, decoder: Decoder) -> Iterator[WeightMap]:
@@ -107,17 +120,28 @@ class ExpertFormat:
         outputs = [(down, (d_model, width))]
         yield map_stack(f"{ours}.bank.w_out_EFD", number, f"{prefix}.experts", outputs, "down_proj")
         if experts.shared_width:
-            yield from map_network(f"{ours}.shared", f"{prefix}.shared_experts", d_model, experts.shared_width)
+            maps = map_network(f"{ours}.shared", f"{prefix}.{self._shared_module}", d_model, experts.shared_width)
+            for weight in maps:
+                is_output = weight.name.endswith("w_out_FD")
+                yield replace(weight, factor=1 / GATE_OF_0) if self.shared == "gated" and is_output else weight
+
+    @property
+    def _shared_module(self) -> str:
+        return "shared_expert" if self.shared == "gated" else "shared_experts"
+
+    def name_gate(self, theirs: str) -> str | None:
+        """Return the weight that must be 0 in one block, because moebench has no gate there; None: there is none."""
+        return f"{theirs}.{self.module}.shared_expert_gate.weight" if self.shared == "gated" else None
 
     def list_empty(self, theirs: str, decoder: Decoder) -> Mapping[str, Shape]:
-        """Return the weights of one block that have no values or no effect: a shared expert without units."""
-        d_model, prefix = decoder.model.d_model, f"{theirs}.{self.module}"
+        """Return the weights of one block that ours does not have: of no size, or 0."""
+        d_model, gate = decoder.model.d_model, self.name_gate(theirs)
+        empty: dict[str, Shape] = {gate: (1, d_model)} if gate else {}
         if self.shared == "none" or (decoder.experts is not None and decoder.experts.shared_width):
-            return {}
-        shared = f"{prefix}.shared_expert" if self.shared == "gated" else f"{prefix}.shared_experts"
-        gate = {f"{shared}_gate.weight": (1, d_model)} if self.shared == "gated" else {}
-        inputs: dict[str, Shape] = {f"{shared}.{name}.weight": (0, d_model) for name in ("gate_proj", "up_proj")}
-        return {**inputs, f"{shared}.down_proj.weight": (d_model, 0), **gate}
+            return empty
+        shared = f"{theirs}.{self.module}.{self._shared_module}"
+        empty |= {f"{shared}.{name}.weight": (0, d_model) for name in ("gate_proj", "up_proj")}
+        return {**empty, f"{shared}.down_proj.weight": (d_model, 0)}
 
 
 def map_network(ours: str, theirs: str, d_model: int, width: int) -> Iterator[WeightMap]:

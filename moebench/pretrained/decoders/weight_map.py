@@ -40,6 +40,8 @@ class WeightMap:
     is_transposed: bool = False
     """Whether ours has the input first, where torch's linear layers have the output first."""
     is_stack: bool = False
+    factor: float = 1.0
+    """On our weight, where theirs is written."""
     fused: FusedStack | None = None
     """The form in which a checkpoint may have all experts in one tensor."""
 
@@ -47,8 +49,9 @@ class WeightMap:
     def shape(self) -> tuple[int, ...]:
         """Shape of our weight."""
         first, *others = self.experts[0]
-        rows = first.shape[0] + sum(part.shape[0] for part in others)
-        shape = (rows, *first.shape[1:])
+        shape = first.shape
+        if others:
+            shape = (shape[0] + sum(part.shape[0] for part in others), *shape[1:])
         shape = shape[::-1] if self.is_transposed else shape
         return (len(self.experts), *shape) if self.is_stack else shape
 
@@ -60,7 +63,8 @@ class WeightMap:
     def join(self, read: Callable[[Part], Tensor]) -> Tensor:
         """Return our weight from its parts; `read` returns one part."""
         if not self.is_stack:
-            return self._join_one([read(part) for part in self.experts[0]])
+            joined = self._join_one([read(part) for part in self.experts[0]])
+            return joined if self.factor == 1 else joined / self.factor
         first = self._join_one([read(part) for part in self.experts[0]])
         stack = first.new_empty(len(self.experts), *first.shape)
         stack[0] = first
@@ -74,6 +78,7 @@ class WeightMap:
 
     def split(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and the value of each part of our weight."""
+        value = value if self.factor == 1 else self.factor * value
         values = value.unbind(0) if self.is_stack else (value,)
         for parts, one in zip(self.experts, values, strict=True):
             rows = one.mT if self.is_transposed else one

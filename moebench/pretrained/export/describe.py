@@ -93,7 +93,7 @@ def list_sources(config: CellConfig, decoder: Decoder) -> dict[str, tuple[str, f
 def _require_language_model(config: CellConfig, shapes: Shapes) -> None:
     facts, model = TASKS.get(config.task.name).facts, config.model
     if not facts.causal or facts.output != "tokens" or facts.is_encoder_decoder:
-        raise UsageError(f"task.name={config.task.name}: only causal language models are written for transformers")
+        raise UsageError(f"task.name={config.task.name}: only causal language models are written for it")
     head = shapes["embedding.weight" if model.tie_embeddings else "head.weight"]
     if list(head) != list(shapes["embedding.weight"]) or "head.bias" in shapes:
         raise UsageError(f"task.name={config.task.name}: its inputs and outputs are not the same ids")

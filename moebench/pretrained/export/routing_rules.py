@@ -23,6 +23,16 @@ def _noisy_top_k(config: Any) -> RoutingRule:
     return RoutingRule(score="softmax", top_k=config.top_k, normalised=True)
 
 
+def _v_moe(config: Any) -> RoutingRule:
+    return RoutingRule(score="softmax", top_k=config.top_k, normalised=False)
+
+
+def _gshard(config: Any) -> RoutingRule:
+    if config.second_expert in ("threshold", "none"):
+        raise UsageError(f"router.second_expert={config.second_expert}: in transformers each token uses k experts")
+    return RoutingRule(score="softmax", top_k=2, normalised=True)  # what is random is so in training alone
+
+
 def _deepseek_moe(config: Any) -> RoutingRule:
     if config.kept_groups < config.num_groups:
         raise UsageError(
@@ -48,6 +58,8 @@ RULES: Mapping[str, Callable[[Any], RoutingRule]] = {
     **dict.fromkeys(("top_k", "mixtral", "olmoe", "frozen_top_k"), _top_k),
     "switch": _switch,
     "noisy_top_k": _noisy_top_k,
+    "v_moe": _v_moe,
+    **dict.fromkeys(("gshard", "glam", "st_moe"), _gshard),
     "deepseek_moe": _deepseek_moe,
     **dict.fromkeys(("loss_free", "deepseek_v3"), _loss_free),
 }

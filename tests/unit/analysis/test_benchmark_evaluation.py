@@ -110,7 +110,7 @@ def test_metrics_by_item_are_those_of_the_logits(results: Path, tmp_path: Path) 
     matches = [float(text == item["first"]) for text, item in zip(texts, ITEMS, strict=True)]
     assert [item.metrics["exact_match"] for item in evaluated["continuations"].items] == matches
     stored = [json.loads(line) for line in Path(evaluated["continuations"].file).read_text().splitlines()]
-    assert [line["answer"] for line in stored if "answer" in line] == [[text] for text in texts]
+    assert [line["response"] for line in stored if "response" in line] == [[text] for text in texts]
     # Chance, and the answer that is right most often: 2 in three of six.
     assert compute_trivial_accuracy(evaluated["animals"].items) == pytest.approx(
         {"chance": 1 / 3, "constant answer": 0.5}
@@ -262,5 +262,5 @@ def test_sampling_is_refused(results: Path, tmp_path: Path) -> None:
     file.write_text(
         file.read_text().replace('generation_kwargs: {until: [" "], max_gen_toks: 5, do_sample: false}', GREEDY)
     )
-    with pytest.raises(UsageError, match="generation_kwargs: asks for sampling"):
+    with pytest.raises(UsageError, match="generation_kwargs: sets sampling"):
         evaluate(results, folder, tasks=("continuations",))

@@ -51,6 +51,8 @@ ATTACKS = {
     "bomb": ("description: &a [x, x]\ngen_prefix: [*a, *a]", "it has aliases"),
     "key": ("doc_to_txt: question", "the key 'doc_to_txt' is unknown. Did you mean 'doc_to_text'?"),
     "outside": ("include: ../other.yaml", "include names '../other.yaml', which is outside"),
+    "path": ("dataset_path: /etc", "dataset_path names '/etc' (allowed: json, or a name on the hub)"),
+    "csv": ("dataset_path: csv\ndataset_kwargs: {data_files: /etc/passwd}", "dataset_kwargs has data_files (allowed"),
     "itself": ("include: bad.yaml", "includes itself"),
 }
 
@@ -62,7 +64,7 @@ def test_files_that_name_code_or_other_files_are_one_line(
     monkeypatch.chdir(tmp_path)
     line, message = ATTACKS[name]
     key = line.partition(":")[0]
-    kept = "metric_list" if key == "metric_list" else "no such key"
+    kept = {"metric_list": "metric_list", "dataset_path": "dataset_path"}.get(key, "no such key")
     text = CHOICE.replace("animals", "bad").partition(kept)[0]
     folder = write_tasks(tmp_path / "tasks", bad=f"{text}\n{line}\n")
     (tmp_path / "other.yaml").write_text("task: other")

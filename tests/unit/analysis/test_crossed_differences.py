@@ -96,5 +96,5 @@ def test_intervals_cover_other_seeds_and_other_items(num_seeds: int, kind: str) 
 @pytest.mark.parametrize("num_seeds", [3, 5, 8])
 def test_intervals_cover_in_all_designs(num_seeds: int, num_items: int, kind: str) -> None:
     for spread in SPREADS:
-        covered, _ = measure_coverage((num_seeds, num_items), spread, kind, 2000)
-        assert 0.925 <= covered <= 0.995, (spread, covered)
+        covered, _ = measure_coverage((num_seeds, num_items), spread, kind, 1000)  # standard error 0.008
+        assert 0.905 <= covered <= 0.998, (spread, covered)

@@ -12,15 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from support.random_models import RandomRun, compute_logits, draw_tokens
+from support.run_folders import write_cell
 from support.training_cases import write_text
 
 import moebench
-from moebench.analysis.exported_run import ExportOptions
+from moebench.analysis.exported_run import ExportOptions, export_run
+from moebench.analysis.trained_run import TrainedRun
 from moebench.errors import UsageError
+from moebench.experts.layout import LAYOUTS
 from moebench.pretrained.export.folder_writer import write_folder
+from moebench.pretrained.export.routing_rules import RULES
 from moebench.pretrained.export.tensors import TensorSource
 from moebench.pretrained.folder import open_pretrained
 from moebench.pretrained.parent import read_parent
+from moebench.routing.router import ROUTERS
+from moebench.runs.folder import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
 SWIGLU = {"activation": "swiglu", "num_heads": 2, "num_kv_heads": 1}
@@ -59,6 +65,15 @@ SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "deepseek_moe": ("qwen2_moe", {"router": {"name": "deepseek_moe", "top_k": 2, "scale": 3.0}}),
+    "v_moe": ("qwen2_moe", {"router": "v_moe"}),
+    "gshard": ("mixtral", {"router": "gshard"}),
+    "shared experts, softmax": (
+        "qwen2_moe",
+        {
+            "router": "deepseek_moe",
+            "layout": {"name": "fine_grained", "split": 1, "expert_width": 8, "num_experts": 8, "shared": 2},
+        },
+    ),
     "loss_free": ("glm4_moe", {"router": "loss_free", "model": {"qk_norm": "head", "residual_scale": 0.5}}),
     "deepseek_v3": (
         "glm4_moe",
@@ -315,3 +330,68 @@ def test_a_disk_that_is_too_small_leaves_nothing(tmp_path: Path, text: Path, mon
     with pytest.raises(UsageError, match=r"--out .*: needs 16.* MiB, and .* are free"):
         run.export(tmp_path / "models" / "one")
     assert list((tmp_path / "models").iterdir()) == []
+
+
+def plain_cases() -> dict[str, dict[str, Any]]:
+    """Return each router in a plain layout, and each layout with a plain router."""
+    routers = {f"router {name}": {"router": name, "layout": {"expert_width": 8}} for name in ROUTERS.names()}
+    layouts = {
+        f"layout {name}": {"router": {"name": "top_k"}, "layout": {"name": name, "expert_width": None}}
+        for name in LAYOUTS.names()
+    }
+    return routers | layouts
+
+
+WITH_TABLES = ("hash", "remoe", "routing_networks_wpl", "domain_posterior")
+"""Routers with whole numbers, scalars or other modules among their weights."""
+
+
+def is_quick(case: str) -> bool:
+    kind, _, name = case.partition(" ")
+    return kind == "layout" or name in (*RULES, *WITH_TABLES)
+
+
+@pytest.mark.parametrize(
+    "case", [case if is_quick(case) else pytest.param(case, marks=pytest.mark.slow) for case in plain_cases()]
+)
+def test_every_model_is_written_with_our_names_and_for_transformers_or_refused(
+    tmp_path: Path, text: Path, case: str
+) -> None:
+    sections = plain_cases()[case]
+    model = {**SWIGLU, "d_model": 16, "ffn_width": 120}
+    layout = {"num_experts": 16, **sections["layout"]}
+    run = RandomRun(tmp_path, text, router=sections["router"], layout=layout, model=model, allow_noncausal=True)
+    run.export(tmp_path / "own", format="safetensors")
+    loaded = moebench.load_model(f"hf:{tmp_path / 'own'}", tmp_path)[0].state_dict()
+    stored = run.model.state_dict()
+    assert stored.keys() == loaded.keys()
+    assert all(torch.equal(value, loaded[name]) for name, value in stored.items())
+    try:
+        exported = run.export(tmp_path / "out")
+    except UsageError as error:
+        reason = str(error)
+    else:
+        compare(run, tmp_path / "out", exported.model_type)
+        return
+    assert reason.startswith("--format hf: transformers cannot express run random: ")
+
+
+def test_other_data_is_written_with_our_names(tmp_path: Path, text: Path) -> None:
+    run = RandomRun(tmp_path, text, router="switch", task={"name": "clustered", "sequence_length": 16})
+    with pytest.raises(UsageError, match=r"task\.name=clustered: only language models of text are written for it"):
+        run.export(tmp_path / "out")
+    exported = run.export(tmp_path / "out", format="safetensors")
+    assert [file.name for file in exported.files] == ["README.md", "config.json", "model.safetensors"]
+    model, _ = moebench.load_model(f"hf:{tmp_path / 'out'}", tmp_path)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in run.model.state_dict().items())
+
+
+def test_a_run_that_is_not_done_has_only_its_kept_weights(tmp_path: Path, text: Path) -> None:
+    run = RandomRun(tmp_path, text, router="switch")
+    folder = RunFolder.of(tmp_path, "random")
+    write_cell(folder.path)
+    opened = TrainedRun(folder=folder, cell=folder.read_cell(), config=run.config, task=run.task)
+    with pytest.raises(
+        UsageError, match=r"run random is .* \(allowed: a run that is done, or --step of kept weights: none"
+    ):
+        export_run(opened, ExportOptions(out=tmp_path / "out"), tmp_path)

@@ -39,7 +39,8 @@ def test_a_run_is_shown_with_what_it_has_taken(tmp_path: Path) -> None:
     text = write_text(tmp_path)
     train_parent(tmp_path, text)
     assert "init" not in describe_run("run:0", tmp_path)
-    child = Run(child_config(text, router="top_k", train={"steps": 1}), tmp_path / "runs" / ("1" * 12), results=tmp_path)
+    config = child_config(text, router="top_k", train={"steps": 1})
+    child = Run(config, tmp_path / "runs" / ("1" * 12), results=tmp_path)
     child.folder.mkdir()
     assert child() is not None
     write_cell(child.folder, config=to_plain(child.config), arm="child")

@@ -17,6 +17,7 @@ import moebench
 from moebench.config import merge_settings, resolve
 from moebench.errors import UsageError
 from moebench.pretrained.folder import open_pretrained
+from moebench.pretrained.model import load_model
 from moebench.pretrained.parent import ParentModel, read_parent
 from moebench.training.model import Model, build_model, prepare_task
 
@@ -41,6 +42,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", {"num_experts_per_tok": 1}),
     "olmoe, normalised": ("olmoe", {"norm_topk_prob": True, "attention_bias": True}),
     "qwen2_moe": ("qwen2_moe", {"shared_expert_intermediate_size": 0}),
+    "qwen2_moe, shared expert": ("qwen2_moe", {"shared_expert_intermediate_size": 48}),
     "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True}),
     "glm4_moe": ("glm4_moe", {}),
     "glm4_moe, no shared expert": ("glm4_moe", {"use_qk_norm": False, "attention_bias": True, "n_shared_experts": 0}),
@@ -74,10 +76,18 @@ def require_same_logits(theirs: Any, parent: ParentModel, text: Path) -> None:
     torch.testing.assert_close(compute_logits(build(parent, text), token_BL), expected, rtol=0, atol=1e-5)
 
 
+def draw_weights_without_gates(model: Any) -> None:
+    """Draw all weights but those of the gate of a shared expert, which moebench does not have."""
+    draw_weights(model)
+    for name, value in model.state_dict().items():
+        if name.endswith("shared_expert_gate.weight"):
+            value.zero_()
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_model_of_transformers_has_the_same_logits_in_moebench(tmp_path: Path, text: Path, case: str) -> None:
     model_type, options = CASES[case]
-    written = write_model(tmp_path / "model", model_type, draw_weights, **options)
+    written = write_model(tmp_path / "model", model_type, draw_weights_without_gates, **options)
     parent = read(tmp_path / "model")
     assert parent.vocab_size == 290  # ids of the tokenizer; the embedding has 320 rows
     require_same_logits(written, parent, text)
@@ -111,7 +121,12 @@ def test_load_model_gives_a_parent_the_task_language_on_the_embedded_text() -> N
 KEYS: dict[str, tuple[str, dict[str, Any], str]] = {
     "latent attention": ("deepseek_v3", {}, "model_type is deepseek_v3: its attention compresses keys and values"),
     "encoder": ("switch_transformers", {}, "model_type is switch_transformers: it is an encoder and a decoder"),
-    "sigmoid gate": ("qwen2_moe", {}, "shared_expert_intermediate_size is 24; allowed in a model of moebench: 0 "),
+    "sigmoid gate": (
+        "qwen2_moe",
+        {},
+        "shared_expert_intermediate_size is 24: the shared expert is weighted by a sigmoid (model.layers.1.",
+    ),
+    "width of the shared expert": ("qwen2_moe", {"shared_expert_intermediate_size": 25}, "a multiple of moe_inter"),
     "window": ("mixtral", {"sliding_window": 16}, "sliding_window is 16; allowed in a model of moebench: None"),
     "windows": ("qwen3", {"use_sliding_window": True}, "use_sliding_window is True; allowed in a model of moebench: F"),
     "clipping": ("olmoe", {"clip_qkv": 3.0}, "clip_qkv is 3.0; allowed in a model of moebench: None"),
@@ -243,6 +258,16 @@ def test_a_bad_folder_is_one_line(tmp_path: Path, case: str) -> None:
     assert message in str(error.value)
     assert str(error.value).startswith(str(tmp_path / "model"))
     assert "\n" not in str(error.value)
+
+
+def test_transformers_is_not_asked_for_a_model_with_our_names(mixtral: Path, tmp_path: Path) -> None:
+    shutil.copytree(mixtral, tmp_path / "model")
+    change_config(tmp_path / "model", model_type="moebench", architectures=None)
+    opened = open_pretrained(f"hf:{tmp_path / 'model'}", requires_experts=False)
+    with pytest.raises(UsageError, match="model_type is moebench: transformers does not load it"):
+        load_model(opened)
+    with pytest.raises(UsageError, match="the model_type 'moebench' is unknown"):
+        open_pretrained(f"hf:{tmp_path / 'model'}")
 
 
 NUMBERS = ("num_local_experts", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")

@@ -15,6 +15,8 @@ from moebench.training.utilization import compute_mfu, count_training_flops, fin
     ("name", "bf16"),
     [
         ("NVIDIA H200", 989.4e12),
+        ("NVIDIA L40", 181.05e12),
+        ("NVIDIA RTX A6000", 154.8e12),
         ("NVIDIA H200 NVL", 835.5e12),
         ("NVIDIA GH200 480GB", 989.4e12),
         ("NVIDIA H100 80GB HBM3", 989.4e12),
@@ -37,7 +39,7 @@ def test_a_known_device_has_its_dense_peak(name: str, bf16: float) -> None:
     assert peak.fp32 < peak.tf32 * 1.01
 
 
-@pytest.mark.parametrize("name", ["NVIDIA H20", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA L40", "a new one", ""])
+@pytest.mark.parametrize("name", ["NVIDIA H20", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA L4000", "a new one", ""])
 def test_the_peak_of_another_device_is_not_guessed(name: str) -> None:
     assert find_device_peak(name) is None
 

@@ -9,7 +9,7 @@ from support.branches import Branch, draw_branches, merge
 from support.parent_runs import WIDE, compute_logits
 from support.training_cases import tiny_config, write_text
 
-from moebench.config import resolve
+from moebench.config import cell_id, resolve
 from moebench.errors import UsageError
 from moebench.training.evaluation import batch_context
 from moebench.training.initial_weights.branch_domains import assign_parents
@@ -197,3 +197,15 @@ def test_sections_that_contradict_themselves(init: dict[str, Any], message: str)
     with pytest.raises(UsageError) as error:
         resolve({"init": init})
     assert str(error.value).startswith(message)
+
+
+def test_each_option_and_the_order_of_parents_are_in_the_id() -> None:
+    given = {"from": ["run:0123456789ab", "run:ba9876543210"], "combine": "average"}
+    changes: list[dict[str, Any]] = [
+        {},
+        {"from": given["from"][::-1]},
+        {"combine": "experts"},
+        {"combine_weights": [1, 2]},
+        {"new_experts": "mean"},
+    ]
+    assert len({cell_id(resolve({"init": {**given, **change}}), "data") for change in changes}) == len(changes)
