@@ -3,15 +3,14 @@
 Heavy libraries are imported inside the functions that need them.
 """
 
-import contextlib
 import signal
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moebench.errors import UsageError as UsageError
 from moebench.errors import unknown
+from moebench.process_setup import hide_main_module
 from moebench.standalone import MoE as MoE
 from moebench.standalone import MoERecord as MoERecord
 from moebench.standalone import balance_loss as balance_loss
@@ -77,7 +76,7 @@ def run(
         console=open_stderr_console(quiet=quiet),
         figures=Figures(),
     )
-    with _hide_main_module():
+    with hide_main_module():
         report = run_phases(_as_experiment(experiment), setup)
     if report.interrupted:
         raise KeyboardInterrupt if report.interrupted == signal.SIGINT else SystemExit(128 + report.interrupted)
@@ -277,15 +276,3 @@ def _find_run(run: str | Path, results: Path) -> "RunFolder":
     from moebench.runs.folder import RunFolder
 
     return RunFolder(Path(run)) if (Path(run) / "cell.json").is_file() else find_run(results, str(run))
-
-
-@contextlib.contextmanager
-def _hide_main_module() -> Iterator[None]:
-    """Keep worker processes from importing the calling script, which would run it again in each of them."""
-    main = vars(sys.modules["__main__"])
-    hidden: dict[str, Any] = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
-    main["__spec__"] = None
-    try:
-        yield
-    finally:
-        main.update(hidden)

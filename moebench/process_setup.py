@@ -8,7 +8,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 def prepare_process() -> None:
@@ -97,3 +97,15 @@ def silent_exit_refused() -> Iterator[None]:
         yield
     finally:
         os._exit = exit_now
+
+
+@contextlib.contextmanager
+def hide_main_module() -> Iterator[None]:
+    """Keep worker processes from importing the calling script, which would run it again in each of them."""
+    main = vars(sys.modules["__main__"])
+    hidden: dict[str, Any] = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
+    main["__spec__"] = None
+    try:
+        yield
+    finally:
+        main.update(hidden)

@@ -249,8 +249,6 @@ DEFAULT_NAMES = {"task": "language", "layout": "every_n", "router": "switch"}
 
 MAX_CELLS = 20_000
 """Largest grid of an experiment: a larger one takes minutes to check, and is usually a mistake in anchors or ranges."""
-
-
 DEFAULT_MARGIN = 0.01
 
 

@@ -14,6 +14,8 @@ from moebench.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from moebench.experiment.grid import Experiment
+    from moebench.experiment.run_setup import RunOptions
     from moebench.experiment.runner import RunReport
 
 
@@ -77,13 +79,9 @@ def adapt(
     done. Settings are those of the run, with --steps, --learning-rate and KEY=VALUE. Several runs, seeds and settings
     at once are an experiment with stages.
     """
-    from moebench.analysis.figures import Figures
     from moebench.experiment.adaptation import AdaptOptions, build_adaptation
-    from moebench.experiment.phases import run_phases
-    from moebench.experiment.run_setup import RunOptions, RunSetup
-    from moebench.launch.launcher import LocalLauncher
+    from moebench.experiment.run_setup import RunOptions
     from moebench.registry import load_plugin
-    from moebench.reporting.streams import open_stderr_console
     from moebench.runs.find_run import find_run
 
     options = AdaptOptions(
@@ -99,18 +97,24 @@ def adapt(
     loaded = [load_plugin(each) for each in plugin or ()]
     folder = find_run(results, run)
     experiment = build_adaptation(folder, options, overrides or (), loaded, results)
+    run_options = RunOptions(jobs=jobs, tracker=tracker, retries=retries, ignore_memory=ignore_memory)
+    if code := _train(experiment, results, run_options, json=json):
+        raise typer.Exit(code)
+
+
+def _train(experiment: "Experiment", results: Path, options: "RunOptions", *, json: bool) -> int:
+    """Train what is missing, show it, and return the exit code."""
+    from moebench.analysis.figures import Figures
+    from moebench.experiment.phases import run_phases
+    from moebench.experiment.run_setup import RunSetup
+    from moebench.launch.launcher import LocalLauncher
+    from moebench.reporting.streams import open_stderr_console
+
     console = open_stderr_console()
-    setup = RunSetup(
-        results=results,
-        options=RunOptions(jobs=jobs, tracker=tracker, retries=retries, ignore_memory=ignore_memory),
-        launcher=LocalLauncher(),
-        console=console,
-        figures=Figures(),
-    )
+    setup = RunSetup(results=results, options=options, launcher=LocalLauncher(), console=console, figures=Figures())
     report = run_phases(experiment, setup)
     _show(report, results, console, json=json)
-    if code := choose_exit_code(report):
-        raise typer.Exit(code)
+    return choose_exit_code(report)
 
 
 def _read_rates(text: str | None) -> tuple[float, ...]:

@@ -120,9 +120,7 @@ def run_foreground(
         )
     require_devices(cell.config.train, 1)
     open_results(results)
-    for note in experiment.notes:
-        print_note(console, note)
-    for note in _check_resources(cell, results, ignore_memory=ignore_memory):
+    for note in (*experiment.notes, *_check_cell(cell, results, ignore_memory=ignore_memory)):
         print_note(console, note)
     record_experiment(results, experiment)
     metric = TASKS.get(cell.config.task.name).facts.metric
@@ -145,8 +143,8 @@ def run_foreground(
     return code
 
 
-def _check_resources(cell: Cell, results: Path, *, ignore_memory: bool) -> Sequence[str]:
-    """Raise UsageError where a cell lacks memory, disk space, data or parents; return notes on its parents."""
+def _check_cell(cell: Cell, results: Path, *, ignore_memory: bool) -> list[str]:
+    """Raise UsageError for a cell that cannot be trained; return notes on its parents."""
     costs = ModelCosts(results)
     if not ignore_memory:
         require_memory([cell], costs)

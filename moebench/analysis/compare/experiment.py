@@ -67,11 +67,7 @@ def compare_experiment(
             margin=experiment.margin if margin is None else margin,
         ),
         allow_mismatch=allow_mismatch,
-        protocol=Protocol(
-            tuned_keys=state.keys if state is not None else (),
-            plan=plan,
-            has_several_data=experiment.has_several_data,
-        ),
+        protocol=_describe_protocol(experiment, state, plan),
     )
     trivial = find_trivial_baselines(experiment, cells, results, run_results, split)
     return replace(
@@ -93,6 +89,11 @@ def _require_results(
         raise UsageError(
             f"{results}: no cell of '{experiment.name}' has a result there yet (train it with `moebench run`){tuned}"
         )
+
+
+def _describe_protocol(experiment: Experiment, state: TuningState | None, plan: SeedPlan) -> Protocol:
+    keys = state.keys if state is not None else ()
+    return Protocol(tuned_keys=keys, plan=plan, has_several_data=experiment.has_several_data)
 
 
 def _list_cells(experiment: Experiment, results: Path, added: Mapping[str, Seeds]) -> list[Cell]:
