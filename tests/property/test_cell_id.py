@@ -105,6 +105,7 @@ NO_CHANGES: dict[str, tuple[Any, ...]] = {
     "parallel.check_every": (7,),
     "parallel.overlap": (False,),
     "parallel.shard_optimizer": (True,),
+    "parallel.async_checkpoints": (True,),
     "task.data.path": ("/somewhere/else.txt",),
     "layout.recompute": (True,),
 }
