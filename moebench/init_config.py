@@ -71,8 +71,9 @@ class UpcycleConfig:
     """Share of the hidden units of each copied expert that are drawn again, with the mean and the standard deviation
     that the parent's weights have there (drop-upcycling, arXiv:2502.19261); each expert draws its own units."""
     router: Literal["auto", "random", "copy", "zero"] = "auto"
-    """Weights and state of routers. auto: those of a parent with the same router, else random. random: the router's own
-    initial weights. copy: those of the parent, which must fit. zero: gates of 0, so that all scores are equal."""
+    """Weights and state of routers. auto: those of a parent with the same router, or of a model of transformers whose
+    router computes the same, else random. random: the router's own initial weights. copy: those of the parent, which
+    must fit. zero: gates of 0, so that all scores are equal."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "init.upcycle")

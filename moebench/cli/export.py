@@ -44,5 +44,4 @@ def export(
     print_text(f"{out}: {exported.model_type} of run {exported.run}, step {exported.step:,}, {size}")
     if exported.format == "hf":
         print_text(f'load it: transformers.AutoModelForCausalLM.from_pretrained("{out}")')
-    else:
-        print_text(f"continue from it: init.from=hf:{out}")
+    print_text(f"continue from it: init.from=hf:{out} (settings that fit: moebench show hf:{out})")

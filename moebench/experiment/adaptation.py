@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,22 @@ def build_adaptation(
         tune=tune,
     )
     name = f"adapt-{cell['id']}-{_identify(base, tune, overrides)}"
-    return expand_config(name, config, overrides, plugins)
+    experiment = expand_config(name, config, overrides, plugins)
+    return replace(experiment, notes=(*experiment.notes, *_note_trained_target(parent, cell["id"], base["task"])))
+
+
+def _note_trained_target(parent: CellConfig, parent_id: str, task: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a note where the target is a domain that the parent was trained on."""
+    ours, theirs = task["data"], to_plain(parent.task)["data"]
+    if any(ours[key] != theirs[key] for key in SOURCE_KEYS if key in ours):
+        return  # other data, whose test text is looked for in the parent's
+    held_out = set(theirs["held_out_domains"])
+    if not held_out <= set(ours["held_out_domains"]):
+        return
+    yield (
+        f"run {parent_id} was trained on the target domain too: its gain is that of more training, not of a new domain"
+        f" (held out of that run: {', '.join(sorted(held_out)) or 'none'})"
+    )
 
 
 def _identify(base: Mapping[str, Any], tune: TuneConfig, overrides: Sequence[str]) -> str:

@@ -6,12 +6,15 @@ from typing import Any
 
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
+from moebench.experiment.model_costs import ModelCosts
+from moebench.experiment.parents import require_parents
 from moebench.experiment.plan import cell_state, list_planned_cells
 from moebench.experiment.store import DAMAGED, require_one_file
 from moebench.experiment.tuning import UNSETTLED, has_diverged, list_tuning_cells
 from moebench.runs.attempts import read_attempts
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
+from moebench.tasks.cache import keep_cache_unchanged
 
 ACTIONS = {
     "new": "train",
@@ -27,15 +30,18 @@ ACTIONS = {
 def list_actions(experiment: Experiment, results: Path) -> list[dict[str, Any]]:
     """Return a JSON-ready row for each cell: its state, what a run would do, and from which step on.
 
-    Earlier stages and tuning runs come first; runs of arms that have not chosen their settings yet have no id.
+    Earlier stages and tuning runs come first; runs of arms that have not chosen their settings yet have no id. Raises
+    UsageError for a cell that would be trained and whose parent is missing, not done or does not fit it.
     """
     require_one_file(results, experiment)
+    planned = list_planned_cells(experiment, results)
     rows = [
         _describe_cell(results, cell) if is_settled else _describe_unsettled(cell)
-        for cell, is_settled in {
-            cell.id: (cell, is_settled) for cell, is_settled in list_planned_cells(experiment, results)
-        }.values()
+        for cell, is_settled in {cell.id: (cell, is_settled) for cell, is_settled in planned}.values()
     ]
+    idle = {row["id"] for row in rows if row["action"] == "-"}
+    with keep_cache_unchanged():
+        require_parents([cell for cell, _ in planned if cell.id not in idle], ModelCosts(results))
     tuning = {cell.id for cell in list_tuning_cells(experiment)}
     return [row | {"action": "-"} if row["id"] in tuning and _is_decided(results, row) else row for row in rows]
 

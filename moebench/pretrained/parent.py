@@ -12,7 +12,7 @@ from typing_extensions import override
 from moebench.errors import UsageError
 from moebench.pretrained.decoders.architectures import ARCHITECTURES, NOT_COMPUTED
 from moebench.pretrained.decoders.config_keys import ConfigKeys
-from moebench.pretrained.decoders.decoder import Decoder
+from moebench.pretrained.decoders.decoder import Decoder, RoutingRule
 from moebench.pretrained.decoders.expert_format import GATED_WIDTH
 from moebench.pretrained.decoders.weight_map import Part, WeightMap, map_one
 from moebench.pretrained.families import CONFIG, OWN_FORMAT
@@ -47,6 +47,8 @@ class ParentModel:
     """Name in `Model.state_dict()` -> value, read from the disk each time."""
     vocab_size: int
     """Ids of the tokenizer: rows of the embedding without padding."""
+    routing: RoutingRule | None = None
+    """How experts are chosen in a model of transformers, whose `settings` have one of the routers that compute this."""
     cell: Mapping[str, Any] | None = None
     """All sections of the run that moebench wrote with its own names of weights; None for models of transformers."""
 
@@ -144,7 +146,8 @@ def read_parent(folder: PretrainedFolder) -> ParentModel:
     model = {key: getattr(decoder.model, key) for key in MODEL_KEYS}
     settings = {"model": model, **decoder.to_settings(), "task": {"data": {"tokenizer": name_tokenizer(folder)}}}
     weights = ParentWeights(folder.tensors, maps, vocab_size)
-    return ParentModel(folder=folder, settings=settings, weights=weights, vocab_size=vocab_size)
+    routing = None if decoder.experts is None else decoder.experts.routing
+    return ParentModel(folder=folder, settings=settings, weights=weights, vocab_size=vocab_size, routing=routing)
 
 
 def _read_own(folder: PretrainedFolder, file: str) -> ParentModel:

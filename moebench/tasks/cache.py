@@ -7,7 +7,9 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,17 @@ from moebench.errors import UsageError
 from moebench.file_access import is_plain_name, open_member, read_plain_json
 
 Arrays = dict[str, np.ndarray]
+_is_writable: ContextVar[bool] = ContextVar("cache is writable", default=True)
+
+
+@contextmanager
+def keep_cache_unchanged() -> Iterator[None]:
+    """Create missing entries in memory alone inside the `with` block."""
+    token = _is_writable.set(False)
+    try:
+        yield
+    finally:
+        _is_writable.reset(token)
 
 
 def load_or_create(folder: Path, create: Callable[[], tuple[dict[str, Any], Arrays]]) -> tuple[dict[str, Any], Arrays]:
@@ -29,6 +42,8 @@ def load_or_create(folder: Path, create: Callable[[], tuple[dict[str, Any], Arra
     entry = read_entry(folder)
     if entry is not None:
         return entry
+    if not _is_writable.get():
+        return _complete(*create())
     lock = FileLock(f"{folder}.lock")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """How the routers of moebench choose and weight experts in evaluation, where it is the k best of one score each."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from moebench.errors import UsageError
@@ -73,3 +74,18 @@ def describe_routing(config: Any) -> RoutingRule:
             f"router.name={config.name}: transformers has no such routing (it has that of {', '.join(RULES)})"
         )
     return RULES[config.name](config)
+
+
+def computes_same(config: Any, rule: RoutingRule | None) -> bool:
+    """Return whether a router weights its experts in evaluation by this rule, whatever their number k.
+
+    A factor on softmax weights does not count: `moebench export` writes it into the experts.
+    """
+    if rule is None or config.name not in RULES:
+        return False
+    try:
+        ours = RULES[config.name](config)
+    except UsageError:
+        return False
+    scale = rule.scale if rule.score == "softmax" else ours.scale
+    return replace(ours, top_k=rule.top_k, scale=scale, router=rule.router) == rule

@@ -27,6 +27,7 @@ class FolderWeights(ParentWeights):
     def __init__(self, parent: ParentModel) -> None:
         self.label = f"{PREFIX}{parent.folder.path}"
         self.settings = parent.settings
+        self.routing = parent.routing
         self.weights = parent.weights
         self.shapes = {name: torch.Size(shape) for name, shape in parent.weights.shapes.items()}
 

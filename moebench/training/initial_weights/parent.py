@@ -15,6 +15,7 @@ from moebench.parallel.checkpoint import VerifiedCheckpointIO, find_damage, find
 from moebench.parallel.manifest import Manifest, list_manifests, parse_step
 from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
 from moebench.parallel.safe_reader import read_metadata
+from moebench.pretrained.decoders.decoder import RoutingRule
 from moebench.runs.find_run import find_run
 from moebench.runs.folder import RunFolder
 from moebench.training.trained_model import STATE_DICT_PREFIX
@@ -31,6 +32,8 @@ class ParentWeights(Protocol):
     settings: Mapping[str, Any]
     """Sections `task`, `model`, `layout` and `router` of its configuration, as plain data."""
     shapes: Mapping[str, torch.Size]
+    routing: RoutingRule | None = None
+    """How its routers compute, where any router that computes so may continue from them: it names no router itself."""
 
     def load(self, targets: Mapping[str, Tensor]) -> None:
         """Fill tensors in place by the parent's names; of a DTensor the part on this process.

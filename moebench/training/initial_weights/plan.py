@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moebench.errors import UsageError
+from moebench.pretrained.export.routing_rules import computes_same
 from moebench.schema import CellConfig
 
 ROUTER = ".router."
@@ -178,7 +179,7 @@ def _copies_router(config: CellConfig, child_shapes: Shapes, parent: Any) -> boo
             raise UsageError(f"init.upcycle.router: copy, but {lacking} (allowed: auto, random)")
         return True
     name = (parent.settings.get("router") or {}).get("name")
-    return choice == "auto" and name == config.router.name
+    return choice == "auto" and (name == config.router.name or computes_same(config.router, parent.routing))
 
 
 def _list_zeroed(config: CellConfig, child_shapes: Shapes) -> Iterator[str]:

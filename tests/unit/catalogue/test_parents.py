@@ -1,6 +1,7 @@
 """`show` of models that cells start from."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.parent_runs import PARENT, child_config, train_parent
@@ -14,6 +15,13 @@ from moebench.errors import UsageError
 from moebench.experiment.parents import complete_parents
 from moebench.training.initial_weights.load import load_initial_weights
 from moebench.training.model import build_initialised_model, prepare_task
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("folders") / "mixtral"
+    write_model(folder, "mixtral", num_hidden_layers=1)
+    return folder
 
 
 def test_the_settings_of_a_folder_are_those_of_a_cell_that_starts_from_it(tmp_path: Path) -> None:
@@ -33,6 +41,32 @@ def test_the_settings_of_a_folder_are_those_of_a_cell_that_starts_from_it(tmp_pa
     config_file.write_text(config_file.read_text() + "\n")
     with pytest.raises(UsageError, match=r"init.digest: \w{64} is not that of the content of init.from"):
         load_initial_weights(complete, model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("router", "takes_gate"),
+    [
+        ("mixtral", True),
+        ("top_k", True),
+        ("noisy_top_k", True),
+        ({"name": "top_k", "top_k": 3}, True),
+        ({"name": "top_k", "renormalise": False}, False),
+        ("switch", False),
+        ("deepseek_v3", False),
+    ],
+)
+def test_a_router_of_the_same_formula_takes_the_gate_of_a_folder(
+    router: str | dict[str, Any], takes_gate: bool, mixtral: Path
+) -> None:
+    base = describe_parent(f"hf:{mixtral}")["base"]
+    task = {"sequence_length": 8, "eval_windows": 2, "data": {"path": str(write_text(mixtral.parent))}}
+    config = resolve(merge_settings(merge_settings({"task": task}, base), {"router": router}))
+    model = build_initialised_model(config, prepare_task(config, mixtral.parent))
+    loaded = load_initial_weights(config, model, mixtral.parent)
+    assert loaded is not None
+    gate = "backbone.blocks.0.feed_forward.router.gate.weight_ED"
+    assert (gate in {each.target for each in loaded.plan.taken}) == takes_gate
+    assert (gate in loaded.plan.unused) == (not takes_gate)
 
 
 def test_a_run_is_shown_with_what_it_has_taken(tmp_path: Path) -> None:

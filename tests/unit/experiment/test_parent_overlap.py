@@ -6,11 +6,15 @@ from typing import Any
 import pytest
 import yaml
 from support.command_line import tiny, write_text
+from support.run_folders import write_cell, write_result
 
+from moebench.config import to_plain
 from moebench.errors import UsageError
+from moebench.experiment.adaptation import AdaptOptions, build_adaptation
 from moebench.experiment.grid import Experiment, expand
 from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.parent_overlap import require_no_overlap
+from moebench.runs.folder import RunFolder
 from moebench.tasks.language import TextTask
 from moebench.tasks.text.shared_documents import find_shared_documents, iterate_documents
 
@@ -57,6 +61,30 @@ def test_test_documents_in_the_training_text_of_the_parent_are_refused(
     (note,) = require_no_overlap(allowed.cells, ModelCosts(tmp_path))
     assert note.endswith("; init.allow_overlap allows it")
     assert [cell.id for cell in allowed.cells] == [cell.id for cell in experiment.cells]
+
+
+@pytest.mark.parametrize(
+    ("held_out", "note"),
+    [
+        ([], "run 000000000000 was trained on the target domain too: its gain is that of more training"),
+        (["a"], "run 000000000000 was trained on the target domain too: its gain is that of more training"),
+        (["b"], None),
+    ],
+)
+def test_an_adaptation_to_a_domain_of_the_parent_has_a_note(
+    held_out: list[str], note: str | None, tmp_path: Path, texts: tuple[Path, Path]
+) -> None:
+    (cell,) = expand_stages(tmp_path, train=texts[0], adapt=texts[0]).cells
+    config = to_plain(cell.parents[0].config)
+    config["task"]["data"]["held_out_domains"] = held_out
+    folder = tmp_path / "results" / "runs" / ("0" * 12)
+    folder.mkdir(parents=True)
+    write_cell(folder, config=config)
+    write_result(folder, config=config)
+    adaptation = build_adaptation(
+        RunFolder.of(tmp_path / "results", folder.name), AdaptOptions(to="b"), [], [], tmp_path / "results"
+    )
+    assert [each.startswith(note) for each in adaptation.notes] == [True] if note else not adaptation.notes
 
 
 def test_documents_are_read_back_from_their_tokens(tmp_path: Path, texts: tuple[Path, Path]) -> None:

@@ -2,17 +2,20 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.parent_runs import PARENT, child_config, train_parent
 from support.training_cases import write_text
 
-from moebench.config import cell_id
+from moebench.config import cell_id, to_plain
 from moebench.errors import UsageError
+from moebench.experiment.dry_run import list_actions
+from moebench.experiment.grid import expand_config
 from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.parents import complete_parents, require_parents
 from moebench.runs.cell import Cell
-from moebench.schema import CellConfig
+from moebench.schema import CellConfig, ExperimentConfig
 
 
 def build_cell(config: CellConfig, arm: str = "child") -> Cell:
@@ -46,3 +49,31 @@ def test_cells_whose_parents_do_not_fit_are_refused_by_arm(tmp_path: Path) -> No
     missing = build_cell(child_config(text, router="top_k", init={"from": "run:" + "1" * 12}), "missing")
     with pytest.raises(UsageError, match=r"^missing: init.from: there is no run 1{12} in "):
         require_parents([missing], costs)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("init.from=run:000000000000", None),
+        ("model.d_model=16", "top_k: model.d_model: 16 here, 8 in run 000000000000 of init.from (allowed: 8)"),
+        ("layout.expert_width=4", "top_k: init.from: backbone.blocks.0.feed_forward.w_in_DF of run 000000000000 has"),
+        ("init.from=run:111111111111", "top_k: init.from: the run 111111111111 (parent, seed 0) is resumable, not"),
+    ],
+)
+def test_a_dry_run_checks_parents_and_writes_nothing(override: str, message: str | None, tmp_path: Path) -> None:
+    text = write_text(tmp_path)
+    train_parent(tmp_path, text)
+    unfinished = train_parent(tmp_path, text, run_id="1" * 12)
+    (unfinished.folder / "result.json").unlink()
+    base: dict[str, Any] = to_plain(child_config(text, router="top_k"))
+    del base["seed"]
+    base["task"]["sequence_length"] = 12  # not prepared yet, and not the parent's
+    before = sorted(tmp_path.rglob("*"))
+    experiment = expand_config("children", ExperimentConfig(question="?", base=base, seeds=[0]), [override])
+    if message is None:
+        assert [row["action"] for row in list_actions(experiment, tmp_path)] == ["train"]
+    else:
+        with pytest.raises(UsageError) as error:
+            list_actions(experiment, tmp_path)
+        assert str(error.value).startswith(message)
+    assert sorted(tmp_path.rglob("*")) == before
