@@ -164,7 +164,7 @@ def test_arms_of_another_cost_are_marked_and_get_no_verdict(cli: CommandLine, wa
     assert marked.json["arms"]["switch"]["flops_vs_baseline"]["training"] < 0.98
     table = warm(cli, "compare", "./tiny.yaml", *wide).out
     assert "switch (≠FLOPs)" in table
-    assert "Note: switch: executed FLOPs are 0." in " ".join(table.split())
+    assert "Note: switch: executed forward FLOPs per token are 0." in " ".join(table.split())
     allowed = warm(cli, "compare", "./tiny.yaml", *wide, "--allow-mismatch", "--json")
     assert allowed.json["arms"]["switch"]["difference"]["verdict"] == "too few seeds"
     assert allowed.json["arms"]["switch"]["marks"] == ["≠FLOPs"]

@@ -41,7 +41,7 @@ class PairScore:
     log_probability: float
     is_greedy: bool
     is_truncated: bool
-    """Whether some of it was read with less than its whole context."""
+    """Whether the beginning of its context was left out; False for a whole text, which is cut into windows."""
 
 
 class TextModel:
@@ -71,7 +71,7 @@ class TextModel:
         limit, domain_N = self.model.max_length, domains or [None] * len(texts)
         parts = [split_windows(self.model.previous, tokens, limit) for tokens in encoded]
         scores = self._score([self._build(part, domain) for part, domain in zip(parts, domain_N, strict=True)])
-        return [_join(score, len(tokens) > limit) for score, tokens in zip(scores, encoded, strict=True)]
+        return [_join(score, is_truncated=False) for score in scores]
 
     def generate(self, prompts: Sequence[Prompt]) -> list[tuple[str, bool]]:
         """Return the greedy continuation of each prompt, and whether the model read less than the whole prompt.

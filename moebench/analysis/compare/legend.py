@@ -11,7 +11,7 @@ from moebench.reporting.formatting import format_plural
 from moebench.reporting.metrics import explain_metrics
 
 MARK_MEANINGS = {
-    "≠FLOPs": "executed FLOPs per token differ from the baseline's by more than 2 % in training or in evaluation",
+    "≠FLOPs": "executed forward FLOPs per token are more than 2 % from the baseline's, in training or in evaluation",
     BY_TRAINING_FLOPS: "trained on another number of tokens than the baseline, for its FLOPs of training within 2 %",
     "≠params": "total parameters differ from the baseline's by more than 2 %",
     "≠passes": "training runs each token through the model another number of times",

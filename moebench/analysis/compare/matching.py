@@ -17,6 +17,7 @@ from typing import Any
 from moebench.analysis.training_flops import compute_training_flops
 from moebench.errors import UsageError
 from moebench.runs.result import RunResult
+from moebench.training.utilization import BACKWARD_FACTOR
 
 TOLERANCE = 0.02
 """Largest difference from the baseline's executed FLOPs per token, with router and shared experts, or parameters."""
@@ -148,7 +149,7 @@ def _check_cost(
     quantities: Sequence[str], runs: Sequence[RunResult], baseline_runs: Sequence[RunResult]
 ) -> Mismatch | None:
     by_params = "total_params" in quantities
-    mark, subject = ("≠params", "parameters are") if by_params else ("≠FLOPs", "executed FLOPs are")
+    mark, subject = ("≠params", "parameters are") if by_params else ("≠FLOPs", "executed forward FLOPs per token are")
     ratios = {key: compute_cost_ratio(key, runs, baseline_runs) for key in quantities}
     unknown = [key for key, ratio in ratios.items() if ratio is None]
     if unknown:
@@ -158,7 +159,18 @@ def _check_cost(
         return None
     phases = {"train_flops_per_token": " in training", "eval_flops_per_token": " in evaluation"}
     figures = ", ".join(f"{ratio:.5g} times the baseline's{phases.get(key, '')}" for key, ratio in known.items())
-    return Mismatch(mark=mark, reason=f"{subject} {figures} (matched: ±{100 * TOLERANCE:.0f} %)", is_cost=True)
+    backward = "" if by_params else _describe_backward(runs, baseline_runs)
+    reason = f"{subject} {figures} (matched: ±{100 * TOLERANCE:.0f} %){backward}"
+    return Mismatch(mark=mark, reason=reason, is_cost=True)
+
+
+def _describe_backward(runs: Sequence[RunResult], baseline_runs: Sequence[RunResult]) -> str:
+    """Return how training compares as a whole where backward passes cost another share, as with frozen parameters."""
+    factors = {run.cost.get("train_factor", BACKWARD_FACTOR) for run in (*runs, *baseline_runs)}
+    ratio = compute_training_ratio(runs, baseline_runs)
+    if len(factors) == 1 or ratio is None:
+        return ""
+    return f"; FLOPs of all training steps, forward and backward, {ratio:.4g} times the baseline's"
 
 
 def _match_training_flops(

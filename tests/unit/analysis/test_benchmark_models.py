@@ -229,6 +229,12 @@ def test_long_contexts_lose_their_beginning_and_long_continuations_are_cut_into_
     assert set(model.read) == {(3, 4, 5, 6, -1, 6, 7), (1, 2, 3, 4, -1, 2, 3, 4, 5), (3, 4, 5, 6, -1, 6, 7)}
 
 
+def test_a_whole_text_that_is_cut_into_windows_is_not_truncated() -> None:
+    model = Counter()
+    assert [score.is_truncated for score in TextModel(model, 1).score_texts(["1 2 3 4 5 6 7", "1 2"])] == [False, False]
+    assert len(model.read) > 2  # the first text takes several windows
+
+
 def test_padding_changes_nothing(shared_model: RunModel) -> None:
     short = Window(inputs=(256, *b"the mill"), targets=tuple(b"mill "))
     long = Window(inputs=(256, *b"the miller counted"), targets=tuple(b"ed sacks"))

@@ -55,6 +55,15 @@ def test_arms_of_another_executed_cost_get_no_verdict_unless_allowed(changed, te
     assert summary_of(allowed, "switch").marks == ("≠FLOPs",)
 
 
+def test_a_note_names_forward_flops_and_those_of_training_where_backward_passes_are_cheaper() -> None:
+    results = make_results({"dense": 0, "frozen": -0.01})
+    frozen = make_cost(2.2e6) | {"train_factor": 2.1}
+    results = [replace(r, cost=frozen) if r.arm == "frozen" else r for r in results]
+    (note,) = compare(results, expected=list_cells(results), baseline="dense").notes
+    assert note.startswith("frozen: executed forward FLOPs per token are 1.1 times the baseline's in training")
+    assert note.endswith("; FLOPs of all training steps, forward and backward, 0.77 times the baseline's")
+
+
 def test_executed_cost_is_compared_over_common_seeds():
     # Dense costs more on seeds that switch has not finished; where both have, they cost the same.
     results = make_results({"dense": 0, "switch": -0.01})
