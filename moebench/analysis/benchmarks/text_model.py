@@ -114,8 +114,8 @@ class TextModel:
         size = _count_common(encode(context) if context else [], tokens)
         if size == len(tokens):
             raise UsageError(
-                f"the continuation {pair.continuation[:40]!r} after {pair.context[-40:]!r} has no tokens (allowed: texts"
-                " that are not empty)"
+                f"the continuation {pair.continuation[:40]!r} after {pair.context[-40:]!r} has no tokens (allowed:"
+                " texts that are not empty)"
             )
         return [*start, *tokens[:size]] or [self.model.previous], tokens[size:]
 

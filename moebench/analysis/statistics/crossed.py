@@ -52,10 +52,10 @@ def compute_crossed_difference(difference_SI: ArrayLike, weight_I: ArrayLike | N
     """Return the mean of differences of items, one row for each seed, with a 95 % interval over seeds and items.
 
     The variance of the mean is (MS seeds + MS items - MS residual) / (S I), at least that of either alone; the degrees
-    of freedom are Satterthwaite's, at least the smaller of S - 1 and I - 1 (Clark, J. Verbal Learning Verbal Behav. 12, 1973,
-    doi:10.1016/S0022-5371(73)80014-3, who tests the same ratio). `weight_I`: weights of items with mean 1 where the
-    differences are contributions to a ratio of sums; its linearisation counts. Raises ValueError for values that are
-    not finite and for a table without rows or columns.
+    of freedom are Satterthwaite's, at least the smaller of S - 1 and I - 1 (Clark, J. Verbal Learning Verbal Behav. 12,
+    1973, doi:10.1016/S0022-5371(73)80014-3, who tests the same ratio). `weight_I`: weights of items with mean 1 where
+    the differences are contributions to a ratio of sums; its linearisation counts. Raises ValueError for values that
+    are not finite and for a table without rows or columns.
     """
     x_SI = np.asarray(difference_SI, dtype=np.float64)
     if x_SI.ndim != 2 or x_SI.size == 0 or not np.isfinite(x_SI).all():
