@@ -2,11 +2,12 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moebench.config import resolve
 from moebench.errors import UsageError
+from moebench.experiment.cells import list_ancestors
 from moebench.experiment.model_costs import ModelCosts
 from moebench.init_config import Parent
 from moebench.runs.cell import Cell
@@ -21,8 +22,8 @@ from moebench.tasks.text.shared_documents import SharedDocuments, find_shared_do
 def require_no_overlap(cells: Sequence[Cell], costs: ModelCosts) -> list[str]:
     """Raise UsageError for a parent whose training text has test documents of a child's domains, unless it is allowed.
 
-    Returns notes: overlap that `init.allow_overlap` allows, and parents whose text is unknown. Tasks that are not on
-    text are not looked at.
+    The parents of parents count as well. Returns notes: overlap that `init.allow_overlap` allows, and parents whose
+    text is unknown. Tasks that are not on text are not looked at.
     """
     notes: list[str] = []
     seen: set[str] = set()
@@ -36,20 +37,20 @@ def require_no_overlap(cells: Sequence[Cell], costs: ModelCosts) -> list[str]:
 
 def _check_cell(cell: Cell, costs: ModelCosts) -> Iterator[str]:
     child = costs.task(cell.config)
-    for parent in cell.config.init.parents:
-        if parent.kind == "hf":
-            yield f"init.from: what {parent} was trained on is unknown; its text may have the test text of this task"
+    for parent in _iterate_ancestors(cell, costs):
+        label = f"{parent.source}{parent.origin}"
+        if parent.config is None or not parent.has_same_data:
+            yield f"init.from: what {label} was trained on is unknown; its text may have the test text of this task"
             continue
-        config = _read_config(parent, cell, costs)
-        task = costs.task(config) if config is not None else None
+        task = costs.task(parent.config)
         if not isinstance(child, TextTask) or not isinstance(task, TextTask):
             continue
-        shared = count_shared(task, child, config, cell.config, costs)
+        shared = count_shared(task, child, parent.config, cell.config, costs)
         if not shared.num_shared:
             continue
         domains = ", ".join(f"{domain} {count}" for domain, count in sorted(shared.shared.items()))
         found = (
-            f"init.from: the training text of {parent} has {shared.num_shared} of the {shared.documents} test documents"
+            f"init.from: the training text of {label} has {shared.num_shared} of the {shared.documents} test documents"
             f" of {cell.arm}, verbatim or nearly ({domains})"
         )
         if not cell.config.init.allow_overlap:
@@ -57,18 +58,47 @@ def _check_cell(cell: Cell, costs: ModelCosts) -> Iterator[str]:
         yield f"{found}; init.allow_overlap allows it"
 
 
-def _read_config(parent: Parent, cell: Cell, costs: ModelCosts) -> CellConfig | None:
-    """Return the configuration of a parent; None where it cannot be read, which other checks report."""
-    stages = {each.id: each.config for each in cell.parents}
-    if parent.name in stages:
-        return stages[parent.name]
+@dataclass(frozen=True, kw_only=True)
+class _Ancestor:
+    """A run or a folder whose weights are in those that a cell starts from."""
+
+    source: Parent
+    origin: str
+    """For messages: which of the others started from it; empty for a parent of the cell itself."""
+    config: CellConfig | None
+    """None where it is unknown."""
+    has_same_data: bool
+    """Whether its data can be read, and are those that it was trained on."""
+
+
+def _iterate_ancestors(cell: Cell, costs: ModelCosts) -> Iterator[_Ancestor]:
+    """Yield the parents of a cell, theirs, and so on, each once."""
+    stages = {each.id: each.config for each in list_ancestors([cell])}
+    remaining = [(parent, "") for parent in cell.config.init.parents]
+    seen: set[str] = set()
+    while remaining:
+        parent, origin = remaining.pop(0)
+        if str(parent) in seen:
+            continue
+        seen.add(str(parent))
+        config, has_same_data = (stages[parent.name], True) if parent.name in stages else _read_run(parent, costs)
+        yield _Ancestor(source=parent, origin=origin, config=config, has_same_data=has_same_data)
+        if config is not None:
+            remaining += [(each, f" (from which {parent} started)") for each in config.init.parents]
+
+
+def _read_run(parent: Parent, costs: ModelCosts) -> tuple[CellConfig | None, bool]:
+    """Return the configuration of a run, None where it cannot be read, and whether its data are still the same."""
+    config = None
     try:
-        stored: dict[str, Any] = RunFolder.of(costs.results, parent.name).read_cell()
-        config = resolve(stored["config"])
-        data = TASKS.get(config.task.name).item.source_digest(config.task)
-    except UsageError:
-        return None
-    return config if data == stored["data"]["digest"] else None
+        if parent.kind == "run":
+            stored: dict[str, Any] = RunFolder.of(costs.results, parent.name).read_cell()
+            config = resolve(stored["config"])
+            digest = TASKS.get(config.task.name).item.source_digest(config.task)
+            return config, bool(digest == stored["data"]["digest"])
+    except UsageError:  # a parent that cannot be read is reported by other checks
+        pass
+    return config, False
 
 
 def count_shared(

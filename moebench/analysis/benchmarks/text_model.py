@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from moebench.analysis.benchmarks.token_model import Score, TokenModel
 from moebench.analysis.benchmarks.windows import Window, is_truncated, iter_batches, pair_windows, split_windows
+from moebench.errors import UsageError
 
 MAX_POSITIONS = 16_384
 """Tokens of a batch, padding included: bounds the memory for texts of any length."""
@@ -56,6 +57,8 @@ class TextModel:
 
         A text begins with the tokens that begin one in training. Spaces at the end of a context count as the
         beginning of the continuation, and a continuation has the tokens that it has in the joined text, as in lm-eval.
+        A token of the joined text that begins in the context and ends in the continuation is scored with it. Raises
+        UsageError for a continuation without tokens, whose probability would be 1.
         """
         encoded = [self._encode_pair(pair) for pair in pairs]
         parts = [pair_windows(*tokens, self.model.max_length) for tokens in encoded]
@@ -106,13 +109,15 @@ class TextModel:
     def _encode_pair(self, pair: TextPair) -> tuple[list[int], list[int]]:
         """Return the tokens of context and continuation; the context has at least one."""
         encode, start = self.model.encoder.encode, [*self.model.start]
-        if not pair.context:
-            return start or [self.model.previous], encode(pair.continuation)
         context = pair.context.rstrip()
-        continuation = pair.context[len(context) :] + pair.continuation
-        context_tokens = encode(context) if context else []
-        tokens = encode(context + continuation)[len(context_tokens) :]
-        return [*start, *context_tokens] or [self.model.previous], tokens
+        tokens = encode(pair.context + pair.continuation)
+        size = _count_common(encode(context) if context else [], tokens)
+        if size == len(tokens):
+            raise UsageError(
+                f"the continuation {pair.continuation[:40]!r} after {pair.context[-40:]!r} has no tokens (allowed:"
+                " texts that are not empty)"
+            )
+        return [*start, *tokens[:size]] or [self.model.previous], tokens[size:]
 
     def _build(self, parts: Sequence[tuple[Sequence[int], Sequence[int]]], domain: object) -> list[Window]:
         return [self._window(inputs, targets, domain) for inputs, targets in parts]
@@ -132,6 +137,12 @@ class TextModel:
                 scores[index] = score
         remaining = iter(score for score in scores if score is not None)
         return [[next(remaining) for window in text if window.targets] for text in texts]
+
+
+def _count_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return the number of tokens that both begin with."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def _join(scores: Sequence[Score], is_truncated: bool) -> PairScore:

@@ -52,10 +52,10 @@ def compute_crossed_difference(difference_SI: ArrayLike, weight_I: ArrayLike | N
     """Return the mean of differences of items, one row for each seed, with a 95 % interval over seeds and items.
 
     The variance of the mean is (MS seeds + MS items - MS residual) / (S I), at least that of either alone; the degrees
-    of freedom are Satterthwaite's, at least S - 1 (Clark, J. Verbal Learning Verbal Behav. 12, 1973,
-    doi:10.1016/S0022-5371(73)80014-3, who tests the same ratio). `weight_I`: weights of items with mean 1 where the
-    differences are contributions to a ratio of sums; its linearisation counts. Raises ValueError for values that are
-    not finite and for a table without rows or columns.
+    of freedom are Satterthwaite's, at least the smaller of S - 1 and I - 1 (Clark, J. Verbal Learning Verbal Behav. 12,
+    1973, doi:10.1016/S0022-5371(73)80014-3, who tests the same ratio). `weight_I`: weights of items with mean 1 where
+    the differences are contributions to a ratio of sums; its linearisation counts. Raises ValueError for values that
+    are not finite and for a table without rows or columns.
     """
     x_SI = np.asarray(difference_SI, dtype=np.float64)
     if x_SI.ndim != 2 or x_SI.size == 0 or not np.isfinite(x_SI).all():
@@ -82,5 +82,6 @@ def _estimate_error(squares: _MeanSquares, num_seeds: int, num_items: int) -> tu
     variance = max(seeds + items - residual, seeds, items)
     df_seeds, df_items = num_seeds - 1, num_items - 1
     spread = seeds**2 / df_seeds + items**2 / df_items + residual**2 / (df_seeds * df_items)
-    df = max(variance**2 / spread, df_seeds) if spread > 0 else float(df_seeds)
+    smallest = min(df_seeds, df_items)  # a mean square that dominates has the degrees of freedom of its own axis
+    df = max(variance**2 / spread, smallest) if spread > 0 else float(smallest)
     return sqrt(variance / (num_seeds * num_items)), df

@@ -235,6 +235,21 @@ def test_a_whole_text_that_is_cut_into_windows_is_not_truncated() -> None:
     assert len(model.read) > 2  # the first text takes several windows
 
 
+def test_a_token_across_the_border_is_scored_with_the_continuation() -> None:
+    """The texts "5" and "56" are tokens of their own: the joined text has another token where the context ends."""
+    model = Counter()
+    pairs = [TextPair(context="3 4 5", continuation="6"), TextPair(context="3 4 5", continuation="6 7")]
+    scores = TextModel(model, 1).score_pairs(pairs)
+    assert [score.log_probability for score in scores] == [-1, -2]
+    assert sorted(model.read) == [(0, 3, 4, -1, 56), (0, 3, 4, 56, -1, 56, 7)]
+
+
+@pytest.mark.parametrize("context", ["", "1 2", " "])
+def test_a_continuation_without_tokens_is_refused(context: str) -> None:
+    with pytest.raises(UsageError, match=f"the continuation '' after '{context}' has no tokens"):
+        TextModel(Counter(), 1).score_pairs([TextPair(context=context, continuation="")])
+
+
 def test_padding_changes_nothing(shared_model: RunModel) -> None:
     short = Window(inputs=(256, *b"the mill"), targets=tuple(b"mill "))
     long = Window(inputs=(256, *b"the miller counted"), targets=tuple(b"ed sacks"))

@@ -90,6 +90,13 @@ def test_intervals_cover_other_seeds_and_other_items(num_seeds: int, kind: str) 
     assert by_seeds < 0.88
 
 
+@pytest.mark.parametrize(("num_seeds", "num_items"), [(10, 2), (5, 3), (20, 5)])
+def test_intervals_cover_with_fewer_items_than_seeds(num_seeds: int, num_items: int) -> None:
+    """Where items make the difference vary, their number determines the degrees of freedom."""
+    covered, _ = measure_coverage((num_seeds, num_items), (0, 10), "normal", 400)
+    assert 0.92 <= covered <= 0.99
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["normal", "answers"])
 @pytest.mark.parametrize("num_items", [30, 100, 700])

@@ -1,5 +1,6 @@
 """A parent whose training text has test documents of its child is refused; one division into splits has none."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from moebench.experiment.adaptation import AdaptOptions, build_adaptation
 from moebench.experiment.grid import Experiment, expand
 from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.parent_overlap import require_no_overlap
+from moebench.init_config import Parent
 from moebench.runs.folder import RunFolder
 from moebench.tasks.language import TextTask
 from moebench.tasks.text.shared_documents import find_shared_documents, iterate_documents
@@ -85,6 +87,28 @@ def test_an_adaptation_to_a_domain_of_the_parent_has_a_note(
         RunFolder.of(tmp_path / "results", folder.name), AdaptOptions(to="b"), [], [], tmp_path / "results"
     )
     assert [each.startswith(note) for each in adaptation.notes] == [True] if note else not adaptation.notes
+
+
+def test_the_parents_of_parents_are_looked_at(tmp_path: Path, texts: tuple[Path, Path]) -> None:
+    """The run that the parent started from was trained on the test text, the parent itself was not."""
+    write_text(tmp_path / "other")
+    for file in (tmp_path / "other").glob("*/*.txt"):
+        file.write_text(" ".join(f"new{word}" for word in file.read_text().split()))
+    (first,) = expand_stages(tmp_path, train=texts[0], adapt=tmp_path / "other").cells
+    child = expand_stages(tmp_path, train=tmp_path / "other", adapt=texts[1]).cells[0]
+    init = child.config.init.replace_parents([Parent.parse(f"run:{first.id}")])
+    child = replace(child, config=replace(child.config, init=init))
+    costs = ModelCosts(tmp_path)
+    message = rf"training text of {first.config.init.from_} \(from which run:{first.id} started\) has \d of the 3 test"
+    with pytest.raises(UsageError, match=message):
+        require_no_overlap([replace(child, parents=(first,))], costs)  # both are stages of an experiment
+    for cell in (first, *first.parents):
+        RunFolder.of(tmp_path, cell.id).write_cell(cell.to_dict("staged"))
+    with pytest.raises(UsageError, match=message):
+        require_no_overlap([replace(child, parents=())], costs)
+    RunFolder.of(tmp_path, first.parents[0].id).cell.unlink()
+    (note,) = require_no_overlap([replace(child, parents=())], costs)
+    assert note.startswith(f"init.from: what {first.config.init.from_} (from which run:{first.id} started) was trained")
 
 
 def test_documents_are_read_back_from_their_tokens(tmp_path: Path, texts: tuple[Path, Path]) -> None:
