@@ -1,9 +1,12 @@
 """Parents of cells: completed before ids are computed, and checked before anything is trained."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from support.parent_runs import PARENT, child_config, train_parent
 from support.training_cases import write_text
 
@@ -11,8 +14,11 @@ from moebench.config import cell_id
 from moebench.errors import UsageError
 from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.parents import complete_parents, require_parents
+from moebench.init_config import InitConfig
+from moebench.pretrained.weights import read_weights
 from moebench.runs.cell import Cell
 from moebench.schema import CellConfig
+from moebench.training.initial_weights.folder import digest_folders
 
 
 def build_cell(config: CellConfig, arm: str = "child") -> Cell:
@@ -46,3 +52,16 @@ def test_cells_whose_parents_do_not_fit_are_refused_by_arm(tmp_path: Path) -> No
     missing = build_cell(child_config(text, router="top_k", init={"from": "run:" + "1" * 12}), "missing")
     with pytest.raises(UsageError, match=r"^missing: init.from: there is no run 1{12} in "):
         require_parents([missing], costs)
+
+
+def test_the_digest_of_a_folder_depends_on_which_files_have_its_weights(tmp_path: Path) -> None:
+    digests, values = [], []
+    for file in ("a.safetensors", "b.safetensors"):
+        (tmp_path / "config.json").write_text("{}")
+        save_file({"w": torch.zeros(2)}, tmp_path / "a.safetensors")
+        save_file({"w": torch.ones(2)}, tmp_path / "b.safetensors")
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": file}}))
+        digests.append(digest_folders(InitConfig(from_=f"hf:{tmp_path}")))
+        values.append(read_weights(tmp_path)["w"].file.name)
+    assert values == ["a.safetensors", "b.safetensors"]
+    assert digests[0] != digests[1]
