@@ -71,6 +71,18 @@ class TrainedRun(StoredRun):
         return model.to(self.device)
 
 
+def renumber_domains(batches: Iterable[Batch], domains: Sequence[str], trained: Sequence[str]) -> Iterator[Batch]:
+    """Yield batches of a task with the indices that their domains have in the task of a run, for its routers.
+
+    `domains`: of the batches' task. `trained`: of the run's task, with those that it held out. A domain that it lacks
+    has the index after all of these, as one held out of training.
+    """
+    indices = [trained.index(domain) if domain in trained else len(trained) for domain in domains]
+    index_D = torch.tensor(indices)
+    for batch in batches:
+        yield replace(batch, domain_B=index_D[batch.domain_B])
+
+
 def run_batches(
     model: Model, batches: Iterable[tuple[int, Batch]], config: CellConfig
 ) -> Iterator[tuple[Batch, ModelOutput, list[LayerRecord]]]:

@@ -14,8 +14,6 @@ from moebench.init_config import InitConfig, Parent
 from moebench.routing.router import ROUTERS
 from moebench.runs.folder import RunFolder
 from moebench.schema import CellConfig
-from moebench.training.initial_weights.equality import starts_as_dense_parent
-from moebench.training.initial_weights.folder import open_folder
 
 CONTINUED = "dense continued"
 """Label of the arm that is added."""
@@ -123,11 +121,12 @@ def _note_unequal(arms: Sequence[Arm], builder: CellBuilder, costs: ModelCosts) 
 
 def _note_other_starts(arms: Sequence[Arm], builder: CellBuilder, costs: ModelCosts) -> Iterator[str]:
     """Yield a note on upcycled arms that do not start at the function of their parent, even without noise."""
-    others = [
-        arm.label
-        for arm in arms
-        if _upcycles(arm, builder, costs.results) and not starts_as_dense_parent(arm.config, costs.task(arm.config))
-    ]
+    upcycled = [arm for arm in arms if _upcycles(arm, builder, costs.results)]
+    if not upcycled:
+        return
+    from moebench.training.initial_weights.equality import starts_as_dense_parent  # with PyTorch's compiler
+
+    others = [arm.label for arm in upcycled if not starts_as_dense_parent(arm.config, costs.task(arm.config))]
     if others:
         yield (
             f"{', '.join(others)}: copies of the parent's networks do not give its output before the first step: the"
@@ -184,6 +183,8 @@ def _is_dense_parent(parent: Parent, arm: Arm, builder: CellBuilder, results: Pa
         except UsageError:
             return False  # before training, the parent is required
         return name in ROUTERS.names() and ROUTERS.get(name).item.form.is_dense
+    from moebench.training.initial_weights.folder import open_folder
+
     return "layout" not in open_folder(parent).settings
 
 

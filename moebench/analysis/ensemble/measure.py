@@ -1,6 +1,6 @@
 """The quality of an ensemble of finished runs on the test split, by domain, beside that of each run."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moebench.analysis.ensemble.mixtures import mix_by_posterior, mix_evenly, select_model
 from moebench.analysis.stored_run import StoredRun, find_stored_run
-from moebench.analysis.trained_run import TrainedRun, run_batches
+from moebench.analysis.trained_run import TrainedRun, renumber_domains, run_batches
 from moebench.config import to_plain
 from moebench.errors import UsageError
 from moebench.tasks.language import Language, TextConfig
@@ -63,7 +63,7 @@ def measure_ensemble(
     batches = task.eval_batches("test", stored[0].config.train.batch_size)
     sums = _Sums(task, members)
     outputs = [
-        run_batches(run.load_model(), enumerate(_renumber_domains(batches, task, run.task)), run.config)
+        run_batches(run.load_model(), enumerate(renumber_domains(batches, task.domains, run.task.domains)), run.config)
         for run in trained
     ]
     for number, (batch, *of_models) in enumerate(zip(batches, *outputs, strict=True), start=1):
@@ -93,13 +93,6 @@ def _join_tasks(runs: Sequence[StoredRun]) -> TextConfig:
                 " runs whose section task differs in data.held_out_domains alone)"
             )
     return joined[0]
-
-
-def _renumber_domains(batches: Sequence[Batch], joined: Task, task: Task) -> Iterator[Batch]:
-    """Yield the batches with the indices that their domains have in the task of a run, for routers that use them."""
-    index_D = torch.tensor([task.domains.index(domain) for domain in joined.domains])
-    for batch in batches:
-        yield replace(batch, domain_B=index_D[batch.domain_B])
 
 
 def _describe_member(run: TrainedRun) -> EnsembleMember:

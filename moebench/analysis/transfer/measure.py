@@ -2,26 +2,26 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from moebench.analysis.stored_run import StoredRun, read_run
+from moebench.analysis.trained_run import TrainedRun, renumber_domains, run_batches
 from moebench.analysis.training_flops import compute_training_flops
 from moebench.analysis.transfer.evaluation_text import EvaluationText, read_evaluation_text
 from moebench.errors import UsageError
 from moebench.init_config import Parent
-from moebench.parallel.mesh import Mesh
+from moebench.models.storageless import build_without_storage
 from moebench.runs.folder import RunFolder
 from moebench.runs.result import RunResult
 from moebench.tasks.cache import load_or_create
 from moebench.tasks.task import TASKS, Task
-from moebench.training.evaluation import evaluate, training_precision
+from moebench.training.evaluation import training_precision
 from moebench.training.model import prepare_task
-from moebench.training.train import select_device
-from moebench.training.trained_model import load_trained_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,31 +127,48 @@ class TransferReader:
 
     def _evaluate(self, run: StoredRun, owner: StoredRun, task: Task) -> Mapping[str, float]:
         """Return the metrics of a run on the test split of another one's task, from the cache where it has them."""
-        key = hashlib.sha256(f"{run.id} {task.digest} {task.eval_digest}".encode()).hexdigest()[:24]
+        key = hashlib.sha256(f"domains by name {run.id} {task.digest} {task.eval_digest}".encode()).hexdigest()[:24]
+        trained = TrainedRun.on_task(run, self._open(run)[0])
 
         def create() -> tuple[dict[str, Any], dict[str, Any]]:
-            return {"metrics": evaluate_on(run, owner, task)}, {}
+            return {"metrics": evaluate_on(trained, owner.id, task)}, {}
 
         metrics: Mapping[str, float] = load_or_create(self.results / "cache" / f"transfer-{key}", create)[0]["metrics"]
         return metrics
 
 
-def evaluate_on(run: StoredRun, owner: StoredRun, task: Task) -> dict[str, float]:
-    """Return the metrics of a trained model on the test split of another run's task.
+def evaluate_on(run: TrainedRun, owner_id: str, task: Task) -> dict[str, float]:
+    """Return the metrics of a trained model on the test split of the task of another run.
 
-    Raises UsageError where the model does not fit the task.
+    The model is that of the run's own task: tables and experts of domains are those that it was trained with, and
+    domains have its numbers. Raises UsageError where the model does not fit the task.
     """
-    train = run.config.train
-    torch.set_num_threads(train.threads)
-    try:
-        model = load_trained_model(replace(run.config, task=owner.config.task), run.config, task, run.folder)
-    except UsageError as error:
-        raise UsageError(f"run {run.id} cannot be evaluated on the data of run {owner.id}: {error}") from error
-    device = select_device(train)
-    model.to(device)
-    with training_precision(train, device):
-        batches = task.eval_batches("test", train.batch_size)
-        return evaluate(model, task, batches, run.config.seed, device, Mesh(device=device)).quality
+    d_model = run.config.model.d_model
+    with build_without_storage():
+        here, there = (
+            _list_shapes(each.build_embedding(d_model), each.build_head(d_model)) for each in (run.task, task)
+        )
+    if here != there:
+        raise UsageError(
+            f"run {run.id} cannot be evaluated on the data of run {owner_id}: embedding and head have the shapes {here}"
+            f" and {there}"
+        )
+    torch.set_num_threads(run.config.train.threads)
+    model, batches = run.load_model(), task.eval_batches("test", run.config.train.batch_size)
+    renumbered = renumber_domains(batches, task.domains, run.task.domains)
+    sums: dict[str, Tensor] = {}
+    with training_precision(run.config.train, run.device), torch.no_grad():
+        outputs = run_batches(model, enumerate(renumbered), run.config)
+        for batch, (_, output, _) in zip(batches, outputs, strict=True):
+            part = batch.to(run.device)
+            for name, value in task.compute_sums(output, part).items():
+                zeros = torch.zeros(len(task.domains), *value.shape[1:], dtype=torch.float64, device=value.device)
+                sums[name] = sums.get(name, zeros).index_add(0, part.domain_B, value.double())
+    return task.compute_quality({name: value.cpu() for name, value in sums.items()})
+
+
+def _list_shapes(*modules: nn.Module) -> list[list[int]]:
+    return [list(parameter.shape) for module in modules for parameter in module.parameters()]
 
 
 def _have_equal_training_domains(first: EvaluationText, second: EvaluationText) -> bool:

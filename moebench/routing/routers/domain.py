@@ -70,7 +70,9 @@ class Domain(Router["Domain.Config"]):
         self.evaluation = config.evaluation
         self.level = context.level
         self.register_buffer("count_E", torch.zeros(context.num_experts, dtype=torch.float64))
-        number_D = torch.tensor(number_domains(config.domains, context.data), dtype=torch.int64)
+        numbers = number_domains(config.domains, context.data)
+        # The last one is for text of domains that the data lack, on which a trained model can be evaluated.
+        number_D = torch.tensor([*numbers, self.num_domains], dtype=torch.int64)
         self.register_buffer("number_D", number_D, persistent=False)
 
     @override

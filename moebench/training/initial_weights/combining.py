@@ -2,7 +2,7 @@
 
 `average`: the mean of all weights. `experts`: the feed-forward networks of dense parents become the experts of the
 child, in the order of the parents, and all other weights are averaged; with the layout `whole_model` each parent's
-blocks are one expert. Routers are the child's own.
+blocks are one expert. Routers are the child's own, but for `average` with one router in all parents and the child.
 """
 
 import re
@@ -17,7 +17,7 @@ from moebench.experts.bank import local_shard
 from moebench.schema import CellConfig
 from moebench.training.initial_weights.branch_domains import assign_parents
 from moebench.training.initial_weights.parent import ParentWeights
-from moebench.training.initial_weights.plan import BANK, DENSE_NAMES, SHARED, Shapes
+from moebench.training.initial_weights.plan import BANK, DENSE_NAMES, ROUTER, SHARED, Shapes
 from moebench.training.initial_weights.stacks import copy_experts
 
 STACK = re.compile(r"(?P<backbone>.*)\.blocks\.0\.layer\.bank\.stacks\.(?P<expert>\d+)\.(?P<block>\d+)\.(?P<weight>.+)")
@@ -40,7 +40,7 @@ def join_parents(
     shares = config.init.combine_weights or [1.0] * len(parents)
     require(len(shares) == len(parents), "init.combine_weights", shares, f"{len(parents)} numbers, one for each parent")
     for parent in parents[1:]:
-        _require_equal_shapes(parents[0], parent)
+        _require_equal_shapes(parents[0], parent, parents)
     if config.init.combine == "average":
         return AveragedParents(parents, shares)
     sources = find_expert_sources(child_shapes, parents[0])
@@ -48,9 +48,16 @@ def join_parents(
     return StackedParents(parents, shares, sources, parent_of_expert, child_shapes)
 
 
-def _require_equal_shapes(first: ParentWeights, other: ParentWeights) -> None:
-    for name in {**first.shapes, **other.shapes}:
-        ours, theirs = first.shapes.get(name), other.shapes.get(name)
+def _list_shapes(parent: ParentWeights, parents: Sequence[ParentWeights]) -> Shapes:
+    """Return the shapes of what can be averaged: different routers mean different things by weights of one name."""
+    routers = {(each.settings.get("router") or {}).get("name") for each in parents}
+    return {name: shape for name, shape in parent.shapes.items() if len(routers) == 1 or ROUTER not in name}
+
+
+def _require_equal_shapes(first: ParentWeights, other: ParentWeights, parents: Sequence[ParentWeights]) -> None:
+    first_shapes, other_shapes = (_list_shapes(parent, parents) for parent in (first, other))
+    for name in {**first_shapes, **other_shapes}:
+        ours, theirs = first_shapes.get(name), other_shapes.get(name)
         if ours != theirs:
             shapes = [None if shape is None else list(shape) for shape in (ours, theirs)]
             raise UsageError(
@@ -67,7 +74,7 @@ class AveragedParents(ParentWeights):
         self.shares = [share / sum(shares) for share in shares]
         self.label = f"the mean of {', '.join(parent.label for parent in parents)}"
         self.settings = parents[0].settings
-        self.shapes: Mapping[str, torch.Size] = parents[0].shapes
+        self.shapes: Shapes = _list_shapes(parents[0], parents)
 
     @override
     @torch.no_grad()

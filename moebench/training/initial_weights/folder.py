@@ -14,11 +14,12 @@ from moebench.init_config import InitConfig, Parent
 from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
 from moebench.pretrained.folder import PREFIX, open_pretrained
 from moebench.pretrained.parent import ParentModel, read_parent
+from moebench.pretrained.weights import INDEX
 from moebench.tasks.sources import file_digest
 from moebench.training.initial_weights.parent import ParentWeights
 
-CONTENT = ("config.json", "tokenizer.json", "*.safetensors")
-"""Files that determine a model and its tokens."""
+CONTENT = ("config.json", "tokenizer.json", "*.safetensors", INDEX)
+"""Files that determine a model and its tokens; the index selects those of the weights."""
 
 
 class FolderWeights(ParentWeights):

@@ -1,12 +1,21 @@
-"""Gain and forgetting of arms: signs, averages, references and corrections."""
+"""Gain and forgetting of arms: signs, averages, references and corrections; parents on the data of their children."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from support.parent_runs import WIDE, child_config, train_parent
 
+from moebench.analysis.trained_run import TrainedRun
 from moebench.analysis.transfer.evaluation_text import DomainText, EvaluationText
-from moebench.analysis.transfer.measure import RunTransfer
+from moebench.analysis.transfer.measure import RunTransfer, evaluate_on
 from moebench.analysis.transfer.values import compare_with_reference, correct_changes, summarise_arm
+from moebench.errors import UsageError
+from moebench.parallel.mesh import Mesh
+from moebench.runs.folder import RunFolder
+from moebench.training.evaluation import evaluate
+from moebench.training.model import prepare_task
 
 
 def run_of(seed: int, parent: tuple[float, float], child: tuple[float, float]) -> RunTransfer:
@@ -78,3 +87,39 @@ def test_domains_are_weighted_by_their_size() -> None:
     assert text.average({"a": 1.0, "b": 2.0}, ("a", "b")) == pytest.approx(1.75)
     other = EvaluationText(domains={"a": DomainText(digest="z", weight=1.0)}, trained=("a",))
     assert not text.has(other, "a")
+
+
+@pytest.mark.parametrize(
+    "router", ["domain", {"name": "domain", "domains": ["xyz", "ab"]}, "domain_posterior", "task_level", "top_k"]
+)
+def test_a_parent_is_evaluated_on_the_data_of_its_child_with_its_own_experts(router: object, tmp_path: Path) -> None:
+    file = tmp_path / "text.jsonl"
+    rows = [{"text": f"{name} {i} " * 20, "domain": name} for i in range(10) for name in ("ab", "klm", "xyz")]
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    layout = {**WIDE["layout"], "num_experts": 2}
+    of_parent, of_child = ({"data": {"held_out_domains": held_out}} for held_out in (["klm"], ["ab", "xyz"]))
+    run = train_parent(tmp_path, file, router=router, layout=layout, task=of_parent)
+    child = child_config(file, router="top_k", layout=layout, task={"eval_windows": 3, **of_child})
+    task = prepare_task(run.config, tmp_path)
+    trained = TrainedRun(folder=RunFolder(run.folder), cell={}, config=run.config, task=task)
+    child_task = prepare_task(child, tmp_path)
+    assert child_task.domains != task.domains
+    measured = evaluate_on(trained, "child", child_task)
+
+    same_text = replace(run.config, task=replace(run.config.task, eval_windows=3))  # type: ignore[call-arg]
+    other_task = prepare_task(same_text, tmp_path)
+    batches = other_task.eval_batches("test", run.config.train.batch_size)
+    expected = evaluate(trained.load_model(), other_task, batches, run.config.seed, "cpu", Mesh()).quality
+    for name in ("ab", "klm", "xyz"):
+        assert measured[f"bits_per_byte/{name}"] == pytest.approx(expected[f"bits_per_byte/{name}"], rel=1e-6)
+
+
+def test_a_parent_with_another_vocabulary_is_not_evaluated(tmp_path: Path) -> None:
+    file = tmp_path / "text.jsonl"
+    file.write_text("\n".join(json.dumps({"text": f"some text {i} " * 20}) for i in range(10)))
+    run = train_parent(tmp_path, file)
+    task = prepare_task(run.config, tmp_path)
+    trained = TrainedRun(folder=RunFolder(run.folder), cell={}, config=run.config, task=task)
+    other = child_config(file, router="dense", task={"data": {"tokenizer": "bpe4096"}})
+    with pytest.raises(UsageError, match=r"run 0{12} cannot be evaluated on the data of run child: embedding and head"):
+        evaluate_on(trained, "child", prepare_task(other, tmp_path))

@@ -1,10 +1,13 @@
 """Parents of cells: completed before ids are computed, and checked before anything is trained."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from support.parent_runs import PARENT, child_config, train_parent
 from support.training_cases import write_text
 
@@ -14,8 +17,11 @@ from moebench.experiment.dry_run import list_actions
 from moebench.experiment.grid import expand_config
 from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.parents import complete_parents, require_parents
+from moebench.init_config import InitConfig
+from moebench.pretrained.weights import read_weights
 from moebench.runs.cell import Cell
 from moebench.schema import CellConfig, ExperimentConfig
+from moebench.training.initial_weights.folder import digest_folders
 
 
 def build_cell(config: CellConfig, arm: str = "child") -> Cell:
@@ -77,3 +83,16 @@ def test_a_dry_run_checks_parents_and_writes_nothing(override: str, message: str
             list_actions(experiment, tmp_path)
         assert str(error.value).startswith(message)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_digest_of_a_folder_depends_on_which_files_have_its_weights(tmp_path: Path) -> None:
+    digests, values = [], []
+    for file in ("a.safetensors", "b.safetensors"):
+        (tmp_path / "config.json").write_text("{}")
+        save_file({"w": torch.zeros(2)}, tmp_path / "a.safetensors")
+        save_file({"w": torch.ones(2)}, tmp_path / "b.safetensors")
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": file}}))
+        digests.append(digest_folders(InitConfig(from_=f"hf:{tmp_path}")))
+        values.append(read_weights(tmp_path)["w"].file.name)
+    assert values == ["a.safetensors", "b.safetensors"]
+    assert digests[0] != digests[1]

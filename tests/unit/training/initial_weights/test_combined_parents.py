@@ -47,6 +47,40 @@ def test_an_average_is_the_weighted_mean_of_all_weights(
     assert not loaded.plan.new
 
 
+@pytest.mark.parametrize(
+    ("parents", "child", "is_averaged"),
+    [
+        (("top_k", "top_k"), "top_k", True),
+        (("switch", "top_k"), "switch", False),
+        (("top_k", "switch"), "switch", False),
+        (("loss_free", "top_k"), "top_k", False),
+        (("top_k", "top_k"), "switch", False),
+    ],
+)
+def test_routers_are_averaged_where_all_parents_and_the_child_have_one(
+    parents: tuple[str, str], child: str, is_averaged: bool, text: Path, cache: Path
+) -> None:
+    configs = [
+        tiny_config(text, router=router, seed=seed, layout={**WIDE["layout"], "num_experts": 2})
+        for seed, router in enumerate(parents)
+    ]
+    sparse = [
+        Branch(config.router.name, config, build_initialised_model(config, prepare_task(config, cache)))
+        for config in configs
+    ]
+    config, model, loaded = merge(text, cache, sparse, {"combine": "average"}, router=child)
+    initial = build_initialised_model(config, prepare_task(config, cache)).state_dict()
+    routers = [name for name in initial if ".router." in name]
+    assert routers
+    for name, value in model.state_dict().items():
+        if name in routers and not is_averaged:
+            assert name in loaded.plan.new
+            assert torch.equal(value, initial[name])
+        else:
+            assert loaded.combined[name] == "averaged over the parents"
+            assert torch.equal(value, ((sparse[0].state[name].double() + sparse[1].state[name]) / 2).float())
+
+
 @pytest.mark.parametrize("num_experts", [2, 4])
 def test_experts_are_the_networks_of_the_parents_in_their_order(
     num_experts: int, branches: list[Branch], text: Path, cache: Path
