@@ -8,7 +8,7 @@ import typer
 
 from moebench.cli.options import DEFAULT_RESULTS, Json, Overrides, Plugins, Results, print_json
 from moebench.cli.run import IgnoreMemory, Jobs, Retries, TrackerUri
-from moebench.cli.run_summary import choose_exit_code
+from moebench.cli.run_summary import choose_exit_code, describe_failure
 from moebench.errors import UsageError
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _show(report: "RunReport", results: Path, console: "Console", *, json: bool)
     if json:
         print_json(report.to_dict() | {"transfer": transfer.to_dict() if transfer else None})
         return
-    lines = [f"failed: {outcome.cell.arm} seed {outcome.cell.seed}: {outcome.error}" for outcome in report.failed]
+    lines = [describe_failure(outcome) for outcome in report.failed]
     lines += report.tuning.list_lines() if report.tuning else []
     lines += [f"warning: {problem}" for problem in report.problems]
     lines += [f"tracker: {report.tracker_problem}"] if report.tracker_problem else []

@@ -170,7 +170,7 @@ def print_costs(rows: list[dict[str, Any]]) -> None:
         )
         for row in rows
     ]
-    print_table(columns, lines, right=numbers, no_wrap=("cell", "seed", *numbers), keys=("arm", "seed"))
+    print_table(columns, lines, right=numbers, no_wrap=("cell", "seed", *numbers), keys=(*stage, "arm", "seed"))
 
 
 def print_disk(rows: list[dict[str, Any]]) -> None:
@@ -207,7 +207,7 @@ def print_training(rows: list[dict[str, Any]]) -> None:
         for row in rows
     }
     numbers = ("train FLOPs", "tokens", "/active", "/params", "text read", "needed", "epochs")
-    print_table((*stage, "arm", *numbers), lines.values(), right=numbers, no_wrap=numbers)
+    print_table((*stage, "arm", *numbers), lines.values(), right=numbers, no_wrap=numbers, keys=(*stage, "arm"))
 
 
 def print_overlap(rows: list[dict[str, Any]]) -> None:

@@ -26,6 +26,13 @@ def choose_exit_code(report: "RunReport") -> int:
     return EXIT_TRACKER if report.tracker_problem else 0
 
 
+def describe_failure(outcome: "Outcome") -> str:
+    """Return the line for a cell that failed, with its stage where it is of an experiment with stages."""
+    cell = outcome.cell
+    stage = f" of stage {cell.stage}" if cell.stage else ""
+    return f"failed: {cell.arm} seed {cell.seed}{stage}: {outcome.error}{_count_attempts(outcome)}"
+
+
 def _count_attempts(outcome: "Outcome") -> str:
     return f", the last of {outcome.attempts} attempts" if outcome.attempts > 1 else ""
 
@@ -56,11 +63,7 @@ def print_summary(
     ]
     lines += report.stages.list_lines() if report.stages else []
     lines += report.tuning.list_lines() if report.tuning else []
-    lines += [
-        f"failed: {outcome.cell.arm} seed {outcome.cell.seed}: {outcome.error}{_count_attempts(outcome)}"
-        f"{_name_log(report.log_path(outcome))}"
-        for outcome in report.failed
-    ]
+    lines += [f"{describe_failure(outcome)}{_name_log(report.log_path(outcome))}" for outcome in report.failed]
     lines += [f"warning: {problem}" for problem in report.problems]
     lines += [f"warning: {report.below_trivial}"] if report.below_trivial else []
     if report.tracker_problem:

@@ -71,7 +71,8 @@ def test_children_of_a_failed_parent_fail_in_one_line_and_the_others_go_on(
     assert [cell["status"] for cell in children.values()] == ["done", "failed"]
     _, orphan = children.values()
     assert orphan["error"].startswith("init.from: learning_rate=1000000000000.0, seed 0 of stage train (run ")
-    assert f"failed: learning_rate=1000000000000.0 seed 0: {orphan['error']}" in run.err
+    assert f"failed: learning_rate=1000000000000.0 seed 0 of stage adapt: {orphan['error']}" in run.err
+    assert "failed: learning_rate=1000000000000.0 seed 0 of stage train: " in run.err
     assert "1 of 2 cells done" in run.err
     stopped = warm.train(staged, "--fail-fast")
     assert stopped.code == 1

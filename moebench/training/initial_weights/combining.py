@@ -48,6 +48,7 @@ def join_parents(
     return StackedParents(parents, shares, sources, parent_of_expert, child_shapes)
 
 
+<<<<<<< HEAD
 def _list_shapes(parent: ParentWeights, parents: Sequence[ParentWeights]) -> Shapes:
     """Return the shapes of what can be averaged: different routers mean different things by weights of one name."""
     routers = {(each.settings.get("router") or {}).get("name") for each in parents}
@@ -58,8 +59,23 @@ def _require_equal_shapes(first: ParentWeights, other: ParentWeights, parents: S
     first_shapes, other_shapes = (_list_shapes(parent, parents) for parent in (first, other))
     for name in {**first_shapes, **other_shapes}:
         ours, theirs = first_shapes.get(name), other_shapes.get(name)
+=======
+def _has_experts(parent: ParentWeights) -> bool:
+    return any(".bank." in name for name in parent.shapes)
+
+
+def _require_equal_shapes(first: ParentWeights, other: ParentWeights) -> None:
+    sparse, dense = sorted((first, other), key=_has_experts, reverse=True)
+    if _has_experts(sparse) and not _has_experts(dense):
+        raise UsageError(
+            f"init.combine: {sparse.label} has experts and {dense.label} has none (allowed: parents of one shape, for"
+            " init.combine=experts dense ones)"
+        )
+    for name in {**first.shapes, **other.shapes}:
+        ours, theirs = first.shapes.get(name), other.shapes.get(name)
+>>>>>>> mendX
         if ours != theirs:
-            shapes = [None if shape is None else list(shape) for shape in (ours, theirs)]
+            shapes = ["none" if shape is None else list(shape) for shape in (ours, theirs)]
             raise UsageError(
                 f"init.combine: {name} has the shape {shapes[0]} in {first.label} and {shapes[1]} in {other.label}"
                 " (allowed: parents of one shape)"
@@ -174,7 +190,8 @@ def find_expert_sources(child_shapes: Shapes, parent: ParentWeights) -> dict[str
                 " experts are feed-forward networks of one width, and whole_model)"
             )
         if source not in parent.shapes:
-            raise UsageError(f"init.combine: experts, and {parent.label} has no {source} (allowed: dense parents)")
+            lack = "experts already" if _has_experts(parent) else f"no {source}"
+            raise UsageError(f"init.combine: experts, and {parent.label} has {lack} (allowed: dense parents)")
         sources[name] = source
     if not sources:
         raise UsageError("init.combine: experts, and the model has none (allowed: average, or a router with experts)")

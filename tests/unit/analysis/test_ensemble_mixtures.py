@@ -1,10 +1,18 @@
 """Mixtures of the predictions of whole models: values by hand, and a slow computation of the posterior."""
 
 import math
+from pathlib import Path
 
+import pytest
 import torch
+from support.run_folders import write_cell, write_result
+from support.training_cases import tiny_config, write_text
 
+from moebench.analysis.ensemble.measure import measure_ensemble
 from moebench.analysis.ensemble.mixtures import mix_by_posterior, mix_evenly, select_model
+from moebench.config import to_plain
+from moebench.errors import UsageError
+from moebench.tasks.language import Language
 
 P_MBL = torch.tensor([[[0.8, 0.5, 0.1]], [[0.2, 0.5, 0.3]]], dtype=torch.float64)
 """Two models, one sequence of three targets."""
@@ -42,3 +50,20 @@ def test_equal_models_are_mixed_to_themselves() -> None:
     nats_BL, posterior_MBL = mix_by_posterior(p_MBL.log())
     torch.testing.assert_close(nats_BL, -p_MBL[0].log())
     torch.testing.assert_close(posterior_MBL, torch.full_like(posterior_MBL, 1 / 3))
+
+
+def test_runs_of_other_windows_are_refused_with_the_key_and_both_values(tmp_path: Path) -> None:
+    text, runs = write_text(tmp_path), ("0" * 12, "1" * 12)
+    tasks = {"eval_windows": 2}, {"eval_windows": 3, "data": {"held_out_domains": ["ab"]}}
+    for run_id, task in zip(runs, tasks, strict=True):
+        config, folder = tiny_config(text, router="dense", task=task), tmp_path / "runs" / run_id
+        folder.mkdir(parents=True)
+        data = {"name": "text", "digest": Language.source_digest(config.task)}
+        write_cell(folder, config=to_plain(config), data=data)
+        write_result(folder, config=to_plain(config))
+    with pytest.raises(UsageError) as error:
+        measure_ensemble(tmp_path, runs)
+    assert str(error.value) == (
+        f"ensemble: task.eval_windows is 2 in run {runs[0]} and 3 in run {runs[1]} (allowed: runs whose section task"
+        " differs in data.held_out_domains alone)"
+    )

@@ -52,6 +52,18 @@ def test_each_row_is_a_line_of_a_table_that_fits(
     assert num_tables == {60: 7, 80: 4, 120: 2}[width]
 
 
+def test_each_part_of_a_table_of_stages_names_stage_and_arm(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = [{**build_row("dense", 0), "stage": stage} for stage in ("train", "adapt")]
+    print_costs(rows)
+    print_training(rows)
+    headers = [line.split() for line in capsys.readouterr().out.splitlines() if " arm " in f"{line} "]
+    assert len(headers) > 2, "both tables, one in several parts"
+    assert all({"stage", "arm"} <= set(header) for header in headers)
+
+
 def test_the_overlap_of_each_source_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     overlap = {"removed": 13, "documents": 4583, "removed_by_domain": {"docs-de": 9, "[red]": 4}}
     print_overlap([{"overlap": overlap}, {"overlap": None}, {"overlap": overlap}])

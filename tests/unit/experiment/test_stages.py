@@ -8,6 +8,7 @@ import pytest
 import yaml
 from support.command_line import tiny, write_text
 
+from moebench.cli.run_summary import describe_failure
 from moebench.errors import UsageError
 from moebench.experiment.cells import list_ancestors
 from moebench.experiment.dry_run import list_actions
@@ -217,6 +218,7 @@ def test_a_cell_whose_parent_has_no_result_fails_in_one_line(expand_staged: Any,
     assert (
         failed[0].error == f"init.from: dense, seed 0 of stage train (run {failed[0].cell.parents[0].id}) has no result"
     )
+    assert describe_failure(failed[0]) == f"failed: dense seed 0 of stage adapt: {failed[0].error}"
     result = RunFolder.of(results, failed[0].cell.id).read_result()
     assert result is not None
     assert (result.status, result.error) == ("failed", failed[0].error)

@@ -212,8 +212,11 @@ def test_parents_of_other_shapes_and_sparse_parents_are_refused(
         merge(text, cache, [branches[0], other], {"combine": "average"}, router="dense")
     sparse = tiny_config(text, router="top_k", **WIDE)
     expert_models = [Branch("sparse", sparse, build_initialised_model(sparse, prepare_task(sparse, cache)))] * 2
-    with pytest.raises(UsageError, match=r"sparse has no backbone\.blocks\.0\.feed_forward\.w_in_DF"):
+    with pytest.raises(UsageError, match=r"^init.combine: experts, and sparse has experts already \(allowed: dense"):
         merge(text, cache, expert_models, {"combine": "experts"}, router="top_k")
+    for parents in ([branches[0], expert_models[0]], [expert_models[0], branches[0]]):
+        with pytest.raises(UsageError, match=r"^init.combine: sparse has experts and branch 0 has none \(allowed"):
+            merge(text, cache, parents, {"combine": "experts"}, router="top_k")
 
 
 @pytest.mark.parametrize(
