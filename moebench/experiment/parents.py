@@ -1,6 +1,6 @@
 """Parents of cells (`init.from`): completed before a cell has an id, and checked before anything is trained.
 
-What reads weights is imported where a cell has a parent: it imports the compiler of PyTorch, which other plans do without.
+What reads weights is imported where a cell has a parent: it imports PyTorch's compiler, which other plans do without.
 """
 
 from collections.abc import Sequence

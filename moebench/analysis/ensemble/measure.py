@@ -9,13 +9,8 @@ from torch import Tensor
 
 from moebench.analysis.ensemble.mixtures import mix_by_posterior, mix_evenly, select_model
 from moebench.analysis.stored_run import StoredRun, find_stored_run
-<<<<<<< HEAD
 from moebench.analysis.trained_run import TrainedRun, renumber_domains, run_batches
-from moebench.config import to_plain
-=======
-from moebench.analysis.trained_run import TrainedRun, run_batches
 from moebench.config import flatten, to_plain
->>>>>>> mendX
 from moebench.errors import UsageError
 from moebench.tasks.language import Language, TextConfig
 from moebench.tasks.task import Batch, Task
@@ -96,8 +91,6 @@ def _join_tasks(runs: Sequence[StoredRun]) -> TextConfig:
     return joined[0]
 
 
-<<<<<<< HEAD
-=======
 def _require_same_task(first_id: str, first: TextConfig, other_id: str, other: TextConfig) -> None:
     """Raise UsageError, with the keys and both values, for another text, other tokens or other windows."""
     theirs, ours = (dict(flatten(to_plain(task), "task.")) for task in (first, other))
@@ -113,14 +106,6 @@ def _require_same_task(first_id: str, first: TextConfig, other_id: str, other: T
         )
 
 
-def _renumber_domains(batches: Sequence[Batch], joined: Task, task: Task) -> Iterator[Batch]:
-    """Yield the batches with the indices that their domains have in the task of a run, for routers that use them."""
-    index_D = torch.tensor([task.domains.index(domain) for domain in joined.domains])
-    for batch in batches:
-        yield replace(batch, domain_B=index_D[batch.domain_B])
-
-
->>>>>>> mendX
 def _describe_member(run: TrainedRun) -> EnsembleMember:
     result = run.folder.read_result()
     flops = result.cost.get("flops_per_token", 0.0) if result else 0.0

@@ -49,6 +49,10 @@ def join_parents(
 
 
 <<<<<<< HEAD
+def _has_experts(parent: ParentWeights) -> bool:
+    return any(".bank." in name for name in parent.shapes)
+
+
 def _list_shapes(parent: ParentWeights, parents: Sequence[ParentWeights]) -> Shapes:
     """Return the shapes of what can be averaged: different routers mean different things by weights of one name."""
     routers = {(each.settings.get("router") or {}).get("name") for each in parents}
@@ -56,6 +60,12 @@ def _list_shapes(parent: ParentWeights, parents: Sequence[ParentWeights]) -> Sha
 
 
 def _require_equal_shapes(first: ParentWeights, other: ParentWeights, parents: Sequence[ParentWeights]) -> None:
+    sparse, dense = sorted((first, other), key=_has_experts, reverse=True)
+    if _has_experts(sparse) and not _has_experts(dense):
+        raise UsageError(
+            f"init.combine: {sparse.label} has experts and {dense.label} has none (allowed: parents of one shape, for"
+            " init.combine=experts dense ones)"
+        )
     first_shapes, other_shapes = (_list_shapes(parent, parents) for parent in (first, other))
     for name in {**first_shapes, **other_shapes}:
         ours, theirs = first_shapes.get(name), other_shapes.get(name)
