@@ -41,8 +41,8 @@ def measure_transfer(experiment: Experiment, results: Path) -> Transfer | None:
         if reference is not None and summary.target == arms[reference].target:
             gain, loss = compare_with_reference(summary, arms[reference], lower_is_better=facts.lower_is_better)
             marks = _find_marks(arm, reference, cells, results)
-            changes = {"gain_difference": gain, "forgetting_difference": loss}
-            arms[arm] = replace(summary, reference=reference, reference_marks=marks, **changes)
+            summary = replace(summary, reference=reference, reference_marks=marks)
+            arms[arm] = replace(summary, gain_difference=gain, forgetting_difference=loss)
     return Transfer(metric=facts.metric, arms=tuple(_correct(arms)), notes=tuple(notes))
 
 
